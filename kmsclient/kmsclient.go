@@ -1,0 +1,36 @@
+// Package kmsclient is the seam between the proxy and any key management service (KMS).
+//
+// A backend (the subpackages local, plugin and alibaba) implements [Service], the interface that Kubernetes' KMS v2
+// plugins implement, and may implement [DataKeyGenerator]. [New] wraps a backend in the rules that all of them share:
+// the contract of the interface, its size limits, a timeout for each call, retries with full jitter and a circuit breaker.
+//
+// The package knows nothing of values, seeds or etcd; crypto/keyring is its only caller in the data path.
+package kmsclient
+
+import (
+	"context"
+
+	"k8s.io/kms/pkg/service"
+)
+
+// Service encrypts and decrypts short secrets (at most 6 KiB) under a KMS key, and reports that key's state. It is
+// k8s.io/kms/pkg/service.Service. Implementations are safe for concurrent use, honour the context, do not retain or change their
+// arguments, and return errors that wrap [*Error] wherever the cause is known.
+//
+// Encrypt's KeyID (1 to 1024 bytes) names the key version that was used; Status' KeyID is what Encrypt would answer now.
+type Service = service.Service
+
+// DataKeyGenerator is the optional interface of a backend whose KMS makes data keys itself, so that the plaintext key never
+// travels to the KMS.
+type DataKeyGenerator interface {
+	// GenerateDataKey returns a fresh data key of 32 bytes. The caller owns the result. uid identifies the call in logs.
+	GenerateDataKey(ctx context.Context, uid string) (*DataKey, error)
+}
+
+// DataKey is a data key in both forms.
+type DataKey struct {
+	Plaintext   []byte            // 32 bytes; never logged, never stored
+	Ciphertext  []byte            // what Decrypt takes, 1 to 1024 bytes
+	KeyID       string            // the KMS key version that wrapped it, 1 to 1024 bytes
+	Annotations map[string][]byte // handed to Decrypt unchanged; keys are FQDNs
+}

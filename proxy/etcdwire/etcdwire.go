@@ -1,0 +1,28 @@
+// Package etcdwire rewrites the values inside etcdserverpb messages on the wire.
+//
+// It edits bytes and never rebuilds a message: unknown fields and everything outside a changed value stay as they came, and a
+// message without a change is returned as the very slice that was passed in. It does no I/O and knows nothing of gRPC, rules or keys: it asks
+// a [Rules]. The proxy's engines are its callers.
+package etcdwire
+
+import (
+	"context"
+	"errors"
+)
+
+// Rules is what the rewriter asks about keys. Implementations are safe for concurrent use and do not retain arguments.
+type Rules interface {
+	// Overlaps reports whether a rule covers key (rangeEnd empty) or any key of [key, rangeEnd). rangeEnd "\x00" is every key from key on.
+	Overlaps(key, rangeEnd []byte) bool
+	// Seal returns the bytes to store for value. For a key under no rule it returns value itself.
+	Seal(ctx context.Context, key, value []byte) ([]byte, error)
+	// Open returns the value behind the stored bytes. For a key under no rule it returns stored itself.
+	Open(ctx context.Context, key, stored []byte) ([]byte, error)
+}
+
+var (
+	// ErrMalformed is wrapped by the error for a message that cannot be decoded, or that says one thing twice.
+	ErrMalformed = errors.New("malformed message")
+	// ErrUnsupported is wrapped by the error for a request that cannot be served on sealed values.
+	ErrUnsupported = errors.New("unsupported on keys under a rule")
+)

@@ -1,0 +1,34 @@
+package proxy
+
+import (
+	"context"
+
+	"google.golang.org/grpc/codes"
+)
+
+// Sealer turns values of one rule into what etcd stores, and back. It is safe for concurrent use, retains neither argument and
+// never changes them. key is the whole etcd key as the server stores it.
+//
+// An error that wraps [*SealError] decides the client's status; any other is answered as Internal with a fixed text.
+type Sealer interface {
+	// Seal returns the bytes to store in place of value. The result is value itself where the rule writes plaintext.
+	Seal(ctx context.Context, key, value []byte) ([]byte, error)
+	// Open returns the value behind stored, the bytes etcd holds. The result is stored itself where the rule hands it on.
+	Open(ctx context.Context, key, stored []byte) ([]byte, error)
+}
+
+// Rule puts every key that begins with Prefix under a Sealer. The longest prefix wins; "" is every key.
+type Rule struct {
+	Prefix string
+	Sealer Sealer
+}
+
+// SealError is a failure to seal or open that the client may see. Text begins with what went wrong and never holds a value; the
+// engine puts "etcd-kms-proxy: " before it.
+type SealError struct {
+	Code codes.Code // Unavailable, FailedPrecondition or DataLoss
+	Text string
+}
+
+// Error implements error.
+func (e *SealError) Error() string { return e.Text }
