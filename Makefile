@@ -1,0 +1,78 @@
+# Needs Go, git and make; everything else is built from Go modules.
+BIN      := $(CURDIR)/.bin
+VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+LDFLAGS  := -s -w -X main.version=$(VERSION)
+KUBE     := 1.37.2
+TOOLFLAGS := -mod=readonly -trimpath
+ETCDS    := 3.5 3.6 3.7
+FUZZTIME ?= 1m
+export ETCD_KMS_PROXY_BIN := $(BIN)
+
+.PHONY: help build run test unit interop e2e bench fuzz lint docs tools tools-etcd tools-kube clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z][a-z0-9-]*:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+build: ## the proxy, to .bin/etcd-kms-proxy
+	@mkdir -p $(BIN)
+	CGO_ENABLED=0 go build -trimpath -ldflags "$(LDFLAGS)" -o $(BIN)/etcd-kms-proxy ./cmd/etcd-kms-proxy
+
+run: build $(BIN)/etcd-3.7 $(BIN)/etcdctl-3.7 ## a real etcd and the proxy on loopback, a Secret seen from both sides
+	@sh deploy/demo.sh
+
+test: unit interop build tools ## every test at its short size, with a real etcd and a real kube-apiserver
+	cd test && go test -short -count=1 -timeout 40m ./...
+
+unit: ## the product's own tests, with the race detector
+	go vet ./...
+	go test -race -timeout 15m ./...
+
+interop: ## our stored format against k8s.io/apiserver's
+	cd test/interop && go test -timeout 15m ./...
+
+e2e: build tools ## the whole matrix: every etcd version, transport and API server setup
+	cd test && go test -count=1 -timeout 60m ./...
+
+bench: build $(BIN)/etcd-3.7 ## CPU and throughput beside etcd, its grpc-proxy and an L4 proxy; envelope beside kube-apiserver
+	cd test/bench && go run . $(BENCHFLAGS)
+	cd test/interop && go test -run '^$$' -bench . -benchmem ./...
+
+fuzz: ## every fuzz target for FUZZTIME (default 1m)
+	@set -e; for f in $$(grep -rl --include='*_test.go' '^func Fuzz' cmd config crypto kmsclient proxy); do \
+	  for t in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\).*/\1/p' $$f); do \
+	    echo "== $$(dirname $$f) $$t"; go test -run '^$$' -fuzz "^$$t\$$" -fuzztime $(FUZZTIME) ./$$(dirname $$f); done; done
+
+lint: $(BIN)/golangci-lint ## golangci-lint over every module
+	$(BIN)/golangci-lint run ./...
+	cd test && $(BIN)/golangci-lint run --config ../.golangci.yml ./...
+	cd test/interop && $(BIN)/golangci-lint run --config ../../.golangci.yml ./...
+	cd test/bench && $(BIN)/golangci-lint run --config ../../.golangci.yml ./...
+
+docs: ## regenerate docs/configuration.md from the config types' comments
+	go generate ./config
+
+tools: tools-etcd tools-kube ## the real etcd and kube-apiserver that the tests start
+
+tools-etcd: $(ETCDS:%=$(BIN)/etcd-%) $(ETCDS:%=$(BIN)/etcdctl-%)
+
+tools-kube: $(BIN)/kube-apiserver
+
+$(BIN)/etcd-%: test/tools/etcd-%/go.sum
+	@mkdir -p $(BIN); echo "building etcd $* from Go modules (about a minute the first time)"
+	cd test/tools/etcd-$* && CGO_ENABLED=0 go build $(TOOLFLAGS) -ldflags "-s -w" -o $@ go.etcd.io/etcd/server/v3
+
+$(BIN)/etcdctl-%: test/tools/etcd-%/go.sum
+	@mkdir -p $(BIN); echo "building etcdctl $* from Go modules"
+	cd test/tools/etcd-$* && CGO_ENABLED=0 go build $(TOOLFLAGS) -ldflags "-s -w" -o $@ go.etcd.io/etcd/etcdctl/v3
+
+$(BIN)/kube-apiserver: test/tools/kube-apiserver/go.sum
+	@mkdir -p $(BIN); echo "building kube-apiserver $(KUBE) from Go modules (four to twenty minutes the first time)"
+	cd test/tools/kube-apiserver && CGO_ENABLED=0 go build $(TOOLFLAGS) -ldflags "-s -w -X k8s.io/component-base/version.gitVersion=v$(KUBE)" -o $@ k8s.io/kubernetes/cmd/kube-apiserver
+
+$(BIN)/golangci-lint: test/tools/lint/go.sum
+	@mkdir -p $(BIN)
+	cd test/tools/lint && go build $(TOOLFLAGS) -o $@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+
+clean: ## remove what was built and the demo's data
+	rm -rf $(BIN) $(CURDIR)/.run

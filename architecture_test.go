@@ -1,0 +1,84 @@
+// Package etcdkmsproxy holds no code; its test keeps the packages' import table true.
+package etcdkmsproxy
+
+import (
+	"go/parser"
+	"go/token"
+	"io/fs"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/etcd-kms-proxy/etcd-kms-proxy/"
+
+// importTable says which packages of this module, and which modules beside the standard library, a folder may import. The
+// longest folder that matches counts. docs/architecture.md explains the directions.
+var importTable = map[string][]string{
+	"cmd":               {module, "github.com/", "go.etcd.io/", "google.golang.org/", "golang.org/x/", "k8s.io/kms/"},
+	"config":            {"go.yaml.in/yaml/v3", module + "config"},
+	"crypto/envelope":   {"google.golang.org/protobuf/encoding/protowire"},
+	"crypto/keyring":    {module + "crypto/envelope", module + "kmsclient", "github.com/hashicorp/golang-lru/v2", "golang.org/x/sync/", "k8s.io/kms/"},
+	"kmsclient":         {module + "kmsclient", "k8s.io/kms/", "google.golang.org/grpc", "github.com/cenkalti/backoff/v5", "github.com/sony/gobreaker/v2"},
+	"kmsclient/alibaba": {module + "kmsclient", "k8s.io/kms/", "github.com/aliyun/alibaba-cloud-sdk-go/"},
+	"kmsclient/kmstest": {module + "kmsclient", "k8s.io/kms/", "google.golang.org/grpc"},
+	"kmsclient/local":   {module + "kmsclient", "k8s.io/kms/", "go.yaml.in/yaml/v3"},
+	"kmsclient/plugin":  {module + "kmsclient", "k8s.io/kms/", "google.golang.org/grpc"},
+	"proxy":             {module + "proxy/etcdwire", "google.golang.org/", "go.etcd.io/etcd/", "github.com/prometheus/", "github.com/grpc-ecosystem/", "golang.org/x/", "go.uber.org/zap"},
+	"proxy/etcdwire":    {"google.golang.org/protobuf/encoding/protowire"},
+}
+
+// TestImportTable fails on an import that the table does not allow: in particular proxy never sees config, crypto or
+// kmsclient, so that the data path can be read and tested without any of them.
+func TestImportTable(t *testing.T) {
+	files := 0
+	for _, top := range []string{"cmd", "config", "crypto", "kmsclient", "proxy"} {
+		err := filepath.WalkDir(top, func(path string, d fs.DirEntry, err error) error {
+			if err != nil || d.IsDir() || !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") {
+				return err
+			}
+			files++
+			allowed := rowOf(filepath.ToSlash(filepath.Dir(path)))
+			f, err := parser.ParseFile(token.NewFileSet(), path, nil, parser.ImportsOnly)
+			if err != nil {
+				return err
+			}
+			for _, spec := range f.Imports {
+				name, err := strconv.Unquote(spec.Path.Value)
+				if err != nil {
+					return err
+				}
+				if strings.Contains(strings.SplitN(name, "/", 2)[0], ".") && !hasPrefixOf(name, allowed) {
+					t.Errorf("%s imports %s, which the import table does not allow", path, name)
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if files == 0 {
+		t.Fatal("no Go files found: the test looks in the wrong place")
+	}
+}
+
+func rowOf(dir string) []string {
+	for dir != "." {
+		if row, ok := importTable[dir]; ok {
+			return row
+		}
+		dir = filepath.ToSlash(filepath.Dir(dir))
+	}
+	return nil
+}
+
+func hasPrefixOf(name string, prefixes []string) bool {
+	for _, p := range prefixes {
+		if strings.HasPrefix(name, p) {
+			return true
+		}
+	}
+	return false
+}
