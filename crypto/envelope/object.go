@@ -1,0 +1,255 @@
+package envelope
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"unicode/utf8"
+
+	"google.golang.org/protobuf/encoding/protowire"
+)
+
+// Limits of the fields, in bytes. kube-apiserver has the same.
+const (
+	MaxKeyID       = 1024
+	MaxSource      = 1024
+	MaxAnnotations = 32 * 1024 // all keys and values together
+)
+
+// ErrMalformed is wrapped by every error about bytes, or a header, that are not of this format.
+var ErrMalformed = errors.New("malformed encrypted object")
+
+// Type says what the wrapped source of a value is, and so how its data is sealed.
+type Type int32
+
+// The types. Values are the wire's.
+const (
+	TypeKey  Type = 0 // an AES key used directly; read only
+	TypeSeed Type = 1 // a seed from which each value's own AES-256 key is derived
+)
+
+// Header is what a value says about its seed: everything but the data. All values sealed under one seed share it.
+type Header struct {
+	Type        Type
+	KeyID       string            // the KMS key that wrapped the seed, 1..1024 bytes of UTF-8
+	Source      []byte            // the wrapped seed, 1..1024 bytes
+	Annotations map[string][]byte // handed to the KMS unchanged; nil when there are none
+}
+
+// Object is a decoded EncryptedObject.
+type Object struct {
+	Header
+	Data []byte // encryptedData, never empty
+}
+
+// The field numbers of EncryptedObject.
+const (
+	fieldData = iota + 1
+	fieldKeyID
+	fieldSource
+	fieldAnnotations
+	fieldType
+)
+
+// Parse decodes and checks an EncryptedObject: the bytes behind the marker. Data, Source and the values of Annotations alias b. The
+// error wraps [ErrMalformed].
+//
+// Where a message says a thing twice the last one counts, a known field of another wire type is an unknown field, and unknown fields are
+// skipped: protobuf's own rules, so that this reads what kube-apiserver reads. Nothing is gained by smuggling a second field in: whatever
+// is read must still open under the etcd key.
+func Parse(b []byte) (Object, error) {
+	var o Object
+	for len(b) > 0 {
+		num, typ, n := protowire.ConsumeTag(b)
+		if n < 0 {
+			return Object{}, wireError(n)
+		}
+		b = b[n:]
+		switch {
+		case num == fieldData && typ == protowire.BytesType:
+			o.Data, n = protowire.ConsumeBytes(b)
+		case num == fieldKeyID && typ == protowire.BytesType:
+			var v []byte
+			if v, n = protowire.ConsumeBytes(b); n >= 0 {
+				if !utf8.Valid(v) {
+					return Object{}, malformed("key ID is not UTF-8")
+				}
+				o.KeyID = string(v)
+			}
+		case num == fieldSource && typ == protowire.BytesType:
+			o.Source, n = protowire.ConsumeBytes(b)
+		case num == fieldAnnotations && typ == protowire.BytesType:
+			var v []byte
+			if v, n = protowire.ConsumeBytes(b); n >= 0 {
+				key, value, err := parseAnnotation(v)
+				if err != nil {
+					return Object{}, err
+				}
+				if o.Annotations == nil {
+					o.Annotations = make(map[string][]byte, 1)
+				}
+				o.Annotations[key] = value
+			}
+		case num == fieldType && typ == protowire.VarintType:
+			var v uint64
+			v, n = protowire.ConsumeVarint(b)
+			o.Type = Type(int32(v)) //nolint:gosec // protobuf truncates an enum to 32 bits
+		default:
+			n = protowire.ConsumeFieldValue(num, typ, b)
+		}
+		if n < 0 {
+			return Object{}, wireError(n)
+		}
+		b = b[n:]
+	}
+	if len(o.Data) == 0 {
+		return Object{}, malformed("encrypted data is empty")
+	}
+	if err := o.Validate(); err != nil {
+		return Object{}, err
+	}
+	return o, nil
+}
+
+func parseAnnotation(b []byte) (key string, value []byte, err error) {
+	for len(b) > 0 {
+		num, typ, n := protowire.ConsumeTag(b)
+		if n < 0 {
+			return "", nil, wireError(n)
+		}
+		b = b[n:]
+		switch {
+		case num == 1 && typ == protowire.BytesType:
+			var v []byte
+			if v, n = protowire.ConsumeBytes(b); n >= 0 {
+				if !utf8.Valid(v) {
+					return "", nil, malformed("annotation key is not UTF-8")
+				}
+				key = string(v)
+			}
+		case num == 2 && typ == protowire.BytesType:
+			value, n = protowire.ConsumeBytes(b)
+		default:
+			n = protowire.ConsumeFieldValue(num, typ, b)
+		}
+		if n < 0 {
+			return "", nil, wireError(n)
+		}
+		b = b[n:]
+	}
+	return key, value, nil
+}
+
+// Cut is the fast way to an object's parts: when encryptedData is its first field, as every known writer has it, data is that field's value
+// and rest is everything behind the field, both aliasing object. ok is false otherwise. Nothing else is checked: rest may be
+// anything, so compare it with one that [Parse] has accepted, or call Parse.
+func Cut(object []byte) (data, rest []byte, ok bool) {
+	if len(object) == 0 || object[0] != fieldData<<3|byte(protowire.BytesType) {
+		return nil, nil, false
+	}
+	data, n := protowire.ConsumeBytes(object[1:])
+	if n < 0 || len(data) == 0 {
+		return nil, nil, false
+	}
+	return data, object[1+n:], true
+}
+
+// Validate checks the limits of the format. The error wraps [ErrMalformed].
+func (h *Header) Validate() error {
+	if h.Type != TypeKey && h.Type != TypeSeed {
+		return malformed("source type %d is unknown", h.Type)
+	}
+	switch n := len(h.KeyID); {
+	case n == 0:
+		return malformed("key ID is empty")
+	case n > MaxKeyID:
+		return malformed("key ID has %d bytes, more than %d", n, MaxKeyID)
+	case !utf8.ValidString(h.KeyID):
+		return malformed("key ID is not UTF-8")
+	}
+	switch n := len(h.Source); {
+	case n == 0:
+		return malformed("wrapped seed is empty")
+	case n > MaxSource:
+		return malformed("wrapped seed has %d bytes, more than %d", n, MaxSource)
+	}
+	total := 0
+	for k, v := range h.Annotations {
+		if !isFQDN(k) {
+			return malformed("an annotation key is not a fully qualified domain name")
+		}
+		total += len(k) + len(v)
+	}
+	if total > MaxAnnotations {
+		return malformed("annotations have %d bytes, more than %d", total, MaxAnnotations)
+	}
+	return nil
+}
+
+// Append appends the object's encoding to b. Fields are in order of number, annotations in order of key, so equal objects have equal
+// encodings. The error wraps [ErrMalformed]; b is returned unchanged with it.
+func (o *Object) Append(b []byte) ([]byte, error) {
+	if len(o.Data) == 0 {
+		return b, malformed("encrypted data is empty")
+	}
+	if err := o.Validate(); err != nil {
+		return b, err
+	}
+	b = protowire.AppendTag(b, fieldData, protowire.BytesType)
+	b = protowire.AppendBytes(b, o.Data)
+	return o.appendHeader(b), nil
+}
+
+// appendHeader appends every field behind encryptedData.
+func (h *Header) appendHeader(b []byte) []byte {
+	b = protowire.AppendTag(b, fieldKeyID, protowire.BytesType)
+	b = protowire.AppendString(b, h.KeyID)
+	b = protowire.AppendTag(b, fieldSource, protowire.BytesType)
+	b = protowire.AppendBytes(b, h.Source)
+	for _, k := range slices.Sorted(maps.Keys(h.Annotations)) {
+		v := h.Annotations[k]
+		b = protowire.AppendTag(b, fieldAnnotations, protowire.BytesType)
+		b = protowire.AppendVarint(b, uint64(protowire.SizeTag(1)+protowire.SizeBytes(len(k))+protowire.SizeTag(2)+protowire.SizeBytes(len(v)))) //nolint:gosec // sizes are positive
+		b = protowire.AppendTag(b, 1, protowire.BytesType)
+		b = protowire.AppendString(b, k)
+		b = protowire.AppendTag(b, 2, protowire.BytesType)
+		b = protowire.AppendBytes(b, v)
+	}
+	if h.Type != TypeKey {
+		b = protowire.AppendTag(b, fieldType, protowire.VarintType)
+		b = protowire.AppendVarint(b, uint64(h.Type)) //nolint:gosec // a validated type is 0 or 1
+	}
+	return b
+}
+
+// isFQDN reports whether s is a lower-case DNS name of at least two labels, with or without the dot at its end: what
+// kube-apiserver accepts as an annotation key.
+func isFQDN(s string) bool {
+	s = strings.TrimSuffix(s, ".")
+	if len(s) > 253 {
+		return false
+	}
+	labels := 0
+	for label := range strings.SplitSeq(s, ".") {
+		labels++
+		if len(label) == 0 || len(label) > 63 || label[0] == '-' || label[len(label)-1] == '-' {
+			return false
+		}
+		for i := range len(label) {
+			if c := label[i]; c != '-' && (c < '0' || c > '9') && (c < 'a' || c > 'z') {
+				return false
+			}
+		}
+	}
+	return labels >= 2
+}
+
+func malformed(format string, args ...any) error {
+	return fmt.Errorf("%w: "+format, append([]any{ErrMalformed}, args...)...)
+}
+
+func wireError(n int) error {
+	return fmt.Errorf("%w: %w", ErrMalformed, protowire.ParseError(n))
+}

@@ -1,0 +1,162 @@
+package envelope
+
+import (
+	"crypto/aes"
+	"crypto/cipher"
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"log/slog"
+	"sync"
+)
+
+// Sizes in bytes.
+const (
+	SeedSize  = 32 // of a seed that we make, and the least that a TypeSeed may have
+	infoSize  = 32
+	nonceSize = 12
+	tagSize   = 16
+
+	// Overhead is what sealing adds to a value, beside the marker, the header and protobuf's framing.
+	Overhead = infoSize + nonceSize + tagSize
+)
+
+// ErrOpen is returned by [Seed.Open] for data that is not what was sealed under this seed for this etcd key: tampered with, truncated,
+// moved from another key, or of another seed. The cause cannot be told apart, by design of the cipher.
+var ErrOpen = errors.New("data does not open under this seed and etcd key")
+
+// Seed is the unwrapped secret behind a header, ready for use. It is safe for concurrent use, and prints as [redacted].
+//
+// A seed cannot be wiped: Go's runtime may have copied it, and the cipher objects made from it are out of reach. Dropping every reference and
+// the garbage collector are all there is; a dump of the process' memory is outside of what this protects against.
+type Seed struct {
+	typ  Type
+	aead cipher.AEAD // TypeKey only
+
+	// prfs holds *prf, for TypeSeed. An HMAC object with its key's inner and outer state computed beforehand makes
+	// a derivation three hash blocks; setting one up costs as much as sealing 1 KiB.
+	prfs   sync.Pool
+	secret []byte // TypeSeed only; what a new prf is made from
+}
+
+// prf is the one HMAC of HKDF-Expand for 32 bytes of output: T(1) = HMAC(seed, info | 0x01).
+type prf struct {
+	mac hash.Hash
+	in  [infoSize + 1]byte
+	out [sha256.Size]byte
+}
+
+// NewSeed makes a Seed of what the KMS unwrapped: for TypeSeed at least 32 bytes, for TypeKey an AES key of 16, 24 or 32. It
+// does not retain secret.
+func NewSeed(typ Type, secret []byte) (*Seed, error) {
+	switch typ {
+	case TypeKey:
+		if n := len(secret); n != 16 && n != 24 && n != 32 {
+			return nil, fmt.Errorf("unwrapped key has %d bytes, not 16, 24 or 32", n)
+		}
+		aead, err := newAEAD(secret)
+		if err != nil {
+			return nil, err
+		}
+		return &Seed{typ: typ, aead: aead}, nil
+	case TypeSeed:
+		if n := len(secret); n < SeedSize {
+			return nil, fmt.Errorf("unwrapped seed has %d bytes, less than %d", n, SeedSize)
+		}
+		return &Seed{typ: typ, secret: append([]byte(nil), secret...)}, nil
+	}
+	return nil, malformed("source type %d is unknown", typ)
+}
+
+// newAEAD returns AES-GCM whose ciphertext begins with its random nonce, which is how the format lays it out.
+func newAEAD(key []byte) (cipher.AEAD, error) {
+	block, err := aes.NewCipher(key)
+	if err != nil {
+		return nil, fmt.Errorf("make cipher: %w", err)
+	}
+	aead, err := cipher.NewGCMWithRandomNonce(block)
+	if err != nil {
+		return nil, fmt.Errorf("make cipher: %w", err)
+	}
+	return aead, nil
+}
+
+// derive returns the cipher of one value.
+func (s *Seed) derive(info []byte) (cipher.AEAD, error) {
+	p, _ := s.prfs.Get().(*prf)
+	if p == nil {
+		p = &prf{mac: hmac.New(sha256.New, s.secret)}
+		p.in[infoSize] = 1
+	}
+	copy(p.in[:], info)
+	p.mac.Reset()
+	p.mac.Write(p.in[:])
+	aead, err := newAEAD(p.mac.Sum(p.out[:0]))
+	clear(p.out[:])
+	s.prfs.Put(p)
+	return aead, err
+}
+
+// seal appends plaintext sealed for etcdKey to dst: [Overhead] bytes more than plaintext. It allocates no output when dst has room. The
+// seed is a TypeSeed: the other type is only read.
+func (s *Seed) seal(dst, etcdKey, plaintext []byte) ([]byte, error) {
+	n := len(dst)
+	dst = append(dst, make([]byte, infoSize)...)
+	info := dst[n:]
+	// Read does not fail: crypto/rand ends the process where the system has no randomness.
+	_, _ = rand.Read(info)
+	aead, err := s.derive(info)
+	if err != nil {
+		return nil, err
+	}
+	return aead.Seal(dst, nil, plaintext, etcdKey), nil
+}
+
+// Open appends the plaintext of data, an object's encrypted data, to dst. It retains no argument; dst must not overlap data. The error is
+// [ErrOpen].
+func (s *Seed) Open(dst, etcdKey, data []byte) ([]byte, error) {
+	aead := s.aead
+	if s.typ == TypeSeed {
+		if len(data) < Overhead {
+			return nil, ErrOpen
+		}
+		var err error
+		if aead, err = s.derive(data[:infoSize]); err != nil {
+			return nil, err
+		}
+		data = data[infoSize:]
+	}
+	out, err := aead.Open(dst, nil, data, etcdKey)
+	if err != nil {
+		return nil, ErrOpen
+	}
+	return out, nil
+}
+
+const redacted = "[redacted]"
+
+// String implements fmt.Stringer.
+func (s *Seed) String() string { return redacted }
+
+// GoString implements fmt.GoStringer.
+func (s *Seed) GoString() string { return redacted }
+
+// Format implements fmt.Formatter, so that no verb reaches the fields.
+func (s *Seed) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, redacted) }
+
+// LogValue implements slog.LogValuer.
+func (s *Seed) LogValue() slog.Value { return slog.StringValue(redacted) }
+
+// MarshalText implements encoding.TextMarshaler.
+func (s *Seed) MarshalText() ([]byte, error) { return []byte(redacted), nil }
+
+var (
+	_ fmt.Stringer   = (*Seed)(nil)
+	_ fmt.GoStringer = (*Seed)(nil)
+	_ fmt.Formatter  = (*Seed)(nil)
+	_ slog.LogValuer = (*Seed)(nil)
+)
