@@ -1,0 +1,164 @@
+package keyring
+
+import (
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash"
+	"maps"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	lru "github.com/hashicorp/golang-lru/v2"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
+)
+
+// CacheConfig configures a Cache.
+type CacheConfig struct {
+	// Seeds is how many unwrapped seeds are kept, of all rings together. 0 is 10,000. About 1 KiB each.
+	Seeds int
+	// TTL is how long an unwrapped seed is used before the KMS is asked again. 0 is 24 hours.
+	TTL time.Duration
+	// ServeUnreachableFor is how long after its TTL a seed still opens values while the KMS does not answer. 0 is not at all. So a
+	// seed whose key was revoked behind a cut connection can be used for TTL + ServeUnreachableFor at most.
+	ServeUnreachableFor time.Duration
+}
+
+// Cache holds the unwrapped seeds of any number of rings within one bound, the least recently used going first. It is safe for
+// concurrent use and needs no Close.
+type Cache struct {
+	ttl   time.Duration
+	stale time.Duration
+	lru   *lru.Cache[digest, *entry]
+}
+
+// NewCache makes an empty Cache.
+func NewCache(c CacheConfig) (*Cache, error) {
+	if c.Seeds < 0 || c.TTL < 0 || c.ServeUnreachableFor < 0 {
+		return nil, errors.New("make seed cache: a size or a duration is negative")
+	}
+	if c.Seeds == 0 {
+		c.Seeds = 10000
+	}
+	if c.TTL == 0 {
+		c.TTL = 24 * time.Hour
+	}
+	l, err := lru.New[digest, *entry](c.Seeds)
+	if err != nil {
+		return nil, fmt.Errorf("make seed cache: %w", err)
+	}
+	return &Cache{ttl: c.TTL, stale: c.ServeUnreachableFor, lru: l}, nil
+}
+
+// Len returns how many seeds the cache holds.
+func (c *Cache) Len() int { return c.lru.Len() }
+
+// digest identifies a wrapped seed: SHA-256 of type, provider, wrapped seed, key ID and annotations.
+type digest [sha256.Size]byte
+
+func digestOf(provider string, h *envelope.Header) digest {
+	d := sha256.New()
+	var b [8]byte
+	binary.BigEndian.PutUint64(b[:], uint64(h.Type)) //nolint:gosec // a validated type is 0 or 1
+	d.Write(b[:])
+	writeField(d, provider)
+	writeField(d, h.Source)
+	writeField(d, h.KeyID)
+	for _, k := range slices.Sorted(maps.Keys(h.Annotations)) {
+		writeField(d, k)
+		writeField(d, h.Annotations[k])
+	}
+	var sum digest
+	d.Sum(sum[:0])
+	return sum
+}
+
+// writeField writes the length before the bytes, so that no two lists of fields read the same.
+func writeField[T string | []byte](d hash.Hash, v T) {
+	var n [8]byte
+	binary.BigEndian.PutUint64(n[:], uint64(len(v)))
+	d.Write(n[:])
+	d.Write([]byte(v))
+}
+
+// entry is one unwrapped seed. Fields without atomics do not change.
+type entry struct {
+	ring    *Ring
+	digest  digest
+	seed    *envelope.Seed
+	typ     envelope.Type
+	keyID   string
+	header  *envelope.Header // to unwrap it again; nil when that would take too much memory
+	fetched time.Time
+
+	// proven is set once the seed has opened a value, or was minted here. Until then a value that does not open may be the
+	// fault of what the KMS answered, and the seed is dropped rather than kept for a whole TTL.
+	proven atomic.Bool
+	// dead is set when the entry was dropped; the rings' fast paths may still hold it.
+	dead atomic.Bool
+	// touched is when the entry was last moved up in the LRU, in Unix seconds: the fast path does that once a second only.
+	touched atomic.Int64
+	// retry is when a seed past its TTL is worth another try at the KMS, in Unix nanoseconds.
+	retry atomic.Int64
+}
+
+// age is what may be done with an entry at a time.
+type age int
+
+const (
+	fresh   age = iota // use it
+	ageing             // unwrap it again; use it if the KMS does not answer
+	expired            // unwrap it again
+)
+
+func (c *Cache) ageOf(e *entry, now time.Time) age {
+	switch old := now.Sub(e.fetched); {
+	case e.dead.Load():
+		return expired
+	case old < c.ttl:
+		return fresh
+	case old < c.ttl+c.stale:
+		return ageing
+	}
+	return expired
+}
+
+func (c *Cache) get(d digest) *entry {
+	e, ok := c.lru.Get(d)
+	if !ok || e.dead.Load() {
+		return nil
+	}
+	return e
+}
+
+// touch keeps an entry that only the fast path uses from looking unused.
+func (c *Cache) touch(e *entry, now time.Time) {
+	s := now.Unix()
+	if last := e.touched.Load(); last != s && e.touched.CompareAndSwap(last, s) {
+		c.lru.Get(e.digest)
+	}
+}
+
+func (c *Cache) put(e *entry) { c.lru.Add(e.digest, e) }
+
+func (c *Cache) drop(e *entry) {
+	e.dead.Store(true)
+	if now, ok := c.lru.Peek(e.digest); ok && now == e {
+		c.lru.Remove(e.digest)
+	}
+}
+
+// dropAll drops every entry of a ring that match accepts, and returns how many these were.
+func (c *Cache) dropAll(r *Ring, match func(*entry) bool) int {
+	n := 0
+	for _, e := range c.lru.Values() {
+		if e.ring == r && match(e) {
+			c.drop(e)
+			n++
+		}
+	}
+	return n
+}

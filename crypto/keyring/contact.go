@@ -1,0 +1,340 @@
+package keyring
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	mathrand "math/rand/v2"
+	"time"
+
+	"k8s.io/kms/pkg/service"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
+)
+
+// loop is what only Run's goroutine touches.
+type loop struct {
+	deniedSince time.Time     // zero unless contacts are denied
+	mismatch    time.Duration // pause before the next mint when the KMS wraps under another key ID than Status says
+	proved      time.Time     // the last mint on suspicion
+	ended       time.Time     // when the last contact ended
+}
+
+const (
+	pokeSpacing = time.Second // between contacts that callers asked for
+	maxMismatch = time.Hour
+	maxProbes   = 32 // other key IDs that are checked in one poll
+)
+
+// Run keeps the ring alive until ctx ends: it asks for the key's state, mints the first seed and the next ones, and revokes. Once it has
+// returned nothing of the ring runs any more, and what would need the KMS fails. It returns nil when ctx ends, and an error if the ring was
+// run before.
+func (r *Ring) Run(ctx context.Context) error {
+	if !r.running.CompareAndSwap(false, true) {
+		return fmt.Errorf("run key ring of provider %q: it was run before", r.cfg.Provider)
+	}
+	defer r.close()
+	for {
+		r.contact(ctx)
+		r.loop.ended = time.Now()
+		timer := time.NewTimer(r.pause())
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return nil
+		case <-timer.C:
+		case <-r.poked:
+			timer.Stop()
+			if !sleep(ctx, pokeSpacing-time.Since(r.loop.ended)) {
+				return nil
+			}
+		}
+	}
+}
+
+// close ends the calls under way and whoever waits for a contact.
+func (r *Ring) close() {
+	r.mu.Lock()
+	r.stopped = true
+	r.mu.Unlock()
+	r.stop(errStopped)
+	r.endContact(func(st *state) {
+		if st.err == nil && !st.healthy {
+			st.err = errStopped
+		}
+	})
+	r.calls.Wait()
+}
+
+func sleep(ctx context.Context, d time.Duration) bool {
+	if d <= 0 {
+		return ctx.Err() == nil
+	}
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-t.C:
+		return true
+	}
+}
+
+// pause is the time until the next contact. Jitter only shortens it, so that RevokeWithin holds, and keeps many proxies from asking
+// together.
+func (r *Ring) pause() time.Duration {
+	st := r.state.Load()
+	d := min(r.cfg.FailingPollInterval, r.cfg.RevokeWithin)
+	if st.healthy {
+		d = min(r.cfg.PollInterval, r.cfg.RevokeWithin)
+	}
+	d -= time.Duration(mathrand.Int64N(int64(d)/10 + 1)) //nolint:gosec // jitter is no secret
+	if st.healthy && st.writer != nil {
+		d = min(d, max(r.cfg.MaxAge-time.Since(st.writer.minted), 0))
+	}
+	if !r.loop.deniedSince.IsZero() && st.revoked == nil {
+		if left := r.cfg.RevokeWithin - time.Since(r.loop.deniedSince); left > 0 {
+			d = min(d, left)
+		}
+	}
+	return d
+}
+
+// contact asks the KMS how the key is, and mints a seed if one is due. Its result is published in one step.
+func (r *Ring) contact(ctx context.Context) {
+	r.update(func(st *state) {
+		if st.pending == nil {
+			st.pending = make(chan struct{})
+		}
+	})
+	status, err := r.status(ctx)
+	if err != nil {
+		r.bad(ctx, "", err)
+		return
+	}
+	w := r.state.Load().writer
+	if r.mintDue(status.KeyID) {
+		if w, err = r.mint(ctx, status.KeyID); err != nil {
+			r.bad(ctx, status.KeyID, err)
+			return
+		}
+	}
+	r.good(status.KeyID, w)
+	r.probe(ctx, status.KeyID)
+}
+
+func (r *Ring) good(keyID string, w *writer) {
+	r.loop.deniedSince = time.Time{}
+	was := r.state.Load()
+	r.endContact(func(st *state) {
+		st.writer, st.keyID, st.healthy, st.lastGood, st.err, st.revoked = w, keyID, true, time.Now(), nil, nil
+	})
+	if !was.healthy {
+		r.cfg.Observer.Seed(r.cfg.Provider, EventGood)
+		r.cfg.Logger.Info("KMS key is usable", "provider", r.cfg.Provider, "keyID", keyID)
+	}
+}
+
+// bad records a contact that failed, and revokes if the answer says so. keyID is what Status said, or "".
+func (r *Ring) bad(ctx context.Context, keyID string, err error) {
+	if ctx.Err() != nil {
+		return // the call was ended from this side, which says nothing of the KMS
+	}
+	revoke := false
+	switch classOf(err) {
+	case kmsclient.ClassKeyUnusable:
+		revoke = true
+	case kmsclient.ClassDenied:
+		if r.loop.deniedSince.IsZero() {
+			r.loop.deniedSince = time.Now()
+		}
+		revoke = time.Since(r.loop.deniedSince) >= r.cfg.RevokeWithin
+	}
+	was := r.state.Load()
+	change := func(st *state) {
+		st.healthy, st.err = false, err
+		if keyID != "" {
+			st.keyID = keyID
+		}
+		if revoke {
+			st.revoked, st.writer = err, nil
+		}
+	}
+	if revoke {
+		r.mu.Lock()
+		r.gen++
+		r.mu.Unlock()
+	}
+	r.endContact(change)
+	if was.healthy || was.err == nil {
+		r.cfg.Observer.Seed(r.cfg.Provider, EventBad)
+		r.cfg.Logger.Warn("KMS contact is not good", "provider", r.cfg.Provider, "reason", describe(err))
+	}
+	if revoke {
+		n := r.drop(func(*entry) bool { return true })
+		if was.revoked == nil {
+			r.cfg.Observer.Seed(r.cfg.Provider, EventRevoked)
+			r.cfg.Logger.Error("KMS key may not be used: its seeds are dropped", "provider", r.cfg.Provider, "reason", describe(err), "seeds", n)
+		}
+	}
+}
+
+// endContact publishes a change and lets go whoever waits for the contact.
+func (r *Ring) endContact(change func(*state)) {
+	var pending chan struct{}
+	r.update(func(st *state) {
+		change(st)
+		pending, st.pending = st.pending, nil
+	})
+	if pending != nil {
+		close(pending)
+	}
+}
+
+// status asks the KMS for the current key ID.
+func (r *Ring) status(ctx context.Context) (*service.StatusResponse, error) {
+	ctx, cancel := context.WithTimeout(ctx, r.cfg.Timeout)
+	defer cancel()
+	status, err := r.cfg.KMS.Status(ctx)
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("ask for the key's status: %w", err)
+	case status == nil || status.KeyID == "" || len(status.KeyID) > envelope.MaxKeyID:
+		return nil, &contractError{op: "Status", what: "the key ID is empty or over-long"}
+	case status.Healthz != "ok":
+		// What else Healthz says is free text of the KMS; it is not known to be safe.
+		return nil, &kmsclient.Error{Op: "Status", Provider: r.cfg.Provider, Class: kmsclient.ClassUnavailable, KeyID: status.KeyID, Detail: "health is not ok"}
+	}
+	return status, nil
+}
+
+// mintDue reports whether a new seed is needed now that Status said keyID.
+func (r *Ring) mintDue(keyID string) bool {
+	if r.cfg.ReadOnly {
+		r.suspect.Store(false)
+		return false
+	}
+	w := r.state.Load().writer
+	if w == nil {
+		r.suspect.Store(false)
+		return true
+	}
+	// A stored value can raise suspicion at will, so that costs a mint once per poll interval at most.
+	if r.suspect.Load() && time.Since(r.loop.proved) >= r.cfg.PollInterval {
+		r.suspect.Store(false)
+		r.loop.proved = time.Now()
+		return true
+	}
+	age := time.Since(w.minted)
+	switch {
+	case keyID != w.statusID:
+		r.loop.mismatch = 0
+		return true
+	case keyID != w.keyID && age >= r.loop.mismatch:
+		return true
+	}
+	return age >= r.cfg.MaxAge || w.seals.Load() >= r.cfg.MaxSeals
+}
+
+// mint makes a seed with one KMS call. The key ID in the KMS' answer is the one that counts for values; if it is not what Status said, the KMS is
+// in the middle of a rotation, or never says the same: minting again is tried, less and less often.
+func (r *Ring) mint(ctx context.Context, statusID string) (*writer, error) {
+	ctx, cancel := context.WithTimeout(ctx, r.cfg.Timeout)
+	defer cancel()
+	k, err := r.dataKey(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("mint seed: %w", err)
+	}
+	h := envelope.Header{Type: envelope.TypeSeed, KeyID: k.KeyID, Source: k.Ciphertext, Annotations: k.Annotations}
+	if len(k.Plaintext) != envelope.SeedSize {
+		return nil, &contractError{op: "GenerateDataKey", what: fmt.Sprintf("the data key has %d bytes, not %d", len(k.Plaintext), envelope.SeedSize)}
+	}
+	if bytes.Contains(k.Ciphertext, k.Plaintext) {
+		return nil, &contractError{op: "GenerateDataKey", what: "the wrapped data key holds the data key itself"}
+	}
+	if err := h.Validate(); err != nil {
+		return nil, &contractError{op: "GenerateDataKey", what: err.Error()}
+	}
+	seed, err := envelope.NewSeed(envelope.TypeSeed, k.Plaintext)
+	if err != nil {
+		return nil, fmt.Errorf("mint seed: %w", err)
+	}
+	frame, err := envelope.NewFrame(r.cfg.Provider, h, seed)
+	if err != nil {
+		return nil, fmt.Errorf("mint seed: %w", err)
+	}
+	w := &writer{frame: frame, keyID: k.KeyID, statusID: statusID, minted: time.Now()}
+	if w.keyID != statusID {
+		r.loop.mismatch = min(max(2*r.loop.mismatch, r.cfg.PollInterval/2), maxMismatch)
+	} else {
+		r.loop.mismatch = 0
+	}
+	e := r.newEntry(digestOf(r.cfg.Provider, &h), &h, seed)
+	e.proven.Store(true)
+	r.cfg.Cache.put(e)
+	r.hot.put(frame.Rest(), e)
+	r.cfg.Observer.Seed(r.cfg.Provider, EventMinted)
+	r.cfg.Logger.Info("seed minted", "provider", r.cfg.Provider, "keyID", k.KeyID, slog.Bool("keyIDAsStatus", k.KeyID == statusID))
+	return w, nil
+}
+
+func (r *Ring) dataKey(ctx context.Context) (*kmsclient.DataKey, error) {
+	uid := newUID()
+	if g, ok := r.cfg.KMS.(kmsclient.DataKeyGenerator); ok {
+		k, err := g.GenerateDataKey(ctx, uid)
+		if err == nil && k == nil {
+			err = &contractError{op: "GenerateDataKey", what: "there is no answer"}
+		}
+		return k, err
+	}
+	seed := make([]byte, envelope.SeedSize)
+	_, _ = rand.Read(seed) // does not fail: crypto/rand ends the process instead
+	// The backend gets a copy: what it does with its argument cannot become the seed.
+	answer, err := r.cfg.KMS.Encrypt(ctx, uid, bytes.Clone(seed))
+	if err != nil {
+		return nil, err
+	}
+	if answer == nil {
+		return nil, &contractError{op: "Encrypt", what: "there is no answer"}
+	}
+	return &kmsclient.DataKey{Plaintext: seed, Ciphertext: answer.Ciphertext, KeyID: answer.KeyID, Annotations: answer.Annotations}, nil
+}
+
+// probe unwraps one cached seed of each key ID that neither Status nor minting speaks for, so that the revocation of an old key is noticed
+// although its seeds are cached.
+func (r *Ring) probe(ctx context.Context, current string) {
+	minted := current
+	if w := r.state.Load().writer; w != nil {
+		minted = w.keyID
+	}
+	samples := make(map[string]*entry)
+	for _, e := range r.cfg.Cache.lru.Values() {
+		if e.ring != r || e.header == nil || samples[e.keyID] != nil || len(samples) == maxProbes {
+			continue
+		}
+		if e.keyID != current && e.keyID != minted || r.isDenied(e.keyID) {
+			samples[e.keyID] = e
+		}
+	}
+	// A denial of a key ID without a cached seed has nothing to revoke, and stored values could name any number of them.
+	r.mu.Lock()
+	maps.DeleteFunc(r.denied, func(id string, _ time.Time) bool { return samples[id] == nil })
+	r.mu.Unlock()
+	for _, e := range samples {
+		if _, err := r.decrypt(ctx, e.header); errors.Is(err, errGiveUp) {
+			return
+		}
+	}
+}
+
+func newUID() string {
+	var b [16]byte
+	_, _ = rand.Read(b[:]) // does not fail: crypto/rand ends the process instead
+	return hex.EncodeToString(b[:])
+}

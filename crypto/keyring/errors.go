@@ -1,0 +1,123 @@
+package keyring
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
+)
+
+// Kind says what a failed Seal or Open means for the client.
+type Kind int
+
+// The kinds.
+const (
+	// Unavailable: the KMS was not reached or did not answer as it must. A retry may help; nothing is wrong with the value.
+	Unavailable Kind = iota + 1
+	// KeyUnusable: the KMS key is disabled, pending deletion or gone, or the KMS refuses the proxy. An operator has to act.
+	KeyUnusable
+	// Corrupt: the stored value is damaged, truncated, of another etcd key, or of a KMS key that is not this one. It will not open later either.
+	Corrupt
+	// Plaintext: a stored value is plaintext or of a provider that the rule does not read, and the rule is strict.
+	Plaintext
+	// Refused: the value cannot be written under this rule. See [SealerConfig.Write].
+	Refused
+)
+
+// String returns the kind as metrics and logs spell it.
+func (k Kind) String() string {
+	switch k {
+	case Unavailable:
+		return "unavailable"
+	case KeyUnusable:
+		return "key_unusable"
+	case Corrupt:
+		return "corrupt"
+	case Plaintext:
+		return "plaintext"
+	case Refused:
+		return "refused"
+	}
+	return fmt.Sprintf("kind(%d)", int(k))
+}
+
+// Error is a failed Seal or Open. Text may be shown to the client: it names the rule, the provider, the KMS key and request, and the
+// etcd key where that matters, and never holds a value or a seed.
+type Error struct {
+	Kind Kind
+	Text string
+	Err  error // the cause, for errors.Is and errors.As; may be nil
+}
+
+// Error implements error.
+func (e *Error) Error() string { return e.Text }
+
+// Unwrap returns the cause.
+func (e *Error) Unwrap() error { return e.Err }
+
+// kindOf returns the kind of a failed KMS call. An error of an unknown shape is Unavailable: it says nothing final.
+func kindOf(err error) Kind {
+	switch classOf(err) {
+	case kmsclient.ClassDenied, kmsclient.ClassKeyUnusable:
+		return KeyUnusable
+	default:
+		return Unavailable
+	}
+}
+
+func classOf(err error) kmsclient.Class {
+	if e, ok := errors.AsType[*kmsclient.Error](err); ok {
+		return e.Class
+	}
+	return kmsclient.ClassUnavailable
+}
+
+// describe returns what may be said of a failed KMS call. Only a [kmsclient.Error] is safe to print; of any other error the text could
+// hold a request.
+func describe(err error) string {
+	e, ok := errors.AsType[*kmsclient.Error](err)
+	if !ok {
+		if own, ok := errors.AsType[*contractError](err); ok {
+			return own.Error()
+		}
+		return "the KMS call failed"
+	}
+	var b strings.Builder
+	switch e.Class {
+	case kmsclient.ClassKeyUnusable:
+		b.WriteString("the KMS key is disabled, pending deletion or gone")
+	case kmsclient.ClassDenied:
+		b.WriteString("the KMS denies access")
+	case kmsclient.ClassInvalid:
+		b.WriteString("the KMS does not accept the request")
+	case kmsclient.ClassContract:
+		b.WriteString("the KMS answered what it must not")
+	default:
+		b.WriteString("the KMS is unreachable, throttling or failing")
+	}
+	fmt.Fprintf(&b, " (%s", e.Op)
+	for _, f := range []struct{ name, value string }{{"code", e.Code}, {"key ID", e.KeyID}, {"request ID", e.RequestID}} {
+		if f.value != "" {
+			fmt.Fprintf(&b, ", %s %q", f.name, f.value)
+		}
+	}
+	if e.HTTPStatus != 0 {
+		fmt.Fprintf(&b, ", HTTP %d", e.HTTPStatus)
+	}
+	b.WriteString(")")
+	if e.Detail != "" {
+		b.WriteString(": " + e.Detail)
+	}
+	return b.String()
+}
+
+// contractError is an answer of the KMS that this package found to break the contract.
+type contractError struct {
+	op   string
+	what string
+}
+
+func (e *contractError) Error() string {
+	return fmt.Sprintf("the KMS answered what it must not (%s): %s", e.op, e.what)
+}

@@ -1,0 +1,267 @@
+package keyring
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/singleflight"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
+)
+
+// RingConfig configures a Ring.
+type RingConfig struct {
+	// Provider names the ring in every stored value. Not empty, no colon.
+	Provider string
+	// KMS wraps and unwraps. If it is a [kmsclient.DataKeyGenerator] as well, it makes the seeds; otherwise the ring draws
+	// them and has them wrapped by Encrypt.
+	KMS kmsclient.Service
+	// Cache holds the unwrapped seeds. Rings may share it.
+	Cache *Cache
+	// ReadOnly rings open and never mint: for a provider that no rule writes with, whose key may allow Decrypt only.
+	ReadOnly bool
+
+	// PollInterval is the time between Status calls while contacts are good; a shorter RevokeWithin shortens it. 0 is a minute.
+	PollInterval time.Duration
+	// FailingPollInterval is the time between contacts while they are not good. 0 is 10 seconds, or PollInterval if that is shorter.
+	FailingPollInterval time.Duration
+	// RevokeWithin is how soon the seeds of a key that was disabled go out of use, and how long the KMS must have denied access before
+	// that counts as revocation. 0 is a minute.
+	RevokeWithin time.Duration
+	// SealUnreachableFor is how long after the last good contact values are still sealed. 0: only while contacts are good.
+	SealUnreachableFor time.Duration
+	// MaxAge is how long a seed is sealed under before the next one is minted. 0 is 7 days. When the KMS does not answer, the old
+	// one stays in use.
+	MaxAge time.Duration
+	// MaxSeals is how many values are sealed under a seed before the next one is minted, with the same exception. Every value has a
+	// cipher key of its own, so this is hygiene and not a limit of the cipher. 0 is 2^32.
+	MaxSeals uint64
+	// Timeout bounds one KMS call with all its retries, where the KMS client does not do so earlier. 0 is 20 seconds.
+	Timeout time.Duration
+
+	Observer Observer     // may be nil
+	Logger   *slog.Logger // nil is slog.Default()
+}
+
+func (c *RingConfig) check() error {
+	var errs []error
+	if _, err := envelope.Marker(c.Provider); err != nil {
+		errs = append(errs, err)
+	}
+	if c.KMS == nil {
+		errs = append(errs, errors.New("KMS is missing"))
+	}
+	if c.Cache == nil {
+		errs = append(errs, errors.New("cache is missing"))
+	}
+	if c.PollInterval == 0 {
+		c.PollInterval = time.Minute
+	}
+	if c.FailingPollInterval == 0 {
+		c.FailingPollInterval = min(10*time.Second, c.PollInterval)
+	}
+	if c.RevokeWithin == 0 {
+		c.RevokeWithin = time.Minute
+	}
+	if c.MaxAge == 0 {
+		c.MaxAge = 7 * 24 * time.Hour
+	}
+	if c.MaxSeals == 0 {
+		c.MaxSeals = 1 << 32
+	}
+	if c.Timeout == 0 {
+		c.Timeout = 20 * time.Second
+	}
+	if min(c.PollInterval, c.FailingPollInterval, c.RevokeWithin, c.MaxAge, c.Timeout) < 0 || c.SealUnreachableFor < 0 {
+		errs = append(errs, errors.New("a duration is negative"))
+	}
+	if c.Observer == nil {
+		c.Observer = silent{}
+	}
+	if c.Logger == nil {
+		c.Logger = slog.Default()
+	}
+	return errors.Join(errs...)
+}
+
+// Ring is the seeds of one KMS provider. It is safe for concurrent use. Nothing is minted before [Ring.Run]; until its first contact with
+// the KMS has ended, values to seal wait for it.
+type Ring struct {
+	cfg     RingConfig
+	flights singleflight.Group
+	hot     hotTable
+	state   atomic.Pointer[state]
+
+	// poked wakes Run for a contact ahead of time; suspect asks it to prove with a mint that the key is usable.
+	poked   chan struct{}
+	suspect atomic.Bool
+	doubted atomic.Int64 // when a stored value last caused a poke, in Unix nanoseconds
+	running atomic.Bool
+
+	// base is the context of unwraps, which no single caller owns; stop ends it, and calls are waited for.
+	base  context.Context
+	stop  context.CancelCauseFunc
+	calls sync.WaitGroup
+
+	mu      sync.Mutex
+	stopped bool                 // no call may begin
+	gen     uint64               // counts revocations; an unwrap that spans one is void
+	denied  map[string]time.Time // since when the KMS denies to decrypt under a key ID
+
+	loop loop // Run's own
+}
+
+// state is what Seal and Open decide by. A published state does not change.
+type state struct {
+	writer   *writer       // nil: nothing to seal with
+	keyID    string        // the last that Status said; "" before
+	healthy  bool          // the last contact was good
+	lastGood time.Time     // the last good contact
+	err      error         // why the last contact was not good; nil when it was, and before the first
+	revoked  error         // not nil: the key may not be used, and this is the KMS' answer that says so
+	pending  chan struct{} // not nil while a contact is under way, closed when it ends
+}
+
+// writer is the seed that values are sealed under.
+type writer struct {
+	frame    *envelope.Frame
+	keyID    string // as the KMS answered when it wrapped the seed: the one in the values
+	statusID string // what Status said then
+	minted   time.Time
+	seals    atomic.Uint64
+}
+
+// maxDenied bounds Ring.denied, whose keys come out of stored values.
+const maxDenied = 64
+
+var errStopped = errors.New("key ring has stopped")
+
+// New makes a Ring. It starts nothing.
+func New(c RingConfig) (*Ring, error) {
+	if err := c.check(); err != nil {
+		return nil, fmt.Errorf("make key ring of provider %q: %w", c.Provider, err)
+	}
+	r := &Ring{cfg: c, poked: make(chan struct{}, 1), denied: make(map[string]time.Time)}
+	r.base, r.stop = context.WithCancelCause(context.Background())
+	r.hot.init()
+	r.state.Store(&state{pending: make(chan struct{})})
+	return r, nil
+}
+
+// Provider returns the ring's name in stored values.
+func (r *Ring) Provider() string { return r.cfg.Provider }
+
+// update publishes a changed copy of the state.
+func (r *Ring) update(change func(*state)) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	next := *r.state.Load()
+	change(&next)
+	r.state.Store(&next)
+}
+
+// poke asks Run for a contact ahead of time.
+func (r *Ring) poke() {
+	select {
+	case r.poked <- struct{}{}:
+	default:
+	}
+}
+
+// seal seals plaintext under the current seed.
+func (r *Ring) seal(ctx context.Context, etcdKey, plaintext []byte) ([]byte, *Error) {
+	for waited := false; ; waited = true {
+		st := r.state.Load()
+		if st.revoked != nil {
+			return nil, r.errorf(KeyUnusable, st.revoked, "%s", describe(st.revoked))
+		}
+		if r.maySeal(st) {
+			if st.writer.seals.Add(1) == r.cfg.MaxSeals {
+				r.poke()
+			}
+			sealed, err := st.writer.frame.Seal(etcdKey, plaintext)
+			if err != nil {
+				return nil, r.errorf(Unavailable, err, "the value was not sealed")
+			}
+			return sealed, nil
+		}
+		if waited || st.pending == nil {
+			r.poke()
+			return nil, r.cannotSeal(st)
+		}
+		select {
+		case <-st.pending:
+		case <-ctx.Done():
+			return nil, r.errorf(Unavailable, context.Cause(ctx), "the caller went away while the first seed was minted")
+		}
+	}
+}
+
+func (r *Ring) maySeal(st *state) bool {
+	return st.revoked == nil && st.writer != nil && (st.healthy || time.Since(st.lastGood) < r.cfg.SealUnreachableFor)
+}
+
+// cannotSeal says why there is nothing to seal with; only for a state in which maySeal is false.
+func (r *Ring) cannotSeal(st *state) *Error {
+	switch {
+	case r.cfg.ReadOnly:
+		return r.errorf(Refused, nil, "the provider is configured for reading only")
+	case st.revoked != nil:
+		return r.errorf(KeyUnusable, st.revoked, "%s", describe(st.revoked))
+	case st.err == nil:
+		return r.errorf(Unavailable, nil, "the KMS has not been asked for a seed yet")
+	case st.writer != nil:
+		return r.errorf(kindOf(st.err), st.err, "the last good contact with the KMS was %s ago, and values are sealed for %s only: %s",
+			time.Since(st.lastGood).Round(time.Second), r.cfg.SealUnreachableFor, describe(st.err))
+	}
+	return r.errorf(kindOf(st.err), st.err, "there is no seed to seal with: %s", describe(st.err))
+}
+
+// errorf makes an Error that names the provider and the key ID.
+func (r *Ring) errorf(kind Kind, cause error, format string, args ...any) *Error {
+	text := fmt.Sprintf("KMS provider %q", r.cfg.Provider)
+	if id := r.state.Load().keyID; id != "" && kind != Corrupt {
+		text += fmt.Sprintf(", key ID %q", id)
+	}
+	return &Error{Kind: kind, Text: text + ": " + fmt.Sprintf(format, args...), Err: cause}
+}
+
+// State is what health reports and metrics show of a ring.
+type State struct {
+	Provider string
+	Healthy  bool      // the last contact with the KMS was good
+	CanSeal  bool      // values can be sealed now; a ring may be healthy and not writing, or silent and still sealing
+	Revoked  bool      // the KMS key may not be used
+	KeyID    string    // the current KMS key, as Status said last; "" before
+	SealedBy string    // the key ID in the values sealed now; "" when there is no seed
+	Reason   string    // why it is not healthy; safe to show
+	LastGood time.Time // the last good contact; zero before
+	Minted   time.Time // when the current seed was minted; zero when there is none
+}
+
+// State returns what is known now, without asking the KMS.
+func (r *Ring) State() State {
+	st := r.state.Load()
+	s := State{
+		Provider: r.cfg.Provider, Healthy: st.healthy, CanSeal: r.maySeal(st), Revoked: st.revoked != nil,
+		KeyID: st.keyID, LastGood: st.lastGood,
+	}
+	if st.writer != nil {
+		s.SealedBy, s.Minted = st.writer.keyID, st.writer.minted
+	}
+	switch {
+	case st.revoked != nil:
+		s.Reason = describe(st.revoked)
+	case st.err != nil:
+		s.Reason = describe(st.err)
+	case !st.healthy:
+		s.Reason = "the KMS has not answered yet"
+	}
+	return s
+}

@@ -1,0 +1,223 @@
+package keyring
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
+)
+
+// SealerConfig configures a Sealer.
+type SealerConfig struct {
+	// Prefix is the rule's prefix of etcd keys. It is for error texts and the Observer only.
+	Prefix string
+	// Write seals. nil writes plaintext; then a value that begins with the marker of a provider in Read is [Refused], because reading
+	// it back would take it for sealed.
+	Write *Ring
+	// Read are further providers whose values open.
+	Read []*Ring
+	// AllowPlaintextReads hands on, as stored, what is plaintext or sealed by a provider that is not of this rule. Otherwise both are errors
+	// of kind [Plaintext].
+	AllowPlaintextReads bool
+	// Passthrough hands on corrupt values as stored. It is for the permanent alone: never for an outage, never for a key that an operator
+	// can enable again, and never for what a strict rule keeps out.
+	Passthrough bool
+
+	Observer Observer // may be nil
+}
+
+// Sealer is one rule: it seals what is written under it and opens what is read. It is safe for concurrent use.
+//
+// Only the outermost layer is ever added or removed: a value that begins with an encryption marker of its own is sealed like any other, and
+// is what Open gives back.
+type Sealer struct {
+	cfg     SealerConfig
+	rings   []*Ring // Write first
+	markers [][]byte
+}
+
+// NewSealer makes a Sealer. It starts nothing.
+func NewSealer(c SealerConfig) (*Sealer, error) {
+	s := &Sealer{cfg: c}
+	if s.cfg.Observer == nil {
+		s.cfg.Observer = silent{}
+	}
+	if c.Write == nil && !c.AllowPlaintextReads {
+		return nil, fmt.Errorf("make sealer of rule %q: it writes plaintext that it may not read", c.Prefix)
+	}
+	if c.Write != nil && c.Write.cfg.ReadOnly {
+		return nil, fmt.Errorf("make sealer of rule %q: provider %q is for reading only", c.Prefix, c.Write.Provider())
+	}
+	for _, r := range append([]*Ring{c.Write}, c.Read...) {
+		if r == nil {
+			continue
+		}
+		if have := s.ring([]byte(r.Provider())); have == r {
+			continue
+		} else if have != nil {
+			return nil, fmt.Errorf("make sealer of rule %q: two rings are of provider %q", c.Prefix, r.Provider())
+		}
+		marker, err := envelope.Marker(r.Provider())
+		if err != nil {
+			return nil, fmt.Errorf("make sealer of rule %q: %w", c.Prefix, err)
+		}
+		s.rings = append(s.rings, r)
+		s.markers = append(s.markers, []byte(marker))
+	}
+	return s, nil
+}
+
+// ring returns the ring that the rule has for a provider, or nil.
+func (s *Sealer) ring(provider []byte) *Ring {
+	for _, r := range s.rings {
+		if r.cfg.Provider == string(provider) {
+			return r
+		}
+	}
+	return nil
+}
+
+// Seal returns what to store for value under key: value itself where the rule writes plaintext, new bytes otherwise. It retains neither
+// argument. The error is an [*Error].
+func (s *Sealer) Seal(ctx context.Context, key, value []byte) ([]byte, error) {
+	if s.cfg.Write == nil {
+		if r := s.owner(value); r != nil {
+			return nil, s.failSeal(&Error{Kind: Refused, Text: fmt.Sprintf(
+				"the value for etcd key %q begins like one that KMS provider %q sealed, and would be read as such: the rule writes plaintext and reads that provider",
+				clip(key), r.Provider())})
+		}
+		s.cfg.Observer.Sealed(s.cfg.Prefix, OutcomePlaintext)
+		return value, nil
+	}
+	sealed, err := s.cfg.Write.seal(ctx, key, value)
+	if err != nil {
+		return nil, s.failSeal(err)
+	}
+	s.cfg.Observer.Sealed(s.cfg.Prefix, OutcomeOK)
+	return sealed, nil
+}
+
+// owner returns the ring whose marker value begins with.
+func (s *Sealer) owner(value []byte) *Ring {
+	for i, m := range s.markers {
+		if bytes.HasPrefix(value, m) {
+			return s.rings[i]
+		}
+	}
+	return nil
+}
+
+func (s *Sealer) failSeal(err *Error) *Error {
+	s.cfg.Observer.Sealed(s.cfg.Prefix, outcomeOf(err))
+	return s.named(err)
+}
+
+// named returns err with the rule's name before its text.
+func (s *Sealer) named(err *Error) *Error {
+	return &Error{Kind: err.Kind, Text: fmt.Sprintf("rule %q: %s", s.cfg.Prefix, err.Text), Err: err.Err}
+}
+
+// Open returns the value behind stored, the bytes that etcd holds under key: stored itself where the rule hands it on, new bytes
+// otherwise. It retains neither argument. The error is an [*Error].
+func (s *Sealer) Open(ctx context.Context, key, stored []byte) ([]byte, error) {
+	plaintext, _, outcome, err := s.open(ctx, key, stored)
+	if err != nil {
+		if err.Kind == Corrupt && s.cfg.Passthrough {
+			s.cfg.Observer.Opened(s.cfg.Prefix, OutcomePassthrough)
+			return stored, nil
+		}
+		s.cfg.Observer.Opened(s.cfg.Prefix, outcomeOf(err))
+		return nil, s.named(err)
+	}
+	if outcome != OutcomeOK && !s.cfg.AllowPlaintextReads {
+		what := "is plaintext"
+		if outcome == OutcomeForeign {
+			what = "was sealed by a provider that the rule does not read"
+		}
+		s.cfg.Observer.Opened(s.cfg.Prefix, OutcomeStrict)
+		return nil, s.named(&Error{Kind: Plaintext, Text: fmt.Sprintf("the stored value of etcd key %q %s, and the rule allows sealed values only", clip(key), what)})
+	}
+	s.cfg.Observer.Opened(s.cfg.Prefix, outcome)
+	return plaintext, nil
+}
+
+// open tells what stored is, without the rule's policies: OutcomeOK and its plaintext, or OutcomePlaintext or OutcomeForeign and stored.
+func (s *Sealer) open(ctx context.Context, key, stored []byte) ([]byte, *entry, Outcome, *Error) {
+	if !bytes.HasPrefix(stored, []byte(envelope.Root)) {
+		return stored, nil, OutcomePlaintext, nil
+	}
+	provider, object, ok := envelope.Split(stored)
+	if ok {
+		if r := s.ring(provider); r != nil {
+			plaintext, e, err := r.open(ctx, key, object)
+			if err != nil {
+				if err.Kind == Corrupt { // a copy: callers that waited for one unwrap share its error
+					err = &Error{Kind: Corrupt, Err: err.Err, Text: fmt.Sprintf("the stored value of etcd key %q is corrupt: %s", clip(key), err.Text)}
+				}
+				return nil, e, "", err
+			}
+			return plaintext, e, OutcomeOK, nil
+		}
+	}
+	for _, m := range s.markers {
+		// Whole markers went to their rings above: this is what is left of a value cut inside of one.
+		if bytes.HasPrefix(m, stored) {
+			return nil, nil, "", &Error{Kind: Corrupt, Text: fmt.Sprintf("the stored value of etcd key %q is corrupt: it ends within the marker of a sealed value", clip(key))}
+		}
+	}
+	return stored, nil, OutcomeForeign, nil
+}
+
+// Standing is what a stored value is to its rule.
+type Standing string
+
+// The standings.
+const (
+	Current       Standing = "current"       // as the rule writes it now
+	Stale         Standing = "stale"         // opens, but is of another key ID, provider or type than the rule writes
+	Unsealed      Standing = "plaintext"     // plaintext; where the rule writes plaintext, that is Current
+	Foreign       Standing = "foreign"       // sealed by a provider that the rule does not read
+	Undecryptable Standing = "undecryptable" // does not open; the error says why
+)
+
+// Inspect opens stored as Open does, but for the rule's policies, and tells what it is. Stale compares with the key ID that Status said last. The
+// plaintext of a foreign or unsealed value is stored itself. The error is not nil exactly for Undecryptable; it is an [*Error], and its kind
+// tells what may pass from what will not.
+func (s *Sealer) Inspect(ctx context.Context, key, stored []byte) ([]byte, Standing, error) {
+	plaintext, e, outcome, err := s.open(ctx, key, stored)
+	switch {
+	case err != nil:
+		return nil, Undecryptable, s.named(err)
+	case outcome == OutcomeForeign:
+		return plaintext, Foreign, nil
+	case outcome == OutcomePlaintext && s.cfg.Write == nil:
+		return plaintext, Current, nil
+	case outcome == OutcomePlaintext:
+		return plaintext, Unsealed, nil
+	case e.ring != s.cfg.Write || e.typ != envelope.TypeSeed || e.keyID != e.ring.state.Load().keyID:
+		return plaintext, Stale, nil
+	}
+	return plaintext, Current, nil
+}
+
+// Ready returns nil if the rule can serve, as far as is known without asking the KMS: its writer can seal, and no provider that it reads is revoked or was
+// never reached. The error's text is safe to show.
+func (s *Sealer) Ready() error {
+	var why []string
+	for _, r := range s.rings {
+		st := r.State()
+		switch {
+		case r == s.cfg.Write && !st.CanSeal:
+			why = append(why, r.cannotSeal(r.state.Load()).Text)
+		case st.Revoked, st.LastGood.IsZero():
+			why = append(why, fmt.Sprintf("KMS provider %q: %s", st.Provider, st.Reason))
+		}
+	}
+	if len(why) == 0 {
+		return nil
+	}
+	return errors.New(strings.Join(why, "; "))
+}

@@ -1,0 +1,314 @@
+package keyring
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"hash/maphash"
+	"maps"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"k8s.io/kms/pkg/service"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
+)
+
+// hotTable finds the seeds of recent values without a lock and without decoding: by the bytes behind a value's data, which all
+// values of one seed share. Slots are few and overwritten at will; the [Cache] is behind them.
+type hotTable struct {
+	seed  maphash.Seed
+	slots [64]atomic.Pointer[hotSlot]
+}
+
+type hotSlot struct {
+	rest  []byte // accepted by envelope.Parse, as the whole of an object behind its data
+	entry *entry
+}
+
+func (t *hotTable) init() { t.seed = maphash.MakeSeed() }
+
+func (t *hotTable) slot(rest []byte) *atomic.Pointer[hotSlot] {
+	return &t.slots[maphash.Bytes(t.seed, rest)%uint64(len(t.slots))]
+}
+
+func (t *hotTable) get(rest []byte) *entry {
+	if s := t.slot(rest).Load(); s != nil && bytes.Equal(s.rest, rest) {
+		return s.entry
+	}
+	return nil
+}
+
+func (t *hotTable) put(rest []byte, e *entry) {
+	t.slot(rest).Store(&hotSlot{rest: bytes.Clone(rest), entry: e})
+}
+
+// open opens an object of this provider. e is the seed that was used; it is nil when it did not come to that.
+func (r *Ring) open(ctx context.Context, etcdKey, object []byte) (plaintext []byte, e *entry, err *Error) {
+	if st := r.state.Load(); st.revoked != nil {
+		return nil, nil, r.errorf(KeyUnusable, st.revoked, "%s", describe(st.revoked))
+	}
+	data, rest, cut := envelope.Cut(object)
+	if cut {
+		e = r.hot.get(rest)
+	}
+	now := time.Now()
+	if e != nil && r.cfg.Cache.ageOf(e, now) == fresh {
+		r.cfg.Cache.touch(e, now)
+		r.cfg.Observer.Seed(r.cfg.Provider, EventHit)
+	} else {
+		o, perr := envelope.Parse(object)
+		if perr != nil {
+			return nil, nil, r.errorf(Corrupt, perr, "%v", perr)
+		}
+		if e, err = r.seedOf(ctx, &o.Header); err != nil {
+			return nil, nil, err
+		}
+		// Only if Parse found the same data is rest the header and nothing else.
+		if cut && len(data) == len(o.Data) && &data[0] == &o.Data[0] {
+			r.hot.put(rest, e)
+		}
+		data = o.Data
+	}
+	plaintext, oerr := e.seed.Open(nil, etcdKey, data)
+	if oerr != nil {
+		if !e.proven.Load() {
+			r.cfg.Cache.drop(e)
+		}
+		return nil, e, r.errorf(Corrupt, oerr, "the data does not open under this etcd key and KMS key ID %q: it was changed, truncated or moved here", e.keyID)
+	}
+	if !e.proven.Load() {
+		e.proven.Store(true)
+	}
+	return plaintext, e, nil
+}
+
+// seedOf returns the seed behind a header, from the cache or from the KMS.
+func (r *Ring) seedOf(ctx context.Context, h *envelope.Header) (*entry, *Error) {
+	d := digestOf(r.cfg.Provider, h)
+	now := time.Now()
+	var stale *entry
+	if e := r.cfg.Cache.get(d); e != nil {
+		switch r.cfg.Cache.ageOf(e, now) {
+		case fresh:
+			r.cfg.Observer.Seed(r.cfg.Provider, EventHit)
+			return e, nil
+		case ageing:
+			stale = e
+		case expired:
+		}
+	}
+	if stale != nil && now.UnixNano() < stale.retry.Load() {
+		r.cfg.Observer.Seed(r.cfg.Provider, EventStale)
+		return stale, nil
+	}
+	r.cfg.Observer.Seed(r.cfg.Provider, EventMiss)
+	h = cloneHeader(h) // the call may outlive the caller, and so the message that h points into
+	answer := r.flights.DoChan(string(d[:]), func() (any, error) {
+		e, err := r.unwrap(d, h)
+		if err != nil {
+			return nil, err
+		}
+		return e, nil
+	})
+	if stale != nil && !r.state.Load().healthy {
+		// The KMS is known not to answer: nobody waits for it. The call goes on and renews the seed if it does.
+		r.cfg.Observer.Seed(r.cfg.Provider, EventStale)
+		return stale, nil
+	}
+	select {
+	case <-ctx.Done():
+		return nil, r.errorf(Unavailable, context.Cause(ctx), "the caller went away while its seed was unwrapped")
+	case a := <-answer:
+		if a.Err == nil {
+			return a.Val.(*entry), nil
+		}
+		err, ok := errors.AsType[*Error](a.Err)
+		if !ok {
+			err = r.errorf(Unavailable, a.Err, "the seed was not unwrapped")
+		}
+		if stale != nil && !stale.dead.Load() && r.mayServe(stale, err) {
+			r.cfg.Observer.Seed(r.cfg.Provider, EventStale)
+			return stale, nil
+		}
+		return nil, err
+	}
+}
+
+// mayServe reports whether a seed past its TTL may still open values although its unwrapping has just failed with err.
+func (r *Ring) mayServe(stale *entry, err *Error) bool {
+	switch err.Kind {
+	case Unavailable:
+		return true
+	case KeyUnusable:
+		// A key that is gone has taken the seed with it. A denial is given the time in which it counts as passing.
+		return classOf(err) == kmsclient.ClassDenied && time.Since(stale.fetched) < r.cfg.Cache.ttl+r.cfg.RevokeWithin
+	default:
+		return false
+	}
+}
+
+// unwrap is the one call for all who want a seed at a time.
+func (r *Ring) unwrap(d digest, h *envelope.Header) (*entry, error) {
+	old := r.cfg.Cache.get(d)
+	if old != nil && r.cfg.Cache.ageOf(old, time.Now()) == fresh {
+		return old, nil // unwrapped between the caller's look and this call
+	}
+	r.mu.Lock()
+	gen := r.gen
+	r.mu.Unlock()
+	plain, err := r.decrypt(r.base, h)
+	if err != nil {
+		if old != nil {
+			old.retry.Store(time.Now().Add(r.cfg.FailingPollInterval).UnixNano())
+			if classOf(err) == kmsclient.ClassInvalid {
+				r.cfg.Cache.drop(old)
+			}
+		}
+		if classOf(err) == kmsclient.ClassInvalid {
+			return nil, r.errorf(Corrupt, err, "the seed under KMS key ID %q does not unwrap: %s", clip(h.KeyID), describe(err))
+		}
+		return nil, r.errorf(kindOf(err), err, "the seed under KMS key ID %q was not unwrapped: %s", clip(h.KeyID), describe(err))
+	}
+	seed, err := envelope.NewSeed(h.Type, plain)
+	if err != nil {
+		return nil, r.errorf(Corrupt, err, "the seed under KMS key ID %q: %v", clip(h.KeyID), err)
+	}
+	e := r.newEntry(d, h, seed)
+	if old != nil {
+		e.proven.Store(old.proven.Load())
+	}
+	// Under the lock a revocation comes either before, and is seen here, or after, and drops the entry.
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.gen != gen {
+		return nil, r.errorf(Unavailable, nil, "the key's state changed while a seed was unwrapped")
+	}
+	r.cfg.Cache.put(e)
+	return e, nil
+}
+
+// errGiveUp marks the errors after which asking the KMS again at once is no use.
+var errGiveUp = errors.New("the KMS does not answer")
+
+// decrypt asks the KMS for the secret behind a header, and draws the conclusions for the header's key ID.
+func (r *Ring) decrypt(ctx context.Context, h *envelope.Header) ([]byte, error) {
+	r.mu.Lock()
+	if r.stopped {
+		r.mu.Unlock()
+		return nil, errors.Join(errStopped, errGiveUp)
+	}
+	r.calls.Add(1)
+	r.mu.Unlock()
+	defer r.calls.Done()
+
+	ctx, cancel := context.WithTimeout(ctx, r.cfg.Timeout)
+	defer cancel()
+	plain, err := r.cfg.KMS.Decrypt(ctx, newUID(), &service.DecryptRequest{Ciphertext: h.Source, KeyID: h.KeyID, Annotations: h.Annotations})
+	if err == nil && len(plain) == 0 {
+		err = &contractError{op: "Decrypt", what: "the answer is empty"}
+	}
+	if err == nil {
+		r.mu.Lock()
+		delete(r.denied, h.KeyID)
+		r.mu.Unlock()
+		return plain, nil
+	}
+	switch classOf(err) {
+	case kmsclient.ClassKeyUnusable:
+		r.suspect.Store(true)
+		r.doubt()
+		r.dropKey(h.KeyID, err)
+	case kmsclient.ClassDenied:
+		r.doubt()
+		if r.deniedFor(h.KeyID) >= r.cfg.RevokeWithin {
+			r.dropKey(h.KeyID, err)
+		}
+	case kmsclient.ClassUnavailable:
+		err = errors.Join(err, errGiveUp)
+	}
+	return nil, err
+}
+
+// doubt has the key checked ahead of time, and not for every stored value that the KMS will not unwrap.
+func (r *Ring) doubt() {
+	now := time.Now().UnixNano()
+	if last := r.doubted.Load(); now-last >= int64(r.cfg.FailingPollInterval) && r.doubted.CompareAndSwap(last, now) {
+		r.poke()
+	}
+}
+
+// dropKey drops the seeds under one key ID. Those that the KMS still unwraps come back.
+func (r *Ring) dropKey(keyID string, cause error) {
+	if n := r.drop(func(e *entry) bool { return e.keyID == keyID }); n > 0 {
+		r.cfg.Observer.Seed(r.cfg.Provider, EventRevoked)
+		r.cfg.Logger.Warn("seeds of a KMS key are dropped", "provider", r.cfg.Provider, "keyID", keyID, "reason", describe(cause), "seeds", n)
+	}
+}
+
+// drop takes every seed that match accepts out of use, and returns how many these were.
+func (r *Ring) drop(match func(*entry) bool) int {
+	n := r.cfg.Cache.dropAll(r, match)
+	// The fast path can hold entries that the cache has let go.
+	for i := range r.hot.slots {
+		if s := r.hot.slots[i].Load(); s != nil && match(s.entry) {
+			s.entry.dead.Store(true)
+			r.hot.slots[i].CompareAndSwap(s, nil)
+		}
+	}
+	return n
+}
+
+// deniedFor notes a denial for a key ID and returns how long it has lasted.
+func (r *Ring) deniedFor(keyID string) time.Duration {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	since, ok := r.denied[keyID]
+	if !ok {
+		if len(r.denied) < maxDenied {
+			r.denied[keyID] = time.Now()
+		}
+		return 0
+	}
+	return time.Since(since)
+}
+
+func (r *Ring) isDenied(keyID string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	_, ok := r.denied[keyID]
+	return ok
+}
+
+func (r *Ring) newEntry(d digest, h *envelope.Header, seed *envelope.Seed) *entry {
+	e := &entry{ring: r, digest: d, seed: seed, typ: h.Type, keyID: h.KeyID, fetched: time.Now()}
+	size := 0
+	for k, v := range h.Annotations {
+		size += len(k) + len(v)
+	}
+	if size <= maxKept {
+		e.header = cloneHeader(h)
+	}
+	return e
+}
+
+// maxKept is how many bytes of annotations are kept with a cached seed.
+const maxKept = 4096
+
+func cloneHeader(h *envelope.Header) *envelope.Header {
+	c := &envelope.Header{Type: h.Type, KeyID: h.KeyID, Source: bytes.Clone(h.Source), Annotations: maps.Clone(h.Annotations)}
+	for k, v := range c.Annotations {
+		c.Annotations[k] = slices.Clone(v)
+	}
+	return c
+}
+
+// clip shortens what came out of a stored value or a request for an error's text.
+func clip[T string | []byte](s T) string {
+	if len(s) > 256 {
+		return string(s[:256]) + "…"
+	}
+	return string(s)
+}
