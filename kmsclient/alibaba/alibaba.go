@@ -1,0 +1,311 @@
+// Package alibaba is the backend for Alibaba Cloud KMS. It speaks through the vendor's SDK
+// (github.com/aliyun/alibaba-cloud-sdk-go, product Kms, version 2016-01-20), which it fences in: nothing outside this folder
+// knows that SDK, so that a newer one can take its place here.
+//
+// What the fence is for:
+//   - kms.Client is not safe for concurrent use, so each call makes its own over one shared connection pool ([transport]).
+//   - The SDK knows no context, follows redirects, reads answers without a limit and defaults to plain HTTP: the transport
+//     carries the caller's context, refuses redirects and anything but HTTPS to the configured host, and caps answers at 1 MiB.
+//   - The SDK's errors quote the request's URL, which holds the security token and the signature. None of them leaves this
+//     package: [failure] keeps what is safe (operation, code, HTTP status, request ID) and drops the text.
+//   - The SDK panics on some answers and accepts empty ones: panics are recovered, and each field is checked.
+//
+// The package neither retries nor limits the rate of calls; the wrapper of package kmsclient does. Two exceptions, each at most once a
+// call, are known only here: a connection that the KMS closed while it was idle, and credentials that were replaced on disk.
+package alibaba
+
+import (
+	"cmp"
+	"context"
+	"crypto/fips140"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"net/url"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"unicode/utf8"
+
+	"github.com/aliyun/alibaba-cloud-sdk-go/sdk/requests"
+	"github.com/aliyun/alibaba-cloud-sdk-go/services/kms"
+	"k8s.io/kms/pkg/service"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
+)
+
+const (
+	dataKeySize    = 32       // bytes of a seed
+	maxPlaintext   = 6 << 10  // bytes that Encrypt takes, the vendor's limit
+	maxCiphertext  = 16 << 10 // characters of a CiphertextBlob: maxPlaintext in base64, with room
+	maxWrappedSeed = 1 << 10  // characters of a data key's CiphertextBlob: the stored value's own limit
+	maxContext     = 8192     // characters of an EncryptionContext, the vendor's limit
+	apiVersion     = "2016-01-20"
+	userAgent      = "etcd-kms-proxy"
+)
+
+// Config describes one key of Alibaba Cloud KMS.
+type Config struct {
+	// Region is the key's region, e.g. "cn-hangzhou". Required.
+	Region string
+	// KeyID is the key's id ("key-…"), an alias ("alias/…") or an ARN ("acs:kms:…"). Required. Stored values always name the real
+	// id that the KMS answers, so an alias may be moved to another key, which then counts as a rotation.
+	KeyID string
+	// Endpoint is "host" or "host:port" of the KMS, always spoken to over HTTPS. The default is the public endpoint of the region,
+	// kms.<region>.aliyuncs.com; kms-vpc.<region>.aliyuncs.com is the one within a VPC, and a dedicated instance has its own.
+	Endpoint string
+	// CAFile holds PEM certificates that the endpoint's certificate is verified against, in place of the system's. A dedicated
+	// instance needs its private CA here. It is read once, by New.
+	CAFile string
+	// EncryptionContext is bound to everything that is wrapped, and is needed again to unwrap it: changing it makes existing
+	// values unreadable. At most 8,192 characters as JSON.
+	EncryptionContext map[string]string
+	// Credentials say who calls. The zero value takes an access key from the environment.
+	Credentials Credentials
+	// Logger is told when credential files cannot be read and earlier credentials are kept. The default discards.
+	Logger *slog.Logger
+}
+
+// Backend is a client of one key. It is safe for concurrent use and starts no goroutine of its own; its idle connections last until
+// [Backend.Close].
+type Backend struct {
+	region            string
+	keyID             string // as configured: id, alias or ARN
+	realID            string // the id that answers must name; "" if keyID is an alias
+	endpoint          string // host or host:port
+	encryptionContext string // JSON, or ""
+	creds             credentialSource
+	transport         *http.Transport
+}
+
+var (
+	_ kmsclient.Service          = (*Backend)(nil)
+	_ kmsclient.DataKeyGenerator = (*Backend)(nil)
+)
+
+// warmEndpointMap makes the SDK fill its lazy global map, which it does without a lock, before there is concurrency.
+var warmEndpointMap = sync.OnceFunc(func() { kms.GetEndpointMap() })
+
+var (
+	regionPattern = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,62}$`)
+	keyIDPattern  = regexp.MustCompile(`^[A-Za-z0-9_-]{1,128}$`)
+	configPattern = regexp.MustCompile(`^[A-Za-z0-9_:/.@*+=-]{1,255}$`)
+)
+
+// New checks the configuration and returns a backend. It reads the CA and credential files but opens no connection. The error names
+// every problem that was found.
+func New(cfg Config) (*Backend, error) {
+	problems := checkEnvironment()
+	problem := func(format string, args ...any) { problems = append(problems, fmt.Errorf(format, args...)) }
+
+	if !regionPattern.MatchString(cfg.Region) {
+		problem(`region %q is not a region ID such as "cn-hangzhou"`, cfg.Region)
+	}
+	if !configPattern.MatchString(cfg.KeyID) {
+		problem(`keyID %q is not a key ID, an alias ("alias/…") or an ARN ("acs:kms:…")`, cfg.KeyID)
+	}
+	endpoint := cmp.Or(cfg.Endpoint, "kms."+cfg.Region+".aliyuncs.com")
+	if cfg.Endpoint != "" {
+		if err := checkEndpoint(cfg.Endpoint); err != nil {
+			problems = append(problems, err)
+		}
+	}
+	encryptionContext, err := marshalContext(cfg.EncryptionContext)
+	if err != nil {
+		problems = append(problems, err)
+	}
+	logger := cfg.Logger
+	if logger == nil {
+		logger = slog.New(slog.DiscardHandler)
+	}
+	creds, err := newCredentialSource(cfg.Credentials, logger)
+	if err != nil {
+		problems = append(problems, err)
+	}
+	pool, err := newPool(cfg.CAFile)
+	if err != nil {
+		problems = append(problems, err)
+	}
+	if err := errors.Join(problems...); err != nil {
+		return nil, err
+	}
+	warmEndpointMap()
+	return &Backend{
+		region: cfg.Region, keyID: cfg.KeyID, realID: realID(cfg.KeyID), endpoint: endpoint,
+		encryptionContext: encryptionContext, creds: creds, transport: pool,
+	}, nil
+}
+
+// Close drops idle connections. Calls under way are not disturbed. It always returns nil.
+func (b *Backend) Close() error {
+	b.transport.CloseIdleConnections()
+	return nil
+}
+
+// GenerateDataKey has the KMS make a seed; only its wrapped form and, over TLS, the seed itself travel.
+func (b *Backend) GenerateDataKey(ctx context.Context, _ string) (*kmsclient.DataKey, error) {
+	const op = "GenerateDataKey"
+	var resp *kms.GenerateDataKeyResponse
+	err := b.call(ctx, op, func(c *kms.Client) (err error) {
+		req := kms.CreateGenerateDataKeyRequest()
+		req.KeyId, req.KeySpec, req.EncryptionContext = b.keyID, "AES_256", b.encryptionContext
+		resp, err = c.GenerateDataKey(req)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	keyID, err := b.answeredKey(op, resp.RequestId, resp.KeyId, resp.KeyVersionId)
+	if err != nil {
+		return nil, err
+	}
+	seed, err := base64.StdEncoding.DecodeString(resp.Plaintext)
+	if err != nil || len(seed) != dataKeySize {
+		return nil, contractError(op, resp.RequestId, keyID, "the answer's Plaintext is not 32 bytes in base64")
+	}
+	if !isBlob(resp.CiphertextBlob, maxWrappedSeed) {
+		return nil, contractError(op, resp.RequestId, keyID, "the answer's CiphertextBlob is empty, too long or not text")
+	}
+	return &kmsclient.DataKey{Plaintext: seed, Ciphertext: []byte(resp.CiphertextBlob), KeyID: keyID}, nil
+}
+
+// Encrypt wraps 1 to 6,144 bytes. The plaintext travels in the request's body, not in its URL, so that no proxy or log on
+// the way can keep it as part of an address.
+func (b *Backend) Encrypt(ctx context.Context, _ string, data []byte) (*service.EncryptResponse, error) {
+	const op = "Encrypt"
+	if len(data) == 0 || len(data) > maxPlaintext {
+		return nil, &kmsclient.Error{Op: op, Class: kmsclient.ClassInvalid, KeyID: b.keyID, Detail: "the plaintext is not 1 to 6144 bytes long"}
+	}
+	resp := kms.CreateEncryptResponse()
+	err := b.call(ctx, op, func(c *kms.Client) error {
+		req := requests.NewCommonRequest()
+		req.Product, req.Version, req.ApiName, req.Method = "Kms", apiVersion, op, requests.POST
+		req.FormParams["KeyId"] = b.keyID
+		req.FormParams["Plaintext"] = base64.StdEncoding.EncodeToString(data)
+		if b.encryptionContext != "" {
+			req.FormParams["EncryptionContext"] = b.encryptionContext
+		}
+		req.TransToAcsRequest()
+		return c.DoAction(req, resp)
+	})
+	if err != nil {
+		return nil, err
+	}
+	keyID, err := b.answeredKey(op, resp.RequestId, resp.KeyId, resp.KeyVersionId)
+	if err != nil {
+		return nil, err
+	}
+	if !isBlob(resp.CiphertextBlob, maxCiphertext) {
+		return nil, contractError(op, resp.RequestId, keyID, "the answer's CiphertextBlob is empty, too long or not text")
+	}
+	return &service.EncryptResponse{Ciphertext: []byte(resp.CiphertextBlob), KeyID: keyID}, nil
+}
+
+// Decrypt unwraps what Encrypt or GenerateDataKey wrapped, under any version of any key that the caller may use: the request names no key,
+// so the key and version in the answer are compared with req.KeyID.
+func (b *Backend) Decrypt(ctx context.Context, _ string, req *service.DecryptRequest) ([]byte, error) {
+	const op = "Decrypt"
+	id, version, ok := strings.Cut(req.KeyID, "/")
+	if !ok || !keyIDPattern.MatchString(id) || !keyIDPattern.MatchString(version) {
+		return nil, &kmsclient.Error{Op: op, Class: kmsclient.ClassInvalid, Detail: "the key ID is not <key id>/<key version id>"}
+	}
+	if !isBlob(string(req.Ciphertext), maxCiphertext) {
+		return nil, &kmsclient.Error{Op: op, Class: kmsclient.ClassInvalid, KeyID: req.KeyID, Detail: "the ciphertext is empty, too long or not text"}
+	}
+	var resp *kms.DecryptResponse
+	err := b.call(ctx, op, func(c *kms.Client) (err error) {
+		r := kms.CreateDecryptRequest()
+		r.CiphertextBlob, r.EncryptionContext = string(req.Ciphertext), b.encryptionContext
+		resp, err = c.Decrypt(r)
+		return err
+	})
+	if err != nil {
+		var e *kmsclient.Error
+		if errors.As(err, &e) {
+			e.KeyID = req.KeyID // the key that matters here is the one of the value, not the one configured
+		}
+		return nil, err
+	}
+	if resp.KeyId != id || resp.KeyVersionId != version {
+		return nil, contractError(op, resp.RequestId, req.KeyID, "the answer names another key or version, or none")
+	}
+	plaintext, err := base64.StdEncoding.DecodeString(resp.Plaintext)
+	if err != nil || len(plaintext) == 0 || len(plaintext) > maxPlaintext {
+		return nil, contractError(op, resp.RequestId, req.KeyID, "the answer's Plaintext is not 1 to 6144 bytes in base64")
+	}
+	return plaintext, nil
+}
+
+// answeredKey checks the key that an answer names and returns it as stored values spell it.
+func (b *Backend) answeredKey(op, requestID, id, version string) (string, error) {
+	if !keyIDPattern.MatchString(id) || !keyIDPattern.MatchString(version) {
+		return "", contractError(op, requestID, b.keyID, "the answer names no key ID or no key version")
+	}
+	if b.realID != "" && id != b.realID {
+		return "", contractError(op, requestID, b.keyID, "the answer names another key")
+	}
+	return id + "/" + version, nil
+}
+
+// realID returns the key id that a configured one stands for, or "" if only the KMS knows.
+func realID(keyID string) string {
+	if rest, ok := strings.CutPrefix(keyID, "acs:kms:"); ok {
+		_, id, _ := strings.Cut(rest, ":key/")
+		return id
+	}
+	if strings.HasPrefix(keyID, "alias/") {
+		return ""
+	}
+	return keyID
+}
+
+// isBlob reports whether s can be a CiphertextBlob: 1 to limit printable ASCII characters.
+func isBlob(s string, limit int) bool {
+	return len(s) > 0 && len(s) <= limit && strings.IndexFunc(s, func(r rune) bool { return r <= ' ' || r > '~' }) < 0
+}
+
+// marshalContext returns the context as JSON with sorted keys, so that equal contexts are equal bytes, or "" if there is none.
+func marshalContext(m map[string]string) (string, error) {
+	if len(m) == 0 {
+		return "", nil
+	}
+	for k, v := range m {
+		if k == "" || !utf8.ValidString(k) || !utf8.ValidString(v) {
+			return "", fmt.Errorf("encryptionContext: key %q is empty, or it or its value is not UTF-8", k)
+		}
+	}
+	text, err := json.Marshal(m)
+	if err != nil {
+		return "", fmt.Errorf("encode encryptionContext: %w", err)
+	}
+	if n := utf8.RuneCount(text); n > maxContext {
+		return "", fmt.Errorf("encryptionContext has %d characters as JSON; the KMS takes at most %d", n, maxContext)
+	}
+	return string(text), nil
+}
+
+// checkEndpoint refuses anything but host or host:port.
+func checkEndpoint(endpoint string) error {
+	u, err := url.Parse("https://" + endpoint)
+	if err != nil || u.Host != endpoint || u.Hostname() == "" || strings.HasSuffix(endpoint, ":") || strings.ContainsAny(endpoint, " @/\\") {
+		return fmt.Errorf("endpoint %q is not host or host:port (without https://)", endpoint)
+	}
+	return nil
+}
+
+// checkEnvironment refuses what would make the SDK print its requests or panic.
+func checkEnvironment() []error {
+	var problems []error
+	if slices.Contains(strings.Split(os.Getenv("DEBUG"), ","), "sdk") {
+		problems = append(problems, errors.New("the environment has DEBUG=sdk, which makes the Alibaba Cloud SDK print tokens and keys; unset it"))
+	}
+	if fips140.Enforced() {
+		problems = append(problems, errors.New("the environment has GODEBUG=fips140=only, which forbids the HMAC-SHA1 that Alibaba Cloud's requests are signed with; use fips140=on"))
+	}
+	return problems
+}

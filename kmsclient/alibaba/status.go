@@ -1,0 +1,127 @@
+package alibaba
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"time"
+
+	"github.com/aliyun/alibaba-cloud-sdk-go/services/kms"
+	"k8s.io/kms/pkg/service"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
+)
+
+// KeyInfo is what the KMS tells of a key. Times are zero where it tells none.
+type KeyInfo struct {
+	KeyID              string // <key id>/<primary key version id>, as new values will name it
+	RequestID          string // of the call that found this out
+	State              string // "Enabled", "Disabled", "PendingDeletion" or "PendingImport"
+	Spec               string // e.g. "Aliyun_AES_256"
+	ProtectionLevel    string // "SOFTWARE" or "HSM"
+	Origin             string // "Aliyun_KMS" or "EXTERNAL"
+	InstanceID         string // of the KMS instance that holds the key; may be empty
+	AutomaticRotation  string // "Enabled", "Disabled" or "Suspended"
+	NextRotation       time.Time
+	DeleteAt           time.Time // when a key that is pending deletion will be gone
+	MaterialExpiresAt  time.Time // when imported material will be gone
+	DeletionProtection bool
+}
+
+// Status reports the version that Encrypt would use now. A key that cannot be used is an error of ClassKeyUnusable. A dedicated instance's
+// endpoint does not describe keys; there, a data key is generated and dropped, which shows the current version and that the key works.
+func (b *Backend) Status(ctx context.Context) (*service.StatusResponse, error) {
+	const op = "Status"
+	info, err := b.describe(ctx, op)
+	if isUnsupported(err) {
+		key, err := b.GenerateDataKey(ctx, "")
+		if err != nil {
+			var e *kmsclient.Error
+			if errors.As(err, &e) {
+				e.Op = op
+			}
+			return nil, err
+		}
+		clear(key.Plaintext)
+		return &service.StatusResponse{Version: "v2", Healthz: "ok", KeyID: key.KeyID}, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := checkState(op, info); err != nil {
+		return nil, err
+	}
+	return &service.StatusResponse{Version: "v2", Healthz: "ok", KeyID: info.KeyID}, nil
+}
+
+// Describe returns what the KMS knows of the key, in whatever state it is.
+func (b *Backend) Describe(ctx context.Context) (*KeyInfo, error) {
+	return b.describe(ctx, "DescribeKey")
+}
+
+func (b *Backend) describe(ctx context.Context, op string) (*KeyInfo, error) {
+	var resp *kms.DescribeKeyResponse
+	err := b.call(ctx, op, func(c *kms.Client) (err error) {
+		req := kms.CreateDescribeKeyRequest()
+		req.KeyId = b.keyID
+		resp, err = c.DescribeKey(req)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	m := resp.KeyMetadata
+	if m.KeyState == "" {
+		return nil, contractError(op, resp.RequestId, b.keyID, "the answer names no key state")
+	}
+	// A key that still waits for its material has no version to name.
+	keyID := b.keyID
+	if m.PrimaryKeyVersion != "" || m.KeyState == "Enabled" {
+		if keyID, err = b.answeredKey(op, resp.RequestId, m.KeyId, m.PrimaryKeyVersion); err != nil {
+			return nil, err
+		}
+	}
+	return &KeyInfo{
+		KeyID: keyID, RequestID: safeRequestID(resp.RequestId), State: m.KeyState, Spec: m.KeySpec,
+		ProtectionLevel: m.ProtectionLevel, Origin: m.Origin, InstanceID: m.DKMSInstanceId, AutomaticRotation: m.AutomaticRotation,
+		NextRotation: parseTime(m.NextRotationDate), DeleteAt: parseTime(m.DeleteDate), MaterialExpiresAt: parseTime(m.MaterialExpireTime),
+		DeletionProtection: m.DeletionProtection == "Enabled",
+	}, nil
+}
+
+// checkState returns the error that Encrypt would meet in the key's state, or nil.
+func checkState(op string, info *KeyInfo) error {
+	e := &kmsclient.Error{Op: op, HTTPStatus: http.StatusOK, RequestID: info.RequestID, KeyID: info.KeyID}
+	switch info.State {
+	case "Enabled":
+		return nil
+	case "Disabled", "PendingDeletion", "PendingImport":
+		e.Code = "Rejected." + info.State
+		e.Class, e.Detail = classOfCode(e.Code, http.StatusConflict)
+	default:
+		e.Class, e.Detail = kmsclient.ClassContract, "the key is in a state that is not known here"
+	}
+	return e
+}
+
+// isUnsupported reports whether err says that the endpoint has no such operation.
+func isUnsupported(err error) bool {
+	var e *kmsclient.Error
+	if !errors.As(err, &e) {
+		return false
+	}
+	switch e.Code {
+	case "UnsupportedOperation", "InvalidAction", "InvalidAction.NotFound", "InvalidApi.NotFound":
+		return true
+	}
+	return false
+}
+
+// parseTime reads one of the KMS' times (UTC, "2006-01-02T15:04:05Z"); what it cannot read is zero.
+func parseTime(s string) time.Time {
+	t, err := time.Parse(time.RFC3339, s)
+	if err != nil {
+		return time.Time{}
+	}
+	return t
+}

@@ -1,0 +1,141 @@
+package alibaba
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptrace"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// maxAnswer limits the bytes of an answer's body; real ones have a few KiB.
+const maxAnswer = 1 << 20
+
+var (
+	errRedirect = errors.New("the endpoint answered with a redirect")
+	errTooLarge = errors.New("the answer is larger than 1 MiB")
+	errForeign  = errors.New("the request is not for the configured endpoint over HTTPS")
+)
+
+// newPool returns the connection pool that the calls of a backend share. Connections are HTTP/1.1, as the SDK's own are.
+func newPool(caFile string) (*http.Transport, error) {
+	config := &tls.Config{MinVersion: tls.VersionTLS12}
+	if caFile != "" {
+		pem, err := os.ReadFile(caFile) //nolint:gosec // the path is the operator's configuration
+		if err != nil {
+			return nil, fmt.Errorf("read caFile: %w", err)
+		}
+		config.RootCAs = x509.NewCertPool()
+		if !config.RootCAs.AppendCertsFromPEM(pem) {
+			return nil, fmt.Errorf("caFile %s holds no PEM certificate", caFile)
+		}
+	}
+	return &http.Transport{
+		Proxy:                  http.ProxyFromEnvironment,
+		DialContext:            (&net.Dialer{Timeout: 5 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
+		TLSClientConfig:        config,
+		TLSHandshakeTimeout:    5 * time.Second,
+		MaxIdleConnsPerHost:    16,
+		IdleConnTimeout:        30 * time.Second, // below what load balancers allow, so that few connections are found stale
+		MaxResponseHeaderBytes: 64 << 10,
+		DisableCompression:     true, // a small compressed answer could be a large one
+	}, nil
+}
+
+// callTransport carries one call of the SDK over the shared pool, and remembers what an error needs to be understood. The SDK
+// reconfigures an *http.Transport at each call; any other RoundTripper, such as this one, it leaves alone.
+type callTransport struct {
+	ctx  context.Context // the caller's
+	base http.RoundTripper
+	host string
+
+	status    atomic.Int64 // the answer's HTTP status, 0 without an answer
+	reused    atomic.Bool  // the connection had served before
+	firstByte atomic.Bool  // the answer had begun
+}
+
+// RoundTrip implements [http.RoundTripper].
+func (t *callTransport) RoundTrip(req *http.Request) (*http.Response, error) {
+	if req.URL.Scheme != "https" || req.URL.Host != t.host {
+		closeBody(req)
+		return nil, errForeign
+	}
+	ctx, release := joinContexts(t.ctx, req.Context())
+	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		GotConn:              func(i httptrace.GotConnInfo) { t.reused.Store(i.Reused) },
+		GotFirstResponseByte: func() { t.firstByte.Store(true) },
+	})
+	resp, err := t.base.RoundTrip(req.WithContext(ctx))
+	if err != nil {
+		release()
+		return nil, err
+	}
+	t.status.Store(int64(resp.StatusCode))
+	resp.Body = &cappedBody{body: resp.Body, left: maxAnswer, release: release}
+	if resp.StatusCode >= 300 && resp.StatusCode < 400 {
+		// Followed, it would repeat the URL, with its token, to whom the answer names.
+		_ = resp.Body.Close()
+		return nil, errRedirect
+	}
+	return resp, nil
+}
+
+// stale reports whether a failed call met a connection that the other side had closed while it was idle: then the KMS never
+// saw the request, or at most once, and a new request with a new nonce is safe.
+func (t *callTransport) stale() bool {
+	return t.reused.Load() && !t.firstByte.Load() && t.ctx.Err() == nil
+}
+
+// joinContexts returns a context with the values of a that ends with either of them. release frees it, more than once if need be.
+func joinContexts(a, b context.Context) (ctx context.Context, release func()) {
+	ctx, cancel := context.WithCancelCause(a)
+	stop := context.AfterFunc(b, func() { cancel(context.Cause(b)) })
+	return ctx, func() {
+		stop()
+		cancel(context.Canceled)
+	}
+}
+
+// cappedBody fails a read beyond its limit, and releases the request's context when it is closed.
+type cappedBody struct {
+	body    io.ReadCloser
+	left    int64
+	release func()
+	once    sync.Once
+}
+
+func (b *cappedBody) Read(p []byte) (int, error) {
+	if b.left < 0 {
+		return 0, errTooLarge
+	}
+	if int64(len(p)) > b.left+1 {
+		p = p[:b.left+1]
+	}
+	n, err := b.body.Read(p)
+	b.left -= int64(n)
+	if b.left < 0 {
+		return n, errTooLarge
+	}
+	return n, err
+}
+
+func (b *cappedBody) Close() error {
+	err := b.body.Close()
+	b.once.Do(b.release)
+	return err
+}
+
+// closeBody does what a RoundTripper owes to a request that it does not send.
+func closeBody(req *http.Request) {
+	if req.Body != nil {
+		_ = req.Body.Close()
+	}
+}
