@@ -161,7 +161,9 @@ func TestAliasMovedToAnotherKey(t *testing.T) {
 
 func TestEncryptionContextBinds(t *testing.T) {
 	d := kmsdouble.New(t, kmsdouble.Config{})
-	with := func(m map[string]string) *Backend { return newBackend(t, d, func(c *Config) { c.EncryptionContext = m }) }
+	with := func(m map[string]string) *Backend {
+		return newBackend(t, d, func(c *Config) { c.EncryptionContext = m })
+	}
 	key, err := with(map[string]string{"cluster": "c1", "env": "prod"}).GenerateDataKey(t.Context(), "")
 	if err != nil {
 		t.Fatal(err)
