@@ -234,6 +234,41 @@ func TestFaultsAreAppliedOrNot(t *testing.T) {
 	}
 }
 
+// FuzzAnswer has the KMS answer anything at all: each operation ends with a safe error or a checked result.
+func FuzzAnswer(f *testing.F) {
+	uuid := "8252E4E4-37F3-4E41-B4F6-5A24E6E48D11"
+	for _, seed := range []struct {
+		status uint16
+		body   string
+	}{
+		{200, ""}, {200, "{}"}, {200, "null"}, {200, "[]"}, {200, `"x"`}, {400, `{"Code":7}`}, {400, `{"Code":"A","RequestId":{}}`}, {500, "<html>"},
+		{400, `{"Code":"InvalidParameter","Message":["x"],"AccessDeniedDetail":"x"}`}, {299, "{\"KeyId\":\"\x00\"}"}, {101, ""}, {304, ""}, {600, "x"},
+		{200, `{"KeyId":"k","KeyVersionId":"v","CiphertextBlob":"QUFB","Plaintext":"QUFB","RequestId":"` + uuid + `","KeyMetadata":{"KeyId":"k","KeyState":"Enabled","PrimaryKeyVersion":"v"}}`},
+	} {
+		f.Add(seed.status, []byte(seed.body))
+	}
+	d := kmsdouble.New(f, kmsdouble.Config{})
+	f.Setenv("ALIBABA_CLOUD_ACCESS_KEY_ID", kmsdouble.DefaultAccessKeyID)
+	f.Setenv("ALIBABA_CLOUD_ACCESS_KEY_SECRET", kmsdouble.DefaultAccessKeySecret)
+	b, err := New(Config{Region: d.Region(), KeyID: kmsdouble.DefaultAlias, Endpoint: d.Endpoint(), CAFile: d.CAFile()})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Cleanup(func() { _ = b.Close() })
+	key := &kmsclient.DataKey{Ciphertext: []byte("QUFB"), KeyID: "k/v"}
+	f.Fuzz(func(t *testing.T, status uint16, body []byte) {
+		fault := kmsdouble.FaultSpec{Kind: kmsdouble.Raw, Status: 200 + int(status)%400, Body: body}
+		d.SetFault(func(*http.Request) *kmsdouble.FaultSpec { return &fault })
+		for op, call := range operations(b, key) {
+			if err := call(t.Context()); err != nil {
+				if e := asError(t, err); e.Op != op || len(err.Error()) > 600 {
+					t.Errorf("%s: %+v", op, e)
+				}
+			}
+		}
+	})
+}
+
 func TestRequestIDs(t *testing.T) {
 	d, b, _ := newCanary(t)
 	d.Inject("", kmsdouble.FaultSpec{Kind: kmsdouble.Throttle})

@@ -24,6 +24,7 @@ const (
 	EmptyAnswer   Kind = "empty answer"   // the Status given or 200, without a body
 	Redirect      Kind = "redirect"       // 307 to Location, by default to another path of the double
 	TooLarge      Kind = "too large"      // JSON of 2 MiB
+	Raw           Kind = "raw"            // the Body given, with the Status given or 200
 	Hang          Kind = "hang"           // no answer until Release is closed; then as without a fault
 	Cut           Kind = "cut"            // the connection is closed without an answer
 	CutAnswer     Kind = "cut answer"     // the connection is closed in the middle of the answer
@@ -41,6 +42,7 @@ type FaultSpec struct {
 	Status   int               // HTTP status, where the kind allows one
 	Code     string            // the vendor's error code, where the kind has one
 	Fields   []string          // PartialAnswer: the fields that are left out
+	Body     []byte            // Raw
 	Set      map[string]any    // ForgedAnswer: the fields that are replaced or added
 	Location string            // Redirect
 	Release  <-chan struct{}   // Hang; nil for ever
@@ -141,6 +143,9 @@ func (d *Double) replace(w http.ResponseWriter, r *request, f *FaultSpec) {
 	case Redirect:
 		w.Header().Set("Location", cmp.Or(f.Location, d.URL()+"/elsewhere"))
 		w.WriteHeader(cmp.Or(f.Status, 307))
+	case Raw:
+		w.WriteHeader(cmp.Or(f.Status, 200))
+		_, _ = w.Write(f.Body)
 	case TooLarge:
 		writeJSON(w, cmp.Or(f.Status, 200), map[string]any{"RequestId": r.id, "Padding": strings.Repeat("x", 2<<20)})
 	case Cut:
@@ -192,12 +197,14 @@ func forge(fields, set map[string]any) {
 	}
 }
 
-// hang waits for the fault's end, the client's or the double's.
+// hang waits for the fault's end. If the client's or the double's comes first, the request is not answered at all.
 func (d *Double) hang(r *request, f *FaultSpec) {
 	select {
 	case <-f.Release:
 	case <-r.http.Context().Done():
+		panic(http.ErrAbortHandler)
 	case <-d.stopped:
+		panic(http.ErrAbortHandler)
 	}
 }
 
@@ -212,15 +219,15 @@ func (d *Double) drip(w http.ResponseWriter, r *request, f *FaultSpec, status in
 		select {
 		case <-tick.C:
 		case <-r.http.Context().Done():
-			return
+			panic(http.ErrAbortHandler)
 		case <-d.stopped:
-			return
+			panic(http.ErrAbortHandler)
 		}
 		if _, err := w.Write(body[i : i+1]); err != nil {
-			return
+			panic(http.ErrAbortHandler)
 		}
 		if err := http.NewResponseController(w).Flush(); err != nil {
-			return
+			panic(http.ErrAbortHandler)
 		}
 	}
 }

@@ -198,7 +198,7 @@ func (k *key) seal(plaintext []byte, context string) (string, error) {
 // open is the inverse of seal, for any key and version of the double. d.mu is held.
 func (d *Double) open(blob, context string) (*key, keyVersion, []byte, *apiError) {
 	invalid := &apiError{400, "InvalidParameter", "The specified parameter CiphertextBlob is not valid."}
-	raw, err := base64.StdEncoding.DecodeString(blob)
+	raw, err := base64.StdEncoding.Strict().DecodeString(blob)
 	if err != nil || len(raw) < 1 {
 		return nil, keyVersion{}, nil, invalid
 	}
