@@ -1,0 +1,291 @@
+package proxy
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"log/slog"
+	"sync/atomic"
+
+	"google.golang.org/protobuf/encoding/protowire"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdwire"
+)
+
+// core is what every engine shares: the rules of the moment and the limits.
+type core struct {
+	rules      atomic.Pointer[ruleSet]
+	maxRequest int // bytes; etcd's --max-request-bytes
+	log        *slog.Logger
+}
+
+// call rewrites the messages of one call. An engine hands it every request message, then every response message for which scans
+// is true. Messages come whole, without gRPC's header; a result is the argument itself where nothing changes. One request and one response may
+// be in progress at the same time, never two of a kind. Errors are statuses for the client.
+type call interface {
+	request(ctx context.Context, msg []byte) ([]byte, error)
+	scans() bool
+	response(ctx context.Context, msg []byte) ([]byte, error)
+}
+
+// kvCall is what the calls of etcdserverpb.KV have in common. The rules may be swapped while a call is in flight: another client may then already
+// have written under a new rule, so from then on every answer is looked into.
+type kvCall struct {
+	core    *core
+	id      *Identity
+	at      *ruleSet // the rules when the request came
+	touches bool     // an answer may hold a sealed value
+}
+
+func (c *kvCall) scans() bool {
+	return !c.id.Ciphertext && (c.touches || c.core.rules.Load() != c.at)
+}
+
+// begin notes the rules of the moment and says whether there are any.
+func (c *kvCall) begin() bool {
+	c.at = c.core.rules.Load()
+	return !c.at.empty()
+}
+
+// status logs the cause where the client is not told, and returns the status.
+func (c *core) status(err error, fromEtcd bool) error {
+	if err == nil {
+		return nil
+	}
+	st, known := sealStatus(err, fromEtcd)
+	if !known {
+		c.log.Error("a value could not be sealed or opened", "error", err)
+	}
+	return st
+}
+
+// checkSize applies etcd's limit on a request to the plaintext, so that a client meets it where etcd alone would have put it. etcd measures
+// the message that goes into its log: the request, its tag and length, and a header with a ten-byte request ID.
+func (c *core) checkSize(msg []byte) error {
+	const raftHeader = 2 + 1 + 10
+	if len(msg)+1+protowire.SizeVarint(uint64(len(msg)))+raftHeader > c.maxRequest {
+		return errRequestTooLarge
+	}
+	return nil
+}
+
+type rangeCall struct {
+	kvCall
+	shape  etcdwire.RangeShape
+	stream bool
+}
+
+func newRangeCall(c *core, id *Identity) call { return &rangeCall{kvCall: kvCall{core: c, id: id}} }
+
+func newRangeStreamCall(c *core, id *Identity) call {
+	return &rangeCall{kvCall: kvCall{core: c, id: id}, stream: true}
+}
+
+func (c *rangeCall) request(_ context.Context, msg []byte) ([]byte, error) {
+	if !c.begin() || c.id.Ciphertext {
+		return msg, nil
+	}
+	var err error
+	if c.shape, err = etcdwire.RangeRequest(msg, c.at); err != nil {
+		return nil, c.core.status(err, false)
+	}
+	c.touches = !c.shape.KeysOnly && rangeTouches(msg, c.at)
+	return msg, nil
+}
+
+func (c *rangeCall) response(ctx context.Context, msg []byte) ([]byte, error) {
+	rewrite := etcdwire.RangeResponse
+	if c.stream {
+		rewrite = etcdwire.RangeStreamResponse
+	}
+	out, err := rewrite(ctx, msg, c.core.rules.Load(), c.shape)
+	return out, c.core.status(err, true)
+}
+
+type putCall struct{ kvCall }
+
+func newPutCall(c *core, id *Identity) call { return &putCall{kvCall{core: c, id: id}} }
+
+func (c *putCall) request(ctx context.Context, msg []byte) ([]byte, error) {
+	if err := c.core.checkSize(msg); err != nil {
+		return nil, err
+	}
+	if !c.begin() {
+		return msg, nil
+	}
+	c.touches = putCovered(msg, c.at)
+	var rules etcdwire.Rules = c.at
+	if c.id.Ciphertext {
+		rules = guardRules{c.at}
+	}
+	out, err := etcdwire.PutRequest(ctx, msg, rules)
+	if err != nil {
+		return nil, c.core.status(err, false)
+	}
+	if c.touches && c.id.Ciphertext { // a put that keeps its value is a write too
+		return nil, errCiphertextWrite
+	}
+	return out, nil
+}
+
+// response opens the previous value. When that fails the client gets the error although the put was applied, as it does when
+// the answer of a write is lost on its way.
+func (c *putCall) response(ctx context.Context, msg []byte) ([]byte, error) {
+	out, err := etcdwire.PutResponse(ctx, msg, c.core.rules.Load())
+	return out, c.core.status(err, true)
+}
+
+type deleteCall struct{ kvCall }
+
+func newDeleteCall(c *core, id *Identity) call { return &deleteCall{kvCall{core: c, id: id}} }
+
+func (c *deleteCall) request(_ context.Context, msg []byte) ([]byte, error) {
+	if !c.begin() {
+		return msg, nil
+	}
+	if err := etcdwire.DeleteRangeRequest(msg); err != nil {
+		return nil, c.core.status(err, false)
+	}
+	c.touches = rangeTouches(msg, c.at)
+	if c.touches && c.id.Ciphertext {
+		return nil, errCiphertextWrite
+	}
+	return msg, nil
+}
+
+func (c *deleteCall) response(ctx context.Context, msg []byte) ([]byte, error) {
+	out, err := etcdwire.DeleteRangeResponse(ctx, msg, c.core.rules.Load())
+	return out, c.core.status(err, true)
+}
+
+type txnCall struct {
+	kvCall
+	shape *etcdwire.TxnShape
+}
+
+func newTxnCall(c *core, id *Identity) call { return &txnCall{kvCall: kvCall{core: c, id: id}} }
+
+func (c *txnCall) request(ctx context.Context, msg []byte) ([]byte, error) {
+	ruled := c.begin()
+	tooLarge := c.core.checkSize(msg)
+	if !ruled && tooLarge == nil {
+		return msg, nil
+	}
+	var reach txnReach
+	scanTxn(msg, c.at, 0, &reach)
+	if tooLarge != nil && reach.changes { // a transaction that only reads never meets etcd's limit
+		return nil, tooLarge
+	}
+	if !ruled {
+		return msg, nil
+	}
+	var rules etcdwire.Rules = c.at
+	if c.id.Ciphertext {
+		rules = guardRules{c.at}
+	}
+	out, shape, err := etcdwire.TxnRequest(ctx, msg, rules)
+	if err != nil {
+		return nil, c.core.status(err, false)
+	}
+	if reach.writes && c.id.Ciphertext {
+		return nil, errCiphertextWrite
+	}
+	c.shape, c.touches = shape, reach.touches
+	return out, nil
+}
+
+func (c *txnCall) response(ctx context.Context, msg []byte) ([]byte, error) {
+	out, err := etcdwire.TxnResponse(ctx, msg, c.core.rules.Load(), c.shape)
+	return out, c.core.status(err, true)
+}
+
+// watchCall looks into the events of a stream from the first watch on that can meet a rule, and never stops: a watch that was
+// cancelled may have events on their way.
+type watchCall struct {
+	core    *core
+	id      *Identity
+	at      *ruleSet
+	touches atomic.Bool
+}
+
+func newWatchCall(c *core, id *Identity) call {
+	return &watchCall{core: c, id: id, at: c.rules.Load()}
+}
+
+func (c *watchCall) request(_ context.Context, msg []byte) ([]byte, error) {
+	if c.id.Ciphertext || c.touches.Load() {
+		return msg, nil
+	}
+	rules := c.core.rules.Load()
+	if rules.empty() {
+		return msg, nil
+	}
+	touches, err := watchTouches(msg, rules)
+	if err != nil {
+		return nil, c.core.status(err, false)
+	}
+	if touches {
+		c.touches.Store(true)
+	}
+	return msg, nil
+}
+
+func (c *watchCall) scans() bool {
+	return !c.id.Ciphertext && (c.touches.Load() || c.core.rules.Load() != c.at)
+}
+
+func (c *watchCall) response(ctx context.Context, msg []byte) ([]byte, error) {
+	out, err := etcdwire.WatchResponse(ctx, msg, c.core.rules.Load())
+	return out, c.core.status(err, true)
+}
+
+// electionCall refuses elections and locks whose keys a rule covers.
+type electionCall struct {
+	core    *core
+	covered func(msg []byte, rules *ruleSet) (bool, error)
+}
+
+func newNameCall(c *core, _ *Identity) call { return &electionCall{core: c, covered: nameCovered} }
+
+func newLeaderKeyCall(c *core, _ *Identity) call {
+	return &electionCall{core: c, covered: leaderKeyCovered}
+}
+
+func (c *electionCall) request(_ context.Context, msg []byte) ([]byte, error) {
+	rules := c.core.rules.Load()
+	if rules.empty() {
+		return msg, nil
+	}
+	covered, err := c.covered(msg, rules)
+	if err != nil {
+		return nil, c.core.status(err, false)
+	}
+	if covered {
+		return nil, errElectionCovered
+	}
+	return msg, nil
+}
+
+func (*electionCall) scans() bool { return false }
+
+func (*electionCall) response(_ context.Context, msg []byte) ([]byte, error) { return msg, nil }
+
+// nameCovered looks at the keys of an election or lock: all that begin with its name and a slash.
+func nameCovered(msg []byte, rules *ruleSet) (bool, error) {
+	name, err := etcdwire.Name(msg)
+	if err != nil {
+		return false, fmt.Errorf("name: %w", err)
+	}
+	start := append(bytes.Clone(name), '/')
+	end := bytes.Clone(start)
+	end[len(end)-1]++
+	return rules.Overlaps(start, end), nil
+}
+
+func leaderKeyCovered(msg []byte, rules *ruleSet) (bool, error) {
+	key, err := etcdwire.LeaderKey(msg)
+	if err != nil {
+		return false, fmt.Errorf("leader key: %w", err)
+	}
+	return rules.lookup(key) != nil, nil
+}

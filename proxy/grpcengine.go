@@ -1,0 +1,453 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math"
+	"net"
+	"strings"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
+)
+
+// engine moves messages between identified connections and etcd.
+type engine interface {
+	// serve takes over conn and returns at once.
+	serve(conn *clientConn)
+	// run moves messages until ctx ends. Then it drains: it asks clients to go elsewhere, ends the calls that wait for events with Unavailable,
+	// lets the others finish, and after the drain timeout ends what is left.
+	run(ctx context.Context) error
+}
+
+// grpcOverhead is what etcd adds to its limit on requests to get gRPC's limit on messages, in bytes.
+const grpcOverhead = 512 * 1024
+
+// grpcEngine is the reference engine, on grpc-go.
+type grpcEngine struct {
+	core         *core
+	upstream     *upstream
+	log          *slog.Logger
+	denials      *denials
+	server       *grpc.Server
+	conns        *connQueue
+	drainTimeout time.Duration
+	unknown      *requestCounter
+	methods      map[string]map[string]bool // service → methods, for the texts about unknown ones
+
+	draining context.Context
+	drain    context.CancelCauseFunc
+	pumps    sync.WaitGroup // the goroutines that read from clients
+}
+
+var _ engine = (*grpcEngine)(nil)
+
+func newGRPCEngine(c *core, u *upstream, m *metrics, log *slog.Logger, drainTimeout time.Duration) *grpcEngine {
+	e := &grpcEngine{
+		core: c, upstream: u, log: log, denials: &denials{log: log}, drainTimeout: drainTimeout,
+		conns:   &connQueue{conns: make(chan *clientConn), done: make(chan struct{})},
+		unknown: m.counter(unknownMethod),
+		methods: make(map[string]map[string]bool),
+	}
+	e.draining, e.drain = context.WithCancelCause(context.Background())
+	e.server = grpc.NewServer(
+		grpc.Creds(identityCredentials{}),
+		grpc.ForceServerCodecV2(rawCodec{}),
+		grpc.UnknownServiceHandler(e.refuseUnknown),
+		// What follows is how etcd sets up its own server.
+		grpc.MaxRecvMsgSize(c.maxRequest+grpcOverhead),
+		grpc.MaxSendMsgSize(math.MaxInt32),
+		grpc.MaxConcurrentStreams(math.MaxUint32),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 2 * time.Hour, Timeout: 20 * time.Second}),
+		grpc.WaitForHandlers(true),
+	)
+	e.register(m)
+	m.grpc.InitializeMetrics(e.server)
+	return e
+}
+
+// register gives every row of the method table to the server, with its true shape.
+func (e *grpcEngine) register(m *metrics) {
+	unary, stream := m.grpc.UnaryServerInterceptor(), m.grpc.StreamServerInterceptor()
+	services := make(map[string]*grpc.ServiceDesc)
+	var order []string
+	for _, row := range methodTable() {
+		sd := services[row.service]
+		if sd == nil {
+			sd = &grpc.ServiceDesc{ServiceName: row.service, HandlerType: (*any)(nil)}
+			services[row.service] = sd
+			order = append(order, row.service)
+			e.methods[row.service] = make(map[string]bool)
+		}
+		e.methods[row.service][row.name] = true
+		h := &grpcMethod{engine: e, method: row, count: m.counter(row.full), stream: row.streamDesc()}
+		if row.shape == shapeUnary {
+			h.unaryInfo = grpc.UnaryServerInfo{FullMethod: row.full}
+			h.unaryMetrics = unary
+			sd.Methods = append(sd.Methods, grpc.MethodDesc{MethodName: row.name, Handler: h.serveUnary})
+			continue
+		}
+		info := &grpc.StreamServerInfo{FullMethod: row.full, IsClientStream: row.shape == shapeBidiStream, IsServerStream: true}
+		desc := row.streamDesc()
+		desc.Handler = func(srv any, ss grpc.ServerStream) error { return stream(srv, ss, info, h.serveStream) }
+		sd.Streams = append(sd.Streams, desc)
+	}
+	for _, name := range order {
+		e.server.RegisterService(services[name], nil)
+	}
+}
+
+// serve implements engine.
+func (e *grpcEngine) serve(conn *clientConn) { e.conns.put(conn) }
+
+// run implements engine.
+func (e *grpcEngine) run(ctx context.Context) error {
+	served := make(chan error, 1)
+	go func() { served <- e.server.Serve(e.conns) }()
+	var err error
+	select {
+	case err = <-served: // the queue never fails, so this is a broken invariant of grpc-go
+		e.drain(errShuttingDown)
+		e.server.Stop()
+		e.pumps.Wait()
+		return fmt.Errorf("serve gRPC: %w", err)
+	case <-ctx.Done():
+	}
+	cut := make(chan struct{})
+	hard := time.AfterFunc(e.drainTimeout, func() {
+		defer close(cut)
+		e.log.Warn("calls did not finish in time and were ended", "drainTimeout", e.drainTimeout)
+		e.server.Stop()
+	})
+	stopped := make(chan struct{})
+	go func() {
+		defer close(stopped)
+		e.server.GracefulStop()
+	}()
+	e.drain(errShuttingDown)
+	<-stopped
+	if !hard.Stop() {
+		<-cut
+	}
+	<-served
+	e.pumps.Wait()
+	return nil
+}
+
+// refuseUnknown answers a method outside the table with etcd's own text.
+func (e *grpcEngine) refuseUnknown(_ any, ss grpc.ServerStream) error {
+	e.unknown.count(codes.Unimplemented)
+	full, _ := grpc.MethodFromServerStream(ss)
+	service, name := "", strings.TrimPrefix(full, "/")
+	if i := strings.LastIndexByte(name, '/'); i >= 0 {
+		service, name = name[:i], name[i+1:]
+	}
+	if e.methods[service] == nil {
+		return status.Errorf(codes.Unimplemented, "unknown service %v", service)
+	}
+	return status.Errorf(codes.Unimplemented, "unknown method %v for service %v", name, service)
+}
+
+// grpcMethod serves one row of the method table.
+type grpcMethod struct {
+	*method
+	engine       *grpcEngine
+	count        *requestCounter
+	stream       grpc.StreamDesc
+	unaryInfo    grpc.UnaryServerInfo
+	unaryMetrics grpc.UnaryServerInterceptor
+}
+
+// admit says who calls, and lets nobody in who is denied.
+func (m *grpcMethod) admit(ctx context.Context) (*Identity, error) {
+	p, _ := peer.FromContext(ctx)
+	info, ok := p.AuthInfo.(identityInfo)
+	if !ok {
+		return nil, ownError(codes.Internal, "connection without an identity")
+	}
+	if info.id.Denied {
+		m.engine.denials.note(info.id)
+		return nil, ownError(codes.PermissionDenied, fmt.Sprintf("client %q is not allowed here", info.id.name()))
+	}
+	return info.id, nil
+}
+
+// newCall makes the call's rewriter, nil if it has none.
+func (m *grpcMethod) newCall(id *Identity) call {
+	if m.call == nil {
+		return nil
+	}
+	return m.call(m.engine.core, id)
+}
+
+func (m *grpcMethod) serveUnary(_ any, ctx context.Context, decode func(any) error, _ grpc.UnaryServerInterceptor) (any, error) {
+	in := new(frame)
+	if err := decode(in); err != nil {
+		return nil, err
+	}
+	out, err := m.unaryMetrics(ctx, in, &m.unaryInfo, m.forward)
+	m.count.count(status.Code(err))
+	return out, err
+}
+
+// forward moves one request and its answer, all in the handler's goroutine.
+func (m *grpcMethod) forward(ctx context.Context, req any) (any, error) {
+	in, ok := req.(*frame)
+	if !ok {
+		return nil, ownError(codes.Internal, "a request that is not a frame")
+	}
+	defer in.free()
+	id, err := m.admit(ctx)
+	if err != nil {
+		return nil, err
+	}
+	c := m.newCall(id)
+	if c != nil {
+		if err := in.edit(ctx, c.request); err != nil {
+			return nil, err
+		}
+	}
+	if m.waits {
+		var cancel context.CancelCauseFunc
+		ctx, cancel = context.WithCancelCause(ctx)
+		defer cancel(nil)
+		defer context.AfterFunc(m.engine.draining, func() { cancel(errShuttingDown) })()
+	}
+	m.engine.upstream.await(ctx)
+	out := new(frame)
+	var header, trailer metadata.MD
+	err = m.engine.upstream.conn.Invoke(upstreamContext(ctx), m.full, in, out, grpc.Header(&header), grpc.Trailer(&trailer))
+	if len(header) > 0 {
+		if err := grpc.SetHeader(ctx, header); err != nil {
+			return nil, err
+		}
+	}
+	if len(trailer) > 0 {
+		if err := grpc.SetTrailer(ctx, trailer); err != nil {
+			return nil, err
+		}
+	}
+	if err != nil {
+		return nil, m.engine.ended(ctx, err)
+	}
+	if c != nil && c.scans() {
+		if err := out.edit(ctx, c.response); err != nil {
+			out.free()
+			return nil, err
+		}
+	}
+	return out, nil
+}
+
+// ended returns the status for a call that ended with err: the proxy's own if the proxy has ended it or etcd was never reached,
+// and else etcd's, as it came.
+func (e *grpcEngine) ended(ctx context.Context, err error) error {
+	if cause := context.Cause(ctx); cause != nil {
+		var own interface{ GRPCStatus() *status.Status }
+		if errors.As(cause, &own) {
+			return cause
+		}
+	}
+	if st := status.Convert(err); st.Code() == codes.Unavailable && !e.upstream.up.Load() {
+		return ownError(codes.Unavailable, "etcd is unreachable: "+st.Message())
+	}
+	return err
+}
+
+func (m *grpcMethod) serveStream(_ any, ss grpc.ServerStream) error {
+	err := m.relay(ss)
+	m.count.count(status.Code(err))
+	return err
+}
+
+// relay moves a stream. This goroutine moves what etcd sends; a stream on which the client sends too has one more, which moves that.
+func (m *grpcMethod) relay(ss grpc.ServerStream) error {
+	ctx := ss.Context()
+	id, err := m.admit(ctx)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	if m.waits {
+		defer context.AfterFunc(m.engine.draining, func() { cancel(errShuttingDown) })()
+	}
+	c := m.newCall(id)
+	var first *frame
+	if m.shape == shapeServerStream {
+		first = new(frame)
+		defer func() { first.free() }()
+		if err := ss.RecvMsg(first); err != nil {
+			return err
+		}
+		if c != nil {
+			if err := first.edit(ctx, c.request); err != nil {
+				return err
+			}
+		}
+	}
+	m.engine.upstream.await(ctx)
+	cs, err := m.engine.upstream.conn.NewStream(upstreamContext(ctx), &m.stream, m.full)
+	if err != nil {
+		return m.engine.ended(ctx, err)
+	}
+	if first != nil {
+		// An end of the stream is told in full by the first receive.
+		if err := cs.SendMsg(first); err != nil && !errors.Is(err, io.EOF) {
+			return m.engine.ended(ctx, err)
+		}
+	} else {
+		m.engine.pumps.Go(func() { m.pump(ctx, cancel, ss, cs, c) })
+	}
+	if header, err := cs.Header(); err == nil && header != nil {
+		if err := ss.SendHeader(header); err != nil {
+			return err
+		}
+	}
+	out := new(frame)
+	defer func() { out.free() }()
+	for {
+		if err := cs.RecvMsg(out); err != nil {
+			ss.SetTrailer(cs.Trailer())
+			if errors.Is(err, io.EOF) {
+				return nil
+			}
+			return m.engine.ended(ctx, err)
+		}
+		if c != nil && c.scans() {
+			if err := out.edit(ctx, c.response); err != nil {
+				return err
+			}
+		}
+		if err := ss.SendMsg(out); err != nil {
+			return err
+		}
+	}
+}
+
+// pump moves what the client sends until the client half-closes, which etcd is told, or the stream ends. What goes wrong here ends
+// the stream, with its own status.
+func (m *grpcMethod) pump(ctx context.Context, cancel context.CancelCauseFunc, ss grpc.ServerStream, cs grpc.ClientStream, c call) {
+	in := new(frame)
+	defer func() { in.free() }()
+	for {
+		if err := ss.RecvMsg(in); err != nil {
+			if errors.Is(err, io.EOF) {
+				_ = cs.CloseSend() // never fails; an ended stream tells its receiver
+				return
+			}
+			cancel(err)
+			return
+		}
+		if c != nil {
+			if err := in.edit(ctx, c.request); err != nil {
+				cancel(err)
+				return
+			}
+		}
+		if err := cs.SendMsg(in); err != nil {
+			return // the receiving side learns why
+		}
+	}
+}
+
+// upstreamContext carries the client's metadata on to etcd. What belongs to the hop stays behind: gRPC writes its own; pseudo headers, content
+// type, user agent and timeout are left out by grpc-go itself.
+func upstreamContext(ctx context.Context) context.Context {
+	md, ok := metadata.FromIncomingContext(ctx)
+	if !ok {
+		return ctx
+	}
+	for k := range md {
+		switch k {
+		case "grpc-accept-encoding", "grpc-encoding", "grpc-timeout", "grpc-status", "grpc-message", "grpc-status-details-bin",
+			"te", "connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade", "host", "accept-encoding":
+			delete(md, k)
+		}
+	}
+	return metadata.NewOutgoingContext(ctx, md)
+}
+
+// connQueue hands identified connections to grpc-go's server.
+type connQueue struct {
+	conns chan *clientConn
+	done  chan struct{}
+	once  sync.Once
+}
+
+var _ net.Listener = (*connQueue)(nil)
+
+func (q *connQueue) put(conn *clientConn) {
+	select {
+	case q.conns <- conn:
+	case <-q.done:
+		conn.Close()
+	}
+}
+
+// Accept implements net.Listener.
+func (q *connQueue) Accept() (net.Conn, error) {
+	select {
+	case conn := <-q.conns:
+		return conn, nil
+	case <-q.done:
+		return nil, net.ErrClosed
+	}
+}
+
+// Close implements net.Listener.
+func (q *connQueue) Close() error {
+	q.once.Do(func() { close(q.done) })
+	return nil
+}
+
+// Addr implements net.Listener.
+func (q *connQueue) Addr() net.Addr { return &net.UnixAddr{Name: "proxy", Net: "unix"} }
+
+// identityCredentials tell grpc-go what the listener has found out; there is no handshake left to do.
+type identityCredentials struct{}
+
+var _ credentials.TransportCredentials = identityCredentials{}
+
+// identityInfo rides on every call of a connection.
+type identityInfo struct {
+	credentials.CommonAuthInfo
+	id *Identity
+}
+
+// AuthType implements credentials.AuthInfo.
+func (identityInfo) AuthType() string { return "etcd-kms-proxy" }
+
+// ServerHandshake implements credentials.TransportCredentials.
+func (identityCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	c, ok := conn.(*clientConn)
+	if !ok {
+		return nil, nil, errors.New("connection without an identity")
+	}
+	return c, identityInfo{id: c.id}, nil
+}
+
+// ClientHandshake implements credentials.TransportCredentials; these credentials are a server's.
+func (identityCredentials) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	return nil, nil, errors.New("client handshake with a server's credentials")
+}
+
+// Info implements credentials.TransportCredentials.
+func (identityCredentials) Info() credentials.ProtocolInfo { return credentials.ProtocolInfo{} }
+
+// Clone implements credentials.TransportCredentials.
+func (c identityCredentials) Clone() credentials.TransportCredentials { return c }
+
+// OverrideServerName implements credentials.TransportCredentials.
+func (identityCredentials) OverrideServerName(string) error { return nil }

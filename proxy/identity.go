@@ -1,0 +1,95 @@
+package proxy
+
+import (
+	"crypto/x509"
+	"log/slog"
+	"sync"
+)
+
+// Identity says who is at the other end of a connection. It is made once, when the connection is accepted, and never changes.
+type Identity struct {
+	Listener string // the address of the listener, as configured
+	Remote   string // the peer's address; empty for a unix socket
+	// CommonName and Names (DNS names, IP addresses, e-mail addresses and URIs) come from the client's verified certificate. Both are
+	// empty for a client without one.
+	CommonName string
+	Names      []string
+	// Ciphertext: this client is given stored bytes, and may not write keys under a rule.
+	Ciphertext bool
+	// Denied: this client may do nothing.
+	Denied bool
+}
+
+// name is how logs call the client.
+func (id *Identity) name() string {
+	switch {
+	case id.CommonName != "":
+		return id.CommonName
+	case len(id.Names) > 0:
+		return id.Names[0]
+	}
+	return "(no certificate)"
+}
+
+// identify fills id from the leaf of a verified chain.
+func (id *Identity) identify(cert *x509.Certificate) {
+	id.CommonName = cert.Subject.CommonName
+	id.Names = append(id.Names, cert.DNSNames...)
+	for _, ip := range cert.IPAddresses {
+		id.Names = append(id.Names, ip.String())
+	}
+	id.Names = append(id.Names, cert.EmailAddresses...)
+	for _, u := range cert.URIs {
+		id.Names = append(id.Names, u.String())
+	}
+}
+
+// authorise applies a listener's lists. A client that stands in both gets stored bytes. With an empty list of allowed clients
+// any certificate of the CA may enter.
+func (id *Identity) authorise(allowed, ciphertext map[string]bool) {
+	id.Ciphertext = id.in(ciphertext)
+	id.Denied = len(allowed) > 0 && !id.Ciphertext && !id.in(allowed)
+}
+
+func (id *Identity) in(list map[string]bool) bool {
+	if len(list) == 0 {
+		return false
+	}
+	if id.CommonName != "" && list[id.CommonName] {
+		return true
+	}
+	for _, n := range id.Names {
+		if list[n] {
+			return true
+		}
+	}
+	return false
+}
+
+// denials logs each denied client once, however often it comes back.
+type denials struct {
+	log *slog.Logger
+
+	mu   sync.Mutex
+	seen map[string]bool
+}
+
+// maxDenials bounds the memory that denied clients can take; beyond it the log starts over.
+const maxDenials = 1024
+
+func (d *denials) note(id *Identity) {
+	key := id.Listener + "\x00" + id.name()
+	d.mu.Lock()
+	known := d.seen[key]
+	if !known {
+		if d.seen == nil || len(d.seen) >= maxDenials {
+			d.seen = make(map[string]bool)
+		}
+		d.seen[key] = true
+	}
+	d.mu.Unlock()
+	if !known {
+		d.log.Warn("client denied: it is not in the listener's allowedClients",
+			"listener", id.Listener, "client", id.name(), "names", id.Names, "remote", id.Remote)
+	}
+}

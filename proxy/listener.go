@@ -1,0 +1,234 @@
+package proxy
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// ListenerConfig is one address that clients connect to.
+type ListenerConfig struct {
+	// Address is host:port, or unix:// and an absolute path.
+	Address string
+	// Mode is the socket's file mode; 0 means 0600.
+	Mode fs.FileMode
+	// TLS is nil for cleartext.
+	TLS *ListenerTLS
+	// AllowedClients are the common names and subject alternative names that may enter; empty: any certificate of the CA. What others
+	// ask for is answered with PermissionDenied.
+	AllowedClients []string
+	// CiphertextClients are given the bytes that etcd stores, and may not write keys under a rule. They need not be in AllowedClients.
+	CiphertextClients []string
+}
+
+// handshakeTimeout bounds how long a client may take to identify itself.
+const handshakeTimeout = 10 * time.Second
+
+// listener accepts connections, finds out who is there and hands them on.
+type listener struct {
+	cfg ListenerConfig
+	net.Listener
+	tls                 *fresh[*tls.Config] // nil for cleartext
+	allowed, ciphertext map[string]bool
+	log                 *slog.Logger
+	metrics             *metrics
+
+	mu         sync.Mutex
+	lastLog    time.Time // of a failed handshake
+	suppressed int       // since then
+}
+
+// clientConn is a connection that has been identified.
+type clientConn struct {
+	net.Conn
+	id     *Identity
+	once   sync.Once
+	closed func()
+}
+
+// Close closes the connection. It may be called more than once.
+func (c *clientConn) Close() error {
+	err := c.Conn.Close()
+	c.once.Do(c.closed)
+	return err
+}
+
+// listen checks cfg and binds its address.
+func listen(cfg ListenerConfig, log *slog.Logger, m *metrics) (*listener, error) {
+	l := &listener{cfg: cfg, log: log, metrics: m, allowed: set(cfg.AllowedClients), ciphertext: set(cfg.CiphertextClients)}
+	if len(l.allowed)+len(l.ciphertext) > 0 && (cfg.TLS == nil || cfg.TLS.ClientCAFile == "") {
+		return nil, fmt.Errorf("listener %s: allowedClients and ciphertextClients need TLS with clientCAFile", cfg.Address)
+	}
+	var err error
+	if cfg.TLS != nil {
+		if l.tls, err = cfg.TLS.serverTLS(log, cfg.Address); err != nil {
+			return nil, fmt.Errorf("listener %s: %w", cfg.Address, err)
+		}
+	}
+	if path, ok := strings.CutPrefix(cfg.Address, "unix://"); ok {
+		l.Listener, err = listenUnix(path, cfg.Mode)
+	} else {
+		l.Listener, err = net.Listen("tcp", cfg.Address)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("listener %s: %w", cfg.Address, err)
+	}
+	return l, nil
+}
+
+func set(names []string) map[string]bool {
+	m := make(map[string]bool, len(names))
+	for _, n := range names {
+		m[n] = true
+	}
+	return m
+}
+
+// unixListener removes its socket when it closes, unless another process has put its own there since.
+type unixListener struct {
+	*net.UnixListener
+	path string
+	own  fs.FileInfo
+	once sync.Once
+}
+
+// listenUnix binds path with mode. A socket that stands there is replaced only if nobody answers on it. The socket is made beside its place and
+// moved there, so that at no time a stranger can open it with looser permissions.
+func listenUnix(path string, mode fs.FileMode) (net.Listener, error) {
+	if !filepath.IsAbs(path) {
+		return nil, fmt.Errorf("socket path %q: must be absolute", path)
+	}
+	if mode == 0 {
+		mode = 0o600
+	}
+	info, err := os.Lstat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+	case err != nil:
+		return nil, err
+	case info.Mode()&fs.ModeSocket == 0:
+		return nil, fmt.Errorf("%s: exists and is not a socket", path)
+	default:
+		conn, err := net.DialTimeout("unix", path, time.Second)
+		if err == nil {
+			conn.Close()
+			return nil, fmt.Errorf("%s: %w: another process answers on it", path, syscall.EADDRINUSE)
+		}
+		if !errors.Is(err, syscall.ECONNREFUSED) && !errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("see whether %s is in use: %w", path, err)
+		}
+	}
+	var random [4]byte
+	_, _ = rand.Read(random[:]) // never fails
+	beside := filepath.Join(filepath.Dir(path), ".ekp-"+hex.EncodeToString(random[:]))
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: beside, Net: "unix"})
+	if err != nil {
+		return nil, err
+	}
+	l.SetUnlinkOnClose(false)
+	if err = os.Chmod(beside, mode); err == nil {
+		err = os.Rename(beside, path)
+	}
+	if err != nil {
+		l.Close()
+		_ = os.Remove(beside)
+		return nil, fmt.Errorf("place socket: %w", err)
+	}
+	own, err := os.Lstat(path)
+	if err != nil {
+		l.Close()
+		return nil, fmt.Errorf("place socket: %w", err)
+	}
+	return &unixListener{UnixListener: l, path: path, own: own}, nil
+}
+
+// Addr is the socket's path; the one it was bound under is gone.
+func (l *unixListener) Addr() net.Addr { return &net.UnixAddr{Name: l.path, Net: "unix"} }
+
+// Close stops listening and removes the socket.
+func (l *unixListener) Close() error {
+	l.once.Do(func() {
+		if now, err := os.Lstat(l.path); err == nil && os.SameFile(now, l.own) {
+			_ = os.Remove(l.path)
+		}
+	})
+	return l.UnixListener.Close()
+}
+
+// run accepts until the listener is closed, and returns once every connection is handed on or gone. ctx bounds the handshakes.
+func (l *listener) run(ctx context.Context, serve func(*clientConn)) error {
+	var handshakes sync.WaitGroup
+	defer handshakes.Wait()
+	pause := time.Duration(0)
+	for {
+		conn, err := l.Accept()
+		if err != nil {
+			if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
+				return nil
+			}
+			// The process may be out of file descriptors: others will be closed.
+			pause = min(max(2*pause, 5*time.Millisecond), time.Second)
+			l.log.Error("connections cannot be accepted", "listener", l.cfg.Address, "error", err)
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-time.After(pause):
+			}
+			continue
+		}
+		pause = 0
+		handshakes.Go(func() {
+			if c, err := l.identify(ctx, conn); err != nil {
+				conn.Close()
+				l.handshakeFailed(conn, err)
+			} else {
+				serve(c)
+			}
+		})
+	}
+}
+
+// identify does the TLS handshake, if any, and says who is there.
+func (l *listener) identify(ctx context.Context, conn net.Conn) (*clientConn, error) {
+	id := &Identity{Listener: l.cfg.Address, Remote: conn.RemoteAddr().String()}
+	if l.tls != nil {
+		ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
+		defer cancel()
+		secure := tls.Server(conn, l.tls.get())
+		if err := secure.HandshakeContext(ctx); err != nil {
+			return nil, err
+		}
+		if certs := secure.ConnectionState().PeerCertificates; len(certs) > 0 {
+			id.identify(certs[0])
+		}
+		conn = secure
+	}
+	id.authorise(l.allowed, l.ciphertext)
+	l.metrics.connections.WithLabelValues(l.cfg.Address).Inc()
+	return &clientConn{Conn: conn, id: id, closed: l.metrics.connections.WithLabelValues(l.cfg.Address).Dec}, nil
+}
+
+// handshakeFailed logs at most once a second, or a port scan would fill the log.
+func (l *listener) handshakeFailed(conn net.Conn, err error) {
+	l.metrics.handshakeFailures.WithLabelValues(l.cfg.Address).Inc()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if now := time.Now(); now.Sub(l.lastLog) < time.Second {
+		l.suppressed++
+	} else {
+		l.log.Warn("connection rejected", "listener", l.cfg.Address, "remote", conn.RemoteAddr().String(), "error", err, "notLoggedBefore", l.suppressed)
+		l.lastLog, l.suppressed = now, 0
+	}
+}

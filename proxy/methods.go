@@ -1,0 +1,117 @@
+package proxy
+
+import "google.golang.org/grpc"
+
+// class says what the proxy does with a method.
+type class string
+
+// The classes. A method without one is answered as etcd answers a method it does not know.
+const (
+	classPass    class = "pass"    // carries no value: forwarded untouched
+	classRewrite class = "rewrite" // may carry values: sealed and opened under the rules
+	classRefuse  class = "refuse"  // forwarded only where no rule covers its keys
+)
+
+// shape says how many messages a method moves.
+type shape int
+
+const (
+	shapeUnary shape = iota
+	shapeServerStream
+	shapeBidiStream
+)
+
+// method is one row of the closed method table.
+type method struct {
+	service, name string
+	full          string // "/service/name"
+	class         class
+	shape         shape
+	// waits is true for a call that may last for ever: it ends with Unavailable when the proxy drains, so that its client
+	// goes elsewhere, while every other call is let finish.
+	waits bool
+	// call makes the rewriter of one call; nil for what is forwarded untouched.
+	call func(c *core, id *Identity) call
+}
+
+// methodTable is every method of every service that etcd 3.4 to 3.7 registers for clients. A method that is not here is never
+// forwarded: a new write method could store plaintext.
+func methodTable() []*method {
+	table := []*method{
+		{service: "etcdserverpb.KV", name: "Range", class: classRewrite, call: newRangeCall},
+		{service: "etcdserverpb.KV", name: "RangeStream", class: classRewrite, shape: shapeServerStream, call: newRangeStreamCall},
+		{service: "etcdserverpb.KV", name: "Put", class: classRewrite, call: newPutCall},
+		{service: "etcdserverpb.KV", name: "DeleteRange", class: classRewrite, call: newDeleteCall},
+		{service: "etcdserverpb.KV", name: "Txn", class: classRewrite, call: newTxnCall},
+		{service: "etcdserverpb.KV", name: "Compact", class: classPass},
+
+		{service: "etcdserverpb.Watch", name: "Watch", class: classRewrite, shape: shapeBidiStream, waits: true, call: newWatchCall},
+
+		{service: "etcdserverpb.Lease", name: "LeaseGrant", class: classPass},
+		{service: "etcdserverpb.Lease", name: "LeaseRevoke", class: classPass},
+		{service: "etcdserverpb.Lease", name: "LeaseKeepAlive", class: classPass, shape: shapeBidiStream, waits: true},
+		{service: "etcdserverpb.Lease", name: "LeaseTimeToLive", class: classPass},
+		{service: "etcdserverpb.Lease", name: "LeaseLeases", class: classPass},
+
+		{service: "etcdserverpb.Cluster", name: "MemberAdd", class: classPass},
+		{service: "etcdserverpb.Cluster", name: "MemberRemove", class: classPass},
+		{service: "etcdserverpb.Cluster", name: "MemberUpdate", class: classPass},
+		{service: "etcdserverpb.Cluster", name: "MemberList", class: classPass},
+		{service: "etcdserverpb.Cluster", name: "MemberPromote", class: classPass},
+
+		// A snapshot and every hash are of what etcd stores: ciphertext.
+		{service: "etcdserverpb.Maintenance", name: "Alarm", class: classPass},
+		{service: "etcdserverpb.Maintenance", name: "Status", class: classPass},
+		{service: "etcdserverpb.Maintenance", name: "Defragment", class: classPass},
+		{service: "etcdserverpb.Maintenance", name: "Hash", class: classPass},
+		{service: "etcdserverpb.Maintenance", name: "HashKV", class: classPass},
+		{service: "etcdserverpb.Maintenance", name: "Snapshot", class: classPass, shape: shapeServerStream},
+		{service: "etcdserverpb.Maintenance", name: "MoveLeader", class: classPass},
+		{service: "etcdserverpb.Maintenance", name: "Downgrade", class: classPass},
+
+		{service: "etcdserverpb.Auth", name: "AuthEnable", class: classPass},
+		{service: "etcdserverpb.Auth", name: "AuthDisable", class: classPass},
+		{service: "etcdserverpb.Auth", name: "AuthStatus", class: classPass},
+		{service: "etcdserverpb.Auth", name: "Authenticate", class: classPass},
+		{service: "etcdserverpb.Auth", name: "UserAdd", class: classPass},
+		{service: "etcdserverpb.Auth", name: "UserGet", class: classPass},
+		{service: "etcdserverpb.Auth", name: "UserList", class: classPass},
+		{service: "etcdserverpb.Auth", name: "UserDelete", class: classPass},
+		{service: "etcdserverpb.Auth", name: "UserChangePassword", class: classPass},
+		{service: "etcdserverpb.Auth", name: "UserGrantRole", class: classPass},
+		{service: "etcdserverpb.Auth", name: "UserRevokeRole", class: classPass},
+		{service: "etcdserverpb.Auth", name: "RoleAdd", class: classPass},
+		{service: "etcdserverpb.Auth", name: "RoleGet", class: classPass},
+		{service: "etcdserverpb.Auth", name: "RoleList", class: classPass},
+		{service: "etcdserverpb.Auth", name: "RoleDelete", class: classPass},
+		{service: "etcdserverpb.Auth", name: "RoleGrantPermission", class: classPass},
+		{service: "etcdserverpb.Auth", name: "RoleRevokePermission", class: classPass},
+
+		// The server itself reads, compares and writes the values of these, so they work only where no rule covers them.
+		{service: "v3electionpb.Election", name: "Campaign", class: classRefuse, waits: true, call: newNameCall},
+		{service: "v3electionpb.Election", name: "Proclaim", class: classRefuse, call: newLeaderKeyCall},
+		{service: "v3electionpb.Election", name: "Leader", class: classRefuse, call: newNameCall},
+		{service: "v3electionpb.Election", name: "Observe", class: classRefuse, shape: shapeServerStream, waits: true, call: newNameCall},
+		{service: "v3electionpb.Election", name: "Resign", class: classRefuse, call: newLeaderKeyCall},
+		{service: "v3lockpb.Lock", name: "Lock", class: classRefuse, waits: true, call: newNameCall},
+		// Unlock only deletes a key.
+		{service: "v3lockpb.Lock", name: "Unlock", class: classPass},
+
+		{service: "grpc.health.v1.Health", name: "Check", class: classPass},
+		{service: "grpc.health.v1.Health", name: "List", class: classPass},
+		{service: "grpc.health.v1.Health", name: "Watch", class: classPass, shape: shapeServerStream, waits: true},
+	}
+	for _, m := range table {
+		m.full = "/" + m.service + "/" + m.name
+	}
+	return table
+}
+
+// streamDesc describes the method to grpc-go, in either direction.
+func (m *method) streamDesc() grpc.StreamDesc {
+	return grpc.StreamDesc{
+		StreamName:    m.name,
+		ServerStreams: m.shape != shapeUnary,
+		ClientStreams: m.shape == shapeBidiStream,
+	}
+}

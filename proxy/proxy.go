@@ -1,0 +1,180 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// Config is what a Proxy is made of. The zero value of a field is its documented default.
+type Config struct {
+	Listeners []ListenerConfig // at least one
+	Upstream  UpstreamConfig
+	Rules     []Rule // no two with one prefix; none: every value passes as it is
+	// MaxRequestBytes is etcd's --max-request-bytes, applied to the plaintext; 0: 1.5 MiB, as etcd's.
+	MaxRequestBytes int
+	// DrainTimeout bounds how long Run lets calls finish after its context has ended; 0: 10 s.
+	DrainTimeout time.Duration
+	Logger       *slog.Logger          // nil: nothing is logged
+	Registerer   prometheus.Registerer // nil: metrics are not registered
+}
+
+// The defaults of Config.
+const (
+	DefaultMaxRequestBytes = 1536 * 1024
+	DefaultDrainTimeout    = 10 * time.Second
+)
+
+// Proxy serves etcd's client API with the values under its rules sealed. Its methods are safe for concurrent use.
+type Proxy struct {
+	core        *core
+	upstream    *upstream
+	engine      engine
+	listeners   []*listener
+	serving     atomic.Bool
+	listenersUp atomic.Int64
+	ran         atomic.Bool
+	releaseOnce sync.Once
+}
+
+// New checks cfg, loads its files and binds its addresses, so that a port in use is told at once. It connects to nothing and starts nothing;
+// one of Run and Close must follow.
+func New(cfg Config) (*Proxy, error) {
+	if len(cfg.Listeners) == 0 {
+		return nil, errors.New("listeners: there is none")
+	}
+	if cfg.MaxRequestBytes < 0 || cfg.DrainTimeout < 0 {
+		return nil, errors.New("maxRequestBytes and drainTimeout must not be negative")
+	}
+	if cfg.MaxRequestBytes == 0 {
+		cfg.MaxRequestBytes = DefaultMaxRequestBytes
+	}
+	if cfg.DrainTimeout == 0 {
+		cfg.DrainTimeout = DefaultDrainTimeout
+	}
+	log := cfg.Logger
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	rules, err := newRuleSet(cfg.Rules)
+	if err != nil {
+		return nil, err
+	}
+	m, err := newMetrics(cfg.Registerer)
+	if err != nil {
+		return nil, err
+	}
+	p := &Proxy{core: &core{maxRequest: cfg.MaxRequestBytes, log: log}}
+	p.core.rules.Store(rules)
+	var problems []error
+	for _, lc := range cfg.Listeners {
+		l, err := listen(lc, log, m)
+		if err != nil {
+			problems = append(problems, err)
+			continue
+		}
+		p.listeners = append(p.listeners, l)
+	}
+	if p.upstream, err = newUpstream(cfg.Upstream, log, m); err != nil {
+		problems = append(problems, err)
+	}
+	if err := errors.Join(problems...); err != nil {
+		p.Close()
+		return nil, err
+	}
+	p.engine = newGRPCEngine(p.core, p.upstream, m, log, cfg.DrainTimeout)
+	return p, nil
+}
+
+// Addrs returns the bound addresses, in the order of Config.Listeners.
+func (p *Proxy) Addrs() []net.Addr {
+	addrs := make([]net.Addr, len(p.listeners))
+	for i, l := range p.listeners {
+		addrs[i] = l.Addr()
+	}
+	return addrs
+}
+
+// SetRules puts rules in place of the ones in use, all at once. Calls in flight keep what they have sealed and open their answers under the
+// new rules. On an error the old ones stay.
+func (p *Proxy) SetRules(rules []Rule) error {
+	set, err := newRuleSet(rules)
+	if err != nil {
+		return err
+	}
+	p.core.rules.Store(set)
+	return nil
+}
+
+// Run serves until ctx ends, and then drains: it stops accepting, asks clients to go elsewhere, ends watches and other calls that wait for
+// events with Unavailable, lets the others finish, and ends what is left when Config.DrainTimeout is over. It returns nil after a drain, and may be called once.
+func (p *Proxy) Run(ctx context.Context) error {
+	if p.ran.Swap(true) {
+		return errors.New("run proxy: it has run before")
+	}
+	defer p.Close()
+	var all sync.WaitGroup
+	defer all.Wait()
+	lasting, stop := context.WithCancel(context.WithoutCancel(ctx)) // what must outlive the drain
+	defer stop()
+	all.Go(func() { p.upstream.run(lasting) })
+
+	accepting, stopAccepting := context.WithCancelCause(ctx)
+	defer stopAccepting(nil)
+	for _, l := range p.listeners {
+		p.listenersUp.Add(1)
+		all.Go(func() {
+			defer p.listenersUp.Add(-1)
+			if err := l.run(accepting, p.engine.serve); err != nil {
+				stopAccepting(fmt.Errorf("listener %s: %w", l.cfg.Address, err))
+			}
+		})
+	}
+	defer context.AfterFunc(accepting, p.closeListeners)()
+	p.serving.Store(true)
+	err := p.engine.run(accepting)
+	p.serving.Store(false)
+	stopAccepting(nil)
+	p.closeListeners()
+	if err == nil && ctx.Err() == nil {
+		err = context.Cause(accepting)
+	}
+	return err
+}
+
+func (p *Proxy) closeListeners() {
+	for _, l := range p.listeners {
+		l.Close()
+	}
+}
+
+// Close lets go of what New took. Run does it too; it may be called more than once.
+func (p *Proxy) Close() {
+	p.releaseOnce.Do(func() {
+		p.closeListeners()
+		if p.upstream != nil {
+			p.upstream.close()
+		}
+	})
+}
+
+// Ready reports whether the proxy serves, and whether etcd answers. Only the former decides: while etcd is away its clients are to see that
+// from the answers, not from a proxy that goes away too.
+func (p *Proxy) Ready() ReadyReport {
+	up := p.serving.Load() && int(p.listenersUp.Load()) == len(p.listeners)
+	report := ReadyReport{Ready: up, Checks: []Check{{Name: "listeners", OK: up}, {Name: "etcd", OK: p.upstream.up.Load()}}}
+	if !up {
+		report.Checks[0].Detail = "not serving"
+	}
+	if !report.Checks[1].OK {
+		report.Checks[1].Detail = "no endpoint is connected"
+	}
+	return report
+}

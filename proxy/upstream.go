@@ -1,0 +1,188 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/mem"
+	"google.golang.org/grpc/status"
+)
+
+// UpstreamConfig says where etcd is.
+type UpstreamConfig struct {
+	// Endpoints are etcd's client URLs: http://, https://, unix:// or bare host:port, all with or all without TLS.
+	Endpoints []string
+	// TLS is used for https:// and unixs://, and for unix:// and bare addresses when it is set. Nil with https:// verifies against the system's CAs.
+	TLS *UpstreamTLS
+}
+
+// readyWait is how long a call may wait for a connection that is down before it fails: long enough for one round of reconnecting,
+// so that neither a proxy started before etcd nor a restart of etcd fails a request that could have been served at once.
+const readyWait = time.Second
+
+// upstream is the connection to etcd: etcd's own resolver and balancer over all endpoints, without its retries.
+type upstream struct {
+	client    *clientv3.Client
+	conn      *grpc.ClientConn
+	endpoints []string
+	log       *slog.Logger
+	metrics   *metrics
+
+	up    atomic.Bool
+	mu    sync.Mutex
+	ready chan struct{} // closed while up
+}
+
+func newUpstream(cfg UpstreamConfig, log *slog.Logger, m *metrics) (*upstream, error) {
+	secure, err := wantsTLS(cfg)
+	if err != nil {
+		return nil, err
+	}
+	creds := insecure.NewCredentials()
+	if secure {
+		files := cfg.TLS
+		if files == nil {
+			files = &UpstreamTLS{}
+		}
+		if creds, err = files.credentials(log); err != nil {
+			return nil, fmt.Errorf("etcd TLS: %w", err)
+		}
+	}
+	client, err := clientv3.New(clientv3.Config{
+		Endpoints:            cfg.Endpoints,
+		Logger:               zap.NewNop(),
+		DialKeepAliveTime:    15 * time.Second,
+		DialKeepAliveTimeout: 10 * time.Second,
+		DialOptions: []grpc.DialOption{
+			grpc.WithTransportCredentials(creds),
+			// The client library's interceptors retry; a call through the proxy is the caller's to retry.
+			grpc.WithUnaryInterceptor(nil),
+			grpc.WithStreamInterceptor(nil),
+			grpc.WithDisableRetry(),
+			grpc.WithIdleTimeout(0),
+			grpc.WithConnectParams(grpc.ConnectParams{
+				Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},
+				MinConnectTimeout: 3 * time.Second,
+			}),
+			grpc.WithDefaultCallOptions(
+				grpc.ForceCodecV2(rawCodec{}),
+				grpc.MaxCallRecvMsgSize(math.MaxInt32),
+				grpc.MaxCallSendMsgSize(math.MaxInt32),
+			),
+		},
+	})
+	if err != nil {
+		return nil, fmt.Errorf("etcd client: %w", err)
+	}
+	return &upstream{
+		client: client, conn: client.ActiveConnection(), endpoints: cfg.Endpoints,
+		log: log, metrics: m, ready: make(chan struct{}),
+	}, nil
+}
+
+// wantsTLS says whether the endpoints are reached with TLS. One connection pool has one kind of security, so a mixture is an error.
+func wantsTLS(cfg UpstreamConfig) (bool, error) {
+	if len(cfg.Endpoints) == 0 {
+		return false, errors.New("etcd endpoints: there is none")
+	}
+	secure := 0
+	for _, e := range cfg.Endpoints {
+		switch scheme, _, found := strings.Cut(e, ":"); {
+		case scheme == "https" || scheme == "unixs":
+			secure++
+		case found && scheme == "http":
+		case cfg.TLS != nil:
+			secure++
+		}
+	}
+	if secure != 0 && secure != len(cfg.Endpoints) {
+		return false, errors.New("etcd endpoints: some with TLS and some without")
+	}
+	return secure > 0, nil
+}
+
+// run watches the connection until ctx ends, keeps it up, and says in the log when etcd goes and comes back.
+func (u *upstream) run(ctx context.Context) {
+	told := false // that etcd is unreachable
+	for {
+		state := u.conn.GetState()
+		u.set(state == connectivity.Ready)
+		switch state {
+		case connectivity.Idle:
+			u.conn.Connect()
+		case connectivity.Ready:
+			if told {
+				u.log.Info("etcd is reachable again", "endpoints", u.endpoints)
+			}
+			told = false
+		case connectivity.TransientFailure:
+			if !told {
+				u.log.Warn("etcd is unreachable; the proxy keeps trying", "endpoints", u.endpoints, "error", u.whyDown(ctx))
+			}
+			told = true
+		}
+		if !u.conn.WaitForStateChange(ctx, state) {
+			return
+		}
+	}
+}
+
+// whyDown asks for etcd's health only to learn why no connection can be made.
+func (u *upstream) whyDown(ctx context.Context) string {
+	ctx, cancel := context.WithTimeout(ctx, readyWait)
+	defer cancel()
+	err := u.conn.Invoke(ctx, "/grpc.health.v1.Health/Check", &frame{data: mem.BufferSlice{}}, &frame{})
+	return status.Convert(err).Message()
+}
+
+func (u *upstream) set(up bool) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.up.Load() == up {
+		return
+	}
+	u.up.Store(up)
+	if up {
+		close(u.ready)
+		u.metrics.upstreamUp.Set(1)
+	} else {
+		u.ready = make(chan struct{})
+		u.metrics.upstreamUp.Set(0)
+	}
+}
+
+// await returns once etcd is connected, ctx ends or readyWait is over, whichever is first. The call then goes ahead and
+// learns for itself.
+func (u *upstream) await(ctx context.Context) {
+	if u.up.Load() {
+		return
+	}
+	u.mu.Lock()
+	ready := u.ready
+	u.mu.Unlock()
+	timer := time.NewTimer(readyWait)
+	defer timer.Stop()
+	select {
+	case <-ready:
+	case <-ctx.Done():
+	case <-timer.C:
+	}
+}
+
+func (u *upstream) close() {
+	// The client reports the end of its own context, which close brought about.
+	_ = u.client.Close()
+}
