@@ -1,0 +1,279 @@
+package keyring
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
+)
+
+func TestUnusableKeyRevokesWithinTheInterval(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		kms := newKMS(t, "ack")
+		foreign := kms.sealed(t, "k", "v")
+		g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.PollInterval, c.RevokeWithin = time.Hour, 5*time.Second }).start(t)
+		stored := g.mustSeal(t, "k", "v")
+		g.mustOpen(t, "k", foreign, "v")
+		kms.set(func() { kms.down = kmsError("Status", kmsclient.ClassKeyUnusable) })
+		time.Sleep(5 * time.Second)
+		synctest.Wait()
+		for range 3 { // and so it stays
+			_, err := g.seal("k", "v")
+			wantKind(t, err, KeyUnusable)
+			for _, part := range []string{`"/s/"`, `"ack"`, `"key-1"`, `"req-7"`, "disabled"} {
+				if !strings.Contains(err.Error(), part) {
+					t.Errorf("the text does not hold %s: %v", part, err)
+				}
+			}
+			for _, v := range [][]byte{stored, foreign} {
+				_, err = g.open("k", v)
+				wantKind(t, err, KeyUnusable)
+			}
+			time.Sleep(time.Minute)
+		}
+		if n := g.cache.Len(); n != 0 {
+			t.Errorf("%d seeds are left in the cache", n)
+		}
+		if n := kms.count("Decrypt"); n != 1 {
+			t.Errorf("%d Decrypt calls: a revoked provider is not asked for values", n)
+		}
+		if st := g.State(); !st.Revoked || st.CanSeal || st.Healthy || g.sealer.Ready() == nil {
+			t.Errorf("State = %+v", st)
+		}
+		if g.events.get("ack revoked") != 1 {
+			t.Errorf("%d revocations were reported", g.events.get("ack revoked"))
+		}
+		// An outage on top does not lift it.
+		kms.set(func() { kms.down = kmsError("Status", kmsclient.ClassUnavailable) })
+		time.Sleep(time.Minute)
+		_, err := g.open("k", stored)
+		wantKind(t, err, KeyUnusable)
+		// A good status does.
+		kms.set(func() { kms.down = nil })
+		time.Sleep(5 * time.Second)
+		synctest.Wait()
+		g.mustOpen(t, "k", stored, "v")
+		g.mustOpen(t, "k", foreign, "v")
+		g.mustOpen(t, "k", g.mustSeal(t, "k", "w"), "w")
+		if n := kms.count("Encrypt"); n != 2 {
+			t.Errorf("%d mints: after a revocation comes a new seed", n)
+		}
+	})
+}
+
+func TestDenialRevokesAfterRevokeWithin(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		kms := newKMS(t, "ack")
+		g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.RevokeWithin = 5 * time.Minute }).start(t)
+		stored := g.mustSeal(t, "k", "v")
+		kms.set(func() { kms.down = kmsError("Status", kmsclient.ClassDenied) })
+		time.Sleep(3 * time.Minute)
+		g.mustOpen(t, "k", stored, "v")
+		g.mustSeal(t, "k", "v")
+		kms.set(func() { kms.down = nil }) // it passes
+		time.Sleep(2 * time.Minute)
+		kms.set(func() { kms.down = kmsError("Status", kmsclient.ClassDenied) })
+		time.Sleep(4 * time.Minute)
+		g.mustOpen(t, "k", stored, "v")
+		time.Sleep(2*time.Minute + time.Second)
+		_, err := g.open("k", stored)
+		wantKind(t, err, KeyUnusable)
+		_, err = g.seal("k", "v")
+		wantKind(t, err, KeyUnusable)
+		if !strings.Contains(err.Error(), "denies") {
+			t.Error(err)
+		}
+		kms.set(func() { kms.down = nil })
+		time.Sleep(10 * time.Second)
+		g.mustOpen(t, "k", stored, "v")
+		g.mustSeal(t, "k", "v")
+	})
+}
+
+// TestDenialAtStart: there is no seed to lose, and the client hears that an operator has to act.
+func TestDenialAtStart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		kms := newKMS(t, "ack")
+		kms.down = kmsError("Status", kmsclient.ClassDenied)
+		g := newRing(t, kms, nil).start(t)
+		synctest.Wait()
+		_, err := g.seal("k", "v")
+		wantKind(t, err, KeyUnusable)
+	})
+}
+
+// TestMintSaysUnusable: Status does not know, the wrapping operation does.
+func TestMintSaysUnusable(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		kms := newKMS(t, "ack")
+		g := newRing(t, kms, nil).start(t)
+		stored := g.mustSeal(t, "k", "v")
+		cold := kms.sealed(t, "k", "cold")
+		kms.set(func() {
+			kms.opErr["Encrypt"] = kmsError("Encrypt", kmsclient.ClassKeyUnusable)
+			kms.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.ClassKeyUnusable)
+		})
+		time.Sleep(10 * time.Minute)
+		g.mustSeal(t, "k", "v") // nothing has said so yet
+		_, err := g.open("k", cold)
+		wantKind(t, err, KeyUnusable)
+		time.Sleep(pokeSpacing)
+		synctest.Wait()
+		_, err = g.open("k", stored)
+		wantKind(t, err, KeyUnusable)
+		_, err = g.seal("k", "v")
+		wantKind(t, err, KeyUnusable)
+		time.Sleep(10 * time.Minute) // Status being good all the while
+		_, err = g.seal("k", "v")
+		wantKind(t, err, KeyUnusable)
+		kms.set(func() { kms.opErr = map[string]error{} })
+		time.Sleep(10 * time.Second)
+		g.mustOpen(t, "k", stored, "v")
+		g.mustSeal(t, "k", "v")
+	})
+}
+
+// TestStoredValuesCannotRevoke: who can write to etcd can name any key there; that must neither take the provider down nor make it
+// call the KMS without end.
+func TestStoredValuesCannotRevoke(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		kms := newKMS(t, "ack")
+		good := kms.sealed(t, "k", "v")
+		kms.rotate("key-gone")
+		bad := kms.sealed(t, "k", "v")
+		kms.rotate("key-now")
+		kms.set(func() { delete(kms.keys, "key-gone") })
+		g := newRing(t, kms, nil).start(t)
+		own := g.mustSeal(t, "k", "own")
+		g.mustOpen(t, "k", good, "v")
+		kms.set(func() { kms.calls = map[string]int{} })
+		for range 600 {
+			_, err := g.open("k", bad)
+			wantKind(t, err, KeyUnusable)
+			g.mustOpen(t, "k", good, "v")
+			g.mustOpen(t, "k", own, "own")
+			g.mustSeal(t, "k", "v")
+			time.Sleep(time.Second)
+		}
+		if n := kms.count("Status"); n > 75 {
+			t.Errorf("%d Status calls in ten minutes", n)
+		}
+		if n := kms.count("Encrypt"); n > 11 {
+			t.Errorf("%d mints in ten minutes", n)
+		}
+	})
+}
+
+// TestOldKeyIsRevoked: the current key is fine, the one before is disabled. Its cached seeds go, and nothing else.
+func TestOldKeyIsRevoked(t *testing.T) {
+	for _, class := range []kmsclient.Class{kmsclient.ClassKeyUnusable, kmsclient.ClassDenied} {
+		t.Run(fmt.Sprint(class), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				kms := newKMS(t, "ack")
+				g := newRing(t, kms, nil).start(t)
+				old := g.mustSeal(t, "k", "old")
+				kms.rotate("key-2")
+				time.Sleep(time.Minute)
+				synctest.Wait()
+				now := g.mustSeal(t, "k", "now")
+				kms.set(func() { kms.keyErr["key-1"] = kmsError("Decrypt", class) })
+				time.Sleep(time.Minute)
+				if class == kmsclient.ClassDenied {
+					g.mustOpen(t, "k", old, "old")
+					time.Sleep(2 * time.Minute)
+				}
+				synctest.Wait()
+				_, err := g.open("k", old)
+				wantKind(t, err, KeyUnusable)
+				g.mustOpen(t, "k", now, "now")
+				g.mustSeal(t, "k", "v")
+				kms.set(func() { kms.keyErr = map[string]error{} })
+				g.mustOpen(t, "k", old, "old")
+				_, err = g.open("k", old)
+				if err != nil {
+					t.Error(err)
+				}
+			})
+		})
+	}
+}
+
+// TestUnwrapDuringRevocation: an answer from before the revocation does not bring a seed into the cache after it.
+func TestUnwrapDuringRevocation(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		kms := newKMS(t, "ack")
+		stored := kms.sealed(t, "k", "v")
+		slow := &slowDecrypt{fakeKMS: kms, release: make(chan struct{})}
+		g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.KMS, c.Timeout = slow, time.Hour }).start(t)
+		synctest.Wait()
+		done := make(chan error)
+		go func() { _, err := g.open("k", stored); done <- err }()
+		synctest.Wait()
+		kms.set(func() { kms.opErr["Status"] = kmsError("Status", kmsclient.ClassKeyUnusable) })
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		close(slow.release)
+		if err := <-done; err == nil {
+			t.Error("opened with an answer from before the revocation")
+		}
+		if n := g.cache.Len(); n != 0 {
+			t.Errorf("%d seeds in the cache of a revoked provider", n)
+		}
+	})
+}
+
+// TestReadOnlyRing never mints, opens, and is revoked like any other.
+func TestReadOnlyRing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		kms := newKMS(t, "old")
+		kms.opErr["Encrypt"] = kmsError("Encrypt", kmsclient.ClassDenied)
+		stored := kms.sealed(t, "k", "v")
+		g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.ReadOnly = true }).start(t)
+		g.mustOpen(t, "k", stored, "v")
+		time.Sleep(time.Hour)
+		if n := kms.count("Encrypt"); n != 0 || !g.State().Healthy || g.sealer.Ready() != nil {
+			t.Errorf("%d mints, %+v, %v", n, g.State(), g.sealer.Ready())
+		}
+		if _, err := NewSealer(SealerConfig{Write: g.Ring}); err == nil {
+			t.Error("a read-only ring was taken for writing")
+		}
+		kms.set(func() { kms.down = kmsError("Status", kmsclient.ClassKeyUnusable) })
+		time.Sleep(time.Minute)
+		_, err := g.open("k", stored)
+		wantKind(t, err, KeyUnusable)
+		if g.sealer.Ready() == nil {
+			t.Error("ready although the provider is revoked")
+		}
+		kms.set(func() { kms.down = nil })
+		time.Sleep(10 * time.Second)
+		g.mustOpen(t, "k", stored, "v")
+	})
+}
+
+// TestOneProviderDown does not touch another.
+func TestOneProviderDown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, b := newKMS(t, "a"), newKMS(t, "b")
+		ga := newRing(t, a, nil).start(t)
+		gb := newRing(t, b, func(c *RingConfig, _ *CacheConfig) { c.Cache = ga.cache }).start(t)
+		both, err := NewSealer(SealerConfig{Prefix: "/", Write: ga.Ring, Read: []*Ring{gb.Ring, ga.Ring}, AllowPlaintextReads: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		va, vb := ga.mustSeal(t, "k", "va"), gb.mustSeal(t, "k", "vb")
+		b.set(func() { b.down = kmsError("Status", kmsclient.ClassKeyUnusable) })
+		time.Sleep(time.Minute)
+		if got, err := both.Open(context.Background(), []byte("k"), va); err != nil || string(got) != "va" {
+			t.Errorf("%q, %v", got, err)
+		}
+		_, err = both.Open(context.Background(), []byte("k"), vb)
+		wantKind(t, err, KeyUnusable)
+		if n := ga.cache.Len(); n != 1 {
+			t.Errorf("%d seeds are left, want a's own", n)
+		}
+	})
+}
