@@ -42,14 +42,13 @@ type fakeKMS struct {
 	annotate map[string][]byte // given with each wrapped seed and demanded back
 	result   func([]byte) []byte
 	calls    map[string]int
-	inFlight map[string]int
 	uids     map[string]bool
 }
 
 func newKMS(t *testing.T, name string) *fakeKMS {
 	k := &fakeKMS{
 		t: t, name: name, keys: map[string]cipher.AEAD{}, keyErr: map[string]error{}, opErr: map[string]error{}, health: "ok",
-		calls: map[string]int{}, inFlight: map[string]int{}, uids: map[string]bool{},
+		calls: map[string]int{}, uids: map[string]bool{},
 	}
 	k.rotate("key-1")
 	return k
@@ -89,7 +88,6 @@ func kmsError(op string, class kmsclient.Class) error {
 func (k *fakeKMS) begin(ctx context.Context, op, uid string) (err, lost error) {
 	k.mu.Lock()
 	k.calls[op]++
-	k.inFlight[op]++
 	if op != "Status" {
 		if uid == "" || k.uids[uid] {
 			k.t.Errorf("%s: uid %q is empty or was used before", op, uid)
@@ -110,7 +108,6 @@ func (k *fakeKMS) begin(ctx context.Context, op, uid string) (err, lost error) {
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.inFlight[op]--
 	if err == nil && k.down != nil {
 		err = k.down
 	}

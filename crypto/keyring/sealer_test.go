@@ -159,7 +159,7 @@ func TestWritingPlaintext(t *testing.T) {
 		for _, v := range []string{string(sealed), "k8s:enc:kms:v2:ack:", "k8s:enc:kms:v2:ack:x"} {
 			_, err := s.Seal(ctx, []byte("k"), []byte(v))
 			wantKind(t, err, Refused)
-			if strings.Contains(err.Error(), v[19:]+"x") {
+			if strings.Contains(err.Error(), "k8s:enc") {
 				t.Errorf("the text holds the value: %v", err)
 			}
 		}
