@@ -1,0 +1,116 @@
+// Package config reads etcd-kms-proxy's configuration file.
+//
+// [Load] is strict: an unknown field, a field given twice, a value of the wrong type or a rule that refers to nothing is a problem, and
+// all problems of a file come back at once as [Problems], each with its path, its line and what to do. A [Config] that was returned is
+// complete: defaults are filled in, relative file names are resolved, and every file that it names could be read.
+//
+// The comments of the types are the manual: docs/configuration.md is generated from them. The package starts nothing, connects to
+// nothing and holds no secret, only the names of files that do. The command is its only caller.
+package config
+
+//go:generate go run ./internal/gendoc -types types.go,types_kms.go -example testdata/example.yaml -out ../docs/configuration.md
+
+import (
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+const (
+	// APIVersion and Kind begin every file.
+	APIVersion = "etcd-kms-proxy.io/v1alpha1"
+	// Kind is the only kind there is.
+	Kind = "ProxyConfiguration"
+	// Plaintext is the writeWith of a rule that does not seal. No provider may have this name.
+	Plaintext = "plaintext"
+
+	maxFile = 4 << 20 // bytes of a configuration file
+)
+
+// Load reads, checks and completes the file at path. The error is a [Problems] if the file could be read and is wrong.
+func Load(path string) (*Config, error) {
+	f, err := os.Open(path) //nolint:gosec // the operator names the file
+	if err != nil {
+		return nil, fmt.Errorf("read configuration: %w", err)
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, maxFile+1))
+	if err != nil {
+		return nil, fmt.Errorf("read configuration: %w", err)
+	}
+	if len(data) > maxFile {
+		return nil, fmt.Errorf("read configuration: %s is larger than %d MiB", path, maxFile>>20)
+	}
+	dir, err := filepath.Abs(filepath.Dir(path))
+	if err != nil {
+		return nil, fmt.Errorf("read configuration: %w", err)
+	}
+	return parse(data, dir, readFile)
+}
+
+// parse checks and completes the bytes of a file in folder dir. The files that it names are read with read.
+func parse(data []byte, dir string, read func(path string) ([]byte, error)) (*Config, error) {
+	c := new(Config)
+	d := &decoder{dir: dir, read: read, lines: map[string]int{"": 1}, bad: map[string]bool{}}
+	if d.document(data, c) {
+		d.validate(c)
+	}
+	if len(d.problems) > 0 {
+		slices.SortStableFunc(d.problems, func(a, b Problem) int { return a.Line - b.Line })
+		return nil, d.problems
+	}
+	return c, nil
+}
+
+// readFile reads a file that the configuration names. Only regular files are opened, since a pipe would block, and none is larger than
+// a set of certificates can be.
+func readFile(path string) ([]byte, error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	if !info.Mode().IsRegular() {
+		return nil, &fs.PathError{Op: "read", Path: path, Err: fmt.Errorf("not a regular file")}
+	}
+	if info.Size() > maxFile {
+		return nil, &fs.PathError{Op: "read", Path: path, Err: fmt.Errorf("larger than %d MiB", maxFile>>20)}
+	}
+	return os.ReadFile(path) //nolint:gosec // the operator names the file
+}
+
+// Problem is one thing that is wrong with a file.
+type Problem struct {
+	Path string // where, e.g. "rules[1].prefix"; "" is the whole file
+	Line int    // from 1; that of the field, or of what should hold it
+	Text string // what is wrong
+	Hint string // what to do; may be empty
+}
+
+// String returns "line 7: rules[1].prefix: text".
+func (p Problem) String() string {
+	s := "line " + strconv.Itoa(p.Line) + ": "
+	if p.Path != "" {
+		s += p.Path + ": "
+	}
+	return s + p.Text
+}
+
+// Problems is everything that is wrong with a file, by line. It has at least one element.
+type Problems []Problem
+
+// Error returns a line for each problem, with its hint.
+func (ps Problems) Error() string {
+	lines := make([]string, len(ps))
+	for i, p := range ps {
+		lines[i] = p.String()
+		if p.Hint != "" {
+			lines[i] += " (" + p.Hint + ")"
+		}
+	}
+	return strings.Join(lines, "\n")
+}

@@ -1,0 +1,69 @@
+package config
+
+import (
+	"fmt"
+	"reflect"
+	"slices"
+	"strings"
+)
+
+// NeedsRestart names the blocks of next that differ from running and that a reload does not apply. The answer is empty if a reload
+// applies everything.
+func NeedsRestart(running, next *Config) []string {
+	var blocks []string
+	for _, b := range []struct {
+		name string
+		a, b any
+	}{
+		{"listeners", running.Listeners, next.Listeners},
+		{"etcd", running.Etcd, next.Etcd},
+		{"kms", running.KMS, next.KMS},
+		{"cache", running.Cache, next.Cache},
+		{"admin", running.Admin, next.Admin},
+		{"log.format", running.Log.Format, next.Log.Format},
+	} {
+		if !reflect.DeepEqual(b.a, b.b) {
+			blocks = append(blocks, b.name)
+		}
+	}
+	return blocks
+}
+
+// Weakens says how next protects keys less than running does, a sentence each: where values that were sealed would be written as plaintext,
+// and where plaintext that was refused would be handed on. The answer is empty if it protects them at least as well.
+func Weakens(running, next *Config) []string {
+	// Between them, the prefixes of both cut all keys into regions, in each of which one rule of each holds.
+	regions := make(map[string]bool)
+	for _, r := range slices.Concat(running.Rules, next.Rules) {
+		regions[r.Prefix] = true
+	}
+	var found []string
+	for prefix := range regions {
+		was, now := ruleFor(running.Rules, prefix), ruleFor(next.Rules, prefix)
+		if was == nil {
+			continue
+		}
+		sealed := was.WriteWith != Plaintext
+		switch {
+		case sealed && now == nil:
+			found = append(found, fmt.Sprintf("keys below %q would have no rule: their values were sealed with %q", prefix, was.WriteWith))
+		case sealed && now.WriteWith == Plaintext:
+			found = append(found, fmt.Sprintf("keys below %q would be written as plaintext: their values were sealed with %q", prefix, was.WriteWith))
+		case now != nil && !was.AllowPlaintextReads && now.AllowPlaintextReads:
+			found = append(found, fmt.Sprintf("keys below %q would allow plaintext reads, which are refused now", prefix))
+		}
+	}
+	slices.Sort(found)
+	return found
+}
+
+// ruleFor returns the rule with the longest prefix of key, or nil.
+func ruleFor(rules []Rule, key string) *Rule {
+	var best *Rule
+	for i, r := range rules {
+		if strings.HasPrefix(key, r.Prefix) && (best == nil || len(r.Prefix) > len(best.Prefix)) {
+			best = &rules[i]
+		}
+	}
+	return best
+}

@@ -1,0 +1,153 @@
+package config
+
+import (
+	"io/fs"
+	"time"
+)
+
+// Config is the whole file.
+//
+// Durations are written as Go writes them: `90s`, `1m`, `24h`. A relative file name counts from the folder of the configuration file.
+// Secrets never stand in the file, only the names of files or environment variables that hold them. Anchors, aliases and a second document are
+// refused.
+type Config struct {
+	// APIVersion is always `etcd-kms-proxy.io/v1alpha1`.
+	APIVersion string `yaml:"apiVersion" required:"true"`
+	// Kind is always `ProxyConfiguration`.
+	Kind string `yaml:"kind" required:"true"`
+	// Listeners are where clients connect. A change needs a restart.
+	Listeners []Listener `yaml:"listeners" required:"true"`
+	// Etcd is the cluster behind the proxy. A change needs a restart.
+	Etcd Etcd `yaml:"etcd" required:"true"`
+	// KMS are the providers of keys that rules refer to by name. A change needs a restart.
+	KMS []KMS `yaml:"kms"`
+	// Rules say which keys are sealed, and how. The longest prefix that fits a key counts; what fits none passes untouched. Rules are reloaded.
+	Rules []Rule `yaml:"rules"`
+	// Cache bounds how long and how many unwrapped seeds are kept, and what still works while a KMS is silent. A change needs a restart.
+	Cache Cache `yaml:"cache"`
+	// Admin is the HTTP server for metrics and health. Without this block there is none. A change needs a restart.
+	Admin *Admin `yaml:"admin"`
+	// Log is what is logged, on standard error. The level is reloaded.
+	Log Log `yaml:"log"`
+}
+
+// Listener is an address that clients connect to.
+type Listener struct {
+	// Address is `host:port`, or `unix:///path` for a socket. Port 0 takes a free port, which is logged. A host that is not a loopback
+	// address needs TLS with client certificates, or insecurePlaintext.
+	Address string `yaml:"address" required:"true"`
+	// Mode is the permission of a unix socket, in octal. Whoever may write to the socket may read every value.
+	Mode string `yaml:"mode" default:"0600"`
+	// TLS is required for addresses that other machines reach.
+	TLS *ListenerTLS `yaml:"tls"`
+	// AllowedClients are the common names or subject alternative names of client certificates that may connect. When empty, any certificate of
+	// clientCAFile may. Needs clientCAFile.
+	AllowedClients []string `yaml:"allowedClients"`
+	// CiphertextClients are the names of client certificates that get stored bytes instead of values, and may not write under rules that
+	// seal: for backups and mirrors. They may connect without being among allowedClients. Needs clientCAFile.
+	CiphertextClients []string `yaml:"ciphertextClients"`
+	// AdvertiseClientURLs take the place of the members' client URLs in what clients are told of the cluster, so that a client that follows
+	// them does not walk round the proxy.
+	AdvertiseClientURLs []string `yaml:"advertiseClientURLs"`
+	// InsecurePlaintext allows a listener without TLS on an address that other machines reach. Every value then crosses the network in the
+	// clear, and anyone who reaches the port reads all of them.
+	InsecurePlaintext bool `yaml:"insecurePlaintext" default:"false"`
+}
+
+// FileMode returns Mode as a number. Load has checked it.
+func (l Listener) FileMode() fs.FileMode {
+	m, _ := parseMode(l.Mode)
+	return m
+}
+
+// ListenerTLS is the server side of TLS. All files are read again when they change.
+type ListenerTLS struct {
+	// CertFile holds the server's certificate and its chain, as PEM.
+	CertFile string `yaml:"certFile" required:"true" file:"true"`
+	// KeyFile holds the certificate's private key, as PEM.
+	KeyFile string `yaml:"keyFile" required:"true" file:"true"`
+	// ClientCAFile holds the certificates, as PEM, that client certificates are verified against. When it is set, a client without a
+	// certificate cannot connect.
+	ClientCAFile string `yaml:"clientCAFile" file:"true"`
+	// ClientCRLFile holds a list of revoked client certificates, as PEM or DER. Needs clientCAFile.
+	ClientCRLFile string `yaml:"clientCRLFile" file:"true"`
+	// MinVersion is the oldest version of TLS that is spoken: `"1.2"` or `"1.3"`.
+	MinVersion string `yaml:"minVersion" default:"1.2"`
+	// CipherSuites restricts TLS 1.2 to these suites, by their IANA names. When empty, Go's secure suites are used. Suites with known
+	// weaknesses are refused; those of TLS 1.3 cannot be chosen.
+	CipherSuites []string `yaml:"cipherSuites"`
+}
+
+// Etcd is the cluster behind the proxy.
+type Etcd struct {
+	// Endpoints are the client URLs of one or more members: `https://host:port`, `http://host:port` or `unix:///path`, all of one kind.
+	Endpoints []string `yaml:"endpoints" required:"true"`
+	// TLS is how `https://` endpoints are verified and how the proxy identifies itself. Without this block, the system's certificates are
+	// trusted.
+	TLS *EtcdTLS `yaml:"tls"`
+	// MaxRequestBytes is what etcd's own flag `--max-request-bytes` was before the proxy came: larger requests are refused with etcd's own
+	// error, measured before values are sealed. Raise etcd's flag above it by a KiB for each put of a transaction, to make room for what sealing adds.
+	MaxRequestBytes int `yaml:"maxRequestBytes" default:"1572864"`
+}
+
+// EtcdTLS is the client side of TLS towards etcd.
+type EtcdTLS struct {
+	// CAFile holds the certificates, as PEM, that etcd's are verified against. When empty, the system's are used.
+	CAFile string `yaml:"caFile" file:"true"`
+	// CertFile holds the proxy's client certificate, as PEM. It should have no common name if etcd's authentication is on, or clients without
+	// a token become that user. Goes with keyFile.
+	CertFile string `yaml:"certFile" file:"true"`
+	// KeyFile holds the certificate's private key, as PEM. Goes with certFile.
+	KeyFile string `yaml:"keyFile" file:"true"`
+	// ServerName is verified in place of the endpoint's own name or IP address.
+	ServerName string `yaml:"serverName"`
+	// InsecureSkipVerify turns off the verification of etcd's certificate: whoever is between the proxy and etcd can then change what is stored.
+	InsecureSkipVerify bool `yaml:"insecureSkipVerify" default:"false"`
+}
+
+// Rule says what happens to the values of the keys below a prefix.
+type Rule struct {
+	// Prefix is what the keys begin with, e.g. `/registry/secrets/`. `""` is every key. Two rules may not have the same one.
+	Prefix string `yaml:"prefix" required:"present"`
+	// WriteWith is the name of the KMS provider that new values are sealed with, or `plaintext`.
+	WriteWith string `yaml:"writeWith" required:"true"`
+	// ReadWith are further providers whose values open, beside the one of writeWith.
+	ReadWith []string `yaml:"readWith"`
+	// AllowPlaintextReads hands on values that are plaintext or sealed by someone else, as they are stored: for data from before the proxy.
+	// `false` refuses them, so that whoever can write to etcd cannot slip in values of their own.
+	AllowPlaintextReads bool `yaml:"allowPlaintextReads" default:"true"`
+	// OnUndecryptable is what reading a value does that can never be opened (damaged, or of another key): `error`, or `passthrough`, which
+	// hands on the stored bytes, so that one damaged value does not make its whole list unreadable. An outage is always an error.
+	OnUndecryptable string `yaml:"onUndecryptable" default:"error"`
+}
+
+// Cache bounds the unwrapped seeds that are kept in memory.
+type Cache struct {
+	// Seeds is how many are kept, for all providers together. One seed opens many values; each takes about 1 KiB.
+	Seeds int `yaml:"seeds" default:"10000"`
+	// TTL is how long a seed is used before the KMS is asked again.
+	TTL time.Duration `yaml:"ttl" default:"24h"`
+	// ServeUnreachableFor is how long after its ttl a seed still opens values while the KMS does not answer. `0s` is not at all.
+	ServeUnreachableFor time.Duration `yaml:"serveUnreachableFor" default:"24h"`
+	// SealUnreachableFor is how long after the KMS last answered well values are still sealed. `0s` is only while it answers well.
+	SealUnreachableFor time.Duration `yaml:"sealUnreachableFor" default:"24h"`
+	// RevokeWithin is how soon after its KMS key is disabled a seed goes out of use, and how long the KMS must have denied access before that
+	// counts as revocation. It shortens pollInterval.
+	RevokeWithin time.Duration `yaml:"revokeWithin" default:"1m"`
+}
+
+// Admin is an HTTP server without TLS or authentication for metrics and health; it serves nothing of what etcd stores.
+type Admin struct {
+	// Address is `host:port` for /metrics, /livez and /readyz. Port 0 takes a free port, which is logged.
+	Address string `yaml:"address" default:"127.0.0.1:9379"`
+	// Pprof serves Go's profiles under /debug/pprof, on a loopback address only.
+	Pprof bool `yaml:"pprof" default:"false"`
+}
+
+// Log is what is logged. Values, keys of the KMS and credentials never are.
+type Log struct {
+	// Level is the least that is logged: `debug`, `info`, `warn` or `error`.
+	Level string `yaml:"level" default:"info"`
+	// Format is `json`, a JSON object a line, or `text`.
+	Format string `yaml:"format" default:"json"`
+}

@@ -1,0 +1,310 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"net/url"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// validate checks what the fields say, and what they say of each other.
+func (d *decoder) validate(c *Config) {
+	if c.APIVersion != APIVersion {
+		d.report("apiVersion", "write "+APIVersion, "is %q, which this version does not read", c.APIVersion)
+	}
+	if c.Kind != Kind {
+		d.report("kind", "write "+Kind, "is %q, which this version does not read", c.Kind)
+	}
+	d.listeners(c.Listeners)
+	d.etcd(&c.Etcd)
+	d.kms(c.KMS)
+	d.rules(c)
+	d.cache(&c.Cache)
+	if c.Admin != nil {
+		d.admin(c.Admin, c.Listeners)
+	}
+	d.oneOf("log.level", c.Log.Level, "debug", "info", "warn", "error")
+	d.oneOf("log.format", c.Log.Format, "json", "text")
+}
+
+func (d *decoder) cache(c *Cache) {
+	if c.Seeds < 1 || c.Seeds > 10_000_000 {
+		d.report("cache.seeds", "the default is 10000", "%d is not between 1 and 10000000", c.Seeds)
+	}
+	d.duration("cache.ttl", c.TTL, time.Second)
+	d.duration("cache.serveUnreachableFor", c.ServeUnreachableFor, 0)
+	d.duration("cache.sealUnreachableFor", c.SealUnreachableFor, 0)
+	d.duration("cache.revokeWithin", c.RevokeWithin, time.Second)
+}
+
+func (d *decoder) admin(a *Admin, listeners []Listener) {
+	host, port, ok := d.hostPort("admin.address", a.Address)
+	if !ok {
+		return
+	}
+	if a.Pprof && !isLoopback(host) {
+		d.report("admin.pprof", "turn it off, or listen on 127.0.0.1", "profiles are served on a loopback address only, and %s is none", a.Address)
+	}
+	for i, l := range listeners {
+		if port != "0" && l.Address == a.Address {
+			d.report("admin.address", "choose another port", "is the address of listeners[%d]", i)
+		}
+	}
+}
+
+// maxDuration bounds every duration: ten years, so that nothing overflows when it is added to a time.
+const maxDuration = 10 * 365 * 24 * time.Hour
+
+func (d *decoder) duration(path string, x, least time.Duration) {
+	if x < least || x > maxDuration {
+		d.report(path, "", "%v is not between %v and 10 years", x, least)
+	}
+}
+
+func (d *decoder) oneOf(path, got string, known ...string) {
+	if !slices.Contains(known, got) {
+		d.report(path, "write "+strings.Join(known, " or "), "%q is unknown", got)
+	}
+}
+
+// hostPort checks a TCP address. ok is false if it reported a problem.
+func (d *decoder) hostPort(path, address string) (host, port string, ok bool) {
+	host, port, err := net.SplitHostPort(address)
+	if err != nil {
+		d.report(path, "write host:port, e.g. 127.0.0.1:2379, or [::1]:2379 for IPv6", "%q is not host:port", address)
+		return "", "", false
+	}
+	if n, err := strconv.ParseUint(port, 10, 16); err != nil || strconv.FormatUint(n, 10) != port {
+		d.report(path, "ports are numbers from 0 to 65535", "%q is not a port", port)
+		return "", "", false
+	}
+	if strings.ContainsAny(host, " /?#@") {
+		d.report(path, "", "%q is not a host name or IP address", host)
+		return "", "", false
+	}
+	return host, port, true
+}
+
+// isLoopback reports whether only this machine reaches host.
+func isLoopback(host string) bool {
+	ip, err := netip.ParseAddr(host)
+	if err != nil {
+		return host == "localhost"
+	}
+	return ip.Unmap().IsLoopback()
+}
+
+// socket checks a unix:///path and returns the path.
+func (d *decoder) socket(path, address string) (string, bool) {
+	name, ok := strings.CutPrefix(address, "unix://")
+	switch {
+	case !ok || !filepath.IsAbs(name) || filepath.Clean(name) != name:
+		d.report(path, "write unix:///path/to/socket, with three slashes", "%q does not name a socket by its full path", address)
+	case len(name) > 107:
+		d.report(path, "use a shorter path", "the socket's path has %d bytes, and the system's limit is 107", len(name))
+	case strings.ContainsAny(name, "\x00?#%"):
+		d.report(path, "use a plain path", "%q has a character that clients cannot write in a URL", address)
+	default:
+		return name, true
+	}
+	return "", false
+}
+
+// clientURL checks a URL of an etcd member and returns its scheme.
+func (d *decoder) clientURL(path, text string) string {
+	if strings.HasPrefix(text, "unix:") {
+		if _, ok := d.socket(path, text); !ok {
+			return ""
+		}
+		return "unix"
+	}
+	u, err := url.Parse(text)
+	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
+		d.report(path, "write https://host:port, http://host:port or unix:///path", "%q is not the URL of an etcd member", redactURL(text))
+		return ""
+	}
+	if u.User != nil || u.RawQuery != "" || u.Fragment != "" || u.Path != "" && u.Path != "/" {
+		d.report(path, "", "%q has more than a host and a port", redactURL(text))
+		return ""
+	}
+	if _, port, ok := d.hostPort(path, u.Host); !ok {
+		return ""
+	} else if u.Hostname() == "" || port == "0" {
+		d.report(path, "", "%q names no host, or no port to connect to", text)
+		return ""
+	}
+	return u.Scheme
+}
+
+// redactURL drops what may be a password.
+func redactURL(text string) string {
+	if i := strings.LastIndexByte(text, '@'); i >= 0 {
+		return "…" + text[i:]
+	}
+	return text
+}
+
+func (d *decoder) etcd(e *Etcd) {
+	schemes := make(map[string]string)
+	for i, u := range e.Endpoints {
+		at := fmt.Sprintf("etcd.endpoints[%d]", i)
+		if slices.Contains(e.Endpoints[:i], u) {
+			d.report(at, "remove one of them", "%q is in the list twice", redactURL(u))
+			continue
+		}
+		scheme := d.clientURL(at, u)
+		if scheme == "" {
+			continue
+		}
+		for other, first := range schemes {
+			if other != scheme {
+				d.report(at, "", "is of scheme %s while %s is of scheme %s: all endpoints are of one kind", scheme, first, other)
+			}
+		}
+		if len(schemes) == 0 {
+			schemes[scheme] = at
+		}
+	}
+	if e.MaxRequestBytes < 1 || e.MaxRequestBytes > 1<<30 {
+		d.report("etcd.maxRequestBytes", "the default is 1572864, as etcd's", "%d is not between 1 and 1073741824", e.MaxRequestBytes)
+	}
+	if e.TLS == nil {
+		return
+	}
+	if _, ok := schemes["https"]; len(schemes) > 0 && !ok {
+		d.report("etcd.tls", "write https:// endpoints, or remove the block", "has no effect, because no endpoint begins with https://")
+	}
+	d.certPool("etcd.tls.caFile", e.TLS.CAFile)
+	d.keyPair("etcd.tls", e.TLS.CertFile, e.TLS.KeyFile)
+	if e.TLS.InsecureSkipVerify && (e.TLS.CAFile != "" || e.TLS.ServerName != "") {
+		d.report("etcd.tls.insecureSkipVerify", "remove it: caFile and serverName say what to verify", "contradicts the rest of etcd.tls")
+	}
+}
+
+// providerName has no colon, which would end the name in every stored value.
+var providerName = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?$`)
+
+func (d *decoder) kms(providers []KMS) {
+	seen := make(map[string]int)
+	for i, k := range providers {
+		at := fmt.Sprintf("kms[%d]", i)
+		first, twice := seen[k.Name]
+		switch {
+		case k.Name == Plaintext:
+			d.report(at+".name", "choose another name", "%q is what rules call not sealing", k.Name)
+		case strings.ContainsRune(k.Name, ':'):
+			d.report(at+".name", "choose a name without one", "%q has a colon, which ends the name in every stored value", k.Name)
+		case !providerName.MatchString(k.Name):
+			d.report(at+".name", "use letters, digits, - _ and . between letters or digits, at most 63", "%q is not a provider's name", k.Name)
+		case twice:
+			d.report(at+".name", "give each provider a name of its own", "%q is the name of kms[%d] too", k.Name, first)
+		default:
+			seen[k.Name] = i
+		}
+		d.duration(at+".pollInterval", k.PollInterval, time.Second)
+		d.duration(at+".seedMaxAge", k.SeedMaxAge, time.Minute)
+		if k.SeedMaxSeals < 1 {
+			d.report(at+".seedMaxSeals", "the default is 4294967296", "%d is less than 1", k.SeedMaxSeals)
+		}
+		var backends []string
+		for _, b := range []string{"alibaba", "plugin", "local"} {
+			if d.present(at + "." + b) {
+				backends = append(backends, b)
+			}
+		}
+		if len(backends) != 1 {
+			text := "has no backend"
+			if len(backends) > 1 {
+				text = "has more than one backend: " + strings.Join(backends, " and ")
+			}
+			d.report(at, "give it exactly one of alibaba, plugin and local", "%s", text)
+		}
+		if k.Plugin != nil && k.Plugin.Endpoint != "" {
+			d.socket(at+".plugin.endpoint", k.Plugin.Endpoint)
+			d.duration(at+".plugin.timeout", k.Plugin.Timeout, time.Millisecond)
+		}
+		if k.Alibaba != nil {
+			d.alibaba(at+".alibaba", k.Alibaba)
+		}
+	}
+}
+
+func (d *decoder) alibaba(at string, a *Alibaba) {
+	d.certPool(at+".caFile", a.CAFile)
+	if strings.Contains(a.Endpoint, "://") || strings.ContainsAny(a.Endpoint, "/?#@ ") {
+		d.report(at+".endpoint", "write host or host:port; the proxy always uses HTTPS", "%q is not a host", redactURL(a.Endpoint))
+	}
+	c, at := a.Credentials, at+".credentials"
+	switch c.Type {
+	case "accessKey", "sts":
+	case "ecsRAMRole", "oidc", "assumeRole":
+		d.report(at+".type", "use accessKey or sts", "%q is not supported in this version", c.Type)
+	default:
+		d.report(at+".type", "write accessKey or sts", "%q is unknown", c.Type)
+	}
+	if (c.AccessKeyIDFile == "") != (c.AccessKeySecretFile == "") {
+		d.report(at, "give both, or neither to use the environment", "has one of accessKeyIDFile and accessKeySecretFile")
+	}
+	if c.SecurityTokenFile != "" && c.Type == "accessKey" {
+		d.report(at+".securityTokenFile", "write type: sts, or remove it", "has no effect with type accessKey")
+	}
+}
+
+func (d *decoder) rules(c *Config) {
+	defined := []string{Plaintext}
+	for _, k := range c.KMS {
+		defined = append(defined, k.Name)
+	}
+	seen := make(map[string]int)
+	for i, r := range c.Rules {
+		at := fmt.Sprintf("rules[%d]", i)
+		if d.present(at + ".prefix") {
+			if first, twice := seen[r.Prefix]; twice {
+				d.report(at+".prefix", "remove one of them", "%q is the prefix of rules[%d] too", r.Prefix, first)
+			} else {
+				seen[r.Prefix] = i
+			}
+		}
+		if r.WriteWith != "" && !slices.Contains(defined, r.WriteWith) {
+			d.report(at+".writeWith", undefined(defined), "no KMS provider is called %q", r.WriteWith)
+		}
+		for j, name := range r.ReadWith {
+			at := fmt.Sprintf("%s.readWith[%d]", at, j)
+			switch {
+			case name == Plaintext:
+				d.report(at, "allowPlaintextReads says whether plaintext may be read", "%q is not a KMS provider", name)
+			case !slices.Contains(defined, name):
+				d.report(at, undefined(defined[1:]), "no KMS provider is called %q", name)
+			case slices.Contains(r.ReadWith[:j], name):
+				d.report(at, "remove one of them", "%q is in the list twice", name)
+			}
+		}
+		d.oneOf(at+".onUndecryptable", r.OnUndecryptable, "error", "passthrough")
+		if r.WriteWith == Plaintext && !r.AllowPlaintextReads {
+			d.report(at+".allowPlaintextReads", "write true, or name a KMS provider in writeWith", "the rule writes plaintext that it may not read")
+		}
+	}
+}
+
+func undefined(known []string) string {
+	if len(known) == 0 {
+		return "define it under kms"
+	}
+	return "define it under kms, or use " + strings.Join(known, " or ")
+}
+
+// fileError says why a file could not be read. The path stands first, as its cause is often a typing error in it.
+func fileError(err error) string {
+	if e, ok := errors.AsType[*fs.PathError](err); ok {
+		return fmt.Sprintf("%s: %v", e.Path, e.Err)
+	}
+	return err.Error()
+}

@@ -1,0 +1,194 @@
+package config
+
+import (
+	"bytes"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io/fs"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+func (d *decoder) listeners(listeners []Listener) {
+	seen := make(map[string]int)
+	for i, l := range listeners {
+		at := fmt.Sprintf("listeners[%d]", i)
+		if l.Address == "" {
+			continue // reported as missing
+		}
+		first, twice := seen[l.Address]
+		if twice && !strings.HasSuffix(l.Address, ":0") {
+			d.report(at+".address", "give each listener an address of its own", "is the address of listeners[%d] too", first)
+		}
+		seen[l.Address] = i
+		d.reach(at, l)
+		if l.TLS != nil {
+			d.listenerTLS(at+".tls", l.TLS)
+		}
+		d.clients(at, l)
+		for j, u := range l.AdvertiseClientURLs {
+			d.clientURL(fmt.Sprintf("%s.advertiseClientURLs[%d]", at, j), u)
+		}
+	}
+}
+
+// reach checks a listener's address against who can reach it.
+func (d *decoder) reach(at string, l Listener) {
+	if strings.HasPrefix(l.Address, "unix:") {
+		d.socket(at+".address", l.Address)
+		if _, err := parseMode(l.Mode); err != nil {
+			d.report(at+".mode", `write an octal number such as "0600" or "0660"`, "%v", err)
+		}
+		return
+	}
+	if d.present(at + ".mode") {
+		d.report(at+".mode", "remove it", "only unix sockets have a mode")
+	}
+	host, _, ok := d.hostPort(at+".address", l.Address)
+	switch {
+	case !ok:
+	case l.TLS != nil && l.InsecurePlaintext:
+		d.report(at+".insecurePlaintext", "remove it, or the tls block", "contradicts tls")
+	case isLoopback(host) || l.InsecurePlaintext:
+	case l.TLS == nil:
+		d.report(at, "add tls with clientCAFile, listen on 127.0.0.1 or a unix socket, or write insecurePlaintext: true",
+			"other machines reach %s, and every value would cross the network in the clear", l.Address)
+	case l.TLS.ClientCAFile == "":
+		d.report(at+".tls.clientCAFile", "name the certificates that client certificates are verified against",
+			"is required, because other machines reach %s", l.Address)
+	}
+}
+
+// clients checks the lists of client names.
+func (d *decoder) clients(at string, l Listener) {
+	for _, list := range []struct {
+		name  string
+		names []string
+	}{{"allowedClients", l.AllowedClients}, {"ciphertextClients", l.CiphertextClients}} {
+		at := at + "." + list.name
+		if len(list.names) > 0 && (l.TLS == nil || l.TLS.ClientCAFile == "") {
+			d.report(at, "add tls with clientCAFile", "clients have no names without client certificates")
+		}
+		for j, name := range list.names {
+			if name == "" {
+				d.report(fmt.Sprintf("%s[%d]", at, j), "", "is empty")
+			} else if slices.Contains(list.names[:j], name) {
+				d.report(fmt.Sprintf("%s[%d]", at, j), "remove one of them", "%q is in the list twice", name)
+			}
+		}
+	}
+}
+
+func (d *decoder) listenerTLS(at string, t *ListenerTLS) {
+	d.keyPair(at, t.CertFile, t.KeyFile)
+	d.certPool(at+".clientCAFile", t.ClientCAFile)
+	d.oneOf(at+".minVersion", t.MinVersion, "1.2", "1.3")
+	if t.ClientCRLFile != "" {
+		if t.ClientCAFile == "" {
+			d.report(at+".clientCRLFile", "add clientCAFile", "has no effect without clientCAFile")
+		} else if data, err := d.read(t.ClientCRLFile); err == nil {
+			if err := checkCRL(data); err != nil {
+				d.report(at+".clientCRLFile", "", "%s: %v", t.ClientCRLFile, err)
+			}
+		}
+	}
+	if len(t.CipherSuites) > 0 && t.MinVersion == "1.3" {
+		d.report(at+".cipherSuites", "remove it", "the suites of TLS 1.3 cannot be chosen")
+		return
+	}
+	for i, name := range t.CipherSuites {
+		at := fmt.Sprintf("%s.cipherSuites[%d]", at, i)
+		named := func(s *tls.CipherSuite) bool { return s.Name == name }
+		if j := slices.IndexFunc(tls.CipherSuites(), named); j >= 0 {
+			if !slices.Contains(tls.CipherSuites()[j].SupportedVersions, tls.VersionTLS12) {
+				d.report(at, "remove it", "%s is of TLS 1.3, whose suites cannot be chosen", name)
+			}
+		} else if slices.ContainsFunc(tls.InsecureCipherSuites(), named) {
+			d.report(at, "remove it", "%s has known weaknesses", name)
+		} else {
+			d.report(at, "use IANA names such as TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256", "%q is not a cipher suite", name)
+		}
+	}
+}
+
+// certPool checks a file of certificates. A file that cannot be read was reported when it was decoded.
+func (d *decoder) certPool(path, file string) {
+	if file == "" {
+		return
+	}
+	data, err := d.read(file)
+	if err != nil {
+		return
+	}
+	n := 0
+	for block, rest := pem.Decode(data); block != nil; block, rest = pem.Decode(rest) {
+		if block.Type != "CERTIFICATE" {
+			continue
+		}
+		if _, err := x509.ParseCertificate(block.Bytes); err != nil {
+			d.report(path, "write the file anew", "%s: certificate %d cannot be parsed", file, n+1)
+			return
+		}
+		n++
+	}
+	if n == 0 {
+		d.report(path, "it needs at least one block that begins -----BEGIN CERTIFICATE-----", "%s holds no PEM certificate", file)
+	}
+}
+
+// keyPair checks a certificate and its key. The texts of crypto/tls name what is wrong and quote nothing of the key.
+func (d *decoder) keyPair(at, certFile, keyFile string) {
+	if certFile == "" && keyFile == "" {
+		return
+	}
+	if certFile == "" || keyFile == "" {
+		if !d.bad[at+".certFile"] && !d.bad[at+".keyFile"] {
+			d.report(at, "give both, or neither", "has one of certFile and keyFile")
+		}
+		return
+	}
+	cert, err := d.read(certFile)
+	if err != nil {
+		return
+	}
+	key, err := d.read(keyFile)
+	if err != nil {
+		return
+	}
+	if _, err := tls.X509KeyPair(cert, key); err != nil {
+		d.report(at+".certFile", "check that both are PEM and belong together", "%s and %s are not a certificate and its key: %s",
+			certFile, keyFile, strings.TrimPrefix(err.Error(), "tls: "))
+	}
+}
+
+func checkCRL(data []byte) error {
+	if block, _ := pem.Decode(data); block != nil {
+		if block.Type != "X509 CRL" {
+			return fmt.Errorf("holds a PEM block of type %q, not X509 CRL", block.Type)
+		}
+		data = block.Bytes
+	}
+	if len(bytes.TrimSpace(data)) == 0 {
+		return errors.New("is empty")
+	}
+	if _, err := x509.ParseRevocationList(data); err != nil {
+		return errors.New("is not a certificate revocation list")
+	}
+	return nil
+}
+
+// parseMode returns a socket's permission bits. The proxy's own user must have its two, or nobody could connect.
+func parseMode(text string) (fs.FileMode, error) {
+	n, err := strconv.ParseUint(text, 8, 32)
+	if err != nil || n > 0o777 {
+		return 0, fmt.Errorf("%q is not an octal permission", text)
+	}
+	if n&0o600 != 0o600 {
+		return 0, fmt.Errorf("%q does not let the owner read and write", text)
+	}
+	return fs.FileMode(n), nil
+}
