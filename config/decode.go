@@ -32,8 +32,9 @@ type decoder struct {
 
 // later are the fields that the file format has and this version does not.
 var later = map[string]string{
-	"Config.audit":  "the audit log",
-	"Rule.recovery": "recovery copies of seeds",
+	"Listener.advertiseClientURLs": "putting the proxy's URLs in place of the members'",
+	"Config.audit":                 "the audit log",
+	"Rule.recovery":                "recovery copies of seeds",
 }
 
 // report adds a problem, unless its path has one already: what follows from a first mistake helps nobody.

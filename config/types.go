@@ -46,9 +46,6 @@ type Listener struct {
 	// CiphertextClients are the names of client certificates that get stored bytes instead of values, and may not write under rules that
 	// seal: for backups and mirrors. They may connect without being among allowedClients. Needs clientCAFile.
 	CiphertextClients []string `yaml:"ciphertextClients"`
-	// AdvertiseClientURLs take the place of the members' client URLs in what clients are told of the cluster, so that a client that follows
-	// them does not walk round the proxy.
-	AdvertiseClientURLs []string `yaml:"advertiseClientURLs"`
 	// InsecurePlaintext allows a listener without TLS on an address that other machines reach. Every value then crosses the network in the
 	// clear, and anyone who reaches the port reads all of them.
 	InsecurePlaintext bool `yaml:"insecurePlaintext" default:"false"`

@@ -78,7 +78,7 @@ func (d *decoder) oneOf(path, got string, known ...string) {
 // hostPort checks a TCP address. ok is false if it reported a problem.
 func (d *decoder) hostPort(path, address string) (host, port string, ok bool) {
 	host, port, err := net.SplitHostPort(address)
-	if err != nil {
+	if err != nil || strings.Contains(address, "://") {
 		d.report(path, "write host:port, e.g. 127.0.0.1:2379, or [::1]:2379 for IPv6", "%q is not host:port", address)
 		return "", "", false
 	}

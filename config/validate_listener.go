@@ -30,9 +30,6 @@ func (d *decoder) listeners(listeners []Listener) {
 			d.listenerTLS(at+".tls", l.TLS)
 		}
 		d.clients(at, l)
-		for j, u := range l.AdvertiseClientURLs {
-			d.clientURL(fmt.Sprintf("%s.advertiseClientURLs[%d]", at, j), u)
-		}
 	}
 }
 
