@@ -246,7 +246,8 @@ func (r revocations) check(chains [][]*x509.Certificate) error {
 
 // upstreamCredentials makes each connection to etcd with the files of the moment.
 type upstreamCredentials struct {
-	files *fresh[credentials.TransportCredentials]
+	files      *fresh[credentials.TransportCredentials]
+	serverName string // empty: the endpoint's own host
 }
 
 var _ credentials.TransportCredentials = (*upstreamCredentials)(nil)
@@ -258,7 +259,6 @@ func (c *UpstreamTLS) credentials(log *slog.Logger) (*upstreamCredentials, error
 	files, err := newFresh(log, "etcd", []string{c.CAFile, c.CertFile, c.KeyFile}, func() (credentials.TransportCredentials, error) {
 		cfg := &tls.Config{
 			MinVersion:         tls.VersionTLS12,
-			ServerName:         c.ServerName,
 			InsecureSkipVerify: c.InsecureSkipVerify, //nolint:gosec // spelled out by the operator
 		}
 		if c.CAFile != "" {
@@ -280,11 +280,14 @@ func (c *UpstreamTLS) credentials(log *slog.Logger) (*upstreamCredentials, error
 	if err != nil {
 		return nil, err
 	}
-	return &upstreamCredentials{files: files}, nil
+	return &upstreamCredentials{files: files, serverName: c.ServerName}, nil
 }
 
-// ClientHandshake implements credentials.TransportCredentials. authority is the endpoint's own host, which the server's certificate is checked for.
+// ClientHandshake implements credentials.TransportCredentials. authority is the endpoint's own host.
 func (c *upstreamCredentials) ClientHandshake(ctx context.Context, authority string, conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	if c.serverName != "" {
+		authority = c.serverName
+	}
 	return c.files.get().ClientHandshake(ctx, authority, conn)
 }
 

@@ -1,0 +1,557 @@
+package proxy
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/testing/protocmp"
+	"google.golang.org/protobuf/types/known/durationpb"
+)
+
+var everything = []Rule{{Prefix: "", Sealer: reverser{}}}
+
+func detailed(t *testing.T, code codes.Code, text string) error {
+	t.Helper()
+	st, err := status.New(code, text).WithDetails(durationpb.New(42 * time.Second))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return st.Err()
+}
+
+// sameStatus compares code, text and details.
+func sameStatus(t *testing.T, got, want error) {
+	t.Helper()
+	if diff := cmp.Diff(status.Convert(want).Proto(), status.Convert(got).Proto(), protocmp.Transform()); diff != "" {
+		t.Errorf("status (-want +got):\n%s", diff)
+	}
+}
+
+func TestUnaryIsExact(t *testing.T) {
+	want := detailed(t, codes.FailedPrecondition, "etcdserver: no space: ü %41")
+	var got metadata.MD
+	fail := false
+	etcd := serveFake(t, &fakeEtcd{rangeFn: func(ctx context.Context, _ *pb.RangeRequest) (*pb.RangeResponse, error) {
+		got, _ = metadata.FromIncomingContext(ctx)
+		if err := grpc.SetTrailer(ctx, metadata.Pairs("t", "1", "t", "2", "t-bin", "\x00\xff")); err != nil {
+			return nil, err
+		}
+		if fail {
+			return nil, want
+		}
+		if err := grpc.SetHeader(ctx, metadata.Pairs("h", "1", "h", "2", "h-bin", "\x00\xff")); err != nil {
+			return nil, err
+		}
+		return &pb.RangeResponse{Header: &pb.ResponseHeader{Revision: 7}, Kvs: []*mvccpb.KeyValue{{Key: []byte("k"), Value: sealed("k", "v")}}}, nil
+	}})
+	for _, rules := range [][]Rule{nil, everything} {
+		conn := startProxy(t, etcd, rules, nil).dial(t, grpc.WithUserAgent("me"))
+		sent := metadata.Pairs("token", "tok", "authorization", "auth", "hasleader", "true", "client-api-version", "3.7", "x-bin", "\x00\x01", "x", "a", "x", "b")
+		ctx := metadata.NewOutgoingContext(testContext(t), sent)
+		var header, trailer metadata.MD
+		fail = false
+		resp, err := pb.NewKVClient(conn).Range(ctx, &pb.RangeRequest{Key: []byte("k")}, grpc.Header(&header), grpc.Trailer(&trailer))
+		if err != nil {
+			t.Fatal(err)
+		}
+		value := "v"
+		if rules == nil {
+			value = string(sealed("k", "v"))
+		}
+		if string(resp.Kvs[0].Value) != value || resp.Header.Revision != 7 {
+			t.Errorf("got %v", resp)
+		}
+		for k, v := range sent {
+			if diff := cmp.Diff(v, got[k]); diff != "" {
+				t.Errorf("metadata %s (-want +got):\n%s", k, diff)
+			}
+		}
+		for _, md := range []metadata.MD{header, trailer} {
+			for k, v := range metadata.Pairs("t", "1", "t", "2", "t-bin", "\x00\xff", "h", "1", "h", "2", "h-bin", "\x00\xff") {
+				if have, ok := md[k]; ok && !cmp.Equal(v, have) {
+					t.Errorf("metadata %s: %q, want %q", k, have, v)
+				}
+			}
+		}
+		if len(header["h"]) != 2 || len(trailer["t"]) != 2 || len(header["content-type"]) != 1 {
+			t.Errorf("header %v, trailer %v", header, trailer)
+		}
+		fail, header, trailer = true, nil, nil
+		_, err = pb.NewKVClient(conn).Range(ctx, &pb.RangeRequest{Key: []byte("k")}, grpc.Header(&header), grpc.Trailer(&trailer))
+		sameStatus(t, err, want)
+		if len(header) != 0 || len(trailer["t-bin"]) != 1 {
+			t.Errorf("after an error: header %v, trailer %v", header, trailer)
+		}
+	}
+}
+
+func TestStreamIsExact(t *testing.T) {
+	want := detailed(t, codes.OutOfRange, "etcdserver: mvcc: required revision is a future revision")
+	release := make(chan struct{})
+	etcd := serveFake(t, &fakeEtcd{streamFn: func(_ *pb.RangeRequest, s grpc.ServerStreamingServer[pb.RangeStreamResponse]) error {
+		if err := s.SendHeader(metadata.Pairs("early", "yes")); err != nil {
+			return err
+		}
+		<-release
+		for i := range 3 {
+			k := fmt.Sprint("k", i)
+			r := &pb.RangeStreamResponse{RangeResponse: &pb.RangeResponse{Kvs: []*mvccpb.KeyValue{{Key: []byte(k), Value: sealed(k, "v")}}}}
+			if err := s.Send(r); err != nil {
+				return err
+			}
+		}
+		s.SetTrailer(metadata.Pairs("late", "yes"))
+		return want
+	}})
+	conn := startProxy(t, etcd, everything, nil).dial(t)
+	s, err := pb.NewKVClient(conn).RangeStream(testContext(t), &pb.RangeRequest{Key: []byte("k"), RangeEnd: []byte("l")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	header, err := s.Header() // comes while the server holds the first message back
+	if err != nil || len(header["early"]) != 1 {
+		t.Fatalf("header %v, %v", header, err)
+	}
+	close(release)
+	for range 3 {
+		r, err := s.Recv()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if v := r.RangeResponse.Kvs[0].Value; string(v) != "v" {
+			t.Errorf("got %q", v)
+		}
+	}
+	_, err = s.Recv()
+	sameStatus(t, err, want)
+	if len(s.Trailer()["late"]) != 1 {
+		t.Errorf("trailer %v", s.Trailer())
+	}
+}
+
+func TestRangeStreamUnknownToEtcd(t *testing.T) {
+	// An etcd before 3.7 does not know the method; its client learns that at the first receive.
+	old := grpc.ServiceDesc{ServiceName: "etcdserverpb.KV", HandlerType: (*any)(nil)}
+	l := listenLoopback(t)
+	s := grpc.NewServer()
+	s.RegisterService(&old, nil)
+	done := make(chan struct{})
+	go func() { defer close(done); _ = s.Serve(l) }()
+	t.Cleanup(func() { s.Stop(); <-done })
+	conn := startProxy(t, l.Addr().String(), everything, nil).dial(t)
+	stream, err := pb.NewKVClient(conn).RangeStream(testContext(t), &pb.RangeRequest{Key: []byte("k")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = stream.Recv()
+	sameStatus(t, err, status.Error(codes.Unimplemented, "unknown method RangeStream for service etcdserverpb.KV"))
+}
+
+func TestUnknownMethods(t *testing.T) {
+	etcd := serveFake(t, &fakeEtcd{})
+	proxied := startProxy(t, etcd, everything, nil).dial(t)
+	direct := dialInsecure(t, etcd)
+	for _, m := range []string{"/etcdserverpb.KV/Scan", "/etcdserverpb.Nope/Range", "/a/b/c"} {
+		_, want := rawCall(testContext(t), direct, m, nil)
+		_, got := rawCall(testContext(t), proxied, m, nil)
+		if status.Code(got) != codes.Unimplemented {
+			t.Errorf("%s: %v", m, got)
+		}
+		sameStatus(t, got, want)
+	}
+}
+
+func TestCancellationReachesEtcd(t *testing.T) {
+	arrived, gone := make(chan struct{}, 2), make(chan error, 2)
+	hang := func(ctx context.Context) error {
+		arrived <- struct{}{}
+		<-ctx.Done()
+		gone <- ctx.Err()
+		return ctx.Err()
+	}
+	etcd := serveFake(t, &fakeEtcd{
+		rangeFn: func(ctx context.Context, _ *pb.RangeRequest) (*pb.RangeResponse, error) { return nil, hang(ctx) },
+		watchFn: func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error { return hang(s.Context()) },
+	})
+	conn := startProxy(t, etcd, everything, nil).dial(t)
+
+	ctx, cancel := context.WithCancel(testContext(t))
+	failed := make(chan error, 1)
+	go func() {
+		_, err := pb.NewKVClient(conn).Range(ctx, &pb.RangeRequest{Key: []byte("k")})
+		failed <- err
+	}()
+	wait(t, arrived, "request")
+	cancel()
+	wait(t, gone, "cancellation of a unary call")
+	if err := wait(t, failed, "answer"); status.Code(err) != codes.Canceled {
+		t.Errorf("got %v", err)
+	}
+
+	ctx, cancel = context.WithCancel(testContext(t))
+	s, err := pb.NewWatchClient(conn).Watch(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wait(t, arrived, "stream")
+	cancel()
+	wait(t, gone, "cancellation of a stream")
+	if _, err := s.Recv(); status.Code(err) != codes.Canceled {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestDeadlineReachesEtcd(t *testing.T) {
+	left := make(chan time.Duration, 1)
+	etcd := serveFake(t, &fakeEtcd{rangeFn: func(ctx context.Context, _ *pb.RangeRequest) (*pb.RangeResponse, error) {
+		d, ok := ctx.Deadline()
+		if !ok {
+			return nil, errors.New("no deadline")
+		}
+		left <- time.Until(d)
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}})
+	conn := startProxy(t, etcd, nil, nil).dial(t)
+	ctx, cancel := context.WithTimeout(context.Background(), 300*time.Millisecond)
+	defer cancel()
+	_, err := pb.NewKVClient(conn).Range(ctx, &pb.RangeRequest{Key: []byte("k")})
+	if status.Code(err) != codes.DeadlineExceeded {
+		t.Errorf("got %v", err)
+	}
+	if d := wait(t, left, "request"); d <= 0 || d > 300*time.Millisecond {
+		t.Errorf("etcd had %v left", d)
+	}
+}
+
+func TestHalfCloseKeepsTheWatch(t *testing.T) {
+	etcd := serveFake(t, &fakeEtcd{watchFn: func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error {
+		for n := 0; ; n++ {
+			if _, err := s.Recv(); errors.Is(err, io.EOF) {
+				ev := func(typ mvccpb.Event_EventType, stored []byte) *mvccpb.Event {
+					return &mvccpb.Event{Type: typ, Kv: &mvccpb.KeyValue{Key: []byte("k"), Value: stored}}
+				}
+				del := ev(mvccpb.Event_DELETE, nil)
+				del.PrevKv = &mvccpb.KeyValue{Key: []byte("k"), Value: sealed("k", "old")}
+				return s.Send(&pb.WatchResponse{WatchId: int64(n), Events: []*mvccpb.Event{ev(mvccpb.Event_PUT, sealed("k", "new")), del}})
+			} else if err != nil {
+				return err
+			}
+		}
+	}})
+	conn := startProxy(t, etcd, everything, nil).dial(t)
+	s, err := pb.NewWatchClient(conn).Watch(testContext(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := s.Send(createWatch("k", "")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.CloseSend(); err != nil {
+		t.Fatal(err)
+	}
+	r, err := s.Recv()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r.WatchId != 2 || string(r.Events[0].Kv.Value) != "new" || string(r.Events[1].PrevKv.Value) != "old" || r.Events[1].Kv.Value != nil {
+		t.Errorf("got %v", r)
+	}
+	if _, err := s.Recv(); !errors.Is(err, io.EOF) {
+		t.Errorf("got %v", err)
+	}
+}
+
+func createWatch(key, end string) *pb.WatchRequest {
+	return &pb.WatchRequest{RequestUnion: &pb.WatchRequest_CreateRequest{CreateRequest: &pb.WatchCreateRequest{Key: []byte(key), RangeEnd: []byte(end)}}}
+}
+
+func TestWatchHeadersBeforeAnyMessage(t *testing.T) {
+	etcd := serveFake(t, &fakeEtcd{watchFn: func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error {
+		if err := s.SendHeader(metadata.Pairs("early", "yes")); err != nil {
+			return err
+		}
+		<-s.Context().Done()
+		return nil
+	}})
+	conn := startProxy(t, etcd, everything, nil).dial(t)
+	s, err := pb.NewWatchClient(conn).Watch(testContext(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if h, err := s.Header(); err != nil || len(h["early"]) != 1 {
+		t.Errorf("header %v, %v", h, err)
+	}
+}
+
+func TestLargeMessages(t *testing.T) {
+	const size = 64 << 20
+	big := bytes.Repeat([]byte{'x'}, size)
+	stored := sealed("k", string(big))
+	etcd := serveFake(t, &fakeEtcd{rangeFn: func(_ context.Context, r *pb.RangeRequest) (*pb.RangeResponse, error) {
+		return &pb.RangeResponse{Kvs: []*mvccpb.KeyValue{{Key: r.Key, Value: stored}}}, nil
+	}})
+	for _, prefix := range []string{"k", "other"} {
+		conn := startProxy(t, etcd, []Rule{{Prefix: prefix, Sealer: reverser{}}}, nil).dial(t)
+		resp, err := pb.NewKVClient(conn).Range(testContext(t), &pb.RangeRequest{Key: []byte("k")})
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := stored
+		if prefix == "k" {
+			want = big
+		}
+		if !bytes.Equal(resp.Kvs[0].Value, want) {
+			t.Errorf("rule %q: the value differs, %d bytes", prefix, len(resp.Kvs[0].Value))
+		}
+	}
+}
+
+func TestListOf100000(t *testing.T) {
+	const n = 100_000
+	list := &pb.RangeResponse{Count: n}
+	for i := range n {
+		k := fmt.Sprintf("/registry/secrets/ns/s%06d", i)
+		list.Kvs = append(list.Kvs, &mvccpb.KeyValue{Key: []byte(k), Value: sealed(k, fmt.Sprint("value ", i)), ModRevision: int64(i)})
+	}
+	etcd := serveFake(t, &fakeEtcd{rangeFn: func(context.Context, *pb.RangeRequest) (*pb.RangeResponse, error) { return list, nil }})
+	conn := startProxy(t, etcd, []Rule{{Prefix: "/registry/secrets/", Sealer: reverser{}}}, nil).dial(t)
+	resp, err := pb.NewKVClient(conn).Range(testContext(t), &pb.RangeRequest{Key: []byte("/registry/"), RangeEnd: []byte("/registry0")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(resp.Kvs) != n || resp.Count != n {
+		t.Fatalf("%d keys, count %d", len(resp.Kvs), resp.Count)
+	}
+	for i, kv := range resp.Kvs {
+		if string(kv.Value) != fmt.Sprint("value ", i) || kv.ModRevision != int64(i) {
+			t.Fatalf("key %d: %v", i, kv)
+		}
+	}
+}
+
+func TestRequestSizeIsEtcds(t *testing.T) {
+	const limit = 10_000
+	etcd := serveFake(t, &fakeEtcd{
+		putFn: func(context.Context, *pb.PutRequest) (*pb.PutResponse, error) { return &pb.PutResponse{}, nil },
+		txnFn: func(context.Context, *pb.TxnRequest) (*pb.TxnResponse, error) { return &pb.TxnResponse{}, nil },
+	})
+	conn := startProxy(t, etcd, everything, func(c *Config) { c.MaxRequestBytes = limit }).dial(t)
+	kv := pb.NewKVClient(conn)
+	put := func(n int) error {
+		_, err := kv.Put(testContext(t), &pb.PutRequest{Key: []byte("k"), Value: make([]byte, n)})
+		return err
+	}
+	if err := put(limit - 100); err != nil {
+		t.Error(err)
+	}
+	tooLarge := status.Error(codes.InvalidArgument, "etcdserver: request is too large")
+	sameStatus(t, put(limit), tooLarge)
+	err := put(limit + 512*1024)
+	if st := status.Convert(err); st.Code() != codes.ResourceExhausted || !strings.HasPrefix(st.Message(), "grpc: received message larger than max (") {
+		t.Errorf("got %v", err)
+	}
+	ops := func(op *pb.RequestOp) *pb.TxnRequest { return &pb.TxnRequest{Failure: []*pb.RequestOp{op}} }
+	_, err = kv.Txn(testContext(t), ops(&pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: []byte("k"), Value: make([]byte, limit)}}}))
+	sameStatus(t, err, tooLarge)
+	// etcd does not measure what does not go through raft.
+	_, err = kv.Txn(testContext(t), ops(&pb.RequestOp{Request: &pb.RequestOp_RequestRange{RequestRange: &pb.RangeRequest{Key: make([]byte, limit)}}}))
+	sameStatus(t, err, nil)
+}
+
+func TestSealingErrors(t *testing.T) {
+	secret := "canary-value"
+	etcd := serveFake(t, &fakeEtcd{
+		putFn: func(context.Context, *pb.PutRequest) (*pb.PutResponse, error) { return &pb.PutResponse{}, nil },
+		rangeFn: func(_ context.Context, r *pb.RangeRequest) (*pb.RangeResponse, error) {
+			return &pb.RangeResponse{Kvs: []*mvccpb.KeyValue{{Key: r.Key, Value: []byte(secret)}}}, nil
+		},
+		watchFn: func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error {
+			if _, err := s.Recv(); err != nil {
+				return err
+			}
+			if err := s.Send(&pb.WatchResponse{Events: []*mvccpb.Event{{Kv: &mvccpb.KeyValue{Key: []byte("k"), Value: []byte(secret)}}}}); err != nil {
+				return err
+			}
+			<-s.Context().Done()
+			return nil
+		},
+	})
+	for _, tt := range []struct {
+		err  error
+		want error
+	}{
+		{&SealError{Code: codes.Unavailable, Text: "KMS ack is away"}, status.Error(codes.Unavailable, "etcd-kms-proxy: KMS ack is away")},
+		{fmt.Errorf("open: %w", &SealError{Code: codes.DataLoss, Text: "key k is damaged"}), status.Error(codes.DataLoss, "etcd-kms-proxy: key k is damaged")},
+		{errors.New("something inside"), status.Error(codes.Internal, "etcd-kms-proxy: a value could not be sealed or opened")},
+		{context.DeadlineExceeded, status.Error(codes.DeadlineExceeded, "etcd-kms-proxy: context deadline exceeded")},
+	} {
+		p := startProxy(t, etcd, []Rule{{Prefix: "k", Sealer: reverser{openErr: tt.err, sealErr: tt.err}}}, nil)
+		conn := p.dial(t)
+		_, err := pb.NewKVClient(conn).Put(testContext(t), &pb.PutRequest{Key: []byte("k"), Value: []byte(secret)})
+		sameStatus(t, err, tt.want)
+		_, err = pb.NewKVClient(conn).Range(testContext(t), &pb.RangeRequest{Key: []byte("k")})
+		sameStatus(t, err, tt.want)
+		s, err := pb.NewWatchClient(conn).Watch(testContext(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Send(createWatch("a", "z")); err != nil {
+			t.Fatal(err)
+		}
+		_, err = s.Recv()
+		sameStatus(t, err, tt.want)
+		// A key outside the rule is none of the KMS' business.
+		if _, err := pb.NewKVClient(conn).Put(testContext(t), &pb.PutRequest{Key: []byte("other"), Value: []byte("v")}); err != nil {
+			t.Error(err)
+		}
+		if strings.Contains(p.logs.String(), secret) {
+			t.Error("a value is in the log")
+		}
+	}
+}
+
+func TestMalformedGoesNoFurther(t *testing.T) {
+	etcd := serveFake(t, &fakeEtcd{}, grpc.ChainUnaryInterceptor(func(context.Context, any, *grpc.UnaryServerInfo, grpc.UnaryHandler) (any, error) {
+		t.Error("a malformed request reached etcd")
+		return nil, errors.New("no")
+	}))
+	conn := startProxy(t, etcd, everything, nil).dial(t)
+	for _, m := range []string{"Range", "RangeStream", "Put", "DeleteRange", "Txn"} {
+		_, err := rawCall(testContext(t), conn, "/etcdserverpb.KV/"+m, []byte{0x0a, 0x7f, 'x'})
+		if st := status.Convert(err); st.Code() != codes.InvalidArgument || !strings.HasPrefix(st.Message(), ownPrefix) {
+			t.Errorf("%s: %v", m, err)
+		}
+	}
+	for _, m := range []string{"/v3lockpb.Lock/Lock", "/v3electionpb.Election/Proclaim"} {
+		if _, err := rawCall(testContext(t), conn, m, []byte{0x0a, 0x7f, 'x'}); status.Code(err) != codes.InvalidArgument {
+			t.Errorf("%s: %v", m, err)
+		}
+	}
+	if _, err := rawCall(testContext(t), conn, "/etcdserverpb.Watch/Watch", []byte{0x0a, 0x7f, 'x'}); status.Code(err) != codes.InvalidArgument {
+		t.Errorf("Watch: %v", err)
+	}
+}
+
+func TestMalformedAnswerIsNotTheClientsFault(t *testing.T) {
+	conn := startProxy(t, serveRaw(t, []byte{0x12, 0x7f, 'x'}), everything, nil).dial(t)
+	_, err := rawCall(testContext(t), conn, "/etcdserverpb.KV/Range", []byte{0x0a, 0x01, 'k'})
+	if st := status.Convert(err); st.Code() != codes.Internal || !strings.HasPrefix(st.Message(), ownPrefix+"etcd's answer: ") {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestElectionsAndLocks(t *testing.T) {
+	conn := startProxy(t, serveRaw(t, nil), []Rule{{Prefix: "/r/secrets/", Sealer: reverser{}}}, nil).dial(t)
+	name := func(n string) []byte { return append([]byte{0x0a, byte(len(n))}, n...) }
+	leader := func(k string) []byte {
+		inner := append([]byte{0x12, byte(len(k))}, k...)
+		return append([]byte{0x0a, byte(len(inner))}, inner...)
+	}
+	for _, tt := range []struct {
+		method string
+		msg    []byte
+		code   codes.Code
+	}{
+		{"/v3lockpb.Lock/Lock", name("/r/secrets"), codes.Unimplemented},
+		{"/v3lockpb.Lock/Lock", name("/r/secrets/mine"), codes.Unimplemented},
+		{"/v3lockpb.Lock/Lock", name("/r"), codes.Unimplemented}, // a rule covers some of the names below
+		{"/v3lockpb.Lock/Lock", name("/r/sec"), codes.OK},
+		{"/v3electionpb.Election/Campaign", name("/r/secrets"), codes.Unimplemented},
+		{"/v3electionpb.Election/Campaign", name("/e"), codes.OK},
+		{"/v3electionpb.Election/Leader", name("/r/secrets"), codes.Unimplemented},
+		{"/v3electionpb.Election/Observe", name("/r/secrets"), codes.Unimplemented},
+		{"/v3electionpb.Election/Proclaim", leader("/r/secrets/1"), codes.Unimplemented},
+		{"/v3electionpb.Election/Resign", leader("/r/other/1"), codes.OK},
+	} {
+		_, err := rawCall(testContext(t), conn, tt.method, tt.msg)
+		if st := status.Convert(err); st.Code() != tt.code || (err != nil && !strings.HasPrefix(st.Message(), ownPrefix)) {
+			t.Errorf("%s %q: %v, want %v", tt.method, tt.msg, err, tt.code)
+		}
+	}
+}
+
+// TestUntouchedBytes sends bytes that no typed client would: what the proxy does not have to change stays byte for byte.
+func TestUntouchedBytes(t *testing.T) {
+	unknown, err := proto.Marshal(&pb.RangeResponse{Count: 5})
+	if err != nil {
+		t.Fatal(err)
+	}
+	unknown = append(unknown, 0xfa, 0x07, 0x03, 'a', 'b', 'c') // field 127
+	conn := startProxy(t, serveRaw(t, unknown), []Rule{{Prefix: "s", Sealer: reverser{}}}, nil).dial(t)
+	for _, m := range []string{"/etcdserverpb.KV/Range", "/etcdserverpb.KV/Compact", "/grpc.health.v1.Health/Check"} {
+		got, err := rawCall(testContext(t), conn, m, []byte{0x0a, 0x01, 'k'})
+		if err != nil || !bytes.Equal(got, unknown) {
+			t.Errorf("%s: %x, %v", m, got, err)
+		}
+	}
+}
+
+// TestRulesSwappedInFlight: an answer that comes after new rules is looked into even if its request met none.
+func TestRulesSwappedInFlight(t *testing.T) {
+	arrived, release := make(chan struct{}, 1), make(chan struct{})
+	watching := make(chan struct{}, 1)
+	etcd := serveFake(t, &fakeEtcd{
+		rangeFn: func(context.Context, *pb.RangeRequest) (*pb.RangeResponse, error) {
+			arrived <- struct{}{}
+			<-release
+			return &pb.RangeResponse{Kvs: []*mvccpb.KeyValue{{Key: []byte("k"), Value: sealed("k", "v")}}}, nil
+		},
+		watchFn: func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error {
+			if _, err := s.Recv(); err != nil {
+				return err
+			}
+			watching <- struct{}{}
+			<-release
+			return s.Send(&pb.WatchResponse{Events: []*mvccpb.Event{{Kv: &mvccpb.KeyValue{Key: []byte("k"), Value: sealed("k", "v")}}}})
+		},
+	})
+	p := startProxy(t, etcd, nil, nil)
+	conn := p.dial(t)
+	s, err := pb.NewWatchClient(conn).Watch(testContext(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Send(createWatch("k", "")); err != nil {
+		t.Fatal(err)
+	}
+	got := make(chan *pb.RangeResponse, 1)
+	go func() {
+		r, err := pb.NewKVClient(conn).Range(testContext(t), &pb.RangeRequest{Key: []byte("k")})
+		if err != nil {
+			t.Error(err)
+		}
+		got <- r
+	}()
+	wait(t, arrived, "range")
+	wait(t, watching, "watch")
+	if err := p.SetRules(everything); err != nil {
+		t.Fatal(err)
+	}
+	close(release)
+	if r := wait(t, got, "answer"); string(r.GetKvs()[0].GetValue()) != "v" {
+		t.Errorf("range: %v", r)
+	}
+	if r, err := s.Recv(); err != nil || string(r.Events[0].Kv.Value) != "v" {
+		t.Errorf("watch: %v, %v", r, err)
+	}
+	if err := p.SetRules([]Rule{{Prefix: "a", Sealer: reverser{}}, {Prefix: "a", Sealer: reverser{}}}); err == nil {
+		t.Error("two rules with one prefix were taken")
+	}
+}

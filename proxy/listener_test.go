@@ -1,0 +1,443 @@
+package proxy
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"errors"
+	"math/big"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/status"
+)
+
+// authority signs certificates for tests and writes them to files.
+type authority struct {
+	t    *testing.T
+	dir  string
+	cert *x509.Certificate
+	key  *ecdsa.PrivateKey
+	file string
+}
+
+func newAuthority(t *testing.T, name string) *authority {
+	t.Helper()
+	a := &authority{t: t, dir: t.TempDir()}
+	tmpl := &x509.Certificate{
+		SerialNumber: serial(t), Subject: pkix.Name{CommonName: name}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
+	}
+	a.key = newKey(t)
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, a.key.Public(), a.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if a.cert, err = x509.ParseCertificate(der); err != nil {
+		t.Fatal(err)
+	}
+	a.file = filepath.Join(a.dir, "ca.pem")
+	writePEM(t, a.file, "CERTIFICATE", der)
+	return a
+}
+
+func serial(t *testing.T) *big.Int {
+	n, err := rand.Int(rand.Reader, big.NewInt(1<<62))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+func newKey(t *testing.T) *ecdsa.PrivateKey {
+	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k
+}
+
+func writePEM(t *testing.T, path, kind string, der []byte) {
+	t.Helper()
+	// Written beside and moved in place, as a careful operator does.
+	if err := os.WriteFile(path+".new", pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(path+".new", path); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// issue writes NAME.pem and NAME-key.pem for a leaf that serves on loopback and is a client too.
+func (a *authority) issue(name, cn string, names ...string) (cert, key string, leaf *x509.Certificate) {
+	a.t.Helper()
+	tmpl := &x509.Certificate{
+		SerialNumber: serial(a.t), Subject: pkix.Name{CommonName: cn}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		DNSNames: names, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, KeyUsage: x509.KeyUsageDigitalSignature,
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+	}
+	k := newKey(a.t)
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, a.cert, k.Public(), a.key)
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	if leaf, err = x509.ParseCertificate(der); err != nil {
+		a.t.Fatal(err)
+	}
+	kder, err := x509.MarshalPKCS8PrivateKey(k)
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	cert, key = filepath.Join(a.dir, name+".pem"), filepath.Join(a.dir, name+"-key.pem")
+	writePEM(a.t, key, "PRIVATE KEY", kder)
+	writePEM(a.t, cert, "CERTIFICATE", der)
+	return cert, key, leaf
+}
+
+func (a *authority) revoke(path string, leaves ...*x509.Certificate) {
+	a.t.Helper()
+	list := &x509.RevocationList{Number: serial(a.t), ThisUpdate: time.Now().Add(-time.Minute), NextUpdate: time.Now().Add(time.Hour)}
+	for _, l := range leaves {
+		list.RevokedCertificateEntries = append(list.RevokedCertificateEntries, x509.RevocationListEntry{SerialNumber: l.SerialNumber, RevocationTime: time.Now()})
+	}
+	der, err := x509.CreateRevocationList(rand.Reader, list, a.cert, a.key)
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	writePEM(a.t, path, "X509 CRL", der)
+}
+
+// client dials the proxy as cn, trusting a.
+func (a *authority) client(t *testing.T, target, cn string, names ...string) *grpc.ClientConn {
+	t.Helper()
+	cfg := &tls.Config{RootCAs: x509.NewCertPool(), ServerName: "127.0.0.1"}
+	cfg.RootCAs.AddCert(a.cert)
+	if cn != "" || len(names) > 0 {
+		cert, key, _ := a.issue("client-"+cn, cn, names...)
+		pair, err := tls.LoadX509KeyPair(cert, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		cfg.Certificates = []tls.Certificate{pair}
+	}
+	return dial(t, target, grpc.WithTransportCredentials(credentials.NewTLS(cfg)))
+}
+
+func echoEtcd() *fakeEtcd {
+	return &fakeEtcd{
+		rangeFn: func(_ context.Context, r *pb.RangeRequest) (*pb.RangeResponse, error) {
+			return &pb.RangeResponse{Kvs: []*mvccpb.KeyValue{{Key: r.Key, Value: sealed(string(r.Key), "v")}}}, nil
+		},
+		putFn: func(context.Context, *pb.PutRequest) (*pb.PutResponse, error) { return &pb.PutResponse{}, nil },
+		deleteFn: func(context.Context, *pb.DeleteRangeRequest) (*pb.DeleteRangeResponse, error) {
+			return &pb.DeleteRangeResponse{}, nil
+		},
+		txnFn: func(context.Context, *pb.TxnRequest) (*pb.TxnResponse, error) { return &pb.TxnResponse{}, nil },
+		watchFn: func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error {
+			if _, err := s.Recv(); err != nil {
+				return err
+			}
+			return s.Send(&pb.WatchResponse{Events: []*mvccpb.Event{{Kv: &mvccpb.KeyValue{Key: []byte("k"), Value: sealed("k", "v")}}}})
+		},
+	}
+}
+
+func get(t *testing.T, conn *grpc.ClientConn) (string, error) {
+	t.Helper()
+	r, err := pb.NewKVClient(conn).Range(testContext(t), &pb.RangeRequest{Key: []byte("k")})
+	if err != nil {
+		return "", err
+	}
+	return string(r.Kvs[0].Value), nil
+}
+
+func TestClientLists(t *testing.T) {
+	ca := newAuthority(t, "ca")
+	cert, key, _ := ca.issue("server", "server")
+	p := startProxy(t, serveFake(t, echoEtcd()), []Rule{{Prefix: "k", Sealer: reverser{}}}, func(c *Config) {
+		c.Listeners[0].TLS = &ListenerTLS{CertFile: cert, KeyFile: key, ClientCAFile: ca.file}
+		c.Listeners[0].AllowedClients = []string{"api", "api.example"}
+		c.Listeners[0].CiphertextClients = []string{"backup"}
+	})
+	target := p.Addrs()[0].String()
+	for _, tt := range []struct {
+		cn    string
+		names []string
+		want  string
+		code  codes.Code
+	}{
+		{"api", nil, "v", codes.OK},
+		{"", []string{"api.example"}, "v", codes.OK},
+		{"backup", nil, string(sealed("k", "v")), codes.OK},
+		{"api", []string{"backup"}, string(sealed("k", "v")), codes.OK},
+		{"stranger", []string{"a.example", "b.example"}, "", codes.PermissionDenied},
+	} {
+		conn := ca.client(t, target, tt.cn, tt.names...)
+		got, err := get(t, conn)
+		if status.Code(err) != tt.code || got != tt.want {
+			t.Errorf("%s %v: %q, %v", tt.cn, tt.names, got, err)
+		}
+		if tt.code == codes.PermissionDenied {
+			_, err = get(t, conn)
+			if !strings.HasPrefix(status.Convert(err).Message(), ownPrefix) {
+				t.Errorf("got %v", err)
+			}
+			s, err := pb.NewWatchClient(conn).Watch(testContext(t))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := s.Recv(); status.Code(err) != codes.PermissionDenied {
+				t.Errorf("watch: %v", err)
+			}
+		}
+	}
+	if n := strings.Count(p.logs.String(), "client denied"); n != 1 {
+		t.Errorf("the stranger is logged %d times", n)
+	}
+	if _, err := get(t, ca.client(t, target, "")); status.Code(err) != codes.Unavailable {
+		t.Errorf("without a certificate: %v", err)
+	}
+	eventually(t, "the refused handshake is logged", func() bool { return strings.Contains(p.logs.String(), "connection rejected") })
+}
+
+func TestCiphertextClientsDoNotWrite(t *testing.T) {
+	ca := newAuthority(t, "ca")
+	cert, key, _ := ca.issue("server", "server")
+	p := startProxy(t, serveFake(t, echoEtcd()), []Rule{{Prefix: "k", Sealer: reverser{}}}, func(c *Config) {
+		c.Listeners[0].TLS = &ListenerTLS{CertFile: cert, KeyFile: key, ClientCAFile: ca.file}
+		c.Listeners[0].CiphertextClients = []string{"backup"}
+	})
+	conn := ca.client(t, p.Addrs()[0].String(), "backup")
+	kv, ctx := pb.NewKVClient(conn), testContext(t)
+	put := func(k string) *pb.PutRequest { return &pb.PutRequest{Key: []byte(k), Value: []byte("v")} }
+	putOp := func(k string) *pb.RequestOp {
+		return &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: put(k)}}
+	}
+	delOp := func(k, end string) *pb.RequestOp {
+		return &pb.RequestOp{Request: &pb.RequestOp_RequestDeleteRange{RequestDeleteRange: &pb.DeleteRangeRequest{Key: []byte(k), RangeEnd: []byte(end)}}}
+	}
+	txn := func(op *pb.RequestOp) error {
+		nested := &pb.RequestOp{Request: &pb.RequestOp_RequestTxn{RequestTxn: &pb.TxnRequest{Failure: []*pb.RequestOp{op}}}}
+		_, err := kv.Txn(ctx, &pb.TxnRequest{Success: []*pb.RequestOp{nested}})
+		return err
+	}
+	del := func(k, end string) error {
+		_, err := kv.DeleteRange(ctx, &pb.DeleteRangeRequest{Key: []byte(k), RangeEnd: []byte(end)})
+		return err
+	}
+	_, covered := kv.Put(ctx, put("key"))
+	keep := put("key")
+	keep.Value, keep.IgnoreValue = nil, true
+	_, ignore := kv.Put(ctx, keep)
+	_, plain := kv.Put(ctx, put("other"))
+	for what, tt := range map[string]struct {
+		err    error
+		denied bool
+	}{
+		"put": {covered, true}, "put that keeps the value": {ignore, true}, "put elsewhere": {plain, false},
+		"delete": {del("a", "z"), true}, "delete elsewhere": {del("a", "k"), false},
+		"txn put": {txn(putOp("key")), true}, "txn put elsewhere": {txn(putOp("other")), false},
+		"txn delete": {txn(delOp("a", "\x00")), true}, "txn delete elsewhere": {txn(delOp("l", "\x00")), false},
+	} {
+		if denied := status.Code(tt.err) == codes.PermissionDenied; denied != tt.denied || (!denied && tt.err != nil) {
+			t.Errorf("%s: %v", what, tt.err)
+		}
+	}
+	s, err := pb.NewWatchClient(conn).Watch(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Send(createWatch("k", "")); err != nil {
+		t.Fatal(err)
+	}
+	if r, err := s.Recv(); err != nil || string(r.Events[0].Kv.Value) != string(sealed("k", "v")) {
+		t.Errorf("watch: %v, %v", r, err)
+	}
+}
+
+func TestListenerTLSReload(t *testing.T) {
+	ca, other := newAuthority(t, "ca"), newAuthority(t, "other")
+	cert, key, _ := ca.issue("server", "server")
+	crl := filepath.Join(ca.dir, "crl.pem")
+	ca.revoke(crl)
+	clientCAs := filepath.Join(ca.dir, "clients.pem")
+	writePEM(t, clientCAs, "CERTIFICATE", ca.cert.Raw)
+	p := startProxy(t, serveFake(t, echoEtcd()), nil, func(c *Config) {
+		c.Listeners[0].TLS = &ListenerTLS{CertFile: cert, KeyFile: key, ClientCAFile: clientCAs, ClientCRLFile: crl, MinVersion: "1.2",
+			CipherSuites: []string{"TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256"}}
+	})
+	target := p.Addrs()[0].String()
+	served := func() string {
+		cfg := &tls.Config{InsecureSkipVerify: true, MaxVersion: tls.VersionTLS12, NextProtos: []string{"h2"}}
+		c, k, _ := ca.issue("probe", "probe")
+		pair, err := tls.LoadX509KeyPair(c, k)
+		if err != nil {
+			t.Fatal(err)
+		}
+		cfg.Certificates = []tls.Certificate{pair}
+		conn, err := tls.Dial("tcp", target, cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		if s := conn.ConnectionState(); s.CipherSuite != tls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256 || s.NegotiatedProtocol != "h2" {
+			t.Errorf("suite %x, protocol %q", s.CipherSuite, s.NegotiatedProtocol)
+		}
+		return conn.ConnectionState().PeerCertificates[0].SerialNumber.String()
+	}
+	before := served()
+	if _, err := get(t, ca.client(t, target, "api")); err != nil {
+		t.Fatal(err)
+	}
+
+	// A key without its certificate: the pair that fits stays, and the failure is told.
+	pair, err := os.ReadFile(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(key, []byte("half a file"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if served() != before {
+		t.Error("a broken pair is served")
+	}
+	eventually(t, "the broken pair is logged", func() bool { return strings.Contains(p.logs.String(), "cannot be used") })
+	if strings.Contains(p.logs.String(), "half a file") || strings.Contains(p.logs.String(), string(pair)) {
+		t.Error("a key file is in the log")
+	}
+	_, _, leaf := ca.issue("server", "server")
+	if got := served(); got != leaf.SerialNumber.String() {
+		t.Errorf("serial %s after the reload, want %s", got, leaf.SerialNumber)
+	}
+
+	// Revocation, and another CA for clients.
+	c, k, revoked := ca.issue("revoked", "revoked")
+	ca.revoke(crl, revoked)
+	pairR, err := tls.LoadX509KeyPair(c, k)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := &tls.Config{RootCAs: x509.NewCertPool(), ServerName: "127.0.0.1", Certificates: []tls.Certificate{pairR}}
+	cfg.RootCAs.AddCert(ca.cert)
+	if _, err := get(t, dial(t, target, grpc.WithTransportCredentials(credentials.NewTLS(cfg)))); status.Code(err) != codes.Unavailable {
+		t.Errorf("a revoked client: %v", err)
+	}
+	if _, err := get(t, ca.client(t, target, "api")); err != nil {
+		t.Errorf("another client: %v", err)
+	}
+	other.revoke(crl)
+	writePEM(t, clientCAs, "CERTIFICATE", other.cert.Raw)
+	if _, err := get(t, ca.client(t, target, "api")); status.Code(err) != codes.Unavailable {
+		t.Errorf("a client of the old CA: %v", err)
+	}
+}
+
+func TestListenerConfigErrors(t *testing.T) {
+	ca, other := newAuthority(t, "ca"), newAuthority(t, "other")
+	cert, key, _ := ca.issue("server", "server")
+	empty := filepath.Join(ca.dir, "empty.pem")
+	if err := os.WriteFile(empty, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	foreign := filepath.Join(ca.dir, "foreign.pem")
+	other.revoke(foreign)
+	taken := listenLoopback(t)
+	defer taken.Close()
+	for want, l := range map[string]ListenerConfig{
+		"address already in use":     {Address: taken.Addr().String()},
+		"need TLS with clientCAFile": {Address: "127.0.0.1:0", AllowedClients: []string{"a"}},
+		"needs clientCAFile":         {Address: "127.0.0.1:0", TLS: &ListenerTLS{CertFile: cert, KeyFile: key, ClientCRLFile: foreign}},
+		"load certificate":           {Address: "127.0.0.1:0", TLS: &ListenerTLS{CertFile: cert, KeyFile: cert}},
+		"no such file":               {Address: "127.0.0.1:0", TLS: &ListenerTLS{CertFile: "/nowhere", KeyFile: key}},
+		"minVersion \"1.1\"":         {Address: "127.0.0.1:0", TLS: &ListenerTLS{CertFile: cert, KeyFile: key, MinVersion: "1.1"}},
+		"cipherSuites: \"X\"":        {Address: "127.0.0.1:0", TLS: &ListenerTLS{CertFile: cert, KeyFile: key, CipherSuites: []string{"X"}}},
+		"there is no certificate":    {Address: "127.0.0.1:0", TLS: &ListenerTLS{CertFile: cert, KeyFile: key, ClientCAFile: empty}},
+		"has signed it":              {Address: "127.0.0.1:0", TLS: &ListenerTLS{CertFile: cert, KeyFile: key, ClientCAFile: ca.file, ClientCRLFile: foreign}},
+		"parse revocation list":      {Address: "127.0.0.1:0", TLS: &ListenerTLS{CertFile: cert, KeyFile: key, ClientCAFile: ca.file, ClientCRLFile: empty}},
+		"must be absolute":           {Address: "unix://relative.sock"},
+		"is not a socket":            {Address: "unix://" + empty},
+	} {
+		_, err := New(Config{Listeners: []ListenerConfig{l}, Upstream: UpstreamConfig{Endpoints: []string{"http://127.0.0.1:1"}}})
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%+v: %v, want %q", l, err, want)
+		}
+	}
+}
+
+func TestUnixSocket(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "etcd.sock")
+	// A socket whose process died without removing it.
+	dead, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	dead.SetUnlinkOnClose(false)
+	dead.Close()
+	etcd := serveFake(t, echoEtcd())
+	p := startProxy(t, etcd, nil, func(c *Config) { c.Listeners[0] = ListenerConfig{Address: "unix://" + path} })
+	info, err := os.Lstat(path)
+	if err != nil || info.Mode().Perm() != 0o600 || info.Mode()&os.ModeSocket == 0 {
+		t.Fatalf("%v, %v", info, err)
+	}
+	if got := p.Addrs()[0].String(); got != path {
+		t.Errorf("address %q", got)
+	}
+	if _, err := get(t, dialUnix(t, path)); err != nil {
+		t.Fatal(err)
+	}
+	_, err = New(Config{Listeners: []ListenerConfig{{Address: "unix://" + path}}, Upstream: UpstreamConfig{Endpoints: []string{"http://" + etcd}}})
+	if !errors.Is(err, syscall.EADDRINUSE) {
+		t.Errorf("a second proxy: %v", err)
+	}
+	if _, err := get(t, dialUnix(t, path)); err != nil {
+		t.Errorf("after a second proxy tried: %v", err)
+	}
+	if err := p.stop(); err != nil {
+		t.Fatal(err)
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) != 0 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+	p = startProxy(t, etcd, nil, func(c *Config) { c.Listeners[0] = ListenerConfig{Address: "unix://" + path, Mode: 0o660} })
+	if info, err := os.Lstat(path); err != nil || info.Mode().Perm() != 0o660 {
+		t.Errorf("%v, %v", info, err)
+	}
+	// Another process' socket in the place of ours is not ours to remove.
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	theirs, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer theirs.Close()
+	if err := p.stop(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Lstat(path); err != nil {
+		t.Error(err)
+	}
+}
+
+func dialUnix(t *testing.T, path string) *grpc.ClientConn {
+	return dial(t, path, grpc.WithTransportCredentials(insecureCredentials()), grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "unix", path)
+	}))
+}

@@ -1,0 +1,363 @@
+package proxy
+
+import (
+	"context"
+	"io"
+	"net"
+	"net/http"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/status"
+)
+
+func TestDrain(t *testing.T) {
+	arrived, release := make(chan struct{}, 1), make(chan struct{})
+	etcd := serveFake(t, &fakeEtcd{
+		rangeFn: func(context.Context, *pb.RangeRequest) (*pb.RangeResponse, error) {
+			arrived <- struct{}{}
+			<-release
+			return &pb.RangeResponse{Count: 3}, nil
+		},
+		watchFn: func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error {
+			if err := s.Send(&pb.WatchResponse{Created: true}); err != nil {
+				return err
+			}
+			<-s.Context().Done()
+			return nil
+		},
+		keepAlive: func(s grpc.BidiStreamingServer[pb.LeaseKeepAliveRequest, pb.LeaseKeepAliveResponse]) error {
+			<-s.Context().Done()
+			return nil
+		},
+	})
+	p := startProxy(t, etcd, everything, nil)
+	conn := p.dial(t)
+	w, err := pb.NewWatchClient(conn).Watch(testContext(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.Recv(); err != nil {
+		t.Fatal(err)
+	}
+	k, err := pb.NewLeaseClient(conn).LeaseKeepAlive(testContext(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	answered := make(chan error, 1)
+	go func() {
+		r, err := pb.NewKVClient(conn).Range(testContext(t), &pb.RangeRequest{Key: []byte("k")})
+		if err == nil && r.Count != 3 {
+			t.Errorf("got %v", r)
+		}
+		answered <- err
+	}()
+	wait(t, arrived, "unary call")
+	stopped := make(chan error, 1)
+	go func() { stopped <- p.stop() }()
+	_, err = w.Recv()
+	sameStatus(t, err, status.Error(codes.Unavailable, "etcd-kms-proxy: shutting down"))
+	if _, err = k.Recv(); status.Code(err) != codes.Unavailable {
+		t.Errorf("keep-alive: %v", err)
+	}
+	eventually(t, "no new connections", func() bool {
+		c, err := net.Dial("tcp", p.Addrs()[0].String())
+		if err == nil {
+			c.Close()
+		}
+		return err != nil
+	})
+	select {
+	case err := <-stopped:
+		t.Fatalf("Run ended with a call in flight: %v", err)
+	default:
+	}
+	close(release)
+	if err := wait(t, answered, "answer of the unary call"); err != nil {
+		t.Errorf("the call in flight: %v", err)
+	}
+	if err := wait(t, stopped, "end of Run"); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestDrainTimeout(t *testing.T) {
+	arrived := make(chan struct{}, 1)
+	etcd := serveFake(t, &fakeEtcd{rangeFn: func(ctx context.Context, _ *pb.RangeRequest) (*pb.RangeResponse, error) {
+		arrived <- struct{}{}
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}})
+	p := startProxy(t, etcd, nil, func(c *Config) { c.DrainTimeout = 50 * time.Millisecond })
+	failed := make(chan error, 1)
+	conn := p.dial(t)
+	go func() {
+		_, err := pb.NewKVClient(conn).Range(testContext(t), &pb.RangeRequest{Key: []byte("k")})
+		failed <- err
+	}()
+	wait(t, arrived, "call")
+	if err := p.stop(); err != nil {
+		t.Error(err)
+	}
+	if err := wait(t, failed, "end of the call"); status.Code(err) != codes.Unavailable {
+		t.Errorf("got %v", err)
+	}
+}
+
+// TestEtcdComesLate starts the proxy before etcd: the first request is served as soon as etcd is there, none fails for being early,
+// and one that nobody serves fails with Unavailable within a bounded time.
+func TestEtcdComesLate(t *testing.T) {
+	l := listenLoopback(t)
+	address := l.Addr().String()
+	l.Close()
+	p := startProxy(t, address, everything, nil)
+	conn := p.dial(t)
+	began := time.Now()
+	_, err := get(t, conn)
+	if st := status.Convert(err); st.Code() != codes.Unavailable || !strings.HasPrefix(st.Message(), "etcd-kms-proxy: etcd is unreachable: ") {
+		t.Errorf("without etcd: %v", err)
+	}
+	if d := time.Since(began); d > readyWait+2*time.Second {
+		t.Errorf("it took %v to say so", d)
+	}
+	eventually(t, "the log says that etcd is unreachable", func() bool { return strings.Contains(p.logs.String(), "etcd is unreachable; the proxy keeps trying") })
+	got := make(chan error, 1)
+	go func() {
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		var err error
+		for range 3 { // a backed-off connection may need more than one readyWait
+			if _, err = pb.NewKVClient(conn).Range(ctx, &pb.RangeRequest{Key: []byte("k")}); err == nil {
+				break
+			}
+		}
+		got <- err
+	}()
+	if l, err = net.Listen("tcp", address); err != nil {
+		t.Fatal(err)
+	}
+	serveFakeOn(t, echoEtcd(), l)
+	if err := wait(t, got, "answer"); err != nil {
+		t.Error(err)
+	}
+	eventually(t, "the log says that etcd is back", func() bool { return strings.Contains(p.logs.String(), "etcd is reachable again") })
+	if r := p.Ready(); !r.Ready || !r.Checks[1].OK {
+		t.Errorf("ready: %+v", r)
+	}
+}
+
+func TestEndpoints(t *testing.T) {
+	a, b := echoEtcd(), echoEtcd()
+	counts := make(chan string, 100)
+	for name, f := range map[string]*fakeEtcd{"a": a, "b": b} {
+		f.rangeFn = func(context.Context, *pb.RangeRequest) (*pb.RangeResponse, error) {
+			counts <- name
+			return &pb.RangeResponse{Kvs: []*mvccpb.KeyValue{{}}}, nil
+		}
+	}
+	dead := listenLoopback(t)
+	dead.Close()
+	endpoints := []string{"http://" + serveFake(t, a), "http://" + serveFake(t, b), "http://" + dead.Addr().String()}
+	conn := startProxy(t, "", nil, func(c *Config) { c.Upstream.Endpoints = endpoints }).dial(t)
+	seen := map[string]bool{}
+	eventually(t, "both members are asked, and the dead one is not", func() bool {
+		if _, err := get(t, conn); err != nil {
+			t.Fatal(err)
+		}
+		seen[<-counts] = true
+		return len(seen) == 2
+	})
+
+	path := filepath.Join(t.TempDir(), "etcd.sock")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	serveFakeOn(t, echoEtcd(), l)
+	conn = startProxy(t, "", everything, func(c *Config) { c.Upstream.Endpoints = []string{"unix://" + path} }).dial(t)
+	if v, err := get(t, conn); err != nil || v != "v" {
+		t.Errorf("over a socket: %q, %v", v, err)
+	}
+
+	for want, u := range map[string]UpstreamConfig{
+		"there is none":               {},
+		"some with TLS":               {Endpoints: []string{"https://a:1", "http://b:1"}},
+		"certFile and keyFile":        {Endpoints: []string{"https://a:1"}, TLS: &UpstreamTLS{CertFile: "x"}},
+		"read CA certificates: open ": {Endpoints: []string{"a:1"}, TLS: &UpstreamTLS{CAFile: "/nowhere"}},
+	} {
+		if _, err := New(Config{Listeners: []ListenerConfig{{Address: "127.0.0.1:0"}}, Upstream: u}); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%+v: %v", u, err)
+		}
+	}
+}
+
+func TestUpstreamTLS(t *testing.T) {
+	ca, other := newAuthority(t, "ca"), newAuthority(t, "other")
+	cert, key, _ := ca.issue("etcd", "etcd")
+	serverTLS, err := (&ListenerTLS{CertFile: cert, KeyFile: key, ClientCAFile: ca.file}).serverTLS(nil, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := listenLoopback(t)
+	serveFakeOn(t, echoEtcd(), l, grpc.Creds(credentials.NewTLS(serverTLS.get())))
+	cert, key, _ = other.issue("proxy", "") // not yet one that etcd trusts
+	p := startProxy(t, "", nil, func(c *Config) {
+		c.Upstream = UpstreamConfig{Endpoints: []string{"https://" + l.Addr().String()}, TLS: &UpstreamTLS{CAFile: ca.file, CertFile: cert, KeyFile: key}}
+	})
+	conn := p.dial(t)
+	if _, err := get(t, conn); status.Code(err) != codes.Unavailable {
+		t.Errorf("with a certificate that etcd does not trust: %v", err)
+	}
+	// The files are replaced; the next connection is made with them.
+	ca.dir = other.dir
+	ca.issue("proxy", "")
+	eventually(t, "the new certificate is used", func() bool { _, err := get(t, conn); return err == nil })
+
+	// etcd's certificate is verified against the endpoint's own host.
+	_, port, _ := net.SplitHostPort(l.Addr().String())
+	p = startProxy(t, "", nil, func(c *Config) {
+		c.Upstream = UpstreamConfig{Endpoints: []string{"https://localhost:" + port}, TLS: &UpstreamTLS{CAFile: ca.file, CertFile: cert, KeyFile: key}}
+	})
+	if _, err := get(t, p.dial(t)); !strings.Contains(status.Convert(err).Message(), "localhost") {
+		t.Errorf("got %v", err)
+	}
+	p = startProxy(t, "", nil, func(c *Config) {
+		c.Upstream = UpstreamConfig{Endpoints: []string{"https://localhost:" + port}, TLS: &UpstreamTLS{CAFile: ca.file, CertFile: cert, KeyFile: key, ServerName: "127.0.0.1"}}
+	})
+	if _, err := get(t, p.dial(t)); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestAdminAndMetrics(t *testing.T) {
+	reg := prometheus.NewRegistry()
+	p := startProxy(t, serveFake(t, echoEtcd()), everything, func(c *Config) { c.Registerer = reg })
+	conn := p.dial(t)
+	if _, err := get(t, conn); err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range []string{"/etcdserverpb.KV/X1", "/etcdserverpb.KV/X2", "/etcdserverpb.Lease/LeaseLeases"} {
+		_, _ = rawCall(testContext(t), conn, m, nil) // unimplemented, all three
+	}
+	ready := ReadyReport{Ready: true, Checks: []Check{{Name: "listeners", OK: true}, {Name: "rule /registry/secrets/", Detail: "KMS ack is unavailable"}}}
+	admin, err := NewAdmin(AdminConfig{Address: "127.0.0.1:0", Gatherer: reg, Ready: func() ReadyReport { return ready }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- admin.Run(ctx) }()
+	defer func() {
+		http.DefaultClient.CloseIdleConnections()
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	}()
+	fetch := func(path string) (int, string) {
+		r, err := http.Get("http://" + admin.Addr().String() + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer r.Body.Close()
+		body, err := io.ReadAll(r.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r.StatusCode, string(body)
+	}
+	if code, body := fetch("/livez"); code != 200 || body != "ok\n" {
+		t.Errorf("/livez: %d %q", code, body)
+	}
+	want := "[+]listeners ok\n[-]rule /registry/secrets/: KMS ack is unavailable\nreadyz check passed\n"
+	if code, body := fetch("/readyz"); code != 200 || body != want {
+		t.Errorf("/readyz: %d %q", code, body)
+	}
+	ready.Ready = false
+	if code, _ := fetch("/readyz"); code != 503 {
+		t.Errorf("/readyz: %d", code)
+	}
+	if code, _ := fetch("/debug/pprof/"); code != 404 {
+		t.Errorf("/debug/pprof/: %d without being asked for", code)
+	}
+	_, body := fetch("/metrics")
+	for _, line := range []string{
+		`etcd_kms_proxy_requests_total{code="OK",method="/etcdserverpb.KV/Range"} 1`,
+		`etcd_kms_proxy_requests_total{code="Unimplemented",method="unknown"} 2`,
+		`etcd_kms_proxy_requests_total{code="Unimplemented",method="/etcdserverpb.Lease/LeaseLeases"} 1`,
+		`etcd_kms_proxy_connections{listener="127.0.0.1:0"} 1`,
+		`etcd_kms_proxy_etcd_connected 1`,
+		`grpc_server_handled_total{grpc_code="OK",grpc_method="Range",grpc_service="etcdserverpb.KV",grpc_type="unary"} 1`,
+		`grpc_server_started_total{grpc_method="Watch",grpc_service="etcdserverpb.Watch",grpc_type="bidi_stream"} 0`,
+	} {
+		if !strings.Contains(body, line+"\n") {
+			t.Errorf("no line %q", line)
+		}
+	}
+	if problems, err := testutil.GatherAndLint(reg, "etcd_kms_proxy_requests_total", "etcd_kms_proxy_connections"); err != nil || len(problems) > 0 {
+		t.Errorf("%v, %v", problems, err)
+	}
+	conn.Close()
+	eventually(t, "the connection is gone from the gauge", func() bool {
+		_, body := fetch("/metrics")
+		return strings.Contains(body, `etcd_kms_proxy_connections{listener="127.0.0.1:0"} 0`)
+	})
+}
+
+// TestEtcdClient drives the proxy with etcd's own client: it survives a restart of the proxy with its watch.
+func TestEtcdClient(t *testing.T) {
+	events := make(chan *mvccpb.Event, 1)
+	etcd := serveFake(t, &fakeEtcd{
+		watchFn: func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error {
+			if _, err := s.Recv(); err != nil {
+				return err
+			}
+			if err := s.Send(&pb.WatchResponse{Created: true, Header: &pb.ResponseHeader{Revision: 1}}); err != nil {
+				return err
+			}
+			for {
+				select {
+				case ev := <-events:
+					if err := s.Send(&pb.WatchResponse{Header: &pb.ResponseHeader{Revision: ev.Kv.ModRevision}, Events: []*mvccpb.Event{ev}}); err != nil {
+						return err
+					}
+				case <-s.Context().Done():
+					return nil
+				}
+			}
+		},
+	})
+	path := filepath.Join(t.TempDir(), "p.sock")
+	start := func() *running {
+		return startProxy(t, etcd, everything, func(c *Config) { c.Listeners[0] = ListenerConfig{Address: "unix://" + path} })
+	}
+	p := start()
+	client, err := clientv3.New(clientv3.Config{Endpoints: []string{"unix://" + path}, Logger: zap.NewNop()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	watch := client.Watch(testContext(t), "k")
+	for rev := int64(2); rev <= 3; rev++ {
+		events <- &mvccpb.Event{Kv: &mvccpb.KeyValue{Key: []byte("k"), Value: sealed("k", "v"), ModRevision: rev}}
+		r := wait(t, watch, "event")
+		if r.Err() != nil || string(r.Events[0].Kv.Value) != "v" {
+			t.Fatalf("got %+v, %v", r, r.Err())
+		}
+		if err := p.stop(); err != nil {
+			t.Fatal(err)
+		}
+		p = start()
+	}
+}

@@ -1,0 +1,279 @@
+package proxy
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"testing"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
+)
+
+// tagger seals to its own name, so that a test sees which rule was asked.
+type tagger string
+
+func (s tagger) Seal(context.Context, []byte, []byte) ([]byte, error) { return []byte(s), nil }
+func (s tagger) Open(context.Context, []byte, []byte) ([]byte, error) { return []byte(s), nil }
+
+func rulesOf(t testing.TB, prefixes ...string) *ruleSet {
+	t.Helper()
+	var rules []Rule
+	for _, p := range prefixes {
+		rules = append(rules, Rule{Prefix: p, Sealer: tagger("<" + p + ">")})
+	}
+	set, err := newRuleSet(rules)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return set
+}
+
+// TestRulesAgainstBruteForce compares both questions with their definitions, over all short keys of a small alphabet.
+func TestRulesAgainstBruteForce(t *testing.T) {
+	var keys []string
+	for _, a := range []string{"", "\x00", "a", "b", "\xff"} {
+		for _, b := range []string{"", "\x00", "a", "\xff"} {
+			for _, c := range []string{"", "\x00", "b", "\xff"} {
+				keys = append(keys, a+b+c)
+			}
+		}
+	}
+	rng := rand.New(rand.NewPCG(1, 2))
+	for range 300 {
+		seen, prefixes := map[string]bool{}, []string(nil)
+		for range rng.IntN(6) {
+			if p := keys[rng.IntN(len(keys))]; !seen[p] {
+				seen[p], prefixes = true, append(prefixes, p)
+			}
+		}
+		set := rulesOf(t, prefixes...)
+		for _, key := range keys {
+			want := "plain"
+			longest := -1
+			for _, p := range prefixes {
+				if strings.HasPrefix(key, p) && len(p) > longest {
+					longest, want = len(p), "<"+p+">"
+				}
+			}
+			got, err := set.Seal(t.Context(), []byte(key), []byte("plain"))
+			if err != nil || string(got) != want {
+				t.Fatalf("rules %q, key %q: %q, want %q", prefixes, key, got, want)
+			}
+			for _, end := range keys {
+				want := false
+				for _, p := range prefixes {
+					want = want || overlapsByDefinition(p, key, end)
+				}
+				if got := set.Overlaps([]byte(key), []byte(end)); got != want {
+					t.Fatalf("rules %q, range [%q, %q): %v, want %v", prefixes, key, end, got, want)
+				}
+			}
+		}
+	}
+}
+
+// overlapsByDefinition: is there a key that begins with p and lies in the range? The least one at or after key decides.
+func overlapsByDefinition(p, key, end string) bool {
+	if end == "" {
+		return strings.HasPrefix(key, p)
+	}
+	least := max(p, key)
+	if !strings.HasPrefix(least, p) {
+		return false
+	}
+	return end == "\x00" || least < end
+}
+
+func TestRuleErrors(t *testing.T) {
+	_, err := newRuleSet([]Rule{{Prefix: "a"}, {Prefix: "b", Sealer: tagger("")}, {Prefix: "b", Sealer: tagger("")}})
+	for _, want := range []string{`rule "a": no sealer`, `rule "b": a second rule`} {
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%v: no %q", err, want)
+		}
+	}
+}
+
+// TestEveryMethodIsClassified walks the services that etcd's API knows and fails on a method that the table does not, has in another
+// shape, or has and etcd has not.
+func TestEveryMethodIsClassified(t *testing.T) {
+	want := map[string]shape{
+		// These services' descriptors belong to etcd's server; the tests against a real etcd walk them there.
+		"/v3electionpb.Election/Campaign": shapeUnary, "/v3electionpb.Election/Proclaim": shapeUnary, "/v3electionpb.Election/Leader": shapeUnary,
+		"/v3electionpb.Election/Observe": shapeServerStream, "/v3electionpb.Election/Resign": shapeUnary,
+		"/v3lockpb.Lock/Lock": shapeUnary, "/v3lockpb.Lock/Unlock": shapeUnary,
+	}
+	for _, file := range []protoreflect.FileDescriptor{pb.File_rpc_proto, healthpb.File_grpc_health_v1_health_proto} {
+		for i := range file.Services().Len() {
+			s := file.Services().Get(i)
+			for j := range s.Methods().Len() {
+				m := s.Methods().Get(j)
+				sh := shapeUnary
+				switch {
+				case m.IsStreamingClient():
+					sh = shapeBidiStream
+				case m.IsStreamingServer():
+					sh = shapeServerStream
+				}
+				want[fmt.Sprintf("/%s/%s", s.FullName(), m.Name())] = sh
+			}
+		}
+	}
+	if len(want) < 45 {
+		t.Fatalf("only %d methods found: the test looks in the wrong place", len(want))
+	}
+	for _, m := range methodTable() {
+		sh, ok := want[m.full]
+		switch {
+		case !ok:
+			t.Errorf("%s is not a method of etcd, or stands twice", m.full)
+		case sh != m.shape:
+			t.Errorf("%s has shape %d, want %d", m.full, m.shape, sh)
+		case m.class != classPass && m.class != classRewrite && m.class != classRefuse:
+			t.Errorf("%s has class %q", m.full, m.class)
+		case (m.class == classPass) != (m.call == nil):
+			t.Errorf("%s: class %s does not fit its rewriter", m.full, m.class)
+		}
+		delete(want, m.full)
+	}
+	for m := range want {
+		t.Errorf("%s is not classified", m)
+	}
+}
+
+// TestKVValuesAreClassified: whatever request or answer of etcd's API can carry a value belongs to a method that is looked into.
+func TestValuesAreClassified(t *testing.T) {
+	classes := map[string]class{}
+	for _, m := range methodTable() {
+		classes[m.full] = m.class
+	}
+	services := pb.File_rpc_proto.Services()
+	for i := range services.Len() {
+		s := services.Get(i)
+		for j := range s.Methods().Len() {
+			m := s.Methods().Get(j)
+			full := fmt.Sprintf("/%s/%s", s.FullName(), m.Name())
+			carries := carriesValue(m.Input(), nil) || carriesValue(m.Output(), nil)
+			if carries && classes[full] == classPass {
+				t.Errorf("%s carries a value and is passed", full)
+			}
+		}
+	}
+}
+
+func carriesValue(d protoreflect.MessageDescriptor, seen map[protoreflect.FullName]bool) bool {
+	if seen == nil {
+		seen = map[protoreflect.FullName]bool{}
+	}
+	if seen[d.FullName()] {
+		return false
+	}
+	seen[d.FullName()] = true
+	for i := range d.Fields().Len() {
+		f := d.Fields().Get(i)
+		if f.Name() == "value" && f.Kind() == protoreflect.BytesKind {
+			return true
+		}
+		if f.Message() != nil && carriesValue(f.Message(), seen) {
+			return true
+		}
+	}
+	return false
+}
+
+func TestScan(t *testing.T) {
+	set := rulesOf(t, "k/")
+	marshal := func(m proto.Message) []byte {
+		b, err := proto.Marshal(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	inside := marshal(&pb.RangeRequest{Key: []byte("k/1")})
+	outside := marshal(&pb.RangeRequest{Key: []byte("a"), RangeEnd: []byte("b"), Limit: 3})
+	for what, tt := range map[string]struct {
+		msg  []byte
+		want bool
+	}{
+		"inside":           {inside, true},
+		"outside":          {outside, false},
+		"across":           {marshal(&pb.RangeRequest{Key: []byte("a"), RangeEnd: []byte("z")}), true},
+		"two keys":         {append(bytes.Clone(outside), outside...), true},
+		"truncated":        {outside[:len(outside)-1], true},
+		"unknown fields":   {append(bytes.Clone(outside), 0xfa, 0x07, 0x01, 'x'), false},
+		"key as a number":  {[]byte{0x08, 0x01}, false},
+		"a group, unended": {append(bytes.Clone(outside), 0xfb, 0x07), true},
+	} {
+		if got := rangeTouches(tt.msg, set); got != tt.want {
+			t.Errorf("range %s: %v", what, got)
+		}
+	}
+	for what, tt := range map[string]struct {
+		msg     []byte
+		touches bool
+		bad     bool
+	}{
+		"inside":     {marshal(createWatch("k/1", "")), true, false},
+		"outside":    {marshal(createWatch("a", "b")), false, false},
+		"everything": {marshal(createWatch("", "\x00")), true, false},
+		"merged":     {append(marshal(createWatch("a", "")), marshal(createWatch("b", "z"))...), true, false},
+		"progress":   {marshal(&pb.WatchRequest{RequestUnion: &pb.WatchRequest_ProgressRequest{ProgressRequest: &pb.WatchProgressRequest{}}}), false, false},
+		"truncated":  {marshal(createWatch("a", "b"))[:3], false, true},
+	} {
+		got, err := watchTouches(tt.msg, set)
+		if got != tt.touches || (err != nil) != tt.bad {
+			t.Errorf("watch %s: %v, %v", what, got, err)
+		}
+	}
+}
+
+// FuzzScanTxn: whatever a real decoder finds in a transaction, the scan has found too.
+func FuzzScanTxn(f *testing.F) {
+	op := func(k string) *pb.RequestOp {
+		return &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: []byte(k), Value: []byte("v")}}}
+	}
+	nested := &pb.RequestOp{Request: &pb.RequestOp_RequestTxn{RequestTxn: &pb.TxnRequest{Failure: []*pb.RequestOp{op("k/1")}}}}
+	for _, m := range []*pb.TxnRequest{{Success: []*pb.RequestOp{op("a"), op("k/2")}}, {Success: []*pb.RequestOp{nested}}, {}} {
+		b, err := proto.Marshal(m)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+	}
+	set := rulesOf(f, "k/")
+	f.Fuzz(func(t *testing.T, msg []byte) {
+		var got txnReach
+		scanTxn(msg, set, 0, &got)
+		var txn pb.TxnRequest
+		if proto.Unmarshal(msg, &txn) != nil {
+			return
+		}
+		var want txnReach
+		reachByDecoding(&txn, set, &want)
+		if (want.touches && !got.touches) || (want.writes && !got.writes) || (want.changes && !got.changes) {
+			t.Errorf("scan %+v, decoder %+v", got, want)
+		}
+	})
+}
+
+func reachByDecoding(txn *pb.TxnRequest, set *ruleSet, r *txnReach) {
+	for _, op := range append(txn.Success, txn.Failure...) {
+		switch op := op.Request.(type) {
+		case *pb.RequestOp_RequestRange:
+			r.touches = r.touches || set.Overlaps(op.RequestRange.Key, op.RequestRange.RangeEnd)
+		case *pb.RequestOp_RequestPut:
+			covered := set.lookup(op.RequestPut.Key) != nil
+			r.touches, r.writes, r.changes = r.touches || covered, r.writes || covered, true
+		case *pb.RequestOp_RequestDeleteRange:
+			covered := set.Overlaps(op.RequestDeleteRange.Key, op.RequestDeleteRange.RangeEnd)
+			r.touches, r.writes, r.changes = r.touches || covered, r.writes || covered, true
+		case *pb.RequestOp_RequestTxn:
+			reachByDecoding(op.RequestTxn, set, r)
+		}
+	}
+}
