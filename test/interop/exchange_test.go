@@ -1,0 +1,134 @@
+package interop
+
+import (
+	"bytes"
+	"crypto/rand"
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
+)
+
+const provider = "ack"
+
+var secretKey = []byte("/registry/secrets/default/s1")
+
+// sample is an etcd key and a value under it.
+type sample struct {
+	name  string
+	key   []byte
+	value []byte
+}
+
+func samples() []sample {
+	random := make([]byte, 1<<20)
+	rand.Read(random)
+	return []sample{
+		{"empty", secretKey, nil},
+		{"one byte", secretKey, []byte{0}},
+		{"secret", secretKey, []byte("k8s\x00\n\x0c\n\x02v1\x12\x06Secret\x12\x20...")},
+		{"json", []byte("/registry/example.com/widgets/ns/w"), []byte(`{"apiVersion":"example.com/v1","kind":"Widget"}`)},
+		{"10 KiB", secretKey, random[:10<<10]},
+		{"1 MiB", secretKey, random},
+		{"sealed before", secretKey, []byte("k8s:enc:kms:v2:ack:\x0a\x01x")},
+		{"one-byte key", []byte{0}, []byte("v")},
+		{"binary key", []byte("/a\x00\xff/\xc3\x28"), []byte("v")},
+		{"long key", []byte("/registry/" + strings.Repeat("k", 4096)), []byte("v")},
+	}
+}
+
+// TestExchange has each side read what the other wrote, with the seeds cached and with none: what a process that has just started
+// must ask the plugin for.
+func TestExchange(t *testing.T) {
+	for _, annotated := range []bool{false, true} {
+		t.Run(fmt.Sprintf("annotations=%v", annotated), func(t *testing.T) {
+			p := startPlugin(t, "key-1/version-1")
+			if annotated {
+				p.annotate = map[string][]byte{"version.example.com": []byte("1"), "empty.example.com": {}, "binary.example.com": {0, 0xff}}
+			}
+			we := newOurs(t, p, provider)
+			they := newKube(t, p, provider, envelope.TypeSeed)
+			before := newKube(t, p, provider, envelope.TypeKey)
+			for _, s := range samples() {
+				t.Run(s.name, func(t *testing.T) {
+					for _, w := range []struct {
+						writer string
+						typ    envelope.Type
+						stored []byte
+					}{
+						{"ours", envelope.TypeSeed, we.seal(t, s.key, s.value)},
+						{"kube-apiserver, seed", envelope.TypeSeed, they.seal(t, s.key, s.value)},
+						{"kube-apiserver, key", envelope.TypeKey, before.seal(t, s.key, s.value)},
+					} {
+						// Type 0 is stale to a writer of type 1, and only that.
+						stale := w.typ != envelope.TypeSeed
+						same(t, w.writer+", read by us", s.value, stale)(we.open(s.key, w.stored))
+						same(t, w.writer+", read by kube-apiserver", s.value, stale)(they.open(s.key, w.stored))
+						if o := decode(t, w.stored); envelope.Type(o.EncryptedDEKSourceType) != w.typ || o.KeyID != "key-1/version-1" {
+							t.Errorf("%s: type %v, key ID %q", w.writer, o.EncryptedDEKSourceType, o.KeyID)
+						}
+					}
+				})
+			}
+		})
+	}
+}
+
+// same returns a check of what open returned.
+func same(t *testing.T, what string, want []byte, wantStale bool) func([]byte, bool, error) {
+	return func(got []byte, stale bool, err error) {
+		t.Helper()
+		switch {
+		case err != nil:
+			t.Errorf("%s: %v", what, err)
+		case !bytes.Equal(got, want):
+			t.Errorf("%s: %d bytes that are not the %d written", what, len(got), len(want))
+		case stale != wantStale:
+			t.Errorf("%s: stale is %v", what, stale)
+		}
+	}
+}
+
+// TestProcessesShareNothingButTheKMS reads with sides that never wrote, so that each must have its seed unwrapped by the plugin: once, however many
+// values there are.
+func TestProcessesShareNothingButTheKMS(t *testing.T) {
+	p := startPlugin(t, "1")
+	we, they := newOurs(t, p, provider), newKube(t, p, provider, envelope.TypeSeed)
+	readers := []func(key, stored []byte) ([]byte, bool, error){newOurs(t, p, provider).open, newKube(t, p, provider, envelope.TypeSeed).open}
+	for _, seal := range []func(testing.TB, []byte, []byte) []byte{we.seal, they.seal} {
+		for i, open := range readers {
+			before := p.unwraps()
+			for n := range 20 {
+				key, value := fmt.Appendf(nil, "/registry/secrets/ns/s%d", n), fmt.Appendf(nil, "value %d", n)
+				same(t, fmt.Sprintf("reader %d", i), value, false)(open(key, seal(t, key, value)))
+			}
+			if n := p.unwraps() - before; n != 1 {
+				t.Errorf("reader %d: %d seeds were unwrapped for 20 values under one", i, n)
+			}
+		}
+	}
+}
+
+// TestRotation has the KMS go on to another key: both sides read what is under the old one and hold it for stale.
+func TestRotation(t *testing.T) {
+	p := startPlugin(t, "old")
+	we, they := newOurs(t, p, provider), newKube(t, p, provider, envelope.TypeSeed)
+	value := []byte("value")
+	ourOld, theirOld := we.seal(t, secretKey, value), they.seal(t, secretKey, value)
+	p.rotate("new")
+	they.rotate(t, envelope.TypeSeed)
+	we.await(t, "new")
+	ourNew, theirNew := we.seal(t, secretKey, value), they.seal(t, secretKey, value)
+	for _, v := range []struct {
+		what   string
+		stored []byte
+		stale  bool
+	}{
+		{"ours, old key", ourOld, true}, {"kube-apiserver's, old key", theirOld, true},
+		{"ours, new key", ourNew, false}, {"kube-apiserver's, new key", theirNew, false},
+	} {
+		same(t, v.what+", read by us", value, v.stale)(we.open(secretKey, v.stored))
+		same(t, v.what+", read by kube-apiserver", value, v.stale)(they.open(secretKey, v.stored))
+	}
+}

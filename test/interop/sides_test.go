@@ -1,0 +1,158 @@
+package interop
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"testing"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+	"k8s.io/apiserver/pkg/storage/value"
+	"k8s.io/apiserver/pkg/storage/value/encrypt/envelope/kmsv2"
+	kmstypes "k8s.io/apiserver/pkg/storage/value/encrypt/envelope/kmsv2/v2"
+	"k8s.io/kms/pkg/service"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+)
+
+// kube is kube-apiserver's side: its KMS v2 transformer behind the marker, as its encryption configuration puts them together.
+type kube struct {
+	transformer value.Transformer
+	service     service.Service
+	state       kmsv2.State
+}
+
+// newKube makes the transformer that one API server process would have: with a seed, or for TypeKey a key, of its own.
+func newKube(tb testing.TB, p *plugin, provider string, typ envelope.Type) *kube {
+	tb.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	tb.Cleanup(cancel)
+	client, err := kmsv2.NewGRPCService(ctx, p.endpoint, provider, 10*time.Second)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	k := &kube{service: client}
+	k.rotate(tb, typ)
+	k.transformer = value.NewPrefixTransformers(errors.New("no matching prefix found"), value.PrefixTransformer{
+		Prefix:      []byte("k8s:enc:kms:v2:" + provider + ":"),
+		Transformer: kmsv2.NewEnvelopeTransformer(client, provider, func() (kmsv2.State, error) { return k.state, nil }, "interop"),
+	})
+	return k
+}
+
+// rotate does what the API server does once Status says another key ID: a new seed for everything from now on.
+func (k *kube) rotate(tb testing.TB, typ envelope.Type) {
+	tb.Helper()
+	transformer, object, cacheKey, err := kmsv2.GenerateTransformer(context.Background(), "uid", k.service, typ == envelope.TypeSeed)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	k.state = kmsv2.State{
+		Transformer:                           transformer,
+		EncryptedObjectKeyID:                  object.KeyID,
+		EncryptedObjectEncryptedDEKSource:     object.EncryptedDEKSource,
+		EncryptedObjectAnnotations:            object.Annotations,
+		EncryptedObjectEncryptedDEKSourceType: object.EncryptedDEKSourceType,
+		UID:                                   "uid",
+		ExpirationTimestamp:                   time.Now().Add(writeDeadline),
+		CacheKey:                              cacheKey,
+	}
+}
+
+func (k *kube) seal(tb testing.TB, key, plaintext []byte) []byte {
+	tb.Helper()
+	stored, err := k.transformer.TransformToStorage(context.Background(), plaintext, value.DefaultContext(key))
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return stored
+}
+
+func (k *kube) open(key, stored []byte) (plaintext []byte, stale bool, err error) {
+	return k.transformer.TransformFromStorage(context.Background(), stored, value.DefaultContext(key))
+}
+
+// ours is this project's side: a rule that seals and reads through one provider, and takes nothing but sealed values.
+type ours struct {
+	*keyring.Sealer
+	ring *keyring.Ring
+}
+
+// newOurs makes the sealer that one proxy process would have, with a seed of its own.
+func newOurs(tb testing.TB, p *plugin, provider string) *ours {
+	tb.Helper()
+	o := &ours{}
+	cache, err := keyring.NewCache(keyring.CacheConfig{})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	// A key that the plugin does not know must not become a revocation of the others here: every contact is good.
+	o.ring, err = keyring.New(keyring.RingConfig{Provider: provider, KMS: newClient(tb, p, provider), Cache: cache,
+		PollInterval: 20 * time.Millisecond, SealUnreachableFor: time.Hour, Logger: slog.New(slog.NewTextHandler(io.Discard, nil))})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	o.Sealer, err = keyring.NewSealer(keyring.SealerConfig{Prefix: "/registry/", Write: o.ring})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- o.ring.Run(ctx) }()
+	tb.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			tb.Error(err)
+		}
+	})
+	return o
+}
+
+func (o *ours) seal(tb testing.TB, key, plaintext []byte) []byte {
+	tb.Helper()
+	stored, err := o.Seal(context.Background(), key, plaintext)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return stored
+}
+
+// open opens stored as the rule does, and says whether it would have to be written anew.
+func (o *ours) open(key, stored []byte) (plaintext []byte, stale bool, err error) {
+	plaintext, err = o.Open(context.Background(), key, stored)
+	if err != nil {
+		return nil, false, err
+	}
+	again, standing, err := o.Inspect(context.Background(), key, stored)
+	if err != nil || string(again) != string(plaintext) {
+		return nil, false, errors.New("Inspect does not agree with Open")
+	}
+	return plaintext, standing != keyring.Current, nil
+}
+
+// await polls until the ring seals under a key ID.
+func (o *ours) await(tb testing.TB, keyID string) {
+	tb.Helper()
+	for deadline := time.Now().Add(10 * time.Second); o.ring.State().SealedBy != keyID; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			tb.Fatalf("the ring does not seal under %q: %+v", keyID, o.ring.State())
+		}
+	}
+}
+
+// decode returns kube-apiserver's view of a stored value.
+func decode(tb testing.TB, stored []byte) *kmstypes.EncryptedObject {
+	tb.Helper()
+	_, object, ok := envelope.Split(stored)
+	if !ok {
+		tb.Fatalf("no marker on %.40q", stored)
+	}
+	o := &kmstypes.EncryptedObject{}
+	if err := proto.Unmarshal(object, o); err != nil {
+		tb.Fatal(err)
+	}
+	return o
+}
