@@ -1,0 +1,246 @@
+// Package differential runs the same requests on a bare etcd and, through the proxy, on another etcd, and fails at the first difference that a client could
+// see: answers whole with their headers and revisions, codes, texts and details of errors, metadata, events of watches. Raw reads and a search of etcd's
+// files prove that what had to be sealed was, and that nothing else was touched.
+//
+// DIFFERENTIAL_SEQUENCES sets the number of random sequences for each etcd version and each set of rules, DIFFERENTIAL_SEED the first
+// one's seed; a failure logs what to set to run just the failing sequence.
+package differential
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
+)
+
+var versions = []string{"3.5", "3.6", "3.7"}
+
+// sealedLimit is etcd's request limit behind the proxy: the default and what sealing adds to the largest transaction.
+const (
+	requestLimit = 1536 << 10
+	sealedLimit  = requestLimit + 256<<10
+)
+
+// bench is a bare etcd and the proxy before another one, of the same version.
+type bench struct {
+	env         *harness.Env
+	bareEtcd    *harness.Etcd
+	behind      *harness.Etcd
+	proxy       *harness.Proxy
+	bare, via   *side
+	raw         *side // the etcd behind the proxy, without the proxy
+	rules       ruleSet
+	bareAddress string
+}
+
+func newBench(t *testing.T, version string, rules ruleSet) *bench {
+	t.Helper()
+	env := harness.New(t)
+	b := &bench{env: env, rules: rules}
+	b.bareEtcd = env.StartEtcd(harness.EtcdConfig{Version: version, Name: "bare", Bare: true})
+	b.behind = env.StartEtcd(harness.EtcdConfig{Version: version, Name: "behind", MaxRequestBytes: sealedLimit})
+	cfg := harness.ProxyConfig{Etcd: harness.Upstream{Endpoints: []string{b.behind.URL}, MaxRequestBytes: requestLimit}, Rules: rules.rules}
+	if len(rules.rules) > 0 {
+		cfg.KMS = []harness.KMSConfig{env.LocalKey(provider, 1)}
+	}
+	address := ""
+	if os.Getenv("DIFFERENTIAL_WITHOUT_PROXY") != "" {
+		// Two bare etcds must agree: a check of this test itself.
+		address = b.behind.Address
+	} else {
+		b.proxy = env.StartProxy("proxy", cfg)
+		b.proxy.WaitReady(30 * time.Second)
+		address = b.proxy.Address
+	}
+	b.bare = newSide("bare etcd", harness.Dial(t, b.bareEtcd.Address, nil))
+	b.via = newSide("the proxy", harness.Dial(t, address, nil))
+	b.raw = newSide("etcd behind the proxy", harness.Dial(t, b.behind.Address, nil))
+	return b
+}
+
+func (b *bench) pair(t *testing.T) *pair { return &pair{t: t, bare: b.bare, proxy: b.via} }
+
+func setting(t *testing.T, name string, fallback uint64) uint64 {
+	t.Helper()
+	text := os.Getenv(name)
+	if text == "" {
+		return fallback
+	}
+	n, err := strconv.ParseUint(text, 10, 64)
+	if err != nil {
+		t.Fatalf("read %s: %v", name, err)
+	}
+	return n
+}
+
+func TestRandomSequences(t *testing.T) {
+	fallback := uint64(400)
+	if testing.Short() {
+		fallback = 120
+	}
+	sequences := setting(t, "DIFFERENTIAL_SEQUENCES", fallback)
+	seed := setting(t, "DIFFERENTIAL_SEED", rand.Uint64()>>1)
+	for _, version := range versions {
+		for _, rules := range ruleSets {
+			t.Run(version+"/"+rules.name, func(t *testing.T) {
+				t.Parallel()
+				b := newBench(t, version, rules)
+				t.Logf("%d sequences from seed %d on", sequences, seed)
+				start, requests := time.Now(), 0
+				for i := range sequences {
+					requests += b.sequence(t, seed+i)
+				}
+				t.Logf("%d sequences, %d requests in %v", sequences, requests, time.Since(start).Round(time.Second))
+				b.checkFiles(t)
+			})
+		}
+	}
+}
+
+// sequence runs one random sequence from an empty store and returns the number of requests.
+func (b *bench) sequence(t *testing.T, seed uint64) int {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	defer func() {
+		if t.Failed() {
+			t.Logf("to run this sequence alone: DIFFERENTIAL_SEED=%d DIFFERENTIAL_SEQUENCES=1 go test ./differential -run '^%s$'", seed,
+				strings.ReplaceAll(t.Name(), "/", "$/^"))
+		}
+	}()
+	g := &generator{Rand: rand.New(rand.NewPCG(seed, 0)), rules: b.rules, sealed: b.env.Sealed, clear: b.env.Clear}
+	p := b.pair(t)
+	p.reset(ctx)
+
+	var live *watchPair
+	if g.chance(30) {
+		live = p.openWatch(ctx)
+		defer live.close()
+		for range 1 + g.IntN(2) {
+			live.create(g.watch(p.revision))
+		}
+	}
+	n := 8 + g.IntN(24)
+	for range n {
+		request := g.next(p.revision)
+		if _, compaction := request.(*pb.CompactionRequest); compaction && live != nil {
+			// Whether a watch still finds the previous value of a key depends on who is first, it or the compaction.
+			live.check(ctx)
+		}
+		p.do(ctx, request)
+		if live != nil && g.chance(3) {
+			live.check(ctx)
+			if ids := live.bare.active(); len(ids) > 0 {
+				live.stop(ids[g.IntN(len(ids))])
+			}
+		}
+	}
+	if live != nil {
+		live.check(ctx)
+	}
+	// Watches of the past: etcd looks for them every 100 ms, so several share a stream.
+	if g.chance(20) {
+		past := p.openWatch(ctx)
+		defer past.close()
+		for range 4 {
+			past.create(g.watch(p.revision))
+		}
+		past.check(ctx)
+	}
+	b.checkStored(ctx, p)
+	return len(p.trace)
+}
+
+// reset removes what the sequence before has left.
+func (p *pair) reset(ctx context.Context) {
+	p.t.Helper()
+	everything := []byte{0}
+	leases := p.do(ctx, &pb.LeaseLeasesRequest{})
+	for _, lease := range leases.message.(*pb.LeaseLeasesResponse).Leases {
+		p.do(ctx, &pb.LeaseRevokeRequest{ID: lease.ID})
+	}
+	p.do(ctx, &pb.DeleteRangeRequest{Key: everything, RangeEnd: everything, PrevKv: true})
+}
+
+// checkStored compares what both etcds hold, without the proxy: ciphertext for sealed keys, the same bytes for all others.
+func (b *bench) checkStored(ctx context.Context, p *pair) {
+	p.t.Helper()
+	all := &pb.RangeRequest{Key: []byte{0}, RangeEnd: []byte{0}}
+	bare, raw := b.bare.do(ctx, all), b.raw.do(ctx, all)
+	if bare.err != nil || raw.err != nil {
+		p.fail("read what is stored: %v, %v", bare.err, raw.err)
+	}
+	want, got := bare.message.(*pb.RangeResponse).Kvs, raw.message.(*pb.RangeResponse).Kvs
+	if len(want) != len(got) {
+		p.fail("%d keys are stored, want %d", len(got), len(want))
+	}
+	for i, kv := range got {
+		ciphertext := bytes.HasPrefix(kv.Value, []byte("k8s:enc:kms:v2:"+provider+":\n"))
+		switch {
+		case string(kv.Key) != string(want[i].Key) || kv.ModRevision != want[i].ModRevision || kv.CreateRevision != want[i].CreateRevision ||
+			kv.Version != want[i].Version || kv.Lease != want[i].Lease:
+			p.fail("stored: %s, want all but the value of %s", text(kv), text(want[i]))
+		case b.rules.sealed(string(kv.Key)) && os.Getenv("DIFFERENTIAL_WITHOUT_PROXY") == "":
+			if !ciphertext || len(want[i].Value) > 0 && len(kv.Value) < len(want[i].Value)+60 {
+				p.fail("stored for sealed key %q: %q, want ciphertext", kv.Key, kv.Value)
+			}
+		case !bytes.Equal(kv.Value, want[i].Value):
+			p.fail("stored for key %q under no rule: %q, want %q", kv.Key, kv.Value, want[i].Value)
+		}
+	}
+}
+
+// checkFiles searches the files of the etcd behind the proxy. The search of the harness at the end does it again; this one also proves that a search
+// finds what is there: a key, and a value that was not to be sealed.
+func (b *bench) checkFiles(t *testing.T) {
+	t.Helper()
+	if b.proxy == nil {
+		return
+	}
+	found, err := b.env.Sealed.Files(b.behind.DataDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range found {
+		t.Errorf("etcd holds a sealed value: %v", f)
+	}
+	controls := []string{"/s/p/x"}
+	if b.rules.name != "all" {
+		controls = append(controls, b.env.Clear.Marker())
+	}
+	for _, control := range controls {
+		if !filesHold(t, b.behind.DataDir, control) {
+			t.Errorf("the search of etcd's files does not find %q, which is there", control)
+		}
+	}
+}
+
+func filesHold(t *testing.T, dir, text string) bool {
+	t.Helper()
+	found := false
+	err := filepath.WalkDir(dir, func(path string, entry os.DirEntry, err error) error {
+		if err != nil || !entry.Type().IsRegular() || found {
+			return err
+		}
+		data, err := os.ReadFile(path)
+		if err != nil {
+			return fmt.Errorf("read %s: %w", path, err)
+		}
+		found = bytes.Contains(data, []byte(text))
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return found
+}

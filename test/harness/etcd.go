@@ -1,0 +1,131 @@
+package harness
+
+import (
+	"context"
+	"crypto/tls"
+	"fmt"
+	"math/rand/v2"
+	"path/filepath"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
+)
+
+// EtcdConfig says which etcd to start. The zero value is a 3.7 without TLS whose files must hold no sealed value.
+type EtcdConfig struct {
+	// Version is the minor version: 3.5, 3.6 or 3.7 (the default).
+	Version string
+	// Bare marks an etcd that clients use without the proxy: its files may hold anything.
+	Bare bool
+	// MaxRequestBytes is etcd's own limit; 0 is its default of 1.5 MiB.
+	MaxRequestBytes int
+	// CA makes etcd serve TLS and ask for client certificates of this CA.
+	CA *CA
+	// Name is the beginning of the log's name; "etcd" by default.
+	Name string
+	// Flags are put at the end of the command line.
+	Flags []string
+}
+
+// Etcd is a running single-member etcd.
+type Etcd struct {
+	*Process
+	// Address is host:port.
+	Address string
+	// URL is the endpoint with its scheme.
+	URL     string
+	DataDir string
+	// TLS is for clients; nil without TLS.
+	TLS *tls.Config
+	// Client is the certificate to hand to programs; empty without TLS.
+	Client Pair
+}
+
+// StartEtcd starts an etcd on a fresh data folder and proves that the one that answers is the one started: it has a member name that no
+// other has. Every etcd started here has the same cluster and member IDs, so that answers of two of them can be compared whole.
+func (e *Env) StartEtcd(cfg EtcdConfig) *Etcd {
+	e.TB.Helper()
+	if cfg.Version == "" {
+		cfg.Version = "3.7"
+	}
+	if cfg.Name == "" {
+		cfg.Name = "etcd"
+	}
+	member := fmt.Sprintf("%s-%016x", cfg.Name, rand.Uint64())
+	s := &Etcd{Address: FreeAddress(e.TB), DataDir: filepath.Join(e.Dir, member)}
+	s.URL = "http://" + s.Address
+	args := []string{
+		"--name", member, "--data-dir", s.DataDir, "--log-level", "info", "--logger", "zap",
+		// A member's ID comes from its advertised peer URL; a single member never dials it.
+		"--listen-peer-urls", "http://" + FreeAddress(e.TB), "--initial-advertise-peer-urls", "http://127.0.0.1:1",
+		"--initial-cluster", member + "=http://127.0.0.1:1",
+		// Crashes of the machine are not under test; all of the log is kept for the search for secrets.
+		"--unsafe-no-fsync", "--max-wals", "0",
+	}
+	if cfg.MaxRequestBytes > 0 {
+		args = append(args, "--max-request-bytes", fmt.Sprint(cfg.MaxRequestBytes))
+	}
+	if cfg.CA != nil {
+		s.URL = "https://" + s.Address
+		server := cfg.CA.Server(cfg.Name)
+		// No common name: else etcd would take every client of the proxy for the proxy.
+		s.Client = cfg.CA.Client(cfg.Name+"-client", "")
+		s.TLS = cfg.CA.ClientTLS(s.Client)
+		args = append(args, "--cert-file", server.CertFile, "--key-file", server.KeyFile, "--trusted-ca-file", cfg.CA.File, "--client-cert-auth")
+	}
+	args = append(args, "--listen-client-urls", s.URL, "--advertise-client-urls", s.URL)
+	args = append(args, cfg.Flags...)
+	if !cfg.Bare {
+		e.addDataDir(s.DataDir)
+	}
+	s.Process = e.spawn(cfg.Name, Bin(e.TB, "etcd-"+cfg.Version), args...)
+	e.TB.Cleanup(func() { s.Stop(10 * time.Second) })
+
+	conn := Dial(e.TB, s.Address, s.TLS)
+	defer conn.Close()
+	Eventually(e.TB, 60*time.Second, cfg.Name+" to answer", func() error {
+		if err := s.Alive(); err != nil {
+			return err
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+		defer cancel()
+		members, err := pb.NewClusterClient(conn).MemberList(ctx, &pb.MemberListRequest{})
+		if err != nil {
+			return err
+		}
+		if len(members.Members) != 1 || members.Members[0].Name != member {
+			return fmt.Errorf("member list is %v, want only %s: another etcd answers: %w", members.Members, member, ErrStop)
+		}
+		_, err = pb.NewKVClient(conn).Range(ctx, &pb.RangeRequest{Key: []byte("\x00"), CountOnly: true})
+		return err
+	})
+	return s
+}
+
+// Dial opens a raw gRPC connection (no retries, no limit on answers) that closes with the test. target is host:port or unix:///path.
+func Dial(tb interface {
+	Helper()
+	Fatalf(string, ...any)
+	Cleanup(func())
+}, target string, config *tls.Config) *grpc.ClientConn {
+	tb.Helper()
+	transport := insecure.NewCredentials()
+	if config != nil {
+		transport = credentials.NewTLS(config)
+	}
+	conn, err := grpc.NewClient(target,
+		grpc.WithTransportCredentials(transport),
+		grpc.WithDisableRetry(),
+		grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: 5 * time.Second,
+			Backoff: backoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1.5, MaxDelay: 200 * time.Millisecond}}),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(1<<30), grpc.MaxCallSendMsgSize(1<<30), grpc.WaitForReady(true)))
+	if err != nil {
+		tb.Fatalf("dial %s: %v", target, err)
+	}
+	tb.Cleanup(func() { conn.Close() })
+	return conn
+}

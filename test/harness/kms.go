@@ -1,0 +1,158 @@
+package harness
+
+import (
+	"context"
+	"crypto/aes"
+	"crypto/cipher"
+	"crypto/rand"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	kmsapi "k8s.io/kms/apis/v2"
+)
+
+// KMS is a Kubernetes KMS v2 plugin in the test's own process: AES-256-GCM under versioned keys. Every secret that a caller asks it to
+// wrap joins the environment's canaries. It is safe for concurrent use.
+type KMS struct {
+	kmsapi.UnimplementedKeyManagementServiceServer
+	env *Env
+	// Socket is the endpoint: unix:///path.
+	Socket string
+	path   string
+
+	mu       sync.Mutex
+	server   *grpc.Server
+	versions int
+	encrypts int
+	decrypts int
+}
+
+// NewKMS makes a plugin with one key version; it does not serve before [KMS.Start].
+func (e *Env) NewKMS(name string) *KMS {
+	path := filepath.Join(e.Dir, name+"-kms.sock")
+	k := &KMS{env: e, path: path, Socket: "unix://" + path, versions: 1}
+	e.TB.Cleanup(k.Stop)
+	return k
+}
+
+// Config is the proxy's provider of the given name on this plugin, polled every second.
+func (k *KMS) Config(name string) KMSConfig {
+	return KMSConfig{Name: name, PollInterval: "1s", Plugin: &PluginKMS{Endpoint: k.Socket, Timeout: "2s"}}
+}
+
+// Start serves on the socket.
+func (k *KMS) Start() {
+	k.env.TB.Helper()
+	if err := os.Remove(k.path); err != nil && !os.IsNotExist(err) {
+		k.env.TB.Fatalf("remove stale socket: %v", err)
+	}
+	listener, err := net.Listen("unix", k.path)
+	if err != nil {
+		k.env.TB.Fatalf("listen for KMS calls: %v", err)
+	}
+	server := grpc.NewServer()
+	kmsapi.RegisterKeyManagementServiceServer(server, k)
+	k.mu.Lock()
+	k.server = server
+	k.mu.Unlock()
+	go server.Serve(listener)
+}
+
+// Stop cuts every connection and stops serving, as a crash of the plugin would.
+func (k *KMS) Stop() {
+	k.mu.Lock()
+	server := k.server
+	k.server = nil
+	k.mu.Unlock()
+	if server != nil {
+		server.Stop()
+	}
+}
+
+// Rotate makes a new key version; the old ones still unwrap.
+func (k *KMS) Rotate() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.versions++
+}
+
+// Calls returns how often the plugin has wrapped and unwrapped.
+func (k *KMS) Calls() (encrypts, decrypts int) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.encrypts, k.decrypts
+}
+
+// KeyID is the current key version's ID.
+func (k *KMS) KeyID() string {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.keyID(k.versions)
+}
+
+func (k *KMS) keyID(version int) string { return fmt.Sprintf("plugin-key/%d", version) }
+
+// annotation travels with each wrapped seed and has to come back.
+const annotation = "version.test.etcd-kms-proxy.io"
+
+// Status implements KMS v2.
+func (k *KMS) Status(context.Context, *kmsapi.StatusRequest) (*kmsapi.StatusResponse, error) {
+	return &kmsapi.StatusResponse{Version: "v2", Healthz: "ok", KeyId: k.KeyID()}, nil
+}
+
+// Encrypt implements KMS v2.
+func (k *KMS) Encrypt(_ context.Context, request *kmsapi.EncryptRequest) (*kmsapi.EncryptResponse, error) {
+	k.env.Sealed.Add("a secret that the KMS plugin wrapped", request.Plaintext)
+	k.mu.Lock()
+	k.encrypts++
+	version := k.versions
+	k.mu.Unlock()
+	aead, err := k.aead(version)
+	if err != nil {
+		return nil, err
+	}
+	nonce := make([]byte, aead.NonceSize())
+	rand.Read(nonce)
+	return &kmsapi.EncryptResponse{
+		Ciphertext:  aead.Seal(nonce, nonce, request.Plaintext, nil),
+		KeyId:       k.keyID(version),
+		Annotations: map[string][]byte{annotation: []byte(fmt.Sprint(version))},
+	}, nil
+}
+
+// Decrypt implements KMS v2.
+func (k *KMS) Decrypt(_ context.Context, request *kmsapi.DecryptRequest) (*kmsapi.DecryptResponse, error) {
+	k.mu.Lock()
+	k.decrypts++
+	k.mu.Unlock()
+	var version int
+	if _, err := fmt.Sscanf(request.KeyId, "plugin-key/%d", &version); err != nil || string(request.Annotations[annotation]) != fmt.Sprint(version) {
+		return nil, status.Errorf(codes.InvalidArgument, "unwrap: key ID %q does not go with annotation %q", request.KeyId, request.Annotations[annotation])
+	}
+	aead, err := k.aead(version)
+	if err != nil {
+		return nil, err
+	}
+	if len(request.Ciphertext) < aead.NonceSize() {
+		return nil, status.Error(codes.InvalidArgument, "unwrap: too short")
+	}
+	plaintext, err := aead.Open(nil, request.Ciphertext[:aead.NonceSize()], request.Ciphertext[aead.NonceSize():], nil)
+	if err != nil {
+		return nil, status.Error(codes.InvalidArgument, "unwrap: not wrapped under this key")
+	}
+	return &kmsapi.DecryptResponse{Plaintext: plaintext}, nil
+}
+
+func (k *KMS) aead(version int) (cipher.AEAD, error) {
+	block, err := aes.NewCipher(k.env.Sealed.Key(1000 + version))
+	if err != nil {
+		return nil, err
+	}
+	return cipher.NewGCM(block)
+}
