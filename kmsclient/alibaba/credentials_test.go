@@ -2,7 +2,6 @@ package alibaba
 
 import (
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -11,16 +10,6 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
 )
-
-// runAgain runs the calling test in a process of its own with a changed environment.
-func runAgain(t *testing.T, env ...string) {
-	t.Helper()
-	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v")
-	cmd.Env = append(os.Environ(), env...)
-	if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), "--- PASS: "+t.Name()) {
-		t.Fatalf("%v\n%s", err, out)
-	}
-}
 
 func TestCredentialsFromFiles(t *testing.T) {
 	d := kmsdouble.New(t, kmsdouble.Config{})
@@ -163,5 +152,23 @@ func TestCredentialFilesAreNotQuoted(t *testing.T) {
 			continue
 		}
 		checkNoCanary(t, "error", err.Error())
+	}
+}
+
+func writeFile(t *testing.T, name, text string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), name)
+	replaceFile(t, path, text)
+	return path
+}
+
+// replaceFile puts a file in place by renaming, as an operator should.
+func replaceFile(t *testing.T, path, text string) {
+	t.Helper()
+	if err := os.WriteFile(path+".new", []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(path+".new", path); err != nil {
+		t.Fatal(err)
 	}
 }
