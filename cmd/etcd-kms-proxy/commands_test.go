@@ -1,0 +1,163 @@
+package main
+
+import (
+	"encoding/json"
+	"os"
+	"runtime"
+	"strings"
+	"testing"
+)
+
+func TestHelp(t *testing.T) {
+	for _, line := range []string{
+		"--help", "help", "serve --help", "config --help", "config check --help", "kms --help", "kms check --help", "kms new-local-key --help",
+		"version --help", "completion --help", "completion bash", "completion zsh", "completion fish",
+	} {
+		r := execute(t, strings.Fields(line)...)
+		if r.code != 0 || r.stdout == "" || r.stderr != "" {
+			t.Errorf("%s: exit code %d, stdout %q, stderr %q; want help on stdout alone", line, r.code, r.stdout, r.stderr)
+		}
+	}
+	help := execute(t, "--help").stdout
+	for _, text := range []string{"serve", "config", "kms", "version", "completion", "Exit codes:", "  1  ", "  2  ", "  3  "} {
+		if !strings.Contains(help, text) {
+			t.Errorf("--help has no %q", text)
+		}
+	}
+}
+
+func TestUsageErrors(t *testing.T) {
+	for _, line := range []string{
+		"", "frobnicate", "--frobnicate", "serve extra", "serve --frobnicate", "serve --drain-timeout soon", "serve --drain-timeout 0s", "config",
+		"config frobnicate", "config check --output xml", "kms", "kms frobnicate", "kms new-local-key", "kms new-local-key a b", "kms check --timeout -1s",
+		"version --output yaml",
+	} {
+		r := execute(t, strings.Fields(line)...)
+		if r.code != 2 || r.stdout != "" || !strings.HasPrefix(r.stderr, "error: ") {
+			t.Errorf("%q: exit code %d, stdout %q, stderr %q; want 2 and an error", line, r.code, r.stdout, r.stderr)
+		}
+	}
+	execute(t, "frobnicate").want(t, 2, "hint: ")
+}
+
+func TestVersion(t *testing.T) {
+	r := execute(t, "version")
+	if r.code != 0 || !strings.HasPrefix(r.stdout, "etcd-kms-proxy ") || !strings.Contains(r.stdout, runtime.Version()) {
+		t.Errorf("version: %+v", r)
+	}
+	var b buildInfo
+	if err := json.Unmarshal([]byte(execute(t, "version", "--output", "json").stdout), &b); err != nil || b.Go != runtime.Version() {
+		t.Errorf("version --output json: %+v, %v", b, err)
+	}
+}
+
+func TestConfigCheck(t *testing.T) {
+	d := newDir(t)
+	good := d.config(t)
+	if r := execute(t, "config", "check", "--config", good); r != (result{}) {
+		t.Errorf("a good file: %+v; want silence", r)
+	}
+	bad := d.config(t, "rules:", "rulez:", "name: dev", "name: 'd:v'")
+	r := execute(t, "config", "check", "--config", bad)
+	r.want(t, 1,
+		"error: "+bad+": line 8: kms[0].name: \"d:v\" has a colon, which ends the name in every stored value\nhint: choose a name without one\n",
+		"error: "+bad+": line 10: rulez: unknown field\nhint: did you mean rules?\n")
+	if r.stdout != "" {
+		t.Errorf("stdout = %q", r.stdout)
+	}
+
+	var report configReport
+	r = execute(t, "config", "check", "--config", bad, "--output", "json")
+	r.want(t, 1)
+	if err := json.Unmarshal([]byte(r.stdout), &report); err != nil || r.stderr != "" {
+		t.Fatalf("%v, stderr %q", err, r.stderr)
+	}
+	if report.OK || report.File != bad || len(report.Problems) != 2 || report.Problems[1].Path != "rulez" || report.Problems[1].Line != 10 {
+		t.Errorf("report = %+v", report)
+	}
+	execute(t, "config", "check", "--config", d.path("missing.yaml")).want(t, 3, "error: read configuration: open "+d.path("missing.yaml"), "hint: ")
+}
+
+// TestBadInput is what each bad input says, in config check and at the start of serve.
+func TestBadInput(t *testing.T) {
+	tests := map[string]struct {
+		edits []string
+		check int // exit code of config check; serve's is 3 in any case
+		texts []string
+	}{
+		"unknown field":             {[]string{"writeWith", "writeWit"}, 1, []string{"line 12: rules[0].writeWit: unknown field", "hint: did you mean writeWith?"}},
+		"duplicate field":           {[]string{"kind: ", "kind: x\nkind: "}, 1, []string{"line 3: kind: is given twice, first on line 2"}},
+		"missing key file":          {[]string{"key.yaml", "gone.yaml"}, 1, []string{"kms[0].local.keyFile", "gone.yaml: no such file", "hint: "}},
+		"key file for all":          {[]string{"key.yaml", "open.yaml"}, 1, []string{"kms[0]", "open.yaml"}},
+		"unreadable certificate":    {[]string{"127.0.0.1:0\netcd", "127.0.0.1:0\n  tls: {certFile: key.yaml, keyFile: key.yaml}\netcd"}, 1, []string{"listeners[0].tls.certFile", "not a certificate"}},
+		"missing certificate":       {[]string{"127.0.0.1:0\netcd", "127.0.0.1:0\n  tls: {certFile: gone.crt, keyFile: key.yaml}\netcd"}, 1, []string{"gone.crt: no such file"}},
+		"two rules with one prefix": {[]string{"rules:\n", "rules:\n- {prefix: /registry/secrets/, writeWith: plaintext}\n"}, 1, []string{"rules[1].prefix", "the prefix of rules[0] too"}},
+		"provider with a colon":     {[]string{"dev", "d:v"}, 1, []string{"kms[0].name", "has a colon"}},
+		"undefined provider":        {[]string{"writeWith: dev", "writeWith: prod"}, 1, []string{"rules[0].writeWith: no KMS provider is called \"prod\"", "hint: define it under kms, or use plaintext or dev"}},
+		"off loopback":              {[]string{"address: 127.0.0.1:0\netcd", "address: 0.0.0.0:0\netcd"}, 1, []string{"line 4: listeners[0]: other machines reach", "insecurePlaintext: true"}},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			d := newDir(t)
+			key, err := os.ReadFile(d.path("key.yaml"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(d.path("open.yaml"), key, 0o644); err != nil {
+				t.Fatal(err)
+			}
+			config := d.config(t, tt.edits...)
+			execute(t, "config", "check", "--config", config).want(t, tt.check, append(tt.texts, "error: ")...)
+			execute(t, "serve", "--config", config).want(t, 3, append(tt.texts, "error: ")...)
+		})
+	}
+}
+
+func TestNewLocalKey(t *testing.T) {
+	d := newDir(t)
+	key := d.path("key.yaml")
+	info, err := os.Stat(key)
+	if err != nil || info.Mode().Perm() != 0o600 {
+		t.Fatalf("%v, %v; want a file with 0600", info, err)
+	}
+	before, err := os.ReadFile(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r := execute(t, "kms", "new-local-key", key); r != (result{}) {
+		t.Errorf("a second version: %+v; want silence", r)
+	}
+	after, err := os.ReadFile(key)
+	if err != nil || len(after) <= len(before) {
+		t.Errorf("the file grew from %d to %d bytes, %v", len(before), len(after), err)
+	}
+	if info, err := os.Stat(key); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("after: %v, %v; want 0600", info, err)
+	}
+	execute(t, "kms", "new-local-key", d.path("no/such/folder/key.yaml")).want(t, 3, "error: make key file: ")
+}
+
+func TestKMSCheck(t *testing.T) {
+	d := newDir(t)
+	config := d.config(t)
+	r := execute(t, "kms", "check", "--config", config)
+	r.want(t, 0)
+	if !strings.Contains(r.stdout, "dev (local): ok") || !strings.Contains(r.stdout, "key ID") || r.stderr != "" {
+		t.Errorf("report: %+v", r)
+	}
+	down := d.config(t, "kms:\n", "kms:\n- name: down\n  plugin: {endpoint: 'unix://"+d.path("none.sock")+"', timeout: 100ms}\n")
+	r = execute(t, "kms", "check", "--config", down, "--timeout", "2s", "--output", "json")
+	r.want(t, 1)
+	var report struct {
+		OK  bool             `json:"ok"`
+		KMS []providerReport `json:"kms"`
+	}
+	if err := json.Unmarshal([]byte(r.stdout), &report); err != nil {
+		t.Fatalf("%v: %s", err, r.stdout)
+	}
+	if report.OK || len(report.KMS) != 2 || report.KMS[0].OK || len(report.KMS[0].Findings) == 0 || !report.KMS[1].OK || report.KMS[1].KeyID == "" {
+		t.Errorf("report = %+v", report)
+	}
+	execute(t, "kms", "check", "--config", d.config(t, "kms:\n- name: dev\n  local: {keyFile: key.yaml}\nrules:\n- prefix: /registry/secrets/\n  writeWith: dev\n", "")).
+		want(t, 3, "error: no KMS is configured")
+}

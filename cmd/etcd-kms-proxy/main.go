@@ -1,0 +1,144 @@
+// Command etcd-kms-proxy is a transparent proxy before etcd that seals the values of chosen keys under a key management service.
+//
+// The command only composes: wiring.go turns the configuration into the packages' own types and is the one place that knows the
+// backends; each subcommand has a file of its own.
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
+)
+
+// The exit codes, as --help tells them.
+const (
+	exitFindings = 1 // a check found something
+	exitUsage    = 2 // the command line is wrong
+	exitFailure  = 3 // the command could not do its work
+)
+
+const defaultConfig = "/etc/etcd-kms-proxy/config.yaml"
+
+func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }
+
+// run executes a command line and returns its exit code.
+func run(args []string, stdout, stderr io.Writer) int {
+	root := newRoot()
+	root.SetArgs(args)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	err := root.Execute()
+	if err == nil {
+		return 0
+	}
+	f, ok := errors.AsType[*failure](err)
+	if !ok {
+		// What is not a command's own error is cobra's, about the command line.
+		f = &failure{code: exitUsage, err: err, hint: "etcd-kms-proxy --help lists the commands, and COMMAND --help its flags"}
+	}
+	f.print(stderr)
+	return f.code
+}
+
+func newRoot() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "etcd-kms-proxy COMMAND",
+		Short: "a transparent encrypting proxy before etcd, with keys from a KMS",
+		Long: `etcd-kms-proxy sits between etcd's clients and etcd. It seals the values of chosen keys under a key management service (KMS), in the format
+of Kubernetes' KMS v2, and passes everything else untouched.
+
+Exit codes:
+  0  all is well
+  1  a check found something
+  2  the command line is wrong
+  3  the command could not do its work`,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		Args:          cobra.NoArgs,
+		RunE:          needsCommand,
+	}
+	root.AddCommand(newServe(), newConfig(), newKMS(), newVersion())
+	return root
+}
+
+// needsCommand is the RunE of a command that only groups others.
+func needsCommand(cmd *cobra.Command, _ []string) error {
+	return &failure{code: exitUsage, err: fmt.Errorf("%s needs a command", cmd.CommandPath()), hint: cmd.CommandPath() + " --help lists them"}
+}
+
+// failure is an error with the exit code and, where there is one, what to do.
+type failure struct {
+	code int
+	err  error // nil: the report on standard output has said it all
+	hint string
+}
+
+func (f *failure) Error() string {
+	if f.err == nil {
+		return "findings"
+	}
+	return f.err.Error()
+}
+
+func (f *failure) Unwrap() error { return f.err }
+
+// print writes "error: " and "hint: " lines.
+func (f *failure) print(w io.Writer) {
+	if f.err == nil {
+		return
+	}
+	fmt.Fprintf(w, "error: %v\n", f.err)
+	if f.hint != "" {
+		fmt.Fprintf(w, "hint: %s\n", f.hint)
+	}
+}
+
+// fails makes a command's function return a [*failure] for every error.
+func fails(f func(cmd *cobra.Command, args []string) error) func(*cobra.Command, []string) error {
+	return func(cmd *cobra.Command, args []string) error {
+		err := f(cmd, args)
+		if err == nil {
+			return nil
+		}
+		if _, ok := errors.AsType[*failure](err); ok {
+			return err
+		}
+		return &failure{code: exitFailure, err: err}
+	}
+}
+
+// configFlag adds --config.
+func configFlag(cmd *cobra.Command) *string {
+	return cmd.Flags().String("config", defaultConfig, "configuration `FILE`")
+}
+
+// loadConfig reads the configuration for a command that needs a good one. It prints all problems but the last, which the error holds.
+func loadConfig(cmd *cobra.Command, path string) (*config.Config, error) {
+	c, err := config.Load(path)
+	if err == nil {
+		return c, nil
+	}
+	ps, ok := errors.AsType[config.Problems](err)
+	if !ok {
+		return nil, &failure{code: exitFailure, err: err, hint: "name the file with --config; docs/configuration.md has an example"}
+	}
+	fs := problemFailures(path, ps)
+	for _, f := range fs[:len(fs)-1] {
+		f.print(cmd.ErrOrStderr())
+	}
+	return nil, fs[len(fs)-1]
+}
+
+// problemFailures gives each problem the form "FILE: line 7: path: text".
+func problemFailures(path string, ps config.Problems) []*failure {
+	fs := make([]*failure, len(ps))
+	for i, p := range ps {
+		fs[i] = &failure{code: exitFailure, err: fmt.Errorf("%s: %s", path, p), hint: p.Hint}
+	}
+	return fs
+}

@@ -1,0 +1,134 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/fsnotify/fsnotify"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
+)
+
+// The outcomes of a reload, as metrics spell them.
+const (
+	reloadApplied = "applied"
+	reloadFailed  = "failed"  // the file is wrong, or needs what only a restart gives
+	reloadRefused = "refused" // it would protect keys less
+)
+
+// settle is how long the file must have been left alone before a change counts: editors write in steps.
+const settle = 250 * time.Millisecond
+
+// reloader applies what it can of a changed configuration. Its methods are safe for concurrent use.
+type reloader struct {
+	path   string
+	seen   [sha256.Size]byte // digest of the file as watch knows it
+	app    *app
+	level  *slog.LevelVar
+	weaken bool // --allow-weakening
+	log    *slog.Logger
+
+	mu      sync.Mutex
+	running *config.Config
+}
+
+// reload reads the file and applies its rules and log level, or leaves everything as it is and says why.
+func (r *reloader) reload(trigger string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.app.metrics.reloads.WithLabelValues(r.apply(trigger)).Inc()
+}
+
+// apply returns the outcome. mu is held.
+func (r *reloader) apply(trigger string) string {
+	const kept = "configuration not reloaded: the running one stays"
+	next, err := config.Load(r.path)
+	if ps, ok := errors.AsType[config.Problems](err); ok {
+		for _, p := range ps {
+			r.log.Error(kept, append(problemAttrs(r.path, p), "trigger", trigger)...)
+		}
+		return reloadFailed
+	}
+	if err != nil {
+		r.log.Error(kept, "error", err, "trigger", trigger)
+		return reloadFailed
+	}
+	weaker := config.Weakens(r.running, next)
+	if len(weaker) > 0 && !r.weaken {
+		r.log.Error("configuration not reloaded: it would protect keys less than the running one, which stays",
+			"because", weaker, "hint", "restart the proxy to apply it, or run serve with --allow-weakening", "trigger", trigger)
+		return reloadRefused
+	}
+	restart := config.NeedsRestart(r.running, next)
+	if err := r.app.setRules(next.Rules); err != nil {
+		r.log.Error(kept, "error", err, "changed", restart, "hint", "restart the proxy to apply it", "trigger", trigger)
+		return reloadFailed
+	}
+	r.level.Set(logLevel(next.Log.Level))
+	// Only what was applied counts as running, so that the rest is named again at the next reload.
+	running := *r.running
+	running.Rules, running.Log.Level = next.Rules, next.Log.Level
+	r.running = &running
+	if len(weaker) > 0 {
+		r.log.Warn("configuration reloaded: it protects keys less than before, as --allow-weakening lets it", "because", weaker)
+	}
+	if len(restart) > 0 {
+		r.log.Warn("configuration reloaded in part: these blocks changed too, and wait for a restart", "blocks", restart)
+	}
+	r.log.Info("configuration reloaded", "trigger", trigger, "rules", len(next.Rules), "logLevel", next.Log.Level)
+	return reloadApplied
+}
+
+// watch reloads when the file's content has changed, until ctx ends. It watches the folder, since editors and Kubernetes' mounts put a new
+// file, or a new link, in the place of the old one.
+func (r *reloader) watch(ctx context.Context) {
+	w, err := fsnotify.NewWatcher()
+	if err == nil {
+		defer w.Close()
+		err = w.Add(filepath.Dir(r.path))
+	}
+	if err != nil {
+		r.log.Warn("the configuration file is not watched: only SIGHUP reloads it", "error", err)
+		return
+	}
+	quiet := time.NewTimer(settle) // the first look is for what changed before the watch began
+	defer quiet.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case _, ok := <-w.Events:
+			if !ok {
+				return
+			}
+			quiet.Reset(settle)
+		case err, ok := <-w.Errors:
+			if !ok {
+				return
+			}
+			// Events may have been lost.
+			r.log.Debug("watching the configuration file", "error", err)
+			quiet.Reset(settle)
+		case <-quiet.C:
+			if now := digest(r.path); now != r.seen {
+				r.seen = now
+				r.reload("changed file")
+			}
+		}
+	}
+}
+
+// digest identifies a file's content. A file that cannot be read has the zero digest.
+func digest(path string) [sha256.Size]byte {
+	data, err := os.ReadFile(path) //nolint:gosec // the operator names the file
+	if err != nil {
+		return [sha256.Size]byte{}
+	}
+	return sha256.Sum256(data)
+}

@@ -1,0 +1,176 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
+)
+
+func newServe() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "serve",
+		Short: "run the proxy",
+		Long: `serve runs the proxy until SIGTERM or SIGINT. It starts with etcd or the KMS unreachable, keeps trying, and serves what it can.
+
+The first SIGTERM or SIGINT drains: no connection is accepted any more, calls under way are finished, watches are ended so that their clients
+reconnect elsewhere, and what is left after --drain-timeout is cut. A second one exits at once, with 3.
+
+SIGHUP, or a change of the file, reloads the rules and the log level; other changes are named in the log and wait for a restart. A reload that
+would protect keys less than before is refused without --allow-weakening.
+
+Logs go to standard error. On Linux, core dumps of the process are turned off.`,
+		Args: cobra.NoArgs,
+	}
+	path := configFlag(cmd)
+	drain := cmd.Flags().Duration("drain-timeout", proxy.DefaultDrainTimeout, "how long calls under way may take after the first SIGTERM or SIGINT")
+	weaken := cmd.Flags().Bool("allow-weakening", false, "let a reload remove or narrow rules, write plaintext or allow plaintext reads")
+	cmd.RunE = fails(func(cmd *cobra.Command, _ []string) error {
+		if *drain <= 0 {
+			return &failure{code: exitUsage, err: fmt.Errorf("--drain-timeout %v is not more than 0s", *drain)}
+		}
+		return serve(cmd, *path, *drain, *weaken)
+	})
+	return cmd
+}
+
+func serve(cmd *cobra.Command, path string, drain time.Duration, weaken bool) error {
+	// From here on, a signal is answered by this function and by nothing else.
+	signals := make(chan os.Signal, 4)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
+	defer signal.Stop(signals)
+
+	loaded := digest(path) // first, so that a change while the proxy starts is seen
+	c, err := loadConfig(cmd, path)
+	if err != nil {
+		return err
+	}
+	level := new(slog.LevelVar)
+	level.Set(logLevel(c.Log.Level))
+	log := newLogger(cmd.ErrOrStderr(), c.Log.Format, level)
+	if err := forbidDumps(); err != nil {
+		log.Warn("core dumps of this process are not turned off: one would hold seeds and values", "error", err)
+	}
+	a, err := newApp(c, log, drain)
+	if err != nil {
+		return startFailure(err)
+	}
+	defer a.close()
+	for i, addr := range a.proxy.Addrs() {
+		log.Info("serving", "listener", c.Listeners[i].Address, "address", addr.String(), "tls", c.Listeners[i].TLS != nil)
+		if c.Listeners[i].InsecurePlaintext {
+			log.Warn("insecurePlaintext: everything that this listener carries crosses the network in the clear", "listener", c.Listeners[i].Address)
+		}
+	}
+	if a.admin != nil {
+		log.Info("admin serving", "address", a.admin.Addr().String())
+	}
+	if len(c.Rules) == 0 {
+		log.Warn("there are no rules: every value passes as it is")
+	}
+	r := &reloader{path: path, seen: loaded, app: a, running: c, level: level, weaken: weaken, log: log}
+	return a.run(cmd.Context(), r, signals, drain)
+}
+
+// run serves until a signal, a failure or the end of ctx. What the proxy needs to finish its calls, the rings, stops after it; the admin
+// server stops last, so that the drain can be watched.
+func (a *app) run(ctx context.Context, r *reloader, signals <-chan os.Signal, drain time.Duration) error {
+	serving, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	lasting, end := context.WithCancel(context.WithoutCancel(ctx))
+	var rest sync.WaitGroup
+	defer rest.Wait()
+	defer end()
+	for _, ring := range a.rings {
+		rest.Go(func() {
+			if err := ring.Run(lasting); err != nil {
+				stop(err)
+			}
+		})
+	}
+	if a.admin != nil {
+		rest.Go(func() {
+			if err := a.admin.Run(lasting); err != nil {
+				stop(err)
+			}
+		})
+	}
+	rest.Go(func() { a.obey(lasting, signals, r, func() { stop(nil) }, drain) })
+	rest.Go(func() { r.watch(serving) })
+	err := a.proxy.Run(serving)
+	if cause := context.Cause(serving); err == nil && cause != nil && !errors.Is(cause, context.Canceled) {
+		err = cause
+	}
+	if err == nil {
+		a.log.Info("stopped")
+	}
+	return err
+}
+
+// obey answers signals until ctx ends.
+func (a *app) obey(ctx context.Context, signals <-chan os.Signal, r *reloader, stop func(), drain time.Duration) {
+	stopping := false
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case s := <-signals:
+			switch {
+			case s == syscall.SIGHUP && !stopping:
+				r.reload("SIGHUP")
+			case s == syscall.SIGHUP:
+			case !stopping:
+				stopping = true
+				a.log.Info("draining; a second signal exits at once", "signal", s.String(), "drainTimeout", drain.String())
+				stop()
+			default:
+				a.log.Warn("second signal: exiting at once", "signal", s.String())
+				os.Exit(exitFailure)
+			}
+		}
+	}
+}
+
+// startFailure adds what to do to the errors that operators meet most.
+func startFailure(err error) error {
+	f := &failure{code: exitFailure, err: err}
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE):
+		f.hint = "another process listens there: stop it, or choose another address under listeners or admin"
+	case errors.Is(err, syscall.EADDRNOTAVAIL):
+		f.hint = "this machine has no such address: choose another under listeners or admin"
+	case errors.Is(err, os.ErrPermission):
+		f.hint = "check that the user the proxy runs as may use this file, folder or port"
+	}
+	return f
+}
+
+func logLevel(name string) slog.Level {
+	var l slog.Level
+	_ = l.UnmarshalText([]byte(name)) // checked by config; the zero value is info
+	return l
+}
+
+func newLogger(w io.Writer, format string, level slog.Leveler) *slog.Logger {
+	options := &slog.HandlerOptions{Level: level}
+	if format == "text" {
+		return slog.New(slog.NewTextHandler(w, options))
+	}
+	return slog.New(slog.NewJSONHandler(w, options))
+}
+
+// problemAttrs is how a configuration's problem reads in the log.
+func problemAttrs(path string, p config.Problem) []any {
+	return []any{"file", path, "line", p.Line, "path", p.Path, "problem", p.Text, "hint", p.Hint}
+}

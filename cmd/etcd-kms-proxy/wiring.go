@@ -1,0 +1,318 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/grpc/codes"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/local"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/plugin"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
+)
+
+// backend is a KMS as configured, before the wrapper that all of them share.
+type backend struct {
+	kind     string // as in the configuration
+	service  kmsclient.Service
+	timeout  time.Duration                                   // of one call; 0 is the wrapper's default
+	describe func(context.Context) (*alibaba.KeyInfo, error) // nil where the KMS tells no more than Status
+	closer   io.Closer                                       // nil where there is nothing to let go
+}
+
+// newBackend makes the backend of k. It is the only place that tells one from another. On an error the backend has only its kind.
+func newBackend(k config.KMS, log *slog.Logger) (*backend, error) {
+	switch {
+	case k.Alibaba != nil:
+		a, c := k.Alibaba, k.Alibaba.Credentials
+		b, err := alibaba.New(alibaba.Config{
+			Region: a.Region, KeyID: a.KeyID, Endpoint: a.Endpoint, CAFile: a.CAFile, EncryptionContext: a.EncryptionContext,
+			Credentials: alibaba.Credentials{
+				Type: c.Type, AccessKeyIDFile: c.AccessKeyIDFile, AccessKeySecretFile: c.AccessKeySecretFile, SecurityTokenFile: c.SecurityTokenFile,
+			},
+			Logger: log,
+		})
+		if err != nil {
+			return &backend{kind: "alibaba"}, err
+		}
+		return &backend{kind: "alibaba", service: b, describe: b.Describe, closer: b}, nil
+	case k.Plugin != nil:
+		b, err := plugin.New(plugin.Config{Endpoint: k.Plugin.Endpoint, Timeout: k.Plugin.Timeout})
+		if err != nil {
+			return &backend{kind: "plugin"}, err
+		}
+		return &backend{kind: "plugin", service: b, timeout: k.Plugin.Timeout, closer: b}, nil
+	case k.Local != nil:
+		b, err := local.New(local.Config{KeyFile: k.Local.KeyFile})
+		if err != nil {
+			return &backend{kind: "local"}, err
+		}
+		return &backend{kind: "local", service: b}, nil
+	}
+	return &backend{kind: "none"}, errors.New("has no backend")
+}
+
+// close lets the backend go, where there is anything to let go.
+func (b *backend) close() {
+	if b.closer != nil {
+		_ = b.closer.Close() // it is gone either way
+	}
+}
+
+// app is everything that serve runs.
+type app struct {
+	log     *slog.Logger
+	metrics *metrics
+	cache   *keyring.Cache
+	closers []func()
+	rings   []*keyring.Ring
+	proxy   *proxy.Proxy
+	admin   *proxy.Admin            // nil without an admin block
+	rules   atomic.Pointer[ruleSet] // what the proxy has now
+}
+
+// ruleSet is the sealers of all rules, with their prefixes.
+type ruleSet struct {
+	prefixes []string
+	sealers  []*keyring.Sealer
+}
+
+// newApp makes everything that c describes and binds its addresses. It starts nothing. close lets go of it.
+func newApp(c *config.Config, log *slog.Logger, drain time.Duration) (*app, error) {
+	a := &app{log: log}
+	if err := a.assemble(c, drain); err != nil {
+		a.close()
+		return nil, err
+	}
+	return a, nil
+}
+
+func (a *app) assemble(c *config.Config, drain time.Duration) error {
+	var err error
+	a.cache, err = keyring.NewCache(keyring.CacheConfig{
+		Seeds: c.Cache.Seeds, TTL: c.Cache.TTL, ServeUnreachableFor: c.Cache.ServeUnreachableFor,
+	})
+	if err != nil {
+		return err
+	}
+	a.metrics = newMetrics(a)
+	var problems []error
+	for i, k := range c.KMS {
+		if err := a.addRing(k, c); err != nil {
+			problems = append(problems, fmt.Errorf("kms[%d] %q: %w", i, k.Name, err))
+		}
+	}
+	if err := errors.Join(problems...); err != nil {
+		return err
+	}
+	rules, err := a.newRules(c.Rules)
+	if err != nil {
+		return err
+	}
+	a.rules.Store(rules)
+	if a.proxy, err = proxy.New(proxyConfig(c, rules, a, drain)); err != nil {
+		return err
+	}
+	if c.Admin == nil {
+		return nil
+	}
+	a.admin, err = proxy.NewAdmin(proxy.AdminConfig{
+		Address: c.Admin.Address, Gatherer: a.metrics.registry, Ready: a.ready, Pprof: c.Admin.Pprof, Logger: a.log,
+	})
+	return err
+}
+
+// addRing makes the backend, the client and the ring of one provider.
+func (a *app) addRing(k config.KMS, c *config.Config) error {
+	b, err := newBackend(k, a.log)
+	if err != nil {
+		return err
+	}
+	a.closers = append(a.closers, b.close)
+	client, err := kmsclient.New(kmsclient.Config{Name: k.Name, Backend: b.service, Timeout: b.timeout, Observer: a.metrics.kmsCall})
+	if err != nil {
+		return err
+	}
+	writes := slices.ContainsFunc(c.Rules, func(r config.Rule) bool { return r.WriteWith == k.Name })
+	ring, err := keyring.New(keyring.RingConfig{
+		Provider: k.Name, KMS: client, Cache: a.cache, ReadOnly: !writes,
+		PollInterval: k.PollInterval, RevokeWithin: c.Cache.RevokeWithin, SealUnreachableFor: c.Cache.SealUnreachableFor,
+		MaxAge: k.SeedMaxAge, MaxSeals: uint64(k.SeedMaxSeals), //nolint:gosec // checked to be positive
+		Observer: a.metrics.forProvider(k.Name), Logger: a.log,
+	})
+	if err != nil {
+		return err
+	}
+	a.rings = append(a.rings, ring)
+	return nil
+}
+
+// newRules makes the sealers of rules from the rings there are. A rule that needs another one is an error.
+func (a *app) newRules(rules []config.Rule) (*ruleSet, error) {
+	set := new(ruleSet)
+	for i, r := range rules {
+		sc := keyring.SealerConfig{
+			Prefix: r.Prefix, AllowPlaintextReads: r.AllowPlaintextReads, Passthrough: r.OnUndecryptable == "passthrough",
+			Observer: a.metrics.forRule(r.Prefix),
+		}
+		var missing []string
+		ring := func(name string) *keyring.Ring {
+			j := slices.IndexFunc(a.rings, func(ring *keyring.Ring) bool { return ring.Provider() == name })
+			if j < 0 {
+				missing = append(missing, name)
+				return nil
+			}
+			return a.rings[j]
+		}
+		if r.WriteWith != config.Plaintext {
+			sc.Write = ring(r.WriteWith)
+		}
+		for _, name := range r.ReadWith {
+			sc.Read = append(sc.Read, ring(name))
+		}
+		if len(missing) > 0 {
+			return nil, fmt.Errorf("rules[%d]: no KMS provider %q is running", i, missing)
+		}
+		s, err := keyring.NewSealer(sc)
+		if err != nil {
+			return nil, fmt.Errorf("rules[%d]: %w", i, err)
+		}
+		set.prefixes, set.sealers = append(set.prefixes, r.Prefix), append(set.sealers, s)
+	}
+	return set, nil
+}
+
+// setRules puts rules in place of the running ones, or leaves everything as it is.
+func (a *app) setRules(rules []config.Rule) error {
+	set, err := a.newRules(rules)
+	if err != nil {
+		return err
+	}
+	if err := a.proxy.SetRules(set.forProxy()); err != nil {
+		return err
+	}
+	a.rules.Store(set)
+	return nil
+}
+
+// close lets go of what newApp took, for an app that was not run or has ended.
+func (a *app) close() {
+	if a.proxy != nil {
+		a.proxy.Close()
+	}
+	if a.admin != nil {
+		a.admin.Close()
+	}
+	for _, f := range a.closers {
+		f()
+	}
+}
+
+func proxyConfig(c *config.Config, rules *ruleSet, a *app, drain time.Duration) proxy.Config {
+	pc := proxy.Config{
+		Upstream:        proxy.UpstreamConfig{Endpoints: c.Etcd.Endpoints},
+		Rules:           rules.forProxy(),
+		MaxRequestBytes: c.Etcd.MaxRequestBytes,
+		DrainTimeout:    drain,
+		Logger:          a.log,
+		Registerer:      a.metrics.registry,
+	}
+	if t := c.Etcd.TLS; t != nil {
+		pc.Upstream.TLS = &proxy.UpstreamTLS{
+			CAFile: t.CAFile, CertFile: t.CertFile, KeyFile: t.KeyFile, ServerName: t.ServerName, InsecureSkipVerify: t.InsecureSkipVerify,
+		}
+	}
+	for _, l := range c.Listeners {
+		lc := proxy.ListenerConfig{Address: l.Address, Mode: l.FileMode(), AllowedClients: l.AllowedClients, CiphertextClients: l.CiphertextClients}
+		if t := l.TLS; t != nil {
+			lc.TLS = &proxy.ListenerTLS{
+				CertFile: t.CertFile, KeyFile: t.KeyFile, ClientCAFile: t.ClientCAFile, ClientCRLFile: t.ClientCRLFile,
+				MinVersion: t.MinVersion, CipherSuites: t.CipherSuites,
+			}
+		}
+		pc.Listeners = append(pc.Listeners, lc)
+	}
+	return pc
+}
+
+// forProxy returns the rules as the proxy takes them.
+func (s *ruleSet) forProxy() []proxy.Rule {
+	rules := make([]proxy.Rule, len(s.sealers))
+	for i := range s.sealers {
+		rules[i] = proxy.Rule{Prefix: s.prefixes[i], Sealer: sealer{s.sealers[i]}}
+	}
+	return rules
+}
+
+// sealer gives a keyring's sealer the errors that the proxy understands.
+type sealer struct{ *keyring.Sealer }
+
+var _ proxy.Sealer = sealer{}
+
+// Seal implements [proxy.Sealer].
+func (s sealer) Seal(ctx context.Context, key, value []byte) ([]byte, error) {
+	out, err := s.Sealer.Seal(ctx, key, value)
+	return out, sealError(ctx, err)
+}
+
+// Open implements [proxy.Sealer].
+func (s sealer) Open(ctx context.Context, key, stored []byte) ([]byte, error) {
+	out, err := s.Sealer.Open(ctx, key, stored)
+	return out, sealError(ctx, err)
+}
+
+// sealError says what a keyring's error means for the client.
+func sealError(ctx context.Context, err error) error {
+	if err == nil {
+		return nil
+	}
+	e, ok := errors.AsType[*keyring.Error](err)
+	if !ok {
+		return err
+	}
+	var code codes.Code
+	switch e.Kind {
+	case keyring.Unavailable:
+		// A caller who went away, or whose deadline passed, is told so and not that the KMS failed.
+		if cause := ctx.Err(); cause != nil {
+			return cause
+		}
+		code = codes.Unavailable
+	case keyring.KeyUnusable, keyring.Refused:
+		code = codes.FailedPrecondition
+	case keyring.Corrupt, keyring.Plaintext:
+		code = codes.DataLoss
+	default:
+		return err
+	}
+	return &proxy.SealError{Code: code, Text: e.Text}
+}
+
+// ready reports whether the proxy serves, and beside that which provider does not answer and which rule cannot serve. The proxy stays
+// ready for the rest.
+func (a *app) ready() proxy.ReadyReport {
+	report := a.proxy.Ready()
+	for _, r := range a.rings {
+		s := r.State()
+		report.Checks = append(report.Checks, proxy.Check{Name: "kms " + s.Provider, OK: s.Healthy, Detail: s.Reason})
+	}
+	rules := a.rules.Load()
+	for i, s := range rules.sealers {
+		check := proxy.Check{Name: fmt.Sprintf("rule %q", rules.prefixes[i]), OK: true}
+		if err := s.Ready(); err != nil {
+			check.OK, check.Detail = false, err.Error()
+		}
+		report.Checks = append(report.Checks, check)
+	}
+	return report
+}
