@@ -62,9 +62,9 @@ func newBench(t *testing.T, version string, rules ruleSet) *bench {
 		b.proxy.WaitReady(30 * time.Second)
 		address = b.proxy.Address
 	}
-	b.bare = newSide("bare etcd", harness.Dial(t, b.bareEtcd.Address, nil))
-	b.via = newSide("the proxy", harness.Dial(t, address, nil))
-	b.raw = newSide("etcd behind the proxy", harness.Dial(t, b.behind.Address, nil))
+	b.bare = newSide(env, "bare etcd", harness.Dial(t, b.bareEtcd.Address, nil))
+	b.via = newSide(env, "the proxy", harness.Dial(t, address, nil))
+	b.raw = newSide(env, "etcd behind the proxy", harness.Dial(t, b.behind.Address, nil))
 	return b
 }
 

@@ -9,12 +9,16 @@ import (
 	"testing"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/authpb"
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/prototext"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/canary"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
 // side is one of the two servers that must not differ: the bare etcd, or the proxy before another etcd.
@@ -25,10 +29,17 @@ type side struct {
 	watch pb.WatchClient
 	auth  pb.AuthClient
 	maint pb.MaintenanceClient
+	// leaked is told of an error whose text holds a secret.
+	leaked func(finding string)
+	secret *canary.Set
 }
 
-func newSide(name string, conn *grpc.ClientConn) *side {
-	return &side{name, pb.NewKVClient(conn), pb.NewLeaseClient(conn), pb.NewWatchClient(conn), pb.NewAuthClient(conn), pb.NewMaintenanceClient(conn)}
+func newSide(env *harness.Env, name string, conn *grpc.ClientConn) *side {
+	return &side{
+		name: name, kv: pb.NewKVClient(conn), lease: pb.NewLeaseClient(conn), watch: pb.NewWatchClient(conn),
+		auth: pb.NewAuthClient(conn), maint: pb.NewMaintenanceClient(conn), secret: env.Sealed,
+		leaked: func(finding string) { env.TB.Errorf("a secret stands in an error: %s", finding) },
+	}
 }
 
 // stream marks a range request that is sent to RangeStream.
@@ -100,6 +111,11 @@ func (s *side) do(ctx context.Context, request any) answer {
 		a.set(m, m.GetHeader(), err)
 	default:
 		panic(fmt.Sprintf("request of type %T", request))
+	}
+	if a.err != nil {
+		for _, f := range s.secret.Search(s.name, []byte(a.err.Proto().String())) {
+			s.leaked(f.String())
+		}
 	}
 	return a
 }
@@ -214,4 +230,8 @@ func (p *pair) fail(format string, args ...any) {
 		p.t.Logf("step %d: %s", i, step)
 	}
 	p.t.Fatalf(format, args...)
+}
+
+func newReadPermission(key, end string) *authpb.Permission {
+	return &authpb.Permission{PermType: authpb.Permission_READ, Key: []byte(key), RangeEnd: []byte(end)}
 }

@@ -34,8 +34,7 @@ func (e *Env) spawn(name, bin string, args ...string) *Process {
 	p.cmd = exec.Command(bin, args...)
 	p.cmd.Stdout, p.cmd.Stderr = output, output
 	p.cmd.Dir = e.Dir
-	// A test binary that dies of a timeout runs no cleanup; the kernel then ends its children.
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	p.cmd.SysProcAttr = endWithParent()
 	if err := p.cmd.Start(); err != nil {
 		e.TB.Fatalf("start %s: %v", name, err)
 	}

@@ -1,0 +1,439 @@
+package differential
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"testing"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/encoding"
+	"google.golang.org/grpc/mem"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
+)
+
+// TestSpecialCases are the requests that chance rarely or never draws. They share one bench with a rule on half of the keys.
+func TestSpecialCases(t *testing.T) {
+	t.Parallel()
+	b := newBench(t, "3.7", ruleSets[1])
+	t.Run("compares and sorts by VALUE under a rule are refused", b.valueRefused)
+	t.Run("requests around the size limits", b.sizes)
+	t.Run("a large watch response, whole and in fragments", b.fragments)
+	t.Run("a long list", b.longList)
+	t.Run("a half-closed watch goes on", b.halfClose)
+	t.Run("a key that expires with its lease", b.expiry)
+	t.Run("deadlines and canceled calls", b.deadlines)
+	t.Run("what cannot be decoded goes no further", b.malformed)
+	t.Run("strict rules refuse injected values", b.injected)
+	t.Run("metadata", b.metadata)
+	t.Run("users and permissions", b.users) // the last one: it turns authentication on
+	b.checkFiles(t)
+}
+
+// valueRefused asserts the stated limit: until the proxy evaluates VALUE compares and sorts itself, it refuses those that a rule covers, and writes nothing.
+func (b *bench) valueRefused(t *testing.T) {
+	if b.proxy == nil {
+		t.Skip("etcd does not refuse")
+	}
+	ctx := t.Context()
+	compare := func(key, end string) *pb.Compare {
+		return &pb.Compare{Key: []byte(key), RangeEnd: []byte(end), Target: pb.Compare_VALUE,
+			TargetUnion: &pb.Compare_Value{Value: []byte(b.env.Sealed.Value("operand"))}}
+	}
+	put := &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: []byte("/u/refused"), Value: []byte("x")}}}
+	nested := func(r *pb.TxnRequest) *pb.RequestOp {
+		return &pb.RequestOp{Request: &pb.RequestOp_RequestTxn{RequestTxn: r}}
+	}
+	sorted := func(key, end string) *pb.RangeRequest {
+		return &pb.RangeRequest{Key: []byte(key), RangeEnd: []byte(end), SortTarget: pb.RangeRequest_VALUE, SortOrder: pb.RangeRequest_DESCEND}
+	}
+	for name, request := range map[string]any{
+		"compare of a key":              &pb.TxnRequest{Compare: []*pb.Compare{compare("/s/a", "")}, Success: []*pb.RequestOp{put}, Failure: []*pb.RequestOp{put}},
+		"compare of a range":            &pb.TxnRequest{Compare: []*pb.Compare{compare("/r", "/t")}, Failure: []*pb.RequestOp{put}},
+		"compare from a key on":         &pb.TxnRequest{Compare: []*pb.Compare{compare("/", "\x00")}, Failure: []*pb.RequestOp{put}},
+		"nested compare":                &pb.TxnRequest{Failure: []*pb.RequestOp{nested(&pb.TxnRequest{Compare: []*pb.Compare{compare("/t/a", "")}, Failure: []*pb.RequestOp{put}})}},
+		"sorted range":                  sorted("/s/", "/s0"),
+		"sorted range of everything":    sorted("\x00", "\x00"),
+		"sorted range in a txn":         &pb.TxnRequest{Success: []*pb.RequestOp{put, {Request: &pb.RequestOp_RequestRange{RequestRange: sorted("/s/", "/s0")}}}},
+		"sorted range in the failure":   &pb.TxnRequest{Failure: []*pb.RequestOp{{Request: &pb.RequestOp_RequestRange{RequestRange: sorted("/t/", "/t0")}}}},
+		"sorted range that is streamed": stream{sorted("/s/", "/s0")},
+	} {
+		a := b.via.do(ctx, request)
+		_, streamed := request.(stream) // etcd may refuse to stream it first
+		if a.err.Code() != codes.Unimplemented || !streamed && !strings.HasPrefix(a.err.Message(), "etcd-kms-proxy: ") {
+			t.Errorf("%s: %v, want Unimplemented with a text that begins with etcd-kms-proxy:", name, a)
+		}
+	}
+	if a := b.raw.do(ctx, &pb.RangeRequest{Key: []byte("/u/refused"), CountOnly: true}); a.message.(*pb.RangeResponse).Count != 0 {
+		t.Error("a refused transaction has written")
+	}
+	// Outside the rules they are etcd's business.
+	p := b.pair(t)
+	clear := &pb.Compare{Key: []byte("/u/1"), Target: pb.Compare_VALUE, TargetUnion: &pb.Compare_Value{Value: []byte(b.env.Clear.Value("1"))}}
+	for i := range 3 {
+		p.do(ctx, &pb.PutRequest{Key: fmt.Appendf(nil, "/u/%d", i), Value: []byte(b.env.Clear.Value(fmt.Sprint(9 - i)))})
+	}
+	p.do(ctx, &pb.TxnRequest{Compare: []*pb.Compare{clear}, Success: []*pb.RequestOp{put}})
+	p.do(ctx, sorted("/u/", "/u0"))
+}
+
+// sizes: etcd limits the marshalled request, then gRPC the message. Through the proxy both limits hold for what the client sends.
+func (b *bench) sizes(t *testing.T) {
+	if b.proxy == nil {
+		t.Skip("the etcd behind the proxy has a higher limit")
+	}
+	ctx := t.Context()
+	p := b.pair(t)
+	marker := b.env.Sealed.Value("")
+	for _, limit := range []int{requestLimit, requestLimit + 512<<10} {
+		for _, offset := range []int{-1000, -60, -30, -20, -16, -15, -14, -13, -12, -11, -10, -9, -8, -4, -1, 0, 1, 2, 8, 1000} {
+			value := marker + strings.Repeat("v", limit+offset-len(marker))
+			p.do(ctx, &pb.PutRequest{Key: []byte("/s/big"), Value: []byte(value)})
+			if offset == -16 || offset == 0 {
+				p.do(ctx, &pb.TxnRequest{Success: []*pb.RequestOp{
+					{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: []byte("/s/big1"), Value: []byte(value[:limit/2])}}},
+					{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: []byte("/s/big2"), Value: []byte(marker + value[:limit/2+offset-len(marker)])}}},
+				}})
+			}
+		}
+	}
+	p.do(ctx, &pb.RangeRequest{Key: []byte("/s/big"), RangeEnd: []byte("/s/bih")})
+	p.reset(ctx)
+}
+
+func (b *bench) fragments(t *testing.T) {
+	ctx := t.Context()
+	p := b.pair(t)
+	p.reset(ctx)
+	from := p.revision + 1
+	for i := range 12 {
+		p.do(ctx, &pb.PutRequest{Key: []byte("/s/fragment"), Value: []byte(b.env.Sealed.Value(strings.Repeat("f", 300<<10+i)))})
+	}
+	for _, fragment := range []bool{false, true} {
+		w := p.openWatch(ctx)
+		w.create(&pb.WatchCreateRequest{Key: []byte("/s/"), RangeEnd: []byte("/s0"), StartRevision: from, PrevKv: true, Fragment: fragment})
+		w.check(ctx)
+		if n := len(w.proxy.seen.events[0]); n != 12 {
+			t.Errorf("fragment %t: %d events, want 12", fragment, n)
+		}
+		w.close()
+	}
+}
+
+func (b *bench) longList(t *testing.T) {
+	ctx := t.Context()
+	p := b.pair(t)
+	p.reset(ctx)
+	n := 100_000
+	if testing.Short() {
+		n = 20_000
+	}
+	for i := 0; i < n; {
+		txn := &pb.TxnRequest{}
+		for ; i < n && len(txn.Success) < 128; i++ {
+			txn.Success = append(txn.Success, &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{
+				Key: fmt.Appendf(nil, "/s/list/%06d", i), Value: []byte(b.env.Sealed.Value(fmt.Sprintf("%d %s", i, strings.Repeat("l", 100))))}}})
+		}
+		p.do(ctx, txn)
+	}
+	p.trace = nil
+	list := &pb.RangeRequest{Key: []byte("/s/list/"), RangeEnd: []byte("/s/list0")}
+	for _, request := range []any{list, stream{list}, stream{&pb.RangeRequest{Key: list.Key, RangeEnd: list.RangeEnd, Limit: 1234}}} {
+		a := p.do(ctx, request)
+		if response, ok := a.message.(*pb.RangeResponse); !ok || response.Count != int64(n) {
+			t.Errorf("a list of %d keys: %.200v", n, a)
+		}
+	}
+	p.reset(ctx)
+}
+
+// halfClose: etcd's watch goes on sending after the client has said its last word.
+func (b *bench) halfClose(t *testing.T) {
+	ctx := t.Context()
+	p := b.pair(t)
+	p.reset(ctx)
+	w := p.openWatch(ctx)
+	w.create(&pb.WatchCreateRequest{Key: []byte("/s/"), RangeEnd: []byte("/s0")})
+	w.both("half-close", func(side *watcher) error { return side.stream.CloseSend() })
+	ended := func(s *watched) bool { return s.err != nil }
+	// What a server does then is its own business, but it has to be the same.
+	results := []error{w.bare.until(300*time.Millisecond, ended), w.proxy.until(300*time.Millisecond, ended)}
+	if (results[0] == nil) != (results[1] == nil) {
+		t.Fatalf("after a half-close the stream ends on bare etcd: %t (%v), through the proxy: %t (%v)",
+			results[0] == nil, w.bare.seen.err, results[1] == nil, w.proxy.seen.err)
+	}
+	if results[0] == nil {
+		if a, b := status.Convert(w.bare.seen.err), status.Convert(w.proxy.seen.err); errors.Is(w.bare.seen.err, io.EOF) != errors.Is(w.proxy.seen.err, io.EOF) || a.Code() != b.Code() {
+			t.Errorf("after a half-close: bare etcd %v, the proxy %v", w.bare.seen.err, w.proxy.seen.err)
+		}
+		return
+	}
+	p.do(ctx, &pb.PutRequest{Key: []byte("/s/a"), Value: []byte(b.env.Sealed.Value("after half-close"))})
+	w.both("an event after the half-close", func(side *watcher) error {
+		return side.until(10*time.Second, func(s *watched) bool { return len(s.events[0]) == 1 })
+	})
+	if difference := w.bare.seen.differs(&w.proxy.seen); difference != "" {
+		t.Error(difference)
+	}
+}
+
+func (b *bench) expiry(t *testing.T) {
+	ctx := t.Context()
+	p := b.pair(t)
+	p.reset(ctx)
+	w := p.openWatch(ctx)
+	w.create(&pb.WatchCreateRequest{Key: []byte("/s/"), RangeEnd: []byte("/s0"), PrevKv: true})
+	p.do(ctx, &pb.LeaseGrantRequest{ID: 77, TTL: 1})
+	p.do(ctx, &pb.PutRequest{Key: []byte("/s/leased"), Value: []byte(b.env.Sealed.Value("leased")), Lease: 77})
+	w.both("the key expires", func(side *watcher) error {
+		return side.until(30*time.Second, func(s *watched) bool { return len(s.events[0]) == 2 })
+	})
+	if difference := w.bare.seen.differs(&w.proxy.seen); difference != "" {
+		t.Error(difference)
+	}
+	p.do(ctx, &pb.LeaseTimeToLiveRequest{ID: 77, Keys: true})
+	p.do(ctx, &pb.RangeRequest{Key: []byte("/s/leased")})
+}
+
+func (b *bench) deadlines(t *testing.T) {
+	for _, side := range []*side{b.bare, b.via} {
+		expired, cancel := context.WithDeadline(t.Context(), time.Now().Add(-time.Second))
+		_, err := side.kv.Put(expired, &pb.PutRequest{Key: []byte("/s/late"), Value: []byte("x")})
+		cancel()
+		if status.Code(err) != codes.DeadlineExceeded {
+			t.Errorf("%s, a deadline in the past: %v", side.name, err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		w, err := side.openWatch(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := w.create(&pb.WatchCreateRequest{Key: []byte("/s/")}); err != nil {
+			t.Fatal(err)
+		}
+		cancel()
+		<-w.done
+		if status.Code(w.seen.err) != codes.Canceled {
+			t.Errorf("%s, a canceled watch: %v", side.name, w.seen.err)
+		}
+		w.close()
+	}
+}
+
+// rawCodec sends bytes as they are, under the name that etcd knows.
+type rawCodec struct{}
+
+func (rawCodec) Name() string { return "proto" }
+
+func (rawCodec) Marshal(v any) (mem.BufferSlice, error) {
+	return mem.BufferSlice{mem.SliceBuffer(*v.(*[]byte))}, nil
+}
+
+func (rawCodec) Unmarshal(data mem.BufferSlice, v any) error {
+	*v.(*[]byte) = data.Materialize()
+	return nil
+}
+
+var _ encoding.CodecV2 = rawCodec{}
+
+func (b *bench) malformed(t *testing.T) {
+	if b.proxy == nil {
+		t.Skip("etcd itself is less strict")
+	}
+	conn := harness.Dial(t, b.proxy.Address, nil)
+	sealed := b.env.Sealed.Value("smuggled")
+	field := func(number int, data string) string {
+		return string([]byte{byte(number<<3 | 2), byte(len(data))}) + data
+	}
+	put := func(parts ...string) string { return field(1, field(2, strings.Join(parts, ""))) } // Txn.success[0].request_put
+	for name, test := range map[string]struct{ method, message string }{
+		"not protobuf":                    {"Put", "\xff\xff\xff"},
+		"truncated":                       {"Put", field(1, "/s/a")[:3]},
+		"two keys in a put":               {"Put", field(1, "/u/1") + field(1, "/s/a") + field(2, sealed)},
+		"two values in a put":             {"Put", field(1, "/s/a") + field(2, sealed) + field(2, sealed)},
+		"two keys in a put in a txn":      {"Txn", field(2, field(2, field(1, "/u/1")+field(1, "/s/a")+field(2, sealed)))},
+		"two arms of a oneof":             {"Txn", field(2, field(2, field(1, "/u/1")+field(2, sealed))+field(2, field(1, "/s/a")+field(2, sealed)))},
+		"a range and a put in one op":     {"Txn", field(2, field(1, field(1, "/u/1"))+field(2, field(1, "/s/a")+field(2, sealed)))},
+		"a put whose key is cut":          {"Txn", field(2, put(field(1, "/s/a"))[:5])},
+		"nested deeper than any client's": {"Txn", nest(40)},
+	} {
+		request, response := []byte(test.message), []byte(nil)
+		err := conn.Invoke(t.Context(), "/etcdserverpb.KV/"+test.method, &request, &response, grpc.ForceCodecV2(rawCodec{}))
+		if status.Code(err) != codes.InvalidArgument && status.Code(err) != codes.Unimplemented {
+			t.Errorf("%s: %v, want InvalidArgument", name, err)
+		}
+	}
+	request, response := []byte(nil), []byte(nil)
+	err := conn.Invoke(t.Context(), "/etcdserverpb.KV/PutLater", &request, &response, grpc.ForceCodecV2(rawCodec{}))
+	if status.Code(err) != codes.Unimplemented {
+		t.Errorf("an unknown method: %v, want Unimplemented", err)
+	}
+}
+
+// nest is a Txn with n transactions in one another.
+func nest(n int) string {
+	message := ""
+	for range n {
+		op := "\x22" + varint(len(message)) + message // request_txn
+		message = "\x12" + varint(len(op)) + op       // success
+	}
+	return message
+}
+
+func varint(n int) string {
+	if n < 0x80 {
+		return string([]byte{byte(n)})
+	}
+	return string([]byte{byte(n) | 0x80, byte(n >> 7)})
+}
+
+// injected: who can write to etcd cannot make the proxy hand out their values where the rule is strict, nor move a ciphertext to another key.
+func (b *bench) injected(t *testing.T) {
+	if b.proxy == nil {
+		t.Skip("nothing to inject into")
+	}
+	ctx := t.Context()
+	b.via.do(ctx, &pb.PutRequest{Key: []byte("/t/honest"), Value: []byte(b.env.Sealed.Value("honest"))})
+	stored := b.raw.do(ctx, &pb.RangeRequest{Key: []byte("/t/honest")}).message.(*pb.RangeResponse).Kvs[0].Value
+	flip := func(at int) []byte {
+		tampered := bytes.Clone(stored)
+		tampered[(at+len(tampered))%len(tampered)] ^= 1
+		return tampered
+	}
+	for name, value := range map[string][]byte{
+		"plaintext": []byte("injected"), "empty": {}, "another provider's": []byte("k8s:enc:kms:v2:other:\nx"),
+		"moved": stored, "tampered at the end": flip(-1), "tampered in the middle": flip(len(stored) / 2), "cut": stored[:len(stored)-1],
+	} {
+		key := "/t/injected"
+		b.raw.do(ctx, &pb.PutRequest{Key: []byte(key), Value: value})
+		a := b.via.do(ctx, &pb.RangeRequest{Key: []byte("/t/"), RangeEnd: []byte("/t0")})
+		if a.err.Code() != codes.DataLoss || !strings.Contains(a.err.Message(), key) {
+			t.Errorf("%s value: %v, want DataLoss that names %s", name, a, key)
+		}
+		for what, request := range map[string]any{
+			"keys only": &pb.RangeRequest{Key: []byte(key), KeysOnly: true}, "count only": &pb.RangeRequest{Key: []byte(key), CountOnly: true},
+			"its neighbour": &pb.RangeRequest{Key: []byte("/t/honest")},
+		} {
+			if a := b.via.do(ctx, request); a.err != nil {
+				t.Errorf("%s value, %s: %v", name, what, a)
+			}
+		}
+		b.raw.do(ctx, &pb.DeleteRangeRequest{Key: []byte(key)})
+	}
+	// A rule that is not strict hands plaintext on, for data from before the proxy.
+	b.raw.do(ctx, &pb.PutRequest{Key: []byte("/s/old"), Value: []byte("from before")})
+	if a := b.via.do(ctx, &pb.RangeRequest{Key: []byte("/s/old")}); a.err != nil || string(a.message.(*pb.RangeResponse).Kvs[0].Value) != "from before" {
+		t.Errorf("plaintext under a lenient rule: %v", a)
+	}
+	b.raw.do(ctx, &pb.DeleteRangeRequest{Key: []byte("/s/old")})
+	b.raw.do(ctx, &pb.DeleteRangeRequest{Key: []byte("/t/honest")})
+}
+
+func (b *bench) metadata(t *testing.T) {
+	// The stores differ since the injections, so only answers without a revision are compared.
+	for _, pairs := range [][]string{{"hasleader", "true"}, {"client-api-version", "3.7"}, {"token", "wrong"}, {"authorization", "wrong"}} {
+		ctx := metadata.AppendToOutgoingContext(t.Context(), pairs...)
+		_, bareErr := b.bare.auth.AuthStatus(ctx, &pb.AuthStatusRequest{})
+		_, viaErr := b.via.auth.AuthStatus(ctx, &pb.AuthStatusRequest{})
+		if status.Code(bareErr) != status.Code(viaErr) || status.Convert(bareErr).Message() != status.Convert(viaErr).Message() {
+			t.Errorf("metadata %v: bare etcd %v, the proxy %v", pairs, bareErr, viaErr)
+		}
+	}
+	bare, bareErr := b.bare.maint.Status(t.Context(), &pb.StatusRequest{})
+	via, viaErr := b.via.maint.Status(t.Context(), &pb.StatusRequest{})
+	if bareErr != nil || viaErr != nil || bare.Version != via.Version || bare.StorageVersion != via.StorageVersion || bare.Leader != via.Leader {
+		t.Errorf("status: bare etcd %v %v, the proxy %v %v", bare, bareErr, via, viaErr)
+	}
+}
+
+// users runs one script of authentication on both sides and compares codes and texts.
+func (b *bench) users(t *testing.T) {
+	type outcome struct {
+		step string
+		code codes.Code
+		text string
+	}
+	script := func(s *side) []outcome {
+		var all []outcome
+		ctx := t.Context()
+		add := func(step string, err error) {
+			all = append(all, outcome{step, status.Code(err), status.Convert(err).Message()})
+		}
+		as := func(name, password string) context.Context {
+			answer, err := s.auth.Authenticate(ctx, &pb.AuthenticateRequest{Name: name, Password: password})
+			add("authenticate "+name, err)
+			return metadata.AppendToOutgoingContext(ctx, "token", answer.GetToken())
+		}
+		_, err := s.auth.AuthEnable(ctx, &pb.AuthEnableRequest{})
+		add("enable without root", err)
+		for _, user := range []string{"root", "reader", "root"} {
+			_, err = s.auth.UserAdd(ctx, &pb.AuthUserAddRequest{Name: user, Password: b.env.Sealed.Value("password")})
+			add("add user "+user, err)
+		}
+		for _, role := range []string{"root", "secrets"} {
+			_, err = s.auth.RoleAdd(ctx, &pb.AuthRoleAddRequest{Name: role})
+			add("add role "+role, err)
+		}
+		_, err = s.auth.RoleGrantPermission(ctx, &pb.AuthRoleGrantPermissionRequest{Name: "secrets", Perm: newReadPermission("/s/", "/s0")})
+		add("grant permission", err)
+		for user, role := range map[string]string{"root": "root", "reader": "secrets"} {
+			_, err = s.auth.UserGrantRole(ctx, &pb.AuthUserGrantRoleRequest{User: user, Role: role})
+			add("grant role", err)
+		}
+		_, err = s.auth.AuthEnable(ctx, &pb.AuthEnableRequest{})
+		add("enable", err)
+		root, reader := as("root", b.env.Sealed.Value("password")), as("reader", b.env.Sealed.Value("password"))
+		as("reader", "wrong")
+		for name, ctx := range map[string]context.Context{
+			"root": root, "reader": reader, "nobody": ctx, "a wrong token": metadata.AppendToOutgoingContext(ctx, "token", "wrong"),
+		} {
+			_ = name
+			for _, key := range []string{"/s/a", "/u/1"} {
+				_, err = s.kv.Put(ctx, &pb.PutRequest{Key: []byte(key), Value: []byte(b.env.Sealed.Value("by " + name)[:0])})
+				add(name+" puts "+key, err)
+				_, err = s.kv.Range(ctx, &pb.RangeRequest{Key: []byte(key)})
+				add(name+" gets "+key, err)
+				_, err = s.kv.DeleteRange(ctx, &pb.DeleteRangeRequest{Key: []byte(key), RangeEnd: []byte("\x00")})
+				add(name+" deletes from "+key, err)
+			}
+			_, err = s.lease.LeaseLeases(ctx, &pb.LeaseLeasesRequest{})
+			add(name+" lists leases", err)
+			_, err = s.maint.Defragment(ctx, &pb.DefragmentRequest{})
+			add(name+" defragments", err)
+			w, err := s.openWatch(ctx)
+			if err == nil {
+				err = w.create(&pb.WatchCreateRequest{Key: []byte("/u/1")})
+				if err == nil {
+					err = errors.New(w.seen.created[0].CancelReason)
+				}
+				w.close()
+			}
+			add(name+" watches", err)
+		}
+		_, err = s.auth.AuthDisable(root, &pb.AuthDisableRequest{})
+		add("disable", err)
+		return all
+	}
+	byStep := func(all []outcome) map[string]string {
+		m := map[string]string{}
+		for _, o := range all {
+			m[o.step] += fmt.Sprintf("%v %q; ", o.code, o.text)
+		}
+		return m
+	}
+	bare, via := byStep(script(b.bare)), byStep(script(b.via))
+	for step, want := range bare {
+		if via[step] != want {
+			t.Errorf("%s: bare etcd %s, the proxy %s", step, want, via[step])
+		}
+	}
+}

@@ -1,0 +1,44 @@
+package kubernetes
+
+import (
+	"testing"
+	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// TestAPIServer: an unmodified kube-apiserver does everything it does on bare etcd, whichever way the proxy is put before etcd.
+func TestAPIServer(t *testing.T) {
+	t.Parallel()
+	for _, s := range []shape{
+		{name: "plain TCP", transport: "tcp"},
+		{name: "TLS on both legs, without RangeStream", transport: "tls", unstreamed: true},
+		{name: "only Secrets", transport: "tcp", onlySecret: true},
+		{name: "unix socket", transport: "unix"},
+		{name: "TLS on both legs", transport: "tls"},
+		{name: "plain TCP, without RangeStream", transport: "tcp", unstreamed: true},
+		{name: "unix socket, without RangeStream", transport: "unix", unstreamed: true},
+	} {
+		t.Run(s.name, func(t *testing.T) {
+			t.Parallel()
+			if testing.Short() && (s.name != "TLS on both legs, without RangeStream" && s.name != "only Secrets") {
+				t.Skip("the short run takes one way with everything through the proxy and one with only Secrets; the others differ in flags alone")
+			}
+			k := newStack(t, s)
+			k.proxy.WaitReady(30 * time.Second)
+			k.start()
+			k.surface(t)
+			if t.Failed() {
+				return
+			}
+			// Something has to be left to look at.
+			left, err := k.client("default").Create(t.Context(), k.secret("left", "left"), metav1.CreateOptions{})
+			k.wants(t, left, err, "left")
+			k.checkStored(t)
+			streamed := k.calls(t, "RangeStream")
+			if s.unstreamed && streamed != 0 || !s.unstreamed && streamed == 0 {
+				t.Errorf("etcd was asked for %d range streams", streamed)
+			}
+		})
+	}
+}
