@@ -35,21 +35,25 @@ const (
 
 func main() {
 	relayIfAsked()
+	os.Exit(command(os.Args[1:]))
+}
+
+// command measures, prints the report and returns the exit code.
+func command(args []string) int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	cfg, asJSON, err := parse(os.Args[1:])
+	cfg, asJSON, err := parse(args)
 	if errors.Is(err, flag.ErrHelp) {
-		return
+		return 0
 	}
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "error: %v\n", err)
-		os.Exit(exitUsage)
+		return exitUsage
 	}
 	report, err := run(ctx, cfg)
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "error: %v\n", err)
-		stop()
-		os.Exit(exitFailure) //nolint:gocritic // stop was called
+		return exitFailure
 	}
 	if asJSON {
 		e := json.NewEncoder(os.Stdout)
@@ -60,9 +64,9 @@ func main() {
 	}
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "error: write report: %v\n", err)
-		stop()
-		os.Exit(exitFailure)
+		return exitFailure
 	}
+	return 0
 }
 
 // config says what to measure.
