@@ -16,6 +16,7 @@ const ownPrefix = "etcd-kms-proxy: "
 var (
 	errCiphertextWrite = ownError(codes.PermissionDenied, "this client is given stored bytes and may not write keys under a rule")
 	errElectionCovered = ownError(codes.Unimplemented, "elections and locks on keys under a rule are not supported")
+	errNoIdentity      = ownError(codes.Internal, "connection without an identity")
 	errShuttingDown    = ownError(codes.Unavailable, "shutting down")
 	// errRequestTooLarge is etcd's own answer, code and text.
 	errRequestTooLarge = status.Error(codes.InvalidArgument, "etcdserver: request is too large")

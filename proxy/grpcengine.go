@@ -7,14 +7,13 @@ import (
 	"io"
 	"log/slog"
 	"math"
-	"net"
 	"strings"
 	"sync"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/peer"
@@ -42,7 +41,7 @@ type grpcEngine struct {
 	server       *grpc.Server
 	conns        *connQueue
 	drainTimeout time.Duration
-	unknown      *requestCounter
+	unknown      prometheus.Counter
 	methods      map[string]map[string]bool // service → methods, for the texts about unknown ones
 
 	draining context.Context
@@ -56,7 +55,7 @@ func newGRPCEngine(c *core, u *upstream, m *metrics, log *slog.Logger, drainTime
 	e := &grpcEngine{
 		core: c, upstream: u, log: log, denials: &denials{log: log}, drainTimeout: drainTimeout,
 		conns:   &connQueue{conns: make(chan *clientConn), done: make(chan struct{})},
-		unknown: m.counter(unknownMethod),
+		unknown: m.unknown(),
 		methods: make(map[string]map[string]bool),
 	}
 	e.draining, e.drain = context.WithCancelCause(context.Background())
@@ -73,13 +72,11 @@ func newGRPCEngine(c *core, u *upstream, m *metrics, log *slog.Logger, drainTime
 		grpc.WaitForHandlers(true),
 	)
 	e.register(m)
-	m.grpc.InitializeMetrics(e.server)
 	return e
 }
 
 // register gives every row of the method table to the server, with its true shape.
 func (e *grpcEngine) register(m *metrics) {
-	unary, stream := m.grpc.UnaryServerInterceptor(), m.grpc.StreamServerInterceptor()
 	services := make(map[string]*grpc.ServiceDesc)
 	var order []string
 	for _, row := range methodTable() {
@@ -91,16 +88,13 @@ func (e *grpcEngine) register(m *metrics) {
 			e.methods[row.service] = make(map[string]bool)
 		}
 		e.methods[row.service][row.name] = true
-		h := &grpcMethod{engine: e, method: row, count: m.counter(row.full), stream: row.streamDesc()}
+		h := &grpcMethod{engine: e, method: row, metrics: m.of(row), stream: row.streamDesc()}
 		if row.shape == shapeUnary {
-			h.unaryInfo = grpc.UnaryServerInfo{FullMethod: row.full}
-			h.unaryMetrics = unary
 			sd.Methods = append(sd.Methods, grpc.MethodDesc{MethodName: row.name, Handler: h.serveUnary})
 			continue
 		}
-		info := &grpc.StreamServerInfo{FullMethod: row.full, IsClientStream: row.shape == shapeBidiStream, IsServerStream: true}
 		desc := row.streamDesc()
-		desc.Handler = func(srv any, ss grpc.ServerStream) error { return stream(srv, ss, info, h.serveStream) }
+		desc.Handler = h.serveStream
 		sd.Streams = append(sd.Streams, desc)
 	}
 	for _, name := range order {
@@ -147,7 +141,7 @@ func (e *grpcEngine) run(ctx context.Context) error {
 
 // refuseUnknown answers a method outside the table with etcd's own text.
 func (e *grpcEngine) refuseUnknown(_ any, ss grpc.ServerStream) error {
-	e.unknown.count(codes.Unimplemented)
+	e.unknown.Inc()
 	full, _ := grpc.MethodFromServerStream(ss)
 	service, name := "", strings.TrimPrefix(full, "/")
 	if i := strings.LastIndexByte(name, '/'); i >= 0 {
@@ -162,19 +156,20 @@ func (e *grpcEngine) refuseUnknown(_ any, ss grpc.ServerStream) error {
 // grpcMethod serves one row of the method table.
 type grpcMethod struct {
 	*method
-	engine       *grpcEngine
-	count        *requestCounter
-	stream       grpc.StreamDesc
-	unaryInfo    grpc.UnaryServerInfo
-	unaryMetrics grpc.UnaryServerInterceptor
+	engine  *grpcEngine
+	metrics *methodMetrics
+	stream  grpc.StreamDesc
 }
 
 // admit says who calls, and lets nobody in who is denied.
 func (m *grpcMethod) admit(ctx context.Context) (*Identity, error) {
-	p, _ := peer.FromContext(ctx)
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return nil, errNoIdentity
+	}
 	info, ok := p.AuthInfo.(identityInfo)
 	if !ok {
-		return nil, ownError(codes.Internal, "connection without an identity")
+		return nil, errNoIdentity
 	}
 	if info.id.Denied {
 		m.engine.denials.note(info.id)
@@ -192,21 +187,24 @@ func (m *grpcMethod) newCall(id *Identity) call {
 }
 
 func (m *grpcMethod) serveUnary(_ any, ctx context.Context, decode func(any) error, _ grpc.UnaryServerInterceptor) (any, error) {
+	m.metrics.started.Inc()
 	in := new(frame)
 	if err := decode(in); err != nil {
+		m.metrics.end(status.Code(err))
 		return nil, err
 	}
-	out, err := m.unaryMetrics(ctx, in, &m.unaryInfo, m.forward)
-	m.count.count(status.Code(err))
-	return out, err
+	m.metrics.received.Inc()
+	out, err := m.forward(ctx, in)
+	m.metrics.end(status.Code(err))
+	if err != nil {
+		return nil, err
+	}
+	m.metrics.sent.Inc()
+	return out, nil
 }
 
-// forward moves one request and its answer, all in the handler's goroutine.
-func (m *grpcMethod) forward(ctx context.Context, req any) (any, error) {
-	in, ok := req.(*frame)
-	if !ok {
-		return nil, ownError(codes.Internal, "a request that is not a frame")
-	}
+// forward moves one request and its answer, all in the handler's goroutine. It owns in.
+func (m *grpcMethod) forward(ctx context.Context, in *frame) (*frame, error) {
 	defer in.free()
 	id, err := m.admit(ctx)
 	if err != nil {
@@ -239,7 +237,7 @@ func (m *grpcMethod) forward(ctx context.Context, req any) (any, error) {
 		}
 	}
 	if err != nil {
-		return nil, m.engine.ended(ctx, err)
+		return nil, ended(ctx, err, header, trailer)
 	}
 	if c != nil && c.scans() {
 		if err := out.edit(ctx, c.response); err != nil {
@@ -250,24 +248,27 @@ func (m *grpcMethod) forward(ctx context.Context, req any) (any, error) {
 	return out, nil
 }
 
-// ended returns the status for a call that ended with err: the proxy's own if the proxy has ended it or etcd was never reached,
-// and else etcd's, as it came.
-func (e *grpcEngine) ended(ctx context.Context, err error) error {
+// ended returns the status for a call that ended with err: the proxy's own if the proxy has ended it or etcd was never reached, and
+// else etcd's, as it came. Whatever etcd answers has headers or trailers, a content type at the least.
+func ended(ctx context.Context, err error, header, trailer metadata.MD) error {
 	if cause := context.Cause(ctx); cause != nil {
 		var own interface{ GRPCStatus() *status.Status }
 		if errors.As(cause, &own) {
 			return cause
 		}
 	}
-	if st := status.Convert(err); st.Code() == codes.Unavailable && !e.upstream.up.Load() {
-		return ownError(codes.Unavailable, "etcd is unreachable: "+st.Message())
+	if len(header) == 0 && len(trailer) == 0 {
+		if st := status.Convert(err); st.Code() == codes.Unavailable {
+			return ownError(codes.Unavailable, "etcd is unreachable: "+st.Message())
+		}
 	}
 	return err
 }
 
 func (m *grpcMethod) serveStream(_ any, ss grpc.ServerStream) error {
+	m.metrics.started.Inc()
 	err := m.relay(ss)
-	m.count.count(status.Code(err))
+	m.metrics.end(status.Code(err))
 	return err
 }
 
@@ -291,6 +292,7 @@ func (m *grpcMethod) relay(ss grpc.ServerStream) error {
 		if err := ss.RecvMsg(first); err != nil {
 			return err
 		}
+		m.metrics.received.Inc()
 		if c != nil {
 			if err := first.edit(ctx, c.request); err != nil {
 				return err
@@ -300,17 +302,18 @@ func (m *grpcMethod) relay(ss grpc.ServerStream) error {
 	m.engine.upstream.await(ctx)
 	cs, err := m.engine.upstream.conn.NewStream(upstreamContext(ctx), &m.stream, m.full)
 	if err != nil {
-		return m.engine.ended(ctx, err)
+		return ended(ctx, err, nil, nil)
 	}
 	if first != nil {
 		// An end of the stream is told in full by the first receive.
 		if err := cs.SendMsg(first); err != nil && !errors.Is(err, io.EOF) {
-			return m.engine.ended(ctx, err)
+			return ended(ctx, err, nil, nil)
 		}
 	} else {
 		m.engine.pumps.Go(func() { m.pump(ctx, cancel, ss, cs, c) })
 	}
-	if header, err := cs.Header(); err == nil && header != nil {
+	header, err := cs.Header()
+	if err == nil && header != nil {
 		if err := ss.SendHeader(header); err != nil {
 			return err
 		}
@@ -319,11 +322,12 @@ func (m *grpcMethod) relay(ss grpc.ServerStream) error {
 	defer func() { out.free() }()
 	for {
 		if err := cs.RecvMsg(out); err != nil {
-			ss.SetTrailer(cs.Trailer())
+			trailer := cs.Trailer()
+			ss.SetTrailer(trailer)
 			if errors.Is(err, io.EOF) {
 				return nil
 			}
-			return m.engine.ended(ctx, err)
+			return ended(ctx, err, header, trailer)
 		}
 		if c != nil && c.scans() {
 			if err := out.edit(ctx, c.response); err != nil {
@@ -333,6 +337,7 @@ func (m *grpcMethod) relay(ss grpc.ServerStream) error {
 		if err := ss.SendMsg(out); err != nil {
 			return err
 		}
+		m.metrics.sent.Inc()
 	}
 }
 
@@ -350,6 +355,7 @@ func (m *grpcMethod) pump(ctx context.Context, cancel context.CancelCauseFunc, s
 			cancel(err)
 			return
 		}
+		m.metrics.received.Inc()
 		if c != nil {
 			if err := in.edit(ctx, c.request); err != nil {
 				cancel(err)
@@ -378,76 +384,3 @@ func upstreamContext(ctx context.Context) context.Context {
 	}
 	return metadata.NewOutgoingContext(ctx, md)
 }
-
-// connQueue hands identified connections to grpc-go's server.
-type connQueue struct {
-	conns chan *clientConn
-	done  chan struct{}
-	once  sync.Once
-}
-
-var _ net.Listener = (*connQueue)(nil)
-
-func (q *connQueue) put(conn *clientConn) {
-	select {
-	case q.conns <- conn:
-	case <-q.done:
-		conn.Close()
-	}
-}
-
-// Accept implements net.Listener.
-func (q *connQueue) Accept() (net.Conn, error) {
-	select {
-	case conn := <-q.conns:
-		return conn, nil
-	case <-q.done:
-		return nil, net.ErrClosed
-	}
-}
-
-// Close implements net.Listener.
-func (q *connQueue) Close() error {
-	q.once.Do(func() { close(q.done) })
-	return nil
-}
-
-// Addr implements net.Listener.
-func (q *connQueue) Addr() net.Addr { return &net.UnixAddr{Name: "proxy", Net: "unix"} }
-
-// identityCredentials tell grpc-go what the listener has found out; there is no handshake left to do.
-type identityCredentials struct{}
-
-var _ credentials.TransportCredentials = identityCredentials{}
-
-// identityInfo rides on every call of a connection.
-type identityInfo struct {
-	credentials.CommonAuthInfo
-	id *Identity
-}
-
-// AuthType implements credentials.AuthInfo.
-func (identityInfo) AuthType() string { return "etcd-kms-proxy" }
-
-// ServerHandshake implements credentials.TransportCredentials.
-func (identityCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	c, ok := conn.(*clientConn)
-	if !ok {
-		return nil, nil, errors.New("connection without an identity")
-	}
-	return c, identityInfo{id: c.id}, nil
-}
-
-// ClientHandshake implements credentials.TransportCredentials; these credentials are a server's.
-func (identityCredentials) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	return nil, nil, errors.New("client handshake with a server's credentials")
-}
-
-// Info implements credentials.TransportCredentials.
-func (identityCredentials) Info() credentials.ProtocolInfo { return credentials.ProtocolInfo{} }
-
-// Clone implements credentials.TransportCredentials.
-func (c identityCredentials) Clone() credentials.TransportCredentials { return c }
-
-// OverrideServerName implements credentials.TransportCredentials.
-func (identityCredentials) OverrideServerName(string) error { return nil }

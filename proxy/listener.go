@@ -168,7 +168,7 @@ func (l *unixListener) Close() error {
 }
 
 // run accepts until the listener is closed, and returns once every connection is handed on or gone. ctx bounds the handshakes.
-func (l *listener) run(ctx context.Context, serve func(*clientConn)) error {
+func (l *listener) run(ctx context.Context, serve func(*clientConn)) {
 	var handshakes sync.WaitGroup
 	defer handshakes.Wait()
 	pause := time.Duration(0)
@@ -176,14 +176,14 @@ func (l *listener) run(ctx context.Context, serve func(*clientConn)) error {
 		conn, err := l.Accept()
 		if err != nil {
 			if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
-				return nil
+				return
 			}
 			// The process may be out of file descriptors: others will be closed.
 			pause = min(max(2*pause, 5*time.Millisecond), time.Second)
 			l.log.Error("connections cannot be accepted", "listener", l.cfg.Address, "error", err)
 			select {
 			case <-ctx.Done():
-				return nil
+				return
 			case <-time.After(pause):
 			}
 			continue

@@ -4,42 +4,46 @@ import (
 	"errors"
 	"fmt"
 
-	grpcprom "github.com/grpc-ecosystem/go-grpc-middleware/providers/prometheus"
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc/codes"
 )
 
-// metrics are the proxy's own figures, and the grpc_server_* ones that etcd has too.
+// metrics are the proxy's own figures, and the grpc_server_* ones under etcd's names and labels, so that etcd's dashboards
+// work here too.
 type metrics struct {
 	requests          *prometheus.CounterVec
 	connections       *prometheus.GaugeVec
 	handshakeFailures *prometheus.CounterVec
 	upstreamUp        prometheus.Gauge
-	grpc              *grpcprom.ServerMetrics
+
+	started, handled, received, sent *prometheus.CounterVec
 }
 
 // newMetrics registers with r; nil keeps the figures to themselves.
 func newMetrics(r prometheus.Registerer) (*metrics, error) {
+	counter := func(name, help string, labels ...string) *prometheus.CounterVec {
+		return prometheus.NewCounterVec(prometheus.CounterOpts{Name: name, Help: help}, labels)
+	}
+	const grpcType, grpcService, grpcMethod, grpcCode = "grpc_type", "grpc_service", "grpc_method", "grpc_code"
 	m := &metrics{
-		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "etcd_kms_proxy_requests_total", Help: "Calls that have ended, by method and gRPC code.",
-		}, []string{"method", "code"}),
+		requests: counter("etcd_kms_proxy_requests_total", "Calls that have ended, by method and gRPC code.", "method", "code"),
 		connections: prometheus.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "etcd_kms_proxy_connections", Help: "Open client connections, by listener.",
 		}, []string{"listener"}),
-		handshakeFailures: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "etcd_kms_proxy_rejected_connections_total", Help: "Connections that failed to identify themselves, by listener.",
-		}, []string{"listener"}),
+		handshakeFailures: counter("etcd_kms_proxy_rejected_connections_total", "Connections that failed to identify themselves, by listener.", "listener"),
 		upstreamUp: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "etcd_kms_proxy_etcd_connected", Help: "1 while at least one etcd endpoint is connected.",
 		}),
-		grpc: grpcprom.NewServerMetrics(),
+		started:  counter("grpc_server_started_total", "Calls that have begun.", grpcType, grpcService, grpcMethod),
+		handled:  counter("grpc_server_handled_total", "Calls that have ended, by gRPC code.", grpcType, grpcService, grpcMethod, grpcCode),
+		received: counter("grpc_server_msg_received_total", "Messages received from clients.", grpcType, grpcService, grpcMethod),
+		sent:     counter("grpc_server_msg_sent_total", "Messages sent to clients.", grpcType, grpcService, grpcMethod),
 	}
 	if r == nil {
 		return m, nil
 	}
 	var problems []error
-	for _, c := range []prometheus.Collector{m.requests, m.connections, m.handshakeFailures, m.upstreamUp, m.grpc} {
+	for _, c := range []prometheus.Collector{m.requests, m.connections, m.handshakeFailures, m.upstreamUp, m.started, m.handled, m.received, m.sent} {
 		if err := r.Register(c); err != nil {
 			problems = append(problems, fmt.Errorf("register metrics: %w", err))
 		}
@@ -47,24 +51,40 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 	return m, errors.Join(problems...)
 }
 
-// unknownMethod is the label of every method outside the table: a client must not be able to make new labels.
-const unknownMethod = "unknown"
+// lastCode is the greatest of gRPC's codes.
+const lastCode = codes.Unauthenticated
 
-// requestCounter counts the calls of one method; the common case finds its counter without a lookup.
-type requestCounter struct {
-	vec    *prometheus.CounterVec
-	method string
-	ok     prometheus.Counter
+// methodMetrics are the figures of one method. Every label is resolved when it is made, so that counting costs no lookup, and every
+// series is there from the start, as etcd's are.
+type methodMetrics struct {
+	started, received, sent prometheus.Counter
+	handled, requests       [lastCode + 1]prometheus.Counter
 }
 
-func (m *metrics) counter(method string) *requestCounter {
-	return &requestCounter{vec: m.requests, method: method, ok: m.requests.WithLabelValues(method, codes.OK.String())}
-}
-
-func (c *requestCounter) count(code codes.Code) {
-	if code == codes.OK {
-		c.ok.Inc()
-		return
+func (m *metrics) of(row *method) *methodMetrics {
+	kind := [...]string{shapeUnary: "unary", shapeServerStream: "server_stream", shapeBidiStream: "bidi_stream"}[row.shape]
+	mm := &methodMetrics{
+		started:  m.started.WithLabelValues(kind, row.service, row.name),
+		received: m.received.WithLabelValues(kind, row.service, row.name),
+		sent:     m.sent.WithLabelValues(kind, row.service, row.name),
 	}
-	c.vec.WithLabelValues(c.method, code.String()).Inc()
+	for code := codes.OK; code <= lastCode; code++ {
+		mm.handled[code] = m.handled.WithLabelValues(kind, row.service, row.name, code.String())
+		mm.requests[code] = m.requests.WithLabelValues(row.full, code.String())
+	}
+	return mm
+}
+
+// unknown is the figure for every method outside the table: a client must not be able to make new labels.
+func (m *metrics) unknown() prometheus.Counter {
+	return m.requests.WithLabelValues("unknown", codes.Unimplemented.String())
+}
+
+// end counts the end of a call. An etcd that makes up a code of its own is counted under Unknown.
+func (m *methodMetrics) end(code codes.Code) {
+	if code > lastCode {
+		code = codes.Unknown
+	}
+	m.handled[code].Inc()
+	m.requests[code].Inc()
 }

@@ -3,7 +3,6 @@ package proxy
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net"
 	"sync"
@@ -126,27 +125,20 @@ func (p *Proxy) Run(ctx context.Context) error {
 	defer stop()
 	all.Go(func() { p.upstream.run(lasting) })
 
-	accepting, stopAccepting := context.WithCancelCause(ctx)
-	defer stopAccepting(nil)
+	accepting, stopAccepting := context.WithCancel(ctx)
+	defer stopAccepting()
 	for _, l := range p.listeners {
 		p.listenersUp.Add(1)
 		all.Go(func() {
 			defer p.listenersUp.Add(-1)
-			if err := l.run(accepting, p.engine.serve); err != nil {
-				stopAccepting(fmt.Errorf("listener %s: %w", l.cfg.Address, err))
-			}
+			l.run(accepting, p.engine.serve)
 		})
 	}
-	defer context.AfterFunc(accepting, p.closeListeners)()
+	defer p.closeListeners()
+	defer context.AfterFunc(ctx, p.closeListeners)()
 	p.serving.Store(true)
-	err := p.engine.run(accepting)
-	p.serving.Store(false)
-	stopAccepting(nil)
-	p.closeListeners()
-	if err == nil && ctx.Err() == nil {
-		err = context.Cause(accepting)
-	}
-	return err
+	defer p.serving.Store(false)
+	return p.engine.run(ctx)
 }
 
 func (p *Proxy) closeListeners() {

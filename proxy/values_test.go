@@ -1,0 +1,198 @@
+package proxy
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+)
+
+func TestSealingErrors(t *testing.T) {
+	secret := "canary-value"
+	etcd := serveFake(t, &fakeEtcd{
+		putFn: func(context.Context, *pb.PutRequest) (*pb.PutResponse, error) { return &pb.PutResponse{}, nil },
+		rangeFn: func(_ context.Context, r *pb.RangeRequest) (*pb.RangeResponse, error) {
+			return &pb.RangeResponse{Kvs: []*mvccpb.KeyValue{{Key: r.Key, Value: []byte(secret)}}}, nil
+		},
+		watchFn: func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error {
+			if _, err := s.Recv(); err != nil {
+				return err
+			}
+			if err := s.Send(&pb.WatchResponse{Events: []*mvccpb.Event{{Kv: &mvccpb.KeyValue{Key: []byte("k"), Value: []byte(secret)}}}}); err != nil {
+				return err
+			}
+			<-s.Context().Done()
+			return nil
+		},
+	})
+	for _, tt := range []struct {
+		err  error
+		want error
+	}{
+		{&SealError{Code: codes.Unavailable, Text: "KMS ack is away"}, status.Error(codes.Unavailable, "etcd-kms-proxy: KMS ack is away")},
+		{fmt.Errorf("open: %w", &SealError{Code: codes.DataLoss, Text: "key k is damaged"}), status.Error(codes.DataLoss, "etcd-kms-proxy: key k is damaged")},
+		{errors.New("something inside"), status.Error(codes.Internal, "etcd-kms-proxy: a value could not be sealed or opened")},
+		{context.DeadlineExceeded, status.Error(codes.DeadlineExceeded, "etcd-kms-proxy: context deadline exceeded")},
+	} {
+		p := startProxy(t, etcd, []Rule{{Prefix: "k", Sealer: reverser{openErr: tt.err, sealErr: tt.err}}}, nil)
+		conn := p.dial(t)
+		_, err := pb.NewKVClient(conn).Put(testContext(t), &pb.PutRequest{Key: []byte("k"), Value: []byte(secret)})
+		sameStatus(t, err, tt.want)
+		_, err = pb.NewKVClient(conn).Range(testContext(t), &pb.RangeRequest{Key: []byte("k")})
+		sameStatus(t, err, tt.want)
+		s, err := pb.NewWatchClient(conn).Watch(testContext(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Send(createWatch("a", "z")); err != nil {
+			t.Fatal(err)
+		}
+		_, err = s.Recv()
+		sameStatus(t, err, tt.want)
+		// A key outside the rule is none of the KMS' business.
+		if _, err := pb.NewKVClient(conn).Put(testContext(t), &pb.PutRequest{Key: []byte("other"), Value: []byte("v")}); err != nil {
+			t.Error(err)
+		}
+		if strings.Contains(p.logs.String(), secret) {
+			t.Error("a value is in the log")
+		}
+	}
+}
+
+func TestMalformedGoesNoFurther(t *testing.T) {
+	etcd := serveFake(t, &fakeEtcd{}, grpc.ChainUnaryInterceptor(func(context.Context, any, *grpc.UnaryServerInfo, grpc.UnaryHandler) (any, error) {
+		t.Error("a malformed request reached etcd")
+		return nil, errors.New("no")
+	}))
+	conn := startProxy(t, etcd, everything, nil).dial(t)
+	for _, m := range []string{"Range", "RangeStream", "Put", "DeleteRange", "Txn"} {
+		_, err := rawCall(testContext(t), conn, "/etcdserverpb.KV/"+m, []byte{0x0a, 0x7f, 'x'})
+		if st := status.Convert(err); st.Code() != codes.InvalidArgument || !strings.HasPrefix(st.Message(), ownPrefix) {
+			t.Errorf("%s: %v", m, err)
+		}
+	}
+	for _, m := range []string{"/v3lockpb.Lock/Lock", "/v3electionpb.Election/Proclaim"} {
+		if _, err := rawCall(testContext(t), conn, m, []byte{0x0a, 0x7f, 'x'}); status.Code(err) != codes.InvalidArgument {
+			t.Errorf("%s: %v", m, err)
+		}
+	}
+	if _, err := rawCall(testContext(t), conn, "/etcdserverpb.Watch/Watch", []byte{0x0a, 0x7f, 'x'}); status.Code(err) != codes.InvalidArgument {
+		t.Errorf("Watch: %v", err)
+	}
+}
+
+func TestMalformedAnswerIsNotTheClientsFault(t *testing.T) {
+	conn := startProxy(t, serveRaw(t, []byte{0x12, 0x7f, 'x'}), everything, nil).dial(t)
+	_, err := rawCall(testContext(t), conn, "/etcdserverpb.KV/Range", []byte{0x0a, 0x01, 'k'})
+	if st := status.Convert(err); st.Code() != codes.Internal || !strings.HasPrefix(st.Message(), ownPrefix+"etcd's answer: ") {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestElectionsAndLocks(t *testing.T) {
+	conn := startProxy(t, serveRaw(t, nil), []Rule{{Prefix: "/r/secrets/", Sealer: reverser{}}}, nil).dial(t)
+	name := func(n string) []byte { return append([]byte{0x0a, byte(len(n))}, n...) }
+	leader := func(k string) []byte {
+		inner := append([]byte{0x12, byte(len(k))}, k...)
+		return append([]byte{0x0a, byte(len(inner))}, inner...)
+	}
+	for _, tt := range []struct {
+		method string
+		msg    []byte
+		code   codes.Code
+	}{
+		{"/v3lockpb.Lock/Lock", name("/r/secrets"), codes.Unimplemented},
+		{"/v3lockpb.Lock/Lock", name("/r/secrets/mine"), codes.Unimplemented},
+		{"/v3lockpb.Lock/Lock", name("/r"), codes.Unimplemented}, // a rule covers some of the names below
+		{"/v3lockpb.Lock/Lock", name("/r/sec"), codes.OK},
+		{"/v3electionpb.Election/Campaign", name("/r/secrets"), codes.Unimplemented},
+		{"/v3electionpb.Election/Campaign", name("/e"), codes.OK},
+		{"/v3electionpb.Election/Leader", name("/r/secrets"), codes.Unimplemented},
+		{"/v3electionpb.Election/Observe", name("/r/secrets"), codes.Unimplemented},
+		{"/v3electionpb.Election/Proclaim", leader("/r/secrets/1"), codes.Unimplemented},
+		{"/v3electionpb.Election/Resign", leader("/r/other/1"), codes.OK},
+	} {
+		_, err := rawCall(testContext(t), conn, tt.method, tt.msg)
+		if st := status.Convert(err); st.Code() != tt.code || (err != nil && !strings.HasPrefix(st.Message(), ownPrefix)) {
+			t.Errorf("%s %q: %v, want %v", tt.method, tt.msg, err, tt.code)
+		}
+	}
+}
+
+// TestUntouchedBytes sends bytes that no typed client would: what the proxy does not have to change stays byte for byte.
+func TestUntouchedBytes(t *testing.T) {
+	unknown, err := proto.Marshal(&pb.RangeResponse{Count: 5})
+	if err != nil {
+		t.Fatal(err)
+	}
+	unknown = append(unknown, 0xfa, 0x07, 0x03, 'a', 'b', 'c') // field 127
+	conn := startProxy(t, serveRaw(t, unknown), []Rule{{Prefix: "s", Sealer: reverser{}}}, nil).dial(t)
+	for _, m := range []string{"/etcdserverpb.KV/Range", "/etcdserverpb.KV/Compact", "/grpc.health.v1.Health/Check"} {
+		got, err := rawCall(testContext(t), conn, m, []byte{0x0a, 0x01, 'k'})
+		if err != nil || !bytes.Equal(got, unknown) {
+			t.Errorf("%s: %x, %v", m, got, err)
+		}
+	}
+}
+
+// TestRulesSwappedInFlight: an answer that comes after new rules is looked into even if its request met none.
+func TestRulesSwappedInFlight(t *testing.T) {
+	arrived, release := make(chan struct{}, 1), make(chan struct{})
+	watching := make(chan struct{}, 1)
+	etcd := serveFake(t, &fakeEtcd{
+		rangeFn: func(context.Context, *pb.RangeRequest) (*pb.RangeResponse, error) {
+			arrived <- struct{}{}
+			<-release
+			return &pb.RangeResponse{Kvs: []*mvccpb.KeyValue{{Key: []byte("k"), Value: sealed("k", "v")}}}, nil
+		},
+		watchFn: func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error {
+			if _, err := s.Recv(); err != nil {
+				return err
+			}
+			watching <- struct{}{}
+			<-release
+			return s.Send(&pb.WatchResponse{Events: []*mvccpb.Event{{Kv: &mvccpb.KeyValue{Key: []byte("k"), Value: sealed("k", "v")}}}})
+		},
+	})
+	p := startProxy(t, etcd, nil, nil)
+	conn := p.dial(t)
+	s, err := pb.NewWatchClient(conn).Watch(testContext(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Send(createWatch("k", "")); err != nil {
+		t.Fatal(err)
+	}
+	got := make(chan *pb.RangeResponse, 1)
+	go func() {
+		r, err := pb.NewKVClient(conn).Range(testContext(t), &pb.RangeRequest{Key: []byte("k")})
+		if err != nil {
+			t.Error(err)
+		}
+		got <- r
+	}()
+	wait(t, arrived, "range")
+	wait(t, watching, "watch")
+	if err := p.SetRules(everything); err != nil {
+		t.Fatal(err)
+	}
+	close(release)
+	if r := wait(t, got, "answer"); string(r.GetKvs()[0].GetValue()) != "v" {
+		t.Errorf("range: %v", r)
+	}
+	if r, err := s.Recv(); err != nil || string(r.Events[0].Kv.Value) != "v" {
+		t.Errorf("watch: %v, %v", r, err)
+	}
+	if err := p.SetRules([]Rule{{Prefix: "a", Sealer: reverser{}}, {Prefix: "a", Sealer: reverser{}}}); err == nil {
+		t.Error("two rules with one prefix were taken")
+	}
+}
