@@ -143,7 +143,6 @@ func TestProblems(t *testing.T) {
 		"alibaba over http":       {minimal + "kms: [{name: a, alibaba: {region: r, keyID: k, endpoint: 'http://h'}}]\n", "kms[0].alibaba.endpoint", 7, "always uses HTTPS"},
 		"alibaba with a role":     {minimal + "kms: [{name: a, alibaba: {region: r, keyID: k, credentials: {type: ecsRAMRole}}}]\n", "kms[0].alibaba.credentials.type", 7, "not supported in this version"},
 		"alibaba, unknown type":   {minimal + "kms: [{name: a, alibaba: {region: r, keyID: k, credentials: {type: x}}}]\n", "kms[0].alibaba.credentials.type", 7, "unknown"},
-		"half a credential":       {minimal + "kms: [{name: a, alibaba: {region: r, keyID: k, credentials: {accessKeyIDFile: " + dir + "/junk}}}]\n", "kms[0].alibaba.credentials", 7, "give both"},
 		"needless token":          {minimal + "kms: [{name: a, alibaba: {region: r, keyID: k, credentials: {securityTokenFile: " + dir + "/junk}}}]\n", "kms[0].alibaba.credentials.securityTokenFile", 7, "type: sts"},
 		"context not strings":     {minimal + "kms: [{name: a, alibaba: {region: r, keyID: k, encryptionContext: {c: true}}}]\n", "kms[0].alibaba.encryptionContext.c", 7, "in quotes"},
 		"context twice":           {minimal + "kms: [{name: a, alibaba: {region: r, keyID: k, encryptionContext: {c: a, c: b}}}]\n", "kms[0].alibaba.encryptionContext.c", 7, "twice"},

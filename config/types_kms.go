@@ -39,8 +39,8 @@ type Alibaba struct {
 	Credentials AlibabaCredentials `yaml:"credentials"`
 }
 
-// AlibabaCredentials come from files, read again at each use, or else from the environment variables ALIBABA_CLOUD_ACCESS_KEY_ID,
-// ALIBABA_CLOUD_ACCESS_KEY_SECRET and ALIBABA_CLOUD_SECURITY_TOKEN.
+// AlibabaCredentials come from files, read again at each use. Each part without a file comes from the environment:
+// ALIBABA_CLOUD_ACCESS_KEY_ID, ALIBABA_CLOUD_ACCESS_KEY_SECRET and ALIBABA_CLOUD_SECURITY_TOKEN.
 type AlibabaCredentials struct {
 	// Type is `accessKey`, or `sts` for one with a security token.
 	Type string `yaml:"type" default:"accessKey"`

@@ -250,9 +250,6 @@ func (d *decoder) alibaba(at string, a *Alibaba) {
 	default:
 		d.report(at+".type", "write accessKey or sts", "%q is unknown", c.Type)
 	}
-	if (c.AccessKeyIDFile == "") != (c.AccessKeySecretFile == "") {
-		d.report(at, "give both, or neither to use the environment", "has one of accessKeyIDFile and accessKeySecretFile")
-	}
 	if c.SecurityTokenFile != "" && c.Type == "accessKey" {
 		d.report(at+".securityTokenFile", "write type: sts, or remove it", "has no effect with type accessKey")
 	}

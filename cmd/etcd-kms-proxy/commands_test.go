@@ -38,6 +38,8 @@ func TestUsageErrors(t *testing.T) {
 		}
 	}
 	execute(t, "frobnicate").want(t, 2, "hint: ")
+	// And as the shell sees it.
+	executeAlone(t, "frobnicate").want(t, 2, "error: ", "hint: ")
 }
 
 func TestVersion(t *testing.T) {

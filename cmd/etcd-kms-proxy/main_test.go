@@ -43,8 +43,19 @@ func command(args ...string) *exec.Cmd {
 	return cmd
 }
 
-// execute runs a command that ends by itself.
+// execute runs a command that ends by itself, within the test's process: a new one for each takes long with the race detector.
 func execute(t *testing.T, args ...string) result {
+	t.Helper()
+	if len(args) > 0 && args[0] == "serve" {
+		return executeAlone(t, args...) // it changes its whole process
+	}
+	var stdout, stderr bytes.Buffer
+	code := run(args, &stdout, &stderr)
+	return result{code, stdout.String(), stderr.String()}
+}
+
+// executeAlone runs a command in a process of its own.
+func executeAlone(t *testing.T, args ...string) result {
 	t.Helper()
 	cmd := command(args...)
 	var stdout, stderr bytes.Buffer

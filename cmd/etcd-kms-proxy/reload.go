@@ -90,7 +90,7 @@ func (r *reloader) apply(trigger string) string {
 func (r *reloader) watch(ctx context.Context) {
 	w, err := fsnotify.NewWatcher()
 	if err == nil {
-		defer w.Close()
+		defer func() { _ = w.Close() }() // nothing is left to do if it fails
 		err = w.Add(filepath.Dir(r.path))
 	}
 	if err != nil {

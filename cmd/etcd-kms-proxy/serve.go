@@ -112,6 +112,7 @@ func (a *app) run(ctx context.Context, r *reloader, signals <-chan os.Signal, dr
 	if cause := context.Cause(serving); err == nil && cause != nil && !errors.Is(cause, context.Canceled) {
 		err = cause
 	}
+	stop(nil) // when the proxy ended by itself
 	if err == nil {
 		a.log.Info("stopped")
 	}
