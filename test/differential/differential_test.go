@@ -89,26 +89,31 @@ func TestRandomSequences(t *testing.T) {
 		fallback = 120
 	}
 	sequences := setting(t, "DIFFERENTIAL_SEQUENCES", fallback)
-	seed := setting(t, "DIFFERENTIAL_SEED", rand.Uint64()>>1)
 	for _, version := range versions {
 		for _, rules := range ruleSets {
 			t.Run(version+"/"+rules.name, func(t *testing.T) {
 				t.Parallel()
 				b := newBench(t, version, rules)
+				seed := setting(t, "DIFFERENTIAL_SEED", rand.Uint64()>>1)
 				t.Logf("%d sequences from seed %d on", sequences, seed)
-				start, requests := time.Now(), 0
+				start, counts := time.Now(), map[string]int{}
 				for i := range sequences {
-					requests += b.sequence(t, seed+i)
+					b.sequence(t, seed+i, counts)
 				}
-				t.Logf("%d sequences, %d requests in %v", sequences, requests, time.Since(start).Round(time.Second))
-				b.checkFiles(t)
+				t.Logf("%d sequences in %v; answers, errors (!) and watched events: %v", sequences, time.Since(start).Round(time.Second), counts)
+				for _, kind := range []string{"PutRequest", "RangeRequest", "DeleteRangeRequest", "TxnRequest", "CompactionRequest", "LeaseGrantRequest", "events"} {
+					if counts[kind] < int(sequences)/10 {
+						t.Errorf("only %d of %s: this proves little", counts[kind], kind)
+					}
+				}
+				b.checkFiles(t, "/s/p/x")
 			})
 		}
 	}
 }
 
-// sequence runs one random sequence from an empty store and returns the number of requests.
-func (b *bench) sequence(t *testing.T, seed uint64) int {
+// sequence runs one random sequence from an empty store and adds what it has seen to counts.
+func (b *bench) sequence(t *testing.T, seed uint64, counts map[string]int) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
@@ -120,6 +125,7 @@ func (b *bench) sequence(t *testing.T, seed uint64) int {
 	}()
 	g := &generator{Rand: rand.New(rand.NewPCG(seed, 0)), rules: b.rules, sealed: b.env.Sealed, clear: b.env.Clear}
 	p := b.pair(t)
+	p.counts = counts
 	p.reset(ctx)
 
 	var live *watchPair
@@ -129,6 +135,9 @@ func (b *bench) sequence(t *testing.T, seed uint64) int {
 		for range 1 + g.IntN(2) {
 			live.create(g.watch(p.revision))
 		}
+	}
+	for range g.IntN(8) {
+		p.do(ctx, g.put())
 	}
 	n := 8 + g.IntN(24)
 	for range n {
@@ -158,7 +167,6 @@ func (b *bench) sequence(t *testing.T, seed uint64) int {
 		past.check(ctx)
 	}
 	b.checkStored(ctx, p)
-	return len(p.trace)
 }
 
 // reset removes what the sequence before has left.
@@ -201,8 +209,8 @@ func (b *bench) checkStored(ctx context.Context, p *pair) {
 }
 
 // checkFiles searches the files of the etcd behind the proxy. The search of the harness at the end does it again; this one also proves that a search
-// finds what is there: a key, and a value that was not to be sealed.
-func (b *bench) checkFiles(t *testing.T) {
+// finds what is there: the given key, and a value that was not to be sealed.
+func (b *bench) checkFiles(t *testing.T, key string) {
 	t.Helper()
 	if b.proxy == nil {
 		return
@@ -214,7 +222,7 @@ func (b *bench) checkFiles(t *testing.T) {
 	for _, f := range found {
 		t.Errorf("etcd holds a sealed value: %v", f)
 	}
-	controls := []string{"/s/p/x"}
+	controls := []string{key}
 	if b.rules.name != "all" {
 		controls = append(controls, b.env.Clear.Marker())
 	}

@@ -94,7 +94,7 @@ func (g *generator) lease() int64 {
 func (g *generator) put() *pb.PutRequest {
 	key := g.key()
 	r := &pb.PutRequest{Key: []byte(key), Value: g.value(key), Lease: g.lease(), PrevKv: g.chance(40)}
-	switch g.IntN(14) {
+	switch g.IntN(20) {
 	case 0, 1:
 		r.IgnoreValue, r.Value = true, nil
 	case 2:
@@ -137,7 +137,7 @@ func (g *generator) get(now int64) *pb.RangeRequest {
 		r.MinModRevision, r.MaxModRevision, r.MinCreateRevision, r.MaxCreateRevision = bound(), bound(), bound(), bound()
 	}
 	if g.chance(1) {
-		r.Key = nil
+		r.Key, r.SortTarget = nil, pb.RangeRequest_KEY
 	}
 	if g.chance(1) {
 		r.SortOrder = 7 // unknown to the server
@@ -179,7 +179,8 @@ func (g *generator) compare(now int64) *pb.Compare {
 			c.Target = pb.Compare_MOD // and no operand
 			break
 		}
-		c.Target, c.TargetUnion = pb.Compare_VALUE, &pb.Compare_Value{Value: g.value(key)}
+		// A range that ends before it begins overlaps nothing, wherever its bounds are.
+		c.Target, c.TargetUnion = pb.Compare_VALUE, &pb.Compare_Value{Value: []byte(g.clear.Value(string(rune('a' + g.IntN(26)))))}
 	}
 	return c
 }
@@ -239,7 +240,11 @@ func (g *generator) next(now int64) any {
 	case n < 48:
 		return g.get(now)
 	case n < 53:
-		return stream{g.get(now)}
+		r := g.get(now)
+		if g.chance(70) {
+			r.SortOrder, r.SortTarget = 0, 0 // etcd streams in the order of keys only
+		}
+		return stream{r}
 	case n < 60:
 		return g.deletion()
 	case n < 84:

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -207,6 +208,7 @@ type pair struct {
 	bare, proxy *side
 	revision    int64 // the last one seen in an answer
 	trace       []string
+	counts      map[string]int // answers by kind of request, errors with a "!"; nil counts nothing
 }
 
 // do sends the request to both sides and returns the answer that they agree on.
@@ -217,6 +219,13 @@ func (p *pair) do(ctx context.Context, request any) answer {
 	proxy := p.proxy.do(ctx, request)
 	if !bare.same(proxy) {
 		p.fail("step %d: %s\n bare etcd: %v\n the proxy: %v", len(p.trace)-1, describe(request), bare, proxy)
+	}
+	if p.counts != nil {
+		kind := strings.TrimPrefix(fmt.Sprintf("%T", request), "*etcdserverpb.")
+		if bare.err != nil {
+			kind += "!"
+		}
+		p.counts[kind]++
 	}
 	if h, ok := bare.message.(interface{ GetHeader() *pb.ResponseHeader }); ok && h.GetHeader().GetRevision() > 0 {
 		p.revision = h.GetHeader().Revision

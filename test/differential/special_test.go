@@ -36,7 +36,7 @@ func TestSpecialCases(t *testing.T) {
 	t.Run("strict rules refuse injected values", b.injected)
 	t.Run("metadata", b.metadata)
 	t.Run("users and permissions", b.users) // the last one: it turns authentication on
-	b.checkFiles(t)
+	b.checkFiles(t, "/s/fragment")
 }
 
 // valueRefused asserts the stated limit: until the proxy evaluates VALUE compares and sorts itself, it refuses those that a rule covers, and writes nothing.

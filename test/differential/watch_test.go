@@ -224,6 +224,16 @@ func (s *watched) differs(other *watched) string {
 	return ""
 }
 
+func (s *watched) count() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := 0
+	for _, events := range s.events {
+		n += len(events)
+	}
+	return n
+}
+
 func list(events []*mvccpb.Event) string {
 	var b strings.Builder
 	// A watch sees the events of one revision in the order of the operations, on either side.
@@ -239,6 +249,7 @@ type watchPair struct {
 	*pair
 	bare, proxy *watcher
 	future      int64 // the latest revision at which a watch starts
+	counted     int
 }
 
 func (p *pair) openWatch(ctx context.Context) *watchPair {
@@ -292,6 +303,11 @@ func (w *watchPair) check(ctx context.Context) {
 	w.both(fmt.Sprintf("watches reach revision %d", w.revision), func(side *watcher) error { return side.drain(w.revision) })
 	if difference := w.bare.seen.differs(&w.proxy.seen); difference != "" {
 		w.fail("%s", difference)
+	}
+	if w.counts != nil {
+		events := w.bare.seen.count()
+		w.counts["events"] += events - w.counted
+		w.counted = events
 	}
 }
 

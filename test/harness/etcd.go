@@ -27,6 +27,8 @@ type EtcdConfig struct {
 	CA *CA
 	// Name is the beginning of the log's name; "etcd" by default.
 	Name string
+	// Address is where clients reach it; a free address if empty.
+	Address string
 	// Flags are put at the end of the command line.
 	Flags []string
 }
@@ -34,6 +36,10 @@ type EtcdConfig struct {
 // Etcd is a running single-member etcd.
 type Etcd struct {
 	*Process
+	env          *Env
+	name, member string
+	bin          string
+	args         []string
 	// Address is host:port.
 	Address string
 	// URL is the endpoint with its scheme.
@@ -56,7 +62,10 @@ func (e *Env) StartEtcd(cfg EtcdConfig) *Etcd {
 		cfg.Name = "etcd"
 	}
 	member := fmt.Sprintf("%s-%016x", cfg.Name, rand.Uint64())
-	s := &Etcd{Address: FreeAddress(e.TB), DataDir: filepath.Join(e.Dir, member)}
+	s := &Etcd{env: e, name: cfg.Name, member: member, bin: Bin(e.TB, "etcd-"+cfg.Version), Address: cfg.Address, DataDir: filepath.Join(e.Dir, member)}
+	if s.Address == "" {
+		s.Address = FreeAddress(e.TB)
+	}
 	s.URL = "http://" + s.Address
 	args := []string{
 		"--name", member, "--data-dir", s.DataDir, "--log-level", "info", "--logger", "zap",
@@ -82,12 +91,24 @@ func (e *Env) StartEtcd(cfg EtcdConfig) *Etcd {
 	if !cfg.Bare {
 		e.addDataDir(s.DataDir)
 	}
-	s.Process = e.spawn(cfg.Name, Bin(e.TB, "etcd-"+cfg.Version), args...)
-	e.TB.Cleanup(func() { s.Stop(10 * time.Second) })
+	s.args = args
+	e.TB.Cleanup(func() {
+		if s.Process != nil {
+			s.Stop(10 * time.Second)
+		}
+	})
+	s.Start()
+	return s
+}
 
+// Start starts the etcd again on its data, after [Process.Kill] or [Process.Stop], and waits until it answers.
+func (s *Etcd) Start() {
+	e := s.env
+	e.TB.Helper()
+	s.Process = e.spawn(s.name, s.bin, s.args...)
 	conn := Dial(e.TB, s.Address, s.TLS)
 	defer conn.Close()
-	Eventually(e.TB, 60*time.Second, cfg.Name+" to answer", func() error {
+	Eventually(e.TB, 60*time.Second, s.name+" to answer", func() error {
 		if err := s.Alive(); err != nil {
 			return err
 		}
@@ -97,13 +118,12 @@ func (e *Env) StartEtcd(cfg EtcdConfig) *Etcd {
 		if err != nil {
 			return err
 		}
-		if len(members.Members) != 1 || members.Members[0].Name != member {
-			return fmt.Errorf("member list is %v, want only %s: another etcd answers: %w", members.Members, member, ErrStop)
+		if len(members.Members) != 1 || members.Members[0].Name != s.member {
+			return fmt.Errorf("member list is %v, want only %s: another etcd answers: %w", members.Members, s.member, ErrStop)
 		}
 		_, err = pb.NewKVClient(conn).Range(ctx, &pb.RangeRequest{Key: []byte("\x00"), CountOnly: true})
 		return err
 	})
-	return s
 }
 
 // Dial opens a raw gRPC connection (no retries, no limit on answers) that closes with the test. target is host:port or unix:///path.

@@ -206,19 +206,19 @@ func (p *Proxy) Scrape() string {
 	return metrics
 }
 
-// Ready returns nil when /readyz answers 200, else an error with its text. It is safe for concurrent use.
+// Ready returns nil when /readyz answers 200 and no check in it fails, else an error with its text. It is safe for concurrent use.
 func (p *Proxy) Ready() error {
 	status, body, err := p.get("/readyz?verbose")
 	if err != nil {
 		return err
 	}
-	if status != http.StatusOK {
+	if status != http.StatusOK || strings.Contains(body, "[-]") {
 		return fmt.Errorf("/readyz answers %d: %s", status, body)
 	}
 	return nil
 }
 
-// WaitReady waits until the proxy says that it is ready.
+// WaitReady waits until the proxy says that it can serve every rule.
 func (p *Proxy) WaitReady(within time.Duration) {
 	p.env.TB.Helper()
 	Eventually(p.env.TB, within, p.name+" to be ready", func() error {

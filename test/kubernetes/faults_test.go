@@ -53,7 +53,7 @@ func (k *stack) putConfigMap(t *testing.T, name string) {
 	}
 }
 
-// eventually creates a Secret, however long it takes the proxy to see that all is well again.
+// eventuallyCreates creates a Secret, however long it takes the proxy to see that all is well again.
 func (k *stack) eventuallyCreates(t *testing.T, name string) {
 	t.Helper()
 	harness.Eventually(t, 30*time.Second, "Secrets to be written", func() error {
@@ -69,8 +69,8 @@ func (k *stack) notReadyFor(t *testing.T, prefix string) {
 	t.Helper()
 	harness.Eventually(t, 30*time.Second, "the proxy to say what it cannot serve", func() error {
 		err := k.proxy.Ready()
-		if err == nil || !strings.Contains(err.Error(), prefix) || !strings.Contains(err.Error(), provider) {
-			return fmt.Errorf("/readyz: %v; want an error that names %s and %s", err, prefix, provider)
+		if err == nil || !strings.Contains(err.Error(), "answers 200") || !strings.Contains(err.Error(), prefix) || !strings.Contains(err.Error(), provider) {
+			return fmt.Errorf("/readyz: %v; want it ready for the rest, and %s and %s named", err, prefix, provider)
 		}
 		return nil
 	})
@@ -94,7 +94,13 @@ func (k *stack) kmsDownAtStart(t *testing.T) {
 
 func (k *stack) kmsGoesDown(t *testing.T) {
 	k.kms.Stop()
-	k.notReadyFor(t, secrets)
+	harness.Eventually(t, 30*time.Second, "the proxy to notice", func() error {
+		if err := k.proxy.Ready(); err == nil || !strings.Contains(err.Error(), provider) {
+			return fmt.Errorf("/readyz: %v", err)
+		}
+		return nil
+	})
+	// The seed in use stays good for a day.
 	got, err := k.client("default").Get(t.Context(), "early", metav1.GetOptions{})
 	k.wants(t, got, err, "early")
 	created, err := k.client("default").Create(t.Context(), k.secret("meanwhile", "meanwhile"), metav1.CreateOptions{})
