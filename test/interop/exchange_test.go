@@ -95,7 +95,9 @@ func same(t *testing.T, what string, want []byte, wantStale bool) func([]byte, b
 func TestProcessesShareNothingButTheKMS(t *testing.T) {
 	p := startPlugin(t, "1")
 	we, they := newOurs(t, p, provider), newKube(t, p, provider, envelope.TypeSeed)
-	readers := []func(key, stored []byte) ([]byte, bool, error){newOurs(t, p, provider).open, newKube(t, p, provider, envelope.TypeSeed).open}
+	reader := newOurs(t, p, provider)
+	reader.await(t, "1") // what is stale is known once the KMS has said its key ID
+	readers := []func(key, stored []byte) ([]byte, bool, error){reader.open, newKube(t, p, provider, envelope.TypeSeed).open}
 	for _, seal := range []func(testing.TB, []byte, []byte) []byte{we.seal, they.seal} {
 		for i, open := range readers {
 			before := p.unwraps()
