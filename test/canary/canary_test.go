@@ -29,7 +29,7 @@ func TestEveryFormIsFound(t *testing.T) {
 				"%q":      fmt.Sprintf("%q", padded),
 				"%x":      fmt.Sprintf("%x", padded),
 				"%X":      fmt.Sprintf("%X", padded),
-				"%v":      fmt.Sprint(padded),
+				"%v":      fmt.Sprintf("%v", [...]any{padded}),
 				"JSON":    string(asJSON),
 				"hex":     hex.EncodeToString(padded),
 				"base64":  base64.StdEncoding.EncodeToString(padded),

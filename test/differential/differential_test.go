@@ -33,14 +33,13 @@ const (
 
 // bench is a bare etcd and the proxy before another one, of the same version.
 type bench struct {
-	env         *harness.Env
-	bareEtcd    *harness.Etcd
-	behind      *harness.Etcd
-	proxy       *harness.Proxy
-	bare, via   *side
-	raw         *side // the etcd behind the proxy, without the proxy
-	rules       ruleSet
-	bareAddress string
+	env       *harness.Env
+	bareEtcd  *harness.Etcd
+	behind    *harness.Etcd
+	proxy     *harness.Proxy
+	bare, via *side
+	raw       *side // the etcd behind the proxy, without the proxy
+	rules     ruleSet
 }
 
 func newBench(t *testing.T, version string, rules ruleSet) *bench {

@@ -175,12 +175,11 @@ func (g *generator) compare(now int64) *pb.Compare {
 	case 3:
 		c.Target, c.TargetUnion = pb.Compare_LEASE, &pb.Compare_Lease{Lease: g.lease()}
 	default:
-		if g.rules.overlaps(key, end) {
+		if g.rules.overlaps(key, end) || g.rules.overlaps(key, "") {
 			c.Target = pb.Compare_MOD // and no operand
 			break
 		}
-		// A range that ends before it begins overlaps nothing, wherever its bounds are.
-		c.Target, c.TargetUnion = pb.Compare_VALUE, &pb.Compare_Value{Value: []byte(g.clear.Value(string(rune('a' + g.IntN(26)))))}
+		c.Target, c.TargetUnion = pb.Compare_VALUE, &pb.Compare_Value{Value: g.value(key)}
 	}
 	return c
 }

@@ -41,12 +41,12 @@ func (r ruleSet) sealed(key string) bool {
 // overlaps reports whether [key, end), in etcd's notation, can hold a key of any rule.
 func (r ruleSet) overlaps(key, end string) bool {
 	for _, rule := range r.rules {
-		switch {
-		case end == "":
+		switch end {
+		case "":
 			if strings.HasPrefix(key, rule.Prefix) {
 				return true
 			}
-		case end == "\x00":
+		case "\x00":
 			if after := prefixEnd(rule.Prefix); after == "\x00" || key < after {
 				return true
 			}

@@ -57,9 +57,11 @@ func (b *bench) valueRefused(t *testing.T) {
 		return &pb.RangeRequest{Key: []byte(key), RangeEnd: []byte(end), SortTarget: pb.RangeRequest_VALUE, SortOrder: pb.RangeRequest_DESCEND}
 	}
 	for name, request := range map[string]any{
-		"compare of a key":              &pb.TxnRequest{Compare: []*pb.Compare{compare("/s/a", "")}, Success: []*pb.RequestOp{put}, Failure: []*pb.RequestOp{put}},
-		"compare of a range":            &pb.TxnRequest{Compare: []*pb.Compare{compare("/r", "/t")}, Failure: []*pb.RequestOp{put}},
-		"compare from a key on":         &pb.TxnRequest{Compare: []*pb.Compare{compare("/", "\x00")}, Failure: []*pb.RequestOp{put}},
+		"compare of a key":      &pb.TxnRequest{Compare: []*pb.Compare{compare("/s/a", "")}, Success: []*pb.RequestOp{put}, Failure: []*pb.RequestOp{put}},
+		"compare of a range":    &pb.TxnRequest{Compare: []*pb.Compare{compare("/r", "/t")}, Failure: []*pb.RequestOp{put}},
+		"compare from a key on": &pb.TxnRequest{Compare: []*pb.Compare{compare("/", "\x00")}, Failure: []*pb.RequestOp{put}},
+		// It covers no key, but its operand would stand in etcd's log all the same.
+		"compare of a range that ends before it begins": &pb.TxnRequest{Compare: []*pb.Compare{compare("/s/b", "/s/a")}, Failure: []*pb.RequestOp{put}},
 		"nested compare":                &pb.TxnRequest{Failure: []*pb.RequestOp{nested(&pb.TxnRequest{Compare: []*pb.Compare{compare("/t/a", "")}, Failure: []*pb.RequestOp{put}})}},
 		"sorted range":                  sorted("/s/", "/s0"),
 		"sorted range of everything":    sorted("\x00", "\x00"),
@@ -261,10 +263,10 @@ func (b *bench) malformed(t *testing.T) {
 		"two keys in a put":               {"Put", field(1, "/u/1") + field(1, "/s/a") + field(2, sealed)},
 		"two values in a put":             {"Put", field(1, "/s/a") + field(2, sealed) + field(2, sealed)},
 		"two keys in a put in a txn":      {"Txn", field(2, field(2, field(1, "/u/1")+field(1, "/s/a")+field(2, sealed)))},
-		"two arms of a oneof":             {"Txn", field(2, field(2, field(1, "/u/1")+field(2, sealed))+field(2, field(1, "/s/a")+field(2, sealed)))},
-		"a range and a put in one op":     {"Txn", field(2, field(1, field(1, "/u/1"))+field(2, field(1, "/s/a")+field(2, sealed)))},
+		"two puts in one op":              {"Txn", field(2, field(2, field(1, "/u/1")+field(2, sealed))+field(2, field(1, "/s/a")+field(2, sealed)))},
+		"two arms of a oneof":             {"Txn", field(2, field(1, field(1, "/u/1"))+field(2, field(1, "/s/a")+field(2, sealed)))},
 		"a put whose key is cut":          {"Txn", field(2, put(field(1, "/s/a"))[:5])},
-		"nested deeper than any client's": {"Txn", nest(40)},
+		"nested deeper than any client's": {"Txn", nest(1500)},
 	} {
 		request, response := []byte(test.message), []byte(nil)
 		err := conn.Invoke(t.Context(), "/etcdserverpb.KV/"+test.method, &request, &response, grpc.ForceCodecV2(rawCodec{}))

@@ -61,7 +61,7 @@ func (p *Process) Log() string {
 func (p *Process) Alive() error {
 	select {
 	case <-p.done:
-		return fmt.Errorf("%s ended (%v): %s: %w", p.name, p.err, strings.TrimSpace(tail(p.log, 2<<10)), ErrStop)
+		return fmt.Errorf("%s ended (%w): %s: %w", p.name, p.err, strings.TrimSpace(tail(p.log, 2<<10)), ErrStop)
 	default:
 		return nil
 	}

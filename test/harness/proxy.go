@@ -206,14 +206,19 @@ func (p *Proxy) Scrape() string {
 	return metrics
 }
 
-// Ready returns nil when /readyz answers 200 and no check in it fails, else an error with its text. It is safe for concurrent use.
-func (p *Proxy) Ready() error {
+// Report is what /readyz answers: the status, a line break, the checks. It is safe for concurrent use.
+func (p *Proxy) Report() string {
 	status, body, err := p.get("/readyz?verbose")
 	if err != nil {
-		return err
+		return err.Error()
 	}
-	if status != http.StatusOK || strings.Contains(body, "[-]") {
-		return fmt.Errorf("/readyz answers %d: %s", status, body)
+	return fmt.Sprintf("%d\n%s", status, body)
+}
+
+// Ready returns nil when /readyz answers 200 and no check in it fails, else an error with its text. It is safe for concurrent use.
+func (p *Proxy) Ready() error {
+	if report := p.Report(); !strings.HasPrefix(report, "200\n") || strings.Contains(report, "[-]") {
+		return fmt.Errorf("/readyz answers %s", report)
 	}
 	return nil
 }

@@ -56,7 +56,7 @@ func (k *stack) putConfigMap(t *testing.T, name string) {
 // eventuallyCreates creates a Secret, however long it takes the proxy to see that all is well again.
 func (k *stack) eventuallyCreates(t *testing.T, name string) {
 	t.Helper()
-	harness.Eventually(t, 30*time.Second, "Secrets to be written", func() error {
+	harness.Eventually(t, 60*time.Second, "Secrets to be written", func() error {
 		created, err := k.client("default").Create(t.Context(), k.secret(name, name), metav1.CreateOptions{})
 		if err == nil {
 			k.wants(t, created, nil, name)
@@ -65,19 +65,26 @@ func (k *stack) eventuallyCreates(t *testing.T, name string) {
 	})
 }
 
-func (k *stack) notReadyFor(t *testing.T, prefix string) {
+// reports waits until the proxy says that a check fails that names all of the words, and that it is ready for the rest.
+func (k *stack) reports(t *testing.T, words ...string) {
 	t.Helper()
-	harness.Eventually(t, 30*time.Second, "the proxy to say what it cannot serve", func() error {
-		err := k.proxy.Ready()
-		if err == nil || !strings.Contains(err.Error(), "answers 200") || !strings.Contains(err.Error(), prefix) || !strings.Contains(err.Error(), provider) {
-			return fmt.Errorf("/readyz: %v; want it ready for the rest, and %s and %s named", err, prefix, provider)
+	harness.Eventually(t, 60*time.Second, "the proxy to say what it cannot serve", func() error {
+		report := k.proxy.Report()
+		for line := range strings.Lines(report) {
+			failed := strings.HasPrefix(line, "[-]")
+			for _, word := range words {
+				failed = failed && strings.Contains(line, word)
+			}
+			if failed && strings.HasPrefix(report, "200\n") {
+				return nil
+			}
 		}
-		return nil
+		return fmt.Errorf("/readyz answers %s; want 200 and a failed check with %q", report, words)
 	})
 }
 
 func (k *stack) kmsDownAtStart(t *testing.T) {
-	k.notReadyFor(t, secrets)
+	k.reports(t, "rule", secrets, provider)
 	k.start() // ready without the KMS: nothing that it needs is under a rule
 	k.putConfigMap(t, "without-kms")
 	_, err := k.client("default").Create(t.Context(), k.secret("too-early", "too-early"), metav1.CreateOptions{})
@@ -89,17 +96,12 @@ func (k *stack) kmsDownAtStart(t *testing.T) {
 	}
 	k.kms.Start()
 	k.eventuallyCreates(t, "early")
-	k.proxy.WaitReady(30 * time.Second)
+	k.proxy.WaitReady(60 * time.Second)
 }
 
 func (k *stack) kmsGoesDown(t *testing.T) {
 	k.kms.Stop()
-	harness.Eventually(t, 30*time.Second, "the proxy to notice", func() error {
-		if err := k.proxy.Ready(); err == nil || !strings.Contains(err.Error(), provider) {
-			return fmt.Errorf("/readyz: %v", err)
-		}
-		return nil
-	})
+	k.reports(t, "kms", provider)
 	// The seed in use stays good for a day.
 	got, err := k.client("default").Get(t.Context(), "early", metav1.GetOptions{})
 	k.wants(t, got, err, "early")
@@ -121,7 +123,7 @@ func (k *stack) kmsGoesDown(t *testing.T) {
 
 	k.kms.Start()
 	for _, name := range []string{"early", "meanwhile"} {
-		harness.Eventually(t, 30*time.Second, "Secrets to be read again", func() error {
+		harness.Eventually(t, 60*time.Second, "Secrets to be read again", func() error {
 			got, err := k.client("default").Get(t.Context(), name, metav1.GetOptions{})
 			if err == nil {
 				k.wants(t, got, nil, name)
@@ -129,12 +131,12 @@ func (k *stack) kmsGoesDown(t *testing.T) {
 			return err
 		})
 	}
-	k.proxy.WaitReady(30 * time.Second)
+	k.proxy.WaitReady(60 * time.Second)
 }
 
 func (k *stack) kmsRotates(t *testing.T) {
 	k.kms.Rotate()
-	harness.Eventually(t, 30*time.Second, "a write under the new key version", func() error {
+	harness.Eventually(t, 60*time.Second, "a write under the new key version", func() error {
 		name := fmt.Sprintf("rotated-%d", time.Now().UnixNano())
 		if _, err := k.client("default").Create(t.Context(), k.secret(name, name), metav1.CreateOptions{}); err != nil {
 			return err
@@ -205,7 +207,7 @@ func (k *stack) proxyGoes(t *testing.T, end func()) {
 		return nil
 	})
 	k.proxy.Start()
-	k.proxy.WaitReady(30 * time.Second)
+	k.proxy.WaitReady(60 * time.Second)
 	k.api.WaitReady(60 * time.Second)
 	more(50)
 	stop()
@@ -214,7 +216,7 @@ func (k *stack) proxyGoes(t *testing.T, end func()) {
 	stored := k.stored(t)
 	// Twice: from etcd itself, and from the API server's cache, which has seen it all by watching.
 	for _, version := range []string{"", "0"} {
-		harness.Eventually(t, 30*time.Second, "every acknowledged write", func() error {
+		harness.Eventually(t, 60*time.Second, "every acknowledged write", func() error {
 			list, err := k.client(namespace).List(t.Context(), metav1.ListOptions{ResourceVersion: version})
 			if err != nil {
 				return err

@@ -25,7 +25,7 @@ func TestAPIServer(t *testing.T) {
 				t.Skip("the short run takes one way with everything through the proxy and one with only Secrets; the others differ in flags alone")
 			}
 			k := newStack(t, s)
-			k.proxy.WaitReady(30 * time.Second)
+			k.proxy.WaitReady(60 * time.Second)
 			k.start()
 			k.surface(t)
 			if t.Failed() {

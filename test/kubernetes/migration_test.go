@@ -28,7 +28,7 @@ func TestMigration(t *testing.T) {
 	t.Parallel()
 	k := newStack(t, shape{transport: "tcp", plugin: true})
 	k.kms.Start()
-	k.proxy.WaitReady(30 * time.Second)
+	k.proxy.WaitReady(60 * time.Second)
 
 	own := harness.APIServerConfig{
 		Name: "apiserver-own", EtcdServers: k.etcd.URL,

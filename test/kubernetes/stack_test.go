@@ -142,7 +142,7 @@ func (k *stack) checkStored(t *testing.T) {
 	t.Helper()
 	var stored, seen map[string]*kv
 	// The API server renews its own leases now and then: look until nothing has changed between the two reads.
-	harness.Eventually(t, 30*time.Second, "a quiet moment", func() error {
+	harness.Eventually(t, 60*time.Second, "a quiet moment", func() error {
 		stored, seen = k.stored(t), everything(t, k.via)
 		if len(stored) != len(seen) {
 			return fmt.Errorf("%d keys in etcd, %d through the proxy", len(stored), len(seen))

@@ -316,7 +316,7 @@ func (k *stack) serviceAccountToken(t *testing.T) {
 		t.Fatal(err)
 	}
 	unseen := tokens[1:]
-	harness.Eventually(t, 30*time.Second, "tokens to end with their Secret", func() error {
+	harness.Eventually(t, 60*time.Second, "tokens to end with their Secret", func() error {
 		if len(unseen) == 0 {
 			return fmt.Errorf("%d tokens were accepted after it was deleted: %w", len(tokens)-1, harness.ErrStop)
 		}
