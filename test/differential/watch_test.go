@@ -139,6 +139,9 @@ func (w *watcher) drain(revision int64) error {
 			}
 		}
 		if len(w.active()) == 0 {
+			if len(w.compacted()) > 0 {
+				continue // the last one has just ended
+			}
 			return nil
 		}
 		request := &pb.WatchRequest{RequestUnion: &pb.WatchRequest_ProgressRequest{ProgressRequest: &pb.WatchProgressRequest{}}}
