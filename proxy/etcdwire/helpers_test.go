@@ -1,0 +1,102 @@
+package etcdwire
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"testing"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	"google.golang.org/protobuf/proto"
+)
+
+// brackets is a reversible stand-in for sealing: "[key|value]", for keys under a prefix.
+type brackets struct{ prefix string }
+
+var errOpen = errors.New("value is not bracketed")
+
+func (b brackets) covers(key []byte) bool { return bytes.HasPrefix(key, []byte(b.prefix)) }
+
+func (b brackets) Overlaps(key, rangeEnd []byte) bool {
+	if len(rangeEnd) == 0 {
+		return b.covers(key)
+	}
+	fromKey := len(rangeEnd) == 1 && rangeEnd[0] == 0
+	after := append([]byte(b.prefix), 0xff, 0xff)
+	return bytes.Compare(key, after) < 0 && (fromKey || bytes.Compare(rangeEnd, []byte(b.prefix)) > 0)
+}
+
+func (b brackets) Seal(_ context.Context, key, value []byte) ([]byte, error) {
+	if !b.covers(key) {
+		return value, nil
+	}
+	return bytes.Join([][]byte{{'['}, key, {'|'}, value, {']'}}, nil), nil
+}
+
+func (b brackets) Open(_ context.Context, key, stored []byte) ([]byte, error) {
+	if !b.covers(key) {
+		return stored, nil
+	}
+	head := append(append([]byte{'['}, key...), '|')
+	if !bytes.HasPrefix(stored, head) || !bytes.HasSuffix(stored, []byte("]")) {
+		return nil, errOpen
+	}
+	return stored[len(head) : len(stored)-1], nil
+}
+
+// untouched changes nothing and counts what it is asked.
+type untouched struct{ seals, opens int }
+
+func (*untouched) Overlaps(_, _ []byte) bool { return false }
+
+func (u *untouched) Seal(_ context.Context, _, value []byte) ([]byte, error) {
+	u.seals++
+	return value, nil
+}
+
+func (u *untouched) Open(_ context.Context, _, stored []byte) ([]byte, error) {
+	u.opens++
+	return stored, nil
+}
+
+func wire(t testing.TB, m proto.Message) []byte {
+	t.Helper()
+	b, err := proto.MarshalOptions{Deterministic: true}.Marshal(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func decode[M proto.Message](t testing.TB, b []byte, m M) M {
+	t.Helper()
+	if err := proto.Unmarshal(b, m); err != nil {
+		t.Fatalf("decode %T: %v", m, err)
+	}
+	return m
+}
+
+func kv(key, value string) *mvccpb.KeyValue {
+	return &mvccpb.KeyValue{Key: []byte(key), Value: []byte(value), CreateRevision: 3, ModRevision: 300, Version: 2, Lease: 77}
+}
+
+func put(key, value string) *pb.RequestOp {
+	return &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: []byte(key), Value: []byte(value), Lease: 9, PrevKv: true}}}
+}
+
+func rng(r *pb.RangeRequest) *pb.RequestOp {
+	return &pb.RequestOp{Request: &pb.RequestOp_RequestRange{RequestRange: r}}
+}
+
+func nested(r *pb.TxnRequest) *pb.RequestOp {
+	return &pb.RequestOp{Request: &pb.RequestOp_RequestTxn{RequestTxn: r}}
+}
+
+func answers(succeeded bool, ops ...*pb.ResponseOp) *pb.TxnResponse {
+	return &pb.TxnResponse{Header: &pb.ResponseHeader{Revision: 5}, Succeeded: succeeded, Responses: ops}
+}
+
+func ranged(kvs ...*mvccpb.KeyValue) *pb.ResponseOp {
+	return &pb.ResponseOp{Response: &pb.ResponseOp_ResponseRange{ResponseRange: &pb.RangeResponse{Kvs: kvs, Count: 1}}}
+}

@@ -1,0 +1,175 @@
+package etcdwire
+
+import (
+	"bytes"
+	"errors"
+	"strings"
+	"testing"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
+)
+
+// TestAgreesWithModel holds every rewriter against decode, edit, encode.
+func TestAgreesWithModel(t *testing.T) {
+	for _, m := range methods {
+		t.Run(m.name, func(t *testing.T) {
+			for i, sample := range samples()[m.name] {
+				msg := wire(t, sample)
+				for _, prefix := range []string{"s/", "nothing/"} {
+					rules := brackets{prefix}
+					got, err := m.rewrite(msg, rules)
+					if err != nil {
+						t.Fatalf("sample %d, rule %q: %v", i, prefix, err)
+					}
+					want := proto.Clone(sample)
+					if err := m.model(want, rules); err != nil {
+						t.Fatal(err)
+					}
+					if !bytes.Equal(got, wire(t, want)) {
+						t.Errorf("sample %d, rule %q:\n got %v\nwant %v", i, prefix, decode(t, got, m.message()), want)
+					}
+					if prefix == "nothing/" && !same(got, msg) {
+						t.Errorf("sample %d: a message without a change was copied", i)
+					}
+				}
+			}
+		})
+	}
+}
+
+// TestUnknownFieldsStay puts fields that no etcd has into every level of a message.
+func TestUnknownFieldsStay(t *testing.T) {
+	unknown := protowire.AppendVarint(protowire.AppendTag(nil, 90, protowire.VarintType), 1<<40)
+	unknown = protowire.AppendBytes(protowire.AppendTag(unknown, 91, protowire.BytesType), []byte("future"))
+	inKV := append(wire(t, kv("s/a", "[s/a|one]")), unknown...)
+	msg := protowire.AppendBytes(protowire.AppendTag(nil, 2, protowire.BytesType), inKV)
+	msg = append(msg, unknown...)
+	got, err := RangeResponse(background, msg, brackets{"s/"}, RangeShape{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantKV := append(wire(t, kv("s/a", "one")), unknown...)
+	want := append(protowire.AppendBytes(protowire.AppendTag(nil, 2, protowire.BytesType), wantKV), unknown...)
+	if !bytes.Equal(got, want) {
+		t.Errorf("got %x\nwant %x", got, want)
+	}
+}
+
+// TestKeyAfterValue rewrites messages whose fields stand in the reverse of the usual order.
+func TestKeyAfterValue(t *testing.T) {
+	msg := protowire.AppendBytes(protowire.AppendTag(nil, 2, protowire.BytesType), []byte("v"))
+	msg = protowire.AppendBytes(protowire.AppendTag(msg, 1, protowire.BytesType), []byte("s/a"))
+	got, err := PutRequest(background, msg, brackets{"s/"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if v := decode(t, got, new(pb.PutRequest)).Value; string(v) != "[s/a|v]" {
+		t.Errorf("value is %q", v)
+	}
+}
+
+// TestLongLengths crosses the sizes at which length prefixes grow, at every level of nesting.
+func TestLongLengths(t *testing.T) {
+	for _, n := range []int{0, 1, 100, 110, 117, 118, 119, 120, 127, 128, 16200, 16370, 16383, 16384, 1 << 21} {
+		value := strings.Repeat("v", n)
+		req := &pb.TxnRequest{Success: []*pb.RequestOp{nested(&pb.TxnRequest{Failure: []*pb.RequestOp{put("s/a", value)}})}}
+		got, _, err := TxnRequest(background, wire(t, req), brackets{"s/"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		deep := decode(t, got, new(pb.TxnRequest)).Success[0].GetRequestTxn().Failure[0].GetRequestPut()
+		if string(deep.Value) != "[s/a|"+value+"]" || deep.Lease != 9 || !deep.PrevKv {
+			t.Errorf("size %d: wrong put after rewriting", n)
+		}
+	}
+}
+
+// TestKeysOnly leaves values that were never asked for alone, and hands truly empty ones to Open.
+func TestKeysOnly(t *testing.T) {
+	bare := &mvccpb.KeyValue{Key: []byte("s/a"), ModRevision: 4}
+	msg := wire(t, &pb.RangeResponse{Kvs: []*mvccpb.KeyValue{bare}})
+	if _, err := RangeResponse(background, msg, brackets{"s/"}, RangeShape{}); !errors.Is(err, errOpen) {
+		t.Errorf("an empty stored value was not opened: %v", err)
+	}
+	if got, err := RangeResponse(background, msg, brackets{"s/"}, RangeShape{KeysOnly: true}); err != nil || !same(got, msg) {
+		t.Errorf("keys_only: %v", err)
+	}
+
+	keys := rng(&pb.RangeRequest{Key: []byte("s/a"), KeysOnly: true})
+	values := rng(&pb.RangeRequest{Key: []byte("s/a")})
+	req := wire(t, &pb.TxnRequest{
+		Success: []*pb.RequestOp{values, keys, nested(&pb.TxnRequest{Failure: []*pb.RequestOp{keys}})},
+		Failure: []*pb.RequestOp{values},
+	})
+	_, shape, err := TxnRequest(background, req, brackets{"s/"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	inner := &pb.ResponseOp{Response: &pb.ResponseOp_ResponseTxn{ResponseTxn: answers(false, ranged(bare))}}
+	full := ranged(kv("s/a", "[s/a|one]"))
+	for _, c := range []struct {
+		name string
+		res  *pb.TxnResponse
+		want error
+	}{
+		{"each as asked", answers(true, full, ranged(bare), inner), nil},
+		{"no value where one was asked for", answers(true, ranged(bare), ranged(bare), inner), errOpen},
+		{"the other branch", answers(false, ranged(bare)), errOpen},
+	} {
+		if _, err := TxnResponse(background, wire(t, c.res), brackets{"s/"}, shape); !errors.Is(err, c.want) {
+			t.Errorf("%s: got %v, want %v", c.name, err, c.want)
+		}
+	}
+}
+
+// TestAllocations keeps the path of untouched messages free of allocations.
+func TestAllocations(t *testing.T) {
+	rules := new(untouched)
+	for _, m := range methods {
+		msg := wire(t, samples()[m.name][0])
+		run := func() {
+			if out, err := m.rewrite(msg, rules); err != nil || !same(out, msg) {
+				t.Fatalf("%s: changed or failed: %v", m.name, err)
+			}
+		}
+		// A txn with keys_only ranges must remember them.
+		if n := testing.AllocsPerRun(100, run); n > 0 && m.name != "TxnRequest" {
+			t.Errorf("%s: %v allocations, want none", m.name, n)
+		}
+	}
+	if rules.seals == 0 || rules.opens == 0 {
+		t.Error("the rules were never asked")
+	}
+}
+
+func BenchmarkPutRequest(b *testing.B) {
+	msg := wire(b, &pb.PutRequest{Key: []byte("s/a"), Value: make([]byte, 256)})
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := PutRequest(background, msg, brackets{"s/"}); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkRangeResponse(b *testing.B) {
+	res := new(pb.RangeResponse)
+	for range 1000 {
+		res.Kvs = append(res.Kvs, kv("s/a", "[s/a|"+strings.Repeat("v", 1024)+"]"))
+	}
+	for name, rules := range map[string]Rules{"open": brackets{"s/"}, "pass": new(untouched)} {
+		b.Run(name+"/1000x1KiB", func(b *testing.B) {
+			msg := wire(b, res)
+			b.SetBytes(int64(len(msg)))
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, err := RangeResponse(background, msg, rules, RangeShape{}); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
