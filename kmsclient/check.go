@@ -1,0 +1,126 @@
+package kmsclient
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"unicode/utf8"
+
+	"k8s.io/kms/pkg/service"
+)
+
+// The limits of the stored format and of Kubernetes' KMS v2, in bytes.
+const (
+	maxPlaintext   = 6 << 10
+	maxCiphertext  = 1 << 10
+	maxKeyID       = 1 << 10
+	maxAnnotations = 32 << 10
+	dataKeySize    = 32
+)
+
+// errCircuitOpen marks a call that was not made.
+var errCircuitOpen = errors.New("circuit open")
+
+func contract(detail string) *Error {
+	return &Error{Class: ClassContract, Detail: "the KMS answered with " + detail}
+}
+
+func (c *Client) fault(op, keyID string, class Class, detail string) *Error {
+	return &Error{Op: op, Provider: c.cfg.Name, Class: class, KeyID: keyID, Detail: detail}
+}
+
+// checkWrapped holds a wrapped secret against the limits of what can be stored.
+func checkWrapped(ciphertext []byte, keyID string, annotations map[string][]byte) error {
+	if n := len(ciphertext); n == 0 || n > maxCiphertext {
+		return contract(fmt.Sprintf("a wrapped key of %d bytes; 1 to %d can be stored", n, maxCiphertext))
+	}
+	if err := checkKeyID(keyID); err != nil {
+		return err
+	}
+	total := 0
+	for k, v := range annotations {
+		total += len(k) + len(v)
+		if !isFQDN(k) {
+			return contract("an annotation whose key is not a fully qualified domain name")
+		}
+	}
+	if total > maxAnnotations {
+		return contract(fmt.Sprintf("annotations of %d bytes; %d can be stored", total, maxAnnotations))
+	}
+	return nil
+}
+
+func checkKeyID(id string) error {
+	if len(id) == 0 || len(id) > maxKeyID {
+		return contract(fmt.Sprintf("a key ID of %d bytes; 1 to %d can be stored", len(id), maxKeyID))
+	}
+	if !utf8.ValidString(id) {
+		return contract("a key ID that is not UTF-8")
+	}
+	return nil
+}
+
+// isFQDN follows Kubernetes: lower-case DNS labels, at least two of them.
+func isFQDN(name string) bool {
+	labels := strings.Split(name, ".")
+	for _, label := range labels {
+		if label == "" || len(label) > 63 || strings.Trim(label, "abcdefghijklmnopqrstuvwxyz0123456789-") != "" || label[0] == '-' || label[len(label)-1] == '-' {
+			return false
+		}
+	}
+	return len(labels) > 1 && len(name) <= 253
+}
+
+func checkStatus(res *service.StatusResponse) error {
+	switch {
+	case res.Version != "v2" && res.Version != "v2beta1":
+		return contract("a version of the KMS API that is neither v2 nor v2beta1")
+	case res.Healthz != "ok":
+		return &Error{Class: ClassUnavailable, Detail: "the KMS says that it is not healthy"}
+	}
+	return checkKeyID(res.KeyID)
+}
+
+func classOf(err error) Class {
+	var e *Error
+	if errors.As(err, &e) {
+		return e.Class
+	}
+	return ClassUnavailable
+}
+
+// safe turns whatever a backend returned into an *Error that says nothing but what is known to be harmless: the text of a foreign error
+// may hold the request.
+func (c *Client) safe(ctx context.Context, op, keyID string, err error) error {
+	var e *Error
+	if errors.As(err, &e) {
+		known := *e
+		known.Op, known.Provider = op, c.cfg.Name
+		def(&known.KeyID, keyID)
+		return withCause(&known, ctx.Err())
+	}
+	detail := "the call failed for a reason that is not shown, since it may hold a secret"
+	if errors.Is(err, context.DeadlineExceeded) {
+		detail = fmt.Sprintf("no answer within %s", c.cfg.Timeout)
+	} else if errors.Is(err, context.Canceled) {
+		detail = "the caller gave up"
+	}
+	return withCause(c.fault(op, keyID, ClassUnavailable, detail), ctx.Err())
+}
+
+// caused is an *Error with something that errors.Is shall find; the text stays that of the *Error.
+type caused struct {
+	what  *Error
+	cause error
+}
+
+func (c caused) Error() string   { return c.what.Error() }
+func (c caused) Unwrap() []error { return []error{c.what, c.cause} }
+
+func withCause(e *Error, cause error) error {
+	if cause == nil {
+		return e
+	}
+	return caused{e, cause}
+}

@@ -1,0 +1,213 @@
+package kmsclient
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+	"github.com/sony/gobreaker/v2"
+	"k8s.io/kms/pkg/service"
+)
+
+// Call is one attempt of one operation, as metrics and audits see it. It holds nothing secret.
+type Call struct {
+	Provider  string
+	Op        string        // "Encrypt", "Decrypt", "Status" or "GenerateDataKey"
+	KeyID     string        // as the KMS answered or was asked; may be empty
+	RequestID string        // the KMS' own id of a failed call; may be empty
+	Class     string        // "ok", or the error's class as [Class.String] spells it
+	Time      time.Time     // when the attempt began
+	Duration  time.Duration // how long it took
+}
+
+// Config says how a backend is called. The zero value of each field but Name and Backend is the default that it names.
+type Config struct {
+	Name        string        // the provider's name, for errors and calls
+	Backend     Service       // may implement [DataKeyGenerator]
+	Timeout     time.Duration // of one attempt; default 3 s
+	MaxAttempts int           // of one operation; default 3
+	MinBackoff  time.Duration // before a second attempt, with full jitter; default 100 ms, doubled each time up to 2 s
+	// After BreakAfter attempts in a row that found the KMS unavailable (default 5) the circuit opens: calls fail at once, until
+	// ProbeAfter (default 5 s) has passed and one probe is let through.
+	BreakAfter int
+	ProbeAfter time.Duration
+	// Observer is told of each attempt, on the caller's goroutine; it must not block. May be nil.
+	Observer func(Call)
+}
+
+// Client calls a backend by the rules that all backends share. It is safe for concurrent use and starts no goroutine of its own.
+//
+// Every error wraps [*Error]; one that a context ended wraps the context's error too.
+type Client struct {
+	cfg     Config
+	breaker *gobreaker.TwoStepCircuitBreaker[struct{}]
+}
+
+var (
+	_ Service          = (*Client)(nil)
+	_ DataKeyGenerator = (*Client)(nil)
+)
+
+// New wraps a backend. It makes no call.
+func New(cfg Config) (*Client, error) {
+	if cfg.Name == "" || cfg.Backend == nil {
+		return nil, errors.New("a KMS client needs a name and a backend")
+	}
+	if cfg.Timeout < 0 || cfg.MaxAttempts < 0 || cfg.MinBackoff < 0 || cfg.BreakAfter < 0 || cfg.ProbeAfter < 0 {
+		return nil, fmt.Errorf("kms %q: timeouts and limits must not be negative", cfg.Name)
+	}
+	def(&cfg.Timeout, 3*time.Second)
+	def(&cfg.MaxAttempts, 3)
+	def(&cfg.MinBackoff, 100*time.Millisecond)
+	def(&cfg.BreakAfter, 5)
+	def(&cfg.ProbeAfter, 5*time.Second)
+	if cfg.Observer == nil {
+		cfg.Observer = func(Call) {}
+	}
+	limit := uint32(cfg.BreakAfter) //nolint:gosec // a small positive number
+	return &Client{cfg: cfg, breaker: gobreaker.NewTwoStepCircuitBreaker[struct{}](gobreaker.Settings{
+		Name:        cfg.Name,
+		Timeout:     cfg.ProbeAfter,
+		ReadyToTrip: func(c gobreaker.Counts) bool { return c.ConsecutiveFailures >= limit },
+		// Only a silent KMS opens the circuit: one that refuses is there, and its answers cost it little.
+		IsSuccessful: func(err error) bool { return err == nil || classOf(err) != ClassUnavailable },
+		// A caller that gave up says nothing about the KMS.
+		IsExcluded: func(err error) bool { return errors.Is(err, context.Canceled) },
+	})}, nil
+}
+
+func def[T comparable](v *T, d T) {
+	var zero T
+	if *v == zero {
+		*v = d
+	}
+}
+
+// Encrypt implements [Service]. data is 1 to 6,144 bytes.
+func (c *Client) Encrypt(ctx context.Context, uid string, data []byte) (*service.EncryptResponse, error) {
+	const op = "Encrypt"
+	if len(data) == 0 || len(data) > maxPlaintext {
+		return nil, c.fault(op, "", ClassInvalid, fmt.Sprintf("%d bytes to wrap; 1 to %d can be", len(data), maxPlaintext))
+	}
+	return attempt(ctx, c, op, "", func(ctx context.Context) (*service.EncryptResponse, string, error) {
+		res, err := c.cfg.Backend.Encrypt(ctx, uid, data)
+		if err != nil {
+			return nil, "", err
+		}
+		if res == nil {
+			return nil, "", contract("an empty answer")
+		}
+		return res, res.KeyID, checkWrapped(res.Ciphertext, res.KeyID, res.Annotations)
+	})
+}
+
+// Decrypt implements [Service].
+func (c *Client) Decrypt(ctx context.Context, uid string, req *service.DecryptRequest) ([]byte, error) {
+	const op = "Decrypt"
+	if checkWrapped(req.Ciphertext, req.KeyID, req.Annotations) != nil {
+		return nil, c.fault(op, "", ClassInvalid, "the wrapped key, its key ID or its annotations exceed what a KMS can have answered")
+	}
+	return attempt(ctx, c, op, req.KeyID, func(ctx context.Context) ([]byte, string, error) {
+		data, err := c.cfg.Backend.Decrypt(ctx, uid, req)
+		if err != nil {
+			return nil, req.KeyID, err
+		}
+		if len(data) == 0 || len(data) > maxPlaintext {
+			return nil, req.KeyID, contract(fmt.Sprintf("a plaintext of %d bytes", len(data)))
+		}
+		return data, req.KeyID, nil
+	})
+}
+
+// Status implements [Service]. A KMS that answers but is not healthy is an error of [ClassUnavailable].
+func (c *Client) Status(ctx context.Context) (*service.StatusResponse, error) {
+	return attempt(ctx, c, "Status", "", func(ctx context.Context) (*service.StatusResponse, string, error) {
+		res, err := c.cfg.Backend.Status(ctx)
+		if err != nil {
+			return nil, "", err
+		}
+		if res == nil {
+			return nil, "", contract("an empty answer")
+		}
+		return res, res.KeyID, checkStatus(res)
+	})
+}
+
+// GenerateDataKey implements [DataKeyGenerator]. If the backend does not, the key is made here and wrapped by Encrypt.
+func (c *Client) GenerateDataKey(ctx context.Context, uid string) (*DataKey, error) {
+	generator, ok := c.cfg.Backend.(DataKeyGenerator)
+	if !ok {
+		key := make([]byte, dataKeySize)
+		_, _ = rand.Read(key) // never fails
+		res, err := c.Encrypt(ctx, uid, key)
+		if err != nil {
+			return nil, err
+		}
+		return &DataKey{Plaintext: key, Ciphertext: res.Ciphertext, KeyID: res.KeyID, Annotations: res.Annotations}, nil
+	}
+	return attempt(ctx, c, "GenerateDataKey", "", func(ctx context.Context) (*DataKey, string, error) {
+		key, err := generator.GenerateDataKey(ctx, uid)
+		if err != nil {
+			return nil, "", err
+		}
+		if key == nil || len(key.Plaintext) != dataKeySize {
+			return nil, "", contract(fmt.Sprintf("a data key that is not %d bytes long", dataKeySize))
+		}
+		return key, key.KeyID, checkWrapped(key.Ciphertext, key.KeyID, key.Annotations)
+	})
+}
+
+// attempt runs call until it succeeds, fails for good, or its attempts or ctx are used up.
+func attempt[T any](ctx context.Context, c *Client, op, keyID string, call func(context.Context) (T, string, error)) (T, error) {
+	wait := backoff.ExponentialBackOff{
+		// The delay is drawn from 0 to twice the middle: full jitter.
+		InitialInterval: c.cfg.MinBackoff / 2, RandomizationFactor: 1, Multiplier: 2, MaxInterval: time.Second,
+	}
+	return backoff.Retry(ctx, func() (T, error) {
+		res, err := once(ctx, c, op, keyID, call)
+		if err != nil && (classOf(err) != ClassUnavailable || errors.Is(err, errCircuitOpen) || ctx.Err() != nil) {
+			err = backoff.Permanent(err)
+		}
+		return res, err
+	}, backoff.WithBackOff(&wait), backoff.WithMaxTries(uint(c.cfg.MaxAttempts)), backoff.WithMaxElapsedTime(0)) //nolint:gosec // not negative
+}
+
+// once makes one attempt. Its error is always an *Error with the provider filled in.
+func once[T any](ctx context.Context, c *Client, op, keyID string, call func(context.Context) (T, string, error)) (res T, err error) {
+	done, err := c.breaker.Allow()
+	if err != nil {
+		e := c.fault(op, keyID, ClassUnavailable, fmt.Sprintf("not called: it did not answer before; tried again every %s", c.cfg.ProbeAfter))
+		return res, withCause(e, errCircuitOpen)
+	}
+	start := time.Now()
+	defer func() {
+		if recover() != nil { // what a backend panics with may hold a secret
+			err = contract("the backend panicked")
+		}
+		if err != nil {
+			var zero T
+			res, err = zero, c.safe(ctx, op, keyID, err)
+		}
+		done(err)
+		c.cfg.Observer(observed(c.cfg.Name, op, keyID, start, err))
+	}()
+	limited, cancel := context.WithTimeout(ctx, c.cfg.Timeout)
+	defer cancel()
+	var used string
+	res, used, err = call(limited)
+	def(&used, keyID)
+	keyID = used
+	return res, err
+}
+
+func observed(provider, op, keyID string, start time.Time, err error) Call {
+	call := Call{Provider: provider, Op: op, KeyID: keyID, Class: "ok", Time: start, Duration: time.Since(start)}
+	var e *Error
+	if errors.As(err, &e) {
+		call.Class, call.RequestID = e.Class.String(), e.RequestID
+	}
+	return call
+}

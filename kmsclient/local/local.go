@@ -1,0 +1,149 @@
+// Package local is a KMS in a file: a software key for development, small clusters and recovery copies kept offline.
+//
+// Whoever can read the file can open every value, so it must be readable by its owner only and must not lie where etcd's data or its
+// backups are. The file is YAML:
+//
+//	keys:
+//	- {id: "1", secret: <base64 of 32 bytes>}
+//	- {id: "2", secret: …}
+//
+// The last key wraps, all of them unwrap. A wrapped secret is nonce[12] | AES-256-GCM ciphertext | tag[16], with the key's id as
+// additional data.
+package local
+
+import (
+	"context"
+	"crypto/aes"
+	"crypto/cipher"
+	"crypto/rand"
+	"fmt"
+	"io/fs"
+	"os"
+	"sync"
+
+	"k8s.io/kms/pkg/service"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
+)
+
+// Config names the key file.
+type Config struct {
+	KeyFile string
+}
+
+// KMS serves the keys of one file. It is safe for concurrent use. It reads the file again when Status or a call for a key it does not
+// know finds that it changed; while the file cannot be read, calls fail with [kmsclient.ClassUnavailable].
+type KMS struct {
+	path string
+
+	mu   sync.Mutex // guards what follows, and reads of the file
+	info fs.FileInfo
+	keys *keys
+}
+
+var _ kmsclient.Service = (*KMS)(nil)
+
+// keys are the versions of one reading of the file.
+type keys struct {
+	byID map[string]cipher.AEAD
+	last string
+}
+
+// New reads the key file. Its errors say what is wrong, on which line, and never hold a secret.
+func New(cfg Config) (*KMS, error) {
+	k := &KMS{path: cfg.KeyFile}
+	if _, err := k.current(); err != nil {
+		return nil, err
+	}
+	return k, nil
+}
+
+// current returns the keys, read again if the file changed.
+func (k *KMS) current() (*keys, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	info, err := os.Stat(k.path)
+	if err != nil {
+		return nil, fmt.Errorf("read key file: %w", err)
+	}
+	if k.info != nil && os.SameFile(k.info, info) && info.ModTime().Equal(k.info.ModTime()) && info.Size() == k.info.Size() && info.Mode() == k.info.Mode() {
+		return k.keys, nil
+	}
+	versions, info, err := load(k.path)
+	if err != nil {
+		return nil, err
+	}
+	made := &keys{byID: make(map[string]cipher.AEAD, len(versions))}
+	for _, v := range versions {
+		block, err := aes.NewCipher(v.key)
+		if err != nil {
+			return nil, fmt.Errorf("key file %s: key %q: %w", k.path, v.id, err)
+		}
+		aead, err := cipher.NewGCMWithRandomNonce(block)
+		if err != nil {
+			return nil, fmt.Errorf("key file %s: key %q: %w", k.path, v.id, err)
+		}
+		clear(v.key)
+		made.byID[v.id], made.last = aead, v.id
+	}
+	k.info, k.keys = info, made
+	return made, nil
+}
+
+func (k *KMS) keysFor(op string) (*keys, error) {
+	made, err := k.current()
+	if err != nil {
+		return nil, &kmsclient.Error{Op: op, Class: kmsclient.ClassUnavailable, Detail: err.Error()}
+	}
+	return made, nil
+}
+
+// Encrypt implements [kmsclient.Service].
+func (k *KMS) Encrypt(ctx context.Context, _ string, data []byte) (*service.EncryptResponse, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, fmt.Errorf("wrap: %w", err)
+	}
+	made, err := k.keysFor("Encrypt")
+	if err != nil {
+		return nil, err
+	}
+	return &service.EncryptResponse{KeyID: made.last, Ciphertext: made.byID[made.last].Seal(nil, nil, data, []byte(made.last))}, nil
+}
+
+// Decrypt implements [kmsclient.Service].
+func (k *KMS) Decrypt(ctx context.Context, _ string, req *service.DecryptRequest) ([]byte, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, fmt.Errorf("unwrap: %w", err)
+	}
+	made, err := k.keysFor("Decrypt")
+	if err != nil {
+		return nil, err
+	}
+	aead, ok := made.byID[req.KeyID]
+	if !ok {
+		return nil, &kmsclient.Error{Op: "Decrypt", Class: kmsclient.ClassKeyUnusable, KeyID: req.KeyID, Detail: "the key file has no key of this id; put that version back into it"}
+	}
+	data, err := aead.Open(nil, nil, req.Ciphertext, []byte(req.KeyID))
+	if err != nil {
+		return nil, &kmsclient.Error{Op: "Decrypt", Class: kmsclient.ClassInvalid, KeyID: req.KeyID, Detail: "not wrapped by this key, or damaged"}
+	}
+	return data, nil
+}
+
+// Status implements [kmsclient.Service].
+func (k *KMS) Status(ctx context.Context) (*service.StatusResponse, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, fmt.Errorf("state: %w", err)
+	}
+	made, err := k.keysFor("Status")
+	if err != nil {
+		return nil, err
+	}
+	return &service.StatusResponse{Version: "v2", Healthz: "ok", KeyID: made.last}, nil
+}
+
+func newSecret() []byte {
+	secret := make([]byte, secretSize)
+	_, _ = rand.Read(secret) // never fails
+	return secret
+}

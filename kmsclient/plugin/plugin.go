@@ -1,0 +1,126 @@
+// Package plugin calls any Kubernetes KMS v2 plugin on a unix socket, as kube-apiserver does.
+package plugin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+	kmsapi "k8s.io/kms/apis/v2"
+	"k8s.io/kms/pkg/service"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
+)
+
+// Config says where the plugin listens.
+type Config struct {
+	Endpoint string        // unix:///path, or unix:///@name for an abstract socket
+	Timeout  time.Duration // of one call; 0: only the caller's
+}
+
+// KMS is a client of one plugin. It is safe for concurrent use. It connects at the first call and again whenever the plugin returns.
+type KMS struct {
+	conn    *grpc.ClientConn
+	api     kmsapi.KeyManagementServiceClient
+	timeout time.Duration
+}
+
+var _ kmsclient.Service = (*KMS)(nil)
+
+// New makes a client. It does not connect: the plugin may come later.
+func New(cfg Config) (*KMS, error) {
+	path, ok := strings.CutPrefix(cfg.Endpoint, "unix://")
+	if !ok || !strings.HasPrefix(path, "/") || path == "/" {
+		return nil, fmt.Errorf("plugin endpoint %q: must be unix:///path/to/socket", cfg.Endpoint)
+	}
+	target := "unix://" + path
+	if name, abstract := strings.CutPrefix(path, "/@"); abstract {
+		target = "unix-abstract:" + name
+	}
+	conn, err := grpc.NewClient(target, grpc.WithTransportCredentials(insecure.NewCredentials()),
+		// A plugin restarts beside the proxy: wait for it in short steps.
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},
+			MinConnectTimeout: time.Second,
+		}), grpc.WithDisableRetry(), grpc.WithAuthority("localhost"))
+	if err != nil {
+		return nil, fmt.Errorf("plugin endpoint %q: %w", cfg.Endpoint, err)
+	}
+	return &KMS{conn: conn, api: kmsapi.NewKeyManagementServiceClient(conn), timeout: cfg.Timeout}, nil
+}
+
+// Close ends the connection and every call on it.
+func (k *KMS) Close() error { return k.conn.Close() }
+
+func (k *KMS) limit(ctx context.Context) (context.Context, context.CancelFunc) {
+	if k.timeout <= 0 {
+		return context.WithCancel(ctx)
+	}
+	return context.WithTimeout(ctx, k.timeout)
+}
+
+// Encrypt implements [kmsclient.Service].
+func (k *KMS) Encrypt(ctx context.Context, uid string, data []byte) (*service.EncryptResponse, error) {
+	ctx, cancel := k.limit(ctx)
+	defer cancel()
+	res, err := k.api.Encrypt(ctx, &kmsapi.EncryptRequest{Uid: uid, Plaintext: data})
+	if err != nil {
+		return nil, safe(ctx, "Encrypt", "", err)
+	}
+	return &service.EncryptResponse{Ciphertext: res.Ciphertext, KeyID: res.KeyId, Annotations: res.Annotations}, nil
+}
+
+// Decrypt implements [kmsclient.Service].
+func (k *KMS) Decrypt(ctx context.Context, uid string, req *service.DecryptRequest) ([]byte, error) {
+	ctx, cancel := k.limit(ctx)
+	defer cancel()
+	res, err := k.api.Decrypt(ctx, &kmsapi.DecryptRequest{Uid: uid, Ciphertext: req.Ciphertext, KeyId: req.KeyID, Annotations: req.Annotations})
+	if err != nil {
+		return nil, safe(ctx, "Decrypt", req.KeyID, err)
+	}
+	return res.Plaintext, nil
+}
+
+// Status implements [kmsclient.Service].
+func (k *KMS) Status(ctx context.Context) (*service.StatusResponse, error) {
+	ctx, cancel := k.limit(ctx)
+	defer cancel()
+	res, err := k.api.Status(ctx, &kmsapi.StatusRequest{})
+	if err != nil {
+		return nil, safe(ctx, "Status", "", err)
+	}
+	return &service.StatusResponse{Version: res.Version, Healthz: res.Healthz, KeyID: res.KeyId}, nil
+}
+
+// safe keeps a failed call's code and drops the plugin's text, which may hold what it was sent.
+func safe(ctx context.Context, op, keyID string, err error) error {
+	code := status.Code(err)
+	e := &kmsclient.Error{Op: op, Class: class(code), Code: code.String(), KeyID: keyID, Detail: "see the plugin's own log"}
+	if cause := ctx.Err(); cause != nil {
+		return errors.Join(e, cause)
+	}
+	return e
+}
+
+// class follows gRPC's meaning of the codes. Plugins made with k8s.io/kms answer Internal or Unknown for every fault, lasting or not,
+// so those are worth a retry.
+func class(c codes.Code) kmsclient.Class {
+	switch c {
+	case codes.PermissionDenied, codes.Unauthenticated:
+		return kmsclient.ClassDenied
+	case codes.NotFound, codes.FailedPrecondition:
+		return kmsclient.ClassKeyUnusable
+	case codes.InvalidArgument, codes.DataLoss, codes.OutOfRange:
+		return kmsclient.ClassInvalid
+	case codes.Unimplemented:
+		return kmsclient.ClassContract
+	}
+	return kmsclient.ClassUnavailable
+}
