@@ -172,7 +172,7 @@ func attempt[T any](ctx context.Context, c *Client, op, keyID string, call func(
 			err = backoff.Permanent(err)
 		}
 		return res, err
-	}, backoff.WithBackOff(&wait), backoff.WithMaxTries(uint(c.cfg.MaxAttempts)), backoff.WithMaxElapsedTime(0)) //nolint:gosec // not negative
+	}, backoff.WithBackOff(&wait), backoff.WithMaxTries(uint(c.cfg.MaxAttempts)), backoff.WithMaxElapsedTime(0))
 }
 
 // once makes one attempt. Its error is always an *Error with the provider filled in.

@@ -125,7 +125,7 @@ func (a *Admin) Run(ctx context.Context) error {
 		grace, done := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 		defer done()
 		if a.server.Shutdown(grace) != nil {
-			a.server.Close()
+			_ = a.server.Close()
 		}
 	})
 	err := a.server.Serve(a.listener)
@@ -139,4 +139,4 @@ func (a *Admin) Run(ctx context.Context) error {
 }
 
 // Close lets go of the address without serving.
-func (a *Admin) Close() { a.listener.Close() }
+func (a *Admin) Close() { _ = a.listener.Close() }

@@ -22,7 +22,7 @@ func (q *connQueue) put(conn *clientConn) {
 	select {
 	case q.conns <- conn:
 	case <-q.done:
-		conn.Close()
+		_ = conn.Close()
 	}
 }
 

@@ -134,7 +134,7 @@ func (e *grpcEngine) run(ctx context.Context) error {
 	if !hard.Stop() {
 		<-cut
 	}
-	<-served
+	<-served //nolint:errcheck // it was stopped, and its error says only that
 	e.pumps.Wait()
 	return nil
 }

@@ -123,7 +123,7 @@ func listenUnix(path string, mode fs.FileMode) (net.Listener, error) {
 	default:
 		conn, err := net.DialTimeout("unix", path, time.Second)
 		if err == nil {
-			conn.Close()
+			_ = conn.Close()
 			return nil, fmt.Errorf("%s: %w: another process answers on it", path, syscall.EADDRINUSE)
 		}
 		if !errors.Is(err, syscall.ECONNREFUSED) && !errors.Is(err, fs.ErrNotExist) {
@@ -142,13 +142,13 @@ func listenUnix(path string, mode fs.FileMode) (net.Listener, error) {
 		err = os.Rename(beside, path)
 	}
 	if err != nil {
-		l.Close()
+		_ = l.Close()
 		_ = os.Remove(beside)
 		return nil, fmt.Errorf("place socket: %w", err)
 	}
 	own, err := os.Lstat(path)
 	if err != nil {
-		l.Close()
+		_ = l.Close()
 		return nil, fmt.Errorf("place socket: %w", err)
 	}
 	return &unixListener{UnixListener: l, path: path, own: own}, nil
@@ -191,7 +191,7 @@ func (l *listener) run(ctx context.Context, serve func(*clientConn)) {
 		pause = 0
 		handshakes.Go(func() {
 			if c, err := l.identify(ctx, conn); err != nil {
-				conn.Close()
+				_ = conn.Close()
 				l.handshakeFailed(conn, err)
 			} else {
 				serve(c)

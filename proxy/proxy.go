@@ -143,7 +143,7 @@ func (p *Proxy) Run(ctx context.Context) error {
 
 func (p *Proxy) closeListeners() {
 	for _, l := range p.listeners {
-		l.Close()
+		_ = l.Close()
 	}
 }
 

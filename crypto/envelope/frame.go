@@ -45,7 +45,7 @@ func (f *Frame) Size(n int) int {
 func (f *Frame) Seal(etcdKey, plaintext []byte) ([]byte, error) {
 	out := make([]byte, 0, f.Size(len(plaintext)))
 	out = append(out, f.head...)
-	out = protowire.AppendVarint(out, uint64(len(plaintext)+Overhead)) //nolint:gosec // a length is positive
+	out = protowire.AppendVarint(out, uint64(len(plaintext)+Overhead))
 	out, err := f.seed.seal(out, etcdKey, plaintext)
 	if err != nil {
 		return nil, err

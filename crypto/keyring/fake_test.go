@@ -117,11 +117,6 @@ func (k *fakeKMS) begin(ctx context.Context, op, uid string) (err, lost error) {
 	return err, k.lost
 }
 
-type wrapped struct {
-	Blob        []byte
-	Annotations map[string][]byte
-}
-
 func (k *fakeKMS) wrap(data []byte) *service.EncryptResponse {
 	k.mu.Lock()
 	defer k.mu.Unlock()

@@ -179,7 +179,7 @@ func (p part) read() (string, error) {
 		}
 		return p.check(value, "$"+p.variable)
 	}
-	f, err := os.Open(p.file) //nolint:gosec // the path is the operator's configuration
+	f, err := os.Open(p.file)
 	if err != nil {
 		return "", fmt.Errorf("read %s: %w", p.name, err)
 	}

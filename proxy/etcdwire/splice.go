@@ -18,7 +18,7 @@ type edit struct {
 // rewriter gathers the edits of one message, in the order of their offsets, so that the result is written once into a buffer of the
 // right size, however deep a changed value sits.
 type rewriter struct {
-	ctx   context.Context //nolint:containedctx // a rewriter lives for one call
+	ctx   context.Context // a rewriter lives for one call
 	rules Rules
 	src   []byte
 	edits []edit
@@ -53,7 +53,7 @@ func rewrite(ctx context.Context, msg []byte, rules Rules, walk func(*rewriter) 
 			out = append(out, e.tag)
 		}
 		if e.length >= 0 {
-			out = protowire.AppendVarint(out, uint64(e.length)) //nolint:gosec // not negative
+			out = protowire.AppendVarint(out, uint64(e.length))
 		}
 		out = append(out, e.with...)
 		at = e.to
@@ -67,7 +67,7 @@ func (r *rewriter) add(e edit) {
 		r.grow++
 	}
 	if e.length >= 0 {
-		r.grow += protowire.SizeVarint(uint64(e.length)) //nolint:gosec // not negative
+		r.grow += protowire.SizeVarint(uint64(e.length))
 	}
 	r.edits = append(r.edits, e)
 }
@@ -139,10 +139,10 @@ func (r *rewriter) edit(p pair, f func(ctx context.Context, key, value []byte) (
 
 // see takes note of the scanner's field, of a message whose value has number num.
 func (p *pair) see(s *scanner, num protowire.Number) {
-	switch f := s.field; {
-	case f.num == num:
-		p.value.present, p.value.field = true, f
-	case f.num == 1:
+	switch s.field.num {
+	case num:
+		p.value.present, p.value.field = true, s.field
+	case 1:
 		p.key = s.body()
 	}
 	if s.field.num > num && p.value.at == s.end {

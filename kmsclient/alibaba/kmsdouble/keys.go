@@ -206,9 +206,9 @@ func (d *Double) open(blob, context string) (*key, keyVersion, []byte, *apiError
 	if len(raw) < n+36+12+16 {
 		return nil, keyVersion{}, nil, invalid
 	}
-	id, raw := string(raw[:n]), raw[n:]
+	id, raw := raw[:n], raw[n:]
 	versionID, nonce, sealed := string(raw[:36]), raw[36:48], raw[48:]
-	k := d.keys[id]
+	k := d.keys[string(id)]
 	if k == nil {
 		return nil, keyVersion{}, nil, &apiError{404, "Forbidden.KeyNotFound", "The specified Key is not found."}
 	}
