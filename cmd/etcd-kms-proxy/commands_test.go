@@ -136,7 +136,7 @@ func TestNewLocalKey(t *testing.T) {
 	if info, err := os.Stat(key); err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("after: %v, %v; want 0600", info, err)
 	}
-	execute(t, "kms", "new-local-key", d.path("no/such/folder/key.yaml")).want(t, 3, "error: make key file: ")
+	execute(t, "kms", "new-local-key", d.path("no/such/folder/key.yaml")).want(t, 3, "error: create key file: ")
 }
 
 func TestKMSCheck(t *testing.T) {

@@ -2,7 +2,6 @@ package main
 
 import (
 	"errors"
-	"fmt"
 	"io/fs"
 
 	"github.com/spf13/cobra"
@@ -35,10 +34,7 @@ Whoever has the file can open every value: keep it off the machines and backups 
 			if errors.Is(err, fs.ErrExist) {
 				err = local.AddVersion(args[0])
 			}
-			if err != nil {
-				return fmt.Errorf("make key file: %w", err)
-			}
-			return nil
+			return err
 		}),
 	}
 }

@@ -25,7 +25,7 @@ func newServe() *cobra.Command {
 		Long: `serve runs the proxy until SIGTERM or SIGINT. It starts with etcd or the KMS unreachable, keeps trying, and serves what it can.
 
 The first SIGTERM or SIGINT drains: no connection is accepted any more, calls under way are finished, watches are ended so that their clients
-reconnect elsewhere, and what is left after --drain-timeout is cut. A second one exits at once, with 3.
+reconnect elsewhere, and what is left after --drain-timeout is cut. Another one, half a second later or more, exits at once, with 3.
 
 SIGHUP, or a change of the file, reloads the rules and the log level; other changes are named in the log and wait for a restart. A reload that
 would protect keys less than before is refused without --allow-weakening.
@@ -119,22 +119,27 @@ func (a *app) run(ctx context.Context, r *reloader, signals <-chan os.Signal, dr
 	return err
 }
 
+// echo is how soon after the first a second signal is taken for the same: Ctrl-C reaches the proxy from the terminal, and again from a script
+// that passes it on.
+const echo = 500 * time.Millisecond
+
 // obey answers signals until ctx ends.
 func (a *app) obey(ctx context.Context, signals <-chan os.Signal, r *reloader, stop func(), drain time.Duration) {
-	stopping := false
+	var stopping time.Time // when the first signal to stop came
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case s := <-signals:
 			switch {
-			case s == syscall.SIGHUP && !stopping:
+			case s == syscall.SIGHUP && stopping.IsZero():
 				r.reload("SIGHUP")
 			case s == syscall.SIGHUP:
-			case !stopping:
-				stopping = true
+			case stopping.IsZero():
+				stopping = time.Now()
 				a.log.Info("draining; a second signal exits at once", "signal", s.String(), "drainTimeout", drain.String())
 				stop()
+			case time.Since(stopping) < echo:
 			default:
 				a.log.Warn("second signal: exiting at once", "signal", s.String())
 				os.Exit(exitFailure)

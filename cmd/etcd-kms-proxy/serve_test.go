@@ -115,6 +115,7 @@ func TestDrainTimeoutCutsWhatIsLeft(t *testing.T) {
 	s := start(t, newDir(t).config(t, "127.0.0.1:1]", etcd+"]"), "--drain-timeout", "300ms")
 	call := hang(t, s, arrived)
 	s.signal(syscall.SIGTERM)
+	s.signal(syscall.SIGINT) // an echo of the first
 	s.exited(0)
 	if err := <-call; err == nil {
 		t.Error("the call that was cut has no error")
@@ -130,7 +131,10 @@ func TestSecondSignalExitsAtOnce(t *testing.T) {
 	if !s.running() {
 		t.Fatal("serve did not wait for the call")
 	}
-	s.signal(syscall.SIGTERM)
+	eventually(t, "exit", func() bool {
+		_ = s.cmd.Process.Signal(syscall.SIGTERM) // an error is its exit
+		return !s.running()
+	})
 	s.exited(3)
 }
 

@@ -47,7 +47,7 @@ func newBackend(k config.KMS, log *slog.Logger) (*backend, error) {
 		}
 		return &backend{kind: "alibaba", service: b, describe: b.Describe, closer: b}, nil
 	case k.Plugin != nil:
-		b, err := plugin.New(plugin.Config{Endpoint: k.Plugin.Endpoint, Timeout: k.Plugin.Timeout})
+		b, err := plugin.New(plugin.Config{Endpoint: k.Plugin.Endpoint}) // the wrapper keeps the time
 		if err != nil {
 			return &backend{kind: "plugin"}, err
 		}
