@@ -88,13 +88,14 @@ func TestByValue(t *testing.T) {
 		msg  []byte
 		want error
 	}{
-		"key under a rule":               {cmp(pb.Compare_VALUE, "s/a", "", true), ErrUnsupported},
-		"range over a rule":              {cmp(pb.Compare_VALUE, "a", "z", true), ErrUnsupported},
-		"absent operand":                 {cmp(pb.Compare_VALUE, "s/a", "", false), ErrUnsupported},
-		"operand of an ignored target":   {cmp(pb.Compare_VERSION, "s/a", "", true), ErrUnsupported},
-		"disguised target":               {disguised, ErrUnsupported},
-		"key under no rule":              {cmp(pb.Compare_VALUE, "p/a", "", true), nil},
-		"revision of a key under a rule": {cmp(pb.Compare_MOD, "s/a", "", false), nil},
+		"key under a rule":                 {cmp(pb.Compare_VALUE, "s/a", "", true), ErrUnsupported},
+		"range over a rule":                {cmp(pb.Compare_VALUE, "a", "z", true), ErrUnsupported},
+		"range that ends before it begins": {cmp(pb.Compare_VALUE, "s/b", "s/a", true), ErrUnsupported},
+		"absent operand":                   {cmp(pb.Compare_VALUE, "s/a", "", false), ErrUnsupported},
+		"operand of an ignored target":     {cmp(pb.Compare_VERSION, "s/a", "", true), ErrUnsupported},
+		"disguised target":                 {disguised, ErrUnsupported},
+		"key under no rule":                {cmp(pb.Compare_VALUE, "p/a", "", true), nil},
+		"revision of a key under a rule":   {cmp(pb.Compare_MOD, "s/a", "", false), nil},
 	} {
 		if out, _, err := TxnRequest(background, c.msg, brackets{"s/"}); !errors.Is(err, c.want) || (err == nil && !same(out, c.msg)) {
 			t.Errorf("compare, %s: got %v, want %v", name, err, c.want)
