@@ -83,7 +83,7 @@ func setting(t *testing.T, name string, fallback uint64) uint64 {
 }
 
 func TestRandomSequences(t *testing.T) {
-	fallback := uint64(400)
+	fallback := uint64(300)
 	if testing.Short() {
 		fallback = 120
 	}
