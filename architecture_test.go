@@ -25,7 +25,7 @@ var importTable = map[string][]string{
 	"kmsclient/kmstest": {module + "kmsclient", "k8s.io/kms/", "google.golang.org/grpc"},
 	"kmsclient/local":   {module + "kmsclient", "k8s.io/kms/", "go.yaml.in/yaml/v3"},
 	"kmsclient/plugin":  {module + "kmsclient", "k8s.io/kms/", "google.golang.org/grpc"},
-	"proxy":             {module + "proxy/etcdwire", "google.golang.org/", "go.etcd.io/etcd/", "github.com/prometheus/", "github.com/grpc-ecosystem/", "golang.org/x/", "go.uber.org/zap"},
+	"proxy":             {module + "proxy/etcdwire", "google.golang.org/", "go.etcd.io/etcd/", "github.com/prometheus/", "golang.org/x/", "go.uber.org/zap"},
 	"proxy/etcdwire":    {"google.golang.org/protobuf/encoding/protowire"},
 }
 
