@@ -1,0 +1,119 @@
+package kmstest
+
+import (
+	"context"
+	"errors"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	kmsapi "k8s.io/kms/apis/v2"
+	"k8s.io/kms/pkg/service"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
+)
+
+// PluginServer serves a service as a Kubernetes KMS v2 plugin on a unix socket until the test ends, and returns its endpoint.
+func PluginServer(tb testing.TB, s kmsclient.Service) (endpoint string) {
+	tb.Helper()
+	p := NewPlugin(tb, "", s)
+	p.Start()
+	return p.Endpoint
+}
+
+// Plugin serves a service as a Kubernetes KMS v2 plugin, and can be stopped and started again.
+//
+// A *kmsclient.Error travels as the gRPC code of its class; any other error as k8s.io/kms leaves it, which is with the code Unknown and
+// its whole text. A panic is answered with Internal, since it would end the test's process.
+type Plugin struct {
+	Endpoint string // unix:///path or unix:///@name
+
+	tb      testing.TB
+	address string
+	service *service.GRPCService
+	server  *grpc.Server
+	serving sync.WaitGroup
+}
+
+// NewPlugin makes a plugin that does not serve before [Plugin.Start]. An empty endpoint is a new socket file. The plugin stops when the
+// test ends.
+func NewPlugin(tb testing.TB, endpoint string, s kmsclient.Service) *Plugin {
+	tb.Helper()
+	if endpoint == "" {
+		dir, err := os.MkdirTemp("", "kms") // a socket's path has at most 107 bytes, which the test's own folder may exceed
+		if err != nil {
+			tb.Fatalf("make folder of the plugin's socket: %v", err)
+		}
+		tb.Cleanup(func() { _ = os.RemoveAll(dir) })
+		endpoint = "unix://" + filepath.Join(dir, "plugin.sock")
+	}
+	address := strings.TrimPrefix(endpoint, "unix://")
+	if strings.HasPrefix(address, "/@") {
+		address = address[1:]
+	}
+	// GRPCService only translates messages here: its own server cannot be awaited.
+	p := &Plugin{Endpoint: endpoint, tb: tb, address: address, service: service.NewGRPCService(address, time.Second, s)}
+	tb.Cleanup(p.Stop)
+	return p
+}
+
+// Start listens and serves. When it returns, clients can connect.
+func (p *Plugin) Start() {
+	p.tb.Helper()
+	if p.server != nil {
+		p.tb.Fatal("the plugin serves already")
+	}
+	listener, err := net.Listen("unix", p.address)
+	if err != nil {
+		p.tb.Fatalf("listen for the plugin: %v", err)
+	}
+	server := grpc.NewServer(grpc.UnaryInterceptor(answer), grpc.WaitForHandlers(true))
+	kmsapi.RegisterKeyManagementServiceServer(server, p.service)
+	p.server = server
+	p.serving.Go(func() { _ = server.Serve(listener) })
+}
+
+// Stop cuts every connection, as a crash would, and waits until nothing of the server is left. It may be called when nothing is served.
+func (p *Plugin) Stop() {
+	if p.server == nil {
+		return
+	}
+	p.server.Stop()
+	p.serving.Wait()
+	p.server = nil
+}
+
+// answer gives a handler's error the code that a careful plugin would, and survives its panic.
+func answer(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (res any, err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			err = status.Errorf(codes.Internal, "panic: %v", r)
+		}
+		var e *kmsclient.Error
+		if errors.As(err, &e) && ctx.Err() == nil {
+			err = status.Error(codeOf(e.Class), err.Error())
+		}
+	}()
+	return handler(ctx, req)
+}
+
+func codeOf(c kmsclient.Class) codes.Code {
+	switch c {
+	case kmsclient.ClassDenied:
+		return codes.PermissionDenied
+	case kmsclient.ClassKeyUnusable:
+		return codes.FailedPrecondition
+	case kmsclient.ClassInvalid:
+		return codes.InvalidArgument
+	case kmsclient.ClassContract:
+		return codes.Internal
+	}
+	return codes.Unavailable
+}
