@@ -37,7 +37,7 @@ var _ kmsclient.Service = (*KMS)(nil)
 // New makes a client. It does not connect: the plugin may come later.
 func New(cfg Config) (*KMS, error) {
 	path, ok := strings.CutPrefix(cfg.Endpoint, "unix://")
-	if !ok || !strings.HasPrefix(path, "/") || path == "/" {
+	if !ok || !strings.HasPrefix(path, "/") || path == "/" || path == "/@" {
 		return nil, fmt.Errorf("plugin endpoint %q: must be unix:///path/to/socket", cfg.Endpoint)
 	}
 	target := "unix://" + path
@@ -103,7 +103,11 @@ func (k *KMS) Status(ctx context.Context) (*service.StatusResponse, error) {
 func safe(ctx context.Context, op, keyID string, err error) error {
 	code := status.Code(err)
 	e := &kmsclient.Error{Op: op, Class: class(code), Code: code.String(), KeyID: keyID, Detail: "see the plugin's own log"}
-	if cause := ctx.Err(); cause != nil {
+	cause := ctx.Err()
+	if _, limited := ctx.Deadline(); limited && cause == nil && code == codes.DeadlineExceeded {
+		cause = context.DeadlineExceeded // the plugin is told of the deadline and may answer just before it
+	}
+	if cause != nil {
 		return errors.Join(e, cause)
 	}
 	return e

@@ -1,0 +1,31 @@
+package alibaba
+
+import (
+	"testing"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/kmstest"
+)
+
+// TestConformance runs the suite of all backends on keys that are named in different ways, and on a dedicated instance. A ciphertext names
+// its key, so that damage there is an unknown key to the KMS.
+func TestConformance(t *testing.T) {
+	for name, c := range map[string]struct {
+		double kmsdouble.Config
+		change func(*Config)
+	}{
+		"key":       {},
+		"alias":     {change: func(c *Config) { c.KeyID = kmsdouble.DefaultAlias }},
+		"context":   {change: func(c *Config) { c.EncryptionContext = map[string]string{"cluster": "c1"} }},
+		"dedicated": {double: kmsdouble.Config{Dedicated: true}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			kmstest.Conformance(t, func(t *testing.T) kmsclient.Service {
+				d := kmsdouble.New(t, c.double)
+				d.Rotate(kmsdouble.DefaultKeyID)
+				return newBackend(t, d, c.change)
+			}, kmstest.DamagedClasses(kmsclient.ClassInvalid, kmsclient.ClassKeyUnusable))
+		})
+	}
+}

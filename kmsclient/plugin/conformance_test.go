@@ -1,0 +1,79 @@
+package plugin
+
+import (
+	"context"
+	"errors"
+	"path/filepath"
+	"testing"
+
+	"go.uber.org/goleak"
+	"k8s.io/kms/pkg/service"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/kmstest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/local"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// newClient returns a client that is closed when the test ends.
+func newClient(t *testing.T, cfg Config) *KMS {
+	t.Helper()
+	k, err := New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { k.Close() })
+	return k
+}
+
+func newLocal(t *testing.T) *local.KMS {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "key.yaml")
+	if err := local.NewKeyFile(path); err != nil {
+		t.Fatal(err)
+	}
+	l, err := local.New(local.Config{KeyFile: path})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+// TestConformance runs the suite of all backends on a key file behind a plugin.
+func TestConformance(t *testing.T) {
+	kmstest.Conformance(t, func(t *testing.T) kmsclient.Service {
+		return newClient(t, Config{Endpoint: kmstest.PluginServer(t, newLocal(t))})
+	})
+}
+
+// classless is a service whose errors have no class, as those of most plugins.
+type classless struct{ kmsclient.Service }
+
+func (s classless) Decrypt(ctx context.Context, uid string, req *service.DecryptRequest) ([]byte, error) {
+	data, err := s.Service.Decrypt(ctx, uid, req)
+	if err != nil && ctx.Err() == nil {
+		return nil, errors.New("unwrap: failed") // not %w
+	}
+	return data, err
+}
+
+// TestConformanceWithoutCodes runs it on a plugin that answers every failure with the code Unknown, as k8s.io/kms makes them.
+func TestConformanceWithoutCodes(t *testing.T) {
+	kmstest.Conformance(t, func(t *testing.T) kmsclient.Service {
+		return newClient(t, Config{Endpoint: kmstest.PluginServer(t, classless{kmstest.NewMemory()})})
+	}, kmstest.Opaque())
+}
+
+// TestConformanceWrapped runs it on the client as the proxy uses it.
+func TestConformanceWrapped(t *testing.T) {
+	kmstest.Conformance(t, func(t *testing.T) kmsclient.Service {
+		c, err := kmsclient.New(kmsclient.Config{
+			Name: "test", Backend: newClient(t, Config{Endpoint: kmstest.PluginServer(t, kmstest.NewMemory())}),
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}, kmstest.MaxPlaintext(512)) // more cannot be stored once it is wrapped
+}
