@@ -20,7 +20,8 @@ type core struct {
 }
 
 // call rewrites the messages of one call. An engine hands it every request message, then every response message for which scans
-// is true. Messages come whole, without gRPC's header; a result is the argument itself where nothing changes. One request and one response may
+// is true. Messages come whole, without gRPC's header; a result is the argument itself where nothing changes. A response may be overwritten, a request
+// not, and a new response stands at the front of the old or in bytes of its own. One request and one response may
 // be in progress at the same time, never two of a kind. Errors are statuses for the client.
 type call interface {
 	request(ctx context.Context, msg []byte) ([]byte, error)

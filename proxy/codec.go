@@ -26,7 +26,7 @@ func (f *frame) edit(ctx context.Context, fn func(context.Context, []byte) ([]by
 	if len(f.data) == 1 {
 		msg = f.data[0].ReadOnlyData()
 	} else if len(f.data) > 1 {
-		whole := f.data.MaterializeToBuffer(mem.DefaultBufferPool())
+		whole := f.data.MaterializeToBuffer(buffers)
 		f.data.Free()
 		f.data = mem.BufferSlice{whole}
 		msg = whole.ReadOnlyData()
@@ -40,6 +40,29 @@ func (f *frame) edit(ctx context.Context, fn func(context.Context, []byte) ([]by
 	}
 	f.data.Free()
 	f.data = mem.BufferSlice{mem.SliceBuffer(out)}
+	return nil
+}
+
+// replace is edit with an fn that may overwrite the message and return the front of it, or new bytes. After an error the frame is empty.
+func (f *frame) replace(ctx context.Context, fn func(context.Context, []byte) ([]byte, error)) error {
+	// The buffers that grpc hands out are not ours to write to.
+	own := buffers.Get(f.data.Len())
+	f.data.CopyTo(*own)
+	f.free()
+	out, err := fn(ctx, *own)
+	if err != nil {
+		buffers.Put(own)
+		return err
+	}
+	if len(out) > 0 && &out[0] != &(*own)[0] {
+		buffers.Put(own)
+		f.data = mem.BufferSlice{mem.SliceBuffer(out)}
+		return nil
+	}
+	// The whole goes back to the pool, to be cleared, when its front has been sent.
+	whole := mem.NewBuffer(own, buffers)
+	f.data = mem.BufferSlice{whole.Slice(0, len(out))}
+	whole.Free()
 	return nil
 }
 

@@ -14,6 +14,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/experimental"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/peer"
@@ -62,6 +63,7 @@ func newGRPCEngine(c *core, u *upstream, m *metrics, log *slog.Logger, drainTime
 	e.server = grpc.NewServer(
 		grpc.Creds(identityCredentials{}),
 		grpc.ForceServerCodecV2(rawCodec{}),
+		experimental.BufferPool(buffers),
 		grpc.UnknownServiceHandler(e.refuseUnknown),
 		// What follows is how etcd sets up its own server.
 		grpc.MaxRecvMsgSize(c.maxRequest+grpcOverhead),
@@ -240,7 +242,7 @@ func (m *grpcMethod) forward(ctx context.Context, in *frame) (*frame, error) {
 		return nil, ended(ctx, err, header, trailer)
 	}
 	if c != nil && c.scans() {
-		if err := out.edit(ctx, c.response); err != nil {
+		if err := out.replace(ctx, c.response); err != nil {
 			out.free()
 			return nil, err
 		}
@@ -330,7 +332,7 @@ func (m *grpcMethod) relay(ss grpc.ServerStream) error {
 			return ended(ctx, err, header, trailer)
 		}
 		if c != nil && c.scans() {
-			if err := out.edit(ctx, c.response); err != nil {
+			if err := out.replace(ctx, c.response); err != nil {
 				return err
 			}
 		}

@@ -6,14 +6,15 @@ import (
 	"google.golang.org/grpc/codes"
 )
 
-// Sealer turns values of one rule into what etcd stores, and back. It is safe for concurrent use, retains neither argument and
-// never changes them. key is the whole etcd key as the server stores it.
+// Sealer turns values of one rule into what etcd stores, and back. It is safe for concurrent use and retains neither argument. key is the
+// whole etcd key as the server stores it.
 //
 // An error that wraps [*SealError] decides the client's status; any other is answered as Internal with a fixed text.
 type Sealer interface {
-	// Seal returns the bytes to store in place of value. The result is value itself where the rule writes plaintext.
+	// Seal returns the bytes to store in place of value, which it leaves as it is. The result is value itself where the rule writes plaintext.
 	Seal(ctx context.Context, key, value []byte) ([]byte, error)
-	// Open returns the value behind stored, the bytes etcd holds. The result is stored itself where the rule hands it on.
+	// Open returns the value behind stored, the bytes etcd holds. The result is stored itself where the rule hands it on. It may
+	// overwrite stored, and return a part of it.
 	Open(ctx context.Context, key, stored []byte) ([]byte, error)
 }
 

@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/experimental"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/status"
 )
@@ -72,6 +73,7 @@ func newUpstream(cfg UpstreamConfig, log *slog.Logger, m *metrics) (*upstream, e
 			grpc.WithUnaryInterceptor(nil),
 			grpc.WithStreamInterceptor(nil),
 			grpc.WithDisableRetry(),
+			experimental.WithBufferPool(buffers),
 			grpc.WithIdleTimeout(0),
 			grpc.WithConnectParams(grpc.ConnectParams{
 				Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},

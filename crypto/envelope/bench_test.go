@@ -47,6 +47,29 @@ func BenchmarkOpen(b *testing.B) {
 	}
 }
 
+// BenchmarkOpenInPlace opens one value again and again, as for the many watchers of one key.
+func BenchmarkOpenInPlace(b *testing.B) {
+	v := vectors()[0]
+	f, seed := newFrame(b, &v)
+	stored, err := f.Seal(v.EtcdKey, make([]byte, 1024))
+	if err != nil {
+		b.Fatal(err)
+	}
+	data := dataOf(b, stored)
+	for name, recent := range map[string]*Recent{"derived": nil, "recent": new(Recent)} {
+		b.Run(name, func(b *testing.B) {
+			own := make([]byte, len(data))
+			b.ReportAllocs()
+			for b.Loop() {
+				copy(own, data)
+				if _, err := seed.OpenInPlace(recent, v.EtcdKey, own); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
 func BenchmarkParse(b *testing.B) {
 	v := vectors()[0]
 	_, object, _ := Split(v.reference(b))

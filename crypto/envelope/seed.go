@@ -119,20 +119,40 @@ func (s *Seed) seal(dst, etcdKey, plaintext []byte) ([]byte, error) {
 // Open appends the plaintext of data, an object's encrypted data, to dst. It retains no argument; dst must not overlap data. The error is
 // [ErrOpen].
 func (s *Seed) Open(dst, etcdKey, data []byte) ([]byte, error) {
-	aead := s.aead
+	return s.open(dst, false, nil, etcdKey, data)
+}
+
+// OpenInPlace is Open that writes the plaintext over data and returns that part of it. After an error data is of no more use. recent may be nil.
+func (s *Seed) OpenInPlace(recent *Recent, etcdKey, data []byte) ([]byte, error) {
+	return s.open(nil, true, recent, etcdKey, data)
+}
+
+func (s *Seed) open(dst []byte, inPlace bool, recent *Recent, etcdKey, data []byte) ([]byte, error) {
+	aead, info, sealed := s.aead, []byte(nil), data
+	kept := s.typ == TypeKey // its one cipher needs no keeping
 	if s.typ == TypeSeed {
 		if len(data) < Overhead {
 			return nil, ErrOpen
 		}
-		var err error
-		if aead, err = s.derive(data[:infoSize]); err != nil {
-			return nil, err
+		info, sealed = data[:infoSize], data[infoSize:]
+		if aead = recent.get(s, info); aead != nil {
+			kept = true
+		} else {
+			var err error
+			if aead, err = s.derive(info); err != nil {
+				return nil, err
+			}
 		}
-		data = data[infoSize:]
 	}
-	out, err := aead.Open(dst, nil, data, etcdKey)
+	if inPlace {
+		dst = sealed[:0]
+	}
+	out, err := aead.Open(dst, nil, sealed, etcdKey)
 	if err != nil {
 		return nil, ErrOpen
+	}
+	if !kept {
+		recent.put(s, info, aead)
 	}
 	return out, nil
 }

@@ -1,6 +1,7 @@
 package keyring
 
 import (
+	"bytes"
 	"context"
 	"crypto/aes"
 	"crypto/cipher"
@@ -329,7 +330,7 @@ func (g *rig) seal(key, value string) ([]byte, error) {
 }
 
 func (g *rig) open(key string, stored []byte) (string, error) {
-	b, err := g.sealer.Open(context.Background(), []byte(key), stored)
+	b, err := g.sealer.Open(context.Background(), []byte(key), bytes.Clone(stored))
 	return string(b), err
 }
 

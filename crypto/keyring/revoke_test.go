@@ -1,6 +1,7 @@
 package keyring
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"strings"
@@ -267,10 +268,10 @@ func TestOneProviderDown(t *testing.T) {
 		va, vb := ga.mustSeal(t, "k", "va"), gb.mustSeal(t, "k", "vb")
 		b.set(func() { b.down = kmsError("Status", kmsclient.ClassKeyUnusable) })
 		time.Sleep(time.Minute)
-		if got, err := both.Open(context.Background(), []byte("k"), va); err != nil || string(got) != "va" {
+		if got, err := both.Open(context.Background(), []byte("k"), bytes.Clone(va)); err != nil || string(got) != "va" {
 			t.Errorf("%q, %v", got, err)
 		}
-		_, err = both.Open(context.Background(), []byte("k"), vb)
+		_, err = both.Open(context.Background(), []byte("k"), bytes.Clone(vb))
 		wantKind(t, err, KeyUnusable)
 		if n := ga.cache.Len(); n != 1 {
 			t.Errorf("%d seeds are left, want a's own", n)

@@ -96,6 +96,7 @@ type Ring struct {
 	cfg     RingConfig
 	flights singleflight.Group
 	hot     hotTable
+	recent  envelope.Recent
 	state   atomic.Pointer[state]
 
 	// poked wakes Run for a contact ahead of time; suspect asks it to prove with a mint that the key is usable.

@@ -120,10 +120,11 @@ func (s *Sealer) named(err *Error) *Error {
 	return &Error{Kind: err.Kind, Text: fmt.Sprintf("rule %q: %s", s.cfg.Prefix, err.Text), Err: err.Err}
 }
 
-// Open returns the value behind stored, the bytes that etcd holds under key: stored itself where the rule hands it on, new bytes
-// otherwise. It retains neither argument. The error is an [*Error].
+// Open returns the value behind stored, the bytes that etcd holds under key: stored itself where the rule hands it on, otherwise new bytes
+// or a part of stored, which it may overwrite. It retains neither argument. The error is an [*Error].
 func (s *Sealer) Open(ctx context.Context, key, stored []byte) ([]byte, error) {
-	plaintext, _, outcome, err := s.open(ctx, key, stored)
+	// What cannot be opened may have to be handed on whole.
+	plaintext, _, outcome, err := s.open(ctx, key, stored, !s.cfg.Passthrough)
 	if err != nil {
 		if err.Kind == Corrupt && s.cfg.Passthrough {
 			s.cfg.Observer.Opened(s.cfg.Prefix, OutcomePassthrough)
@@ -144,15 +145,16 @@ func (s *Sealer) Open(ctx context.Context, key, stored []byte) ([]byte, error) {
 	return plaintext, nil
 }
 
-// open tells what stored is, without the rule's policies: OutcomeOK and its plaintext, or OutcomePlaintext or OutcomeForeign and stored.
-func (s *Sealer) open(ctx context.Context, key, stored []byte) ([]byte, *entry, Outcome, *Error) {
+// open tells what stored is, without the rule's policies: OutcomeOK and its plaintext, which stands in stored if inPlace, or OutcomePlaintext or
+// OutcomeForeign and stored.
+func (s *Sealer) open(ctx context.Context, key, stored []byte, inPlace bool) ([]byte, *entry, Outcome, *Error) {
 	if !bytes.HasPrefix(stored, []byte(envelope.Root)) {
 		return stored, nil, OutcomePlaintext, nil
 	}
 	provider, object, ok := envelope.Split(stored)
 	if ok {
 		if r := s.ring(provider); r != nil {
-			plaintext, e, err := r.open(ctx, key, object)
+			plaintext, e, err := r.open(ctx, key, object, inPlace)
 			if err != nil {
 				if err.Kind == Corrupt { // a copy: callers that waited for one unwrap share its error
 					err = &Error{Kind: Corrupt, Err: err.Err, Text: fmt.Sprintf("the stored value of etcd key %q is corrupt: %s", clip(key), err.Text)}
@@ -184,11 +186,11 @@ const (
 	Undecryptable Standing = "undecryptable" // does not open; the error says why
 )
 
-// Inspect opens stored as Open does, but for the rule's policies, and tells what it is. Stale compares with the key ID that Status said last. The
+// Inspect opens stored as Open does, but for the rule's policies, leaves it as it is, and tells what it is. Stale compares with the key ID that Status said last. The
 // plaintext of a foreign or unsealed value is stored itself. The error is not nil exactly for Undecryptable; it is an [*Error], and its kind
 // tells what may pass from what will not.
 func (s *Sealer) Inspect(ctx context.Context, key, stored []byte) ([]byte, Standing, error) {
-	plaintext, e, outcome, err := s.open(ctx, key, stored)
+	plaintext, e, outcome, err := s.open(ctx, key, stored, false)
 	switch {
 	case err != nil:
 		return nil, Undecryptable, s.named(err)

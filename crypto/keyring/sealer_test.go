@@ -83,7 +83,7 @@ func TestPolicies(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				got, err := s.Open(context.Background(), []byte("k"), c.stored)
+				got, err := s.Open(context.Background(), []byte("k"), bytes.Clone(c.stored))
 				switch want {
 				case "open":
 					if err != nil || string(got) != "value" {
@@ -116,7 +116,7 @@ func TestPolicies(t *testing.T) {
 		}
 		for class, kind := range map[kmsclient.Class]Kind{kmsclient.ClassUnavailable: Unavailable, kmsclient.ClassDenied: KeyUnusable, kmsclient.ClassKeyUnusable: KeyUnusable} {
 			old.set(func() { old.keyErr["key-1"] = kmsError("Decrypt", class) })
-			_, err := s.Open(context.Background(), []byte("k"), gone)
+			_, err := s.Open(context.Background(), []byte("k"), bytes.Clone(gone))
 			wantKind(t, err, kind)
 		}
 	})
@@ -151,7 +151,7 @@ func TestWritingPlaintext(t *testing.T) {
 			if err != nil || string(stored) != v {
 				t.Fatalf("Seal(%q) = %q, %v", v, stored, err)
 			}
-			got, err := s.Open(ctx, []byte("k"), stored)
+			got, err := s.Open(ctx, []byte("k"), bytes.Clone(stored))
 			if err != nil || string(got) != v {
 				t.Fatalf("Open(%q) = %q, %v", v, got, err)
 			}
@@ -163,7 +163,7 @@ func TestWritingPlaintext(t *testing.T) {
 				t.Errorf("the text holds the value: %v", err)
 			}
 		}
-		if got, err := s.Open(ctx, []byte("k"), sealed); err != nil || string(got) != "value" {
+		if got, err := s.Open(ctx, []byte("k"), bytes.Clone(sealed)); err != nil || string(got) != "value" {
 			t.Errorf("Open = %q, %v", got, err)
 		}
 		for want, v := range map[Standing][]byte{Current: []byte("hello"), Stale: sealed, Foreign: []byte("k8s:enc:kms:v2:other:x")} {
@@ -191,10 +191,21 @@ func TestCorruptionOfStoredValues(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		lenient, err := NewSealer(SealerConfig{Prefix: "/s/", Write: g.Ring, AllowPlaintextReads: true, Passthrough: true})
+		if err != nil {
+			t.Fatal(err)
+		}
 		try := func(what string, b []byte) {
 			t.Helper()
-			before := bytes.Clone(b)
-			got, err := s.Open(context.Background(), []byte("/s/key"), b)
+			given, before := bytes.Clone(b), bytes.Clone(b)
+			if _, standing, _ := s.Inspect(context.Background(), []byte("/s/key"), given); standing == Current || standing == Stale {
+				t.Errorf("%s: inspected as %s", what, standing)
+			}
+			// A rule that hands on what is corrupt hands it on whole.
+			if got, err := lenient.Open(context.Background(), []byte("/s/key"), given); err == nil && !bytes.Equal(got, before) {
+				t.Errorf("%s: handed on as %q", what, got)
+			}
+			got, err := s.Open(context.Background(), []byte("/s/key"), bytes.Clone(b))
 			if err == nil {
 				t.Errorf("%s: opens as %q", what, got)
 			} else if e, ok := err.(*Error); !ok || e.Kind == Unavailable { //nolint:errorlint // the concrete type is what is promised
@@ -202,7 +213,7 @@ func TestCorruptionOfStoredValues(t *testing.T) {
 			} else if strings.Contains(err.Error(), "a plaintext") {
 				t.Errorf("%s: the text holds the value: %v", what, err)
 			}
-			if !bytes.Equal(before, b) {
+			if !bytes.Equal(before, given) {
 				t.Errorf("%s: the argument was changed", what)
 			}
 		}
@@ -212,7 +223,7 @@ func TestCorruptionOfStoredValues(t *testing.T) {
 			try(fmt.Sprintf("byte %d of %d", i, len(stored)), b)
 			try(fmt.Sprintf("cut to %d of %d", i, len(stored)), stored[:i])
 		}
-		_, err = s.Open(context.Background(), []byte("/s/key2"), stored)
+		_, err = s.Open(context.Background(), []byte("/s/key2"), bytes.Clone(stored))
 		wantKind(t, err, Corrupt)
 		g.mustOpen(t, "/s/key", stored, "a plaintext")
 	})

@@ -45,8 +45,8 @@ func (t *hotTable) put(rest []byte, e *entry) {
 	t.slot(rest).Store(&hotSlot{rest: bytes.Clone(rest), entry: e})
 }
 
-// open opens an object of this provider. e is the seed that was used; it is nil when it did not come to that.
-func (r *Ring) open(ctx context.Context, etcdKey, object []byte) (plaintext []byte, e *entry, err *Error) {
+// open opens an object of this provider, over itself if inPlace. e is the seed that was used; it is nil when it did not come to that.
+func (r *Ring) open(ctx context.Context, etcdKey, object []byte, inPlace bool) (plaintext []byte, e *entry, err *Error) {
 	if st := r.state.Load(); st.revoked != nil {
 		return nil, nil, r.errorf(KeyUnusable, st.revoked, "%s", describe(st.revoked))
 	}
@@ -72,7 +72,12 @@ func (r *Ring) open(ctx context.Context, etcdKey, object []byte) (plaintext []by
 		}
 		data = o.Data
 	}
-	plaintext, oerr := e.seed.Open(nil, etcdKey, data)
+	var oerr error
+	if inPlace {
+		plaintext, oerr = e.seed.OpenInPlace(&r.recent, etcdKey, data)
+	} else {
+		plaintext, oerr = e.seed.Open(nil, etcdKey, data)
+	}
 	if oerr != nil {
 		if !e.proven.Load() {
 			r.cfg.Cache.drop(e)
@@ -258,6 +263,7 @@ func (r *Ring) drop(match func(*entry) bool) int {
 			r.hot.slots[i].CompareAndSwap(s, nil)
 		}
 	}
+	r.recent.Clear()
 	return n
 }
 

@@ -3,6 +3,9 @@
 // It edits bytes and never rebuilds a message: unknown fields and everything outside a changed value stay as they came, and a
 // message without a change is returned as the very slice that was passed in. It does no I/O and knows nothing of gRPC, rules or keys: it asks
 // a [Rules]. The proxy's engines are its callers.
+//
+// Requests are read only. Responses belong to the functions that open them: opened values are shorter than stored ones, so the result is made
+// where the message stood, without a second buffer.
 package etcdwire
 
 import (
@@ -16,7 +19,8 @@ type Rules interface {
 	Overlaps(key, rangeEnd []byte) bool
 	// Seal returns the bytes to store for value. For a key under no rule it returns value itself.
 	Seal(ctx context.Context, key, value []byte) ([]byte, error)
-	// Open returns the value behind the stored bytes. For a key under no rule it returns stored itself.
+	// Open returns the value behind the stored bytes. For a key under no rule it returns stored itself. It may overwrite stored, and
+	// return a part of it.
 	Open(ctx context.Context, key, stored []byte) ([]byte, error)
 }
 

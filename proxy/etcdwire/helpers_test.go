@@ -42,6 +42,11 @@ func (b brackets) Open(_ context.Context, key, stored []byte) ([]byte, error) {
 	if !bytes.HasPrefix(stored, head) || !bytes.HasSuffix(stored, []byte("]")) {
 		return nil, errOpen
 	}
+	// Nobody may count on what stood there.
+	for i := range head {
+		stored[i] = '!'
+	}
+	stored[len(stored)-1] = '!'
 	return stored[len(head) : len(stored)-1], nil
 }
 

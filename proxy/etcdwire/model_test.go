@@ -68,7 +68,7 @@ type method struct {
 	message func() proto.Message
 	rewrite func(msg []byte, rules Rules) ([]byte, error)
 	model   func(m proto.Message, rules Rules) error
-	inverse bool // rewriting a request's result as if it were stored is not the inverse
+	answer  bool // it may overwrite its message, and sealing what it opened gives the message back
 }
 
 var background = context.Background()

@@ -57,7 +57,7 @@ func (b *branch) set(i int, s opShape) {
 // PutRequest seals the value of a PutRequest, an absent one too. With ignore_value the message passes as it is. It returns msg itself
 // if nothing changed; the error wraps [ErrMalformed] or is the error of rules.Seal.
 func PutRequest(ctx context.Context, msg []byte, rules Rules) ([]byte, error) {
-	return rewrite(ctx, msg, rules, func(r *rewriter) error { return r.put(0, len(msg)) })
+	return rewrite(ctx, msg, rules, false, func(r *rewriter) error { return r.put(0, len(msg)) })
 }
 
 func (r *rewriter) put(at, end int) error {
@@ -120,7 +120,7 @@ func deleteRange(src []byte, at, end int) error {
 // sort by value that meets a rule, or is the error of rules.Seal.
 func TxnRequest(ctx context.Context, msg []byte, rules Rules) ([]byte, *TxnShape, error) {
 	var shape *TxnShape
-	out, err := rewrite(ctx, msg, rules, func(r *rewriter) (err error) {
+	out, err := rewrite(ctx, msg, rules, false, func(r *rewriter) (err error) {
 		shape, err = r.txn(0, len(msg), 1)
 		return err
 	})

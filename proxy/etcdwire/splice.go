@@ -22,13 +22,15 @@ type rewriter struct {
 	rules Rules
 	src   []byte
 	edits []edit
-	grow  int // by how much all edits so far lengthen the message
+	grow  int  // by how much all edits so far lengthen the message
+	grown bool // some edit lengthens it
 }
 
 var rewriters = sync.Pool{New: func() any { return new(rewriter) }}
 
-// rewrite runs walk over msg and returns msg with the edits that walk asked for: msg itself if there were none.
-func rewrite(ctx context.Context, msg []byte, rules Rules, walk func(*rewriter) error) ([]byte, error) {
+// rewrite runs walk over msg and returns msg with the edits that walk asked for: msg itself if there were none. With inPlace it may write the
+// result over msg.
+func rewrite(ctx context.Context, msg []byte, rules Rules, inPlace bool, walk func(*rewriter) error) ([]byte, error) {
 	r, ok := rewriters.Get().(*rewriter)
 	if !ok {
 		r = new(rewriter)
@@ -36,7 +38,7 @@ func rewrite(ctx context.Context, msg []byte, rules Rules, walk func(*rewriter) 
 	r.ctx, r.rules, r.src = ctx, rules, msg
 	defer func() {
 		clear(r.edits) // the pool must not keep values alive
-		r.ctx, r.rules, r.src, r.edits, r.grow = nil, nil, nil, r.edits[:0], 0
+		r.ctx, r.rules, r.src, r.edits, r.grow, r.grown = nil, nil, nil, r.edits[:0], 0, false
 		rewriters.Put(r)
 	}()
 	if err := walk(r); err != nil {
@@ -45,7 +47,13 @@ func rewrite(ctx context.Context, msg []byte, rules Rules, walk func(*rewriter) 
 	if len(r.edits) == 0 {
 		return msg, nil
 	}
-	out := make([]byte, 0, len(msg)+r.grow)
+	var out []byte
+	if inPlace && !r.grown {
+		// Every edit leaves at most as many bytes as it takes away, so nothing is written ahead of what is still to be read.
+		out = msg[:0]
+	} else {
+		out = make([]byte, 0, len(msg)+r.grow)
+	}
 	at := 0
 	for _, e := range r.edits {
 		out = append(out, msg[at:e.from]...)
@@ -62,13 +70,15 @@ func rewrite(ctx context.Context, msg []byte, rules Rules, walk func(*rewriter) 
 }
 
 func (r *rewriter) add(e edit) {
-	r.grow += len(e.with) - (e.to - e.from)
+	by := len(e.with) - (e.to - e.from)
 	if e.tag != 0 {
-		r.grow++
+		by++
 	}
 	if e.length >= 0 {
-		r.grow += protowire.SizeVarint(uint64(e.length))
+		by += protowire.SizeVarint(uint64(e.length))
 	}
+	r.grow += by
+	r.grown = r.grown || by > 0
 	r.edits = append(r.edits, e)
 }
 
@@ -86,7 +96,9 @@ func (r *rewriter) within(f field, walk func(r *rewriter, f field) error) error 
 	}
 	length := f.end - f.body + r.grow - before
 	r.edits[index].length = length
-	r.grow += protowire.SizeVarint(uint64(length)) - (f.body - f.val) //nolint:gosec // not negative
+	by := protowire.SizeVarint(uint64(length)) - (f.body - f.val) //nolint:gosec // not negative
+	r.grow += by
+	r.grown = r.grown || by > 0
 	return nil
 }
 
