@@ -166,13 +166,19 @@ func attempt[T any](ctx context.Context, c *Client, op, keyID string, call func(
 		// The delay is drawn from 0 to twice the middle: full jitter.
 		InitialInterval: c.cfg.MinBackoff / 2, RandomizationFactor: 1, Multiplier: 2, MaxInterval: time.Second,
 	}
-	return backoff.Retry(ctx, func() (T, error) {
+	var last *Error // of the last attempt
+	res, err := backoff.Retry(ctx, func() (T, error) {
 		res, err := once(ctx, c, op, keyID, call)
+		errors.As(err, &last)
 		if err != nil && (classOf(err) != ClassUnavailable || errors.Is(err, errCircuitOpen) || ctx.Err() != nil) {
 			err = backoff.Permanent(err)
 		}
 		return res, err
 	}, backoff.WithBackOff(&wait), backoff.WithMaxTries(uint(c.cfg.MaxAttempts)), backoff.WithMaxElapsedTime(0))
+	if e := (*Error)(nil); err != nil && !errors.As(err, &e) {
+		err = withCause(last, ctx.Err()) // the context ended between two attempts; its cause may be anything
+	}
+	return res, err
 }
 
 // once makes one attempt. Its error is always an *Error with the provider filled in.
