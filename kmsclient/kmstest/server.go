@@ -97,7 +97,7 @@ func answer(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.
 			err = status.Errorf(codes.Internal, "panic: %v", r)
 		}
 		var e *kmsclient.Error
-		if errors.As(err, &e) && ctx.Err() == nil {
+		if errors.As(err, &e) {
 			err = status.Error(codeOf(e.Class), err.Error())
 		}
 	}()

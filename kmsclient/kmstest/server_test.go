@@ -1,10 +1,13 @@
 package kmstest
 
 import (
+	"context"
 	"errors"
 	"net"
 	"os"
+	"runtime"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"google.golang.org/grpc"
@@ -12,6 +15,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	kmsapi "k8s.io/kms/apis/v2"
+	"k8s.io/kms/pkg/service"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
@@ -103,5 +107,36 @@ func TestPluginStopsAndStarts(t *testing.T) {
 			conn.Close()
 			t.Error("something still listens")
 		}
+	}
+}
+
+// slowToEnd takes a while to notice that its call was cut.
+type slowToEnd struct {
+	kmsclient.Service
+	called chan struct{}
+	ended  atomic.Bool
+}
+
+func (s *slowToEnd) Status(ctx context.Context) (*service.StatusResponse, error) {
+	close(s.called)
+	<-ctx.Done()
+	for range 1000 {
+		runtime.Gosched()
+	}
+	s.ended.Store(true)
+	return nil, ctx.Err()
+}
+
+// TestStopWaitsForHandlers lets a test look at its service after Stop without a race.
+func TestStopWaitsForHandlers(t *testing.T) {
+	s := &slowToEnd{Service: NewMemory(), called: make(chan struct{})}
+	p := NewPlugin(t, "", s)
+	p.Start()
+	client := dial(t, p.Endpoint)
+	go client.Status(t.Context(), &kmsapi.StatusRequest{})
+	<-s.called
+	p.Stop()
+	if !s.ended.Load() {
+		t.Error("a handler outlived the server")
 	}
 }
