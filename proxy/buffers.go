@@ -15,6 +15,9 @@ const (
 	minPooled = 256 // bytes: less is not worth it
 )
 
+// ioBuffer is how many bytes are read from or written to a connection at once: a long list in a quarter of the system calls that grpc's default needs.
+const ioBuffer = 128 << 10
+
 // wipingPool lends the buffers that messages pass through, on both sides. It clears a buffer when it is given back: values must not lie about in
 // memory that waits for its next use. grpc's own pool clears the whole of a buffer, used or not, but only when it lends it.
 type wipingPool struct {

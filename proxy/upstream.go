@@ -74,6 +74,8 @@ func newUpstream(cfg UpstreamConfig, log *slog.Logger, m *metrics) (*upstream, e
 			grpc.WithStreamInterceptor(nil),
 			grpc.WithDisableRetry(),
 			experimental.WithBufferPool(buffers),
+			grpc.WithReadBufferSize(ioBuffer),
+			grpc.WithWriteBufferSize(ioBuffer),
 			grpc.WithIdleTimeout(0),
 			grpc.WithConnectParams(grpc.ConnectParams{
 				Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},

@@ -151,6 +151,18 @@ func BenchmarkPutRequest(b *testing.B) {
 	}
 }
 
+func BenchmarkWatchResponse(b *testing.B) {
+	msg := wire(b, &pb.WatchResponse{Header: &pb.ResponseHeader{Revision: 5}, Events: []*mvccpb.Event{{Kv: kv("s/a", "[s/a|"+strings.Repeat("v", 1024)+"]")}}})
+	own := make([]byte, len(msg))
+	b.ReportAllocs()
+	for b.Loop() {
+		copy(own, msg)
+		if _, err := WatchResponse(background, own, brackets{"s/"}); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
 func BenchmarkRangeResponse(b *testing.B) {
 	res := new(pb.RangeResponse)
 	for range 1000 {

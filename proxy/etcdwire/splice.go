@@ -15,15 +15,21 @@ type edit struct {
 	with     []byte
 }
 
-// rewriter gathers the edits of one message, in the order of their offsets, so that the result is written once into a buffer of the
-// right size, however deep a changed value sits.
+// rewriter gathers the edits of one field of a message, in the order of their offsets, and then writes the field, however deep a changed value
+// sits. So a long answer is written while it is still at hand in the processor's cache.
 type rewriter struct {
-	ctx   context.Context // a rewriter lives for one call
-	rules Rules
-	src   []byte
+	ctx     context.Context // a rewriter lives for one call
+	rules   Rules
+	src     []byte
+	inPlace bool // out is, or will be, the front of src
+
 	edits []edit
-	grow  int  // by how much all edits so far lengthen the message
+	grow  int  // by how much the edits lengthen the message
 	grown bool // some edit lengthens it
+	depth int  // of submessages around what is being walked
+
+	out     []byte // the message up to src[:written], once something changed
+	written int
 }
 
 var rewriters = sync.Pool{New: func() any { return new(rewriter) }}
@@ -35,38 +41,52 @@ func rewrite(ctx context.Context, msg []byte, rules Rules, inPlace bool, walk fu
 	if !ok {
 		r = new(rewriter)
 	}
-	r.ctx, r.rules, r.src = ctx, rules, msg
+	r.ctx, r.rules, r.src, r.inPlace = ctx, rules, msg, inPlace
 	defer func() {
 		clear(r.edits) // the pool must not keep values alive
-		r.ctx, r.rules, r.src, r.edits, r.grow, r.grown = nil, nil, nil, r.edits[:0], 0, false
+		*r = rewriter{edits: r.edits[:0]}
 		rewriters.Put(r)
 	}()
 	if err := walk(r); err != nil {
 		return nil, err
 	}
-	if len(r.edits) == 0 {
+	r.flush()
+	if r.out == nil {
 		return msg, nil
 	}
-	var out []byte
-	if inPlace && !r.grown {
-		// Every edit leaves at most as many bytes as it takes away, so nothing is written ahead of what is still to be read.
-		out = msg[:0]
-	} else {
-		out = make([]byte, 0, len(msg)+r.grow)
+	return append(r.out, msg[r.written:]...), nil
+}
+
+// flush writes what the edits so far make of the message. No length prefix before them may still be open.
+func (r *rewriter) flush() {
+	if len(r.edits) == 0 {
+		return
 	}
-	at := 0
+	switch {
+	case r.inPlace && !r.grown:
+		// Every edit leaves at most as many bytes as it takes away, so nothing is written ahead of what is still to be read.
+		if r.out == nil {
+			r.out = r.src[:0]
+		}
+	case r.out == nil || r.inPlace:
+		r.out = append(make([]byte, 0, len(r.src)+len(r.out)-r.written+r.grow), r.out...)
+		r.inPlace = false
+	}
+	at := r.written
 	for _, e := range r.edits {
-		out = append(out, msg[at:e.from]...)
+		r.out = append(r.out, r.src[at:e.from]...)
 		if e.tag != 0 {
-			out = append(out, e.tag)
+			r.out = append(r.out, e.tag)
 		}
 		if e.length >= 0 {
-			out = protowire.AppendVarint(out, uint64(e.length))
+			r.out = protowire.AppendVarint(r.out, uint64(e.length))
 		}
-		out = append(out, e.with...)
+		r.out = append(r.out, e.with...)
 		at = e.to
 	}
-	return append(out, msg[at:]...), nil
+	r.written = at
+	clear(r.edits)
+	r.edits, r.grow, r.grown = r.edits[:0], 0, false
 }
 
 func (r *rewriter) add(e edit) {
@@ -87,7 +107,10 @@ func (r *rewriter) within(f field, walk func(r *rewriter, f field) error) error 
 	// The prefix stands before what is in it, so its edit is reserved now and filled or dropped afterwards.
 	index, before := len(r.edits), r.grow
 	r.edits = append(r.edits, edit{from: f.val, to: f.body, length: -1})
-	if err := walk(r, f); err != nil {
+	r.depth++
+	err := walk(r, f)
+	r.depth--
+	if err != nil {
 		return err
 	}
 	if len(r.edits) == index+1 {
@@ -99,6 +122,9 @@ func (r *rewriter) within(f field, walk func(r *rewriter, f field) error) error 
 	by := protowire.SizeVarint(uint64(length)) - (f.body - f.val) //nolint:gosec // not negative
 	r.grow += by
 	r.grown = r.grown || by > 0
+	if r.depth == 0 {
+		r.flush()
+	}
 	return nil
 }
 
