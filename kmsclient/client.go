@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
@@ -44,6 +45,7 @@ type Config struct {
 type Client struct {
 	cfg     Config
 	breaker *gobreaker.TwoStepCircuitBreaker[struct{}]
+	down    atomic.Pointer[Error] // why the KMS was unavailable last
 }
 
 var (
@@ -185,8 +187,7 @@ func attempt[T any](ctx context.Context, c *Client, op, keyID string, call func(
 func once[T any](ctx context.Context, c *Client, op, keyID string, call func(context.Context) (T, string, error)) (res T, err error) {
 	done, err := c.breaker.Allow()
 	if err != nil {
-		e := c.fault(op, keyID, ClassUnavailable, fmt.Sprintf("not called: it did not answer before; tried again every %s", c.cfg.ProbeAfter))
-		return res, withCause(e, errCircuitOpen)
+		return res, withCause(c.notCalled(op, keyID), errCircuitOpen)
 	}
 	start := time.Now()
 	defer func() {
@@ -196,6 +197,7 @@ func once[T any](ctx context.Context, c *Client, op, keyID string, call func(con
 		if err != nil {
 			var zero T
 			res, err = zero, c.safe(ctx, op, keyID, err)
+			c.noteDown(err)
 		}
 		done(err)
 		c.cfg.Observer(observed(c.cfg.Name, op, keyID, start, err))

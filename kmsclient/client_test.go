@@ -190,7 +190,7 @@ func TestCircuit(t *testing.T) {
 		down := true
 		b := &backend{encrypt: func(context.Context) (*service.EncryptResponse, error) {
 			if down {
-				return nil, &kmsclient.Error{Class: kmsclient.ClassUnavailable}
+				return nil, &kmsclient.Error{Class: kmsclient.ClassUnavailable, Code: "Throttling", HTTPStatus: 503, Detail: "too many calls"}
 			}
 			return good, nil
 		}}
@@ -204,6 +204,11 @@ func TestCircuit(t *testing.T) {
 		_, err := c.Encrypt(t.Context(), "u", []byte("x"))
 		if class(t, err) != kmsclient.ClassUnavailable || b.calls.Load() != before || time.Since(start) != 0 {
 			t.Errorf("open circuit: %v, %d calls, %v", err, b.calls.Load()-before, time.Since(start))
+		}
+		for _, want := range []string{`"Throttling"`, "HTTP 503", "not called", "too many calls"} {
+			if !strings.Contains(err.Error(), want) {
+				t.Errorf("open circuit: %q does not say %s", err, want)
+			}
 		}
 		down = false
 		time.Sleep(6 * time.Second) // in the bubble's clock
