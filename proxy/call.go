@@ -7,6 +7,8 @@ import (
 	"log/slog"
 	"sync/atomic"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protowire"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdwire"
@@ -17,6 +19,7 @@ type core struct {
 	rules      atomic.Pointer[ruleSet]
 	maxRequest int // bytes; etcd's --max-request-bytes
 	log        *slog.Logger
+	lost       firsts // values, by the error's text, that were logged as lost
 }
 
 // call rewrites the messages of one call. An engine hands it every request message, then every response message for which scans
@@ -48,7 +51,8 @@ func (c *kvCall) begin() bool {
 	return !c.at.empty()
 }
 
-// status logs the cause where the client is not told, and returns the status.
+// status returns the status for err. It logs the cause where the client is not told, and each lost value once: a client may read it over and over,
+// and not show the error to anyone.
 func (c *core) status(err error, fromEtcd bool) error {
 	if err == nil {
 		return nil
@@ -56,6 +60,9 @@ func (c *core) status(err error, fromEtcd bool) error {
 	st, known := sealStatus(err, fromEtcd)
 	if !known {
 		c.log.Error("a value could not be sealed or opened", "error", err)
+	}
+	if st := status.Convert(st); st.Code() == codes.DataLoss && c.lost.first(st.Message()) {
+		c.log.Error("a stored value cannot be read", "error", st.Message())
 	}
 	return st
 }

@@ -3,7 +3,6 @@ package proxy
 import (
 	"crypto/x509"
 	"log/slog"
-	"sync"
 )
 
 // Identity says who is at the other end of a connection. It is made once, when the connection is accepted, and never changes.
@@ -68,27 +67,12 @@ func (id *Identity) in(list map[string]bool) bool {
 
 // denials logs each denied client once, however often it comes back.
 type denials struct {
-	log *slog.Logger
-
-	mu   sync.Mutex
-	seen map[string]bool
+	log  *slog.Logger
+	told firsts
 }
 
-// maxDenials bounds the memory that denied clients can take; beyond it the log starts over.
-const maxDenials = 1024
-
 func (d *denials) note(id *Identity) {
-	key := id.Listener + "\x00" + id.name()
-	d.mu.Lock()
-	known := d.seen[key]
-	if !known {
-		if d.seen == nil || len(d.seen) >= maxDenials {
-			d.seen = make(map[string]bool)
-		}
-		d.seen[key] = true
-	}
-	d.mu.Unlock()
-	if !known {
+	if d.told.first(id.Listener + "\x00" + id.name()) {
 		d.log.Warn("client denied: it is not in the listener's allowedClients",
 			"listener", id.Listener, "client", id.name(), "names", id.Names, "remote", id.Remote)
 	}

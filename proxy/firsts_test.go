@@ -1,0 +1,44 @@
+package proxy
+
+import (
+	"bytes"
+	"fmt"
+	"log/slog"
+	"strings"
+	"testing"
+
+	"google.golang.org/grpc/codes"
+)
+
+// TestLostValuesAreLoggedOnce: each once, however often it is read, and nothing that may pass by itself.
+func TestLostValuesAreLoggedOnce(t *testing.T) {
+	var log bytes.Buffer
+	c := &core{log: slog.New(slog.NewTextHandler(&log, nil))}
+	for range 3 {
+		for _, key := range []string{"a", "b"} {
+			if err := c.status(&SealError{Code: codes.DataLoss, Text: "key " + key + " is damaged"}, true); err == nil {
+				t.Fatal("no error for the client")
+			}
+		}
+		_ = c.status(&SealError{Code: codes.Unavailable, Text: "the KMS sleeps"}, true) // what it returns is tested elsewhere
+	}
+	if got := log.String(); strings.Count(got, "\n") != 2 || !strings.Contains(got, "key a is damaged") || !strings.Contains(got, "key b is damaged") {
+		t.Errorf("logged:\n%s", got)
+	}
+}
+
+// TestFirstsIsBounded: what clients choose cannot fill the memory.
+func TestFirstsIsBounded(t *testing.T) {
+	var f firsts
+	for i := range 3 * maxFirsts {
+		if !f.first(fmt.Sprint(i)) {
+			t.Fatalf("%d came for the first time", i)
+		}
+		if f.first(fmt.Sprint(i)) {
+			t.Fatalf("%d came again", i)
+		}
+		if len(f.seen) > maxFirsts {
+			t.Fatalf("%d are kept", len(f.seen))
+		}
+	}
+}
