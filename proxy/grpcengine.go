@@ -65,7 +65,6 @@ func newGRPCEngine(c *core, u *upstream, m *metrics, log *slog.Logger, drainTime
 		grpc.ForceServerCodecV2(rawCodec{}),
 		experimental.BufferPool(buffers),
 		grpc.WriteBufferSize(ioBuffer),
-		grpc.SharedWriteBuffer(true), // a connection without traffic holds none
 		grpc.UnknownServiceHandler(e.refuseUnknown),
 		// What follows is how etcd sets up its own server.
 		grpc.MaxRecvMsgSize(c.maxRequest+grpcOverhead),

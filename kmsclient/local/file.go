@@ -148,9 +148,13 @@ func NewKeyFile(path string) error {
 }
 
 // AddVersion adds a key to a key file, which then wraps. The file is replaced at once, so that a reader sees the old one or the new one;
-// comments and order stay.
+// comments, order and owner stay. Of a symbolic link, the target is replaced.
 func AddVersion(path string) error {
-	versions, _, err := load(path)
+	path, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return fmt.Errorf("read key file: %w", err)
+	}
+	versions, info, err := load(path)
 	if err != nil {
 		return err
 	}
@@ -162,7 +166,7 @@ func AddVersion(path string) error {
 		}
 	}
 	highest = max(highest, len(versions))
-	old, err := os.ReadFile(path) //nolint:gosec // the operator names the file
+	old, err := os.ReadFile(path)
 	if err != nil {
 		return fmt.Errorf("read key file: %w", err)
 	}
@@ -176,6 +180,10 @@ func AddVersion(path string) error {
 	temp := path + ".new"
 	if err := write(temp, text); err != nil {
 		return err
+	}
+	// The proxy must be able to read what root made in its name.
+	if err := keepOwner(temp, info); err != nil {
+		return fmt.Errorf("key file %s: its owner is another user, who could not read the new one; run this as that user: %w", path, errors.Join(err, os.Remove(temp)))
 	}
 	if err := os.Rename(temp, path); err != nil {
 		return fmt.Errorf("replace key file: %w", errors.Join(err, os.Remove(temp)))

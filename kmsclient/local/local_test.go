@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"k8s.io/kms/pkg/service"
@@ -117,5 +118,44 @@ func TestBadFiles(t *testing.T) {
 	}
 	if _, err := New(Config{KeyFile: filepath.Join(t.TempDir(), "gone")}); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("a missing file: %v", err)
+	}
+}
+
+// TestAddVersionThroughLink: the file behind a link gets the version, and keeps its owner.
+func TestAddVersionThroughLink(t *testing.T) {
+	dir := t.TempDir()
+	path, link := filepath.Join(dir, "key.yaml"), filepath.Join(dir, "link.yaml")
+	if err := NewKeyFile(path); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("key.yaml", link); err != nil {
+		t.Fatal(err)
+	}
+	const other = 12345
+	asRoot := os.Getuid() == 0
+	if asRoot { // only root can give files away
+		if err := os.Chown(path, other, other); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := AddVersion(link); err != nil {
+		t.Fatal(err)
+	}
+	if info, err := os.Lstat(link); err != nil || info.Mode()&fs.ModeSymlink == 0 {
+		t.Errorf("the link is gone: %v, %v", info.Mode(), err)
+	}
+	k, err := New(Config{KeyFile: path})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s, err := k.Status(t.Context()); err != nil || s.KeyID != "2" {
+		t.Errorf("status: %v, %v", s, err)
+	}
+	info, err := os.Stat(path)
+	if err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("mode %v, %v", info.Mode(), err)
+	}
+	if owner := info.Sys().(*syscall.Stat_t).Uid; asRoot && owner != other {
+		t.Errorf("the file belongs to user %d now", owner)
 	}
 }
