@@ -114,7 +114,8 @@ type Rule struct {
 	// `false` refuses them, so that whoever can write to etcd cannot slip in values of their own.
 	AllowPlaintextReads bool `yaml:"allowPlaintextReads" default:"true"`
 	// OnUndecryptable is what reading a value does that can never be opened (damaged, or of another key): `error`, or `passthrough`, which
-	// hands on the stored bytes, so that one damaged value does not make its whole list unreadable. An outage is always an error.
+	// hands on the stored bytes, so that one damaged value does not make its whole list unreadable for plain etcd clients; kube-apiserver then refuses the
+	// list itself, and names the damaged objects. An outage is always an error.
 	OnUndecryptable string `yaml:"onUndecryptable" default:"error"`
 }
 
