@@ -18,7 +18,7 @@ type Call struct {
 	Provider  string
 	Op        string        // "Encrypt", "Decrypt", "Status" or "GenerateDataKey"
 	KeyID     string        // as the KMS answered or was asked; may be empty
-	RequestID string        // the KMS' own id of a failed call; may be empty
+	RequestID string        // the KMS' own id of the request, to join with its audit log; may be empty
 	Class     string        // "ok", or the error's class as [Class.String] spells it
 	Time      time.Time     // when the attempt began
 	Duration  time.Duration // how long it took
@@ -190,6 +190,7 @@ func once[T any](ctx context.Context, c *Client, op, keyID string, call func(con
 		return res, withCause(c.notCalled(op, keyID), errCircuitOpen)
 	}
 	start := time.Now()
+	noting, id := withRequestID(ctx)
 	defer func() {
 		if recover() != nil { // what a backend panics with may hold a secret
 			err = contract("the backend panicked")
@@ -200,9 +201,9 @@ func once[T any](ctx context.Context, c *Client, op, keyID string, call func(con
 			c.noteDown(err)
 		}
 		done(err)
-		c.cfg.Observer(observed(c.cfg.Name, op, keyID, start, err))
+		c.cfg.Observer(observed(c.cfg.Name, op, keyID, id.get(), start, err))
 	}()
-	limited, cancel := context.WithTimeout(ctx, c.cfg.Timeout)
+	limited, cancel := context.WithTimeout(noting, c.cfg.Timeout)
 	defer cancel()
 	var used string
 	res, used, err = call(limited)
@@ -211,11 +212,15 @@ func once[T any](ctx context.Context, c *Client, op, keyID string, call func(con
 	return res, err
 }
 
-func observed(provider, op, keyID string, start time.Time, err error) Call {
-	call := Call{Provider: provider, Op: op, KeyID: keyID, Class: "ok", Time: start, Duration: time.Since(start)}
+// observed describes an attempt. noted is the request ID that the backend noted; an error's own counts more.
+func observed(provider, op, keyID, noted string, start time.Time, err error) Call {
+	call := Call{Provider: provider, Op: op, KeyID: keyID, RequestID: noted, Class: "ok", Time: start, Duration: time.Since(start)}
 	var e *Error
 	if errors.As(err, &e) {
-		call.Class, call.RequestID = e.Class.String(), e.RequestID
+		call.Class = e.Class.String()
+		if e.RequestID != "" {
+			call.RequestID = e.RequestID
+		}
 	}
 	return call
 }
