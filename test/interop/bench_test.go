@@ -31,6 +31,7 @@ func BenchmarkBeside(b *testing.B) {
 			keys[i] = fmt.Appendf(nil, "/registry/secrets/namespace-%d/secret-%d", i, i)
 			stored[i], other[i] = writer.seal(b, keys[i], plaintext), writer.seal(b, keys[i], plaintext)
 		}
+		var own []byte
 		we, they := newOurs(b, p, provider), newKube(b, p, provider, envelope.TypeSeed)
 		ctx := context.Background()
 		// Two values of each key are opened in turns: what a side keeps for a key is of the other value then, and of no use.
@@ -52,14 +53,16 @@ func BenchmarkBeside(b *testing.B) {
 				return err
 			}},
 			{"open", func(i, turn int) error {
-				_, err := we.Open(ctx, keys[i], pick(i, turn))
+				own = append(own[:0], pick(i, turn)...) // it is opened where it stands
+				_, err := we.Open(ctx, keys[i], own)
 				return err
 			}, func(i, turn int) error {
 				_, _, err := they.transformer.TransformFromStorage(ctx, pick(i, turn), keyContext(keys[i]))
 				return err
 			}},
 			{"reopen", func(i, _ int) error {
-				_, err := we.Open(ctx, keys[i], stored[i])
+				own = append(own[:0], stored[i]...)
+				_, err := we.Open(ctx, keys[i], own)
 				return err
 			}, func(i, _ int) error {
 				_, _, err := they.transformer.TransformFromStorage(ctx, stored[i], keyContext(keys[i]))

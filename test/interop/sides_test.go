@@ -1,6 +1,7 @@
 package interop
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -122,7 +123,7 @@ func (o *ours) seal(tb testing.TB, key, plaintext []byte) []byte {
 
 // open opens stored as the rule does, and says whether it would have to be written anew.
 func (o *ours) open(key, stored []byte) (plaintext []byte, stale bool, err error) {
-	plaintext, err = o.Open(context.Background(), key, stored)
+	plaintext, err = o.Open(context.Background(), key, bytes.Clone(stored)) // it is opened where it stands
 	if err != nil {
 		return nil, false, err
 	}

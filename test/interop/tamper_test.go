@@ -66,7 +66,7 @@ func TestOtherEtcdKey(t *testing.T) {
 		for _, key := range []string{"/registry/secrets/default/s2", "/registry/secrets/default/s", "/registry/secrets/default/s1/", "x"} {
 			s.refused(t, writer+" moved to "+key, []byte(key), stored)
 		}
-		_, err := s.we.Open(context.Background(), []byte("/registry/secrets/default/s2"), stored)
+		_, err := s.we.Open(context.Background(), []byte("/registry/secrets/default/s2"), bytes.Clone(stored))
 		if e, ok := errors.AsType[*keyring.Error](err); !ok || e.Kind != keyring.Corrupt {
 			t.Errorf("%s moved: %v is not corrupt", writer, err)
 		}
@@ -78,10 +78,10 @@ func TestOtherProvider(t *testing.T) {
 	s := newPair(t)
 	we, they := newOurs(t, s.plugin, "other"), newKube(t, s.plugin, "other", envelope.TypeSeed)
 	for writer, stored := range s.stored {
-		if _, err := we.Open(context.Background(), s.key, stored); err == nil {
+		if _, err := we.Open(context.Background(), s.key, bytes.Clone(stored)); err == nil {
 			t.Errorf("%s: we open another provider's value", writer)
 		}
-		if _, _, err := they.open(s.key, stored); err == nil {
+		if _, _, err := they.open(s.key, bytes.Clone(stored)); err == nil {
 			t.Errorf("%s: kube-apiserver opens another provider's value", writer)
 		}
 	}
@@ -106,15 +106,15 @@ func TestWrongKMSKey(t *testing.T) {
 			fresh := *s
 			fresh.we, fresh.they = newOurs(t, s.plugin, provider), newKube(t, s.plugin, provider, envelope.TypeSeed)
 			for writer, stored := range s.stored {
-				fresh.refused(t, writer, s.key, stored)
-				_, err := fresh.we.Open(context.Background(), s.key, stored)
+				fresh.refused(t, writer, s.key, bytes.Clone(stored))
+				_, err := fresh.we.Open(context.Background(), s.key, bytes.Clone(stored))
 				if e, ok := errors.AsType[*keyring.Error](err); !ok || e.Kind != c.kind {
 					t.Errorf("%s: %v is not of kind %v", writer, err, c.kind)
 				}
 			}
 			s.plugin.set(func() { s.plugin.keys["key-1"] = right })
 			for writer, stored := range s.stored {
-				if !fresh.agree(t, writer+" with the key back", s.key, stored) {
+				if !fresh.agree(t, writer+" with the key back", s.key, bytes.Clone(stored)) {
 					t.Errorf("%s: does not open with the key back", writer)
 				}
 			}
