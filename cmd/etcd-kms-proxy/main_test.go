@@ -25,7 +25,13 @@ func TestMain(m *testing.M) {
 		main()
 		return
 	}
-	goleak.VerifyTestMain(m)
+	goleak.VerifyTestMain(m, goleak.Cleanup(func(code int) {
+		if what := told.leak(); what != "" {
+			fmt.Fprintln(os.Stderr, "a command has shown", what)
+			code = 1
+		}
+		os.Exit(code)
+	}))
 }
 
 // deadline bounds everything that a test waits for.
@@ -51,6 +57,7 @@ func execute(t *testing.T, args ...string) result {
 	}
 	var stdout, stderr bytes.Buffer
 	code := run(args, &stdout, &stderr)
+	told.output(stdout.Bytes(), stderr.Bytes())
 	return result{code, stdout.String(), stderr.String()}
 }
 
@@ -66,6 +73,7 @@ func executeAlone(t *testing.T, args ...string) result {
 	timer := time.AfterFunc(deadline, func() { _ = cmd.Process.Kill() })
 	defer timer.Stop()
 	_ = cmd.Wait() // its code says it
+	told.output(stdout.Bytes(), stderr.Bytes())
 	return result{cmd.ProcessState.ExitCode(), stdout.String(), stderr.String()}
 }
 
@@ -122,6 +130,7 @@ func start(t *testing.T, config string, args ...string) *server {
 	t.Cleanup(func() {
 		_ = s.cmd.Process.Kill()
 		<-s.done
+		told.output([]byte(s.text()))
 		if t.Failed() {
 			t.Logf("log of serve:\n%s", s.text())
 		}
@@ -195,6 +204,7 @@ func newDir(t *testing.T) dir {
 	t.Helper()
 	d := dir(t.TempDir())
 	execute(t, "kms", "new-local-key", d.path("key.yaml")).want(t, 0)
+	t.Cleanup(func() { told.keyFile(t, d.path("key.yaml")) }) // with the versions that the test added
 	return d
 }
 

@@ -46,6 +46,7 @@ func get(t *testing.T, s *server, path string) (int, string) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	told.output(body)
 	return resp.StatusCode, string(body)
 }
 
