@@ -50,6 +50,10 @@ type Error struct {
 	RequestID  string // the KMS' own id of the request, to join with its audit log; may be empty
 	KeyID      string // may be empty
 	Detail     string // a safe explanation of our own; may be empty
+
+	// Gone tells among errors of ClassKeyUnusable: the key or its material is not there any more, or is on its way out. Without it somebody
+	// may have disabled the key to stop its use, and recovery copies of seeds must not get around that.
+	Gone bool
 }
 
 // Error implements error.

@@ -193,7 +193,7 @@ func TestKeyStates(t *testing.T) {
 			d.SetState(kmsdouble.DefaultKeyID, state)
 			for op, err := range allOperations(t, b, key) {
 				e := asError(t, err)
-				if e.Class != kmsclient.ClassKeyUnusable || e.Code != code || e.Op != op || e.RequestID == "" || !strings.HasPrefix(e.KeyID, kmsdouble.DefaultKeyID) {
+				if e.Class != kmsclient.ClassKeyUnusable || e.Gone == (state == kmsdouble.Disabled) || e.Code != code || e.Op != op || e.RequestID == "" || !strings.HasPrefix(e.KeyID, kmsdouble.DefaultKeyID) {
 					t.Errorf("%s: %+v", op, e)
 				}
 			}
@@ -220,7 +220,7 @@ func TestKeyStates(t *testing.T) {
 		}
 		d.RemoveKey(kmsdouble.DefaultKeyID)
 		for op, err := range allOperations(t, b, key) {
-			if e := asError(t, err); e.Class != kmsclient.ClassKeyUnusable || e.Code != "Forbidden.KeyNotFound" {
+			if e := asError(t, err); e.Class != kmsclient.ClassKeyUnusable || !e.Gone || e.Code != "Forbidden.KeyNotFound" {
 				t.Errorf("%s: %+v", op, e)
 			}
 		}

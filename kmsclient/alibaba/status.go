@@ -98,6 +98,7 @@ func checkState(op string, info *KeyInfo) error {
 	case "Disabled", "PendingDeletion", "PendingImport":
 		e.Code = "Rejected." + info.State
 		e.Class, e.Detail = classOfCode(e.Code, http.StatusConflict)
+		e.Gone = isGone(e.Code)
 	default:
 		e.Class, e.Detail = kmsclient.ClassContract, "the key is in a state that is not known here"
 	}

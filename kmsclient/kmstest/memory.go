@@ -80,7 +80,7 @@ func (m *Memory) Decrypt(ctx context.Context, _ string, req *service.DecryptRequ
 		return nil, fmt.Errorf("unwrap: %w", err)
 	}
 	fail := func(class kmsclient.Class, detail string) ([]byte, error) {
-		return nil, &kmsclient.Error{Op: opDecrypt, Class: class, KeyID: req.KeyID, Detail: detail}
+		return nil, &kmsclient.Error{Op: opDecrypt, Class: class, Gone: class == kmsclient.ClassKeyUnusable, KeyID: req.KeyID, Detail: detail}
 	}
 	_, aead := m.version(req.KeyID)
 	switch {

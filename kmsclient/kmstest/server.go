@@ -98,14 +98,17 @@ func answer(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.
 		}
 		var e *kmsclient.Error
 		if errors.As(err, &e) {
-			err = status.Error(codeOf(e.Class), err.Error())
+			err = status.Error(codeOf(e), err.Error())
 		}
 	}()
 	return handler(ctx, req)
 }
 
-func codeOf(c kmsclient.Class) codes.Code {
-	switch c {
+func codeOf(e *kmsclient.Error) codes.Code {
+	if e.Gone {
+		return codes.NotFound
+	}
+	switch e.Class {
 	case kmsclient.ClassDenied:
 		return codes.PermissionDenied
 	case kmsclient.ClassKeyUnusable:

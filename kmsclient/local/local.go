@@ -121,7 +121,7 @@ func (k *KMS) Decrypt(ctx context.Context, _ string, req *service.DecryptRequest
 	}
 	aead, ok := made.byID[req.KeyID]
 	if !ok {
-		return nil, &kmsclient.Error{Op: "Decrypt", Class: kmsclient.ClassKeyUnusable, KeyID: req.KeyID, Detail: "the key file has no key of this id; put that version back into it"}
+		return nil, &kmsclient.Error{Op: "Decrypt", Class: kmsclient.ClassKeyUnusable, Gone: true, KeyID: req.KeyID, Detail: "the key file has no key of this id; put that version back into it"}
 	}
 	data, err := aead.Open(nil, nil, req.Ciphertext, []byte(req.KeyID))
 	if err != nil {

@@ -102,7 +102,7 @@ func (k *KMS) Status(ctx context.Context) (*service.StatusResponse, error) {
 // safe keeps a failed call's code and drops the plugin's text, which may hold what it was sent.
 func safe(ctx context.Context, op, keyID string, err error) error {
 	code := status.Code(err)
-	e := &kmsclient.Error{Op: op, Class: class(code), Code: code.String(), KeyID: keyID, Detail: "see the plugin's own log"}
+	e := &kmsclient.Error{Op: op, Class: class(code), Gone: code == codes.NotFound, Code: code.String(), KeyID: keyID, Detail: "see the plugin's own log"}
 	cause := ctx.Err()
 	if _, limited := ctx.Deadline(); limited && cause == nil && code == codes.DeadlineExceeded {
 		cause = context.DeadlineExceeded // the plugin is told of the deadline and may answer just before it

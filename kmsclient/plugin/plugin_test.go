@@ -155,7 +155,7 @@ func TestCodes(t *testing.T) {
 		})
 		for op, err := range callAll(t.Context(), k) {
 			e := asError(t, err)
-			if e.Class != class || e.Code != code.String() || e.Op != op {
+			if e.Class != class || e.Gone != (code == codes.NotFound) || e.Code != code.String() || e.Op != op {
 				t.Errorf("%v: got %+v, want class %v", code, e, class)
 			}
 			if wantKey := map[string]string{"Decrypt": "the key"}[op]; e.KeyID != wantKey {
