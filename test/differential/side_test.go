@@ -25,6 +25,7 @@ import (
 // side is one of the two servers that must not differ: the bare etcd, or the proxy before another etcd.
 type side struct {
 	name  string
+	conn  *grpc.ClientConn
 	kv    pb.KVClient
 	lease pb.LeaseClient
 	watch pb.WatchClient
@@ -37,7 +38,7 @@ type side struct {
 
 func newSide(env *harness.Env, name string, conn *grpc.ClientConn) *side {
 	return &side{
-		name: name, kv: pb.NewKVClient(conn), lease: pb.NewLeaseClient(conn), watch: pb.NewWatchClient(conn),
+		name: name, conn: conn, kv: pb.NewKVClient(conn), lease: pb.NewLeaseClient(conn), watch: pb.NewWatchClient(conn),
 		auth: pb.NewAuthClient(conn), maint: pb.NewMaintenanceClient(conn), secret: env.Sealed,
 		leaked: func(finding string) { env.TB.Errorf("a secret stands in an error: %s", finding) },
 	}
