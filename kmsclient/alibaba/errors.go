@@ -87,6 +87,7 @@ func (b *Backend) failed(op string, cred credential, t *callTransport, err error
 		return f
 	}
 	e.Class, e.Detail = classOfCode(server.ErrorCode(), e.HTTPStatus)
+	e.Gone = isGone(server.ErrorCode())
 	f.rejected = isRejection(server.ErrorCode())
 	return f
 }
@@ -183,6 +184,15 @@ func classOfCode(code string, status int) (kmsclient.Class, string) {
 		return kmsclient.ClassDenied, ""
 	}
 	return kmsclient.ClassInvalid, ""
+}
+
+// isGone reports whether a code says that the key is lost, or will be. Rejected.Disabled is none of them: who disables a key means to stop its use.
+func isGone(code string) bool {
+	switch code {
+	case "Rejected.PendingDeletion", "Rejected.PendingImport", "Forbidden.KeyNotFound", "Forbidden.AliasNotFound":
+		return true
+	}
+	return false
 }
 
 const clockHint = "the clocks differ by more than 15 minutes"
