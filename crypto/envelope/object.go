@@ -60,6 +60,21 @@ const (
 // skipped: protobuf's own rules, so that this reads what kube-apiserver reads. Nothing is gained by smuggling a second field in: whatever
 // is read must still open under the etcd key.
 func Parse(b []byte) (Object, error) {
+	o, err := parse(b)
+	if err != nil {
+		return Object{}, err
+	}
+	if len(o.Data) == 0 {
+		return Object{}, malformed("encrypted data is empty")
+	}
+	if err := o.Validate(); err != nil {
+		return Object{}, err
+	}
+	return o, nil
+}
+
+// parse decodes without checking what the fields say.
+func parse(b []byte) (Object, error) {
 	var o Object
 	for len(b) > 0 {
 		num, typ, n := protowire.ConsumeTag(b)
@@ -103,12 +118,6 @@ func Parse(b []byte) (Object, error) {
 			return Object{}, wireError(n)
 		}
 		b = b[n:]
-	}
-	if len(o.Data) == 0 {
-		return Object{}, malformed("encrypted data is empty")
-	}
-	if err := o.Validate(); err != nil {
-		return Object{}, err
 	}
 	return o, nil
 }

@@ -1,0 +1,105 @@
+package envelope
+
+import "strings"
+
+// recoverySuffix ends the annotations that hold recovery copies.
+const recoverySuffix = ".recovery.etcd-kms-proxy.io"
+
+// RecoveryAnnotation returns the annotation in which a value holds the copy of its seed that a provider wrapped. The name must do as a part of
+// a domain name: lower-case letters, digits and hyphens, in labels between dots. The error wraps [ErrMalformed].
+func RecoveryAnnotation(provider string) (string, error) {
+	name := provider + recoverySuffix
+	if strings.HasSuffix(provider, ".") || !isFQDN(name) {
+		return "", malformed("provider %q cannot be in the name of an annotation: only lower-case letters, digits, - and . can", provider)
+	}
+	return name, nil
+}
+
+// RecoveryProvider returns the provider of a recovery copy by the annotation's name. ok is false for any other annotation.
+func RecoveryProvider(annotation string) (provider string, ok bool) {
+	provider, ok = strings.CutSuffix(annotation, recoverySuffix)
+	return provider, ok && provider != ""
+}
+
+// Copy is the seed of a value once more, as another KMS wrapped it: a recovery copy. In an annotation it is an EncryptedObject that has nothing
+// but the fields of the wrapped seed:
+//
+//	2 keyID               string             1..1024 bytes
+//	3 encryptedDEKSource  bytes              1..1024 bytes
+//	4 annotations         map<string,bytes>  as in a value; none of them is a recovery copy
+type Copy struct {
+	KeyID       string
+	Source      []byte
+	Annotations map[string][]byte // nil when there are none
+}
+
+// Header returns what unwraps the copy. typ is that of the value: a copy is of the same secret. The result shares the copy's memory.
+func (c *Copy) Header(typ Type) Header {
+	return Header{Type: typ, KeyID: c.KeyID, Source: c.Source, Annotations: c.Annotations}
+}
+
+// Validate checks the limits of the format. The error wraps [ErrMalformed].
+func (c *Copy) Validate() error {
+	for k := range c.Annotations {
+		if _, nested := RecoveryProvider(k); nested {
+			return malformed("a recovery copy holds another one")
+		}
+	}
+	h := c.Header(TypeKey)
+	return h.Validate()
+}
+
+// Append appends the copy's encoding to b. Equal copies have equal encodings. The error wraps [ErrMalformed]; b is returned unchanged with it.
+func (c *Copy) Append(b []byte) ([]byte, error) {
+	if err := c.Validate(); err != nil {
+		return b, err
+	}
+	h := c.Header(TypeKey) // whose number is 0, which is not written
+	return h.appendHeader(b), nil
+}
+
+// ParseCopy decodes and checks the value of a recovery copy's annotation. Source and the values of Annotations alias b. Unknown fields are
+// skipped. The error wraps [ErrMalformed].
+func ParseCopy(b []byte) (Copy, error) {
+	o, err := parse(b)
+	if err != nil {
+		return Copy{}, err
+	}
+	if o.Data != nil || o.Type != TypeKey {
+		return Copy{}, malformed("a recovery copy has data or a type of its own")
+	}
+	c := Copy{KeyID: o.KeyID, Source: o.Source, Annotations: o.Annotations}
+	if err := c.Validate(); err != nil {
+		return Copy{}, err
+	}
+	return c, nil
+}
+
+// Own returns the annotations that the KMS of the value itself gave: those that are no recovery copies. It returns h.Annotations itself where
+// there are no others; nothing is copied but the map.
+func (h *Header) Own() map[string][]byte {
+	if !h.HasCopies() {
+		return h.Annotations
+	}
+	var own map[string][]byte
+	for k, v := range h.Annotations {
+		if _, is := RecoveryProvider(k); is {
+			continue
+		}
+		if own == nil {
+			own = make(map[string][]byte, len(h.Annotations))
+		}
+		own[k] = v
+	}
+	return own
+}
+
+// HasCopies reports whether there are annotations of recovery copies.
+func (h *Header) HasCopies() bool {
+	for k := range h.Annotations {
+		if _, is := RecoveryProvider(k); is {
+			return true
+		}
+	}
+	return false
+}
