@@ -21,6 +21,7 @@ type ProxyConfig struct {
 	Etcd       Upstream    `json:"etcd"`
 	KMS        []KMSConfig `json:"kms,omitempty"`
 	Rules      []Rule      `json:"rules"`
+	Cache      *Cache      `json:"cache,omitempty"`
 	Admin      Admin       `json:"admin"`
 	Log        LogConfig   `json:"log"`
 }
@@ -57,6 +58,21 @@ type (
 		PollInterval string     `json:"pollInterval,omitempty"`
 		Local        *LocalKMS  `json:"local,omitempty"`
 		Plugin       *PluginKMS `json:"plugin,omitempty"`
+		Alibaba      *Alibaba   `json:"alibaba,omitempty"`
+	}
+	// Alibaba is a key of Alibaba Cloud KMS.
+	Alibaba struct {
+		Region      string             `json:"region"`
+		KeyID       string             `json:"keyID"`
+		Endpoint    string             `json:"endpoint"`
+		CAFile      string             `json:"caFile"`
+		Credentials AlibabaCredentials `json:"credentials"`
+	}
+	// AlibabaCredentials name files.
+	AlibabaCredentials struct {
+		Type                string `json:"type"`
+		AccessKeyIDFile     string `json:"accessKeyIDFile"`
+		AccessKeySecretFile string `json:"accessKeySecretFile"`
 	}
 	// LocalKMS is a key file.
 	LocalKMS struct {
@@ -74,6 +90,13 @@ type (
 		ReadWith            []string `json:"readWith,omitempty"`
 		AllowPlaintextReads *bool    `json:"allowPlaintextReads,omitempty"`
 		OnUndecryptable     string   `json:"onUndecryptable,omitempty"`
+	}
+	// Cache bounds what is kept and how long.
+	Cache struct {
+		TTL                 string `json:"ttl,omitempty"`
+		ServeUnreachableFor string `json:"serveUnreachableFor,omitempty"`
+		SealUnreachableFor  string `json:"sealUnreachableFor,omitempty"`
+		RevokeWithin        string `json:"revokeWithin,omitempty"`
 	}
 	// Admin is the operator's side.
 	Admin struct {
