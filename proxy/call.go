@@ -29,8 +29,15 @@ type core struct {
 type call interface {
 	request(ctx context.Context, msg []byte) ([]byte, error)
 	scans() bool
+	// parts says that a response may come in parts, each of whole fields: a long list needs no buffer of its whole length.
+	parts() bool
 	response(ctx context.Context, msg []byte) ([]byte, error)
 }
+
+// whole is for the calls whose responses do not come in parts.
+type whole struct{}
+
+func (whole) parts() bool { return false }
 
 // kvCall is what the calls of etcdserverpb.KV have in common. The rules may be swapped while a call is in flight: another client may then already
 // have written under a new rule, so from then on every answer is looked into.
@@ -101,6 +108,9 @@ func (c *rangeCall) request(_ context.Context, msg []byte) ([]byte, error) {
 	return msg, nil
 }
 
+// parts implements call. A chunk of a stream is one field.
+func (c *rangeCall) parts() bool { return !c.stream }
+
 func (c *rangeCall) response(ctx context.Context, msg []byte) ([]byte, error) {
 	rewrite := etcdwire.RangeResponse
 	if c.stream {
@@ -110,9 +120,12 @@ func (c *rangeCall) response(ctx context.Context, msg []byte) ([]byte, error) {
 	return out, c.core.status(err, true)
 }
 
-type putCall struct{ kvCall }
+type putCall struct {
+	whole
+	kvCall
+}
 
-func newPutCall(c *core, id *Identity) call { return &putCall{kvCall{core: c, id: id}} }
+func newPutCall(c *core, id *Identity) call { return &putCall{kvCall: kvCall{core: c, id: id}} }
 
 func (c *putCall) request(ctx context.Context, msg []byte) ([]byte, error) {
 	if err := c.core.checkSize(msg); err != nil {
@@ -143,9 +156,12 @@ func (c *putCall) response(ctx context.Context, msg []byte) ([]byte, error) {
 	return out, c.core.status(err, true)
 }
 
-type deleteCall struct{ kvCall }
+type deleteCall struct {
+	whole
+	kvCall
+}
 
-func newDeleteCall(c *core, id *Identity) call { return &deleteCall{kvCall{core: c, id: id}} }
+func newDeleteCall(c *core, id *Identity) call { return &deleteCall{kvCall: kvCall{core: c, id: id}} }
 
 func (c *deleteCall) request(_ context.Context, msg []byte) ([]byte, error) {
 	if !c.begin() {
@@ -167,6 +183,7 @@ func (c *deleteCall) response(ctx context.Context, msg []byte) ([]byte, error) {
 }
 
 type txnCall struct {
+	whole
 	kvCall
 	shape *etcdwire.TxnShape
 }
@@ -210,6 +227,7 @@ func (c *txnCall) response(ctx context.Context, msg []byte) ([]byte, error) {
 // watchCall looks into the events of a stream from the first watch on that can meet a rule, and never stops: a watch that was
 // cancelled may have events on their way.
 type watchCall struct {
+	whole
 	core    *core
 	id      *Identity
 	at      *ruleSet
@@ -249,6 +267,7 @@ func (c *watchCall) response(ctx context.Context, msg []byte) ([]byte, error) {
 
 // electionCall refuses elections and locks whose keys a rule covers.
 type electionCall struct {
+	whole
 	core    *core
 	covered func(msg []byte, rules *ruleSet) (bool, error)
 }

@@ -3,9 +3,11 @@ package proxy
 import (
 	"context"
 	"fmt"
+	"math"
 
 	"google.golang.org/grpc/encoding"
 	"google.golang.org/grpc/mem"
+	"google.golang.org/protobuf/encoding/protowire"
 )
 
 // frame is one gRPC message as its bytes. It owns a reference to its buffers until it is sent or freed.
@@ -49,21 +51,102 @@ func (f *frame) replace(ctx context.Context, fn func(context.Context, []byte) ([
 	own := buffers.Get(f.data.Len())
 	f.data.CopyTo(*own)
 	f.free()
-	out, err := fn(ctx, *own)
+	out, err := replaced(ctx, own, len(*own), fn)
+	if err == nil {
+		f.data = mem.BufferSlice{out}
+	}
+	return err
+}
+
+// replaced returns what fn makes of the first n bytes of own, which it takes over.
+func replaced(ctx context.Context, own *[]byte, n int, fn func(context.Context, []byte) ([]byte, error)) (mem.Buffer, error) {
+	out, err := fn(ctx, (*own)[:n:n])
 	if err != nil {
 		buffers.Put(own)
-		return err
+		return nil, err
 	}
 	if len(out) > 0 && &out[0] != &(*own)[0] {
 		buffers.Put(own)
-		f.data = mem.BufferSlice{mem.SliceBuffer(out)}
-		return nil
+		return mem.SliceBuffer(out), nil
 	}
 	// The whole goes back to the pool, to be cleared, when its front has been sent.
 	whole := mem.NewBuffer(own, buffers)
-	f.data = mem.BufferSlice{whole.Slice(0, len(out))}
-	whole.Free()
+	defer whole.Free()
+	return whole.Slice(0, len(out)), nil
+}
+
+// partSize is about how many bytes of a long message are replaced at a time: few enough to stay in the processor's cache until they are done with.
+const partSize = 64 << 10
+
+// replaceParts is replace for an fn that takes a message in parts, each of whole fields: protobuf's messages can be cut between two fields and put
+// together again.
+func (f *frame) replaceParts(ctx context.Context, fn func(context.Context, []byte) ([]byte, error)) error {
+	if f.data.Len() <= 2*partSize {
+		return f.replace(ctx, fn)
+	}
+	in := f.data.Reader()
+	defer in.Close() //nolint:errcheck // never fails
+	f.free()         // the reader has references of its own, and drops each when it is read
+	var out mem.BufferSlice
+	var begun []byte // the front of a field whose rest is still to be read
+	for size := partSize; len(begun) > 0 || in.Remaining() > 0; {
+		size = max(size, len(begun))
+		own := buffers.Get(min(size, len(begun)+in.Remaining()))
+		n := copy(*own, begun)
+		_, _ = in.Read((*own)[n:]) // never fails: so much is there
+		whole, next := wholeFields(*own)
+		if in.Remaining() == 0 || next < 0 {
+			whole = len(*own) // what is wrong with it is for fn to say
+		}
+		if begun = append(begun[:0], (*own)[whole:]...); whole == 0 {
+			buffers.Put(own)
+			size = max(2*size, next) // a field that is longer than the part
+			continue
+		}
+		size = partSize
+		part, err := replaced(ctx, own, whole, fn)
+		if err != nil {
+			out.Free()
+			return err
+		}
+		out = append(out, part)
+	}
+	f.data = out
 	return nil
+}
+
+// wholeFields returns how many bytes at the front of b are whole fields, and how many the field has that follows them: 0 if b does not say, negative
+// if it is no field.
+func wholeFields(b []byte) (whole, next int) {
+	for at := 0; ; at += next {
+		rest := b[at:]
+		num, typ, n := protowire.ConsumeTag(rest)
+		switch {
+		case n < 0 && len(rest) < 10: // a tag has at most ten bytes
+			return at, 0
+		case n < 0:
+			return at, -1
+		case typ != protowire.BytesType:
+			if next = n + protowire.ConsumeFieldValue(num, typ, rest[n:]); next < n {
+				if len(rest) < 20 { // so has a number
+					return at, 0
+				}
+				return at, -1
+			}
+		default:
+			length, m := protowire.ConsumeVarint(rest[n:])
+			switch {
+			case m < 0 && len(rest) < 20:
+				return at, 0
+			case m < 0 || length > math.MaxInt32:
+				return at, -1
+			}
+			next = n + m + int(length)
+		}
+		if next > len(rest) {
+			return at, next
+		}
+	}
 }
 
 // rawCodec moves frames without looking inside. Its name is protobuf's, because that is what the bytes are.

@@ -243,7 +243,11 @@ func (m *grpcMethod) forward(ctx context.Context, in *frame) (*frame, error) {
 		return nil, ended(ctx, err, header, trailer)
 	}
 	if c != nil && c.scans() {
-		if err := out.replace(ctx, c.response); err != nil {
+		replace := out.replace
+		if c.parts() {
+			replace = out.replaceParts
+		}
+		if err := replace(ctx, c.response); err != nil {
 			out.free()
 			return nil, err
 		}
