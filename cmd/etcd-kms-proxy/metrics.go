@@ -16,6 +16,7 @@ type metrics struct {
 	registry       *prometheus.Registry
 	sealed, opened *prometheus.CounterVec
 	seeds          *prometheus.CounterVec
+	recoveries     *prometheus.CounterVec
 	operations     *prometheus.CounterVec
 	latency        *prometheus.HistogramVec
 	reloads        *prometheus.CounterVec
@@ -33,6 +34,9 @@ func newMetrics(a *app) *metrics {
 		seeds: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "etcd_kms_proxy_seed_events_total", Help: "Events of a provider's seeds: cache hits, misses and stale uses, mints, revocations, contacts that turned good or bad.",
 		}, []string{"provider", "event"}),
+		recoveries: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "etcd_kms_proxy_recovery_uses_total", Help: "Values opened by a recovery copy of their seed, by their provider and the copy's.",
+		}, []string{"provider", "recovery_provider"}),
 		operations: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "etcd_kms_proxy_kms_operations_total", Help: "KMS calls, by provider, operation and class of error, or ok.",
 		}, []string{"provider", "operation", "class"}),
@@ -53,7 +57,7 @@ func newMetrics(a *app) *metrics {
 	cached := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "etcd_kms_proxy_seed_cache_entries", Help: "Unwrapped seeds in the cache.",
 	}, func() float64 { return float64(a.cache.Len()) })
-	m.registry.MustRegister(m.sealed, m.opened, m.seeds, m.operations, m.latency, m.reloads, info, cached, keyStates{a},
+	m.registry.MustRegister(m.sealed, m.opened, m.seeds, m.recoveries, m.operations, m.latency, m.reloads, info, cached, keyStates{a},
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	for _, outcome := range []string{reloadApplied, reloadFailed, reloadRefused} {
 		m.reloads.WithLabelValues(outcome)
@@ -72,6 +76,7 @@ func (m *metrics) kmsCall(c kmsclient.Call) {
 type counters struct {
 	sealed, opened map[keyring.Outcome]prometheus.Counter
 	seeds          map[keyring.Event]prometheus.Counter
+	recoveries     *prometheus.CounterVec
 }
 
 var _ keyring.Observer = (*counters)(nil)
@@ -84,6 +89,9 @@ func (c *counters) Opened(_ string, o keyring.Outcome) { c.opened[o].Inc() }
 
 // Seed implements [keyring.Observer].
 func (c *counters) Seed(_ string, e keyring.Event) { c.seeds[e].Inc() }
+
+// Recovered implements [keyring.Observer]. It is called while a key is lost, when a look-up by label does not matter any more.
+func (c *counters) Recovered(provider, by string) { c.recoveries.WithLabelValues(provider, by).Inc() }
 
 var (
 	outcomes = []keyring.Outcome{
@@ -107,7 +115,7 @@ func (m *metrics) forRule(prefix string) keyring.Observer {
 
 // forProvider returns the observer of a provider's ring.
 func (m *metrics) forProvider(name string) keyring.Observer {
-	c := &counters{seeds: make(map[keyring.Event]prometheus.Counter)}
+	c := &counters{seeds: make(map[keyring.Event]prometheus.Counter), recoveries: m.recoveries}
 	for _, e := range events {
 		c.seeds[e] = m.seeds.WithLabelValues(name, string(e))
 	}
@@ -122,13 +130,14 @@ var (
 	canSealDesc  = prometheus.NewDesc("etcd_kms_proxy_kms_can_seal", "1 if values can be sealed under the provider now.", []string{"provider"}, nil)
 	revokedDesc  = prometheus.NewDesc("etcd_kms_proxy_kms_key_revoked", "1 if the KMS key may not be used.", []string{"provider"}, nil)
 	lastGoodDesc = prometheus.NewDesc("etcd_kms_proxy_kms_last_good_contact_seconds", "Unix time of the last good contact with the KMS.", []string{"provider"}, nil)
+	lackingDesc  = prometheus.NewDesc("etcd_kms_proxy_recovery_missing", "1 if values are sealed under a seed that has no copy by the recovery provider.", []string{"provider", "recovery_provider"}, nil)
 	mintedDesc   = prometheus.NewDesc("etcd_kms_proxy_seed_minted_seconds", "Unix time when the seed in use was minted.", []string{"provider"}, nil)
 	keyDesc      = prometheus.NewDesc("etcd_kms_proxy_kms_key_info", "Always 1; the current KMS key.", []string{"provider", "key_id"}, nil)
 )
 
 // Describe implements [prometheus.Collector].
 func (keyStates) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{healthyDesc, canSealDesc, revokedDesc, lastGoodDesc, mintedDesc, keyDesc} {
+	for _, d := range []*prometheus.Desc{healthyDesc, canSealDesc, revokedDesc, lastGoodDesc, lackingDesc, mintedDesc, keyDesc} {
 		ch <- d
 	}
 }
@@ -149,6 +158,9 @@ func (k keyStates) Collect(ch chan<- prometheus.Metric) {
 		gauge(healthyDesc, one(s.Healthy), s.Provider)
 		gauge(canSealDesc, one(s.CanSeal), s.Provider)
 		gauge(revokedDesc, one(s.Revoked), s.Provider)
+		for _, c := range r.Recovery() {
+			gauge(lackingDesc, one(c.Lacking != ""), s.Provider, c.Provider)
+		}
 		if !s.LastGood.IsZero() {
 			gauge(lastGoodDesc, float64(s.LastGood.UnixNano())/1e9, s.Provider)
 		}

@@ -86,13 +86,18 @@ func writeField[T string | []byte](d hash.Hash, v T) {
 
 // entry is one unwrapped seed. Fields without atomics do not change.
 type entry struct {
-	ring    *Ring
+	ring    *Ring // of the values' provider
 	digest  digest
 	seed    *envelope.Seed
 	typ     envelope.Type
 	keyID   string
-	header  *envelope.Header // to unwrap it again; nil when that would take too much memory
+	copies  []copyID // that the values hold
+	by      *Ring    // whose KMS unwrapped it: ring, or that of a recovery copy
+	byKeyID string
+	header  *envelope.Header // for by to unwrap it again; nil when that would take too much memory
 	fetched time.Time
+	rescue  *rescue // nil unless a recovery copy was unwrapped
+	why     string  // it was
 
 	// proven is set once the seed has opened a value, or was minted here. Until then a value that does not open may be the
 	// fault of what the KMS answered, and the seed is dropped rather than kept for a whole TTL.
@@ -101,7 +106,7 @@ type entry struct {
 	dead atomic.Bool
 	// touched is when the entry was last moved up in the LRU, in Unix seconds: the fast path does that once a second only.
 	touched atomic.Int64
-	// retry is when a seed past its TTL is worth another try at the KMS, in Unix nanoseconds.
+	// retry is when a seed past its TTL, or one from a recovery copy, is worth another try at the KMS, in Unix nanoseconds.
 	retry atomic.Int64
 }
 
@@ -151,14 +156,21 @@ func (c *Cache) drop(e *entry) {
 	}
 }
 
-// dropAll drops every entry of a ring that match accepts, and returns how many these were.
-func (c *Cache) dropAll(r *Ring, match func(*entry) bool) int {
+// dropAll drops every entry that match accepts, and returns how many these were.
+func (c *Cache) dropAll(match func(*entry) bool) int {
 	n := 0
+	var rings []*Ring
 	for _, e := range c.lru.Values() {
-		if e.ring == r && match(e) {
+		if match(e) {
 			c.drop(e)
 			n++
+			if !slices.Contains(rings, e.ring) {
+				rings = append(rings, e.ring)
+			}
 		}
+	}
+	for _, r := range rings {
+		r.recent.Clear() // ciphers made from the seeds
 	}
 	return n
 }

@@ -1,13 +1,11 @@
 package keyring
 
 import (
-	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"log/slog"
 	"maps"
 	mathrand "math/rand/v2"
 	"time"
@@ -119,7 +117,7 @@ func (r *Ring) contact(ctx context.Context) {
 		return
 	}
 	w := r.state.Load().writer
-	if r.mintDue(status.KeyID) {
+	if r.mintDue(ctx, status.KeyID) {
 		if w, err = r.mint(ctx, status.KeyID); err != nil {
 			r.bad(ctx, status.KeyID, err)
 			return
@@ -135,6 +133,9 @@ func (r *Ring) good(keyID string, w *writer) {
 	r.endContact(func(st *state) {
 		st.writer, st.keyID, st.healthy, st.lastGood, st.err, st.revoked = w, keyID, true, time.Now(), nil, nil
 	})
+	if was.revoked != nil {
+		r.drop(func(e *entry) bool { return e.ring == r && e.by != r }) // from now on the key itself unwraps
+	}
 	if !was.healthy {
 		r.cfg.Observer.Seed(r.cfg.Provider, EventGood)
 		r.cfg.Logger.Info("KMS key is usable", "provider", r.cfg.Provider, "keyID", keyID)
@@ -177,7 +178,9 @@ func (r *Ring) bad(ctx context.Context, keyID string, err error) {
 		r.cfg.Logger.Warn("KMS contact is not good", "provider", r.cfg.Provider, "reason", describe(err))
 	}
 	if revoke {
-		n := r.drop(func(*entry) bool { return true })
+		// A key that is gone leaves what recovery copies gave; one that somebody has disabled does not.
+		gone := isGone(err)
+		n := r.drop(func(e *entry) bool { return e.by == r || e.ring == r && !gone })
 		if was.revoked == nil {
 			r.cfg.Observer.Seed(r.cfg.Provider, EventRevoked)
 			r.cfg.Logger.Error("KMS key may not be used: its seeds are dropped", "provider", r.cfg.Provider, "reason", describe(err), "seeds", n)
@@ -214,98 +217,6 @@ func (r *Ring) status(ctx context.Context) (*service.StatusResponse, error) {
 	return status, nil
 }
 
-// mintDue reports whether a new seed is needed now that Status said keyID.
-func (r *Ring) mintDue(keyID string) bool {
-	if r.cfg.ReadOnly {
-		r.suspect.Store(false)
-		return false
-	}
-	w := r.state.Load().writer
-	if w == nil {
-		r.suspect.Store(false)
-		return true
-	}
-	// A stored value can raise suspicion at will, so that costs a mint once per poll interval at most.
-	if r.suspect.Load() && time.Since(r.loop.proved) >= r.cfg.PollInterval {
-		r.suspect.Store(false)
-		r.loop.proved = time.Now()
-		return true
-	}
-	age := time.Since(w.minted)
-	switch {
-	case keyID != w.statusID:
-		r.loop.mismatch = 0
-		return true
-	case keyID != w.keyID && age >= r.loop.mismatch:
-		return true
-	}
-	return age >= r.cfg.MaxAge || w.seals.Load() >= r.cfg.MaxSeals
-}
-
-// mint makes a seed with one KMS call. The key ID in the KMS' answer is the one that counts for values; if it is not what Status said, the KMS is
-// in the middle of a rotation, or never says the same: minting again is tried, less and less often.
-func (r *Ring) mint(ctx context.Context, statusID string) (*writer, error) {
-	ctx, cancel := context.WithTimeout(ctx, r.cfg.Timeout)
-	defer cancel()
-	k, err := r.dataKey(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("mint seed: %w", err)
-	}
-	h := envelope.Header{Type: envelope.TypeSeed, KeyID: k.KeyID, Source: k.Ciphertext, Annotations: k.Annotations}
-	if len(k.Plaintext) != envelope.SeedSize {
-		return nil, &contractError{op: "GenerateDataKey", what: fmt.Sprintf("the data key has %d bytes, not %d", len(k.Plaintext), envelope.SeedSize)}
-	}
-	if bytes.Contains(k.Ciphertext, k.Plaintext) {
-		return nil, &contractError{op: "GenerateDataKey", what: "the wrapped data key holds the data key itself"}
-	}
-	if err := h.Validate(); err != nil {
-		return nil, &contractError{op: "GenerateDataKey", what: err.Error()}
-	}
-	seed, err := envelope.NewSeed(envelope.TypeSeed, k.Plaintext)
-	if err != nil {
-		return nil, fmt.Errorf("mint seed: %w", err)
-	}
-	frame, err := envelope.NewFrame(r.cfg.Provider, h, seed)
-	if err != nil {
-		return nil, fmt.Errorf("mint seed: %w", err)
-	}
-	w := &writer{frame: frame, keyID: k.KeyID, statusID: statusID, minted: time.Now()}
-	if w.keyID != statusID {
-		r.loop.mismatch = min(max(2*r.loop.mismatch, r.cfg.PollInterval/2), maxMismatch)
-	} else {
-		r.loop.mismatch = 0
-	}
-	e := r.newEntry(digestOf(r.cfg.Provider, &h), &h, seed)
-	e.proven.Store(true)
-	r.cfg.Cache.put(e)
-	r.hot.put(frame.Rest(), e)
-	r.cfg.Observer.Seed(r.cfg.Provider, EventMinted)
-	r.cfg.Logger.Info("seed minted", "provider", r.cfg.Provider, "keyID", k.KeyID, slog.Bool("keyIDAsStatus", k.KeyID == statusID))
-	return w, nil
-}
-
-func (r *Ring) dataKey(ctx context.Context) (*kmsclient.DataKey, error) {
-	uid := newUID()
-	if g, ok := r.cfg.KMS.(kmsclient.DataKeyGenerator); ok {
-		k, err := g.GenerateDataKey(ctx, uid)
-		if err == nil && k == nil {
-			err = &contractError{op: "GenerateDataKey", what: "there is no answer"}
-		}
-		return k, err
-	}
-	seed := make([]byte, envelope.SeedSize)
-	_, _ = rand.Read(seed) // does not fail: crypto/rand ends the process instead
-	// The backend gets a copy: what it does with its argument cannot become the seed.
-	answer, err := r.cfg.KMS.Encrypt(ctx, uid, bytes.Clone(seed))
-	if err != nil {
-		return nil, err
-	}
-	if answer == nil {
-		return nil, &contractError{op: "Encrypt", what: "there is no answer"}
-	}
-	return &kmsclient.DataKey{Plaintext: seed, Ciphertext: answer.Ciphertext, KeyID: answer.KeyID, Annotations: answer.Annotations}, nil
-}
-
 // probe unwraps one cached seed of each key ID that neither Status nor minting speaks for, so that the revocation of an old key is noticed
 // although its seeds are cached.
 func (r *Ring) probe(ctx context.Context, current string) {
@@ -315,11 +226,11 @@ func (r *Ring) probe(ctx context.Context, current string) {
 	}
 	samples := make(map[string]*entry)
 	for _, e := range r.cfg.Cache.lru.Values() {
-		if e.ring != r || e.header == nil || samples[e.keyID] != nil || len(samples) == maxProbes {
+		if e.by != r || e.header == nil || samples[e.byKeyID] != nil || len(samples) == maxProbes {
 			continue
 		}
-		if e.keyID != current && e.keyID != minted || r.isDenied(e.keyID) {
-			samples[e.keyID] = e
+		if e.byKeyID != current && e.byKeyID != minted || r.isDenied(e.byKeyID) {
+			samples[e.byKeyID] = e
 		}
 	}
 	// A denial of a key ID without a cached seed has nothing to revoke, and stored values could name any number of them.

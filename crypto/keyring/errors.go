@@ -58,12 +58,21 @@ func (e *Error) Unwrap() error { return e.Err }
 
 // kindOf returns the kind of a failed KMS call. An error of an unknown shape is Unavailable: it says nothing final.
 func kindOf(err error) Kind {
+	if e, ok := errors.AsType[*recoveryError](err); ok {
+		err = e.cause
+	}
 	switch classOf(err) {
 	case kmsclient.ClassDenied, kmsclient.ClassKeyUnusable:
 		return KeyUnusable
 	default:
 		return Unavailable
 	}
+}
+
+// isGone reports whether a failed KMS call says that the key is not there any more, or will not be: nobody has just said no.
+func isGone(err error) bool {
+	e, ok := errors.AsType[*kmsclient.Error](err)
+	return ok && e.Class == kmsclient.ClassKeyUnusable && e.Gone
 }
 
 func classOf(err error) kmsclient.Class {
@@ -79,6 +88,9 @@ func describe(err error) string {
 	e, ok := errors.AsType[*kmsclient.Error](err)
 	if !ok {
 		if own, ok := errors.AsType[*contractError](err); ok {
+			return own.Error()
+		}
+		if own, ok := errors.AsType[*recoveryError](err); ok {
 			return own.Error()
 		}
 		return "the KMS call failed"
@@ -120,4 +132,15 @@ type contractError struct {
 
 func (e *contractError) Error() string {
 	return fmt.Sprintf("the KMS answered what it must not (%s): %s", e.op, e.what)
+}
+
+// recoveryError is a seed that was not minted because a recovery provider that must have a copy did not wrap it. It hides the cause from
+// errors.As: what another KMS says is nothing that this ring's key could be judged by.
+type recoveryError struct {
+	provider string
+	cause    error
+}
+
+func (e *recoveryError) Error() string {
+	return fmt.Sprintf("there must be a copy of the seed under recovery provider %q, which did not wrap it: %s", e.provider, describe(e.cause))
 }

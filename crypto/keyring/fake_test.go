@@ -265,6 +265,7 @@ func (e *events) get(name string) int {
 func (e *events) Sealed(rule string, o Outcome)     { e.add("sealed " + rule + " " + string(o)) }
 func (e *events) Opened(rule string, o Outcome)     { e.add("opened " + rule + " " + string(o)) }
 func (e *events) Seed(provider string, event Event) { e.add(provider + " " + string(event)) }
+func (e *events) Recovered(provider, by string)     { e.add(provider + " by " + by) }
 
 var quiet = slog.New(slog.NewTextHandler(io.Discard, nil))
 

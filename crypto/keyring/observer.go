@@ -39,14 +39,17 @@ type Observer interface {
 	Opened(rule string, outcome Outcome)
 	// Seed is called for each event of a provider's seeds.
 	Seed(provider string, event Event)
+	// Recovered is called for each value of a provider that was opened with a seed from a recovery copy, beside Opened.
+	Recovered(provider, by string)
 }
 
 // silent is the Observer of a config without one.
 type silent struct{}
 
-func (silent) Sealed(string, Outcome) {}
-func (silent) Opened(string, Outcome) {}
-func (silent) Seed(string, Event)     {}
+func (silent) Sealed(string, Outcome)   {}
+func (silent) Opened(string, Outcome)   {}
+func (silent) Seed(string, Event)       {}
+func (silent) Recovered(string, string) {}
 
 func outcomeOf(err *Error) Outcome {
 	switch err.Kind {

@@ -99,6 +99,9 @@ type Ring struct {
 	recent  envelope.Recent
 	state   atomic.Pointer[state]
 
+	recovery atomic.Pointer[recovery]
+	copyName string // of the annotations with copies that this ring wraps; "" if its name does not do
+
 	// poked wakes Run for a contact ahead of time; suspect asks it to prove with a mint that the key is usable.
 	poked   chan struct{}
 	suspect atomic.Bool
@@ -114,6 +117,7 @@ type Ring struct {
 	stopped bool                 // no call may begin
 	gen     uint64               // counts revocations; an unwrap that spans one is void
 	denied  map[string]time.Time // since when the KMS denies to decrypt under a key ID
+	rescues map[*Ring]*rescue    // by whose copies values were opened
 
 	loop loop // Run's own
 }
@@ -132,6 +136,9 @@ type state struct {
 // writer is the seed that values are sealed under.
 type writer struct {
 	frame    *envelope.Frame
+	recovery *recovery // that was to wrap copies
+	copies   []copyID
+	lacking  []lack
 	keyID    string // as the KMS answered when it wrapped the seed: the one in the values
 	statusID string // what Status said then
 	minted   time.Time
@@ -148,7 +155,9 @@ func New(c RingConfig) (*Ring, error) {
 	if err := c.check(); err != nil {
 		return nil, fmt.Errorf("make key ring of provider %q: %w", c.Provider, err)
 	}
-	r := &Ring{cfg: c, poked: make(chan struct{}, 1), denied: make(map[string]time.Time)}
+	r := &Ring{cfg: c, poked: make(chan struct{}, 1), denied: make(map[string]time.Time), rescues: make(map[*Ring]*rescue)}
+	r.recovery.Store(new(recovery))
+	r.copyName, _ = envelope.RecoveryAnnotation(c.Provider)
 	r.base, r.stop = context.WithCancelCause(context.Background())
 	r.hot.init()
 	r.state.Store(&state{pending: make(chan struct{})})

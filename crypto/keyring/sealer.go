@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
@@ -19,6 +20,9 @@ type SealerConfig struct {
 	Write *Ring
 	// Read are further providers whose values open.
 	Read []*Ring
+	// Recovery are providers that are asked for recovery copies alone, beside those of Write and Read. What Write's own seeds are copied by is
+	// said by [Ring.SetRecovery].
+	Recovery []*Ring
 	// AllowPlaintextReads hands on, as stored, what is plaintext or sealed by a provider that is not of this rule. Otherwise both are errors
 	// of kind [Plaintext].
 	AllowPlaintextReads bool
@@ -37,6 +41,7 @@ type Sealer struct {
 	cfg     SealerConfig
 	rings   []*Ring // Write first
 	markers [][]byte
+	helpers []*Ring // that may unwrap recovery copies
 }
 
 // NewSealer makes a Sealer. It starts nothing.
@@ -66,6 +71,11 @@ func NewSealer(c SealerConfig) (*Sealer, error) {
 		}
 		s.rings = append(s.rings, r)
 		s.markers = append(s.markers, []byte(marker))
+	}
+	for _, r := range slices.Concat(c.Recovery, s.rings) {
+		if r != nil && !slices.Contains(s.helpers, r) {
+			s.helpers = append(s.helpers, r)
+		}
 	}
 	return s, nil
 }
@@ -154,7 +164,7 @@ func (s *Sealer) open(ctx context.Context, key, stored []byte, inPlace bool) ([]
 	provider, object, ok := envelope.Split(stored)
 	if ok {
 		if r := s.ring(provider); r != nil {
-			plaintext, e, err := r.open(ctx, key, object, inPlace)
+			plaintext, e, err := r.open(ctx, key, object, inPlace, s.helpers)
 			if err != nil {
 				if err.Kind == Corrupt { // a copy: callers that waited for one unwrap share its error
 					err = &Error{Kind: Corrupt, Err: err.Err, Text: fmt.Sprintf("the stored value of etcd key %q is corrupt: %s", clip(key), err.Text)}
@@ -180,7 +190,7 @@ type Standing string
 // The standings.
 const (
 	Current       Standing = "current"       // as the rule writes it now
-	Stale         Standing = "stale"         // opens, but is of another key ID, provider or type than the rule writes
+	Stale         Standing = "stale"         // opens, but not as the rule writes it: by a recovery copy, or of another key ID, provider, type or set of copies
 	Unsealed      Standing = "plaintext"     // plaintext; where the rule writes plaintext, that is Current
 	Foreign       Standing = "foreign"       // sealed by a provider that the rule does not read
 	Undecryptable Standing = "undecryptable" // does not open; the error says why
@@ -200,7 +210,7 @@ func (s *Sealer) Inspect(ctx context.Context, key, stored []byte) ([]byte, Stand
 		return plaintext, Current, nil
 	case outcome == OutcomePlaintext:
 		return plaintext, Unsealed, nil
-	case e.ring != s.cfg.Write || e.typ != envelope.TypeSeed || e.keyID != e.ring.state.Load().keyID:
+	case e.ring != s.cfg.Write || e.by != e.ring || e.typ != envelope.TypeSeed || e.keyID != e.ring.state.Load().keyID || !e.ring.copiesCurrent(e.copies):
 		return plaintext, Stale, nil
 	}
 	return plaintext, Current, nil

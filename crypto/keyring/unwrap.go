@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sync/singleflight"
 	"k8s.io/kms/pkg/service"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
@@ -45,9 +46,10 @@ func (t *hotTable) put(rest []byte, e *entry) {
 	t.slot(rest).Store(&hotSlot{rest: bytes.Clone(rest), entry: e})
 }
 
-// open opens an object of this provider, over itself if inPlace. e is the seed that was used; it is nil when it did not come to that.
-func (r *Ring) open(ctx context.Context, etcdKey, object []byte, inPlace bool) (plaintext []byte, e *entry, err *Error) {
-	if st := r.state.Load(); st.revoked != nil {
+// open opens an object of this provider, over itself if inPlace; if need be with a recovery copy that one of rings unwraps. e is the seed that
+// was used; it is nil when it did not come to that.
+func (r *Ring) open(ctx context.Context, etcdKey, object []byte, inPlace bool, rings []*Ring) (plaintext []byte, e *entry, err *Error) {
+	if st := r.state.Load(); st.revoked != nil && !isGone(st.revoked) {
 		return nil, nil, r.errorf(KeyUnusable, st.revoked, "%s", describe(st.revoked))
 	}
 	data, rest, cut := envelope.Cut(object)
@@ -63,11 +65,11 @@ func (r *Ring) open(ctx context.Context, etcdKey, object []byte, inPlace bool) (
 		if perr != nil {
 			return nil, nil, r.errorf(Corrupt, perr, "%v", perr)
 		}
-		if e, err = r.seedOf(ctx, &o.Header); err != nil {
+		if e, err = r.seedOf(ctx, &o.Header, rings); err != nil {
 			return nil, nil, err
 		}
-		// Only if Parse found the same data is rest the header and nothing else.
-		if cut && len(data) == len(o.Data) && &data[0] == &o.Data[0] {
+		// Only if Parse found the same data is rest the header and nothing else. What a recovery copy gave is for rules that name its provider.
+		if cut && e.by == r && len(data) == len(o.Data) && &data[0] == &o.Data[0] {
 			r.hot.put(rest, e)
 		}
 		data = o.Data
@@ -87,11 +89,15 @@ func (r *Ring) open(ctx context.Context, etcdKey, object []byte, inPlace bool) (
 	if !e.proven.Load() {
 		e.proven.Store(true)
 	}
+	if e.rescue != nil {
+		r.noteRescue(e, now)
+	}
 	return plaintext, e, nil
 }
 
-// seedOf returns the seed behind a header, from the cache or from the KMS.
-func (r *Ring) seedOf(ctx context.Context, h *envelope.Header) (*entry, *Error) {
+// seedOf returns the seed behind a header: from the cache, from the KMS, or, where that has failed for good or does not answer, from a
+// recovery copy that one of rings unwraps.
+func (r *Ring) seedOf(ctx context.Context, h *envelope.Header, rings []*Ring) (*entry, *Error) {
 	d := digestOf(r.cfg.Provider, h)
 	now := time.Now()
 	var stale *entry
@@ -109,15 +115,38 @@ func (r *Ring) seedOf(ctx context.Context, h *envelope.Header) (*entry, *Error) 
 		r.cfg.Observer.Seed(r.cfg.Provider, EventStale)
 		return stale, nil
 	}
+	if stale == nil {
+		if e := r.cachedSpare(d, h, rings, now); e != nil {
+			r.cfg.Observer.Seed(r.cfg.Provider, EventHit)
+			return e, nil
+		}
+	}
 	r.cfg.Observer.Seed(r.cfg.Provider, EventMiss)
-	h = cloneHeader(h) // the call may outlive the caller, and so the message that h points into
-	answer := r.flights.DoChan(string(d[:]), func() (any, error) {
+	h = cloneHeader(h) // the calls may outlive the caller, and so the message that h points into
+	e, err := r.fromKMS(ctx, d, h, stale)
+	if err == nil || !h.HasCopies() {
+		return e, err
+	}
+	return r.rescueSeed(ctx, h, r.spares(d, h, rings), err)
+}
+
+// flight is the one call to the ring's own KMS for all who want a seed at a time.
+func (r *Ring) flight(d digest, h *envelope.Header) <-chan singleflight.Result {
+	return r.flights.DoChan(string(d[:]), func() (any, error) {
 		e, err := r.unwrap(d, h)
 		if err != nil {
 			return nil, err
 		}
 		return e, nil
 	})
+}
+
+// fromKMS returns the seed as the ring's own KMS unwraps it, or stale, a cached one past its TTL, where that may serve.
+func (r *Ring) fromKMS(ctx context.Context, d digest, h *envelope.Header, stale *entry) (*entry, *Error) {
+	if revoked := r.state.Load().revoked; revoked != nil {
+		return nil, r.errorf(KeyUnusable, revoked, "%s", describe(revoked)) // a revoked provider is not asked for values
+	}
+	answer := r.flight(d, h)
 	if stale != nil && !r.state.Load().healthy {
 		// The KMS is known not to answer: nobody waits for it. The call goes on and renews the seed if it does.
 		r.cfg.Observer.Seed(r.cfg.Provider, EventStale)
@@ -155,15 +184,13 @@ func (r *Ring) mayServe(stale *entry, err *Error) bool {
 	}
 }
 
-// unwrap is the one call for all who want a seed at a time.
+// unwrap asks the KMS.
 func (r *Ring) unwrap(d digest, h *envelope.Header) (*entry, error) {
 	old := r.cfg.Cache.get(d)
 	if old != nil && r.cfg.Cache.ageOf(old, time.Now()) == fresh {
 		return old, nil // unwrapped between the caller's look and this call
 	}
-	r.mu.Lock()
-	gen := r.gen
-	r.mu.Unlock()
+	gen := r.generation()
 	plain, err := r.decrypt(r.base, h)
 	if err != nil {
 		if old != nil {
@@ -200,18 +227,14 @@ var errGiveUp = errors.New("the KMS does not answer")
 
 // decrypt asks the KMS for the secret behind a header, and draws the conclusions for the header's key ID.
 func (r *Ring) decrypt(ctx context.Context, h *envelope.Header) ([]byte, error) {
-	r.mu.Lock()
-	if r.stopped {
-		r.mu.Unlock()
+	if !r.begin() {
 		return nil, errors.Join(errStopped, errGiveUp)
 	}
-	r.calls.Add(1)
-	r.mu.Unlock()
 	defer r.calls.Done()
 
 	ctx, cancel := context.WithTimeout(ctx, r.cfg.Timeout)
 	defer cancel()
-	plain, err := r.cfg.KMS.Decrypt(ctx, newUID(), &service.DecryptRequest{Ciphertext: h.Source, KeyID: h.KeyID, Annotations: h.Annotations})
+	plain, err := r.cfg.KMS.Decrypt(ctx, newUID(), &service.DecryptRequest{Ciphertext: h.Source, KeyID: h.KeyID, Annotations: h.Own()})
 	if err == nil && len(plain) == 0 {
 		err = &contractError{op: "Decrypt", what: "the answer is empty"}
 	}
@@ -237,67 +260,25 @@ func (r *Ring) decrypt(ctx context.Context, h *envelope.Header) ([]byte, error) 
 	return nil, err
 }
 
-// doubt has the key checked ahead of time, and not for every stored value that the KMS will not unwrap.
-func (r *Ring) doubt() {
-	now := time.Now().UnixNano()
-	if last := r.doubted.Load(); now-last >= int64(r.cfg.FailingPollInterval) && r.doubted.CompareAndSwap(last, now) {
-		r.poke()
-	}
-}
-
-// dropKey drops the seeds under one key ID. Those that the KMS still unwraps come back.
-func (r *Ring) dropKey(keyID string, cause error) {
-	if n := r.drop(func(e *entry) bool { return e.keyID == keyID }); n > 0 {
-		r.cfg.Observer.Seed(r.cfg.Provider, EventRevoked)
-		r.cfg.Logger.Warn("seeds of a KMS key are dropped", "provider", r.cfg.Provider, "keyID", keyID, "reason", describe(cause), "seeds", n)
-	}
-}
-
-// drop takes every seed that match accepts out of use, and returns how many these were.
-func (r *Ring) drop(match func(*entry) bool) int {
-	n := r.cfg.Cache.dropAll(r, match)
-	// The fast path can hold entries that the cache has let go.
-	for i := range r.hot.slots {
-		if s := r.hot.slots[i].Load(); s != nil && match(s.entry) {
-			s.entry.dead.Store(true)
-			r.hot.slots[i].CompareAndSwap(s, nil)
-		}
-	}
-	r.recent.Clear()
-	return n
-}
-
-// deniedFor notes a denial for a key ID and returns how long it has lasted.
-func (r *Ring) deniedFor(keyID string) time.Duration {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	since, ok := r.denied[keyID]
-	if !ok {
-		if len(r.denied) < maxDenied {
-			r.denied[keyID] = time.Now()
-		}
-		return 0
-	}
-	return time.Since(since)
-}
-
-func (r *Ring) isDenied(keyID string) bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	_, ok := r.denied[keyID]
-	return ok
-}
-
 func (r *Ring) newEntry(d digest, h *envelope.Header, seed *envelope.Seed) *entry {
-	e := &entry{ring: r, digest: d, seed: seed, typ: h.Type, keyID: h.KeyID, fetched: time.Now()}
+	return &entry{
+		ring: r, digest: d, seed: seed, typ: h.Type, keyID: h.KeyID, copies: copiesIn(h), fetched: time.Now(),
+		by: r, byKeyID: h.KeyID, header: keep(h),
+	}
+}
+
+// keep returns what unwrapping a seed again needs, or nil if that is too much to keep.
+func keep(h *envelope.Header) *envelope.Header {
+	own := *h
+	own.Annotations = h.Own()
 	size := 0
-	for k, v := range h.Annotations {
+	for k, v := range own.Annotations {
 		size += len(k) + len(v)
 	}
-	if size <= maxKept {
-		e.header = cloneHeader(h)
+	if size > maxKept {
+		return nil
 	}
-	return e
+	return cloneHeader(&own)
 }
 
 // maxKept is how many bytes of annotations are kept with a cached seed.
