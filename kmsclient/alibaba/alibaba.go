@@ -17,20 +17,14 @@ package alibaba
 import (
 	"cmp"
 	"context"
-	"crypto/fips140"
 	"encoding/base64"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
-	"net/http"
-	"net/url"
-	"os"
 	"regexp"
-	"slices"
 	"strings"
 	"sync"
-	"unicode/utf8"
+	"time"
 
 	"github.com/aliyun/alibaba-cloud-sdk-go/sdk/requests"
 	"github.com/aliyun/alibaba-cloud-sdk-go/services/kms"
@@ -71,16 +65,13 @@ type Config struct {
 	Logger *slog.Logger
 }
 
-// Backend is a client of one key. It is safe for concurrent use and starts no goroutine of its own; its idle connections last until
-// [Backend.Close].
+// Backend is a client of one key. It is safe for concurrent use. Where its credentials are sessions, a call may start a goroutine that fetches
+// the next; that, and idle connections, last until [Backend.Close] at the latest.
 type Backend struct {
-	region            string
-	keyID             string // as configured: id, alias or ARN
+	remote                   // the KMS; its keyID is as configured: id, alias or ARN
 	realID            string // the id that answers must name; "" if keyID is an alias
-	endpoint          string // host or host:port
 	encryptionContext string // JSON, or ""
 	creds             credentialSource
-	transport         *http.Transport
 }
 
 var (
@@ -109,6 +100,9 @@ func New(cfg Config) (*Backend, error) {
 	if !configPattern.MatchString(cfg.KeyID) {
 		problem(`keyID %q is not a key ID, an alias ("alias/…") or an ARN ("acs:kms:…")`, cfg.KeyID)
 	}
+	if err := checkARN(cfg.KeyID, cfg.Region); err != nil {
+		problems = append(problems, err)
+	}
 	endpoint := cmp.Or(cfg.Endpoint, "kms."+cfg.Region+".aliyuncs.com")
 	if cfg.Endpoint != "" {
 		if err := checkEndpoint(cfg.Endpoint); err != nil {
@@ -123,7 +117,7 @@ func New(cfg Config) (*Backend, error) {
 	if logger == nil {
 		logger = slog.New(slog.DiscardHandler)
 	}
-	creds, err := newCredentialSource(cfg.Credentials, logger)
+	creds, err := newCredentialSource(cfg.Credentials, cfg.Region, logger)
 	if err != nil {
 		problems = append(problems, err)
 	}
@@ -132,18 +126,26 @@ func New(cfg Config) (*Backend, error) {
 		problems = append(problems, err)
 	}
 	if err := errors.Join(problems...); err != nil {
+		if creds != nil {
+			creds.close()
+		}
 		return nil, err
 	}
 	warmEndpointMap()
 	return &Backend{
-		region: cfg.Region, keyID: cfg.KeyID, realID: realID(cfg.KeyID), endpoint: endpoint,
-		encryptionContext: encryptionContext, creds: creds, transport: pool,
+		remote: remote{name: "the KMS", caField: "caFile", region: cfg.Region, endpoint: endpoint, keyID: cfg.KeyID, pool: pool, hidden: contextValues(cfg.EncryptionContext)},
+		realID: realID(cfg.KeyID), encryptionContext: encryptionContext, creds: creds,
 	}, nil
 }
 
-// Close drops idle connections. Calls under way are not disturbed. It always returns nil.
+// CredentialsExpire returns when the session ends that calls are signed with. It is zero for credentials that do not say (an access key, a
+// token from a file), and before the first call. It comes near only if no new session can be fetched.
+func (b *Backend) CredentialsExpire() time.Time { return b.creds.expires() }
+
+// Close ends the fetching of credentials and drops idle connections. It always returns nil. Calls must have ended.
 func (b *Backend) Close() error {
-	b.transport.CloseIdleConnections()
+	b.creds.close()
+	b.pool.CloseIdleConnections()
 	return nil
 }
 
@@ -160,6 +162,7 @@ func (b *Backend) GenerateDataKey(ctx context.Context, _ string) (*kmsclient.Dat
 	if err != nil {
 		return nil, err
 	}
+	kmsclient.NoteRequestID(ctx, safeRequestID(resp.RequestId))
 	keyID, err := b.answeredKey(op, resp.RequestId, resp.KeyId, resp.KeyVersionId)
 	if err != nil {
 		return nil, err
@@ -196,6 +199,7 @@ func (b *Backend) Encrypt(ctx context.Context, _ string, data []byte) (*service.
 	if err != nil {
 		return nil, err
 	}
+	kmsclient.NoteRequestID(ctx, safeRequestID(resp.RequestId))
 	keyID, err := b.answeredKey(op, resp.RequestId, resp.KeyId, resp.KeyVersionId)
 	if err != nil {
 		return nil, err
@@ -231,6 +235,7 @@ func (b *Backend) Decrypt(ctx context.Context, _ string, req *service.DecryptReq
 		}
 		return nil, err
 	}
+	kmsclient.NoteRequestID(ctx, safeRequestID(resp.RequestId))
 	if resp.KeyId != id || resp.KeyVersionId != version {
 		return nil, contractError(op, resp.RequestId, req.KeyID, "the answer names another key or version, or none")
 	}
@@ -252,60 +257,7 @@ func (b *Backend) answeredKey(op, requestID, id, version string) (string, error)
 	return id + "/" + version, nil
 }
 
-// realID returns the key id that a configured one stands for, or "" if only the KMS knows.
-func realID(keyID string) string {
-	if rest, ok := strings.CutPrefix(keyID, "acs:kms:"); ok {
-		_, id, _ := strings.Cut(rest, ":key/")
-		return id
-	}
-	if strings.HasPrefix(keyID, "alias/") {
-		return ""
-	}
-	return keyID
-}
-
 // isBlob reports whether s can be a CiphertextBlob: 1 to limit printable ASCII characters.
 func isBlob(s string, limit int) bool {
 	return len(s) > 0 && len(s) <= limit && strings.IndexFunc(s, func(r rune) bool { return r <= ' ' || r > '~' }) < 0
-}
-
-// marshalContext returns the context as JSON with sorted keys, so that equal contexts are equal bytes, or "" if there is none.
-func marshalContext(m map[string]string) (string, error) {
-	if len(m) == 0 {
-		return "", nil
-	}
-	for k, v := range m {
-		if k == "" || !utf8.ValidString(k) || !utf8.ValidString(v) {
-			return "", fmt.Errorf("encryptionContext: key %q is empty, or it or its value is not UTF-8", k)
-		}
-	}
-	text, err := json.Marshal(m)
-	if err != nil {
-		return "", fmt.Errorf("encode encryptionContext: %w", err)
-	}
-	if n := utf8.RuneCount(text); n > maxContext {
-		return "", fmt.Errorf("encryptionContext has %d characters as JSON; the KMS takes at most %d", n, maxContext)
-	}
-	return string(text), nil
-}
-
-// checkEndpoint refuses anything but host or host:port.
-func checkEndpoint(endpoint string) error {
-	u, err := url.Parse("https://" + endpoint)
-	if err != nil || u.Host != endpoint || u.Hostname() == "" || strings.HasSuffix(endpoint, ":") || strings.ContainsAny(endpoint, " @/\\") {
-		return fmt.Errorf("endpoint %q is not host or host:port (without https://)", endpoint)
-	}
-	return nil
-}
-
-// checkEnvironment refuses what would make the SDK print its requests or panic.
-func checkEnvironment() []error {
-	var problems []error
-	if slices.Contains(strings.Split(os.Getenv("DEBUG"), ","), "sdk") {
-		problems = append(problems, errors.New("the environment has DEBUG=sdk, which makes the Alibaba Cloud SDK print tokens and keys; unset it"))
-	}
-	if fips140.Enforced() {
-		problems = append(problems, errors.New("the environment has GODEBUG=fips140=only, which forbids the HMAC-SHA1 that Alibaba Cloud's requests are signed with; use fips140=on"))
-	}
-	return problems
 }

@@ -251,7 +251,7 @@ func TestDescribe(t *testing.T) {
 	info.RequestID = ""
 	want := &KeyInfo{
 		KeyID: d.PrimaryKeyID(kmsdouble.DefaultKeyID), State: "Enabled", Spec: "Aliyun_AES_256", ProtectionLevel: "SOFTWARE", Origin: "EXTERNAL",
-		AutomaticRotation: "Disabled", MaterialExpiresAt: expires, DeletionProtection: true,
+		Creator: "154035569884****", AutomaticRotation: "Disabled", MaterialExpiresAt: expires, DeletionProtection: true,
 	}
 	if diff := cmp.Diff(want, info); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
@@ -351,13 +351,33 @@ func TestNewRefuses(t *testing.T) {
 		"CA without PEM":       {func(c *Config) { c.CAFile = notPEM }, "caFile"},
 		"long context":         {func(c *Config) { c.EncryptionContext = map[string]string{"a": strings.Repeat("x", 8192)} }, "8192"},
 		"context without key":  {func(c *Config) { c.EncryptionContext = map[string]string{"": "x"} }, "encryptionContext"},
-		"unknown type":         {func(c *Config) { c.Credentials.Type = "magic" }, "supported types: accessKey, sts"},
-		"ecsRAMRole":           {func(c *Config) { c.Credentials.Type = "ecsRAMRole" }, "not supported in this version; supported types: accessKey, sts"},
-		"oidc":                 {func(c *Config) { c.Credentials.Type = "oidc" }, "not supported in this version"},
-		"assumeRole":           {func(c *Config) { c.Credentials.Type = "assumeRole" }, "not supported in this version"},
-		"sts without token":    {func(c *Config) { c.Credentials.Type = STS }, "ALIBABA_CLOUD_SECURITY_TOKEN"},
-		"token, not sts":       {func(c *Config) { c.Credentials.SecurityTokenFile = notPEM }, "securityTokenFile"},
-		"missing secret file":  {func(c *Config) { c.Credentials.AccessKeySecretFile = filepath.Join(t.TempDir(), "none") }, "access key secret"},
+		"ARN, other region":    {func(c *Config) { c.KeyID = "acs:kms:cn-beijing:1:key/key-1" }, `region "cn-beijing"`},
+		"ARN of a secret":      {func(c *Config) { c.KeyID = "acs:kms:cn-hangzhou:1:secret/s" }, "not an ARN such as"},
+		"unknown type":         {func(c *Config) { c.Credentials.Type = "magic" }, "known types: accessKey, sts, ecsRAMRole, oidc, assumeRole"},
+		"role's name":          {func(c *Config) { c.Credentials = Credentials{Type: ECSRAMRole, RoleName: "../x"} }, "roleName"},
+		"oidc without role":    {func(c *Config) { c.Credentials.Type = OIDC }, "ALIBABA_CLOUD_ROLE_ARN"},
+		"oidc, no provider":    {func(c *Config) { c.Credentials = Credentials{Type: OIDC, RoleARN: kmsdouble.DefaultRoleARN} }, "ALIBABA_CLOUD_OIDC_PROVIDER_ARN"},
+		"oidc without token": {func(c *Config) {
+			c.Credentials = Credentials{Type: OIDC, RoleARN: kmsdouble.DefaultRoleARN, OIDCProviderARN: kmsdouble.DefaultProviderARN}
+		}, "ALIBABA_CLOUD_OIDC_TOKEN_FILE"},
+		"oidc, missing file": {func(c *Config) {
+			c.Credentials = Credentials{Type: OIDC, RoleARN: kmsdouble.DefaultRoleARN, OIDCProviderARN: kmsdouble.DefaultProviderARN, OIDCTokenFile: "/none"}
+		}, "read OIDC token"},
+		"no role":             {func(c *Config) { c.Credentials.Type = AssumeRole }, "roleARN"},
+		"role of no form":     {func(c *Config) { c.Credentials = Credentials{Type: AssumeRole, RoleARN: "acs:ram::1:user/x"} }, "roleARN"},
+		"session's name":      {assumed(func(c *Credentials) { c.SessionName = "a b" }), "sessionName"},
+		"short session":       {assumed(func(c *Credentials) { c.Duration = time.Minute }), "15m to 12h"},
+		"long session":        {assumed(func(c *Credentials) { c.Duration = 13 * time.Hour }), "15m to 12h"},
+		"policy, no JSON":     {assumed(func(c *Credentials) { c.Policy = "{" }), "policy"},
+		"long policy":         {assumed(func(c *Credentials) { c.Policy = `"` + strings.Repeat("x", 2047) + `"` }), "2048"},
+		"sts with scheme":     {assumed(func(c *Credentials) { c.STSEndpoint = "http://sts" }), "sts endpoint"},
+		"missing CA of sts":   {assumed(func(c *Credentials) { c.STSCAFile = "/none" }), "caFile"},
+		"other base":          {assumed(func(c *Credentials) { c.Base = ECSRAMRole }), "neither accessKey nor sts"},
+		"base of a token":     {assumed(func(c *Credentials) { c.Base = STS }), "ALIBABA_CLOUD_SECURITY_TOKEN"},
+		"needless token":      {assumed(func(c *Credentials) { c.SecurityTokenFile = notPEM }), "securityTokenFile"},
+		"sts without token":   {func(c *Config) { c.Credentials.Type = STS }, "ALIBABA_CLOUD_SECURITY_TOKEN"},
+		"token, not sts":      {func(c *Config) { c.Credentials.SecurityTokenFile = notPEM }, "securityTokenFile"},
+		"missing secret file": {func(c *Config) { c.Credentials.AccessKeySecretFile = filepath.Join(t.TempDir(), "none") }, "access key secret"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			cfg := good
@@ -391,6 +411,14 @@ func TestNewRefuses(t *testing.T) {
 			}
 		}
 	})
+}
+
+// assumed changes credentials of type assumeRole that are right otherwise.
+func assumed(change func(*Credentials)) func(*Config) {
+	return func(c *Config) {
+		c.Credentials = Credentials{Type: AssumeRole, RoleARN: kmsdouble.DefaultRoleARN}
+		change(&c.Credentials)
+	}
 }
 
 func TestDefaultEndpoint(t *testing.T) {

@@ -2,6 +2,8 @@ package alibaba
 
 import (
 	"context"
+	"errors"
+	"net/http"
 	"time"
 
 	"github.com/aliyun/alibaba-cloud-sdk-go/sdk"
@@ -13,6 +15,17 @@ import (
 // maxCallTime bounds a call whose context has no earlier deadline.
 const maxCallTime = 30 * time.Second
 
+// remote is an endpoint that speaks the vendor's RPC protocol: the KMS, or the service that gives its credentials (STS).
+type remote struct {
+	name     string // "the KMS" or "STS", for texts
+	caField  string // the field that names its CA, for texts
+	region   string
+	endpoint string   // host or host:port
+	keyID    string   // that errors are about: as configured; "" for STS
+	hidden   []string // what no error may quote
+	pool     *http.Transport
+}
+
 // call runs do with a client of its own. Every error it returns is, or wraps, a *kmsclient.Error with a safe text; one that is due to the
 // context wraps the context's error too.
 func (b *Backend) call(ctx context.Context, op string, do func(*kms.Client) error) error {
@@ -22,16 +35,12 @@ func (b *Backend) call(ctx context.Context, op string, do func(*kms.Client) erro
 	if err != nil {
 		return b.credentialFailure(ctx, op, err)
 	}
-	f := b.attempt(ctx, op, cred, do)
-	if f != nil && f.stale {
-		b.transport.CloseIdleConnections() // the others have been idle as long
-		f = b.attempt(ctx, op, cred, do)
-	}
+	f := b.remote.request(ctx, op, cred, do)
 	if f != nil && f.rejected {
 		// A signature is made from two or three files, which do not change in one instant; and a token may just have run out.
 		renewed, err := b.creds.renew(ctx, cred)
 		if err == nil && renewed != cred {
-			f = b.attempt(ctx, op, renewed, do)
+			f = b.remote.request(ctx, op, renewed, do)
 		}
 	}
 	if f == nil {
@@ -40,35 +49,62 @@ func (b *Backend) call(ctx context.Context, op string, do func(*kms.Client) erro
 	return f.withContext(ctx)
 }
 
+// request runs do once, and once more if it met a connection that was dead.
+func (r *remote) request(ctx context.Context, op string, cred credential, do func(*kms.Client) error) *failure {
+	return r.fresh(ctx, op, cred, func(t *callTransport) error { return r.withClient(cred, t, do) })
+}
+
+// fresh runs do with a transport, and once more if it met a connection that was dead.
+func (r *remote) fresh(ctx context.Context, op string, cred credential, do func(*callTransport) error) *failure {
+	f := r.attempt(ctx, op, cred, do)
+	if f != nil && f.stale {
+		r.pool.CloseIdleConnections() // the others have been idle as long
+		f = r.attempt(ctx, op, cred, do)
+	}
+	return f
+}
+
 // attempt runs do once. It recovers the SDK's panics.
-func (b *Backend) attempt(ctx context.Context, op string, cred credential, do func(*kms.Client) error) (f *failure) {
-	t := &callTransport{ctx: ctx, base: b.transport, host: b.endpoint}
+func (r *remote) attempt(ctx context.Context, op string, cred credential, do func(*callTransport) error) (f *failure) {
+	t := &callTransport{ctx: ctx, base: r.pool, host: r.endpoint}
 	defer func() {
 		if recover() != nil { // what was thrown may quote the answer
-			f = b.panicked(op, t)
+			f = r.panicked(op, t)
 		}
 	}()
+	if err := do(t); err != nil {
+		return r.failed(op, cred, t, err)
+	}
+	return nil
+}
+
+// withClient runs do with a new client, which signs with cred. A kms.Client signs for every product; it only adds the KMS' operations.
+func (r *remote) withClient(cred credential, t *callTransport, do func(*kms.Client) error) error {
 	config := sdk.NewConfig().WithScheme("HTTPS").WithAutoRetry(false).WithUserAgent(userAgent)
 	config.Transport = t
-	client, err := kms.NewClientWithOptions(b.region, config, cred.provider())
+	client, err := kms.NewClientWithOptions(r.region, config, cred.provider())
 	if err != nil {
-		return b.failed(op, cred, t, err)
+		return err
 	}
-	client.Domain = b.endpoint
+	client.Domain = r.endpoint
 	client.SetReadTimeout(maxCallTime) // the context's deadline is never later
 	client.SetCloseTrace(true)         // a span would be named after the URL
 	// The SDK reads the proxy environment at each call and takes NO_PROXY entries for regular expressions, a bad one of which fails the
 	// call. What it finds is not used: the connection pool makes up its own mind. So the SDK gets something to find.
 	client.SetHttpsProxy("https://unused.invalid")
 	client.SetNoProxy("unused")
-	if err := do(client); err != nil {
-		return b.failed(op, cred, t, err)
-	}
-	return nil
+	return do(client)
 }
 
-// credentialFailure is the error for a call that has no credentials to sign with.
+// credentialFailure is the error for a call that has no credentials to sign with: that of the service that should have given them, or of the
+// context that ended while it was waited for.
 func (b *Backend) credentialFailure(ctx context.Context, op string, err error) error {
-	f := &failure{err: &kmsclient.Error{Op: op, Class: kmsclient.ClassDenied, KeyID: b.keyID, Detail: err.Error()}}
-	return f.withContext(ctx)
+	e := &kmsclient.Error{Class: kmsclient.ClassUnavailable}
+	if known := (*kmsclient.Error)(nil); errors.As(err, &known) {
+		copied := *known // others get the same one
+		e = &copied
+		e.Detail = "no credentials: " + known.Detail
+	}
+	e.Op, e.KeyID = op, b.keyID
+	return (&failure{err: e, noCredentials: true}).withContext(ctx)
 }

@@ -1,50 +1,68 @@
 package alibaba
 
 import (
-	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
-	"os"
-	"slices"
 	"strings"
-	"sync"
+	"time"
 
 	"github.com/aliyun/alibaba-cloud-sdk-go/sdk/auth/credentials"
 )
 
 // The types of [Credentials].
 const (
-	AccessKey = "accessKey" // the id and secret of an access key
-	STS       = "sts"       // the same with the security token of a session
+	AccessKey  = "accessKey"  // the id and secret of an access key
+	STS        = "sts"        // the same with the security token of a session
+	ECSRAMRole = "ecsRAMRole" // the role of the ECS instance, from its metadata server
+	OIDC       = "oidc"       // a role that is assumed with a token of an OpenID Connect provider (in ACK: RRSA)
+	AssumeRole = "assumeRole" // a role that is assumed with an access key or a session
 )
 
-// supportedTypes are the types that New takes, knownTypes those that the configuration may name.
-var (
-	supportedTypes = []string{AccessKey, STS}
-	knownTypes     = []string{AccessKey, STS, "ecsRAMRole", "oidc", "assumeRole"}
-)
-
-// maxCredentialFile limits the bytes of a credential file; security tokens have about one KiB.
-const maxCredentialFile = 16 << 10
-
-// Credentials say where the caller's credentials come from. Each part that has no file comes from the environment:
-// ALIBABA_CLOUD_ACCESS_KEY_ID, ALIBABA_CLOUD_ACCESS_KEY_SECRET and, for type sts, ALIBABA_CLOUD_SECURITY_TOKEN.
+// Credentials say where the caller's credentials come from. Only the type that is named is tried.
 //
-// Files are read anew for each call, so a replaced file counts at once. While one cannot be read, the last good credentials are used.
+// Those of type accessKey and sts are read anew for each call, so a replaced file counts at once. While one cannot be read, the last good
+// credentials are used. The other types give sessions that end: a new one is fetched in the background when a sixth of its life, or five
+// minutes, are left, by one fetch at a time; while that fails, the old one is used until it ends.
 type Credentials struct {
-	// Type is "accessKey" (the default) or "sts".
+	// Type is one of the constants; "" is accessKey.
 	Type string
-	// AccessKeyIDFile, AccessKeySecretFile and SecurityTokenFile hold one value each; white space around it is ignored.
+	// AccessKeyIDFile, AccessKeySecretFile and SecurityTokenFile hold one value each; white space around it is ignored. Each part that has
+	// no file comes from the environment: ALIBABA_CLOUD_ACCESS_KEY_ID, ALIBABA_CLOUD_ACCESS_KEY_SECRET and ALIBABA_CLOUD_SECURITY_TOKEN.
+	// For the types accessKey, sts and assumeRole.
 	AccessKeyIDFile, AccessKeySecretFile, SecurityTokenFile string
+	// Base is what type assumeRole assumes the role with: accessKey (the default) or sts.
+	Base string
+	// RoleARN is the role ("acs:ram::<account>:role/<name>") of the types assumeRole and oidc; by default ALIBABA_CLOUD_ROLE_ARN.
+	RoleARN string
+	// OIDCProviderARN and OIDCTokenFile belong to type oidc; by default ALIBABA_CLOUD_OIDC_PROVIDER_ARN and ALIBABA_CLOUD_OIDC_TOKEN_FILE.
+	// The file is read anew for each session.
+	OIDCProviderARN, OIDCTokenFile string
+	// ExternalID is what the role's trust policy may ask of type assumeRole.
+	ExternalID string
+	// SessionName is how the KMS' audit log calls the session of a role; by default "etcd-kms-proxy".
+	SessionName string
+	// Policy is a RAM policy that restricts the session of a role further; by default none does.
+	Policy string
+	// Duration is the life of the session of a role: 15 minutes up to what the role allows; by default an hour.
+	Duration time.Duration
+	// STSEndpoint is "host" or "host:port" of the service that gives sessions of roles, always over HTTPS; by default the region's,
+	// sts.<region>.aliyuncs.com. STSCAFile holds PEM certificates to verify it with, in place of the system's.
+	STSEndpoint, STSCAFile string
+	// RoleName is the instance's role for type ecsRAMRole; by default the metadata server is asked for it.
+	RoleName string
+	// AllowMetadataV1 asks without a token when the metadata server gives none. Whoever can make a process on the instance fetch a URL can
+	// then steal the credentials.
+	AllowMetadataV1 bool
+	// MetadataURL and MetadataCAFile name another metadata server. For tests.
+	MetadataURL, MetadataCAFile string
 }
 
 // credential is what one request is signed with. It is comparable. It never prints itself.
 type credential struct {
 	id, secret, token string
-	source            string // "static_ak" or "static_sts": the name that the SDK sends along
+	source            string // "static_ak", "static_sts" …: the name that the SDK sends along
 }
 
 // String implements [fmt.Stringer].
@@ -85,122 +103,40 @@ func (p provider) GetCredentials() (*credentials.Credentials, error) {
 	}, nil
 }
 
-// credentialSource gives the credentials of a call. It is safe for concurrent use, and its errors hold no secret.
+// credentialSource gives the credentials of a call. It is safe for concurrent use, and its errors hold no secret: they are an
+// *kmsclient.Error, or the context's.
 type credentialSource interface {
 	// get returns the credentials to use now.
 	get(ctx context.Context) (credential, error)
 	// renew returns the credentials to use after the KMS rejected some. The same again mean that there are no others.
 	renew(ctx context.Context, rejected credential) (credential, error)
+	// expires returns when the credentials of the last get end; zero if they do not, or if there are none yet.
+	expires() time.Time
+	// close ends what is under way and waits for it. The source gives no credentials afterwards.
+	close()
 }
 
-// newCredentialSource returns the source that c describes, after it has given credentials once.
-func newCredentialSource(c Credentials, logger *slog.Logger) (credentialSource, error) {
-	kind := cmp.Or(c.Type, AccessKey)
-	supported := strings.Join(supportedTypes, ", ")
-	switch {
-	case !slices.Contains(knownTypes, kind):
-		return nil, fmt.Errorf("credentials: unknown type %q; supported types: %s", kind, supported)
-	case !slices.Contains(supportedTypes, kind):
-		return nil, fmt.Errorf("credentials: type %q is not supported in this version; supported types: %s", kind, supported)
-	case kind != STS && c.SecurityTokenFile != "":
-		return nil, fmt.Errorf("credentials: securityTokenFile belongs to type %q, not %q", STS, kind)
-	}
-	s := &staticSource{
-		logger: logger, source: "static_ak",
-		id:     part{name: "access key ID", file: c.AccessKeyIDFile, variable: "ALIBABA_CLOUD_ACCESS_KEY_ID"},
-		secret: part{name: "access key secret", file: c.AccessKeySecretFile, variable: "ALIBABA_CLOUD_ACCESS_KEY_SECRET"},
-	}
-	if kind == STS {
-		s.source = "static_sts"
-		s.token = &part{name: "security token", file: c.SecurityTokenFile, variable: "ALIBABA_CLOUD_SECURITY_TOKEN"}
-	}
-	first, err := s.read()
+// newCredentialSource returns the source that c describes. It reads the files and variables that c names, and connects to nothing.
+func newCredentialSource(c Credentials, region string, logger *slog.Logger) (credentialSource, error) {
+	source, err := chooseSource(c, region, logger)
 	if err != nil {
 		return nil, fmt.Errorf("credentials: %w", err)
 	}
-	s.last = first
-	return s, nil
+	return source, nil
 }
 
-// staticSource reads credentials that others put into files or the environment.
-type staticSource struct {
-	logger     *slog.Logger
-	source     string
-	id, secret part
-	token      *part // nil for an access key
-
-	mu      sync.Mutex
-	last    credential // the last that was complete
-	failing bool       // the last read failed, and was reported
-}
-
-func (s *staticSource) get(ctx context.Context) (credential, error) {
-	c, err := s.read()
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if err != nil {
-		if !s.failing {
-			s.logger.WarnContext(ctx, "alibaba credentials cannot be read, the last good ones stay in use", "error", err)
-		}
-		s.failing = true
-		return s.last, nil
+func chooseSource(c Credentials, region string, logger *slog.Logger) (credentialSource, error) {
+	if c.SecurityTokenFile != "" && c.Type != STS && (c.Type != AssumeRole || c.Base != STS) {
+		return nil, fmt.Errorf("securityTokenFile belongs to type %q", STS)
 	}
-	s.last, s.failing = c, false
-	return c, nil
-}
-
-func (s *staticSource) renew(ctx context.Context, _ credential) (credential, error) {
-	return s.get(ctx)
-}
-
-// read returns the credentials as they stand now, or every problem with them.
-func (s *staticSource) read() (credential, error) {
-	c := credential{source: s.source}
-	var idErr, secretErr, tokenErr error
-	c.id, idErr = s.id.read()
-	c.secret, secretErr = s.secret.read()
-	if s.token != nil {
-		c.token, tokenErr = s.token.read()
+	switch c.Type {
+	case "", AccessKey, STS:
+		return newStaticSource(c, c.Type == STS, logger)
+	case AssumeRole, OIDC:
+		return newRoleSource(c, region, logger)
+	case ECSRAMRole:
+		return newInstanceSource(c, logger)
 	}
-	if err := errors.Join(idErr, secretErr, tokenErr); err != nil {
-		return credential{}, err
-	}
-	return c, nil
-}
-
-// part is one value of a credential.
-type part struct{ name, file, variable string }
-
-func (p part) read() (string, error) {
-	if p.file == "" {
-		value := strings.TrimSpace(os.Getenv(p.variable))
-		if value == "" {
-			return "", fmt.Errorf("no %s: name a file, or set %s", p.name, p.variable)
-		}
-		return p.check(value, "$"+p.variable)
-	}
-	f, err := os.Open(p.file)
-	if err != nil {
-		return "", fmt.Errorf("read %s: %w", p.name, err)
-	}
-	defer f.Close()
-	text, err := io.ReadAll(io.LimitReader(f, maxCredentialFile+1))
-	if err != nil {
-		return "", fmt.Errorf("read %s: %w", p.name, err)
-	}
-	if len(text) > maxCredentialFile {
-		return "", fmt.Errorf("read %s: %s is larger than 16 KiB", p.name, p.file)
-	}
-	return p.check(strings.TrimSpace(string(text)), p.file)
-}
-
-// check refuses what cannot be a credential, without quoting it.
-func (p part) check(value, from string) (string, error) {
-	if value == "" {
-		return "", fmt.Errorf("%s: %s is empty", p.name, from)
-	}
-	if strings.IndexFunc(value, func(r rune) bool { return r <= ' ' || r > '~' }) >= 0 {
-		return "", fmt.Errorf("%s: %s holds white space or other characters that a credential cannot have", p.name, from)
-	}
-	return value, nil
+	known := strings.Join([]string{AccessKey, STS, ECSRAMRole, OIDC, AssumeRole}, ", ")
+	return nil, fmt.Errorf("unknown type %q; known types: %s", c.Type, known)
 }

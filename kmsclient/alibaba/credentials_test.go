@@ -143,7 +143,7 @@ func TestClockSkew(t *testing.T) {
 
 func TestCredentialFilesAreNotQuoted(t *testing.T) {
 	dir := t.TempDir()
-	for name, text := range map[string]string{"spaces": canarySecret + " x", "control": canarySecret + "\x01", "long": strings.Repeat(canarySecret, 1000)} {
+	for name, text := range map[string]string{"spaces": canarySecret + " x", "control": canarySecret + "\x01", "long": strings.Repeat(canarySecret, maxCredentialFile/len(canarySecret)+1)} {
 		path := filepath.Join(dir, name)
 		replaceFile(t, path, text)
 		_, err := New(Config{Region: "r", KeyID: "k", Credentials: Credentials{AccessKeyIDFile: path, AccessKeySecretFile: path}})

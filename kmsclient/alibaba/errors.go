@@ -18,8 +18,11 @@ import (
 // failure is a failed attempt: a safe error, and what the next attempt should change.
 type failure struct {
 	err      *kmsclient.Error
-	stale    bool // the connection was dead before the request was sent
-	rejected bool // the KMS did not accept the credentials
+	stale    bool   // the connection was dead before the request was sent
+	rejected bool   // the KMS did not accept the credentials
+	said     string // the KMS' own words, see say; may be empty
+
+	noCredentials bool // there was no attempt for lack of credentials
 }
 
 // withContext returns the failure's error, which also wraps the context's if that has ended.
@@ -31,6 +34,9 @@ func (f *failure) withContext(ctx context.Context) error {
 	f.err.Detail = "the call was cancelled"
 	if errors.Is(cause, context.DeadlineExceeded) {
 		f.err.Detail = "the KMS did not answer in time"
+		if f.noCredentials {
+			f.err.Detail = "no credentials came in time"
+		}
 	}
 	return &contextError{kms: f.err, cause: cause}
 }
@@ -52,28 +58,28 @@ func contractError(op, requestID, keyID, detail string) *kmsclient.Error {
 }
 
 // panicked is the failure of an attempt that the SDK did not survive.
-func (b *Backend) panicked(op string, t *callTransport) *failure {
+func (r *remote) panicked(op string, t *callTransport) *failure {
 	e := &kmsclient.Error{
-		Op: op, KeyID: b.keyID, HTTPStatus: int(t.status.Load()),
+		Op: op, KeyID: r.keyID, HTTPStatus: int(t.status.Load()),
 		Detail: "the Alibaba Cloud SDK could not parse the answer",
 	}
 	e.Class = classOfStatus(e.HTTPStatus)
 	return &failure{err: e}
 }
 
-// failed turns an error of the SDK into a failure. Nothing of the error's text is kept: the SDK quotes URLs, and the KMS quotes the
-// string that was signed.
-func (b *Backend) failed(op string, cred credential, t *callTransport, err error) *failure {
-	e := &kmsclient.Error{Op: op, KeyID: b.keyID, HTTPStatus: int(t.status.Load())}
+// failed turns an error of the SDK into a failure. The error's text is not kept, since the SDK quotes URLs, and the KMS quotes the string that
+// was signed; only what say lets through is.
+func (r *remote) failed(op string, cred credential, t *callTransport, err error) *failure {
+	e := &kmsclient.Error{Op: op, KeyID: r.keyID, HTTPStatus: int(t.status.Load())}
 	f := &failure{err: e}
 	var server *sdkerrors.ServerError
 	if !errors.As(err, &server) {
-		e.Class, e.Detail = kmsclient.ClassUnavailable, b.explain(err)
+		e.Class, e.Detail = kmsclient.ClassUnavailable, r.explain(err)
 		switch {
 		case errors.Is(err, errTooLarge):
 			e.Class = kmsclient.ClassContract
 		case isNotJSON(err):
-			e.Detail = "the answer is not JSON: something other than the KMS gave it"
+			e.Detail = "the answer is not JSON: something other than " + r.name + " gave it"
 		case e.HTTPStatus == 0:
 			f.stale = t.stale()
 		}
@@ -83,17 +89,21 @@ func (b *Backend) failed(op string, cred credential, t *callTransport, err error
 	e.RequestID = cred.scrub(safeRequestID(server.RequestId()))
 	e.Code = cred.scrub(safeCode(server.ErrorCode()))
 	if server.ErrorCode() == "" {
-		e.Class, e.Detail = classOfStatus(e.HTTPStatus), "the answer has no error code: something other than the KMS may have given it"
+		e.Class, e.Detail = classOfStatus(e.HTTPStatus), "the answer has no error code: something other than "+r.name+" may have given it"
 		return f
 	}
 	e.Class, e.Detail = classOfCode(server.ErrorCode(), e.HTTPStatus)
+	if e.Class != kmsclient.ClassUnavailable {
+		f.said = cred.scrub(r.say(server.Message()))
+		e.Detail = strings.TrimPrefix(e.Detail+f.said, "; ")
+	}
 	e.Gone = isGone(server.ErrorCode())
 	f.rejected = isRejection(server.ErrorCode())
 	return f
 }
 
 // explain says in words of our own why no answer came.
-func (b *Backend) explain(err error) string {
+func (r *remote) explain(err error) string {
 	var (
 		unknown   x509.UnknownAuthorityError
 		hostname  x509.HostnameError
@@ -109,17 +119,17 @@ func (b *Backend) explain(err error) string {
 			}
 		}
 	case errors.As(err, &unknown):
-		return fmt.Sprintf("the certificate of %s is signed by an unknown authority (see caFile)", b.endpoint)
+		return fmt.Sprintf("the certificate of %s is signed by an unknown authority (see %s)", r.endpoint, r.caField)
 	case errors.As(err, &hostname):
-		return fmt.Sprintf("the certificate of %s is for another name", b.endpoint)
+		return fmt.Sprintf("the certificate of %s is for another name", r.endpoint)
 	case errors.As(err, &invalid):
-		return fmt.Sprintf("the certificate of %s is not valid (expired, or not for servers)", b.endpoint)
+		return fmt.Sprintf("the certificate of %s is not valid (expired, or not for servers)", r.endpoint)
 	case errors.As(err, &dns):
-		return fmt.Sprintf("the name of %s was not resolved", b.endpoint)
+		return fmt.Sprintf("the name of %s was not resolved", r.endpoint)
 	case errors.As(err, &operation) && operation.Op == "dial":
-		return fmt.Sprintf("%s cannot be connected to", b.endpoint)
+		return fmt.Sprintf("%s cannot be connected to", r.endpoint)
 	}
-	return fmt.Sprintf("the connection to %s failed before a complete answer", b.endpoint)
+	return fmt.Sprintf("the connection to %s failed before a complete answer", r.endpoint)
 }
 
 func isNotJSON(err error) bool {

@@ -20,6 +20,7 @@ type KeyInfo struct {
 	Spec               string // e.g. "Aliyun_AES_256"
 	ProtectionLevel    string // "SOFTWARE" or "HSM"
 	Origin             string // "Aliyun_KMS" or "EXTERNAL"
+	Creator            string // an account's number, or the product whose default key this is
 	InstanceID         string // of the KMS instance that holds the key; may be empty
 	AutomaticRotation  string // "Enabled", "Disabled" or "Suspended"
 	NextRotation       time.Time
@@ -70,6 +71,7 @@ func (b *Backend) describe(ctx context.Context, op string) (*KeyInfo, error) {
 	if err != nil {
 		return nil, err
 	}
+	kmsclient.NoteRequestID(ctx, safeRequestID(resp.RequestId))
 	m := resp.KeyMetadata
 	if m.KeyState == "" {
 		return nil, contractError(op, resp.RequestId, b.keyID, "the answer names no key state")
@@ -83,7 +85,7 @@ func (b *Backend) describe(ctx context.Context, op string) (*KeyInfo, error) {
 	}
 	return &KeyInfo{
 		KeyID: keyID, RequestID: safeRequestID(resp.RequestId), State: m.KeyState, Spec: m.KeySpec,
-		ProtectionLevel: m.ProtectionLevel, Origin: m.Origin, InstanceID: m.DKMSInstanceId, AutomaticRotation: m.AutomaticRotation,
+		ProtectionLevel: m.ProtectionLevel, Origin: m.Origin, Creator: m.Creator, InstanceID: m.DKMSInstanceId, AutomaticRotation: m.AutomaticRotation,
 		NextRotation: parseTime(m.NextRotationDate), DeleteAt: parseTime(m.DeleteDate), MaterialExpiresAt: parseTime(m.MaterialExpireTime),
 		DeletionProtection: m.DeletionProtection == "Enabled",
 	}, nil

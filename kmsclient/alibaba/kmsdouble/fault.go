@@ -53,21 +53,21 @@ type FaultSpec struct {
 
 // SetFault sets a hook that is asked about each request that no injected fault is waiting for; nil removes it. The hook may be
 // called concurrently, and returns nil to let a request pass.
-func (d *Double) SetFault(hook func(*http.Request) *FaultSpec) {
+func (d *rpc) SetFault(hook func(*http.Request) *FaultSpec) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.fault = hook
 }
 
 // Inject queues faults for the next requests of an action ("" for any), one each.
-func (d *Double) Inject(action string, faults ...FaultSpec) {
+func (d *rpc) Inject(action string, faults ...FaultSpec) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.queue[action] = append(d.queue[action], faults...)
 }
 
 // Pending returns how many injected faults no request has met yet.
-func (d *Double) Pending() int {
+func (d *rpc) Pending() int {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	n := 0
@@ -78,7 +78,7 @@ func (d *Double) Pending() int {
 }
 
 // ClearFaults removes the hook and all queued faults.
-func (d *Double) ClearFaults() {
+func (d *rpc) ClearFaults() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.fault = nil
@@ -86,7 +86,7 @@ func (d *Double) ClearFaults() {
 }
 
 // nextFault returns the fault for a request, or nil.
-func (d *Double) nextFault(r *http.Request, action string, reused bool) *FaultSpec {
+func (d *rpc) nextFault(r *http.Request, action string, reused bool) *FaultSpec {
 	d.mu.Lock()
 	for _, name := range []string{action, ""} {
 		if q := d.queue[name]; len(q) > 0 && (reused || !q[0].Reused) {
@@ -116,7 +116,7 @@ func (f *FaultSpec) spoilsAnswer() bool {
 }
 
 // replace answers a request by the fault alone. The kinds that need the real answer do not come here.
-func (d *Double) replace(w http.ResponseWriter, r *request, f *FaultSpec) {
+func (d *rpc) replace(w http.ResponseWriter, r *request, f *FaultSpec) {
 	switch f.Kind {
 	case Throttle:
 		writeError(w, r, &apiError{cmp.Or(f.Status, 429), cmp.Or(f.Code, "Rejected.Throttling"), "Request was denied due to request throttling."})
@@ -157,7 +157,7 @@ func (d *Double) replace(w http.ResponseWriter, r *request, f *FaultSpec) {
 }
 
 // spoil answers a request that was carried out with what the fault makes of its answer.
-func (d *Double) spoil(w http.ResponseWriter, r *request, f *FaultSpec, status int, fields map[string]any) {
+func (d *rpc) spoil(w http.ResponseWriter, r *request, f *FaultSpec, status int, fields map[string]any) {
 	switch f.Kind {
 	case CutAnswer:
 		body, _ := json.Marshal(fields)
@@ -198,7 +198,7 @@ func forge(fields, set map[string]any) {
 }
 
 // hang waits for the fault's end. If the client's or the double's comes first, the request is not answered at all.
-func (d *Double) hang(r *request, f *FaultSpec) {
+func (d *rpc) hang(r *request, f *FaultSpec) {
 	select {
 	case <-f.Release:
 	case <-r.http.Context().Done():
@@ -209,7 +209,7 @@ func (d *Double) hang(r *request, f *FaultSpec) {
 }
 
 // drip writes the answer a byte at a time.
-func (d *Double) drip(w http.ResponseWriter, r *request, f *FaultSpec, status int, fields map[string]any) {
+func (d *rpc) drip(w http.ResponseWriter, r *request, f *FaultSpec, status int, fields map[string]any) {
 	body, _ := json.Marshal(fields)
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
@@ -230,15 +230,4 @@ func (d *Double) drip(w http.ResponseWriter, r *request, f *FaultSpec, status in
 			panic(http.ErrAbortHandler)
 		}
 	}
-}
-
-// cut takes the connection over, writes what is given, and closes it.
-func (d *Double) cut(w http.ResponseWriter, last []byte) {
-	conn, _, err := http.NewResponseController(w).Hijack()
-	if err != nil {
-		d.violate("cut connection: %v", err)
-		return
-	}
-	_, _ = conn.Write(last)
-	_ = conn.Close()
 }

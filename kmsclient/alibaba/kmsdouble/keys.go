@@ -39,6 +39,10 @@ type KeyConfig struct {
 	// MaterialExpires is when imported material ends; zero for a key of the KMS' own.
 	MaterialExpires    time.Time
 	DeletionProtection bool
+	// HSM is for a key that is protected by hardware.
+	HSM bool
+	// Default is for a key that belongs to a product of the cloud, which the KMS refuses to applications.
+	Default bool
 }
 
 // key is a key with its versions; the last one is the primary.
@@ -49,6 +53,7 @@ type key struct {
 	deleteAt           time.Time
 	materialExpires    time.Time
 	deletionProtection bool
+	hsm, product       bool
 	versions           []keyVersion
 }
 
@@ -69,11 +74,11 @@ func (k *key) addVersion(now time.Time) string {
 
 // AddKey adds a key with one version.
 func (d *Double) AddKey(c KeyConfig) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
+	d.keysMu.Lock()
+	defer d.keysMu.Unlock()
 	k := &key{
 		id: cmp.Or(c.ID, "key-"+strings.ReplaceAll(newUUID(), "-", "")[:22]), state: cmp.Or(c.State, Enabled), created: d.now(),
-		materialExpires: c.MaterialExpires, deletionProtection: c.DeletionProtection,
+		materialExpires: c.MaterialExpires, deletionProtection: c.DeletionProtection, hsm: c.HSM, product: c.Default,
 	}
 	if _, taken := d.keys[k.id]; taken {
 		return fmt.Errorf("key %s exists", k.id)
@@ -88,22 +93,22 @@ func (d *Double) AddKey(c KeyConfig) error {
 
 // SetAlias points an alias at a key.
 func (d *Double) SetAlias(alias, keyID string) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
+	d.keysMu.Lock()
+	defer d.keysMu.Unlock()
 	d.aliases[alias] = keyID
 }
 
 // Rotate gives a key a new primary version and returns its id; the old ones still decrypt. It panics on an unknown key.
 func (d *Double) Rotate(keyID string) string {
-	d.mu.Lock()
-	defer d.mu.Unlock()
+	d.keysMu.Lock()
+	defer d.keysMu.Unlock()
 	return d.mustKey(keyID).addVersion(d.now())
 }
 
 // SetState changes a key's state. It panics on an unknown key.
 func (d *Double) SetState(keyID string, s State) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
+	d.keysMu.Lock()
+	defer d.keysMu.Unlock()
 	k := d.mustKey(keyID)
 	k.state, k.deleteAt = s, time.Time{}
 	if s == PendingDeletion {
@@ -113,15 +118,15 @@ func (d *Double) SetState(keyID string, s State) {
 
 // RemoveKey deletes a key, as happens at the end of PendingDeletion.
 func (d *Double) RemoveKey(keyID string) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
+	d.keysMu.Lock()
+	defer d.keysMu.Unlock()
 	delete(d.keys, keyID)
 }
 
 // PrimaryKeyID returns "<key id>/<primary version id>". It panics on an unknown key.
 func (d *Double) PrimaryKeyID(keyID string) string {
-	d.mu.Lock()
-	defer d.mu.Unlock()
+	d.keysMu.Lock()
+	defer d.keysMu.Unlock()
 	k := d.mustKey(keyID)
 	return k.id + "/" + k.primary().id
 }
@@ -134,7 +139,7 @@ func (d *Double) mustKey(keyID string) *key {
 	return k
 }
 
-// find resolves a request's KeyId: an id, an alias or an ARN. d.mu is held.
+// find resolves a request's KeyId: an id, an alias or an ARN. d.keysMu is held.
 func (d *Double) find(name string) (*key, *apiError) {
 	if name == "" {
 		return nil, missing("KeyId")
@@ -162,6 +167,9 @@ func (d *Double) find(name string) (*key, *apiError) {
 
 // usable is the error of a cryptographic operation in the key's state, or nil.
 func (k *key) usable() *apiError {
+	if k.product {
+		return &apiError{403, "Forbidden.NoPermission", "This operation for " + k.id + " is forbidden by permission system."}
+	}
 	switch k.state {
 	case Enabled:
 		return nil
@@ -195,7 +203,7 @@ func (k *key) seal(plaintext []byte, context string) (string, error) {
 	return base64.StdEncoding.EncodeToString(aead.Seal(blob, nonce, plaintext, []byte(context))), nil
 }
 
-// open is the inverse of seal, for any key and version of the double. d.mu is held.
+// open is the inverse of seal, for any key and version of the double. d.keysMu is held.
 func (d *Double) open(blob, context string) (*key, keyVersion, []byte, *apiError) {
 	invalid := &apiError{400, "InvalidParameter", "The specified parameter CiphertextBlob is not valid."}
 	raw, err := base64.StdEncoding.Strict().DecodeString(blob)

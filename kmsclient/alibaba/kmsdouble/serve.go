@@ -3,146 +3,17 @@ package kmsdouble
 import (
 	"crypto/rand"
 	"encoding/base64"
-	"encoding/json"
-	"io"
-	"net/http"
-	"net/url"
 	"strconv"
-	"strings"
-	"sync/atomic"
 	"time"
 )
 
-// connKey is the context key of a connection's connState.
-type connKey struct{}
-
-// connState counts the requests of a connection.
-type connState struct{ requests atomic.Int64 }
-
-// request is a request as the double sees it.
-type request struct {
-	http   *http.Request
-	id     string // the request ID of the answer
-	params map[string]string
-	body   string
-	action string
-}
-
-// serve handles one request.
-func (d *Double) serve(w http.ResponseWriter, hr *http.Request) {
-	d.serving.Add(1) // a cut connection no longer counts while its request ends
-	defer d.serving.Done()
-	r := &request{http: hr, id: strings.ToUpper(newUUID())}
-	record := Record{Time: d.now(), RequestID: r.id}
-	e := d.parse(r)
-	record.Action, record.Body = r.action, r.body != ""
-	if e != nil {
-		d.answerError(w, r, record, e)
-		return
-	}
-	state, _ := hr.Context().Value(connKey{}).(*connState)
-	f := d.nextFault(hr, r.action, state.requests.Add(1) > 1)
-	late := f != nil && f.Kind == Hang && !f.Applied
-	if f != nil {
-		record.Fault = f.Kind
-		for k, v := range f.Header {
-			w.Header().Set(k, v)
-		}
-		if !late && !f.spoilsAnswer() {
-			d.remember(record)
-			d.replace(w, r, f)
-			return
-		}
-	}
-	if late {
-		d.hang(r, f)
-	}
-	result, e := d.perform(r)
-	if e != nil {
-		d.answerError(w, r, record, e)
-		return
-	}
-	record.Status, record.KeyID, record.Version = 200, result.keyID, result.version
-	d.remember(record)
-	result.fields["RequestId"] = r.id
-	if f != nil && !late {
-		d.spoil(w, r, f, 200, result.fields)
-		return
-	}
-	writeJSON(w, 200, result.fields)
-}
-
-func (d *Double) answerError(w http.ResponseWriter, r *request, record Record, e *apiError) {
-	record.Code, record.Status = e.code, e.status
-	d.remember(record)
-	writeError(w, r, e)
-}
-
-// remember comes before the answer, so that a client that has its answer finds the record.
-func (d *Double) remember(record Record) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.records = append(d.records, record)
-	if record.Status == 200 {
-		d.applied[record.Action]++
-	}
-}
-
-// parse reads the parameters, and notes what no client should do.
-func (d *Double) parse(r *request) *apiError {
-	body, err := io.ReadAll(io.LimitReader(r.http.Body, 1<<20))
-	if err != nil {
-		return &apiError{400, "InvalidParameter", "The body cannot be read."}
-	}
-	r.body = string(body)
-	query, err := url.ParseQuery(r.http.URL.RawQuery)
-	if err != nil {
-		return &apiError{400, "InvalidParameter", "The query cannot be parsed."}
-	}
-	form, err := url.ParseQuery(r.body)
-	if err != nil {
-		return &apiError{400, "InvalidParameter", "The body cannot be parsed."}
-	}
-	r.params = map[string]string{}
-	for _, values := range []url.Values{query, form} {
-		for k, v := range values {
-			if _, twice := r.params[k]; twice || len(v) != 1 {
-				d.violate("parameter %s was given twice", k)
-				return &apiError{400, "InvalidParameter", "A parameter was given twice."}
-			}
-			r.params[k] = v[0]
-		}
-	}
-	r.action = r.params["Action"]
-	d.mu.Lock()
-	d.calls[r.action]++
-	d.mu.Unlock()
-	if _, ok := query["Plaintext"]; ok {
-		d.violate("%s carried its plaintext in the URL", r.action)
-	}
-	if r.http.Header.Get("Referer") != "" || r.http.URL.Path != "/" {
-		d.violate("%s followed a redirect or went to another path", r.action)
-	}
-	if r.http.Method != http.MethodPost {
-		d.violate("%s came as %s", r.action, r.http.Method)
-		return &apiError{405, "UnsupportedHTTPMethod", "This http method is not supported."}
-	}
-	return nil
-}
-
-// result is a successful answer without its request ID, and the key that was used.
-type result struct {
-	keyID, version string
-	fields         map[string]any
-}
-
 // perform carries out a request.
 func (d *Double) perform(r *request) (*result, *apiError) {
-	if e := d.verify(r.http, r.params); e != nil {
+	if _, e := d.verify(r.http.Method, r.params); e != nil {
 		return nil, e
 	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
+	d.keysMu.Lock()
+	defer d.keysMu.Unlock()
 	var do func(map[string]string) (*result, *apiError)
 	managed := false
 	switch r.action {
@@ -257,12 +128,19 @@ func (d *Double) describeKey(p map[string]string) (*result, *apiError) {
 	if !k.materialExpires.IsZero() {
 		origin = "EXTERNAL"
 	}
+	protected, creator := "SOFTWARE", "154035569884****"
+	if k.hsm {
+		protected = "HSM"
+	}
+	if k.product {
+		creator = "Ecs"
+	}
 	version := k.primary().id
 	return &result{k.id, version, map[string]any{"KeyMetadata": map[string]any{
 		"KeyId": k.id, "KeyState": string(k.state), "PrimaryKeyVersion": version, "KeySpec": "Aliyun_AES_256", "KeyUsage": "ENCRYPT/DECRYPT",
-		"ProtectionLevel": "SOFTWARE", "Origin": origin, "AutomaticRotation": "Disabled", "DeletionProtection": protection,
+		"ProtectionLevel": protected, "Origin": origin, "AutomaticRotation": "Disabled", "DeletionProtection": protection,
 		"CreationDate": formatTime(k.created), "DeleteDate": formatTime(k.deleteAt), "MaterialExpireTime": formatTime(k.materialExpires),
-		"LastRotationDate": formatTime(k.primary().created), "Creator": "154035569884****", "Description": "",
+		"LastRotationDate": formatTime(k.primary().created), "Creator": creator, "Description": "",
 		"Arn": "acs:kms:" + d.region + ":154035569884****:key/" + k.id,
 	}}}, nil
 }
@@ -302,22 +180,4 @@ func formatTime(t time.Time) string {
 		return ""
 	}
 	return t.UTC().Format("2006-01-02T15:04:05Z")
-}
-
-func writeError(w http.ResponseWriter, r *request, e *apiError) {
-	writeJSON(w, e.status, map[string]any{
-		"RequestId": r.id, "HostId": r.http.Host, "Code": e.code, "Message": e.message,
-		"Recommend": "https://api.aliyun.com/troubleshoot?q=" + e.code + "&product=Kms&requestId=" + r.id,
-	})
-}
-
-func writeJSON(w http.ResponseWriter, status int, fields map[string]any) {
-	body, err := json.Marshal(fields)
-	if err != nil {
-		http.Error(w, "encode answer", http.StatusInternalServerError)
-		return
-	}
-	w.Header().Set("Content-Type", "application/json;charset=utf-8")
-	w.WriteHeader(status)
-	_, _ = w.Write(body)
 }

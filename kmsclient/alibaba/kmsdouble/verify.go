@@ -1,13 +1,14 @@
 package kmsdouble
 
 import (
+	"cmp"
 	"crypto/hmac"
 	"crypto/sha1"
 	"encoding/base64"
 	"fmt"
-	"net/http"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -24,53 +25,105 @@ func missing(parameter string) *apiError {
 	return &apiError{400, "Missing" + parameter, parameter + " is mandatory for this action."}
 }
 
-// verify checks everything about a request that does not depend on its action. A request that passes has used up its nonce.
-func (d *Double) verify(r *http.Request, p map[string]string) *apiError {
-	d.mu.Lock()
-	defer d.mu.Unlock()
+// AccessKey is a caller that a double knows.
+type AccessKey struct {
+	ID, Secret string
+	// Token is the security token that a session's requests must carry. A long-term access key has none.
+	Token string
+	// Expires is when the session ends; zero for never.
+	Expires time.Time
+}
+
+// gate lets in the signed requests of the callers that it knows. It is safe for concurrent use.
+type gate struct {
+	version, region string
+	now             func() time.Time
+
+	callersMu  sync.Mutex
+	accessKeys map[string]AccessKey
+	nonces     map[[2]string]time.Time // by access key and nonce
+}
+
+func newGate(version, region string, now func() time.Time, callers []AccessKey) *gate {
+	g := &gate{version: version, region: cmp.Or(region, "cn-hangzhou"), now: now, accessKeys: map[string]AccessKey{}, nonces: map[[2]string]time.Time{}}
+	if now == nil {
+		g.now = time.Now
+	}
+	if callers == nil {
+		callers = []AccessKey{{ID: DefaultAccessKeyID, Secret: DefaultAccessKeySecret}}
+	}
+	for _, k := range callers {
+		g.accessKeys[k.ID] = k
+	}
+	return g
+}
+
+// Region returns the region that requests must name.
+func (g *gate) Region() string { return g.region }
+
+// SetAccessKey adds or replaces a caller.
+func (g *gate) SetAccessKey(k AccessKey) {
+	g.callersMu.Lock()
+	defer g.callersMu.Unlock()
+	g.accessKeys[k.ID] = k
+}
+
+// RemoveAccessKey makes a caller unknown.
+func (g *gate) RemoveAccessKey(id string) {
+	g.callersMu.Lock()
+	defer g.callersMu.Unlock()
+	delete(g.accessKeys, id)
+}
+
+// verify checks everything about a request that does not depend on its action, and returns who signed it. A request that passes has used up
+// its nonce.
+func (g *gate) verify(method string, p map[string]string) (AccessKey, *apiError) {
+	g.callersMu.Lock()
+	defer g.callersMu.Unlock()
+	var none AccessKey
 	for _, name := range []string{"Action", "Version", "AccessKeyId", "Signature", "SignatureMethod", "SignatureVersion", "SignatureNonce", "Timestamp"} {
 		if p[name] == "" {
-			return missing(name)
+			return none, missing(name)
 		}
 	}
 	for name, want := range map[string]string{
-		"Version": "2016-01-20", "Format": "JSON", "SignatureMethod": "HMAC-SHA1", "SignatureVersion": "1.0", "RegionId": d.region,
+		"Version": g.version, "Format": "JSON", "SignatureMethod": "HMAC-SHA1", "SignatureVersion": "1.0", "RegionId": g.region,
 	} {
 		if p[name] != want {
-			return &apiError{400, "InvalidParameter", fmt.Sprintf("The specified parameter %s is not valid.", name)}
+			return none, &apiError{400, "InvalidParameter", fmt.Sprintf("The specified parameter %s is not valid.", name)}
 		}
 	}
 	at, err := time.Parse("2006-01-02T15:04:05Z", p["Timestamp"])
 	if err != nil {
-		return &apiError{400, "InvalidTimeStamp.Format", "Specified time stamp or date value is not well formatted."}
+		return none, &apiError{400, "InvalidTimeStamp.Format", "Specified time stamp or date value is not well formatted."}
 	}
-	now := d.now()
+	now := g.now()
 	if skew := now.Sub(at); skew > maxSkew || skew < -maxSkew {
-		return &apiError{400, "IllegalTimestamp", "The input parameter Timestamp that is mandatory for processing this request is not supplied or expired."}
+		return none, &apiError{400, "IllegalTimestamp", "The input parameter Timestamp that is mandatory for processing this request is not supplied or expired."}
 	}
-	caller, ok := d.accessKeys[p["AccessKeyId"]]
+	caller, ok := g.accessKeys[p["AccessKeyId"]]
 	if !ok {
-		return &apiError{404, "InvalidAccessKeyId.NotFound", "Specified access key is not found."}
+		return none, &apiError{404, "InvalidAccessKeyId.NotFound", "Specified access key is not found."}
 	}
 	if e := checkToken(caller, p["SecurityToken"], now); e != nil {
-		return e
+		return none, e
 	}
-	text := stringToSign(r.Method, p)
+	text := stringToSign(method, p)
 	if !hmac.Equal([]byte(sign(text, caller.Secret)), []byte(p["Signature"])) {
 		// The original quotes what it would have signed, secrets and all.
-		return &apiError{400, "SignatureDoesNotMatch", "Specified signature is not matched with our calculation. server string to sign is:" + text}
+		return none, &apiError{400, "SignatureDoesNotMatch", "Specified signature is not matched with our calculation. server string to sign is:" + text}
 	}
-	for nonce, used := range d.nonces {
+	for nonce, used := range g.nonces {
 		if now.Sub(used) > 2*maxSkew {
-			delete(d.nonces, nonce)
+			delete(g.nonces, nonce)
 		}
 	}
 	nonce := [2]string{caller.ID, p["SignatureNonce"]}
-	if _, used := d.nonces[nonce]; used {
-		return &apiError{400, "SignatureNonceUsed", "The request signature nonce has been used."}
+	if _, used := g.nonces[nonce]; used {
+		return none, &apiError{400, "SignatureNonceUsed", "The request signature nonce has been used."}
 	}
-	d.nonces[nonce] = now
-	return nil
+	g.nonces[nonce] = now
+	return caller, nil
 }
 
 func checkToken(caller AccessKey, token string, now time.Time) *apiError {

@@ -1,0 +1,257 @@
+package alibaba
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/url"
+	"os"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	sdkerrors "github.com/aliyun/alibaba-cloud-sdk-go/sdk/errors"
+	"github.com/aliyun/alibaba-cloud-sdk-go/sdk/requests"
+	"github.com/aliyun/alibaba-cloud-sdk-go/services/kms"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
+)
+
+const (
+	stsVersion      = "2015-04-01"
+	sessionDuration = time.Hour
+	maxPolicy       = 2048 // characters, the vendor's limit
+)
+
+var (
+	rolePattern        = regexp.MustCompile(`^acs:ram::[0-9]{1,20}:role/[A-Za-z0-9._-]{1,64}$`)
+	oidcPattern        = regexp.MustCompile(`^acs:ram::[0-9]{1,20}:oidc-provider/[A-Za-z0-9._-]{1,128}$`)
+	sessionNamePattern = regexp.MustCompile(`^[A-Za-z0-9.@_-]{2,64}$`)
+)
+
+// roleSource fetches sessions of a role from the vendor's Security Token Service (STS).
+type roleSource struct {
+	sts        remote
+	base       *staticSource     // who assumes the role; nil for type oidc
+	token      part              // of type oidc
+	parameters map[string]string // of either operation; all but the token
+}
+
+func newRoleSource(c Credentials, region string, logger *slog.Logger) (*sessionSource, error) {
+	var problems []error
+	problem := func(format string, args ...any) { problems = append(problems, fmt.Errorf(format, args...)) }
+
+	duration := cmp.Or(c.Duration, sessionDuration)
+	r := &roleSource{
+		sts: remote{name: "STS", caField: "stsCAFile", region: region, endpoint: cmp.Or(c.STSEndpoint, "sts."+region+".aliyuncs.com")},
+		parameters: map[string]string{
+			"RoleArn":         cmp.Or(c.RoleARN, strings.TrimSpace(os.Getenv("ALIBABA_CLOUD_ROLE_ARN"))),
+			"RoleSessionName": cmp.Or(c.SessionName, userAgent),
+			"DurationSeconds": strconv.FormatInt(int64(duration/time.Second), 10),
+		},
+	}
+	if c.Policy != "" {
+		r.parameters["Policy"] = c.Policy
+	}
+	if !rolePattern.MatchString(r.parameters["RoleArn"]) {
+		problem("roleARN (or ALIBABA_CLOUD_ROLE_ARN) %q is not acs:ram::<account>:role/<name>", r.parameters["RoleArn"])
+	}
+	if !sessionNamePattern.MatchString(r.parameters["RoleSessionName"]) {
+		problem("sessionName %q is not 2 to 64 letters, digits, . @ _ and -", c.SessionName)
+	}
+	if duration < 15*time.Minute || duration > 12*time.Hour || duration%time.Second != 0 {
+		problem("duration %v is not whole seconds from 15m to 12h", duration)
+	}
+	if len(c.Policy) > maxPolicy || c.Policy != "" && !json.Valid([]byte(c.Policy)) {
+		problem("policy is not JSON of at most %d characters", maxPolicy)
+	}
+	if c.STSEndpoint != "" {
+		if err := checkEndpoint(c.STSEndpoint); err != nil {
+			problem("sts %w", err)
+		}
+	}
+	var err error
+	fetch := r.assume
+	if c.Type == OIDC {
+		fetch = r.assumeWithToken
+		err = r.oidc(c)
+	} else {
+		err = r.assumedBy(c, logger)
+	}
+	problems = append(problems, err)
+	if r.sts.pool, err = newPool(c.STSCAFile); err != nil {
+		problem("sts %w", err)
+	}
+	if err := errors.Join(problems...); err != nil {
+		return nil, err
+	}
+	return newSessionSource(logger, fetch, r.files, r.sts.pool.CloseIdleConnections), nil
+}
+
+// assumedBy sets what only type assumeRole has.
+func (r *roleSource) assumedBy(c Credentials, logger *slog.Logger) (err error) {
+	if c.ExternalID != "" {
+		r.parameters["ExternalId"] = c.ExternalID
+	}
+	if base := cmp.Or(c.Base, AccessKey); base != AccessKey && base != STS {
+		return fmt.Errorf("base %q is neither accessKey nor sts", c.Base)
+	}
+	r.base, err = newStaticSource(c, c.Base == STS, logger)
+	return err
+}
+
+// oidc sets what only type oidc has.
+func (r *roleSource) oidc(c Credentials) error {
+	provider := cmp.Or(c.OIDCProviderARN, strings.TrimSpace(os.Getenv("ALIBABA_CLOUD_OIDC_PROVIDER_ARN")))
+	r.parameters["OIDCProviderArn"] = provider
+	r.token = part{name: "OIDC token", file: cmp.Or(c.OIDCTokenFile, strings.TrimSpace(os.Getenv("ALIBABA_CLOUD_OIDC_TOKEN_FILE")))}
+	if !oidcPattern.MatchString(provider) {
+		return fmt.Errorf("oidcProviderARN (or ALIBABA_CLOUD_OIDC_PROVIDER_ARN) %q is not acs:ram::<account>:oidc-provider/<name>", provider)
+	}
+	if r.token.file == "" {
+		return errors.New("no OIDC token: name oidcTokenFile, or set ALIBABA_CLOUD_OIDC_TOKEN_FILE")
+	}
+	_, err := r.token.read()
+	return err
+}
+
+func (r *roleSource) files() []string {
+	if r.base == nil {
+		return []string{r.token.file}
+	}
+	return r.base.files()
+}
+
+// assume calls AssumeRole, signed with the base credentials.
+func (r *roleSource) assume(ctx context.Context) (session, error) {
+	const op = "AssumeRole"
+	var body []byte
+	call := func(c *kms.Client) error {
+		req := requests.NewCommonRequest()
+		req.Product, req.Version, req.ApiName, req.Method = "Sts", stsVersion, op, requests.POST
+		for name, value := range r.parameters {
+			req.FormParams[name] = value
+		}
+		resp, err := c.ProcessCommonRequest(req)
+		if err == nil {
+			body = resp.GetHttpContentBytes()
+		}
+		return err
+	}
+	cred, err := r.base.get(ctx)
+	if err != nil {
+		return session{}, r.denied(op, err)
+	}
+	f := r.sts.request(ctx, op, cred, call)
+	if f != nil && f.rejected { // the files may have been replaced one by one
+		if renewed, err := r.base.renew(ctx, cred); err == nil && renewed != cred {
+			f = r.sts.request(ctx, op, renewed, call)
+		}
+	}
+	if f != nil {
+		return session{}, r.explained(ctx, f)
+	}
+	return r.session(op, "ram_role_arn", body)
+}
+
+// assumeWithToken calls AssumeRoleWithOIDC, which is not signed. The token travels in the body, not in the URL.
+func (r *roleSource) assumeWithToken(ctx context.Context) (session, error) {
+	const op = "AssumeRoleWithOIDC"
+	token, err := r.token.read()
+	if err != nil {
+		return session{}, r.denied(op, err)
+	}
+	form := url.Values{"OIDCToken": {token}}
+	for name, value := range r.parameters {
+		form.Set(name, value)
+	}
+	var body []byte
+	f := r.sts.fresh(ctx, op, credential{token: token}, func(t *callTransport) (err error) {
+		body, err = r.post(t, url.Values{
+			"Action": {op}, "Version": {stsVersion}, "Format": {"JSON"}, "Timestamp": {time.Now().UTC().Format("2006-01-02T15:04:05Z")},
+		}, form)
+		return err
+	})
+	if f != nil {
+		return session{}, r.explained(ctx, f)
+	}
+	return r.session(op, "oidc_role_arn", body)
+}
+
+// post sends a form. It goes past http.Client, which follows redirects and quotes URLs in its errors.
+func (r *roleSource) post(t *callTransport, query, form url.Values) ([]byte, error) {
+	req, err := http.NewRequestWithContext(t.ctx, http.MethodPost, "https://"+r.sts.endpoint+"/?"+query.Encode(), strings.NewReader(form.Encode()))
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+	req.Header.Set("User-Agent", userAgent)
+	resp, err := t.RoundTrip(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err == nil && resp.StatusCode != http.StatusOK {
+		err = sdkerrors.NewServerError(resp.StatusCode, string(body), "")
+	}
+	return body, err
+}
+
+// session reads the answer of either operation.
+func (r *roleSource) session(op, source string, body []byte) (session, error) {
+	var answer struct {
+		RequestID   string `json:"RequestId"`
+		Credentials struct {
+			ID         string `json:"AccessKeyId"`
+			Secret     string `json:"AccessKeySecret"`
+			Token      string `json:"SecurityToken"`
+			Expiration string `json:"Expiration"`
+		}
+	}
+	if err := json.Unmarshal(body, &answer); err != nil {
+		detail := r.at(op) + "the answer is not JSON of the expected form: something other than STS may have given it"
+		return session{}, &kmsclient.Error{Op: op, Class: kmsclient.ClassUnavailable, HTTPStatus: http.StatusOK, Detail: detail}
+	}
+	c := answer.Credentials
+	s, err := newSession(source, c.ID, c.Secret, c.Token, c.Expiration)
+	if err != nil {
+		return session{}, contractError(op, answer.RequestID, "", r.at(op)+err.Error())
+	}
+	return s, nil
+}
+
+func (r *roleSource) at(op string) string { return op + " at " + r.sts.endpoint + ": " }
+
+// denied is the error for what a file lacks.
+func (r *roleSource) denied(op string, err error) error {
+	return &kmsclient.Error{Op: op, Class: kmsclient.ClassDenied, Detail: r.at(op) + err.Error()}
+}
+
+// explained turns a failure of STS into one that says what it means for the caller of the KMS: whatever STS refuses, an operator has to act.
+func (r *roleSource) explained(ctx context.Context, f *failure) error {
+	e := f.err
+	if e.Class == kmsclient.ClassInvalid || e.Class == kmsclient.ClassKeyUnusable {
+		e.Class = kmsclient.ClassDenied
+	}
+	switch family, rest, _ := strings.Cut(e.Code, "."); {
+	case family == "NoPermission":
+		e.Detail = "the role may not be assumed: see the role's trust policy, and whether the caller has sts:AssumeRole on it" + f.said
+	case family == "EntityNotExist" && strings.HasPrefix(rest, "Role"):
+		e.Detail = "there is no such role" + f.said
+	case family == "EntityNotExist":
+		e.Detail = "there is no such OIDC provider" + f.said
+	case family == "AuthenticationFail":
+		e.Detail = "the OIDC token was refused: it may have expired, or be of another issuer or for another audience" + f.said
+	case e.Code == "" && errors.Is(ctx.Err(), context.DeadlineExceeded):
+		e.Detail = "STS did not answer in time"
+	}
+	e.Detail = r.at(e.Op) + e.Detail
+	return e
+}

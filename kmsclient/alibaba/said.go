@@ -1,0 +1,40 @@
+package alibaba
+
+import (
+	"regexp"
+	"slices"
+	"strings"
+)
+
+const (
+	maxSaid     = 200 // bytes of a message
+	maxSaidWord = 20  // letters; what is secret in a request is longer
+)
+
+var (
+	saidWord = regexp.MustCompile(`^[("']*[A-Za-z]+([-'][A-Za-z]+)*[)"',.;:!?]*$`)
+	// saidID is the id of a key, which is no secret: "key-…" or a UUID.
+	saidID = regexp.MustCompile(`^["']?(key-[a-z0-9]{8,40}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})["',.;:]*$`)
+)
+
+// say returns a message of the vendor's, to be added to a sentence, or "" if it could hold anything secret: some messages quote what was
+// signed, or a parameter. Only short words of letters and ids of keys are let through: access keys, tokens, signatures and seeds are longer
+// than such a word. Without this, nobody could tell why the KMS refuses a certain key to a caller.
+func (r *remote) say(message string) string {
+	message = strings.TrimSpace(message)
+	if message == "" || len(message) > maxSaid {
+		return ""
+	}
+	if r.keyID != "" {
+		message = strings.ReplaceAll(message, r.keyID, "(key)")
+	}
+	for _, word := range strings.Fields(message) {
+		if !saidID.MatchString(word) && (len(word) > maxSaidWord || !saidWord.MatchString(word)) {
+			return ""
+		}
+	}
+	if slices.ContainsFunc(r.hidden, func(h string) bool { return h != "" && strings.Contains(message, h) }) {
+		return ""
+	}
+	return "; " + r.name + " says: " + strings.Join(strings.Fields(message), " ")
+}
