@@ -34,7 +34,6 @@ type decoder struct {
 var later = map[string]string{
 	"Listener.advertiseClientURLs": "putting the proxy's URLs in place of the members'",
 	"Config.audit":                 "the audit log",
-	"Rule.recovery":                "recovery copies of seeds",
 }
 
 // report adds a problem, unless its path has one already: what follows from a first mistake helps nobody.

@@ -23,7 +23,10 @@ func with(old, replacement string) string {
 	return strings.Replace(minimal, old, replacement, 1)
 }
 
-const kmsDev = "kms: [{name: dev, plugin: {endpoint: unix:///run/k.sock}}]\n"
+const (
+	kmsDev = "kms: [{name: dev, plugin: {endpoint: unix:///run/k.sock}}]\n"
+	kmsTwo = "kms: [{name: dev, plugin: {endpoint: unix:///run/k.sock}}, {name: dr, plugin: {endpoint: unix:///run/dr.sock}}]\n"
+)
 
 // TestProblems gives each bad file the one problem that it has: path, line and a part of its text or hint.
 func TestProblems(t *testing.T) {
@@ -69,7 +72,16 @@ func TestProblems(t *testing.T) {
 		"empty listeners":         {with("listeners:\n- address: 127.0.0.1:2379\n", "listeners: []\n"), "listeners", 3, "is empty"},
 		"listeners not a list":    {with("listeners:\n- address", "listeners:\n  address"), "listeners", 3, "not a list"},
 		"audit":                   {minimal + "audit: {path: /var/log/a.jsonl}\n", "audit", 7, "not supported in this version"},
-		"recovery":                {minimal + kmsDev + "rules:\n- prefix: /a/\n  writeWith: dev\n  recovery: [dev]\n", "rules[0].recovery", 11, "not supported in this version"},
+		"recovery unknown":        {minimal + kmsDev + "rules:\n- prefix: /a/\n  writeWith: dev\n  recovery: [dr]\n", "rules[0].recovery[0]", 11, "no KMS provider is called"},
+		"recovery of itself":      {minimal + kmsDev + "rules: [{prefix: a, writeWith: dev, recovery: [dev]}]\n", "rules[0].recovery[0]", 8, "writeWith itself"},
+		"recovery twice":          {minimal + kmsTwo + "rules: [{prefix: a, writeWith: dev, recovery: [dr, dr]}]\n", "rules[0].recovery[1]", 8, "twice"},
+		"recovery plaintext":      {minimal + kmsTwo + "rules: [{prefix: a, writeWith: dev, recovery: [plaintext]}]\n", "rules[0].recovery[0]", 8, "not a KMS provider"},
+		"recovery, odd name":      {minimal + strings.Replace(kmsTwo, "dr", "D_r", 1) + "rules: [{prefix: a, writeWith: dev, recovery: [D_r]}]\n", "rules[0].recovery[0]", 8, "lower-case"},
+		"recovery, odd dots":      {minimal + strings.Replace(kmsTwo, "dr", "d..r", 1) + "rules: [{prefix: a, writeWith: dev, recovery: [d..r]}]\n", "rules[0].recovery[0]", 8, "lower-case"},
+		"recovery of plaintext":   {minimal + kmsTwo + "rules: [{prefix: a, writeWith: plaintext, recovery: [dr]}]\n", "rules[0].recovery", 8, "readWith"},
+		"recovery required":       {minimal + kmsTwo + "rules: [{prefix: a, writeWith: dev, recoveryRequired: true}]\n", "rules[0].recoveryRequired", 8, "no effect"},
+		"recovery differs":        {minimal + kmsTwo + "rules:\n- {prefix: a, writeWith: dev, recovery: [dr]}\n- {prefix: b, writeWith: dev}\n", "rules[1]", 10, "as rules[0] does"},
+		"recovery need differs":   {minimal + kmsTwo + "rules:\n- {prefix: a, writeWith: dev, recovery: [dr]}\n- {prefix: b, writeWith: dev, recovery: [dr], recoveryRequired: true}\n", "rules[1]", 10, "same recovery"},
 		"advertised URLs":         {listener("{address: 127.0.0.1:1, advertiseClientURLs: []}"), "listeners[0].advertiseClientURLs", 4, "not supported in this version"},
 		"no port":                 {listener("address: 127.0.0.1"), "listeners[0].address", 4, "not host:port"},
 		"big port":                {listener("address: 127.0.0.1:65536"), "listeners[0].address", 4, "not a port"},

@@ -110,6 +110,14 @@ type Rule struct {
 	WriteWith string `yaml:"writeWith" required:"true"`
 	// ReadWith are further providers whose values open, beside the one of writeWith.
 	ReadWith []string `yaml:"readWith"`
+	// Recovery are further providers that wrap each seed of writeWith too: another region, another vendor, a key file kept offline. Their copies
+	// stand in every value. They open it when the key of its own provider is gone or its KMS does not answer, and never when that key is disabled.
+	// So do the copies of the providers in readWith. Rules with the same writeWith have the same recovery. A recovery provider's name consists of lower-case
+	// letters, digits, `-` and `.`.
+	Recovery []string `yaml:"recovery"`
+	// RecoveryRequired refuses to seal under a seed that one of recovery did not wrap. Without it, such a seed is used, and replaced once that
+	// provider wraps again.
+	RecoveryRequired bool `yaml:"recoveryRequired" default:"false"`
 	// AllowPlaintextReads hands on values that are plaintext or sealed by someone else, as they are stored: for data from before the proxy.
 	// `false` refuses them, so that whoever can write to etcd cannot slip in values of their own.
 	AllowPlaintextReads bool `yaml:"allowPlaintextReads" default:"true"`

@@ -284,6 +284,7 @@ func (d *decoder) rules(c *Config) {
 				d.report(at, "remove one of them", "%q is in the list twice", name)
 			}
 		}
+		d.recovery(at, i, c.Rules, defined)
 		d.oneOf(at+".onUndecryptable", r.OnUndecryptable, "error", "passthrough")
 		if r.WriteWith == Plaintext && !r.AllowPlaintextReads {
 			d.report(at+".allowPlaintextReads", "write true, or name a KMS provider in writeWith", "the rule writes plaintext that it may not read")
