@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -182,6 +183,7 @@ type withoutKeys struct{ kmsclient.Service }
 func TestServerDrains(t *testing.T) {
 	f := kmstest.NewFault(kmstest.NewMemory())
 	arrived, release := make(chan struct{}), make(chan struct{})
+	let := sync.OnceFunc(func() { close(release) })
 	f.SetFault(func(op string, _ int) *kmstest.Failure {
 		if op == "Encrypt" {
 			close(arrived)
@@ -190,6 +192,7 @@ func TestServerDrains(t *testing.T) {
 		return nil
 	})
 	r := serve(t, newServer(t, f.Service(), nil))
+	t.Cleanup(let)
 	k := newClient(t, Config{Endpoint: r.endpoint})
 	ended := make(chan error, 1)
 	go func() {
@@ -212,7 +215,7 @@ func TestServerDrains(t *testing.T) {
 		t.Fatalf("the call was not waited for: %v", err)
 	default:
 	}
-	close(release)
+	let()
 	if err := <-ended; err != nil {
 		t.Errorf("the call under way: %v", err)
 	}
