@@ -34,18 +34,7 @@ type backend struct {
 func newBackend(k config.KMS, log *slog.Logger) (*backend, error) {
 	switch {
 	case k.Alibaba != nil:
-		a, c := k.Alibaba, k.Alibaba.Credentials
-		b, err := alibaba.New(alibaba.Config{
-			Region: a.Region, KeyID: a.KeyID, Endpoint: a.Endpoint, CAFile: a.CAFile, EncryptionContext: a.EncryptionContext,
-			Credentials: alibaba.Credentials{
-				Type: c.Type, AccessKeyIDFile: c.AccessKeyIDFile, AccessKeySecretFile: c.AccessKeySecretFile, SecurityTokenFile: c.SecurityTokenFile,
-			},
-			Logger: log,
-		})
-		if err != nil {
-			return &backend{kind: "alibaba"}, err
-		}
-		return &backend{kind: "alibaba", service: b, describe: b.Describe, closer: b}, nil
+		return newAlibaba(k.Alibaba, log)
 	case k.Plugin != nil:
 		b, err := plugin.New(plugin.Config{Endpoint: k.Plugin.Endpoint}) // the wrapper keeps the time
 		if err != nil {
@@ -119,6 +108,9 @@ func (a *app) assemble(c *config.Config, drain time.Duration) error {
 	if err != nil {
 		return err
 	}
+	if err := a.setRecovery(c.Rules); err != nil {
+		return err
+	}
 	a.rules.Store(rules)
 	if a.proxy, err = proxy.New(proxyConfig(c, rules, a, drain)); err != nil {
 		return err
@@ -167,18 +159,20 @@ func (a *app) newRules(rules []config.Rule) (*ruleSet, error) {
 		}
 		var missing []string
 		ring := func(name string) *keyring.Ring {
-			j := slices.IndexFunc(a.rings, func(ring *keyring.Ring) bool { return ring.Provider() == name })
-			if j < 0 {
+			found := a.ring(name)
+			if found == nil {
 				missing = append(missing, name)
-				return nil
 			}
-			return a.rings[j]
+			return found
 		}
 		if r.WriteWith != config.Plaintext {
 			sc.Write = ring(r.WriteWith)
 		}
 		for _, name := range r.ReadWith {
 			sc.Read = append(sc.Read, ring(name))
+		}
+		for _, name := range r.Recovery {
+			sc.Recovery = append(sc.Recovery, ring(name))
 		}
 		if len(missing) > 0 {
 			return nil, fmt.Errorf("rules[%d]: no KMS provider %q is running", i, missing)
@@ -202,7 +196,7 @@ func (a *app) setRules(rules []config.Rule) error {
 		return err
 	}
 	a.rules.Store(set)
-	return nil
+	return a.setRecovery(rules)
 }
 
 // close lets go of what newApp took, for an app that was not run or has ended.
@@ -306,6 +300,7 @@ func (a *app) ready() proxy.ReadyReport {
 		s := r.State()
 		report.Checks = append(report.Checks, proxy.Check{Name: "kms " + s.Provider, OK: s.Healthy, Detail: s.Reason})
 	}
+	report.Checks = append(report.Checks, a.recoveryChecks(time.Now())...)
 	rules := a.rules.Load()
 	for i, s := range rules.sealers {
 		check := proxy.Check{Name: fmt.Sprintf("rule %q", rules.prefixes[i]), OK: true}
