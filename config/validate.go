@@ -239,20 +239,11 @@ func (d *decoder) kms(providers []KMS) {
 
 func (d *decoder) alibaba(at string, a *Alibaba) {
 	d.certPool(at+".caFile", a.CAFile)
-	if strings.Contains(a.Endpoint, "://") || strings.ContainsAny(a.Endpoint, "/?#@ ") {
-		d.report(at+".endpoint", "write host or host:port; the proxy always uses HTTPS", "%q is not a host", redactURL(a.Endpoint))
+	d.httpsHost(at+".endpoint", a.Endpoint)
+	if arn, ok := strings.CutPrefix(a.KeyID, "acs:kms:"); ok && !strings.HasPrefix(arn, a.Region+":") && a.Region != "" {
+		d.report(at+".keyID", "write the key's own region in region", "%q is not of region %q", a.KeyID, a.Region)
 	}
-	c, at := a.Credentials, at+".credentials"
-	switch c.Type {
-	case "accessKey", "sts":
-	case "ecsRAMRole", "oidc", "assumeRole":
-		d.report(at+".type", "use accessKey or sts", "%q is not supported in this version", c.Type)
-	default:
-		d.report(at+".type", "write accessKey or sts", "%q is unknown", c.Type)
-	}
-	if c.SecurityTokenFile != "" && c.Type == "accessKey" {
-		d.report(at+".securityTokenFile", "write type: sts, or remove it", "has no effect with type accessKey")
-	}
+	d.alibabaCredentials(at+".credentials", &a.Credentials)
 }
 
 func (d *decoder) rules(c *Config) {

@@ -35,12 +35,12 @@ func (b *Backend) call(ctx context.Context, op string, do func(*kms.Client) erro
 	if err != nil {
 		return b.credentialFailure(ctx, op, err)
 	}
-	f := b.remote.request(ctx, op, cred, do)
+	f := b.request(ctx, op, cred, do)
 	if f != nil && f.rejected {
 		// A signature is made from two or three files, which do not change in one instant; and a token may just have run out.
 		renewed, err := b.creds.renew(ctx, cred)
 		if err == nil && renewed != cred {
-			f = b.remote.request(ctx, op, renewed, do)
+			f = b.request(ctx, op, renewed, do)
 		}
 	}
 	if f == nil {

@@ -25,8 +25,8 @@ const (
 	metadataTTL     = "60"            // seconds of a token: it is for one fetch
 	maxTokenOfV2    = 1 << 10         // bytes of a token; real ones have less than 100
 	headerTTL       = "X-Aliyun-Ecs-Metadata-Token-Ttl-Seconds"
-	headerToken     = "X-Aliyun-Ecs-Metadata-Token"
-	opOfMetadata    = "GetInstanceRole" // an operation of ours, for errors
+	headerToken     = "X-Aliyun-Ecs-Metadata-Token" //nolint:gosec // the name of a header
+	opOfMetadata    = "GetInstanceRole"             // an operation of ours, for errors
 	metadataVersion = "allowMetadataV1 permits the older protocol without tokens, which a forged request can use too"
 )
 
