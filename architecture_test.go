@@ -26,6 +26,7 @@ var importTable = map[string][]string{
 	"kmsclient/local":   {module + "kmsclient", "k8s.io/kms/", "go.yaml.in/yaml/v3"},
 	"kmsclient/plugin":  {module + "kmsclient", "k8s.io/kms/", "google.golang.org/grpc"},
 	"proxy":             {module + "proxy/etcdwire", "google.golang.org/", "go.etcd.io/etcd/", "github.com/prometheus/", "golang.org/x/", "go.uber.org/zap"},
+	"proxy/audit":       {}, // nothing but the standard library
 	"proxy/etcdwire":    {"google.golang.org/protobuf/encoding/protowire"},
 }
 
