@@ -33,7 +33,6 @@ type decoder struct {
 // later are the fields that the file format has and this version does not.
 var later = map[string]string{
 	"Listener.advertiseClientURLs": "putting the proxy's URLs in place of the members'",
-	"Config.audit":                 "the audit log",
 }
 
 // report adds a problem, unless its path has one already: what follows from a first mistake helps nobody.

@@ -71,7 +71,6 @@ func TestProblems(t *testing.T) {
 		"no listeners":            {with("listeners:\n- address: 127.0.0.1:2379\n", ""), "listeners", 1, "is required"},
 		"empty listeners":         {with("listeners:\n- address: 127.0.0.1:2379\n", "listeners: []\n"), "listeners", 3, "is empty"},
 		"listeners not a list":    {with("listeners:\n- address", "listeners:\n  address"), "listeners", 3, "not a list"},
-		"audit":                   {minimal + "audit: {path: /var/log/a.jsonl}\n", "audit", 7, "not supported in this version"},
 		"recovery unknown":        {minimal + kmsDev + "rules:\n- prefix: /a/\n  writeWith: dev\n  recovery: [dr]\n", "rules[0].recovery[0]", 11, "no KMS provider is called"},
 		"recovery of itself":      {minimal + kmsDev + "rules: [{prefix: a, writeWith: dev, recovery: [dev]}]\n", "rules[0].recovery[0]", 8, "writeWith itself"},
 		"recovery twice":          {minimal + kmsTwo + "rules: [{prefix: a, writeWith: dev, recovery: [dr, dr]}]\n", "rules[0].recovery[1]", 8, "twice"},

@@ -20,6 +20,7 @@ func NeedsRestart(running, next *Config) []string {
 		{"kms", running.KMS, next.KMS},
 		{"cache", running.Cache, next.Cache},
 		{"admin", running.Admin, next.Admin},
+		{"audit", running.Audit, next.Audit},
 		{"log.format", running.Log.Format, next.Log.Format},
 	} {
 		if !reflect.DeepEqual(b.a, b.b) {

@@ -63,8 +63,9 @@ func TestNeedsRestart(t *testing.T) {
 	next.KMS[0].Plugin.Timeout = time.Minute
 	next.Cache.Seeds++
 	next.Admin = nil
+	next.Audit = &Audit{}
 	next.Log.Format = "text"
-	want := []string{"listeners", "etcd", "kms", "cache", "admin", "log.format"}
+	want := []string{"listeners", "etcd", "kms", "cache", "admin", "audit", "log.format"}
 	if diff := cmp.Diff(want, NeedsRestart(load(), next)); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}

@@ -27,6 +27,9 @@ type Config struct {
 	Cache Cache `yaml:"cache"`
 	// Admin is the HTTP server for metrics and health. Without this block there is none. A change needs a restart.
 	Admin *Admin `yaml:"admin"`
+	// Audit is a log of every call of a KMS, every denied client and every reload that shows when it was tampered with. Without this block there is none. A
+	// change needs a restart.
+	Audit *Audit `yaml:"audit"`
 	// Log is what is logged, on standard error. The level is reloaded.
 	Log Log `yaml:"log"`
 }
@@ -148,6 +151,24 @@ type Admin struct {
 	Address string `yaml:"address" default:"127.0.0.1:9379"`
 	// Pprof serves Go's profiles under /debug/pprof, on a loopback address only.
 	Pprof bool `yaml:"pprof" default:"false"`
+}
+
+// Audit is the audit log: a JSON object a line, each chained to the one before by a hash. `etcd-kms-proxy audit verify` checks it. It never holds a value or a
+// key.
+type Audit struct {
+	// Path is the file that is written, mode `0600`. Its folder must exist. Older files stand beside it, with a number behind their name. It may not be a
+	// symbolic link, and each proxy needs its own.
+	Path string `yaml:"path" required:"true"`
+	// MaxSizeMiB is the size of a file, in MiB, beyond which a new one begins.
+	MaxSizeMiB int `yaml:"maxSizeMiB" default:"100"`
+	// MaxFiles is how many files are kept, with the one in use. The oldest is removed.
+	MaxFiles int `yaml:"maxFiles" default:"10"`
+	// KeyFile holds a key of 32 to 4,096 random bytes, mode `0600`, which makes the hashes HMACs: who does not have it cannot rewrite the log. All bytes of the
+	// file count. It is read at the start. A log cannot change its key: move it and its older files away.
+	KeyFile string `yaml:"keyFile" file:"true"`
+	// Required refuses to seal and to open values, and to call a KMS, while the log cannot be written, with Unavailable. Keys outside the rules are served. When
+	// `false`, the proxy goes on, counts the records that are lost, and writes how many there were.
+	Required bool `yaml:"required" default:"false"`
 }
 
 // Log is what is logged. Values, keys of the KMS and credentials never are.

@@ -31,6 +31,7 @@ func (d *decoder) validate(c *Config) {
 	if c.Admin != nil {
 		d.admin(c.Admin, c.Listeners)
 	}
+	d.audit(c.Audit)
 	d.oneOf("log.level", c.Log.Level, "debug", "info", "warn", "error")
 	d.oneOf("log.format", c.Log.Format, "json", "text")
 }

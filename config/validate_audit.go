@@ -1,0 +1,31 @@
+package config
+
+import (
+	"os"
+	"path/filepath"
+)
+
+// audit checks where the audit log is to be, if there is one, and makes its path absolute. Whether it can be written shows when it is opened.
+func (d *decoder) audit(a *Audit) {
+	if a == nil {
+		return
+	}
+	if a.Path != "" {
+		if !filepath.IsAbs(a.Path) {
+			a.Path = filepath.Join(d.dir, a.Path)
+		}
+		info, err := os.Stat(filepath.Dir(a.Path))
+		switch {
+		case err != nil:
+			d.report("audit.path", "make the folder, for the user the proxy runs as", "its folder cannot be used: %s", fileError(err))
+		case !info.IsDir():
+			d.report("audit.path", "correct the path", "%s is not a folder", filepath.Dir(a.Path))
+		}
+	}
+	if a.MaxSizeMiB < 1 || a.MaxSizeMiB > 1<<20 {
+		d.report("audit.maxSizeMiB", "the default is 100", "%d is not between 1 and %d", a.MaxSizeMiB, 1<<20)
+	}
+	if a.MaxFiles < 2 || a.MaxFiles > 10_000 {
+		d.report("audit.maxFiles", "the default is 10", "%d is not between 2 and 10000", a.MaxFiles)
+	}
+}
