@@ -16,7 +16,7 @@ func newKMS() *cobra.Command {
 		Args:  cobra.NoArgs,
 		RunE:  needsCommand,
 	}
-	cmd.AddCommand(newKMSCheck(), newKMSNewLocalKey())
+	cmd.AddCommand(newKMSCheck(), newKMSNewLocalKey(), newKMSServePlugin())
 	return cmd
 }
 
