@@ -31,6 +31,7 @@ type KMS struct {
 	versions int
 	encrypts int
 	decrypts int
+	disabled bool
 }
 
 // NewKMS makes a plugin with one key version; it does not serve before [KMS.Start].
@@ -82,6 +83,23 @@ func (k *KMS) Rotate() {
 	k.versions++
 }
 
+// Disable has every call answered as by a KMS whose key is disabled, or not any more.
+func (k *KMS) Disable(disabled bool) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.disabled = disabled
+}
+
+// usable returns what a call of a disabled key gets.
+func (k *KMS) usable() error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.disabled {
+		return status.Error(codes.FailedPrecondition, "the key is disabled")
+	}
+	return nil
+}
+
 // Calls returns how often the plugin has wrapped and unwrapped.
 func (k *KMS) Calls() (encrypts, decrypts int) {
 	k.mu.Lock()
@@ -103,12 +121,18 @@ const annotation = "version.test.etcd-kms-proxy.io"
 
 // Status implements KMS v2.
 func (k *KMS) Status(context.Context, *kmsapi.StatusRequest) (*kmsapi.StatusResponse, error) {
+	if err := k.usable(); err != nil {
+		return nil, err
+	}
 	return &kmsapi.StatusResponse{Version: "v2", Healthz: "ok", KeyId: k.KeyID()}, nil
 }
 
 // Encrypt implements KMS v2.
 func (k *KMS) Encrypt(_ context.Context, request *kmsapi.EncryptRequest) (*kmsapi.EncryptResponse, error) {
 	k.env.Sealed.Add("a secret that the KMS plugin wrapped", request.Plaintext)
+	if err := k.usable(); err != nil {
+		return nil, err
+	}
 	k.mu.Lock()
 	k.encrypts++
 	version := k.versions
@@ -131,6 +155,9 @@ func (k *KMS) Decrypt(_ context.Context, request *kmsapi.DecryptRequest) (*kmsap
 	k.mu.Lock()
 	k.decrypts++
 	k.mu.Unlock()
+	if err := k.usable(); err != nil {
+		return nil, err
+	}
 	var version int
 	if _, err := fmt.Sscanf(request.KeyId, "plugin-key/%d", &version); err != nil || string(request.Annotations[annotation]) != fmt.Sprint(version) {
 		return nil, status.Errorf(codes.InvalidArgument, "unwrap: key ID %q does not go with annotation %q", request.KeyId, request.Annotations[annotation])
