@@ -52,9 +52,9 @@ type grpcEngine struct {
 
 var _ engine = (*grpcEngine)(nil)
 
-func newGRPCEngine(c *core, u *upstream, m *metrics, log *slog.Logger, drainTimeout time.Duration) *grpcEngine {
+func newGRPCEngine(c *core, u *upstream, m *metrics, log *slog.Logger, d *denials, drainTimeout time.Duration) *grpcEngine {
 	e := &grpcEngine{
-		core: c, upstream: u, log: log, denials: &denials{log: log}, drainTimeout: drainTimeout,
+		core: c, upstream: u, log: log, denials: d, drainTimeout: drainTimeout,
 		conns:   &connQueue{conns: make(chan *clientConn), done: make(chan struct{})},
 		unknown: m.unknown(),
 		methods: make(map[string]map[string]bool),

@@ -65,15 +65,20 @@ func (id *Identity) in(list map[string]bool) bool {
 	return false
 }
 
-// denials logs each denied client once, however often it comes back.
+// denials logs and tells each denied client once, however often it comes back.
 type denials struct {
 	log  *slog.Logger
+	tell func(listener, client, remote string) // may be nil
 	told firsts
 }
 
 func (d *denials) note(id *Identity) {
-	if d.told.first(id.Listener + "\x00" + id.name()) {
-		d.log.Warn("client denied: it is not in the listener's allowedClients",
-			"listener", id.Listener, "client", id.name(), "names", id.Names, "remote", id.Remote)
+	if !d.told.first(id.Listener + "\x00" + id.name()) {
+		return
+	}
+	d.log.Warn("client denied: it is not in the listener's allowedClients",
+		"listener", id.Listener, "client", id.name(), "names", id.Names, "remote", id.Remote)
+	if d.tell != nil {
+		d.tell(id.Listener, id.name(), id.Remote)
 	}
 }

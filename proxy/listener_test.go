@@ -167,12 +167,14 @@ func get(t *testing.T, conn *grpc.ClientConn) (string, error) {
 }
 
 func TestClientLists(t *testing.T) {
+	told := make(chan []string, 10)
 	ca := newAuthority(t, "ca")
 	cert, key, _ := ca.issue("server", "server")
 	p := startProxy(t, serveFake(t, echoEtcd()), []Rule{{Prefix: "k", Sealer: reverser{}}}, func(c *Config) {
 		c.Listeners[0].TLS = &ListenerTLS{CertFile: cert, KeyFile: key, ClientCAFile: ca.file}
 		c.Listeners[0].AllowedClients = []string{"api", "api.example"}
 		c.Listeners[0].CiphertextClients = []string{"backup"}
+		c.OnDenied = func(listener, client, remote string) { told <- []string{listener, client, remote} }
 	})
 	target := p.Addrs()[0].String()
 	for _, tt := range []struct {
@@ -208,6 +210,12 @@ func TestClientLists(t *testing.T) {
 	}
 	if n := strings.Count(p.logs.String(), "client denied"); n != 1 {
 		t.Errorf("the stranger is logged %d times", n)
+	}
+	if len(told) != 1 {
+		t.Fatalf("%d denials are told", len(told))
+	}
+	if got := <-told; got[1] != "stranger" || got[0] == "" || !strings.HasPrefix(got[2], "127.0.0.1:") {
+		t.Errorf("told of %q", got)
 	}
 	if _, err := get(t, ca.client(t, target, "")); status.Code(err) != codes.Unavailable {
 		t.Errorf("without a certificate: %v", err)

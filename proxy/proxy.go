@@ -23,6 +23,9 @@ type Config struct {
 	DrainTimeout time.Duration
 	Logger       *slog.Logger          // nil: nothing is logged
 	Registerer   prometheus.Registerer // nil: metrics are not registered
+	// OnDenied is told of a denied client whenever the log is: by the listener's address as configured, the client's name and its address. It is called on the
+	// call's goroutine. May be nil.
+	OnDenied func(listener, client, remote string)
 }
 
 // The defaults of Config.
@@ -88,7 +91,7 @@ func New(cfg Config) (*Proxy, error) {
 		p.Close()
 		return nil, err
 	}
-	p.engine = newGRPCEngine(p.core, p.upstream, m, log, cfg.DrainTimeout)
+	p.engine = newGRPCEngine(p.core, p.upstream, m, log, &denials{log: log, tell: cfg.OnDenied}, cfg.DrainTimeout)
 	return p, nil
 }
 

@@ -16,8 +16,11 @@ type VerifyOptions struct {
 	ExpectLast string
 }
 
-// ErrKeyed is the error of Verify for a log that only its key can check.
-var ErrKeyed = errors.New("the chain is keyed, and can be checked with its key only")
+// The errors of Verify for what its caller can mend.
+var (
+	ErrKeyed    = errors.New("the chain is keyed, and can be checked with its key only")
+	ErrExpected = errors.New("the expected hash is not 64 hexadecimal digits in lower case")
+)
 
 // Input is a file of a log.
 type Input struct {
@@ -25,7 +28,7 @@ type Input struct {
 	io.Reader
 }
 
-// Verify checks the files of one log, oldest first. An error means that it could not: [ErrKeyed], a bad option, or a file that cannot be read. What is wrong with
+// Verify checks the files of one log, oldest first. An error means that it could not: [ErrKeyed], [ErrExpected], a bad key, or a file that cannot be read. What is wrong with
 // the log is in the report.
 func Verify(o VerifyOptions, files ...Input) (*Report, error) {
 	c, err := newChain(o.Key)
@@ -36,7 +39,7 @@ func Verify(o VerifyOptions, files ...Input) (*Report, error) {
 	if o.ExpectLast != "" {
 		s, ok := parseSum(o.ExpectLast)
 		if !ok {
-			return nil, errors.New("the expected hash is not 64 hexadecimal digits in lower case")
+			return nil, ErrExpected
 		}
 		v.expected = &s
 	}
