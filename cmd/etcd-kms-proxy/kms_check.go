@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"strings"
 	"sync"
 	"time"
 
@@ -29,6 +30,8 @@ type providerReport struct {
 	RoundTripMS float64     `json:"roundTripMilliseconds,omitempty"` // making a seed and unwrapping it
 	Findings    []string    `json:"findings"`
 	Key         *keyDetails `json:"key,omitempty"` // where the KMS tells more than its key's ID
+	// CredentialsExpire is when the session ends that the KMS was called with, if it is one; the proxy fetches the next one before.
+	CredentialsExpire *time.Time `json:"credentialsExpire,omitempty"`
 }
 
 // keyDetails are what Alibaba Cloud KMS tells of a key.
@@ -36,6 +39,7 @@ type keyDetails struct {
 	State              string     `json:"state"`
 	Spec               string     `json:"spec,omitempty"`
 	ProtectionLevel    string     `json:"protectionLevel,omitempty"`
+	Creator            string     `json:"creator,omitempty"` // an account, or the product whose default key this is
 	AutomaticRotation  string     `json:"automaticRotation,omitempty"`
 	NextRotation       *time.Time `json:"nextRotation,omitempty"`
 	DeleteAt           *time.Time `json:"deleteAt,omitempty"`
@@ -48,11 +52,15 @@ func newKMSCheck() *cobra.Command {
 		Use:   "check",
 		Short: "try every configured KMS: key state, permissions, a round trip",
 		Long: `check asks every configured KMS for its key's state, has it make a seed and unwrap it again, and compares. It touches neither etcd nor a running
-proxy. It exits with 1 if a KMS cannot do what the proxy needs, or if its key is going to stop working.`,
+proxy. It exits with 1 if a KMS cannot do what the proxy needs, or if its key is going to stop working.
+
+With --policy it checks nothing, and prints the least that the callers of all keys of Alibaba Cloud KMS need, as a RAM policy in JSON. It connects to the
+KMS only where the configuration names a key by an alias.`,
 		Args: cobra.NoArgs,
 	}
 	path, out := configFlag(cmd), outputFlag(cmd)
 	timeout := cmd.Flags().Duration("timeout", 30*time.Second, "how long one KMS may take")
+	policy := cmd.Flags().Bool("policy", false, "print the RAM policy that Alibaba Cloud KMS needs, and check nothing")
 	cmd.RunE = fails(func(cmd *cobra.Command, _ []string) error {
 		if *timeout <= 0 {
 			return &failure{code: exitUsage, err: fmt.Errorf("--timeout %v is not more than 0s", *timeout)}
@@ -63,6 +71,9 @@ proxy. It exits with 1 if a KMS cannot do what the proxy needs, or if its key is
 		}
 		if len(c.KMS) == 0 {
 			return &failure{code: exitFailure, err: errors.New("no KMS is configured"), hint: "add one under kms"}
+		}
+		if *policy {
+			return printPolicy(cmd, c.KMS, *timeout)
 		}
 		reports := make([]providerReport, len(c.KMS))
 		var all sync.WaitGroup
@@ -91,19 +102,36 @@ proxy. It exits with 1 if a KMS cannot do what the proxy needs, or if its key is
 	return cmd
 }
 
-// checkProvider tries one KMS. All that is wrong is a finding.
-func checkProvider(ctx context.Context, k config.KMS) (r providerReport) {
-	r = providerReport{Name: k.Name, Findings: []string{}}
-	defer func() { r.OK = len(r.Findings) == 0 }()
-	found := func(format string, args ...any) { r.Findings = append(r.Findings, fmt.Sprintf(format, args...)) }
-	b, err := newBackend(k, slog.New(slog.DiscardHandler))
-	r.Backend = b.kind
+// printPolicy prints the RAM policy. It is JSON whatever --output says, since RAM takes nothing else.
+func printPolicy(cmd *cobra.Command, providers []config.KMS, timeout time.Duration) error {
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	defer cancel()
+	policy, err := ramPolicy(ctx, providers)
 	if err != nil {
-		found("%v", err)
-		return r
+		return err
+	}
+	asJSON := output("json")
+	return asJSON.write(cmd.OutOrStdout(), policy, nil)
+}
+
+// checkProvider tries one KMS. All that is wrong is a finding.
+func checkProvider(ctx context.Context, k config.KMS) providerReport {
+	b, err := newBackend(k, slog.New(slog.DiscardHandler))
+	if err != nil {
+		return providerReport{Name: k.Name, Backend: b.kind, Findings: []string{err.Error()}}
 	}
 	defer b.close()
-	client, err := kmsclient.New(kmsclient.Config{Name: k.Name, Backend: b.service, Timeout: b.timeout})
+	return checkBackend(ctx, k.Name, b)
+}
+
+func checkBackend(ctx context.Context, name string, b *backend) (r providerReport) {
+	r = providerReport{Name: name, Backend: b.kind, Findings: []string{}}
+	defer func() { r.OK = len(r.Findings) == 0 }()
+	found := func(format string, args ...any) { r.Findings = append(r.Findings, fmt.Sprintf(format, args...)) }
+	if b.credentialsExpire != nil {
+		defer func() { r.CredentialsExpire = when(b.credentialsExpire()) }()
+	}
+	client, err := kmsclient.New(kmsclient.Config{Name: name, Backend: b.service, Timeout: b.timeout})
 	if err != nil {
 		found("%v", err)
 		return r
@@ -129,6 +157,9 @@ func checkProvider(ctx context.Context, k config.KMS) (r providerReport) {
 	key, err := client.GenerateDataKey(ctx, newUID())
 	if err != nil {
 		found("make a seed: %v", err)
+		if r.Key != nil && r.Key.ofProduct() {
+			found("the key was created by %q and not by an account: default keys of cloud products are kept for those; use a key of your own", r.Key.Creator)
+		}
 		return r
 	}
 	defer clear(key.Plaintext)
@@ -150,15 +181,17 @@ func checkProvider(ctx context.Context, k config.KMS) (r providerReport) {
 // soon is how long before a key stops working it becomes a finding.
 const soon = 30 * 24 * time.Hour
 
-func details(i *alibaba.KeyInfo) *keyDetails {
-	when := func(t time.Time) *time.Time {
-		if t.IsZero() {
-			return nil
-		}
-		return &t
+// when returns t for a report, or nil if it is zero.
+func when(t time.Time) *time.Time {
+	if t.IsZero() {
+		return nil
 	}
+	return &t
+}
+
+func details(i *alibaba.KeyInfo) *keyDetails {
 	return &keyDetails{
-		State: i.State, Spec: i.Spec, ProtectionLevel: i.ProtectionLevel, AutomaticRotation: i.AutomaticRotation,
+		State: i.State, Spec: i.Spec, ProtectionLevel: i.ProtectionLevel, Creator: i.Creator, AutomaticRotation: i.AutomaticRotation,
 		NextRotation: when(i.NextRotation), DeleteAt: when(i.DeleteAt), MaterialExpiresAt: when(i.MaterialExpiresAt),
 		DeletionProtection: i.DeletionProtection,
 	}
@@ -175,6 +208,10 @@ func (k *keyDetails) findings(now time.Time) []string {
 	}
 	return fs
 }
+
+// ofProduct reports whether the key seems to be a default key, made for a product of the cloud. Keys of an account have its number as their
+// creator, with some digits hidden.
+func (k *keyDetails) ofProduct() bool { return strings.Trim(k.Creator, "0123456789*") != "" }
 
 // text prints a report for people.
 func (r providerReport) text(w io.Writer) {
@@ -195,6 +232,9 @@ func (r providerReport) text(w io.Writer) {
 			protection = "on"
 		}
 		fmt.Fprintf(w, "  key state   %s\n  rotation    %s\n  deletion protection  %s\n", k.State, orNone(k.AutomaticRotation), protection)
+	}
+	if r.CredentialsExpire != nil {
+		fmt.Fprintf(w, "  credentials expire   %s, and are refreshed before\n", r.CredentialsExpire.Format(time.RFC3339))
 	}
 	for _, f := range r.Findings {
 		fmt.Fprintf(w, "  - %s\n", f)

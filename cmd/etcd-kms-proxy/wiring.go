@@ -28,6 +28,8 @@ type backend struct {
 	timeout  time.Duration                                   // of one call; 0 is the wrapper's default
 	describe func(context.Context) (*alibaba.KeyInfo, error) // nil where the KMS tells no more than Status
 	closer   io.Closer                                       // nil where there is nothing to let go
+	// credentialsExpire is when the credentials of the calls end, or zero; nil where there are none.
+	credentialsExpire func() time.Time
 }
 
 // newBackend makes the backend of k. It is the only place that tells one from another. On an error the backend has only its kind.

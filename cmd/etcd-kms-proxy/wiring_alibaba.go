@@ -1,7 +1,11 @@
 package main
 
 import (
+	"context"
+	"errors"
+	"fmt"
 	"log/slog"
+	"slices"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba"
@@ -34,5 +38,40 @@ func alibabaBackend(c alibaba.Config) (*backend, error) {
 	if err != nil {
 		return &backend{kind: "alibaba"}, err
 	}
-	return &backend{kind: "alibaba", service: b, describe: b.Describe, closer: b}, nil
+	return &backend{kind: "alibaba", service: b, describe: b.Describe, credentialsExpire: b.CredentialsExpire, closer: b}, nil
+}
+
+// ramPolicy returns the least that the callers of all configured keys of Alibaba Cloud need.
+func ramPolicy(ctx context.Context, providers []config.KMS) (*alibaba.RAMPolicy, error) {
+	var keys []string
+	for _, k := range providers {
+		if k.Alibaba == nil {
+			continue
+		}
+		key := alibaba.KeyARN(k.Alibaba.Region, k.Alibaba.KeyID)
+		if key == "" {
+			var err error
+			if key, err = keyOfAlias(ctx, k.Alibaba); err != nil {
+				return nil, &failure{
+					code: exitFailure, err: fmt.Errorf("kms %q: the key of %s: %w", k.Name, k.Alibaba.KeyID, err),
+					hint: "write the key's id or ARN in place of the alias, or call this as someone who has kms:DescribeKey",
+				}
+			}
+		}
+		keys = append(keys, key)
+	}
+	if len(keys) == 0 {
+		return nil, &failure{code: exitFailure, err: errors.New("no key of Alibaba Cloud KMS is configured"), hint: "add one under kms"}
+	}
+	slices.Sort(keys)
+	return alibaba.NewRAMPolicy(slices.Compact(keys)...), nil
+}
+
+func keyOfAlias(ctx context.Context, a *config.Alibaba) (string, error) {
+	b, err := alibaba.New(alibabaConfig(a, slog.New(slog.DiscardHandler)))
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = b.Close() }()
+	return b.KeyARN(ctx)
 }

@@ -20,7 +20,7 @@ import (
 const (
 	metadataURL     = "http://100.100.100.200"
 	metadataRoles   = "/latest/meta-data/ram/security-credentials/"
-	metadataTime    = 5 * time.Second // of one request
+	metadataTime    = 2 * time.Second // of one request
 	maxMetadata     = 64 << 10        // bytes of an answer
 	metadataTTL     = "60"            // seconds of a token: it is for one fetch
 	maxTokenOfV2    = 1 << 10         // bytes of a token; real ones have less than 100
@@ -47,11 +47,20 @@ func newInstanceSource(c Credentials, logger *slog.Logger) (*sessionSource, erro
 		return nil, fmt.Errorf("roleName %q is not the name of a RAM role", c.RoleName)
 	}
 	var err error
-	if m.pool, err = newPool(c.MetadataCAFile); err != nil {
+	if m.pool, err = newMetadataPool(c.MetadataCAFile); err != nil {
 		return nil, err
 	}
-	m.pool.Proxy = nil // the address has a meaning on this machine only, and the answer is secret
 	return newSessionSource(logger, m.fetch, func() []string { return nil }, m.pool.CloseIdleConnections), nil
+}
+
+// newMetadataPool returns connections that use no proxy, whatever the environment says: the address has a meaning on this machine only, and the
+// answer is secret.
+func newMetadataPool(caFile string) (*http.Transport, error) {
+	pool, err := newPool(caFile)
+	if err == nil {
+		pool.Proxy = nil
+	}
+	return pool, err
 }
 
 func (m *instanceSource) fetch(ctx context.Context) (session, error) {
