@@ -57,6 +57,7 @@ It connects to nothing. It says nothing of a file without a problem, and exits w
 		}
 		if err == nil {
 			report.Problems = append(report.Problems, backendProblems(c)...)
+			report.Problems = append(report.Problems, auditProblems(c.Audit)...)
 		}
 		report.OK = len(report.Problems) == 0
 		err = out.write(cmd.OutOrStdout(), report, func(io.Writer) {

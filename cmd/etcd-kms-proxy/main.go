@@ -62,7 +62,7 @@ Exit codes:
 		Args:          cobra.NoArgs,
 		RunE:          needsCommand,
 	}
-	root.AddCommand(newServe(), newConfig(), newKMS(), newVersion())
+	root.AddCommand(newServe(), newConfig(), newKMS(), newAudit(), newVersion())
 	return root
 }
 

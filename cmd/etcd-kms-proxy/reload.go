@@ -4,9 +4,11 @@ import (
 	"context"
 	"crypto/sha256"
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -42,33 +44,36 @@ type reloader struct {
 func (r *reloader) reload(trigger string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.app.metrics.reloads.WithLabelValues(r.apply(trigger)).Inc()
+	outcome, reason := r.apply(trigger)
+	r.app.metrics.reloads.WithLabelValues(outcome).Inc()
+	r.app.audit.reloaded(trigger, outcome, reason, digest(r.path))
 }
 
-// apply returns the outcome. mu is held.
-func (r *reloader) apply(trigger string) string {
+// apply returns the outcome and, for the audit log, why. mu is held.
+func (r *reloader) apply(trigger string) (outcome, reason string) {
 	const kept = "configuration not reloaded: the running one stays"
 	next, err := config.Load(r.path)
 	if ps, ok := errors.AsType[config.Problems](err); ok {
 		for _, p := range ps {
 			r.log.Error(kept, append(problemAttrs(r.path, p), "trigger", trigger)...)
 		}
-		return reloadFailed
+		// Where it is wrong, and not what stands there.
+		return reloadFailed, fmt.Sprintf("%d problem(s), the first on line %d", len(ps), ps[0].Line)
 	}
 	if err != nil {
 		r.log.Error(kept, "error", err, "trigger", trigger)
-		return reloadFailed
+		return reloadFailed, err.Error()
 	}
 	weaker := config.Weakens(r.running, next)
 	if len(weaker) > 0 && !r.weaken {
 		r.log.Error("configuration not reloaded: it would protect keys less than the running one, which stays",
 			"because", weaker, "hint", "restart the proxy to apply it, or run serve with --allow-weakening", "trigger", trigger)
-		return reloadRefused
+		return reloadRefused, strings.Join(weaker, "; ")
 	}
 	restart := config.NeedsRestart(r.running, next)
 	if err := r.app.setRules(next.Rules); err != nil {
 		r.log.Error(kept, "error", err, "changed", restart, "hint", "restart the proxy to apply it", "trigger", trigger)
-		return reloadFailed
+		return reloadFailed, err.Error()
 	}
 	r.level.Set(logLevel(next.Log.Level))
 	// Only what was applied counts as running, so that the rest is named again at the next reload.
@@ -82,7 +87,10 @@ func (r *reloader) apply(trigger string) string {
 		r.log.Warn("configuration reloaded in part: these blocks changed too, and wait for a restart", "blocks", restart)
 	}
 	r.log.Info("configuration reloaded", "trigger", trigger, "rules", len(next.Rules), "logLevel", next.Log.Level)
-	return reloadApplied
+	if len(restart) > 0 {
+		weaker = append(weaker, "these blocks wait for a restart: "+strings.Join(restart, ", "))
+	}
+	return reloadApplied, strings.Join(weaker, "; ")
 }
 
 // watch reloads when the file's content has changed, until ctx ends. It watches the folder, since editors and Kubernetes' mounts put a new

@@ -82,7 +82,10 @@ func serve(cmd *cobra.Command, path string, drain time.Duration, weaken bool) er
 		log.Warn("there are no rules: every value passes as it is")
 	}
 	r := &reloader{path: path, seen: loaded, app: a, running: c, level: level, weaken: weaken, log: log}
-	return a.run(cmd.Context(), r, signals, drain)
+	a.audit.started(loaded)
+	err = a.run(cmd.Context(), r, signals, drain)
+	a.audit.stopped(err)
+	return err
 }
 
 // relaxGC lets the heap grow to three times what is in use before it is collected, where Go's default is twice. Nearly all that the proxy allocates
@@ -134,6 +137,8 @@ func (a *app) run(ctx context.Context, r *reloader, signals <-chan os.Signal, dr
 // that passes it on.
 const echo = 500 * time.Millisecond
 
+var errSecondSignal = errors.New("a second signal")
+
 // obey answers signals until ctx ends.
 func (a *app) obey(ctx context.Context, signals <-chan os.Signal, r *reloader, stop func(), drain time.Duration) {
 	var stopping time.Time // when the first signal to stop came
@@ -153,6 +158,7 @@ func (a *app) obey(ctx context.Context, signals <-chan os.Signal, r *reloader, s
 			case time.Since(stopping) < echo:
 			default:
 				a.log.Warn("second signal: exiting at once", "signal", s.String())
+				a.audit.stopped(errSecondSignal)
 				os.Exit(exitFailure)
 			}
 		}

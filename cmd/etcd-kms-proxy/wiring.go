@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -64,6 +65,7 @@ func (b *backend) close() {
 type app struct {
 	log     *slog.Logger
 	metrics *metrics
+	audit   *auditor // nil without an audit block
 	cache   *keyring.Cache
 	closers []func()
 	rings   []*keyring.Ring
@@ -76,6 +78,7 @@ type app struct {
 type ruleSet struct {
 	prefixes []string
 	sealers  []*keyring.Sealer
+	audit    *auditor
 }
 
 // newApp makes everything that c describes and binds its addresses. It starts nothing. close lets go of it.
@@ -97,6 +100,10 @@ func (a *app) assemble(c *config.Config, drain time.Duration) error {
 		return err
 	}
 	a.metrics = newMetrics(a)
+	if a.audit, err = newAuditor(c.Audit, a.log); err != nil {
+		return err
+	}
+	a.audit.register(a.metrics.registry)
 	var problems []error
 	for i, k := range c.KMS {
 		if err := a.addRing(k, c); err != nil {
@@ -133,13 +140,13 @@ func (a *app) addRing(k config.KMS, c *config.Config) error {
 		return err
 	}
 	a.closers = append(a.closers, b.close)
-	client, err := kmsclient.New(kmsclient.Config{Name: k.Name, Backend: b.service, Timeout: b.timeout, Observer: a.metrics.kmsCall})
+	client, err := kmsclient.New(kmsclient.Config{Name: k.Name, Backend: b.service, Timeout: b.timeout, Observer: a.kmsCall})
 	if err != nil {
 		return err
 	}
 	writes := slices.ContainsFunc(c.Rules, func(r config.Rule) bool { return r.WriteWith == k.Name })
 	ring, err := keyring.New(keyring.RingConfig{
-		Provider: k.Name, KMS: client, Cache: a.cache, ReadOnly: !writes,
+		Provider: k.Name, KMS: a.audit.kms(k.Name, client), Cache: a.cache, ReadOnly: !writes,
 		PollInterval: k.PollInterval, RevokeWithin: c.Cache.RevokeWithin, SealUnreachableFor: c.Cache.SealUnreachableFor,
 		MaxAge: k.SeedMaxAge, MaxSeals: uint64(k.SeedMaxSeals), //nolint:gosec // checked to be positive
 		Observer: a.metrics.forProvider(k.Name), Logger: a.log,
@@ -153,7 +160,7 @@ func (a *app) addRing(k config.KMS, c *config.Config) error {
 
 // newRules makes the sealers of rules from the rings there are. A rule that needs another one is an error.
 func (a *app) newRules(rules []config.Rule) (*ruleSet, error) {
-	set := new(ruleSet)
+	set := &ruleSet{audit: a.audit}
 	for i, r := range rules {
 		sc := keyring.SealerConfig{
 			Prefix: r.Prefix, AllowPlaintextReads: r.AllowPlaintextReads, Passthrough: r.OnUndecryptable == "passthrough",
@@ -212,6 +219,7 @@ func (a *app) close() {
 	for _, f := range a.closers {
 		f()
 	}
+	a.audit.close(a.log) // last: what ends before may still be recorded
 }
 
 func proxyConfig(c *config.Config, rules *ruleSet, a *app, drain time.Duration) proxy.Config {
@@ -222,6 +230,7 @@ func proxyConfig(c *config.Config, rules *ruleSet, a *app, drain time.Duration) 
 		DrainTimeout:    drain,
 		Logger:          a.log,
 		Registerer:      a.metrics.registry,
+		OnDenied:        a.audit.denied,
 	}
 	if t := c.Etcd.TLS; t != nil {
 		pc.Upstream.TLS = &proxy.UpstreamTLS{
@@ -245,7 +254,7 @@ func proxyConfig(c *config.Config, rules *ruleSet, a *app, drain time.Duration) 
 func (s *ruleSet) forProxy() []proxy.Rule {
 	rules := make([]proxy.Rule, len(s.sealers))
 	for i := range s.sealers {
-		rules[i] = proxy.Rule{Prefix: s.prefixes[i], Sealer: sealer{s.sealers[i]}}
+		rules[i] = proxy.Rule{Prefix: s.prefixes[i], Sealer: s.audit.sealer(sealer{s.sealers[i]})}
 	}
 	return rules
 }
@@ -303,10 +312,11 @@ func (a *app) ready() proxy.ReadyReport {
 		report.Checks = append(report.Checks, proxy.Check{Name: "kms " + s.Provider, OK: s.Healthy, Detail: s.Reason})
 	}
 	report.Checks = append(report.Checks, a.recoveryChecks(time.Now())...)
+	report.Checks = append(report.Checks, a.audit.ready()...)
 	rules := a.rules.Load()
 	for i, s := range rules.sealers {
 		check := proxy.Check{Name: fmt.Sprintf("rule %q", rules.prefixes[i]), OK: true}
-		if err := s.Ready(); err != nil {
+		if err := cmp.Or(a.audit.refusal(), s.Ready()); err != nil {
 			check.OK, check.Detail = false, err.Error()
 		}
 		report.Checks = append(report.Checks, check)

@@ -1,0 +1,252 @@
+package main
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"log/slog"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/grpc/codes"
+	"k8s.io/kms/pkg/service"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/audit"
+)
+
+// auditor records what happens in the audit log, and holds back what may not happen without it. A nil auditor, that of a configuration without an
+// audit block, does neither.
+type auditor struct {
+	log      *audit.Log
+	required bool
+}
+
+// newAuditor opens the log of c, which may be nil. close must follow.
+func newAuditor(c *config.Audit, log *slog.Logger) (*auditor, error) {
+	if c == nil {
+		return nil, nil
+	}
+	ac := audit.Config{Path: c.Path, MaxSize: int64(c.MaxSizeMiB) << 20, MaxFiles: c.MaxFiles, Logger: log}
+	if c.KeyFile != "" {
+		var err error
+		if ac.Key, err = audit.LoadKey(c.KeyFile); err != nil {
+			return nil, err
+		}
+	}
+	l, err := audit.Open(ac)
+	if err != nil {
+		return nil, err
+	}
+	return &auditor{log: l, required: c.Required}, nil
+}
+
+// auditProblems checks the key of c, which may be nil. It opens no log, which a proxy may be writing.
+func auditProblems(c *config.Audit) []configProblem {
+	if c == nil || c.KeyFile == "" {
+		return nil
+	}
+	if _, err := audit.LoadKey(c.KeyFile); err != nil {
+		return []configProblem{{Path: "audit.keyFile", Text: err.Error()}}
+	}
+	return nil
+}
+
+func (a *auditor) close(log *slog.Logger) {
+	if a == nil {
+		return
+	}
+	if err := a.log.Close(); err != nil {
+		log.Error("the audit log may not be on the disk as a whole", "error", err)
+	}
+}
+
+func (a *auditor) record(r audit.Record) {
+	if a != nil {
+		a.log.Record(r)
+	}
+}
+
+func (a *auditor) started(config [32]byte) {
+	a.record(audit.Record{Event: audit.EventStart, Version: readBuildInfo().Version, Config: hex.EncodeToString(config[:])})
+}
+
+// stopped records the end; err is why, if it was no signal.
+func (a *auditor) stopped(err error) {
+	r := audit.Record{Event: audit.EventStop, Outcome: "ok"}
+	if err != nil {
+		r.Outcome, r.Reason = "failed", err.Error()
+	}
+	a.record(r)
+}
+
+func (a *auditor) kmsCall(c kmsclient.Call) {
+	a.record(audit.Record{
+		Event: audit.EventKMS, Time: c.Time, Provider: c.Provider, Operation: c.Op, KeyID: c.KeyID, RequestID: c.RequestID, Class: c.Class, Latency: c.Duration,
+	})
+}
+
+// kmsCall is told of every attempt at a KMS.
+func (a *app) kmsCall(c kmsclient.Call) {
+	a.metrics.kmsCall(c)
+	a.audit.kmsCall(c)
+}
+
+func (a *auditor) denied(listener, client, remote string) {
+	a.record(audit.Record{Event: audit.EventDenied, Listener: listener, Client: client, Remote: remote})
+}
+
+func (a *auditor) reloaded(trigger, outcome, reason string, config [32]byte) {
+	a.record(audit.Record{Event: audit.EventReload, Trigger: trigger, Outcome: outcome, Reason: reason, Config: hex.EncodeToString(config[:])})
+}
+
+// register adds the log's own figures to reg.
+func (a *auditor) register(reg prometheus.Registerer) {
+	if a == nil {
+		return
+	}
+	reg.MustRegister(
+		prometheus.NewCounterFunc(prometheus.CounterOpts{
+			Name: "etcd_kms_proxy_audit_lost_total", Help: "Records of the audit log that could not be written.",
+		}, func() float64 { return float64(a.log.Lost()) }),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "etcd_kms_proxy_audit_writable", Help: "1 if the audit log can be written.",
+		}, func() float64 {
+			if a.log.Check() != nil {
+				return 0
+			}
+			return 1
+		}))
+}
+
+// ready is the log's part of the readiness report.
+func (a *auditor) ready() []proxy.Check {
+	if a == nil {
+		return nil
+	}
+	c := proxy.Check{Name: "audit", OK: true}
+	if err := a.log.Check(); err != nil {
+		c.OK, c.Detail = false, err.Error()
+	}
+	return []proxy.Check{c}
+}
+
+var errAudit = errors.New("the audit log cannot be written, and audit.required refuses to go on without it")
+
+// refusal is why nothing may be done now that has to be recorded, or nil.
+func (a *auditor) refusal() error {
+	if a == nil || !a.required || a.log.Check() == nil {
+		return nil
+	}
+	return errAudit
+}
+
+// recorded calls f if what it does can be recorded, and returns errAudit if it could not, or if a record was lost meanwhile: what f has found out is then
+// not to be used. An error of f itself counts more.
+func (a *auditor) recorded(f func() error) error {
+	if a == nil || !a.required {
+		return f()
+	}
+	lost := a.log.Lost()
+	if err := a.refusal(); err != nil {
+		return err
+	}
+	if err := f(); err != nil {
+		return err
+	}
+	if a.log.Lost() != lost {
+		return errAudit
+	}
+	return nil
+}
+
+// auditedSealer seals and opens only while the audit log can be written.
+type auditedSealer struct {
+	proxy.Sealer
+	audit *auditor
+}
+
+// sealer puts a required log before s.
+func (a *auditor) sealer(s proxy.Sealer) proxy.Sealer {
+	if a == nil || !a.required {
+		return s
+	}
+	return auditedSealer{s, a}
+}
+
+// Seal implements [proxy.Sealer].
+func (s auditedSealer) Seal(ctx context.Context, key, value []byte) (out []byte, err error) {
+	err = s.audit.recorded(func() error { out, err = s.Sealer.Seal(ctx, key, value); return err })
+	return forClient(out, err)
+}
+
+// Open implements [proxy.Sealer].
+func (s auditedSealer) Open(ctx context.Context, key, stored []byte) (out []byte, err error) {
+	err = s.audit.recorded(func() error { out, err = s.Sealer.Open(ctx, key, stored); return err })
+	return forClient(out, err)
+}
+
+func forClient(out []byte, err error) ([]byte, error) {
+	if errors.Is(err, errAudit) {
+		err = &proxy.SealError{Code: codes.Unavailable, Text: errAudit.Error()}
+	}
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+// auditedKMS calls a KMS only while the audit log can be written. It stands before the client with its retries and its circuit, so that a full disk does not
+// count as a KMS that is down.
+type auditedKMS struct {
+	kms      *kmsclient.Client
+	provider string
+	audit    *auditor
+}
+
+var (
+	_ kmsclient.Service          = auditedKMS{}
+	_ kmsclient.DataKeyGenerator = auditedKMS{}
+)
+
+// kms puts a required log before c.
+func (a *auditor) kms(provider string, c *kmsclient.Client) kmsclient.Service {
+	if a == nil || !a.required {
+		return c
+	}
+	return auditedKMS{c, provider, a}
+}
+
+// call returns what f does, if it was recorded.
+func auditedCall[T any](k auditedKMS, op string, f func() (T, error)) (out T, err error) {
+	err = k.audit.recorded(func() error { out, err = f(); return err })
+	if errors.Is(err, errAudit) {
+		err = &kmsclient.Error{Op: op, Provider: k.provider, Class: kmsclient.ClassUnavailable, Detail: errAudit.Error()}
+	}
+	if err != nil {
+		var zero T
+		return zero, err
+	}
+	return out, nil
+}
+
+// Encrypt implements [kmsclient.Service].
+func (k auditedKMS) Encrypt(ctx context.Context, uid string, data []byte) (*service.EncryptResponse, error) {
+	return auditedCall(k, "Encrypt", func() (*service.EncryptResponse, error) { return k.kms.Encrypt(ctx, uid, data) })
+}
+
+// Decrypt implements [kmsclient.Service].
+func (k auditedKMS) Decrypt(ctx context.Context, uid string, req *service.DecryptRequest) ([]byte, error) {
+	return auditedCall(k, "Decrypt", func() ([]byte, error) { return k.kms.Decrypt(ctx, uid, req) })
+}
+
+// Status implements [kmsclient.Service].
+func (k auditedKMS) Status(ctx context.Context) (*service.StatusResponse, error) {
+	return auditedCall(k, "Status", func() (*service.StatusResponse, error) { return k.kms.Status(ctx) })
+}
+
+// GenerateDataKey implements [kmsclient.DataKeyGenerator].
+func (k auditedKMS) GenerateDataKey(ctx context.Context, uid string) (*kmsclient.DataKey, error) {
+	return auditedCall(k, "GenerateDataKey", func() (*kmsclient.DataKey, error) { return k.kms.GenerateDataKey(ctx, uid) })
+}
