@@ -13,7 +13,10 @@ const maxRequestID = 128
 type requestIDKey struct{}
 
 // requestID is where a backend leaves the request ID of the attempt under way.
-type requestID struct{ last atomic.Pointer[string] }
+type requestID struct {
+	last   atomic.Pointer[string]
+	caller *requestID // of the context that the wrapper was called with; nil unless that was made by WithRequestID
+}
 
 // NoteRequestID tells the wrapper, which gave ctx to a backend, the KMS' own id of a request that was answered. The last one counts. A failed
 // request's id belongs into [Error]. What cannot be an id (it is not 1 to 128 printable characters of ASCII, or has a space) is dropped.
@@ -24,12 +27,22 @@ func NoteRequestID(ctx context.Context, id string) {
 	if !ok || id == "" || len(id) > maxRequestID || strings.IndexFunc(id, func(c rune) bool { return c <= ' ' || c > '~' }) >= 0 {
 		return
 	}
-	r.last.Store(&id)
+	for ; r != nil; r = r.caller {
+		r.last.Store(&id)
+	}
+}
+
+// WithRequestID returns a context to call a [Client] with, and what tells the KMS' own id of the last request of such a call that was answered,
+// or "". Both may be used concurrently.
+func WithRequestID(ctx context.Context) (context.Context, func() string) {
+	ctx, r := withRequestID(ctx)
+	return ctx, r.get
 }
 
 // withRequestID returns a context that NoteRequestID writes to, and what was written.
 func withRequestID(ctx context.Context) (context.Context, *requestID) {
 	r := new(requestID)
+	r.caller, _ = ctx.Value(requestIDKey{}).(*requestID)
 	return context.WithValue(ctx, requestIDKey{}, r), r
 }
 

@@ -94,3 +94,23 @@ func TestRequestIDOfNobody(t *testing.T) {
 		t.Errorf("%d calls observed", seen)
 	}
 }
+
+// TestRequestIDForTheCaller tells a caller who asks for it the id of the attempt that succeeded, whatever stands between it and the backend.
+func TestRequestIDForTheCaller(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := &backend{}
+		attempts := []func(context.Context) (*service.EncryptResponse, error){noted(nil, errors.New("x"), "r1"), noted(good, nil, "r2"), noted(good, nil)}
+		b.encrypt = func(ctx context.Context) (*service.EncryptResponse, error) { return attempts[b.calls.Load()-1](ctx) }
+		var observed []string
+		outer := newClient(t, newClient(t, b, nil), func(c kmsclient.Call) { observed = append(observed, c.RequestID) })
+		for _, want := range []string{"r2", ""} {
+			ctx, id := kmsclient.WithRequestID(t.Context())
+			if _, err := outer.Encrypt(ctx, "u", []byte("x")); err != nil || id() != want {
+				t.Errorf("%q, %v; want %q", id(), err, want)
+			}
+		}
+		if !slices.Equal(observed, []string{"r2", ""}) {
+			t.Errorf("observed %q", observed)
+		}
+	})
+}

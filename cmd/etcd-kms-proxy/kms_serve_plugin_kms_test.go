@@ -50,6 +50,9 @@ func TestServePluginAlibaba(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if id := res.Annotations["request-id.etcd-kms-proxy.io"]; len(id) != 36 {
+		t.Errorf("annotations %q; want the KMS' request ID", res.Annotations)
+	}
 	double.Rotate(kmsdouble.DefaultKeyID)
 	after := double.PrimaryKeyID(kmsdouble.DefaultKeyID)
 	eventually(t, "new key ID", func() bool { return keyID() == after })

@@ -137,22 +137,23 @@ func (s *Server) Status(ctx context.Context, _ *kmsapi.StatusRequest) (*kmsapi.S
 	return nil, statusOf(context.WithoutCancel(ctx), k.err)
 }
 
-// Encrypt implements the KMS v2 API.
+// Encrypt implements the KMS v2 API. Where the KMS names its requests, an annotation of the answer does, too.
 func (s *Server) Encrypt(ctx context.Context, req *kmsapi.EncryptRequest) (*kmsapi.EncryptResponse, error) {
 	changes := s.look().changes
-	res, err := s.cfg.KMS.Encrypt(ctx, req.GetUid(), req.GetPlaintext())
+	noting, requestID := kmsclient.WithRequestID(ctx)
+	res, err := s.cfg.KMS.Encrypt(noting, req.GetUid(), req.GetPlaintext())
 	if err != nil {
 		s.encrypted(changes, "", err)
 		return nil, statusOf(ctx, err)
 	}
 	s.encrypted(changes, res.KeyID, nil)
-	return &kmsapi.EncryptResponse{Ciphertext: res.Ciphertext, KeyId: res.KeyID, Annotations: res.Annotations}, nil
+	return &kmsapi.EncryptResponse{Ciphertext: res.Ciphertext, KeyId: res.KeyID, Annotations: annotated(res.Annotations, requestID())}, nil
 }
 
-// Decrypt implements the KMS v2 API.
+// Decrypt implements the KMS v2 API. It takes what Encrypt answered here, what the proxy wrapped by the same KMS, and what the KMS itself did.
 func (s *Server) Decrypt(ctx context.Context, req *kmsapi.DecryptRequest) (*kmsapi.DecryptResponse, error) {
 	data, err := s.cfg.KMS.Decrypt(ctx, req.GetUid(), &service.DecryptRequest{
-		Ciphertext: req.GetCiphertext(), KeyID: req.GetKeyId(), Annotations: req.GetAnnotations(),
+		Ciphertext: req.GetCiphertext(), KeyID: req.GetKeyId(), Annotations: bare(req.GetAnnotations()),
 	})
 	if err != nil {
 		return nil, statusOf(ctx, err)
