@@ -1,12 +1,18 @@
 package keyring
 
 import (
+	"bytes"
 	"context"
 	"io"
 	"log/slog"
+	"slices"
+	"strings"
+	"sync"
 	"testing"
 
 	"k8s.io/kms/pkg/service"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
 // plainKMS is as little of a KMS as a ring needs; it costs nothing.
@@ -39,6 +45,48 @@ func benchSealer(b *testing.B) *Sealer {
 	go func() { done <- r.Run(ctx) }()
 	b.Cleanup(func() { cancel(); <-done })
 	s, err := NewSealer(SealerConfig{Write: r})
+	if err != nil {
+		b.Fatal(err)
+	}
+	return s
+}
+
+// lostKMS has lost its key.
+type lostKMS struct{ plainKMS }
+
+func (k *lostKMS) Decrypt(context.Context, string, *service.DecryptRequest) ([]byte, error) {
+	return nil, goneError("Decrypt")
+}
+
+func (k *lostKMS) Status(context.Context) (*service.StatusResponse, error) {
+	return nil, goneError("Status")
+}
+
+// benchRule is a rule whose seeds are copied by another KMS.
+func benchRule(b *testing.B, kms, copies kmsclient.Service) *Sealer {
+	cache, err := NewCache(CacheConfig{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	var rings []*Ring
+	for name, k := range map[string]kmsclient.Service{"ack": kms, "dr": copies} {
+		r, err := New(RingConfig{Provider: name, KMS: k, Cache: cache, ReadOnly: name == "dr", Logger: quiet})
+		if err != nil {
+			b.Fatal(err)
+		}
+		rings = append(rings, r)
+	}
+	slices.SortFunc(rings, func(a, b *Ring) int { return strings.Compare(a.Provider(), b.Provider()) })
+	if err := rings[0].SetRecovery(rings[1:], false); err != nil {
+		b.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	for _, r := range rings {
+		running.Go(func() { _ = r.Run(ctx) })
+	}
+	b.Cleanup(func() { cancel(); running.Wait() })
+	s, err := NewSealer(SealerConfig{Write: rings[0], Recovery: rings[1:]})
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -85,4 +133,24 @@ func BenchmarkOpen(b *testing.B) {
 			}
 		})
 	})
+}
+
+// BenchmarkOpenRecovered is the price of reading on when the key is lost; BenchmarkOpen is that of every other day.
+func BenchmarkOpenRecovered(b *testing.B) {
+	dr := &plainKMS{}
+	s := benchRule(b, &plainKMS{}, dr)
+	ctx, key := context.Background(), []byte("/registry/secrets/default/s1")
+	stored, err := s.Seal(ctx, key, make([]byte, 1024))
+	if err != nil {
+		b.Fatal(err)
+	}
+	lost := benchRule(b, &lostKMS{}, dr)
+	b.ReportAllocs()
+	message := bytes.Clone(stored)
+	for b.Loop() {
+		copy(message, stored)
+		if _, err := lost.Open(ctx, key, message); err != nil {
+			b.Fatal(err)
+		}
+	}
 }

@@ -181,7 +181,7 @@ func (r *Ring) copiesDue(ctx context.Context, w *writer) bool {
 			continue
 		}
 		if i := slices.IndexFunc(w.copies, func(c copyID) bool { return c.provider == by.Provider() }); i >= 0 {
-			if st.keyID != w.copies[i].statusID {
+			if c := w.copies[i]; st.keyID != c.keyID && st.keyID != c.statusID {
 				return true // the recovery provider has a new key
 			}
 			continue

@@ -95,8 +95,7 @@ func (r *Ring) open(ctx context.Context, etcdKey, object []byte, inPlace bool, r
 	return plaintext, e, nil
 }
 
-// seedOf returns the seed behind a header: from the cache, from the KMS, or, where that has failed for good or does not answer, from a
-// recovery copy that one of rings unwraps.
+// seedOf returns the seed behind a header: from the cache, from the KMS, or, where that does not give it, from a copy that one of rings unwraps.
 func (r *Ring) seedOf(ctx context.Context, h *envelope.Header, rings []*Ring) (*entry, *Error) {
 	d := digestOf(r.cfg.Provider, h)
 	now := time.Now()
