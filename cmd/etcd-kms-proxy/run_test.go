@@ -16,7 +16,12 @@ import (
 // newRunning makes an app within the test's own process, where goleak sees what it leaves behind.
 func newRunning(t *testing.T, edits ...string) (*app, *reloader) {
 	t.Helper()
-	path := newDir(t).config(t, edits...)
+	return newRunningIn(t, newDir(t), edits...)
+}
+
+func newRunningIn(t *testing.T, d dir, edits ...string) (*app, *reloader) {
+	t.Helper()
+	path := d.config(t, edits...)
 	c, err := config.Load(path)
 	if err != nil {
 		t.Fatal(err)
