@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -14,6 +15,7 @@ import (
 	"google.golang.org/grpc"
 	"k8s.io/kms/pkg/service"
 
+	configuration "github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
 )
 
@@ -53,10 +55,24 @@ func TestServePluginAlibaba(t *testing.T) {
 	if id := res.Annotations["request-id.etcd-kms-proxy.io"]; len(id) != 36 {
 		t.Errorf("annotations %q; want the KMS' request ID", res.Annotations)
 	}
+	// The proxy, which has the KMS without a plugin between, is given that annotation too when it reads what an API server wrote.
+	c, err := configuration.Load(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := newBackend(c.KMS[0], slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.close()
+	req := &service.DecryptRequest{Ciphertext: res.Ciphertext, KeyID: res.KeyID, Annotations: res.Annotations}
+	if got, err := b.service.Decrypt(t.Context(), "uid", req); err != nil || string(got) != seedText {
+		t.Errorf("the backend itself: %v", err)
+	}
 	double.Rotate(kmsdouble.DefaultKeyID)
 	after := double.PrimaryKeyID(kmsdouble.DefaultKeyID)
 	eventually(t, "new key ID", func() bool { return keyID() == after })
-	got, err := k.Decrypt(t.Context(), "uid", &service.DecryptRequest{Ciphertext: res.Ciphertext, KeyID: res.KeyID, Annotations: res.Annotations})
+	got, err := k.Decrypt(t.Context(), "uid", req)
 	if err != nil || string(got) != seedText || before == after {
 		t.Errorf("what the version before wrapped: %q, %v", got, err)
 	}

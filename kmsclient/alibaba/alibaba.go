@@ -11,7 +11,7 @@
 //   - The SDK panics on some answers and accepts empty ones: panics are recovered, and each field is checked.
 //
 // The package neither retries nor limits the rate of calls; the wrapper of package kmsclient does. Two exceptions, each at most once a
-// call, are known only here: a connection that the KMS closed while it was idle, and credentials that were replaced on disk.
+// call, are known only here: a connection that the KMS closed while it was idle, and credentials that were replaced in the meantime.
 package alibaba
 
 import (
@@ -61,7 +61,7 @@ type Config struct {
 	EncryptionContext map[string]string
 	// Credentials say who calls. The zero value takes an access key from the environment.
 	Credentials Credentials
-	// Logger is told when credential files cannot be read and earlier credentials are kept. The default discards.
+	// Logger is told when credentials cannot be read or refreshed and the last good ones are kept. The default discards.
 	Logger *slog.Logger
 }
 

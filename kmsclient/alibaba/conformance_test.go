@@ -18,6 +18,7 @@ func TestConformance(t *testing.T) {
 		"key":       {},
 		"alias":     {change: func(c *Config) { c.KeyID = kmsdouble.DefaultAlias }},
 		"context":   {change: func(c *Config) { c.EncryptionContext = map[string]string{"cluster": "c1"} }},
+		"hardware":  {double: kmsdouble.Config{Keys: []kmsdouble.KeyConfig{{ID: kmsdouble.DefaultKeyID, HSM: true}}}},
 		"dedicated": {double: kmsdouble.Config{Dedicated: true}},
 	} {
 		t.Run(name, func(t *testing.T) {
