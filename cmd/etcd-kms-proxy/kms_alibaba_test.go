@@ -18,13 +18,13 @@ func TestKMSCheckAlibaba(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	config := d.config(t, "local: {keyFile: key.yaml}", `alibaba:
+	config := d.config(t, append(withRecovery(), "local: {keyFile: key.yaml}", `alibaba:
     region: `+double.Region()+`
     keyID: `+kmsdouble.DefaultKeyID+`
     endpoint: `+double.Endpoint()+`
     caFile: `+double.CAFile()+`
     encryptionContext: {cluster: c1}
-    credentials: {accessKeyIDFile: id, accessKeySecretFile: secret}`)
+    credentials: {accessKeyIDFile: id, accessKeySecretFile: secret}`)...)
 	execute(t, "config", "check", "--config", config).want(t, 0)
 
 	check := func(code int) (providerReport, string) {
@@ -40,14 +40,18 @@ func TestKMSCheckAlibaba(t *testing.T) {
 		var report struct {
 			KMS []providerReport `json:"kms"`
 		}
-		if err := json.Unmarshal([]byte(r.stdout), &report); err != nil || len(report.KMS) != 1 {
+		if err := json.Unmarshal([]byte(r.stdout), &report); err != nil || len(report.KMS) != 2 {
 			t.Fatalf("%v: %s", err, r.stdout)
 		}
 		return report.KMS[0], all
 	}
 	r, text := check(0)
-	if r.Key == nil || r.Key.State != "Enabled" || r.KeyID != double.PrimaryKeyID(kmsdouble.DefaultKeyID) || !strings.Contains(text, "deletion protection  off") {
+	if r.Key == nil || r.Key.State != "Enabled" || r.KeyID != double.PrimaryKeyID(kmsdouble.DefaultKeyID) || len(r.Warnings) != 0 {
 		t.Errorf("an enabled key: %+v\n%s", r, text)
+	}
+	double.Unprotect(kmsdouble.DefaultKeyID)
+	if r, text := check(1); !r.OK || len(r.Warnings) != 2 || !strings.Contains(text, "deletion protection is off") || !strings.Contains(text, "rotation is off") {
+		t.Errorf("a key that is badly kept: %+v\n%s", r, text)
 	}
 	double.SetState(kmsdouble.DefaultKeyID, kmsdouble.Disabled)
 	if r, text := check(1); r.Key == nil || r.Key.State != "Disabled" || !strings.Contains(text, "key unusable") {

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -28,8 +29,9 @@ type providerReport struct {
 	OK          bool        `json:"ok"`
 	KeyID       string      `json:"keyID,omitempty"`
 	RoundTripMS float64     `json:"roundTripMilliseconds,omitempty"` // making a seed and unwrapping it
-	Findings    []string    `json:"findings"`
-	Key         *keyDetails `json:"key,omitempty"` // where the KMS tells more than its key's ID
+	Findings    []string    `json:"findings"`                        // what does not work
+	Warnings    []string    `json:"warnings"`                        // what will stop it from working, or leave nothing when it does
+	Key         *keyDetails `json:"key,omitempty"`                   // where the KMS tells more than its key's ID
 	// CredentialsExpire is when the session ends that the KMS was called with, if it is one; the proxy fetches the next one before.
 	CredentialsExpire *time.Time `json:"credentialsExpire,omitempty"`
 }
@@ -52,7 +54,8 @@ func newKMSCheck() *cobra.Command {
 		Use:   "check",
 		Short: "try every configured KMS: key state, permissions, a round trip",
 		Long: `check asks every configured KMS for its key's state, has it make a seed and unwrap it again, and compares. It touches neither etcd nor a running
-proxy. It exits with 1 if a KMS cannot do what the proxy needs, or if its key is going to stop working.
+proxy. It exits with 1 if a KMS cannot do what the proxy needs, and if there is something to warn of: a key that will be
+deleted or expire, that is not protected from deletion or not rotated, or that no recovery key stands beside.
 
 With --policy it checks nothing, and prints the least that the callers of all keys of Alibaba Cloud KMS need, as a RAM policy in JSON. It connects to the
 KMS only where the configuration names a key by an alias.`,
@@ -81,13 +84,13 @@ KMS only where the configuration names a key by an alias.`,
 			all.Go(func() {
 				ctx, cancel := context.WithTimeout(context.Background(), *timeout)
 				defer cancel()
-				reports[i] = checkProvider(ctx, k)
+				reports[i] = checkProvider(ctx, k, hasRecovery(c, k))
 			})
 		}
 		all.Wait()
 		ok := true
 		for _, r := range reports {
-			ok = ok && r.OK
+			ok = ok && r.OK && len(r.Warnings) == 0
 		}
 		err = out.write(cmd.OutOrStdout(), map[string]any{"ok": ok, "kms": reports}, func(w io.Writer) {
 			for _, r := range reports {
@@ -115,18 +118,34 @@ func printPolicy(cmd *cobra.Command, providers []config.KMS, timeout time.Durati
 }
 
 // checkProvider tries one KMS. All that is wrong is a finding.
-func checkProvider(ctx context.Context, k config.KMS) providerReport {
+func checkProvider(ctx context.Context, k config.KMS, recovery bool) providerReport {
 	b, err := newBackend(k, slog.New(slog.DiscardHandler))
 	if err != nil {
-		return providerReport{Name: k.Name, Backend: b.kind, Findings: []string{err.Error()}}
+		return providerReport{Name: k.Name, Backend: b.kind, Findings: []string{err.Error()}, Warnings: []string{}}
 	}
 	defer b.close()
-	return checkBackend(ctx, k.Name, b)
+	return checkBackend(ctx, k.Name, b, recovery)
 }
 
-func checkBackend(ctx context.Context, name string, b *backend) (r providerReport) {
-	r = providerReport{Name: name, Backend: b.kind, Findings: []string{}}
-	defer func() { r.OK = len(r.Findings) == 0 }()
+// hasRecovery reports whether every rule that writes with k has a recovery key. A key file is its own backup's business, and a key that nothing is
+// written with gets no new copies.
+func hasRecovery(c *config.Config, k config.KMS) bool {
+	return k.Local != nil || !slices.ContainsFunc(c.Rules, func(r config.Rule) bool { return r.WriteWith == k.Name && len(r.Recovery) == 0 })
+}
+
+func checkBackend(ctx context.Context, name string, b *backend, recovery bool) (r providerReport) {
+	r = providerReport{Name: name, Backend: b.kind, Findings: []string{}, Warnings: []string{}}
+	var info *alibaba.KeyInfo
+	defer func() {
+		r.OK = len(r.Findings) == 0
+		var expire time.Time
+		if b.credentialsExpire != nil {
+			expire = b.credentialsExpire()
+		}
+		for _, w := range keyWarnings(info, expire, recovery, time.Now()) {
+			r.Warnings = append(r.Warnings, w.text)
+		}
+	}()
 	found := func(format string, args ...any) { r.Findings = append(r.Findings, fmt.Sprintf(format, args...)) }
 	if b.credentialsExpire != nil {
 		defer func() { r.CredentialsExpire = when(b.credentialsExpire()) }()
@@ -137,12 +156,9 @@ func checkBackend(ctx context.Context, name string, b *backend) (r providerRepor
 		return r
 	}
 	if b.describe != nil {
-		if info, err := b.describe(ctx); err == nil {
+		if info, err = b.describe(ctx); err == nil {
 			r.Key = details(info)
-			for _, f := range r.Key.findings(time.Now()) {
-				found("%s", f)
-			}
-		}
+		} // what is wrong shows in the state below; a dedicated instance describes no keys
 	}
 	status, err := client.Status(ctx)
 	if err != nil {
@@ -178,9 +194,6 @@ func checkBackend(ctx context.Context, name string, b *backend) (r providerRepor
 	return r
 }
 
-// soon is how long before a key stops working it becomes a finding.
-const soon = 30 * 24 * time.Hour
-
 // when returns t for a report, or nil if it is zero.
 func when(t time.Time) *time.Time {
 	if t.IsZero() {
@@ -195,18 +208,6 @@ func details(i *alibaba.KeyInfo) *keyDetails {
 		NextRotation: when(i.NextRotation), DeleteAt: when(i.DeleteAt), MaterialExpiresAt: when(i.MaterialExpiresAt),
 		DeletionProtection: i.DeletionProtection,
 	}
-}
-
-// findings says what will stop the key from working. That it does not work now shows in the round trip.
-func (k *keyDetails) findings(now time.Time) []string {
-	var fs []string
-	if k.DeleteAt != nil {
-		fs = append(fs, fmt.Sprintf("the key will be deleted at %s: every value under it is lost then", k.DeleteAt.Format(time.RFC3339)))
-	}
-	if k.MaterialExpiresAt != nil && k.MaterialExpiresAt.Sub(now) < soon {
-		fs = append(fs, fmt.Sprintf("the key's material expires at %s", k.MaterialExpiresAt.Format(time.RFC3339)))
-	}
-	return fs
 }
 
 // ofProduct reports whether the key seems to be a default key, made for a product of the cloud. Keys of an account have its number as their
@@ -238,6 +239,9 @@ func (r providerReport) text(w io.Writer) {
 	}
 	for _, f := range r.Findings {
 		fmt.Fprintf(w, "  - %s\n", f)
+	}
+	for _, f := range r.Warnings {
+		fmt.Fprintf(w, "  - warning: %s\n", f)
 	}
 }
 

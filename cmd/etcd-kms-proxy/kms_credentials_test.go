@@ -51,12 +51,12 @@ func newCredentialWorld(t *testing.T) *credentialWorld {
 // config writes a configuration with the credentials.
 func (w *credentialWorld) config(t *testing.T, credentials string) string {
 	t.Helper()
-	return w.dir.config(t, "local: {keyFile: key.yaml}", `alibaba:
+	return w.dir.config(t, append(withRecovery(), "local: {keyFile: key.yaml}", `alibaba:
     region: `+w.kms.Region()+`
     keyID: `+kmsdouble.DefaultAlias+`
     endpoint: `+w.kms.Endpoint()+`
     caFile: `+w.kms.CAFile()+`
-    credentials: `+strings.NewReplacer("STS", "stsEndpoint: '"+w.sts.Endpoint()+"', stsCAFile: "+w.sts.CAFile(), "ROLE", "'"+kmsdouble.DefaultRoleARN+"'").Replace(credentials))
+    credentials: `+strings.NewReplacer("STS", "stsEndpoint: '"+w.sts.Endpoint()+"', stsCAFile: "+w.sts.CAFile(), "ROLE", "'"+kmsdouble.DefaultRoleARN+"'").Replace(credentials))...)
 }
 
 // checkSecrets fails if a text holds what only the doubles and the proxy may know.
@@ -130,7 +130,7 @@ func TestKMSCheckCredentials(t *testing.T) {
 				var report struct {
 					KMS []providerReport `json:"kms"`
 				}
-				if err := json.Unmarshal([]byte(r.stdout), &report); err != nil || len(report.KMS) != 1 {
+				if err := json.Unmarshal([]byte(r.stdout), &report); err != nil || len(report.KMS) != 2 {
 					t.Fatalf("%v: %s", err, r.stdout)
 				}
 				return report.KMS[0], r.stdout
@@ -165,7 +165,7 @@ func TestKMSCheckInstanceRole(t *testing.T) {
 		defer b.close()
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 		defer cancel()
-		r := checkBackend(ctx, "main", b)
+		r := checkBackend(ctx, "main", b, true)
 		text := strings.Join(r.Findings, "\n")
 		w.checkSecrets(t, text)
 		return r, text

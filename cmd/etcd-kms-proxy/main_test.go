@@ -208,6 +208,11 @@ func newDir(t *testing.T) dir {
 	return d
 }
 
+// withRecovery are edits of the configuration that put a recovery key beside the rule's.
+func withRecovery() []string {
+	return []string{"rules:", "- name: dr\n  local: {keyFile: key.yaml}\nrules:", "writeWith: dev", "writeWith: dev\n  recovery: [dr]"}
+}
+
 func (d dir) path(name string) string { return filepath.Join(string(d), name) }
 
 // config is a file that serves on free ports and seals under the folder's key; edits replace parts of it, old and new in turn.

@@ -57,7 +57,7 @@ func newMetrics(a *app) *metrics {
 	cached := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "etcd_kms_proxy_seed_cache_entries", Help: "Unwrapped seeds in the cache.",
 	}, func() float64 { return float64(a.cache.Len()) })
-	m.registry.MustRegister(m.sealed, m.opened, m.seeds, m.recoveries, m.operations, m.latency, m.reloads, info, cached, keyStates{a},
+	m.registry.MustRegister(m.sealed, m.opened, m.seeds, m.recoveries, m.operations, m.latency, m.reloads, info, cached, keyStates{a}, keyWatches{a},
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	for _, outcome := range []string{reloadApplied, reloadFailed, reloadRefused} {
 		m.reloads.WithLabelValues(outcome)

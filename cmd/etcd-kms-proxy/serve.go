@@ -113,6 +113,9 @@ func (a *app) run(ctx context.Context, r *reloader, signals <-chan os.Signal, dr
 			}
 		})
 	}
+	for _, w := range a.watches {
+		rest.Go(func() { w.run(lasting) })
+	}
 	if a.admin != nil {
 		rest.Go(func() {
 			if err := a.admin.Run(lasting); err != nil {

@@ -69,6 +69,7 @@ type app struct {
 	cache   *keyring.Cache
 	closers []func()
 	rings   []*keyring.Ring
+	watches []*keyWatch
 	proxy   *proxy.Proxy
 	admin   *proxy.Admin            // nil without an admin block
 	rules   atomic.Pointer[ruleSet] // what the proxy has now
@@ -155,6 +156,11 @@ func (a *app) addRing(k config.KMS, c *config.Config) error {
 		return err
 	}
 	a.rings = append(a.rings, ring)
+	a.watches = append(a.watches, &keyWatch{
+		provider: k.Name, describe: b.describe, expire: b.credentialsExpire, log: a.log,
+		// A key file is its own backup's business, and a key that nothing is written with gets no new copies.
+		recovery: func() bool { return b.kind == "local" || !writes || len(ring.Recovery()) > 0 },
+	})
 	return nil
 }
 

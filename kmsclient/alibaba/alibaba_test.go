@@ -240,7 +240,7 @@ func allOperations(t *testing.T, b *Backend, key *kmsclient.DataKey) map[string]
 
 func TestDescribe(t *testing.T) {
 	expires := time.Date(2031, 2, 3, 4, 5, 6, 0, time.UTC)
-	d := kmsdouble.New(t, kmsdouble.Config{Keys: []kmsdouble.KeyConfig{{ID: kmsdouble.DefaultKeyID, MaterialExpires: expires, DeletionProtection: true}}})
+	d := kmsdouble.New(t, kmsdouble.Config{Keys: []kmsdouble.KeyConfig{{ID: kmsdouble.DefaultKeyID, MaterialExpires: expires}}})
 	info, err := newBackend(t, d, nil).Describe(t.Context())
 	if err != nil {
 		t.Fatal(err)

@@ -37,8 +37,9 @@ type KeyConfig struct {
 	Alias string // "alias/…", or none
 	State State  // Enabled by default
 	// MaterialExpires is when imported material ends; zero for a key of the KMS' own.
-	MaterialExpires    time.Time
-	DeletionProtection bool
+	MaterialExpires time.Time
+	// Careless is for a key that is neither protected from deletion nor rotated by the KMS.
+	Careless bool
 	// HSM is for a key that is protected by hardware.
 	HSM bool
 	// Default is for a key that belongs to a product of the cloud, which the KMS refuses to applications.
@@ -47,14 +48,14 @@ type KeyConfig struct {
 
 // key is a key with its versions; the last one is the primary.
 type key struct {
-	id                 string
-	state              State
-	created            time.Time
-	deleteAt           time.Time
-	materialExpires    time.Time
-	deletionProtection bool
-	hsm, product       bool
-	versions           []keyVersion
+	id              string
+	state           State
+	created         time.Time
+	deleteAt        time.Time
+	materialExpires time.Time
+	careless        bool
+	hsm, product    bool
+	versions        []keyVersion
 }
 
 type keyVersion struct {
@@ -78,7 +79,7 @@ func (d *Double) AddKey(c KeyConfig) error {
 	defer d.keysMu.Unlock()
 	k := &key{
 		id: cmp.Or(c.ID, "key-"+strings.ReplaceAll(newUUID(), "-", "")[:22]), state: cmp.Or(c.State, Enabled), created: d.now(),
-		materialExpires: c.MaterialExpires, deletionProtection: c.DeletionProtection, hsm: c.HSM, product: c.Default,
+		materialExpires: c.MaterialExpires, careless: c.Careless, hsm: c.HSM, product: c.Default,
 	}
 	if _, taken := d.keys[k.id]; taken {
 		return fmt.Errorf("key %s exists", k.id)
@@ -114,6 +115,13 @@ func (d *Double) SetState(keyID string, s State) {
 	if s == PendingDeletion {
 		k.deleteAt = d.now().Add(7 * 24 * time.Hour)
 	}
+}
+
+// Unprotect turns off a key's deletion protection and automatic rotation. It panics on an unknown key.
+func (d *Double) Unprotect(keyID string) {
+	d.keysMu.Lock()
+	defer d.keysMu.Unlock()
+	d.mustKey(keyID).careless = true
 }
 
 // RemoveKey deletes a key, as happens at the end of PendingDeletion.

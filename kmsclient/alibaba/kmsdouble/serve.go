@@ -120,13 +120,13 @@ func (d *Double) describeKey(p map[string]string) (*result, *apiError) {
 	if e != nil {
 		return nil, e
 	}
-	protection := "Disabled"
-	if k.deletionProtection {
-		protection = "Enabled"
+	kept := "Enabled"
+	if k.careless {
+		kept = "Disabled"
 	}
-	origin := "Aliyun_KMS"
+	origin, rotation := "Aliyun_KMS", kept
 	if !k.materialExpires.IsZero() {
-		origin = "EXTERNAL"
+		origin, rotation = "EXTERNAL", "Disabled" // only the owner has other material
 	}
 	protected, creator := "SOFTWARE", "154035569884****"
 	if k.hsm {
@@ -138,7 +138,7 @@ func (d *Double) describeKey(p map[string]string) (*result, *apiError) {
 	version := k.primary().id
 	return &result{k.id, version, map[string]any{"KeyMetadata": map[string]any{
 		"KeyId": k.id, "KeyState": string(k.state), "PrimaryKeyVersion": version, "KeySpec": "Aliyun_AES_256", "KeyUsage": "ENCRYPT/DECRYPT",
-		"ProtectionLevel": protected, "Origin": origin, "AutomaticRotation": "Disabled", "DeletionProtection": protection,
+		"ProtectionLevel": protected, "Origin": origin, "AutomaticRotation": rotation, "DeletionProtection": kept,
 		"CreationDate": formatTime(k.created), "DeleteDate": formatTime(k.deleteAt), "MaterialExpireTime": formatTime(k.materialExpires),
 		"LastRotationDate": formatTime(k.primary().created), "Creator": creator, "Description": "",
 		"Arn": "acs:kms:" + d.region + ":154035569884****:key/" + k.id,

@@ -1,0 +1,88 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"log/slog"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba"
+)
+
+var good = alibaba.KeyInfo{State: "Enabled", Origin: "Aliyun_KMS", AutomaticRotation: "Enabled", DeletionProtection: true}
+
+func TestKeyWarnings(t *testing.T) {
+	now := time.Date(2030, 1, 1, 0, 0, 0, 0, time.UTC)
+	for name, c := range map[string]struct {
+		change   func(*alibaba.KeyInfo)
+		expire   time.Time
+		recovery bool
+		want     []string
+	}{
+		"all is well":             {recovery: true},
+		"disabled":                {change: func(i *alibaba.KeyInfo) { i.State = "Disabled" }, recovery: true, want: []string{"state"}},
+		"will be deleted":         {change: func(i *alibaba.KeyInfo) { i.State = "PendingDeletion"; i.DeleteAt = now.Add(time.Hour) }, recovery: true, want: []string{"state", "deletion"}},
+		"material ends":           {change: func(i *alibaba.KeyInfo) { i.MaterialExpiresAt = now.Add(29 * 24 * time.Hour) }, recovery: true, want: []string{"material_expiry"}},
+		"material ends next year": {change: func(i *alibaba.KeyInfo) { i.MaterialExpiresAt = now.Add(365 * 24 * time.Hour) }, recovery: true},
+		"unprotected":             {change: func(i *alibaba.KeyInfo) { i.DeletionProtection = false }, recovery: true, want: []string{"deletion_protection_off"}},
+		"not rotated":             {change: func(i *alibaba.KeyInfo) { i.AutomaticRotation = "Disabled" }, recovery: true, want: []string{"rotation_off"}},
+		"imported, not rotated":   {change: func(i *alibaba.KeyInfo) { i.AutomaticRotation, i.Origin = "", "EXTERNAL" }, recovery: true},
+		"alone":                   {want: []string{"no_recovery_key"}},
+		"credentials end":         {recovery: true, expire: now.Add(time.Minute), want: []string{"credentials_expire"}},
+		"credentials are good":    {recovery: true, expire: now.Add(time.Hour)},
+	} {
+		info := good
+		if c.change != nil {
+			c.change(&info)
+		}
+		var kinds []string
+		for _, w := range keyWarnings(&info, c.expire, c.recovery, now) {
+			kinds = append(kinds, w.kind)
+		}
+		if !slices.Equal(kinds, c.want) {
+			t.Errorf("%s: warned of %q, want %q", name, kinds, c.want)
+		}
+	}
+}
+
+// TestKeyWatchLogsOnce: a warning when it comes, a line when it goes, nothing while it lasts or while the KMS does not answer.
+func TestKeyWatchLogsOnce(t *testing.T) {
+	var log bytes.Buffer
+	info, fail := good, error(nil)
+	w := &keyWatch{
+		provider: "ack", recovery: func() bool { return true }, log: slog.New(slog.NewTextHandler(&log, nil)),
+		describe: func(context.Context) (*alibaba.KeyInfo, error) {
+			i := info
+			return &i, fail
+		},
+	}
+	lines := func() []string {
+		defer log.Reset()
+		return strings.Split(strings.TrimSpace(log.String()), "\n")
+	}
+	w.look(t.Context())
+	if got := lines(); got[0] != "" {
+		t.Errorf("logged %q of a good key", got)
+	}
+	info.DeletionProtection = false
+	for range 3 {
+		w.look(t.Context())
+	}
+	if got := lines(); len(got) != 1 || !strings.Contains(got[0], "deletion_protection_off") || !strings.Contains(got[0], "level=WARN") {
+		t.Errorf("logged %q", got)
+	}
+	fail = errors.New("silent")
+	w.look(t.Context())
+	if got := lines(); got[0] != "" {
+		t.Errorf("a silent KMS: logged %q", got)
+	}
+	info, fail = good, nil
+	w.look(t.Context())
+	if got := lines(); len(got) != 1 || !strings.Contains(got[0], "is over") {
+		t.Errorf("logged %q", got)
+	}
+}
