@@ -23,6 +23,7 @@ type ProxyConfig struct {
 	Rules      []Rule      `json:"rules"`
 	Cache      *Cache      `json:"cache,omitempty"`
 	Admin      Admin       `json:"admin"`
+	Audit      *Audit      `json:"audit,omitempty"`
 	Log        LogConfig   `json:"log"`
 }
 
@@ -101,6 +102,12 @@ type (
 	// Admin is the operator's side.
 	Admin struct {
 		Address string `json:"address"`
+	}
+	// Audit is the audit log.
+	Audit struct {
+		Path     string `json:"path"`
+		KeyFile  string `json:"keyFile,omitempty"`
+		Required bool   `json:"required,omitempty"`
 	}
 	// LogConfig sets level and format.
 	LogConfig struct {
