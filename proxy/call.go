@@ -314,5 +314,5 @@ func leaderKeyCovered(msg []byte, rules *ruleSet) (bool, error) {
 	if err != nil {
 		return false, fmt.Errorf("leader key: %w", err)
 	}
-	return rules.lookup(key) != nil, nil
+	return rules.covers(key), nil
 }

@@ -46,7 +46,7 @@ func keyRange(msg []byte) (key, end []byte, ok bool) {
 // putCovered reports whether a PutRequest writes a key under a rule. Field 2 of a put is its value, not a range's end.
 func putCovered(msg []byte, rules *ruleSet) bool {
 	key, _, ok := keyRange(msg)
-	return !ok || rules.lookup(key) != nil
+	return !ok || rules.covers(key)
 }
 
 // rangeTouches reports whether a RangeRequest or DeleteRangeRequest can meet a key under a rule.
