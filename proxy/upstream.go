@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/experimental"
 	"google.golang.org/grpc/mem"
@@ -28,6 +29,8 @@ type UpstreamConfig struct {
 	Endpoints []string
 	// TLS is used for https:// and unixs://, and for unix:// and bare addresses when it is set. Nil with https:// verifies against the system's CAs.
 	TLS *UpstreamTLS
+	// Username and Password are of a user of etcd, for [NewClient] alone: clients of the proxy bring their own tokens.
+	Username, Password string
 }
 
 // readyWait is how long a call may wait for a connection that is down before it fails: long enough for one round of reconnecting,
@@ -48,19 +51,9 @@ type upstream struct {
 }
 
 func newUpstream(cfg UpstreamConfig, log *slog.Logger, m *metrics) (*upstream, error) {
-	secure, err := wantsTLS(cfg)
+	creds, err := cfg.credentials(log)
 	if err != nil {
 		return nil, err
-	}
-	creds := insecure.NewCredentials()
-	if secure {
-		files := cfg.TLS
-		if files == nil {
-			files = &UpstreamTLS{}
-		}
-		if creds, err = files.credentials(log); err != nil {
-			return nil, fmt.Errorf("etcd TLS: %w", err)
-		}
 	}
 	client, err := clientv3.New(clientv3.Config{
 		Endpoints:            cfg.Endpoints,
@@ -95,6 +88,45 @@ func newUpstream(cfg UpstreamConfig, log *slog.Logger, m *metrics) (*upstream, e
 		client: client, conn: client.ActiveConnection(), endpoints: cfg.Endpoints,
 		log: log, metrics: m, ready: make(chan struct{}),
 	}, nil
+}
+
+// credentials are how the endpoints are reached.
+func (c UpstreamConfig) credentials(log *slog.Logger) (credentials.TransportCredentials, error) {
+	secure, err := wantsTLS(c)
+	if err != nil || !secure {
+		return insecure.NewCredentials(), err
+	}
+	files := c.TLS
+	if files == nil {
+		files = &UpstreamTLS{}
+	}
+	creds, err := files.credentials(log)
+	if err != nil {
+		return nil, fmt.Errorf("etcd TLS: %w", err)
+	}
+	return creds, nil
+}
+
+// clientRecvBytes bounds an answer to a client of [NewClient]: who asks for more is told so, and can ask for less.
+const clientRecvBytes = 64 << 20
+
+// NewClient connects etcd's own client library to the same endpoints, with the same TLS, for calls that are not a client's: what is stored comes
+// and goes as it is. It retries what can be repeated. Answers of more than 64 MiB are ResourceExhausted. It does not wait for etcd; the caller closes it.
+func NewClient(cfg UpstreamConfig, log *slog.Logger) (*clientv3.Client, error) {
+	creds, err := cfg.credentials(log)
+	if err != nil {
+		return nil, err
+	}
+	client, err := clientv3.New(clientv3.Config{
+		Endpoints: cfg.Endpoints, Logger: zap.NewNop(), Username: cfg.Username, Password: cfg.Password,
+		DialKeepAliveTime: 15 * time.Second, DialKeepAliveTimeout: 10 * time.Second,
+		MaxCallRecvMsgSize: clientRecvBytes, MaxCallSendMsgSize: math.MaxInt32,
+		DialOptions: []grpc.DialOption{grpc.WithTransportCredentials(creds)},
+	})
+	if err != nil {
+		return nil, fmt.Errorf("etcd client: %w", err)
+	}
+	return client, nil
 }
 
 // wantsTLS says whether the endpoints are reached with TLS. One connection pool has one kind of security, so a mixture is an error.

@@ -63,7 +63,10 @@ func (b *backend) close() {
 
 // app is everything that serve runs.
 type app struct {
-	log     *slog.Logger
+	log *slog.Logger
+	// inspectOnly is for a command that looks and never seals: no seed is minted.
+	inspectOnly bool
+
 	metrics *metrics
 	audit   *auditor // nil without an audit block
 	cache   *keyring.Cache
@@ -94,34 +97,14 @@ func newApp(c *config.Config, log *slog.Logger, drain time.Duration) (*app, erro
 
 func (a *app) assemble(c *config.Config, drain time.Duration) error {
 	var err error
-	a.cache, err = keyring.NewCache(keyring.CacheConfig{
-		Seeds: c.Cache.Seeds, TTL: c.Cache.TTL, ServeUnreachableFor: c.Cache.ServeUnreachableFor,
-	})
-	if err != nil {
-		return err
-	}
-	a.metrics = newMetrics(a)
 	if a.audit, err = newAuditor(c.Audit, a.log); err != nil {
 		return err
 	}
-	a.audit.register(a.metrics.registry)
-	var problems []error
-	for i, k := range c.KMS {
-		if err := a.addRing(k, c); err != nil {
-			problems = append(problems, fmt.Errorf("kms[%d] %q: %w", i, k.Name, err))
-		}
-	}
-	if err := errors.Join(problems...); err != nil {
-		return err
-	}
-	rules, err := a.newRules(c.Rules)
+	rules, err := a.assembleKeys(c)
 	if err != nil {
 		return err
 	}
-	if err := a.setRecovery(c.Rules); err != nil {
-		return err
-	}
-	a.rules.Store(rules)
+	a.audit.register(a.metrics.registry)
 	if a.proxy, err = proxy.New(proxyConfig(c, rules, a, drain)); err != nil {
 		return err
 	}
@@ -132,6 +115,36 @@ func (a *app) assemble(c *config.Config, drain time.Duration) error {
 		Address: c.Admin.Address, Gatherer: a.metrics.registry, Ready: a.ready, Pprof: c.Admin.Pprof, Logger: a.log,
 	})
 	return err
+}
+
+// assembleKeys makes what seals and opens: the rings of all providers and the sealers of all rules.
+func (a *app) assembleKeys(c *config.Config) (*ruleSet, error) {
+	var err error
+	a.cache, err = keyring.NewCache(keyring.CacheConfig{
+		Seeds: c.Cache.Seeds, TTL: c.Cache.TTL, ServeUnreachableFor: c.Cache.ServeUnreachableFor,
+	})
+	if err != nil {
+		return nil, err
+	}
+	a.metrics = newMetrics(a)
+	var problems []error
+	for i, k := range c.KMS {
+		if err := a.addRing(k, c); err != nil {
+			problems = append(problems, fmt.Errorf("kms[%d] %q: %w", i, k.Name, err))
+		}
+	}
+	if err := errors.Join(problems...); err != nil {
+		return nil, err
+	}
+	rules, err := a.newRules(c.Rules)
+	if err != nil {
+		return nil, err
+	}
+	if err := a.setRecovery(c.Rules); err != nil {
+		return nil, err
+	}
+	a.rules.Store(rules)
+	return rules, nil
 }
 
 // addRing makes the backend, the client and the ring of one provider.
@@ -147,7 +160,7 @@ func (a *app) addRing(k config.KMS, c *config.Config) error {
 	}
 	writes := slices.ContainsFunc(c.Rules, func(r config.Rule) bool { return r.WriteWith == k.Name })
 	ring, err := keyring.New(keyring.RingConfig{
-		Provider: k.Name, KMS: a.audit.kms(k.Name, client), Cache: a.cache, ReadOnly: !writes,
+		Provider: k.Name, KMS: a.audit.kms(k.Name, client), Cache: a.cache, ReadOnly: !writes || a.inspectOnly,
 		PollInterval: k.PollInterval, RevokeWithin: c.Cache.RevokeWithin, SealUnreachableFor: c.Cache.SealUnreachableFor,
 		MaxAge: k.SeedMaxAge, MaxSeals: uint64(k.SeedMaxSeals), //nolint:gosec // checked to be positive
 		Observer: a.metrics.forProvider(k.Name), Logger: a.log,
@@ -169,7 +182,7 @@ func (a *app) newRules(rules []config.Rule) (*ruleSet, error) {
 	set := &ruleSet{audit: a.audit}
 	for i, r := range rules {
 		sc := keyring.SealerConfig{
-			Prefix: r.Prefix, AllowPlaintextReads: r.AllowPlaintextReads, Passthrough: r.OnUndecryptable == "passthrough",
+			Prefix: r.Prefix, InspectOnly: a.inspectOnly, AllowPlaintextReads: r.AllowPlaintextReads, Passthrough: r.OnUndecryptable == "passthrough",
 			Observer: a.metrics.forRule(r.Prefix),
 		}
 		var missing []string

@@ -164,6 +164,27 @@ func New(c RingConfig) (*Ring, error) {
 	return r, nil
 }
 
+// Contact waits until the first contact with the KMS has ended, and returns why the last one was not good, or nil. Before, everything that is sealed
+// looks [Stale]. It needs [Ring.Run] to run. The error's text is safe to show.
+func (r *Ring) Contact(ctx context.Context) error {
+	for {
+		st := r.state.Load()
+		switch {
+		case st.revoked != nil:
+			return r.errorf(KeyUnusable, st.revoked, "%s", describe(st.revoked))
+		case st.err != nil:
+			return r.errorf(kindOf(st.err), st.err, "%s", describe(st.err))
+		case st.healthy:
+			return nil
+		}
+		select {
+		case <-st.pending: // New has made it
+		case <-ctx.Done():
+			return r.errorf(Unavailable, context.Cause(ctx), "the KMS has not answered yet")
+		}
+	}
+}
+
 // Provider returns the ring's name in stored values.
 func (r *Ring) Provider() string { return r.cfg.Provider }
 

@@ -29,6 +29,8 @@ type SealerConfig struct {
 	// Passthrough hands on corrupt values as stored. It is for the permanent alone: never for an outage, never for a key that an operator
 	// can enable again, and never for what a strict rule keeps out.
 	Passthrough bool
+	// InspectOnly makes a Sealer whose Write may be a ring for reading only: nothing is minted to look at what is stored. Seal is refused then.
+	InspectOnly bool
 
 	Observer Observer // may be nil
 }
@@ -53,7 +55,7 @@ func NewSealer(c SealerConfig) (*Sealer, error) {
 	if c.Write == nil && !c.AllowPlaintextReads {
 		return nil, fmt.Errorf("make sealer of rule %q: it writes plaintext that it may not read", c.Prefix)
 	}
-	if c.Write != nil && c.Write.cfg.ReadOnly {
+	if c.Write != nil && c.Write.cfg.ReadOnly && !c.InspectOnly {
 		return nil, fmt.Errorf("make sealer of rule %q: provider %q is for reading only", c.Prefix, c.Write.Provider())
 	}
 	for _, r := range append([]*Ring{c.Write}, c.Read...) {
