@@ -24,6 +24,7 @@ import (
 	"k8s.io/kms/pkg/service"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/keyfile"
 )
 
 // Config names the key file.
@@ -69,22 +70,22 @@ func (k *KMS) current() (*keys, error) {
 	if k.info != nil && os.SameFile(k.info, info) && info.ModTime().Equal(k.info.ModTime()) && info.Size() == k.info.Size() && info.Mode() == k.info.Mode() {
 		return k.keys, nil
 	}
-	versions, info, err := load(k.path)
+	versions, info, err := keyfile.Read(k.path, form)
 	if err != nil {
 		return nil, err
 	}
 	made := &keys{byID: make(map[string]cipher.AEAD, len(versions))}
 	for _, v := range versions {
-		block, err := aes.NewCipher(v.key)
+		block, err := aes.NewCipher(v.Secret)
 		if err != nil {
-			return nil, fmt.Errorf("key file %s: key %q: %w", k.path, v.id, err)
+			return nil, fmt.Errorf("key file %s: key %q: %w", k.path, v.ID, err)
 		}
 		aead, err := cipher.NewGCMWithRandomNonce(block)
 		if err != nil {
-			return nil, fmt.Errorf("key file %s: key %q: %w", k.path, v.id, err)
+			return nil, fmt.Errorf("key file %s: key %q: %w", k.path, v.ID, err)
 		}
-		clear(v.key)
-		made.byID[v.id], made.last = aead, v.id
+		clear(v.Secret)
+		made.byID[v.ID], made.last = aead, v.ID
 	}
 	k.info, k.keys = info, made
 	return made, nil
