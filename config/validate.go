@@ -177,6 +177,9 @@ func (d *decoder) etcd(e *Etcd) {
 	if e.MaxRequestBytes < 1 || e.MaxRequestBytes > 1<<30 {
 		d.report("etcd.maxRequestBytes", "the default is 1572864, as etcd's", "%d is not between 1 and 1073741824", e.MaxRequestBytes)
 	}
+	if (e.Username == "") != (e.PasswordFile == "") {
+		d.report("etcd.username", "write both or neither", "username and passwordFile: one needs the other")
+	}
 	if e.TLS == nil {
 		return
 	}

@@ -120,7 +120,7 @@ func NewClient(cfg UpstreamConfig, log *slog.Logger) (*clientv3.Client, error) {
 	client, err := clientv3.New(clientv3.Config{
 		Endpoints: cfg.Endpoints, Logger: zap.NewNop(), Username: cfg.Username, Password: cfg.Password,
 		DialKeepAliveTime: 15 * time.Second, DialKeepAliveTimeout: 10 * time.Second,
-		MaxCallRecvMsgSize: clientRecvBytes, MaxCallSendMsgSize: math.MaxInt32,
+		MaxCallRecvMsgSize: clientRecvBytes, MaxCallSendMsgSize: clientRecvBytes / 2,
 		DialOptions: []grpc.DialOption{grpc.WithTransportCredentials(creds)},
 	})
 	if err != nil {

@@ -243,18 +243,13 @@ func (a *app) close() {
 
 func proxyConfig(c *config.Config, rules *ruleSet, a *app, drain time.Duration) proxy.Config {
 	pc := proxy.Config{
-		Upstream:        proxy.UpstreamConfig{Endpoints: c.Etcd.Endpoints},
+		Upstream:        upstreamConfig(&c.Etcd),
 		Rules:           rules.forProxy(),
 		MaxRequestBytes: c.Etcd.MaxRequestBytes,
 		DrainTimeout:    drain,
 		Logger:          a.log,
 		Registerer:      a.metrics.registry,
 		OnDenied:        a.audit.denied,
-	}
-	if t := c.Etcd.TLS; t != nil {
-		pc.Upstream.TLS = &proxy.UpstreamTLS{
-			CAFile: t.CAFile, CertFile: t.CertFile, KeyFile: t.KeyFile, ServerName: t.ServerName, InsecureSkipVerify: t.InsecureSkipVerify,
-		}
 	}
 	for _, l := range c.Listeners {
 		lc := proxy.ListenerConfig{Address: l.Address, Mode: l.FileMode(), AllowedClients: l.AllowedClients, CiphertextClients: l.CiphertextClients}

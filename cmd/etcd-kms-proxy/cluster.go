@@ -1,0 +1,133 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/spf13/cobra"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
+)
+
+// cluster is etcd itself and the rules of the configuration, for a command that works on what is stored.
+type cluster struct {
+	config *config.Config
+	app    *app // its rings run; it serves nothing
+	etcd   *clientv3.Client
+	rules  *lifecycle.Rules
+	log    *slog.Logger
+
+	stop func()
+	ends sync.WaitGroup
+}
+
+// openCluster connects to etcd and starts the rings. With inspectOnly nothing can be sealed, and no seed is minted. It waits for etcd, for at most wait, and for
+// the first contact with each KMS, and is no worse for one that does not answer. close must follow.
+func openCluster(cmd *cobra.Command, c *config.Config, inspectOnly bool, wait time.Duration) (*cluster, error) {
+	if len(c.Rules) == 0 {
+		return nil, &failure{code: exitFailure, err: errors.New("there are no rules"), hint: "add one under rules"}
+	}
+	if err := forbidDumps(); err != nil {
+		return nil, fmt.Errorf("turn off core dumps, which would hold seeds and values: %w", err)
+	}
+	level := new(slog.LevelVar)
+	level.Set(slog.LevelError) // what a KMS does not do is in the report
+	cl := &cluster{config: c, log: newLogger(cmd.ErrOrStderr(), "text", level)}
+	cl.app = &app{log: cl.log, inspectOnly: inspectOnly}
+	set, err := cl.app.assembleKeys(c)
+	if err != nil {
+		cl.app.close()
+		return nil, err
+	}
+	cl.rules = set.forLifecycle(c)
+	if cl.etcd, err = etcdClient(c, cl.log); err != nil {
+		cl.app.close()
+		return nil, err
+	}
+	running, stop := context.WithCancel(context.Background())
+	cl.stop = stop
+	for _, ring := range cl.app.rings {
+		cl.ends.Go(func() { _ = ring.Run(running) }) // it fails only if it ran before
+	}
+	ctx, cancel := context.WithTimeout(cmd.Context(), wait)
+	defer cancel()
+	var contacts sync.WaitGroup
+	for _, ring := range cl.app.rings {
+		contacts.Go(func() { _ = ring.Contact(ctx) }) // its state says why not
+	}
+	err = cl.reach(ctx)
+	contacts.Wait()
+	if err != nil {
+		cl.close()
+		return nil, err
+	}
+	return cl, nil
+}
+
+// reach waits until etcd answers.
+func (cl *cluster) reach(ctx context.Context) error {
+	_, err := cl.etcd.Get(ctx, "\x00", clientv3.WithLimit(1), clientv3.WithKeysOnly(), clientv3.WithSerializable())
+	switch status.Code(err) {
+	case codes.Unavailable, codes.DeadlineExceeded:
+	default:
+		if !errors.Is(err, context.DeadlineExceeded) {
+			return nil // it answered; whether it allows what the command does will show
+		}
+	}
+	return &failure{
+		code: exitFailure, err: fmt.Errorf("etcd is unreachable at %s: %w", strings.Join(cl.config.Etcd.Endpoints, ", "), err),
+		hint: "check etcd.endpoints and etcd.tls; the command talks to etcd itself, past the proxy",
+	}
+}
+
+// close ends the rings and lets everything go.
+func (cl *cluster) close() {
+	cl.stop()
+	cl.ends.Wait()
+	_ = cl.etcd.Close() // it reports the end of its own context
+	cl.app.close()
+}
+
+// etcdClient makes a client of etcd for requests of the proxy's own.
+func etcdClient(c *config.Config, log *slog.Logger) (*clientv3.Client, error) {
+	u := upstreamConfig(&c.Etcd)
+	if c.Etcd.Username != "" {
+		password, err := os.ReadFile(c.Etcd.PasswordFile)
+		if err != nil {
+			return nil, fmt.Errorf("etcd.passwordFile: %w", err)
+		}
+		u.Username, u.Password = c.Etcd.Username, strings.TrimRight(string(password), " \t\r\n")
+	}
+	return proxy.NewClient(u, log)
+}
+
+// upstreamConfig says where etcd is, as the proxy takes it.
+func upstreamConfig(e *config.Etcd) proxy.UpstreamConfig {
+	u := proxy.UpstreamConfig{Endpoints: e.Endpoints}
+	if t := e.TLS; t != nil {
+		u.TLS = &proxy.UpstreamTLS{
+			CAFile: t.CAFile, CertFile: t.CertFile, KeyFile: t.KeyFile, ServerName: t.ServerName, InsecureSkipVerify: t.InsecureSkipVerify,
+		}
+	}
+	return u
+}
+
+// forLifecycle returns the rules as the commands on etcd take them.
+func (s *ruleSet) forLifecycle(c *config.Config) *lifecycle.Rules {
+	rules := make([]lifecycle.Rule, len(s.sealers))
+	for i, r := range c.Rules {
+		rules[i] = lifecycle.Rule{Prefix: r.Prefix, WriteWith: r.WriteWith, Sealer: s.sealers[i]}
+	}
+	return lifecycle.NewRules(rules)
+}

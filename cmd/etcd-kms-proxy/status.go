@@ -1,0 +1,193 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+	"go.etcd.io/etcd/api/v3/mvccpb"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+)
+
+func newStatus() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "status",
+		Short: "how the values in etcd stand to the rules",
+		Long: `status reads every value under the rules from etcd itself, past the proxy, and counts per rule how many are sealed under the key that the rule writes
+with now, how many under another one, and how many are plaintext or do not open. It changes nothing.
+
+Exit code 1 says that not all is current: see reencrypt.`,
+		Args: cobra.NoArgs,
+	}
+	path, out := configFlag(cmd), outputFlag(cmd)
+	list := cmd.Flags().Bool("list", false, "name the keys that are not current, and why")
+	wait := cmd.Flags().Duration("timeout", 30*time.Second, "how long to wait for etcd and for each KMS")
+	cmd.RunE = fails(func(cmd *cobra.Command, _ []string) error {
+		c, err := loadConfig(cmd, *path)
+		if err != nil {
+			return err
+		}
+		cl, err := openCluster(cmd, c, true, *wait)
+		if err != nil {
+			return err
+		}
+		defer cl.close()
+		report, err := cl.status(cmd, *list)
+		if err != nil {
+			return err
+		}
+		if err := out.write(cmd.OutOrStdout(), report, report.text); err != nil {
+			return err
+		}
+		if !report.OK {
+			return &failure{code: exitFindings}
+		}
+		return nil
+	})
+	return cmd
+}
+
+// statusReport is what status found. The fields of rules that stand beside the detail are the ones that scripts read.
+type statusReport struct {
+	OK        bool           `json:"ok"`
+	Revisions lifecycle.Span `json:"revisions"` // that were looked at: one, unless etcd was compacted meanwhile
+	Rules     []statusRule   `json:"rules"`
+	KMS       []statusKMS    `json:"kms"`
+	Keys      []statusKey    `json:"keys,omitempty"` // with --list, those that are not current
+}
+
+type statusRule struct {
+	Prefix        string              `json:"prefix"`
+	WriteWith     string              `json:"writeWith"`
+	Keys          int64               `json:"keys"`
+	Current       int64               `json:"current"`
+	Stale         int64               `json:"stale"`
+	Plaintext     int64               `json:"plaintext"`
+	Foreign       int64               `json:"foreign"`
+	Undecryptable int64               `json:"undecryptable"`
+	Unavailable   int64               `json:"unavailable"` // could not be judged: their KMS does not answer
+	Detail        lifecycle.RuleCount `json:"detail"`
+}
+
+type statusKMS struct {
+	Name    string `json:"name"`
+	OK      bool   `json:"ok"`
+	Revoked bool   `json:"revoked"`
+	KeyID   string `json:"keyID,omitempty"`
+	Reason  string `json:"reason,omitempty"`
+}
+
+type statusKey struct {
+	Key      string           `json:"key"`
+	Standing keyring.Standing `json:"standing"`
+	Revision int64            `json:"revision"`
+	Why      string           `json:"why,omitempty"`
+}
+
+// status makes the report.
+func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) {
+	report := &statusReport{OK: true, Rules: []statusRule{}, KMS: []statusKMS{}}
+	var look lifecycle.Looker
+	if list {
+		look = func(_ *lifecycle.Rule, kv *mvccpb.KeyValue, standing keyring.Standing, err error) error {
+			if standing != keyring.Current {
+				k := statusKey{Key: string(kv.Key), Standing: standing, Revision: kv.ModRevision}
+				if err != nil {
+					k.Why = err.Error()
+				}
+				report.Keys = append(report.Keys, k)
+			}
+			return nil
+		}
+	}
+	counts, span, err := lifecycle.Survey(cmd.Context(), cl.etcd, cl.rules, look)
+	if err != nil {
+		return nil, err
+	}
+	report.Revisions = span
+	for _, c := range counts {
+		n := func(s keyring.Standing) int64 { return c.Standings[s].Keys }
+		report.Rules = append(report.Rules, statusRule{
+			Prefix: c.Prefix, WriteWith: c.WriteWith, Keys: c.All.Keys, Current: n(keyring.Current), Stale: n(keyring.Stale), Plaintext: n(keyring.Unsealed),
+			Foreign: n(keyring.Foreign), Undecryptable: n(keyring.Undecryptable), Unavailable: n(lifecycle.Unavailable), Detail: c,
+		})
+		report.OK = report.OK && c.Done()
+	}
+	for _, r := range cl.app.rings {
+		s := r.State()
+		report.KMS = append(report.KMS, statusKMS{Name: s.Provider, OK: s.Healthy, Revoked: s.Revoked, KeyID: s.KeyID, Reason: s.Reason})
+		report.OK = report.OK && s.Healthy
+	}
+	return report, nil
+}
+
+// text prints the report as tables.
+func (r *statusReport) text(w io.Writer) {
+	for _, k := range r.Keys {
+		fmt.Fprintf(w, "%s\t%s%s\n", k.Standing, k.Key, because(k.Why))
+	}
+	if len(r.Keys) > 0 {
+		fmt.Fprintln(w)
+	}
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(t, "RULE\tWRITES WITH\tKEYS\tCURRENT\tSTALE\tPLAINTEXT\tFOREIGN\tUNDECRYPTABLE\tUNAVAILABLE\tSIZE")
+	for _, c := range r.Rules {
+		fmt.Fprintf(t, "%q\t%s\t%d\t%d\t%d\t%d\t%d\t%d\t%d\t%s\n",
+			c.Prefix, c.WriteWith, c.Keys, c.Current, c.Stale, c.Plaintext, c.Foreign, c.Undecryptable, c.Unavailable, size(c.Detail.All.Bytes))
+	}
+	_ = t.Flush() // as the rest: a reader that went away ends the command
+	fmt.Fprintln(w)
+	fmt.Fprintln(t, "RULE\tSEALED BY\tKEY ID\tKEYS\tSIZE\tREVISIONS")
+	sealed := false
+	for _, c := range r.Rules {
+		for _, s := range c.Detail.Sealed {
+			sealed = true
+			fmt.Fprintf(t, "%q\t%s\t%s\t%d\t%s\t%d to %d\n", c.Prefix, s.Provider, orNone(s.KeyID), s.Keys, size(s.Bytes), s.Oldest, s.Newest)
+		}
+	}
+	if sealed {
+		_ = t.Flush()
+		fmt.Fprintln(w)
+	}
+	t = tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(t, "KMS\tSTATE\tCURRENT KEY ID")
+	for _, k := range r.KMS {
+		state := "ok"
+		switch {
+		case k.Revoked:
+			state = "key may not be used: " + k.Reason
+		case !k.OK:
+			state = "no contact: " + k.Reason
+		}
+		fmt.Fprintf(t, "%s\t%s\t%s\n", k.Name, state, orNone(k.KeyID))
+	}
+	_ = t.Flush()
+	if r.Revisions.First != r.Revisions.Last {
+		fmt.Fprintf(w, "\netcd was compacted meanwhile: keys were counted at revisions %d to %d\n", r.Revisions.First, r.Revisions.Last)
+	}
+}
+
+func because(why string) string {
+	if why == "" {
+		return ""
+	}
+	return ": " + strings.TrimSpace(why)
+}
+
+// size prints bytes for people.
+func size(n int64) string {
+	const unit = 1024
+	if n < unit {
+		return fmt.Sprintf("%d B", n)
+	}
+	f, i := float64(n)/unit, 0
+	for ; f >= unit && i < 3; i++ {
+		f /= unit
+	}
+	return fmt.Sprintf("%.1f %s", f, [...]string{"KiB", "MiB", "GiB", "TiB"}[i])
+}

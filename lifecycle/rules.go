@@ -1,0 +1,54 @@
+package lifecycle
+
+import (
+	"context"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/prefix"
+)
+
+// Sealer is what one rule does with values; [keyring.Sealer] is one.
+type Sealer interface {
+	// Seal returns what to store for value under key. The error is a [*keyring.Error].
+	Seal(ctx context.Context, key, value []byte) ([]byte, error)
+	// Inspect tells what stored is to the rule, without its reading policies, and leaves it as it is. The error is not nil exactly for
+	// [keyring.Undecryptable], and is a [*keyring.Error].
+	Inspect(ctx context.Context, key, stored []byte) (plaintext []byte, standing keyring.Standing, err error)
+}
+
+// Rule is a rule of the configuration.
+type Rule struct {
+	Prefix    string
+	WriteWith string // a provider, or "plaintext"
+	Sealer    Sealer
+}
+
+// Rules are the rules of a configuration, of which the longest prefix of a key wins. They are immutable and safe for concurrent use.
+type Rules struct {
+	set  *prefix.Set[int]
+	list []Rule
+}
+
+// NewRules makes Rules. No two may have one prefix.
+func NewRules(rules []Rule) *Rules {
+	entries := make([]prefix.Entry[int], len(rules))
+	for i, r := range rules {
+		entries[i] = prefix.Entry[int]{Prefix: r.Prefix, Value: i}
+	}
+	return &Rules{set: prefix.New(entries), list: rules}
+}
+
+// Of returns the rule for a key, or nil.
+func (r *Rules) Of(key []byte) *Rule {
+	i, ok := r.set.Lookup(key)
+	if !ok {
+		return nil
+	}
+	return &r.list[i]
+}
+
+// All returns the rules as they were given. The caller does not change them.
+func (r *Rules) All() []Rule { return r.list }
+
+// Prefixes returns prefixes that together cover all keys under rules, each once.
+func (r *Rules) Prefixes() []string { return r.set.Roots() }
