@@ -2,6 +2,7 @@ package lifecycle
 
 import (
 	"context"
+	"slices"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/prefix"
@@ -29,11 +30,14 @@ type Rules struct {
 	list []Rule
 }
 
-// NewRules makes Rules. No two may have one prefix.
-func NewRules(rules []Rule) *Rules {
-	entries := make([]prefix.Entry[int], len(rules))
+// NewRules makes Rules. No two may have one prefix. The keys below an exempt prefix have no rule, even where one covers it.
+func NewRules(rules []Rule, exempt ...string) *Rules {
+	entries := make([]prefix.Entry[int], 0, len(rules)+len(exempt))
 	for i, r := range rules {
-		entries[i] = prefix.Entry[int]{Prefix: r.Prefix, Value: i}
+		entries = append(entries, prefix.Entry[int]{Prefix: r.Prefix, Value: i})
+	}
+	for _, p := range exempt {
+		entries = append(entries, prefix.Entry[int]{Prefix: p, Value: -1})
 	}
 	return &Rules{set: prefix.New(entries), list: rules}
 }
@@ -41,7 +45,7 @@ func NewRules(rules []Rule) *Rules {
 // Of returns the rule for a key, or nil.
 func (r *Rules) Of(key []byte) *Rule {
 	i, ok := r.set.Lookup(key)
-	if !ok {
+	if !ok || i < 0 {
 		return nil
 	}
 	return &r.list[i]
@@ -50,5 +54,10 @@ func (r *Rules) Of(key []byte) *Rule {
 // All returns the rules as they were given. The caller does not change them.
 func (r *Rules) All() []Rule { return r.list }
 
-// Prefixes returns prefixes that together cover all keys under rules, each once.
-func (r *Rules) Prefixes() []string { return r.set.Roots() }
+// Prefixes returns prefixes that together cover all keys under rules, each once. Keys without a rule may be among them.
+func (r *Rules) Prefixes() []string {
+	return slices.DeleteFunc(r.set.Roots(), func(p string) bool {
+		i, _ := r.set.Lookup([]byte(p))
+		return i < 0
+	})
+}

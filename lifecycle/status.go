@@ -75,6 +75,9 @@ func Survey(ctx context.Context, kv clientv3.KV, rules *Rules, look Looker) ([]R
 	}
 	span, err := Scan(ctx, kv, rules.Prefixes(), 0, func(kv *mvccpb.KeyValue) error {
 		rule := rules.Of(kv.Key)
+		if rule == nil {
+			return nil
+		}
 		standing, err := inspect(ctx, rule, kv)
 		if ctx.Err() != nil {
 			return ctx.Err()
