@@ -18,6 +18,9 @@ const (
 	EventDenied   Event = "denied"   // a client that may not enter
 	EventReload   Event = "reload"   // the configuration was read again
 	EventRecovery Event = "recovery" // a value was opened with a recovery copy of its seed: Primary could not
+	EventGuard    Event = "guard"    // rules that protect keys less than what the proxies agreed on: refused or allowed
+	EventBypass   Event = "bypass"   // somebody stored plaintext under a rule, past the proxies
+	EventCommand  Event = "command"  // a command that works on etcd itself began or ended
 )
 
 // The events of the log itself.
@@ -45,8 +48,15 @@ type Record struct {
 	Client   string `json:"client,omitempty"`   // the name in its certificate
 	Remote   string `json:"remote,omitempty"`   // its address
 
+	Command  string `json:"command,omitempty"`  // of a command, as typed: "reencrypt"
+	User     string `json:"user,omitempty"`     // who runs a command, as the system calls them
+	Rule     string `json:"rule,omitempty"`     // a rule's prefix, of bypass
+	Key      string `json:"key,omitempty"`      // an etcd key or the prefix of several, of bypass and command
+	Revision int64  `json:"revision,omitempty"` // of etcd, that wrote Key
+	Keys     int64  `json:"keys,omitempty"`     // how many etcd keys, of command
+
 	Trigger string `json:"trigger,omitempty"` // what made a reload
-	Outcome string `json:"outcome,omitempty"` // of a reload or a stop
+	Outcome string `json:"outcome,omitempty"` // of a reload, a stop, a guard, or a command: "begun", "ok", "failed"
 	Reason  string `json:"reason,omitempty"`
 	Version string `json:"version,omitempty"` // of the program, at a start
 	Config  string `json:"config,omitempty"`  // SHA-256 of the configuration file, in hexadecimal
@@ -83,7 +93,8 @@ func newEntry(r Record) entry {
 		r.Time = time.Now()
 	}
 	for _, s := range []*string{
-		&r.Provider, &r.Primary, &r.Operation, &r.KeyID, &r.RequestID, &r.Class, &r.Listener, &r.Client, &r.Remote, &r.Trigger, &r.Outcome, &r.Version, &r.Config,
+		&r.Provider, &r.Primary, &r.Operation, &r.KeyID, &r.RequestID, &r.Class, &r.Command, &r.User, &r.Rule, &r.Key,
+		&r.Listener, &r.Client, &r.Remote, &r.Trigger, &r.Outcome, &r.Version, &r.Config,
 	} {
 		*s = clip(*s, maxText)
 	}
