@@ -16,10 +16,12 @@ type SealerConfig struct {
 	// Prefix is the rule's prefix of etcd keys. It is for error texts and the Observer only.
 	Prefix string
 	// Write seals. nil writes plaintext; then a value that begins with the marker of a provider in Read is [Refused], because reading
-	// it back would take it for sealed.
+	// it back would take it for sealed; so it is with Legacy.
 	Write *Ring
 	// Read are further providers whose values open.
 	Read []*Ring
+	// Legacy open values of other formats, which are never written. Where several have the marker of a value, the first that opens it counts.
+	Legacy []LegacyReader
 	// Recovery are providers that are asked for recovery copies alone, beside those of Write and Read. What Write's own seeds are copied by is
 	// said by [Ring.SetRecovery].
 	Recovery []*Ring
@@ -43,7 +45,8 @@ type Sealer struct {
 	cfg     SealerConfig
 	rings   []*Ring // Write first
 	markers [][]byte
-	helpers []*Ring // that may unwrap recovery copies
+	legacy  [][]byte // the markers of cfg.Legacy
+	helpers []*Ring  // that may unwrap recovery copies
 }
 
 // NewSealer makes a Sealer. It starts nothing.
@@ -74,6 +77,9 @@ func NewSealer(c SealerConfig) (*Sealer, error) {
 		s.rings = append(s.rings, r)
 		s.markers = append(s.markers, []byte(marker))
 	}
+	if err := s.addLegacy(); err != nil {
+		return nil, err
+	}
 	for _, r := range slices.Concat(c.Recovery, s.rings) {
 		if r != nil && !slices.Contains(s.helpers, r) {
 			s.helpers = append(s.helpers, r)
@@ -96,10 +102,10 @@ func (s *Sealer) ring(provider []byte) *Ring {
 // argument. The error is an [*Error].
 func (s *Sealer) Seal(ctx context.Context, key, value []byte) ([]byte, error) {
 	if s.cfg.Write == nil {
-		if r := s.owner(value); r != nil {
+		if owner := s.owner(value); owner != "" {
 			return nil, s.failSeal(&Error{Kind: Refused, Text: fmt.Sprintf(
-				"the value for etcd key %q begins like one that KMS provider %q sealed, and would be read as such: the rule writes plaintext and reads that provider",
-				clip(key), r.Provider())})
+				"the value for etcd key %q begins like one that %s sealed, and would be read as such: the rule writes plaintext and reads that provider",
+				clip(key), owner)})
 		}
 		s.cfg.Observer.Sealed(s.cfg.Prefix, OutcomePlaintext)
 		return value, nil
@@ -112,14 +118,19 @@ func (s *Sealer) Seal(ctx context.Context, key, value []byte) ([]byte, error) {
 	return sealed, nil
 }
 
-// owner returns the ring whose marker value begins with.
-func (s *Sealer) owner(value []byte) *Ring {
+// owner names the provider whose marker value begins with, or returns "".
+func (s *Sealer) owner(value []byte) string {
 	for i, m := range s.markers {
 		if bytes.HasPrefix(value, m) {
-			return s.rings[i]
+			return fmt.Sprintf("KMS provider %q", s.rings[i].Provider())
 		}
 	}
-	return nil
+	for _, m := range s.legacy {
+		if bytes.HasPrefix(value, m) {
+			return fmt.Sprintf("the provider behind %q", m)
+		}
+	}
+	return ""
 }
 
 func (s *Sealer) failSeal(err *Error) *Error {
@@ -176,12 +187,15 @@ func (s *Sealer) open(ctx context.Context, key, stored []byte, inPlace bool) ([]
 			return plaintext, e, OutcomeOK, nil
 		}
 	}
-	for _, m := range s.markers {
-		// Whole markers went to their rings above: this is what is left of a value cut inside of one. A rule that writes plaintext may hold just
-		// that because a client wrote it.
-		if s.cfg.Write != nil && bytes.HasPrefix(m, stored) {
-			return nil, nil, "", &Error{Kind: Corrupt, Text: fmt.Sprintf("the stored value of etcd key %q is corrupt: it ends within the marker of a sealed value", clip(key))}
-		}
+	if plaintext, err, ok := s.openLegacy(key, stored); err != nil {
+		return nil, nil, "", err
+	} else if ok {
+		return plaintext, nil, OutcomeOK, nil
+	}
+	// Whole markers went to their readers above: this is what is left of a value cut inside of one. A rule that writes plaintext may hold just
+	// that because a client wrote it.
+	if s.cfg.Write != nil && s.endsWithinMarker(stored) {
+		return nil, nil, "", &Error{Kind: Corrupt, Text: fmt.Sprintf("the stored value of etcd key %q is corrupt: it ends within the marker of a sealed value", clip(key))}
 	}
 	return stored, nil, OutcomeForeign, nil
 }
@@ -192,7 +206,7 @@ type Standing string
 // The standings.
 const (
 	Current       Standing = "current"       // as the rule writes it now
-	Stale         Standing = "stale"         // opens, but not as the rule writes it: by a recovery copy, or of another key ID, provider, type or set of copies
+	Stale         Standing = "stale"         // opens, but not as the rule writes it: by a recovery copy, or of another key ID, provider, type, format or set of copies
 	Unsealed      Standing = "plaintext"     // plaintext; where the rule writes plaintext, that is Current
 	Foreign       Standing = "foreign"       // sealed by a provider that the rule does not read
 	Undecryptable Standing = "undecryptable" // does not open; the error says why
@@ -212,6 +226,8 @@ func (s *Sealer) Inspect(ctx context.Context, key, stored []byte) ([]byte, Stand
 		return plaintext, Current, nil
 	case outcome == OutcomePlaintext:
 		return plaintext, Unsealed, nil
+	case e == nil: // of another format
+		return plaintext, Stale, nil
 	case e.ring != s.cfg.Write || e.by != e.ring || e.typ != envelope.TypeSeed || e.keyID != e.ring.state.Load().keyID || !e.ring.copiesCurrent(e.copies):
 		return plaintext, Stale, nil
 	}
