@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"regexp"
 	"sync/atomic"
 
 	"google.golang.org/grpc/codes"
@@ -58,6 +59,9 @@ func (c *kvCall) begin() bool {
 	return !c.at.empty()
 }
 
+// requestID is what differs in the errors of two attempts to read one lost value: the KMS' own id of its call.
+var requestID = regexp.MustCompile(`, request ID "[^"]*"`)
+
 // status returns the status for err. It logs the cause where the client is not told, and each lost value once: a client may read it over and over,
 // and not show the error to anyone.
 func (c *core) status(err error, fromEtcd bool) error {
@@ -68,7 +72,7 @@ func (c *core) status(err error, fromEtcd bool) error {
 	if !known {
 		c.log.Error("a value could not be sealed or opened", "error", err)
 	}
-	if st := status.Convert(st); st.Code() == codes.DataLoss && c.lost.first(st.Message()) {
+	if st := status.Convert(st); st.Code() == codes.DataLoss && c.lost.first(requestID.ReplaceAllString(st.Message(), "")) {
 		c.log.Error("a stored value cannot be read", "error", st.Message())
 	}
 	return st

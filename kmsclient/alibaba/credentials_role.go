@@ -249,8 +249,14 @@ func (r *roleSource) explained(ctx context.Context, f *failure) error {
 		e.Detail = "there is no such OIDC provider" + f.said
 	case family == "AuthenticationFail":
 		e.Detail = "the OIDC token was refused: it may have expired, or be of another issuer or for another audience" + f.said
+	case family == "InvalidParameter":
+		e.Detail = "STS does not accept a parameter: see duration, sessionName and policy" + f.said
 	case e.Code == "" && errors.Is(ctx.Err(), context.DeadlineExceeded):
 		e.Detail = "STS did not answer in time"
+	case e.Detail == "" && e.Class == kmsclient.ClassUnavailable:
+		e.Detail = "STS throttles the call or fails"
+	case e.Detail == "":
+		e.Detail = "STS refuses it"
 	}
 	e.Detail = r.at(e.Op) + e.Detail
 	return e

@@ -141,7 +141,7 @@ func TestRoleRefused(t *testing.T) {
 		"unknown caller":      {AssumeRole, func(d *kmsdouble.STSConfig, _ *Config) { d.AccessKeys[0].ID = "LTAIother" }, "InvalidAccessKeyId.NotFound", "the access key is not known"},
 		"wrong secret":        {AssumeRole, func(d *kmsdouble.STSConfig, _ *Config) { d.AccessKeys[0].Secret = "other" }, "SignatureDoesNotMatch", "secret is probably wrong"},
 		"expired base":        {AssumeRole, func(d *kmsdouble.STSConfig, _ *Config) { d.AccessKeys[0].Expires = time.Unix(1, 0) }, "InvalidSecurityToken.Expired", "expired"},
-		"too long a session":  {AssumeRole, func(_ *kmsdouble.STSConfig, c *Config) { c.Credentials.Duration = 2 * time.Hour }, "InvalidParameter.DurationSeconds", ""},
+		"too long a session":  {AssumeRole, func(_ *kmsdouble.STSConfig, c *Config) { c.Credentials.Duration = 2 * time.Hour }, "InvalidParameter.DurationSeconds", "see duration"},
 		"clock":               {AssumeRole, func(d *kmsdouble.STSConfig, _ *Config) { d.Now = func() time.Time { return time.Now().Add(time.Hour) } }, "IllegalTimestamp", "clocks"},
 		"no such role, OIDC":  {OIDC, func(d *kmsdouble.STSConfig, _ *Config) { d.Roles = []kmsdouble.Role{} }, "EntityNotExist.Role", "there is no such role"},
 		"other provider":      {OIDC, func(d *kmsdouble.STSConfig, _ *Config) { d.Roles[0].ProviderARN = "x" }, "EntityNotExist.OIDCProvider", "no such OIDC provider"},

@@ -102,7 +102,7 @@ func (k *KMS) Status(ctx context.Context) (*service.StatusResponse, error) {
 // safe keeps a failed call's code and drops the plugin's text, which may hold what it was sent.
 func safe(ctx context.Context, op, keyID string, err error) error {
 	code := status.Code(err)
-	e := &kmsclient.Error{Op: op, Class: class(code), Gone: code == codes.NotFound, Code: code.String(), KeyID: keyID, Detail: "see the plugin's own log"}
+	e := &kmsclient.Error{Op: op, Class: class(code), Gone: code == codes.NotFound, Code: code.String(), KeyID: keyID, Detail: detail(code)}
 	cause := ctx.Err()
 	if _, limited := ctx.Deadline(); limited && cause == nil && code == codes.DeadlineExceeded {
 		cause = context.DeadlineExceeded // the plugin is told of the deadline and may answer just before it
@@ -111,6 +111,18 @@ func safe(ctx context.Context, op, keyID string, err error) error {
 		return errors.Join(e, cause)
 	}
 	return e
+}
+
+// detail says what the operator should look at.
+func detail(c codes.Code) string {
+	const log = "see the plugin's own log"
+	switch c {
+	case codes.Unavailable:
+		return "no plugin answers on the socket, or it says so of its KMS: " + log
+	case codes.DeadlineExceeded:
+		return "the plugin did not answer in time: " + log
+	}
+	return log
 }
 
 // class follows gRPC's meaning of the codes. Plugins made with k8s.io/kms answer Internal or Unknown for every fault, lasting or not,
