@@ -133,6 +133,9 @@ func hasRecovery(c *config.Config, k config.KMS) bool {
 	return k.Local != nil || !slices.ContainsFunc(c.Rules, func(r config.Rule) bool { return r.WriteWith == k.Name && len(r.Recovery) == 0 })
 }
 
+// describeTimeout leaves time for the checks proper when a KMS does not answer.
+const describeTimeout = 3 * time.Second
+
 func checkBackend(ctx context.Context, name string, b *backend, recovery bool) (r providerReport) {
 	r = providerReport{Name: name, Backend: b.kind, Findings: []string{}, Warnings: []string{}}
 	var info *alibaba.KeyInfo
@@ -156,9 +159,11 @@ func checkBackend(ctx context.Context, name string, b *backend, recovery bool) (
 		return r
 	}
 	if b.describe != nil {
-		if info, err = b.describe(ctx); err == nil {
+		limited, cancel := context.WithTimeout(ctx, describeTimeout)
+		if info, err = b.describe(limited); err == nil {
 			r.Key = details(info)
-		} // what is wrong shows in the state below; a dedicated instance describes no keys
+		}
+		cancel() // what is wrong shows in the state below; a dedicated instance describes no keys
 	}
 	status, err := client.Status(ctx)
 	if err != nil {
