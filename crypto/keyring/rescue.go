@@ -231,7 +231,7 @@ func (r *Ring) noteRescue(e *entry, now time.Time) {
 	if last != 0 && now.Sub(time.Unix(last, 0)) < rescueNotice || !e.rescue.logged.CompareAndSwap(last, now.Unix()) {
 		return
 	}
-	r.cfg.Logger.Error("values are opened by recovery copies of their seeds: move their rule to another provider and rewrite them",
+	r.cfg.Logger.Error("values are opened by recovery copies of their seeds; if the key is gone for good, move their rule to another provider and rewrite them",
 		"provider", r.cfg.Provider, "recoveryProvider", e.by.cfg.Provider, "reason", e.why)
 }
 
