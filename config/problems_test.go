@@ -268,7 +268,7 @@ func FuzzLoad(f *testing.F) {
 			t.Fatalf("parse = %v, %v", c, err)
 		}
 		if err == nil {
-			if len(Weakens(c, c)) != 0 || len(NeedsRestart(c, c)) != 0 {
+			if len(Weakens(c.Rules, c.Rules)) != 0 || len(NeedsRestart(c, c)) != 0 {
 				t.Error("a configuration differs from itself")
 			}
 			return

@@ -19,6 +19,7 @@ func NeedsRestart(running, next *Config) []string {
 		{"etcd", running.Etcd, next.Etcd},
 		{"kms", running.KMS, next.KMS},
 		{"cache", running.Cache, next.Cache},
+		{"coordination", running.Coordination, next.Coordination},
 		{"admin", running.Admin, next.Admin},
 		{"audit", running.Audit, next.Audit},
 		{"log.format", running.Log.Format, next.Log.Format},
@@ -30,17 +31,17 @@ func NeedsRestart(running, next *Config) []string {
 	return blocks
 }
 
-// Weakens says how next protects keys less than running does, a sentence each: where values that were sealed would be written as plaintext,
-// and where plaintext that was refused would be handed on. The answer is empty if it protects them at least as well.
-func Weakens(running, next *Config) []string {
+// Weakens says how the rules of next protect keys less than those of running do, a sentence each: where values that were sealed would be written as plaintext,
+// where they could not be read any more, and where plaintext that was refused would be handed on. The answer is empty if they protect them at least as well.
+func Weakens(running, next []Rule) []string {
 	// Between them, the prefixes of both cut all keys into regions, in each of which one rule of each holds.
 	regions := make(map[string]bool)
-	for _, r := range slices.Concat(running.Rules, next.Rules) {
+	for _, r := range slices.Concat(running, next) {
 		regions[r.Prefix] = true
 	}
 	var found []string
 	for prefix := range regions {
-		was, now := ruleFor(running.Rules, prefix), ruleFor(next.Rules, prefix)
+		was, now := ruleFor(running, prefix), ruleFor(next, prefix)
 		if was == nil {
 			continue
 		}
@@ -50,6 +51,8 @@ func Weakens(running, next *Config) []string {
 			found = append(found, fmt.Sprintf("keys below %q would have no rule: their values were sealed with %q", prefix, was.WriteWith))
 		case sealed && now.WriteWith == Plaintext:
 			found = append(found, fmt.Sprintf("keys below %q would be written as plaintext: their values were sealed with %q", prefix, was.WriteWith))
+		case sealed && now.WriteWith != was.WriteWith && !slices.Contains(now.ReadWith, was.WriteWith):
+			found = append(found, fmt.Sprintf("keys below %q would be sealed with %q: their values are sealed with %q, which is not in readWith", prefix, now.WriteWith, was.WriteWith))
 		case now != nil && !was.AllowPlaintextReads && now.AllowPlaintextReads:
 			found = append(found, fmt.Sprintf("keys below %q would allow plaintext reads, which are refused now", prefix))
 		}

@@ -17,13 +17,15 @@ func TestWeakens(t *testing.T) {
 		running, next []Rule
 		want          []string
 	}{
-		"same":                        {[]Rule{sealed}, []Rule{sealed}, nil},
-		"first rule":                  {nil, []Rule{sealed}, nil},
-		"removed":                     {[]Rule{sealed}, nil, []string{removed}},
-		"plaintext removed":           {[]Rule{plain}, nil, nil},
-		"to plaintext":                {[]Rule{sealed}, []Rule{plain}, []string{`keys below "/a/" would be written as plaintext: their values were sealed with "k"`}},
-		"to sealed":                   {[]Rule{plain}, []Rule{sealed}, nil},
-		"to another provider":         {[]Rule{sealed}, []Rule{{Prefix: "/a/", WriteWith: "l", AllowPlaintextReads: true}}, nil},
+		"same":                {[]Rule{sealed}, []Rule{sealed}, nil},
+		"first rule":          {nil, []Rule{sealed}, nil},
+		"removed":             {[]Rule{sealed}, nil, []string{removed}},
+		"plaintext removed":   {[]Rule{plain}, nil, nil},
+		"to plaintext":        {[]Rule{sealed}, []Rule{plain}, []string{`keys below "/a/" would be written as plaintext: their values were sealed with "k"`}},
+		"to sealed":           {[]Rule{plain}, []Rule{sealed}, nil},
+		"to another provider": {[]Rule{sealed}, []Rule{{Prefix: "/a/", WriteWith: "l", ReadWith: []string{"k"}, AllowPlaintextReads: true}}, nil},
+		"another key, old unreadable": {[]Rule{sealed}, []Rule{{Prefix: "/a/", WriteWith: "l", AllowPlaintextReads: true}},
+			[]string{`keys below "/a/" would be sealed with "l": their values are sealed with "k", which is not in readWith`}},
 		"narrowed":                    {[]Rule{sealed}, []Rule{at("/a/b/", sealed)}, []string{removed}},
 		"widened":                     {[]Rule{sealed}, []Rule{at("/", sealed)}, nil},
 		"widened, hole":               {[]Rule{sealed}, []Rule{at("/", sealed), plain}, []string{`keys below "/a/" would be written as plaintext: their values were sealed with "k"`}},
@@ -37,7 +39,7 @@ func TestWeakens(t *testing.T) {
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
-			if diff := cmp.Diff(tt.want, Weakens(&Config{Rules: tt.running}, &Config{Rules: tt.next})); diff != "" {
+			if diff := cmp.Diff(tt.want, Weakens(tt.running, tt.next)); diff != "" {
 				t.Errorf("(-want +got):\n%s", diff)
 			}
 		})

@@ -25,6 +25,8 @@ type Config struct {
 	Rules []Rule `yaml:"rules"`
 	// Cache bounds how long and how many unwrapped seeds are kept, and what still works while a KMS is silent. A change needs a restart.
 	Cache Cache `yaml:"cache"`
+	// Coordination is how the proxies before one etcd know of each other. A change needs a restart.
+	Coordination Coordination `yaml:"coordination"`
 	// Admin is the HTTP server for metrics and health. Without this block there is none. A change needs a restart.
 	Admin *Admin `yaml:"admin"`
 	// Audit is a log of every call of a KMS, every denied client and every reload that shows when it was tampered with. Without this block there is none. A
@@ -86,7 +88,7 @@ type Etcd struct {
 	// trusted.
 	TLS *EtcdTLS `yaml:"tls"`
 	// Username is a user of etcd, where etcd's authentication is on, for requests of the proxy's own and of the commands that work on etcd. It needs to read and
-	// write the keys under the rules and below `/etcd-kms-proxy/`. Clients bring their own tokens, as without the proxy. Goes with passwordFile.
+	// write the keys under the rules and below `coordination.prefix`. Clients bring their own tokens, as without the proxy. Goes with passwordFile.
 	Username string `yaml:"username"`
 	// PasswordFile holds the user's password. White space at its end does not count.
 	PasswordFile string `yaml:"passwordFile" file:"true"`
@@ -116,7 +118,7 @@ type Rule struct {
 	Prefix string `yaml:"prefix" required:"present"`
 	// WriteWith is the name of the KMS provider that new values are sealed with, or `plaintext`.
 	WriteWith string `yaml:"writeWith" required:"true"`
-	// ReadWith are further providers whose values open, beside the one of writeWith.
+	// ReadWith are further providers whose values open, beside the one of writeWith. Providers of kind kubernetes can stand here only.
 	ReadWith []string `yaml:"readWith"`
 	// Recovery are further providers that wrap each seed of writeWith too: another region, another vendor, a key file kept offline. Their copies
 	// stand in every value. They open it when the key of its own provider is gone or its KMS does not answer, and never when that key is disabled.
@@ -148,6 +150,19 @@ type Cache struct {
 	// RevokeWithin is how soon after its KMS key is disabled a seed goes out of use, and how long the KMS must have denied access before that
 	// counts as revocation. It shortens pollInterval.
 	RevokeWithin time.Duration `yaml:"revokeWithin" default:"1m"`
+}
+
+// Coordination is what the proxy asks of etcd for itself: it announces itself there, so that `etcd-kms-proxy status` finds a proxy with other rules than the rest;
+// before it serves, it compares its rules with those that the proxies last agreed on, and refuses to protect keys less; and it watches for plaintext that is written
+// under a rule past the proxies.
+type Coordination struct {
+	// Enabled turns it on. Without it, whoever can change the configuration and restart the proxy can turn sealing off unnoticed.
+	Enabled bool `yaml:"enabled" default:"true"`
+	// Prefix is of the keys that the proxies keep in etcd. It ends in `/`, no rule's prefix may begin with it, and clients of the proxy may not write below it. All
+	// proxies before one etcd have the same one.
+	Prefix string `yaml:"prefix" default:"/etcd-kms-proxy/"`
+	// WatchBypass watches all keys under rules that seal.
+	WatchBypass bool `yaml:"watchBypass" default:"true"`
 }
 
 // Admin is an HTTP server without TLS or authentication for metrics and health; it serves nothing of what etcd stores.

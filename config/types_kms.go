@@ -2,7 +2,7 @@ package config
 
 import "time"
 
-// KMS is a provider of keys: a name, and exactly one of alibaba, plugin and local.
+// KMS is a provider of keys: a name, and exactly one of alibaba, plugin, local and kubernetes.
 type KMS struct {
 	// Name becomes part of every value that is stored, so never change it while there are such values. Letters, digits, `-`, `_` and `.`,
 	// at most 63. To take over the values of a kube-apiserver with a KMS v2 provider, use that provider's name.
@@ -20,6 +20,8 @@ type KMS struct {
 	Plugin *Plugin `yaml:"plugin"`
 	// Local is a key file: for development, tests, and machines whose disk is protected otherwise.
 	Local *Local `yaml:"local"`
+	// Kubernetes opens what kube-apiserver itself sealed with keys of its configuration. Nothing is written with it: name it in readWith only.
+	Kubernetes *Kubernetes `yaml:"kubernetes"`
 }
 
 // Alibaba is a key of Alibaba Cloud KMS, reached over HTTPS. The caller needs kms:GenerateDataKey, kms:Encrypt, kms:Decrypt and kms:DescribeKey on
@@ -95,5 +97,15 @@ type Plugin struct {
 // Local is a versioned key file, made by `etcd-kms-proxy kms new-local-key`: the last version wraps, all of them unwrap. It is read again when it changes.
 type Local struct {
 	// KeyFile is the file. It is refused if the group or others may read it.
+	KeyFile string `yaml:"keyFile" required:"true" file:"true"`
+}
+
+// Kubernetes is the keys of one of kube-apiserver's own providers that are not KMS, for moving a cluster off it. `config from-kubernetes` makes the entry and the
+// file from an EncryptionConfiguration. Of the provider's other fields none has an effect: its name stands in no value, and there is no seed.
+type Kubernetes struct {
+	// Type is the provider: `aescbc`, `aesgcm` or `secretbox`. A value that was sealed with aescbc may have been altered without a trace.
+	Type string `yaml:"type" required:"true"`
+	// KeyFile is a YAML file, `keys: [{name: key1, secret: <base64>}]`, with the keys as the EncryptionConfiguration has them. It is refused if the group or others may
+	// read it. It is read at the start.
 	KeyFile string `yaml:"keyFile" required:"true" file:"true"`
 }

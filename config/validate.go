@@ -8,7 +8,6 @@ import (
 	"net/netip"
 	"net/url"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -31,6 +30,7 @@ func (d *decoder) validate(c *Config) {
 	if c.Admin != nil {
 		d.admin(c.Admin, c.Listeners)
 	}
+	d.coordination(c)
 	d.audit(c.Audit)
 	d.oneOf("log.level", c.Log.Level, "debug", "info", "warn", "error")
 	d.oneOf("log.format", c.Log.Format, "json", "text")
@@ -193,63 +193,6 @@ func (d *decoder) etcd(e *Etcd) {
 	}
 }
 
-// providerName has no colon, which would end the name in every stored value.
-var providerName = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?$`)
-
-func (d *decoder) kms(providers []KMS) {
-	seen := make(map[string]int)
-	for i, k := range providers {
-		at := fmt.Sprintf("kms[%d]", i)
-		first, twice := seen[k.Name]
-		switch {
-		case k.Name == Plaintext:
-			d.report(at+".name", "choose another name", "%q is what rules call not sealing", k.Name)
-		case strings.ContainsRune(k.Name, ':'):
-			d.report(at+".name", "choose a name without one", "%q has a colon, which ends the name in every stored value", k.Name)
-		case !providerName.MatchString(k.Name):
-			d.report(at+".name", "use letters, digits, - _ and . between letters or digits, at most 63", "%q is not a provider's name", k.Name)
-		case twice:
-			d.report(at+".name", "give each provider a name of its own", "%q is the name of kms[%d] too", k.Name, first)
-		default:
-			seen[k.Name] = i
-		}
-		d.duration(at+".pollInterval", k.PollInterval, time.Second)
-		d.duration(at+".seedMaxAge", k.SeedMaxAge, time.Minute)
-		if k.SeedMaxSeals < 1 {
-			d.report(at+".seedMaxSeals", "the default is 4294967296", "%d is less than 1", k.SeedMaxSeals)
-		}
-		var backends []string
-		for _, b := range []string{"alibaba", "plugin", "local"} {
-			if d.present(at + "." + b) {
-				backends = append(backends, b)
-			}
-		}
-		if len(backends) != 1 {
-			text := "has no backend"
-			if len(backends) > 1 {
-				text = "has more than one backend: " + strings.Join(backends, " and ")
-			}
-			d.report(at, "give it exactly one of alibaba, plugin and local", "%s", text)
-		}
-		if k.Plugin != nil && k.Plugin.Endpoint != "" {
-			d.socket(at+".plugin.endpoint", k.Plugin.Endpoint)
-			d.duration(at+".plugin.timeout", k.Plugin.Timeout, time.Millisecond)
-		}
-		if k.Alibaba != nil {
-			d.alibaba(at+".alibaba", k.Alibaba)
-		}
-	}
-}
-
-func (d *decoder) alibaba(at string, a *Alibaba) {
-	d.certPool(at+".caFile", a.CAFile)
-	d.httpsHost(at+".endpoint", a.Endpoint)
-	if arn, ok := strings.CutPrefix(a.KeyID, "acs:kms:"); ok && !strings.HasPrefix(arn, a.Region+":") && a.Region != "" {
-		d.report(at+".keyID", "write the key's own region in region", "%q is not of region %q", a.KeyID, a.Region)
-	}
-	d.alibabaCredentials(at+".credentials", &a.Credentials)
-}
-
 func (d *decoder) rules(c *Config) {
 	defined := []string{Plaintext}
 	for _, k := range c.KMS {
@@ -279,6 +222,7 @@ func (d *decoder) rules(c *Config) {
 				d.report(at, "remove one of them", "%q is in the list twice", name)
 			}
 		}
+		d.writers(at, r, c.KMS)
 		d.recovery(at, i, c.Rules, defined)
 		d.oneOf(at+".onUndecryptable", r.OnUndecryptable, "error", "passthrough")
 		if r.WriteWith == Plaintext && !r.AllowPlaintextReads {

@@ -20,9 +20,15 @@ type Sealer interface {
 // Rule is a rule of the configuration.
 type Rule struct {
 	Prefix    string
-	WriteWith string // a provider, or "plaintext"
+	WriteWith string   // a provider, or Plaintext
+	ReadWith  []string // further providers
 	Sealer    Sealer
 }
+
+// Plaintext is the WriteWith of a rule that does not seal.
+const Plaintext = "plaintext"
+
+var _ Sealer = (*keyring.Sealer)(nil)
 
 // Rules are the rules of a configuration, of which the longest prefix of a key wins. They are immutable and safe for concurrent use.
 type Rules struct {

@@ -18,7 +18,8 @@ import (
 // core is what every engine shares: the rules of the moment and the limits.
 type core struct {
 	rules      atomic.Pointer[ruleSet]
-	maxRequest int // bytes; etcd's --max-request-bytes
+	maxRequest int             // bytes; etcd's --max-request-bytes
+	gate       <-chan struct{} // nil, or closed once calls may go on
 	log        *slog.Logger
 	lost       firsts // values, by the error's text, that were logged as lost
 }

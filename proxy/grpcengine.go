@@ -178,7 +178,35 @@ func (m *grpcMethod) admit(ctx context.Context) (*Identity, error) {
 		m.engine.denials.note(info.id)
 		return nil, ownError(codes.PermissionDenied, fmt.Sprintf("client %q is not allowed here", info.id.name()))
 	}
-	return info.id, nil
+	return info.id, m.engine.pass(ctx)
+}
+
+// pass waits for the gate, as long as calls wait for etcd.
+func (e *grpcEngine) pass(ctx context.Context) error {
+	gate := e.core.gate
+	if gate == nil {
+		return nil
+	}
+	select {
+	case <-gate:
+		return nil
+	default:
+	}
+	timer := time.NewTimer(readyWait)
+	defer timer.Stop()
+	select {
+	case <-gate:
+		return nil
+	case <-ctx.Done():
+		return status.FromContextError(ctx.Err()).Err()
+	case <-e.draining.Done():
+		return errShuttingDown
+	case <-timer.C:
+	}
+	if !e.upstream.up.Load() {
+		return ownError(codes.Unavailable, "etcd is unreachable: no endpoint is connected")
+	}
+	return ownError(codes.Unavailable, "the proxy has not yet compared its rules with those that the proxies agreed on in etcd")
 }
 
 // newCall makes the call's rewriter, nil if it has none.

@@ -17,12 +17,16 @@ type Config struct {
 	Listeners []ListenerConfig // at least one
 	Upstream  UpstreamConfig
 	Rules     []Rule // no two with one prefix; none: every value passes as it is
+	// OwnPrefix is of keys that proxies keep in etcd for themselves: no rule holds for them, and clients may not put there. "": there are none.
+	OwnPrefix string
 	// MaxRequestBytes is etcd's --max-request-bytes, applied to the plaintext; 0: 1.5 MiB, as etcd's.
 	MaxRequestBytes int
 	// DrainTimeout bounds how long Run lets calls finish after its context has ended; 0: 10 s.
 	DrainTimeout time.Duration
 	Logger       *slog.Logger          // nil: nothing is logged
 	Registerer   prometheus.Registerer // nil: metrics are not registered
+	// Gate holds calls back until it is closed; while it is open they wait as they wait for etcd, and are then Unavailable. Nil: nothing is held back.
+	Gate <-chan struct{}
 	// OnDenied is told of a denied client whenever the log is: by the listener's address as configured, the client's name and its address. It is called on the
 	// call's goroutine. May be nil.
 	OnDenied func(listener, client, remote string)
@@ -65,7 +69,7 @@ func New(cfg Config) (*Proxy, error) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	rules, err := newRuleSet(cfg.Rules)
+	rules, err := newRuleSet(cfg.Rules, cfg.OwnPrefix)
 	if err != nil {
 		return nil, err
 	}
@@ -73,7 +77,7 @@ func New(cfg Config) (*Proxy, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &Proxy{core: &core{maxRequest: cfg.MaxRequestBytes, log: log}}
+	p := &Proxy{core: &core{maxRequest: cfg.MaxRequestBytes, log: log, gate: cfg.Gate}}
 	p.core.rules.Store(rules)
 	var problems []error
 	for _, lc := range cfg.Listeners {
@@ -107,7 +111,7 @@ func (p *Proxy) Addrs() []net.Addr {
 // SetRules puts rules in place of the ones in use, all at once. Calls in flight keep what they have sealed and open their answers under the
 // new rules. On an error the old ones stay.
 func (p *Proxy) SetRules(rules []Rule) error {
-	set, err := newRuleSet(rules)
+	set, err := newRuleSet(rules, string(p.core.rules.Load().own))
 	if err != nil {
 		return err
 	}

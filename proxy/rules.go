@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -10,12 +11,15 @@ import (
 )
 
 // ruleSet is an immutable set of rules. A reload swaps the whole set.
-type ruleSet struct{ *prefix.Set[Sealer] }
+type ruleSet struct {
+	*prefix.Set[Sealer]
+	own []byte // Config.OwnPrefix
+}
 
 var _ etcdwire.Rules = (*ruleSet)(nil)
 
 // newRuleSet checks rules. It reports a rule without a Sealer and two rules with one prefix, all of them at once.
-func newRuleSet(rules []Rule) (*ruleSet, error) {
+func newRuleSet(rules []Rule, own string) (*ruleSet, error) {
 	var problems []error
 	entries := make([]prefix.Entry[Sealer], 0, len(rules))
 	seen := make(map[string]bool, len(rules))
@@ -32,19 +36,25 @@ func newRuleSet(rules []Rule) (*ruleSet, error) {
 	if err := errors.Join(problems...); err != nil {
 		return nil, err
 	}
-	return &ruleSet{prefix.New(entries)}, nil
+	return &ruleSet{prefix.New(entries), []byte(own)}, nil
 }
 
-func (s *ruleSet) empty() bool { return s.Len() == 0 }
+func (s *ruleSet) empty() bool { return s.Len() == 0 && len(s.own) == 0 }
 
-// covers reports whether a rule holds for key.
+// isOwn reports whether key is one of the proxies' own, which no rule holds for.
+func (s *ruleSet) isOwn(key []byte) bool { return len(s.own) > 0 && bytes.HasPrefix(key, s.own) }
+
+// covers reports whether a write of key concerns the proxy.
 func (s *ruleSet) covers(key []byte) bool {
 	_, ok := s.Lookup(key)
-	return ok
+	return ok || s.isOwn(key)
 }
 
 // Seal implements etcdwire.Rules.
 func (s *ruleSet) Seal(ctx context.Context, key, value []byte) ([]byte, error) {
+	if s.isOwn(key) {
+		return nil, errOwnKey
+	}
 	if sealer, ok := s.Lookup(key); ok {
 		return sealer.Seal(ctx, key, value)
 	}
@@ -53,6 +63,9 @@ func (s *ruleSet) Seal(ctx context.Context, key, value []byte) ([]byte, error) {
 
 // Open implements etcdwire.Rules.
 func (s *ruleSet) Open(ctx context.Context, key, stored []byte) ([]byte, error) {
+	if s.isOwn(key) {
+		return stored, nil
+	}
 	if sealer, ok := s.Lookup(key); ok {
 		return sealer.Open(ctx, key, stored)
 	}

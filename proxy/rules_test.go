@@ -8,7 +8,9 @@ import (
 	"testing"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"google.golang.org/grpc/codes"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 )
@@ -25,7 +27,7 @@ func rulesOf(t testing.TB, prefixes ...string) *ruleSet {
 	for _, p := range prefixes {
 		rules = append(rules, Rule{Prefix: p, Sealer: tagger("<" + p + ">")})
 	}
-	set, err := newRuleSet(rules)
+	set, err := newRuleSet(rules, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -44,8 +46,28 @@ func TestLongestPrefixIsAsked(t *testing.T) {
 	}
 }
 
+// TestOwnKeys: no rule holds for them, not even the one of every key, and nobody puts there.
+func TestOwnKeys(t *testing.T) {
+	for name, rules := range map[string][]Rule{"no rules": nil, "every key": {{Prefix: "", Sealer: tagger("<>")}}} {
+		set, err := newRuleSet(rules, "/own/")
+		if err != nil {
+			t.Fatal(err)
+		}
+		key := []byte("/own/k")
+		if _, err := set.Seal(t.Context(), key, []byte("v")); status.Code(err) != codes.PermissionDenied {
+			t.Errorf("%s: a put: %v", name, err)
+		}
+		if got, err := set.Open(t.Context(), key, []byte("v")); string(got) != "v" || err != nil {
+			t.Errorf("%s: a read: %q, %v", name, got, err)
+		}
+		if !set.covers(key) || set.empty() || set.covers([]byte("/own")) != (rules != nil) {
+			t.Errorf("%s: the keys are taken for others", name)
+		}
+	}
+}
+
 func TestRuleErrors(t *testing.T) {
-	_, err := newRuleSet([]Rule{{Prefix: "a"}, {Prefix: "b", Sealer: tagger("")}, {Prefix: "b", Sealer: tagger("")}})
+	_, err := newRuleSet([]Rule{{Prefix: "a"}, {Prefix: "b", Sealer: tagger("")}, {Prefix: "b", Sealer: tagger("")}}, "")
 	for _, want := range []string{`rule "a": no sealer`, `rule "b": a second rule`} {
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v: no %q", err, want)

@@ -50,7 +50,7 @@ func openCluster(cmd *cobra.Command, c *config.Config, inspectOnly bool, wait ti
 		cl.app.close()
 		return nil, err
 	}
-	cl.rules = set.forLifecycle(c)
+	cl.rules = set.lifecycle
 	if cl.etcd, err = etcdClient(c, cl.log); err != nil {
 		cl.app.close()
 		return nil, err
@@ -121,13 +121,4 @@ func upstreamConfig(e *config.Etcd) proxy.UpstreamConfig {
 		}
 	}
 	return u
-}
-
-// forLifecycle returns the rules as the commands on etcd take them.
-func (s *ruleSet) forLifecycle(c *config.Config) *lifecycle.Rules {
-	rules := make([]lifecycle.Rule, len(s.sealers))
-	for i, r := range c.Rules {
-		rules[i] = lifecycle.Rule{Prefix: r.Prefix, WriteWith: r.WriteWith, Sealer: s.sealers[i]}
-	}
-	return lifecycle.NewRules(rules)
 }

@@ -64,10 +64,10 @@ func (r *reloader) apply(trigger string) (outcome, reason string) {
 		r.log.Error(kept, "error", err, "trigger", trigger)
 		return reloadFailed, err.Error()
 	}
-	weaker := config.Weakens(r.running, next)
+	weaker := config.Weakens(r.running.Rules, next.Rules)
 	if len(weaker) > 0 && !r.weaken {
 		r.log.Error("configuration not reloaded: it would protect keys less than the running one, which stays",
-			"because", weaker, "hint", "restart the proxy to apply it, or run serve with --allow-weakening", "trigger", trigger)
+			"because", weaker, "hint", "restore the rules; or, if this is meant, restart the proxy with --allow-weakening", "trigger", trigger)
 		return reloadRefused, strings.Join(weaker, "; ")
 	}
 	restart := config.NeedsRestart(r.running, next)

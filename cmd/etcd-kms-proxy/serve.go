@@ -36,7 +36,7 @@ Logs go to standard error. On Linux, core dumps of the process are turned off.`,
 	}
 	path := configFlag(cmd)
 	drain := cmd.Flags().Duration("drain-timeout", proxy.DefaultDrainTimeout, "how long calls under way may take after the first SIGTERM or SIGINT")
-	weaken := cmd.Flags().Bool("allow-weakening", false, "let a reload remove or narrow rules, write plaintext or allow plaintext reads")
+	weaken := cmd.Flags().Bool("allow-weakening", false, "let the start and reloads remove or narrow rules, write plaintext, allow plaintext reads or make sealed values unreadable")
 	cmd.RunE = fails(func(cmd *cobra.Command, _ []string) error {
 		if *drain <= 0 {
 			return &failure{code: exitUsage, err: fmt.Errorf("--drain-timeout %v is not more than 0s", *drain)}
@@ -116,6 +116,11 @@ func (a *app) run(ctx context.Context, r *reloader, signals <-chan os.Signal, dr
 	for _, w := range a.watches {
 		rest.Go(func() { w.run(lasting) })
 	}
+	rest.Go(func() {
+		if err := a.fleet.run(serving, r.weaken); err != nil {
+			stop(err)
+		}
+	})
 	if a.admin != nil {
 		rest.Go(func() {
 			if err := a.admin.Run(lasting); err != nil {

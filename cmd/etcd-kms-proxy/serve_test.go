@@ -113,7 +113,7 @@ func TestServeDrains(t *testing.T) {
 
 func TestDrainTimeoutCutsWhatIsLeft(t *testing.T) {
 	etcd, arrived := silentEtcd(t)
-	s := start(t, newDir(t).config(t, "127.0.0.1:1]", etcd+"]"), "--drain-timeout", "300ms")
+	s := start(t, newDir(t).config(t, "127.0.0.1:1]", etcd+"]\ncoordination: {enabled: false}"), "--drain-timeout", "300ms")
 	call := hang(t, s, arrived)
 	s.signal(syscall.SIGTERM)
 	s.signal(syscall.SIGINT) // an echo of the first
@@ -125,7 +125,7 @@ func TestDrainTimeoutCutsWhatIsLeft(t *testing.T) {
 
 func TestSecondSignalExitsAtOnce(t *testing.T) {
 	etcd, arrived := silentEtcd(t)
-	s := start(t, newDir(t).config(t, "127.0.0.1:1]", etcd+"]"), "--drain-timeout", "1h")
+	s := start(t, newDir(t).config(t, "127.0.0.1:1]", etcd+"]\ncoordination: {enabled: false}"), "--drain-timeout", "1h")
 	hang(t, s, arrived)
 	s.signal(syscall.SIGTERM)
 	s.logged(`"msg":"draining`)
@@ -252,7 +252,7 @@ func TestReload(t *testing.T) {
 	s.logged("wait for a restart", `"blocks":["cache"]`)
 
 	// A rule for a provider that is not running cannot be applied.
-	d.config(t, "rules:\n", "- {name: more, local: {keyFile: key.yaml}}\nrules:\n- {prefix: /new/, writeWith: more}\n")
+	d.config(t, "rules:\n", "- {name: more, local: {keyFile: key.yaml}}\nrules:\n- {prefix: /new/, writeWith: more, readWith: [dev]}\n")
 	s.logged("not reloaded", "more", "is running", `"changed":["kms"]`, "restart the proxy")
 
 	s.signal(syscall.SIGTERM)

@@ -19,6 +19,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/local"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/plugin"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
 )
 
@@ -66,6 +67,7 @@ type app struct {
 	log *slog.Logger
 	// inspectOnly is for a command that looks and never seals: no seed is minted.
 	inspectOnly bool
+	ownPrefix   string // of keys in etcd that are the proxies' own
 
 	metrics *metrics
 	audit   *auditor // nil without an audit block
@@ -73,6 +75,7 @@ type app struct {
 	closers []func()
 	rings   []*keyring.Ring
 	watches []*keyWatch
+	fleet   *fleet // nil without coordination
 	proxy   *proxy.Proxy
 	admin   *proxy.Admin            // nil without an admin block
 	rules   atomic.Pointer[ruleSet] // what the proxy has now
@@ -83,6 +86,8 @@ type ruleSet struct {
 	prefixes []string
 	sealers  []*keyring.Sealer
 	audit    *auditor
+
+	lifecycle *lifecycle.Rules // the same, for what works on etcd itself
 }
 
 // newApp makes everything that c describes and binds its addresses. It starts nothing. close lets go of it.
@@ -105,6 +110,9 @@ func (a *app) assemble(c *config.Config, drain time.Duration) error {
 		return err
 	}
 	a.audit.register(a.metrics.registry)
+	if a.fleet, err = a.newFleet(c); err != nil {
+		return err
+	}
 	if a.proxy, err = proxy.New(proxyConfig(c, rules, a, drain)); err != nil {
 		return err
 	}
@@ -126,7 +134,7 @@ func (a *app) assembleKeys(c *config.Config) (*ruleSet, error) {
 	if err != nil {
 		return nil, err
 	}
-	a.metrics = newMetrics(a)
+	a.metrics, a.ownPrefix = newMetrics(a), c.Coordination.Prefix
 	var problems []error
 	for i, k := range c.KMS {
 		if err := a.addRing(k, c); err != nil {
@@ -180,6 +188,7 @@ func (a *app) addRing(k config.KMS, c *config.Config) error {
 // newRules makes the sealers of rules from the rings there are. A rule that needs another one is an error.
 func (a *app) newRules(rules []config.Rule) (*ruleSet, error) {
 	set := &ruleSet{audit: a.audit}
+	var onEtcd []lifecycle.Rule
 	for i, r := range rules {
 		sc := keyring.SealerConfig{
 			Prefix: r.Prefix, InspectOnly: a.inspectOnly, AllowPlaintextReads: r.AllowPlaintextReads, Passthrough: r.OnUndecryptable == "passthrough",
@@ -210,7 +219,9 @@ func (a *app) newRules(rules []config.Rule) (*ruleSet, error) {
 			return nil, fmt.Errorf("rules[%d]: %w", i, err)
 		}
 		set.prefixes, set.sealers = append(set.prefixes, r.Prefix), append(set.sealers, s)
+		onEtcd = append(onEtcd, lifecycle.Rule{Prefix: r.Prefix, WriteWith: r.WriteWith, ReadWith: r.ReadWith, Sealer: s})
 	}
+	set.lifecycle = lifecycle.NewRules(onEtcd, a.ownPrefix)
 	return set, nil
 }
 
@@ -224,6 +235,7 @@ func (a *app) setRules(rules []config.Rule) error {
 		return err
 	}
 	a.rules.Store(set)
+	a.fleet.setRules(rules)
 	return a.setRecovery(rules)
 }
 
@@ -232,6 +244,7 @@ func (a *app) close() {
 	if a.proxy != nil {
 		a.proxy.Close()
 	}
+	a.fleet.close()
 	if a.admin != nil {
 		a.admin.Close()
 	}
@@ -250,6 +263,9 @@ func proxyConfig(c *config.Config, rules *ruleSet, a *app, drain time.Duration) 
 		Logger:          a.log,
 		Registerer:      a.metrics.registry,
 		OnDenied:        a.audit.denied,
+	}
+	if a.fleet != nil {
+		pc.Gate, pc.OwnPrefix = a.fleet.gate, c.Coordination.Prefix
 	}
 	for _, l := range c.Listeners {
 		lc := proxy.ListenerConfig{Address: l.Address, Mode: l.FileMode(), AllowedClients: l.AllowedClients, CiphertextClients: l.CiphertextClients}
@@ -327,6 +343,7 @@ func (a *app) ready() proxy.ReadyReport {
 	}
 	report.Checks = append(report.Checks, a.recoveryChecks(time.Now())...)
 	report.Checks = append(report.Checks, a.audit.ready()...)
+	report.Checks = append(report.Checks, a.fleet.ready()...)
 	rules := a.rules.Load()
 	for i, s := range rules.sealers {
 		check := proxy.Check{Name: fmt.Sprintf("rule %q", rules.prefixes[i]), OK: true}

@@ -1,0 +1,182 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"fmt"
+	"log/slog"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	lru "github.com/hashicorp/golang-lru/v2"
+	"github.com/prometheus/client_golang/prometheus"
+	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/audit"
+)
+
+// fleet is what a proxy does in etcd on its own account. A nil fleet, that of a configuration that turns it off, does nothing.
+type fleet struct {
+	*lifecycle.Fleet
+	config *config.Config
+	client *clientv3.Client
+	gate   chan struct{} // closed once the guard lets the proxy serve
+	opened sync.Once
+	audit  *auditor
+	log    *slog.Logger
+	bypass *bypasses
+	rules  func() *lifecycle.Rules
+}
+
+// newFleet makes the fleet of c, nil if it wants none. It starts nothing; close lets go of it.
+func (a *app) newFleet(c *config.Config) (*fleet, error) {
+	if !c.Coordination.Enabled {
+		return nil, nil
+	}
+	client, err := etcdClient(c, a.log)
+	if err != nil {
+		return nil, err
+	}
+	f := &fleet{config: c, client: client, gate: make(chan struct{}), audit: a.audit, log: a.log}
+	f.bypass = newBypasses(a)
+	f.rules = func() *lifecycle.Rules { return a.rules.Load().lifecycle }
+	provers := make(map[string]lifecycle.Sealer)
+	for _, ring := range a.rings {
+		// InspectOnly: a ring that nothing is written with proves what it sealed earlier.
+		s, err := keyring.NewSealer(keyring.SealerConfig{Prefix: c.Coordination.Prefix, Write: ring, Recovery: a.rings, InspectOnly: true})
+		if err != nil {
+			f.close()
+			return nil, fmt.Errorf("coordination: %w", err)
+		}
+		provers[ring.Provider()] = s
+	}
+	host, err := os.Hostname()
+	if err != nil {
+		host = "unknown"
+	}
+	var id [6]byte
+	_, _ = rand.Read(id[:]) // never fails
+	f.Fleet = lifecycle.NewFleet(lifecycle.FleetConfig{
+		Client: client, Prefix: c.Coordination.Prefix, Provers: provers, Logger: a.log,
+		Self: lifecycle.Member{
+			ID: host + "-" + hex.EncodeToString(id[:]), Host: host, PID: os.Getpid(), Version: readBuildInfo().Version, Started: time.Now().UTC().Truncate(time.Second),
+		},
+	})
+	f.SetPolicy(policyOf(c.Rules))
+	return f, nil
+}
+
+// run guards the start, and then announces this proxy until ctx ends. It returns an error if the proxy must not serve.
+func (f *fleet) run(ctx context.Context, allowWeakening bool) error {
+	if f == nil {
+		return nil
+	}
+	g := &guard{
+		fleet: f.Fleet, rules: f.config.Rules, allow: allowWeakening, audit: f.audit, log: f.log,
+		open: func() { f.opened.Do(func() { close(f.gate) }) },
+	}
+	ctx, stop := context.WithCancel(ctx)
+	var all sync.WaitGroup
+	all.Go(func() {
+		select {
+		case <-f.gate:
+		case <-ctx.Done():
+			return
+		}
+		if f.config.Coordination.WatchBypass {
+			all.Go(func() {
+				lifecycle.WatchBypass(ctx, lifecycle.BypassConfig{Client: f.client, Rules: f.rules, Found: f.bypass.found, Logger: f.log})
+			})
+		}
+		f.Run(ctx)
+	})
+	err := g.run(ctx)
+	if err != nil {
+		stop()
+	}
+	all.Wait()
+	stop()
+	return err
+}
+
+func (f *fleet) close() {
+	if f != nil {
+		_ = f.client.Close() // it reports the end of its own context
+	}
+}
+
+// setRules follows a reload.
+func (f *fleet) setRules(rules []config.Rule) {
+	if f != nil {
+		f.SetPolicy(policyOf(rules))
+	}
+}
+
+func (f *fleet) ready() []proxy.Check {
+	if f == nil {
+		return nil
+	}
+	check := proxy.Check{Name: "agreement", OK: true}
+	select {
+	case <-f.gate:
+	default:
+		check.OK, check.Detail = false, "the rules were not compared yet with those that the proxies agreed on: nothing is served"
+	}
+	return []proxy.Check{check, f.bypass.ready(time.Now())}
+}
+
+// bypasses counts plaintext that was stored past the proxies, and tells of each key once.
+type bypasses struct {
+	audit *auditor
+	log   *slog.Logger
+	count *prometheus.CounterVec
+	told  *lru.Cache[string, struct{}]
+	last  atomic.Int64 // when the last was seen, in Unix seconds
+	quiet atomic.Int64 // until when the log is silent, in Unix seconds
+}
+
+const (
+	bypassKeys   = 10_000    // of which each is told once
+	bypassNotice = time.Hour // how long readyz shows the last one
+	bypassQuiet  = time.Minute
+)
+
+func newBypasses(a *app) *bypasses {
+	b := &bypasses{audit: a.audit, log: a.log, count: prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "etcd_kms_proxy_plaintext_writes_seen_total", Help: "Values stored in plaintext under a rule that seals, past the proxies.",
+	}, []string{"rule"})}
+	b.told, _ = lru.New[string, struct{}](bypassKeys) // fails on sizes below 1 only
+	a.metrics.registry.MustRegister(b.count)
+	return b
+}
+
+// found is told of each.
+func (b *bypasses) found(rule *lifecycle.Rule, key string, revision int64) {
+	now := time.Now().Unix()
+	b.last.Store(now)
+	b.count.WithLabelValues(rule.Prefix).Inc()
+	if seen, _ := b.told.ContainsOrAdd(key, struct{}{}); seen {
+		return
+	}
+	b.audit.record(audit.Record{Event: audit.EventBypass, Rule: rule.Prefix, Key: key, Revision: revision})
+	// The audit log has all of them; somebody who writes many does not fill the other one.
+	if quiet := b.quiet.Load(); now >= quiet && b.quiet.CompareAndSwap(quiet, now+int64(bypassQuiet.Seconds())) {
+		b.log.Error("a value was stored in plaintext under a rule that seals: somebody writes to etcd past the proxies", "rule", rule.Prefix, "key", key,
+			"revision", revision, "hint", "find out who; reencrypt seals it")
+	}
+}
+
+func (b *bypasses) ready(now time.Time) proxy.Check {
+	check := proxy.Check{Name: "bypass", OK: true}
+	if last := time.Unix(b.last.Load(), 0); now.Sub(last) < bypassNotice {
+		check.OK, check.Detail = false, "plaintext was stored under a rule that seals, past the proxies, last at "+last.UTC().Format(time.RFC3339)
+	}
+	return check
+}

@@ -1,0 +1,105 @@
+package config
+
+import (
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+)
+
+// providerName has no colon, which would end the name in every stored value.
+var providerName = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?$`)
+
+// CheckProviderName says what is wrong with the name of a KMS provider, and what to do; both are empty if it is good.
+func CheckProviderName(name string) (text, hint string) {
+	switch {
+	case name == Plaintext:
+		return fmt.Sprintf("%q is what rules call not sealing", name), "choose another name"
+	case strings.ContainsRune(name, ':'):
+		return fmt.Sprintf("%q has a colon, which ends the name in every stored value", name), "choose a name without one"
+	case !providerName.MatchString(name):
+		return fmt.Sprintf("%q is not a provider's name", name), "use letters, digits, - _ and . between letters or digits, at most 63"
+	}
+	return "", ""
+}
+
+func (d *decoder) kms(providers []KMS) {
+	seen := make(map[string]int)
+	for i, k := range providers {
+		at := fmt.Sprintf("kms[%d]", i)
+		first, twice := seen[k.Name]
+		if text, hint := CheckProviderName(k.Name); text != "" {
+			d.report(at+".name", hint, "%s", text)
+		} else if twice {
+			d.report(at+".name", "give each provider a name of its own", "%q is the name of kms[%d] too", k.Name, first)
+		} else {
+			seen[k.Name] = i
+		}
+		d.duration(at+".pollInterval", k.PollInterval, time.Second)
+		d.duration(at+".seedMaxAge", k.SeedMaxAge, time.Minute)
+		if k.SeedMaxSeals < 1 {
+			d.report(at+".seedMaxSeals", "the default is 4294967296", "%d is less than 1", k.SeedMaxSeals)
+		}
+		var backends []string
+		for _, b := range []string{"alibaba", "plugin", "local", "kubernetes"} {
+			if d.present(at + "." + b) {
+				backends = append(backends, b)
+			}
+		}
+		if len(backends) != 1 {
+			text := "has no backend"
+			if len(backends) > 1 {
+				text = "has more than one backend: " + strings.Join(backends, " and ")
+			}
+			d.report(at, "give it exactly one of alibaba, plugin, local and kubernetes", "%s", text)
+		}
+		if k.Plugin != nil && k.Plugin.Endpoint != "" {
+			d.socket(at+".plugin.endpoint", k.Plugin.Endpoint)
+			d.duration(at+".plugin.timeout", k.Plugin.Timeout, time.Millisecond)
+		}
+		if k.Alibaba != nil {
+			d.alibaba(at+".alibaba", k.Alibaba)
+		}
+		if k.Kubernetes != nil {
+			d.kubernetes(at, k.Kubernetes)
+		}
+	}
+}
+
+func (d *decoder) alibaba(at string, a *Alibaba) {
+	d.certPool(at+".caFile", a.CAFile)
+	d.httpsHost(at+".endpoint", a.Endpoint)
+	if arn, ok := strings.CutPrefix(a.KeyID, "acs:kms:"); ok && !strings.HasPrefix(arn, a.Region+":") && a.Region != "" {
+		d.report(at+".keyID", "write the key's own region in region", "%q is not of region %q", a.KeyID, a.Region)
+	}
+	d.alibabaCredentials(at+".credentials", &a.Credentials)
+}
+
+// kubernetes checks kms[i] of that kind, at.
+func (d *decoder) kubernetes(at string, k *Kubernetes) {
+	if k.Type != "" {
+		d.oneOf(at+".kubernetes.type", k.Type, "aescbc", "aesgcm", "secretbox")
+	}
+	for _, f := range []string{"pollInterval", "seedMaxAge", "seedMaxSeals"} {
+		if d.present(at + "." + f) {
+			d.report(at+"."+f, "remove it", "has no effect with kubernetes, whose keys are used as they are")
+		}
+	}
+}
+
+// writers refuses providers that are for reading only where r writes with them.
+func (d *decoder) writers(at string, r Rule, providers []KMS) {
+	for _, k := range providers {
+		if k.Kubernetes == nil {
+			continue
+		}
+		const text = "provider %q is of kind kubernetes, which opens values and seals none"
+		if k.Name == r.WriteWith {
+			d.report(at+".writeWith", "name it in readWith, and in writeWith another provider, for new values and for reencrypt", text, k.Name)
+		}
+		if i := slices.Index(r.Recovery, k.Name); i >= 0 {
+			d.report(fmt.Sprintf("%s.recovery[%d]", at, i), "name it in readWith", text, k.Name)
+		}
+	}
+}
