@@ -93,6 +93,11 @@ func (a *app) kmsCall(c kmsclient.Call) {
 	a.audit.kmsCall(c)
 }
 
+// rescued records that a seed came from a recovery copy. Each value that it opens is counted by the metric.
+func (a *auditor) rescued(provider, by, keyID, why string) {
+	a.record(audit.Record{Event: audit.EventRecovery, Primary: provider, Provider: by, KeyID: keyID, Reason: why})
+}
+
 func (a *auditor) denied(listener, client, remote string) {
 	a.record(audit.Record{Event: audit.EventDenied, Listener: listener, Client: client, Remote: remote})
 }

@@ -20,11 +20,12 @@ type metrics struct {
 	operations     *prometheus.CounterVec
 	latency        *prometheus.HistogramVec
 	reloads        *prometheus.CounterVec
+	app            *app // whose figures are shown, and whose audit log is told of recoveries
 }
 
 func newMetrics(a *app) *metrics {
 	m := &metrics{
-		registry: prometheus.NewRegistry(),
+		app: a, registry: prometheus.NewRegistry(),
 		sealed: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "etcd_kms_proxy_values_sealed_total", Help: "Values written, by rule and outcome.",
 		}, []string{"rule", "outcome"}),
@@ -76,7 +77,7 @@ func (m *metrics) kmsCall(c kmsclient.Call) {
 type counters struct {
 	sealed, opened map[keyring.Outcome]prometheus.Counter
 	seeds          map[keyring.Event]prometheus.Counter
-	recoveries     *prometheus.CounterVec
+	all            *metrics
 }
 
 var _ keyring.Observer = (*counters)(nil)
@@ -91,7 +92,14 @@ func (c *counters) Opened(_ string, o keyring.Outcome) { c.opened[o].Inc() }
 func (c *counters) Seed(_ string, e keyring.Event) { c.seeds[e].Inc() }
 
 // Recovered implements [keyring.Observer]. It is called while a key is lost, when a look-up by label does not matter any more.
-func (c *counters) Recovered(provider, by string) { c.recoveries.WithLabelValues(provider, by).Inc() }
+func (c *counters) Recovered(provider, by string) {
+	c.all.recoveries.WithLabelValues(provider, by).Inc()
+}
+
+// Rescued implements [keyring.Observer].
+func (c *counters) Rescued(provider, by, keyID, why string) {
+	c.all.app.audit.rescued(provider, by, keyID, why)
+}
 
 var (
 	outcomes = []keyring.Outcome{
@@ -115,7 +123,7 @@ func (m *metrics) forRule(prefix string) keyring.Observer {
 
 // forProvider returns the observer of a provider's ring.
 func (m *metrics) forProvider(name string) keyring.Observer {
-	c := &counters{seeds: make(map[keyring.Event]prometheus.Counter), recoveries: m.recoveries}
+	c := &counters{seeds: make(map[keyring.Event]prometheus.Counter), all: m}
 	for _, e := range events {
 		c.seeds[e] = m.seeds.WithLabelValues(name, string(e))
 	}

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"io"
 	"net/http"
 	"net/http/httptest"
@@ -105,7 +106,7 @@ func TestLocalKeyIsLost(t *testing.T) {
 				execute(t, "kms", "new-local-key", d.path(name)).want(t, 0)
 				t.Cleanup(func() { told.keyFile(t, d.path(name)) })
 			}
-			withDR := []string{"rules:\n", "- {name: dr, local: {keyFile: dr.yaml}}\nrules:\n", "writeWith: dev", "writeWith: dev\n  recovery: [dr]\n  recoveryRequired: true"}
+			withDR := []string{"kind: ", "audit: {path: audit.jsonl}\nkind: ", "rules:\n", "- {name: dr, local: {keyFile: dr.yaml}}\nrules:\n", "writeWith: dev", "writeWith: dev\n  recovery: [dr]\n  recoveryRequired: true"}
 			a, rule, stop := rulesOf(t, d, withDR...)
 			stored, err := rule.Seal(ctx, key, value)
 			if err != nil {
@@ -140,6 +141,15 @@ func TestLocalKeyIsLost(t *testing.T) {
 			}
 			stop()
 			a.close()
+			var uses []string
+			for _, r := range d.auditLog(t) {
+				if r["event"] == "recovery" {
+					uses = append(uses, fmt.Sprint(r["primary"], " by ", r["provider"], " ", r["keyID"], ": ", r["reason"]))
+				}
+			}
+			if len(uses) != 1 || !strings.HasPrefix(uses[0], `dev by dr 1: KMS provider "dev": `) {
+				t.Errorf("the audit log tells of %q", uses)
+			}
 
 			a, rule, stop = rulesOf(t, d, "rules:\n", "- {name: dr, local: {keyFile: dr.yaml}}\n- {name: new, local: {keyFile: new.yaml}}\nrules:\n",
 				"writeWith: dev", "writeWith: new\n  readWith: [dev]\n  recovery: [dr]")

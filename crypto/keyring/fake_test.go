@@ -8,6 +8,7 @@ import (
 	"crypto/rand"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"maps"
@@ -266,6 +267,9 @@ func (e *events) Sealed(rule string, o Outcome)     { e.add("sealed " + rule + "
 func (e *events) Opened(rule string, o Outcome)     { e.add("opened " + rule + " " + string(o)) }
 func (e *events) Seed(provider string, event Event) { e.add(provider + " " + string(event)) }
 func (e *events) Recovered(provider, by string)     { e.add(provider + " by " + by) }
+func (e *events) Rescued(provider, by, keyID, why string) {
+	e.add(fmt.Sprintf("rescue %s by %s %s: %t", provider, by, keyID, why != ""))
+}
 
 var quiet = slog.New(slog.NewTextHandler(io.Discard, nil))
 

@@ -41,15 +41,19 @@ type Observer interface {
 	Seed(provider string, event Event)
 	// Recovered is called for each value of a provider that was opened with a seed from a recovery copy, beside Opened.
 	Recovered(provider, by string)
+	// Rescued is called once for each seed of a provider that the KMS of by unwrapped from its recovery copy, under keyID, and before a value is
+	// opened with it. why is what the provider's own KMS did instead; it is safe to show.
+	Rescued(provider, by, keyID, why string)
 }
 
 // silent is the Observer of a config without one.
 type silent struct{}
 
-func (silent) Sealed(string, Outcome)   {}
-func (silent) Opened(string, Outcome)   {}
-func (silent) Seed(string, Event)       {}
-func (silent) Recovered(string, string) {}
+func (silent) Sealed(string, Outcome)    {}
+func (silent) Opened(string, Outcome)    {}
+func (silent) Seed(string, Event)        {}
+func (silent) Recovered(string, string)  {}
+func (silent) Rescued(_, _, _, _ string) {}
 
 func outcomeOf(err *Error) Outcome {
 	switch err.Kind {

@@ -8,9 +8,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strings"
 	"sync"
-	"time"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
@@ -36,7 +34,7 @@ type lack struct {
 }
 
 // SetRecovery has each seed that is minted from now on wrapped by the KMS of every one of rings too, and mints one at the next contact if that
-// differs from before. If required, no seed is minted without all of these copies; otherwise it is sealed with what there is, [Ring.State]
+// differs from before. If required, nothing is sealed under a seed without all of these copies; otherwise it is sealed with what there is, [Ring.State]
 // names what is lacking, and a new seed is minted once the provider wraps again. It may be called at any time. rings is not retained.
 func (r *Ring) SetRecovery(rings []*Ring, required bool) error {
 	for i, by := range rings {
@@ -57,9 +55,38 @@ func (r *Ring) SetRecovery(rings []*Ring, required bool) error {
 	if now := r.recovery.Load(); now.required == required && slices.Equal(now.rings, rings) {
 		return nil
 	}
-	r.recovery.Store(&recovery{rings: slices.Clone(rings), required: required})
+	next := &recovery{rings: slices.Clone(rings), required: required}
+	r.update(func(st *state) {
+		r.recovery.Store(next)
+		// Values to seal wait for the contact that mints a seed with the copies; after the ring has ended there is none.
+		if st.writer != nil && st.writer.missing(next) != nil && st.pending == nil && !r.stopped {
+			st.pending = make(chan struct{})
+		}
+	})
 	r.poke()
 	return nil
+}
+
+// missing returns a recovery provider without whose copy nothing may be sealed under w by now, or nil: a seed from before a reload may lack it.
+func (w *writer) missing(now *recovery) *Ring {
+	if w.recovery == now || !now.required {
+		return nil // it was minted for this, or nothing is required
+	}
+	for _, by := range now.rings {
+		if w.copyBy(by) == nil {
+			return by
+		}
+	}
+	return nil
+}
+
+// copyBy returns the copy that a recovery provider has made of the seed, or nil.
+func (w *writer) copyBy(by *Ring) *copyID {
+	i := slices.IndexFunc(w.copies, func(c copyID) bool { return c.provider == by.Provider() })
+	if i < 0 {
+		return nil
+	}
+	return &w.copies[i]
 }
 
 // mayMint returns why no seed can be minted, if that is known without asking. It spares the ring's own KMS a seed for each contact.
@@ -180,8 +207,8 @@ func (r *Ring) copiesDue(ctx context.Context, w *writer) bool {
 		if st.kmsError() != nil || st.keyID == "" {
 			continue
 		}
-		if i := slices.IndexFunc(w.copies, func(c copyID) bool { return c.provider == by.Provider() }); i >= 0 {
-			if c := w.copies[i]; st.keyID != c.keyID && st.keyID != c.statusID {
+		if c := w.copyBy(by); c != nil {
+			if st.keyID != c.keyID && st.keyID != c.statusID {
 				return true // the recovery provider has a new key
 			}
 			continue
@@ -238,10 +265,8 @@ func (r *Ring) copiesCurrent(have []copyID) bool {
 // copyKeyID returns the key ID that copies by a recovery provider have now, or "" if it is not known.
 func (r *Ring) copyKeyID(by *Ring) string {
 	if w := r.state.Load().writer; w != nil {
-		for _, c := range w.copies {
-			if c.provider == by.Provider() {
-				return c.keyID
-			}
+		if c := w.copyBy(by); c != nil {
+			return c.keyID
 		}
 	}
 	return by.state.Load().keyID
@@ -257,42 +282,4 @@ func copiesIn(h *envelope.Header) []copyID {
 		}
 	}
 	return ids
-}
-
-// RecoveryState is what is known of one recovery provider of a ring.
-type RecoveryState struct {
-	Provider string    // the recovery provider
-	Required bool      // no seed is minted without its copy
-	Lacking  string    // why the current seed has no copy of it; "" if it has one, or there is no seed
-	Used     time.Time // when a value was last opened by its copies; zero if none was, to the second
-}
-
-// Recovery returns the recovery providers of the ring, and those whose copies were used although they are none of them any more.
-func (r *Ring) Recovery() []RecoveryState {
-	set, w := r.recovery.Load(), r.state.Load().writer
-	var states []RecoveryState
-	for _, by := range set.rings {
-		s := RecoveryState{Provider: by.Provider(), Required: set.required}
-		if w != nil {
-			for _, l := range w.lacking {
-				if l.by == by {
-					s.Lacking = l.why
-				}
-			}
-		}
-		states = append(states, s)
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for by, u := range r.rescues {
-		i := slices.IndexFunc(states, func(s RecoveryState) bool { return s.Provider == by.Provider() })
-		if i < 0 {
-			i, states = len(states), append(states, RecoveryState{Provider: by.Provider()})
-		}
-		if last := u.last.Load(); last != 0 {
-			states[i].Used = time.Unix(last, 0)
-		}
-	}
-	slices.SortFunc(states, func(a, b RecoveryState) int { return strings.Compare(a.Provider, b.Provider) })
-	return states
 }

@@ -203,6 +203,7 @@ func (r *Ring) unwrapSpare(h *envelope.Header, s spare, first *Error) (*entry, e
 	if old != nil {
 		e.proven.Store(old.proven.Load())
 	}
+	r.cfg.Observer.Rescued(r.cfg.Provider, s.by.Provider(), s.header.KeyID, first.Text)
 	// First the entry, then the look: a revocation of either key comes before the look, and is seen, or after, and drops the entry.
 	r.cfg.Cache.put(e)
 	if s.by.generation() != gen || r.isRefused() {

@@ -55,6 +55,9 @@ func TestPrimaryIsGoneForGood(t *testing.T) {
 		if ack.count("Decrypt") != 0 || dr.count("Decrypt") != 1 || s.events.get("ack by dr") != 100 {
 			t.Errorf("ack unwrapped %d, dr %d times; %d uses", ack.count("Decrypt"), dr.count("Decrypt"), s.events.get("ack by dr"))
 		}
+		if n := s.events.get("rescue ack by dr key-1: true"); n != 1 {
+			t.Errorf("one seed was unwrapped, and %d are told of", n)
+		}
 		_, err := s.ack.seal("k", "v")
 		wantKind(t, err, KeyUnusable)
 		_, err = s.ack.open("k", bare)

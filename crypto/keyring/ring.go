@@ -235,7 +235,7 @@ func (r *Ring) seal(ctx context.Context, etcdKey, plaintext []byte) ([]byte, *Er
 }
 
 func (r *Ring) maySeal(st *state) bool {
-	return st.revoked == nil && st.writer != nil && (st.healthy || time.Since(st.lastGood) < r.cfg.SealUnreachableFor)
+	return st.revoked == nil && st.writer != nil && st.writer.missing(r.recovery.Load()) == nil && (st.healthy || time.Since(st.lastGood) < r.cfg.SealUnreachableFor)
 }
 
 // cannotSeal says why there is nothing to seal with; only for a state in which maySeal is false.
@@ -245,8 +245,12 @@ func (r *Ring) cannotSeal(st *state) *Error {
 		return r.errorf(Refused, nil, "the provider is configured for reading only")
 	case st.revoked != nil:
 		return r.errorf(KeyUnusable, st.revoked, "%s", describe(st.revoked))
+	case st.err == nil && st.writer != nil:
+		return r.errorf(Unavailable, nil, "a seed with the required recovery copies is not minted yet")
 	case st.err == nil:
 		return r.errorf(Unavailable, nil, "the KMS has not been asked for a seed yet")
+	case st.writer != nil && st.writer.missing(r.recovery.Load()) != nil:
+		return r.errorf(kindOf(st.err), st.err, "the seed in use lacks a required recovery copy: %s", describe(st.err))
 	case st.writer != nil:
 		return r.errorf(kindOf(st.err), st.err, "the last good contact with the KMS was %s ago, and values are sealed for %s only: %s",
 			time.Since(st.lastGood).Round(time.Second), r.cfg.SealUnreachableFor, describe(st.err))
@@ -261,38 +265,4 @@ func (r *Ring) errorf(kind Kind, cause error, format string, args ...any) *Error
 		text += fmt.Sprintf(", key ID %q", id)
 	}
 	return &Error{Kind: kind, Text: text + ": " + fmt.Sprintf(format, args...), Err: cause}
-}
-
-// State is what health reports and metrics show of a ring.
-type State struct {
-	Provider string
-	Healthy  bool      // the last contact with the KMS was good
-	CanSeal  bool      // values can be sealed now; a ring may be healthy and not writing, or silent and still sealing
-	Revoked  bool      // the KMS key may not be used
-	KeyID    string    // the current KMS key, as Status said last; "" before
-	SealedBy string    // the key ID in the values sealed now; "" when there is no seed
-	Reason   string    // why it is not healthy; safe to show
-	LastGood time.Time // the last good contact; zero before
-	Minted   time.Time // when the current seed was minted; zero when there is none
-}
-
-// State returns what is known now, without asking the KMS.
-func (r *Ring) State() State {
-	st := r.state.Load()
-	s := State{
-		Provider: r.cfg.Provider, Healthy: st.healthy, CanSeal: r.maySeal(st), Revoked: st.revoked != nil,
-		KeyID: st.keyID, LastGood: st.lastGood,
-	}
-	if st.writer != nil {
-		s.SealedBy, s.Minted = st.writer.keyID, st.writer.minted
-	}
-	switch {
-	case st.revoked != nil:
-		s.Reason = describe(st.revoked)
-	case st.err != nil:
-		s.Reason = describe(st.err)
-	case !st.healthy:
-		s.Reason = "the KMS has not answered yet"
-	}
-	return s
 }

@@ -17,7 +17,7 @@ const (
 	EventKMS      Event = "kms"      // one attempt of one operation of a KMS
 	EventDenied   Event = "denied"   // a client that may not enter
 	EventReload   Event = "reload"   // the configuration was read again
-	EventRecovery Event = "recovery" // a value was opened with a recovery copy of its seed: Primary could not
+	EventRecovery Event = "recovery" // a seed was unwrapped from a recovery copy: Primary could not
 	EventGuard    Event = "guard"    // rules that protect keys less than what the proxies agreed on: refused or allowed
 	EventBypass   Event = "bypass"   // somebody stored plaintext under a rule, past the proxies
 	EventCommand  Event = "command"  // a command that works on etcd itself began or ended
