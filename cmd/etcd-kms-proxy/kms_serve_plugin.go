@@ -24,6 +24,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/plugin"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/audit"
 )
 
 func newKMSServePlugin() *cobra.Command {
@@ -34,8 +35,9 @@ func newKMSServePlugin() *cobra.Command {
 (--encryption-provider-config). Values that an API server writes with it, under a provider of the same name, and values that the proxy writes are
 alike: either reads the other's.
 
-Of the configuration it uses kms and log, revokeWithin and sealUnreachableFor of cache, and admin: metrics and health are served there unless the
-address is in use, by a proxy with the same configuration for example. Nothing is reloaded, but key files and credential files are.
+Of the configuration it uses kms and log, revokeWithin and sealUnreachableFor of cache, audit, and admin: metrics and health are served there unless
+the address is in use, by a proxy with the same configuration for example. An audit log has one writer: beside such a proxy the plugin needs a
+configuration of its own, with another audit.path. Nothing is reloaded, but key files and credential files are.
 
 The socket's folder must exist. Only the user that the command runs as can connect (mode 0600): that must be the API server's. A socket that nobody
 answers on is replaced; anything else that stands there is an error.
@@ -83,12 +85,20 @@ func servePlugin(cmd *cobra.Command, path, name, socket string, drain time.Durat
 	if err := forbidDumps(); err != nil {
 		log.Warn("core dumps of this process are not turned off: one would hold seeds", "error", err)
 	}
+	a, err := newAuditor(c.Audit, log)
+	if errors.Is(err, audit.ErrInUse) {
+		return &failure{code: exitFailure, err: err, hint: "if that is a proxy, give the plugin a configuration of its own, with another audit.path"}
+	}
+	if err != nil {
+		return startFailure(err)
+	}
+	defer a.close(log)
 	b, err := newBackend(k, log)
 	if err != nil {
 		return fmt.Errorf("kms %q: %w", name, err)
 	}
 	defer b.close()
-	p, err := newPluginServer(c, k, b, drain, log)
+	p, err := newPluginServer(c, k, b, a, drain, log)
 	if err != nil {
 		return err
 	}
@@ -102,11 +112,13 @@ func servePlugin(cmd *cobra.Command, path, name, socket string, drain time.Durat
 	}
 	warnOfFolder(log, filepath.Dir(l.Addr().String()))
 	log.Info("serving", "provider", name, "kind", b.kind, "socket", l.Addr().String())
-	if err := p.run(cmd.Context(), func(ctx context.Context) error { return p.server.Serve(ctx, l) }, signals, drain); err != nil {
-		return err
+	a.started(digest(path))
+	err = p.run(cmd.Context(), func(ctx context.Context) error { return p.server.Serve(ctx, l) }, signals, drain)
+	a.stopped(err)
+	if err == nil {
+		log.Info("stopped")
 	}
-	log.Info("stopped")
-	return nil
+	return err
 }
 
 func providerCalled(c *config.Config, name string) (config.KMS, error) {
@@ -149,32 +161,40 @@ func warnOfFolder(log *slog.Logger, dir string) {
 	}
 }
 
+// failingPoll is the longest time between contacts while something is wrong.
+const failingPoll = 10 * time.Second
+
 // pluginServer is everything that serve-plugin runs.
 type pluginServer struct {
 	log      *slog.Logger
 	server   *plugin.Server
 	registry *prometheus.Registry
 	admin    *proxy.Admin // nil where there is none
+	audit    *auditor     // nil where there is none
 }
 
-func newPluginServer(c *config.Config, k config.KMS, b *backend, drain time.Duration, log *slog.Logger) (*pluginServer, error) {
-	m := newMetrics(&app{}) // of which those of KMS calls are used
+func newPluginServer(c *config.Config, k config.KMS, b *backend, a *auditor, drain time.Duration, log *slog.Logger) (*pluginServer, error) {
+	told := &app{audit: a} // of KMS calls, as that of a proxy is
+	m := newMetrics(told)
+	told.metrics = m
 	calls := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "etcd_kms_proxy_plugin_calls_total", Help: "Calls of API servers to the plugin, by operation and gRPC code.",
 	}, []string{"operation", "code"})
-	client, err := kmsclient.New(kmsclient.Config{Name: k.Name, Backend: b.service, Timeout: b.timeout, Observer: m.kmsCall})
+	client, err := kmsclient.New(kmsclient.Config{Name: k.Name, Backend: b.service, Timeout: b.timeout, Observer: told.kmsCall})
 	if err != nil {
 		return nil, err
 	}
-	p := &pluginServer{log: log, registry: prometheus.NewRegistry()}
+	p := &pluginServer{log: log, registry: prometheus.NewRegistry(), audit: a}
+	poll := min(k.PollInterval, c.Cache.RevokeWithin)
 	p.server, err = plugin.NewServer(plugin.ServerConfig{
-		Provider: k.Name, KMS: client, PollInterval: min(k.PollInterval, c.Cache.RevokeWithin), SealUnreachableFor: c.Cache.SealUnreachableFor,
-		DrainTimeout: drain, Logger: log,
+		Provider: k.Name, KMS: a.kms(k.Name, client), PollInterval: poll, FailingPollInterval: min(poll, failingPoll),
+		SealUnreachableFor: c.Cache.SealUnreachableFor, DrainTimeout: drain, Logger: log,
 		Observer: func(op string, code codes.Code) { calls.WithLabelValues(op, code.String()).Inc() },
 	})
 	if err != nil {
 		return nil, err
 	}
+	a.register(p.registry)
 	p.registry.MustRegister(m.operations, m.latency, calls, pluginState{p.server},
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return p, nil
@@ -198,10 +218,11 @@ func (p *pluginServer) bindAdmin(c *config.Admin) error {
 	return nil
 }
 
-// ready reports that the plugin serves, and whether its KMS answers.
+// ready reports that the plugin serves, whether its KMS answers, and whether the audit log can be written.
 func (p *pluginServer) ready() proxy.ReadyReport {
 	s := p.server.State()
-	return proxy.ReadyReport{Ready: true, Checks: []proxy.Check{{Name: "kms " + s.Provider, OK: s.Healthy, Detail: s.Reason}}}
+	checks := []proxy.Check{{Name: "kms " + s.Provider, OK: s.Healthy, Detail: s.Reason}}
+	return proxy.ReadyReport{Ready: true, Checks: append(checks, p.audit.ready()...)}
 }
 
 // run serves until a signal, a failure or the end of ctx. The admin server stops last.
@@ -243,37 +264,9 @@ func (p *pluginServer) obey(ctx context.Context, signals <-chan os.Signal, stop 
 			case time.Since(stopping) < echo:
 			default:
 				p.log.Warn("second signal: exiting at once", "signal", s.String())
+				p.audit.stopped(errSecondSignal)
 				os.Exit(exitFailure)
 			}
 		}
-	}
-}
-
-// pluginState collects a plugin server's state when it is asked for.
-type pluginState struct{ server *plugin.Server }
-
-// Describe implements [prometheus.Collector].
-func (pluginState) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{healthyDesc, lastGoodDesc, keyDesc} {
-		ch <- d
-	}
-}
-
-// Collect implements [prometheus.Collector].
-func (p pluginState) Collect(ch chan<- prometheus.Metric) {
-	s := p.server.State()
-	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
-		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, append([]string{s.Provider}, labels...)...)
-	}
-	healthy := 0.0
-	if s.Healthy {
-		healthy = 1
-	}
-	gauge(healthyDesc, healthy)
-	if !s.LastGood.IsZero() {
-		gauge(lastGoodDesc, float64(s.LastGood.UnixNano())/1e9)
-	}
-	if s.KeyID != "" {
-		gauge(keyDesc, 1, strings.ToValidUTF8(s.KeyID, "\ufffd")) // the KMS' text, whatever it is
 	}
 }

@@ -224,3 +224,45 @@ func TestServePluginWarnsOfItsFolder(t *testing.T) {
 		s.exited(0)
 	}
 }
+
+// TestServePluginAudit: the plugin's KMS calls are in the audit log of its configuration, and what must be recorded does not happen without it.
+func TestServePluginAudit(t *testing.T) {
+	d, path := newDir(t), filepath.Join(socketDir(t), "kms.sock")
+	config := d.config(t, "kind: ", "audit: {path: audit.jsonl, required: true}\nkind: ")
+	s := servePluginOn(t, config, "dev", path)
+	k := pluginClient(t, path)
+	encrypt := func() error {
+		_, err := k.Encrypt(t.Context(), "uid", []byte(seedText))
+		return err
+	}
+	if err := encrypt(); err != nil {
+		t.Fatal(err)
+	}
+	execute(t, "kms", "serve-plugin", "--config", config, "--name", "dev", "--socket", path+"2").want(t, 3, "another process writes it", "hint: ", "audit.path")
+	unblock := d.block(t)
+	for range 2 { // the first one's record is lost; the second one is not made
+		if err := encrypt(); err == nil || !strings.Contains(err.Error(), "Unavailable") {
+			t.Errorf("without the log: %v", err)
+		}
+	}
+	if code, page := get(t, s, "/readyz"); code != http.StatusOK || !strings.Contains(page, "[-]audit: the audit log cannot be written") {
+		t.Errorf("readyz: %d %s", code, page)
+	}
+	if _, page := get(t, s, "/metrics"); !strings.Contains(page, "etcd_kms_proxy_audit_lost_total 1") || !strings.Contains(page, "etcd_kms_proxy_audit_writable 0") {
+		t.Error("the metrics do not say so")
+	}
+	unblock()
+	if err := encrypt(); err != nil {
+		t.Error(err)
+	}
+	s.signal(syscall.SIGTERM)
+	s.exited(0)
+	count := map[string]int{}
+	for _, r := range d.auditLog(t) {
+		count[fmt.Sprint(r["event"], " ", r["operation"], " ", r["class"])]++
+	}
+	if count["start <nil> <nil>"] != 1 || count["kms Encrypt ok"] != 2 || count["lost <nil> <nil>"] != 1 || count["stop <nil> <nil>"] != 1 || count["kms Status ok"] == 0 {
+		t.Errorf("records: %v", count)
+	}
+	execute(t, "audit", "verify", d.path("audit.jsonl")).want(t, 0)
+}

@@ -25,8 +25,8 @@ const DefaultDrainTimeout = 10 * time.Second
 type ServerConfig struct {
 	// Provider is the name in errors and logs.
 	Provider string
-	// KMS is the backend in the wrapper that all backends share: its are the only retries.
-	KMS *kmsclient.Client
+	// KMS is the backend in the wrapper that all backends share ([kmsclient.Client]), whose are the only retries, or what stands before that.
+	KMS kmsclient.Service
 	// PollInterval is how often the KMS is asked for the key's state; default 1 m.
 	PollInterval time.Duration
 	// FailingPollInterval is the same while something is wrong; default 10 s.
@@ -49,8 +49,8 @@ type ServerConfig struct {
 // clients and health checks costs KMS calls. The key ID that Status names is the one that Encrypt would answer: where the two differ, which
 // an API server takes for a fault, Encrypt's counts.
 //
-// Errors are gRPC statuses by their class (Unavailable, PermissionDenied, FailedPrecondition, InvalidArgument, Internal) whose texts hold
-// nothing secret. There is no authentication: who can connect may wrap and unwrap.
+// Errors are gRPC statuses by their class (Unavailable, PermissionDenied, FailedPrecondition, NotFound for a key that is gone, InvalidArgument,
+// Internal) whose texts hold nothing secret. There is no authentication: who can connect may wrap and unwrap.
 type Server struct {
 	kmsapi.UnimplementedKeyManagementServiceServer
 	cfg ServerConfig
@@ -223,6 +223,9 @@ func statusOf(ctx context.Context, err error) error {
 		code = codes.PermissionDenied
 	case kmsclient.ClassKeyUnusable:
 		code = codes.FailedPrecondition
+		if e, ok := errors.AsType[*kmsclient.Error](err); ok && e.Gone {
+			code = codes.NotFound // for which a proxy turns to recovery copies, as it does not for a key that somebody has disabled
+		}
 	case kmsclient.ClassInvalid:
 		code = codes.InvalidArgument
 	case kmsclient.ClassContract:

@@ -111,6 +111,7 @@ func TestServerCodes(t *testing.T) {
 		"foreign":     {kmstest.Failure{Err: fmt.Errorf("cannot wrap %s", canary)}, codes.Unavailable},
 		"denied":      {kmstest.Failure{Err: &kmsclient.Error{Class: kmsclient.ClassDenied, Code: "Forbidden"}}, codes.PermissionDenied},
 		"key":         {kmstest.Failure{Err: &kmsclient.Error{Class: kmsclient.ClassKeyUnusable}}, codes.FailedPrecondition},
+		"gone":        {kmstest.Failure{Err: &kmsclient.Error{Class: kmsclient.ClassKeyUnusable, Gone: true}}, codes.NotFound},
 		"invalid":     {kmstest.Failure{Err: &kmsclient.Error{Class: kmsclient.ClassInvalid}}, codes.InvalidArgument},
 		"contract":    {kmstest.Failure{Err: &kmsclient.Error{Class: kmsclient.ClassContract}}, codes.Internal},
 		"panic":       {kmstest.Failure{Panic: canary}, codes.Internal},

@@ -20,7 +20,7 @@ func lock(f *os.File) error {
 		switch {
 		case errors.Is(err, syscall.EINTR):
 		case errors.Is(err, syscall.EWOULDBLOCK):
-			return errors.New("another process writes it")
+			return ErrInUse
 		default:
 			return err
 		}

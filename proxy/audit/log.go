@@ -28,6 +28,9 @@ const (
 	rotateAgain = 10 * time.Second // after a rotation that failed
 )
 
+// ErrInUse is in the error of [Open] when another process writes the log.
+var ErrInUse = errors.New("another process writes it")
+
 // Log is an audit log that is being written. Its methods are safe for concurrent use. A record is in the kernel's page cache when Record returns,
 // and survives the end of the process; it is on the disk only after a rotation or Close, or when the kernel has written it there.
 type Log struct {
@@ -61,7 +64,7 @@ type Log struct {
 }
 
 // Open begins to write the log at cfg.Path, where it ended if it is there. The file is made with mode 0600. Open refuses a symbolic link, what is not a
-// regular file, a file that others may write or that another process writes, one that is not a log, and one whose chain has another key, or none while
+// regular file, a file that others may write or that another process writes ([ErrInUse]), one that is not a log, and one whose chain has another key, or none while
 // cfg has one. Close must follow.
 func Open(cfg Config) (*Log, error) {
 	if cfg.MaxSize < 0 || cfg.MaxFiles < 0 {
