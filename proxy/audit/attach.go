@@ -64,8 +64,7 @@ func (l *Log) goOn(f *os.File) error {
 	}
 	switch {
 	case end.found && end.chainKey != l.chain.id:
-		return fmt.Errorf("its chain has %s, and the configuration %s: bring the key file back, or move the log and its older files away",
-			keyName(end.chainKey), keyName(l.chain.id))
+		return l.otherKey(end.chainKey)
 	case end.found && l.seq > 0 && (end.seq != l.seq || end.hash != l.previous):
 		return errors.New("another log has taken its place: move that away")
 	}
@@ -77,6 +76,11 @@ func (l *Log) goOn(f *os.File) error {
 	return nil
 }
 
+func (l *Log) otherKey(id string) error {
+	return fmt.Errorf("its chain has %s, and the configuration %s: bring the key file back, or move the log and its older files away",
+		keyName(id), keyName(l.chain.id))
+}
+
 func keyName(id string) string {
 	if id == "" {
 		return "no key"
@@ -84,7 +88,8 @@ func keyName(id string) string {
 	return "the key " + id
 }
 
-// predecessor replaces the end of a file without a record by that of the newest rotated file, if there is one with the same key.
+// predecessor replaces the end of a file without a record by that of the newest rotated file, if there is one. Beside files of another chain a new one
+// would not do: theirs have the higher numbers, so that its own would be the first to be removed.
 func (l *Log) predecessor(end fileEnd) (fileEnd, string, error) {
 	names, err := rotated(l.cfg.Path)
 	if err != nil || len(names) == 0 {
@@ -100,7 +105,10 @@ func (l *Log) predecessor(end fileEnd) (fileEnd, string, error) {
 	if err != nil {
 		return end, "", fmt.Errorf("go on from %s: %w", name, err)
 	}
-	if before.found && before.chainKey == l.chain.id {
+	if before.found && before.chainKey != l.chain.id {
+		return end, "", fmt.Errorf("go on from %s: %w", name, l.otherKey(before.chainKey))
+	}
+	if before.found {
 		end.found, end.seq, end.hash, end.chainKey = true, before.seq, before.hash, before.chainKey
 	}
 	return end, filepath.Base(name), nil

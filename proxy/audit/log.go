@@ -198,7 +198,8 @@ func (l *Log) append(e entry) error {
 	if err != nil {
 		return err
 	}
-	if l.size > 0 && l.size+int64(len(text)) > l.cfg.MaxSize && !time.Now().Before(l.noRotate) {
+	// A file is not left without its last line break, which the next record would have brought.
+	if l.size > 0 && !l.unended && l.size+int64(len(text)) > l.cfg.MaxSize && !time.Now().Before(l.noRotate) {
 		if err := l.rotate(); err != nil {
 			// A file that is too large is better than a record that is lost.
 			l.noRotate = time.Now().Add(rotateAgain)

@@ -10,7 +10,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 )
@@ -214,78 +213,6 @@ func TestDamagedEnd(t *testing.T) {
 	}
 }
 
-func TestOpenRefuses(t *testing.T) {
-	dir := t.TempDir()
-	at := func(name string) string { return filepath.Join(dir, name) }
-	overwrite(t, at("passwd"), []byte("root:x:0:0:root:/root:/bin/sh\n"))
-	overwrite(t, at("open"), nil)
-	if err := os.Chmod(at("open"), 0o666); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Symlink(at("passwd"), at("link")); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Symlink(at("nowhere"), at("dangling")); err != nil {
-		t.Fatal(err)
-	}
-	plain, keyed := sample(t, 1, nil), sample(t, 1, testKey)
-	held := sample(t, 1, nil)
-	open(t, Config{Path: held})
-	for name, tt := range map[string]struct {
-		cfg  Config
-		text string
-	}{
-		"no folder":        {Config{Path: at("no/audit")}, "no such file"},
-		"a folder":         {Config{Path: dir}, "is a directory"},
-		"a link":           {Config{Path: at("link")}, "symbolic link"},
-		"a dangling link":  {Config{Path: at("dangling")}, "symbolic link"},
-		"a device":         {Config{Path: "/dev/full"}, "not a regular file"},
-		"not a log":        {Config{Path: at("passwd")}, "not an audit log"},
-		"others may write": {Config{Path: at("open")}, "chmod 600"},
-		"in use":           {Config{Path: held}, "another process"},
-		"key appeared":     {Config{Path: plain, Key: testKey}, "no key"},
-		"key gone":         {Config{Path: keyed}, "bring the key file back"},
-		"other key":        {Config{Path: keyed, Key: bytes.Repeat([]byte{1}, 32)}, "bring the key file back"},
-		"short key":        {Config{Path: at("new"), Key: []byte("short")}, "32 to 4096 bytes"},
-		"negative":         {Config{Path: at("new"), MaxSize: -1}, "negative"},
-	} {
-		if l, err := Open(tt.cfg); err == nil || !strings.Contains(err.Error(), tt.text) {
-			t.Errorf("%s: %v, want %q", name, err, tt.text)
-			_ = l.Close()
-		}
-	}
-	if got := read(t, at("passwd")); string(got) != "root:x:0:0:root:/root:/bin/sh\n" {
-		t.Error("a file that is no log was changed")
-	}
-}
-
-func TestLoadKey(t *testing.T) {
-	dir := t.TempDir()
-	for name, tt := range map[string]struct {
-		size int
-		mode os.FileMode
-		text string
-	}{
-		"good": {32, 0o600, ""}, "read only": {64, 0o400, ""}, "short": {31, 0o600, "32 to 4096"}, "empty": {0, 0o600, "32 to 4096"},
-		"long": {4097, 0o600, "32 to 4096"}, "for all": {32, 0o644, "chmod 600"},
-	} {
-		path := filepath.Join(dir, name)
-		overwrite(t, path, make([]byte, tt.size))
-		if err := os.Chmod(path, tt.mode); err != nil {
-			t.Fatal(err)
-		}
-		key, err := LoadKey(path)
-		if tt.text == "" && (err != nil || len(key) != tt.size) || tt.text != "" && (err == nil || !strings.Contains(err.Error(), tt.text)) {
-			t.Errorf("%s: %d bytes, %v", name, len(key), err)
-		}
-	}
-	for _, path := range []string{dir, filepath.Join(dir, "none")} {
-		if _, err := LoadKey(path); err == nil {
-			t.Errorf("%s is taken for a key", path)
-		}
-	}
-}
-
 // TestRecordsAreBounded: whatever a client or a KMS is called, a record stays readable.
 func TestRecordsAreBounded(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "a")
@@ -324,99 +251,5 @@ func TestModeAndClose(t *testing.T) {
 	none.Record(call(1))
 	if none.Check() != nil || none.Lost() != 0 || none.Close() != nil {
 		t.Error("a nil log is not well")
-	}
-}
-
-// TestConcurrentRotation: records of many writers are all there, in files that follow each other.
-func TestConcurrentRotation(t *testing.T) {
-	const writers, each = 8, 200
-	dir := t.TempDir()
-	path := filepath.Join(dir, "audit.jsonl")
-	l := open(t, Config{Path: path, Key: testKey, MaxSize: 8 << 10, MaxFiles: 1000})
-	var all sync.WaitGroup
-	for w := range writers {
-		all.Go(func() {
-			for i := range each {
-				l.Record(Record{Event: EventKMS, RequestID: fmt.Sprintf("w%d-%d", w, i)})
-				_ = l.Check()
-			}
-		})
-	}
-	all.Wait()
-	if err := l.Close(); err != nil {
-		t.Fatal(err)
-	}
-	older, err := rotated(path)
-	if err != nil || len(older) < 10 {
-		t.Fatalf("%d older files, %v", len(older), err)
-	}
-	// The shell's order of audit.jsonl* is not the log's.
-	r := good(t, writers*each, testKey, append([]string{path}, older...)...)
-	if len(r.Files) != len(older)+1 || r.Files[len(older)].File != path || len(r.Notes) > 0 {
-		t.Errorf("files in the wrong order: %+v", r)
-	}
-	var text strings.Builder
-	for _, f := range append(older, path) {
-		data := read(t, f)
-		if len(data) > 8<<10 {
-			t.Errorf("%s has %d bytes", f, len(data))
-		}
-		text.Write(data)
-		// Each can be checked alone.
-		if r := verify(t, testKey, f); !r.OK {
-			t.Errorf("%s: %+v", f, r.Findings)
-		}
-	}
-	for w := range writers {
-		for i := range each {
-			if n := strings.Count(text.String(), fmt.Sprintf(`"w%d-%d"`, w, i)); n != 1 {
-				t.Fatalf("record %d of writer %d is there %d times", i, w, n)
-			}
-		}
-	}
-	// A file that is missing in between is found.
-	if r := verify(t, testKey, append(older[:3:3], older[4:]...)...); r.OK || r.Findings[0].Kind != KindMissing {
-		t.Errorf("without a file in between: %+v", r.Findings)
-	}
-}
-
-func TestPrune(t *testing.T) {
-	dir := t.TempDir()
-	path := filepath.Join(dir, "audit.jsonl")
-	overwrite(t, path+".old", []byte("not ours"))
-	overwrite(t, path+".123", []byte("not ours"))
-	l := open(t, Config{Path: path, MaxSize: 1, MaxFiles: 3}) // every record in a file of its own
-	for i := range 10 {
-		l.Record(call(i))
-	}
-	_ = l.Close()
-	older, err := rotated(path)
-	if err != nil || len(older) != 2 || filepath.Base(older[0]) != "audit.jsonl.000000000008" {
-		t.Fatalf("older files: %v, %v", older, err)
-	}
-	r := good(t, 3, nil, append(older, path)...)
-	if r.FirstSeq != 8 || len(r.Notes) != 1 {
-		t.Errorf("report = %+v", r)
-	}
-	for _, name := range []string{path + ".old", path + ".123"} {
-		if string(read(t, name)) != "not ours" {
-			t.Error("a file that is not the log's was touched")
-		}
-	}
-	// A crash between the two steps of a rotation leaves no file, or an empty one, at the path.
-	for i := range 2 {
-		if err := os.Rename(path, fmt.Sprintf("%s-%03d", older[1], i+1)); err != nil {
-			t.Fatal(err)
-		}
-		if i == 1 {
-			overwrite(t, path, nil)
-		}
-		l = open(t, Config{Path: path})
-		l.Record(call(11))
-		_ = l.Close()
-		if older, err = rotated(path); err != nil || len(older) != 3+i {
-			t.Fatalf("%q, %v", older, err)
-		}
-		good(t, 4+i, nil, append(older, path)...)
 	}
 }

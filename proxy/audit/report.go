@@ -1,5 +1,10 @@
 package audit
 
+import (
+	"strings"
+	"unicode"
+)
+
 // The kinds of a [Finding].
 const (
 	KindAltered   = "altered"   // a record does not have the hash that it should
@@ -48,3 +53,13 @@ type Report struct {
 }
 
 const maxFindings = 1000
+
+// printable keeps what somebody may have written into a log from controlling the terminal of who checks it.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return unicode.ReplacementChar
+		}
+		return r
+	}, s)
+}

@@ -141,7 +141,7 @@ func (v *verifier) note(kind, format string, args ...any) {
 }
 
 func (v *verifier) finding(kind, format string, args ...any) Finding {
-	return Finding{File: v.name, Line: v.line, Seq: v.seq, Kind: kind, Text: fmt.Sprintf(format, args...)}
+	return Finding{File: v.name, Line: v.line, Seq: v.seq, Kind: kind, Text: printable(fmt.Sprintf(format, args...))}
 }
 
 // file checks one file, after those before it.
@@ -172,7 +172,7 @@ func (v *verifier) file(in Input) error {
 		}
 		v.seq = w.Seq
 		if v.chain.key == nil && !v.started && w.ChainKey != "" {
-			return fmt.Errorf("verify audit log: %s: %w (key %s)", in.Name, ErrKeyed, clip(w.ChainKey, 64))
+			return fmt.Errorf("verify audit log: %s: %w (key %s)", in.Name, ErrKeyed, printable(clip(w.ChainKey, 64)))
 		}
 		v.odd(odd, &w)
 		odd = nil

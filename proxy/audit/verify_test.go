@@ -196,6 +196,26 @@ func TestEmptyAndUnreadable(t *testing.T) {
 	}
 }
 
+// TestNothingControlsTheTerminal: what a stranger has written into a log is not printed as it is.
+func TestNothingControlsTheTerminal(t *testing.T) {
+	const evil = `\u001b]0;owned\u0007\u009b31m`
+	body := `{"seq":1,"time":"","event":"lost","lost":1,"since":"` + evil + `","chainKey":"` + evil + `"`
+	text := line([]byte(body), chain{}.next(sum{}, []byte(body)))
+	key := testKey
+	r := check(t, key, text)
+	for _, f := range append(r.Findings, r.Notes...) {
+		if strings.ContainsFunc(f.Text, func(c rune) bool { return c < ' ' || c >= 0x7f && c < 0xa0 }) {
+			t.Errorf("%q", f.Text)
+		}
+	}
+	if len(r.Findings) == 0 || len(r.Notes) == 0 {
+		t.Errorf("%+v", r)
+	}
+	if _, err := Verify(VerifyOptions{}, Input{"a", bytes.NewReader(text)}); !errors.Is(err, ErrKeyed) || strings.Contains(err.Error(), "\x1b") {
+		t.Errorf("%q", err)
+	}
+}
+
 // FuzzVerify: no file makes the check panic, and what passes is what a log can hold: unless it is one of the seeds, no findings means that every line is
 // chained.
 func FuzzVerify(f *testing.F) {
