@@ -1,7 +1,9 @@
 package main
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
@@ -10,6 +12,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba"
 )
 
@@ -68,6 +71,35 @@ type keyWatch struct {
 
 	info atomic.Pointer[alibaba.KeyInfo] // the last that the KMS said
 	told map[string]bool                 // by kind; look's own
+}
+
+// audited has each call of describe counted and recorded as every KMS call is, and made only while it can be. It returns nil for nil.
+func (a *app) audited(provider string, describe func(context.Context) (*alibaba.KeyInfo, error)) func(context.Context) (*alibaba.KeyInfo, error) {
+	if describe == nil {
+		return nil
+	}
+	return func(ctx context.Context) (info *alibaba.KeyInfo, err error) {
+		err = a.audit.recorded(func() error {
+			noting, requestID := kmsclient.WithRequestID(ctx)
+			call := kmsclient.Call{Provider: provider, Op: "DescribeKey", Class: "ok", Time: time.Now()}
+			info, err = describe(noting)
+			call.Duration, call.RequestID = time.Since(call.Time), requestID()
+			if err != nil {
+				call.Class = kmsclient.ClassUnavailable.String()
+				if e, ok := errors.AsType[*kmsclient.Error](err); ok {
+					call.Class, call.KeyID, call.RequestID = e.Class.String(), e.KeyID, cmp.Or(e.RequestID, call.RequestID)
+				}
+			} else {
+				call.KeyID = info.KeyID
+			}
+			a.kmsCall(call)
+			return err
+		})
+		if err != nil {
+			return nil, err
+		}
+		return info, nil
+	}
 }
 
 // run looks until ctx ends.

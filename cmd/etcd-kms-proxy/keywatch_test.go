@@ -4,12 +4,14 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba"
 )
 
@@ -84,5 +86,50 @@ func TestKeyWatchLogsOnce(t *testing.T) {
 	w.look(t.Context())
 	if got := lines(); len(got) != 1 || !strings.Contains(got[0], "is over") {
 		t.Errorf("logged %q", got)
+	}
+}
+
+// TestKeyWatchIsAudited: describing a key is a KMS call like any other, and is not made while it cannot be recorded.
+func TestKeyWatchIsAudited(t *testing.T) {
+	d := newDir(t)
+	a, _ := newRunningIn(t, d, "kind: ", "audit: {path: audit.jsonl, required: true}\nkind: ")
+	calls, fail := 0, error(nil)
+	describe := a.audited("ack", func(ctx context.Context) (*alibaba.KeyInfo, error) {
+		calls++
+		kmsclient.NoteRequestID(ctx, "req-1")
+		if fail != nil {
+			return nil, fail
+		}
+		return &alibaba.KeyInfo{KeyID: "key-1/v1"}, nil
+	})
+	if info, err := describe(t.Context()); err != nil || info.KeyID != "key-1/v1" {
+		t.Errorf("%+v, %v", info, err)
+	}
+	fail = &kmsclient.Error{Class: kmsclient.ClassDenied, RequestID: "req-2", KeyID: "key-1"}
+	if _, err := describe(t.Context()); !errors.Is(err, fail) {
+		t.Error(err)
+	}
+	var got []string
+	for _, r := range d.auditLog(t) {
+		got = append(got, fmt.Sprint(r["event"], r["operation"], r["provider"], r["keyID"], r["requestID"], r["class"]))
+	}
+	if want := []string{"kmsDescribeKeyackkey-1/v1req-1ok", "kmsDescribeKeyackkey-1req-2denied"}; !slices.Equal(got, want) {
+		t.Errorf("records %q, want %q", got, want)
+	}
+	if !strings.Contains(metricsOf(t, a), `etcd_kms_proxy_kms_operations_total{class="denied",operation="DescribeKey",provider="ack"} 1`) {
+		t.Error("it is not counted")
+	}
+	fail = nil
+	d.block(t)
+	for range 2 {
+		if info, err := describe(t.Context()); !errors.Is(err, errAudit) || info != nil {
+			t.Errorf("without the log: %+v, %v", info, err)
+		}
+	}
+	if calls != 3 {
+		t.Errorf("%d calls", calls)
+	}
+	if a.audited("local", nil) != nil {
+		t.Error("nothing to describe is described")
 	}
 }
