@@ -26,13 +26,13 @@ func TestKubernetes(t *testing.T) {
 	}
 
 	for text, want := range map[string]string{
-		"kms: [{name: old, kubernetes: {keyFile: /dev/null}}]":                                            "line 7: kms[0].kubernetes.type: is required",
-		"kms: [{name: old, kubernetes: {type: aescbc}}]":                                                  "line 7: kms[0].kubernetes.keyFile: is required",
-		"kms: [{name: old, kubernetes: {type: kms, keyFile: KEYS}}]":                                      `line 7: kms[0].kubernetes.type: "kms" is unknown (write aescbc or aesgcm or secretbox)`,
-		"kms: [{name: old, seedMaxAge: 1h, kubernetes: {type: aesgcm, keyFile: KEYS}}]":                   "line 7: kms[0].seedMaxAge: has no effect with kubernetes",
-		"kms: [{name: old, local: {keyFile: KEYS}, kubernetes: {type: aesgcm, keyFile: KEYS}}]":           "line 7: kms[0]: has more than one backend: local and kubernetes",
-		kmsOld + "rules:\n- {prefix: a, writeWith: old}":                                                  `line 9: rules[0].writeWith: provider "old" is of kind kubernetes`,
-		kmsOld + "rules:\n- prefix: a\n  writeWith: dev\n  recovery: [old]":                               `line 11: rules[0].recovery[0]: provider "old" is of kind kubernetes`,
+		"kms: [{name: old, kubernetes: {keyFile: KEYS}}]":                                                  "line 7: kms[0].kubernetes.type: is required",
+		"kms: [{name: old, kubernetes: {type: aescbc}}]":                                                   "line 7: kms[0].kubernetes.keyFile: is required",
+		"kms: [{name: old, kubernetes: {type: kms, keyFile: KEYS}}]":                                       `line 7: kms[0].kubernetes.type: "kms" is unknown (write aescbc or aesgcm or secretbox)`,
+		"kms: [{name: old, seedMaxAge: 1h, kubernetes: {type: aesgcm, keyFile: KEYS}}]":                    "line 7: kms[0].seedMaxAge: has no effect with kubernetes",
+		"kms: [{name: old, local: {keyFile: KEYS}, kubernetes: {type: aesgcm, keyFile: KEYS}}]":            "line 7: kms[0]: has more than one backend: local and kubernetes",
+		kmsOld + "rules:\n- {prefix: a, writeWith: old}":                                                   `line 9: rules[0].writeWith: provider "old" is of kind kubernetes`,
+		kmsOld + "rules:\n- prefix: a\n  writeWith: dev\n  recovery: [old]":                                `line 11: rules[0].recovery[0]: provider "old" is of kind kubernetes`,
 		kmsOld + "rules:\n- {prefix: b, writeWith: dev}\n- prefix: a\n  readWith: [dev]\n  writeWith: old": `line 12: rules[1].writeWith: provider "old" is of kind kubernetes`,
 	} {
 		path := write(t, minimal+strings.ReplaceAll(text, "KEYS", keys)+"\n")
