@@ -177,27 +177,33 @@ func (f *Fleet) announce(ctx context.Context) error {
 	if err := f.put(ctx, lease.ID); err != nil {
 		return err
 	}
-	f.trouble(f.look(ctx))
 	for {
-		select {
-		case <-ctx.Done():
+		err := f.look(ctx)
+		if errors.Is(err, errForgotten) {
 			return nil
-		case _, ok := <-kept:
-			if !ok {
-				return nil // the lease is gone: a new one
-			}
-			continue
-		case _, ok := <-others:
-			if !ok {
-				return nil
-			}
-		case <-f.changed:
-			if err := f.put(ctx, lease.ID); err != nil {
-				return err
-			}
-		case <-tick.C:
 		}
-		f.trouble(f.look(ctx))
+		f.trouble(err)
+		for idle := true; idle; {
+			select {
+			case <-ctx.Done():
+				return nil
+			case _, ok := <-kept:
+				if !ok {
+					return nil // the lease is gone: a new one
+				}
+				continue
+			case _, ok := <-others:
+				if !ok {
+					return nil
+				}
+			case <-f.changed:
+				if err := f.put(ctx, lease.ID); err != nil {
+					return err
+				}
+			case <-tick.C:
+			}
+			idle = false
+		}
 	}
 }
 
@@ -217,6 +223,9 @@ func (f *Fleet) put(ctx context.Context, lease clientv3.LeaseID) error {
 	return nil
 }
 
+// errForgotten says that somebody has removed this proxy's announcement.
+var errForgotten = errors.New("the announcement is gone")
+
 // look learns who else there is, and notes an agreement if all have the same rules.
 func (f *Fleet) look(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, fleetTimeout)
@@ -225,7 +234,10 @@ func (f *Fleet) look(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	f.setLeading(len(members) > 0 && members[0].ID == f.cfg.Self.ID)
+	if !slices.ContainsFunc(members, func(m Member) bool { return m.ID == f.cfg.Self.ID }) {
+		return errForgotten
+	}
+	f.setLeading(members[0].ID == f.cfg.Self.ID)
 	policy, providers := f.current()
 	if slices.ContainsFunc(members, func(m Member) bool { return m.Policy != PolicyDigest(policy) }) {
 		return nil

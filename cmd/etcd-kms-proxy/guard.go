@@ -167,26 +167,24 @@ func (g *guard) prove(ctx context.Context, agreed *lifecycle.Agreement) error {
 		limited, cancel := context.WithTimeout(ctx, guardTimeout)
 		_, err := g.fleet.Check(limited, agreed, providers)
 		cancel()
-		switch {
-		case ctx.Err() != nil:
-			return nil
-		case errors.Is(err, lifecycle.ErrForged):
-			if err := g.judge(err); err != nil {
+		if errors.Is(err, lifecycle.ErrForged) {
+			err = g.judge(err)
+			if err != nil {
 				return err
 			}
-			err = nil
-			fallthrough
-		case err == nil:
-			if !opened {
-				g.open()
-			}
+		}
+		if ctx.Err() != nil {
+			return nil
+		}
+		if err == nil {
+			g.open()
 			return nil
 		}
 		pause := guardRetry / 10
 		if time.Since(begun) >= proofPatience {
 			pause = proofRetry
 			if !opened {
-				g.log.Warn("no KMS answers that could prove the record of the rules that the proxies agreed on; it is taken as it stands, and checked later")
+				g.log.Warn("no KMS key is usable that could prove the record of the rules that the proxies agreed on; it is taken as it stands, and checked later")
 				g.open()
 			}
 			opened = true

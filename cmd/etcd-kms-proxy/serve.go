@@ -37,16 +37,27 @@ Logs go to standard error. On Linux, core dumps of the process are turned off.`,
 	path := configFlag(cmd)
 	drain := cmd.Flags().Duration("drain-timeout", proxy.DefaultDrainTimeout, "how long calls under way may take after the first SIGTERM or SIGINT")
 	weaken := cmd.Flags().Bool("allow-weakening", false, "let the start and reloads remove or narrow rules, write plaintext, allow plaintext reads or make sealed values unreadable")
+	scan := cmd.Flags().Duration("scan-interval", 0, "count the values in etcd so often, for metrics; 0s: never. One of several proxies does it")
 	cmd.RunE = fails(func(cmd *cobra.Command, _ []string) error {
 		if *drain <= 0 {
 			return &failure{code: exitUsage, err: fmt.Errorf("--drain-timeout %v is not more than 0s", *drain)}
 		}
-		return serve(cmd, *path, *drain, *weaken)
+		if *scan < 0 || *scan > 0 && *scan < time.Second {
+			return &failure{code: exitUsage, err: fmt.Errorf("--scan-interval %v is neither 0s nor a second or more", *scan)}
+		}
+		return serve(cmd, *path, serveOptions{drain: *drain, weaken: *weaken, scan: *scan})
 	})
 	return cmd
 }
 
-func serve(cmd *cobra.Command, path string, drain time.Duration, weaken bool) error {
+// serveOptions are the flags of serve.
+type serveOptions struct {
+	drain  time.Duration
+	weaken bool
+	scan   time.Duration // 0: never
+}
+
+func serve(cmd *cobra.Command, path string, o serveOptions) error {
 	// From here on, a signal is answered by this function and by nothing else.
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
@@ -64,11 +75,17 @@ func serve(cmd *cobra.Command, path string, drain time.Duration, weaken bool) er
 		log.Warn("core dumps of this process are not turned off: one would hold seeds and values", "error", err)
 	}
 	relaxGC()
-	a, err := newApp(c, log, drain)
+	a, err := newApp(c, log, o.drain)
 	if err != nil {
 		return startFailure(err)
 	}
 	defer a.close()
+	if o.scan > 0 {
+		if a.fleet == nil {
+			return &failure{code: exitFailure, err: errors.New("--scan-interval needs coordination.enabled"), hint: "the proxies find out by it which of them scans"}
+		}
+		a.scanner = newScanner(a, o.scan)
+	}
 	for i, addr := range a.proxy.Addrs() {
 		log.Info("serving", "listener", c.Listeners[i].Address, "address", addr.String(), "tls", c.Listeners[i].TLS != nil)
 		if c.Listeners[i].InsecurePlaintext {
@@ -81,9 +98,9 @@ func serve(cmd *cobra.Command, path string, drain time.Duration, weaken bool) er
 	if len(c.Rules) == 0 {
 		log.Warn("there are no rules: every value passes as it is")
 	}
-	r := &reloader{path: path, seen: loaded, app: a, running: c, level: level, weaken: weaken, log: log}
+	r := &reloader{path: path, seen: loaded, app: a, running: c, level: level, weaken: o.weaken, log: log}
 	a.audit.started(loaded)
-	err = a.run(cmd.Context(), r, signals, drain)
+	err = a.run(cmd.Context(), r, signals, o.drain)
 	a.audit.stopped(err)
 	return err
 }
@@ -115,6 +132,9 @@ func (a *app) run(ctx context.Context, r *reloader, signals <-chan os.Signal, dr
 	}
 	for _, w := range a.watches {
 		rest.Go(func() { w.run(lasting) })
+	}
+	if a.scanner != nil {
+		rest.Go(func() { a.scanner.run(serving) })
 	}
 	rest.Go(func() {
 		if err := a.fleet.run(serving, r.weaken); err != nil {

@@ -19,9 +19,10 @@ func newStatus() *cobra.Command {
 		Use:   "status",
 		Short: "how the values in etcd stand to the rules",
 		Long: `status reads every value under the rules from etcd itself, past the proxy, and counts per rule how many are sealed under the key that the rule writes
-with now, how many under another one, and how many are plaintext or do not open. It changes nothing.
+with now, how many under another one, and how many are plaintext or do not open. It also tells which proxies serve this etcd, and whether they have the rules of
+this configuration. It changes nothing.
 
-Exit code 1 says that not all is current: see reencrypt.`,
+Exit code 1 says that not all is current (see reencrypt), that a KMS does not answer, or that a proxy has other rules.`,
 		Args: cobra.NoArgs,
 	}
 	path, out := configFlag(cmd), outputFlag(cmd)
@@ -58,6 +59,7 @@ type statusReport struct {
 	Revisions lifecycle.Span `json:"revisions"` // that were looked at: one, unless etcd was compacted meanwhile
 	Rules     []statusRule   `json:"rules"`
 	KMS       []statusKMS    `json:"kms"`
+	Proxies   []statusProxy  `json:"proxies"`        // that have announced themselves in etcd
 	Keys      []statusKey    `json:"keys,omitempty"` // with --list, those that are not current
 }
 
@@ -82,6 +84,11 @@ type statusKMS struct {
 	Reason  string `json:"reason,omitempty"`
 }
 
+type statusProxy struct {
+	lifecycle.Member
+	SameRules bool `json:"sameRules"` // as this configuration
+}
+
 type statusKey struct {
 	Key      string           `json:"key"`
 	Standing keyring.Standing `json:"standing"`
@@ -91,7 +98,7 @@ type statusKey struct {
 
 // status makes the report.
 func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) {
-	report := &statusReport{OK: true, Rules: []statusRule{}, KMS: []statusKMS{}}
+	report := &statusReport{OK: true, Rules: []statusRule{}, KMS: []statusKMS{}, Proxies: []statusProxy{}}
 	var look lifecycle.Looker
 	if list {
 		look = func(_ *lifecycle.Rule, kv *mvccpb.KeyValue, standing keyring.Standing, err error) error {
@@ -117,6 +124,18 @@ func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) 
 			Foreign: n(keyring.Foreign), Undecryptable: n(keyring.Undecryptable), Unavailable: n(lifecycle.Unavailable), Detail: c,
 		})
 		report.OK = report.OK && c.Done()
+	}
+	if cl.config.Coordination.Enabled {
+		members, err := lifecycle.NewFleet(lifecycle.FleetConfig{Client: cl.etcd, Prefix: cl.config.Coordination.Prefix}).Members(cmd.Context())
+		if err != nil {
+			return nil, err
+		}
+		canonical, _ := policyOf(cl.config.Rules)
+		for _, m := range members {
+			p := statusProxy{m, m.Policy == lifecycle.PolicyDigest(canonical)}
+			report.Proxies = append(report.Proxies, p)
+			report.OK = report.OK && p.SameRules
+		}
 	}
 	for _, r := range cl.app.rings {
 		s := r.State()
@@ -167,6 +186,19 @@ func (r *statusReport) text(w io.Writer) {
 		fmt.Fprintf(t, "%s\t%s\t%s\n", k.Name, state, orNone(k.KeyID))
 	}
 	_ = t.Flush()
+	if len(r.Proxies) > 0 {
+		fmt.Fprintln(w)
+		t = tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+		fmt.Fprintln(t, "PROXY\tVERSION\tSTARTED\tRULES")
+		for _, p := range r.Proxies {
+			rules := "as here"
+			if !p.SameRules {
+				rules = "NOT as in this configuration"
+			}
+			fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", p.ID, p.Version, p.Started.Format(time.RFC3339), rules)
+		}
+		_ = t.Flush()
+	}
 	if r.Revisions.First != r.Revisions.Last {
 		fmt.Fprintf(w, "\netcd was compacted meanwhile: keys were counted at revisions %d to %d\n", r.Revisions.First, r.Revisions.Last)
 	}

@@ -75,7 +75,8 @@ type app struct {
 	closers []func()
 	rings   []*keyring.Ring
 	watches []*keyWatch
-	fleet   *fleet // nil without coordination
+	fleet   *fleet   // nil without coordination
+	scanner *scanner // nil without --scan-interval
 	proxy   *proxy.Proxy
 	admin   *proxy.Admin            // nil without an admin block
 	rules   atomic.Pointer[ruleSet] // what the proxy has now

@@ -187,6 +187,7 @@ rules:
 - prefix: %s
   writeWith: bench
   allowPlaintextReads: false
+coordination: {enabled: false} # what the clients cost alone
 log: {level: warn}
 `, s.endpoint, upstream, keyFile, sealedPrefix), 0o600)
 	if err != nil {

@@ -48,7 +48,7 @@ func newBench(t *testing.T, version string, rules ruleSet) *bench {
 	b := &bench{env: env, rules: rules}
 	b.bareEtcd = env.StartEtcd(harness.EtcdConfig{Version: version, Name: "bare", Bare: true})
 	b.behind = env.StartEtcd(harness.EtcdConfig{Version: version, Name: "behind", MaxRequestBytes: sealedLimit})
-	cfg := harness.ProxyConfig{Etcd: harness.Upstream{Endpoints: []string{b.behind.URL}, MaxRequestBytes: requestLimit}, Rules: rules.rules}
+	cfg := harness.ProxyConfig{Coordination: harness.NoCoordination(), Etcd: harness.Upstream{Endpoints: []string{b.behind.URL}, MaxRequestBytes: requestLimit}, Rules: rules.rules}
 	if len(rules.rules) > 0 {
 		cfg.KMS = []harness.KMSConfig{env.LocalKey(provider, 1)}
 	}

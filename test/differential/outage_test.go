@@ -19,7 +19,8 @@ func TestEtcdOutage(t *testing.T) {
 	env := harness.New(t)
 	address := harness.FreeAddress(t)
 	p := env.StartProxy("proxy", harness.ProxyConfig{
-		Etcd: harness.Upstream{Endpoints: []string{"http://" + address}}, KMS: []harness.KMSConfig{env.LocalKey(provider, 1)}, Rules: ruleSets[0].rules,
+		Coordination: harness.NoCoordination(),
+		Etcd:         harness.Upstream{Endpoints: []string{"http://" + address}}, KMS: []harness.KMSConfig{env.LocalKey(provider, 1)}, Rules: ruleSets[0].rules,
 	})
 	kv := pb.NewKVClient(harness.Dial(t, p.Address, nil))
 	put := func(within time.Duration) error {

@@ -22,9 +22,11 @@ type ProxyConfig struct {
 	KMS        []KMSConfig `json:"kms,omitempty"`
 	Rules      []Rule      `json:"rules"`
 	Cache      *Cache      `json:"cache,omitempty"`
-	Admin      Admin       `json:"admin"`
-	Audit      *Audit      `json:"audit,omitempty"`
-	Log        LogConfig   `json:"log"`
+	// Coordination is on by default, and then adds revisions of its own to etcd's.
+	Coordination *Coordination `json:"coordination,omitempty"`
+	Admin        Admin         `json:"admin"`
+	Audit        *Audit        `json:"audit,omitempty"`
+	Log          LogConfig     `json:"log"`
 }
 
 type (
@@ -103,6 +105,11 @@ type (
 	Admin struct {
 		Address string `json:"address"`
 	}
+	// Coordination is what the proxy keeps in etcd for itself.
+	Coordination struct {
+		Enabled     *bool `json:"enabled,omitempty"`
+		WatchBypass *bool `json:"watchBypass,omitempty"`
+	}
 	// Audit is the audit log.
 	Audit struct {
 		Path     string `json:"path"`
@@ -128,7 +135,9 @@ type Proxy struct {
 	// Address is the first listener, as clients write it: host:port or unix:///path.
 	Address string
 	// TLS is for clients of a TLS listener made by [Env.TLSListener].
-	TLS     *tls.Config
+	TLS *tls.Config
+	// Args are further arguments of serve.
+	Args    []string
 	scrapes int
 }
 
@@ -159,6 +168,14 @@ func (e *Env) UnixListener(name string) Listener {
 // proxy and waits until it serves. It need not be ready.
 func (e *Env) StartProxy(name string, cfg ProxyConfig) *Proxy {
 	e.TB.Helper()
+	p := e.NewProxy(name, cfg)
+	p.Start()
+	return p
+}
+
+// NewProxy is StartProxy without the start.
+func (e *Env) NewProxy(name string, cfg ProxyConfig) *Proxy {
+	e.TB.Helper()
 	cfg.APIVersion, cfg.Kind = "etcd-kms-proxy.io/v1alpha1", "ProxyConfiguration"
 	if len(cfg.Listeners) == 0 {
 		cfg.Listeners = []Listener{{Address: FreeAddress(e.TB)}}
@@ -178,7 +195,6 @@ func (e *Env) StartProxy(name string, cfg ProxyConfig) *Proxy {
 	}
 	p := &Proxy{env: e, name: name, Config: cfg, Address: cfg.Listeners[0].Address, ConfigFile: e.File(name+".yaml", data)}
 	e.TB.Cleanup(p.end)
-	p.Start()
 	return p
 }
 
@@ -190,7 +206,7 @@ func (p *Proxy) Start() {
 	if data, err := os.ReadFile(filepath.Join(p.env.Dir, p.name+".log")); err == nil {
 		before = string(data)
 	}
-	p.Process = p.env.spawn(p.name, Bin(p.env.TB, "etcd-kms-proxy"), "serve", "--config", p.ConfigFile)
+	p.Process = p.env.spawn(p.name, Bin(p.env.TB, "etcd-kms-proxy"), append([]string{"serve", "--config", p.ConfigFile}, p.Args...)...)
 	Eventually(p.env.TB, 30*time.Second, p.name+" to serve", func() error {
 		if err := p.Alive(); err != nil {
 			return err
@@ -285,3 +301,6 @@ func (p *Proxy) URL() string {
 	}
 	return "http://" + p.Address
 }
+
+// NoCoordination is for tests and measurements that compare with etcd alone, revision for revision.
+func NoCoordination() *Coordination { return &Coordination{Enabled: new(false)} }

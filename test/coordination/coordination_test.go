@@ -1,0 +1,386 @@
+// Package coordination tests what proxies before one etcd do there between them: the guard of their rules, their announcements, and the watch for plaintext that
+// goes past them.
+package coordination
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
+)
+
+const (
+	prefix    = "/sealed/"
+	agreement = "/etcd-kms-proxy/agreement"
+	within    = 30 * time.Second
+)
+
+// site is an etcd and the configuration of a proxy before it.
+type site struct {
+	*harness.Env
+	etcd *harness.Etcd
+	kv   pb.KVClient // etcd itself
+	cfg  harness.ProxyConfig
+}
+
+func newSite(t *testing.T) *site {
+	t.Helper()
+	s := &site{Env: harness.New(t)}
+	s.etcd = s.StartEtcd(harness.EtcdConfig{})
+	s.kv = pb.NewKVClient(harness.Dial(t, s.etcd.Address, nil))
+	s.cfg = harness.ProxyConfig{
+		Etcd: harness.Upstream{Endpoints: []string{s.etcd.URL}}, KMS: []harness.KMSConfig{s.LocalKey("dev", 1), s.LocalKey("other", 2)},
+		Rules: []harness.Rule{{Prefix: prefix, WriteWith: "dev", AllowPlaintextReads: new(true)}},
+	}
+	return s
+}
+
+// with returns the configuration with other rules.
+func (s *site) with(rules ...harness.Rule) harness.ProxyConfig {
+	c := s.cfg
+	c.Rules = rules
+	return c
+}
+
+func (s *site) get(t *testing.T, key string) string {
+	t.Helper()
+	r, err := s.kv.Range(t.Context(), &pb.RangeRequest{Key: []byte(key)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(r.Kvs) == 0 {
+		return ""
+	}
+	return string(r.Kvs[0].Value)
+}
+
+// agreed waits for the record of a rule set.
+func (s *site) agreed(t *testing.T, part string) {
+	t.Helper()
+	harness.Eventually(t, within, "the record of the rules", func() error {
+		if got := s.get(t, agreement); !strings.Contains(got, part) {
+			return fmt.Errorf("it is %q", got)
+		}
+		return nil
+	})
+}
+
+// refused starts a proxy that must not serve.
+func (s *site) refused(t *testing.T, name string, cfg harness.ProxyConfig, why ...string) {
+	t.Helper()
+	p := s.NewProxy(name, cfg)
+	out, code := s.Run("serve", "--config", p.ConfigFile)
+	for _, w := range append(why, "--allow-weakening") {
+		if !strings.Contains(out, w) {
+			t.Errorf("%s does not say %q: %s", name, w, out)
+		}
+	}
+	if code != 3 {
+		t.Errorf("%s: exit code %d, want 3", name, code)
+	}
+}
+
+// TestGuard: what protects keys less than what was agreed on does not start; what protects them more does, and is agreed on.
+func TestGuard(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	sealed := s.cfg.Rules[0]
+	first := s.StartProxy("first", s.cfg)
+	first.WaitReady(within)
+	s.agreed(t, `"prefix":"/sealed/"`)
+	first.Stop(within)
+
+	narrow, plain, other, strict := sealed, sealed, sealed, sealed
+	narrow.Prefix, plain.WriteWith, other.WriteWith, strict.AllowPlaintextReads = prefix+"a/", "plaintext", "other", new(false)
+	s.refused(t, "none", s.with(), `keys below "/sealed/" would have no rule`)
+	s.refused(t, "narrow", s.with(narrow), `keys below "/sealed/" would have no rule`)
+	s.refused(t, "plain", s.with(plain), "would be written as plaintext")
+	s.refused(t, "other", s.with(other), `which is not in readWith`)
+
+	readable := other
+	readable.ReadWith = []string{"dev"}
+	p := s.StartProxy("readable", s.with(readable))
+	p.WaitReady(within)
+	s.agreed(t, `"writeWith":"other"`)
+	p.Stop(within)
+
+	strict.WriteWith, strict.ReadWith = "other", []string{"dev"}
+	p = s.StartProxy("strict", s.with(strict))
+	p.WaitReady(within)
+	s.agreed(t, `"allowPlaintextReads":false`)
+	p.Stop(within)
+	s.refused(t, "loose", s.with(readable), "would allow plaintext reads")
+
+	// Meant, and told the audit log.
+	cfg := s.with(plain)
+	cfg.Audit = &harness.Audit{Path: filepath.Join(s.Dir, "audit.jsonl")}
+	p = s.NewProxy("allowed", cfg)
+	out, code := s.Run("serve", "--config", p.ConfigFile)
+	if code != 3 {
+		t.Errorf("exit code %d: %s", code, out)
+	}
+	p.Args = []string{"--allow-weakening"}
+	p.Start()
+	s.agreed(t, `"writeWith":"plaintext"`)
+	p.Stop(within)
+	data, err := os.ReadFile(cfg.Audit.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{`"event":"guard","outcome":"refused"`, `"event":"guard","outcome":"allowed"`} {
+		if !strings.Contains(string(data), want) {
+			t.Errorf("the audit log has no %s", want)
+		}
+	}
+	again := s.StartProxy("again", s.with(plain)) // agreed on, so no flag is needed
+	again.WaitReady(within)
+}
+
+// TestGuardForged: who changes the record without the KMS is found out.
+func TestGuardForged(t *testing.T) {
+	t.Parallel()
+	for name, forge := range map[string]func(record map[string]any){
+		"rules": func(r map[string]any) {
+			r["policy"] = json.RawMessage(`{"rules":[{"prefix":"/sealed/deep/","writeWith":"dev","readWith":null,"recovery":null,"allowPlaintextReads":true}]}`)
+		},
+		"no proof":      func(r map[string]any) { delete(r, "proofs") },
+		"another proof": func(r map[string]any) { r["proofs"] = map[string][]byte{"dev": []byte("k8s:enc:kms:v2:dev:junk")} },
+		"in the clear":  func(r map[string]any) { r["proofs"] = map[string][]byte{"dev": []byte("junk")} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newSite(t)
+			p := s.StartProxy("first", s.cfg)
+			p.WaitReady(within)
+			s.agreed(t, prefix)
+			p.Stop(within)
+			var record map[string]any
+			if err := json.Unmarshal([]byte(s.get(t, agreement)), &record); err != nil {
+				t.Fatal(err)
+			}
+			forge(record)
+			value, err := json.Marshal(record)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := s.kv.Put(t.Context(), &pb.PutRequest{Key: []byte(agreement), Value: value}); err != nil {
+				t.Fatal(err)
+			}
+			s.refused(t, "second", s.cfg, "is not genuine")
+		})
+	}
+}
+
+// TestGuardWithoutKMS: the record is compared all the same, and what is not under a rule is served.
+func TestGuardWithoutKMS(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	kms := s.NewKMS("kms")
+	kms.Start()
+	s.cfg.KMS = append(s.cfg.KMS, kms.Config("plugin"))
+	s.cfg.Rules[0].WriteWith = "plugin"
+	p := s.StartProxy("first", s.cfg)
+	p.WaitReady(within)
+	s.agreed(t, `"writeWith":"plugin"`)
+	p.Stop(within)
+	kms.Stop()
+	s.refused(t, "none", s.with(), "would have no rule")
+	p.Start()
+	kv := pb.NewKVClient(harness.Dial(t, p.Address, nil))
+	harness.Eventually(t, within, "keys without a rule to be served", func() error {
+		_, err := kv.Put(t.Context(), &pb.PutRequest{Key: []byte("/clear/a"), Value: []byte("v")})
+		return err
+	})
+	kms.Start()
+	p.WaitReady(within)
+}
+
+// TestNothingBeforeTheGuard: while etcd does not answer there is nothing to compare with, and so nothing is served; afterwards all is.
+func TestNothingBeforeTheGuard(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	s.etcd.Stop(within)
+	p := s.StartProxy("proxy", s.cfg)
+	kv := pb.NewKVClient(harness.Dial(t, p.Address, nil))
+	if _, err := kv.Range(t.Context(), &pb.RangeRequest{Key: []byte("/clear/a")}); status.Code(err) != codes.Unavailable {
+		t.Errorf("without etcd: %v", err)
+	}
+	s.etcd.Start()
+	p.WaitReady(within)
+	if _, err := kv.Range(t.Context(), &pb.RangeRequest{Key: []byte("/clear/a")}); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestMembers: status knows the proxies, and finds one with other rules; nothing is agreed on while they differ.
+func TestMembers(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	a := s.StartProxy("a", s.cfg)
+	a.WaitReady(within)
+	s.agreed(t, prefix)
+	type report struct {
+		OK      bool
+		Proxies []struct {
+			ID        string
+			SameRules bool
+		}
+	}
+	look := func(config string, code, proxies, same int) {
+		t.Helper()
+		harness.Eventually(t, within, "the report", func() error {
+			out, got := s.Run("status", "--config", config, "--output", "json")
+			var r report
+			if err := json.Unmarshal([]byte(out), &r); err != nil {
+				return err
+			}
+			n := 0
+			for _, p := range r.Proxies {
+				if p.SameRules {
+					n++
+				}
+			}
+			if got != code || r.OK != (code == 0) || len(r.Proxies) != proxies || n != same {
+				return fmt.Errorf("exit code %d: %s", got, out)
+			}
+			return nil
+		})
+	}
+	look(a.ConfigFile, 0, 1, 1)
+	more := harness.Rule{Prefix: "/more/", WriteWith: "dev", AllowPlaintextReads: new(true)}
+	b := s.StartProxy("b", s.with(s.cfg.Rules[0], more))
+	b.WaitReady(within)
+	look(a.ConfigFile, 1, 2, 1)
+	look(b.ConfigFile, 1, 2, 1)
+	if got := s.get(t, agreement); strings.Contains(got, "/more/") {
+		t.Errorf("agreed on what one of two has: %s", got)
+	}
+	a.Stop(within) // takes its announcement back
+	s.agreed(t, "/more/")
+	look(b.ConfigFile, 0, 1, 1)
+
+	// Whoever deletes the announcement does not silence the proxy.
+	if _, err := s.kv.DeleteRange(t.Context(), &pb.DeleteRangeRequest{Key: []byte("/etcd-kms-proxy/"), RangeEnd: []byte("/etcd-kms-proxy0")}); err != nil {
+		t.Fatal(err)
+	}
+	look(b.ConfigFile, 0, 1, 1)
+	s.agreed(t, "/more/")
+}
+
+// TestOwnKeys: clients of the proxy read them, and cannot put there.
+func TestOwnKeys(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	p := s.StartProxy("proxy", s.with(harness.Rule{Prefix: "", WriteWith: "dev", AllowPlaintextReads: new(false)}))
+	p.WaitReady(within)
+	s.agreed(t, "dev")
+	kv := pb.NewKVClient(harness.Dial(t, p.Address, nil))
+	all, err := kv.Range(t.Context(), &pb.RangeRequest{Key: []byte{0}, RangeEnd: []byte{0}})
+	if err != nil || all.Count != 2 {
+		t.Errorf("a list of all keys: %v, %v", all, err)
+	}
+	if _, err := kv.Put(t.Context(), &pb.PutRequest{Key: []byte(agreement), Value: []byte("{}")}); status.Code(err) != codes.PermissionDenied {
+		t.Errorf("a put: %v", err)
+	}
+	if out, code := s.Run("status", "--config", p.ConfigFile); code != 0 {
+		t.Errorf("status counts them: %s", out)
+	}
+}
+
+// TestBypass: plaintext that somebody stores past the proxy is counted, audited once per key and told; what goes through it, and what no rule seals, is not.
+func TestBypass(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	s.cfg.Audit = &harness.Audit{Path: filepath.Join(s.Dir, "audit.jsonl")}
+	p := s.StartProxy("proxy", s.cfg)
+	p.WaitReady(within)
+	through := pb.NewKVClient(harness.Dial(t, p.Address, nil))
+	put := func(kv pb.KVClient, key string) {
+		t.Helper()
+		if _, err := kv.Put(t.Context(), &pb.PutRequest{Key: []byte(key), Value: []byte(s.Sealed.Value(key))}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.Clear.Value("past") // what is stored past the proxy is in etcd's files: not a value of the sealed set
+	past := func(key string) {
+		t.Helper()
+		if _, err := s.kv.Put(t.Context(), &pb.PutRequest{Key: []byte(key), Value: []byte("in the clear")}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	put(through, prefix+"good")
+	past("/clear/a")
+	for range 3 {
+		past(prefix + "bad")
+	}
+	past(prefix + "bad2")
+	harness.Eventually(t, within, "four writes to be seen", func() error {
+		if m := p.Scrape(); !strings.Contains(m, `etcd_kms_proxy_plaintext_writes_seen_total{rule="/sealed/"} 4`) {
+			return fmt.Errorf("the metric does not say so")
+		}
+		return nil
+	})
+	if r := p.Report(); !strings.Contains(r, "[-]bypass: plaintext was stored") || !strings.HasPrefix(r, "200") {
+		t.Errorf("readyz: %s", r)
+	}
+	p.Stop(within)
+	data, err := os.ReadFile(s.cfg.Audit.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := strings.Count(string(data), `"event":"bypass"`); n != 2 {
+		t.Errorf("%d records of two keys", n)
+	}
+	if n := strings.Count(p.Log(), "somebody writes to etcd past the proxies"); n != 1 {
+		t.Errorf("%d log lines in a minute", n)
+	}
+}
+
+// TestScan: with --scan-interval one of two proxies shows the figures, and the other one does when it has gone.
+func TestScan(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	var proxies []*harness.Proxy
+	for _, name := range []string{"a", "b"} {
+		p := s.NewProxy(name, s.cfg)
+		p.Args = []string{"--scan-interval", "1s"}
+		p.Start()
+		p.WaitReady(within)
+		harness.Eventually(t, within, name+" to be announced", func() error {
+			if out, _ := s.Run("status", "--config", p.ConfigFile); strings.Count(out, "as here") != len(proxies)+1 {
+				return fmt.Errorf("%s", out)
+			}
+			return nil
+		})
+		proxies = append(proxies, p)
+	}
+	kv := pb.NewKVClient(harness.Dial(t, proxies[0].Address, nil))
+	if _, err := kv.Put(t.Context(), &pb.PutRequest{Key: []byte(prefix + "a"), Value: []byte(s.Sealed.Value("a"))}); err != nil {
+		t.Fatal(err)
+	}
+	const line = `etcd_kms_proxy_stored_values{rule="/sealed/",standing="current"} 1`
+	shows := func(p *harness.Proxy) {
+		t.Helper()
+		harness.Eventually(t, within, "the figures", func() error {
+			if !strings.Contains(p.Scrape(), line) {
+				return fmt.Errorf("no line %s", line)
+			}
+			return nil
+		})
+	}
+	shows(proxies[0])
+	if strings.Contains(proxies[1].Scrape(), "etcd_kms_proxy_stored_values{") {
+		t.Error("both proxies show the figures")
+	}
+	proxies[0].Stop(within)
+	shows(proxies[1])
+}
