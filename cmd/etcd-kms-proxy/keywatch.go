@@ -22,6 +22,7 @@ const (
 	soon         = 30 * 24 * time.Hour
 	watchEvery   = 10 * time.Minute // KMS quotas of describing keys are shared by a whole account
 	watchTimeout = 30 * time.Second
+	stateCheck   = 5 * time.Second // how soon a key that begins to fail, or no longer does, is looked at
 )
 
 // warning is something that will stop a key from working, or that will leave nothing when it does.
@@ -67,6 +68,7 @@ type keyWatch struct {
 	describe func(context.Context) (*alibaba.KeyInfo, error) // nil where the KMS does not describe its keys
 	expire   func() time.Time                                // nil where there are no credentials
 	recovery func() bool                                     // whether every rule that writes with the key has a recovery key
+	healthy  func() bool                                     // whether the last contact with the KMS was good
 	log      *slog.Logger
 
 	info atomic.Pointer[alibaba.KeyInfo] // the last that the KMS said
@@ -102,16 +104,21 @@ func (a *app) audited(provider string, describe func(context.Context) (*alibaba.
 	}
 }
 
-// run looks until ctx ends.
+// run looks now and then until ctx ends, and whenever contacts with the KMS turn good or bad: whatever it was may be what the KMS says of the key.
 func (w *keyWatch) run(ctx context.Context) {
+	check := time.NewTicker(stateCheck)
+	defer check.Stop()
 	for {
+		healthy := w.healthy()
 		w.look(ctx)
 		// Many proxies that started together do not ask together.
-		next := watchEvery*9/10 + rand.N(watchEvery/5) //nolint:gosec // jitter
-		select {
-		case <-time.After(next):
-		case <-ctx.Done():
-			return
+		next := time.Now().Add(watchEvery*9/10 + rand.N(watchEvery/5)) //nolint:gosec // jitter
+		for w.healthy() == healthy && time.Now().Before(next) {
+			select {
+			case <-check.C:
+			case <-ctx.Done():
+				return
+			}
 		}
 	}
 }

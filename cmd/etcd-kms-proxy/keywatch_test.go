@@ -8,7 +8,9 @@ import (
 	"log/slog"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
@@ -132,4 +134,35 @@ func TestKeyWatchIsAudited(t *testing.T) {
 	if a.audited("local", nil) != nil {
 		t.Error("nothing to describe is described")
 	}
+}
+
+// TestKeyWatchFollowsTheContact: when contacts turn bad the key is looked at at once, and not in ten minutes.
+func TestKeyWatchFollowsTheContact(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var healthy atomic.Bool
+		healthy.Store(true)
+		looks := 0
+		w := &keyWatch{
+			provider: "ack", recovery: func() bool { return true }, healthy: healthy.Load, log: slog.New(slog.DiscardHandler),
+			describe: func(context.Context) (*alibaba.KeyInfo, error) { looks++; return &good, nil },
+		}
+		ctx, stop := context.WithCancel(t.Context())
+		ended := make(chan struct{})
+		go func() { w.run(ctx); close(ended) }()
+		time.Sleep(watchEvery / 2)
+		if looks != 1 {
+			t.Errorf("%d looks in half of the interval", looks)
+		}
+		healthy.Store(false)
+		time.Sleep(2 * stateCheck)
+		if looks != 2 {
+			t.Errorf("%d looks after contacts turned bad", looks)
+		}
+		time.Sleep(2 * watchEvery)
+		if looks < 3 || looks > 5 {
+			t.Errorf("%d looks after two intervals", looks)
+		}
+		stop()
+		<-ended
+	})
 }

@@ -30,6 +30,7 @@ type backend struct {
 	timeout  time.Duration                                   // of one call; 0 is the wrapper's default
 	describe func(context.Context) (*alibaba.KeyInfo, error) // nil where the KMS tells no more than Status
 	closer   io.Closer                                       // nil where there is nothing to let go
+	reader   keyring.LegacyReader                            // of a provider that only opens values; it has no service
 	// credentialsExpire is when the credentials of the calls end, or zero; nil where there are none.
 	credentialsExpire func() time.Time
 }
@@ -51,6 +52,8 @@ func newBackend(k config.KMS, log *slog.Logger) (*backend, error) {
 			return &backend{kind: "local"}, err
 		}
 		return &backend{kind: "local", service: b}, nil
+	case k.Kubernetes != nil:
+		return newKubernetes(k.Kubernetes)
 	}
 	return &backend{kind: "none"}, errors.New("has no backend")
 }
@@ -74,6 +77,7 @@ type app struct {
 	cache   *keyring.Cache
 	closers []func()
 	rings   []*keyring.Ring
+	readers map[string]keyring.LegacyReader // of the providers that have no ring
 	watches []*keyWatch
 	fleet   *fleet   // nil without coordination
 	scanner *scanner // nil without --scan-interval
@@ -156,11 +160,18 @@ func (a *app) assembleKeys(c *config.Config) (*ruleSet, error) {
 	return rules, nil
 }
 
-// addRing makes the backend, the client and the ring of one provider.
+// addRing makes the backend, the client and the ring of one provider, or its reader.
 func (a *app) addRing(k config.KMS, c *config.Config) error {
 	b, err := newBackend(k, a.log)
 	if err != nil {
 		return err
+	}
+	if b.reader != nil {
+		if a.readers == nil {
+			a.readers = make(map[string]keyring.LegacyReader)
+		}
+		a.readers[k.Name] = b.reader
+		return nil
 	}
 	a.closers = append(a.closers, b.close)
 	client, err := kmsclient.New(kmsclient.Config{Name: k.Name, Backend: b.service, Timeout: b.timeout, Observer: a.kmsCall})
@@ -207,7 +218,9 @@ func (a *app) newRules(rules []config.Rule) (*ruleSet, error) {
 			sc.Write = ring(r.WriteWith)
 		}
 		for _, name := range r.ReadWith {
-			sc.Read = append(sc.Read, ring(name))
+			if !a.readWith(&sc, name) {
+				missing = append(missing, name)
+			}
 		}
 		for _, name := range r.Recovery {
 			sc.Recovery = append(sc.Recovery, ring(name))
