@@ -13,13 +13,9 @@ import (
 	"testing"
 
 	"google.golang.org/grpc/codes"
-	"k8s.io/kms/pkg/service"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/kmstest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/audit"
 )
 
 // auditKey makes a key for an audit log. It is a secret like those of key files.
@@ -142,52 +138,6 @@ func TestAuditOfServe(t *testing.T) {
 	}
 }
 
-func TestAuditVerify(t *testing.T) {
-	d := newDir(t)
-	l, err := audit.Open(audit.Config{Path: d.path("a")})
-	if err != nil {
-		t.Fatal(err)
-	}
-	for range 5 {
-		l.Record(audit.Record{Event: audit.EventStart})
-	}
-	if err := l.Close(); err != nil {
-		t.Fatal(err)
-	}
-	text, err := os.ReadFile(d.path("a"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	execute(t, "audit", "verify", d.path("a")).want(t, 0)
-	lines := bytes.SplitAfter(text, []byte("\n"))
-	lines[1] = bytes.Replace(lines[1], []byte("start"), []byte("stop"), 1)
-	if err := os.WriteFile(d.path("a"), bytes.Join(append(lines[:3:3], lines[4:]...), nil), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	r := execute(t, "audit", "verify", d.path("a"))
-	r.want(t, 1)
-	for _, text := range []string{"2 finding(s)\n", d.path("a") + ":2: altered: record 2 ", d.path("a") + ":4: missing: records 4 "} {
-		if !strings.Contains(r.stdout, text) {
-			t.Errorf("no %q in\n%s", text, r.stdout)
-		}
-	}
-	r = execute(t, "audit", "verify", d.path("a"), "-o", "json")
-	r.want(t, 1)
-	var report audit.Report
-	if err := json.Unmarshal([]byte(r.stdout), &report); err != nil || report.OK || len(report.Findings) != 2 || report.Findings[0].Line != 2 || report.LastSeq != 5 {
-		t.Errorf("%v: %+v", err, report)
-	}
-	execute(t, "audit", "verify", d.path("a"), "--expect-last", "xyz").want(t, 2, "64 hexadecimal digits")
-	execute(t, "audit", "verify", d.path("none")).want(t, 3, "no such file")
-	execute(t, "audit", "verify", d.path("a"), "--key-file", d.path("none")).want(t, 3, "read audit key")
-	for _, line := range []string{"audit", "audit verify", "audit frobnicate", "audit verify a --output xml"} {
-		execute(t, strings.Fields(line)...).want(t, 2, "error: ")
-	}
-	for _, line := range []string{"audit --help", "audit verify --help"} {
-		execute(t, strings.Fields(line)...).want(t, 0)
-	}
-}
-
 func TestAuditBadInput(t *testing.T) {
 	d := newDir(t)
 	d.auditKey(t)
@@ -269,6 +219,27 @@ func TestAuditRequired(t *testing.T) {
 	}
 }
 
+// TestReloadIsHeldBack: what changes the rules is recorded, or does not happen.
+func TestReloadIsHeldBack(t *testing.T) {
+	d := newDir(t)
+	a, r := newRunningIn(t, d, "kind: ", "audit: {path: audit.jsonl, required: true}\nkind: ")
+	outcome := func(want string) {
+		t.Helper()
+		r.reload("test")
+		if metrics := metricsOf(t, a); !strings.Contains(metrics, `etcd_kms_proxy_config_reloads_total{outcome="`+want+`"} 1`) {
+			t.Errorf("the reload was not %s", want)
+		}
+	}
+	unblock := d.block(t)
+	a.audit.denied("listener", "client", "remote") // lost
+	outcome(reloadFailed)
+	unblock()
+	outcome(reloadApplied)
+	if n := len(d.auditLog(t)); n != 2 { // what was lost, and the reload
+		t.Errorf("%d records", n)
+	}
+}
+
 // TestAuditNotRequired: the proxy goes on, and says what was lost.
 func TestAuditNotRequired(t *testing.T) {
 	d := newDir(t)
@@ -293,60 +264,5 @@ func TestAuditNotRequired(t *testing.T) {
 	r.want(t, 0)
 	if !strings.Contains(r.stdout, "could not be written\n") {
 		t.Errorf("report:\n%s", r.stdout)
-	}
-}
-
-// TestAuditedKMS: a call whose record is lost has no result, and while the log cannot be written there is no call.
-func TestAuditedKMS(t *testing.T) {
-	d := newDir(t)
-	a, err := newAuditor(&config.Audit{Path: d.path("audit.jsonl"), Required: true}, slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer a.close(slog.New(slog.DiscardHandler))
-	calls := 0
-	client, err := kmsclient.New(kmsclient.Config{Name: "m", Backend: kmstest.NewMemory(), Observer: func(c kmsclient.Call) { calls++; a.kmsCall(c) }})
-	if err != nil {
-		t.Fatal(err)
-	}
-	k := a.kms("m", client)
-	ctx := context.Background()
-	key, err := k.(kmsclient.DataKeyGenerator).GenerateDataKey(ctx, "u")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := k.Encrypt(ctx, "u", []byte("x")); err != nil {
-		t.Error(err)
-	}
-	decrypt := func() error {
-		out, err := k.Decrypt(ctx, "u", &service.DecryptRequest{Ciphertext: key.Ciphertext, KeyID: key.KeyID, Annotations: key.Annotations})
-		if (err == nil) != bytes.Equal(out, key.Plaintext) {
-			t.Errorf("%d bytes, %v", len(out), err)
-		}
-		return err
-	}
-	if err := decrypt(); err != nil {
-		t.Error(err)
-	}
-	unblock := d.block(t)
-	for want, made := range []string{"the record of this call is the first that is lost", "no call is made"} {
-		before := calls
-		err := decrypt()
-		if e, ok := errors.AsType[*kmsclient.Error](err); !ok || e.Class != kmsclient.ClassUnavailable || !strings.Contains(e.Detail, "audit") || e.Provider != "m" {
-			t.Errorf("%s: %v", made, err)
-		}
-		if calls-before != 1-want {
-			t.Errorf("%d calls: %s", calls-before, made)
-		}
-	}
-	if res, err := k.Status(ctx); err == nil || res != nil {
-		t.Errorf("status: %v, %v", res, err)
-	}
-	unblock()
-	if err := decrypt(); err != nil {
-		t.Error(err)
-	}
-	if r := d.auditLog(t); len(r) < 5 || r[len(r)-2]["lost"] != 1.0 {
-		t.Errorf("records: %v", r)
 	}
 }

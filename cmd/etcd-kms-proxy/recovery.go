@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
@@ -53,14 +54,19 @@ func (a *app) recoveryChecks(now time.Time) []proxy.Check {
 	var checks []proxy.Check
 	for _, r := range a.rings {
 		for _, s := range r.Recovery() {
-			check := proxy.Check{Name: fmt.Sprintf("recovery of %s by %s", r.Provider(), s.Provider), OK: true}
-			switch {
-			case !s.Used.IsZero() && now.Sub(s.Used) < recoveryNotice:
-				check.OK, check.Detail = false, "in use: values were opened by their recovery copies, last at "+s.Used.UTC().Format(time.RFC3339)
-			case s.Lacking != "":
-				check.OK, check.Detail = false, "values are sealed without it: "+s.Lacking
+			var problems []string
+			if !s.Used.IsZero() && now.Sub(s.Used) < recoveryNotice {
+				problems = append(problems, "in use: values were opened by their recovery copies, last at "+s.Used.UTC().Format(time.RFC3339))
 			}
-			checks = append(checks, check)
+			switch {
+			case s.Lacking != "" && s.Required:
+				problems = append(problems, "no value is sealed without it: "+s.Lacking)
+			case s.Lacking != "":
+				problems = append(problems, "values are sealed without it: "+s.Lacking)
+			}
+			checks = append(checks, proxy.Check{
+				Name: fmt.Sprintf("recovery of %s by %s", r.Provider(), s.Provider), OK: len(problems) == 0, Detail: strings.Join(problems, "; "),
+			})
 		}
 	}
 	return checks

@@ -147,7 +147,7 @@ func TestLocalKeyIsLost(t *testing.T) {
 					uses = append(uses, fmt.Sprint(r["primary"], " by ", r["provider"], " ", r["keyID"], ": ", r["reason"]))
 				}
 			}
-			if len(uses) != 1 || !strings.HasPrefix(uses[0], `dev by dr 1: KMS provider "dev": `) {
+			if len(uses) != 1 || !strings.HasPrefix(uses[0], `dev by dr 1: KMS provider "dev"`) {
 				t.Errorf("the audit log tells of %q", uses)
 			}
 

@@ -52,6 +52,10 @@ func (r *reloader) reload(trigger string) {
 // apply returns the outcome and, for the audit log, why. mu is held.
 func (r *reloader) apply(trigger string) (outcome, reason string) {
 	const kept = "configuration not reloaded: the running one stays"
+	if err := r.app.audit.refusal(); err != nil {
+		r.log.Error(kept, "error", err, "trigger", trigger)
+		return reloadFailed, err.Error()
+	}
 	next, err := config.Load(r.path)
 	if ps, ok := errors.AsType[config.Problems](err); ok {
 		for _, p := range ps {
