@@ -193,6 +193,7 @@ func (a *app) addRing(k config.KMS, c *config.Config) error {
 		provider: k.Name, describe: a.audited(k.Name, b.describe), expire: b.credentialsExpire, log: a.log,
 		// A key file is its own backup's business, and a key that nothing is written with gets no new copies.
 		recovery: func() bool { return b.kind == "local" || !writes || len(ring.Recovery()) > 0 },
+		healthy:  func() bool { return ring.State().Healthy },
 	})
 	return nil
 }
