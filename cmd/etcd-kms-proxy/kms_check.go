@@ -124,6 +124,9 @@ func checkProvider(ctx context.Context, k config.KMS, recovery bool) providerRep
 		return providerReport{Name: k.Name, Backend: b.kind, Findings: []string{err.Error()}, Warnings: []string{}}
 	}
 	defer b.close()
+	if b.reader != nil { // its keys were read, and there is nothing to ask
+		return providerReport{Name: k.Name, Backend: b.kind, OK: true, Findings: []string{}, Warnings: []string{}}
+	}
 	return checkBackend(ctx, k.Name, b, recovery)
 }
 

@@ -81,6 +81,9 @@ func servePlugin(cmd *cobra.Command, path, name, socket string, drain time.Durat
 	if k.Plugin != nil && strings.TrimPrefix(k.Plugin.Endpoint, "unix://") == strings.TrimPrefix(socket, "unix://") {
 		return &failure{code: exitUsage, err: fmt.Errorf("--socket %s is the socket that provider %q is itself reached at", socket, name), hint: "choose another path"}
 	}
+	if k.Kubernetes != nil {
+		return &failure{code: exitUsage, err: fmt.Errorf("kms %q: %w", name, errReadsOnly), hint: "name a provider of another kind with --name"}
+	}
 	log := newLogger(cmd.ErrOrStderr(), c.Log.Format, logLevel(c.Log.Level))
 	if err := forbidDumps(); err != nil {
 		log.Warn("core dumps of this process are not turned off: one would hold seeds", "error", err)
