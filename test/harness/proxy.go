@@ -91,6 +91,8 @@ type (
 		Prefix              string   `json:"prefix"`
 		WriteWith           string   `json:"writeWith"`
 		ReadWith            []string `json:"readWith,omitempty"`
+		Recovery            []string `json:"recovery,omitempty"`
+		RecoveryRequired    bool     `json:"recoveryRequired,omitempty"`
 		AllowPlaintextReads *bool    `json:"allowPlaintextReads,omitempty"`
 		OnUndecryptable     string   `json:"onUndecryptable,omitempty"`
 	}
