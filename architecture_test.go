@@ -27,7 +27,7 @@ var importTable = map[string][]string{
 	"kmsclient/kmstest": {module + "kmsclient", "k8s.io/kms/", "google.golang.org/grpc"},
 	"kmsclient/local":   {module + "kmsclient", "k8s.io/kms/"},
 	"kmsclient/plugin":  {module + "kmsclient", "k8s.io/kms/", "google.golang.org/grpc"},
-	"lifecycle":         {module + "lifecycle", module + "crypto/", module + "proxy/prefix", "go.etcd.io/etcd/", "google.golang.org/grpc", "golang.org/x/"},
+	"lifecycle":         {module + "lifecycle", module + "crypto/", module + "proxy/prefix", "github.com/cenkalti/backoff/v5", "go.etcd.io/etcd/", "google.golang.org/grpc", "golang.org/x/"},
 	"lifecycle/disk":    {"go.etcd.io/bbolt", "google.golang.org/protobuf/encoding/protowire"},
 	"proxy":             {module + "proxy/etcdwire", module + "proxy/prefix", "google.golang.org/", "go.etcd.io/etcd/", "github.com/prometheus/", "golang.org/x/", "go.uber.org/zap"},
 	"proxy/audit":       {}, // nothing but the standard library

@@ -32,9 +32,15 @@ type cluster struct {
 	ends sync.WaitGroup
 }
 
-// openCluster connects to etcd and starts the rings. With inspectOnly nothing can be sealed, and no seed is minted. It waits for etcd, for at most wait, and for
-// the first contact with each KMS, and is no worse for one that does not answer. close must follow.
-func openCluster(cmd *cobra.Command, c *config.Config, inspectOnly bool, wait time.Duration) (*cluster, error) {
+// clusterOptions are what commands differ in.
+type clusterOptions struct {
+	inspectOnly bool          // nothing can be sealed, and no seed is minted
+	wait        time.Duration // how long to wait for etcd and the KMS
+}
+
+// openCluster connects to etcd and starts the rings. It waits for etcd, and for the first contact with each KMS, and is no worse for one that does not
+// answer. close must follow.
+func openCluster(cmd *cobra.Command, c *config.Config, o clusterOptions) (*cluster, error) {
 	if len(c.Rules) == 0 {
 		return nil, &failure{code: exitFailure, err: errors.New("there are no rules"), hint: "add one under rules"}
 	}
@@ -44,7 +50,7 @@ func openCluster(cmd *cobra.Command, c *config.Config, inspectOnly bool, wait ti
 	level := new(slog.LevelVar)
 	level.Set(slog.LevelError) // what a KMS does not do is in the report
 	cl := &cluster{config: c, log: newLogger(cmd.ErrOrStderr(), "text", level)}
-	cl.app = &app{log: cl.log, inspectOnly: inspectOnly}
+	cl.app = &app{log: cl.log, inspectOnly: o.inspectOnly}
 	set, err := cl.app.assembleKeys(c)
 	if err != nil {
 		cl.app.close()
@@ -60,7 +66,7 @@ func openCluster(cmd *cobra.Command, c *config.Config, inspectOnly bool, wait ti
 	for _, ring := range cl.app.rings {
 		cl.ends.Go(func() { _ = ring.Run(running) }) // it fails only if it ran before
 	}
-	ctx, cancel := context.WithTimeout(cmd.Context(), wait)
+	ctx, cancel := context.WithTimeout(cmd.Context(), o.wait)
 	defer cancel()
 	var contacts sync.WaitGroup
 	for _, ring := range cl.app.rings {

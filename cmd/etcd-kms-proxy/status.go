@@ -33,7 +33,7 @@ Exit code 1 says that not all is current (see reencrypt), that a KMS does not an
 		if err != nil {
 			return err
 		}
-		cl, err := openCluster(cmd, c, true, *wait)
+		cl, err := openCluster(cmd, c, clusterOptions{inspectOnly: true, wait: *wait})
 		if err != nil {
 			return err
 		}
