@@ -5,6 +5,8 @@ import (
 	"encoding/hex"
 	"errors"
 	"log/slog"
+	"path/filepath"
+	"strings"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc/codes"
@@ -40,6 +42,12 @@ func newAuditor(c *config.Audit, log *slog.Logger) (*auditor, error) {
 		return nil, err
 	}
 	return &auditor{log: l, required: c.Required}, nil
+}
+
+// besideAudit is where another process than the proxy with the log at path records what it does: a log has one writer.
+func besideAudit(path, what string) string {
+	ext := filepath.Ext(path)
+	return strings.TrimSuffix(path, ext) + "." + what + ext
 }
 
 // auditProblems checks the key of c, which may be nil. It opens no log, which a proxy may be writing.

@@ -6,8 +6,6 @@ import (
 	"io"
 	"os"
 	"os/user"
-	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
@@ -35,10 +33,7 @@ func openCommandAudit(c *config.Config) (*auditor, error) {
 }
 
 // commandAuditPath is where commands record what the proxy with the log at path does not do.
-func commandAuditPath(path string) string {
-	ext := filepath.Ext(path)
-	return strings.TrimSuffix(path, ext) + ".commands" + ext
-}
+func commandAuditPath(path string) string { return besideAudit(path, "commands") }
 
 // recordCommand records in the commands' log that one began or ended, and lets the log go. With audit.required, the error says that it is not recorded, so that the
 // command must not go on; otherwise w is told.

@@ -29,9 +29,14 @@ func (d dir) auditKey(t *testing.T) {
 }
 
 // auditLog reads the records of the folder's log, and gives its text to the search for secrets.
-func (d dir) auditLog(t *testing.T) (records []map[string]any) {
+func (d dir) auditLog(t *testing.T) []map[string]any {
 	t.Helper()
-	text, err := os.ReadFile(d.path("audit.jsonl"))
+	return d.auditLogAt(t, "audit.jsonl")
+}
+
+func (d dir) auditLogAt(t *testing.T, name string) (records []map[string]any) {
+	t.Helper()
+	text, err := os.ReadFile(d.path(name))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -49,15 +54,20 @@ func (d dir) auditLog(t *testing.T) (records []map[string]any) {
 // block puts another file in the place of the log, which nobody may write to then; the result takes it away.
 func (d dir) block(t *testing.T) (unblock func()) {
 	t.Helper()
-	if err := os.Rename(d.path("audit.jsonl"), d.path("audit.kept")); err != nil {
+	return d.blockAt(t, "audit.jsonl")
+}
+
+func (d dir) blockAt(t *testing.T, name string) (unblock func()) {
+	t.Helper()
+	if err := os.Rename(d.path(name), d.path("audit.kept")); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(d.path("audit.jsonl"), []byte("not an audit log\n"), 0o600); err != nil {
+	if err := os.WriteFile(d.path(name), []byte("not an audit log\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	return func() {
 		t.Helper()
-		if err := os.Rename(d.path("audit.kept"), d.path("audit.jsonl")); err != nil {
+		if err := os.Rename(d.path("audit.kept"), d.path(name)); err != nil {
 			t.Fatal(err)
 		}
 	}

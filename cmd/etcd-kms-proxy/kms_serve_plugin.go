@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"net/url"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -35,9 +36,9 @@ func newKMSServePlugin() *cobra.Command {
 (--encryption-provider-config). Values that an API server writes with it, under a provider of the same name, and values that the proxy writes are
 alike: either reads the other's.
 
-Of the configuration it uses kms and log, revokeWithin and sealUnreachableFor of cache, audit, and admin: metrics and health are served there unless
-the address is in use, by a proxy with the same configuration for example. An audit log has one writer: beside such a proxy the plugin needs a
-configuration of its own, with another audit.path. Nothing is reloaded, but key files and credential files are.
+Of the configuration it uses kms and log, revokeWithin and sealUnreachableFor of cache, admin, and audit: metrics and health are served there unless
+the address is in use, by a proxy with the same configuration for example, and the audit log stands beside that proxy's: for audit.jsonl it is
+audit.plugin-PROVIDER.jsonl. Nothing is reloaded, but key files and credential files are.
 
 The socket's folder must exist. Only the user that the command runs as can connect (mode 0600): that must be the API server's. A socket that nobody
 answers on is replaced; anything else that stands there is an error.
@@ -88,12 +89,9 @@ func servePlugin(cmd *cobra.Command, path, name, socket string, drain time.Durat
 	if err := forbidDumps(); err != nil {
 		log.Warn("core dumps of this process are not turned off: one would hold seeds", "error", err)
 	}
-	a, err := newAuditor(c.Audit, log)
-	if errors.Is(err, audit.ErrInUse) {
-		return &failure{code: exitFailure, err: err, hint: "if that is a proxy, give the plugin a configuration of its own, with another audit.path"}
-	}
+	a, err := newPluginAuditor(c.Audit, name, log)
 	if err != nil {
-		return startFailure(err)
+		return err
 	}
 	defer a.close(log)
 	b, err := newBackend(k, log)
@@ -122,6 +120,23 @@ func servePlugin(cmd *cobra.Command, path, name, socket string, drain time.Durat
 		log.Info("stopped")
 	}
 	return err
+}
+
+// newPluginAuditor opens the log of the plugin for a provider, beside the one of c, which may be nil. close must follow.
+func newPluginAuditor(c *config.Audit, provider string, log *slog.Logger) (*auditor, error) {
+	if c == nil {
+		return nil, nil
+	}
+	own := *c
+	own.Path = besideAudit(own.Path, "plugin-"+url.PathEscape(provider))
+	a, err := newAuditor(&own, log)
+	if errors.Is(err, audit.ErrInUse) {
+		return nil, &failure{code: exitFailure, err: err, hint: "give each plugin of the same provider a configuration of its own, with another audit.path"}
+	}
+	if err != nil {
+		return nil, startFailure(err)
+	}
+	return a, nil
 }
 
 func providerCalled(c *config.Config, name string) (config.KMS, error) {

@@ -228,6 +228,7 @@ func TestServePluginWarnsOfItsFolder(t *testing.T) {
 // TestServePluginAudit: the plugin's KMS calls are in the audit log of its configuration, and what must be recorded does not happen without it.
 func TestServePluginAudit(t *testing.T) {
 	d, path := newDir(t), filepath.Join(socketDir(t), "kms.sock")
+	const log = "audit.plugin-dev.jsonl" // audit.jsonl is the proxy's
 	config := d.config(t, "kind: ", "audit: {path: audit.jsonl, required: true}\nkind: ")
 	s := servePluginOn(t, config, "dev", path)
 	k := pluginClient(t, path)
@@ -239,7 +240,7 @@ func TestServePluginAudit(t *testing.T) {
 		t.Fatal(err)
 	}
 	execute(t, "kms", "serve-plugin", "--config", config, "--name", "dev", "--socket", path+"2").want(t, 3, "another process writes it", "hint: ", "audit.path")
-	unblock := d.block(t)
+	unblock := d.blockAt(t, log)
 	for range 2 { // the first one's record is lost; the second one is not made
 		if err := encrypt(); err == nil || !strings.Contains(err.Error(), "Unavailable") {
 			t.Errorf("without the log: %v", err)
@@ -258,11 +259,14 @@ func TestServePluginAudit(t *testing.T) {
 	s.signal(syscall.SIGTERM)
 	s.exited(0)
 	count := map[string]int{}
-	for _, r := range d.auditLog(t) {
+	for _, r := range d.auditLogAt(t, log) {
 		count[fmt.Sprint(r["event"], " ", r["operation"], " ", r["class"])]++
 	}
 	if count["start <nil> <nil>"] != 1 || count["kms Encrypt ok"] != 2 || count["lost <nil> <nil>"] != 1 || count["stop <nil> <nil>"] != 1 || count["kms Status ok"] == 0 {
 		t.Errorf("records: %v", count)
 	}
-	execute(t, "audit", "verify", d.path("audit.jsonl")).want(t, 0)
+	execute(t, "audit", "verify", d.path(log)).want(t, 0)
+	if _, err := os.Stat(d.path("audit.jsonl")); !os.IsNotExist(err) {
+		t.Errorf("the plugin has made the proxy's log: %v", err)
+	}
 }
