@@ -145,11 +145,13 @@ func (v *conversion) add(g groupResource, providers []Provider) {
 		v.rules = append(v.rules, one)
 	}
 	if g == everything && (r.writeWith != config.Plaintext || !r.allowPlaintext) {
-		for _, p := range []string{"masterleases/", "ranges/"} {
-			v.rules = append(v.rules, rule{prefix: v.root + p, writeWith: config.Plaintext, allowPlaintext: true})
+		for i, p := range neverEncrypted {
+			one := rule{prefix: v.root + p, writeWith: config.Plaintext, allowPlaintext: true}
+			if i == 0 {
+				one.notes = []string{"the API server keeps its own addresses and its ranges of IP addresses and ports as plaintext, with '*.*' too: so do the last rules"}
+			}
+			v.rules = append(v.rules, one)
 		}
-		last := &v.rules[len(v.rules)-2]
-		last.notes = append(last.notes, "the API server keeps its own addresses and its ranges of IP addresses and ports as plaintext, with '*.*' too: so do these two rules")
 	}
 }
 

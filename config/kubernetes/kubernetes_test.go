@@ -93,7 +93,7 @@ func TestRules(t *testing.T) {
 		}
 		return rules
 	}
-	exempt := []string{"/registry/masterleases/ plaintext plaintext", "/registry/ranges/ plaintext plaintext"}
+	exempt := []string{"/registry/masterleases/ plaintext plaintext", "/registry/peerserverleases/ plaintext plaintext", "/registry/ranges/ plaintext plaintext"}
 	for name, c := range map[string]struct {
 		entries    string
 		options    Options

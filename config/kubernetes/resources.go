@@ -94,6 +94,9 @@ var exceptions = map[groupResource]string{
 	{"policy", "podsecuritypolicies"}:  "podsecuritypolicy", // until 1.24
 }
 
+// neverEncrypted are the places of what kube-apiserver stores beside resources and never encrypts, with '*.*' neither.
+var neverEncrypted = []string{"masterleases/", "peerserverleases/", "ranges/"}
+
 // grouped are the groups of kube-apiserver that are stored like custom resources, below the group's name.
 var grouped = []string{"apiextensions.k8s.io", "apiregistration.k8s.io"}
 
