@@ -34,7 +34,7 @@ func TestAuditVerify(t *testing.T) {
 	}
 	r := execute(t, "audit", "verify", d.path("a"))
 	r.want(t, 1)
-	for _, text := range []string{"2 finding(s)\n", d.path("a") + ":2: altered: record 2 ", d.path("a") + ":4: missing: records 4 "} {
+	for _, text := range []string{"2 finding(s)\n", d.path("a") + ":2: altered: record 2 ", d.path("a") + ":4: missing: record 4 is "} {
 		if !strings.Contains(r.stdout, text) {
 			t.Errorf("no %q in\n%s", text, r.stdout)
 		}

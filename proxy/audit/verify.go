@@ -234,7 +234,7 @@ func (v *verifier) record(w *written, first bool) {
 	if first {
 		base = v.begin(w)
 	} else if w.Seq != v.last+1 {
-		v.find(KindMissing, "records %s are missing before this one", span(v.last+1, w.Seq-1))
+		v.find(KindMissing, "%s missing before this one", span(v.last+1, w.Seq-1))
 		base = w.hash // the hash before it is gone, so its own cannot be checked
 	}
 	if base != w.hash && v.chain.next(base, w.body) != w.hash {
@@ -263,7 +263,7 @@ func (v *verifier) begin(w *written) sum {
 	case !v.started:
 		v.note(KindMissing, "the log begins with record %d here: older files were not given", w.Seq)
 	case w.Seq != v.last+1:
-		v.find(KindMissing, "records %s are missing before this file", span(v.last+1, w.Seq-1))
+		v.find(KindMissing, "%s missing before this file", span(v.last+1, w.Seq-1))
 	case named != v.previous:
 		v.find(KindAltered, "the file does not follow the one before: it names another hash than that of record %d", v.last)
 	}
@@ -282,7 +282,7 @@ func (v *verifier) match(w *written) {
 
 func span(from, to uint64) string {
 	if from == to {
-		return fmt.Sprintf("%d", from)
+		return fmt.Sprintf("record %d is", from)
 	}
-	return fmt.Sprintf("%d to %d", from, to)
+	return fmt.Sprintf("records %d to %d are", from, to)
 }
