@@ -28,21 +28,19 @@ ending it at any time leaves nothing half done. Run again, it goes on.
 Each value that is rewritten is a revision of etcd's history until that is compacted, and an event for whoever watches it; how many is said before the first
 one is written. --dry-run stops there.
 
-Of several at a time, one works, and the others wait. Exit code 1 says that something could not be rewritten, and which keys.`,
+Of several at a time, one works, and the others wait. Proxies that have announced other rules than this configuration's stop it: they might not be able to read what
+it writes.
+
+Exit code 0 says that every value is as its rule writes it, 1 that something could not be rewritten, and which keys, 3 that it was interrupted or could not work.`,
 		Args: cobra.NoArgs,
 	}
 	path, out := configFlag(cmd), outputFlag(cmd)
 	var o reencryptOptions
-	cmd.Flags().StringVar(&o.prefix, "prefix", "", "only keys that begin with `PREFIX`")
-	cmd.Flags().IntVar(&o.workers, "workers", 2, "transactions at a time")
-	cmd.Flags().Float64Var(&o.rate, "rate", 0, "values a second, at most; 0: as many as etcd takes")
-	cmd.Flags().IntVar(&o.maxOps, "max-txn-ops", 128, "etcd's flag of this name")
-	cmd.Flags().BoolVar(&o.dryRun, "dry-run", false, "say what would be rewritten, and what it costs; write nothing")
-	cmd.Flags().BoolVar(&o.noWait, "no-wait", false, "fail if another reencrypt is at work")
+	o.flags(cmd)
 	wait := cmd.Flags().Duration("timeout", 30*time.Second, "how long to wait for etcd and for each KMS at the start")
 	cmd.RunE = fails(func(cmd *cobra.Command, _ []string) error {
-		if o.workers < 1 || o.rate < 0 || o.maxOps < 1 {
-			return &failure{code: exitUsage, err: errors.New("--workers and --max-txn-ops are at least 1, --rate at least 0")}
+		if err := o.check(); err != nil {
+			return err
 		}
 		c, err := loadConfig(cmd, *path)
 		if err != nil {
@@ -50,14 +48,22 @@ Of several at a time, one works, and the others wait. Exit code 1 says that some
 		}
 		ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
 		defer stop()
+		context.AfterFunc(ctx, stop) // a second signal ends the process at once
 		cmd.SetContext(ctx)
 		cl, err := openCluster(cmd, c, clusterOptions{wait: *wait})
 		if err != nil {
 			return err
 		}
 		defer cl.close()
-		report, err := cl.reencrypt(ctx, o, cmd.ErrOrStderr())
-		if report != nil {
+		if !cl.rules.Under(o.prefix) {
+			return &failure{code: exitUsage, err: fmt.Errorf("--prefix %q: no rule has keys below it", o.prefix), hint: "rules have the prefixes of etcd's keys: see rules in " + *path}
+		}
+		job := &reencryption{cluster: cl, options: o, view: newReencryptView(cmd.ErrOrStderr()), stderr: cmd.ErrOrStderr()}
+		if o.watch {
+			return job.follow(ctx)
+		}
+		report, err := job.once(ctx)
+		if report != nil && report.Pass > 0 {
 			if werr := out.write(cmd.OutOrStdout(), report, report.text); err == nil {
 				err = werr
 			}
@@ -71,117 +77,152 @@ Of several at a time, one works, and the others wait. Exit code 1 says that some
 }
 
 type reencryptOptions struct {
-	prefix         string
-	workers        int
-	rate           float64
-	maxOps         int
-	dryRun, noWait bool
+	prefix                               string
+	workers, txnKeys, passes             int
+	rate                                 float64
+	dryRun, noWait, watch, ignoreProxies bool
+	interval                             time.Duration
 }
 
-// reencryptReport is what reencrypt has done.
-type reencryptReport struct {
-	OK      bool `json:"ok"`
-	DryRun  bool `json:"dryRun,omitempty"`
-	Stopped bool `json:"interrupted,omitempty"`
-	lifecycle.Result
-	Seconds float64         `json:"seconds"`
-	Left    []reencryptLeft `json:"left"` // keys that could not be rewritten, the first maxLeft
+func (o *reencryptOptions) flags(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.StringVar(&o.prefix, "prefix", "", "only keys that begin with `PREFIX`")
+	f.IntVar(&o.workers, "workers", 2, "transactions at a time")
+	f.Float64Var(&o.rate, "rate", 0, "values a second, at most; 0: as many as etcd takes")
+	f.IntVar(&o.txnKeys, "txn-keys", 1, "values in one transaction, at most. More than 1 is quicker, and not for kube-apiserver's etcd: its clients' watches can miss such changes")
+	f.IntVar(&o.passes, "passes", 5, "times to look at all keys, at most, until nothing is left to do")
+	f.BoolVar(&o.dryRun, "dry-run", false, "say what would be rewritten, and what it costs; write nothing")
+	f.BoolVar(&o.noWait, "no-wait", false, "fail if another reencrypt is at work")
+	f.BoolVar(&o.watch, "watch", false, "go on, and re-encrypt after each rotation, until a signal")
+	f.DurationVar(&o.interval, "interval", time.Hour, "with --watch, the time between two runs for which there is no other reason")
+	f.BoolVar(&o.ignoreProxies, "ignore-proxies", false, "do not look whether the proxies have the rules of this configuration")
 }
 
-type reencryptLeft struct {
-	Key string `json:"key"`
-	Why string `json:"why"`
+func (o *reencryptOptions) check() error {
+	var text string
+	switch {
+	case o.workers < 1 || o.txnKeys < 1 || o.passes < 1:
+		text = "--workers, --txn-keys and --passes are at least 1"
+	case o.rate < 0:
+		text = "--rate is at least 0"
+	case o.watch && (o.dryRun || o.noWait):
+		text = "--watch goes with neither --dry-run nor --no-wait"
+	case o.interval < time.Second:
+		text = "--interval is at least 1s"
+	default:
+		return nil
+	}
+	return &failure{code: exitUsage, err: errors.New(text)}
 }
 
-const (
-	maxLeft   = 1000
-	maxPasses = 5 // a later one finds what proxies with other rules wrote during the one before
-)
+// reencryption is one call of the command.
+type reencryption struct {
+	*cluster
+	options reencryptOptions
+	view    *reencryptView
+	stderr  io.Writer
+	begun   bool // and in the audit log
+}
 
-// reencrypt runs once this process is the one that does. The report is nil if it never was.
-func (cl *cluster) reencrypt(ctx context.Context, o reencryptOptions, stderr io.Writer) (*reencryptReport, error) {
-	view := newReencryptView(stderr)
+// engine makes the configuration of a run.
+func (j *reencryption) engine() lifecycle.ReencryptConfig {
+	o := j.options
 	c := lifecycle.ReencryptConfig{
-		KV: cl.etcd, Rules: cl.rules, Prefix: o.prefix, Workers: o.workers, Rate: o.rate, MaxOps: o.maxOps, MaxBytes: cl.config.Etcd.MaxRequestBytes, Paused: view.paused,
+		Client: j.etcd, Rules: func() *lifecycle.Rules { return j.rules }, Prefix: o.prefix, Workers: o.workers, Rate: o.rate, TxnKeys: o.txnKeys,
+		MaxBytes: j.config.Etcd.MaxRequestBytes, Passes: o.passes, Paused: j.view.paused, Progress: j.view.progress,
+		Election: lifecycle.Election{
+			Client: j.etcd, Key: j.config.Coordination.Prefix + "reencrypt", Self: thisProcess(), NoWait: o.noWait,
+			Waiting: func(holder string) { j.view.say("waiting: another reencrypt is at work (%s)", holder) },
+		},
+		Begin: func() error {
+			j.begun = true
+			return j.record("begun", "", 0)
+		},
 	}
+	if j.config.Coordination.Enabled && !o.ignoreProxies {
+		fleet := lifecycle.NewFleet(lifecycle.FleetConfig{Client: j.etcd, Prefix: j.config.Coordination.Prefix})
+		fleet.SetPolicy(policyOf(j.config.Rules))
+		c.Check = fleet.SameRules
+	}
+	return c
+}
+
+func (j *reencryption) record(outcome, reason string, keys int64) error {
+	return recordCommand(j.config, j.stderr, audit.Record{Command: "reencrypt", Key: j.options.prefix, Outcome: outcome, Reason: reason, Keys: keys})
+}
+
+// once makes one run. The report is nil if there was none, and of no pass if another process works.
+func (j *reencryption) once(ctx context.Context) (*reencryptReport, error) {
+	c := j.engine()
 	plan := c
-	plan.DryRun, plan.Progress, plan.Left = true, view.planning, nil
-	if o.dryRun {
-		plan.Left = view.left
-	}
+	plan.DryRun = true
 	planned, err := lifecycle.Reencrypt(ctx, plan)
-	view.end()
+	j.view.end()
 	if err != nil {
-		return cl.ended(ctx, planned, view, o, err)
-	}
-	view.cost(planned, cl.room(ctx))
-	if o.dryRun {
-		r, err := cl.ended(ctx, planned, view, o, nil)
-		r.OK = r.Rewritten == 0 && r.Result.Left() == 0
-		return r, err
-	}
-	var report *reencryptReport
-	host, _ := os.Hostname()
-	election := lifecycle.Election{
-		Client: cl.etcd, Key: cl.config.Coordination.Prefix + "reencrypt", Self: fmt.Sprintf("%s, process %d", host, os.Getpid()), NoWait: o.noWait,
-		Waiting: func(holder string) { view.say("waiting: another reencrypt is at work (%s)", holder) },
-	}
-	record := func(outcome, reason string, keys int64) error {
-		return recordCommand(cl.config, stderr, audit.Record{Command: "reencrypt", Key: o.prefix, Outcome: outcome, Reason: reason, Keys: keys})
-	}
-	if err := record("begun", "", planned.Rewritten); err != nil {
+		_, err := j.report(ctx, planned, err)
 		return nil, err
 	}
-	err = election.Run(ctx, func(ctx context.Context) error {
-		var total lifecycle.Result
-		for range maxPasses {
-			view.begin(planned.Keys)
-			pass := c
-			pass.Progress, pass.Left = view.progress, view.left
-			done, err := lifecycle.Reencrypt(ctx, pass)
-			view.end()
-			total = total.And(done)
-			if err != nil || done.Rewritten == 0 && done.Raced == 0 {
-				report, err = cl.ended(ctx, total, view, o, err)
-				return err
-			}
-		}
-		report, err = cl.ended(ctx, total, view, o, nil)
-		return err
-	})
-	outcome, reason := "ok", ""
-	switch {
-	case err != nil:
-		outcome, reason = "failed", err.Error()
-	case report.Stopped:
-		outcome = "interrupted"
-	case !report.OK:
-		outcome, reason = "failed", fmt.Sprintf("%d left", report.Result.Left())
+	j.view.cost(planned, j.room(ctx))
+	if j.options.dryRun {
+		return j.report(ctx, planned, nil)
 	}
-	keys := int64(0)
-	if report != nil {
-		keys = report.Rewritten
-	}
-	return report, errors.Join(err, record(outcome, reason, keys))
+	j.view.begin(planned)
+	done, err := lifecycle.Reencrypt(ctx, c)
+	j.view.end()
+	report, err := j.report(ctx, done, err)
+	return report, errors.Join(err, j.ended(report, err))
 }
 
-// ended makes the report. An interruption is no error.
-func (cl *cluster) ended(ctx context.Context, done lifecycle.Result, view *reencryptView, o reencryptOptions, err error) (*reencryptReport, error) {
-	r := &reencryptReport{DryRun: o.dryRun, Result: done, Seconds: done.Duration.Seconds(), Left: view.leftKeys()}
-	r.OK = err == nil && done.Left() == 0
-	if err != nil && errors.Is(ctx.Err(), context.Canceled) && errors.Is(err, context.Canceled) {
-		r.Stopped = true
+// ended records the end of a run whose begin was recorded.
+func (j *reencryption) ended(report *reencryptReport, err error) error {
+	if !j.begun {
+		return nil
+	}
+	j.begun = false
+	outcome, reason := "ok", ""
+	switch {
+	case report.Interrupted:
+		outcome = "interrupted"
+	case err != nil:
+		outcome, reason = "failed", err.Error()
+	case !report.OK:
+		outcome, reason = "failed", fmt.Sprintf("%d values could not be rewritten", report.Unfinished())
+	}
+	return j.record(outcome, reason, report.Rewritten)
+}
+
+// thisProcess is how this process is called where several elect one of them.
+func thisProcess() string {
+	host, err := os.Hostname()
+	if err != nil {
+		host = "unknown host"
+	}
+	return fmt.Sprintf("%s, process %d", host, os.Getpid())
+}
+
+// report makes the report of a run that ended with err, and the error of the command.
+func (j *reencryption) report(ctx context.Context, done lifecycle.Result, err error) (*reencryptReport, error) {
+	r := &reencryptReport{OK: err == nil && done.Unfinished() == 0, DryRun: j.options.dryRun, Result: done, Seconds: done.Duration.Seconds()}
+	switch {
+	case err == nil:
 		return r, nil
+	case ctx.Err() != nil:
+		r.Interrupted = true
+		return r, &failure{code: exitFailure, err: errors.New("interrupted"), hint: "nothing is half done; run it again to go on"}
+	case errors.Is(err, lifecycle.ErrElsewhere):
+		return r, &failure{code: exitFailure, err: err, hint: "without --no-wait it waits"}
+	case errors.Is(err, lifecycle.ErrOtherRules):
+		return r, &failure{code: exitFailure, err: err, hint: "give all proxies this configuration first (see status), or use --ignore-proxies"}
 	}
 	return r, err
 }
 
 // room returns the members' database sizes and quotas, as far as they say.
-func (cl *cluster) room(ctx context.Context) []*clientv3.StatusResponse {
+func (j *reencryption) room(ctx context.Context) []*clientv3.StatusResponse {
 	var all []*clientv3.StatusResponse
-	for _, endpoint := range cl.etcd.Endpoints() {
+	for _, endpoint := range j.etcd.Endpoints() {
 		limited, cancel := context.WithTimeout(ctx, 5*time.Second)
-		if s, err := cl.etcd.Status(limited, endpoint); err == nil {
+		if s, err := j.etcd.Status(limited, endpoint); err == nil {
 			all = append(all, s)
 		}
 		cancel()
@@ -189,24 +230,19 @@ func (cl *cluster) room(ctx context.Context) []*clientv3.StatusResponse {
 	return all
 }
 
-// text prints the report for people.
-func (r *reencryptReport) text(w io.Writer) {
-	for _, l := range r.Left {
-		fmt.Fprintf(w, "left\t%s: %s\n", l.Key, l.Why)
-	}
-	if n := r.Result.Left() - int64(len(r.Left)); n > 0 {
-		fmt.Fprintf(w, "left\tand %d more\n", n)
-	}
-	verb := "rewritten"
-	if r.DryRun {
-		verb = "to rewrite"
-	}
-	fmt.Fprintf(w, "%d keys: %d %s in %d transactions, %d current, %d written by others meanwhile, %d left, %.1f s\n",
-		r.Keys, r.Rewritten, verb, r.Transactions, r.Current, r.Raced, r.Result.Left(), r.Seconds)
-	switch {
-	case r.Stopped:
-		fmt.Fprintln(w, "interrupted: nothing is half done; run it again to go on")
-	case r.Rewritten > 0 && !r.DryRun:
-		fmt.Fprintln(w, "the old values are still in etcd's history and files: see purge")
-	}
+// follow re-encrypts after each rotation until ctx ends.
+func (j *reencryption) follow(ctx context.Context) error {
+	f := lifecycle.Reencryptor{Config: j.engine(), Interval: j.options.interval, Keys: j.app.sealsWith, Ended: func(done lifecycle.Result, err error) {
+		j.view.end()
+		report, err := j.report(ctx, done, err)
+		err = errors.Join(err, j.ended(report, err))
+		switch {
+		case err != nil && ctx.Err() == nil:
+			j.view.say("failed, and tried again later: %v", err)
+		case report.Rewritten > 0 || !report.OK:
+			report.text(j.view)
+		}
+	}}
+	f.Run(ctx)
+	return nil
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"fmt"
 	"io"
 	"os"
@@ -20,12 +21,12 @@ type reencryptView struct {
 	w        io.Writer
 	terminal bool
 
-	mu    sync.Mutex
-	bar   *progressbar.ProgressBar // nil between runs, and without a terminal
-	last  time.Time                // of the last line
-	total int64
-	keys  map[string]bool // left
-	list  []reencryptLeft
+	mu      sync.Mutex
+	bar     *progressbar.ProgressBar // nil between runs, and without a terminal
+	pass    int                      // that the bar is of
+	planned lifecycle.Result
+	begun   time.Time
+	last    time.Time // of the last line
 }
 
 // lineEvery is the time between two lines where there is no terminal.
@@ -33,34 +34,29 @@ const lineEvery = 10 * time.Second
 
 func newReencryptView(w io.Writer) *reencryptView {
 	f, ok := w.(*os.File)
-	return &reencryptView{w: w, terminal: ok && term.IsTerminal(int(f.Fd())), last: time.Now(), keys: make(map[string]bool)}
+	return &reencryptView{w: w, terminal: ok && term.IsTerminal(int(f.Fd())), last: time.Now()}
 }
 
 // say prints a line, above the bar if there is one.
 func (v *reencryptView) say(format string, args ...any) {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	v.line(format, args...)
+	_, _ = v.Write(fmt.Appendf(nil, format+"\n", args...)) // a reader that went away ends the command
 }
 
-// line is say with mu held.
-func (v *reencryptView) line(format string, args ...any) {
+// Write implements [io.Writer].
+func (v *reencryptView) Write(line []byte) (int, error) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
 	if v.bar != nil {
 		_ = v.bar.Clear() // the bar is drawn again at the next step
 	}
-	fmt.Fprintf(v.w, format+"\n", args...)
+	return v.w.Write(bytes.Clone(line))
 }
 
-// begin starts showing a run over about total keys.
-func (v *reencryptView) begin(total int64) {
+// begin starts showing a run that was planned.
+func (v *reencryptView) begin(planned lifecycle.Result) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	v.total = total
-	if v.terminal {
-		v.bar = progressbar.NewOptions64(max(1, total), progressbar.OptionSetWriter(v.w), progressbar.OptionSetDescription("reencrypt"), progressbar.OptionShowCount(),
-			progressbar.OptionShowIts(), progressbar.OptionSetItsString("keys"), progressbar.OptionSetPredictTime(true), progressbar.OptionClearOnFinish(),
-			progressbar.OptionThrottle(100*time.Millisecond))
-	}
+	v.planned, v.pass, v.begun = planned, 0, time.Now()
 }
 
 // end takes the bar away.
@@ -73,21 +69,57 @@ func (v *reencryptView) end() {
 	}
 }
 
-func (v *reencryptView) planning(p lifecycle.Progress) { v.show("looked at", p) }
-func (v *reencryptView) progress(p lifecycle.Progress) { v.show("done with", p) }
-
-func (v *reencryptView) show(verb string, p lifecycle.Progress) {
+// progress shows how far a run is: of the first pass what it rewrites, and of the next ones, and of the plan, how many keys they have looked at.
+func (v *reencryptView) progress(p lifecycle.Progress) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
+	planning := v.begun.IsZero()
+	done, total, what := p.Keys, v.planned.Keys, "checking"
 	switch {
-	case v.bar != nil:
-		_ = v.bar.Set64(min(p.Keys, v.total))
-	case time.Since(v.last) >= lineEvery:
-		v.last = time.Now()
-		fmt.Fprintf(v.w, "%s %d keys, %d rewritten\n", verb, p.Keys, p.Rewritten)
+	case planning:
+		what = "counting"
+	case p.Pass == 1:
+		done, total, what = p.Rewritten+p.Raced, v.planned.Rewritten, "rewriting"
 	}
+	if v.terminal {
+		v.draw(p.Pass, what, done, total)
+		return
+	}
+	if time.Since(v.last) < lineEvery {
+		return
+	}
+	v.last = time.Now()
+	line := fmt.Sprintf("%s: %d", what, done)
+	if total > 0 {
+		line += fmt.Sprintf(" of %d", total)
+	}
+	if p.Pass == 1 && !planning && done > 0 {
+		perSecond := float64(done) / time.Since(v.begun).Seconds()
+		line += fmt.Sprintf(", %.0f a second, %s left", perSecond, time.Duration(float64(max(0, total-done))/perSecond*1e9).Round(time.Second))
+	}
+	fmt.Fprintln(v.w, line)
 }
 
+// draw sets the bar of a pass. mu is held.
+func (v *reencryptView) draw(pass int, what string, done, total int64) {
+	if v.bar == nil || v.pass != pass {
+		if v.bar != nil {
+			_ = v.bar.Clear() // nothing is left to do if the terminal is gone
+		}
+		if total == 0 {
+			total = -1 // not known: a spinner
+		}
+		v.pass, v.bar = pass, progressbar.NewOptions64(total, progressbar.OptionSetWriter(v.w), progressbar.OptionSetDescription(what),
+			progressbar.OptionShowCount(), progressbar.OptionShowIts(), progressbar.OptionSetItsString("values"), progressbar.OptionSetPredictTime(true),
+			progressbar.OptionThrottle(100*time.Millisecond))
+	}
+	if limit := v.bar.GetMax64(); limit > 0 {
+		done = min(done, limit)
+	}
+	_ = v.bar.Set64(done) // nothing is left to do if the terminal is gone
+}
+
+// paused says what a run waits for.
 func (v *reencryptView) paused(what, why string) {
 	if why == "" {
 		v.say("going on (%s)", what)
@@ -96,32 +128,18 @@ func (v *reencryptView) paused(what, why string) {
 	}
 }
 
-// left notes a key that was not rewritten, once over all passes.
-func (v *reencryptView) left(key string, why error) {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	if len(v.list) < maxLeft && !v.keys[key] {
-		v.keys[key] = true
-		v.list = append(v.list, reencryptLeft{key, why.Error()})
-	}
-}
-
-func (v *reencryptView) leftKeys() []reencryptLeft {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	return append([]reencryptLeft{}, v.list...)
-}
-
 // cost says what a run will do to etcd.
 func (v *reencryptView) cost(p lifecycle.Result, members []*clientv3.StatusResponse) {
 	if p.Rewritten == 0 {
 		return
 	}
-	v.say("%d of %d values are to be rewritten: %d transactions, so many revisions, an event for each value to its watchers, and %s or more in etcd's database until it is compacted and defragmented",
+	v.say("%d of %d values are to be rewritten: %d revisions, an event for each value to its watchers, and %s or more in etcd's database until it is compacted and defragmented",
 		p.Rewritten, p.Keys, p.Transactions, size(p.Bytes))
 	for _, m := range members {
-		if m.DbSizeQuota > 0 && m.DbSize+p.Bytes > m.DbSizeQuota*8/10 {
-			v.say("warning: member %x uses %s of its quota of %s: compact and defragment first, or raise --quota-backend-bytes", m.Header.MemberId, size(m.DbSize), size(m.DbSizeQuota))
+		// A database that is never compacted meanwhile grows by all of it.
+		if m.DbSizeQuota > 0 && m.DbSizeInUse+p.Bytes > m.DbSizeQuota*8/10 {
+			v.say("warning: member %x uses %s of its quota of %s: compact and defragment first, or raise --quota-backend-bytes",
+				m.Header.MemberId, size(m.DbSizeInUse), size(m.DbSizeQuota))
 		}
 		for _, e := range m.Errors {
 			v.say("warning: member %x reports %s", m.Header.MemberId, strings.TrimSpace(e))

@@ -38,6 +38,9 @@ Logs go to standard error. On Linux, core dumps of the process are turned off.`,
 	drain := cmd.Flags().Duration("drain-timeout", proxy.DefaultDrainTimeout, "how long calls under way may take after the first SIGTERM or SIGINT")
 	weaken := cmd.Flags().Bool("allow-weakening", false, "let the start and reloads remove or narrow rules, write plaintext, allow plaintext reads or make sealed values unreadable")
 	scan := cmd.Flags().Duration("scan-interval", 0, "count the values in etcd so often, for metrics; 0s: never. One of several proxies does it")
+	renew := cmd.Flags().Bool("reencrypt", false, "re-encrypt the values in etcd, at the start and after each rotation. One of several proxies does it")
+	renewInterval := cmd.Flags().Duration("reencrypt-interval", time.Hour, "with --reencrypt, the time between two runs for which there is no other reason")
+	renewRate := cmd.Flags().Float64("reencrypt-rate", 0, "with --reencrypt, values a second, at most; 0: as many as etcd takes")
 	cmd.RunE = fails(func(cmd *cobra.Command, _ []string) error {
 		if *drain <= 0 {
 			return &failure{code: exitUsage, err: fmt.Errorf("--drain-timeout %v is not more than 0s", *drain)}
@@ -45,7 +48,14 @@ Logs go to standard error. On Linux, core dumps of the process are turned off.`,
 		if *scan < 0 || *scan > 0 && *scan < time.Second {
 			return &failure{code: exitUsage, err: fmt.Errorf("--scan-interval %v is neither 0s nor a second or more", *scan)}
 		}
-		return serve(cmd, *path, serveOptions{drain: *drain, weaken: *weaken, scan: *scan})
+		if *renewInterval < time.Second || *renewRate < 0 {
+			return &failure{code: exitUsage, err: errors.New("--reencrypt-interval is at least 1s, --reencrypt-rate at least 0")}
+		}
+		o := serveOptions{drain: *drain, weaken: *weaken, scan: *scan, renewRate: *renewRate}
+		if *renew {
+			o.renew = *renewInterval
+		}
+		return serve(cmd, *path, o)
 	})
 	return cmd
 }
@@ -55,6 +65,9 @@ type serveOptions struct {
 	drain  time.Duration
 	weaken bool
 	scan   time.Duration // 0: never
+
+	renew     time.Duration // the interval of re-encrypting; 0: never
+	renewRate float64
 }
 
 func serve(cmd *cobra.Command, path string, o serveOptions) error {
@@ -85,6 +98,12 @@ func serve(cmd *cobra.Command, path string, o serveOptions) error {
 			return &failure{code: exitFailure, err: errors.New("--scan-interval needs coordination.enabled"), hint: "the proxies find out by it which of them scans"}
 		}
 		a.scanner = newScanner(a, o.scan)
+	}
+	if o.renew > 0 {
+		if a.fleet == nil {
+			return &failure{code: exitFailure, err: errors.New("--reencrypt needs coordination.enabled"), hint: "the proxies find out by it which of them does it, and that all can read it"}
+		}
+		a.renewer = newReencryptor(a, c, o.renew, o.renewRate)
 	}
 	for i, addr := range a.proxy.Addrs() {
 		log.Info("serving", "listener", c.Listeners[i].Address, "address", addr.String(), "tls", c.Listeners[i].TLS != nil)
@@ -135,6 +154,9 @@ func (a *app) run(ctx context.Context, r *reloader, signals <-chan os.Signal, dr
 	}
 	if a.scanner != nil {
 		rest.Go(func() { a.scanner.run(serving) })
+	}
+	if a.renewer != nil {
+		rest.Go(func() { a.renewer.Run(serving) })
 	}
 	rest.Go(func() {
 		if err := a.fleet.run(serving, r.weaken); err != nil {

@@ -76,8 +76,9 @@ type app struct {
 	rings   []*keyring.Ring
 	readers map[string]keyring.LegacyReader // of the providers that have no ring
 	watches []*keyWatch
-	fleet   *fleet   // nil without coordination
-	scanner *scanner // nil without --scan-interval
+	fleet   *fleet       // nil without coordination
+	scanner *scanner     // nil without --scan-interval
+	renewer *reencryptor // nil without --reencrypt
 	proxy   *proxy.Proxy
 	admin   *proxy.Admin            // nil without an admin block
 	rules   atomic.Pointer[ruleSet] // what the proxy has now

@@ -1,0 +1,109 @@
+package lifecycle
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+
+	"go.etcd.io/etcd/api/v3/mvccpb"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+)
+
+// finding is what a value was found to be.
+type finding int
+
+const (
+	noRule    finding = iota // holds for the key
+	isCurrent                // as its rule writes it
+	isLeft                   // it cannot be rewritten, which was told
+	isToWrite
+)
+
+// renew returns what to write in place of a value. It waits for a KMS that does not answer.
+func (r *run) renew(ctx context.Context, kv *mvccpb.KeyValue) (next *item, what finding, err error) {
+	err = r.patiently(ctx, waitKMS, func() (err error) {
+		// The rules of this moment: after a reload the old ones must not undo what the new ones have written.
+		rule := r.cfg.Rules().Of(kv.Key)
+		if rule == nil {
+			what = noRule
+			return nil
+		}
+		next, what, err = r.renewBy(ctx, rule, kv)
+		return err
+	})
+	if what == isToWrite {
+		r.foundWork()
+	}
+	return next, what, err
+}
+
+// renewBy is one attempt of renew. Its error is one that may pass.
+func (r *run) renewBy(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (*item, finding, error) {
+	plaintext, standing, err := rule.Sealer.Inspect(ctx, kv.Key, kv.Value)
+	switch {
+	case unavailable(err):
+		return nil, 0, err
+	case err != nil:
+		r.leave(leftUndecryptable, kv.Key, err.Error())
+		return nil, isLeft, nil
+	case standing == keyring.Current:
+		return nil, isCurrent, nil
+	case standing == keyring.Foreign:
+		r.leave(leftForeign, kv.Key, "it was sealed by a provider that the rule does not read")
+		return nil, isLeft, nil
+	}
+	value, err := rule.Sealer.Seal(ctx, kv.Key, plaintext)
+	if unavailable(err) {
+		return nil, 0, err
+	}
+	if err == nil {
+		err = r.prove(ctx, rule, kv, plaintext, value)
+	}
+	if unavailable(err) {
+		return nil, 0, err
+	}
+	if err != nil {
+		r.leave(leftFailed, kv.Key, err.Error())
+		return nil, isLeft, nil
+	}
+	return &item{key: string(kv.Key), value: value, revision: kv.ModRevision, lease: kv.Lease}, isToWrite, nil
+}
+
+// prove opens what is to be written in place of a value, so that nothing is lost to a fault of the sealing, and finds out if it is no better than the old one.
+func (r *run) prove(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue, plaintext, value []byte) error {
+	opened, standing, err := rule.Sealer.Inspect(ctx, kv.Key, value)
+	if err != nil {
+		return err
+	}
+	if !bytes.Equal(opened, plaintext) {
+		return errors.New("what was sealed anew opens to something else: it was not written")
+	}
+	if standing != keyring.Current && likeEachOther(kv.Value, value) {
+		return fmt.Errorf("sealing it again would change nothing: the KMS provider %q seals under another key than the current one, or without all recovery copies", rule.WriteWith)
+	}
+	return nil
+}
+
+// likeEachOther reports whether two stored values are sealed by one provider under one KMS key, with copies of the same recovery providers.
+func likeEachOther(a, b []byte) bool {
+	providerA, objectA, okA := envelope.Split(a)
+	providerB, objectB, okB := envelope.Split(b)
+	if !okA || !okB || !bytes.Equal(providerA, providerB) {
+		return false
+	}
+	x, errX := envelope.Parse(objectA)
+	y, errY := envelope.Parse(objectB)
+	return errX == nil && errY == nil && x.Type == y.Type && x.KeyID == y.KeyID &&
+		slices.Equal(slices.Sorted(maps.Keys(x.Annotations)), slices.Sorted(maps.Keys(y.Annotations)))
+}
+
+// unavailable reports an error of a sealer that may pass.
+func unavailable(err error) bool {
+	e, ok := errors.AsType[*keyring.Error](err)
+	return ok && e.Kind == keyring.Unavailable
+}
