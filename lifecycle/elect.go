@@ -85,7 +85,7 @@ func (e Election) campaign(ctx context.Context, session *concurrency.Session) er
 			return nil
 		case <-session.Done():
 			stop(ErrLost)
-			_ = <-elected // that it was stopped
+			<-elected //nolint:errcheck // it says that it was stopped
 			return fmt.Errorf("elect who does it: %w", ErrLost)
 		case <-time.After(wait):
 		}
