@@ -138,7 +138,7 @@ var (
 	canSealDesc  = prometheus.NewDesc("etcd_kms_proxy_kms_can_seal", "1 if values can be sealed under the provider now.", []string{"provider"}, nil)
 	revokedDesc  = prometheus.NewDesc("etcd_kms_proxy_kms_key_revoked", "1 if the KMS key may not be used.", []string{"provider"}, nil)
 	lastGoodDesc = prometheus.NewDesc("etcd_kms_proxy_kms_last_good_contact_seconds", "Unix time of the last good contact with the KMS.", []string{"provider"}, nil)
-	lackingDesc  = prometheus.NewDesc("etcd_kms_proxy_recovery_missing", "1 if values are sealed under a seed that has no copy by the recovery provider.", []string{"provider", "recovery_provider"}, nil)
+	lackingDesc  = prometheus.NewDesc("etcd_kms_proxy_recovery_missing", "1 if values are sealed under a seed that has no copy by the recovery provider, or not at all for the want of it.", []string{"provider", "recovery_provider"}, nil)
 	mintedDesc   = prometheus.NewDesc("etcd_kms_proxy_seed_minted_seconds", "Unix time when the seed in use was minted.", []string{"provider"}, nil)
 	keyDesc      = prometheus.NewDesc("etcd_kms_proxy_kms_key_info", "Always 1; the current KMS key.", []string{"provider", "key_id"}, nil)
 )

@@ -89,6 +89,9 @@ func TestRecoveryRequired(t *testing.T) {
 				t.Errorf("the text does not hold %s: %v", part, err)
 			}
 		}
+		if st := s.ack.Recovery(); len(st) != 1 || st[0].Lacking == "" || !st[0].Required {
+			t.Errorf("%+v", st)
+		}
 		dr.set(func() { dr.opErr["Encrypt"] = kmsError("Encrypt", kmsclient.ClassKeyUnusable) })
 		time.Sleep(time.Minute)
 		_, err = s.ack.seal("k", "v")

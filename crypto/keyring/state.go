@@ -1,6 +1,7 @@
 package keyring
 
 import (
+	"errors"
 	"slices"
 	"strings"
 	"time"
@@ -44,17 +45,22 @@ func (r *Ring) State() State {
 type RecoveryState struct {
 	Provider string    // the recovery provider
 	Required bool      // nothing is sealed without its copy
-	Lacking  string    // why the current seed has no copy of it; "" if it has one, or there is no seed
+	Lacking  string    // why the current seed has no copy of it, or why there is no seed for the want of one; "" otherwise
 	Used     time.Time // when a value was last opened by its copies; zero if none was, to the second
 }
 
 // Recovery returns the recovery providers of the ring, and those whose copies were used although they are none of them any more.
 func (r *Ring) Recovery() []RecoveryState {
-	set, w := r.recovery.Load(), r.state.Load().writer
+	set, st := r.recovery.Load(), r.state.Load()
+	w := st.writer
+	wanting, _ := errors.AsType[*recoveryError](st.err)
 	var states []RecoveryState
 	for _, by := range set.rings {
 		s := RecoveryState{Provider: by.Provider(), Required: set.required}
-		if w != nil && w.copyBy(by) == nil {
+		switch {
+		case w == nil && wanting != nil && wanting.provider == by.Provider():
+			s.Lacking = describe(wanting.cause)
+		case w != nil && w.copyBy(by) == nil:
 			s.Lacking = "the seed in use is from before it was named"
 			if i := slices.IndexFunc(w.lacking, func(l lack) bool { return l.by == by }); i >= 0 {
 				s.Lacking = w.lacking[i].why

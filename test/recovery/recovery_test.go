@@ -121,6 +121,7 @@ func TestCopyIsLacking(t *testing.T) {
 					return nil
 				})
 				s.refused(t, codes.Unavailable, `"dev"`, `recovery provider "dr"`)
+				s.says(t, "[-]recovery of dev by dr: no value is sealed without it: ", `etcd_kms_proxy_recovery_missing{provider="dev",recovery_provider="dr"} 1`)
 				if r, err := all(t, s.raw); err != nil || len(r) > 0 {
 					t.Errorf("etcd holds %d values, %v", len(r), err)
 				}
