@@ -53,7 +53,7 @@ func (b *bypass) watch(ctx context.Context) {
 	defer all.Wait()
 	defer stop()
 	for _, p := range prefixes {
-		w := b.Client.Watch(ctx, p, clientv3.WithPrefix(), clientv3.WithFilterDelete(), clientv3.WithRev(b.next[p]))
+		w := b.Client.Watch(ctx, p, clientv3.WithPrefix(), clientv3.WithFilterDelete(), clientv3.WithFragment(), clientv3.WithRev(b.next[p]))
 		all.Go(func() {
 			for r := range w {
 				select {

@@ -1,0 +1,202 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/audit"
+)
+
+func newPurge() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "purge",
+		Short: "remove old plaintext from etcd's history and database files",
+		Long: `purge removes what reencrypt leaves behind: the old plaintext in etcd's history and in the freed pages of its database files. It refuses while status finds a
+value that is not current. It looks through the history for plaintext under the rules, compacts past the last of it, and defragments one member after the other, the
+leader last, each only while all others are well. A member answers nothing while it is defragmented.
+
+What it cannot reach it names: write-ahead logs and snapshot files, which etcd replaces by and by, old backups, and copies of disks. Exit code 1 says that something
+of that kind is left to do, or that a member could not be defragmented.`,
+		Args: cobra.NoArgs,
+	}
+	path, out := configFlag(cmd), outputFlag(cmd)
+	dryRun := cmd.Flags().Bool("dry-run", false, "say what would be done; change nothing")
+	yes := cmd.Flags().Bool("yes", false, "do not ask")
+	wait := cmd.Flags().Duration("timeout", 30*time.Second, "how long to wait for etcd and for each KMS at the start")
+	cmd.RunE = fails(func(cmd *cobra.Command, _ []string) error {
+		c, err := loadConfig(cmd, *path)
+		if err != nil {
+			return err
+		}
+		ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
+		defer stop()
+		cmd.SetContext(ctx)
+		cl, err := openCluster(cmd, c, clusterOptions{inspectOnly: true, wait: *wait})
+		if err != nil {
+			return err
+		}
+		defer cl.close()
+		report, err := cl.purge(cmd, *dryRun, *yes)
+		if report != nil {
+			if werr := out.write(cmd.OutOrStdout(), report, report.text); err == nil {
+				err = werr
+			}
+		}
+		if err == nil && len(report.Left) > 0 {
+			err = &failure{code: exitFindings}
+		}
+		return err
+	})
+	return cmd
+}
+
+// purgeReport is what purge found and did.
+type purgeReport struct {
+	DryRun   bool                   `json:"dryRun,omitempty"`
+	History  lifecycle.History      `json:"history"`
+	Members  []lifecycle.DiskMember `json:"members"` // as they are afterwards
+	Before   int64                  `json:"bytesBefore"`
+	After    int64                  `json:"bytesAfter"` // of all members' database files
+	Left     []string               `json:"left"`       // what the operator has to see to
+	Verified string                 `json:"next"`
+}
+
+// purge does it all. The report is nil if nothing was begun.
+func (cl *cluster) purge(cmd *cobra.Command, dryRun, yes bool) (*purgeReport, error) {
+	ctx, stderr := cmd.Context(), cmd.ErrOrStderr()
+	counts, _, err := lifecycle.Survey(ctx, cl.etcd, cl.rules, nil)
+	if err != nil {
+		return nil, err
+	}
+	for _, c := range counts {
+		if !c.Done() {
+			return nil, &failure{
+				code: exitFailure, err: fmt.Errorf("of %d values under %q, only %d are as the rule writes them: purging now would leave the others", c.All.Keys, c.Prefix, c.Standings["current"].Keys),
+				hint: "run status to see which, and reencrypt",
+			}
+		}
+	}
+	r := &purgeReport{DryRun: dryRun, Left: []string{}, Verified: "etcd-kms-proxy verify --data-dir DIR, on each member's host while it is stopped, proves it"}
+	if r.History, err = lifecycle.ReadHistory(ctx, cl.etcd, cl.rules); err != nil {
+		return nil, err
+	}
+	if r.Members, err = lifecycle.Members(ctx, cl.etcd); err != nil {
+		return nil, err
+	}
+	for _, m := range r.Members {
+		r.Before += m.DBSize
+		if m.Endpoint == "" {
+			return nil, &failure{
+				code: exitFailure, err: fmt.Errorf("member %x (%s) cannot be reached: %s", m.ID, m.Name, m.Why),
+				hint: "every member holds the plaintext: name a client URL of each under etcd.endpoints",
+			}
+		}
+	}
+	r.After = r.Before
+	r.plan(stderr)
+	if dryRun {
+		return r, nil
+	}
+	if err := confirm(cmd, yes, "Go on?"); err != nil {
+		return nil, err
+	}
+	record := func(outcome, reason string) error {
+		return recordCommand(cl.config, stderr, audit.Record{Command: "purge", Outcome: outcome, Reason: reason, Revision: r.History.CompactAt, Keys: r.History.Plaintext})
+	}
+	if err := record("begun", ""); err != nil {
+		return nil, err
+	}
+	err = cl.rewrite(ctx, r, stderr)
+	outcome, reason := "ok", ""
+	if err != nil {
+		outcome, reason = "failed", err.Error()
+	}
+	return r, errors.Join(err, record(outcome, reason))
+}
+
+// plan says what is going to happen.
+func (r *purgeReport) plan(w io.Writer) {
+	h := r.History
+	if h.CompactAt > 0 {
+		fmt.Fprintf(w, "the history from revision %d to %d holds %d plaintext values: it is compacted at revision %d; a watch from an earlier revision has to begin anew\n",
+			h.Compacted+1, h.Present, h.Plaintext, h.CompactAt)
+	} else {
+		fmt.Fprintf(w, "the history from revision %d to %d holds no plaintext\n", h.Compacted+1, h.Present)
+	}
+	for _, m := range r.Members {
+		role := ""
+		if m.Leader {
+			role = ", the leader"
+		}
+		fmt.Fprintf(w, "member %x at %s%s: %s, of which %s are in use: it is defragmented, and answers nothing meanwhile\n", m.ID, m.Endpoint, role, size(m.DBSize), size(m.InUse))
+	}
+}
+
+// rewrite compacts and defragments.
+func (cl *cluster) rewrite(ctx context.Context, r *purgeReport, stderr io.Writer) error {
+	if err := r.History.Compact(ctx, cl.etcd); err != nil {
+		return err
+	}
+	for i := range r.Members {
+		m := &r.Members[i]
+		before, begun := m.DBSize, time.Now()
+		if err := lifecycle.Defragment(ctx, cl.etcd, m); err != nil {
+			return err
+		}
+		r.After += m.DBSize - before
+		fmt.Fprintf(stderr, "member %x at %s: %s, %.1f s\n", m.ID, m.Endpoint, size(m.DBSize), time.Since(begun).Seconds())
+	}
+	r.Left = append(r.Left,
+		"write-ahead logs and snapshot files of each member (member/wal, member/snap): they hold what was written until etcd has replaced them, after --snapshot-count more writes for each of --max-wals and --max-snapshots",
+		"backups and snapshots from before: delete them when they are no longer needed",
+		"free space of the file systems, where the old database files were: the same as for any deleted file")
+	return nil
+}
+
+// text prints the report for people.
+func (r *purgeReport) text(w io.Writer) {
+	if r.DryRun {
+		fmt.Fprintln(w, "dry run: nothing was changed")
+		return
+	}
+	fmt.Fprintf(w, "%d old plaintext values dropped from the history; database files: %s before, %s now\n", r.History.Plaintext, size(r.Before), size(r.After))
+	if len(r.Left) > 0 {
+		fmt.Fprintln(w, "left to do:")
+	}
+	for _, l := range r.Left {
+		fmt.Fprintf(w, "  - %s\n", l)
+	}
+	fmt.Fprintln(w, r.Verified)
+}
+
+// confirm asks on the terminal. Without one, --yes must stand in for the answer.
+func confirm(cmd *cobra.Command, yes bool, question string) error {
+	if yes {
+		return nil
+	}
+	in, ok := cmd.InOrStdin().(*os.File)
+	if !ok || !term.IsTerminal(int(in.Fd())) {
+		return &failure{code: exitUsage, err: errors.New("there is no terminal to ask on"), hint: "--yes goes on without asking"}
+	}
+	fmt.Fprintf(cmd.ErrOrStderr(), "%s [y/N] ", question)
+	answer, err := bufio.NewReader(in).ReadString('\n')
+	if err != nil && !errors.Is(err, io.EOF) {
+		return err
+	}
+	if a := strings.ToLower(strings.TrimSpace(answer)); a != "y" && a != "yes" {
+		return &failure{code: exitFailure, err: errors.New("not confirmed: nothing was done")}
+	}
+	return nil
+}
