@@ -177,7 +177,8 @@ type Admin struct {
 // key.
 type Audit struct {
 	// Path is the file that is written, mode `0600`. Its folder must exist. Older files stand beside it, with a number behind their name. It may not be a
-	// symbolic link, and each proxy needs its own.
+	// symbolic link, and each proxy needs its own. Commands with the same configuration write beside it: to `NAME.commands.jsonl`, for `NAME.jsonl`, and
+	// `kms serve-plugin` to `NAME.plugin-PROVIDER.jsonl`.
 	Path string `yaml:"path" required:"true"`
 	// MaxSizeMiB is the size of a file, in MiB, beyond which a new one begins.
 	MaxSizeMiB int `yaml:"maxSizeMiB" default:"100"`
@@ -186,8 +187,8 @@ type Audit struct {
 	// KeyFile holds a key of 32 to 4,096 random bytes, mode `0600`, which makes the hashes HMACs: who does not have it cannot rewrite the log. All bytes of the
 	// file count. It is read at the start. A log cannot change its key: move it and its older files away.
 	KeyFile string `yaml:"keyFile" file:"true"`
-	// Required refuses to seal and to open values, and to call a KMS, while the log cannot be written, with Unavailable. Keys outside the rules are served. When
-	// `false`, the proxy goes on, counts the records that are lost, and writes how many there were.
+	// Required refuses to seal and to open values, to call a KMS, and to reload, while the log cannot be written, with Unavailable. Keys outside the rules are
+	// served. When `false`, the proxy goes on, counts the records that are lost, and writes how many there were.
 	Required bool `yaml:"required" default:"false"`
 }
 
