@@ -141,26 +141,26 @@ func TestKeyWatchFollowsTheContact(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var healthy atomic.Bool
 		healthy.Store(true)
-		looks := 0
+		var looks atomic.Int64
 		w := &keyWatch{
 			provider: "ack", recovery: func() bool { return true }, healthy: healthy.Load, log: slog.New(slog.DiscardHandler),
-			describe: func(context.Context) (*alibaba.KeyInfo, error) { looks++; return &good, nil },
+			describe: func(context.Context) (*alibaba.KeyInfo, error) { looks.Add(1); return &good, nil },
 		}
 		ctx, stop := context.WithCancel(t.Context())
 		ended := make(chan struct{})
 		go func() { w.run(ctx); close(ended) }()
 		time.Sleep(watchEvery / 2)
-		if looks != 1 {
-			t.Errorf("%d looks in half of the interval", looks)
+		if n := looks.Load(); n != 1 {
+			t.Errorf("%d looks in half of the interval", n)
 		}
 		healthy.Store(false)
 		time.Sleep(2 * stateCheck)
-		if looks != 2 {
-			t.Errorf("%d looks after contacts turned bad", looks)
+		if n := looks.Load(); n != 2 {
+			t.Errorf("%d looks after contacts turned bad", n)
 		}
 		time.Sleep(2 * watchEvery)
-		if looks < 3 || looks > 5 {
-			t.Errorf("%d looks after two intervals", looks)
+		if n := looks.Load(); n < 3 || n > 5 {
+			t.Errorf("%d looks after two intervals", n)
 		}
 		stop()
 		<-ended

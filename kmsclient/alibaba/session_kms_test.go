@@ -135,7 +135,7 @@ func TestManyCallersWhileSessionsChange(t *testing.T) {
 		t.Run(kind, func(t *testing.T) {
 			t.Parallel()
 			d := kmsdouble.New(t, kmsdouble.Config{AccessKeys: []kmsdouble.AccessKey{}})
-			sts := kmsdouble.NewSTS(t, kmsdouble.STSConfig{Register: d.SetAccessKey, Lifetime: 3 * time.Second})
+			sts := kmsdouble.NewSTS(t, kmsdouble.STSConfig{Register: d.SetAccessKey, Lifetime: 8 * time.Second}) // the next is fetched after the half of it, which leaves time for a throttled fetch on a slow machine
 			sts.SetOIDCToken(canaryOIDC, time.Now().Add(time.Hour))
 			b, err := New(Config{
 				Region: d.Region(), KeyID: kmsdouble.DefaultKeyID, Endpoint: d.Endpoint(), CAFile: d.CAFile(),
@@ -156,7 +156,7 @@ func TestManyCallersWhileSessionsChange(t *testing.T) {
 				}
 				return nil
 			})
-			ctx, cancel := context.WithTimeout(t.Context(), 6*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), 7*time.Second)
 			defer cancel()
 			key := mustDataKey(t, b)
 			var wg sync.WaitGroup
