@@ -34,7 +34,7 @@ func newRun(c ReencryptConfig) *run {
 			*field = standard
 		}
 	}
-	r := &run{cfg: c, waits: make(map[string]*waiting), left: []Left{}}
+	r := &run{cfg: c, waits: make(map[string]*waiting)}
 	r.limits.set(c.TxnKeys, c.MaxBytes)
 	r.pace = newPace(c.Rate, c.TxnKeys, func(slow bool) {
 		if slow {
@@ -56,7 +56,11 @@ func (r *run) progress() Progress {
 func (r *run) result() Result {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return Result{Progress: r.done, Left: slices.Clone(r.left), Revisions: r.span}
+	left := slices.SortedFunc(slices.Values(r.left), func(a, b Left) int { return strings.Compare(a.Key, b.Key) })
+	if left == nil {
+		left = []Left{} // as JSON has it
+	}
+	return Result{Progress: r.done, Left: left, Revisions: r.span}
 }
 
 // count changes what was done.

@@ -1,0 +1,14 @@
+package harness
+
+// Spawn starts etcd-kms-proxy with args, as [Env.Run] does, and does not wait for its end. Its output is the process' log; a further one of the same name adds to
+// it. What still runs at the end of the test is killed.
+func (e *Env) Spawn(name string, args ...string) *Process {
+	e.TB.Helper()
+	p := e.spawn(name, Bin(e.TB, "etcd-kms-proxy"), args...)
+	e.TB.Cleanup(func() {
+		if p.Alive() == nil {
+			p.Kill()
+		}
+	})
+	return p
+}

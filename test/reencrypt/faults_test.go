@@ -1,0 +1,311 @@
+package reencrypt
+
+import (
+	"bytes"
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"syscall"
+	"testing"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
+)
+
+// TestKilled: reencrypt is killed at random moments, again and again, and the last one goes on where the others were: no value is written twice, none is lost.
+func TestKilled(t *testing.T) {
+	t.Parallel()
+	for _, txnKeys := range []string{"1", "20"} {
+		t.Run(txnKeys, func(t *testing.T) {
+			t.Parallel()
+			s, _ := newSite(t, harness.EtcdConfig{})
+			values := s.fill(600)
+			config := s.config("run", s.cfg)
+			for n := range 5 {
+				before := s.changed(t.Context())
+				p := s.Spawn(fmt.Sprintf("killed-%d", n), "reencrypt", "--config", config, "--rate", "300", "--txn-keys", txnKeys)
+				harness.Eventually(t, within, "some values to be rewritten", func() error {
+					if s.changed(t.Context()) <= before+rand.IntN(50) {
+						return fmt.Errorf("none yet")
+					}
+					return nil
+				})
+				p.Kill()
+				// What it was about to write, and the election, end with it; its lease would keep the next one waiting.
+				s.revokeAll()
+			}
+			done := s.changed(t.Context())
+			if done == 0 || done == len(values) {
+				t.Fatalf("%d of %d values were rewritten by those that were killed: not in the middle", done, len(values))
+			}
+			if r, out := s.reencrypt(config, 0); r.Rewritten != int64(len(values)-done) || r.Current != int64(done) {
+				t.Errorf("after %d: %s", done, out)
+			}
+			s.sealed(values, 2)
+			p := s.StartProxy("reader", s.cfg)
+			p.WaitReady(within)
+			s.opens(p, values)
+		})
+	}
+}
+
+// revokeAll ends all leases, as time would.
+func (s *site) revokeAll() {
+	s.t.Helper()
+	leases := pb.NewLeaseClient(s.conn)
+	r, err := leases.LeaseLeases(s.t.Context(), &pb.LeaseLeasesRequest{})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	for _, l := range r.Leases {
+		if _, err := leases.LeaseRevoke(s.t.Context(), &pb.LeaseRevokeRequest{ID: l.ID}); err != nil {
+			s.t.Fatal(err)
+		}
+	}
+}
+
+// TestInterrupted: a signal ends it with a report of what it did, and the next one goes on.
+func TestInterrupted(t *testing.T) {
+	t.Parallel()
+	s, _ := newSite(t, harness.EtcdConfig{})
+	values := s.fill(400)
+	config := s.config("run", s.cfg)
+	p := s.Spawn("interrupted", "reencrypt", "--config", config, "--rate", "200", "--output", "json")
+	harness.Eventually(t, within, "some values to be rewritten", func() error {
+		if s.changed(t.Context()) < 20 {
+			return fmt.Errorf("too few yet")
+		}
+		return nil
+	})
+	if !p.Stop(within) {
+		t.Fatal("it did not end by itself")
+	}
+	r, done := decode(t, p.Log()), int64(s.changed(t.Context()))
+	if code := p.Wait(within); code != 3 || !r.Interrupted || r.OK || r.Rewritten != done || !strings.Contains(p.Log(), "hint: nothing is half done") {
+		t.Errorf("exit code %d after %d values: %s", code, done, p.Log())
+	}
+	if r, out := s.reencrypt(config, 0); r.Rewritten != int64(len(values))-done {
+		t.Errorf("after %d: %s", done, out)
+	}
+	s.sealed(values, 2)
+}
+
+// TestOneAtATime: of two, one waits and says for whom; with --no-wait it does not; and when the first one dies or stops answering, the second one takes over.
+func TestOneAtATime(t *testing.T) {
+	t.Parallel()
+	s, _ := newSite(t, harness.EtcdConfig{})
+	values := s.fill(600)
+	config := s.config("run", s.cfg)
+	first := s.Spawn("first", "reencrypt", "--config", config, "--rate", "5")
+	harness.Eventually(t, within, "the first one to begin", func() error {
+		if s.changed(t.Context()) == 0 {
+			return fmt.Errorf("not yet")
+		}
+		return nil
+	})
+	holder := fmt.Sprintf("process %d", first.PID())
+	if _, out := s.reencrypt(config, 3, "--no-wait"); !strings.Contains(out, holder) {
+		t.Errorf("--no-wait does not say who: %s", out)
+	}
+	second := s.Spawn("second", "reencrypt", "--config", config)
+	said(t, second, "waiting: another reencrypt is at work")
+	if !strings.Contains(second.Log(), holder) {
+		t.Errorf("it does not say who: %s", second.Log())
+	}
+	if err := syscall.Kill(first.PID(), syscall.SIGSTOP); err != nil { // like one whose machine hangs
+		t.Fatal(err)
+	}
+	if code := second.Wait(within); code != 0 {
+		t.Errorf("exit code %d: %s", code, second.Log())
+	}
+	s.sealed(values, 2)
+	if err := syscall.Kill(first.PID(), syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	if code := first.Wait(within); code != 0 || !strings.Contains(first.Log(), "the lease of the process that does it has ended") {
+		t.Errorf("the first one, awake again: exit code %d: %s", code, first.Log())
+	}
+	s.sealed(values, 2)
+}
+
+// TestNoSpace: when etcd's space is used up, reencrypt says so and what to do, waits, and goes on afterwards.
+func TestNoSpace(t *testing.T) {
+	t.Parallel()
+	s, _ := newSite(t, harness.EtcdConfig{Flags: []string{"--quota-backend-bytes", fmt.Sprint(24 << 20)}})
+	values := make(map[string][]byte)
+	for i := range 130 {
+		key := fmt.Sprintf("%s%03d", prefix, i)
+		values[key] = bytes.Repeat([]byte{byte(i)}, 100<<10)
+		s.put(key, values[key], 0)
+	}
+	p := s.Spawn("full", "reencrypt", "--config", s.config("run", s.cfg), "--output", "json")
+	said(t, p, "its space is used up: compact and defragment it")
+	if !strings.Contains(p.Log(), "of its quota of 24.0 MiB") {
+		t.Errorf("it did not warn: %s", p.Log())
+	}
+	maintenance := pb.NewMaintenanceClient(s.conn)
+	now, err := s.kv.Range(t.Context(), &pb.RangeRequest{Key: []byte(prefix)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.kv.Compact(t.Context(), &pb.CompactionRequest{Revision: now.Header.Revision, Physical: true}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := maintenance.Defragment(t.Context(), &pb.DefragmentRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	alarms, err := maintenance.Alarm(t.Context(), &pb.AlarmRequest{})
+	if err != nil || len(alarms.Alarms) == 0 {
+		t.Fatalf("alarms: %v, %v", alarms, err)
+	}
+	for _, a := range alarms.Alarms {
+		if _, err := maintenance.Alarm(t.Context(), &pb.AlarmRequest{Action: pb.AlarmRequest_DEACTIVATE, MemberID: a.MemberID, Alarm: a.Alarm}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if code := p.Wait(within); code != 0 || strings.Count(p.Log(), "its space is used up") != 1 || !strings.Contains(p.Log(), "going on (writing to etcd)") {
+		t.Errorf("exit code %d: %s", code, p.Log())
+	}
+	s.sealed(values, 2)
+}
+
+// TestMembers: the leader of three members is killed, and comes back; then another member is, and all of them.
+func TestMembers(t *testing.T) {
+	t.Parallel()
+	s := &site{Env: harness.New(t), t: t}
+	cluster := s.StartCluster(3, harness.EtcdConfig{Bare: true})
+	s.on(cluster.Members[0].Address, cluster.URLs()...)
+	values := s.fill(1500)
+	p := s.Spawn("run", "reencrypt", "--config", s.config("run", s.cfg), "--rate", "250", "--workers", "4", "--output", "json")
+	some := func(n int) {
+		t.Helper()
+		harness.Eventually(t, within, fmt.Sprintf("%d values to be rewritten", n), func() error {
+			if now := s.changed(t.Context()); now < n {
+				return fmt.Errorf("%d are", now)
+			}
+			return p.Alive()
+		})
+	}
+	some(100)
+	leader := cluster.Leader()
+	leader.Kill()
+	if leader == cluster.Members[0] {
+		leader.Start() // the tests' own connection
+		some(200)
+	} else {
+		some(200)
+		leader.Start()
+	}
+	cluster.Members[1].Kill()
+	cluster.Members[2].Kill()
+	said(t, p, "waiting (")
+	// Neither answers before the other is there.
+	cluster.Members[1].Begin()
+	cluster.Members[2].Start()
+	if code := p.Wait(within); code != 0 || !strings.Contains(p.Log(), "going on (") {
+		t.Errorf("exit code %d: %s", code, p.Log())
+	}
+	r := decode(t, p.Log())
+	if r.Rewritten != int64(len(values)) || r.Raced != 0 {
+		t.Errorf("%d rewritten, %d raced, want %d and none: %s", r.Rewritten, r.Raced, len(values), p.Log())
+	}
+	s.sealed(values, 2)
+}
+
+// TestKMSDown: while the KMS does not answer, reencrypt waits for it, and says so.
+func TestKMSDown(t *testing.T) {
+	t.Parallel()
+	s, _ := newSite(t, harness.EtcdConfig{})
+	values := s.fill(600)
+	s.cfg.Cache = &harness.Cache{SealUnreachableFor: "0s"}
+	p := s.Spawn("run", "reencrypt", "--config", s.config("run", s.cfg), "--rate", "100", "--output", "json")
+	harness.Eventually(t, within, "the first values to be rewritten", func() error {
+		if s.changed(t.Context()) == 0 {
+			return fmt.Errorf("not yet")
+		}
+		return nil
+	})
+	s.kms.Stop()
+	said(t, p, `waiting (the KMS): rule "/sealed/": KMS provider "main"`)
+	before := s.changed(t.Context())
+	s.kms.Start()
+	if code := p.Wait(within); code != 0 || !strings.Contains(p.Log(), "going on (the KMS)") {
+		t.Errorf("exit code %d: %s", code, p.Log())
+	}
+	if before == 0 || before >= len(values) {
+		t.Errorf("%d values were rewritten before: not in the middle", before)
+	}
+	s.sealed(values, 2)
+}
+
+// TestKeyDisabled: what cannot be sealed because of its key is left and named, in the clear, and the run ends.
+func TestKeyDisabled(t *testing.T) {
+	t.Parallel()
+	s, _ := newSite(t, harness.EtcdConfig{})
+	s.fill(150)
+	s.kms.Disable(true)
+	r, out := s.reencrypt(s.config("run", s.cfg), 1)
+	if r.Failed != 150 || len(r.Left) != 100 || r.Rewritten != 0 || s.changed(t.Context()) != 0 || !strings.Contains(r.Left[0].Why, "disabled") {
+		t.Errorf("report: %s", out)
+	}
+}
+
+// TestLimits: etcd's own limits, lower than usual, are found out; what is too large for etcd once it is sealed is left and named.
+func TestLimits(t *testing.T) {
+	t.Parallel()
+	for _, version := range []string{"3.5", "3.7"} {
+		t.Run(version, func(t *testing.T) {
+			t.Parallel()
+			s, _ := newSite(t, harness.EtcdConfig{Version: version, MaxRequestBytes: 64 << 10, Flags: []string{"--max-txn-ops", "10"}})
+			values := s.fill(200)
+			edge := bytes.Repeat([]byte("e"), 64<<10-100)
+			s.put(prefix+"edge", edge, 0)
+			r, out := s.reencrypt(s.config("run", s.cfg), 1, "--txn-keys", "128")
+			if r.Rewritten != 200 || r.Failed != 1 || len(r.Left) != 1 || r.Left[0].Key != prefix+"edge" || !strings.Contains(r.Left[0].Why, "raise etcd's --max-request-bytes") {
+				t.Errorf("report: %s", out)
+			}
+			if r.Transactions < 20 || r.Transactions > 60 {
+				t.Errorf("%d transactions of up to 10 operations", r.Transactions)
+			}
+			if got := get(t, s.kv, prefix+"edge"); !bytes.Equal(got.Value, edge) || got.Version != 1 {
+				t.Error("what etcd refused was changed")
+			}
+			if _, err := s.kv.DeleteRange(t.Context(), &pb.DeleteRangeRequest{Key: []byte(prefix + "edge")}); err != nil {
+				t.Fatal(err)
+			}
+			s.sealed(values, 2)
+		})
+	}
+}
+
+// TestOtherRules: proxies that might not be able to read the result stop it.
+func TestOtherRules(t *testing.T) {
+	t.Parallel()
+	s, _ := newSite(t, harness.EtcdConfig{})
+	values := s.fill(5)
+	p := s.StartProxy("proxy", s.cfg)
+	p.WaitReady(within)
+	other := s.cfg
+	other.Rules = []harness.Rule{{Prefix: prefix, WriteWith: "dev", AllowPlaintextReads: new(true)}}
+	config := s.config("other", other)
+	harness.Eventually(t, within, "the proxy to be announced", func() error {
+		if out, _ := s.Run("status", "--config", config); !strings.Contains(out, "NOT as in this configuration") {
+			return fmt.Errorf("%s", out)
+		}
+		return nil
+	})
+	if _, out := s.reencrypt(config, 3); !strings.Contains(out, "proxies have other rules") || s.changed(t.Context()) != 0 {
+		t.Errorf("it was not refused: %s", out)
+	}
+	if r, out := s.reencrypt(s.config("same", s.cfg), 0); r.Rewritten != 5 {
+		t.Errorf("with the same rules: %s", out)
+	}
+	s.opens(p, values)
+	if r, out := s.reencrypt(config, 1, "--ignore-proxies"); r.Foreign != 5 {
+		t.Errorf("ignored: %s", out)
+	}
+	if _, code := s.Run("reencrypt", "--config", config, "--prefix", "/elsewhere/"); code != 2 {
+		t.Errorf("a prefix without a rule: exit code %d", code)
+	}
+}
