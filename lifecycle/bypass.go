@@ -9,8 +9,6 @@ import (
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
-
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 )
 
 // BypassConfig configures WatchBypass.
@@ -106,7 +104,7 @@ func (b *bypass) see(r *answer) bool {
 	b.told = false
 	rules := b.Rules()
 	for _, e := range r.Events {
-		if rule := rules.Of(e.Kv.Key); rule != nil && rule.seals() && !rule.sealed(e.Kv.Value) {
+		if rule := rules.Of(e.Kv.Key); rule != nil && rule.seals() && !rule.Sealer.Sealed(e.Kv.Value) {
 			b.Found(rule, string(e.Kv.Key), e.Kv.ModRevision)
 		}
 	}
@@ -115,12 +113,6 @@ func (b *bypass) see(r *answer) bool {
 }
 
 func (r *Rule) seals() bool { return r.WriteWith != Plaintext }
-
-// sealed tells by its first bytes whether stored was sealed by a provider of the rule.
-func (r *Rule) sealed(stored []byte) bool {
-	provider, _, ok := envelope.Split(stored)
-	return ok && (r.WriteWith == string(provider) || slices.Contains(r.ReadWith, string(provider)))
-}
 
 // sealing returns prefixes that together cover all rules that seal.
 func (r *Rules) sealing() []string {

@@ -90,7 +90,7 @@ func (h *History) see(rules *Rules, e *clientv3.Event) {
 	if e.PrevKv == nil || e.Kv.ModRevision > h.Present {
 		return
 	}
-	if rule := rules.Of(e.Kv.Key); rule != nil && rule.seals() && !rule.sealed(e.PrevKv.Value) {
+	if rule := rules.Of(e.Kv.Key); rule != nil && rule.seals() && !rule.Sealer.Sealed(e.PrevKv.Value) {
 		h.Plaintext++
 		h.CompactAt = max(h.CompactAt, e.Kv.ModRevision)
 	}

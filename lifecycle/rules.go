@@ -15,13 +15,14 @@ type Sealer interface {
 	// Inspect tells what stored is to the rule, without its reading policies, and leaves it as it is. The error is not nil exactly for
 	// [keyring.Undecryptable], and is a [*keyring.Error].
 	Inspect(ctx context.Context, key, stored []byte) (plaintext []byte, standing keyring.Standing, err error)
+	// Sealed tells by its first bytes whether stored was sealed by somebody whose values the rule opens.
+	Sealed(stored []byte) bool
 }
 
 // Rule is a rule of the configuration.
 type Rule struct {
 	Prefix    string
-	WriteWith string   // a provider, or Plaintext
-	ReadWith  []string // further providers
+	WriteWith string // a provider, or Plaintext
 	Sealer    Sealer
 }
 

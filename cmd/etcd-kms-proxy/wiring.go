@@ -232,7 +232,7 @@ func (a *app) newRules(rules []config.Rule) (*ruleSet, error) {
 			return nil, fmt.Errorf("rules[%d]: %w", i, err)
 		}
 		set.prefixes, set.sealers = append(set.prefixes, r.Prefix), append(set.sealers, s)
-		onEtcd = append(onEtcd, lifecycle.Rule{Prefix: r.Prefix, WriteWith: r.WriteWith, ReadWith: r.ReadWith, Sealer: s})
+		onEtcd = append(onEtcd, lifecycle.Rule{Prefix: r.Prefix, WriteWith: r.WriteWith, Sealer: s})
 	}
 	set.lifecycle = lifecycle.NewRules(onEtcd, a.ownPrefix)
 	return set, nil

@@ -200,6 +200,12 @@ func (s *Sealer) open(ctx context.Context, key, stored []byte, inPlace bool) ([]
 	return stored, nil, OutcomeForeign, nil
 }
 
+// Sealed tells by its first bytes whether stored was sealed by a provider of the rule, or of a format that it reads. It says nothing of whether it opens.
+func (s *Sealer) Sealed(stored []byte) bool {
+	begins := func(marker []byte) bool { return bytes.HasPrefix(stored, marker) }
+	return slices.ContainsFunc(s.markers, begins) || slices.ContainsFunc(s.legacy, begins)
+}
+
 // Standing is what a stored value is to its rule.
 type Standing string
 
