@@ -132,16 +132,16 @@ func TestOneAtATime(t *testing.T) {
 // TestNoSpace: when etcd's space is used up, reencrypt says so and what to do, waits, and goes on afterwards.
 func TestNoSpace(t *testing.T) {
 	t.Parallel()
-	s, _ := newSite(t, harness.EtcdConfig{Flags: []string{"--quota-backend-bytes", fmt.Sprint(24 << 20)}})
+	s, _ := newSite(t, harness.EtcdConfig{Flags: []string{"--quota-backend-bytes", fmt.Sprint(16 << 20)}})
 	values := make(map[string][]byte)
-	for i := range 130 {
+	for i := range 100 {
 		key := fmt.Sprintf("%s%03d", prefix, i)
 		values[key] = bytes.Repeat([]byte{byte(i)}, 100<<10)
 		s.put(key, values[key], 0)
 	}
-	p := s.Spawn("full", "reencrypt", "--config", s.config("run", s.cfg), "--output", "json")
+	p := s.Spawn("full", "reencrypt", "--config", s.config("run", s.cfg), "--rate", "100", "--output", "json")
 	said(t, p, "its space is used up: compact and defragment it")
-	if !strings.Contains(p.Log(), "of its quota of 24.0 MiB") {
+	if !strings.Contains(p.Log(), "of its quota of 16.0 MiB") {
 		t.Errorf("it did not warn: %s", p.Log())
 	}
 	maintenance := pb.NewMaintenanceClient(s.conn)
