@@ -50,7 +50,7 @@ type Progress struct {
 	Rewritten     int64 `json:"rewritten"`     // with DryRun: would be
 	Bytes         int64 `json:"bytes"`         // of their keys and new values: what the database grows by at least
 	Transactions  int64 `json:"transactions"`  // that is, revisions of etcd
-	Raced         int64 `json:"raced"`         // were written or deleted by somebody else meanwhile
+	Raced         int64 `json:"raced"`         // times that a value was written or deleted by somebody else meanwhile, and was looked at again
 	Foreign       int64 `json:"foreign"`       // left in this pass: sealed by a provider that the rule does not read
 	Undecryptable int64 `json:"undecryptable"` // left in this pass: they do not open
 	Failed        int64 `json:"failed"`        // left in this pass: they cannot be sealed, or etcd does not take them

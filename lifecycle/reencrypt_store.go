@@ -160,13 +160,14 @@ func (r *run) again(ctx context.Context, items []*item, answer *clientv3.TxnResp
 	for n, i := range items {
 		now := only(answer.Responses[n].GetResponseRange())
 		switch {
-		case now == nil:
-			r.count(func(p *Progress) { p.Raced++ }) // deleted, and stays so
+		case now == nil: // deleted, and stays so
+			r.count(func(p *Progress) { p.Raced++ })
 		case now.ModRevision == i.revision:
 			same = append(same, i)
 		case bytes.Equal(now.Value, []byte(i.value)):
 			ours = append(ours, i) // of an attempt whose answer was lost
 		default:
+			r.count(func(p *Progress) { p.Raced++ })
 			changed[i] = now
 		}
 	}
@@ -197,11 +198,8 @@ func (r *run) renewed(ctx context.Context, i *item, now *mvccpb.KeyValue) error 
 	switch {
 	case err != nil:
 		return err
-	case what == isCurrent || what == noRule:
-		r.count(func(p *Progress) { p.Raced++ })
-		return nil
-	case what == isLeft:
-		return nil
+	case what != isToWrite:
+		return nil // that is as it is to be, or left
 	}
 	if next.attempts = i.attempts + 1; next.attempts >= maxAttempts {
 		r.leave(leftFailed, now.Key, "it is written all the time by somebody who does not seal it as the rule does")

@@ -28,7 +28,7 @@ func (r *reencryptReport) text(w io.Writer) {
 	if r.DryRun {
 		verb = "to rewrite"
 	}
-	fmt.Fprintf(w, "%d keys: %d %s in %d transactions, %d already current, %d written by others meanwhile, %d left; revisions %d to %d, %.1f s\n",
+	fmt.Fprintf(w, "%d keys: %d %s in %d transactions, %d already current, %d times others were faster, %d left; revisions %d to %d, %.1f s\n",
 		r.Keys, r.Rewritten, verb, r.Transactions, r.Current, r.Raced, r.Unfinished(), r.Revisions.First, r.Revisions.Last, r.Seconds)
 	if r.Rewritten > 0 && !r.DryRun {
 		fmt.Fprintln(w, "the old values are still in etcd's history and files, and take their room: see purge")
