@@ -1,0 +1,71 @@
+package plugin
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	kmsapi "k8s.io/kms/apis/v2"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/kmstest"
+)
+
+// TestServerCodes gives each class its code, and keeps foreign texts out.
+func TestServerCodes(t *testing.T) {
+	for name, tc := range map[string]struct {
+		failure kmstest.Failure
+		want    codes.Code
+	}{
+		"unavailable": {kmstest.Failure{}, codes.Unavailable},
+		"foreign":     {kmstest.Failure{Err: fmt.Errorf("cannot wrap %s", canary)}, codes.Unavailable},
+		"denied":      {kmstest.Failure{Err: &kmsclient.Error{Class: kmsclient.ClassDenied, Code: "Forbidden"}}, codes.PermissionDenied},
+		"key":         {kmstest.Failure{Err: &kmsclient.Error{Class: kmsclient.ClassKeyUnusable}}, codes.FailedPrecondition},
+		"gone":        {kmstest.Failure{Err: &kmsclient.Error{Class: kmsclient.ClassKeyUnusable, Gone: true}}, codes.NotFound},
+		"invalid":     {kmstest.Failure{Err: &kmsclient.Error{Class: kmsclient.ClassInvalid}}, codes.InvalidArgument},
+		"contract":    {kmstest.Failure{Err: &kmsclient.Error{Class: kmsclient.ClassContract}}, codes.Internal},
+		"panic":       {kmstest.Failure{Panic: canary}, codes.Internal},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := kmstest.NewFault(kmstest.NewMemory())
+			f.SetFault(func(string, int) *kmstest.Failure { return &tc.failure })
+			var log strings.Builder
+			counted := map[string]codes.Code{}
+			server := newServer(t, f.Service(), func(c *ServerConfig) {
+				c.Logger = newLogger(&log)
+				c.Observer = func(op string, code codes.Code) { counted[op] = code }
+			})
+			r := serve(t, server)
+			k := newClient(t, Config{Endpoint: r.endpoint})
+			for op, err := range callRaw(t, k) {
+				s := status.Convert(err)
+				if s.Code() != tc.want || !strings.HasPrefix(s.Message(), "etcd-kms-proxy: kms "+op+": ") || !strings.Contains(s.Message(), "acme") ||
+					strings.Contains(s.Message(), "anary") {
+					t.Errorf("%s: %v; want %v", op, err, tc.want)
+				}
+			}
+			r.cancel()
+			if err := <-r.ended; err != nil {
+				t.Fatal(err)
+			}
+			if len(counted) != 3 || counted["Encrypt"] != tc.want || counted["Status"] != tc.want {
+				t.Errorf("counted %v", counted)
+			}
+			if !strings.Contains(log.String(), "KMS contact is not good") || !strings.Contains(log.String(), "call failed") || strings.Contains(log.String(), "anary") {
+				t.Errorf("log:\n%s", &log)
+			}
+		})
+	}
+}
+
+// callRaw makes one call of each operation and returns the gRPC errors.
+func callRaw(t *testing.T, k *KMS) map[string]error {
+	t.Helper()
+	errs := map[string]error{}
+	_, errs["Encrypt"] = k.api.Encrypt(t.Context(), &kmsapi.EncryptRequest{Uid: "u", Plaintext: []byte(canary)})
+	_, errs["Decrypt"] = k.api.Decrypt(t.Context(), &kmsapi.DecryptRequest{Uid: "u", Ciphertext: []byte(canary), KeyId: "k"})
+	_, errs["Status"] = k.api.Status(t.Context(), &kmsapi.StatusRequest{})
+	return errs
+}
