@@ -1,0 +1,88 @@
+package reencrypt
+
+import (
+	"context"
+	"fmt"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
+)
+
+// TestKubernetesWatch: a client of kube-apiserver whose watch breaks after every change learns of each re-encrypted Secret nevertheless. That is why one transaction
+// rewrites one value: of several that change at one revision it learns of the first alone, since it goes on after that revision. The second half proves that it is so;
+// when it fails, kube-apiserver has learned better.
+func TestKubernetesWatch(t *testing.T) {
+	if testing.Short() {
+		t.Skip("starts a kube-apiserver")
+	}
+	t.Parallel()
+	s, _ := newSite(t, harness.EtcdConfig{})
+	s.cfg.Rules[0].Prefix = "/registry/secrets/"
+	p := s.StartProxy("proxy", s.cfg)
+	p.WaitReady(within)
+	api := s.StartAPIServer(harness.APIServerConfig{EtcdServers: p.URL()})
+	secrets := api.Client.CoreV1().Secrets("default")
+	const n = 30
+	for i := range n {
+		secret := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprintf("secret-%02d", i)}, StringData: map[string]string{"value": s.Sealed.Value(fmt.Sprint(i))}}
+		if _, err := secrets.Create(t.Context(), secret, metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	config := s.config("run", s.cfg)
+	for _, test := range []struct {
+		txnKeys string
+		all     bool
+	}{{"1", true}, {"100", false}} {
+		list, err := secrets.List(t.Context(), metav1.ListOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.kms.Rotate()
+		if r, out := s.reencrypt(config, 0, "--txn-keys", test.txnKeys); r.Rewritten < n {
+			t.Fatalf("too few: %s", out)
+		}
+		// The end of what is to be seen.
+		last, err := secrets.Create(t.Context(), &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Name: "last-" + test.txnKeys}}, metav1.CreateOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		seen := map[string]int{}
+		for at := list.ResourceVersion; at != last.ResourceVersion; {
+			name, next := s.nextChange(api, at)
+			seen[name]++
+			at = next
+		}
+		delete(seen, last.Name)
+		for name, times := range seen {
+			if times != 1 {
+				t.Errorf("%s keys a transaction: %s was seen %d times", test.txnKeys, name, times)
+			}
+		}
+		if (len(seen) == n) != test.all {
+			t.Errorf("%s keys a transaction: %d of %d changes were seen", test.txnKeys, len(seen), n)
+		}
+	}
+}
+
+// nextChange watches the Secrets after a resource version until the first change, as a client whose watch then breaks.
+func (s *site) nextChange(api *harness.APIServer, after string) (name, version string) {
+	s.t.Helper()
+	ctx, cancel := context.WithTimeout(s.t.Context(), 20*time.Second)
+	defer cancel()
+	w, err := api.Client.CoreV1().Secrets("default").Watch(ctx, metav1.ListOptions{ResourceVersion: after})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer w.Stop()
+	event, ok := <-w.ResultChan()
+	secret, isSecret := event.Object.(*corev1.Secret)
+	if !ok || !isSecret {
+		s.t.Fatalf("watch after %s: %v", after, event)
+	}
+	return secret.Name, secret.ResourceVersion
+}
