@@ -8,6 +8,7 @@ import (
 	"slices"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
@@ -19,18 +20,21 @@ type History struct {
 	Plaintext int64 `json:"plaintext"` // old values under rules that seal which are not sealed by a provider of their rule
 	// CompactAt is the least revision whose compaction drops all of them; 0 if there are none.
 	CompactAt int64 `json:"compactAt"`
+
+	visit func(*mvccpb.KeyValue)
 }
 
 // progressEvery is how often etcd is asked how far a watch has come.
 const progressEvery = 200 * time.Millisecond
 
-// ReadHistory looks for plaintext in the history between the last compaction and the present. It takes every present value to be sealed: see [Survey].
-func ReadHistory(ctx context.Context, c *clientv3.Client, rules *Rules) (History, error) {
+// ReadHistory looks for plaintext in the history between the last compaction and the present. It takes every present value to be sealed: see [Survey]. visit, which
+// may be nil, is called with each old value under a rule that seals, and keeps none.
+func ReadHistory(ctx context.Context, c *clientv3.Client, rules *Rules, visit func(old *mvccpb.KeyValue)) (History, error) {
 	now, err := c.Get(ctx, "\x00", clientv3.WithLimit(1), clientv3.WithKeysOnly())
 	if err != nil {
 		return History{}, fmt.Errorf("read the present revision: %w", err)
 	}
-	h := History{Present: now.Header.Revision}
+	h := History{Present: now.Header.Revision, visit: visit}
 	for _, p := range rules.sealing() {
 		if err := h.read(ctx, c, rules, p); err != nil {
 			return h, fmt.Errorf("read the history of the keys below %q: %w", p, err)
@@ -90,7 +94,14 @@ func (h *History) see(rules *Rules, e *clientv3.Event) {
 	if e.PrevKv == nil || e.Kv.ModRevision > h.Present {
 		return
 	}
-	if rule := rules.Of(e.Kv.Key); rule != nil && rule.seals() && !rule.Sealer.Sealed(e.PrevKv.Value) {
+	rule := rules.Of(e.Kv.Key)
+	if rule == nil || !rule.seals() {
+		return
+	}
+	if h.visit != nil {
+		h.visit(e.PrevKv)
+	}
+	if !rule.Sealer.Sealed(e.PrevKv.Value) {
 		h.Plaintext++
 		h.CompactAt = max(h.CompactAt, e.Kv.ModRevision)
 	}

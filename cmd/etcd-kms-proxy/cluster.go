@@ -23,8 +23,8 @@ import (
 // cluster is etcd itself and the rules of the configuration, for a command that works on what is stored.
 type cluster struct {
 	config *config.Config
-	app    *app // its rings run; it serves nothing
-	etcd   *clientv3.Client
+	app    *app             // its rings run; it serves nothing
+	etcd   *clientv3.Client // nil with noEtcd
 	rules  *lifecycle.Rules
 	log    *slog.Logger
 
@@ -35,6 +35,8 @@ type cluster struct {
 // clusterOptions are what commands differ in.
 type clusterOptions struct {
 	inspectOnly bool          // nothing can be sealed, and no seed is minted
+	noEtcd      bool          // for files: the cluster has no client
+	noKMS       bool          // nothing is opened: no KMS is asked
 	wait        time.Duration // how long to wait for etcd and the KMS
 }
 
@@ -57,22 +59,27 @@ func openCluster(cmd *cobra.Command, c *config.Config, o clusterOptions) (*clust
 		return nil, err
 	}
 	cl.rules = set.lifecycle
-	if cl.etcd, err = etcdClient(c, cl.log); err != nil {
-		cl.app.close()
-		return nil, err
+	if !o.noEtcd {
+		if cl.etcd, err = etcdClient(c, cl.log); err != nil {
+			cl.app.close()
+			return nil, err
+		}
 	}
 	running, stop := context.WithCancel(context.Background())
 	cl.stop = stop
-	for _, ring := range cl.app.rings {
-		cl.ends.Go(func() { _ = ring.Run(running) }) // it fails only if it ran before
-	}
 	ctx, cancel := context.WithTimeout(cmd.Context(), o.wait)
 	defer cancel()
 	var contacts sync.WaitGroup
 	for _, ring := range cl.app.rings {
+		if o.noKMS {
+			break
+		}
+		cl.ends.Go(func() { _ = ring.Run(running) })  // it fails only if it ran before
 		contacts.Go(func() { _ = ring.Contact(ctx) }) // its state says why not
 	}
-	err = cl.reach(ctx)
+	if !o.noEtcd {
+		err = cl.reach(ctx)
+	}
 	contacts.Wait()
 	if err != nil {
 		cl.close()
@@ -101,7 +108,9 @@ func (cl *cluster) reach(ctx context.Context) error {
 func (cl *cluster) close() {
 	cl.stop()
 	cl.ends.Wait()
-	_ = cl.etcd.Close() // it reports the end of its own context
+	if cl.etcd != nil {
+		_ = cl.etcd.Close() // it reports the end of its own context
+	}
 	cl.app.close()
 }
 

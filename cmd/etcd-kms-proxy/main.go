@@ -62,7 +62,7 @@ Exit codes:
 		Args:          cobra.NoArgs,
 		RunE:          needsCommand,
 	}
-	root.AddCommand(newServe(), newStatus(), newReencrypt(), newPurge(), newConfig(), newKMS(), newAudit(), newVersion())
+	root.AddCommand(newServe(), newStatus(), newReencrypt(), newPurge(), newVerify(), newDecrypt(), newConfig(), newKMS(), newAudit(), newVersion())
 	return root
 }
 

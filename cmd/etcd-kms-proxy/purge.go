@@ -89,7 +89,7 @@ func (cl *cluster) purge(cmd *cobra.Command, dryRun, yes bool) (*purgeReport, er
 		}
 	}
 	r := &purgeReport{DryRun: dryRun, Left: []string{}, Verified: "etcd-kms-proxy verify --data-dir DIR, on each member's host while it is stopped, proves it"}
-	if r.History, err = lifecycle.ReadHistory(ctx, cl.etcd, cl.rules); err != nil {
+	if r.History, err = lifecycle.ReadHistory(ctx, cl.etcd, cl.rules, nil); err != nil {
 		return nil, err
 	}
 	if r.Members, err = lifecycle.Members(ctx, cl.etcd); err != nil {

@@ -1,0 +1,307 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+	"go.etcd.io/etcd/api/v3/mvccpb"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/disk"
+)
+
+func newVerify() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "verify",
+		Short: "prove that no value under a rule is readable without the KMS",
+		Long: `verify looks for values under the rules that can be read without the KMS, and says what it did not look at. Without a flag it looks at etcd itself: every
+present value, and the history back to the last compaction. With --snapshot or --data-dir it looks at files, and needs no etcd: every revision in the database, freed
+pages and other remains, the write-ahead log, and all other bytes.
+
+It knows plaintext by its key, by the shape of Kubernetes' objects, and by the --canary strings that you have put into values. A value that begins like a sealed one has
+to open, or with --offline to be well-formed. It changes nothing, and prints no value. Exit code 1 says that something was found.`,
+		Args: cobra.NoArgs,
+	}
+	path, out := configFlag(cmd), outputFlag(cmd)
+	var o verifyOptions
+	cmd.Flags().StringVar(&o.snapshot, "snapshot", "", "look at the snapshot `FILE` of etcdctl snapshot save, or at another single file")
+	cmd.Flags().StringVar(&o.dataDir, "data-dir", "", "look at the data directory `DIR` of a stopped member")
+	cmd.Flags().StringArrayVar(&o.canaries, "canary", nil, "a `STRING` that must not be found, nor in base64; may be repeated")
+	cmd.Flags().StringVar(&o.canaryFile, "canary-file", "", "a `FILE` with such strings, one a line")
+	cmd.Flags().StringArrayVar(&o.kinds, "kind", nil, "a `KIND` of Kubernetes objects that must not be found in the clear; by default those of the rules' resources")
+	cmd.Flags().BoolVar(&o.offline, "offline", false, "ask no KMS: sealed values have to be well-formed, and are not opened; files only")
+	cmd.Flags().BoolVar(&o.all, "list", false, "print every finding, and not the first 20 of a file")
+	wait := cmd.Flags().Duration("timeout", 30*time.Second, "how long to wait for etcd and for each KMS at the start")
+	cmd.MarkFlagsMutuallyExclusive("snapshot", "data-dir")
+	cmd.RunE = fails(func(cmd *cobra.Command, _ []string) error {
+		files := cmp.Or(o.snapshot, o.dataDir)
+		if files == "" && (o.offline || len(o.canaries) > 0 || o.canaryFile != "") {
+			return &failure{code: exitUsage, err: errors.New("--offline, --canary and --canary-file are for files"), hint: "add --snapshot or --data-dir"}
+		}
+		c, err := loadConfig(cmd, *path)
+		if err != nil {
+			return err
+		}
+		ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
+		defer stop()
+		cmd.SetContext(ctx)
+		cl, err := openCluster(cmd, c, clusterOptions{inspectOnly: true, wait: *wait, noEtcd: files != "", noKMS: o.offline})
+		if err != nil {
+			return err
+		}
+		defer cl.close()
+		report := &verifyReport{Files: []disk.File{}, Findings: []disk.Finding{}}
+		if files == "" {
+			err = cl.verifyEtcd(ctx, report)
+		} else {
+			err = cl.verifyFiles(ctx, files, o, report)
+		}
+		if err != nil {
+			return err
+		}
+		report.OK = report.Count == 0
+		if err := out.write(cmd.OutOrStdout(), report, func(w io.Writer) { report.text(w, o.all) }); err != nil {
+			return err
+		}
+		if !report.OK {
+			return &failure{code: exitFindings}
+		}
+		return nil
+	})
+	return cmd
+}
+
+type verifyOptions struct {
+	snapshot, dataDir, canaryFile string
+	canaries, kinds               []string
+	offline, all                  bool
+}
+
+// verifyReport is what verify found.
+type verifyReport struct {
+	OK       bool           `json:"ok"`
+	Values   int64          `json:"values"` // that were judged one by one
+	Files    []disk.File    `json:"files"`
+	Count    int64          `json:"findings"`
+	Findings []disk.Finding `json:"list"` // the first maxFindings
+	Unseen   []string       `json:"notLookedAt"`
+}
+
+const (
+	maxFindings  = 100_000
+	textFindings = 20
+)
+
+func (r *verifyReport) found(f disk.Finding) {
+	r.Count++
+	if len(r.Findings) < maxFindings {
+		r.Findings = append(r.Findings, f)
+	}
+}
+
+// judge tells why a value should not be readable: it is not sealed, or only looks so. unopened counts what no KMS could be asked about.
+func (cl *cluster) judge(ctx context.Context, offline bool, unopened *int64) func(key, value []byte, whole bool) string {
+	return func(key, value []byte, whole bool) string {
+		rule := cl.rules.Of(key)
+		if rule == nil || rule.WriteWith == lifecycle.Plaintext {
+			return ""
+		}
+		if !rule.Sealer.Sealed(value) {
+			if !whole && len(value) < len(envelope.Root) && strings.HasPrefix(envelope.Root, string(value)) {
+				return "" // too little is left to tell
+			}
+			return "it is not sealed by a provider of its rule"
+		}
+		if !whole {
+			return ""
+		}
+		if _, object, ok := envelope.Split(value); ok {
+			if _, err := envelope.Parse(object); err != nil {
+				return "it begins like a sealed value, and is none: " + err.Error()
+			}
+		}
+		if offline {
+			return ""
+		}
+		_, _, err := rule.Sealer.Inspect(ctx, key, value)
+		if e, ok := errors.AsType[*keyring.Error](err); ok && e.Kind == keyring.Corrupt {
+			return "it begins like a sealed value, and does not open: " + e.Text
+		}
+		if err != nil {
+			*unopened++
+		}
+		return ""
+	}
+}
+
+// unopened says that values look sealed, and could not be opened to make sure.
+func (r *verifyReport) unopened(n int64) {
+	if n > 0 {
+		r.Unseen = append(r.Unseen, fmt.Sprintf("whether %d values that are well-formed open: their KMS does not answer, or their key may not be used any more; status says which", n))
+	}
+}
+
+// verifyEtcd looks at the present values, and at the history.
+func (cl *cluster) verifyEtcd(ctx context.Context, r *verifyReport) error {
+	var unopened int64
+	judge := cl.judge(ctx, false, &unopened)
+	span, err := lifecycle.Scan(ctx, cl.etcd, cl.rules.Prefixes(), 0, func(kv *mvccpb.KeyValue) error {
+		if cl.rules.Of(kv.Key) == nil {
+			return nil
+		}
+		r.Values++
+		if why := judge(kv.Key, kv.Value, true); why != "" {
+			r.found(disk.Finding{File: "etcd", Place: disk.Live, Key: string(kv.Key), Revision: kv.ModRevision, Offset: -1, Why: why})
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	h, err := lifecycle.ReadHistory(ctx, cl.etcd, cl.rules, func(kv *mvccpb.KeyValue) {
+		r.Values++
+		if why := judge(kv.Key, kv.Value, true); why != "" {
+			r.found(disk.Finding{File: "etcd", Place: disk.History, Key: string(kv.Key), Revision: kv.ModRevision, Offset: -1, Why: why})
+		}
+	})
+	if err != nil {
+		return err
+	}
+	r.Unseen = []string{
+		fmt.Sprintf("what etcd dropped at or before revision %d, its last compaction: it may stand in freed pages of the database files", h.Compacted),
+		"etcd's files: freed pages, write-ahead logs, snapshots. --data-dir looks at those of a stopped member, --snapshot at a snapshot",
+		"backups, and other copies of etcd's disks",
+	}
+	r.unopened(unopened)
+	if span.First != span.Last {
+		r.Unseen = append(r.Unseen, fmt.Sprintf("etcd was compacted meanwhile: present values were looked at from revision %d to %d", span.First, span.Last))
+	}
+	return nil
+}
+
+// verifyFiles looks at files.
+func (cl *cluster) verifyFiles(ctx context.Context, where string, o verifyOptions, r *verifyReport) error {
+	files, err := disk.Files(where)
+	if err != nil {
+		return err
+	}
+	var unopened int64
+	c := disk.Config{Judge: cl.judge(ctx, o.offline, &unopened), Kinds: o.kinds, Found: r.found}
+	for _, rule := range cl.rules.All() {
+		if rule.WriteWith != lifecycle.Plaintext {
+			c.Prefixes = append(c.Prefixes, rule.Prefix)
+		}
+	}
+	if len(c.Kinds) == 0 {
+		c.Kinds = kindsOf(c.Prefixes)
+	}
+	for _, s := range o.canaries {
+		c.Canaries = append(c.Canaries, []byte(s))
+	}
+	if o.canaryFile != "" {
+		data, err := os.ReadFile(o.canaryFile)
+		if err != nil {
+			return fmt.Errorf("--canary-file: %w", err)
+		}
+		for line := range strings.Lines(string(data)) {
+			if line = strings.TrimRight(line, "\r\n"); line != "" {
+				c.Canaries = append(c.Canaries, []byte(line))
+			}
+		}
+	}
+	for _, name := range files {
+		f, err := disk.Look(ctx, name, c)
+		if err != nil {
+			return &failure{code: exitFailure, err: fmt.Errorf("%s: %w", name, err)}
+		}
+		if rel, err := filepath.Rel(where, name); err == nil && rel != "." {
+			f.Path = rel
+		}
+		r.Values += f.Values
+		r.Files = append(r.Files, f)
+	}
+	r.Unseen = []string{
+		"other members' files, and backups: run verify on each",
+		"free space of the file system, swap, and the memory of etcd",
+	}
+	if len(c.Canaries) == 0 {
+		r.Unseen = append(r.Unseen, "values whose beginning is lost: only a --canary finds them")
+	}
+	if slices.Contains(c.Prefixes, "") {
+		r.Unseen = append(r.Unseen, "remains of values by their keys, since a rule is for every key")
+	}
+	if len(c.Kinds) == 0 {
+		r.Unseen = append(r.Unseen, "Kubernetes' objects by their shape: name kinds with --kind")
+	}
+	r.unopened(unopened)
+	if o.offline {
+		r.Unseen = append(r.Unseen, "whether sealed values open, since --offline asks no KMS")
+	}
+	return nil
+}
+
+// kindsOf returns the kinds of built-in resources among prefixes like /registry/secrets/.
+func kindsOf(prefixes []string) []string {
+	known := map[string]string{"secrets": "Secret", "configmaps": "ConfigMap"}
+	var kinds []string
+	for _, p := range prefixes {
+		for dir := strings.TrimSuffix(p, "/"); dir != "" && dir != "/" && dir != "."; dir = path.Dir(dir) {
+			if kind := known[path.Base(dir)]; kind != "" && !slices.Contains(kinds, kind) {
+				kinds = append(kinds, kind)
+			}
+		}
+	}
+	return kinds
+}
+
+// text prints the report for people.
+func (r *verifyReport) text(w io.Writer, all bool) {
+	shown := make(map[string]int)
+	for _, f := range r.Findings {
+		shown[f.File]++
+		if n := shown[f.File]; !all && n > textFindings {
+			if n == textFindings+1 {
+				fmt.Fprintf(w, "%s: more, see --list\n", f.File)
+			}
+			continue
+		}
+		fmt.Fprintf(w, "%s: %s", f.File, f.Place)
+		if f.Key != "" {
+			fmt.Fprintf(w, " %q", f.Key)
+		}
+		if f.Revision != 0 {
+			fmt.Fprintf(w, " revision %d", f.Revision)
+		}
+		if f.Offset >= 0 {
+			fmt.Fprintf(w, " byte %d", f.Offset)
+		}
+		fmt.Fprintf(w, ": %s\n", f.Why)
+	}
+	if len(r.Files) > 0 {
+		t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+		fmt.Fprintln(t, "FILE\tKIND\tSIZE\tVALUES\tNOTES")
+		for _, f := range r.Files {
+			fmt.Fprintf(t, "%s\t%s\t%s\t%d\t%s\n", f.Path, f.Kind, size(f.Bytes), f.Values, strings.Join(f.Notes, "; "))
+		}
+		_ = t.Flush()
+	}
+	fmt.Fprintf(w, "%d values were judged, %d findings\nnot looked at:\n", r.Values, r.Count)
+	for _, u := range r.Unseen {
+		fmt.Fprintf(w, "  - %s\n", u)
+	}
+}
