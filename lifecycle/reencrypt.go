@@ -15,7 +15,7 @@ type ReencryptConfig struct {
 	// Rules are those of the moment: they may change while a run is under way.
 	Rules  func() *Rules
 	Prefix string // only keys that begin with it
-	// Workers is how many transactions are under way at a time; 0 is 2.
+	// Workers is how many transactions are under way at a time; 0 is 4.
 	Workers int
 	// Rate is how many values are rewritten a second at most; 0 is as many as etcd takes.
 	Rate float64
@@ -77,7 +77,7 @@ type Result struct {
 }
 
 const (
-	defaultWorkers  = 2
+	defaultWorkers  = 4
 	defaultPasses   = 5
 	defaultMaxBytes = 1536 << 10
 )

@@ -87,7 +87,7 @@ type reencryptOptions struct {
 func (o *reencryptOptions) flags(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.StringVar(&o.prefix, "prefix", "", "only keys that begin with `PREFIX`")
-	f.IntVar(&o.workers, "workers", 2, "transactions at a time")
+	f.IntVar(&o.workers, "workers", 4, "transactions at a time")
 	f.Float64Var(&o.rate, "rate", 0, "values a second, at most; 0: as many as etcd takes")
 	f.IntVar(&o.txnKeys, "txn-keys", 1, "values in one transaction, at most. More than 1 is quicker, and not for kube-apiserver's etcd: its clients' watches can miss such changes")
 	f.IntVar(&o.passes, "passes", 5, "times to look at all keys, at most, until nothing is left to do")

@@ -26,7 +26,7 @@ const (
 // site is an etcd, a KMS, and a configuration for both.
 type site struct {
 	*harness.Env
-	t    *testing.T
+	t    testing.TB
 	conn *grpc.ClientConn // to etcd itself
 	kv   pb.KVClient
 	kms  *harness.KMS
@@ -34,7 +34,7 @@ type site struct {
 }
 
 // newSite starts an etcd and a KMS. The etcd holds plaintext, so its files may.
-func newSite(t *testing.T, etcd harness.EtcdConfig) (*site, *harness.Etcd) {
+func newSite(t testing.TB, etcd harness.EtcdConfig) (*site, *harness.Etcd) {
 	t.Helper()
 	s := &site{Env: harness.New(t), t: t}
 	etcd.Bare = true
@@ -75,7 +75,7 @@ func (s *site) put(key string, value []byte, lease int64) {
 }
 
 // get reads one key; nil if there is none.
-func get(t *testing.T, kv pb.KVClient, key string) *mvccpb.KeyValue {
+func get(t testing.TB, kv pb.KVClient, key string) *mvccpb.KeyValue {
 	t.Helper()
 	r, err := kv.Range(t.Context(), &pb.RangeRequest{Key: []byte(key)})
 	if err != nil {
@@ -88,7 +88,7 @@ func get(t *testing.T, kv pb.KVClient, key string) *mvccpb.KeyValue {
 }
 
 // all reads what stands below the prefix.
-func all(t *testing.T, kv pb.KVClient) []*mvccpb.KeyValue {
+func all(t testing.TB, kv pb.KVClient) []*mvccpb.KeyValue {
 	t.Helper()
 	r, err := kv.Range(t.Context(), &pb.RangeRequest{Key: []byte(prefix), RangeEnd: []byte("/sealed0")})
 	if err != nil {
@@ -117,7 +117,7 @@ func (s *site) reencrypt(config string, code int, args ...string) (r report, out
 }
 
 // decode finds the report among the notices.
-func decode(t *testing.T, out string) (r report) {
+func decode(t testing.TB, out string) (r report) {
 	t.Helper()
 	begin, end := strings.Index(out, "{\n"), strings.LastIndex(out, "\n}")
 	if begin < 0 || end < begin {
@@ -170,7 +170,7 @@ func (s *site) opens(p *harness.Proxy, values map[string][]byte) {
 }
 
 // said waits until a process has printed something.
-func said(t *testing.T, p *harness.Process, what string) {
+func said(t testing.TB, p *harness.Process, what string) {
 	t.Helper()
 	harness.Eventually(t, within, "the output "+what, func() error {
 		if strings.Contains(p.Log(), what) {
