@@ -121,7 +121,8 @@ type reencryption struct {
 	options reencryptOptions
 	view    *reencryptView
 	stderr  io.Writer
-	begun   bool // and in the audit log
+	planned int64 // values to rewrite; 0 if it was not counted
+	begun   bool  // and in the audit log
 }
 
 // engine makes the configuration of a run.
@@ -136,7 +137,7 @@ func (j *reencryption) engine() lifecycle.ReencryptConfig {
 		},
 		Begin: func() error {
 			j.begun = true
-			return j.record("begun", "", 0)
+			return j.record("begun", "", j.planned)
 		},
 	}
 	if j.config.Coordination.Enabled && !o.ignoreProxies {
@@ -166,6 +167,7 @@ func (j *reencryption) once(ctx context.Context) (*reencryptReport, error) {
 	if j.options.dryRun {
 		return j.report(ctx, planned, nil)
 	}
+	j.planned = planned.Rewritten
 	j.view.begin(planned)
 	done, err := lifecycle.Reencrypt(ctx, c)
 	j.view.end()

@@ -81,7 +81,7 @@ func (v *reencryptView) progress(p lifecycle.Progress) {
 	case p.Pass == 1:
 		done, total, what = p.Rewritten+p.Raced, v.planned.Rewritten, "rewriting"
 	}
-	if v.terminal {
+	if v.terminal && total > 0 {
 		v.draw(p.Pass, what, done, total)
 		return
 	}
@@ -106,17 +106,11 @@ func (v *reencryptView) draw(pass int, what string, done, total int64) {
 		if v.bar != nil {
 			_ = v.bar.Clear() // nothing is left to do if the terminal is gone
 		}
-		if total == 0 {
-			total = -1 // not known: a spinner
-		}
 		v.pass, v.bar = pass, progressbar.NewOptions64(total, progressbar.OptionSetWriter(v.w), progressbar.OptionSetDescription(what),
 			progressbar.OptionShowCount(), progressbar.OptionShowIts(), progressbar.OptionSetItsString("values"), progressbar.OptionSetPredictTime(true),
 			progressbar.OptionThrottle(100*time.Millisecond))
 	}
-	if limit := v.bar.GetMax64(); limit > 0 {
-		done = min(done, limit)
-	}
-	_ = v.bar.Set64(done) // nothing is left to do if the terminal is gone
+	_ = v.bar.Set64(min(done, v.bar.GetMax64())) // nothing is left to do if the terminal is gone
 }
 
 // paused says what a run waits for.
