@@ -9,9 +9,11 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"k8s.io/kms/pkg/service"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
@@ -153,4 +155,31 @@ func BenchmarkOpenRecovered(b *testing.B) {
 			b.Fatal(err)
 		}
 	}
+}
+
+// BenchmarkSeedHit is the way from a stored value to its unwrapped seed, without opening it: what every read pays for the cache.
+func BenchmarkSeedHit(b *testing.B) {
+	s := benchSealer(b)
+	ctx, key := context.Background(), []byte("/registry/secrets/default/s1")
+	stored, err := s.Seal(ctx, key, make([]byte, 1024))
+	if err != nil {
+		b.Fatal(err)
+	}
+	if _, err := s.Open(ctx, key, bytes.Clone(stored)); err != nil {
+		b.Fatal(err)
+	}
+	r := s.rings[0]
+	b.ReportAllocs()
+	b.RunParallel(func(pb *testing.PB) {
+		for pb.Next() {
+			provider, object, _ := envelope.Split(stored)
+			_, rest, cut := envelope.Cut(object)
+			e, now := r.hot.get(rest), time.Now()
+			if !cut || s.ring(provider) != r || e == nil || r.cfg.Cache.ageOf(e, now) != fresh {
+				b.Error("the seed is not at hand")
+				return
+			}
+			r.cfg.Cache.touch(e, now)
+		}
+	})
 }
