@@ -234,6 +234,7 @@ func (j *reencryption) room(ctx context.Context) []*clientv3.StatusResponse {
 
 // follow re-encrypts after each rotation until ctx ends.
 func (j *reencryption) follow(ctx context.Context) error {
+	j.view.begin(lifecycle.Result{}) // without a plan: nobody waits for its end
 	f := lifecycle.Reencryptor{Config: j.engine(), Interval: j.options.interval, Keys: j.app.sealsWith, Ended: func(done lifecycle.Result, err error) {
 		j.view.end()
 		report, err := j.report(ctx, done, err)

@@ -93,7 +93,7 @@ func (v *reencryptView) progress(p lifecycle.Progress) {
 	if total > 0 {
 		line += fmt.Sprintf(" of %d", total)
 	}
-	if p.Pass == 1 && !planning && done > 0 {
+	if p.Pass == 1 && total > 0 && done > 0 {
 		perSecond := float64(done) / time.Since(v.begun).Seconds()
 		line += fmt.Sprintf(", %.0f a second, %s left", perSecond, time.Duration(float64(max(0, total-done))/perSecond*1e9).Round(time.Second))
 	}
