@@ -16,9 +16,6 @@ import (
 // rewrites one value: of several that change at one revision it learns of the first alone, since it goes on after that revision. The second half proves that it is so;
 // when it fails, kube-apiserver has learned better.
 func TestKubernetesWatch(t *testing.T) {
-	if testing.Short() {
-		t.Skip("starts a kube-apiserver")
-	}
 	t.Parallel()
 	s, _ := newSite(t, harness.EtcdConfig{})
 	s.cfg.Rules[0].Prefix = "/registry/secrets/"

@@ -1,0 +1,333 @@
+package reencrypt
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/watch"
+	typed "k8s.io/client-go/kubernetes/typed/core/v1"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
+)
+
+const secretsPrefix = "/registry/secrets/"
+
+// TestLife is the life of an encrypted cluster: three members of etcd, a proxy, a kube-apiserver with Secrets from before, and clients that count up in some of them.
+// Encryption is switched on, everything re-encrypted, the key rotated twice, and encryption switched off again, while reencrypt, the proxy and a member are killed at
+// random moments. No update is lost or made twice, and a watch sees each change once and in order. LIFE_SECRETS and LIFE_ROUNDS make it larger.
+func TestLife(t *testing.T) {
+	t.Parallel()
+	n, rounds := number("LIFE_SECRETS", 300), number("LIFE_ROUNDS", 1)
+	for range rounds {
+		newLife(t, n).live()
+	}
+}
+
+func number(name string, otherwise int) int {
+	if n, err := strconv.Atoi(os.Getenv(name)); err == nil {
+		return n
+	}
+	return otherwise
+}
+
+type life struct {
+	*site
+	n       int
+	cluster *harness.Cluster
+	proxy   *harness.Proxy
+	phases  int
+	secrets typed.SecretInterface
+	clients []*clerk
+}
+
+func newLife(t *testing.T, n int) *life {
+	l := &life{site: &site{Env: harness.New(t), t: t}, n: n}
+	l.cluster = l.StartCluster(3, harness.EtcdConfig{Bare: true})
+	l.on(l.cluster.Members[0].Address, l.cluster.URLs()...)
+	l.cfg.Listeners = []harness.Listener{{Address: harness.FreeAddress(t)}}
+	l.cfg.Rules = []harness.Rule{{Prefix: secretsPrefix, WriteWith: "main", AllowPlaintextReads: new(true)}}
+	l.phase("plaintext")
+	api := l.StartAPIServer(harness.APIServerConfig{EtcdServers: l.proxy.URL()})
+	l.secrets = api.Client.CoreV1().Secrets("default")
+	var all sync.WaitGroup
+	for c := range 8 {
+		all.Go(func() {
+			for i := c; i < n; i += 8 {
+				secret := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprintf("s%05d", i)}, Data: map[string][]byte{"value": bytes.Repeat([]byte{'v'}, rand.IntN(4000))}}
+				if i%5000 == 0 {
+					secret.Data["value"] = bytes.Repeat([]byte{'v'}, 900<<10)
+				}
+				if _, err := l.secrets.Create(t.Context(), secret, metav1.CreateOptions{}); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	all.Wait()
+	return l
+}
+
+// phase restarts the proxy with a rule that writes with a provider.
+func (l *life) phase(writeWith string) {
+	l.t.Helper()
+	if l.proxy != nil {
+		l.proxy.Stop(within)
+	}
+	l.cfg.Rules[0].WriteWith, l.cfg.Rules[0].ReadWith = writeWith, nil
+	if writeWith == "plaintext" {
+		l.cfg.Rules[0].ReadWith = []string{"main"}
+	}
+	l.phases++
+	l.proxy = l.NewProxy(fmt.Sprintf("proxy-%d", l.phases), l.cfg)
+	l.proxy.Args = []string{"--allow-weakening"}
+	l.proxy.Start()
+	l.proxy.WaitReady(within)
+}
+
+func (l *life) live() {
+	t := l.t
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	counters := min(20, l.n/10)
+	for i := range counters {
+		l.clients = append(l.clients, &clerk{t: t, secrets: l.secrets, name: fmt.Sprintf("s%05d", i)})
+	}
+	w := l.observe(ctx)
+	var all sync.WaitGroup
+	for _, c := range l.clients {
+		all.Go(func() { c.work(ctx) })
+	}
+	l.phase("main")
+	l.renew()
+	l.check("on", []byte(marker))
+	for range 2 {
+		l.kms.Rotate()
+		l.renew()
+	}
+	l.phase("plaintext")
+	l.renew()
+	l.check("off", []byte("k8s\x00"))
+	stop()
+	all.Wait()
+	w.stop()
+	updates := int64(0)
+	for _, c := range l.clients {
+		c.settle()
+		updates += c.done.Load()
+		if seen := w.last[c.name]; seen != c.done.Load() && seen+1 != c.done.Load() { // the watch may have ended before the last one
+			t.Errorf("%s: the watch saw %d of %d updates", c.name, seen, c.done.Load())
+		}
+	}
+	t.Logf("%d updates by clients, %d conflicts", updates, l.conflicts())
+	if updates < int64(counters) {
+		t.Errorf("only %d updates: the clients were held up", updates)
+	}
+	list, err := l.secrets.List(t.Context(), metav1.ListOptions{})
+	if err != nil || len(list.Items) != l.n {
+		t.Errorf("%d Secrets of %d at the end: %v", len(list.Items), l.n, err)
+	}
+}
+
+func (l *life) conflicts() (n int64) {
+	for _, c := range l.clients {
+		n += c.conflicts.Load()
+	}
+	return n
+}
+
+// renew re-encrypts, with a kill of reencrypt, the proxy and a member, each at a random moment.
+func (l *life) renew() {
+	l.t.Helper()
+	config := l.proxy.ConfigFile
+	kills := []string{"reencrypt", "proxy", "member"}
+	rand.Shuffle(len(kills), func(i, j int) { kills[i], kills[j] = kills[j], kills[i] })
+	start := func(rate int) *harness.Process {
+		return l.Spawn("reencrypt", "reencrypt", "--config", config, "--ignore-proxies", "--rate", fmt.Sprint(rate))
+	}
+	// Slow enough that there is a middle.
+	p := start(max(50, l.n/6))
+	for _, kill := range kills {
+		time.Sleep(time.Duration(rand.IntN(1500)) * time.Millisecond) // a random moment is the point
+		switch kill {
+		case "reencrypt":
+			p.Kill()
+			p = start(max(50, l.n/6))
+		case "proxy":
+			l.proxy.Kill()
+			l.proxy.Start()
+		case "member":
+			m := l.cluster.Members[1+rand.IntN(2)] // the first is the test's own way in
+			m.Kill()
+			time.Sleep(time.Duration(rand.IntN(1000)) * time.Millisecond)
+			m.Start()
+		}
+	}
+	if code := p.Wait(5 * time.Minute); code != 0 {
+		l.t.Fatalf("reencrypt: exit code %d: %s", code, p.Log())
+	}
+}
+
+// check looks at how all Secrets are stored.
+func (l *life) check(when string, begin []byte) {
+	l.t.Helper()
+	r, err := l.kv.Range(l.t.Context(), &pb.RangeRequest{Key: []byte(secretsPrefix), RangeEnd: []byte("/registry/secrets0")})
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	if len(r.Kvs) != l.n {
+		l.t.Errorf("%s: %d Secrets, want %d", when, len(r.Kvs), l.n)
+	}
+	for _, kv := range r.Kvs {
+		if !bytes.HasPrefix(kv.Value, begin) {
+			l.t.Errorf("%s: %s does not begin with %q", when, kv.Key, begin)
+		}
+	}
+}
+
+// clerk counts up in one Secret.
+type clerk struct {
+	t         testing.TB
+	secrets   typed.SecretInterface
+	name      string
+	done      atomic.Int64 // updates that were made
+	unsure    bool         // whether one more was
+	conflicts atomic.Int64
+}
+
+func (c *clerk) work(ctx context.Context) {
+	for ctx.Err() == nil {
+		c.step(ctx)
+		time.Sleep(5 * time.Millisecond) // so that the clients do not take both cores
+	}
+}
+
+// settle learns whether the last update was made.
+func (c *clerk) settle() {
+	for c.unsure = true; c.unsure; {
+		c.read(context.Background())
+	}
+}
+
+// read returns the Secret, and what it counts must be what this clerk, who alone writes it, has made it, or one more if an answer was lost.
+func (c *clerk) read(ctx context.Context) *corev1.Secret {
+	limited, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	now, err := c.secrets.Get(limited, c.name, metav1.GetOptions{})
+	if err != nil {
+		if apierrors.IsNotFound(err) || apierrors.IsConflict(err) {
+			c.t.Errorf("%s: %v", c.name, err)
+		}
+		return nil // the proxy or a member is being killed
+	}
+	count := countIn(now)
+	if made := c.done.Load(); count != made && (count != made+1 || !c.unsure) {
+		c.t.Errorf("%s counts %d after %d updates", c.name, count, made)
+	}
+	c.done.Store(count)
+	c.unsure = false
+	return now
+}
+
+func (c *clerk) step(ctx context.Context) {
+	now := c.read(ctx)
+	if now == nil {
+		return
+	}
+	if now.Annotations == nil {
+		now.Annotations = make(map[string]string)
+	}
+	now.Annotations["count"] = strconv.FormatInt(c.done.Load()+1, 10)
+	limited, cancel := context.WithTimeout(context.WithoutCancel(ctx), 20*time.Second)
+	defer cancel()
+	_, err := c.secrets.Update(limited, now, metav1.UpdateOptions{})
+	switch {
+	case err == nil:
+		c.done.Add(1)
+	case apierrors.IsConflict(err):
+		// Also after an attempt of the API server's own whose answer was lost.
+		c.conflicts.Add(1)
+		c.unsure = true
+	default:
+		c.unsure = true
+	}
+}
+
+func countIn(s *corev1.Secret) int64 {
+	n, _ := strconv.ParseInt(s.Annotations["count"], 10, 64)
+	return n
+}
+
+// observed is what a watch saw: the last count of each Secret.
+type observed struct {
+	last map[string]int64
+	stop func()
+}
+
+// observe watches the Secrets, and resumes as informers do.
+func (l *life) observe(ctx context.Context) *observed {
+	l.t.Helper()
+	list, err := l.secrets.List(ctx, metav1.ListOptions{})
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	o := &observed{last: make(map[string]int64)}
+	watching, end := context.WithCancel(l.t.Context())
+	ended := make(chan struct{})
+	o.stop = func() {
+		time.Sleep(time.Second) // for what is on its way
+		end()
+		<-ended
+	}
+	go func() {
+		defer close(ended)
+		versions, at := make(map[string]uint64), list.ResourceVersion
+		for watching.Err() == nil {
+			w, err := l.secrets.Watch(watching, metav1.ListOptions{ResourceVersion: at})
+			if err != nil {
+				time.Sleep(50 * time.Millisecond) // the proxy or a member is being killed
+				continue
+			}
+			for e := range w.ResultChan() {
+				s, ok := e.Object.(*corev1.Secret)
+				if !ok || e.Type != watch.Modified {
+					// It may break off, and is resumed; that must be possible.
+					if err := apierrors.FromObject(e.Object); e.Type != watch.Error || apierrors.IsResourceExpired(err) || apierrors.IsGone(err) {
+						l.t.Errorf("the watch got %v: %v", e.Type, e.Object)
+					}
+					break
+				}
+				at = s.ResourceVersion
+				o.saw(l.t, versions, s)
+			}
+			w.Stop()
+		}
+	}()
+	return o
+}
+
+// saw checks one change.
+func (o *observed) saw(t testing.TB, versions map[string]uint64, s *corev1.Secret) {
+	version, _ := strconv.ParseUint(s.ResourceVersion, 10, 64)
+	if version <= versions[s.Name] {
+		t.Errorf("%s: version %d after %d", s.Name, version, versions[s.Name])
+	}
+	versions[s.Name] = version
+	n := countIn(s)
+	if n != o.last[s.Name] && n != o.last[s.Name]+1 {
+		t.Errorf("%s: the watch saw %d after %d", s.Name, n, o.last[s.Name])
+	}
+	o.last[s.Name] = n
+}
