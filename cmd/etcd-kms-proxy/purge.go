@@ -159,7 +159,7 @@ func (cl *cluster) rewrite(ctx context.Context, r *purgeReport, stderr io.Writer
 		fmt.Fprintf(stderr, "member %x at %s: %s, %.1f s\n", m.ID, m.Endpoint, size(m.DBSize), time.Since(begun).Seconds())
 	}
 	r.Left = append(r.Left,
-		"write-ahead logs and snapshot files of each member (member/wal, member/snap): they hold what was written until etcd has replaced them, after --snapshot-count more writes for each of --max-wals and --max-snapshots",
+		"write-ahead logs of each member (member/wal): etcd drops one once it is full, which is after 64 MB of writes, a snapshot was taken behind it, and --max-wals newer ones exist; a member that is removed and added anew with an empty data directory has none",
 		"backups and snapshots from before: delete them when they are no longer needed",
 		"free space of the file systems, where the old database files were: the same as for any deleted file")
 	return nil
