@@ -2,6 +2,7 @@ package reencrypt
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -147,7 +148,7 @@ func (s *site) watch(t *testing.T, c pb.WatchClient, ready string) *watched {
 		for {
 			r, err := stream.Recv()
 			if err != nil {
-				if err != io.EOF && t.Context().Err() == nil {
+				if !errors.Is(err, io.EOF) && t.Context().Err() == nil {
 					t.Errorf("watch: %v", err)
 				}
 				return

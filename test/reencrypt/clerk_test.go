@@ -1,0 +1,87 @@
+package reencrypt
+
+import (
+	"context"
+	"strconv"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	typed "k8s.io/client-go/kubernetes/typed/core/v1"
+)
+
+// clerk counts up in one Secret.
+type clerk struct {
+	t         testing.TB
+	secrets   typed.SecretInterface
+	name      string
+	done      atomic.Int64 // updates that were made
+	unsure    bool         // whether one more was
+	conflicts atomic.Int64
+}
+
+func (c *clerk) work(ctx context.Context) {
+	for ctx.Err() == nil {
+		c.step(ctx)
+		time.Sleep(5 * time.Millisecond) // so that the clients do not take both cores
+	}
+}
+
+// settle learns whether the last update was made.
+func (c *clerk) settle() {
+	for c.unsure = true; c.unsure; {
+		c.read(context.Background())
+	}
+}
+
+// read returns the Secret, and what it counts must be what this clerk, who alone writes it, has made it, or one more if an answer was lost.
+func (c *clerk) read(ctx context.Context) *corev1.Secret {
+	limited, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	now, err := c.secrets.Get(limited, c.name, metav1.GetOptions{})
+	if err != nil {
+		if apierrors.IsNotFound(err) || apierrors.IsConflict(err) {
+			c.t.Errorf("%s: %v", c.name, err)
+		}
+		return nil // the proxy or a member is being killed
+	}
+	count := countIn(now)
+	if made := c.done.Load(); count != made && (count != made+1 || !c.unsure) {
+		c.t.Errorf("%s counts %d after %d updates", c.name, count, made)
+	}
+	c.done.Store(count)
+	c.unsure = false
+	return now
+}
+
+func (c *clerk) step(ctx context.Context) {
+	now := c.read(ctx)
+	if now == nil {
+		return
+	}
+	if now.Annotations == nil {
+		now.Annotations = make(map[string]string)
+	}
+	now.Annotations["count"] = strconv.FormatInt(c.done.Load()+1, 10)
+	limited, cancel := context.WithTimeout(context.WithoutCancel(ctx), 20*time.Second)
+	defer cancel()
+	_, err := c.secrets.Update(limited, now, metav1.UpdateOptions{})
+	switch {
+	case err == nil:
+		c.done.Add(1)
+	case apierrors.IsConflict(err):
+		// Also after an attempt of the API server's own whose answer was lost.
+		c.conflicts.Add(1)
+		c.unsure = true
+	default:
+		c.unsure = true
+	}
+}
+
+func countIn(s *corev1.Secret) int64 {
+	n, _ := strconv.ParseInt(s.Annotations["count"], 10, 64)
+	return n
+}
