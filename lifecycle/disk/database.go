@@ -9,6 +9,7 @@ import (
 	"io"
 	"maps"
 	"os"
+	"runtime/debug"
 	"slices"
 	"time"
 
@@ -30,6 +31,13 @@ const lockWait = time.Second
 // database asks a database for every revision in it.
 func (l *look) database(ctx context.Context, path string) error {
 	l.checksum(path)
+	// A damaged database makes bbolt panic, and one that was cut makes it read beyond the file's end, which is a fault.
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if p := recover(); p != nil {
+			l.note("it is damaged: what could not be decoded was searched alone")
+		}
+	}()
 	db, err := bbolt.Open(path, 0o400, &bbolt.Options{ReadOnly: true, Timeout: lockWait})
 	if errors.Is(err, bolterrors.ErrTimeout) {
 		return errLocked
@@ -39,12 +47,6 @@ func (l *look) database(ctx context.Context, path string) error {
 		return nil
 	}
 	defer func() { _ = db.Close() }() // it was only read
-	// A damaged database makes bbolt panic.
-	defer func() {
-		if p := recover(); p != nil {
-			l.note("it is damaged: what could not be decoded was searched alone")
-		}
-	}()
 	return db.View(func(tx *bbolt.Tx) error { return l.revisions(ctx, tx) })
 }
 
@@ -192,6 +194,12 @@ type Value struct {
 // Present returns the present values of the keys that match, in order of the keys, from a snapshot or the database of a stopped member. A file that is no such
 // database, or a damaged one, is an error.
 func Present(ctx context.Context, path string, match func(key []byte) bool) (values []Value, err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true)) // see database
+	defer func() {
+		if p := recover(); p != nil { // that is how bbolt tells of damage
+			values, err = nil, errors.New("the database is damaged")
+		}
+	}()
 	db, err := bbolt.Open(path, 0o400, &bbolt.Options{ReadOnly: true, Timeout: lockWait})
 	if errors.Is(err, bolterrors.ErrTimeout) {
 		return nil, errLocked
@@ -200,11 +208,6 @@ func Present(ctx context.Context, path string, match func(key []byte) bool) (val
 		return nil, err
 	}
 	defer func() { _ = db.Close() }() // it was only read
-	defer func() {
-		if p := recover(); p != nil { // that is how bbolt tells of damage
-			values, err = nil, errors.New("the database is damaged")
-		}
-	}()
 	last := make(map[string]Value)
 	err = db.View(func(tx *bbolt.Tx) error {
 		bucket := tx.Bucket([]byte("key"))
