@@ -92,8 +92,8 @@ func (l *look) log(ctx context.Context, r io.Reader) spans {
 			return decoded
 		}
 		if kind == recordCRC { // each file begins with the sum over those before
-			sum, chained = uint32(crc), true //nolint:gosec // 32 bits as etcd has them
-		} else if sum = crc32.Update(sum, castagnoli, data); chained && sum != uint32(crc) { //nolint:gosec // as above
+			sum, chained = uint32(crc), true
+		} else if sum = crc32.Update(sum, castagnoli, data); chained && sum != uint32(crc) {
 			l.note("the checksum of the record at byte %d is wrong: from there on its bytes were searched alone", at)
 			return decoded
 		}

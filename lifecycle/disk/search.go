@@ -111,7 +111,7 @@ func keyAt(b []byte, i int) (key, rest []byte, ok bool) {
 			continue
 		}
 		n, used := protowire.ConsumeVarint(b[start+1 : i])
-		if used == size && n > 0 && n <= uint64(len(b)-i) {
+		if used == size && n > 0 && n <= uint64(len(b)-i) { //nolint:gosec // i is within b
 			return b[i : i+int(n)], b[i+int(n):], true //nolint:gosec // not more than len(b)
 		}
 	}
