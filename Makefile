@@ -43,7 +43,7 @@ bench: build $(BIN)/etcd-3.7 ## CPU and throughput beside etcd, its grpc-proxy a
 	cd test/interop && go test -run '^$$' -bench . ./...
 
 fuzz: ## every fuzz target for FUZZTIME (default 1m)
-	@set -e; for f in $$(grep -rl --include='*_test.go' '^func Fuzz' cmd config crypto kmsclient proxy test/interop); do \
+	@set -e; for f in $$(grep -rl --include='*_test.go' '^func Fuzz' cmd config crypto kmsclient lifecycle proxy test/interop); do \
 	  for t in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\).*/\1/p' $$f); do \
 	    echo "== $$(dirname $$f) $$t"; (cd $$(dirname $$f) && go test -run '^$$' -fuzz "^$$t\$$" -fuzztime $(FUZZTIME) .); done; done
 

@@ -59,11 +59,15 @@ func (d dir) block(t *testing.T) (unblock func()) {
 
 func (d dir) blockAt(t *testing.T, name string) (unblock func()) {
 	t.Helper()
-	if err := os.Rename(d.path(name), d.path("audit.kept")); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(d.path(name), []byte("not an audit log\n"), 0o600); err != nil {
-		t.Fatal(err)
+	// In one step: a record between two would find no file, and begin one.
+	for _, step := range []error{
+		os.WriteFile(d.path("audit.other"), []byte("not an audit log\n"), 0o600),
+		os.Link(d.path(name), d.path("audit.kept")),
+		os.Rename(d.path("audit.other"), d.path(name)),
+	} {
+		if step != nil {
+			t.Fatal(step)
+		}
 	}
 	return func() {
 		t.Helper()
