@@ -47,15 +47,15 @@ func ReadHistory(ctx context.Context, c *clientv3.Client, rules *Rules, visit fu
 func (h *History) read(ctx context.Context, c *clientv3.Client, rules *Rules, prefix string) error {
 	ctx, stop := context.WithCancel(clientv3.WithRequireLeader(ctx))
 	defer stop()
-	from := h.Compacted + 1
-	for {
+	// etcd keeps silent about the progress of a watch that begins after the present.
+	for from := h.Compacted + 1; from <= h.Present; from = h.Compacted + 1 {
 		events := c.Watch(ctx, prefix, clientv3.WithPrefix(), clientv3.WithPrevKV(), clientv3.WithFragment(), clientv3.WithRev(from))
 		again, err := h.follow(ctx, c, rules, events)
 		if err != nil || !again {
 			return err
 		}
-		from = h.Compacted + 1
 	}
+	return nil
 }
 
 // follow reads a watch up to the present. again reports that the history begins later than the watch.

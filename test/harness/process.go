@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"time"
@@ -95,6 +96,18 @@ func (p *Process) Wait(within time.Duration) int {
 		p.env.TB.Fatalf("wait for the end of %s: still running after %v", p.name, within)
 		return -1
 	}
+}
+
+// Peak returns the most bytes of memory that an ended process has held, as the kernel counted them.
+func (p *Process) Peak() int64 {
+	usage, ok := p.cmd.ProcessState.SysUsage().(*syscall.Rusage)
+	if !ok {
+		p.env.TB.Fatalf("%s: no resource usage", p.name)
+	}
+	if runtime.GOOS == "darwin" {
+		return usage.Maxrss
+	}
+	return usage.Maxrss << 10
 }
 
 func (p *Process) signal(s syscall.Signal) {
