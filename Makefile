@@ -10,7 +10,7 @@ export ETCD_KMS_PROXY_BIN := $(BIN)
 # The version comes from git describe above. Go's own stamp fails the build in a checkout that belongs to someone else.
 export GOFLAGS := $(GOFLAGS) -buildvcs=false
 
-.PHONY: help build run test unit interop e2e bench fuzz lint docs tools tools-etcd tools-kube clean
+.PHONY: help build run test unit interop e2e soak bench fuzz lint docs tools tools-etcd tools-kube clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -38,6 +38,11 @@ interop: ## our stored format against k8s.io/apiserver's
 e2e: build tools ## the whole matrix: every etcd version, transport and API server setup
 	cd test && go test -count=1 -timeout 60m ./...
 
+soak: build tools ## hours: a KMS in trouble, a cluster's life ten times with 20,000 Secrets, a million keys
+	cd test && SOAK=10m go test -count=1 -timeout 30m ./soak
+	cd test && STATUS_KEYS=1000000 go test -count=1 -timeout 30m -run StatusMemory ./lifecycle
+	cd test && LIFE_SECRETS=20000 LIFE_ROUNDS=10 go test -count=1 -timeout 4h -run 'Life$$' ./reencrypt
+
 bench: build $(BIN)/etcd-3.7 ## CPU and throughput beside etcd, its grpc-proxy and an L4 proxy; envelope beside kube-apiserver
 	cd test/bench && go run . $(BENCHFLAGS)
 	cd test/interop && go test -run '^$$' -bench . ./...
@@ -60,7 +65,7 @@ tools: tools-etcd tools-kube ## the real etcd and kube-apiserver that the tests 
 
 tools-etcd: $(ETCDS:%=$(BIN)/etcd-%) $(ETCDS:%=$(BIN)/etcdctl-%)
 
-tools-kube: $(BIN)/kube-apiserver
+tools-kube: $(BIN)/kube-apiserver $(BIN)/kubectl
 
 $(BIN)/etcd-%: test/tools/etcd-%/go.sum
 	@mkdir -p $(BIN); echo "building etcd $* from Go modules (about a minute the first time)"
@@ -70,9 +75,9 @@ $(BIN)/etcdctl-%: test/tools/etcd-%/go.sum
 	@mkdir -p $(BIN); echo "building etcdctl $* from Go modules"
 	cd test/tools/etcd-$* && CGO_ENABLED=0 go build $(TOOLFLAGS) -ldflags "-s -w" -o $@ go.etcd.io/etcd/etcdctl/v3
 
-$(BIN)/kube-apiserver: test/tools/kube-apiserver/go.sum
-	@mkdir -p $(BIN); echo "building kube-apiserver $(KUBE) from Go modules (four to twenty minutes the first time)"
-	cd test/tools/kube-apiserver && CGO_ENABLED=0 go build $(TOOLFLAGS) -ldflags "-s -w -X k8s.io/component-base/version.gitVersion=v$(KUBE)" -o $@ k8s.io/kubernetes/cmd/kube-apiserver
+$(BIN)/kube%: test/tools/kube-apiserver/go.sum
+	@mkdir -p $(BIN); echo "building kube$* $(KUBE) from Go modules (kube-apiserver: four to twenty minutes the first time)"
+	cd test/tools/kube-apiserver && CGO_ENABLED=0 go build $(TOOLFLAGS) -ldflags "-s -w -X k8s.io/component-base/version.gitVersion=v$(KUBE)" -o $@ k8s.io/kubernetes/cmd/kube$*
 
 $(BIN)/golangci-lint: test/tools/lint/go.sum
 	@mkdir -p $(BIN)

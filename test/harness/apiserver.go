@@ -8,6 +8,7 @@ import (
 	"encoding/pem"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"time"
@@ -149,4 +150,19 @@ func (a *APIServer) Ready() error {
 		return fmt.Errorf("%w: %s", err, strings.ReplaceAll(string(body), "\n", "; "))
 	}
 	return nil
+}
+
+// Kubectl runs kubectl as cluster admin, for two minutes at most, and returns what it printed on both outputs.
+func (a *APIServer) Kubectl(args ...string) string {
+	a.env.TB.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	all := append([]string{"--server", a.Config.Host, "--token", a.Config.BearerToken, "--certificate-authority", a.Config.CAFile, "--kubeconfig", os.DevNull, "--cache-dir", filepath.Join(a.env.Dir, "kubectl")}, args...)
+	cmd := exec.CommandContext(ctx, Bin(a.env.TB, "kubectl"), all...)
+	cmd.SysProcAttr = endWithParent()
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		a.env.TB.Fatalf("kubectl %q: %v\n%s", args, err, out)
+	}
+	return string(out)
 }

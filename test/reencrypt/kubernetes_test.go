@@ -3,6 +3,7 @@ package reencrypt
 import (
 	"context"
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -82,4 +83,59 @@ func (s *site) nextChange(api *harness.APIServer, after string) (name, version s
 		s.t.Fatalf("watch after %s: %v", after, event)
 	}
 	return secret.Name, secret.ResourceVersion
+}
+
+// TestKubectl: Secrets from before the proxy are sealed by whoever has the API server alone, by a change to each of them; and sealed anew after a rotation. A replacement
+// that changes nothing is not written.
+func TestKubectl(t *testing.T) {
+	t.Parallel()
+	s, etcd := newSite(t, harness.EtcdConfig{})
+	s.cfg.Rules[0].Prefix = secretsPrefix
+	before := s.StartAPIServer(harness.APIServerConfig{EtcdServers: etcd.URL})
+	const n = 12
+	for i := range n {
+		secret := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprintf("s%d", i)}, StringData: map[string]string{"value": fmt.Sprint(i)}}
+		if _, err := before.Client.CoreV1().Secrets("default").Create(t.Context(), secret, metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	before.Kill()
+	p := s.StartProxy("proxy", s.cfg)
+	p.WaitReady(within)
+	api := s.StartAPIServer(harness.APIServerConfig{Name: "after", EtcdServers: p.URL()})
+	status := func(code int, want string) {
+		t.Helper()
+		// The proxy learns of a rotation with the next poll.
+		harness.Eventually(t, within, "status "+want, func() error {
+			out, got := s.Run("status", "--config", p.ConfigFile, "--output", "json")
+			if got != code || !strings.Contains(out, want) {
+				return fmt.Errorf("exit code %d: %s", got, out)
+			}
+			return nil
+		})
+	}
+	status(1, fmt.Sprintf(`"plaintext": %d`, n))
+	objects := s.File("secrets.json", []byte(api.Kubectl("get", "secrets", "--all-namespaces", "--output", "json")))
+	if out := api.Kubectl("replace", "--filename", objects); strings.Count(out, " replaced") != n {
+		t.Errorf("kubectl replace: %s", out)
+	}
+	status(1, fmt.Sprintf(`"plaintext": %d`, n))
+	annotate := func(value string) {
+		t.Helper()
+		if out := api.Kubectl("annotate", "secrets", "--all", "--all-namespaces", "--overwrite", "resealed="+value); strings.Count(out, " annotated") != n {
+			t.Errorf("kubectl annotate: %s", out)
+		}
+	}
+	annotate("1")
+	status(0, fmt.Sprintf(`"current": %d`, n))
+	s.kms.Rotate()
+	status(1, fmt.Sprintf(`"stale": %d`, n))
+	harness.Eventually(t, within, "the proxy to seal under the new key", func() error {
+		if !strings.Contains(p.Log(), `"keyID":"`+s.kms.KeyID()+`","keyIDAsStatus"`) {
+			return fmt.Errorf("not yet")
+		}
+		return nil
+	})
+	annotate("2")
+	status(0, fmt.Sprintf(`"current": %d`, n))
 }

@@ -100,7 +100,7 @@ func (l *life) live() {
 	t := l.t
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
-	counters := min(20, l.n/10)
+	counters := min(200, max(20, l.n/100))
 	for i := range counters {
 		l.clients = append(l.clients, &clerk{t: t, secrets: l.secrets, name: fmt.Sprintf("s%05d", i)})
 	}
