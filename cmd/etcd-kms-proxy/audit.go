@@ -89,16 +89,19 @@ func (a *auditor) stopped(err error) {
 	a.record(r)
 }
 
-func (a *auditor) kmsCall(c kmsclient.Call) {
-	a.record(audit.Record{
+func kmsRecord(c kmsclient.Call) audit.Record {
+	return audit.Record{
 		Event: audit.EventKMS, Time: c.Time, Provider: c.Provider, Operation: c.Op, KeyID: c.KeyID, RequestID: c.RequestID, Class: c.Class, Latency: c.Duration,
-	})
+	}
 }
 
 // kmsCall is told of every attempt at a KMS.
 func (a *app) kmsCall(c kmsclient.Call) {
 	a.metrics.kmsCall(c)
-	a.audit.kmsCall(c)
+	a.audit.record(kmsRecord(c))
+	if a.calls != nil {
+		a.calls.record(c)
+	}
 }
 
 // rescued records that a seed came from a recovery copy. Each value that it opens is counted by the metric.

@@ -6,9 +6,11 @@ import (
 	"io"
 	"os"
 	"os/user"
+	"sync"
 	"time"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/audit"
 )
 
@@ -53,17 +55,44 @@ func recordCommand(c *config.Config, w io.Writer, r audit.Record) error {
 }
 
 func tryRecordCommand(c *config.Config, r audit.Record) error {
+	r.Event, r.User = audit.EventCommand, commandUser()
+	return recordBeside(c, r)
+}
+
+// recordBeside writes one record to the commands' log, if there is one.
+func recordBeside(c *config.Config, r audit.Record) error {
 	a, err := openCommandAudit(c)
 	if a == nil || err != nil {
 		return err
 	}
-	r.Event, r.User = audit.EventCommand, commandUser()
 	a.log.Record(r)
 	lost := a.log.Check()
 	if n := a.log.Lost(); lost == nil && n > 0 {
 		lost = fmt.Errorf("%d records are lost", n)
 	}
 	return errors.Join(lost, a.log.Close())
+}
+
+// callLog records a command's calls of KMSs in the commands' log.
+type callLog struct {
+	config *config.Config
+	stderr io.Writer
+
+	mu     sync.Mutex
+	warned bool
+}
+
+// record says once if it cannot: a command that only looks needs no log, and one that changes something has its own record of that.
+func (l *callLog) record(c kmsclient.Call) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.warned {
+		return
+	}
+	if err := recordBeside(l.config, kmsRecord(c)); err != nil {
+		l.warned = true
+		fmt.Fprintf(l.stderr, "warning: the calls of the KMS are not in the audit log: %v\n", err)
+	}
 }
 
 // commandUser is who runs the command, as the system calls them, and who became them by sudo.

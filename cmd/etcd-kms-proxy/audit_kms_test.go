@@ -24,7 +24,7 @@ func TestAuditedKMS(t *testing.T) {
 	}
 	defer a.close(slog.New(slog.DiscardHandler))
 	calls := 0
-	client, err := kmsclient.New(kmsclient.Config{Name: "m", Backend: kmstest.NewMemory(), Observer: func(c kmsclient.Call) { calls++; a.kmsCall(c) }})
+	client, err := kmsclient.New(kmsclient.Config{Name: "m", Backend: kmstest.NewMemory(), Observer: func(c kmsclient.Call) { calls++; a.record(kmsRecord(c)) }})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -431,6 +431,9 @@ func TestDecrypt(t *testing.T) {
 	if begun < 14 || ok != 3 || bytes.Contains(data, []byte("value of")) {
 		t.Errorf("%d records of decrypt, %d ok:\n%s", begun, ok, data)
 	}
+	if !bytes.Contains(data, []byte(`"event":"kms","provider":"dev","operation":"Decrypt"`)) {
+		t.Errorf("no call of the KMS in\n%s", data)
+	}
 	// Without an audit log, or with one that cannot be written, nothing is opened.
 	c := s.proxy.Config
 	c.Audit = nil
