@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"maps"
 	"os"
@@ -47,7 +48,21 @@ func (l *look) database(ctx context.Context, path string) error {
 		return nil
 	}
 	defer func() { _ = db.Close() }() // it was only read
-	return db.View(func(tx *bbolt.Tx) error { return l.revisions(ctx, tx) })
+	return db.View(func(tx *bbolt.Tx) error {
+		if err := whole(path, tx); err != nil {
+			l.note("it is damaged: %v", err)
+		}
+		return l.revisions(ctx, tx)
+	})
+}
+
+// whole says so if the file at path has fewer bytes than its database. What is left may be readable, and be the values of yesterday.
+func whole(path string, tx *bbolt.Tx) error {
+	info, err := os.Stat(path)
+	if err == nil && info.Size() < tx.Size() {
+		return fmt.Errorf("it was cut to %d bytes of %d", info.Size(), tx.Size())
+	}
+	return err
 }
 
 // revisions visits etcd's bucket "key": from revisions, oldest first, to mvccpb.KeyValue.
@@ -210,6 +225,9 @@ func Present(ctx context.Context, path string, match func(key []byte) bool) (val
 	defer func() { _ = db.Close() }() // it was only read
 	last := make(map[string]Value)
 	err = db.View(func(tx *bbolt.Tx) error {
+		if err := whole(path, tx); err != nil {
+			return fmt.Errorf("the database is damaged: %w", err)
+		}
 		bucket := tx.Bucket([]byte("key"))
 		if bucket == nil {
 			return errors.New("it is no database of etcd")

@@ -6,7 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -98,16 +98,22 @@ func (p *Process) Wait(within time.Duration) int {
 	}
 }
 
-// Peak returns the most bytes of memory that an ended process has held, as the kernel counted them.
-func (p *Process) Peak() int64 {
-	usage, ok := p.cmd.ProcessState.SysUsage().(*syscall.Rusage)
-	if !ok {
-		p.env.TB.Fatalf("%s: no resource usage", p.name)
+// Peak waits for the end of the process, and returns the most bytes of memory that it was seen to hold, which is 0 where there is no /proc. What the
+// kernel tells at the end includes the memory of the process that started it.
+func (p *Process) Peak() (peak int64) {
+	for {
+		status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.PID()))
+		if _, rest, ok := strings.Cut(string(status), "VmHWM:"); ok {
+			if n, err := strconv.ParseInt(strings.Fields(rest)[0], 10, 64); err == nil {
+				peak = max(peak, n<<10)
+			}
+		}
+		select {
+		case <-p.done:
+			return peak
+		case <-time.After(2 * time.Millisecond):
+		}
 	}
-	if runtime.GOOS == "darwin" {
-		return usage.Maxrss
-	}
-	return usage.Maxrss << 10
 }
 
 func (p *Process) signal(s syscall.Signal) {
