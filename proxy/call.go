@@ -3,6 +3,7 @@ package proxy
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"regexp"
@@ -22,6 +23,7 @@ type core struct {
 	gate       <-chan struct{} // nil, or closed once calls may go on
 	log        *slog.Logger
 	lost       firsts // values, by the error's text, that were logged as lost
+	turns      *turns // of transactions that compare by value
 }
 
 // call rewrites the messages of one call. An engine hands it every request message, then every response message for which scans
@@ -89,10 +91,12 @@ func (c *core) checkSize(msg []byte) error {
 	return nil
 }
 
+// rangeCall is a Range or a RangeStream.
 type rangeCall struct {
 	kvCall
-	shape  etcdwire.RangeShape
-	stream bool
+	shape   etcdwire.RangeShape
+	stream  bool
+	byValue bool // it sorts by values that are sealed
 }
 
 func newRangeCall(c *core, id *Identity) call { return &rangeCall{kvCall: kvCall{core: c, id: id}} }
@@ -106,7 +110,12 @@ func (c *rangeCall) request(_ context.Context, msg []byte) ([]byte, error) {
 		return msg, nil
 	}
 	var err error
-	if c.shape, err = etcdwire.RangeRequest(msg, c.at); err != nil {
+	c.shape, err = etcdwire.RangeRequest(msg, c.at)
+	c.byValue = errors.Is(err, etcdwire.ErrByValue)
+	switch {
+	case c.byValue && c.stream:
+		return nil, errSortedStream
+	case err != nil && !c.byValue:
 		return nil, c.core.status(err, false)
 	}
 	c.touches = !c.shape.KeysOnly && rangeTouches(msg, c.at)
@@ -190,7 +199,8 @@ func (c *deleteCall) response(ctx context.Context, msg []byte) ([]byte, error) {
 type txnCall struct {
 	whole
 	kvCall
-	shape *etcdwire.TxnShape
+	shape   *etcdwire.TxnShape
+	byValue bool // it compares or sorts by values that are sealed
 }
 
 func newTxnCall(c *core, id *Identity) call { return &txnCall{kvCall: kvCall{core: c, id: id}} }
@@ -214,6 +224,10 @@ func (c *txnCall) request(ctx context.Context, msg []byte) ([]byte, error) {
 		rules = guardRules{c.at}
 	}
 	out, shape, err := etcdwire.TxnRequest(ctx, msg, rules)
+	if errors.Is(err, etcdwire.ErrByValue) {
+		c.byValue, c.touches = true, true
+		return msg, nil
+	}
 	if err != nil {
 		return nil, c.core.status(err, false)
 	}

@@ -18,6 +18,7 @@ var (
 	errOwnKey          = ownError(codes.PermissionDenied, "keys with this prefix are kept by the proxies for themselves")
 	errElectionCovered = ownError(codes.Unimplemented, "elections and locks on keys under a rule are not supported")
 	errNoIdentity      = ownError(codes.Internal, "connection without an identity")
+	errSortedStream    = ownError(codes.Unimplemented, "a RangeStream does not sort by values under a rule, as etcd's does not sort but chunk by chunk: use Range")
 	errShuttingDown    = ownError(codes.Unavailable, "shutting down")
 	// errRequestTooLarge is etcd's own answer, code and text.
 	errRequestTooLarge = status.Error(codes.InvalidArgument, "etcdserver: request is too large")

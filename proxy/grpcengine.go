@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/experimental"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
@@ -254,6 +255,9 @@ func (m *grpcMethod) forward(ctx context.Context, in *frame) (*frame, error) {
 		defer context.AfterFunc(m.engine.draining, func() { cancel(errShuttingDown) })()
 	}
 	m.engine.upstream.await(ctx)
+	if x, ok := c.(exchanger); ok && x.exchanges() {
+		return m.exchange(ctx, in, x)
+	}
 	out := new(frame)
 	var header, trailer metadata.MD
 	err = m.engine.upstream.conn.Invoke(upstreamContext(ctx), m.full, in, out, grpc.Header(&header), grpc.Trailer(&trailer))
@@ -281,6 +285,39 @@ func (m *grpcMethod) forward(ctx context.Context, in *frame) (*frame, error) {
 		}
 	}
 	return out, nil
+}
+
+// exchange has x serve a request by requests of its own. The client gets the headers and trailers of the last one, or of the last one that failed.
+func (m *grpcMethod) exchange(ctx context.Context, in *frame, x exchanger) (*frame, error) {
+	var good, bad struct{ header, trailer metadata.MD }
+	ask := func(asking context.Context, method string, msg []byte, limit int) ([]byte, error) {
+		var header, trailer metadata.MD
+		out := new(frame)
+		defer out.free()
+		sent := &frame{data: mem.BufferSlice{mem.SliceBuffer(msg)}}
+		err := m.engine.upstream.conn.Invoke(upstreamContext(asking), method, sent, out, grpc.Header(&header), grpc.Trailer(&trailer), grpc.MaxCallRecvMsgSize(limit))
+		if err != nil {
+			bad.header, bad.trailer = header, trailer
+			return nil, ended(ctx, err, header, trailer)
+		}
+		good.header, good.trailer = header, trailer
+		return out.data.Materialize(), nil
+	}
+	answer, err := x.exchange(ctx, in.data.Materialize(), ask)
+	last := good
+	if err != nil {
+		last = bad
+	}
+	if serr := grpc.SetHeader(ctx, last.header); err == nil {
+		err = serr
+	}
+	if serr := grpc.SetTrailer(ctx, last.trailer); err == nil {
+		err = serr
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &frame{data: mem.BufferSlice{mem.SliceBuffer(answer)}}, nil
 }
 
 // ended returns the status for a call that ended with err: the proxy's own if the proxy has ended it or etcd was never reached, and

@@ -77,7 +77,7 @@ func New(cfg Config) (*Proxy, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &Proxy{core: &core{maxRequest: cfg.MaxRequestBytes, log: log, gate: cfg.Gate}}
+	p := &Proxy{core: &core{maxRequest: cfg.MaxRequestBytes, log: log, gate: cfg.Gate, turns: newTurns()}}
 	p.core.rules.Store(rules)
 	var problems []error
 	for _, lc := range cfg.Listeners {

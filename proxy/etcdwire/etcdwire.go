@@ -29,4 +29,6 @@ var (
 	ErrMalformed = errors.New("malformed message")
 	// ErrUnsupported is wrapped by the error for a request that cannot be served on sealed values.
 	ErrUnsupported = errors.New("unsupported on keys under a rule")
+	// ErrByValue is wrapped by the error for a request that compares or sorts by values under a rule, which etcd itself cannot do: it has ciphertexts.
+	ErrByValue = errors.New("by value, on keys under a rule")
 )

@@ -88,12 +88,12 @@ func TestByValue(t *testing.T) {
 		msg  []byte
 		want error
 	}{
-		"key under a rule":                 {cmp(pb.Compare_VALUE, "s/a", "", true), ErrUnsupported},
-		"range over a rule":                {cmp(pb.Compare_VALUE, "a", "z", true), ErrUnsupported},
-		"range that ends before it begins": {cmp(pb.Compare_VALUE, "s/b", "s/a", true), ErrUnsupported},
-		"absent operand":                   {cmp(pb.Compare_VALUE, "s/a", "", false), ErrUnsupported},
-		"operand of an ignored target":     {cmp(pb.Compare_VERSION, "s/a", "", true), ErrUnsupported},
-		"disguised target":                 {disguised, ErrUnsupported},
+		"key under a rule":                 {cmp(pb.Compare_VALUE, "s/a", "", true), ErrByValue},
+		"range over a rule":                {cmp(pb.Compare_VALUE, "a", "z", true), ErrByValue},
+		"range that ends before it begins": {cmp(pb.Compare_VALUE, "s/b", "s/a", true), ErrByValue},
+		"absent operand":                   {cmp(pb.Compare_VALUE, "s/a", "", false), ErrByValue},
+		"operand of an ignored target":     {cmp(pb.Compare_VERSION, "s/a", "", true), ErrByValue},
+		"disguised target":                 {disguised, ErrByValue},
 		"key under no rule":                {cmp(pb.Compare_VALUE, "p/a", "", true), nil},
 		"revision of a key under a rule":   {cmp(pb.Compare_MOD, "s/a", "", false), nil},
 	} {
@@ -105,11 +105,11 @@ func TestByValue(t *testing.T) {
 		req  *pb.RangeRequest
 		want error
 	}{
-		"under a rule":           {&pb.RangeRequest{Key: []byte("s/"), RangeEnd: []byte("s0"), SortTarget: pb.RangeRequest_VALUE, SortOrder: pb.RangeRequest_ASCEND}, ErrUnsupported},
-		"order none":             {&pb.RangeRequest{Key: []byte("s/a"), SortTarget: pb.RangeRequest_VALUE}, ErrUnsupported},
+		"under a rule":           {&pb.RangeRequest{Key: []byte("s/"), RangeEnd: []byte("s0"), SortTarget: pb.RangeRequest_VALUE, SortOrder: pb.RangeRequest_ASCEND}, ErrByValue},
+		"order none":             {&pb.RangeRequest{Key: []byte("s/a"), SortTarget: pb.RangeRequest_VALUE}, ErrByValue},
 		"under no rule":          {&pb.RangeRequest{Key: []byte("p/"), RangeEnd: []byte("p0"), SortTarget: pb.RangeRequest_VALUE}, nil},
 		"by key under a rule":    {&pb.RangeRequest{Key: []byte("s/"), RangeEnd: []byte("s0"), SortTarget: pb.RangeRequest_KEY}, nil},
-		"every key from a start": {&pb.RangeRequest{Key: []byte("a"), RangeEnd: []byte{0}, SortTarget: pb.RangeRequest_VALUE}, ErrUnsupported},
+		"every key from a start": {&pb.RangeRequest{Key: []byte("a"), RangeEnd: []byte{0}, SortTarget: pb.RangeRequest_VALUE}, ErrByValue},
 	} {
 		if _, err := RangeRequest(wire(t, c.req), brackets{"s/"}); !errors.Is(err, c.want) {
 			t.Errorf("sort %s: got %v, want %v", name, err, c.want)

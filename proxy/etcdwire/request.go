@@ -75,8 +75,8 @@ func (r *rewriter) put(at, end int) error {
 	return r.edit(p, r.rules.Seal)
 }
 
-// RangeRequest checks a RangeRequest and returns what its answer's rewriter needs. The error wraps [ErrMalformed], or [ErrUnsupported]
-// for a sort by value that meets a rule: etcd would sort ciphertexts.
+// RangeRequest checks a RangeRequest and returns what its answer's rewriter needs. The error wraps [ErrMalformed], or [ErrByValue]
+// for a sort by value that meets a rule: etcd would sort ciphertexts. The RangeShape is good with the latter, too.
 func RangeRequest(msg []byte, rules Rules) (RangeShape, error) {
 	return rangeShape(msg, 0, len(msg), rules)
 }
@@ -99,7 +99,7 @@ func rangeShape(src []byte, at, end int, rules Rules) (RangeShape, error) {
 		}
 	}
 	if s.err == nil && byValue && rules.Overlaps(key, rangeEnd) {
-		return shape, fmt.Errorf("sort by value: %w", ErrUnsupported)
+		return shape, fmt.Errorf("sort %w", ErrByValue)
 	}
 	return shape, s.err
 }
@@ -116,8 +116,8 @@ func deleteRange(src []byte, at, end int) error {
 }
 
 // TxnRequest seals the values of all puts of a TxnRequest, in both branches and in nested transactions. It returns msg itself if nothing
-// changed, and the shape that TxnResponse needs. The error wraps [ErrMalformed], or [ErrUnsupported] for a compare or a
-// sort by value that meets a rule, or is the error of rules.Seal.
+// changed, and the shape that TxnResponse needs. The error wraps [ErrMalformed], or [ErrByValue] for a compare or a
+// sort by value that meets a rule, or [ErrUnsupported], or is the error of rules.Seal.
 func TxnRequest(ctx context.Context, msg []byte, rules Rules) ([]byte, *TxnShape, error) {
 	var shape *TxnShape
 	out, err := rewrite(ctx, msg, rules, false, func(r *rewriter) (err error) {
@@ -179,7 +179,7 @@ func (r *rewriter) compare(at, end int) error {
 	}
 	// A range that ends before it begins covers no key, but its operand would stand in etcd's log all the same: so the key counts by itself.
 	if s.err == nil && byValue && (r.rules.Overlaps(key, rangeEnd) || r.rules.Overlaps(key, nil)) {
-		return fmt.Errorf("compare by value: %w", ErrUnsupported)
+		return fmt.Errorf("compare %w", ErrByValue)
 	}
 	return s.err
 }

@@ -62,8 +62,10 @@ func (g *generator) value(key string) []byte {
 		return []byte(set.Value(strings.Repeat("long-", 1+g.IntN(800))))
 	case 4:
 		return []byte("\x00\xff" + set.Value("binary") + "\n\x80")
-	default:
+	case 5, 6:
 		return []byte(set.Value(string(rune('a' + g.IntN(26)))))
+	default:
+		return []byte(set.Value("ab"[:1+g.IntN(2)])) // few, so that compares meet their like
 	}
 }
 
@@ -122,10 +124,7 @@ func (g *generator) get(now int64) *pb.RangeRequest {
 	}
 	if g.chance(40) {
 		r.SortOrder = pb.RangeRequest_SortOrder(g.IntN(3))
-		r.SortTarget = []pb.RangeRequest_SortTarget{pb.RangeRequest_KEY, pb.RangeRequest_VERSION, pb.RangeRequest_CREATE, pb.RangeRequest_MOD}[g.IntN(4)]
-		if g.chance(30) && !g.rules.overlaps(key, end) {
-			r.SortTarget = pb.RangeRequest_VALUE
-		}
+		r.SortTarget = pb.RangeRequest_SortTarget(g.IntN(5))
 	}
 	if g.chance(20) {
 		bound := func() int64 {
@@ -165,7 +164,7 @@ func (g *generator) compare(now int64) *pb.Compare {
 		}
 		return max(0, now-g.Int64N(15))
 	}
-	switch g.IntN(5) {
+	switch g.IntN(8) {
 	case 0:
 		c.Target, c.TargetUnion = pb.Compare_MOD, &pb.Compare_ModRevision{ModRevision: revision()}
 	case 1:
@@ -175,11 +174,17 @@ func (g *generator) compare(now int64) *pb.Compare {
 	case 3:
 		c.Target, c.TargetUnion = pb.Compare_LEASE, &pb.Compare_Lease{Lease: g.lease()}
 	default:
-		if g.rules.overlaps(key, end) || g.rules.overlaps(key, "") {
-			c.Target = pb.Compare_MOD // and no operand
-			break
-		}
 		c.Target, c.TargetUnion = pb.Compare_VALUE, &pb.Compare_Value{Value: g.value(key)}
+	}
+	switch g.IntN(40) {
+	case 0:
+		c.TargetUnion = nil
+	case 1: // an operand of another kind
+		c.Target = pb.Compare_CompareTarget(g.IntN(6))
+	case 2:
+		c.Key = nil
+	case 3:
+		c.Result = 7 // unknown to the server
 	}
 	return c
 }
@@ -247,6 +252,9 @@ func (g *generator) next(now int64) any {
 		r := g.get(now)
 		if g.chance(70) {
 			r.SortOrder, r.SortTarget = 0, 0 // etcd streams in the order of keys only
+		}
+		if r.SortTarget == pb.RangeRequest_VALUE && g.rules.overlaps(string(r.Key), string(r.RangeEnd)) {
+			r.SortTarget = pb.RangeRequest_MOD // it is refused
 		}
 		return stream{r}
 	case n < 60:

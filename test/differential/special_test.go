@@ -24,7 +24,7 @@ import (
 func TestSpecialCases(t *testing.T) {
 	t.Parallel()
 	b := newBench(t, "3.7", ruleSets[1])
-	t.Run("compares and sorts by VALUE under a rule are refused", b.valueRefused)
+	t.Run("compares by VALUE around the limits", b.byValue)
 	t.Run("requests around the size limits", b.sizes)
 	t.Run("a large watch response, whole and in fragments", b.fragments)
 	t.Run("a long list", b.longList)
@@ -40,53 +40,52 @@ func TestSpecialCases(t *testing.T) {
 	b.checkFiles(t, "/s/fragment")
 }
 
-// valueRefused asserts the stated limit: until the proxy evaluates VALUE compares and sorts itself, it refuses those that a rule covers, and writes nothing.
-func (b *bench) valueRefused(t *testing.T) {
-	if b.proxy == nil {
-		t.Skip("etcd does not refuse")
-	}
+// byValue: compares by VALUE around etcd's limit of 128 operations, where the proxy needs some itself.
+func (b *bench) byValue(t *testing.T) {
 	ctx := t.Context()
-	compare := func(key, end string) *pb.Compare {
-		return &pb.Compare{Key: []byte(key), RangeEnd: []byte(end), Target: pb.Compare_VALUE,
-			TargetUnion: &pb.Compare_Value{Value: []byte(b.env.Sealed.Value("operand"))}}
+	p := b.pair(t)
+	value := []byte(b.env.Sealed.Value("v"))
+	for i := range 3 {
+		p.do(ctx, &pb.PutRequest{Key: fmt.Appendf(nil, "/s/%d", i), Value: value})
 	}
-	put := &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: []byte("/u/refused"), Value: []byte("x")}}}
-	nested := func(r *pb.TxnRequest) *pb.RequestOp {
-		return &pb.RequestOp{Request: &pb.RequestOp_RequestTxn{RequestTxn: r}}
+	p.do(ctx, &pb.PutRequest{Key: []byte("/u/clear"), Value: []byte(b.env.Clear.Value("c"))})
+	compare := func(key, end string, result pb.Compare_CompareResult) *pb.Compare {
+		return &pb.Compare{Key: []byte(key), RangeEnd: []byte(end), Result: result, Target: pb.Compare_VALUE, TargetUnion: &pb.Compare_Value{Value: value}}
 	}
-	sorted := func(key, end string) *pb.RangeRequest {
-		return &pb.RangeRequest{Key: []byte(key), RangeEnd: []byte(end), SortTarget: pb.RangeRequest_VALUE, SortOrder: pb.RangeRequest_DESCEND}
+	puts := func(n int, prefix string) (ops []*pb.RequestOp) {
+		for i := range n {
+			ops = append(ops, &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: fmt.Appendf(nil, "%s%d", prefix, i), Value: value}}})
+		}
+		return ops
 	}
-	for name, request := range map[string]any{
-		"compare of a key":      &pb.TxnRequest{Compare: []*pb.Compare{compare("/s/a", "")}, Success: []*pb.RequestOp{put}, Failure: []*pb.RequestOp{put}},
-		"compare of a range":    &pb.TxnRequest{Compare: []*pb.Compare{compare("/r", "/t")}, Failure: []*pb.RequestOp{put}},
-		"compare from a key on": &pb.TxnRequest{Compare: []*pb.Compare{compare("/", "\x00")}, Failure: []*pb.RequestOp{put}},
-		// It covers no key, but its operand would stand in etcd's log all the same.
-		"compare of a range that ends before it begins": &pb.TxnRequest{Compare: []*pb.Compare{compare("/s/b", "/s/a")}, Failure: []*pb.RequestOp{put}},
-		"nested compare":                &pb.TxnRequest{Failure: []*pb.RequestOp{nested(&pb.TxnRequest{Compare: []*pb.Compare{compare("/t/a", "")}, Failure: []*pb.RequestOp{put}})}},
-		"sorted range":                  sorted("/s/", "/s0"),
-		"sorted range of everything":    sorted("\x00", "\x00"),
-		"sorted range in a txn":         &pb.TxnRequest{Success: []*pb.RequestOp{put, {Request: &pb.RequestOp_RequestRange{RequestRange: sorted("/s/", "/s0")}}}},
-		"sorted range in the failure":   &pb.TxnRequest{Failure: []*pb.RequestOp{{Request: &pb.RequestOp_RequestRange{RequestRange: sorted("/t/", "/t0")}}}},
-		"sorted range that is streamed": stream{sorted("/s/", "/s0")},
-	} {
-		a := b.via.do(ctx, request)
-		_, streamed := request.(stream) // etcd may refuse to stream it first
-		if a.err.Code() != codes.Unimplemented || !streamed && !strings.HasPrefix(a.err.Message(), "etcd-kms-proxy: ") {
-			t.Errorf("%s: %v, want Unimplemented with a text that begins with etcd-kms-proxy:", name, a)
+	for _, n := range []int{1, 100, 126, 127, 128, 129} {
+		for _, result := range []pb.Compare_CompareResult{pb.Compare_EQUAL, pb.Compare_NOT_EQUAL} {
+			one := []*pb.Compare{compare("/s/0", "", result)}
+			var many []*pb.Compare
+			for i := range n {
+				many = append(many, compare(fmt.Sprintf("/s/%d", i%3), "", result))
+			}
+			p.do(ctx, &pb.TxnRequest{Compare: many, Success: puts(1, "/t/a"), Failure: puts(1, "/t/b")})
+			p.do(ctx, &pb.TxnRequest{Compare: one, Success: puts(n, "/t/a"), Failure: puts(1, "/t/b")})
+			p.do(ctx, &pb.TxnRequest{Compare: one, Success: puts(1, "/t/a"), Failure: puts(n, "/t/b")})
+			p.do(ctx, &pb.TxnRequest{Compare: one, Success: puts(n, "/t/a"), Failure: puts(n, "/t/b")})
+			// The proxy's own compares count at the root: close to the limit it refuses what etcd would do.
+			if n != 126 && n != 127 {
+				p.do(ctx, &pb.TxnRequest{Success: []*pb.RequestOp{{Request: &pb.RequestOp_RequestTxn{
+					RequestTxn: &pb.TxnRequest{Compare: many, Success: puts(1, "/t/c"), Failure: puts(n, "/t/d")},
+				}}}})
+			}
 		}
 	}
-	if a := b.raw.do(ctx, &pb.RangeRequest{Key: []byte("/u/refused"), CountOnly: true}); a.message.(*pb.RangeResponse).Count != 0 {
-		t.Error("a refused transaction has written")
+	p.do(ctx, &pb.TxnRequest{Compare: []*pb.Compare{compare("/s/", "/s0", pb.Compare_EQUAL)}, Success: puts(2, "/t/e")})
+	p.reset(ctx)
+	if b.proxy == nil {
+		return
 	}
-	// Outside the rules they are etcd's business.
-	p := b.pair(t)
-	clear := &pb.Compare{Key: []byte("/u/1"), Target: pb.Compare_VALUE, TargetUnion: &pb.Compare_Value{Value: []byte(b.env.Clear.Value("1"))}}
-	for i := range 3 {
-		p.do(ctx, &pb.PutRequest{Key: fmt.Appendf(nil, "/u/%d", i), Value: []byte(b.env.Clear.Value(fmt.Sprint(9 - i)))})
+	a := b.via.do(ctx, stream{&pb.RangeRequest{Key: []byte("/s/"), RangeEnd: []byte("/s0"), SortTarget: pb.RangeRequest_VALUE}})
+	if a.err.Code() != codes.Unimplemented || !strings.HasPrefix(a.err.Message(), "etcd-kms-proxy: ") {
+		t.Errorf("a stream that sorts by VALUE: %v", a)
 	}
-	p.do(ctx, &pb.TxnRequest{Compare: []*pb.Compare{clear}, Success: []*pb.RequestOp{put}})
-	p.do(ctx, sorted("/u/", "/u0"))
 }
 
 // sizes: etcd limits the marshalled request, then gRPC the message. Through the proxy both limits hold for what the client sends.
