@@ -284,17 +284,20 @@ func (c *watchCall) response(ctx context.Context, msg []byte) ([]byte, error) {
 	return out, c.core.status(err, true)
 }
 
-// electionCall refuses elections and locks whose keys a rule covers.
+// electionCall is a call of etcd's Election or Lock service. Where a rule covers its keys, the service is the one that is run here.
 type electionCall struct {
 	whole
 	core    *core
+	id      *Identity
 	covered func(msg []byte, rules *ruleSet) (bool, error)
+	writes  bool
+	hosted  bool
 }
 
-func newNameCall(c *core, _ *Identity) call { return &electionCall{core: c, covered: nameCovered} }
-
-func newLeaderKeyCall(c *core, _ *Identity) call {
-	return &electionCall{core: c, covered: leaderKeyCovered}
+func electing(covered func([]byte, *ruleSet) (bool, error), writes bool) func(*core, *Identity) call {
+	return func(c *core, id *Identity) call {
+		return &electionCall{core: c, id: id, covered: covered, writes: writes}
+	}
 }
 
 func (c *electionCall) request(_ context.Context, msg []byte) ([]byte, error) {
@@ -306,9 +309,10 @@ func (c *electionCall) request(_ context.Context, msg []byte) ([]byte, error) {
 	if err != nil {
 		return nil, c.core.status(err, false)
 	}
-	if covered {
-		return nil, errElectionCovered
+	if covered && c.id.Ciphertext && c.writes {
+		return nil, errCiphertextWrite
 	}
+	c.hosted = covered && !c.id.Ciphertext // whoever is given stored bytes gets those of etcd's own service
 	return msg, nil
 }
 
@@ -332,6 +336,15 @@ func leaderKeyCovered(msg []byte, rules *ruleSet) (bool, error) {
 	key, err := etcdwire.LeaderKey(msg)
 	if err != nil {
 		return false, fmt.Errorf("leader key: %w", err)
+	}
+	return rules.covers(key), nil
+}
+
+// keyCovered looks at the key of an unlocking.
+func keyCovered(msg []byte, rules *ruleSet) (bool, error) {
+	key, err := etcdwire.Name(msg)
+	if err != nil {
+		return false, fmt.Errorf("key: %w", err)
 	}
 	return rules.covers(key), nil
 }

@@ -16,7 +16,6 @@ const ownPrefix = "etcd-kms-proxy: "
 var (
 	errCiphertextWrite = ownError(codes.PermissionDenied, "this client is given stored bytes and may not write keys under a rule")
 	errOwnKey          = ownError(codes.PermissionDenied, "keys with this prefix are kept by the proxies for themselves")
-	errElectionCovered = ownError(codes.Unimplemented, "elections and locks on keys under a rule are not supported")
 	errNoIdentity      = ownError(codes.Internal, "connection without an identity")
 	errSortedStream    = ownError(codes.Unimplemented, "a RangeStream does not sort by values under a rule, as etcd's does not sort but chunk by chunk: use Range")
 	errShuttingDown    = ownError(codes.Unavailable, "shutting down")

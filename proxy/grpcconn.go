@@ -9,7 +9,7 @@ import (
 	"google.golang.org/grpc/credentials"
 )
 
-// connQueue hands identified connections to grpc-go's server.
+// connQueue hands identified connections to a server.
 type connQueue struct {
 	conns chan *clientConn
 	done  chan struct{}
@@ -17,6 +17,10 @@ type connQueue struct {
 }
 
 var _ net.Listener = (*connQueue)(nil)
+
+func newConnQueue() *connQueue {
+	return &connQueue{conns: make(chan *clientConn), done: make(chan struct{})}
+}
 
 func (q *connQueue) put(conn *clientConn) {
 	select {

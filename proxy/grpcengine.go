@@ -29,6 +29,8 @@ type engine interface {
 	// run moves messages until ctx ends. Then it drains: it asks clients to go elsewhere, ends the calls that wait for events with Unavailable,
 	// lets the others finish, and after the drain timeout ends what is left.
 	run(ctx context.Context) error
+	// close lets go of what an engine holds that never ran. It may be called more than once.
+	close()
 }
 
 // grpcOverhead is what etcd adds to its limit on requests to get gRPC's limit on messages, in bytes.
@@ -41,6 +43,7 @@ type grpcEngine struct {
 	log          *slog.Logger
 	denials      *denials
 	server       *grpc.Server
+	hosted       *hosted
 	conns        *connQueue
 	drainTimeout time.Duration
 	unknown      prometheus.Counter
@@ -53,10 +56,10 @@ type grpcEngine struct {
 
 var _ engine = (*grpcEngine)(nil)
 
-func newGRPCEngine(c *core, u *upstream, m *metrics, log *slog.Logger, d *denials, drainTimeout time.Duration) *grpcEngine {
+func newGRPCEngine(c *core, u *upstream, m *metrics, log *slog.Logger, d *denials, drainTimeout time.Duration) (*grpcEngine, error) {
 	e := &grpcEngine{
 		core: c, upstream: u, log: log, denials: d, drainTimeout: drainTimeout,
-		conns:   &connQueue{conns: make(chan *clientConn), done: make(chan struct{})},
+		conns:   newConnQueue(),
 		unknown: m.unknown(),
 		methods: make(map[string]map[string]bool),
 	}
@@ -67,6 +70,7 @@ func newGRPCEngine(c *core, u *upstream, m *metrics, log *slog.Logger, d *denial
 		experimental.BufferPool(buffers),
 		grpc.WriteBufferSize(ioBuffer),
 		grpc.UnknownServiceHandler(e.refuseUnknown),
+		grpc.ConnectionTimeout(handshakeTimeout), // a drain waits for who has begun to connect
 		// What follows is how etcd sets up its own server.
 		grpc.MaxRecvMsgSize(c.maxRequest+grpcOverhead),
 		grpc.MaxSendMsgSize(math.MaxInt32),
@@ -76,7 +80,11 @@ func newGRPCEngine(c *core, u *upstream, m *metrics, log *slog.Logger, d *denial
 		grpc.WaitForHandlers(true),
 	)
 	e.register(m)
-	return e
+	var err error
+	if e.hosted, err = newHosted(e); err != nil {
+		return nil, err
+	}
+	return e, nil
 }
 
 // register gives every row of the method table to the server, with its true shape.
@@ -106,6 +114,9 @@ func (e *grpcEngine) register(m *metrics) {
 	}
 }
 
+// close implements engine.
+func (e *grpcEngine) close() { e.hosted.stop() }
+
 // serve implements engine.
 func (e *grpcEngine) serve(conn *clientConn) { e.conns.put(conn) }
 
@@ -113,6 +124,10 @@ func (e *grpcEngine) serve(conn *clientConn) { e.conns.put(conn) }
 func (e *grpcEngine) run(ctx context.Context) error {
 	served := make(chan error, 1)
 	go func() { served <- e.server.Serve(e.conns) }()
+	var services sync.WaitGroup
+	services.Go(e.hosted.run)
+	defer services.Wait()
+	defer e.hosted.stop()
 	var err error
 	select {
 	case err = <-served: // the queue never fails, so this is a broken invariant of grpc-go
@@ -260,7 +275,7 @@ func (m *grpcMethod) forward(ctx context.Context, in *frame) (*frame, error) {
 	}
 	out := new(frame)
 	var header, trailer metadata.MD
-	err = m.engine.upstream.conn.Invoke(upstreamContext(ctx), m.full, in, out, grpc.Header(&header), grpc.Trailer(&trailer))
+	err = m.engine.to(c).Invoke(upstreamContext(ctx), m.full, in, out, grpc.Header(&header), grpc.Trailer(&trailer), grpc.ForceCodecV2(rawCodec{}))
 	if len(header) > 0 {
 		if err := grpc.SetHeader(ctx, header); err != nil {
 			return nil, err
@@ -285,6 +300,14 @@ func (m *grpcMethod) forward(ctx context.Context, in *frame) (*frame, error) {
 		}
 	}
 	return out, nil
+}
+
+// to is where a call goes on: etcd, or a service of etcd's that is run here.
+func (e *grpcEngine) to(c call) *grpc.ClientConn {
+	if own, ok := c.(*electionCall); ok && own.hosted {
+		return e.hosted.conn
+	}
+	return e.upstream.conn
 }
 
 // exchange has x serve a request by requests of its own. The client gets the headers and trailers of the last one, or of the last one that failed.
@@ -372,7 +395,7 @@ func (m *grpcMethod) relay(ss grpc.ServerStream) error {
 		}
 	}
 	m.engine.upstream.await(ctx)
-	cs, err := m.engine.upstream.conn.NewStream(upstreamContext(ctx), &m.stream, m.full)
+	cs, err := m.engine.to(c).NewStream(upstreamContext(ctx), &m.stream, m.full, grpc.ForceCodecV2(rawCodec{}))
 	if err != nil {
 		return ended(ctx, err, nil, nil)
 	}

@@ -54,6 +54,7 @@ type listener struct {
 type clientConn struct {
 	net.Conn
 	id     *Identity
+	http1  bool // and not HTTP/2
 	once   sync.Once
 	closed func()
 }
@@ -200,24 +201,33 @@ func (l *listener) run(ctx context.Context, serve func(*clientConn)) {
 	}
 }
 
-// identify does the TLS handshake, if any, and says who is there.
+// identify does the TLS handshake, if any, says who is there, and finds out what they speak.
 func (l *listener) identify(ctx context.Context, conn net.Conn) (*clientConn, error) {
 	id := &Identity{Listener: l.cfg.Address, Remote: conn.RemoteAddr().String()}
+	protocol := ""
 	if l.tls != nil {
-		ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
+		limited, cancel := context.WithTimeout(ctx, handshakeTimeout)
 		defer cancel()
 		secure := tls.Server(conn, l.tls.get())
-		if err := secure.HandshakeContext(ctx); err != nil {
+		if err := secure.HandshakeContext(limited); err != nil {
 			return nil, err
 		}
-		if certs := secure.ConnectionState().PeerCertificates; len(certs) > 0 {
+		state := secure.ConnectionState()
+		if certs := state.PeerCertificates; len(certs) > 0 {
 			id.identify(certs[0])
 		}
-		conn = secure
+		conn, protocol = secure, state.NegotiatedProtocol
 	}
 	id.authorise(l.allowed, l.ciphertext)
+	http1 := protocol == protocolHTTP1
+	if protocol == "" {
+		var err error
+		if conn, http1, err = sniff(ctx, conn); err != nil {
+			return nil, err
+		}
+	}
 	l.metrics.connections.WithLabelValues(l.cfg.Address).Inc()
-	return &clientConn{Conn: conn, id: id, closed: l.metrics.connections.WithLabelValues(l.cfg.Address).Dec}, nil
+	return &clientConn{Conn: conn, id: id, http1: http1, closed: l.metrics.connections.WithLabelValues(l.cfg.Address).Dec}, nil
 }
 
 // handshakeFailed logs at most once a second, or a port scan would fill the log.

@@ -9,7 +9,7 @@ type class string
 const (
 	classPass    class = "pass"    // carries no value: forwarded untouched
 	classRewrite class = "rewrite" // may carry values: sealed and opened under the rules
-	classRefuse  class = "refuse"  // forwarded only where no rule covers its keys
+	classHost    class = "host"    // served here where a rule covers its keys, and else forwarded
 )
 
 // shape says how many messages a method moves.
@@ -87,15 +87,14 @@ func methodTable() []*method {
 		{service: "etcdserverpb.Auth", name: "RoleGrantPermission", class: classPass},
 		{service: "etcdserverpb.Auth", name: "RoleRevokePermission", class: classPass},
 
-		// The server itself reads, compares and writes the values of these, so they work only where no rule covers them.
-		{service: "v3electionpb.Election", name: "Campaign", class: classRefuse, waits: true, call: newNameCall},
-		{service: "v3electionpb.Election", name: "Proclaim", class: classRefuse, call: newLeaderKeyCall},
-		{service: "v3electionpb.Election", name: "Leader", class: classRefuse, call: newNameCall},
-		{service: "v3electionpb.Election", name: "Observe", class: classRefuse, shape: shapeServerStream, waits: true, call: newNameCall},
-		{service: "v3electionpb.Election", name: "Resign", class: classRefuse, call: newLeaderKeyCall},
-		{service: "v3lockpb.Lock", name: "Lock", class: classRefuse, waits: true, call: newNameCall},
-		// Unlock only deletes a key.
-		{service: "v3lockpb.Lock", name: "Unlock", class: classPass},
+		// The server itself reads, compares and writes the values of these, so where a rule covers them the server is here.
+		{service: "v3electionpb.Election", name: "Campaign", class: classHost, waits: true, call: electing(nameCovered, true)},
+		{service: "v3electionpb.Election", name: "Proclaim", class: classHost, call: electing(leaderKeyCovered, true)},
+		{service: "v3electionpb.Election", name: "Leader", class: classHost, call: electing(nameCovered, false)},
+		{service: "v3electionpb.Election", name: "Observe", class: classHost, shape: shapeServerStream, waits: true, call: electing(nameCovered, false)},
+		{service: "v3electionpb.Election", name: "Resign", class: classHost, call: electing(leaderKeyCovered, true)},
+		{service: "v3lockpb.Lock", name: "Lock", class: classHost, waits: true, call: electing(nameCovered, true)},
+		{service: "v3lockpb.Lock", name: "Unlock", class: classHost, call: electing(keyCovered, true)},
 
 		{service: "grpc.health.v1.Health", name: "Check", class: classPass},
 		{service: "grpc.health.v1.Health", name: "List", class: classPass},

@@ -43,6 +43,8 @@ type Proxy struct {
 	core        *core
 	upstream    *upstream
 	engine      engine
+	gateway     *gateway
+	drain       time.Duration
 	listeners   []*listener
 	serving     atomic.Bool
 	listenersUp atomic.Int64
@@ -77,7 +79,7 @@ func New(cfg Config) (*Proxy, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &Proxy{core: &core{maxRequest: cfg.MaxRequestBytes, log: log, gate: cfg.Gate, turns: newTurns()}}
+	p := &Proxy{drain: cfg.DrainTimeout, core: &core{maxRequest: cfg.MaxRequestBytes, log: log, gate: cfg.Gate, turns: newTurns()}}
 	p.core.rules.Store(rules)
 	var problems []error
 	for _, lc := range cfg.Listeners {
@@ -95,7 +97,15 @@ func New(cfg Config) (*Proxy, error) {
 		p.Close()
 		return nil, err
 	}
-	p.engine = newGRPCEngine(p.core, p.upstream, m, log, &denials{log: log, tell: cfg.OnDenied}, cfg.DrainTimeout)
+	engine, err := newGRPCEngine(p.core, p.upstream, m, log, &denials{log: log, tell: cfg.OnDenied}, cfg.DrainTimeout)
+	if err == nil {
+		p.engine = engine
+		p.gateway, err = newGateway(p.engine, p.upstream, cfg.MaxRequestBytes)
+	}
+	if err != nil {
+		p.Close()
+		return nil, err
+	}
 	return p, nil
 }
 
@@ -138,14 +148,24 @@ func (p *Proxy) Run(ctx context.Context) error {
 		p.listenersUp.Add(1)
 		all.Go(func() {
 			defer p.listenersUp.Add(-1)
-			l.run(accepting, p.engine.serve)
+			l.run(accepting, p.serve)
 		})
 	}
 	defer p.closeListeners()
 	defer context.AfterFunc(ctx, p.closeListeners)()
 	p.serving.Store(true)
 	defer p.serving.Store(false)
+	all.Go(func() { p.gateway.run(ctx, p.drain) })
 	return p.engine.run(ctx)
+}
+
+// serve hands a connection to whoever speaks its language.
+func (p *Proxy) serve(conn *clientConn) {
+	if conn.http1 {
+		p.gateway.serve(conn)
+		return
+	}
+	p.engine.serve(conn)
 }
 
 func (p *Proxy) closeListeners() {
@@ -158,6 +178,9 @@ func (p *Proxy) closeListeners() {
 func (p *Proxy) Close() {
 	p.releaseOnce.Do(func() {
 		p.closeListeners()
+		if p.engine != nil {
+			p.engine.close()
+		}
 		if p.upstream != nil {
 			p.upstream.close()
 		}

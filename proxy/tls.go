@@ -35,6 +35,9 @@ type UpstreamTLS struct {
 	InsecureSkipVerify bool   // take any server certificate
 }
 
+// protocolHTTP1 is the name of HTTP/1.1 in TLS.
+const protocolHTTP1 = "http/1.1"
+
 // fresh hands out what load made of files, and makes it anew when one of them has changed. When that fails the last good one stays.
 // It is safe for concurrent use.
 type fresh[T any] struct {
@@ -117,7 +120,8 @@ func (c *ListenerTLS) serverTLS(log *slog.Logger, address string) (*fresh[*tls.C
 			Certificates: []tls.Certificate{cert},
 			MinVersion:   version,
 			CipherSuites: suites,
-			NextProtos:   []string{"h2"},
+			// Clients of gRPC offer h2 alone. Who offers both takes the JSON gateway as well over HTTP/1.1, and the two need not be told apart within HTTP/2.
+			NextProtos: []string{protocolHTTP1, "h2"},
 		}
 		if c.ClientCAFile == "" {
 			return cfg, nil
@@ -246,8 +250,7 @@ func (r revocations) check(chains [][]*x509.Certificate) error {
 
 // upstreamCredentials makes each connection to etcd with the files of the moment.
 type upstreamCredentials struct {
-	files      *fresh[credentials.TransportCredentials]
-	serverName string // empty: the endpoint's own host
+	files *fresh[*tls.Config]
 }
 
 var _ credentials.TransportCredentials = (*upstreamCredentials)(nil)
@@ -256,9 +259,10 @@ func (c *UpstreamTLS) credentials(log *slog.Logger) (*upstreamCredentials, error
 	if (c.CertFile == "") != (c.KeyFile == "") {
 		return nil, errors.New("certFile and keyFile: one needs the other")
 	}
-	files, err := newFresh(log, "etcd", []string{c.CAFile, c.CertFile, c.KeyFile}, func() (credentials.TransportCredentials, error) {
+	files, err := newFresh(log, "etcd", []string{c.CAFile, c.CertFile, c.KeyFile}, func() (*tls.Config, error) {
 		cfg := &tls.Config{
 			MinVersion:         tls.VersionTLS12,
+			ServerName:         c.ServerName,
 			InsecureSkipVerify: c.InsecureSkipVerify, //nolint:gosec // spelled out by the operator
 		}
 		if c.CAFile != "" {
@@ -275,20 +279,24 @@ func (c *UpstreamTLS) credentials(log *slog.Logger) (*upstreamCredentials, error
 			}
 			cfg.Certificates = []tls.Certificate{cert}
 		}
-		return credentials.NewTLS(cfg), nil
+		return cfg, nil
 	})
 	if err != nil {
 		return nil, err
 	}
-	return &upstreamCredentials{files: files, serverName: c.ServerName}, nil
+	return &upstreamCredentials{files: files}, nil
 }
+
+// config is what the files of the moment make. Without a server name, each endpoint is verified against its own host.
+func (c *upstreamCredentials) config() *tls.Config { return c.files.get() }
 
 // ClientHandshake implements credentials.TransportCredentials. authority is the endpoint's own host.
 func (c *upstreamCredentials) ClientHandshake(ctx context.Context, authority string, conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	if c.serverName != "" {
-		authority = c.serverName
+	cfg := c.config()
+	if cfg.ServerName != "" {
+		authority = cfg.ServerName
 	}
-	return c.files.get().ClientHandshake(ctx, authority, conn)
+	return credentials.NewTLS(cfg).ClientHandshake(ctx, authority, conn)
 }
 
 // ServerHandshake implements credentials.TransportCredentials; these credentials are a client's.

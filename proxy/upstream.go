@@ -42,6 +42,7 @@ type upstream struct {
 	client    *clientv3.Client
 	conn      *grpc.ClientConn
 	endpoints []string
+	tls       *upstreamCredentials // nil without TLS
 	log       *slog.Logger
 	metrics   *metrics
 
@@ -55,6 +56,7 @@ func newUpstream(cfg UpstreamConfig, log *slog.Logger, m *metrics) (*upstream, e
 	if err != nil {
 		return nil, err
 	}
+	secure, _ := creds.(*upstreamCredentials)
 	client, err := clientv3.New(clientv3.Config{
 		Endpoints:            cfg.Endpoints,
 		Logger:               zap.NewNop(),
@@ -85,7 +87,7 @@ func newUpstream(cfg UpstreamConfig, log *slog.Logger, m *metrics) (*upstream, e
 		return nil, fmt.Errorf("etcd client: %w", err)
 	}
 	return &upstream{
-		client: client, conn: client.ActiveConnection(), endpoints: cfg.Endpoints,
+		client: client, conn: client.ActiveConnection(), endpoints: cfg.Endpoints, tls: secure,
 		log: log, metrics: m, ready: make(chan struct{}),
 	}, nil
 }

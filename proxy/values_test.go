@@ -98,32 +98,48 @@ func TestMalformedAnswerIsNotTheClientsFault(t *testing.T) {
 	}
 }
 
+// TestElectionsAndLocks: what a rule covers is served here, what it does not goes to etcd, and who is given stored bytes writes nothing under a rule.
 func TestElectionsAndLocks(t *testing.T) {
-	conn := startProxy(t, serveRaw(t, nil), []Rule{{Prefix: "/r/secrets/", Sealer: reverser{}}}, nil).dial(t)
+	rules, err := newRuleSet([]Rule{{Prefix: "/r/secrets/", Sealer: reverser{}}}, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &core{}
+	c.rules.Store(rules)
+	table := make(map[string]*method)
+	for _, m := range methodTable() {
+		table[m.name] = m
+	}
 	name := func(n string) []byte { return append([]byte{0x0a, byte(len(n))}, n...) }
 	leader := func(k string) []byte {
 		inner := append([]byte{0x12, byte(len(k))}, k...)
 		return append([]byte{0x0a, byte(len(inner))}, inner...)
 	}
 	for _, tt := range []struct {
-		method string
-		msg    []byte
-		code   codes.Code
+		method         string
+		msg            []byte
+		hosted, writes bool
 	}{
-		{"/v3lockpb.Lock/Lock", name("/r/secrets"), codes.Unimplemented},
-		{"/v3lockpb.Lock/Lock", name("/r/secrets/mine"), codes.Unimplemented},
-		{"/v3lockpb.Lock/Lock", name("/r"), codes.Unimplemented}, // a rule covers some of the names below
-		{"/v3lockpb.Lock/Lock", name("/r/sec"), codes.OK},
-		{"/v3electionpb.Election/Campaign", name("/r/secrets"), codes.Unimplemented},
-		{"/v3electionpb.Election/Campaign", name("/e"), codes.OK},
-		{"/v3electionpb.Election/Leader", name("/r/secrets"), codes.Unimplemented},
-		{"/v3electionpb.Election/Observe", name("/r/secrets"), codes.Unimplemented},
-		{"/v3electionpb.Election/Proclaim", leader("/r/secrets/1"), codes.Unimplemented},
-		{"/v3electionpb.Election/Resign", leader("/r/other/1"), codes.OK},
+		{"Lock", name("/r/secrets"), true, true},
+		{"Lock", name("/r/secrets/mine"), true, true},
+		{"Lock", name("/r"), true, true}, // a rule covers some of the names below
+		{"Lock", name("/r/sec"), false, false},
+		{"Unlock", name("/r/secrets/mine/1"), true, true},
+		{"Unlock", name("/r/1"), false, false},
+		{"Campaign", name("/r/secrets"), true, true},
+		{"Campaign", name("/e"), false, false},
+		{"Leader", name("/r/secrets"), true, false},
+		{"Observe", name("/r/secrets"), true, false},
+		{"Proclaim", leader("/r/secrets/1"), true, true},
+		{"Resign", leader("/r/secrets/1"), true, true},
+		{"Resign", leader("/r/other/1"), false, false},
 	} {
-		_, err := rawCall(testContext(t), conn, tt.method, tt.msg)
-		if st := status.Convert(err); st.Code() != tt.code || (err != nil && !strings.HasPrefix(st.Message(), ownPrefix)) {
-			t.Errorf("%s %q: %v, want %v", tt.method, tt.msg, err, tt.code)
+		for _, ciphertext := range []bool{false, true} {
+			own, _ := table[tt.method].call(c, &Identity{Ciphertext: ciphertext}).(*electionCall)
+			out, err := own.request(testContext(t), tt.msg)
+			if refused := ciphertext && tt.writes; refused != errors.Is(err, errCiphertextWrite) || !refused && !bytes.Equal(out, tt.msg) || own.hosted != (tt.hosted && !ciphertext) {
+				t.Errorf("%s %q, ciphertext %t: hosted %t, %q, %v", tt.method, tt.msg, ciphertext, own.hosted, out, err)
+			}
 		}
 	}
 }

@@ -11,10 +11,11 @@ import (
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3election/v3electionpb"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3lock/v3lockpb"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/types/known/emptypb"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
 // everyMethod asks for each method that the descriptors of etcd's server name: the proxy must know it. The requests are empty, and their context has
@@ -68,59 +69,89 @@ func (b *bench) ask(ctx context.Context, full string, stream bool) error {
 	return s.RecvMsg(new(emptypb.Empty))
 }
 
-// locks: etcd's own lock and election services work where no rule is, and are refused where one is.
-func (b *bench) locks(t *testing.T) {
-	if b.proxy == nil {
-		t.Skip("etcd refuses nothing")
+// TestElections: etcd's own lock and election services give the same answers where a rule is, and where none is.
+func TestElections(t *testing.T) {
+	t.Parallel()
+	b := newBench(t, "3.7", ruleSets[1])
+	for _, prefix := range []string{"/s/", "/u/"} {
+		p := b.pair(t)
+		p.reset(t.Context())
+		want, got := b.elect(t, b.bare, prefix), b.elect(t, b.via, prefix)
+		for i := range want {
+			if i >= len(got) || got[i] != want[i] {
+				t.Errorf("%s, step %d: the proxy: %s\nbare etcd: %s", prefix, i, got[min(i, len(got)-1)], want[i])
+			}
+		}
+		t.Logf("%d steps", len(want))
+		p.reset(t.Context())
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+}
+
+// elect uses both services, and returns what they answered.
+func (b *bench) elect(t *testing.T, s *side, prefix string) (said []string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
 	defer cancel()
-	lease, err := pb.NewLeaseClient(b.via.conn).LeaseGrant(ctx, &pb.LeaseGrantRequest{TTL: 600})
+	note := func(answer any, err error) {
+		if err != nil {
+			st := status.Convert(err)
+			answer = fmt.Sprintf("%v %q", st.Code(), st.Message())
+		}
+		said = append(said, strings.ReplaceAll(fmt.Sprint(answer), "  ", " ")) // protobuf's texts vary in that
+	}
+	set := b.env.Clear
+	if b.rules.sealed(prefix + "x") {
+		set = b.env.Sealed
+	}
+	leases, lock, election := pb.NewLeaseClient(s.conn), v3lockpb.NewLockClient(s.conn), v3electionpb.NewElectionClient(s.conn)
+	for id := int64(701); id <= 702; id++ {
+		note(leases.LeaseGrant(ctx, &pb.LeaseGrantRequest{ID: id, TTL: 600}))
+	}
+	soon := func() (context.Context, context.CancelFunc) { return context.WithTimeout(ctx, 300*time.Millisecond) }
+
+	held, err := lock.Lock(ctx, &v3lockpb.LockRequest{Name: []byte(prefix + "lock"), Lease: 701})
+	note(held, err)
+	brief, stop := soon()
+	_, err = lock.Lock(brief, &v3lockpb.LockRequest{Name: []byte(prefix + "lock"), Lease: 702})
+	stop()
+	note(status.Code(err), nil)
+	count := func(what string, n int64) {
+		t.Helper()
+		harness.Eventually(t, 10*time.Second, fmt.Sprintf("%d keys of the %s", n, what), func() error {
+			r, err := s.kv.Range(ctx, &pb.RangeRequest{Key: []byte(prefix + what + "/"), RangeEnd: []byte(prefix + what + "0"), CountOnly: true})
+			if err == nil && r.Count != n {
+				err = fmt.Errorf("%d", r.Count)
+			}
+			return err
+		})
+	}
+	count("lock", 1) // who gave up leaves
+	note(lock.Unlock(ctx, &v3lockpb.UnlockRequest{Key: held.GetKey()}))
+	note(lock.Lock(ctx, &v3lockpb.LockRequest{Name: []byte(prefix + "lock"), Lease: 999}))
+
+	name := []byte(prefix + "election")
+	note(election.Leader(ctx, &v3electionpb.LeaderRequest{Name: name}))
+	won, err := election.Campaign(ctx, &v3electionpb.CampaignRequest{Name: name, Lease: 701, Value: []byte(set.Value("one"))})
+	note(won, err)
+	note(election.Leader(ctx, &v3electionpb.LeaderRequest{Name: name}))
+	observed, err := election.Observe(ctx, &v3electionpb.LeaderRequest{Name: name})
 	if err != nil {
 		t.Fatal(err)
 	}
-	lock, election := v3lockpb.NewLockClient(b.via.conn), v3electionpb.NewElectionClient(b.via.conn)
-	refused := func(what string, err error) {
-		t.Helper()
-		if st := status.Convert(err); st.Code() != codes.Unimplemented || !strings.HasPrefix(st.Message(), "etcd-kms-proxy: ") {
-			t.Errorf("%s under a rule: %v", what, err)
-		}
-	}
-	_, err = lock.Lock(ctx, &v3lockpb.LockRequest{Name: []byte("/s/lock"), Lease: lease.ID})
-	refused("lock", err)
-	_, err = lock.Lock(ctx, &v3lockpb.LockRequest{Name: []byte("/s"), Lease: lease.ID})
-	refused("lock whose keys are", err)
-	_, err = election.Campaign(ctx, &v3electionpb.CampaignRequest{Name: []byte("/s/election"), Lease: lease.ID, Value: []byte(b.env.Sealed.Value("me"))})
-	refused("campaign", err)
-	_, err = election.Leader(ctx, &v3electionpb.LeaderRequest{Name: []byte("/s/election")})
-	refused("leader", err)
-	observed, err := election.Observe(ctx, &v3electionpb.LeaderRequest{Name: []byte("/s/election")})
-	if err == nil {
-		_, err = observed.Recv()
-	}
-	refused("observe", err)
-	key := &v3electionpb.LeaderKey{Name: []byte("/s/election"), Key: []byte("/s/election/1"), Rev: 1, Lease: lease.ID}
-	_, err = election.Proclaim(ctx, &v3electionpb.ProclaimRequest{Leader: key, Value: []byte(b.env.Sealed.Value("me"))})
-	refused("proclaim", err)
-	_, err = election.Resign(ctx, &v3electionpb.ResignRequest{Leader: key})
-	refused("resign", err)
-
-	held, err := lock.Lock(ctx, &v3lockpb.LockRequest{Name: []byte("/u/lock"), Lease: lease.ID})
-	if err != nil || !strings.HasPrefix(string(held.GetKey()), "/u/lock/") {
-		t.Fatalf("lock: %v, %v", held, err)
-	}
-	if _, err := lock.Unlock(ctx, &v3lockpb.UnlockRequest{Key: held.Key}); err != nil {
-		t.Errorf("unlock: %v", err)
-	}
-	won, err := election.Campaign(ctx, &v3electionpb.CampaignRequest{Name: []byte("/u/election"), Lease: lease.ID, Value: []byte("me")})
-	if err != nil {
-		t.Fatalf("campaign: %v", err)
-	}
-	leader, err := election.Leader(ctx, &v3electionpb.LeaderRequest{Name: []byte("/u/election")})
-	if err != nil || string(leader.GetKv().GetValue()) != "me" {
-		t.Errorf("leader: %v, %v", leader, err)
-	}
-	if _, err := election.Resign(ctx, &v3electionpb.ResignRequest{Leader: won.Leader}); err != nil {
-		t.Errorf("resign: %v", err)
-	}
+	note(observed.Recv())
+	note(election.Proclaim(ctx, &v3electionpb.ProclaimRequest{Leader: won.GetLeader(), Value: []byte(set.Value("two"))}))
+	note(observed.Recv())
+	second := make(chan func(), 1)
+	go func() {
+		answer, err := election.Campaign(ctx, &v3electionpb.CampaignRequest{Name: name, Lease: 702, Value: []byte(set.Value("three"))})
+		second <- func() { note(answer, err) }
+	}()
+	count("election", 2)
+	note(election.Resign(ctx, &v3electionpb.ResignRequest{Leader: won.GetLeader()}))
+	(<-second)()
+	note(observed.Recv())
+	note(election.Proclaim(ctx, &v3electionpb.ProclaimRequest{Leader: won.GetLeader(), Value: []byte(set.Value("late"))}))
+	note(election.Proclaim(ctx, &v3electionpb.ProclaimRequest{}))
+	note(election.Campaign(ctx, &v3electionpb.CampaignRequest{Name: name, Lease: 999, Value: []byte(set.Value("none"))}))
+	return said
 }

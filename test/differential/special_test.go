@@ -34,7 +34,6 @@ func TestSpecialCases(t *testing.T) {
 	t.Run("what cannot be decoded goes no further", b.malformed)
 	t.Run("strict rules refuse injected values", b.injected)
 	t.Run("every method of the server is known", b.everyMethod)
-	t.Run("locks and elections of the server", b.locks)
 	t.Run("metadata", b.metadata)
 	t.Run("users and permissions", b.users) // the last one: it turns authentication on
 	b.checkFiles(t, "/s/fragment")

@@ -1,0 +1,276 @@
+package proxy
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"io"
+	"log"
+	"math"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"net/url"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/grpc-ecosystem/grpc-gateway/v2/runtime"
+	"github.com/tmc/grpc-websocket-proxy/wsproxy"
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/etcdserverpb/gw"
+	"go.etcd.io/etcd/server/v3/etcdserver/api/v3election/v3electionpb"
+	electiongw "go.etcd.io/etcd/server/v3/etcdserver/api/v3election/v3electionpb/gw"
+	"go.etcd.io/etcd/server/v3/etcdserver/api/v3lock/v3lockpb"
+	lockgw "go.etcd.io/etcd/server/v3/etcdserver/api/v3lock/v3lockpb/gw"
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/encoding/protojson"
+)
+
+// gateway serves HTTP/1 on the addresses of gRPC, as etcd does: its JSON gateway under /v3/, by the handlers that etcd generates, and what etcd itself says of its health and version.
+// A request of the gateway comes back to the engine as one of gRPC, in the name of the connection that it came over.
+type gateway struct {
+	engine engine
+	server *http.Server
+	conns  *connQueue
+	pass   *http.Transport
+}
+
+const (
+	// headerTimeout is how long a client may take to send the headers of a request, and idleTimeout how long it may be silent between two.
+	headerTimeout = time.Minute
+	idleTimeout   = 5 * time.Minute
+)
+
+// looped is an HTTP connection with its way to the engine.
+type looped struct {
+	net.Conn
+	engine engine
+	id     *Identity
+
+	once sync.Once
+	conn *grpc.ClientConn
+	err  error
+}
+
+type loopedKey struct{}
+
+// Close closes both.
+func (c *looped) Close() error {
+	c.once.Do(func() { c.err = net.ErrClosed })
+	if c.conn != nil {
+		_ = c.conn.Close() // what was asked for over it has ended
+	}
+	return c.Conn.Close()
+}
+
+func newGateway(e engine, u *upstream, maxRequest int) (*gateway, error) {
+	g := &gateway{engine: e, conns: newConnQueue(), pass: u.httpTransport()}
+	api, err := newAPI()
+	if err != nil {
+		return nil, err
+	}
+	mux := http.NewServeMux()
+	// In JSON, bytes are a third longer; what is too long then is refused as gRPC refuses it.
+	mux.Handle("/v3/", http.MaxBytesHandler(api, 2*int64(maxRequest+grpcOverhead)))
+	own := g.etcdItself(u)
+	for _, path := range []string{"/health", "/livez", "/livez/", "/readyz", "/readyz/", "/version", "/metrics"} {
+		mux.Handle(path, own)
+	}
+	g.server = &http.Server{
+		Handler: admitted(mux), ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout,
+		ErrorLog: log.New(io.Discard, "", 0), // it tells of what clients do wrong
+		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
+			return context.WithValue(ctx, loopedKey{}, conn)
+		},
+	}
+	return g, nil
+}
+
+// newAPI makes etcd's gateway, with etcd's options for JSON and for websockets.
+func newAPI() (http.Handler, error) {
+	mux := runtime.NewServeMux(runtime.WithMarshalerOption(runtime.MIMEWildcard, &runtime.HTTPBodyMarshaler{
+		Marshaler: &runtime.JSONPb{
+			MarshalOptions:   protojson.MarshalOptions{UseProtoNames: true},
+			UnmarshalOptions: protojson.UnmarshalOptions{DiscardUnknown: true},
+		},
+	}))
+	ctx, way := context.Background(), ofRequest{}
+	err := errors.Join(
+		gw.RegisterKVHandlerClient(ctx, mux, pb.NewKVClient(way)),
+		gw.RegisterWatchHandlerClient(ctx, mux, pb.NewWatchClient(way)),
+		gw.RegisterLeaseHandlerClient(ctx, mux, pb.NewLeaseClient(way)),
+		gw.RegisterClusterHandlerClient(ctx, mux, pb.NewClusterClient(way)),
+		gw.RegisterMaintenanceHandlerClient(ctx, mux, pb.NewMaintenanceClient(way)),
+		gw.RegisterAuthHandlerClient(ctx, mux, pb.NewAuthClient(way)),
+		lockgw.RegisterLockHandlerClient(ctx, mux, v3lockpb.NewLockClient(way)),
+		electiongw.RegisterElectionHandlerClient(ctx, mux, v3electionpb.NewElectionClient(way)),
+	)
+	post := func(_, outgoing *http.Request) *http.Request {
+		outgoing.Method = http.MethodPost
+		return outgoing
+	}
+	return wsproxy.WebsocketProxy(mux, wsproxy.WithRequestMutator(post), wsproxy.WithMaxRespBodyBufferSize(math.MaxInt32), wsproxy.WithLogger(silent{})), err
+}
+
+// silent logs nothing: requests are no business of the log.
+type silent struct{}
+
+func (silent) Warnln(...any) {}
+
+func (silent) Debugln(...any) {}
+
+// ofRequest goes the way of the HTTP connection that a request came over.
+type ofRequest struct{}
+
+var errNotLooped = errors.New("the request came over no connection of the gateway")
+
+func (ofRequest) conn(ctx context.Context) (*grpc.ClientConn, error) {
+	c, ok := ctx.Value(loopedKey{}).(*looped)
+	if !ok {
+		return nil, errNotLooped
+	}
+	c.once.Do(func() { c.conn, c.err = loop(c.engine, c.id) })
+	return c.conn, c.err
+}
+
+// Invoke implements grpc.ClientConnInterface.
+func (o ofRequest) Invoke(ctx context.Context, method string, args, reply any, opts ...grpc.CallOption) error {
+	conn, err := o.conn(ctx)
+	if err != nil {
+		return err
+	}
+	return conn.Invoke(ctx, method, args, reply, opts...)
+}
+
+// NewStream implements grpc.ClientConnInterface.
+func (o ofRequest) NewStream(ctx context.Context, desc *grpc.StreamDesc, method string, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+	conn, err := o.conn(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return conn.NewStream(ctx, desc, method, opts...)
+}
+
+// admitted lets nobody in whom the listener denies.
+func admitted(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		c, ok := r.Context().Value(loopedKey{}).(*looped)
+		if !ok || c.id.Denied && !strings.HasPrefix(r.URL.Path, "/v3/") { // under /v3/ the engine says so, with a code
+			http.Error(w, "client is not allowed here", http.StatusForbidden)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// etcdItself has etcd answer a GET.
+func (g *gateway) etcdItself(u *upstream) http.Handler {
+	scheme := "http"
+	if u.tls != nil {
+		scheme = "https"
+	}
+	forward := &httputil.ReverseProxy{
+		Rewrite: func(r *httputil.ProxyRequest) {
+			r.SetURL(&url.URL{Scheme: scheme, Host: "etcd"})
+			r.Out.Host = r.In.Host
+		},
+		Transport: g.pass, ErrorLog: log.New(io.Discard, "", 0),
+		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, _ error) {
+			http.Error(w, ownPrefix+"etcd is unreachable", http.StatusBadGateway)
+		},
+	}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method != http.MethodGet && r.Method != http.MethodHead {
+			w.Header().Set("Allow", http.MethodGet)
+			http.Error(w, "Method Not Allowed", http.StatusMethodNotAllowed)
+			return
+		}
+		forward.ServeHTTP(w, r)
+	})
+}
+
+// serve takes over conn and returns at once.
+func (g *gateway) serve(conn *clientConn) { g.conns.put(conn) }
+
+// Accept implements net.Listener.
+func (g *gateway) Accept() (net.Conn, error) {
+	conn, err := g.conns.Accept()
+	if err != nil {
+		return nil, err
+	}
+	c, _ := conn.(*clientConn)
+	return &looped{Conn: c, engine: g.engine, id: c.id}, nil
+}
+
+// Close implements net.Listener.
+func (g *gateway) Close() error { return g.conns.Close() }
+
+// Addr implements net.Listener.
+func (g *gateway) Addr() net.Addr { return g.conns.Addr() }
+
+// run serves until ctx ends, and lets requests finish for as long as the engine does.
+func (g *gateway) run(ctx context.Context, drainTimeout time.Duration) {
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		_ = g.server.Serve(g) // it ends by Shutdown alone
+	}()
+	<-ctx.Done()
+	limited, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTimeout)
+	defer cancel()
+	if g.server.Shutdown(limited) != nil {
+		_ = g.server.Close() // what is left is cut
+	}
+	<-served
+	g.pass.CloseIdleConnections()
+}
+
+// httpTransport reaches etcd's endpoints over HTTP/1, the first that answers. The address that a request names does not count.
+func (u *upstream) httpTransport() *http.Transport {
+	dial := func(ctx context.Context, secure bool) (net.Conn, error) {
+		var last error
+		for _, endpoint := range u.endpoints {
+			conn, err := u.dialHTTP(ctx, endpoint, secure)
+			if err == nil {
+				return conn, nil
+			}
+			last = err
+		}
+		return nil, last
+	}
+	return &http.Transport{
+		DialContext:           func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx, false) },
+		DialTLSContext:        func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx, true) },
+		ResponseHeaderTimeout: headerTimeout, IdleConnTimeout: idleTimeout, MaxIdleConns: 16, MaxIdleConnsPerHost: 16,
+	}
+}
+
+func (u *upstream) dialHTTP(ctx context.Context, endpoint string, secure bool) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, readyWait)
+	defer cancel()
+	network, address := "tcp", endpoint
+	if scheme, rest, ok := strings.Cut(endpoint, "://"); ok {
+		if address = rest; strings.HasPrefix(scheme, "unix") {
+			network = "unix"
+		}
+	}
+	var dialer net.Dialer
+	conn, err := dialer.DialContext(ctx, network, address)
+	if err != nil || !secure {
+		return conn, err
+	}
+	cfg := u.tls.config().Clone()
+	cfg.NextProtos = []string{protocolHTTP1}
+	if cfg.ServerName == "" {
+		if host, _, err := net.SplitHostPort(address); err == nil {
+			cfg.ServerName = host
+		}
+	}
+	over := tls.Client(conn, cfg)
+	if err := over.HandshakeContext(ctx); err != nil {
+		_ = conn.Close()
+		return nil, err
+	}
+	return over, nil
+}
