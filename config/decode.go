@@ -30,11 +30,6 @@ type decoder struct {
 	problems Problems
 }
 
-// later are the fields that the file format has and this version does not.
-var later = map[string]string{
-	"Listener.advertiseClientURLs": "putting the proxy's URLs in place of the members'",
-}
-
 // report adds a problem, unless its path has one already: what follows from a first mistake helps nobody.
 func (d *decoder) report(path, hint, format string, args ...any) {
 	if d.bad[path] && path != "" {
@@ -178,10 +173,6 @@ func (d *decoder) object(n *yaml.Node, v reflect.Value, path string) {
 		seen[key.Value] = key.Line
 		f, ok := fields[key.Value]
 		if !ok {
-			if what, ok := later[v.Type().Name()+"."+key.Value]; ok {
-				d.reportAt(key.Line, at, "remove it", "%s is not supported in this version", what)
-				continue
-			}
 			d.reportAt(key.Line, at, suggest(key.Value, slices.Sorted(maps.Keys(fields))), "unknown field")
 			continue
 		}

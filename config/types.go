@@ -51,6 +51,12 @@ type Listener struct {
 	// CiphertextClients are the names of client certificates that get stored bytes instead of values, and may not write under rules that
 	// seal: for backups and mirrors. They may connect without being among allowedClients. Needs clientCAFile.
 	CiphertextClients []string `yaml:"ciphertextClients"`
+	// AdvertiseClientURLs are put in place of the client URLs of etcd's members in what clients are told of them, so that a client that goes to the members' own URLs stays with
+	// the proxy. Of a member that some listener leads to (see endpoint) they are that listener's, of the others this one's. When empty, members' URLs pass as they are.
+	AdvertiseClientURLs []string `yaml:"advertiseClientURLs"`
+	// Endpoint is one of `etcd.endpoints`: the only one that this listener leads to. With a listener for each member, a client can ask a particular one for its status, a snapshot
+	// or a defragmentation. When empty, the listener leads to all endpoints.
+	Endpoint string `yaml:"endpoint"`
 	// InsecurePlaintext allows a listener without TLS on an address that other machines reach. Every value then crosses the network in the
 	// clear, and anyone who reaches the port reads all of them.
 	InsecurePlaintext bool `yaml:"insecurePlaintext" default:"false"`

@@ -22,7 +22,7 @@ func (d *decoder) validate(c *Config) {
 	if c.Kind != Kind {
 		d.report("kind", "write "+Kind, "is %q, which this version does not read", c.Kind)
 	}
-	d.listeners(c.Listeners)
+	d.listeners(c.Listeners, c.Etcd.Endpoints)
 	d.etcd(&c.Etcd)
 	d.kms(c.KMS)
 	d.rules(c)

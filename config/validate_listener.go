@@ -8,12 +8,13 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/url"
 	"slices"
 	"strconv"
 	"strings"
 )
 
-func (d *decoder) listeners(listeners []Listener) {
+func (d *decoder) listeners(listeners []Listener, endpoints []string) {
 	seen := make(map[string]int)
 	for i, l := range listeners {
 		at := fmt.Sprintf("listeners[%d]", i)
@@ -30,6 +31,17 @@ func (d *decoder) listeners(listeners []Listener) {
 			d.listenerTLS(at+".tls", l.TLS)
 		}
 		d.clients(at, l)
+		for n, u := range l.AdvertiseClientURLs {
+			parsed, err := url.Parse(u)
+			if path := fmt.Sprintf("%s.advertiseClientURLs[%d]", at, n); err != nil || parsed.Host == "" || parsed.Path != "" || parsed.User != nil || parsed.RawQuery != "" {
+				d.report(path, "write https://host:port", "%q is not the URL of a host and port", u)
+			} else if want := map[bool]string{true: "https", false: "http"}[l.TLS != nil]; parsed.Scheme != want {
+				d.report(path, "", "begins with %s://, but the listener speaks %s://", parsed.Scheme, want)
+			}
+		}
+		if l.Endpoint != "" && !slices.Contains(endpoints, l.Endpoint) {
+			d.report(at+".endpoint", "write it as it stands there", "is not one of etcd.endpoints")
+		}
 	}
 }
 

@@ -22,8 +22,9 @@ type core struct {
 	maxRequest int             // bytes; etcd's --max-request-bytes
 	gate       <-chan struct{} // nil, or closed once calls may go on
 	log        *slog.Logger
-	lost       firsts // values, by the error's text, that were logged as lost
-	turns      *turns // of transactions that compare by value
+	lost       firsts           // values, by the error's text, that were logged as lost
+	turns      *turns           // of transactions that compare by value
+	pinned     []ListenerConfig // that lead to one endpoint
 }
 
 // call rewrites the messages of one call. An engine hands it every request message, then every response message for which scans

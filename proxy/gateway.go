@@ -33,7 +33,6 @@ type gateway struct {
 	engine engine
 	server *http.Server
 	conns  *connQueue
-	pass   *http.Transport
 }
 
 const (
@@ -64,8 +63,8 @@ func (c *looped) Close() error {
 	return c.Conn.Close()
 }
 
-func newGateway(e engine, u *upstream, maxRequest int) (*gateway, error) {
-	g := &gateway{engine: e, conns: newConnQueue(), pass: u.httpTransport()}
+func newGateway(e engine, maxRequest int) (*gateway, error) {
+	g := &gateway{engine: e, conns: newConnQueue()}
 	api, err := newAPI()
 	if err != nil {
 		return nil, err
@@ -73,7 +72,7 @@ func newGateway(e engine, u *upstream, maxRequest int) (*gateway, error) {
 	mux := http.NewServeMux()
 	// In JSON, bytes are a third longer; what is too long then is refused as gRPC refuses it.
 	mux.Handle("/v3/", http.MaxBytesHandler(api, 2*int64(maxRequest+grpcOverhead)))
-	own := g.etcdItself(u)
+	own := etcdItself()
 	for _, path := range []string{"/health", "/livez", "/livez/", "/readyz", "/readyz/", "/version", "/metrics"} {
 		mux.Handle(path, own)
 	}
@@ -165,17 +164,13 @@ func admitted(next http.Handler) http.Handler {
 }
 
 // etcdItself has etcd answer a GET.
-func (g *gateway) etcdItself(u *upstream) http.Handler {
-	scheme := "http"
-	if u.tls != nil {
-		scheme = "https"
-	}
+func etcdItself() http.Handler {
 	forward := &httputil.ReverseProxy{
 		Rewrite: func(r *httputil.ProxyRequest) {
-			r.SetURL(&url.URL{Scheme: scheme, Host: "etcd"})
+			r.SetURL(&url.URL{Scheme: "http", Host: "etcd"})
 			r.Out.Host = r.In.Host
 		},
-		Transport: g.pass, ErrorLog: log.New(io.Discard, "", 0),
+		Transport: ofConnection{}, ErrorLog: log.New(io.Discard, "", 0),
 		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, _ error) {
 			http.Error(w, ownPrefix+"etcd is unreachable", http.StatusBadGateway)
 		},
@@ -188,6 +183,18 @@ func (g *gateway) etcdItself(u *upstream) http.Handler {
 		}
 		forward.ServeHTTP(w, r)
 	})
+}
+
+// ofConnection goes where the listener of a request's connection leads to.
+type ofConnection struct{}
+
+// RoundTrip implements http.RoundTripper.
+func (ofConnection) RoundTrip(r *http.Request) (*http.Response, error) {
+	c, ok := r.Context().Value(loopedKey{}).(*looped)
+	if !ok {
+		return nil, errNotLooped
+	}
+	return c.id.to.http.RoundTrip(r)
 }
 
 // serve takes over conn and returns at once.
@@ -223,30 +230,27 @@ func (g *gateway) run(ctx context.Context, drainTimeout time.Duration) {
 		_ = g.server.Close() // what is left is cut
 	}
 	<-served
-	g.pass.CloseIdleConnections()
 }
 
-// httpTransport reaches etcd's endpoints over HTTP/1, the first that answers. The address that a request names does not count.
+// httpTransport reaches etcd's endpoints over HTTP/1, the first that answers. The scheme and address that a request names do not count.
 func (u *upstream) httpTransport() *http.Transport {
-	dial := func(ctx context.Context, secure bool) (net.Conn, error) {
-		var last error
-		for _, endpoint := range u.endpoints {
-			conn, err := u.dialHTTP(ctx, endpoint, secure)
-			if err == nil {
-				return conn, nil
-			}
-			last = err
-		}
-		return nil, last
-	}
 	return &http.Transport{
-		DialContext:           func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx, false) },
-		DialTLSContext:        func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx, true) },
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			var last error
+			for _, endpoint := range u.endpoints {
+				conn, err := u.dialHTTP(ctx, endpoint)
+				if err == nil {
+					return conn, nil
+				}
+				last = err
+			}
+			return nil, last
+		},
 		ResponseHeaderTimeout: headerTimeout, IdleConnTimeout: idleTimeout, MaxIdleConns: 16, MaxIdleConnsPerHost: 16,
 	}
 }
 
-func (u *upstream) dialHTTP(ctx context.Context, endpoint string, secure bool) (net.Conn, error) {
+func (u *upstream) dialHTTP(ctx context.Context, endpoint string) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, readyWait)
 	defer cancel()
 	network, address := "tcp", endpoint
@@ -257,7 +261,7 @@ func (u *upstream) dialHTTP(ctx context.Context, endpoint string, secure bool) (
 	}
 	var dialer net.Dialer
 	conn, err := dialer.DialContext(ctx, network, address)
-	if err != nil || !secure {
+	if err != nil || u.tls == nil {
 		return conn, err
 	}
 	cfg := u.tls.config().Clone()

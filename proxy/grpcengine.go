@@ -39,7 +39,6 @@ const grpcOverhead = 512 * 1024
 // grpcEngine is the reference engine, on grpc-go.
 type grpcEngine struct {
 	core         *core
-	upstream     *upstream
 	log          *slog.Logger
 	denials      *denials
 	server       *grpc.Server
@@ -58,7 +57,7 @@ var _ engine = (*grpcEngine)(nil)
 
 func newGRPCEngine(c *core, u *upstream, m *metrics, log *slog.Logger, d *denials, drainTimeout time.Duration) (*grpcEngine, error) {
 	e := &grpcEngine{
-		core: c, upstream: u, log: log, denials: d, drainTimeout: drainTimeout,
+		core: c, log: log, denials: d, drainTimeout: drainTimeout,
 		conns:   newConnQueue(),
 		unknown: m.unknown(),
 		methods: make(map[string]map[string]bool),
@@ -81,7 +80,7 @@ func newGRPCEngine(c *core, u *upstream, m *metrics, log *slog.Logger, d *denial
 	)
 	e.register(m)
 	var err error
-	if e.hosted, err = newHosted(e); err != nil {
+	if e.hosted, err = newHosted(e, u); err != nil {
 		return nil, err
 	}
 	return e, nil
@@ -194,11 +193,11 @@ func (m *grpcMethod) admit(ctx context.Context) (*Identity, error) {
 		m.engine.denials.note(info.id)
 		return nil, ownError(codes.PermissionDenied, fmt.Sprintf("client %q is not allowed here", info.id.name()))
 	}
-	return info.id, m.engine.pass(ctx)
+	return info.id, m.engine.pass(ctx, info.id.to)
 }
 
 // pass waits for the gate, as long as calls wait for etcd.
-func (e *grpcEngine) pass(ctx context.Context) error {
+func (e *grpcEngine) pass(ctx context.Context, to *upstream) error {
 	gate := e.core.gate
 	if gate == nil {
 		return nil
@@ -219,7 +218,7 @@ func (e *grpcEngine) pass(ctx context.Context) error {
 		return errShuttingDown
 	case <-timer.C:
 	}
-	if !e.upstream.up.Load() {
+	if !to.up.Load() {
 		return ownError(codes.Unavailable, "etcd is unreachable: no endpoint is connected")
 	}
 	return ownError(codes.Unavailable, "the proxy has not yet compared its rules with those that the proxies agreed on in etcd")
@@ -269,13 +268,13 @@ func (m *grpcMethod) forward(ctx context.Context, in *frame) (*frame, error) {
 		defer cancel(nil)
 		defer context.AfterFunc(m.engine.draining, func() { cancel(errShuttingDown) })()
 	}
-	m.engine.upstream.await(ctx)
+	id.to.await(ctx)
 	if x, ok := c.(exchanger); ok && x.exchanges() {
-		return m.exchange(ctx, in, x)
+		return m.exchange(ctx, id.to, in, x)
 	}
 	out := new(frame)
 	var header, trailer metadata.MD
-	err = m.engine.to(c).Invoke(upstreamContext(ctx), m.full, in, out, grpc.Header(&header), grpc.Trailer(&trailer), grpc.ForceCodecV2(rawCodec{}))
+	err = m.engine.to(c, id).Invoke(upstreamContext(ctx), m.full, in, out, grpc.Header(&header), grpc.Trailer(&trailer), grpc.ForceCodecV2(rawCodec{}))
 	if len(header) > 0 {
 		if err := grpc.SetHeader(ctx, header); err != nil {
 			return nil, err
@@ -303,22 +302,22 @@ func (m *grpcMethod) forward(ctx context.Context, in *frame) (*frame, error) {
 }
 
 // to is where a call goes on: etcd, or a service of etcd's that is run here.
-func (e *grpcEngine) to(c call) *grpc.ClientConn {
+func (e *grpcEngine) to(c call, id *Identity) *grpc.ClientConn {
 	if own, ok := c.(*electionCall); ok && own.hosted {
 		return e.hosted.conn
 	}
-	return e.upstream.conn
+	return id.to.conn
 }
 
 // exchange has x serve a request by requests of its own. The client gets the headers and trailers of the last one, or of the last one that failed.
-func (m *grpcMethod) exchange(ctx context.Context, in *frame, x exchanger) (*frame, error) {
+func (m *grpcMethod) exchange(ctx context.Context, to *upstream, in *frame, x exchanger) (*frame, error) {
 	var good, bad struct{ header, trailer metadata.MD }
 	ask := func(asking context.Context, method string, msg []byte, limit int) ([]byte, error) {
 		var header, trailer metadata.MD
 		out := new(frame)
 		defer out.free()
 		sent := &frame{data: mem.BufferSlice{mem.SliceBuffer(msg)}}
-		err := m.engine.upstream.conn.Invoke(upstreamContext(asking), method, sent, out, grpc.Header(&header), grpc.Trailer(&trailer), grpc.MaxCallRecvMsgSize(limit))
+		err := to.conn.Invoke(upstreamContext(asking), method, sent, out, grpc.Header(&header), grpc.Trailer(&trailer), grpc.MaxCallRecvMsgSize(limit))
 		if err != nil {
 			bad.header, bad.trailer = header, trailer
 			return nil, ended(ctx, err, header, trailer)
@@ -394,8 +393,8 @@ func (m *grpcMethod) relay(ss grpc.ServerStream) error {
 			}
 		}
 	}
-	m.engine.upstream.await(ctx)
-	cs, err := m.engine.to(c).NewStream(upstreamContext(ctx), &m.stream, m.full, grpc.ForceCodecV2(rawCodec{}))
+	id.to.await(ctx)
+	cs, err := m.engine.to(c, id).NewStream(upstreamContext(ctx), &m.stream, m.full, grpc.ForceCodecV2(rawCodec{}))
 	if err != nil {
 		return ended(ctx, err, nil, nil)
 	}

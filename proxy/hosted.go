@@ -26,10 +26,10 @@ type hosted struct {
 	queue  *connQueue
 }
 
-func newHosted(e engine) (*hosted, error) {
+func newHosted(e engine, to *upstream) (*hosted, error) {
 	h := &hosted{queue: newConnQueue()}
 	var err error
-	if h.back, err = loop(e, &Identity{Listener: "election and lock services"}); err != nil {
+	if h.back, err = loop(e, &Identity{Listener: "election and lock services", to: to}); err != nil {
 		return nil, err
 	}
 	// As etcd's server makes the client for its services, without retries.

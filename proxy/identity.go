@@ -17,6 +17,9 @@ type Identity struct {
 	Ciphertext bool
 	// Denied: this client may do nothing.
 	Denied bool
+
+	to        *upstream // where the listener leads to
+	advertise []string  // its URLs
 }
 
 // name is how logs call the client.

@@ -31,6 +31,10 @@ type ListenerConfig struct {
 	AllowedClients []string
 	// CiphertextClients are given the bytes that etcd stores, and may not write keys under a rule. They need not be in AllowedClients.
 	CiphertextClients []string
+	// AdvertiseClientURLs are put in place of the members' client URLs: those of a member that a listener leads to are that listener's. Empty: they pass as they are.
+	AdvertiseClientURLs []string
+	// Endpoint is the only one of UpstreamConfig.Endpoints that the listener leads to; empty: to all.
+	Endpoint string
 }
 
 // handshakeTimeout bounds how long a client may take to identify itself.
@@ -42,6 +46,7 @@ type listener struct {
 	net.Listener
 	tls                 *fresh[*tls.Config] // nil for cleartext
 	allowed, ciphertext map[string]bool
+	to                  *upstream
 	log                 *slog.Logger
 	metrics             *metrics
 
@@ -203,7 +208,7 @@ func (l *listener) run(ctx context.Context, serve func(*clientConn)) {
 
 // identify does the TLS handshake, if any, says who is there, and finds out what they speak.
 func (l *listener) identify(ctx context.Context, conn net.Conn) (*clientConn, error) {
-	id := &Identity{Listener: l.cfg.Address, Remote: conn.RemoteAddr().String()}
+	id := &Identity{Listener: l.cfg.Address, Remote: conn.RemoteAddr().String(), to: l.to, advertise: l.cfg.AdvertiseClientURLs}
 	protocol := ""
 	if l.tls != nil {
 		limited, cancel := context.WithTimeout(ctx, handshakeTimeout)

@@ -1,6 +1,9 @@
 package proxy
 
-import "google.golang.org/grpc"
+import (
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"google.golang.org/grpc"
+)
 
 // class says what the proxy does with a method.
 type class string
@@ -9,6 +12,7 @@ type class string
 const (
 	classPass    class = "pass"    // carries no value: forwarded untouched
 	classRewrite class = "rewrite" // may carry values: sealed and opened under the rules
+	classMembers class = "members" // the answer names the URLs of members, which listeners may put theirs in place of
 	classHost    class = "host"    // served here where a rule covers its keys, and else forwarded
 )
 
@@ -53,11 +57,11 @@ func methodTable() []*method {
 		{service: "etcdserverpb.Lease", name: "LeaseTimeToLive", class: classPass},
 		{service: "etcdserverpb.Lease", name: "LeaseLeases", class: classPass},
 
-		{service: "etcdserverpb.Cluster", name: "MemberAdd", class: classPass},
-		{service: "etcdserverpb.Cluster", name: "MemberRemove", class: classPass},
-		{service: "etcdserverpb.Cluster", name: "MemberUpdate", class: classPass},
-		{service: "etcdserverpb.Cluster", name: "MemberList", class: classPass},
-		{service: "etcdserverpb.Cluster", name: "MemberPromote", class: classPass},
+		{service: "etcdserverpb.Cluster", name: "MemberAdd", class: classMembers, call: members[*pb.MemberAddResponse]()},
+		{service: "etcdserverpb.Cluster", name: "MemberRemove", class: classMembers, call: members[*pb.MemberRemoveResponse]()},
+		{service: "etcdserverpb.Cluster", name: "MemberUpdate", class: classMembers, call: members[*pb.MemberUpdateResponse]()},
+		{service: "etcdserverpb.Cluster", name: "MemberList", class: classMembers, call: members[*pb.MemberListResponse]()},
+		{service: "etcdserverpb.Cluster", name: "MemberPromote", class: classMembers, call: members[*pb.MemberPromoteResponse]()},
 
 		// A snapshot and every hash are of what etcd stores: ciphertext.
 		{service: "etcdserverpb.Maintenance", name: "Alarm", class: classPass},

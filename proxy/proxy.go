@@ -3,6 +3,7 @@ package proxy
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"sync"
@@ -41,7 +42,8 @@ const (
 // Proxy serves etcd's client API with the values under its rules sealed. Its methods are safe for concurrent use.
 type Proxy struct {
 	core        *core
-	upstream    *upstream
+	upstream    *upstream   // to all endpoints
+	upstreams   []*upstream // all there are
 	engine      engine
 	gateway     *gateway
 	drain       time.Duration
@@ -82,16 +84,16 @@ func New(cfg Config) (*Proxy, error) {
 	p := &Proxy{drain: cfg.DrainTimeout, core: &core{maxRequest: cfg.MaxRequestBytes, log: log, gate: cfg.Gate, turns: newTurns()}}
 	p.core.rules.Store(rules)
 	var problems []error
+	if p.upstream, err = p.newUpstream(cfg.Upstream, log, m); err != nil {
+		problems = append(problems, err)
+	}
 	for _, lc := range cfg.Listeners {
-		l, err := listen(lc, log, m)
+		l, err := p.listen(lc, cfg.Upstream, log, m)
 		if err != nil {
 			problems = append(problems, err)
 			continue
 		}
 		p.listeners = append(p.listeners, l)
-	}
-	if p.upstream, err = newUpstream(cfg.Upstream, log, m); err != nil {
-		problems = append(problems, err)
 	}
 	if err := errors.Join(problems...); err != nil {
 		p.Close()
@@ -100,13 +102,40 @@ func New(cfg Config) (*Proxy, error) {
 	engine, err := newGRPCEngine(p.core, p.upstream, m, log, &denials{log: log, tell: cfg.OnDenied}, cfg.DrainTimeout)
 	if err == nil {
 		p.engine = engine
-		p.gateway, err = newGateway(p.engine, p.upstream, cfg.MaxRequestBytes)
+		p.gateway, err = newGateway(p.engine, cfg.MaxRequestBytes)
 	}
 	if err != nil {
 		p.Close()
 		return nil, err
 	}
 	return p, nil
+}
+
+// newUpstream keeps account of all of them. Only the first is measured.
+func (p *Proxy) newUpstream(cfg UpstreamConfig, log *slog.Logger, m *metrics) (*upstream, error) {
+	u, err := newUpstream(cfg, log, m)
+	if err == nil {
+		p.upstreams = append(p.upstreams, u)
+	}
+	return u, err
+}
+
+// listen binds a listener, which leads to all of etcd or to one endpoint of its own.
+func (p *Proxy) listen(lc ListenerConfig, etcd UpstreamConfig, log *slog.Logger, m *metrics) (*listener, error) {
+	to := p.upstream
+	if lc.Endpoint != "" {
+		etcd.Endpoints = []string{lc.Endpoint}
+		var err error
+		if to, err = p.newUpstream(etcd, log, nil); err != nil {
+			return nil, fmt.Errorf("listener %s: %w", lc.Address, err)
+		}
+		p.core.pinned = append(p.core.pinned, lc)
+	}
+	l, err := listen(lc, log, m)
+	if err == nil {
+		l.to = to
+	}
+	return l, err
 }
 
 // Addrs returns the bound addresses, in the order of Config.Listeners.
@@ -140,7 +169,9 @@ func (p *Proxy) Run(ctx context.Context) error {
 	defer all.Wait()
 	lasting, stop := context.WithCancel(context.WithoutCancel(ctx)) // what must outlive the drain
 	defer stop()
-	all.Go(func() { p.upstream.run(lasting) })
+	for _, u := range p.upstreams {
+		all.Go(func() { u.run(lasting) })
+	}
 
 	accepting, stopAccepting := context.WithCancel(ctx)
 	defer stopAccepting()
@@ -181,8 +212,8 @@ func (p *Proxy) Close() {
 		if p.engine != nil {
 			p.engine.close()
 		}
-		if p.upstream != nil {
-			p.upstream.close()
+		for _, u := range p.upstreams {
+			u.close()
 		}
 	})
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math"
+	"net/http"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -44,7 +45,8 @@ type upstream struct {
 	endpoints []string
 	tls       *upstreamCredentials // nil without TLS
 	log       *slog.Logger
-	metrics   *metrics
+	metrics   *metrics // may be nil
+	http      *http.Transport
 
 	up    atomic.Bool
 	mu    sync.Mutex
@@ -86,10 +88,12 @@ func newUpstream(cfg UpstreamConfig, log *slog.Logger, m *metrics) (*upstream, e
 	if err != nil {
 		return nil, fmt.Errorf("etcd client: %w", err)
 	}
-	return &upstream{
+	u := &upstream{
 		client: client, conn: client.ActiveConnection(), endpoints: cfg.Endpoints, tls: secure,
 		log: log, metrics: m, ready: make(chan struct{}),
-	}, nil
+	}
+	u.http = u.httpTransport()
+	return u, nil
 }
 
 // credentials are how the endpoints are reached.
@@ -193,12 +197,15 @@ func (u *upstream) set(up bool) {
 		return
 	}
 	u.up.Store(up)
+	gauge := 0.0
 	if up {
 		close(u.ready)
-		u.metrics.upstreamUp.Set(1)
+		gauge = 1
 	} else {
 		u.ready = make(chan struct{})
-		u.metrics.upstreamUp.Set(0)
+	}
+	if u.metrics != nil {
+		u.metrics.upstreamUp.Set(gauge)
 	}
 }
 
@@ -221,6 +228,7 @@ func (u *upstream) await(ctx context.Context) {
 }
 
 func (u *upstream) close() {
+	u.http.CloseIdleConnections()
 	// The client reports the end of its own context, which close brought about.
 	_ = u.client.Close()
 }

@@ -28,7 +28,10 @@ func proxyConfig(c *config.Config, rules *ruleSet, a *app, drain time.Duration) 
 		pc.Gate, pc.OwnPrefix = a.fleet.gate, c.Coordination.Prefix
 	}
 	for _, l := range c.Listeners {
-		lc := proxy.ListenerConfig{Address: l.Address, Mode: l.FileMode(), AllowedClients: l.AllowedClients, CiphertextClients: l.CiphertextClients}
+		lc := proxy.ListenerConfig{
+			Address: l.Address, Mode: l.FileMode(), AllowedClients: l.AllowedClients, CiphertextClients: l.CiphertextClients,
+			AdvertiseClientURLs: l.AdvertiseClientURLs, Endpoint: l.Endpoint,
+		}
 		if t := l.TLS; t != nil {
 			lc.TLS = &proxy.ListenerTLS{
 				CertFile: t.CertFile, KeyFile: t.KeyFile, ClientCAFile: t.ClientCAFile, ClientCRLFile: t.ClientCRLFile,

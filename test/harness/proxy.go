@@ -36,6 +36,10 @@ type (
 		TLS               *ServerTLS `json:"tls,omitempty"`
 		AllowedClients    []string   `json:"allowedClients,omitempty"`
 		CiphertextClients []string   `json:"ciphertextClients,omitempty"`
+		// AdvertiseClientURLs stand in place of the members' own.
+		AdvertiseClientURLs []string `json:"advertiseClientURLs,omitempty"`
+		// Endpoint is the only one of etcd that it leads to.
+		Endpoint string `json:"endpoint,omitempty"`
 	}
 	// ServerTLS names PEM files.
 	ServerTLS struct {
