@@ -238,6 +238,14 @@ func TestUpstreamTLS(t *testing.T) {
 	if _, err := get(t, p.dial(t)); err != nil {
 		t.Error(err)
 	}
+
+	cert, key, _ = other.issue("named", "someone")
+	p = startProxy(t, "", nil, func(c *Config) {
+		c.Upstream = UpstreamConfig{Endpoints: []string{"https://" + l.Addr().String()}, TLS: &UpstreamTLS{CAFile: ca.file, CertFile: cert, KeyFile: key}}
+	})
+	if !strings.Contains(p.logs.String(), `"commonName":"someone"`) {
+		t.Errorf("no word of the certificate's name: %s", p.logs)
+	}
 }
 
 func TestAdminAndMetrics(t *testing.T) {

@@ -316,3 +316,15 @@ func (c *upstreamCredentials) Clone() credentials.TransportCredentials { return 
 func (c *upstreamCredentials) OverrideServerName(string) error {
 	return errors.New("override server name: not supported")
 }
+
+// commonName is that of the client certificate, if there is one.
+func (c *upstreamCredentials) commonName() string {
+	if c == nil {
+		return ""
+	}
+	certs := c.config().Certificates
+	if len(certs) == 0 || certs[0].Leaf == nil {
+		return ""
+	}
+	return certs[0].Leaf.Subject.CommonName
+}

@@ -59,6 +59,10 @@ func newUpstream(cfg UpstreamConfig, log *slog.Logger, m *metrics) (*upstream, e
 		return nil, err
 	}
 	secure, _ := creds.(*upstreamCredentials)
+	if name := secure.commonName(); name != "" && m != nil {
+		log.Warn("the proxy's certificate for etcd has a common name: where etcd's authentication is on, clients without a token act as the user of that name",
+			"commonName", name, "hint", "use a certificate without one")
+	}
 	client, err := clientv3.New(clientv3.Config{
 		Endpoints:            cfg.Endpoints,
 		Logger:               zap.NewNop(),

@@ -29,8 +29,9 @@ const secretsPrefix = "/registry/secrets/"
 func TestLife(t *testing.T) {
 	t.Parallel()
 	n, rounds := number("LIFE_SECRETS", 300), number("LIFE_ROUNDS", 1)
-	for range rounds {
-		newLife(t, n).live()
+	for round := range rounds {
+		// Each ends its processes before the next begins.
+		t.Run(fmt.Sprint(round+1), func(t *testing.T) { newLife(t, n).live() })
 	}
 }
 
