@@ -38,9 +38,11 @@ interop: ## our stored format against k8s.io/apiserver's
 e2e: build tools ## the whole matrix: every etcd version, transport and API server setup
 	cd test && go test -count=1 -timeout 60m ./...
 
-soak: build tools ## hours: a KMS in trouble, a cluster's life ten times with 20,000 Secrets, a million keys
+soak: build tools ## hours: a KMS in trouble, ten lives of a cluster of 20,000 Secrets, a million keys, linearizability, random sequences
 	cd test && SOAK=10m go test -count=1 -timeout 30m ./soak
 	cd test && STATUS_KEYS=1000000 go test -count=1 -timeout 30m -run StatusMemory ./lifecycle
+	cd test && LINEAR_ROUNDS=60 go test -count=1 -timeout 60m ./linear
+	cd test && DIFFERENTIAL_SEQUENCES=20000 go test -count=1 -timeout 5h -run RandomSequences ./differential
 	cd test && LIFE_SECRETS=20000 LIFE_ROUNDS=10 go test -count=1 -timeout 4h -run 'Life$$' ./reencrypt
 
 bench: build $(BIN)/etcd-3.7 ## CPU and throughput beside etcd, its grpc-proxy and an L4 proxy; envelope beside kube-apiserver

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -141,7 +142,9 @@ func TestGatewayTLS(t *testing.T) {
 // TestEtcdOverHTTP: what etcd says over HTTP is passed on from the first endpoint that answers, over unix sockets and TLS too, and nothing else of it.
 func TestEtcdOverHTTP(t *testing.T) {
 	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, r.URL.Path) })
-	clear, secure := httptest.NewServer(handler), httptest.NewTLSServer(handler)
+	clear, secure := httptest.NewServer(handler), httptest.NewUnstartedServer(handler)
+	secure.Config.ErrorLog = log.New(io.Discard, "", 0) // the engine's own connection wants HTTP/2
+	secure.StartTLS()
 	defer clear.Close()
 	defer secure.Close()
 	socket := t.TempDir() + "/etcd.sock"

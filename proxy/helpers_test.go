@@ -23,7 +23,7 @@ import (
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // patience bounds every wait for something that must happen.
-const patience = 10 * time.Second
+const patience = time.Minute
 
 // reverser is a Sealer that anyone can check by eye: what is stored is the value backwards, behind a mark and the key.
 type reverser struct {

@@ -3,6 +3,7 @@ module github.com/etcd-kms-proxy/etcd-kms-proxy/test
 go 1.26.0
 
 require (
+	github.com/anishathalye/porcupine v1.3.1
 	github.com/etcd-kms-proxy/etcd-kms-proxy v0.0.0-00010101000000-000000000000
 	go.etcd.io/etcd/api/v3 v3.7.3
 	go.etcd.io/etcd/client/v3 v3.7.3
