@@ -122,15 +122,20 @@ func (l *life) live() {
 	l.check("off", []byte("k8s\x00"))
 	stop()
 	all.Wait()
-	w.stop()
 	updates := int64(0)
 	for _, c := range l.clients {
 		c.settle()
 		updates += c.done.Load()
-		if seen := w.last[c.name]; seen != c.done.Load() && seen+1 != c.done.Load() { // the watch may have ended before the last one
-			t.Errorf("%s: the watch saw %d of %d updates", c.name, seen, c.done.Load())
-		}
 	}
+	harness.Eventually(t, within, "the watch to see every update", func() error {
+		for _, c := range l.clients {
+			if seen := w.seen(c.name); seen != c.done.Load() {
+				return fmt.Errorf("%s: %d of %d", c.name, seen, c.done.Load())
+			}
+		}
+		return nil
+	})
+	w.stop()
 	t.Logf("%d updates by clients, %d conflicts", updates, l.conflicts())
 	if updates < int64(counters) {
 		t.Errorf("only %d updates: the clients were held up", updates)
@@ -199,8 +204,15 @@ func (l *life) check(when string, begin []byte) {
 
 // observed is what a watch saw: the last count of each Secret.
 type observed struct {
+	mu   sync.Mutex
 	last map[string]int64
 	stop func()
+}
+
+func (o *observed) seen(name string) int64 {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.last[name]
 }
 
 // observe watches the Secrets, and resumes as informers do.
@@ -214,7 +226,6 @@ func (l *life) observe(ctx context.Context) *observed {
 	watching, end := context.WithCancel(l.t.Context())
 	ended := make(chan struct{})
 	o.stop = func() {
-		time.Sleep(time.Second) // for what is on its way
 		end()
 		<-ended
 	}
@@ -253,6 +264,8 @@ func (o *observed) saw(t testing.TB, versions map[string]uint64, s *corev1.Secre
 	}
 	versions[s.Name] = version
 	n := countIn(s)
+	o.mu.Lock()
+	defer o.mu.Unlock()
 	if n != o.last[s.Name] && n != o.last[s.Name]+1 {
 		t.Errorf("%s: the watch saw %d after %d", s.Name, n, o.last[s.Name])
 	}
