@@ -63,7 +63,7 @@ lint: $(BIN)/golangci-lint ## golangci-lint over every module
 docs: ## regenerate docs/configuration.md from the config types' comments
 	go generate ./config
 
-tools: tools-etcd tools-kube ## the real etcd and kube-apiserver that the tests start
+tools: tools-etcd tools-kube $(BIN)/kine ## the real etcd and kube-apiserver that the tests start
 
 tools-etcd: $(ETCDS:%=$(BIN)/etcd-%) $(ETCDS:%=$(BIN)/etcdctl-%)
 
@@ -80,6 +80,10 @@ $(BIN)/etcdctl-%: test/tools/etcd-%/go.sum
 $(BIN)/kube%: test/tools/kube-apiserver/go.sum
 	@mkdir -p $(BIN); echo "building kube$* $(KUBE) from Go modules (kube-apiserver: four to twenty minutes the first time)"
 	cd test/tools/kube-apiserver && CGO_ENABLED=0 go build $(TOOLFLAGS) -ldflags "-s -w -X k8s.io/component-base/version.gitVersion=v$(KUBE)" -o $@ k8s.io/kubernetes/cmd/kube$*
+
+$(BIN)/kine: test/tools/kine/go.sum
+	@mkdir -p $(BIN); echo "building kine from Go modules (two to four minutes the first time)"
+	cd test/tools/kine && CGO_ENABLED=0 go build $(TOOLFLAGS) -ldflags "-s -w" -o $@ github.com/k3s-io/kine
 
 $(BIN)/golangci-lint: test/tools/lint/go.sum
 	@mkdir -p $(BIN)

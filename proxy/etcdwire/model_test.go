@@ -39,7 +39,7 @@ func modelTxn(t *pb.TxnRequest, edit modelEdit) error {
 
 func modelKVs(edit modelEdit, kvs ...*mvccpb.KeyValue) error {
 	for _, kv := range kvs {
-		if kv == nil {
+		if kv == nil || (len(kv.Value) == 0 && kv.Version == 0) {
 			continue
 		}
 		v, err := edit(kv.Key, kv.Value)
@@ -128,7 +128,7 @@ func samples() map[string][]proto.Message {
 	}
 	all := &pb.RangeResponse{Header: &pb.ResponseHeader{ClusterId: 1, MemberId: 2, Revision: 3, RaftTerm: 4}, Kvs: []*mvccpb.KeyValue{sealed, plain, empty}, More: true, Count: 7}
 	prev := &pb.PutResponse{PrevKv: sealed}
-	gone := &pb.DeleteRangeResponse{Deleted: 2, PrevKvs: []*mvccpb.KeyValue{sealed, plain}}
+	gone := &pb.DeleteRangeResponse{Deleted: 2, PrevKvs: []*mvccpb.KeyValue{sealed, plain, deleted}}
 	return map[string][]proto.Message{
 		"PutRequest":          {&pb.PutRequest{Key: []byte("s/a"), Value: []byte("v"), Lease: 3}, &pb.PutRequest{Key: []byte("s/a"), Lease: 3}, &pb.PutRequest{Key: []byte("s/a"), IgnoreValue: true}, &pb.PutRequest{Key: []byte("p/a"), Value: []byte("v")}, &pb.PutRequest{}},
 		"TxnRequest":          {txn, &pb.TxnRequest{}, &pb.TxnRequest{Success: []*pb.RequestOp{{}}}},

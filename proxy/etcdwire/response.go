@@ -162,7 +162,8 @@ func openEvent(r *rewriter, f field) error {
 	return s.err
 }
 
-// openPair opens the value of a KeyValue. An absent value is an empty one, which a strict rule may refuse.
+// openPair opens the value of a KeyValue. An absent value is an empty one, which a strict rule may refuse, if the key exists: every key that etcd holds has
+// a version from 1 on. kine answers a delete with the pair of its tombstone, which has neither.
 func openPair(r *rewriter, f field) error { return r.open(f, true) }
 
 // openPresent opens the value of a KeyValue that may have been left out of the answer.
@@ -171,10 +172,14 @@ func openPresent(r *rewriter, f field) error { return r.open(f, false) }
 func (r *rewriter) open(f field, absentToo bool) error {
 	s := scan(&keyValue, r.src, f.body, f.end)
 	p := newPair(&s, kvValueTag)
+	exists := false
 	for s.next() {
 		p.see(&s, 5)
+		if s.field.num == 4 {
+			exists = s.field.n != 0
+		}
 	}
-	if s.err != nil || (!p.value.present && !absentToo) {
+	if s.err != nil || (!p.value.present && (!absentToo || !exists)) {
 		return s.err
 	}
 	return r.edit(p, r.rules.Open)

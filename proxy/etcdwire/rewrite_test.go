@@ -105,13 +105,18 @@ func TestLongLengths(t *testing.T) {
 
 // TestKeysOnly leaves values that were never asked for alone, and hands truly empty ones to Open.
 func TestKeysOnly(t *testing.T) {
-	bare := &mvccpb.KeyValue{Key: []byte("s/a"), ModRevision: 4}
+	bare := &mvccpb.KeyValue{Key: []byte("s/a"), ModRevision: 4, Version: 1}
 	msg := wire(t, &pb.RangeResponse{Kvs: []*mvccpb.KeyValue{bare}})
 	if _, err := RangeResponse(background, msg, brackets{"s/"}, RangeShape{}); !errors.Is(err, errOpen) {
 		t.Errorf("an empty stored value was not opened: %v", err)
 	}
 	if got, err := RangeResponse(background, msg, brackets{"s/"}, RangeShape{KeysOnly: true}); err != nil || !same(got, msg) {
 		t.Errorf("keys_only: %v", err)
+	}
+
+	tombstone := wire(t, &pb.DeleteRangeResponse{PrevKvs: []*mvccpb.KeyValue{{Key: []byte("s/a"), ModRevision: 4}}})
+	if got, err := DeleteRangeResponse(background, tombstone, brackets{"s/"}); err != nil || !same(got, tombstone) {
+		t.Errorf("a tombstone: %v", err)
 	}
 
 	keys := rng(&pb.RangeRequest{Key: []byte("s/a"), KeysOnly: true})

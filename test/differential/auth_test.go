@@ -2,8 +2,14 @@ package differential
 
 import (
 	"context"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"testing"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -26,6 +32,34 @@ func (b *bench) metadata(t *testing.T) {
 	via, viaErr := b.via.maint.Status(t.Context(), &pb.StatusRequest{})
 	if bareErr != nil || viaErr != nil || bare.Version != via.Version || bare.StorageVersion != via.StorageVersion || bare.Leader != via.Leader {
 		t.Errorf("status: bare etcd %v %v, the proxy %v %v", bare, bareErr, via, viaErr)
+	}
+}
+
+// TestJWT: users whose tokens are signed, in every version of etcd.
+func TestJWT(t *testing.T) {
+	t.Parallel()
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	public, err := x509.MarshalPKIXPublicKey(&key.PublicKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	for name, block := range map[string]*pem.Block{
+		"private": {Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(key)}, "public": {Type: "PUBLIC KEY", Bytes: public},
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, version := range versions {
+		t.Run(version, func(t *testing.T) {
+			t.Parallel()
+			b := newBench(t, version, ruleSets[1], "--auth-token", fmt.Sprintf("jwt,pub-key=%[1]s/public,priv-key=%[1]s/private,sign-method=RS256,ttl=10m", dir))
+			b.users(t)
+		})
 	}
 }
 

@@ -42,12 +42,12 @@ type bench struct {
 	rules     ruleSet
 }
 
-func newBench(t *testing.T, version string, rules ruleSet) *bench {
+func newBench(t *testing.T, version string, rules ruleSet, flags ...string) *bench {
 	t.Helper()
 	env := harness.New(t)
 	b := &bench{env: env, rules: rules}
-	b.bareEtcd = env.StartEtcd(harness.EtcdConfig{Version: version, Name: "bare", Bare: true})
-	b.behind = env.StartEtcd(harness.EtcdConfig{Version: version, Name: "behind", MaxRequestBytes: sealedLimit})
+	b.bareEtcd = env.StartEtcd(harness.EtcdConfig{Version: version, Name: "bare", Bare: true, Flags: flags})
+	b.behind = env.StartEtcd(harness.EtcdConfig{Version: version, Name: "behind", MaxRequestBytes: sealedLimit, Flags: flags})
 	cfg := harness.ProxyConfig{Coordination: harness.NoCoordination(), Etcd: harness.Upstream{Endpoints: []string{b.behind.URL}, MaxRequestBytes: requestLimit}, Rules: rules.rules}
 	if len(rules.rules) > 0 {
 		cfg.KMS = []harness.KMSConfig{env.LocalKey(provider, 1)}
