@@ -15,6 +15,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -131,12 +132,20 @@ func Bin(tb testing.TB, name string) string {
 	return path
 }
 
-// FreePort returns a TCP port of 127.0.0.1 that nothing listens on. It lies below the range that outgoing connections take their
-// ports from, so that it stays free until a process is told to use it.
+// Ports of [FreePort]: below the range that outgoing connections take theirs from, so that a port stays free until a process is
+// told to use it. They are given out in turn from a random start: the same one twice would meet a process that is between its
+// start and its listening, or is down to be started again.
+const firstPort, ports = 10000, 22000
+
+var nextPort atomic.Uint32
+
+func init() { nextPort.Store(rand.Uint32N(ports)) }
+
+// FreePort returns a TCP port of 127.0.0.1 that nothing listens on, and that it has not returned before. Safe for concurrent use.
 func FreePort(tb testing.TB) int {
 	tb.Helper()
 	for range 100 {
-		port := 10000 + rand.IntN(22000)
+		port := firstPort + int(nextPort.Add(1)%ports)
 		listener, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
 		if err == nil {
 			listener.Close()
