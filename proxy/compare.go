@@ -68,6 +68,7 @@ func (c *txnCall) exchange(ctx context.Context, msg []byte, ask asker) ([]byte, 
 	if !t.byValue(t.asked) {
 		return t.send(ctx, t.asked, false)
 	}
+	t.serializable = serializable(t.asked)
 	for attempt := range maxAttempts {
 		answer, err := t.attempt(ctx)
 		if status.Code(err) == codes.InvalidArgument {
@@ -101,6 +102,14 @@ type valueTxn struct {
 	asked    *pb.TxnRequest
 	compared []byte // a key that is compared by value
 	apart    bool   // the other branch is checked by a transaction of its own
+	// serializable says that a member answers from what it has, without a leader: so must everything that is asked on the way.
+	serializable bool
+}
+
+// serializable reports whether etcd takes a transaction for one: both branches are serializable ranges alone, and there may be none.
+func serializable(txn *pb.TxnRequest) bool {
+	other := func(op *pb.RequestOp) bool { return !op.GetRequestRange().GetSerializable() }
+	return !slices.ContainsFunc(txn.GetSuccess(), other) && !slices.ContainsFunc(txn.GetFailure(), other)
 }
 
 // covered reports whether c compares by values that are sealed.
@@ -156,10 +165,18 @@ func (t *valueTxn) attempt(ctx context.Context) ([]byte, error) {
 	}
 	sent.Compare = d.guards
 	if check := t.never(other); check != nil {
-		if !t.apart {
+		switch {
+		case t.serializable: // a nested transaction is not; these may be taken, and their answers are thrown away
+			for _, op := range check.GetSuccess() {
+				op.GetRequestRange().Revision, op.GetRequestRange().CountOnly = 0, true
+			}
+			sent.Failure = check.GetSuccess()
+		case !t.apart:
 			sent.Failure = []*pb.RequestOp{{Request: &pb.RequestOp_RequestTxn{RequestTxn: check}}}
-		} else if _, err := t.askTxn(ctx, check, t.ask); err != nil {
-			return nil, tooMuch(err)
+		default:
+			if _, err := t.askTxn(ctx, check, t.ask); err != nil {
+				return nil, tooMuch(err)
+			}
 		}
 	}
 	answer, err := t.send(ctx, sent, !holds)
@@ -245,10 +262,13 @@ type decision struct {
 	guards   []*pb.Compare
 }
 
-// again makes a new attempt of a revision that was compacted under way.
+// again makes a new attempt of a revision that was compacted under way, or that the next member does not have yet.
 func (d *decision) again(err error) ([]byte, error) {
-	if d.revision > 0 && status.Convert(err).Message() == rpctypes.ErrorDesc(rpctypes.ErrGRPCCompacted) {
-		return nil, nil
+	if d.revision > 0 {
+		switch status.Convert(err).Message() {
+		case rpctypes.ErrorDesc(rpctypes.ErrGRPCCompacted), rpctypes.ErrorDesc(rpctypes.ErrGRPCFutureRev):
+			return nil, nil
+		}
 	}
 	return nil, err
 }
@@ -369,7 +389,7 @@ func (d *decision) look(ctx context.Context, compares []*pb.Compare) ([]seenComp
 // read is the range that a compare looks at. etcd 3.7 leaves out the lease, too, where only keys are asked for.
 func (d *decision) read(c *pb.Compare) *pb.RangeRequest {
 	keysOnly := c.GetTarget() != pb.Compare_VALUE && c.GetTarget() != pb.Compare_LEASE
-	return &pb.RangeRequest{Key: c.GetKey(), RangeEnd: c.GetRangeEnd(), Revision: d.revision, KeysOnly: keysOnly}
+	return &pb.RangeRequest{Key: c.GetKey(), RangeEnd: c.GetRangeEnd(), Revision: d.revision, KeysOnly: keysOnly, Serializable: d.serializable}
 }
 
 // meet reads the range of a compare page by page, up to the first key that it does not hold for.

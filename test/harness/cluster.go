@@ -14,6 +14,9 @@ import (
 // Cluster is an etcd of several members, without TLS.
 type Cluster struct {
 	env     *Env
+	cfg     EtcdConfig
+	token   string
+	initial []string // name=peerURL of each member
 	Members []*Member
 }
 
@@ -26,6 +29,8 @@ type Member struct {
 	// Address is host:port, URL the same with its scheme.
 	Address, URL string
 	DataDir      string
+	// ID is set for members that were added to a running cluster.
+	ID uint64
 }
 
 // StartCluster starts so many members of a fresh cluster, of the version of cfg, and waits until each of them answers. Of cfg, Version, Bare, Name and Flags count.
@@ -38,34 +43,57 @@ func (e *Env) StartCluster(members int, cfg EtcdConfig) *Cluster {
 		cfg.Name = "etcd"
 	}
 	c := &Cluster{env: e}
-	token := fmt.Sprintf("%016x", rand.Uint64())
-	var peers, initial []string
+	c.cfg, c.token = cfg, fmt.Sprintf("%016x", rand.Uint64())
+	var peers []string
 	for n := range members {
 		peers = append(peers, "http://"+FreeAddress(e.TB))
-		initial = append(initial, fmt.Sprintf("%s-%d-%s=%s", cfg.Name, n, token, peers[n]))
+		c.initial = append(c.initial, fmt.Sprintf("%s-%d-%s=%s", cfg.Name, n, c.token, peers[n]))
 	}
-	for n := range members {
-		m := &Member{env: e, name: fmt.Sprintf("%s-%d", cfg.Name, n), Address: FreeAddress(e.TB), DataDir: filepath.Join(e.Dir, fmt.Sprintf("%s-%d-%s", cfg.Name, n, token))}
-		m.URL = "http://" + m.Address
-		member, _, _ := strings.Cut(initial[n], "=")
-		m.args = append([]string{
-			"--name", member, "--data-dir", m.DataDir, "--log-level", "info", "--logger", "zap", "--unsafe-no-fsync", "--max-wals", "0",
-			"--listen-peer-urls", peers[n], "--initial-advertise-peer-urls", peers[n], "--initial-cluster", strings.Join(initial, ","), "--initial-cluster-token", token,
-			"--listen-client-urls", m.URL, "--advertise-client-urls", m.URL,
-		}, cfg.Flags...)
-		if !cfg.Bare {
-			e.addDataDir(m.DataDir)
-		}
-		bin := Bin(e.TB, "etcd-"+cfg.Version)
-		m.args = append([]string{bin}, m.args...)
-		e.TB.Cleanup(func() { m.Stop(10 * time.Second) })
-		m.Begin()
-		c.Members = append(c.Members, m)
+	for _, peer := range peers {
+		c.begin(peer, "new")
 	}
 	for _, m := range c.Members {
 		m.WaitReady()
 	}
 	return c
+}
+
+// begin starts the next member.
+func (c *Cluster) begin(peer, state string) *Member {
+	e, n := c.env, len(c.Members)
+	member, _, _ := strings.Cut(c.initial[n], "=")
+	m := &Member{env: e, name: fmt.Sprintf("%s-%d", c.cfg.Name, n), Address: FreeAddress(e.TB), DataDir: filepath.Join(e.Dir, member)}
+	m.URL = "http://" + m.Address
+	m.args = append([]string{
+		Bin(e.TB, "etcd-"+c.cfg.Version),
+		"--name", member, "--data-dir", m.DataDir, "--log-level", "info", "--logger", "zap", "--unsafe-no-fsync", "--max-wals", "0",
+		"--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", strings.Join(c.initial, ","), "--initial-cluster-token", c.token,
+		"--initial-cluster-state", state, "--listen-client-urls", m.URL, "--advertise-client-urls", m.URL,
+	}, c.cfg.Flags...)
+	if !c.cfg.Bare {
+		e.addDataDir(m.DataDir)
+	}
+	e.TB.Cleanup(func() { m.Stop(10 * time.Second) })
+	m.Begin()
+	c.Members = append(c.Members, m)
+	return m
+}
+
+// AddLearner adds a learner to the cluster and starts it. It may not be in step with the leader yet.
+func (c *Cluster) AddLearner() *Member {
+	c.env.TB.Helper()
+	conn := Dial(c.env.TB, c.Members[0].Address, nil)
+	defer conn.Close()
+	peer := "http://" + FreeAddress(c.env.TB)
+	var added *pb.MemberAddResponse
+	Eventually(c.env.TB, 30*time.Second, "etcd to take a member: all have to be known as healthy for a while", func() (err error) {
+		added, err = pb.NewClusterClient(conn).MemberAdd(c.env.TB.Context(), &pb.MemberAddRequest{PeerURLs: []string{peer}, IsLearner: true})
+		return err
+	})
+	c.initial = append(c.initial, fmt.Sprintf("%s-%d-%s=%s", c.cfg.Name, len(c.Members), c.token, peer))
+	m := c.begin(peer, "existing")
+	m.ID = added.Member.ID
+	return m
 }
 
 // Begin is Start without the wait, where the member answers only once others do.
