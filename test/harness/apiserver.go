@@ -137,9 +137,17 @@ func (a *APIServer) WaitReady(within time.Duration) {
 // Ready asks /readyz.
 func (a *APIServer) Ready() error {
 	if a.Client == nil {
+		// The certificate may not be written yet, and an empty file would give a client for good that trusts the machine's CAs instead.
+		data, err := os.ReadFile(a.Config.CAFile)
+		if err != nil {
+			return err
+		}
+		if !x509.NewCertPool().AppendCertsFromPEM(data) {
+			return fmt.Errorf("no certificate in %s yet", a.Config.CAFile)
+		}
 		client, err := kubernetes.NewForConfig(a.Config)
 		if err != nil {
-			return err // the certificate is not written yet
+			return err
 		}
 		a.Client = client
 	}
