@@ -39,6 +39,15 @@ type call interface {
 	response(ctx context.Context, msg []byte) ([]byte, error)
 }
 
+// cutter is a call whose responses may have to be cut into several: while cuts is true it sees each response as the client gets it, in one piece, which it does not
+// change or keep. cut returns nil for one that stays whole.
+type cutter interface {
+	cuts() bool
+	cut(msg []byte) ([][]byte, error)
+}
+
+var _ cutter = (*watchCall)(nil)
+
 // whole is for the calls whose responses do not come in parts.
 type whole struct{}
 
@@ -241,47 +250,6 @@ func (c *txnCall) request(ctx context.Context, msg []byte) ([]byte, error) {
 
 func (c *txnCall) response(ctx context.Context, msg []byte) ([]byte, error) {
 	out, err := etcdwire.TxnResponse(ctx, msg, c.core.rules.Load(), c.shape)
-	return out, c.core.status(err, true)
-}
-
-// watchCall looks into the events of a stream from the first watch on that can meet a rule, and never stops: a watch that was
-// cancelled may have events on their way.
-type watchCall struct {
-	whole
-	core    *core
-	id      *Identity
-	at      *ruleSet
-	touches atomic.Bool
-}
-
-func newWatchCall(c *core, id *Identity) call {
-	return &watchCall{core: c, id: id, at: c.rules.Load()}
-}
-
-func (c *watchCall) request(_ context.Context, msg []byte) ([]byte, error) {
-	if c.id.Ciphertext || c.touches.Load() {
-		return msg, nil
-	}
-	rules := c.core.rules.Load()
-	if rules.empty() {
-		return msg, nil
-	}
-	touches, err := watchTouches(msg, rules)
-	if err != nil {
-		return nil, c.core.status(err, false)
-	}
-	if touches {
-		c.touches.Store(true)
-	}
-	return msg, nil
-}
-
-func (c *watchCall) scans() bool {
-	return !c.id.Ciphertext && (c.touches.Load() || c.core.rules.Load() != c.at)
-}
-
-func (c *watchCall) response(ctx context.Context, msg []byte) ([]byte, error) {
-	out, err := etcdwire.WatchResponse(ctx, msg, c.core.rules.Load())
 	return out, c.core.status(err, true)
 }
 

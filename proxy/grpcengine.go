@@ -428,11 +428,39 @@ func (m *grpcMethod) relay(ss grpc.ServerStream) error {
 				return err
 			}
 		}
+		if err := m.send(ctx, ss, out, c); err != nil {
+			return err
+		}
+	}
+}
+
+// send sends a response, or what c cuts it into.
+func (m *grpcMethod) send(ctx context.Context, ss grpc.ServerStream, out *frame, c call) error {
+	var all [][]byte
+	if x, ok := c.(cutter); ok && x.cuts() {
+		err := out.edit(ctx, func(_ context.Context, msg []byte) (_ []byte, err error) {
+			all, err = x.cut(msg)
+			return msg, err
+		})
+		if err != nil {
+			return err
+		}
+	}
+	if all == nil {
+		all = [][]byte{nil}
+	} else {
+		out.free()
+	}
+	for _, msg := range all {
+		if msg != nil {
+			out.data = mem.BufferSlice{mem.SliceBuffer(msg)}
+		}
 		if err := ss.SendMsg(out); err != nil {
 			return err
 		}
 		m.metrics.sent.Inc()
 	}
+	return nil
 }
 
 // pump moves what the client sends until the client half-closes, which etcd is told, or the stream ends. What goes wrong here ends

@@ -22,6 +22,7 @@ type watched struct {
 	canceled map[int64][]*pb.WatchResponse
 	events   map[int64][]*mvccpb.Event
 	progress int64 // revision of the last answer to a progress request
+	largest  int   // bytes of the largest response with more than one event
 	err      error
 	changed  chan struct{} // closed and replaced at each change
 }
@@ -71,6 +72,9 @@ func (s *watched) add(response *pb.WatchResponse, err error) {
 	if err != nil {
 		s.err = err
 		return
+	}
+	if len(response.Events) > 1 {
+		s.largest = max(s.largest, proto.Size(response))
 	}
 	response.Header.RaftTerm = 0
 	switch {
