@@ -4,13 +4,13 @@ VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unk
 LDFLAGS  := -s -w -X main.version=$(VERSION)
 KUBE     := 1.37.2
 TOOLFLAGS := -mod=readonly -trimpath
-ETCDS    := 3.5 3.6 3.7
+ETCDS    := 3.5 3.6 3.7 3.8
 FUZZTIME ?= 1m
 export ETCD_KMS_PROXY_BIN := $(BIN)
 # The version comes from git describe above. Go's own stamp fails the build in a checkout that belongs to someone else.
 export GOFLAGS := $(GOFLAGS) -buildvcs=false
 
-.PHONY: help build run test unit interop e2e soak bench fuzz lint docs tools tools-etcd tools-kube clean
+.PHONY: help build run test unit interop e2e soak bench fuzz lint docs tools tools-etcd tools-etcd-3.4 tools-kube clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -72,6 +72,14 @@ tools-kube: $(BIN)/kube-apiserver $(BIN)/kubectl
 $(BIN)/etcd-%: test/tools/etcd-%/go.sum
 	@mkdir -p $(BIN); echo "building etcd $* from Go modules (about a minute the first time)"
 	cd test/tools/etcd-$* && CGO_ENABLED=0 go build $(TOOLFLAGS) -ldflags "-s -w" -o $@ go.etcd.io/etcd/server/v3
+
+# An etcd 3.4 is not built but taken out of a package of Debian 12, of which nothing is installed. Tests leave it out where it is not.
+tools-etcd-3.4: $(BIN)/etcd-3.4
+
+$(BIN)/etcd-3.4:
+	@mkdir -p $(BIN)/etcd-3.4.deb
+	cd $(BIN)/etcd-3.4.deb && apt-get download -q etcd-server && dpkg-deb -x etcd-server_3.4.*.deb . && mv usr/bin/etcd $@
+	@rm -r $(BIN)/etcd-3.4.deb
 
 $(BIN)/etcdctl-%: test/tools/etcd-%/go.sum
 	@mkdir -p $(BIN); echo "building etcdctl $* from Go modules"

@@ -16,6 +16,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
 func (b *bench) metadata(t *testing.T) {
@@ -54,7 +56,7 @@ func TestJWT(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	for _, version := range versions {
+	for _, version := range harness.Versions(t) {
 		t.Run(version, func(t *testing.T) {
 			t.Parallel()
 			b := newBench(t, version, ruleSets[1], "--auth-token", fmt.Sprintf("jwt,pub-key=%[1]s/public,priv-key=%[1]s/private,sign-method=RS256,ttl=10m", dir))
@@ -84,7 +86,7 @@ func (b *bench) users(t *testing.T) {
 		_, err := s.auth.AuthEnable(ctx, &pb.AuthEnableRequest{})
 		add("enable without root", err)
 		for _, user := range []string{"root", "reader", "root"} {
-			_, err = s.auth.UserAdd(ctx, &pb.AuthUserAddRequest{Name: user, Password: b.env.Sealed.Value("password")})
+			_, err = s.auth.UserAdd(ctx, &pb.AuthUserAddRequest{Name: user, Password: b.env.Clear.Value("password")})
 			add("add user "+user, err)
 		}
 		for _, role := range []string{"root", "secrets"} {
@@ -99,7 +101,7 @@ func (b *bench) users(t *testing.T) {
 		}
 		_, err = s.auth.AuthEnable(ctx, &pb.AuthEnableRequest{})
 		add("enable", err)
-		root, reader := as("root", b.env.Sealed.Value("password")), as("reader", b.env.Sealed.Value("password"))
+		root, reader := as("root", b.env.Clear.Value("password")), as("reader", b.env.Clear.Value("password"))
 		as("reader", "wrong")
 		for name, ctx := range map[string]context.Context{
 			"root": root, "reader": reader, "nobody": ctx, "a wrong token": metadata.AppendToOutgoingContext(ctx, "token", "wrong"),

@@ -23,8 +23,6 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-var versions = []string{"3.5", "3.6", "3.7"}
-
 // sealedLimit is etcd's request limit behind the proxy: the default and what sealing adds to the largest transaction.
 const (
 	requestLimit = 1536 << 10
@@ -40,12 +38,13 @@ type bench struct {
 	bare, via *side
 	raw       *side // the etcd behind the proxy, without the proxy
 	rules     ruleSet
+	version   string
 }
 
 func newBench(t *testing.T, version string, rules ruleSet, flags ...string) *bench {
 	t.Helper()
 	env := harness.New(t)
-	b := &bench{env: env, rules: rules}
+	b := &bench{env: env, rules: rules, version: version}
 	b.bareEtcd = env.StartEtcd(harness.EtcdConfig{Version: version, Name: "bare", Bare: true, Flags: flags})
 	b.behind = env.StartEtcd(harness.EtcdConfig{Version: version, Name: "behind", MaxRequestBytes: sealedLimit, Flags: flags})
 	cfg := harness.ProxyConfig{Coordination: harness.NoCoordination(), Etcd: harness.Upstream{Endpoints: []string{b.behind.URL}, MaxRequestBytes: requestLimit}, Rules: rules.rules}
@@ -88,7 +87,7 @@ func TestRandomSequences(t *testing.T) {
 		fallback = 120
 	}
 	sequences := setting(t, "DIFFERENTIAL_SEQUENCES", fallback)
-	for _, version := range versions {
+	for _, version := range harness.Versions(t) {
 		for _, rules := range ruleSets {
 			t.Run(version+"/"+rules.name, func(t *testing.T) {
 				t.Parallel()
@@ -101,6 +100,9 @@ func TestRandomSequences(t *testing.T) {
 				}
 				t.Logf("%d sequences in %v; answers, errors (!) and watched events: %v", sequences, time.Since(start).Round(time.Second), counts)
 				for _, kind := range []string{"PutRequest", "RangeRequest", "DeleteRangeRequest", "TxnRequest", "CompactionRequest", "LeaseGrantRequest", "events"} {
+					if kind == "events" && version == "3.4" {
+						continue
+					}
 					if counts[kind] < int(sequences)/10 {
 						t.Errorf("only %d of %s: this proves little", counts[kind], kind)
 					}
@@ -128,7 +130,9 @@ func (b *bench) sequence(t *testing.T, seed uint64, counts map[string]int) {
 	p.reset(ctx)
 
 	var live *watchPair
-	if g.chance(30) {
+	// Before 3.4.25 etcd answers progress requests ahead of events: nothing says when a watch has seen all. TestEveryMethod has a watch that knows what to wait for.
+	watches := b.version != "3.4"
+	if watches && g.chance(30) {
 		live = p.openWatch(ctx)
 		defer live.close()
 		for range 1 + g.IntN(2) {
@@ -157,7 +161,7 @@ func (b *bench) sequence(t *testing.T, seed uint64, counts map[string]int) {
 		live.check(ctx)
 	}
 	// Watches of the past: etcd looks for them every 100 ms, so several share a stream.
-	if g.chance(20) {
+	if watches && g.chance(20) {
 		past := p.openWatch(ctx)
 		defer past.close()
 		for range 4 {

@@ -114,7 +114,7 @@ func (b *bench) elect(t *testing.T, s *side, prefix string) (said []string) {
 	brief, stop := soon()
 	_, err = lock.Lock(brief, &v3lockpb.LockRequest{Name: []byte(prefix + "lock"), Lease: 702})
 	stop()
-	note(status.Code(err), nil)
+	note(err != nil, nil) // with what code depends on who is first to see the deadline pass, and on the version of etcd
 	count := func(what string, n int64) {
 		t.Helper()
 		harness.Eventually(t, 10*time.Second, fmt.Sprintf("%d keys of the %s", n, what), func() error {

@@ -113,23 +113,30 @@ func (e *Env) addDataDir(path string) {
 // Bin returns the path of a binary that the Makefile builds. It fails the test when the file is missing: a skipped end-to-end test proves nothing.
 func Bin(tb testing.TB, name string) string {
 	tb.Helper()
-	dir := os.Getenv("ETCD_KMS_PROXY_BIN")
-	if dir == "" {
-		_, self, _, _ := runtime.Caller(0)
-		dir = filepath.Join(filepath.Dir(self), "..", "..", ".bin")
-	}
-	path, err := filepath.Abs(filepath.Join(dir, name))
+	path, err := filepath.Abs(binPath(name))
 	if err == nil {
 		_, err = os.Stat(path)
 	}
 	if err != nil {
 		target := "tools"
-		if name == "etcd-kms-proxy" {
+		switch name {
+		case "etcd-kms-proxy":
 			target = "build"
+		case "etcd-3.4":
+			target = "tools-etcd-3.4"
 		}
 		tb.Fatalf("find %s: %v; run `make %s` first", name, err, target)
 	}
 	return path
+}
+
+func binPath(name string) string {
+	dir := os.Getenv("ETCD_KMS_PROXY_BIN")
+	if dir == "" {
+		_, self, _, _ := runtime.Caller(0)
+		dir = filepath.Join(filepath.Dir(self), "..", "..", ".bin")
+	}
+	return filepath.Join(dir, name)
 }
 
 // Ports of [FreePort]: below the range that outgoing connections take theirs from, so that a port stays free until a process is

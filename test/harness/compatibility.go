@@ -1,0 +1,66 @@
+package harness
+
+import (
+	"encoding/json"
+	"os"
+	"regexp"
+	"testing"
+)
+
+// Tested is one cell of the tables in docs/compatibility.md, which are made of what passed. Tests write them to the folder COMPATIBILITY_RESULTS, a line of JSON each.
+type Tested struct {
+	// Row is a method of gRPC, /service/method, or a method of HTTP and a path.
+	Row string `json:"row"`
+	// Column is an etcd or a client, with its version.
+	Column string `json:"column"`
+	// Absent says that etcd does not know the method, and the proxy says so in the same way.
+	Absent bool `json:"absent,omitempty"`
+}
+
+// Tells notes cells when the test ends, if it has passed.
+func Tells(tb testing.TB, cells func() []Tested) {
+	tb.Helper()
+	dir := os.Getenv("COMPATIBILITY_RESULTS")
+	if dir == "" {
+		return
+	}
+	tb.Cleanup(func() {
+		if tb.Failed() || tb.Skipped() {
+			return
+		}
+		file, err := os.CreateTemp(dir, "*.jsonl")
+		if err != nil {
+			tb.Errorf("note what was tested: %v", err)
+			return
+		}
+		defer file.Close()
+		out := json.NewEncoder(file)
+		for _, c := range cells() {
+			if err := out.Encode(c); err != nil {
+				tb.Errorf("note what was tested: %v", err)
+			}
+		}
+	})
+}
+
+var handled = regexp.MustCompile(`(?m)^grpc_server_handled_total\{grpc_code="(\w+)",grpc_method="(\w+)",grpc_service="([\w.]+)",[^}]*\} (\d+)$`)
+
+// Tells notes that the proxy has answered for column whatever methods its metrics count as done when the test ends.
+func (p *Proxy) Tells(column string) {
+	p.env.TB.Helper()
+	Tells(p.env.TB, func() (cells []Tested) {
+		if p.Process == nil || p.Alive() != nil {
+			p.env.TB.Errorf("note what was tested with %s: the proxy has ended", column)
+			return nil
+		}
+		known := make(map[string]bool)
+		for _, m := range handled.FindAllStringSubmatch(p.Scrape(), -1) {
+			code, row, count := m[1], "/"+m[3]+"/"+m[2], m[4]
+			if done := code == "OK" || code == "Canceled"; done && count != "0" && !known[row] { // a watch ends by being canceled
+				known[row] = true
+				cells = append(cells, Tested{Row: row, Column: column})
+			}
+		}
+		return cells
+	})
+}
