@@ -39,6 +39,7 @@ type bench struct {
 	raw       *side // the etcd behind the proxy, without the proxy
 	rules     ruleSet
 	version   string
+	tested    map[string]bool // by method and path of the gateway: etcd knows it
 }
 
 func newBench(t *testing.T, version string, rules ruleSet, flags ...string) *bench {
