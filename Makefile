@@ -10,7 +10,7 @@ export ETCD_KMS_PROXY_BIN := $(BIN)
 # The version comes from git describe above. Go's own stamp fails the build in a checkout that belongs to someone else.
 export GOFLAGS := $(GOFLAGS) -buildvcs=false
 
-.PHONY: help build run test unit interop e2e soak bench fuzz lint docs tools tools-etcd tools-etcd-3.4 tools-kube clean
+.PHONY: help build run test unit interop e2e soak scoreboard compatibility bench fuzz lint docs tools tools-etcd tools-etcd-3.4 tools-kube clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -35,8 +35,13 @@ unit: ## the product's own tests, with the race detector
 interop: ## our stored format against k8s.io/apiserver's
 	cd test/interop && go test -timeout 15m ./...
 
-e2e: build tools ## the whole matrix: every etcd version, transport and API server setup
-	cd test && go test -count=1 -timeout 60m ./...
+e2e: build tools ## the whole matrix: every etcd version, transport and API server setup, and whether docs/compatibility.md says what passes
+	@rm -rf $(BIN)/compatibility && mkdir -p $(BIN)/compatibility
+	cd test && COMPATIBILITY_RESULTS=$(BIN)/compatibility go test -count=1 -timeout 60m ./...
+	cd test && go run ./compatibility -results $(BIN)/compatibility -check ../docs/compatibility.md
+
+compatibility: ## write the tables of docs/compatibility.md from what passed in the last make e2e
+	cd test && go run ./compatibility -results $(BIN)/compatibility -write ../docs/compatibility.md
 
 soak: build tools ## hours: a KMS in trouble, ten lives of a cluster of 20,000 Secrets, a million keys, linearizability, random sequences
 	cd test && SOAK=10m go test -count=1 -timeout 30m ./soak
@@ -44,6 +49,9 @@ soak: build tools ## hours: a KMS in trouble, ten lives of a cluster of 20,000 S
 	cd test && LINEAR_ROUNDS=60 go test -count=1 -timeout 60m ./linear
 	cd test && DIFFERENTIAL_SEQUENCES=20000 go test -count=1 -timeout 5h -run RandomSequences ./differential
 	cd test && LIFE_SECRETS=20000 LIFE_ROUNDS=10 go test -count=1 -timeout 4h -run 'Life$$' ./reencrypt
+
+scoreboard: build ## etcd's own client tests with a proxy before each member that seals every key (a quarter of an hour)
+	cd test/scoreboard && go test -count=1 -v -timeout 60m .
 
 bench: build $(BIN)/etcd-3.7 ## CPU and throughput beside etcd, its grpc-proxy and an L4 proxy; envelope beside kube-apiserver
 	cd test/bench && go run . $(BENCHFLAGS)
@@ -59,6 +67,7 @@ lint: $(BIN)/golangci-lint ## golangci-lint over every module
 	cd test && $(BIN)/golangci-lint run --config ../.golangci.yml ./...
 	cd test/interop && $(BIN)/golangci-lint run --config ../../.golangci.yml ./...
 	cd test/bench && $(BIN)/golangci-lint run --config ../../.golangci.yml ./...
+	cd test/scoreboard && $(BIN)/golangci-lint run --config ../../.golangci.yml ./...
 
 docs: ## regenerate docs/configuration.md from the config types' comments
 	go generate ./config

@@ -71,10 +71,11 @@ func run(t *testing.T, version, endpoint, dir, stdin string, args ...string) tol
 // TestEtcdctl: all commands that speak to one server, in the versions there are. %s is a value that must not reach etcd.
 func TestEtcdctl(t *testing.T) {
 	t.Parallel()
-	for _, version := range []string{"3.5", "3.6", "3.7"} {
+	for _, version := range []string{"3.5", "3.6", "3.7", "3.8"} {
 		t.Run(version, func(t *testing.T) {
 			t.Parallel()
 			p := newPair(t, version)
+			p.proxy.Tells("etcdctl " + version)
 			dirs := []string{t.TempDir(), t.TempDir()}
 			secret := p.Sealed.Value("etcdctl")
 			both := func(command, stdin string) told {

@@ -188,6 +188,8 @@ func (b *bench) gateway(t *testing.T) {
 	if a := ask(t, "GET", "http://"+b.proxy.Address+"/metrics", "", ""); a.Status != http.StatusOK || !strings.Contains(fmt.Sprint(a.Body), "etcd_server_has_leader 1") {
 		t.Errorf("/metrics: %d", a.Status)
 	}
+	b.tested["GET /metrics"] = true
+	b.gatewayStreams(t)
 	if a := ask(t, "POST", "http://"+b.proxy.Address+"/v3/kv/put", strings.Repeat(" ", 6<<20), ""); a.Status < 400 {
 		t.Errorf("a body of 6 MiB: %v", a)
 	}
@@ -232,6 +234,66 @@ func (b *bench) gatewayWatch(t *testing.T) {
 		return
 	}
 	b.tested["POST /v3/watch"] = true
+}
+
+// gatewayStreams are the answers that differ between any two etcds, or have more than one part: what is alike in them is compared.
+func (b *bench) gatewayStreams(t *testing.T) {
+	alike := func(path, body string, what func(*json.Decoder) any) {
+		t.Helper()
+		var seen []any
+		for _, base := range []string{b.bareEtcd.URL, "http://" + b.proxy.Address} {
+			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+			r, err := http.NewRequestWithContext(ctx, "POST", base+path, strings.NewReader(body))
+			if err != nil {
+				t.Fatal(err)
+			}
+			answer, err := http.DefaultClient.Do(r)
+			if err != nil {
+				t.Fatal(err)
+			}
+			seen = append(seen, what(json.NewDecoder(answer.Body)))
+			answer.Body.Close()
+			cancel()
+		}
+		if !reflect.DeepEqual(seen[0], seen[1]) {
+			t.Errorf("%s\nbare etcd: %v\nthe proxy: %v", path, seen[0], seen[1])
+			return
+		}
+		b.tested["POST "+path] = true
+	}
+	alike("/v3/cluster/member/list", `{}`, func(lines *json.Decoder) any {
+		var a struct{ Members []struct{ ID string } }
+		if err := lines.Decode(&a); err != nil || len(a.Members) != 1 {
+			t.Errorf("members: %v, %v", a, err)
+		}
+		return a
+	})
+	alike("/v3/maintenance/snapshot", `{}`, func(lines *json.Decoder) any {
+		size := 0
+		for lines.More() {
+			var a struct{ Result struct{ Blob []byte } }
+			if err := lines.Decode(&a); err != nil {
+				t.Errorf("snapshot after %d bytes: %v", size, err)
+				break
+			}
+			size += len(a.Result.Blob)
+		}
+		return size > 16<<10
+	})
+	name, value := b64("/s/observed"), b64(b.env.Sealed.Value("observed"))
+	for _, base := range []string{b.bareEtcd.URL, "http://" + b.proxy.Address} {
+		ask(t, "POST", base+"/v3/lease/grant", `{"ID":"79","TTL":"600"}`, "")
+		ask(t, "POST", base+"/v3/election/campaign", fmt.Sprintf(`{"name":%q,"lease":"79","value":%q}`, name, value), "")
+	}
+	alike("/v3/election/observe", fmt.Sprintf(`{"name":%q}`, name), func(lines *json.Decoder) any {
+		var a struct {
+			Result struct{ KV struct{ Key, Value string } }
+		}
+		if err := lines.Decode(&a); err != nil || a.Result.KV.Value != value {
+			t.Errorf("observe: %v, %v", a, err)
+		}
+		return a
+	})
 }
 
 // gatewayUsers: tokens and refusals of etcd's users come through.

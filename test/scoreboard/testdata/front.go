@@ -9,7 +9,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -45,6 +47,7 @@ type memberFront struct {
 	proxy   *exec.Cmd
 	ended   chan struct{}
 	once    sync.Once
+	closing atomic.Bool
 }
 
 func (m *Member) newFront() (*memberFront, error) {
@@ -59,7 +62,12 @@ func (m *Member) newFront() (*memberFront, error) {
 	address := filepath.Join(dir, "proxy.sock")
 	listener := ""
 	if i := m.ClientTLSInfo; i != nil {
-		listener = fmt.Sprintf("  tls: {certFile: %s, keyFile: %s, clientCAFile: %s, clientCRLFile: %q}\n", absolute(i.CertFile), absolute(i.KeyFile), absolute(i.TrustedCAFile), absolute(i.CRLFile))
+		var ciphers []string
+		for _, c := range i.CipherSuites {
+			ciphers = append(ciphers, tls.CipherSuiteName(c))
+		}
+		listener = fmt.Sprintf("  tls: {certFile: %s, keyFile: %s, clientCAFile: %s, clientCRLFile: %q, cipherSuites: [%s]}\n", absolute(i.CertFile), absolute(i.KeyFile),
+			absolute(i.TrustedCAFile), absolute(i.CRLFile), strings.Join(ciphers, ", "))
 	}
 	text := fmt.Sprintf(`apiVersion: etcd-kms-proxy.io/v1alpha1
 kind: ProxyConfiguration
@@ -96,21 +104,33 @@ log: {level: warn}
 		log.Close()
 		close(f.ended)
 	}()
+	// The member does not wait for its proxy: its peers would wait for it.
+	go func() {
+		if f.serving(address) {
+			f.accept(address)
+			return
+		}
+		if said, _ := os.ReadFile(log.Name()); !f.closing.Load() {
+			m.Logger.Panic("the proxy before the member ended at its start: " + string(said))
+		}
+	}()
+	return f, nil
+}
+
+// serving waits until the proxy can be reached, or has ended.
+func (f *memberFront) serving(address string) bool {
 	for {
 		conn, err := net.Dial("unix", address)
 		if err == nil {
 			conn.Close()
-			break
+			return true
 		}
 		select {
 		case <-f.ended:
-			said, _ := os.ReadFile(log.Name())
-			return nil, fmt.Errorf("the proxy ended at its start: %s", said)
+			return false
 		case <-time.After(5 * time.Millisecond):
 		}
 	}
-	go f.accept(address)
-	return f, nil
 }
 
 func (f *memberFront) accept(address string) {
@@ -137,6 +157,7 @@ func (f *memberFront) accept(address string) {
 // Close ends the proxy: it drains, as etcd does, and is killed when the member's own patience is over.
 func (f *memberFront) Close() error {
 	f.once.Do(func() {
+		f.closing.Store(true)
 		f.clients.Close()
 		_ = f.proxy.Process.Signal(syscall.SIGTERM)
 		go func() {
