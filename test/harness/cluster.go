@@ -18,6 +18,8 @@ type Cluster struct {
 	token   string
 	initial []string // name=peerURL of each member
 	Members []*Member
+	// Peers are the networks that lead to the members from the others, where the configuration asks for them.
+	Peers []*Relay
 }
 
 // Member is one of a [Cluster]. Its process may be ended and started again.
@@ -33,7 +35,7 @@ type Member struct {
 	ID uint64
 }
 
-// StartCluster starts so many members of a fresh cluster, of the version of cfg, and waits until each of them answers. Of cfg, Version, Bare, Name and Flags count.
+// StartCluster starts so many members of a fresh cluster, of the version of cfg, and waits until each of them answers. Of cfg, Version, Bare, Name, Relayed and Flags count.
 func (e *Env) StartCluster(members int, cfg EtcdConfig) *Cluster {
 	e.TB.Helper()
 	if cfg.Version == "" {
@@ -44,13 +46,18 @@ func (e *Env) StartCluster(members int, cfg EtcdConfig) *Cluster {
 	}
 	c := &Cluster{env: e}
 	c.cfg, c.token = cfg, fmt.Sprintf("%016x", rand.Uint64())
-	var peers []string
+	var listen, peers []string
 	for n := range members {
-		peers = append(peers, "http://"+FreeAddress(e.TB))
+		address := FreeAddress(e.TB)
+		listen, peers = append(listen, "http://"+address), append(peers, "http://"+address)
+		if cfg.Relayed {
+			c.Peers = append(c.Peers, e.StartRelay(address))
+			peers[n] = c.Peers[n].URL
+		}
 		c.initial = append(c.initial, fmt.Sprintf("%s-%d-%s=%s", cfg.Name, n, c.token, peers[n]))
 	}
-	for _, peer := range peers {
-		c.begin(peer, "new")
+	for n, peer := range peers {
+		c.begin(listen[n], peer, "new")
 	}
 	for _, m := range c.Members {
 		m.WaitReady()
@@ -58,8 +65,8 @@ func (e *Env) StartCluster(members int, cfg EtcdConfig) *Cluster {
 	return c
 }
 
-// begin starts the next member.
-func (c *Cluster) begin(peer, state string) *Member {
+// begin starts the next member, which listens for the others at one URL, and is known to them by another.
+func (c *Cluster) begin(listen, peer, state string) *Member {
 	e, n := c.env, len(c.Members)
 	member, _, _ := strings.Cut(c.initial[n], "=")
 	m := &Member{env: e, name: fmt.Sprintf("%s-%d", c.cfg.Name, n), Address: FreeAddress(e.TB), DataDir: filepath.Join(e.Dir, member)}
@@ -67,7 +74,7 @@ func (c *Cluster) begin(peer, state string) *Member {
 	m.args = append([]string{
 		Bin(e.TB, "etcd-"+c.cfg.Version),
 		"--name", member, "--data-dir", m.DataDir, "--log-level", "info", "--logger", "zap", "--unsafe-no-fsync", "--max-wals", "0",
-		"--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", strings.Join(c.initial, ","), "--initial-cluster-token", c.token,
+		"--listen-peer-urls", listen, "--initial-advertise-peer-urls", peer, "--initial-cluster", strings.Join(c.initial, ","), "--initial-cluster-token", c.token,
 		"--initial-cluster-state", state, "--listen-client-urls", m.URL, "--advertise-client-urls", m.URL,
 	}, c.cfg.Flags...)
 	if !c.cfg.Bare {
@@ -91,7 +98,7 @@ func (c *Cluster) AddLearner() *Member {
 		return err
 	})
 	c.initial = append(c.initial, fmt.Sprintf("%s-%d-%s=%s", c.cfg.Name, len(c.Members), c.token, peer))
-	m := c.begin(peer, "existing")
+	m := c.begin(peer, peer, "existing")
 	m.ID = added.Member.ID
 	return m
 }

@@ -31,6 +31,8 @@ type EtcdConfig struct {
 	Name string
 	// Address is where clients reach it; a free address if empty.
 	Address string
+	// Relayed puts a [Relay] before each member of a cluster, which the others reach it by.
+	Relayed bool
 	// Flags are put at the end of the command line.
 	Flags []string
 }

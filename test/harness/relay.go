@@ -1,0 +1,156 @@
+package harness
+
+import (
+	"errors"
+	"net"
+	"sync"
+)
+
+// Link is what a [Relay] does with what is sent over it.
+type Link int
+
+// The states of a link.
+const (
+	Whole  Link = iota // all of it goes through
+	Cut                // every connection is reset, and so is a new one
+	Frozen             // nothing goes through, and nothing is lost: it is held back until the link is whole again
+	Deaf               // as Frozen, but only what is sent back: requests arrive
+)
+
+// Relay is a network between two processes: it listens in the place of one of them, and copies bytes. It is safe for concurrent use.
+type Relay struct {
+	// Address is host:port, URL the same with its scheme.
+	Address, URL string
+
+	to       string
+	listener net.Listener
+	all      sync.WaitGroup
+	mu       sync.Mutex
+	changed  *sync.Cond
+	link     Link
+	ended    bool
+	conns    map[*net.TCPConn]bool
+}
+
+// StartRelay starts a relay that leads to an address, which need not listen yet. The link is whole.
+func (e *Env) StartRelay(to string) *Relay {
+	e.TB.Helper()
+	r := &Relay{Address: FreeAddress(e.TB), to: to, conns: make(map[*net.TCPConn]bool)}
+	r.URL, r.changed = "http://"+r.Address, sync.NewCond(&r.mu)
+	var err error
+	if r.listener, err = net.Listen("tcp", r.Address); err != nil {
+		e.TB.Fatalf("start relay: %v", err)
+	}
+	r.all.Go(r.serve)
+	e.TB.Cleanup(r.end)
+	return r
+}
+
+// Set changes the state of the link.
+func (r *Relay) Set(link Link) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.link = link
+	if link == Cut {
+		r.reset()
+	}
+	r.changed.Broadcast()
+}
+
+// reset ends every connection so that both sides see it at once. What was held back is lost.
+func (r *Relay) reset() {
+	for c := range r.conns {
+		_ = c.SetLinger(0) // without it, it would be a polite end
+		c.Close()
+	}
+}
+
+func (r *Relay) end() {
+	r.mu.Lock()
+	r.ended = true
+	r.listener.Close()
+	r.reset()
+	r.changed.Broadcast()
+	r.mu.Unlock()
+	r.all.Wait()
+}
+
+func (r *Relay) serve() {
+	for {
+		down, err := r.listener.Accept()
+		if errors.Is(err, net.ErrClosed) {
+			return
+		}
+		if err == nil {
+			r.all.Go(func() { r.join(down.(*net.TCPConn)) })
+		}
+	}
+}
+
+// join copies between a connection and one of its own to the other side, until one of them ends.
+func (r *Relay) join(down *net.TCPConn) {
+	defer r.drop(down)
+	if !r.keep(down) {
+		return
+	}
+	conn, err := net.Dial("tcp", r.to)
+	if err != nil {
+		_ = down.SetLinger(0)
+		return
+	}
+	up := conn.(*net.TCPConn)
+	defer r.drop(up)
+	if !r.keep(up) {
+		return
+	}
+	var both sync.WaitGroup
+	both.Go(func() { r.copy(up, down, false) })
+	both.Go(func() { r.copy(down, up, true) })
+	both.Wait()
+}
+
+// copy ends both connections when one of them ends: gRPC, and etcd between its members, use none that is half closed.
+func (r *Relay) copy(to, from *net.TCPConn, back bool) {
+	defer to.Close()
+	defer from.Close()
+	for buffer := make([]byte, 32<<10); ; {
+		n, err := from.Read(buffer)
+		r.wait(back) // also before an end is passed on
+		if n > 0 {
+			if _, err := to.Write(buffer[:n]); err != nil {
+				return
+			}
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+// wait returns once bytes may go on in a direction.
+func (r *Relay) wait(back bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for !r.ended && (r.link == Frozen || r.link == Deaf && back) {
+		r.changed.Wait()
+	}
+}
+
+// keep notes a connection, for it to be reset. It reports whether there may be one.
+func (r *Relay) keep(c *net.TCPConn) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.ended || r.link == Cut {
+		_ = c.SetLinger(0)
+		return false
+	}
+	r.conns[c] = true
+	return true
+}
+
+func (r *Relay) drop(c *net.TCPConn) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.conns, c)
+	c.Close()
+}
