@@ -1,5 +1,5 @@
-// Package linear checks with porcupine that what clients of several proxies saw, every key sealed, could have happened one after the other, while proxies and members of etcd are killed and the
-// leader moves.
+// Package linear checks with porcupine that what clients of two proxies saw, every key sealed, could have happened one after the other: registers, counters, locks and elections, while proxies and members of etcd
+// are killed and paused, the leader moves, and the networks between all of them fail.
 //
 // LINEAR_ROUNDS is how often; each round lasts ten seconds.
 package linear
@@ -9,241 +9,215 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
-	"os"
-	"path/filepath"
 	"strconv"
-	"sync"
+	"strings"
 	"testing"
-	"time"
 
-	"github.com/anishathalye/porcupine"
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-const (
-	within  = 60 * time.Second
-	clients = 8
-	keys    = 3
-	patient = 3 * time.Second // for one answer
+// The operations on a register, as they were answered.
+type (
+	get  struct{ value string }
+	put  struct{ value string }
+	swap struct{ old, value string } // by a compare of values, which held
+	kept struct{ old, value string } // the compare did not hold: the value is another
 )
-
-type kind int
-
-const (
-	get kind = iota
-	put
-	swap // if the value is what it is taken for
-)
-
-type input struct {
-	key, value, old string
-	kind            kind
-}
-
-type output struct {
-	value   string
-	swapped bool
-	unknown bool // no answer: it may have been done, at any time since
-}
 
 // register is one key of etcd.
-var register = porcupine.Model{
-	Partition: func(history []porcupine.Operation) (parts [][]porcupine.Operation) {
-		by := make(map[string][]porcupine.Operation)
-		for _, op := range history {
-			key := op.Input.(input).key
-			by[key] = append(by[key], op)
-		}
-		for _, part := range by {
-			parts = append(parts, part)
-		}
-		return parts
-	},
-	Init: func() any { return "" },
-	Step: func(state, in, out any) (bool, any) {
-		now, i, o := state.(string), in.(input), out.(output)
-		switch {
-		case i.kind == get:
-			return o.value == now, now
-		case i.kind == put:
-			return true, i.value
-		case o.unknown && now == i.old:
-			return true, i.value
-		case o.unknown:
-			return true, now
-		case o.swapped:
-			return now == i.old, i.value
-		}
-		return now != i.old, now
-	},
-	DescribeOperation: func(in, out any) string { return fmt.Sprintf("%+v → %+v", in, out) },
+func register(state, in any) (bool, any) {
+	switch i := in.(type) {
+	case get:
+		return i.value == state, state
+	case put:
+		return true, i.value
+	case swap:
+		return i.old == state, i.value
+	case kept:
+		return i.value == state && i.old != state, state
+	}
+	return false, state
 }
 
+// TestLinearizable has clients share registers, and counters that they increment by compares of values.
 func TestLinearizable(t *testing.T) {
 	t.Parallel()
-	rounds, err := strconv.Atoi(os.Getenv("LINEAR_ROUNDS"))
-	if err != nil {
-		rounds = 1
-	}
 	s := newSite(t)
-	for range rounds {
-		s.round(t)
-	}
-}
-
-type site struct {
-	*harness.Env
-	cluster *harness.Cluster
-	proxies []*harness.Proxy
-
-	mu      sync.Mutex
-	history []porcupine.Operation
-	begun   time.Time
-	unknown int
-}
-
-func newSite(t *testing.T) *site {
-	t.Helper()
-	s := &site{Env: harness.New(t)}
-	s.cluster = s.StartCluster(3, harness.EtcdConfig{})
-	kms := s.LocalKey("dev", 1)
-	for n := range 2 {
-		p := s.NewProxy(fmt.Sprintf("proxy-%d", n), harness.ProxyConfig{
-			Etcd: harness.Upstream{Endpoints: s.cluster.URLs()}, KMS: []harness.KMSConfig{kms}, Rules: []harness.Rule{{Prefix: "/s/", WriteWith: "dev", AllowPlaintextReads: new(false)}},
+	for round := range rounds() {
+		s.links[0] = nil
+		h := newHistory()
+		prefix := fmt.Sprintf("/s/%d/", round)
+		var work []func(context.Context)
+		for id := range 6 {
+			c := &client{site: s, history: h, id: id, prefix: prefix, known: make(map[string]string)}
+			c.kv = pb.NewKVClient(harness.Dial(t, s.reach(id%2), nil))
+			work = append(work, c.share)
+		}
+		counters := make(map[string]*tally)
+		for n := range 2 {
+			key := fmt.Sprintf("%scounter-%d", prefix, n)
+			counters[key] = new(tally)
+			s.first(t, h, key, s.Sealed.Value("0"))
+		}
+		for id := len(work); id < 10; id++ {
+			c := &client{site: s, history: h, id: id}
+			c.kv = pb.NewKVClient(harness.Dial(t, s.reach(id%2), nil))
+			key := fmt.Sprintf("%scounter-%d", prefix, id/2%2)
+			work = append(work, func(ctx context.Context) { c.count(ctx, key, counters[key]) })
+		}
+		s.round(t, h, work, func() error {
+			swaps := 0
+			h.mu.Lock()
+			defer h.mu.Unlock()
+			for _, r := range h.records {
+				if _, ok := r.in.(swap); ok && !r.unknown {
+					swaps++
+				}
+			}
+			if swaps < 50 || len(h.records) < 500 {
+				return fmt.Errorf("%d operations and %d swaps prove little", len(h.records), swaps)
+			}
+			return nil
 		})
-		p.Start()
-		p.WaitReady(within)
-		s.proxies = append(s.proxies, p)
-	}
-	return s
-}
-
-// round runs clients beside kills, and checks what they saw.
-func (s *site) round(t *testing.T) {
-	t.Helper()
-	s.history, s.begun, s.unknown = nil, time.Now(), 0
-	prefix := fmt.Sprintf("/s/%d/", time.Now().UnixNano())
-	ctx, stop := context.WithCancel(t.Context())
-	var all sync.WaitGroup
-	for c := range clients {
-		kv := pb.NewKVClient(harness.Dial(t, s.proxies[c%2].Address, nil))
-		all.Go(func() { s.client(ctx, kv, c, prefix) })
-	}
-	length := 10 * time.Second
-	if testing.Short() {
-		length = 5 * time.Second
-	}
-	for end := time.Now().Add(length); time.Now().Before(end); {
-		time.Sleep(time.Duration(200+rand.IntN(600)) * time.Millisecond) // a random moment is the point
-		switch rand.IntN(3) {
-		case 0:
-			p := s.proxies[rand.IntN(2)]
-			p.Kill()
-			p.Start()
-		case 1:
-			m := s.cluster.Members[rand.IntN(3)]
-			m.Kill()
-			m.Start()
-		default:
-			s.moveLeader()
+		last := &client{site: s, history: h, id: len(work), kv: pb.NewKVClient(harness.Dial(t, s.proxies[round%2].Address, nil))}
+		for key, done := range counters {
+			var value string
+			harness.Eventually(t, within, "a counter's last value", func() (err error) {
+				value, err = last.get(t.Context(), key)
+				return err
+			})
+			if n := s.number(value); n < done.known || n > done.known+done.unknown {
+				t.Errorf("a counter that was incremented %d times, and %d times without an answer, stands at %d", done.known, done.unknown, n)
+			}
+			t.Logf("%s: %d increments, %d without an answer", key, done.known, done.unknown)
 		}
-	}
-	stop()
-	all.Wait()
-	swapped := 0
-	for i := range s.history {
-		if s.history[i].Output.(output).swapped {
-			swapped++
-		}
-	}
-	t.Logf("%d operations, %d swaps, %d without an answer", len(s.history), swapped, s.unknown)
-	if len(s.history) < 100 || swapped < 10 {
-		t.Errorf("%d operations and %d swaps prove little", len(s.history), swapped)
-	}
-	result, info := porcupine.CheckOperationsVerbose(register, s.history, 2*time.Minute)
-	if result == porcupine.Illegal {
-		path := filepath.Join(os.TempDir(), "etcd-kms-proxy-linear.html")
-		_ = porcupine.VisualizePath(register, info, path)
-		t.Errorf("what clients saw cannot have happened: see %s", path)
-	}
-	if result == porcupine.Unknown {
-		t.Log("the check took too long")
+		h.check(t, register, "")
 	}
 }
 
-// moveLeader asks the leader to go, if there is one.
-func (s *site) moveLeader() {
-	leader := s.cluster.Leader()
-	conn := harness.Dial(s.TB, leader.Address, nil)
-	defer conn.Close()
-	ctx, cancel := context.WithTimeout(context.Background(), patient)
-	defer cancel()
-	members, err := pb.NewClusterClient(conn).MemberList(ctx, &pb.MemberListRequest{})
-	if err != nil {
-		return
-	}
-	to := members.Members[rand.IntN(len(members.Members))].ID
-	_, _ = pb.NewMaintenanceClient(conn).MoveLeader(ctx, &pb.MoveLeaderRequest{TargetID: to}) // it may be the leader, or down
+// tally counts the increments of one counter. history.mu guards it.
+type tally struct{ known, unknown int }
+
+type client struct {
+	*site
+	*history
+	kv     pb.KVClient
+	id, n  int
+	prefix string
+	known  map[string]string
 }
 
-// client does one operation after the other.
-func (s *site) client(ctx context.Context, kv pb.KVClient, id int, prefix string) {
-	known := make(map[string]string)
-	for n := 0; ctx.Err() == nil; n++ {
-		in := input{key: fmt.Sprintf("%s%d", prefix, rand.IntN(keys)), value: s.Sealed.Value(fmt.Sprintf("%d-%d", id, n)), kind: kind(rand.IntN(3))}
-		in.old = known[in.key]
-		if in.kind == swap && in.old == "" {
-			in.kind = get // an absent key does not compare
-		}
-		call := time.Since(s.begun).Nanoseconds()
-		out, err := s.do(ctx, kv, in)
-		returned := time.Since(s.begun).Nanoseconds()
-		s.mu.Lock()
-		if err != nil {
-			s.unknown++
-			out, returned = output{unknown: true}, 1<<62
-		}
-		if err == nil || in.kind != get {
-			s.history = append(s.history, porcupine.Operation{ClientId: id, Input: in, Call: call, Output: out, Return: returned})
-		}
-		s.mu.Unlock()
-		switch {
-		case err != nil:
-			// Who may still be at work is another client from now on, as porcupine sees it.
-			id += clients
-			time.Sleep(10 * time.Millisecond) // not a storm while something is down
-		case in.kind == get:
-			known[in.key] = out.value
-		case in.kind == put || out.swapped:
-			known[in.key] = in.value
-		default:
-			delete(known, in.key)
-		}
-	}
+// fresh returns a value that nobody else writes.
+func (c *client) fresh() string {
+	c.n++
+	return c.Sealed.Value(fmt.Sprintf("%d-%d", c.id, c.n))
 }
 
-func (s *site) do(ctx context.Context, kv pb.KVClient, in input) (output, error) {
-	limited, cancel := context.WithTimeout(context.WithoutCancel(ctx), patient)
-	defer cancel()
-	key := []byte(in.key)
-	request := &pb.PutRequest{Key: key, Value: []byte(in.value)}
-	switch in.kind {
-	case get:
-		r, err := kv.Range(limited, &pb.RangeRequest{Key: key})
-		if err != nil || len(r.Kvs) == 0 {
-			return output{}, err
-		}
-		return output{value: string(bytes.Clone(r.Kvs[0].Value))}, nil
-	case put:
-		_, err := kv.Put(limited, request)
-		return output{}, err
+// share does one operation on one of three registers.
+func (c *client) share(ctx context.Context) {
+	key := fmt.Sprintf("%sregister-%d", c.prefix, rand.IntN(3))
+	old, value := c.known[key], c.fresh()
+	delete(c.known, key)
+	var err error
+	switch kind := rand.IntN(3); {
+	case kind == 0:
+		err = c.put(ctx, key, value)
+	case kind == 1 && old != "": // an absent key does not compare
+		_, value, err = c.swap(ctx, key, old, value)
 	default:
-		r, err := kv.Txn(limited, &pb.TxnRequest{
-			Compare: []*pb.Compare{{Key: key, Target: pb.Compare_VALUE, TargetUnion: &pb.Compare_Value{Value: []byte(in.old)}}},
-			Success: []*pb.RequestOp{{Request: &pb.RequestOp_RequestPut{RequestPut: request}}},
-		})
-		return output{swapped: r.GetSucceeded()}, err
+		value, err = c.get(ctx, key)
 	}
+	if err == nil {
+		c.known[key] = value
+	}
+}
+
+// number is what a counter's value stands for: what is behind it tells who wrote it.
+func (s *site) number(value string) int {
+	n, _, _ := strings.Cut(strings.TrimPrefix(value, s.Sealed.Value("")), " ")
+	i, err := strconv.Atoi(n)
+	if err != nil {
+		return -1
+	}
+	return i
+}
+
+// count increments a counter once: it reads it, and writes the next value if it is still the one that it has read.
+func (c *client) count(ctx context.Context, key string, done *tally) {
+	old, err := c.get(ctx, key)
+	for swapped := false; err == nil && !swapped; {
+		c.n++
+		next := c.Sealed.Value(fmt.Sprintf("%d by %d-%d", c.number(old)+1, c.id, c.n))
+		swapped, old, err = c.swap(ctx, key, old, next)
+		c.history.mu.Lock()
+		if err != nil {
+			done.unknown++
+		} else if swapped {
+			done.known++
+		}
+		c.history.mu.Unlock()
+	}
+}
+
+func (c *client) get(ctx context.Context, key string) (string, error) {
+	ctx, cancel := answer(ctx)
+	defer cancel()
+	r := record{client: c.id, key: key, call: c.now()}
+	got, err := c.kv.Range(ctx, &pb.RangeRequest{Key: []byte(key)})
+	if err != nil {
+		return "", err
+	}
+	if len(got.Kvs) > 0 {
+		r.saw = string(got.Kvs[0].Value)
+	}
+	r.in = get{r.saw}
+	c.add(r)
+	c.answered(c.id, 1)
+	return r.saw, nil
+}
+
+func (c *client) put(ctx context.Context, key, value string) error {
+	ctx, cancel := answer(ctx)
+	defer cancel()
+	r := record{client: c.id, key: key, call: c.now(), in: put{value}, wrote: value}
+	_, err := c.kv.Put(ctx, &pb.PutRequest{Key: []byte(key), Value: []byte(value)})
+	r.unknown = err != nil
+	c.add(r)
+	if err == nil {
+		c.answered(c.id, 1)
+	}
+	return err
+}
+
+// swap reports whether the value was old and is the new one now, and what it is.
+func (c *client) swap(ctx context.Context, key, old, value string) (swapped bool, now string, err error) {
+	ctx, cancel := answer(ctx)
+	defer cancel()
+	k := []byte(key)
+	r := record{client: c.id, key: key, call: c.now(), in: swap{old, value}, wrote: value, saw: old}
+	got, err := c.kv.Txn(ctx, &pb.TxnRequest{
+		Compare: []*pb.Compare{{Key: k, Target: pb.Compare_VALUE, TargetUnion: &pb.Compare_Value{Value: []byte(old)}}},
+		Success: []*pb.RequestOp{{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: k, Value: []byte(value)}}}},
+		Failure: []*pb.RequestOp{{Request: &pb.RequestOp_RequestRange{RequestRange: &pb.RangeRequest{Key: k}}}},
+	})
+	r.unknown, now = err != nil, value
+	if err == nil && !got.Succeeded {
+		now = ""
+		if kvs := got.Responses[0].GetResponseRange().Kvs; len(kvs) > 0 {
+			now = string(bytes.Clone(kvs[0].Value))
+		}
+		r.in, r.wrote, r.saw = kept{old, now}, "", now
+	}
+	c.add(r)
+	if err == nil {
+		c.answered(c.id, 1)
+	}
+	return r.wrote != "", now, err
+}
+
+// answer bounds the wait for one answer. The end of a round does not end it: else all that is under way then would have an unknown end.
+func answer(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.WithoutCancel(ctx), patient)
 }
