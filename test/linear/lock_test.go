@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"sync"
 	"testing"
 	"time"
 
@@ -137,22 +138,32 @@ func (l *locker) turn(ctx context.Context) {
 		return
 	}
 	l.turns.Add(1)
-	var call int64
+	call := l.now()
 	switch rand.IntN(16) {
-	case 0, 1: // the lease goes, as it does when it is not kept alive, and its holder does not know
-		call = l.now()
+	case 0: // the lease goes, as it does when it is not kept alive, and its holder does not know
 		if l.revoke(ctx, lease) != nil {
 			return
 		}
 		l.revoked = true
 		l.add(record{client: l.id, key: l.register, call: call, in: leave{token}})
+	case 1: // while its holder is at work
+		l.revoked = true
+		var revoked sync.WaitGroup
+		defer revoked.Wait()
+		revoked.Go(func() {
+			sleep(ctx, between(0, 20))
+			_ = l.revoke(ctx, lease) // it is done at the end, if not here
+		})
+		if old, err := l.look(ctx, key, token); err == nil && old != "" {
+			l.change(ctx, key, token, old, 20)
+		}
+		return
 	case 2: // it is not kept alive
 		session.Orphan()
 		sleep(ctx, between(1000, 4000))
 	default:
 		bounded, cancel := answer(ctx)
 		defer cancel()
-		call = l.now()
 		if unlock(bounded) != nil {
 			return
 		}

@@ -240,10 +240,10 @@ func (o *observer) verify(t *testing.T, events []event) (messages int) {
 				continue
 			}
 			// The first value of a leader is from its campaign, and may be older than the last one of the leader before.
-			if ev.token < last.token || ev.token == last.token && (ev.revision < last.revision || n > 0 && ev.revision == last.revision) {
+			switch {
+			case ev.token < last.token || ev.token == last.token && (ev.revision < last.revision || n > 0 && ev.revision == last.revision):
 				t.Errorf("%s: an observer was told of %d, leader since %d, after %d, leader since %d", o.name, ev.revision, ev.token, last.revision, last.token)
-			}
-			if n > 0 && ev.token == last.token && slices.ContainsFunc(events[index[last]+1:i], func(e event) bool { return e.key == ev.key && !e.gone }) {
+			case n > 0 && ev.token == last.token && slices.ContainsFunc(events[index[last]+1:i], func(e event) bool { return e.key == ev.key && !e.gone }):
 				t.Errorf("%s: an observer missed a value between revisions %d and %d", o.name, last.revision, ev.revision)
 			}
 			last = ev
