@@ -76,8 +76,7 @@ func electing(state, in any) (bool, any) {
 func TestElections(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
-	for round := range rounds() {
-		s.links[0] = nil
+	s.rounds(t, func(t *testing.T, round string) {
 		h := newHistory()
 		var work []func(context.Context)
 		var all []*voter
@@ -89,7 +88,7 @@ func TestElections(t *testing.T) {
 			"/s/": {{0, true}, {1, true}, {0, false}, {1, false}}, // every key sealed
 			"/u/": {{0, true}, {direct, false}, {direct, true}},   // under no rule: the service is etcd's
 		} {
-			e := s.election(t, h, fmt.Sprintf("%selection-%d", prefix, round))
+			e := s.election(t, h, prefix+"election-"+round)
 			elections = append(elections, e)
 			for n, c := range clients {
 				v := &voter{holder: s.holder(t, h, len(work), c.via), election: e, service: c.service}
@@ -118,7 +117,7 @@ func TestElections(t *testing.T) {
 			e.verify(t)
 		}
 		h.check(t, electing, ballot{})
-	}
+	})
 }
 
 // voter is a candidate, or one who asks for the leader.

@@ -45,10 +45,9 @@ func register(state, in any) (bool, any) {
 func TestLinearizable(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
-	for round := range rounds() {
-		s.links[0] = nil
+	s.rounds(t, func(t *testing.T, round string) {
 		h := newHistory()
-		prefix := fmt.Sprintf("/s/%d/", round)
+		prefix := "/s/" + round + "/"
 		var work []func(context.Context)
 		for id := range 6 {
 			c := &client{site: s, history: h, id: id, prefix: prefix, known: make(map[string]string)}
@@ -81,7 +80,7 @@ func TestLinearizable(t *testing.T) {
 			}
 			return nil
 		})
-		last := &client{site: s, history: h, id: len(work), kv: pb.NewKVClient(harness.Dial(t, s.proxies[round%2].Address, nil))}
+		last := &client{site: s, history: h, id: len(work), kv: pb.NewKVClient(harness.Dial(t, s.proxies[rand.IntN(2)].Address, nil))}
 		for key, done := range counters {
 			var value string
 			harness.Eventually(t, within, "a counter's last value", func() (err error) {
@@ -94,7 +93,7 @@ func TestLinearizable(t *testing.T) {
 			t.Logf("%s: %d increments, %d without an answer", key, done.known, done.unknown)
 		}
 		h.check(t, register, "")
-	}
+	})
 }
 
 // tally counts the increments of one counter. history.mu guards it.
@@ -151,13 +150,13 @@ func (c *client) count(ctx context.Context, key string, done *tally) {
 		c.n++
 		next := c.Sealed.Value(fmt.Sprintf("%d by %d-%d", c.number(old)+1, c.id, c.n))
 		swapped, old, err = c.swap(ctx, key, old, next)
-		c.history.mu.Lock()
+		c.mu.Lock()
 		if err != nil {
 			done.unknown++
 		} else if swapped {
 			done.known++
 		}
-		c.history.mu.Unlock()
+		c.mu.Unlock()
 	}
 }
 

@@ -75,8 +75,7 @@ func locking(state, in any) (bool, any) {
 func TestLocks(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
-	for round := range rounds() {
-		s.links[0] = nil
+	s.rounds(t, func(t *testing.T, round string) {
 		h := newHistory()
 		var work []func(context.Context)
 		var all []*locker
@@ -88,7 +87,7 @@ func TestLocks(t *testing.T) {
 			"/m/": {{0, true}, {1, false}, {direct, true}, {direct, false}}, // sealed by who goes through a proxy, and not by who goes round it
 			"/u/": {{0, true}, {1, false}, {direct, true}},                  // under no rule: the service is etcd's
 		} {
-			name := fmt.Sprintf("%slock-%d", prefix, round)
+			name := prefix + "lock-" + round
 			register := "/s/behind" + name
 			s.first(t, h, register, s.Sealed.Value("first"))
 			for _, c := range clients {
@@ -109,7 +108,7 @@ func TestLocks(t *testing.T) {
 			l.judge(t)
 		}
 		h.check(t, locking, guarded{})
-	}
+	})
 }
 
 type locker struct {

@@ -67,12 +67,19 @@ func newSite(t *testing.T) *site {
 	return s
 }
 
-// rounds is how often.
-func rounds() int {
-	if n, err := strconv.Atoi(os.Getenv("LINEAR_ROUNDS")); err == nil {
-		return n
+// rounds runs a test as often as it is asked to, each time with clients of its own, and until it fails.
+func (s *site) rounds(t *testing.T, work func(t *testing.T, round string)) {
+	t.Helper()
+	n, err := strconv.Atoi(os.Getenv("LINEAR_ROUNDS"))
+	if err != nil {
+		n = 1
 	}
-	return 1
+	for round := range n {
+		s.links[0] = nil
+		if name := strconv.Itoa(round); !t.Run(name, func(t *testing.T) { work(t, name) }) {
+			return
+		}
+	}
 }
 
 // reach returns the address of a proxy, or of a member of etcd, as a new client of it has it: over a network of its own.
