@@ -49,7 +49,7 @@ type Listener struct {
 	// clientCAFile may. Needs clientCAFile.
 	AllowedClients []string `yaml:"allowedClients"`
 	// CiphertextClients are the names of client certificates that get stored bytes instead of values, and may not write under rules that
-	// seal: for backups and mirrors. They may connect without being among allowedClients. Needs clientCAFile.
+	// seal, nor revoke leases: for backups and mirrors. They may connect without being among allowedClients. Needs clientCAFile.
 	CiphertextClients []string `yaml:"ciphertextClients"`
 	// AdvertiseClientURLs are put in place of the client URLs of etcd's members in what clients are told of them, so that a client that goes to the members' own URLs stays with
 	// the proxy. Of a member that some listener leads to (see endpoint) they are that listener's, of the others this one's. When empty, members' URLs pass as they are.

@@ -253,6 +253,26 @@ func (c *txnCall) response(ctx context.Context, msg []byte) ([]byte, error) {
 	return out, c.core.status(err, true)
 }
 
+// revokeCall is a LeaseRevoke. It carries no value, and does not say which keys go with the lease.
+type revokeCall struct {
+	whole
+	core *core
+	id   *Identity
+}
+
+func newRevokeCall(c *core, id *Identity) call { return &revokeCall{core: c, id: id} }
+
+func (c *revokeCall) request(_ context.Context, msg []byte) ([]byte, error) {
+	if c.id.Ciphertext && !c.core.rules.Load().empty() {
+		return nil, errCiphertextWrite
+	}
+	return msg, nil
+}
+
+func (*revokeCall) scans() bool { return false }
+
+func (*revokeCall) response(_ context.Context, msg []byte) ([]byte, error) { return msg, nil }
+
 // electionCall is a call of etcd's Election or Lock service. Where a rule covers its keys, the service is the one that is run here.
 type electionCall struct {
 	whole

@@ -253,11 +253,12 @@ func TestCiphertextClientsDoNotWrite(t *testing.T) {
 	keep.Value, keep.IgnoreValue = nil, true
 	_, ignore := kv.Put(ctx, keep)
 	_, plain := kv.Put(ctx, put("other"))
+	_, revoke := pb.NewLeaseClient(conn).LeaseRevoke(ctx, &pb.LeaseRevokeRequest{ID: 1}) // its keys are not named
 	for what, tt := range map[string]struct {
 		err    error
 		denied bool
 	}{
-		"put": {covered, true}, "put that keeps the value": {ignore, true}, "put elsewhere": {plain, false},
+		"put": {covered, true}, "put that keeps the value": {ignore, true}, "put elsewhere": {plain, false}, "revoke": {revoke, true},
 		"delete": {del("a", "z"), true}, "delete elsewhere": {del("a", "k"), false},
 		"txn put": {txn(putOp("key")), true}, "txn put elsewhere": {txn(putOp("other")), false},
 		"txn delete": {txn(delOp("a", "\x00")), true}, "txn delete elsewhere": {txn(delOp("l", "\x00")), false},

@@ -13,6 +13,7 @@ const (
 	classPass    class = "pass"    // carries no value: forwarded untouched
 	classRewrite class = "rewrite" // may carry values: sealed and opened under the rules
 	classMembers class = "members" // the answer names the URLs of members, which listeners may put theirs in place of
+	classDelete  class = "delete"  // may delete keys that it does not name: forwarded untouched, for who may write under rules
 	classHost    class = "host"    // served here where a rule covers its keys, and else forwarded
 )
 
@@ -52,7 +53,7 @@ func methodTable() []*method {
 		{service: "etcdserverpb.Watch", name: "Watch", class: classRewrite, shape: shapeBidiStream, waits: true, call: newWatchCall},
 
 		{service: "etcdserverpb.Lease", name: "LeaseGrant", class: classPass},
-		{service: "etcdserverpb.Lease", name: "LeaseRevoke", class: classPass},
+		{service: "etcdserverpb.Lease", name: "LeaseRevoke", class: classDelete, call: newRevokeCall},
 		{service: "etcdserverpb.Lease", name: "LeaseKeepAlive", class: classPass, shape: shapeBidiStream, waits: true},
 		{service: "etcdserverpb.Lease", name: "LeaseTimeToLive", class: classPass},
 		{service: "etcdserverpb.Lease", name: "LeaseLeases", class: classPass},
