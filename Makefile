@@ -56,7 +56,7 @@ scoreboard: build ## etcd's own client tests with a proxy before each member tha
 
 bench: build $(BIN)/etcd-3.7 ## CPU and throughput beside etcd, its grpc-proxy and an L4 proxy; envelope beside kube-apiserver
 	cd test/bench && go run . $(BENCHFLAGS)
-	cd test/interop && go test -run '^$$' -bench . ./...
+	cd test/interop && go test -run '^$$' -bench . ./... $(if $(findstring json,$(BENCHFLAGS)),>&2)
 
 fuzz: ## every fuzz target for FUZZTIME (default 1m)
 	@set -e; for f in $$(grep -rl --include='*_test.go' '^func Fuzz' cmd config crypto kmsclient lifecycle proxy test/interop); do \
