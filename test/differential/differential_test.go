@@ -39,7 +39,7 @@ type bench struct {
 	raw       *side // the etcd behind the proxy, without the proxy
 	rules     ruleSet
 	version   string
-	tested    map[string]bool // by method and path of the gateway: etcd knows it
+	tested    map[string]bool // by method, or path of the gateway: etcd knows it
 }
 
 func newBench(t *testing.T, version string, rules ruleSet, flags ...string) *bench {
@@ -65,6 +65,17 @@ func newBench(t *testing.T, version string, rules ruleSet, flags ...string) *ben
 	b.via = newSide(env, "the proxy", harness.Dial(t, address, nil))
 	b.raw = newSide(env, "etcd behind the proxy", harness.Dial(t, b.behind.Address, nil))
 	return b
+}
+
+// tells notes what was tested, for docs/compatibility.md.
+func (b *bench) tells(t *testing.T) {
+	b.tested = make(map[string]bool)
+	harness.Tells(t, func() (cells []harness.Tested) {
+		for row, present := range b.tested {
+			cells = append(cells, harness.Tested{Row: row, Column: "etcd " + b.version, Absent: !present})
+		}
+		return cells
+	})
 }
 
 func (b *bench) pair(t *testing.T) *pair { return &pair{t: t, bare: b.bare, proxy: b.via} }

@@ -35,13 +35,7 @@ func TestGateway(t *testing.T) {
 			if b.proxy == nil {
 				t.Skip("it is about the proxy")
 			}
-			b.tested = make(map[string]bool)
-			harness.Tells(t, func() (cells []harness.Tested) {
-				for row, present := range b.tested {
-					cells = append(cells, harness.Tested{Row: row, Column: "etcd " + version, Absent: !present})
-				}
-				return cells
-			})
+			b.tells(t)
 			b.gateway(t)
 			b.gatewayWatch(t)
 			b.gatewayUsers(t) // turns authentication on

@@ -37,13 +37,8 @@ func TestEveryMethod(t *testing.T) {
 		t.Run(version, func(t *testing.T) {
 			t.Parallel()
 			b := newBench(t, version, ruleSets[0])
-			m := &methods{bench: b, p: b.pair(t), t: t, done: make(map[string]bool)}
-			harness.Tells(t, func() (cells []harness.Tested) {
-				for row, present := range m.done {
-					cells = append(cells, harness.Tested{Row: row, Column: "etcd " + version, Absent: !present})
-				}
-				return cells
-			})
+			b.tells(t)
+			m := &methods{bench: b, t: t}
 			for _, s := range m.script() {
 				m.unary(t.Context(), s)
 			}
@@ -57,9 +52,7 @@ func TestEveryMethod(t *testing.T) {
 // methods is the work on one version.
 type methods struct {
 	*bench
-	p    *pair
-	t    *testing.T
-	done map[string]bool // by method: etcd knows it
+	t *testing.T
 }
 
 func full(method string) string {
@@ -79,7 +72,7 @@ func (m *methods) note(method string, ends []error, texts []string) {
 		m.t.Errorf("%s\nbare etcd: %v, %s\nthe proxy: %v, %s", method, ends[0], texts[0], ends[1], texts[1])
 		return
 	}
-	m.done[full(method)] = m.done[full(method)] || a.Code() != codes.Unimplemented
+	m.tested[full(method)] = m.tested[full(method)] || a.Code() != codes.Unimplemented
 }
 
 func (m *methods) unary(ctx context.Context, s step) {
@@ -243,10 +236,10 @@ func (m *methods) elections() {
 		return
 	}
 	for _, method := range []string{"Campaign", "Proclaim", "Leader", "Observe", "Resign"} {
-		m.done["/v3electionpb.Election/"+method] = true
+		m.tested["/v3electionpb.Election/"+method] = true
 	}
 	for _, method := range []string{"Lock", "Unlock"} {
-		m.done["/v3lockpb.Lock/"+method] = true
+		m.tested["/v3lockpb.Lock/"+method] = true
 	}
 }
 
