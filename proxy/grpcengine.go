@@ -274,7 +274,9 @@ func (m *grpcMethod) forward(ctx context.Context, in *frame) (*frame, error) {
 	}
 	out := new(frame)
 	var header, trailer metadata.MD
-	err = m.engine.to(c, id).Invoke(upstreamContext(ctx), m.full, in, out, grpc.Header(&header), grpc.Trailer(&trailer), grpc.ForceCodecV2(rawCodec{}))
+	lane := m.engine.to(c, id)
+	defer lane.done()
+	err = lane.conn.Invoke(upstreamContext(ctx), m.full, in, out, grpc.Header(&header), grpc.Trailer(&trailer), grpc.ForceCodecV2(rawCodec{}))
 	if len(header) > 0 {
 		if err := grpc.SetHeader(ctx, header); err != nil {
 			return nil, err
@@ -301,12 +303,12 @@ func (m *grpcMethod) forward(ctx context.Context, in *frame) (*frame, error) {
 	return out, nil
 }
 
-// to is where a call goes on: etcd, or a service of etcd's that is run here.
-func (e *grpcEngine) to(c call, id *Identity) *grpc.ClientConn {
+// to is where a call goes on: etcd, or a service of etcd's that is run here. The caller says when it is done.
+func (e *grpcEngine) to(c call, id *Identity) *lane {
 	if own, ok := c.(*electionCall); ok && own.hosted {
-		return e.hosted.conn
+		return e.hosted.take()
 	}
-	return id.to.conn
+	return id.to.take()
 }
 
 // exchange has x serve a request by requests of its own. The client gets the headers and trailers of the last one, or of the last one that failed.
@@ -317,7 +319,9 @@ func (m *grpcMethod) exchange(ctx context.Context, to *upstream, in *frame, x ex
 		out := new(frame)
 		defer out.free()
 		sent := &frame{data: mem.BufferSlice{mem.SliceBuffer(msg)}}
-		err := to.conn.Invoke(upstreamContext(asking), method, sent, out, grpc.Header(&header), grpc.Trailer(&trailer), grpc.MaxCallRecvMsgSize(limit))
+		lane := to.take()
+		defer lane.done()
+		err := lane.conn.Invoke(upstreamContext(asking), method, sent, out, grpc.Header(&header), grpc.Trailer(&trailer), grpc.MaxCallRecvMsgSize(limit))
 		if err != nil {
 			bad.header, bad.trailer = header, trailer
 			return nil, ended(ctx, err, header, trailer)
@@ -394,7 +398,9 @@ func (m *grpcMethod) relay(ss grpc.ServerStream) error {
 		}
 	}
 	id.to.await(ctx)
-	cs, err := m.engine.to(c, id).NewStream(upstreamContext(ctx), &m.stream, m.full, grpc.ForceCodecV2(rawCodec{}))
+	lane := m.engine.to(c, id)
+	defer lane.done()
+	cs, err := lane.conn.NewStream(upstreamContext(ctx), &m.stream, m.full, grpc.ForceCodecV2(rawCodec{}))
 	if err != nil {
 		return ended(ctx, err, nil, nil)
 	}

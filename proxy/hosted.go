@@ -19,7 +19,7 @@ import (
 // hosted are etcd's own Election and Lock services, run here: they read, compare and write values, and etcd has only ciphertexts. Their requests to etcd come back to the engine as those of any
 // client do, with the metadata of the call that they serve.
 type hosted struct {
-	conn   *grpc.ClientConn // to the services
+	lane   // to the services
 	server *grpc.Server
 	client *clientv3.Client
 	back   *grpc.ClientConn // to the engine
@@ -55,6 +55,12 @@ func newHosted(e engine, to *upstream) (*hosted, error) {
 		return nil, err
 	}
 	return h, nil
+}
+
+// take returns the way to the services, on which no call waits for others.
+func (h *hosted) take() *lane {
+	h.calls.Add(1)
+	return &h.lane
 }
 
 // run serves until stop.

@@ -41,7 +41,10 @@ const readyWait = time.Second
 // upstream is the connection to etcd: etcd's own resolver and balancer over all endpoints, without its retries.
 type upstream struct {
 	client    *clientv3.Client
-	conn      *grpc.ClientConn
+	conn      *grpc.ClientConn // of the first lane
+	first     *lane
+	lanes     lanes
+	dial      func(...grpc.DialOption) (*clientv3.Client, error) // makes one more
 	endpoints []string
 	tls       *upstreamCredentials // nil without TLS
 	log       *slog.Logger
@@ -63,41 +66,48 @@ func newUpstream(cfg UpstreamConfig, log *slog.Logger, m *metrics) (*upstream, e
 		log.Warn("the proxy's certificate for etcd has a common name: where etcd's authentication is on, clients without a token act as the user of that name",
 			"commonName", name, "hint", "use a certificate without one")
 	}
-	client, err := clientv3.New(clientv3.Config{
-		Endpoints:            cfg.Endpoints,
-		Logger:               zap.NewNop(),
-		DialKeepAliveTime:    15 * time.Second,
-		DialKeepAliveTimeout: 10 * time.Second,
-		DialOptions: []grpc.DialOption{
-			grpc.WithTransportCredentials(creds),
-			// The client library's interceptors retry; a call through the proxy is the caller's to retry.
-			grpc.WithUnaryInterceptor(nil),
-			grpc.WithStreamInterceptor(nil),
-			grpc.WithDisableRetry(),
-			experimental.WithBufferPool(buffers),
-			grpc.WithReadBufferSize(ioBuffer),
-			grpc.WithWriteBufferSize(ioBuffer),
-			grpc.WithIdleTimeout(0),
-			grpc.WithConnectParams(grpc.ConnectParams{
-				Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},
-				MinConnectTimeout: 3 * time.Second,
-			}),
-			grpc.WithDefaultCallOptions(
-				grpc.ForceCodecV2(rawCodec{}),
-				grpc.MaxCallRecvMsgSize(math.MaxInt32),
-				grpc.MaxCallSendMsgSize(math.MaxInt32),
-			),
-		},
-	})
-	if err != nil {
+	u := &upstream{endpoints: cfg.Endpoints, tls: secure, log: log, metrics: m, ready: make(chan struct{})}
+	u.lanes.limit.Store(math.MaxInt64)
+	u.dial = func(more ...grpc.DialOption) (*clientv3.Client, error) {
+		return clientv3.New(clientv3.Config{
+			Endpoints:            cfg.Endpoints,
+			Logger:               zap.NewNop(),
+			DialKeepAliveTime:    15 * time.Second,
+			DialKeepAliveTimeout: 10 * time.Second,
+			DialOptions:          append(dialOptions(learning{creds, u.lanes.learn}), more...),
+		})
+	}
+	if u.client, err = u.dial(); err != nil {
 		return nil, fmt.Errorf("etcd client: %w", err)
 	}
-	u := &upstream{
-		client: client, conn: client.ActiveConnection(), endpoints: cfg.Endpoints, tls: secure,
-		log: log, metrics: m, ready: make(chan struct{}),
-	}
+	u.conn = u.client.ActiveConnection()
+	u.first = &lane{conn: u.conn}
 	u.http = u.httpTransport()
 	return u, nil
+}
+
+// dialOptions are those of every lane.
+func dialOptions(creds credentials.TransportCredentials) []grpc.DialOption {
+	return []grpc.DialOption{
+		grpc.WithTransportCredentials(creds),
+		// The client library's interceptors retry; a call through the proxy is the caller's to retry.
+		grpc.WithUnaryInterceptor(nil),
+		grpc.WithStreamInterceptor(nil),
+		grpc.WithDisableRetry(),
+		experimental.WithBufferPool(buffers),
+		grpc.WithReadBufferSize(ioBuffer),
+		grpc.WithWriteBufferSize(ioBuffer),
+		grpc.WithIdleTimeout(0),
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},
+			MinConnectTimeout: 3 * time.Second,
+		}),
+		grpc.WithDefaultCallOptions(
+			grpc.ForceCodecV2(rawCodec{}),
+			grpc.MaxCallRecvMsgSize(math.MaxInt32),
+			grpc.MaxCallSendMsgSize(math.MaxInt32),
+		),
+	}
 }
 
 // credentials are how the endpoints are reached.
@@ -233,6 +243,7 @@ func (u *upstream) await(ctx context.Context) {
 
 func (u *upstream) close() {
 	u.http.CloseIdleConnections()
+	u.lanes.close()
 	// The client reports the end of its own context, which close brought about.
 	_ = u.client.Close()
 }
