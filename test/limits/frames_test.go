@@ -2,6 +2,7 @@ package limits
 
 import (
 	"bytes"
+	"compress/gzip"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -90,6 +91,14 @@ func message(flag byte, body []byte) []byte {
 	return append(binary.BigEndian.AppendUint32([]byte{flag}, uint32(len(body))), body...)
 }
 
+func gzipped(s string) []byte {
+	var b bytes.Buffer
+	w := gzip.NewWriter(&b)
+	_, _ = w.Write([]byte(s)) // to memory
+	_ = w.Close()
+	return b.Bytes()
+}
+
 const mark = "the mark"
 
 // listen reads until the server closes, answers the mark, or says no more within the time. It returns what was heard, and how it ended.
@@ -109,7 +118,9 @@ func (k *talker) listen(within time.Duration) []string {
 		}
 		switch f := frame.(type) {
 		case *http2.PingFrame:
-			if f.IsAck() && string(f.Data[:]) == mark {
+			if !f.IsAck() {
+				_ = k.WritePing(true, f.Data)
+			} else if string(f.Data[:]) == mark {
 				return append(slices.Clone(k.heard), "open")
 			}
 		case *http2.GoAwayFrame:
@@ -196,11 +207,17 @@ func (s *site) garbage(t *testing.T) {
 		"JSON": func(k *talker) {
 			k.begin(1, nil, ":method", "POST", ":scheme", "http", ":path", "/v3/kv/range", "content-type", "application/json")
 		},
-		"a Connection header":            func(k *talker) { k.begin(1, nil, append(rangeMethod, "connection", "close")...) },
-		"a name in capitals":             func(k *talker) { k.begin(1, nil, append(rangeMethod, "Capital", "x")...) },
-		"a timeout that is none":         func(k *talker) { k.begin(1, message(0, nil), append(rangeMethod, "grpc-timeout", "soon")...) },
-		"metadata that is not base64":    func(k *talker) { k.begin(1, message(0, nil), append(rangeMethod, "x-bin", "%%%")...) },
-		"an encoding that nobody knows":  func(k *talker) { k.begin(1, message(1, []byte("x")), append(rangeMethod, "grpc-encoding", "rot13")...) },
+		"a Connection header":           func(k *talker) { k.begin(1, nil, append(rangeMethod, "connection", "close")...) },
+		"a name in capitals":            func(k *talker) { k.begin(1, nil, append(rangeMethod, "Capital", "x")...) },
+		"a timeout that is none":        func(k *talker) { k.begin(1, message(0, nil), append(rangeMethod, "grpc-timeout", "soon")...) },
+		"metadata that is not base64":   func(k *talker) { k.begin(1, message(0, nil), append(rangeMethod, "x-bin", "%%%")...) },
+		"an encoding that nobody knows": func(k *talker) { k.begin(1, message(1, []byte("x")), append(rangeMethod, "grpc-encoding", "rot13")...) },
+		"compressed": func(k *talker) {
+			k.begin(1, message(1, gzipped("\x0a\x01k")), append(rangeMethod, "grpc-encoding", "gzip", "grpc-accept-encoding", "gzip")...)
+		},
+		"compressed, and cut off": func(k *talker) {
+			k.begin(1, message(1, gzipped("\x0a\x01k")[:20]), append(rangeMethod, "grpc-encoding", "gzip")...)
+		},
 		"compressed without an encoding": func(k *talker) { k.begin(1, message(1, []byte("x")), rangeMethod...) },
 		"a flag that nobody knows":       func(k *talker) { k.begin(1, message(7, []byte("x")), rangeMethod...) },
 		"a message that is cut off":      func(k *talker) { k.begin(1, message(0, []byte("1234"))[:7], rangeMethod...) },

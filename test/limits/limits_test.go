@@ -45,19 +45,34 @@ func newSite(t *testing.T, maxRequest int, edit func(*site, *harness.ProxyConfig
 	}
 	s.bare = s.env.StartEtcd(harness.EtcdConfig{Name: "bare", Bare: true, MaxRequestBytes: maxRequest, Flags: flags})
 	s.behind = s.env.StartEtcd(harness.EtcdConfig{Name: "behind", MaxRequestBytes: maxRequest + sealing, Flags: flags})
-	cfg := harness.ProxyConfig{
-		Coordination: harness.NoCoordination(),
-		Etcd:         harness.Upstream{Endpoints: []string{s.behind.URL}, MaxRequestBytes: maxRequest},
-		KMS:          []harness.KMSConfig{s.env.LocalKey("local", 1)},
-		Rules:        []harness.Rule{{Prefix: "", WriteWith: "local"}},
-		Log:          harness.LogConfig{Level: "info"},
-	}
+	cfg := s.config(s.behind.URL)
+	cfg.Etcd.MaxRequestBytes = maxRequest
 	if edit != nil {
 		edit(s, &cfg)
 	}
 	s.proxy = s.env.StartProxy("proxy", cfg)
 	s.proxy.WaitReady(30 * time.Second)
 	return s
+}
+
+// newSiteBefore is a proxy before an etcd that the test plays.
+func newSiteBefore(t *testing.T, etcd string) *site {
+	t.Helper()
+	s := &site{env: harness.New(t)}
+	s.proxy = s.env.StartProxy("proxy", s.config(etcd))
+	s.proxy.WaitReady(30 * time.Second)
+	return s
+}
+
+// config seals every key.
+func (s *site) config(etcd string) harness.ProxyConfig {
+	return harness.ProxyConfig{
+		Coordination: harness.NoCoordination(),
+		Etcd:         harness.Upstream{Endpoints: []string{etcd}},
+		KMS:          []harness.KMSConfig{s.env.LocalKey("local", 1)},
+		Rules:        []harness.Rule{{Prefix: "", WriteWith: "local"}},
+		Log:          harness.LogConfig{Level: "info"},
+	}
 }
 
 // sides are the two that clients must not be able to tell apart.
