@@ -253,6 +253,11 @@ func TestClientsThatDoNotRead(t *testing.T) {
 					_ = k.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: block, EndHeaders: true})
 					_ = k.WriteData(1, test.method != "/etcdserverpb.Watch/Watch", message(0, test.request))
 					defer k.Close()
+					// They read no further than where the answer begins.
+					_ = k.SetReadDeadline(time.Now().Add(20 * time.Second))
+					if _, err := io.ReadFull(k.Conn, make([]byte, 1000)); err != nil {
+						t.Fatal(err)
+					}
 				}
 				// While they hang there is something new to tell, and somebody who reads.
 				ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)

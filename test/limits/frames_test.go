@@ -234,8 +234,8 @@ func (s *site) garbage(t *testing.T) {
 			say(proxy)
 			want, got := bare.settled(), proxy.settled()
 			// An answer to a call may come after that to the PING, and on one side later than on the other.
-			for begun := time.Now(); time.Since(begun) < 300*time.Millisecond || !slices.Equal(want, got) && time.Since(begun) < 10*time.Second; {
-				want, got = bare.listen(100*time.Millisecond), proxy.listen(100*time.Millisecond)
+			for begun := time.Now(); time.Since(begun) < 100*time.Millisecond || !slices.Equal(want, got) && time.Since(begun) < 10*time.Second; {
+				want, got = bare.listen(50*time.Millisecond), proxy.listen(50*time.Millisecond)
 			}
 			t.Logf("%q", got)
 			if !slices.Equal(want, got) {
