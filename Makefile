@@ -47,6 +47,7 @@ compatibility: ## write the tables of docs/compatibility.md from what passed in 
 soak: build tools ## hours: a KMS in trouble, ten lives of a cluster of 20,000 Secrets, a million keys, linearizability, random sequences
 	cd test && SOAK=10m go test -count=1 -timeout 30m ./soak
 	cd test && STATUS_KEYS=1000000 go test -count=1 -timeout 30m -run StatusMemory ./lifecycle
+	cd test && LIMITS_ANSWER_MB=1000 go test -count=1 -timeout 20m -run LargeAnswers ./limits
 	cd test && LINEAR_ROUNDS=60 go test -count=1 -timeout 60m ./linear
 	cd test && DIFFERENTIAL_SEQUENCES=20000 go test -count=1 -timeout 5h -run RandomSequences ./differential
 	cd test && LIFE_SECRETS=20000 LIFE_ROUNDS=10 go test -count=1 -timeout 4h -run 'Life$$' ./reencrypt
