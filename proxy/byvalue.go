@@ -3,6 +3,7 @@ package proxy
 import (
 	"context"
 	"fmt"
+	"strings"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -103,9 +104,15 @@ func (c *kvCall) askTxn(ctx context.Context, t *pb.TxnRequest, ask asker) ([]byt
 
 // tooMuch tells a client what to do about an answer that is too long to be sorted or compared.
 func tooMuch(err error) error {
-	if status.Code(err) == codes.ResourceExhausted {
-		return ownError(codes.ResourceExhausted, fmt.Sprintf(
-			"values under a rule are compared and sorted here, and that is done for answers of %d MiB at most: ask for fewer keys (etcd: %s)", maxByValue>>20, status.Convert(err).Message()))
+	if !overlong(err) {
+		return err
 	}
-	return err
+	return ownError(codes.ResourceExhausted, fmt.Sprintf(
+		"values under a rule are compared and sorted here, and that is done for answers of %d MiB at most: ask for fewer keys (etcd: %s)", maxByValue>>20, status.Convert(err).Message()))
+}
+
+// overlong says that gRPC would not take the answer. etcd has the same code for what it lacks itself, space among it.
+func overlong(err error) bool {
+	st := status.Convert(err)
+	return st.Code() == codes.ResourceExhausted && strings.HasPrefix(st.Message(), "grpc: ")
 }

@@ -398,7 +398,7 @@ func (d *decision) meet(ctx context.Context, c *pb.Compare) (seenCompare, error)
 	for r.Limit = pageKeys; ; {
 		r.Revision = d.revision
 		page, err := d.askRange(ctx, r, d.ask)
-		if status.Code(err) == codes.ResourceExhausted && r.GetLimit() > 1 {
+		if overlong(err) && r.GetLimit() > 1 {
 			r.Limit = max(1, r.GetLimit()/8)
 			continue
 		}

@@ -212,3 +212,31 @@ func TestRulesSwappedInFlight(t *testing.T) {
 		t.Error("two rules with one prefix were taken")
 	}
 }
+
+// TestExhausted: what etcd lacks, it says itself, also where a value is compared here.
+func TestExhausted(t *testing.T) {
+	full := status.Error(codes.ResourceExhausted, "etcdserver: mvcc: database space exceeded")
+	etcd := serveFake(t, &fakeEtcd{
+		rangeFn: func(context.Context, *pb.RangeRequest) (*pb.RangeResponse, error) {
+			return &pb.RangeResponse{Header: &pb.ResponseHeader{Revision: 1}}, nil
+		},
+		txnFn: func(_ context.Context, r *pb.TxnRequest) (*pb.TxnResponse, error) {
+			for _, op := range r.Success {
+				if op.GetRequestPut() != nil {
+					return nil, full
+				}
+			}
+			answer := &pb.TxnResponse{Header: &pb.ResponseHeader{Revision: 1}, Succeeded: true}
+			for range r.Success {
+				answer.Responses = append(answer.Responses, &pb.ResponseOp{Response: &pb.ResponseOp_ResponseRange{ResponseRange: &pb.RangeResponse{}}})
+			}
+			return answer, nil
+		},
+	})
+	kv := pb.NewKVClient(startProxy(t, etcd, everything, nil).dial(t))
+	put := []*pb.RequestOp{{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: []byte("k"), Value: []byte("v")}}}}
+	_, err := kv.Txn(testContext(t), &pb.TxnRequest{
+		Compare: []*pb.Compare{{Key: []byte("k"), Target: pb.Compare_VALUE, TargetUnion: &pb.Compare_Value{Value: []byte("x")}}}, Success: put, Failure: put,
+	})
+	sameStatus(t, err, full)
+}
