@@ -77,7 +77,7 @@ func newGateway(e engine, maxRequest int) (*gateway, error) {
 		mux.Handle(path, own)
 	}
 	g.server = &http.Server{
-		Handler: admitted(mux), ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout,
+		Handler: ofBeta(admitted(mux)), ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout,
 		ErrorLog: log.New(io.Discard, "", 0), // it tells of what clients do wrong
 		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
 			return context.WithValue(ctx, loopedKey{}, conn)
@@ -149,6 +149,18 @@ func (o ofRequest) NewStream(ctx context.Context, desc *grpc.StreamDesc, method 
 		return nil, err
 	}
 	return conn.NewStream(ctx, desc, method, opts...)
+}
+
+// ofBeta takes /v3beta/, the name of before etcd 3.4 that clients still ask for, for /v3/, as etcd does.
+func ofBeta(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if rest, ok := strings.CutPrefix(r.URL.Path, "/v3beta/"); ok {
+			named, asked := *r.URL, *r
+			named.Path, asked.URL = "/v3/"+rest, &named
+			r = &asked
+		}
+		next.ServeHTTP(w, r)
+	})
 }
 
 // admitted lets nobody in whom the listener denies.
