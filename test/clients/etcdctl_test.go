@@ -23,17 +23,40 @@ type pair struct {
 	*harness.Env
 	bare, behind *harness.Etcd
 	proxy        *harness.Proxy
+	// ca has signed the certificates of all, and client is one without a common name; without TLS they are empty.
+	ca     *harness.CA
+	client harness.Pair
 }
 
 func newPair(t *testing.T, version string) *pair {
 	t.Helper()
+	return (&pair{Env: harness.New(t)}).start(version)
+}
+
+func newTLSPair(t *testing.T, version string) *pair {
+	t.Helper()
 	p := &pair{Env: harness.New(t)}
-	p.bare = p.StartEtcd(harness.EtcdConfig{Version: version, Name: "bare", Bare: true})
-	p.behind = p.StartEtcd(harness.EtcdConfig{Version: version, Name: "behind"})
-	p.proxy = p.StartProxy("proxy", harness.ProxyConfig{
+	p.ca = p.NewCA("all")
+	p.client = p.ca.Client("client", "")
+	return p.start(version)
+}
+
+func (p *pair) start(version string) *pair {
+	p.TB.Helper()
+	p.bare = p.StartEtcd(harness.EtcdConfig{Version: version, Name: "bare", Bare: true, CA: p.ca})
+	p.behind = p.StartEtcd(harness.EtcdConfig{Version: version, Name: "behind", CA: p.ca})
+	cfg := harness.ProxyConfig{
 		Coordination: harness.NoCoordination(), Etcd: harness.Upstream{Endpoints: []string{p.behind.URL}},
 		KMS: []harness.KMSConfig{p.LocalKey("dev", 1)}, Rules: []harness.Rule{{Prefix: "", WriteWith: "dev", AllowPlaintextReads: new(false)}},
-	})
+	}
+	if p.ca != nil {
+		cfg.Etcd.TLS = &harness.ClientTLS{CAFile: p.ca.File, CertFile: p.behind.Client.CertFile, KeyFile: p.behind.Client.KeyFile}
+		server := p.ca.Server("proxy")
+		cfg.Listeners = []harness.Listener{{
+			Address: harness.FreeAddress(p.TB), TLS: &harness.ServerTLS{CertFile: server.CertFile, KeyFile: server.KeyFile, ClientCAFile: p.ca.File},
+		}}
+	}
+	p.proxy = p.StartProxy("proxy", cfg)
 	p.proxy.WaitReady(within)
 	return p
 }

@@ -110,14 +110,26 @@ func (e *Env) addDataDir(path string) {
 	e.dataDirs = append(e.dataDirs, path)
 }
 
+// BinDir is the folder of what the Makefile builds and installs for the tests.
+func BinDir(tb testing.TB) string {
+	tb.Helper()
+	dir := os.Getenv("ETCD_KMS_PROXY_BIN")
+	if dir == "" {
+		_, self, _, _ := runtime.Caller(0)
+		dir = filepath.Join(filepath.Dir(self), "..", "..", ".bin")
+	}
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		tb.Fatalf("find %s: %v", dir, err)
+	}
+	return dir
+}
+
 // Bin returns the path of a binary that the Makefile builds. It fails the test when the file is missing: a skipped end-to-end test proves nothing.
 func Bin(tb testing.TB, name string) string {
 	tb.Helper()
-	path, err := filepath.Abs(binPath(name))
-	if err == nil {
-		_, err = os.Stat(path)
-	}
-	if err != nil {
+	path := filepath.Join(BinDir(tb), name)
+	if _, err := os.Stat(path); err != nil {
 		target := "tools"
 		switch name {
 		case "etcd-kms-proxy":
@@ -128,15 +140,6 @@ func Bin(tb testing.TB, name string) string {
 		tb.Fatalf("find %s: %v; run `make %s` first", name, err, target)
 	}
 	return path
-}
-
-func binPath(name string) string {
-	dir := os.Getenv("ETCD_KMS_PROXY_BIN")
-	if dir == "" {
-		_, self, _, _ := runtime.Caller(0)
-		dir = filepath.Join(filepath.Dir(self), "..", "..", ".bin")
-	}
-	return filepath.Join(dir, name)
 }
 
 // Ports of [FreePort]: below the range that outgoing connections take theirs from, so that a port stays free until a process is

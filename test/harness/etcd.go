@@ -60,7 +60,7 @@ type Etcd struct {
 func Versions(tb testing.TB) []string {
 	tb.Helper()
 	newer := []string{"3.5", "3.6", "3.7", "3.8"}
-	if _, err := os.Stat(binPath("etcd-3.4")); err != nil && os.Getenv("CI") == "" {
+	if _, err := os.Stat(filepath.Join(BinDir(tb), "etcd-3.4")); err != nil && os.Getenv("CI") == "" {
 		tb.Logf("without etcd 3.4: `make tools-etcd-3.4` takes it from Debian's package (%v)", err)
 		return newer
 	}
