@@ -1,0 +1,279 @@
+package clients
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+)
+
+// TestCurl: what a shell has of the JSON gateway, in every header.
+func TestCurl(t *testing.T) {
+	t.Parallel()
+	needs(t, "apt-get install curl", "curl", "--version")
+	for name, pair := range map[string]func(*testing.T, string) *pair{"cleartext": newPair, "TLS": newTLSPair} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			c := &curl{pair: pair(t, "3.7"), dir: t.TempDir()}
+			c.values(t)
+			c.transports(t)
+			c.streams(t)
+			c.sealed(t)
+			c.users(t)
+		})
+	}
+}
+
+type curl struct {
+	*pair
+	dir string
+}
+
+// reply is what curl printed of one answer.
+type reply struct {
+	Code   string // curl's own: 0 is fine
+	Status string
+	Header []string
+	Body   any // decoded JSON, or text
+}
+
+// different are headers that differ between two answers, for the JSON has spaces at random, and those for scripts of foreign web pages, whom the proxy does not let in. Over
+// TLS, etcd's gateway hands on all headers of its gRPC server, which what the proxy itself answers does not have.
+var different = map[bool]*regexp.Regexp{
+	false: regexp.MustCompile(`(?i)^(date|content-length|access-control-allow-[a-z]+): `),
+	true:  regexp.MustCompile(`(?i)^(date|content-length|access-control-allow-[a-z]+|grpc-metadata-[a-z-]+): `),
+}
+
+// encoded stands for its base64, as in a shell $(echo -n … | base64).
+var encoded = regexp.MustCompile(`‹[^›]*›`)
+
+func (c *curl) expand(s string) string {
+	s = strings.ReplaceAll(s, "%s", c.Sealed.Value("curl"))
+	return encoded.ReplaceAllStringFunc(s, func(m string) string {
+		return base64.StdEncoding.EncodeToString([]byte(strings.TrimSuffix(strings.TrimPrefix(m, "‹"), "›")))
+	})
+}
+
+// command asks base for path.
+func (c *curl) command(ctx context.Context, base, path string, args ...string) *exec.Cmd {
+	all := []string{"-q", "-sS", "--max-time", "20", "-i", "--http1.1"}
+	if c.ca != nil {
+		all = append(all, "--cacert", c.ca.File, "--cert", c.client.CertFile, "--key", c.client.KeyFile)
+	}
+	for _, a := range append(args, base+path) {
+		all = append(all, c.expand(a))
+	}
+	cmd := exec.CommandContext(ctx, "curl", all...)
+	cmd.Dir = c.dir
+	return cmd
+}
+
+func (c *curl) ask(t *testing.T, base, path string, args ...string) reply {
+	t.Helper()
+	var out, errs bytes.Buffer
+	cmd := c.command(t.Context(), base, path, args...)
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	err := cmd.Run()
+	if _, exited := errors.AsType[*exec.ExitError](err); err != nil && !exited {
+		t.Errorf("curl %s: %v", path, err)
+		return reply{}
+	}
+	r := reply{Code: fmt.Sprint(cmd.ProcessState.ExitCode())}
+	head, body, _ := strings.Cut(out.String(), "\r\n\r\n")
+	for strings.HasPrefix(head, "HTTP/1.1 1") { // 100, 101
+		head, body, _ = strings.Cut(body, "\r\n\r\n")
+	}
+	lines := strings.Split(head, "\r\n")
+	r.Status, r.Header = lines[0], slices.DeleteFunc(lines[1:], different[c.ca != nil].MatchString)
+	slices.Sort(r.Header)
+	if r.Body = body; json.Valid([]byte(body)) {
+		_ = json.Unmarshal([]byte(body), &r.Body) // it is valid
+	}
+	return r
+}
+
+// both compares what the two answer.
+func (c *curl) both(t *testing.T, path string, args ...string) reply {
+	t.Helper()
+	var want reply
+	var bare sync.WaitGroup
+	bare.Go(func() { want = c.ask(t, c.bare.URL, path, args...) })
+	got := c.ask(t, c.proxy.URL(), path, args...)
+	bare.Wait()
+	if w, g := fmt.Sprintf("%q", want), fmt.Sprintf("%q", got); w != g {
+		t.Errorf("curl %.300q %s\nbare etcd: %.1500s\nthe proxy: %.1500s", args, path, w, g)
+	}
+	return got
+}
+
+func (c *curl) values(t *testing.T) {
+	for _, r := range [][2]string{
+		{"kv/put", `{"key":"‹a›","value":"‹%s›"}`}, {"kv/put", `{"key": "‹a›", "value": "‹%s-2›", "prev_kv": true}`}, {"kv/put", `{"key":"‹b›"}`},
+		{"kv/range", `{"key":"‹a›"}`}, {"kv/range", `{"key":"‹a›","range_end":"‹c›","sort_target":"VALUE","sort_order":2}`}, {"kv/range", `{"key":"AA==","range_end":"AA==","keys_only":true}`},
+		{"kv/range", `{"key":"‹a›","revision":2}`}, {"kv/range", `{"key":"‹a›","revision":"99"}`}, {"kv/range", `{"key":"‹a›","nonsense":1}`}, {"kv/range", `{"key":"a"}`}, {"kv/range", `{`}, {"kv/range", ``},
+		{"kv/txn", `{"compare":[{"key":"‹a›","target":"VALUE","value":"‹%s-2›"}],"success":[{"requestPut":{"key":"‹a›","value":"‹%s-3›"}}],"failure":[{"requestRange":{"key":"‹a›"}}]}`},
+		{"kv/txn", `{"compare":[{"key":"‹a›","target":"VALUE","result":"LESS","value":"‹%s-3›"}],"success":[{"request_delete_range":{"key":"‹a›"}}],"failure":[{"request_range":{"key":"‹a›"}}]}`},
+		{"kv/deleterange", `{"key":"‹b›","prev_kv":true}`}, {"kv/compaction", `{"revision":3}`}, {"kv/compaction", `{"revision":3}`},
+		{"lease/grant", `{"TTL":600,"ID":7}`}, {"lease/grant", `{"TTL":600,"ID":7}`}, {"kv/put", `{"key":"‹leased›","value":"‹%s›","lease":7}`}, {"lease/keepalive", `{"ID":7}`}, {"lease/leases", ``},
+		{"lock/lock", `{"name":"‹lock›","lease":7}`}, {"lock/unlock", `{"key":"‹lock/7›"}`},
+		{"election/campaign", `{"name":"‹election›","lease":7,"value":"‹%s›"}`}, {"election/leader", `{"name":"‹election›"}`},
+		{"lease/revoke", `{"ID":7}`}, {"election/leader", `{"name":"‹election›"}`}, {"kv/range", `{"key":"‹leased›"}`},
+		{"maintenance/alarm", `{}`}, {"nothing", `{}`}, {"kv/nothing", `{}`},
+	} {
+		c.both(t, "/v3/"+r[0], "-d", r[1])
+	}
+	got := c.both(t, "/v3/kv/range", "-d", `{"key":"‹a›"}`)
+	if kvs, _ := json.Marshal(got.Body); !bytes.Contains(kvs, []byte(c.expand(`"‹%s-3›"`))) {
+		t.Errorf("the value has not come through: %s", kvs)
+	}
+}
+
+// transports: how a request comes, and not what it asks for.
+func (c *curl) transports(t *testing.T) {
+	const put, get = `{"key":"‹t›","value":"‹%s›"}`, `{"key":"‹t›"}`
+	large := c.expand(`{"key":"‹large›","value":"‹` + strings.Repeat("%s", 30<<10) + `›"}`)
+	tooLarge := c.expand(`{"key":"‹large›","value":"‹` + strings.Repeat("%s", 80<<10) + `›"}`)
+	for name, data := range map[string]string{"put": c.expand(put), "get": c.expand(get), "large": large, "too-large": tooLarge} {
+		if err := os.WriteFile(filepath.Join(c.dir, name), []byte(data), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.both(t, "/v3/kv/put", "-d", put)
+	for _, args := range [][]string{
+		{"-d", "@put"}, {"--data-binary", "@get"}, {"-H", "Content-Type: application/json", "-d", get}, {"-H", "Content-Type: text/plain", "-d", get}, {"-H", "Content-Type: application/grpc", "-d", get},
+		{"-H", "Transfer-Encoding: chunked", "-d", "@put"}, {"-H", "Accept-Encoding: gzip", "-d", get}, {"-H", "Accept: text/html", "-d", get}, {"-H", "Host: elsewhere.example", "-d", get}, {"-H", "User-Agent:", "-d", get},
+		{"-H", "Expect: 100-continue", "-d", "@put"}, {"--data-binary", "@too-large"}, {"-T", "put"}, {"-X", "PUT", "-d", put}, {"-G", "-d", "key=‹t›"}, {"-I"}, {"-X", "DELETE"},
+		{"-H", "Grpc-Timeout: 10S", "-d", get}, {"-H", "Grpc-Timeout: nonsense", "-d", get}, {"-H", "Grpc-Metadata-hasleader: true", "-d", get}, {"-H", "Authorization: nonsense", "-d", get}, {"-H", "Connection: close", "-d", get},
+		{"-F", "key=‹t›"}, {"-0", "-d", get},
+	} {
+		c.both(t, "/v3/kv/range", args...)
+	}
+	if got := c.both(t, "/v3/kv/put", "--data-binary", "@large"); !strings.HasSuffix(got.Status, " 200 OK") {
+		t.Errorf("%.500v", got)
+	}
+	c.both(t, "/v3/kv/put", "--data-binary", "@too-large")
+	for _, path := range []string{"/health", "/health?serializable=true", "/livez", "/readyz", "/version", "/", "/v3", "/v3/", "/v2/keys/", "/v3//kv/range", "/v3/kv/../kv/range", "/v3beta/kv/range", "/v3alpha/kv/range"} {
+		c.both(t, path, "--path-as-is")
+		c.both(t, path, "--path-as-is", "-d", get)
+	}
+	if c.ca == nil {
+		c.both(t, "/v3/kv/range", "--http2", "-d", get)            // an upgrade, which etcd does not take
+		for _, base := range []string{c.bare.URL, c.proxy.URL()} { // that is gRPC's, which says so and resets the stream; curl may notice the one or the other
+			if r := c.ask(t, base, "/v3/kv/range", "--http2-prior-knowledge", "-d", get); r.Code != "92" && !strings.HasPrefix(r.Status, "HTTP/2 415") || r.Body != "" {
+				t.Errorf("HTTP/2 without TLS at %s: %v", base, r)
+			}
+		}
+		return
+	}
+	c.both(t, "/health", "--tls-max", "1.1")
+	c.both(t, "/health", "--tls-max", "1.2")
+	c.both(t, "/health", "--cacert", "/dev/null")
+	// Where HTTP/2 and HTTP/1.1 are offered, etcd takes the one and the proxy the other.
+	for _, version := range []string{"--http2", "--http2-prior-knowledge", "--no-alpn"} {
+		want, got := c.ask(t, c.bare.URL, "/v3/kv/range", version, "-d", get), c.ask(t, c.proxy.URL(), "/v3/kv/range", version, "-d", get)
+		if fmt.Sprint(want.Body) != fmt.Sprint(got.Body) || !strings.Contains(got.Status, "200") {
+			t.Errorf("%s\nbare etcd: %v\nthe proxy: %v", version, want, got)
+		}
+	}
+}
+
+// streams: lines come as they happen, without a wait for more.
+func (c *curl) streams(t *testing.T) {
+	watch := func(base string) (lines []any) {
+		ctx, cancel := context.WithCancel(t.Context())
+		cmd := c.command(ctx, base, "/v3/watch", "--no-include", "-N", "-d", `{"create_request":{"key":"‹watched›","prev_kv":true}}{"create_request":{"key":"‹w›","range_end":"‹x›","filters":["NODELETE"],"watch_id":"9"}}`)
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		defer func() {
+			cancel()
+			_, _ = io.Copy(io.Discard, out)
+			_ = cmd.Wait() // it was killed
+		}()
+		read := bufio.NewReader(out)
+		next := func() {
+			t.Helper()
+			line, err := read.ReadBytes('\n')
+			var decoded any
+			if err != nil || json.Unmarshal(line, &decoded) != nil {
+				t.Fatalf("watch: %q, %v", line, err)
+			}
+			lines = append(lines, decoded)
+		}
+		next() // created, both
+		next()
+		for _, r := range [][2]string{{"put", `{"key":"‹watched›","value":"‹%s›"}`}, {"put", `{"key":"‹watched›","value":"‹%s-2›"}`}, {"deleterange", `{"key":"‹watched›"}`}} {
+			c.ask(t, base, "/v3/kv/"+r[0], "-d", r[1])
+			if next(); r[0] == "put" { // both see it, in either order
+				next()
+				slices.SortFunc(lines[len(lines)-2:], func(a, b any) int { return strings.Compare(fmt.Sprint(a), fmt.Sprint(b)) })
+			}
+		}
+		return lines
+	}
+	want, got := watch(c.bare.URL), watch(c.proxy.URL())
+	if w, g := fmt.Sprint(want), fmt.Sprint(got); w != g || !strings.Contains(g, c.expand("‹%s-2›")) {
+		t.Errorf("a watch\nbare etcd: %s\nthe proxy: %s", w, g)
+	}
+	snapshot, err := c.command(t.Context(), c.proxy.URL(), "/v3/maintenance/snapshot", "--no-include", "-d", "{}").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all []byte
+	for line := range bytes.Lines(snapshot) {
+		var chunk struct{ Result struct{ Blob []byte } }
+		if err := json.Unmarshal(line, &chunk); err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, chunk.Result.Blob...)
+	}
+	if bytes.Contains(all, []byte(c.Sealed.Marker())) || !bytes.Contains(all, []byte(sealedPrefix)) {
+		t.Errorf("the snapshot, of %d bytes, is not ciphertext", len(all))
+	}
+}
+
+// users: a token goes in a header.
+func (c *curl) users(t *testing.T) {
+	for _, r := range [][2]string{
+		{"user/add", `{"name":"root","password":"root-password"}`}, {"user/add", `{"name":"reader","password":"reader-password"}`}, {"role/add", `{"name":"root"}`}, {"role/add", `{"name":"readers"}`},
+		{"role/grant", `{"name":"readers","perm":{"permType":"READ","key":"‹a›"}}`}, {"user/grant", `{"user":"root","role":"root"}`}, {"user/grant", `{"user":"reader","role":"readers"}`}, {"enable", `{}`},
+	} {
+		c.both(t, "/v3/auth/"+r[0], "-d", r[1])
+	}
+	requests := [][2]string{
+		{"kv/range", `{"key":"‹a›"}`}, {"kv/range", `{"key":"‹t›"}`}, {"kv/put", `{"key":"‹a›","value":"‹%s›"}`},
+		{"kv/txn", `{"compare":[{"key":"‹a›","target":"VALUE","result":"GREATER","value":"‹%s›"}],"success":[{"request_range":{"key":"‹a›"}}]}`}, {"auth/user/list", `{}`},
+	}
+	for _, r := range requests {
+		c.both(t, "/v3/"+r[0], "-d", r[1])
+	}
+	for _, user := range []string{"reader", "root"} {
+		token := func(base string) string {
+			body, _ := c.ask(t, base, "/v3/auth/authenticate", "-d", fmt.Sprintf(`{"name":%q,"password":"%s-password"}`, user, user)).Body.(map[string]any)
+			return fmt.Sprint("Authorization: ", body["token"])
+		}
+		bare, proxy := token(c.bare.URL), token(c.proxy.URL())
+		for _, r := range requests {
+			want, got := c.ask(t, c.bare.URL, "/v3/"+r[0], "-H", bare, "-d", r[1]), c.ask(t, c.proxy.URL(), "/v3/"+r[0], "-H", proxy, "-d", r[1])
+			if w, g := fmt.Sprintf("%q", want), fmt.Sprintf("%q", got); w != g {
+				t.Errorf("%s, %s\nbare etcd: %s\nthe proxy: %s", user, r[0], w, g)
+			}
+		}
+	}
+}
