@@ -22,7 +22,7 @@ const python = "/usr/bin/python3"
 func TestPythonGateway(t *testing.T) {
 	t.Parallel()
 	needs(t, "apt-get install python3-etcd3gw", python, "-c", "import etcd3gw")
-	everyWay(t, func(t *testing.T, p *pair) {
+	everyWay(t, "python3-etcd3gw", func(t *testing.T, p *pair) {
 		p.program(t, nil, python, "testdata/etcd3gw_client.py")
 		p.sealed(t)
 	})
@@ -32,7 +32,7 @@ func TestPythonGateway(t *testing.T) {
 func TestPython(t *testing.T) {
 	t.Parallel()
 	needs(t, "apt-get install python3-etcd3", python, "-c", "import etcd3")
-	everyWay(t, func(t *testing.T, p *pair) {
+	everyWay(t, "python3-etcd3", func(t *testing.T, p *pair) {
 		dir := p.program(t, nil, python, "testdata/etcd3_client.py")
 		p.sealed(t)
 		data, err := os.ReadFile(filepath.Join(dir, "snapshot.db"))
@@ -55,15 +55,17 @@ func needs(t *testing.T, install, command string, args ...string) {
 	}
 }
 
-// everyWay runs work with each version of etcd, and over TLS.
-func everyWay(t *testing.T, work func(*testing.T, *pair)) {
-	for _, version := range []string{"3.5", "3.6", "3.7"} {
+// everyWay runs the work of a client with each version of etcd that can be built, and over TLS.
+func everyWay(t *testing.T, client string, work func(*testing.T, *pair)) {
+	for _, version := range []string{"3.5", "3.6", "3.7", "3.8"} {
 		if version != "3.7" && testing.Short() {
 			continue
 		}
 		t.Run(version, func(t *testing.T) {
 			t.Parallel()
-			work(t, newPair(t, version))
+			p := newPair(t, version)
+			p.proxy.Tells(client)
+			work(t, p)
 		})
 	}
 	t.Run("TLS", func(t *testing.T) {

@@ -159,7 +159,7 @@ func (t tested) render() (string, error) {
 var (
 	versions = []string{"3.4", "3.5", "3.6", "3.7", "3.8"}
 	// expected are the clients that there are tests of.
-	expected = []string{"etcdctl 3.5", "etcdctl 3.6", "etcdctl 3.7", "etcdctl 3.8", "etcd's Go client", "kube-apiserver"}
+	expected = []string{"etcdctl 3.5", "etcdctl 3.6", "etcdctl 3.7", "etcdctl 3.8", "etcd's Go client", "kube-apiserver", "kube-apiserver on kine", "python3-etcd3", "python3-etcd3gw", "npm's etcd3", "curl"}
 )
 
 func short(row string) string {
