@@ -64,25 +64,6 @@ func TestSniff(t *testing.T) {
 	}
 }
 
-// FuzzSniff: whatever a client says, nothing of it is lost, and only what begins like HTTP/2 is taken for it.
-func FuzzSniff(f *testing.F) {
-	f.Add("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", true)
-	f.Add("GET /health HTTP/1.1\r\n\r\n", false)
-	f.Add("PR", false)
-	f.Fuzz(func(t *testing.T, said string, oneByOne bool) {
-		http1, all, err := sniffString(t, said, oneByOne)
-		if err != nil {
-			if len(said) >= len(preface) {
-				t.Fatal(err)
-			}
-			return
-		}
-		if all != said || http1 == strings.HasPrefix(said, preface) {
-			t.Fatalf("HTTP/1 %t, %q", http1, all)
-		}
-	})
-}
-
 // TestSilentClient: a client that says nothing, or half a word, holds nobody up, the end of the proxy least of all.
 func TestSilentClient(t *testing.T) {
 	p := startProxy(t, serveFake(t, echoEtcd()), nil, nil)

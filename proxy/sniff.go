@@ -40,7 +40,7 @@ func sniff(ctx context.Context, conn net.Conn) (c net.Conn, http1 bool, err erro
 	for len(front) < len(preface) && string(front) == preface[:len(front)] {
 		n, err := conn.Read(front[len(front):cap(front)])
 		front = front[:len(front)+n]
-		if err != nil {
+		if err != nil && n == 0 { // an end that comes with the last bytes comes again after them
 			return nil, false, fmt.Errorf("waiting for the client's first bytes: %w", err)
 		}
 		if n == 0 {
