@@ -30,6 +30,7 @@ var importTable = map[string][]string{
 	"lifecycle":         {module + "lifecycle", module + "crypto/", module + "proxy/prefix", "github.com/cenkalti/backoff/v5", "go.etcd.io/etcd/", "google.golang.org/grpc", "golang.org/x/"},
 	"lifecycle/disk":    {"go.etcd.io/bbolt", "google.golang.org/protobuf/encoding/protowire"},
 	"proxy":             {module + "proxy/etcdwire", module + "proxy/prefix", "google.golang.org/", "go.etcd.io/etcd/", "github.com/prometheus/", "golang.org/x/", "go.uber.org/zap", "github.com/grpc-ecosystem/grpc-gateway/v2/runtime", "github.com/tmc/grpc-websocket-proxy/wsproxy"},
+	"proxy/etcdmodel":   {"go.etcd.io/etcd/api/v3/", "google.golang.org/"},
 	"proxy/audit":       {}, // nothing but the standard library
 	"proxy/prefix":      {}, // nothing but the standard library
 	"proxy/etcdwire":    {"google.golang.org/protobuf/encoding/protowire"},
