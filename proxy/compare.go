@@ -164,7 +164,11 @@ func (t *valueTxn) attempt(ctx context.Context) ([]byte, error) {
 		return d.again(err)
 	}
 	sent.Compare = d.guards
-	if check := t.never(other); check != nil {
+	if slices.ContainsFunc(chosen, func(op *pb.RequestOp) bool { return op.GetRequestTxn() != nil }) {
+		sent.Compare = t.padded(sent.Compare, len(other), true)
+	}
+	if len(other) > 0 {
+		check := t.never(t.padded(nil, 1, false), other)
 		switch {
 		case t.serializable: // a nested transaction is not; these may be taken, and their answers are thrown away
 			for _, op := range check.GetSuccess() {
@@ -174,13 +178,14 @@ func (t *valueTxn) attempt(ctx context.Context) ([]byte, error) {
 		case !t.apart:
 			sent.Failure = []*pb.RequestOp{{Request: &pb.RequestOp_RequestTxn{RequestTxn: check}}}
 		default:
+			check.Compare = t.padded(check.Compare, max(len(t.asked.GetCompare()), len(chosen)), false)
 			if _, err := t.askTxn(ctx, check, t.ask); err != nil {
 				return nil, tooMuch(err)
 			}
 		}
 	}
 	answer, err := t.send(ctx, sent, !holds)
-	if err != nil && len(sent.GetFailure()) > 0 && status.Convert(err).Message() == rpctypes.ErrorDesc(rpctypes.ErrGRPCTooManyOps) {
+	if err != nil && len(sent.GetFailure()) > 0 && !t.serializable && isTooManyOps(err) {
 		// The nesting is what made it too much, perhaps.
 		t.apart = true
 		return nil, nil
@@ -189,24 +194,51 @@ func (t *valueTxn) attempt(ctx context.Context) ([]byte, error) {
 }
 
 // explain returns the error that etcd has for the transaction as it was asked for, where it refused one that was made of it: of several things that are wrong
-// the one that etcd meets first.
+// the one that etcd meets first. It looks at the operations of both branches before it looks for keys that are written twice in either.
 func (t *valueTxn) explain(ctx context.Context, err error) error {
-	check := t.never([]*pb.RequestOp{{Request: &pb.RequestOp_RequestTxn{RequestTxn: t.asked}}})
-	if _, own := t.askTxn(ctx, check, t.ask); status.Code(own) == codes.InvalidArgument {
-		return own
+	var twice error
+	for i, ops := range [][]*pb.RequestOp{t.asked.GetSuccess(), t.asked.GetFailure()} {
+		if i > 0 && len(ops) == 0 {
+			break
+		}
+		var compares []*pb.Compare
+		for _, c := range t.asked.GetCompare() {
+			compares = append(compares, constant(c, false))
+		}
+		check := t.never(t.padded(compares, max(len(t.asked.GetSuccess()), len(t.asked.GetFailure())), false), ops)
+		switch _, own := t.askTxn(ctx, check, t.ask); {
+		case status.Code(own) != codes.InvalidArgument:
+		case status.Convert(own).Message() != rpctypes.ErrorDesc(rpctypes.ErrGRPCDuplicateKey):
+			return own
+		case twice == nil:
+			twice = own
+		}
+	}
+	if twice != nil {
+		return twice
 	}
 	return err
 }
 
-// never is a transaction that does nothing and has etcd check ops. It is nil if there is nothing to check.
-func (t *valueTxn) never(ops []*pb.RequestOp) *pb.TxnRequest {
-	if len(ops) == 0 {
-		return nil
-	}
-	check, _ := proto.Clone(&pb.TxnRequest{Compare: []*pb.Compare{constant(&pb.Compare{Key: append([]byte{}, cmp.Or(string(t.compared), "/")...)}, false)}, Success: ops}).(*pb.TxnRequest)
+func isTooManyOps(err error) bool {
+	return status.Convert(err).Message() == rpctypes.ErrorDesc(rpctypes.ErrGRPCTooManyOps)
+}
+
+// never is a transaction that does nothing and has etcd check ops; its compares do not hold.
+func (t *valueTxn) never(compares []*pb.Compare, ops []*pb.RequestOp) *pb.TxnRequest {
+	check, _ := proto.Clone(&pb.TxnRequest{Compare: compares, Success: ops}).(*pb.TxnRequest)
 	t.blind(check)
 	t.at.unsortedOps(check.GetSuccess())
 	return check
+}
+
+// padded adds compares that hold, or do not, until there are n. The more a transaction has of anything, the less etcd lets those within it have: where a part of it is sent by
+// itself, that must not become more.
+func (t *valueTxn) padded(compares []*pb.Compare, n int, holds bool) []*pb.Compare {
+	for len(compares) < n {
+		compares = append(compares, constant(&pb.Compare{Key: []byte(cmp.Or(string(t.compared), "/"))}, holds))
+	}
+	return compares
 }
 
 // blind puts constants in the place of all covered compares of a transaction that is never taken.
