@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"io"
 	"log/slog"
 	"net"
 	"slices"
@@ -17,7 +16,6 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
-	"google.golang.org/grpc/mem"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -125,7 +123,7 @@ func (f *fakeEtcd) LeaseKeepAlive(s grpc.BidiStreamingServer[pb.LeaseKeepAliveRe
 }
 
 // serveFake starts f on loopback and returns its address.
-func serveFake(t *testing.T, f *fakeEtcd, opts ...grpc.ServerOption) string {
+func serveFake(t testing.TB, f *fakeEtcd, opts ...grpc.ServerOption) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -135,7 +133,7 @@ func serveFake(t *testing.T, f *fakeEtcd, opts ...grpc.ServerOption) string {
 	return l.Addr().String()
 }
 
-func serveFakeOn(t *testing.T, f *fakeEtcd, l net.Listener, opts ...grpc.ServerOption) {
+func serveFakeOn(t testing.TB, f *fakeEtcd, l net.Listener, opts ...grpc.ServerOption) {
 	t.Helper()
 	s := grpc.NewServer(append([]grpc.ServerOption{grpc.MaxRecvMsgSize(1 << 30), grpc.MaxSendMsgSize(1 << 30), grpc.WaitForHandlers(true)}, opts...)...)
 	pb.RegisterKVServer(s, f)
@@ -158,7 +156,7 @@ type running struct {
 }
 
 // startProxy runs a proxy before the etcd at address. edit may change the configuration; by default it listens on loopback.
-func startProxy(t *testing.T, etcd string, rules []Rule, edit func(*Config)) *running {
+func startProxy(t testing.TB, etcd string, rules []Rule, edit func(*Config)) *running {
 	t.Helper()
 	logs := &logBuffer{}
 	cfg := Config{
@@ -192,7 +190,7 @@ func (r *running) dial(t *testing.T, opts ...grpc.DialOption) *grpc.ClientConn {
 	return dial(t, r.Addrs()[0].String(), append([]grpc.DialOption{grpc.WithTransportCredentials(insecure.NewCredentials())}, opts...)...)
 }
 
-func dial(t *testing.T, target string, opts ...grpc.DialOption) *grpc.ClientConn {
+func dial(t testing.TB, target string, opts ...grpc.DialOption) *grpc.ClientConn {
 	t.Helper()
 	conn, err := grpc.NewClient("passthrough:///"+target, append([]grpc.DialOption{
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(1<<30), grpc.MaxCallSendMsgSize(1<<30)),
@@ -248,31 +246,7 @@ func (b *logBuffer) String() string {
 	return b.buf.String()
 }
 
-// rawCall sends msg to a method as it stands, and returns the first answer.
-func rawCall(ctx context.Context, conn *grpc.ClientConn, method string, msg []byte) ([]byte, error) {
-	desc := &grpc.StreamDesc{ClientStreams: true, ServerStreams: true}
-	s, err := conn.NewStream(ctx, desc, method, grpc.ForceCodecV2(rawCodec{}))
-	if err != nil {
-		return nil, err
-	}
-	if err := s.SendMsg(&frame{data: mem.BufferSlice{mem.SliceBuffer(msg)}}); err != nil && !errors.Is(err, io.EOF) {
-		return nil, err
-	}
-	if err := s.CloseSend(); err != nil {
-		return nil, err
-	}
-	out := new(frame)
-	if err := s.RecvMsg(out); err != nil {
-		return nil, err
-	}
-	got := out.data.Materialize()
-	for err == nil {
-		err = s.RecvMsg(out)
-	}
-	return got, nil
-}
-
-func listenLoopback(t *testing.T) net.Listener {
+func listenLoopback(t testing.TB) net.Listener {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -283,22 +257,6 @@ func listenLoopback(t *testing.T) net.Listener {
 
 func dialInsecure(t *testing.T, address string) *grpc.ClientConn {
 	return dial(t, address, grpc.WithTransportCredentials(insecure.NewCredentials()))
-}
-
-// serveRaw starts an etcd that answers every call with the same bytes.
-func serveRaw(t *testing.T, answer []byte) string {
-	t.Helper()
-	l := listenLoopback(t)
-	s := grpc.NewServer(grpc.ForceServerCodecV2(rawCodec{}), grpc.UnknownServiceHandler(func(_ any, ss grpc.ServerStream) error {
-		if err := ss.RecvMsg(new(frame)); err != nil {
-			return err
-		}
-		return ss.SendMsg(&frame{data: mem.BufferSlice{mem.SliceBuffer(answer)}})
-	}))
-	done := make(chan struct{})
-	go func() { defer close(done); _ = s.Serve(l) }()
-	t.Cleanup(func() { s.Stop(); <-done })
-	return l.Addr().String()
 }
 
 func insecureCredentials() credentials.TransportCredentials { return insecure.NewCredentials() }
