@@ -11,6 +11,7 @@ import (
 	"os"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc/grpclog"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 )
@@ -24,7 +25,11 @@ const (
 
 const defaultConfig = "/etc/etcd-kms-proxy/config.yaml"
 
-func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }
+func main() {
+	// The libraries of gRPC and of its JSON gateway write to stderr past every logger, and quote what a client has sent.
+	grpclog.SetLoggerV2(grpclog.NewLoggerV2(io.Discard, io.Discard, io.Discard))
+	os.Exit(run(os.Args[1:], os.Stdout, os.Stderr))
+}
 
 // run executes a command line and returns its exit code.
 func run(args []string, stdout, stderr io.Writer) int {
