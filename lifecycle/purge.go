@@ -8,6 +8,7 @@ import (
 	"slices"
 	"time"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -107,16 +108,35 @@ func (h *History) see(rules *Rules, e *clientv3.Event) {
 	}
 }
 
-// Compact drops what h found, and waits until it is gone from the database's live pages.
+// Compact makes etcd drop what h found. That is decided for all members at once, and done by each in its own time: see [History.Settle].
 func (h *History) Compact(ctx context.Context, c *clientv3.Client) error {
 	if h.CompactAt == 0 {
 		return nil
 	}
-	_, err := c.Compact(ctx, h.CompactAt, clientv3.WithCompactPhysical())
+	_, err := c.Compact(ctx, h.CompactAt)
 	if err != nil && !errors.Is(err, rpctypes.ErrCompacted) { // somebody else was faster
 		return fmt.Errorf("compact at revision %d: %w", h.CompactAt, err)
 	}
 	return nil
+}
+
+// Settle waits until m, in its own files, has done the compaction of h and each one before it, whoever asked for them. A physical compaction is answered by the
+// member that was asked, behind all that it has to do before: also with ErrCompacted, where that revision was compacted already.
+func (h *History) Settle(ctx context.Context, c *clientv3.Client, m *DiskMember) error {
+	at := max(h.CompactAt, h.Compacted)
+	if at <= 0 {
+		return nil // nothing was ever compacted
+	}
+	conn, err := c.Dial(m.Endpoint)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = conn.Close() }() // its answer is here
+	_, err = pb.NewKVClient(conn).Compact(ctx, &pb.CompactionRequest{Revision: at, Physical: true})
+	if err = rpctypes.Error(err); errors.Is(err, rpctypes.ErrCompacted) {
+		err = nil
+	}
+	return err
 }
 
 // DiskMember is a member of etcd, as [Members] found it.
@@ -130,6 +150,8 @@ type DiskMember struct {
 	InUse    int64  `json:"dbSizeInUse"`
 	Applied  uint64 `json:"raftAppliedIndex"`
 	Why      string `json:"why,omitempty"` // no endpoint answers
+	// Unproven says why it may hold old values still, and was not defragmented.
+	Unproven string `json:"unproven,omitempty"`
 }
 
 const memberTimeout = 5 * time.Second

@@ -24,17 +24,18 @@ func newPurge() *cobra.Command {
 		Use:   "purge",
 		Short: "remove old plaintext from etcd's history and database files",
 		Long: `purge removes what reencrypt leaves behind: the old plaintext in etcd's history and in the freed pages of its database files. It refuses while status finds a
-value that is not current. It looks through the history for plaintext under the rules, compacts past the last of it, and defragments one member after the other, the
-leader last, each only while all others are well. A member answers nothing while it is defragmented.
+value that is not current. It looks through the history for plaintext under the rules, compacts past the last of it, waits until each member has done so in its own
+files, and defragments one after the other, the leader last, each only while all others are well. A member answers nothing while it is defragmented.
 
-What it cannot reach it names: write-ahead logs and snapshot files, which etcd replaces by and by, old backups, and copies of disks. Exit code 1 says that something
-of that kind is left to do, or that a member could not be defragmented.`,
+What it cannot reach it names: write-ahead logs and snapshot files, which etcd replaces by and by, old backups, copies of disks, and members that do not end their
+compaction, which it does not defragment. Exit code 1 says that something of that kind is left to do.`,
 		Args: cobra.NoArgs,
 	}
 	path, out := configFlag(cmd), outputFlag(cmd)
 	dryRun := cmd.Flags().Bool("dry-run", false, "say what would be done; change nothing")
 	yes := cmd.Flags().Bool("yes", false, "do not ask")
 	wait := cmd.Flags().Duration("timeout", 30*time.Second, "how long to wait for etcd and for each KMS at the start")
+	settle := cmd.Flags().Duration("compact-timeout", 10*time.Minute, "how long to wait for each member to end its compaction")
 	cmd.RunE = fails(func(cmd *cobra.Command, _ []string) error {
 		c, err := loadConfig(cmd, *path)
 		if err != nil {
@@ -48,7 +49,7 @@ of that kind is left to do, or that a member could not be defragmented.`,
 			return err
 		}
 		defer cl.close()
-		report, err := cl.purge(cmd, *dryRun, *yes)
+		report, err := cl.purge(cmd, *dryRun, *yes, *settle)
 		if report != nil {
 			if werr := out.write(cmd.OutOrStdout(), report, report.text); err == nil {
 				err = werr
@@ -74,7 +75,7 @@ type purgeReport struct {
 }
 
 // purge does it all. The report is nil if nothing was begun.
-func (cl *cluster) purge(cmd *cobra.Command, dryRun, yes bool) (*purgeReport, error) {
+func (cl *cluster) purge(cmd *cobra.Command, dryRun, yes bool, settle time.Duration) (*purgeReport, error) {
 	ctx, stderr := cmd.Context(), cmd.ErrOrStderr()
 	counts, _, err := lifecycle.Survey(ctx, cl.etcd, cl.rules, nil)
 	if err != nil {
@@ -118,8 +119,13 @@ func (cl *cluster) purge(cmd *cobra.Command, dryRun, yes bool) (*purgeReport, er
 	if err := record("begun", ""); err != nil {
 		return nil, err
 	}
-	err = cl.rewrite(ctx, r, stderr)
+	err = cl.rewrite(ctx, r, settle, stderr)
 	outcome, reason := "ok", ""
+	for _, m := range r.Members {
+		if m.Unproven != "" {
+			outcome, reason = "failed", fmt.Sprintf("member %x: %s", m.ID, m.Unproven)
+		}
+	}
 	if err != nil {
 		outcome, reason = "failed", err.Error()
 	}
@@ -145,12 +151,29 @@ func (r *purgeReport) plan(w io.Writer) {
 }
 
 // rewrite compacts and defragments.
-func (cl *cluster) rewrite(ctx context.Context, r *purgeReport, stderr io.Writer) error {
+func (cl *cluster) rewrite(ctx context.Context, r *purgeReport, settle time.Duration, stderr io.Writer) error {
 	if err := r.History.Compact(ctx, cl.etcd); err != nil {
 		return err
 	}
+	// All of them first: a member that falls behind may get the whole database of another one.
 	for i := range r.Members {
 		m := &r.Members[i]
+		limited, cancel := context.WithTimeout(ctx, settle)
+		err := r.History.Settle(limited, cl.etcd, m)
+		cancel()
+		switch {
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case err != nil:
+			m.Unproven = fmt.Sprintf("it has not said within %s that its compaction is done: %v", settle, err)
+			r.Left = append(r.Left, fmt.Sprintf("member %x at %s is not proven to have dropped the old values, and is not defragmented: %s; run purge again", m.ID, m.Endpoint, m.Unproven))
+		}
+	}
+	for i := range r.Members {
+		m := &r.Members[i]
+		if m.Unproven != "" {
+			continue
+		}
 		before, begun := m.DBSize, time.Now()
 		if err := lifecycle.Defragment(ctx, cl.etcd, m); err != nil {
 			return err

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -31,6 +32,8 @@ type Member struct {
 	// Address is host:port, URL the same with its scheme.
 	Address, URL string
 	DataDir      string
+	// Flags are put at the end of the command line when it starts the next time.
+	Flags []string
 	// ID is set for members that were added to a running cluster.
 	ID uint64
 }
@@ -104,7 +107,9 @@ func (c *Cluster) AddLearner() *Member {
 }
 
 // Begin is Start without the wait, where the member answers only once others do.
-func (m *Member) Begin() { m.Process = m.env.spawn(m.name, m.args[0], m.args[1:]...) }
+func (m *Member) Begin() {
+	m.Process = m.env.spawn(m.name, m.args[0], append(slices.Clone(m.args[1:]), m.Flags...)...)
+}
 
 // Start starts the member again on its data, after [Process.Kill] or [Process.Stop], and waits until it answers.
 func (m *Member) Start() {
