@@ -29,8 +29,11 @@ type History struct {
 const progressEvery = 200 * time.Millisecond
 
 // ReadHistory looks for plaintext in the history between the last compaction and the present. It takes every present value to be sealed: see [Survey]. visit, which
-// may be nil, is called with each old value under a rule that seals, and keeps none.
+// may be nil, is called with each old value under a rule that seals, and keeps none. The error is [ErrOldEtcd] if etcd may leave something out.
 func ReadHistory(ctx context.Context, c *clientv3.Client, rules *Rules, visit func(old *mvccpb.KeyValue)) (History, error) {
+	if err := watchesAreWhole(ctx, c); err != nil {
+		return History{}, err
+	}
 	now, err := c.Get(ctx, "\x00", clientv3.WithLimit(1), clientv3.WithKeysOnly())
 	if err != nil {
 		return History{}, fmt.Errorf("read the present revision: %w", err)

@@ -274,6 +274,23 @@ func TestNoHistory(t *testing.T) {
 	}
 }
 
+// TestOldEtcd: versions whose watches are not to be relied on are refused, rather than said to have no history. Files are looked at all the same.
+func TestOldEtcd(t *testing.T) {
+	t.Parallel()
+	if _, err := os.Stat(filepath.Join(filepath.Dir(harness.Bin(t, "etcd-3.5")), "etcd-3.4")); err != nil {
+		t.Skip("nothing builds etcd 3.4 from modules; put an old one there, of a distribution for example")
+	}
+	s := newSite(t, "3.4", nil)
+	put(t, s.raw, prefix+"a", mark+"-a")
+	put(t, s.kv, prefix+"a", "sealed")
+	for _, command := range []string{"verify", "purge --yes", "purge --dry-run"} {
+		s.run(t, 3, command, "3.4.31")
+	}
+	s.etcd.Stop(within)
+	_, places := s.verify(t, 1, "--data-dir "+s.etcd.DataDir)
+	needs(t, places, "wal log "+prefix+"a", "snap history "+prefix+"a")
+}
+
 // TestVerifyBadFiles: what is damaged is said so, and searched all the same.
 func TestVerifyBadFiles(t *testing.T) {
 	t.Parallel()
