@@ -18,19 +18,19 @@ import (
 type History struct {
 	Compacted int64 `json:"compacted"` // revision of the last compaction; 0 if there was none
 	Present   int64 `json:"present"`   // revision that was looked up to
-	Plaintext int64 `json:"plaintext"` // old values under rules that seal which are not sealed by a provider of their rule
+	Plaintext int64 `json:"plaintext"` // old values under rules that seal which are readable, or may be
 	// CompactAt is the least revision whose compaction drops all of them; 0 if there are none.
 	CompactAt int64 `json:"compactAt"`
 
-	visit func(*mvccpb.KeyValue)
+	readable func(*mvccpb.KeyValue) bool
 }
 
 // progressEvery is how often etcd is asked how far a watch has come.
 const progressEvery = 200 * time.Millisecond
 
-// ReadHistory looks for plaintext in the history between the last compaction and the present. It takes every present value to be sealed: see [Survey]. visit, which
-// may be nil, is called with each old value under a rule that seals, and keeps none. The error is [ErrOldEtcd] if etcd may leave something out.
-func ReadHistory(ctx context.Context, c *clientv3.Client, rules *Rules, visit func(old *mvccpb.KeyValue)) (History, error) {
+// ReadHistory looks for plaintext in the history between the last compaction and the present. It takes every present value to be sealed: see [Survey]. readable is
+// called with each old value under a rule that seals, and tells what is to be counted; it keeps none. The error is [ErrOldEtcd] if etcd may leave something out.
+func ReadHistory(ctx context.Context, c *clientv3.Client, rules *Rules, readable func(old *mvccpb.KeyValue) bool) (History, error) {
 	if err := watchesAreWhole(ctx, c); err != nil {
 		return History{}, err
 	}
@@ -38,7 +38,7 @@ func ReadHistory(ctx context.Context, c *clientv3.Client, rules *Rules, visit fu
 	if err != nil {
 		return History{}, fmt.Errorf("read the present revision: %w", err)
 	}
-	h := History{Present: now.Header.Revision, visit: visit}
+	h := History{Present: now.Header.Revision, readable: readable}
 	for _, p := range rules.sealing() {
 		if err := h.read(ctx, c, rules, p); err != nil {
 			return h, fmt.Errorf("read the history of the keys below %q: %w", p, err)
@@ -102,10 +102,7 @@ func (h *History) see(rules *Rules, e *clientv3.Event) {
 	if rule == nil || !rule.seals() {
 		return
 	}
-	if h.visit != nil {
-		h.visit(e.PrevKv)
-	}
-	if !rule.Sealer.Sealed(e.PrevKv.Value) {
+	if h.readable(e.PrevKv) {
 		h.Plaintext++
 		h.CompactAt = max(h.CompactAt, e.Kv.ModRevision)
 	}

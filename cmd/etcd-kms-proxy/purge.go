@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"go.etcd.io/etcd/api/v3/mvccpb"
 	"golang.org/x/term"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
@@ -90,7 +91,14 @@ func (cl *cluster) purge(cmd *cobra.Command, dryRun, yes bool, settle time.Durat
 		}
 	}
 	r := &purgeReport{DryRun: dryRun, Left: []string{}, Verified: "etcd-kms-proxy verify --data-dir DIR, on each member's host while it is stopped, proves it"}
-	if r.History, err = lifecycle.ReadHistory(ctx, cl.etcd, cl.rules, nil); err != nil {
+	// Whatever is not proven to be sealed goes: compaction takes nothing that is of use.
+	unopened := int64(0)
+	judge := cl.judge(ctx, false, &unopened)
+	readable := func(old *mvccpb.KeyValue) bool {
+		before := unopened
+		return judge(old.Key, old.Value, true) != "" || unopened > before
+	}
+	if r.History, err = lifecycle.ReadHistory(ctx, cl.etcd, cl.rules, readable); err != nil {
 		return nil, err
 	}
 	if r.Members, err = lifecycle.Members(ctx, cl.etcd); err != nil {

@@ -13,7 +13,6 @@ import (
 	"slices"
 	"strings"
 	"syscall"
-	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -34,7 +33,8 @@ present value, and the history back to the last compaction. With --snapshot or -
 pages and other remains, the write-ahead log, and all other bytes.
 
 It knows plaintext by its key, by the shape of Kubernetes' objects, and by the --canary strings that you have put into values. A value that begins like a sealed one has
-to open, or with --offline to be well-formed. It changes nothing, and prints no value. Exit code 1 says that something was found.`,
+to open, or with --offline to be well-formed. It changes nothing, and prints no value. Exit code 1 says that something was found, and 3 that nothing was, where not
+everything could be looked at.`,
 		Args: cobra.NoArgs,
 	}
 	path, out := configFlag(cmd), outputFlag(cmd)
@@ -71,15 +71,24 @@ to open, or with --offline to be well-formed. It changes nothing, and prints no 
 		} else {
 			err = cl.verifyFiles(ctx, files, o, report)
 		}
+		if err == nil {
+			err = ctx.Err() // what was opened last may have failed for that
+		}
 		if err != nil {
 			return err
 		}
-		report.OK = report.Count == 0
+		if report.Unopened > 0 {
+			report.Unseen = append(report.Unseen, fmt.Sprintf("whether %d values that are well-formed open: their KMS does not answer; status says which", report.Unopened))
+		}
+		report.OK = report.Count == 0 && report.Unopened == 0
 		if err := out.write(cmd.OutOrStdout(), report, func(w io.Writer) { report.text(w, o.all) }); err != nil {
 			return err
 		}
-		if !report.OK {
+		switch {
+		case report.Count > 0:
 			return &failure{code: exitFindings}
+		case report.Unopened > 0:
+			return &failure{code: exitFailure, err: fmt.Errorf("%d values could not be opened to make sure that they are sealed", report.Unopened), hint: "see to their KMS; status says more"}
 		}
 		return nil
 	})
@@ -92,29 +101,8 @@ type verifyOptions struct {
 	offline, all                  bool
 }
 
-// verifyReport is what verify found.
-type verifyReport struct {
-	OK       bool           `json:"ok"`
-	Values   int64          `json:"values"` // that were judged one by one
-	Files    []disk.File    `json:"files"`
-	Count    int64          `json:"findings"`
-	Findings []disk.Finding `json:"list"` // the first maxFindings
-	Unseen   []string       `json:"notLookedAt"`
-}
-
-const (
-	maxFindings  = 100_000
-	textFindings = 20
-)
-
-func (r *verifyReport) found(f disk.Finding) {
-	r.Count++
-	if len(r.Findings) < maxFindings {
-		r.Findings = append(r.Findings, f)
-	}
-}
-
-// judge tells why a value should not be readable: it is not sealed, or only looks so. unopened counts what no KMS could be asked about.
+// judge tells why a value should not be readable: it is not sealed, or only looks so. What does not open may be anything in an envelope's clothes. unopened counts
+// what no KMS could be asked about.
 func (cl *cluster) judge(ctx context.Context, offline bool, unopened *int64) func(key, value []byte, whole bool) string {
 	return func(key, value []byte, whole bool) string {
 		rule := cl.rules.Of(key)
@@ -139,27 +127,21 @@ func (cl *cluster) judge(ctx context.Context, offline bool, unopened *int64) fun
 			return ""
 		}
 		_, _, err := rule.Sealer.Inspect(ctx, key, value)
-		if e, ok := errors.AsType[*keyring.Error](err); ok && e.Kind == keyring.Corrupt {
-			return "it begins like a sealed value, and does not open: " + e.Text
-		}
-		if err != nil {
+		e, ok := errors.AsType[*keyring.Error](err)
+		switch {
+		case err == nil:
+			return ""
+		case !ok || e.Kind == keyring.Unavailable:
 			*unopened++
+			return ""
 		}
-		return ""
-	}
-}
-
-// unopened says that values look sealed, and could not be opened to make sure.
-func (r *verifyReport) unopened(n int64) {
-	if n > 0 {
-		r.Unseen = append(r.Unseen, fmt.Sprintf("whether %d values that are well-formed open: their KMS does not answer, or their key may not be used any more; status says which", n))
+		return "it begins like a sealed value, and does not open: " + e.Text
 	}
 }
 
 // verifyEtcd looks at the present values, and at the history.
 func (cl *cluster) verifyEtcd(ctx context.Context, r *verifyReport) error {
-	var unopened int64
-	judge := cl.judge(ctx, false, &unopened)
+	judge := cl.judge(ctx, false, &r.Unopened)
 	span, err := lifecycle.Scan(ctx, cl.etcd, cl.rules.Prefixes(), 0, func(kv *mvccpb.KeyValue) error {
 		if cl.rules.Of(kv.Key) == nil {
 			return nil
@@ -173,11 +155,13 @@ func (cl *cluster) verifyEtcd(ctx context.Context, r *verifyReport) error {
 	if err != nil {
 		return err
 	}
-	h, err := lifecycle.ReadHistory(ctx, cl.etcd, cl.rules, func(kv *mvccpb.KeyValue) {
+	h, err := lifecycle.ReadHistory(ctx, cl.etcd, cl.rules, func(kv *mvccpb.KeyValue) bool {
 		r.Values++
-		if why := judge(kv.Key, kv.Value, true); why != "" {
+		why := judge(kv.Key, kv.Value, true)
+		if why != "" {
 			r.found(disk.Finding{File: "etcd", Place: disk.History, Key: string(kv.Key), Revision: kv.ModRevision, Offset: -1, Why: why})
 		}
+		return why != ""
 	})
 	if err != nil {
 		return err
@@ -187,7 +171,6 @@ func (cl *cluster) verifyEtcd(ctx context.Context, r *verifyReport) error {
 		"etcd's files: freed pages, write-ahead logs, snapshots. --data-dir looks at those of a stopped member, --snapshot at a snapshot",
 		"backups, and other copies of etcd's disks",
 	}
-	r.unopened(unopened)
 	if span.First != span.Last {
 		r.Unseen = append(r.Unseen, fmt.Sprintf("etcd was compacted meanwhile: present values were looked at from revision %d to %d", span.First, span.Last))
 	}
@@ -200,8 +183,7 @@ func (cl *cluster) verifyFiles(ctx context.Context, where string, o verifyOption
 	if err != nil {
 		return err
 	}
-	var unopened int64
-	c := disk.Config{Judge: cl.judge(ctx, o.offline, &unopened), Kinds: o.kinds, Found: r.found}
+	c := disk.Config{Judge: cl.judge(ctx, o.offline, &r.Unopened), Kinds: o.kinds, Found: r.found}
 	for _, rule := range cl.rules.All() {
 		if rule.WriteWith != lifecycle.Plaintext {
 			c.Prefixes = append(c.Prefixes, rule.Prefix)
@@ -248,7 +230,6 @@ func (cl *cluster) verifyFiles(ctx context.Context, where string, o verifyOption
 	if len(c.Kinds) == 0 {
 		r.Unseen = append(r.Unseen, "Kubernetes' objects by their shape: name kinds with --kind")
 	}
-	r.unopened(unopened)
 	if o.offline {
 		r.Unseen = append(r.Unseen, "whether sealed values open, since --offline asks no KMS")
 	}
@@ -267,41 +248,4 @@ func kindsOf(prefixes []string) []string {
 		}
 	}
 	return kinds
-}
-
-// text prints the report for people.
-func (r *verifyReport) text(w io.Writer, all bool) {
-	shown := make(map[string]int)
-	for _, f := range r.Findings {
-		shown[f.File]++
-		if n := shown[f.File]; !all && n > textFindings {
-			if n == textFindings+1 {
-				fmt.Fprintf(w, "%s: more, see --list\n", f.File)
-			}
-			continue
-		}
-		fmt.Fprintf(w, "%s: %s", f.File, f.Place)
-		if f.Key != "" {
-			fmt.Fprintf(w, " %q", f.Key)
-		}
-		if f.Revision != 0 {
-			fmt.Fprintf(w, " revision %d", f.Revision)
-		}
-		if f.Offset >= 0 {
-			fmt.Fprintf(w, " byte %d", f.Offset)
-		}
-		fmt.Fprintf(w, ": %s\n", f.Why)
-	}
-	if len(r.Files) > 0 {
-		t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-		fmt.Fprintln(t, "FILE\tKIND\tSIZE\tVALUES\tNOTES")
-		for _, f := range r.Files {
-			fmt.Fprintf(t, "%s\t%s\t%s\t%d\t%s\n", f.Path, f.Kind, size(f.Bytes), f.Values, strings.Join(f.Notes, "; "))
-		}
-		_ = t.Flush()
-	}
-	fmt.Fprintf(w, "%d values were judged, %d findings\nnot looked at:\n", r.Values, r.Count)
-	for _, u := range r.Unseen {
-		fmt.Fprintf(w, "  - %s\n", u)
-	}
 }

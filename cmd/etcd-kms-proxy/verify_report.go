@@ -1,0 +1,70 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/disk"
+)
+
+// verifyReport is what verify found.
+type verifyReport struct {
+	OK       bool           `json:"ok"`
+	Values   int64          `json:"values"` // that were judged one by one
+	Files    []disk.File    `json:"files"`
+	Count    int64          `json:"findings"`
+	Unopened int64          `json:"unopened"` // values that look sealed, and whose KMS does not answer
+	Findings []disk.Finding `json:"list"`     // the first maxFindings
+	Unseen   []string       `json:"notLookedAt"`
+}
+
+const (
+	maxFindings  = 100_000
+	textFindings = 20
+)
+
+func (r *verifyReport) found(f disk.Finding) {
+	r.Count++
+	if len(r.Findings) < maxFindings {
+		r.Findings = append(r.Findings, f)
+	}
+}
+
+// text prints the report for people.
+func (r *verifyReport) text(w io.Writer, all bool) {
+	shown := make(map[string]int)
+	for _, f := range r.Findings {
+		shown[f.File]++
+		if n := shown[f.File]; !all && n > textFindings {
+			if n == textFindings+1 {
+				fmt.Fprintf(w, "%s: more, see --list\n", f.File)
+			}
+			continue
+		}
+		fmt.Fprintf(w, "%s: %s", f.File, f.Place)
+		if f.Key != "" {
+			fmt.Fprintf(w, " %q", f.Key)
+		}
+		if f.Revision != 0 {
+			fmt.Fprintf(w, " revision %d", f.Revision)
+		}
+		if f.Offset >= 0 {
+			fmt.Fprintf(w, " byte %d", f.Offset)
+		}
+		fmt.Fprintf(w, ": %s\n", f.Why)
+	}
+	if len(r.Files) > 0 {
+		t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+		fmt.Fprintln(t, "FILE\tKIND\tSIZE\tVALUES\tNOTES")
+		for _, f := range r.Files {
+			fmt.Fprintf(t, "%s\t%s\t%s\t%d\t%s\n", f.Path, f.Kind, size(f.Bytes), f.Values, strings.Join(f.Notes, "; "))
+		}
+		_ = t.Flush()
+	}
+	fmt.Fprintf(w, "%d values were judged, %d findings\nnot looked at:\n", r.Values, r.Count)
+	for _, u := range r.Unseen {
+		fmt.Fprintf(w, "  - %s\n", u)
+	}
+}
