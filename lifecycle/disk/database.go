@@ -29,6 +29,9 @@ func isDatabase(r io.ReaderAt) bool {
 
 const lockWait = time.Second
 
+// keyBucket is where etcd keeps revisions.
+const keyBucket = "key"
+
 // database asks a database for every revision in it.
 func (l *look) database(ctx context.Context, path string) error {
 	l.checksum(path)
@@ -52,6 +55,10 @@ func (l *look) database(ctx context.Context, path string) error {
 		if err := whole(path, tx); err != nil {
 			l.note("it is damaged: %v", err)
 		}
+		if err := sound(path, tx); err != nil {
+			l.note("it is damaged (%v): its bytes were searched alone", err)
+			return nil
+		}
 		return l.revisions(ctx, tx)
 	})
 }
@@ -67,7 +74,7 @@ func whole(path string, tx *bbolt.Tx) error {
 
 // revisions visits etcd's bucket "key": from revisions, oldest first, to mvccpb.KeyValue.
 func (l *look) revisions(ctx context.Context, tx *bbolt.Tx) error {
-	bucket := tx.Bucket([]byte("key"))
+	bucket := tx.Bucket([]byte(keyBucket))
 	if bucket == nil {
 		l.note("it is no database of etcd: it has no bucket \"key\"")
 		return nil
@@ -228,7 +235,10 @@ func Present(ctx context.Context, path string, match func(key []byte) bool) (val
 		if err := whole(path, tx); err != nil {
 			return fmt.Errorf("the database is damaged: %w", err)
 		}
-		bucket := tx.Bucket([]byte("key"))
+		if err := sound(path, tx); err != nil {
+			return fmt.Errorf("the database is damaged: %w", err)
+		}
+		bucket := tx.Bucket([]byte(keyBucket))
 		if bucket == nil {
 			return errors.New("it is no database of etcd")
 		}

@@ -12,7 +12,6 @@ import (
 	"strings"
 	"testing"
 
-	"go.etcd.io/bbolt"
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
@@ -174,58 +173,6 @@ func TestCanaryForms(t *testing.T) {
 		}
 		if !found {
 			t.Fatalf("%x in %x is not found in %s", canary, content, coded)
-		}
-	}
-}
-
-// TestCutDatabase: what is left of a database that was cut may be readable, and must not pass for the whole.
-func TestCutDatabase(t *testing.T) {
-	dir := t.TempDir()
-	path := filepath.Join(dir, "db")
-	db, err := bbolt.Open(path, 0o600, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	key := func(n uint64) []byte {
-		return binary.BigEndian.AppendUint64(append(binary.BigEndian.AppendUint64(nil, n), '_'), 0)
-	}
-	for n := range uint64(200) {
-		err := db.Update(func(tx *bbolt.Tx) error {
-			b, err := tx.CreateBucketIfNotExists([]byte("key"))
-			if err != nil {
-				return err
-			}
-			return b.Put(key(n), bytesField(bytesField(nil, 1, []byte(ruled+"a")), 5, bytes.Repeat([]byte("v"), 1000)))
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	size := int64(0)
-	_ = db.View(func(tx *bbolt.Tx) error { size = tx.Size(); return nil })
-	if err := db.Close(); err != nil {
-		t.Fatal(err)
-	}
-	present := func() error {
-		_, err := Present(t.Context(), path, func([]byte) bool { return true })
-		return err
-	}
-	if err := present(); err != nil {
-		t.Fatal(err)
-	}
-	content, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, at := range []int64{size - 1, size / 2, 3 * 4096, 5000} {
-		if err := os.WriteFile(path, content[:at], 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if err := present(); err == nil {
-			t.Errorf("cut at %d of %d: no error", at, size)
-		}
-		if f, _ := inspect(t, "db", content[:at], Config{}); len(f.Notes) == 0 {
-			t.Errorf("cut at %d of %d: no note", at, size)
 		}
 	}
 }

@@ -25,7 +25,7 @@ var magic = []byte("k8s\x00")
 // search searches a file's bytes. Requests that stand in decoded parts were looked at before.
 func (l *look) search(ctx context.Context, r io.ReaderAt, decoded spans) error {
 	canaries := canaryForms(l.Canaries)
-	buffer := make([]byte, window+overlap)
+	buffer := make([]byte, min(window+overlap, l.file.Bytes))
 	for at := int64(0); at < l.file.Bytes; at += window {
 		if err := ctx.Err(); err != nil {
 			return err
