@@ -41,6 +41,7 @@ everything could be looked at.`,
 	var o verifyOptions
 	cmd.Flags().StringVar(&o.snapshot, "snapshot", "", "look at the snapshot `FILE` of etcdctl snapshot save, or at another single file")
 	cmd.Flags().StringVar(&o.dataDir, "data-dir", "", "look at the data directory `DIR` of a stopped member")
+	cmd.Flags().StringVar(&o.walDir, "wal-dir", "", "look at the write-ahead log in `DIR` too, if the member has --wal-dir; with --data-dir")
 	cmd.Flags().StringArrayVar(&o.canaries, "canary", nil, "a `STRING` that must not be found, nor in base64; may be repeated")
 	cmd.Flags().StringVar(&o.canaryFile, "canary-file", "", "a `FILE` with such strings, one a line")
 	cmd.Flags().StringArrayVar(&o.kinds, "kind", nil, "a `KIND` of Kubernetes objects that must not be found in the clear; by default those of the rules' resources")
@@ -52,6 +53,9 @@ everything could be looked at.`,
 		files := cmp.Or(o.snapshot, o.dataDir)
 		if files == "" && (o.offline || len(o.canaries) > 0 || o.canaryFile != "") {
 			return &failure{code: exitUsage, err: errors.New("--offline, --canary and --canary-file are for files"), hint: "add --snapshot or --data-dir"}
+		}
+		if o.dataDir == "" && o.walDir != "" {
+			return &failure{code: exitUsage, err: errors.New("--wal-dir belongs to a data directory"), hint: "add --data-dir"}
 		}
 		c, err := loadConfig(cmd, *path)
 		if err != nil {
@@ -69,7 +73,7 @@ everything could be looked at.`,
 		if files == "" {
 			err = cl.verifyEtcd(ctx, report)
 		} else {
-			err = cl.verifyFiles(ctx, files, o, report)
+			err = cl.verifyFiles(ctx, o, report)
 		}
 		if err == nil {
 			err = ctx.Err() // what was opened last may have failed for that
@@ -80,13 +84,15 @@ everything could be looked at.`,
 		if report.Unopened > 0 {
 			report.Unseen = append(report.Unseen, fmt.Sprintf("whether %d values that are well-formed open: their KMS does not answer; status says which", report.Unopened))
 		}
-		report.OK = report.Count == 0 && report.Unopened == 0
+		report.OK = report.Count == 0 && report.Unopened == 0 && report.Damaged == 0
 		if err := out.write(cmd.OutOrStdout(), report, func(w io.Writer) { report.text(w, o.all) }); err != nil {
 			return err
 		}
 		switch {
 		case report.Count > 0:
 			return &failure{code: exitFindings}
+		case report.Damaged > 0:
+			return &failure{code: exitFailure, err: fmt.Errorf("%d files could not be decoded: nothing was found, but not everything was looked at", report.Damaged), hint: "NOTES in the report say why"}
 		case report.Unopened > 0:
 			return &failure{code: exitFailure, err: fmt.Errorf("%d values could not be opened to make sure that they are sealed", report.Unopened), hint: "see to their KMS; status says more"}
 		}
@@ -96,9 +102,9 @@ everything could be looked at.`,
 }
 
 type verifyOptions struct {
-	snapshot, dataDir, canaryFile string
-	canaries, kinds               []string
-	offline, all                  bool
+	snapshot, dataDir, walDir, canaryFile string
+	canaries, kinds                       []string
+	offline, all                          bool
 }
 
 // judge tells why a value should not be readable: it is not sealed, or only looks so. What does not open may be anything in an envelope's clothes. unopened counts
@@ -178,8 +184,8 @@ func (cl *cluster) verifyEtcd(ctx context.Context, r *verifyReport) error {
 }
 
 // verifyFiles looks at files.
-func (cl *cluster) verifyFiles(ctx context.Context, where string, o verifyOptions, r *verifyReport) error {
-	files, err := disk.Files(where)
+func (cl *cluster) verifyFiles(ctx context.Context, o verifyOptions, r *verifyReport) error {
+	files, passed, err := o.files()
 	if err != nil {
 		return err
 	}
@@ -211,16 +217,17 @@ func (cl *cluster) verifyFiles(ctx context.Context, where string, o verifyOption
 		if err != nil {
 			return &failure{code: exitFailure, err: fmt.Errorf("%s: %w", name, err)}
 		}
-		if rel, err := filepath.Rel(where, name); err == nil && rel != "." {
+		if rel, err := filepath.Rel(o.dataDir, name); err == nil && o.dataDir != "" && filepath.IsLocal(rel) {
 			f.Path = rel
 		}
-		r.Values += f.Values
-		r.Files = append(r.Files, f)
+		r.looked(f, o.snapshot != "")
 	}
-	r.Unseen = []string{
+	for _, name := range passed {
+		r.Unseen = append(r.Unseen, name+", which is no file")
+	}
+	r.Unseen = append(r.Unseen,
 		"other members' files, and backups: run verify on each",
-		"free space of the file system, swap, and the memory of etcd",
-	}
+		"free space of the file system, swap, and the memory of etcd")
 	if len(c.Canaries) == 0 {
 		r.Unseen = append(r.Unseen, "values whose beginning is lost: only a --canary finds them")
 	}
@@ -234,6 +241,21 @@ func (cl *cluster) verifyFiles(ctx context.Context, where string, o verifyOption
 		r.Unseen = append(r.Unseen, "whether sealed values open, since --offline asks no KMS")
 	}
 	return nil
+}
+
+// files are those to look at.
+func (o *verifyOptions) files() (files, passed []string, err error) {
+	if o.dataDir != "" {
+		if files, passed, err = disk.MemberFiles(o.dataDir, o.walDir); err != nil {
+			err = &failure{code: exitFailure, err: err, hint: "it holds member/snap/db and member/wal; name the log with --wal-dir if the member has it elsewhere, and a single file with --snapshot"}
+		}
+		return files, passed, err
+	}
+	info, err := os.Stat(o.snapshot)
+	if err == nil && !info.Mode().IsRegular() {
+		err = fmt.Errorf("%s is no file", o.snapshot)
+	}
+	return []string{o.snapshot}, nil, err
 }
 
 // kindsOf returns the kinds of built-in resources among prefixes like /registry/secrets/.

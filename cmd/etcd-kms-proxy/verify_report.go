@@ -15,6 +15,7 @@ type verifyReport struct {
 	Values   int64          `json:"values"` // that were judged one by one
 	Files    []disk.File    `json:"files"`
 	Count    int64          `json:"findings"`
+	Damaged  int64          `json:"damaged"`  // files of which something was not decoded
 	Unopened int64          `json:"unopened"` // values that look sealed, and whose KMS does not answer
 	Findings []disk.Finding `json:"list"`     // the first maxFindings
 	Unseen   []string       `json:"notLookedAt"`
@@ -29,6 +30,19 @@ func (r *verifyReport) found(f disk.Finding) {
 	r.Count++
 	if len(r.Findings) < maxFindings {
 		r.Findings = append(r.Findings, f)
+	}
+}
+
+// looked takes up what a file was. alone is of the only one, which has to hold values for its report to mean anything.
+func (r *verifyReport) looked(f disk.File, alone bool) {
+	if alone && f.Kind == "other" && !f.Damaged {
+		f.Notes, f.Damaged = append(f.Notes, "it is neither a database nor a write-ahead log: its bytes were searched alone"), true
+	}
+	r.Values += f.Values
+	r.Files = append(r.Files, f)
+	if f.Damaged {
+		r.Damaged++
+		r.Unseen = append(r.Unseen, "what could not be decoded of "+f.Path+": "+strings.Join(f.Notes, "; "))
 	}
 }
 

@@ -39,7 +39,7 @@ func (l *look) database(ctx context.Context, path string) error {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
 		if p := recover(); p != nil {
-			l.note("it is damaged: what could not be decoded was searched alone")
+			l.damage("it is damaged: what could not be decoded was searched alone")
 		}
 	}()
 	db, err := bbolt.Open(path, 0o400, &bbolt.Options{ReadOnly: true, Timeout: lockWait})
@@ -47,16 +47,16 @@ func (l *look) database(ctx context.Context, path string) error {
 		return errLocked
 	}
 	if err != nil {
-		l.note("it cannot be opened as a database (%v): its bytes were searched alone", err)
+		l.damage("it cannot be opened as a database (%v): its bytes were searched alone", err)
 		return nil
 	}
 	defer func() { _ = db.Close() }() // it was only read
 	return db.View(func(tx *bbolt.Tx) error {
 		if err := whole(path, tx); err != nil {
-			l.note("it is damaged: %v", err)
+			l.damage("it is damaged: %v", err)
 		}
 		if err := sound(path, tx); err != nil {
-			l.note("it is damaged (%v): its bytes were searched alone", err)
+			l.damage("it is damaged (%v): its bytes were searched alone", err)
 			return nil
 		}
 		return l.revisions(ctx, tx)
@@ -76,7 +76,7 @@ func whole(path string, tx *bbolt.Tx) error {
 func (l *look) revisions(ctx context.Context, tx *bbolt.Tx) error {
 	bucket := tx.Bucket([]byte(keyBucket))
 	if bucket == nil {
-		l.note("it is no database of etcd: it has no bucket \"key\"")
+		l.damage("it is no database of etcd: it has no bucket \"key\"")
 		return nil
 	}
 	live := make(map[[sha256.Size]byte]int64) // the last revision of each key that has something to be told of
@@ -91,7 +91,7 @@ func (l *look) revisions(ctx context.Context, tx *bbolt.Tx) error {
 		}
 		kv, ok := decodeKeyValue(encoded)
 		if !ok || len(revision) < 17 {
-			l.note("revision %x is not decoded", revision)
+			l.damage("revision %x is not decoded", revision)
 			return nil
 		}
 		l.file.Values++
@@ -123,7 +123,7 @@ func (l *look) revisions(ctx context.Context, tx *bbolt.Tx) error {
 		l.found(p.Finding)
 	}
 	if len(pending) == maxKnown {
-		l.note("only the first %d values are told", maxKnown)
+		l.file.Notes = append(l.file.Notes, fmt.Sprintf("only the first %d values are told", maxKnown))
 	}
 	return err
 }
@@ -145,7 +145,7 @@ func (l *look) checksum(path string) {
 		_, err = io.ReadFull(f, tail)
 	}
 	if err != nil || !bytes.Equal(h.Sum(nil), tail) {
-		l.note("its checksum is wrong: it was changed or cut since it was saved")
+		l.damage("its checksum is wrong: it was changed or cut since it was saved")
 	}
 }
 

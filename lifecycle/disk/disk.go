@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -60,29 +59,9 @@ type File struct {
 	Kind   string   `json:"kind"` // "database", "log" or "other"
 	Bytes  int64    `json:"bytes"`
 	Values int64    `json:"values"` // that were decoded
-	Notes  []string `json:"notes"`  // what could not be decoded, and so was searched alone
-}
-
-// Files lists the files of a member's data directory, or the one file that path is.
-func Files(path string) ([]string, error) {
-	info, err := os.Stat(path)
-	if err != nil {
-		return nil, err
-	}
-	if !info.IsDir() {
-		return []string{path}, nil
-	}
-	var files []string
-	err = filepath.WalkDir(path, func(p string, d fs.DirEntry, err error) error {
-		if err == nil && d.Type().IsRegular() {
-			files = append(files, p)
-		}
-		return err
-	})
-	if err == nil && len(files) == 0 {
-		err = fmt.Errorf("%s holds no files", path)
-	}
-	return files, err
+	Notes  []string `json:"notes"`
+	// Damaged says that something could not be decoded, and was searched alone: Notes says what.
+	Damaged bool `json:"damaged"`
 }
 
 // Look looks into one file. What is damaged is noted and searched all the same; the error is of a file that cannot be read, and of ctx.
@@ -107,6 +86,8 @@ func Look(ctx context.Context, path string, c Config) (File, error) {
 	case isDatabase(r):
 		f.Kind = "database"
 		err = l.database(ctx, path)
+	case filepath.Base(path) == "db" || filepath.Ext(path) == ".db":
+		l.damage("its name is that of a database, and it does not begin like one")
 	}
 	if err != nil {
 		return f, err
@@ -124,8 +105,9 @@ type look struct {
 // maxKnown bounds what is remembered of a file.
 const maxKnown = 1 << 20
 
-func (l *look) note(format string, args ...any) {
+func (l *look) damage(format string, args ...any) {
 	l.file.Notes = append(l.file.Notes, fmt.Sprintf(format, args...))
+	l.file.Damaged = true
 }
 
 func (l *look) found(f Finding) {

@@ -49,12 +49,17 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 func (l *look) log(ctx context.Context, r io.Reader) spans {
 	var decoded spans
 	in, at := bufio.NewReaderSize(r, 1<<20), int64(0)
+	defer func() {
+		if at == 0 && !l.file.Damaged {
+			l.damage("it holds no record")
+		}
+	}()
 	sum, chained := uint32(0), false
 	for ctx.Err() == nil {
 		var head [8]byte
 		if _, err := io.ReadFull(in, head[:]); err != nil {
 			if !errors.Is(err, io.EOF) {
-				l.note("it ends within a record at byte %d", at)
+				l.damage("it ends within a record at byte %d", at)
 			}
 			return decoded
 		}
@@ -67,12 +72,12 @@ func (l *look) log(ctx context.Context, r io.Reader) spans {
 			pad = int64(field >> 56 & 7)
 		}
 		if length > maxRecord || at+8+length+pad > l.file.Bytes {
-			l.note("the record at byte %d is torn: from there on its bytes were searched alone", at)
+			l.damage("the record at byte %d is torn: from there on its bytes were searched alone", at)
 			return decoded
 		}
 		frame := make([]byte, length+pad)
 		if _, err := io.ReadFull(in, frame); err != nil {
-			l.note("it cannot be read at byte %d: %v", at, err)
+			l.damage("it cannot be read at byte %d: %v", at, err)
 			return decoded
 		}
 		var kind, crc uint64
@@ -88,13 +93,13 @@ func (l *look) log(ctx context.Context, r io.Reader) spans {
 			}
 		})
 		if !ok {
-			l.note("the record at byte %d is damaged: from there on its bytes were searched alone", at)
+			l.damage("the record at byte %d is damaged: from there on its bytes were searched alone", at)
 			return decoded
 		}
 		if kind == recordCRC { // each file begins with the sum over those before
 			sum, chained = uint32(crc), true
 		} else if sum = crc32.Update(sum, castagnoli, data); chained && sum != uint32(crc) {
-			l.note("the checksum of the record at byte %d is wrong: from there on its bytes were searched alone", at)
+			l.damage("the checksum of the record at byte %d is wrong: from there on its bytes were searched alone", at)
 			return decoded
 		}
 		if kind == recordEntry {

@@ -1,10 +1,14 @@
 package lifecycle
 
 import (
+	"bytes"
+	"compress/gzip"
+	"crypto/sha256"
 	"errors"
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -95,4 +99,83 @@ func (s *site) snapshot(t *testing.T) string {
 		t.Fatal(err)
 	}
 	return s.File("snap/saved.db", data)
+}
+
+// TestVerifyBadFiles: what is damaged, or is no file of etcd, is searched all the same, and never passes for clean.
+func TestVerifyBadFiles(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, "3.7", nil)
+	put(t, s.kv, prefix+"sealed", "v")
+	db, err := os.ReadFile(s.snapshot(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.run(t, 0, "verify --snapshot "+s.File("good.db", db))
+	changed := bytes.Clone(db)
+	changed[len(changed)-sha256.Size-1] ^= 1
+	var packed bytes.Buffer
+	w := gzip.NewWriter(&packed)
+	_, err = w.Write(db)
+	if err = errors.Join(err, w.Close()); err != nil {
+		t.Fatal(err)
+	}
+	for name, content := range map[string][]byte{
+		"half.db": db[:len(db)/2], "12KiB.db": db[:12<<10], "empty.db": {}, "changed.db": changed, "begins-with-nothing.db": append(make([]byte, 4096), db[4096:]...),
+		"packed.db.gz": packed.Bytes(), "text": []byte("some other text"), "empty.wal": {}, "zeros.wal": make([]byte, 4096),
+	} {
+		file := s.File(name, content)
+		v, _ := s.verify(t, 3, "--snapshot "+file+" --canary "+mark)
+		if !strings.Contains(strings.Join(v.NotLookedAt, "; "), "what could not be decoded of "+file) {
+			t.Errorf("%s: not looked at: %v", name, v.NotLookedAt)
+		}
+		if !strings.HasSuffix(name, ".wal") {
+			s.run(t, 3, "decrypt --yes --snapshot "+file+" "+prefix+"none")
+		}
+	}
+	s.run(t, 3, "verify --snapshot "+s.proxy.ConfigFile, "neither a database nor a write-ahead log")
+	s.run(t, 1, "verify --snapshot "+s.File("text", []byte("some "+mark+" text"))+" --canary "+mark, "canary byte 5")
+	s.run(t, 3, "verify --snapshot "+filepath.Join(s.Dir, "none"), "no such file")
+	s.run(t, 3, "verify --snapshot "+s.Dir, "is no file")
+	s.run(t, 2, "verify --offline", "--snapshot or --data-dir")
+	s.run(t, 2, "verify --wal-dir a --snapshot b", "--data-dir")
+	s.run(t, 2, "verify --snapshot a --data-dir b")
+}
+
+// TestVerifyMovedLog: the log is often on a disk of its own, behind a link or with --wal-dir, and is looked at there. A directory that is no member's is refused.
+func TestVerifyMovedLog(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, "3.7", nil)
+	put(t, s.raw, prefix+"a", mark+"-a")
+	s.run(t, 0, "reencrypt")
+	s.run(t, 1, "purge --yes")
+	s.etcd.Kill()
+	dir := s.etcd.DataDir
+	wal, away := filepath.Join(dir, "member", "wal"), filepath.Join(s.Dir, "moved")
+	if err := os.Rename(wal, away); err != nil {
+		t.Fatal(err)
+	}
+	s.run(t, 3, "verify --data-dir "+dir, "holds no write-ahead log", "--wal-dir")
+	_, places := s.verify(t, 1, "--data-dir "+dir+" --wal-dir "+away)
+	needs(t, places, "moved log "+prefix+"a")
+	link := func(to, at string) {
+		t.Helper()
+		if err := os.Symlink(to, at); err != nil {
+			t.Fatal(err)
+		}
+	}
+	link(away, wal)
+	_, places = s.verify(t, 1, "--data-dir "+dir)
+	needs(t, places, "wal log "+prefix+"a")
+	link(dir, filepath.Join(s.Dir, "link"))
+	_, places = s.verify(t, 1, "--data-dir "+filepath.Join(s.Dir, "link"))
+	needs(t, places, "wal log "+prefix+"a")
+	s.run(t, 3, "verify --data-dir "+s.Dir, "is no data directory of a member")
+	s.run(t, 3, "verify --data-dir "+filepath.Join(dir, "member"), "is no data directory of a member")
+	link(dir, filepath.Join(dir, "circle"))
+	s.run(t, 3, "verify --data-dir "+dir, "leads to a directory that it is in")
+	if err := os.Remove(filepath.Join(dir, "circle")); err != nil {
+		t.Fatal(err)
+	}
+	link(filepath.Join(s.Dir, "none"), filepath.Join(dir, "dangling"))
+	s.run(t, 3, "verify --data-dir "+dir, "no such file")
 }
