@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -17,6 +18,8 @@ import (
 	"golang.org/x/term"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/disk"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/audit"
@@ -93,10 +96,10 @@ func (cl *cluster) decrypt(ctx context.Context, o decryptOptions, stdout, stderr
 	record := func(outcome, reason string, keys int64) error {
 		return recordCommand(cl.config, stderr, audit.Record{Command: "decrypt", Key: o.key, Outcome: outcome, Reason: reason, Keys: keys})
 	}
-	if err := record("begun", strings.TrimSpace("from "+o.snapshot), 0); err != nil {
+	if err := record("begun", "from "+cmp.Or(o.snapshot, "etcd"), 0); err != nil {
 		return err
 	}
-	opened, left := int64(0), 0
+	found, opened, left, foreign := false, int64(0), 0, 0
 	defer func() {
 		outcome, reason := "ok", ""
 		if err != nil {
@@ -109,20 +112,34 @@ func (cl *cluster) decrypt(ctx context.Context, o decryptOptions, stdout, stderr
 		if ferr != nil {
 			return fmt.Errorf("--output-file: %w", ferr)
 		}
-		defer func() { err = errors.Join(err, f.Close()) }()
+		defer func() {
+			err = errors.Join(err, f.Close())
+			if err != nil && (!o.json || !found) { // it was made here, and would be in the way of the next try
+				err = errors.Join(err, os.Remove(o.file))
+			}
+		}()
 		stdout = f
 	}
-	found := false
 	err = cl.values(ctx, o, func(kv *mvccpb.KeyValue) error {
 		found = true
 		v := decryptedValue{Key: string(kv.Key), Revision: kv.ModRevision, Standing: "unruled", Value: kv.Value}
-		if rule := cl.rules.Of(kv.Key); rule != nil {
-			plaintext, standing, ierr := rule.Sealer.Inspect(ctx, kv.Key, kv.Value)
-			v.Standing, v.Value = string(standing), plaintext
-			if ierr != nil {
-				left++
-				v.Error = ierr.Error()
-			}
+		var ierr error
+		rule := cl.rules.Of(kv.Key)
+		if rule != nil {
+			var standing keyring.Standing
+			v.Value, standing, ierr = rule.Sealer.Inspect(ctx, kv.Key, kv.Value)
+			v.Standing = string(standing)
+		}
+		// What the proxy hands on as it is stored is not open.
+		switch {
+		case v.Standing == string(keyring.Foreign):
+			ierr, foreign = errors.New("it is sealed by a provider that its rule does not read"), foreign+1
+		case rule == nil && strings.HasPrefix(string(kv.Value), envelope.Root):
+			ierr, foreign = errors.New("it is sealed, and no rule is for its key"), foreign+1
+		}
+		if ierr != nil {
+			left++
+			v.Value, v.Error = nil, ierr.Error()
 		}
 		if v.Error == "" {
 			opened++
@@ -134,7 +151,7 @@ func (cl *cluster) decrypt(ctx context.Context, o decryptOptions, stdout, stderr
 		return err
 	case !found:
 		return &failure{code: exitFailure, err: fmt.Errorf("there is no key %q", o.key), hint: "keys are written as etcd has them, /registry/secrets/NAMESPACE/NAME for a Secret"}
-	case left > 0 && !o.json:
+	case left > foreign && !o.json:
 		return &failure{code: exitFailure, err: errors.New("the value does not open"), hint: "status --list says why"}
 	case left > 0:
 		return &failure{code: exitFindings}

@@ -415,6 +415,27 @@ func TestDecrypt(t *testing.T) {
 		t.Errorf("%q, %v, %v, %v", data, info, err, rerr)
 	}
 	s.run(t, 3, "decrypt --yes --output-file "+file+" "+prefix+"b", "file exists")
+	if data, err := os.ReadFile(file); err != nil || string(data) != "value of a" {
+		t.Errorf("the file that was there: %q, %v", data, err)
+	}
+	// What is sealed by somebody else is not open, and a failure leaves no file in the way of the next try.
+	other := filepath.Join(s.Dir, "other")
+	for key, want := range map[string]string{prefix + "foreign": "that its rule does not read", "/clear/sealed": "no rule is for its key"} {
+		put(t, s.raw, key, "k8s:enc:kms:v2:other:junk")
+		for _, flags := range []string{"", "--output json "} {
+			if out := s.run(t, 1, "decrypt --yes "+flags+key, want); strings.Contains(out, "junk") || strings.Contains(out, `"value"`) {
+				t.Errorf("%s is handed out: %s", key, out)
+			}
+		}
+		for range 2 {
+			s.run(t, 1, "decrypt --yes --output-file "+other+" "+key, want)
+		}
+		if _, err := s.raw.DeleteRange(t.Context(), &pb.DeleteRangeRequest{Key: []byte(key)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.run(t, 3, "decrypt --yes --output-file "+other+" "+prefix+"none", "there is no key")
+	s.run(t, 0, "decrypt --yes --output-file "+other+" "+prefix+"a")
 	// A stopped member's database is a snapshot too.
 	s.etcd.Stop(within)
 	if out := s.run(t, 0, "decrypt --yes --snapshot "+filepath.Join(s.etcd.DataDir, "member", "snap", "db")+" "+prefix+"b"); out != "value of b" {
@@ -427,8 +448,11 @@ func TestDecrypt(t *testing.T) {
 		t.Fatal(err)
 	}
 	begun, ok := strings.Count(string(data), `"command":"decrypt"`), strings.Count(string(data), `"outcome":"ok"`)
-	if begun < 14 || ok != 3 || bytes.Contains(data, []byte("value of")) {
+	if begun < 14 || ok != 4 || bytes.Contains(data, []byte("value of")) {
 		t.Errorf("%d records of decrypt, %d ok:\n%s", begun, ok, data)
+	}
+	if db := filepath.Join(s.etcd.DataDir, "member", "snap", "db"); !bytes.Contains(data, []byte(`"reason":"from etcd"`)) || !bytes.Contains(data, []byte(`"reason":"from `+db)) {
+		t.Errorf("it is not recorded where values were from:\n%s", data)
 	}
 	if !bytes.Contains(data, []byte(`"event":"kms","provider":"dev","operation":"Decrypt"`)) {
 		t.Errorf("no call of the KMS in\n%s", data)
