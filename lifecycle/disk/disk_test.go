@@ -124,16 +124,46 @@ func TestEveryTruncationOfALog(t *testing.T) {
 
 // TestRemains: a KeyValue and a PutRequest anywhere in a file, also across the edge of a window, whole or without their end.
 func TestRemains(t *testing.T) {
-	kv := bytesField(nil, 1, []byte(ruled+"kv"))
-	for n, v := range []uint64{7, 8, 9} {
-		kv = varintField(kv, protowire.Number(n+2), v)
+	keyValue := func(key string) []byte {
+		kv := bytesField(nil, 1, []byte(key))
+		for n, v := range []uint64{7, 8, 9} {
+			kv = varintField(kv, protowire.Number(n+2), v)
+		}
+		return bytesField(kv, 5, bytes.Repeat([]byte("p"), 3000))
 	}
-	kv = bytesField(kv, 5, bytes.Repeat([]byte("p"), 3000))
-	for _, at := range []int{0, 100, window - 20, window - len(ruled) - 1, window, window + 5} {
-		content := append(append(make([]byte, at), kv...), make([]byte, 50)...)
-		if _, found := inspect(t, "other", content, Config{}); len(found) != 1 || found[0] != "remains "+ruled+"kv" {
+	kv := keyValue(ruled + "kv")
+	places := []int{0, 100, window - 20, window - len(ruled) - 1, window + 20, 2 * window}
+	for at := -8; at <= 8; at++ {
+		places = append(places, window+at)
+	}
+	content := make([]byte, 2*window+20_000)
+	search := func(canaries ...[]byte) (found []string) { // without a file, which would have to be written for each place
+		c := Config{Judge: judgeSealed, Prefixes: []string{ruled}, Canaries: canaries}
+		c.Found = func(f Finding) { found = append(found, strings.TrimSpace(string(f.Place)+" "+f.Key)) }
+		l := look{Config: c, file: &File{Bytes: int64(len(content))}}
+		if err := l.search(t.Context(), bytes.NewReader(content), nil); err != nil {
+			t.Fatal(err)
+		}
+		return found
+	}
+	for _, key := range []string{ruled + "kv", ruled + strings.Repeat("k", 300)} { // a length of one and of two bytes
+		kv := keyValue(key)
+		for _, at := range places {
+			copy(content[at:], kv)
+			if found := search(); len(found) != 1 || found[0] != "remains "+key {
+				t.Errorf("at %d: %v", at, found)
+			}
+			clear(content[at : at+len(kv)])
+		}
+	}
+	// Whatever else is searched for is found once.
+	canary := []byte("a-canary-of-some-length")
+	for at := window - 30; at <= window+8; at++ {
+		copy(content[at:], canary)
+		if found := search(canary); len(found) != 1 {
 			t.Errorf("at %d: %v", at, found)
 		}
+		clear(content[at : at+len(canary)])
 	}
 	if _, found := inspect(t, "other", kv[:len(kv)-2000], Config{}); len(found) != 1 {
 		t.Errorf("without its end: %v", found)

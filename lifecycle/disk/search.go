@@ -11,10 +11,13 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// Files are searched in windows. What begins in one may end in the overlap behind it.
+// Files are searched in windows. What begins in one may end in the overlap behind it, and has the tag and the length of its key in the bytes before it.
 const (
 	window  = 8 << 20
 	overlap = 4 << 20
+	before  = 1 + maxKeyLength
+	// maxKeyLength is how many bytes the length of a key takes at most.
+	maxKeyLength = 3
 	// clue is how much of a value's beginning must be left for it to be judged.
 	clue = 4
 )
@@ -25,36 +28,43 @@ var magic = []byte("k8s\x00")
 // search searches a file's bytes. Requests that stand in decoded parts were looked at before.
 func (l *look) search(ctx context.Context, r io.ReaderAt, decoded spans) error {
 	canaries := canaryForms(l.Canaries)
-	buffer := make([]byte, min(window+overlap, l.file.Bytes))
-	for at := int64(0); at < l.file.Bytes; at += window {
+	buffer := make([]byte, min(before+window+overlap, l.file.Bytes))
+	for from := int64(0); from < l.file.Bytes; from += window {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
+		at := max(0, from-before)
 		n, err := r.ReadAt(buffer, at)
 		if err != nil && !errors.Is(err, io.EOF) {
 			return err
 		}
-		b := buffer[:n]
+		w := windowed{b: buffer[:n], from: int(from - at)}
 		for _, p := range l.Prefixes {
 			if p != "" {
-				each(b, []byte(p), func(i int) { l.remains(b, i, at, decoded) })
+				w.each([]byte(p), func(i int) { l.remains(w.b, i, at, decoded) })
 			}
 		}
 		if len(l.Kinds) > 0 {
-			each(b, magic, func(i int) { l.object(b[i:], at+int64(i)) })
+			w.each(magic, func(i int) { l.object(w.b[i:], at+int64(i)) })
 		}
 		for _, c := range canaries {
-			each(b, c, func(i int) { l.found(Finding{Place: Canary, Offset: at + int64(i), Why: "a canary stands there"}) })
+			w.each(c, func(i int) { l.found(Finding{Place: Canary, Offset: at + int64(i), Why: "a canary stands there"}) })
 		}
 	}
 	return nil
 }
 
+// windowed are the bytes of a window, from b[from] on, with those before and the overlap.
+type windowed struct {
+	b    []byte
+	from int
+}
+
 // each calls visit with each place in the window's own part where what begins.
-func each(b, what []byte, visit func(i int)) {
-	for from := 0; from < len(b); {
-		i := bytes.Index(b[from:], what)
-		if i < 0 || from+i >= window {
+func (w windowed) each(what []byte, visit func(i int)) {
+	for from := w.from; from < len(w.b); {
+		i := bytes.Index(w.b[from:], what)
+		if i < 0 || from+i >= w.from+window {
 			return
 		}
 		visit(from + i)
@@ -105,7 +115,7 @@ func (l *look) remains(b []byte, i int, at int64, decoded spans) {
 
 // keyAt returns the key that begins at b[i], by the tag and the length before it. Both messages have it in field 1.
 func keyAt(b []byte, i int) (key, rest []byte, ok bool) {
-	for size := 1; size <= 3; size++ {
+	for size := 1; size <= maxKeyLength; size++ {
 		start := i - size - 1
 		if start < 0 || b[start] != 1<<3|byte(protowire.BytesType) {
 			continue
