@@ -51,8 +51,8 @@ everything could be looked at.`,
 	cmd.MarkFlagsMutuallyExclusive("snapshot", "data-dir")
 	cmd.RunE = fails(func(cmd *cobra.Command, _ []string) error {
 		files := cmp.Or(o.snapshot, o.dataDir)
-		if files == "" && (o.offline || len(o.canaries) > 0 || o.canaryFile != "") {
-			return &failure{code: exitUsage, err: errors.New("--offline, --canary and --canary-file are for files"), hint: "add --snapshot or --data-dir"}
+		if files == "" && (o.offline || len(o.canaries) > 0 || o.canaryFile != "" || len(o.kinds) > 0) {
+			return &failure{code: exitUsage, err: errors.New("--offline, --canary, --canary-file and --kind are for files"), hint: "add --snapshot or --data-dir"}
 		}
 		if o.dataDir == "" && o.walDir != "" {
 			return &failure{code: exitUsage, err: errors.New("--wal-dir belongs to a data directory"), hint: "add --data-dir"}

@@ -136,7 +136,9 @@ func TestVerifyBadFiles(t *testing.T) {
 	s.run(t, 1, "verify --snapshot "+s.File("text", []byte("some "+mark+" text"))+" --canary "+mark, "canary byte 5")
 	s.run(t, 3, "verify --snapshot "+filepath.Join(s.Dir, "none"), "no such file")
 	s.run(t, 3, "verify --snapshot "+s.Dir, "is no file")
-	s.run(t, 2, "verify --offline", "--snapshot or --data-dir")
+	for _, flag := range []string{"--offline", "--canary a", "--canary-file a", "--kind Secret"} {
+		s.run(t, 2, "verify "+flag, "--snapshot or --data-dir")
+	}
 	s.run(t, 2, "verify --wal-dir a --snapshot b", "--data-dir")
 	s.run(t, 2, "verify --snapshot a --data-dir b")
 }
