@@ -8,7 +8,6 @@ import (
 	"io"
 	"os"
 	"os/signal"
-	"path"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -18,6 +17,7 @@ import (
 	"github.com/spf13/cobra"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/config/kubernetes"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
@@ -195,9 +195,8 @@ func (cl *cluster) verifyFiles(ctx context.Context, o verifyOptions, r *verifyRe
 			c.Prefixes = append(c.Prefixes, rule.Prefix)
 		}
 	}
-	if len(c.Kinds) == 0 {
-		c.Kinds = kindsOf(c.Prefixes)
-	}
+	kinds, shapeless := kindsOf(cl.rules, o.kinds)
+	c.Kinds = kinds
 	for _, s := range o.canaries {
 		c.Canaries = append(c.Canaries, []byte(s))
 	}
@@ -234,8 +233,8 @@ func (cl *cluster) verifyFiles(ctx context.Context, o verifyOptions, r *verifyRe
 	if slices.Contains(c.Prefixes, "") {
 		r.Unseen = append(r.Unseen, "remains of values by their keys, since a rule is for every key")
 	}
-	if len(c.Kinds) == 0 {
-		r.Unseen = append(r.Unseen, "Kubernetes' objects by their shape: name kinds with --kind")
+	for _, p := range shapeless {
+		r.Unseen = append(r.Unseen, fmt.Sprintf("Kubernetes' objects below %q by their shape, or all of them: no kind is known for them, or it is not among those of --kind", p))
 	}
 	if o.offline {
 		r.Unseen = append(r.Unseen, "whether sealed values open, since --offline asks no KMS")
@@ -258,16 +257,38 @@ func (o *verifyOptions) files() (files, passed []string, err error) {
 	return []string{o.snapshot}, nil, err
 }
 
-// kindsOf returns the kinds of built-in resources among prefixes like /registry/secrets/.
-func kindsOf(prefixes []string) []string {
-	known := map[string]string{"secrets": "Secret", "configmaps": "ConfigMap"}
-	var kinds []string
-	for _, p := range prefixes {
-		for dir := strings.TrimSuffix(p, "/"); dir != "" && dir != "/" && dir != "."; dir = path.Dir(dir) {
-			if kind := known[path.Base(dir)]; kind != "" && !slices.Contains(kinds, kind) {
-				kinds = append(kinds, kind)
-			}
+// kindsOf returns the kinds of Kubernetes' objects under rules that seal, or the given ones, and the prefixes below which there may be objects of other kinds.
+func kindsOf(rules *lifecycle.Rules, given []string) (kinds, shapeless []string) {
+	var clear []string
+	for _, rule := range rules.All() {
+		if rule.WriteWith == lifecycle.Plaintext {
+			known, _ := kubernetes.Kinds(rule.Prefix)
+			clear = append(clear, known...)
 		}
 	}
-	return kinds
+	for _, rule := range rules.All() {
+		if rule.WriteWith == lifecycle.Plaintext {
+			continue
+		}
+		known, all := kubernetes.Kinds(rule.Prefix)
+		if len(known) > 1 { // a rule for everything, with exceptions
+			known = slices.DeleteFunc(known, func(kind string) bool { return slices.Contains(clear, kind) })
+		}
+		switch {
+		case len(given) == 0:
+			kinds = append(kinds, known...)
+		case !all && len(known) == 0: // it is for the operator to know what is there
+			all = true
+		default:
+			all = all && !slices.ContainsFunc(known, func(kind string) bool { return !slices.Contains(given, kind) })
+		}
+		if !all {
+			shapeless = append(shapeless, rule.Prefix)
+		}
+	}
+	if len(given) > 0 {
+		return given, shapeless
+	}
+	slices.Sort(kinds)
+	return slices.Compact(kinds), shapeless
 }

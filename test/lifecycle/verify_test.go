@@ -181,3 +181,29 @@ func TestVerifyMovedLog(t *testing.T) {
 	link(filepath.Join(s.Dir, "none"), filepath.Join(dir, "dangling"))
 	s.run(t, 3, "verify --data-dir "+dir, "no such file")
 }
+
+// TestVerifyObjects: an object of a kind that is under a rule is found wherever it stands; where no kind is known, verify says so.
+func TestVerifyObjects(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, "3.7", func(c *harness.ProxyConfig) {
+		for _, p := range []string{"/registry/pods/", "/registry/example.com/widgets/"} {
+			c.Rules = append(c.Rules, harness.Rule{Prefix: p, WriteWith: "dev"})
+		}
+	})
+	object := func(kind string) string {
+		meta := "\n\x02v1\x12" + string(rune(len(kind))) + kind
+		return "k8s\x00\n" + string(rune(len(meta))) + meta
+	}
+	put(t, s.raw, "/other/node", object("Node"))
+	v, _ := s.verify(t, 0, "--snapshot "+s.snapshot(t))
+	if told := strings.Join(v.NotLookedAt, "; "); !strings.Contains(told, `objects below "/registry/example.com/widgets/"`) || strings.Contains(told, "/pods/") {
+		t.Errorf("not looked at: %s", told)
+	}
+	put(t, s.raw, "/other/pod", object("Pod"))
+	_, places := s.verify(t, 1, "--snapshot "+s.snapshot(t))
+	needs(t, places, "snap object Pod")
+	v, _ = s.verify(t, 0, "--kind Secret --snapshot "+s.snapshot(t))
+	if told := strings.Join(v.NotLookedAt, "; "); !strings.Contains(told, `objects below "/registry/pods/"`) {
+		t.Errorf("not looked at: %s", told)
+	}
+}
