@@ -3,7 +3,9 @@ package harness
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -142,6 +144,29 @@ func (s *Etcd) Start() {
 		_, err = pb.NewKVClient(conn).Range(ctx, &pb.RangeRequest{Key: []byte("\x00"), CountOnly: true})
 		return err
 	})
+}
+
+// Snapshot saves the database to a file of the temporary folder, as etcdctl does, with its checksum at the end. It returns the path.
+func (s *Etcd) Snapshot(name string) string {
+	tb := s.env.TB
+	tb.Helper()
+	conn := Dial(tb, s.Address, s.TLS)
+	defer conn.Close()
+	stream, err := pb.NewMaintenanceClient(conn).Snapshot(tb.Context(), &pb.SnapshotRequest{})
+	var data []byte
+	for err == nil {
+		var r *pb.SnapshotResponse
+		if r, err = stream.Recv(); err == nil {
+			data = append(data, r.Blob...)
+		}
+	}
+	if !errors.Is(err, io.EOF) {
+		tb.Fatalf("save a snapshot: %v", err)
+	}
+	if err := os.MkdirAll(filepath.Dir(filepath.Join(s.env.Dir, name)), 0o700); err != nil {
+		tb.Fatal(err)
+	}
+	return s.env.File(name, data)
 }
 
 // Dial opens a raw gRPC connection (no retries, no limit on answers) that closes with the test. target is host:port or unix:///path.

@@ -5,7 +5,6 @@ import (
 	"compress/gzip"
 	"crypto/sha256"
 	"errors"
-	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -47,7 +46,7 @@ func TestVerifyOpens(t *testing.T) {
 	both := func(code int, flags string) (v verified, places map[string]bool) {
 		t.Helper()
 		s.verify(t, code, flags)
-		return s.verify(t, code, flags+" --snapshot "+s.snapshot(t))
+		return s.verify(t, code, flags+" --snapshot "+s.etcd.Snapshot("snap/saved.db"))
 	}
 	both(0, "")
 	for _, keyID := range []string{"1", "999"} { // one that is there, one that is not
@@ -73,32 +72,8 @@ func TestVerifyOpens(t *testing.T) {
 		t.Error("none is unopened")
 	}
 	s.run(t, 3, "verify --timeout 1s", "1 values could not be opened", "whether 1 values that are well-formed open")
-	s.run(t, 0, "verify --offline --snapshot "+s.snapshot(t), "whether sealed values open, since --offline asks no KMS")
+	s.run(t, 0, "verify --offline --snapshot "+s.etcd.Snapshot("snap/saved.db"), "whether sealed values open, since --offline asks no KMS")
 	kms.Start()
-}
-
-// snapshot saves etcd's database, as etcdctl does.
-func (s *site) snapshot(t *testing.T) string {
-	t.Helper()
-	stream, err := pb.NewMaintenanceClient(harness.Dial(t, s.etcd.Address, nil)).Snapshot(t.Context(), &pb.SnapshotRequest{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	var data []byte
-	for {
-		r, err := stream.Recv()
-		if errors.Is(err, io.EOF) {
-			break
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		data = append(data, r.Blob...)
-	}
-	if err := os.MkdirAll(filepath.Join(s.Dir, "snap"), 0o700); err != nil {
-		t.Fatal(err)
-	}
-	return s.File("snap/saved.db", data)
 }
 
 // TestVerifyBadFiles: what is damaged, or is no file of etcd, is searched all the same, and never passes for clean.
@@ -106,7 +81,7 @@ func TestVerifyBadFiles(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, "3.7", nil)
 	put(t, s.kv, prefix+"sealed", "v")
-	db, err := os.ReadFile(s.snapshot(t))
+	db, err := os.ReadFile(s.etcd.Snapshot("snap/saved.db"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -195,14 +170,14 @@ func TestVerifyObjects(t *testing.T) {
 		return "k8s\x00\n" + string(rune(len(meta))) + meta
 	}
 	put(t, s.raw, "/other/node", object("Node"))
-	v, _ := s.verify(t, 0, "--snapshot "+s.snapshot(t))
+	v, _ := s.verify(t, 0, "--snapshot "+s.etcd.Snapshot("snap/saved.db"))
 	if told := strings.Join(v.NotLookedAt, "; "); !strings.Contains(told, `objects below "/registry/example.com/widgets/"`) || strings.Contains(told, "/pods/") {
 		t.Errorf("not looked at: %s", told)
 	}
 	put(t, s.raw, "/other/pod", object("Pod"))
-	_, places := s.verify(t, 1, "--snapshot "+s.snapshot(t))
+	_, places := s.verify(t, 1, "--snapshot "+s.etcd.Snapshot("snap/saved.db"))
 	needs(t, places, "snap object Pod")
-	v, _ = s.verify(t, 0, "--kind Secret --snapshot "+s.snapshot(t))
+	v, _ = s.verify(t, 0, "--kind Secret --snapshot "+s.etcd.Snapshot("snap/saved.db"))
 	if told := strings.Join(v.NotLookedAt, "; "); !strings.Contains(told, `objects below "/registry/pods/"`) {
 		t.Errorf("not looked at: %s", told)
 	}

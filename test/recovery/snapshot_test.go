@@ -1,0 +1,61 @@
+package recovery
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
+)
+
+// TestSnapshotIsOpened is the worst day: etcd and the first key are gone, and there is a snapshot, the configuration and the recovery key. It is so for a key that
+// its KMS says is deleted, and for a KMS that is not there.
+func TestSnapshotIsOpened(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	double := kmsdouble.New(t, kmsdouble.Config{})
+	ack, dr := s.alibaba("ack", double), s.env.LocalKey("dr", 1)
+	rule := harness.Rule{WriteWith: "ack", Recovery: []string{"dr"}, RecoveryRequired: true}
+	s.run(t, rule, ack, dr)
+	s.proxy.WaitReady(within)
+	const value = "opened in an emergency" // it is printed, as none of those is that the harness searches for
+	s.fill(t, "key", 3)
+	if err := s.put(t, prefix+"shown", value); err != nil {
+		t.Fatal(err)
+	}
+	snapshot := s.etcd.Snapshot("saved.db")
+	s.proxy.Stop(within)
+	s.etcd.Kill()
+
+	rule.Prefix = prefix
+	decrypt := func(code int, kms, recovery harness.KMSConfig) string {
+		t.Helper()
+		p := s.env.NewProxy("decrypt", harness.ProxyConfig{
+			Etcd: harness.Upstream{Endpoints: []string{s.etcd.URL}}, KMS: []harness.KMSConfig{kms, recovery}, Rules: []harness.Rule{rule},
+			Audit: &harness.Audit{Path: s.auditPath()},
+		})
+		args := []string{"--config", p.ConfigFile, "--timeout", "2s", "--snapshot", snapshot}
+		out, got := s.env.Run(append([]string{"decrypt", "--yes", prefix + "shown"}, args...)...)
+		if got != code {
+			t.Fatalf("exit code %d, want %d: %s", got, code, out)
+		}
+		// What is looked at that way is proven to be sealed, too.
+		if v, got := s.env.Run(append([]string{"verify"}, args...)...); (got == 0) != (code == 0) {
+			t.Errorf("verify: exit code %d: %s", got, v)
+		}
+		return out
+	}
+	opened := func(out string) {
+		t.Helper()
+		if !strings.HasSuffix(out, value) || !strings.Contains(out, "opened by recovery copies of their seeds") {
+			t.Errorf("it prints %q", out)
+		}
+	}
+	opened(decrypt(0, s.unreachable("ack"), dr))
+	double.RemoveKey(kmsdouble.DefaultKeyID)
+	opened(decrypt(0, ack, dr))
+	// The recovery key does it: with none of them, nothing opens.
+	if out := decrypt(3, s.unreachable("ack"), s.unreachable("dr")); strings.Contains(out, value) {
+		t.Error("it opens without a key")
+	}
+}
