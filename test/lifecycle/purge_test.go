@@ -69,3 +69,122 @@ func TestPurgeWaitsForEachMember(t *testing.T) {
 		})
 	}
 }
+
+// TestNothingIsLeft: after re-encryption, a purge, and what the purge leaves to the operator, which is to have write-ahead logs go, neither verify nor a search of
+// every file of every member finds what was plaintext. Before, both do.
+func TestNothingIsLeft(t *testing.T) {
+	t.Parallel()
+	size := 3
+	if testing.Short() {
+		size = 1
+	}
+	env := harness.New(t)
+	// etcd begins a new log once one has 64 MB, and drops what is behind a snapshot, at its start and each half minute.
+	cluster := env.StartCluster(size, harness.EtcdConfig{Bare: true, Flags: []string{"--snapshot-count", "10", "--max-wals", "1", "--max-snapshots", "1"}})
+	p := env.StartProxy("proxy", harness.ProxyConfig{
+		Etcd: harness.Upstream{Endpoints: cluster.URLs()}, KMS: []harness.KMSConfig{env.LocalKey("dev", 1)}, Rules: []harness.Rule{{Prefix: prefix, WriteWith: "dev"}},
+	})
+	p.WaitReady(within)
+	s := &site{Env: env, proxy: p}
+	raw := pb.NewKVClient(harness.Dial(t, cluster.Members[0].Address, nil))
+	for i := range 20 {
+		put(t, raw, fmt.Sprint(prefix, i), mark+"-"+strings.Repeat("x", 20_000))
+	}
+	look := func(code int) {
+		t.Helper()
+		for _, m := range cluster.Members {
+			m.Kill()
+		}
+		for _, m := range cluster.Members {
+			s.verify(t, code, "--data-dir "+m.DataDir+" --canary "+mark)
+			if found := files(t, m.DataDir, mark); (len(found) > 0) != (code == 1) {
+				t.Errorf("grep finds it in %v", found)
+			}
+		}
+		for _, m := range cluster.Members {
+			m.Begin()
+		}
+		for _, m := range cluster.Members {
+			m.WaitReady()
+		}
+	}
+	look(1)
+	s.run(t, 0, "reencrypt")
+	s.run(t, 1, "purge --yes", "20 old plaintext values dropped", "write-ahead logs of each member (member/wal)")
+	look(1) // the logs
+	filler := strings.Repeat("f", 1<<20)
+	for range 70 {
+		put(t, raw, "/clear/filler", filler)
+	}
+	for i := range 25 {
+		put(t, raw, "/clear/behind", fmt.Sprint(i)) // for a snapshot behind the first log
+	}
+	for _, m := range cluster.Members {
+		harness.Eventually(t, within, "a snapshot behind the first log", func() error { return behindFirstLog(m.DataDir) })
+		m.Kill()
+		m.Start()
+		harness.Eventually(t, within, "the first log to go", func() error {
+			logs, err := filepath.Glob(filepath.Join(m.DataDir, "member", "wal", "0000000000000000-*.wal"))
+			if err == nil && len(logs) > 0 {
+				err = fmt.Errorf("%v is there", logs)
+			}
+			return err
+		})
+	}
+	look(0)
+}
+
+// behindFirstLog returns nil if the newest snapshot of a member is behind the beginning of its second log. Both have the raft index in their names.
+func behindFirstLog(dir string) error {
+	newest := func(pattern string) (index uint64, err error) {
+		names, err := filepath.Glob(filepath.Join(dir, "member", pattern))
+		for _, name := range names { // in order
+			var first uint64
+			if _, err := fmt.Sscanf(filepath.Base(name), "%x-%x", &first, &index); err != nil {
+				return 0, err
+			}
+		}
+		return index, err
+	}
+	snapshot, err := newest("snap/*.snap")
+	if err != nil {
+		return err
+	}
+	log, err := newest("wal/*.wal")
+	if err == nil && (log == 0 || snapshot <= log) {
+		err = fmt.Errorf("the newest snapshot is at %d, the newest log from %d", snapshot, log)
+	}
+	return err
+}
+
+// TestFreedLargeValue: a value over many pages is found once its pages are freed, by its beginning, and by a canary at its end.
+func TestFreedLargeValue(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, "3.7", nil)
+	const tail = "the-end-of-a-large-value"
+	for i := range 5 {
+		put(t, s.raw, fmt.Sprint(prefix, "large", i), mark+"-"+strings.Repeat("x", 300_000)+tail)
+	}
+	r, err := s.raw.DeleteRange(t.Context(), &pb.DeleteRangeRequest{Key: []byte(prefix), RangeEnd: []byte(prefix + "z")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.raw.Compact(t.Context(), &pb.CompactionRequest{Revision: r.Header.Revision, Physical: true}); err != nil {
+		t.Fatal(err)
+	}
+	s.verify(t, 0, "")
+	v, places := s.verify(t, 1, "--snapshot "+s.etcd.Snapshot("snap/freed.db")+" --canary "+tail)
+	needs(t, places, "snap canary")
+	found := 0
+	for _, f := range v.List {
+		if f.Place == "remains" && strings.HasPrefix(f.Key, prefix+"large") {
+			found++
+		}
+		if f.Place == "live" || f.Place == "history" {
+			t.Errorf("it is not freed: %+v", f)
+		}
+	}
+	if found == 0 {
+		t.Errorf("no remains of it: %v", places)
+	}
+}
