@@ -216,6 +216,11 @@ func FuzzLook(f *testing.F) {
 	header := make([]byte, 4096)
 	binary.LittleEndian.PutUint32(header[16:], 0xED0CDAED)
 	f.Add(header)
+	database, err := os.ReadFile(newDatabase(f, 1))
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(database)
 	dir := f.TempDir()
 	f.Fuzz(func(t *testing.T, content []byte) {
 		for _, name := range []string{"0.wal", "other"} {
@@ -227,6 +232,7 @@ func FuzzLook(f *testing.F) {
 			if _, err := Look(t.Context(), path, c); err != nil && !strings.Contains(err.Error(), "holds the file") {
 				t.Fatal(err)
 			}
+			_, _ = present(t, path)
 		}
 	})
 }
