@@ -188,3 +188,30 @@ func TestFreedLargeValue(t *testing.T) {
 		t.Errorf("no remains of it: %v", places)
 	}
 }
+
+// TestPurgeWithALearner: a learner takes neither compactions nor defragmentations from clients. It is named, and the others are purged.
+func TestPurgeWithALearner(t *testing.T) {
+	t.Parallel()
+	env := harness.New(t)
+	cluster := env.StartCluster(1, harness.EtcdConfig{Bare: true})
+	p := env.StartProxy("proxy", harness.ProxyConfig{
+		Etcd: harness.Upstream{Endpoints: cluster.URLs()}, KMS: []harness.KMSConfig{env.LocalKey("dev", 1)}, Rules: []harness.Rule{{Prefix: prefix, WriteWith: "dev"}},
+	})
+	p.WaitReady(within)
+	s := &site{Env: env, proxy: p}
+	voter := cluster.Members[0]
+	put(t, pb.NewKVClient(harness.Dial(t, voter.Address, nil)), prefix+"a", mark)
+	s.run(t, 0, "reencrypt")
+	learner := cluster.AddLearner()
+	harness.Eventually(t, within, "the learner to be known by its URL", func() error {
+		if out, _ := s.Run("purge", "--dry-run", "--config", p.ConfigFile); !strings.Contains(out, learner.URL) {
+			return fmt.Errorf("purge says %s", out)
+		}
+		return nil
+	})
+	out := s.run(t, 1, "purge --yes", "1 old plaintext values dropped", learner.URL+" is not proven to have dropped the old values", "learner")
+	if strings.Contains(out, voter.URL+" is not proven") {
+		t.Errorf("the voter is not purged:\n%s", out)
+	}
+	s.run(t, 0, "verify")
+}
