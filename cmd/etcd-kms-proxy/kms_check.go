@@ -1,21 +1,16 @@
 package main
 
 import (
-	"bytes"
 	"context"
-	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
-	"slices"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
-	"k8s.io/kms/pkg/service"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
@@ -28,7 +23,8 @@ type providerReport struct {
 	Backend     string      `json:"backend"`
 	OK          bool        `json:"ok"`
 	KeyID       string      `json:"keyID,omitempty"`
-	RoundTripMS float64     `json:"roundTripMilliseconds,omitempty"` // making a seed and unwrapping it
+	Tried       []string    `json:"tried"`                           // what the rules need of it: "generate", "encrypt", "decrypt"; as far as it came
+	RoundTripMS float64     `json:"roundTripMilliseconds,omitempty"` // making a key, or wrapping one, and unwrapping it
 	Findings    []string    `json:"findings"`                        // what does not work
 	Warnings    []string    `json:"warnings"`                        // what will stop it from working, or leave nothing when it does
 	Key         *keyDetails `json:"key,omitempty"`                   // where the KMS tells more than its key's ID
@@ -53,8 +49,9 @@ func newKMSCheck() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "check",
 		Short: "try every configured KMS: key state, permissions, a round trip",
-		Long: `check asks every configured KMS for its key's state, has it make a seed and unwrap it again, and compares. It touches neither etcd nor a running
-proxy. It exits with 1 if a KMS cannot do what the proxy needs, and if there is something to warn of: a key that will be
+		Long: `check asks every configured KMS for its key's state and tries what the rules need of it: a key that is written with makes a seed and unwraps it
+again, one that is named in recovery wraps a key and unwraps it again, and of one that is only read with, the state is all that can be asked. It
+touches neither etcd nor a running proxy. It exits with 1 if a KMS cannot do what the proxy needs, and if there is something to warn of: a key that will be
 deleted or expire, that is not protected from deletion or not rotated, or that no recovery key stands beside.
 
 With --policy it checks nothing, and prints the least that the callers of all keys of Alibaba Cloud KMS need, as a RAM policy in JSON. It connects to the
@@ -84,7 +81,7 @@ KMS only where the configuration names a key by an alias.`,
 			all.Go(func() {
 				ctx, cancel := context.WithTimeout(context.Background(), *timeout)
 				defer cancel()
-				reports[i] = checkProvider(ctx, k, hasRecovery(c, k))
+				reports[i] = checkProvider(ctx, k, usesOf(c, k))
 			})
 		}
 		all.Wait()
@@ -118,29 +115,26 @@ func printPolicy(cmd *cobra.Command, providers []config.KMS, timeout time.Durati
 }
 
 // checkProvider tries one KMS. All that is wrong is a finding.
-func checkProvider(ctx context.Context, k config.KMS, recovery bool) providerReport {
+func checkProvider(ctx context.Context, k config.KMS, u uses) providerReport {
 	b, err := newBackend(k, slog.New(slog.DiscardHandler))
+	r := providerReport{Name: k.Name, Backend: b.kind, Tried: []string{}, Findings: []string{}, Warnings: []string{}}
 	if err != nil {
-		return providerReport{Name: k.Name, Backend: b.kind, Findings: []string{err.Error()}, Warnings: []string{}}
+		r.Findings = append(r.Findings, err.Error())
+		return r
 	}
 	defer b.close()
 	if b.reader != nil { // its keys were read, and there is nothing to ask
-		return providerReport{Name: k.Name, Backend: b.kind, OK: true, Findings: []string{}, Warnings: []string{}}
+		r.OK = true
+		return r
 	}
-	return checkBackend(ctx, k.Name, b, recovery)
-}
-
-// hasRecovery reports whether every rule that writes with k has a recovery key. A key file is its own backup's business, and a key that nothing is
-// written with gets no new copies.
-func hasRecovery(c *config.Config, k config.KMS) bool {
-	return k.Local != nil || !slices.ContainsFunc(c.Rules, func(r config.Rule) bool { return r.WriteWith == k.Name && len(r.Recovery) == 0 })
+	return checkBackend(ctx, k.Name, b, u)
 }
 
 // describeTimeout leaves time for the checks proper when a KMS does not answer.
 const describeTimeout = 3 * time.Second
 
-func checkBackend(ctx context.Context, name string, b *backend, recovery bool) (r providerReport) {
-	r = providerReport{Name: name, Backend: b.kind, Findings: []string{}, Warnings: []string{}}
+func checkBackend(ctx context.Context, name string, b *backend, u uses) (r providerReport) {
+	r = providerReport{Name: name, Backend: b.kind, Tried: []string{}, Findings: []string{}, Warnings: []string{}}
 	var info *alibaba.KeyInfo
 	defer func() {
 		r.OK = len(r.Findings) == 0
@@ -148,17 +142,16 @@ func checkBackend(ctx context.Context, name string, b *backend, recovery bool) (
 		if b.credentialsExpire != nil {
 			expire = b.credentialsExpire()
 		}
-		for _, w := range keyWarnings(info, expire, recovery, time.Now()) {
+		for _, w := range keyWarnings(info, expire, u.recovered, time.Now()) {
 			r.Warnings = append(r.Warnings, w.text)
 		}
 	}()
-	found := func(format string, args ...any) { r.Findings = append(r.Findings, fmt.Sprintf(format, args...)) }
 	if b.credentialsExpire != nil {
 		defer func() { r.CredentialsExpire = when(b.credentialsExpire()) }()
 	}
 	client, err := kmsclient.New(kmsclient.Config{Name: name, Backend: b.service, Timeout: b.timeout})
 	if err != nil {
-		found("%v", err)
+		r.found("%v", err)
 		return r
 	}
 	if b.describe != nil {
@@ -170,34 +163,22 @@ func checkBackend(ctx context.Context, name string, b *backend, recovery bool) (
 	}
 	status, err := client.Status(ctx)
 	if err != nil {
-		found("state: %v", err)
+		r.found("state: %v", err)
 		return r
 	}
 	r.KeyID = status.KeyID
 	if status.Healthz != "ok" {
-		found("state: the KMS says that it is not healthy")
+		r.found("state: the KMS says that it is not healthy")
 	}
 	start := time.Now()
-	key, err := client.GenerateDataKey(ctx, newUID())
-	if err != nil {
-		found("make a seed: %v", err)
-		if r.Key != nil && r.Key.ofProduct() {
-			found("the key was created by %q and not by an account: default keys of cloud products are kept for those; use a key of your own", r.Key.Creator)
-		}
-		return r
+	if u.seals {
+		r.trySeed(ctx, client)
 	}
-	defer clear(key.Plaintext)
-	if key.KeyID != status.KeyID {
-		found("the KMS made a seed under key ID %q while its state names %q", key.KeyID, status.KeyID)
+	if u.copies {
+		r.tryCopy(ctx, client)
 	}
-	plaintext, err := client.Decrypt(ctx, newUID(), &service.DecryptRequest{Ciphertext: key.Ciphertext, KeyID: key.KeyID, Annotations: key.Annotations})
-	r.RoundTripMS = float64(time.Since(start).Microseconds()) / 1000
-	defer clear(plaintext)
-	switch {
-	case err != nil:
-		found("unwrap the seed: %v", err)
-	case !bytes.Equal(plaintext, key.Plaintext):
-		found("unwrap the seed: the KMS answered another one than it made")
+	if len(r.Tried) > 0 {
+		r.RoundTripMS = float64(time.Since(start).Microseconds()) / 1000
 	}
 	return r
 }
@@ -232,6 +213,9 @@ func (r providerReport) text(w io.Writer) {
 	if r.KeyID != "" {
 		fmt.Fprintf(w, "  key ID      %s\n", r.KeyID)
 	}
+	if r.OK && r.KeyID != "" && len(r.Tried) == 0 {
+		fmt.Fprintf(w, "  tried       its state only: the rules read with it, and write nothing\n")
+	}
 	if r.RoundTripMS > 0 {
 		fmt.Fprintf(w, "  round trip  %.1f ms\n", r.RoundTripMS)
 	}
@@ -258,11 +242,4 @@ func orNone(s string) string {
 		return "none"
 	}
 	return s
-}
-
-// newUID names a call in the KMS' log.
-func newUID() string {
-	var b [8]byte
-	_, _ = rand.Read(b[:]) // never fails
-	return "check-" + hex.EncodeToString(b[:])
 }

@@ -165,7 +165,7 @@ func TestKMSCheckInstanceRole(t *testing.T) {
 		defer b.close()
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 		defer cancel()
-		r := checkBackend(ctx, "main", b, true)
+		r := checkBackend(ctx, "main", b, uses{seals: true, recovered: true})
 		text := strings.Join(r.Findings, "\n")
 		w.checkSecrets(t, text)
 		return r, text
