@@ -99,14 +99,22 @@ func kmsRecord(c kmsclient.Call) audit.Record {
 func (a *app) kmsCall(c kmsclient.Call) {
 	a.metrics.kmsCall(c)
 	a.audit.record(kmsRecord(c))
-	if a.calls != nil {
-		a.calls.record(c)
-	}
+	a.calls.kmsCall(c)
+}
+
+// rescued is told of every seed that came from a recovery copy.
+func (a *app) rescued(provider, by, keyID, why string) {
+	a.audit.rescued(provider, by, keyID, why)
+	a.calls.rescued(provider, by, keyID, why)
 }
 
 // rescued records that a seed came from a recovery copy. Each value that it opens is counted by the metric.
 func (a *auditor) rescued(provider, by, keyID, why string) {
-	a.record(audit.Record{Event: audit.EventRecovery, Primary: provider, Provider: by, KeyID: keyID, Reason: why})
+	a.record(rescueRecord(provider, by, keyID, why))
+}
+
+func rescueRecord(provider, by, keyID, why string) audit.Record {
+	return audit.Record{Event: audit.EventRecovery, Primary: provider, Provider: by, KeyID: keyID, Reason: why}
 }
 
 func (a *auditor) denied(listener, client, remote string) {

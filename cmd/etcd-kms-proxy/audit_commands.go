@@ -73,7 +73,7 @@ func recordBeside(c *config.Config, r audit.Record) error {
 	return errors.Join(lost, a.log.Close())
 }
 
-// callLog records a command's calls of KMSs in the commands' log.
+// callLog records a command's calls of KMSs, and its uses of recovery copies, in the commands' log.
 type callLog struct {
 	config *config.Config
 	stderr io.Writer
@@ -82,16 +82,34 @@ type callLog struct {
 	warned bool
 }
 
+// newCallLog returns the one of a command, or nil without an audit block.
+func newCallLog(c *config.Config, stderr io.Writer) *callLog {
+	if c.Audit == nil {
+		return nil
+	}
+	return &callLog{config: c, stderr: stderr}
+}
+
+// kmsCall is told of every attempt at a KMS.
+func (l *callLog) kmsCall(c kmsclient.Call) { l.record(kmsRecord(c)) }
+
+func (l *callLog) rescued(provider, by, keyID, why string) {
+	l.record(rescueRecord(provider, by, keyID, why))
+}
+
 // record says once if it cannot: a command that only looks needs no log, and one that changes something has its own record of that.
-func (l *callLog) record(c kmsclient.Call) {
+func (l *callLog) record(r audit.Record) {
+	if l == nil {
+		return
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.warned {
 		return
 	}
-	if err := recordBeside(l.config, kmsRecord(c)); err != nil {
+	if err := recordBeside(l.config, r); err != nil {
 		l.warned = true
-		fmt.Fprintf(l.stderr, "warning: the calls of the KMS are not in the audit log: %v\n", err)
+		fmt.Fprintf(l.stderr, "warning: calls of the KMS and uses of recovery copies are not in the audit log: %v\n", err)
 	}
 }
 

@@ -52,10 +52,7 @@ func openCluster(cmd *cobra.Command, c *config.Config, o clusterOptions) (*clust
 	level := new(slog.LevelVar)
 	level.Set(slog.LevelError) // what a KMS does not do is in the report
 	cl := &cluster{config: c, log: newLogger(cmd.ErrOrStderr(), "text", level)}
-	cl.app = &app{log: cl.log, inspectOnly: o.inspectOnly}
-	if c.Audit != nil {
-		cl.app.calls = &callLog{config: c, stderr: cmd.ErrOrStderr()}
-	}
+	cl.app = &app{log: cl.log, inspectOnly: o.inspectOnly, calls: newCallLog(c, cmd.ErrOrStderr())}
 	set, err := cl.app.assembleKeys(c)
 	if err != nil {
 		cl.app.close()

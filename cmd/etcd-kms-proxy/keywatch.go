@@ -82,25 +82,35 @@ func (a *app) audited(provider string, describe func(context.Context) (*alibaba.
 	}
 	return func(ctx context.Context) (info *alibaba.KeyInfo, err error) {
 		err = a.audit.recorded(func() error {
-			noting, requestID := kmsclient.WithRequestID(ctx)
-			call := kmsclient.Call{Provider: provider, Op: "DescribeKey", Class: "ok", Time: time.Now()}
-			info, err = describe(noting)
-			call.Duration, call.RequestID = time.Since(call.Time), requestID()
-			if err != nil {
-				call.Class = kmsclient.ClassUnavailable.String()
-				if e, ok := errors.AsType[*kmsclient.Error](err); ok {
-					call.Class, call.KeyID, call.RequestID = e.Class.String(), e.KeyID, cmp.Or(e.RequestID, call.RequestID)
-				}
-			} else {
-				call.KeyID = info.KeyID
-			}
-			a.kmsCall(call)
+			info, err = observed(provider, a.kmsCall, describe)(ctx)
 			return err
 		})
 		if err != nil {
 			return nil, err
 		}
 		return info, nil
+	}
+}
+
+// observed returns describe with an observer of its calls, which no client makes.
+func observed(
+	provider string, observe func(kmsclient.Call), describe func(context.Context) (*alibaba.KeyInfo, error),
+) func(context.Context) (*alibaba.KeyInfo, error) {
+	return func(ctx context.Context) (*alibaba.KeyInfo, error) {
+		noting, requestID := kmsclient.WithRequestID(ctx)
+		call := kmsclient.Call{Provider: provider, Op: "DescribeKey", Class: "ok", Time: time.Now()}
+		info, err := describe(noting)
+		call.Duration, call.RequestID = time.Since(call.Time), requestID()
+		if err != nil {
+			call.Class = kmsclient.ClassUnavailable.String()
+			if e, ok := errors.AsType[*kmsclient.Error](err); ok {
+				call.Class, call.KeyID, call.RequestID = e.Class.String(), e.KeyID, cmp.Or(e.RequestID, call.RequestID)
+			}
+		} else {
+			call.KeyID = info.KeyID
+		}
+		observe(call)
+		return info, err
 	}
 }
 

@@ -72,8 +72,9 @@ KMS only where the configuration names a key by an alias.`,
 		if len(c.KMS) == 0 {
 			return &failure{code: exitFailure, err: errors.New("no KMS is configured"), hint: "add one under kms"}
 		}
+		calls := newCallLog(c, cmd.ErrOrStderr())
 		if *policy {
-			return printPolicy(cmd, c.KMS, *timeout)
+			return printPolicy(cmd, c.KMS, *timeout, calls.kmsCall)
 		}
 		reports := make([]providerReport, len(c.KMS))
 		var all sync.WaitGroup
@@ -81,7 +82,7 @@ KMS only where the configuration names a key by an alias.`,
 			all.Go(func() {
 				ctx, cancel := context.WithTimeout(context.Background(), *timeout)
 				defer cancel()
-				reports[i] = checkProvider(ctx, k, usesOf(c, k))
+				reports[i] = checkProvider(ctx, k, usesOf(c, k), calls.kmsCall)
 			})
 		}
 		all.Wait()
@@ -103,10 +104,10 @@ KMS only where the configuration names a key by an alias.`,
 }
 
 // printPolicy prints the RAM policy. It is JSON whatever --output says, since RAM takes nothing else.
-func printPolicy(cmd *cobra.Command, providers []config.KMS, timeout time.Duration) error {
+func printPolicy(cmd *cobra.Command, providers []config.KMS, timeout time.Duration, observe func(kmsclient.Call)) error {
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
-	policy, err := ramPolicy(ctx, providers)
+	policy, err := ramPolicy(ctx, providers, observe)
 	if err != nil {
 		return err
 	}
@@ -115,7 +116,7 @@ func printPolicy(cmd *cobra.Command, providers []config.KMS, timeout time.Durati
 }
 
 // checkProvider tries one KMS. All that is wrong is a finding.
-func checkProvider(ctx context.Context, k config.KMS, u uses) providerReport {
+func checkProvider(ctx context.Context, k config.KMS, u uses, observe func(kmsclient.Call)) providerReport {
 	b, err := newBackend(k, slog.New(slog.DiscardHandler))
 	r := providerReport{Name: k.Name, Backend: b.kind, Tried: []string{}, Findings: []string{}, Warnings: []string{}}
 	if err != nil {
@@ -127,13 +128,13 @@ func checkProvider(ctx context.Context, k config.KMS, u uses) providerReport {
 		r.OK = true
 		return r
 	}
-	return checkBackend(ctx, k.Name, b, u)
+	return checkBackend(ctx, k.Name, b, u, observe)
 }
 
 // describeTimeout leaves time for the checks proper when a KMS does not answer.
 const describeTimeout = 3 * time.Second
 
-func checkBackend(ctx context.Context, name string, b *backend, u uses) (r providerReport) {
+func checkBackend(ctx context.Context, name string, b *backend, u uses, observe func(kmsclient.Call)) (r providerReport) {
 	r = providerReport{Name: name, Backend: b.kind, Tried: []string{}, Findings: []string{}, Warnings: []string{}}
 	var info *alibaba.KeyInfo
 	defer func() {
@@ -149,14 +150,14 @@ func checkBackend(ctx context.Context, name string, b *backend, u uses) (r provi
 	if b.credentialsExpire != nil {
 		defer func() { r.CredentialsExpire = when(b.credentialsExpire()) }()
 	}
-	client, err := kmsclient.New(kmsclient.Config{Name: name, Backend: b.service, Timeout: b.timeout})
+	client, err := kmsclient.New(kmsclient.Config{Name: name, Backend: b.service, Timeout: b.timeout, Observer: observe})
 	if err != nil {
 		r.found("%v", err)
 		return r
 	}
 	if b.describe != nil {
 		limited, cancel := context.WithTimeout(ctx, describeTimeout)
-		if info, err = b.describe(limited); err == nil {
+		if info, err = observed(name, observe, b.describe)(limited); err == nil {
 			r.Key = details(info)
 		}
 		cancel() // what is wrong shows in the state below; a dedicated instance describes no keys

@@ -13,6 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
 )
@@ -165,7 +166,7 @@ func TestKMSCheckInstanceRole(t *testing.T) {
 		defer b.close()
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 		defer cancel()
-		r := checkBackend(ctx, "main", b, uses{seals: true, recovered: true})
+		r := checkBackend(ctx, "main", b, uses{seals: true, recovered: true}, func(kmsclient.Call) {})
 		text := strings.Join(r.Findings, "\n")
 		w.checkSecrets(t, text)
 		return r, text

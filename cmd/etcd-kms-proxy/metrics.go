@@ -98,7 +98,7 @@ func (c *counters) Recovered(provider, by string) {
 
 // Rescued implements [keyring.Observer].
 func (c *counters) Rescued(provider, by, keyID, why string) {
-	c.all.app.audit.rescued(provider, by, keyID, why)
+	c.all.app.rescued(provider, by, keyID, why)
 }
 
 var (

@@ -71,7 +71,7 @@ type app struct {
 
 	metrics *metrics
 	audit   *auditor // nil without an audit block
-	calls   *callLog // of a command; nil otherwise
+	calls   *callLog // of a command with an audit block; nil otherwise
 	cache   *keyring.Cache
 	closers []func()
 	rings   []*keyring.Ring

@@ -8,6 +8,7 @@ import (
 	"slices"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba"
 )
 
@@ -42,7 +43,7 @@ func alibabaBackend(c alibaba.Config) (*backend, error) {
 }
 
 // ramPolicy returns the least that the callers of all configured keys of Alibaba Cloud need.
-func ramPolicy(ctx context.Context, providers []config.KMS) (*alibaba.RAMPolicy, error) {
+func ramPolicy(ctx context.Context, providers []config.KMS, observe func(kmsclient.Call)) (*alibaba.RAMPolicy, error) {
 	var keys []string
 	for _, k := range providers {
 		if k.Alibaba == nil {
@@ -51,7 +52,7 @@ func ramPolicy(ctx context.Context, providers []config.KMS) (*alibaba.RAMPolicy,
 		key := alibaba.KeyARN(k.Alibaba.Region, k.Alibaba.KeyID)
 		if key == "" {
 			var err error
-			if key, err = keyOfAlias(ctx, k.Alibaba); err != nil {
+			if key, err = keyOfAlias(ctx, k, observe); err != nil {
 				return nil, &failure{
 					code: exitFailure, err: fmt.Errorf("kms %q: the key of %s: %w", k.Name, k.Alibaba.KeyID, err),
 					hint: "write the key's id or ARN in place of the alias, or call this as someone who has kms:DescribeKey",
@@ -67,11 +68,15 @@ func ramPolicy(ctx context.Context, providers []config.KMS) (*alibaba.RAMPolicy,
 	return alibaba.NewRAMPolicy(slices.Compact(keys)...), nil
 }
 
-func keyOfAlias(ctx context.Context, a *config.Alibaba) (string, error) {
-	b, err := alibaba.New(alibabaConfig(a, slog.New(slog.DiscardHandler)))
+func keyOfAlias(ctx context.Context, k config.KMS, observe func(kmsclient.Call)) (arn string, err error) {
+	b, err := alibaba.New(alibabaConfig(k.Alibaba, slog.New(slog.DiscardHandler)))
 	if err != nil {
 		return "", err
 	}
 	defer func() { _ = b.Close() }()
-	return b.KeyARN(ctx)
+	_, err = observed(k.Name, observe, func(ctx context.Context) (*alibaba.KeyInfo, error) {
+		arn, err = b.KeyARN(ctx)
+		return &alibaba.KeyInfo{KeyID: arn}, err
+	})(ctx)
+	return arn, err
 }

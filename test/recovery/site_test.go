@@ -67,7 +67,8 @@ func (s *site) run(t *testing.T, rule harness.Rule, kms ...harness.KMSConfig) {
 	s.kv = pb.NewKVClient(harness.Dial(t, s.proxy.Address, nil))
 }
 
-func (s *site) auditPath() string { return filepath.Join(s.env.Dir, "audit.jsonl") }
+func (s *site) auditPath() string    { return filepath.Join(s.env.Dir, "audit.jsonl") }
+func (s *site) commandsPath() string { return filepath.Join(s.env.Dir, "audit.commands.jsonl") }
 
 // put writes a value through the proxy.
 func (s *site) put(t *testing.T, key, value string) error {
@@ -173,10 +174,15 @@ func (s *site) refused(t *testing.T, code codes.Code, words ...string) {
 	}
 }
 
-// recoveries returns how often the audit log tells of each pair of providers, "primary by provider".
+// recoveries returns how often the proxy's audit log tells of each pair of providers, "primary by provider".
 func (s *site) recoveries(t *testing.T) map[string]int {
 	t.Helper()
-	data, err := os.ReadFile(s.auditPath())
+	return s.recoveriesIn(t, s.auditPath())
+}
+
+func (s *site) recoveriesIn(t *testing.T, path string) map[string]int {
+	t.Helper()
+	data, err := os.ReadFile(path)
 	if err != nil {
 		t.Fatal(err)
 	}
