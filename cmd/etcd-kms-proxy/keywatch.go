@@ -18,7 +18,6 @@ import (
 
 // Times of the early warnings. A key that stops working is one within soon.
 const (
-	soonExpired  = 10 * time.Minute // and credentials, which are refreshed well before
 	soon         = 30 * 24 * time.Hour
 	watchEvery   = 10 * time.Minute // KMS quotas of describing keys are shared by a whole account
 	watchTimeout = 30 * time.Second
@@ -31,8 +30,9 @@ type warning struct {
 	text string
 }
 
-// keyWarnings says what to warn of. info is nil where the KMS does not describe its keys; expire is zero where credentials do not end.
-func keyWarnings(info *alibaba.KeyInfo, expire time.Time, recovery bool, now time.Time) []warning {
+// keyWarnings says what to warn of. info is nil where the KMS does not describe its keys; late is when the credentials end that should have been
+// renewed, and zero if all is well with them.
+func keyWarnings(info *alibaba.KeyInfo, late time.Time, recovery bool, now time.Time) []warning {
 	var ws []warning
 	add := func(kind, format string, args ...any) { ws = append(ws, warning{kind, fmt.Sprintf(format, args...)}) }
 	if info != nil {
@@ -56,8 +56,8 @@ func keyWarnings(info *alibaba.KeyInfo, expire time.Time, recovery bool, now tim
 	if !recovery {
 		add("no_recovery_key", "no recovery key: when this key is gone for good, so is every value under it; name another provider in recovery of the rules that write with it")
 	}
-	if !expire.IsZero() && expire.Sub(now) < soonExpired {
-		add("credentials_expire", "the credentials end at %s and were not refreshed", expire.Format(time.RFC3339))
+	if !late.IsZero() {
+		add("credentials_expire", "the credentials end at %s and were not refreshed", late.Format(time.RFC3339))
 	}
 	return ws
 }
@@ -67,6 +67,7 @@ type keyWatch struct {
 	provider string
 	describe func(context.Context) (*alibaba.KeyInfo, error) // nil where the KMS does not describe its keys
 	expire   func() time.Time                                // nil where there are no credentials
+	late     func() time.Time                                // the same if others should have followed them, else zero
 	recovery func() bool                                     // whether every rule that writes with the key has a recovery key
 	healthy  func() bool                                     // whether the last contact with the KMS was good
 	log      *slog.Logger
@@ -114,16 +115,17 @@ func observed(
 	}
 }
 
-// run looks now and then until ctx ends, and whenever contacts with the KMS turn good or bad: whatever it was may be what the KMS says of the key.
+// run looks now and then until ctx ends, and whenever contacts with the KMS turn good or bad, since whatever it was may be what the KMS says of
+// the key, and whenever credentials become late, since short sessions end before the next look.
 func (w *keyWatch) run(ctx context.Context) {
 	check := time.NewTicker(stateCheck)
 	defer check.Stop()
 	for {
-		healthy := w.healthy()
+		healthy, late := w.healthy(), !w.late().IsZero()
 		w.look(ctx)
 		// Many proxies that started together do not ask together.
 		next := time.Now().Add(watchEvery*9/10 + rand.N(watchEvery/5)) //nolint:gosec // jitter
-		for w.healthy() == healthy && time.Now().Before(next) {
+		for w.healthy() == healthy && w.late().IsZero() != late && time.Now().Before(next) {
 			select {
 			case <-check.C:
 			case <-ctx.Done():
@@ -158,11 +160,7 @@ func (w *keyWatch) look(ctx context.Context) {
 }
 
 func (w *keyWatch) warnings() []warning {
-	var expire time.Time
-	if w.expire != nil {
-		expire = w.expire()
-	}
-	return keyWarnings(w.info.Load(), expire, w.recovery(), time.Now())
+	return keyWarnings(w.info.Load(), w.late(), w.recovery(), time.Now())
 }
 
 // keyWatches collects what the watches know when it is asked for.

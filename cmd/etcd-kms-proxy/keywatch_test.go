@@ -23,7 +23,7 @@ func TestKeyWarnings(t *testing.T) {
 	now := time.Date(2030, 1, 1, 0, 0, 0, 0, time.UTC)
 	for name, c := range map[string]struct {
 		change   func(*alibaba.KeyInfo)
-		expire   time.Time
+		late     time.Time
 		recovery bool
 		want     []string
 	}{
@@ -36,15 +36,14 @@ func TestKeyWarnings(t *testing.T) {
 		"not rotated":             {change: func(i *alibaba.KeyInfo) { i.AutomaticRotation = "Disabled" }, recovery: true, want: []string{"rotation_off"}},
 		"imported, not rotated":   {change: func(i *alibaba.KeyInfo) { i.AutomaticRotation, i.Origin = "", "EXTERNAL" }, recovery: true},
 		"alone":                   {want: []string{"no_recovery_key"}},
-		"credentials end":         {recovery: true, expire: now.Add(time.Minute), want: []string{"credentials_expire"}},
-		"credentials are good":    {recovery: true, expire: now.Add(time.Hour)},
+		"credentials end":         {recovery: true, late: now.Add(time.Minute), want: []string{"credentials_expire"}},
 	} {
 		info := good
 		if c.change != nil {
 			c.change(&info)
 		}
 		var kinds []string
-		for _, w := range keyWarnings(&info, c.expire, c.recovery, now) {
+		for _, w := range keyWarnings(&info, c.late, c.recovery, now) {
 			kinds = append(kinds, w.kind)
 		}
 		if !slices.Equal(kinds, c.want) {
@@ -58,7 +57,7 @@ func TestKeyWatchLogsOnce(t *testing.T) {
 	var log bytes.Buffer
 	info, fail := good, error(nil)
 	w := &keyWatch{
-		provider: "ack", recovery: func() bool { return true }, log: slog.New(slog.NewTextHandler(&log, nil)),
+		provider: "ack", recovery: func() bool { return true }, late: new(backend).lateCredentials, log: slog.New(slog.NewTextHandler(&log, nil)),
 		describe: func(context.Context) (*alibaba.KeyInfo, error) {
 			i := info
 			return &i, fail
@@ -136,14 +135,17 @@ func TestKeyWatchIsAudited(t *testing.T) {
 	}
 }
 
-// TestKeyWatchFollowsTheContact: when contacts turn bad the key is looked at at once, and not in ten minutes.
+// TestKeyWatchFollowsTheContact: when contacts turn bad, or credentials become late, the key is looked at at once, and not in ten minutes.
 func TestKeyWatchFollowsTheContact(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var healthy atomic.Bool
 		healthy.Store(true)
 		var looks atomic.Int64
+		var late atomic.Pointer[time.Time]
+		late.Store(new(time.Time))
 		w := &keyWatch{
 			provider: "ack", recovery: func() bool { return true }, healthy: healthy.Load, log: slog.New(slog.DiscardHandler),
+			late:     func() time.Time { return *late.Load() },
 			describe: func(context.Context) (*alibaba.KeyInfo, error) { looks.Add(1); return &good, nil },
 		}
 		ctx, stop := context.WithCancel(t.Context())
@@ -161,6 +163,14 @@ func TestKeyWatchFollowsTheContact(t *testing.T) {
 		time.Sleep(2 * watchEvery)
 		if n := looks.Load(); n < 3 || n > 5 {
 			t.Errorf("%d looks after two intervals", n)
+		}
+		before, end := looks.Load(), time.Now()
+		for _, end := range []*time.Time{&end, {}} {
+			late.Store(end)
+			time.Sleep(2 * stateCheck)
+		}
+		if n := looks.Load(); n < before+2 {
+			t.Errorf("%d looks after credentials were late, and no longer", n-before)
 		}
 		stop()
 		<-ended

@@ -139,11 +139,7 @@ func checkBackend(ctx context.Context, name string, b *backend, u uses, observe 
 	var info *alibaba.KeyInfo
 	defer func() {
 		r.OK = len(r.Findings) == 0
-		var expire time.Time
-		if b.credentialsExpire != nil {
-			expire = b.credentialsExpire()
-		}
-		for _, w := range keyWarnings(info, expire, u.recovered, time.Now()) {
+		for _, w := range keyWarnings(info, b.lateCredentials(), u.recovered, time.Now()) {
 			r.Warnings = append(r.Warnings, w.text)
 		}
 	}()

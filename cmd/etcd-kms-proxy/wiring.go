@@ -30,6 +30,15 @@ type backend struct {
 	reader   keyring.LegacyReader                            // of a provider that only opens values; it has no service
 	// credentialsExpire is when the credentials of the calls end, or zero; nil where there are none.
 	credentialsExpire func() time.Time
+	credentialsLate   func() bool // others should have followed them; nil where credentialsExpire is
+}
+
+// lateCredentials returns when the credentials end, if others should have followed them, or zero.
+func (b *backend) lateCredentials() time.Time {
+	if b.credentialsLate == nil || !b.credentialsLate() {
+		return time.Time{}
+	}
+	return b.credentialsExpire()
 }
 
 // newBackend makes the backend of k. It is the only place that tells one from another. On an error the backend has only its kind.
@@ -189,7 +198,7 @@ func (a *app) addRing(k config.KMS, c *config.Config) error {
 	}
 	a.rings = append(a.rings, ring)
 	a.watches = append(a.watches, &keyWatch{
-		provider: k.Name, describe: a.audited(k.Name, b.describe), expire: b.credentialsExpire, log: a.log,
+		provider: k.Name, describe: a.audited(k.Name, b.describe), expire: b.credentialsExpire, late: b.lateCredentials, log: a.log,
 		// A key file is its own backup's business, and a key that nothing is written with gets no new copies.
 		recovery: func() bool { return b.kind == "local" || !writes || len(ring.Recovery()) > 0 },
 		healthy:  func() bool { return ring.State().Healthy },

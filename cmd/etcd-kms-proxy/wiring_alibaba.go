@@ -39,7 +39,9 @@ func alibabaBackend(c alibaba.Config) (*backend, error) {
 	if err != nil {
 		return &backend{kind: "alibaba"}, err
 	}
-	return &backend{kind: "alibaba", service: b, describe: b.Describe, credentialsExpire: b.CredentialsExpire, closer: b}, nil
+	return &backend{
+		kind: "alibaba", service: b, describe: b.Describe, credentialsExpire: b.CredentialsExpire, credentialsLate: b.CredentialsLate, closer: b,
+	}, nil
 }
 
 // ramPolicy returns the least that the callers of all configured keys of Alibaba Cloud need.

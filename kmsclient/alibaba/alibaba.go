@@ -142,6 +142,10 @@ func New(cfg Config) (*Backend, error) {
 // token from a file), and before the first call. It comes near only if no new session can be fetched.
 func (b *Backend) CredentialsExpire() time.Time { return b.creds.expires() }
 
+// CredentialsLate reports whether the next session is not there when it should be: the last fetch has failed, or half of the time between the
+// refresh and the end has gone by. Near its end alone, a session is not late: one of 15 minutes is renewed when 5 are left.
+func (b *Backend) CredentialsLate() bool { return b.creds.late() }
+
 // Close ends the fetching of credentials and drops idle connections. It always returns nil. Calls must have ended.
 func (b *Backend) Close() error {
 	b.creds.close()

@@ -112,6 +112,8 @@ type credentialSource interface {
 	renew(ctx context.Context, rejected credential) (credential, error)
 	// expires returns when the credentials of the last get end; zero if they do not, or if there are none yet.
 	expires() time.Time
+	// late reports whether credentials that end should have been followed by others.
+	late() bool
 	// close ends what is under way and waits for it. The source gives no credentials afterwards.
 	close()
 }

@@ -66,6 +66,7 @@ func (s *staticSource) renew(ctx context.Context, _ credential) (credential, err
 }
 
 func (s *staticSource) expires() time.Time { return time.Time{} }
+func (s *staticSource) late() bool         { return false }
 func (s *staticSource) close()             {}
 
 // read returns the credentials as they stand now, or every problem with them.

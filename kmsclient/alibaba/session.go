@@ -117,6 +117,15 @@ func (s *sessionSource) expires() time.Time {
 	return s.last.expires
 }
 
+func (s *sessionSource) late() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.last.expires.IsZero() {
+		return false
+	}
+	return s.failure != nil || !s.now().Before(s.due.Add(s.last.expires.Sub(s.due)/2))
+}
+
 func (s *sessionSource) close() {
 	s.mu.Lock()
 	s.closed, s.last, s.failure = true, session{}, errClosed

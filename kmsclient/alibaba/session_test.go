@@ -72,6 +72,9 @@ func TestRefreshAhead(t *testing.T) {
 				t.Fatalf("first: %v, %v after %v", c.id, err, time.Since(start))
 			}
 			time.Sleep(life - ahead - time.Second)
+			if s.late() {
+				t.Errorf("life %v: late before it is due", life)
+			}
 			s.want(t, "before it is due", 1)
 			if n := i.fetches.Load(); n != 1 {
 				t.Errorf("life %v: %d fetches before it is due", life, n)
@@ -87,6 +90,14 @@ func TestRefreshAhead(t *testing.T) {
 			}
 			if logs.String() != "" {
 				t.Errorf("logged %s", logs)
+			}
+			time.Sleep(life - ahead - 2*time.Second + ahead/2 - time.Second)
+			if s.late() {
+				t.Errorf("life %v: late before half of the time for the refresh is over, without a failure", life)
+			}
+			time.Sleep(3 * time.Second) // nobody asked for it
+			if !s.late() {
+				t.Errorf("life %v: not late although nobody has renewed it", life)
 			}
 		})
 	}
@@ -105,6 +116,9 @@ func TestRefreshFails(t *testing.T) {
 			time.Sleep(time.Second)
 			synctest.Wait()
 			s.want(t, "while the refresh fails", 1)
+			if late := i.fetches.Load() > 1; s.late() != late {
+				t.Fatalf("late is %t after %d fetches", s.late(), i.fetches.Load())
+			}
 		}
 		if n := i.fetches.Load() - 1; n < 40 || n > 100 { // in ten minutes
 			t.Errorf("%d attempts in ten minutes", n)
