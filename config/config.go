@@ -32,8 +32,18 @@ const (
 	maxFile = 4 << 20 // bytes of a configuration file
 )
 
+// Checks are by whoever makes something of a configuration, and each is told of a part that nothing else is wrong with. The paths of their problems
+// are relative to it, and have no line. They may be nil.
+type Checks struct {
+	KMS   func(KMS) []Problem
+	Audit func(Audit) []Problem
+}
+
 // Load reads, checks and completes the file at path. The error is a [Problems] if the file could be read and is wrong.
-func Load(path string) (*Config, error) {
+func Load(path string) (*Config, error) { return LoadChecked(path, Checks{}) }
+
+// LoadChecked is Load with further checks.
+func LoadChecked(path string, checks Checks) (*Config, error) {
 	f, err := os.Open(path) //nolint:gosec // the operator names the file
 	if err != nil {
 		return nil, fmt.Errorf("read configuration: %w", err)
@@ -50,15 +60,20 @@ func Load(path string) (*Config, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read configuration: %w", err)
 	}
-	return parse(data, dir, readFile)
+	return parseChecked(data, dir, readFile, checks)
 }
 
 // parse checks and completes the bytes of a file in folder dir. The files that it names are read with read.
 func parse(data []byte, dir string, read func(path string) ([]byte, error)) (*Config, error) {
+	return parseChecked(data, dir, read, Checks{})
+}
+
+func parseChecked(data []byte, dir string, read func(path string) ([]byte, error), checks Checks) (*Config, error) {
 	c := new(Config)
 	d := &decoder{dir: dir, read: read, lines: map[string]int{"": 1}, bad: map[string]bool{}}
 	if d.document(data, c) {
 		d.validate(c)
+		d.further(c, checks)
 	}
 	if len(d.problems) > 0 {
 		slices.SortStableFunc(d.problems, func(a, b Problem) int { return a.Line - b.Line })

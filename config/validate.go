@@ -36,6 +36,37 @@ func (d *decoder) validate(c *Config) {
 	d.oneOf("log.format", c.Log.Format, "json", "text")
 }
 
+// further makes the checks of others, of the parts that are good so far.
+func (d *decoder) further(c *Config, checks Checks) {
+	add := func(at string, ps []Problem) {
+		for _, p := range ps {
+			path := at
+			if p.Path != "" {
+				path += "." + p.Path
+			}
+			d.reportAt(d.line(path), path, p.Hint, "%s", p.Text) // a part may have several
+		}
+	}
+	for i, k := range c.KMS {
+		if at := fmt.Sprintf("kms[%d]", i); checks.KMS != nil && !d.faulty(at) {
+			add(at, checks.KMS(k))
+		}
+	}
+	if checks.Audit != nil && c.Audit != nil && !d.faulty("audit") {
+		add("audit", checks.Audit(*c.Audit))
+	}
+}
+
+// faulty reports whether a problem was reported for path or something in it.
+func (d *decoder) faulty(path string) bool {
+	for bad := range d.bad {
+		if rest, ok := strings.CutPrefix(bad, path); ok && (rest == "" || rest[0] == '.' || rest[0] == '[') {
+			return true
+		}
+	}
+	return false
+}
+
 func (d *decoder) cache(c *Cache) {
 	if c.Seeds < 1 || c.Seeds > 10_000_000 {
 		d.report("cache.seeds", "the default is 10000", "%d is not between 1 and 10000000", c.Seeds)

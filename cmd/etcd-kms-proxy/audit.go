@@ -50,17 +50,6 @@ func besideAudit(path, what string) string {
 	return strings.TrimSuffix(path, ext) + "." + what + ext
 }
 
-// auditProblems checks the key of c, which may be nil. It opens no log, which a proxy may be writing.
-func auditProblems(c *config.Audit) []configProblem {
-	if c == nil || c.KeyFile == "" {
-		return nil
-	}
-	if _, err := audit.LoadKey(c.KeyFile); err != nil {
-		return []configProblem{{Path: "audit.keyFile", Text: err.Error()}}
-	}
-	return nil
-}
-
 func (a *auditor) close(log *slog.Logger) {
 	if a == nil {
 		return

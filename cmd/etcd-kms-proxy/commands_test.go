@@ -87,16 +87,27 @@ func TestBadInput(t *testing.T) {
 		check int // exit code of config check; serve's is 3 in any case
 		texts []string
 	}{
-		"unknown field":             {[]string{"writeWith", "writeWit"}, 1, []string{"line 12: rules[0].writeWit: unknown field", "hint: did you mean writeWith?"}},
-		"duplicate field":           {[]string{"kind: ", "kind: x\nkind: "}, 1, []string{"line 3: kind: is given twice, first on line 2"}},
-		"missing key file":          {[]string{"key.yaml", "gone.yaml"}, 1, []string{"kms[0].local.keyFile", "gone.yaml: no such file", "hint: "}},
-		"key file for all":          {[]string{"key.yaml", "open.yaml"}, 1, []string{"kms[0]", "open.yaml"}},
-		"unreadable certificate":    {[]string{"127.0.0.1:0\netcd", "127.0.0.1:0\n  tls: {certFile: key.yaml, keyFile: key.yaml}\netcd"}, 1, []string{"listeners[0].tls.certFile", "not a certificate"}},
-		"missing certificate":       {[]string{"127.0.0.1:0\netcd", "127.0.0.1:0\n  tls: {certFile: gone.crt, keyFile: key.yaml}\netcd"}, 1, []string{"gone.crt: no such file"}},
-		"two rules with one prefix": {[]string{"rules:\n", "rules:\n- {prefix: /registry/secrets/, writeWith: plaintext}\n"}, 1, []string{"rules[1].prefix", "the prefix of rules[0] too"}},
-		"provider with a colon":     {[]string{"dev", "d:v"}, 1, []string{"kms[0].name", "has a colon"}},
-		"undefined provider":        {[]string{"writeWith: dev", "writeWith: prod"}, 1, []string{"rules[0].writeWith: no KMS provider is called \"prod\"", "hint: define it under kms, or use plaintext or dev"}},
-		"off loopback":              {[]string{"address: 127.0.0.1:0\netcd", "address: 0.0.0.0:0\netcd"}, 1, []string{"line 4: listeners[0]: other machines reach", "insecurePlaintext: true"}},
+		"unknown field":    {[]string{"writeWith", "writeWit"}, 1, []string{"line 12: rules[0].writeWit: unknown field", "hint: did you mean writeWith?"}},
+		"duplicate field":  {[]string{"kind: ", "kind: x\nkind: "}, 1, []string{"line 3: kind: is given twice, first on line 2"}},
+		"missing key file": {[]string{"key.yaml", "gone.yaml"}, 1, []string{"kms[0].local.keyFile", "gone.yaml: no such file", "hint: "}},
+		"key file for all": {[]string{"key.yaml", "open.yaml"}, 1, []string{"line 9: kms[0].local.keyFile: key file ", "open.yaml: others than its owner may use it (mode 0644)\nhint: run chmod 600 "}},
+		"key file for all, and more": {[]string{"key.yaml", "open.yaml", "admin:", "rulez: []\nadmin:"}, 1, []string{
+			"line 9: kms[0].local.keyFile: key file ", "hint: run chmod 600 ", "line 13: rulez: unknown field\nhint: did you mean rules?"}},
+		"audit key for all":   {[]string{"kind: ", "audit: {path: audit.jsonl, keyFile: open.yaml}\nkind: "}, 1, []string{"line 2: audit.keyFile: audit key ", "hint: run chmod 600 "}},
+		"key file of nothing": {[]string{"key.yaml", "config.yaml"}, 1, []string{"line 9: kms[0].local.keyFile: key file ", "hint: etcd-kms-proxy kms new-local-key makes"}},
+		"no session": {[]string{"local: {keyFile: key.yaml}", "alibaba: {region: cn-hangzhou, keyID: key-a, credentials: {type: sts}}"}, 1, []string{
+			"line 9: kms[0].alibaba.credentials: no access key ID\nhint: name a file, or set ALIBABA_CLOUD_ACCESS_KEY_ID\n",
+			"line 9: kms[0].alibaba.credentials: no access key secret\nhint: name a file, or set ALIBABA_CLOUD_ACCESS_KEY_SECRET\n",
+			"line 9: kms[0].alibaba.credentials: no security token\nhint: name a file, or set ALIBABA_CLOUD_SECURITY_TOKEN\n"}},
+		"no token": {[]string{"local: {keyFile: key.yaml}", "alibaba: {region: cn-hangzhou, keyID: key-a, credentials: {type: oidc, roleARN: 'acs:ram::1:role/r', oidcProviderARN: 'acs:ram::1:oidc-provider/p'}}"}, 1, []string{
+			"line 9: kms[0].alibaba.credentials: no OIDC token\nhint: name oidcTokenFile, or set ALIBABA_CLOUD_OIDC_TOKEN_FILE\n"}},
+		"an entry with its own problem": {[]string{"key.yaml}", "open.yaml, x: y}"}, 1, []string{"line 9: kms[0].local.x: unknown field"}},
+		"unreadable certificate":        {[]string{"127.0.0.1:0\netcd", "127.0.0.1:0\n  tls: {certFile: key.yaml, keyFile: key.yaml}\netcd"}, 1, []string{"listeners[0].tls.certFile", "not a certificate"}},
+		"missing certificate":           {[]string{"127.0.0.1:0\netcd", "127.0.0.1:0\n  tls: {certFile: gone.crt, keyFile: key.yaml}\netcd"}, 1, []string{"gone.crt: no such file"}},
+		"two rules with one prefix":     {[]string{"rules:\n", "rules:\n- {prefix: /registry/secrets/, writeWith: plaintext}\n"}, 1, []string{"rules[1].prefix", "the prefix of rules[0] too"}},
+		"provider with a colon":         {[]string{"dev", "d:v"}, 1, []string{"kms[0].name", "has a colon"}},
+		"undefined provider":            {[]string{"writeWith: dev", "writeWith: prod"}, 1, []string{"rules[0].writeWith: no KMS provider is called \"prod\"", "hint: define it under kms, or use plaintext or dev"}},
+		"off loopback":                  {[]string{"address: 127.0.0.1:0\netcd", "address: 0.0.0.0:0\netcd"}, 1, []string{"line 4: listeners[0]: other machines reach", "insecurePlaintext: true"}},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -109,8 +120,14 @@ func TestBadInput(t *testing.T) {
 				t.Fatal(err)
 			}
 			config := d.config(t, tt.edits...)
-			execute(t, "config", "check", "--config", config).want(t, tt.check, append(tt.texts, "error: ")...)
-			execute(t, "serve", "--config", config).want(t, 3, append(tt.texts, "error: ")...)
+			for code, r := range map[int]result{tt.check: execute(t, "config", "check", "--config", config), 3: execute(t, "serve", "--config", config)} {
+				r.want(t, code, append(tt.texts, "error: ")...)
+				for line := range strings.Lines(r.stderr) {
+					if !strings.HasPrefix(line, "error: "+config+": line ") && !strings.HasPrefix(line, "hint: ") {
+						t.Errorf("neither an error with its line nor a hint: %s", line)
+					}
+				}
+			}
 		})
 	}
 }

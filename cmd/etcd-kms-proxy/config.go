@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 
 	"github.com/spf13/cobra"
 
@@ -46,7 +45,7 @@ It connects to nothing. It says nothing of a file without a problem, and exits w
 	}
 	path, out := configFlag(cmd), outputFlag(cmd)
 	cmd.RunE = fails(func(cmd *cobra.Command, _ []string) error {
-		c, err := config.Load(*path)
+		_, err := config.LoadChecked(*path, backendChecks)
 		ps, ok := errors.AsType[config.Problems](err)
 		if err != nil && !ok {
 			return &failure{code: exitFailure, err: err, hint: "name the file with --config"}
@@ -54,10 +53,6 @@ It connects to nothing. It says nothing of a file without a problem, and exits w
 		report := configReport{File: *path, OK: true, Problems: []configProblem{}}
 		for _, p := range ps {
 			report.Problems = append(report.Problems, configProblem(p))
-		}
-		if err == nil {
-			report.Problems = append(report.Problems, backendProblems(c)...)
-			report.Problems = append(report.Problems, auditProblems(c.Audit)...)
 		}
 		report.OK = len(report.Problems) == 0
 		err = out.write(cmd.OutOrStdout(), report, func(io.Writer) {
@@ -78,19 +73,4 @@ It connects to nothing. It says nothing of a file without a problem, and exits w
 		return err
 	})
 	return cmd
-}
-
-// backendProblems makes every backend and lets it go again, since each checks its own part of the configuration, such as the permission of
-// a key file. Nothing is connected to.
-func backendProblems(c *config.Config) []configProblem {
-	var ps []configProblem
-	for i, k := range c.KMS {
-		b, err := newBackend(k, slog.New(slog.DiscardHandler))
-		if err != nil {
-			ps = append(ps, configProblem{Path: fmt.Sprintf("kms[%d]", i), Text: err.Error()})
-			continue
-		}
-		b.close()
-	}
-	return ps
 }

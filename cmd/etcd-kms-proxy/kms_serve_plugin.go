@@ -71,7 +71,7 @@ func servePlugin(cmd *cobra.Command, path, name, socket string, drain time.Durat
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
 	defer signal.Stop(signals)
 
-	c, err := loadConfig(cmd, path)
+	c, err := loadForEach(cmd, path)
 	if err != nil {
 		return err
 	}

@@ -122,9 +122,18 @@ func configFlag(cmd *cobra.Command) *string {
 	return cmd.Flags().String("config", defaultConfig, "configuration `FILE`")
 }
 
-// loadConfig reads the configuration for a command that needs a good one. It prints all problems but the last, which the error holds.
+// loadConfig reads the configuration for a command that makes all of it. It prints all problems but the last, which the error holds.
 func loadConfig(cmd *cobra.Command, path string) (*config.Config, error) {
-	c, err := config.Load(path)
+	return loadChecked(cmd, path, backendChecks)
+}
+
+// loadForEach is loadConfig for a command that makes each backend by itself, and says of each what is wrong with it.
+func loadForEach(cmd *cobra.Command, path string) (*config.Config, error) {
+	return loadChecked(cmd, path, config.Checks{})
+}
+
+func loadChecked(cmd *cobra.Command, path string, checks config.Checks) (*config.Config, error) {
+	c, err := config.LoadChecked(path, checks)
 	if err == nil {
 		return c, nil
 	}

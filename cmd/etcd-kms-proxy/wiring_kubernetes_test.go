@@ -93,7 +93,7 @@ func TestKubernetesCommands(t *testing.T) {
 			t.Errorf("%s check of a file that others may read: %+v", command, r)
 		}
 	}
-	execute(t, "serve", "--config", config).want(t, 3, `kms[1] "old": key file `, "chmod 600")
+	execute(t, "serve", "--config", config).want(t, 3, "kms[1].kubernetes.keyFile: key file ", "chmod 600")
 	if err := os.WriteFile(d.path("old.yaml"), []byte("keys:\n- {name: key1, secret: QUJD}\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}

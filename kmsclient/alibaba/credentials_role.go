@@ -115,7 +115,7 @@ func (r *roleSource) oidc(c Credentials) error {
 		return fmt.Errorf("oidcProviderARN (or ALIBABA_CLOUD_OIDC_PROVIDER_ARN) %q is not acs:ram::<account>:oidc-provider/<name>", provider)
 	}
 	if r.token.file == "" {
-		return errors.New("no OIDC token: name oidcTokenFile, or set ALIBABA_CLOUD_OIDC_TOKEN_FILE")
+		return &missingError{"OIDC token", "name oidcTokenFile, or set ALIBABA_CLOUD_OIDC_TOKEN_FILE"}
 	}
 	_, err := r.token.read()
 	return err

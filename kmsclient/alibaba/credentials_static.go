@@ -100,7 +100,7 @@ func (p part) read() (string, error) {
 	if p.file == "" {
 		value := strings.TrimSpace(os.Getenv(p.variable))
 		if value == "" {
-			return "", fmt.Errorf("no %s: name a file, or set %s", p.name, p.variable)
+			return "", &missingError{p.name, "name a file, or set " + p.variable}
 		}
 		return p.check(value, "$"+p.variable)
 	}
@@ -118,6 +118,14 @@ func (p part) read() (string, error) {
 	}
 	return p.check(strings.TrimSpace(string(text)), p.file)
 }
+
+// missingError is of a part that is nowhere.
+type missingError struct{ name, advice string }
+
+func (e *missingError) Error() string { return "no " + e.name + ": " + e.advice }
+
+// Advice is what to do; the text ends with it.
+func (e *missingError) Advice() string { return e.advice }
 
 // check refuses what cannot be a credential, without quoting it.
 func (p part) check(value, from string) (string, error) {

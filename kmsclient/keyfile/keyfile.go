@@ -59,7 +59,7 @@ func Read(path string, form Form) ([]Key, fs.FileInfo, error) {
 		return nil, nil, fmt.Errorf("key file %s: not a regular file", path)
 	}
 	if mode := info.Mode().Perm(); mode&0o077 != 0 {
-		return nil, nil, fmt.Errorf("key file %s: others than its owner may use it (mode %04o): run chmod 600 %s, and replace its keys if anyone did", path, mode, path)
+		return nil, nil, &openError{path, mode}
 	}
 	data, err := io.ReadAll(io.LimitReader(f, maxFileSize+1))
 	if err != nil {
@@ -74,6 +74,21 @@ func Read(path string, form Form) ([]Key, fs.FileInfo, error) {
 		return nil, nil, fmt.Errorf("key file %s: %w", path, err)
 	}
 	return keys, info, nil
+}
+
+// openError is of a file that others than its owner may use.
+type openError struct {
+	path string
+	mode fs.FileMode
+}
+
+func (e *openError) Error() string {
+	return fmt.Sprintf("key file %s: others than its owner may use it (mode %04o): %s", e.path, e.mode, e.Advice())
+}
+
+// Advice is what to do; the text ends with it.
+func (e *openError) Advice() string {
+	return "run chmod 600 " + e.path + ", and replace its keys if anyone did"
 }
 
 // Parse reads a file's YAML. All problems are reported at once, each with its line. The YAML library's own messages quote what they read, so only

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 )
 
@@ -46,7 +47,7 @@ func LoadKey(path string) ([]byte, error) {
 		return nil, fmt.Errorf("audit key %s: not a regular file", path)
 	}
 	if mode := info.Mode().Perm(); mode&0o077 != 0 {
-		return nil, fmt.Errorf("audit key %s: others than its owner may use it (mode %04o): run chmod 600 %s, and replace the key if anyone did", path, mode, path)
+		return nil, &openError{path, mode}
 	}
 	key, err := io.ReadAll(io.LimitReader(f, maxKey+1))
 	if err != nil {
@@ -56,6 +57,21 @@ func LoadKey(path string) ([]byte, error) {
 		return nil, fmt.Errorf("audit key %s: %w", path, err)
 	}
 	return key, nil
+}
+
+// openError is of a key that others than its owner may use.
+type openError struct {
+	path string
+	mode fs.FileMode
+}
+
+func (e *openError) Error() string {
+	return fmt.Sprintf("audit key %s: others than its owner may use it (mode %04o): %s", e.path, e.mode, e.Advice())
+}
+
+// Advice is what to do; the text ends with it.
+func (e *openError) Advice() string {
+	return "run chmod 600 " + e.path + ", and replace the key if anyone did"
 }
 
 func checkKey(key []byte) error {
