@@ -27,7 +27,7 @@ const (
 	headerTTL       = "X-Aliyun-Ecs-Metadata-Token-Ttl-Seconds"
 	headerToken     = "X-Aliyun-Ecs-Metadata-Token" //nolint:gosec // the name of a header
 	opOfMetadata    = "GetInstanceRole"             // an operation of ours, for errors
-	metadataVersion = "allowMetadataV1 permits the older protocol without tokens, which a forged request can use too"
+	metadataVersion = "allowMetadataV1 permits: it has no tokens, so that a forged request can use it too"
 )
 
 var roleNamePattern = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)
@@ -115,7 +115,7 @@ func (m *instanceSource) token(ctx context.Context) (string, error) {
 	case status >= 500 || status == http.StatusTooManyRequests:
 		return "", m.fault(kmsclient.ClassUnavailable, status, "it gave no token")
 	case status != http.StatusOK:
-		return "", m.fault(kmsclient.ClassDenied, status, "it gave no token, as version 2 of its protocol does; "+metadataVersion)
+		return "", m.fault(kmsclient.ClassDenied, status, "it gave no token: this is no ECS instance and something else answers, or one with the older protocol only, which "+metadataVersion)
 	case token == "" || len(token) > maxTokenOfV2 || !isVisible(token):
 		return "", m.fault(kmsclient.ClassContract, status, "what it gave as a token is none")
 	}
@@ -134,10 +134,15 @@ func (m *instanceSource) get(ctx context.Context, role, token string) ([]byte, e
 		return nil, err
 	case status == http.StatusOK:
 		return body, nil
-	case status == http.StatusNotFound && role == "":
-		return nil, m.fault(kmsclient.ClassDenied, status, "the instance has no RAM role")
 	case status == http.StatusNotFound:
-		return nil, m.fault(kmsclient.ClassDenied, status, fmt.Sprintf("the instance has no RAM role %q", role))
+		detail := "the instance has no RAM role"
+		if role != "" {
+			detail += fmt.Sprintf(" %q", role)
+		}
+		if token == "" { // nothing has shown that it is one
+			detail += ", or this is no ECS instance and something else answers"
+		}
+		return nil, m.fault(kmsclient.ClassDenied, status, detail)
 	case status == http.StatusUnauthorized || status == http.StatusForbidden:
 		return nil, m.fault(kmsclient.ClassDenied, status, "it refuses to give the role's credentials")
 	}

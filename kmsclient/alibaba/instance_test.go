@@ -100,6 +100,16 @@ func TestMetadataV1(t *testing.T) {
 	}
 }
 
+// TestNoInstance: with the older protocol allowed, a 404 to everything is the answer of no ECS instance, or of one without a role.
+func TestNoInstance(t *testing.T) {
+	_, m, b := newInstanceWorld(t, kmsdouble.MetadataConfig{}, func(c *Config) { c.Credentials.AllowMetadataV1 = true })
+	m.SetFault(http.NotFound)
+	_, err := b.GenerateDataKey(t.Context(), "")
+	if e := asError(t, err); e.Class != kmsclient.ClassDenied || !strings.Contains(e.Detail, "no RAM role, or this is no ECS instance") {
+		t.Errorf("%v", err)
+	}
+}
+
 // TestMetadataFaults has the server answer in every wrong way: the class says whether a retry may help, and nothing is quoted.
 func TestMetadataFaults(t *testing.T) {
 	unavailable, contract, denied := kmsclient.ClassUnavailable, kmsclient.ClassContract, kmsclient.ClassDenied
@@ -130,6 +140,7 @@ func TestMetadataFaults(t *testing.T) {
 	}{
 		"token, 500":        {text(500, "CANARY"), unavailable, "gave no token"},
 		"token, 403":        {text(403, "CANARY"), denied, "allowMetadataV1"},
+		"token, 404":        {text(404, "CANARY"), denied, "no ECS instance and something else answers, or one with the older protocol only, which allowMetadataV1 permits"},
 		"token, redirect":   {http.RedirectHandler("/elsewhere", http.StatusFound).ServeHTTP, denied, "gave no token"},
 		"token, empty":      {text(200, ""), contract, "is none"},
 		"token, long":       {text(200, strings.Repeat("CANARY", 300)), contract, "is none"},
