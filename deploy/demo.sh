@@ -1,6 +1,6 @@
 #!/bin/sh
 # The demo behind `make run`: a real etcd and the proxy on loopback. It writes a Secret through the proxy, shows it from both sides,
-# and keeps serving until Ctrl-C. Needs the binaries that `make run` builds. Ports and folder can be set from the environment.
+# and keeps serving until Ctrl-C, or until its terminal is closed. Needs the binaries that `make run` builds. Ports and folder can be set from the environment.
 set -eu
 cd "$(dirname "$0")/.."
 bin=${ETCD_KMS_PROXY_BIN:-.bin}
@@ -20,6 +20,7 @@ direct() { "$bin/etcdctl-3.7" --endpoints="127.0.0.1:$etcd_port" "$@"; }
 etcd_pid= proxy_pid=
 stop() {
 	trap - EXIT INT TERM
+	trap '' HUP
 	# The proxy first, so that it can finish what it has with etcd.
 	for pid in $proxy_pid $etcd_pid; do
 		kill "$pid" 2>/dev/null || continue
@@ -29,6 +30,8 @@ stop() {
 }
 trap 'stop $?' EXIT
 trap 'say "stopping"; stop 0' INT TERM
+# The terminal was closed, and nothing can be said any more. The proxy takes this signal for a reload.
+trap 'stop 0' HUP
 
 mkdir -p "$dir"
 chmod 0700 "$dir"
@@ -42,7 +45,7 @@ etcd:
   endpoints: [http://127.0.0.1:$etcd_port]
 kms:
 - name: demo
-  local: {keyFile: $PWD/$dir/key.yaml}
+  local: {keyFile: key.yaml}
 rules:
 - prefix: /registry/secrets/
   writeWith: demo
