@@ -149,10 +149,13 @@ func (g *guard) judge(err error) error {
 		return nil
 	}
 	g.audit.record(audit.Record{Event: audit.EventGuard, Outcome: "refused", Reason: err.Error()})
-	return &failure{
-		code: exitFailure, err: err,
-		hint: "restore the rules; or, if this is meant, start one proxy with --allow-weakening, and then the others",
+	f := &failure{code: exitFailure, err: err, hint: "restore the rules; or, if this is meant, start one proxy with --allow-weakening, and then the others"}
+	if errors.Is(err, lifecycle.ErrForged) {
+		// Mostly it is the key that is another one. Who gets around that seals under a key that opens nothing of what is there.
+		f.hint = "restore the key file, or the KMS key, that the values were sealed with: etcd-kms-proxy status tells whether this one opens them. " +
+			"If it does, somebody has changed the record: see \"How the record is checked\" in docs/coordination.md"
 	}
+	return f
 }
 
 // prove opens the proxy once the record has proved genuine, or once no KMS could tell for a while; then it goes on trying.

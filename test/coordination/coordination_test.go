@@ -74,12 +74,12 @@ func (s *site) agreed(t *testing.T, part string) {
 	})
 }
 
-// refused starts a proxy that must not serve.
-func (s *site) refused(t *testing.T, name string, cfg harness.ProxyConfig, why ...string) {
+// refused starts a proxy that must not serve, and returns what it says.
+func (s *site) refused(t *testing.T, name string, cfg harness.ProxyConfig, why ...string) string {
 	t.Helper()
 	p := s.NewProxy(name, cfg)
 	out, code := s.Run("serve", "--config", p.ConfigFile)
-	for _, w := range append(why, "--allow-weakening") {
+	for _, w := range append(why, "hint: restore the ") {
 		if !strings.Contains(out, w) {
 			t.Errorf("%s does not say %q: %s", name, w, out)
 		}
@@ -87,6 +87,7 @@ func (s *site) refused(t *testing.T, name string, cfg harness.ProxyConfig, why .
 	if code != 3 {
 		t.Errorf("%s: exit code %d, want 3", name, code)
 	}
+	return out
 }
 
 // TestGuard: what protects keys less than what was agreed on does not start; what protects them more does, and is agreed on.
@@ -101,7 +102,7 @@ func TestGuard(t *testing.T) {
 
 	narrow, plain, other, strict := sealed, sealed, sealed, sealed
 	narrow.Prefix, plain.WriteWith, other.WriteWith, strict.AllowPlaintextReads = prefix+"a/", "plaintext", "other", new(false)
-	s.refused(t, "none", s.with(), `keys below "/sealed/" would have no rule`)
+	s.refused(t, "none", s.with(), `keys below "/sealed/" would have no rule`, "--allow-weakening")
 	s.refused(t, "narrow", s.with(narrow), `keys below "/sealed/" would have no rule`)
 	s.refused(t, "plain", s.with(plain), "would be written as plaintext")
 	s.refused(t, "other", s.with(other), `which is not in readWith`)
@@ -118,7 +119,7 @@ func TestGuard(t *testing.T) {
 	p.WaitReady(within)
 	s.agreed(t, `"allowPlaintextReads":false`)
 	p.Stop(within)
-	s.refused(t, "loose", s.with(readable), "would allow plaintext reads")
+	s.refused(t, "loose", s.with(readable), "would allow plaintext reads", "--allow-weakening")
 
 	// Meant, and told the audit log.
 	cfg := s.with(plain)
@@ -175,9 +176,45 @@ func TestGuardForged(t *testing.T) {
 			if _, err := s.kv.Put(t.Context(), &pb.PutRequest{Key: []byte(agreement), Value: value}); err != nil {
 				t.Fatal(err)
 			}
-			s.refused(t, "second", s.cfg, "is not genuine")
+			notInvited(t, s.refused(t, "second", s.cfg, "is not genuine", "hint: restore the key file"))
 		})
 	}
+}
+
+// notInvited: whoever has the wrong key must not be told how to seal under it.
+func notInvited(t *testing.T, out string) {
+	t.Helper()
+	if strings.Contains(out, "--allow-weakening") {
+		t.Errorf("it says how to get around the key: %s", out)
+	}
+}
+
+// TestGuardWrongKey: another key file under the name of the one before does not serve, and is what the hint names first; the right one serves again.
+func TestGuardWrongKey(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	p := s.StartProxy("first", s.cfg)
+	p.WaitReady(within)
+	s.agreed(t, prefix)
+	p.Stop(within)
+	path := s.cfg.KMS[0].Local.KeyFile
+	right, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wrong, err := json.Marshal(map[string]any{"keys": []map[string]any{{"id": "1", "secret": s.Sealed.Key(50)}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, wrong, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	notInvited(t, s.refused(t, "wrong", s.cfg, `the proof by KMS provider "dev" does not hold`, "hint: restore the key file, or the KMS key, that the values were sealed with"))
+	if err := os.WriteFile(path, right, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p.Start()
+	p.WaitReady(within)
 }
 
 // TestGuardWithoutKMS: the record is compared all the same, and what is not under a rule is served.
@@ -193,7 +230,7 @@ func TestGuardWithoutKMS(t *testing.T) {
 	s.agreed(t, `"writeWith":"plugin"`)
 	p.Stop(within)
 	kms.Stop()
-	s.refused(t, "none", s.with(), "would have no rule")
+	s.refused(t, "none", s.with(), "would have no rule", "--allow-weakening")
 	p.Start()
 	kv := pb.NewKVClient(harness.Dial(t, p.Address, nil))
 	harness.Eventually(t, within, "keys without a rule to be served", func() error {
