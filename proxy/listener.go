@@ -102,6 +102,9 @@ func set(names []string) map[string]bool {
 	return m
 }
 
+// ErrNoFolder says that what should hold a unix socket is not there.
+var ErrNoFolder = errors.New("there is no such folder")
+
 // unixListener removes its socket when it closes, unless another process has put its own there since.
 type unixListener struct {
 	*net.UnixListener
@@ -136,12 +139,22 @@ func listenUnix(path string, mode fs.FileMode) (net.Listener, error) {
 			return nil, fmt.Errorf("see whether %s is in use: %w", path, err)
 		}
 	}
+	folder := filepath.Dir(path)
+	switch info, err := os.Stat(folder); {
+	case errors.Is(err, fs.ErrNotExist), err == nil && !info.IsDir():
+		return nil, fmt.Errorf("%s: %w", folder, ErrNoFolder)
+	case err != nil:
+		return nil, err
+	}
 	var random [4]byte
 	_, _ = rand.Read(random[:]) // never fails
-	beside := filepath.Join(filepath.Dir(path), ".ekp-"+hex.EncodeToString(random[:]))
+	beside := filepath.Join(folder, ".ekp-"+hex.EncodeToString(random[:]))
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: beside, Net: "unix"})
 	if err != nil {
-		return nil, err
+		if op, ok := errors.AsType[*net.OpError](err); ok {
+			err = op.Err // without a name that says nothing to anybody
+		}
+		return nil, fmt.Errorf("make a socket in %s: %w", folder, err)
 	}
 	l.SetUnlinkOnClose(false)
 	if err = os.Chmod(beside, mode); err == nil {

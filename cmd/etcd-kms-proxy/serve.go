@@ -223,6 +223,8 @@ func startFailure(err error) error {
 		f.hint = "another process listens there: stop it, or choose another address under listeners or admin"
 	case errors.Is(err, syscall.EADDRNOTAVAIL):
 		f.hint = "this machine has no such address: choose another under listeners or admin"
+	case errors.Is(err, proxy.ErrNoFolder):
+		f.hint = "make it, for the user the proxy runs as, and again at each boot if it is below /run (systemd: RuntimeDirectory=); or choose another address under listeners"
 	case errors.Is(err, os.ErrPermission):
 		f.hint = "check that the user the proxy runs as may use this file, folder or port"
 	}

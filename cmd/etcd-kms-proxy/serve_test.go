@@ -148,6 +148,27 @@ func TestPortInUse(t *testing.T) {
 		want(t, 3, "error: admin: ", "address already in use", "hint: another process listens there")
 }
 
+// TestSocketFolder: a socket that cannot be made is told by the folder, and not by the name that it has for a moment.
+func TestSocketFolder(t *testing.T) {
+	d := newDir(t)
+	missing, closed := d.path("missing"), d.path("closed")
+	if err := os.Mkdir(closed, 0o500); err != nil {
+		t.Fatal(err)
+	}
+	try := func(folder string, texts ...string) {
+		t.Helper()
+		r := execute(t, "serve", "--config", d.config(t, "- address: 127.0.0.1:0", "- address: unix://"+folder+"/etcd.sock"))
+		r.want(t, 3, append(texts, "error: listener unix://"+folder+"/etcd.sock: ")...)
+		if strings.Contains(r.stderr, ".ekp-") {
+			t.Errorf("it tells of a name that nobody has written: %s", r.stderr)
+		}
+	}
+	try(missing, missing+": there is no such folder\nhint: make it, for the user the proxy runs as")
+	if os.Getuid() != 0 { // who may write everywhere
+		try(closed, "permission denied", "hint: check that the user the proxy runs as may use this")
+	}
+}
+
 // TestServesWithKMSDown: a rule that cannot serve is named, and the proxy stays ready for the rest. Etcd is unreachable too, which is said.
 func TestServesWithKMSDown(t *testing.T) {
 	d := newDir(t)
