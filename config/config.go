@@ -37,6 +37,8 @@ const (
 type Checks struct {
 	KMS   func(KMS) []Problem
 	Audit func(Audit) []Problem
+	// Warn is told of what may be meant, and lets in whom it is mostly not meant for. May be nil.
+	Warn func(Problem)
 }
 
 // Load reads, checks and completes the file at path. The error is a [Problems] if the file could be read and is wrong.
@@ -74,6 +76,11 @@ func parseChecked(data []byte, dir string, read func(path string) ([]byte, error
 	if d.document(data, c) {
 		d.validate(c)
 		d.further(c, checks)
+	}
+	if checks.Warn != nil {
+		for _, p := range d.warnings {
+			checks.Warn(p)
+		}
 	}
 	if len(d.problems) > 0 {
 		slices.SortStableFunc(d.problems, func(a, b Problem) int { return a.Line - b.Line })

@@ -28,6 +28,7 @@ type decoder struct {
 	lines    map[string]int                    // line of each path that is present; "" is the file
 	bad      map[string]bool                   // paths that a problem was reported for
 	problems Problems
+	warnings Problems
 }
 
 // report adds a problem, unless its path has one already: what follows from a first mistake helps nobody.
@@ -37,6 +38,11 @@ func (d *decoder) report(path, hint, format string, args ...any) {
 	}
 	d.bad[path] = true
 	d.problems = append(d.problems, Problem{Path: path, Line: d.line(path), Text: fmt.Sprintf(format, args...), Hint: hint})
+}
+
+// warn adds a warning.
+func (d *decoder) warn(path, hint, format string, args ...any) {
+	d.warnings = append(d.warnings, Problem{Path: path, Line: d.line(path), Text: fmt.Sprintf(format, args...), Hint: hint})
 }
 
 // line returns the line of path, or of the nearest part of the file that would hold it.

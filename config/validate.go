@@ -82,6 +82,10 @@ func (d *decoder) admin(a *Admin, listeners []Listener) {
 	if !ok {
 		return
 	}
+	if !isLoopback(host) {
+		d.warn("admin.address", "listen on 127.0.0.1, or let none but the monitoring reach it",
+			"other machines reach %s, and the admin server asks nobody who they are: it tells the rules' prefixes, the KMS keys' IDs and their states", a.Address)
+	}
 	if a.Pprof && !isLoopback(host) {
 		d.report("admin.pprof", "turn it off, or listen on 127.0.0.1", "profiles are served on a loopback address only, and %s is none", a.Address)
 	}

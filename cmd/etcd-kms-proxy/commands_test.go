@@ -77,6 +77,14 @@ func TestConfigCheck(t *testing.T) {
 	if report.OK || report.File != bad || len(report.Problems) != 2 || report.Problems[1].Path != "rulez" || report.Problems[1].Line != 10 {
 		t.Errorf("report = %+v", report)
 	}
+	open := d.config(t, `address: "127.0.0.1:0"`, `address: "0.0.0.0:0"`)
+	r = execute(t, "config", "check", "--config", open)
+	r.want(t, 0, "warning: "+open+": line 13: admin.address: other machines reach 0.0.0.0:0, and the admin server asks nobody who they are", "\nhint: listen on 127.0.0.1")
+	r = execute(t, "config", "check", "--config", open, "--output", "json")
+	r.want(t, 0)
+	if err := json.Unmarshal([]byte(r.stdout), &report); err != nil || !report.OK || len(report.Problems) != 0 || len(report.Warnings) != 1 || report.Warnings[0].Line != 13 {
+		t.Errorf("%v: report = %+v", err, report)
+	}
 	execute(t, "config", "check", "--config", d.path("missing.yaml")).want(t, 3, "error: read configuration: open "+d.path("missing.yaml"), "hint: ")
 }
 

@@ -26,6 +26,7 @@ type configReport struct {
 	File     string          `json:"file"`
 	OK       bool            `json:"ok"`
 	Problems []configProblem `json:"problems"`
+	Warnings []configProblem `json:"warnings"` // of what may be meant; they do not make the file bad
 }
 
 type configProblem struct {
@@ -35,36 +36,40 @@ type configProblem struct {
 	Hint string `json:"hint,omitempty"`
 }
 
+// print writes it for people.
+func (p configProblem) print(w io.Writer, kind, file string) {
+	fmt.Fprintf(w, "%s: %s: %s\n", kind, file, config.Problem(p))
+	if p.Hint != "" {
+		fmt.Fprintf(w, "hint: %s\n", p.Hint)
+	}
+}
+
 func newConfigCheck() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "check",
 		Short: "report every problem of a configuration file",
 		Long: `check reads a configuration file and every file that it names, and reports all problems at once, each with its path, its line and what to do.
-It connects to nothing. It says nothing of a file without a problem, and exits with 1 if there is one.`,
+It connects to nothing. It says nothing of a file that is all right, and exits with 1 if there is a problem. A warning is no problem.`,
 		Args: cobra.NoArgs,
 	}
 	path, out := configFlag(cmd), outputFlag(cmd)
 	cmd.RunE = fails(func(cmd *cobra.Command, _ []string) error {
-		_, err := config.LoadChecked(*path, backendChecks)
+		report := configReport{File: *path, OK: true, Problems: []configProblem{}, Warnings: []configProblem{}}
+		_, err := config.LoadChecked(*path, backendChecks(func(p config.Problem) { report.Warnings = append(report.Warnings, configProblem(p)) }))
 		ps, ok := errors.AsType[config.Problems](err)
 		if err != nil && !ok {
 			return &failure{code: exitFailure, err: err, hint: "name the file with --config"}
 		}
-		report := configReport{File: *path, OK: true, Problems: []configProblem{}}
 		for _, p := range ps {
 			report.Problems = append(report.Problems, configProblem(p))
 		}
 		report.OK = len(report.Problems) == 0
 		err = out.write(cmd.OutOrStdout(), report, func(io.Writer) {
 			for _, p := range report.Problems {
-				where := *path + ": "
-				if p.Line > 0 {
-					where += fmt.Sprintf("line %d: ", p.Line)
-				}
-				if p.Path != "" {
-					where += p.Path + ": "
-				}
-				(&failure{err: errors.New(where + p.Text), hint: p.Hint}).print(cmd.ErrOrStderr())
+				p.print(cmd.ErrOrStderr(), "error", *path)
+			}
+			for _, p := range report.Warnings {
+				p.print(cmd.ErrOrStderr(), "warning", *path)
 			}
 		})
 		if err == nil && !report.OK {

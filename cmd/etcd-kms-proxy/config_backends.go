@@ -9,8 +9,10 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/audit"
 )
 
-// backendChecks are those that a part of the configuration gets from what is made of it, such as of the permission of a key file.
-var backendChecks = config.Checks{KMS: backendProblems, Audit: auditProblems}
+// backendChecks are those that a part of the configuration gets from what is made of it, such as of the permission of a key file. warn may be nil.
+func backendChecks(warn func(config.Problem)) config.Checks {
+	return config.Checks{KMS: backendProblems, Audit: auditProblems, Warn: warn}
+}
 
 // backendProblems makes the backend of k and lets it go again. Nothing is connected to.
 func backendProblems(k config.KMS) []config.Problem {

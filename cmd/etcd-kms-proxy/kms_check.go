@@ -65,7 +65,7 @@ KMS only where the configuration names a key by an alias.`,
 		if *timeout <= 0 {
 			return &failure{code: exitUsage, err: fmt.Errorf("--timeout %v is not more than 0s", *timeout)}
 		}
-		c, err := loadForEach(cmd, *path)
+		c, err := loadForEach(cmd, *path, nil)
 		if err != nil {
 			return err
 		}

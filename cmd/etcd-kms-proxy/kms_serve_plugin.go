@@ -71,7 +71,8 @@ func servePlugin(cmd *cobra.Command, path, name, socket string, drain time.Durat
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
 	defer signal.Stop(signals)
 
-	c, err := loadForEach(cmd, path)
+	var warnings config.Problems
+	c, err := loadForEach(cmd, path, func(p config.Problem) { warnings = append(warnings, p) })
 	if err != nil {
 		return err
 	}
@@ -89,6 +90,7 @@ func servePlugin(cmd *cobra.Command, path, name, socket string, drain time.Durat
 	if err := forbidDumps(); err != nil {
 		log.Warn("core dumps of this process are not turned off: one would hold seeds", "error", err)
 	}
+	warnOf(log, path, warnings)
 	a, err := newPluginAuditor(c.Audit, name, log)
 	if err != nil {
 		return err

@@ -124,12 +124,12 @@ func configFlag(cmd *cobra.Command) *string {
 
 // loadConfig reads the configuration for a command that makes all of it. It prints all problems but the last, which the error holds.
 func loadConfig(cmd *cobra.Command, path string) (*config.Config, error) {
-	return loadChecked(cmd, path, backendChecks)
+	return loadChecked(cmd, path, backendChecks(nil))
 }
 
 // loadForEach is loadConfig for a command that makes each backend by itself, and says of each what is wrong with it.
-func loadForEach(cmd *cobra.Command, path string) (*config.Config, error) {
-	return loadChecked(cmd, path, config.Checks{})
+func loadForEach(cmd *cobra.Command, path string, warn func(config.Problem)) (*config.Config, error) {
+	return loadChecked(cmd, path, config.Checks{Warn: warn})
 }
 
 func loadChecked(cmd *cobra.Command, path string, checks config.Checks) (*config.Config, error) {

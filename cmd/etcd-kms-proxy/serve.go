@@ -77,7 +77,8 @@ func serve(cmd *cobra.Command, path string, o serveOptions) error {
 	defer signal.Stop(signals)
 
 	loaded := digest(path) // first, so that a change while the proxy starts is seen
-	c, err := loadConfig(cmd, path)
+	var warnings config.Problems
+	c, err := loadChecked(cmd, path, backendChecks(func(p config.Problem) { warnings = append(warnings, p) }))
 	if err != nil {
 		return err
 	}
@@ -87,6 +88,7 @@ func serve(cmd *cobra.Command, path string, o serveOptions) error {
 	if err := forbidDumps(); err != nil {
 		log.Warn("core dumps of this process are not turned off: one would hold seeds and values", "error", err)
 	}
+	warnOf(log, path, warnings)
 	relaxGC()
 	a, err := newApp(c, log, o.drain)
 	if err != nil {
@@ -243,6 +245,13 @@ func newLogger(w io.Writer, format string, level slog.Leveler) *slog.Logger {
 		return slog.New(slog.NewTextHandler(w, options))
 	}
 	return slog.New(slog.NewJSONHandler(w, options))
+}
+
+// warnOf logs what may be meant, and is mostly not.
+func warnOf(log *slog.Logger, path string, warnings config.Problems) {
+	for _, p := range warnings {
+		log.Warn("configuration: "+p.Text, "file", path, "line", p.Line, "path", p.Path, "hint", p.Hint)
+	}
 }
 
 // problemAttrs is how a configuration's problem reads in the log.

@@ -148,6 +148,20 @@ func TestPortInUse(t *testing.T) {
 		want(t, 3, "error: admin: ", "address already in use", "hint: another process listens there")
 }
 
+// TestOpenAdmin: an admin server that other machines reach is said at the start, and that of the default is not. The address is off loopback and no
+// machine has it.
+func TestOpenAdmin(t *testing.T) {
+	d := newDir(t)
+	const warning = "the admin server asks nobody who they are"
+	r := execute(t, "serve", "--config", d.config(t, `admin: {address: "127.0.0.1:0"}`, `admin: {address: "192.0.2.1:0"}`))
+	r.want(t, 3, `"level":"WARN"`, warning, `"line":13`)
+	s := start(t, d.config(t))
+	s.logged("admin serving")
+	if strings.Contains(s.text(), warning) {
+		t.Error("a warning of an address on loopback")
+	}
+}
+
 // TestSocketFolder: a socket that cannot be made is told by the folder, and not by the name that it has for a moment.
 func TestSocketFolder(t *testing.T) {
 	d := newDir(t)
