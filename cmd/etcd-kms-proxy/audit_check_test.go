@@ -11,7 +11,7 @@ import (
 
 // TestKMSCheckIsAudited: the calls of the check are in the commands' log, with the KMS' own IDs of the requests, and no more and no less of them than the KMS saw.
 func TestKMSCheckIsAudited(t *testing.T) {
-	double, d := kmsdouble.New(t, kmsdouble.Config{}), newDir(t)
+	double, d := newDouble(t, kmsdouble.Config{}), newDir(t)
 	edits := append(onAlibaba(t, d, double, fileCredentials), "kind: ", "audit: {path: audit.jsonl}\nkind: ")
 	edits[1] = strings.Replace(edits[1], kmsdouble.DefaultKeyID, kmsdouble.DefaultAlias, 1)
 	path := d.config(t, edits...)

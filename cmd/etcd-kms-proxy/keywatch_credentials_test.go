@@ -11,7 +11,7 @@ import (
 
 // TestCredentialsWarning: a short session is nothing to warn of, a refresh that fails is one, and it is over when the next is good.
 func TestCredentialsWarning(t *testing.T) {
-	double, d := kmsdouble.New(t, kmsdouble.Config{AccessKeys: []kmsdouble.AccessKey{}}), newDir(t)
+	double, d := newDouble(t, kmsdouble.Config{AccessKeys: []kmsdouble.AccessKey{}}), newDir(t)
 	sts := kmsdouble.NewSTS(t, kmsdouble.STSConfig{Register: double.SetAccessKey, Lifetime: 6 * time.Minute})
 	edits := append(onAlibaba(t, d, double, "{type: assumeRole, accessKeyIDFile: id, accessKeySecretFile: secret, roleARN: '"+kmsdouble.DefaultRoleARN+
 		"', stsEndpoint: '"+sts.Endpoint()+"', stsCAFile: "+sts.CAFile()+"}"), withRecovery()...)

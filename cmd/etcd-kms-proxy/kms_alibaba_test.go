@@ -11,7 +11,7 @@ import (
 
 // TestKMSCheckAlibaba runs the whole command against the double, through the states of a key.
 func TestKMSCheckAlibaba(t *testing.T) {
-	double := kmsdouble.New(t, kmsdouble.Config{})
+	double := newDouble(t, kmsdouble.Config{})
 	d := newDir(t)
 	for name, secret := range map[string]string{"id": kmsdouble.DefaultAccessKeyID, "secret": kmsdouble.DefaultAccessKeySecret} {
 		if err := os.WriteFile(d.path(name), []byte(secret+"\n"), 0o600); err != nil {

@@ -40,7 +40,7 @@ const fileCredentials = "{accessKeyIDFile: id, accessKeySecretFile: secret}"
 // values there are.
 func TestKMSCalls(t *testing.T) {
 	const rotations, each = 4, 1000
-	double, d, ctx := kmsdouble.New(t, kmsdouble.Config{}), newDir(t), context.Background()
+	double, d, ctx := newDouble(t, kmsdouble.Config{}), newDir(t), context.Background()
 	edits := onAlibaba(t, d, double, fileCredentials)
 	a, rule, stop := rulesOf(t, d, edits...)
 	key := func(i int) []byte { return fmt.Appendf(nil, "/registry/secrets/ns/s%d", i) }
@@ -96,7 +96,7 @@ func TestKMSCalls(t *testing.T) {
 
 // TestBurstAtTheKMS: 5,000 callers of one cold seed are one call of the real SDK.
 func TestBurstAtTheKMS(t *testing.T) {
-	double, d, ctx := kmsdouble.New(t, kmsdouble.Config{}), newDir(t), context.Background()
+	double, d, ctx := newDouble(t, kmsdouble.Config{}), newDir(t), context.Background()
 	edits := onAlibaba(t, d, double, fileCredentials)
 	a, rule, stop := rulesOf(t, d, edits...)
 	stored, err := rule.Seal(ctx, []byte("k"), []byte("v"))
@@ -124,7 +124,7 @@ func TestBurstAtTheKMS(t *testing.T) {
 // TestEverythingChanges is for the race detector: 64 goroutines seal and open while sessions are fetched anew, the key is rotated, disabled and enabled, and the rules
 // are reloaded. What opens is right; what does not says that the key may not be used, or the KMS not be reached; and in the end everything opens.
 func TestEverythingChanges(t *testing.T) {
-	double, d := kmsdouble.New(t, kmsdouble.Config{AccessKeys: []kmsdouble.AccessKey{}}), newDir(t)
+	double, d := newDouble(t, kmsdouble.Config{AccessKeys: []kmsdouble.AccessKey{}}), newDir(t)
 	sts := kmsdouble.NewSTS(t, kmsdouble.STSConfig{Register: double.SetAccessKey, Lifetime: 3 * time.Second})
 	edits := onAlibaba(t, d, double, "{type: assumeRole, accessKeyIDFile: id, accessKeySecretFile: secret, roleARN: '"+kmsdouble.DefaultRoleARN+
 		"', stsEndpoint: '"+sts.Endpoint()+"', stsCAFile: "+sts.CAFile()+"}")
@@ -145,7 +145,7 @@ func TestEverythingChanges(t *testing.T) {
 		workers, all sync.WaitGroup
 	)
 	passing := func(err error) bool {
-		e, ok := errors.AsType[*keyring.Error](err)
+		e, ok := errors.AsType[*keyring.Error](told.error(err))
 		return ok && (e.Kind == keyring.Unavailable || e.Kind == keyring.KeyUnusable)
 	}
 	for w := range 64 {

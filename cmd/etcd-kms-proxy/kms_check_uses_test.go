@@ -24,7 +24,7 @@ func denying(actions ...string) func(*http.Request) *kmsdouble.FaultSpec {
 
 // TestKMSCheckUses: a key is tried at what the rules need of it, and at nothing else: what is denied shows where it matters and only there.
 func TestKMSCheckUses(t *testing.T) {
-	double, d := kmsdouble.New(t, kmsdouble.Config{}), newDir(t)
+	double, d := newDouble(t, kmsdouble.Config{}), newDir(t)
 	const (
 		writes  = "- {prefix: /a/, writeWith: dev, recovery: [other]}\n"
 		reads   = "- {prefix: /a/, writeWith: other, readWith: [dev]}\n"

@@ -35,7 +35,7 @@ type credentialWorld struct {
 func newCredentialWorld(t *testing.T) *credentialWorld {
 	t.Helper()
 	base := []kmsdouble.AccessKey{{ID: "STS.base", Secret: baseSecret, Token: baseToken}, {ID: "LTAIbase", Secret: baseSecret}}
-	w := &credentialWorld{kms: kmsdouble.New(t, kmsdouble.Config{AccessKeys: base}), dir: newDir(t)}
+	w := &credentialWorld{kms: newDouble(t, kmsdouble.Config{AccessKeys: base}), dir: newDir(t)}
 	w.sts = kmsdouble.NewSTS(t, kmsdouble.STSConfig{AccessKeys: base, Register: w.kms.SetAccessKey})
 	w.sts.SetOIDCToken(oidcToken, time.Now().Add(time.Hour))
 	w.metadata = kmsdouble.NewMetadata(t, kmsdouble.MetadataConfig{Register: w.kms.SetAccessKey})

@@ -21,7 +21,7 @@ import (
 
 // TestServePluginAlibaba serves a cloud key: through its rotation, an outage of its state, and with the KMS' request IDs.
 func TestServePluginAlibaba(t *testing.T) {
-	double := kmsdouble.New(t, kmsdouble.Config{})
+	double := newDouble(t, kmsdouble.Config{})
 	d, path := newDir(t), filepath.Join(socketDir(t), "kms.sock")
 	for name, secret := range map[string]string{"id": kmsdouble.DefaultAccessKeyID, "secret": kmsdouble.DefaultAccessKeySecret} {
 		if err := os.WriteFile(d.path(name), []byte(secret+"\n"), 0o600); err != nil {

@@ -51,6 +51,7 @@ func metricsOf(t *testing.T, a *app) string {
 	if err != nil {
 		t.Fatal(err)
 	}
+	told.output(body)
 	return string(body)
 }
 
@@ -58,6 +59,7 @@ func metricsOf(t *testing.T, a *app) string {
 func checkOf(t *testing.T, a *app, name string) string {
 	t.Helper()
 	for _, c := range a.ready().Checks {
+		told.output([]byte(c.Detail))
 		if c.Name == name {
 			if c.OK {
 				return "ok"

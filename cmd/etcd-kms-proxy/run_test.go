@@ -26,7 +26,7 @@ func newRunningIn(t *testing.T, d dir, edits ...string) (*app, *reloader) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	log := slog.New(slog.DiscardHandler)
+	log := slog.New(slog.NewJSONHandler(&told, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	a, err := newApp(c, log, time.Second)
 	if err != nil {
 		t.Fatal(err)

@@ -4,10 +4,14 @@ import (
 	"bytes"
 	"encoding/base64"
 	"encoding/hex"
+	"fmt"
+	"log/slog"
 	"os"
 	"regexp"
 	"sync"
 	"testing"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
 )
 
 // telling is everything that the commands of all tests have printed, and what they may not have printed.
@@ -34,6 +38,27 @@ func (t *telling) secret(what string, secret []byte) {
 		t.secrets = make(map[string]string)
 	}
 	t.secrets[string(secret)] = what
+}
+
+// Write implements [io.Writer], for logs.
+func (t *telling) Write(b []byte) (int, error) {
+	t.output(b)
+	return len(b), nil
+}
+
+// error notes what a client would be told, and returns it.
+func (t *telling) error(err error) error {
+	if err != nil {
+		t.output([]byte(err.Error()), []byte("\n"))
+	}
+	return err
+}
+
+// newDouble starts a double of Alibaba Cloud KMS whose data keys, and whatever else it wraps, no command may show.
+func newDouble(t *testing.T, c kmsdouble.Config) *kmsdouble.Double {
+	t.Helper()
+	c.OnSecret = told.secret
+	return kmsdouble.New(t, c)
 }
 
 // keyFile adds the keys of a local key file, if it is still there.
@@ -88,5 +113,20 @@ func TestTelling(t *testing.T) {
 	own.output(text)
 	if own.leak() == "" {
 		t.Error("a printed key file was not found")
+	}
+	for how, tell := range map[string]func(*telling, []byte){
+		"an error": func(own *telling, b []byte) { _ = own.error(fmt.Errorf("seed %x is lost", b)) },
+		"a log":    func(own *telling, b []byte) { slog.New(slog.NewTextHandler(own, nil)).Info("minted", "seed", b) },
+	} {
+		var own telling
+		seed := bytes.Repeat([]byte("seed"), 8)
+		own.secret("a seed", seed)
+		tell(&own, []byte("another one that is no secret..."))
+		if what := own.leak(); what != "" {
+			t.Errorf("found %s in %s", what, how)
+		}
+		if tell(&own, seed); own.leak() == "" {
+			t.Errorf("a seed in %s was not found", how)
+		}
 	}
 }

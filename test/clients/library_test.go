@@ -15,6 +15,8 @@ import (
 	"go.etcd.io/etcd/client/v3/namespace"
 	"go.etcd.io/etcd/client/v3/ordering"
 	"go.uber.org/zap"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
 // TestLibrary is the common work of the packages that come with etcd's client, with every key sealed.
@@ -24,7 +26,7 @@ func TestLibrary(t *testing.T) {
 	p.proxy.Tells("etcd's Go client")
 	client := func(t *testing.T) *clientv3.Client {
 		t.Helper()
-		c, err := clientv3.New(clientv3.Config{Endpoints: []string{"http://" + p.proxy.Address}, Logger: zap.NewNop(), DialTimeout: within})
+		c, err := clientv3.New(clientv3.Config{Endpoints: []string{"http://" + p.proxy.Address}, Logger: zap.NewNop(), DialTimeout: within, DialOptions: harness.SearchErrors()})
 		if err != nil {
 			t.Fatal(err)
 		}

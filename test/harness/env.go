@@ -2,7 +2,7 @@
 //
 // Everything runs on 127.0.0.1 or on unix sockets below one temporary folder. Each process is proved to be the one that answers, its output is
 // kept, and at the end it is stopped by its own process ID, in the reverse order of starting. Then every log, every metric and every file of
-// etcd is searched for the secrets that the test wrote; one finding fails the test.
+// etcd is searched for the secrets that the test wrote, as every error that a client was told is at once; one finding fails the test.
 package harness
 
 import (
@@ -46,12 +46,14 @@ func New(tb testing.TB) *Env {
 		tb.Fatalf("make temporary folder: %v", err)
 	}
 	e := &Env{TB: tb, Dir: dir, Sealed: canary.New("sealed values"), Clear: canary.New("values under no rule")}
+	e.enter()
 	tb.Cleanup(e.finish)
 	return e
 }
 
 // finish runs after every process has ended.
 func (e *Env) finish() {
+	e.leave()
 	e.mu.Lock()
 	logs, dataDirs := e.logs, e.dataDirs
 	e.mu.Unlock()

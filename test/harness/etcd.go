@@ -180,12 +180,12 @@ func Dial(tb interface {
 	if config != nil {
 		transport = credentials.NewTLS(config)
 	}
-	conn, err := grpc.NewClient(target,
+	conn, err := grpc.NewClient(target, append(SearchErrors(),
 		grpc.WithTransportCredentials(transport),
 		grpc.WithDisableRetry(),
 		grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: 5 * time.Second,
 			Backoff: backoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1.5, MaxDelay: 200 * time.Millisecond}}),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(1<<30), grpc.MaxCallSendMsgSize(1<<30), grpc.WaitForReady(true)))
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(1<<30), grpc.MaxCallSendMsgSize(1<<30), grpc.WaitForReady(true)))...)
 	if err != nil {
 		tb.Fatalf("dial %s: %v", target, err)
 	}

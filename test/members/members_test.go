@@ -54,7 +54,7 @@ func newSite(t *testing.T) *site {
 func TestURLs(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
-	client, err := clientv3.New(clientv3.Config{Endpoints: []string{s.all}, Logger: zap.NewNop(), DialTimeout: within})
+	client, err := clientv3.New(clientv3.Config{Endpoints: []string{s.all}, Logger: zap.NewNop(), DialTimeout: within, DialOptions: harness.SearchErrors()})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -19,8 +19,8 @@ import (
 func TestKeyIsDeleted(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
-	double := kmsdouble.New(t, kmsdouble.Config{})
-	ack, dr, fresh := s.alibaba("ack", double), s.env.LocalKey("dr", 1), s.env.LocalKey("new", 2)
+	double := s.env.NewAlibaba()
+	ack, dr, fresh := s.env.AlibabaKey("ack", double), s.env.LocalKey("dr", 1), s.env.LocalKey("new", 2)
 	s.run(t, harness.Rule{WriteWith: "ack", Recovery: []string{"dr"}, RecoveryRequired: true}, ack, dr)
 	s.proxy.WaitReady(within)
 	s.fill(t, "one", 20)

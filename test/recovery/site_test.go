@@ -18,7 +18,6 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
@@ -200,19 +199,6 @@ func (s *site) recoveriesIn(t *testing.T, path string) map[string]int {
 		}
 	}
 	return count
-}
-
-// alibaba is a provider on a double of Alibaba Cloud KMS.
-func (s *site) alibaba(name string, double *kmsdouble.Double) harness.KMSConfig {
-	s.env.Sealed.Add("the access key's secret", []byte(kmsdouble.DefaultAccessKeySecret))
-	return harness.KMSConfig{Name: name, PollInterval: "1s", Alibaba: &harness.Alibaba{
-		Region: double.Region(), KeyID: kmsdouble.DefaultKeyID, Endpoint: double.Endpoint(), CAFile: double.CAFile(),
-		Credentials: harness.AlibabaCredentials{
-			Type:                "accessKey",
-			AccessKeyIDFile:     s.env.File("id", []byte(kmsdouble.DefaultAccessKeyID)),
-			AccessKeySecretFile: s.env.File("secret", []byte(kmsdouble.DefaultAccessKeySecret)),
-		},
-	}}
 }
 
 // unreachable is a provider that never answers.

@@ -52,18 +52,10 @@ func TestSoak(t *testing.T) {
 	total := length(t)
 	env := harness.New(t)
 	etcd := env.StartEtcd(harness.EtcdConfig{})
-	double := kmsdouble.New(t, kmsdouble.Config{})
-	env.Sealed.Add("the access key's secret", []byte(kmsdouble.DefaultAccessKeySecret))
+	double := env.NewAlibaba()
 	proxy := env.StartProxy("proxy", harness.ProxyConfig{
-		Etcd: harness.Upstream{Endpoints: []string{etcd.URL}},
-		KMS: []harness.KMSConfig{{Name: provider, PollInterval: "1s", Alibaba: &harness.Alibaba{
-			Region: double.Region(), KeyID: kmsdouble.DefaultKeyID, Endpoint: double.Endpoint(), CAFile: double.CAFile(),
-			Credentials: harness.AlibabaCredentials{
-				Type:                "accessKey",
-				AccessKeyIDFile:     env.File("id", []byte(kmsdouble.DefaultAccessKeyID)),
-				AccessKeySecretFile: env.File("secret", []byte(kmsdouble.DefaultAccessKeySecret)),
-			},
-		}}},
+		Etcd:  harness.Upstream{Endpoints: []string{etcd.URL}},
+		KMS:   []harness.KMSConfig{env.AlibabaKey(provider, double)},
 		Rules: []harness.Rule{{Prefix: sealed, WriteWith: provider, AllowPlaintextReads: new(bool)}},
 		// Seeds are unwrapped again and again, so that reading depends on the KMS as well.
 		Cache: &harness.Cache{TTL: "3s", RevokeWithin: "2s"},

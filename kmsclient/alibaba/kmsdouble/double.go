@@ -34,12 +34,16 @@ type Config struct {
 	Dir string
 	// ListenAddress is where to listen; by default a free port of 127.0.0.1.
 	ListenAddress string
+	// OnSecret is told of every plaintext that is wrapped, data keys among them, before the answer to it. May be nil; it must be safe for concurrent use
+	// and may not keep secret.
+	OnSecret func(what string, secret []byte)
 }
 
 // Double is a running server. It is safe for concurrent use.
 type Double struct {
 	*rpc
 	dedicated bool
+	onSecret  func(what string, secret []byte)
 
 	keysMu  sync.Mutex
 	keys    map[string]*key
@@ -59,8 +63,11 @@ func New(tb TB, cfg Config) *Double {
 
 // Start starts a double; the caller owns it and must Close it.
 func Start(cfg Config) (*Double, error) {
-	d := &Double{dedicated: cfg.Dedicated, keys: map[string]*key{}, aliases: map[string]string{}}
+	d := &Double{dedicated: cfg.Dedicated, onSecret: cfg.OnSecret, keys: map[string]*key{}, aliases: map[string]string{}}
 	d.rpc = newRPC(newGate("2016-01-20", cfg.Region, cfg.Now, cfg.AccessKeys), d.perform, "Plaintext")
+	if d.onSecret == nil {
+		d.onSecret = func(string, []byte) {}
+	}
 	if cfg.Keys == nil {
 		cfg.Keys = []KeyConfig{{ID: DefaultKeyID, Alias: DefaultAlias}}
 	}

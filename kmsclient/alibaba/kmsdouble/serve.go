@@ -93,6 +93,7 @@ func (d *Double) wrap(p map[string]string, plaintext []byte) (*result, *apiError
 	if err != nil {
 		return nil, &apiError{500, "InternalFailure", "Internal Failure."}
 	}
+	d.onSecret("a plaintext that Alibaba Cloud KMS wrapped", plaintext)
 	version := k.primary().id
 	return &result{k.id, version, map[string]any{"KeyId": k.id, "KeyVersionId": version, "CiphertextBlob": blob}}, nil
 }
