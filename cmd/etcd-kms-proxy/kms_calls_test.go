@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
 )
@@ -121,6 +122,8 @@ func TestBurstAtTheKMS(t *testing.T) {
 	}
 }
 
+const canaryValue = "a value that no log, metric or error holds:"
+
 // TestEverythingChanges is for the race detector: 64 goroutines seal and open while sessions are fetched anew, the key is rotated, disabled and enabled, and the rules
 // are reloaded. What opens is right; what does not says that the key may not be used, or the KMS not be reached; and in the end everything opens.
 func TestEverythingChanges(t *testing.T) {
@@ -144,6 +147,7 @@ func TestEverythingChanges(t *testing.T) {
 		good, denied atomic.Int64
 		workers, all sync.WaitGroup
 	)
+	told.secret("a value", []byte(canaryValue))
 	passing := func(err error) bool {
 		e, ok := errors.AsType[*keyring.Error](told.error(err))
 		return ok && (e.Kind == keyring.Unavailable || e.Kind == keyring.KeyUnusable)
@@ -151,7 +155,7 @@ func TestEverythingChanges(t *testing.T) {
 	for w := range 64 {
 		workers.Go(func() {
 			for i := 0; ctx.Err() == nil; i++ {
-				s := sealed{key: fmt.Appendf(nil, "/registry/secrets/ns/%d-%d", w, i), value: fmt.Appendf(nil, "value %d-%d", w, i)}
+				s := sealed{key: fmt.Appendf(nil, "/registry/secrets/ns/%d-%d", w, i), value: fmt.Appendf(nil, "%s %d-%d", canaryValue, w, i)}
 				var err error
 				if s.stored, err = rule().Seal(t.Context(), s.key, s.value); err == nil {
 					mu.Lock()
@@ -219,6 +223,23 @@ func TestEverythingChanges(t *testing.T) {
 	}
 	if good.Load() == 0 || denied.Load() == 0 || len(kept) == 0 {
 		t.Errorf("%d good, %d denied, %d kept: the test has not seen what it is for", good.Load(), denied.Load(), len(kept))
+	}
+	// And what it is named after has happened.
+	keyIDs := map[string]bool{}
+	for _, s := range kept {
+		_, object, _ := envelope.Split(s.stored)
+		o, err := envelope.Parse(object)
+		if err != nil {
+			t.Fatal(err)
+		}
+		keyIDs[o.KeyID] = true
+	}
+	applied := metricValue(t, a, `etcd_kms_proxy_config_reloads_total{outcome="applied"}`)
+	if sessions := sts.Calls("AssumeRole"); sessions < 2 || len(keyIDs) < 3 || applied < 2 {
+		t.Errorf("%d sessions were fetched, values are sealed under %d key versions, %v reloads were applied: the test has not seen what it is for", sessions, len(keyIDs), applied)
+	}
+	if n := metricValue(t, a, `etcd_kms_proxy_config_reloads_total{outcome="failed"}`); n > 0 {
+		t.Errorf("%v reloads failed", n)
 	}
 	if strings.Contains(metricsOf(t, a), kmsdouble.DefaultAccessKeySecret) {
 		t.Error("a metric holds a secret")

@@ -55,6 +55,16 @@ func metricsOf(t *testing.T, a *app) string {
 	return string(body)
 }
 
+// metricValue returns the value of one metric, which must be there.
+func metricValue(t *testing.T, a *app, name string) (v float64) {
+	t.Helper()
+	_, after, ok := strings.Cut(metricsOf(t, a), "\n"+name+" ")
+	if _, err := fmt.Sscan(after, &v); !ok || err != nil {
+		t.Fatalf("no metric %s: %v", name, err)
+	}
+	return v
+}
+
 // checkOf returns the line of readyz with a name, as "ok" or its detail.
 func checkOf(t *testing.T, a *app, name string) string {
 	t.Helper()
