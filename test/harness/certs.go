@@ -48,13 +48,13 @@ func (e *Env) NewCA(name string) *CA {
 	return ca
 }
 
-// Server signs a certificate for 127.0.0.1 and localhost.
-func (ca *CA) Server(name string) Pair {
+// Server signs a certificate for 127.0.0.1 and localhost, and for further names.
+func (ca *CA) Server(name string, names ...string) Pair {
 	ca.env.TB.Helper()
 	return ca.sign(name, &x509.Certificate{
 		Subject:     pkix.Name{CommonName: name},
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, DNSNames: []string{"localhost"},
+		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, DNSNames: append([]string{"localhost"}, names...),
 	})
 }
 

@@ -14,6 +14,7 @@ func TestAPIServer(t *testing.T) {
 		{name: "plain TCP", transport: "tcp"},
 		{name: "TLS on both legs, without RangeStream", transport: "tls", unstreamed: true},
 		{name: "only Secrets", transport: "tcp", onlySecret: true},
+		{name: "only Secrets, by TLS on a unix socket", transport: "unix+tls", onlySecret: true},
 		{name: "unix socket", transport: "unix"},
 		{name: "TLS on both legs", transport: "tls"},
 		{name: "plain TCP, without RangeStream", transport: "tcp", unstreamed: true},

@@ -27,7 +27,7 @@ const (
 // shape is one way to put the proxy between the two.
 type shape struct {
 	name       string
-	transport  string // tcp, unix, tls
+	transport  string // tcp, unix, tls, unix+tls
 	unstreamed bool   // turns the API server's RangeStream off
 	onlySecret bool   // sends only Secrets through the proxy
 	plugin     bool   // keys from a KMS v2 plugin that the test controls; else a local key
@@ -51,7 +51,7 @@ func newStack(t *testing.T, s shape) *stack {
 	env := harness.New(t)
 	k := &stack{shape: s, env: env}
 	var etcdCA *harness.CA
-	if s.transport == "tls" {
+	if strings.HasSuffix(s.transport, "tls") {
 		etcdCA = env.NewCA("etcd")
 	}
 	k.etcd = env.StartEtcd(harness.EtcdConfig{CA: etcdCA})
@@ -75,7 +75,22 @@ func newStack(t *testing.T, s shape) *stack {
 		cfg.Listeners = []harness.Listener{env.UnixListener("etcd")}
 	}
 	var client harness.Pair
-	if s.transport == "tls" {
+	switch s.transport {
+	case "unix+tls":
+		// The API server's TLS files are for etcd and for the socket at once: one CA for both, and a certificate for the socket's file name.
+		server := etcdCA.Server("socket", "etcd.sock")
+		client = etcdCA.Client("apiserver", "kube-apiserver-etcd-client")
+		listener := env.UnixListener("etcd")
+		listener.TLS = &harness.ServerTLS{CertFile: server.CertFile, KeyFile: server.KeyFile, ClientCAFile: etcdCA.File}
+		listener.AllowedClients = []string{"kube-apiserver-etcd-client"}
+		cfg.Listeners = []harness.Listener{listener}
+		cfg.Etcd.TLS = &harness.ClientTLS{CAFile: etcdCA.File, CertFile: k.etcd.Client.CertFile, KeyFile: k.etcd.Client.KeyFile}
+		k.apiConfig.CAFile, k.apiConfig.Client = etcdCA.File, client
+		k.proxy = env.StartProxy("proxy", cfg)
+		own := etcdCA.ClientTLS(client)
+		own.ServerName = "etcd.sock"
+		k.via = pb.NewKVClient(harness.Dial(t, k.proxy.Address, own))
+	case "tls":
 		// A CA of its own on each leg: no certificate of one is good on the other.
 		ca := env.NewCA("proxy")
 		server := ca.Server("server")
@@ -89,7 +104,7 @@ func newStack(t *testing.T, s shape) *stack {
 		k.apiConfig.CAFile, k.apiConfig.Client = ca.File, client
 		k.proxy = env.StartProxy("proxy", cfg)
 		k.via = pb.NewKVClient(harness.Dial(t, k.proxy.Address, ca.ClientTLS(client)))
-	} else {
+	default:
 		k.proxy = env.StartProxy("proxy", cfg)
 		k.via = pb.NewKVClient(harness.Dial(t, k.proxy.Address, nil))
 	}
