@@ -2,12 +2,17 @@ package kubernetes
 
 import (
 	"bytes"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
@@ -35,6 +40,12 @@ func TestTenants(t *testing.T) {
 	k.raw, k.via = pb.NewKVClient(harness.Dial(t, k.etcd.Address, nil)), pb.NewKVClient(harness.Dial(t, k.proxy.Address, nil))
 	k.apiConfig.EtcdServers = k.proxy.URL()
 	k.start()
+	var older *harness.APIServer // as those before 1.37 are by default
+	if !testing.Short() {
+		older = env.StartAPIServer(harness.APIServerConfig{
+			Name: "older", EtcdServers: k.proxy.URL(), Flags: []string{"--feature-gates=AllowUnsafeMalformedObjectDeletion=false"},
+		})
+	}
 	ctx := t.Context()
 	k.namespace(t, tenant)
 	create := func(namespace, name string) {
@@ -45,6 +56,7 @@ func TestTenants(t *testing.T) {
 	create("default", "ours")
 	create(tenant, "theirs")
 	create(tenant, "theirs-too")
+	create(tenant, "theirs-three")
 	for key, marker := range map[string]string{secrets + "default/ours": "k8s:enc:kms:v2:acme:", secrets + tenant + "/theirs": "k8s:enc:kms:v2:" + tenant + ":"} {
 		if !bytes.HasPrefix(k.stored(t)[key].value, []byte(marker)) {
 			t.Errorf("%s is not sealed under %s", key, marker)
@@ -117,28 +129,66 @@ func TestTenants(t *testing.T) {
 		works(t)
 	})
 	t.Run("a damaged value", func(t *testing.T) {
-		key := secrets + tenant + "/theirs-too"
-		broken := bytes.Clone(k.stored(t)[key].value)
-		broken[len(broken)-1] ^= 1
-		if _, err := k.raw.Put(ctx, &pb.PutRequest{Key: []byte(key), Value: broken}); err != nil {
-			t.Fatal(err)
+		damaged := map[string][]byte{}
+		stored := k.stored(t)
+		for _, name := range []string{"theirs-three", "theirs-too"} {
+			key := secrets + tenant + "/" + name
+			damaged[key] = bytes.Clone(stored[key].value)
+			damaged[key][len(damaged[key])-1] ^= 1
+			if _, err := k.raw.Put(ctx, &pb.PutRequest{Key: []byte(key), Value: damaged[key]}); err != nil {
+				t.Fatal(err)
+			}
 		}
 		othersWork(t)
 		got, err := k.client(tenant).Get(ctx, "theirs", metav1.GetOptions{})
 		k.wants(t, got, err, "theirs")
-		// The rule hands it on; the API server finds that it is no object, and names it.
-		if _, err := list(tenant); err == nil || !strings.Contains(err.Error(), "theirs-too") && !strings.Contains(err.Error(), "corrupt") {
-			t.Errorf("list with a damaged Secret: %v", err)
-		}
 		res, err := across()
 		if err != nil {
 			t.Fatalf("a plain client's list: %v", err)
 		}
 		for _, kv := range res.Kvs {
-			if damaged := string(kv.Key) == key; damaged != bytes.Equal(kv.Value, broken) || damaged == bytes.HasPrefix(kv.Value, []byte("k8s\x00")) {
+			if broken := damaged[string(kv.Key)]; (broken != nil) != bytes.Equal(kv.Value, broken) || (broken != nil) == bytes.HasPrefix(kv.Value, []byte("k8s\x00")) {
 				t.Errorf("%s is handed on as the wrong thing", kv.Key)
 			}
 		}
+
+		// The rule hands them on; the API server finds that they are no objects, and refuses the list: one answer names them all.
+		_, err = list(tenant)
+		refusal, ok := errors.AsType[*apierrors.StatusError](err)
+		if !ok || refusal.ErrStatus.Reason != metav1.StatusReasonStoreReadError || !strings.Contains(err.Error(), secrets+tenant+"/theirs-three") || !strings.Contains(err.Error(), "(and 1 more)") {
+			t.Fatalf("list with damaged Secrets: %v", err)
+		}
+		var named []string
+		for _, c := range refusal.ErrStatus.Details.Causes {
+			named = append(named, c.Field)
+		}
+		if want := slices.Sorted(maps.Keys(damaged)); !slices.Equal(named, want) {
+			t.Errorf("the list names %q as damaged, want %q", named, want)
+		}
+		if older != nil {
+			_, err := older.Client.CoreV1().Secrets(tenant).List(ctx, metav1.ListOptions{Limit: 500})
+			if err == nil || !strings.Contains(err.Error(), secrets+tenant+"/theirs-three") || strings.Contains(err.Error(), "theirs-too") {
+				t.Errorf("list without the feature: %v, want an error that names the first damaged Secret", err)
+			}
+		}
+
+		// And it deletes them, if it is told to do so without reading.
+		for _, name := range []string{"theirs-three", "theirs-too"} {
+			if _, err := k.client(tenant).Get(ctx, name, metav1.GetOptions{}); err == nil || !strings.Contains(err.Error(), "/secrets/"+tenant+"/"+name) {
+				t.Errorf("get a damaged Secret: %v, want an error that names it", err)
+			}
+			if err := k.client(tenant).Delete(ctx, name, metav1.DeleteOptions{}); err == nil {
+				t.Error("a damaged Secret is deleted by an ordinary delete")
+			}
+			k.api.Kubectl("delete", "--raw", "/api/v1/namespaces/"+tenant+"/secrets/"+name+"?ignoreStoreReadErrorWithClusterBreakingPotential=true")
+		}
+		harness.Eventually(t, 60*time.Second, "the rest to be listed", func() error {
+			items, err := list(tenant)
+			if err == nil && (len(items) != 1 || items[0].Name != "theirs") {
+				err = fmt.Errorf("%d Secrets", len(items))
+			}
+			return err
+		})
 	})
 }
 
