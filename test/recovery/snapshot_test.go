@@ -13,8 +13,8 @@ import (
 func TestSnapshotIsOpened(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
-	double := kmsdouble.New(t, kmsdouble.Config{})
-	ack, dr := s.alibaba("ack", double), s.env.LocalKey("dr", 1)
+	double := s.env.NewAlibaba()
+	ack, dr := s.env.AlibabaKey("ack", double), s.env.LocalKey("dr", 1)
 	rule := harness.Rule{WriteWith: "ack", Recovery: []string{"dr"}, RecoveryRequired: true}
 	s.run(t, rule, ack, dr)
 	s.proxy.WaitReady(within)
