@@ -16,9 +16,10 @@ const (
 	ClassDenied
 	// ClassKeyUnusable: the key is disabled, pending deletion, pending import or not found. An operator has to act.
 	ClassKeyUnusable
-	// ClassInvalid: this request can never succeed: the ciphertext is not of this key, is damaged, or a parameter is wrong.
+	// ClassInvalid: this request can never succeed: the ciphertext is not of this key, is damaged, or a parameter is wrong. A value whose
+	// Decrypt fails like this is given up, so that a backend says so only of what the KMS says of the ciphertext.
 	ClassInvalid
-	// ClassContract: the KMS answered something that breaks the interface's contract (an empty key ID, an over-long blob).
+	// ClassContract: the KMS answered something that breaks the interface's contract (an empty key ID, an over-long blob, a refusal that is not known).
 	ClassContract
 )
 

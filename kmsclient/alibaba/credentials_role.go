@@ -237,7 +237,7 @@ func (r *roleSource) denied(op string, err error) error {
 // explained turns a failure of STS into one that says what it means for the caller of the KMS: whatever STS refuses, an operator has to act.
 func (r *roleSource) explained(ctx context.Context, f *failure) error {
 	e := f.err
-	if e.Class == kmsclient.ClassInvalid || e.Class == kmsclient.ClassKeyUnusable {
+	if e.Class == kmsclient.ClassInvalid || e.Class == kmsclient.ClassKeyUnusable || e.Class == kmsclient.ClassContract && e.Code != "" {
 		e.Class = kmsclient.ClassDenied
 	}
 	switch family, rest, _ := strings.Cut(e.Code, "."); {

@@ -153,7 +153,8 @@ func classOfStatus(status int) kmsclient.Class {
 }
 
 // classOfCode says what one of the vendor's codes means, with a hint where there is one: the codes of the product Kms and those of
-// the gateway before it. A code that is not known here is judged by its status, and ends as one that no retry helps.
+// the gateway before it. Only a code that is known to be about what was sent says that a ciphertext is damaged: a value is given up for that.
+// What is not known here is judged by its status, and says nothing of the value.
 func classOfCode(code string, status int) (kmsclient.Class, string) {
 	switch code {
 	case "Rejected.Throttling", "ServiceUnavailableTemporary", "ServiceUnavailable", "InternalFailure", "SignatureNonceUsed":
@@ -192,8 +193,12 @@ func classOfCode(code string, status int) (kmsclient.Class, string) {
 		return kmsclient.ClassUnavailable, ""
 	case status == http.StatusUnauthorized, status == http.StatusForbidden:
 		return kmsclient.ClassDenied, ""
+	case strings.HasPrefix(code, "InvalidParameter"), strings.HasPrefix(code, "InvalidCiphertext"):
+		return kmsclient.ClassInvalid, ""
+	case status == http.StatusConflict: // the state of something, which changes
+		return kmsclient.ClassUnavailable, ""
 	}
-	return kmsclient.ClassInvalid, ""
+	return kmsclient.ClassContract, ""
 }
 
 // isGone reports whether a code says that the key is lost, or will be. Rejected.Disabled is none of them: who disables a key means to stop its use.
