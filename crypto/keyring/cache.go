@@ -94,7 +94,8 @@ type entry struct {
 	copies  []copyID // that the values hold
 	by      *Ring    // whose KMS unwrapped it: ring, or that of a recovery copy
 	byKeyID string
-	header  *envelope.Header // for by to unwrap it again; nil when that would take too much memory
+	sum     [sha256.Size]byte // SHA-256 of the secret as the KMS unwrapped it
+	header  *envelope.Header  // for by to unwrap it again; nil when that would take too much memory
 	fetched time.Time
 	rescue  *rescue // nil unless a recovery copy was unwrapped
 	why     string  // it was

@@ -192,9 +192,10 @@ func (r *Ring) unwrapSpare(h *envelope.Header, s spare, first *Error) (*entry, e
 	}
 	seed, err := envelope.NewSeed(h.Type, plain)
 	if err != nil {
-		return nil, s.by.errorf(Corrupt, err, "the copy under KMS key ID %q: %v", clip(s.header.KeyID), err)
+		return nil, s.by.errorf(Unavailable, err, "the copy under KMS key ID %q: %v", clip(s.header.KeyID), err)
 	}
 	e := r.newEntry(s.digest, h, seed)
+	e.sum = sha256.Sum256(plain)
 	e.by, e.byKeyID, e.header, e.rescue = s.by, s.header.KeyID, keep(s.header), r.rescuedBy(s.by)
 	e.why = first.Text
 	if first.Kind == Unavailable {

@@ -108,7 +108,11 @@ func TestBurstOnALostKey(t *testing.T) {
 		stored := s.ack.mustSeal(t, "k", "v")
 		s.stop()
 		s = newSite(t, ack, dr, false, nil).start(t)
-		ack.set(func() { ack.keyErr["key-1"] = goneError("Decrypt"); ack.delay = 30 * time.Millisecond })
+		// No call ends at the moment at which a caller comes, or the other call ends.
+		ack.set(func() {
+			ack.keyErr["key-1"] = goneError("Decrypt")
+			ack.delay = 30*time.Millisecond + 7*time.Microsecond
+		})
 		dr.set(func() { dr.delay = 30 * time.Millisecond })
 		var all sync.WaitGroup
 		for i := range 5000 {

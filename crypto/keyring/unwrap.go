@@ -3,11 +3,10 @@ package keyring
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
-	"hash/maphash"
 	"maps"
 	"slices"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/singleflight"
@@ -16,35 +15,6 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
-
-// hotTable finds the seeds of recent values without a lock and without decoding: by the bytes behind a value's data, which all
-// values of one seed share. Slots are few and overwritten at will; the [Cache] is behind them.
-type hotTable struct {
-	seed  maphash.Seed
-	slots [64]atomic.Pointer[hotSlot]
-}
-
-type hotSlot struct {
-	rest  []byte // accepted by envelope.Parse, as the whole of an object behind its data
-	entry *entry
-}
-
-func (t *hotTable) init() { t.seed = maphash.MakeSeed() }
-
-func (t *hotTable) slot(rest []byte) *atomic.Pointer[hotSlot] {
-	return &t.slots[maphash.Bytes(t.seed, rest)%uint64(len(t.slots))]
-}
-
-func (t *hotTable) get(rest []byte) *entry {
-	if s := t.slot(rest).Load(); s != nil && bytes.Equal(s.rest, rest) {
-		return s.entry
-	}
-	return nil
-}
-
-func (t *hotTable) put(rest []byte, e *entry) {
-	t.slot(rest).Store(&hotSlot{rest: bytes.Clone(rest), entry: e})
-}
 
 // open opens an object of this provider, over itself if inPlace; if need be with a recovery copy that one of rings unwraps. e is the seed that
 // was used; it is nil when it did not come to that.
@@ -83,6 +53,11 @@ func (r *Ring) open(ctx context.Context, etcdKey, object []byte, inPlace bool, r
 	if oerr != nil {
 		if !e.proven.Load() {
 			r.cfg.Cache.drop(e)
+			if !inPlace { // the value is still whole, and may be handed on or counted as lost
+				if plaintext, err = r.openAgain(ctx, e, etcdKey, object); err == nil || err.Kind != Corrupt {
+					return plaintext, e, err
+				}
+			}
 		}
 		return nil, e, r.errorf(Corrupt, oerr, "the data does not open under this etcd key and KMS key ID %q: it was changed, truncated or moved here", e.keyID)
 	}
@@ -198,16 +173,14 @@ func (r *Ring) unwrap(d digest, h *envelope.Header) (*entry, error) {
 				r.cfg.Cache.drop(old)
 			}
 		}
-		if classOf(err) == kmsclient.ClassInvalid {
-			return nil, r.errorf(Corrupt, err, "the seed under KMS key ID %q does not unwrap: %s", clip(h.KeyID), describe(err))
-		}
-		return nil, r.errorf(kindOf(err), err, "the seed under KMS key ID %q was not unwrapped: %s", clip(h.KeyID), describe(err))
+		return nil, r.notUnwrapped(h, err)
 	}
 	seed, err := envelope.NewSeed(h.Type, plain)
-	if err != nil {
-		return nil, r.errorf(Corrupt, err, "the seed under KMS key ID %q: %v", clip(h.KeyID), err)
+	if err != nil { // of a length that nobody wraps: the answer is at fault, and not the value
+		return nil, r.errorf(Unavailable, err, "the seed under KMS key ID %q: %v", clip(h.KeyID), err)
 	}
 	e := r.newEntry(d, h, seed)
+	e.sum = sha256.Sum256(plain)
 	if old != nil {
 		e.proven.Store(old.proven.Load())
 	}

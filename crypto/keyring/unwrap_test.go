@@ -238,7 +238,7 @@ func TestDecryptAnswersTheWrongLength(t *testing.T) {
 		want   Kind
 	}{
 		"empty": {func([]byte) []byte { return nil }, Unavailable},
-		"short": {func(b []byte) []byte { return b[:31] }, Corrupt},
+		"short": {func(b []byte) []byte { return b[:31] }, Unavailable},
 		"other": {func(b []byte) []byte { return bytes.Repeat([]byte{1}, 32) }, Corrupt},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -253,6 +253,60 @@ func TestDecryptAnswersTheWrongLength(t *testing.T) {
 				// A wrong answer is not kept: the next read asks again.
 				kms.set(func() { kms.result = nil })
 				g.mustOpen(t, "k", stored, "v")
+			})
+		})
+	}
+}
+
+// TestGarbageIsNotHandedOn: a KMS that answers something else than it wrapped does not make a value damaged, which a rule would hand on as stored.
+func TestGarbageIsNotHandedOn(t *testing.T) {
+	wrong := func(n int) func([]byte) []byte {
+		return func(b []byte) []byte {
+			if n--; n < 0 {
+				return b
+			}
+			return bytes.Repeat([]byte{byte(n)}, len(b))
+		}
+	}
+	for name, c := range map[string]struct {
+		result  func([]byte) []byte
+		tamper  bool
+		want    string // "" is an error
+		decrypt int
+	}{
+		"short":            {func(b []byte) []byte { return b[:31] }, false, "", 1},
+		"long":             {func(b []byte) []byte { return append(b, 1) }, false, "stored", 2}, // a seed may be longer, and this one always is
+		"wrong once":       {wrong(1), false, "v", 2},
+		"never the same":   {wrong(100), false, "", 2},
+		"wrong and damage": {wrong(1), true, "", 2},
+		"damage":           {nil, true, "stored", 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				kms := newKMS(t, "ack")
+				stored := kms.sealed(t, "k", "v")
+				if c.tamper {
+					stored[len("k8s:enc:kms:v2:ack:")+40] ^= 1 // within info or ciphertext
+				}
+				g := newRing(t, kms, nil).start(t)
+				rule, err := NewSealer(SealerConfig{Prefix: "/s/", Write: g.Ring, AllowPlaintextReads: true, Passthrough: true})
+				if err != nil {
+					t.Fatal(err)
+				}
+				synctest.Wait()
+				kms.set(func() { kms.result, kms.calls = c.result, map[string]int{} })
+				got, err := rule.Open(t.Context(), []byte("k"), bytes.Clone(stored))
+				switch {
+				case c.want == "":
+					wantKind(t, err, Unavailable)
+				case err != nil:
+					t.Fatal(err)
+				case c.want == "stored" && !bytes.Equal(got, stored), c.want != "stored" && string(got) != c.want:
+					t.Errorf("opened as %q", got)
+				}
+				if n := kms.count("Decrypt"); n != c.decrypt {
+					t.Errorf("%d Decrypt calls, want %d", n, c.decrypt)
+				}
 			})
 		})
 	}
@@ -289,7 +343,7 @@ func TestTypeZeroIsRead(t *testing.T) {
 			g := newRing(t, kms, nil).start(t)
 			if n == 15 || n == 33 {
 				_, err := g.open("k", stored)
-				wantKind(t, err, Corrupt)
+				wantKind(t, err, Unavailable)
 				return
 			}
 			g.mustOpen(t, "k", stored, "v")
