@@ -38,7 +38,7 @@ func onAlibaba(t *testing.T, d dir, double *kmsdouble.Double, credentials string
 const fileCredentials = "{accessKeyIDFile: id, accessKeySecretFile: secret}"
 
 // TestKMSCalls counts what a KMS is asked: one data key at the start, one for each rotation, and one unwrap for each seed that is read after a restart, however many
-// values there are.
+// values there are. A seed is unwrapped once before it is used, which the ten that are allowed hold.
 func TestKMSCalls(t *testing.T) {
 	const rotations, each = 4, 1000
 	double, d, ctx := newDouble(t, kmsdouble.Config{}), newDir(t), context.Background()
@@ -106,8 +106,11 @@ func TestBurstAtTheKMS(t *testing.T) {
 	}
 	stop()
 	a.close()
-	_, rule, stop = rulesOf(t, d, edits...)
+	edits[1] = strings.Replace(edits[1], "pollInterval: 1s", "pollInterval: 1h", 1)
+	a, rule, stop = rulesOf(t, d, append(edits, "admin:", "cache: {revokeWithin: 1h}\nadmin:")...)
 	defer stop()
+	eventually(t, "first seed", func() bool { return a.rings[0].State().CanSeal })
+	unwrapped := double.Calls("Decrypt")
 	var all sync.WaitGroup
 	for range 5000 {
 		all.Go(func() {
@@ -117,7 +120,7 @@ func TestBurstAtTheKMS(t *testing.T) {
 		})
 	}
 	all.Wait()
-	if n := double.Calls("Decrypt"); n != 1 {
+	if n := double.Calls("Decrypt") - unwrapped; n != 1 {
 		t.Errorf("%d unwraps", n)
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"net/http"
+	"strings"
 	"testing"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
@@ -58,5 +59,36 @@ func TestRefusalOfACallIsNoDamage(t *testing.T) {
 	eventually(t, "the value", func() bool {
 		got, err := rule.Open(ctx, key, bytes.Clone(stored))
 		return err == nil && bytes.Equal(got, value)
+	})
+}
+
+// TestPermissionTakenAway: the caller may describe the key, and no more. That ends reads and writes as if nothing were allowed.
+func TestPermissionTakenAway(t *testing.T) {
+	double, d, ctx := kmsdouble.New(t, kmsdouble.Config{}), newDir(t), context.Background()
+	edits := append(onAlibaba(t, d, double, fileCredentials), "admin:", "cache: {revokeWithin: 1s}\nadmin:")
+	a, rule, stop := rulesOf(t, d, edits...)
+	defer stop()
+	key := []byte("/registry/secrets/ns/a")
+	stored, err := rule.Seal(ctx, key, []byte("v"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	double.SetFault(faultOn(kmsdouble.FaultSpec{Kind: kmsdouble.ErrorCode, Status: 403, Code: "Forbidden.NoPermission"}, "Decrypt", "Encrypt", "GenerateDataKey"))
+	refused := func(err error) bool {
+		e, ok := errors.AsType[*keyring.Error](err)
+		return ok && e.Kind == keyring.KeyUnusable
+	}
+	eventually(t, "the end of reads and writes", func() bool {
+		_, oerr := rule.Open(ctx, key, bytes.Clone(stored))
+		_, serr := rule.Seal(ctx, key, []byte("v"))
+		return refused(oerr) && refused(serr)
+	})
+	if err := rule.Ready(); err == nil || !strings.Contains(err.Error(), `Decrypt, code "Forbidden.NoPermission"`) {
+		t.Errorf("ready: %v", err)
+	}
+	double.ClearFaults()
+	eventually(t, "the value", func() bool {
+		got, err := rule.Open(ctx, key, bytes.Clone(stored))
+		return err == nil && string(got) == "v" && a.rings[0].State().CanSeal
 	})
 }

@@ -20,8 +20,9 @@ import (
 type loop struct {
 	deniedSince time.Time     // zero unless contacts are denied
 	mismatch    time.Duration // pause before the next mint when the KMS wraps under another key ID than Status says
-	proved      time.Time     // the last mint on suspicion
 	ended       time.Time     // when the last contact ended
+
+	sample *envelope.Header // of a ring for reading only: a seed that the KMS has unwrapped
 }
 
 const (
@@ -104,7 +105,8 @@ func (r *Ring) pause() time.Duration {
 	return d
 }
 
-// contact asks the KMS how the key is, and mints a seed if one is due. Its result is published in one step.
+// contact asks the KMS how the key is, mints a seed if one is due, and has the seed in use unwrapped: Status may be answered although the key
+// may not be used. The result is published in one step.
 func (r *Ring) contact(ctx context.Context) {
 	r.update(func(st *state) {
 		if st.pending == nil {
@@ -116,12 +118,10 @@ func (r *Ring) contact(ctx context.Context) {
 		r.bad(ctx, "", err)
 		return
 	}
-	w := r.state.Load().writer
-	if r.mintDue(ctx, status.KeyID) {
-		if w, err = r.mint(ctx, status.KeyID); err != nil {
-			r.bad(ctx, status.KeyID, err)
-			return
-		}
+	w, err := r.proven(ctx, status.KeyID)
+	if err != nil {
+		r.bad(ctx, status.KeyID, err)
+		return
 	}
 	r.good(status.KeyID, w)
 	r.probe(ctx, status.KeyID)

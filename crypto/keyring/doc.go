@@ -9,13 +9,15 @@
 // # When the KMS is silent
 //
 // Values are sealed under the ring's current seed until RingConfig.SealUnreachableFor after the last good contact; a good contact is a
-// Status that says ok and, where a new seed was due, its minting. Values are opened with cached seeds: until CacheConfig.TTL without
-// asking, and for CacheConfig.ServeUnreachableFor more while the KMS does not answer. Everything else is [Unavailable].
+// Status that says ok, the minting of a new seed where one was due, and the unwrapping of the one in use. Values are opened with cached
+// seeds: until CacheConfig.TTL without asking, and for CacheConfig.ServeUnreachableFor more while the KMS does not answer. Everything else
+// is [Unavailable].
 //
 // # When the KMS says no
 //
-// An answer that the key is disabled, pending deletion or gone revokes at once: the provider's seeds are dropped, sealing and
-// opening fail with [KeyUnusable]. A refusal of the caller (credentials, permission) does the same once it has lasted for
+// A KMS may answer Status and not let the key be used, or not look at the key for it: so each contact has the seed in use unwrapped as well,
+// and nothing is sealed under a seed before that was done once. An answer that the key is disabled, pending deletion or gone revokes at
+// once: the provider's seeds are dropped, sealing and opening fail with [KeyUnusable]. A refusal of the caller (credentials, permission) does the same once it has lasted for
 // RingConfig.RevokeWithin. Both end with the first good contact. Where a value names a key other than the current one, such an answer
 // to its Decrypt drops the seeds of that key ID only, and has the current key checked at once: what a stored value claims cannot take
 // the provider down. Each poll also unwraps one cached seed of every other key ID again, so that an old key's revocation is noticed as well.

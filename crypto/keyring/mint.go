@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
 	"fmt"
 	"log/slog"
 	"time"
@@ -15,18 +16,10 @@ import (
 // mintDue reports whether a new seed is needed now that Status said keyID.
 func (r *Ring) mintDue(ctx context.Context, keyID string) bool {
 	if r.cfg.ReadOnly {
-		r.suspect.Store(false)
 		return false
 	}
 	w := r.state.Load().writer
 	if w == nil {
-		r.suspect.Store(false)
-		return true
-	}
-	// A stored value can raise suspicion at will, so that costs a mint once per poll interval at most.
-	if r.suspect.Load() && time.Since(r.loop.proved) >= r.cfg.PollInterval {
-		r.suspect.Store(false)
-		r.loop.proved = time.Now()
 		return true
 	}
 	age := time.Since(w.minted)
@@ -40,7 +33,7 @@ func (r *Ring) mintDue(ctx context.Context, keyID string) bool {
 	return age >= r.cfg.MaxAge || w.seals.Load() >= r.cfg.MaxSeals || r.copiesDue(ctx, w)
 }
 
-// mint makes a seed with one KMS call. The key ID in the KMS' answer is the one that counts for values; if it is not what Status said, the KMS is
+// mint makes a seed with one KMS call, and has it unwrapped by a second one: nothing is sealed under what may not open later. The key ID in the KMS' answer is the one that counts for values; if it is not what Status said, the KMS is
 // in the middle of a rotation, or never says the same: minting again is tried, less and less often.
 func (r *Ring) mint(ctx context.Context, statusID string) (*writer, error) {
 	w := &writer{statusID: statusID, recovery: r.recovery.Load()}
@@ -64,6 +57,10 @@ func (r *Ring) mint(ctx context.Context, statusID string) (*writer, error) {
 	if h.HasCopies() {
 		return nil, &contractError{op: "GenerateDataKey", what: "an annotation has a name that is kept for recovery copies"}
 	}
+	w.header, w.sum = cloneHeader(&h), sha256.Sum256(k.Plaintext)
+	if err := r.prove(ctx, w); err != nil {
+		return nil, fmt.Errorf("mint seed: %w", err)
+	}
 	if err := w.copySeed(ctx, &h, k.Plaintext); err != nil {
 		return nil, fmt.Errorf("mint seed: %w", err)
 	}
@@ -82,6 +79,7 @@ func (r *Ring) mint(ctx context.Context, statusID string) (*writer, error) {
 		r.loop.mismatch = 0
 	}
 	e := r.newEntry(digestOf(r.cfg.Provider, &h), &h, seed)
+	e.sum = w.sum
 	e.proven.Store(true)
 	r.cfg.Cache.put(e)
 	r.hot.put(frame.Rest(), e)

@@ -107,34 +107,105 @@ func TestDenialAtStart(t *testing.T) {
 	})
 }
 
-// TestMintSaysUnusable: Status does not know, the wrapping operation does.
-func TestMintSaysUnusable(t *testing.T) {
+// TestStatusSaysNothingOfTheKey: Status is answered as ever, and what the key is for is refused: reads and writes end as if Status had said so.
+func TestStatusSaysNothingOfTheKey(t *testing.T) {
+	for _, class := range []kmsclient.Class{kmsclient.ClassKeyUnusable, kmsclient.ClassDenied} {
+		for name, ops := range map[string][]string{"all": {"Encrypt", "Decrypt"}, "Decrypt alone": {"Decrypt"}} {
+			t.Run(fmt.Sprintf("%v %s", class, name), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					kms := newKMS(t, "ack")
+					foreign := kms.sealed(t, "k", "v")
+					g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.PollInterval, c.RevokeWithin = time.Hour, 5*time.Second }).start(t)
+					stored := g.mustSeal(t, "k", "v")
+					g.mustOpen(t, "k", foreign, "v")
+					refuse := func() {
+						for _, op := range ops {
+							kms.opErr[op] = kmsError(op, class)
+						}
+					}
+					kms.set(refuse)
+					if class == kmsclient.ClassDenied { // it may pass
+						time.Sleep(5 * time.Second)
+						g.mustOpen(t, "k", stored, "v")
+						g.mustSeal(t, "k", "v")
+						kms.set(func() { kms.opErr = map[string]error{} })
+						time.Sleep(10 * time.Second)
+						kms.set(refuse)
+						time.Sleep(5 * time.Second)
+					}
+					time.Sleep(5 * time.Second)
+					synctest.Wait()
+					for range 3 { // and so it stays
+						_, err := g.seal("k", "v")
+						wantKind(t, err, KeyUnusable)
+						for _, v := range [][]byte{stored, foreign} {
+							_, err = g.open("k", v)
+							wantKind(t, err, KeyUnusable)
+						}
+						time.Sleep(time.Minute)
+					}
+					if n := g.cache.Len(); n != 0 || !g.State().Revoked || g.sealer.Ready() == nil {
+						t.Errorf("%d seeds are left, %+v, ready: %v", n, g.State(), g.sealer.Ready())
+					}
+					kms.set(func() { kms.opErr = map[string]error{} })
+					time.Sleep(5 * time.Second)
+					synctest.Wait()
+					g.mustOpen(t, "k", stored, "v")
+					g.mustOpen(t, "k", g.mustSeal(t, "k", "w"), "w")
+				})
+			})
+		}
+	}
+}
+
+// TestNothingIsSealedThatDoesNotOpen: the KMS wraps, and does not unwrap or not to the same. So it was from the start, or it begins at the next seed.
+func TestNothingIsSealedThatDoesNotOpen(t *testing.T) {
+	for name, c := range map[string]struct {
+		fault func(*fakeKMS)
+		want  Kind
+	}{
+		"denied":      {func(k *fakeKMS) { k.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.ClassDenied) }, KeyUnusable},
+		"unavailable": {func(k *fakeKMS) { k.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.ClassUnavailable) }, Unavailable},
+		"invalid":     {func(k *fakeKMS) { k.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.ClassInvalid) }, Unavailable},
+		"another":     {func(k *fakeKMS) { k.result = func(b []byte) []byte { return bytes.Repeat([]byte{1}, 32) } }, Unavailable},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				kms := newKMS(t, "ack")
+				c.fault(kms)
+				g := newRing(t, kms, nil).start(t)
+				synctest.Wait()
+				_, err := g.seal("k", "v")
+				wantKind(t, err, c.want)
+				if g.sealer.Ready() == nil || g.State().CanSeal {
+					t.Errorf("ready, %+v", g.State())
+				}
+				kms.set(func() { kms.opErr, kms.result = map[string]error{}, nil })
+				time.Sleep(10 * time.Second)
+				g.mustOpen(t, "k", g.mustSeal(t, "k", "v"), "v")
+			})
+		})
+	}
 	synctest.Test(t, func(t *testing.T) {
 		kms := newKMS(t, "ack")
 		g := newRing(t, kms, nil).start(t)
-		stored := g.mustSeal(t, "k", "v")
-		cold := kms.sealed(t, "k", "cold")
-		kms.set(func() {
-			kms.opErr["Encrypt"] = kmsError("Encrypt", kmsclient.ClassKeyUnusable)
-			kms.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.ClassKeyUnusable)
-		})
-		time.Sleep(10 * time.Minute)
-		g.mustSeal(t, "k", "v") // nothing has said so yet
-		_, err := g.open("k", cold)
-		wantKind(t, err, KeyUnusable)
-		time.Sleep(pokeSpacing)
+		first := keyIDOf(t, g.mustSeal(t, "k", "v"))
+		// The key behind the ID is another one: the next seed is of that.
+		kms.rotate(first)
+		time.Sleep(time.Minute)
 		synctest.Wait()
-		_, err = g.open("k", stored)
-		wantKind(t, err, KeyUnusable)
-		_, err = g.seal("k", "v")
-		wantKind(t, err, KeyUnusable)
-		time.Sleep(10 * time.Minute) // Status being good all the while
-		_, err = g.seal("k", "v")
-		wantKind(t, err, KeyUnusable)
-		kms.set(func() { kms.opErr = map[string]error{} })
-		time.Sleep(10 * time.Second)
+		stored := g.mustSeal(t, "k", "v")
+		if n := kms.count("Encrypt"); n != 2 {
+			t.Errorf("%d mints", n)
+		}
+		newRing(t, kms, nil).start(t).mustOpen(t, "k", stored, "v")
+		// It breaks: the seed in use is one that will not open, and there is no other.
+		kms.set(func() { kms.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.ClassInvalid) })
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		_, err := g.seal("k", "v")
+		wantKind(t, err, Unavailable)
 		g.mustOpen(t, "k", stored, "v")
-		g.mustSeal(t, "k", "v")
 	})
 }
 
@@ -163,7 +234,7 @@ func TestStoredValuesCannotRevoke(t *testing.T) {
 		if n := kms.count("Status"); n > 75 {
 			t.Errorf("%d Status calls in ten minutes", n)
 		}
-		if n := kms.count("Encrypt"); n > 11 {
+		if n := kms.count("Encrypt"); n != 0 {
 			t.Errorf("%d mints in ten minutes", n)
 		}
 	})
@@ -239,6 +310,19 @@ func TestReadOnlyRing(t *testing.T) {
 		if n := kms.count("Encrypt"); n != 0 || !g.State().Healthy || g.sealer.Ready() != nil {
 			t.Errorf("%d mints, %+v, %v", n, g.State(), g.sealer.Ready())
 		}
+		kms.set(func() { kms.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.ClassDenied) }) // Status is answered as ever
+		time.Sleep(2 * time.Minute)
+		for range 3 { // with the last seed gone from the cache
+			_, err := g.open("k", stored)
+			wantKind(t, err, KeyUnusable)
+			if !g.State().Revoked || g.sealer.Ready() == nil {
+				t.Errorf("%+v", g.State())
+			}
+			time.Sleep(time.Minute)
+		}
+		kms.set(func() { delete(kms.opErr, "Decrypt") })
+		time.Sleep(10 * time.Second)
+		g.mustOpen(t, "k", stored, "v")
 		if _, err := NewSealer(SealerConfig{Write: g.Ring}); err == nil {
 			t.Error("a read-only ring was taken for writing")
 		}

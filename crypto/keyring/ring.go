@@ -2,6 +2,7 @@ package keyring
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -102,9 +103,8 @@ type Ring struct {
 	recovery atomic.Pointer[recovery]
 	copyName string // of the annotations with copies that this ring wraps; "" if its name does not do
 
-	// poked wakes Run for a contact ahead of time; suspect asks it to prove with a mint that the key is usable.
+	// poked wakes Run for a contact ahead of time.
 	poked   chan struct{}
-	suspect atomic.Bool
 	doubted atomic.Int64 // when a stored value last caused a poke, in Unix nanoseconds
 	running atomic.Bool
 
@@ -136,7 +136,9 @@ type state struct {
 // writer is the seed that values are sealed under.
 type writer struct {
 	frame    *envelope.Frame
-	recovery *recovery // that was to wrap copies
+	header   *envelope.Header  // for the KMS to unwrap it
+	sum      [sha256.Size]byte // SHA-256 of the seed
+	recovery *recovery         // that was to wrap copies
 	copies   []copyID
 	lacking  []lack
 	keyID    string // as the KMS answered when it wrapped the seed: the one in the values

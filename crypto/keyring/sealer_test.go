@@ -15,14 +15,16 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
-// slowDecrypt holds every Decrypt back until release is closed, whatever its context says.
+// slowDecrypt holds every Decrypt of a value back until release is closed, whatever its context says.
 type slowDecrypt struct {
 	*fakeKMS
 	release chan struct{}
 }
 
 func (s *slowDecrypt) Decrypt(ctx context.Context, uid string, req *service.DecryptRequest) ([]byte, error) {
-	<-s.release
+	if ctx.Value(ofContact{}) == nil {
+		<-s.release
+	}
 	return s.fakeKMS.Decrypt(ctx, uid, req)
 }
 

@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"golang.org/x/sync/singleflight"
-	"k8s.io/kms/pkg/service"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
@@ -199,26 +198,15 @@ var errGiveUp = errors.New("the KMS does not answer")
 
 // decrypt asks the KMS for the secret behind a header, and draws the conclusions for the header's key ID.
 func (r *Ring) decrypt(ctx context.Context, h *envelope.Header) ([]byte, error) {
-	if !r.begin() {
-		return nil, errors.Join(errStopped, errGiveUp)
-	}
-	defer r.calls.Done()
-
-	ctx, cancel := context.WithTimeout(ctx, r.cfg.Timeout)
-	defer cancel()
-	plain, err := r.cfg.KMS.Decrypt(ctx, newUID(), &service.DecryptRequest{Ciphertext: h.Source, KeyID: h.KeyID, Annotations: h.Own()})
-	if err == nil && len(plain) == 0 {
-		err = &contractError{op: "Decrypt", what: "the answer is empty"}
-	}
-	if err == nil {
-		r.mu.Lock()
-		delete(r.denied, h.KeyID)
-		r.mu.Unlock()
+	plain, err := r.ask(ctx, h)
+	switch {
+	case err == nil:
 		return plain, nil
+	case errors.Is(err, errStopped):
+		return nil, errors.Join(errStopped, errGiveUp)
 	}
 	switch classOf(err) {
 	case kmsclient.ClassKeyUnusable:
-		r.suspect.Store(true)
 		r.doubt()
 		r.dropKey(h.KeyID, err)
 	case kmsclient.ClassDenied:
