@@ -64,14 +64,24 @@ func TestKMSCalls(t *testing.T) {
 			t.Fatalf("value %d: %q, %v", i, got, err)
 		}
 	}
-	generated, unwrapped := double.Calls("GenerateDataKey"), double.Calls("Decrypt")
+	generated := double.Calls("GenerateDataKey")
 	if generated != 1+rotations {
 		t.Errorf("%d data keys, want %d", generated, 1+rotations)
 	}
+	// What nobody reads or writes costs two calls at each poll, whatever is in the cache.
+	polls, probes := double.Calls("DescribeKey"), double.Calls("Decrypt")
+	eventually(t, "three polls", func() bool { return double.Calls("DescribeKey") >= polls+3 })
 	stop()
+	if polls, probes = double.Calls("DescribeKey")-polls, double.Calls("Decrypt")-probes; probes > polls+1 || probes < polls-1 {
+		t.Errorf("%d polls, %d unwraps of an idle proxy", polls, probes)
+	}
+	if n := double.Calls("GenerateDataKey"); n != generated {
+		t.Errorf("%d data keys of an idle proxy", n-generated)
+	}
 	a.close()
+	unwrapped := double.Calls("Decrypt")
 
-	// Each poll asks about every old key ID in the cache, whether it may still be used; that is not counted here.
+	// Polls ask whether the key may still be used; that is not counted here.
 	edits[1] = strings.Replace(edits[1], "pollInterval: 1s", "pollInterval: 1h", 1)
 	edits = append(edits, "admin:", "cache: {revokeWithin: 1h}\nadmin:")
 	_, rule, stop = rulesOf(t, d, edits...)

@@ -26,6 +26,7 @@ type backend struct {
 	service  kmsclient.Service
 	timeout  time.Duration                                   // of one call; 0 is the wrapper's default
 	describe func(context.Context) (*alibaba.KeyInfo, error) // nil where the KMS tells no more than Status
+	keyOf    func(keyID string) string                       // nil where a key ID does not tell of which key it is a version
 	closer   io.Closer                                       // nil where there is nothing to let go
 	reader   keyring.LegacyReader                            // of a provider that only opens values; it has no service
 	// credentialsExpire is when the credentials of the calls end, or zero; nil where there are none.
@@ -188,7 +189,7 @@ func (a *app) addRing(k config.KMS, c *config.Config) error {
 	}
 	writes := slices.ContainsFunc(c.Rules, func(r config.Rule) bool { return r.WriteWith == k.Name })
 	ring, err := keyring.New(keyring.RingConfig{
-		Provider: k.Name, KMS: a.audit.kms(k.Name, client), Cache: a.cache, ReadOnly: !writes || a.inspectOnly,
+		Provider: k.Name, KMS: a.audit.kms(k.Name, client), Cache: a.cache, KeyOf: b.keyOf, ReadOnly: !writes || a.inspectOnly,
 		PollInterval: k.PollInterval, RevokeWithin: c.Cache.RevokeWithin, SealUnreachableFor: c.Cache.SealUnreachableFor,
 		MaxAge: k.SeedMaxAge, MaxSeals: uint64(k.SeedMaxSeals), //nolint:gosec // checked to be positive
 		Observer: a.metrics.forProvider(k.Name), Logger: a.log,

@@ -40,7 +40,7 @@ func alibabaBackend(c alibaba.Config) (*backend, error) {
 		return &backend{kind: "alibaba"}, err
 	}
 	return &backend{
-		kind: "alibaba", service: b, describe: b.Describe, credentialsExpire: b.CredentialsExpire, credentialsLate: b.CredentialsLate, closer: b,
+		kind: "alibaba", service: b, describe: b.Describe, keyOf: alibaba.KeyOf, credentialsExpire: b.CredentialsExpire, credentialsLate: b.CredentialsLate, closer: b,
 	}, nil
 }
 

@@ -4,9 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
-	"errors"
 	"fmt"
-	"maps"
 	mathrand "math/rand/v2"
 	"time"
 
@@ -23,12 +21,13 @@ type loop struct {
 	ended       time.Time     // when the last contact ended
 
 	sample *envelope.Header // of a ring for reading only: a seed that the KMS has unwrapped
+	probed string           // the last key that a probe was about
 }
 
 const (
 	pokeSpacing = time.Second // between contacts that callers asked for
 	maxMismatch = time.Hour
-	maxProbes   = 32 // other key IDs that are checked in one poll
+	maxProbes   = 32 // other keys that are checked in one poll
 )
 
 // Run keeps the ring alive until ctx ends: it asks for the key's state, mints the first seed and the next ones, and revokes. Once it has
@@ -113,18 +112,32 @@ func (r *Ring) contact(ctx context.Context) {
 			st.pending = make(chan struct{})
 		}
 	})
+	keyID, w, err := r.askForKey(ctx)
+	if err == nil {
+		r.good(keyID, w)
+		r.probe(ctx, r.keyOf(keyID))
+		return
+	}
+	r.bad(ctx, keyID, err)
+	// Whatever it was, the seeds that stay in use are asked about: a KMS that says no to them is not to be missed.
+	if w := r.state.Load().writer; w != nil && !refuses(err) {
+		if err := r.prove(ctx, w); refuses(err) {
+			r.bad(ctx, keyID, err)
+		}
+	}
+	if r.state.Load().revoked == nil {
+		r.probe(ctx, "")
+	}
+}
+
+// askForKey returns the current key ID, as far as it is known, and the seed to seal under from now on, or what is wrong.
+func (r *Ring) askForKey(ctx context.Context) (string, *writer, error) {
 	status, err := r.status(ctx)
 	if err != nil {
-		r.bad(ctx, "", err)
-		return
+		return "", nil, err
 	}
 	w, err := r.proven(ctx, status.KeyID)
-	if err != nil {
-		r.bad(ctx, status.KeyID, err)
-		return
-	}
-	r.good(status.KeyID, w)
-	r.probe(ctx, status.KeyID)
+	return status.KeyID, w, err
 }
 
 func (r *Ring) good(keyID string, w *writer) {
@@ -215,33 +228,6 @@ func (r *Ring) status(ctx context.Context) (*service.StatusResponse, error) {
 		return nil, &kmsclient.Error{Op: "Status", Provider: r.cfg.Provider, Class: kmsclient.ClassUnavailable, KeyID: status.KeyID, Detail: "health is not ok"}
 	}
 	return status, nil
-}
-
-// probe unwraps one cached seed of each key ID that neither Status nor minting speaks for, so that the revocation of an old key is noticed
-// although its seeds are cached.
-func (r *Ring) probe(ctx context.Context, current string) {
-	minted := current
-	if w := r.state.Load().writer; w != nil {
-		minted = w.keyID
-	}
-	samples := make(map[string]*entry)
-	for _, e := range r.cfg.Cache.lru.Values() {
-		if e.by != r || e.header == nil || samples[e.byKeyID] != nil || len(samples) == maxProbes {
-			continue
-		}
-		if e.byKeyID != current && e.byKeyID != minted || r.isDenied(e.byKeyID) {
-			samples[e.byKeyID] = e
-		}
-	}
-	// A denial of a key ID without a cached seed has nothing to revoke, and stored values could name any number of them.
-	r.mu.Lock()
-	maps.DeleteFunc(r.denied, func(id string, _ time.Time) bool { return samples[id] == nil })
-	r.mu.Unlock()
-	for _, e := range samples {
-		if _, err := r.decrypt(ctx, e.header); errors.Is(err, errGiveUp) {
-			return
-		}
-	}
 }
 
 func newUID() string {

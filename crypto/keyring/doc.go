@@ -20,7 +20,8 @@
 // once: the provider's seeds are dropped, sealing and opening fail with [KeyUnusable]. A refusal of the caller (credentials, permission) does the same once it has lasted for
 // RingConfig.RevokeWithin. Both end with the first good contact. Where a value names a key other than the current one, such an answer
 // to its Decrypt drops the seeds of that key ID only, and has the current key checked at once: what a stored value claims cannot take
-// the provider down. Each poll also unwraps one cached seed of every other key ID again, so that an old key's revocation is noticed as well.
+// the provider down. Each poll also unwraps one cached seed of every other key again (of 32 keys at most, then it goes on with the others), so
+// that an old key's revocation is noticed as well.
 //
 // # Memory
 //

@@ -4,6 +4,9 @@ import (
 	"context"
 	"crypto/sha256"
 	"fmt"
+	"maps"
+	"slices"
+	"time"
 
 	"k8s.io/kms/pkg/service"
 
@@ -45,12 +48,12 @@ func (r *Ring) prove(ctx context.Context, w *writer) error {
 // proveSample has the KMS unwrap a cached seed of the current key, or the last of which that was true.
 func (r *Ring) proveSample(ctx context.Context, keyID string) error {
 	for _, e := range r.cfg.Cache.lru.Values() {
-		if e.by == r && e.header != nil && e.byKeyID == keyID {
+		if e.by == r && e.header != nil && r.keyOf(e.byKeyID) == r.keyOf(keyID) {
 			r.loop.sample = e.header
 		}
 	}
 	h := r.loop.sample
-	if h == nil || h.KeyID != keyID {
+	if h == nil || r.keyOf(h.KeyID) != r.keyOf(keyID) {
 		return nil
 	}
 	_, err := r.ask(ctx, h)
@@ -58,6 +61,67 @@ func (r *Ring) proveSample(ctx context.Context, keyID string) error {
 		return fmt.Errorf("unwrap a seed in use: %w", err)
 	}
 	return nil
+}
+
+// probe unwraps one cached seed of each key but the one that the contact has spoken for, so that the revocation of an old key is noticed although its
+// seeds are cached. What is too much for one poll is left to the next.
+func (r *Ring) probe(ctx context.Context, spokenFor string) {
+	samples := make(map[string]*entry)
+	for _, e := range r.cfg.Cache.lru.Values() { // the last used comes last
+		if key := r.keyOf(e.byKeyID); e.by == r && e.header != nil && key != spokenFor {
+			samples[key] = e
+		}
+	}
+	// A denial of a key without a cached seed has nothing to revoke, and stored values could name any number of them.
+	r.mu.Lock()
+	maps.DeleteFunc(r.denied, func(key string, _ time.Time) bool { return samples[key] == nil })
+	r.mu.Unlock()
+	keys := slices.Sorted(maps.Keys(samples))
+	first, found := slices.BinarySearch(keys, r.loop.probed)
+	if found {
+		first++
+	}
+	for i := range min(len(keys), maxProbes) {
+		key := keys[(first+i)%len(keys)]
+		r.loop.probed = key
+		if !r.probeKey(ctx, key, samples[key]) {
+			return
+		}
+	}
+}
+
+// probeKey unwraps a key's cached seed again, and drops all seeds of the key if the KMS says no. It is false when to go on is no use.
+func (r *Ring) probeKey(ctx context.Context, key string, e *entry) bool {
+	_, err := r.ask(ctx, e.header)
+	if err == nil {
+		return true
+	}
+	ofKey := func(id string) bool { return r.keyOf(id) == key }
+	switch classOf(err) {
+	case kmsclient.ClassKeyUnusable:
+		r.dropKeys(ofKey, e.byKeyID, err)
+	case kmsclient.ClassDenied:
+		if r.deniedFor(key, true) >= r.cfg.RevokeWithin {
+			r.dropKeys(ofKey, e.byKeyID, err)
+		}
+	case kmsclient.ClassUnavailable:
+		return false
+	}
+	return ctx.Err() == nil
+}
+
+// keyOf returns the KMS key behind a key ID.
+func (r *Ring) keyOf(keyID string) string {
+	if r.cfg.KeyOf == nil {
+		return keyID
+	}
+	return r.cfg.KeyOf(keyID)
+}
+
+// refuses reports whether a failed call says that the key may not be used.
+func refuses(err error) bool {
+	c := classOf(err)
+	return c == kmsclient.ClassKeyUnusable || c == kmsclient.ClassDenied
 }
 
 // ask has the KMS unwrap the secret behind a header.
@@ -76,7 +140,7 @@ func (r *Ring) ask(ctx context.Context, h *envelope.Header) ([]byte, error) {
 		return nil, err
 	}
 	r.mu.Lock()
-	delete(r.denied, h.KeyID)
+	delete(r.denied, r.keyOf(h.KeyID))
 	r.mu.Unlock()
 	return plain, nil
 }

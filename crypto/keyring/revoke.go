@@ -12,11 +12,12 @@ func (r *Ring) doubt() {
 	}
 }
 
-// dropKey drops the seeds under one key ID. Those that the KMS still unwraps come back. Where the key is gone, what recovery copies gave stays.
-func (r *Ring) dropKey(keyID string, cause error) {
+// dropKeys drops the seeds under key IDs. Those that the KMS still unwraps come back. Where the key is gone, what recovery copies gave stays. keyID
+// is the one that was asked about.
+func (r *Ring) dropKeys(under func(keyID string) bool, keyID string, cause error) {
 	gone := isGone(cause)
 	match := func(e *entry) bool {
-		return e.by == r && e.byKeyID == keyID || e.ring == r && e.keyID == keyID && !gone
+		return e.by == r && under(e.byKeyID) || e.ring == r && under(e.keyID) && !gone
 	}
 	if n := r.drop(match); n > 0 {
 		r.cfg.Observer.Seed(r.cfg.Provider, EventRevoked)
@@ -38,23 +39,16 @@ func (r *Ring) drop(match func(*entry) bool) int {
 	return n
 }
 
-// deniedFor notes a denial for a key ID and returns how long it has lasted.
-func (r *Ring) deniedFor(keyID string) time.Duration {
+// deniedFor notes a denial for a key and returns how long it has lasted. Only of a key whose seeds are cached it is sure to be noted.
+func (r *Ring) deniedFor(key string, cached bool) time.Duration {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	since, ok := r.denied[keyID]
+	since, ok := r.denied[key]
 	if !ok {
-		if len(r.denied) < maxDenied {
-			r.denied[keyID] = time.Now()
+		if cached || len(r.denied) < maxDenied {
+			r.denied[key] = time.Now()
 		}
 		return 0
 	}
 	return time.Since(since)
-}
-
-func (r *Ring) isDenied(keyID string) bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	_, ok := r.denied[keyID]
-	return ok
 }

@@ -25,6 +25,9 @@ type RingConfig struct {
 	KMS kmsclient.Service
 	// Cache holds the unwrapped seeds. Rings may share it.
 	Cache *Cache
+	// KeyOf returns what is the same for all key IDs whose KMS key can only be disabled as one: of all versions of a key. It may be asked about whatever
+	// a stored value names. nil: each key ID stands for a key.
+	KeyOf func(keyID string) string
 	// ReadOnly rings open and never mint: for a provider that no rule writes with, whose key may allow Decrypt only.
 	ReadOnly bool
 
@@ -116,7 +119,7 @@ type Ring struct {
 	mu      sync.Mutex
 	stopped bool                 // no call may begin
 	gen     uint64               // counts revocations; an unwrap that spans one is void
-	denied  map[string]time.Time // since when the KMS denies to decrypt under a key ID
+	denied  map[string]time.Time // since when the KMS denies to decrypt under a key, see keyOf
 	rescues map[*Ring]*rescue    // by whose copies values were opened
 
 	loop loop // Run's own
@@ -147,7 +150,7 @@ type writer struct {
 	seals    atomic.Uint64
 }
 
-// maxDenied bounds Ring.denied, whose keys come out of stored values.
+// maxDenied bounds what comes out of stored values in Ring.denied.
 const maxDenied = 64
 
 var errStopped = errors.New("key ring has stopped")

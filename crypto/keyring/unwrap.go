@@ -193,31 +193,21 @@ func (r *Ring) unwrap(d digest, h *envelope.Header) (*entry, error) {
 	return e, nil
 }
 
-// errGiveUp marks the errors after which asking the KMS again at once is no use.
-var errGiveUp = errors.New("the KMS does not answer")
-
-// decrypt asks the KMS for the secret behind a header, and draws the conclusions for the header's key ID.
+// decrypt asks the KMS for the secret behind a value's header, and draws the conclusions for the header's key ID. They are for that ID alone, since
+// a stored value can name any.
 func (r *Ring) decrypt(ctx context.Context, h *envelope.Header) ([]byte, error) {
 	plain, err := r.ask(ctx, h)
-	switch {
-	case err == nil:
-		return plain, nil
-	case errors.Is(err, errStopped):
-		return nil, errors.Join(errStopped, errGiveUp)
-	}
 	switch classOf(err) {
 	case kmsclient.ClassKeyUnusable:
 		r.doubt()
-		r.dropKey(h.KeyID, err)
+		r.dropKeys(func(id string) bool { return id == h.KeyID }, h.KeyID, err)
 	case kmsclient.ClassDenied:
 		r.doubt()
-		if r.deniedFor(h.KeyID) >= r.cfg.RevokeWithin {
-			r.dropKey(h.KeyID, err)
+		if r.deniedFor(r.keyOf(h.KeyID), false) >= r.cfg.RevokeWithin {
+			r.dropKeys(func(id string) bool { return id == h.KeyID }, h.KeyID, err)
 		}
-	case kmsclient.ClassUnavailable:
-		err = errors.Join(err, errGiveUp)
 	}
-	return nil, err
+	return plain, err
 }
 
 func (r *Ring) newEntry(d digest, h *envelope.Header, seed *envelope.Seed) *entry {

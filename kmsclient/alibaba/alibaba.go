@@ -261,6 +261,12 @@ func (b *Backend) answeredKey(op, requestID, id, version string) (string, error)
 	return id + "/" + version, nil
 }
 
+// KeyOf returns the id of the key in a key ID of stored values, <key id>/<key version id>. All versions of a key are disabled and deleted as one.
+func KeyOf(keyID string) string {
+	id, _, _ := strings.Cut(keyID, "/")
+	return id
+}
+
 // isBlob reports whether s can be a CiphertextBlob: 1 to limit printable ASCII characters.
 func isBlob(s string, limit int) bool {
 	return len(s) > 0 && len(s) <= limit && strings.IndexFunc(s, func(r rune) bool { return r <= ' ' || r > '~' }) < 0

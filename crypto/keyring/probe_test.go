@@ -1,0 +1,154 @@
+package keyring
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
+)
+
+// versions makes the ring take all of "key/version" for one key.
+func versions(c *RingConfig, _ *CacheConfig) {
+	c.KeyOf = func(id string) string { key, _, _ := strings.Cut(id, "/"); return key }
+}
+
+// TestIdleCalls: a poll asks for the status and unwraps one seed of each key, however many versions of it are in the cache, with the default intervals.
+func TestIdleCalls(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		kms := newKMS(t, "ack")
+		g := newRing(t, kms, versions).start(t)
+		g.mustSeal(t, "k", "v")
+		for _, key := range []string{"old", "now"} {
+			for v := range 10 {
+				kms.rotate(fmt.Sprintf("%s/%d", key, v))
+				time.Sleep(time.Minute)
+				synctest.Wait()
+				g.mustOpen(t, "k", g.mustSeal(t, "k", "v"), "v")
+			}
+		}
+		kms.set(func() { kms.calls = map[string]int{} })
+		time.Sleep(10 * time.Minute)
+		synctest.Wait()
+		status, probes := kms.count("Status"), kms.count("Probe")
+		if status < 10 || status > 12 {
+			t.Errorf("%d Status calls in ten minutes", status)
+		}
+		if want := 3 * status; probes != want { // of key-1, old and now
+			t.Errorf("%d Decrypt calls in %d polls, want %d", probes, status, want)
+		}
+		if n := kms.count("Encrypt") + kms.count("Decrypt"); n != 0 {
+			t.Errorf("%d calls that nobody asked for", n)
+		}
+	})
+}
+
+// TestOldKeyOfManyIsRevoked: every key ID in the cache has its turn, though there are more than one poll asks about.
+func TestOldKeyOfManyIsRevoked(t *testing.T) {
+	for _, which := range []int{0, 1, maxProbes - 1, maxProbes, 2*maxProbes + 2} {
+		for _, class := range []kmsclient.Class{kmsclient.ClassKeyUnusable, kmsclient.ClassDenied} {
+			t.Run(fmt.Sprintf("%v of number %d", class, which), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					kms := newKMS(t, "ack")
+					g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.RevokeWithin = 10 * time.Second }).start(t)
+					var stored [][]byte
+					for i := range 2*maxProbes + 3 {
+						kms.rotate(fmt.Sprintf("old-%03d", i))
+						v := kms.sealed(t, "k", "v")
+						g.mustOpen(t, "k", v, "v")
+						stored = append(stored, v)
+					}
+					kms.rotate("now")
+					time.Sleep(10 * time.Second)
+					own := g.mustSeal(t, "k", "own")
+					id := fmt.Sprintf("old-%03d", which)
+					kms.set(func() { kms.keyErr[id] = kmsError("Decrypt", class) })
+					time.Sleep(3 * 10 * time.Second) // a third of the keys each
+					if class == kmsclient.ClassDenied {
+						time.Sleep(3 * 10 * time.Second)
+					}
+					synctest.Wait()
+					for i, v := range stored {
+						_, err := g.open("k", v)
+						if i == which {
+							wantKind(t, err, KeyUnusable)
+						} else if err != nil {
+							t.Fatal(err)
+						}
+					}
+					g.mustOpen(t, "k", own, "own")
+					g.mustSeal(t, "k", "v")
+				})
+			})
+		}
+	}
+}
+
+// TestOldKeyGoesWithAllVersions: one seed is asked about, and all of the key's go.
+func TestOldKeyGoesWithAllVersions(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		kms := newKMS(t, "ack")
+		g := newRing(t, kms, versions).start(t)
+		var stored [][]byte
+		for v := range 5 {
+			kms.rotate(fmt.Sprintf("old/%d", v))
+			time.Sleep(time.Minute)
+			synctest.Wait()
+			stored = append(stored, g.mustSeal(t, "k", "v"))
+		}
+		kms.rotate("now/1")
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		own := g.mustSeal(t, "k", "own")
+		kms.set(func() {
+			for v := range 5 {
+				kms.keyErr[fmt.Sprintf("old/%d", v)] = kmsError("Decrypt", kmsclient.ClassKeyUnusable)
+			}
+		})
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		kms.set(func() { kms.down = kmsError("Decrypt", kmsclient.ClassUnavailable) }) // what opens now is cached
+		for _, v := range stored {
+			if _, err := g.open("k", v); err == nil {
+				t.Errorf("a value under %s opens", keyIDOf(t, v))
+			}
+		}
+		g.mustOpen(t, "k", own, "own")
+	})
+}
+
+// TestRefusalBesideAnotherFault: something else keeps contacts from being good, and the KMS says no to what is in use.
+func TestRefusalBesideAnotherFault(t *testing.T) {
+	for name, op := range map[string]string{"no status": "Status", "no new seed": "Encrypt"} {
+		for _, class := range []kmsclient.Class{kmsclient.ClassKeyUnusable, kmsclient.ClassDenied} {
+			t.Run(fmt.Sprintf("%s, %v", name, class), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					kms := newKMS(t, "ack")
+					g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.MaxAge, c.SealUnreachableFor = time.Hour, 24*time.Hour }).start(t)
+					old := g.mustSeal(t, "k", "v")
+					kms.rotate("key-2")
+					time.Sleep(time.Minute)
+					synctest.Wait()
+					now := g.mustSeal(t, "k", "v")
+					kms.set(func() { kms.opErr[op] = kmsError(op, kmsclient.ClassUnavailable) })
+					time.Sleep(time.Hour)
+					g.mustSeal(t, "k", "v")
+					g.mustOpen(t, "k", old, "v")
+					kms.set(func() { kms.keyErr["key-1"] = kmsError("Decrypt", class) })
+					time.Sleep(2 * time.Minute)
+					_, err := g.open("k", old)
+					wantKind(t, err, KeyUnusable)
+					g.mustOpen(t, "k", now, "v")
+					kms.set(func() { kms.keyErr["key-2"] = kmsError("Decrypt", class) })
+					time.Sleep(2 * time.Minute)
+					_, err = g.open("k", now)
+					wantKind(t, err, KeyUnusable)
+					_, err = g.seal("k", "v")
+					wantKind(t, err, KeyUnusable)
+				})
+			})
+		}
+	}
+}
