@@ -85,7 +85,7 @@ func checkStatus(res *service.StatusResponse) error {
 // noteDown remembers why the KMS is unavailable, for the calls that are not made while the circuit is open.
 func (c *Client) noteDown(err error) {
 	var e *Error
-	if errors.As(err, &e) && e.Class == ClassUnavailable && !errors.Is(err, context.Canceled) {
+	if errors.As(err, &e) && isSilent(err) && !errors.Is(err, context.Canceled) {
 		c.down.Store(e)
 	}
 }
@@ -108,6 +108,12 @@ func classOf(err error) Class {
 		return e.Class
 	}
 	return ClassUnavailable
+}
+
+// isSilent reports whether a failed call says that the KMS does not answer, or not now.
+func isSilent(err error) bool {
+	var e *Error
+	return !errors.As(err, &e) || e.Class == ClassUnavailable && !e.Answered
 }
 
 // safe turns whatever a backend returned into an *Error that says nothing but what is known to be harmless: the text of a foreign error

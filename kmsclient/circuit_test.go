@@ -151,6 +151,21 @@ func TestCircuitStaysClosed(t *testing.T) {
 			}
 		})
 	}
+	t.Run("answered", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			c, f, _ := newFaulty(t)
+			f.SetFault(func(string, int) *kmstest.Failure { return &kmstest.Failure{Err: &kmsclient.Error{Answered: true}} })
+			for range 20 {
+				if _, err := c.Status(t.Context()); class(t, err) != kmsclient.ClassUnavailable {
+					t.Error(err)
+				}
+			}
+			f.SetFault(nil)
+			if _, err := c.Status(t.Context()); err != nil || f.Calls("Status") != 41 {
+				t.Errorf("%v, %d calls; want two of each", err, f.Calls("Status"))
+			}
+		})
+	})
 	t.Run("between successes", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			c, f, _ := newFaulty(t)

@@ -29,7 +29,7 @@ type Config struct {
 	Name        string        // the provider's name, for errors and calls
 	Backend     Service       // may implement [DataKeyGenerator]
 	Timeout     time.Duration // of one attempt; default 3 s
-	MaxAttempts int           // of one operation; default 3
+	MaxAttempts int           // of one operation; default 3, of one that the KMS answers with an unknown fault 2 at most
 	MinBackoff  time.Duration // before a second attempt, with full jitter; default 100 ms, doubled each time up to 2 s
 	// After BreakAfter attempts in a row that found the KMS unavailable (default 5) the circuit opens: calls fail at once, until
 	// ProbeAfter (default 5 s) has passed and one probe is let through.
@@ -75,7 +75,7 @@ func New(cfg Config) (*Client, error) {
 		Timeout:     cfg.ProbeAfter,
 		ReadyToTrip: func(c gobreaker.Counts) bool { return c.ConsecutiveFailures >= limit },
 		// Only a silent KMS opens the circuit: one that refuses is there, and its answers cost it little.
-		IsSuccessful: func(err error) bool { return err == nil || classOf(err) != ClassUnavailable },
+		IsSuccessful: func(err error) bool { return err == nil || !isSilent(err) },
 		// A caller that gave up says nothing about the KMS.
 		IsExcluded: func(err error) bool { return errors.Is(err, context.Canceled) },
 	})}, nil
@@ -169,10 +169,12 @@ func attempt[T any](ctx context.Context, c *Client, op, keyID string, call func(
 		InitialInterval: c.cfg.MinBackoff / 2, RandomizationFactor: 1, Multiplier: 2, MaxInterval: time.Second,
 	}
 	var last *Error // of the last attempt
+	tries := 0
 	res, err := backoff.Retry(ctx, func() (T, error) {
 		res, err := once(ctx, c, op, keyID, call)
+		tries++
 		errors.As(err, &last)
-		if err != nil && (classOf(err) != ClassUnavailable || errors.Is(err, errCircuitOpen) || ctx.Err() != nil) {
+		if err != nil && (classOf(err) != ClassUnavailable || !isSilent(err) && tries > 1 || errors.Is(err, errCircuitOpen) || ctx.Err() != nil) {
 			err = backoff.Permanent(err)
 		}
 		return res, err

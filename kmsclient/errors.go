@@ -52,6 +52,10 @@ type Error struct {
 	KeyID      string // may be empty
 	Detail     string // a safe explanation of our own; may be empty
 
+	// Answered tells among errors of ClassUnavailable: the KMS did answer this call, and said nothing that one could go by. It may be about what was
+	// asked, so it is tried once more, and is no sign that other calls would fail.
+	Answered bool
+
 	// Gone tells among errors of ClassKeyUnusable: the key or its material is not there any more, or is on its way out. Without it somebody
 	// may have disabled the key to stop its use, and recovery copies of seeds must not get around that.
 	Gone bool

@@ -117,6 +117,7 @@ func TestFaultsThatLast(t *testing.T) {
 	}{
 		"unavailable": {kmstest.Failure{}, kmsclient.ClassUnavailable, 3},
 		"applied":     {kmstest.Failure{Apply: true}, kmsclient.ClassUnavailable, 3},
+		"answered":    {kmstest.Failure{Err: &kmsclient.Error{Answered: true}}, kmsclient.ClassUnavailable, 2},
 		"foreign":     {kmstest.Failure{Err: fmt.Errorf("cannot wrap %s", canary)}, kmsclient.ClassUnavailable, 3},
 		"hangs":       {kmstest.Failure{Hang: true}, kmsclient.ClassUnavailable, 3},
 		"denied":      {kmstest.Failure{Err: &kmsclient.Error{Class: kmsclient.ClassDenied}}, kmsclient.ClassDenied, 1},

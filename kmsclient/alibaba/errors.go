@@ -98,6 +98,7 @@ func (r *remote) failed(op string, cred credential, t *callTransport, err error)
 		e.Detail = strings.TrimPrefix(e.Detail+f.said, "; ")
 	}
 	e.Gone = isGone(server.ErrorCode())
+	e.Answered = e.Class == kmsclient.ClassUnavailable && e.HTTPStatus == http.StatusConflict // the state of one key, or of the call
 	f.rejected = isRejection(server.ErrorCode())
 	return f
 }

@@ -94,7 +94,8 @@ func TestFaults(t *testing.T) {
 				d.SetFault(func(*http.Request) *kmsdouble.FaultSpec { return &tc.fault })
 				err := call(t.Context())
 				e := asError(t, err)
-				if e.Class != tc.class || e.Code != tc.code || e.Op != op || !strings.Contains(e.KeyID, kmsdouble.DefaultKeyID) {
+				answered := tc.class == kmsclient.ClassUnavailable && tc.fault.Status == http.StatusConflict
+				if e.Class != tc.class || e.Answered != answered || e.Code != tc.code || e.Op != op || !strings.Contains(e.KeyID, kmsdouble.DefaultKeyID) {
 					t.Errorf("got %+v", e)
 				}
 				texts := allTexts(err)

@@ -1,10 +1,12 @@
 package plugin
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"go.uber.org/goleak"
 	"k8s.io/kms/pkg/service"
@@ -76,4 +78,40 @@ func TestConformanceWrapped(t *testing.T) {
 		}
 		return c
 	}, kmstest.MaxPlaintext(512)) // more cannot be stored once it is wrapped
+}
+
+// TestDamageOfOneValue: a plugin without codes is asked to unwrap what is damaged, time and again. All other calls are made as ever.
+func TestDamageOfOneValue(t *testing.T) {
+	c, err := kmsclient.New(kmsclient.Config{
+		Name: "test", Backend: newClient(t, Config{Endpoint: kmstest.PluginServer(t, classless{kmstest.NewMemory()})}), MinBackoff: time.Millisecond,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	sound, err := c.Encrypt(t.Context(), "uid", []byte("a secret"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	unwrap := func(ciphertext []byte) error {
+		_, err := c.Decrypt(t.Context(), "uid", &service.DecryptRequest{Ciphertext: ciphertext, KeyID: sound.KeyID, Annotations: sound.Annotations})
+		return err
+	}
+	damaged := bytes.Clone(sound.Ciphertext)
+	damaged[len(damaged)/2] ^= 1
+	for range 20 {
+		if err := unwrap(damaged); err == nil {
+			t.Fatal("what is damaged was unwrapped")
+		}
+		if err := unwrap(sound.Ciphertext); err != nil {
+			t.Fatalf("a sound value: %v", err)
+		}
+	}
+	for range 20 {
+		_ = unwrap(damaged)
+	}
+	_, serr := c.Status(t.Context())
+	_, eerr := c.Encrypt(t.Context(), "uid", []byte("a secret"))
+	if err := errors.Join(unwrap(sound.Ciphertext), serr, eerr); err != nil {
+		t.Error(err)
+	}
 }

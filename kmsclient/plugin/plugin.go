@@ -102,7 +102,7 @@ func (k *KMS) Status(ctx context.Context) (*service.StatusResponse, error) {
 // safe keeps a failed call's code and drops the plugin's text, which may hold what it was sent.
 func safe(ctx context.Context, op, keyID string, err error) error {
 	code := status.Code(err)
-	e := &kmsclient.Error{Op: op, Class: class(code), Gone: code == codes.NotFound, Code: code.String(), KeyID: keyID, Detail: detail(code)}
+	e := &kmsclient.Error{Op: op, Class: class(code), Answered: answered(code), Gone: code == codes.NotFound, Code: code.String(), KeyID: keyID, Detail: detail(code)}
 	cause := ctx.Err()
 	if _, limited := ctx.Deadline(); limited && cause == nil && code == codes.DeadlineExceeded {
 		cause = context.DeadlineExceeded // the plugin is told of the deadline and may answer just before it
@@ -126,7 +126,7 @@ func detail(c codes.Code) string {
 }
 
 // class follows gRPC's meaning of the codes. Plugins made with k8s.io/kms answer Internal or Unknown for every fault, lasting or not,
-// so those are worth a retry.
+// so those are worth a retry; see answered.
 func class(c codes.Code) kmsclient.Class {
 	switch c {
 	case codes.PermissionDenied, codes.Unauthenticated:
@@ -139,4 +139,13 @@ func class(c codes.Code) kmsclient.Class {
 		return kmsclient.ClassContract
 	}
 	return kmsclient.ClassUnavailable
+}
+
+// answered reports whether a code of ClassUnavailable is an answer to just this call. Those of silence, or of too much load, are not.
+func answered(c codes.Code) bool {
+	switch c {
+	case codes.Unavailable, codes.DeadlineExceeded, codes.ResourceExhausted, codes.Canceled:
+		return false
+	}
+	return class(c) == kmsclient.ClassUnavailable
 }

@@ -144,6 +144,7 @@ func TestCodes(t *testing.T) {
 		codes.Unauthenticated:    kmsclient.ClassDenied,
 		codes.Code(99):           kmsclient.ClassUnavailable, // of a gRPC to come
 	}
+	answered := map[codes.Code]bool{codes.Unknown: true, codes.AlreadyExists: true, codes.Aborted: true, codes.Internal: true, codes.Code(99): true}
 	for code := codes.Canceled; code <= codes.Unauthenticated; code++ {
 		if _, ok := want[code]; !ok {
 			t.Errorf("the table has no %v", code)
@@ -155,7 +156,7 @@ func TestCodes(t *testing.T) {
 		})
 		for op, err := range callAll(t.Context(), k) {
 			e := asError(t, err)
-			if e.Class != class || e.Gone != (code == codes.NotFound) || e.Code != code.String() || e.Op != op {
+			if e.Class != class || e.Gone != (code == codes.NotFound) || e.Answered != answered[code] || e.Code != code.String() || e.Op != op {
 				t.Errorf("%v: got %+v, want class %v", code, e, class)
 			}
 			if wantKey := map[string]string{"Decrypt": "the key"}[op]; e.KeyID != wantKey {

@@ -219,6 +219,10 @@ func statusOf(ctx context.Context, err error) error {
 	}
 	code := codes.Unavailable
 	switch classOf(err) {
+	case kmsclient.ClassUnavailable:
+		if e, ok := errors.AsType[*kmsclient.Error](err); ok && e.Answered {
+			code = codes.Unknown
+		}
 	case kmsclient.ClassDenied:
 		code = codes.PermissionDenied
 	case kmsclient.ClassKeyUnusable:

@@ -20,6 +20,7 @@ func TestServerCodes(t *testing.T) {
 		want    codes.Code
 	}{
 		"unavailable": {kmstest.Failure{}, codes.Unavailable},
+		"answered":    {kmstest.Failure{Err: &kmsclient.Error{Answered: true}}, codes.Unknown},
 		"foreign":     {kmstest.Failure{Err: fmt.Errorf("cannot wrap %s", canary)}, codes.Unavailable},
 		"denied":      {kmstest.Failure{Err: &kmsclient.Error{Class: kmsclient.ClassDenied, Code: "Forbidden"}}, codes.PermissionDenied},
 		"key":         {kmstest.Failure{Err: &kmsclient.Error{Class: kmsclient.ClassKeyUnusable}}, codes.FailedPrecondition},
