@@ -83,7 +83,7 @@ func checkStatus(res *service.StatusResponse) error {
 }
 
 // noteDown remembers why the KMS is unavailable, for the calls that are not made while the circuit is open.
-func (c *Client) noteDown(err error) {
+func (c *circuit) noteDown(err error) {
 	var e *Error
 	if errors.As(err, &e) && isSilent(err) && !errors.Is(err, context.Canceled) {
 		c.down.Store(e)
@@ -91,9 +91,9 @@ func (c *Client) noteDown(err error) {
 }
 
 // notCalled is the error of a call that is not made. It carries the code and the reason of the last one that was.
-func (c *Client) notCalled(op, keyID string) *Error {
+func (c *Client) notCalled(op, keyID string, last *Error) *Error {
 	e := c.fault(op, keyID, ClassUnavailable, fmt.Sprintf("not called, since it did not answer before; tried again every %s", c.cfg.ProbeAfter))
-	if last := c.down.Load(); last != nil {
+	if last != nil {
 		e.Code, e.HTTPStatus = last.Code, last.HTTPStatus
 		if last.Detail != "" {
 			e.Detail += "; the last call failed: " + last.Detail

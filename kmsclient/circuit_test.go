@@ -86,6 +86,33 @@ func TestProbe(t *testing.T) {
 	})
 }
 
+// TestTwoCircuits: that Status is not answered keeps nobody from using the key, nor the other way round.
+func TestTwoCircuits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, silent := range operationNames {
+			c, f, m := newFaulty(t)
+			f.SetFault(func(op string, _ int) *kmstest.Failure {
+				if (op == "Status") == (silent == "Status") {
+					return &kmstest.Failure{}
+				}
+				return nil
+			})
+			for range 2 {
+				if err := call(t.Context(), c, m, silent); class(t, err) != kmsclient.ClassUnavailable {
+					t.Fatalf("%s: %v", silent, err)
+				}
+			}
+			for _, op := range operationNames {
+				before := f.Calls(op)
+				err := call(t.Context(), c, m, op)
+				if open := (op == "Status") == (silent == "Status"); open != (err != nil) || open != (f.Calls(op) == before) {
+					t.Errorf("%s is silent: %s: %v, %d calls", silent, op, err, f.Calls(op)-before)
+				}
+			}
+		}
+	})
+}
+
 // TestProbesThatSayNothing do not keep the circuit from being probed again; an answer of any kind closes it.
 func TestProbesThatSayNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -32,7 +32,7 @@ type Config struct {
 	MaxAttempts int           // of one operation; default 3, of one that the KMS answers with an unknown fault 2 at most
 	MinBackoff  time.Duration // before a second attempt, with full jitter; default 100 ms, doubled each time up to 2 s
 	// After BreakAfter attempts in a row that found the KMS unavailable (default 5) the circuit opens: calls fail at once, until
-	// ProbeAfter (default 5 s) has passed and one probe is let through.
+	// ProbeAfter (default 5 s) has passed and one probe is let through. Status has a circuit of its own.
 	BreakAfter int
 	ProbeAfter time.Duration
 	// Observer is told of each attempt, on the caller's goroutine; it must not block. May be nil.
@@ -43,7 +43,13 @@ type Config struct {
 //
 // Every error wraps [*Error]; one that a context ended wraps the context's error too.
 type Client struct {
-	cfg     Config
+	cfg Config
+	// A KMS may limit or lose one and not the other: to describe keys is often another service with a small quota.
+	status, use circuit
+}
+
+// circuit is what is known of whether calls are answered.
+type circuit struct {
 	breaker *gobreaker.TwoStepCircuitBreaker[struct{}]
 	down    atomic.Pointer[Error] // why the KMS was unavailable last
 }
@@ -69,8 +75,14 @@ func New(cfg Config) (*Client, error) {
 	if cfg.Observer == nil {
 		cfg.Observer = func(Call) {}
 	}
+	c := &Client{cfg: cfg}
+	c.status.breaker, c.use.breaker = newBreaker(cfg), newBreaker(cfg)
+	return c, nil
+}
+
+func newBreaker(cfg Config) *gobreaker.TwoStepCircuitBreaker[struct{}] {
 	limit := uint32(cfg.BreakAfter) //nolint:gosec // a small positive number
-	return &Client{cfg: cfg, breaker: gobreaker.NewTwoStepCircuitBreaker[struct{}](gobreaker.Settings{
+	return gobreaker.NewTwoStepCircuitBreaker[struct{}](gobreaker.Settings{
 		Name:        cfg.Name,
 		Timeout:     cfg.ProbeAfter,
 		ReadyToTrip: func(c gobreaker.Counts) bool { return c.ConsecutiveFailures >= limit },
@@ -78,7 +90,15 @@ func New(cfg Config) (*Client, error) {
 		IsSuccessful: func(err error) bool { return err == nil || !isSilent(err) },
 		// A caller that gave up says nothing about the KMS.
 		IsExcluded: func(err error) bool { return errors.Is(err, context.Canceled) },
-	})}, nil
+	})
+}
+
+// circuit returns what an operation's calls go through: Status has one, and all that uses the key has another.
+func (c *Client) circuit(op string) *circuit {
+	if op == opStatus {
+		return &c.status
+	}
+	return &c.use
 }
 
 func def[T comparable](v *T, d T) {
@@ -124,9 +144,11 @@ func (c *Client) Decrypt(ctx context.Context, uid string, req *service.DecryptRe
 	})
 }
 
+const opStatus = "Status"
+
 // Status implements [Service]. A KMS that answers but is not healthy is an error of [ClassUnavailable].
 func (c *Client) Status(ctx context.Context) (*service.StatusResponse, error) {
-	return attempt(ctx, c, "Status", "", func(ctx context.Context) (*service.StatusResponse, string, error) {
+	return attempt(ctx, c, opStatus, "", func(ctx context.Context) (*service.StatusResponse, string, error) {
 		res, err := c.cfg.Backend.Status(ctx)
 		if err != nil {
 			return nil, "", err
@@ -187,9 +209,10 @@ func attempt[T any](ctx context.Context, c *Client, op, keyID string, call func(
 
 // once makes one attempt. Its error is always an *Error with the provider filled in.
 func once[T any](ctx context.Context, c *Client, op, keyID string, call func(context.Context) (T, string, error)) (res T, err error) {
-	done, err := c.breaker.Allow()
+	line := c.circuit(op)
+	done, err := line.breaker.Allow()
 	if err != nil {
-		return res, withCause(c.notCalled(op, keyID), errCircuitOpen)
+		return res, withCause(c.notCalled(op, keyID, line.down.Load()), errCircuitOpen)
 	}
 	start := time.Now()
 	noting, id := withRequestID(ctx)
@@ -200,7 +223,7 @@ func once[T any](ctx context.Context, c *Client, op, keyID string, call func(con
 		if err != nil {
 			var zero T
 			res, err = zero, c.safe(ctx, op, keyID, err)
-			c.noteDown(err)
+			line.noteDown(err)
 		}
 		done(err)
 		c.cfg.Observer(observed(c.cfg.Name, op, keyID, id.get(), start, err))

@@ -92,3 +92,38 @@ func TestPermissionTakenAway(t *testing.T) {
 		return err == nil && string(got) == "v" && a.rings[0].State().CanSeal
 	})
 }
+
+// TestDescribeKeyIsThrottled: the quota of describing keys is the whole account's. A proxy that starts while others have used it up reads, writes, and follows a rotation.
+func TestDescribeKeyIsThrottled(t *testing.T) {
+	double, d, ctx := kmsdouble.New(t, kmsdouble.Config{}), newDir(t), context.Background()
+	edits := onAlibaba(t, d, double, fileCredentials)
+	key, stored := []byte("/registry/secrets/ns/a"), [][]byte(nil)
+	current := func(a *app) func() bool {
+		return func() bool { return a.rings[0].State().SealedBy == double.PrimaryKeyID(kmsdouble.DefaultKeyID) }
+	}
+	a, rule, stop := rulesOf(t, d, edits...)
+	for range 8 {
+		eventually(t, "seed of the version", current(a))
+		v, err := rule.Seal(ctx, key, []byte("v"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		stored = append(stored, v)
+		double.Rotate(kmsdouble.DefaultKeyID)
+	}
+	stop()
+	a.close()
+	double.SetFault(faultOn(kmsdouble.FaultSpec{Kind: kmsdouble.Throttle}, "DescribeKey"))
+	a, rule, stop = rulesOf(t, d, edits...)
+	defer stop()
+	for i, v := range stored {
+		if got, err := rule.Open(ctx, key, bytes.Clone(v)); err != nil || string(got) != "v" {
+			t.Errorf("value %d: %q, %v", i, got, err)
+		}
+	}
+	if _, err := rule.Seal(ctx, key, []byte("v")); err != nil {
+		t.Error(err)
+	}
+	double.Rotate(kmsdouble.DefaultKeyID)
+	eventually(t, "seed of the new version", current(a))
+}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/aliyun/alibaba-cloud-sdk-go/services/kms"
@@ -30,7 +31,8 @@ type KeyInfo struct {
 }
 
 // Status reports the version that Encrypt would use now. A key that cannot be used is an error of ClassKeyUnusable. A dedicated instance's
-// endpoint does not describe keys; there, a data key is generated and dropped, which shows the current version and that the key works.
+// endpoint does not describe keys; there, a data key is generated and dropped, which shows the current version and that the key works. So it is
+// when DescribeKey is throttled, whose small quota the whole account shares.
 func (b *Backend) Status(ctx context.Context) (*service.StatusResponse, error) {
 	const op = "Status"
 	info, err := b.describe(ctx, op)
@@ -45,6 +47,17 @@ func (b *Backend) Status(ctx context.Context) (*service.StatusResponse, error) {
 		}
 		clear(key.Plaintext)
 		return &service.StatusResponse{Version: "v2", Healthz: "ok", KeyID: key.KeyID}, nil
+	}
+	if isThrottled(err) {
+		key, gerr := b.GenerateDataKey(ctx, "")
+		if e := (*kmsclient.Error)(nil); errors.As(gerr, &e) && e.Class == kmsclient.ClassKeyUnusable {
+			e.Op = op
+			return nil, gerr
+		}
+		if gerr == nil { // a caller that may only read is not allowed to
+			clear(key.Plaintext)
+			return &service.StatusResponse{Version: "v2", Healthz: "ok", KeyID: key.KeyID}, nil
+		}
 	}
 	if err != nil {
 		return nil, err
@@ -118,6 +131,15 @@ func isUnsupported(err error) bool {
 		return true
 	}
 	return false
+}
+
+// isThrottled reports whether err says that there were too many calls.
+func isThrottled(err error) bool {
+	var e *kmsclient.Error
+	if !errors.As(err, &e) || e.Class != kmsclient.ClassUnavailable {
+		return false
+	}
+	return e.HTTPStatus == http.StatusTooManyRequests || e.Code == "Rejected.Throttling" || strings.HasPrefix(e.Code, "Throttling")
 }
 
 // parseTime reads one of the KMS' times (UTC, "2006-01-02T15:04:05Z"); what it cannot read is zero.
