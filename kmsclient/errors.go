@@ -59,6 +59,10 @@ type Error struct {
 	// Gone tells among errors of ClassKeyUnusable: the key or its material is not there any more, or is on its way out. Without it somebody
 	// may have disabled the key to stop its use, and recovery copies of seeds must not get around that.
 	Gone bool
+
+	// Alias tells among errors of ClassKeyUnusable, of other operations than Decrypt: the name that the key is called by leads to no key. Nothing
+	// can be wrapped, and nothing is said of the keys that have wrapped.
+	Alias bool
 }
 
 // Error implements error.

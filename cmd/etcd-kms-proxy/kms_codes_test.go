@@ -127,3 +127,27 @@ func TestDescribeKeyIsThrottled(t *testing.T) {
 	double.Rotate(kmsdouble.DefaultKeyID)
 	eventually(t, "seed of the new version", current(a))
 }
+
+// TestAliasIsRemoved: it ends writes, and no reads.
+func TestAliasIsRemoved(t *testing.T) {
+	double, d, ctx := kmsdouble.New(t, kmsdouble.Config{}), newDir(t), context.Background()
+	edits := onAlibaba(t, d, double, fileCredentials)
+	edits[1] = strings.Replace(edits[1], kmsdouble.DefaultKeyID, kmsdouble.DefaultAlias, 1)
+	a, rule, stop := rulesOf(t, d, edits...)
+	defer stop()
+	stored, err := rule.Seal(ctx, []byte("k"), []byte("v"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	double.RemoveAlias(kmsdouble.DefaultAlias)
+	eventually(t, "the end of writes", func() bool { return !a.rings[0].State().CanSeal })
+	if got, err := rule.Open(ctx, []byte("k"), bytes.Clone(stored)); err != nil || string(got) != "v" {
+		t.Errorf("%q, %v", got, err)
+	}
+	double.SetState(kmsdouble.DefaultKeyID, kmsdouble.Disabled)
+	eventually(t, "the end of reads", func() bool {
+		_, err := rule.Open(ctx, []byte("k"), bytes.Clone(stored))
+		e, ok := errors.AsType[*keyring.Error](err)
+		return ok && e.Kind == keyring.KeyUnusable
+	})
+}

@@ -160,10 +160,11 @@ func (r *Ring) bad(ctx context.Context, keyID string, err error) {
 	if ctx.Err() != nil {
 		return // the call was ended from this side, which says nothing of the KMS
 	}
-	revoke := false
+	revoke, nameless := false, false
 	switch classOf(err) {
 	case kmsclient.ClassKeyUnusable:
-		revoke = true
+		nameless = isNameless(err)
+		revoke = !nameless
 	case kmsclient.ClassDenied:
 		if r.loop.deniedSince.IsZero() {
 			r.loop.deniedSince = time.Now()
@@ -177,7 +178,10 @@ func (r *Ring) bad(ctx context.Context, keyID string, err error) {
 			st.keyID = keyID
 		}
 		if revoke {
-			st.revoked, st.writer = err, nil
+			st.revoked = err
+		}
+		if revoke || nameless { // under the key that the name led to nothing more is to be sealed
+			st.writer = nil
 		}
 	}
 	if revoke {

@@ -18,7 +18,8 @@
 // A KMS may answer Status and not let the key be used, or not look at the key for it: so each contact has the seed in use unwrapped as well,
 // and nothing is sealed under a seed before that was done once. An answer that the key is disabled, pending deletion or gone revokes at
 // once: the provider's seeds are dropped, sealing and opening fail with [KeyUnusable]. A refusal of the caller (credentials, permission) does the same once it has lasted for
-// RingConfig.RevokeWithin. Both end with the first good contact. Where a value names a key other than the current one, such an answer
+// RingConfig.RevokeWithin. Both end with the first good contact. That an alias leads to no key ends sealing alone: each key that
+// values name is asked about by unwrapping. Where a value names a key other than the current one, such an answer
 // to its Decrypt drops the seeds of that key ID only, and has the current key checked at once: what a stored value claims cannot take
 // the provider down. Each poll also unwraps one cached seed of every other key again (of 32 keys at most, then it goes on with the others), so
 // that an old key's revocation is noticed as well.

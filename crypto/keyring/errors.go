@@ -75,6 +75,12 @@ func isGone(err error) bool {
 	return ok && e.Class == kmsclient.ClassKeyUnusable && e.Gone
 }
 
+// isNameless reports whether a failed KMS call says no more than that the key's name leads to no key. Values go by the keys that they name.
+func isNameless(err error) bool {
+	e, ok := errors.AsType[*kmsclient.Error](err)
+	return ok && e.Class == kmsclient.ClassKeyUnusable && e.Alias
+}
+
 func classOf(err error) kmsclient.Class {
 	if e, ok := errors.AsType[*kmsclient.Error](err); ok {
 		return e.Class

@@ -152,3 +152,42 @@ func TestRefusalBesideAnotherFault(t *testing.T) {
 		}
 	}
 }
+
+// TestAliasLeadsNowhere: it ends sealing. What the key itself unwraps is opened, cached or not, until the key itself may not be used.
+func TestAliasLeadsNowhere(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		nowhere := &kmsclient.Error{Op: "Status", Class: kmsclient.ClassKeyUnusable, Gone: true, Alias: true, Code: "Forbidden.AliasNotFound"}
+		kms := newKMS(t, "ack")
+		cold, late := kms.sealed(t, "k", "cold"), kms.sealed(t, "k", "late")
+		g := newRing(t, kms, nil).start(t)
+		stored := g.mustSeal(t, "k", "v")
+		kms.set(func() { kms.opErr["Status"] = nowhere })
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		for range 10 {
+			_, err := g.seal("k", "v")
+			wantKind(t, err, KeyUnusable)
+			if !strings.Contains(err.Error(), "Forbidden.AliasNotFound") {
+				t.Error(err)
+			}
+			g.mustOpen(t, "k", stored, "v")
+			g.mustOpen(t, "k", cold, "cold")
+			time.Sleep(time.Minute)
+		}
+		if g.State().Revoked || g.State().CanSeal || g.sealer.Ready() == nil {
+			t.Errorf("%+v", g.State())
+		}
+		kms.set(func() { kms.keyErr["key-1"] = kmsError("Decrypt", kmsclient.ClassKeyUnusable) })
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		for _, v := range [][]byte{stored, cold, late} {
+			_, err := g.open("k", v)
+			wantKind(t, err, KeyUnusable)
+		}
+		kms.set(func() { kms.opErr, kms.keyErr = map[string]error{}, map[string]error{} })
+		time.Sleep(10 * time.Second)
+		synctest.Wait()
+		g.mustSeal(t, "k", "v")
+		g.mustOpen(t, "k", late, "late")
+	})
+}

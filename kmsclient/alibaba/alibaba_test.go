@@ -276,6 +276,37 @@ func TestDedicatedInstanceWithoutDescribeKey(t *testing.T) {
 	}
 }
 
+// TestAliasLeadsNowhere tells the loss of a name from that of a key.
+func TestAliasLeadsNowhere(t *testing.T) {
+	for _, keyID := range []string{kmsdouble.DefaultAlias, "acs:kms:cn-hangzhou:154035569884:" + kmsdouble.DefaultAlias, kmsdouble.DefaultKeyID} {
+		for name, lose := range map[string]func(*kmsdouble.Double){
+			"removed":   func(d *kmsdouble.Double) { d.RemoveAlias(kmsdouble.DefaultAlias) },
+			"elsewhere": func(d *kmsdouble.Double) { d.SetAlias(kmsdouble.DefaultAlias, "key-none") },
+			"the key":   func(d *kmsdouble.Double) { d.RemoveKey(kmsdouble.DefaultKeyID) },
+		} {
+			t.Run(keyID+"/"+name, func(t *testing.T) {
+				d := kmsdouble.New(t, kmsdouble.Config{})
+				b := newBackend(t, d, func(c *Config) { c.KeyID = keyID })
+				key := mustDataKey(t, b)
+				lose(d)
+				for op, call := range operations(b, key) {
+					err := call(t.Context())
+					if keyID == kmsdouble.DefaultKeyID && name != "the key" || op == "Decrypt" && name != "the key" {
+						if err != nil {
+							t.Errorf("%s: %v", op, err)
+						}
+						continue
+					}
+					alias := keyID != kmsdouble.DefaultKeyID && op != "Decrypt"
+					if e := asError(t, err); e.Class != kmsclient.ClassKeyUnusable || !e.Gone || e.Alias != alias || alias != strings.Contains(e.Detail, "alias") {
+						t.Errorf("%s: %+v", op, e)
+					}
+				}
+			})
+		}
+	}
+}
+
 // TestDescribeKeyIsThrottled: the version is learned as on a dedicated instance, and so is it that the key may not be used.
 func TestDescribeKeyIsThrottled(t *testing.T) {
 	d, b := newPair(t)

@@ -93,6 +93,9 @@ func (r *remote) failed(op string, cred credential, t *callTransport, err error)
 		return f
 	}
 	e.Class, e.Detail = classOfCode(server.ErrorCode(), e.HTTPStatus)
+	if r.aliasLeadsNowhere(op, server.ErrorCode()) {
+		e.Alias, e.Detail = true, "the alias leads to no key: nothing is sealed until it does"
+	}
 	if e.Class != kmsclient.ClassUnavailable {
 		f.said = cred.scrub(r.say(server.Message()))
 		e.Detail = strings.TrimPrefix(e.Detail+f.said, "; ")
@@ -200,6 +203,11 @@ func classOfCode(code string, status int) (kmsclient.Class, string) {
 		return kmsclient.ClassUnavailable, ""
 	}
 	return kmsclient.ClassContract, ""
+}
+
+// aliasLeadsNowhere reports whether a code is about the configured name and not about a key. Decrypt names no key: there it is about the value's.
+func (r *remote) aliasLeadsNowhere(op, code string) bool {
+	return (code == "Forbidden.AliasNotFound" || code == "Forbidden.KeyNotFound") && op != "Decrypt" && r.keyID != "" && realID(r.keyID) == ""
 }
 
 // isGone reports whether a code says that the key is lost, or will be. Rejected.Disabled is none of them: who disables a key means to stop its use.

@@ -99,6 +99,13 @@ func (d *Double) SetAlias(alias, keyID string) {
 	d.aliases[alias] = keyID
 }
 
+// RemoveAlias deletes an alias; its key stays.
+func (d *Double) RemoveAlias(alias string) {
+	d.keysMu.Lock()
+	defer d.keysMu.Unlock()
+	delete(d.aliases, alias)
+}
+
 // Rotate gives a key a new primary version and returns its id; the old ones still decrypt. It panics on an unknown key.
 func (d *Double) Rotate(keyID string) string {
 	d.keysMu.Lock()
