@@ -137,9 +137,11 @@ type Rule struct {
 	// AllowPlaintextReads hands on values that are plaintext or sealed by someone else, as they are stored: for data from before the proxy.
 	// `false` refuses them, so that whoever can write to etcd cannot slip in values of their own.
 	AllowPlaintextReads bool `yaml:"allowPlaintextReads" default:"true"`
-	// OnUndecryptable is what reading a value does that can never be opened (damaged, or of another key): `error`, or `passthrough`, which
-	// hands on the stored bytes, so that one damaged value does not make its whole list unreadable for plain etcd clients; kube-apiserver then refuses the
-	// list itself, and names the damaged objects. An outage is always an error.
+	// OnUndecryptable is what reading a value does that can never be opened (damaged, or of another key, or of a key that the KMS does not know any
+	// more, without a recovery copy that opens it): `error`, or `passthrough`, which hands on the stored bytes, so that one damaged value does not make
+	// its whole list unreadable for plain etcd clients; kube-apiserver then refuses the list itself, and names the damaged objects. An outage is always an error, and so is a
+	// key that may come back: disabled, pending deletion, without its material, or denied. That a key is gone is known of Alibaba Cloud KMS alone: a
+	// plugin does not tell it from pending deletion, and a version can be put back into a key file.
 	OnUndecryptable string `yaml:"onUndecryptable" default:"error"`
 }
 

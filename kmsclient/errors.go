@@ -60,6 +60,10 @@ type Error struct {
 	// may have disabled the key to stop its use, and recovery copies of seeds must not get around that.
 	Gone bool
 
+	// Missing tells among those that are Gone: the KMS does not know the key at all, so that what it wrapped will never be unwrapped. A key that is
+	// on its way out, or whose material may be imported again, is none.
+	Missing bool
+
 	// Alias tells among errors of ClassKeyUnusable, of other operations than Decrypt: the name that the key is called by leads to no key. Nothing
 	// can be wrapped, and nothing is said of the keys that have wrapped.
 	Alias bool

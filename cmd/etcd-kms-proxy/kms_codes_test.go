@@ -151,3 +151,34 @@ func TestAliasIsRemoved(t *testing.T) {
 		return ok && e.Kind == keyring.KeyUnusable
 	})
 }
+
+// TestKeyIsGoneForGood: the policy for what can never be opened applies once the key is deleted, and not while its deletion can be cancelled.
+func TestKeyIsGoneForGood(t *testing.T) {
+	double, d, ctx := kmsdouble.New(t, kmsdouble.Config{}), newDir(t), context.Background()
+	edits := onAlibaba(t, d, double, fileCredentials)
+	edits[1] = strings.Replace(edits[1], kmsdouble.DefaultKeyID, "acs:kms:"+double.Region()+":1234567890:key/"+kmsdouble.DefaultKeyID, 1)
+	edits = append(edits, "writeWith: dev", "writeWith: dev\n  onUndecryptable: passthrough")
+	a, rule, stop := rulesOf(t, d, edits...)
+	defer stop()
+	key := []byte("/registry/secrets/ns/a")
+	stored, err := rule.Seal(ctx, key, []byte("v"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	double.SetState(kmsdouble.DefaultKeyID, kmsdouble.PendingDeletion)
+	eventually(t, "revocation", func() bool { return a.rings[0].State().Revoked })
+	if got, err := rule.Open(ctx, key, bytes.Clone(stored)); err == nil {
+		t.Errorf("handed on while its key can come back: %q", got)
+	}
+	double.RemoveKey(kmsdouble.DefaultKeyID)
+	eventually(t, "stored bytes", func() bool {
+		got, err := rule.Open(ctx, key, bytes.Clone(stored))
+		return err == nil && bytes.Equal(got, stored)
+	})
+	if !strings.Contains(metricsOf(t, a), `etcd_kms_proxy_values_opened_total{outcome="passthrough"`) {
+		t.Error("no metric shows it")
+	}
+	if _, err := rule.Seal(ctx, key, []byte("v")); err == nil {
+		t.Error("sealed under a key that is gone")
+	}
+}

@@ -46,5 +46,5 @@ func (r *Ring) notUnwrapped(h *envelope.Header, err error) *Error {
 	if classOf(err) == kmsclient.ClassInvalid {
 		return r.errorf(Corrupt, err, "the seed under KMS key ID %q does not unwrap: %s", clip(h.KeyID), describe(err))
 	}
-	return r.errorf(kindOf(err), err, "the seed under KMS key ID %q was not unwrapped: %s", clip(h.KeyID), describe(err))
+	return r.markLost(r.errorf(kindOf(err), err, "the seed under KMS key ID %q was not unwrapped: %s", clip(h.KeyID), describe(err)), h, err)
 }

@@ -15,7 +15,8 @@ type Kind int
 const (
 	// Unavailable: the KMS was not reached or did not answer as it must. A retry may help; nothing is wrong with the value.
 	Unavailable Kind = iota + 1
-	// KeyUnusable: the KMS key is disabled, pending deletion or gone, or the KMS refuses the proxy. An operator has to act.
+	// KeyUnusable: the KMS key is disabled, pending deletion or gone, or the KMS refuses the proxy. An operator has to act. Of a key that is gone
+	// for good, [SealerConfig.Passthrough] takes values for lost.
 	KeyUnusable
 	// Corrupt: the stored value is damaged, truncated, of another etcd key, or of a KMS key that is not this one. It will not open later either.
 	Corrupt
@@ -48,6 +49,9 @@ type Error struct {
 	Kind Kind
 	Text string
 	Err  error // the cause, for errors.Is and errors.As; may be nil
+
+	// lost is the ring of a value that will not open later either, although it is not Corrupt: its key is not there any more, nor is a copy.
+	lost *Ring
 }
 
 // Error implements error.
@@ -73,6 +77,12 @@ func kindOf(err error) Kind {
 func isGone(err error) bool {
 	e, ok := errors.AsType[*kmsclient.Error](err)
 	return ok && e.Class == kmsclient.ClassKeyUnusable && e.Gone
+}
+
+// isMissing reports whether a failed KMS call says that there is no such key.
+func isMissing(err error) bool {
+	e, ok := errors.AsType[*kmsclient.Error](err)
+	return ok && e.Class == kmsclient.ClassKeyUnusable && e.Gone && e.Missing
 }
 
 // isNameless reports whether a failed KMS call says no more than that the key's name leads to no key. Values go by the keys that they name.

@@ -104,14 +104,15 @@ func (r *Ring) isRefused() bool {
 // rescueSeed returns the seed of the first copy that unwraps. first is why the KMS of the value's own provider did not give it.
 func (r *Ring) rescueSeed(ctx context.Context, h *envelope.Header, spares []spare, first *Error) (*entry, *Error) {
 	if ctx.Err() != nil || !r.mayRescue(first) {
-		return nil, first
+		return nil, notLost(first)
 	}
 	if len(spares) == 0 {
 		return nil, &Error{Kind: first.Kind, Err: first.Err, Text: first.Text + "; the value holds recovery copies, and the rule names none of their providers: " + providersIn(h)}
 	}
 	// What may pass counts before what needs an operator, and that before what stays: an outage of a recovery provider is no reason to take a
 	// value for lost.
-	all := &Error{Kind: first.Kind, Text: first.Text, Err: first.Err}
+	all := notLost(first)
+	lost := len(spares) == len(copiesIn(h)) // there is no other copy that might open it
 	for _, s := range spares {
 		e, err := r.rescueBy(ctx, h, s, first)
 		if err == nil {
@@ -121,8 +122,12 @@ func (r *Ring) rescueSeed(ctx context.Context, h *envelope.Header, spares []spar
 			r.cfg.Observer.Seed(r.cfg.Provider, EventStale)
 			return old, nil
 		}
+		lost = lost && (err.Kind == Corrupt || err.lost != nil)
 		all.Kind = min(all.Kind, err.Kind)
 		all.Text += fmt.Sprintf("; nor is there a seed from its recovery copy: %s", err.Text)
+	}
+	if lost && (first.lost != nil || first.Kind == Corrupt) && all.Kind != Corrupt {
+		all.lost = r
 	}
 	return nil, all
 }
@@ -173,7 +178,7 @@ func (r *Ring) unwrapSpare(h *envelope.Header, s spare, first *Error) (*entry, e
 		return nil, s.by.errorf(Corrupt, s.broken, "%v", s.broken)
 	}
 	if revoked := s.by.state.Load().revoked; revoked != nil {
-		return nil, s.by.errorf(KeyUnusable, revoked, "%s", describe(revoked))
+		return nil, s.by.markLost(s.by.errorf(KeyUnusable, revoked, "%s", describe(revoked)), s.header, revoked)
 	}
 	if !r.begin() {
 		return nil, r.errorf(Unavailable, errStopped, "the copy was not unwrapped")
@@ -188,7 +193,7 @@ func (r *Ring) unwrapSpare(h *envelope.Header, s spare, first *Error) (*entry, e
 		if classOf(err) == kmsclient.ClassInvalid {
 			return nil, s.by.errorf(Corrupt, err, "the copy under KMS key ID %q does not unwrap: %s", clip(s.header.KeyID), describe(err))
 		}
-		return nil, s.by.errorf(kindOf(err), err, "the copy under KMS key ID %q was not unwrapped: %s", clip(s.header.KeyID), describe(err))
+		return nil, s.by.markLost(s.by.errorf(kindOf(err), err, "the copy under KMS key ID %q was not unwrapped: %s", clip(s.header.KeyID), describe(err)), s.header, err)
 	}
 	seed, err := envelope.NewSeed(h.Type, plain)
 	if err != nil {

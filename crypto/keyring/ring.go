@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	lru "github.com/hashicorp/golang-lru/v2"
 	"golang.org/x/sync/singleflight"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
@@ -122,6 +123,9 @@ type Ring struct {
 	denied  map[string]time.Time // since when the KMS denies to decrypt under a key, see keyOf
 	rescues map[*Ring]*rescue    // by whose copies values were opened
 
+	absent     *lru.Cache[digest, absent]
+	lostLogged atomic.Int64 // when the log said that values were handed on whose key is gone, in Unix seconds
+
 	loop loop // Run's own
 }
 
@@ -161,6 +165,10 @@ func New(c RingConfig) (*Ring, error) {
 		return nil, fmt.Errorf("make key ring of provider %q: %w", c.Provider, err)
 	}
 	r := &Ring{cfg: c, poked: make(chan struct{}, 1), denied: make(map[string]time.Time), rescues: make(map[*Ring]*rescue)}
+	var err error
+	if r.absent, err = lru.New[digest, absent](maxAbsent); err != nil {
+		return nil, fmt.Errorf("make key ring of provider %q: %w", c.Provider, err)
+	}
 	r.recovery.Store(new(recovery))
 	r.copyName, _ = envelope.RecoveryAnnotation(c.Provider)
 	r.base, r.stop = context.WithCancelCause(context.Background())

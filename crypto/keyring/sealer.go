@@ -28,8 +28,8 @@ type SealerConfig struct {
 	// AllowPlaintextReads hands on, as stored, what is plaintext or sealed by a provider that is not of this rule. Otherwise both are errors
 	// of kind [Plaintext].
 	AllowPlaintextReads bool
-	// Passthrough hands on corrupt values as stored. It is for the permanent alone: never for an outage, never for a key that an operator
-	// can enable again, and never for what a strict rule keeps out.
+	// Passthrough hands on corrupt values as stored, and those whose key is not there any more and that no recovery copy opens. It is for the
+	// permanent alone: never for an outage, never for a key that an operator can enable again, and never for what a strict rule keeps out.
 	Passthrough bool
 	// InspectOnly makes a Sealer whose Write may be a ring for reading only: nothing is minted to look at what is stored. Seal is refused then.
 	InspectOnly bool
@@ -149,7 +149,10 @@ func (s *Sealer) Open(ctx context.Context, key, stored []byte) ([]byte, error) {
 	// What cannot be opened may have to be handed on whole.
 	plaintext, _, outcome, err := s.open(ctx, key, stored, !s.cfg.Passthrough)
 	if err != nil {
-		if err.Kind == Corrupt && s.cfg.Passthrough {
+		if s.cfg.Passthrough && (err.Kind == Corrupt || err.lost != nil) {
+			if err.lost != nil {
+				err.lost.noteLost(err)
+			}
 			s.cfg.Observer.Opened(s.cfg.Prefix, OutcomePassthrough)
 			return stored, nil
 		}

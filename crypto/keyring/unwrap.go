@@ -117,7 +117,10 @@ func (r *Ring) flight(d digest, h *envelope.Header) <-chan singleflight.Result {
 // fromKMS returns the seed as the ring's own KMS unwraps it, or stale, a cached one past its TTL, where that may serve.
 func (r *Ring) fromKMS(ctx context.Context, d digest, h *envelope.Header, stale *entry) (*entry, *Error) {
 	if revoked := r.state.Load().revoked; revoked != nil {
-		return nil, r.errorf(KeyUnusable, revoked, "%s", describe(revoked)) // a revoked provider is not asked for values
+		return nil, r.markLost(r.errorf(KeyUnusable, revoked, "%s", describe(revoked)), h, revoked) // a revoked provider is not asked for values
+	}
+	if err := r.knownAbsent(d); err != nil {
+		return nil, err
 	}
 	answer := r.flight(d, h)
 	if stale != nil && !r.state.Load().healthy {
@@ -172,7 +175,9 @@ func (r *Ring) unwrap(d digest, h *envelope.Header) (*entry, error) {
 				r.cfg.Cache.drop(old)
 			}
 		}
-		return nil, r.notUnwrapped(h, err)
+		failed := r.notUnwrapped(h, err)
+		r.noteAbsent(d, failed)
+		return nil, failed
 	}
 	seed, err := envelope.NewSeed(h.Type, plain)
 	if err != nil { // of a length that nobody wraps: the answer is at fault, and not the value

@@ -261,8 +261,12 @@ func (b *Backend) answeredKey(op, requestID, id, version string) (string, error)
 	return id + "/" + version, nil
 }
 
-// KeyOf returns the id of the key in a key ID of stored values, <key id>/<key version id>. All versions of a key are disabled and deleted as one.
+// KeyOf returns the id of the key in a key ID of stored values, <key id>/<key version id>, or in a configured one that holds it. All versions of a
+// key are disabled and deleted as one.
 func KeyOf(keyID string) string {
+	if strings.HasPrefix(keyID, "acs:kms:") {
+		return realID(keyID)
+	}
 	id, _, _ := strings.Cut(keyID, "/")
 	return id
 }

@@ -298,7 +298,7 @@ func TestAliasLeadsNowhere(t *testing.T) {
 						continue
 					}
 					alias := keyID != kmsdouble.DefaultKeyID && op != "Decrypt"
-					if e := asError(t, err); e.Class != kmsclient.ClassKeyUnusable || !e.Gone || e.Alias != alias || alias != strings.Contains(e.Detail, "alias") {
+					if e := asError(t, err); e.Class != kmsclient.ClassKeyUnusable || !e.Gone || e.Alias != alias || e.Missing == alias || alias != strings.Contains(e.Detail, "alias") {
 						t.Errorf("%s: %+v", op, e)
 					}
 				}

@@ -93,8 +93,9 @@ func (r *remote) failed(op string, cred credential, t *callTransport, err error)
 		return f
 	}
 	e.Class, e.Detail = classOfCode(server.ErrorCode(), e.HTTPStatus)
+	e.Missing = server.ErrorCode() == "Forbidden.KeyNotFound"
 	if r.aliasLeadsNowhere(op, server.ErrorCode()) {
-		e.Alias, e.Detail = true, "the alias leads to no key: nothing is sealed until it does"
+		e.Alias, e.Missing, e.Detail = true, false, "the alias leads to no key: nothing is sealed until it does"
 	}
 	if e.Class != kmsclient.ClassUnavailable {
 		f.said = cred.scrub(r.say(server.Message()))
