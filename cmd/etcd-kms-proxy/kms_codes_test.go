@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
@@ -73,7 +74,7 @@ func TestPermissionTakenAway(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	double.SetFault(faultOn(kmsdouble.FaultSpec{Kind: kmsdouble.ErrorCode, Status: 403, Code: "Forbidden.NoPermission"}, "Decrypt", "Encrypt", "GenerateDataKey"))
+	double.Permit(kmsdouble.DefaultAccessKeyID, "DescribeKey")
 	refused := func(err error) bool {
 		e, ok := errors.AsType[*keyring.Error](err)
 		return ok && e.Kind == keyring.KeyUnusable
@@ -86,10 +87,46 @@ func TestPermissionTakenAway(t *testing.T) {
 	if err := rule.Ready(); err == nil || !strings.Contains(err.Error(), `Decrypt, code "Forbidden.NoPermission"`) {
 		t.Errorf("ready: %v", err)
 	}
-	double.ClearFaults()
+	double.PermitAll(kmsdouble.DefaultAccessKeyID)
 	eventually(t, "the value", func() bool {
 		got, err := rule.Open(ctx, key, bytes.Clone(stored))
 		return err == nil && string(got) == "v" && a.rings[0].State().CanSeal
+	})
+}
+
+// TestMayNotDecrypt: a caller who may make seeds and not unwrap them seals nothing, since nobody could read it after a restart.
+func TestMayNotDecrypt(t *testing.T) {
+	double, d := kmsdouble.New(t, kmsdouble.Config{}), newDir(t)
+	double.Permit(kmsdouble.DefaultAccessKeyID, "DescribeKey", "GenerateDataKey", "Encrypt")
+	_, rule, stop := rulesOf(t, d, onAlibaba(t, d, double, fileCredentials)...)
+	defer stop()
+	_, err := rule.Seal(context.Background(), []byte("k"), []byte("v"))
+	if e, ok := errors.AsType[*keyring.Error](err); !ok || e.Kind != keyring.KeyUnusable || !strings.Contains(e.Text, "Decrypt") {
+		t.Errorf("sealed: %v", err)
+	}
+	if rule.Ready() == nil {
+		t.Error("ready")
+	}
+}
+
+// TestMaterialExpires as imported material does, while the proxy runs.
+func TestMaterialExpires(t *testing.T) {
+	double, d, ctx := kmsdouble.New(t, kmsdouble.Config{Keys: []kmsdouble.KeyConfig{{ID: kmsdouble.DefaultKeyID, MaterialExpires: time.Now().Add(time.Hour)}}}), newDir(t), context.Background()
+	a, rule, stop := rulesOf(t, d, onAlibaba(t, d, double, fileCredentials)...)
+	defer stop()
+	stored, err := rule.Seal(ctx, []byte("k"), []byte("v"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	double.ImportMaterial(kmsdouble.DefaultKeyID, time.Now())
+	eventually(t, "revocation", func() bool { return a.rings[0].State().Revoked })
+	if _, err := rule.Open(ctx, []byte("k"), bytes.Clone(stored)); err == nil || !strings.Contains(err.Error(), "Rejected.PendingImport") {
+		t.Errorf("read: %v", err)
+	}
+	double.ImportMaterial(kmsdouble.DefaultKeyID, time.Now().Add(time.Hour))
+	eventually(t, "the value", func() bool {
+		got, err := rule.Open(ctx, []byte("k"), bytes.Clone(stored))
+		return err == nil && string(got) == "v"
 	})
 }
 

@@ -20,23 +20,12 @@ const (
 	DefaultAlias = "alias/etcd"
 )
 
-// State is a key's state, as the vendor spells it.
-type State string
-
-// The states of a key. Only an enabled key encrypts and decrypts.
-const (
-	Enabled         State = "Enabled"
-	Disabled        State = "Disabled"
-	PendingDeletion State = "PendingDeletion"
-	PendingImport   State = "PendingImport"
-)
-
 // KeyConfig describes a key to add.
 type KeyConfig struct {
 	ID    string // by default a new one
 	Alias string // "alias/…", or none
 	State State  // Enabled by default
-	// MaterialExpires is when imported material ends; zero for a key of the KMS' own.
+	// MaterialExpires is when imported material ends, and the key waits for an import; zero for a key of the KMS' own.
 	MaterialExpires time.Time
 	// Careless is for a key that is neither protected from deletion nor rotated by the KMS.
 	Careless bool
@@ -113,17 +102,6 @@ func (d *Double) Rotate(keyID string) string {
 	return d.mustKey(keyID).addVersion(d.now())
 }
 
-// SetState changes a key's state. It panics on an unknown key.
-func (d *Double) SetState(keyID string, s State) {
-	d.keysMu.Lock()
-	defer d.keysMu.Unlock()
-	k := d.mustKey(keyID)
-	k.state, k.deleteAt = s, time.Time{}
-	if s == PendingDeletion {
-		k.deleteAt = d.now().Add(7 * 24 * time.Hour)
-	}
-}
-
 // Unprotect turns off a key's deletion protection and automatic rotation. It panics on an unknown key.
 func (d *Double) Unprotect(keyID string) {
 	d.keysMu.Lock()
@@ -180,24 +158,6 @@ func (d *Double) find(name string) (*key, *apiError) {
 	return nil, &apiError{404, "Forbidden.KeyNotFound", "The specified Key is not found."}
 }
 
-// usable is the error of a cryptographic operation in the key's state, or nil.
-func (k *key) usable() *apiError {
-	if k.product {
-		return &apiError{403, "Forbidden.NoPermission", "This operation for " + k.id + " is forbidden by permission system."}
-	}
-	switch k.state {
-	case Enabled:
-		return nil
-	case Disabled:
-		return &apiError{409, "Rejected.Disabled", "The request was rejected because the key state is Disabled."}
-	case PendingDeletion:
-		return &apiError{409, "Rejected.PendingDeletion", "The request was rejected because the key state is PendingDeletion."}
-	case PendingImport:
-		return &apiError{409, "Rejected.PendingImport", "The request was rejected because the key state is PendingImport."}
-	}
-	return &apiError{409, "Rejected.Unavailable", "The request was rejected because the key state is unavailable."}
-}
-
 // A CiphertextBlob is the base64 of
 //
 //	len(key id) uint8 | key id | version id [36] | nonce [12] | AES-256-GCM ciphertext and tag
@@ -235,7 +195,7 @@ func (d *Double) open(blob, context string) (*key, keyVersion, []byte, *apiError
 	if k == nil {
 		return nil, keyVersion{}, nil, &apiError{404, "Forbidden.KeyNotFound", "The specified Key is not found."}
 	}
-	if e := k.usable(); e != nil {
+	if e := k.usable(d.now()); e != nil {
 		return k, keyVersion{}, nil, e
 	}
 	for _, v := range k.versions {

@@ -9,7 +9,8 @@ import (
 
 // perform carries out a request.
 func (d *Double) perform(r *request) (*result, *apiError) {
-	if _, e := d.verify(r.http.Method, r.params); e != nil {
+	caller, e := d.verify(r.http.Method, r.params)
+	if e != nil {
 		return nil, e
 	}
 	d.keysMu.Lock()
@@ -33,6 +34,9 @@ func (d *Double) perform(r *request) (*result, *apiError) {
 	}
 	if managed && d.dedicated {
 		return nil, &apiError{400, "UnsupportedOperation", "This operation is not supported."}
+	}
+	if e := d.mayDo(caller, r.action, r.params["KeyId"]); e != nil { // before the key is looked at
+		return nil, e
 	}
 	result, e := do(r.params)
 	if e == nil && r.params["DryRun"] == "true" {
@@ -86,7 +90,7 @@ func (d *Double) wrap(p map[string]string, plaintext []byte) (*result, *apiError
 	if e != nil {
 		return nil, e
 	}
-	if e := k.usable(); e != nil {
+	if e := k.usable(d.now()); e != nil {
 		return nil, e
 	}
 	blob, err := k.seal(plaintext, context)
@@ -138,7 +142,7 @@ func (d *Double) describeKey(p map[string]string) (*result, *apiError) {
 	}
 	version := k.primary().id
 	return &result{k.id, version, map[string]any{"KeyMetadata": map[string]any{
-		"KeyId": k.id, "KeyState": string(k.state), "PrimaryKeyVersion": version, "KeySpec": "Aliyun_AES_256", "KeyUsage": "ENCRYPT/DECRYPT",
+		"KeyId": k.id, "KeyState": string(k.stateAt(d.now())), "PrimaryKeyVersion": version, "KeySpec": "Aliyun_AES_256", "KeyUsage": "ENCRYPT/DECRYPT",
 		"ProtectionLevel": protected, "Origin": origin, "AutomaticRotation": rotation, "DeletionProtection": kept,
 		"CreationDate": formatTime(k.created), "DeleteDate": formatTime(k.deleteAt), "MaterialExpireTime": formatTime(k.materialExpires),
 		"LastRotationDate": formatTime(k.primary().created), "Creator": creator, "Description": "",

@@ -41,11 +41,12 @@ type gate struct {
 
 	callersMu  sync.Mutex
 	accessKeys map[string]AccessKey
+	permitted  map[string][]string     // actions by access key; one that is not in it may do everything
 	nonces     map[[2]string]time.Time // by access key and nonce
 }
 
 func newGate(version, region string, now func() time.Time, callers []AccessKey) *gate {
-	g := &gate{version: version, region: cmp.Or(region, "cn-hangzhou"), now: now, accessKeys: map[string]AccessKey{}, nonces: map[[2]string]time.Time{}}
+	g := &gate{version: version, region: cmp.Or(region, "cn-hangzhou"), now: now, accessKeys: map[string]AccessKey{}, permitted: map[string][]string{}, nonces: map[[2]string]time.Time{}}
 	if now == nil {
 		g.now = time.Now
 	}
