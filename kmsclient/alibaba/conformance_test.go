@@ -22,11 +22,16 @@ func TestConformance(t *testing.T) {
 		"dedicated": {double: kmsdouble.Config{Dedicated: true}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			kmstest.Conformance(t, func(t *testing.T) kmsclient.Service {
+			service := func(t *testing.T) kmsclient.Service {
 				d := kmsdouble.New(t, c.double)
 				d.Rotate(kmsdouble.DefaultKeyID)
 				return newBackend(t, d, c.change)
-			}, kmstest.DamagedClasses(kmsclient.ClassInvalid, kmsclient.ClassKeyUnusable))
+			}
+			damaged := kmstest.DamagedClasses(kmsclient.ClassInvalid, kmsclient.ClassKeyUnusable)
+			kmstest.Conformance(t, service, damaged)
+			if name == "context" || name == "dedicated" {
+				kmstest.ConformanceUnderFaults(t, service, damaged)
+			}
 		})
 	}
 }

@@ -1,5 +1,5 @@
 // Package kmstest holds what tests of the seam between the proxy and a KMS share: [Conformance], the suite that every backend must
-// pass; [Fault], which makes calls of any service fail in the ways a network can; [PluginServer], which serves any service as a
+// pass, and pass [ConformanceUnderFaults]; [Fault], which makes calls of any service fail in the ways a network can; [PluginServer], which serves any service as a
 // Kubernetes KMS v2 plugin; and [Memory], an honest KMS to put behind them.
 package kmstest
 

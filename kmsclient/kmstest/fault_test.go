@@ -18,6 +18,34 @@ func TestFaultPasses(t *testing.T) {
 	Conformance(t, func(*testing.T) kmsclient.Service { return NewFault(NewMemory()).Service() })
 }
 
+// TestUnderFaults runs the suite on a service whose calls fail and are made again, with data keys and without.
+func TestUnderFaults(t *testing.T) {
+	ConformanceUnderFaults(t, func(*testing.T) kmsclient.Service { return NewMemory() })
+	ConformanceUnderFaults(t, func(*testing.T) kmsclient.Service { return struct{ kmsclient.Service }{NewMemory()} })
+}
+
+// TestUnderFaultsFindsMore: a service that takes a call that is made again for one that it has answered passes a check, until answers are lost.
+func TestUnderFaultsFindsMore(t *testing.T) {
+	bad := func() kmsclient.Service {
+		b, last := &bent{Memory: NewMemory()}, ""
+		b.encrypt = func(ctx context.Context, data []byte) (*service.EncryptResponse, error) {
+			if string(data) == last {
+				data = []byte("the answer was given")
+			}
+			last = string(data)
+			return b.Memory.Encrypt(ctx, uid, data)
+		}
+		return b
+	}
+	for name, s := range map[string]kmsclient.Service{
+		"": bad(), "not applied": persistently(everyOther(bad(), false).Service()), "applied": persistently(everyOther(bad(), true).Service()),
+	} {
+		if err := runCheck(t.Context(), checks[0], s); (err != nil) != (name == "applied") {
+			t.Errorf("faults %q: %v", name, err)
+		}
+	}
+}
+
 // TestFaultKeepsInterfaces has GenerateDataKey exactly if the service behind has it.
 func TestFaultKeepsInterfaces(t *testing.T) {
 	if _, ok := NewFault(NewMemory()).Service().(kmsclient.DataKeyGenerator); !ok {

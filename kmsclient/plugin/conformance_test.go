@@ -44,9 +44,11 @@ func newLocal(t *testing.T) *local.KMS {
 
 // TestConformance runs the suite of all backends on a key file behind a plugin.
 func TestConformance(t *testing.T) {
-	kmstest.Conformance(t, func(t *testing.T) kmsclient.Service {
+	served := func(t *testing.T) kmsclient.Service {
 		return newClient(t, Config{Endpoint: kmstest.PluginServer(t, newLocal(t))})
-	})
+	}
+	kmstest.Conformance(t, served)
+	kmstest.ConformanceUnderFaults(t, served)
 }
 
 // classless is a service whose errors have no class, as those of most plugins.
