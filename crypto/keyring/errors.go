@@ -79,6 +79,12 @@ func isGone(err error) bool {
 	return ok && e.Class == kmsclient.ClassKeyUnusable && e.Gone
 }
 
+// isAnswered reports whether a failed KMS call was answered, with a fault that is not known.
+func isAnswered(err error) bool {
+	e, ok := errors.AsType[*kmsclient.Error](err)
+	return ok && e.Answered
+}
+
 // isMissing reports whether a failed KMS call says that there is no such key.
 func isMissing(err error) bool {
 	e, ok := errors.AsType[*kmsclient.Error](err)

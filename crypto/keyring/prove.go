@@ -3,6 +3,7 @@ package keyring
 import (
 	"context"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -23,7 +24,7 @@ func (r *Ring) proven(ctx context.Context, keyID string) (*writer, error) {
 			return nil, r.proveSample(ctx, keyID)
 		}
 		err := r.prove(ctx, w)
-		if err == nil || classOf(err) != kmsclient.ClassInvalid {
+		if err == nil || classOf(err) != kmsclient.ClassInvalid && !errors.Is(err, errOtherSecret) {
 			return w, err
 		}
 		// Nothing more may be sealed under what the KMS does not know any more; values that wait get the next one.
@@ -33,11 +34,14 @@ func (r *Ring) proven(ctx context.Context, keyID string) (*writer, error) {
 	return r.mint(ctx, keyID)
 }
 
+// errOtherSecret is a KMS that does not give back what it wrapped.
+var errOtherSecret error = &contractError{op: "Decrypt", what: "another data key than it had wrapped"}
+
 // prove has the KMS unwrap the seed that is sealed under.
 func (r *Ring) prove(ctx context.Context, w *writer) error {
 	plain, err := r.ask(ctx, w.header)
 	if err == nil && sha256.Sum256(plain) != w.sum {
-		err = &contractError{op: "Decrypt", what: "another data key than it had wrapped"}
+		err = errOtherSecret
 	}
 	if err != nil {
 		return fmt.Errorf("unwrap the seed in use: %w", err)
@@ -105,7 +109,7 @@ func (r *Ring) probeKey(ctx context.Context, key string, e *entry) bool {
 			r.dropKeys(ofKey, e.byKeyID, err)
 		}
 	case kmsclient.ClassUnavailable:
-		return false
+		return isAnswered(err) // it may be this key alone
 	}
 	return ctx.Err() == nil
 }

@@ -200,12 +200,21 @@ func TestNothingIsSealedThatDoesNotOpen(t *testing.T) {
 		}
 		newRing(t, kms, nil).start(t).mustOpen(t, "k", stored, "v")
 		// It breaks: the seed in use is one that will not open, and there is no other.
-		kms.set(func() { kms.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.ClassInvalid) })
-		time.Sleep(time.Minute)
-		synctest.Wait()
-		_, err := g.seal("k", "v")
-		wantKind(t, err, Unavailable)
-		g.mustOpen(t, "k", stored, "v")
+		for _, fault := range []func(){
+			func() { kms.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.ClassInvalid) },
+			func() { kms.result = func(b []byte) []byte { return bytes.Repeat([]byte{1}, len(b)) } },
+		} {
+			kms.set(fault)
+			time.Sleep(time.Minute)
+			synctest.Wait()
+			_, err := g.seal("k", "v")
+			wantKind(t, err, Unavailable)
+			g.mustOpen(t, "k", stored, "v")
+			kms.set(func() { kms.opErr, kms.result = map[string]error{}, nil })
+			time.Sleep(10 * time.Second)
+			synctest.Wait()
+			g.mustSeal(t, "k", "v")
+		}
 	})
 }
 
