@@ -179,8 +179,11 @@ type grpcMethod struct {
 	stream  grpc.StreamDesc
 }
 
-// admit says who calls, and lets nobody in who is denied.
+// admit says who calls, and lets nobody in who is denied, nor another proxy.
 func (m *grpcMethod) admit(ctx context.Context) (*Identity, error) {
+	if err := refuseChained(ctx); err != nil {
+		return nil, err
+	}
 	p, ok := peer.FromContext(ctx)
 	if !ok {
 		return nil, errNoIdentity
@@ -496,12 +499,12 @@ func (m *grpcMethod) pump(ctx context.Context, cancel context.CancelCauseFunc, s
 	}
 }
 
-// upstreamContext carries the client's metadata on to etcd. What belongs to the hop stays behind: gRPC writes its own; pseudo headers, content
+// upstreamContext carries the client's metadata on to etcd, and says that etcd is who it is for. What belongs to the hop stays behind: gRPC writes its own; pseudo headers, content
 // type, user agent and timeout are left out by grpc-go itself.
 func upstreamContext(ctx context.Context) context.Context {
 	md, ok := metadata.FromIncomingContext(ctx)
 	if !ok {
-		return ctx
+		md = make(metadata.MD, 1)
 	}
 	for k := range md {
 		switch k {
@@ -510,5 +513,6 @@ func upstreamContext(ctx context.Context) context.Context {
 			delete(md, k)
 		}
 	}
+	md[meantForEtcd] = markOfEtcd
 	return metadata.NewOutgoingContext(ctx, md)
 }

@@ -78,7 +78,7 @@ func (h *hosted) stop() {
 func onwards(ctx context.Context) context.Context {
 	md, _ := metadata.FromIncomingContext(ctx)
 	for k := range md {
-		if k == ":authority" || k == "content-type" || k == "user-agent" {
+		if k == ":authority" || k == "content-type" || k == "user-agent" || k == meantForEtcd {
 			delete(md, k)
 		}
 	}

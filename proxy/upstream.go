@@ -131,7 +131,7 @@ func (c UpstreamConfig) credentials(log *slog.Logger) (credentials.TransportCred
 const clientRecvBytes = 64 << 20
 
 // NewClient connects etcd's own client library to the same endpoints, with the same TLS, for calls that are not a client's: what is stored comes
-// and goes as it is. It retries what can be repeated. Answers of more than 64 MiB are ResourceExhausted. It does not wait for etcd; the caller closes it.
+// and goes as it is, and a proxy refuses it, see [IsChained]. It retries what can be repeated. Answers of more than 64 MiB are ResourceExhausted. It does not wait for etcd; the caller closes it.
 func NewClient(cfg UpstreamConfig, log *slog.Logger) (*clientv3.Client, error) {
 	creds, err := cfg.credentials(log)
 	if err != nil {
@@ -141,7 +141,7 @@ func NewClient(cfg UpstreamConfig, log *slog.Logger) (*clientv3.Client, error) {
 		Endpoints: cfg.Endpoints, Logger: zap.NewNop(), Username: cfg.Username, Password: cfg.Password,
 		DialKeepAliveTime: 15 * time.Second, DialKeepAliveTimeout: 10 * time.Second,
 		MaxCallRecvMsgSize: clientRecvBytes, MaxCallSendMsgSize: clientRecvBytes / 2,
-		DialOptions: []grpc.DialOption{grpc.WithTransportCredentials(creds)},
+		DialOptions: append(forEtcd(), grpc.WithTransportCredentials(creds)),
 	})
 	if err != nil {
 		return nil, fmt.Errorf("etcd client: %w", err)

@@ -91,6 +91,9 @@ func openCluster(cmd *cobra.Command, c *config.Config, o clusterOptions) (*clust
 // reach waits until etcd answers.
 func (cl *cluster) reach(ctx context.Context) error {
 	_, err := cl.etcd.Get(ctx, "\x00", clientv3.WithLimit(1), clientv3.WithKeysOnly(), clientv3.WithSerializable())
+	if proxy.IsChained(err) {
+		return chained()
+	}
 	switch status.Code(err) {
 	case codes.Unavailable, codes.DeadlineExceeded:
 	default:
@@ -101,6 +104,14 @@ func (cl *cluster) reach(ctx context.Context) error {
 	return &failure{
 		code: exitFailure, err: fmt.Errorf("etcd is unreachable at %s: %w", strings.Join(cl.config.Etcd.Endpoints, ", "), err),
 		hint: "check etcd.endpoints and etcd.tls; the command talks to etcd itself, past the proxy",
+	}
+}
+
+// chained is the failure of whatever has a proxy for etcd.
+func chained() error {
+	return &failure{
+		code: exitFailure, err: errors.New("etcd.endpoints leads to a proxy, which would seal and open on its own"),
+		hint: "name etcd itself under etcd.endpoints",
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/audit"
 )
 
@@ -83,6 +84,9 @@ func (g *guard) run(ctx context.Context) error {
 	if ctx.Err() != nil {
 		return nil
 	}
+	if proxy.IsChained(err) {
+		return chained()
+	}
 	if err == nil && agreed != nil {
 		err = g.compare(agreed)
 	}
@@ -107,7 +111,7 @@ func (g *guard) read(ctx context.Context) (*lifecycle.Agreement, error) {
 		limited, cancel := context.WithTimeout(ctx, guardTimeout)
 		agreed, err := g.fleet.Agreement(limited)
 		cancel()
-		if err == nil || errors.Is(err, lifecycle.ErrForged) || ctx.Err() != nil {
+		if err == nil || errors.Is(err, lifecycle.ErrForged) || proxy.IsChained(err) || ctx.Err() != nil {
 			return agreed, err
 		}
 		if text := err.Error(); text != told && !errors.Is(err, context.DeadlineExceeded) {
