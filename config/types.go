@@ -94,7 +94,7 @@ type Etcd struct {
 	// trusted.
 	TLS *EtcdTLS `yaml:"tls"`
 	// Username is a user of etcd, where etcd's authentication is on, for requests of the proxy's own and of the commands that work on etcd. It needs to read and
-	// write the keys under the rules and below `coordination.prefix`. Clients bring their own tokens, as without the proxy. Goes with passwordFile.
+	// write the keys under the rules, below `coordination.prefix` and below `/etcd-kms-proxy/`. Clients bring their own tokens, as without the proxy. Goes with passwordFile.
 	Username string `yaml:"username"`
 	// PasswordFile holds the user's password. White space at its end does not count.
 	PasswordFile string `yaml:"passwordFile" file:"true"`
@@ -164,10 +164,10 @@ type Cache struct {
 // before it serves, it compares its rules with those that the proxies last agreed on, and refuses to protect keys less; and it watches for plaintext that is written
 // under a rule past the proxies.
 type Coordination struct {
-	// Enabled turns it on. Without it, whoever can change the configuration and restart the proxy can turn sealing off unnoticed.
+	// Enabled turns it on. To turn it off once rules are agreed on needs `serve --allow-weakening`.
 	Enabled bool `yaml:"enabled" default:"true"`
 	// Prefix is of the keys that the proxies keep in etcd. It ends in `/`, no rule's prefix may begin with it, and clients of the proxy may not write below it. All
-	// proxies before one etcd have the same one.
+	// proxies before one etcd have the same one; where it is stands below `/etcd-kms-proxy/`, so to change it needs `serve --allow-weakening`.
 	Prefix string `yaml:"prefix" default:"/etcd-kms-proxy/"`
 	// WatchBypass watches all keys under rules that seal.
 	WatchBypass bool `yaml:"watchBypass" default:"true"`

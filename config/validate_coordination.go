@@ -5,6 +5,9 @@ import (
 	"strings"
 )
 
+// defaultPrefix is where proxies find out what prefix others have.
+const defaultPrefix = "/etcd-kms-proxy/"
+
 func (d *decoder) coordination(c *Config) {
 	p := c.Coordination.Prefix
 	if len(p) < 2 || !strings.HasSuffix(p, "/") {
@@ -12,8 +15,12 @@ func (d *decoder) coordination(c *Config) {
 		return
 	}
 	for i, r := range c.Rules {
-		if strings.HasPrefix(r.Prefix, p) {
-			d.report(fmt.Sprintf("rules[%d].prefix", i), "choose another coordination.prefix, or remove the rule", "%q is among the proxies' own keys, below %s", r.Prefix, p)
+		at := fmt.Sprintf("rules[%d].prefix", i)
+		switch {
+		case strings.HasPrefix(r.Prefix, p):
+			d.report(at, "choose another coordination.prefix, or remove the rule", "%q is among the proxies' own keys, below %s", r.Prefix, p)
+		case strings.HasPrefix(r.Prefix, defaultPrefix):
+			d.report(at, "remove the rule", "%q is among keys that are the proxies' own whatever coordination.prefix is, below %s", r.Prefix, defaultPrefix)
 		}
 	}
 }

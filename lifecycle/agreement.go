@@ -14,11 +14,11 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 )
 
-// Agreement is the record of the rules that all proxies had at a time. It stands in etcd at FleetConfig.Prefix + "agreement", readable, with a proof for each
-// provider that the rules seal with: the SHA-256 of the rules, sealed like a value of that key. Whoever can write to etcd can remove the record, and cannot change it
+// Agreement is the record of the rules that all proxies had at a time. It stands in etcd at FleetConfig.Prefix + "agreement", see place.go, readable, with a proof for each
+// provider that the rules seal with: the SHA-256 of the policy, sealed like a value of that key. Whoever can write to etcd can remove the record, and cannot change it
 // unnoticed without the KMS.
 type Agreement struct {
-	Policy json.RawMessage   `json:"policy"` // in canonical form
+	Policy json.RawMessage   `json:"policy"` // [Policy.Record]
 	Time   time.Time         `json:"time"`
 	By     string            `json:"by"` // the proxy that wrote it
 	Proofs map[string][]byte `json:"proofs"`
@@ -34,11 +34,17 @@ var (
 	ErrUnproven = errors.New("the record of the rules that the proxies agreed on could not be checked yet")
 )
 
-func (f *Fleet) key() string { return f.cfg.Prefix + "agreement" }
+func (f *Fleet) key() string { return agreementKey(f.cfg.Prefix) }
+
+func agreementKey(prefix string) string { return prefix + "agreement" }
 
 // Agreement reads the record. It is nil if there is none. One that cannot be decoded is [ErrForged].
-func (f *Fleet) Agreement(ctx context.Context) (*Agreement, error) {
-	r, err := f.cfg.Client.Get(ctx, f.key())
+func (f *Fleet) Agreement(ctx context.Context, opts ...clientv3.OpOption) (*Agreement, error) {
+	return readAgreement(ctx, f.cfg.Client, f.cfg.Prefix, opts...)
+}
+
+func readAgreement(ctx context.Context, kv clientv3.KV, prefix string, opts ...clientv3.OpOption) (*Agreement, error) {
+	r, err := kv.Get(ctx, agreementKey(prefix), opts...)
 	if err != nil {
 		return nil, fmt.Errorf("read the rules that the proxies agreed on: %w", err)
 	}
@@ -84,8 +90,18 @@ func (f *Fleet) Check(ctx context.Context, a *Agreement, providers []string) (ol
 	return old, nil
 }
 
-// agree records policy unless it is on record.
+// agree records policy unless it is on record, where proxies look for it and nowhere else.
 func (f *Fleet) agree(ctx context.Context, policy []byte, providers []string) error {
+	if err := f.note(ctx, policy, providers); err != nil {
+		return err
+	}
+	if err := f.point(ctx); err != nil {
+		return err
+	}
+	return f.forgetOthers(ctx)
+}
+
+func (f *Fleet) note(ctx context.Context, policy []byte, providers []string) error {
 	was, err := f.Agreement(ctx)
 	if err != nil && !errors.Is(err, ErrForged) {
 		return err

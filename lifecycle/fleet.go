@@ -26,6 +26,7 @@ type Member struct {
 	Version string    `json:"version"`
 	Started time.Time `json:"started"`
 	Policy  string    `json:"policy"` // digest of its rules, see [PolicyDigest]
+	Record  string    `json:"record"` // digest of all that it would have on record
 
 	created int64 // revision
 }
@@ -34,6 +35,13 @@ type Member struct {
 func PolicyDigest(policy []byte) string {
 	sum := sha256.Sum256(policy)
 	return hex.EncodeToString(sum[:])
+}
+
+// Policy is what proxies agree on.
+type Policy struct {
+	Rules     []byte   // in canonical form
+	Record    []byte   // the rules, and what else must not be weakened, in canonical JSON
+	Providers []string // that the rules seal with
 }
 
 // FleetConfig configures a Fleet.
@@ -54,8 +62,7 @@ type Fleet struct {
 	changed chan struct{}
 
 	mu      sync.Mutex
-	policy  []byte
-	needed  []string
+	policy  Policy
 	leading bool
 	told    string // the trouble that was logged
 }
@@ -73,10 +80,10 @@ const (
 	fleetTimeout = 10 * time.Second
 )
 
-// SetPolicy says what rules this proxy has: their canonical form, and the providers they seal with.
-func (f *Fleet) SetPolicy(policy []byte, providers []string) {
+// SetPolicy says what rules this proxy has.
+func (f *Fleet) SetPolicy(p Policy) {
 	f.mu.Lock()
-	f.policy, f.needed = policy, providers
+	f.policy = p
 	f.mu.Unlock()
 	select {
 	case f.changed <- struct{}{}:
@@ -84,10 +91,10 @@ func (f *Fleet) SetPolicy(policy []byte, providers []string) {
 	}
 }
 
-func (f *Fleet) current() (policy []byte, providers []string) {
+func (f *Fleet) current() Policy {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.policy, f.needed
+	return f.policy
 }
 
 // Leading reports whether this proxy is, as far as it knows, the one that does what one of them has to do: the one that has announced itself for longest. Two may
@@ -211,8 +218,8 @@ func (f *Fleet) put(ctx context.Context, lease clientv3.LeaseID) error {
 	ctx, cancel := context.WithTimeout(ctx, fleetTimeout)
 	defer cancel()
 	m := f.cfg.Self
-	policy, _ := f.current()
-	m.Policy = PolicyDigest(policy)
+	policy := f.current()
+	m.Policy, m.Record = PolicyDigest(policy.Rules), PolicyDigest(policy.Record)
 	value, err := json.Marshal(m)
 	if err != nil {
 		return err
@@ -238,9 +245,9 @@ func (f *Fleet) look(ctx context.Context) error {
 		return errForgotten
 	}
 	f.setLeading(members[0].ID == f.cfg.Self.ID)
-	policy, providers := f.current()
-	if slices.ContainsFunc(members, func(m Member) bool { return m.Policy != PolicyDigest(policy) }) {
+	policy := f.current()
+	if slices.ContainsFunc(members, func(m Member) bool { return m.Record != PolicyDigest(policy.Record) }) {
 		return nil
 	}
-	return f.agree(ctx, policy, providers)
+	return f.agree(ctx, policy.Record, policy.Providers)
 }

@@ -59,10 +59,10 @@ func (f *Fleet) SameRules(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	policy, _ := f.current()
+	policy := f.current()
 	var others []string
 	for _, m := range members {
-		if m.Policy != PolicyDigest(policy) {
+		if m.Policy != PolicyDigest(policy.Rules) {
 			others = append(others, m.ID)
 		}
 	}

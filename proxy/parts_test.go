@@ -65,7 +65,7 @@ func longList(t *testing.T, r *rand.Rand) (stored, want []byte) {
 // newRange is a call for all keys, with a rule on those below /r/.
 func newRange(t *testing.T) call {
 	t.Helper()
-	set, err := newRuleSet([]Rule{{Prefix: "/r/", Sealer: reverser{}}}, "")
+	set, err := newRuleSet([]Rule{{Prefix: "/r/", Sealer: reverser{}}})
 	if err != nil {
 		t.Fatal(err)
 	}

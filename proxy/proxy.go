@@ -18,8 +18,8 @@ type Config struct {
 	Listeners []ListenerConfig // at least one
 	Upstream  UpstreamConfig
 	Rules     []Rule // no two with one prefix; none: every value passes as it is
-	// OwnPrefix is of keys that proxies keep in etcd for themselves: no rule holds for them, and clients may not put there. "": there are none.
-	OwnPrefix string
+	// OwnPrefixes are of keys that proxies keep in etcd for themselves: no rule holds for them, and clients may not put there.
+	OwnPrefixes []string
 	// MaxRequestBytes is etcd's --max-request-bytes, applied to the plaintext; 0: 1.5 MiB, as etcd's.
 	MaxRequestBytes int
 	// DrainTimeout bounds how long Run lets calls finish after its context has ended; 0: 10 s.
@@ -73,7 +73,7 @@ func New(cfg Config) (*Proxy, error) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	rules, err := newRuleSet(cfg.Rules, cfg.OwnPrefix)
+	rules, err := newRuleSet(cfg.Rules, cfg.OwnPrefixes...)
 	if err != nil {
 		return nil, err
 	}
@@ -150,10 +150,11 @@ func (p *Proxy) Addrs() []net.Addr {
 // SetRules puts rules in place of the ones in use, all at once. Calls in flight keep what they have sealed and open their answers under the
 // new rules. On an error the old ones stay.
 func (p *Proxy) SetRules(rules []Rule) error {
-	set, err := newRuleSet(rules, string(p.core.rules.Load().own))
+	set, err := newRuleSet(rules)
 	if err != nil {
 		return err
 	}
+	set.own = p.core.rules.Load().own
 	p.core.rules.Store(set)
 	return nil
 }

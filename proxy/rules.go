@@ -13,13 +13,13 @@ import (
 // ruleSet is an immutable set of rules. A reload swaps the whole set.
 type ruleSet struct {
 	*prefix.Set[Sealer]
-	own []byte // Config.OwnPrefix
+	own [][]byte // Config.OwnPrefixes
 }
 
 var _ etcdwire.Rules = (*ruleSet)(nil)
 
 // newRuleSet checks rules. It reports a rule without a Sealer and two rules with one prefix, all of them at once.
-func newRuleSet(rules []Rule, own string) (*ruleSet, error) {
+func newRuleSet(rules []Rule, own ...string) (*ruleSet, error) {
 	var problems []error
 	entries := make([]prefix.Entry[Sealer], 0, len(rules))
 	seen := make(map[string]bool, len(rules))
@@ -36,13 +36,26 @@ func newRuleSet(rules []Rule, own string) (*ruleSet, error) {
 	if err := errors.Join(problems...); err != nil {
 		return nil, err
 	}
-	return &ruleSet{prefix.New(entries), []byte(own)}, nil
+	set := &ruleSet{Set: prefix.New(entries)}
+	for _, p := range own {
+		if p != "" { // which would be every key
+			set.own = append(set.own, []byte(p))
+		}
+	}
+	return set, nil
 }
 
 func (s *ruleSet) empty() bool { return s.Len() == 0 && len(s.own) == 0 }
 
 // isOwn reports whether key is one of the proxies' own, which no rule holds for.
-func (s *ruleSet) isOwn(key []byte) bool { return len(s.own) > 0 && bytes.HasPrefix(key, s.own) }
+func (s *ruleSet) isOwn(key []byte) bool {
+	for _, p := range s.own {
+		if bytes.HasPrefix(key, p) {
+			return true
+		}
+	}
+	return false
+}
 
 // covers reports whether a write of key concerns the proxy.
 func (s *ruleSet) covers(key []byte) bool {

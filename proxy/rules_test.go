@@ -27,7 +27,7 @@ func rulesOf(t testing.TB, prefixes ...string) *ruleSet {
 	for _, p := range prefixes {
 		rules = append(rules, Rule{Prefix: p, Sealer: tagger("<" + p + ">")})
 	}
-	set, err := newRuleSet(rules, "")
+	set, err := newRuleSet(rules)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -67,7 +67,7 @@ func TestOwnKeys(t *testing.T) {
 }
 
 func TestRuleErrors(t *testing.T) {
-	_, err := newRuleSet([]Rule{{Prefix: "a"}, {Prefix: "b", Sealer: tagger("")}, {Prefix: "b", Sealer: tagger("")}}, "")
+	_, err := newRuleSet([]Rule{{Prefix: "a"}, {Prefix: "b", Sealer: tagger("")}, {Prefix: "b", Sealer: tagger("")}})
 	for _, want := range []string{`rule "a": no sealer`, `rule "b": a second rule`} {
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v: no %q", err, want)

@@ -38,6 +38,12 @@ type UpstreamConfig struct {
 // so that neither a proxy started before etcd nor a restart of etcd fails a request that could have been served at once.
 const readyWait = time.Second
 
+// reconnect is how soon a connection to etcd is tried again.
+var reconnect = grpc.ConnectParams{
+	Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},
+	MinConnectTimeout: 3 * time.Second,
+}
+
 // upstream is the connection to etcd: etcd's own resolver and balancer over all endpoints, without its retries.
 type upstream struct {
 	client    *clientv3.Client
@@ -98,10 +104,7 @@ func dialOptions(creds credentials.TransportCredentials) []grpc.DialOption {
 		grpc.WithReadBufferSize(ioBuffer),
 		grpc.WithWriteBufferSize(ioBuffer),
 		grpc.WithIdleTimeout(0),
-		grpc.WithConnectParams(grpc.ConnectParams{
-			Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},
-			MinConnectTimeout: 3 * time.Second,
-		}),
+		grpc.WithConnectParams(reconnect),
 		grpc.WithDefaultCallOptions(
 			grpc.ForceCodecV2(rawCodec{}),
 			grpc.MaxCallRecvMsgSize(math.MaxInt32),
@@ -141,7 +144,7 @@ func NewClient(cfg UpstreamConfig, log *slog.Logger) (*clientv3.Client, error) {
 		Endpoints: cfg.Endpoints, Logger: zap.NewNop(), Username: cfg.Username, Password: cfg.Password,
 		DialKeepAliveTime: 15 * time.Second, DialKeepAliveTimeout: 10 * time.Second,
 		MaxCallRecvMsgSize: clientRecvBytes, MaxCallSendMsgSize: clientRecvBytes / 2,
-		DialOptions: append(forEtcd(), grpc.WithTransportCredentials(creds)),
+		DialOptions: append(forEtcd(), grpc.WithTransportCredentials(creds), grpc.WithConnectParams(reconnect)),
 	})
 	if err != nil {
 		return nil, fmt.Errorf("etcd client: %w", err)

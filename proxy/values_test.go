@@ -100,7 +100,7 @@ func TestMalformedAnswerIsNotTheClientsFault(t *testing.T) {
 
 // TestElectionsAndLocks: what a rule covers is served here, what it does not goes to etcd, and who is given stored bytes writes nothing under a rule.
 func TestElectionsAndLocks(t *testing.T) {
-	rules, err := newRuleSet([]Rule{{Prefix: "/r/secrets/", Sealer: reverser{}}}, "")
+	rules, err := newRuleSet([]Rule{{Prefix: "/r/secrets/", Sealer: reverser{}}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -22,29 +22,37 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/audit"
 )
 
-// fleet is what a proxy does in etcd on its own account. A nil fleet, that of a configuration that turns it off, does nothing.
+// fleet is what a proxy does in etcd on its own account. With coordination off, that is to look once whether it may be.
 type fleet struct {
-	*lifecycle.Fleet
-	config *config.Config
-	client *clientv3.Client
-	gate   chan struct{} // closed once the guard lets the proxy serve
-	opened sync.Once
-	audit  *auditor
-	log    *slog.Logger
-	bypass *bypasses
-	rules  func() *lifecycle.Rules
+	*lifecycle.Fleet // nil with coordination off
+	config           *config.Config
+	client           *clientv3.Client
+	gate             chan struct{} // closed once the guard lets the proxy serve
+	opened           sync.Once
+	audit            *auditor
+	log              *slog.Logger
+	bypass           *bypasses // nil with coordination off
+	rules            func() *lifecycle.Rules
 }
 
-// newFleet makes the fleet of c, nil if it wants none. It starts nothing; close lets go of it.
-func (a *app) newFleet(c *config.Config) (*fleet, error) {
-	if !c.Coordination.Enabled {
-		return nil, nil
+// ownPrefixes are of the keys that proxies keep in etcd.
+func ownPrefixes(c *config.Config) []string {
+	if p := c.Coordination.Prefix; p != lifecycle.DefaultPrefix {
+		return []string{p, lifecycle.DefaultPrefix}
 	}
+	return []string{lifecycle.DefaultPrefix}
+}
+
+// newFleet makes the fleet of c. It starts nothing; close lets go of it.
+func (a *app) newFleet(c *config.Config) (*fleet, error) {
 	client, err := etcdClient(c, a.log)
 	if err != nil {
 		return nil, err
 	}
 	f := &fleet{config: c, client: client, gate: make(chan struct{}), audit: a.audit, log: a.log}
+	if !c.Coordination.Enabled {
+		return f, nil
+	}
 	f.bypass = newBypasses(a)
 	f.rules = func() *lifecycle.Rules { return a.rules.Load().lifecycle }
 	provers := make(map[string]lifecycle.Sealer)
@@ -69,18 +77,18 @@ func (a *app) newFleet(c *config.Config) (*fleet, error) {
 			ID: host + "-" + hex.EncodeToString(id[:]), Host: host, PID: os.Getpid(), Version: readBuildInfo().Version, Started: time.Now().UTC().Truncate(time.Second),
 		},
 	})
-	f.SetPolicy(policyOf(c.Rules))
+	f.SetPolicy(policyOf(c.Rules, c.Audit))
 	return f, nil
 }
 
 // run guards the start, and then announces this proxy until ctx ends. It returns an error if the proxy must not serve.
 func (f *fleet) run(ctx context.Context, allowWeakening bool) error {
-	if f == nil {
-		return nil
-	}
 	g := &guard{
-		fleet: f.Fleet, rules: f.config.Rules, allow: allowWeakening, audit: f.audit, log: f.log,
+		fleet: f.Fleet, client: f.client, config: f.config, allow: allowWeakening, audit: f.audit, log: f.log,
 		open: func() { f.opened.Do(func() { close(f.gate) }) },
+	}
+	if f.Fleet == nil {
+		return g.run(ctx)
 	}
 	ctx, stop := context.WithCancel(ctx)
 	var all sync.WaitGroup
@@ -114,20 +122,23 @@ func (f *fleet) close() {
 
 // setRules follows a reload.
 func (f *fleet) setRules(rules []config.Rule) {
-	if f != nil {
-		f.SetPolicy(policyOf(rules))
+	if f.Fleet != nil {
+		f.SetPolicy(policyOf(rules, f.config.Audit)) // the audit block waits for a restart
 	}
 }
 
 func (f *fleet) ready() []proxy.Check {
-	if f == nil {
-		return nil
-	}
 	check := proxy.Check{Name: "agreement", OK: true}
 	select {
 	case <-f.gate:
 	default:
 		check.OK, check.Detail = false, "the rules were not compared yet with those that the proxies agreed on: nothing is served"
+	}
+	if f.Fleet == nil {
+		if check.OK {
+			return nil
+		}
+		return []proxy.Check{check}
 	}
 	return []proxy.Check{check, f.bypass.ready(time.Now())}
 }

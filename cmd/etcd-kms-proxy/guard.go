@@ -2,12 +2,14 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
-	"slices"
 	"strings"
 	"time"
+
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
@@ -17,83 +19,41 @@ import (
 
 // guard holds the proxy back until its rules were compared with those that the proxies agreed on in etcd.
 type guard struct {
-	fleet *lifecycle.Fleet
-	rules []config.Rule
-	allow bool // --allow-weakening
-	open  func()
-	audit *auditor
-	log   *slog.Logger
+	fleet  *lifecycle.Fleet // nil with coordination off
+	client *clientv3.Client
+	config *config.Config
+	allow  bool // --allow-weakening
+	open   func()
+	audit  *auditor
+	log    *slog.Logger
 }
 
 // Times of the guard.
 const (
 	guardTimeout = 5 * time.Second
-	guardRetry   = time.Second
+	guardRetry   = 250 * time.Millisecond
 	// proofPatience is how long the start waits for a KMS to prove the record; the rules are compared in any case.
 	proofPatience = 3 * time.Second
 	proofRetry    = 10 * time.Second
 )
 
-// policy is the form of rules that proxies compare. Its JSON is canonical: sorted, with every field.
-type policy struct {
-	Rules []policyRule `json:"rules"`
-}
-
-type policyRule struct {
-	Prefix              string   `json:"prefix"`
-	WriteWith           string   `json:"writeWith"`
-	ReadWith            []string `json:"readWith"`
-	Recovery            []string `json:"recovery"`
-	AllowPlaintextReads bool     `json:"allowPlaintextReads"`
-}
-
-// policyOf returns the canonical form of rules and the providers that they seal with.
-func policyOf(rules []config.Rule) (canonical []byte, providers []string) {
-	p := policy{Rules: []policyRule{}}
-	sorted := func(names []string) []string { return slices.Sorted(slices.Values(append([]string{}, names...))) }
-	for _, r := range rules {
-		p.Rules = append(p.Rules, policyRule{r.Prefix, r.WriteWith, sorted(r.ReadWith), sorted(r.Recovery), r.AllowPlaintextReads})
-		if r.WriteWith != config.Plaintext && !slices.Contains(providers, r.WriteWith) {
-			providers = append(providers, r.WriteWith)
-		}
-	}
-	slices.SortFunc(p.Rules, func(a, b policyRule) int { return strings.Compare(a.Prefix, b.Prefix) })
-	slices.Sort(providers)
-	canonical, _ = json.Marshal(p) // strings and booleans do not fail
-	return canonical, providers
-}
-
-// rulesOf is the inverse of policyOf, as far as it goes.
-func rulesOfPolicy(canonical []byte) ([]config.Rule, error) {
-	var p policy
-	if err := json.Unmarshal(canonical, &p); err != nil {
-		return nil, err
-	}
-	var rules []config.Rule
-	for _, r := range p.Rules {
-		rules = append(rules, config.Rule{
-			Prefix: r.Prefix, WriteWith: r.WriteWith, ReadWith: r.ReadWith, Recovery: r.Recovery, AllowPlaintextReads: r.AllowPlaintextReads,
-		})
-	}
-	return rules, nil
-}
-
 // run decides, and opens the proxy. It returns an error if the proxy must not serve, and nil when all is decided or ctx has ended.
 func (g *guard) run(ctx context.Context) error {
-	agreed, err := g.read(ctx)
+	agreed, others, err := g.read(ctx)
 	if ctx.Err() != nil {
 		return nil
 	}
 	if proxy.IsChained(err) {
 		return chained()
 	}
-	if err == nil && agreed != nil {
-		err = g.compare(agreed)
+	if err == nil {
+		err = g.compare(agreed, others)
 	}
 	if err != nil {
 		if err = g.judge(err); err != nil {
 			return err
 		}
+		g.forget(ctx, others)
 		g.open()
 		return nil
 	}
@@ -104,27 +64,56 @@ func (g *guard) run(ctx context.Context) error {
 	return g.prove(ctx, agreed)
 }
 
-// read reads the record, however long it takes: without etcd there is nothing to serve.
-func (g *guard) read(ctx context.Context) (*lifecycle.Agreement, error) {
+// read reads the record, however long it takes: without etcd there is nothing to serve. Where this proxy would look for none, or has none, it reads those of others.
+func (g *guard) read(ctx context.Context) (*lifecycle.Agreement, []lifecycle.Place, error) {
 	told := ""
 	for {
 		limited, cancel := context.WithTimeout(ctx, guardTimeout)
-		agreed, err := g.fleet.Agreement(limited)
+		agreed, others, err := g.look(limited)
 		cancel()
 		if err == nil || errors.Is(err, lifecycle.ErrForged) || proxy.IsChained(err) || ctx.Err() != nil {
-			return agreed, err
+			return agreed, others, err
+		}
+		if g.fleet == nil && g.allow && denied(err) {
+			return nil, nil, &weakening{[]string{"coordination is off, and etcd does not let it be read what rules the proxies agreed on: " + err.Error()}}
 		}
 		if text := err.Error(); text != told && !errors.Is(err, context.DeadlineExceeded) {
 			told = text
 			g.log.Warn("the proxy serves nothing until it has read from etcd what rules the proxies agreed on; it keeps trying", "error", text,
-				"hint", "where etcd's authentication is on, set etcd.username; coordination.enabled: false does without")
+				"hint", "where etcd's authentication is on, set etcd.username: also with coordination.enabled: false, it has to read below "+lifecycle.DefaultPrefix)
 		}
 		select {
 		case <-ctx.Done():
-			return nil, nil
+			return nil, nil, nil
 		case <-time.After(guardRetry):
 		}
 	}
+}
+
+// look reads once. A learner, which answers nothing else, is asked for what it has by now.
+func (g *guard) look(ctx context.Context) (*lifecycle.Agreement, []lifecycle.Place, error) {
+	agreed, others, err := g.records(ctx)
+	if errors.Is(err, rpctypes.Error(rpctypes.ErrGRPCNotSupportedForLearner)) {
+		return g.records(ctx, clientv3.WithSerializable())
+	}
+	return agreed, others, err
+}
+
+func (g *guard) records(ctx context.Context, opts ...clientv3.OpOption) (*lifecycle.Agreement, []lifecycle.Place, error) {
+	own := ""
+	if g.fleet != nil {
+		own = g.config.Coordination.Prefix
+		if agreed, err := g.fleet.Agreement(ctx, opts...); agreed != nil || err != nil {
+			return agreed, nil, err
+		}
+	}
+	others, err := lifecycle.Elsewhere(ctx, g.client, own, opts...)
+	return nil, others, err
+}
+
+// denied reports whether etcd's authentication keeps the proxy from reading.
+func denied(err error) bool {
+	return errors.Is(err, rpctypes.ErrPermissionDenied) || errors.Is(err, rpctypes.ErrUserEmpty) || errors.Is(err, rpctypes.ErrAuthFailed)
 }
 
 // weakening is an error that --allow-weakening lets pass.
@@ -134,15 +123,47 @@ func (w *weakening) Error() string {
 	return "the configuration protects keys less than what the proxies last agreed on: " + strings.Join(w.because, "; ")
 }
 
-func (g *guard) compare(agreed *lifecycle.Agreement) error {
-	was, err := rulesOfPolicy(agreed.Policy)
-	if err != nil {
-		return lifecycle.ErrForged
+// compare returns a weakening of the record agreed, or of those at other places.
+func (g *guard) compare(agreed *lifecycle.Agreement, others []lifecycle.Place) error {
+	var because []string
+	for _, p := range others {
+		if g.fleet == nil {
+			because = append(because, fmt.Sprintf("coordination is off, and there is a record of rules below %q", p.Prefix))
+		} else {
+			because = append(because, fmt.Sprintf("coordination.prefix is %q, and the record of rules is below %q", g.config.Coordination.Prefix, p.Prefix))
+		}
+		if p.Agreement != nil {
+			found, _ := g.weakens(p.Agreement) // one that cannot be read is a finding already
+			because = append(because, found...)
+		}
 	}
-	if because := config.Weakens(was, g.rules); len(because) > 0 {
+	if agreed != nil {
+		found, err := g.weakens(agreed)
+		if err != nil {
+			return err
+		}
+		because = append(because, found...)
+	}
+	if len(because) > 0 {
 		return &weakening{because}
 	}
 	return nil
+}
+
+func (g *guard) weakens(agreed *lifecycle.Agreement) ([]string, error) {
+	was, a, err := parsePolicy(agreed.Policy)
+	if err != nil {
+		return nil, lifecycle.ErrForged
+	}
+	because := config.Weakens(was, g.config.Rules)
+	switch now := g.config.Audit; {
+	case a == nil:
+	case now == nil:
+		because = append(because, "there would be no audit log, which there was")
+	case a.Required && !now.Required:
+		because = append(because, "audit.required would be false, which was true")
+	}
+	return because, nil
 }
 
 // judge records what is wrong, and returns nil if it is allowed.
@@ -153,7 +174,8 @@ func (g *guard) judge(err error) error {
 		return nil
 	}
 	g.audit.record(audit.Record{Event: audit.EventGuard, Outcome: "refused", Reason: err.Error()})
-	f := &failure{code: exitFailure, err: err, hint: "restore the rules; or, if this is meant, start one proxy with --allow-weakening, and then the others"}
+	g.log.Error("not serving: the guard refuses the configuration", "because", err.Error()) // the audit block may be what is missing
+	f := &failure{code: exitFailure, err: err, hint: "restore the settings; or, if this is meant, start one proxy with --allow-weakening, and then the others"}
 	if errors.Is(err, lifecycle.ErrForged) {
 		// Mostly it is the key that is another one. Who gets around that seals under a key that opens nothing of what is there.
 		f.hint = "restore the key file, or the KMS key, that the values were sealed with: etcd-kms-proxy status tells whether this one opens them. " +
@@ -162,13 +184,28 @@ func (g *guard) judge(err error) error {
 	return f
 }
 
+// forget removes what a proxy that is let do without coordination would be refused for again. With coordination, that is for the next agreement.
+func (g *guard) forget(ctx context.Context, others []lifecycle.Place) {
+	if g.fleet != nil {
+		return
+	}
+	for _, p := range others {
+		limited, cancel := context.WithTimeout(ctx, guardTimeout)
+		err := lifecycle.Forget(limited, g.client, p)
+		cancel()
+		if err != nil {
+			g.log.Warn("the next start needs --allow-weakening too: the record of the rules that the proxies agreed on cannot be removed", "error", err)
+		}
+	}
+}
+
 // prove opens the proxy once the record has proved genuine, or once no KMS could tell for a while; then it goes on trying.
 func (g *guard) prove(ctx context.Context, agreed *lifecycle.Agreement) error {
-	was, err := rulesOfPolicy(agreed.Policy)
+	was, _, err := parsePolicy(agreed.Policy)
 	if err != nil {
 		return g.judge(lifecycle.ErrForged)
 	}
-	_, providers := policyOf(was)
+	providers := policyOf(was, nil).Providers
 	begun, opened := time.Now(), false
 	for {
 		limited, cancel := context.WithTimeout(ctx, guardTimeout)
@@ -187,7 +224,7 @@ func (g *guard) prove(ctx context.Context, agreed *lifecycle.Agreement) error {
 			g.open()
 			return nil
 		}
-		pause := guardRetry / 10
+		pause := guardRetry / 2
 		if time.Since(begun) >= proofPatience {
 			pause = proofRetry
 			if !opened {

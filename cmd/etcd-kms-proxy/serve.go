@@ -96,13 +96,13 @@ func serve(cmd *cobra.Command, path string, o serveOptions) error {
 	}
 	defer a.close()
 	if o.scan > 0 {
-		if a.fleet == nil {
+		if !c.Coordination.Enabled {
 			return &failure{code: exitFailure, err: errors.New("--scan-interval needs coordination.enabled"), hint: "the proxies find out by it which of them scans"}
 		}
 		a.scanner = newScanner(a, o.scan)
 	}
 	if o.renew > 0 {
-		if a.fleet == nil {
+		if !c.Coordination.Enabled {
 			return &failure{code: exitFailure, err: errors.New("--reencrypt needs coordination.enabled"), hint: "the proxies find out by it which of them does it, and that all can read it"}
 		}
 		a.renewer = newReencryptor(a, c, o.renew, o.renewRate)

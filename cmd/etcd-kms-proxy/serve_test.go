@@ -50,7 +50,7 @@ func get(t *testing.T, s *server, path string) (int, string) {
 	return resp.StatusCode, string(body)
 }
 
-// silentEtcd accepts every call and answers none until the test ends. arrived gets one element for each.
+// silentEtcd has nothing stored for the proxy itself. It accepts every other call and answers none until the test ends. arrived gets one element for each.
 func silentEtcd(t *testing.T) (address string, arrived chan struct{}) {
 	t.Helper()
 	arrived = make(chan struct{}, 16)
@@ -59,6 +59,10 @@ func silentEtcd(t *testing.T) (address string, arrived chan struct{}) {
 		t.Fatal(err)
 	}
 	s := grpc.NewServer(grpc.UnknownServiceHandler(func(_ any, stream grpc.ServerStream) error {
+		asked := new(etcdserverpb.RangeRequest)
+		if err := stream.RecvMsg(asked); err == nil && strings.HasPrefix(string(asked.Key), "/etcd-kms-proxy/") {
+			return stream.SendMsg(&etcdserverpb.RangeResponse{Header: &etcdserverpb.ResponseHeader{}})
+		}
 		arrived <- struct{}{}
 		<-stream.Context().Done()
 		return stream.Context().Err()

@@ -60,6 +60,7 @@ type statusReport struct {
 	Rules     []statusRule   `json:"rules"`
 	KMS       []statusKMS    `json:"kms"`
 	Proxies   []statusProxy  `json:"proxies"`        // that have announced themselves in etcd
+	Agreeing  bool           `json:"agreeing"`       // whether they would have the same on record, rules and audit
 	Keys      []statusKey    `json:"keys,omitempty"` // with --list, those that are not current
 }
 
@@ -98,7 +99,7 @@ type statusKey struct {
 
 // status makes the report.
 func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) {
-	report := &statusReport{OK: true, Rules: []statusRule{}, KMS: []statusKMS{}, Proxies: []statusProxy{}}
+	report := &statusReport{OK: true, Agreeing: true, Rules: []statusRule{}, KMS: []statusKMS{}, Proxies: []statusProxy{}}
 	var look lifecycle.Looker
 	if list {
 		look = func(_ *lifecycle.Rule, kv *mvccpb.KeyValue, standing keyring.Standing, err error) error {
@@ -130,11 +131,12 @@ func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) 
 		if err != nil {
 			return nil, err
 		}
-		canonical, _ := policyOf(cl.config.Rules)
+		rules := lifecycle.PolicyDigest(policyOf(cl.config.Rules, nil).Rules)
 		for _, m := range members {
-			p := statusProxy{m, m.Policy == lifecycle.PolicyDigest(canonical)}
+			p := statusProxy{m, m.Policy == rules}
 			report.Proxies = append(report.Proxies, p)
-			report.OK = report.OK && p.SameRules
+			report.Agreeing = report.Agreeing && m.Record == members[0].Record
+			report.OK = report.OK && p.SameRules && report.Agreeing
 		}
 	}
 	for _, r := range cl.app.rings {
@@ -198,6 +200,9 @@ func (r *statusReport) text(w io.Writer) {
 			fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", p.ID, p.Version, p.Started.Format(time.RFC3339), rules)
 		}
 		_ = t.Flush()
+		if !r.Agreeing {
+			fmt.Fprintln(w, "\nthe proxies differ in their rules or in whether they have an audit log: until they do not, the rules on record stay what they were")
+		}
 	}
 	if r.Revisions.First != r.Revisions.Last {
 		fmt.Fprintf(w, "\netcd was compacted meanwhile: keys were counted at revisions %d to %d\n", r.Revisions.First, r.Revisions.Last)

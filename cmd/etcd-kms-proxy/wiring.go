@@ -77,7 +77,7 @@ type app struct {
 	log *slog.Logger
 	// inspectOnly is for a command that looks and never seals: no seed is minted.
 	inspectOnly bool
-	ownPrefix   string // of keys in etcd that are the proxies' own
+	ownPrefixes []string // of keys in etcd that are the proxies' own
 
 	metrics *metrics
 	audit   *auditor // nil without an audit block
@@ -87,7 +87,7 @@ type app struct {
 	rings   []*keyring.Ring
 	readers map[string]keyring.LegacyReader // of the providers that have no ring
 	watches []*keyWatch
-	fleet   *fleet       // nil without coordination
+	fleet   *fleet
 	scanner *scanner     // nil without --scan-interval
 	renewer *reencryptor // nil without --reencrypt
 	proxy   *proxy.Proxy
@@ -148,7 +148,7 @@ func (a *app) assembleKeys(c *config.Config) (*ruleSet, error) {
 	if err != nil {
 		return nil, err
 	}
-	a.metrics, a.ownPrefix = newMetrics(a), c.Coordination.Prefix
+	a.metrics, a.ownPrefixes = newMetrics(a), ownPrefixes(c)
 	var problems []error
 	for i, k := range c.KMS {
 		if err := a.addRing(k, c); err != nil {
@@ -245,7 +245,7 @@ func (a *app) newRules(rules []config.Rule) (*ruleSet, error) {
 		set.prefixes, set.sealers = append(set.prefixes, r.Prefix), append(set.sealers, s)
 		onEtcd = append(onEtcd, lifecycle.Rule{Prefix: r.Prefix, WriteWith: r.WriteWith, Sealer: s})
 	}
-	set.lifecycle = lifecycle.NewRules(onEtcd, a.ownPrefix)
+	set.lifecycle = lifecycle.NewRules(onEtcd, a.ownPrefixes...)
 	return set, nil
 }
 

@@ -24,8 +24,9 @@ func proxyConfig(c *config.Config, rules *ruleSet, a *app, drain time.Duration) 
 		Registerer:      a.metrics.registry,
 		OnDenied:        a.audit.denied,
 	}
-	if a.fleet != nil {
-		pc.Gate, pc.OwnPrefix = a.fleet.gate, c.Coordination.Prefix
+	pc.Gate = a.fleet.gate
+	if c.Coordination.Enabled {
+		pc.OwnPrefixes = a.ownPrefixes
 	}
 	for _, l := range c.Listeners {
 		lc := proxy.ListenerConfig{

@@ -60,6 +60,10 @@ func TestProxyBehindProxy(t *testing.T) {
 	if code := p.Wait(within); code != 3 || !strings.Contains(p.Log(), leadsToProxy) {
 		t.Errorf("exit code %d: %s", code, p.Log())
 	}
+	second.Coordination = harness.NoCoordination()
+	if out, code := s.Run("serve", "--config", s.NewProxy("third", second).ConfigFile); code != 3 || !strings.Contains(out, leadsToProxy) {
+		t.Errorf("without coordination: exit code %d: %s", code, out)
+	}
 }
 
 // TestProxyInsteadOfEtcd: nothing is sealed twice either when a proxy takes etcd's place while another one serves.

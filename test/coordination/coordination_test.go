@@ -142,7 +142,7 @@ func TestGuard(t *testing.T) {
 			t.Errorf("the audit log has no %s", want)
 		}
 	}
-	again := s.StartProxy("again", s.with(plain)) // agreed on, so no flag is needed
+	again := s.StartProxy("again", cfg) // agreed on, so no flag is needed
 	again.WaitReady(within)
 }
 

@@ -113,8 +113,9 @@ type (
 	}
 	// Coordination is what the proxy keeps in etcd for itself.
 	Coordination struct {
-		Enabled     *bool `json:"enabled,omitempty"`
-		WatchBypass *bool `json:"watchBypass,omitempty"`
+		Enabled     *bool  `json:"enabled,omitempty"`
+		Prefix      string `json:"prefix,omitempty"`
+		WatchBypass *bool  `json:"watchBypass,omitempty"`
 	}
 	// Audit is the audit log.
 	Audit struct {

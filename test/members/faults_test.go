@@ -203,7 +203,7 @@ func TestLearner(t *testing.T) {
 	address := harness.FreeAddress(t)
 	s.StartProxy("learner", harness.ProxyConfig{
 		Etcd: harness.Upstream{Endpoints: []string{learner.URL}}, KMS: []harness.KMSConfig{s.LocalKey("dev", 1)}, Rules: []harness.Rule{{Prefix: "/s/", WriteWith: "dev"}},
-		Listeners: []harness.Listener{{Address: address}}, Coordination: harness.NoCoordination(),
+		Listeners: []harness.Listener{{Address: address}},
 	})
 	member, via := s.stub(t, learner.URL), harness.Dial(t, address, nil)
 	harness.Eventually(t, within, "the learner to have all keys", func() error {

@@ -95,6 +95,7 @@ func TestServe(t *testing.T) {
 
 	other := s.cfg
 	other.Rules = append(other.Rules, harness.Rule{Prefix: "/more/", WriteWith: "dev", AllowPlaintextReads: new(true)})
+	other.Audit = &harness.Audit{Path: filepath.Join(s.Dir, "c-audit.log")}
 	c := s.StartProxy("c", other)
 	c.WaitReady(within)
 	harness.Eventually(t, within, "c to be announced", func() error {
