@@ -107,6 +107,13 @@ func (cl *cluster) reach(ctx context.Context) error {
 	}
 }
 
+// fleet is the proxies before this etcd, for a command that asks what rules they have.
+func (cl *cluster) fleet() *lifecycle.Fleet {
+	f := lifecycle.NewFleet(lifecycle.FleetConfig{Client: cl.etcd, Prefix: cl.config.Coordination.Prefix})
+	f.SetPolicy(policyOf(cl.config.Rules, cl.config.Audit))
+	return f
+}
+
 // chained is the failure of whatever has a proxy for etcd.
 func chained() error {
 	return &failure{

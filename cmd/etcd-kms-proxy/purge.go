@@ -24,8 +24,8 @@ func newPurge() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "purge",
 		Short: "remove old plaintext from etcd's history and database files",
-		Long: `purge removes what reencrypt leaves behind: the old plaintext in etcd's history and in the freed pages of its database files. It refuses while status finds a
-value that is not current. It looks through the history for plaintext under the rules, compacts past the last of it, waits until each member has done so in its own
+		Long: `purge removes what reencrypt leaves behind: the old plaintext in etcd's history and in the freed pages of its database files. It refuses while status finds
+anything: a value that is not current, a KMS that does not answer, or a proxy with other rules, which may be writing plaintext. It looks through the history for plaintext under the rules, compacts past the last of it, waits until each member has done so in its own
 files, and defragments one after the other, the leader last, each only while all others are well. A member answers nothing while it is defragmented.
 
 What it cannot reach it names: write-ahead logs and snapshot files, which etcd replaces by and by, old backups, copies of disks, and members that do not end their
@@ -35,6 +35,7 @@ compaction, which it does not defragment. Exit code 1 says that something of tha
 	path, out := configFlag(cmd), outputFlag(cmd)
 	dryRun := cmd.Flags().Bool("dry-run", false, "say what would be done; change nothing")
 	yes := cmd.Flags().Bool("yes", false, "do not ask")
+	ignoreProxies := cmd.Flags().Bool("ignore-proxies", false, "do not look whether the proxies have the rules of this configuration")
 	wait := cmd.Flags().Duration("timeout", 30*time.Second, "how long to wait for etcd and for each KMS at the start")
 	settle := cmd.Flags().Duration("compact-timeout", 10*time.Minute, "how long to wait for each member to end its compaction")
 	cmd.RunE = fails(func(cmd *cobra.Command, _ []string) error {
@@ -50,7 +51,7 @@ compaction, which it does not defragment. Exit code 1 says that something of tha
 			return err
 		}
 		defer cl.close()
-		report, err := cl.purge(cmd, *dryRun, *yes, *settle)
+		report, err := cl.purge(cmd, purgeOptions{*dryRun, *yes, *ignoreProxies, *settle})
 		if report != nil {
 			if werr := out.write(cmd.OutOrStdout(), report, report.text); err == nil {
 				err = werr
@@ -62,6 +63,11 @@ compaction, which it does not defragment. Exit code 1 says that something of tha
 		return err
 	})
 	return cmd
+}
+
+type purgeOptions struct {
+	dryRun, yes, ignoreProxies bool
+	settle                     time.Duration // of each member's compaction
 }
 
 // purgeReport is what purge found and did.
@@ -76,21 +82,19 @@ type purgeReport struct {
 }
 
 // purge does it all. The report is nil if nothing was begun.
-func (cl *cluster) purge(cmd *cobra.Command, dryRun, yes bool, settle time.Duration) (*purgeReport, error) {
+func (cl *cluster) purge(cmd *cobra.Command, o purgeOptions) (*purgeReport, error) {
 	ctx, stderr := cmd.Context(), cmd.ErrOrStderr()
-	counts, _, err := lifecycle.Survey(ctx, cl.etcd, cl.rules, nil)
+	status, err := cl.status(cmd, false)
 	if err != nil {
 		return nil, err
 	}
-	for _, c := range counts {
-		if !c.Done() {
-			return nil, &failure{
-				code: exitFailure, err: fmt.Errorf("of %d values under %q, only %d are as the rule writes them: purging now would leave the others", c.All.Keys, c.Prefix, c.Standings["current"].Keys),
-				hint: "run status to see which, and reencrypt",
-			}
-		}
+	if err := status.beforePurge(); err != nil {
+		return nil, err
 	}
-	r := &purgeReport{DryRun: dryRun, Left: []string{}, Verified: "etcd-kms-proxy verify --data-dir DIR, on each member's host while it is stopped, proves it"}
+	if err := cl.sameRules(ctx, o); err != nil {
+		return nil, err
+	}
+	r := &purgeReport{DryRun: o.dryRun, Left: []string{}, Verified: "etcd-kms-proxy verify --data-dir DIR, on each member's host while it is stopped, proves it"}
 	// Whatever is not proven to be sealed goes: compaction takes nothing that is of use.
 	unopened := int64(0)
 	judge := cl.judge(ctx, false, &unopened)
@@ -115,10 +119,13 @@ func (cl *cluster) purge(cmd *cobra.Command, dryRun, yes bool, settle time.Durat
 	}
 	r.After = r.Before
 	r.plan(stderr)
-	if dryRun {
+	if o.dryRun {
 		return r, nil
 	}
-	if err := confirm(cmd, yes, "Go on?"); err != nil {
+	if err := confirm(cmd, o.yes, "Go on?"); err != nil {
+		return nil, err
+	}
+	if err := cl.sameRules(ctx, o); err != nil { // a while has passed
 		return nil, err
 	}
 	record := func(outcome, reason string) error {
@@ -127,7 +134,7 @@ func (cl *cluster) purge(cmd *cobra.Command, dryRun, yes bool, settle time.Durat
 	if err := record("begun", ""); err != nil {
 		return nil, err
 	}
-	err = cl.rewrite(ctx, r, settle, stderr)
+	err = cl.rewrite(ctx, r, o.settle, stderr)
 	outcome, reason := "ok", ""
 	for _, m := range r.Members {
 		if m.Unproven != "" {
@@ -138,6 +145,36 @@ func (cl *cluster) purge(cmd *cobra.Command, dryRun, yes bool, settle time.Durat
 		outcome, reason = "failed", err.Error()
 	}
 	return r, errors.Join(err, record(outcome, reason))
+}
+
+// beforePurge says what is in the way of a purge but for the proxies.
+func (r *statusReport) beforePurge() error {
+	for _, c := range r.Rules {
+		if c.Current != c.Keys {
+			return &failure{
+				code: exitFailure, err: fmt.Errorf("of %d values under %q, only %d are as the rule writes them: purging now would leave the others", c.Keys, c.Prefix, c.Current),
+				hint: "run status to see which, and reencrypt",
+			}
+		}
+	}
+	for _, k := range r.KMS {
+		if !k.OK {
+			return &failure{code: exitFailure, err: fmt.Errorf("KMS provider %q: %s", k.Name, k.Reason), hint: "run status and kms check: what is kept should be seen to open before the rest is dropped"}
+		}
+	}
+	return nil
+}
+
+// sameRules finds a proxy that has other rules, and so may be writing what is to be purged.
+func (cl *cluster) sameRules(ctx context.Context, o purgeOptions) error {
+	if !cl.config.Coordination.Enabled || o.ignoreProxies {
+		return nil
+	}
+	err := cl.fleet().SameRules(ctx)
+	if errors.Is(err, lifecycle.ErrOtherRules) {
+		return &failure{code: exitFailure, err: err, hint: "give all proxies this configuration first (see status), or use --ignore-proxies"}
+	}
+	return err
 }
 
 // plan says what is going to happen.

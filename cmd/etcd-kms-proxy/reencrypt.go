@@ -141,9 +141,7 @@ func (j *reencryption) engine() lifecycle.ReencryptConfig {
 		},
 	}
 	if j.config.Coordination.Enabled && !o.ignoreProxies {
-		fleet := lifecycle.NewFleet(lifecycle.FleetConfig{Client: j.etcd, Prefix: j.config.Coordination.Prefix})
-		fleet.SetPolicy(policyOf(j.config.Rules, j.config.Audit))
-		c.Check = fleet.SameRules
+		c.Check = j.fleet().SameRules
 	}
 	return c
 }

@@ -127,7 +127,7 @@ func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) 
 		report.OK = report.OK && c.Done()
 	}
 	if cl.config.Coordination.Enabled {
-		members, err := lifecycle.NewFleet(lifecycle.FleetConfig{Client: cl.etcd, Prefix: cl.config.Coordination.Prefix}).Members(cmd.Context())
+		members, err := cl.fleet().Members(cmd.Context())
 		if err != nil {
 			return nil, err
 		}
