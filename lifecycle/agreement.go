@@ -43,6 +43,15 @@ func (f *Fleet) Agreement(ctx context.Context, opts ...clientv3.OpOption) (*Agre
 	return readAgreement(ctx, f.cfg.Client, f.cfg.Prefix, opts...)
 }
 
+// Revision returns etcd's revision as the member that is asked has it.
+func (f *Fleet) Revision(ctx context.Context) (int64, error) {
+	r, err := f.cfg.Client.Get(ctx, f.key(), clientv3.WithCountOnly(), clientv3.WithSerializable())
+	if err != nil {
+		return 0, err
+	}
+	return r.Header.Revision, nil
+}
+
 func readAgreement(ctx context.Context, kv clientv3.KV, prefix string, opts ...clientv3.OpOption) (*Agreement, error) {
 	r, err := kv.Get(ctx, agreementKey(prefix), opts...)
 	if err != nil {

@@ -11,7 +11,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// BypassConfig configures WatchBypass.
+// BypassConfig configures a Bypass.
 type BypassConfig struct {
 	Client *clientv3.Client
 	Rules  func() *Rules // of the moment
@@ -20,38 +20,70 @@ type BypassConfig struct {
 	Logger *slog.Logger
 }
 
-// WatchBypass watches all keys under rules that seal, until ctx ends, for writes that went past the proxies. It looks at the first bytes of values
-// alone, and tells of what is stored from now on. A watch that breaks is begun again.
-func WatchBypass(ctx context.Context, c BypassConfig) {
-	b := &bypass{BypassConfig: c, next: make(map[string]int64)}
+// Bypass watches all keys under rules that seal for writes that went past the proxies. It looks at the first bytes of values alone.
+type Bypass struct {
+	BypassConfig
+	changed chan struct{}
+	next    map[string]int64 // the revision to go on with, by prefix; none: the present one
+	told    bool             // that a watch does not work
+}
+
+// NewBypass makes a Bypass. It starts nothing.
+func NewBypass(c BypassConfig) *Bypass {
+	return &Bypass{BypassConfig: c, changed: make(chan struct{}, 1), next: make(map[string]int64)}
+}
+
+// RulesChanged says that Rules gives others now.
+func (b *Bypass) RulesChanged() {
+	select {
+	case b.changed <- struct{}{}:
+	default:
+	}
+}
+
+// Run watches until ctx ends, and tells of what is stored from now on. A watch that breaks is begun again where it was.
+func (b *Bypass) Run(ctx context.Context) {
 	for ctx.Err() == nil {
-		b.watch(ctx)
+		if b.watch(ctx) {
+			continue
+		}
 		select {
 		case <-ctx.Done():
+		case <-b.changed:
 		case <-time.After(fleetRetry):
 		}
 	}
 }
 
-// rulesCheck is how soon a watch follows a change of the rules.
-const rulesCheck = 5 * time.Second
-
-type bypass struct {
-	BypassConfig
-	next map[string]int64 // the revision to go on with, by prefix; none: the present one
-	told bool             // that a watch does not work
+// follow says where the watches under rules begin.
+func (b *Bypass) follow(rules *Rules) (prefixes []string) {
+	prefixes = rules.sealing()
+	next := make(map[string]int64)
+	for _, p := range prefixes {
+		if rules.since > 0 {
+			next[p] = rules.since + 1
+		}
+		for q, n := range b.next {
+			if strings.HasPrefix(p, q) { // watched until now, alone or with others
+				next[p] = n
+			}
+		}
+	}
+	b.next = next
+	return prefixes
 }
 
-// watch watches until the prefixes of the rules change or a watch ends.
-func (b *bypass) watch(ctx context.Context) {
+// watch watches until the rules have changed, which it reports, or a watch ends.
+func (b *Bypass) watch(ctx context.Context) (changed bool) {
 	ctx, stop := context.WithCancel(ctx)
-	prefixes := b.Rules().sealing()
+	prefixes := b.follow(b.Rules())
 	answers := make(chan answer)
 	var all sync.WaitGroup
 	defer all.Wait()
 	defer stop()
 	for _, p := range prefixes {
-		w := b.Client.Watch(ctx, p, clientv3.WithPrefix(), clientv3.WithFilterDelete(), clientv3.WithFragment(), clientv3.WithRev(b.next[p]))
+		w := b.Client.Watch(ctx, p, clientv3.WithPrefix(), clientv3.WithFilterDelete(), clientv3.WithFragment(), clientv3.WithRev(b.next[p]),
+			clientv3.WithCreatedNotify(), clientv3.WithProgressNotify())
 		all.Go(func() {
 			for r := range w {
 				select {
@@ -65,20 +97,16 @@ func (b *bypass) watch(ctx context.Context) {
 			}
 		})
 	}
-	tick := time.NewTicker(rulesCheck)
-	defer tick.Stop()
 	for {
 		select {
 		case <-ctx.Done():
-			return
+			return false
 		case a := <-answers:
 			if !b.see(&a) {
-				return
+				return false
 			}
-		case <-tick.C:
-			if !slices.Equal(prefixes, b.Rules().sealing()) {
-				return
-			}
+		case <-b.changed:
+			return true
 		}
 	}
 }
@@ -90,9 +118,9 @@ type answer struct {
 }
 
 // see looks at the events of one answer. It returns false if the watch is over.
-func (b *bypass) see(r *answer) bool {
+func (b *Bypass) see(r *answer) bool {
 	if r.CompactRevision > 0 {
-		delete(b.next, r.prefix) // what was compacted in the meantime is not seen
+		b.next[r.prefix] = r.CompactRevision // what was compacted in the meantime is not seen
 	}
 	if err := r.Err(); err != nil || r.Canceled {
 		if !b.told && err != nil {
@@ -108,7 +136,13 @@ func (b *bypass) see(r *answer) bool {
 			b.Found(rule, string(e.Kv.Key), e.Kv.ModRevision)
 		}
 	}
-	b.next[r.prefix] = r.Header.Revision + 1
+	switch n := len(r.Events); {
+	case n > 0:
+		b.next[r.prefix] = r.Events[n-1].Kv.ModRevision + 1 // the header may be ahead of what is still to come
+	case r.Created && b.next[r.prefix] > 0: // it has yet to catch up
+	default:
+		b.next[r.prefix] = r.Header.Revision + 1
+	}
 	return true
 }
 

@@ -33,8 +33,9 @@ var _ Sealer = (*keyring.Sealer)(nil)
 
 // Rules are the rules of a configuration, of which the longest prefix of a key wins. They are immutable and safe for concurrent use.
 type Rules struct {
-	set  *prefix.Set[int]
-	list []Rule
+	set   *prefix.Set[int]
+	list  []Rule
+	since int64
 }
 
 // NewRules makes Rules. No two may have one prefix. The keys below an exempt prefix have no rule, even where one covers it.
@@ -47,6 +48,13 @@ func NewRules(rules []Rule, exempt ...string) *Rules {
 		entries = append(entries, prefix.Entry[int]{Prefix: p, Value: -1})
 	}
 	return &Rules{set: prefix.New(entries), list: rules}
+}
+
+// Since returns the same rules with the revision of etcd from before they held, for [Bypass]; 0 if it is not known.
+func (r *Rules) Since(revision int64) *Rules {
+	held := *r
+	held.since = revision
+	return &held
 }
 
 // Of returns the rule for a key, or nil.

@@ -31,7 +31,8 @@ type fleet struct {
 	opened           sync.Once
 	audit            *auditor
 	log              *slog.Logger
-	bypass           *bypasses // nil with coordination off
+	bypass           *bypasses         // nil with coordination off
+	watch            *lifecycle.Bypass // nil if nobody watches
 	rules            func() *lifecycle.Rules
 }
 
@@ -78,6 +79,9 @@ func (a *app) newFleet(c *config.Config) (*fleet, error) {
 		},
 	})
 	f.SetPolicy(policyOf(c.Rules, c.Audit))
+	if c.Coordination.WatchBypass {
+		f.watch = lifecycle.NewBypass(lifecycle.BypassConfig{Client: client, Rules: f.rules, Found: f.bypass.found, Logger: a.log})
+	}
 	return f, nil
 }
 
@@ -98,10 +102,8 @@ func (f *fleet) run(ctx context.Context, allowWeakening bool) error {
 		case <-ctx.Done():
 			return
 		}
-		if f.config.Coordination.WatchBypass {
-			all.Go(func() {
-				lifecycle.WatchBypass(ctx, lifecycle.BypassConfig{Client: f.client, Rules: f.rules, Found: f.bypass.found, Logger: f.log})
-			})
+		if f.watch != nil {
+			all.Go(func() { f.watch.Run(ctx) })
 		}
 		f.Run(ctx)
 	})
@@ -120,10 +122,30 @@ func (f *fleet) close() {
 	}
 }
 
+// revisionWait is how long a reload waits to learn etcd's revision, from which on writes under new rules are watched.
+const revisionWait = time.Second
+
+// revision is etcd's at the moment, 0 if it does not say or nobody wants to know.
+func (f *fleet) revision() int64 {
+	if f.watch == nil {
+		return 0
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), revisionWait)
+	defer cancel()
+	r, err := f.Revision(ctx)
+	if err != nil {
+		return 0 // the watch begins where etcd is when it answers
+	}
+	return r
+}
+
 // setRules follows a reload.
 func (f *fleet) setRules(rules []config.Rule) {
 	if f.Fleet != nil {
 		f.SetPolicy(policyOf(rules, f.config.Audit)) // the audit block waits for a restart
+	}
+	if f.watch != nil {
+		f.watch.RulesChanged()
 	}
 }
 

@@ -255,6 +255,7 @@ func (a *app) setRules(rules []config.Rule) error {
 	if err != nil {
 		return err
 	}
+	set.lifecycle = set.lifecycle.Since(a.fleet.revision())
 	if err := a.proxy.SetRules(set.forProxy()); err != nil {
 		return err
 	}
