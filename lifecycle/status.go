@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"maps"
 	"slices"
 	"strings"
 
@@ -38,10 +37,11 @@ func (c *Count) add(kv *mvccpb.KeyValue) {
 	}
 }
 
-// KeyCount is how many values a KMS key has sealed.
+// KeyCount is how many values of one standing a KMS key has sealed, or nobody has.
 type KeyCount struct {
-	Provider string `json:"provider"` // "", like KeyID, beyond a thousand of a rule
-	KeyID    string `json:"keyID"`    // "" for what is too damaged to tell
+	Standing keyring.Standing `json:"standing"`
+	Provider string           `json:"provider"` // or aescbc, aesgcm, secretbox; [Plaintext] for what is not sealed; "", like KeyID, beyond a thousand of a rule
+	KeyID    string           `json:"keyID"`    // "" for what is too damaged to tell, or not sealed
 	Count
 }
 
@@ -51,7 +51,7 @@ type RuleCount struct {
 	WriteWith string                      `json:"writeWith"`
 	All       Count                       `json:"all"`
 	Standings map[keyring.Standing]*Count `json:"standings"`
-	Sealed    []KeyCount                  `json:"sealed"` // by provider and key ID
+	Keys      []KeyCount                  `json:"keys"` // by standing, in their order, provider and key ID
 }
 
 // Done reports whether every value is as its rule writes it.
@@ -111,11 +111,16 @@ func inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (keyring.Stan
 type tally struct {
 	all       Count
 	standings map[keyring.Standing]*Count
-	sealed    map[[2]string]*Count // by provider and key ID
+	keys      map[sealedBy]*Count
+}
+
+type sealedBy struct {
+	standing        keyring.Standing
+	provider, keyID string
 }
 
 func newTally() *tally {
-	t := &tally{standings: make(map[keyring.Standing]*Count), sealed: make(map[[2]string]*Count)}
+	t := &tally{standings: make(map[keyring.Standing]*Count), keys: make(map[sealedBy]*Count)}
 	for _, s := range Standings {
 		t.standings[s] = &Count{}
 	}
@@ -125,33 +130,47 @@ func newTally() *tally {
 func (t *tally) add(kv *mvccpb.KeyValue, standing keyring.Standing) {
 	t.all.add(kv)
 	t.standings[standing].add(kv)
-	provider, object, ok := envelope.Split(kv.Value)
-	if !ok {
-		return
+	by := sealedBy{standing: standing, provider: Plaintext}
+	if provider, object, ok := envelope.Split(kv.Value); ok {
+		by.provider = string(provider)
+		if o, err := envelope.Parse(object); err == nil {
+			by.keyID = strings.Clone(o.KeyID) // not the whole page
+		}
+		if len(provider) > maxProvider {
+			by = sealedBy{standing: standing}
+		}
+	} else if kind, name, ok := kubernetesKey(kv.Value); ok && standing != keyring.Unsealed {
+		by.provider, by.keyID = kind, name
 	}
-	by := [2]string{string(provider)}
-	if o, err := envelope.Parse(object); err == nil {
-		by[1] = strings.Clone(o.KeyID) // not the whole page
-	}
-	if len(by[0]) > maxProvider {
-		by = [2]string{}
-	}
-	c := t.sealed[by]
-	if c == nil && len(t.sealed) >= maxKeyIDs {
-		by = [2]string{}
-		c = t.sealed[by]
+	c := t.keys[by]
+	if c == nil && len(t.keys) >= maxKeyIDs {
+		by = sealedBy{standing: standing}
+		c = t.keys[by]
 	}
 	if c == nil {
 		c = &Count{}
-		t.sealed[by] = c
+		t.keys[by] = c
 	}
 	c.add(kv)
 }
 
-func (t *tally) count(r *Rule) RuleCount {
-	rc := RuleCount{Prefix: r.Prefix, WriteWith: r.WriteWith, All: t.all, Standings: t.standings, Sealed: []KeyCount{}}
-	for _, by := range slices.SortedFunc(maps.Keys(t.sealed), func(a, b [2]string) int { return slices.Compare(a[:], b[:]) }) {
-		rc.Sealed = append(rc.Sealed, KeyCount{Provider: by[0], KeyID: by[1], Count: *t.sealed[by]})
+// kubernetesKey tells what the API server's own encryption sealed a value with: k8s:enc:<kind>:v1:<name of the key>:
+func kubernetesKey(value []byte) (kind, name string, ok bool) {
+	rest, ok := strings.CutPrefix(string(value[:min(len(value), maxProvider)]), "k8s:enc:")
+	parts := strings.SplitN(rest, ":", 4)
+	if !ok || len(parts) < 4 {
+		return "", "", false
 	}
+	return parts[0], parts[2], true
+}
+
+func (t *tally) count(r *Rule) RuleCount {
+	rc := RuleCount{Prefix: r.Prefix, WriteWith: r.WriteWith, All: t.all, Standings: t.standings, Keys: []KeyCount{}}
+	for by, c := range t.keys {
+		rc.Keys = append(rc.Keys, KeyCount{Standing: by.standing, Provider: by.provider, KeyID: by.keyID, Count: *c})
+	}
+	slices.SortFunc(rc.Keys, func(a, b KeyCount) int {
+		return cmp.Or(cmp.Compare(slices.Index(Standings, a.Standing), slices.Index(Standings, b.Standing)), cmp.Compare(a.Provider, b.Provider), cmp.Compare(a.KeyID, b.KeyID))
+	})
 	return rc
 }

@@ -1,12 +1,16 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"log/slog"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
 )
 
@@ -17,6 +21,10 @@ type scanner struct {
 	log      *slog.Logger
 	values   *prometheus.GaugeVec
 	bytes    *prometheus.GaugeVec
+	byKey    *prometheus.GaugeVec
+	keyBytes *prometheus.GaugeVec
+	oldest   *prometheus.GaugeVec
+	newest   *prometheus.GaugeVec
 	at       prometheus.Gauge
 	failed   prometheus.Counter
 }
@@ -30,13 +38,39 @@ func newScanner(a *app, interval time.Duration) *scanner {
 		bytes: prometheus.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "etcd_kms_proxy_stored_bytes", Help: "Bytes of the values in etcd under a rule, by their standing.",
 		}, []string{"rule", "standing"}),
+		byKey: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "etcd_kms_proxy_stored_key_values", Help: "Values in etcd under a rule, by their standing and the KMS key that sealed them. Of many keys, those of the most values; the rest is key \"other\".",
+		}, []string{"rule", "standing", "provider", "key_id"}),
+		keyBytes: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "etcd_kms_proxy_stored_key_bytes", Help: "Bytes of the values in etcd under a rule, by their standing and the KMS key that sealed them.",
+		}, []string{"rule", "standing", "provider", "key_id"}),
+		oldest: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "etcd_kms_proxy_stored_oldest_revision", Help: "The least of the revisions that wrote the values in etcd under a rule, by their standing.",
+		}, []string{"rule", "standing"}),
+		newest: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "etcd_kms_proxy_stored_newest_revision", Help: "The greatest of the revisions that wrote the values in etcd under a rule, by their standing.",
+		}, []string{"rule", "standing"}),
 		at: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "etcd_kms_proxy_scan_seconds", Help: "Unix time of this proxy's last scan of the values in etcd; 0 if another one scans.",
 		}),
 		failed: prometheus.NewCounter(prometheus.CounterOpts{Name: "etcd_kms_proxy_scan_failures_total", Help: "Scans of the values in etcd that failed."}),
 	}
-	a.metrics.registry.MustRegister(s.values, s.bytes, s.at, s.failed)
+	for _, g := range s.gauges() {
+		a.metrics.registry.MustRegister(g)
+	}
+	a.metrics.registry.MustRegister(s.at, s.failed)
 	return s
+}
+
+// gauges are those of a scan.
+func (s *scanner) gauges() []*prometheus.GaugeVec {
+	return []*prometheus.GaugeVec{s.values, s.bytes, s.byKey, s.keyBytes, s.oldest, s.newest}
+}
+
+func (s *scanner) reset() {
+	for _, g := range s.gauges() {
+		g.Reset()
+	}
 }
 
 // leadCheck is how often a proxy looks whether it has become the one that scans.
@@ -50,8 +84,7 @@ func (s *scanner) run(ctx context.Context) {
 	for {
 		switch {
 		case !s.fleet.Leading():
-			s.values.Reset()
-			s.bytes.Reset()
+			s.reset()
 			s.at.Set(0)
 			last = time.Time{}
 		case time.Since(last) >= s.interval:
@@ -75,13 +108,51 @@ func (s *scanner) scan(ctx context.Context) {
 		}
 		return
 	}
-	s.values.Reset() // rules may have gone
-	s.bytes.Reset()
+	s.reset() // rules may have gone
 	for _, c := range counts {
 		for _, standing := range lifecycle.Standings {
-			s.values.WithLabelValues(c.Prefix, string(standing)).Set(float64(c.Standings[standing].Keys))
-			s.bytes.WithLabelValues(c.Prefix, string(standing)).Set(float64(c.Standings[standing].Bytes))
+			n := c.Standings[standing]
+			s.values.WithLabelValues(c.Prefix, string(standing)).Set(float64(n.Keys))
+			s.bytes.WithLabelValues(c.Prefix, string(standing)).Set(float64(n.Bytes))
+			if n.Keys > 0 {
+				s.oldest.WithLabelValues(c.Prefix, string(standing)).Set(float64(n.Oldest))
+				s.newest.WithLabelValues(c.Prefix, string(standing)).Set(float64(n.Newest))
+			}
+		}
+		for _, k := range labelled(c.Keys) {
+			labels := []string{c.Prefix, string(k.Standing), k.Provider, k.KeyID}
+			s.byKey.WithLabelValues(labels...).Set(float64(k.Keys))
+			s.keyBytes.WithLabelValues(labels...).Set(float64(k.Bytes))
 		}
 	}
 	s.at.SetToCurrentTime()
+}
+
+// labelKeys is how many keys of a rule have figures of their own: what values name is their writers' choice.
+const labelKeys = 20
+
+// labelled gives the keys of the most values, in a form that metrics take, and the rest of each standing as one.
+func labelled(keys []lifecycle.KeyCount) (out []lifecycle.KeyCount) {
+	keys = slices.Clone(keys)
+	slices.SortStableFunc(keys, func(a, b lifecycle.KeyCount) int { return cmp.Compare(b.Keys, a.Keys) })
+	rest := make(map[keyring.Standing]*lifecycle.KeyCount)
+	for i, k := range keys {
+		k.Provider, k.KeyID = strings.ToValidUTF8(k.Provider, "?"), strings.ToValidUTF8(k.KeyID, "?")
+		if i < labelKeys && k.Provider != "" {
+			out = append(out, k)
+			continue
+		}
+		r := rest[k.Standing]
+		if r == nil {
+			r = &lifecycle.KeyCount{Standing: k.Standing, Provider: "other", KeyID: "other"}
+			rest[k.Standing] = r
+		}
+		r.Keys, r.Bytes = r.Keys+k.Keys, r.Bytes+k.Bytes
+	}
+	for _, standing := range lifecycle.Standings {
+		if r := rest[standing]; r != nil {
+			out = append(out, *r)
+		}
+	}
+	return out
 }

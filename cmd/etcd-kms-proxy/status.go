@@ -163,15 +163,19 @@ func (r *statusReport) text(w io.Writer) {
 	}
 	_ = t.Flush() // as the rest: a reader that went away ends the command
 	fmt.Fprintln(w)
-	fmt.Fprintln(t, "RULE\tSEALED BY\tKEY ID\tKEYS\tSIZE\tREVISIONS")
-	sealed := false
+	fmt.Fprintln(t, "RULE\tSTANDING\tSEALED BY\tKEY ID\tKEYS\tSIZE\tREVISIONS")
+	some := false
 	for _, c := range r.Rules {
-		for _, s := range c.Detail.Sealed {
-			sealed = true
-			fmt.Fprintf(t, "%q\t%s\t%s\t%d\t%s\t%d to %d\n", c.Prefix, s.Provider, orNone(s.KeyID), s.Keys, size(s.Bytes), s.Oldest, s.Newest)
+		for _, k := range c.Detail.Keys {
+			some = true
+			by := k.Provider
+			if by == lifecycle.Plaintext {
+				by = ""
+			}
+			fmt.Fprintf(t, "%q\t%s\t%s\t%s\t%d\t%s\t%d to %d\n", c.Prefix, k.Standing, orNone(by), orNone(k.KeyID), k.Keys, size(k.Bytes), k.Oldest, k.Newest)
 		}
 	}
-	if sealed {
+	if some {
 		_ = t.Flush()
 		fmt.Fprintln(w)
 	}

@@ -404,12 +404,19 @@ func TestScan(t *testing.T) {
 	if _, err := kv.Put(t.Context(), &pb.PutRequest{Key: []byte(prefix + "a"), Value: []byte(s.Sealed.Value("a"))}); err != nil {
 		t.Fatal(err)
 	}
-	const line = `etcd_kms_proxy_stored_values{rule="/sealed/",standing="current"} 1`
+	lines := []string{
+		`etcd_kms_proxy_stored_values{rule="/sealed/",standing="current"} 1`, `etcd_kms_proxy_stored_key_values{key_id="1",provider="dev",rule="/sealed/",standing="current"} 1`,
+		`etcd_kms_proxy_stored_key_bytes{key_id="1",provider="dev",rule="/sealed/",standing="current"} `, `etcd_kms_proxy_stored_oldest_revision{rule="/sealed/",standing="current"} `,
+		`etcd_kms_proxy_stored_newest_revision{rule="/sealed/",standing="current"} `,
+	}
 	shows := func(p *harness.Proxy) {
 		t.Helper()
 		harness.Eventually(t, within, "the figures", func() error {
-			if !strings.Contains(p.Scrape(), line) {
-				return fmt.Errorf("no line %s", line)
+			m := p.Scrape()
+			for _, line := range lines {
+				if !strings.Contains(m, line) {
+					return fmt.Errorf("no line %s", line)
+				}
 			}
 			return nil
 		})

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -336,6 +337,13 @@ func TestStatus(t *testing.T) {
 	report := look(1, "--list", 4, 1, 0, 1, 1, 1)
 	if keys, ok := report["keys"].([]any); !ok || len(keys) != 3 {
 		t.Errorf("listed: %v", report["keys"])
+	}
+	out := strings.Join(strings.Fields(s.run(t, 1, "status")), " ")
+	for standing, by := range map[string]string{"current": "dev 1", "plaintext": "none none", "foreign": "other none", "undecryptable": "dev none"} {
+		row := regexp.MustCompile(`"` + prefix + `" ` + standing + " " + by + ` 1 \d+ B \d+ to \d+`)
+		if !row.MatchString(out) {
+			t.Errorf("no row %s in %s", row, out)
+		}
 	}
 	s.LocalKey("dev", 2) // the same file, with one more version
 	look(1, "", 4, 0, 1, 1, 1, 1)
