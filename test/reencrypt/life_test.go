@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -25,7 +26,7 @@ const secretsPrefix = "/registry/secrets/"
 
 // TestLife is the life of an encrypted cluster: three members of etcd, a proxy, a kube-apiserver with Secrets from before, and clients that count up in some of them.
 // Encryption is switched on, everything re-encrypted, the key rotated twice, and encryption switched off again, while reencrypt, the proxy and a member are killed at
-// random moments. No update is lost or made twice, and a watch sees each change once and in order. LIFE_SECRETS and LIFE_ROUNDS make it larger.
+// random moments. No update is lost or made twice, and a watch sees each change once and in order, those of reencrypt too. LIFE_SECRETS and LIFE_ROUNDS make it larger.
 func TestLife(t *testing.T) {
 	t.Parallel()
 	n, rounds := number("LIFE_SECRETS", 300), number("LIFE_ROUNDS", 1)
@@ -135,6 +136,15 @@ func (l *life) live() {
 		}
 		return nil
 	})
+	end := l.versions(0)
+	harness.Eventually(t, within, "the watch to see every change of every Secret, each rewriting too", func() error {
+		for key, version := range end {
+			if seen, want := w.changes(key), version-w.began[key]; seen != want {
+				return fmt.Errorf("%s: %d of %d", key, seen, want)
+			}
+		}
+		return nil
+	})
 	w.stop()
 	t.Logf("%d updates by clients, %d conflicts", updates, l.conflicts())
 	if updates < int64(counters) {
@@ -174,7 +184,7 @@ func (l *life) renew() {
 			l.proxy.Kill()
 			l.proxy.Start()
 		case "member":
-			m := l.cluster.Members[1+rand.IntN(2)] // the first is the test's own way in
+			m := l.cluster.Members[rand.IntN(3)] // the first is the test's own way in, which waits for it
 			m.Kill()
 			time.Sleep(time.Duration(rand.IntN(1000)) * time.Millisecond)
 			m.Start()
@@ -202,11 +212,33 @@ func (l *life) check(when string, begin []byte) {
 	}
 }
 
-// observed is what a watch saw: the last count of each Secret.
+// versions returns how often each Secret was written up to a revision; 0: to the present one.
+func (l *life) versions(revision int64) map[string]int64 {
+	l.t.Helper()
+	r, err := l.kv.Range(l.t.Context(), &pb.RangeRequest{Key: []byte(secretsPrefix), RangeEnd: []byte("/registry/secrets0"), Revision: revision})
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	versions := make(map[string]int64)
+	for _, kv := range r.Kvs {
+		versions[strings.TrimPrefix(string(kv.Key), secretsPrefix+"default/")] = kv.Version
+	}
+	return versions
+}
+
+// observed is what a watch saw: the last count of each Secret, and how many changes.
 type observed struct {
-	mu   sync.Mutex
-	last map[string]int64
-	stop func()
+	mu    sync.Mutex
+	last  map[string]int64
+	times map[string]int64
+	began map[string]int64 // the versions where it began
+	stop  func()
+}
+
+func (o *observed) changes(name string) int64 {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.times[name]
 }
 
 func (o *observed) seen(name string) int64 {
@@ -222,7 +254,11 @@ func (l *life) observe(ctx context.Context) *observed {
 	if err != nil {
 		l.t.Fatal(err)
 	}
-	o := &observed{last: make(map[string]int64)}
+	from, err := strconv.ParseInt(list.ResourceVersion, 10, 64)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	o := &observed{last: make(map[string]int64), times: make(map[string]int64), began: l.versions(from)}
 	watching, end := context.WithCancel(l.t.Context())
 	ended := make(chan struct{})
 	o.stop = func() {
@@ -270,4 +306,5 @@ func (o *observed) saw(t testing.TB, versions map[string]uint64, s *corev1.Secre
 		t.Errorf("%s: the watch saw %d after %d", s.Name, n, o.last[s.Name])
 	}
 	o.last[s.Name] = n
+	o.times[s.Name]++
 }
