@@ -55,9 +55,10 @@ soak: build tools ## hours: a KMS in trouble, ten lives of a cluster of 20,000 S
 scoreboard: build ## etcd's own client tests with a proxy before each member that seals every key (a quarter of an hour)
 	cd test/scoreboard && go test -count=1 -v -timeout 60m .
 
-bench: build $(BIN)/etcd-3.7 ## CPU and throughput beside etcd, its grpc-proxy and an L4 proxy; envelope beside kube-apiserver
+bench: build $(BIN)/etcd-3.7 ## CPU and throughput beside etcd, its grpc-proxy and an L4 proxy; envelope beside kube-apiserver; reencrypt beside a loop
 	cd test/bench && go run . $(BENCHFLAGS)
 	cd test/interop && go test -run '^$$' -bench . ./... $(if $(findstring json,$(BENCHFLAGS)),>&2)
+	cd test && go test -run '^$$' -bench Reencrypt -benchtime 1x -timeout 30m ./reencrypt $(if $(findstring json,$(BENCHFLAGS)),>&2)
 
 fuzz: ## every fuzz target for FUZZTIME (default 1m)
 	@set -e; for f in $$(grep -rl --include='*_test.go' '^func Fuzz' cmd config crypto kmsclient lifecycle proxy test/interop); do \
