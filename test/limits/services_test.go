@@ -130,13 +130,17 @@ func (r *recorder) handle(_ any, ss grpc.ServerStream) error {
 	if strings.HasPrefix(method, "/grpc.health") {
 		return nil
 	}
-	select {
-	case r.got <- md:
-	default:
+	asked := new(healthpb.HealthCheckRequest) // whose first field is where others have a key
+	err := ss.RecvMsg(asked)
+	if !strings.HasPrefix(asked.GetService(), "/etcd-kms-proxy/") { // what the proxy asks for itself
+		select {
+		case r.got <- md:
+		default:
+		}
 	}
 	_ = ss.SetHeader(metadata.Pairs("x-answer", "1", "x-answer", "2", "x-answer-bin", "\x00\xfe"))
 	ss.SetTrailer(metadata.Pairs("x-end", "3", "x-end-bin", "\xff\x00"))
-	if err := ss.RecvMsg(new(healthpb.HealthCheckRequest)); err != nil {
+	if err != nil {
 		return err
 	}
 	return ss.SendMsg(new(healthpb.HealthCheckResponse))
