@@ -43,9 +43,9 @@ func Tells(tb testing.TB, cells func() []Tested) {
 	})
 }
 
-var handled = regexp.MustCompile(`(?m)^grpc_server_handled_total\{grpc_code="(\w+)",grpc_method="(\w+)",grpc_service="([\w.]+)",[^}]*\} (\d+)$`)
+var answered = regexp.MustCompile(`(?m)^grpc_server_msg_sent_total\{grpc_method="(\w+)",grpc_service="([\w.]+)",[^}]*\} (\d+)`)
 
-// Tells notes that the proxy has answered for column whatever methods its metrics count as done when the test ends.
+// Tells notes that the proxy has answered for column every method that its metrics count an answer of when the test ends.
 func (p *Proxy) Tells(column string) {
 	p.env.TB.Helper()
 	Tells(p.env.TB, func() (cells []Tested) {
@@ -53,12 +53,9 @@ func (p *Proxy) Tells(column string) {
 			p.env.TB.Errorf("note what was tested with %s: the proxy has ended", column)
 			return nil
 		}
-		known := make(map[string]bool)
-		for _, m := range handled.FindAllStringSubmatch(p.Scrape(), -1) {
-			code, row, count := m[1], "/"+m[3]+"/"+m[2], m[4]
-			if done := code == "OK" || code == "Canceled"; done && count != "0" && !known[row] { // a watch ends by being canceled
-				known[row] = true
-				cells = append(cells, Tested{Row: row, Column: column})
+		for _, m := range answered.FindAllStringSubmatch(p.Scrape(), -1) {
+			if m[3] != "0" {
+				cells = append(cells, Tested{Row: "/" + m[2] + "/" + m[1], Column: column})
 			}
 		}
 		return cells
