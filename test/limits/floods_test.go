@@ -125,11 +125,11 @@ func TestFloods(t *testing.T) {
 			if test.reads {
 				for side, address := range s.sides() {
 					k := greet(t, address)
-					ends[side] = last(k.flood(5000, true, test.flood(k)))
+					// Whether a connection is closed on which frames go on to come for a stream that has ended is chance: grpc-go's server does one or the other, in etcd too.
+					ends[side] = slices.DeleteFunc(last(k.flood(5000, true, test.flood(k))), func(s string) bool { return !strings.HasPrefix(s, "GOAWAY") })
 				}
 				t.Logf("it ends with %q", ends["the proxy"])
-				// Who resets streams all the time is let go of by chance, by grpc-go's server as by itself.
-				if want, got := ends["bare etcd"], ends["the proxy"]; !slices.Equal(want, got) && !strings.HasPrefix(test.name, "RST") {
+				if want, got := ends["bare etcd"], ends["the proxy"]; !slices.Equal(want, got) {
 					t.Errorf("\nbare etcd: %q\nthe proxy: %q", want, got)
 				}
 			}
