@@ -1,0 +1,144 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"io"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/mem"
+	"google.golang.org/grpc/status"
+)
+
+func (m *grpcMethod) serveStream(_ any, ss grpc.ServerStream) error {
+	m.metrics.started.Inc()
+	err := m.relay(ss)
+	m.metrics.end(status.Code(err))
+	return err
+}
+
+// relay moves a stream. This goroutine moves what etcd sends; a stream on which the client sends too has one more, which moves that.
+func (m *grpcMethod) relay(ss grpc.ServerStream) error {
+	ctx := ss.Context()
+	id, err := m.admit(ctx)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	if m.waits {
+		defer context.AfterFunc(m.engine.draining, func() { cancel(errShuttingDown) })()
+	}
+	c := m.newCall(id)
+	var first *frame
+	if m.shape == shapeServerStream {
+		first = new(frame)
+		defer func() { first.free() }()
+		if err := ss.RecvMsg(first); err != nil {
+			return err
+		}
+		m.metrics.received.Inc()
+		if c != nil {
+			if err := first.edit(ctx, c.request); err != nil {
+				return err
+			}
+		}
+	}
+	id.to.await(ctx)
+	lane := m.engine.to(c, id)
+	defer lane.done()
+	cs, err := lane.conn.NewStream(upstreamContext(ctx), &m.stream, m.full, grpc.ForceCodecV2(rawCodec{}))
+	if err != nil {
+		return ended(ctx, err, nil, nil)
+	}
+	if first != nil {
+		// An end of the stream is told in full by the first receive.
+		if err := cs.SendMsg(first); err != nil && !errors.Is(err, io.EOF) {
+			return ended(ctx, err, nil, nil)
+		}
+	} else {
+		m.engine.pumps.Go(func() { m.pump(ctx, cancel, ss, cs, c) })
+	}
+	header, err := cs.Header()
+	if err == nil && header != nil {
+		if err := ss.SendHeader(header); err != nil {
+			return err
+		}
+	}
+	out := new(frame)
+	defer func() { out.free() }()
+	for {
+		if err := cs.RecvMsg(out); err != nil {
+			trailer := cs.Trailer()
+			ss.SetTrailer(trailer)
+			if errors.Is(err, io.EOF) {
+				return nil
+			}
+			return ended(ctx, err, header, trailer)
+		}
+		if c != nil && c.scans() {
+			if err := out.replace(ctx, c.response); err != nil {
+				return err
+			}
+		}
+		if err := m.send(ctx, ss, out, c); err != nil {
+			return err
+		}
+	}
+}
+
+// send sends a response, or what c cuts it into.
+func (m *grpcMethod) send(ctx context.Context, ss grpc.ServerStream, out *frame, c call) error {
+	var all [][]byte
+	if x, ok := c.(cutter); ok && x.cuts() {
+		err := out.edit(ctx, func(_ context.Context, msg []byte) (_ []byte, err error) {
+			all, err = x.cut(msg)
+			return msg, err
+		})
+		if err != nil {
+			return err
+		}
+	}
+	if all == nil {
+		all = [][]byte{nil}
+	} else {
+		out.free()
+	}
+	for _, msg := range all {
+		if msg != nil {
+			out.data = mem.BufferSlice{mem.SliceBuffer(msg)}
+		}
+		if err := ss.SendMsg(out); err != nil {
+			return err
+		}
+		m.metrics.sent.Inc()
+	}
+	return nil
+}
+
+// pump moves what the client sends until the client half-closes, which etcd is told, or the stream ends. What goes wrong here ends
+// the stream, with its own status.
+func (m *grpcMethod) pump(ctx context.Context, cancel context.CancelCauseFunc, ss grpc.ServerStream, cs grpc.ClientStream, c call) {
+	in := new(frame)
+	defer func() { in.free() }()
+	for {
+		if err := ss.RecvMsg(in); err != nil {
+			if errors.Is(err, io.EOF) {
+				_ = cs.CloseSend() // never fails; an ended stream tells its receiver
+				return
+			}
+			cancel(err)
+			return
+		}
+		m.metrics.received.Inc()
+		if c != nil {
+			if err := in.edit(ctx, c.request); err != nil {
+				cancel(err)
+				return
+			}
+		}
+		if err := cs.SendMsg(in); err != nil {
+			return // the receiving side learns why
+		}
+	}
+}
