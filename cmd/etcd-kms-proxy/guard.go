@@ -90,10 +90,13 @@ func (g *guard) read(ctx context.Context) (*lifecycle.Agreement, []lifecycle.Pla
 	}
 }
 
-// look reads once. A learner, which answers nothing else, is asked for what it has by now.
+// look reads once. A learner, which answers nothing else, is asked for what it has by now. So is a member without a leader where coordination is off: its clients may
+// still read from it what needs none.
 func (g *guard) look(ctx context.Context) (*lifecycle.Agreement, []lifecycle.Place, error) {
-	agreed, others, err := g.records(ctx)
-	if errors.Is(err, rpctypes.Error(rpctypes.ErrGRPCNotSupportedForLearner)) {
+	limited, cancel := context.WithTimeout(ctx, guardTimeout/2)
+	defer cancel()
+	agreed, others, err := g.records(limited)
+	if errors.Is(err, rpctypes.Error(rpctypes.ErrGRPCNotSupportedForLearner)) || g.fleet == nil && err != nil && limited.Err() != nil {
 		return g.records(ctx, clientv3.WithSerializable())
 	}
 	return agreed, others, err
