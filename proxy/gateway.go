@@ -2,7 +2,6 @@ package proxy
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"io"
 	"log"
@@ -250,7 +249,9 @@ func (u *upstream) httpTransport() *http.Transport {
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			var last error
 			for _, endpoint := range u.endpoints {
-				conn, err := u.dialHTTP(ctx, endpoint)
+				limited, cancel := context.WithTimeout(ctx, readyWait)
+				conn, err := u.dialEndpoint(limited, endpoint, protocolHTTP1)
+				cancel()
 				if err == nil {
 					return conn, nil
 				}
@@ -260,33 +261,4 @@ func (u *upstream) httpTransport() *http.Transport {
 		},
 		ResponseHeaderTimeout: headerTimeout, IdleConnTimeout: idleTimeout, MaxIdleConns: 16, MaxIdleConnsPerHost: 16,
 	}
-}
-
-func (u *upstream) dialHTTP(ctx context.Context, endpoint string) (net.Conn, error) {
-	ctx, cancel := context.WithTimeout(ctx, readyWait)
-	defer cancel()
-	network, address := "tcp", endpoint
-	if scheme, rest, ok := strings.Cut(endpoint, "://"); ok {
-		if address = rest; strings.HasPrefix(scheme, "unix") {
-			network = "unix"
-		}
-	}
-	var dialer net.Dialer
-	conn, err := dialer.DialContext(ctx, network, address)
-	if err != nil || u.tls == nil {
-		return conn, err
-	}
-	cfg := u.tls.config().Clone()
-	cfg.NextProtos = []string{protocolHTTP1}
-	if cfg.ServerName == "" {
-		if host, _, err := net.SplitHostPort(address); err == nil {
-			cfg.ServerName = host
-		}
-	}
-	over := tls.Client(conn, cfg)
-	if err := over.HandshakeContext(ctx); err != nil {
-		_ = conn.Close()
-		return nil, err
-	}
-	return over, nil
 }

@@ -46,6 +46,7 @@ type grpcEngine struct {
 	drainTimeout time.Duration
 	unknown      prometheus.Counter
 	methods      map[string]map[string]bool // service → methods, for the texts about unknown ones
+	served       []*grpcMethod
 
 	draining context.Context
 	drain    context.CancelCauseFunc
@@ -99,6 +100,7 @@ func (e *grpcEngine) register(m *metrics) {
 		}
 		e.methods[row.service][row.name] = true
 		h := &grpcMethod{engine: e, method: row, metrics: m.of(row), stream: row.streamDesc()}
+		e.served = append(e.served, h)
 		if row.shape == shapeUnary {
 			sd.Methods = append(sd.Methods, grpc.MethodDesc{MethodName: row.name, Handler: h.serveUnary})
 			continue

@@ -57,7 +57,23 @@ func TestLanes(t *testing.T) {
 	done := make(chan struct{})
 	go func() { defer close(done); _ = s.Serve(l) }()
 	t.Cleanup(func() { s.Stop(); <-done })
-	p := startProxy(t, l.Addr().String(), everything, nil)
+	t.Run("frames", func(t *testing.T) {
+		p := startProxy(t, l.Addr().String(), everything, nil)
+		useLanes(t, p)
+		if n := len(p.upstream.lanes.more); n > 5 {
+			t.Errorf("%d lanes beside the first, want 5 at most", n)
+		}
+	})
+	t.Run("reference", func(t *testing.T) {
+		p := startProxy(t, l.Addr().String(), everything, func(c *Config) { c.Reference = true })
+		useLanes(t, p)
+		if n := len(p.upstream.lanes.more); n != 5 {
+			t.Errorf("%d lanes beside the first, want 5", n)
+		}
+	})
+}
+
+func useLanes(t *testing.T, p *running) {
 	conn := p.dial(t)
 	eventually(t, "etcd is connected", func() bool { return p.upstream.up.Load() })
 	for range 3 {
@@ -84,8 +100,5 @@ func TestLanes(t *testing.T) {
 			}
 			return calls == 0
 		})
-	}
-	if n := len(p.upstream.lanes.more); n != 5 {
-		t.Errorf("%d lanes beside the first, want 5", n)
 	}
 }

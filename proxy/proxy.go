@@ -28,6 +28,8 @@ type Config struct {
 	Registerer   prometheus.Registerer // nil: metrics are not registered
 	// Gate holds calls back until it is closed; while it is open they wait as they wait for etcd, and are then Unavailable. Nil: nothing is held back.
 	Gate <-chan struct{}
+	// Reference has the reference engine, on grpc-go, do everything: it is slower, and what the engine that is otherwise used is held against.
+	Reference bool
 	// OnDenied is told of a denied client whenever the log is: by the listener's address as configured, the client's name and its address. It is called on the
 	// call's goroutine. May be nil.
 	OnDenied func(listener, client, remote string)
@@ -99,10 +101,12 @@ func New(cfg Config) (*Proxy, error) {
 		p.Close()
 		return nil, err
 	}
-	engine, err := newGRPCEngine(p.core, p.upstream, m, log, &denials{log: log, tell: cfg.OnDenied}, cfg.DrainTimeout)
+	ref, err := newGRPCEngine(p.core, p.upstream, m, log, &denials{log: log, tell: cfg.OnDenied}, cfg.DrainTimeout)
 	if err == nil {
-		p.engine = engine
-		p.gateway, err = newGateway(p.engine, cfg.MaxRequestBytes)
+		if p.engine = ref; !cfg.Reference {
+			p.engine = newFrameEngine(ref)
+		}
+		p.gateway, err = newGateway(ref, cfg.MaxRequestBytes)
 	}
 	if err != nil {
 		p.Close()

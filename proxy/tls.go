@@ -35,8 +35,11 @@ type UpstreamTLS struct {
 	InsecureSkipVerify bool   // take any server certificate
 }
 
-// protocolHTTP1 is the name of HTTP/1.1 in TLS.
-const protocolHTTP1 = "http/1.1"
+// The names of HTTP's versions in TLS.
+const (
+	protocolHTTP1 = "http/1.1"
+	protocolHTTP2 = "h2"
+)
 
 // fresh hands out what load made of files, and makes it anew when one of them has changed. When that fails the last good one stays.
 // It is safe for concurrent use.
@@ -121,7 +124,7 @@ func (c *ListenerTLS) serverTLS(log *slog.Logger, address string) (*fresh[*tls.C
 			MinVersion:   version,
 			CipherSuites: suites,
 			// Clients of gRPC offer h2 alone. Who offers both takes the JSON gateway as well over HTTP/1.1, and the two need not be told apart within HTTP/2.
-			NextProtos: []string{protocolHTTP1, "h2"},
+			NextProtos: []string{protocolHTTP1, protocolHTTP2},
 		}
 		if c.ClientCAFile == "" {
 			return cfg, nil

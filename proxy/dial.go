@@ -1,0 +1,61 @@
+package proxy
+
+import (
+	"context"
+	"crypto/tls"
+	"fmt"
+	"net"
+	"strings"
+)
+
+// address splits an endpoint into what package net dials.
+func address(endpoint string) (network, addr string) {
+	scheme, rest, ok := strings.Cut(endpoint, "://")
+	switch {
+	case !ok:
+		return "tcp", endpoint
+	case strings.HasPrefix(scheme, "unix"):
+		return "unix", rest
+	}
+	return "tcp", rest
+}
+
+// dialEndpoint connects to an endpoint, over TLS where the endpoints have that, to speak protocol.
+func (u *upstream) dialEndpoint(ctx context.Context, endpoint, protocol string) (net.Conn, error) {
+	network, addr := address(endpoint)
+	var dialer net.Dialer
+	conn, err := dialer.DialContext(ctx, network, addr)
+	if err != nil || u.tls == nil {
+		return conn, err
+	}
+	cfg := u.tls.config().Clone()
+	cfg.NextProtos = []string{protocol}
+	if cfg.ServerName == "" {
+		if host, _, err := net.SplitHostPort(addr); err == nil {
+			cfg.ServerName = host
+		}
+	}
+	over := tls.Client(conn, cfg)
+	if err := over.HandshakeContext(ctx); err != nil {
+		_ = conn.Close()
+		return nil, err
+	}
+	if got := over.ConnectionState().NegotiatedProtocol; got != protocol && got != "" {
+		_ = over.Close()
+		return nil, fmt.Errorf("%s speaks %q over TLS, and not %q", endpoint, got, protocol)
+	}
+	return over, nil
+}
+
+// origin is the scheme and the authority that requests to an endpoint name.
+func (u *upstream) origin(endpoint string) (scheme, authority string) {
+	scheme = "http"
+	if u.tls != nil {
+		scheme = "https"
+	}
+	network, addr := address(endpoint)
+	if network == "unix" {
+		return scheme, "localhost"
+	}
+	return scheme, addr
+}

@@ -1,0 +1,279 @@
+package proxy
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"strconv"
+	"sync/atomic"
+
+	"golang.org/x/net/http2/hpack"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/mem"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/h2"
+)
+
+// piece is what comes in at once: header fields, or data.
+type piece struct {
+	stream *h2.Stream // of etcd's, that it came on
+	fields []hpack.HeaderField
+	data   []byte
+	end    bool
+}
+
+// answers is how far a call's answers have come. It is of whoever has the direction, see [fstream].
+type answers struct {
+	begun atomic.Bool // the client has the header
+
+	head   []byte          // of the message, as far as it has come
+	unsent []byte          // the head, if the message passes and nothing of it was sent
+	left   int             // bytes of the message that have not come
+	scans  bool            // its values are opened
+	edits  bool            // it is gathered for that, or to be cut
+	own    *[]byte         // what is to be looked into next; of buffers
+	n      int             // bytes in own
+	made   mem.BufferSlice // what was made of the parts before
+}
+
+// out is what etcd sends.
+func (st *fstream) out(p piece) {
+	st.mu.Lock()
+	if st.outward.parked {
+		p.data = bytes.Clone(p.data)
+		st.outward.backlog = append(st.outward.backlog, p)
+		st.mu.Unlock()
+		return
+	}
+	st.mu.Unlock()
+	st.answer(hasty, p)
+}
+
+// answer handles what etcd sends. With a context that does not wait it may park the direction, and else it is done when it returns.
+func (st *fstream) answer(ctx context.Context, p piece) {
+	if p.fields == nil {
+		st.heldOut.Add(int64(len(p.data)))
+		st.carry(ctx, p)
+		return
+	}
+	switch {
+	case !p.end:
+		st.answers.begun.Store(true)
+		st.client.Headers(p.fields, false)
+		return
+	case st.finish(codeOf(p.fields)):
+		st.client.Headers(p.fields, true)
+	}
+	st.answers.free()
+	p.stream.Finish()
+}
+
+// codeOf is the status in a trailer.
+func codeOf(trailer []hpack.HeaderField) codes.Code {
+	for _, f := range trailer {
+		if f.Name == "grpc-status" {
+			if n, err := strconv.ParseUint(f.Value, 10, 32); err == nil {
+				return codes.Code(n)
+			}
+		}
+	}
+	return codes.Unknown
+}
+
+// carry moves data towards the client.
+func (st *fstream) carry(ctx context.Context, p piece) {
+	switch {
+	case st.ended.Load():
+	case st.isLocal():
+		st.client.Data(false, nil, p.data)
+	default:
+		if rest, waits := st.cut(ctx, p.data); waits {
+			p.data = bytes.Clone(rest)
+			st.park(&st.outward, func(ctx context.Context) {
+				st.looked(ctx)
+				st.carry(ctx, p)
+			})
+			return
+		}
+	}
+	if !st.client.Waits() {
+		st.creditUp()
+	}
+	if p.end { // without a trailer, which a server of gRPC does not do
+		if st.finish(codes.Unknown) {
+			st.client.Data(true, nil, nil)
+		}
+		p.stream.Finish()
+	}
+}
+
+// cut finds the messages in data, passes those that are not looked into, and looks into the others when they are whole, or a part of theirs is. waits says that this would take the
+// KMS: the part is where it was, and rest is what follows it.
+func (st *fstream) cut(ctx context.Context, data []byte) (rest []byte, waits bool) {
+	a := &st.answers
+	for len(data) > 0 && !st.ended.Load() {
+		if len(a.head) < headLength {
+			n := min(headLength-len(a.head), len(data))
+			a.head = append(a.head, data[:n]...)
+			if data = data[n:]; len(a.head) < headLength {
+				break
+			}
+			st.message()
+		}
+		n := min(a.left, len(data))
+		switch {
+		case a.edits:
+			n = copy((*a.own)[a.n:], data[:n])
+			a.n += n
+			a.left -= n
+			if a.left > 0 && a.n < len(*a.own) {
+				return nil, false
+			}
+			if st.look(ctx) {
+				return data[n:], true
+			}
+		case n > 0 || a.left == 0:
+			a.left -= n
+			st.client.Data(false, a.unsent, data[:n])
+			a.unsent = nil
+		}
+		data = data[n:]
+		st.messageEnd()
+	}
+	return nil, false
+}
+
+// looked does with a context that waits what look did not.
+func (st *fstream) looked(ctx context.Context) {
+	st.look(ctx)
+	st.messageEnd()
+}
+
+// messageEnd begins anew after a whole message.
+func (st *fstream) messageEnd() {
+	if st.answers.left == 0 {
+		st.method.metrics.sent.Inc()
+		st.answers.head = st.answers.head[:0]
+	}
+}
+
+// message begins with the message whose head has come.
+func (st *fstream) message() {
+	a := &st.answers
+	if a.head[0] != 0 {
+		st.fail(ownError(codes.Internal, "etcd's answer is compressed, which nobody asked for"))
+		return
+	}
+	a.left = int(binary.BigEndian.Uint32(a.head[1:]))
+	a.scans = st.call != nil && a.left > 0 && st.call.scans()
+	x, ok := st.call.(cutter)
+	if a.edits = a.scans || ok && a.left > 0 && x.cuts(); a.edits {
+		a.own, a.n = buffers.Get(min(a.left, partSize)), 0
+	} else {
+		a.unsent = a.head
+	}
+}
+
+// look looks into what has come of a message, and hands it on when that is all. It reports true, and has changed nothing, if ctx does not wait and the KMS is needed.
+func (st *fstream) look(ctx context.Context) (waits bool) {
+	a := &st.answers
+	own, n, whole := a.own, a.n, a.n
+	if a.left > 0 {
+		next := 0
+		if whole = 0; a.scans && st.call.parts() {
+			if whole, next = wholeFields((*own)[:n]); next < 0 {
+				whole = n // what is wrong with it is for the call to say
+			}
+		}
+		if whole == 0 {
+			a.own = buffers.Get(min(max(2*n, next), n+a.left))
+			copy(*a.own, (*own)[:n])
+			buffers.Put(own)
+			return false
+		}
+	}
+	var kept *[]byte
+	if a.scans && ctx == hasty {
+		kept = buffers.Get(n)
+		copy(*kept, *own)
+	}
+	a.own, a.n = nil, 0
+	if a.left > 0 {
+		begun := (*own)[whole:n]
+		a.own = buffers.Get(min(max(partSize, len(begun)+1), len(begun)+a.left))
+		a.n = copy(*a.own, begun)
+	}
+	part, err := st.replaced(ctx, own, whole)
+	if wouldWait(ctx, err) {
+		a.drop()
+		a.own, a.n = kept, n
+		return true
+	}
+	if kept != nil {
+		buffers.Put(kept)
+	}
+	if err != nil {
+		st.fail(err)
+		return false
+	}
+	if a.made = append(a.made, part); a.left == 0 {
+		st.deliver()
+	}
+	return false
+}
+
+// replaced is what the call makes of the first n bytes of own, which it takes over.
+func (st *fstream) replaced(ctx context.Context, own *[]byte, n int) (mem.Buffer, error) {
+	if st.answers.scans {
+		return replaced(ctx, own, n, st.call.response)
+	}
+	return mem.NewBuffer(own, buffers), nil
+}
+
+// copied is up to what length an answer is copied into what is written next, in bytes. A longer one is kept until the client takes it.
+const copied = 32 << 10
+
+// deliver hands a message on that was looked into.
+func (st *fstream) deliver() {
+	made := st.answers.made
+	st.answers.made = nil
+	if x, ok := st.call.(cutter); ok && x.cuts() {
+		all, err := x.cut(made.Materialize())
+		if err != nil {
+			made.Free()
+			st.fail(err)
+			return
+		}
+		if len(all) > 0 {
+			made.Free()
+			for i, msg := range all {
+				st.client.Data(false, head(len(msg)), msg)
+				if i > 0 {
+					st.method.metrics.sent.Inc()
+				}
+			}
+			return
+		}
+	}
+	if n := made.Len(); len(made) > 1 || n > copied {
+		st.client.Buffers(false, head(n), made)
+		return
+	}
+	st.client.Data(false, head(made.Len()), made[0].ReadOnlyData())
+	made.Free()
+}
+
+// drop gives back what was gathered.
+func (a *answers) drop() {
+	if a.own != nil {
+		buffers.Put(a.own)
+		a.own, a.n = nil, 0
+	}
+}
+
+// free lets go of everything.
+func (a *answers) free() {
+	a.drop()
+	a.made.Free()
+	a.made = nil
+}

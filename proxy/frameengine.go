@@ -1,0 +1,221 @@
+package proxy
+
+import (
+	"context"
+	"log/slog"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/net/http2/hpack"
+)
+
+// frameEngine moves the frames of HTTP/2 between a client's connection and connections of its own to etcd: one to each endpoint, which nobody else uses. What a call
+// carries is looked into by the same calls as in the reference engine.
+//
+// It does what is done often. Everything else goes on to the reference engine, over a connection within the process, as the client has sent it: methods that need decoded
+// messages, clients that are denied, compressed messages, whatever is odd about a request, and every request while etcd is not connected. So there is one place that
+// decides about those, and what they are answered is the same from either engine.
+type frameEngine struct {
+	ref     *grpcEngine
+	core    *core
+	log     *slog.Logger
+	drain   time.Duration
+	methods map[string]*grpcMethod // those that go this way, by path
+	base    context.Context        // of everything that waits; it ends with the engine
+	cancel  context.CancelFunc
+
+	leaving  atomic.Bool // draining has begun
+	mu       sync.Mutex
+	sessions map[*session]struct{}
+	draining bool
+	empty    chan struct{} // closed once draining and without sessions
+	all      sync.WaitGroup
+}
+
+var _ engine = (*frameEngine)(nil)
+
+// takesFrames says which methods do not need the reference engine: those that carry no value, and those whose values are rewritten where they stand.
+func (m *method) takesFrames() bool {
+	return m.class == classPass && m.service != "grpc.health.v1.Health" || m.class == classRewrite
+}
+
+func newFrameEngine(ref *grpcEngine) *frameEngine {
+	e := &frameEngine{
+		ref: ref, core: ref.core, log: ref.log, drain: ref.drainTimeout,
+		methods: make(map[string]*grpcMethod), sessions: make(map[*session]struct{}), empty: make(chan struct{}),
+	}
+	e.base, e.cancel = context.WithCancel(context.Background())
+	for _, m := range ref.served {
+		if m.takesFrames() {
+			e.methods[m.full] = m
+		}
+	}
+	return e
+}
+
+// serve implements engine.
+func (e *frameEngine) serve(conn *clientConn) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.draining {
+		_ = conn.Close()
+		return
+	}
+	s := newSession(e, conn)
+	e.sessions[s] = struct{}{}
+	e.all.Go(func() {
+		s.run()
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		if delete(e.sessions, s); e.draining && len(e.sessions) == 0 {
+			close(e.empty)
+		}
+	})
+}
+
+// run implements engine.
+func (e *frameEngine) run(ctx context.Context) error {
+	done := make(chan error, 1)
+	go func() { done <- e.ref.run(ctx) }()
+	var err error
+	select {
+	case <-ctx.Done():
+		e.leave()
+		err = <-done
+	case err = <-done: // it failed
+	}
+	e.close()
+	e.all.Wait()
+	return err
+}
+
+// leave asks all clients to go elsewhere, and waits for them as long as the drain may take.
+func (e *frameEngine) leave() {
+	e.leaving.Store(true)
+	e.mu.Lock()
+	e.draining = true
+	all := make([]*session, 0, len(e.sessions))
+	for s := range e.sessions {
+		all = append(all, s)
+	}
+	if len(all) == 0 {
+		close(e.empty)
+	}
+	e.mu.Unlock()
+	for _, s := range all {
+		e.all.Go(s.leave)
+	}
+	timer := time.NewTimer(e.drain)
+	defer timer.Stop()
+	select {
+	case <-e.empty:
+	case <-timer.C:
+		e.log.Warn("calls did not finish in time and were ended", "drainTimeout", e.drain)
+	}
+}
+
+// close implements engine.
+func (e *frameEngine) close() {
+	e.cancel()
+	e.mu.Lock()
+	e.draining = true
+	for s := range e.sessions {
+		s.client.Close()
+	}
+	e.mu.Unlock()
+	e.ref.close()
+}
+
+// route says by its header fields whether a call goes this way, and whose it is.
+func (e *frameEngine) route(id *Identity, fields []hpack.HeaderField) *grpcMethod {
+	if id.Denied {
+		return nil
+	}
+	if e.core.gate != nil {
+		select {
+		case <-e.core.gate:
+		default:
+			return nil
+		}
+	}
+	var m *grpcMethod
+	posted, typed := false, false
+	for _, f := range fields {
+		switch f.Name {
+		case ":method":
+			posted = f.Value == "POST"
+		case ":path":
+			m = e.methods[f.Value]
+		case "content-type":
+			typed = f.Value == contentType || f.Value == contentType+"+proto"
+		case "grpc-encoding":
+			if f.Value != "identity" {
+				return nil
+			}
+		case meantForEtcd:
+			return nil
+		}
+	}
+	if !posted || !typed {
+		return nil
+	}
+	return m
+}
+
+const contentType = "application/grpc"
+
+// upstreamFields makes of a client's header fields those for etcd. What belongs to the hop stays behind.
+func upstreamFields(fields []hpack.HeaderField, scheme, authority string) []hpack.HeaderField {
+	kept := make([]hpack.HeaderField, 0, len(fields)+1)
+	for _, f := range fields {
+		switch f.Name {
+		case ":scheme":
+			f.Value = scheme
+		case ":authority":
+			f.Value = authority
+		case "grpc-encoding", "grpc-accept-encoding", "accept-encoding", "host", "content-length":
+			continue
+		}
+		kept = append(kept, f)
+	}
+	return append(kept, hpack.HeaderField{Name: meantForEtcd, Value: markOfEtcd[0]})
+}
+
+// timeoutOf returns what the client says the call may take; 0: it does not say.
+func timeoutOf(fields []hpack.HeaderField) time.Duration {
+	for _, f := range fields {
+		if f.Name != "grpc-timeout" || len(f.Value) < 2 || len(f.Value) > 9 {
+			continue
+		}
+		unit, ok := map[byte]time.Duration{
+			'H': time.Hour, 'M': time.Minute, 'S': time.Second, 'm': time.Millisecond, 'u': time.Microsecond, 'n': time.Nanosecond,
+		}[f.Value[len(f.Value)-1]]
+		n := time.Duration(0)
+		for _, c := range f.Value[:len(f.Value)-1] {
+			if c < '0' || c > '9' {
+				return 0
+			}
+			n = 10*n + time.Duration(c-'0')
+		}
+		if ok && n > 0 {
+			return min(n, time.Duration(1<<63-1)/unit) * unit
+		}
+	}
+	return 0
+}
+
+// percent encodes a status message for its header, as gRPC has it.
+func percent(text string) string {
+	const hexDigits = "0123456789ABCDEF"
+	var b strings.Builder
+	for i := range len(text) {
+		if c := text[i]; c >= ' ' && c <= '~' && c != '%' {
+			b.WriteByte(c)
+		} else {
+			b.Write([]byte{'%', hexDigits[c>>4], hexDigits[c&15]})
+		}
+	}
+	return b.String()
+}

@@ -1,0 +1,382 @@
+package proxy
+
+import (
+	"context"
+	"net"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
+	"google.golang.org/grpc/test/bufconn"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/h2"
+)
+
+// session is a client's connection with the connections that serve it. It is the handler of the former: see [h2.Handler] for who calls what.
+type session struct {
+	engine *frameEngine
+	id     *Identity
+	conn   *clientConn
+	client *h2.Conn
+	conns  atomic.Pointer[[]*h2.Conn] // all there are; replaced under mu
+	work   sync.WaitGroup             // what must end before the session does
+
+	mu      sync.Mutex
+	hops    []*hop
+	turn    int           // whose turn it is
+	local   *h2.Conn      // to the reference engine; nil before it is needed
+	changed chan struct{} // closed when a hop has come up or down
+	ended   bool
+}
+
+// hop is one of etcd's endpoints, as one session sees it. Its fields are under the session's mu.
+type hop struct {
+	endpoint string
+	conn     *h2.Conn // nil while there is none
+	dialing  bool
+	pause    time.Duration // after the next failure
+	again    time.Time     // no sooner is it dialed
+}
+
+// Sizes of what is read at once, in bytes: requests are short, and lists are long.
+const (
+	clientRead = 16 << 10
+	etcdRead   = 64 << 10
+)
+
+// keepaliveSilence and keepalivePatience are how the reference engine finds out that etcd has gone without a word.
+const (
+	keepaliveSilence  = 15 * time.Second
+	keepalivePatience = 10 * time.Second
+)
+
+func newSession(e *frameEngine, conn *clientConn) *session {
+	s := &session{engine: e, id: conn.id, conn: conn, changed: make(chan struct{})}
+	s.client = h2.NewServer(conn, h2.Config{
+		Handler: s, Pool: buffers, ReadBuffer: clientRead, MinPing: 5 * time.Second, Silence: 2 * time.Hour, Patience: 20 * time.Second, Always: true,
+	})
+	s.conns.Store(&[]*h2.Conn{s.client})
+	for _, endpoint := range s.id.to.endpoints {
+		s.hops = append(s.hops, &hop{endpoint: endpoint})
+	}
+	return s
+}
+
+// run serves the connection to its end.
+func (s *session) run() {
+	s.flush() // who waits for our first words need not wait for etcd's
+	if !s.id.Denied {
+		s.first()
+	}
+	_ = s.client.Serve() // how a client leaves is its own affair
+	for _, stream := range s.client.Streams() {
+		if st, ok := stream.Value.(*fstream); ok {
+			st.left()
+		}
+	}
+	s.mu.Lock()
+	s.ended = true
+	conns := *s.conns.Load()
+	s.mu.Unlock()
+	for _, c := range conns {
+		c.Close()
+	}
+	s.work.Wait()
+}
+
+// first connects to all endpoints, and waits until it is to one of them or to none.
+func (s *session) first() {
+	ctx, cancel := context.WithTimeout(s.engine.base, readyWait)
+	defer cancel()
+	for {
+		s.mu.Lock()
+		for _, h := range s.hops {
+			if h.conn == nil && h.pause == 0 {
+				s.dial(h)
+			}
+		}
+		waits := slices.ContainsFunc(s.hops, func(h *hop) bool { return h.dialing }) && !slices.ContainsFunc(s.hops, func(h *hop) bool { return h.conn != nil })
+		changed := s.changed
+		s.mu.Unlock()
+		if !waits {
+			return
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// pick returns the connection to etcd whose turn it is, and nil if none takes a stream. Those that are down are tried again meanwhile.
+func (s *session) pick() (*h2.Conn, *hop) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.pickLocked()
+}
+
+func (s *session) pickLocked() (*h2.Conn, *hop) {
+	for i := range s.hops {
+		h := s.hops[(s.turn+i)%len(s.hops)]
+		if h.conn == nil {
+			s.dial(h)
+			continue
+		}
+		if h.conn.Takes() {
+			s.turn = (s.turn + i + 1) % len(s.hops)
+			return h.conn, h
+		}
+	}
+	return nil, nil
+}
+
+// await is pick for who waits for a connection, up to readyWait.
+func (s *session) await(ctx context.Context) (*h2.Conn, *hop) {
+	timer := time.NewTimer(readyWait)
+	defer timer.Stop()
+	for {
+		s.mu.Lock()
+		conn, h := s.pickLocked()
+		full := slices.ContainsFunc(s.hops, func(h *hop) bool { return h.conn != nil })
+		changed := s.changed
+		s.mu.Unlock()
+		if conn != nil || full {
+			return conn, h
+		}
+		again := time.NewTimer(reconnect.Backoff.BaseDelay)
+		select {
+		case <-changed:
+		case <-again.C:
+		case <-timer.C:
+			return nil, nil
+		case <-ctx.Done():
+			return nil, nil
+		}
+		again.Stop()
+	}
+}
+
+// dial connects to an endpoint, unless that is under way or was tried just now. The caller holds mu.
+func (s *session) dial(h *hop) {
+	if h.dialing || s.ended || time.Now().Before(h.again) {
+		return
+	}
+	h.dialing = true
+	s.work.Go(func() {
+		ctx, cancel := context.WithTimeout(s.engine.base, reconnect.MinConnectTimeout)
+		conn, err := s.id.to.dialEndpoint(ctx, h.endpoint, protocolHTTP2)
+		cancel()
+		if err != nil {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			h.dialing = false
+			h.pause = min(max(h.pause*8/5, reconnect.Backoff.BaseDelay), reconnect.Backoff.MaxDelay)
+			h.again = time.Now().Add(h.pause)
+			s.tell()
+			return
+		}
+		s.serveHop(h, conn)
+	})
+}
+
+// serveHop serves a connection to etcd to its end.
+func (s *session) serveHop(h *hop, conn net.Conn) {
+	up := &upside{session: s, hop: h}
+	c := h2.NewClient(conn, h2.Config{Handler: up, Pool: buffers, ReadBuffer: etcdRead, Silence: keepaliveSilence, Patience: keepalivePatience})
+	up.conn = c
+	s.mu.Lock()
+	h.dialing = false
+	if s.ended {
+		s.mu.Unlock()
+		c.Close()
+		return
+	}
+	h.conn, h.pause = c, 0
+	s.add(c)
+	s.tell()
+	s.mu.Unlock()
+	s.serveUp(up)
+}
+
+// serveUp serves a connection that streams go on to.
+func (s *session) serveUp(up *upside) {
+	c := up.conn
+	why := c.Serve()
+	s.mu.Lock()
+	up.forget()
+	all := slices.DeleteFunc(slices.Clone(*s.conns.Load()), func(o *h2.Conn) bool { return o == c })
+	s.conns.Store(&all)
+	s.mu.Unlock()
+	for _, stream := range c.Streams() {
+		if st, ok := stream.Value.(*fstream); ok {
+			st.lost(why)
+		}
+	}
+	s.flush()
+}
+
+// add notes a connection that is to be flushed with the others. The caller holds mu.
+func (s *session) add(c *h2.Conn) {
+	all := append(slices.Clone(*s.conns.Load()), c)
+	s.conns.Store(&all)
+}
+
+// tell wakes those who wait for a connection. The caller holds mu.
+func (s *session) tell() {
+	close(s.changed)
+	s.changed = make(chan struct{})
+}
+
+// reference returns the connection to the reference engine, and nil once there can be none.
+func (s *session) reference() *h2.Conn {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ended {
+		return nil
+	}
+	if s.local != nil && s.local.Takes() {
+		return s.local
+	}
+	l := bufconn.Listen(loopBuffer)
+	defer l.Close() //nolint:errcheck // never fails
+	accepted := make(chan net.Conn, 1)
+	go func() {
+		conn, _ := l.Accept() // it is dialed at once
+		accepted <- conn
+	}()
+	near, err := l.Dial()
+	if err != nil {
+		return nil
+	}
+	far := <-accepted
+	up := &upside{session: s}
+	up.conn = h2.NewClient(near, h2.Config{Handler: up, Pool: buffers})
+	s.local = up.conn
+	s.add(up.conn)
+	s.work.Go(func() { s.engine.ref.serve(&clientConn{Conn: far, id: s.id, closed: func() {}}) })
+	s.work.Go(func() { s.serveUp(up) })
+	return up.conn
+}
+
+// flush writes what has gathered on all connections, and what that makes way for.
+func (s *session) flush() {
+	for again := true; again; {
+		again = false
+		for _, c := range *s.conns.Load() {
+			if c.Dirty() {
+				c.Flush()
+				again = true
+			}
+		}
+	}
+}
+
+// leave asks the client to go elsewhere, and ends the calls that wait for events. Those that go on to the reference engine are ended there.
+func (s *session) leave() {
+	s.client.Leave()
+	for _, stream := range s.client.Streams() {
+		if st, ok := stream.Value.(*fstream); ok && st.method != nil && st.method.waits && !st.isLocal() {
+			st.fail(errShuttingDown)
+		}
+	}
+	s.flush()
+}
+
+// Headers implements [h2.Handler].
+func (s *session) Headers(stream *h2.Stream, fields []hpack.HeaderField, end bool) {
+	st := &fstream{session: s, client: stream, fields: fields, method: s.engine.route(s.id, fields)}
+	stream.Value = st
+	st.begin(end)
+}
+
+// Data implements [h2.Handler].
+func (s *session) Data(stream *h2.Stream, data []byte, end bool) {
+	if st, ok := stream.Value.(*fstream); ok {
+		st.in(data, end)
+	}
+}
+
+// Reset implements [h2.Handler].
+func (s *session) Reset(stream *h2.Stream, _ http2.ErrCode) {
+	if st, ok := stream.Value.(*fstream); ok {
+		st.left()
+	}
+}
+
+// Sent implements [h2.Handler]: what etcd has sent for the stream is on its way.
+func (s *session) Sent(stream *h2.Stream) {
+	if st, ok := stream.Value.(*fstream); ok {
+		st.creditUp()
+	}
+}
+
+// Leaving implements [h2.Handler].
+func (s *session) Leaving() {}
+
+// Idle implements [h2.Handler].
+func (s *session) Idle() { s.flush() }
+
+// upside is the handler of a connection that streams go on to.
+type upside struct {
+	session *session
+	hop     *hop // nil for that to the reference engine
+	conn    *h2.Conn
+}
+
+var (
+	_ h2.Handler = (*session)(nil)
+	_ h2.Handler = (*upside)(nil)
+)
+
+// forget has new streams go elsewhere. The caller holds the session's mu.
+func (u *upside) forget() {
+	switch {
+	case u.hop != nil && u.hop.conn == u.conn:
+		u.hop.conn = nil
+	case u.hop == nil && u.session.local == u.conn:
+		u.session.local = nil
+	}
+	u.session.tell()
+}
+
+// Headers implements [h2.Handler].
+func (u *upside) Headers(stream *h2.Stream, fields []hpack.HeaderField, end bool) {
+	if st, ok := stream.Value.(*fstream); ok {
+		st.out(piece{stream: stream, fields: fields, end: end})
+	}
+}
+
+// Data implements [h2.Handler].
+func (u *upside) Data(stream *h2.Stream, data []byte, end bool) {
+	if st, ok := stream.Value.(*fstream); ok {
+		st.out(piece{stream: stream, data: data, end: end})
+	}
+}
+
+// Reset implements [h2.Handler].
+func (u *upside) Reset(stream *h2.Stream, code http2.ErrCode) {
+	if st, ok := stream.Value.(*fstream); ok {
+		st.reset(code)
+	}
+}
+
+// Sent implements [h2.Handler]: what the client has sent on the stream is on its way.
+func (u *upside) Sent(stream *h2.Stream) {
+	if st, ok := stream.Value.(*fstream); ok {
+		st.creditClient()
+	}
+}
+
+// Leaving implements [h2.Handler].
+func (u *upside) Leaving() {
+	u.session.mu.Lock()
+	defer u.session.mu.Unlock()
+	u.forget()
+}
+
+// Idle implements [h2.Handler].
+func (u *upside) Idle() { u.session.flush() }

@@ -1,0 +1,299 @@
+// Package h2 is one connection of HTTP/2, from either side, as gRPC uses it: streams, header blocks, flow control, pings and the two ways to leave. It moves bytes
+// and knows nothing of what they mean.
+//
+// golang.org/x/net/http2 reads the frames and golang.org/x/net/http2/hpack codes the headers. What is here is what lies between them and an engine
+// that moves streams from one connection to another: frames are handled on the one goroutine that reads the connection, what is to be sent gathers
+// in a buffer until somebody flushes it, and what the peer's windows do not take waits in the stream.
+//
+// The protocol is RFC 9113.
+package h2
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
+	"google.golang.org/grpc/mem"
+)
+
+// Sizes, in bytes.
+const (
+	frameSize     = 16 << 10   // the largest frame that either side sends, unless the peer says otherwise
+	initialWindow = 64<<10 - 1 // of every connection and stream, unless said otherwise
+	streamWindow  = 256 << 10  // what a peer may send on a stream before it is given credit
+	connWindow    = 4 << 20    // what it may send on all streams
+	minOut        = 4 << 10    // the least buffer for it
+	outLimit      = 256 << 10  // what gathers for one write; the rest waits in its streams
+)
+
+// prefaceTimeout bounds how long a client may take over the first bytes.
+const prefaceTimeout = 10 * time.Second
+
+// Handler is told of what comes in. All methods but Sent are called on the goroutine of [Conn.Serve], one at a time; none may block for long, and what they are given is theirs only
+// until they return, but for header fields.
+type Handler interface {
+	// Headers begins a stream (of a client), or gives the header or trailer of one (from a server). end says that nothing follows.
+	Headers(s *Stream, fields []hpack.HeaderField, end bool)
+	// Data gives what a stream carries. Whoever has done with it gives its length back with [Stream.Credit].
+	Data(s *Stream, data []byte, end bool)
+	// Reset says that the peer has ended a stream, or never began it.
+	Reset(s *Stream, code http2.ErrCode)
+	// Sent says that nothing waits for the peer's windows any more. It may be called on any goroutine that flushes.
+	Sent(s *Stream)
+	// Leaving says that the peer takes no new streams.
+	Leaving()
+	// Idle says that the goroutine is about to wait for the peer: what was gathered is to be flushed.
+	Idle()
+}
+
+// Config is what a connection is made of.
+type Config struct {
+	Handler Handler
+	Pool    mem.BufferPool // where buffers come from; it clears what is given back
+	// ReadBuffer is how many bytes are read at once; 0: 16 KiB.
+	ReadBuffer int
+	// MinPing is how often a client may send pings; who does it more often is sent away, as by grpc-go. 0: any.
+	MinPing time.Duration
+	// Silence is how long a peer may be silent before it is sent a ping, and Patience how long it may take to answer. 0: no ping is sent.
+	Silence, Patience time.Duration
+	// Always says that pings are sent without streams, too.
+	Always bool
+}
+
+// Conn is one connection. [Conn.Serve] reads it; everything else is safe for concurrent use.
+type Conn struct {
+	cfg    Config
+	conn   net.Conn
+	server bool // the peer opens the streams
+
+	// Of the goroutine that reads.
+	framer   *http2.Framer
+	last     uint32 // the highest stream of the peer
+	received int    // on all streams, that no credit was given for
+	pings    pings
+
+	ending  atomic.Bool  // it is to close with its last stream
+	reading atomic.Bool  // it waits for the peer
+	heard   atomic.Int64 // how often the peer was heard
+	dirty   atomic.Bool  // there may be something to flush
+	writing sync.Mutex   // held by who writes to conn; taken before mu
+
+	mu       sync.Mutex
+	out      *[]byte // what gathers; nil or of cfg.Pool
+	write    *http2.Framer
+	enc      *hpack.Encoder
+	block    bytes.Buffer // what enc writes to
+	streams  map[uint32]*Stream
+	next     uint32 // the stream that is opened next
+	window   int64  // what the peer takes on all streams
+	initial  int64  // what it takes on a new stream
+	maxFrame int
+	limit    uint32    // of streams, as the peer says
+	ready    []*Stream // have something to send that their own windows take
+	drained  []*Stream // that Sent is to be called for
+	leaving  bool      // the server takes no new streams
+	closed   bool
+	why      error // that it was closed
+	alive    *time.Timer
+	goneAt   uint32 // streams above it are not served; set while the server leaves
+}
+
+// NewServer makes the side that clients connect to. Nothing is read before [Conn.Serve].
+func NewServer(conn net.Conn, cfg Config) *Conn {
+	c := newConn(conn, cfg)
+	c.server, c.goneAt = true, math.MaxInt32
+	_ = c.write.WriteSettings(
+		http2.Setting{ID: http2.SettingInitialWindowSize, Val: streamWindow},
+	)
+	_ = c.write.WriteWindowUpdate(0, connWindow-initialWindow)
+	return c
+}
+
+// NewClient makes the side that opens streams. The peer hears of it with the first flush.
+func NewClient(conn net.Conn, cfg Config) *Conn {
+	c := newConn(conn, cfg)
+	c.next = 1
+	c.append([]byte(http2.ClientPreface))
+	_ = c.write.WriteSettings(
+		http2.Setting{ID: http2.SettingEnablePush, Val: 0},
+		http2.Setting{ID: http2.SettingInitialWindowSize, Val: streamWindow},
+	)
+	_ = c.write.WriteWindowUpdate(0, connWindow-initialWindow)
+	return c
+}
+
+func newConn(conn net.Conn, cfg Config) *Conn {
+	if cfg.ReadBuffer == 0 {
+		cfg.ReadBuffer = 16 << 10
+	}
+	c := &Conn{
+		cfg: cfg, conn: conn, streams: make(map[uint32]*Stream),
+		window: initialWindow, initial: initialWindow, maxFrame: frameSize, limit: math.MaxUint32,
+	}
+	c.framer = http2.NewFramer(nil, bufio.NewReaderSize((*reader)(c), cfg.ReadBuffer))
+	c.framer.SetReuseFrames()
+	c.framer.SetMaxReadFrameSize(frameSize)
+	c.framer.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
+	c.write = http2.NewFramer((*gatherer)(c), nil)
+	c.enc = hpack.NewEncoder(&c.block)
+	return c
+}
+
+// reader reads from the connection, after what has gathered was flushed: whoever waits for the peer must not keep it waiting.
+type reader Conn
+
+// Read implements io.Reader.
+func (r *reader) Read(b []byte) (int, error) {
+	r.cfg.Handler.Idle()
+	r.reading.Store(true)
+	n, err := r.conn.Read(b)
+	r.reading.Store(false)
+	r.heard.Add(1)
+	return n, err
+}
+
+// errLeft ends a connection that was to end.
+var errLeft = errors.New("the connection has come to its end")
+
+// Serve reads the connection until it ends, says why, and leaves it closed. [Conn.Streams] then are those that were not at their end.
+func (c *Conn) Serve() error {
+	err := c.serve()
+	c.fail(err)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.why
+}
+
+func (c *Conn) serve() error {
+	if c.server {
+		if err := c.preface(); err != nil {
+			return err
+		}
+	}
+	c.keepAlive()
+	for first := true; ; first = false {
+		f, err := c.framer.ReadFrame()
+		var bad http2.StreamError
+		var worse http2.ConnectionError
+		switch {
+		case err == nil:
+			if _, ok := f.(*http2.SettingsFrame); first && !ok {
+				err = http2.ConnectionError(http2.ErrCodeProtocol)
+			} else {
+				err = c.handle(f)
+			}
+		case errors.As(err, &bad): // the frame was read, and is not one
+			err = c.broken(bad)
+		}
+		switch {
+		case err == nil:
+			continue
+		case errors.Is(err, http2.ErrFrameTooLarge):
+			worse = http2.ConnectionError(http2.ErrCodeFrameSize)
+		case !errors.As(err, &worse):
+			return err
+		}
+		c.bye(http2.ErrCode(worse), "")
+		return err
+	}
+}
+
+func (c *Conn) preface() error {
+	if err := c.conn.SetReadDeadline(time.Now().Add(prefaceTimeout)); err != nil {
+		return err
+	}
+	var got [len(http2.ClientPreface)]byte
+	c.cfg.Handler.Idle()
+	if _, err := io.ReadFull(c.conn, got[:]); err != nil {
+		return fmt.Errorf("read the preface: %w", err)
+	}
+	if string(got[:]) != http2.ClientPreface {
+		return errors.New("what was sent is not the preface of HTTP/2")
+	}
+	return c.conn.SetReadDeadline(time.Time{})
+}
+
+// bye tells the peer why the connection ends, as far as it listens.
+func (c *Conn) bye(code http2.ErrCode, text string) {
+	c.mu.Lock()
+	if !c.closed {
+		_ = c.write.WriteGoAway(c.last, code, []byte(text))
+	}
+	c.mu.Unlock()
+	_ = c.conn.SetWriteDeadline(time.Now().Add(time.Second))
+	c.Flush()
+}
+
+// Close ends the connection at once. It may be called more than once.
+func (c *Conn) Close() { c.fail(net.ErrClosed) }
+
+func (c *Conn) fail(why error) {
+	c.mu.Lock()
+	first := !c.closed
+	if first {
+		c.closed, c.why = true, why
+		if c.alive != nil {
+			c.alive.Stop()
+		}
+		c.drop()
+		for _, s := range c.streams {
+			s.free()
+		}
+		c.ready, c.drained = nil, nil
+	}
+	c.mu.Unlock()
+	if first {
+		_ = c.conn.Close() // over TLS it says goodbye, and may wait for that
+	}
+}
+
+// Streams returns those that are not at their end.
+func (c *Conn) Streams() []*Stream {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	all := make([]*Stream, 0, len(c.streams))
+	for _, s := range c.streams {
+		all = append(all, s)
+	}
+	return all
+}
+
+// Takes reports whether the peer takes one more stream.
+func (c *Conn) Takes() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.takes()
+}
+
+func (c *Conn) takes() bool {
+	return !c.closed && !c.leaving && uint32(len(c.streams)) < c.limit && c.next <= math.MaxInt32 //nolint:gosec // a map of four thousand millions does not fit
+}
+
+// Leaving reports whether no new stream can ever be opened.
+func (c *Conn) Leaving() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.closed || c.leaving || c.next > math.MaxInt32
+}
+
+// closeIfDone closes a connection that has served its last stream.
+func (c *Conn) closeIfDone() {
+	if !c.ending.Load() {
+		return
+	}
+	c.mu.Lock()
+	done := len(c.streams) == 0 && c.out == nil && (!c.server || c.goneAt != math.MaxInt32)
+	c.mu.Unlock()
+	if done {
+		c.fail(errLeft)
+	}
+}

@@ -1,0 +1,45 @@
+package h2
+
+import "time"
+
+// keepAlive asks a silent peer whether it is there. It does so by a timer that looks back, so that what is heard costs nothing.
+func (c *Conn) keepAlive() {
+	if c.cfg.Silence == 0 {
+		return
+	}
+	heard, asked := c.heard.Load(), false
+	var look func()
+	look = func() {
+		now := c.heard.Load()
+		next := c.cfg.Silence
+		c.mu.Lock()
+		wanted := len(c.streams) > 0 || c.cfg.Always
+		c.mu.Unlock()
+		switch {
+		case now != heard || !c.reading.Load(): // whoever does not listen cannot know
+			heard, asked = now, false
+		case asked:
+			c.fail(errSilent)
+			return
+		case wanted:
+			asked = true
+			c.mu.Lock()
+			if !c.closed {
+				_ = c.write.WritePing(false, [8]byte{})
+			}
+			c.mu.Unlock()
+			next = c.cfg.Patience
+			go c.Flush() // which may block where the peer does not read
+		}
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if !c.closed {
+			c.alive = time.AfterFunc(next, look)
+		}
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.closed {
+		c.alive = time.AfterFunc(c.cfg.Silence, look)
+	}
+}

@@ -1,0 +1,409 @@
+package h2
+
+import (
+	"errors"
+	"math"
+
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
+	"google.golang.org/grpc/mem"
+)
+
+// Stream is one stream of a connection. Its methods are safe for concurrent use, and do nothing once it is at its end. What they send is gathered, see [Conn.Flush].
+type Stream struct {
+	// Value is the handler's. It is set when the stream begins, before anything else can happen to it.
+	Value any
+
+	conn *Conn
+	id   uint32
+
+	// Under conn.mu.
+	taken     int   // of what the peer has sent, that is not given back
+	owed      int   // of what is given back, that the peer was not told of
+	window    int64 // what the peer takes
+	queue     mem.BufferSlice
+	offset    int                 // into the first of queue
+	last      bool                // the end follows the queue
+	trailer   []hpack.HeaderField // with these
+	isReady   bool                // it stands in conn.ready
+	localEnd  bool                // the end was sent
+	remoteEnd bool                // the end has come
+	ended     bool                // it is in nobody's table
+}
+
+func (c *Conn) newStream(id uint32, value any) *Stream {
+	s := &Stream{Value: value, conn: c, id: id, window: c.initial}
+	c.streams[id] = s
+	return s
+}
+
+// Open opens a stream. It returns nil if the peer takes none.
+func (c *Conn) Open(value any, fields []hpack.HeaderField, end bool) *Stream {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.takes() {
+		return nil
+	}
+	s := c.newStream(c.next, value)
+	c.next += 2
+	c.headersOut(s, fields, end)
+	return s
+}
+
+// Headers sends header fields, after what waits. A server's second are the trailer, and have the end.
+func (s *Stream) Headers(fields []hpack.HeaderField, end bool) {
+	c := s.conn
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case c.closed || s.ended || s.localEnd || s.last:
+	case len(s.queue) > 0:
+		s.trailer, s.last = fields, end
+	default:
+		c.headersOut(s, fields, end)
+	}
+}
+
+// headersOut writes a block of headers, in as many frames as it takes.
+func (c *Conn) headersOut(s *Stream, fields []hpack.HeaderField, end bool) {
+	c.block.Reset()
+	for _, f := range fields {
+		_ = c.enc.WriteField(f) // a bytes.Buffer takes everything
+	}
+	block := c.block.Bytes()
+	first := block[:min(len(block), c.maxFrame)]
+	block = block[len(first):]
+	_ = c.write.WriteHeaders(http2.HeadersFrameParam{StreamID: s.id, BlockFragment: first, EndStream: end, EndHeaders: len(block) == 0})
+	for len(block) > 0 {
+		next := block[:min(len(block), c.maxFrame)]
+		block = block[len(next):]
+		_ = c.write.WriteContinuation(s.id, len(block) == 0, next)
+	}
+	c.pings.excused = true
+	if end {
+		c.sentEnd(s)
+	}
+}
+
+// sentEnd notes that the end of a stream was sent. A server that has said all it has to say does not want to hear the rest, and a client that has heard all does not go on.
+func (c *Conn) sentEnd(s *Stream) {
+	s.localEnd = true
+	switch {
+	case s.remoteEnd:
+		s.end()
+	case c.server:
+		_ = c.write.WriteRSTStream(s.id, http2.ErrCodeNo)
+		s.end()
+	}
+}
+
+// Data sends head and then body, and copies them. It reports whether nothing waits for the peer's windows.
+func (s *Stream) Data(end bool, head, body []byte) bool {
+	c := s.conn
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed || s.ended || s.localEnd || s.last {
+		return true
+	}
+	for len(s.queue) == 0 {
+		all := len(head) + len(body)
+		n := min(all, c.room(s))
+		if n == 0 && (all > 0 || !end) {
+			break
+		}
+		h := min(n, len(head))
+		c.dataHead(s, n, end && n == all)
+		c.append(head[:h])
+		c.append(body[:n-h])
+		c.dataDone(s, n, end && n == all)
+		if head, body = head[h:], body[n-h:]; n == all {
+			return true
+		}
+	}
+	for _, b := range [][]byte{head, body} {
+		if len(b) > 0 {
+			s.queue = append(s.queue, mem.Copy(b, c.cfg.Pool))
+		}
+	}
+	return s.rest(end)
+}
+
+// Buffers is Data for a body that it takes over.
+func (s *Stream) Buffers(end bool, head []byte, body mem.BufferSlice) bool {
+	c := s.conn
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed || s.ended || s.localEnd || s.last {
+		body.Free()
+		return true
+	}
+	if len(head) > 0 {
+		s.queue = append(s.queue, mem.Copy(head, c.cfg.Pool))
+	}
+	s.queue = append(s.queue, body...)
+	s.last = end
+	c.enqueue(s)
+	c.pump()
+	return s.rest(end)
+}
+
+// rest notes what waits.
+func (s *Stream) rest(end bool) bool {
+	if len(s.queue) == 0 {
+		return true
+	}
+	s.last = s.last || end
+	s.conn.enqueue(s)
+	return false
+}
+
+// room is how many bytes of a stream may go into the next frame.
+func (c *Conn) room(s *Stream) int {
+	return int(max(0, min(s.window, c.window, int64(c.maxFrame), int64(outLimit-c.gathered()))))
+}
+
+// dataHead writes the head of a frame of n bytes, which the caller appends. http2.Framer would copy them once more.
+func (c *Conn) dataHead(s *Stream, n int, end bool) {
+	flags := byte(0)
+	if end {
+		flags = byte(http2.FlagDataEndStream)
+	}
+	c.append([]byte{byte(n >> 16), byte(n >> 8), byte(n), byte(http2.FrameData), flags, byte(s.id >> 24), byte(s.id >> 16), byte(s.id >> 8), byte(s.id)}) //nolint:gosec // the bytes of a number
+}
+
+// dataDone notes that a frame was written.
+func (c *Conn) dataDone(s *Stream, n int, end bool) {
+	s.window -= int64(n)
+	c.window -= int64(n)
+	c.pings.excused = true
+	if end {
+		c.sentEnd(s)
+	}
+}
+
+// enqueue has pump look at a stream, if it has something to send that its own window takes.
+func (c *Conn) enqueue(s *Stream) {
+	if !s.isReady && !s.ended && len(s.queue) > 0 && s.window > 0 {
+		s.isReady = true
+		c.ready = append(c.ready, s)
+	}
+}
+
+// pump moves what waits into the buffer, one frame of each stream in turns.
+func (c *Conn) pump() {
+	for len(c.ready) > 0 && c.window > 0 && c.gathered() < outLimit && !c.closed {
+		s := c.ready[0]
+		c.ready = c.ready[1:]
+		s.isReady = false
+		if s.ended || len(s.queue) == 0 {
+			continue
+		}
+		c.pumpOne(s)
+		c.enqueue(s)
+	}
+	if len(c.ready) == 0 {
+		c.ready = nil
+	}
+}
+
+func (c *Conn) pumpOne(s *Stream) {
+	waits := s.queue.Len() - s.offset
+	n := min(waits, c.room(s))
+	if n == 0 && waits > 0 {
+		return
+	}
+	end := n == waits && s.last && s.trailer == nil
+	if n > 0 || end {
+		c.dataHead(s, n, end)
+		for left := n; left > 0; {
+			b := s.queue[0].ReadOnlyData()[s.offset:]
+			b = b[:min(left, len(b))]
+			c.append(b)
+			left -= len(b)
+			if s.offset += len(b); s.offset == s.queue[0].Len() {
+				s.queue[0].Free()
+				s.queue[0] = nil
+				s.queue, s.offset = s.queue[1:], 0
+			}
+		}
+		c.dataDone(s, n, end)
+	}
+	if n < waits || s.ended {
+		return
+	}
+	s.free()
+	if trailer := s.trailer; trailer != nil {
+		s.trailer = nil
+		c.headersOut(s, trailer, s.last)
+	}
+	if !s.ended {
+		c.drained = append(c.drained, s)
+	}
+}
+
+// Reset ends a stream at once, and drops what waits.
+func (s *Stream) Reset(code http2.ErrCode) {
+	c := s.conn
+	c.mu.Lock()
+	if !c.closed && !s.ended {
+		_ = c.write.WriteRSTStream(s.id, code)
+		s.end()
+	}
+	c.mu.Unlock()
+	c.closeIfDone()
+}
+
+// Waits reports whether something waits for the peer's windows.
+func (s *Stream) Waits() bool {
+	s.conn.mu.Lock()
+	defer s.conn.mu.Unlock()
+	return len(s.queue) > 0
+}
+
+// Finish ends a client's stream whose end has come: it has nothing more to say.
+func (s *Stream) Finish() {
+	c := s.conn
+	c.mu.Lock()
+	if !c.closed && !s.ended {
+		if !s.localEnd {
+			_ = c.write.WriteRSTStream(s.id, http2.ErrCodeNo)
+		}
+		s.end()
+	}
+	c.mu.Unlock()
+	c.closeIfDone()
+}
+
+// Credit gives n bytes back that the stream has brought.
+func (s *Stream) Credit(n int) {
+	c := s.conn
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s.owed += n
+	if s.owed < streamWindow/4 || c.closed || s.ended || s.remoteEnd {
+		return
+	}
+	_ = c.write.WriteWindowUpdate(s.id, uint32(s.owed)) //nolint:gosec // at most a window
+	s.taken -= s.owed
+	s.owed = 0
+}
+
+// end takes a stream out of the table.
+func (s *Stream) end() {
+	if s.ended {
+		return
+	}
+	s.ended = true
+	delete(s.conn.streams, s.id)
+	s.free()
+}
+
+func (s *Stream) free() {
+	s.queue.Free()
+	s.queue, s.offset = nil, 0
+}
+
+// gatherer takes the frames of http2.Framer.
+type gatherer Conn
+
+// Write implements io.Writer.
+func (g *gatherer) Write(b []byte) (int, error) {
+	(*Conn)(g).append(b)
+	return len(b), nil
+}
+
+// append gathers b.
+func (c *Conn) append(b []byte) {
+	c.dirty.Store(true)
+	if need := c.gathered() + len(b); c.out == nil || need > cap(*c.out) {
+		have := c.out
+		size := max(need, minOut)
+		if have != nil {
+			size = max(need, 2*cap(*have))
+		}
+		c.out = c.cfg.Pool.Get(size)
+		*c.out = (*c.out)[:0]
+		if have != nil {
+			*c.out = append(*c.out, *have...)
+			c.cfg.Pool.Put(have)
+		}
+	}
+	*c.out = append(*c.out, b...)
+}
+
+func (c *Conn) gathered() int {
+	if c.out == nil {
+		return 0
+	}
+	return len(*c.out)
+}
+
+// drop gives the buffer back.
+func (c *Conn) drop() {
+	if c.out != nil {
+		c.cfg.Pool.Put(c.out)
+		c.out = nil
+	}
+}
+
+// Dirty reports whether there may be something to flush.
+func (c *Conn) Dirty() bool { return c.dirty.Load() }
+
+// Flush writes what has gathered, and waits for the peer to take it. An error ends the connection, which [Conn.Serve] tells.
+func (c *Conn) Flush() {
+	if !c.dirty.Load() {
+		return
+	}
+	var drained []*Stream
+	c.writing.Lock()
+	for {
+		c.mu.Lock()
+		c.pump()
+		out := c.out
+		c.out = nil
+		drained = append(drained, c.drained...)
+		c.drained = nil
+		if out == nil {
+			c.dirty.Store(false)
+			c.mu.Unlock()
+			break
+		}
+		c.mu.Unlock()
+		_, err := c.conn.Write(*out)
+		c.cfg.Pool.Put(out)
+		if err != nil {
+			c.fail(err)
+			break
+		}
+	}
+	c.writing.Unlock()
+	for _, s := range drained {
+		c.cfg.Handler.Sent(s)
+	}
+	c.closeIfDone()
+}
+
+// Leave has the client of a server go elsewhere: it is told twice, as RFC 9113 has it, so that no stream is lost that it opens meanwhile. The connection closes
+// with the last stream.
+func (c *Conn) Leave() {
+	c.ending.Store(true)
+	c.mu.Lock()
+	if !c.closed && !c.leaving {
+		c.leaving = true
+		_ = c.write.WriteGoAway(math.MaxInt32, http2.ErrCodeNo, []byte("graceful_stop"))
+		_ = c.write.WritePing(false, leavingPing)
+	}
+	c.mu.Unlock()
+}
+
+// left says for good which streams are served.
+func (c *Conn) left() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.leaving && c.goneAt == math.MaxInt32 && !c.closed {
+		c.goneAt = c.last
+		_ = c.write.WriteGoAway(c.last, http2.ErrCodeNo, []byte("graceful_stop"))
+	}
+}
+
+var errSilent = errors.New("the peer did not answer a ping in time")
