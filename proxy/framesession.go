@@ -41,12 +41,6 @@ type hop struct {
 	again    time.Time     // no sooner is it dialed
 }
 
-// Sizes of what is read at once, in bytes: requests are short, and lists are long.
-const (
-	clientRead = 16 << 10
-	etcdRead   = 64 << 10
-)
-
 // keepaliveSilence and keepalivePatience are how the reference engine finds out that etcd has gone without a word.
 const (
 	keepaliveSilence  = 15 * time.Second
@@ -56,7 +50,7 @@ const (
 func newSession(e *frameEngine, conn *clientConn) *session {
 	s := &session{engine: e, id: conn.id, conn: conn, changed: make(chan struct{})}
 	s.client = h2.NewServer(conn, h2.Config{
-		Handler: s, Pool: buffers, ReadBuffer: clientRead, MinPing: 5 * time.Second, Silence: 2 * time.Hour, Patience: 20 * time.Second, Always: true,
+		Handler: s, Pool: buffers, MinPing: 5 * time.Second, Silence: 2 * time.Hour, Patience: 20 * time.Second, Always: true,
 	})
 	s.conns.Store(&[]*h2.Conn{s.client})
 	for _, endpoint := range s.id.to.endpoints {
@@ -186,7 +180,7 @@ func (s *session) dial(h *hop) {
 // serveHop serves a connection to etcd to its end.
 func (s *session) serveHop(h *hop, conn net.Conn) {
 	up := &upside{session: s, hop: h}
-	c := h2.NewClient(conn, h2.Config{Handler: up, Pool: buffers, ReadBuffer: etcdRead, Silence: keepaliveSilence, Patience: keepalivePatience})
+	c := h2.NewClient(conn, h2.Config{Handler: up, Pool: buffers, Silence: keepaliveSilence, Patience: keepalivePatience})
 	up.conn = c
 	s.mu.Lock()
 	h.dialing = false

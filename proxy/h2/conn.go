@@ -9,7 +9,6 @@
 package h2
 
 import (
-	"bufio"
 	"bytes"
 	"errors"
 	"fmt"
@@ -29,7 +28,7 @@ import (
 const (
 	frameSize     = 16 << 10   // the largest frame that either side sends, unless the peer says otherwise
 	initialWindow = 64<<10 - 1 // of every connection and stream, unless said otherwise
-	streamWindow  = 256 << 10  // what a peer may send on a stream before it is given credit
+	streamWindow  = 512 << 10  // what a peer may send on a stream before it is given credit
 	connWindow    = 4 << 20    // what it may send on all streams
 	minOut        = 4 << 10    // the least buffer for it
 	outLimit      = 256 << 10  // what gathers for one write; the rest waits in its streams
@@ -59,8 +58,6 @@ type Handler interface {
 type Config struct {
 	Handler Handler
 	Pool    mem.BufferPool // where buffers come from; it clears what is given back
-	// ReadBuffer is how many bytes are read at once; 0: 16 KiB.
-	ReadBuffer int
 	// MinPing is how often a client may send pings; who does it more often is sent away, as by grpc-go. 0: any.
 	MinPing time.Duration
 	// Silence is how long a peer may be silent before it is sent a ping, and Patience how long it may take to answer. 0: no ping is sent.
@@ -76,6 +73,7 @@ type Conn struct {
 	server bool // the peer opens the streams
 
 	// Of the goroutine that reads.
+	in       input
 	framer   *http2.Framer
 	last     uint32 // the highest stream of the peer
 	received int    // on all streams, that no credit was given for
@@ -132,14 +130,12 @@ func NewClient(conn net.Conn, cfg Config) *Conn {
 }
 
 func newConn(conn net.Conn, cfg Config) *Conn {
-	if cfg.ReadBuffer == 0 {
-		cfg.ReadBuffer = 16 << 10
-	}
 	c := &Conn{
 		cfg: cfg, conn: conn, streams: make(map[uint32]*Stream),
 		window: initialWindow, initial: initialWindow, maxFrame: frameSize, limit: math.MaxUint32,
 	}
-	c.framer = http2.NewFramer(nil, bufio.NewReaderSize((*reader)(c), cfg.ReadBuffer))
+	c.in = input{read: c.read, pool: cfg.Pool}
+	c.framer = http2.NewFramer(nil, &c.in)
 	c.framer.SetReuseFrames()
 	c.framer.SetMaxReadFrameSize(frameSize)
 	c.framer.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
@@ -148,16 +144,13 @@ func newConn(conn net.Conn, cfg Config) *Conn {
 	return c
 }
 
-// reader reads from the connection, after what has gathered was flushed: whoever waits for the peer must not keep it waiting.
-type reader Conn
-
-// Read implements io.Reader.
-func (r *reader) Read(b []byte) (int, error) {
-	r.cfg.Handler.Idle()
-	r.reading.Store(true)
-	n, err := r.conn.Read(b)
-	r.reading.Store(false)
-	r.heard.Add(1)
+// read reads from the connection, after what has gathered was flushed: whoever waits for the peer must not keep it waiting.
+func (c *Conn) read(b []byte) (int, error) {
+	c.cfg.Handler.Idle()
+	c.reading.Store(true)
+	n, err := c.conn.Read(b)
+	c.reading.Store(false)
+	c.heard.Add(1)
 	return n, err
 }
 
@@ -168,6 +161,7 @@ var errLeft = errors.New("the connection has come to its end")
 func (c *Conn) Serve() error {
 	err := c.serve()
 	c.fail(err)
+	c.in.free()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.why
