@@ -5,7 +5,6 @@ import (
 	"context"
 	"encoding/base64"
 	"encoding/binary"
-	"errors"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -51,19 +50,23 @@ type parking struct {
 // headLength is that of the head of a gRPC message: a flag and four bytes of length.
 const headLength = 5
 
-// errWouldWait is the cause of a context with which nobody waits: what needs the KMS returns it, see [Sealer].
-var errWouldWait = errors.New("that would have to wait for the KMS")
-
-// hasty is that context.
+// hasty is the context of who does not wait, see [Sealer].
 var hasty = func() context.Context {
-	ctx, cancel := context.WithCancelCause(context.Background())
-	cancel(errWouldWait)
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
 	return ctx
 }()
 
-// wouldWait reports whether err is for want of a context that waits.
+// wouldWait reports whether err may be for want of time: what a message itself has brought about stays as it is.
 func wouldWait(ctx context.Context, err error) bool {
-	return ctx == hasty && (errors.Is(err, errWouldWait) || status.Code(err) == codes.Canceled)
+	if ctx != hasty || err == nil {
+		return false
+	}
+	switch status.Code(err) {
+	case codes.InvalidArgument, codes.PermissionDenied, codes.Unimplemented, codes.Internal:
+		return false
+	}
+	return true
 }
 
 // begin is the client's headers.

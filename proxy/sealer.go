@@ -9,7 +9,8 @@ import (
 // Sealer turns values of one rule into what etcd stores, and back. It is safe for concurrent use and retains neither argument. key is the
 // whole etcd key as the server stores it.
 //
-// An error that wraps [*SealError] decides the client's status; any other is answered as Internal with a fixed text.
+// With a context that has ended it does what it can without waiting, and returns an error, which the engine does not show to anyone but takes for
+// a request to ask again with time to wait: most values need no KMS, and are sealed and opened on the spot. An error that wraps [*SealError] decides the client's status; any other is answered as Internal with a fixed text.
 type Sealer interface {
 	// Seal returns the bytes to store in place of value, which it leaves as it is. The result is value itself where the rule writes plaintext.
 	Seal(ctx context.Context, key, value []byte) ([]byte, error)

@@ -103,8 +103,11 @@ func (r *Ring) isRefused() bool {
 
 // rescueSeed returns the seed of the first copy that unwraps. first is why the KMS of the value's own provider did not give it.
 func (r *Ring) rescueSeed(ctx context.Context, h *envelope.Header, spares []spare, first *Error) (*entry, *Error) {
-	if ctx.Err() != nil || !r.mayRescue(first) {
+	if !r.mayRescue(first) {
 		return nil, notLost(first)
+	}
+	if ctx.Err() != nil && len(spares) > 0 {
+		return nil, r.errorf(Unavailable, context.Cause(ctx), "the caller went away before a recovery copy was unwrapped")
 	}
 	if len(spares) == 0 {
 		return nil, &Error{Kind: first.Kind, Err: first.Err, Text: first.Text + "; the value holds recovery copies, and the rule names none of their providers: " + providersIn(h)}

@@ -1,6 +1,8 @@
 package keyring
 
 import (
+	"bytes"
+	"context"
 	"errors"
 	"strings"
 	"testing"
@@ -189,4 +191,37 @@ func TestRefusalIsNotRecovered(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestHasteDecidesNothing: whoever does not wait is told so where a copy might still open the value, and not that it is lost; a rule that hands lost values on does not do it then.
+func TestHasteDecidesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ack, dr := newKMS(t, "ack"), newKMS(t, "dr")
+		s := newSite(t, ack, dr, false, nil).start(t)
+		stored := s.ack.mustSeal(t, "k", "v")
+		ack.set(func() { ack.down = goneError("Status") })
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		ended, end := context.WithCancel(t.Context())
+		end()
+		for _, pass := range []bool{false, true} {
+			counts := &events{}
+			sealer := rule(t, SealerConfig{Write: s.ack.Ring, Recovery: []*Ring{s.dr.Ring}, Passthrough: pass, Observer: counts})
+			got, err := sealer.Open(ended, []byte("k"), bytes.Clone(stored))
+			if got != nil {
+				t.Errorf("passthrough %t: %d bytes were handed on", pass, len(got))
+			}
+			wantKind(t, err, Unavailable)
+			if len(counts.counts) != 0 {
+				t.Errorf("passthrough %t: what nobody was told is counted: %v", pass, counts.counts)
+			}
+		}
+		// With time, the copy opens it; from then on it takes none.
+		for _, ctx := range []context.Context{t.Context(), ended} {
+			got, err := s.sealer.Open(ctx, []byte("k"), bytes.Clone(stored))
+			if err != nil || string(got) != "v" {
+				t.Errorf("%q, %v", got, err)
+			}
+		}
+	})
 }

@@ -99,7 +99,7 @@ func (s *Sealer) ring(provider []byte) *Ring {
 }
 
 // Seal returns what to store for value under key: value itself where the rule writes plaintext, new bytes otherwise. It retains neither
-// argument. The error is an [*Error].
+// argument. The error is an [*Error]. Whoever asks with a context that has ended is given what needs no KMS: an error then is not counted.
 func (s *Sealer) Seal(ctx context.Context, key, value []byte) ([]byte, error) {
 	if s.cfg.Write == nil {
 		if owner := s.owner(value); owner != "" {
@@ -111,7 +111,9 @@ func (s *Sealer) Seal(ctx context.Context, key, value []byte) ([]byte, error) {
 		return value, nil
 	}
 	sealed, err := s.cfg.Write.seal(ctx, key, value)
-	if err != nil {
+	if err != nil && ctx.Err() != nil {
+		return nil, s.named(err)
+	} else if err != nil {
 		return nil, s.failSeal(err)
 	}
 	s.cfg.Observer.Sealed(s.cfg.Prefix, OutcomeOK)
@@ -144,7 +146,8 @@ func (s *Sealer) named(err *Error) *Error {
 }
 
 // Open returns the value behind stored, the bytes that etcd holds under key: stored itself where the rule hands it on, otherwise new bytes
-// or a part of stored, which it may overwrite. It retains neither argument. The error is an [*Error].
+// or a part of stored, which it may overwrite. It retains neither argument. The error is an [*Error]. Whoever asks with a context that has ended is given
+// what needs no KMS, and else an error that is not counted.
 func (s *Sealer) Open(ctx context.Context, key, stored []byte) ([]byte, error) {
 	// What cannot be opened may have to be handed on whole.
 	plaintext, _, outcome, err := s.open(ctx, key, stored, !s.cfg.Passthrough)
@@ -156,7 +159,9 @@ func (s *Sealer) Open(ctx context.Context, key, stored []byte) ([]byte, error) {
 			s.cfg.Observer.Opened(s.cfg.Prefix, OutcomePassthrough)
 			return stored, nil
 		}
-		s.cfg.Observer.Opened(s.cfg.Prefix, outcomeOf(err))
+		if ctx.Err() == nil {
+			s.cfg.Observer.Opened(s.cfg.Prefix, outcomeOf(err))
+		}
 		return nil, s.named(err)
 	}
 	if outcome != OutcomeOK && !s.cfg.AllowPlaintextReads {
@@ -164,7 +169,9 @@ func (s *Sealer) Open(ctx context.Context, key, stored []byte) ([]byte, error) {
 		if outcome == OutcomeForeign {
 			what = "was sealed by a provider that the rule does not read"
 		}
-		s.cfg.Observer.Opened(s.cfg.Prefix, OutcomeStrict)
+		if ctx.Err() == nil {
+			s.cfg.Observer.Opened(s.cfg.Prefix, OutcomeStrict)
+		}
 		return nil, s.named(&Error{Kind: Plaintext, Text: fmt.Sprintf("the stored value of etcd key %q %s, and the rule allows sealed values only", clip(key), what)})
 	}
 	s.cfg.Observer.Opened(s.cfg.Prefix, outcome)

@@ -94,7 +94,9 @@ func (r *Ring) seedOf(ctx context.Context, h *envelope.Header, rings []*Ring) (*
 			return e, nil
 		}
 	}
-	r.cfg.Observer.Seed(r.cfg.Provider, EventMiss)
+	if ctx.Err() == nil { // or the caller only asks whether it would have to wait
+		r.cfg.Observer.Seed(r.cfg.Provider, EventMiss)
+	}
 	h = cloneHeader(h) // the calls may outlive the caller, and so the message that h points into
 	e, err := r.fromKMS(ctx, d, h, stale)
 	if err == nil || !h.HasCopies() {
