@@ -2,7 +2,10 @@ package proxy
 
 import (
 	"context"
+	"encoding/base64"
 	"log/slog"
+	"math"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -154,8 +157,16 @@ func (e *frameEngine) route(id *Identity, fields []hpack.HeaderField) *grpcMetho
 			if f.Value != "identity" {
 				return nil
 			}
-		case meantForEtcd:
+		case "grpc-timeout":
+			if timeoutOf(f.Value) == 0 {
+				return nil
+			}
+		case meantForEtcd, "connection", "host":
 			return nil
+		default:
+			if strings.HasSuffix(f.Name, "-bin") && !isBinary(f.Value) {
+				return nil
+			}
 		}
 	}
 	if !posted || !typed {
@@ -183,27 +194,29 @@ func upstreamFields(fields []hpack.HeaderField, scheme, authority string) []hpac
 	return append(kept, hpack.HeaderField{Name: meantForEtcd, Value: markOfEtcd[0]})
 }
 
-// timeoutOf returns what the client says the call may take; 0: it does not say.
-func timeoutOf(fields []hpack.HeaderField) time.Duration {
-	for _, f := range fields {
-		if f.Name != "grpc-timeout" || len(f.Value) < 2 || len(f.Value) > 9 {
-			continue
-		}
-		unit, ok := map[byte]time.Duration{
-			'H': time.Hour, 'M': time.Minute, 'S': time.Second, 'm': time.Millisecond, 'u': time.Microsecond, 'n': time.Nanosecond,
-		}[f.Value[len(f.Value)-1]]
-		n := time.Duration(0)
-		for _, c := range f.Value[:len(f.Value)-1] {
-			if c < '0' || c > '9' {
-				return 0
-			}
-			n = 10*n + time.Duration(c-'0')
-		}
-		if ok && n > 0 {
-			return min(n, time.Duration(1<<63-1)/unit) * unit
-		}
+// isBinary reports whether gRPC takes a value for base64.
+func isBinary(v string) bool {
+	encoding := base64.RawStdEncoding
+	if len(v)%4 == 0 {
+		encoding = base64.StdEncoding
 	}
-	return 0
+	_, err := encoding.DecodeString(v)
+	return err == nil
+}
+
+// timeoutOf returns how long a call may take, by the header field that says so; 0: it does not say so, or nothing.
+func timeoutOf(field string) time.Duration {
+	if len(field) < 2 || len(field) > 9 {
+		return 0
+	}
+	unit := map[byte]time.Duration{
+		'H': time.Hour, 'M': time.Minute, 'S': time.Second, 'm': time.Millisecond, 'u': time.Microsecond, 'n': time.Nanosecond,
+	}[field[len(field)-1]]
+	n, err := strconv.ParseUint(field[:len(field)-1], 10, 63)
+	if err != nil || unit == 0 {
+		return 0
+	}
+	return time.Duration(min(n, uint64(math.MaxInt64/unit))) * unit //nolint:gosec // 63 bits
 }
 
 // percent encodes a status message for its header, as gRPC has it.

@@ -47,6 +47,9 @@ const (
 	keepalivePatience = 10 * time.Second
 )
 
+// referenceIdle is how long a connection to the reference engine stays without calls: few clients need it more than once.
+const referenceIdle = 10 * time.Second
+
 func newSession(e *frameEngine, conn *clientConn) *session {
 	s := &session{engine: e, id: conn.id, conn: conn, changed: make(chan struct{})}
 	s.client = h2.NewServer(conn, h2.Config{
@@ -61,10 +64,6 @@ func newSession(e *frameEngine, conn *clientConn) *session {
 
 // run serves the connection to its end.
 func (s *session) run() {
-	s.flush() // who waits for our first words need not wait for etcd's
-	if !s.id.Denied {
-		s.first()
-	}
 	_ = s.client.Serve() // how a client leaves is its own affair
 	for _, stream := range s.client.Streams() {
 		if st, ok := stream.Value.(*fstream); ok {
@@ -81,67 +80,56 @@ func (s *session) run() {
 	s.work.Wait()
 }
 
-// first connects to all endpoints, and waits until it is to one of them or to none.
-func (s *session) first() {
-	ctx, cancel := context.WithTimeout(s.engine.base, readyWait)
-	defer cancel()
-	for {
-		s.mu.Lock()
-		for _, h := range s.hops {
-			if h.conn == nil && h.pause == 0 {
-				s.dial(h)
-			}
-		}
-		waits := slices.ContainsFunc(s.hops, func(h *hop) bool { return h.dialing }) && !slices.ContainsFunc(s.hops, func(h *hop) bool { return h.conn != nil })
-		changed := s.changed
-		s.mu.Unlock()
-		if !waits {
-			return
-		}
-		select {
-		case <-changed:
-		case <-ctx.Done():
-			return
-		}
-	}
-}
+// outlook is what there is to hope for where no connection takes a stream.
+type outlook int
 
-// pick returns the connection to etcd whose turn it is, and nil if none takes a stream. Those that are down are tried again meanwhile.
-func (s *session) pick() (*h2.Conn, *hop) {
+const (
+	outlookFull    outlook = iota // there are connections, with as many streams as etcd allows
+	outlookDown                   // there is none, and there was just none to be had
+	outlookDialing                // one is under way
+)
+
+// pick returns the connection to etcd whose turn it is, or nil. Those that are down are dialed meanwhile: a client that asks for nothing costs etcd no connection.
+func (s *session) pick() (*h2.Conn, *hop, outlook) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.pickLocked()
-}
-
-func (s *session) pickLocked() (*h2.Conn, *hop) {
+	full, dialing := false, false
 	for i := range s.hops {
 		h := s.hops[(s.turn+i)%len(s.hops)]
-		if h.conn == nil {
+		switch {
+		case h.conn == nil:
 			s.dial(h)
-			continue
-		}
-		if h.conn.Takes() {
+			dialing = dialing || h.dialing
+		case h.conn.Takes():
 			s.turn = (s.turn + i + 1) % len(s.hops)
-			return h.conn, h
+			return h.conn, h, 0
+		default:
+			full = true
 		}
 	}
-	return nil, nil
+	switch {
+	case full:
+		return nil, nil, outlookFull
+	case dialing:
+		return nil, nil, outlookDialing
+	}
+	return nil, nil, outlookDown
 }
 
-// await is pick for who waits for a connection, up to readyWait.
-func (s *session) await(ctx context.Context) (*h2.Conn, *hop) {
+// await is pick for who waits, up to readyWait, for a connection that is under way; and if patient for one to come.
+func (s *session) await(ctx context.Context, patient bool) (*h2.Conn, *hop) {
 	timer := time.NewTimer(readyWait)
 	defer timer.Stop()
+	again := time.NewTicker(reconnect.Backoff.BaseDelay)
+	defer again.Stop()
 	for {
 		s.mu.Lock()
-		conn, h := s.pickLocked()
-		full := slices.ContainsFunc(s.hops, func(h *hop) bool { return h.conn != nil })
 		changed := s.changed
 		s.mu.Unlock()
-		if conn != nil || full {
+		conn, h, hope := s.pick()
+		if conn != nil || hope == outlookFull || hope == outlookDown && !patient {
 			return conn, h
 		}
-		again := time.NewTimer(reconnect.Backoff.BaseDelay)
 		select {
 		case <-changed:
 		case <-again.C:
@@ -150,7 +138,6 @@ func (s *session) await(ctx context.Context) (*h2.Conn, *hop) {
 		case <-ctx.Done():
 			return nil, nil
 		}
-		again.Stop()
 	}
 }
 
@@ -248,7 +235,7 @@ func (s *session) reference() *h2.Conn {
 	}
 	far := <-accepted
 	up := &upside{session: s}
-	up.conn = h2.NewClient(near, h2.Config{Handler: up, Pool: buffers})
+	up.conn = h2.NewClient(near, h2.Config{Handler: up, Pool: buffers, Idle: referenceIdle})
 	s.local = up.conn
 	s.add(up.conn)
 	s.work.Go(func() { s.engine.ref.serve(&clientConn{Conn: far, id: s.id, closed: func() {}}) })

@@ -5,9 +5,11 @@ import (
 	"context"
 	"encoding/base64"
 	"encoding/binary"
+	"errors"
 	"strconv"
 	"sync"
 	"sync/atomic"
+	"syscall"
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
@@ -30,6 +32,7 @@ type fstream struct {
 	fields  []hpack.HeaderField // the client's, until they are sent on
 	answers answers             // what comes back
 	asked   []byte              // what the client has sent, with gRPC's heads, and was not sent on
+	silent  bool                // the client's headers were its last word, which is not the same as an end without a message
 	ended   atomic.Bool         // the client was told the end, or has left
 
 	heldIn, heldOut atomic.Int64 // bytes from the client and from etcd that have not been sent on
@@ -71,6 +74,7 @@ func wouldWait(ctx context.Context, err error) bool {
 
 // begin is the client's headers.
 func (st *fstream) begin(end bool) {
+	st.silent = end
 	if st.method == nil {
 		st.toReference(nil, end)
 		return
@@ -82,12 +86,14 @@ func (st *fstream) begin(end bool) {
 	st.call = st.method.newCall(st.session.id)
 	if st.method.shape == shapeBidiStream {
 		st.method.metrics.started.Inc()
-		if !st.open(st.session.pick()) {
+		if ok, waits := st.connect(hasty); waits {
 			st.park(&st.inward, func(ctx context.Context) {
-				if !st.open(st.session.await(ctx)) {
+				if ok, _ := st.connect(ctx); !ok {
 					st.toReference(nil, false)
 				}
 			})
+		} else if !ok {
+			st.toReference(nil, false)
 		}
 	}
 	if end {
@@ -189,16 +195,17 @@ func (st *fstream) forward(ctx context.Context, raw []byte) {
 			return
 		}
 	}
-	conn, h := st.session.pick()
-	if conn == nil && st.method.shape == shapeServerStream && ctx != hasty {
-		conn, h = st.session.await(ctx)
-	} else if conn == nil && st.method.shape == shapeServerStream {
+	ok, waits := st.connect(ctx)
+	switch {
+	case waits:
 		raw = bytes.Clone(raw)
 		st.park(&st.inward, func(ctx context.Context) { st.forward(ctx, raw) })
 		return
-	}
-	if conn == nil || !st.open(conn, h) {
+	case !ok:
 		st.toReference(raw, true)
+		return
+	}
+	if st.up == nil { // the client has left meanwhile
 		return
 	}
 	st.method.metrics.started.Inc()
@@ -259,11 +266,22 @@ func (st *fstream) messages(_ context.Context, data []byte, end bool) {
 	}
 }
 
-// open goes on to etcd with the client's header fields. It reports false if there is no connection, or none that takes a stream.
-func (st *fstream) open(conn *h2.Conn, h *hop) bool {
-	if conn == nil {
-		return false
+// connect goes on to etcd. waits says that there may be a connection for a context that waits; else, without ok, there is none. Calls that last are worth waiting for one: the reference
+// engine would have them for as long.
+func (st *fstream) connect(ctx context.Context) (ok, waits bool) {
+	lasts := st.method.shape != shapeUnary
+	conn, h, hope := st.session.pick()
+	if conn == nil && (hope == outlookDialing || hope == outlookDown && lasts) {
+		if ctx == hasty {
+			return false, true
+		}
+		conn, h = st.session.await(ctx, lasts)
 	}
+	return conn != nil && st.open(conn, h), false
+}
+
+// open opens a stream with the client's header fields, if the client is still there. It reports false if the connection takes none.
+func (st *fstream) open(conn *h2.Conn, h *hop) bool {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	if st.ended.Load() {
@@ -284,7 +302,7 @@ func (st *fstream) toReference(raw []byte, end bool) {
 	}
 	if conn != nil {
 		st.local = true
-		st.up = conn.Open(st, st.fields, end && len(raw) == 0)
+		st.up = conn.Open(st, st.fields, st.silent)
 	}
 	up := st.up
 	st.mu.Unlock()
@@ -292,7 +310,7 @@ func (st *fstream) toReference(raw []byte, end bool) {
 		st.fail(errShuttingDown)
 		return
 	}
-	if len(raw) > 0 {
+	if !st.silent && (end || len(raw) > 0) {
 		up.Data(end, nil, raw)
 	}
 	st.asked = nil
@@ -323,10 +341,12 @@ func (st *fstream) park(p *parking, work func(ctx context.Context)) {
 	st.session.work.Go(func() {
 		defer cancel(nil)
 		ctx := ctx
-		if d := timeoutOf(st.fields); d > 0 {
-			var stop context.CancelFunc
-			ctx, stop = context.WithTimeout(ctx, d)
-			defer stop()
+		for _, f := range st.fields {
+			if d := timeoutOf(f.Value); f.Name == "grpc-timeout" && d > 0 {
+				var stop context.CancelFunc
+				ctx, stop = context.WithTimeout(ctx, d)
+				defer stop()
+			}
 		}
 		work(ctx)
 		for {
@@ -414,6 +434,9 @@ func (st *fstream) reset(code http2.ErrCode) {
 
 // lost ends a call whose connection has ended.
 func (st *fstream) lost(why error) {
+	if errno := syscall.Errno(0); errors.As(why, &errno) {
+		why = errno // clients are told what, as by etcd, and not where etcd is
+	}
 	if st.isLocal() { // the reference engine goes with the proxy alone
 		st.fail(errShuttingDown)
 		return

@@ -34,7 +34,7 @@ const (
 	outLimit      = 256 << 10  // what gathers for one write; the rest waits in its streams
 )
 
-// prefaceTimeout bounds how long a client may take over the first bytes.
+// prefaceTimeout bounds how long a peer may take over its first bytes, up to its settings.
 const prefaceTimeout = 10 * time.Second
 
 // Handler is told of what comes in. All methods but Sent are called on the goroutine of [Conn.Serve], one at a time; none may block for long, and what they are given is theirs only
@@ -62,6 +62,8 @@ type Config struct {
 	MinPing time.Duration
 	// Silence is how long a peer may be silent before it is sent a ping, and Patience how long it may take to answer. 0: no ping is sent.
 	Silence, Patience time.Duration
+	// Idle is how long a connection to a server stays without streams; 0: for ever.
+	Idle time.Duration
 	// Always says that pings are sent without streams, too.
 	Always bool
 }
@@ -102,6 +104,7 @@ type Conn struct {
 	closed   bool
 	why      error // that it was closed
 	alive    *time.Timer
+	idle     *time.Timer
 	goneAt   uint32 // streams above it are not served; set while the server leaves
 }
 
@@ -168,6 +171,9 @@ func (c *Conn) Serve() error {
 }
 
 func (c *Conn) serve() error {
+	if err := c.conn.SetReadDeadline(time.Now().Add(prefaceTimeout)); err != nil {
+		return err
+	}
 	if c.server {
 		if err := c.preface(); err != nil {
 			return err
@@ -176,35 +182,27 @@ func (c *Conn) serve() error {
 	c.keepAlive()
 	for first := true; ; first = false {
 		f, err := c.framer.ReadFrame()
+		if first && err == nil {
+			err = c.conn.SetReadDeadline(time.Time{})
+		}
 		var bad http2.StreamError
-		var worse http2.ConnectionError
-		switch {
-		case err == nil:
-			if _, ok := f.(*http2.SettingsFrame); first && !ok {
-				err = http2.ConnectionError(http2.ErrCodeProtocol)
-			} else {
-				err = c.handle(f)
-			}
-		case errors.As(err, &bad): // the frame was read, and is not one
-			err = c.broken(bad)
+		if _, ok := f.(*http2.SettingsFrame); err == nil && first && !ok {
+			err = http2.ConnectionError(http2.ErrCodeProtocol)
 		}
 		switch {
 		case err == nil:
-			continue
-		case errors.Is(err, http2.ErrFrameTooLarge):
-			worse = http2.ConnectionError(http2.ErrCodeFrameSize)
-		case !errors.As(err, &worse):
+			err = c.handle(f)
+		case errors.As(err, &bad): // the frame was read whole, and is not as it should be
+			c.refuse(bad.StreamID, bad.Code)
+			err = nil
+		}
+		if err != nil {
 			return err
 		}
-		c.bye(http2.ErrCode(worse), "")
-		return err
 	}
 }
 
 func (c *Conn) preface() error {
-	if err := c.conn.SetReadDeadline(time.Now().Add(prefaceTimeout)); err != nil {
-		return err
-	}
 	var got [len(http2.ClientPreface)]byte
 	c.cfg.Handler.Idle()
 	if _, err := io.ReadFull(c.conn, got[:]); err != nil {
@@ -213,7 +211,7 @@ func (c *Conn) preface() error {
 	if string(got[:]) != http2.ClientPreface {
 		return errors.New("what was sent is not the preface of HTTP/2")
 	}
-	return c.conn.SetReadDeadline(time.Time{})
+	return nil
 }
 
 // bye tells the peer why the connection ends, as far as it listens.
@@ -235,8 +233,10 @@ func (c *Conn) fail(why error) {
 	first := !c.closed
 	if first {
 		c.closed, c.why = true, why
-		if c.alive != nil {
-			c.alive.Stop()
+		for _, t := range []*time.Timer{c.alive, c.idle} {
+			if t != nil {
+				t.Stop()
+			}
 		}
 		c.drop()
 		for _, s := range c.streams {

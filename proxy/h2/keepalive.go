@@ -43,3 +43,23 @@ func (c *Conn) keepAlive() {
 		c.alive = time.AfterFunc(c.cfg.Silence, look)
 	}
 }
+
+// rest has a connection to a server leave that stays without streams. The caller holds mu.
+func (c *Conn) rest() {
+	if c.cfg.Idle == 0 || c.closed || len(c.streams) > 0 {
+		return
+	}
+	if c.idle != nil {
+		c.idle.Stop()
+	}
+	c.idle = time.AfterFunc(c.cfg.Idle, func() {
+		c.mu.Lock()
+		c.leaving = c.leaving || len(c.streams) == 0
+		left := c.leaving
+		c.mu.Unlock()
+		if left {
+			c.ending.Store(true)
+			c.closeIfDone()
+		}
+	})
+}

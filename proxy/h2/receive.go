@@ -8,83 +8,86 @@ import (
 	"golang.org/x/net/http2"
 )
 
-// handle is what a frame does. A [http2.ConnectionError] is told to the peer.
+// handle is what a frame does. An error ends the connection. What a peer does wrong is answered as grpc-go answers it, so that a client meets what it would meet at etcd:
+// mostly the connection just closes, and some of it is passed over.
 func (c *Conn) handle(f http2.Frame) error {
 	switch f := f.(type) {
 	case *http2.DataFrame:
-		return c.data(f)
+		c.data(f)
 	case *http2.MetaHeadersFrame:
 		return c.headers(f)
 	case *http2.WindowUpdateFrame:
-		return c.credited(f)
+		c.credited(f)
 	case *http2.PingFrame:
 		return c.ping(f)
 	case *http2.SettingsFrame:
 		return c.settings(f)
 	case *http2.RSTStreamFrame:
-		return c.reset(f)
+		c.reset(f)
 	case *http2.GoAwayFrame:
-		return c.goAway(f)
-	case *http2.PushPromiseFrame:
-		return http2.ConnectionError(http2.ErrCodeProtocol) // nobody asked for it
+		c.goAway(f)
 	}
 	return nil // PRIORITY, and what is not known
 }
 
 func (c *Conn) headers(f *http2.MetaHeadersFrame) error {
-	id, end := f.StreamID, f.StreamEnded()
-	c.mu.Lock()
-	s := c.streams[id]
-	begins := s == nil && c.server && id > c.last
-	ended := s != nil && s.remoteEnd
-	if begins {
-		c.last = id
-		if id%2 == 1 && id <= c.goneAt && !f.Truncated {
-			s = c.newStream(id, nil)
-		}
+	if f.Truncated {
+		c.refuse(f.StreamID, http2.ErrCodeFrameSize)
+		return nil
 	}
-	if s != nil && end {
+	if c.server {
+		return c.begins(f)
+	}
+	c.mu.Lock()
+	s := c.streams[f.StreamID]
+	ended := s != nil && s.remoteEnd
+	if s != nil && f.StreamEnded() {
 		s.remoteEnd = true
 	}
 	c.mu.Unlock()
 	switch {
-	case c.server && id%2 == 0, id > c.last && !c.server && s == nil && c.unopened(id):
-		return http2.ConnectionError(http2.ErrCodeProtocol)
-	case f.Truncated:
-		return c.broken(http2.StreamError{StreamID: id, Code: http2.ErrCodeProtocol})
-	case s == nil: // it has ended here, or came after the end was announced
-		return nil
+	case s == nil: // it has ended here
 	case ended:
-		return c.broken(http2.StreamError{StreamID: id, Code: http2.ErrCodeStreamClosed})
-	case begins || !c.server:
-		c.cfg.Handler.Headers(s, f.Fields, end)
-	case end: // a client's trailer, which gRPC does not have
-		c.cfg.Handler.Data(s, nil, true)
+		c.refuse(s.id, http2.ErrCodeStreamClosed)
 	default:
-		return http2.ConnectionError(http2.ErrCodeProtocol)
+		c.cfg.Handler.Headers(s, f.Fields, f.StreamEnded())
 	}
-	c.closeIfDone()
 	return nil
 }
 
-// unopened says that a stream was never opened from here.
-func (c *Conn) unopened(id uint32) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return id%2 == 0 || id >= c.next
-}
-
-func (c *Conn) data(f *http2.DataFrame) error {
-	n := int(f.Length) // with the padding
-	if c.received += n; c.received >= connWindow/2 {
-		c.mu.Lock()
-		_ = c.write.WriteWindowUpdate(0, uint32(c.received)) //nolint:gosec // less than two windows
-		c.mu.Unlock()
-		c.received = 0
+// begins begins a stream of a client's.
+func (c *Conn) begins(f *http2.MetaHeadersFrame) error {
+	id := f.StreamID
+	if id%2 != 1 || id <= c.last {
+		err := fmt.Errorf("received an illegal stream id: %v. headers frame: %+v", id, f)
+		c.bye(http2.ErrCodeProtocol, err.Error())
+		return err
 	}
 	c.mu.Lock()
-	s := c.streams[f.StreamID]
+	c.last = id
+	var s *Stream
+	if id <= c.goneAt {
+		s = c.newStream(id, nil)
+		s.remoteEnd = f.StreamEnded()
+	}
+	c.mu.Unlock()
+	if s != nil { // else it came after the client was told that it would not be served
+		c.cfg.Handler.Headers(s, f.Fields, f.StreamEnded())
+		c.closeIfDone()
+	}
+	return nil
+}
+
+func (c *Conn) data(f *http2.DataFrame) {
+	n := int(f.Length) // with the padding
+	c.received += n
 	end, ended, over := f.StreamEnded(), false, false
+	c.mu.Lock()
+	if c.received >= connWindow/2 {
+		_ = c.write.WriteWindowUpdate(0, uint32(c.received)) //nolint:gosec // less than two windows
+		c.received = 0
+	}
+	s := c.streams[f.StreamID]
 	if s != nil {
 		ended = s.remoteEnd
 		s.taken += n
@@ -93,43 +96,32 @@ func (c *Conn) data(f *http2.DataFrame) error {
 	}
 	c.mu.Unlock()
 	switch {
-	case s == nil && c.server && f.StreamID > c.last, s == nil && !c.server && c.unopened(f.StreamID):
-		return http2.ConnectionError(http2.ErrCodeProtocol)
+	case s == nil: // it has ended here
 	case over:
-		return http2.ConnectionError(http2.ErrCodeFlowControl)
-	case s == nil:
-		return nil
+		c.refuse(s.id, http2.ErrCodeFlowControl)
 	case ended:
-		return c.broken(http2.StreamError{StreamID: s.id, Code: http2.ErrCodeStreamClosed})
+		c.refuse(s.id, http2.ErrCodeStreamClosed)
+	default:
+		data := f.Data()
+		if padding := n - len(data); padding > 0 {
+			s.Credit(padding)
+		}
+		c.cfg.Handler.Data(s, data, end)
 	}
-	data := f.Data()
-	s.Credit(n - len(data))
-	c.cfg.Handler.Data(s, data, end)
 	c.closeIfDone()
-	return nil
 }
 
 // credited takes what the peer says it takes.
-func (c *Conn) credited(f *http2.WindowUpdateFrame) error {
+func (c *Conn) credited(f *http2.WindowUpdateFrame) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if f.StreamID == 0 {
-		if c.window += int64(f.Increment); c.window > math.MaxInt32 {
-			return http2.ConnectionError(http2.ErrCodeFlowControl)
-		}
-		c.pump()
-		return nil
+		c.window = min(c.window+int64(f.Increment), math.MaxInt32)
+	} else if s := c.streams[f.StreamID]; s != nil {
+		s.window = min(s.window+int64(f.Increment), math.MaxInt32)
+		c.enqueue(s)
 	}
-	s := c.streams[f.StreamID]
-	if s == nil {
-		return nil
-	}
-	if s.window += int64(f.Increment); s.window > math.MaxInt32 {
-		return http2.ConnectionError(http2.ErrCodeFlowControl)
-	}
-	c.enqueue(s)
 	c.pump()
-	return nil
 }
 
 func (c *Conn) settings(f *http2.SettingsFrame) error {
@@ -139,20 +131,15 @@ func (c *Conn) settings(f *http2.SettingsFrame) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	err := f.ForeachSetting(func(s http2.Setting) error {
-		if err := s.Valid(); err != nil {
-			return err
-		}
 		switch s.ID {
 		case http2.SettingInitialWindowSize:
 			for _, stream := range c.streams {
-				if stream.window += int64(s.Val) - c.initial; stream.window > math.MaxInt32 {
-					return http2.ConnectionError(http2.ErrCodeFlowControl)
-				}
+				stream.window = min(stream.window+int64(s.Val)-c.initial, math.MaxInt32)
 				c.enqueue(stream)
 			}
 			c.initial = int64(s.Val)
 		case http2.SettingMaxFrameSize:
-			c.maxFrame = min(int(s.Val), outLimit/2)
+			c.maxFrame = min(max(int(s.Val), frameSize), outLimit/2)
 		case http2.SettingMaxConcurrentStreams:
 			c.limit = s.Val
 		case http2.SettingHeaderTableSize:
@@ -168,47 +155,38 @@ func (c *Conn) settings(f *http2.SettingsFrame) error {
 	return nil
 }
 
-func (c *Conn) reset(f *http2.RSTStreamFrame) error {
+func (c *Conn) reset(f *http2.RSTStreamFrame) {
 	c.mu.Lock()
 	s := c.streams[f.StreamID]
 	if s != nil {
 		s.end()
 	}
-	unknown := s == nil && c.server && f.StreamID > c.last
 	c.mu.Unlock()
-	if unknown {
-		return http2.ConnectionError(http2.ErrCodeProtocol)
-	}
 	if s != nil {
 		c.cfg.Handler.Reset(s, f.ErrCode)
 	}
 	c.closeIfDone()
-	return nil
 }
 
-// broken ends a stream for what the peer did wrong on it.
-func (c *Conn) broken(err http2.StreamError) error {
+// refuse resets a stream for what the peer did wrong on it. There need not be one.
+func (c *Conn) refuse(id uint32, code http2.ErrCode) {
 	c.mu.Lock()
-	if c.server && err.StreamID > c.last {
-		c.last = err.StreamID
-	}
-	s := c.streams[err.StreamID]
+	s := c.streams[id]
 	if s != nil {
 		s.end()
 	}
 	if !c.closed {
-		_ = c.write.WriteRSTStream(err.StreamID, err.Code)
+		_ = c.write.WriteRSTStream(id, code)
 	}
 	c.mu.Unlock()
 	if s != nil {
-		c.cfg.Handler.Reset(s, err.Code)
+		c.cfg.Handler.Reset(s, code)
 	}
-	return nil
 }
 
-func (c *Conn) goAway(f *http2.GoAwayFrame) error {
+func (c *Conn) goAway(f *http2.GoAwayFrame) {
 	if c.server {
-		return nil // it opens no more streams, and those that there are go on
+		return // it opens no more streams, and those that there are go on
 	}
 	c.ending.Store(true)
 	c.mu.Lock()
@@ -226,7 +204,6 @@ func (c *Conn) goAway(f *http2.GoAwayFrame) error {
 	}
 	c.cfg.Handler.Leaving()
 	c.closeIfDone()
-	return nil
 }
 
 // pings are what a client has sent of them.

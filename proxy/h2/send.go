@@ -296,6 +296,7 @@ func (s *Stream) end() {
 	s.ended = true
 	delete(s.conn.streams, s.id)
 	s.free()
+	s.conn.rest()
 }
 
 func (s *Stream) free() {
