@@ -16,6 +16,7 @@ import (
 
 // piece is what comes in at once: header fields, or data.
 type piece struct {
+	side   *upside    // where it came from; nil for what came from the client
 	stream *h2.Stream // of etcd's, that it came on
 	fields []hpack.HeaderField
 	data   []byte
@@ -87,7 +88,7 @@ func (st *fstream) carry(ctx context.Context, p piece) {
 	case st.isLocal():
 		st.client.Data(false, nil, p.data)
 	default:
-		if rest, waits := st.cut(ctx, p.data); waits {
+		if rest, waits := st.cut(ctx, p.side, p.data); waits {
 			p.data = bytes.Clone(rest)
 			st.park(&st.outward, func(ctx context.Context) {
 				st.looked(ctx)
@@ -109,7 +110,7 @@ func (st *fstream) carry(ctx context.Context, p piece) {
 
 // cut finds the messages in data, passes those that are not looked into, and looks into the others when they are whole, or a part of theirs is. waits says that this would take the
 // KMS: the part is where it was, and rest is what follows it.
-func (st *fstream) cut(ctx context.Context, data []byte) (rest []byte, waits bool) {
+func (st *fstream) cut(ctx context.Context, side *upside, data []byte) (rest []byte, waits bool) {
 	a := &st.answers
 	for len(data) > 0 && !st.ended.Load() {
 		if len(a.head) < headLength {
@@ -129,7 +130,7 @@ func (st *fstream) cut(ctx context.Context, data []byte) (rest []byte, waits boo
 			if a.left > 0 && a.n < len(*a.own) {
 				return nil, false
 			}
-			if st.look(ctx) {
+			if st.look(ctx, side) {
 				return data[n:], true
 			}
 		case n > 0 || a.left == 0:
@@ -145,7 +146,7 @@ func (st *fstream) cut(ctx context.Context, data []byte) (rest []byte, waits boo
 
 // looked does with a context that waits what look did not.
 func (st *fstream) looked(ctx context.Context) {
-	st.look(ctx)
+	st.look(ctx, nil)
 	st.messageEnd()
 }
 
@@ -175,7 +176,7 @@ func (st *fstream) message() {
 }
 
 // look looks into what has come of a message, and hands it on when that is all. It reports true, and has changed nothing, if ctx does not wait and the KMS is needed.
-func (st *fstream) look(ctx context.Context) (waits bool) {
+func (st *fstream) look(ctx context.Context, side *upside) (waits bool) {
 	a := &st.answers
 	own, n, whole := a.own, a.n, a.n
 	if a.left > 0 {
@@ -192,10 +193,10 @@ func (st *fstream) look(ctx context.Context) (waits bool) {
 			return false
 		}
 	}
-	var kept *[]byte
+	var kept []byte // what is opened where it stands cannot be opened once more
 	if a.scans && ctx == hasty {
-		kept = buffers.Get(n)
-		copy(*kept, *own)
+		side.kept = append(side.kept[:0], (*own)[:n]...)
+		kept = side.kept
 	}
 	a.own, a.n = nil, 0
 	if a.left > 0 {
@@ -206,11 +207,9 @@ func (st *fstream) look(ctx context.Context) (waits bool) {
 	part, err := st.replaced(ctx, own, whole)
 	if wouldWait(ctx, err) {
 		a.drop()
-		a.own, a.n = kept, n
+		a.own, a.n = buffers.Get(n), n
+		copy(*a.own, kept)
 		return true
-	}
-	if kept != nil {
-		buffers.Put(kept)
 	}
 	if err != nil {
 		st.fail(err)

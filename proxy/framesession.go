@@ -53,13 +53,25 @@ const referenceIdle = 10 * time.Second
 func newSession(e *frameEngine, conn *clientConn) *session {
 	s := &session{engine: e, id: conn.id, conn: conn, changed: make(chan struct{})}
 	s.client = h2.NewServer(conn, h2.Config{
-		Handler: s, Pool: buffers, MinPing: 5 * time.Second, Silence: 2 * time.Hour, Patience: 20 * time.Second, Always: true,
+		Handler: s, Pool: buffers, Vectors: vectors(conn.Conn), MinPing: 5 * time.Second, Silence: 2 * time.Hour, Patience: 20 * time.Second, Always: true,
 	})
 	s.conns.Store(&[]*h2.Conn{s.client})
 	for _, endpoint := range s.id.to.endpoints {
 		s.hops = append(s.hops, &hop{endpoint: endpoint})
 	}
 	return s
+}
+
+// vectors returns the connection itself where it is one of the system's.
+func vectors(conn net.Conn) net.Conn {
+	if s, ok := conn.(*sniffed); ok {
+		conn = s.Conn
+	}
+	switch conn.(type) {
+	case *net.TCPConn, *net.UnixConn:
+		return conn
+	}
+	return nil
 }
 
 // run serves the connection to its end.
@@ -306,6 +318,7 @@ type upside struct {
 	session *session
 	hop     *hop // nil for that to the reference engine
 	conn    *h2.Conn
+	kept    []byte // what is being opened, as it came; of the goroutine that reads conn
 }
 
 var (
@@ -327,14 +340,14 @@ func (u *upside) forget() {
 // Headers implements [h2.Handler].
 func (u *upside) Headers(stream *h2.Stream, fields []hpack.HeaderField, end bool) {
 	if st, ok := stream.Value.(*fstream); ok {
-		st.out(piece{stream: stream, fields: fields, end: end})
+		st.out(piece{side: u, stream: stream, fields: fields, end: end})
 	}
 }
 
 // Data implements [h2.Handler].
 func (u *upside) Data(stream *h2.Stream, data []byte, end bool) {
 	if st, ok := stream.Value.(*fstream); ok {
-		st.out(piece{stream: stream, data: data, end: end})
+		st.out(piece{side: u, stream: stream, data: data, end: end})
 	}
 }
 

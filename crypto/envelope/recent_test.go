@@ -3,6 +3,7 @@ package envelope
 import (
 	"bytes"
 	"errors"
+	"math/rand/v2"
 	"sync"
 	"testing"
 )
@@ -91,4 +92,45 @@ func TestRecentIsShared(t *testing.T) {
 		})
 	}
 	wg.Wait()
+}
+
+// TestRecentKeepsAList: what is read over and over is kept, nearly all of it, up to ten thousand values; what is read once is not; and more than there is room for does not push out more than
+// its share.
+func TestRecentKeepsAList(t *testing.T) {
+	seed, err := NewSeed(TypeSeed, fill(9, 32))
+	if err != nil {
+		t.Fatal(err)
+	}
+	aead, err := newAEAD(fill(1, 32))
+	if err != nil {
+		t.Fatal(err)
+	}
+	random := rand.New(rand.NewPCG(1, 2))
+	list := make([][]byte, 30_000)
+	for i := range list {
+		list[i] = make([]byte, infoSize)
+		for j := range list[i] {
+			list[i][j] = byte(random.Uint32())
+		}
+	}
+	for n, least := range map[int]int{100: 100, 10_000: 9500, 30_000: 6000} {
+		recent := new(Recent)
+		kept := func() (kept int) {
+			for _, info := range list[:n] {
+				if recent.get(seed, info) != nil {
+					kept++
+				} else {
+					recent.put(seed, info, aead)
+				}
+			}
+			return kept
+		}
+		if once, twice := kept(), kept(); once != 0 || twice != 0 {
+			t.Errorf("%d values: %d are kept that nobody has opened, and %d that were opened once", n, once, twice)
+		}
+		kept()
+		if have := kept(); have < least {
+			t.Errorf("of %d values %d are kept, want %d", n, have, least)
+		}
+	}
 }

@@ -58,6 +58,8 @@ type Handler interface {
 type Config struct {
 	Handler Handler
 	Pool    mem.BufferPool // where buffers come from; it clears what is given back
+	// Vectors is the same connection where that takes several buffers in one write, as that of TCP does, and TLS does not: what is long then need not be copied. Nil: there is none.
+	Vectors net.Conn
 	// MinPing is how often a client may send pings; who does it more often is sent away, as by grpc-go. 0: any.
 	MinPing time.Duration
 	// Silence is how long a peer may be silent before it is sent a ping, and Patience how long it may take to answer. 0: no ping is sent.
@@ -89,6 +91,7 @@ type Conn struct {
 
 	mu       sync.Mutex
 	out      *[]byte // what gathers; nil or of cfg.Pool
+	apart    aparts  // what is to be written between the bytes of out
 	write    *http2.Framer
 	enc      *hpack.Encoder
 	block    bytes.Buffer // what enc writes to
@@ -181,7 +184,7 @@ func (c *Conn) serve() error {
 	}
 	c.keepAlive()
 	for first := true; ; first = false {
-		f, err := c.framer.ReadFrame()
+		f, err := c.frame()
 		if first && err == nil {
 			err = c.conn.SetReadDeadline(time.Time{})
 		}
@@ -190,7 +193,7 @@ func (c *Conn) serve() error {
 			err = http2.ConnectionError(http2.ErrCodeProtocol)
 		}
 		switch {
-		case err == nil:
+		case err == nil && f != nil:
 			err = c.handle(f)
 		case errors.As(err, &bad): // the frame was read whole, and is not as it should be
 			c.refuse(bad.StreamID, bad.Code)

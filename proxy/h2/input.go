@@ -1,6 +1,10 @@
 package h2
 
-import "google.golang.org/grpc/mem"
+import (
+	"io"
+
+	"google.golang.org/grpc/mem"
+)
 
 // Sizes of what is read at once, in bytes: a peer that fills the buffer gets a larger one, and one that has grown silent a small one again. Most connections are silent most of
 // the time.
@@ -19,33 +23,46 @@ type input struct {
 
 // Read implements io.Reader.
 func (in *input) Read(b []byte) (int, error) {
+	have, err := in.next(len(b))
+	return copy(b, have), err
+}
+
+// next returns up to n bytes, at least one, that are there until the next call.
+func (in *input) next(n int) ([]byte, error) {
 	if in.r == in.w {
-		if in.buf == nil {
-			in.resize(minInput)
-		}
-		n, err := in.read(*in.buf)
-		in.r, in.w = 0, n
-		if n == 0 {
-			return 0, err // an error that came with bytes comes again without
+		if err := in.fill(); err != nil {
+			return nil, err
 		}
 	}
-	n := copy(b, (*in.buf)[in.r:in.w])
-	if in.r += n; in.r == in.w {
-		switch size := len(*in.buf); {
-		case in.w == size && size < maxInput:
-			in.resize(4 * size)
-		case in.w < size/16:
-			in.resize(size / 4)
-		}
+	b := (*in.buf)[in.r:min(in.w, in.r+n)]
+	in.r += len(b)
+	return b, nil
+}
+
+// fill reads once, after everything was taken.
+func (in *input) fill() error {
+	if in.buf == nil {
+		in.resize(minInput)
+	} else if size := len(*in.buf); in.w == size && size < maxInput {
+		in.resize(4 * size)
+	} else if in.w < size/16 && size > minInput {
+		in.resize(size / 4)
 	}
-	return n, nil
+	n, err := in.read(*in.buf)
+	in.r, in.w = 0, n
+	if n > 0 {
+		return nil // an error that came with bytes comes again without
+	}
+	if err == nil {
+		err = io.ErrNoProgress
+	}
+	return err
 }
 
 // resize takes another buffer, while there is nothing in the one that there is.
 func (in *input) resize(size int) {
 	in.free()
-	in.buf = in.pool.Get(max(size, minInput))
-	in.r, in.w = 0, 0
+	in.buf = in.pool.Get(size)
 }
 
 // free gives the buffer back.

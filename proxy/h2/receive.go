@@ -13,7 +13,7 @@ import (
 func (c *Conn) handle(f http2.Frame) error {
 	switch f := f.(type) {
 	case *http2.DataFrame:
-		c.data(f)
+		return c.data(f.FrameHeader, f.Data(), 0)
 	case *http2.MetaHeadersFrame:
 		return c.headers(f)
 	case *http2.WindowUpdateFrame:
@@ -78,10 +78,23 @@ func (c *Conn) begins(f *http2.MetaHeadersFrame) error {
 	return nil
 }
 
-func (c *Conn) data(f *http2.DataFrame) {
+// frame reads the next frame. That of most data is nil: it was handled out of the buffer, where http2.Framer would have copied it.
+func (c *Conn) frame() (http2.Frame, error) {
+	head, err := c.framer.ReadFrameHeader()
+	if err != nil {
+		return nil, err
+	}
+	if head.Type == http2.FrameData && head.StreamID != 0 && !head.Flags.Has(http2.FlagDataPadded) {
+		return nil, c.data(head, nil, int(head.Length))
+	}
+	return c.framer.ReadFrameForHeader(head)
+}
+
+// data takes a frame of data, which has come, but for so many bytes.
+func (c *Conn) data(f http2.FrameHeader, data []byte, left int) error {
 	n := int(f.Length) // with the padding
 	c.received += n
-	end, ended, over := f.StreamEnded(), false, false
+	end, ended, over := f.Flags.Has(http2.FlagDataEndStream), false, false
 	c.mu.Lock()
 	if c.received >= connWindow/2 {
 		_ = c.write.WriteWindowUpdate(0, uint32(c.received)) //nolint:gosec // less than two windows
@@ -92,23 +105,41 @@ func (c *Conn) data(f *http2.DataFrame) {
 		ended = s.remoteEnd
 		s.taken += n
 		over = s.taken > streamWindow
-		s.remoteEnd = ended || end
 	}
 	c.mu.Unlock()
 	switch {
 	case s == nil: // it has ended here
 	case over:
 		c.refuse(s.id, http2.ErrCodeFlowControl)
+		s = nil
 	case ended:
 		c.refuse(s.id, http2.ErrCodeStreamClosed)
+		s = nil
 	default:
-		data := f.Data()
-		if padding := n - len(data); padding > 0 {
+		if padding := n - len(data) - left; padding > 0 {
 			s.Credit(padding)
+		}
+	}
+	for left > 0 {
+		next, err := c.in.next(left)
+		if err != nil {
+			return err
+		}
+		if left -= len(next); left > 0 && s != nil {
+			c.cfg.Handler.Data(s, next, false)
+		}
+		data = next
+	}
+	if s != nil {
+		if end {
+			c.mu.Lock()
+			s.remoteEnd = true
+			c.mu.Unlock()
 		}
 		c.cfg.Handler.Data(s, data, end)
 	}
 	c.closeIfDone()
+	return nil
 }
 
 // credited takes what the peer says it takes.

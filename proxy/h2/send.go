@@ -218,7 +218,7 @@ func (c *Conn) pumpOne(s *Stream) {
 		for left := n; left > 0; {
 			b := s.queue[0].ReadOnlyData()[s.offset:]
 			b = b[:min(left, len(b))]
-			c.append(b)
+			c.appendOf(s.queue[0], b)
 			left -= len(b)
 			if s.offset += len(b); s.offset == s.queue[0].Len() {
 				s.queue[0].Free()
@@ -316,8 +316,12 @@ func (g *gatherer) Write(b []byte) (int, error) {
 // append gathers b.
 func (c *Conn) append(b []byte) {
 	c.dirty.Store(true)
-	if need := c.gathered() + len(b); c.out == nil || need > cap(*c.out) {
-		have := c.out
+	have := c.out
+	need := len(b)
+	if have != nil {
+		need += len(*have)
+	}
+	if have == nil || need > cap(*have) {
 		size := max(need, minOut)
 		if have != nil {
 			size = max(need, 2*cap(*have))
@@ -332,19 +336,21 @@ func (c *Conn) append(b []byte) {
 	*c.out = append(*c.out, b...)
 }
 
+// gathered is how many bytes are to be written.
 func (c *Conn) gathered() int {
 	if c.out == nil {
 		return 0
 	}
-	return len(*c.out)
+	return len(*c.out) + c.apart.size
 }
 
-// drop gives the buffer back.
+// drop gives the buffers back.
 func (c *Conn) drop() {
 	if c.out != nil {
 		c.cfg.Pool.Put(c.out)
 		c.out = nil
 	}
+	c.apart.free()
 }
 
 // Dirty reports whether there may be something to flush.
@@ -360,8 +366,8 @@ func (c *Conn) Flush() {
 	for {
 		c.mu.Lock()
 		c.pump()
-		out := c.out
-		c.out = nil
+		out, apart := c.out, c.apart
+		c.out, c.apart = nil, aparts{}
 		drained = append(drained, c.drained...)
 		c.drained = nil
 		if out == nil {
@@ -370,8 +376,9 @@ func (c *Conn) Flush() {
 			break
 		}
 		c.mu.Unlock()
-		_, err := c.conn.Write(*out)
+		err := c.writeOut(*out, apart)
 		c.cfg.Pool.Put(out)
+		apart.free()
 		if err != nil {
 			c.fail(err)
 			break
