@@ -17,7 +17,7 @@ func address(endpoint string) (network, addr string) {
 	case strings.HasPrefix(scheme, "unix"):
 		return "unix", rest
 	}
-	return "tcp", rest
+	return "tcp", strings.TrimRight(rest, "/")
 }
 
 // dialEndpoint connects to an endpoint, over TLS where the endpoints have that, to speak protocol.

@@ -125,7 +125,7 @@ func (e *frameEngine) close() {
 	e.mu.Lock()
 	e.draining = true
 	for s := range e.sessions {
-		s.client.Close()
+		go s.client.Close() // over TLS it may take a moment, and each waits for its own
 	}
 	e.mu.Unlock()
 	e.ref.close()

@@ -37,7 +37,7 @@ type hop struct {
 	endpoint string
 	conn     *h2.Conn // nil while there is none
 	dialing  bool
-	pause    time.Duration // after the next failure
+	pause    time.Duration // after the last failure
 	again    time.Time     // no sooner is it dialed
 }
 
@@ -53,7 +53,7 @@ const referenceIdle = 10 * time.Second
 func newSession(e *frameEngine, conn *clientConn) *session {
 	s := &session{engine: e, id: conn.id, conn: conn, changed: make(chan struct{})}
 	s.client = h2.NewServer(conn, h2.Config{
-		Handler: s, Pool: buffers, Vectors: vectors(conn.Conn), MinPing: 5 * time.Second, Silence: 2 * time.Hour, Patience: 20 * time.Second, Always: true,
+		Handler: s, Pool: buffers, Vectors: vectors(conn.Conn), Greeting: handshakeTimeout, MinPing: 5 * time.Second, Silence: 2 * time.Hour, Patience: 20 * time.Second, Always: true,
 	})
 	s.conns.Store(&[]*h2.Conn{s.client})
 	for _, endpoint := range s.id.to.endpoints {
@@ -78,7 +78,7 @@ func vectors(conn net.Conn) net.Conn {
 func (s *session) run() {
 	_ = s.client.Serve() // how a client leaves is its own affair
 	for _, stream := range s.client.Streams() {
-		if st, ok := stream.Value.(*fstream); ok {
+		if st, ok := stream.Value().(*fstream); ok {
 			st.left()
 		}
 	}
@@ -163,35 +163,40 @@ func (s *session) dial(h *hop) {
 		ctx, cancel := context.WithTimeout(s.engine.base, reconnect.MinConnectTimeout)
 		conn, err := s.id.to.dialEndpoint(ctx, h.endpoint, protocolHTTP2)
 		cancel()
-		if err != nil {
-			s.mu.Lock()
-			defer s.mu.Unlock()
-			h.dialing = false
-			h.pause = min(max(h.pause*8/5, reconnect.Backoff.BaseDelay), reconnect.Backoff.MaxDelay)
-			h.again = time.Now().Add(h.pause)
-			s.tell()
+		if err == nil {
+			s.serveHop(h, conn)
 			return
 		}
-		s.serveHop(h, conn)
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		h.failed()
+		s.tell()
 	})
 }
 
-// serveHop serves a connection to etcd to its end.
+// failed notes that a connection has not come about. The caller holds the session's mu.
+func (h *hop) failed() {
+	h.dialing = false
+	h.pause = min(max(h.pause*8/5, reconnect.Backoff.BaseDelay), reconnect.Backoff.MaxDelay)
+	h.again = time.Now().Add(h.pause)
+}
+
+// serveHop serves a connection to etcd to its end. Streams go there once etcd has greeted.
 func (s *session) serveHop(h *hop, conn net.Conn) {
 	up := &upside{session: s, hop: h}
-	c := h2.NewClient(conn, h2.Config{Handler: up, Pool: buffers, Silence: keepaliveSilence, Patience: keepalivePatience})
-	up.conn = c
+	up.conn = h2.NewClient(conn, h2.Config{
+		Handler: up, Pool: buffers, Greeting: reconnect.MinConnectTimeout, Silence: keepaliveSilence, Patience: keepalivePatience,
+	})
 	s.mu.Lock()
-	h.dialing = false
-	if s.ended {
-		s.mu.Unlock()
-		c.Close()
+	ended := s.ended
+	if !ended {
+		s.add(up.conn)
+	}
+	s.mu.Unlock()
+	if ended {
+		up.conn.Close()
 		return
 	}
-	h.conn, h.pause = c, 0
-	s.add(c)
-	s.tell()
-	s.mu.Unlock()
 	s.serveUp(up)
 }
 
@@ -205,7 +210,7 @@ func (s *session) serveUp(up *upside) {
 	s.conns.Store(&all)
 	s.mu.Unlock()
 	for _, stream := range c.Streams() {
-		if st, ok := stream.Value.(*fstream); ok {
+		if st, ok := stream.Value().(*fstream); ok {
 			st.lost(why)
 		}
 	}
@@ -247,7 +252,7 @@ func (s *session) reference() *h2.Conn {
 	}
 	far := <-accepted
 	up := &upside{session: s}
-	up.conn = h2.NewClient(near, h2.Config{Handler: up, Pool: buffers, Idle: referenceIdle})
+	up.conn = h2.NewClient(near, h2.Config{Handler: up, Pool: buffers, Greeting: handshakeTimeout, Idle: referenceIdle})
 	s.local = up.conn
 	s.add(up.conn)
 	s.work.Go(func() { s.engine.ref.serve(&clientConn{Conn: far, id: s.id, closed: func() {}}) })
@@ -272,7 +277,7 @@ func (s *session) flush() {
 func (s *session) leave() {
 	s.client.Leave()
 	for _, stream := range s.client.Streams() {
-		if st, ok := stream.Value.(*fstream); ok && st.method != nil && st.method.waits && !st.isLocal() {
+		if st, ok := stream.Value().(*fstream); ok && st.method != nil && st.method.waits && !st.isLocal() {
 			st.fail(errShuttingDown)
 		}
 	}
@@ -282,30 +287,33 @@ func (s *session) leave() {
 // Headers implements [h2.Handler].
 func (s *session) Headers(stream *h2.Stream, fields []hpack.HeaderField, end bool) {
 	st := &fstream{session: s, client: stream, fields: fields, method: s.engine.route(s.id, fields)}
-	stream.Value = st
+	stream.SetValue(st)
 	st.begin(end)
 }
 
 // Data implements [h2.Handler].
 func (s *session) Data(stream *h2.Stream, data []byte, end bool) {
-	if st, ok := stream.Value.(*fstream); ok {
+	if st, ok := stream.Value().(*fstream); ok {
 		st.in(data, end)
 	}
 }
 
 // Reset implements [h2.Handler].
 func (s *session) Reset(stream *h2.Stream, _ http2.ErrCode) {
-	if st, ok := stream.Value.(*fstream); ok {
+	if st, ok := stream.Value().(*fstream); ok {
 		st.left()
 	}
 }
 
 // Sent implements [h2.Handler]: what etcd has sent for the stream is on its way.
 func (s *session) Sent(stream *h2.Stream) {
-	if st, ok := stream.Value.(*fstream); ok {
+	if st, ok := stream.Value().(*fstream); ok {
 		st.creditUp()
 	}
 }
+
+// Greeted implements [h2.Handler].
+func (s *session) Greeted() {}
 
 // Leaving implements [h2.Handler].
 func (s *session) Leaving() {}
@@ -318,6 +326,7 @@ type upside struct {
 	session *session
 	hop     *hop // nil for that to the reference engine
 	conn    *h2.Conn
+	greeted bool   // under the session's mu
 	kept    []byte // what is being opened, as it came; of the goroutine that reads conn
 }
 
@@ -329,6 +338,8 @@ var (
 // forget has new streams go elsewhere. The caller holds the session's mu.
 func (u *upside) forget() {
 	switch {
+	case u.hop != nil && !u.greeted:
+		u.hop.failed()
 	case u.hop != nil && u.hop.conn == u.conn:
 		u.hop.conn = nil
 	case u.hop == nil && u.session.local == u.conn:
@@ -339,30 +350,42 @@ func (u *upside) forget() {
 
 // Headers implements [h2.Handler].
 func (u *upside) Headers(stream *h2.Stream, fields []hpack.HeaderField, end bool) {
-	if st, ok := stream.Value.(*fstream); ok {
+	if st, ok := stream.Value().(*fstream); ok {
 		st.out(piece{side: u, stream: stream, fields: fields, end: end})
 	}
 }
 
 // Data implements [h2.Handler].
 func (u *upside) Data(stream *h2.Stream, data []byte, end bool) {
-	if st, ok := stream.Value.(*fstream); ok {
+	if st, ok := stream.Value().(*fstream); ok {
 		st.out(piece{side: u, stream: stream, data: data, end: end})
 	}
 }
 
 // Reset implements [h2.Handler].
 func (u *upside) Reset(stream *h2.Stream, code http2.ErrCode) {
-	if st, ok := stream.Value.(*fstream); ok {
+	if st, ok := stream.Value().(*fstream); ok {
 		st.reset(code)
 	}
 }
 
 // Sent implements [h2.Handler]: what the client has sent on the stream is on its way.
 func (u *upside) Sent(stream *h2.Stream) {
-	if st, ok := stream.Value.(*fstream); ok {
+	if st, ok := stream.Value().(*fstream); ok {
 		st.creditClient()
 	}
+}
+
+// Greeted implements [h2.Handler].
+func (u *upside) Greeted() {
+	if u.hop == nil {
+		return
+	}
+	u.session.mu.Lock()
+	defer u.session.mu.Unlock()
+	u.greeted = true
+	u.hop.conn, u.hop.dialing, u.hop.pause = u.conn, false, 0
+	u.session.tell()
 }
 
 // Leaving implements [h2.Handler].

@@ -34,9 +34,6 @@ const (
 	outLimit      = 256 << 10  // what gathers for one write; the rest waits in its streams
 )
 
-// prefaceTimeout bounds how long a peer may take over its first bytes, up to its settings.
-const prefaceTimeout = 10 * time.Second
-
 // Handler is told of what comes in. All methods but Sent are called on the goroutine of [Conn.Serve], one at a time; none may block for long, and what they are given is theirs only
 // until they return, but for header fields.
 type Handler interface {
@@ -48,6 +45,8 @@ type Handler interface {
 	Reset(s *Stream, code http2.ErrCode)
 	// Sent says that nothing waits for the peer's windows any more. It may be called on any goroutine that flushes.
 	Sent(s *Stream)
+	// Greeted says that the peer has sent its settings: it speaks HTTP/2.
+	Greeted()
 	// Leaving says that the peer takes no new streams.
 	Leaving()
 	// Idle says that the goroutine is about to wait for the peer: what was gathered is to be flushed.
@@ -60,6 +59,8 @@ type Config struct {
 	Pool    mem.BufferPool // where buffers come from; it clears what is given back
 	// Vectors is the same connection where that takes several buffers in one write, as that of TCP does, and TLS does not: what is long then need not be copied. Nil: there is none.
 	Vectors net.Conn
+	// Greeting is how long the peer may take over its first bytes, up to its settings.
+	Greeting time.Duration
 	// MinPing is how often a client may send pings; who does it more often is sent away, as by grpc-go. 0: any.
 	MinPing time.Duration
 	// Silence is how long a peer may be silent before it is sent a ping, and Patience how long it may take to answer. 0: no ping is sent.
@@ -174,7 +175,7 @@ func (c *Conn) Serve() error {
 }
 
 func (c *Conn) serve() error {
-	if err := c.conn.SetReadDeadline(time.Now().Add(prefaceTimeout)); err != nil {
+	if err := c.conn.SetReadDeadline(time.Now().Add(c.cfg.Greeting)); err != nil {
 		return err
 	}
 	if c.server {
@@ -201,6 +202,9 @@ func (c *Conn) serve() error {
 		}
 		if err != nil {
 			return err
+		}
+		if first {
+			c.cfg.Handler.Greeted()
 		}
 	}
 }

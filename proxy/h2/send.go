@@ -3,6 +3,7 @@ package h2
 import (
 	"errors"
 	"math"
+	"sync/atomic"
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
@@ -11,11 +12,9 @@ import (
 
 // Stream is one stream of a connection. Its methods are safe for concurrent use, and do nothing once it is at its end. What they send is gathered, see [Conn.Flush].
 type Stream struct {
-	// Value is the handler's. It is set when the stream begins, before anything else can happen to it.
-	Value any
-
-	conn *Conn
-	id   uint32
+	conn  *Conn
+	id    uint32
+	value atomic.Value
 
 	// Under conn.mu.
 	taken     int   // of what the peer has sent, that is not given back
@@ -32,10 +31,19 @@ type Stream struct {
 }
 
 func (c *Conn) newStream(id uint32, value any) *Stream {
-	s := &Stream{Value: value, conn: c, id: id, window: c.initial}
+	s := &Stream{conn: c, id: id, window: c.initial}
+	if value != nil {
+		s.value.Store(value)
+	}
 	c.streams[id] = s
 	return s
 }
+
+// Value is what the handler keeps with the stream: nil, until it has said what.
+func (s *Stream) Value() any { return s.value.Load() }
+
+// SetValue says what is kept with the stream, always of one type.
+func (s *Stream) SetValue(v any) { s.value.Store(v) }
 
 // Open opens a stream. It returns nil if the peer takes none.
 func (c *Conn) Open(value any, fields []hpack.HeaderField, end bool) *Stream {
