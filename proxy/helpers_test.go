@@ -6,6 +6,7 @@ import (
 	"errors"
 	"log/slog"
 	"net"
+	"os"
 	"slices"
 	"sync"
 	"testing"
@@ -165,6 +166,7 @@ func startProxy(t testing.TB, etcd string, rules []Rule, edit func(*Config)) *ru
 		Rules:     rules,
 		Logger:    slog.New(slog.NewJSONHandler(logs, nil)),
 	}
+	cfg.Reference = os.Getenv("PROXY_TEST_ENGINE") == "reference" // what holds for one engine holds for the other
 	if edit != nil {
 		edit(&cfg)
 	}

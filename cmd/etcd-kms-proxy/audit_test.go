@@ -174,7 +174,7 @@ func runApp(t *testing.T, d dir, edits ...string) *app {
 		t.Fatal(err)
 	}
 	log := slog.New(slog.DiscardHandler)
-	a, err := newApp(c, log, deadline)
+	a, err := newApp(c, log, serveOptions{drain: deadline})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -27,7 +27,7 @@ func newRunningIn(t *testing.T, d dir, edits ...string) (*app, *reloader) {
 		t.Fatal(err)
 	}
 	log := slog.New(slog.NewJSONHandler(&told, &slog.HandlerOptions{Level: slog.LevelDebug}))
-	a, err := newApp(c, log, time.Second)
+	a, err := newApp(c, log, serveOptions{drain: time.Second})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -75,7 +75,7 @@ func TestNoTraceOfAFailedStart(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := newApp(c, slog.New(slog.DiscardHandler), time.Second); !errors.Is(err, syscall.EADDRINUSE) {
+	if _, err := newApp(c, slog.New(slog.DiscardHandler), serveOptions{drain: time.Second}); !errors.Is(err, syscall.EADDRINUSE) {
 		t.Errorf("err = %v, want one about the address", err)
 	}
 }

@@ -105,16 +105,16 @@ type ruleSet struct {
 }
 
 // newApp makes everything that c describes and binds its addresses. It starts nothing. close lets go of it.
-func newApp(c *config.Config, log *slog.Logger, drain time.Duration) (*app, error) {
+func newApp(c *config.Config, log *slog.Logger, o serveOptions) (*app, error) {
 	a := &app{log: log}
-	if err := a.assemble(c, drain); err != nil {
+	if err := a.assemble(c, o); err != nil {
 		a.close()
 		return nil, err
 	}
 	return a, nil
 }
 
-func (a *app) assemble(c *config.Config, drain time.Duration) error {
+func (a *app) assemble(c *config.Config, o serveOptions) error {
 	var err error
 	if a.audit, err = newAuditor(c.Audit, a.log); err != nil {
 		return err
@@ -127,7 +127,7 @@ func (a *app) assemble(c *config.Config, drain time.Duration) error {
 	if a.fleet, err = a.newFleet(c); err != nil {
 		return err
 	}
-	if a.proxy, err = proxy.New(proxyConfig(c, rules, a, drain)); err != nil {
+	if a.proxy, err = proxy.New(proxyConfig(c, rules, a, o)); err != nil {
 		return err
 	}
 	if c.Admin == nil {

@@ -14,12 +14,13 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
 )
 
-func proxyConfig(c *config.Config, rules *ruleSet, a *app, drain time.Duration) proxy.Config {
+func proxyConfig(c *config.Config, rules *ruleSet, a *app, o serveOptions) proxy.Config {
 	pc := proxy.Config{
 		Upstream:        upstreamConfig(&c.Etcd),
 		Rules:           rules.forProxy(),
 		MaxRequestBytes: c.Etcd.MaxRequestBytes,
-		DrainTimeout:    drain,
+		DrainTimeout:    o.drain,
+		Reference:       o.reference,
 		Logger:          a.log,
 		Registerer:      a.metrics.registry,
 		OnDenied:        a.audit.denied,

@@ -184,10 +184,15 @@ func (r *Ring) bad(ctx context.Context, keyID string, err error) {
 			st.writer = nil
 		}
 	}
+	dropped := 0
+	// A key that is gone leaves what recovery copies gave; one that somebody has disabled does not.
+	gone := isGone(err)
+	mine := func(e *entry) bool { return e.by == r || e.ring == r && !gone }
 	if revoke {
 		r.mu.Lock()
 		r.gen++
 		r.mu.Unlock()
+		dropped = r.drop(mine) // so that nothing opens once the ring is said to be revoked
 	}
 	r.endContact(change)
 	if was.healthy || was.err == nil {
@@ -195,12 +200,10 @@ func (r *Ring) bad(ctx context.Context, keyID string, err error) {
 		r.cfg.Logger.Warn("KMS contact is not good", "provider", r.cfg.Provider, "reason", describe(err))
 	}
 	if revoke {
-		// A key that is gone leaves what recovery copies gave; one that somebody has disabled does not.
-		gone := isGone(err)
-		n := r.drop(func(e *entry) bool { return e.by == r || e.ring == r && !gone })
+		dropped += r.drop(mine) // what came in between
 		if was.revoked == nil {
 			r.cfg.Observer.Seed(r.cfg.Provider, EventRevoked)
-			r.cfg.Logger.Error("KMS key may not be used: its seeds are dropped", "provider", r.cfg.Provider, "reason", describe(err), "seeds", n)
+			r.cfg.Logger.Error("KMS key may not be used: its seeds are dropped", "provider", r.cfg.Provider, "reason", describe(err), "seeds", dropped)
 		}
 	}
 }
