@@ -1,5 +1,5 @@
 // Package proxy is the data path between etcd's clients and etcd: listeners, the identity of each connection, the closed table
-// of methods, the rules that say which keys are sealed, the connection to etcd, and the engine that moves messages.
+// of methods, the rules that say which keys are sealed, the connections to etcd, and the engines that move messages.
 //
 // A call goes down once and comes back once:
 //
