@@ -5,7 +5,6 @@ import (
 	"context"
 	"encoding/binary"
 	"strconv"
-	"sync/atomic"
 
 	"golang.org/x/net/http2/hpack"
 	"google.golang.org/grpc/codes"
@@ -25,8 +24,6 @@ type piece struct {
 
 // answers is how far a call's answers have come. It is of whoever has the direction, see [fstream].
 type answers struct {
-	begun atomic.Bool // the client has the header
-
 	head   []byte          // of the message, as far as it has come
 	unsent []byte          // the head, if the message passes and nothing of it was sent
 	left   int             // bytes of the message that have not come
@@ -59,8 +56,12 @@ func (st *fstream) answer(ctx context.Context, p piece) {
 	}
 	switch {
 	case !p.end:
-		st.answers.begun.Store(true)
-		st.client.Headers(p.fields, false)
+		st.mu.Lock()
+		defer st.mu.Unlock()
+		if !st.ended.Load() { // or what ends it has been sent, or will be
+			st.begun = true
+			st.client.Headers(p.fields, false)
+		}
 		return
 	case st.finish(codeOf(p.fields)):
 		st.client.Headers(p.fields, true)
@@ -195,8 +196,10 @@ func (st *fstream) look(ctx context.Context, side *upside) (waits bool) {
 	}
 	var kept []byte // what is opened where it stands cannot be opened once more
 	if a.scans && ctx == hasty {
-		side.kept = append(side.kept[:0], (*own)[:n]...)
-		kept = side.kept
+		kept = append(side.kept[:0], (*own)[:n]...)
+		if side.kept = kept; n > 2*partSize {
+			side.kept = nil // so long ones are rare
+		}
 	}
 	a.own, a.n = nil, 0
 	if a.left > 0 {

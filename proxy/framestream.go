@@ -39,6 +39,7 @@ type fstream struct {
 
 	mu              sync.Mutex
 	local           bool       // it goes on to the reference engine
+	begun           bool       // the client was sent the header of the answer
 	up              *h2.Stream // where it goes on to; nil before it does
 	cancel          context.CancelCauseFunc
 	inward, outward parking
@@ -80,12 +81,12 @@ func (st *fstream) begin(end bool) {
 		return
 	}
 	if st.method.waits && st.session.engine.leaving.Load() {
+		st.method.metrics.started.Inc()
 		st.fail(errShuttingDown)
 		return
 	}
 	st.call = st.method.newCall(st.session.id)
 	if st.method.shape == shapeBidiStream {
-		st.method.metrics.started.Inc()
 		if ok, waits := st.connect(hasty); waits {
 			st.park(&st.inward, func(ctx context.Context) {
 				if ok, _ := st.connect(ctx); !ok {
@@ -208,7 +209,6 @@ func (st *fstream) forward(ctx context.Context, raw []byte) {
 	if st.up == nil { // the client has left meanwhile
 		return
 	}
-	st.method.metrics.started.Inc()
 	st.method.metrics.received.Inc()
 	st.up.Data(true, head(len(edited)), edited)
 	st.asked = nil
@@ -288,8 +288,11 @@ func (st *fstream) open(conn *h2.Conn, h *hop) bool {
 		return true
 	}
 	scheme, authority := st.session.id.to.origin(h.endpoint)
-	st.up = conn.Open(st, upstreamFields(st.fields, scheme, authority), false)
-	return st.up != nil
+	if st.up = conn.Open(st, upstreamFields(st.fields, scheme, authority), false); st.up == nil {
+		return false
+	}
+	st.method.metrics.started.Inc()
+	return true
 }
 
 // toReference goes on to the reference engine with what the client has sent so far.
@@ -412,7 +415,10 @@ func (st *fstream) fail(err error) {
 		return
 	}
 	fields := make([]hpack.HeaderField, 0, 5)
-	if !st.answers.begun.Load() {
+	st.mu.Lock()
+	begun := st.begun
+	st.mu.Unlock()
+	if !begun {
 		fields = append(fields, hpack.HeaderField{Name: ":status", Value: "200"}, hpack.HeaderField{Name: "content-type", Value: contentType})
 	}
 	fields = append(fields, hpack.HeaderField{Name: "grpc-status", Value: strconv.Itoa(int(s.Code()))}, hpack.HeaderField{Name: "grpc-message", Value: percent(s.Message())})
@@ -442,7 +448,10 @@ func (st *fstream) lost(why error) {
 		return
 	}
 	err := status.Errorf(codes.Unavailable, "error reading from server: %v", why)
-	if !st.answers.begun.Load() {
+	st.mu.Lock()
+	begun := st.begun
+	st.mu.Unlock()
+	if !begun {
 		err = ownError(codes.Unavailable, "etcd is unreachable: "+status.Convert(err).Message())
 	}
 	st.fail(err)

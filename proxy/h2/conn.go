@@ -257,13 +257,15 @@ func (c *Conn) fail(why error) {
 	}
 }
 
-// Streams returns those that are not at their end.
+// Streams returns those that are not at their end; and of a client those whose end has not come.
 func (c *Conn) Streams() []*Stream {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	all := make([]*Stream, 0, len(c.streams))
 	for _, s := range c.streams {
-		all = append(all, s)
+		if c.server || !s.remoteEnd {
+			all = append(all, s)
+		}
 	}
 	return all
 }

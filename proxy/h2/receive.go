@@ -193,7 +193,7 @@ func (c *Conn) reset(f *http2.RSTStreamFrame) {
 		s.end()
 	}
 	c.mu.Unlock()
-	if s != nil {
+	if s != nil && (c.server || !s.remoteEnd) { // a server that has said all may add that it does not want to hear more
 		c.cfg.Handler.Reset(s, f.ErrCode)
 	}
 	c.closeIfDone()
