@@ -6,6 +6,7 @@ import (
 	"encoding/base64"
 	"encoding/binary"
 	"errors"
+	"io"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -230,8 +231,12 @@ func (st *fstream) messages(_ context.Context, data []byte, end bool) {
 	all := true
 	for len(raw) >= headLength {
 		n := st.length(raw)
-		if raw[0] != 0 {
+		switch {
+		case raw[0] == 1:
 			st.fail(status.Error(codes.Internal, "grpc: compressed flag set with identity or empty encoding"))
+			return
+		case raw[0] != 0:
+			st.fail(status.Errorf(codes.Internal, "grpc: received unexpected payload format %d", raw[0]))
 			return
 		}
 		if limit := st.session.engine.core.maxRequest + grpcOverhead; n > limit {
@@ -256,6 +261,10 @@ func (st *fstream) messages(_ context.Context, data []byte, end bool) {
 		if end && len(raw) == 0 {
 			end = false
 		}
+	}
+	if end && len(raw) >= headLength { // grpc-go passes over a head that is cut off
+		st.fail(status.Error(codes.Internal, io.ErrUnexpectedEOF.Error()))
+		return
 	}
 	st.asked = append(st.asked[:0:0], raw...)
 	if end {

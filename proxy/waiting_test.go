@@ -102,6 +102,17 @@ func serveStore(t *testing.T, list ...string) string {
 			}
 			return nil
 		},
+		keepAlive: func(s grpc.BidiStreamingServer[pb.LeaseKeepAliveRequest, pb.LeaseKeepAliveResponse]) error {
+			for {
+				r, err := s.Recv()
+				if err != nil {
+					return nil
+				}
+				if err := s.Send(&pb.LeaseKeepAliveResponse{ID: r.ID, TTL: 1}); err != nil {
+					return err
+				}
+			}
+		},
 		watchFn: func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error {
 			for {
 				r, err := s.Recv()
