@@ -134,6 +134,37 @@ func (m *Member) WaitReady() {
 	})
 }
 
+// LoseMajority kills all members but the first, and waits until that one has no leader.
+func (c *Cluster) LoseMajority() {
+	c.env.TB.Helper()
+	for _, m := range c.Members[1:] {
+		m.Kill()
+	}
+	left := c.Members[0]
+	conn := Dial(c.env.TB, left.Address, nil)
+	defer conn.Close()
+	Eventually(c.env.TB, 30*time.Second, left.name+" to miss its leader", func() error {
+		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+		defer cancel()
+		status, err := pb.NewMaintenanceClient(conn).Status(ctx, &pb.StatusRequest{})
+		if err == nil && status.Leader != 0 {
+			err = fmt.Errorf("it follows %x", status.Leader)
+		}
+		return err
+	})
+}
+
+// RegainMajority starts the members again that [Cluster.LoseMajority] killed, and waits until all answer.
+func (c *Cluster) RegainMajority() {
+	c.env.TB.Helper()
+	for _, m := range c.Members[1:] {
+		m.Begin()
+	}
+	for _, m := range c.Members {
+		m.WaitReady()
+	}
+}
+
 // URLs are the endpoints of all members.
 func (c *Cluster) URLs() []string {
 	var all []string
