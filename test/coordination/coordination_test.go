@@ -36,12 +36,18 @@ func newSite(t *testing.T) *site {
 	t.Helper()
 	s := &site{Env: harness.New(t)}
 	s.etcd = s.StartEtcd(harness.EtcdConfig{})
-	s.kv = pb.NewKVClient(harness.Dial(t, s.etcd.Address, nil))
+	s.before(t, s.etcd.Address)
+	return s
+}
+
+// before puts the site's configuration and client before an etcd, or a member of one.
+func (s *site) before(t *testing.T, address string) {
+	t.Helper()
+	s.kv = pb.NewKVClient(harness.Dial(t, address, nil))
 	s.cfg = harness.ProxyConfig{
-		Etcd: harness.Upstream{Endpoints: []string{s.etcd.URL}}, KMS: []harness.KMSConfig{s.LocalKey("dev", 1), s.LocalKey("other", 2)},
+		Etcd: harness.Upstream{Endpoints: []string{"http://" + address}}, KMS: []harness.KMSConfig{s.LocalKey("dev", 1), s.LocalKey("other", 2)},
 		Rules: []harness.Rule{{Prefix: prefix, WriteWith: "dev", AllowPlaintextReads: new(true)}},
 	}
-	return s
 }
 
 // with returns the configuration with other rules.

@@ -1,0 +1,67 @@
+package coordination
+
+import (
+	"strings"
+	"testing"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
+)
+
+// TestGuardWithoutLeader: with coordination off, what a member of etcd without a leader holds is enough for the guard. Clients get from the member what needs no leader,
+// and its record refuses what it refuses with one.
+func TestGuardWithoutLeader(t *testing.T) {
+	t.Parallel()
+	s := &site{Env: harness.New(t)}
+	cluster := s.StartCluster(3, harness.EtcdConfig{})
+	s.before(t, cluster.Members[0].Address) // which is left: what is read there with a leader, it holds without one
+	off := s.cfg
+	off.Coordination = harness.NoCoordination()
+	value := s.Sealed.Value("a")
+	serves := func(p *harness.Proxy) {
+		t.Helper()
+		p.WaitReady(within)
+		r, err := pb.NewKVClient(harness.Dial(t, p.Address, nil)).Range(t.Context(), &pb.RangeRequest{Key: []byte(prefix + "a"), Serializable: true})
+		if err != nil || len(r.Kvs) != 1 || string(r.Kvs[0].Value) != value {
+			t.Errorf("a serializable read: %v, %v", r, err)
+		}
+	}
+
+	// No record.
+	p := s.StartProxy("off", off)
+	p.WaitReady(within)
+	if _, err := pb.NewKVClient(harness.Dial(t, p.Address, nil)).Put(t.Context(), &pb.PutRequest{Key: []byte(prefix + "a"), Value: []byte(value)}); err != nil {
+		t.Fatal(err)
+	}
+	serves(p)
+	p.Stop(within)
+	cluster.LoseMajority()
+	p.Start()
+	serves(p)
+	p.Stop(within)
+	cluster.RegainMajority()
+
+	// A record, which is not at the default place, so that the pointer to it has to be read as well.
+	s.cfg.Coordination = &harness.Coordination{Prefix: custom}
+	first := s.StartProxy("first", s.cfg)
+	first.WaitReady(within)
+	s.place(t, custom, prefix)
+	first.Stop(within)
+	cluster.LoseMajority()
+	plain := s.cfg.Rules[0]
+	plain.WriteWith = "plaintext"
+	weak := off
+	weak.Rules = []harness.Rule{plain}
+	const found = `coordination is off, and there is a record of rules below "/elsewhere/"`
+	s.refused(t, "only off", off, found)
+	s.refused(t, "weak", weak, found, "would be written as plaintext")
+
+	// Allowed, although the record cannot be removed.
+	p.Args = []string{"--allow-weakening"}
+	p.Start()
+	serves(p)
+	if !strings.Contains(p.Log(), "the next start needs --allow-weakening too") {
+		t.Error("the log does not say that the record is still there")
+	}
+}
