@@ -53,6 +53,12 @@ func (s *site) like(change ...string) {
 	s.config = s.env.File("config.yaml", []byte(strings.NewReplacer(change...).Replace(life.yaml(1))))
 }
 
+// newKey makes a key file, or adds a version to the one that is there.
+func (s *site) newKey(name string) {
+	s.t.Helper()
+	s.shell("etcd-kms-proxy kms new-local-key /etc/etcd-kms-proxy/" + name + ".yaml")
+}
+
 func (s *site) put(key, value string) {
 	s.t.Helper()
 	if _, err := s.raw.Put(s.t.Context(), &pb.PutRequest{Key: []byte(key), Value: []byte(value)}); err != nil {
@@ -86,7 +92,7 @@ func TestClusterLife(t *testing.T) {
 	s := newSite(t, "cluster-life.md")
 	defer s.done()
 	s.like()
-	s.shell("etcd-kms-proxy kms new-local-key /etc/etcd-kms-proxy/key.yaml")
+	s.newKey("key")
 	for n := range 3 {
 		s.put(secret(n + 1))
 	}
@@ -96,7 +102,7 @@ func TestClusterLife(t *testing.T) {
 	s.run(4)
 	s.run(5)
 	s.run(6)
-	s.shell("etcd-kms-proxy kms new-local-key /etc/etcd-kms-proxy/key.yaml")
+	s.newKey("key")
 	s.run(7)
 	s.proxy.Stop(within)
 	s.like("writeWith: main", "writeWith: plaintext\n  readWith: [main]\n  allowPlaintextReads: true")
@@ -110,7 +116,7 @@ func TestNewCluster(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, "cluster-life.md")
 	s.like("writeWith: main", "writeWith: main\n  allowPlaintextReads: false")
-	s.shell("etcd-kms-proxy kms new-local-key /etc/etcd-kms-proxy/key.yaml")
+	s.newKey("key")
 	s.run(1)
 	s.serve()
 	s.run(2)
@@ -118,7 +124,7 @@ func TestNewCluster(t *testing.T) {
 	if err := os.Remove(filepath.Join(s.env.Dir, "key.yaml")); err != nil {
 		t.Fatal(err)
 	}
-	s.shell("etcd-kms-proxy kms new-local-key /etc/etcd-kms-proxy/key.yaml")
+	s.newKey("key")
 	s.serve("--allow-weakening") // the record of the rules was sealed with the lost key too
 	s.run(11)
 }
@@ -128,7 +134,7 @@ func TestReencrypt(t *testing.T) {
 	s := newSite(t, "reencrypt.md")
 	defer s.done()
 	s.like()
-	s.shell("etcd-kms-proxy kms new-local-key /etc/etcd-kms-proxy/key.yaml")
+	s.newKey("key")
 	for n := range 150 {
 		s.put(secret(n))
 	}
@@ -140,7 +146,7 @@ func TestLifecycle(t *testing.T) {
 	s := newSite(t, "lifecycle.md")
 	defer s.done()
 	s.like()
-	s.shell("etcd-kms-proxy kms new-local-key /etc/etcd-kms-proxy/key.yaml")
+	s.newKey("key")
 	s.put(secret(1))
 	s.put(secret(2))
 	s.shell("etcd-kms-proxy reencrypt")
@@ -148,7 +154,7 @@ func TestLifecycle(t *testing.T) {
 	s.shell("etcd-kms-proxy purge --yes")
 	s.etcd.Stop(within)
 	s.run(1)
-	s.shell("etcd-kms-proxy kms new-local-key /etc/etcd-kms-proxy/key.yaml")
+	s.newKey("key")
 	s.means("/backup/", s.env.Dir+"/")
 	s.run(2, "etcd-kms-proxy decrypt /registry") // asks on a terminal
 }
@@ -158,7 +164,7 @@ func TestCoordination(t *testing.T) {
 	s := newSite(t, "coordination.md")
 	defer s.done()
 	s.like()
-	s.shell("etcd-kms-proxy kms new-local-key /etc/etcd-kms-proxy/key.yaml")
+	s.newKey("key")
 	s.serve()
 	s.proxy.Stop(within)
 	s.like("rules:\n- prefix: /registry/secrets/\n  writeWith: main\n", "")
@@ -174,7 +180,7 @@ func TestRecovery(t *testing.T) {
 	defer s.done()
 	s.like("rules:", "- name: dr\n  local: {keyFile: dr.yaml}\n- name: new\n  local: {keyFile: new.yaml}\nrules:", "writeWith: main", "writeWith: main\n  recovery: [dr]")
 	for _, name := range []string{"key", "dr", "new"} {
-		s.shell("etcd-kms-proxy kms new-local-key /etc/etcd-kms-proxy/" + name + ".yaml")
+		s.newKey(name)
 	}
 	for n := range 40 {
 		s.put(secret(n))
@@ -218,7 +224,7 @@ func TestFromKubernetes(t *testing.T) {
 	}
 	s.config = filepath.Join(s.env.Dir, "config.yaml")
 	s.run(1)
-	s.shell("etcd-kms-proxy kms new-local-key /etc/etcd-kms-proxy/key.yaml")
+	s.newKey("key")
 	made, err := os.ReadFile(s.config)
 	if err != nil {
 		t.Fatal(err)
