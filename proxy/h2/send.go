@@ -113,6 +113,12 @@ func (s *Stream) Data(end bool, head, body []byte) bool {
 	if c.closed || s.ended || s.localEnd || s.last {
 		return true
 	}
+	return s.data(end, head, body)
+}
+
+// data is Data for who holds mu.
+func (s *Stream) data(end bool, head, body []byte) bool {
+	c := s.conn
 	for len(s.queue) == 0 {
 		all := len(head) + len(body)
 		n := min(all, c.room(s))
@@ -144,6 +150,10 @@ func (s *Stream) Buffers(end bool, head []byte, body mem.BufferSlice) bool {
 	if c.closed || s.ended || s.localEnd || s.last {
 		body.Free()
 		return true
+	}
+	if body.Len() == 0 { // an end alone does not wait in the queue: there it would have nothing to follow
+		body.Free()
+		return s.data(end, head, nil)
 	}
 	if len(head) > 0 {
 		s.queue = append(s.queue, mem.Copy(head, c.cfg.Pool))
