@@ -27,7 +27,7 @@ type peer struct {
 	mu   sync.Mutex
 	got  []string
 	data map[uint32][]byte
-	hold chan struct{} // if not nil, nothing is read before it closes
+	hold chan struct{} // if not nil, nothing more is read before it closes
 }
 
 // serveOne starts a Conn that serves, and is its client, which has sent its settings.
@@ -72,7 +72,7 @@ func newPeer(t *testing.T, cfg *Config, h *handler) (p *peer, far net.Conn) {
 
 // run serves the Conn, and notes what it says.
 func (p *peer) run(t *testing.T, c *Conn) {
-	read := http2.NewFramer(nil, p.conn)
+	read := http2.NewFramer(nil, readerFunc(p.read))
 	read.SetMaxReadFrameSize(1 << 20)
 	read.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
 	go func() { p.served <- c.Serve() }()
@@ -84,9 +84,6 @@ func (p *peer) run(t *testing.T, c *Conn) {
 			}
 		}
 		for {
-			if hold := p.held(); hold != nil {
-				<-hold
-			}
 			f, err := read.ReadFrame()
 			if err != nil {
 				p.note("closed")
@@ -105,10 +102,31 @@ func (p *peer) preface(t *testing.T) {
 	}
 }
 
-func (p *peer) held() chan struct{} {
+type readerFunc func([]byte) (int, error)
+
+func (f readerFunc) Read(b []byte) (int, error) { return f(b) }
+
+func (p *peer) read(b []byte) (int, error) {
+	n, err := p.conn.Read(b)
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.hold
+	hold := p.hold
+	p.mu.Unlock()
+	if hold != nil {
+		<-hold
+	}
+	return n, err
+}
+
+// pause has the peer read no more than the head of the next frame, until it is released.
+func (p *peer) pause() (release func()) {
+	hold := make(chan struct{})
+	set := func(c chan struct{}) {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.hold = c
+	}
+	set(hold)
+	return func() { set(nil); close(hold) }
 }
 
 func (p *peer) note(s string) {

@@ -386,9 +386,13 @@ func (c *Conn) Flush() {
 		c.pump()
 		out, apart := c.out, c.apart
 		c.out, c.apart = nil, aparts{}
-		drained = append(drained, c.drained...)
-		c.drained = nil
 		if out == nil {
+			for _, s := range c.drained {
+				if len(s.queue) == 0 { // else more has come, and Sent is called when that has gone
+					drained = append(drained, s)
+				}
+			}
+			c.drained = nil
 			c.dirty.Store(false)
 			c.mu.Unlock()
 			break
