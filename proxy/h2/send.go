@@ -331,8 +331,11 @@ func (g *gatherer) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// append gathers b.
+// append gathers b, while there is somebody to send it to.
 func (c *Conn) append(b []byte) {
+	if c.closed {
+		return
+	}
 	c.dirty.Store(true)
 	have := c.out
 	need := len(b)
