@@ -93,6 +93,7 @@ type Conn struct {
 	mu       sync.Mutex
 	out      *[]byte // what gathers; nil or of cfg.Pool
 	apart    aparts  // what is to be written between the bytes of out
+	busy     bool    // what has gathered is being written
 	write    *http2.Framer
 	enc      *hpack.Encoder
 	block    bytes.Buffer // what enc writes to
@@ -294,7 +295,7 @@ func (c *Conn) closeIfDone() {
 		return
 	}
 	c.mu.Lock()
-	done := len(c.streams) == 0 && c.out == nil && (!c.server || c.goneAt != math.MaxInt32)
+	done := len(c.streams) == 0 && c.out == nil && !c.busy && (!c.server || c.goneAt != math.MaxInt32)
 	c.mu.Unlock()
 	if done {
 		c.fail(errLeft)

@@ -111,6 +111,7 @@ type handler struct {
 	reset   func(s *Stream, code http2.ErrCode)
 	sent    func(s *Stream)
 	leaving func()
+	idle    func() // before the flush
 }
 
 var _ Handler = (*handler)(nil)
@@ -145,7 +146,12 @@ func (h *handler) Leaving() {
 	}
 }
 
-func (h *handler) Idle() { h.conn.Flush() }
+func (h *handler) Idle() {
+	if h.idle != nil {
+		h.idle()
+	}
+	h.conn.Flush()
+}
 
 // echo answers each stream with what it brings, and with a trailer. It gives credit as the engine does: for what the client has taken.
 func echo() *handler {

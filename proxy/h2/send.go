@@ -397,9 +397,11 @@ func (c *Conn) Flush() {
 			}
 			c.drained = nil
 			c.dirty.Store(false)
+			c.busy = false
 			c.mu.Unlock()
 			break
 		}
+		c.busy = true
 		c.mu.Unlock()
 		err := c.writeOut(*out, apart)
 		c.cfg.Pool.Put(out)
