@@ -2,6 +2,7 @@ package h2
 
 import (
 	"bytes"
+	"slices"
 	"testing"
 	"testing/synctest"
 
@@ -62,7 +63,7 @@ func TestBuffersComeBack(t *testing.T) {
 					end(t, h, p, s)
 					synctest.Wait()
 					if flush && name == "its end" {
-						same(t, name, p.took(1)[:102_000], append(pattern(2000), pattern(100_000)...))
+						same(t, name, p.took(1)[:102_000], slices.Concat(pattern(2000), pattern(100_000)))
 					}
 					s.Buffers(true, pattern(2000), p.pool.body(10_000, 3000))
 					s.Data(true, pattern(2000), pattern(2000))

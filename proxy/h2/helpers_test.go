@@ -94,14 +94,17 @@ func (l *ledger) body(n, each int) (body mem.BufferSlice) {
 
 func bufferOf(b *[]byte, l *ledger) mem.BufferSlice { return mem.BufferSlice{mem.NewBuffer(b, l)} }
 
-// pattern is n bytes of which no two neighbours of 251 are alike.
-func pattern(n int) []byte {
-	b := make([]byte, n)
+// endless is what all bodies are cut from: of its neighbours of 251 no two are alike.
+var endless = func() []byte {
+	b := make([]byte, 8<<20)
 	for i := range b {
 		b[i] = byte(i % 251)
 	}
 	return b
-}
+}()
+
+// pattern is the first n bytes of it.
+func pattern(n int) []byte { return endless[:n:n] }
 
 // handler is a Handler of functions that the test writes. What is nil does nothing.
 type handler struct {

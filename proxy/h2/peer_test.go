@@ -204,6 +204,13 @@ func (p *peer) took(id uint32) []byte {
 	return slices.Clone(p.data[id])
 }
 
+// brought is how many bytes that were.
+func (p *peer) brought(id uint32) int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return len(p.data[id])
+}
+
 // headers sends header fields in one frame.
 func (p *peer) headers(id uint32, end bool, all []hpack.HeaderField) {
 	p.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: p.coded(all), EndStream: end, EndHeaders: true})
