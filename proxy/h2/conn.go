@@ -197,7 +197,7 @@ func (c *Conn) serve() error {
 		switch {
 		case err == nil && f != nil:
 			err = c.handle(f)
-		case errors.As(err, &bad): // the frame was read whole, and is not as it should be
+		case !first && errors.As(err, &bad): // the frame was read whole, and is not as it should be
 			c.refuse(bad.StreamID, bad.Code)
 			err = nil
 		}
