@@ -147,6 +147,17 @@ func TestIdle(t *testing.T) {
 	})
 }
 
+// TestIdleFromTheBeginning: nor does one stay that was never used.
+func TestIdleFromTheBeginning(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := &handler{}
+		p := dialOne(t, h, Config{Idle: time.Minute})
+		p.says(t)
+		time.Sleep(time.Minute)
+		p.expect(t, "closed")
+	})
+}
+
 // TestIdleWithoutEnd stays.
 func TestIdleWithoutEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -185,6 +185,9 @@ func (c *Conn) serve() error {
 		}
 	}
 	c.keepAlive()
+	c.mu.Lock()
+	c.rest()
+	c.mu.Unlock()
 	for first := true; ; first = false {
 		f, err := c.frame()
 		if first && err == nil {
