@@ -12,6 +12,9 @@ import (
 	"golang.org/x/net/http2/hpack"
 )
 
+// greeting is how long peers may take over their first words here.
+const greeting = 10 * time.Second
+
 // TestFirstWords: a peer that does not begin as HTTP/2 does is left at once, and one that does not begin in time.
 func TestFirstWords(t *testing.T) {
 	for name, say := range map[string]func(p *peer){
@@ -23,16 +26,16 @@ func TestFirstWords(t *testing.T) {
 			io.WriteString(p.conn, http2.ClientPreface)
 			p.headers(1, true, fields("UPPER", "case"))
 		},
-		"silence": func(*peer) { time.Sleep(prefaceTimeout) },
+		"silence": func(*peer) { time.Sleep(greeting) },
 		"late settings": func(p *peer) {
-			time.Sleep(prefaceTimeout - 1)
+			time.Sleep(greeting - 1)
 			io.WriteString(p.conn, http2.ClientPreface)
 			time.Sleep(1)
 		},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			h := &handler{headers: func(*Stream, []hpack.HeaderField, bool) { t.Errorf("%s: a stream begins", name) }}
-			cfg := Config{}
+			cfg := Config{Greeting: greeting}
 			p, far := newPeer(t, &cfg, h)
 			h.conn = NewServer(far, cfg)
 			p.run(t, h.conn)
@@ -49,13 +52,13 @@ func TestFirstWords(t *testing.T) {
 // TestServerWithoutSettings: a client does not wait for them longer than for anything else.
 func TestServerWithoutSettings(t *testing.T) {
 	for name, say := range map[string]func(p *peer){
-		"silence": func(*peer) { time.Sleep(prefaceTimeout) },
+		"silence": func(*peer) { time.Sleep(greeting) },
 		"a ping":  func(p *peer) { p.WritePing(false, [8]byte{}) },
 		"garbage": func(p *peer) { io.WriteString(p.conn, "HTTP/1.1 400 Bad Request\r\n\r\n") },
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			h := &handler{}
-			cfg := Config{}
+			cfg := Config{Greeting: greeting}
 			p, far := newPeer(t, &cfg, h)
 			h.conn = NewClient(far, cfg)
 			p.run(t, h.conn)

@@ -17,7 +17,7 @@ func TestGoAway(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var heard []string
 		h := &handler{
-			reset:   func(s *Stream, code http2.ErrCode) { heard = append(heard, fmt.Sprint(s.Value, " ", code)) },
+			reset:   func(s *Stream, code http2.ErrCode) { heard = append(heard, fmt.Sprint(s.Value(), " ", code)) },
 			leaving: func() { heard = append(heard, "leaving") },
 		}
 		h.headers = func(s *Stream, _ []hpack.HeaderField, end bool) {

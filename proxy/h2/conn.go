@@ -59,7 +59,7 @@ type Config struct {
 	Pool    mem.BufferPool // where buffers come from; it clears what is given back
 	// Vectors is the same connection where that takes several buffers in one write, as that of TCP does, and TLS does not: what is long then need not be copied. Nil: there is none.
 	Vectors net.Conn
-	// Greeting is how long the peer may take over its first bytes, up to its settings.
+	// Greeting is how long the peer may take over its first bytes, up to its settings; 0: for ever.
 	Greeting time.Duration
 	// MinPing is how often a client may send pings; who does it more often is sent away, as by grpc-go. 0: any.
 	MinPing time.Duration
@@ -176,8 +176,10 @@ func (c *Conn) Serve() error {
 }
 
 func (c *Conn) serve() error {
-	if err := c.conn.SetReadDeadline(time.Now().Add(c.cfg.Greeting)); err != nil {
-		return err
+	if c.cfg.Greeting > 0 {
+		if err := c.conn.SetReadDeadline(time.Now().Add(c.cfg.Greeting)); err != nil {
+			return err
+		}
 	}
 	if c.server {
 		if err := c.preface(); err != nil {

@@ -113,6 +113,7 @@ type handler struct {
 	data    func(s *Stream, data []byte, end bool)
 	reset   func(s *Stream, code http2.ErrCode)
 	sent    func(s *Stream)
+	greeted func()
 	leaving func()
 	idle    func() // before the flush
 }
@@ -143,6 +144,12 @@ func (h *handler) Sent(s *Stream) {
 	}
 }
 
+func (h *handler) Greeted() {
+	if h.greeted != nil {
+		h.greeted()
+	}
+}
+
 func (h *handler) Leaving() {
 	if h.leaving != nil {
 		h.leaving()
@@ -158,16 +165,16 @@ func (h *handler) Idle() {
 
 // echo answers each stream with what it brings, and with a trailer. It gives credit as the engine does: for what the client has taken.
 func echo() *handler {
-	h := &handler{sent: func(s *Stream) { s.Value.(*echoing).credit(s) }}
+	h := &handler{sent: func(s *Stream) { s.Value().(*echoing).credit(s) }}
 	h.headers = func(s *Stream, _ []hpack.HeaderField, end bool) {
-		s.Value = &echoing{}
+		s.SetValue(&echoing{})
 		s.Headers(fields(":status", "200", "content-type", "application/grpc"), false)
 		if end {
 			s.Headers(okTrailer, true)
 		}
 	}
 	h.data = func(s *Stream, data []byte, end bool) {
-		e := s.Value.(*echoing)
+		e := s.Value().(*echoing)
 		e.add(len(data))
 		if s.Data(false, nil, data) && !s.Waits() {
 			e.credit(s)
