@@ -53,8 +53,8 @@ func (g *guard) run(ctx context.Context) error {
 		if err = g.judge(err); err != nil {
 			return err
 		}
-		g.forget(ctx, others)
 		g.open()
+		g.forget(ctx, others) // which takes a while where etcd has no leader
 		return nil
 	}
 	if agreed == nil {
@@ -66,7 +66,7 @@ func (g *guard) run(ctx context.Context) error {
 
 // read reads the record, however long it takes: without etcd there is nothing to serve. Where this proxy would look for none, or has none, it reads those of others.
 func (g *guard) read(ctx context.Context) (*lifecycle.Agreement, []lifecycle.Place, error) {
-	told := ""
+	told, silent := "", 0
 	for {
 		limited, cancel := context.WithTimeout(ctx, guardTimeout)
 		agreed, others, err := g.look(limited)
@@ -77,7 +77,16 @@ func (g *guard) read(ctx context.Context) (*lifecycle.Agreement, []lifecycle.Pla
 		if g.fleet == nil && g.allow && denied(err) {
 			return nil, nil, &weakening{[]string{"coordination is off, and etcd does not let it be read what rules the proxies agreed on: " + err.Error()}}
 		}
-		if text := err.Error(); text != told && !errors.Is(err, context.DeadlineExceeded) {
+		text := err.Error()
+		if errors.Is(err, context.DeadlineExceeded) {
+			// Once, etcd may be about to come, and the log says if it cannot be reached at all.
+			if silent++; silent > 1 {
+				text = "etcd does not answer in time: it may have no leader"
+			} else {
+				text = told
+			}
+		}
+		if text != told {
 			told = text
 			g.log.Warn("the proxy serves nothing until it has read from etcd what rules the proxies agreed on; it keeps trying", "error", text,
 				"hint", "where etcd's authentication is on, set etcd.username: also with coordination.enabled: false, it has to read below "+lifecycle.DefaultPrefix)

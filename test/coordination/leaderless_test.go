@@ -1,6 +1,7 @@
 package coordination
 
 import (
+	"errors"
 	"strings"
 	"testing"
 
@@ -61,7 +62,10 @@ func TestGuardWithoutLeader(t *testing.T) {
 	p.Args = []string{"--allow-weakening"}
 	p.Start()
 	serves(p)
-	if !strings.Contains(p.Log(), "the next start needs --allow-weakening too") {
-		t.Error("the log does not say that the record is still there")
-	}
+	harness.Eventually(t, within, "the log to say that the record is still there", func() error {
+		if !strings.Contains(p.Log(), "the next start needs --allow-weakening too") {
+			return errors.New("it does not")
+		}
+		return nil
+	})
 }
