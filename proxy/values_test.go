@@ -69,7 +69,13 @@ func TestSealingErrors(t *testing.T) {
 }
 
 func TestMalformedGoesNoFurther(t *testing.T) {
-	etcd := serveFake(t, &fakeEtcd{}, grpc.ChainUnaryInterceptor(func(context.Context, any, *grpc.UnaryServerInfo, grpc.UnaryHandler) (any, error) {
+	watch := func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error {
+		if _, err := s.Recv(); err == nil {
+			t.Error("a malformed request reached etcd")
+		}
+		return s.Context().Err()
+	}
+	etcd := serveFake(t, &fakeEtcd{watchFn: watch}, grpc.ChainUnaryInterceptor(func(context.Context, any, *grpc.UnaryServerInfo, grpc.UnaryHandler) (any, error) {
 		t.Error("a malformed request reached etcd")
 		return nil, errors.New("no")
 	}))
