@@ -87,6 +87,7 @@ type Conn struct {
 	ending  atomic.Bool  // it is to close with its last stream
 	reading atomic.Bool  // it waits for the peer
 	heard   atomic.Int64 // how often the peer was heard
+	written atomic.Int64 // how often something was written
 	dirty   atomic.Bool  // there may be something to flush
 	writing sync.Mutex   // held by who writes to conn; taken before mu
 

@@ -90,7 +90,7 @@ func TestNoPingWithoutStreams(t *testing.T) {
 // TestSilenceOfWhoDoesNotListen: who has not listened does not know whether the peer was silent.
 func TestSilenceOfWhoDoesNotListen(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := &handler{data: func(*Stream, []byte, bool) { time.Sleep(time.Hour) }}
+		h := &handler{data: func(*Stream, []byte, bool) { time.Sleep(time.Hour - 30*time.Second) }}
 		p := serveOne(t, h, Config{Silence: time.Minute, Patience: 10 * time.Second, Always: true})
 		p.begin(t, h, 1, false)
 		p.WriteData(1, false, []byte("x"))
@@ -104,7 +104,7 @@ func TestSilenceOfWhoDoesNotListen(t *testing.T) {
 	})
 }
 
-// TestSilentPeerThatDoesNotRead is left as well: the ping is never written.
+// TestSilentPeerThatDoesNotRead is left like any: the ping is never written.
 func TestSilentPeerThatDoesNotRead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &handler{}
@@ -113,6 +113,32 @@ func TestSilentPeerThatDoesNotRead(t *testing.T) {
 		time.Sleep(2*time.Minute + 10*time.Second)
 		if err := wait(t, p.served, "end"); !errors.Is(err, errSilent) {
 			t.Errorf("Serve says %v", err)
+		}
+	})
+}
+
+// TestPeerThatTakesNothing is left although whoever would hear it is busy writing to it.
+func TestPeerThatTakesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := &handler{data: func(s *Stream, _ []byte, _ bool) { s.Data(false, nil, pattern(frameSize)) }}
+		p := serveOne(t, h, Config{Silence: time.Minute, Patience: 10 * time.Second})
+		p.begin(t, h, 1, false)
+		release := p.pause()
+		p.WriteData(1, false, []byte("x"))
+		time.Sleep(125 * time.Second) // it is slow, but not gone
+		release()
+		p.expect(t, "DATA 1 16384")
+		time.Sleep(10 * time.Second)
+		p.expect(t, asksLife) // before it is judged
+		p.WritePing(true, [8]byte{})
+		defer p.pause()()
+		begun := time.Now()
+		p.WriteData(1, false, []byte("x"))
+		if err := <-p.served; !errors.Is(err, errSilent) {
+			t.Errorf("Serve says %v", err)
+		}
+		if got := time.Since(begun); got < 70*time.Second || got > 130*time.Second {
+			t.Errorf("it was left after %v", got)
 		}
 	})
 }

@@ -404,6 +404,7 @@ func (c *Conn) Flush() {
 		c.busy = true
 		c.mu.Unlock()
 		err := c.writeOut(*out, apart)
+		c.written.Add(1)
 		c.cfg.Pool.Put(out)
 		apart.free()
 		if err != nil {
