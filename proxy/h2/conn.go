@@ -34,6 +34,10 @@ const (
 	outLimit      = 256 << 10  // what gathers for one write; the rest waits in its streams
 )
 
+// lingering is how long a client may take to close a connection that the server has left: to close it while the client still sends something would have TCP drop what the client has not
+// got yet. grpc-go waits as long.
+const lingering = time.Second
+
 // Handler is told of what comes in. All methods but Sent are called on the goroutine of [Conn.Serve], one at a time; none may block for long, and what they are given is theirs only
 // until they return, but for header fields.
 type Handler interface {
@@ -106,6 +110,7 @@ type Conn struct {
 	limit    uint32    // of streams, as the peer says
 	ready    []*Stream // have something to send that their own windows take
 	drained  []*Stream // that Sent is to be called for
+	told     bool      // the client knows why the connection ends
 	leaving  bool      // the server takes no new streams
 	closed   bool
 	why      error // that it was closed
@@ -171,6 +176,8 @@ func (c *Conn) Serve() error {
 	err := c.serve()
 	c.fail(err)
 	c.in.free()
+	_, _ = io.Copy(io.Discard, c.conn) // which ends at once, unless fail lets the connection linger
+	_ = c.conn.Close()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.why
@@ -201,6 +208,8 @@ func (c *Conn) serve() error {
 			err = http2.ConnectionError(http2.ErrCodeProtocol)
 		}
 		switch {
+		case c.over():
+			err = errLeft
 		case err == nil && f != nil:
 			err = c.handle(f)
 		case !first && errors.As(err, &bad): // the frame was read whole, and is not as it should be
@@ -214,6 +223,16 @@ func (c *Conn) serve() error {
 			c.cfg.Handler.Greeted()
 		}
 	}
+}
+
+// over reports whether the connection lingers.
+func (c *Conn) over() bool {
+	if !c.ending.Load() {
+		return false
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.closed
 }
 
 func (c *Conn) preface() error {
@@ -233,6 +252,7 @@ func (c *Conn) bye(code http2.ErrCode, text string) {
 	c.mu.Lock()
 	if !c.closed {
 		_ = c.write.WriteGoAway(c.last, code, []byte(text))
+		c.told = true
 	}
 	c.mu.Unlock()
 	_ = c.conn.SetWriteDeadline(time.Now().Add(time.Second))
@@ -240,11 +260,15 @@ func (c *Conn) bye(code http2.ErrCode, text string) {
 }
 
 // Close ends the connection at once. It may be called more than once.
-func (c *Conn) Close() { c.fail(net.ErrClosed) }
+func (c *Conn) Close() {
+	c.fail(net.ErrClosed)
+	_ = c.conn.Close() // it may linger
+}
 
 func (c *Conn) fail(why error) {
 	c.mu.Lock()
 	first := !c.closed
+	lingers := first && c.server && (c.told || errors.Is(why, errLeft))
 	if first {
 		c.closed, c.why = true, why
 		for _, t := range []*time.Timer{c.alive, c.idle} {
@@ -259,7 +283,10 @@ func (c *Conn) fail(why error) {
 		c.ready, c.drained = nil, nil
 	}
 	c.mu.Unlock()
-	if first {
+	switch {
+	case lingers:
+		_ = c.conn.SetReadDeadline(time.Now().Add(lingering))
+	case first:
 		_ = c.conn.Close() // over TLS it says goodbye, and may wait for that
 	}
 }

@@ -170,6 +170,9 @@ func TestPingStrikes(t *testing.T) {
 			answered := 0
 			for range 20 {
 				p.WritePing(false, [8]byte{'x'})
+				if synctest.Wait(); answered == try.pings && try.pings > 0 {
+					time.Sleep(lingering)
+				}
 				got := p.says(t)
 				if len(got) == 1 && got[0] == `PING ack "x"` {
 					answered++

@@ -5,6 +5,7 @@ import (
 	"slices"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
@@ -41,6 +42,7 @@ func TestLeave(t *testing.T) {
 		p.WriteData(3, true, []byte("x"))
 		second.Headers(okTrailer, true)
 		h.conn.Flush()
+		time.Sleep(lingering)
 		p.expect(t, "HEADERS 3 grpc-status=0 end", "closed")
 		if err := <-p.served; err == nil || !slices.Equal(began, []uint32{1, 3}) {
 			t.Errorf("Serve says %v, and began %v", err, began)
@@ -57,6 +59,7 @@ func TestLeaveAtRest(t *testing.T) {
 		h.conn.Flush()
 		p.expect(t, leavesSoon, asks)
 		p.WritePing(true, leavingPing)
+		time.Sleep(lingering)
 		p.expect(t, `GOAWAY 0 NO_ERROR "graceful_stop"`, "closed")
 	})
 }
@@ -99,6 +102,7 @@ func TestLeaveEndsWith(t *testing.T) {
 			end(p, s)
 			synctest.Wait()
 			h.conn.Flush()
+			time.Sleep(lingering)
 			if got := p.says(t); len(got) == 0 || got[len(got)-1] != "closed" {
 				t.Errorf("%s: the peer was sent %q", name, got)
 			}
@@ -125,6 +129,7 @@ func TestLeaveLetsTheLastWordOut(t *testing.T) {
 		p.WriteData(1, false, []byte("more"))
 		<-handled
 		release()
+		time.Sleep(lingering)
 		p.expect(t, "HEADERS 1 grpc-status=0 end", "RST_STREAM 1 NO_ERROR", "closed")
 	})
 }

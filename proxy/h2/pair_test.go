@@ -23,11 +23,11 @@ type answer struct {
 func caller() *handler {
 	end := func(s *Stream) {
 		s.Finish()
-		close(s.Value.(*answer).done)
+		close(s.Value().(*answer).done)
 	}
 	return &handler{
 		headers: func(s *Stream, fields []hpack.HeaderField, last bool) {
-			a := s.Value.(*answer)
+			a := s.Value().(*answer)
 			if !last {
 				a.header = fields
 				return
@@ -36,7 +36,7 @@ func caller() *handler {
 			end(s)
 		},
 		data: func(s *Stream, data []byte, last bool) {
-			a := s.Value.(*answer)
+			a := s.Value().(*answer)
 			a.body = append(a.body, data...)
 			s.Credit(len(data))
 			if last {
@@ -44,7 +44,7 @@ func caller() *handler {
 			}
 		},
 		reset: func(s *Stream, code http2.ErrCode) {
-			s.Value.(*answer).code = code
+			s.Value().(*answer).code = code
 			end(s)
 		},
 	}

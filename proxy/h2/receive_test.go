@@ -6,6 +6,7 @@ import (
 	"strings"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
@@ -163,6 +164,7 @@ func TestStreamIDs(t *testing.T) {
 			p := serveOne(t, h, Config{})
 			p.begin(t, h, 3, true)
 			p.headers(id, true, request)
+			time.Sleep(lingering)
 			got := p.says(t)
 			if len(got) != 2 || !strings.HasPrefix(got[0], fmt.Sprintf("GOAWAY 3 PROTOCOL_ERROR \"received an illegal stream id: %d.", id)) || got[1] != "closed" {
 				t.Errorf("stream %d: %q", id, got)
