@@ -30,7 +30,7 @@ func TestFirstWords(t *testing.T) {
 		"late settings": func(p *peer) {
 			time.Sleep(greeting - 1)
 			io.WriteString(p.conn, http2.ClientPreface)
-			time.Sleep(1)
+			time.Sleep(time.Nanosecond)
 		},
 	} {
 		synctest.Test(t, func(t *testing.T) {

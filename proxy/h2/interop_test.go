@@ -3,7 +3,6 @@ package h2
 import (
 	"bytes"
 	"context"
-	"crypto/tls"
 	"fmt"
 	"io"
 	"net"
@@ -12,7 +11,6 @@ import (
 	"sync"
 	"testing"
 
-	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
@@ -138,10 +136,17 @@ func TestClientOfGRPC(t *testing.T) {
 	}
 }
 
-// TestClientOfNetHTTP2 asks a Conn with golang.org/x/net/http2.
-func TestClientOfNetHTTP2(t *testing.T) {
+// onlyHTTP2 has net/http speak HTTP/2 without TLS, and nothing else.
+func onlyHTTP2() *http.Protocols {
+	p := new(http.Protocols)
+	p.SetUnencryptedHTTP2(true)
+	return p
+}
+
+// TestClientOfNetHTTP asks a Conn with net/http.
+func TestClientOfNetHTTP(t *testing.T) {
 	dial := echoServer(t)
-	tr := &http2.Transport{AllowHTTP: true, DialTLSContext: func(context.Context, string, string, *tls.Config) (net.Conn, error) { return dial(), nil }}
+	tr := &http.Transport{Protocols: onlyHTTP2(), DialContext: func(context.Context, string, string) (net.Conn, error) { return dial(), nil }}
 	defer tr.CloseIdleConnections()
 	all(t, func(n int) ([]byte, error) {
 		req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "http://conn/s/m", bytes.NewReader(pattern(n)))
@@ -184,6 +189,23 @@ func callAll(t *testing.T, conn net.Conn, head func(n int) []byte) {
 	})
 }
 
+// serveLoopback serves on loopback until the test ends, and returns a connection to it.
+func serveLoopback(t *testing.T, serve func(net.Listener) error, stop func()) net.Conn {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() { defer close(done); _ = serve(l) }()
+	t.Cleanup(func() { stop(); wait(t, done, "end") })
+	conn, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return conn
+}
+
 // TestServerOfGRPC is called by a Conn.
 func TestServerOfGRPC(t *testing.T) {
 	server := grpc.NewServer(grpc.ForceServerCodecV2(plain{}), grpc.MaxRecvMsgSize(1<<30), grpc.UnknownServiceHandler(func(_ any, s grpc.ServerStream) error {
@@ -193,33 +215,16 @@ func TestServerOfGRPC(t *testing.T) {
 		}
 		return s.SendMsg(msg)
 	}))
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	done := make(chan struct{})
-	go func() { defer close(done); _ = server.Serve(l) }()
-	defer func() { server.Stop(); <-done }()
-	conn, err := net.Dial("tcp", l.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	callAll(t, conn, func(n int) []byte { return []byte{0, byte(n >> 24), byte(n >> 16), byte(n >> 8), byte(n)} })
+	callAll(t, serveLoopback(t, server.Serve, server.Stop), func(n int) []byte { return []byte{0, byte(n >> 24), byte(n >> 16), byte(n >> 8), byte(n)} })
 }
 
-// TestServerOfNetHTTP2 is asked by a Conn.
-func TestServerOfNetHTTP2(t *testing.T) {
-	near, far := loopback(t)
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		new(http2.Server).ServeConn(far, &http2.ServeConnOpts{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			w.Header().Set("Trailer", "Grpc-Status")
-			body, _ := io.ReadAll(r.Body)
-			_, _ = w.Write(body)
-			w.Header().Set("Grpc-Status", "0")
-		})})
-	}()
-	t.Cleanup(func() { wait(t, done, "end") })
-	callAll(t, near, func(int) []byte { return nil })
+// TestServerOfNetHTTP is asked by a Conn.
+func TestServerOfNetHTTP(t *testing.T) {
+	server := &http.Server{Protocols: onlyHTTP2(), Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Trailer", "Grpc-Status")
+		body, _ := io.ReadAll(r.Body)
+		_, _ = w.Write(body)
+		w.Header().Set("Grpc-Status", "0")
+	})}
+	callAll(t, serveLoopback(t, server.Serve, func() { server.Close() }), func(int) []byte { return nil })
 }
