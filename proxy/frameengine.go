@@ -218,17 +218,3 @@ func timeoutOf(field string) time.Duration {
 	}
 	return time.Duration(min(n, uint64(math.MaxInt64/unit))) * unit //nolint:gosec // 63 bits
 }
-
-// percent encodes a status message for its header, as gRPC has it.
-func percent(text string) string {
-	const hexDigits = "0123456789ABCDEF"
-	var b strings.Builder
-	for i := range len(text) {
-		if c := text[i]; c >= ' ' && c <= '~' && c != '%' {
-			b.WriteByte(c)
-		} else {
-			b.Write([]byte{'%', hexDigits[c>>4], hexDigits[c&15]})
-		}
-	}
-	return b.String()
-}

@@ -1,7 +1,6 @@
 package proxy
 
 import (
-	"context"
 	"net"
 	"slices"
 	"sync"
@@ -31,21 +30,6 @@ type session struct {
 	changed chan struct{} // closed when a hop has come up or down
 	ended   bool
 }
-
-// hop is one of etcd's endpoints, as one session sees it. Its fields are under the session's mu.
-type hop struct {
-	endpoint string
-	conn     *h2.Conn // nil while there is none
-	dialing  bool
-	pause    time.Duration // after the last failure
-	again    time.Time     // no sooner is it dialed
-}
-
-// keepaliveSilence and keepalivePatience are how the reference engine finds out that etcd has gone without a word.
-const (
-	keepaliveSilence  = 15 * time.Second
-	keepalivePatience = 10 * time.Second
-)
 
 // referenceIdle is how long a connection to the reference engine stays without calls: few clients need it more than once.
 const referenceIdle = 10 * time.Second
@@ -90,131 +74,6 @@ func (s *session) run() {
 		c.Close()
 	}
 	s.work.Wait()
-}
-
-// outlook is what there is to hope for where no connection takes a stream.
-type outlook int
-
-const (
-	outlookFull    outlook = iota // there are connections, with as many streams as etcd allows
-	outlookDown                   // there is none, and there was just none to be had
-	outlookDialing                // one is under way
-)
-
-// pick returns the connection to etcd whose turn it is, or nil. Those that are down are dialed meanwhile: a client that asks for nothing costs etcd no connection.
-func (s *session) pick() (*h2.Conn, *hop, outlook) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	full, dialing := false, false
-	for i := range s.hops {
-		h := s.hops[(s.turn+i)%len(s.hops)]
-		switch {
-		case h.conn == nil:
-			s.dial(h)
-			dialing = dialing || h.dialing
-		case h.conn.Takes():
-			s.turn = (s.turn + i + 1) % len(s.hops)
-			return h.conn, h, 0
-		default:
-			full = true
-		}
-	}
-	switch {
-	case full:
-		return nil, nil, outlookFull
-	case dialing:
-		return nil, nil, outlookDialing
-	}
-	return nil, nil, outlookDown
-}
-
-// await is pick for who waits, up to readyWait, for a connection that is under way; and if patient for one to come.
-func (s *session) await(ctx context.Context, patient bool) (*h2.Conn, *hop) {
-	timer := time.NewTimer(readyWait)
-	defer timer.Stop()
-	again := time.NewTicker(reconnect.Backoff.BaseDelay)
-	defer again.Stop()
-	for {
-		s.mu.Lock()
-		changed := s.changed
-		s.mu.Unlock()
-		conn, h, hope := s.pick()
-		if conn != nil || hope == outlookFull || hope == outlookDown && !patient {
-			return conn, h
-		}
-		select {
-		case <-changed:
-		case <-again.C:
-		case <-timer.C:
-			return nil, nil
-		case <-ctx.Done():
-			return nil, nil
-		}
-	}
-}
-
-// dial connects to an endpoint, unless that is under way or was tried just now. The caller holds mu.
-func (s *session) dial(h *hop) {
-	if h.dialing || s.ended || time.Now().Before(h.again) {
-		return
-	}
-	h.dialing = true
-	s.work.Go(func() {
-		ctx, cancel := context.WithTimeout(s.engine.base, reconnect.MinConnectTimeout)
-		conn, err := s.id.to.dialEndpoint(ctx, h.endpoint, protocolHTTP2)
-		cancel()
-		if err == nil {
-			s.serveHop(h, conn)
-			return
-		}
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		h.failed()
-		s.tell()
-	})
-}
-
-// failed notes that a connection has not come about. The caller holds the session's mu.
-func (h *hop) failed() {
-	h.dialing = false
-	h.pause = min(max(h.pause*8/5, reconnect.Backoff.BaseDelay), reconnect.Backoff.MaxDelay)
-	h.again = time.Now().Add(h.pause)
-}
-
-// serveHop serves a connection to etcd to its end. Streams go there once etcd has greeted.
-func (s *session) serveHop(h *hop, conn net.Conn) {
-	up := &upside{session: s, hop: h}
-	up.conn = h2.NewClient(conn, h2.Config{
-		Handler: up, Pool: buffers, Greeting: reconnect.MinConnectTimeout, Silence: keepaliveSilence, Patience: keepalivePatience,
-	})
-	s.mu.Lock()
-	ended := s.ended
-	if !ended {
-		s.add(up.conn)
-	}
-	s.mu.Unlock()
-	if ended {
-		up.conn.Close()
-		return
-	}
-	s.serveUp(up)
-}
-
-// serveUp serves a connection that streams go on to.
-func (s *session) serveUp(up *upside) {
-	c := up.conn
-	why := c.Serve()
-	s.mu.Lock()
-	up.forget()
-	all := slices.DeleteFunc(slices.Clone(*s.conns.Load()), func(o *h2.Conn) bool { return o == c })
-	s.conns.Store(&all)
-	s.mu.Unlock()
-	for _, stream := range c.Streams() {
-		if st, ok := stream.Value().(*fstream); ok {
-			st.lost(why)
-		}
-	}
-	s.flush()
 }
 
 // add notes a connection that is to be flushed with the others. The caller holds mu.
@@ -320,80 +179,3 @@ func (s *session) Leaving() {}
 
 // Idle implements [h2.Handler].
 func (s *session) Idle() { s.flush() }
-
-// upside is the handler of a connection that streams go on to.
-type upside struct {
-	session *session
-	hop     *hop // nil for that to the reference engine
-	conn    *h2.Conn
-	greeted bool   // under the session's mu
-	kept    []byte // what is being opened, as it came; of the goroutine that reads conn
-}
-
-var (
-	_ h2.Handler = (*session)(nil)
-	_ h2.Handler = (*upside)(nil)
-)
-
-// forget has new streams go elsewhere. The caller holds the session's mu.
-func (u *upside) forget() {
-	switch {
-	case u.hop != nil && !u.greeted:
-		u.hop.failed()
-	case u.hop != nil && u.hop.conn == u.conn:
-		u.hop.conn = nil
-	case u.hop == nil && u.session.local == u.conn:
-		u.session.local = nil
-	}
-	u.session.tell()
-}
-
-// Headers implements [h2.Handler].
-func (u *upside) Headers(stream *h2.Stream, fields []hpack.HeaderField, end bool) {
-	if st, ok := stream.Value().(*fstream); ok {
-		st.out(piece{side: u, stream: stream, fields: fields, end: end})
-	}
-}
-
-// Data implements [h2.Handler].
-func (u *upside) Data(stream *h2.Stream, data []byte, end bool) {
-	if st, ok := stream.Value().(*fstream); ok {
-		st.out(piece{side: u, stream: stream, data: data, end: end})
-	}
-}
-
-// Reset implements [h2.Handler].
-func (u *upside) Reset(stream *h2.Stream, code http2.ErrCode) {
-	if st, ok := stream.Value().(*fstream); ok {
-		st.reset(code)
-	}
-}
-
-// Sent implements [h2.Handler]: what the client has sent on the stream is on its way.
-func (u *upside) Sent(stream *h2.Stream) {
-	if st, ok := stream.Value().(*fstream); ok {
-		st.creditClient()
-	}
-}
-
-// Greeted implements [h2.Handler].
-func (u *upside) Greeted() {
-	if u.hop == nil {
-		return
-	}
-	u.session.mu.Lock()
-	defer u.session.mu.Unlock()
-	u.greeted = true
-	u.hop.conn, u.hop.dialing, u.hop.pause = u.conn, false, 0
-	u.session.tell()
-}
-
-// Leaving implements [h2.Handler].
-func (u *upside) Leaving() {
-	u.session.mu.Lock()
-	defer u.session.mu.Unlock()
-	u.forget()
-}
-
-// Idle implements [h2.Handler].
-func (u *upside) Idle() { u.session.flush() }

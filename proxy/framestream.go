@@ -3,20 +3,14 @@ package proxy
 import (
 	"bytes"
 	"context"
-	"encoding/base64"
 	"encoding/binary"
-	"errors"
 	"io"
-	"strconv"
 	"sync"
 	"sync/atomic"
-	"syscall"
 
-	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/proto"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/h2"
 )
@@ -46,33 +40,8 @@ type fstream struct {
 	inward, outward parking
 }
 
-// parking is a direction of a call that a goroutine of its own has taken over. It is under the stream's mu.
-type parking struct {
-	parked  bool
-	backlog []piece // what has come meanwhile
-}
-
 // headLength is that of the head of a gRPC message: a flag and four bytes of length.
 const headLength = 5
-
-// hasty is the context of who does not wait, see [Sealer].
-var hasty = func() context.Context {
-	ctx, cancel := context.WithCancel(context.Background())
-	cancel()
-	return ctx
-}()
-
-// wouldWait reports whether err may be for want of time: what a message itself has brought about stays as it is.
-func wouldWait(ctx context.Context, err error) bool {
-	if ctx != hasty || err == nil {
-		return false
-	}
-	switch status.Code(err) {
-	case codes.InvalidArgument, codes.PermissionDenied, codes.Unimplemented, codes.Internal:
-		return false
-	}
-	return true
-}
 
 // begin is the client's headers.
 func (st *fstream) begin(end bool) {
@@ -275,193 +244,8 @@ func (st *fstream) messages(_ context.Context, data []byte, end bool) {
 	}
 }
 
-// connect goes on to etcd. waits says that there may be a connection for a context that waits; else, without ok, there is none. Calls that last are worth waiting for one: the reference
-// engine would have them for as long.
-func (st *fstream) connect(ctx context.Context) (ok, waits bool) {
-	lasts := st.method.shape != shapeUnary
-	conn, h, hope := st.session.pick()
-	if conn == nil && (hope == outlookDialing || hope == outlookDown && lasts) {
-		if ctx == hasty {
-			return false, true
-		}
-		conn, h = st.session.await(ctx, lasts)
-	}
-	return conn != nil && st.open(conn, h), false
-}
-
-// open opens a stream with the client's header fields, if the client is still there. It reports false if the connection takes none.
-func (st *fstream) open(conn *h2.Conn, h *hop) bool {
-	st.mu.Lock()
-	defer st.mu.Unlock()
-	if st.ended.Load() {
-		return true
-	}
-	scheme, authority := st.session.id.to.origin(h.endpoint)
-	if st.up = conn.Open(st, upstreamFields(st.fields, scheme, authority), false); st.up == nil {
-		return false
-	}
-	st.method.metrics.started.Inc()
-	return true
-}
-
-// toReference goes on to the reference engine with what the client has sent so far.
-func (st *fstream) toReference(raw []byte, end bool) {
-	conn := st.session.reference()
-	st.mu.Lock()
-	if st.ended.Load() {
-		st.mu.Unlock()
-		return
-	}
-	if conn != nil {
-		st.local = true
-		st.up = conn.Open(st, st.fields, st.silent)
-	}
-	up := st.up
-	st.mu.Unlock()
-	if up == nil {
-		st.fail(errShuttingDown)
-		return
-	}
-	if !st.silent && (end || len(raw) > 0) {
-		up.Data(end, nil, raw)
-	}
-	st.asked = nil
-}
-
 func (st *fstream) isLocal() bool {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	return st.local
-}
-
-// park has a goroutine of its own do work, and then what comes for the direction p meanwhile. The goroutine that calls it is the one that has the direction. work may wait.
-func (st *fstream) park(p *parking, work func(ctx context.Context)) {
-	st.mu.Lock()
-	defer st.mu.Unlock()
-	if st.ended.Load() {
-		return
-	}
-	ctx, cancel := context.WithCancelCause(st.session.engine.base)
-	p.parked = true
-	before := st.cancel
-	st.cancel = func(cause error) {
-		cancel(cause)
-		if before != nil {
-			before(cause)
-		}
-	}
-	st.session.work.Go(func() {
-		defer cancel(nil)
-		ctx := ctx
-		for _, f := range st.fields {
-			if d := timeoutOf(f.Value); f.Name == "grpc-timeout" && d > 0 {
-				var stop context.CancelFunc
-				ctx, stop = context.WithTimeout(ctx, d)
-				defer stop()
-			}
-		}
-		work(ctx)
-		for {
-			st.session.flush()
-			st.mu.Lock()
-			all := p.backlog
-			p.backlog = nil
-			if len(all) == 0 || st.ended.Load() {
-				p.parked, p.backlog = false, nil
-				st.mu.Unlock()
-				return
-			}
-			st.mu.Unlock()
-			for _, next := range all {
-				if p == &st.inward {
-					st.request(ctx, next.data, next.end)
-				} else {
-					st.answer(ctx, next)
-				}
-			}
-		}
-	})
-}
-
-// finish says once that the call is over, with the code that is counted.
-func (st *fstream) finish(code codes.Code) bool {
-	if st.ended.Swap(true) {
-		return false
-	}
-	st.mu.Lock()
-	cancel, counts := st.cancel, st.method != nil && !st.local
-	st.mu.Unlock()
-	if cancel != nil {
-		cancel(nil)
-	}
-	if counts {
-		st.method.metrics.end(code)
-	}
-	return true
-}
-
-// leaveUp has etcd hear no more of a call.
-func (st *fstream) leaveUp() {
-	st.mu.Lock()
-	up := st.up
-	st.mu.Unlock()
-	if up != nil {
-		up.Reset(http2.ErrCodeCancel)
-	}
-}
-
-// left is the client's end of the call: it has reset the stream, or its connection has ended.
-func (st *fstream) left() {
-	if st.finish(codes.Canceled) {
-		st.leaveUp()
-	}
-}
-
-// fail ends the call with a status of the proxy's own.
-func (st *fstream) fail(err error) {
-	s := status.Convert(err)
-	if !st.finish(s.Code()) {
-		return
-	}
-	fields := make([]hpack.HeaderField, 0, 5)
-	st.mu.Lock()
-	begun := st.begun
-	st.mu.Unlock()
-	if !begun {
-		fields = append(fields, hpack.HeaderField{Name: ":status", Value: "200"}, hpack.HeaderField{Name: "content-type", Value: contentType})
-	}
-	fields = append(fields, hpack.HeaderField{Name: "grpc-status", Value: strconv.Itoa(int(s.Code()))}, hpack.HeaderField{Name: "grpc-message", Value: percent(s.Message())})
-	if p := s.Proto(); len(p.GetDetails()) > 0 {
-		if b, err := proto.Marshal(p); err == nil {
-			fields = append(fields, hpack.HeaderField{Name: "grpc-status-details-bin", Value: base64.RawStdEncoding.EncodeToString(b)})
-		}
-	}
-	st.client.Headers(fields, true)
-	st.leaveUp()
-}
-
-// reset is etcd's end of the call, without a status.
-func (st *fstream) reset(code http2.ErrCode) {
-	if st.finish(codes.Unavailable) {
-		st.client.Reset(code)
-	}
-}
-
-// lost ends a call whose connection has ended.
-func (st *fstream) lost(why error) {
-	if errno := syscall.Errno(0); errors.As(why, &errno) {
-		why = errno // clients are told what, as by etcd, and not where etcd is
-	}
-	if st.isLocal() { // the reference engine goes with the proxy alone
-		st.fail(errShuttingDown)
-		return
-	}
-	err := status.Errorf(codes.Unavailable, "error reading from server: %v", why)
-	st.mu.Lock()
-	begun := st.begun
-	st.mu.Unlock()
-	if !begun {
-		err = ownError(codes.Unavailable, "etcd is unreachable: "+status.Convert(err).Message())
-	}
-	st.fail(err)
 }

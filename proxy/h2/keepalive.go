@@ -1,6 +1,11 @@
 package h2
 
-import "time"
+import (
+	"errors"
+	"time"
+)
+
+var errSilent = errors.New("the peer did not answer a ping in time")
 
 // keepAlive asks a silent peer whether it is there. It does so by a timer that looks back, so that what is heard costs nothing.
 func (c *Conn) keepAlive() {
