@@ -42,27 +42,30 @@ func TestBuffersComeBack(t *testing.T) {
 		},
 	} {
 		for _, server := range []bool{true, false} {
-			for _, flush := range []bool{true, false} {
+			for _, how := range []struct {
+				flush, vectors bool
+				each           int
+			}{{true, false, 3000}, {false, false, 3000}, {true, true, 3000}, {true, true, 9000}, {false, true, 9000}} {
 				synctest.Test(t, func(t *testing.T) {
-					h := &handler{}
+					h := &handler{vectors: how.vectors}
 					var p *peer
 					var s *Stream
 					if server {
-						p = serveOne(t, h, Config{}, windowOf(10_000))
+						p = serveOne(t, h, Config{}, windowOf(20_000))
 						s = p.begin(t, h, 1, false)
 					} else {
-						p = dialOne(t, h, Config{}, windowOf(10_000))
+						p = dialOne(t, h, Config{}, windowOf(20_000))
 						s = h.conn.Open(nil, request, false)
 					}
-					s.Buffers(false, pattern(2000), p.pool.body(100_000, 3000))
+					s.Buffers(false, pattern(2000), p.pool.body(100_000, how.each))
 					s.Data(false, pattern(2000), pattern(2000))
 					s.Buffers(true, pattern(2000), p.pool.body(10_000, 3000))
-					if flush {
+					if how.flush {
 						h.conn.Flush()
 					}
 					end(t, h, p, s)
 					synctest.Wait()
-					if flush && name == "its end" {
+					if how.flush && name == "its end" {
 						same(t, name, p.took(1)[:102_000], slices.Concat(pattern(2000), pattern(100_000)))
 					}
 					s.Buffers(true, pattern(2000), p.pool.body(10_000, 3000))

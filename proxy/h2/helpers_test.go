@@ -109,6 +109,7 @@ func pattern(n int) []byte { return endless[:n:n] }
 // handler is a Handler of functions that the test writes. What is nil does nothing.
 type handler struct {
 	conn    *Conn
+	vectors bool // the connection takes several buffers in one write
 	headers func(s *Stream, fields []hpack.HeaderField, end bool)
 	data    func(s *Stream, data []byte, end bool)
 	reset   func(s *Stream, code http2.ErrCode)

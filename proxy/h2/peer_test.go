@@ -61,6 +61,9 @@ func newPeer(t *testing.T, cfg *Config, h *handler) (p *peer, far net.Conn) {
 	p.AllowIllegalWrites = true
 	p.enc = hpack.NewEncoder(&p.block)
 	cfg.Handler, cfg.Pool = h, p.pool
+	if h.vectors {
+		cfg.Vectors = far
+	}
 	t.Cleanup(func() {
 		near.Close()
 		synctest.Wait()
