@@ -47,6 +47,10 @@ func (s *session) pick() (*h2.Conn, *hop, outlook) {
 		case h.conn.Takes():
 			s.turn = (s.turn + i + 1) % len(s.hops)
 			return h.conn, h, 0
+		case h.conn.Leaving(): // it has had all the streams that it may have
+			h.conn = nil
+			s.dial(h)
+			dialing = dialing || h.dialing
 		default:
 			full = true
 		}

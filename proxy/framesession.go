@@ -18,7 +18,6 @@ import (
 type session struct {
 	engine *frameEngine
 	id     *Identity
-	conn   *clientConn
 	client *h2.Conn
 	conns  atomic.Pointer[[]*h2.Conn] // all there are; replaced under mu
 	work   sync.WaitGroup             // what must end before the session does
@@ -35,7 +34,7 @@ type session struct {
 const referenceIdle = 10 * time.Second
 
 func newSession(e *frameEngine, conn *clientConn) *session {
-	s := &session{engine: e, id: conn.id, conn: conn, changed: make(chan struct{})}
+	s := &session{engine: e, id: conn.id, changed: make(chan struct{})}
 	s.client = h2.NewServer(conn, h2.Config{
 		Handler: s, Pool: buffers, Vectors: vectors(conn.Conn), Greeting: handshakeTimeout, MinPing: 5 * time.Second, Silence: 2 * time.Hour, Patience: 20 * time.Second, Always: true,
 	})
