@@ -120,7 +120,9 @@ func (st *fstream) cut(ctx context.Context, side *upside, data []byte) (rest []b
 			if data = data[n:]; len(a.head) < headLength {
 				break
 			}
-			st.message()
+			if st.message(); st.ended.Load() {
+				break
+			}
 		}
 		n := min(a.left, len(data))
 		switch {
