@@ -7,15 +7,11 @@ package harness
 
 import (
 	"errors"
-	"fmt"
-	"math/rand/v2"
-	"net"
 	"os"
 	"path/filepath"
 	"runtime"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -142,36 +138,6 @@ func Bin(tb testing.TB, name string) string {
 		tb.Fatalf("find %s: %v; run `make %s` first", name, err, target)
 	}
 	return path
-}
-
-// Ports of [FreePort]: below the range that outgoing connections take theirs from, so that a port stays free until a process is
-// told to use it. They are given out in turn from a random start: the same one twice would meet a process that is between its
-// start and its listening, or is down to be started again.
-const firstPort, ports = 10000, 22000
-
-var nextPort atomic.Uint32
-
-func init() { nextPort.Store(rand.Uint32N(ports)) }
-
-// FreePort returns a TCP port of 127.0.0.1 that nothing listens on, and that it has not returned before. Safe for concurrent use.
-func FreePort(tb testing.TB) int {
-	tb.Helper()
-	for range 100 {
-		port := firstPort + int(nextPort.Add(1)%ports)
-		listener, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
-		if err == nil {
-			listener.Close()
-			return port
-		}
-	}
-	tb.Fatal("find free port: a hundred tries failed")
-	return 0
-}
-
-// FreeAddress is 127.0.0.1 with a [FreePort].
-func FreeAddress(tb testing.TB) string {
-	tb.Helper()
-	return fmt.Sprintf("127.0.0.1:%d", FreePort(tb))
 }
 
 // Eventually polls until try returns nil. An error that wraps [ErrStop] ends the wait at once.
