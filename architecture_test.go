@@ -32,7 +32,7 @@ var importTable = map[string][]string{
 	"proxy":             {module + "proxy/etcdwire", module + "proxy/h2", module + "proxy/prefix", "google.golang.org/", "go.etcd.io/etcd/", "github.com/prometheus/", "golang.org/x/", "go.uber.org/zap", "github.com/grpc-ecosystem/grpc-gateway/v2/runtime", "github.com/tmc/grpc-websocket-proxy/wsproxy"},
 	"proxy/etcdmodel":   {"go.etcd.io/etcd/api/v3/", "google.golang.org/"},
 	"proxy/audit":       {}, // nothing but the standard library
-	"proxy/h2":          {"golang.org/x/net/http2", "google.golang.org/grpc/mem"},
+	"proxy/h2":          {"golang.org/x/net/http2", "golang.org/x/sys/unix", "google.golang.org/grpc/mem"},
 	"proxy/prefix":      {}, // nothing but the standard library
 	"proxy/etcdwire":    {"google.golang.org/protobuf/encoding/protowire"},
 }

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"net"
 	"strings"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/h2"
 )
 
 // address splits an endpoint into what package net dials.
@@ -20,13 +22,17 @@ func address(endpoint string) (network, addr string) {
 	return "tcp", strings.TrimRight(rest, "/")
 }
 
-// dialEndpoint connects to an endpoint, over TLS where the endpoints have that, to speak protocol.
-func (u *upstream) dialEndpoint(ctx context.Context, endpoint, protocol string) (net.Conn, error) {
+// dialEndpoint connects to an endpoint, over TLS where the endpoints have that, to speak protocol. What conn writes to is outlet.
+func (u *upstream) dialEndpoint(ctx context.Context, endpoint, protocol string) (conn net.Conn, outlet *h2.Outlet, err error) {
 	network, addr := address(endpoint)
 	var dialer net.Dialer
-	conn, err := dialer.DialContext(ctx, network, addr)
-	if err != nil || u.tls == nil {
-		return conn, err
+	bare, err := dialer.DialContext(ctx, network, addr)
+	if err != nil {
+		return nil, nil, err
+	}
+	outlet = h2.NewOutlet(bare)
+	if u.tls == nil {
+		return outlet, outlet, nil
 	}
 	cfg := u.tls.config().Clone()
 	cfg.NextProtos = []string{protocol}
@@ -35,16 +41,16 @@ func (u *upstream) dialEndpoint(ctx context.Context, endpoint, protocol string) 
 			cfg.ServerName = host
 		}
 	}
-	over := tls.Client(conn, cfg)
+	over := tls.Client(outlet, cfg)
 	if err := over.HandshakeContext(ctx); err != nil {
-		_ = conn.Close()
-		return nil, err
+		_ = outlet.Close()
+		return nil, nil, err
 	}
 	if got := over.ConnectionState().NegotiatedProtocol; got != protocol && got != "" {
 		_ = over.Close()
-		return nil, fmt.Errorf("%s speaks %q over TLS, and not %q", endpoint, got, protocol)
+		return nil, nil, fmt.Errorf("%s speaks %q over TLS, and not %q", endpoint, got, protocol)
 	}
-	return over, nil
+	return over, outlet, nil
 }
 
 // origin is the scheme and the authority that requests to an endpoint name.

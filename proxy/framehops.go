@@ -97,10 +97,10 @@ func (s *session) dial(h *hop) {
 	h.dialing = true
 	s.work.Go(func() {
 		ctx, cancel := context.WithTimeout(s.engine.base, reconnect.MinConnectTimeout)
-		conn, err := s.id.to.dialEndpoint(ctx, h.endpoint, protocolHTTP2)
+		conn, outlet, err := s.id.to.dialEndpoint(ctx, h.endpoint, protocolHTTP2)
 		cancel()
 		if err == nil {
-			s.serveHop(h, conn)
+			s.serveHop(h, conn, outlet)
 			return
 		}
 		s.mu.Lock()
@@ -118,10 +118,10 @@ func (h *hop) failed() {
 }
 
 // serveHop serves a connection to etcd to its end. Streams go there once etcd has greeted.
-func (s *session) serveHop(h *hop, conn net.Conn) {
+func (s *session) serveHop(h *hop, conn net.Conn, outlet *h2.Outlet) {
 	up := &upside{session: s, hop: h}
 	up.conn = h2.NewClient(conn, h2.Config{
-		Handler: up, Pool: buffers, Greeting: reconnect.MinConnectTimeout, Silence: keepaliveSilence, Patience: keepalivePatience,
+		Handler: up, Pool: buffers, Outlet: outlet, Plain: s.id.to.tls == nil, Greeting: reconnect.MinConnectTimeout, Silence: keepaliveSilence, Patience: keepalivePatience,
 	})
 	s.mu.Lock()
 	ended := s.ended

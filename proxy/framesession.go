@@ -36,25 +36,13 @@ const referenceIdle = 10 * time.Second
 func newSession(e *frameEngine, conn *clientConn) *session {
 	s := &session{engine: e, id: conn.id, changed: make(chan struct{})}
 	s.client = h2.NewServer(conn, h2.Config{
-		Handler: s, Pool: buffers, Vectors: vectors(conn.Conn), Greeting: handshakeTimeout, MinPing: 5 * time.Second, Silence: 2 * time.Hour, Patience: 20 * time.Second, Always: true,
+		Handler: s, Pool: buffers, Outlet: conn.outlet, Plain: conn.plain, Greeting: handshakeTimeout, MinPing: 5 * time.Second, Silence: 2 * time.Hour, Patience: 20 * time.Second, Always: true,
 	})
 	s.conns.Store(&[]*h2.Conn{s.client})
 	for _, endpoint := range s.id.to.endpoints {
 		s.hops = append(s.hops, &hop{endpoint: endpoint})
 	}
 	return s
-}
-
-// vectors returns the connection itself where it is one of the system's.
-func vectors(conn net.Conn) net.Conn {
-	if s, ok := conn.(*sniffed); ok {
-		conn = s.Conn
-	}
-	switch conn.(type) {
-	case *net.TCPConn, *net.UnixConn:
-		return conn
-	}
-	return nil
 }
 
 // run serves the connection to its end.

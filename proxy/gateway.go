@@ -250,7 +250,7 @@ func (u *upstream) httpTransport() *http.Transport {
 			var last error
 			for _, endpoint := range u.endpoints {
 				limited, cancel := context.WithTimeout(ctx, readyWait)
-				conn, err := u.dialEndpoint(limited, endpoint, protocolHTTP1)
+				conn, _, err := u.dialEndpoint(limited, endpoint, protocolHTTP1)
 				cancel()
 				if err == nil {
 					return conn, nil

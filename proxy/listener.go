@@ -16,6 +16,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/h2"
 )
 
 // ListenerConfig is one address that clients connect to.
@@ -58,6 +60,8 @@ type listener struct {
 // clientConn is a connection that has been identified.
 type clientConn struct {
 	net.Conn
+	outlet *h2.Outlet // what Conn writes to; nil within the process
+	plain  bool       // and not over TLS
 	id     *Identity
 	http1  bool // and not HTTP/2
 	once   sync.Once
@@ -222,7 +226,8 @@ func (l *listener) run(ctx context.Context, serve func(*clientConn)) {
 // identify does the TLS handshake, if any, says who is there, and finds out what they speak.
 func (l *listener) identify(ctx context.Context, conn net.Conn) (*clientConn, error) {
 	id := &Identity{Listener: l.cfg.Address, Remote: conn.RemoteAddr().String(), to: l.to, advertise: l.cfg.AdvertiseClientURLs}
-	protocol := ""
+	outlet, protocol := h2.NewOutlet(conn), ""
+	conn = outlet
 	if l.tls != nil {
 		limited, cancel := context.WithTimeout(ctx, handshakeTimeout)
 		defer cancel()
@@ -245,7 +250,7 @@ func (l *listener) identify(ctx context.Context, conn net.Conn) (*clientConn, er
 		}
 	}
 	l.metrics.connections.WithLabelValues(l.cfg.Address).Inc()
-	return &clientConn{Conn: conn, id: id, http1: http1, closed: l.metrics.connections.WithLabelValues(l.cfg.Address).Dec}, nil
+	return &clientConn{Conn: conn, outlet: outlet, plain: l.tls == nil, id: id, http1: http1, closed: l.metrics.connections.WithLabelValues(l.cfg.Address).Dec}, nil
 }
 
 // handshakeFailed logs at most once a second, or a port scan would fill the log.

@@ -1,10 +1,6 @@
 package h2
 
-import (
-	"net"
-
-	"google.golang.org/grpc/mem"
-)
+import "google.golang.org/grpc/mem"
 
 // minApart is from what length on bytes are written from where they are, and not copied.
 const minApart = 4 << 10
@@ -30,7 +26,7 @@ func (a *aparts) free() {
 
 // appendOf gathers b, which is of a buffer.
 func (c *Conn) appendOf(of mem.Buffer, b []byte) {
-	if c.cfg.Vectors == nil || len(b) < minApart {
+	if !c.cfg.Plain || len(b) < minApart {
 		c.append(b)
 		return
 	}
@@ -41,17 +37,19 @@ func (c *Conn) appendOf(of mem.Buffer, b []byte) {
 
 // writeOut writes what was gathered.
 func (c *Conn) writeOut(out []byte, apart aparts) error {
-	if len(apart.all) == 0 {
+	switch {
+	case !c.cfg.Plain:
 		_, err := c.conn.Write(out)
 		return err
+	case len(apart.all) == 0:
+		_, err := c.outlet.Write(out)
+		return err
 	}
-	vectors := make(net.Buffers, 0, 2*len(apart.all)+1)
+	vectors := make([][]byte, 0, 2*len(apart.all)+1)
 	at := 0
 	for _, p := range apart.all {
 		vectors = append(vectors, out[at:p.at], p.data)
 		at = p.at
 	}
-	vectors = append(vectors, out[at:])
-	_, err := vectors.WriteTo(c.cfg.Vectors)
-	return err
+	return c.outlet.writeAll(append(vectors, out[at:]))
 }

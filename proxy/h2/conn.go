@@ -32,13 +32,14 @@ const (
 	connWindow    = 4 << 20    // what it may send on all streams
 	minOut        = 4 << 10    // the least buffer for it
 	outLimit      = 256 << 10  // what gathers for one write; the rest waits in its streams
+	heldLimit     = 1 << 20    // what may wait for a peer that sends: of data no more than was gathered twice, the rest is answers to what it sends
 )
 
 // lingering is how long a client may take to close a connection that the server has left: to close it while the client still sends something would have TCP drop what the client has not
 // got yet. grpc-go waits as long.
 const lingering = time.Second
 
-// Handler is told of what comes in. All methods but Sent are called on the goroutine of [Conn.Serve], one at a time; none may block for long, and what they are given is theirs only
+// Handler is told of what comes in. All methods but Sent and Idle are called on the goroutine of [Conn.Serve], one at a time; none may block for long, and what they are given is theirs only
 // until they return, but for header fields.
 type Handler interface {
 	// Headers begins a stream (of a client), or gives the header or trailer of one (from a server). end says that nothing follows.
@@ -53,7 +54,7 @@ type Handler interface {
 	Greeted()
 	// Leaving says that the peer takes no new streams.
 	Leaving()
-	// Idle says that the goroutine is about to wait for the peer: what was gathered is to be flushed.
+	// Idle says that what was gathered is to be flushed: the goroutine is about to wait for the peer, or the peer takes something again. For the latter it is called on another.
 	Idle()
 }
 
@@ -61,8 +62,10 @@ type Handler interface {
 type Config struct {
 	Handler Handler
 	Pool    mem.BufferPool // where buffers come from; it clears what is given back
-	// Vectors is the same connection where that takes several buffers in one write, as that of TCP does, and TLS does not: what is long then need not be copied. Nil: there is none.
-	Vectors net.Conn
+	// Outlet is what the connection writes to: itself, or what lies below TLS. Nil: it is made of the connection.
+	Outlet *Outlet
+	// Plain says that the connection writes what it is given, as TLS does not: what is long then need not be copied.
+	Plain bool
 	// Greeting is how long the peer may take over its first bytes, up to its settings; 0: for ever.
 	Greeting time.Duration
 	// MinPing is how often a client may send pings; who does it more often is sent away, as by grpc-go. 0: any.
@@ -79,6 +82,7 @@ type Config struct {
 type Conn struct {
 	cfg    Config
 	conn   net.Conn
+	outlet *Outlet
 	server bool // the peer opens the streams
 
 	// Of the goroutine that reads.
@@ -91,7 +95,6 @@ type Conn struct {
 	ending  atomic.Bool  // it is to close with its last stream
 	reading atomic.Bool  // it waits for the peer
 	heard   atomic.Int64 // how often the peer was heard
-	written atomic.Int64 // how often something was written
 	dirty   atomic.Bool  // there may be something to flush
 	writing sync.Mutex   // held by who writes to conn; taken before mu
 
@@ -148,6 +151,11 @@ func newConn(conn net.Conn, cfg Config) *Conn {
 		cfg: cfg, conn: conn, streams: make(map[uint32]*Stream),
 		window: initialWindow, initial: initialWindow, maxFrame: frameSize, limit: math.MaxUint32,
 	}
+	if c.outlet = cfg.Outlet; c.outlet == nil {
+		c.outlet = NewOutlet(conn)
+		c.conn = c.outlet
+	}
+	c.outlet.use(cfg.Pool, c.freed)
 	c.in = input{read: c.read, pool: cfg.Pool}
 	c.framer = http2.NewFramer(nil, &c.in)
 	c.framer.SetReuseFrames()
@@ -162,10 +170,34 @@ func newConn(conn net.Conn, cfg Config) *Conn {
 func (c *Conn) read(b []byte) (int, error) {
 	c.cfg.Handler.Idle()
 	c.reading.Store(true)
+	c.hold()
 	n, err := c.conn.Read(b)
 	c.reading.Store(false)
 	c.heard.Add(1)
 	return n, err
+}
+
+// hold waits for a peer that sends and does not read, or what is for it would gather without end. It is as silent as one that says nothing.
+func (c *Conn) hold() {
+	for c.outlet.full.Load() {
+		c.mu.Lock()
+		waits := c.gathered()
+		c.mu.Unlock()
+		if waits+c.outlet.holds() < heldLimit {
+			return
+		}
+		c.outlet.wait()
+	}
+}
+
+// freed goes on with what has gathered while the peer took nothing.
+func (c *Conn) freed(err error) {
+	if err != nil {
+		c.fail(err)
+		return
+	}
+	c.cfg.Handler.Idle()
+	c.closeIfDone()
 }
 
 // errLeft ends a connection that was to end.
@@ -178,6 +210,7 @@ func (c *Conn) Serve() error {
 	c.in.free()
 	_, _ = io.Copy(io.Discard, c.conn) // which ends at once, unless fail lets the connection linger
 	_ = c.conn.Close()
+	c.outlet.writer.Wait()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.why
@@ -328,7 +361,7 @@ func (c *Conn) closeIfDone() {
 		return
 	}
 	c.mu.Lock()
-	done := len(c.streams) == 0 && c.out == nil && !c.busy && (!c.server || c.goneAt != math.MaxInt32)
+	done := len(c.streams) == 0 && c.out == nil && !c.busy && !c.outlet.full.Load() && (!c.server || c.goneAt != math.MaxInt32)
 	c.mu.Unlock()
 	if done {
 		c.fail(errLeft)

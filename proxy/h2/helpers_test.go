@@ -161,7 +161,9 @@ func (h *handler) Idle() {
 	if h.idle != nil {
 		h.idle()
 	}
-	h.conn.Flush()
+	for h.conn.Dirty() { // Sent has given credit, which is to be flushed, too
+		h.conn.Flush()
+	}
 }
 
 // echo answers each stream with what it brings, and with a trailer. It gives credit as the engine does: for what the client has taken.

@@ -13,25 +13,20 @@ func (c *Conn) keepAlive() {
 		return
 	}
 	heard, asked := c.heard.Load(), false
-	written, busy, waited := c.written.Load(), false, false
 	var look func()
 	look = func() {
 		now := c.heard.Load()
 		next := c.cfg.Silence
 		c.mu.Lock()
 		wanted := len(c.streams) > 0 || c.cfg.Always
-		stuck := busy && c.busy && written == c.written.Load() // in the same write as at the last look
-		busy, written = c.busy, c.written.Load()
 		c.mu.Unlock()
 		reading := c.reading.Load()
 		switch {
-		case now != heard || !reading && !stuck: // whoever does not listen cannot know
-			heard, asked, waited = now, false, false
-		case asked && reading, waited && !reading:
+		case now != heard || !reading: // whoever does not listen cannot know
+			heard, asked = now, false
+		case asked:
 			c.fail(errSilent)
 			return
-		case !reading: // whoever reads waits for the write: the peer takes nothing, nor would it take a ping
-			waited, next = true, c.cfg.Patience
 		case wanted:
 			asked = true
 			c.mu.Lock()
@@ -40,7 +35,7 @@ func (c *Conn) keepAlive() {
 			}
 			c.mu.Unlock()
 			next = c.cfg.Patience
-			go c.Flush() // which may block where the peer does not read
+			c.cfg.Handler.Idle()
 		}
 		c.mu.Lock()
 		defer c.mu.Unlock()

@@ -52,18 +52,24 @@ func (c *Conn) drop() {
 	c.apart.free()
 }
 
-// Dirty reports whether there may be something to flush.
-func (c *Conn) Dirty() bool { return c.dirty.Load() }
+// Dirty reports whether there may be something to flush that can be.
+func (c *Conn) Dirty() bool { return c.dirty.Load() && !c.outlet.full.Load() }
 
-// Flush writes what has gathered, and waits for the peer to take it. An error ends the connection, which [Conn.Serve] tells.
+// Flush writes what has gathered, and does not wait for the peer: while that takes nothing it goes on gathering, until [Handler] is told that it is idle. An error ends the connection, which
+// [Conn.Serve] tells.
 func (c *Conn) Flush() {
-	if !c.dirty.Load() {
+	if !c.Dirty() {
 		return
 	}
 	var drained []*Stream
 	c.writing.Lock()
 	for {
 		c.mu.Lock()
+		if c.outlet.full.Load() {
+			c.busy = false
+			c.mu.Unlock()
+			break
+		}
 		c.pump()
 		out, apart := c.out, c.apart
 		c.out, c.apart = nil, aparts{}
@@ -82,7 +88,6 @@ func (c *Conn) Flush() {
 		c.busy = true
 		c.mu.Unlock()
 		err := c.writeOut(*out, apart)
-		c.written.Add(1)
 		c.cfg.Pool.Put(out)
 		apart.free()
 		if err != nil {

@@ -84,8 +84,8 @@ func pair(t testing.TB, client, server *handler) {
 	t.Helper()
 	near, far := loopback(t)
 	pools := [2]*ledger{{}, {}}
-	serving(t, server, pools[1], NewServer(far, Config{Handler: server, Pool: pools[1], Vectors: far}))
-	serving(t, client, pools[0], NewClient(near, Config{Handler: client, Pool: pools[0], Vectors: near}))
+	serving(t, server, pools[1], NewServer(far, Config{Handler: server, Pool: pools[1], Plain: true}))
+	serving(t, client, pools[0], NewClient(near, Config{Handler: client, Pool: pools[0], Plain: true}))
 }
 
 func open(t testing.TB, c *Conn, end bool) (*Stream, *answer) {

@@ -61,9 +61,7 @@ func newPeer(t *testing.T, cfg *Config, h *handler) (p *peer, far net.Conn) {
 	p.AllowIllegalWrites = true
 	p.enc = hpack.NewEncoder(&p.block)
 	cfg.Handler, cfg.Pool = h, p.pool
-	if h.vectors {
-		cfg.Vectors = far
-	}
+	cfg.Plain = h.vectors
 	t.Cleanup(func() {
 		near.Close()
 		synctest.Wait()
