@@ -28,7 +28,7 @@ type answers struct {
 	unsent []byte          // the head, if the message passes and nothing of it was sent
 	left   int             // bytes of the message that have not come
 	scans  bool            // its values are opened
-	edits  bool            // it is gathered for that, or to be cut
+	edits  bool            // it is gathered for that, to be cut, or to be whole
 	own    *[]byte         // what is to be looked into next; of buffers
 	n      int             // bytes in own
 	made   mem.BufferSlice // what was made of the parts before
@@ -120,7 +120,7 @@ func (st *fstream) cut(ctx context.Context, side *upside, data []byte) (rest []b
 			if data = data[n:]; len(a.head) < headLength {
 				break
 			}
-			if st.message(); st.ended.Load() {
+			if st.message(len(data)); st.ended.Load() {
 				break
 			}
 		}
@@ -161,8 +161,9 @@ func (st *fstream) messageEnd() {
 	}
 }
 
-// message begins with the message whose head has come.
-func (st *fstream) message() {
+// message begins with the message whose head has come, with so many bytes after it. The answer of a unary call is gathered also where nobody looks into it: should etcd be lost in its
+// midst, the client is to be told so. Once it has the front of a message it says Internal, whatever the status, and does not try again.
+func (st *fstream) message(come int) {
 	a := &st.answers
 	if a.head[0] != 0 {
 		st.fail(ownError(codes.Internal, "etcd's answer is compressed, which nobody asked for"))
@@ -171,7 +172,7 @@ func (st *fstream) message() {
 	a.left = int(binary.BigEndian.Uint32(a.head[1:]))
 	a.scans = st.call != nil && a.left > 0 && st.call.scans()
 	x, ok := st.call.(cutter)
-	if a.edits = a.scans || ok && a.left > 0 && x.cuts(); a.edits {
+	if a.edits = a.scans || ok && a.left > 0 && x.cuts() || st.method.shape == shapeUnary && a.left > come; a.edits {
 		a.own, a.n = buffers.Get(min(a.left, partSize)), 0
 	} else {
 		a.unsent = a.head
@@ -184,7 +185,11 @@ func (st *fstream) look(ctx context.Context, side *upside) (waits bool) {
 	own, n, whole := a.own, a.n, a.n
 	if a.left > 0 {
 		next := 0
-		if whole = 0; a.scans && st.call.parts() {
+		switch {
+		case !a.scans: // nobody looks at it before it is put together again
+		case !st.call.parts():
+			whole = 0
+		default:
 			if whole, next = wholeFields((*own)[:n]); next < 0 {
 				whole = n // what is wrong with it is for the call to say
 			}
