@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"context"
 	"encoding/base64"
 	"errors"
 	"strconv"
@@ -20,10 +21,12 @@ func (st *fstream) finish(code codes.Code) bool {
 		return false
 	}
 	st.mu.Lock()
-	cancel, counts := st.cancel, st.method != nil && !st.local
+	in, out, counts := st.inward.cancel, st.outward.cancel, st.method != nil && !st.local
 	st.mu.Unlock()
-	if cancel != nil {
-		cancel(nil)
+	for _, cancel := range []context.CancelCauseFunc{in, out} {
+		if cancel != nil {
+			cancel(nil)
+		}
 	}
 	if counts {
 		st.method.metrics.end(code)

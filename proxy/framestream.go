@@ -36,7 +36,6 @@ type fstream struct {
 	local           bool       // it goes on to the reference engine
 	begun           bool       // the client was sent the header of the answer
 	up              *h2.Stream // where it goes on to; nil before it does
-	cancel          context.CancelCauseFunc
 	inward, outward parking
 }
 

@@ -10,7 +10,8 @@ import (
 // parking is a direction of a call that a goroutine of its own has taken over. It is under the stream's mu.
 type parking struct {
 	parked  bool
-	backlog []piece // what has come meanwhile
+	backlog []piece                 // what has come meanwhile
+	cancel  context.CancelCauseFunc // of the last time; nil if there was none
 }
 
 // hasty is the context of who does not wait, see [Sealer].
@@ -40,14 +41,7 @@ func (st *fstream) park(p *parking, work func(ctx context.Context)) {
 		return
 	}
 	ctx, cancel := context.WithCancelCause(st.session.engine.base)
-	p.parked = true
-	before := st.cancel
-	st.cancel = func(cause error) {
-		cancel(cause)
-		if before != nil {
-			before(cause)
-		}
-	}
+	p.parked, p.cancel = true, cancel
 	st.session.work.Go(func() {
 		defer cancel(nil)
 		ctx := ctx
