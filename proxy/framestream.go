@@ -75,7 +75,11 @@ func (st *fstream) begin(end bool) {
 func (st *fstream) in(data []byte, end bool) {
 	st.mu.Lock()
 	if st.inward.parked {
-		st.inward.backlog = append(st.inward.backlog, piece{data: bytes.Clone(data), end: end})
+		if len(st.inward.backlog) == 0 {
+			st.inward.backlog = append(st.inward.backlog, piece{})
+		}
+		all := &st.inward.backlog[0] // one, since what makes a frame is not in the client's window
+		all.data, all.end = append(all.data, data...), end
 		st.mu.Unlock()
 		return
 	}
@@ -196,7 +200,7 @@ func (st *fstream) messages(_ context.Context, data []byte, end bool) {
 		raw = st.asked
 	}
 	st.heldIn.Add(int64(len(data)))
-	all := true
+	all, begun := true, len(raw)
 	for len(raw) >= headLength {
 		n := st.length(raw)
 		switch {
@@ -234,7 +238,9 @@ func (st *fstream) messages(_ context.Context, data []byte, end bool) {
 		st.fail(status.Error(codes.Internal, io.ErrUnexpectedEOF.Error()))
 		return
 	}
-	st.asked = append(st.asked[:0:0], raw...)
+	if len(raw) < begun || len(st.asked) == 0 { // else it is what has gathered: one frame more does not copy that
+		st.asked = append(st.asked[:0:0], raw...)
+	}
 	if end {
 		all = st.up.Data(true, nil, nil)
 	}
