@@ -37,13 +37,16 @@ func (st *fstream) open(conn *h2.Conn, h *hop) bool {
 
 // toReference goes on to the reference engine with what the client has sent so far.
 func (st *fstream) toReference(raw []byte, end bool) {
-	conn := st.session.reference()
 	st.mu.Lock()
 	if st.ended.Load() {
 		st.mu.Unlock()
 		return
 	}
-	if conn != nil {
+	for st.up == nil { // a connection may leave, for want of calls, just after it was said to take one
+		conn := st.session.reference()
+		if conn == nil {
+			break
+		}
 		st.local = true
 		st.up = conn.Open(st, st.fields, st.silent)
 	}
