@@ -54,7 +54,7 @@ type Handler interface {
 	Greeted()
 	// Leaving says that the peer takes no new streams.
 	Leaving()
-	// Idle says that what was gathered is to be flushed: the goroutine is about to wait for the peer, or the peer takes something again. For the latter it is called on another.
+	// Idle says that what was gathered is to be flushed: the goroutine is about to wait for the peer, the peer takes something again, or a timer has something to say. It may be called on any goroutine.
 	Idle()
 }
 
@@ -118,6 +118,7 @@ type Conn struct {
 	closed   bool
 	why      error // that it was closed
 	alive    *time.Timer
+	hears    *time.Timer // until the client must have heard that the server leaves
 	idle     *time.Timer
 	goneAt   uint32 // streams above it are not served; set while the server leaves
 }
@@ -304,7 +305,7 @@ func (c *Conn) fail(why error) {
 	lingers := first && c.server && (c.told || errors.Is(why, errLeft))
 	if first {
 		c.closed, c.why = true, why
-		for _, t := range []*time.Timer{c.alive, c.idle} {
+		for _, t := range []*time.Timer{c.alive, c.idle, c.hears} {
 			if t != nil {
 				t.Stop()
 			}

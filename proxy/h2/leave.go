@@ -2,9 +2,13 @@ package h2
 
 import (
 	"math"
+	"time"
 
 	"golang.org/x/net/http2"
 )
+
+// leavingPatience is how long a client may take to say that it has heard. grpc-go waits as long: it may be gone without a word.
+const leavingPatience = 5 * time.Second
 
 // Leave has the client of a server go elsewhere: it is told twice, as RFC 9113 has it, so that no stream is lost that it opens meanwhile. The connection closes
 // with the last stream.
@@ -15,6 +19,10 @@ func (c *Conn) Leave() {
 		c.leaving = true
 		_ = c.write.WriteGoAway(math.MaxInt32, http2.ErrCodeNo, []byte("graceful_stop"))
 		_ = c.write.WritePing(false, leavingPing)
+		c.hears = time.AfterFunc(leavingPatience, func() {
+			c.left()
+			c.cfg.Handler.Idle()
+		})
 	}
 	c.mu.Unlock()
 }

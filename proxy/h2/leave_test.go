@@ -133,3 +133,19 @@ func TestLeaveLetsTheLastWordOut(t *testing.T) {
 		p.expect(t, "HEADERS 1 grpc-status=0 end", "RST_STREAM 1 NO_ERROR", "closed")
 	})
 }
+
+// TestLeaveOfWhoDoesNotAnswer: who says nothing, not even to that, is not waited for.
+func TestLeaveOfWhoDoesNotAnswer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := &handler{}
+		p := serveOne(t, h, Config{})
+		h.conn.Leave()
+		h.conn.Flush()
+		p.expect(t, leavesSoon, asks)
+		time.Sleep(leavingPatience)
+		p.expect(t, `GOAWAY 0 NO_ERROR "graceful_stop"`)
+		time.Sleep(lingering)
+		p.expect(t, "closed")
+		<-p.served
+	})
+}

@@ -106,7 +106,6 @@ func TestPairEchoes(t *testing.T) {
 		0, 1, 100, frameSize - 5, frameSize - 1, frameSize, frameSize + 1, initialWindow - 1, initialWindow, initialWindow + 1, outLimit, outLimit + 1,
 		streamWindow - 1, streamWindow, streamWindow + 1, 1 << 20, connWindow + 1,
 	}
-	// Three at a time: two Conns that face each other stand still once all that lies between them is full both ways, as neither reads while it writes.
 	for some := range slices.Chunk(sizes, 3) {
 		var all sync.WaitGroup
 		for i, n := range some {
