@@ -21,12 +21,15 @@ func (st *fstream) finish(code codes.Code) bool {
 		return false
 	}
 	st.mu.Lock()
-	in, out, counts := st.inward.cancel, st.outward.cancel, st.method != nil && !st.local
+	in, out, counts, started := st.inward.cancel, st.outward.cancel, st.method != nil && !st.local, st.up != nil
 	st.mu.Unlock()
 	for _, cancel := range []context.CancelCauseFunc{in, out} {
 		if cancel != nil {
 			cancel(nil)
 		}
+	}
+	if counts && !started { // it ends before it went anywhere
+		st.method.metrics.started.Inc()
 	}
 	if counts {
 		st.method.metrics.end(code)

@@ -50,7 +50,6 @@ func (st *fstream) begin(end bool) {
 		return
 	}
 	if st.method.waits && st.session.engine.leaving.Load() {
-		st.method.metrics.started.Inc()
 		st.fail(errShuttingDown)
 		return
 	}
@@ -159,7 +158,6 @@ func (st *fstream) forward(ctx context.Context, raw []byte) {
 			st.park(&st.inward, func(ctx context.Context) { st.forward(ctx, raw) })
 			return
 		} else if err != nil {
-			st.method.metrics.started.Inc()
 			st.method.metrics.received.Inc()
 			st.fail(err)
 			return
