@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"fmt"
 	"net"
+	"path"
 	"strings"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/h2"
@@ -37,7 +38,8 @@ func (u *upstream) dialEndpoint(ctx context.Context, endpoint, protocol string) 
 	cfg := u.tls.config().Clone()
 	cfg.NextProtos = []string{protocol}
 	if cfg.ServerName == "" {
-		if host, _, err := net.SplitHostPort(addr); err == nil {
+		cfg.ServerName = path.Base(addr) // of a socket, which is what etcd's client library takes
+		if host, _, err := net.SplitHostPort(cfg.ServerName); err == nil {
 			cfg.ServerName = host
 		}
 	}
