@@ -40,7 +40,7 @@ func TestTLSOverASocket(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer u.close()
-	conn, err := u.dialEndpoint(testContext(t), cfg.Endpoints[0], protocolHTTP2)
+	conn, _, err := u.dialEndpoint(testContext(t), cfg.Endpoints[0], protocolHTTP2)
 	if err != nil {
 		t.Fatal(err)
 	}

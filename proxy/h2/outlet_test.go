@@ -66,7 +66,7 @@ func TestPairOfSmallBuffers(t *testing.T) {
 				}
 			}
 			var all sync.WaitGroup
-			for i := range 16 {
+			for i := range 6 {
 				all.Go(func() {
 					n := connWindow + i
 					s, a := open(t, client.conn, false)
