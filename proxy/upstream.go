@@ -16,10 +16,12 @@ import (
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/experimental"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/status"
 )
@@ -140,16 +142,30 @@ func NewClient(cfg UpstreamConfig, log *slog.Logger) (*clientv3.Client, error) {
 	if err != nil {
 		return nil, err
 	}
+	auth := &lateAuth{user: cfg.Username != ""}
 	client, err := clientv3.New(clientv3.Config{
 		Endpoints: cfg.Endpoints, Logger: zap.NewNop(), Username: cfg.Username, Password: cfg.Password,
 		DialKeepAliveTime: 15 * time.Second, DialKeepAliveTimeout: 10 * time.Second,
 		MaxCallRecvMsgSize: clientRecvBytes, MaxCallSendMsgSize: clientRecvBytes / 2,
-		DialOptions: append(forEtcd(), grpc.WithTransportCredentials(creds), grpc.WithConnectParams(reconnect)),
+		DialOptions: append(forEtcd(), append(auth.options(), grpc.WithTransportCredentials(creds), grpc.WithConnectParams(reconnect))...),
 	})
 	if err != nil {
 		return nil, fmt.Errorf("etcd client: %w", err)
 	}
+	auth.made.Store(true)
 	return client, nil
+}
+
+// WhyUnreachable says why a client of [NewClient] has no connection to etcd, or "" where it has one. The client's own calls wait for one until their time is over,
+// and say that alone.
+func WhyUnreachable(ctx context.Context, client *clientv3.Client) string {
+	ctx, cancel := context.WithTimeout(ctx, readyWait)
+	defer cancel()
+	_, err := healthpb.NewHealthClient(client.ActiveConnection()).Check(ctx, &healthpb.HealthCheckRequest{})
+	if status.Code(err) != codes.Unavailable {
+		return ""
+	}
+	return status.Convert(err).Message()
 }
 
 // wantsTLS says whether the endpoints are reached with TLS. One connection pool has one kind of security, so a mixture is an error.

@@ -101,6 +101,10 @@ func (cl *cluster) reach(ctx context.Context) error {
 			return nil // it answered; whether it allows what the command does will show
 		}
 	}
+	// That the time is over does not say why.
+	if why := proxy.WhyUnreachable(context.WithoutCancel(ctx), cl.etcd); why != "" {
+		err = errors.New(why)
+	}
 	return &failure{
 		code: exitFailure, err: fmt.Errorf("etcd is unreachable at %s: %w", strings.Join(cl.config.Etcd.Endpoints, ", "), err),
 		hint: "check etcd.endpoints and etcd.tls; the command talks to etcd itself, past the proxy",

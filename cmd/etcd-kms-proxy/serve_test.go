@@ -318,3 +318,20 @@ func TestTextLogAndWarnings(t *testing.T) {
 	s.signal(syscall.SIGTERM)
 	s.exited(0)
 }
+
+// TestUserWithEtcdDown: the user's token is asked for when there is something to ask etcd, so that nothing waits for etcd without an end.
+func TestUserWithEtcdDown(t *testing.T) {
+	d := newDir(t)
+	if err := os.WriteFile(d.path("password"), []byte("pw\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	config := d.config(t, "127.0.0.1:1]", "127.0.0.1:1]\n  username: root\n  passwordFile: password")
+	s := start(t, config)
+	s.logged("etcd is unreachable", "connection refused")
+	if code, page := get(t, s, "/readyz"); code != http.StatusOK || !strings.Contains(page, "[-]etcd") {
+		t.Errorf("readyz: HTTP %d: %s", code, page)
+	}
+	executeAlone(t, "status", "--config", config, "--timeout", "200ms").want(t, 3, "error: etcd is unreachable at http://127.0.0.1:1: ", "connection refused")
+	s.signal(syscall.SIGTERM)
+	s.exited(0)
+}

@@ -52,6 +52,8 @@ type (
 		Endpoints       []string   `json:"endpoints"`
 		TLS             *ClientTLS `json:"tls,omitempty"`
 		MaxRequestBytes int        `json:"maxRequestBytes,omitempty"`
+		Username        string     `json:"username,omitempty"`
+		PasswordFile    string     `json:"passwordFile,omitempty"`
 	}
 	// ClientTLS names PEM files.
 	ClientTLS struct {
