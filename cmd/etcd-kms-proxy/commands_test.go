@@ -1,10 +1,13 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
+	"io/fs"
 	"os"
 	"runtime"
 	"strings"
+	"syscall"
 	"testing"
 )
 
@@ -40,6 +43,24 @@ func TestUsageErrors(t *testing.T) {
 	execute(t, "frobnicate").want(t, 2, "hint: ")
 	// And as the shell sees it.
 	executeAlone(t, "frobnicate").want(t, 2, "error: ", "hint: ")
+}
+
+// full is a standard output on a disk without room.
+type full struct{}
+
+func (full) Write([]byte) (int, error) {
+	return 0, &fs.PathError{Op: "write", Path: "/dev/stdout", Err: syscall.ENOSPC}
+}
+
+// TestReportLost: a report that could not be written is a failure, in either form.
+func TestReportLost(t *testing.T) {
+	d := newDir(t)
+	for _, line := range []string{"version", "version --output json", "kms check --config " + d.config(t), "completion bash"} {
+		var stderr bytes.Buffer
+		if code := run(strings.Fields(line), full{}, &stderr); code != 3 || stderr.String() != "error: write /dev/stdout: no space left on device\n" {
+			t.Errorf("%s: exit code %d, stderr %q; want 3 and the reason", line, code, stderr.String())
+		}
+	}
 }
 
 func TestVersion(t *testing.T) {

@@ -70,6 +70,7 @@ func servePlugin(cmd *cobra.Command, path, name, socket string, drain time.Durat
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
 	defer signal.Stop(signals)
+	signal.Ignore(syscall.SIGPIPE) // a log that nobody reads any more is no reason to end
 
 	var warnings config.Problems
 	c, err := loadForEach(cmd, path, func(p config.Problem) { warnings = append(warnings, p) })

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 
 	"github.com/spf13/cobra"
@@ -42,6 +43,9 @@ func run(args []string, stdout, stderr io.Writer) int {
 		return 0
 	}
 	f, ok := errors.AsType[*failure](err)
+	if _, unwritten := errors.AsType[*fs.PathError](err); !ok && unwritten {
+		f, ok = &failure{code: exitFailure, err: err}, true // of completion, which is cobra's
+	}
 	if !ok {
 		// What is not a command's own error is cobra's, about the command line.
 		f = &failure{code: exitUsage, err: err, hint: "etcd-kms-proxy --help lists the commands, and COMMAND --help its flags"}

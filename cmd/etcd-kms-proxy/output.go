@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -37,8 +38,11 @@ func (*output) Type() string { return "text|json" }
 // write prints report as JSON, or calls text.
 func (o *output) write(w io.Writer, report any, text func(io.Writer)) error {
 	if *o == "text" {
-		text(w)
-		return nil
+		// In one piece, so that a report which could not be written is an error, and not a success that nobody can read.
+		var report bytes.Buffer
+		text(&report)
+		_, err := w.Write(report.Bytes())
+		return err
 	}
 	e := json.NewEncoder(w)
 	e.SetIndent("", "  ")

@@ -77,6 +77,7 @@ func serve(cmd *cobra.Command, path string, o serveOptions) error {
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
 	defer signal.Stop(signals)
+	signal.Ignore(syscall.SIGPIPE) // a log that nobody reads any more is no reason to end
 
 	loaded := digest(path) // first, so that a change while the proxy starts is seen
 	var warnings config.Problems

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -334,4 +335,30 @@ func TestUserWithEtcdDown(t *testing.T) {
 	executeAlone(t, "status", "--config", config, "--timeout", "200ms").want(t, 3, "error: etcd is unreachable at http://127.0.0.1:1: ", "connection refused")
 	s.signal(syscall.SIGTERM)
 	s.exited(0)
+}
+
+// TestLogReaderGone: whoever reads the log may end before the proxy.
+func TestLogReaderGone(t *testing.T) {
+	d := newDir(t)
+	cmd := command("serve", "--config", d.config(t))
+	stderr, err := cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	timer := time.AfterFunc(deadline, func() { _ = cmd.Process.Kill() })
+	defer timer.Stop()
+	lines := bufio.NewScanner(stderr)
+	for lines.Scan() && !strings.Contains(lines.Text(), "etcd is unreachable") {
+	}
+	_ = stderr.Close()
+	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil { // which is logged
+		t.Fatal(err)
+	}
+	_ = cmd.Wait() // its code says it
+	if code := cmd.ProcessState.ExitCode(); code != 0 {
+		t.Errorf("%v, want a drain and exit code 0", cmd.ProcessState)
+	}
 }
