@@ -100,7 +100,7 @@ cat <<TRY
   $bin/etcdctl-3.7 --endpoints=127.0.0.1:$proxy_port watch --prefix /registry/secrets/
   $bin/etcdctl-3.7 --endpoints=127.0.0.1:$etcd_port get --prefix /registry/secrets/
   $bin/etcd-kms-proxy kms check --config $dir/config.yaml
-  curl http://127.0.0.1:$admin_port/readyz?verbose
+  curl 'http://127.0.0.1:$admin_port/readyz?verbose'
 TRY
 # wait returns when either one ends, or at a signal, whose trap then stops the rest.
 while kill -0 "$etcd_pid" 2>/dev/null && kill -0 "$proxy_pid" 2>/dev/null; do

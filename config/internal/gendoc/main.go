@@ -76,7 +76,7 @@ const reload = `## Reloading
 restart. A file with a problem changes nothing. Certificates, keys and credentials are read again by themselves when their files change.
 
 A reload that would protect keys less is refused as a whole: a rule removed or narrowed, ` + "`writeWith: plaintext`" + ` where values were sealed, or
-` + "`allowPlaintextReads`" + ` back on. The log says which rule. ` + "`serve --allow-weakening`" + ` allows it, and so does a restart.
+` + "`allowPlaintextReads`" + ` back on. The log says which rule. ` + "`serve --allow-weakening`" + ` allows it. A restart does not: see [coordination.md](coordination.md).
 
 ## Core dumps
 
