@@ -24,6 +24,7 @@ func TestAudit(t *testing.T) {
 		"{required: true}":              "audit.path: is required",
 		"{path: no/such/a.jsonl}":       "audit.path: its folder cannot be used",
 		"{path: config.yaml/a}":         "audit.path: ",
+		"{path: .}":                     "is no regular file",
 		"{path: a, maxSizeMiB: 0}":      "audit.maxSizeMiB: 0 is not between 1 and",
 		"{path: a, maxFiles: 1}":        "audit.maxFiles: 1 is not between 2 and",
 		"{path: a, keyFile: none}":      "audit.keyFile: ",

@@ -86,7 +86,7 @@ func (d *decoder) document(data []byte, c *Config) bool {
 			}
 			text = text[len(m[0]):]
 		}
-		d.report("", "check indentation, quotes and colons around this line", "not YAML: %s", text)
+		d.report("", "check indentation (spaces, no tabs), quotes and colons around this line", "not YAML: %s", text)
 		return false
 	}
 	root := doc.Content[0]

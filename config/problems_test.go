@@ -82,6 +82,7 @@ func TestProblems(t *testing.T) {
 		"recovery differs":        {minimal + kmsTwo + "rules:\n- {prefix: a, writeWith: dev, recovery: [dr]}\n- {prefix: b, writeWith: dev}\n", "rules[1]", 10, "as rules[0] does"},
 		"recovery need differs":   {minimal + kmsTwo + "rules:\n- {prefix: a, writeWith: dev, recovery: [dr]}\n- {prefix: b, writeWith: dev, recovery: [dr], recoveryRequired: true}\n", "rules[1]", 10, "same recovery"},
 		"advertised path":         {listener("{address: 127.0.0.1:1, advertiseClientURLs: ['http://h:1/x']}"), "listeners[0].advertiseClientURLs[0]", 4, "not the URL of a host and port"},
+		"advertised without port": {listener("{address: 127.0.0.1:1, advertiseClientURLs: ['http://h']}"), "listeners[0].advertiseClientURLs[0]", 4, "not the URL of a host and port"},
 		"advertised scheme":       {listener("{address: 127.0.0.1:1, advertiseClientURLs: ['https://h:1']}"), "listeners[0].advertiseClientURLs[0]", 4, "but the listener speaks http://"},
 		"strange endpoint":        {listener("{address: 127.0.0.1:1, endpoint: 'http://other:2379'}"), "listeners[0].endpoint", 4, "is not one of etcd.endpoints"},
 		"no port":                 {listener("address: 127.0.0.1"), "listeners[0].address", 4, "not host:port"},
@@ -305,4 +306,12 @@ func crl(t *testing.T, cert, key []byte) []byte {
 		t.Fatal(err)
 	}
 	return pem.EncodeToMemory(&pem.Block{Type: "X509 CRL", Bytes: der})
+}
+
+// TestUnnamedProvider: a name that is missing is not among those to choose from.
+func TestUnnamedProvider(t *testing.T) {
+	_, err := Load(write(t, minimal+"kms: [{name: ~, plugin: {endpoint: unix:///run/k.sock}}]\nrules: [{prefix: a, writeWith: dev}]\n"))
+	if got := text(err); !strings.Contains(got, `no KMS provider is called "dev" (define it under kms, or use plaintext)`) {
+		t.Error(got)
+	}
 }

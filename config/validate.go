@@ -267,6 +267,7 @@ func (d *decoder) rules(c *Config) {
 }
 
 func undefined(known []string) string {
+	known = slices.DeleteFunc(slices.Clone(known), func(name string) bool { return name == "" }) // that one is missing is a problem of its own
 	if len(known) == 0 {
 		return "define it under kms"
 	}

@@ -5,7 +5,8 @@ import (
 	"path/filepath"
 )
 
-// audit checks where the audit log is to be, if there is one, and makes its path absolute. Whether it can be written shows when it is opened.
+// audit checks where the audit log is to be, if there is one, and makes its path absolute. Whether it can be written shows when it is
+// opened.
 func (d *decoder) audit(a *Audit) {
 	if a == nil {
 		return
@@ -20,6 +21,10 @@ func (d *decoder) audit(a *Audit) {
 			d.report("audit.path", "make the folder, for the user the proxy runs as", "its folder cannot be used: %s", fileError(err))
 		case !info.IsDir():
 			d.report("audit.path", "correct the path", "%s is not a folder", filepath.Dir(a.Path))
+		default:
+			if info, err := os.Lstat(a.Path); err == nil && !info.Mode().IsRegular() {
+				d.report("audit.path", "name a file in a folder of its own", "%s is there, and is no regular file", a.Path)
+			}
 		}
 	}
 	if a.MaxSizeMiB < 1 || a.MaxSizeMiB > 1<<20 {

@@ -33,7 +33,7 @@ func (d *decoder) listeners(listeners []Listener, endpoints []string) {
 		d.clients(at, l)
 		for n, u := range l.AdvertiseClientURLs {
 			parsed, err := url.Parse(u)
-			if path := fmt.Sprintf("%s.advertiseClientURLs[%d]", at, n); err != nil || parsed.Host == "" || parsed.Path != "" || parsed.User != nil || parsed.RawQuery != "" {
+			if path := fmt.Sprintf("%s.advertiseClientURLs[%d]", at, n); err != nil || parsed.Hostname() == "" || parsed.Port() == "" || parsed.Path != "" || parsed.User != nil || parsed.RawQuery != "" {
 				d.report(path, "write https://host:port", "%q is not the URL of a host and port", u)
 			} else if want := map[bool]string{true: "https", false: "http"}[l.TLS != nil]; parsed.Scheme != want {
 				d.report(path, "", "begins with %s://, but the listener speaks %s://", parsed.Scheme, want)

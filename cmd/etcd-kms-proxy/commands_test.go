@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"fmt"
 	"io/fs"
 	"os"
 	"runtime"
@@ -208,4 +209,12 @@ func TestKMSCheck(t *testing.T) {
 	}
 	execute(t, "kms", "check", "--config", d.config(t, "kms:\n- name: dev\n  local: {keyFile: key.yaml}\nrules:\n- prefix: /registry/secrets/\n  writeWith: dev\n", "")).
 		want(t, 3, "error: no KMS is configured")
+}
+
+// TestUnreadConfig: what cannot be read for want of permission has its right name already.
+func TestUnreadConfig(t *testing.T) {
+	if hint := unread(fmt.Errorf("read configuration: %w", fs.ErrPermission)).hint; !strings.Contains(hint, "may read the file") {
+		t.Error(hint)
+	}
+	execute(t, "config", "check", "--config", newDir(t).path("none")).want(t, 3, "no such file", "hint: name the file with --config")
 }

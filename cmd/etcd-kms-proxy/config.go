@@ -58,7 +58,7 @@ It connects to nothing. It says nothing of a file that is all right, and exits w
 		_, err := config.LoadChecked(*path, backendChecks(func(p config.Problem) { report.Warnings = append(report.Warnings, configProblem(p)) }))
 		ps, ok := errors.AsType[config.Problems](err)
 		if err != nil && !ok {
-			return &failure{code: exitFailure, err: err, hint: "name the file with --config"}
+			return unread(err)
 		}
 		for _, p := range ps {
 			report.Problems = append(report.Problems, configProblem(p))

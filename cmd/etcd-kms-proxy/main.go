@@ -143,13 +143,22 @@ func loadChecked(cmd *cobra.Command, path string, checks config.Checks) (*config
 	}
 	ps, ok := errors.AsType[config.Problems](err)
 	if !ok {
-		return nil, &failure{code: exitFailure, err: err, hint: "name the file with --config; docs/configuration.md has an example"}
+		return nil, unread(err)
 	}
 	fs := problemFailures(path, ps)
 	for _, f := range fs[:len(fs)-1] {
 		f.print(cmd.ErrOrStderr())
 	}
 	return nil, fs[len(fs)-1]
+}
+
+// unread is the failure of a configuration file that cannot be read.
+func unread(err error) *failure {
+	hint := "name the file with --config; docs/configuration.md has an example"
+	if errors.Is(err, fs.ErrPermission) {
+		hint = "run it as a user that may read the file and those that it names, as the proxy's user may"
+	}
+	return &failure{code: exitFailure, err: err, hint: hint}
 }
 
 // problemFailures gives each problem the form "FILE: line 7: path: text".

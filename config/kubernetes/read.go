@@ -107,7 +107,7 @@ func (r *reader) document(data []byte) *Configuration {
 		if m := yamlLine.FindStringSubmatch(err.Error()); m != nil {
 			line, _ = strconv.Atoi(m[1]) // digits
 		}
-		r.report(line, "", "check indentation, quotes and colons around this line", "not YAML")
+		r.report(line, "", "check indentation (spaces, no tabs), quotes and colons around this line", "not YAML")
 		return c
 	}
 	if err := decoder.Decode(new(yaml.Node)); !errors.Is(err, io.EOF) {
