@@ -34,14 +34,16 @@ func TestUsageErrors(t *testing.T) {
 	for _, line := range []string{
 		"", "frobnicate", "--frobnicate", "serve extra", "serve --frobnicate", "serve --drain-timeout soon", "serve --drain-timeout 0s", "config",
 		"config frobnicate", "config check --output xml", "kms", "kms frobnicate", "kms new-local-key", "kms new-local-key a b", "kms check --timeout -1s",
-		"version --output yaml",
+		"version --output yaml", "completion", "completion tcsh",
 	} {
 		r := execute(t, strings.Fields(line)...)
 		if r.code != 2 || r.stdout != "" || !strings.HasPrefix(r.stderr, "error: ") {
 			t.Errorf("%q: exit code %d, stdout %q, stderr %q; want 2 and an error", line, r.code, r.stdout, r.stderr)
 		}
 	}
-	execute(t, "frobnicate").want(t, 2, "hint: ")
+	execute(t, "frobnicate").want(t, 2, "hint: etcd-kms-proxy --help lists the commands")
+	execute(t, "kms", "frobnicate").want(t, 2, "hint: etcd-kms-proxy kms --help lists the commands")
+	execute(t, "kms", "new-local-key").want(t, 2, "hint: the command is etcd-kms-proxy kms new-local-key FILE")
 	// And as the shell sees it.
 	executeAlone(t, "frobnicate").want(t, 2, "error: ", "hint: ")
 }

@@ -38,7 +38,12 @@ func run(args []string, stdout, stderr io.Writer) int {
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
-	err := root.Execute()
+	// cobra's own command takes any word for a shell, and succeeds with its help. It keeps the output of the moment.
+	root.InitDefaultCompletionCmd("completion")
+	if completion, _, err := root.Find([]string{"completion"}); err == nil {
+		completion.Args, completion.RunE = cobra.NoArgs, needsCommand
+	}
+	cmd, err := root.ExecuteC()
 	if err == nil {
 		return 0
 	}
@@ -48,10 +53,18 @@ func run(args []string, stdout, stderr io.Writer) int {
 	}
 	if !ok {
 		// What is not a command's own error is cobra's, about the command line.
-		f = &failure{code: exitUsage, err: err, hint: "etcd-kms-proxy --help lists the commands, and COMMAND --help its flags"}
+		f = &failure{code: exitUsage, err: err, hint: usageOf(cmd)}
 	}
 	f.print(stderr)
 	return f.code
+}
+
+// usageOf says what a command line may look like that cobra has refused.
+func usageOf(cmd *cobra.Command) string {
+	if cmd.HasAvailableSubCommands() {
+		return cmd.CommandPath() + " --help lists the commands"
+	}
+	return "the command is " + cmd.UseLine() + "; --help says more"
 }
 
 func newRoot() *cobra.Command {
