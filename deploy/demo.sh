@@ -17,7 +17,7 @@ die() { printf 'error: %s\nhint: %s\n' "$1" "$2" >&2; exit 3; }
 through() { "$bin/etcdctl-3.7" --endpoints="127.0.0.1:$proxy_port" "$@"; }
 direct() { "$bin/etcdctl-3.7" --endpoints="127.0.0.1:$etcd_port" "$@"; }
 
-etcd_pid= proxy_pid=
+etcd_pid= proxy_pid= owner=
 stop() {
 	trap - EXIT INT TERM
 	trap '' HUP
@@ -26,6 +26,7 @@ stop() {
 		kill "$pid" 2>/dev/null || continue
 		wait "$pid" 2>/dev/null || :
 	done
+	[ -z "$owner" ] || rm -f "$dir/pid"
 	exit "${1:-0}"
 }
 trap 'stop $?' EXIT
@@ -35,6 +36,12 @@ trap 'stop 0' HUP
 
 mkdir -p "$dir"
 chmod 0700 "$dir"
+# Another demo in the same folder would reload this one's configuration, empty its logs, and wait for its database.
+if [ -f "$dir/pid" ] && kill -0 "$(cat "$dir/pid")" 2>/dev/null; then
+	die "a demo is running in $dir, as process $(cat "$dir/pid")" "stop it, or set DEMO_DIR and the four ports too; if that process is another one, remove $dir/pid"
+fi
+owner=yes
+echo $$ >"$dir/pid"
 [ -f "$dir/key.yaml" ] || "$bin/etcd-kms-proxy" kms new-local-key "$dir/key.yaml"
 cat >"$dir/config.yaml" <<CONFIG
 apiVersion: etcd-kms-proxy.io/v1alpha1
@@ -102,9 +109,13 @@ cat <<TRY
   $bin/etcd-kms-proxy kms check --config $dir/config.yaml
   curl 'http://127.0.0.1:$admin_port/readyz?verbose'
 TRY
+tty=
+[ ! -t 0 ] || tty=yes
 # wait returns when either one ends, or at a signal, whose trap then stops the rest.
 while kill -0 "$etcd_pid" 2>/dev/null && kill -0 "$proxy_pid" 2>/dev/null; do
 	sleep 1 &
 	wait $! || :
+	# A terminal that ran nothing but make tells make alone that it is closed, and make waits for this.
+	[ -z "$tty" ] || [ -t 0 ] || stop 0
 done
 die "a server stopped by itself" "read $dir/proxy.log and $dir/etcd.log"

@@ -71,6 +71,11 @@ func TestDemo(t *testing.T) {
 			if text := string(said()); !strings.Contains(text, "k8s:enc:kms:v2:d") || !strings.Contains(text, "the plaintext is in none of them") {
 				t.Error("it does not show what etcd stores")
 			}
+			again := exec.Command("sh", "../../deploy/demo.sh")
+			again.Env = cmd.Env
+			if out, err := again.CombinedOutput(); err == nil || !strings.Contains(string(out), "error: a demo is running in "+dir) || !strings.Contains(string(out), "DEMO_DIR") {
+				t.Errorf("a second one in the same folder: %v\n%s", err, out)
+			}
 			if err := syscall.Kill(-group, sig); err != nil {
 				t.Fatal(err)
 			}
@@ -80,6 +85,9 @@ func TestDemo(t *testing.T) {
 				}
 				return nil
 			})
+			if _, err := os.Stat(filepath.Join(dir, "pid")); err == nil {
+				t.Error("it left the mark of one that runs")
+			}
 			<-ended
 			if code := cmd.ProcessState.ExitCode(); code != 0 {
 				t.Errorf("exit code %d", code)
