@@ -43,6 +43,9 @@ type clusterOptions struct {
 // openCluster connects to etcd and starts the rings. It waits for etcd, and for the first contact with each KMS, and is no worse for one that does not
 // answer. close must follow.
 func openCluster(cmd *cobra.Command, c *config.Config, o clusterOptions) (*cluster, error) {
+	if o.wait <= 0 {
+		return nil, &failure{code: exitUsage, err: fmt.Errorf("--timeout %v is not more than 0s", o.wait)}
+	}
 	if len(c.Rules) == 0 {
 		return nil, &failure{code: exitFailure, err: errors.New("there are no rules"), hint: "add one under rules"}
 	}

@@ -220,3 +220,12 @@ func TestUnreadConfig(t *testing.T) {
 	}
 	execute(t, "config", "check", "--config", newDir(t).path("none")).want(t, 3, "no such file", "hint: name the file with --config")
 }
+
+// TestNoTime: without time, no command says that etcd is unreachable, which it did not try.
+func TestNoTime(t *testing.T) {
+	d := newDir(t)
+	config := d.config(t, "log:", "audit: {path: audit.jsonl}\nlog:")
+	for _, line := range []string{"status", "reencrypt", "verify", "purge --yes", "decrypt --yes KEY"} {
+		execute(t, append(strings.Fields(line), "--config", config, "--timeout", "0s")...).want(t, 2, "error: --timeout 0s is not more than 0s")
+	}
+}

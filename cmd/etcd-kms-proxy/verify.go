@@ -44,7 +44,7 @@ everything could be looked at.`,
 	cmd.Flags().StringVar(&o.walDir, "wal-dir", "", "look at the write-ahead log in `DIR` too, if the member has --wal-dir; with --data-dir")
 	cmd.Flags().StringArrayVar(&o.canaries, "canary", nil, "a `STRING` that must not be found, nor in base64; may be repeated")
 	cmd.Flags().StringVar(&o.canaryFile, "canary-file", "", "a `FILE` with such strings, one a line")
-	cmd.Flags().StringArrayVar(&o.kinds, "kind", nil, "a `KIND` of Kubernetes objects that must not be found in the clear; by default those of the rules' resources")
+	cmd.Flags().StringArrayVar(&o.kinds, "kind", nil, "a `KIND` of Kubernetes objects that must not be found in the clear, as they spell it: Secret; by default those of the rules' resources")
 	cmd.Flags().BoolVar(&o.offline, "offline", false, "ask no KMS: sealed values have to be well-formed, and are not opened; files only")
 	cmd.Flags().BoolVar(&o.all, "list", false, "print every finding, and not the first 20 of a file")
 	wait := cmd.Flags().Duration("timeout", 30*time.Second, "how long to wait for etcd and for each KMS at the start")
