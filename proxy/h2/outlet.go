@@ -9,9 +9,9 @@ import (
 	"google.golang.org/grpc/mem"
 )
 
-// Outlet is a connection that takes all that is written to it at once, once a [Conn] writes to it, itself or over TLS: what the peer does not take is kept, and a goroutine writes it, which there is
-// only for as long. So whoever reads the peer goes on reading it, and two that face each other and are both busy sending hear each other nevertheless. Until then it is the connection that it was made of.
-// It is safe for concurrent use.
+// Outlet is a connection that takes all that is written to it without waiting, from when a [Conn] writes to it, itself or over TLS: what the peer does not take is kept, and a goroutine writes it, which
+// there is only for as long. So whoever reads the peer goes on reading, and two that face each other and are both busy sending hear each other nevertheless. Before that it is the connection that it was
+// made of. It is safe for concurrent use.
 type Outlet struct {
 	net.Conn
 	raw    syscall.RawConn // nil where the system cannot be asked to write without waiting: then the goroutine writes it all
