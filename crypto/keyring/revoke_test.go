@@ -66,6 +66,54 @@ func TestUnusableKeyRevokesWithinTheInterval(t *testing.T) {
 	})
 }
 
+// whenBad is an Observer that does something as soon as a contact is said to have been bad, after which everybody sees it.
+type whenBad struct {
+	*events
+	do func()
+}
+
+func (w *whenBad) Seed(provider string, event Event) {
+	w.events.Seed(provider, event)
+	if event == EventBad {
+		w.do()
+	}
+}
+
+// TestNothingOpensOnceRevoked: from when a ring is said to be revoked its seeds are gone, and not a moment later, also where the key is.
+func TestNothingOpensOnceRevoked(t *testing.T) {
+	for name, cause := range map[string]error{"disabled": kmsError("Status", kmsclient.ClassKeyUnusable), "gone": goneError("Status")} {
+		synctest.Test(t, func(t *testing.T) {
+			kms := newKMS(t, "ack")
+			foreign := kms.sealed(t, "k", "v")
+			w := &whenBad{}
+			g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { w.events, c.Observer = c.Observer.(*events), w })
+			var all [][]byte
+			bad := 0
+			hasty, cancel := context.WithCancel(t.Context())
+			cancel()
+			w.do = func() {
+				bad++
+				for _, stored := range all {
+					if _, err := g.sealer.Open(hasty, []byte("k"), bytes.Clone(stored)); err == nil {
+						t.Errorf("%s: a value opens of a key that may not be used, revoked is %t", name, g.State().Revoked)
+					}
+				}
+			}
+			g.start(t)
+			all = [][]byte{g.mustSeal(t, "k", "v"), foreign}
+			for _, stored := range all {
+				g.mustOpen(t, "k", stored, "v")
+			}
+			kms.set(func() { kms.down = cause })
+			time.Sleep(5 * time.Minute)
+			synctest.Wait()
+			if bad != 1 || !g.State().Revoked {
+				t.Errorf("%s: %d contacts were said to be bad, revoked is %t", name, bad, g.State().Revoked)
+			}
+		})
+	}
+}
+
 func TestDenialRevokesAfterRevokeWithin(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		kms := newKMS(t, "ack")
