@@ -4,8 +4,6 @@ import (
 	"testing"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
-	"golang.org/x/net/http2"
-	"golang.org/x/net/http2/hpack"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -14,23 +12,16 @@ import (
 
 // breaking is an etcd that goes in the middle of every answer.
 type breaking struct {
-	conn *h2.Conn
+	*rawEtcd
 	gone bool
 }
 
-func (b *breaking) Headers(s *h2.Stream, _ []hpack.HeaderField, _ bool) {
-	s.Headers([]hpack.HeaderField{{Name: ":status", Value: "200"}, {Name: "content-type", Value: contentType}}, false)
-}
 func (b *breaking) Data(s *h2.Stream, _ []byte, end bool) {
 	if end {
 		s.Data(false, head(20_000), make([]byte, 10_000))
 		b.gone = true
 	}
 }
-func (b *breaking) Reset(*h2.Stream, http2.ErrCode) {}
-func (b *breaking) Sent(*h2.Stream)                 {}
-func (b *breaking) Greeted()                        {}
-func (b *breaking) Leaving()                        {}
 func (b *breaking) Idle() {
 	if b.conn.Flush(); b.gone {
 		b.conn.Close()
@@ -40,21 +31,9 @@ func (b *breaking) Idle() {
 // TestEtcdGoesAmidAnAnswer: clients repeat what is Unavailable, and a message that is cut off is Internal to them, whatever the trailer says.
 func TestEtcdGoesAmidAnAnswer(t *testing.T) {
 	engines(t, func(t *testing.T, edit func(*Config)) {
-		l := listenLoopback(t)
-		t.Cleanup(func() { l.Close() })
-		go func() {
-			for {
-				conn, err := l.Accept()
-				if err != nil {
-					return
-				}
-				b := new(breaking)
-				b.conn = h2.NewServer(conn, h2.Config{Handler: b, Pool: buffers})
-				go func() { _ = b.conn.Serve() }()
-			}
-		}()
+		address := serveH2(t, func(r *rawEtcd) h2.Handler { return &breaking{rawEtcd: r} })
 		for name, rules := range map[string][]Rule{"under a rule": everything, "under none": nil} {
-			conn := startProxy(t, l.Addr().String(), rules, edit).dial(t)
+			conn := startProxy(t, address, rules, edit).dial(t)
 			for range 2 {
 				_, err := pb.NewKVClient(conn).Range(testContext(t), &pb.RangeRequest{Key: []byte("k")})
 				if status.Code(err) != codes.Unavailable {

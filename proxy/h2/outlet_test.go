@@ -15,19 +15,7 @@ import (
 
 // sockets returns both ends of a connection whose buffers are small.
 func sockets(t *testing.T) (near, far net.Conn) {
-	t.Helper()
-	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	if near, err = net.Dial("unix", l.Addr().String()); err != nil {
-		t.Fatal(err)
-	}
-	if far, err = l.Accept(); err != nil {
-		t.Fatal(err)
-	}
-	return near, far
+	return ends(t, "unix", filepath.Join(t.TempDir(), "s"))
 }
 
 // TestPairOfSmallBuffers moves more than what lies between two connections holds, both ways at once: each goes on reading while the other does not.

@@ -51,14 +51,16 @@ func caller() *handler {
 }
 
 // loopback returns both ends of a connection.
-func loopback(t testing.TB) (near, far net.Conn) {
+func loopback(t testing.TB) (near, far net.Conn) { return ends(t, "tcp", "127.0.0.1:0") }
+
+func ends(t testing.TB, network, address string) (near, far net.Conn) {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := net.Listen(network, address)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	if near, err = net.Dial("tcp", l.Addr().String()); err != nil {
+	if near, err = net.Dial(network, l.Addr().String()); err != nil {
 		t.Fatal(err)
 	}
 	if far, err = l.Accept(); err != nil {
