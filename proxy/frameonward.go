@@ -35,6 +35,19 @@ func (st *fstream) open(conn *h2.Conn, h *hop) bool {
 	return true
 }
 
+// openOnFirst goes on to the first connection that takes the stream: one may leave, for want of calls, just after it was said to take one. next gives another each time, and nil once
+// there are no more. The caller holds mu.
+func (st *fstream) openOnFirst(next func() *h2.Conn) {
+	for st.up == nil {
+		conn := next()
+		if conn == nil {
+			return
+		}
+		st.local = true
+		st.up = conn.Open(st, st.fields, st.silent)
+	}
+}
+
 // toReference goes on to the reference engine with what the client has sent so far.
 func (st *fstream) toReference(raw []byte, end bool) {
 	st.mu.Lock()
@@ -42,14 +55,7 @@ func (st *fstream) toReference(raw []byte, end bool) {
 		st.mu.Unlock()
 		return
 	}
-	for st.up == nil { // a connection may leave, for want of calls, just after it was said to take one
-		conn := st.session.reference()
-		if conn == nil {
-			break
-		}
-		st.local = true
-		st.up = conn.Open(st, st.fields, st.silent)
-	}
+	st.openOnFirst(st.session.reference)
 	up := st.up
 	st.mu.Unlock()
 	if up == nil {

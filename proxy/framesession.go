@@ -31,7 +31,7 @@ type session struct {
 }
 
 // referenceIdle is how long a connection to the reference engine stays without calls: few clients need it more than once.
-var referenceIdle = 10 * time.Second
+const referenceIdle = 10 * time.Second
 
 func newSession(e *frameEngine, conn *clientConn) *session {
 	s := &session{engine: e, id: conn.id, changed: make(chan struct{})}

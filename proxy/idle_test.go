@@ -1,35 +1,36 @@
 package proxy
 
 import (
-	"sync"
+	"net"
 	"testing"
-	"time"
 
-	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/mem"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/h2"
 )
 
-// TestReferenceThatLeaves: a call that comes just as the connection to the reference engine closes, for want of calls, gets another.
-func TestReferenceThatLeaves(t *testing.T) {
-	if testing.Short() {
-		t.Skip("it tries for some seconds")
+// TestConnectionThatLeaves: a call that comes just as the connection to the reference engine closes, for want of calls, gets another.
+func TestConnectionThatLeaves(t *testing.T) {
+	connect := func() *h2.Conn {
+		near, far := net.Pipe()
+		t.Cleanup(func() { far.Close() })
+		conn := h2.NewClient(near, h2.Config{Handler: &upside{}, Pool: mem.NopBufferPool{}})
+		t.Cleanup(conn.Close)
+		return conn
 	}
-	before := referenceIdle
-	referenceIdle = time.Millisecond
-	proxy := startProxy(t, serveFake(t, &fakeEtcd{}), nil, nil)
-	t.Cleanup(func() { proxy.stop(); referenceIdle = before })
-	var all sync.WaitGroup
-	for i := range 32 {
-		conn := proxy.dial(t)
-		all.Go(func() {
-			for end := time.Now().Add(5 * time.Second); time.Now().Before(end); {
-				time.Sleep(time.Millisecond - time.Duration(i)*10*time.Microsecond)
-				if _, err := pb.NewClusterClient(conn).MemberList(testContext(t), &pb.MemberListRequest{}); status.Code(err) != codes.Unimplemented {
-					t.Errorf("%v", err)
-				}
-			}
-		})
+	left, takes := connect(), connect()
+	left.Close()
+	all := []*h2.Conn{left, takes, nil}
+	next := func() (c *h2.Conn) {
+		c, all = all[0], all[1:]
+		return c
 	}
-	all.Wait()
+	st := new(fstream)
+	if st.openOnFirst(next); st.up == nil || !st.local || len(all) != 1 || len(takes.Streams()) != 1 {
+		t.Errorf("the call goes on: %t, with %d connections untried", st.up != nil, len(all))
+	}
+	st = new(fstream)
+	if st.openOnFirst(next); st.up != nil || st.local {
+		t.Error("a call goes on to no connection")
+	}
 }
