@@ -41,7 +41,7 @@ var (
 
 func (c *rangeCall) exchanges() bool { return c.byValue }
 
-func (c *txnCall) exchanges() bool { return c.byValue }
+func (c *txnCall) exchanges() bool { return c.byValue || c.over }
 
 func decode(msg []byte, into proto.Message) error {
 	if err := proto.Unmarshal(msg, into); err != nil {
@@ -84,8 +84,8 @@ func (c *kvCall) askRange(ctx context.Context, r *pb.RangeRequest, ask asker) (*
 	return out, nil
 }
 
-// askTxn asks etcd for a transaction, and returns its answer with the values opened.
-func (c *kvCall) askTxn(ctx context.Context, t *pb.TxnRequest, ask asker) ([]byte, error) {
+// askTxn asks etcd for a transaction, and returns its answer, of limit bytes at most, with the values opened.
+func (c *kvCall) askTxn(ctx context.Context, t *pb.TxnRequest, limit int, ask asker) ([]byte, error) {
 	msg, err := encode(t)
 	if err != nil {
 		return nil, c.core.status(err, false)
@@ -94,7 +94,7 @@ func (c *kvCall) askTxn(ctx context.Context, t *pb.TxnRequest, ask asker) ([]byt
 	if err != nil {
 		return nil, c.core.status(err, false)
 	}
-	answer, err := ask(ctx, methodTxn, msg, maxByValue)
+	answer, err := ask(ctx, methodTxn, msg, limit)
 	if err != nil {
 		return nil, err
 	}

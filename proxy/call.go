@@ -158,19 +158,24 @@ func (c *putCall) request(ctx context.Context, msg []byte) ([]byte, error) {
 	if !c.begin() {
 		return msg, nil
 	}
+	reach, plain := putReach(msg, c.at)
+	if reach == reachesOwn {
+		return nil, errOwnKey
+	}
 	c.touches = putCovered(msg, c.at)
-	var rules etcdwire.Rules = c.at
-	if c.id.Ciphertext {
-		rules = guardRules{c.at}
+	out, err := etcdwire.PutRequest(ctx, msg, c.at)
+	if errors.Is(err, etcdwire.ErrValueProvided) {
+		return nil, c.refusedPut(msg)
 	}
-	out, err := etcdwire.PutRequest(ctx, msg, rules)
-	if err != nil {
-		return nil, c.core.status(err, false)
+	return out, c.core.status(alsoPlain(err, plain), false)
+}
+
+// alsoPlain is the error of the rewriter, or one for a message whose keys were not found as the rewriter found them.
+func alsoPlain(err error, plain bool) error {
+	if err == nil && !plain {
+		return etcdwire.ErrMalformed
 	}
-	if c.touches && c.id.Ciphertext { // a put that keeps its value is a write too
-		return nil, errCiphertextWrite
-	}
-	return out, nil
+	return err
 }
 
 // response opens the previous value. When that fails the client gets the error although the put was applied, as it does when
@@ -183,6 +188,7 @@ func (c *putCall) response(ctx context.Context, msg []byte) ([]byte, error) {
 type deleteCall struct {
 	whole
 	kvCall
+	over bool // its range reaches over keys of the proxies' own, which it leaves alone
 }
 
 func newDeleteCall(c *core, id *Identity) call { return &deleteCall{kvCall: kvCall{core: c, id: id}} }
@@ -194,10 +200,15 @@ func (c *deleteCall) request(_ context.Context, msg []byte) ([]byte, error) {
 	if err := etcdwire.DeleteRangeRequest(msg); err != nil {
 		return nil, c.core.status(err, false)
 	}
-	c.touches = rangeTouches(msg, c.at)
-	if c.touches && c.id.Ciphertext {
-		return nil, errCiphertextWrite
+	reach, plain := deleteReach(msg, c.at)
+	if err := alsoPlain(nil, plain); err != nil {
+		return nil, c.core.status(err, false)
 	}
+	if reach == reachesOwn {
+		return nil, errOwnKey
+	}
+	c.over = reach == reachesOver
+	c.touches = rangeTouches(msg, c.at)
 	return msg, nil
 }
 
@@ -211,6 +222,7 @@ type txnCall struct {
 	kvCall
 	shape   *etcdwire.TxnShape
 	byValue bool // it compares or sorts by values that are sealed
+	over    bool // it deletes a range that reaches over keys of the proxies' own, which it leaves alone
 }
 
 func newTxnCall(c *core, id *Identity) call { return &txnCall{kvCall: kvCall{core: c, id: id}} }
@@ -218,31 +230,37 @@ func newTxnCall(c *core, id *Identity) call { return &txnCall{kvCall: kvCall{cor
 func (c *txnCall) request(ctx context.Context, msg []byte) ([]byte, error) {
 	ruled := c.begin()
 	tooLarge := c.core.checkSize(msg)
-	if !ruled && tooLarge == nil {
+	if !ruled && tooLarge == nil && !c.id.readOnly() {
 		return msg, nil
 	}
 	var reach txnReach
 	scanTxn(msg, c.at, 0, &reach)
-	if tooLarge != nil && reach.changes { // a transaction that only reads never meets etcd's limit
+	switch {
+	case reach.changes && c.id.readOnly():
+		return nil, errReadOnly
+	case reach.changes && tooLarge != nil: // a transaction that only reads never meets etcd's limit
 		return nil, tooLarge
+	case reach.own:
+		return nil, errOwnKey
+	}
+	if c.id.readOnly() {
+		_, _, err := etcdwire.TxnRequest(ctx, msg, storedRules{})
+		return msg, c.core.status(err, false)
 	}
 	if !ruled {
 		return msg, nil
 	}
-	var rules etcdwire.Rules = c.at
-	if c.id.Ciphertext {
-		rules = guardRules{c.at}
-	}
-	out, shape, err := etcdwire.TxnRequest(ctx, msg, rules)
-	if errors.Is(err, etcdwire.ErrByValue) {
+	c.over = reach.over
+	out, shape, err := etcdwire.TxnRequest(ctx, msg, c.at)
+	switch {
+	case errors.Is(err, etcdwire.ErrByValue) && !reach.odd:
 		c.byValue, c.touches = true, true
 		return msg, nil
+	case errors.Is(err, etcdwire.ErrByValue):
+		err = etcdwire.ErrMalformed // the rewriter has not come to what is wrong with it
 	}
-	if err != nil {
+	if err = alsoPlain(err, !reach.odd); err != nil {
 		return nil, c.core.status(err, false)
-	}
-	if reach.writes && c.id.Ciphertext {
-		return nil, errCiphertextWrite
 	}
 	c.shape, c.touches = shape, reach.touches
 	return out, nil
@@ -253,39 +271,19 @@ func (c *txnCall) response(ctx context.Context, msg []byte) ([]byte, error) {
 	return out, c.core.status(err, true)
 }
 
-// revokeCall is a LeaseRevoke. It carries no value, and does not say which keys go with the lease.
-type revokeCall struct {
-	whole
-	core *core
-	id   *Identity
-}
-
-func newRevokeCall(c *core, id *Identity) call { return &revokeCall{core: c, id: id} }
-
-func (c *revokeCall) request(_ context.Context, msg []byte) ([]byte, error) {
-	if c.id.Ciphertext && !c.core.rules.Load().empty() {
-		return nil, errCiphertextWrite
-	}
-	return msg, nil
-}
-
-func (*revokeCall) scans() bool { return false }
-
-func (*revokeCall) response(_ context.Context, msg []byte) ([]byte, error) { return msg, nil }
-
 // electionCall is a call of etcd's Election or Lock service. Where a rule covers its keys, the service is the one that is run here.
 type electionCall struct {
 	whole
-	core    *core
-	id      *Identity
-	covered func(msg []byte, rules *ruleSet) (bool, error)
-	writes  bool
-	hosted  bool
+	core   *core
+	id     *Identity
+	about  func(msg []byte) (span, error)
+	writes bool
+	hosted bool
 }
 
-func electing(covered func([]byte, *ruleSet) (bool, error), writes bool) func(*core, *Identity) call {
+func electing(about func([]byte) (span, error), a access) func(*core, *Identity) call {
 	return func(c *core, id *Identity) call {
-		return &electionCall{core: c, id: id, covered: covered, writes: writes}
+		return &electionCall{core: c, id: id, about: about, writes: a == writes}
 	}
 }
 
@@ -294,14 +292,15 @@ func (c *electionCall) request(_ context.Context, msg []byte) ([]byte, error) {
 	if rules.empty() {
 		return msg, nil
 	}
-	covered, err := c.covered(msg, rules)
+	keys, err := c.about(msg)
 	if err != nil {
 		return nil, c.core.status(err, false)
 	}
-	if covered && c.id.Ciphertext && c.writes {
-		return nil, errCiphertextWrite
+	// What is written is the one key, or one that goes on with the lease's ID: in hexadecimal digits, so it is an own key only if what it begins with is.
+	if c.writes && rules.own.reach(keys.key, nil) == reachesOwn {
+		return nil, errOwnKey
 	}
-	c.hosted = covered && !c.id.Ciphertext // whoever is given stored bytes gets those of etcd's own service
+	c.hosted = rules.Overlaps(keys.key, keys.end) && !c.id.readOnly() // a client that is given stored bytes gets those of etcd's own service
 	return msg, nil
 }
 
@@ -309,31 +308,30 @@ func (*electionCall) scans() bool { return false }
 
 func (*electionCall) response(_ context.Context, msg []byte) ([]byte, error) { return msg, nil }
 
-// nameCovered looks at the keys of an election or lock: all that begin with its name and a slash.
-func nameCovered(msg []byte, rules *ruleSet) (bool, error) {
+// namedKeys are the keys of an election or lock: all that begin with its name and a slash.
+func namedKeys(msg []byte) (span, error) {
 	name, err := etcdwire.Name(msg)
 	if err != nil {
-		return false, fmt.Errorf("name: %w", err)
+		return span{}, fmt.Errorf("name: %w", err)
 	}
 	start := append(bytes.Clone(name), '/')
-	end := bytes.Clone(start)
-	end[len(end)-1]++
-	return rules.Overlaps(start, end), nil
+	return span{start, after(start)}, nil
 }
 
-func leaderKeyCovered(msg []byte, rules *ruleSet) (bool, error) {
+// leaderKey is the key of a leader.
+func leaderKey(msg []byte) (span, error) {
 	key, err := etcdwire.LeaderKey(msg)
 	if err != nil {
-		return false, fmt.Errorf("leader key: %w", err)
+		return span{}, fmt.Errorf("leader key: %w", err)
 	}
-	return rules.covers(key), nil
+	return span{key: key}, nil
 }
 
-// keyCovered looks at the key of an unlocking.
-func keyCovered(msg []byte, rules *ruleSet) (bool, error) {
+// lockKey is the key that an Unlock removes.
+func lockKey(msg []byte) (span, error) {
 	key, err := etcdwire.Name(msg)
 	if err != nil {
-		return false, fmt.Errorf("key: %w", err)
+		return span{}, fmt.Errorf("key: %w", err)
 	}
-	return rules.covers(key), nil
+	return span{key: key}, nil
 }

@@ -1,12 +1,11 @@
 package proxy
 
 import (
-	"bytes"
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"hash/maphash"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"time"
@@ -22,13 +21,22 @@ import (
 // branch alone, under compares of revisions that hold as long as the decision does (the guards). If they do not hold any more, nothing was done, and it begins anew.
 //
 // The other branch goes along where it can never be taken, since etcd checks it, too: keys, limits and permissions.
+//
+// How much is read is bounded: what etcd refuses whatever its keys hold is refused before, and the compares of all nested transactions of one depth are read together.
 
 const (
 	// maxAttempts bounds how often a transaction is begun anew.
 	maxAttempts = 1000
 	// pageKeys is how many keys of a compared range are read at a time, at first.
 	pageKeys = 500
+	// maxCompares bounds the compares of a transaction that are decided here, over all nested ones, and maxRangeCompares those of ranges, which are read one by one. etcd's own default allows 128
+	// of a list, and what holds goes into one list of guards.
+	maxCompares      = 1000
+	maxRangeCompares = 128
 )
+
+var errManyCompares = ownError(codes.ResourceExhausted, fmt.Sprintf(
+	"values under a rule are compared here, and that is done for transactions with at most %d compares, %d of them of ranges: compare fewer", maxCompares, maxRangeCompares))
 
 var errContended = ownError(codes.Aborted, fmt.Sprintf("a compare by value did not come to an end in %d attempts, since others kept writing what it compares", maxAttempts))
 
@@ -63,9 +71,34 @@ func (c *txnCall) exchange(ctx context.Context, msg []byte, ask asker) ([]byte, 
 	if err := decode(msg, t.asked); err != nil {
 		return nil, c.core.status(err, false)
 	}
+	client := t.asked
+	if c.over {
+		t.asked, _ = proto.Clone(client).(*pb.TxnRequest)
+		c.at.own.leaveOut(t.asked)
+	}
+	answer, err := t.serve(ctx)
+	if err != nil || !c.over {
+		return answer, err
+	}
+	out := new(pb.TxnResponse)
+	if err := decode(answer, out); err != nil {
+		return nil, c.core.status(err, true)
+	}
+	if err := c.at.own.putBack(branchOf(client, out.GetSucceeded()), out.GetResponses()); err != nil {
+		return nil, c.core.status(err, true)
+	}
+	answer, err = encode(out)
+	return answer, c.core.status(err, true)
+}
+
+// serve returns the answer to the transaction.
+func (t *valueTxn) serve(ctx context.Context) ([]byte, error) {
 	t.strip(t.asked)
 	if !t.byValue(t.asked) {
 		return t.send(ctx, t.asked, false)
+	}
+	if err := t.check(ctx); err != nil {
+		return nil, err
 	}
 	t.serializable = serializable(t.asked)
 	for attempt := range maxAttempts {
@@ -77,7 +110,7 @@ func (c *txnCall) exchange(ctx context.Context, msg []byte, ask asker) ([]byte, 
 			return answer, err
 		}
 		if attempt == 0 {
-			done, err := c.core.turns.take(ctx, t.compared)
+			done, err := t.core.turns.take(ctx, t.compared)
 			if err != nil {
 				return nil, err
 			}
@@ -109,6 +142,41 @@ type valueTxn struct {
 func serializable(txn *pb.TxnRequest) bool {
 	other := func(op *pb.RequestOp) bool { return !op.GetRequestRange().GetSerializable() }
 	return !slices.ContainsFunc(txn.GetSuccess(), other) && !slices.ContainsFunc(txn.GetFailure(), other)
+}
+
+// check refuses, before anything is read for it, what etcd refuses whatever its keys hold, and what is too much. Where something looks wrong, etcd says what it is, and whether it is.
+func (t *valueTxn) check(ctx context.Context) error {
+	if checkTxn(t.asked, maxTxnOps) != nil {
+		if err := t.explain(ctx, nil); err != nil {
+			return err
+		}
+	}
+	if all, ranges := t.compares(t.asked); all > maxCompares || ranges > maxRangeCompares {
+		return errManyCompares
+	}
+	return nil
+}
+
+// compares counts the compares that may have to be read.
+func (t *valueTxn) compares(txn *pb.TxnRequest) (all, ranges int) {
+	if !t.byValue(txn) {
+		return 0, 0
+	}
+	all = len(txn.GetCompare())
+	for _, c := range txn.GetCompare() {
+		if len(c.GetRangeEnd()) > 0 {
+			ranges++
+		}
+	}
+	for _, ops := range [][]*pb.RequestOp{txn.GetSuccess(), txn.GetFailure()} {
+		for _, op := range ops {
+			if nested := op.GetRequestTxn(); nested != nil {
+				a, r := t.compares(nested)
+				all, ranges = all+a, ranges+r
+			}
+		}
+	}
+	return all, ranges
 }
 
 // covered reports whether c compares by values that are sealed.
@@ -152,17 +220,13 @@ func (t *valueTxn) byValue(txn *pb.TxnRequest) bool {
 
 // attempt returns nil and no error if what it had read was written meanwhile.
 func (t *valueTxn) attempt(ctx context.Context) ([]byte, error) {
-	d := &decision{valueTxn: t}
-	holds, err := d.decide(ctx, t.asked.GetCompare(), true)
-	if err != nil {
+	d := &decision{valueTxn: t, batch: maxTxnOps, seen: make(map[*pb.Compare]seenCompare), holds: make(map[*pb.TxnRequest]bool), guarded: make(map[string]struct{})}
+	if err := d.decideAll(ctx); err != nil {
 		return d.again(err)
 	}
+	holds := d.holds[t.asked]
 	chosen, other := branchOf(t.asked, holds), branchOf(t.asked, !holds)
-	sent := &pb.TxnRequest{}
-	if sent.Success, err = d.settle(ctx, chosen); err != nil {
-		return d.again(err)
-	}
-	sent.Compare = d.guards
+	sent := &pb.TxnRequest{Success: d.settle(chosen), Compare: d.guards}
 	if slices.ContainsFunc(chosen, func(op *pb.RequestOp) bool { return op.GetRequestTxn() != nil }) {
 		sent.Compare = t.padded(sent.Compare, len(other), true)
 	}
@@ -178,7 +242,7 @@ func (t *valueTxn) attempt(ctx context.Context) ([]byte, error) {
 			sent.Failure = []*pb.RequestOp{{Request: &pb.RequestOp_RequestTxn{RequestTxn: check}}}
 		default:
 			check.Compare = t.padded(check.Compare, max(len(t.asked.GetCompare()), len(chosen)), false)
-			if _, err := t.askTxn(ctx, check, t.ask); err != nil {
+			if _, err := t.askTxn(ctx, check, maxByValue, t.ask); err != nil {
 				return nil, tooMuch(err)
 			}
 		}
@@ -205,7 +269,7 @@ func (t *valueTxn) explain(ctx context.Context, err error) error {
 			compares = append(compares, constant(c, false))
 		}
 		check := t.never(t.padded(compares, max(len(t.asked.GetSuccess()), len(t.asked.GetFailure())), false), ops)
-		switch _, own := t.askTxn(ctx, check, t.ask); {
+		switch _, own := t.askTxn(ctx, check, maxByValue, t.ask); {
 		case status.Code(own) != codes.InvalidArgument:
 		case status.Convert(own).Message() != rpctypes.ErrorDesc(rpctypes.ErrGRPCDuplicateKey):
 			return own
@@ -265,7 +329,11 @@ func (t *valueTxn) send(ctx context.Context, sent *pb.TxnRequest, failed bool) (
 	}
 	sorts := t.at.unsortedOps(sent.GetSuccess())
 	sorts = t.at.unsortedOps(sent.GetFailure()) || sorts
-	answer, err := t.askTxn(ctx, sent, t.ask)
+	limit := maxByValue
+	if !guarded && !sorts {
+		limit = math.MaxInt32
+	}
+	answer, err := t.askTxn(ctx, sent, limit, t.ask)
 	if err != nil {
 		return nil, tooMuch(err)
 	}
@@ -284,170 +352,4 @@ func (t *valueTxn) send(ctx context.Context, sent *pb.TxnRequest, failed bool) (
 	}
 	answer, err = encode(out)
 	return answer, t.core.status(err, true)
-}
-
-// decision gathers what a transaction was decided on.
-type decision struct {
-	*valueTxn
-	revision int64 // of all that was read; 0: nothing yet
-	guards   []*pb.Compare
-}
-
-// again makes a new attempt of a revision that was compacted under way, or that the next member does not have yet.
-func (d *decision) again(err error) ([]byte, error) {
-	if d.revision > 0 {
-		switch status.Convert(err).Message() {
-		case rpctypes.ErrorDesc(rpctypes.ErrGRPCCompacted), rpctypes.ErrorDesc(rpctypes.ErrGRPCFutureRev):
-			return nil, nil
-		}
-	}
-	return nil, err
-}
-
-// settle returns ops with every nested transaction that compares by value decided: its compares are constants. Nested transactions that do not are etcd's to decide, at the same moment.
-func (d *decision) settle(ctx context.Context, ops []*pb.RequestOp) ([]*pb.RequestOp, error) {
-	settled := make([]*pb.RequestOp, len(ops))
-	for i, op := range ops {
-		nested := op.GetRequestTxn()
-		if nested == nil || !d.byValue(nested) {
-			settled[i], _ = proto.Clone(op).(*pb.RequestOp) // its sorts are changed in place
-			continue
-		}
-		holds, err := d.decide(ctx, nested.GetCompare(), false)
-		if err != nil {
-			return nil, err
-		}
-		txn := new(pb.TxnRequest)
-		for _, c := range nested.GetCompare() {
-			txn.Compare = append(txn.Compare, constant(c, holds))
-		}
-		taken, err := d.settle(ctx, branchOf(nested, holds))
-		if err != nil {
-			return nil, err
-		}
-		untaken := new(pb.TxnRequest)
-		proto.Merge(untaken, &pb.TxnRequest{Success: branchOf(nested, !holds)})
-		d.blind(untaken)
-		if txn.Success, txn.Failure = taken, untaken.GetSuccess(); !holds {
-			txn.Success, txn.Failure = txn.Failure, txn.Success
-		}
-		settled[i] = &pb.RequestOp{Request: &pb.RequestOp_RequestTxn{RequestTxn: txn}}
-	}
-	return settled, nil
-}
-
-// decide says whether all compares hold, and adds the guards for it. With fill these are as many as there are compares, and one more for each range that holds, so that etcd finds
-// as much as it would have to limit and to permit; without it, no more than it takes.
-func (d *decision) decide(ctx context.Context, compares []*pb.Compare, fill bool) (bool, error) {
-	seen, err := d.look(ctx, compares)
-	if err != nil {
-		return false, err
-	}
-	no := slices.IndexFunc(seen, func(s seenCompare) bool { return !s.holds })
-	for i, c := range compares {
-		switch {
-		case no == i:
-			d.guard(fill, seen[i].guard)
-		case no >= 0 && fill:
-			d.guard(fill, constant(c, true))
-		case no >= 0:
-		case !d.covered(c):
-			d.guard(fill, c) // etcd says whether it still holds
-		case len(c.GetRangeEnd()) == 0:
-			d.guard(fill, seen[i].guard)
-		default: // no key of the range was written since, and there is one
-			d.guard(fill,
-				&pb.Compare{Result: pb.Compare_LESS, Target: pb.Compare_MOD, Key: c.GetKey(), RangeEnd: c.GetRangeEnd(), TargetUnion: &pb.Compare_ModRevision{ModRevision: d.revision + 1}},
-				&pb.Compare{Result: pb.Compare_GREATER, Target: pb.Compare_VERSION, Key: c.GetKey(), RangeEnd: c.GetRangeEnd(), TargetUnion: &pb.Compare_Version{}})
-		}
-	}
-	return no < 0, nil
-}
-
-// guard adds guards; unless they are to fill, none twice.
-func (d *decision) guard(fill bool, guards ...*pb.Compare) {
-	for _, g := range guards {
-		if fill || !slices.ContainsFunc(d.guards, func(have *pb.Compare) bool { return proto.Equal(have, g) }) {
-			d.guards = append(d.guards, g)
-		}
-	}
-}
-
-// seenCompare is what a compare met.
-type seenCompare struct {
-	holds bool
-	guard *pb.Compare // holds as long as the key that decided is as it was; nil for a range that holds
-}
-
-// look reads what compares are about, all at one revision.
-func (d *decision) look(ctx context.Context, compares []*pb.Compare) ([]seenCompare, error) {
-	result := make([]seenCompare, len(compares))
-	reads, of := new(pb.TxnRequest), []int(nil)
-	for i, c := range compares {
-		if len(c.GetRangeEnd()) == 0 {
-			reads.Success = append(reads.Success, &pb.RequestOp{Request: &pb.RequestOp_RequestRange{RequestRange: d.read(c)}})
-			of = append(of, i)
-		}
-	}
-	if len(of) > 0 {
-		msg, err := d.askTxn(ctx, reads, d.ask)
-		if err != nil {
-			return nil, tooMuch(err)
-		}
-		answer := new(pb.TxnResponse)
-		if err := decode(msg, answer); err != nil {
-			return nil, d.core.status(err, true)
-		}
-		if len(answer.GetResponses()) != len(of) {
-			return nil, d.core.status(errors.New("etcd answered another number of reads"), true)
-		}
-		d.revision = cmp.Or(d.revision, answer.GetHeader().GetRevision())
-		for n, i := range of {
-			result[i] = d.met(compares[i], answer.GetResponses()[n].GetResponseRange().GetKvs())
-		}
-	}
-	for i, c := range compares {
-		if len(c.GetRangeEnd()) > 0 {
-			var err error
-			if result[i], err = d.meet(ctx, c); err != nil {
-				return nil, err
-			}
-		}
-	}
-	return result, nil
-}
-
-// read is the range that a compare looks at. etcd 3.7 leaves out the lease, too, where only keys are asked for.
-func (d *decision) read(c *pb.Compare) *pb.RangeRequest {
-	keysOnly := c.GetTarget() != pb.Compare_VALUE && c.GetTarget() != pb.Compare_LEASE
-	return &pb.RangeRequest{Key: c.GetKey(), RangeEnd: c.GetRangeEnd(), Revision: d.revision, KeysOnly: keysOnly, Serializable: d.serializable}
-}
-
-// meet reads the range of a compare page by page, up to the first key that it does not hold for.
-func (d *decision) meet(ctx context.Context, c *pb.Compare) (seenCompare, error) {
-	r := d.read(c)
-	for r.Limit = pageKeys; ; {
-		r.Revision = d.revision
-		page, err := d.askRange(ctx, r, d.ask)
-		if overlong(err) && r.GetLimit() > 1 {
-			r.Limit = max(1, r.GetLimit()/8)
-			continue
-		}
-		if err != nil {
-			return seenCompare{}, tooMuch(err)
-		}
-		d.revision = cmp.Or(d.revision, page.GetHeader().GetRevision())
-		for _, kv := range page.GetKvs() {
-			if !holds(c, kv) {
-				return seenCompare{guard: unchanged(kv.GetKey(), kv.GetModRevision())}, nil
-			}
-		}
-		if !page.GetMore() || len(page.GetKvs()) == 0 {
-			if len(page.GetKvs()) == 0 && bytes.Equal(r.GetKey(), c.GetKey()) {
-				return d.met(c, nil), nil
-			}
-			return seenCompare{holds: true}, nil
-		}
-		r.Key = append(bytes.Clone(page.GetKvs()[len(page.GetKvs())-1].GetKey()), 0)
-	}
 }

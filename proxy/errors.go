@@ -14,11 +14,12 @@ import (
 const ownPrefix = "etcd-kms-proxy: "
 
 var (
-	errCiphertextWrite = ownError(codes.PermissionDenied, "this client is given stored bytes and may not write keys under a rule")
-	errOwnKey          = ownError(codes.PermissionDenied, "keys with this prefix are kept by the proxies for themselves")
-	errNoIdentity      = ownError(codes.Internal, "connection without an identity")
-	errSortedStream    = ownError(codes.Unimplemented, "a RangeStream does not sort by values under a rule, as etcd's does not sort but chunk by chunk: use Range")
-	errShuttingDown    = ownError(codes.Unavailable, "shutting down")
+	errReadOnly     = ownError(codes.PermissionDenied, "this client is one of the listener's ciphertextClients, which may only read")
+	errOwnKey       = ownError(codes.PermissionDenied, "this would change keys that the proxies keep for themselves: use keys with another prefix")
+	errOwnLease     = ownError(codes.PermissionDenied, "keys that the proxies keep for themselves are attached to this lease")
+	errNoIdentity   = ownError(codes.Internal, "connection without an identity")
+	errSortedStream = ownError(codes.Unimplemented, "a RangeStream does not sort by values under a rule, as etcd's does not sort but chunk by chunk: use Range")
+	errShuttingDown = ownError(codes.Unavailable, "shutting down")
 	// errRequestTooLarge is etcd's own answer, code and text.
 	errRequestTooLarge = status.Error(codes.InvalidArgument, "etcdserver: request is too large")
 )

@@ -41,7 +41,7 @@ var _ engine = (*frameEngine)(nil)
 
 // takesFrames says which methods do not need the reference engine: those that carry no value, and those whose values are rewritten where they stand.
 func (m *method) takesFrames() bool {
-	return m.class == classPass && m.service != "grpc.health.v1.Health" || m.class == classRewrite
+	return m.class == classPass && m.service != "grpc.health.v1.Health" || m.class == classCheck || m.class == classRewrite
 }
 
 func newFrameEngine(ref *grpcEngine) *frameEngine {
@@ -169,7 +169,7 @@ func (e *frameEngine) route(id *Identity, fields []hpack.HeaderField) *grpcMetho
 			}
 		}
 	}
-	if !posted || !typed {
+	if !posted || !typed || m != nil && !id.mayCall(m.method) {
 		return nil
 	}
 	return m

@@ -180,7 +180,7 @@ type grpcMethod struct {
 	stream  grpc.StreamDesc
 }
 
-// admit says who calls, and lets nobody in who is denied, nor another proxy.
+// admit says who calls, and refuses a denied client, a method that the client may not call, and another proxy.
 func (m *grpcMethod) admit(ctx context.Context) (*Identity, error) {
 	if err := refuseChained(ctx); err != nil {
 		return nil, err
@@ -196,6 +196,9 @@ func (m *grpcMethod) admit(ctx context.Context) (*Identity, error) {
 	if info.id.Denied {
 		m.engine.denials.note(info.id)
 		return nil, ownError(codes.PermissionDenied, fmt.Sprintf("client %q is not allowed here", info.id.name()))
+	}
+	if !info.id.mayCall(m.method) {
+		return nil, errReadOnly
 	}
 	return info.id, m.engine.pass(ctx, info.id.to)
 }

@@ -13,7 +13,8 @@ const (
 	classPass    class = "pass"    // carries no value: forwarded untouched
 	classRewrite class = "rewrite" // may carry values: sealed and opened under the rules
 	classMembers class = "members" // the answer names the URLs of members, which listeners may put theirs in place of
-	classDelete  class = "delete"  // may delete keys that it does not name: forwarded untouched, for who may write under rules
+	classCheck   class = "check"   // carries no value: forwarded untouched, unless this client may not send it
+	classDelete  class = "delete"  // deletes keys that it does not name: etcd is asked for them first
 	classHost    class = "host"    // served here where a rule covers its keys, and else forwarded
 )
 
@@ -31,6 +32,7 @@ type method struct {
 	service, name string
 	full          string // "/service/name"
 	class         class
+	access        access // what of it is left to clients that may only read
 	shape         shape
 	// waits is true for a call that may last for ever: it ends with Unavailable when the proxy drains, so that its client
 	// goes elsewhere, while every other call is let finish.
@@ -43,67 +45,67 @@ type method struct {
 // forwarded: a new write method could store plaintext.
 func methodTable() []*method {
 	table := []*method{
-		{service: "etcdserverpb.KV", name: "Range", class: classRewrite, call: newRangeCall},
-		{service: "etcdserverpb.KV", name: "RangeStream", class: classRewrite, shape: shapeServerStream, call: newRangeStreamCall},
+		{service: "etcdserverpb.KV", name: "Range", class: classRewrite, access: reads, call: newRangeCall},
+		{service: "etcdserverpb.KV", name: "RangeStream", class: classRewrite, access: reads, shape: shapeServerStream, call: newRangeStreamCall},
 		{service: "etcdserverpb.KV", name: "Put", class: classRewrite, call: newPutCall},
 		{service: "etcdserverpb.KV", name: "DeleteRange", class: classRewrite, call: newDeleteCall},
-		{service: "etcdserverpb.KV", name: "Txn", class: classRewrite, call: newTxnCall},
+		{service: "etcdserverpb.KV", name: "Txn", class: classRewrite, access: either, call: newTxnCall},
 		{service: "etcdserverpb.KV", name: "Compact", class: classPass},
 
-		{service: "etcdserverpb.Watch", name: "Watch", class: classRewrite, shape: shapeBidiStream, waits: true, call: newWatchCall},
+		{service: "etcdserverpb.Watch", name: "Watch", class: classRewrite, access: reads, shape: shapeBidiStream, waits: true, call: newWatchCall},
 
 		{service: "etcdserverpb.Lease", name: "LeaseGrant", class: classPass},
 		{service: "etcdserverpb.Lease", name: "LeaseRevoke", class: classDelete, call: newRevokeCall},
 		{service: "etcdserverpb.Lease", name: "LeaseKeepAlive", class: classPass, shape: shapeBidiStream, waits: true},
-		{service: "etcdserverpb.Lease", name: "LeaseTimeToLive", class: classPass},
-		{service: "etcdserverpb.Lease", name: "LeaseLeases", class: classPass},
+		{service: "etcdserverpb.Lease", name: "LeaseTimeToLive", class: classPass, access: reads},
+		{service: "etcdserverpb.Lease", name: "LeaseLeases", class: classPass, access: reads},
 
 		{service: "etcdserverpb.Cluster", name: "MemberAdd", class: classMembers, call: members[*pb.MemberAddResponse]()},
 		{service: "etcdserverpb.Cluster", name: "MemberRemove", class: classMembers, call: members[*pb.MemberRemoveResponse]()},
 		{service: "etcdserverpb.Cluster", name: "MemberUpdate", class: classMembers, call: members[*pb.MemberUpdateResponse]()},
-		{service: "etcdserverpb.Cluster", name: "MemberList", class: classMembers, call: members[*pb.MemberListResponse]()},
+		{service: "etcdserverpb.Cluster", name: "MemberList", class: classMembers, access: reads, call: members[*pb.MemberListResponse]()},
 		{service: "etcdserverpb.Cluster", name: "MemberPromote", class: classMembers, call: members[*pb.MemberPromoteResponse]()},
 
 		// A snapshot and every hash are of what etcd stores: ciphertext.
-		{service: "etcdserverpb.Maintenance", name: "Alarm", class: classPass},
-		{service: "etcdserverpb.Maintenance", name: "Status", class: classPass},
+		{service: "etcdserverpb.Maintenance", name: "Alarm", class: classCheck, access: either, call: newAlarmCall},
+		{service: "etcdserverpb.Maintenance", name: "Status", class: classPass, access: reads},
 		{service: "etcdserverpb.Maintenance", name: "Defragment", class: classPass},
-		{service: "etcdserverpb.Maintenance", name: "Hash", class: classPass},
-		{service: "etcdserverpb.Maintenance", name: "HashKV", class: classPass},
-		{service: "etcdserverpb.Maintenance", name: "Snapshot", class: classPass, shape: shapeServerStream},
+		{service: "etcdserverpb.Maintenance", name: "Hash", class: classPass, access: reads},
+		{service: "etcdserverpb.Maintenance", name: "HashKV", class: classPass, access: reads},
+		{service: "etcdserverpb.Maintenance", name: "Snapshot", class: classPass, access: reads, shape: shapeServerStream},
 		{service: "etcdserverpb.Maintenance", name: "MoveLeader", class: classPass},
 		{service: "etcdserverpb.Maintenance", name: "Downgrade", class: classPass},
 
 		{service: "etcdserverpb.Auth", name: "AuthEnable", class: classPass},
 		{service: "etcdserverpb.Auth", name: "AuthDisable", class: classPass},
-		{service: "etcdserverpb.Auth", name: "AuthStatus", class: classPass},
-		{service: "etcdserverpb.Auth", name: "Authenticate", class: classPass},
+		{service: "etcdserverpb.Auth", name: "AuthStatus", class: classPass, access: reads},
+		{service: "etcdserverpb.Auth", name: "Authenticate", class: classPass, access: reads},
 		{service: "etcdserverpb.Auth", name: "UserAdd", class: classPass},
-		{service: "etcdserverpb.Auth", name: "UserGet", class: classPass},
-		{service: "etcdserverpb.Auth", name: "UserList", class: classPass},
+		{service: "etcdserverpb.Auth", name: "UserGet", class: classPass, access: reads},
+		{service: "etcdserverpb.Auth", name: "UserList", class: classPass, access: reads},
 		{service: "etcdserverpb.Auth", name: "UserDelete", class: classPass},
 		{service: "etcdserverpb.Auth", name: "UserChangePassword", class: classPass},
 		{service: "etcdserverpb.Auth", name: "UserGrantRole", class: classPass},
 		{service: "etcdserverpb.Auth", name: "UserRevokeRole", class: classPass},
 		{service: "etcdserverpb.Auth", name: "RoleAdd", class: classPass},
-		{service: "etcdserverpb.Auth", name: "RoleGet", class: classPass},
-		{service: "etcdserverpb.Auth", name: "RoleList", class: classPass},
+		{service: "etcdserverpb.Auth", name: "RoleGet", class: classPass, access: reads},
+		{service: "etcdserverpb.Auth", name: "RoleList", class: classPass, access: reads},
 		{service: "etcdserverpb.Auth", name: "RoleDelete", class: classPass},
 		{service: "etcdserverpb.Auth", name: "RoleGrantPermission", class: classPass},
 		{service: "etcdserverpb.Auth", name: "RoleRevokePermission", class: classPass},
 
 		// The server itself reads, compares and writes the values of these, so where a rule covers them the server is here.
-		{service: "v3electionpb.Election", name: "Campaign", class: classHost, waits: true, call: electing(nameCovered, true)},
-		{service: "v3electionpb.Election", name: "Proclaim", class: classHost, call: electing(leaderKeyCovered, true)},
-		{service: "v3electionpb.Election", name: "Leader", class: classHost, call: electing(nameCovered, false)},
-		{service: "v3electionpb.Election", name: "Observe", class: classHost, shape: shapeServerStream, waits: true, call: electing(nameCovered, false)},
-		{service: "v3electionpb.Election", name: "Resign", class: classHost, call: electing(leaderKeyCovered, true)},
-		{service: "v3lockpb.Lock", name: "Lock", class: classHost, waits: true, call: electing(nameCovered, true)},
-		{service: "v3lockpb.Lock", name: "Unlock", class: classHost, call: electing(keyCovered, true)},
+		{service: "v3electionpb.Election", name: "Campaign", class: classHost, waits: true, call: electing(namedKeys, writes)},
+		{service: "v3electionpb.Election", name: "Proclaim", class: classHost, call: electing(leaderKey, writes)},
+		{service: "v3electionpb.Election", name: "Leader", class: classHost, access: reads, call: electing(namedKeys, reads)},
+		{service: "v3electionpb.Election", name: "Observe", class: classHost, access: reads, shape: shapeServerStream, waits: true, call: electing(namedKeys, reads)},
+		{service: "v3electionpb.Election", name: "Resign", class: classHost, call: electing(leaderKey, writes)},
+		{service: "v3lockpb.Lock", name: "Lock", class: classHost, waits: true, call: electing(namedKeys, writes)},
+		{service: "v3lockpb.Lock", name: "Unlock", class: classHost, call: electing(lockKey, writes)},
 
-		{service: "grpc.health.v1.Health", name: "Check", class: classPass},
-		{service: "grpc.health.v1.Health", name: "List", class: classPass},
-		{service: "grpc.health.v1.Health", name: "Watch", class: classPass, shape: shapeServerStream, waits: true},
+		{service: "grpc.health.v1.Health", name: "Check", class: classPass, access: reads},
+		{service: "grpc.health.v1.Health", name: "List", class: classPass, access: reads},
+		{service: "grpc.health.v1.Health", name: "Watch", class: classPass, access: reads, shape: shapeServerStream, waits: true},
 	}
 	for _, m := range table {
 		m.full = "/" + m.service + "/" + m.name

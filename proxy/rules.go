@@ -1,10 +1,10 @@
 package proxy
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdwire"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/prefix"
@@ -13,12 +13,13 @@ import (
 // ruleSet is an immutable set of rules. A reload swaps the whole set.
 type ruleSet struct {
 	*prefix.Set[Sealer]
-	own [][]byte // Config.OwnPrefixes
+	own ownKeys // of Config.OwnPrefixes
 }
 
 var _ etcdwire.Rules = (*ruleSet)(nil)
 
-// newRuleSet checks rules. It reports a rule without a Sealer and two rules with one prefix, all of them at once.
+// newRuleSet checks rules, and prefixes of the proxies' own keys. It reports a rule without a Sealer, two rules with one prefix, and an own prefix that does not end in a slash, all of
+// them at once.
 func newRuleSet(rules []Rule, own ...string) (*ruleSet, error) {
 	var problems []error
 	entries := make([]prefix.Entry[Sealer], 0, len(rules))
@@ -33,39 +34,29 @@ func newRuleSet(rules []Rule, own ...string) (*ruleSet, error) {
 		seen[r.Prefix] = true
 		entries = append(entries, prefix.Entry[Sealer]{Prefix: r.Prefix, Value: r.Sealer})
 	}
+	own = slices.DeleteFunc(slices.Clone(own), func(p string) bool { return p == "" }) // which would be every key
+	for _, p := range own {
+		if len(p) < 2 || p[len(p)-1] != '/' { // the keys of elections and locks are judged by the slash
+			problems = append(problems, fmt.Errorf("own prefix %q: it does not end in a slash, or is nothing else", p))
+		}
+	}
 	if err := errors.Join(problems...); err != nil {
 		return nil, err
 	}
-	set := &ruleSet{Set: prefix.New(entries)}
-	for _, p := range own {
-		if p != "" { // which would be every key
-			set.own = append(set.own, []byte(p))
-		}
-	}
-	return set, nil
+	return &ruleSet{Set: prefix.New(entries), own: newOwnKeys(own)}, nil
 }
 
-func (s *ruleSet) empty() bool { return s.Len() == 0 && len(s.own) == 0 }
+func (s *ruleSet) empty() bool { return s.Len() == 0 && s.own.empty() }
 
-// isOwn reports whether key is one of the proxies' own, which no rule holds for.
-func (s *ruleSet) isOwn(key []byte) bool {
-	for _, p := range s.own {
-		if bytes.HasPrefix(key, p) {
-			return true
-		}
-	}
-	return false
-}
-
-// covers reports whether a write of key concerns the proxy.
+// covers reports whether a rule holds for key.
 func (s *ruleSet) covers(key []byte) bool {
 	_, ok := s.Lookup(key)
-	return ok || s.isOwn(key)
+	return ok && !s.own.has(key)
 }
 
-// Seal implements etcdwire.Rules.
+// Seal implements etcdwire.Rules. Calls refuse a write of an own key before they get here.
 func (s *ruleSet) Seal(ctx context.Context, key, value []byte) ([]byte, error) {
-	if s.isOwn(key) {
+	if s.own.has(key) {
 		return nil, errOwnKey
 	}
 	if sealer, ok := s.Lookup(key); ok {
@@ -76,7 +67,7 @@ func (s *ruleSet) Seal(ctx context.Context, key, value []byte) ([]byte, error) {
 
 // Open implements etcdwire.Rules.
 func (s *ruleSet) Open(ctx context.Context, key, stored []byte) ([]byte, error) {
-	if s.isOwn(key) {
+	if s.own.has(key) {
 		return stored, nil
 	}
 	if sealer, ok := s.Lookup(key); ok {
@@ -85,20 +76,16 @@ func (s *ruleSet) Open(ctx context.Context, key, stored []byte) ([]byte, error) 
 	return stored, nil
 }
 
-// guardRules are the rules as a client sees them that is given stored bytes: it may read everything as etcd holds it, and
-// write nothing that a rule covers.
-type guardRules struct{ *ruleSet }
+// storedRules are the rules as a read-only client sees them: it reads everything as etcd holds it, and writes nothing.
+type storedRules struct{}
 
-// Overlaps implements etcdwire.Rules: whoever has the stored bytes can have etcd compare and sort them.
-func (guardRules) Overlaps(_, _ []byte) bool { return false }
+var _ etcdwire.Rules = storedRules{}
+
+// Overlaps implements etcdwire.Rules: a client that has the stored bytes can have etcd compare and sort them.
+func (storedRules) Overlaps(_, _ []byte) bool { return false }
 
 // Seal implements etcdwire.Rules.
-func (g guardRules) Seal(_ context.Context, key, value []byte) ([]byte, error) {
-	if g.covers(key) {
-		return nil, errCiphertextWrite
-	}
-	return value, nil
-}
+func (storedRules) Seal(_ context.Context, _, _ []byte) ([]byte, error) { return nil, errReadOnly }
 
 // Open implements etcdwire.Rules.
-func (g guardRules) Open(_ context.Context, _, stored []byte) ([]byte, error) { return stored, nil }
+func (storedRules) Open(_ context.Context, _, stored []byte) ([]byte, error) { return stored, nil }

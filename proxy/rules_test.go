@@ -60,15 +60,15 @@ func TestOwnKeys(t *testing.T) {
 		if got, err := set.Open(t.Context(), key, []byte("v")); string(got) != "v" || err != nil {
 			t.Errorf("%s: a read: %q, %v", name, got, err)
 		}
-		if !set.covers(key) || set.empty() || set.covers([]byte("/own")) != (rules != nil) {
+		if set.covers(key) || set.own.reach(key, nil) != reachesOwn || set.empty() || set.covers([]byte("/own")) != (rules != nil) {
 			t.Errorf("%s: the keys are taken for others", name)
 		}
 	}
 }
 
 func TestRuleErrors(t *testing.T) {
-	_, err := newRuleSet([]Rule{{Prefix: "a"}, {Prefix: "b", Sealer: tagger("")}, {Prefix: "b", Sealer: tagger("")}})
-	for _, want := range []string{`rule "a": no sealer`, `rule "b": a second rule`} {
+	_, err := newRuleSet([]Rule{{Prefix: "a"}, {Prefix: "b", Sealer: tagger("")}, {Prefix: "b", Sealer: tagger("")}}, "/own", "/")
+	for _, want := range []string{`rule "a": no sealer`, `rule "b": a second rule`, `own prefix "/own": it does not end`, `own prefix "/": it`} {
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v: no %q", err, want)
 		}
@@ -110,7 +110,7 @@ func TestEveryMethodIsClassified(t *testing.T) {
 			t.Errorf("%s is not a method of etcd, or stands twice", m.full)
 		case sh != m.shape:
 			t.Errorf("%s has shape %d, want %d", m.full, m.shape, sh)
-		case m.class != classPass && m.class != classRewrite && m.class != classHost && m.class != classMembers && m.class != classDelete:
+		case m.class != classPass && m.class != classRewrite && m.class != classHost && m.class != classMembers && m.class != classCheck && m.class != classDelete:
 			t.Errorf("%s has class %q", m.full, m.class)
 		case (m.class == classPass) != (m.call == nil):
 			t.Errorf("%s: class %s does not fit its rewriter", m.full, m.class)
@@ -215,7 +215,7 @@ func FuzzScanTxn(f *testing.F) {
 		return &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: []byte(k), Value: []byte("v")}}}
 	}
 	nested := &pb.RequestOp{Request: &pb.RequestOp_RequestTxn{RequestTxn: &pb.TxnRequest{Failure: []*pb.RequestOp{op("k/1")}}}}
-	for _, m := range []*pb.TxnRequest{{Success: []*pb.RequestOp{op("a"), op("k/2")}}, {Success: []*pb.RequestOp{nested}}, {}} {
+	for _, m := range []*pb.TxnRequest{{Success: []*pb.RequestOp{op("a"), op("k/2")}}, {Success: []*pb.RequestOp{nested}}, {Failure: []*pb.RequestOp{op("o/1")}}, {}} {
 		b, err := proto.Marshal(m)
 		if err != nil {
 			f.Fatal(err)
@@ -223,6 +223,7 @@ func FuzzScanTxn(f *testing.F) {
 		f.Add(b)
 	}
 	set := rulesOf(f, "k/")
+	set.own = newOwnKeys([]string{"o/"})
 	f.Fuzz(func(t *testing.T, msg []byte) {
 		var got txnReach
 		scanTxn(msg, set, 0, &got)
@@ -232,7 +233,7 @@ func FuzzScanTxn(f *testing.F) {
 		}
 		var want txnReach
 		reachByDecoding(&txn, set, &want)
-		if (want.touches && !got.touches) || (want.writes && !got.writes) || (want.changes && !got.changes) {
+		if want.touches && !got.touches || want.changes && !got.changes || !got.odd && (want.own && !got.own || want.over && !got.over) {
 			t.Errorf("scan %+v, decoder %+v", got, want)
 		}
 	})
@@ -244,11 +245,10 @@ func reachByDecoding(txn *pb.TxnRequest, set *ruleSet, r *txnReach) {
 		case *pb.RequestOp_RequestRange:
 			r.touches = r.touches || set.Overlaps(op.RequestRange.Key, op.RequestRange.RangeEnd)
 		case *pb.RequestOp_RequestPut:
-			covered := set.covers(op.RequestPut.Key)
-			r.touches, r.writes, r.changes = r.touches || covered, r.writes || covered, true
+			r.change(set.covers(op.RequestPut.Key), set.own.reach(op.RequestPut.Key, nil), true)
 		case *pb.RequestOp_RequestDeleteRange:
-			covered := set.Overlaps(op.RequestDeleteRange.Key, op.RequestDeleteRange.RangeEnd)
-			r.touches, r.writes, r.changes = r.touches || covered, r.writes || covered, true
+			d := op.RequestDeleteRange
+			r.change(set.Overlaps(d.Key, d.RangeEnd), set.own.reach(d.Key, d.RangeEnd), true)
 		case *pb.RequestOp_RequestTxn:
 			reachByDecoding(op.RequestTxn, set, r)
 		}

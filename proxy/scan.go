@@ -49,6 +49,18 @@ func putCovered(msg []byte, rules *ruleSet) bool {
 	return !ok || rules.covers(key)
 }
 
+// putReach and deleteReach say what a PutRequest and a DeleteRangeRequest would do to the proxies' own keys. ok is false for a message that is not plainly one, which the rewriter
+// refuses.
+func putReach(msg []byte, rules *ruleSet) (what reach, ok bool) {
+	key, _, ok := keyRange(msg)
+	return rules.own.reach(key, nil), ok
+}
+
+func deleteReach(msg []byte, rules *ruleSet) (what reach, ok bool) {
+	key, end, ok := keyRange(msg)
+	return rules.own.reach(key, end), ok
+}
+
 // rangeTouches reports whether a RangeRequest or DeleteRangeRequest can meet a key under a rule.
 func rangeTouches(msg []byte, rules *ruleSet) bool {
 	key, end, ok := keyRange(msg)
@@ -62,15 +74,22 @@ const (
 	maxTxnDepth                          = 64
 )
 
-// txnReach is what a transaction can do to keys under a rule, over both branches and all nested transactions.
+// txnReach is what a transaction can do, over both branches and all nested transactions.
 type txnReach struct {
+	odd     bool // it is not plainly a transaction, and may do anything; the rewriter refuses it
 	touches bool // some answer may hold a sealed value
-	writes  bool // some put or delete meets a covered key
 	changes bool // there is a put or a delete at all: etcd sends the transaction through raft
+	own     bool // some put or delete names keys of the proxies' own
+	over    bool // some delete reaches over keys of the proxies' own
+}
+
+func (r *txnReach) change(touched bool, what reach, ok bool) {
+	r.changes, r.touches, r.odd = true, r.touches || touched, r.odd || !ok
+	r.own, r.over = r.own || what == reachesOwn, r.over || what == reachesOver
 }
 
 func scanTxn(msg []byte, rules *ruleSet, depth int, r *txnReach) {
-	everything := txnReach{touches: true, writes: true, changes: true}
+	everything := txnReach{odd: true, touches: true, changes: true}
 	if depth > maxTxnDepth {
 		*r = everything
 		return
@@ -121,13 +140,15 @@ func scanTxn(msg []byte, rules *ruleSet, depth int, r *txnReach) {
 			case opRange:
 				r.touches = r.touches || rangeTouches(arm, rules)
 			case opPut:
-				covered := putCovered(arm, rules)
-				r.changes, r.touches, r.writes = true, r.touches || covered, r.writes || covered
+				what, ok := putReach(arm, rules)
+				r.change(putCovered(arm, rules), what, ok)
 			case opDeleteRange:
-				touched := rangeTouches(arm, rules)
-				r.changes, r.touches, r.writes = true, r.touches || touched, r.writes || touched
+				what, ok := deleteReach(arm, rules)
+				r.change(rangeTouches(arm, rules), what, ok)
 			case opTxn:
 				scanTxn(arm, rules, depth+1, r)
+			default: // unknown
+				r.change(true, reachesNone, false)
 			}
 		}
 	}

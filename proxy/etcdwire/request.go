@@ -1,7 +1,9 @@
 package etcdwire
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 
 	"google.golang.org/protobuf/encoding/protowire"
@@ -54,12 +56,13 @@ func (b *branch) set(i int, s opShape) {
 	(*b)[i] = s
 }
 
-// PutRequest seals the value of a PutRequest, an absent one too. With ignore_value the message passes as it is. It returns msg itself
-// if nothing changed; the error wraps [ErrMalformed] or is the error of rules.Seal.
+// PutRequest seals the value of a PutRequest, an absent one too. With ignore_value the message passes as it is, if it has no value. It returns msg itself
+// if nothing changed; the error wraps [ErrMalformed] or [ErrValueProvided] or is the error of rules.Seal.
 func PutRequest(ctx context.Context, msg []byte, rules Rules) ([]byte, error) {
 	return rewrite(ctx, msg, rules, false, func(r *rewriter) error { return r.put(0, len(msg)) })
 }
 
+// put returns ErrValueProvided for a put that keeps its value and has one. The caller may go on: the value is replaced.
 func (r *rewriter) put(at, end int) error {
 	s := scan(&putRequest, r.src, at, end)
 	p, ignoreValue := newPair(&s, putValueTag), false
@@ -69,10 +72,27 @@ func (r *rewriter) put(at, end int) error {
 			ignoreValue = s.field.n != 0
 		}
 	}
-	if s.err != nil || ignoreValue {
+	switch {
+	case s.err != nil:
 		return s.err
+	case ignoreValue && p.value.field.end > p.value.field.body && r.rules.Overlaps(p.key, nil):
+		return cmp.Or(r.edit(p, placeholder), ErrValueProvided)
+	case ignoreValue:
+		return nil
 	}
 	return r.edit(p, r.rules.Seal)
+}
+
+// placeholder stands for the value of a put that etcd refuses because it has one.
+func placeholder(context.Context, []byte, []byte) ([]byte, error) { return []byte{0}, nil }
+
+// putInTxn leaves it to etcd to refuse a put that is to keep its value and has one, which is sent without the value: of several faults in a transaction etcd tells the first, and which one
+// that is depends on etcd's own flags.
+func (r *rewriter) putInTxn(f field) error {
+	if err := r.put(f.body, f.end); !errors.Is(err, ErrValueProvided) {
+		return err
+	}
+	return nil
 }
 
 // RangeRequest checks a RangeRequest and returns what its answer's rewriter needs. The error wraps [ErrMalformed], or [ErrByValue]
@@ -115,7 +135,7 @@ func deleteRange(src []byte, at, end int) error {
 	return s.err
 }
 
-// TxnRequest seals the values of all puts of a TxnRequest, in both branches and in nested transactions. It returns msg itself if nothing
+// TxnRequest seals the values of all puts of a TxnRequest, in both branches and in nested transactions. A put that is to keep its value and has one goes on with another: etcd refuses it. It returns msg itself if nothing
 // changed, and the shape that TxnResponse needs. The error wraps [ErrMalformed], or [ErrByValue] for a compare or a
 // sort by value that meets a rule, or [ErrUnsupported], or is the error of rules.Seal.
 func TxnRequest(ctx context.Context, msg []byte, rules Rules) ([]byte, *TxnShape, error) {
@@ -194,7 +214,7 @@ func (r *rewriter) op(f field, depth int, b *branch, index int) error {
 			case 1:
 				shape.rng, err = rangeShape(r.src, f.body, f.end, r.rules)
 			case 2:
-				err = r.within(f, func(r *rewriter, f field) error { return r.put(f.body, f.end) })
+				err = r.within(f, (*rewriter).putInTxn)
 			case 3:
 				err = deleteRange(r.src, f.body, f.end)
 			case 4:
@@ -218,6 +238,18 @@ func (r *rewriter) op(f field, depth int, b *branch, index int) error {
 // Name returns field 1 of a LockRequest, CampaignRequest or LeaderRequest: the name of the lock or election. It aliases msg; the
 // error wraps [ErrMalformed].
 func Name(msg []byte) ([]byte, error) { return first(&named, msg, 1) }
+
+// LeaseID returns the ID of a LeaseRevokeRequest. The error wraps [ErrMalformed].
+func LeaseID(msg []byte) (int64, error) {
+	var id int64
+	s := scan(&leaseRequest, msg, 0, len(msg))
+	for s.next() {
+		if s.field.num == 1 {
+			id = int64(s.field.n) //nolint:gosec // as the wire format has it
+		}
+	}
+	return id, s.err
+}
 
 // LeaderKey returns the etcd key that a ProclaimRequest or ResignRequest is about: field 2 of its field 1. It aliases msg; the
 // error wraps [ErrMalformed].

@@ -1,0 +1,111 @@
+package proxy
+
+import (
+	"context"
+	"fmt"
+	"math"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdwire"
+)
+
+// A delete of a range that reaches over keys of the proxies' own, as one of everything does, leaves these alone: etcd is asked to delete what is before and after them, in one transaction. The
+// client sees the answer of one delete. In a transaction of the client's, a nested one stands where the delete was.
+
+var _ exchanger = (*deleteCall)(nil)
+
+func (c *deleteCall) exchanges() bool { return c.over }
+
+// exchange implements exchanger.
+func (c *deleteCall) exchange(ctx context.Context, msg []byte, ask asker) ([]byte, error) {
+	asked := new(pb.DeleteRangeRequest)
+	if err := decode(msg, asked); err != nil {
+		return nil, c.core.status(err, false)
+	}
+	said, err := c.askTxn(ctx, &pb.TxnRequest{Success: c.at.own.parts(asked)}, math.MaxInt32, ask)
+	if err != nil {
+		return nil, err
+	}
+	answer := new(pb.TxnResponse)
+	if err := decode(said, answer); err != nil {
+		return nil, c.core.status(err, true)
+	}
+	all, err := joined(answer)
+	if err != nil {
+		return nil, c.core.status(err, true)
+	}
+	all.Header = answer.GetHeader()
+	out, err := encode(all)
+	return out, c.core.status(err, true)
+}
+
+// parts are the deletes that are sent for one that reaches over own keys.
+func (o ownKeys) parts(d *pb.DeleteRangeRequest) []*pb.RequestOp {
+	var ops []*pb.RequestOp
+	for _, s := range o.without(d.GetKey(), d.GetRangeEnd()) {
+		part, _ := proto.Clone(d).(*pb.DeleteRangeRequest)
+		part.Key, part.RangeEnd = s.key, s.end
+		ops = append(ops, &pb.RequestOp{Request: &pb.RequestOp_RequestDeleteRange{RequestDeleteRange: part}})
+	}
+	return ops
+}
+
+// joined makes one answer of those to parts. Its header is that of the last, which has the revision after all of them.
+func joined(answer *pb.TxnResponse) (*pb.DeleteRangeResponse, error) {
+	all := new(pb.DeleteRangeResponse)
+	for _, part := range answer.GetResponses() {
+		one := part.GetResponseDeleteRange()
+		if one == nil {
+			return nil, fmt.Errorf("%w: it is about something else than deletes", etcdwire.ErrMalformed)
+		}
+		all.Header = one.GetHeader()
+		all.Deleted += one.GetDeleted()
+		all.PrevKvs = append(all.PrevKvs, one.GetPrevKvs()...)
+	}
+	return all, nil
+}
+
+// over returns the delete in op if it reaches over own keys, and else nil.
+func (o ownKeys) over(op *pb.RequestOp) *pb.DeleteRangeRequest {
+	if d := op.GetRequestDeleteRange(); d != nil && o.reach(d.GetKey(), d.GetRangeEnd()) == reachesOver {
+		return d
+	}
+	return nil
+}
+
+// leaveOut puts the parts, in a nested transaction, in the place of every delete in txn that reaches over own keys.
+func (o ownKeys) leaveOut(txn *pb.TxnRequest) {
+	for _, ops := range [][]*pb.RequestOp{txn.GetSuccess(), txn.GetFailure()} {
+		for i, op := range ops {
+			if d := o.over(op); d != nil {
+				ops[i] = &pb.RequestOp{Request: &pb.RequestOp_RequestTxn{RequestTxn: &pb.TxnRequest{Success: o.parts(d)}}}
+			} else if nested := op.GetRequestTxn(); nested != nil {
+				o.leaveOut(nested)
+			}
+		}
+	}
+}
+
+// putBack undoes leaveOut in the answers to the operations that a client asked for.
+func (o ownKeys) putBack(asked []*pb.RequestOp, answers []*pb.ResponseOp) error {
+	for i, op := range asked {
+		if i >= len(answers) {
+			return nil
+		}
+		answer := answers[i].GetResponseTxn()
+		if nested := op.GetRequestTxn(); nested != nil {
+			if err := o.putBack(branchOf(nested, answer.GetSucceeded()), answer.GetResponses()); err != nil {
+				return err
+			}
+		} else if o.over(op) != nil {
+			all, err := joined(answer)
+			if err != nil {
+				return err
+			}
+			answers[i] = &pb.ResponseOp{Response: &pb.ResponseOp_ResponseDeleteRange{ResponseDeleteRange: all}}
+		}
+	}
+	return nil
+}

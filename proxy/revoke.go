@@ -1,0 +1,70 @@
+package proxy
+
+import (
+	"context"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdwire"
+)
+
+const (
+	methodLeaseRevoke     = "/etcdserverpb.Lease/LeaseRevoke"
+	methodLeaseTimeToLive = "/etcdserverpb.Lease/LeaseTimeToLive"
+)
+
+// revokeCall is a LeaseRevoke. It does not say which keys go with the lease, so etcd is asked for them first: one to which keys of the proxies' own are attached stays. No client
+// attaches them, since a put of such a key is refused; the proxies do, with the leases of their announcements, which LeaseLeases shows.
+//
+// The keys are asked for with the client's own token. A client that may write the lease's keys and not read them is therefore refused by etcd.
+type revokeCall struct {
+	whole
+	core  *core
+	asks  bool
+	lease int64
+}
+
+func newRevokeCall(c *core, _ *Identity) call { return &revokeCall{core: c} }
+
+func (c *revokeCall) request(_ context.Context, msg []byte) ([]byte, error) {
+	if c.core.rules.Load().own.empty() {
+		return msg, nil
+	}
+	var err error
+	if c.lease, err = etcdwire.LeaseID(msg); err != nil {
+		return nil, c.core.status(err, false)
+	}
+	c.asks = true
+	return msg, nil
+}
+
+func (*revokeCall) scans() bool { return false }
+
+func (*revokeCall) response(_ context.Context, msg []byte) ([]byte, error) { return msg, nil }
+
+var _ exchanger = (*revokeCall)(nil)
+
+func (c *revokeCall) exchanges() bool { return c.asks }
+
+// exchange implements exchanger. A key that the proxies attach between the two requests is of a proxy that has just begun, and tries again.
+func (c *revokeCall) exchange(ctx context.Context, msg []byte, ask asker) ([]byte, error) {
+	asked, err := encode(&pb.LeaseTimeToLiveRequest{ID: c.lease, Keys: true})
+	if err != nil {
+		return nil, c.core.status(err, false)
+	}
+	said, err := ask(ctx, methodLeaseTimeToLive, asked, maxByValue)
+	if err != nil {
+		return nil, err
+	}
+	lease := new(pb.LeaseTimeToLiveResponse)
+	if err := decode(said, lease); err != nil {
+		return nil, c.core.status(err, true)
+	}
+	own := c.core.rules.Load().own
+	for _, key := range lease.GetKeys() {
+		if own.has(key) {
+			return nil, errOwnLease
+		}
+	}
+	return ask(ctx, methodLeaseRevoke, msg, maxByValue)
+}
