@@ -84,7 +84,7 @@ func (c *txnCall) exchange(ctx context.Context, msg []byte, ask asker) ([]byte, 
 	if err := decode(answer, out); err != nil {
 		return nil, c.core.status(err, true)
 	}
-	if err := c.at.own.putBack(branchOf(client, out.GetSucceeded()), out.GetResponses()); err != nil {
+	if err := c.at.own.putBack(client, out); err != nil {
 		return nil, c.core.status(err, true)
 	}
 	answer, err = encode(out)

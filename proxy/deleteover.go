@@ -12,7 +12,7 @@ import (
 )
 
 // A delete of a range that reaches over keys of the proxies' own, as one of everything does, leaves these alone: etcd is asked to delete what is before and after them, in one transaction. The
-// client sees the answer of one delete. In a transaction of the client's, a nested one stands where the delete was.
+// client sees the answer of one delete. In a transaction of the client's, they stand where the delete was: not in a nested one, since etcd does not compare what siblings write.
 
 var _ exchanger = (*deleteCall)(nil)
 
@@ -32,7 +32,7 @@ func (c *deleteCall) exchange(ctx context.Context, msg []byte, ask asker) ([]byt
 	if err := decode(said, answer); err != nil {
 		return nil, c.core.status(err, true)
 	}
-	all, err := joined(answer)
+	all, err := joined(answer.GetResponses())
 	if err != nil {
 		return nil, c.core.status(err, true)
 	}
@@ -53,9 +53,9 @@ func (o ownKeys) parts(d *pb.DeleteRangeRequest) []*pb.RequestOp {
 }
 
 // joined makes one answer of those to parts. Its header is that of the last, which has the revision after all of them.
-func joined(answer *pb.TxnResponse) (*pb.DeleteRangeResponse, error) {
+func joined(answers []*pb.ResponseOp) (*pb.DeleteRangeResponse, error) {
 	all := new(pb.DeleteRangeResponse)
-	for _, part := range answer.GetResponses() {
+	for _, part := range answers {
 		one := part.GetResponseDeleteRange()
 		if one == nil {
 			return nil, fmt.Errorf("%w: it is about something else than deletes", etcdwire.ErrMalformed)
@@ -75,37 +75,52 @@ func (o ownKeys) over(op *pb.RequestOp) *pb.DeleteRangeRequest {
 	return nil
 }
 
-// leaveOut puts the parts, in a nested transaction, in the place of every delete in txn that reaches over own keys.
+// leaveOut puts the parts in the place of every delete in txn that reaches over own keys.
 func (o ownKeys) leaveOut(txn *pb.TxnRequest) {
-	for _, ops := range [][]*pb.RequestOp{txn.GetSuccess(), txn.GetFailure()} {
-		for i, op := range ops {
+	for _, ops := range []*[]*pb.RequestOp{&txn.Success, &txn.Failure} {
+		var all []*pb.RequestOp
+		for _, op := range *ops {
 			if d := o.over(op); d != nil {
-				ops[i] = &pb.RequestOp{Request: &pb.RequestOp_RequestTxn{RequestTxn: &pb.TxnRequest{Success: o.parts(d)}}}
-			} else if nested := op.GetRequestTxn(); nested != nil {
+				all = append(all, o.parts(d)...)
+				continue
+			}
+			if nested := op.GetRequestTxn(); nested != nil {
 				o.leaveOut(nested)
 			}
+			all = append(all, op)
 		}
+		*ops = all
 	}
 }
 
-// putBack undoes leaveOut in the answers to the operations that a client asked for.
-func (o ownKeys) putBack(asked []*pb.RequestOp, answers []*pb.ResponseOp) error {
-	for i, op := range asked {
-		if i >= len(answers) {
-			return nil
+// putBack undoes leaveOut in the answer to a transaction that a client asked for.
+func (o ownKeys) putBack(asked *pb.TxnRequest, answer *pb.TxnResponse) error {
+	var all []*pb.ResponseOp
+	rest := answer.GetResponses()
+	for _, op := range branchOf(asked, answer.GetSucceeded()) {
+		d, n := o.over(op), 1
+		if d != nil {
+			n = len(o.without(d.GetKey(), d.GetRangeEnd()))
 		}
-		answer := answers[i].GetResponseTxn()
-		if nested := op.GetRequestTxn(); nested != nil {
-			if err := o.putBack(branchOf(nested, answer.GetSucceeded()), answer.GetResponses()); err != nil {
-				return err
-			}
-		} else if o.over(op) != nil {
-			all, err := joined(answer)
+		if len(rest) < n {
+			return fmt.Errorf("%w: there are fewer answers than operations", etcdwire.ErrMalformed)
+		}
+		one := rest[0]
+		if d != nil {
+			whole, err := joined(rest[:n])
 			if err != nil {
 				return err
 			}
-			answers[i] = &pb.ResponseOp{Response: &pb.ResponseOp_ResponseDeleteRange{ResponseDeleteRange: all}}
+			one = &pb.ResponseOp{Response: &pb.ResponseOp_ResponseDeleteRange{ResponseDeleteRange: whole}}
+		} else if nested := op.GetRequestTxn(); nested != nil {
+			if err := o.putBack(nested, one.GetResponseTxn()); err != nil {
+				return err
+			}
 		}
+		all, rest = append(all, one), rest[n:]
+	}
+	if answer != nil {
+		answer.Responses = all
 	}
 	return nil
 }

@@ -64,7 +64,7 @@ func TestTxnProgramsOverGRPC(t *testing.T) {
 		}
 		return ss.SendMsg(&frame{data: mem.BufferSlice{mem.SliceBuffer(out)}})
 	})
-	p := startProxy(t, etcd, scrambling(), nil)
+	p := startProxy(t, etcd, scrambling(), func(c *Config) { c.OwnPrefixes = worldsOwn })
 	conn := p.dial(t)
 	first := rand.Uint64() >> 1
 	for i := range uint64(50) {
