@@ -106,7 +106,8 @@ type rangeCall struct {
 	kvCall
 	shape   etcdwire.RangeShape
 	stream  bool
-	byValue bool // it sorts by values that are sealed
+	byValue bool // it sorts by values that are sealed, or it is a stream under a rule and sorts by anything but keys
+	refused bool // etcd is to refuse it
 }
 
 func newRangeCall(c *core, id *Identity) call { return &rangeCall{kvCall: kvCall{core: c, id: id}} }
@@ -122,13 +123,15 @@ func (c *rangeCall) request(_ context.Context, msg []byte) ([]byte, error) {
 	var err error
 	c.shape, err = etcdwire.RangeRequest(msg, c.at)
 	c.byValue = errors.Is(err, etcdwire.ErrByValue)
-	switch {
-	case c.byValue && c.stream:
-		return nil, errSortedStream
-	case err != nil && !c.byValue:
+	if err != nil && !c.byValue {
 		return nil, c.core.status(err, false)
 	}
 	c.touches = !c.shape.KeysOnly && rangeTouches(msg, c.at)
+	if c.stream && (c.byValue || c.touches) {
+		if err := c.sortedStream(msg); err != nil {
+			return nil, c.core.status(err, false)
+		}
+	}
 	return msg, nil
 }
 
@@ -136,6 +139,9 @@ func (c *rangeCall) request(_ context.Context, msg []byte) ([]byte, error) {
 func (c *rangeCall) parts() bool { return !c.stream }
 
 func (c *rangeCall) response(ctx context.Context, msg []byte) ([]byte, error) {
+	if c.refused { // it has sorted ciphertexts
+		return nil, errSortedStream
+	}
 	rewrite := etcdwire.RangeResponse
 	if c.stream {
 		rewrite = etcdwire.RangeStreamResponse

@@ -18,7 +18,7 @@ var (
 	errOwnKey       = ownError(codes.PermissionDenied, "this would change keys that the proxies keep for themselves: use keys with another prefix")
 	errOwnLease     = ownError(codes.PermissionDenied, "keys that the proxies keep for themselves are attached to this lease")
 	errNoIdentity   = ownError(codes.Internal, "connection without an identity")
-	errSortedStream = ownError(codes.Unimplemented, "a RangeStream does not sort by values under a rule, as etcd's does not sort but chunk by chunk: use Range")
+	errSortedStream = ownError(codes.Unimplemented, "a RangeStream does not sort by values under a rule: use Range")
 	errShuttingDown = ownError(codes.Unavailable, "shutting down")
 	// errRequestTooLarge is etcd's own answer, code and text.
 	errRequestTooLarge = status.Error(codes.InvalidArgument, "etcdserver: request is too large")

@@ -320,27 +320,9 @@ func (e *grpcEngine) to(c call, id *Identity) *lane {
 
 // exchange has x serve a request by requests of its own. The client gets the headers and trailers of the last one, or of the last one that failed.
 func (m *grpcMethod) exchange(ctx context.Context, to *upstream, in *frame, x exchanger) (*frame, error) {
-	var good, bad struct{ header, trailer metadata.MD }
-	ask := func(asking context.Context, method string, msg []byte, limit int) ([]byte, error) {
-		var header, trailer metadata.MD
-		out := new(frame)
-		defer out.free()
-		sent := &frame{data: mem.BufferSlice{mem.SliceBuffer(msg)}}
-		lane := to.take()
-		defer lane.done()
-		err := lane.conn.Invoke(upstreamContext(asking), method, sent, out, grpc.Header(&header), grpc.Trailer(&trailer), grpc.MaxCallRecvMsgSize(limit))
-		if err != nil {
-			bad.header, bad.trailer = header, trailer
-			return nil, ended(ctx, err, header, trailer)
-		}
-		good.header, good.trailer = header, trailer
-		return out.data.Materialize(), nil
-	}
-	answer, err := x.exchange(ctx, in.data.Materialize(), ask)
-	last := good
-	if err != nil {
-		last = bad
-	}
+	a := &asking{ctx: ctx, to: to}
+	answer, err := x.exchange(ctx, in.data.Materialize(), a.ask)
+	last := a.last(err)
 	if serr := grpc.SetHeader(ctx, last.header); err == nil {
 		err = serr
 	}
@@ -351,6 +333,40 @@ func (m *grpcMethod) exchange(ctx context.Context, to *upstream, in *frame, x ex
 		return nil, err
 	}
 	return &frame{data: mem.BufferSlice{mem.SliceBuffer(answer)}}, nil
+}
+
+// asking sends the requests that a call needs, and keeps what came around their answers.
+type asking struct {
+	ctx       context.Context // the client's
+	to        *upstream
+	good, bad around
+}
+
+type around struct{ header, trailer metadata.MD }
+
+// ask is an asker.
+func (a *asking) ask(ctx context.Context, method string, msg []byte, limit int) ([]byte, error) {
+	var met around
+	out := new(frame)
+	defer out.free()
+	sent := &frame{data: mem.BufferSlice{mem.SliceBuffer(msg)}}
+	lane := a.to.take()
+	defer lane.done()
+	err := lane.conn.Invoke(upstreamContext(ctx), method, sent, out, grpc.Header(&met.header), grpc.Trailer(&met.trailer), grpc.MaxCallRecvMsgSize(limit))
+	if err != nil {
+		a.bad = met
+		return nil, ended(a.ctx, err, met.header, met.trailer)
+	}
+	a.good = met
+	return out.data.Materialize(), nil
+}
+
+// last is what came around the last answer, or around the last one that failed.
+func (a *asking) last(err error) around {
+	if err != nil {
+		return a.bad
+	}
+	return a.good
 }
 
 // ended returns the status for a call that ended with err: the proxy's own if the proxy has ended it or etcd was never reached, and

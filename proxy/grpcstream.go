@@ -45,6 +45,9 @@ func (m *grpcMethod) relay(ss grpc.ServerStream) error {
 		}
 	}
 	id.to.await(ctx)
+	if x, ok := c.(streamExchanger); ok && x.exchanges() {
+		return m.exchangeStream(ctx, id.to, ss, first, x)
+	}
 	lane := m.engine.to(c, id)
 	defer lane.done()
 	cs, err := lane.conn.NewStream(upstreamContext(ctx), &m.stream, m.full, grpc.ForceCodecV2(rawCodec{}))
@@ -85,6 +88,33 @@ func (m *grpcMethod) relay(ss grpc.ServerStream) error {
 			return err
 		}
 	}
+}
+
+// exchangeStream has x serve a stream with one request by requests of its own. The client gets headers and trailers as with exchange.
+func (m *grpcMethod) exchangeStream(ctx context.Context, to *upstream, ss grpc.ServerStream, in *frame, x streamExchanger) error {
+	a := &asking{ctx: ctx, to: to}
+	begun := false
+	err := x.exchangeStream(ctx, in.data.Materialize(), a.ask, func(msg []byte) error {
+		if !begun {
+			begun = true
+			if err := ss.SendHeader(a.good.header); err != nil {
+				return err
+			}
+		}
+		if err := ss.SendMsg(&frame{data: mem.BufferSlice{mem.SliceBuffer(msg)}}); err != nil {
+			return err
+		}
+		m.metrics.sent.Inc()
+		return nil
+	})
+	last := a.last(err)
+	if !begun {
+		if serr := ss.SetHeader(last.header); err == nil {
+			err = serr
+		}
+	}
+	ss.SetTrailer(last.trailer)
+	return err
 }
 
 // send sends a response, or what c cuts it into.

@@ -253,9 +253,6 @@ func (g *generator) next(now int64) any {
 		if g.chance(70) {
 			r.SortOrder, r.SortTarget = 0, 0 // etcd streams in the order of keys only
 		}
-		if r.SortTarget == pb.RangeRequest_VALUE && g.rules.overlaps(string(r.Key), string(r.RangeEnd)) {
-			r.SortTarget = pb.RangeRequest_MOD // it is refused
-		}
 		return stream{r}
 	case n < 60:
 		return g.deletion()
