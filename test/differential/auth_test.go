@@ -115,6 +115,17 @@ func (b *bench) users(t *testing.T) {
 				_, err = s.kv.DeleteRange(ctx, &pb.DeleteRangeRequest{Key: []byte(key), RangeEnd: []byte("\x00")})
 				add(name+" deletes from "+key, err)
 			}
+			lease := &pb.LeaseGrantRequest{ID: map[string]int64{"root": 101, "reader": 102, "nobody": 103, "a wrong token": 104}[name], TTL: 600}
+			_, err = s.lease.LeaseGrant(root, lease)
+			add("root grants a lease for "+name, err)
+			_, err = s.kv.Put(root, &pb.PutRequest{Key: []byte("/s/leased " + name), Lease: lease.ID})
+			add("root uses the lease for "+name, err)
+			_, err = s.lease.LeaseRevoke(ctx, &pb.LeaseRevokeRequest{ID: lease.ID})
+			add(name+" revokes it", err)
+			_, err = s.lease.LeaseRevoke(ctx, &pb.LeaseRevokeRequest{ID: 99})
+			add(name+" revokes one that there is not", err)
+			_, err = s.kv.DeleteRange(ctx, &pb.DeleteRangeRequest{Key: []byte("/"), RangeEnd: []byte("0")})
+			add(name+" deletes everything", err)
 			_, err = s.lease.LeaseLeases(ctx, &pb.LeaseLeasesRequest{})
 			add(name+" lists leases", err)
 			_, err = s.maint.Defragment(ctx, &pb.DefragmentRequest{})

@@ -77,6 +77,20 @@ func (b *bench) byValue(t *testing.T) {
 		}
 	}
 	p.do(ctx, &pb.TxnRequest{Compare: []*pb.Compare{compare("/s/", "/s0", pb.Compare_EQUAL)}, Success: puts(2, "/t/e")})
+	// A put that is to keep its value and has one, and a transaction with more compares than anybody would read.
+	keep := &pb.PutRequest{Key: []byte("/s/0"), Value: value, IgnoreValue: true}
+	keepOp := &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: keep}}
+	p.do(ctx, keep)
+	p.do(ctx, &pb.PutRequest{Value: value, IgnoreValue: true})
+	p.do(ctx, &pb.TxnRequest{Success: []*pb.RequestOp{keepOp}})
+	p.do(ctx, &pb.TxnRequest{Success: append(puts(1, ""), keepOp), Failure: puts(200, "/t/f")})
+	p.do(ctx, &pb.TxnRequest{Compare: []*pb.Compare{compare("/s/0", "", pb.Compare_EQUAL)}, Failure: []*pb.RequestOp{keepOp}})
+	var nested []*pb.RequestOp
+	for i := range 20_000 {
+		txn := &pb.TxnRequest{Compare: []*pb.Compare{compare(fmt.Sprintf("/s/%d", i), "", pb.Compare_EQUAL)}}
+		nested = append(nested, &pb.RequestOp{Request: &pb.RequestOp_RequestTxn{RequestTxn: txn}})
+	}
+	p.do(ctx, &pb.TxnRequest{Success: nested})
 	p.reset(ctx)
 }
 
