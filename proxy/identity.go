@@ -13,7 +13,7 @@ type Identity struct {
 	// empty for a client without one.
 	CommonName string
 	Names      []string
-	// Ciphertext: this client is given stored bytes, and may not write keys under a rule.
+	// Ciphertext: this client is given stored bytes, and may only read.
 	Ciphertext bool
 	// Denied: this client may do nothing.
 	Denied bool
