@@ -88,6 +88,7 @@ func (r *run) leave(counter func(p *Progress) *int64, key []byte, why string) {
 
 // The counters of what is left.
 func leftForeign(p *Progress) *int64       { return &p.Foreign }
+func leftPlaintext(p *Progress) *int64     { return &p.Plaintext }
 func leftUndecryptable(p *Progress) *int64 { return &p.Undecryptable }
 func leftFailed(p *Progress) *int64        { return &p.Failed }
 
@@ -102,7 +103,7 @@ func (r *run) foundWork() {
 func (r *run) pass(ctx context.Context) (again bool, err error) {
 	r.count(func(p *Progress) {
 		p.Pass++
-		p.Keys, p.Foreign, p.Undecryptable, p.Failed = 0, 0, 0, 0
+		p.Keys, p.Foreign, p.Plaintext, p.Undecryptable, p.Failed = 0, 0, 0, 0, 0
 		r.left, r.todo = r.left[:0], false
 	})
 	group, working := errgroup.WithContext(ctx)

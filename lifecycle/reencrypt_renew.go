@@ -42,6 +42,10 @@ func (r *run) renew(ctx context.Context, kv *mvccpb.KeyValue) (next *item, what 
 	return next, what, err
 }
 
+// whyPlaintext is why plaintext under a strict rule is left.
+const whyPlaintext = "it is plaintext, and the rule refuses to read plaintext (allowPlaintextReads: false): it was written past the proxies. " +
+	"Find out who wrote it; then delete it, write it again through a proxy, or encrypt it as it is with reencrypt --encrypt-plaintext"
+
 // renewBy is one attempt of renew. Its error is one that may pass.
 func (r *run) renewBy(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (*item, finding, error) {
 	plaintext, standing, err := rule.Sealer.Inspect(ctx, kv.Key, kv.Value)
@@ -55,6 +59,9 @@ func (r *run) renewBy(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (*it
 		return nil, isCurrent, nil
 	case standing == keyring.Foreign:
 		r.leave(leftForeign, kv.Key, "it was sealed by a provider that the rule does not read")
+		return nil, isLeft, nil
+	case standing == keyring.Unsealed && rule.Strict && !r.cfg.EncryptPlaintext:
+		r.leave(leftPlaintext, kv.Key, whyPlaintext)
 		return nil, isLeft, nil
 	}
 	value, err := rule.Sealer.Seal(ctx, kv.Key, plaintext)

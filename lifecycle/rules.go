@@ -24,6 +24,9 @@ type Rule struct {
 	Prefix    string
 	WriteWith string // a provider, or Plaintext
 	Sealer    Sealer
+	// Strict says that the rule refuses to read plaintext, and values of providers that it does not read (allowPlaintextReads: false). Such a value
+	// was written by someone who went past the proxies, so nothing may turn it into one that reads as genuine unless the operator says so.
+	Strict bool
 }
 
 // Plaintext is the WriteWith of a rule that does not seal.

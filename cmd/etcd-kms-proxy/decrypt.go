@@ -134,6 +134,8 @@ func (cl *cluster) decrypt(ctx context.Context, o decryptOptions, stdout, stderr
 		switch {
 		case v.Standing == string(keyring.Foreign):
 			ierr, foreign = errors.New("it is sealed by a provider that its rule does not read"), foreign+1
+		case rule != nil && rule.Strict && v.Standing == string(keyring.Unsealed):
+			ierr, foreign = errors.New("it is plaintext, which its rule refuses to read (allowPlaintextReads: false): it was written past the proxies"), foreign+1
 		case rule == nil && strings.HasPrefix(string(kv.Value), envelope.Root):
 			ierr, foreign = errors.New("it is sealed, and no rule is for its key"), foreign+1
 		}

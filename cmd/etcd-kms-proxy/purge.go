@@ -153,7 +153,7 @@ func (r *statusReport) beforePurge() error {
 		if c.Current != c.Keys {
 			return &failure{
 				code: exitFailure, err: fmt.Errorf("of %d values under %q, only %d are as the rule writes them: purging now would leave the others", c.Keys, c.Prefix, c.Current),
-				hint: "run status to see which, and reencrypt",
+				hint: c.beforePurge(),
 			}
 		}
 	}
