@@ -17,6 +17,9 @@ type Sealer interface {
 	Inspect(ctx context.Context, key, stored []byte) (plaintext []byte, standing keyring.Standing, err error)
 	// Sealed tells by its first bytes whether stored was sealed by somebody whose values the rule opens.
 	Sealed(stored []byte) bool
+	// Recheck asks for a contact with the KMS behind stored, without waiting for it, and returns what is known of that KMS so far. ok is false if the
+	// rule has none for it.
+	Recheck(stored []byte) (state keyring.State, ok bool)
 }
 
 // Rule is a rule of the configuration.

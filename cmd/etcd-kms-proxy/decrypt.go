@@ -128,6 +128,9 @@ func (cl *cluster) decrypt(ctx context.Context, o decryptOptions, stdout, stderr
 		if rule != nil {
 			var standing keyring.Standing
 			v.Value, standing, ierr = rule.Sealer.Inspect(ctx, kv.Key, kv.Value)
+			if e, ok := errors.AsType[*keyring.Error](ierr); ok && (e.Kind == keyring.Unavailable || e.Answered()) {
+				standing = lifecycle.Unavailable
+			}
 			v.Standing = string(standing)
 		}
 		// What the proxy hands on as it is stored is not open.

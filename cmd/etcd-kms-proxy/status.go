@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -77,7 +78,8 @@ type statusRule struct {
 	Plaintext     int64               `json:"plaintext"`
 	Foreign       int64               `json:"foreign"`
 	Undecryptable int64               `json:"undecryptable"`
-	Unavailable   int64               `json:"unavailable"` // could not be judged: their KMS does not answer
+	Unavailable   int64               `json:"unavailable"` // could not be judged: their KMS did not unwrap their DEK seeds
+	Refused       int64               `json:"refused"`     // of these: the KMS answered, and refused the seeds
 	Detail        lifecycle.RuleCount `json:"detail"`
 }
 
@@ -104,18 +106,24 @@ type statusKey struct {
 // status makes the report.
 func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) {
 	report := &statusReport{OK: true, Agreeing: true, Rules: []statusRule{}, KMS: []statusKMS{}, Proxies: []statusProxy{}}
-	var look lifecycle.Looker
-	if list {
-		look = func(_ *lifecycle.Rule, kv *mvccpb.KeyValue, standing keyring.Standing, err error) error {
-			if standing != keyring.Current {
-				k := statusKey{Key: string(kv.Key), Standing: standing, Revision: kv.ModRevision}
-				if err != nil {
-					k.Why = err.Error()
-				}
-				report.Keys = append(report.Keys, k)
-			}
+	refused := make(map[string]int64)
+	look := func(rule *lifecycle.Rule, kv *mvccpb.KeyValue, standing keyring.Standing, err error) error {
+		e, ok := errors.AsType[*keyring.Error](err)
+		if ok && standing == lifecycle.Unavailable && e.Answered() {
+			refused[rule.Prefix]++
+		}
+		if !list || standing == keyring.Current {
 			return nil
 		}
+		k := statusKey{Key: string(kv.Key), Standing: standing, Revision: kv.ModRevision}
+		if err != nil {
+			k.Why = err.Error()
+		}
+		if ok && standing == lifecycle.Unavailable {
+			k.Why = e.OfSeed() // of a value of the same seed, maybe
+		}
+		report.Keys = append(report.Keys, k)
+		return nil
 	}
 	counts, span, err := lifecycle.Survey(cmd.Context(), cl.etcd, cl.rules, look)
 	if err != nil {
@@ -130,7 +138,7 @@ func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) 
 		n := func(s keyring.Standing) int64 { return c.Standings[s].Keys }
 		report.Rules = append(report.Rules, statusRule{
 			Prefix: c.Prefix, WriteWith: c.WriteWith, Strict: strict[c.Prefix], Keys: c.All.Keys, Current: n(keyring.Current), Stale: n(keyring.Stale), Plaintext: n(keyring.Unsealed),
-			Foreign: n(keyring.Foreign), Undecryptable: n(keyring.Undecryptable), Unavailable: n(lifecycle.Unavailable), Detail: c,
+			Foreign: n(keyring.Foreign), Undecryptable: n(keyring.Undecryptable), Unavailable: n(lifecycle.Unavailable), Refused: refused[c.Prefix], Detail: c,
 		})
 		report.OK = report.OK && c.Done()
 	}
@@ -190,6 +198,10 @@ func (r *statusReport) text(w io.Writer) {
 	for _, c := range r.Rules {
 		if injected := c.injected(); injected != "" {
 			fmt.Fprintf(w, "%s\n\n", injected)
+		}
+		if c.Refused > 0 {
+			fmt.Fprintf(w, "%d values under %q are unavailable although their KMS answers: it does not unwrap their DEK seeds. If it is well otherwise, they are damaged or "+
+				"encrypted under a key that it does not have; status --list names them\n\n", c.Refused, c.Prefix)
 		}
 	}
 	t = tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)

@@ -110,7 +110,7 @@ func (r *Ring) rescueSeed(ctx context.Context, h *envelope.Header, spares []spar
 		return nil, r.errorf(Unavailable, context.Cause(ctx), "the caller went away before a recovery copy was unwrapped")
 	}
 	if len(spares) == 0 {
-		return nil, &Error{Kind: first.Kind, Err: first.Err, Text: first.Text + "; the value holds recovery copies, and the rule names none of their providers: " + providersIn(h)}
+		return nil, &Error{Kind: first.Kind, Err: first.Err, silent: first.silent, Text: first.Text + "; the value holds recovery copies, and the rule names none of their providers: " + providersIn(h)}
 	}
 	// What may pass counts before what needs an operator, and that before what stays: an outage of a recovery provider is no reason to take a
 	// value for lost.
@@ -127,6 +127,7 @@ func (r *Ring) rescueSeed(ctx context.Context, h *envelope.Header, spares []spar
 		}
 		lost = lost && (err.Kind == Corrupt || err.lost != nil)
 		all.Kind = min(all.Kind, err.Kind)
+		all.silent = all.silent || err.Kind == Unavailable && !err.Answered()
 		all.Text += fmt.Sprintf("; nor is there a seed from its recovery copy: %s", err.Text)
 	}
 	if lost && (first.lost != nil || first.Kind == Corrupt) && all.Kind != Corrupt {
@@ -200,7 +201,7 @@ func (r *Ring) unwrapSpare(h *envelope.Header, s spare, first *Error) (*entry, e
 	}
 	seed, err := envelope.NewSeed(h.Type, plain)
 	if err != nil {
-		return nil, s.by.errorf(Unavailable, err, "the copy under KMS key ID %q: %v", clip(s.header.KeyID), err)
+		return nil, s.by.errorf(Unavailable, &contractError{op: "Decrypt", what: err.Error()}, "the copy under KMS key ID %q: %v", clip(s.header.KeyID), err)
 	}
 	e := r.newEntry(s.digest, h, seed)
 	e.sum = sha256.Sum256(plain)
