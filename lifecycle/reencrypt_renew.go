@@ -79,7 +79,7 @@ func (r *run) renew(ctx context.Context, kv *mvccpb.KeyValue, patient bool) (f f
 }
 
 // maxSilences is how often a KMS that answers for other values may fail to answer for one before that is put aside.
-const maxSilences = 3
+const maxSilences = 2
 
 // notUnwrappedError is a DEK seed that its KMS has not unwrapped, which may pass.
 type notUnwrappedError struct{ cause *keyring.Error }
