@@ -195,3 +195,35 @@ func TestAnsweredOutage(t *testing.T) {
 	}
 	s.kms.Down(false)
 }
+
+// TestManyOfARefusedSeed: values of one refused seed, more than are put aside at a time, take a few calls of the KMS and not some for each, and good values among them are
+// rewritten.
+func TestManyOfARefusedSeed(t *testing.T) {
+	t.Parallel()
+	s, _ := newSite(t, harness.EtcdConfig{})
+	s.kms.Plain(true)
+	s.put(prefix+"m", []byte("good"), 0)
+	config := s.config("run", s.cfg)
+	s.reencrypt(config, 0)
+	damaged := rewrap(t, get(t, s.kv, prefix+"m").Value, func(o *envelope.Object) { o.Source[len(o.Source)-1] ^= 1 })
+	const many = 1500
+	for n := range many {
+		s.put(fmt.Sprintf("%sk%04d", prefix, n), damaged, 0)
+	}
+	s.kms.Rotate()
+	_, before := s.kms.Calls()
+	r, out := s.reencrypt(config, 1)
+	_, after := s.kms.Calls()
+	if r.Refused != many || r.Rewritten != 1 || r.Undecryptable != 0 || len(r.Left) != 100 {
+		t.Errorf("report: %s", out)
+	}
+	if calls := after - before; calls > 100 {
+		t.Errorf("%d calls of the KMS", calls)
+	}
+	if _, before = s.kms.Calls(); before > 0 {
+		out, code := s.Run("status", "--config", config)
+		if _, after = s.kms.Calls(); code != 1 || after-before > 100 || !strings.Contains(out, "1500 values under \"/sealed/\" are unavailable") {
+			t.Errorf("status: exit code %d, %d calls: %s", code, after-before, out)
+		}
+	}
+}
