@@ -220,7 +220,7 @@ func (r *run) awaitContact(ctx context.Context, rule *Rule, stored []byte, v set
 	wait, begun, told := newBackOff(), time.Now(), false
 	for {
 		state, ok := rule.Sealer.Recheck(stored)
-		if !ok || state.LastGood.After(v.last) {
+		if !ok || state.Revoked || state.LastGood.After(v.last) { // a revoked KMS has said so: only a recovery copy was in doubt
 			return nil
 		}
 		if time.Since(begun) >= quietWait {

@@ -115,7 +115,7 @@ func (d *doubts) well(ctx context.Context, in *doubt) bool {
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	for {
-		if state, ok := rule.Sealer.Recheck(in.value); !ok || state.LastGood.After(in.last) {
+		if state, ok := rule.Sealer.Recheck(in.value); !ok || state.Revoked || state.LastGood.After(in.last) {
 			return ok
 		}
 		select {

@@ -15,7 +15,7 @@ func (e *Error) Answered() bool {
 	case KeyUnusable, Corrupt, Plaintext, Refused:
 		return false
 	}
-	return !e.silent && answered(e.Err)
+	return !e.silent && (e.answered || answered(e.Err))
 }
 
 // OfSeed returns what is wrong in words that are true of every value of the same DEK seed: it names no etcd key.

@@ -110,11 +110,12 @@ func (r *Ring) rescueSeed(ctx context.Context, h *envelope.Header, spares []spar
 		return nil, r.errorf(Unavailable, context.Cause(ctx), "the caller went away before a recovery copy was unwrapped")
 	}
 	if len(spares) == 0 {
-		return nil, &Error{Kind: first.Kind, Err: first.Err, silent: first.silent, Text: first.Text + "; the value holds recovery copies, and the rule names none of their providers: " + providersIn(h)}
+		return nil, &Error{Kind: first.Kind, Err: first.Err, Text: first.Text + "; the value holds recovery copies, and the rule names none of their providers: " + providersIn(h)}
 	}
 	// What may pass counts before what needs an operator, and that before what stays: an outage of a recovery provider is no reason to take a
 	// value for lost.
 	all := notLost(first)
+	all.silent, all.answered = first.Kind == Unavailable && !first.Answered(), first.Answered()
 	lost := len(spares) == len(copiesIn(h)) // there is no other copy that might open it
 	for _, s := range spares {
 		e, err := r.rescueBy(ctx, h, s, first)
@@ -128,6 +129,7 @@ func (r *Ring) rescueSeed(ctx context.Context, h *envelope.Header, spares []spar
 		lost = lost && (err.Kind == Corrupt || err.lost != nil)
 		all.Kind = min(all.Kind, err.Kind)
 		all.silent = all.silent || err.Kind == Unavailable && !err.Answered()
+		all.answered = all.answered || err.Answered()
 		all.Text += fmt.Sprintf("; nor is there a seed from its recovery copy: %s", err.Text)
 	}
 	if lost && (first.lost != nil || first.Kind == Corrupt) && all.Kind != Corrupt {

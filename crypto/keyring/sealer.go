@@ -142,7 +142,7 @@ func (s *Sealer) failSeal(err *Error) *Error {
 
 // named returns err with the rule's name before its text.
 func (s *Sealer) named(err *Error) *Error {
-	return &Error{Kind: err.Kind, Text: fmt.Sprintf("rule %q: %s", s.cfg.Prefix, err.Text), Err: err.Err, silent: err.silent, seed: err.seed}
+	return &Error{Kind: err.Kind, Text: fmt.Sprintf("rule %q: %s", s.cfg.Prefix, err.Text), Err: err.Err, silent: err.silent, answered: err.answered, seed: err.seed}
 }
 
 // Open returns the value behind stored, the bytes that etcd holds under key: stored itself where the rule hands it on, otherwise new bytes
