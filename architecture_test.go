@@ -19,7 +19,7 @@ var importTable = map[string][]string{
 	"cmd":               {module, "github.com/", "go.etcd.io/", "google.golang.org/", "golang.org/x/", "k8s.io/kms/"},
 	"config":            {"go.yaml.in/yaml/v3", module + "config"},
 	"crypto/envelope":   {"google.golang.org/protobuf/encoding/protowire"},
-	"crypto/legacy":     {"golang.org/x/crypto/nacl/secretbox"},
+	"crypto/legacy":     {"golang.org/x/crypto/nacl/secretbox", "google.golang.org/protobuf/encoding/protowire"},
 	"crypto/keyring":    {module + "crypto/envelope", module + "kmsclient", "github.com/hashicorp/golang-lru/v2", "golang.org/x/sync/", "k8s.io/kms/"},
 	"kmsclient":         {module + "kmsclient", "k8s.io/kms/", "google.golang.org/grpc", "github.com/cenkalti/backoff/v5", "github.com/sony/gobreaker/v2"},
 	"kmsclient/alibaba": {module + "kmsclient", "k8s.io/kms/", "github.com/aliyun/alibaba-cloud-sdk-go/"},

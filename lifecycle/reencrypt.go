@@ -28,6 +28,9 @@ type ReencryptConfig struct {
 	Passes int
 	// DryRun counts in one pass what would be written, and writes nothing.
 	DryRun bool
+	// EncryptPlaintext encrypts plaintext under rules that are [Rule.Strict] as well. Without it such values are left: reads of them are refused, and
+	// encrypting them would turn whatever was written past the proxies into genuine values.
+	EncryptPlaintext bool
 
 	// Election is about who works, of several. None if its Key is empty, or in a dry run.
 	Election Election
@@ -52,12 +55,16 @@ type Progress struct {
 	Transactions  int64 `json:"transactions"`  // that is, revisions of etcd
 	Raced         int64 `json:"raced"`         // times that a value was written or deleted by somebody else meanwhile, and was looked at again
 	Foreign       int64 `json:"foreign"`       // left in this pass: sealed by a provider that the rule does not read
+	Plaintext     int64 `json:"plaintext"`     // left in this pass: plaintext under a rule that is strict
 	Undecryptable int64 `json:"undecryptable"` // left in this pass: they do not open
+	Refused       int64 `json:"refused"`       // left in this pass: their KMS is well, and does not unwrap their DEK seeds
 	Failed        int64 `json:"failed"`        // left in this pass: they cannot be sealed, or etcd does not take them
 }
 
 // Unfinished is how many values are not as their rules write them.
-func (p *Progress) Unfinished() int64 { return p.Foreign + p.Undecryptable + p.Failed }
+func (p *Progress) Unfinished() int64 {
+	return p.Foreign + p.Plaintext + p.Undecryptable + p.Refused + p.Failed
+}
 
 // Left is a key whose value could not be rewritten.
 type Left struct {
@@ -87,7 +94,8 @@ const (
 // compared. It passes over all keys until there is nothing left to do, and returns what it did so far even with an error, which is that of ctx if it was interrupted:
 // transactions under way are finished then.
 //
-// It waits, and says so, while etcd or a KMS is not there, while etcd has no space, and while another process does the same, and goes slower while etcd is slow.
+// A value whose DEK seed its KMS does not unwrap, for no reason that says whether it lasts, is put aside until the others are done, tried again, and
+// left if its KMS is well otherwise. It waits, and says so, while etcd or a KMS is not there, while etcd has no space, and while another process does the same, and goes slower while etcd is slow.
 func Reencrypt(ctx context.Context, c ReencryptConfig) (Result, error) {
 	r := newRun(c)
 	begun := time.Now()

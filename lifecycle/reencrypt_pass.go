@@ -26,6 +26,7 @@ type run struct {
 	span  Span
 	todo  bool // this pass found something to do
 	waits map[string]*waiting
+	aside *asideList
 }
 
 func newRun(c ReencryptConfig) *run {
@@ -34,7 +35,7 @@ func newRun(c ReencryptConfig) *run {
 			*field = standard
 		}
 	}
-	r := &run{cfg: c, waits: make(map[string]*waiting)}
+	r := &run{cfg: c, waits: make(map[string]*waiting), aside: newAsideList()}
 	r.limits.set(c.TxnKeys, c.MaxBytes)
 	r.pace = newPace(c.Rate, c.TxnKeys, func(slow bool) {
 		if slow {
@@ -88,7 +89,9 @@ func (r *run) leave(counter func(p *Progress) *int64, key []byte, why string) {
 
 // The counters of what is left.
 func leftForeign(p *Progress) *int64       { return &p.Foreign }
+func leftPlaintext(p *Progress) *int64     { return &p.Plaintext }
 func leftUndecryptable(p *Progress) *int64 { return &p.Undecryptable }
+func leftRefused(p *Progress) *int64       { return &p.Refused }
 func leftFailed(p *Progress) *int64        { return &p.Failed }
 
 // foundWork notes that there was something to do in this pass, so that another one has to prove that nothing is left.
@@ -102,7 +105,7 @@ func (r *run) foundWork() {
 func (r *run) pass(ctx context.Context) (again bool, err error) {
 	r.count(func(p *Progress) {
 		p.Pass++
-		p.Keys, p.Foreign, p.Undecryptable, p.Failed = 0, 0, 0, 0
+		p.Keys, p.Foreign, p.Plaintext, p.Undecryptable, p.Refused, p.Failed = 0, 0, 0, 0, 0, 0
 		r.left, r.todo = r.left[:0], false
 	})
 	group, working := errgroup.WithContext(ctx)
@@ -121,7 +124,9 @@ func (r *run) pass(ctx context.Context) (again bool, err error) {
 		})
 		return err
 	})
-	err = group.Wait()
+	if err = group.Wait(); err == nil {
+		err = r.settle(ctx)
+	}
 	r.tell()
 	if cause := context.Cause(ctx); cause != nil {
 		return false, cause
@@ -189,6 +194,11 @@ func (r *run) work(ctx context.Context, feed <-chan *mvccpb.KeyValue) error {
 			if err != nil {
 				return err
 			}
+			if r.aside.full() {
+				if err := r.settle(ctx); err != nil {
+					return err
+				}
+			}
 			if next == nil {
 				continue
 			}
@@ -208,15 +218,18 @@ func (r *run) work(ctx context.Context, feed <-chan *mvccpb.KeyValue) error {
 
 // first looks at a key for the first time in this pass.
 func (r *run) first(ctx context.Context, kv *mvccpb.KeyValue) (*item, error) {
-	next, what, err := r.renew(ctx, kv)
-	if err != nil || what == noRule {
+	f, err := r.renew(ctx, kv, true)
+	if err != nil || f.what == noRule {
 		return nil, err
+	}
+	if f.what == isAside {
+		r.aside.add(f.aside)
 	}
 	r.count(func(p *Progress) {
 		p.Keys++
-		if what == isCurrent && p.Pass == 1 {
+		if f.what == isCurrent && p.Pass == 1 {
 			p.Current++
 		}
 	})
-	return next, nil
+	return f.next, nil
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"time"
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
 
@@ -21,33 +22,83 @@ const (
 	noRule    finding = iota // holds for the key
 	isCurrent                // as its rule writes it
 	isLeft                   // it cannot be rewritten, which was told
+	isAside                  // its DEK seed was not unwrapped: it is put aside
 	isToWrite
 )
 
-// renew returns what to write in place of a value. It waits for a KMS that does not answer.
-func (r *run) renew(ctx context.Context, kv *mvccpb.KeyValue) (next *item, what finding, err error) {
+// found is what renew found a value to be.
+type found struct {
+	what  finding
+	next  *item    // to write, of isToWrite
+	aside setAside // of isAside
+}
+
+// renew returns what to write in place of a value. Patient, it waits for a KMS that does not answer until that answers for other values.
+func (r *run) renew(ctx context.Context, kv *mvccpb.KeyValue, patient bool) (f found, err error) {
+	seed, marker, hasSeed := seedOf(kv.Value)
+	if pending, ok := r.aside.isPending(seed); ok && patient {
+		pending.key = string(kv.Key)
+		return found{what: isAside, aside: pending}, nil
+	}
+	var first time.Time
+	silences := 0
 	err = r.patiently(ctx, waitKMS, func() (err error) {
 		// The rules of this moment: after a reload the old ones must not undo what the new ones have written.
 		rule := r.cfg.Rules().Of(kv.Key)
 		if rule == nil {
-			what = noRule
+			f.what = noRule
 			return nil
 		}
-		next, what, err = r.renewBy(ctx, rule, kv)
-		return err
+		if why, decided := r.aside.verdict(seed); decided {
+			r.leave(leftRefused, kv.Key, why)
+			f.what = isLeft
+			return nil
+		}
+		f.next, f.what, err = r.renewBy(ctx, rule, kv)
+		failed, ok := errors.AsType[*notUnwrappedError](err)
+		if !ok || !hasSeed || ctx.Err() != nil {
+			return err
+		}
+		if first.IsZero() {
+			first = time.Now()
+		}
+		silences++
+		if patient && !failed.cause.Answered() {
+			if state, _ := rule.Sealer.Recheck(kv.Value); silences < maxSilences || !state.LastGood.After(first) {
+				return err
+			}
+		}
+		f.what = isAside
+		f.aside = setAside{key: string(kv.Key), seed: seed, marker: marker, why: failed.cause.OfSeed(), first: first, last: time.Now()}
+		return nil
 	})
-	if what == isToWrite {
+	if f.what == isToWrite {
 		r.foundWork()
 	}
-	return next, what, err
+	return f, err
 }
+
+// maxSilences is how often a KMS that answers for other values may fail to answer for one before that is put aside.
+const maxSilences = 2
+
+// notUnwrappedError is a DEK seed that its KMS has not unwrapped, which may pass.
+type notUnwrappedError struct{ cause *keyring.Error }
+
+func (e *notUnwrappedError) Error() string { return e.cause.Error() }
+
+func (e *notUnwrappedError) Unwrap() error { return e.cause }
+
+// whyPlaintext is why plaintext under a strict rule is left.
+const whyPlaintext = "it is plaintext, and the rule refuses to read plaintext (allowPlaintextReads: false): it was written past the proxies. " +
+	"Find out who wrote it; then delete it, write it again through a proxy, or encrypt it as it is with reencrypt --encrypt-plaintext"
 
 // renewBy is one attempt of renew. Its error is one that may pass.
 func (r *run) renewBy(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (*item, finding, error) {
 	plaintext, standing, err := rule.Sealer.Inspect(ctx, kv.Key, kv.Value)
+	if e, ok := errors.AsType[*keyring.Error](err); ok && (e.Kind == keyring.Unavailable || e.Answered()) {
+		return nil, 0, &notUnwrappedError{e}
+	}
 	switch {
-	case unavailable(err):
-		return nil, 0, err
 	case err != nil:
 		r.leave(leftUndecryptable, kv.Key, err.Error())
 		return nil, isLeft, nil
@@ -55,6 +106,9 @@ func (r *run) renewBy(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (*it
 		return nil, isCurrent, nil
 	case standing == keyring.Foreign:
 		r.leave(leftForeign, kv.Key, "it was sealed by a provider that the rule does not read")
+		return nil, isLeft, nil
+	case standing == keyring.Unsealed && rule.Strict && !r.cfg.EncryptPlaintext:
+		r.leave(leftPlaintext, kv.Key, whyPlaintext)
 		return nil, isLeft, nil
 	}
 	value, err := rule.Sealer.Seal(ctx, kv.Key, plaintext)

@@ -194,13 +194,17 @@ func only(r *pb.RangeResponse) *mvccpb.KeyValue {
 
 // renewed goes on with an item that somebody else has written.
 func (r *run) renewed(ctx context.Context, i *item, now *mvccpb.KeyValue) error {
-	next, what, err := r.renew(ctx, now)
+	f, err := r.renew(ctx, now, true)
 	switch {
 	case err != nil:
 		return err
-	case what != isToWrite:
+	case f.what == isAside:
+		r.aside.add(f.aside)
+		return nil
+	case f.what != isToWrite:
 		return nil // that is as it is to be, or left
 	}
+	next := f.next
 	if next.attempts = i.attempts + 1; next.attempts >= maxAttempts {
 		r.leave(leftFailed, now.Key, "it is written all the time by somebody who does not seal it as the rule does")
 		return nil

@@ -163,6 +163,11 @@ func (s script) Seal(_ context.Context, _, value []byte) ([]byte, error) { retur
 // Sealed implements [Sealer].
 func (s script) Sealed([]byte) bool { return false }
 
+// Recheck implements [Sealer]: the KMS is well whenever it is asked.
+func (s script) Recheck([]byte) (keyring.State, bool) {
+	return keyring.State{Healthy: true, LastGood: time.Now()}, true
+}
+
 func (s script) Inspect(_ context.Context, _, stored []byte) ([]byte, keyring.Standing, error) {
 	return s.inspect(stored)
 }
@@ -212,11 +217,12 @@ func TestRenew(t *testing.T) {
 			rules := NewRules([]Rule{{Prefix: "/", WriteWith: "main", Sealer: test.rule}})
 			r := newRun(ReencryptConfig{Rules: func() *Rules { return rules }})
 			kv := &mvccpb.KeyValue{Key: []byte("/a"), Value: stored(t, "1", "old"), ModRevision: 7, Lease: 8}
-			next, what, err := r.renew(t.Context(), kv)
-			if err != nil || what != test.what {
-				t.Fatalf("%v, %v, want %v", what, err, test.what)
+			f, err := r.renew(t.Context(), kv, true)
+			next := f.next
+			if err != nil || f.what != test.what {
+				t.Fatalf("%v, %v, want %v", f.what, err, test.what)
 			}
-			if what == isToWrite && (next.revision != 7 || next.lease != 8 || string(next.value) == string(kv.Value)) {
+			if f.what == isToWrite && (next.revision != 7 || next.lease != 8 || string(next.value) == string(kv.Value)) {
 				t.Errorf("item %+v", next)
 			}
 			if left := r.result().Left; (test.why != "") != (len(left) == 1) || len(left) == 1 && !strings.Contains(left[0].Why, test.why) {
@@ -240,8 +246,8 @@ func TestRenewWaits(t *testing.T) {
 		rules := NewRules([]Rule{{Prefix: "/", WriteWith: "main", Sealer: rule}})
 		var told []string
 		r := newRun(ReencryptConfig{Rules: func() *Rules { return rules }, Paused: func(_, why string) { told = append(told, why) }})
-		if _, what, err := r.renew(t.Context(), &mvccpb.KeyValue{Key: []byte("/a")}); err != nil || what != isCurrent {
-			t.Errorf("%v, %v", what, err)
+		if f, err := r.renew(t.Context(), &mvccpb.KeyValue{Key: []byte("/a")}, true); err != nil || f.what != isCurrent {
+			t.Errorf("%v, %v", f.what, err)
 		}
 		if !slices.Equal(told, []string{"no answer", ""}) {
 			t.Errorf("told %q", told)
@@ -249,7 +255,7 @@ func TestRenewWaits(t *testing.T) {
 		calls = 0
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		if _, _, err := r.renew(ctx, &mvccpb.KeyValue{Key: []byte("/a")}); !errors.Is(err, context.DeadlineExceeded) {
+		if _, err := r.renew(ctx, &mvccpb.KeyValue{Key: []byte("/a")}, true); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("the end of the run: %v", err)
 		}
 	})

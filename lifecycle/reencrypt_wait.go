@@ -20,6 +20,7 @@ import (
 const (
 	waitElection = "being the one that works"
 	waitKMS      = "the KMS"
+	waitRefused  = "the KMS, which refuses some values"
 	waitRead     = "reading from etcd"
 	waitWrite    = "writing to etcd"
 	waitSlow     = "etcd is slow"

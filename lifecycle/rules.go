@@ -17,6 +17,9 @@ type Sealer interface {
 	Inspect(ctx context.Context, key, stored []byte) (plaintext []byte, standing keyring.Standing, err error)
 	// Sealed tells by its first bytes whether stored was sealed by somebody whose values the rule opens.
 	Sealed(stored []byte) bool
+	// Recheck asks for a contact with the KMS behind stored, without waiting for it, and returns what is known of that KMS so far. ok is false if the
+	// rule has none for it.
+	Recheck(stored []byte) (state keyring.State, ok bool)
 }
 
 // Rule is a rule of the configuration.
@@ -24,6 +27,9 @@ type Rule struct {
 	Prefix    string
 	WriteWith string // a provider, or Plaintext
 	Sealer    Sealer
+	// Strict says that the rule refuses to read plaintext, and values of providers that it does not read (allowPlaintextReads: false). Such a value
+	// was written by someone who went past the proxies, so nothing may turn it into one that reads as genuine unless the operator says so.
+	Strict bool
 }
 
 // Plaintext is the WriteWith of a rule that does not seal.

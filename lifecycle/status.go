@@ -6,6 +6,7 @@ import (
 	"errors"
 	"slices"
 	"strings"
+	"time"
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -14,7 +15,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 )
 
-// Unavailable is the standing of a value that would have to be opened to be judged while its KMS does not answer.
+// Unavailable is the standing of a value that would have to be opened to be judged, and whose DEK seed its KMS did not unwrap: it does not answer, or refuses
+// the seed for no reason that says whether that lasts.
 const Unavailable keyring.Standing = "unavailable"
 
 // Standings are all standings, in the order of reports.
@@ -69,7 +71,7 @@ type Looker func(rule *Rule, kv *mvccpb.KeyValue, standing keyring.Standing, err
 // Survey looks at every value under rules in etcd, at one revision, and counts them per rule. look may be nil. It takes memory for one page, and does not stop at
 // values that do not open.
 func Survey(ctx context.Context, kv clientv3.KV, rules *Rules, look Looker) ([]RuleCount, Span, error) {
-	counts := make(map[*Rule]*tally)
+	counts, memo := make(map[*Rule]*tally), newSeedMemo()
 	for i := range rules.list {
 		counts[&rules.list[i]] = newTally()
 	}
@@ -78,7 +80,7 @@ func Survey(ctx context.Context, kv clientv3.KV, rules *Rules, look Looker) ([]R
 		if rule == nil {
 			return nil
 		}
-		standing, err := inspect(ctx, rule, kv)
+		standing, err := memo.inspect(ctx, rule, kv)
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
@@ -102,8 +104,51 @@ func Survey(ctx context.Context, kv clientv3.KV, rules *Rules, look Looker) ([]R
 // inspect tells what a value is to its rule.
 func inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (keyring.Standing, error) {
 	_, standing, err := rule.Sealer.Inspect(ctx, kv.Key, kv.Value)
-	if e, ok := errors.AsType[*keyring.Error](err); ok && e.Kind == keyring.Unavailable {
+	if e, ok := errors.AsType[*keyring.Error](err); ok && (e.Kind == keyring.Unavailable || e.Answered()) {
 		standing = Unavailable
+	}
+	return standing, err
+}
+
+// seedMemo remembers for a moment which seeds were not unwrapped, so that a KMS which is slow to say so is not asked for each of their values.
+type seedMemo struct{ failed map[seedMemoKey]seedFailure }
+
+type seedMemoKey struct {
+	rule *Rule // what a recovery copy gives, another rule may not have
+	seed seedID
+}
+
+type seedFailure struct {
+	err   error
+	until time.Time
+}
+
+const (
+	seedMemoFor = time.Second
+	maxSeedMemo = 1000
+)
+
+func newSeedMemo() *seedMemo { return &seedMemo{failed: make(map[seedMemoKey]seedFailure)} }
+
+// inspect tells what a value is to its rule.
+func (m *seedMemo) inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (keyring.Standing, error) {
+	key := seedMemoKey{rule: rule}
+	if len(m.failed) > 0 {
+		key.seed, _, _ = seedOf(kv.Value)
+		if f, ok := m.failed[key]; ok && time.Now().Before(f.until) {
+			return Unavailable, f.err
+		}
+	}
+	standing, err := inspect(ctx, rule, kv)
+	if standing != Unavailable {
+		return standing, err
+	}
+	var ok bool
+	if key.seed, _, ok = seedOf(kv.Value); ok {
+		if len(m.failed) >= maxSeedMemo {
+			clear(m.failed)
+		}
+		m.failed[key] = seedFailure{err, time.Now().Add(seedMemoFor)}
 	}
 	return standing, err
 }

@@ -202,8 +202,16 @@ func (b *bypasses) found(rule *lifecycle.Rule, key string, revision int64) {
 	// The audit log has all of them; somebody who writes many does not fill the other one.
 	if quiet := b.quiet.Load(); now >= quiet && b.quiet.CompareAndSwap(quiet, now+int64(bypassQuiet.Seconds())) {
 		b.log.Error("a value was stored in plaintext under a rule that seals: somebody writes to etcd past the proxies", "rule", rule.Prefix, "key", key,
-			"revision", revision, "hint", "find out who; reencrypt seals it")
+			"revision", revision, "hint", bypassHint(rule))
 	}
+}
+
+// bypassHint says what to do about a value that was written past the proxies. What a rule does not let clients read, nothing encrypts unasked.
+func bypassHint(rule *lifecycle.Rule) string {
+	if rule.Strict {
+		return "find out who wrote it; reads of it are refused and reencrypt leaves it, since the rule has allowPlaintextReads: false; delete it, or write it again through a proxy"
+	}
+	return "find out who wrote it; reads return it as it is, and reencrypt encrypts it as it is: delete it first if it is not genuine"
 }
 
 func (b *bypasses) ready(now time.Time) proxy.Check {

@@ -96,11 +96,11 @@ func (cl *cluster) purge(cmd *cobra.Command, o purgeOptions) (*purgeReport, erro
 	}
 	r := &purgeReport{DryRun: o.dryRun, Left: []string{}, Verified: "etcd-kms-proxy verify --data-dir DIR, on each member's host while it is stopped, proves it"}
 	// Whatever is not proven to be sealed goes: compaction takes nothing that is of use.
-	unopened := int64(0)
-	judge := cl.judge(ctx, false, &unopened)
+	unopened := newDoubts(cl.rules)
+	judge := cl.judge(ctx, false, unopened)
 	readable := func(old *mvccpb.KeyValue) bool {
-		before := unopened
-		return judge(old.Key, old.Value, true) != "" || unopened > before
+		before := unopened.beyond
+		return judge(old.Key, old.Value, true) != "" || unopened.beyond > before
 	}
 	if r.History, err = lifecycle.ReadHistory(ctx, cl.etcd, cl.rules, readable); err != nil {
 		return nil, err
@@ -153,7 +153,7 @@ func (r *statusReport) beforePurge() error {
 		if c.Current != c.Keys {
 			return &failure{
 				code: exitFailure, err: fmt.Errorf("of %d values under %q, only %d are as the rule writes them: purging now would leave the others", c.Keys, c.Prefix, c.Current),
-				hint: "run status to see which, and reencrypt",
+				hint: c.beforePurge(),
 			}
 		}
 	}

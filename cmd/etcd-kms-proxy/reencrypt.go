@@ -25,6 +25,10 @@ func newReencrypt() *cobra.Command {
 decrypts, which is how encryption is switched off. It works on etcd itself, past the proxy, while the cluster runs: a concurrent write always wins, leases stay, and
 ending it at any time leaves nothing half done. Run again, it goes on.
 
+Under a rule with allowPlaintextReads: false, plaintext is left and named: reads of it are refused, since whoever wrote it went past the proxies, and encrypting it
+would make it a genuine value. --encrypt-plaintext encrypts it all the same. Look at the values first (status --list names them). Values of providers that a rule does not
+read are always left: they cannot be decrypted.
+
 Each value that is rewritten is a revision of etcd's history until that is compacted, and an event for whoever watches it; how many is said before the first
 one is written. --dry-run stops there.
 
@@ -81,6 +85,7 @@ type reencryptOptions struct {
 	workers, txnKeys, passes             int
 	rate                                 float64
 	dryRun, noWait, watch, ignoreProxies bool
+	encryptPlaintext                     bool
 	interval                             time.Duration
 }
 
@@ -92,6 +97,7 @@ func (o *reencryptOptions) flags(cmd *cobra.Command) {
 	f.IntVar(&o.txnKeys, "txn-keys", 1, "values in one transaction, at most. More than 1 is quicker, and not for kube-apiserver's etcd: its clients' watches can miss such changes")
 	f.IntVar(&o.passes, "passes", 5, "times to look at all keys, at most, until nothing is left to do")
 	f.BoolVar(&o.dryRun, "dry-run", false, "say what would be rewritten, and what it costs; write nothing")
+	f.BoolVar(&o.encryptPlaintext, "encrypt-plaintext", false, "encrypt plaintext under rules with allowPlaintextReads: false as well, which makes whatever was written there past the proxies a genuine value")
 	f.BoolVar(&o.noWait, "no-wait", false, "fail if another reencrypt is at work")
 	f.BoolVar(&o.watch, "watch", false, "go on, and re-encrypt after each rotation, until a signal")
 	f.DurationVar(&o.interval, "interval", time.Hour, "with --watch, the time between two runs for which there is no other reason")
@@ -107,6 +113,8 @@ func (o *reencryptOptions) check() error {
 		text = "--rate is at least 0"
 	case o.watch && (o.dryRun || o.noWait):
 		text = "--watch goes with neither --dry-run nor --no-wait"
+	case o.watch && o.encryptPlaintext:
+		text = "--watch does not go with --encrypt-plaintext: it would encrypt whatever anyone writes past the proxies, again and again"
 	case o.interval < time.Second:
 		text = "--interval is at least 1s"
 	default:
@@ -130,14 +138,18 @@ func (j *reencryption) engine() lifecycle.ReencryptConfig {
 	o := j.options
 	c := lifecycle.ReencryptConfig{
 		Client: j.etcd, Rules: func() *lifecycle.Rules { return j.rules }, Prefix: o.prefix, Workers: o.workers, Rate: o.rate, TxnKeys: o.txnKeys,
-		MaxBytes: j.config.Etcd.MaxRequestBytes, Passes: o.passes, Paused: j.view.paused, Progress: j.view.progress,
+		MaxBytes: j.config.Etcd.MaxRequestBytes, Passes: o.passes, EncryptPlaintext: o.encryptPlaintext, Paused: j.view.paused, Progress: j.view.progress,
 		Election: lifecycle.Election{
 			Client: j.etcd, Key: j.config.Coordination.Prefix + "reencrypt", Self: thisProcess(), NoWait: o.noWait,
 			Waiting: func(holder string) { j.view.say("waiting: another reencrypt is at work (%s)", holder) },
 		},
 		Begin: func() error {
 			j.begun = true
-			return j.record("begun", "", j.planned)
+			reason := ""
+			if o.encryptPlaintext {
+				reason = "with --encrypt-plaintext"
+			}
+			return j.record("begun", reason, j.planned)
 		},
 	}
 	if j.config.Coordination.Enabled && !o.ignoreProxies {

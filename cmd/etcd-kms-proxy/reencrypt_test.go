@@ -15,7 +15,7 @@ import (
 func TestReencryptUsage(t *testing.T) {
 	t.Parallel()
 	for _, args := range []string{
-		"--workers 0", "--txn-keys 0", "--passes 0", "--rate -1", "--watch --dry-run", "--watch --no-wait", "--watch --interval 1ms", "--output yaml", "key",
+		"--workers 0", "--txn-keys 0", "--passes 0", "--rate -1", "--watch --dry-run", "--watch --no-wait", "--watch --interval 1ms", "--watch --encrypt-plaintext", "--output yaml", "key",
 	} {
 		var out, errs strings.Builder
 		if code := run(append([]string{"reencrypt", "--config", "/does/not/exist"}, strings.Fields(args)...), &out, &errs); code != exitUsage || !strings.HasPrefix(errs.String(), "error: ") {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -22,7 +23,10 @@ func newStatus() *cobra.Command {
 with now, how many under another one, and how many are plaintext or do not open. It also tells which proxies serve this etcd, and whether they have the rules of
 this configuration. It changes nothing.
 
-Exit code 1 says that not all is current (see reencrypt), that a KMS does not answer, or that a proxy has other rules.`,
+What is stale or plaintext, reencrypt rewrites; but plaintext under a rule with allowPlaintextReads: false was written past the proxies, is refused to clients, and is left
+by reencrypt: find out who wrote it.
+
+Exit code 1 says that not all is current, that a KMS does not answer, or that a proxy has other rules.`,
 		Args: cobra.NoArgs,
 	}
 	path, out := configFlag(cmd), outputFlag(cmd)
@@ -67,13 +71,15 @@ type statusReport struct {
 type statusRule struct {
 	Prefix        string              `json:"prefix"`
 	WriteWith     string              `json:"writeWith"`
+	Strict        bool                `json:"strict"` // allowPlaintextReads: false
 	Keys          int64               `json:"keys"`
 	Current       int64               `json:"current"`
 	Stale         int64               `json:"stale"`
 	Plaintext     int64               `json:"plaintext"`
 	Foreign       int64               `json:"foreign"`
 	Undecryptable int64               `json:"undecryptable"`
-	Unavailable   int64               `json:"unavailable"` // could not be judged: their KMS does not answer
+	Unavailable   int64               `json:"unavailable"` // could not be judged: their KMS did not unwrap their DEK seeds
+	Refused       int64               `json:"refused"`     // of these: the KMS answered, and refused the seeds
 	Detail        lifecycle.RuleCount `json:"detail"`
 }
 
@@ -100,29 +106,39 @@ type statusKey struct {
 // status makes the report.
 func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) {
 	report := &statusReport{OK: true, Agreeing: true, Rules: []statusRule{}, KMS: []statusKMS{}, Proxies: []statusProxy{}}
-	var look lifecycle.Looker
-	if list {
-		look = func(_ *lifecycle.Rule, kv *mvccpb.KeyValue, standing keyring.Standing, err error) error {
-			if standing != keyring.Current {
-				k := statusKey{Key: string(kv.Key), Standing: standing, Revision: kv.ModRevision}
-				if err != nil {
-					k.Why = err.Error()
-				}
-				report.Keys = append(report.Keys, k)
-			}
+	refused := make(map[string]int64)
+	look := func(rule *lifecycle.Rule, kv *mvccpb.KeyValue, standing keyring.Standing, err error) error {
+		e, ok := errors.AsType[*keyring.Error](err)
+		if ok && standing == lifecycle.Unavailable && e.Answered() {
+			refused[rule.Prefix]++
+		}
+		if !list || standing == keyring.Current {
 			return nil
 		}
+		k := statusKey{Key: string(kv.Key), Standing: standing, Revision: kv.ModRevision}
+		if err != nil {
+			k.Why = err.Error()
+		}
+		if ok && standing == lifecycle.Unavailable {
+			k.Why = e.OfSeed() // of a value of the same seed, maybe
+		}
+		report.Keys = append(report.Keys, k)
+		return nil
 	}
 	counts, span, err := lifecycle.Survey(cmd.Context(), cl.etcd, cl.rules, look)
 	if err != nil {
 		return nil, err
 	}
 	report.Revisions = span
+	strict := make(map[string]bool)
+	for _, rule := range cl.rules.All() {
+		strict[rule.Prefix] = rule.Strict
+	}
 	for _, c := range counts {
 		n := func(s keyring.Standing) int64 { return c.Standings[s].Keys }
 		report.Rules = append(report.Rules, statusRule{
-			Prefix: c.Prefix, WriteWith: c.WriteWith, Keys: c.All.Keys, Current: n(keyring.Current), Stale: n(keyring.Stale), Plaintext: n(keyring.Unsealed),
-			Foreign: n(keyring.Foreign), Undecryptable: n(keyring.Undecryptable), Unavailable: n(lifecycle.Unavailable), Detail: c,
+			Prefix: c.Prefix, WriteWith: c.WriteWith, Strict: strict[c.Prefix], Keys: c.All.Keys, Current: n(keyring.Current), Stale: n(keyring.Stale), Plaintext: n(keyring.Unsealed),
+			Foreign: n(keyring.Foreign), Undecryptable: n(keyring.Undecryptable), Unavailable: n(lifecycle.Unavailable), Refused: refused[c.Prefix], Detail: c,
 		})
 		report.OK = report.OK && c.Done()
 	}
@@ -179,6 +195,15 @@ func (r *statusReport) text(w io.Writer) {
 		_ = t.Flush()
 		fmt.Fprintln(w)
 	}
+	for _, c := range r.Rules {
+		if injected := c.injected(); injected != "" {
+			fmt.Fprintf(w, "%s\n\n", injected)
+		}
+		if c.Refused > 0 {
+			fmt.Fprintf(w, "%d values under %q are unavailable although their KMS answers: it does not unwrap their DEK seeds. If it is well otherwise, they are damaged or "+
+				"encrypted under a key that it does not have; status --list names them\n\n", c.Refused, c.Prefix)
+		}
+	}
 	t = tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(t, "KMS\tSTATE\tCURRENT KEY ID")
 	for _, k := range r.KMS {
@@ -211,6 +236,23 @@ func (r *statusReport) text(w io.Writer) {
 	if r.Revisions.First != r.Revisions.Last {
 		fmt.Fprintf(w, "\netcd was compacted meanwhile: keys were counted at revisions %d to %d\n", r.Revisions.First, r.Revisions.Last)
 	}
+}
+
+// injected says what to do about values that the rule refuses to read, and "" if there are none.
+func (r *statusRule) injected() string {
+	if !r.Strict || r.Plaintext+r.Foreign == 0 {
+		return ""
+	}
+	return fmt.Sprintf("%d values under %q are plaintext and %d of providers that the rule does not read: they were written past the proxies, clients are refused them "+
+		"(allowPlaintextReads: false), and reencrypt leaves them. Find out who wrote them, then delete them or write them again through a proxy", r.Plaintext, r.Prefix, r.Foreign)
+}
+
+// beforePurge is the hint for a rule with values that are not as it writes them.
+func (r *statusRule) beforePurge() string {
+	if injected := r.injected(); injected != "" {
+		return injected + "; status --list names them"
+	}
+	return "run status to see which, and reencrypt"
 }
 
 func because(why string) string {

@@ -33,7 +33,8 @@ present value, and the history back to the last compaction. With --snapshot or -
 pages and other remains, the write-ahead log, and all other bytes.
 
 It knows plaintext by its key, by the shape of Kubernetes' objects, and by the --canary strings that you have put into values. A value that begins like a sealed one has
-to open, or with --offline to be well-formed. It changes nothing, and prints no value. Exit code 1 says that something was found, and 3 that nothing was, where not
+to open, or with --offline to be well-formed. It changes nothing, and prints no value. A value whose DEK seed its KMS refuses, while it
+unwraps those of others, is a finding too. Exit code 1 says that something was found, and 3 that nothing was, where not
 everything could be looked at.`,
 		Args: cobra.NoArgs,
 	}
@@ -69,7 +70,7 @@ everything could be looked at.`,
 			return err
 		}
 		defer cl.close()
-		report := &verifyReport{Files: []disk.File{}, Findings: []disk.Finding{}}
+		report := &verifyReport{Files: []disk.File{}, Findings: []disk.Finding{}, doubts: newDoubts(cl.rules)}
 		if files == "" {
 			err = cl.verifyEtcd(ctx, report)
 		} else {
@@ -81,8 +82,9 @@ everything could be looked at.`,
 		if err != nil {
 			return err
 		}
+		report.decide(ctx)
 		if report.Unopened > 0 {
-			report.Unseen = append(report.Unseen, fmt.Sprintf("whether %d values that are well-formed open: their KMS does not answer; status says which", report.Unopened))
+			report.Unseen = append(report.Unseen, fmt.Sprintf("whether %d values that are well-formed open: their KMS does not answer, or answers for no value", report.Unopened))
 		}
 		report.OK = report.Count == 0 && report.Unopened == 0 && report.Damaged == 0
 		if err := out.write(cmd.OutOrStdout(), report, func(w io.Writer) { report.text(w, o.all) }); err != nil {
@@ -107,9 +109,9 @@ type verifyOptions struct {
 	offline, all                          bool
 }
 
-// judge tells why a value should not be readable: it is not sealed, or only looks so. What does not open may be anything in an envelope's clothes. unopened counts
-// what no KMS could be asked about.
-func (cl *cluster) judge(ctx context.Context, offline bool, unopened *int64) func(key, value []byte, whole bool) string {
+// judge tells why a value should not be readable: it is not sealed, or only looks so. What does not open may be anything in an envelope's clothes. What its KMS did not
+// unwrap is for doubts to decide.
+func (cl *cluster) judge(ctx context.Context, offline bool, doubts *doubts) func(key, value []byte, whole bool) string {
 	return func(key, value []byte, whole bool) string {
 		rule := cl.rules.Of(key)
 		if rule == nil || rule.WriteWith == lifecycle.Plaintext {
@@ -136,10 +138,13 @@ func (cl *cluster) judge(ctx context.Context, offline bool, unopened *int64) fun
 		e, ok := errors.AsType[*keyring.Error](err)
 		switch {
 		case err == nil:
+			return doubts.inspected(key, value, nil)
+		case ctx.Err() != nil:
 			return ""
-		case !ok || e.Kind == keyring.Unavailable:
-			*unopened++
-			return ""
+		case !ok:
+			return "it begins like a sealed value, and does not open"
+		case e.Kind == keyring.Unavailable, e.Answered():
+			return doubts.inspected(key, value, e)
 		}
 		return "it begins like a sealed value, and does not open: " + e.Text
 	}
@@ -147,7 +152,7 @@ func (cl *cluster) judge(ctx context.Context, offline bool, unopened *int64) fun
 
 // verifyEtcd looks at the present values, and at the history.
 func (cl *cluster) verifyEtcd(ctx context.Context, r *verifyReport) error {
-	judge := cl.judge(ctx, false, &r.Unopened)
+	judge := cl.judge(ctx, false, r.doubts)
 	span, err := lifecycle.Scan(ctx, cl.etcd, cl.rules.Prefixes(), 0, func(kv *mvccpb.KeyValue) error {
 		if cl.rules.Of(kv.Key) == nil {
 			return nil
@@ -189,7 +194,7 @@ func (cl *cluster) verifyFiles(ctx context.Context, o verifyOptions, r *verifyRe
 	if err != nil {
 		return err
 	}
-	c := disk.Config{Judge: cl.judge(ctx, o.offline, &r.Unopened), Kinds: o.kinds, Found: r.found}
+	c := disk.Config{Judge: cl.judge(ctx, o.offline, r.doubts), Kinds: o.kinds, Found: r.found}
 	for _, rule := range cl.rules.All() {
 		if rule.WriteWith != lifecycle.Plaintext {
 			c.Prefixes = append(c.Prefixes, rule.Prefix)

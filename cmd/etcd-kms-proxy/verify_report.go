@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"strings"
@@ -19,6 +20,10 @@ type verifyReport struct {
 	Unopened int64          `json:"unopened"` // values that look sealed, and whose KMS does not answer
 	Findings []disk.Finding `json:"list"`     // the first maxFindings
 	Unseen   []string       `json:"notLookedAt"`
+	// Unsure is the first of the values that are counted in Unopened.
+	Unsure []disk.Finding `json:"unopenedList,omitempty"`
+
+	doubts *doubts
 }
 
 const (
@@ -27,10 +32,28 @@ const (
 )
 
 func (r *verifyReport) found(f disk.Finding) {
+	if r.doubts.take(f) {
+		return
+	}
 	r.Count++
 	if len(r.Findings) < maxFindings {
 		r.Findings = append(r.Findings, f)
 	}
+}
+
+// decide makes findings, or values that are counted as not decrypted, of what is in doubt.
+func (r *verifyReport) decide(ctx context.Context) {
+	r.doubts.decide(ctx, func(f disk.Finding, n int64) {
+		r.Count += n
+		if len(r.Findings) < maxFindings {
+			r.Findings = append(r.Findings, f)
+		}
+	}, func(f disk.Finding, n int64) {
+		r.Unopened += n
+		if len(r.Unsure) < maxUnopened {
+			r.Unsure = append(r.Unsure, f)
+		}
+	})
 }
 
 // looked takes up what a file was. alone is of the only one, which has to hold values for its report to mean anything.
@@ -48,6 +71,9 @@ func (r *verifyReport) looked(f disk.File, alone bool) {
 
 // text prints the report for people.
 func (r *verifyReport) text(w io.Writer, all bool) {
+	for _, f := range r.Unsure {
+		fmt.Fprintf(w, "%s: %s %q was not decrypted: %s\n", f.File, f.Place, f.Key, f.Why)
+	}
 	shown := make(map[string]int)
 	for _, f := range r.Findings {
 		shown[f.File]++

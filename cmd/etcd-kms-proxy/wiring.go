@@ -243,7 +243,7 @@ func (a *app) newRules(rules []config.Rule) (*ruleSet, error) {
 			return nil, fmt.Errorf("rules[%d]: %w", i, err)
 		}
 		set.prefixes, set.sealers = append(set.prefixes, r.Prefix), append(set.sealers, s)
-		onEtcd = append(onEtcd, lifecycle.Rule{Prefix: r.Prefix, WriteWith: r.WriteWith, Sealer: s})
+		onEtcd = append(onEtcd, lifecycle.Rule{Prefix: r.Prefix, WriteWith: r.WriteWith, Sealer: s, Strict: !r.AllowPlaintextReads})
 	}
 	set.lifecycle = lifecycle.NewRules(onEtcd, a.ownPrefixes...)
 	return set, nil

@@ -52,6 +52,10 @@ type Error struct {
 
 	// lost is the ring of a value that will not open later either, although it is not Corrupt: its key is not there any more, nor is a copy.
 	lost *Ring
+	// Of a seed with recovery copies, silent says that a KMS which could still give it did not answer, and answered that one did. See [Error.Answered].
+	silent, answered bool
+	// seed is Text without the etcd key: what is true of every value of the same DEK seed. "" if that is Text.
+	seed string
 }
 
 // Error implements error.

@@ -121,6 +121,46 @@ func TestLegacyReaders(t *testing.T) {
 	})
 }
 
+// TestLegacyOneAnswer: whatever is wrong with a value of a known key, the client reads the same text and the metrics count the same outcome: what differed would tell
+// who can write to etcd how far a forged value came.
+func TestLegacyOneAnswer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newRing(t, newKMS(t, "ack"), nil).start(t)
+		for _, v := range legacyValues(t) {
+			marker := len("k8s:enc:" + string(v.Type) + ":v1:key1:")
+			payload := func(change func(b []byte) []byte) []byte {
+				return append(bytes.Clone(v.Stored[:marker]), change(bytes.Clone(v.Stored[marker:]))...)
+			}
+			moved := []byte("/registry/secrets/default/another")
+			texts := make(map[string]string)
+			for what, c := range map[string]struct{ key, stored []byte }{
+				"nothing":         {v.EtcdKey, v.Stored[:marker]},
+				"cut":             {v.EtcdKey, v.Stored[:len(v.Stored)-1]},
+				"a block is gone": {v.EtcdKey, v.Stored[:len(v.Stored)-16]},
+				"bad padding":     {v.EtcdKey, payload(func(b []byte) []byte { b[len(b)-17] ^= 0x80; return b })},
+				"no object":       {v.EtcdKey, payload(func(b []byte) []byte { b[0] ^= 1; return b })},
+				"noise":           {v.EtcdKey, payload(func(b []byte) []byte { rand.Read(b); return b })},
+				"moved":           {moved, v.Stored},
+			} {
+				obs := &events{}
+				s, err := NewSealer(SealerConfig{Prefix: "/r/", Write: g.Ring, Legacy: []LegacyReader{v.reader(t, "key1", v.Secret, "keys.yaml")}, Observer: obs})
+				if err != nil {
+					t.Fatal(err)
+				}
+				_, err = s.Open(context.Background(), c.key, bytes.Clone(c.stored))
+				wantKind(t, err, Corrupt)
+				if obs.get("opened /r/ corrupt") != 1 || len(obs.counts) != 1 {
+					t.Errorf("%s, %s: counted %v", v.Name, what, obs.counts)
+				}
+				texts[strings.ReplaceAll(err.Error(), string(c.key), "KEY")] = what
+			}
+			if len(texts) != 1 {
+				t.Errorf("%s: the texts differ: %v", v.Name, texts)
+			}
+		}
+	})
+}
+
 // TestLegacyWritingPlaintext: a rule that switches encryption off reads the values, takes them for stale, and does not let clients write what would be read
 // as one.
 func TestLegacyWritingPlaintext(t *testing.T) {

@@ -45,7 +45,7 @@ func (r *Ring) knownAbsent(d digest) *Error {
 
 // notLost returns err without the mark.
 func notLost(err *Error) *Error {
-	return &Error{Kind: err.Kind, Text: err.Text, Err: err.Err}
+	return &Error{Kind: err.Kind, Text: err.Text, Err: err.Err, silent: err.silent, answered: err.answered}
 }
 
 // noteLost says, loudly, that a value was handed on as stored because its key is gone.

@@ -115,6 +115,7 @@ func (r *Ring) rescueSeed(ctx context.Context, h *envelope.Header, spares []spar
 	// What may pass counts before what needs an operator, and that before what stays: an outage of a recovery provider is no reason to take a
 	// value for lost.
 	all := notLost(first)
+	all.silent, all.answered = first.Kind == Unavailable && !first.Answered(), first.Answered()
 	lost := len(spares) == len(copiesIn(h)) // there is no other copy that might open it
 	for _, s := range spares {
 		e, err := r.rescueBy(ctx, h, s, first)
@@ -127,6 +128,8 @@ func (r *Ring) rescueSeed(ctx context.Context, h *envelope.Header, spares []spar
 		}
 		lost = lost && (err.Kind == Corrupt || err.lost != nil)
 		all.Kind = min(all.Kind, err.Kind)
+		all.silent = all.silent || err.Kind == Unavailable && !err.Answered()
+		all.answered = all.answered || err.Answered()
 		all.Text += fmt.Sprintf("; nor is there a seed from its recovery copy: %s", err.Text)
 	}
 	if lost && (first.lost != nil || first.Kind == Corrupt) && all.Kind != Corrupt {
@@ -200,7 +203,7 @@ func (r *Ring) unwrapSpare(h *envelope.Header, s spare, first *Error) (*entry, e
 	}
 	seed, err := envelope.NewSeed(h.Type, plain)
 	if err != nil {
-		return nil, s.by.errorf(Unavailable, err, "the copy under KMS key ID %q: %v", clip(s.header.KeyID), err)
+		return nil, s.by.errorf(Unavailable, &contractError{op: "Decrypt", what: err.Error()}, "the copy under KMS key ID %q: %v", clip(s.header.KeyID), err)
 	}
 	e := r.newEntry(s.digest, h, seed)
 	e.sum = sha256.Sum256(plain)

@@ -142,7 +142,7 @@ func (s *Sealer) failSeal(err *Error) *Error {
 
 // named returns err with the rule's name before its text.
 func (s *Sealer) named(err *Error) *Error {
-	return &Error{Kind: err.Kind, Text: fmt.Sprintf("rule %q: %s", s.cfg.Prefix, err.Text), Err: err.Err}
+	return &Error{Kind: err.Kind, Text: fmt.Sprintf("rule %q: %s", s.cfg.Prefix, err.Text), Err: err.Err, silent: err.silent, answered: err.answered, seed: err.seed}
 }
 
 // Open returns the value behind stored, the bytes that etcd holds under key: stored itself where the rule hands it on, otherwise new bytes
@@ -189,7 +189,13 @@ func (s *Sealer) open(ctx context.Context, key, stored []byte, inPlace bool) ([]
 		if r := s.ring(provider); r != nil {
 			plaintext, e, err := r.open(ctx, key, object, inPlace, s.helpers)
 			if err != nil {
-				if err.Kind == Corrupt { // a copy: callers that waited for one unwrap share its error
+				switch { // a copy: callers that waited for one unwrap share its error
+				case err.Answered():
+					named := *err
+					named.seed = err.Text
+					named.Text = fmt.Sprintf("the stored value of etcd key %q was not decrypted: %s", clip(key), err.Text)
+					err = &named
+				case err.Kind == Corrupt:
 					err = &Error{Kind: Corrupt, Err: err.Err, Text: fmt.Sprintf("the stored value of etcd key %q is corrupt: %s", clip(key), err.Text)}
 				}
 				return nil, e, "", err

@@ -183,7 +183,7 @@ func (r *Ring) unwrap(d digest, h *envelope.Header) (*entry, error) {
 	}
 	seed, err := envelope.NewSeed(h.Type, plain)
 	if err != nil { // of a length that nobody wraps: the answer is at fault, and not the value
-		return nil, r.errorf(Unavailable, err, "the seed under KMS key ID %q: %v", clip(h.KeyID), err)
+		return nil, r.errorf(Unavailable, &contractError{op: "Decrypt", what: err.Error()}, "the seed under KMS key ID %q: %v", clip(h.KeyID), err)
 	}
 	e := r.newEntry(d, h, seed)
 	e.sum = sha256.Sum256(plain)

@@ -1,16 +1,14 @@
 package legacy
 
 import (
-	"bytes"
 	"crypto/aes"
 	"crypto/cipher"
 	"crypto/subtle"
-	"unicode/utf8"
 )
 
 func cbcOpener(block cipher.Block) opener {
-	return func(_, payload []byte) ([]byte, bool) {
-		// An IV and at least one block: an empty value is a block of padding.
+	return func(etcdKey, payload []byte) ([]byte, bool) {
+		// An IV and at least one block.
 		if len(payload) < 2*aes.BlockSize || len(payload)%aes.BlockSize != 0 {
 			return nil, false
 		}
@@ -18,7 +16,7 @@ func cbcOpener(block cipher.Block) opener {
 		cipher.NewCBCDecrypter(block, payload[:aes.BlockSize]).CryptBlocks(out, payload[aes.BlockSize:])
 		size, ok := unpad(out)
 		// Both are looked at in any case, so that time tells little of which one failed.
-		if looks := isObject(out[:size]); !looks || !ok {
+		if o, isObject := parseObject(out[:size]); !isObject || !ok || !o.fits(etcdKey) {
 			clear(out)
 			return nil, false
 		}
@@ -37,12 +35,4 @@ func unpad(out []byte) (size int, ok bool) {
 		good &= same | beyond
 	}
 	return len(out) - subtle.ConstantTimeSelect(good, n, aes.BlockSize), good == 1
-}
-
-// isObject reports whether b could be what kube-apiserver stores: protobuf behind its own mark, CBOR behind its tag, or text, which JSON and YAML are.
-func isObject(b []byte) bool {
-	if bytes.HasPrefix(b, []byte("k8s\x00")) || bytes.HasPrefix(b, []byte{0xd9, 0xd9, 0xf7}) {
-		return true
-	}
-	return utf8.Valid(b) && !bytes.ContainsFunc(b, func(r rune) bool { return r < ' ' && r != '\t' && r != '\n' && r != '\r' })
 }

@@ -11,7 +11,7 @@
 //	aesgcm     nonce[12] | AES-GCM ciphertext | tag[16], with the etcd key as additional data
 //	secretbox  nonce[24] | Poly1305 tag[16] | XSalsa20 ciphertext
 //
-// Only aesgcm binds a value to its etcd key. aescbc has no integrity at all: see [Reader.Open].
+// Only aesgcm binds a value to its etcd key. secretbox does not, and aescbc has no integrity at all: see [Reader.Open] for what is checked instead.
 package legacy
 
 import (
@@ -133,9 +133,14 @@ var errCorrupt = errors.New("it does not open with that key: it was altered, cut
 //
 // A value may fit several keys, as names may hold colons; they are tried in order, as kube-apiserver does.
 //
-// aescbc cannot tell a value that was altered, or opened with a wrong key, from a good one: one in 256 has good padding by chance. So what it
-// opens must also look like what kube-apiserver writes: a serialized object in protobuf, JSON, YAML or CBOR. Otherwise a wrong key would turn
-// such values into noise that is then sealed again as if it were theirs. Whoever can write to etcd can still alter objects within those bounds.
+// aescbc cannot tell a value that was altered, or opened with a wrong key, from a good one: one in 256 has good padding by chance. So all of what it
+// opens must be an object as kube-apiserver stores it, in protobuf, JSON or CBOR, read strictly from its first byte to its last. Otherwise a wrong key would
+// turn values into noise that is then encrypted again as if it were theirs, and whoever can write to etcd could learn values by altering them and
+// looking which ones open (a padding oracle): as it is, several bytes beside the padding have to be right at once. Within these bounds objects can still be altered: bits of
+// a block can be flipped at the price of garbling the one before.
+//
+// aescbc and secretbox do not bind a value to its etcd key. An object that has a name must stand under a key that ends with its namespace and name, so that one that
+// was moved is refused; that an older one was put back under the same key, or moved to that of an object of another resource with the same name, cannot be seen.
 func (r *Reader) Open(etcdKey, stored []byte) (plaintext []byte, known bool, err error) {
 	rest, ok := bytes.CutPrefix(stored, []byte(r.Marker()))
 	if !ok {
@@ -171,14 +176,18 @@ func quote(name []byte) string {
 }
 
 func secretboxOpener(k [32]byte) opener {
-	return func(_, payload []byte) ([]byte, bool) {
+	return func(etcdKey, payload []byte) ([]byte, bool) {
 		const nonceSize = 24
 		if len(payload) < nonceSize+secretbox.Overhead {
 			return nil, false
 		}
 		nonce := [nonceSize]byte(payload[:nonceSize])
 		box := payload[nonceSize:]
-		return secretbox.Open(make([]byte, 0, len(box)-secretbox.Overhead), box, &nonce, &k)
+		plaintext, ok := secretbox.Open(make([]byte, 0, len(box)-secretbox.Overhead), box, &nonce, &k)
+		if o, isObject := parseObject(plaintext); ok && isObject && !o.fits(etcdKey) {
+			return nil, false
+		}
+		return plaintext, ok
 	}
 }
 

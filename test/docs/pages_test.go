@@ -219,8 +219,8 @@ func TestFromKubernetes(t *testing.T) {
 	key := []byte("the key of the API server itself")
 	s.means("/etc/kubernetes/", s.env.Dir+"/")
 	s.env.File("encryption.yaml", []byte(strings.Replace(s.yaml(1), "secret: …", "secret: "+base64.StdEncoding.EncodeToString(key), 1)))
-	for n, at := range []string{"/registry/secrets/default/db1", "/registry/secrets/default/db2", "/registry/secrets/default/db3", "/registry/configmaps/default/root-ca"} {
-		s.put(at, aescbc(t, key, "key1", fmt.Sprintf("{\"kind\":\"Secret\",\"number\":%d}", n)))
+	for _, at := range []string{"/registry/secrets/default/db1", "/registry/secrets/default/db2", "/registry/secrets/default/db3", "/registry/configmaps/default/root-ca"} {
+		s.put(at, aescbc(t, key, "key1", fmt.Sprintf(`{"apiVersion":"v1","kind":"Secret","metadata":{"name":%q,"namespace":"default"}}`, filepath.Base(at))))
 	}
 	s.config = filepath.Join(s.env.Dir, "config.yaml")
 	s.run(1)

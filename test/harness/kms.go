@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -32,6 +33,11 @@ type KMS struct {
 	encrypts int
 	decrypts int
 	disabled bool
+	plain    bool                // see Plain
+	down     bool                // see Down
+	grudge   time.Duration       // see Grudge
+	grudging time.Time           // until then Status says err
+	hanging  map[string]struct{} // see Hang
 }
 
 // NewKMS makes a plugin with one key version; it does not serve before [KMS.Start].
@@ -90,12 +96,67 @@ func (k *KMS) Disable(disabled bool) {
 	k.disabled = disabled
 }
 
+// Plain has every failure of a call answered with the code Unknown and no reason, as most public plugins answer for all of them.
+func (k *KMS) Plain(plain bool) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.plain = plain
+}
+
+// Down has every call fail as behind a plugin whose own KMS is out of reach, or not any more: the plugin answers, with the code Unknown.
+func (k *KMS) Down(down bool) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.down = down
+}
+
+// Grudge has Status report a fault for so long after each Decrypt that failed, as the plugin of AWS does.
+func (k *KMS) Grudge(d time.Duration) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.grudge = d
+}
+
+// Hang has no Decrypt of a wrapped seed answered in time.
+func (k *KMS) Hang(source []byte) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.hanging == nil {
+		k.hanging = make(map[string]struct{})
+	}
+	k.hanging[string(source)] = struct{}{}
+}
+
+func (k *KMS) hangs(source []byte) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	_, ok := k.hanging[string(source)]
+	return ok
+}
+
+// plainly is how a plugin of that kind answers a failed call.
+func (k *KMS) plainly(err error) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if err == nil {
+		return nil
+	}
+	k.grudging = time.Now().Add(k.grudge)
+	if k.plain {
+		return status.Error(codes.Unknown, "failed to decrypt")
+	}
+	return err
+}
+
 // usable returns what a call of a disabled key gets.
 func (k *KMS) usable() error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.disabled {
 		return status.Error(codes.FailedPrecondition, "the key is disabled")
+	}
+	if k.down {
+		return status.Error(codes.Unknown, "the KMS is out of reach")
 	}
 	return nil
 }
@@ -124,6 +185,12 @@ func (k *KMS) Status(context.Context, *kmsapi.StatusRequest) (*kmsapi.StatusResp
 	if err := k.usable(); err != nil {
 		return nil, err
 	}
+	k.mu.Lock()
+	grudging := time.Now().Before(k.grudging)
+	k.mu.Unlock()
+	if grudging {
+		return &kmsapi.StatusResponse{Version: "v2", Healthz: "err", KeyId: k.KeyID()}, nil
+	}
 	return &kmsapi.StatusResponse{Version: "v2", Healthz: "ok", KeyId: k.KeyID()}, nil
 }
 
@@ -151,7 +218,16 @@ func (k *KMS) Encrypt(_ context.Context, request *kmsapi.EncryptRequest) (*kmsap
 }
 
 // Decrypt implements KMS v2.
-func (k *KMS) Decrypt(_ context.Context, request *kmsapi.DecryptRequest) (*kmsapi.DecryptResponse, error) {
+func (k *KMS) Decrypt(ctx context.Context, request *kmsapi.DecryptRequest) (*kmsapi.DecryptResponse, error) {
+	if k.hangs(request.Ciphertext) {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
+	r, err := k.decrypt(request)
+	return r, k.plainly(err)
+}
+
+func (k *KMS) decrypt(request *kmsapi.DecryptRequest) (*kmsapi.DecryptResponse, error) {
 	k.mu.Lock()
 	k.decrypts++
 	k.mu.Unlock()

@@ -68,6 +68,13 @@ type (
 		Local        *LocalKMS  `json:"local,omitempty"`
 		Plugin       *PluginKMS `json:"plugin,omitempty"`
 		Alibaba      *Alibaba   `json:"alibaba,omitempty"`
+
+		Kubernetes *KubernetesKeys `json:"kubernetes,omitempty"`
+	}
+	// KubernetesKeys are keys of one of kube-apiserver's own providers, for reading.
+	KubernetesKeys struct {
+		Type    string `json:"type"`
+		KeyFile string `json:"keyFile"`
 	}
 	// Alibaba is a key of Alibaba Cloud KMS.
 	Alibaba struct {

@@ -9,7 +9,6 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
-	"strings"
 	"testing"
 
 	"k8s.io/apiserver/pkg/storage/value"
@@ -64,12 +63,12 @@ func makeLegacyVectors(t *testing.T) []legacyVector {
 			secret := make([]byte, size)
 			rand.Read(secret)
 			for _, c := range []struct{ name, key, etcdKey, value string }{
-				{"secret", "key1", "/registry/secrets/default/s1", "k8s\x00\n\x0c\n\x02v1\x12\x06Secret\x12\x05bytes\xff"},
-				{"json", "key:1", "/registry/example.com/widgets/ns/w", `{"apiVersion":"example.com/v1","kind":"Widget","text":"ü"}` + "\n"},
-				{"cbor", "schlüssel", "/registry/example.com/widgets/ns/w", "\xd9\xd9\xf7\xa2JapiVersion\x00"},
-				{"empty", "k", "/registry/configmaps/default/c", ""},
-				{"a whole block", "k", "/registry/configmaps/default/c", "0123456789abcdef"},
-				{"2 KiB", "key1", "/a\x00\xff", "k8s\x00" + strings.Repeat("\x00\x01\xfe\xff", 512)},
+				{"secret", "key1", "/registry/secrets/default/s1", storedSecret(t, "default", "s1", []byte("bytes\xff"))},
+				{"json", "key:1", "/registry/example.com/widgets/ns/w", storedWidget(t, false)},
+				{"cbor", "schlüssel", "/registry/example.com/widgets/ns/w", storedWidget(t, true)},
+				{"whole blocks", "k", "/registry/secrets/default/s2", wholeBlocks(t, "default", "s2")},
+				{"no name", "k", "/registry/ranges/serviceips", storedSecret(t, "", "", []byte("r"))},
+				{"2 KiB", "key1", "/a\x00\xff/ns/s3", storedSecret(t, "ns", "s3", bytes.Repeat([]byte("\x00\x01\xfe\xff"), 512))},
 			} {
 				v := legacyVector{Name: string(typ) + ", " + c.name, Type: typ, KeyName: c.key, Secret: secret, EtcdKey: []byte(c.etcdKey), Plaintext: []byte(c.value)}
 				var err error

@@ -1,0 +1,119 @@
+package keyring
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
+)
+
+// TestAnswered tells which failures say something of one seed and which of the KMS, with and without a recovery copy.
+func TestAnswered(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		unknown := &kmsclient.Error{Op: "Decrypt", Answered: true, Code: "Unknown"}
+		silent, invalid := kmsError("Decrypt", kmsclient.ClassUnavailable), kmsError("Decrypt", kmsclient.ClassInvalid)
+		contract, denied, gone := kmsError("Decrypt", kmsclient.ClassContract), kmsError("Decrypt", kmsclient.ClassDenied), goneError("Decrypt")
+		for i, c := range []struct {
+			ack, dr error
+			alone   bool // without a recovery copy
+			want    bool
+		}{
+			{ack: unknown, alone: true, want: true},
+			{ack: contract, alone: true, want: true},
+			{ack: silent, alone: true},
+			{ack: invalid, alone: true}, // says what is wrong
+			{ack: denied, alone: true},
+			{ack: gone, alone: true},
+			{ack: errors.New("of an unknown shape"), alone: true},
+			{ack: unknown, dr: unknown, want: true},
+			{ack: unknown, dr: invalid, want: true},
+			{ack: unknown, dr: silent}, // which may still open it
+			{ack: silent, dr: unknown},
+			{ack: invalid, dr: unknown, want: true},
+			{ack: gone, dr: unknown, want: true},
+			{ack: invalid, dr: silent},
+			{ack: gone, dr: silent},
+		} {
+			ack, dr := newKMS(t, "ack"), newKMS(t, "dr")
+			stored := newSite(t, ack, dr, false, nil).start(t).ack.mustSeal(t, "/s/k", "v")
+			if c.alone {
+				stored = ack.sealed(t, "/s/k", "v")
+			}
+			s := newSite(t, ack, dr, false, nil).start(t)
+			s.sealer = rule(t, SealerConfig{Write: s.ack.Ring, Recovery: []*Ring{s.dr.Ring}})
+			ack.set(func() { ack.opErr["Decrypt"] = c.ack })
+			dr.set(func() { dr.opErr["Decrypt"] = c.dr })
+			_, err := openBy(s.sealer, "/s/k", stored)
+			e, ok := errors.AsType[*Error](err)
+			if !ok || e.Answered() != c.want {
+				t.Errorf("%d: answered is not %v: %v", i, c.want, err)
+			}
+			if ok && c.want && (!strings.Contains(e.Text, `"/s/k"`) || strings.Contains(e.OfSeed(), "/s/k")) {
+				t.Errorf("%d: the text names no key, or that of the seed does: %s; %s", i, e.Text, e.OfSeed())
+			}
+			s.stop()
+		}
+	})
+}
+
+// TestAnsweredCopyOpens: where a seed is refused, its recovery copy opens the value.
+func TestAnsweredCopyOpens(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ack, dr := newKMS(t, "ack"), newKMS(t, "dr")
+		stored := newSite(t, ack, dr, false, nil).start(t).ack.mustSeal(t, "k", "v")
+		s := newSite(t, ack, dr, false, nil).start(t)
+		s.sealer = rule(t, SealerConfig{Write: s.ack.Ring, Recovery: []*Ring{s.dr.Ring}})
+		ack.set(func() { ack.opErr["Decrypt"] = &kmsclient.Error{Op: "Decrypt", Answered: true, Code: "Unknown"} })
+		if got, err := openBy(s.sealer, "k", stored); err != nil || got != "v" {
+			t.Errorf("%q, %v", got, err)
+		}
+	})
+}
+
+// TestWrongLength: a KMS that unwraps a seed to something of another length has answered.
+func TestWrongLength(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		kms := newKMS(t, "ack")
+		g := newRing(t, kms, nil)
+		stored := kms.sealed(t, "k", "v")
+		g.start(t)
+		g.mustSeal(t, "other", "v")
+		kms.set(func() { kms.result = func(b []byte) []byte { return b[:len(b)-2] } })
+		_, err := g.open("k", stored)
+		wantKind(t, err, Unavailable)
+		if e, _ := errors.AsType[*Error](err); !e.Answered() {
+			t.Errorf("not answered: %v", err)
+		}
+	})
+}
+
+// TestRecheck: it has the KMS of a value contacted at once, and tells when that has happened; of a value of no provider it knows nothing.
+func TestRecheck(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newRing(t, newKMS(t, "ack"), nil).start(t)
+		stored := g.mustSeal(t, "k", "v")
+		time.Sleep(5 * time.Second)
+		asked := time.Now()
+		if st, ok := g.sealer.Recheck(stored); !ok || st.LastGood.After(asked) {
+			t.Errorf("%+v, %v", st, ok)
+		}
+		time.Sleep(2 * time.Second) // of a poll interval of a minute
+		if st, ok := g.sealer.Recheck(stored); !ok || st.LastGood.Before(asked) || !st.Healthy {
+			t.Errorf("%+v, %v", st, ok)
+		}
+		for _, none := range [][]byte{nil, []byte("plain"), bytes.Replace(stored, []byte(":ack:"), []byte(":other:"), 1), []byte(envelope.Root)} {
+			if _, ok := g.sealer.Recheck(none); ok {
+				t.Errorf("%q has a KMS", none)
+			}
+		}
+		if _, err := g.sealer.Open(context.Background(), []byte("k"), stored); err != nil {
+			t.Error(err)
+		}
+	})
+}
