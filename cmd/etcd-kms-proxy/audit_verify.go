@@ -73,33 +73,33 @@ func printAuditReport(w io.Writer, r *audit.Report) {
 			if where != "" {
 				where += ": "
 			}
-			fmt.Fprintf(w, "  %s%s: %s\n", where, f.Kind, f.Text)
+			printf(w, "  %s%s: %s\n", where, f.Kind, f.Text)
 		}
 	}
 	if r.OK {
-		fmt.Fprintln(w, "ok")
+		printf(w, "ok\n")
 	} else {
-		fmt.Fprintf(w, "%d finding(s)\n", len(r.Findings)+r.More)
+		printf(w, "%d finding(s)\n", len(r.Findings)+r.More)
 	}
 	lines(r.Findings)
 	if r.More > 0 {
-		fmt.Fprintf(w, "  and %d more\n", r.More)
+		printf(w, "  and %d more\n", r.More)
 	}
 	if len(r.Notes) > 0 {
-		fmt.Fprintln(w, "notes")
+		printf(w, "notes\n")
 		lines(r.Notes)
 	}
 	chain := "without a key: whoever may write it can write it anew"
 	if r.Keyed {
 		chain = "keyed"
 	}
-	fmt.Fprintf(w, "records    %d, from %d to %d, in %d file(s)\n", r.Records, r.FirstSeq, r.LastSeq, len(r.Files))
-	fmt.Fprintf(w, "chain      %s\n", chain)
+	printf(w, "records    %d, from %d to %d, in %d file(s)\n", r.Records, r.FirstSeq, r.LastSeq, len(r.Files))
+	printf(w, "chain      %s\n", chain)
 	if r.Since != nil {
-		fmt.Fprintf(w, "expected   there, with %d record(s) after it\n", *r.Since)
+		printf(w, "expected   there, with %d record(s) after it\n", *r.Since)
 	}
 	if r.Lost > 0 {
-		fmt.Fprintf(w, "lost       %d record(s) could not be written\n", r.Lost)
+		printf(w, "lost       %d record(s) could not be written\n", r.Lost)
 	}
-	fmt.Fprintf(w, "last hash  %s\n", r.LastHash)
+	printf(w, "last hash  %s\n", r.LastHash)
 }

@@ -2,7 +2,6 @@ package main
 
 import (
 	"errors"
-	"fmt"
 	"io"
 
 	"github.com/spf13/cobra"
@@ -38,9 +37,9 @@ type configProblem struct {
 
 // print writes it for people.
 func (p configProblem) print(w io.Writer, kind, file string) {
-	fmt.Fprintf(w, "%s: %s: %s\n", kind, file, config.Problem(p))
+	printf(w, "%s: %s: %s\n", kind, file, config.Problem(p))
 	if p.Hint != "" {
-		fmt.Fprintf(w, "hint: %s\n", p.Hint)
+		printf(w, "hint: %s\n", p.Hint)
 	}
 }
 

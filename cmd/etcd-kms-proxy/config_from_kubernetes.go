@@ -84,12 +84,12 @@ func (f *fromKubernetes) run(stdout, stderr io.Writer) error {
 		return err
 	}
 	for _, n := range result.Notes {
-		fmt.Fprintf(stderr, "warning: %s\n", n)
+		printf(stderr, "warning: %s\n", n)
 	}
 	switch {
 	case result.Unfinished == "":
 	case f.writeWith != "":
-		fmt.Fprintf(stderr, "warning: KMS provider %q is a placeholder: put its backend in\n", result.Unfinished)
+		printf(stderr, "warning: KMS provider %q is a placeholder: put its backend in\n", result.Unfinished)
 	default:
 		return &failure{code: exitFindings, err: fmt.Errorf("KMS provider %q, which new values are to be sealed with, is a placeholder", result.Unfinished),
 			hint: "put its backend in under kms; its name stands in every value, and --write-with chooses another"}

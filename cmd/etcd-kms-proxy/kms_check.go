@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -206,31 +207,31 @@ func (r providerReport) text(w io.Writer) {
 	if !r.OK {
 		verdict = "FAILED"
 	}
-	fmt.Fprintf(w, "%s (%s): %s\n", r.Name, r.Backend, verdict)
+	printf(w, "%s (%s): %s\n", quoted(r.Name), r.Backend, verdict)
 	if r.KeyID != "" {
-		fmt.Fprintf(w, "  key ID      %s\n", r.KeyID)
+		printf(w, "  key ID      %s\n", quoted(r.KeyID))
 	}
 	if r.OK && r.KeyID != "" && len(r.Tried) == 0 {
-		fmt.Fprintf(w, "  tried       its state only: the rules read with it, and write nothing\n")
+		printf(w, "  tried       its state only: the rules read with it, and write nothing\n")
 	}
 	if r.RoundTripMS > 0 {
-		fmt.Fprintf(w, "  round trip  %.1f ms\n", r.RoundTripMS)
+		printf(w, "  round trip  %.1f ms\n", r.RoundTripMS)
 	}
 	if k := r.Key; k != nil {
 		protection := "off: the key can be scheduled for deletion"
 		if k.DeletionProtection {
 			protection = "on"
 		}
-		fmt.Fprintf(w, "  key state   %s\n  rotation    %s\n  deletion protection  %s\n", k.State, orNone(k.AutomaticRotation), protection)
+		printf(w, "  key state   %s\n  rotation    %s\n  deletion protection  %s\n", k.State, orNone(k.AutomaticRotation), protection)
 	}
 	if r.CredentialsExpire != nil {
-		fmt.Fprintf(w, "  credentials expire   %s, and are refreshed before\n", r.CredentialsExpire.Format(time.RFC3339))
+		printf(w, "  credentials expire   %s, and are refreshed before\n", r.CredentialsExpire.Format(time.RFC3339))
 	}
 	for _, f := range r.Findings {
-		fmt.Fprintf(w, "  - %s\n", f)
+		printf(w, "  - %s\n", f)
 	}
 	for _, f := range r.Warnings {
-		fmt.Fprintf(w, "  - warning: %s\n", f)
+		printf(w, "  - warning: %s\n", f)
 	}
 }
 
@@ -239,4 +240,15 @@ func orNone(s string) string {
 		return "none"
 	}
 	return s
+}
+
+// nameOrNone is [quoted] for a name that may be missing. One that is called none is told from that by its quotes.
+func nameOrNone(name string) string {
+	switch name {
+	case "":
+		return "none"
+	case "none":
+		return strconv.Quote(name)
+	}
+	return quoted(name)
 }

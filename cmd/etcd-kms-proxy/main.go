@@ -114,9 +114,9 @@ func (f *failure) print(w io.Writer) {
 	if f.err == nil {
 		return
 	}
-	fmt.Fprintf(w, "error: %v\n", f.err)
+	printf(w, "error: %v\n", f.err)
 	if f.hint != "" {
-		fmt.Fprintf(w, "hint: %s\n", f.hint)
+		printf(w, "hint: %s\n", f.hint)
 	}
 }
 

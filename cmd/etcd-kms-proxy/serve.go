@@ -247,7 +247,7 @@ func newLogger(w io.Writer, format string, level slog.Leveler) *slog.Logger {
 	if format == "text" {
 		return slog.New(slog.NewTextHandler(w, options))
 	}
-	return slog.New(slog.NewJSONHandler(w, options))
+	return slog.New(slog.NewJSONHandler(jsonText{w}, options))
 }
 
 // warnOf logs what may be meant, and is mostly not.
