@@ -26,7 +26,7 @@ func newAuditVerify() *cobra.Command {
 		Use:   "verify FILE...",
 		Short: "find what was altered in an audit log",
 		Long: `verify checks the chain of an audit log and names each line that was altered, inserted, repeated or moved, and where lines are missing. The files of
-one log may be given in any order, as audit.jsonl* for example: they are put in the order of their first records. It exits with 1 if it found something.
+one log may be given in any order, as audit.jsonl* for example: they are put in the order of their first records.
 
 A log of which the end was removed is a shorter log, and a log without a key can be written anew by whoever may write it. verify prints the last hash: keep it
 elsewhere, and a later check with --expect-last finds whether the log still holds that record. Records may follow it.

@@ -48,7 +48,7 @@ func newConfigCheck() *cobra.Command {
 		Use:   "check",
 		Short: "report every problem of a configuration file",
 		Long: `check reads a configuration file and every file that it names, and reports all problems at once, each with its path, its line and what to do.
-It connects to nothing. It says nothing of a file that is all right, and exits with 1 if there is a problem. A warning is no problem.`,
+It connects to nothing, and prints nothing about a file without problems and warnings.`,
 		Args: cobra.NoArgs,
 	}
 	path, out := configFlag(cmd), outputFlag(cmd)

@@ -52,8 +52,10 @@ func newKMSCheck() *cobra.Command {
 		Short: "try every configured KMS: key state, permissions, a round trip",
 		Long: `check asks every configured KMS for its key's state and tries what the rules need of it: a key that is written with makes a seed and unwraps it
 again, one that is named in recovery wraps a key and unwraps it again, and of one that is only read with, the state is all that can be asked. It
-touches neither etcd nor a running proxy. It exits with 1 if a KMS cannot do what the proxy needs, and if there is something to warn of: a key that will be
-deleted or expire, that is not protected from deletion or not rotated, or that no recovery key stands beside.
+touches neither etcd nor a running proxy.
+
+It warns of a key that will be deleted or expire, that is not protected from deletion or not rotated, or for which no recovery key is configured. Warnings do not
+change the exit code, so that monitoring can tell a key that works from one that does not; with --strict they do.
 
 With --policy it checks nothing, and prints the least that the callers of all keys of Alibaba Cloud KMS need, as a RAM policy in JSON. It connects to the
 KMS only where the configuration names a key by an alias.`,
@@ -61,6 +63,7 @@ KMS only where the configuration names a key by an alias.`,
 	}
 	path, out := configFlag(cmd), outputFlag(cmd)
 	timeout := cmd.Flags().Duration("timeout", 30*time.Second, "how long one KMS may take")
+	strict := cmd.Flags().Bool("strict", false, "exit with 1 if there is a warning, too")
 	policy := cmd.Flags().Bool("policy", false, "print the RAM policy that Alibaba Cloud KMS needs, and check nothing")
 	cmd.RunE = fails(func(cmd *cobra.Command, _ []string) error {
 		if *timeout <= 0 {
@@ -89,7 +92,7 @@ KMS only where the configuration names a key by an alias.`,
 		all.Wait()
 		ok := true
 		for _, r := range reports {
-			ok = ok && r.OK && len(r.Warnings) == 0
+			ok = ok && r.OK && (!*strict || len(r.Warnings) == 0)
 		}
 		err = out.write(cmd.OutOrStdout(), map[string]any{"ok": ok, "kms": reports}, func(w io.Writer) {
 			for _, r := range reports {

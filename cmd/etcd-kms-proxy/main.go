@@ -17,13 +17,6 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 )
 
-// The exit codes, as --help tells them.
-const (
-	exitFindings = 1 // a check found something
-	exitUsage    = 2 // the command line is wrong
-	exitFailure  = 3 // the command could not do its work
-)
-
 const defaultConfig = "/etc/etcd-kms-proxy/config.yaml"
 
 func main() {
@@ -43,6 +36,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 	if completion, _, err := root.Find([]string{"completion"}); err == nil {
 		completion.Args, completion.RunE = cobra.NoArgs, needsCommand
 	}
+	documentExitCodes(root)
 	cmd, err := root.ExecuteC()
 	if err == nil {
 		return 0
@@ -72,13 +66,7 @@ func newRoot() *cobra.Command {
 		Use:   "etcd-kms-proxy COMMAND",
 		Short: "a transparent encrypting proxy before etcd, with keys from a KMS",
 		Long: `etcd-kms-proxy sits between etcd's clients and etcd. It seals the values of chosen keys under a key management service (KMS), in the format
-of Kubernetes' KMS v2, and passes everything else untouched.
-
-Exit codes:
-  0  all is well
-  1  a check found something
-  2  the command line is wrong
-  3  the command could not do its work`,
+of Kubernetes' KMS v2, and passes everything else untouched.`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args:          cobra.NoArgs,

@@ -20,9 +20,7 @@ func newStatus() *cobra.Command {
 		Short: "how the values in etcd stand to the rules",
 		Long: `status reads every value under the rules from etcd itself, past the proxy, and counts per rule how many are sealed under the key that the rule writes
 with now, how many under another one, and how many are plaintext or do not open. It also tells which proxies serve this etcd, and whether they have the rules of
-this configuration. It changes nothing.
-
-Exit code 1 says that not all is current (see reencrypt), that a KMS does not answer, or that a proxy has other rules.`,
+this configuration. It changes nothing.`,
 		Args: cobra.NoArgs,
 	}
 	path, out := configFlag(cmd), outputFlag(cmd)
