@@ -192,7 +192,7 @@ type Audit struct {
 	MaxSizeMiB int `yaml:"maxSizeMiB" default:"100"`
 	// MaxFiles is how many files are kept, with the one in use. The oldest is removed.
 	MaxFiles int `yaml:"maxFiles" default:"10"`
-	// KeyFile holds a key of 32 to 4,096 random bytes, mode `0600`, which makes the hashes HMACs: who does not have it cannot rewrite the log. All bytes of the
+	// KeyFile holds a key of 32 to 4,096 random bytes, with the owner and mode of kms[].local.keyFile, which makes the hashes HMACs: who does not have it cannot rewrite the log. All bytes of the
 	// file count. It is read at the start. A log cannot change its key: move it and its older files away.
 	KeyFile string `yaml:"keyFile" file:"true"`
 	// Required refuses to seal and to open values, to call a KMS, and to reload, while the log cannot be written, with Unavailable. Keys outside the rules are

@@ -244,6 +244,11 @@ func TestNewLocalKey(t *testing.T) {
 	if info, err := os.Stat(key); err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("after: %v, %v; want 0600", info, err)
 	}
+	// What an interrupted one has left is in the way, and is said to be.
+	if err := os.WriteFile(key+".new", nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	execute(t, "kms", "new-local-key", key).want(t, 3, "error: "+key+".new exists\n", "hint: another new-local-key is running, or one was interrupted", "remove "+key+".new\n")
 	execute(t, "kms", "new-local-key", d.path("no/such/folder/key.yaml")).want(t, 3, "error: create key file: ")
 }
 

@@ -94,7 +94,7 @@ func TestBadFiles(t *testing.T) {
 		mode       fs.FileMode
 	}{
 		"readable by all":   {"keys: [{id: a, secret: " + ok + "}]", "chmod 600", 0o644},
-		"readable by group": {"keys: [{id: a, secret: " + ok + "}]", "chmod 600", 0o640},
+		"writable by group": {"keys: [{id: a, secret: " + ok + "}]", "chmod 600", 0o660},
 		"empty":             {"", "not of the form", 0o600},
 		"no keys":           {"keys: []", "no keys", 0o600},
 		"unknown field":     {"keys: []\nmore: " + canary, "not of the form", 0o600},
@@ -108,7 +108,7 @@ func TestBadFiles(t *testing.T) {
 		"not YAML":          {canary + ": [", "not of the form", 0o600},
 	} {
 		path := filepath.Join(t.TempDir(), "key.yaml")
-		if err := os.WriteFile(path, []byte(c.text), c.mode); err != nil {
+		if err := errors.Join(os.WriteFile(path, []byte(c.text), 0o600), os.Chmod(path, c.mode)); err != nil { // whatever the umask is
 			t.Fatal(err)
 		}
 		_, err := New(Config{KeyFile: path})
@@ -129,6 +129,9 @@ func TestAddVersionThroughLink(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := os.Symlink("key.yaml", link); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(path, 0o400); err != nil {
 		t.Fatal(err)
 	}
 	const other = 12345
@@ -152,7 +155,7 @@ func TestAddVersionThroughLink(t *testing.T) {
 		t.Errorf("status: %v, %v", s, err)
 	}
 	info, err := os.Stat(path)
-	if err != nil || info.Mode().Perm() != 0o600 {
+	if err != nil || info.Mode().Perm() != 0o400 {
 		t.Errorf("mode %v, %v", info.Mode(), err)
 	}
 	if owner := info.Sys().(*syscall.Stat_t).Uid; asRoot && owner != other {
