@@ -120,8 +120,9 @@ type EtcdTLS struct {
 
 // Rule says what happens to the values of the keys below a prefix.
 type Rule struct {
-	// Prefix is what the keys begin with, e.g. `/registry/secrets/`. `""` is every key. Two rules may not have the same one.
-	Prefix string `yaml:"prefix" required:"present"`
+	// Prefix is what the keys begin with, e.g. `/registry/secrets/`. `""` is every key. Two rules may not have the same one. Bytes that are not UTF-8 are written in base64
+	// behind YAML's tag `!!binary`: `prefix: !!binary /0E=` is the byte FF and an A. `"\xff"` is the character U+00FF instead, of the bytes C3 BF.
+	Prefix string `yaml:"prefix" required:"present" binary:"true"`
 	// WriteWith is the name of the KMS provider that new values are sealed with, or `plaintext`.
 	WriteWith string `yaml:"writeWith" required:"true"`
 	// ReadWith are further providers whose values open, beside the one of writeWith. Providers of kind kubernetes can stand here only.

@@ -88,7 +88,7 @@ type AlibabaCredentials struct {
 
 // Plugin is the socket of a Kubernetes KMS v2 plugin.
 type Plugin struct {
-	// Endpoint is `unix:///path`. The plugin need not be there yet when the proxy starts.
+	// Endpoint is `unix:///path`, or `unix:///@name` for an abstract socket. The plugin need not be there yet when the proxy starts.
 	Endpoint string `yaml:"endpoint" required:"true"`
 	// Timeout bounds one call.
 	Timeout time.Duration `yaml:"timeout" default:"3s"`

@@ -103,8 +103,16 @@ func Parse(data []byte, form Form) ([]Key, error) {
 	if err := decoder.Decode(&file); err != nil {
 		return nil, fmt.Errorf("not of the form `keys: [{%s: \"1\", secret: <base64 of %s bytes>}, …]`: no other fields, none twice", form.ID, form.sizes())
 	}
-	if err := decoder.Decode(new(yaml.Node)); !errors.Is(err, io.EOF) {
-		return nil, errors.New("more than one YAML document")
+	for {
+		var next yaml.Node
+		err := decoder.Decode(&next)
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		// A trailing "---" begins an empty document.
+		if err != nil || len(next.Content) != 1 || next.Content[0].Kind != yaml.ScalarNode || next.Content[0].Value != "" || next.Content[0].Style != 0 {
+			return nil, errors.New("more than one YAML document")
+		}
 	}
 	if len(file.Keys) == 0 {
 		return nil, errors.New("it has no keys; " + form.Empty)

@@ -116,6 +116,13 @@ func TestBadFiles(t *testing.T) {
 			t.Errorf("%s: got %v, want %q", name, err, c.want)
 		}
 	}
+	trailing := filepath.Join(t.TempDir(), "key.yaml")
+	if err := os.WriteFile(trailing, []byte("---\nkeys: [{id: a, secret: "+ok+"}]\n---\n# an empty document\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := New(Config{KeyFile: trailing}); err != nil {
+		t.Errorf("a trailing document: %v", err)
+	}
 	if _, err := New(Config{KeyFile: filepath.Join(t.TempDir(), "gone")}); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("a missing file: %v", err)
 	}
