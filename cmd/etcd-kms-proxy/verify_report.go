@@ -37,6 +37,9 @@ func (r *verifyReport) looked(f disk.File, alone bool) {
 	if alone && f.Kind == "other" && !f.Damaged {
 		f.Notes, f.Damaged = append(f.Notes, "it is neither a database nor a write-ahead log: its bytes were searched alone"), true
 	}
+	if alone && f.Kind != "other" && f.Kind != "database" && f.Kind != "log" && !f.Damaged {
+		f.Notes, f.Damaged = append(f.Notes, "decompress it, and look at that"), true
+	}
 	r.Values += f.Values
 	r.Files = append(r.Files, f)
 	if f.Damaged {
