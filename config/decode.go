@@ -2,6 +2,7 @@ package config
 
 import (
 	"bytes"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
@@ -13,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"go.yaml.in/yaml/v3"
 )
@@ -21,10 +23,11 @@ import (
 // goes on, and remembers the line of every field for the checks that follow.
 //
 // Struct tags: yaml is the field's name. default is its value when absent, written as in YAML. required "true" is neither absent nor
-// empty, "present" is not absent. file "true" names a file, which must be readable.
+// empty, "present" is not absent. file "true" names a file, which must be readable. binary "true" may also have the tag !!binary and be base64.
 type decoder struct {
 	dir      string                            // that relative file names count from
 	read     func(path string) ([]byte, error) // reads files that are named
+	data     []byte                            // the file
 	lines    map[string]int                    // line of each path that is present; "" is the file
 	bad      map[string]bool                   // paths that a problem was reported for
 	problems Problems
@@ -63,22 +66,23 @@ var yamlLine = regexp.MustCompile(`^yaml: (?:line (\d+): )?`)
 
 // document decodes data into c. It reports false if there is nothing that further checks could look at.
 func (d *decoder) document(data []byte, c *Config) bool {
+	d.data = data
 	dec := yaml.NewDecoder(bytes.NewReader(data))
-	var doc, second yaml.Node
+	var doc yaml.Node
 	err := dec.Decode(&doc)
 	if errors.Is(err, io.EOF) || err == nil && len(doc.Content) == 0 {
 		d.report("", `begin with "apiVersion: `+APIVersion+`" and "kind: `+Kind+`"; docs/configuration.md has an example`, "the file is empty")
 		return false
 	}
 	if err == nil {
-		err = dec.Decode(&second)
-		if err == nil {
-			d.lines[""] = second.Line
+		var line int
+		if line, err = SecondDocument(dec); line > 0 {
+			d.lines[""] = line
 			d.report("", "keep one document in the file", "a second document begins here")
 			return false
 		}
 	}
-	if !errors.Is(err, io.EOF) && err != nil {
+	if err != nil {
 		text := err.Error()
 		if m := yamlLine.FindStringSubmatch(text); m != nil {
 			if n, err := strconv.Atoi(m[1]); err == nil {
@@ -97,6 +101,25 @@ func (d *decoder) document(data []byte, c *Config) bool {
 	}
 	d.value(root, reflect.ValueOf(c).Elem(), "", "")
 	return true
+}
+
+// SecondDocument reads what follows the first document of a YAML file. It returns the line on which another document with content begins, and 0 if there is none: a
+// trailing "---", with or without comments, begins an empty one.
+func SecondDocument(dec *yaml.Decoder) (line int, err error) {
+	for {
+		var next yaml.Node
+		switch err := dec.Decode(&next); {
+		case errors.Is(err, io.EOF):
+			return 0, nil
+		case err != nil:
+			return 0, err
+		}
+		for _, root := range next.Content {
+			if root.Kind != yaml.ScalarNode || root.Value != "" || root.Style != 0 {
+				return next.Line, nil
+			}
+		}
+	}
 }
 
 // value decodes n into v. tag is the tag of the field that v is, or holds v in a list.
@@ -134,13 +157,25 @@ func (d *decoder) value(n *yaml.Node, v reflect.Value, path string, tag reflect.
 			d.report(path, "", "is %s, not %s", kindOf(n), typeName(v.Type()))
 			return
 		}
-		if err := setScalar(v, n.Value, n.ShortTag()); err != nil {
+		value, kind := n.Value, n.ShortTag()
+		if tag.Get("binary") != "" && kind == "!!binary" {
+			b, err := base64.StdEncoding.DecodeString(strings.Join(strings.Fields(value), ""))
+			if err != nil {
+				d.report(path, "", "has the tag !!binary and is not base64")
+				return
+			}
+			value, kind = string(b), "!!str"
+		}
+		if err := setScalar(v, value, kind); err != nil {
 			hint := ""
 			if v.Kind() == reflect.String {
 				hint = "put it in quotes"
 			}
 			d.report(path, hint, "%v", err)
 			return
+		}
+		if tag.Get("binary") != "" {
+			d.escapedBytes(n, path)
 		}
 		if tag.Get("file") != "" && v.String() != "" {
 			if !filepath.IsAbs(v.String()) {
@@ -149,6 +184,40 @@ func (d *decoder) value(n *yaml.Node, v reflect.Value, path string, tag reflect.
 			if _, err := d.read(v.String()); err != nil {
 				d.report(path, "check the name and that the user the proxy runs as may read it", "%s", fileError(err))
 			}
+		}
+	}
+}
+
+// escapedBytes warns of a string that was written with escapes such as "\xff": YAML takes them for the characters of those numbers, which are two bytes each in UTF-8.
+func (d *decoder) escapedBytes(n *yaml.Node, path string) {
+	if n.Style&yaml.DoubleQuotedStyle == 0 {
+		return
+	}
+	lines := bytes.SplitAfter(d.data, []byte{'\n'})
+	if n.Line > len(lines) || n.Column > len(lines[n.Line-1]) {
+		return
+	}
+	source := bytes.Join(lines[n.Line-1:], nil)[n.Column-1:]
+	for i := 1; i+3 < len(source) && source[i] != '"'; i++ {
+		if source[i] != '\\' {
+			continue
+		}
+		i++
+		if source[i] != 'x' {
+			continue
+		}
+		if b, err := strconv.ParseUint(string(source[i+1:i+3]), 16, 8); err == nil && b >= 0x80 {
+			meant := make([]byte, 0, len(n.Value))
+			for _, r := range n.Value {
+				if r >= 0x80 && r <= 0xff {
+					meant = append(meant, byte(r))
+				} else {
+					meant = utf8.AppendRune(meant, r)
+				}
+			}
+			d.warn(path, "to mean the byte, write "+path[strings.LastIndexByte(path, '.')+1:]+": !!binary "+base64.StdEncoding.EncodeToString(meant),
+				"\\x%02x is the character U+%04X to YAML, of the bytes % X in UTF-8, and not the byte %02X", b, b, []byte(string(rune(b))), b)
+			return
 		}
 	}
 }

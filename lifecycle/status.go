@@ -13,6 +13,7 @@ import (
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/legacy"
 )
 
 // Unavailable is the standing of a value that would have to be opened to be judged, and whose DEK seed its KMS did not unwrap: it does not answer, or refuses
@@ -73,7 +74,7 @@ type Looker func(rule *Rule, kv *mvccpb.KeyValue, standing keyring.Standing, err
 func Survey(ctx context.Context, kv clientv3.KV, rules *Rules, look Looker) ([]RuleCount, Span, error) {
 	counts, memo := make(map[*Rule]*tally), newSeedMemo()
 	for i := range rules.list {
-		counts[&rules.list[i]] = newTally()
+		counts[&rules.list[i]] = newTally(rules.list[i].KeyNames)
 	}
 	span, err := Scan(ctx, kv, rules.Prefixes(), 0, func(kv *mvccpb.KeyValue) error {
 		rule := rules.Of(kv.Key)
@@ -154,6 +155,7 @@ func (m *seedMemo) inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue)
 }
 
 type tally struct {
+	names     []string // see [Rule.KeyNames]
 	all       Count
 	standings map[keyring.Standing]*Count
 	keys      map[sealedBy]*Count
@@ -164,8 +166,8 @@ type sealedBy struct {
 	provider, keyID string
 }
 
-func newTally() *tally {
-	t := &tally{standings: make(map[keyring.Standing]*Count), keys: make(map[sealedBy]*Count)}
+func newTally(names []string) *tally {
+	t := &tally{names: names, standings: make(map[keyring.Standing]*Count), keys: make(map[sealedBy]*Count)}
 	for _, s := range Standings {
 		t.standings[s] = &Count{}
 	}
@@ -184,7 +186,7 @@ func (t *tally) add(kv *mvccpb.KeyValue, standing keyring.Standing) {
 		if len(provider) > maxProvider {
 			by = sealedBy{standing: standing}
 		}
-	} else if kind, name, ok := kubernetesKey(kv.Value); ok && standing != keyring.Unsealed {
+	} else if kind, name, ok := kubernetesKey(kv.Value, t.names); ok && standing != keyring.Unsealed {
 		by.provider, by.keyID = kind, name
 	}
 	c := t.keys[by]
@@ -199,8 +201,11 @@ func (t *tally) add(kv *mvccpb.KeyValue, standing keyring.Standing) {
 	c.add(kv)
 }
 
-// kubernetesKey tells what the API server's own encryption sealed a value with: k8s:enc:<kind>:v1:<name of the key>:
-func kubernetesKey(value []byte) (kind, name string, ok bool) {
+// kubernetesKey returns the provider and the name of the key that the API server itself encrypted a value with: k8s:enc:<kind>:v1:<name of the key>:<payload>.
+func kubernetesKey(value []byte, known []string) (kind, name string, ok bool) {
+	if t, name, ok := legacy.KeyName(value, known); ok {
+		return string(t), name, true
+	}
 	rest, ok := strings.CutPrefix(string(value[:min(len(value), maxProvider)]), "k8s:enc:")
 	parts := strings.SplitN(rest, ":", 4)
 	if !ok || len(parts) < 4 {

@@ -1,23 +1,20 @@
 package proxy
 
 import (
+	"cmp"
 	"context"
-	"crypto/rand"
 	"crypto/tls"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
 	"net"
-	"os"
-	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/h2"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/unixsocket"
 )
 
 // ListenerConfig is one address that clients connect to.
@@ -88,7 +85,7 @@ func listen(cfg ListenerConfig, log *slog.Logger, m *metrics) (*listener, error)
 		}
 	}
 	if path, ok := strings.CutPrefix(cfg.Address, "unix://"); ok {
-		l.Listener, err = listenUnix(path, cfg.Mode)
+		l.Listener, err = unixsocket.Listen(path, cmp.Or(cfg.Mode, 0o600))
 	} else {
 		l.Listener, err = net.Listen("tcp", cfg.Address)
 	}
@@ -107,88 +104,7 @@ func set(names []string) map[string]bool {
 }
 
 // ErrNoFolder says that what should hold a unix socket is not there.
-var ErrNoFolder = errors.New("there is no such folder")
-
-// unixListener removes its socket when it closes, unless another process has put its own there since.
-type unixListener struct {
-	*net.UnixListener
-	path string
-	own  fs.FileInfo
-	once sync.Once
-}
-
-// listenUnix binds path with mode. A socket that stands there is replaced only if nobody answers on it. The socket is made beside its place and
-// moved there, so that at no time a stranger can open it with looser permissions.
-func listenUnix(path string, mode fs.FileMode) (net.Listener, error) {
-	if !filepath.IsAbs(path) {
-		return nil, fmt.Errorf("socket path %q: must be absolute", path)
-	}
-	if mode == 0 {
-		mode = 0o600
-	}
-	info, err := os.Lstat(path)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-	case err != nil:
-		return nil, err
-	case info.Mode()&fs.ModeSocket == 0:
-		return nil, fmt.Errorf("%s: exists and is not a socket", path)
-	default:
-		conn, err := net.DialTimeout("unix", path, time.Second)
-		if err == nil {
-			_ = conn.Close()
-			return nil, fmt.Errorf("%s: %w: another process answers on it", path, syscall.EADDRINUSE)
-		}
-		if !errors.Is(err, syscall.ECONNREFUSED) && !errors.Is(err, fs.ErrNotExist) {
-			return nil, fmt.Errorf("see whether %s is in use: %w", path, err)
-		}
-	}
-	folder := filepath.Dir(path)
-	switch info, err := os.Stat(folder); {
-	case errors.Is(err, fs.ErrNotExist), err == nil && !info.IsDir():
-		return nil, fmt.Errorf("%s: %w", folder, ErrNoFolder)
-	case err != nil:
-		return nil, err
-	}
-	var random [4]byte
-	_, _ = rand.Read(random[:]) // never fails
-	beside := filepath.Join(folder, ".ekp-"+hex.EncodeToString(random[:]))
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: beside, Net: "unix"})
-	if err != nil {
-		if op, ok := errors.AsType[*net.OpError](err); ok {
-			err = op.Err // without a name that says nothing to anybody
-		}
-		return nil, fmt.Errorf("make a socket in %s: %w", folder, err)
-	}
-	l.SetUnlinkOnClose(false)
-	if err = os.Chmod(beside, mode); err == nil {
-		err = os.Rename(beside, path)
-	}
-	if err != nil {
-		_ = l.Close()
-		_ = os.Remove(beside)
-		return nil, fmt.Errorf("place socket: %w", err)
-	}
-	own, err := os.Lstat(path)
-	if err != nil {
-		_ = l.Close()
-		return nil, fmt.Errorf("place socket: %w", err)
-	}
-	return &unixListener{UnixListener: l, path: path, own: own}, nil
-}
-
-// Addr is the socket's path; the one it was bound under is gone.
-func (l *unixListener) Addr() net.Addr { return &net.UnixAddr{Name: l.path, Net: "unix"} }
-
-// Close stops listening and removes the socket.
-func (l *unixListener) Close() error {
-	l.once.Do(func() {
-		if now, err := os.Lstat(l.path); err == nil && os.SameFile(now, l.own) {
-			_ = os.Remove(l.path)
-		}
-	})
-	return l.UnixListener.Close()
-}
+var ErrNoFolder = unixsocket.ErrNoFolder
 
 // run accepts until the listener is closed, and returns once every connection is handed on or gone. ctx bounds the handshakes.
 func (l *listener) run(ctx context.Context, serve func(*clientConn)) {
@@ -215,12 +131,31 @@ func (l *listener) run(ctx context.Context, serve func(*clientConn)) {
 		handshakes.Go(func() {
 			if c, err := l.identify(ctx, conn); err != nil {
 				_ = conn.Close()
-				l.handshakeFailed(conn, err)
+				if !errors.Is(err, errSilent) && ctx.Err() == nil {
+					l.handshakeFailed(conn, err)
+				}
 			} else {
 				serve(c)
 			}
 		})
 	}
+}
+
+// errSilent is of a connection that ended before its client sent a byte, or the first byte behind a TLS handshake: a TCP health check or a port scan. It is neither
+// counted nor logged, since nothing was tried.
+var errSilent = errors.New("the client sent nothing")
+
+// heardConn is a connection that remembers whether anything was read from it.
+type heardConn struct {
+	net.Conn
+	heard bool
+}
+
+// Read implements net.Conn.
+func (c *heardConn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	c.heard = c.heard || n > 0
+	return n, err
 }
 
 // identify does the TLS handshake, if any, says who is there, and finds out what they speak.
@@ -231,8 +166,12 @@ func (l *listener) identify(ctx context.Context, conn net.Conn) (*clientConn, er
 	if l.tls != nil {
 		limited, cancel := context.WithTimeout(ctx, handshakeTimeout)
 		defer cancel()
-		secure := tls.Server(conn, l.tls.get())
+		heard := &heardConn{Conn: conn}
+		secure := tls.Server(heard, l.tls.get())
 		if err := secure.HandshakeContext(limited); err != nil {
+			if !heard.heard {
+				err = errors.Join(errSilent, err)
+			}
 			return nil, err
 		}
 		state := secure.ConnectionState()

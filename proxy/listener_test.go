@@ -10,15 +10,19 @@ import (
 	"crypto/x509/pkix"
 	"encoding/pem"
 	"errors"
+	"io"
+	"log/slog"
 	"math/big"
 	"net"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus/testutil"
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"google.golang.org/grpc"
@@ -125,6 +129,12 @@ func (a *authority) revoke(path string, leaves ...*x509.Certificate) {
 // client dials the proxy as cn, trusting a.
 func (a *authority) client(t *testing.T, target, cn string, names ...string) *grpc.ClientConn {
 	t.Helper()
+	return dial(t, target, grpc.WithTransportCredentials(credentials.NewTLS(a.clientConfig(t, cn, names...))))
+}
+
+// clientConfig is that of a client with a certificate, or without one if it has no name.
+func (a *authority) clientConfig(t *testing.T, cn string, names ...string) *tls.Config {
+	t.Helper()
 	cfg := &tls.Config{RootCAs: x509.NewCertPool(), ServerName: "127.0.0.1"}
 	cfg.RootCAs.AddCert(a.cert)
 	if cn != "" || len(names) > 0 {
@@ -135,7 +145,7 @@ func (a *authority) client(t *testing.T, target, cn string, names ...string) *gr
 		}
 		cfg.Certificates = []tls.Certificate{pair}
 	}
-	return dial(t, target, grpc.WithTransportCredentials(credentials.NewTLS(cfg)))
+	return cfg
 }
 
 func echoEtcd() *fakeEtcd {
@@ -449,4 +459,129 @@ func dialUnix(t *testing.T, path string) *grpc.ClientConn {
 		var d net.Dialer
 		return d.DialContext(ctx, "unix", path)
 	}))
+}
+
+// TestListenerNeverOpen: whatever the process' umask is, a listener's socket can at no time be opened by others than its mode lets in.
+func TestListenerNeverOpen(t *testing.T) {
+	defer syscall.Umask(syscall.Umask(0))
+	dir := t.TempDir()
+	stop := make(chan struct{})
+	var watch sync.WaitGroup
+	watch.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			entries, _ := os.ReadDir(dir)
+			for _, e := range entries {
+				if info, err := os.Lstat(filepath.Join(dir, e.Name())); err == nil && info.Mode().Perm()&0o077 != 0 { // what is gone again is no one's to open
+					t.Errorf("%s has mode %v", e.Name(), info.Mode())
+					return
+				}
+			}
+		}
+	})
+	m, err := newMetrics(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 300 {
+		l, err := listen(ListenerConfig{Address: "unix://" + filepath.Join(dir, "etcd.sock")}, slog.New(slog.DiscardHandler), m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = l.Close()
+	}
+	close(stop)
+	watch.Wait()
+}
+
+// TestHealthChecks: a connection on which the client sends nothing is neither counted nor logged, however it ends. One on which it tried something is.
+func TestHealthChecks(t *testing.T) {
+	ca := newAuthority(t, "ca")
+	cert, key, _ := ca.issue("server", "server")
+	reset := func(c net.Conn) { _ = c.(*net.TCPConn).SetLinger(0) }
+	finish := func(c net.Conn) { _ = c.(*net.TCPConn).CloseWrite(); _, _ = io.Copy(io.Discard, c) }
+	for name, tt := range map[string]struct {
+		tls  bool
+		do   func(net.Conn)
+		want float64
+	}{
+		"connect and close":                     {false, func(net.Conn) {}, 0},
+		"connect and reset":                     {false, reset, 0},
+		"connect, half close":                   {false, finish, 0},
+		"half a preface":                        {false, func(c net.Conn) { _, _ = io.WriteString(c, "PR"); finish(c) }, 1},
+		"TLS, connect and close":                {true, func(net.Conn) {}, 0},
+		"TLS, connect and reset":                {true, reset, 0},
+		"TLS, connect, half close":              {true, finish, 0},
+		"TLS, one byte":                         {true, func(c net.Conn) { _, _ = io.WriteString(c, "\x16"); finish(c) }, 1},
+		"TLS, cleartext":                        {true, func(c net.Conn) { _, _ = io.WriteString(c, preface); finish(c) }, 1},
+		"TLS, handshake and close":              {true, func(c net.Conn) { handshake(t, ca, c, "client") }, 0},
+		"TLS, handshake, no client certificate": {true, func(c net.Conn) { handshake(t, ca, c, ""); finish(c) }, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			logs := &logBuffer{}
+			m, err := newMetrics(nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			cfg := ListenerConfig{Address: "127.0.0.1:0"}
+			if tt.tls {
+				cfg.TLS = &ListenerTLS{CertFile: cert, KeyFile: key, ClientCAFile: ca.file}
+			}
+			l, err := listen(cfg, slog.New(slog.NewJSONHandler(logs, nil)), m)
+			if err != nil {
+				t.Fatal(err)
+			}
+			done, served := make(chan struct{}), make(chan struct{}, 2)
+			go func() {
+				defer close(done)
+				l.run(context.Background(), func(c *clientConn) {
+					served <- struct{}{}
+					_, _ = io.Copy(io.Discard, c)
+					_ = c.Close()
+				})
+			}()
+			conn := connect(t, l)
+			tt.do(conn)
+			_ = conn.Close()
+			// A client that is served was accepted after the first.
+			conn = connect(t, l)
+			if tt.tls {
+				conn = tls.Client(conn, ca.clientConfig(t, "client"))
+			}
+			if _, err := io.WriteString(conn, "GET"); err != nil {
+				t.Fatal(err)
+			}
+			<-served
+			_ = conn.Close()
+			_ = l.Close()
+			<-done // when every handshake has ended
+			if got := testutil.ToFloat64(m.handshakeFailures.WithLabelValues(cfg.Address)); got != tt.want {
+				t.Errorf("%v are counted, want %v", got, tt.want)
+			}
+			if logged := strings.Contains(logs.String(), "connection rejected"); logged != (tt.want > 0) {
+				t.Errorf("logged: %s", logs.String())
+			}
+		})
+	}
+}
+
+func connect(t *testing.T, l net.Listener) net.Conn {
+	t.Helper()
+	conn, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return conn
+}
+
+// handshake does a TLS handshake over conn as the client of a name, or without a certificate if there is none, which the server refuses later.
+func handshake(t *testing.T, ca *authority, conn net.Conn, name string) {
+	t.Helper()
+	if err := tls.Client(conn, ca.clientConfig(t, name)).HandshakeContext(t.Context()); err != nil {
+		t.Errorf("handshake: %v", err)
+	}
 }

@@ -30,7 +30,7 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 		connections: prometheus.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "etcd_kms_proxy_connections", Help: "Open client connections, by listener.",
 		}, []string{"listener"}),
-		handshakeFailures: counter("etcd_kms_proxy_rejected_connections_total", "Connections that failed to identify themselves, by listener.", "listener"),
+		handshakeFailures: counter("etcd_kms_proxy_rejected_connections_total", "Connections whose client failed to identify itself, by listener; not those on which it sent nothing.", "listener"),
 		upstreamUp: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "etcd_kms_proxy_etcd_connected", Help: "1 while at least one etcd endpoint is connected.",
 		}),

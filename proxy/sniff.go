@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -41,6 +42,9 @@ func sniff(ctx context.Context, conn net.Conn) (c net.Conn, http1 bool, err erro
 		n, err := conn.Read(front[len(front):cap(front)])
 		front = front[:len(front)+n]
 		if err != nil && n == 0 { // an end that comes with the last bytes comes again after them
+			if len(front) == 0 {
+				return nil, false, errors.Join(errSilent, err)
+			}
 			return nil, false, fmt.Errorf("waiting for the client's first bytes: %w", err)
 		}
 		if n == 0 {

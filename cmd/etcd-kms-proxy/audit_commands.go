@@ -50,7 +50,7 @@ func recordCommand(c *config.Config, w io.Writer, r audit.Record) error {
 			hint: "commands write beside the proxy's own file, to " + commandAuditPath(c.Audit.Path),
 		}
 	}
-	fmt.Fprintf(w, "warning: %s is not in the audit log: %v\n", r.Command, err)
+	printf(w, "warning: %s is not in the audit log: %v\n", r.Command, err)
 	return nil
 }
 
@@ -109,7 +109,7 @@ func (l *callLog) record(r audit.Record) {
 	}
 	if err := recordBeside(l.config, r); err != nil {
 		l.warned = true
-		fmt.Fprintf(l.stderr, "warning: calls of the KMS and uses of recovery copies are not in the audit log: %v\n", err)
+		printf(l.stderr, "warning: calls of the KMS and uses of recovery copies are not in the audit log: %v\n", err)
 	}
 }
 

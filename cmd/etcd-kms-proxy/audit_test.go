@@ -155,7 +155,7 @@ func TestAuditOfServe(t *testing.T) {
 func TestAuditBadInput(t *testing.T) {
 	d := newDir(t)
 	d.auditKey(t)
-	if err := os.Chmod(d.path("audit.key"), 0o640); err != nil {
+	if err := os.Chmod(d.path("audit.key"), 0o660); err != nil {
 		t.Fatal(err)
 	}
 	path := d.config(t, "kind: ", "audit: {path: audit.jsonl, keyFile: audit.key}\nkind: ")

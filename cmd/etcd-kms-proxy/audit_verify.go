@@ -26,7 +26,7 @@ func newAuditVerify() *cobra.Command {
 		Use:   "verify FILE...",
 		Short: "find what was altered in an audit log",
 		Long: `verify checks the chain of an audit log and names each line that was altered, inserted, repeated or moved, and where lines are missing. The files of
-one log may be given in any order, as audit.jsonl* for example: they are put in the order of their first records. It exits with 1 if it found something.
+one log may be given in any order, as audit.jsonl* for example: they are put in the order of their first records.
 
 A log of which the end was removed is a shorter log, and a log without a key can be written anew by whoever may write it. verify prints the last hash: keep it
 elsewhere, and a later check with --expect-last finds whether the log still holds that record. Records may follow it.
@@ -73,33 +73,33 @@ func printAuditReport(w io.Writer, r *audit.Report) {
 			if where != "" {
 				where += ": "
 			}
-			fmt.Fprintf(w, "  %s%s: %s\n", where, f.Kind, f.Text)
+			printf(w, "  %s%s: %s\n", where, f.Kind, f.Text)
 		}
 	}
 	if r.OK {
-		fmt.Fprintln(w, "ok")
+		printf(w, "ok\n")
 	} else {
-		fmt.Fprintf(w, "%d finding(s)\n", len(r.Findings)+r.More)
+		printf(w, "%d finding(s)\n", len(r.Findings)+r.More)
 	}
 	lines(r.Findings)
 	if r.More > 0 {
-		fmt.Fprintf(w, "  and %d more\n", r.More)
+		printf(w, "  and %d more\n", r.More)
 	}
 	if len(r.Notes) > 0 {
-		fmt.Fprintln(w, "notes")
+		printf(w, "notes\n")
 		lines(r.Notes)
 	}
 	chain := "without a key: whoever may write it can write it anew"
 	if r.Keyed {
 		chain = "keyed"
 	}
-	fmt.Fprintf(w, "records    %d, from %d to %d, in %d file(s)\n", r.Records, r.FirstSeq, r.LastSeq, len(r.Files))
-	fmt.Fprintf(w, "chain      %s\n", chain)
+	printf(w, "records    %d, from %d to %d, in %d file(s)\n", r.Records, r.FirstSeq, r.LastSeq, len(r.Files))
+	printf(w, "chain      %s\n", chain)
 	if r.Since != nil {
-		fmt.Fprintf(w, "expected   there, with %d record(s) after it\n", *r.Since)
+		printf(w, "expected   there, with %d record(s) after it\n", *r.Since)
 	}
 	if r.Lost > 0 {
-		fmt.Fprintf(w, "lost       %d record(s) could not be written\n", r.Lost)
+		printf(w, "lost       %d record(s) could not be written\n", r.Lost)
 	}
-	fmt.Fprintf(w, "last hash  %s\n", r.LastHash)
+	printf(w, "last hash  %s\n", r.LastHash)
 }

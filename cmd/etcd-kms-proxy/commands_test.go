@@ -7,9 +7,12 @@ import (
 	"io/fs"
 	"os"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/kmstest"
 )
 
 func TestHelp(t *testing.T) {
@@ -26,6 +29,62 @@ func TestHelp(t *testing.T) {
 	for _, text := range []string{"serve", "config", "kms", "version", "completion", "Exit codes:", "  1  ", "  2  ", "  3  "} {
 		if !strings.Contains(help, text) {
 			t.Errorf("--help has no %q", text)
+		}
+	}
+}
+
+// TestHelpListsExitCodes: the help of every command lists the codes that it exits with, and says what 1 means.
+func TestHelpListsExitCodes(t *testing.T) {
+	known := 0
+	var walk func(path []string)
+	walk = func(path []string) {
+		help := execute(t, append(path, "--help")...).stdout
+		want := []string{"Exit codes:\n  0  all is well\n", "\n  2  the command line is wrong\n  3  the command could not do its work\n"}
+		if text, ok := findings[strings.Join(append([]string{""}, path...), " ")]; ok {
+			known++
+			want = append(want, "\n  1  "+text+"\n")
+		}
+		for _, text := range want {
+			if strings.Count(help, text) != 1 {
+				t.Errorf("%q has not %q once in its help:\n%s", path, text, help)
+			}
+		}
+		_, rest, found := strings.Cut(help, "Available Commands:\n")
+		if !found {
+			return
+		}
+		list, _, _ := strings.Cut(rest, "\n\n")
+		for line := range strings.Lines(list) {
+			if name := strings.Fields(line)[0]; name != "help" {
+				walk(append(slices.Clone(path), name))
+			}
+		}
+	}
+	walk(nil)
+	if known != len(findings) {
+		t.Errorf("%d of %d commands with findings exist", known, len(findings))
+	}
+}
+
+// TestKMSCheckStrict: a key that works is 0, whatever there is to warn of, and 1 with --strict.
+func TestKMSCheckStrict(t *testing.T) {
+	path := newDir(t).config(t, "local: {keyFile: key.yaml}", "plugin: {endpoint: "+kmstest.PluginServer(t, kmstest.NewMemory())+"}")
+	for _, c := range []struct {
+		flags []string
+		code  int
+		ok    bool
+	}{{nil, 0, true}, {[]string{"--strict"}, 1, false}} {
+		r := execute(t, append([]string{"kms", "check", "--config", path, "--output", "json"}, c.flags...)...)
+		var report struct {
+			OK  bool             `json:"ok"`
+			KMS []providerReport `json:"kms"`
+		}
+		if err := json.Unmarshal([]byte(r.stdout), &report); err != nil || r.code != c.code || report.OK != c.ok || !report.KMS[0].OK || len(report.KMS[0].Warnings) != 1 {
+			t.Errorf("%q: %+v, %v", c.flags, r, err)
+		}
+		r = execute(t, append([]string{"kms", "check", "--config", path}, c.flags...)...)
+		if r.code != c.code || !strings.Contains(r.stdout, "(plugin): ok\n") || !strings.Contains(r.stdout, "  - warning: ") {
+			t.Errorf("%q: %+v", c.flags, r)
 		}
 	}
 }
@@ -185,6 +244,11 @@ func TestNewLocalKey(t *testing.T) {
 	if info, err := os.Stat(key); err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("after: %v, %v; want 0600", info, err)
 	}
+	// What an interrupted one has left is in the way, and is said to be.
+	if err := os.WriteFile(key+".new", nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	execute(t, "kms", "new-local-key", key).want(t, 3, "error: "+key+".new exists\n", "hint: another new-local-key is running, or one was interrupted", "remove "+key+".new\n")
 	execute(t, "kms", "new-local-key", d.path("no/such/folder/key.yaml")).want(t, 3, "error: create key file: ")
 }
 

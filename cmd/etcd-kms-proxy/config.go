@@ -2,7 +2,6 @@ package main
 
 import (
 	"errors"
-	"fmt"
 	"io"
 
 	"github.com/spf13/cobra"
@@ -38,9 +37,9 @@ type configProblem struct {
 
 // print writes it for people.
 func (p configProblem) print(w io.Writer, kind, file string) {
-	fmt.Fprintf(w, "%s: %s: %s\n", kind, file, config.Problem(p))
+	printf(w, "%s: %s: %s\n", kind, file, config.Problem(p))
 	if p.Hint != "" {
-		fmt.Fprintf(w, "hint: %s\n", p.Hint)
+		printf(w, "hint: %s\n", p.Hint)
 	}
 }
 
@@ -49,7 +48,7 @@ func newConfigCheck() *cobra.Command {
 		Use:   "check",
 		Short: "report every problem of a configuration file",
 		Long: `check reads a configuration file and every file that it names, and reports all problems at once, each with its path, its line and what to do.
-It connects to nothing. It says nothing of a file that is all right, and exits with 1 if there is a problem. A warning is no problem.`,
+It connects to nothing, and prints nothing about a file without problems and warnings.`,
 		Args: cobra.NoArgs,
 	}
 	path, out := configFlag(cmd), outputFlag(cmd)

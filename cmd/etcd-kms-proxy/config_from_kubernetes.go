@@ -84,15 +84,11 @@ func (f *fromKubernetes) run(stdout, stderr io.Writer) error {
 		return err
 	}
 	for _, n := range result.Notes {
-		fmt.Fprintf(stderr, "warning: %s\n", n)
+		printf(stderr, "warning: %s\n", n)
 	}
-	switch {
-	case result.Unfinished == "":
-	case f.writeWith != "":
-		fmt.Fprintf(stderr, "warning: KMS provider %q is a placeholder: put its backend in\n", result.Unfinished)
-	default:
+	if result.Unfinished != "" {
 		return &failure{code: exitFindings, err: fmt.Errorf("KMS provider %q, which new values are to be sealed with, is a placeholder", result.Unfinished),
-			hint: "put its backend in under kms; its name stands in every value, and --write-with chooses another"}
+			hint: "put its backend in where it says REPLACE under kms; its name becomes part of every value, and --write-with chooses another"}
 	}
 	return nil
 }

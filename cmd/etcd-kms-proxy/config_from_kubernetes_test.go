@@ -85,7 +85,7 @@ func TestFromKubernetes(t *testing.T) {
 	}
 }
 
-// TestFromKubernetesWithoutWriter: a cluster that writes with aescbc needs a KMS, which is a finding unless it is named.
+// TestFromKubernetesWithoutWriter: a cluster that writes with aescbc needs a KMS, which is a finding, also when it is named: its backend is not known.
 func TestFromKubernetesWithoutWriter(t *testing.T) {
 	d := newDir(t)
 	file := d.encryption(t, kubernetesCBC)
@@ -96,7 +96,7 @@ func TestFromKubernetesWithoutWriter(t *testing.T) {
 		texts []string
 	}{
 		{nil, 1, []string{`error: KMS provider "main", which new values are to be sealed with, is a placeholder`, "hint: ", "warning: the API server writes secrets with aescbc"}},
-		{[]string{"--write-with", "ack"}, 0, []string{`warning: KMS provider "ack" is a placeholder`, `with KMS provider "ack" instead`}},
+		{[]string{"--write-with", "ack"}, 1, []string{`error: KMS provider "ack", which new values are to be sealed with, is a placeholder`, "hint: put its backend in", `with KMS provider "ack" instead`}},
 	} {
 		keys := d.path(string(rune('a' + i)))
 		if err := os.Mkdir(keys, 0o700); err != nil {

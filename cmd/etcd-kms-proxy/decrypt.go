@@ -167,10 +167,10 @@ func (cl *cluster) decrypt(ctx context.Context, o decryptOptions, stdout, stderr
 // print writes one value. A terminal does not get bytes that could control it.
 func (v *decryptedValue) print(stdout, stderr io.Writer, asJSON bool) error {
 	if asJSON {
-		return json.NewEncoder(stdout).Encode(v)
+		return json.NewEncoder(jsonText{stdout}).Encode(v)
 	}
 	if v.Error != "" {
-		fmt.Fprintln(stderr, v.Error)
+		printf(stderr, "%s\n", v.Error)
 		return nil
 	}
 	if f, ok := stdout.(*os.File); ok && term.IsTerminal(int(f.Fd())) && strings.ContainsFunc(string(v.Value), isControl) {
@@ -181,7 +181,7 @@ func (v *decryptedValue) print(stdout, stderr io.Writer, asJSON bool) error {
 }
 
 func isControl(r rune) bool {
-	return r == '\uFFFD' || r < ' ' && r != '\n' && r != '\t' && r != '\r' || r == 0x7f
+	return r == '\uFFFD' || unprintable(r) && r != '\n' && r != '\t' && r != '\r'
 }
 
 // values visits what is stored.

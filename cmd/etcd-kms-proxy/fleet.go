@@ -194,7 +194,7 @@ func newBypasses(a *app) *bypasses {
 func (b *bypasses) found(rule *lifecycle.Rule, key string, revision int64) {
 	now := time.Now().Unix()
 	b.last.Store(now)
-	b.count.WithLabelValues(rule.Prefix).Inc()
+	b.count.WithLabelValues(ruleLabel(rule.Prefix)).Inc()
 	if seen, _ := b.told.ContainsOrAdd(key, struct{}{}); seen {
 		return
 	}

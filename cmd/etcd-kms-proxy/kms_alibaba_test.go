@@ -50,9 +50,10 @@ func TestKMSCheckAlibaba(t *testing.T) {
 		t.Errorf("an enabled key: %+v\n%s", r, text)
 	}
 	double.Unprotect(kmsdouble.DefaultKeyID)
-	if r, text := check(1); !r.OK || len(r.Warnings) != 2 || !strings.Contains(text, "deletion protection is off") || !strings.Contains(text, "rotation is off") {
+	if r, text := check(0); !r.OK || len(r.Warnings) != 2 || !strings.Contains(text, "deletion protection is off") || !strings.Contains(text, "rotation is off") {
 		t.Errorf("a key that is badly kept: %+v\n%s", r, text)
 	}
+	execute(t, "kms", "check", "--config", config, "--strict").want(t, 1)
 	double.SetState(kmsdouble.DefaultKeyID, kmsdouble.Disabled)
 	if r, text := check(1); r.Key == nil || r.Key.State != "Disabled" || !strings.Contains(text, "key unusable") {
 		t.Errorf("a disabled key: %+v\n%s", r, text)

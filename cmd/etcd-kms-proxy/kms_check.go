@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -51,8 +52,10 @@ func newKMSCheck() *cobra.Command {
 		Short: "try every configured KMS: key state, permissions, a round trip",
 		Long: `check asks every configured KMS for its key's state and tries what the rules need of it: a key that is written with makes a seed and unwraps it
 again, one that is named in recovery wraps a key and unwraps it again, and of one that is only read with, the state is all that can be asked. It
-touches neither etcd nor a running proxy. It exits with 1 if a KMS cannot do what the proxy needs, and if there is something to warn of: a key that will be
-deleted or expire, that is not protected from deletion or not rotated, or that no recovery key stands beside.
+touches neither etcd nor a running proxy.
+
+It warns of a key that will be deleted or expire, that is not protected from deletion or not rotated, or for which no recovery key is configured. Warnings do not
+change the exit code, so that monitoring can tell a key that works from one that does not; with --strict they do.
 
 With --policy it checks nothing, and prints the least that the callers of all keys of Alibaba Cloud KMS need, as a RAM policy in JSON. It connects to the
 KMS only where the configuration names a key by an alias.`,
@@ -60,6 +63,7 @@ KMS only where the configuration names a key by an alias.`,
 	}
 	path, out := configFlag(cmd), outputFlag(cmd)
 	timeout := cmd.Flags().Duration("timeout", 30*time.Second, "how long one KMS may take")
+	strict := cmd.Flags().Bool("strict", false, "exit with 1 if there is a warning, too")
 	policy := cmd.Flags().Bool("policy", false, "print the RAM policy that Alibaba Cloud KMS needs, and check nothing")
 	cmd.RunE = fails(func(cmd *cobra.Command, _ []string) error {
 		if *timeout <= 0 {
@@ -88,7 +92,7 @@ KMS only where the configuration names a key by an alias.`,
 		all.Wait()
 		ok := true
 		for _, r := range reports {
-			ok = ok && r.OK && len(r.Warnings) == 0
+			ok = ok && r.OK && (!*strict || len(r.Warnings) == 0)
 		}
 		err = out.write(cmd.OutOrStdout(), map[string]any{"ok": ok, "kms": reports}, func(w io.Writer) {
 			for _, r := range reports {
@@ -206,31 +210,31 @@ func (r providerReport) text(w io.Writer) {
 	if !r.OK {
 		verdict = "FAILED"
 	}
-	fmt.Fprintf(w, "%s (%s): %s\n", r.Name, r.Backend, verdict)
+	printf(w, "%s (%s): %s\n", quoted(r.Name), r.Backend, verdict)
 	if r.KeyID != "" {
-		fmt.Fprintf(w, "  key ID      %s\n", r.KeyID)
+		printf(w, "  key ID      %s\n", quoted(r.KeyID))
 	}
 	if r.OK && r.KeyID != "" && len(r.Tried) == 0 {
-		fmt.Fprintf(w, "  tried       its state only: the rules read with it, and write nothing\n")
+		printf(w, "  tried       its state only: the rules read with it, and write nothing\n")
 	}
 	if r.RoundTripMS > 0 {
-		fmt.Fprintf(w, "  round trip  %.1f ms\n", r.RoundTripMS)
+		printf(w, "  round trip  %.1f ms\n", r.RoundTripMS)
 	}
 	if k := r.Key; k != nil {
 		protection := "off: the key can be scheduled for deletion"
 		if k.DeletionProtection {
 			protection = "on"
 		}
-		fmt.Fprintf(w, "  key state   %s\n  rotation    %s\n  deletion protection  %s\n", k.State, orNone(k.AutomaticRotation), protection)
+		printf(w, "  key state   %s\n  rotation    %s\n  deletion protection  %s\n", k.State, orNone(k.AutomaticRotation), protection)
 	}
 	if r.CredentialsExpire != nil {
-		fmt.Fprintf(w, "  credentials expire   %s, and are refreshed before\n", r.CredentialsExpire.Format(time.RFC3339))
+		printf(w, "  credentials expire   %s, and are refreshed before\n", r.CredentialsExpire.Format(time.RFC3339))
 	}
 	for _, f := range r.Findings {
-		fmt.Fprintf(w, "  - %s\n", f)
+		printf(w, "  - %s\n", f)
 	}
 	for _, f := range r.Warnings {
-		fmt.Fprintf(w, "  - warning: %s\n", f)
+		printf(w, "  - warning: %s\n", f)
 	}
 }
 
@@ -239,4 +243,15 @@ func orNone(s string) string {
 		return "none"
 	}
 	return s
+}
+
+// nameOrNone is [quoted] for a name that may be missing. One that is called none is told from that by its quotes.
+func nameOrNone(name string) string {
+	switch name {
+	case "":
+		return "none"
+	case "none":
+		return strconv.Quote(name)
+	}
+	return quoted(name)
 }

@@ -17,18 +17,15 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 )
 
-// The exit codes, as --help tells them.
-const (
-	exitFindings = 1 // a check found something
-	exitUsage    = 2 // the command line is wrong
-	exitFailure  = 3 // the command could not do its work
-)
-
 const defaultConfig = "/etc/etcd-kms-proxy/config.yaml"
 
 func main() {
 	// The libraries of gRPC and of its JSON gateway write to stderr past every logger, and quote what a client has sent.
+	// So GRPC_GO_LOG_SEVERITY_LEVEL, GRPC_GO_LOG_VERBOSITY_LEVEL and ETCD_CLIENT_DEBUG in the environment have no effect.
 	grpclog.SetLoggerV2(grpclog.NewLoggerV2(io.Discard, io.Discard, io.Discard))
+	if err := forbidDumps(); err != nil { // before anything is read that a dump could hold
+		printf(os.Stderr, "warning: core dumps of this process are not turned off, and could hold keys and values: %v\n", err)
+	}
 	os.Exit(run(os.Args[1:], os.Stdout, os.Stderr))
 }
 
@@ -43,6 +40,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 	if completion, _, err := root.Find([]string{"completion"}); err == nil {
 		completion.Args, completion.RunE = cobra.NoArgs, needsCommand
 	}
+	documentExitCodes(root)
 	cmd, err := root.ExecuteC()
 	if err == nil {
 		return 0
@@ -69,16 +67,12 @@ func usageOf(cmd *cobra.Command) string {
 
 func newRoot() *cobra.Command {
 	root := &cobra.Command{
+		PersistentPreRunE: func(*cobra.Command, []string) error { return refuseEnvironment() },
+
 		Use:   "etcd-kms-proxy COMMAND",
 		Short: "a transparent encrypting proxy before etcd, with keys from a KMS",
 		Long: `etcd-kms-proxy sits between etcd's clients and etcd. It seals the values of chosen keys under a key management service (KMS), in the format
-of Kubernetes' KMS v2, and passes everything else untouched.
-
-Exit codes:
-  0  all is well
-  1  a check found something
-  2  the command line is wrong
-  3  the command could not do its work`,
+of Kubernetes' KMS v2, and passes everything else untouched.`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args:          cobra.NoArgs,
@@ -114,9 +108,9 @@ func (f *failure) print(w io.Writer) {
 	if f.err == nil {
 		return
 	}
-	fmt.Fprintf(w, "error: %v\n", f.err)
+	printf(w, "error: %v\n", f.err)
 	if f.hint != "" {
-		fmt.Fprintf(w, "hint: %s\n", f.hint)
+		printf(w, "hint: %s\n", f.hint)
 	}
 }
 
@@ -129,6 +123,9 @@ func fails(f func(cmd *cobra.Command, args []string) error) func(*cobra.Command,
 		}
 		if _, ok := errors.AsType[*failure](err); ok {
 			return err
+		}
+		if ps := problemsOf(err, "", ""); len(ps) == 1 && ps[0].Hint != "" { // it gives advice
+			return &failure{code: exitFailure, err: errors.New(ps[0].Text), hint: ps[0].Hint}
 		}
 		return &failure{code: exitFailure, err: err}
 	}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"strings"
+	"unicode/utf8"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -115,10 +116,18 @@ var (
 func (m *metrics) forRule(prefix string) keyring.Observer {
 	c := &counters{sealed: make(map[keyring.Outcome]prometheus.Counter), opened: make(map[keyring.Outcome]prometheus.Counter)}
 	for _, o := range outcomes {
-		c.sealed[o] = m.sealed.WithLabelValues(prefix, string(o))
-		c.opened[o] = m.opened.WithLabelValues(prefix, string(o))
+		c.sealed[o] = m.sealed.WithLabelValues(ruleLabel(prefix), string(o))
+		c.opened[o] = m.opened.WithLabelValues(ruleLabel(prefix), string(o))
 	}
 	return c
+}
+
+// ruleLabel is the label of the rule with a prefix. Labels are UTF-8: other bytes are escaped as in a Go string.
+func ruleLabel(prefix string) string {
+	if utf8.ValidString(prefix) {
+		return prefix
+	}
+	return printable(prefix)
 }
 
 // forProvider returns the observer of a provider's ring.

@@ -44,7 +44,7 @@ func (o *output) write(w io.Writer, report any, text func(io.Writer)) error {
 		_, err := w.Write(report.Bytes())
 		return err
 	}
-	e := json.NewEncoder(w)
+	e := json.NewEncoder(jsonText{w})
 	e.SetIndent("", "  ")
 	e.SetEscapeHTML(false)
 	return e.Encode(report)

@@ -1,9 +1,12 @@
 package main
 
 import (
+	"bytes"
+	"cmp"
 	"encoding/json"
 	"slices"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
@@ -23,6 +26,7 @@ const (
 
 type policyRule struct {
 	Prefix              string   `json:"prefix"`
+	PrefixBytes         []byte   `json:"prefixBytes,omitempty"` // in place of Prefix, of one that is not UTF-8, which JSON strings cannot hold
 	WriteWith           string   `json:"writeWith"`
 	ReadWith            []string `json:"readWith"`
 	Recovery            []string `json:"recovery"`
@@ -34,12 +38,20 @@ func policyOf(rules []config.Rule, a *config.Audit) lifecycle.Policy {
 	p, out := policy{Rules: []policyRule{}}, lifecycle.Policy{}
 	sorted := func(names []string) []string { return slices.Sorted(slices.Values(append([]string{}, names...))) }
 	for _, r := range rules {
-		p.Rules = append(p.Rules, policyRule{r.Prefix, r.WriteWith, sorted(r.ReadWith), sorted(r.Recovery), r.AllowPlaintextReads})
+		rule := policyRule{
+			Prefix: r.Prefix, WriteWith: r.WriteWith, ReadWith: sorted(r.ReadWith), Recovery: sorted(r.Recovery), AllowPlaintextReads: r.AllowPlaintextReads,
+		}
+		if !utf8.ValidString(r.Prefix) {
+			rule.Prefix, rule.PrefixBytes = "", []byte(r.Prefix)
+		}
+		p.Rules = append(p.Rules, rule)
 		if r.WriteWith != config.Plaintext && !slices.Contains(out.Providers, r.WriteWith) {
 			out.Providers = append(out.Providers, r.WriteWith)
 		}
 	}
-	slices.SortFunc(p.Rules, func(a, b policyRule) int { return strings.Compare(a.Prefix, b.Prefix) })
+	slices.SortFunc(p.Rules, func(a, b policyRule) int {
+		return cmp.Or(strings.Compare(a.Prefix, b.Prefix), bytes.Compare(a.PrefixBytes, b.PrefixBytes))
+	})
 	slices.Sort(out.Providers)
 	out.Rules, _ = json.Marshal(p) // strings and booleans do not fail
 	switch {
@@ -61,7 +73,7 @@ func parsePolicy(record []byte) (rules []config.Rule, a *config.Audit, err error
 	}
 	for _, r := range p.Rules {
 		rules = append(rules, config.Rule{
-			Prefix: r.Prefix, WriteWith: r.WriteWith, ReadWith: r.ReadWith, Recovery: r.Recovery, AllowPlaintextReads: r.AllowPlaintextReads,
+			Prefix: cmp.Or(string(r.PrefixBytes), r.Prefix), WriteWith: r.WriteWith, ReadWith: r.ReadWith, Recovery: r.Recovery, AllowPlaintextReads: r.AllowPlaintextReads,
 		})
 	}
 	if p.Audit != "" {

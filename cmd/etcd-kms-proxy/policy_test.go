@@ -2,6 +2,7 @@ package main
 
 import (
 	"reflect"
+	"slices"
 	"testing"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
@@ -30,5 +31,32 @@ func TestDefaultPrefix(t *testing.T) {
 	c, err := config.Load(newDir(t).config(t))
 	if err != nil || c.Coordination.Prefix != lifecycle.DefaultPrefix {
 		t.Errorf("%v, %v", c, err)
+	}
+}
+
+// TestPolicyOfBytes: prefixes that are not UTF-8 stay what they are in the record, and are told from each other.
+func TestPolicyOfBytes(t *testing.T) {
+	rules := []config.Rule{
+		{Prefix: "\xfe", WriteWith: "main", ReadWith: []string{}, Recovery: []string{}}, {Prefix: "\xffA", WriteWith: "main", ReadWith: []string{}, Recovery: []string{}},
+		{Prefix: "\ufffd", WriteWith: "main", ReadWith: []string{}, Recovery: []string{}}, {Prefix: "", WriteWith: "main", ReadWith: []string{}, Recovery: []string{}},
+	}
+	back, _, err := parsePolicy(policyOf(rules, nil).Record)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range rules {
+		if !slices.ContainsFunc(back, func(b config.Rule) bool { return b.Prefix == r.Prefix }) {
+			t.Errorf("%q is not among %+v", r.Prefix, back)
+		}
+	}
+	if a, b := policyOf(rules[:1], nil), policyOf(rules[1:2], nil); string(a.Rules) == string(b.Rules) {
+		t.Errorf("two rules are one: %s", a.Rules)
+	}
+	m := newMetrics(&app{})
+	for _, r := range rules {
+		m.forRule(r.Prefix)
+	}
+	if _, err := m.sealed.GetMetricWithLabelValues(`\xffA`, "ok"); err != nil || ruleLabel("größe") != "größe" {
+		t.Errorf("labels: %v", err)
 	}
 }

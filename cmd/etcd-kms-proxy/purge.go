@@ -181,17 +181,17 @@ func (cl *cluster) sameRules(ctx context.Context, o purgeOptions) error {
 func (r *purgeReport) plan(w io.Writer) {
 	h := r.History
 	if h.CompactAt > 0 {
-		fmt.Fprintf(w, "the history from revision %d to %d holds %d plaintext values: it is compacted at revision %d; a watch from an earlier revision has to begin anew\n",
+		printf(w, "the history from revision %d to %d holds %d plaintext values: it is compacted at revision %d; a watch from an earlier revision has to begin anew\n",
 			h.Compacted+1, h.Present, h.Plaintext, h.CompactAt)
 	} else {
-		fmt.Fprintf(w, "the history from revision %d to %d holds no plaintext\n", h.Compacted+1, h.Present)
+		printf(w, "the history from revision %d to %d holds no plaintext\n", h.Compacted+1, h.Present)
 	}
 	for _, m := range r.Members {
 		role := ""
 		if m.Leader {
 			role = ", the leader"
 		}
-		fmt.Fprintf(w, "member %x at %s%s: %s, of which %s are in use: it is defragmented, and answers nothing meanwhile\n", m.ID, m.Endpoint, role, size(m.DBSize), size(m.InUse))
+		printf(w, "member %x at %s%s: %s, of which %s are in use: it is defragmented, and answers nothing meanwhile\n", m.ID, m.Endpoint, role, size(m.DBSize), size(m.InUse))
 	}
 }
 
@@ -224,7 +224,7 @@ func (cl *cluster) rewrite(ctx context.Context, r *purgeReport, settle time.Dura
 			return err
 		}
 		r.After += m.DBSize - before
-		fmt.Fprintf(stderr, "member %x at %s: %s, %.1f s\n", m.ID, m.Endpoint, size(m.DBSize), time.Since(begun).Seconds())
+		printf(stderr, "member %x at %s: %s, %.1f s\n", m.ID, m.Endpoint, size(m.DBSize), time.Since(begun).Seconds())
 	}
 	r.Left = append(r.Left,
 		"write-ahead logs of each member (member/wal): etcd drops one once it is full, which is after 64 MB of writes, a snapshot was taken behind it, and --max-wals newer ones exist; a member that is removed and added anew with an empty data directory has none",
@@ -236,17 +236,17 @@ func (cl *cluster) rewrite(ctx context.Context, r *purgeReport, settle time.Dura
 // text prints the report for people.
 func (r *purgeReport) text(w io.Writer) {
 	if r.DryRun {
-		fmt.Fprintln(w, "dry run: nothing was changed")
+		printf(w, "dry run: nothing was changed\n")
 		return
 	}
-	fmt.Fprintf(w, "%d old plaintext values dropped from the history; database files: %s before, %s now\n", r.History.Plaintext, size(r.Before), size(r.After))
+	printf(w, "%d old plaintext values dropped from the history; database files: %s before, %s now\n", r.History.Plaintext, size(r.Before), size(r.After))
 	if len(r.Left) > 0 {
-		fmt.Fprintln(w, "left to do:")
+		printf(w, "left to do:\n")
 	}
 	for _, l := range r.Left {
-		fmt.Fprintf(w, "  - %s\n", l)
+		printf(w, "  - %s\n", l)
 	}
-	fmt.Fprintln(w, r.Verified)
+	printf(w, "%s\n", r.Verified)
 }
 
 // confirm asks on the terminal. Without one, --yes must stand in for the answer.
@@ -258,7 +258,7 @@ func confirm(cmd *cobra.Command, yes bool, question string) error {
 	if !ok || !term.IsTerminal(int(in.Fd())) {
 		return &failure{code: exitUsage, err: errors.New("there is no terminal to ask on"), hint: "--yes goes on without asking"}
 	}
-	fmt.Fprintf(cmd.ErrOrStderr(), "%s [y/N] ", question)
+	printf(cmd.ErrOrStderr(), "%s [y/N] ", question)
 	answer, err := bufio.NewReader(in).ReadString('\n')
 	if err != nil && !errors.Is(err, io.EOF) {
 		return err

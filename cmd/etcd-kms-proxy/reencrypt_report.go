@@ -1,7 +1,6 @@
 package main
 
 import (
-	"fmt"
 	"io"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
@@ -19,18 +18,18 @@ type reencryptReport struct {
 // text prints the report for people.
 func (r *reencryptReport) text(w io.Writer) {
 	for _, l := range r.Left {
-		fmt.Fprintf(w, "left\t%s: %s\n", l.Key, l.Why)
+		printf(w, "left\t%s: %s\n", quoted(l.Key), l.Why)
 	}
 	if n := r.Unfinished() - int64(len(r.Left)); n > 0 {
-		fmt.Fprintf(w, "left\tand %d more\n", n)
+		printf(w, "left\tand %d more\n", n)
 	}
 	verb := "rewritten"
 	if r.DryRun {
 		verb = "to rewrite"
 	}
-	fmt.Fprintf(w, "%d keys: %d %s in %d transactions, %d already current, %d times others were faster, %d left; revisions %d to %d, %.1f s\n",
+	printf(w, "%d keys: %d %s in %d transactions, %d already current, %d times others were faster, %d left; revisions %d to %d, %.1f s\n",
 		r.Keys, r.Rewritten, verb, r.Transactions, r.Current, r.Raced, r.Unfinished(), r.Revisions.First, r.Revisions.Last, r.Seconds)
 	if r.Rewritten > 0 && !r.DryRun {
-		fmt.Fprintln(w, "the old values are still in etcd's history and files, and take their room: see purge")
+		printf(w, "the old values are still in etcd's history and files, and take their room: see purge\n")
 	}
 }

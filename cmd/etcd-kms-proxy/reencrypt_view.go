@@ -39,7 +39,7 @@ func newReencryptView(w io.Writer) *reencryptView {
 
 // say prints a line, above the bar if there is one.
 func (v *reencryptView) say(format string, args ...any) {
-	_, _ = v.Write(fmt.Appendf(nil, format+"\n", args...)) // a reader that went away ends the command
+	_, _ = v.Write([]byte(sprintf(format+"\n", args...))) // a reader that went away ends the command
 }
 
 // Write implements [io.Writer].
@@ -97,7 +97,7 @@ func (v *reencryptView) progress(p lifecycle.Progress) {
 		perSecond := float64(done) / time.Since(v.begun).Seconds()
 		line += fmt.Sprintf(", %.0f a second, %s left", perSecond, time.Duration(float64(max(0, total-done))/perSecond*1e9).Round(time.Second))
 	}
-	fmt.Fprintln(v.w, line)
+	printf(v.w, "%s\n", line)
 }
 
 // draw sets the bar of a pass. mu is held.

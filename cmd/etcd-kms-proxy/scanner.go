@@ -110,17 +110,18 @@ func (s *scanner) scan(ctx context.Context) {
 	}
 	s.reset() // rules may have gone
 	for _, c := range counts {
+		rule := ruleLabel(c.Prefix)
 		for _, standing := range lifecycle.Standings {
 			n := c.Standings[standing]
-			s.values.WithLabelValues(c.Prefix, string(standing)).Set(float64(n.Keys))
-			s.bytes.WithLabelValues(c.Prefix, string(standing)).Set(float64(n.Bytes))
+			s.values.WithLabelValues(rule, string(standing)).Set(float64(n.Keys))
+			s.bytes.WithLabelValues(rule, string(standing)).Set(float64(n.Bytes))
 			if n.Keys > 0 {
-				s.oldest.WithLabelValues(c.Prefix, string(standing)).Set(float64(n.Oldest))
-				s.newest.WithLabelValues(c.Prefix, string(standing)).Set(float64(n.Newest))
+				s.oldest.WithLabelValues(rule, string(standing)).Set(float64(n.Oldest))
+				s.newest.WithLabelValues(rule, string(standing)).Set(float64(n.Newest))
 			}
 		}
 		for _, k := range labelled(c.Keys) {
-			labels := []string{c.Prefix, string(k.Standing), k.Provider, k.KeyID}
+			labels := []string{rule, string(k.Standing), k.Provider, k.KeyID}
 			s.byKey.WithLabelValues(labels...).Set(float64(k.Keys))
 			s.keyBytes.WithLabelValues(labels...).Set(float64(k.Bytes))
 		}

@@ -31,7 +31,7 @@ reconnect elsewhere, and what is left after --drain-timeout is cut. Another one,
 SIGHUP, or a change of the file, reloads the rules and the log level; other changes are named in the log and wait for a restart. A reload that
 would protect keys less than before is refused without --allow-weakening.
 
-Logs go to standard error. On Linux, core dumps of the process are turned off.`,
+Logs go to standard error.`,
 		Args: cobra.NoArgs,
 	}
 	path := configFlag(cmd)
@@ -88,9 +88,6 @@ func serve(cmd *cobra.Command, path string, o serveOptions) error {
 	level := new(slog.LevelVar)
 	level.Set(logLevel(c.Log.Level))
 	log := newLogger(cmd.ErrOrStderr(), c.Log.Format, level)
-	if err := forbidDumps(); err != nil {
-		log.Warn("core dumps of this process are not turned off: one would hold seeds and values", "error", err)
-	}
 	warnOf(log, path, warnings)
 	relaxGC()
 	a, err := newApp(c, log, o)
@@ -247,7 +244,7 @@ func newLogger(w io.Writer, format string, level slog.Leveler) *slog.Logger {
 	if format == "text" {
 		return slog.New(slog.NewTextHandler(w, options))
 	}
-	return slog.New(slog.NewJSONHandler(w, options))
+	return slog.New(slog.NewJSONHandler(jsonText{w}, options))
 }
 
 // warnOf logs what may be meant, and is mostly not.

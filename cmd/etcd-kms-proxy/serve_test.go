@@ -178,11 +178,11 @@ func TestSocketFolder(t *testing.T) {
 		t.Helper()
 		r := execute(t, "serve", "--config", d.config(t, "- address: 127.0.0.1:0", "- address: unix://"+folder+"/etcd.sock"))
 		r.want(t, 3, append(texts, "error: listener unix://"+folder+"/etcd.sock: ")...)
-		if strings.Contains(r.stderr, ".ekp-") {
+		if strings.Contains(r.stderr, "/.k") {
 			t.Errorf("it tells of a name that nobody has written: %s", r.stderr)
 		}
 	}
-	try(missing, missing+": there is no such folder\nhint: make it, for the user the proxy runs as")
+	try(missing, ": its folder "+missing+" does not exist\nhint: make it, for the user the proxy runs as")
 	if os.Getuid() != 0 { // who may write everywhere
 		try(closed, "permission denied", "hint: check that the user the proxy runs as may use this")
 	}

@@ -24,9 +24,7 @@ with now, how many under another one, and how many are plaintext or do not open.
 this configuration. It changes nothing.
 
 What is stale or plaintext, reencrypt rewrites; but plaintext under a rule with allowPlaintextReads: false was written past the proxies, is refused to clients, and is left
-by reencrypt: find out who wrote it.
-
-Exit code 1 says that not all is current, that a KMS does not answer, or that a proxy has other rules.`,
+by reencrypt: find out who wrote it.`,
 		Args: cobra.NoArgs,
 	}
 	path, out := configFlag(cmd), outputFlag(cmd)
@@ -166,20 +164,20 @@ func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) 
 // text prints the report as tables.
 func (r *statusReport) text(w io.Writer) {
 	for _, k := range r.Keys {
-		fmt.Fprintf(w, "%s\t%s%s\n", k.Standing, k.Key, because(k.Why))
+		printf(w, "%s\t%s%s\n", k.Standing, quoted(k.Key), because(k.Why))
 	}
 	if len(r.Keys) > 0 {
-		fmt.Fprintln(w)
+		printf(w, "\n")
 	}
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "RULE\tWRITES WITH\tKEYS\tCURRENT\tSTALE\tPLAINTEXT\tFOREIGN\tUNDECRYPTABLE\tUNAVAILABLE\tSIZE")
+	printf(t, "RULE\tWRITES WITH\tKEYS\tCURRENT\tSTALE\tPLAINTEXT\tFOREIGN\tUNDECRYPTABLE\tUNAVAILABLE\tSIZE\n")
 	for _, c := range r.Rules {
-		fmt.Fprintf(t, "%q\t%s\t%d\t%d\t%d\t%d\t%d\t%d\t%d\t%s\n",
-			c.Prefix, c.WriteWith, c.Keys, c.Current, c.Stale, c.Plaintext, c.Foreign, c.Undecryptable, c.Unavailable, size(c.Detail.All.Bytes))
+		printf(t, "%q\t%s\t%d\t%d\t%d\t%d\t%d\t%d\t%d\t%s\n",
+			c.Prefix, quoted(c.WriteWith), c.Keys, c.Current, c.Stale, c.Plaintext, c.Foreign, c.Undecryptable, c.Unavailable, size(c.Detail.All.Bytes))
 	}
 	_ = t.Flush() // as the rest: a reader that went away ends the command
-	fmt.Fprintln(w)
-	fmt.Fprintln(t, "RULE\tSTANDING\tSEALED BY\tKEY ID\tKEYS\tSIZE\tREVISIONS")
+	printf(w, "\n")
+	printf(t, "RULE\tSTANDING\tSEALED BY\tKEY ID\tKEYS\tSIZE\tREVISIONS\n")
 	some := false
 	for _, c := range r.Rules {
 		for _, k := range c.Detail.Keys {
@@ -188,24 +186,24 @@ func (r *statusReport) text(w io.Writer) {
 			if by == lifecycle.Plaintext {
 				by = ""
 			}
-			fmt.Fprintf(t, "%q\t%s\t%s\t%s\t%d\t%s\t%d to %d\n", c.Prefix, k.Standing, orNone(by), orNone(k.KeyID), k.Keys, size(k.Bytes), k.Oldest, k.Newest)
+			printf(t, "%q\t%s\t%s\t%s\t%d\t%s\t%d to %d\n", c.Prefix, k.Standing, nameOrNone(by), nameOrNone(k.KeyID), k.Keys, size(k.Bytes), k.Oldest, k.Newest)
 		}
 	}
 	if some {
 		_ = t.Flush()
-		fmt.Fprintln(w)
+		printf(w, "\n")
 	}
 	for _, c := range r.Rules {
 		if injected := c.injected(); injected != "" {
-			fmt.Fprintf(w, "%s\n\n", injected)
+			printf(w, "%s\n\n", injected)
 		}
 		if c.Refused > 0 {
-			fmt.Fprintf(w, "%d values under %q are unavailable although their KMS answers: it does not unwrap their DEK seeds. If it is well otherwise, they are damaged or "+
+			printf(w, "%d values under %q are unavailable although their KMS answers: it does not unwrap their DEK seeds. If it is well otherwise, they are damaged or "+
 				"encrypted under a key that it does not have; status --list names them\n\n", c.Refused, c.Prefix)
 		}
 	}
 	t = tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "KMS\tSTATE\tCURRENT KEY ID")
+	printf(t, "KMS\tSTATE\tCURRENT KEY ID\n")
 	for _, k := range r.KMS {
 		state := "ok"
 		switch {
@@ -214,27 +212,27 @@ func (r *statusReport) text(w io.Writer) {
 		case !k.OK:
 			state = "no contact: " + k.Reason
 		}
-		fmt.Fprintf(t, "%s\t%s\t%s\n", k.Name, state, orNone(k.KeyID))
+		printf(t, "%s\t%s\t%s\n", quoted(k.Name), state, nameOrNone(k.KeyID))
 	}
 	_ = t.Flush()
 	if len(r.Proxies) > 0 {
-		fmt.Fprintln(w)
+		printf(w, "\n")
 		t = tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-		fmt.Fprintln(t, "PROXY\tVERSION\tSTARTED\tRULES")
+		printf(t, "PROXY\tVERSION\tSTARTED\tRULES\n")
 		for _, p := range r.Proxies {
 			rules := "as here"
 			if !p.SameRules {
 				rules = "NOT as in this configuration"
 			}
-			fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", p.ID, p.Version, p.Started.Format(time.RFC3339), rules)
+			printf(t, "%s\t%s\t%s\t%s\n", quoted(p.ID), quoted(p.Version), p.Started.Format(time.RFC3339), rules)
 		}
 		_ = t.Flush()
 		if !r.Agreeing {
-			fmt.Fprintln(w, "\nthe proxies differ in their rules or in whether they have an audit log: until they do not, the rules on record stay what they were")
+			printf(w, "\nthe proxies differ in their rules or in whether they have an audit log: until they do not, the rules on record stay what they were\n")
 		}
 	}
 	if r.Revisions.First != r.Revisions.Last {
-		fmt.Fprintf(w, "\netcd was compacted meanwhile: keys were counted at revisions %d to %d\n", r.Revisions.First, r.Revisions.Last)
+		printf(w, "\netcd was compacted meanwhile: keys were counted at revisions %d to %d\n", r.Revisions.First, r.Revisions.Last)
 	}
 }
 

@@ -30,7 +30,8 @@ func newVerify() *cobra.Command {
 		Short: "prove that no value under a rule is readable without the KMS",
 		Long: `verify looks for values under the rules that can be read without the KMS, and says what it did not look at. Without a flag it looks at etcd itself: every
 present value, and the history back to the last compaction. With --snapshot or --data-dir it looks at files, and needs no etcd: every revision in the database, freed
-pages and other remains, the write-ahead log, and all other bytes.
+pages and other remains, the write-ahead log, and all other bytes. Files that are compressed with gzip, zip or bzip2 are searched without writing anything to disk; other
+compressed files are named as not looked at.
 
 It knows plaintext by its key, by the shape of Kubernetes' objects, and by the --canary strings that you have put into values. A value that begins like a sealed one has
 to open, or with --offline to be well-formed. It changes nothing, and prints no value. A value whose DEK seed its KMS refuses, while it

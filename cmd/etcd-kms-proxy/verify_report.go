@@ -61,6 +61,9 @@ func (r *verifyReport) looked(f disk.File, alone bool) {
 	if alone && f.Kind == "other" && !f.Damaged {
 		f.Notes, f.Damaged = append(f.Notes, "it is neither a database nor a write-ahead log: its bytes were searched alone"), true
 	}
+	if alone && f.Kind != "other" && f.Kind != "database" && f.Kind != "log" && !f.Damaged {
+		f.Notes, f.Damaged = append(f.Notes, "decompress it, and look at that"), true
+	}
 	r.Values += f.Values
 	r.Files = append(r.Files, f)
 	if f.Damaged {
@@ -72,39 +75,39 @@ func (r *verifyReport) looked(f disk.File, alone bool) {
 // text prints the report for people.
 func (r *verifyReport) text(w io.Writer, all bool) {
 	for _, f := range r.Unsure {
-		fmt.Fprintf(w, "%s: %s %q was not decrypted: %s\n", f.File, f.Place, f.Key, f.Why)
+		printf(w, "%s: %s %q was not decrypted: %s\n", f.File, f.Place, f.Key, f.Why)
 	}
 	shown := make(map[string]int)
 	for _, f := range r.Findings {
 		shown[f.File]++
 		if n := shown[f.File]; !all && n > textFindings {
 			if n == textFindings+1 {
-				fmt.Fprintf(w, "%s: more, see --list\n", f.File)
+				printf(w, "%s: more, see --list\n", f.File)
 			}
 			continue
 		}
-		fmt.Fprintf(w, "%s: %s", f.File, f.Place)
+		printf(w, "%s: %s", f.File, f.Place)
 		if f.Key != "" {
-			fmt.Fprintf(w, " %q", f.Key)
+			printf(w, " %q", f.Key)
 		}
 		if f.Revision != 0 {
-			fmt.Fprintf(w, " revision %d", f.Revision)
+			printf(w, " revision %d", f.Revision)
 		}
 		if f.Offset >= 0 {
-			fmt.Fprintf(w, " byte %d", f.Offset)
+			printf(w, " byte %d", f.Offset)
 		}
-		fmt.Fprintf(w, ": %s\n", f.Why)
+		printf(w, ": %s\n", f.Why)
 	}
 	if len(r.Files) > 0 {
 		t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-		fmt.Fprintln(t, "FILE\tKIND\tSIZE\tVALUES\tNOTES")
+		printf(t, "FILE\tKIND\tSIZE\tVALUES\tNOTES\n")
 		for _, f := range r.Files {
-			fmt.Fprintf(t, "%s\t%s\t%s\t%d\t%s\n", f.Path, f.Kind, size(f.Bytes), f.Values, strings.Join(f.Notes, "; "))
+			printf(t, "%s\t%s\t%s\t%d\t%s\n", f.Path, f.Kind, size(f.Bytes), f.Values, strings.Join(f.Notes, "; "))
 		}
 		_ = t.Flush()
 	}
-	fmt.Fprintf(w, "%d values were judged, %d findings\nnot looked at:\n", r.Values, r.Count)
+	printf(w, "%d values were judged, %d findings\nnot looked at:\n", r.Values, r.Count)
 	for _, u := range r.Unseen {
-		fmt.Fprintf(w, "  - %s\n", u)
+		printf(w, "  - %s\n", u)
 	}
 }

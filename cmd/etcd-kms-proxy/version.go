@@ -1,7 +1,6 @@
 package main
 
 import (
-	"fmt"
 	"io"
 	"runtime"
 	"runtime/debug"
@@ -52,7 +51,7 @@ func newVersion() *cobra.Command {
 	cmd.RunE = fails(func(cmd *cobra.Command, _ []string) error {
 		b := readBuildInfo()
 		return out.write(cmd.OutOrStdout(), b, func(w io.Writer) {
-			fmt.Fprintf(w, "etcd-kms-proxy %s (%s, %s)\n", b.Version, b.Go, b.Platform)
+			printf(w, "etcd-kms-proxy %s (%s, %s)\n", b.Version, b.Go, b.Platform)
 		})
 	})
 	return cmd

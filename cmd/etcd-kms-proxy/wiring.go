@@ -12,6 +12,7 @@ import (
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/legacy"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/local"
@@ -28,7 +29,7 @@ type backend struct {
 	describe func(context.Context) (*alibaba.KeyInfo, error) // nil where the KMS tells no more than Status
 	keyOf    func(keyID string) string                       // nil where a key ID does not tell of which key it is a version
 	closer   io.Closer                                       // nil where there is nothing to let go
-	reader   keyring.LegacyReader                            // of a provider that only opens values; it has no service
+	reader   *legacy.Reader                                  // of a provider that only opens values; it has no service
 	// credentialsExpire is when the credentials of the calls end, or zero; nil where there are none.
 	credentialsExpire func() time.Time
 	credentialsLate   func() bool // others should have followed them; nil where credentialsExpire is
@@ -85,7 +86,7 @@ type app struct {
 	cache   *keyring.Cache
 	closers []func()
 	rings   []*keyring.Ring
-	readers map[string]keyring.LegacyReader // of the providers that have no ring
+	readers map[string]*legacy.Reader // of the providers that have no ring
 	watches []*keyWatch
 	fleet   *fleet
 	scanner *scanner     // nil without --scan-interval
@@ -177,7 +178,7 @@ func (a *app) addRing(k config.KMS, c *config.Config) error {
 	}
 	if b.reader != nil {
 		if a.readers == nil {
-			a.readers = make(map[string]keyring.LegacyReader)
+			a.readers = make(map[string]*legacy.Reader)
 		}
 		a.readers[k.Name] = b.reader
 		return nil
@@ -227,7 +228,11 @@ func (a *app) newRules(rules []config.Rule) (*ruleSet, error) {
 		if r.WriteWith != config.Plaintext {
 			sc.Write = ring(r.WriteWith)
 		}
+		var names []string
 		for _, name := range r.ReadWith {
+			if reader := a.readers[name]; reader != nil {
+				names = append(names, reader.Names()...)
+			}
 			if !a.readWith(&sc, name) {
 				missing = append(missing, name)
 			}
@@ -243,7 +248,7 @@ func (a *app) newRules(rules []config.Rule) (*ruleSet, error) {
 			return nil, fmt.Errorf("rules[%d]: %w", i, err)
 		}
 		set.prefixes, set.sealers = append(set.prefixes, r.Prefix), append(set.sealers, s)
-		onEtcd = append(onEtcd, lifecycle.Rule{Prefix: r.Prefix, WriteWith: r.WriteWith, Sealer: s, Strict: !r.AllowPlaintextReads})
+		onEtcd = append(onEtcd, lifecycle.Rule{Prefix: r.Prefix, WriteWith: r.WriteWith, Sealer: s, Strict: !r.AllowPlaintextReads, KeyNames: names})
 	}
 	set.lifecycle = lifecycle.NewRules(onEtcd, a.ownPrefixes...)
 	return set, nil

@@ -84,7 +84,7 @@ func TestKubernetesCommands(t *testing.T) {
 	}
 	execute(t, "kms", "serve-plugin", "--config", config, "--name", "old", "--socket", d.path("s.sock")).want(t, 2, `error: kms "old": is of kind kubernetes`, "hint: ")
 
-	if err := os.Chmod(d.path("old.yaml"), 0o640); err != nil {
+	if err := os.Chmod(d.path("old.yaml"), 0o660); err != nil {
 		t.Fatal(err)
 	}
 	for _, command := range []string{"config", "kms"} {

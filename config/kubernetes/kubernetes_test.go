@@ -196,6 +196,30 @@ func TestJSON(t *testing.T) {
 	}
 }
 
+// TestCases are files that others had.
+func TestCases(t *testing.T) {
+	for name, want := range map[string]string{
+		"abstract-socket.yaml":   "/registry/secrets/ acme plaintext",
+		"trailing-document.yaml": "/registry/secrets/ plaintext plaintext",
+		"colon-key-names.yaml":   "/registry/secrets/ main reads kubernetes-aescbc plaintext",
+	} {
+		data, err := os.ReadFile(filepath.Join("testdata", name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		result, loaded := convert(t, string(data), Options{})
+		if len(loaded.Rules) != 1 || brief(loaded.Rules[0]) != want {
+			t.Errorf("%s: %+v, want %s", name, loaded.Rules, want)
+		}
+		if name == "abstract-socket.yaml" && loaded.KMS[0].Plugin.Endpoint != "unix:///@acme-kms" {
+			t.Errorf("%s: %+v", name, loaded.KMS[0].Plugin)
+		}
+		if name == "colon-key-names.yaml" && (len(result.KeyFiles) != 1 || result.KeyFiles[0].Keys[0].Name != "aescbckey-2025-12-27T23:41:02+08:00") {
+			t.Errorf("%s: %+v", name, result.KeyFiles)
+		}
+	}
+}
+
 func TestProblems(t *testing.T) {
 	one := func(provider string) string { return head + entry("secrets", provider) }
 	for name, c := range map[string]struct {
@@ -203,59 +227,62 @@ func TestProblems(t *testing.T) {
 		line int
 		want string
 	}{
-		"empty":            {"", 1, "the file is empty"},
-		"not YAML":         {head + "\t- x", 4, "not YAML"},
-		"a list":           {"[]", 1, "is not a mapping"},
-		"another kind":     {"apiVersion: v1\nkind: Secret\n", 1, "not an EncryptionConfiguration"},
-		"the old form":     {"apiVersion: v1\nkind: EncryptionConfig\nresources: []\n", 1, "Kubernetes 1.12"},
-		"two documents":    {one(identity) + "---\nkind: x\n", 1, "more than one YAML document"},
-		"no resources":     {strings.Replace(head, "resources:", "resources: []", 1), 3, "resources: is empty"},
-		"resources absent": {strings.Replace(head, "resources:\n", "", 1), 1, "resources: is required"},
-		"no providers":     {head + "- resources: [secrets]\n", 4, "resources[0].providers: is required"},
-		"no list":          {head + "- resources: secrets\n  providers: [" + identity + "]\n", 4, "is not a list"},
-		"unknown field":    {head + "- resources: [secrets]\n  provider: []\n  providers: [" + identity + "]\n", 5, "resources[0]: has an unknown field"},
-		"a field twice":    {head + "- resources: [secrets]\n  resources: [pods]\n  providers: [" + identity + "]\n", 5, "is given twice"},
-		"an anchor":        {head + "- &a\n  resources: [secrets]\n  providers: [" + identity + "]\n", 4, "anchors"},
-		"two providers":    {one("{identity: {}, " + aescbc[1:]), 5, "resources[0].providers[0]: has 2 providers"},
-		"no provider":      {one("{}"), 5, "has 0 providers"},
-		"unknown provider": {one("{des: {}}"), 5, "unknown field"},
-		"identity is null": {one("{identity: }"), 5, "is not a mapping"},
-		"identity says":    {one("{identity: {a: b}}"), 5, "unknown field"},
-		"no keys":          {one("{aescbc: {keys: []}}"), 5, "keys: is empty"},
-		"no name":          {one("{aescbc: {keys: [{secret: KEY}]}}"), 5, "keys[0].name: is required"},
-		"no secret":        {one("{aescbc: {keys: [{name: a}]}}"), 5, "has 0 bytes"},
-		"not base64":       {one("{aescbc: {keys: [{name: a, secret: KEY!}]}}"), 5, "is not base64"},
-		"a short secret":   {one("{secretbox: {keys: [{name: a, secret: YWJjZGVmZ2hpamtsbW5vcA==}]}}"), 5, "has 16 bytes"},
-		"a secret as name": {one("{aescbc: {keys: [{name: a, KEY: secret}]}}"), 5, "unknown field"},
-		"number":           {one("{aescbc: {keys: [{name: 1, secret: KEY}]}}"), 5, "put it in quotes"},
-		"kms v1":           {one("{kms: {apiVersion: v1, name: a, endpoint: unix:///a}}"), 5, "KMS v1"},
-		"kms, no version":  {one("{kms: {name: a, endpoint: unix:///a, cachesize: 10}}"), 5, "KMS v1"},
-		"kms v3":           {one("{kms: {apiVersion: v3, name: a, endpoint: unix:///a}}"), 5, "neither v1 nor v2"},
-		"cachesize":        {one("{kms: {apiVersion: v2, name: a, endpoint: unix:///a, cachesize: '1'}}"), 5, "is not of v2"},
-		"kms name":         {one("{kms: {apiVersion: v2, name: a/b, endpoint: unix:///a}}"), 5, "cannot be renamed here"},
-		"kms named so":     {one("{kms: {apiVersion: v2, name: plaintext, endpoint: unix:///a}}"), 5, "not sealing"},
-		"kms, colon":       {one("{kms: {apiVersion: v2, name: 'a:b', endpoint: unix:///a}}"), 5, "colon"},
-		"kms, no name":     {one("{kms: {apiVersion: v2, endpoint: unix:///a}}"), 5, "is not a provider's name"},
-		"tcp":              {one("{kms: {apiVersion: v2, name: a, endpoint: 'tcp://127.0.0.1:1'}}"), 5, "is not a unix socket"},
-		"abstract":         {one("{kms: {apiVersion: v2, name: a, endpoint: 'unix:///@a'}}"), 5, "is not a unix socket"},
-		"a long socket":    {one("{kms: {apiVersion: v2, name: a, endpoint: 'unix:///" + strings.Repeat("a", 107) + "'}}"), 5, "is not a unix socket"},
-		"timeout":          {one("{kms: {apiVersion: v2, name: a, endpoint: unix:///a, timeout: 3}}"), 5, "timeout"},
-		"timeout of 0":     {one("{kms: {apiVersion: v2, name: a, endpoint: unix:///a, timeout: 0s}}"), 5, "is not a duration"},
-		"kms twice":        {head + entry("secrets", acme) + entry("pods", acme), 7, `called "acme" stands on line 5 too`},
-		"star":             {head + entry("'*'", identity), 4, "ambiguous"},
-		"all groups":       {head + entry("'secrets.*'", identity), 4, "of all groups"},
-		"capital":          {head + entry("Secrets", identity), 4, "is not a resource"},
-		"slash":            {head + entry("pods/status", identity), 4, "is not a resource"},
-		"dots":             {head + entry("pods.a..b", identity), 4, "is not a resource"},
-		"events":           {head + entry("events.events.k8s.io", identity), 4, "core group"},
-		"extensions":       {head + entry("ingresses.extensions", identity), 4, "is gone"},
-		"no resource":      {head + entry("serviceipallocations", identity), 4, "is never encrypted"},
-		"resource twice":   {head + entry("pods, pods", identity), 4, "is in the list twice"},
-		"overlap":          {head + entry("pods, '*.'", identity), 4, "covered by a wildcard"},
-		"overlap of all":   {head + entry("'*.apps', '*.*'", identity), 4, "covered by a wildcard"},
-		"masked by group":  {head + entry("'*.'", identity) + entry("secrets", identity), 6, `an earlier entry has "*."`},
-		"masked by all":    {head + entry("'*.*'", identity) + entry("'*.apps'", identity), 6, `an earlier entry has "*.*"`},
-		"masked itself":    {head + entry("'*.apps'", identity) + entry("'*.apps'", identity), 6, `an earlier entry has "*.apps"`},
+		"empty":             {"", 1, "the file is empty"},
+		"not YAML":          {head + "\t- x", 4, "not YAML"},
+		"a list":            {"[]", 1, "is not a mapping"},
+		"another kind":      {"apiVersion: v1\nkind: Secret\n", 1, "not an EncryptionConfiguration"},
+		"the old form":      {"apiVersion: v1\nkind: EncryptionConfig\nresources: []\n", 1, "Kubernetes 1.12"},
+		"two documents":     {one(identity) + "---\nkind: x\n", 6, "a second YAML document begins here"},
+		"a third document":  {one(identity) + "---\n# nothing\n---\nkind: x\n", 8, "a second YAML document begins here"},
+		"not YAML, second":  {one(identity) + "---\n\t- x\n", 7, "not YAML"},
+		"no resources":      {strings.Replace(head, "resources:", "resources: []", 1), 3, "resources: is empty"},
+		"resources absent":  {strings.Replace(head, "resources:\n", "", 1), 1, "resources: is required"},
+		"no providers":      {head + "- resources: [secrets]\n", 4, "resources[0].providers: is required"},
+		"no list":           {head + "- resources: secrets\n  providers: [" + identity + "]\n", 4, "is not a list"},
+		"unknown field":     {head + "- resources: [secrets]\n  provider: []\n  providers: [" + identity + "]\n", 5, "resources[0]: has an unknown field"},
+		"a field twice":     {head + "- resources: [secrets]\n  resources: [pods]\n  providers: [" + identity + "]\n", 5, "is given twice"},
+		"an anchor":         {head + "- &a\n  resources: [secrets]\n  providers: [" + identity + "]\n", 4, "anchors"},
+		"two providers":     {one("{identity: {}, " + aescbc[1:]), 5, "resources[0].providers[0]: has 2 providers"},
+		"no provider":       {one("{}"), 5, "has 0 providers"},
+		"unknown provider":  {one("{des: {}}"), 5, "unknown field"},
+		"identity is null":  {one("{identity: }"), 5, "is not a mapping"},
+		"identity says":     {one("{identity: {a: b}}"), 5, "unknown field"},
+		"no keys":           {one("{aescbc: {keys: []}}"), 5, "keys: is empty"},
+		"no name":           {one("{aescbc: {keys: [{secret: KEY}]}}"), 5, "keys[0].name: is required"},
+		"no secret":         {one("{aescbc: {keys: [{name: a}]}}"), 5, "has 0 bytes"},
+		"not base64":        {one("{aescbc: {keys: [{name: a, secret: KEY!}]}}"), 5, "is not base64"},
+		"a short secret":    {one("{secretbox: {keys: [{name: a, secret: YWJjZGVmZ2hpamtsbW5vcA==}]}}"), 5, "has 16 bytes"},
+		"a secret as name":  {one("{aescbc: {keys: [{name: a, KEY: secret}]}}"), 5, "unknown field"},
+		"number":            {one("{aescbc: {keys: [{name: 1, secret: KEY}]}}"), 5, "put it in quotes"},
+		"kms v1":            {one("{kms: {apiVersion: v1, name: a, endpoint: unix:///a}}"), 5, "KMS v1"},
+		"kms, no version":   {one("{kms: {name: a, endpoint: unix:///a, cachesize: 10}}"), 5, "KMS v1"},
+		"kms v3":            {one("{kms: {apiVersion: v3, name: a, endpoint: unix:///a}}"), 5, "neither v1 nor v2"},
+		"cachesize":         {one("{kms: {apiVersion: v2, name: a, endpoint: unix:///a, cachesize: '1'}}"), 5, "is not of v2"},
+		"kms name":          {one("{kms: {apiVersion: v2, name: a/b, endpoint: unix:///a}}"), 5, "cannot be renamed here"},
+		"kms named so":      {one("{kms: {apiVersion: v2, name: plaintext, endpoint: unix:///a}}"), 5, "not sealing"},
+		"kms, colon":        {one("{kms: {apiVersion: v2, name: 'a:b', endpoint: unix:///a}}"), 5, "colon"},
+		"kms, no name":      {one("{kms: {apiVersion: v2, endpoint: unix:///a}}"), 5, "is not a provider's name"},
+		"tcp":               {one("{kms: {apiVersion: v2, name: a, endpoint: 'tcp://127.0.0.1:1'}}"), 5, "is not a unix socket"},
+		"abstract, no name": {one("{kms: {apiVersion: v2, name: a, endpoint: 'unix:///@'}}"), 5, "is not a unix socket"},
+		"abstract, odd":     {one("{kms: {apiVersion: v2, name: a, endpoint: 'unix:///@a/../b'}}"), 5, "is not a unix socket"},
+		"a long socket":     {one("{kms: {apiVersion: v2, name: a, endpoint: 'unix:///" + strings.Repeat("a", 107) + "'}}"), 5, "is not a unix socket"},
+		"timeout":           {one("{kms: {apiVersion: v2, name: a, endpoint: unix:///a, timeout: 3}}"), 5, "timeout"},
+		"timeout of 0":      {one("{kms: {apiVersion: v2, name: a, endpoint: unix:///a, timeout: 0s}}"), 5, "is not a duration"},
+		"kms twice":         {head + entry("secrets", acme) + entry("pods", acme), 7, `called "acme" stands on line 5 too`},
+		"star":              {head + entry("'*'", identity), 4, "ambiguous"},
+		"all groups":        {head + entry("'secrets.*'", identity), 4, "of all groups"},
+		"capital":           {head + entry("Secrets", identity), 4, "is not a resource"},
+		"slash":             {head + entry("pods/status", identity), 4, "is not a resource"},
+		"dots":              {head + entry("pods.a..b", identity), 4, "is not a resource"},
+		"events":            {head + entry("events.events.k8s.io", identity), 4, "core group"},
+		"extensions":        {head + entry("ingresses.extensions", identity), 4, "is gone"},
+		"no resource":       {head + entry("serviceipallocations", identity), 4, "is never encrypted"},
+		"resource twice":    {head + entry("pods, pods", identity), 4, "is in the list twice"},
+		"overlap":           {head + entry("pods, '*.'", identity), 4, "covered by a wildcard"},
+		"overlap of all":    {head + entry("'*.apps', '*.*'", identity), 4, "covered by a wildcard"},
+		"masked by group":   {head + entry("'*.'", identity) + entry("secrets", identity), 6, `an earlier entry has "*."`},
+		"masked by all":     {head + entry("'*.*'", identity) + entry("'*.apps'", identity), 6, `an earlier entry has "*.*"`},
+		"masked itself":     {head + entry("'*.apps'", identity) + entry("'*.apps'", identity), 6, `an earlier entry has "*.apps"`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := Read([]byte(strings.ReplaceAll(c.text, "KEY", key32)))

@@ -46,7 +46,7 @@ type Provider struct {
 	Keys []Key  // of the kinds that hold keys
 	// Of kms, which is version 2.
 	Name     string
-	Endpoint string // unix:///path
+	Endpoint string // unix:///path, or unix:///@name of an abstract socket
 	Timeout  time.Duration
 
 	line int
@@ -94,6 +94,15 @@ func (r *reader) report(line int, at, hint, format string, args ...any) {
 
 var yamlLine = regexp.MustCompile(`line (\d+)`)
 
+// errorLine returns the line that an error of the YAML library names, or 1.
+func errorLine(err error) int {
+	if m := yamlLine.FindStringSubmatch(err.Error()); m != nil {
+		line, _ := strconv.Atoi(m[1]) // digits
+		return line
+	}
+	return 1
+}
+
 func (r *reader) document(data []byte) *Configuration {
 	c := &Configuration{}
 	const begin = `it begins with "apiVersion: apiserver.config.k8s.io/v1" and "kind: EncryptionConfiguration"`
@@ -103,15 +112,14 @@ func (r *reader) document(data []byte) *Configuration {
 		r.report(1, "", begin, "the file is empty")
 		return c
 	} else if err != nil {
-		line := 1
-		if m := yamlLine.FindStringSubmatch(err.Error()); m != nil {
-			line, _ = strconv.Atoi(m[1]) // digits
-		}
-		r.report(line, "", "check indentation (spaces, no tabs), quotes and colons around this line", "not YAML")
+		r.report(errorLine(err), "", "check indentation (spaces, no tabs), quotes and colons around this line", "not YAML")
 		return c
 	}
-	if err := decoder.Decode(new(yaml.Node)); !errors.Is(err, io.EOF) {
-		r.report(1, "", "kube-apiserver reads the first one only: remove the others", "more than one YAML document")
+	if line, err := config.SecondDocument(decoder); err != nil {
+		r.report(errorLine(err), "", "check indentation (spaces, no tabs), quotes and colons around this line", "not YAML")
+		return c
+	} else if line > 0 {
+		r.report(line, "", "kube-apiserver reads the first one only: remove the others", "a second YAML document begins here")
 		return c
 	}
 	root := doc.Content[0]
@@ -243,8 +251,9 @@ func (r *reader) kms(p *Provider, n *yaml.Node, at string) {
 		p.Timeout = d
 	}
 	u, err := url.Parse(p.Endpoint)
-	if err != nil || u.Scheme != "unix" || u.Host != "" || !path.IsAbs(u.Path) || strings.HasPrefix(u.Path, "/@") || len(path.Clean(u.Path)) > 107 || strings.ContainsAny(u.Path, "?#%\x00") || u.RawQuery != "" {
-		r.report(n.Line, at+".endpoint", "write unix:///path/to/socket", "is not a unix socket that the proxy can reach")
+	if err != nil || u.Scheme != "unix" || u.Host != "" || !path.IsAbs(u.Path) || len(path.Clean(u.Path)) > 107 || strings.ContainsAny(u.Path, "?#%\x00") || u.RawQuery != "" ||
+		strings.HasPrefix(u.Path, "/@") && (u.Path == "/@" || path.Clean(u.Path) != u.Path) { // the name of an abstract socket counts as it is written
+		r.report(n.Line, at+".endpoint", "write unix:///path/to/socket, or unix:///@name for an abstract socket", "is not a unix socket that the proxy can reach")
 		return
 	}
 	p.Endpoint = "unix://" + path.Clean(u.Path)

@@ -122,7 +122,7 @@ func newOpener(t Type, secret []byte) (opener, error) {
 }
 
 // Marker returns what the reader's values begin with: "k8s:enc:aescbc:v1:" for example.
-func (r *Reader) Marker() string { return "k8s:enc:" + string(r.typ) + ":v1:" }
+func (r *Reader) Marker() string { return r.typ.marker() }
 
 // errCorrupt is every failure of a value whose key is known: who can write to etcd and sees errors must not learn where decryption ended.
 var errCorrupt = errors.New("it does not open with that key: it was altered, cut or moved, or the key is another one of the same name")
@@ -159,16 +159,16 @@ func (r *Reader) Open(etcdKey, stored []byte) (plaintext []byte, known bool, err
 	if known {
 		return nil, true, errCorrupt
 	}
-	name, _, ok := bytes.Cut(rest, []byte{':'})
-	if !ok {
+	end := r.typ.nameEnd(rest)
+	if end < 0 {
 		return nil, true, errors.New("it ends within the name of its key")
 	}
-	return nil, false, fmt.Errorf("it was sealed with %s key %s, which %s does not have: add that key there", r.typ, quote(name), r.source)
+	return nil, false, fmt.Errorf("it was sealed with %s key %s, which %s does not have: add that key there", r.typ, quote(rest[:end]), r.source)
 }
 
 // quote makes text out of stored bytes that should be a name.
 func quote(name []byte) string {
-	const most = 64
+	const most = 128
 	if len(name) > most {
 		return fmt.Sprintf("%q…", name[:most])
 	}

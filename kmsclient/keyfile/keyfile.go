@@ -1,5 +1,5 @@
 // Package keyfile reads and makes files that hold keys as they are: those of local providers, and those that kube-apiserver's own providers
-// sealed with. Such a file is YAML, readable by its owner only:
+// sealed with. Such a file is YAML, which only the user of the process and root can use (see [secretfile.Check]):
 //
 //	keys:
 //	- {id: "1", secret: <base64>}
@@ -21,6 +21,8 @@ import (
 	"strings"
 
 	"go.yaml.in/yaml/v3"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/secretfile"
 )
 
 const (
@@ -44,7 +46,7 @@ type Key struct {
 	Secret []byte
 }
 
-// Read reads and checks the file at path, and returns what the open file said of itself. A file that others than its owner may use is an error.
+// Read reads and checks the file at path, and returns what the open file said of itself. A file that others can use is an error.
 func Read(path string, form Form) ([]Key, fs.FileInfo, error) {
 	f, err := os.Open(path) //nolint:gosec // the operator names the file
 	if err != nil {
@@ -58,8 +60,8 @@ func Read(path string, form Form) ([]Key, fs.FileInfo, error) {
 	if !info.Mode().IsRegular() {
 		return nil, nil, fmt.Errorf("key file %s: not a regular file", path)
 	}
-	if mode := info.Mode().Perm(); mode&0o077 != 0 {
-		return nil, nil, &openError{path, mode}
+	if problem, fix := secretfile.Check(info); problem != "" {
+		return nil, nil, &openError{path, problem, fix}
 	}
 	data, err := io.ReadAll(io.LimitReader(f, maxFileSize+1))
 	if err != nil {
@@ -76,19 +78,18 @@ func Read(path string, form Form) ([]Key, fs.FileInfo, error) {
 	return keys, info, nil
 }
 
-// openError is of a file that others than its owner may use.
+// openError is of a file that others can use.
 type openError struct {
-	path string
-	mode fs.FileMode
+	path, problem, fix string
 }
 
 func (e *openError) Error() string {
-	return fmt.Sprintf("key file %s: others than its owner may use it (mode %04o): %s", e.path, e.mode, e.Advice())
+	return fmt.Sprintf("key file %s: %s: %s", e.path, e.problem, e.Advice())
 }
 
 // Advice is what to do; the text ends with it.
 func (e *openError) Advice() string {
-	return "run chmod 600 " + e.path + ", and replace its keys if anyone did"
+	return "run " + e.fix + " " + e.path + ", and replace its keys if anyone did"
 }
 
 // Parse reads a file's YAML. All problems are reported at once, each with its line. The YAML library's own messages quote what they read, so only
@@ -102,8 +103,16 @@ func Parse(data []byte, form Form) ([]Key, error) {
 	if err := decoder.Decode(&file); err != nil {
 		return nil, fmt.Errorf("not of the form `keys: [{%s: \"1\", secret: <base64 of %s bytes>}, …]`: no other fields, none twice", form.ID, form.sizes())
 	}
-	if err := decoder.Decode(new(yaml.Node)); !errors.Is(err, io.EOF) {
-		return nil, errors.New("more than one YAML document")
+	for {
+		var next yaml.Node
+		err := decoder.Decode(&next)
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		// A trailing "---" begins an empty document.
+		if err != nil || len(next.Content) != 1 || next.Content[0].Kind != yaml.ScalarNode || next.Content[0].Value != "" || next.Content[0].Style != 0 {
+			return nil, errors.New("more than one YAML document")
+		}
 	}
 	if len(file.Keys) == 0 {
 		return nil, errors.New("it has no keys; " + form.Empty)

@@ -3,6 +3,7 @@ package local
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -22,8 +23,19 @@ func NewKeyFile(path string) error {
 	return keyfile.Create(path, "# Keys of etcd-kms-proxy. The last one wraps, all unwrap. Never remove one that a stored value still needs.\nkeys:\n"+line("1", newSecret()))
 }
 
+// leftover is of the file at its path, which an earlier AddVersion has made and not moved into place.
+type leftover string
+
+// Error implements error.
+func (l leftover) Error() string { return fmt.Sprintf("%s exists: %s", string(l), l.Advice()) }
+
+// Advice is what to do; the text ends with it.
+func (l leftover) Advice() string {
+	return "another new-local-key is running, or one was interrupted before it had changed the key file; if none is running, remove " + string(l)
+}
+
 // AddVersion adds a key to a key file, which then wraps. The file is replaced at once, so that a reader sees the old one or the new one;
-// comments, order and owner stay. Of a symbolic link, the target is replaced.
+// comments, order, owner and mode stay. Of a symbolic link, the target is replaced.
 func AddVersion(path string) error {
 	path, err := filepath.EvalSymlinks(path)
 	if err != nil {
@@ -53,12 +65,17 @@ func AddVersion(path string) error {
 		return fmt.Errorf("key file %s: a line cannot be added to it; write each key on a line of its own that begins with `- {`", path)
 	}
 	temp := path + ".new"
-	if err := keyfile.Create(temp, text); err != nil {
+	if err := keyfile.Create(temp, text); errors.Is(err, fs.ErrExist) {
+		return leftover(temp)
+	} else if err != nil {
 		return err
 	}
 	// The proxy must be able to read what root made in its name.
 	if err := keepOwner(temp, info); err != nil {
 		return fmt.Errorf("key file %s: its owner is another user, who could not read the new one; run this as that user: %w", path, errors.Join(err, os.Remove(temp)))
+	}
+	if err := os.Chmod(temp, info.Mode().Perm()); err != nil {
+		return fmt.Errorf("set the mode of the new key file: %w", errors.Join(err, os.Remove(temp)))
 	}
 	if err := os.Rename(temp, path); err != nil {
 		return fmt.Errorf("replace key file: %w", errors.Join(err, os.Remove(temp)))

@@ -94,7 +94,7 @@ func TestBadFiles(t *testing.T) {
 		mode       fs.FileMode
 	}{
 		"readable by all":   {"keys: [{id: a, secret: " + ok + "}]", "chmod 600", 0o644},
-		"readable by group": {"keys: [{id: a, secret: " + ok + "}]", "chmod 600", 0o640},
+		"writable by group": {"keys: [{id: a, secret: " + ok + "}]", "chmod 600", 0o660},
 		"empty":             {"", "not of the form", 0o600},
 		"no keys":           {"keys: []", "no keys", 0o600},
 		"unknown field":     {"keys: []\nmore: " + canary, "not of the form", 0o600},
@@ -108,13 +108,20 @@ func TestBadFiles(t *testing.T) {
 		"not YAML":          {canary + ": [", "not of the form", 0o600},
 	} {
 		path := filepath.Join(t.TempDir(), "key.yaml")
-		if err := os.WriteFile(path, []byte(c.text), c.mode); err != nil {
+		if err := errors.Join(os.WriteFile(path, []byte(c.text), 0o600), os.Chmod(path, c.mode)); err != nil { // whatever the umask is
 			t.Fatal(err)
 		}
 		_, err := New(Config{KeyFile: path})
 		if err == nil || !strings.Contains(err.Error(), c.want) || strings.Contains(err.Error(), canary) {
 			t.Errorf("%s: got %v, want %q", name, err, c.want)
 		}
+	}
+	trailing := filepath.Join(t.TempDir(), "key.yaml")
+	if err := os.WriteFile(trailing, []byte("---\nkeys: [{id: a, secret: "+ok+"}]\n---\n# an empty document\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := New(Config{KeyFile: trailing}); err != nil {
+		t.Errorf("a trailing document: %v", err)
 	}
 	if _, err := New(Config{KeyFile: filepath.Join(t.TempDir(), "gone")}); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("a missing file: %v", err)
@@ -129,6 +136,9 @@ func TestAddVersionThroughLink(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := os.Symlink("key.yaml", link); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(path, 0o400); err != nil {
 		t.Fatal(err)
 	}
 	const other = 12345
@@ -152,7 +162,7 @@ func TestAddVersionThroughLink(t *testing.T) {
 		t.Errorf("status: %v, %v", s, err)
 	}
 	info, err := os.Stat(path)
-	if err != nil || info.Mode().Perm() != 0o600 {
+	if err != nil || info.Mode().Perm() != 0o400 {
 		t.Errorf("mode %v, %v", info.Mode(), err)
 	}
 	if owner := info.Sys().(*syscall.Stat_t).Uid; asRoot && owner != other {

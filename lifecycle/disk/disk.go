@@ -45,18 +45,18 @@ const (
 
 // Finding is a place where something is readable.
 type Finding struct {
-	File     string `json:"file"`
+	File     string `json:"file"` // of a compressed one with what of it, as " decompressed" or ` entry "etcd.db"`
 	Place    Place  `json:"place"`
 	Key      string `json:"key,omitempty"`      // the etcd key; of an object its kind
 	Revision int64  `json:"revision,omitempty"` // where it is known
-	Offset   int64  `json:"offset"`             // in the file, in bytes; -1 for what a database was asked for
+	Offset   int64  `json:"offset"`             // in the file, or in what was decompressed of it, in bytes; -1 for what a database was asked for
 	Why      string `json:"why"`
 }
 
 // File is what was looked at.
 type File struct {
 	Path   string   `json:"path"`
-	Kind   string   `json:"kind"` // "database", "log" or "other"
+	Kind   string   `json:"kind"` // "database", "log", a format of compressed files ("gzip", "zip", "bzip2", "zstd", "xz", "lz4", "compress", "7z"), or "other"
 	Bytes  int64    `json:"bytes"`
 	Values int64    `json:"values"` // that were decoded
 	Notes  []string `json:"notes"`
@@ -79,7 +79,13 @@ func Look(ctx context.Context, path string, c Config) (File, error) {
 	f.Bytes = info.Size()
 	l := &look{Config: c, file: &f, known: make(map[string]bool)}
 	decoded := spans{}
-	switch {
+	head := make([]byte, 8)
+	n, _ := r.ReadAt(head, 0) // what cannot be read is an error below
+	switch p, named := packingOf(head[:n]), packingNamed(path); {
+	case p != nil:
+		err = l.packed(ctx, r, p)
+	case named != nil:
+		l.damage("its name is that of a compressed file (%s), and it does not begin like one", named.kind)
 	case strings.HasSuffix(path, ".wal"):
 		f.Kind = "log"
 		decoded = l.log(ctx, io.NewSectionReader(r, 0, f.Bytes))
@@ -92,13 +98,14 @@ func Look(ctx context.Context, path string, c Config) (File, error) {
 	if err != nil {
 		return f, err
 	}
-	return f, l.search(ctx, r, decoded)
+	return f, l.search(ctx, io.NewSectionReader(r, 0, f.Bytes), f.Bytes, decoded)
 }
 
 // look is the work on one file.
 type look struct {
 	Config
 	file  *File
+	where string          // within the file, of what is compressed
 	known map[string]bool // values that were told where they are decoded, for remains not to tell them again
 }
 
@@ -111,7 +118,7 @@ func (l *look) damage(format string, args ...any) {
 }
 
 func (l *look) found(f Finding) {
-	f.File = l.file.Path
+	f.File = l.file.Path + l.where
 	if l.Found != nil {
 		l.Found(f)
 	}

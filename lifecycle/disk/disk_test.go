@@ -141,7 +141,7 @@ func TestRemains(t *testing.T) {
 		c := Config{Judge: judgeSealed, Prefixes: []string{ruled}, Canaries: canaries}
 		c.Found = func(f Finding) { found = append(found, strings.TrimSpace(string(f.Place)+" "+f.Key)) }
 		l := look{Config: c, file: &File{Bytes: int64(len(content))}}
-		if err := l.search(t.Context(), bytes.NewReader(content), nil); err != nil {
+		if err := l.search(t.Context(), bytes.NewReader(content), int64(len(content)), nil); err != nil {
 			t.Fatal(err)
 		}
 		return found

@@ -25,20 +25,32 @@ const (
 // magic begins Kubernetes' objects in protobuf.
 var magic = []byte("k8s\x00")
 
-// search searches a file's bytes. Requests that stand in decoded parts were looked at before.
-func (l *look) search(ctx context.Context, r io.ReaderAt, decoded spans) error {
+// search searches what r yields, of size bytes or of an unknown number if that is negative. Requests that stand in decoded parts were looked at before. It takes memory
+// for one window. The error is r's, or of ctx.
+func (l *look) search(ctx context.Context, r io.Reader, size int64, decoded spans) error {
 	canaries := canaryForms(l.Canaries)
-	buffer := make([]byte, min(before+window+overlap, l.file.Bytes))
-	for from := int64(0); from < l.file.Bytes; from += window {
-		if err := ctx.Err(); err != nil {
-			return err
+	length := int64(before + window + overlap)
+	if size >= 0 {
+		length = min(length, size+1) // so that the end is seen
+	}
+	buffer, filled := make([]byte, length), 0
+	at, from := int64(0), 0 // the offset of buffer[0], and where the window begins in buffer
+	var failure error       // of r; what came before it is searched all the same
+	for ended := false; ; {
+		for filled < len(buffer) && !ended {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			n, err := r.Read(buffer[filled:])
+			filled += n
+			if err != nil {
+				ended = true
+				if !errors.Is(err, io.EOF) {
+					failure = err
+				}
+			}
 		}
-		at := max(0, from-before)
-		n, err := r.ReadAt(buffer, at)
-		if err != nil && !errors.Is(err, io.EOF) {
-			return err
-		}
-		w := windowed{b: buffer[:n], from: int(from - at)}
+		w := windowed{b: buffer[:filled], from: from}
 		for _, p := range l.Prefixes {
 			if p != "" {
 				w.each([]byte(p), func(i int) { l.remains(w.b, i, at, decoded) })
@@ -50,8 +62,13 @@ func (l *look) search(ctx context.Context, r io.ReaderAt, decoded spans) error {
 		for _, c := range canaries {
 			w.each(c, func(i int) { l.found(Finding{Place: Canary, Offset: at + int64(i), Why: "a canary stands there"}) })
 		}
+		if from+window >= filled { // only at the end
+			return failure
+		}
+		drop := max(0, from+window-before)
+		filled = copy(buffer, buffer[drop:filled])
+		at, from = at+int64(drop), from+window-drop
 	}
-	return nil
 }
 
 // windowed are the bytes of a window, from b[from] on, with those before and the overlap.

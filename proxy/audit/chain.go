@@ -8,8 +8,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/secretfile"
 )
 
 // sum is a hash of the chain.
@@ -32,7 +33,7 @@ const (
 	maxKey = 4096
 )
 
-// LoadKey reads the key of a chain: all bytes of a file, 32 to 4,096, that only its owner may use. The key is for [Config] or [VerifyOptions].
+// LoadKey reads the key of a chain: all bytes of a file, 32 to 4,096, that nobody else can use. The key is for [Config] or [VerifyOptions].
 func LoadKey(path string) ([]byte, error) {
 	f, err := os.Open(path) //nolint:gosec // the operator names the file
 	if err != nil {
@@ -46,8 +47,8 @@ func LoadKey(path string) ([]byte, error) {
 	if !info.Mode().IsRegular() {
 		return nil, fmt.Errorf("audit key %s: not a regular file", path)
 	}
-	if mode := info.Mode().Perm(); mode&0o077 != 0 {
-		return nil, &openError{path, mode}
+	if problem, fix := secretfile.Check(info); problem != "" {
+		return nil, &openError{path, problem, fix}
 	}
 	key, err := io.ReadAll(io.LimitReader(f, maxKey+1))
 	if err != nil {
@@ -59,19 +60,18 @@ func LoadKey(path string) ([]byte, error) {
 	return key, nil
 }
 
-// openError is of a key that others than its owner may use.
+// openError is of a key that others can use.
 type openError struct {
-	path string
-	mode fs.FileMode
+	path, problem, fix string
 }
 
 func (e *openError) Error() string {
-	return fmt.Sprintf("audit key %s: others than its owner may use it (mode %04o): %s", e.path, e.mode, e.Advice())
+	return fmt.Sprintf("audit key %s: %s: %s", e.path, e.problem, e.Advice())
 }
 
 // Advice is what to do; the text ends with it.
 func (e *openError) Advice() string {
-	return "run chmod 600 " + e.path + ", and replace the key if anyone did"
+	return "run " + e.fix + " " + e.path + ", and replace the key if anyone did"
 }
 
 func checkKey(key []byte) error {

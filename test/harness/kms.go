@@ -25,7 +25,9 @@ type KMS struct {
 	env *Env
 	// Socket is the endpoint: unix:///path.
 	Socket string
-	path   string
+	// IDSuffix ends the ID of each key. It is set before Start.
+	IDSuffix string
+	path     string
 
 	mu       sync.Mutex
 	server   *grpc.Server
@@ -175,7 +177,7 @@ func (k *KMS) KeyID() string {
 	return k.keyID(k.versions)
 }
 
-func (k *KMS) keyID(version int) string { return fmt.Sprintf("plugin-key/%d", version) }
+func (k *KMS) keyID(version int) string { return fmt.Sprintf("plugin-key/%d%s", version, k.IDSuffix) }
 
 // annotation travels with each wrapped seed and has to come back.
 const annotation = "version.test.etcd-kms-proxy.io"

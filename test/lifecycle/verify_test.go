@@ -1,6 +1,7 @@
 package lifecycle
 
 import (
+	"archive/zip"
 	"bytes"
 	"compress/gzip"
 	"crypto/sha256"
@@ -88,15 +89,9 @@ func TestVerifyBadFiles(t *testing.T) {
 	s.run(t, 0, "verify --snapshot "+s.File("good.db", db))
 	changed := bytes.Clone(db)
 	changed[len(changed)-sha256.Size-1] ^= 1
-	var packed bytes.Buffer
-	w := gzip.NewWriter(&packed)
-	_, err = w.Write(db)
-	if err = errors.Join(err, w.Close()); err != nil {
-		t.Fatal(err)
-	}
 	for name, content := range map[string][]byte{
 		"half.db": db[:len(db)/2], "12KiB.db": db[:12<<10], "empty.db": {}, "changed.db": changed, "begins-with-nothing.db": append(make([]byte, 4096), db[4096:]...),
-		"packed.db.gz": packed.Bytes(), "text": []byte("some other text"), "empty.wal": {}, "zeros.wal": make([]byte, 4096),
+		"packed.db.gz": gzipped(t, db), "text": []byte("some other text"), "empty.wal": {}, "zeros.wal": make([]byte, 4096),
 	} {
 		file := s.File(name, content)
 		v, _ := s.verify(t, 3, "--snapshot "+file+" --canary "+mark)
@@ -116,6 +111,75 @@ func TestVerifyBadFiles(t *testing.T) {
 	}
 	s.run(t, 2, "verify --wal-dir a --snapshot b", "--data-dir")
 	s.run(t, 2, "verify --snapshot a --data-dir b")
+}
+
+// TestVerifyCompressed: snapshots in a data directory are looked into where they can be decompressed, and named where not.
+func TestVerifyCompressed(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, "3.7", nil)
+	put(t, s.kv, prefix+"a", mark+"-a")
+	clean, err := os.ReadFile(s.etcd.Snapshot("clean.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	plain := s.StartEtcd(harness.EtcdConfig{Version: "3.7"})
+	put(t, pb.NewKVClient(harness.Dial(t, plain.Address, nil)), prefix+"b", mark+"-b")
+	dirty, err := os.ReadFile(plain.Snapshot("dirty.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.etcd.Kill()
+	s.run(t, 0, "verify --data-dir "+s.etcd.DataDir)
+	for name, c := range map[string]struct {
+		content []byte
+		code    int
+		prints  []string
+	}{
+		"clean.db.gz":  {gzipped(t, clean), 0, []string{"it is compressed (gzip): what is in it was searched"}},
+		"clean.db.zip": {zipped(t, clean), 0, []string{"it is compressed (zip): what is in it was searched"}},
+		"dirty.db.gz":  {gzipped(t, dirty), 1, []string{"dirty.db.gz decompressed: remains " + `"` + prefix + `b"`}},
+		"dirty.db.zip": {zipped(t, dirty), 1, []string{`dirty.db.zip entry "etcd.db": remains ` + `"` + prefix + `b"`}},
+		"dirty.db.zst": {[]byte("\x28\xb5\x2f\xfd and so on"), 3, []string{"what could not be decoded of dirty.db.zst: it is compressed (zstd)"}},
+		"dirty.db.xz":  {[]byte("\xfd7zXZ\x00 and so on"), 3, []string{"what could not be decoded of dirty.db.xz: it is compressed (xz)"}},
+		"cut.db.gz":    {gzipped(t, clean)[:1000], 3, []string{"what could not be decoded of cut.db.gz"}},
+	} {
+		path := filepath.Join(s.etcd.DataDir, "member", "snap", name)
+		if err := os.WriteFile(path, c.content, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		for i, p := range c.prints {
+			c.prints[i] = strings.Replace(p, "of "+name, "of member/snap/"+name, 1)
+		}
+		s.run(t, c.code, "verify --data-dir "+s.etcd.DataDir, c.prints...)
+		if err := os.Remove(path); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func gzipped(t *testing.T, content []byte) []byte {
+	t.Helper()
+	var b bytes.Buffer
+	w := gzip.NewWriter(&b)
+	_, err := w.Write(content)
+	if err = errors.Join(err, w.Close()); err != nil {
+		t.Fatal(err)
+	}
+	return b.Bytes()
+}
+
+func zipped(t *testing.T, content []byte) []byte {
+	t.Helper()
+	var b bytes.Buffer
+	w := zip.NewWriter(&b)
+	entry, err := w.Create("etcd.db")
+	if err == nil {
+		_, err = entry.Write(content)
+	}
+	if err = errors.Join(err, w.Close()); err != nil {
+		t.Fatal(err)
+	}
+	return b.Bytes()
 }
 
 // TestVerifyMovedLog: the log is often on a disk of its own, behind a link or with --wal-dir, and is looked at there. A directory that is no member's is refused.

@@ -1,0 +1,115 @@
+// Package secretfile says whether a file that holds a secret can be trusted to be read and written by nobody else. The key files of providers and the key of the audit
+// log are checked by it. It opens nothing.
+package secretfile
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// Check returns what is wrong with a file that holds a secret, and the command that corrects it, without the file's name. problem is empty if only root and the user
+// of this process can use the file:
+//
+//   - Its owner is root or the user of this process. A process of root takes files of every owner, since commands that root runs read what the proxy's user has.
+//   - Nobody else may write it, and others may not read it. Its group may, with mode 0440 or 0640, if this process has that group and no other user has: so Kubernetes
+//     mounts a Secret for a pod with an fsGroup.
+//
+// Users and groups are those of /etc/passwd and /etc/group. On systems where files have no owner, only the mode is checked.
+func Check(info fs.FileInfo) (problem, fix string) {
+	uid, gid, ok := owner(info)
+	if !ok {
+		uid, gid = os.Geteuid(), -1
+	}
+	groups, err := os.Getgroups()
+	if err != nil {
+		groups = nil // no group is the process' own
+	}
+	self := process{uid: os.Geteuid(), groups: append(groups, os.Getegid()), passwd: "/etc/passwd", group: "/etc/group"}
+	return self.check(info.Mode().Perm(), uid, gid)
+}
+
+// process is who reads a file.
+type process struct {
+	uid           int
+	groups        []int
+	passwd, group string // the files with the users and groups
+}
+
+func (p process) check(mode fs.FileMode, uid, gid int) (problem, fix string) {
+	const groupRead = 0o040
+	if uid != 0 && uid != p.uid && p.uid != 0 {
+		return fmt.Sprintf("its owner is user %d, and neither root nor user %d, who reads it", uid, p.uid), "chown " + strconv.Itoa(p.uid)
+	}
+	switch mode & 0o077 {
+	case 0:
+		return "", ""
+	case groupRead:
+		if why := p.shared(gid); why != "" {
+			return fmt.Sprintf("its group may use it (mode %04o), and %s", mode, why), "chmod 600"
+		}
+		return "", ""
+	}
+	return fmt.Sprintf("others than its owner may use it (mode %04o)", mode), "chmod 600"
+}
+
+// shared says why a group is not the process' alone, or returns "".
+func (p process) shared(gid int) string {
+	if !slices.Contains(p.groups, gid) {
+		return fmt.Sprintf("group %d is none of this process", gid)
+	}
+	name := "" // of the process' user
+	others := ""
+	err := lines(p.passwd, func(f []string) { // name:password:uid:gid:…
+		if len(f) < 4 {
+			return
+		}
+		switch user := f[2]; {
+		case user == strconv.Itoa(p.uid):
+			name = f[0]
+		case f[3] == strconv.Itoa(gid) && user != "0":
+			others = f[0]
+		}
+	})
+	if err == nil {
+		err = lines(p.group, func(f []string) { // name:password:gid:members
+			if len(f) < 4 || f[2] != strconv.Itoa(gid) {
+				return
+			}
+			for member := range strings.SplitSeq(f[3], ",") {
+				if member != "" && member != "root" && member != name {
+					others = member
+				}
+			}
+		})
+	}
+	switch {
+	case err != nil:
+		return fmt.Sprintf("who else has group %d is not known: %v", gid, err)
+	case others != "":
+		return fmt.Sprintf("user %q has group %d too", others, gid)
+	}
+	return ""
+}
+
+// lines calls visit with the fields of each line. A file that does not exist has none.
+func lines(path string, visit func(fields []string)) error {
+	f, err := os.Open(path) //nolint:gosec // one of two fixed names
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer func() { _ = f.Close() }() // it was only read
+	s := bufio.NewScanner(f)
+	for s.Scan() {
+		visit(strings.Split(s.Text(), ":"))
+	}
+	return s.Err()
+}

@@ -1,0 +1,165 @@
+// Package unixsocket makes listening unix sockets that nobody can open with looser permissions than they are given, not even in the moment between bind and chmod. The
+// listeners of the proxy and the KMS plugin server use it. It knows nothing of what is served.
+package unixsocket
+
+import (
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// probeTimeout bounds how long a process that holds the socket may take to accept, and how long another one may be at placing its own.
+const probeTimeout = time.Second
+
+// ErrInUse is in the error of [Listen] when another process answers on the socket.
+var ErrInUse = fmt.Errorf("another process answers on it: %w", syscall.EADDRINUSE)
+
+// ErrNoFolder is in the error of [Listen] when the folder of the socket does not exist.
+var ErrNoFolder = fmt.Errorf("no folder: %w", fs.ErrNotExist)
+
+// folderError is [ErrNoFolder] of the folder that it names.
+type folderError string
+
+// Error implements error.
+func (e folderError) Error() string { return fmt.Sprintf("its folder %s does not exist", string(e)) }
+
+// Unwrap makes it [ErrNoFolder].
+func (folderError) Unwrap() error { return ErrNoFolder }
+
+// Listen makes a unix socket at path, which is absolute, with mode from the first moment on, whatever the process' umask is.
+//
+// A socket that is there already is replaced if nobody answers on it. Anything else that is there, and a socket that is in use ([ErrInUse]), is an error and stays as
+// it is. Of several processes that start together one gets the socket. The listener's Close removes it, unless another process has put its own there since.
+func Listen(path string, mode fs.FileMode) (net.Listener, error) {
+	if !filepath.IsAbs(path) {
+		return nil, fmt.Errorf("socket path %q: must be absolute", path)
+	}
+	dir := filepath.Dir(path)
+	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("socket %s: %w", path, folderError(dir))
+	}
+	unlock, err := lockDir(dir)
+	if err != nil {
+		return nil, fmt.Errorf("socket %s: %w", path, err)
+	}
+	defer unlock()
+	if err := vacant(path); err != nil {
+		return nil, fmt.Errorf("socket %s: %w", path, err)
+	}
+	l, err := place(path, mode)
+	if err != nil {
+		return nil, fmt.Errorf("socket %s: %w", path, err)
+	}
+	return l, nil
+}
+
+// vacant returns an error unless a socket can be placed at path: nothing is there, or a socket that nobody answers on.
+func vacant(path string) error {
+	info, err := os.Lstat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return fmt.Errorf("see what is there: %w", err)
+	case info.Mode()&fs.ModeSocket == 0:
+		return errors.New("there is something that is not a socket; it is left alone: remove it, or choose another path")
+	}
+	conn, err := net.DialTimeout("unix", path, probeTimeout)
+	switch {
+	case err == nil:
+		_ = conn.Close()
+		return ErrInUse
+	case errors.Is(err, syscall.EAGAIN), os.IsTimeout(err): // it listens, but its queue is full
+		return ErrInUse
+	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, fs.ErrNotExist):
+		return nil
+	}
+	return fmt.Errorf("see whether it is in use: %w", err)
+}
+
+// place binds a socket within a folder that nobody else may enter, gives it its mode and moves it to path. So at no time a stranger can open
+// it, and a client finds either the old socket or the new one.
+func place(path string, mode fs.FileMode) (_ net.Listener, err error) {
+	var random [2]byte
+	_, _ = rand.Read(random[:]) // never fails
+	// As short as can be: a folder that leaves room for the socket's own name should leave room for this.
+	private := filepath.Join(filepath.Dir(path), ".k"+hex.EncodeToString(random[:]))
+	if err := os.Mkdir(private, 0o700); err != nil {
+		return nil, fmt.Errorf("make a folder in %s to bind it in: %w", filepath.Dir(path), nameless(err))
+	}
+	inner := filepath.Join(private, "s")
+	defer func() {
+		if err != nil {
+			_ = os.Remove(inner)
+		}
+		_ = os.Remove(private)
+	}()
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: inner, Net: "unix"})
+	if err != nil {
+		return nil, fmt.Errorf("bind: %w", nameless(err))
+	}
+	l.SetUnlinkOnClose(false)
+	defer func() {
+		if err != nil {
+			_ = l.Close()
+		}
+	}()
+	if err := os.Chmod(inner, mode); err != nil {
+		return nil, fmt.Errorf("set its mode: %w", nameless(err))
+	}
+	own, err := os.Lstat(inner)
+	if err != nil {
+		return nil, fmt.Errorf("look at it: %w", nameless(err))
+	}
+	if err := os.Rename(inner, path); err != nil {
+		return nil, fmt.Errorf("put it in its place: %w", nameless(err))
+	}
+	return &socketListener{UnixListener: l, path: path, own: own}, nil
+}
+
+// nameless returns the cause of a failed operation on a file, without the name that the socket has for a moment only.
+func nameless(err error) error {
+	if e, ok := errors.AsType[*fs.PathError](err); ok {
+		return e.Err
+	}
+	if e, ok := errors.AsType[*os.LinkError](err); ok {
+		return e.Err
+	}
+	if e, ok := errors.AsType[*net.OpError](err); ok {
+		return e.Err
+	}
+	return err
+}
+
+// socketListener removes its socket when it closes.
+type socketListener struct {
+	*net.UnixListener
+	path string
+	own  fs.FileInfo
+	once sync.Once
+}
+
+// Addr is the socket's path; the one it was bound under is gone.
+func (l *socketListener) Addr() net.Addr { return &net.UnixAddr{Name: l.path, Net: "unix"} }
+
+// Close stops listening and removes the socket. It may be called more than once.
+func (l *socketListener) Close() error {
+	l.once.Do(func() {
+		unlock, err := lockDir(filepath.Dir(l.path)) // a successor may be just about to put its own there
+		if err == nil {
+			defer unlock()
+		}
+		if now, err := os.Lstat(l.path); err == nil && os.SameFile(now, l.own) {
+			_ = os.Remove(l.path)
+		}
+	})
+	return l.UnixListener.Close()
+}

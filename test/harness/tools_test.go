@@ -1,0 +1,93 @@
+package harness
+
+import (
+	"debug/buildinfo"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+)
+
+var required = regexp.MustCompile(`(?m)^\s*(?:require )?(\S+) (v\S+)(?: // indirect)?$`)
+
+// pinned returns the versions that the go.mod of a tool's module names.
+func pinned(t *testing.T, tool string) map[string]string {
+	t.Helper()
+	data, err := os.ReadFile(filepath.Join("..", "tools", tool, "go.mod"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	versions := make(map[string]string)
+	for _, m := range required.FindAllStringSubmatch(string(data), -1) {
+		versions[m[1]] = m[2]
+	}
+	return versions
+}
+
+// says returns what a tool prints of its version.
+func says(t *testing.T, bin string, args ...string) string {
+	t.Helper()
+	out, err := exec.Command(Bin(t, bin), args...).CombinedOutput()
+	if err != nil {
+		t.Errorf("%s %s: %v", bin, args, err)
+	}
+	return string(out)
+}
+
+// TestEtcdVersions: each etcd and etcdctl is of the version that it is named after, with all of etcd's modules of that one version. etcd's server of an alpha requires the
+// other modules in the versions of an earlier one.
+func TestEtcdVersions(t *testing.T) {
+	for _, minor := range Versions(t) {
+		if minor == "3.4" { // Debian's package
+			if out := says(t, "etcd-3.4", "--version"); !strings.HasPrefix(out, "etcd Version: 3.4.") {
+				t.Errorf("etcd-3.4 is %q", out)
+			}
+			continue
+		}
+		versions := pinned(t, "etcd-"+minor)
+		want := versions["go.etcd.io/etcd/server/v3"]
+		if !strings.HasPrefix(want, "v"+minor+".") {
+			t.Errorf("etcd-%s is of server %q", minor, want)
+		}
+		for module, version := range versions {
+			if strings.HasPrefix(module, "go.etcd.io/etcd/") && strings.HasSuffix(module, "/v3") && version != want {
+				t.Errorf("etcd-%s has %s %s, want %s", minor, module, version, want)
+			}
+		}
+		plain := strings.TrimPrefix(want, "v")
+		if out := says(t, "etcd-"+minor, "--version"); !strings.HasPrefix(out, "etcd Version: "+plain+"\n") {
+			t.Errorf("etcd-%s says %q, want %s", minor, out, plain)
+		}
+		if out := says(t, "etcdctl-"+minor, "version"); !strings.HasPrefix(out, "etcdctl version: "+plain+"\n") {
+			t.Errorf("etcdctl-%s says %q, want %s", minor, out, plain)
+		}
+	}
+}
+
+// TestToolsAreAsPinned: every tool was built from the modules that its go.mod pins, and so is none from before a change of it.
+func TestToolsAreAsPinned(t *testing.T) {
+	tools := map[string]string{"kube-apiserver": "kube-apiserver", "kubectl": "kube-apiserver", "kine": "kine"} // by their folder
+	for _, minor := range Versions(t) {
+		if minor != "3.4" {
+			tools["etcd-"+minor], tools["etcdctl-"+minor] = "etcd-"+minor, "etcd-"+minor
+		}
+	}
+	for bin, folder := range tools {
+		info, err := buildinfo.ReadFile(Bin(t, bin))
+		if err != nil {
+			t.Errorf("%s: %v", bin, err)
+			continue
+		}
+		want := pinned(t, folder)
+		for _, dep := range info.Deps {
+			if version := want[dep.Path]; version != "" && version != dep.Version {
+				t.Errorf("%s has %s %s, and %s/go.mod pins %s: build it again with `make tools`", bin, dep.Path, dep.Version, folder, version)
+			}
+		}
+	}
+	if out, want := says(t, "kube-apiserver", "--version"), pinned(t, "kube-apiserver")["k8s.io/kubernetes"]; out != "Kubernetes "+want+"\n" {
+		t.Errorf("kube-apiserver says %q, want %s", out, want)
+	}
+}
