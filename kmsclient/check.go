@@ -4,18 +4,19 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strings"
 	"unicode/utf8"
 
 	"k8s.io/kms/pkg/service"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 )
 
 // The limits of the stored format and of Kubernetes' KMS v2, in bytes.
 const (
 	maxPlaintext   = 6 << 10
-	maxCiphertext  = 1 << 10
-	maxKeyID       = 1 << 10
-	maxAnnotations = 32 << 10
+	maxCiphertext  = envelope.MaxSource
+	maxKeyID       = envelope.MaxKeyID
+	maxAnnotations = envelope.MaxAnnotations
 	dataKeySize    = 32
 )
 
@@ -41,7 +42,7 @@ func checkWrapped(ciphertext []byte, keyID string, annotations map[string][]byte
 	total := 0
 	for k, v := range annotations {
 		total += len(k) + len(v)
-		if !isFQDN(k) {
+		if !envelope.IsAnnotationKey(k) {
 			return contract("an annotation whose key is not a fully qualified domain name")
 		}
 	}
@@ -59,17 +60,6 @@ func checkKeyID(id string) error {
 		return contract("a key ID that is not UTF-8")
 	}
 	return nil
-}
-
-// isFQDN follows Kubernetes: lower-case DNS labels, at least two of them.
-func isFQDN(name string) bool {
-	labels := strings.Split(name, ".")
-	for _, label := range labels {
-		if label == "" || len(label) > 63 || strings.Trim(label, "abcdefghijklmnopqrstuvwxyz0123456789-") != "" || label[0] == '-' || label[len(label)-1] == '-' {
-			return false
-		}
-	}
-	return len(labels) > 1 && len(name) <= 253
 }
 
 func checkStatus(res *service.StatusResponse) error {
