@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
+	"strings"
 	"unicode/utf8"
 
 	"k8s.io/kms/pkg/service"
@@ -67,9 +69,25 @@ func checkStatus(res *service.StatusResponse) error {
 	case res.Version != "v2" && res.Version != "v2beta1":
 		return contract("a version of the KMS API that is neither v2 nor v2beta1")
 	case res.Healthz != "ok":
-		return &Error{Class: ClassUnavailable, Detail: "the KMS says that it is not healthy"}
+		e := &Error{Class: ClassUnavailable, Answered: true, Detail: fmt.Sprintf("the KMS says that it is not healthy: %s", quoted(res.Healthz))}
+		if checkKeyID(res.KeyID) == nil {
+			e.KeyID = res.KeyID
+		}
+		return e
 	}
 	return checkKeyID(res.KeyID)
+}
+
+// maxHealth is how much of a KMS' own text on its health is shown, in bytes.
+const maxHealth = 256
+
+// quoted returns text of a KMS for a log or a report: on one line, without control characters, and
+// shortened. A Status request holds nothing secret that its answer could repeat.
+func quoted(text string) string {
+	if len(text) > maxHealth {
+		return strconv.Quote(strings.ToValidUTF8(text[:maxHealth], "")) + "…"
+	}
+	return strconv.Quote(text)
 }
 
 // noteDown remembers why the KMS is unavailable, for the calls that are not made while the circuit is open.
@@ -89,6 +107,13 @@ func (c *Client) notCalled(op, keyID string, last *Error) *Error {
 			e.Detail += "; the last call failed: " + last.Detail
 		}
 	}
+	return e
+}
+
+// asKnown returns the *Error in err, which is there: safe has made err.
+func asKnown(err error) *Error {
+	var e *Error
+	errors.As(err, &e)
 	return e
 }
 
