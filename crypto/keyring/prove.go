@@ -116,7 +116,7 @@ func (r *Ring) probe(ctx context.Context, spokenFor string) {
 
 // probeKey unwraps a key's cached seed again, and drops all seeds of the key if the KMS says no. It is false when to go on is no use.
 func (r *Ring) probeKey(ctx context.Context, key string, e *entry) bool {
-	_, err := r.ask(kmsclient.OneAttempt(ctx), e.header)
+	_, err := r.ask(kmsclient.Expect(kmsclient.OneAttempt(ctx), e.sum), e.header)
 	if err == nil {
 		delete(r.loop.unprobed, key)
 		return true

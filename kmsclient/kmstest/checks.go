@@ -103,6 +103,11 @@ func statusAgrees(ctx context.Context, x *subject) error {
 	if err != nil {
 		return err
 	}
+	if s.KeyID != res.KeyID { // a KMS may learn of the key's version by the call
+		if s, err = x.Status(ctx); err != nil {
+			return err
+		}
+	}
 	if s.KeyID != res.KeyID {
 		return fmt.Errorf("Status names the key %q, Encrypt %q", s.KeyID, res.KeyID)
 	}
@@ -160,7 +165,10 @@ func damagedCiphertext(ctx context.Context, x *subject) error {
 	refused := func(ciphertext []byte, how string, args ...any) error {
 		req := clone(whole)
 		req.Ciphertext = ciphertext
-		_, err := x.Decrypt(ctx, req)
+		data, err := x.Decrypt(ctx, req)
+		if x.garbage && err == nil && string(data) != canary {
+			return nil
+		}
 		return x.judge(err, fmt.Sprintf(how, args...), x.mayBeDamaged)
 	}
 	for i := range whole.Ciphertext {
