@@ -50,9 +50,11 @@ type Client struct {
 
 // circuit is what is known of whether calls are answered.
 type circuit struct {
-	breaker *gobreaker.TwoStepCircuitBreaker[struct{}]
+	breaker atomic.Pointer[breaker]
 	down    atomic.Pointer[Error] // why the KMS was unavailable last
 }
+
+type breaker = gobreaker.TwoStepCircuitBreaker[struct{}]
 
 var (
 	_ Service          = (*Client)(nil)
@@ -76,11 +78,12 @@ func New(cfg Config) (*Client, error) {
 		cfg.Observer = func(Call) {}
 	}
 	c := &Client{cfg: cfg}
-	c.status.breaker, c.use.breaker = newBreaker(cfg), newBreaker(cfg)
+	c.status.breaker.Store(newBreaker(cfg))
+	c.use.breaker.Store(newBreaker(cfg))
 	return c, nil
 }
 
-func newBreaker(cfg Config) *gobreaker.TwoStepCircuitBreaker[struct{}] {
+func newBreaker(cfg Config) *breaker {
 	limit := uint32(cfg.BreakAfter) //nolint:gosec // a small positive number
 	return gobreaker.NewTwoStepCircuitBreaker[struct{}](gobreaker.Settings{
 		Name:        cfg.Name,
@@ -211,11 +214,15 @@ func attempt[T any](ctx context.Context, c *Client, op, keyID string, call func(
 // once makes one attempt. Its error is always an *Error with the provider filled in.
 func once[T any](ctx context.Context, c *Client, op, keyID string, call func(context.Context) (T, string, error)) (res T, err error) {
 	line := c.circuit(op)
-	done, err := line.breaker.Allow()
+	done, err := line.breaker.Load().Allow()
 	switch {
 	case err == nil:
 	case isSet(ctx, pastCircuitKey{}):
-		done, err = func(error) {}, nil
+		done, err = func(err error) {
+			if err == nil {
+				line.breaker.Store(newBreaker(c.cfg)) // closed: the KMS is there
+			}
+		}, nil
 	default:
 		return res, withCause(c.notCalled(op, keyID, line.down.Load()), errCircuitOpen)
 	}

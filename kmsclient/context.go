@@ -21,7 +21,7 @@ func OneAttempt(ctx context.Context) context.Context {
 }
 
 // PastCircuit returns a context for a health check: a [Client] makes the call even while the circuit is
-// open, since its caller limits how often it checks, and since calls for stored values that opened the
+// open, and closes it if the call succeeds, since its caller limits how often it checks, and since calls for stored values that opened the
 // circuit must not keep a check from finding that the KMS key can be used.
 func PastCircuit(ctx context.Context) context.Context {
 	return context.WithValue(ctx, pastCircuitKey{}, true)

@@ -52,7 +52,7 @@ func (s *Persona) Rotate() string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.add(vendorID)
-	if s.p.oneVersion {
+	if s.p.OneVersion {
 		s.started = s.order[len(s.order)-1]
 	}
 	return s.order[len(s.order)-1]
@@ -120,7 +120,7 @@ func (s *Persona) Encrypt(ctx context.Context, _ string, data []byte) (*service.
 	defer s.mu.Unlock()
 	s.call(opEncrypt, 1)
 	id := s.order[len(s.order)-1]
-	if s.p.oneVersion {
+	if s.p.OneVersion {
 		id = s.started
 	}
 	if s.outage || s.disabled[id] {
@@ -142,7 +142,7 @@ func (s *Persona) Decrypt(ctx context.Context, uid string, req *service.DecryptR
 	s.mu.Lock()
 	s.call(opDecrypt, 1)
 	vendorID, known := s.versions[req.KeyID]
-	out := s.outage || s.disabled[req.KeyID] || s.p.oneVersion && req.KeyID != s.started
+	out := s.outage || s.disabled[req.KeyID] || s.p.OneVersion && req.KeyID != s.started
 	broken := s.p.Garbage && known && !out
 	slow := s.slow
 	s.mu.Unlock()
@@ -200,7 +200,7 @@ func (s *Persona) Status(ctx context.Context) (*service.StatusResponse, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	id := s.order[len(s.order)-1]
-	if s.p.oneVersion {
+	if s.p.OneVersion {
 		id = s.started
 	}
 	res := &service.StatusResponse{Version: "v2", Healthz: "ok", KeyID: id}

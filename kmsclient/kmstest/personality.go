@@ -15,11 +15,12 @@ type Personality struct {
 	Unusable string
 	// Garbage plugins unwrap what is damaged to something else, or panic.
 	Garbage bool
+	// OneVersion plugins unwrap only what the key version wrapped that their process was started with.
+	OneVersion bool
 
 	keyID           func(version int) string
 	statusKeyID     func(version int) string // what Status says until a call has told the plugin of the version; nil: keyID
 	annotations     map[string][]byte        // given with each wrapped secret
-	oneVersion      bool                     // unwraps only what the version wrapped that the process was started with
 	unhealthyFor    time.Duration            // how long Status says "err" after a Decrypt that failed
 	statusCalls     int                      // at the vendor, of one Status that is well
 	failingCalls    int                      // at the vendor, of one Status in an outage
@@ -60,7 +61,7 @@ func Personalities() []Personality {
 			statusKeyID: func(int) string { return "projects/p/locations/global/keyRings/r/cryptoKeys/k" }, statusCalls: 1, failingCalls: 1,
 		},
 		{
-			Name: "azure-kubernetes-kms", keyID: hashed, oneVersion: true, statusCalls: 2, failingCalls: 1,
+			Name: "azure-kubernetes-kms", keyID: hashed, OneVersion: true, statusCalls: 2, failingCalls: 1,
 			annotations: map[string][]byte{"date.azure.akv.io": {}, "version.azure.akv.io": []byte("1"), "algorithm.azure.akv.io": []byte("RSA-OAEP-256")},
 		},
 		{Name: "barbican-kms-plugin", keyID: named("5d8a7a8e-0000-0000-0000-%012d"), Garbage: true},
