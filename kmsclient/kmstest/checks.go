@@ -96,8 +96,8 @@ func statusAgrees(ctx context.Context, x *subject) error {
 	if err != nil {
 		return err
 	}
-	if s.Version != "v2" || s.Healthz != "ok" {
-		return fmt.Errorf(`version %q, health %q; want "v2" and "ok"`, s.Version, s.Healthz)
+	if s.Version != "v2" && s.Version != "v2beta1" || s.Healthz != "ok" {
+		return fmt.Errorf(`version %q, health %q; want "v2" or "v2beta1", and "ok"`, s.Version, s.Healthz)
 	}
 	res, err := x.Encrypt(ctx, []byte(canary))
 	if err != nil {

@@ -25,7 +25,7 @@ type Persona struct {
 	named     bool              // a call has told the process of the key's version
 	outage    bool
 	disabled  map[string]bool
-	failed    time.Time // the last Decrypt that failed
+	failed    time.Time // the last Encrypt or Decrypt that failed
 	calls     map[string]int
 	vendorHad int
 	slow      time.Duration // of a Decrypt that is refused
@@ -124,6 +124,7 @@ func (s *Persona) Encrypt(ctx context.Context, _ string, data []byte) (*service.
 		id = s.started
 	}
 	if s.outage || s.disabled[id] {
+		s.failed = time.Now()
 		return nil, errUnknown(opEncrypt, "")
 	}
 	s.named = true
@@ -204,6 +205,9 @@ func (s *Persona) Status(ctx context.Context) (*service.StatusResponse, error) {
 		id = s.started
 	}
 	res := &service.StatusResponse{Version: "v2", Healthz: "ok", KeyID: id}
+	if s.p.beta {
+		res.Version = "v2beta1"
+	}
 	if s.p.statusKeyID != nil && !s.named {
 		res.KeyID = s.p.statusKeyID(0)
 	}

@@ -21,7 +21,8 @@ type Personality struct {
 	keyID           func(version int) string
 	statusKeyID     func(version int) string // what Status says until a call has told the plugin of the version; nil: keyID
 	annotations     map[string][]byte        // given with each wrapped secret
-	unhealthyFor    time.Duration            // how long Status says "err" after a Decrypt that failed
+	beta            bool                     // Status names the API's version v2beta1
+	unhealthyFor    time.Duration            // how long Status says "err" after an Encrypt or Decrypt that failed
 	statusCalls     int                      // at the vendor, of one Status that is well
 	failingCalls    int                      // at the vendor, of one Status in an outage
 	ignoresDeadline bool                     // in Status, while the vendor does not answer
@@ -53,7 +54,7 @@ func Personalities() []Personality {
 	return []Personality{
 		{
 			Name: "aws-encryption-provider", keyID: named("arn:aws:kms:eu-central-1:111122223333:key/00000000-0000-0000-0000-%012d"),
-			unhealthyFor: 30 * time.Second, statusCalls: 2, failingCalls: 2,
+			beta: true, unhealthyFor: 30 * time.Second, statusCalls: 2, failingCalls: 2,
 		},
 		{Name: "vault-kubernetes-kms", keyID: named("1700000000:%d"), statusCalls: 4, failingCalls: 2},
 		{
