@@ -143,7 +143,8 @@ type Rule struct {
 	// more, without a recovery copy that opens it): `error`, or `passthrough`, which hands on the stored bytes, so that one damaged value does not make
 	// its whole list unreadable for plain etcd clients; kube-apiserver then refuses the list itself, and names the damaged objects. An outage is always an error, and so is a
 	// key that may come back: disabled, pending deletion, without its material, or denied. That a key is gone is known of Alibaba Cloud KMS alone: a
-	// plugin does not tell it from pending deletion, and a version can be put back into a key file.
+	// plugin does not tell it from pending deletion, and a version can be put back into a key file. Where a KMS refuses a value's seed without a
+	// reason, `passthrough` applies once it has done so for five minutes while it unwrapped others.
 	OnUndecryptable string `yaml:"onUndecryptable" default:"error"`
 }
 
@@ -158,7 +159,7 @@ type Cache struct {
 	// SealUnreachableFor is how long after the KMS last answered well values are still sealed. `0s` is only while it answers well.
 	SealUnreachableFor time.Duration `yaml:"sealUnreachableFor" default:"24h"`
 	// RevokeWithin is how soon after its KMS key is disabled a seed goes out of use, and how long the KMS must have denied access before that
-	// counts as revocation. It shortens pollInterval.
+	// counts as revocation. It shortens pollInterval. Behind a plugin that does not say why it refuses, the other limits hold instead.
 	RevokeWithin time.Duration `yaml:"revokeWithin" default:"1m"`
 }
 

@@ -4,18 +4,21 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"unicode/utf8"
 
 	"k8s.io/kms/pkg/service"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 )
 
 // The limits of the stored format and of Kubernetes' KMS v2, in bytes.
 const (
 	maxPlaintext   = 6 << 10
-	maxCiphertext  = 1 << 10
-	maxKeyID       = 1 << 10
-	maxAnnotations = 32 << 10
+	maxCiphertext  = envelope.MaxSource
+	maxKeyID       = envelope.MaxKeyID
+	maxAnnotations = envelope.MaxAnnotations
 	dataKeySize    = 32
 )
 
@@ -41,7 +44,7 @@ func checkWrapped(ciphertext []byte, keyID string, annotations map[string][]byte
 	total := 0
 	for k, v := range annotations {
 		total += len(k) + len(v)
-		if !isFQDN(k) {
+		if !envelope.IsAnnotationKey(k) {
 			return contract("an annotation whose key is not a fully qualified domain name")
 		}
 	}
@@ -61,25 +64,30 @@ func checkKeyID(id string) error {
 	return nil
 }
 
-// isFQDN follows Kubernetes: lower-case DNS labels, at least two of them.
-func isFQDN(name string) bool {
-	labels := strings.Split(name, ".")
-	for _, label := range labels {
-		if label == "" || len(label) > 63 || strings.Trim(label, "abcdefghijklmnopqrstuvwxyz0123456789-") != "" || label[0] == '-' || label[len(label)-1] == '-' {
-			return false
-		}
-	}
-	return len(labels) > 1 && len(name) <= 253
-}
-
 func checkStatus(res *service.StatusResponse) error {
 	switch {
 	case res.Version != "v2" && res.Version != "v2beta1":
 		return contract("a version of the KMS API that is neither v2 nor v2beta1")
 	case res.Healthz != "ok":
-		return &Error{Class: ClassUnavailable, Detail: "the KMS says that it is not healthy"}
+		e := &Error{Class: ClassUnavailable, Answered: true, Detail: fmt.Sprintf("the KMS says that it is not healthy: %s", quoted(res.Healthz))}
+		if checkKeyID(res.KeyID) == nil {
+			e.KeyID = res.KeyID
+		}
+		return e
 	}
 	return checkKeyID(res.KeyID)
+}
+
+// maxHealth is how much of a KMS' own text on its health is shown, in bytes.
+const maxHealth = 256
+
+// quoted returns text of a KMS for a log or a report: on one line, without control characters, and
+// shortened. A Status request holds nothing secret that its answer could repeat.
+func quoted(text string) string {
+	if len(text) > maxHealth {
+		return strconv.Quote(strings.ToValidUTF8(text[:maxHealth], "")) + "…"
+	}
+	return strconv.Quote(text)
 }
 
 // noteDown remembers why the KMS is unavailable, for the calls that are not made while the circuit is open.
@@ -99,6 +107,13 @@ func (c *Client) notCalled(op, keyID string, last *Error) *Error {
 			e.Detail += "; the last call failed: " + last.Detail
 		}
 	}
+	return e
+}
+
+// asKnown returns the *Error in err, which is there: safe has made err.
+func asKnown(err error) *Error {
+	var e *Error
+	errors.As(err, &e)
 	return e
 }
 

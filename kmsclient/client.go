@@ -29,7 +29,7 @@ type Config struct {
 	Name        string        // the provider's name, for errors and calls
 	Backend     Service       // may implement [DataKeyGenerator]
 	Timeout     time.Duration // of one attempt; default 3 s
-	MaxAttempts int           // of one operation; default 3, of one that the KMS answers with an unknown fault 2 at most
+	MaxAttempts int           // of one operation; default 3, of one that the KMS answers with an unknown fault 2 at most; see also [OneAttempt]
 	MinBackoff  time.Duration // before a second attempt, with full jitter; default 100 ms, doubled each time up to 2 s
 	// After BreakAfter attempts in a row that found the KMS unavailable (default 5) the circuit opens: calls fail at once, until
 	// ProbeAfter (default 5 s) has passed and one probe is let through. Status has a circuit of its own.
@@ -50,9 +50,11 @@ type Client struct {
 
 // circuit is what is known of whether calls are answered.
 type circuit struct {
-	breaker *gobreaker.TwoStepCircuitBreaker[struct{}]
+	breaker atomic.Pointer[breaker]
 	down    atomic.Pointer[Error] // why the KMS was unavailable last
 }
+
+type breaker = gobreaker.TwoStepCircuitBreaker[struct{}]
 
 var (
 	_ Service          = (*Client)(nil)
@@ -76,11 +78,12 @@ func New(cfg Config) (*Client, error) {
 		cfg.Observer = func(Call) {}
 	}
 	c := &Client{cfg: cfg}
-	c.status.breaker, c.use.breaker = newBreaker(cfg), newBreaker(cfg)
+	c.status.breaker.Store(newBreaker(cfg))
+	c.use.breaker.Store(newBreaker(cfg))
 	return c, nil
 }
 
-func newBreaker(cfg Config) *gobreaker.TwoStepCircuitBreaker[struct{}] {
+func newBreaker(cfg Config) *breaker {
 	limit := uint32(cfg.BreakAfter) //nolint:gosec // a small positive number
 	return gobreaker.NewTwoStepCircuitBreaker[struct{}](gobreaker.Settings{
 		Name:        cfg.Name,
@@ -126,7 +129,7 @@ func (c *Client) Encrypt(ctx context.Context, uid string, data []byte) (*service
 	})
 }
 
-// Decrypt implements [Service].
+// Decrypt implements [Service]. See [Expect].
 func (c *Client) Decrypt(ctx context.Context, uid string, req *service.DecryptRequest) ([]byte, error) {
 	const op = "Decrypt"
 	if checkWrapped(req.Ciphertext, req.KeyID, req.Annotations) != nil {
@@ -140,13 +143,14 @@ func (c *Client) Decrypt(ctx context.Context, uid string, req *service.DecryptRe
 		if len(data) == 0 || len(data) > maxPlaintext {
 			return nil, req.KeyID, contract(fmt.Sprintf("a plaintext of %d bytes", len(data)))
 		}
-		return data, req.KeyID, nil
+		return data, req.KeyID, checkExpected(ctx, data)
 	})
 }
 
 const opStatus = "Status"
 
-// Status implements [Service]. A KMS that answers but is not healthy is an error of [ClassUnavailable].
+// Status implements [Service]. A KMS that answers but is not healthy is an error of [ClassUnavailable] with Answered, the key ID
+// of the answer, and the KMS' own text, quoted and shortened.
 func (c *Client) Status(ctx context.Context) (*service.StatusResponse, error) {
 	return attempt(ctx, c, opStatus, "", func(ctx context.Context) (*service.StatusResponse, string, error) {
 		res, err := c.cfg.Backend.Status(ctx)
@@ -191,12 +195,12 @@ func attempt[T any](ctx context.Context, c *Client, op, keyID string, call func(
 		InitialInterval: c.cfg.MinBackoff / 2, RandomizationFactor: 1, Multiplier: 2, MaxInterval: time.Second,
 	}
 	var last *Error // of the last attempt
-	tries := 0
+	tries, single := 0, isSet(ctx, oneAttemptKey{})
 	res, err := backoff.Retry(ctx, func() (T, error) {
 		res, err := once(ctx, c, op, keyID, call)
 		tries++
 		errors.As(err, &last)
-		if err != nil && (classOf(err) != ClassUnavailable || !isSilent(err) && tries > 1 || errors.Is(err, errCircuitOpen) || ctx.Err() != nil) {
+		if err != nil && (single || classOf(err) != ClassUnavailable || !isSilent(err) && tries > 1 || errors.Is(err, errCircuitOpen) || ctx.Err() != nil) {
 			err = backoff.Permanent(err)
 		}
 		return res, err
@@ -210,8 +214,16 @@ func attempt[T any](ctx context.Context, c *Client, op, keyID string, call func(
 // once makes one attempt. Its error is always an *Error with the provider filled in.
 func once[T any](ctx context.Context, c *Client, op, keyID string, call func(context.Context) (T, string, error)) (res T, err error) {
 	line := c.circuit(op)
-	done, err := line.breaker.Allow()
-	if err != nil {
+	done, err := line.breaker.Load().Allow()
+	switch {
+	case err == nil:
+	case isSet(ctx, pastCircuitKey{}):
+		done, err = func(err error) {
+			if err == nil {
+				line.breaker.Store(newBreaker(c.cfg)) // closed: the KMS is there
+			}
+		}, nil
+	default:
 		return res, withCause(c.notCalled(op, keyID, line.down.Load()), errCircuitOpen)
 	}
 	start := time.Now()
@@ -222,7 +234,10 @@ func once[T any](ctx context.Context, c *Client, op, keyID string, call func(con
 		}
 		if err != nil {
 			var zero T
-			res, err = zero, c.safe(ctx, op, keyID, err)
+			other := errors.Is(err, ErrOtherSecret)
+			if res, err = zero, c.safe(ctx, op, keyID, err); other {
+				err = caused{asKnown(err), ErrOtherSecret}
+			}
 			line.noteDown(err)
 		}
 		done(err)

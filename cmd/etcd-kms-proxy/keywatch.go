@@ -21,6 +21,7 @@ const (
 	soon         = 30 * 24 * time.Hour
 	watchEvery   = 10 * time.Minute // KMS quotas of describing keys are shared by a whole account
 	watchTimeout = 30 * time.Second
+	flapNotice   = time.Hour       // after a key ID has flapped
 	stateCheck   = 5 * time.Second // how soon a key that begins to fail, or no longer does, is looked at
 )
 
@@ -70,6 +71,7 @@ type keyWatch struct {
 	late     func() time.Time                                // the same if others should have followed them, else zero
 	recovery func() bool                                     // whether every rule that writes with the key has a recovery key
 	healthy  func() bool                                     // whether the last contact with the KMS was good
+	flapped  func() time.Time                                // when the KMS last went back to a key ID; may be nil
 	log      *slog.Logger
 
 	info atomic.Pointer[alibaba.KeyInfo] // the last that the KMS said
@@ -160,7 +162,12 @@ func (w *keyWatch) look(ctx context.Context) {
 }
 
 func (w *keyWatch) warnings() []warning {
-	return keyWarnings(w.info.Load(), w.late(), w.recovery(), time.Now())
+	now := time.Now()
+	ws := keyWarnings(w.info.Load(), w.late(), w.recovery(), now)
+	if w.flapped != nil && now.Sub(w.flapped()) < flapNotice {
+		ws = append(ws, warning{"key_id_flaps", "the KMS goes back and forth between key IDs: the one in use is kept until it names another for an hour"})
+	}
+	return ws
 }
 
 // keyWatches collects what the watches know when it is asked for.

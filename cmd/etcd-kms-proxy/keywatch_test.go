@@ -176,3 +176,16 @@ func TestKeyWatchFollowsTheContact(t *testing.T) {
 		<-ended
 	})
 }
+
+// TestKeyIDFlapsIsWarnedOf for an hour after the KMS last went back.
+func TestKeyIDFlapsIsWarnedOf(t *testing.T) {
+	for ago, want := range map[time.Duration]bool{time.Minute: true, 2 * time.Hour: false} {
+		w := &keyWatch{
+			provider: "p", late: func() time.Time { return time.Time{} }, recovery: func() bool { return true },
+			flapped: func() time.Time { return time.Now().Add(-ago) },
+		}
+		if ws := w.warnings(); len(ws) == 1 != want || want && ws[0].kind != "key_id_flaps" {
+			t.Errorf("%v after: %v", ago, ws)
+		}
+	}
+}

@@ -171,14 +171,14 @@ func checkBackend(ctx context.Context, name string, b *backend, u uses, observe 
 	if status.Healthz != "ok" {
 		r.found("state: the KMS says that it is not healthy")
 	}
-	start := time.Now()
+	start, before := time.Now(), len(r.Findings)
 	if u.seals {
 		r.trySeed(ctx, client)
 	}
 	if u.copies {
 		r.tryCopy(ctx, client)
 	}
-	if len(r.Tried) > 0 {
+	if len(r.Tried) > 0 && len(r.Findings) == before {
 		r.RoundTripMS = float64(time.Since(start).Microseconds()) / 1000
 	}
 	return r

@@ -105,7 +105,7 @@ func (c *counters) Rescued(provider, by, keyID, why string) {
 var (
 	outcomes = []keyring.Outcome{
 		keyring.OutcomeOK, keyring.OutcomePlaintext, keyring.OutcomeForeign, keyring.OutcomePassthrough, keyring.OutcomeUnavailable,
-		keyring.OutcomeKeyUnusable, keyring.OutcomeCorrupt, keyring.OutcomeStrict, keyring.OutcomeRefused,
+		keyring.OutcomeSeedRefused, keyring.OutcomeKeyUnusable, keyring.OutcomeCorrupt, keyring.OutcomeStrict, keyring.OutcomeRefused,
 	}
 	events = []keyring.Event{
 		keyring.EventHit, keyring.EventMiss, keyring.EventStale, keyring.EventMinted, keyring.EventRevoked, keyring.EventGood, keyring.EventBad,

@@ -6,13 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
-	"path/filepath"
 	"strings"
 	"sync"
-	"time"
-
-	"github.com/fsnotify/fsnotify"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 )
@@ -24,13 +19,10 @@ const (
 	reloadRefused = "refused" // it would protect keys less
 )
 
-// settle is how long the file must have been left alone before a change counts: editors write in steps.
-const settle = 250 * time.Millisecond
-
 // reloader applies what it can of a changed configuration. Its methods are safe for concurrent use.
 type reloader struct {
 	path   string
-	seen   [sha256.Size]byte // digest of the file as watch knows it
+	seen   [sha256.Size]byte // digest of the file when it was loaded first
 	app    *app
 	level  *slog.LevelVar
 	weaken bool // --allow-weakening
@@ -97,50 +89,7 @@ func (r *reloader) apply(trigger string) (outcome, reason string) {
 	return reloadApplied, strings.Join(weaker, "; ")
 }
 
-// watch reloads when the file's content has changed, until ctx ends. It watches the folder, since editors and Kubernetes' mounts put a new
-// file, or a new link, in the place of the old one.
+// watch reloads when the file's content has changed, until ctx ends.
 func (r *reloader) watch(ctx context.Context) {
-	w, err := fsnotify.NewWatcher()
-	if err == nil {
-		defer func() { _ = w.Close() }() // nothing is left to do if it fails
-		err = w.Add(filepath.Dir(r.path))
-	}
-	if err != nil {
-		r.log.Warn("the configuration file is not watched: only SIGHUP reloads it", "error", err)
-		return
-	}
-	quiet := time.NewTimer(settle) // the first look is for what changed before the watch began
-	defer quiet.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case _, ok := <-w.Events:
-			if !ok {
-				return
-			}
-			quiet.Reset(settle)
-		case err, ok := <-w.Errors:
-			if !ok {
-				return
-			}
-			// Events may have been lost.
-			r.log.Debug("watching the configuration file", "error", err)
-			quiet.Reset(settle)
-		case <-quiet.C:
-			if now := digest(r.path); now != r.seen {
-				r.seen = now
-				r.reload("changed file")
-			}
-		}
-	}
-}
-
-// digest identifies a file's content. A file that cannot be read has the zero digest.
-func digest(path string) [sha256.Size]byte {
-	data, err := os.ReadFile(path) //nolint:gosec // the operator names the file
-	if err != nil {
-		return [sha256.Size]byte{}
-	}
-	return sha256.Sum256(data)
+	watchFile(ctx, r.path, r.seen, r.log, "the configuration file is not watched: only SIGHUP reloads it", func() { r.reload("changed file") })
 }

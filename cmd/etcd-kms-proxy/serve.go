@@ -29,7 +29,8 @@ The first SIGTERM or SIGINT drains: no connection is accepted any more, calls un
 reconnect elsewhere, and what is left after --drain-timeout is cut. Another one, half a second later or more, exits at once, with 3.
 
 SIGHUP, or a change of the file, reloads the rules and the log level; other changes are named in the log and wait for a restart. A reload that
-would protect keys less than before is refused without --allow-weakening.
+would protect keys less than before is refused without --allow-weakening. SIGHUP also checks every KMS at once, and a change of a local key file checks
+that one: a new version is used from then on.
 
 Logs go to standard error.`,
 		Args: cobra.NoArgs,
@@ -151,6 +152,9 @@ func (a *app) run(ctx context.Context, r *reloader, signals <-chan os.Signal, dr
 			}
 		})
 	}
+	for _, f := range a.files {
+		rest.Go(func() { f.watch(lasting, a.log) })
+	}
 	for _, w := range a.watches {
 		rest.Go(func() { w.run(lasting) })
 	}
@@ -201,6 +205,7 @@ func (a *app) obey(ctx context.Context, signals <-chan os.Signal, r *reloader, s
 		case s := <-signals:
 			switch {
 			case s == syscall.SIGHUP && stopping.IsZero():
+				a.checkKeys()
 				r.reload("SIGHUP")
 			case s == syscall.SIGHUP:
 			case stopping.IsZero():

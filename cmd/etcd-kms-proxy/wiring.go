@@ -87,6 +87,7 @@ type app struct {
 	closers []func()
 	rings   []*keyring.Ring
 	readers map[string]*legacy.Reader // of the providers that have no ring
+	files   []keyFile                 // of the providers whose keys are in a file
 	watches []*keyWatch
 	fleet   *fleet
 	scanner *scanner     // nil without --scan-interval
@@ -199,11 +200,15 @@ func (a *app) addRing(k config.KMS, c *config.Config) error {
 		return err
 	}
 	a.rings = append(a.rings, ring)
+	if k.Local != nil {
+		a.files = append(a.files, keyFile{path: k.Local.KeyFile, seen: digest(k.Local.KeyFile), ring: ring})
+	}
 	a.watches = append(a.watches, &keyWatch{
 		provider: k.Name, describe: a.audited(k.Name, b.describe), expire: b.credentialsExpire, late: b.lateCredentials, log: a.log,
 		// A key file is its own backup's business, and a key that nothing is written with gets no new copies.
 		recovery: func() bool { return b.kind == "local" || !writes || len(ring.Recovery()) > 0 },
 		healthy:  func() bool { return ring.State().Healthy },
+		flapped:  func() time.Time { return ring.State().Flapped },
 	})
 	return nil
 }

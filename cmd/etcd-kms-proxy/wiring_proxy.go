@@ -88,7 +88,7 @@ func sealError(ctx context.Context, err error) error {
 			return cause
 		}
 		code = codes.Unavailable
-	case keyring.KeyUnusable, keyring.Refused:
+	case keyring.SeedRefused, keyring.KeyUnusable, keyring.Refused:
 		code = codes.FailedPrecondition
 	case keyring.Corrupt, keyring.Plaintext:
 		code = codes.DataLoss

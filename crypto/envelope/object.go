@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strings"
 	"unicode/utf8"
 
 	"google.golang.org/protobuf/encoding/protowire"
@@ -186,7 +185,7 @@ func (h *Header) Validate() error {
 	}
 	total := 0
 	for k, v := range h.Annotations {
-		if !isFQDN(k) {
+		if !IsAnnotationKey(k) {
 			return malformed("an annotation key is not a fully qualified domain name")
 		}
 		total += len(k) + len(v)
@@ -231,28 +230,6 @@ func (h *Header) appendHeader(b []byte) []byte {
 		b = protowire.AppendVarint(b, uint64(h.Type)) //nolint:gosec // a validated type is 0 or 1
 	}
 	return b
-}
-
-// isFQDN reports whether s is a lower-case DNS name of at least two labels, with or without the dot at its end: what
-// kube-apiserver accepts as an annotation key.
-func isFQDN(s string) bool {
-	s = strings.TrimSuffix(s, ".")
-	if len(s) > 253 {
-		return false
-	}
-	labels := 0
-	for label := range strings.SplitSeq(s, ".") {
-		labels++
-		if len(label) == 0 || len(label) > 63 || label[0] == '-' || label[len(label)-1] == '-' {
-			return false
-		}
-		for i := range len(label) {
-			if c := label[i]; c != '-' && (c < '0' || c > '9') && (c < 'a' || c > 'z') {
-				return false
-			}
-		}
-	}
-	return labels >= 2
 }
 
 func malformed(format string, args ...any) error {

@@ -9,7 +9,7 @@ const recoverySuffix = ".recovery.etcd-kms-proxy.io"
 // a domain name: lower-case letters, digits and hyphens, in labels between dots. The error wraps [ErrMalformed].
 func RecoveryAnnotation(provider string) (string, error) {
 	name := provider + recoverySuffix
-	if strings.HasSuffix(provider, ".") || !isFQDN(name) {
+	if strings.HasSuffix(provider, ".") || !IsAnnotationKey(name) {
 		return "", malformed("provider %q cannot be in the name of an annotation: only lower-case letters, digits, - and . can", provider)
 	}
 	return name, nil

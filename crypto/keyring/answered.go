@@ -14,6 +14,8 @@ func (e *Error) Answered() bool {
 	switch e.Kind {
 	case KeyUnusable, Corrupt, Plaintext, Refused:
 		return false
+	case SeedRefused: // a call without an answer has become one about the seed
+		return !e.silent
 	}
 	return !e.silent && (e.answered || answered(e.Err))
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	mathrand "math/rand/v2"
 	"time"
@@ -20,8 +21,14 @@ type loop struct {
 	mismatch    time.Duration // pause before the next mint when the KMS wraps under another key ID than Status says
 	ended       time.Time     // when the last contact ended
 
-	sample *envelope.Header // of a ring for reading only: a seed that the KMS has unwrapped
-	probed string           // the last key that a probe was about
+	used     time.Time // when the key in use was last tried
+	provedBy *writer   // the seed whose unwrapping this contact has asked for; nil if it has not
+
+	sample   *envelope.Header         // of a ring for reading only: a seed that the KMS has unwrapped
+	probed   string                   // the last key that a probe was about
+	probedAt time.Time                // when the last round of probes was
+	unprobed map[string]*probeBackOff // keys whose probes were refused for no known reason
+	settled  settling
 }
 
 const (
@@ -105,53 +112,146 @@ func (r *Ring) pause() time.Duration {
 }
 
 // contact asks the KMS how the key is, mints a seed if one is due, and has the seed in use unwrapped: Status may be answered although the key
-// may not be used. The result is published in one step.
+// may not be used. The result is published in one step. While contacts fail, each operation has one attempt: the next contact is not far.
 func (r *Ring) contact(ctx context.Context) {
 	r.update(func(st *state) {
 		if st.pending == nil {
 			st.pending = make(chan struct{})
 		}
 	})
-	keyID, w, err := r.askForKey(ctx)
+	ctx = kmsclient.PastCircuit(ctx)
+	if r.state.Load().err != nil {
+		ctx = kmsclient.OneAttempt(ctx)
+	}
+	r.loop.provedBy = nil
+	said, err := r.currentKey(ctx)
+	if err != nil {
+		r.badStatus(ctx, err)
+		return
+	}
+	keyID := r.settle(said)
+	w, err := r.use(ctx, keyID)
+	if refuses(err) && said != keyID {
+		keyID = r.adopt(said)
+		w, err = r.use(ctx, keyID)
+	}
 	if err == nil {
-		r.good(keyID, w)
+		if w != nil {
+			keyID = w.statusID
+		}
+		r.good(keyID, w, nil)
 		r.probe(ctx, r.keyOf(keyID))
 		return
 	}
 	r.bad(ctx, keyID, err)
-	// Whatever it was, the seeds that stay in use are asked about: a KMS that says no to them is not to be missed.
-	if w := r.state.Load().writer; w != nil && !refuses(err) {
+	// The seed that stays in use is asked about: a KMS that refuses it is not to be missed.
+	if w := r.state.Load().writer; w != nil && w != r.loop.provedBy && !refuses(err) && r.useDue() {
 		if err := r.prove(ctx, w); refuses(err) {
 			r.bad(ctx, keyID, err)
 		}
 	}
 	if r.state.Load().revoked == nil {
-		r.probe(ctx, "")
+		r.probe(ctx, r.keyOf(keyID))
 	}
 }
 
-// askForKey returns the current key ID, as far as it is known, and the seed to seal under from now on, or what is wrong.
-func (r *Ring) askForKey(ctx context.Context) (string, *writer, error) {
+// badStatus ends a contact whose Status was not good. Then other keys are not probed: some plugins say that they are not healthy for a while after any
+// call that failed, so that probes of a key that the KMS refuses would keep them from ever saying anything else. For the same reason a KMS that says so has the key in use
+// tried, now and then: if it works, values are encrypted and decrypted.
+func (r *Ring) badStatus(ctx context.Context, status error) {
+	if refuses(status) {
+		r.bad(ctx, "", status)
+		if r.state.Load().revoked == nil { // the name leads to no key, or access is denied: only the keys themselves can say more
+			r.probe(ctx, "")
+		}
+		return
+	}
+	if !r.useDue() {
+		r.bad(ctx, "", status)
+		return
+	}
+	defer func() { r.loop.used = time.Now() }()
+	if isUnhealthy(status) {
+		e, _ := errors.AsType[*kmsclient.Error](status)
+		keyID := r.settle(e.KeyID)
+		w, err := r.use(ctx, keyID)
+		switch {
+		case err == nil:
+			if w != nil {
+				keyID = w.statusID
+			}
+			r.good(keyID, w, status)
+		case refuses(err):
+			r.bad(ctx, keyID, err)
+		default:
+			r.bad(ctx, "", status)
+			r.update(func(st *state) { st.works = false })
+		}
+		return
+	}
+	r.bad(ctx, "", status)
+	if w := r.state.Load().writer; w != nil {
+		err := r.prove(ctx, w)
+		if refuses(err) {
+			r.bad(ctx, "", err)
+		}
+		r.update(func(st *state) { st.works = err == nil })
+	}
+}
+
+// useDue reports whether the key in use is to be tried although Status is not good.
+func (r *Ring) useDue() bool {
+	pause := min(r.cfg.PollInterval, r.cfg.RevokeWithin) - r.cfg.FailingPollInterval
+	if r.state.Load().writer == nil {
+		pause = min(pause, 3*r.cfg.FailingPollInterval)
+	}
+	return !r.loop.deniedSince.IsZero() || time.Since(r.loop.used) >= pause
+}
+
+// currentKey returns the key ID that Status says. A first answer, or a new one, is asked for again: some plugins name the key after a start, and its version
+// only once they have been called.
+func (r *Ring) currentKey(ctx context.Context) (string, error) {
 	status, err := r.status(ctx)
 	if err != nil {
-		return "", nil, err
+		return "", err
 	}
-	w, err := r.proven(ctx, status.KeyID)
-	return status.KeyID, w, err
+	switch known := r.state.Load().keyID; {
+	case known == status.KeyID, known == "" && !r.cfg.ReadOnly, r.loop.settled.waits(status.KeyID):
+		return status.KeyID, nil
+	}
+	if again, err := r.status(ctx); err == nil {
+		return again.KeyID, nil
+	}
+	return status.KeyID, nil
 }
 
-func (r *Ring) good(keyID string, w *writer) {
-	r.loop.deniedSince = time.Time{}
+// good records a contact in which the key was used with success. status is why Status was not good, or nil.
+func (r *Ring) good(keyID string, w *writer, status error) {
+	r.loop.deniedSince, r.loop.used = time.Time{}, time.Now()
 	was := r.state.Load()
+	if !was.works {
+		r.refusals.Purge() // they may have been the outage that is over
+	}
 	r.endContact(func(st *state) {
-		st.writer, st.keyID, st.healthy, st.lastGood, st.err, st.revoked = w, keyID, true, time.Now(), nil, nil
+		st.writer, st.keyID, st.healthy, st.lastGood, st.err, st.revoked, st.works = w, keyID, status == nil, time.Now(), status, nil, true
 	})
 	if was.revoked != nil {
 		r.drop(func(e *entry) bool { return e.ring == r && e.by != r }) // from now on the key itself unwraps
 	}
-	if !was.healthy {
+	switch {
+	case status != nil:
+		r.noteBad(was, status)
+	case !was.healthy:
 		r.cfg.Observer.Seed(r.cfg.Provider, EventGood)
 		r.cfg.Logger.Info("KMS key is usable", "provider", r.cfg.Provider, "keyID", keyID)
+	}
+}
+
+// noteBad tells of a contact that was not good, if the last one was.
+func (r *Ring) noteBad(was *state, err error) {
+	if was.healthy || was.err == nil {
+		r.cfg.Observer.Seed(r.cfg.Provider, EventBad)
+		r.cfg.Logger.Warn("KMS contact is not good", "provider", r.cfg.Provider, "reason", describe(err))
 	}
 }
 
@@ -173,7 +273,7 @@ func (r *Ring) bad(ctx context.Context, keyID string, err error) {
 	}
 	was := r.state.Load()
 	change := func(st *state) {
-		st.healthy, st.err = false, err
+		st.healthy, st.err, st.works = false, err, st.works && isUnhealthy(err)
 		if keyID != "" {
 			st.keyID = keyID
 		}
@@ -195,10 +295,7 @@ func (r *Ring) bad(ctx context.Context, keyID string, err error) {
 		dropped = r.drop(mine) // so that nothing opens once the ring is said to be revoked
 	}
 	r.endContact(change)
-	if was.healthy || was.err == nil {
-		r.cfg.Observer.Seed(r.cfg.Provider, EventBad)
-		r.cfg.Logger.Warn("KMS contact is not good", "provider", r.cfg.Provider, "reason", describe(err))
-	}
+	r.noteBad(was, err)
 	if revoke {
 		dropped += r.drop(mine) // what came in between
 		if was.revoked == nil {
@@ -231,8 +328,7 @@ func (r *Ring) status(ctx context.Context) (*service.StatusResponse, error) {
 	case status == nil || status.KeyID == "" || len(status.KeyID) > envelope.MaxKeyID:
 		return nil, &contractError{op: "Status", what: "the key ID is empty or over-long"}
 	case status.Healthz != "ok":
-		// What else Healthz says is free text of the KMS; it is not known to be safe.
-		return nil, &kmsclient.Error{Op: "Status", Provider: r.cfg.Provider, Class: kmsclient.ClassUnavailable, KeyID: status.KeyID, Detail: "health is not ok"}
+		return nil, &kmsclient.Error{Op: "Status", Provider: r.cfg.Provider, Class: kmsclient.ClassUnavailable, KeyID: status.KeyID, Answered: true, Detail: "health is not ok"}
 	}
 	return status, nil
 }

@@ -15,6 +15,10 @@ type Kind int
 const (
 	// Unavailable: the KMS was not reached or did not answer as it must. A retry may help; nothing is wrong with the value.
 	Unavailable Kind = iota + 1
+	// SeedRefused: the KMS answers, and unwraps other seeds, and does not unwrap that of this value, without saying why: the value is damaged, or its key is
+	// disabled, gone or not this KMS'. Most plugins answer so whatever the reason is. An operator has to look; of a refusal that lasts,
+	// [SealerConfig.Passthrough] takes values for lost.
+	SeedRefused
 	// KeyUnusable: the KMS key is disabled, pending deletion or gone, or the KMS refuses the proxy. An operator has to act. Of a key that is gone
 	// for good, [SealerConfig.Passthrough] takes values for lost.
 	KeyUnusable
@@ -31,6 +35,8 @@ func (k Kind) String() string {
 	switch k {
 	case Unavailable:
 		return "unavailable"
+	case SeedRefused:
+		return "seed_refused"
 	case KeyUnusable:
 		return "key_unusable"
 	case Corrupt:
@@ -50,7 +56,8 @@ type Error struct {
 	Text string
 	Err  error // the cause, for errors.Is and errors.As; may be nil
 
-	// lost is the ring of a value that will not open later either, although it is not Corrupt: its key is not there any more, nor is a copy.
+	// lost is the ring of a value that will not open later either, although it is not Corrupt: its key is not there any more, or has refused it for long, and
+	// there is no copy.
 	lost *Ring
 	// Of a seed with recovery copies, silent says that a KMS which could still give it did not answer, and answered that one did. See [Error.Answered].
 	silent, answered bool
@@ -87,6 +94,13 @@ func isGone(err error) bool {
 func isAnswered(err error) bool {
 	e, ok := errors.AsType[*kmsclient.Error](err)
 	return ok && e.Answered
+}
+
+// isUnhealthy reports whether a failed contact is a Status that was answered, named the key, and said that the KMS is not healthy. Some plugins say so for
+// a while after any call that failed.
+func isUnhealthy(err error) bool {
+	e, ok := errors.AsType[*kmsclient.Error](err)
+	return ok && e.Class == kmsclient.ClassUnavailable && e.Answered && e.Op == "Status" && e.KeyID != ""
 }
 
 // isMissing reports whether a failed KMS call says that there is no such key.
@@ -133,6 +147,10 @@ func describe(err error) string {
 		b.WriteString("the KMS answered what it must not")
 	default:
 		b.WriteString("the KMS is unreachable, throttling or failing")
+		if e.Answered {
+			b.Reset()
+			b.WriteString("the KMS answers with a failure")
+		}
 	}
 	fmt.Fprintf(&b, " (%s", e.Op)
 	for _, f := range []struct{ name, value string }{{"code", e.Code}, {"key ID", e.KeyID}, {"request ID", e.RequestID}} {

@@ -20,41 +20,18 @@ func (r *Ring) markLost(err *Error, h *envelope.Header, cause error) *Error {
 	return err
 }
 
-// absent is that the KMS did not know the key of a seed, for a while: a list holds many values of one.
-type absent struct {
-	err   *Error
-	until time.Time
-}
-
-// maxAbsent is how many of these are kept.
-const maxAbsent = 1024
-
-func (r *Ring) noteAbsent(d digest, err *Error) {
-	if err.lost != nil {
-		r.absent.Add(d, absent{err, time.Now().Add(r.cfg.FailingPollInterval)})
-	}
-}
-
-// knownAbsent returns what the KMS said of a seed just now, if that was that it does not know the key, or nil.
-func (r *Ring) knownAbsent(d digest) *Error {
-	if a, ok := r.absent.Get(d); ok && time.Now().Before(a.until) {
-		return a.err
-	}
-	return nil
-}
-
 // notLost returns err without the mark.
 func notLost(err *Error) *Error {
 	return &Error{Kind: err.Kind, Text: err.Text, Err: err.Err, silent: err.silent, answered: err.answered}
 }
 
-// noteLost says, loudly, that a value was handed on as stored because its key is gone.
+// noteLost says, loudly, that a value was handed on as stored because its key is gone or refuses it for good.
 func (r *Ring) noteLost(err *Error) {
 	now := time.Now()
 	last := r.lostLogged.Load()
 	if last != 0 && now.Sub(time.Unix(last, 0)) < lostNotice || !r.lostLogged.CompareAndSwap(last, now.Unix()) {
 		return
 	}
-	r.cfg.Logger.Error("values are handed on as stored, by their rule's policy: their KMS key is gone, and with it what they held; restore or delete them",
+	r.cfg.Logger.Error("values are handed on as stored, by their rule's policy: their KMS key is gone or has refused them for long; restore or delete them",
 		"provider", r.cfg.Provider, "reason", err.Text)
 }

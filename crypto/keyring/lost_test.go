@@ -29,7 +29,7 @@ func TestLostIsHandedOn(t *testing.T) {
 		"an old key":                         {nil, missingError("Decrypt", "key/1"), 0, 1},
 		"the key in the configuration alone": {missingError("Status", "another"), nil, KeyUnusable, 0},
 		"pending deletion":                   {goneError("Status"), goneError("Decrypt"), KeyUnusable, 0},
-		"an old one pending deletion":        {nil, goneError("Decrypt"), KeyUnusable, 100},
+		"an old one pending deletion":        {nil, goneError("Decrypt"), KeyUnusable, 1},
 		"disabled":                           {unusable, unusable, KeyUnusable, 0},
 		"denied":                             {denied, denied, KeyUnusable, 0},
 		"silent":                             {silent, silent, Unavailable, 100},

@@ -61,6 +61,11 @@ func (r *Ring) mint(ctx context.Context, statusID string) (*writer, error) {
 	if err := r.prove(ctx, w); err != nil {
 		return nil, fmt.Errorf("mint seed: %w", err)
 	}
+	if k.KeyID != statusID { // a plugin may have learned the key's version by the call
+		if again, err := r.status(ctx); err == nil && again.KeyID == k.KeyID {
+			statusID, w.statusID = again.KeyID, again.KeyID
+		}
+	}
 	if err := w.copySeed(ctx, &h, k.Plaintext); err != nil {
 		return nil, fmt.Errorf("mint seed: %w", err)
 	}

@@ -10,6 +10,7 @@ const (
 	OutcomeForeign     Outcome = "foreign"     // handed on as stored: sealed by someone else
 	OutcomePassthrough Outcome = "passthrough" // handed on as stored although it is corrupt, by the rule's policy
 	OutcomeUnavailable Outcome = "unavailable"
+	OutcomeSeedRefused Outcome = "seed_refused"
 	OutcomeKeyUnusable Outcome = "key_unusable"
 	OutcomeCorrupt     Outcome = "corrupt"
 	OutcomeStrict      Outcome = "strict"  // refused: plaintext or foreign under a strict rule

@@ -15,9 +15,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
-// proven returns the seed to seal under from now on, a new one if it is due, which the KMS has just unwrapped. It is nil for a ring that only reads;
+// use returns the seed to seal under from now on, a new one if it is due, which the KMS has just unwrapped. It is nil for a ring that only reads;
 // there a cached seed stands for the others.
-func (r *Ring) proven(ctx context.Context, keyID string) (*writer, error) {
+func (r *Ring) use(ctx context.Context, keyID string) (*writer, error) {
 	if !r.mintDue(ctx, keyID) {
 		w := r.state.Load().writer
 		if w == nil {
@@ -39,8 +39,10 @@ var errOtherSecret error = &contractError{op: "Decrypt", what: "another data key
 
 // prove has the KMS unwrap the seed that is sealed under.
 func (r *Ring) prove(ctx context.Context, w *writer) error {
-	plain, err := r.ask(ctx, w.header)
-	if err == nil && sha256.Sum256(plain) != w.sum {
+	r.loop.provedBy, r.loop.used = w, time.Now()
+	plain, err := r.ask(kmsclient.Expect(ctx, w.sum), w.header)
+	switch {
+	case err == nil && sha256.Sum256(plain) != w.sum, errors.Is(err, kmsclient.ErrOtherSecret):
 		err = errOtherSecret
 	}
 	if err != nil {
@@ -67,9 +69,23 @@ func (r *Ring) proveSample(ctx context.Context, keyID string) error {
 	return nil
 }
 
+// probeBackOff is when a key is probed again that the KMS refuses without a reason. Its seeds are not dropped for that, so that nothing is gained by asking often.
+type probeBackOff struct {
+	wait time.Duration
+	next time.Time
+}
+
+// maxProbeWait is the longest of these pauses.
+const maxProbeWait = 30 * time.Minute
+
 // probe unwraps one cached seed of each key but the one that the contact has spoken for, so that the revocation of an old key is noticed although its
-// seeds are cached. What is too much for one poll is left to the next.
+// seeds are cached. It does so once in a poll interval at most. What is too much for one poll is left to the next.
 func (r *Ring) probe(ctx context.Context, spokenFor string) {
+	interval := min(r.cfg.PollInterval, r.cfg.RevokeWithin)
+	if time.Since(r.loop.probedAt) < interval-interval/10-1 { // as pause has it
+		return
+	}
+	r.loop.probedAt = time.Now()
 	samples := make(map[string]*entry)
 	for _, e := range r.cfg.Cache.lru.Values() { // the last used comes last
 		if key := r.keyOf(e.byKeyID); e.by == r && e.header != nil && key != spokenFor {
@@ -80,6 +96,7 @@ func (r *Ring) probe(ctx context.Context, spokenFor string) {
 	r.mu.Lock()
 	maps.DeleteFunc(r.denied, func(key string, _ time.Time) bool { return samples[key] == nil })
 	r.mu.Unlock()
+	maps.DeleteFunc(r.loop.unprobed, func(key string, _ *probeBackOff) bool { return samples[key] == nil })
 	keys := slices.Sorted(maps.Keys(samples))
 	first, found := slices.BinarySearch(keys, r.loop.probed)
 	if found {
@@ -88,6 +105,9 @@ func (r *Ring) probe(ctx context.Context, spokenFor string) {
 	for i := range min(len(keys), maxProbes) {
 		key := keys[(first+i)%len(keys)]
 		r.loop.probed = key
+		if b := r.loop.unprobed[key]; b != nil && time.Now().Before(b.next) {
+			continue
+		}
 		if !r.probeKey(ctx, key, samples[key]) {
 			return
 		}
@@ -96,8 +116,9 @@ func (r *Ring) probe(ctx context.Context, spokenFor string) {
 
 // probeKey unwraps a key's cached seed again, and drops all seeds of the key if the KMS says no. It is false when to go on is no use.
 func (r *Ring) probeKey(ctx context.Context, key string, e *entry) bool {
-	_, err := r.ask(ctx, e.header)
+	_, err := r.ask(kmsclient.Expect(kmsclient.OneAttempt(ctx), e.sum), e.header)
 	if err == nil {
+		delete(r.loop.unprobed, key)
 		return true
 	}
 	ofKey := func(id string) bool { return r.keyOf(id) == key }
@@ -109,7 +130,16 @@ func (r *Ring) probeKey(ctx context.Context, key string, e *entry) bool {
 			r.dropKeys(ofKey, e.byKeyID, err)
 		}
 	case kmsclient.ClassUnavailable:
-		return isAnswered(err) // it may be this key alone
+		if !isAnswered(err) {
+			return false
+		}
+		b := r.loop.unprobed[key] // it may be this key alone
+		if b == nil {
+			b = &probeBackOff{wait: min(r.cfg.PollInterval, r.cfg.RevokeWithin)}
+			r.loop.unprobed[key] = b
+		}
+		b.wait = min(2*b.wait, max(maxProbeWait, r.cfg.PollInterval))
+		b.next = time.Now().Add(b.wait)
 	}
 	return ctx.Err() == nil
 }

@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
 // rescueNotice is how often the log says that values are opened by recovery copies.
@@ -92,7 +91,7 @@ func (r *Ring) mayRescue(err *Error) bool {
 	if errors.Is(err, errStopped) || r.isRefused() {
 		return false
 	}
-	return err.Kind == Unavailable || err.Kind == Corrupt || isGone(err.Err)
+	return err.Kind == Unavailable || err.Kind == SeedRefused || err.Kind == Corrupt || isGone(err.Err)
 }
 
 // isRefused reports whether the key is revoked by somebody's will.
@@ -122,7 +121,7 @@ func (r *Ring) rescueSeed(ctx context.Context, h *envelope.Header, spares []spar
 		if err == nil {
 			return e, nil
 		}
-		if old := r.cfg.Cache.get(s.digest); old != nil && err.Kind == Unavailable && r.cfg.Cache.ageOf(old, time.Now()) != expired {
+		if old := r.cfg.Cache.get(s.digest); old != nil && (err.Kind == Unavailable || err.Kind == SeedRefused) && r.cfg.Cache.ageOf(old, time.Now()) != expired {
 			r.cfg.Observer.Seed(r.cfg.Provider, EventStale)
 			return old, nil
 		}
@@ -186,30 +185,31 @@ func (r *Ring) unwrapSpare(h *envelope.Header, s spare, first *Error) (*entry, e
 	if revoked := s.by.state.Load().revoked; revoked != nil {
 		return nil, s.by.markLost(s.by.errorf(KeyUnusable, revoked, "%s", describe(revoked)), s.header, revoked)
 	}
+	if known := s.by.refused(s.digest); known != nil {
+		return nil, s.by.notUnwrapped("copy", s.header, known)
+	}
 	if !r.begin() {
 		return nil, r.errorf(Unavailable, errStopped, "the copy was not unwrapped")
 	}
 	defer r.calls.Done()
 	gen := s.by.generation()
-	ctx, cancel := context.WithCancel(s.by.base)
+	ctx, cancel := context.WithCancel(s.by.attempts(s.digest))
 	defer cancel()
 	defer context.AfterFunc(r.base, cancel)()
 	plain, err := s.by.decrypt(ctx, s.header)
 	if err != nil {
-		if classOf(err) == kmsclient.ClassInvalid {
-			return nil, s.by.errorf(Corrupt, err, "the copy under KMS key ID %q does not unwrap: %s", clip(s.header.KeyID), describe(err))
-		}
-		return nil, s.by.markLost(s.by.errorf(kindOf(err), err, "the copy under KMS key ID %q was not unwrapped: %s", clip(s.header.KeyID), describe(err)), s.header, err)
+		return nil, s.by.notUnwrapped("copy", s.header, s.by.noteRefusal(s.digest, err))
 	}
 	seed, err := envelope.NewSeed(h.Type, plain)
 	if err != nil {
-		return nil, s.by.errorf(Unavailable, &contractError{op: "Decrypt", what: err.Error()}, "the copy under KMS key ID %q: %v", clip(s.header.KeyID), err)
+		return nil, s.by.notUnwrapped("copy", s.header, s.by.noteRefusal(s.digest, &contractError{op: "Decrypt", what: err.Error()}))
 	}
+	s.by.refusals.Remove(s.digest)
 	e := r.newEntry(s.digest, h, seed)
 	e.sum = sha256.Sum256(plain)
 	e.by, e.byKeyID, e.header, e.rescue = s.by, s.header.KeyID, keep(s.header), r.rescuedBy(s.by)
 	e.why = first.Text
-	if first.Kind == Unavailable {
+	if first.Kind == Unavailable || first.Kind == SeedRefused {
 		e.retry.Store(time.Now().Add(r.cfg.FailingPollInterval).UnixNano())
 	}
 	if old != nil {

@@ -321,11 +321,8 @@ func TestOldKeyIsRevoked(t *testing.T) {
 				g.mustOpen(t, "k", now, "now")
 				g.mustSeal(t, "k", "v")
 				kms.set(func() { kms.keyErr = map[string]error{} })
+				time.Sleep(5 * time.Second) // the refusal is remembered
 				g.mustOpen(t, "k", old, "old")
-				_, err = g.open("k", old)
-				if err != nil {
-					t.Error(err)
-				}
 			})
 		})
 	}

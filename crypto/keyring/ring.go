@@ -123,7 +123,8 @@ type Ring struct {
 	denied  map[string]time.Time // since when the KMS denies to decrypt under a key, see keyOf
 	rescues map[*Ring]*rescue    // by whose copies values were opened
 
-	absent     *lru.Cache[digest, absent]
+	refusals   *lru.Cache[digest, *refusal]
+	flapped    atomic.Int64 // when Status last went back to a key ID that was left, in Unix seconds; 0 if it never did
 	lostLogged atomic.Int64 // when the log said that values were handed on whose key is gone, in Unix seconds
 
 	loop loop // Run's own
@@ -134,6 +135,7 @@ type state struct {
 	writer   *writer       // nil: nothing to seal with
 	keyID    string        // the last that Status said; "" before
 	healthy  bool          // the last contact was good
+	works    bool          // the key in use worked when it was last used; a KMS may say that it is not healthy and work
 	lastGood time.Time     // the last good contact
 	err      error         // why the last contact was not good; nil when it was, and before the first
 	revoked  error         // not nil: the key may not be used, and this is the KMS' answer that says so
@@ -165,8 +167,9 @@ func New(c RingConfig) (*Ring, error) {
 		return nil, fmt.Errorf("make key ring of provider %q: %w", c.Provider, err)
 	}
 	r := &Ring{cfg: c, poked: make(chan struct{}, 1), denied: make(map[string]time.Time), rescues: make(map[*Ring]*rescue)}
+	r.loop.unprobed, r.loop.settled.left = make(map[string]*probeBackOff), make(map[string]time.Time)
 	var err error
-	if r.absent, err = lru.New[digest, absent](maxAbsent); err != nil {
+	if r.refusals, err = lru.New[digest, *refusal](maxRefusals); err != nil {
 		return nil, fmt.Errorf("make key ring of provider %q: %w", c.Provider, err)
 	}
 	r.recovery.Store(new(recovery))
@@ -210,6 +213,10 @@ func (r *Ring) update(change func(*state)) {
 	r.state.Store(&next)
 }
 
+// Check has the key checked at once, and not only at the next poll: its state, and whether it has a new version. It does not wait for that, and several calls within
+// a second are one.
+func (r *Ring) Check() { r.poke() }
+
 // poke asks Run for a contact ahead of time.
 func (r *Ring) poke() {
 	select {
@@ -248,7 +255,8 @@ func (r *Ring) seal(ctx context.Context, etcdKey, plaintext []byte) ([]byte, *Er
 }
 
 func (r *Ring) maySeal(st *state) bool {
-	return st.revoked == nil && st.writer != nil && st.writer.missing(r.recovery.Load()) == nil && (st.healthy || time.Since(st.lastGood) < r.cfg.SealUnreachableFor)
+	return st.revoked == nil && st.writer != nil && st.writer.missing(r.recovery.Load()) == nil &&
+		(st.healthy || st.works && isUnhealthy(st.err) || time.Since(st.lastGood) < r.cfg.SealUnreachableFor)
 }
 
 // cannotSeal says why there is nothing to seal with; only for a state in which maySeal is false.

@@ -18,6 +18,7 @@ type State struct {
 	Reason   string    // why it is not healthy; safe to show
 	LastGood time.Time // the last good contact; zero before
 	Minted   time.Time // when the current seed was minted; zero when there is none
+	Flapped  time.Time // when Status last went back to a key ID that it had left within a day; zero if it never did
 }
 
 // State returns what is known now, without asking the KMS.
@@ -26,6 +27,9 @@ func (r *Ring) State() State {
 	s := State{
 		Provider: r.cfg.Provider, Healthy: st.healthy, CanSeal: r.maySeal(st), Revoked: st.revoked != nil,
 		KeyID: st.keyID, LastGood: st.lastGood,
+	}
+	if at := r.flapped.Load(); at != 0 {
+		s.Flapped = time.Unix(at, 0)
 	}
 	if st.writer != nil {
 		s.SealedBy, s.Minted = st.writer.keyID, st.writer.minted

@@ -51,11 +51,8 @@ func (r *Ring) open(ctx context.Context, etcdKey, object []byte, inPlace bool, r
 	}
 	if oerr != nil {
 		if !e.proven.Load() {
-			r.cfg.Cache.drop(e)
-			if !inPlace { // the value is still whole, and may be handed on or counted as lost
-				if plaintext, err = r.openAgain(ctx, e, etcdKey, object); err == nil || err.Kind != Corrupt {
-					return plaintext, e, err
-				}
+			if plaintext, err = r.openAgain(ctx, e, etcdKey, object, !inPlace); err == nil || err.Kind != Corrupt {
+				return plaintext, e, err
 			}
 		}
 		return nil, e, r.errorf(Corrupt, oerr, "the data does not open under this etcd key and KMS key ID %q: it was changed, truncated or moved here", e.keyID)
@@ -121,7 +118,12 @@ func (r *Ring) fromKMS(ctx context.Context, d digest, h *envelope.Header, stale 
 	if revoked := r.state.Load().revoked; revoked != nil {
 		return nil, r.markLost(r.errorf(KeyUnusable, revoked, "%s", describe(revoked)), h, revoked) // a revoked provider is not asked for values
 	}
-	if err := r.knownAbsent(d); err != nil {
+	if known := r.refused(d); known != nil {
+		err := r.notUnwrapped("seed", h, known)
+		if stale != nil && !stale.dead.Load() && r.mayServe(stale, err) {
+			r.cfg.Observer.Seed(r.cfg.Provider, EventStale)
+			return stale, nil
+		}
 		return nil, err
 	}
 	answer := r.flight(d, h)
@@ -152,7 +154,7 @@ func (r *Ring) fromKMS(ctx context.Context, d digest, h *envelope.Header, stale 
 // mayServe reports whether a seed past its TTL may still open values although its unwrapping has just failed with err.
 func (r *Ring) mayServe(stale *entry, err *Error) bool {
 	switch err.Kind {
-	case Unavailable:
+	case Unavailable, SeedRefused: // behind a plugin that gives no reasons, an outage looks like the latter
 		return true
 	case KeyUnusable:
 		// A key that is gone has taken the seed with it. A denial is given the time in which it counts as passing.
@@ -168,8 +170,11 @@ func (r *Ring) unwrap(d digest, h *envelope.Header) (*entry, error) {
 	if old != nil && r.cfg.Cache.ageOf(old, time.Now()) == fresh {
 		return old, nil // unwrapped between the caller's look and this call
 	}
+	if known := r.refused(d); known != nil {
+		return nil, r.notUnwrapped("seed", h, known)
+	}
 	gen := r.generation()
-	plain, err := r.decrypt(r.base, h)
+	plain, err := r.decrypt(r.attempts(d), h)
 	if err != nil {
 		if old != nil {
 			old.retry.Store(time.Now().Add(r.cfg.FailingPollInterval).UnixNano())
@@ -177,14 +182,13 @@ func (r *Ring) unwrap(d digest, h *envelope.Header) (*entry, error) {
 				r.cfg.Cache.drop(old)
 			}
 		}
-		failed := r.notUnwrapped(h, err)
-		r.noteAbsent(d, failed)
-		return nil, failed
+		return nil, r.notUnwrapped("seed", h, r.noteRefusal(d, err))
 	}
 	seed, err := envelope.NewSeed(h.Type, plain)
 	if err != nil { // of a length that nobody wraps: the answer is at fault, and not the value
-		return nil, r.errorf(Unavailable, &contractError{op: "Decrypt", what: err.Error()}, "the seed under KMS key ID %q: %v", clip(h.KeyID), err)
+		return nil, r.notUnwrapped("seed", h, r.noteRefusal(d, &contractError{op: "Decrypt", what: err.Error()}))
 	}
+	r.refusals.Remove(d)
 	e := r.newEntry(d, h, seed)
 	e.sum = sha256.Sum256(plain)
 	if old != nil {
@@ -198,6 +202,14 @@ func (r *Ring) unwrap(d digest, h *envelope.Header) (*entry, error) {
 	}
 	r.cfg.Cache.put(e)
 	return e, nil
+}
+
+// attempts returns the context of the calls for a seed.
+func (r *Ring) attempts(d digest) context.Context {
+	if r.askedBefore(d) {
+		return kmsclient.OneAttempt(r.base)
+	}
+	return r.base
 }
 
 // decrypt asks the KMS for the secret behind a value's header, and draws the conclusions for the header's key ID. They are for that ID alone, since

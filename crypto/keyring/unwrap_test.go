@@ -178,7 +178,7 @@ func TestAgeingSeedIsRenewed(t *testing.T) {
 
 func TestDecryptFailures(t *testing.T) {
 	for class, want := range map[kmsclient.Class]Kind{
-		kmsclient.ClassUnavailable: Unavailable, kmsclient.ClassContract: Unavailable, kmsclient.ClassDenied: KeyUnusable,
+		kmsclient.ClassUnavailable: Unavailable, kmsclient.ClassContract: SeedRefused, kmsclient.ClassDenied: KeyUnusable,
 		kmsclient.ClassKeyUnusable: KeyUnusable, kmsclient.ClassInvalid: Corrupt,
 	} {
 		for _, form := range []string{"not applied", "applied and lost"} {
@@ -237,21 +237,34 @@ func TestDecryptAnswersTheWrongLength(t *testing.T) {
 		result func([]byte) []byte
 		want   Kind
 	}{
-		"empty": {func([]byte) []byte { return nil }, Unavailable},
-		"short": {func(b []byte) []byte { return b[:31] }, Unavailable},
+		"empty": {func([]byte) []byte { return nil }, SeedRefused},
+		"short": {func(b []byte) []byte { return b[:31] }, SeedRefused},
 		"other": {func(b []byte) []byte { return bytes.Repeat([]byte{1}, 32) }, Corrupt},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				kms := newKMS(t, "ack")
 				stored := kms.sealed(t, "k", "v")
-				kms.result = c.result
 				g := newRing(t, kms, nil).start(t)
 				synctest.Wait()
+				kms.set(func() { kms.result = c.result })
 				_, err := g.open("k", stored)
 				wantKind(t, err, c.want)
-				// A wrong answer is not kept: the next read asks again.
+				// A wrong answer is not kept for long: reads ask again, less and less often.
+				kms.set(func() { kms.calls = map[string]int{} })
+				for range 100 {
+					_, err := g.open("k", stored)
+					wantKind(t, err, c.want)
+				}
+				if n := kms.count("Decrypt"); n != 0 {
+					t.Errorf("%d Decrypt calls for 100 reads at once", n)
+				}
 				kms.set(func() { kms.result = nil })
+				time.Sleep(5 * time.Second)
+				if c.want == Corrupt { // the read that learns of the other secret had its value overwritten
+					_, err := g.open("k", stored)
+					wantKind(t, err, SeedRefused)
+				}
 				g.mustOpen(t, "k", stored, "v")
 			})
 		})
@@ -298,7 +311,7 @@ func TestGarbageIsNotHandedOn(t *testing.T) {
 				got, err := rule.Open(t.Context(), []byte("k"), bytes.Clone(stored))
 				switch {
 				case c.want == "":
-					wantKind(t, err, Unavailable)
+					wantKind(t, err, SeedRefused)
 				case err != nil:
 					t.Fatal(err)
 				case c.want == "stored" && !bytes.Equal(got, stored), c.want != "stored" && string(got) != c.want:

@@ -40,6 +40,7 @@ type options struct {
 	maxPlaintext int
 	damaged      []kmsclient.Class
 	opaque       bool
+	garbage      bool
 }
 
 // MaxPlaintext is the largest plaintext that the backend takes, in bytes. The default is the contract's 6 KiB.
@@ -52,6 +53,9 @@ func DamagedClasses(classes ...kmsclient.Class) Option {
 
 // Opaque is for a backend whose KMS does not tell one failure from another: any error will do, where one is due.
 func Opaque() Option { return func(o *options) { o.opaque = true } }
+
+// Garbage is for a backend whose KMS unwraps what is damaged, to something else than was wrapped.
+func Garbage() Option { return func(o *options) { o.garbage = true } }
 
 // Conformance runs the checks that every backend must pass, each as a subtest with a service of its own. newService returns a service
 // that is ready for use, and cleans up through its t.

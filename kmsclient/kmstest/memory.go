@@ -74,6 +74,15 @@ func (m *Memory) Encrypt(ctx context.Context, _ string, data []byte) (*service.E
 	}, nil
 }
 
+// under wraps data under one of the versions.
+func (m *Memory) under(ctx context.Context, id string, data []byte) ([]byte, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, fmt.Errorf("wrap: %w", err)
+	}
+	_, aead := m.version(id)
+	return aead.Seal(nil, nil, data, []byte(id)), nil
+}
+
 // Decrypt implements [kmsclient.Service].
 func (m *Memory) Decrypt(ctx context.Context, _ string, req *service.DecryptRequest) ([]byte, error) {
 	if err := ctx.Err(); err != nil {

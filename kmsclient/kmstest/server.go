@@ -108,6 +108,9 @@ func codeOf(e *kmsclient.Error) codes.Code {
 	if e.Gone {
 		return codes.NotFound
 	}
+	if e.Answered {
+		return codes.Unknown
+	}
 	switch e.Class {
 	case kmsclient.ClassDenied:
 		return codes.PermissionDenied

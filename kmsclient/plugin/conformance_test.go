@@ -3,6 +3,7 @@ package plugin
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"path/filepath"
 	"testing"
@@ -115,5 +116,33 @@ func TestDamageOfOneValue(t *testing.T) {
 	_, eerr := c.Encrypt(t.Context(), "uid", []byte("a secret"))
 	if err := errors.Join(unwrap(sound.Ciphertext), serr, eerr); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestConformanceOfPersonalities runs it on every public plugin that can be used, as it behaves.
+func TestConformanceOfPersonalities(t *testing.T) {
+	for _, p := range kmstest.Personalities() {
+		t.Run(p.Name, func(t *testing.T) {
+			served := func(t *testing.T) kmsclient.Service {
+				return newClient(t, Config{Endpoint: kmstest.PluginServer(t, kmstest.NewPersona(p))})
+			}
+			if p.Unusable == "" {
+				kmstest.Conformance(t, served, p.Opts()...)
+				kmstest.ConformanceUnderFaults(t, served, p.Opts()...)
+				return
+			}
+			// The caller finds out with its first secret.
+			c, err := kmsclient.New(kmsclient.Config{Name: "test", Backend: served(t)})
+			if err != nil {
+				t.Fatal(err)
+			}
+			res, err := c.Encrypt(t.Context(), "uid", []byte(canary))
+			if err == nil {
+				_, err = c.Decrypt(kmsclient.Expect(t.Context(), sha256.Sum256([]byte(canary))), "uid", &service.DecryptRequest{Ciphertext: res.Ciphertext, KeyID: res.KeyID, Annotations: res.Annotations})
+			}
+			if asError(t, err).Class != kmsclient.ClassContract {
+				t.Errorf("%v, although %s", err, p.Unusable)
+			}
+		})
 	}
 }

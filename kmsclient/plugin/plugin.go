@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -27,6 +28,8 @@ type Config struct {
 
 // KMS is a client of one plugin. It is safe for concurrent use. It connects at the first call and again whenever the plugin returns.
 type KMS struct {
+	address string // of the socket, as the net package has it
+	dialed  atomic.Pointer[dialResult]
 	conn    *grpc.ClientConn
 	api     kmsapi.KeyManagementServiceClient
 	timeout time.Duration
@@ -40,11 +43,13 @@ func New(cfg Config) (*KMS, error) {
 	if !ok || !strings.HasPrefix(path, "/") || path == "/" || path == "/@" {
 		return nil, fmt.Errorf("plugin endpoint %q: must be unix:///path/to/socket", cfg.Endpoint)
 	}
+	k := &KMS{address: path, timeout: cfg.Timeout}
 	target := "unix://" + path
 	if name, abstract := strings.CutPrefix(path, "/@"); abstract {
-		target = "unix-abstract:" + name
+		target, k.address = "unix-abstract:"+name, "@"+name
 	}
-	conn, err := grpc.NewClient(target, grpc.WithTransportCredentials(insecure.NewCredentials()),
+	var err error
+	k.conn, err = grpc.NewClient(target, grpc.WithContextDialer(k.dial), grpc.WithTransportCredentials(insecure.NewCredentials()),
 		// A plugin restarts beside the proxy: wait for it in short steps.
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},
@@ -53,7 +58,8 @@ func New(cfg Config) (*KMS, error) {
 	if err != nil {
 		return nil, fmt.Errorf("plugin endpoint %q: %w", cfg.Endpoint, err)
 	}
-	return &KMS{conn: conn, api: kmsapi.NewKeyManagementServiceClient(conn), timeout: cfg.Timeout}, nil
+	k.api = kmsapi.NewKeyManagementServiceClient(k.conn)
+	return k, nil
 }
 
 // Close ends the connection and every call on it.
@@ -72,7 +78,7 @@ func (k *KMS) Encrypt(ctx context.Context, uid string, data []byte) (*service.En
 	defer cancel()
 	res, err := k.api.Encrypt(ctx, &kmsapi.EncryptRequest{Uid: uid, Plaintext: data})
 	if err != nil {
-		return nil, safe(ctx, "Encrypt", "", err)
+		return nil, k.safe(ctx, "Encrypt", "", err)
 	}
 	return &service.EncryptResponse{Ciphertext: res.Ciphertext, KeyID: res.KeyId, Annotations: res.Annotations}, nil
 }
@@ -83,7 +89,7 @@ func (k *KMS) Decrypt(ctx context.Context, uid string, req *service.DecryptReque
 	defer cancel()
 	res, err := k.api.Decrypt(ctx, &kmsapi.DecryptRequest{Uid: uid, Ciphertext: req.Ciphertext, KeyId: req.KeyID, Annotations: req.Annotations})
 	if err != nil {
-		return nil, safe(ctx, "Decrypt", req.KeyID, err)
+		return nil, k.safe(ctx, "Decrypt", req.KeyID, err)
 	}
 	return res.Plaintext, nil
 }
@@ -94,15 +100,15 @@ func (k *KMS) Status(ctx context.Context) (*service.StatusResponse, error) {
 	defer cancel()
 	res, err := k.api.Status(ctx, &kmsapi.StatusRequest{})
 	if err != nil {
-		return nil, safe(ctx, "Status", "", err)
+		return nil, k.safe(ctx, "Status", "", err)
 	}
 	return &service.StatusResponse{Version: res.Version, Healthz: res.Healthz, KeyID: res.KeyId}, nil
 }
 
 // safe keeps a failed call's code and drops the plugin's text, which may hold what it was sent.
-func safe(ctx context.Context, op, keyID string, err error) error {
+func (k *KMS) safe(ctx context.Context, op, keyID string, err error) error {
 	code := status.Code(err)
-	e := &kmsclient.Error{Op: op, Class: class(code), Answered: answered(code), Gone: code == codes.NotFound, Code: code.String(), KeyID: keyID, Detail: detail(code)}
+	e := &kmsclient.Error{Op: op, Class: class(code), Answered: answered(code), Gone: code == codes.NotFound, Code: code.String(), KeyID: keyID, Detail: k.detail(ctx, code)}
 	cause := ctx.Err()
 	if _, limited := ctx.Deadline(); limited && cause == nil && code == codes.DeadlineExceeded {
 		cause = context.DeadlineExceeded // the plugin is told of the deadline and may answer just before it
@@ -114,15 +120,16 @@ func safe(ctx context.Context, op, keyID string, err error) error {
 }
 
 // detail says what the operator should look at.
-func detail(c codes.Code) string {
-	const log = "see the plugin's own log"
+func (k *KMS) detail(ctx context.Context, c codes.Code) string {
 	switch c {
 	case codes.Unavailable:
-		return "no plugin answers on the socket, or it says so of its KMS: " + log
+		return k.unavailable()
 	case codes.DeadlineExceeded:
-		return "the plugin did not answer in time: " + log
+		return "the plugin did not answer in time: " + ownLog
+	case codes.Unimplemented:
+		return k.unimplemented(ctx)
 	}
-	return log
+	return ownLog
 }
 
 // class follows gRPC's meaning of the codes. Plugins made with k8s.io/kms answer Internal or Unknown for every fault, lasting or not,
