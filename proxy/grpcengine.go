@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/experimental"
@@ -180,8 +181,8 @@ type grpcMethod struct {
 	stream  grpc.StreamDesc
 }
 
-// admit says who calls, and lets nobody in who is denied, nor another proxy.
-func (m *grpcMethod) admit(ctx context.Context) (*Identity, error) {
+// admit says who calls, and lets nobody in who is denied, nor another proxy. in is the request of a unary call, and nil for a stream.
+func (m *grpcMethod) admit(ctx context.Context, in *frame) (*Identity, error) {
 	if err := refuseChained(ctx); err != nil {
 		return nil, err
 	}
@@ -197,14 +198,20 @@ func (m *grpcMethod) admit(ctx context.Context) (*Identity, error) {
 		m.engine.denials.note(info.id)
 		return nil, ownError(codes.PermissionDenied, fmt.Sprintf("client %q is not allowed here", info.id.name()))
 	}
-	return info.id, m.engine.pass(ctx, info.id.to)
+	return info.id, m.pass(ctx, info.id.to, in)
 }
 
-// pass waits for the gate, as long as calls wait for etcd.
-func (e *grpcEngine) pass(ctx context.Context, to *upstream) error {
+// pass waits for the gate, as long as calls wait for etcd. What a learner serves has a gate of its own; where that is all that is open, the rest is refused in the
+// learner's words.
+func (m *grpcMethod) pass(ctx context.Context, to *upstream, in *frame) error {
+	e := m.engine
 	gate := e.core.gate
 	if gate == nil {
 		return nil
+	}
+	learner := e.core.learnerGate
+	if !m.servedByLearner(in) {
+		learner = nil
 	}
 	select {
 	case <-gate:
@@ -216,11 +223,18 @@ func (e *grpcEngine) pass(ctx context.Context, to *upstream) error {
 	select {
 	case <-gate:
 		return nil
+	case <-learner:
+		return nil
 	case <-ctx.Done():
 		return status.FromContextError(ctx.Err()).Err()
 	case <-e.draining.Done():
 		return errShuttingDown
 	case <-timer.C:
+	}
+	select {
+	case <-e.core.learnerGate:
+		return rpctypes.ErrGRPCNotSupportedForLearner
+	default:
 	}
 	if !to.up.Load() {
 		return ownError(codes.Unavailable, "etcd is unreachable: no endpoint is connected")
@@ -256,7 +270,7 @@ func (m *grpcMethod) serveUnary(_ any, ctx context.Context, decode func(any) err
 // forward moves one request and its answer, all in the handler's goroutine. It owns in.
 func (m *grpcMethod) forward(ctx context.Context, in *frame) (*frame, error) {
 	defer in.free()
-	id, err := m.admit(ctx)
+	id, err := m.admit(ctx, in)
 	if err != nil {
 		return nil, err
 	}

@@ -4,11 +4,13 @@ import (
 	"sync"
 	"time"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/h2"
 )
@@ -33,6 +35,18 @@ var learnerRefusal = status.Convert(rpctypes.ErrGRPCNotSupportedForLearner).Mess
 // nothing of the call was done, and the call may be made once more on another member.
 func refusedByLearner(err error) bool {
 	return err != nil && status.Convert(err).Message() == learnerRefusal
+}
+
+// servedByLearner reports whether a learner serves a call. in is the request of a unary call, and nil for a stream.
+func (m *grpcMethod) servedByLearner(in *frame) bool {
+	switch m.full {
+	case pb.Maintenance_Status_FullMethodName, pb.Maintenance_Snapshot_FullMethodName:
+		return true
+	case pb.KV_Range_FullMethodName:
+		var r pb.RangeRequest
+		return proto.Unmarshal(in.data.Materialize(), &r) == nil && r.Serializable
+	}
+	return false
 }
 
 // roleCheck is the question to one member whether it is a learner, asked on the connection that calls go over. A

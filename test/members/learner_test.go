@@ -190,3 +190,64 @@ func TestOnlyLearnerLeft(t *testing.T) {
 	}
 	t.Logf("back after %v", time.Since(begun))
 }
+
+// TestLearnerAlone: a proxy whose only endpoint is a learner serves what the learner does, however it coordinates, and
+// everything once the learner is promoted.
+func TestLearnerAlone(t *testing.T) {
+	t.Parallel()
+	for _, version := range []string{"3.5", "3.7"} {
+		t.Run(version, func(t *testing.T) {
+			t.Parallel()
+			s, voter, learner := withLearner(t, version)
+			cfg := harness.ProxyConfig{
+				Etcd: harness.Upstream{Endpoints: []string{voter.URL}}, KMS: []harness.KMSConfig{s.LocalKey("dev", 1)}, Rules: []harness.Rule{{Prefix: "/s/", WriteWith: "dev"}},
+			}
+			s.StartProxy("voter", cfg).WaitReady(within) // which leaves a record of its rules
+			harness.Eventually(t, within, "the record of the rules", func() error {
+				r, err := pb.NewKVClient(s.stub(t, learner.URL)).Range(t.Context(), &pb.RangeRequest{Key: []byte("/etcd-kms-proxy/agreement"), Serializable: true})
+				if err == nil && len(r.Kvs) == 0 {
+					err = fmt.Errorf("not yet")
+				}
+				return err
+			})
+			cfg.Etcd.Endpoints = []string{learner.URL}
+			var proxies []*harness.Proxy
+			for name, args := range map[string][]string{"frames": nil, "reference": {"--reference-engine"}, "alone": {"--allow-weakening"}} {
+				p := s.NewProxy(name, cfg)
+				if name == "alone" {
+					alone := cfg
+					alone.Coordination = harness.NoCoordination()
+					p = s.NewProxy(name, alone)
+				}
+				p.Args = args
+				p.Start()
+				proxies = append(proxies, p)
+				conn := harness.Dial(t, p.Address, nil)
+				harness.Eventually(t, within, name+": a serializable read", func() error {
+					r, err := pb.NewKVClient(conn).Range(t.Context(), &pb.RangeRequest{Key: []byte(plain), Serializable: true})
+					if err == nil && (len(r.Kvs) != 1 || string(r.Kvs[0].Value) != value) {
+						err = fmt.Errorf("it is %v", r.Kvs)
+					}
+					return err
+				})
+				if r, err := pb.NewMaintenanceClient(conn).Status(t.Context(), &pb.StatusRequest{}); err != nil || !r.IsLearner {
+					t.Errorf("%s: status: %v, %v", name, r, err)
+				}
+				direct := s.stub(t, learner.URL)
+				for what, call := range calls {
+					if got, want := errorOf(call(t.Context(), conn)), errorOf(call(t.Context(), direct)); got != want {
+						t.Errorf("%s: %s: %s, and %s of the learner", name, what, got, want)
+					}
+				}
+			}
+			cluster := pb.NewClusterClient(s.stub(t, voter.URL))
+			harness.Eventually(t, within, "the learner to be promoted: it has to be in step with its leader", func() error {
+				_, err := cluster.MemberPromote(t.Context(), &pb.MemberPromoteRequest{ID: learner.ID})
+				return err
+			})
+			for _, p := range proxies {
+				harness.Eventually(t, within, "a put", func() error { return calls["put"](t.Context(), harness.Dial(t, p.Address, nil)) })
+			}
+		})
+	}
+}
