@@ -114,8 +114,9 @@ func TestForwardProxy(t *testing.T) { // not parallel: it sets the environment
 	t.Setenv("NO_PROXY", "")
 	t.Setenv("no_proxy", "")
 
-	s.cfg.KMS = append(s.cfg.KMS, cloud)
-	s.cfg.Rules[0].WriteWith = "cloud"
+	plugin := s.StartPlugin("plugin", "dev", s.cfg.KMS[0])
+	s.cfg.KMS = append(s.cfg.KMS, cloud, harness.KMSConfig{Name: "socket", Plugin: &harness.PluginKMS{Endpoint: plugin.Socket}})
+	s.cfg.Rules[0].WriteWith, s.cfg.Rules[0].Recovery, s.cfg.Rules[0].RecoveryRequired = "cloud", []string{"socket"}, true
 	s.cfg.Audit = &harness.Audit{Path: filepath.Join(s.Dir, "audit.jsonl")}
 	s.cfg.Etcd.Endpoints = []string{"http://" + named(s.etcd.Address), "http://" + strings.Replace(s.etcd.Address, "127.0.0.1", "0.0.0.0", 1)}
 	for engine, args := range map[string][]string{"frames": {"--reencrypt"}, "reference": {"--reference-engine", "--scan-interval", "1s"}} {
