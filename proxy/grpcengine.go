@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/experimental"
@@ -209,10 +208,6 @@ func (m *grpcMethod) pass(ctx context.Context, to *upstream, in *frame) error {
 	if gate == nil {
 		return nil
 	}
-	learner := e.core.learnerGate
-	if !m.servedByLearner(in) {
-		learner = nil
-	}
 	select {
 	case <-gate:
 		return nil
@@ -220,21 +215,25 @@ func (m *grpcMethod) pass(ctx context.Context, to *upstream, in *frame) error {
 	}
 	timer := time.NewTimer(readyWait)
 	defer timer.Stop()
-	select {
-	case <-gate:
-		return nil
-	case <-learner:
-		return nil
-	case <-ctx.Done():
-		return status.FromContextError(ctx.Err()).Err()
-	case <-e.draining.Done():
-		return errShuttingDown
-	case <-timer.C:
-	}
-	select {
-	case <-e.core.learnerGate:
-		return rpctypes.ErrGRPCNotSupportedForLearner
-	default:
+	for learner := e.core.learnerGate; ; learner = nil {
+		select {
+		case <-gate:
+			return nil
+		case <-learner:
+			if m.servedByLearner(in) {
+				return nil
+			}
+			if err := to.refusal(ctx); err != nil {
+				return err
+			}
+			continue // it was promoted just now, and the gate opens soon
+		case <-ctx.Done():
+			return status.FromContextError(ctx.Err()).Err()
+		case <-e.draining.Done():
+			return errShuttingDown
+		case <-timer.C:
+		}
+		break
 	}
 	if !to.up.Load() {
 		return ownError(codes.Unavailable, "etcd is unreachable: no endpoint is connected")

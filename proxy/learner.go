@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"context"
 	"sync"
 	"time"
 
@@ -35,6 +36,20 @@ var learnerRefusal = status.Convert(rpctypes.ErrGRPCNotSupportedForLearner).Mess
 // nothing of the call was done, and the call may be made once more on another member.
 func refusedByLearner(err error) bool {
 	return err != nil && status.Convert(err).Message() == learnerRefusal
+}
+
+// refusal returns what etcd says to a call that learners refuse, if it is a learner, and otherwise nil. The call is the
+// question for its health.
+func (u *upstream) refusal(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(upstreamContext(ctx), readyWait)
+	defer cancel()
+	out := new(frame)
+	defer out.free()
+	err := u.conn.Invoke(ctx, healthpb.Health_Check_FullMethodName, new(frame), out)
+	if !refusedByLearner(err) {
+		return nil
+	}
+	return err
 }
 
 // servedByLearner reports whether a learner serves a call. in is the request of a unary call, and nil for a stream.

@@ -5,12 +5,14 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
@@ -235,6 +237,9 @@ func TestLearnerAlone(t *testing.T) {
 				}
 				direct := s.stub(t, learner.URL)
 				for what, call := range calls {
+					if what == "streamed get" && version != "3.7" {
+						continue
+					}
 					if got, want := errorOf(call(t.Context(), conn)), errorOf(call(t.Context(), direct)); got != want {
 						t.Errorf("%s: %s: %s, and %s of the learner", name, what, got, want)
 					}
@@ -250,4 +255,74 @@ func TestLearnerAlone(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestLearnerWithAuth: a learner lets no user log in, so that the proxy cannot compare its rules there. It serves what the
+// learner serves to clients with a token, refuses the rest as the learner does, and is judged once the learner is promoted.
+func TestLearnerWithAuth(t *testing.T) {
+	t.Parallel()
+	s, voter, learner := withLearner(t, "3.7")
+	auth, ctx := pb.NewAuthClient(s.stub(t, voter.URL)), t.Context()
+	_, err := auth.UserAdd(ctx, &pb.AuthUserAddRequest{Name: "root", Password: "pw"})
+	if err == nil {
+		_, err = auth.RoleAdd(ctx, &pb.AuthRoleAddRequest{Name: "root"})
+	}
+	if err == nil {
+		_, err = auth.UserGrantRole(ctx, &pb.AuthUserGrantRoleRequest{User: "root", Role: "root"})
+	}
+	if err == nil {
+		_, err = auth.AuthEnable(ctx, &pb.AuthEnableRequest{})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	token, err := auth.Authenticate(ctx, &pb.AuthenticateRequest{Name: "root", Password: "pw"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx = metadata.AppendToOutgoingContext(ctx, "token", token.Token)
+	cfg := harness.ProxyConfig{
+		Etcd: harness.Upstream{Endpoints: []string{voter.URL}, Username: "root", PasswordFile: s.File("password", []byte("pw"))},
+		KMS:  []harness.KMSConfig{s.LocalKey("dev", 1)}, Rules: []harness.Rule{{Prefix: "/s/", WriteWith: "dev"}},
+	}
+	s.StartProxy("voter", cfg).WaitReady(within) // which leaves a record of its rules
+	harness.Eventually(t, within, "the record of the rules", func() error {
+		r, err := pb.NewKVClient(s.stub(t, voter.URL)).Range(ctx, &pb.RangeRequest{Key: []byte("/etcd-kms-proxy/agreement")})
+		if err == nil && len(r.Kvs) == 0 {
+			err = fmt.Errorf("not yet")
+		}
+		return err
+	})
+	cfg.Etcd.Endpoints = []string{learner.URL}
+	same := s.StartProxy("same", cfg)
+	cfg.Rules = []harness.Rule{{Prefix: "/s/", WriteWith: "plaintext"}}
+	weaker := s.StartProxy("weaker", cfg)
+	for _, p := range []*harness.Proxy{same, weaker} {
+		conn := harness.Dial(t, p.Address, nil)
+		harness.Eventually(t, within, "a serializable read", func() error {
+			r, err := pb.NewKVClient(conn).Range(ctx, &pb.RangeRequest{Key: []byte(plain), Serializable: true})
+			if err == nil && (len(r.Kvs) != 1 || string(r.Kvs[0].Value) != value) {
+				err = fmt.Errorf("it is %v", r.Kvs)
+			}
+			return err
+		})
+		if r, err := pb.NewMaintenanceClient(conn).Status(ctx, &pb.StatusRequest{}); err != nil || !r.IsLearner {
+			t.Errorf("status: %v, %v", r, err)
+		}
+		for what, call := range calls {
+			if got, want := errorOf(call(ctx, conn)), errorOf(call(ctx, s.stub(t, learner.URL))); got != want {
+				t.Errorf("%s: %s, and %s of the learner", what, got, want)
+			}
+		}
+	}
+	cluster := pb.NewClusterClient(s.stub(t, voter.URL))
+	harness.Eventually(t, within, "the learner to be promoted: it has to be in step with its leader", func() error {
+		_, err := cluster.MemberPromote(ctx, &pb.MemberPromoteRequest{ID: learner.ID})
+		return err
+	})
+	if code := weaker.Wait(within); code != 3 || !strings.Contains(weaker.Log(), "would be written as plaintext") {
+		t.Errorf("the proxy with weaker rules: exit code %d", code)
+	}
+	harness.Eventually(t, within, "a put", func() error { return calls["put"](ctx, harness.Dial(t, same.Address, nil)) })
+	same.WaitReady(within)
 }
