@@ -53,13 +53,16 @@ type FleetConfig struct {
 	Self Member
 	// Provers seal and open the proof of an agreement, by provider.
 	Provers map[string]Sealer
-	Logger  *slog.Logger
+	// Restored is told that etcd has older data than before, as after a restore. May be nil.
+	Restored func()
+	Logger   *slog.Logger
 }
 
 // Fleet is the proxies before one etcd, which announce themselves there and note what rules they have in common. It is safe for concurrent use.
 type Fleet struct {
 	cfg     FleetConfig
 	changed chan struct{}
+	history timeline
 
 	mu      sync.Mutex
 	policy  Policy
@@ -237,6 +240,9 @@ var errForgotten = errors.New("the announcement is gone")
 func (f *Fleet) look(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, fleetTimeout)
 	defer cancel()
+	if err := f.notice(ctx); err != nil {
+		return err
+	}
 	members, err := f.Members(ctx)
 	if err != nil {
 		return err
@@ -250,4 +256,17 @@ func (f *Fleet) look(ctx context.Context) error {
 		return nil
 	}
 	return f.agree(ctx, policy.Record, policy.Providers)
+}
+
+// notice tells of a restore of etcd. All else that was read before then is read again at each look anyway, and leases and announcements are gone with the old data.
+func (f *Fleet) notice(ctx context.Context) error {
+	restored, before, now, err := f.history.check(ctx, f.cfg.Client, f.key())
+	if err != nil || !restored {
+		return err
+	}
+	f.cfg.Logger.Warn("etcd has older data than before, as after a restore", "before", before.String(), "now", now.String())
+	if f.cfg.Restored != nil {
+		f.cfg.Restored()
+	}
+	return nil
 }

@@ -16,6 +16,8 @@ type run struct {
 	cfg    ReencryptConfig
 	limits limits
 	pace   *pace
+	// history is etcd's, as all reads of the run have seen it.
+	history timeline
 
 	begin    sync.Once
 	beginErr error
@@ -138,7 +140,7 @@ func (r *run) pass(ctx context.Context) (again bool, err error) {
 
 // scan reads all keys and hands them to the workers.
 func (r *run) scan(ctx context.Context, feed chan<- *mvccpb.KeyValue) (Span, error) {
-	return Scan(ctx, patientKV{KV: r.cfg.Client, run: r}, within(r.cfg.Rules().Prefixes(), r.cfg.Prefix), 0, func(kv *mvccpb.KeyValue) error {
+	return scanIn(ctx, &r.history, patientKV{KV: r.cfg.Client, run: r}, within(r.cfg.Rules().Prefixes(), r.cfg.Prefix), 0, func(kv *mvccpb.KeyValue) error {
 		select {
 		case feed <- kv:
 			return nil

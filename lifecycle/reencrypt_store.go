@@ -118,6 +118,8 @@ func (r *run) wrote(items []*item, revision int64) {
 // commit sends one transaction that changes items if none was written since it was read, and otherwise reads them. It waits while etcd is not there or has no space.
 // After an answer that was lost the transaction may have been applied: then it does not hold the next time, and the values read are those to be stored.
 //
+// If etcd was away, it may be back with older data, in which another value can have the revision that was read. Then the run ends with [ErrRestored].
+//
 // The lease is that of the key at its revision, and so that of the key. (The option to keep whatever lease the key has would be shorter; but where etcd lost the lease
 // of a key, each of its members would panic on that. Like this, it answers that there is no such lease.)
 func (r *run) commit(ctx context.Context, items []*item) (answer *clientv3.TxnResponse, err error) {
@@ -127,7 +129,14 @@ func (r *run) commit(ctx context.Context, items []*item) (answer *clientv3.TxnRe
 		puts[n] = clientv3.OpPut(i.key, string(i.value), clientv3.WithLease(clientv3.LeaseID(i.lease)))
 		gets[n] = clientv3.OpGet(i.key)
 	}
+	failed := false
 	err = r.patiently(ctx, waitWrite, func() error {
+		if failed {
+			if err := r.sameHistory(ctx, items[0].key); err != nil {
+				return err
+			}
+		}
+		failed = true
 		if err := r.pace.wait(ctx, len(items)); err != nil {
 			return err
 		}
@@ -141,6 +150,17 @@ func (r *run) commit(ctx context.Context, items []*item) (answer *clientv3.TxnRe
 		return err
 	})
 	return answer, err
+}
+
+// sameHistory returns an error if etcd was restored since the run last read from it, or does not say.
+func (r *run) sameHistory(ctx context.Context, key string) error {
+	ctx, cancel := context.WithTimeout(ctx, txnTimeout)
+	defer cancel()
+	restored, _, _, err := r.history.check(ctx, r.cfg.Client, key)
+	if err == nil && restored {
+		err = ErrRestored
+	}
+	return err
 }
 
 // finishing returns a context for a transaction: it outlives ctx for a moment, so that what was begun is known to have happened or not.

@@ -28,10 +28,15 @@ type Span struct {
 }
 
 // Scan calls visit with each key below prefixes, which must not begin one another, in order, with its value, in pages at one revision: the present one
-// if rev is 0. If that is compacted while the scan is on its way, the present one is taken for the rest, and the Span shows it. An error of visit ends the scan. The
-// KeyValue is visit's to keep.
+// if rev is 0. If that is compacted while the scan is on its way, the present one is taken for the rest, and the Span shows it. An error of visit ends the scan, and so
+// does a restore of etcd, with [ErrRestored]: what was read before and after it does not belong together. The KeyValue is visit's to keep.
 func Scan(ctx context.Context, kv clientv3.KV, prefixes []string, rev int64, visit func(*mvccpb.KeyValue) error) (Span, error) {
-	s := scan{kv: kv, visit: visit, limit: firstPage, at: rev, span: Span{First: rev, Last: rev}}
+	return scanIn(ctx, new(timeline), kv, prefixes, rev, visit)
+}
+
+// scanIn is Scan in the history that the caller knows of.
+func scanIn(ctx context.Context, history *timeline, kv clientv3.KV, prefixes []string, rev int64, visit func(*mvccpb.KeyValue) error) (Span, error) {
+	s := scan{kv: kv, history: history, visit: visit, limit: firstPage, at: rev, span: Span{First: rev, Last: rev}}
 	for _, p := range prefixes {
 		if err := s.prefix(ctx, p); err != nil {
 			return s.span, err
@@ -41,11 +46,12 @@ func Scan(ctx context.Context, kv clientv3.KV, prefixes []string, rev int64, vis
 }
 
 type scan struct {
-	kv    clientv3.KV
-	visit func(*mvccpb.KeyValue) error
-	limit int64
-	at    int64 // revision; 0: the present one
-	span  Span
+	kv      clientv3.KV
+	history *timeline
+	visit   func(*mvccpb.KeyValue) error
+	limit   int64
+	at      int64 // revision; 0: the present one
+	span    Span
 }
 
 func (s *scan) prefix(ctx context.Context, prefix string) error {
@@ -77,8 +83,11 @@ func (s *scan) prefix(ctx context.Context, prefix string) error {
 // page reads the next keys, fewer if they are too many bytes.
 func (s *scan) page(ctx context.Context, from, end string) (*clientv3.GetResponse, error) {
 	for {
+		before := s.history.known()
 		r, err := s.kv.Get(ctx, from, clientv3.WithRange(end), clientv3.WithLimit(s.limit), clientv3.WithRev(s.at))
 		switch {
+		case err == nil && s.history.compare(before, r.Header), s.at != 0 && errors.Is(err, rpctypes.ErrFutureRev):
+			return nil, ErrRestored
 		case err == nil:
 			if s.at == 0 {
 				s.at = r.Header.Revision

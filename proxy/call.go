@@ -21,10 +21,12 @@ type core struct {
 	rules      atomic.Pointer[ruleSet]
 	maxRequest int             // bytes; etcd's --max-request-bytes
 	gate       <-chan struct{} // nil, or closed once calls may go on
-	log        *slog.Logger
-	lost       firsts           // values, by the error's text, that were logged as lost
-	turns      *turns           // of transactions that compare by value
-	pinned     []ListenerConfig // that lead to one endpoint
+	// learnerGate is closed once those calls may go on that a learner serves; nil if they wait for gate.
+	learnerGate <-chan struct{}
+	log         *slog.Logger
+	lost        firsts           // values, by the error's text, that were logged as lost
+	turns       *turns           // of transactions that compare by value
+	pinned      []ListenerConfig // that lead to one endpoint
 }
 
 // call rewrites the messages of one call. An engine hands it every request message, then every response message for which scans
@@ -117,6 +119,9 @@ func newRangeStreamCall(c *core, id *Identity) call {
 }
 
 func (c *rangeCall) request(_ context.Context, msg []byte) ([]byte, error) {
+	if !c.stream && looksForProxy(msg) {
+		return nil, errChained
+	}
 	if !c.begin() || c.id.Ciphertext {
 		return msg, nil
 	}

@@ -1,13 +1,21 @@
 package proxy
 
 import (
+	"bytes"
 	"context"
+	"crypto/rand"
 	"errors"
+	"log/slog"
+	"slices"
+	"sync"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 )
 
 // Two proxies in a row would seal twice, and a command that works on what is stored would take opened values for plaintext. So every request that a proxy or a
@@ -43,4 +51,49 @@ func forEtcd() []grpc.DialOption {
 			return stream(metadata.AppendToOutgoingContext(ctx, meantForEtcd, markOfEtcd[0]), desc, cc, method, opts...)
 		}),
 	}
+}
+
+// A server that makes its own requests of what it is asked, as etcd's grpc-proxy does, drops the metadata. So a proxy
+// and a command also read a key that no etcd holds, and a proxy that is asked for it says what it is.
+
+// proxyProbe is the end of that key. Before it there is a random part, so that no cache on the way has the answer, and
+// whatever a server on the way puts in front of keys.
+const proxyProbe = "/etcd-kms-proxy/is-there-a-proxy"
+
+// looksForProxy reports whether a RangeRequest reads a key that ends in proxyProbe.
+func looksForProxy(msg []byte) bool {
+	if !bytes.Contains(msg, []byte(proxyProbe)) {
+		return false
+	}
+	var r pb.RangeRequest
+	return proto.Unmarshal(msg, &r) == nil && len(r.RangeEnd) == 0 && bytes.HasSuffix(r.Key, []byte(proxyProbe))
+}
+
+// FindProxy asks at each endpoint of etcd whether a proxy answers there, also where something that drops metadata
+// stands between. It returns the first endpoint with one, and "" if there is none. An endpoint that does not answer
+// within a second counts as one without. It asks without a user: a proxy answers before it would need one.
+func FindProxy(ctx context.Context, cfg UpstreamConfig, log *slog.Logger) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, readyWait)
+	defer cancel()
+	key := rand.Text() + proxyProbe
+	found := make([]bool, len(cfg.Endpoints))
+	var all sync.WaitGroup
+	for i, endpoint := range cfg.Endpoints {
+		one := UpstreamConfig{Endpoints: []string{endpoint}, TLS: cfg.TLS}
+		client, err := NewClient(one, log)
+		if err != nil {
+			return "", err
+		}
+		all.Go(func() {
+			defer client.Close() //nolint:errcheck // it reports the end of its own context
+			// Every member answers a serializable read by itself.
+			_, err := client.Get(ctx, key, clientv3.WithSerializable(), clientv3.WithCountOnly())
+			found[i] = IsChained(err)
+		})
+	}
+	all.Wait()
+	if i := slices.Index(found, true); i >= 0 {
+		return cfg.Endpoints[i], nil
+	}
+	return "", nil
 }

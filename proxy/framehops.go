@@ -16,6 +16,9 @@ type hop struct {
 	dialing  bool
 	pause    time.Duration // after the last failure
 	again    time.Time     // no sooner is it dialed
+	side     *upside       // of conn
+	learner  bool          // conn leads to a learner
+	ask      time.Time     // no sooner is a learner asked again
 }
 
 // keepaliveSilence and keepalivePatience are how the reference engine finds out that etcd has gone without a word.
@@ -34,23 +37,33 @@ const (
 )
 
 // pick returns the connection to etcd whose turn it is, or nil. Those that are down are dialed meanwhile: a client that asks for nothing costs etcd no connection.
+// A learner's is for want of others: only if each of those was tried, and failed, is a call sent there.
 func (s *session) pick() (*h2.Conn, *hop, outlook) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	full, dialing := false, false
+	full, dialing, untried := false, false, false
+	var learner *hop
+	redial := func(h *hop) {
+		s.dial(h)
+		dialing = dialing || h.dialing
+		untried = untried || h.dialing && h.pause == 0
+	}
 	for i := range s.hops {
 		h := s.hops[(s.turn+i)%len(s.hops)]
 		switch {
 		case h.conn == nil:
-			s.dial(h)
-			dialing = dialing || h.dialing
+			redial(h)
+		case h.conn.Takes() && h.learner:
+			h.lookAgain()
+			if learner == nil {
+				learner = h
+			}
 		case h.conn.Takes():
 			s.turn = (s.turn + i + 1) % len(s.hops)
 			return h.conn, h, 0
 		case h.conn.Leaving(): // it has had all the streams that it may have
 			h.conn = nil
-			s.dial(h)
-			dialing = dialing || h.dialing
+			redial(h)
 		default:
 			full = true
 		}
@@ -58,6 +71,10 @@ func (s *session) pick() (*h2.Conn, *hop, outlook) {
 	switch {
 	case full:
 		return nil, nil, outlookFull
+	case untried:
+		return nil, nil, outlookDialing
+	case learner != nil:
+		return learner.conn, learner, 0
 	case dialing:
 		return nil, nil, outlookDialing
 	}
@@ -117,7 +134,7 @@ func (h *hop) failed() {
 	h.again = time.Now().Add(h.pause)
 }
 
-// serveHop serves a connection to etcd to its end. Streams go there once etcd has greeted.
+// serveHop serves a connection to etcd to its end. Streams go there once etcd has greeted and, of several members, said that it is no learner.
 func (s *session) serveHop(h *hop, conn net.Conn, outlet *h2.Outlet) {
 	up := &upside{session: s, hop: h}
 	up.conn = h2.NewClient(conn, h2.Config{

@@ -12,7 +12,8 @@ type upside struct {
 	session *session
 	hop     *hop // nil for that to the reference engine
 	conn    *h2.Conn
-	greeted bool   // under the session's mu
+	greeted bool   // calls were let go over it; under the session's mu
+	gone    bool   // no call goes over it any more; under the session's mu
 	kept    []byte // what is being opened, as it came; of the goroutine that reads conn
 }
 
@@ -23,6 +24,10 @@ var (
 
 // forget has new streams go elsewhere. The caller holds the session's mu.
 func (u *upside) forget() {
+	if u.gone {
+		return
+	}
+	u.gone = true
 	switch {
 	case u.hop != nil && !u.greeted:
 		u.hop.failed()
@@ -36,22 +41,35 @@ func (u *upside) forget() {
 
 // Headers implements [h2.Handler].
 func (u *upside) Headers(stream *h2.Stream, fields []hpack.HeaderField, end bool) {
-	if st, ok := stream.Value().(*fstream); ok {
+	switch st := stream.Value().(type) {
+	case *fstream:
 		st.out(piece{side: u, stream: stream, fields: fields, end: end})
+	case *roleCheck:
+		st.headers(stream, fields, end)
 	}
 }
 
 // Data implements [h2.Handler].
 func (u *upside) Data(stream *h2.Stream, data []byte, end bool) {
-	if st, ok := stream.Value().(*fstream); ok {
+	switch st := stream.Value().(type) {
+	case *fstream:
 		st.out(piece{side: u, stream: stream, data: data, end: end})
+	case *roleCheck:
+		stream.Credit(len(data))
+		if end { // without a trailer, which a server of gRPC does not do
+			st.end(st.was)
+			stream.Finish()
+		}
 	}
 }
 
 // Reset implements [h2.Handler].
 func (u *upside) Reset(stream *h2.Stream, code http2.ErrCode) {
-	if st, ok := stream.Value().(*fstream); ok {
+	switch st := stream.Value().(type) {
+	case *fstream:
 		st.reset(code)
+	case *roleCheck:
+		st.end(st.was)
 	}
 }
 
@@ -64,14 +82,13 @@ func (u *upside) Sent(stream *h2.Stream) {
 
 // Greeted implements [h2.Handler].
 func (u *upside) Greeted() {
-	if u.hop == nil {
-		return
+	switch {
+	case u.hop == nil:
+	case len(u.session.hops) > 1:
+		u.askRole(false)
+	default: // there is no other member to go to
+		u.offer(false)
 	}
-	u.session.mu.Lock()
-	defer u.session.mu.Unlock()
-	u.greeted = true
-	u.hop.conn, u.hop.dialing, u.hop.pause = u.conn, false, 0
-	u.session.tell()
 }
 
 // Leaving implements [h2.Handler].

@@ -180,8 +180,9 @@ type grpcMethod struct {
 	stream  grpc.StreamDesc
 }
 
-// admit says who calls, and refuses a denied client, a method that the client may not call, and another proxy.
-func (m *grpcMethod) admit(ctx context.Context) (*Identity, error) {
+// admit says who calls, and refuses a denied client, a method that the client may not call, and another
+// proxy. in is the request of a unary call, and nil for a stream.
+func (m *grpcMethod) admit(ctx context.Context, in *frame) (*Identity, error) {
 	if err := refuseChained(ctx); err != nil {
 		return nil, err
 	}
@@ -200,11 +201,13 @@ func (m *grpcMethod) admit(ctx context.Context) (*Identity, error) {
 	if !info.id.mayCall(m.method) {
 		return nil, errReadOnly
 	}
-	return info.id, m.engine.pass(ctx, info.id.to)
+	return info.id, m.pass(ctx, info.id.to, in)
 }
 
-// pass waits for the gate, as long as calls wait for etcd.
-func (e *grpcEngine) pass(ctx context.Context, to *upstream) error {
+// pass waits for the gate, as long as calls wait for etcd. What a learner serves has a gate of its own; where that is all that is open, the rest is refused in the
+// learner's words.
+func (m *grpcMethod) pass(ctx context.Context, to *upstream, in *frame) error {
+	e := m.engine
 	gate := e.core.gate
 	if gate == nil {
 		return nil
@@ -216,14 +219,25 @@ func (e *grpcEngine) pass(ctx context.Context, to *upstream) error {
 	}
 	timer := time.NewTimer(readyWait)
 	defer timer.Stop()
-	select {
-	case <-gate:
-		return nil
-	case <-ctx.Done():
-		return status.FromContextError(ctx.Err()).Err()
-	case <-e.draining.Done():
-		return errShuttingDown
-	case <-timer.C:
+	for learner := e.core.learnerGate; ; learner = nil {
+		select {
+		case <-gate:
+			return nil
+		case <-learner:
+			if m.servedByLearner(in) {
+				return nil
+			}
+			if err := to.refusal(ctx); err != nil {
+				return err
+			}
+			continue // it was promoted just now, and the gate opens soon
+		case <-ctx.Done():
+			return status.FromContextError(ctx.Err()).Err()
+		case <-e.draining.Done():
+			return errShuttingDown
+		case <-timer.C:
+		}
+		break
 	}
 	if !to.up.Load() {
 		return ownError(codes.Unavailable, "etcd is unreachable: no endpoint is connected")
@@ -259,7 +273,7 @@ func (m *grpcMethod) serveUnary(_ any, ctx context.Context, decode func(any) err
 // forward moves one request and its answer, all in the handler's goroutine. It owns in.
 func (m *grpcMethod) forward(ctx context.Context, in *frame) (*frame, error) {
 	defer in.free()
-	id, err := m.admit(ctx)
+	id, err := m.admit(ctx, in)
 	if err != nil {
 		return nil, err
 	}

@@ -20,7 +20,7 @@ func (m *grpcMethod) serveStream(_ any, ss grpc.ServerStream) error {
 // relay moves a stream. This goroutine moves what etcd sends; a stream on which the client sends too has one more, which moves that.
 func (m *grpcMethod) relay(ss grpc.ServerStream) error {
 	ctx := ss.Context()
-	id, err := m.admit(ctx)
+	id, err := m.admit(ctx, nil)
 	if err != nil {
 		return err
 	}

@@ -28,6 +28,9 @@ type Config struct {
 	Registerer   prometheus.Registerer // nil: metrics are not registered
 	// Gate holds calls back until it is closed; while it is open they wait as they wait for etcd, and are then Unavailable. Nil: nothing is held back.
 	Gate <-chan struct{}
+	// LearnerGate, if it is closed while Gate is not, lets those calls go on that a learner of etcd serves. They carry no
+	// write. Nil: nothing goes on before Gate is closed.
+	LearnerGate <-chan struct{}
 	// Reference has the reference engine, on grpc-go, do everything: it is slower, and what the engine that is otherwise used is held against.
 	Reference bool
 	// OnDenied is told of a denied client whenever the log is: by the listener's address as configured, the client's name and its address. It is called on the
@@ -83,7 +86,7 @@ func New(cfg Config) (*Proxy, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &Proxy{drain: cfg.DrainTimeout, core: &core{maxRequest: cfg.MaxRequestBytes, log: log, gate: cfg.Gate, turns: newTurns()}}
+	p := &Proxy{drain: cfg.DrainTimeout, core: &core{maxRequest: cfg.MaxRequestBytes, log: log, gate: cfg.Gate, learnerGate: cfg.LearnerGate, turns: newTurns()}}
 	p.core.rules.Store(rules)
 	var problems []error
 	if p.upstream, err = p.newUpstream(cfg.Upstream, log, m); err != nil {

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -77,13 +78,18 @@ func newUpstream(cfg UpstreamConfig, log *slog.Logger, m *metrics) (*upstream, e
 	u := &upstream{endpoints: cfg.Endpoints, tls: secure, log: log, metrics: m, ready: make(chan struct{})}
 	u.lanes.limit.Store(math.MaxInt64)
 	u.dial = func(more ...grpc.DialOption) (*clientv3.Client, error) {
-		return clientv3.New(clientv3.Config{
+		voters := &voters{endpoints: cfg.Endpoints}
+		client, err := clientv3.New(clientv3.Config{
 			Endpoints:            cfg.Endpoints,
 			Logger:               zap.NewNop(),
 			DialKeepAliveTime:    15 * time.Second,
 			DialKeepAliveTimeout: 10 * time.Second,
-			DialOptions:          append(dialOptions(learning{creds, u.lanes.learn}), more...),
+			DialOptions:          slices.Concat(dialOptions(learning{creds, u.lanes.learn}), voters.options(), more),
 		})
+		if err == nil {
+			voters.client.Store(client)
+		}
+		return client, err
 	}
 	if u.client, err = u.dial(); err != nil {
 		return nil, fmt.Errorf("etcd client: %w", err)
@@ -98,6 +104,7 @@ func newUpstream(cfg UpstreamConfig, log *slog.Logger, m *metrics) (*upstream, e
 func dialOptions(creds credentials.TransportCredentials) []grpc.DialOption {
 	return []grpc.DialOption{
 		grpc.WithTransportCredentials(creds),
+		grpc.WithNoProxy(), // HTTPS_PROXY is for the cloud's services: no forward proxy stands before etcd
 		// The client library's interceptors retry; a call through the proxy is the caller's to retry.
 		grpc.WithUnaryInterceptor(nil),
 		grpc.WithStreamInterceptor(nil),
@@ -142,17 +149,19 @@ func NewClient(cfg UpstreamConfig, log *slog.Logger) (*clientv3.Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	auth := &lateAuth{user: cfg.Username != ""}
+	auth, voters := &lateAuth{user: cfg.Username != ""}, &voters{endpoints: cfg.Endpoints}
 	client, err := clientv3.New(clientv3.Config{
 		Endpoints: cfg.Endpoints, Logger: zap.NewNop(), Username: cfg.Username, Password: cfg.Password,
 		DialKeepAliveTime: 15 * time.Second, DialKeepAliveTimeout: 10 * time.Second,
 		MaxCallRecvMsgSize: clientRecvBytes, MaxCallSendMsgSize: clientRecvBytes / 2,
-		DialOptions: append(forEtcd(), append(auth.options(), grpc.WithTransportCredentials(creds), grpc.WithConnectParams(reconnect))...),
+		DialOptions: append(slices.Concat(forEtcd(), voters.options(), auth.options()),
+			grpc.WithTransportCredentials(creds), grpc.WithNoProxy(), grpc.WithConnectParams(reconnect)),
 	})
 	if err != nil {
 		return nil, fmt.Errorf("etcd client: %w", err)
 	}
 	auth.made.Store(true)
+	voters.client.Store(client)
 	return client, nil
 }
 

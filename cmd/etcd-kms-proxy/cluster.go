@@ -82,6 +82,9 @@ func openCluster(cmd *cobra.Command, c *config.Config, o clusterOptions) (*clust
 	}
 	if !o.noEtcd {
 		err = cl.reach(ctx)
+		if err == nil {
+			err = leadsToProxy(ctx, c, cl.log)
+		}
 	}
 	contacts.Wait()
 	if err != nil {
@@ -127,6 +130,16 @@ func chained() error {
 		code: exitFailure, err: errors.New("etcd.endpoints leads to a proxy, which would seal and open on its own"),
 		hint: "name etcd itself under etcd.endpoints",
 	}
+}
+
+// leadsToProxy returns a failure if an endpoint of etcd leads to a proxy, also through a server between them that drops the mark of a proxy's requests. That etcd does
+// not answer is no failure of this kind.
+func leadsToProxy(ctx context.Context, c *config.Config, log *slog.Logger) error {
+	endpoint, err := proxy.FindProxy(ctx, upstreamConfig(&c.Etcd), log)
+	if err == nil && endpoint != "" {
+		err = chained()
+	}
+	return err
 }
 
 // close ends the rings and lets everything go.

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -14,6 +15,7 @@ import (
 	lru "github.com/hashicorp/golang-lru/v2"
 	"github.com/prometheus/client_golang/prometheus"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
@@ -28,7 +30,10 @@ type fleet struct {
 	config           *config.Config
 	client           *clientv3.Client
 	gate             chan struct{} // closed once the guard lets the proxy serve
-	opened           sync.Once
+	learnerGate      chan struct{} // closed once it lets the proxy serve what a learner serves
+	opened, learning sync.Once
+	next             *nextStart
+	restores         atomic.Int64 // of etcd, as far as they were noticed
 	audit            *auditor
 	log              *slog.Logger
 	bypass           *bypasses         // nil with coordination off
@@ -50,7 +55,7 @@ func (a *app) newFleet(c *config.Config) (*fleet, error) {
 	if err != nil {
 		return nil, err
 	}
-	f := &fleet{config: c, client: client, gate: make(chan struct{}), audit: a.audit, log: a.log}
+	f := &fleet{config: c, client: client, gate: make(chan struct{}), learnerGate: make(chan struct{}), next: newNextStart(a), audit: a.audit, log: a.log}
 	if !c.Coordination.Enabled {
 		return f, nil
 	}
@@ -73,7 +78,7 @@ func (a *app) newFleet(c *config.Config) (*fleet, error) {
 	var id [6]byte
 	_, _ = rand.Read(id[:]) // never fails
 	f.Fleet = lifecycle.NewFleet(lifecycle.FleetConfig{
-		Client: client, Prefix: c.Coordination.Prefix, Provers: provers, Logger: a.log,
+		Client: client, Prefix: c.Coordination.Prefix, Provers: provers, Logger: a.log, Restored: func() { f.restores.Add(1) },
 		Self: lifecycle.Member{
 			ID: host + "-" + hex.EncodeToString(id[:]), Host: host, PID: os.Getpid(), Version: readBuildInfo().Version, Started: time.Now().UTC().Truncate(time.Second),
 		},
@@ -89,31 +94,29 @@ func (a *app) newFleet(c *config.Config) (*fleet, error) {
 func (f *fleet) run(ctx context.Context, allowWeakening bool) error {
 	g := &guard{
 		fleet: f.Fleet, client: f.client, config: f.config, allow: allowWeakening, audit: f.audit, log: f.log,
-		open: func() { f.opened.Do(func() { close(f.gate) }) },
+		open:    func() { f.opened.Do(func() { close(f.gate) }) },
+		learner: func() { f.learning.Do(func() { close(f.learnerGate) }) },
 	}
-	if f.Fleet == nil {
-		return g.run(ctx)
+	group, ctx := errgroup.WithContext(ctx)
+	opened := func(run func(context.Context) error) {
+		group.Go(func() error {
+			select {
+			case <-f.gate:
+				return run(ctx)
+			case <-ctx.Done():
+				return nil
+			}
+		})
 	}
-	ctx, stop := context.WithCancel(ctx)
-	var all sync.WaitGroup
-	all.Go(func() {
-		select {
-		case <-f.gate:
-		case <-ctx.Done():
-			return
-		}
-		if f.watch != nil {
-			all.Go(func() { f.watch.Run(ctx) })
-		}
-		f.Run(ctx)
-	})
-	err := g.run(ctx)
-	if err != nil {
-		stop()
+	group.Go(func() error { return g.run(ctx) })
+	opened(func(ctx context.Context) error { return f.next.run(ctx, g) })
+	if f.Fleet != nil {
+		opened(func(ctx context.Context) error { f.Run(ctx); return nil })
 	}
-	all.Wait()
-	stop()
-	return err
+	if f.watch != nil {
+		opened(func(ctx context.Context) error { f.watch.Run(ctx); return nil })
+	}
+	return group.Wait()
 }
 
 func (f *fleet) close() {
@@ -155,14 +158,18 @@ func (f *fleet) ready() []proxy.Check {
 	case <-f.gate:
 	default:
 		check.OK, check.Detail = false, "the rules were not compared yet with those that the proxies agreed on: nothing is served"
-	}
-	if f.Fleet == nil {
-		if check.OK {
-			return nil
+		select {
+		case <-f.learnerGate:
+			check.Detail = "the member of etcd is a learner: what a learner serves is served, and the rules are compared once it is promoted"
+		default:
 		}
-		return []proxy.Check{check}
 	}
-	return []proxy.Check{check, f.bypass.ready(time.Now())}
+	checks := []proxy.Check{check, f.next.ready()}
+	if f.Fleet == nil {
+		// With coordination off there is nothing to tell while all is well.
+		return slices.DeleteFunc(checks, func(c proxy.Check) bool { return c.OK })
+	}
+	return append(checks, f.bypass.ready(time.Now()))
 }
 
 // bypasses counts plaintext that was stored past the proxies, and tells of each key once.

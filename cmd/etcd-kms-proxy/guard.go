@@ -24,8 +24,10 @@ type guard struct {
 	config *config.Config
 	allow  bool // --allow-weakening
 	open   func()
-	audit  *auditor
-	log    *slog.Logger
+	// learner lets those calls go on that a learner serves.
+	learner func()
+	audit   *auditor
+	log     *slog.Logger
 }
 
 // Times of the guard.
@@ -39,46 +41,70 @@ const (
 
 // run decides, and opens the proxy. It returns an error if the proxy must not serve, and nil when all is decided or ctx has ended.
 func (g *guard) run(ctx context.Context) error {
-	agreed, others, err := g.read(ctx)
+	found, err := g.read(ctx)
+	for ; err == nil && found.learner && ctx.Err() == nil; found, err = g.read(ctx) {
+		// What a learner holds may be old, and it takes no write. So the proxy serves reads, and decides once the member is promoted.
+		if weaker := g.compare(found.agreed, found.others); weaker != nil && !g.allow {
+			return g.judge(weaker)
+		}
+		g.learner()
+		select {
+		case <-ctx.Done():
+		case <-time.After(guardRetry):
+		}
+	}
 	if ctx.Err() != nil {
 		return nil
 	}
 	if proxy.IsChained(err) {
 		return chained()
 	}
+	if why := leadsToProxy(ctx, g.config, g.log); why != nil {
+		return why
+	}
 	if err == nil {
-		err = g.compare(agreed, others)
+		err = g.compare(found.agreed, found.others)
 	}
 	if err != nil {
 		if err = g.judge(err); err != nil {
 			return err
 		}
 		g.open()
-		g.forget(ctx, others) // which takes a while where etcd has no leader
+		g.forget(ctx, found.others) // which takes a while where etcd has no leader
 		return nil
 	}
-	if agreed == nil {
+	if found.agreed == nil {
 		g.open()
 		return nil
 	}
-	return g.prove(ctx, agreed)
+	return g.prove(ctx, found.agreed)
+}
+
+// records are what proxies have agreed on, here and at other places.
+type records struct {
+	agreed  *lifecycle.Agreement
+	others  []lifecycle.Place
+	learner bool // a learner was asked: it says what it has by now, or nothing where it needs a user
 }
 
 // read reads the record, however long it takes: without etcd there is nothing to serve. Where this proxy would look for none, or has none, it reads those of others.
-func (g *guard) read(ctx context.Context) (*lifecycle.Agreement, []lifecycle.Place, error) {
+func (g *guard) read(ctx context.Context) (records, error) {
 	told, silent := "", 0
 	for {
 		limited, cancel := context.WithTimeout(ctx, guardTimeout)
-		agreed, others, err := g.look(limited)
+		found, err := g.look(limited)
 		cancel()
 		if err == nil || errors.Is(err, lifecycle.ErrForged) || proxy.IsChained(err) || ctx.Err() != nil {
-			return agreed, others, err
+			return found, err
 		}
-		if g.fleet == nil && g.allow && denied(err) {
-			return nil, nil, &weakening{[]string{"coordination is off, and etcd does not let it be read what rules the proxies agreed on: " + err.Error()}}
+		if g.allow && denied(err) {
+			return found, &weakening{[]string{"etcd does not let it be read what rules the proxies agreed on: " + err.Error()}}
 		}
-		text := err.Error()
-		if errors.Is(err, context.DeadlineExceeded) {
+		text, hint := err.Error(), "check etcd.endpoints, etcd.tls and etcd itself"
+		switch {
+		case denied(err):
+			hint = deniedHint
+		case errors.Is(err, context.DeadlineExceeded):
 			// Once, etcd may be about to come, and the log says if it cannot be reached at all.
 			if silent++; silent > 1 {
 				text = "etcd does not answer in time: it may have no leader"
@@ -88,39 +114,50 @@ func (g *guard) read(ctx context.Context) (*lifecycle.Agreement, []lifecycle.Pla
 		}
 		if text != told {
 			told = text
-			g.log.Warn("the proxy serves nothing until it has read from etcd what rules the proxies agreed on; it keeps trying", "error", text,
-				"hint", "where etcd's authentication is on, set etcd.username: also with coordination.enabled: false, it has to read below "+lifecycle.DefaultPrefix)
+			g.log.Warn("the proxy serves nothing until it has read from etcd what rules the proxies agreed on; it keeps trying", "error", text, "hint", hint)
 		}
 		select {
 		case <-ctx.Done():
-			return nil, nil, nil
+			return records{}, nil
 		case <-time.After(guardRetry):
 		}
 	}
 }
 
+// deniedHint is what to do where etcd's authentication keeps the proxy from reading the record.
+const deniedHint = "set etcd.username and etcd.passwordFile, also with coordination.enabled: false: that user has to read below " + lifecycle.DefaultPrefix +
+	"; or start the proxy with --allow-weakening, which serves without comparing the rules"
+
 // look reads once. A learner, which answers nothing else, is asked for what it has by now. So is a member without a leader where coordination is off: its clients may
 // still read from it what needs none.
-func (g *guard) look(ctx context.Context) (*lifecycle.Agreement, []lifecycle.Place, error) {
+func (g *guard) look(ctx context.Context) (records, error) {
 	limited, cancel := context.WithTimeout(ctx, guardTimeout/2)
 	defer cancel()
-	agreed, others, err := g.records(limited)
-	if errors.Is(err, rpctypes.Error(rpctypes.ErrGRPCNotSupportedForLearner)) || g.fleet == nil && err != nil && limited.Err() != nil {
-		return g.records(ctx, clientv3.WithSerializable())
+	found, err := g.records(limited)
+	learner := errors.Is(err, errLearner)
+	if learner || g.fleet == nil && err != nil && limited.Err() != nil {
+		found, err = g.records(ctx, clientv3.WithSerializable())
+		if learner && (errors.Is(err, errLearner) || denied(err)) { // it lets no user log in either
+			found, err = records{}, nil
+		}
+		found.learner = learner
 	}
-	return agreed, others, err
+	return found, err
 }
 
-func (g *guard) records(ctx context.Context, opts ...clientv3.OpOption) (*lifecycle.Agreement, []lifecycle.Place, error) {
+// errLearner is how etcd's client reports a learner's refusal.
+var errLearner = rpctypes.Error(rpctypes.ErrGRPCNotSupportedForLearner)
+
+func (g *guard) records(ctx context.Context, opts ...clientv3.OpOption) (records, error) {
 	own := ""
 	if g.fleet != nil {
 		own = g.config.Coordination.Prefix
 		if agreed, err := g.fleet.Agreement(ctx, opts...); agreed != nil || err != nil {
-			return agreed, nil, err
+			return records{agreed: agreed}, err
 		}
 	}
 	others, err := lifecycle.Elsewhere(ctx, g.client, own, opts...)
-	return nil, others, err
+	return records{others: others}, err
 }
 
 // denied reports whether etcd's authentication keeps the proxy from reading.

@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"errors"
 	"log/slog"
 	"slices"
 	"strings"
@@ -89,7 +90,9 @@ func (s *scanner) run(ctx context.Context) {
 			last = time.Time{}
 		case time.Since(last) >= s.interval:
 			last = time.Now()
-			s.scan(ctx)
+			if errors.Is(s.scan(ctx), lifecycle.ErrRestored) {
+				last = time.Time{} // at the next tick, on the data that there is now
+			}
 		}
 		select {
 		case <-ctx.Done():
@@ -99,14 +102,15 @@ func (s *scanner) run(ctx context.Context) {
 	}
 }
 
-func (s *scanner) scan(ctx context.Context) {
+// scan counts the values, and returns what it has logged.
+func (s *scanner) scan(ctx context.Context) error {
 	counts, _, err := lifecycle.Survey(ctx, s.fleet.client, s.fleet.rules(), nil)
 	if err != nil {
 		if ctx.Err() == nil {
 			s.failed.Inc()
 			s.log.Warn("the values in etcd could not be counted", "error", err)
 		}
-		return
+		return err
 	}
 	s.reset() // rules may have gone
 	for _, c := range counts {
@@ -127,6 +131,7 @@ func (s *scanner) scan(ctx context.Context) {
 		}
 	}
 	s.at.SetToCurrentTime()
+	return nil
 }
 
 // labelKeys is how many keys of a rule have figures of their own: what values name is their writers' choice.

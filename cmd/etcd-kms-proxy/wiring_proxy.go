@@ -25,7 +25,7 @@ func proxyConfig(c *config.Config, rules *ruleSet, a *app, o serveOptions) proxy
 		Registerer:      a.metrics.registry,
 		OnDenied:        a.audit.denied,
 	}
-	pc.Gate = a.fleet.gate
+	pc.Gate, pc.LearnerGate = a.fleet.gate, a.fleet.learnerGate
 	if c.Coordination.Enabled {
 		pc.OwnPrefixes = a.ownPrefixes
 	}

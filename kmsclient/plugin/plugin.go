@@ -50,6 +50,7 @@ func New(cfg Config) (*KMS, error) {
 	}
 	var err error
 	k.conn, err = grpc.NewClient(target, grpc.WithContextDialer(k.dial), grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithNoProxy(), // a socket of this machine, whatever HTTPS_PROXY says
 		// A plugin restarts beside the proxy: wait for it in short steps.
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},

@@ -1,8 +1,11 @@
 package coordination
 
 import (
+	"context"
+	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"google.golang.org/grpc/codes"
@@ -103,5 +106,74 @@ func TestProxyInsteadOfEtcd(t *testing.T) {
 	})
 	if got := s.get(t, prefix+"a"); got != "" {
 		t.Errorf("etcd holds %q", got)
+	}
+}
+
+// startGRPCProxy starts etcd's own proxy, which makes its own requests of what it is asked, before an etcd or what
+// passes for one. It returns its address.
+func (s *site) startGRPCProxy(t *testing.T, name, upstream string, flags ...string) string {
+	t.Helper()
+	address := harness.FreeAddress(t)
+	args := []string{"grpc-proxy", "start", "--endpoints", upstream, "--listen-addr", address, "--advertise-client-url", address, "--data-dir", filepath.Join(s.Dir, name)}
+	s.StartTool(name, "etcd-3.7", append(args, flags...)...)
+	conn := harness.Dial(t, address, nil)
+	harness.Eventually(t, within, name+" to be there", func() error {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		_, err := pb.NewKVClient(conn).Range(ctx, &pb.RangeRequest{Key: []byte("\x00"), Serializable: true})
+		return err
+	})
+	return address
+}
+
+// TestProxyBehindGRPCProxy: a proxy, and a command, find out that they have a proxy for etcd also where etcd's
+// grpc-proxy stands between, and what they write is not encrypted twice.
+func TestProxyBehindGRPCProxy(t *testing.T) {
+	t.Parallel()
+	for name, flags := range map[string][]string{"plain": nil, "namespace": {"--namespace", "/below"}, "ordered": {"--experimental-serializable-ordering"}} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newSite(t)
+			inner := s.StartProxy("inner", s.cfg)
+			inner.WaitReady(within)
+			s.agreed(t, prefix)
+			between := s.startGRPCProxy(t, "grpc-proxy", inner.Address, flags...)
+			for alone, coordination := range map[string]*harness.Coordination{"alone": harness.NoCoordination(), "coordinated": nil} {
+				outer := s.cfg
+				outer.Etcd.Endpoints, outer.Coordination = []string{"http://" + between}, coordination
+				p := s.NewProxy("outer-"+alone, outer)
+				if out, code := s.Run("serve", "--config", p.ConfigFile); code != 3 || !strings.Contains(out, leadsToProxy) {
+					t.Errorf("%s: exit code %d: %s", alone, code, out)
+				}
+				for _, args := range [][]string{{"status"}, {"reencrypt"}, {"purge", "--yes"}, {"verify"}} {
+					if out, code := s.Run(append(args, "--config", p.ConfigFile)...); code != 3 || !strings.Contains(out, leadsToProxy) {
+						t.Errorf("%s: %q: exit code %d: %s", alone, args, code, out)
+					}
+				}
+			}
+		})
+	}
+}
+
+// TestProxyComesBehindGRPCProxy: a proxy that serves through grpc-proxy ends when a proxy takes etcd's place behind it.
+func TestProxyComesBehindGRPCProxy(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	other := s.StartEtcd(harness.EtcdConfig{Name: "other"})
+	between := s.startGRPCProxy(t, "grpc-proxy", other.Address)
+	outer := s.cfg
+	outer.Etcd.Endpoints = []string{"http://" + between}
+	p := s.StartProxy("outer", outer)
+	p.WaitReady(within)
+	kv := pb.NewKVClient(harness.Dial(t, p.Address, nil))
+	if _, err := kv.Put(t.Context(), &pb.PutRequest{Key: []byte(prefix + "a"), Value: []byte(s.Sealed.Value("a"))}); err != nil {
+		t.Fatal(err) // etcd's grpc-proxy alone is no reason to refuse
+	}
+	other.Stop(within)
+	inner := s.cfg
+	inner.Listeners = []harness.Listener{{Address: other.Address}}
+	s.StartProxy("inner", inner).WaitReady(within)
+	if code := p.Wait(2 * within); code != 3 || !strings.Contains(p.Log(), leadsToProxy) {
+		t.Errorf("exit code %d: %s", code, p.Log())
 	}
 }

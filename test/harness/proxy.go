@@ -89,6 +89,9 @@ type (
 		Type                string `json:"type"`
 		AccessKeyIDFile     string `json:"accessKeyIDFile"`
 		AccessKeySecretFile string `json:"accessKeySecretFile"`
+		RoleARN             string `json:"roleARN,omitempty"`
+		STSEndpoint         string `json:"stsEndpoint,omitempty"`
+		STSCAFile           string `json:"stsCAFile,omitempty"`
 	}
 	// LocalKMS is a key file.
 	LocalKMS struct {

@@ -1,0 +1,309 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"io"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+)
+
+// voters keeps the calls of one client of etcd's library off learners. A call that a learner has refused is made once
+// more on another endpoint: the learner refuses before it looks into a call, so even a write cannot be done twice.
+// With the first refusal the endpoints that are learners are taken out of the client's list, until they are promoted.
+type voters struct {
+	endpoints []string
+	client    atomic.Pointer[clientv3.Client] // nil until it is made
+
+	mu        sync.Mutex
+	following bool          // the endpoints are asked now and then
+	asking    chan struct{} // closed when they were asked; nil while they are not
+	others    bool          // at the last time, an endpoint answered that is no learner
+}
+
+// voterAttempts is how often a call is made at most where learners refuse it. Calls that began before the learners
+// were taken out of the list may meet them twice.
+const voterAttempts = 5
+
+// bufferedRequests is how many bytes of a stream's requests are kept at most until its first answer, to be sent once
+// more. A stream with more than that is not made again.
+const bufferedRequests = 64 << 10
+
+// options are for the client. Of one endpoint there is nothing to choose.
+func (v *voters) options() []grpc.DialOption {
+	if len(v.endpoints) < 2 {
+		return nil
+	}
+	return []grpc.DialOption{grpc.WithChainUnaryInterceptor(v.unary), grpc.WithChainStreamInterceptor(v.stream)}
+}
+
+func (v *voters) unary(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+	if method == healthpb.Health_Check_FullMethodName { // which is how learners are found
+		return invoke(ctx, method, req, reply, cc, opts...)
+	}
+	request := keep(req)
+	defer request.free()
+	for n := 1; ; n++ {
+		err := request.send(func(msg any) error { return invoke(ctx, method, msg, reply, cc, opts...) })
+		if !refusedByLearner(err) || n == voterAttempts || !v.leave(ctx) {
+			return err
+		}
+	}
+}
+
+// leave takes learners out of the client's list of endpoints. It reports whether others are left.
+func (v *voters) leave(ctx context.Context) bool {
+	client := v.client.Load()
+	if client == nil {
+		return false
+	}
+	v.mu.Lock()
+	if !v.following {
+		v.following, v.asking = true, make(chan struct{})
+		go v.follow(client)
+	}
+	asking := v.asking
+	v.mu.Unlock()
+	if asking != nil {
+		select {
+		case <-asking:
+		case <-ctx.Done():
+			return false
+		}
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.others
+}
+
+// follow asks the endpoints, and goes on to ask them now and then while one of them is a learner. It ends with the
+// client.
+func (v *voters) follow(client *clientv3.Client) {
+	for {
+		learners, others := v.ask(client)
+		ended := client.Ctx().Err() != nil
+		if !ended {
+			v.choose(client, learners, others)
+		}
+		v.mu.Lock()
+		close(v.asking)
+		v.asking, v.others, v.following = nil, others && !ended, len(learners) > 0 && !ended
+		again := v.following
+		v.mu.Unlock()
+		if !again {
+			return
+		}
+		select {
+		case <-client.Ctx().Done():
+		case <-time.After(roleAgain):
+		}
+		v.mu.Lock()
+		v.asking = make(chan struct{})
+		v.mu.Unlock()
+	}
+}
+
+// ask asks each endpoint whether it is a learner. others says that one answered and is none.
+func (v *voters) ask(client *clientv3.Client) (learners []string, others bool) {
+	ctx, cancel := context.WithTimeout(client.Ctx(), roleTimeout)
+	defer cancel()
+	answers := make([]error, len(v.endpoints))
+	var all sync.WaitGroup
+	for i, endpoint := range v.endpoints {
+		all.Go(func() {
+			conn, err := client.Dial(endpoint)
+			if err == nil {
+				defer conn.Close() //nolint:errcheck // its answer is here
+				out := new(frame)
+				defer out.free()
+				err = conn.Invoke(metadata.AppendToOutgoingContext(ctx, meantForEtcd, markOfEtcd[0]), healthpb.Health_Check_FullMethodName,
+					new(frame), out, grpc.ForceCodecV2(rawCodec{}), grpc.WaitForReady(true))
+			}
+			answers[i] = err
+		})
+	}
+	all.Wait()
+	for i, err := range answers {
+		switch code := status.Code(err); {
+		case refusedByLearner(err):
+			learners = append(learners, v.endpoints[i])
+		case code != codes.Unavailable && code != codes.DeadlineExceeded && code != codes.Canceled:
+			others = true
+		}
+	}
+	return learners, others
+}
+
+// choose has the client go to the endpoints that are no learners; to all if none of those is there.
+func (v *voters) choose(client *clientv3.Client, learners []string, others bool) {
+	want := v.endpoints
+	if others {
+		want = slices.DeleteFunc(slices.Clone(want), func(e string) bool { return slices.Contains(learners, e) })
+	}
+	if !slices.Equal(client.Endpoints(), want) {
+		client.SetEndpoints(want...)
+	}
+}
+
+// kept is a request that can be sent more than once. The one that it was made of stays its owner's.
+type kept struct {
+	msg  any   // nil for a frame
+	data frame // another reference to the bytes of a frame
+}
+
+func keep(msg any) *kept {
+	f, ok := msg.(*frame)
+	if !ok {
+		return &kept{msg: msg}
+	}
+	k := &kept{data: frame{data: f.data}}
+	k.data.data.Ref()
+	return k
+}
+
+// send calls f with the request.
+func (k *kept) send(f func(msg any) error) error {
+	if k.msg != nil {
+		return f(k.msg)
+	}
+	again := &frame{data: k.data.data}
+	again.data.Ref()
+	defer again.free() // unless the codec took it
+	return f(again)
+}
+
+func (k *kept) free() { k.data.free() }
+
+func (v *voters) stream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+	open := func() (grpc.ClientStream, error) { return streamer(ctx, desc, cc, method, opts...) }
+	first, err := open()
+	if err != nil {
+		return nil, err
+	}
+	return &voterStream{ClientStream: first, voters: v, ctx: ctx, open: open}, nil
+}
+
+// voterStream is a stream that is opened again, with the requests that were sent, if the first thing it brings is the
+// refusal of a learner. As with every stream, one goroutine may send and another receive.
+type voterStream struct {
+	grpc.ClientStream // the one of the moment; replaced under mu by who receives
+	voters            *voters
+	ctx               context.Context
+	open              func() (grpc.ClientStream, error)
+	attempts          int
+	early             error       // of the header, for the next receive
+	settled           atomic.Bool // it is not opened again
+
+	mu     sync.Mutex
+	sent   []*kept
+	bytes  int
+	closed bool // the client has nothing more to say
+}
+
+// SendMsg implements [grpc.ClientStream].
+func (s *voterStream) SendMsg(m any) error {
+	s.mu.Lock()
+	if s.settled.Load() {
+		s.drop()
+		current := s.ClientStream
+		s.mu.Unlock()
+		return current.SendMsg(m)
+	}
+	defer s.mu.Unlock()
+	k := keep(m)
+	s.sent = append(s.sent, k)
+	if s.bytes += k.data.data.Len(); s.bytes > bufferedRequests {
+		s.settled.Store(true)
+	}
+	err := k.send(s.ClientStream.SendMsg)
+	if errors.Is(err, io.EOF) { // the receiver opens the stream once more, or is told why it ended
+		return nil
+	}
+	return err
+}
+
+// CloseSend implements [grpc.ClientStream].
+func (s *voterStream) CloseSend() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.closed = true
+	return s.ClientStream.CloseSend()
+}
+
+// Header implements [grpc.ClientStream].
+func (s *voterStream) Header() (metadata.MD, error) {
+	for {
+		header, err := s.ClientStream.Header()
+		if header != nil || err != nil || s.settled.Load() {
+			return header, err
+		}
+		// It has ended without one: its status is there already.
+		end := s.ClientStream.RecvMsg(new(frame))
+		if !s.reopen(end) {
+			s.early = end
+			return nil, nil
+		}
+	}
+}
+
+// RecvMsg implements [grpc.ClientStream].
+func (s *voterStream) RecvMsg(m any) error {
+	if err := s.early; err != nil {
+		return err
+	}
+	for {
+		err := s.ClientStream.RecvMsg(m)
+		if s.settled.Load() || !s.reopen(err) {
+			return err
+		}
+	}
+}
+
+// reopen opens the stream once more if err is a learner's refusal, and there is another member. Otherwise the stream
+// stays what it is.
+func (s *voterStream) reopen(err error) bool {
+	s.attempts++
+	again := refusedByLearner(err) && s.attempts < voterAttempts && s.voters.leave(s.ctx)
+	if !again {
+		s.settled.Store(true)
+		if s.mu.TryLock() { // else the sender does it
+			s.drop()
+			s.mu.Unlock()
+		}
+		return false
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	next, err := s.open()
+	if err != nil {
+		s.settled.Store(true)
+		return false
+	}
+	s.ClientStream = next
+	for _, k := range s.sent {
+		if k.send(next.SendMsg) != nil { // the next receive says why
+			return true
+		}
+	}
+	if s.closed {
+		_ = next.CloseSend() // never fails
+	}
+	return true
+}
+
+// drop lets go of what was kept. The caller holds mu.
+func (s *voterStream) drop() {
+	for _, k := range s.sent {
+		k.free()
+	}
+	s.sent = nil
+}

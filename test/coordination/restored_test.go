@@ -1,0 +1,92 @@
+package coordination
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
+)
+
+// TestBypassAfterRestore: the watch for plaintext goes on when etcd comes back with an older data directory or an empty
+// one, and what was stored before the watch was back is seen, too.
+func TestBypassAfterRestore(t *testing.T) {
+	t.Parallel()
+	for name, older := range map[string]bool{"emptied": false, "older": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newSite(t)
+			s.cfg.Audit = &harness.Audit{Path: filepath.Join(s.Dir, "audit.jsonl")}
+			past := func(key string) {
+				t.Helper()
+				if _, err := s.kv.Put(t.Context(), &pb.PutRequest{Key: []byte(prefix + key), Value: []byte("in the clear")}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			backup := filepath.Join(s.Dir, "backup")
+			if older {
+				if _, err := s.kv.Put(t.Context(), &pb.PutRequest{Key: []byte("/plain"), Value: []byte("in the backup")}); err != nil {
+					t.Fatal(err)
+				}
+				s.etcd.Stop(within)
+				if err := os.CopyFS(backup, os.DirFS(s.etcd.DataDir)); err != nil {
+					t.Fatal(err)
+				}
+				s.etcd.Start()
+			}
+			p := s.StartProxy("proxy", s.cfg)
+			p.WaitReady(within)
+			s.agreed(t, prefix)
+			past("before")
+			s.seen(t, p, "before", 1)
+			through := pb.NewKVClient(harness.Dial(t, p.Address, nil))
+			for n := range 30 {
+				if _, err := through.Put(t.Context(), &pb.PutRequest{Key: fmt.Appendf(nil, "%s%d", prefix, n), Value: []byte(s.Sealed.Value("a"))}); err != nil {
+					t.Fatal(err)
+				}
+			}
+
+			s.etcd.Stop(within)
+			if err := os.RemoveAll(s.etcd.DataDir); err != nil {
+				t.Fatal(err)
+			}
+			if older {
+				if err := os.CopyFS(s.etcd.DataDir, os.DirFS(backup)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			s.etcd.Start()
+			past("at once")
+			s.seen(t, p, "at once", 2)
+			harness.Eventually(t, within, "the proxy to serve", func() error {
+				_, err := through.Put(t.Context(), &pb.PutRequest{Key: []byte(prefix + "again"), Value: []byte(s.Sealed.Value("b"))})
+				return err
+			})
+			past("after")
+			s.seen(t, p, "after", 3)
+			if !strings.Contains(p.Log(), "etcd has older data than before") {
+				t.Error("the log does not tell of the restore")
+			}
+			s.agreed(t, prefix) // is on record again
+		})
+	}
+}
+
+// seen waits until the proxy counts so many plaintext writes, and has the last in its audit log.
+func (s *site) seen(t *testing.T, p *harness.Proxy, key string, writes int) {
+	t.Helper()
+	harness.Eventually(t, within, "the write of "+key+" to be seen", func() error {
+		metrics := p.Scrape()
+		if line := fmt.Sprintf("etcd_kms_proxy_plaintext_writes_seen_total{rule=%q} %d\n", prefix, writes); !strings.Contains(metrics, line) {
+			return fmt.Errorf("no %s", line)
+		}
+		if data, err := os.ReadFile(s.cfg.Audit.Path); err != nil || !strings.Contains(string(data), fmt.Sprintf("%q", prefix+key)) {
+			return fmt.Errorf("it is not in the audit log: %w", err)
+		}
+		return nil
+	})
+}
