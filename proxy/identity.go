@@ -18,8 +18,9 @@ type Identity struct {
 	// Denied: this client may do nothing.
 	Denied bool
 
-	to        *upstream // where the listener leads to
-	advertise []string  // its URLs
+	to        *upstream  // where the listener leads to
+	advertise []string   // its URLs
+	web       *webPolicy // which HTTP requests it takes; nil within the process
 }
 
 // name is how logs call the client.

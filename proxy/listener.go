@@ -37,6 +37,8 @@ type ListenerConfig struct {
 	AdvertiseClientURLs []string
 	// Endpoint is the only one of UpstreamConfig.Endpoints that the listener leads to; empty: to all.
 	Endpoint string
+	// NoGateway turns the JSON gateway off: paths under /v3/ are 404.
+	NoGateway bool
 }
 
 // handshakeTimeout bounds how long a client may take to identify itself.
@@ -49,6 +51,7 @@ type listener struct {
 	tls                 *fresh[*tls.Config] // nil for cleartext
 	allowed, ciphertext map[string]bool
 	to                  *upstream
+	web                 *webPolicy
 	log                 *slog.Logger
 	metrics             *metrics
 
@@ -87,6 +90,7 @@ func listen(cfg ListenerConfig, log *slog.Logger, m *metrics) (*listener, error)
 			return nil, fmt.Errorf("listener %s: %w", cfg.Address, err)
 		}
 	}
+	l.web = newWebPolicy(cfg, l.tls)
 	if path, ok := strings.CutPrefix(cfg.Address, "unix://"); ok {
 		l.Listener, err = listenUnix(path, cfg.Mode)
 	} else {
@@ -225,7 +229,7 @@ func (l *listener) run(ctx context.Context, serve func(*clientConn)) {
 
 // identify does the TLS handshake, if any, says who is there, and finds out what they speak.
 func (l *listener) identify(ctx context.Context, conn net.Conn) (*clientConn, error) {
-	id := &Identity{Listener: l.cfg.Address, Remote: conn.RemoteAddr().String(), to: l.to, advertise: l.cfg.AdvertiseClientURLs}
+	id := &Identity{Listener: l.cfg.Address, Remote: conn.RemoteAddr().String(), to: l.to, advertise: l.cfg.AdvertiseClientURLs, web: l.web}
 	outlet, protocol := h2.NewOutlet(conn), ""
 	conn = outlet
 	if l.tls != nil {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -128,6 +129,9 @@ func (p *Proxy) newUpstream(cfg UpstreamConfig, log *slog.Logger, m *metrics) (*
 func (p *Proxy) listen(lc ListenerConfig, etcd UpstreamConfig, log *slog.Logger, m *metrics) (*listener, error) {
 	to := p.upstream
 	if lc.Endpoint != "" {
+		if at := slices.Index(etcd.Endpoints, lc.Endpoint); at >= 0 && at < len(etcd.HTTPEndpoints) {
+			etcd.HTTPEndpoints = etcd.HTTPEndpoints[at : at+1]
+		}
 		etcd.Endpoints = []string{lc.Endpoint}
 		var err error
 		if to, err = p.newUpstream(etcd, log, nil); err != nil {
