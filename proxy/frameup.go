@@ -10,7 +10,8 @@ import (
 // upside is the handler of a connection that streams go on to.
 type upside struct {
 	session *session
-	hop     *hop // nil for that to the reference engine
+	hop     *hop      // nil for those within the process
+	place   **h2.Conn // where the session keeps conn, if it is within the process; under its mu
 	conn    *h2.Conn
 	greeted bool   // under the session's mu
 	kept    []byte // what is being opened, as it came; of the goroutine that reads conn
@@ -28,8 +29,8 @@ func (u *upside) forget() {
 		u.hop.failed()
 	case u.hop != nil && u.hop.conn == u.conn:
 		u.hop.conn = nil
-	case u.hop == nil && u.session.local == u.conn:
-		u.session.local = nil
+	case u.hop == nil && *u.place == u.conn:
+		*u.place = nil
 	}
 	u.session.tell()
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"log"
+	"math"
 	"net"
 	"net/http"
 	"strings"
@@ -23,7 +24,7 @@ import (
 	"google.golang.org/protobuf/encoding/protojson"
 )
 
-// gateway serves HTTP/1 on the addresses of gRPC, as etcd does: its JSON gateway under /v3/, by the handlers that etcd generates, and what etcd itself says of its health and version.
+// gateway serves HTTP on the addresses of gRPC, as etcd does, HTTP/2 over TLS alone: its JSON gateway under /v3/, by the handlers that etcd generates, and what etcd itself says of its health and version.
 // A request of the gateway comes back to the engine as one of gRPC, in the name of the connection that it came over.
 type gateway struct {
 	engine  engine
@@ -81,7 +82,11 @@ func newGateway(e engine, maxRequest int) (*gateway, error) {
 		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
 			return context.WithValue(ctx, loopedKey{}, conn)
 		},
+		// HTTP/2 comes from the frame engine, within the process; as many streams as the client has.
+		Protocols: new(http.Protocols), HTTP2: &http.HTTP2Config{MaxConcurrentStreams: math.MaxInt32},
 	}
+	g.server.Protocols.SetHTTP1(true)
+	g.server.Protocols.SetUnencryptedHTTP2(true)
 	return g, nil
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/tls"
+	"crypto/x509"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -14,6 +15,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -48,12 +50,13 @@ const handshakeTimeout = 10 * time.Second
 type listener struct {
 	cfg ListenerConfig
 	net.Listener
-	tls                 *fresh[*tls.Config] // nil for cleartext
-	allowed, ciphertext map[string]bool
-	to                  *upstream
-	web                 *webPolicy
-	log                 *slog.Logger
-	metrics             *metrics
+	tls     *fresh[*tls.Config] // nil for cleartext
+	lists   atomic.Pointer[clientLists]
+	open    open
+	to      *upstream
+	web     *webPolicy
+	log     *slog.Logger
+	metrics *metrics
 
 	mu         sync.Mutex
 	lastLog    time.Time // of a failed handshake
@@ -69,6 +72,9 @@ type clientConn struct {
 	http1  bool // and not HTTP/2
 	once   sync.Once
 	closed func()
+
+	certs   []*x509.Certificate // the client's, its own first; nil without
+	expires time.Time           // when they cease to be valid
 }
 
 // Close closes the connection. It may be called more than once.
@@ -80,11 +86,12 @@ func (c *clientConn) Close() error {
 
 // listen checks cfg and binds its address.
 func listen(cfg ListenerConfig, log *slog.Logger, m *metrics) (*listener, error) {
-	l := &listener{cfg: cfg, log: log, metrics: m, allowed: set(cfg.AllowedClients), ciphertext: set(cfg.CiphertextClients)}
-	if len(l.allowed)+len(l.ciphertext) > 0 && (cfg.TLS == nil || cfg.TLS.ClientCAFile == "") {
-		return nil, fmt.Errorf("listener %s: allowedClients and ciphertextClients need TLS with clientCAFile", cfg.Address)
+	l := &listener{cfg: cfg, log: log, metrics: m}
+	l.lists.Store(newClientLists(cfg.AllowedClients, cfg.CiphertextClients))
+	err := cfg.checkLists(cfg.AllowedClients, cfg.CiphertextClients)
+	if err != nil {
+		return nil, err
 	}
-	var err error
 	if cfg.TLS != nil {
 		if l.tls, err = cfg.TLS.serverTLS(log, cfg.Address); err != nil {
 			return nil, fmt.Errorf("listener %s: %w", cfg.Address, err)
@@ -232,29 +239,41 @@ func (l *listener) identify(ctx context.Context, conn net.Conn) (*clientConn, er
 	id := &Identity{Listener: l.cfg.Address, Remote: conn.RemoteAddr().String(), to: l.to, advertise: l.cfg.AdvertiseClientURLs, web: l.web}
 	outlet, protocol := h2.NewOutlet(conn), ""
 	conn = outlet
+	c := &clientConn{outlet: outlet, plain: l.tls == nil, id: id}
+	by := l.terms()
 	if l.tls != nil {
 		limited, cancel := context.WithTimeout(ctx, handshakeTimeout)
 		defer cancel()
-		secure := tls.Server(conn, l.tls.get())
+		secure := tls.Server(conn, by.files)
 		if err := secure.HandshakeContext(limited); err != nil {
 			return nil, err
 		}
 		state := secure.ConnectionState()
 		if certs := state.PeerCertificates; len(certs) > 0 {
 			id.identify(certs[0])
+			c.certs, c.expires = certs, validUntil(state.VerifiedChains)
 		}
 		conn, protocol = secure, state.NegotiatedProtocol
 	}
-	id.authorise(l.allowed, l.ciphertext)
-	http1 := protocol == protocolHTTP1
+	id.authorise(by.lists)
+	c.http1 = protocol == protocolHTTP1
 	if protocol == "" {
 		var err error
-		if conn, http1, err = sniff(ctx, conn); err != nil {
+		if conn, c.http1, err = sniff(ctx, conn); err != nil {
 			return nil, err
 		}
 	}
-	l.metrics.connections.WithLabelValues(l.cfg.Address).Inc()
-	return &clientConn{Conn: conn, outlet: outlet, plain: l.tls == nil, id: id, http1: http1, closed: l.metrics.connections.WithLabelValues(l.cfg.Address).Dec}, nil
+	c.Conn = conn
+	if err := l.admit(c, by); err != nil {
+		return nil, err
+	}
+	connections := l.metrics.connections.WithLabelValues(l.cfg.Address)
+	connections.Inc()
+	c.closed = func() {
+		l.forget(c)
+		connections.Dec()
+	}
+	return c, nil
 }
 
 // handshakeFailed logs at most once a second, or a port scan would fill the log.

@@ -104,10 +104,11 @@ func New(cfg Config) (*Proxy, error) {
 	}
 	ref, err := newGRPCEngine(p.core, p.upstream, m, log, &denials{log: log, tell: cfg.OnDenied}, cfg.DrainTimeout)
 	if err == nil {
-		if p.engine = ref; !cfg.Reference {
-			p.engine = newFrameEngine(ref)
+		frames := newFrameEngine(ref, cfg.Reference)
+		p.engine = frames
+		if p.gateway, err = newGateway(ref, cfg.MaxRequestBytes); err == nil {
+			frames.web = p.gateway.serve
 		}
-		p.gateway, err = newGateway(ref, cfg.MaxRequestBytes)
 	}
 	if err != nil {
 		p.Close()
@@ -190,6 +191,7 @@ func (p *Proxy) Run(ctx context.Context) error {
 			defer p.listenersUp.Add(-1)
 			l.run(accepting, p.serve)
 		})
+		all.Go(func() { l.recheckUntil(lasting) })
 	}
 	defer p.closeListeners()
 	defer context.AfterFunc(ctx, p.closeListeners)()
