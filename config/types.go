@@ -15,7 +15,7 @@ type Config struct {
 	APIVersion string `yaml:"apiVersion" required:"true"`
 	// Kind is always `ProxyConfiguration`.
 	Kind string `yaml:"kind" required:"true"`
-	// Listeners are where clients connect. A change needs a restart.
+	// Listeners are where clients connect. Their allowedClients and ciphertextClients are reloaded; any other change needs a restart.
 	Listeners []Listener `yaml:"listeners" required:"true"`
 	// Etcd is the cluster behind the proxy. A change needs a restart.
 	Etcd Etcd `yaml:"etcd" required:"true"`
@@ -46,7 +46,7 @@ type Listener struct {
 	// TLS is required for addresses that other machines reach.
 	TLS *ListenerTLS `yaml:"tls"`
 	// AllowedClients are the common names or subject alternative names of client certificates that may connect. When empty, any certificate of
-	// clientCAFile may. Needs clientCAFile.
+	// clientCAFile may. Needs clientCAFile. When the list is reloaded, the connections of clients that it treats differently end.
 	AllowedClients []string `yaml:"allowedClients"`
 	// CiphertextClients are the names of client certificates that get stored bytes instead of values, and may not write under rules that
 	// seal, nor revoke leases: for backups and mirrors. They may connect without being among allowedClients. Needs clientCAFile.
@@ -72,7 +72,8 @@ func (l Listener) FileMode() fs.FileMode {
 	return m
 }
 
-// ListenerTLS is the server side of TLS. All files are read again when they change.
+// ListenerTLS is the server side of TLS. All files are read again when they change. Open connections end within seconds when their client certificate expires or is revoked, or when
+// its CA is removed.
 type ListenerTLS struct {
 	// CertFile holds the server's certificate and its chain, as PEM.
 	CertFile string `yaml:"certFile" required:"true" file:"true"`
