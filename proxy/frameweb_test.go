@@ -15,6 +15,8 @@ import (
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
@@ -183,5 +185,51 @@ func TestWebWithoutTLS(t *testing.T) {
 	}
 	if _, err := get(t, dialInsecure(t, address)); status.Code(err) != codes.OK {
 		t.Error(err)
+	}
+}
+
+// TestLateBody: a request that is refused before its body has come is not reset in the midst of it.
+func TestLateBody(t *testing.T) {
+	w := newWebTLS(t, echoEtcd())
+	conn, err := tls.Dial("tcp", w.Addrs()[0].String(), &tls.Config{RootCAs: w.roots, NextProtos: []string{"h2"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
+		t.Fatal(err)
+	}
+	var out, block bytes.Buffer
+	out.WriteString(http2.ClientPreface)
+	framer := http2.NewFramer(&out, conn)
+	_ = framer.WriteSettings() // a bytes.Buffer takes everything
+	enc := hpack.NewEncoder(&block)
+	flush := func() {
+		if _, err := out.WriteTo(conn); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for id := uint32(1); id < 40; id += 2 {
+		block.Reset()
+		for _, f := range [][2]string{{":method", "POST"}, {":path", "/nothing"}, {":scheme", "https"}, {":authority", "localhost"}} {
+			_ = enc.WriteField(hpack.HeaderField{Name: f[0], Value: f[1]})
+		}
+		_ = framer.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: block.Bytes(), EndHeaders: true})
+		flush()
+		time.Sleep(5 * time.Millisecond) // the response would be there now
+		_ = framer.WriteData(id, true, []byte("late"))
+		flush()
+	}
+	for ended := 0; ended < 20; {
+		f, err := framer.ReadFrame()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if f.Header().Type == http2.FrameRSTStream {
+			t.Errorf("%v", f)
+			ended++
+		} else if f.Header().Type == http2.FrameData && f.Header().Flags.Has(http2.FlagDataEndStream) {
+			ended++
+		}
 	}
 }

@@ -77,7 +77,7 @@ func newGateway(e engine, maxRequest int) (*gateway, error) {
 		mux.Handle(path, own)
 	}
 	g.server = &http.Server{
-		Handler: ofBeta(guardOrigin(admitted(mux))), ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout,
+		Handler: readOut(ofBeta(guardOrigin(admitted(mux)))), ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout,
 		ErrorLog: log.New(io.Discard, "", 0), // it tells of what clients do wrong
 		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
 			return context.WithValue(ctx, loopedKey{}, conn)
@@ -142,6 +142,23 @@ func (o ofRequest) NewStream(ctx context.Context, desc *grpc.StreamDesc, method 
 		return nil, err
 	}
 	return conn.NewStream(ctx, desc, method, opts...)
+}
+
+// What a client still sends after the response is read up to these, so that it is not reset in the midst of it: some report an error then, and not the response. For HTTP/1.1 net/http does
+// the same.
+const (
+	lateBody = 256 << 10 // bytes
+	lateWait = 500 * time.Millisecond
+)
+
+// readOut reads what next left of the body of a request over HTTP/2.
+func readOut(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		next.ServeHTTP(w, r)
+		if r.ProtoMajor == 2 && r.ContentLength != 0 && http.NewResponseController(w).SetReadDeadline(time.Now().Add(lateWait)) == nil {
+			_, _ = io.CopyN(io.Discard, r.Body, lateBody) // whatever comes
+		}
+	})
 }
 
 // ofBeta takes /v3beta/, the name of before etcd 3.4 that clients still ask for, for /v3/, as etcd does.
