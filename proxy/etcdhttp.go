@@ -15,8 +15,9 @@ import (
 	"sync"
 )
 
-// etcdItself has etcd respond to a request, whatever its method. The request's body stays behind: etcd reads none on these paths. Header fields that let scripts of
-// other origins read the response stay behind, too.
+// etcdItself has etcd respond to a request, whatever its method. The request's body stays behind:
+// etcd reads none on these paths. Header fields that let scripts of other origins read the response
+// stay behind, too.
 func etcdItself() http.Handler {
 	return &httputil.ReverseProxy{
 		Rewrite: func(r *httputil.ProxyRequest) {
@@ -66,7 +67,8 @@ type etcdHTTP struct {
 	once      sync.Once            // logs that they do not speak HTTP/1.1
 }
 
-// newEtcdHTTP makes the way to cfg's HTTP endpoints, which are its endpoints unless it says otherwise.
+// newEtcdHTTP makes the way to cfg's HTTP endpoints, which are its endpoints unless it says
+// otherwise.
 func newEtcdHTTP(cfg UpstreamConfig, u *upstream) (*etcdHTTP, error) {
 	e := &etcdHTTP{upstream: u, endpoints: cfg.Endpoints, tls: u.tls}
 	if len(cfg.HTTPEndpoints) > 0 {

@@ -10,7 +10,8 @@ import (
 	"testing"
 )
 
-// TestHTTPEndpoints: where etcd serves HTTP elsewhere than gRPC, it is asked there, by a listener for one member only that member's; and where nobody has said so, the response says what to do.
+// TestHTTPEndpoints: where etcd serves HTTP elsewhere than gRPC, it is asked there, by a listener
+// for one member only that member's; and where nobody has said so, the response says what to do.
 func TestHTTPEndpoints(t *testing.T) {
 	own := func(name string) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, name) })

@@ -12,7 +12,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/h2"
 )
 
-// isWeb reports whether a request over HTTP/2 is none of gRPC. etcd tells the two apart by the same rule, and only over TLS: without it, HTTP/2 is gRPC's.
+// isWeb reports whether a request over HTTP/2 is none of gRPC. etcd tells the two apart by the same
+// rule, and only over TLS: without it, HTTP/2 is gRPC's.
 func isWeb(fields []hpack.HeaderField) bool {
 	return !slices.ContainsFunc(fields, func(f hpack.HeaderField) bool {
 		return f.Name == "content-type" && strings.Contains(f.Value, contentType)
@@ -46,7 +47,8 @@ func (s *session) gateway() *h2.Conn {
 	return s.within(&s.web, s.engine.web)
 }
 
-// within returns the connection to a server within the process that is kept at place, and makes it if need be. It returns nil once there can be none.
+// within returns the connection to a server within the process that is kept at place, and makes it
+// if need be. It returns nil once there can be none.
 func (s *session) within(place **h2.Conn, serve func(*clientConn)) *h2.Conn {
 	s.mu.Lock()
 	defer s.mu.Unlock()

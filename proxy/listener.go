@@ -52,7 +52,7 @@ type listener struct {
 	net.Listener
 	tls     *fresh[*tls.Config] // nil for cleartext
 	lists   atomic.Pointer[clientLists]
-	open    open
+	open    openConns
 	to      *upstream
 	web     *webPolicy
 	log     *slog.Logger

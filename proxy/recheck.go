@@ -11,7 +11,8 @@ import (
 	"time"
 )
 
-// recheckInterval is how soon after a change of a listener's files or of the time the open connections are checked again.
+// recheckInterval is how soon after a change of a listener's files or of the time the open
+// connections are checked again.
 const recheckInterval = time.Second
 
 // clientLists are a listener's lists of client names.
@@ -21,14 +22,16 @@ func newClientLists(allowed, ciphertext []string) *clientLists {
 	return &clientLists{allowed: set(allowed), ciphertext: set(ciphertext)}
 }
 
-// terms are what a client is admitted by: the TLS files and the lists of a moment. Other terms are other pointers.
+// terms are what a client is admitted by: the TLS files and the lists of a moment. Other terms are
+// other pointers.
 type terms struct {
 	files *tls.Config
 	lists *clientLists
 }
 
-// open keeps account of a listener's connections with client certificates, to end those whose client would not be admitted any more.
-type open struct {
+// openConns keeps account of a listener's connections with client certificates, to end those whose
+// client would not be admitted any more.
+type openConns struct {
 	mu      sync.Mutex
 	conns   map[*clientConn]struct{}
 	expires time.Time // the first of theirs; zero if there is none
@@ -46,7 +49,8 @@ func (l *listener) terms() terms {
 	return t
 }
 
-// admit notes an identified connection, unless its client would not be admitted any more. The connection's own terms are those that it was identified by.
+// admit notes an identified connection, unless its client would not be admitted any more. The
+// connection's own terms are those that it was identified by.
 func (l *listener) admit(c *clientConn, by terms) error {
 	if len(c.certs) == 0 {
 		return nil
@@ -81,7 +85,8 @@ func (l *listener) forget(c *clientConn) {
 // errOtherLists says that a client is treated in another way than when its connection was made.
 var errOtherLists = errors.New("allowedClients or ciphertextClients have changed for it")
 
-// admits reports whether the client of a connection would be admitted as it was, and until when its certificate is valid.
+// admits reports whether the client of a connection would be admitted as it was, and until when its
+// certificate is valid.
 func (t terms) admits(c *clientConn, at time.Time) (until time.Time, err error) {
 	intermediates := x509.NewCertPool()
 	for _, cert := range c.certs[1:] {
@@ -121,7 +126,8 @@ func validUntil(chains [][]*x509.Certificate) (until time.Time) {
 	return until
 }
 
-// recheckUntil checks the open connections again whenever the terms have changed or a certificate has expired, until ctx ends.
+// recheckUntil checks the open connections again whenever the terms have changed or a certificate
+// has expired, until ctx ends.
 func (l *listener) recheckUntil(ctx context.Context) {
 	if l.tls == nil || l.cfg.TLS.ClientCAFile == "" {
 		return
@@ -138,7 +144,8 @@ func (l *listener) recheckUntil(ctx context.Context) {
 	}
 }
 
-// recheck ends the connections whose client would not be admitted any more. A connection is ended at once: its calls are the client's to repeat, if it is let in.
+// recheck ends the connections whose client would not be admitted any more. A connection is ended
+// at once: its calls are the client's to repeat, if it is let in.
 func (l *listener) recheck(at time.Time) {
 	l.open.checking.Lock()
 	defer l.open.checking.Unlock()
@@ -168,7 +175,7 @@ func (l *listener) recheck(at time.Time) {
 			continue
 		}
 		l.forget(c)
-		_ = c.outlet.Close() // below TLS, whose farewell may take long; whoever has the connection finds out
+		_ = c.outlet.Close() // the connection below TLS: to send close_notify may block. The engine or the gateway gets an error from its next read
 		reason := "certificate"
 		if errors.Is(v.err, errOtherLists) {
 			reason = "lists"
@@ -212,8 +219,10 @@ func (c *clientConn) fingerprint() string {
 	return b.String()
 }
 
-// SetClients puts lists in place of AllowedClients and CiphertextClients of the listener that is at index i of Config.Listeners, and ends the connections of clients that these treat
-// differently. It is an error if the listener does not ask clients for certificates and a list is not empty; the old ones then stay.
+// SetClients puts lists in place of AllowedClients and CiphertextClients of the listener that is at
+// index i of Config.Listeners, and ends the connections of clients that these treat differently. It
+// is an error if the listener does not ask clients for certificates and a list is not empty; the
+// old ones then stay.
 func (p *Proxy) SetClients(i int, allowed, ciphertext []string) error {
 	l := p.listeners[i]
 	if err := l.cfg.checkLists(allowed, ciphertext); err != nil {

@@ -78,8 +78,8 @@ func (r *rechecked) trust(cas ...*authority) {
 	}
 }
 
-// standing is what a client keeps open, of each kind: it is told how each of them ended.
-func (r *rechecked) standing(cert, key string) map[string]<-chan error {
+// keepOpen has a client keep something open of each kind, and returns how each of them ends.
+func (r *rechecked) keepOpen(cert, key string) map[string]<-chan error {
 	t := r.t
 	t.Helper()
 	pair, err := tls.LoadX509KeyPair(cert, key)
@@ -147,8 +147,9 @@ func (r *rechecked) standing(cert, key string) map[string]<-chan error {
 	return open
 }
 
-// TestStandingConnections: whatever would keep a client out, or have it treated in another way, ends its connections; others stay.
-func TestStandingConnections(t *testing.T) {
+// TestConnectionsAreRechecked: whatever would keep a client out, or have it treated in another way,
+// ends its connections; others stay.
+func TestConnectionsAreRechecked(t *testing.T) {
 	for name, try := range map[string]struct {
 		client  string
 		valid   time.Duration
@@ -181,9 +182,9 @@ func TestStandingConnections(t *testing.T) {
 				other = r.new
 			}
 			cert, key, _ := other.issue("stays", "stays")
-			stays := r.standing(cert, key)
+			stays := r.keepOpen(cert, key)
 			cert, key, leaf := r.ca.issueFor(valid, try.client, try.client)
-			goes := r.standing(cert, key)
+			goes := r.keepOpen(cert, key)
 			try.change(r, leaf)
 			for what, ended := range goes {
 				if err := wait(t, ended, what+" ends"); err == nil {
@@ -223,11 +224,11 @@ func setClients(allowed, ciphertext []string) func(*rechecked, *x509.Certificate
 	}
 }
 
-// TestStandingStays: changes that concern nobody end nothing.
-func TestStandingStays(t *testing.T) {
+// TestUnrelatedChanges: changes that concern nobody end nothing.
+func TestUnrelatedChanges(t *testing.T) {
 	r := newRechecked(t)
 	cert, key, _ := r.ca.issue("stays", "stays")
-	open := r.standing(cert, key)
+	open := r.keepOpen(cert, key)
 	_, _, another := r.ca.issue("another", "another")
 	for _, change := range []func(){
 		func() { r.ca.revoke(r.crl, another) },
@@ -262,7 +263,8 @@ func TestStandingStays(t *testing.T) {
 	}
 }
 
-// TestAdmitLate: a connection that was identified by files of before is checked by those of now, before it is served.
+// TestAdmitLate: a connection that was identified by files of before is checked by those of now,
+// before it is served.
 func TestAdmitLate(t *testing.T) {
 	r := newRechecked(t)
 	_, _, leaf := r.ca.issue("goes", "goes")

@@ -14,8 +14,9 @@ import (
 	"google.golang.org/grpc/codes"
 )
 
-// webPolicy says which HTTP requests a listener accepts. It protects operators from web pages: a browser on the same machine or network reaches every listener
-// that needs no client certificate, and sends there what any page tells it to. A nil policy accepts any Host.
+// webPolicy says which HTTP requests a listener accepts. It protects operators from web pages: a
+// browser on the same machine or network reaches every listener that needs no client certificate,
+// and sends there what any page tells it to. A nil policy accepts any Host.
 type webPolicy struct {
 	noGateway bool                // the JSON gateway is off
 	anyHost   bool                // a unix socket, which no browser reaches
@@ -47,7 +48,8 @@ func hostName(hostport string) string {
 	return strings.ToLower(strings.TrimSuffix(host, "."))
 }
 
-// isLoopbackName reports whether a name means this machine wherever it is looked up, so that nobody else can have it resolve to an address of their choice.
+// isLoopbackName reports whether a name means this machine wherever it is looked up, so that nobody
+// else can have it resolve to an address of their choice.
 func isLoopbackName(name string) bool {
 	switch name {
 	case "localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback":
@@ -56,8 +58,9 @@ func isLoopbackName(name string) bool {
 	return strings.HasSuffix(name, ".localhost")
 }
 
-// knowsHost reports whether a request may name hostport as its host. A page that has its own name resolve to the listener's address (DNS rebinding) is of the same
-// origin as the listener, but its requests give its own name away. Browsers always send a host.
+// knowsHost reports whether a request may name hostport as its host. A page that has its own name
+// resolve to the listener's address (DNS rebinding) is of the same origin as the listener, but its
+// requests give its own name away. Browsers always send a host.
 func (p *webPolicy) knowsHost(hostport string) bool {
 	if p == nil || p.anyHost || hostport == "" {
 		return true
@@ -97,8 +100,8 @@ func crossOrigin(r *http.Request) bool {
 	return true
 }
 
-// unproven reports whether r is a request that a browser might have sent for a page of another origin without saying so, as old ones do. Such a page can choose
-// only content types of forms.
+// unproven reports whether r is a request that a browser might have sent for a page of another
+// origin without saying so, as old ones do. Such a page can choose only content types of forms.
 func unproven(r *http.Request) bool {
 	agent := r.Header.Get("User-Agent")
 	if !strings.HasPrefix(agent, "Mozilla/") && !strings.HasPrefix(agent, "Opera/") { // as all browsers say of themselves
@@ -133,7 +136,8 @@ const (
 	formContent = "a browser's request needs Content-Type: application/json"
 )
 
-// guardOrigin refuses the requests that the listener's policy does not accept, and answers OPTIONS as etcd does, but without letting scripts of other origins in.
+// guardOrigin refuses the requests that the listener's policy does not accept, and answers OPTIONS
+// as etcd does, but without letting scripts of other origins in.
 func guardOrigin(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		policy := policyOf(r)

@@ -14,7 +14,8 @@ import (
 	"github.com/gorilla/websocket"
 )
 
-// webBase runs a proxy before an etcd that answers gRPC and HTTP, and returns the address that it listens on.
+// webBase runs a proxy before an etcd that answers gRPC and HTTP, and returns the address that it
+// listens on.
 func webBase(t *testing.T, edit func(*Config)) string {
 	t.Helper()
 	own := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -65,7 +66,8 @@ func send(t *testing.T, network, address, method, path, body string, header fiel
 
 const rangeOfK = `{"key":"aw=="}` // the key k
 
-// TestWebPages: what web pages can have a browser send reaches neither the gateway nor what etcd says of itself, and what other clients send does.
+// TestWebPages: what web pages can have a browser send reaches neither the gateway nor what etcd
+// says of itself, and what other clients send does.
 func TestWebPages(t *testing.T) {
 	address := webBase(t, func(c *Config) {
 		c.Listeners[0].AdvertiseClientURLs = []string{"http://etcd.example:2379"}
@@ -145,7 +147,8 @@ func TestWebPages(t *testing.T) {
 	}
 }
 
-// TestEtcdsOwnPaths: etcd responds to every method on its own paths, without its leave for scripts of other origins, and OPTIONS is nobody's.
+// TestEtcdsOwnPaths: etcd responds to every method on its own paths, without its leave for scripts
+// of other origins, and OPTIONS is nobody's.
 func TestEtcdsOwnPaths(t *testing.T) {
 	address := webBase(t, nil)
 	for _, path := range []string{"/health", "/livez", "/livez/x", "/readyz", "/version", "/metrics"} {

@@ -14,8 +14,8 @@ import (
 	"google.golang.org/grpc/mem"
 )
 
-// websockets bridges websockets to the JSON gateway as etcd does: the messages of a client are the body of one POST, and each line of its response is a message.
-// It is safe for concurrent use.
+// websockets bridges websockets to the JSON gateway as etcd does: the messages of a client are the
+// body of one POST, and each line of its response is a message. It is safe for concurrent use.
 type websockets struct {
 	api      http.Handler
 	limit    int64 // of a message, and of a JSON value that is spread over several, in bytes
@@ -88,7 +88,8 @@ func (ws *websockets) remove(s *socket) {
 	ws.all.Done()
 }
 
-// close ends the websockets that have sent nothing, waits for the others until ctx ends, and then ends them, too.
+// close ends the websockets that have sent nothing, waits for the others until ctx ends, and then
+// ends them, too.
 func (ws *websockets) close(ctx context.Context) {
 	ws.endAll(func(s *socket) bool { return !s.used })
 	done := make(chan struct{})
@@ -127,7 +128,8 @@ func (s *socket) tell(code int) {
 	_ = s.WriteControl(websocket.CloseMessage, websocket.FormatCloseMessage(code, ""), time.Now().Add(controlTimeout)) // the client may have left
 }
 
-// linger discards what the client still sends, for a moment: to close the connection meanwhile would have TCP drop the close frame.
+// linger discards what the client still sends, for a moment: to close the connection meanwhile
+// would have TCP drop the close frame.
 func (s *socket) linger() {
 	_ = s.NetConn().SetReadDeadline(time.Now().Add(controlTimeout)) // it may be closed
 	_, _ = io.Copy(io.Discard, s.NetConn())
@@ -174,7 +176,8 @@ func (ws *websockets) bridge(s *socket, r *http.Request, protocols string) {
 	_ = s.Close()
 }
 
-// read sends on to said what the client sends, a line for each message. It returns io.EOF at the client's end.
+// read sends on to said what the client sends, a line for each message. It returns io.EOF at the
+// client's end.
 func (ws *websockets) read(s *socket, said io.Writer) error {
 	s.SetReadLimit(ws.limit) // it tells the client
 	var value jsonSize
@@ -219,7 +222,8 @@ type jsonSize struct {
 	escaped bool
 }
 
-// add counts data. Outside of objects, arrays and strings it begins anew: no value that the gateway takes is longer there.
+// add counts data. Outside of objects, arrays and strings it begins anew: no value that the gateway
+// takes is longer there.
 func (j *jsonSize) add(data []byte) {
 	for _, c := range data {
 		j.n++

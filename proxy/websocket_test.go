@@ -23,7 +23,8 @@ import (
 	"google.golang.org/grpc/metadata"
 )
 
-// watchingEtcd answers each create request of a watch with one event, and says which authorization a call had.
+// watchingEtcd answers each create request of a watch with one event, and says which authorization
+// a call had.
 func watchingEtcd(authorized chan<- string) *fakeEtcd {
 	etcd := echoEtcd()
 	etcd.watchFn = func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error {
@@ -136,7 +137,8 @@ func TestWebsocket(t *testing.T) {
 	}
 }
 
-// TestWebsocketLimit: a message is no longer than a request may be, nor is a JSON value that comes in many, and the client is told. Nothing of a longer one is kept.
+// TestWebsocketLimit: a message is no longer than a request may be, nor is a JSON value that comes
+// in many, and the client is told. Nothing of a longer one is kept.
 func TestWebsocketLimit(t *testing.T) {
 	p := startProxy(t, serveFake(t, watchingEtcd(nil)), []Rule{{Prefix: "k", Sealer: reverser{}}}, nil)
 	address := p.Addrs()[0].String()
@@ -214,7 +216,8 @@ func frameHead(n int, first, last bool) []byte {
 	return append(binary.BigEndian.AppendUint64(head, uint64(n)), 0, 0, 0, 0)
 }
 
-// TestWebsocketsAtTheEnd: one that has sent nothing holds up no drain, and one that watches is told.
+// TestWebsocketsAtTheEnd: one that has sent nothing holds up no drain, and one that watches is
+// told.
 func TestWebsocketsAtTheEnd(t *testing.T) {
 	p := startProxy(t, serveFake(t, watchingEtcd(nil)), []Rule{{Prefix: "k", Sealer: reverser{}}}, nil)
 	silent, watches := dialSocket(t, p.Addrs()[0].String(), "/v3/watch", nil), dialSocket(t, p.Addrs()[0].String(), "/v3/watch", nil)

@@ -19,7 +19,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestWebsockets: a watch over a websocket is told the same by the proxy as by etcd, whose bridge it is not.
+// TestWebsockets: a watch over a websocket is told the same by the proxy as by etcd, whose bridge
+// it is not.
 func TestWebsockets(t *testing.T) {
 	t.Parallel()
 	b := newBench(t, "3.7", ruleSets[0])
@@ -65,7 +66,8 @@ func TestWebsockets(t *testing.T) {
 	}
 }
 
-// TestEtcdServesHTTPElsewhere: where etcd has HTTP on a port of its own, the proxy asks there, and says what to write where it does not.
+// TestEtcdServesHTTPElsewhere: where etcd has HTTP on a port of its own, the proxy asks there, and
+// says what to write where it does not.
 func TestEtcdServesHTTPElsewhere(t *testing.T) {
 	t.Parallel()
 	for _, secure := range []bool{false, true} {
@@ -109,7 +111,8 @@ func TestEtcdServesHTTPElsewhere(t *testing.T) {
 	}
 }
 
-// TestClientsAreRechecked: a watch ends when its client leaves allowedClients in a reload, and when its certificate is revoked; that of another client stays.
+// TestClientsAreRechecked: a watch ends when its client leaves allowedClients in a reload, and when
+// its certificate is revoked; that of another client stays.
 func TestClientsAreRechecked(t *testing.T) {
 	t.Parallel()
 	env := harness.New(t)

@@ -9,7 +9,8 @@ import (
 	"github.com/gorilla/websocket"
 )
 
-// TestLongWebsocketMessage: a message of 100 MiB over a websocket, in one frame or in many, is refused with the code for it, and none of it is kept.
+// TestLongWebsocketMessage: a message of 100 MiB over a websocket, in one frame or in many, is
+// refused with the code for it, and none of it is kept.
 func TestLongWebsocketMessage(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, 0, nil)
