@@ -29,7 +29,7 @@ var importTable = map[string][]string{
 	"kmsclient/plugin":  {module + "kmsclient", module + "proxy/unixsocket", "k8s.io/kms/", "google.golang.org/grpc"},
 	"lifecycle":         {module + "lifecycle", module + "crypto/", module + "proxy/prefix", "github.com/cenkalti/backoff/v5", "go.etcd.io/etcd/", "google.golang.org/grpc", "golang.org/x/"},
 	"lifecycle/disk":    {"go.etcd.io/bbolt", "google.golang.org/protobuf/encoding/protowire"},
-	"proxy":             {module + "proxy/etcdwire", module + "proxy/h2", module + "proxy/prefix", module + "proxy/unixsocket", "google.golang.org/", "go.etcd.io/etcd/", "github.com/prometheus/", "golang.org/x/", "go.uber.org/zap", "github.com/grpc-ecosystem/grpc-gateway/v2/runtime", "github.com/tmc/grpc-websocket-proxy/wsproxy"},
+	"proxy":             {module + "proxy/etcdwire", module + "proxy/h2", module + "proxy/prefix", module + "proxy/unixsocket", "google.golang.org/", "go.etcd.io/etcd/", "github.com/prometheus/", "golang.org/x/", "go.uber.org/zap", "github.com/grpc-ecosystem/grpc-gateway/v2/runtime", "github.com/gorilla/websocket"},
 	"proxy/etcdmodel":   {"go.etcd.io/etcd/api/v3/", "google.golang.org/"},
 	"proxy/audit":       {module + "proxy/secretfile"},
 	"proxy/h2":          {"golang.org/x/net/http2", "golang.org/x/sys/unix", "google.golang.org/grpc/mem"},

@@ -33,7 +33,7 @@ func TestMinimalFileGetsItsDefaults(t *testing.T) {
 	}
 	want := &Config{
 		APIVersion: APIVersion, Kind: Kind,
-		Listeners: []Listener{{Address: "127.0.0.1:2379", Mode: "0600"}},
+		Listeners: []Listener{{Address: "127.0.0.1:2379", Mode: "0600", Gateway: true}},
 		Etcd:      Etcd{Endpoints: []string{"http://127.0.0.1:2379"}, MaxRequestBytes: 1572864},
 		Cache: Cache{Seeds: 10000, TTL: 24 * time.Hour, ServeUnreachableFor: 24 * time.Hour, SealUnreachableFor: 24 * time.Hour,
 			RevokeWithin: time.Minute},

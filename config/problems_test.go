@@ -130,6 +130,8 @@ func TestProblems(t *testing.T) {
 		"endpoint with path":      {with("[http://127.0.0.1:2379]", "[http://127.0.0.1:2379/v3]"), "etcd.endpoints[0]", 6, "more than a host"},
 		"endpoint without host":   {with("[http://127.0.0.1:2379]", "[http://:2379]"), "etcd.endpoints[0]", 6, "names no host"},
 		"endpoint twice":          {with("[http://127.0.0.1:2379]", "[http://a:1, http://a:1]"), "etcd.endpoints[1]", 6, "twice"},
+		"too few HTTP endpoints":  {with("[http://127.0.0.1:2379]", "[http://a:1, http://b:1]\n  httpEndpoints: [http://a:2]"), "etcd.httpEndpoints", 7, "has 1 URLs for 2 endpoints"},
+		"strange HTTP endpoint":   {with("[http://127.0.0.1:2379]", "[http://a:1]\n  httpEndpoints: [ftp://a:2]"), "etcd.httpEndpoints[0]", 7, "https://host:port"},
 		"mixed endpoints":         {with("[http://127.0.0.1:2379]", "[http://a:1, https://a:2]"), "etcd.endpoints[1]", 6, "one kind"},
 		"TLS for http":            {minimal + "  tls: {}\n", "etcd.tls", 7, "no endpoint begins with https://"},
 		"etcd CA junk":            {with("[http://127.0.0.1:2379]", "[https://a:1]\n  tls: {caFile: "+dir+"/junk}"), "etcd.tls.caFile", 7, "no PEM certificate"},

@@ -15,7 +15,7 @@ func NeedsRestart(running, next *Config) []string {
 		name string
 		a, b any
 	}{
-		{"listeners", running.Listeners, next.Listeners},
+		{"listeners", withClients(running.Listeners, next.Listeners), next.Listeners},
 		{"etcd", running.Etcd, next.Etcd},
 		{"kms", running.KMS, next.KMS},
 		{"cache", running.Cache, next.Cache},
@@ -29,6 +29,34 @@ func NeedsRestart(running, next *Config) []string {
 		}
 	}
 	return blocks
+}
+
+// SameListener returns the index in next of the listener that is at index i of running, or -1 if there is none that a reload gives its client lists to: it has
+// another address, or takes no client certificates.
+func SameListener(running, next []Listener, i int) int {
+	verifies := func(l Listener) bool { return l.TLS != nil && l.TLS.ClientCAFile != "" }
+	l := running[i]
+	same := func(n Listener) bool { return n.Address == l.Address && verifies(n) }
+	switch {
+	case !verifies(l):
+		return -1
+	case i < len(next) && same(next[i]):
+		return i
+	case strings.HasSuffix(l.Address, ":0"): // such an address is not one listener's alone
+		return -1
+	}
+	return slices.IndexFunc(next, same)
+}
+
+// withClients returns running with the client lists that next gives its listeners.
+func withClients(running, next []Listener) []Listener {
+	all := slices.Clone(running)
+	for i := range all {
+		if j := SameListener(running, next, i); j >= 0 {
+			all[i].AllowedClients, all[i].CiphertextClients = next[j].AllowedClients, next[j].CiphertextClients
+		}
+	}
+	return all
 }
 
 // Weakens says how the rules of next protect keys less than those of running do, a sentence each: where values that were sealed would be written as plaintext,

@@ -72,3 +72,36 @@ func TestNeedsRestart(t *testing.T) {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
 }
+
+// TestClientLists: a reload applies them to the listener of the same address, and to no other.
+func TestClientLists(t *testing.T) {
+	secure := func(address, client string) Listener {
+		return Listener{Address: address, TLS: &ListenerTLS{CertFile: "c", ClientCAFile: "ca"}, AllowedClients: []string{client}}
+	}
+	open := Listener{Address: "a:1", TLS: &ListenerTLS{CertFile: "c"}}
+	for name, tt := range map[string]struct {
+		running, next []Listener
+		at            []int
+		restart       bool
+	}{
+		"same":                {[]Listener{secure("a:1", "x")}, []Listener{secure("a:1", "x")}, []int{0}, false},
+		"a list":              {[]Listener{secure("a:1", "x"), secure("b:1", "x")}, []Listener{secure("a:1", "x"), secure("b:1", "y")}, []int{0, 1}, false},
+		"a list, other order": {[]Listener{secure("a:1", "x"), secure("b:1", "x")}, []Listener{secure("b:1", "y"), secure("a:1", "z")}, []int{1, 0}, true},
+		"another address":     {[]Listener{secure("a:1", "x")}, []Listener{secure("b:1", "y")}, []int{-1}, true},
+		"one more":            {[]Listener{secure("a:1", "x")}, []Listener{secure("b:1", "x"), secure("a:1", "y")}, []int{1}, true},
+		"any port":            {[]Listener{secure("a:0", "x"), secure("a:0", "x")}, []Listener{secure("a:0", "x"), secure("a:0", "y")}, []int{0, 1}, false},
+		"any port, gone":      {[]Listener{secure("b:1", "x"), secure("a:0", "x")}, []Listener{secure("a:0", "y")}, []int{-1, -1}, true},
+		"without a CA now":    {[]Listener{secure("a:1", "x")}, []Listener{open}, []int{-1}, true},
+		"with a CA now":       {[]Listener{open}, []Listener{secure("a:1", "x")}, []int{-1}, true},
+	} {
+		for i, want := range tt.at {
+			if got := SameListener(tt.running, tt.next, i); got != want {
+				t.Errorf("%s: %d is %d, want %d", name, i, got, want)
+			}
+		}
+		got := NeedsRestart(&Config{Listeners: tt.running}, &Config{Listeners: tt.next})
+		if (len(got) > 0) != tt.restart {
+			t.Errorf("%s: needs a restart: %v", name, got)
+		}
+	}
+}

@@ -15,7 +15,7 @@ type Config struct {
 	APIVersion string `yaml:"apiVersion" required:"true"`
 	// Kind is always `ProxyConfiguration`.
 	Kind string `yaml:"kind" required:"true"`
-	// Listeners are where clients connect. A change needs a restart.
+	// Listeners are where clients connect. Their allowedClients and ciphertextClients are reloaded; any other change needs a restart.
 	Listeners []Listener `yaml:"listeners" required:"true"`
 	// Etcd is the cluster behind the proxy. A change needs a restart.
 	Etcd Etcd `yaml:"etcd" required:"true"`
@@ -46,7 +46,7 @@ type Listener struct {
 	// TLS is required for addresses that other machines reach.
 	TLS *ListenerTLS `yaml:"tls"`
 	// AllowedClients are the common names or subject alternative names of client certificates that may connect. When empty, any certificate of
-	// clientCAFile may. Needs clientCAFile.
+	// clientCAFile may. Needs clientCAFile. When the list is reloaded, the connections of clients that it treats differently end.
 	AllowedClients []string `yaml:"allowedClients"`
 	// CiphertextClients are the names of client certificates that get stored bytes instead of values and may only read: for backups, and
 	// as the source of a mirror. Every method that changes something is refused: puts, deletes, leases, compaction, defragmentation, users,
@@ -58,6 +58,10 @@ type Listener struct {
 	// Endpoint is one of `etcd.endpoints`: the only one that this listener leads to. With a listener for each member, a client can ask a particular one for its status, a snapshot
 	// or a defragmentation. When empty, the listener leads to all endpoints.
 	Endpoint string `yaml:"endpoint"`
+	// Gateway serves etcd's JSON gateway, the paths under `/v3/`. `false` turns it off, as etcd's own `--enable-grpc-gateway=false` does; `/health`, `/livez`, `/readyz`,
+	// `/version` and `/metrics` stay. Over HTTP, a request whose `Host` is no loopback name, no IP address, no name of the listener's certificate, not the host of address
+	// and not that of one of advertiseClientURLs is refused, and so is one that a browser sends for a web page of another origin.
+	Gateway bool `yaml:"gateway" default:"true"`
 	// InsecurePlaintext allows a listener without TLS on an address that other machines reach. Every value then crosses the network in the
 	// clear, and anyone who reaches the port reads all of them.
 	InsecurePlaintext bool `yaml:"insecurePlaintext" default:"false"`
@@ -69,7 +73,8 @@ func (l Listener) FileMode() fs.FileMode {
 	return m
 }
 
-// ListenerTLS is the server side of TLS. All files are read again when they change.
+// ListenerTLS is the server side of TLS. All files are read again when they change. Open connections end within seconds when their client certificate expires or is revoked, or when
+// its CA is removed.
 type ListenerTLS struct {
 	// CertFile holds the server's certificate and its chain, as PEM.
 	CertFile string `yaml:"certFile" required:"true" file:"true"`
@@ -91,6 +96,10 @@ type ListenerTLS struct {
 type Etcd struct {
 	// Endpoints are the client URLs of one or more members: `https://host:port`, `http://host:port` or `unix:///path`, all of one kind.
 	Endpoints []string `yaml:"endpoints" required:"true"`
+	// HTTPEndpoints are the URLs where etcd serves HTTP, one for each of endpoints, in the same order: `https://host:port`, `http://host:port` or `unix:///path`. They are
+	// needed where etcd runs with `--listen-client-http-urls`, which takes HTTP off its client URLs: without them, `/health`, `/livez`, `/readyz`, `/version` and
+	// `/metrics` on the listeners are then answered with 502. The JSON gateway does not need them. When empty, endpoints are used.
+	HTTPEndpoints []string `yaml:"httpEndpoints"`
 	// TLS is how `https://` endpoints are verified and how the proxy identifies itself. Without this block, the system's certificates are
 	// trusted.
 	TLS *EtcdTLS `yaml:"tls"`

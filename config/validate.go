@@ -209,6 +209,7 @@ func (d *decoder) etcd(e *Etcd) {
 			schemes[scheme] = at
 		}
 	}
+	overTLS := d.httpEndpoints(e)
 	if e.MaxRequestBytes < 1 || e.MaxRequestBytes > 1<<30 {
 		d.report("etcd.maxRequestBytes", "the default is 1572864, as etcd's", "%d is not between 1 and 1073741824", e.MaxRequestBytes)
 	}
@@ -218,7 +219,8 @@ func (d *decoder) etcd(e *Etcd) {
 	if e.TLS == nil {
 		return
 	}
-	if _, ok := schemes["https"]; len(schemes) > 0 && !ok {
+	_, cleartext := schemes["http"]
+	if _, ok := schemes["https"]; len(schemes) > 0 && !ok && !(cleartext && overTLS) {
 		d.report("etcd.tls", "write https:// endpoints, or remove the block", "has no effect, because no endpoint begins with https://")
 	}
 	d.certPool("etcd.tls.caFile", e.TLS.CAFile)
@@ -226,6 +228,19 @@ func (d *decoder) etcd(e *Etcd) {
 	if e.TLS.InsecureSkipVerify && (e.TLS.CAFile != "" || e.TLS.ServerName != "") {
 		d.report("etcd.tls.insecureSkipVerify", "remove it: caFile and serverName say what to verify", "contradicts the rest of etcd.tls")
 	}
+}
+
+// httpEndpoints checks the URLs where etcd serves HTTP, and reports whether one of them is https://.
+func (d *decoder) httpEndpoints(e *Etcd) (overTLS bool) {
+	if n := len(e.HTTPEndpoints); n > 0 && n != len(e.Endpoints) {
+		d.report("etcd.httpEndpoints", "write the URL of each member, in the order of etcd.endpoints", "has %d URLs for %d endpoints", n, len(e.Endpoints))
+	}
+	for i, u := range e.HTTPEndpoints {
+		if d.clientURL(fmt.Sprintf("etcd.httpEndpoints[%d]", i), u) == "https" {
+			overTLS = true
+		}
+	}
+	return overTLS
 }
 
 func (d *decoder) rules(c *Config) {

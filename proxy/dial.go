@@ -3,6 +3,7 @@ package proxy
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"net"
 	"path"
@@ -23,8 +24,16 @@ func address(endpoint string) (network, addr string) {
 	return "tcp", strings.TrimRight(rest, "/")
 }
 
+// errProtocol is that of an endpoint that speaks another protocol than the one that is asked for.
+var errProtocol = errors.New("another protocol")
+
 // dialEndpoint connects to an endpoint, over TLS where the endpoints have that, to speak protocol. What conn writes to is outlet.
 func (u *upstream) dialEndpoint(ctx context.Context, endpoint, protocol string) (conn net.Conn, outlet *h2.Outlet, err error) {
+	return dialEndpoint(ctx, endpoint, u.tls, protocol)
+}
+
+// dialEndpoint connects to an endpoint, over TLS unless creds is nil.
+func dialEndpoint(ctx context.Context, endpoint string, creds *upstreamCredentials, protocol string) (conn net.Conn, outlet *h2.Outlet, err error) {
 	network, addr := address(endpoint)
 	var dialer net.Dialer
 	bare, err := dialer.DialContext(ctx, network, addr)
@@ -32,10 +41,10 @@ func (u *upstream) dialEndpoint(ctx context.Context, endpoint, protocol string) 
 		return nil, nil, err
 	}
 	outlet = h2.NewOutlet(bare)
-	if u.tls == nil {
+	if creds == nil {
 		return outlet, outlet, nil
 	}
-	cfg := u.tls.config().Clone()
+	cfg := creds.config().Clone()
 	cfg.NextProtos = []string{protocol}
 	if cfg.ServerName == "" {
 		cfg.ServerName = path.Base(addr) // of a socket, which is what etcd's client library takes
@@ -50,7 +59,7 @@ func (u *upstream) dialEndpoint(ctx context.Context, endpoint, protocol string) 
 	}
 	if got := over.ConnectionState().NegotiatedProtocol; got != protocol && got != "" {
 		_ = over.Close()
-		return nil, nil, fmt.Errorf("%s speaks %q over TLS, and not %q", endpoint, got, protocol)
+		return nil, nil, fmt.Errorf("%w: %s speaks %q over TLS, and not %q", errProtocol, endpoint, got, protocol)
 	}
 	return over, outlet, nil
 }

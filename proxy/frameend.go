@@ -60,6 +60,10 @@ func (st *fstream) fail(err error) {
 	if !st.finish(s.Code()) {
 		return
 	}
+	if st.web {
+		st.failWeb()
+		return
+	}
 	fields := make([]hpack.HeaderField, 0, 5)
 	st.mu.Lock()
 	begun := st.begun

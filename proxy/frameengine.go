@@ -26,6 +26,7 @@ type frameEngine struct {
 	log     *slog.Logger
 	drain   time.Duration
 	methods map[string]*grpcMethod // those that go this way, by path
+	web     func(*clientConn)      // serves what is none of gRPC; may be nil
 	base    context.Context        // of everything that waits; it ends with the engine
 	cancel  context.CancelFunc
 
@@ -44,14 +45,15 @@ func (m *method) takesFrames() bool {
 	return m.class == classPass && m.service != "grpc.health.v1.Health" || m.class == classCheck || m.class == classRewrite
 }
 
-func newFrameEngine(ref *grpcEngine) *frameEngine {
+// newFrameEngine makes an engine before ref. If it is reference, no call takes frames, and connections that carry gRPC alone go to ref whole.
+func newFrameEngine(ref *grpcEngine, reference bool) *frameEngine {
 	e := &frameEngine{
 		ref: ref, core: ref.core, log: ref.log, drain: ref.drainTimeout,
 		methods: make(map[string]*grpcMethod), sessions: make(map[*session]struct{}), empty: make(chan struct{}),
 	}
 	e.base, e.cancel = context.WithCancel(context.Background())
 	for _, m := range ref.served {
-		if m.takesFrames() {
+		if m.takesFrames() && !reference {
 			e.methods[m.full] = m
 		}
 	}
@@ -60,6 +62,10 @@ func newFrameEngine(ref *grpcEngine) *frameEngine {
 
 // serve implements engine.
 func (e *frameEngine) serve(conn *clientConn) {
+	if len(e.methods) == 0 && conn.plain {
+		e.ref.serve(conn)
+		return
+	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.draining {

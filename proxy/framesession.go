@@ -1,7 +1,6 @@
 package proxy
 
 import (
-	"net"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -9,7 +8,6 @@ import (
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
-	"google.golang.org/grpc/test/bufconn"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/h2"
 )
@@ -18,6 +16,7 @@ import (
 type session struct {
 	engine *frameEngine
 	id     *Identity
+	secure bool // the client's connection is over TLS
 	client *h2.Conn
 	conns  atomic.Pointer[[]*h2.Conn] // all there are; replaced under mu
 	work   sync.WaitGroup             // what must end before the session does
@@ -26,6 +25,7 @@ type session struct {
 	hops    []*hop
 	turn    int           // whose turn it is
 	local   *h2.Conn      // to the reference engine; nil before it is needed
+	web     *h2.Conn      // to the gateway, likewise
 	changed chan struct{} // closed when a hop has come up or down
 	ended   bool
 }
@@ -34,7 +34,7 @@ type session struct {
 const referenceIdle = 10 * time.Second
 
 func newSession(e *frameEngine, conn *clientConn) *session {
-	s := &session{engine: e, id: conn.id, changed: make(chan struct{})}
+	s := &session{engine: e, id: conn.id, secure: !conn.plain, changed: make(chan struct{})}
 	s.client = h2.NewServer(conn, h2.Config{
 		Handler: s, Pool: buffers, Outlet: conn.outlet, Plain: conn.plain, Greeting: handshakeTimeout, MinPing: 5 * time.Second, Silence: 2 * time.Hour, Patience: 20 * time.Second, Always: true,
 	})
@@ -77,33 +77,7 @@ func (s *session) tell() {
 
 // reference returns the connection to the reference engine, and nil once there can be none.
 func (s *session) reference() *h2.Conn {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.ended {
-		return nil
-	}
-	if s.local != nil && s.local.Takes() {
-		return s.local
-	}
-	l := bufconn.Listen(loopBuffer)
-	defer l.Close() //nolint:errcheck // never fails
-	accepted := make(chan net.Conn, 1)
-	go func() {
-		conn, _ := l.Accept() // it is dialed at once
-		accepted <- conn
-	}()
-	near, err := l.Dial()
-	if err != nil {
-		return nil
-	}
-	far := <-accepted
-	up := &upside{session: s}
-	up.conn = h2.NewClient(near, h2.Config{Handler: up, Pool: buffers, Greeting: handshakeTimeout, Idle: referenceIdle})
-	s.local = up.conn
-	s.add(up.conn)
-	s.work.Go(func() { s.engine.ref.serve(&clientConn{Conn: far, id: s.id, closed: func() {}}) })
-	s.work.Go(func() { s.serveUp(up) })
-	return up.conn
+	return s.within(&s.local, s.engine.ref.serve)
 }
 
 // flush writes what has gathered on all connections, and what that makes way for.
@@ -134,6 +108,10 @@ func (s *session) leave() {
 func (s *session) Headers(stream *h2.Stream, fields []hpack.HeaderField, end bool) {
 	st := &fstream{session: s, client: stream, fields: fields, method: s.engine.route(s.id, fields)}
 	stream.SetValue(st)
+	if st.method == nil && s.secure && isWeb(fields) {
+		st.toWeb(end)
+		return
+	}
 	st.begin(end)
 }
 

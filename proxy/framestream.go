@@ -27,6 +27,7 @@ type fstream struct {
 	fields  []hpack.HeaderField // the client's, until they are sent on
 	answers answers             // what comes back
 	asked   []byte              // what the client has sent, with gRPC's heads, and was not sent on
+	web     bool                // it goes on to the gateway
 	silent  bool                // the client's headers were its last word, which is not the same as an end without a message
 	ended   atomic.Bool         // the client was told the end, or has left
 

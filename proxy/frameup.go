@@ -10,7 +10,8 @@ import (
 // upside is the handler of a connection that streams go on to.
 type upside struct {
 	session *session
-	hop     *hop // nil for that to the reference engine
+	hop     *hop      // nil for those within the process
+	place   **h2.Conn // where the session keeps conn, if it is within the process; under its mu
 	conn    *h2.Conn
 	greeted bool   // calls were let go over it; under the session's mu
 	gone    bool   // no call goes over it any more; under the session's mu
@@ -33,8 +34,8 @@ func (u *upside) forget() {
 		u.hop.failed()
 	case u.hop != nil && u.hop.conn == u.conn:
 		u.hop.conn = nil
-	case u.hop == nil && u.session.local == u.conn:
-		u.session.local = nil
+	case u.hop == nil && *u.place == u.conn:
+		*u.place = nil
 	}
 	u.session.tell()
 }

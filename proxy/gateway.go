@@ -8,14 +8,12 @@ import (
 	"math"
 	"net"
 	"net/http"
-	"net/http/httputil"
-	"net/url"
 	"strings"
 	"sync"
 	"time"
 
+	"github.com/gorilla/websocket"
 	"github.com/grpc-ecosystem/grpc-gateway/v2/runtime"
-	"github.com/tmc/grpc-websocket-proxy/wsproxy"
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/etcdserverpb/gw"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3election/v3electionpb"
@@ -26,12 +24,13 @@ import (
 	"google.golang.org/protobuf/encoding/protojson"
 )
 
-// gateway serves HTTP/1 on the addresses of gRPC, as etcd does: its JSON gateway under /v3/, by the handlers that etcd generates, and what etcd itself says of its health and version.
+// gateway serves HTTP on the addresses of gRPC, as etcd does, HTTP/2 over TLS alone: its JSON gateway under /v3/, by the handlers that etcd generates, and what etcd itself says of its health and version.
 // A request of the gateway comes back to the engine as one of gRPC, in the name of the connection that it came over.
 type gateway struct {
-	engine engine
-	server *http.Server
-	conns  *connQueue
+	engine  engine
+	server  *http.Server
+	sockets *websockets
+	conns   *connQueue
 }
 
 const (
@@ -70,22 +69,28 @@ func newGateway(e engine, maxRequest int) (*gateway, error) {
 	}
 	mux := http.NewServeMux()
 	// In JSON, bytes are a third longer; what is too long then is refused as gRPC refuses it.
-	mux.Handle("/v3/", http.MaxBytesHandler(api, 2*int64(maxRequest+grpcOverhead)))
+	limit := 2 * int64(maxRequest+grpcOverhead)
+	g.sockets = newWebsockets(api, limit)
+	mux.Handle("/v3/", http.MaxBytesHandler(g.sockets, limit))
 	own := etcdItself()
 	for _, path := range []string{"/health", "/livez", "/livez/", "/readyz", "/readyz/", "/version", "/metrics"} {
 		mux.Handle(path, own)
 	}
 	g.server = &http.Server{
-		Handler: ofBeta(admitted(mux)), ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout,
+		Handler: readOut(ofBeta(guardOrigin(admitted(mux)))), ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout,
 		ErrorLog: log.New(io.Discard, "", 0), // it tells of what clients do wrong
 		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
 			return context.WithValue(ctx, loopedKey{}, conn)
 		},
+		// HTTP/2 comes from the frame engine, within the process; as many streams as the client has.
+		Protocols: new(http.Protocols), HTTP2: &http.HTTP2Config{MaxConcurrentStreams: math.MaxInt32},
 	}
+	g.server.Protocols.SetHTTP1(true)
+	g.server.Protocols.SetUnencryptedHTTP2(true)
 	return g, nil
 }
 
-// newAPI makes etcd's gateway, with etcd's options for JSON and for websockets.
+// newAPI makes etcd's gateway, with etcd's options for JSON.
 func newAPI() (http.Handler, error) {
 	mux := runtime.NewServeMux(runtime.WithMarshalerOption(runtime.MIMEWildcard, &runtime.HTTPBodyMarshaler{
 		Marshaler: &runtime.JSONPb{
@@ -104,19 +109,8 @@ func newAPI() (http.Handler, error) {
 		lockgw.RegisterLockHandlerClient(ctx, mux, v3lockpb.NewLockClient(way)),
 		electiongw.RegisterElectionHandlerClient(ctx, mux, v3electionpb.NewElectionClient(way)),
 	)
-	post := func(_, outgoing *http.Request) *http.Request {
-		outgoing.Method = http.MethodPost
-		return outgoing
-	}
-	return wsproxy.WebsocketProxy(mux, wsproxy.WithRequestMutator(post), wsproxy.WithMaxRespBodyBufferSize(math.MaxInt32), wsproxy.WithLogger(silent{})), err
+	return mux, err
 }
-
-// silent logs nothing: requests are no business of the log.
-type silent struct{}
-
-func (silent) Warnln(...any) {}
-
-func (silent) Debugln(...any) {}
 
 // ofRequest goes the way of the HTTP connection that a request came over.
 type ofRequest struct{}
@@ -150,6 +144,23 @@ func (o ofRequest) NewStream(ctx context.Context, desc *grpc.StreamDesc, method 
 	return conn.NewStream(ctx, desc, method, opts...)
 }
 
+// What a client still sends after the response is read up to these, so that it is not reset in the midst of it: some report an error then, and not the response. For HTTP/1.1 net/http does
+// the same.
+const (
+	lateBody = 256 << 10 // bytes
+	lateWait = 500 * time.Millisecond
+)
+
+// readOut reads what next left of the body of a request over HTTP/2.
+func readOut(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		next.ServeHTTP(w, r)
+		if r.ProtoMajor == 2 && r.ContentLength != 0 && http.NewResponseController(w).SetReadDeadline(time.Now().Add(lateWait)) == nil {
+			_, _ = io.CopyN(io.Discard, r.Body, lateBody) // whatever comes
+		}
+	})
+}
+
 // ofBeta takes /v3beta/, the name of before etcd 3.4 that clients still ask for, for /v3/, as etcd does.
 func ofBeta(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -166,46 +177,13 @@ func ofBeta(next http.Handler) http.Handler {
 func admitted(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		c, ok := r.Context().Value(loopedKey{}).(*looped)
-		if !ok || c.id.Denied && !strings.HasPrefix(r.URL.Path, "/v3/") { // under /v3/ the engine says so, with a code
+		said := isGateway(r.URL.Path) && !websocket.IsWebSocketUpgrade(r) // by the engine, with a code
+		if !ok || c.id.Denied && !said {
 			http.Error(w, "client is not allowed here", http.StatusForbidden)
 			return
 		}
 		next.ServeHTTP(w, r)
 	})
-}
-
-// etcdItself has etcd answer a GET.
-func etcdItself() http.Handler {
-	forward := &httputil.ReverseProxy{
-		Rewrite: func(r *httputil.ProxyRequest) {
-			r.SetURL(&url.URL{Scheme: "http", Host: "etcd"})
-			r.Out.Host = r.In.Host
-		},
-		Transport: ofConnection{}, ErrorLog: log.New(io.Discard, "", 0),
-		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, _ error) {
-			http.Error(w, ownPrefix+"etcd is unreachable", http.StatusBadGateway)
-		},
-	}
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.Method != http.MethodGet && r.Method != http.MethodHead {
-			w.Header().Set("Allow", http.MethodGet)
-			http.Error(w, "Method Not Allowed", http.StatusMethodNotAllowed)
-			return
-		}
-		forward.ServeHTTP(w, r)
-	})
-}
-
-// ofConnection goes where the listener of a request's connection leads to.
-type ofConnection struct{}
-
-// RoundTrip implements http.RoundTripper.
-func (ofConnection) RoundTrip(r *http.Request) (*http.Response, error) {
-	c, ok := r.Context().Value(loopedKey{}).(*looped)
-	if !ok {
-		return nil, errNotLooped
-	}
-	return c.id.to.http.RoundTrip(r)
 }
 
 // serve takes over conn and returns at once.
@@ -237,28 +215,11 @@ func (g *gateway) run(ctx context.Context, drainTimeout time.Duration) {
 	<-ctx.Done()
 	limited, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTimeout)
 	defer cancel()
+	var sockets sync.WaitGroup
+	sockets.Go(func() { g.sockets.close(limited) })
 	if g.server.Shutdown(limited) != nil {
 		_ = g.server.Close() // what is left is cut
 	}
+	sockets.Wait()
 	<-served
-}
-
-// httpTransport reaches etcd's endpoints over HTTP/1, the first that answers. The scheme and address that a request names do not count.
-func (u *upstream) httpTransport() *http.Transport {
-	return &http.Transport{
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			var last error
-			for _, endpoint := range u.endpoints {
-				limited, cancel := context.WithTimeout(ctx, readyWait)
-				conn, _, err := u.dialEndpoint(limited, endpoint, protocolHTTP1)
-				cancel()
-				if err == nil {
-					return conn, nil
-				}
-				last = err
-			}
-			return nil, last
-		},
-		ResponseHeaderTimeout: headerTimeout, IdleConnTimeout: idleTimeout, MaxIdleConns: 16, MaxIdleConnsPerHost: 16,
-	}
 }

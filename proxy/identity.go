@@ -5,7 +5,8 @@ import (
 	"log/slog"
 )
 
-// Identity says who is at the other end of a connection. It is made once, when the connection is accepted, and never changes.
+// Identity says who is at the other end of a connection. It is made once, when the connection is accepted, and never changes: a connection whose client would be
+// treated in another way ends.
 type Identity struct {
 	Listener string // the address of the listener, as configured
 	Remote   string // the peer's address; empty for a unix socket
@@ -18,8 +19,9 @@ type Identity struct {
 	// Denied: this client may do nothing.
 	Denied bool
 
-	to        *upstream // where the listener leads to
-	advertise []string  // its URLs
+	to        *upstream  // where the listener leads to
+	advertise []string   // its URLs
+	web       *webPolicy // which HTTP requests it takes; nil within the process
 }
 
 // name is how logs call the client.
@@ -46,11 +48,14 @@ func (id *Identity) identify(cert *x509.Certificate) {
 	}
 }
 
-// authorise applies a listener's lists. A client that stands in both gets stored bytes. With an empty list of allowed clients
+// authorise applies a listener's lists; nil are empty ones. A client that stands in both gets stored bytes. With an empty list of allowed clients
 // any certificate of the CA may enter.
-func (id *Identity) authorise(allowed, ciphertext map[string]bool) {
-	id.Ciphertext = id.in(ciphertext)
-	id.Denied = len(allowed) > 0 && !id.Ciphertext && !id.in(allowed)
+func (id *Identity) authorise(lists *clientLists) {
+	if lists == nil {
+		lists = &clientLists{}
+	}
+	id.Ciphertext = id.in(lists.ciphertext)
+	id.Denied = len(lists.allowed) > 0 && !id.Ciphertext && !id.in(lists.allowed)
 }
 
 func (id *Identity) in(list map[string]bool) bool {

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -11,6 +12,7 @@ import (
 	"net"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/h2"
@@ -34,6 +36,8 @@ type ListenerConfig struct {
 	AdvertiseClientURLs []string
 	// Endpoint is the only one of UpstreamConfig.Endpoints that the listener leads to; empty: to all.
 	Endpoint string
+	// NoGateway turns the JSON gateway off: paths under /v3/ are 404.
+	NoGateway bool
 }
 
 // handshakeTimeout bounds how long a client may take to identify itself.
@@ -43,11 +47,13 @@ const handshakeTimeout = 10 * time.Second
 type listener struct {
 	cfg ListenerConfig
 	net.Listener
-	tls                 *fresh[*tls.Config] // nil for cleartext
-	allowed, ciphertext map[string]bool
-	to                  *upstream
-	log                 *slog.Logger
-	metrics             *metrics
+	tls     *fresh[*tls.Config] // nil for cleartext
+	lists   atomic.Pointer[clientLists]
+	open    openConns
+	to      *upstream
+	web     *webPolicy
+	log     *slog.Logger
+	metrics *metrics
 
 	mu         sync.Mutex
 	lastLog    time.Time // of a failed handshake
@@ -63,6 +69,9 @@ type clientConn struct {
 	http1  bool // and not HTTP/2
 	once   sync.Once
 	closed func()
+
+	certs   []*x509.Certificate // the client's, its own first; nil without
+	expires time.Time           // when they cease to be valid
 }
 
 // Close closes the connection. It may be called more than once.
@@ -74,16 +83,18 @@ func (c *clientConn) Close() error {
 
 // listen checks cfg and binds its address.
 func listen(cfg ListenerConfig, log *slog.Logger, m *metrics) (*listener, error) {
-	l := &listener{cfg: cfg, log: log, metrics: m, allowed: set(cfg.AllowedClients), ciphertext: set(cfg.CiphertextClients)}
-	if len(l.allowed)+len(l.ciphertext) > 0 && (cfg.TLS == nil || cfg.TLS.ClientCAFile == "") {
-		return nil, fmt.Errorf("listener %s: allowedClients and ciphertextClients need TLS with clientCAFile", cfg.Address)
+	l := &listener{cfg: cfg, log: log, metrics: m}
+	l.lists.Store(newClientLists(cfg.AllowedClients, cfg.CiphertextClients))
+	err := cfg.checkLists(cfg.AllowedClients, cfg.CiphertextClients)
+	if err != nil {
+		return nil, err
 	}
-	var err error
 	if cfg.TLS != nil {
 		if l.tls, err = cfg.TLS.serverTLS(log, cfg.Address); err != nil {
 			return nil, fmt.Errorf("listener %s: %w", cfg.Address, err)
 		}
 	}
+	l.web = newWebPolicy(cfg, l.tls)
 	if path, ok := strings.CutPrefix(cfg.Address, "unix://"); ok {
 		l.Listener, err = unixsocket.Listen(path, cmp.Or(cfg.Mode, 0o600))
 	} else {
@@ -160,14 +171,16 @@ func (c *heardConn) Read(b []byte) (int, error) {
 
 // identify does the TLS handshake, if any, says who is there, and finds out what they speak.
 func (l *listener) identify(ctx context.Context, conn net.Conn) (*clientConn, error) {
-	id := &Identity{Listener: l.cfg.Address, Remote: conn.RemoteAddr().String(), to: l.to, advertise: l.cfg.AdvertiseClientURLs}
+	id := &Identity{Listener: l.cfg.Address, Remote: conn.RemoteAddr().String(), to: l.to, advertise: l.cfg.AdvertiseClientURLs, web: l.web}
 	outlet, protocol := h2.NewOutlet(conn), ""
 	conn = outlet
+	c := &clientConn{outlet: outlet, plain: l.tls == nil, id: id}
+	by := l.terms()
 	if l.tls != nil {
 		limited, cancel := context.WithTimeout(ctx, handshakeTimeout)
 		defer cancel()
 		heard := &heardConn{Conn: conn}
-		secure := tls.Server(heard, l.tls.get())
+		secure := tls.Server(heard, by.files)
 		if err := secure.HandshakeContext(limited); err != nil {
 			if !heard.heard {
 				err = errors.Join(errSilent, err)
@@ -177,19 +190,29 @@ func (l *listener) identify(ctx context.Context, conn net.Conn) (*clientConn, er
 		state := secure.ConnectionState()
 		if certs := state.PeerCertificates; len(certs) > 0 {
 			id.identify(certs[0])
+			c.certs, c.expires = certs, validUntil(state.VerifiedChains)
 		}
 		conn, protocol = secure, state.NegotiatedProtocol
 	}
-	id.authorise(l.allowed, l.ciphertext)
-	http1 := protocol == protocolHTTP1
+	id.authorise(by.lists)
+	c.http1 = protocol == protocolHTTP1
 	if protocol == "" {
 		var err error
-		if conn, http1, err = sniff(ctx, conn); err != nil {
+		if conn, c.http1, err = sniff(ctx, conn); err != nil {
 			return nil, err
 		}
 	}
-	l.metrics.connections.WithLabelValues(l.cfg.Address).Inc()
-	return &clientConn{Conn: conn, outlet: outlet, plain: l.tls == nil, id: id, http1: http1, closed: l.metrics.connections.WithLabelValues(l.cfg.Address).Dec}, nil
+	c.Conn = conn
+	if err := l.admit(c, by); err != nil {
+		return nil, err
+	}
+	connections := l.metrics.connections.WithLabelValues(l.cfg.Address)
+	connections.Inc()
+	c.closed = func() {
+		l.forget(c)
+		connections.Dec()
+	}
+	return c, nil
 }
 
 // handshakeFailed logs at most once a second, or a port scan would fill the log.

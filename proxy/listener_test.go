@@ -90,8 +90,14 @@ func writePEM(t *testing.T, path, kind string, der []byte) {
 // issue writes NAME.pem and NAME-key.pem for a leaf that serves on loopback and is a client too.
 func (a *authority) issue(name, cn string, names ...string) (cert, key string, leaf *x509.Certificate) {
 	a.t.Helper()
+	return a.issueFor(time.Hour, name, cn, names...)
+}
+
+// issueFor issues a certificate that is valid for so long, in whole seconds.
+func (a *authority) issueFor(valid time.Duration, name, cn string, names ...string) (cert, key string, leaf *x509.Certificate) {
+	a.t.Helper()
 	tmpl := &x509.Certificate{
-		SerialNumber: serial(a.t), Subject: pkix.Name{CommonName: cn}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		SerialNumber: serial(a.t), Subject: pkix.Name{CommonName: cn}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(valid),
 		DNSNames: names, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, KeyUsage: x509.KeyUsageDigitalSignature,
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 	}

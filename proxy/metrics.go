@@ -14,6 +14,7 @@ type metrics struct {
 	requests          *prometheus.CounterVec
 	connections       *prometheus.GaugeVec
 	handshakeFailures *prometheus.CounterVec
+	ended             *prometheus.CounterVec
 	upstreamUp        prometheus.Gauge
 
 	started, handled, received, sent *prometheus.CounterVec
@@ -31,6 +32,7 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 			Name: "etcd_kms_proxy_connections", Help: "Open client connections, by listener.",
 		}, []string{"listener"}),
 		handshakeFailures: counter("etcd_kms_proxy_rejected_connections_total", "Connections whose client failed to identify itself, by listener; not those on which it sent nothing.", "listener"),
+		ended:             counter("etcd_kms_proxy_ended_connections_total", "Connections that were ended because their client would not be admitted any more, by listener and reason (certificate, lists).", "listener", "reason"),
 		upstreamUp: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "etcd_kms_proxy_etcd_connected", Help: "1 while at least one etcd endpoint is connected.",
 		}),
@@ -43,7 +45,7 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 		return m, nil
 	}
 	var problems []error
-	for _, c := range []prometheus.Collector{m.requests, m.connections, m.handshakeFailures, m.upstreamUp, m.started, m.handled, m.received, m.sent} {
+	for _, c := range []prometheus.Collector{m.requests, m.connections, m.handshakeFailures, m.ended, m.upstreamUp, m.started, m.handled, m.received, m.sent} {
 		if err := r.Register(c); err != nil {
 			problems = append(problems, fmt.Errorf("register metrics: %w", err))
 		}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -106,10 +107,11 @@ func New(cfg Config) (*Proxy, error) {
 	}
 	ref, err := newGRPCEngine(p.core, p.upstream, m, log, &denials{log: log, tell: cfg.OnDenied}, cfg.DrainTimeout)
 	if err == nil {
-		if p.engine = ref; !cfg.Reference {
-			p.engine = newFrameEngine(ref)
+		frames := newFrameEngine(ref, cfg.Reference)
+		p.engine = frames
+		if p.gateway, err = newGateway(ref, cfg.MaxRequestBytes); err == nil {
+			frames.web = p.gateway.serve
 		}
-		p.gateway, err = newGateway(ref, cfg.MaxRequestBytes)
 	}
 	if err != nil {
 		p.Close()
@@ -131,6 +133,9 @@ func (p *Proxy) newUpstream(cfg UpstreamConfig, log *slog.Logger, m *metrics) (*
 func (p *Proxy) listen(lc ListenerConfig, etcd UpstreamConfig, log *slog.Logger, m *metrics) (*listener, error) {
 	to := p.upstream
 	if lc.Endpoint != "" {
+		if at := slices.Index(etcd.Endpoints, lc.Endpoint); at >= 0 && at < len(etcd.HTTPEndpoints) {
+			etcd.HTTPEndpoints = etcd.HTTPEndpoints[at : at+1]
+		}
 		etcd.Endpoints = []string{lc.Endpoint}
 		var err error
 		if to, err = p.newUpstream(etcd, log, nil); err != nil {
@@ -189,6 +194,7 @@ func (p *Proxy) Run(ctx context.Context) error {
 			defer p.listenersUp.Add(-1)
 			l.run(accepting, p.serve)
 		})
+		all.Go(func() { l.recheckUntil(lasting) })
 	}
 	defer p.closeListeners()
 	defer context.AfterFunc(ctx, p.closeListeners)()

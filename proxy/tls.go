@@ -18,7 +18,7 @@ import (
 )
 
 // ListenerTLS is the TLS side of a listener. The files are read again when they change: new connections get the new ones, all
-// of them together or none. Connections that stand are left alone.
+// of them together or none. Open connections end within seconds if their client certificate would be refused now, because it was revoked, its CA is gone or it has expired.
 type ListenerTLS struct {
 	CertFile, KeyFile string   // PEM; the certificate with its intermediates
 	ClientCAFile      string   // PEM; with it every client must show a certificate of one of these CAs
@@ -123,8 +123,7 @@ func (c *ListenerTLS) serverTLS(log *slog.Logger, address string) (*fresh[*tls.C
 			Certificates: []tls.Certificate{cert},
 			MinVersion:   version,
 			CipherSuites: suites,
-			// Clients of gRPC offer h2 alone. Who offers both takes the JSON gateway as well over HTTP/1.1, and the two need not be told apart within HTTP/2.
-			NextProtos: []string{protocolHTTP1, protocolHTTP2},
+			NextProtos:   []string{protocolHTTP2, protocolHTTP1}, // in this order, as etcd
 		}
 		if c.ClientCAFile == "" {
 			return cfg, nil

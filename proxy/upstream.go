@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"math"
-	"net/http"
 	"slices"
 	"strings"
 	"sync"
@@ -31,6 +30,8 @@ import (
 type UpstreamConfig struct {
 	// Endpoints are etcd's client URLs: http://, https://, unix:// or bare host:port, all with or all without TLS.
 	Endpoints []string
+	// HTTPEndpoints are the URLs where etcd serves HTTP, one for each of Endpoints and in the same order; http:// or https://. Empty: it does so at Endpoints.
+	HTTPEndpoints []string
 	// TLS is used for https:// and unixs://, and for unix:// and bare addresses when it is set. Nil with https:// verifies against the system's CAs.
 	TLS *UpstreamTLS
 	// Username and Password are of a user of etcd, for [NewClient] alone: clients of the proxy bring their own tokens.
@@ -58,7 +59,7 @@ type upstream struct {
 	tls       *upstreamCredentials // nil without TLS
 	log       *slog.Logger
 	metrics   *metrics // may be nil
-	http      *http.Transport
+	http      *etcdHTTP
 
 	up    atomic.Bool
 	mu    sync.Mutex
@@ -96,7 +97,10 @@ func newUpstream(cfg UpstreamConfig, log *slog.Logger, m *metrics) (*upstream, e
 	}
 	u.conn = u.client.ActiveConnection()
 	u.first = &lane{conn: u.conn}
-	u.http = u.httpTransport()
+	if u.http, err = newEtcdHTTP(cfg, u); err != nil {
+		_ = u.client.Close() // it is not in use
+		return nil, err
+	}
 	return u, nil
 }
 

@@ -167,7 +167,7 @@ func etcdClient(c *config.Config, log *slog.Logger) (*clientv3.Client, error) {
 
 // upstreamConfig says where etcd is, as the proxy takes it.
 func upstreamConfig(e *config.Etcd) proxy.UpstreamConfig {
-	u := proxy.UpstreamConfig{Endpoints: e.Endpoints}
+	u := proxy.UpstreamConfig{Endpoints: e.Endpoints, HTTPEndpoints: e.HTTPEndpoints}
 	if t := e.TLS; t != nil {
 		u.TLS = &proxy.UpstreamTLS{
 			CAFile: t.CAFile, CertFile: t.CertFile, KeyFile: t.KeyFile, ServerName: t.ServerName, InsecureSkipVerify: t.InsecureSkipVerify,

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 
@@ -75,6 +76,7 @@ func (r *reloader) apply(trigger string) (outcome, reason string) {
 	// Only what was applied counts as running, so that the rest is named again at the next reload.
 	running := *r.running
 	running.Rules, running.Log.Level = next.Rules, next.Log.Level
+	running.Listeners = r.setClients(next.Listeners)
 	r.running = &running
 	if len(weaker) > 0 {
 		r.log.Warn("configuration reloaded: it protects keys less than before, as --allow-weakening lets it", "because", weaker)
@@ -87,6 +89,24 @@ func (r *reloader) apply(trigger string) (outcome, reason string) {
 		weaker = append(weaker, "these blocks wait for a restart: "+strings.Join(restart, ", "))
 	}
 	return reloadApplied, strings.Join(weaker, "; ")
+}
+
+// setClients applies the listeners' client lists, and returns the listeners as they then are. mu is held.
+func (r *reloader) setClients(next []config.Listener) []config.Listener {
+	all := slices.Clone(r.running.Listeners)
+	for i := range all {
+		j := config.SameListener(all, next, i)
+		if j < 0 || slices.Equal(all[i].AllowedClients, next[j].AllowedClients) && slices.Equal(all[i].CiphertextClients, next[j].CiphertextClients) {
+			continue
+		}
+		if err := r.app.proxy.SetClients(i, next[j].AllowedClients, next[j].CiphertextClients); err != nil {
+			r.log.Error("client lists not reloaded", "error", err)
+			continue
+		}
+		all[i].AllowedClients, all[i].CiphertextClients = next[j].AllowedClients, next[j].CiphertextClients
+		r.log.Info("client lists reloaded", "listener", all[i].Address, "allowedClients", len(all[i].AllowedClients), "ciphertextClients", len(all[i].CiphertextClients))
+	}
+	return all
 }
 
 // watch reloads when the file's content has changed, until ctx ends.

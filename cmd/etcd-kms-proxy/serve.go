@@ -28,9 +28,9 @@ func newServe() *cobra.Command {
 The first SIGTERM or SIGINT drains: no connection is accepted any more, calls under way are finished, watches are ended so that their clients
 reconnect elsewhere, and what is left after --drain-timeout is cut. Another one, half a second later or more, exits at once, with 3.
 
-SIGHUP, or a change of the file, reloads the rules and the log level; other changes are named in the log and wait for a restart. A reload that
-would protect keys less than before is refused without --allow-weakening. SIGHUP also checks every KMS at once, and a change of a local key file checks
-that one: a new version is used from then on.
+SIGHUP, or a change of the file, reloads the rules, the log level, and the allowedClients and ciphertextClients of listeners; other changes are named in the
+log and wait for a restart. A reload that would protect keys less than before is refused without --allow-weakening. SIGHUP also checks every KMS at once,
+and a change of a local key file checks that one: a new version is used from then on.
 
 Logs go to standard error.`,
 		Args: cobra.NoArgs,

@@ -32,7 +32,7 @@ func proxyConfig(c *config.Config, rules *ruleSet, a *app, o serveOptions) proxy
 	for _, l := range c.Listeners {
 		lc := proxy.ListenerConfig{
 			Address: l.Address, Mode: l.FileMode(), AllowedClients: l.AllowedClients, CiphertextClients: l.CiphertextClients,
-			AdvertiseClientURLs: l.AdvertiseClientURLs, Endpoint: l.Endpoint,
+			AdvertiseClientURLs: l.AdvertiseClientURLs, Endpoint: l.Endpoint, NoGateway: !l.Gateway,
 		}
 		if t := l.TLS; t != nil {
 			lc.TLS = &proxy.ListenerTLS{

@@ -94,7 +94,7 @@ func (c *curl) ask(t *testing.T, base, path string, args ...string) reply {
 	r := reply{Code: fmt.Sprint(cmd.ProcessState.ExitCode())}
 	// Errors of protobuf have one space or another, by chance of the build.
 	head, body, _ := strings.Cut(strings.ReplaceAll(out.String(), "\u00a0", " "), "\r\n\r\n")
-	for strings.HasPrefix(head, "HTTP/1.1 1") { // 100, 101
+	for strings.HasPrefix(head, "HTTP/1.1 1") || strings.HasPrefix(head, "HTTP/2 1") { // 100, 101
 		head, body, _ = strings.Cut(body, "\r\n\r\n")
 	}
 	lines := strings.Split(head, "\r\n")
@@ -155,10 +155,10 @@ func (c *curl) transports(t *testing.T) {
 	c.both(t, "/v3/kv/put", "-d", put)
 	for _, args := range [][]string{
 		{"-d", "@put"}, {"--data-binary", "@get"}, {"-H", "Content-Type: application/json", "-d", get}, {"-H", "Content-Type: text/plain", "-d", get}, {"-H", "Content-Type: application/grpc", "-d", get},
-		{"-H", "Transfer-Encoding: chunked", "-d", "@put"}, {"-H", "Accept-Encoding: gzip", "-d", get}, {"-H", "Accept: text/html", "-d", get}, {"-H", "Host: elsewhere.example", "-d", get}, {"-H", "User-Agent:", "-d", get},
+		{"-H", "Transfer-Encoding: chunked", "-d", "@put"}, {"-H", "Accept-Encoding: gzip", "-d", get}, {"-H", "Accept: text/html", "-d", get}, {"-H", "Host: localhost", "-d", get}, {"-H", "Host: 192.0.2.1:2379", "-d", get}, {"-H", "User-Agent:", "-d", get},
 		{"-H", "Expect: 100-continue", "-d", "@put"}, {"--data-binary", "@too-large"}, {"-T", "put"}, {"-X", "PUT", "-d", put}, {"-G", "-d", "key=‹t›"}, {"-I"}, {"-X", "DELETE"},
 		{"-H", "Grpc-Timeout: 10S", "-d", get}, {"-H", "Grpc-Timeout: nonsense", "-d", get}, {"-H", "Grpc-Metadata-hasleader: true", "-d", get}, {"-H", "Authorization: nonsense", "-d", get}, {"-H", "Connection: close", "-d", get},
-		{"-F", "key=‹t›"}, {"-0", "-d", get},
+		{"-F", "key=‹t›"}, {"-0", "-d", get}, {"-0", "-H", "Host:", "-d", get}, {"-X", "OPTIONS"},
 	} {
 		c.both(t, "/v3/kv/range", args...)
 	}
@@ -169,6 +169,23 @@ func (c *curl) transports(t *testing.T) {
 	for _, path := range []string{"/health", "/health?serializable=true", "/livez", "/readyz", "/version", "/", "/v3", "/v3/", "/v2/keys/", "/v3//kv/range", "/v3/kv/../kv/range", "/v3beta/kv/range", "/v3alpha/kv/range"} {
 		c.both(t, path, "--path-as-is")
 		c.both(t, path, "--path-as-is", "-d", get)
+		c.both(t, path, "--path-as-is", "-X", "OPTIONS")
+	}
+	for _, method := range []string{"POST", "PUT", "OPTIONS"} {
+		want, got := c.ask(t, c.bare.URL, "/metrics", "-X", method), c.ask(t, c.proxy.URL(), "/metrics", "-X", method)
+		if want.Status != got.Status || fmt.Sprint(want.Header) != fmt.Sprint(got.Header) {
+			t.Errorf("%s /metrics\nbare etcd: %s %q\nthe proxy: %s %q", method, want.Status, want.Header, got.Status, got.Header)
+		}
+	}
+	// What is there for browsers is the proxy's own.
+	for _, r := range [][2]string{
+		{"Host: elsewhere.example", "421"}, {"Origin: http://elsewhere.example", "403"}, {"Sec-Fetch-Site: cross-site", "403"}, {"User-Agent: Mozilla/5.0", "415"},
+	} {
+		for _, path := range []string{"/v3/kv/range", "/v3beta/kv/range"} {
+			if got := c.ask(t, c.proxy.URL(), path, "-H", r[0], "-d", get); !strings.HasPrefix(got.Status, "HTTP/1.1 "+r[1]) {
+				t.Errorf("%s: %v", r[0], got)
+			}
+		}
 	}
 	if c.ca == nil {
 		c.both(t, "/v3/kv/range", "--http2", "-d", get)            // an upgrade, which etcd does not take
@@ -182,11 +199,19 @@ func (c *curl) transports(t *testing.T) {
 	c.both(t, "/health", "--tls-max", "1.1")
 	c.both(t, "/health", "--tls-max", "1.2")
 	c.both(t, "/health", "--cacert", "/dev/null")
-	// Where HTTP/2 and HTTP/1.1 are offered, etcd takes the one and the proxy the other.
 	for _, version := range []string{"--http2", "--http2-prior-knowledge", "--no-alpn"} {
-		want, got := c.ask(t, c.bare.URL, "/v3/kv/range", version, "-d", get), c.ask(t, c.proxy.URL(), "/v3/kv/range", version, "-d", get)
-		if fmt.Sprint(want.Body) != fmt.Sprint(got.Body) || !strings.Contains(got.Status, "200") {
-			t.Errorf("%s\nbare etcd: %v\nthe proxy: %v", version, want, got)
+		if got := c.both(t, "/v3/kv/range", version, "-d", get); !strings.Contains(got.Status, " 200") || strings.HasPrefix(got.Status, "HTTP/2") != (version != "--no-alpn") {
+			t.Errorf("%s: %v", version, got)
+		}
+		for _, args := range [][]string{{"-d", "@put"}, {"--data-binary", "@large"}, {"--data-binary", "@too-large"}, {"-X", "PUT", "-d", put}, {"-X", "OPTIONS"}, {"-I"}, {"-d", "{"}, {"-H", "Expect: 100-continue", "-d", "@put"}} {
+			c.both(t, "/v3/kv/put", append(args, version)...)
+		}
+		for _, path := range []string{"/health", "/version", "/livez", "/readyz", "/nothing"} {
+			c.both(t, path, version)
+			c.both(t, path, version, "-d", get)
+		}
+		if got := c.ask(t, c.proxy.URL(), "/metrics", version); !strings.Contains(got.Status, " 200") {
+			t.Errorf("%s /metrics: %s", version, got.Status)
 		}
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"encoding/pem"
 	"math/big"
 	"net"
+	"os"
 	"time"
 )
 
@@ -65,6 +66,29 @@ func (ca *CA) Client(name, commonName string) Pair {
 		Subject:     pkix.Name{CommonName: commonName, Organization: []string{"tests"}},
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
 	})
+}
+
+// Revoke writes a list of revoked certificates to file.
+func (ca *CA) Revoke(file string, pairs ...Pair) {
+	ca.env.TB.Helper()
+	list := &x509.RevocationList{Number: big.NewInt(time.Now().UnixNano()), ThisUpdate: time.Now().Add(-time.Minute), NextUpdate: time.Now().Add(time.Hour)}
+	for _, p := range pairs {
+		cert, err := tls.LoadX509KeyPair(p.CertFile, p.KeyFile)
+		if err != nil {
+			ca.env.TB.Fatalf("load certificate: %v", err)
+		}
+		list.RevokedCertificateEntries = append(list.RevokedCertificateEntries, x509.RevocationListEntry{SerialNumber: cert.Leaf.SerialNumber, RevocationTime: time.Now()})
+	}
+	der, err := x509.CreateRevocationList(rand.Reader, list, ca.cert, ca.key)
+	if err == nil {
+		err = os.WriteFile(file+".new", pem.EncodeToMemory(&pem.Block{Type: "X509 CRL", Bytes: der}), 0o600)
+	}
+	if err == nil {
+		err = os.Rename(file+".new", file)
+	}
+	if err != nil {
+		ca.env.TB.Fatalf("revoke: %v", err)
+	}
 }
 
 func (ca *CA) sign(name string, template *x509.Certificate) Pair {

@@ -40,16 +40,21 @@ type (
 		AdvertiseClientURLs []string `json:"advertiseClientURLs,omitempty"`
 		// Endpoint is the only one of etcd that it leads to.
 		Endpoint string `json:"endpoint,omitempty"`
+		// Gateway false turns the JSON gateway off.
+		Gateway *bool `json:"gateway,omitempty"`
 	}
 	// ServerTLS names PEM files.
 	ServerTLS struct {
 		CertFile     string `json:"certFile"`
 		KeyFile      string `json:"keyFile"`
 		ClientCAFile string `json:"clientCAFile,omitempty"`
+		// ClientCRLFile lists revoked clients.
+		ClientCRLFile string `json:"clientCRLFile,omitempty"`
 	}
 	// Upstream is the etcd behind the proxy.
 	Upstream struct {
 		Endpoints       []string   `json:"endpoints"`
+		HTTPEndpoints   []string   `json:"httpEndpoints,omitempty"`
 		TLS             *ClientTLS `json:"tls,omitempty"`
 		MaxRequestBytes int        `json:"maxRequestBytes,omitempty"`
 		Username        string     `json:"username,omitempty"`

@@ -1,0 +1,142 @@
+package proxy
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"net/url"
+	"strings"
+	"sync"
+)
+
+// etcdItself has etcd respond to a request, whatever its method. The request's body stays behind:
+// etcd reads none on these paths. Header fields that let scripts of other origins read the response
+// stay behind, too.
+func etcdItself() http.Handler {
+	return &httputil.ReverseProxy{
+		Rewrite: func(r *httputil.ProxyRequest) {
+			r.SetURL(&url.URL{Scheme: "http", Host: "etcd"})
+			r.Out.Host = r.In.Host
+			r.Out.Body, r.Out.ContentLength = http.NoBody, 0
+			r.Out.Header.Del("Expect")
+		},
+		ModifyResponse: func(r *http.Response) error {
+			for name := range r.Header {
+				if strings.HasPrefix(name, "Access-Control-") {
+					delete(r.Header, name)
+				}
+			}
+			return nil
+		},
+		Transport: ofConnection{}, ErrorLog: log.New(io.Discard, "", 0),
+		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
+			text := "etcd is unreachable"
+			if c, ok := r.Context().Value(loopedKey{}).(*looped); ok {
+				text = c.id.to.http.explain(r.Context(), err)
+			}
+			http.Error(w, ownPrefix+text, http.StatusBadGateway)
+		},
+	}
+}
+
+// ofConnection goes where the listener of a request's connection leads to.
+type ofConnection struct{}
+
+// RoundTrip implements http.RoundTripper.
+func (ofConnection) RoundTrip(r *http.Request) (*http.Response, error) {
+	c, ok := r.Context().Value(loopedKey{}).(*looped)
+	if !ok {
+		return nil, errNotLooped
+	}
+	return c.id.to.http.RoundTrip(r)
+}
+
+// etcdHTTP reaches etcd over HTTP/1.1: the first of its URLs that answers.
+type etcdHTTP struct {
+	*http.Transport
+	upstream  *upstream
+	endpoints []string
+	tls       *upstreamCredentials // of those that begin with https://; may be nil
+	named     bool                 // endpoints are UpstreamConfig.HTTPEndpoints
+	once      sync.Once            // logs that they do not speak HTTP/1.1
+}
+
+// newEtcdHTTP makes the way to cfg's HTTP endpoints, which are its endpoints unless it says
+// otherwise.
+func newEtcdHTTP(cfg UpstreamConfig, u *upstream) (*etcdHTTP, error) {
+	e := &etcdHTTP{upstream: u, endpoints: cfg.Endpoints, tls: u.tls}
+	if len(cfg.HTTPEndpoints) > 0 {
+		if len(cfg.HTTPEndpoints) != len(cfg.Endpoints) {
+			return nil, fmt.Errorf("etcd HTTP endpoints: there are %d for %d endpoints", len(cfg.HTTPEndpoints), len(cfg.Endpoints))
+		}
+		e.endpoints, e.named = cfg.HTTPEndpoints, true
+		if e.tls == nil {
+			files := cfg.TLS
+			if files == nil {
+				files = &UpstreamTLS{}
+			}
+			var err error
+			if e.tls, err = files.credentials(u.log); err != nil {
+				return nil, fmt.Errorf("etcd TLS: %w", err)
+			}
+		}
+	}
+	e.Transport = &http.Transport{
+		// The scheme and address that a request names do not count.
+		DialContext:           func(ctx context.Context, _, _ string) (net.Conn, error) { return e.dial(ctx) },
+		ResponseHeaderTimeout: headerTimeout, IdleConnTimeout: idleTimeout, MaxIdleConns: 16, MaxIdleConnsPerHost: 16,
+	}
+	return e, nil
+}
+
+// errNoConnection is that of an endpoint that cannot be connected to.
+var errNoConnection = errors.New("no connection")
+
+func (e *etcdHTTP) dial(ctx context.Context) (net.Conn, error) {
+	var last error
+	for _, endpoint := range e.endpoints {
+		creds := e.upstream.tls
+		if e.named {
+			if creds = nil; strings.HasPrefix(endpoint, "https://") || strings.HasPrefix(endpoint, "unixs://") {
+				creds = e.tls
+			}
+		}
+		limited, cancel := context.WithTimeout(ctx, readyWait)
+		conn, _, err := dialEndpoint(limited, endpoint, creds, protocolHTTP1)
+		cancel()
+		if err == nil {
+			return conn, nil
+		}
+		if errors.Is(err, errProtocol) || errors.Is(err, tls.AlertError(alertNoProtocol)) {
+			last = err
+		} else if last == nil {
+			last = fmt.Errorf("%w: %w", errNoConnection, err)
+		}
+	}
+	return nil, last
+}
+
+// alertNoProtocol is TLS' alert no_application_protocol (RFC 7301).
+const alertNoProtocol = 120
+
+// explain says why there is no response, and logs once that etcd serves HTTP elsewhere.
+func (e *etcdHTTP) explain(ctx context.Context, err error) string {
+	if ctx.Err() != nil || errors.Is(err, errNoConnection) || errors.Is(err, context.DeadlineExceeded) {
+		return "etcd is unreachable"
+	}
+	setting := "etcd.endpoints"
+	if e.named {
+		setting = "etcd.httpEndpoints"
+	}
+	e.once.Do(func() {
+		e.upstream.log.Warn("etcd does not answer HTTP/1.1 at "+setting+": /health, /livez, /readyz, /version and /metrics are not served on client listeners",
+			"endpoints", e.endpoints, "hint", "if etcd runs with --listen-client-http-urls, write these URLs to etcd.httpEndpoints")
+	})
+	return "etcd does not answer HTTP/1.1 at " + setting + ": if it runs with --listen-client-http-urls, write these URLs to etcd.httpEndpoints in the proxy's configuration"
+}

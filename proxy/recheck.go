@@ -1,0 +1,244 @@
+package proxy
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"time"
+)
+
+// recheckInterval is how soon after a change of a listener's files or of the time the open
+// connections are checked again.
+const recheckInterval = time.Second
+
+// clientLists are a listener's lists of client names.
+type clientLists struct{ allowed, ciphertext map[string]bool }
+
+func newClientLists(allowed, ciphertext []string) *clientLists {
+	return &clientLists{allowed: set(allowed), ciphertext: set(ciphertext)}
+}
+
+// terms are what a client is admitted by: the TLS files and the lists of a moment. Other terms are
+// other pointers.
+type terms struct {
+	files *tls.Config
+	lists *clientLists
+}
+
+// openConns keeps account of a listener's connections with client certificates, to end those whose
+// client would not be admitted any more.
+type openConns struct {
+	mu      sync.Mutex
+	conns   map[*clientConn]struct{}
+	expires time.Time // the first of theirs; zero if there is none
+
+	checking sync.Mutex // held by who checks all of them; taken before mu
+	checked  terms      // by these; under checking
+}
+
+// terms returns those of the moment.
+func (l *listener) terms() terms {
+	t := terms{lists: l.lists.Load()}
+	if l.tls != nil {
+		t.files = l.tls.get()
+	}
+	return t
+}
+
+// admit notes an identified connection, unless its client would not be admitted any more. The
+// connection's own terms are those that it was identified by.
+func (l *listener) admit(c *clientConn, by terms) error {
+	if len(c.certs) == 0 {
+		return nil
+	}
+	l.open.mu.Lock()
+	if l.open.conns == nil {
+		l.open.conns = make(map[*clientConn]struct{})
+	}
+	l.open.conns[c] = struct{}{}
+	if l.open.expires.IsZero() || c.expires.Before(l.open.expires) {
+		l.open.expires = c.expires
+	}
+	l.open.mu.Unlock()
+	// The terms may have changed since the handshake, before recheck could see this connection.
+	now := l.terms()
+	if now == by {
+		return nil
+	}
+	_, err := now.admits(c, time.Now())
+	if err != nil {
+		l.forget(c)
+	}
+	return err
+}
+
+func (l *listener) forget(c *clientConn) {
+	l.open.mu.Lock()
+	defer l.open.mu.Unlock()
+	delete(l.open.conns, c)
+}
+
+// errOtherLists says that a client is treated in another way than when its connection was made.
+var errOtherLists = errors.New("allowedClients or ciphertextClients have changed for it")
+
+// admits reports whether the client of a connection would be admitted as it was, and until when its
+// certificate is valid.
+func (t terms) admits(c *clientConn, at time.Time) (until time.Time, err error) {
+	intermediates := x509.NewCertPool()
+	for _, cert := range c.certs[1:] {
+		intermediates.AddCert(cert)
+	}
+	chains, err := c.certs[0].Verify(x509.VerifyOptions{
+		Roots: t.files.ClientCAs, Intermediates: intermediates, CurrentTime: at, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+	})
+	if err != nil {
+		return time.Time{}, fmt.Errorf("verify client certificate: %w", err)
+	}
+	if t.files.VerifyConnection != nil {
+		if err := t.files.VerifyConnection(tls.ConnectionState{PeerCertificates: c.certs, VerifiedChains: chains}); err != nil {
+			return time.Time{}, err
+		}
+	}
+	id := *c.id
+	if id.authorise(t.lists); id.Denied != c.id.Denied || id.Ciphertext != c.id.Ciphertext {
+		return time.Time{}, errOtherLists
+	}
+	return validUntil(chains), nil
+}
+
+// validUntil is when the last of the chains ceases to be valid.
+func validUntil(chains [][]*x509.Certificate) (until time.Time) {
+	for _, chain := range chains {
+		end := chain[0].NotAfter
+		for _, cert := range chain {
+			if cert.NotAfter.Before(end) {
+				end = cert.NotAfter
+			}
+		}
+		if end.After(until) {
+			until = end
+		}
+	}
+	return until
+}
+
+// recheckUntil checks the open connections again whenever the terms have changed or a certificate
+// has expired, until ctx ends.
+func (l *listener) recheckUntil(ctx context.Context) {
+	if l.tls == nil || l.cfg.TLS.ClientCAFile == "" {
+		return
+	}
+	ticker := time.NewTicker(recheckInterval)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case at := <-ticker.C:
+			l.recheck(at)
+		}
+	}
+}
+
+// recheck ends the connections whose client would not be admitted any more. A connection is ended
+// at once: its calls are the client's to repeat, if it is let in.
+func (l *listener) recheck(at time.Time) {
+	l.open.checking.Lock()
+	defer l.open.checking.Unlock()
+	now := l.terms()
+	conns := l.due(now, at)
+	if conns == nil {
+		return
+	}
+	type verdict struct {
+		until time.Time
+		err   error
+	}
+	seen := make(map[string]verdict) // by certificates: clients have many connections
+	ended := make(map[[2]string]int) // by client and reason
+	var first time.Time
+	for _, c := range conns {
+		of := c.fingerprint()
+		v, ok := seen[of]
+		if !ok {
+			v.until, v.err = now.admits(c, at)
+			seen[of] = v
+		}
+		if v.err == nil {
+			if first.IsZero() || v.until.Before(first) {
+				first = v.until
+			}
+			continue
+		}
+		l.forget(c)
+		_ = c.outlet.Close() // the connection below TLS: to send close_notify may block. The engine or the gateway gets an error from its next read
+		reason := "certificate"
+		if errors.Is(v.err, errOtherLists) {
+			reason = "lists"
+		}
+		l.metrics.ended.WithLabelValues(l.cfg.Address, reason).Inc()
+		ended[[2]string{c.id.name(), v.err.Error()}]++
+	}
+	l.open.mu.Lock()
+	if !first.IsZero() && (l.open.expires.IsZero() || first.Before(l.open.expires)) { // others may have come
+		l.open.expires = first
+	}
+	l.open.mu.Unlock()
+	for of, n := range ended {
+		l.log.Warn("connections ended: the client would not be admitted as it was any more", "listener", l.cfg.Address, "client", of[0], "connections", n, "because", of[1])
+	}
+}
+
+// due returns the connections to check, nil if nothing has changed. The caller holds open.checking.
+func (l *listener) due(now terms, at time.Time) []*clientConn {
+	l.open.mu.Lock()
+	defer l.open.mu.Unlock()
+	expired := !l.open.expires.IsZero() && at.After(l.open.expires)
+	if now == l.open.checked && !expired {
+		return nil
+	}
+	l.open.checked, l.open.expires = now, time.Time{}
+	conns := make([]*clientConn, 0, len(l.open.conns))
+	for c := range l.open.conns {
+		conns = append(conns, c)
+	}
+	return conns
+}
+
+// fingerprint is the same for connections that are judged the same.
+func (c *clientConn) fingerprint() string {
+	var b strings.Builder
+	for _, cert := range c.certs {
+		b.Write(cert.Raw)
+	}
+	fmt.Fprintf(&b, "%t %t", c.id.Denied, c.id.Ciphertext)
+	return b.String()
+}
+
+// SetClients puts lists in place of AllowedClients and CiphertextClients of the listener that is at
+// index i of Config.Listeners, and ends the connections of clients that these treat differently. It
+// is an error if the listener does not ask clients for certificates and a list is not empty; the
+// old ones then stay.
+func (p *Proxy) SetClients(i int, allowed, ciphertext []string) error {
+	l := p.listeners[i]
+	if err := l.cfg.checkLists(allowed, ciphertext); err != nil {
+		return err
+	}
+	l.lists.Store(newClientLists(allowed, ciphertext))
+	if l.tls != nil {
+		l.recheck(time.Now())
+	}
+	return nil
+}
+
+// checkLists reports lists that need client certificates where there are none.
+func (c ListenerConfig) checkLists(allowed, ciphertext []string) error {
+	if len(allowed)+len(ciphertext) > 0 && (c.TLS == nil || c.TLS.ClientCAFile == "") {
+		return fmt.Errorf("listener %s: allowedClients and ciphertextClients need TLS with clientCAFile", c.Address)
+	}
+	return nil
+}

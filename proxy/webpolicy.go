@@ -1,0 +1,167 @@
+package proxy
+
+import (
+	"crypto/tls"
+	"encoding/json"
+	"mime"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"strings"
+
+	"github.com/gorilla/websocket"
+	"google.golang.org/grpc/codes"
+)
+
+// webPolicy says which HTTP requests a listener accepts. It protects operators from web pages: a
+// browser on the same machine or network reaches every listener that needs no client certificate,
+// and sends there what any page tells it to. A nil policy accepts any Host.
+type webPolicy struct {
+	noGateway bool                // the JSON gateway is off
+	anyHost   bool                // a unix socket, which no browser reaches
+	names     map[string]bool     // host names that the configuration gives the listener
+	tls       *fresh[*tls.Config] // its certificate names it, too; nil for cleartext
+}
+
+// newWebPolicy makes the policy of a listener.
+func newWebPolicy(cfg ListenerConfig, files *fresh[*tls.Config]) *webPolicy {
+	p := &webPolicy{noGateway: cfg.NoGateway, anyHost: strings.HasPrefix(cfg.Address, "unix:"), names: make(map[string]bool), tls: files}
+	if host := hostName(cfg.Address); host != "" {
+		p.names[host] = true
+	}
+	for _, advertised := range cfg.AdvertiseClientURLs {
+		if u, err := url.Parse(advertised); err == nil && u.Host != "" {
+			p.names[hostName(u.Host)] = true
+		}
+	}
+	return p
+}
+
+// hostName returns the host of "host" or "host:port" in the spelling in which names are compared.
+func hostName(hostport string) string {
+	host := hostport
+	if h, _, err := net.SplitHostPort(hostport); err == nil {
+		host = h
+	}
+	host = strings.TrimSuffix(strings.TrimPrefix(host, "["), "]")
+	return strings.ToLower(strings.TrimSuffix(host, "."))
+}
+
+// isLoopbackName reports whether a name means this machine wherever it is looked up, so that nobody
+// else can have it resolve to an address of their choice.
+func isLoopbackName(name string) bool {
+	switch name {
+	case "localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback":
+		return true
+	}
+	return strings.HasSuffix(name, ".localhost")
+}
+
+// knowsHost reports whether a request may name hostport as its host. A page that has its own name
+// resolve to the listener's address (DNS rebinding) is of the same origin as the listener, but its
+// requests give its own name away. Browsers always send a host.
+func (p *webPolicy) knowsHost(hostport string) bool {
+	if p == nil || p.anyHost || hostport == "" {
+		return true
+	}
+	name := hostName(hostport)
+	if isLoopbackName(name) || p.names[name] {
+		return true
+	}
+	if _, err := netip.ParseAddr(name); err == nil {
+		return true
+	}
+	if p.tls == nil {
+		return false
+	}
+	for _, cert := range p.tls.get().Certificates {
+		if cert.Leaf != nil && cert.Leaf.VerifyHostname(name) == nil {
+			return true
+		}
+	}
+	return false
+}
+
+// crossOrigin reports whether a browser sent r for a page of another origin.
+func crossOrigin(r *http.Request) bool {
+	for _, origin := range r.Header.Values("Origin") {
+		if u, err := url.Parse(origin); err != nil || u.Host == "" || !strings.EqualFold(u.Host, r.Host) {
+			return true
+		}
+	}
+	if (r.Method == http.MethodGet || r.Method == http.MethodHead) && !websocket.IsWebSocketUpgrade(r) {
+		return false // a page cannot read the response without an Origin
+	}
+	switch r.Header.Get("Sec-Fetch-Site") {
+	case "", "none", "same-origin":
+		return false
+	}
+	return true
+}
+
+// unproven reports whether r is a request that a browser might have sent for a page of another
+// origin without saying so, as old ones do. Such a page can choose only content types of forms.
+func unproven(r *http.Request) bool {
+	agent := r.Header.Get("User-Agent")
+	if !strings.HasPrefix(agent, "Mozilla/") && !strings.HasPrefix(agent, "Opera/") { // as all browsers say of themselves
+		return false
+	}
+	if r.Method != http.MethodPost || r.Header.Get("Origin") != "" || r.Header.Get("Sec-Fetch-Site") != "" {
+		return false
+	}
+	kind, _, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
+	return err != nil || kind != "application/json"
+}
+
+// refuse says why r is refused, in the style of the path that was asked for.
+func refuse(w http.ResponseWriter, r *http.Request, status int, code codes.Code, text string) {
+	text = ownPrefix + text
+	if !isGateway(r.URL.Path) {
+		http.Error(w, text, status)
+		return
+	}
+	body, _ := json.Marshal(map[string]any{"code": code, "message": text, "details": []any{}}) // it has nothing that fails
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	_, _ = w.Write(body) // the client may have left
+}
+
+func isGateway(path string) bool { return strings.HasPrefix(path, "/v3/") }
+
+const (
+	misdirected = "the request's Host is none of the listener's: use a loopback name, an IP address, a name of the listener's certificate, " +
+		"or the host of one of its advertiseClientURLs"
+	foreignPage = "requests of web pages of another origin are refused"
+	formContent = "a browser's request needs Content-Type: application/json"
+)
+
+// guardOrigin refuses the requests that the listener's policy does not accept, and answers OPTIONS
+// as etcd does, but without letting scripts of other origins in.
+func guardOrigin(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		policy := policyOf(r)
+		switch {
+		case !policy.knowsHost(r.Host):
+			refuse(w, r, http.StatusMisdirectedRequest, codes.PermissionDenied, misdirected)
+		case crossOrigin(r):
+			refuse(w, r, http.StatusForbidden, codes.PermissionDenied, foreignPage)
+		case isGateway(r.URL.Path) && unproven(r):
+			refuse(w, r, http.StatusUnsupportedMediaType, codes.InvalidArgument, formContent)
+		case r.Method == http.MethodOptions:
+			w.WriteHeader(http.StatusOK)
+		case isGateway(r.URL.Path) && policy != nil && policy.noGateway:
+			http.NotFound(w, r)
+		default:
+			next.ServeHTTP(w, r)
+		}
+	})
+}
+
+// policyOf returns the policy of the listener that r came over, nil if it came over none.
+func policyOf(r *http.Request) *webPolicy {
+	if c, ok := r.Context().Value(loopedKey{}).(*looped); ok {
+		return c.id.web
+	}
+	return nil
+}
