@@ -76,26 +76,31 @@ func (c *Conn) begins(f *http2.MetaHeadersFrame) error {
 	if id%2 != 1 || id <= c.last {
 		return &violation{http2.ErrCodeProtocol, fmt.Sprintf("received an illegal stream id: %v. headers frame: %+v", id, f)}
 	}
-	c.last = id
-	length, ok := int64(undeclared), true
+	length, code := int64(undeclared), http2.ErrCodeNo
 	if c.cfg.Strict {
-		length, ok = checkRequest(f.Fields)
+		var ok bool
+		if length, ok = checkRequest(f.Fields); !ok || f.StreamEnded() && length > 0 {
+			code = http2.ErrCodeProtocol
+		}
 	}
-	switch {
-	case f.Truncated:
-		c.refuse(id, http2.ErrCodeFrameSize)
-		return nil
-	case !ok, f.StreamEnded() && length > 0, f.HasPriority() && f.Priority.StreamDep == id:
-		c.refuse(id, http2.ErrCodeProtocol)
-		return nil
+	if f.HasPriority() && f.Priority.StreamDep == id {
+		code = http2.ErrCodeProtocol
+	}
+	if f.Truncated {
+		code = http2.ErrCodeFrameSize
 	}
 	c.mu.Lock()
+	c.last = id
 	var s *Stream
-	if id <= c.goneAt {
+	if code == http2.ErrCodeNo && id <= c.goneAt {
 		s = c.newStream(id, nil)
 		s.remoteEnd, s.declared = f.StreamEnded(), length
 	}
 	c.mu.Unlock()
+	if code != http2.ErrCodeNo {
+		c.refuse(id, code)
+		return nil
+	}
 	if s != nil { // else it came after the client was told that it would not be served
 		c.cfg.Handler.Headers(s, f.Fields, f.StreamEnded())
 		c.closeIfDone()

@@ -58,7 +58,9 @@ func (c *Conn) idleStream(id uint32) bool { return c.server && (id%2 == 0 || id 
 // refuseFrame answers a frame that the framer has read whole and found wrong on its stream alone.
 func (c *Conn) refuseFrame(bad http2.StreamError) error {
 	if c.server && c.kind == http2.FrameHeaders && bad.StreamID%2 == 1 {
+		c.mu.Lock()
 		c.last = max(c.last, bad.StreamID) // it has been opened, if only to be refused
+		c.mu.Unlock()
 	}
 	if c.idleStream(bad.StreamID) {
 		return &violation{bad.Code, textIdle}
