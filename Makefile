@@ -76,7 +76,7 @@ lint: $(BIN)/golangci-lint ## golangci-lint over every module
 docs: ## regenerate docs/configuration.md from the config types' comments
 	go generate ./config
 
-tools: tools-etcd tools-kube $(BIN)/kine $(if $(shell command -v npm 2>/dev/null),$(BIN)/node) ## the real etcd and kube-apiserver that the tests start
+tools: tools-etcd tools-kube $(BIN)/kine $(BIN)/h2spec $(if $(shell command -v npm 2>/dev/null),$(BIN)/node) ## the real etcd and kube-apiserver that the tests start
 
 tools-etcd: $(ETCDS:%=$(BIN)/etcd-%) $(ETCDS:%=$(BIN)/etcdctl-%)
 
@@ -105,6 +105,10 @@ $(BIN)/kube%: test/tools/kube-apiserver/go.sum
 $(BIN)/kine: test/tools/kine/go.sum
 	@mkdir -p $(BIN); echo "building kine from Go modules (two to four minutes the first time)"
 	cd test/tools/kine && CGO_ENABLED=0 go build $(TOOLFLAGS) -ldflags "-s -w" -o $@ github.com/k3s-io/kine
+
+$(BIN)/h2spec: test/tools/h2spec/go.sum
+	@mkdir -p $(BIN)
+	cd test/tools/h2spec && CGO_ENABLED=0 go build $(TOOLFLAGS) -ldflags "-s -w" -o $@ github.com/summerwind/h2spec/cmd/h2spec
 
 $(BIN)/node: test/tools/node/package-lock.json test/tools/node/package.json
 	@mkdir -p $@

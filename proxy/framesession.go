@@ -30,14 +30,24 @@ type session struct {
 	ended   bool
 }
 
+// minPing is the minimum ping interval that etcd asks of its clients without TLS.
+const minPing = 5 * time.Second
+
 // referenceIdle is how long a connection to the reference engine stays without calls: few clients need it more than once.
 const referenceIdle = 10 * time.Second
 
 func newSession(e *frameEngine, conn *clientConn) *session {
 	s := &session{engine: e, id: conn.id, secure: !conn.plain, changed: make(chan struct{})}
-	s.client = h2.NewServer(conn, h2.Config{
-		Handler: s, Pool: buffers, Outlet: conn.outlet, Plain: conn.plain, Greeting: handshakeTimeout, MinPing: 5 * time.Second, Silence: 2 * time.Hour, Patience: 20 * time.Second, Always: true,
-	})
+	cfg := h2.Config{
+		Handler: s, Pool: buffers, Outlet: conn.outlet, Plain: conn.plain, Greeting: handshakeTimeout, Silence: 2 * time.Hour, Patience: 20 * time.Second, Always: true,
+	}
+	// etcd serves gRPC over TLS by net/http, and without TLS by grpc-go.
+	if conn.plain {
+		cfg.MinPing = minPing
+	} else {
+		cfg.Strict = true
+	}
+	s.client = h2.NewServer(conn, cfg)
 	s.conns.Store(&[]*h2.Conn{s.client})
 	for _, endpoint := range s.id.to.endpoints {
 		s.hops = append(s.hops, &hop{endpoint: endpoint})

@@ -28,6 +28,7 @@ type fstream struct {
 	answers answers             // what comes back
 	asked   []byte              // what the client has sent, with gRPC's heads, and was not sent on
 	web     bool                // it goes on to the gateway
+	asks    bool                // the one message of a call has come, and was sent on or will be
 	silent  bool                // the client's headers were its last word, which is not the same as an end without a message
 	ended   atomic.Bool         // the client was told the end, or has left
 
@@ -96,6 +97,7 @@ func (st *fstream) request(ctx context.Context, data []byte, end bool) {
 		st.pass(data, end)
 	case st.method.shape == shapeBidiStream:
 		st.messages(ctx, data, end)
+	case st.asks: // what else comes is ignored, and gets no credit
 	default:
 		st.client.Credit(len(data))
 		st.unary(ctx, data, end)
@@ -127,19 +129,30 @@ func (st *fstream) creditUp() {
 	}
 }
 
-// unary gathers the one message of a call and sends it on when it is whole. What is not just one message is the reference engine's to judge.
+// unary gathers the one message of a call and sends it on when it is whole. Like etcd, a unary call
+// does not wait for the client to half-close the stream; a call whose answer is a stream does. What is
+// not just one message is the reference engine's to judge, if it comes at once; what comes after the
+// message of a unary call was sent on is ignored.
 func (st *fstream) unary(ctx context.Context, data []byte, end bool) {
 	raw := data
-	if len(st.asked) > 0 || !end {
+	if len(st.asked) > 0 {
 		st.asked = append(st.asked, data...)
 		raw = st.asked
 	}
-	odd := len(raw) >= headLength && (raw[0] != 0 || st.length(raw) > st.session.engine.core.maxRequest+grpcOverhead || len(raw) > headLength+st.length(raw))
+	n := -1 // of the head and the message
+	if len(raw) >= headLength {
+		n = headLength + st.length(raw)
+	}
+	odd := n >= 0 && (raw[0] != 0 || n > headLength+st.session.engine.core.maxRequest+grpcOverhead || len(raw) > n)
+	whole := len(raw) == n && (end || st.method.shape == shapeUnary)
 	switch {
-	case odd, end && (len(raw) < headLength || len(raw) < headLength+st.length(raw)):
+	case odd, end && !whole:
 		st.toReference(raw, end)
-	case end:
+	case whole:
+		st.asks = true
 		st.forward(ctx, raw)
+	case len(st.asked) == 0:
+		st.asked = append(st.asked, data...)
 	}
 }
 

@@ -74,7 +74,9 @@ func newGRPCEngine(c *core, u *upstream, m *metrics, log *slog.Logger, d *denial
 		grpc.MaxRecvMsgSize(c.maxRequest+grpcOverhead),
 		grpc.MaxSendMsgSize(math.MaxInt32),
 		grpc.MaxConcurrentStreams(math.MaxUint32),
-		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second}),
+		// etcd limits pings without TLS, and not with it. This server serves both, and lets nobody go
+		// whom etcd would keep.
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 1, PermitWithoutStream: true}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 2 * time.Hour, Timeout: 20 * time.Second}),
 		grpc.WaitForHandlers(true),
 	)

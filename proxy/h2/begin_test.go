@@ -17,6 +17,12 @@ const greeting = 10 * time.Second
 
 // TestFirstWords: a peer that does not begin as HTTP/2 does is left at once, and one that does not begin in time.
 func TestFirstWords(t *testing.T) {
+	told := map[string]string{ // the others are gone, or do not listen
+		"another protocol":  `GOAWAY 0 PROTOCOL_ERROR "not the client preface of HTTP/2"`,
+		"no settings":       `GOAWAY 0 PROTOCOL_ERROR "the first frame is not SETTINGS"`,
+		"a call":            `GOAWAY 0 PROTOCOL_ERROR "the first frame is not SETTINGS"`,
+		"a call that fails": `GOAWAY 0 PROTOCOL_ERROR "the first frame is not SETTINGS"`,
+	}
 	for name, say := range map[string]func(p *peer){
 		"another protocol": func(p *peer) { io.WriteString(p.conn, "GET / HTTP/1.1\r\nHost: a\r\n\r\n") },
 		"a part of it":     func(p *peer) { io.WriteString(p.conn, http2.ClientPreface[:10]); p.conn.Close() },
@@ -41,6 +47,10 @@ func TestFirstWords(t *testing.T) {
 			p.run(t, h.conn)
 			p.expect(t, "SETTINGS INITIAL_WINDOW_SIZE=524288", "WINDOW_UPDATE 4128769")
 			say(p)
+			if why := told[name]; why != "" {
+				p.expect(t, why)
+				time.Sleep(lingering)
+			}
 			p.expect(t, "closed")
 			if err := <-p.served; err == nil {
 				t.Errorf("%s: Serve says nothing", name)

@@ -68,8 +68,13 @@ type Config struct {
 	Plain bool
 	// Greeting is how long the peer may take over its first bytes, up to its settings; 0: for ever.
 	Greeting time.Duration
-	// MinPing is how often a client may send pings; who does it more often is sent away, as by grpc-go. 0: any.
+	// MinPing is the minimum ping interval of a client. A client that sends more pings is sent a
+	// GOAWAY frame with ENHANCE_YOUR_CALM, as by grpc-go. 0: pings are not limited, as by net/http.
 	MinPing time.Duration
+	// Strict has a server reset requests that are malformed by RFC 9113, section 8, though gRPC could
+	// serve them: without a method, scheme or path, with header fields of a connection, or with
+	// another length than stated. net/http is strict, and grpc-go is not.
+	Strict bool
 	// Silence is how long a peer may be silent before it is sent a ping, and Patience how long it may take to answer. 0: no ping is sent.
 	Silence, Patience time.Duration
 	// Idle is how long a connection to a server stays without streams; 0: for ever.
@@ -88,8 +93,11 @@ type Conn struct {
 	// Of the goroutine that reads.
 	in       input
 	framer   *http2.Framer
-	last     uint32 // the highest stream of the peer
-	received int    // on all streams, that no credit was given for
+	kind     http2.FrameType // of the frame that was read last
+	last     uint32          // the highest stream of the peer
+	bytes    int64           // that the peer has sent
+	moved    int64           // windows of streams that its settings have changed
+	received int             // on all streams, that no credit was given for
 	pings    pings
 
 	ending  atomic.Bool  // it is to close with its last stream
@@ -106,9 +114,10 @@ type Conn struct {
 	enc      *hpack.Encoder
 	block    bytes.Buffer // what enc writes to
 	streams  map[uint32]*Stream
-	next     uint32 // the stream that is opened next
-	window   int64  // what the peer takes on all streams
-	initial  int64  // what it takes on a new stream
+	gone     endedStreams // of a server
+	next     uint32       // the stream that is opened next
+	window   int64        // what the peer takes on all streams
+	initial  int64        // what it takes on a new stream
 	maxFrame int
 	limit    uint32    // of streams, as the peer says
 	ready    []*Stream // have something to send that their own windows take
@@ -175,6 +184,7 @@ func (c *Conn) read(b []byte) (int, error) {
 	n, err := c.conn.Read(b)
 	c.reading.Store(false)
 	c.heard.Add(1)
+	c.bytes += int64(n)
 	return n, err
 }
 
@@ -207,6 +217,9 @@ var errLeft = errors.New("the connection has come to its end")
 // Serve reads the connection until it ends, says why, and leaves it closed. [Conn.Streams] then are those that were not at their end.
 func (c *Conn) Serve() error {
 	err := c.serve()
+	if v := c.violated(err); v != nil && c.server { // a client closes at once
+		c.bye(v.code, v.text)
+	}
 	c.fail(err)
 	c.in.free()
 	_, _ = io.Copy(io.Discard, c.conn) // which ends at once, unless fail lets the connection linger
@@ -238,8 +251,8 @@ func (c *Conn) serve() error {
 			err = c.conn.SetReadDeadline(time.Time{})
 		}
 		var bad http2.StreamError
-		if _, ok := f.(*http2.SettingsFrame); err == nil && first && !ok {
-			err = http2.ConnectionError(http2.ErrCodeProtocol)
+		if _, ok := f.(*http2.SettingsFrame); first && !ok && (err == nil || errors.As(err, &bad)) {
+			err = &violation{http2.ErrCodeProtocol, textFirst}
 		}
 		switch {
 		case c.over():
@@ -247,8 +260,7 @@ func (c *Conn) serve() error {
 		case err == nil && f != nil:
 			err = c.handle(f)
 		case !first && errors.As(err, &bad): // the frame was read whole, and is not as it should be
-			c.refuse(bad.StreamID, bad.Code)
-			err = nil
+			err = c.refuseFrame(bad)
 		}
 		if err != nil {
 			return err
@@ -276,7 +288,7 @@ func (c *Conn) preface() error {
 		return fmt.Errorf("read the preface: %w", err)
 	}
 	if string(got[:]) != http2.ClientPreface {
-		return errors.New("what was sent is not the preface of HTTP/2")
+		return &violation{http2.ErrCodeProtocol, textPreface}
 	}
 	return nil
 }

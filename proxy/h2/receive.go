@@ -8,8 +8,8 @@ import (
 	"golang.org/x/net/http2"
 )
 
-// handle is what a frame does. An error ends the connection. What a peer does wrong is answered as grpc-go answers it, so that a client meets what it would meet at etcd:
-// mostly the connection just closes, and some of it is passed over.
+// handle is what a frame does. An error ends the connection. Where etcd's server just closes the
+// connection, the client is told why; otherwise it meets what it would meet at etcd.
 func (c *Conn) handle(f http2.Frame) error {
 	switch f := f.(type) {
 	case *http2.DataFrame:
@@ -17,26 +17,32 @@ func (c *Conn) handle(f http2.Frame) error {
 	case *http2.MetaHeadersFrame:
 		return c.headers(f)
 	case *http2.WindowUpdateFrame:
-		c.credited(f)
+		return c.credited(f)
 	case *http2.PingFrame:
 		return c.ping(f)
 	case *http2.SettingsFrame:
 		return c.settings(f)
 	case *http2.RSTStreamFrame:
-		c.reset(f)
+		return c.reset(f)
+	case *http2.PriorityFrame:
+		return c.priority(f.StreamID, f.PriorityParam)
+	case *http2.PushPromiseFrame:
+		if c.server {
+			return &violation{http2.ErrCodeProtocol, textPush}
+		}
 	case *http2.GoAwayFrame:
 		c.goAway(f)
 	}
-	return nil // PRIORITY, and what is not known
+	return nil // what is not known
 }
 
 func (c *Conn) headers(f *http2.MetaHeadersFrame) error {
+	if c.server {
+		return c.begins(f)
+	}
 	if f.Truncated {
 		c.refuse(f.StreamID, http2.ErrCodeFrameSize)
 		return nil
-	}
-	if c.server {
-		return c.begins(f)
 	}
 	c.mu.Lock()
 	s := c.streams[f.StreamID]
@@ -55,26 +61,88 @@ func (c *Conn) headers(f *http2.MetaHeadersFrame) error {
 	return nil
 }
 
-// begins begins a stream of a client's.
+// begins begins a stream of a client's, or ends one by a trailer.
 func (c *Conn) begins(f *http2.MetaHeadersFrame) error {
 	id := f.StreamID
+	if id <= c.last {
+		c.mu.Lock()
+		s := c.streams[id]
+		c.mu.Unlock()
+		if s != nil {
+			c.trailer(s, f)
+			return nil
+		}
+	}
 	if id%2 != 1 || id <= c.last {
-		err := fmt.Errorf("received an illegal stream id: %v. headers frame: %+v", id, f)
-		c.bye(http2.ErrCodeProtocol, err.Error())
-		return err
+		return &violation{http2.ErrCodeProtocol, fmt.Sprintf("received an illegal stream id: %v. headers frame: %+v", id, f)}
+	}
+	length, code := int64(undeclared), http2.ErrCodeNo
+	if c.cfg.Strict {
+		var ok bool
+		if length, ok = checkRequest(f.Fields); !ok || f.StreamEnded() && length > 0 {
+			code = http2.ErrCodeProtocol
+		}
+	}
+	if f.HasPriority() && f.Priority.StreamDep == id {
+		code = http2.ErrCodeProtocol
+	}
+	if f.Truncated {
+		code = http2.ErrCodeFrameSize
 	}
 	c.mu.Lock()
 	c.last = id
 	var s *Stream
-	if id <= c.goneAt {
+	if code == http2.ErrCodeNo && id <= c.goneAt {
 		s = c.newStream(id, nil)
-		s.remoteEnd = f.StreamEnded()
+		s.remoteEnd, s.declared = f.StreamEnded(), length
 	}
 	c.mu.Unlock()
+	if code != http2.ErrCodeNo {
+		c.refuse(id, code)
+		return nil
+	}
 	if s != nil { // else it came after the client was told that it would not be served
 		c.cfg.Handler.Headers(s, f.Fields, f.StreamEnded())
 		c.closeIfDone()
 	}
+	return nil
+}
+
+// trailer ends a request by header fields, which gRPC has no use for.
+func (c *Conn) trailer(s *Stream, f *http2.MetaHeadersFrame) {
+	c.mu.Lock()
+	code := http2.ErrCodeNo
+	switch {
+	case s.remoteEnd:
+		code = http2.ErrCodeStreamClosed
+	case f.Truncated:
+		code = http2.ErrCodeFrameSize
+	case !f.StreamEnded(), s.declared > 0, len(f.PseudoFields()) > 0:
+		code = http2.ErrCodeProtocol
+	default:
+		s.remoteEnd = true
+	}
+	c.mu.Unlock()
+	if code != http2.ErrCodeNo {
+		c.refuse(s.id, code)
+		return
+	}
+	c.cfg.Handler.Data(s, nil, true)
+	c.closeIfDone()
+}
+
+// priority passes over a priority, but for one that cannot be.
+func (c *Conn) priority(id uint32, p http2.PriorityParam) error {
+	if p.StreamDep != id || !c.server {
+		return nil
+	}
+	c.mu.Lock()
+	s := c.streams[id]
+	c.mu.Unlock()
+	if s == nil {
+		return &violation{http2.ErrCodeProtocol, textItself}
+	}
+	c.refuse(id, http2.ErrCodeProtocol)
 	return nil
 }
 
@@ -84,6 +152,7 @@ func (c *Conn) frame() (http2.Frame, error) {
 	if err != nil {
 		return nil, err
 	}
+	c.kind = head.Type
 	if head.Type == http2.FrameData && head.StreamID != 0 && !head.Flags.Has(http2.FlagDataPadded) {
 		return nil, c.data(head, nil, int(head.Length))
 	}
@@ -92,30 +161,30 @@ func (c *Conn) frame() (http2.Frame, error) {
 
 // data takes a frame of data, which has come, but for so many bytes.
 func (c *Conn) data(f http2.FrameHeader, data []byte, left int) error {
+	if c.idleStream(f.StreamID) {
+		return &violation{http2.ErrCodeProtocol, textIdle}
+	}
 	n := int(f.Length) // with the padding
 	c.received += n
-	end, ended, over := f.Flags.Has(http2.FlagDataEndStream), false, false
+	end, code := f.Flags.Has(http2.FlagDataEndStream), http2.ErrCodeNo
 	c.mu.Lock()
 	if c.received >= connWindow/2 {
 		_ = c.write.WriteWindowUpdate(0, uint32(c.received)) //nolint:gosec // less than two windows
 		c.received = 0
 	}
 	s := c.streams[f.StreamID]
-	if s != nil {
-		ended = s.remoteEnd
-		s.taken += n
-		over = s.taken > streamWindow
+	switch {
+	case s != nil:
+		code = s.accept(n, len(data)+left, end)
+	case c.gone.take(f.StreamID):
+		code = http2.ErrCodeStreamClosed
 	}
 	c.mu.Unlock()
 	switch {
-	case s == nil: // it has ended here
-	case over:
-		c.refuse(s.id, http2.ErrCodeFlowControl)
+	case code != http2.ErrCodeNo:
+		c.refuse(f.StreamID, code)
 		s = nil
-	case ended:
-		c.refuse(s.id, http2.ErrCodeStreamClosed)
-		s = nil
-	default:
+	case s != nil:
 		if padding := n - len(data) - left; padding > 0 {
 			s.Credit(padding)
 		}
@@ -142,61 +211,67 @@ func (c *Conn) data(f http2.FrameHeader, data []byte, left int) error {
 	return nil
 }
 
-// credited takes what the peer says it takes.
-func (c *Conn) credited(f *http2.WindowUpdateFrame) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if f.StreamID == 0 {
-		c.window = min(c.window+int64(f.Increment), math.MaxInt32)
-	} else if s := c.streams[f.StreamID]; s != nil {
-		s.window = min(s.window+int64(f.Increment), math.MaxInt32)
-		c.enqueue(s)
+// accept counts a frame of so many bytes, of which length are data. The caller holds conn.mu.
+func (s *Stream) accept(bytes, length int, end bool) http2.ErrCode {
+	if s.taken += bytes; s.taken > streamWindow {
+		return http2.ErrCodeFlowControl
 	}
-	c.pump()
+	if s.remoteEnd {
+		return http2.ErrCodeStreamClosed
+	}
+	if s.declared == undeclared {
+		return http2.ErrCodeNo
+	}
+	if s.declared -= int64(length); s.declared < 0 || end && s.declared > 0 {
+		return http2.ErrCodeProtocol
+	}
+	return http2.ErrCodeNo
 }
 
-func (c *Conn) settings(f *http2.SettingsFrame) error {
-	if f.IsAck() {
-		return nil
+// credited takes what the peer says it takes.
+func (c *Conn) credited(f *http2.WindowUpdateFrame) error {
+	if f.StreamID != 0 && c.idleStream(f.StreamID) {
+		return &violation{http2.ErrCodeProtocol, textIdle}
 	}
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	err := f.ForeachSetting(func(s http2.Setting) error {
-		switch s.ID {
-		case http2.SettingInitialWindowSize:
-			for _, stream := range c.streams {
-				stream.window = min(stream.window+int64(s.Val)-c.initial, math.MaxInt32)
-				c.enqueue(stream)
-			}
-			c.initial = int64(s.Val)
-		case http2.SettingMaxFrameSize:
-			c.maxFrame = min(max(int(s.Val), frameSize), outLimit/2)
-		case http2.SettingMaxConcurrentStreams:
-			c.limit = s.Val
-		case http2.SettingHeaderTableSize:
-			c.enc.SetMaxDynamicTableSize(min(s.Val, 4096))
+	s, over := c.streams[f.StreamID], false
+	switch {
+	case f.StreamID == 0:
+		if c.window += int64(f.Increment); c.window > math.MaxInt32 {
+			c.mu.Unlock()
+			return &violation{http2.ErrCodeFlowControl, textWindow}
 		}
-		return nil
-	})
-	if err != nil {
-		return err
+	case s != nil:
+		s.window += int64(f.Increment)
+		if over = s.window > math.MaxInt32; !over {
+			c.enqueue(s)
+		}
 	}
-	_ = c.write.WriteSettingsAck()
 	c.pump()
+	c.mu.Unlock()
+	if over {
+		c.refuse(s.id, http2.ErrCodeFlowControl)
+	}
 	return nil
 }
 
-func (c *Conn) reset(f *http2.RSTStreamFrame) {
+func (c *Conn) reset(f *http2.RSTStreamFrame) error {
+	if c.idleStream(f.StreamID) {
+		return &violation{http2.ErrCodeProtocol, textIdle}
+	}
 	c.mu.Lock()
 	s := c.streams[f.StreamID]
+	told := s != nil && (c.server || !s.remoteEnd) // a server that has said all may add that it does not want to hear more
 	if s != nil {
+		s.remoteEnd = s.remoteEnd || c.server
 		s.end()
 	}
 	c.mu.Unlock()
-	if s != nil && (c.server || !s.remoteEnd) { // a server that has said all may add that it does not want to hear more
+	if told {
 		c.cfg.Handler.Reset(s, f.ErrCode)
 	}
 	c.closeIfDone()
+	return nil
 }
 
 // refuse resets a stream for what the peer did wrong on it. There need not be one.
@@ -206,6 +281,7 @@ func (c *Conn) refuse(id uint32, code http2.ErrCode) {
 	if s != nil {
 		s.end()
 	}
+	c.gone.take(id) // the client is told now
 	if !c.closed {
 		_ = c.write.WriteRSTStream(id, code)
 	}
@@ -282,8 +358,7 @@ func (c *Conn) ping(f *http2.PingFrame) error {
 	}
 	c.pings.last = now
 	if c.pings.strikes > maxStrikes {
-		c.bye(http2.ErrCodeEnhanceYourCalm, "too_many_pings")
-		return fmt.Errorf("the client sends pings more often than every %v", least)
+		return &violation{http2.ErrCodeEnhanceYourCalm, "too_many_pings"}
 	}
 	return nil
 }

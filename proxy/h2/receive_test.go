@@ -88,8 +88,9 @@ func TestConnectionWindow(t *testing.T) {
 		p := serveOne(t, h, Config{})
 		p.begin(t, h, 1, false)
 		p.begin(t, h, 3, false).Reset(http2.ErrCodeCancel)
+		p.begin(t, h, 101, false).Reset(http2.ErrCodeCancel)
 		h.conn.Flush()
-		p.expect(t, "RST_STREAM 3 CANCEL")
+		p.expect(t, "RST_STREAM 3 CANCEL", "RST_STREAM 101 CANCEL")
 		p.send(1, streamWindow)
 		p.send(3, connWindow/2-streamWindow-1)
 		p.WriteDataPadded(101, false, nil, nil)
@@ -98,7 +99,7 @@ func TestConnectionWindow(t *testing.T) {
 		p.expect(t, fmt.Sprint("WINDOW_UPDATE ", connWindow/2))
 		p.send(3, connWindow/2-1)
 		p.expect(t)
-		p.WriteData(5, false, []byte("x")) // which there never was
+		p.WriteData(5, false, []byte("x")) // which was passed over
 		p.expect(t, fmt.Sprint("WINDOW_UPDATE ", connWindow/2))
 	})
 }
@@ -162,7 +163,9 @@ func TestStreamIDs(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			h := &handler{}
 			p := serveOne(t, h, Config{})
-			p.begin(t, h, 3, true)
+			p.begin(t, h, 3, true).Reset(http2.ErrCodeCancel)
+			h.conn.Flush()
+			p.expect(t, "RST_STREAM 3 CANCEL")
 			p.headers(id, true, request)
 			time.Sleep(lingering)
 			got := p.says(t)

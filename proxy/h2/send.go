@@ -19,7 +19,9 @@ type Stream struct {
 	owed      int   // of what is given back, that the peer was not told of
 	window    int64 // what the peer takes
 	queue     mem.BufferSlice
+	waits     int                 // bytes in queue, from offset on: to count them costs more than to send some
 	offset    int                 // into the first of queue
+	declared  int64               // what is to come of the content length that the request states, or undeclared
 	last      bool                // the end follows the queue
 	trailer   []hpack.HeaderField // with these
 	isReady   bool                // it stands in conn.ready
@@ -29,7 +31,7 @@ type Stream struct {
 }
 
 func (c *Conn) newStream(id uint32, value any) *Stream {
-	s := &Stream{conn: c, id: id, window: c.initial}
+	s := &Stream{conn: c, id: id, window: c.initial, declared: undeclared}
 	if value != nil {
 		s.value.Store(value)
 	}
@@ -135,6 +137,7 @@ func (s *Stream) data(end bool, head, body []byte) bool {
 	for _, b := range [][]byte{head, body} {
 		if len(b) > 0 {
 			s.queue = append(s.queue, mem.Copy(b, c.cfg.Pool))
+			s.waits += len(b)
 		}
 	}
 	return s.rest(end)
@@ -157,6 +160,7 @@ func (s *Stream) Buffers(end bool, head []byte, body mem.BufferSlice) bool {
 		s.queue = append(s.queue, mem.Copy(head, c.cfg.Pool))
 	}
 	s.queue = append(s.queue, body...)
+	s.waits += len(head) + body.Len()
 	s.last = end
 	c.enqueue(s)
 	c.pump()
@@ -223,7 +227,7 @@ func (c *Conn) pump() {
 }
 
 func (c *Conn) pumpOne(s *Stream) {
-	waits := s.queue.Len() - s.offset
+	waits := s.waits
 	n := min(waits, c.room(s))
 	if n == 0 && waits > 0 {
 		return
@@ -242,6 +246,7 @@ func (c *Conn) pumpOne(s *Stream) {
 				s.queue, s.offset = s.queue[1:], 0
 			}
 		}
+		s.waits -= n
 		c.dataDone(s, n, end)
 	}
 	if n < waits || s.ended {
@@ -310,6 +315,9 @@ func (s *Stream) end() {
 		return
 	}
 	s.ended = true
+	if s.conn.server && s.remoteEnd {
+		s.conn.gone.add(s.id)
+	}
 	delete(s.conn.streams, s.id)
 	s.free()
 	s.conn.rest()
@@ -317,5 +325,5 @@ func (s *Stream) end() {
 
 func (s *Stream) free() {
 	s.queue.Free()
-	s.queue, s.offset = nil, 0
+	s.queue, s.offset, s.waits = nil, 0, 0
 }

@@ -10,47 +10,58 @@ import (
 	"golang.org/x/net/http2"
 )
 
-// TestPings: who pings more often than etcd allows is sent away as etcd does it, with or without calls; who pings as often as etcd allows is not.
+// TestPings: without TLS, a client that pings more often than etcd allows is sent away as by etcd,
+// with or without calls. With TLS etcd does not limit pings, and nobody is sent away.
 func TestPings(t *testing.T) {
 	t.Parallel()
-	s := newSite(t, 0, nil)
 	watch, err := encoded(&pb.WatchRequest{RequestUnion: &pb.WatchRequest_CreateRequest{CreateRequest: &pb.WatchCreateRequest{Key: []byte("/never")}}})
 	if err != nil {
 		t.Fatal(err)
 	}
+	const kept, sentAway = "open", `GOAWAY ENHANCE_YOUR_CALM "too_many_pings"`
 	var all sync.WaitGroup
-	for name, test := range map[string]struct {
-		watches bool
-		pause   time.Duration
-		end     string
-	}{
-		"often, beside a watch":    {true, 100 * time.Millisecond, `GOAWAY ENHANCE_YOUR_CALM "too_many_pings"`},
-		"often, without calls":     {false, 100 * time.Millisecond, `GOAWAY ENHANCE_YOUR_CALM "too_many_pings"`},
-		"rightly, beside a watch":  {true, 5100 * time.Millisecond, "open"},
-		"as often, without a call": {false, 4500 * time.Millisecond, `GOAWAY ENHANCE_YOUR_CALM "too_many_pings"`},
-	} {
-		if testing.Short() && test.pause > time.Second {
-			continue
-		}
-		for side, address := range s.sides() {
-			k := greet(t, address)
-			if test.watches {
-				_ = k.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: k.block(call("/etcdserverpb.Watch/Watch")...), EndHeaders: true})
-				_ = k.WriteData(1, false, message(0, watch))
+	for _, w := range transports(t) {
+		for _, test := range []struct {
+			watches bool
+			pause   time.Duration
+			clear   string // how it ends without TLS
+		}{
+			{true, 100 * time.Millisecond, sentAway},
+			{false, 100 * time.Millisecond, sentAway},
+			{true, time.Second, sentAway},
+			{false, time.Second, sentAway},
+			{true, 5100 * time.Millisecond, kept},
+			{false, 5100 * time.Millisecond, sentAway},
+			{true, 10 * time.Second, kept},
+			{false, 10 * time.Second, sentAway},
+		} {
+			if testing.Short() && test.pause > time.Second {
+				continue
 			}
-			all.Go(func() {
-				var heard []string
-				for range 5 { // the first is free, the next three are too many if they are, and an answer to a call forgives one
-					time.Sleep(test.pause)
-					heard = last(k.settled())
-					if !slices.Equal(heard, []string{"open"}) {
-						break
+			for side, address := range w.sides() {
+				k := w.greet(t, address)
+				if test.watches {
+					_ = k.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: k.block(call("/etcdserverpb.Watch/Watch")...), EndHeaders: true})
+					_ = k.WriteData(1, false, message(0, watch))
+				}
+				all.Go(func() {
+					var heard []string
+					for range 5 { // the first is free, the next three are too many if they are, and an answer to a call forgives one
+						time.Sleep(test.pause)
+						heard = last(k.settled())
+						if !slices.Equal(heard, []string{kept}) {
+							break
+						}
 					}
-				}
-				if heard[0] != test.end {
-					t.Errorf("%s, %s: %q, want %q", side, name, heard, test.end)
-				}
-			})
+					want := test.clear
+					if w.tls != nil || side == "the reference engine" { // it serves both, and so does not limit pings
+						want = kept
+					}
+					if heard[0] != want {
+						t.Errorf("%s, %s, a ping every %v, a watch %t: %q, want %q", w.name, side, test.pause, test.watches, heard, want)
+					}
+				})
+			}
 		}
 	}
 	all.Wait()

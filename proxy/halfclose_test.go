@@ -1,0 +1,57 @@
+package proxy
+
+import (
+	"slices"
+	"strings"
+	"testing"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"golang.org/x/net/http2/hpack"
+	"google.golang.org/protobuf/proto"
+)
+
+// TestNoHalfClose: a unary call whose client does not half-close the stream is answered once its
+// message is there, in however many frames that came, and what comes after the message is ignored.
+func TestNoHalfClose(t *testing.T) {
+	etcd := serveStore(t, "ruled/a", "free/a")
+	engines(t, func(t *testing.T, edit func(*Config)) {
+		for name, sealer := range map[string]Sealer{"without the KMS": reverser{}, "with the KMS": unhurried{}} {
+			c := newTalker(t, startProxy(t, etcd, []Rule{{Prefix: "ruled/", Sealer: sealer}}, edit).Addrs()[0].String())
+			for _, key := range []string{"ruled/a", "free/a"} {
+				for method, request := range map[string]proto.Message{
+					"Range":   &pb.RangeRequest{Key: []byte(key)},
+					"ByValue": &pb.RangeRequest{Key: []byte(key), SortTarget: pb.RangeRequest_VALUE, RangeEnd: []byte("z")},
+					"Put":     &pb.PutRequest{Key: []byte(key), Value: []byte("v")},
+				} {
+					msg, err := proto.Marshal(request)
+					if err != nil {
+						t.Fatal(err)
+					}
+					raw := append(head(len(msg)), msg...)
+					var single [][]byte
+					for _, b := range raw {
+						single = append(single, []byte{b})
+					}
+					for how, frames := range map[string][][]byte{
+						"in one frame":                {raw},
+						"in two frames":               {raw[:7], raw[7:]},
+						"in frames of a byte":         single,
+						"and an empty frame":          {raw, nil},
+						"and another message":         {raw, raw},
+						"and another message at once": {slices.Concat(raw, raw)},
+						"and half a head":             {raw, []byte("\x00\x00")},
+						"and garbage":                 {raw, []byte(strings.Repeat("\xff", 10_000))},
+					} {
+						a := attempt{open: true, frames: frames, padded: make([]bool, len(frames)), fields: []hpack.HeaderField{
+							{Name: ":method", Value: "POST"}, {Name: ":scheme", Value: "http"}, {Name: ":path", Value: "/etcdserverpb.KV/" + strings.Replace(method, "ByValue", "Range", 1)},
+							{Name: ":authority", Value: "x"}, {Name: "content-type", Value: contentType}, {Name: "te", Value: "trailers"},
+						}}
+						if got := c.try(t, a); !slices.Contains(got.Trailer, "grpc-status: 0") || len(got.Data) == 0 {
+							t.Errorf("%s of %s %s, %s: %q", method, key, name, how, got)
+						}
+					}
+				}
+			}
+		}
+	})
+}
