@@ -180,7 +180,8 @@ type grpcMethod struct {
 	stream  grpc.StreamDesc
 }
 
-// admit says who calls, and refuses a denied client, a method that the client may not call, and another proxy.
+// admit says who calls, and refuses a denied client, a method that the client may not call, and
+// another proxy.
 func (m *grpcMethod) admit(ctx context.Context) (*Identity, error) {
 	if err := refuseChained(ctx); err != nil {
 		return nil, err
