@@ -48,8 +48,9 @@ type Listener struct {
 	// AllowedClients are the common names or subject alternative names of client certificates that may connect. When empty, any certificate of
 	// clientCAFile may. Needs clientCAFile. When the list is reloaded, the connections of clients that it treats differently end.
 	AllowedClients []string `yaml:"allowedClients"`
-	// CiphertextClients are the names of client certificates that get stored bytes instead of values and may only read: for backups, and
-	// as the source of a mirror. Every method that changes something is refused: puts, deletes, leases, compaction, defragmentation, users,
+	// CiphertextClients are the names of client certificates that get stored bytes instead of
+	// values and may only read: for backups, and as the source of a mirror. Every method that
+	// changes something is refused: puts, deletes, leases, compaction, defragmentation, users,
 	// members. They may connect without being among allowedClients. Needs clientCAFile.
 	CiphertextClients []string `yaml:"ciphertextClients"`
 	// AdvertiseClientURLs are put in place of the client URLs of etcd's members in what clients are told of them, so that a client that goes to the members' own URLs stays with

@@ -19,7 +19,8 @@ func (c *alarmCall) request(_ context.Context, msg []byte) ([]byte, error) {
 	if !c.id.readOnly() {
 		return msg, nil
 	}
-	// Decoders may disagree about a request that says its action twice, so any action but the first refuses it.
+	// Decoders may disagree about a request that says its action twice, so any action but the first
+	// refuses it.
 	const action = 1
 	for rest := msg; len(rest) > 0; {
 		num, typ, n := protowire.ConsumeTag(rest)

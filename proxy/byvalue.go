@@ -84,7 +84,8 @@ func (c *kvCall) askRange(ctx context.Context, r *pb.RangeRequest, ask asker) (*
 	return out, nil
 }
 
-// askTxn asks etcd for a transaction, and returns its answer, of limit bytes at most, with the values opened.
+// askTxn asks etcd for a transaction, and returns its answer, of limit bytes at most, with the
+// values opened.
 func (c *kvCall) askTxn(ctx context.Context, t *pb.TxnRequest, limit int, ask asker) ([]byte, error) {
 	msg, err := encode(t)
 	if err != nil {

@@ -181,7 +181,8 @@ func (c *putCall) request(ctx context.Context, msg []byte) ([]byte, error) {
 	return out, c.core.status(alsoPlain(err, plain), false)
 }
 
-// alsoPlain is the error of the rewriter, or one for a message whose keys were not found as the rewriter found them.
+// alsoPlain is the error of the rewriter, or one for a message whose keys were not found as the
+// rewriter found them.
 func alsoPlain(err error, plain bool) error {
 	if err == nil && !plain {
 		return etcdwire.ErrMalformed
@@ -307,7 +308,8 @@ func (c *electionCall) request(_ context.Context, msg []byte) ([]byte, error) {
 	if err != nil {
 		return nil, c.core.status(err, false)
 	}
-	// What is written is the one key, or one that goes on with the lease's ID: in hexadecimal digits, so it is an own key only if what it begins with is.
+	// What is written is the one key, or one that goes on with the lease's ID: in hexadecimal
+	// digits, so it is an own key only if what it begins with is.
 	if c.writes && rules.own.reach(keys.key, nil) == reachesOwn {
 		return nil, errOwnKey
 	}

@@ -22,15 +22,17 @@ import (
 //
 // The other branch goes along where it can never be taken, since etcd checks it, too: keys, limits and permissions.
 //
-// How much is read is bounded: what etcd refuses whatever its keys hold is refused before, and the compares of all nested transactions of one depth are read together.
+// How much is read is bounded: what etcd refuses whatever its keys hold is refused before, and the
+// compares of all nested transactions of one depth are read together.
 
 const (
 	// maxAttempts bounds how often a transaction is begun anew.
 	maxAttempts = 1000
 	// pageKeys is how many keys of a compared range are read at a time, at first.
 	pageKeys = 500
-	// maxCompares bounds the compares of a transaction that are decided here, over all nested ones, and maxRangeCompares those of ranges, which are read one by one. etcd's own default allows 128
-	// of a list, and what holds goes into one list of guards.
+	// maxCompares bounds the compares of a transaction that are decided here, over all nested ones,
+	// and maxRangeCompares those of ranges, which are read one by one. etcd's own default allows
+	// 128 of a list, and what holds goes into one list of guards.
 	maxCompares      = 1000
 	maxRangeCompares = 128
 )
@@ -144,7 +146,8 @@ func serializable(txn *pb.TxnRequest) bool {
 	return !slices.ContainsFunc(txn.GetSuccess(), other) && !slices.ContainsFunc(txn.GetFailure(), other)
 }
 
-// check refuses, before anything is read for it, what etcd refuses whatever its keys hold, and what is too much. Where something looks wrong, etcd says what it is, and whether it is.
+// check refuses, before anything is read for it, what etcd refuses whatever its keys hold, and what
+// is too much. Where something looks wrong, etcd says what it is, and whether it is.
 func (t *valueTxn) check(ctx context.Context) error {
 	if checkTxn(t.asked, maxTxnOps) != nil {
 		if err := t.explain(ctx, nil); err != nil {

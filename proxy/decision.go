@@ -24,7 +24,8 @@ type decision struct {
 	guarded  map[string]struct{} // the guards, encoded
 }
 
-// again makes a new attempt of a revision that was compacted under way, or that the next member does not have yet.
+// again makes a new attempt of a revision that was compacted under way, or that the next member
+// does not have yet.
 func (d *decision) again(err error) ([]byte, error) {
 	if d.revision > 0 {
 		switch status.Convert(err).Message() {
@@ -35,7 +36,8 @@ func (d *decision) again(err error) ([]byte, error) {
 	return nil, err
 }
 
-// decideAll decides the transaction and, depth by depth, those nested ones that compare by value and that the decisions so far lead to. Nested transactions that do not compare by value are
+// decideAll decides the transaction and, depth by depth, those nested ones that compare by value
+// and that the decisions so far lead to. Nested transactions that do not compare by value are
 // etcd's to decide, at the same moment. What all of one depth compare is read together.
 func (d *decision) decideAll(ctx context.Context) error {
 	for level := []*pb.TxnRequest{d.asked}; len(level) > 0; {
@@ -86,8 +88,9 @@ func (d *decision) settle(ops []*pb.RequestOp) []*pb.RequestOp {
 	return settled
 }
 
-// decide says whether all compares hold, and adds the guards for it. With fill these are as many as there are compares, and one more for each range that holds, so that etcd finds
-// as much as it would have to limit and to permit; without it, no more than it takes.
+// decide says whether all compares hold, and adds the guards for it. With fill these are as many as
+// there are compares, and one more for each range that holds, so that etcd finds as much as it
+// would have to limit and to permit; without it, no more than it takes.
 func (d *decision) decide(compares []*pb.Compare, fill bool) bool {
 	no := slices.IndexFunc(compares, func(c *pb.Compare) bool { return !d.seen[c].holds })
 	for i, c := range compares {
@@ -129,7 +132,8 @@ type seenCompare struct {
 	guard *pb.Compare // holds as long as the key that decided is as it was; nil for a range that holds
 }
 
-// look reads what compares are about, all at one revision: those of single keys together, each key once, and those of ranges one by one.
+// look reads what compares are about, all at one revision: those of single keys together, each key
+// once, and those of ranges one by one.
 func (d *decision) look(ctx context.Context, compares []*pb.Compare) error {
 	byKey := make(map[string][]*pb.Compare)
 	var keys [][]*pb.Compare
@@ -196,7 +200,8 @@ func (d *decision) lookAt(ctx context.Context, keys [][]*pb.Compare) error {
 	return nil
 }
 
-// read is the range that a compare looks at. etcd 3.7 leaves out the lease, too, where only keys are asked for.
+// read is the range that a compare looks at. etcd 3.7 leaves out the lease, too, where only keys
+// are asked for.
 func (d *decision) read(c *pb.Compare) *pb.RangeRequest {
 	keysOnly := c.GetTarget() != pb.Compare_VALUE && c.GetTarget() != pb.Compare_LEASE
 	return &pb.RangeRequest{Key: c.GetKey(), RangeEnd: c.GetRangeEnd(), Revision: d.revision, KeysOnly: keysOnly, Serializable: d.serializable}

@@ -11,8 +11,10 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdwire"
 )
 
-// A delete of a range that reaches over keys of the proxies' own, as one of everything does, leaves these alone: etcd is asked to delete what is before and after them, in one transaction. The
-// client sees the answer of one delete. In a transaction of the client's, they stand where the delete was: not in a nested one, since etcd does not compare what siblings write.
+// A delete of a range that reaches over keys of the proxies' own, as one of everything does, leaves
+// these alone: etcd is asked to delete what is before and after them, in one transaction. The
+// client sees the answer of one delete. In a transaction of the client's, they stand where the
+// delete was: not in a nested one, since etcd does not compare what siblings write.
 
 var _ exchanger = (*deleteCall)(nil)
 
@@ -52,7 +54,8 @@ func (o ownKeys) parts(d *pb.DeleteRangeRequest) []*pb.RequestOp {
 	return ops
 }
 
-// joined makes one answer of those to parts. Its header is that of the last, which has the revision after all of them.
+// joined makes one answer of those to parts. Its header is that of the last, which has the revision
+// after all of them.
 func joined(answers []*pb.ResponseOp) (*pb.DeleteRangeResponse, error) {
 	all := new(pb.DeleteRangeResponse)
 	for _, part := range answers {

@@ -90,7 +90,8 @@ func (m *grpcMethod) relay(ss grpc.ServerStream) error {
 	}
 }
 
-// exchangeStream has x serve a stream with one request by requests of its own. The client gets headers and trailers as with exchange.
+// exchangeStream has x serve a stream with one request by requests of its own. The client gets
+// headers and trailers as with exchange.
 func (m *grpcMethod) exchangeStream(ctx context.Context, to *upstream, ss grpc.ServerStream, in *frame, x streamExchanger) error {
 	a := &asking{ctx: ctx, to: to}
 	begun := false

@@ -10,8 +10,9 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// TestPutThatKeepsItsValueAndHasOne: etcd refuses it, and must not see the value first. Alone it is refused with etcd's own error; in a transaction, where etcd has to say what is wrong first, another value is in its
-// place.
+// TestPutThatKeepsItsValueAndHasOne: etcd refuses it, and must not see the value first. Alone it is
+// refused with etcd's own error; in a transaction, where etcd has to say what is wrong first,
+// another value is in its place.
 func TestPutThatKeepsItsValueAndHasOne(t *testing.T) {
 	const secret = "canary-value"
 	var sent []proto.Message
@@ -50,7 +51,8 @@ func TestPutThatKeepsItsValueAndHasOne(t *testing.T) {
 				t.Errorf("etcd was sent the value: %v, %v", m, err)
 			}
 		}
-		// A key under no rule is etcd's business, as is a put that is wrong in the same way and has no value.
+		// A key under no rule is etcd's business, as is a put that is wrong in the same way and has
+		// no value.
 		sent = nil
 		empty := put("s/k")
 		empty.Value = nil

@@ -30,7 +30,8 @@ type ListenerConfig struct {
 	// AllowedClients are the common names and subject alternative names that may enter; empty: any certificate of the CA. What others
 	// ask for is answered with PermissionDenied.
 	AllowedClients []string
-	// CiphertextClients are given the bytes that etcd stores, and may only read. They need not be in AllowedClients.
+	// CiphertextClients are given the bytes that etcd stores, and may only read. They need not be
+	// in AllowedClients.
 	CiphertextClients []string
 	// AdvertiseClientURLs are put in place of the members' client URLs: those of a member that a listener leads to are that listener's. Empty: they pass as they are.
 	AdvertiseClientURLs []string

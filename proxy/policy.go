@@ -6,10 +6,12 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/prefix"
 )
 
-// The policy for requests that change something, in one place: what clients may do to the proxies' own keys, and which methods are left to the clients that are given
-// stored bytes. Every method asks here, whichever engine serves it.
+// The policy for requests that change something, in one place: what clients may do to the proxies'
+// own keys, and which methods are left to the clients that are given stored bytes. Every method
+// asks here, whichever engine serves it.
 
-// access says whether a method only reads. The zero value is a method that a read-only client is refused.
+// access says whether a method only reads. The zero value is a method that a read-only client is
+// refused.
 type access int
 
 const (
@@ -18,7 +20,8 @@ const (
 	either               // it depends on the request: its call refuses a read-only client one that changes something
 )
 
-// readOnly reports whether a client may only read: it is given stored bytes, for backups and mirrors.
+// readOnly reports whether a client may only read: it is given stored bytes, for backups and
+// mirrors.
 func (id *Identity) readOnly() bool { return id.Ciphertext }
 
 // mayCall reports whether a client may call a method at all. With either the request decides.
@@ -33,7 +36,8 @@ const (
 	reachesOver              // its range begins and ends elsewhere, and holds all keys of at least one of their prefixes
 )
 
-// ownKeys are the keys that proxies keep in etcd for themselves, by their prefixes. No rule holds for them, and no client changes them. It is immutable.
+// ownKeys are the keys that proxies keep in etcd for themselves, by their prefixes. No rule holds
+// for them, and no client changes them. It is immutable.
 type ownKeys struct{ prefixes *prefix.Set[struct{}] }
 
 func newOwnKeys(prefixes []string) ownKeys {
@@ -51,7 +55,8 @@ func (o ownKeys) has(key []byte) bool {
 	return ok
 }
 
-// reach is the one predicate of all requests that change keys. key and rangeEnd are as etcd has them: without a rangeEnd it is about one key.
+// reach is the one predicate of all requests that change keys. key and rangeEnd are as etcd has
+// them: without a rangeEnd it is about one key.
 func (o ownKeys) reach(key, rangeEnd []byte) reach {
 	switch {
 	case !o.prefixes.Overlaps(key, rangeEnd):
@@ -59,7 +64,8 @@ func (o ownKeys) reach(key, rangeEnd []byte) reach {
 	case o.has(key):
 		return reachesOwn
 	}
-	// The end itself is not in the range: one that is a prefix of theirs, whole, leaves its keys out.
+	// The end itself is not in the range: one that is a prefix of theirs, whole, leaves its keys
+	// out.
 	for _, p := range o.prefixes.Roots() {
 		if len(rangeEnd) > len(p) && bytes.HasPrefix(rangeEnd, []byte(p)) {
 			return reachesOwn
@@ -71,7 +77,8 @@ func (o ownKeys) reach(key, rangeEnd []byte) reach {
 // span is a range of keys, as etcd has it.
 type span struct{ key, end []byte }
 
-// without returns a range that reaches over own keys as ranges that hold all keys of it but those, in order.
+// without returns a range that reaches over own keys as ranges that hold all keys of it but those,
+// in order.
 func (o ownKeys) without(key, rangeEnd []byte) []span {
 	var parts []span
 	open := len(rangeEnd) == 1 && rangeEnd[0] == 0

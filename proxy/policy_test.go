@@ -69,7 +69,8 @@ func TestReach(t *testing.T) {
 	}
 }
 
-// TestRangesWithoutOwnKeys: whatever the range, its parts hold all of its keys but the own ones, each once.
+// TestRangesWithoutOwnKeys: whatever the range, its parts hold all of its keys but the own ones,
+// each once.
 func TestRangesWithoutOwnKeys(t *testing.T) {
 	const alphabet = "\x00ab/\xff"
 	word := func(most int) string {
@@ -241,11 +242,13 @@ func policyRequests() map[string][]asked {
 	return all
 }
 
-// policyEtcd answers every call with an empty message, but for the keys of a lease, and notes what it is asked for.
+// policyEtcd answers every call with an empty message, but for the keys of a lease, and notes what
+// it is asked for.
 type policyEtcd struct {
 	t  *testing.T
 	mu sync.Mutex
-	// changed are the methods by which something was changed; the reads that the proxy needs to decide are not among them.
+	// changed are the methods by which something was changed; the reads that the proxy needs to
+	// decide are not among them.
 	changed []string
 }
 
@@ -310,8 +313,9 @@ func (e *policyEtcd) reached() []string {
 	return all
 }
 
-// TestPolicyOfEveryMethod: what each kind of client may do with each method, over gRPC and by the JSON gateway, with either engine: nobody changes the proxies' own keys, a client that is given stored bytes
-// only reads, and a denied client does nothing. What is refused does not reach etcd.
+// TestPolicyOfEveryMethod: what each kind of client may do with each method, over gRPC and by the
+// JSON gateway, with either engine: nobody changes the proxies' own keys, a client that is given
+// stored bytes only reads, and a denied client does nothing. What is refused does not reach etcd.
 func TestPolicyOfEveryMethod(t *testing.T) {
 	requests := policyRequests()
 	for _, m := range methodTable() {
@@ -385,7 +389,8 @@ func (a *authority) web(t *testing.T, cn string) *web {
 	return &web{http.Client{Transport: transport, Timeout: patience}}
 }
 
-// post sends a request in JSON, and returns the status in the first answer: that of an error, or OK.
+// post sends a request in JSON, and returns the status in the first answer: that of an error, or
+// OK.
 func (w *web) post(t *testing.T, url string, request proto.Message) *status.Status {
 	t.Helper()
 	body, err := protojson.Marshal(request)

@@ -19,7 +19,9 @@ type Config struct {
 	Listeners []ListenerConfig // at least one
 	Upstream  UpstreamConfig
 	Rules     []Rule // no two with one prefix; none: every value passes as it is
-	// OwnPrefixes are of keys that proxies keep in etcd for themselves: no rule holds for them, and clients cannot change them. Each ends in a slash and is more than that; an empty one does not count.
+	// OwnPrefixes are of keys that proxies keep in etcd for themselves: no rule holds for them, and
+	// clients cannot change them. Each ends in a slash and is more than that; an empty one does not
+	// count.
 	OwnPrefixes []string
 	// MaxRequestBytes is etcd's --max-request-bytes, applied to the plaintext; 0: 1.5 MiB, as etcd's.
 	MaxRequestBytes int

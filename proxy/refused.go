@@ -10,7 +10,8 @@ import (
 // maxTxnOps is etcd's default for --max-txn-ops.
 const maxTxnOps = 128
 
-// refusedPut is the error for a put under a rule that has a value and is to keep the one there is. etcd refuses it, but would be sent the plaintext: so it is refused here, as etcd does.
+// refusedPut is the error for a put under a rule that has a value and is to keep the one there is.
+// etcd refuses it, but would be sent the plaintext: so it is refused here, as etcd does.
 func (c *putCall) refusedPut(msg []byte) error {
 	put := new(pb.PutRequest)
 	if err := decode(msg, put); err != nil {
@@ -32,8 +33,10 @@ func checkPut(p *pb.PutRequest) error {
 	return nil
 }
 
-// checkTxn returns an error for a transaction that etcd refuses whatever its keys hold, if each of its lists may have left operations, and those of nested ones so many fewer. What only some versions of etcd
-// refuse, as an unknown order, it does not look for, nor for keys that are written twice.
+// checkTxn returns an error for a transaction that etcd refuses whatever its keys hold, if each of
+// its lists may have left operations, and those of nested ones so many fewer. What only some
+// versions of etcd refuse, as an unknown order, it does not look for, nor for keys that are written
+// twice.
 func checkTxn(t *pb.TxnRequest, left int) error {
 	widest := max(len(t.GetCompare()), len(t.GetSuccess()), len(t.GetFailure()))
 	if widest > left {

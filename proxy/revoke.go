@@ -13,10 +13,13 @@ const (
 	methodLeaseTimeToLive = "/etcdserverpb.Lease/LeaseTimeToLive"
 )
 
-// revokeCall is a LeaseRevoke. It does not say which keys go with the lease, so etcd is asked for them first: one to which keys of the proxies' own are attached stays. No client
-// attaches them, since a put of such a key is refused; the proxies do, with the leases of their announcements, which LeaseLeases shows.
+// revokeCall is a LeaseRevoke. It does not say which keys go with the lease, so etcd is asked for
+// them first: one to which keys of the proxies' own are attached stays. No client attaches them,
+// since a put of such a key is refused; the proxies do, with the leases of their announcements,
+// which LeaseLeases shows.
 //
-// The keys are asked for with the client's own token. A client that may write the lease's keys and not read them is therefore refused by etcd.
+// The keys are asked for with the client's own token. A client that may write the lease's keys and
+// not read them is therefore refused by etcd.
 type revokeCall struct {
 	whole
 	core  *core
@@ -46,7 +49,8 @@ var _ exchanger = (*revokeCall)(nil)
 
 func (c *revokeCall) exchanges() bool { return c.asks }
 
-// exchange implements exchanger. A key that the proxies attach between the two requests is of a proxy that has just begun, and tries again.
+// exchange implements exchanger. A key that the proxies attach between the two requests is of a
+// proxy that has just begun, and tries again.
 func (c *revokeCall) exchange(ctx context.Context, msg []byte, ask asker) ([]byte, error) {
 	asked, err := encode(&pb.LeaseTimeToLiveRequest{ID: c.lease, Keys: true})
 	if err != nil {

@@ -18,8 +18,9 @@ type ruleSet struct {
 
 var _ etcdwire.Rules = (*ruleSet)(nil)
 
-// newRuleSet checks rules, and prefixes of the proxies' own keys. It reports a rule without a Sealer, two rules with one prefix, and an own prefix that does not end in a slash, all of
-// them at once.
+// newRuleSet checks rules, and prefixes of the proxies' own keys. It reports a rule without a
+// Sealer, two rules with one prefix, and an own prefix that does not end in a slash, all of them at
+// once.
 func newRuleSet(rules []Rule, own ...string) (*ruleSet, error) {
 	var problems []error
 	entries := make([]prefix.Entry[Sealer], 0, len(rules))
@@ -76,12 +77,14 @@ func (s *ruleSet) Open(ctx context.Context, key, stored []byte) ([]byte, error) 
 	return stored, nil
 }
 
-// storedRules are the rules as a read-only client sees them: it reads everything as etcd holds it, and writes nothing.
+// storedRules are the rules as a read-only client sees them: it reads everything as etcd holds it,
+// and writes nothing.
 type storedRules struct{}
 
 var _ etcdwire.Rules = storedRules{}
 
-// Overlaps implements etcdwire.Rules: a client that has the stored bytes can have etcd compare and sort them.
+// Overlaps implements etcdwire.Rules: a client that has the stored bytes can have etcd compare and
+// sort them.
 func (storedRules) Overlaps(_, _ []byte) bool { return false }
 
 // Seal implements etcdwire.Rules.

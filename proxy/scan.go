@@ -49,8 +49,8 @@ func putCovered(msg []byte, rules *ruleSet) bool {
 	return !ok || rules.covers(key)
 }
 
-// putReach and deleteReach say what a PutRequest and a DeleteRangeRequest would do to the proxies' own keys. ok is false for a message that is not plainly one, which the rewriter
-// refuses.
+// putReach and deleteReach say what a PutRequest and a DeleteRangeRequest would do to the proxies'
+// own keys. ok is false for a message that is not plainly one, which the rewriter refuses.
 func putReach(msg []byte, rules *ruleSet) (what reach, ok bool) {
 	key, _, ok := keyRange(msg)
 	return rules.own.reach(key, nil), ok

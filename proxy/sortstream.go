@@ -9,9 +9,12 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// A RangeStream that sorts by something else than keys, under a rule. etcd refuses one with an order, or with one of the filters by revision, and that is left to it. One without an order it answers in
-// chunks, each of which it sorts by itself, and goes on after the last key of a sorted chunk: so keys may come twice or not at all. Which ones depends on the order of the values and on the size of the
-// chunks, and a client is to see what etcd has for the plaintexts: so the chunks are made here, of etcd's ranges, by etcd's rules.
+// A RangeStream that sorts by something else than keys, under a rule. etcd refuses one with an
+// order, or with one of the filters by revision, and that is left to it. One without an order it
+// answers in chunks, each of which it sorts by itself, and goes on after the last key of a sorted
+// chunk: so keys may come twice or not at all. Which ones depends on the order of the values and on
+// the size of the chunks, and a client is to see what etcd has for the plaintexts: so the chunks
+// are made here, of etcd's ranges, by etcd's rules.
 
 const (
 	methodRangeStream = "/etcdserverpb.KV/RangeStream"
@@ -93,7 +96,8 @@ func (c *rangeCall) exchangeStream(ctx context.Context, msg []byte, ask asker, s
 	}
 }
 
-// pin asks for the number of keys as a stream, so that etcd says whether it has the method, and the client the permission. It returns the header, with the revision to read at.
+// pin asks for the number of keys as a stream, so that etcd says whether it has the method, and the
+// client the permission. It returns the header, with the revision to read at.
 func (c *rangeCall) pin(ctx context.Context, asked *pb.RangeRequest, ask asker) (*pb.ResponseHeader, error) {
 	count, _ := proto.Clone(asked).(*pb.RangeRequest)
 	count.CountOnly, count.SortTarget = true, pb.RangeRequest_KEY
@@ -124,7 +128,8 @@ func (c *rangeCall) chunk(ctx context.Context, r *pb.RangeRequest, ask asker) (*
 	return chunk, nil
 }
 
-// sizeOf is the length of a chunk as etcd measures it, before it takes out what a stream says only at its end.
+// sizeOf is the length of a chunk as etcd measures it, before it takes out what a stream says only
+// at its end.
 func sizeOf(chunk *pb.RangeResponse, revision int64) int {
 	met := int64(len(chunk.GetKvs()))
 	if chunk.GetMore() {
@@ -133,7 +138,8 @@ func sizeOf(chunk *pb.RangeResponse, revision int64) int {
 	return proto.Size(&pb.RangeResponse{Header: &pb.ResponseHeader{Revision: revision}, Kvs: chunk.GetKvs(), More: chunk.GetMore(), Count: met})
 }
 
-// nextChunkKeys is how many keys a chunk has after one with last keys and size bytes, as etcd reckons.
+// nextChunkKeys is how many keys a chunk has after one with last keys and size bytes, as etcd
+// reckons.
 func nextChunkKeys(last int64, size, target int) int64 {
 	switch {
 	case size < target/2:

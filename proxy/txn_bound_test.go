@@ -13,7 +13,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdmodel"
 )
 
-// TestComparesAreBounded: how often etcd is asked for one transaction grows with its depth and with the keys that it compares, not with the nested transactions in it.
+// TestComparesAreBounded: how often etcd is asked for one transaction grows with its depth and with
+// the keys that it compares, not with the nested transactions in it.
 func TestComparesAreBounded(t *testing.T) {
 	compare := func(key, end string) *pb.Compare {
 		return &pb.Compare{Target: pb.Compare_VALUE, Key: []byte(key), RangeEnd: []byte(end), TargetUnion: &pb.Compare_Value{Value: []byte("v")}}

@@ -36,7 +36,8 @@ type world struct {
 	written []proto.Message   // by others, in this step
 }
 
-// worldsOwn are the prefixes of the proxies' own keys in a world: no program names such a key, and many a range of theirs reaches over all of them.
+// worldsOwn are the prefixes of the proxies' own keys in a world: no program names such a key, and
+// many a range of theirs reaches over all of them.
 var worldsOwn = []string{"own/", "s/own/"}
 
 func newWorld(tb testing.TB) *world {

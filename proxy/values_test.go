@@ -104,7 +104,8 @@ func TestMalformedAnswerIsNotTheClientsFault(t *testing.T) {
 	}
 }
 
-// TestElectionsAndLocks: what a rule covers is served here, unless the client is given stored bytes, and what it does not goes to etcd.
+// TestElectionsAndLocks: what a rule covers is served here, unless the client is given stored
+// bytes, and what it does not goes to etcd.
 func TestElectionsAndLocks(t *testing.T) {
 	rules, err := newRuleSet([]Rule{{Prefix: "/r/secrets/", Sealer: reverser{}}})
 	if err != nil {

@@ -31,6 +31,7 @@ var (
 	ErrUnsupported = errors.New("unsupported on keys under a rule")
 	// ErrByValue is wrapped by the error for a request that compares or sorts by values under a rule, which etcd itself cannot do: it has ciphertexts.
 	ErrByValue = errors.New("by value, on keys under a rule")
-	// ErrValueProvided is the error for a put under a rule that is to keep its value, and has one: etcd would refuse it.
+	// ErrValueProvided is the error for a put under a rule that is to keep its value, and has one:
+	// etcd would refuse it.
 	ErrValueProvided = errors.New("a put is to keep its value, and has one")
 )

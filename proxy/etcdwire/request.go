@@ -56,13 +56,15 @@ func (b *branch) set(i int, s opShape) {
 	(*b)[i] = s
 }
 
-// PutRequest seals the value of a PutRequest, an absent one too. With ignore_value the message passes as it is, if it has no value. It returns msg itself
-// if nothing changed; the error wraps [ErrMalformed] or [ErrValueProvided] or is the error of rules.Seal.
+// PutRequest seals the value of a PutRequest, an absent one too. With ignore_value the message
+// passes as it is, if it has no value. It returns msg itself if nothing changed; the error wraps
+// [ErrMalformed] or [ErrValueProvided] or is the error of rules.Seal.
 func PutRequest(ctx context.Context, msg []byte, rules Rules) ([]byte, error) {
 	return rewrite(ctx, msg, rules, false, func(r *rewriter) error { return r.put(0, len(msg)) })
 }
 
-// put returns ErrValueProvided for a put that keeps its value and has one. The caller may go on: the value is replaced.
+// put returns ErrValueProvided for a put that keeps its value and has one. The caller may go on:
+// the value is replaced.
 func (r *rewriter) put(at, end int) error {
 	s := scan(&putRequest, r.src, at, end)
 	p, ignoreValue := newPair(&s, putValueTag), false
@@ -86,8 +88,9 @@ func (r *rewriter) put(at, end int) error {
 // placeholder stands for the value of a put that etcd refuses because it has one.
 func placeholder(context.Context, []byte, []byte) ([]byte, error) { return []byte{0}, nil }
 
-// putInTxn leaves it to etcd to refuse a put that is to keep its value and has one, which is sent without the value: of several faults in a transaction etcd tells the first, and which one
-// that is depends on etcd's own flags.
+// putInTxn leaves it to etcd to refuse a put that is to keep its value and has one, which is sent
+// without the value: of several faults in a transaction etcd tells the first, and which one that is
+// depends on etcd's own flags.
 func (r *rewriter) putInTxn(f field) error {
 	if err := r.put(f.body, f.end); !errors.Is(err, ErrValueProvided) {
 		return err
@@ -135,9 +138,11 @@ func deleteRange(src []byte, at, end int) error {
 	return s.err
 }
 
-// TxnRequest seals the values of all puts of a TxnRequest, in both branches and in nested transactions. A put that is to keep its value and has one goes on with another: etcd refuses it. It returns msg itself if nothing
-// changed, and the shape that TxnResponse needs. The error wraps [ErrMalformed], or [ErrByValue] for a compare or a
-// sort by value that meets a rule, or [ErrUnsupported], or is the error of rules.Seal.
+// TxnRequest seals the values of all puts of a TxnRequest, in both branches and in nested
+// transactions. A put that is to keep its value and has one goes on with another: etcd refuses it.
+// It returns msg itself if nothing changed, and the shape that TxnResponse needs. The error wraps
+// [ErrMalformed], or [ErrByValue] for a compare or a sort by value that meets a rule, or
+// [ErrUnsupported], or is the error of rules.Seal.
 func TxnRequest(ctx context.Context, msg []byte, rules Rules) ([]byte, *TxnShape, error) {
 	var shape *TxnShape
 	out, err := rewrite(ctx, msg, rules, false, func(r *rewriter) (err error) {

@@ -67,7 +67,8 @@ func (p *policySite) own(t *testing.T) string {
 	return strings.Join(all, "\n")
 }
 
-// TestOwnKeysStay: no request of a client changes the proxies' own keys or ends the lease of one, and a delete of everything leaves them.
+// TestOwnKeysStay: no request of a client changes the proxies' own keys or ends the lease of one,
+// and a delete of everything leaves them.
 func TestOwnKeysStay(t *testing.T) {
 	t.Parallel()
 	p := newPolicySite(t)
@@ -177,7 +178,8 @@ func TestOwnKeysStay(t *testing.T) {
 	p.refused(t, "weak", p.with(plain), "would be written as plaintext")
 }
 
-// TestCiphertextClientsOnlyRead: what a backup needs, and nothing that changes etcd, over gRPC and by the gateway.
+// TestCiphertextClientsOnlyRead: what a backup needs, and nothing that changes etcd, over gRPC and
+// by the gateway.
 func TestCiphertextClientsOnlyRead(t *testing.T) {
 	t.Parallel()
 	p := newPolicySite(t)

@@ -77,7 +77,8 @@ func (b *bench) byValue(t *testing.T) {
 		}
 	}
 	p.do(ctx, &pb.TxnRequest{Compare: []*pb.Compare{compare("/s/", "/s0", pb.Compare_EQUAL)}, Success: puts(2, "/t/e")})
-	// A put that is to keep its value and has one, and a transaction with more compares than anybody would read.
+	// A put that is to keep its value and has one, and a transaction with more compares than
+	// anybody would read.
 	keep := &pb.PutRequest{Key: []byte("/s/0"), Value: value, IgnoreValue: true}
 	keepOp := &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: keep}}
 	p.do(ctx, keep)

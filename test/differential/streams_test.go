@@ -16,8 +16,10 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestSortedStreams: a RangeStream with any target and order, known or not, is answered or refused as by etcd, in the same chunks where it sorts by something else than keys, and whether a rule covers all of its keys, some
-// or none. etcd sorts chunk by chunk, so that keys may come twice or not at all: which ones is the same, too.
+// TestSortedStreams: a RangeStream with any target and order, known or not, is answered or refused
+// as by etcd, in the same chunks where it sorts by something else than keys, and whether a rule
+// covers all of its keys, some or none. etcd sorts chunk by chunk, so that keys may come twice or
+// not at all: which ones is the same, too.
 func TestSortedStreams(t *testing.T) {
 	t.Parallel()
 	for _, version := range harness.Versions(t) {
@@ -32,7 +34,8 @@ func TestSortedStreams(t *testing.T) {
 func (b *bench) streams(t *testing.T) {
 	ctx := t.Context()
 	p := b.pair(t)
-	// Values in another order than their keys, some of them equal. The long ones make etcd's chunks shorter, and the short ones longer.
+	// Values in another order than their keys, some of them equal. The long ones make etcd's chunks
+	// shorter, and the short ones longer.
 	random := rand.New(rand.NewPCG(1, 2))
 	fill := func(n int, size func() int) {
 		p.reset(ctx)
