@@ -16,8 +16,10 @@ func (e *Error) Answered() bool {
 	switch e.Kind {
 	case KeyUnusable, Corrupt, Plaintext, Refused:
 		return false
+	case Unavailable:
+		return !e.silent && (e.answered || answered(e.Err))
 	}
-	return !e.silent && (e.answered || answered(e.Err))
+	return true // of a kind that is about the seed
 }
 
 // OfSeed returns what is wrong in words that are true of every value of the same DEK seed: it names
