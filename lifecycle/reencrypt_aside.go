@@ -17,7 +17,8 @@ import (
 // seedID identifies a wrapped DEK seed, and the annotations that go with it.
 type seedID [sha256.Size]byte
 
-// seedOf returns the seed of a stored value, and the value's marker, which names the provider; ok is false if it has no seed.
+// seedOf returns the seed of a stored value, and the value's marker, which names the provider; ok
+// is false if it has no seed.
 func seedOf(stored []byte) (id seedID, marker string, ok bool) {
 	provider, object, ok := envelope.Split(stored)
 	if !ok {
@@ -35,7 +36,8 @@ func seedOf(stored []byte) (id seedID, marker string, ok bool) {
 	write(provider)
 	write([]byte(o.KeyID))
 	write(o.Source)
-	// The KMS gets the annotations too: one that was altered must not speak for the values of a good seed.
+	// The KMS gets the annotations too: one that was altered must not speak for the values of a
+	// good seed.
 	for _, name := range slices.Sorted(maps.Keys(o.Annotations)) {
 		write([]byte(name))
 		write(o.Annotations[name])
@@ -44,13 +46,15 @@ func seedOf(stored []byte) (id seedID, marker string, ok bool) {
 	return id, string(stored[:len(stored)-len(object)]), true
 }
 
-// setAside is a value whose DEK seed its KMS did not unwrap, for no reason that says whether that lasts.
+// setAside is a value whose DEK seed its KMS did not unwrap, for no reason that says whether that
+// lasts.
 type setAside struct {
-	key         string
-	seed        seedID
-	marker      string // that the value begins with: it names the provider
-	why         string
-	first, last time.Time // when the KMS failed to unwrap the seed
+	key    string
+	seed   seedID
+	marker string // that the value begins with: it names the provider
+	why    string
+	last   time.Time // when the KMS failed to unwrap the seed
+	since  time.Time // when it first did so although it was well; zero if it has not yet
 }
 
 // Bounds of what is put aside.
@@ -59,7 +63,8 @@ const (
 	maxVerdicts = 10_000 // seeds
 )
 
-// asideList is the values that are put aside, and what was found out about their seeds. It is safe for concurrent use.
+// asideList is the values that are put aside, and what was found out about their seeds. It is safe
+// for concurrent use.
 type asideList struct {
 	settling sync.Mutex // held by the one that settles
 
@@ -123,11 +128,12 @@ func (a *asideList) decide(id seedID, why string) {
 	}
 }
 
-// refusedFor is how long a KMS must have refused a seed, while it was well, before the seed's values are left. A dry run asks twice.
+// refusedFor is how long a KMS must have refused a seed, while it was well, before the seed's
+// values are left. A dry run asks twice.
 const refusedFor = 15 * time.Second
 
-// settle decides about what was put aside: it waits until the KMS of each value is well, tries the value again, and leaves it when its seed has been
-// refused for a while.
+// settle decides about what was put aside: it waits until the KMS of each value is well, tries the
+// value again, and leaves it when its seed has been refused for a while.
 func (r *run) settle(ctx context.Context) error {
 	r.aside.settling.Lock()
 	defer r.aside.settling.Unlock()
@@ -161,7 +167,7 @@ func (r *run) tryAllAgain(ctx context.Context, values []setAside) (still []setAs
 	refused := make(map[seedID]setAside) // in this round
 	for _, v := range values {
 		if last, ok := refused[v.seed]; ok { // the KMS is not asked for each value
-			v.last = last.last
+			v.last, v.since = last.last, last.since
 			still = append(still, v)
 			continue
 		}
@@ -172,10 +178,11 @@ func (r *run) tryAllAgain(ctx context.Context, values []setAside) (still []setAs
 		if what != isAside {
 			continue
 		}
-		if again.seed == v.seed {
-			again.first = v.first
+		// That it failed before the KMS was well counts for nothing.
+		if again.since = v.since; again.seed != v.seed || v.since.IsZero() {
+			again.since = again.last
 		}
-		if !r.cfg.DryRun && time.Since(again.first) < refusedFor {
+		if !r.cfg.DryRun && time.Since(again.since) < refusedFor {
 			refused[again.seed] = again
 			still = append(still, again)
 			continue
@@ -187,7 +194,8 @@ func (r *run) tryAllAgain(ctx context.Context, values []setAside) (still []setAs
 	return still, nil
 }
 
-// awaitWell waits until the KMS of each value has been well after it last failed to unwrap the value's seed.
+// awaitWell waits until the KMS of each value has been well after it last failed to unwrap the
+// value's seed.
 func (r *run) awaitWell(ctx context.Context, values []setAside) error {
 	failed := make(map[*Rule]map[string]setAside) // the last for each rule and provider
 	for _, v := range values {
@@ -212,7 +220,8 @@ func (r *run) awaitWell(ctx context.Context, values []setAside) error {
 	return nil
 }
 
-// quietWait is how long a KMS is waited for before that is told: the next contact with one that is well takes a second or two.
+// quietWait is how long a KMS is waited for before that is told: the next contact with one that is
+// well takes a second or two.
 const quietWait = 3 * time.Second
 
 // awaitContact waits for a good contact with the KMS behind stored after v failed.

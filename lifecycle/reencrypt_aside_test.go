@@ -17,7 +17,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
-// TestSeedOf: what the KMS is given identifies a seed, so that a value that was damaged says nothing of those of a good seed.
+// TestSeedOf: what the KMS is given identifies a seed, so that a value that was damaged says
+// nothing of those of a good seed.
 func TestSeedOf(t *testing.T) {
 	t.Parallel()
 	make := func(provider, keyID, source string, annotations map[string][]byte, data string) []byte {
@@ -74,8 +75,8 @@ func (w well) Recheck([]byte) (keyring.State, bool) {
 	return keyring.State{Healthy: true, LastGood: time.Now()}, true
 }
 
-// TestSettle: a seed that is refused is left once its KMS has been well and refused it for a while; one that opens again is taken up; and while the KMS is not well,
-// nothing is decided.
+// TestSettle: a seed that is refused is left once its KMS has been well and refused it for a while;
+// one that opens again is taken up; and while the KMS is not well, nothing is decided.
 func TestSettle(t *testing.T) {
 	t.Parallel()
 	refusal := &keyring.Error{Kind: keyring.Unavailable, Text: "refused", Err: &kmsclient.Error{Answered: true}}
@@ -89,16 +90,17 @@ func TestSettle(t *testing.T) {
 		left        bool
 		least, most time.Duration
 	}{
-		"refused":                  {err: refusal, opensAfter: never, left: true, least: refusedFor, most: 2 * refusedFor},
-		"refused in a dry run":     {err: refusal, opensAfter: never, dry: true, left: true, most: 5 * time.Second},
-		"refused for a moment":     {err: refusal, opensAfter: 5 * time.Second, most: refusedFor},
-		"an answered outage":       {err: refusal, wellAfter: time.Hour, opensAfter: time.Hour, least: time.Hour, most: time.Hour + refusedFor},
-		"an outage, then refused":  {err: refusal, wellAfter: time.Hour, opensAfter: never, left: true, least: time.Hour, most: time.Hour + 2*refusedFor},
-		"silent for this one":      {err: silence, opensAfter: never, left: true, least: refusedFor, most: 2 * refusedFor},
-		"an outage":                {err: silence, wellAfter: time.Hour, opensAfter: time.Hour, least: time.Hour, most: time.Hour + refusedFor},
-		"an outage in a dry run":   {err: silence, wellAfter: time.Hour, opensAfter: time.Hour, dry: true, least: time.Hour, most: time.Hour + refusedFor},
-		"silent after the outage":  {err: silence, wellAfter: time.Hour, opensAfter: never, left: true, least: time.Hour, most: time.Hour + 2*refusedFor},
-		"refused, in a dry outage": {err: refusal, wellAfter: time.Hour, opensAfter: time.Hour, dry: true, least: time.Hour, most: time.Hour + refusedFor},
+		"refused":                               {err: refusal, opensAfter: never, left: true, least: refusedFor, most: 2 * refusedFor},
+		"refused in a dry run":                  {err: refusal, opensAfter: never, dry: true, left: true, most: 5 * time.Second},
+		"refused for a moment":                  {err: refusal, opensAfter: 5 * time.Second, most: refusedFor},
+		"an answered outage":                    {err: refusal, wellAfter: time.Hour, opensAfter: time.Hour, least: time.Hour, most: time.Hour + refusedFor},
+		"an outage, then refused":               {err: refusal, wellAfter: time.Hour, opensAfter: never, left: true, least: time.Hour + refusedFor, most: time.Hour + 2*refusedFor},
+		"silent for this one":                   {err: silence, opensAfter: never, left: true, least: refusedFor, most: 2 * refusedFor},
+		"an outage":                             {err: silence, wellAfter: time.Hour, opensAfter: time.Hour, least: time.Hour, most: time.Hour + refusedFor},
+		"refused for a moment after the outage": {err: refusal, wellAfter: time.Hour, opensAfter: time.Hour + 10*time.Second, least: time.Hour, most: time.Hour + 2*refusedFor},
+		"an outage in a dry run":                {err: silence, wellAfter: time.Hour, opensAfter: time.Hour, dry: true, least: time.Hour, most: time.Hour + refusedFor},
+		"silent after the outage":               {err: silence, wellAfter: time.Hour, opensAfter: never, left: true, least: time.Hour + refusedFor, most: time.Hour + 2*refusedFor},
+		"refused, in a dry outage":              {err: refusal, wellAfter: time.Hour, opensAfter: time.Hour, dry: true, least: time.Hour, most: time.Hour + refusedFor},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

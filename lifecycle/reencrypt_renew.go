@@ -69,7 +69,7 @@ func (r *run) renew(ctx context.Context, kv *mvccpb.KeyValue, patient bool) (f f
 			}
 		}
 		f.what = isAside
-		f.aside = setAside{key: string(kv.Key), seed: seed, marker: marker, why: failed.cause.OfSeed(), first: first, last: time.Now()}
+		f.aside = setAside{key: string(kv.Key), seed: seed, marker: marker, why: failed.cause.OfSeed(), last: time.Now()}
 		return nil
 	})
 	if f.what == isToWrite {

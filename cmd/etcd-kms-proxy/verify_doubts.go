@@ -14,8 +14,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/disk"
 )
 
-// doubts are the values that were not decrypted for a reason that may pass. Whether they are findings is decided at the end: a KMS that is well, has
-// decrypted others and does not unwrap a value's DEK seed is one; a KMS that is out of reach says nothing of the value.
+// doubts are the values that were not decrypted for a reason that may pass. Whether they are
+// findings is decided at the end: a KMS that is well, has decrypted others and does not unwrap a
+// value's DEK seed is one; a KMS that is out of reach says nothing of the value.
 type doubts struct {
 	rules  *lifecycle.Rules
 	open   map[string]*doubt // by the reason
@@ -42,7 +43,8 @@ func newDoubts(rules *lifecycle.Rules) *doubts {
 	return &doubts{rules: rules, open: make(map[string]*doubt), opened: make(map[string]bool)}
 }
 
-// inspected takes note of how a value was decrypted. It returns the reason by which [doubts.take] knows a value that was not, or "".
+// inspected takes note of how a value was decrypted. It returns the reason by which [doubts.take]
+// knows a value that was not, or "".
 func (d *doubts) inspected(key, value []byte, err *keyring.Error) (why string) {
 	if err == nil {
 		if provider, _, ok := envelope.Split(value); ok && !d.opened[string(provider)] {
@@ -74,7 +76,8 @@ func (d *doubts) take(f disk.Finding) bool {
 	return true
 }
 
-// decide waits for the KMS of what is in doubt to be well, tries a value of each kind again, and tells found or unopened of those that are not decrypted.
+// decide waits for the KMS of what is in doubt to be well, tries a value of each kind again, and
+// tells found or unopened of those that are not decrypted.
 func (d *doubts) decide(ctx context.Context, found, unopened func(f disk.Finding, count int64)) {
 	ctx, cancel := context.WithTimeout(ctx, doubtWait)
 	defer cancel()

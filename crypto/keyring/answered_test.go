@@ -13,7 +13,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
-// TestAnswered tells which failures say something of one seed and which of the KMS, with and without a recovery copy.
+// TestAnswered tells which failures say something of one seed and which of the KMS, with and
+// without a recovery copy.
 func TestAnswered(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		unknown := &kmsclient.Error{Op: "Decrypt", Answered: true, Code: "Unknown"}
@@ -86,14 +87,14 @@ func TestWrongLength(t *testing.T) {
 		g.mustSeal(t, "other", "v")
 		kms.set(func() { kms.result = func(b []byte) []byte { return b[:len(b)-2] } })
 		_, err := g.open("k", stored)
-		wantKind(t, err, SeedRefused)
-		if e, _ := errors.AsType[*Error](err); !e.Answered() {
+		if e, ok := errors.AsType[*Error](err); !ok || !e.Answered() {
 			t.Errorf("not answered: %v", err)
 		}
 	})
 }
 
-// TestRecheck: it has the KMS of a value contacted at once, and tells when that has happened; of a value of no provider it knows nothing.
+// TestRecheck: it has the KMS of a value contacted at once, and tells when that has happened; of a
+// value of no provider it knows nothing.
 func TestRecheck(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newRing(t, newKMS(t, "ack"), nil).start(t)

@@ -24,8 +24,9 @@ func cbcOpener(block cipher.Block) opener {
 	}
 }
 
-// unpad returns the length of what stands before the padding, in constant time for a given length of out: at least one block. It is len(out) less one
-// block if the padding is bad. kube-apiserver also takes padding of more than a block, which nothing writes.
+// unpad returns the length of what stands before the padding, in constant time for a given length
+// of out: at least one block. It is len(out) less one block if the padding is bad. kube-apiserver
+// also takes padding of more than a block, which nothing writes.
 func unpad(out []byte) (size int, ok bool) {
 	n := int(out[len(out)-1])
 	good := subtle.ConstantTimeLessOrEq(1, n) & subtle.ConstantTimeLessOrEq(n, aes.BlockSize)

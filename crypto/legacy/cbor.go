@@ -22,7 +22,8 @@ const (
 // maxCBORDepth is how deep values may lie in each other. Kubernetes' own limit is 64.
 const maxCBORDepth = 64
 
-// cborReader reads CBOR in the core deterministic encoding: lengths are known and in as few bytes as can be, and the names of a map are in order, each once.
+// cborReader reads CBOR in the core deterministic encoding: lengths are known and in as few bytes
+// as can be, and the names of a map are in order, each once.
 type cborReader struct{ rest []byte }
 
 // parseCBOR reads an object in CBOR behind its mark.
@@ -81,7 +82,8 @@ func (r *cborReader) head() (major int, argument uint64, ok bool) {
 	r.rest = r.rest[size:]
 	argument = binary.BigEndian.Uint64(wide[:])
 	least := [...]uint64{1: 24, 2: 1 << 8, 4: 1 << 16, 8: 1 << 32}[size]
-	// The argument of a simple value is a float, whose shortest form is not checked, or one of the values from 32 on, which nobody writes.
+	// The argument of a simple value is a float, whose shortest form is not checked, or one of the
+	// values from 32 on, which nobody writes.
 	if major == cborSimple {
 		return major, argument, size > 1
 	}

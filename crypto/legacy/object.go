@@ -9,11 +9,14 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// object is what is known of an object that kube-apiserver serialized: its name and namespace, "" where it has none.
+// object is what is known of an object that kube-apiserver serialized: its name and namespace, ""
+// where it has none.
 type object struct{ namespace, name string }
 
-// parseObject reads the whole of a serialized object as kube-apiserver stores it, in protobuf, JSON or CBOR (k8s.io/apimachinery, pkg/runtime/serializer). ok is
-// false for anything else, and for anything before, between or behind its parts: aescbc has nothing but this to tell a value from noise.
+// parseObject reads the whole of a serialized object as kube-apiserver stores it, in protobuf, JSON
+// or CBOR (k8s.io/apimachinery, pkg/runtime/serializer). ok is false for anything else, and for
+// anything before, between or behind its parts: aescbc has nothing but this to tell a value from
+// noise.
 //
 //	protobuf  "k8s\0" | runtime.Unknown{1: TypeMeta{1: apiVersion, 2: kind}, 2: the object{1: ObjectMeta, …}, 3: "", 4: ""}
 //	JSON      {"apiVersion": …, "kind": …, "metadata": {…}, …} and a line feed
@@ -34,8 +37,8 @@ const (
 	cborMark     = "\xd9\xd9\xf7"
 )
 
-// fits reports whether an object may be stored under an etcd key, which ends with the object's namespace and name. An object without a name, such as a range of
-// addresses, fits any.
+// fits reports whether an object may be stored under an etcd key, which ends with the object's
+// namespace and name. An object without a name, such as a range of addresses, fits any.
 func (o *object) fits(etcdKey []byte) bool {
 	end := "/" + o.name
 	if o.namespace != "" {
@@ -44,7 +47,8 @@ func (o *object) fits(etcdKey []byte) bool {
 	return o.name == "" || strings.HasSuffix(string(etcdKey), end)
 }
 
-// isType reports whether an API version and a kind are spelt as they may be: "v1" or "apps/v1", and "Secret".
+// isType reports whether an API version and a kind are spelt as they may be: "v1" or "apps/v1", and
+// "Secret".
 func isType(apiVersion, kind string) bool {
 	group, version, grouped := strings.Cut(apiVersion, "/")
 	if !grouped {
@@ -67,7 +71,8 @@ type field struct {
 	data   []byte // of protowire.BytesType
 }
 
-// fields reads a message as kube-apiserver's generated code writes it: fields in the order of their numbers, each tag and length in as few bytes as can be, no groups.
+// fields reads a message as kube-apiserver's generated code writes it: fields in the order of their
+// numbers, each tag and length in as few bytes as can be, no groups.
 func fields(b []byte) (all []field, ok bool) {
 	for last := protowire.Number(0); len(b) > 0; {
 		number, typ, n := protowire.ConsumeTag(b)
@@ -113,7 +118,8 @@ func isExactly(n int, all []field) bool {
 	return true
 }
 
-// parseProtobuf reads a runtime.Unknown. Its last two fields are always there and empty, so that the end of the object is known from the inside.
+// parseProtobuf reads a runtime.Unknown. Its last two fields are always there and empty, so that
+// the end of the object is known from the inside.
 func parseProtobuf(b []byte) (o object, ok bool) {
 	unknown, ok := fields(b)
 	if !ok || !isExactly(4, unknown) || len(unknown[2].data)+len(unknown[3].data) > 0 {

@@ -124,8 +124,9 @@ func TestFits(t *testing.T) {
 	}
 }
 
-// TestNoPaddingOracle: who knows an object and its ciphertext and appends blocks to it, or puts others in, learns nothing of them from which values open: no byte
-// before the target's block, one of which makes its padding good, makes one open.
+// TestNoPaddingOracle: who knows an object and its ciphertext and appends blocks to it, or puts
+// others in, learns nothing of them from which values open: no byte before the target's block, one
+// of which makes its padding good, makes one open.
 func TestNoPaddingOracle(t *testing.T) {
 	block, err := aes.NewCipher(bytes.Repeat([]byte{7}, 32))
 	if err != nil {
@@ -141,7 +142,8 @@ func TestNoPaddingOracle(t *testing.T) {
 		return out
 	}
 	key := []byte("/registry/configmaps/ns/mine")
-	// The attacker's own object: what it ends with is data, so that anything may stand there, and its last block is 11 bytes of it, the end, and one byte of padding.
+	// The attacker's own object: what it ends with is data, so that anything may stand there, and
+	// its last block is 11 bytes of it, the end, and one byte of padding.
 	var known []byte
 	for n := 100; known == nil || len(known)%aes.BlockSize != 15; n++ {
 		known = stored(message(1, message(1, "mine", 3, "ns"), 3, message(1, "k", 2, bytes.Repeat([]byte{'x'}, n))))

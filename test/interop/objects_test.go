@@ -74,8 +74,9 @@ func wholeBlocks(tb testing.TB, namespace, name string) string {
 	return ""
 }
 
-// TestStoredObjects: every type of Kubernetes' API that has a name, filled at random, is an object to the reader of aescbc in each form that kube-apiserver stores, and
-// with secretbox as well; and it opens under no other key of etcd.
+// TestStoredObjects: every type of Kubernetes' API that has a name, filled at random, is an object
+// to the reader of aescbc in each form that kube-apiserver stores, and with secretbox as well; and
+// it opens under no other key of etcd.
 func TestStoredObjects(t *testing.T) {
 	fill := fuzzer.FuzzerFor(fuzzer.MergeFuzzerFuncs(metafuzzer.Funcs), mathrand.NewSource(1), serializer.NewCodecFactory(scheme.Scheme))
 	secret := make([]byte, 32)

@@ -28,13 +28,15 @@ type pathValue struct {
 	stored []byte
 	// yields is what clients read of it, nil if they are refused it.
 	yields []byte
-	// handedOn says that clients are given the stored bytes although nothing opens them: no command takes that for a value.
+	// handedOn says that clients are given the stored bytes although nothing opens them: no command
+	// takes that for a value.
 	handedOn bool
 	// renewed says that reencrypt rewrites it.
 	renewed bool
 	// clear says that verify finds it: whoever reads etcd's files may read it, or it does not open.
 	clear bool
-	// past says that the bypass watch counts it: it does not begin like a value of the rule's providers.
+	// past says that the bypass watch counts it: it does not begin like a value of the rule's
+	// providers.
 	past bool
 }
 
@@ -61,7 +63,8 @@ func aescbc(t *testing.T, secret, plaintext []byte) []byte {
 	return slices.Concat([]byte("k8s:enc:aescbc:v1:key1:"), iv, out)
 }
 
-// TestEveryPath: what one path refuses, no other one yields or makes genuine: whatever is stored, and whether the rule reads plaintext or not.
+// TestEveryPath: what one path refuses, no other one yields or makes genuine: whatever is stored,
+// and whether the rule reads plaintext or not.
 func TestEveryPath(t *testing.T) {
 	t.Parallel()
 	for _, strict := range []bool{true, false} {
@@ -159,7 +162,8 @@ func (v *pathValue) check(t *testing.T, path string, got []byte, err error) {
 	}
 }
 
-// readPaths reads a value in each way that clients can. revision is from before it was written; 0 is not known.
+// readPaths reads a value in each way that clients can. revision is from before it was written; 0
+// is not known.
 func (s *site) readPaths(t *testing.T, v *pathValue, revision int64) {
 	t.Helper()
 	key, end := []byte(v.key()), []byte(prefix+v.name+"0")

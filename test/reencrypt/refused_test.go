@@ -35,8 +35,9 @@ func rewrap(t *testing.T, stored []byte, change func(o *envelope.Object)) []byte
 	return damaged
 }
 
-// TestRefusedSeeds: behind a plugin that answers every failure alike, values whose DEK seeds it refuses, or does not answer for, keep nobody waiting: all others are
-// re-encrypted, and they are counted and named, by each command.
+// TestRefusedSeeds: behind a plugin that answers every failure alike, values whose DEK seeds it
+// refuses, or does not answer for, keep nobody waiting: all others are re-encrypted, and they are
+// counted and named, by each command.
 func TestRefusedSeeds(t *testing.T) {
 	t.Parallel()
 	for _, grudge := range []time.Duration{0, 5 * time.Second} {
@@ -159,7 +160,8 @@ func testRefusedSeeds(t *testing.T, grudge time.Duration) {
 	}
 }
 
-// TestAnsweredOutage: a plugin that answers every call with the same fault while its KMS is out of reach is waited for: no value is given up.
+// TestAnsweredOutage: a plugin that answers every call with the same fault while its KMS is out of
+// reach is waited for: no value is given up.
 func TestAnsweredOutage(t *testing.T) {
 	t.Parallel()
 	s, _ := newSite(t, harness.EtcdConfig{})
@@ -196,8 +198,8 @@ func TestAnsweredOutage(t *testing.T) {
 	s.kms.Down(false)
 }
 
-// TestManyOfARefusedSeed: values of one refused seed, more than are put aside at a time, take a few calls of the KMS and not some for each, and good values among them are
-// rewritten.
+// TestManyOfARefusedSeed: values of one refused seed, more than are put aside at a time, take a few
+// calls of the KMS and not some for each, and good values among them are rewritten.
 func TestManyOfARefusedSeed(t *testing.T) {
 	t.Parallel()
 	s, _ := newSite(t, harness.EtcdConfig{})
