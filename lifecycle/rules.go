@@ -24,7 +24,8 @@ type Rule struct {
 	Prefix    string
 	WriteWith string // a provider, or Plaintext
 	Sealer    Sealer
-	// KeyNames are the names of the keys of kube-apiserver's own providers that Sealer has. They tell where a name ends that holds colons.
+	// KeyNames are the names of the keys of kube-apiserver's own providers that Sealer has. They
+	// tell where a name ends that holds colons.
 	KeyNames []string
 }
 

@@ -49,7 +49,9 @@ func policyOf(rules []config.Rule, a *config.Audit) lifecycle.Policy {
 			out.Providers = append(out.Providers, r.WriteWith)
 		}
 	}
-	slices.SortFunc(p.Rules, func(a, b policyRule) int { return cmp.Or(strings.Compare(a.Prefix, b.Prefix), bytes.Compare(a.PrefixBytes, b.PrefixBytes)) })
+	slices.SortFunc(p.Rules, func(a, b policyRule) int {
+		return cmp.Or(strings.Compare(a.Prefix, b.Prefix), bytes.Compare(a.PrefixBytes, b.PrefixBytes))
+	})
 	slices.Sort(out.Providers)
 	out.Rules, _ = json.Marshal(p) // strings and booleans do not fail
 	switch {
