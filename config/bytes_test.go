@@ -6,7 +6,8 @@ import (
 	"testing"
 )
 
-// TestPrefixBytes: an escape that YAML takes for a character is warned of, and bytes can be written.
+// TestPrefixBytes: an escape that YAML takes for a character is warned of, and bytes can be
+// written.
 func TestPrefixBytes(t *testing.T) {
 	data, err := os.ReadFile("testdata/prefix-bytes.yaml")
 	if err != nil {

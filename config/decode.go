@@ -22,8 +22,9 @@ import (
 // decoder fills the types from YAML nodes. yaml.v3's own strict mode stops at the first problems and knows no paths; this one
 // goes on, and remembers the line of every field for the checks that follow.
 //
-// Struct tags: yaml is the field's name. default is its value when absent, written as in YAML. required "true" is neither absent nor
-// empty, "present" is not absent. file "true" names a file, which must be readable. binary "true" may also have the tag !!binary and be base64.
+// Struct tags: yaml is the field's name. default is its value when absent, written as in YAML.
+// required "true" is neither absent nor empty, "present" is not absent. file "true" names a file,
+// which must be readable. binary "true" may also have the tag !!binary and be base64.
 type decoder struct {
 	dir      string                            // that relative file names count from
 	read     func(path string) ([]byte, error) // reads files that are named
@@ -103,8 +104,9 @@ func (d *decoder) document(data []byte, c *Config) bool {
 	return true
 }
 
-// SecondDocument reads what follows the first document of a YAML file. It returns the line on which another document with content begins, and 0 if there is none: a
-// trailing "---", with or without comments, begins an empty one.
+// SecondDocument reads what follows the first document of a YAML file. It returns the line on which
+// another document with content begins, and 0 if there is none: a trailing "---", with or without
+// comments, begins an empty one.
 func SecondDocument(dec *yaml.Decoder) (line int, err error) {
 	for {
 		var next yaml.Node
@@ -188,7 +190,8 @@ func (d *decoder) value(n *yaml.Node, v reflect.Value, path string, tag reflect.
 	}
 }
 
-// escapedBytes warns of a string that was written with escapes such as "\xff": YAML takes them for the characters of those numbers, which are two bytes each in UTF-8.
+// escapedBytes warns of a string that was written with escapes such as "\xff": YAML takes them for
+// the characters of those numbers, which are two bytes each in UTF-8.
 func (d *decoder) escapedBytes(n *yaml.Node, path string) {
 	if n.Style&yaml.DoubleQuotedStyle == 0 {
 		return

@@ -131,8 +131,10 @@ type EtcdTLS struct {
 
 // Rule says what happens to the values of the keys below a prefix.
 type Rule struct {
-	// Prefix is what the keys begin with, e.g. `/registry/secrets/`. `""` is every key. Two rules may not have the same one. Bytes that are not UTF-8 are written in base64
-	// behind YAML's tag `!!binary`: `prefix: !!binary /0E=` is the byte FF and an A. `"\xff"` is the character U+00FF instead, of the bytes C3 BF.
+	// Prefix is what the keys begin with, e.g. `/registry/secrets/`. `""` is every key. Two rules
+	// may not have the same one. Bytes that are not UTF-8 are written in base64 behind YAML's tag
+	// `!!binary`: `prefix: !!binary /0E=` is the byte FF and an A. `"\xff"` is the character U+00FF
+	// instead, of the bytes C3 BF.
 	Prefix string `yaml:"prefix" required:"present" binary:"true"`
 	// WriteWith is the name of the KMS provider that new values are sealed with, or `plaintext`.
 	WriteWith string `yaml:"writeWith" required:"true"`
@@ -205,8 +207,10 @@ type Audit struct {
 	MaxSizeMiB int `yaml:"maxSizeMiB" default:"100"`
 	// MaxFiles is how many files are kept, with the one in use. The oldest is removed.
 	MaxFiles int `yaml:"maxFiles" default:"10"`
-	// KeyFile holds a key of 32 to 4,096 random bytes, with the owner and mode of kms[].local.keyFile, which makes the hashes HMACs: who does not have it cannot rewrite the log. All bytes of the
-	// file count. It is read at the start. A log cannot change its key: move it and its older files away.
+	// KeyFile holds a key of 32 to 4,096 random bytes, with the owner and mode of
+	// kms[].local.keyFile, which makes the hashes HMACs: who does not have it cannot rewrite the
+	// log. All bytes of the file count. It is read at the start. A log cannot change its key: move
+	// it and its older files away.
 	KeyFile string `yaml:"keyFile" file:"true"`
 	// Required refuses to seal and to open values, to call a KMS, and to reload, while the log cannot be written, with Unavailable. Keys outside the rules are
 	// served. When `false`, the proxy goes on, counts the records that are lost, and writes how many there were.

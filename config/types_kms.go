@@ -88,7 +88,8 @@ type AlibabaCredentials struct {
 
 // Plugin is the socket of a Kubernetes KMS v2 plugin.
 type Plugin struct {
-	// Endpoint is `unix:///path`, or `unix:///@name` for an abstract socket. The plugin need not be there yet when the proxy starts.
+	// Endpoint is `unix:///path`, or `unix:///@name` for an abstract socket. The plugin need not be
+	// there yet when the proxy starts.
 	Endpoint string `yaml:"endpoint" required:"true"`
 	// Timeout bounds one call.
 	Timeout time.Duration `yaml:"timeout" default:"3s"`
@@ -96,8 +97,9 @@ type Plugin struct {
 
 // Local is a versioned key file, made by `etcd-kms-proxy kms new-local-key`: the last version wraps, all of them unwrap. It is read again when it changes.
 type Local struct {
-	// KeyFile is the file. It is refused unless it belongs to root or the proxy's user and nobody else can use it: mode `0600` or `0400`, or `0640` or `0440` with a group
-	// that only the proxy's user has, as in a Secret volume of a pod with `fsGroup`.
+	// KeyFile is the file. It is refused unless it belongs to root or the proxy's user and nobody
+	// else can use it: mode `0600` or `0400`, or `0640` or `0440` with a group that only the
+	// proxy's user has, as in a Secret volume of a pod with `fsGroup`.
 	KeyFile string `yaml:"keyFile" required:"true" file:"true"`
 }
 
@@ -106,7 +108,8 @@ type Local struct {
 type Kubernetes struct {
 	// Type is the provider: `aescbc`, `aesgcm` or `secretbox`. A value that was sealed with aescbc may have been altered without a trace.
 	Type string `yaml:"type" required:"true"`
-	// KeyFile is a YAML file, `keys: [{name: key1, secret: <base64>}]`, with the keys as the EncryptionConfiguration has them. Its owner and mode are those of
-	// local.keyFile. It is read at the start.
+	// KeyFile is a YAML file, `keys: [{name: key1, secret: <base64>}]`, with the keys as the
+	// EncryptionConfiguration has them. Its owner and mode are those of local.keyFile. It is read
+	// at the start.
 	KeyFile string `yaml:"keyFile" required:"true" file:"true"`
 }

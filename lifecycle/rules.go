@@ -27,10 +27,12 @@ type Rule struct {
 	Prefix    string
 	WriteWith string // a provider, or Plaintext
 	Sealer    Sealer
-	// Strict says that the rule refuses to read plaintext, and values of providers that it does not read (allowPlaintextReads: false). Such a value
-	// was written by someone who went past the proxies, so nothing may turn it into one that reads as genuine unless the operator says so.
+	// Strict says that the rule refuses to read plaintext, and values of providers that it does not
+	// read (allowPlaintextReads: false). Such a value was written to etcd directly, so nothing may
+	// turn it into one that reads as genuine unless the operator says so.
 	Strict bool
-	// KeyNames are the names of the keys of kube-apiserver's own providers that Sealer has. They tell where a name ends that holds colons.
+	// KeyNames are the names of the keys of kube-apiserver's own providers that Sealer has. They
+	// tell where a name ends that holds colons.
 	KeyNames []string
 }
 

@@ -201,7 +201,8 @@ func (t *tally) add(kv *mvccpb.KeyValue, standing keyring.Standing) {
 	c.add(kv)
 }
 
-// kubernetesKey returns the provider and the name of the key that the API server itself encrypted a value with: k8s:enc:<kind>:v1:<name of the key>:<payload>.
+// kubernetesKey returns the provider and the name of the key that the API server itself encrypted a
+// value with: k8s:enc:<kind>:v1:<name of the key>:<payload>.
 func kubernetesKey(value []byte, known []string) (kind, name string, ok bool) {
 	if t, name, ok := legacy.KeyName(value, known); ok {
 		return string(t), name, true

@@ -153,8 +153,9 @@ func (l *listener) run(ctx context.Context, serve func(*clientConn)) {
 	}
 }
 
-// errSilent is of a connection that ended before its client sent a byte, or the first byte behind a TLS handshake: a TCP health check or a port scan. It is neither
-// counted nor logged, since nothing was tried.
+// errSilent is of a connection that ended before its client sent a byte, or the first byte behind a
+// TLS handshake: a TCP health check or a port scan. It is neither counted nor logged, since nothing
+// was tried.
 var errSilent = errors.New("the client sent nothing")
 
 // heardConn is a connection that remembers whether anything was read from it.

@@ -467,7 +467,8 @@ func dialUnix(t *testing.T, path string) *grpc.ClientConn {
 	}))
 }
 
-// TestListenerNeverOpen: whatever the process' umask is, a listener's socket can at no time be opened by others than its mode lets in.
+// TestListenerNeverOpen: whatever the process' umask is, a listener's socket can at no time be
+// opened by others than its mode lets in.
 func TestListenerNeverOpen(t *testing.T) {
 	defer syscall.Umask(syscall.Umask(0))
 	dir := t.TempDir()
@@ -504,7 +505,8 @@ func TestListenerNeverOpen(t *testing.T) {
 	watch.Wait()
 }
 
-// TestHealthChecks: a connection on which the client sends nothing is neither counted nor logged, however it ends. One on which it tried something is.
+// TestHealthChecks: a connection on which the client sends nothing is neither counted nor logged,
+// however it ends. One on which it tried something is.
 func TestHealthChecks(t *testing.T) {
 	ca := newAuthority(t, "ca")
 	cert, key, _ := ca.issue("server", "server")
@@ -584,7 +586,8 @@ func connect(t *testing.T, l net.Listener) net.Conn {
 	return conn
 }
 
-// handshake does a TLS handshake over conn as the client of a name, or without a certificate if there is none, which the server refuses later.
+// handshake does a TLS handshake over conn as the client of a name, or without a certificate if
+// there is none, which the server refuses later.
 func handshake(t *testing.T, ca *authority, conn net.Conn, name string) {
 	t.Helper()
 	if err := tls.Client(conn, ca.clientConfig(t, name)).HandshakeContext(t.Context()); err != nil {

@@ -33,7 +33,8 @@ func TestHelp(t *testing.T) {
 	}
 }
 
-// TestHelpListsExitCodes: the help of every command lists the codes that it exits with, and says what 1 means.
+// TestHelpListsExitCodes: the help of every command lists the codes that it exits with, and says
+// what 1 means.
 func TestHelpListsExitCodes(t *testing.T) {
 	known := 0
 	var walk func(path []string)

@@ -85,7 +85,8 @@ func TestFromKubernetes(t *testing.T) {
 	}
 }
 
-// TestFromKubernetesWithoutWriter: a cluster that writes with aescbc needs a KMS, which is a finding, also when it is named: its backend is not known.
+// TestFromKubernetesWithoutWriter: a cluster that writes with aescbc needs a KMS, which is a
+// finding, also when it is named: its backend is not known.
 func TestFromKubernetesWithoutWriter(t *testing.T) {
 	d := newDir(t)
 	file := d.encryption(t, kubernetesCBC)

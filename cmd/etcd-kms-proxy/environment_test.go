@@ -11,7 +11,8 @@ import (
 	"time"
 )
 
-// TestRefusedEnvironment: no command that could read a secret runs while Go would print what it sends.
+// TestRefusedEnvironment: no command that could read a secret runs while Go would print what it
+// sends.
 func TestRefusedEnvironment(t *testing.T) {
 	path := newDir(t).config(t)
 	for value, refused := range map[string]bool{
@@ -31,7 +32,8 @@ func TestRefusedEnvironment(t *testing.T) {
 	execute(t, "serve", "--config", path).want(t, 3, "error: the environment has GODEBUG=http2debug=2")
 }
 
-// TestNoDumpsBeforeConfiguration: core dumps are off while a command still waits for its configuration.
+// TestNoDumpsBeforeConfiguration: core dumps are off while a command still waits for its
+// configuration.
 func TestNoDumpsBeforeConfiguration(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("core dumps are turned off on Linux only")
@@ -45,7 +47,8 @@ func TestNoDumpsBeforeConfiguration(t *testing.T) {
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
-		// Opening the other end waits until the command opens its own. Neither has read or written anything then.
+		// Opening the other end waits until the command opens its own. Neither has read or written
+		// anything then.
 		w, err := os.OpenFile(pipe, os.O_WRONLY, 0)
 		if err != nil {
 			t.Fatal(err)

@@ -13,7 +13,8 @@ const (
 	exitFailure  = 3 // the command could not do its work
 )
 
-// findings says what exit code 1 of a command means, by the command's path. The others never exit with it.
+// findings says what exit code 1 of a command means, by the command's path. The others never exit
+// with it.
 var findings = map[string]string{
 	"":                        "a check found something",
 	" config check":           "the file has a problem; a warning is none",

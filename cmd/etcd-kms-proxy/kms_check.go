@@ -245,7 +245,8 @@ func orNone(s string) string {
 	return s
 }
 
-// nameOrNone is [quoted] for a name that may be missing. One that is called none is told from that by its quotes.
+// nameOrNone is [quoted] for a name that may be missing. One that is called none is told from that
+// by its quotes.
 func nameOrNone(name string) string {
 	switch name {
 	case "":

@@ -20,8 +20,9 @@ import (
 const defaultConfig = "/etc/etcd-kms-proxy/config.yaml"
 
 func main() {
-	// The libraries of gRPC and of its JSON gateway write to stderr past every logger, and quote what a client has sent.
-	// So GRPC_GO_LOG_SEVERITY_LEVEL, GRPC_GO_LOG_VERBOSITY_LEVEL and ETCD_CLIENT_DEBUG in the environment have no effect.
+	// The libraries of gRPC and of its JSON gateway write to stderr past every logger, and quote
+	// what a client has sent. So GRPC_GO_LOG_SEVERITY_LEVEL, GRPC_GO_LOG_VERBOSITY_LEVEL and
+	// ETCD_CLIENT_DEBUG in the environment have no effect.
 	grpclog.SetLoggerV2(grpclog.NewLoggerV2(io.Discard, io.Discard, io.Discard))
 	if err := forbidDumps(); err != nil { // before anything is read that a dump could hold
 		printf(os.Stderr, "warning: core dumps of this process are not turned off, and could hold keys and values: %v\n", err)

@@ -122,7 +122,8 @@ func (m *metrics) forRule(prefix string) keyring.Observer {
 	return c
 }
 
-// ruleLabel is the label of the rule with a prefix. Labels are UTF-8: other bytes are escaped as in a Go string.
+// ruleLabel is the label of the rule with a prefix. Labels are UTF-8: other bytes are escaped as in
+// a Go string.
 func ruleLabel(prefix string) string {
 	if utf8.ValidString(prefix) {
 		return prefix

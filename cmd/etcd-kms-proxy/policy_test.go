@@ -34,7 +34,8 @@ func TestDefaultPrefix(t *testing.T) {
 	}
 }
 
-// TestPolicyOfBytes: prefixes that are not UTF-8 stay what they are in the record, and are told from each other.
+// TestPolicyOfBytes: prefixes that are not UTF-8 stay what they are in the record, and are told
+// from each other.
 func TestPolicyOfBytes(t *testing.T) {
 	rules := []config.Rule{
 		{Prefix: "\xfe", WriteWith: "main", ReadWith: []string{}, Recovery: []string{}}, {Prefix: "\xffA", WriteWith: "main", ReadWith: []string{}, Recovery: []string{}},

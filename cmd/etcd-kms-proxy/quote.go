@@ -11,12 +11,14 @@ import (
 	"unicode/utf8"
 )
 
-// Key IDs, etcd keys, the names in stored values and the texts of a KMS are written by others. A newline in one would forge a line of a report, a tab a column, and
-// an escape sequence would reach the terminal. So all text output of the commands goes through [printf], which makes each argument one line of printable
-// characters, and names stand in reports as [quoted] has them. TestNothingPrintsPast fails on any other way out.
+// Key IDs, etcd keys, the names in stored values and the texts of a KMS are written by others. A
+// newline in one would forge a line of a report, a tab a column, and an escape sequence would reach
+// the terminal. So all text output of the commands goes through [printf], which makes each argument
+// one line of printable characters, and names stand in reports as [quoted] has them.
+// TestNothingPrintsPast fails on any other way out.
 
-// quoted returns a name as reports print it: as it is, or as a quoted Go string if it is empty, or holds a space, a quotation mark, a backslash, or anything that is
-// not printable.
+// quoted returns a name as reports print it: as it is, or as a quoted Go string if it is empty, or
+// holds a space, a quotation mark, a backslash, or anything that is not printable.
 func quoted(name string) string {
 	if name == "" || strings.ContainsAny(name, " \"\\") || printable(name) != name {
 		return strconv.Quote(name)
@@ -24,8 +26,9 @@ func quoted(name string) string {
 	return name
 }
 
-// printable returns text with everything that is not a printable character or a space in the form of a Go string's escape, so that it is one line and controls no
-// terminal. Characters that are invisible or turn the direction of writing are not printable.
+// printable returns text with everything that is not a printable character or a space in the form
+// of a Go string's escape, so that it is one line and controls no terminal. Characters that are
+// invisible or turn the direction of writing are not printable.
 func printable(text string) string {
 	if !strings.ContainsFunc(text, unprintable) && utf8.ValidString(text) {
 		return text
@@ -46,8 +49,9 @@ func printable(text string) string {
 
 func unprintable(r rune) bool { return !strconv.IsPrint(r) }
 
-// printf is [fmt.Fprintf] for text that people read: what is printed of each argument is printable, and only format ends lines. It returns no error: a report goes
-// through a buffer, and a reader of standard error that went away ends the command.
+// printf is [fmt.Fprintf] for text that people read: what is printed of each argument is printable,
+// and only format ends lines. It returns no error: a report goes through a buffer, and a reader of
+// standard error that went away ends the command.
 func printf(w io.Writer, format string, args ...any) {
 	_, _ = fmt.Fprintf(w, format, shown(args)...)
 }
@@ -89,8 +93,9 @@ func (p printedText) Format(f fmt.State, verb rune) {
 	_, _ = fmt.Fprintf(f, strings.ReplaceAll(form, "v", "s"), printable(text))
 }
 
-// jsonText is a writer of JSON that escapes what is not printable, in the way of JSON: the values stay what they are. encoding/json and slog escape control
-// characters below U+0020 alone. Each Write holds whole characters, as theirs do.
+// jsonText is a writer of JSON that escapes what is not printable, in the way of JSON: the values
+// stay what they are. encoding/json and slog escape control characters below U+0020 alone. Each
+// Write holds whole characters, as theirs do.
 type jsonText struct{ w io.Writer }
 
 // Write implements [io.Writer].

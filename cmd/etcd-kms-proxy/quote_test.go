@@ -24,14 +24,16 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/kmstest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/audit"
 )
 
 // forged is the line that hostile tries to add to a report.
 const forged = "forged   main   1   999"
 
-// hostile is a name that somebody else has chosen: it ends its line, forges another one, and controls the terminal, also with a C1 character, a change of the
-// direction of writing, and a byte that is no character.
+// hostile is a name that somebody else has chosen: it ends its line, forges another one, and
+// controls the terminal, also with a C1 character, a change of the direction of writing, and a byte
+// that is no character.
 const hostile = "k1\n" + forged + "\x1b[31m\t\r\u009b31m\u202e\x7f\xff"
 
 // checkPrintable fails unless text is lines of printable characters and tabs, none of them forged.
@@ -115,7 +117,8 @@ func TestJSONText(t *testing.T) {
 	}
 }
 
-// fill sets every string that v leads to, exported or not in JSON, to hostile, and makes one element of each list.
+// fill sets every string that v leads to, exported or not in JSON, to hostile, and makes one
+// element of each list.
 func fill(v reflect.Value) {
 	switch v.Kind() {
 	case reflect.String:
@@ -144,7 +147,8 @@ func fill(v reflect.Value) {
 	}
 }
 
-// TestReportsQuote fills every string of every report with a hostile one. A field that is added to a report is tried without a change here.
+// TestReportsQuote fills every string of every report with a hostile one. A field that is added to
+// a report is tried without a change here.
 func TestReportsQuote(t *testing.T) {
 	for name, test := range map[string]struct {
 		report any
@@ -162,6 +166,7 @@ func TestReportsQuote(t *testing.T) {
 		"error": {&struct{ Text, Hint string }{}, func(w io.Writer, r any) {
 			(&failure{err: errors.Join(errors.New(hostile), errors.New(hostile)), hint: hostile}).print(w)
 		}},
+		"readyz": {&proxy.ReadyReport{}, func(w io.Writer, r any) { _, _ = io.WriteString(w, printableReport(*r.(*proxy.ReadyReport)).String()) }},
 		"view": {&lifecycle.Result{}, func(w io.Writer, r any) {
 			v := newReencryptView(w)
 			v.say("waiting: another reencrypt is at work (%s)", hostile)
@@ -190,7 +195,8 @@ func TestReportsQuote(t *testing.T) {
 
 // TestNothingPrintsPast: whatever a command prints as text goes through printf.
 func TestNothingPrintsPast(t *testing.T) {
-	// What is written is not shown to anybody, or was made printable: the functions that do so themselves, and a file that is being made.
+	// What is written is not shown to anybody, or was made printable: the functions that do so
+	// themselves, and a file that is being made.
 	allowed := map[string]bool{"quote.go:printf": true, "quote.go:Format": true, "config_from_kubernetes.go:write": true}
 	files, err := filepath.Glob("*.go")
 	if err != nil {
@@ -268,7 +274,8 @@ func hostilePlugin(t *testing.T) (endpoint, keyID string) {
 	return kmstest.PluginServer(t, &renamed{kmstest.NewMemory(), answer.KeyID}), answer.KeyID
 }
 
-// TestCheckQuotesKeyID: the key ID of a plugin neither forges a line nor reaches the terminal, and stays what it is in JSON.
+// TestCheckQuotesKeyID: the key ID of a plugin neither forges a line nor reaches the terminal, and
+// stays what it is in JSON.
 func TestCheckQuotesKeyID(t *testing.T) {
 	endpoint, keyID := hostilePlugin(t)
 	path := newDir(t).config(t, "local: {keyFile: key.yaml}", "plugin: {endpoint: "+endpoint+"}")

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -117,5 +118,14 @@ func (a *app) ready() proxy.ReadyReport {
 		}
 		report.Checks = append(report.Checks, check)
 	}
-	return report
+	return printableReport(report)
+}
+
+// printableReport has each check of r on one printable line: operators read /readyz on a terminal.
+func printableReport(r proxy.ReadyReport) proxy.ReadyReport {
+	for i := range r.Checks {
+		c := &r.Checks[i]
+		c.Name, c.Detail = printable(c.Name), printable(strings.ReplaceAll(c.Detail, "\n", "; "))
+	}
+	return r
 }

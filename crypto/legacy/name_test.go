@@ -6,7 +6,8 @@ import (
 	"testing"
 )
 
-// TestKeyName: the name of a key is found whole, whatever it and the payload hold, where that can be known.
+// TestKeyName: the name of a key is found whole, whatever it and the payload hold, where that can
+// be known.
 func TestKeyName(t *testing.T) {
 	noise := bytes.Repeat([]byte{0xfe, 1, ':', 'a', ':', 0}, 200)
 	blocks := func(n int, begin string) string { return begin + string(noise[:16*n-len(begin)]) }

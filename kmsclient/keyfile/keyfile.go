@@ -1,5 +1,6 @@
-// Package keyfile reads and makes files that hold keys as they are: those of local providers, and those that kube-apiserver's own providers
-// sealed with. Such a file is YAML, which only the user of the process and root can use (see [secretfile.Check]):
+// Package keyfile reads and makes files that hold keys as they are: those of local providers, and
+// those that kube-apiserver's own providers sealed with. Such a file is YAML, which only the user
+// of the process and root can use (see [secretfile.Check]):
 //
 //	keys:
 //	- {id: "1", secret: <base64>}
@@ -46,7 +47,8 @@ type Key struct {
 	Secret []byte
 }
 
-// Read reads and checks the file at path, and returns what the open file said of itself. A file that others can use is an error.
+// Read reads and checks the file at path, and returns what the open file said of itself. A file
+// that others can use is an error.
 func Read(path string, form Form) ([]Key, fs.FileInfo, error) {
 	f, err := os.Open(path) //nolint:gosec // the operator names the file
 	if err != nil {

@@ -23,7 +23,8 @@ func NewKeyFile(path string) error {
 	return keyfile.Create(path, "# Keys of etcd-kms-proxy. The last one wraps, all unwrap. Never remove one that a stored value still needs.\nkeys:\n"+line("1", newSecret()))
 }
 
-// leftover is of the file at its path, which an earlier AddVersion has made and not moved into place.
+// leftover is of the file at its path, which an earlier AddVersion has made and not moved into
+// place.
 type leftover string
 
 // Error implements error.

@@ -16,7 +16,8 @@ import (
 	"strings"
 )
 
-// packing is a format of compressed files. Snapshots are often kept in one, next to etcd's own files or elsewhere.
+// packing is a format of compressed files. Snapshots are often kept in one, next to etcd's own
+// files or elsewhere.
 type packing struct {
 	kind       string // as in [File]
 	extensions []string
@@ -57,8 +58,9 @@ func packingNamed(path string) *packing {
 	return nil
 }
 
-// packed looks into a compressed file. What is in it is decompressed piece by piece and searched, and nothing is written to disk. A database in it is not decoded: its
-// values are found by their keys, in pages as in remains.
+// packed looks into a compressed file. What is in it is decompressed piece by piece and searched,
+// and nothing is written to disk. A database in it is not decoded: its values are found by their
+// keys, in pages as in remains.
 func (l *look) packed(ctx context.Context, r *os.File, p *packing) error {
 	l.file.Kind = p.kind
 	if l.everyKey() {
@@ -103,7 +105,8 @@ func (l *look) entryOf(ctx context.Context, f *zip.File) error {
 	return l.unpacked(ctx, r, fmt.Sprintf(" entry %q", f.Name), 1)
 }
 
-// unpacked searches what r yields, decompressed if it is compressed again. where tells of it in findings.
+// unpacked searches what r yields, decompressed if it is compressed again. where tells of it in
+// findings.
 func (l *look) unpacked(ctx context.Context, r io.Reader, where string, depth int) error {
 	in := bufio.NewReaderSize(r, 64<<10)
 	head, err := in.Peek(8)

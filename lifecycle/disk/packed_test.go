@@ -127,7 +127,8 @@ func TestPackedPlace(t *testing.T) {
 	}
 }
 
-// TestPackedEveryKey: a rule for every key has no prefix to search for, so that a compressed database is not looked at as far as that goes.
+// TestPackedEveryKey: a rule for every key has no prefix to search for, so that a compressed
+// database is not looked at as far as that goes.
 func TestPackedEveryKey(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "a.gz")
 	if err := os.WriteFile(path, gzipped(t, storedValue("a", "b")), 0o600); err != nil {
@@ -139,7 +140,8 @@ func TestPackedEveryKey(t *testing.T) {
 	}
 }
 
-// TestPackedMemory: what a small file decompresses to is searched piece by piece, whatever its size.
+// TestPackedMemory: what a small file decompresses to is searched piece by piece, whatever its
+// size.
 func TestPackedMemory(t *testing.T) {
 	const size = 512 << 20
 	path := filepath.Join(t.TempDir(), "a.gz")

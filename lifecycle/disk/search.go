@@ -25,8 +25,9 @@ const (
 // magic begins Kubernetes' objects in protobuf.
 var magic = []byte("k8s\x00")
 
-// search searches what r yields, of size bytes or of an unknown number if that is negative. Requests that stand in decoded parts were looked at before. It takes memory
-// for one window. The error is r's, or of ctx.
+// search searches what r yields, of size bytes or of an unknown number if that is negative.
+// Requests that stand in decoded parts were looked at before. It takes memory for one window. The
+// error is r's, or of ctx.
 func (l *look) search(ctx context.Context, r io.Reader, size int64, decoded spans) error {
 	canaries := canaryForms(l.Canaries)
 	length := int64(before + window + overlap)

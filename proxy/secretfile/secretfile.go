@@ -1,5 +1,6 @@
-// Package secretfile says whether a file that holds a secret can be trusted to be read and written by nobody else. The key files of providers and the key of the audit
-// log are checked by it. It opens nothing.
+// Package secretfile says whether a file that holds a secret can be trusted to be read and written
+// by nobody else. The key files of providers and the key of the audit log are checked by it. It
+// opens nothing.
 package secretfile
 
 import (
@@ -13,14 +14,16 @@ import (
 	"strings"
 )
 
-// Check returns what is wrong with a file that holds a secret, and the command that corrects it, without the file's name. problem is empty if only root and the user
-// of this process can use the file:
+// Check returns what is wrong with a file that holds a secret, and the command that corrects it,
+// without the file's name. problem is empty if only root and the user of this process can use the
+// file:
 //
 //   - Its owner is root or the user of this process. A process of root takes files of every owner, since commands that root runs read what the proxy's user has.
 //   - Nobody else may write it, and others may not read it. Its group may, with mode 0440 or 0640, if this process has that group and no other user has: so Kubernetes
 //     mounts a Secret for a pod with an fsGroup.
 //
-// Users and groups are those of /etc/passwd and /etc/group. On systems where files have no owner, only the mode is checked.
+// Users and groups are those of /etc/passwd and /etc/group. On systems where files have no owner,
+// only the mode is checked.
 func Check(info fs.FileInfo) (problem, fix string) {
 	uid, gid, ok := owner(info)
 	if !ok {

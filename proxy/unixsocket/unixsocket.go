@@ -1,5 +1,6 @@
-// Package unixsocket makes listening unix sockets that nobody can open with looser permissions than they are given, not even in the moment between bind and chmod. The
-// listeners of the proxy and the KMS plugin server use it. It knows nothing of what is served.
+// Package unixsocket makes listening unix sockets that nobody can open with looser permissions than
+// they are given, not even in the moment between bind and chmod. The listeners of the proxy and the
+// KMS plugin server use it. It knows nothing of what is served.
 package unixsocket
 
 import (
@@ -16,7 +17,8 @@ import (
 	"time"
 )
 
-// probeTimeout bounds how long a process that holds the socket may take to accept, and how long another one may be at placing its own.
+// probeTimeout bounds how long a process that holds the socket may take to accept, and how long
+// another one may be at placing its own.
 const probeTimeout = time.Second
 
 // ErrInUse is in the error of [Listen] when another process answers on the socket.
@@ -34,10 +36,13 @@ func (e folderError) Error() string { return fmt.Sprintf("its folder %s does not
 // Unwrap makes it [ErrNoFolder].
 func (folderError) Unwrap() error { return ErrNoFolder }
 
-// Listen makes a unix socket at path, which is absolute, with mode from the first moment on, whatever the process' umask is.
+// Listen makes a unix socket at path, which is absolute, with mode from the first moment on,
+// whatever the process' umask is.
 //
-// A socket that is there already is replaced if nobody answers on it. Anything else that is there, and a socket that is in use ([ErrInUse]), is an error and stays as
-// it is. Of several processes that start together one gets the socket. The listener's Close removes it, unless another process has put its own there since.
+// A socket that is there already is replaced if nobody answers on it. Anything else that is there,
+// and a socket that is in use ([ErrInUse]), is an error and stays as it is. Of several processes
+// that start together one gets the socket. The listener's Close removes it, unless another process
+// has put its own there since.
 func Listen(path string, mode fs.FileMode) (net.Listener, error) {
 	if !filepath.IsAbs(path) {
 		return nil, fmt.Errorf("socket path %q: must be absolute", path)
@@ -61,7 +66,8 @@ func Listen(path string, mode fs.FileMode) (net.Listener, error) {
 	return l, nil
 }
 
-// vacant returns an error unless a socket can be placed at path: nothing is there, or a socket that nobody answers on.
+// vacant returns an error unless a socket can be placed at path: nothing is there, or a socket that
+// nobody answers on.
 func vacant(path string) error {
 	info, err := os.Lstat(path)
 	switch {
@@ -85,12 +91,14 @@ func vacant(path string) error {
 	return fmt.Errorf("see whether it is in use: %w", err)
 }
 
-// place binds a socket within a folder that nobody else may enter, gives it its mode and moves it to path. So at no time a stranger can open
-// it, and a client finds either the old socket or the new one.
+// place binds a socket within a folder that nobody else may enter, gives it its mode and moves it
+// to path. So at no time a stranger can open it, and a client finds either the old socket or the
+// new one.
 func place(path string, mode fs.FileMode) (_ net.Listener, err error) {
 	var random [2]byte
 	_, _ = rand.Read(random[:]) // never fails
-	// As short as can be: a folder that leaves room for the socket's own name should leave room for this.
+	// As short as can be: a folder that leaves room for the socket's own name should leave room for
+	// this.
 	private := filepath.Join(filepath.Dir(path), ".k"+hex.EncodeToString(random[:]))
 	if err := os.Mkdir(private, 0o700); err != nil {
 		return nil, fmt.Errorf("make a folder in %s to bind it in: %w", filepath.Dir(path), nameless(err))
@@ -125,7 +133,8 @@ func place(path string, mode fs.FileMode) (_ net.Listener, err error) {
 	return &socketListener{UnixListener: l, path: path, own: own}, nil
 }
 
-// nameless returns the cause of a failed operation on a file, without the name that the socket has for a moment only.
+// nameless returns the cause of a failed operation on a file, without the name that the socket has
+// for a moment only.
 func nameless(err error) error {
 	if e, ok := errors.AsType[*fs.PathError](err); ok {
 		return e.Err

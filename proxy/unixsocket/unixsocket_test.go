@@ -143,7 +143,8 @@ func TestRelative(t *testing.T) {
 	}
 }
 
-// TestListenTogether: of many that start in one instant over a stale socket, one gets it, and clients reach that one.
+// TestListenTogether: of many that start in one instant over a stale socket, one gets it, and
+// clients reach that one.
 func TestListenTogether(t *testing.T) {
 	for range 20 {
 		dir := shortDir(t)
@@ -225,7 +226,8 @@ func TestFolderGone(t *testing.T) {
 	}
 }
 
-// TestNeverOpen watches the folder while sockets come and go: whatever the process' mask is, a stranger finds nothing to connect to.
+// TestNeverOpen watches the folder while sockets come and go: whatever the process' mask is, a
+// stranger finds nothing to connect to.
 func TestNeverOpen(t *testing.T) {
 	defer syscall.Umask(syscall.Umask(0))
 	dir := shortDir(t)

@@ -36,8 +36,9 @@ func says(t *testing.T, bin string, args ...string) string {
 	return string(out)
 }
 
-// TestEtcdVersions: each etcd and etcdctl is of the version that it is named after, with all of etcd's modules of that one version. etcd's server of an alpha requires the
-// other modules in the versions of an earlier one.
+// TestEtcdVersions: each etcd and etcdctl is of the version that it is named after, with all of
+// etcd's modules of that one version. etcd's server of an alpha requires the other modules in the
+// versions of an earlier one.
 func TestEtcdVersions(t *testing.T) {
 	for _, minor := range Versions(t) {
 		if minor == "3.4" { // Debian's package
@@ -66,7 +67,8 @@ func TestEtcdVersions(t *testing.T) {
 	}
 }
 
-// TestToolsAreAsPinned: every tool was built from the modules that its go.mod pins, and so is none from before a change of it.
+// TestToolsAreAsPinned: every tool was built from the modules that its go.mod pins, and so is none
+// from before a change of it.
 func TestToolsAreAsPinned(t *testing.T) {
 	tools := map[string]string{"kube-apiserver": "kube-apiserver", "kubectl": "kube-apiserver", "kine": "kine"} // by their folder
 	for _, minor := range Versions(t) {

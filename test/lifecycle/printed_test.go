@@ -16,7 +16,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestPrintedTextIsQuoted: what others have chosen, key IDs, etcd keys and names in values, neither forges a line of a report nor reaches the terminal.
+// TestPrintedTextIsQuoted: what others have chosen, key IDs, etcd keys and names in values, neither
+// forges a line of a report nor reaches the terminal.
 func TestPrintedTextIsQuoted(t *testing.T) {
 	t.Parallel()
 	var kms *harness.KMS
@@ -70,7 +71,8 @@ func checkPrinted(t *testing.T, what, text string) {
 	}
 }
 
-// TestKeysWithColons: the names of the API server's keys are whole everywhere, also with colons in them, and so is the name of one that is missing.
+// TestKeysWithColons: the names of the API server's keys are whole everywhere, also with colons in
+// them, and so is the name of one that is missing.
 func TestKeysWithColons(t *testing.T) {
 	t.Parallel()
 	const first, second = "aescbckey-2025-12-27T23:41:02+08:00", "aescbckey-2025-12-27T23:59:30+08:00"

@@ -113,7 +113,8 @@ func TestVerifyBadFiles(t *testing.T) {
 	s.run(t, 2, "verify --snapshot a --data-dir b")
 }
 
-// TestVerifyCompressed: snapshots in a data directory are looked into where they can be decompressed, and named where not.
+// TestVerifyCompressed: snapshots in a data directory are looked into where they can be
+// decompressed, and named where not.
 func TestVerifyCompressed(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, "3.7", nil)
