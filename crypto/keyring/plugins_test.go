@@ -96,10 +96,10 @@ func TestReaderOfARefusedValue(t *testing.T) {
 		g.start(t)
 		synctest.Wait()
 		before, began := g.plugin.Calls("Decrypt"), time.Now()
-		polls := func() int { return int(time.Since(began)/(54*time.Second)) + 1 }
+		polls := func() int { return int(time.Since(began)/(50*time.Second)) + 1 } // while Status is not good, the seed in use is tried each 50 to 60 s
 		for minute := range 10 {
 			for range 60 {
-				for range 25 {
+				for range 10 {
 					_, err := g.open("bad", bad)
 					if p.Garbage {
 						wantKind(t, err, Corrupt)
