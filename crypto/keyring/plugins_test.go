@@ -341,6 +341,29 @@ func TestLastingRefusal(t *testing.T) {
 	})
 }
 
+// TestNothingIsHandedOnWithoutEvidence: a provider that is only read has no seed to try, and not every plugin's Status shows an outage.
+func TestNothingIsHandedOnWithoutEvidence(t *testing.T) {
+	usable(t, func(t *testing.T, p kmstest.Personality) {
+		plugin := kmstest.NewPersona(p)
+		g := newPluginRig(t, plugin, func(c *RingConfig, _ *CacheConfig) { c.ReadOnly = true })
+		good := g.stored(t, "good", "v")
+		pass := rule(t, SealerConfig{Read: []*Ring{g.Ring}, AllowPlaintextReads: true, Passthrough: true})
+		plugin.SetOutage(true)
+		g.start(t)
+		for range 20 * 60 {
+			if got, err := openBy(pass, "good", good); err == nil {
+				t.Fatalf("handed on in an outage: %d bytes", len(got))
+			}
+			time.Sleep(time.Second)
+		}
+		plugin.SetOutage(false)
+		time.Sleep(2 * time.Minute)
+		if got, err := openBy(pass, "good", good); err != nil || got != "v" {
+			t.Errorf("after the outage: %v", err)
+		}
+	})
+}
+
 // TestUnusablePlugins: nothing is encrypted with a plugin whose answer cannot be stored, or does not come back.
 func TestUnusablePlugins(t *testing.T) {
 	for _, p := range kmstest.Personalities() {
