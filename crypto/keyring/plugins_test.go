@@ -96,10 +96,10 @@ func TestReaderOfARefusedValue(t *testing.T) {
 		g.start(t)
 		synctest.Wait()
 		before, began := g.plugin.Calls("Decrypt"), time.Now()
-		polls := func() int { return int(time.Since(began)/(54*time.Second)) + 1 }
+		polls := func() int { return int(time.Since(began)/(50*time.Second)) + 1 } // while Status is not good, the seed in use is tried each 50 to 60 s
 		for minute := range 10 {
 			for range 60 {
-				for range 25 {
+				for range 10 {
 					_, err := g.open("bad", bad)
 					if p.Garbage {
 						wantKind(t, err, Corrupt)
@@ -335,6 +335,29 @@ func TestLastingRefusal(t *testing.T) {
 		}
 		plugin.SetOutage(false)
 		time.Sleep(time.Minute)
+		if got, err := openBy(pass, "good", good); err != nil || got != "v" {
+			t.Errorf("after the outage: %v", err)
+		}
+	})
+}
+
+// TestNothingIsHandedOnWithoutEvidence: a provider that is only read has no seed to try, and not every plugin's Status shows an outage.
+func TestNothingIsHandedOnWithoutEvidence(t *testing.T) {
+	usable(t, func(t *testing.T, p kmstest.Personality) {
+		plugin := kmstest.NewPersona(p)
+		g := newPluginRig(t, plugin, func(c *RingConfig, _ *CacheConfig) { c.ReadOnly = true })
+		good := g.stored(t, "good", "v")
+		pass := rule(t, SealerConfig{Read: []*Ring{g.Ring}, AllowPlaintextReads: true, Passthrough: true})
+		plugin.SetOutage(true)
+		g.start(t)
+		for range 20 * 60 {
+			if got, err := openBy(pass, "good", good); err == nil {
+				t.Fatalf("handed on in an outage: %d bytes", len(got))
+			}
+			time.Sleep(time.Second)
+		}
+		plugin.SetOutage(false)
+		time.Sleep(2 * time.Minute)
 		if got, err := openBy(pass, "good", good); err != nil || got != "v" {
 			t.Errorf("after the outage: %v", err)
 		}

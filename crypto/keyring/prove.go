@@ -173,6 +173,7 @@ func (r *Ring) ask(ctx context.Context, h *envelope.Header) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
+	r.unwrapped.Store(time.Now().UnixNano())
 	r.mu.Lock()
 	delete(r.denied, r.keyOf(h.KeyID))
 	r.mu.Unlock()

@@ -80,6 +80,12 @@ func isSilence(err error) bool {
 // works reports whether the KMS key in use has worked when it was last used. If so, a refusal is about the seed that was refused, and is no outage.
 func (r *Ring) works() bool { return r.state.Load().works }
 
+// unwrapsOthers reports whether the KMS has unwrapped a seed since a time, and within the last two polls. A ring that only reads may have none that it could try at each poll.
+func (r *Ring) unwrapsOthers(since time.Time) bool {
+	last := time.Unix(0, r.unwrapped.Load())
+	return last.After(since) && time.Since(last) <= 2*max(r.cfg.PollInterval, r.cfg.FailingPollInterval)
+}
+
 // notUnwrapped is what a refusal means for the values of a seed now. what is "seed", or "copy" for a recovery copy.
 func (r *Ring) notUnwrapped(what string, h *envelope.Header, f *refusal) *Error {
 	if classOf(f.cause) == kmsclient.ClassInvalid {
@@ -89,7 +95,7 @@ func (r *Ring) notUnwrapped(what string, h *envelope.Header, f *refusal) *Error 
 	if kind == Unavailable && r.works() && (!isSilence(f.cause) || f.asked >= silentCalls) {
 		err := r.errorf(SeedRefused, f.cause, "the %s under KMS key ID %q is refused, while the KMS unwraps others: it is damaged, or its key is disabled, gone or "+
 			"not this KMS': %s", what, clip(h.KeyID), describe(f.cause))
-		if f.asked > 1 && !isSilence(f.cause) && time.Since(f.since) >= lastingRefusal {
+		if f.asked > 1 && !isSilence(f.cause) && time.Since(f.since) >= lastingRefusal && r.unwrapsOthers(f.since) {
 			err.lost = r
 		}
 		return err

@@ -124,6 +124,7 @@ type Ring struct {
 	rescues map[*Ring]*rescue    // by whose copies values were opened
 
 	refusals   *lru.Cache[digest, *refusal]
+	unwrapped  atomic.Int64 // when the KMS last unwrapped a seed, in Unix nanoseconds; 0 before
 	flapped    atomic.Int64 // when Status last went back to a key ID that was left, in Unix seconds; 0 if it never did
 	lostLogged atomic.Int64 // when the log said that values were handed on whose key is gone, in Unix seconds
 

@@ -354,9 +354,10 @@ func TestTypeZeroIsRead(t *testing.T) {
 				t.Fatal(err)
 			}
 			g := newRing(t, kms, nil).start(t)
+			synctest.Wait()
 			if n == 15 || n == 33 {
 				_, err := g.open("k", stored)
-				wantKind(t, err, Unavailable)
+				wantKind(t, err, SeedRefused)
 				return
 			}
 			g.mustOpen(t, "k", stored, "v")
