@@ -56,17 +56,23 @@ func forEtcd() []grpc.DialOption {
 // A server that makes its own requests of what it is asked, as etcd's grpc-proxy does, drops the metadata. So a proxy
 // and a command also read a key that no etcd holds, and a proxy that is asked for it says what it is.
 
-// proxyProbe is the end of that key. Before it there is a random part, so that no cache on the way has the answer, and
-// whatever a server on the way puts in front of keys.
-const proxyProbe = "/etcd-kms-proxy/is-there-a-proxy"
+// The key is proxyProbe and random text, which no cache on the way has the answer for. A server on the way may put
+// something in front of keys.
+const (
+	proxyProbe  = "/etcd-kms-proxy/probe/"
+	probeRandom = 26 // the length of [rand.Text]
+)
 
-// looksForProxy reports whether a RangeRequest reads a key that ends in proxyProbe.
+// looksForProxy reports whether a RangeRequest reads such a key.
 func looksForProxy(msg []byte) bool {
 	if !bytes.Contains(msg, []byte(proxyProbe)) {
 		return false
 	}
 	var r pb.RangeRequest
-	return proto.Unmarshal(msg, &r) == nil && len(r.RangeEnd) == 0 && bytes.HasSuffix(r.Key, []byte(proxyProbe))
+	if proto.Unmarshal(msg, &r) != nil || len(r.RangeEnd) > 0 || len(r.Key) < probeRandom {
+		return false
+	}
+	return bytes.HasSuffix(r.Key[:len(r.Key)-probeRandom], []byte(proxyProbe))
 }
 
 // FindProxy asks at each endpoint of etcd whether a proxy answers there, also where something that drops metadata
@@ -75,7 +81,7 @@ func looksForProxy(msg []byte) bool {
 func FindProxy(ctx context.Context, cfg UpstreamConfig, log *slog.Logger) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, readyWait)
 	defer cancel()
-	key := rand.Text() + proxyProbe
+	key := proxyProbe + rand.Text()
 	found := make([]bool, len(cfg.Endpoints))
 	var all sync.WaitGroup
 	for i, endpoint := range cfg.Endpoints {

@@ -90,3 +90,44 @@ func (s *site) seen(t *testing.T, p *harness.Proxy, key string, writes int) {
 		return nil
 	})
 }
+
+// TestReencryptAfterRestore: what a restore brings back is re-encrypted at once, and not at the end of the interval.
+func TestReencryptAfterRestore(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	const key = prefix + "old"
+	encrypted := func() {
+		t.Helper()
+		harness.Eventually(t, 2*within, "the value to be encrypted", func() error {
+			if got := s.get(t, key); !strings.HasPrefix(got, "k8s:enc:kms:v2:") {
+				return fmt.Errorf("it has %d bytes", len(got))
+			}
+			return nil
+		})
+	}
+	if _, err := s.kv.Put(t.Context(), &pb.PutRequest{Key: []byte(key), Value: []byte("in the backup")}); err != nil {
+		t.Fatal(err)
+	}
+	s.etcd.Stop(within)
+	backup := filepath.Join(s.Dir, "backup")
+	if err := os.CopyFS(backup, os.DirFS(s.etcd.DataDir)); err != nil {
+		t.Fatal(err)
+	}
+	s.etcd.Start()
+	p := s.NewProxy("proxy", s.cfg)
+	p.Args = []string{"--reencrypt"} // every hour
+	p.Start()
+	p.WaitReady(within)
+	encrypted()
+	s.agreed(t, prefix)
+
+	s.etcd.Stop(within)
+	if err := os.RemoveAll(s.etcd.DataDir); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.CopyFS(s.etcd.DataDir, os.DirFS(backup)); err != nil {
+		t.Fatal(err)
+	}
+	s.etcd.Start()
+	encrypted()
+}
