@@ -143,7 +143,7 @@ func TestPackedEveryKey(t *testing.T) {
 // TestPackedMemory: what a small file decompresses to is searched piece by piece, whatever its
 // size.
 func TestPackedMemory(t *testing.T) {
-	const size = 512 << 20
+	const size = 96 << 20
 	path := filepath.Join(t.TempDir(), "a.gz")
 	out, err := os.Create(path)
 	if err != nil {
