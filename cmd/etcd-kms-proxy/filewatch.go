@@ -12,14 +12,18 @@ import (
 )
 
 const (
-	// settle is how long a file's folder must have been left alone before a change counts: editors write in steps.
+	// settle is how long a file's folder must have been left alone before a change counts: editors
+	// write in steps.
 	settle = 250 * time.Millisecond
-	// unsettled is how long it is waited for that, in a folder that something writes to all the time.
+	// unsettled is how long it is waited for that, in a folder that something writes to all the
+	// time.
 	unsettled = 2 * time.Second
 )
 
-// watchFile calls changed each time that the file's content is another than seen or than it was at the last call, until ctx ends. It watches the folder, since editors and
-// Kubernetes' mounts put a new file, or a new link, in the place of the old one. unwatched is what the log says if that is not possible.
+// watchFile calls changed each time that the file's content is another than seen or than it was at
+// the last call, until ctx ends. It watches the folder, since editors and Kubernetes' mounts put a
+// new file, or a new link, in the place of the old one. unwatched is what the log says if that is
+// not possible.
 func watchFile(ctx context.Context, path string, seen [sha256.Size]byte, log *slog.Logger, unwatched string, changed func()) {
 	w, err := fsnotify.NewWatcher()
 	if err == nil {

@@ -11,8 +11,9 @@ import (
 	"time"
 )
 
-// TestNewVersionOfAKeyFile: it is used at once when the file changes, and, where the change is not seen, since it is behind a link to another folder, with SIGHUP; also when the
-// configuration cannot be reloaded then.
+// TestNewVersionOfAKeyFile: it is used at once when the file changes, and, where the change is not
+// seen, since it is behind a link to another folder, with SIGHUP; also when the configuration
+// cannot be reloaded then.
 func TestNewVersionOfAKeyFile(t *testing.T) {
 	for name, c := range map[string]struct{ linked, broken bool }{"changed file": {}, "SIGHUP": {linked: true}, "SIGHUP with a broken configuration": {linked: true, broken: true}} {
 		t.Run(name, func(t *testing.T) {
@@ -45,7 +46,8 @@ func TestNewVersionOfAKeyFile(t *testing.T) {
 	}
 }
 
-// TestWatchInABusyFolder: something writes beside the file all the time, and a change is noticed all the same.
+// TestWatchInABusyFolder: something writes beside the file all the time, and a change is noticed
+// all the same.
 func TestWatchInABusyFolder(t *testing.T) {
 	d := dir(t.TempDir())
 	if err := os.WriteFile(d.path("file"), []byte("a"), 0o600); err != nil {
