@@ -130,16 +130,8 @@ func (r *Ring) contact(ctx context.Context) {
 		r.badStatus(ctx, err)
 		return
 	}
-	keyID := r.settle(said)
-	w, err := r.use(ctx, keyID)
-	if refuses(err) && said != keyID {
-		keyID = r.adopt(said)
-		w, err = r.use(ctx, keyID)
-	}
+	keyID, w, err := r.useSettled(ctx, said)
 	if err == nil {
-		if w != nil {
-			keyID = w.statusID
-		}
 		r.good(keyID, w, nil)
 		r.probe(ctx, r.keyOf(keyID))
 		return
@@ -176,13 +168,9 @@ func (r *Ring) badStatus(ctx context.Context, status error) {
 	defer func() { r.loop.used = time.Now() }()
 	if isUnhealthy(status) {
 		e, _ := errors.AsType[*kmsclient.Error](status)
-		keyID := r.settle(e.KeyID)
-		w, err := r.use(ctx, keyID)
+		keyID, w, err := r.useSettled(ctx, e.KeyID)
 		switch {
 		case err == nil:
-			if w != nil {
-				keyID = w.statusID
-			}
 			r.good(keyID, w, status)
 		case refuses(err):
 			r.bad(ctx, keyID, err)
@@ -200,6 +188,23 @@ func (r *Ring) badStatus(ctx context.Context, status error) {
 		}
 		r.update(func(st *state) { st.works = err == nil })
 	}
+}
+
+// useSettled uses the key, and returns the key ID that counts now that Status has said another, and
+// the seed to seal under. A key ID that Status goes back to counts as soon as the one in use does not
+// work any more.
+func (r *Ring) useSettled(ctx context.Context, said string) (string, *writer, error) {
+	keyID := r.settle(said)
+	w, err := r.use(ctx, keyID)
+	if err != nil && said != keyID && !isSilence(err) {
+		if other, oerr := r.use(ctx, said); oerr == nil {
+			keyID, w, err = r.adopt(said), other, nil
+		}
+	}
+	if err == nil && w != nil {
+		keyID = w.statusID
+	}
+	return keyID, w, err
 }
 
 // useDue reports whether the key in use is to be tried although Status is not good.

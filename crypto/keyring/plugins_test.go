@@ -432,10 +432,15 @@ func TestFlappingKeyID(t *testing.T) {
 		if got := keyIDOf(t, g.mustSeal(t, "k", "v")); got != "key-3" {
 			t.Errorf("sealed under %s", got)
 		}
-		kms.set(func() { kms.keyErr["key-3"] = kmsError("Decrypt", kmsclient.ClassKeyUnusable) })
-		minute("key-1")
-		if got := keyIDOf(t, g.mustSeal(t, "k", "v")); got != "key-1" {
-			t.Errorf("sealed under %s, which the KMS refuses", got)
+		for i, err := range []error{kmsError("Decrypt", kmsclient.ClassKeyUnusable), &kmsclient.Error{Op: "Decrypt", Answered: true}} {
+			id := []string{"key-3", "key-4"}[i]
+			kms.rotate(id)
+			minute(id)
+			kms.set(func() { kms.keyErr[id] = err })
+			minute("key-1")
+			if got := keyIDOf(t, g.mustSeal(t, "k", "v")); got != "key-1" {
+				t.Errorf("sealed under %s, which the KMS refuses", got)
+			}
 		}
 	})
 }
