@@ -444,3 +444,21 @@ func TestFlappingKeyID(t *testing.T) {
 		}
 	})
 }
+
+// TestNoConnectionIsNoRefusal: calls that were not answered at all are not remembered of the seed,
+// however many there were: it opens as soon as the KMS is back.
+func TestNoConnectionIsNoRefusal(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		kms := newKMS(t, "ack")
+		stored := kms.sealed(t, "k", "v")
+		g := newRing(t, kms, nil).start(t)
+		synctest.Wait()
+		kms.set(func() { kms.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.ClassUnavailable) })
+		for range 10 {
+			_, err := g.open("k", stored)
+			wantKind(t, err, Unavailable)
+		}
+		kms.set(func() { kms.opErr = map[string]error{} })
+		g.mustOpen(t, "k", stored, "v")
+	})
+}

@@ -1,6 +1,7 @@
 package keyring
 
 import (
+	"context"
 	"errors"
 	"time"
 
@@ -39,8 +40,8 @@ const (
 func (r *Ring) noteRefusal(d digest, cause error) *refusal {
 	now := time.Now()
 	next := &refusal{cause: cause, since: now}
-	if r.base.Err() != nil || kmsclient.NotCalled(cause) {
-		return next // nothing was said about the seed
+	if r.base.Err() != nil || isSilence(cause) && (kmsclient.NotCalled(cause) || !errors.Is(cause, context.DeadlineExceeded)) {
+		return next // nothing was said about the seed, and no connection is no matter of one
 	}
 	if last, ok := r.refusals.Get(d); ok && isSilence(last.cause) == isSilence(cause) {
 		next.asked, next.since = last.asked, last.since
