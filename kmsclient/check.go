@@ -134,12 +134,16 @@ func isSilent(err error) bool {
 // safe turns whatever a backend returned into an *Error that says nothing but what is known to be harmless: the text of a foreign error
 // may hold the request.
 func (c *Client) safe(ctx context.Context, op, keyID string, err error) error {
+	cause := ctx.Err()
+	if cause == nil && errors.Is(err, context.DeadlineExceeded) {
+		cause = context.DeadlineExceeded // of the attempt
+	}
 	var e *Error
 	if errors.As(err, &e) {
 		known := *e
 		known.Op, known.Provider = op, c.cfg.Name
 		def(&known.KeyID, keyID)
-		return withCause(&known, ctx.Err())
+		return withCause(&known, cause)
 	}
 	detail := "the call failed for a reason that is not shown, since it may hold a secret"
 	if errors.Is(err, context.DeadlineExceeded) {
@@ -147,7 +151,7 @@ func (c *Client) safe(ctx context.Context, op, keyID string, err error) error {
 	} else if errors.Is(err, context.Canceled) {
 		detail = "the caller gave up"
 	}
-	return withCause(c.fault(op, keyID, ClassUnavailable, detail), ctx.Err())
+	return withCause(c.fault(op, keyID, ClassUnavailable, detail), cause)
 }
 
 // caused is an *Error with something that errors.Is shall find; the text stays that of the *Error.

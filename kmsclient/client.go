@@ -149,8 +149,9 @@ func (c *Client) Decrypt(ctx context.Context, uid string, req *service.DecryptRe
 
 const opStatus = "Status"
 
-// Status implements [Service]. A KMS that answers but is not healthy is an error of [ClassUnavailable] with Answered, the key ID
-// of the answer, and the KMS' own text, quoted and shortened.
+// Status implements [Service]. A KMS that answers but is not healthy is an error of
+// [ClassUnavailable] with Answered, the key ID of the answer, and the KMS' own text, quoted and
+// shortened.
 func (c *Client) Status(ctx context.Context) (*service.StatusResponse, error) {
 	return attempt(ctx, c, opStatus, "", func(ctx context.Context) (*service.StatusResponse, string, error) {
 		res, err := c.cfg.Backend.Status(ctx)

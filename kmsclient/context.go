@@ -20,18 +20,19 @@ func OneAttempt(ctx context.Context) context.Context {
 	return context.WithValue(ctx, oneAttemptKey{}, true)
 }
 
-// PastCircuit returns a context for a health check: a [Client] makes the call even while the circuit is
-// open, and closes it if the call succeeds, since its caller limits how often it checks, and since calls for stored values that opened the
-// circuit must not keep a check from finding that the KMS key can be used.
+// PastCircuit returns a context for a health check: a [Client] makes the call even while the
+// circuit is open, and closes it if the call succeeds, since its caller limits how often it checks,
+// and since calls for stored values that opened the circuit must not keep a check from finding that
+// the KMS key can be used.
 func PastCircuit(ctx context.Context) context.Context {
 	return context.WithValue(ctx, pastCircuitKey{}, true)
 }
 
 func isSet(ctx context.Context, key any) bool { return ctx.Value(key) != nil }
 
-// Expect returns a context with which Decrypt of a [Client] fails, with an error of [ClassContract] that
-// wraps [ErrOtherSecret], unless the plaintext has this SHA-256 digest. So a wrong answer is counted and
-// recorded as one.
+// Expect returns a context with which Decrypt of a [Client] fails, with an error of [ClassContract]
+// that wraps [ErrOtherSecret], unless the plaintext has this SHA-256 digest. So a wrong answer is
+// counted and recorded as one.
 func Expect(ctx context.Context, digest [sha256.Size]byte) context.Context {
 	return context.WithValue(ctx, expectKey{}, digest)
 }
@@ -44,5 +45,6 @@ func checkExpected(ctx context.Context, plaintext []byte) error {
 	return nil
 }
 
-// NotCalled reports whether an operation of a [Client] failed without a call, since the circuit is open.
+// NotCalled reports whether an operation of a [Client] failed without a call, since the circuit is
+// open.
 func NotCalled(err error) bool { return errors.Is(err, errCircuitOpen) }

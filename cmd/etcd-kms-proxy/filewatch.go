@@ -11,11 +11,19 @@ import (
 	"github.com/fsnotify/fsnotify"
 )
 
-// settle is how long a file must have been left alone before a change counts: editors write in steps.
-const settle = 250 * time.Millisecond
+const (
+	// settle is how long a file's folder must have been left alone before a change counts: editors
+	// write in steps.
+	settle = 250 * time.Millisecond
+	// unsettled is how long it is waited for that, in a folder that something writes to all the
+	// time.
+	unsettled = 2 * time.Second
+)
 
-// watchFile calls changed each time that the file's content is another than seen or than it was at the last call, until ctx ends. It watches the folder, since editors and
-// Kubernetes' mounts put a new file, or a new link, in the place of the old one. unwatched is what the log says if that is not possible.
+// watchFile calls changed each time that the file's content is another than seen or than it was at
+// the last call, until ctx ends. It watches the folder, since editors and Kubernetes' mounts put a
+// new file, or a new link, in the place of the old one. unwatched is what the log says if that is
+// not possible.
 func watchFile(ctx context.Context, path string, seen [sha256.Size]byte, log *slog.Logger, unwatched string, changed func()) {
 	w, err := fsnotify.NewWatcher()
 	if err == nil {
@@ -28,6 +36,16 @@ func watchFile(ctx context.Context, path string, seen [sha256.Size]byte, log *sl
 	}
 	quiet := time.NewTimer(settle) // the first look is for what changed before the watch began
 	defer quiet.Stop()
+	first := time.Now() // of the events since the last look
+	waiting := true
+	noted := func() {
+		if !waiting {
+			first, waiting = time.Now(), true
+		}
+		if time.Since(first) < unsettled {
+			quiet.Reset(settle)
+		}
+	}
 	for {
 		select {
 		case <-ctx.Done():
@@ -36,15 +54,16 @@ func watchFile(ctx context.Context, path string, seen [sha256.Size]byte, log *sl
 			if !ok {
 				return
 			}
-			quiet.Reset(settle)
+			noted()
 		case err, ok := <-w.Errors:
 			if !ok {
 				return
 			}
 			// Events may have been lost.
 			log.Debug("watching a file", "file", path, "error", err)
-			quiet.Reset(settle)
+			noted()
 		case <-quiet.C:
+			waiting = false
 			if now := digest(path); now != seen {
 				seen = now
 				changed()

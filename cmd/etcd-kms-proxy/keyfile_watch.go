@@ -15,7 +15,8 @@ type keyFile struct {
 	ring *keyring.Ring
 }
 
-// watch checks the provider at once when the file's content has changed, so that a new key is used from then on, until ctx ends.
+// watch checks the provider at once when the file's content has changed, so that a new key is used
+// from then on, until ctx ends.
 func (f keyFile) watch(ctx context.Context, log *slog.Logger) {
 	watchFile(ctx, f.path, f.seen, log, "the key file is not watched: a change counts at the next poll, or with SIGHUP", func() {
 		log.Info("key file has changed", "provider", f.ring.Provider(), "file", f.path)

@@ -12,7 +12,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/kmstest"
 )
 
-// checked returns the report of kms check on a plugin, as an object and as text, and the class of each call that was made.
+// checked returns the report of kms check on a plugin, as an object and as text, and the class of
+// each call that was made.
 func checked(s kmsclient.Service) (providerReport, string, []string) {
 	var classes []string
 	observe := func(c kmsclient.Call) { classes = append(classes, c.Op+" "+c.Class) }
@@ -22,7 +23,8 @@ func checked(s kmsclient.Service) (providerReport, string, []string) {
 	return r, text.String(), classes
 }
 
-// TestKMSCheckOfPlugins: every public plugin that can be used passes, right after its start, and in an outage there is a finding and no round trip.
+// TestKMSCheckOfPlugins: every public plugin that can be used passes, right after its start, and in
+// an outage there is a finding and no round trip.
 func TestKMSCheckOfPlugins(t *testing.T) {
 	for _, p := range kmstest.Personalities() {
 		t.Run(p.Name, func(t *testing.T) {

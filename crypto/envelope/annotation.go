@@ -5,8 +5,8 @@ import "strings"
 // IsAnnotationKey reports whether s may be the key of an annotation: a fully qualified domain name
 // as Kubernetes has it, which is at least two lower-case labels of RFC 1123 in at most 253 bytes,
 // with or without a dot at the end. It accepts exactly what IsFullyQualifiedDomainName of
-// k8s.io/apimachinery accepts, so that every value that kube-apiserver stores can be read; test/interop
-// compares the two.
+// k8s.io/apimachinery accepts, so that every value that kube-apiserver stores can be read;
+// test/interop compares the two.
 func IsAnnotationKey(s string) bool {
 	s = strings.TrimSuffix(s, ".")
 	if len(s) > 253 {

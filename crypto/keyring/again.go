@@ -9,16 +9,18 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 )
 
-// doubt is that the KMS was asked again for the secret of a seed that has opened no value yet. It does not change.
+// doubt is that the KMS was asked again for the secret of a seed that has opened no value yet. It
+// does not change.
 type doubt struct {
 	same  bool      // it gave the same secret, so that a value that does not open is damaged
 	asked int       // how often
 	until time.Time // it is not asked again before
 }
 
-// openAgain is about a seed that has opened no value yet, nor this one: a KMS that answers garbage must not make a value look damaged, so it is asked once
-// more for the secret, and then less and less often. The error is of kind Corrupt if it gave the same one. whole is whether object is still as it was stored, so that another
-// secret may open it.
+// openAgain is about a seed that has opened no value yet, nor this one: a KMS that answers garbage
+// must not make a value look damaged, so it is asked once more for the secret, and then less and
+// less often. The error is of kind Corrupt if it gave the same one. whole is whether object is
+// still as it was stored, so that another secret may open it.
 func (r *Ring) openAgain(ctx context.Context, e *entry, etcdKey, object []byte, whole bool) ([]byte, *Error) {
 	if known := e.doubt.Load(); known != nil && time.Now().Before(known.until) {
 		return nil, r.notOpened(e, known)
@@ -68,7 +70,8 @@ func (r *Ring) notOpened(e *entry, d *doubt) *Error {
 	return r.errorf(SeedRefused, cause, "the seed under KMS key ID %q: %v", clip(e.keyID), cause)
 }
 
-// unwrapAgain asks the KMS, and returns the entry that is cached now: e, or one with the other secret that it gave.
+// unwrapAgain asks the KMS, and returns the entry that is cached now: e, or one with the other
+// secret that it gave.
 func (r *Ring) unwrapAgain(e *entry, h *envelope.Header) (*entry, error) {
 	known := e.doubt.Load()
 	if e.proven.Load() || known != nil && time.Now().Before(known.until) {

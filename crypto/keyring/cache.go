@@ -103,7 +103,8 @@ type entry struct {
 	// proven is set once the seed has opened a value, or was minted here. Until then a value that does not open may be the
 	// fault of what the KMS answered, and the seed is dropped rather than kept for a whole TTL.
 	proven atomic.Bool
-	// doubt is what the KMS gave when it was asked again for the secret of a seed that has opened nothing yet; nil before.
+	// doubt is what the KMS gave when it was asked again for the secret of a seed that has opened
+	// nothing yet; nil before.
 	doubt atomic.Pointer[doubt]
 	// dead is set when the entry was dropped; the rings' fast paths may still hold it.
 	dead atomic.Bool

@@ -111,8 +111,9 @@ func (r *Ring) pause() time.Duration {
 	return d
 }
 
-// contact asks the KMS how the key is, mints a seed if one is due, and has the seed in use unwrapped: Status may be answered although the key
-// may not be used. The result is published in one step. While contacts fail, each operation has one attempt: the next contact is not far.
+// contact asks the KMS how the key is, mints a seed if one is due, and has the seed in use
+// unwrapped: Status may be answered although the key may not be used. The result is published in
+// one step. While contacts fail, each operation has one attempt: the next contact is not far.
 func (r *Ring) contact(ctx context.Context) {
 	r.update(func(st *state) {
 		if st.pending == nil {
@@ -129,16 +130,8 @@ func (r *Ring) contact(ctx context.Context) {
 		r.badStatus(ctx, err)
 		return
 	}
-	keyID := r.settle(said)
-	w, err := r.use(ctx, keyID)
-	if refuses(err) && said != keyID {
-		keyID = r.adopt(said)
-		w, err = r.use(ctx, keyID)
-	}
+	keyID, w, err := r.useSettled(ctx, said)
 	if err == nil {
-		if w != nil {
-			keyID = w.statusID
-		}
 		r.good(keyID, w, nil)
 		r.probe(ctx, r.keyOf(keyID))
 		return
@@ -155,9 +148,11 @@ func (r *Ring) contact(ctx context.Context) {
 	}
 }
 
-// badStatus ends a contact whose Status was not good. Then other keys are not probed: some plugins say that they are not healthy for a while after any
-// call that failed, so that probes of a key that the KMS refuses would keep them from ever saying anything else. For the same reason a KMS that says so has the key in use
-// tried, now and then: if it works, values are encrypted and decrypted.
+// badStatus ends a contact whose Status was not good. Then other keys are not probed: some plugins
+// say that they are not healthy for a while after any call that failed, so that probes of a key
+// that the KMS refuses would keep them from ever saying anything else. For the same reason a KMS
+// that says so has the key in use tried, now and then: if it works, values are encrypted and
+// decrypted.
 func (r *Ring) badStatus(ctx context.Context, status error) {
 	if refuses(status) {
 		r.bad(ctx, "", status)
@@ -173,13 +168,9 @@ func (r *Ring) badStatus(ctx context.Context, status error) {
 	defer func() { r.loop.used = time.Now() }()
 	if isUnhealthy(status) {
 		e, _ := errors.AsType[*kmsclient.Error](status)
-		keyID := r.settle(e.KeyID)
-		w, err := r.use(ctx, keyID)
+		keyID, w, err := r.useSettled(ctx, e.KeyID)
 		switch {
 		case err == nil:
-			if w != nil {
-				keyID = w.statusID
-			}
 			r.good(keyID, w, status)
 		case refuses(err):
 			r.bad(ctx, keyID, err)
@@ -199,6 +190,23 @@ func (r *Ring) badStatus(ctx context.Context, status error) {
 	}
 }
 
+// useSettled uses the key, and returns the key ID that counts now that Status has said another, and
+// the seed to seal under. A key ID that Status goes back to counts as soon as the one in use does not
+// work any more.
+func (r *Ring) useSettled(ctx context.Context, said string) (string, *writer, error) {
+	keyID := r.settle(said)
+	w, err := r.use(ctx, keyID)
+	if err != nil && said != keyID && !isSilence(err) {
+		if other, oerr := r.use(ctx, said); oerr == nil {
+			keyID, w, err = r.adopt(said), other, nil
+		}
+	}
+	if err == nil && w != nil {
+		keyID = w.statusID
+	}
+	return keyID, w, err
+}
+
 // useDue reports whether the key in use is to be tried although Status is not good.
 func (r *Ring) useDue() bool {
 	pause := min(r.cfg.PollInterval, r.cfg.RevokeWithin) - r.cfg.FailingPollInterval
@@ -208,8 +216,8 @@ func (r *Ring) useDue() bool {
 	return !r.loop.deniedSince.IsZero() || time.Since(r.loop.used) >= pause
 }
 
-// currentKey returns the key ID that Status says. A first answer, or a new one, is asked for again: some plugins name the key after a start, and its version
-// only once they have been called.
+// currentKey returns the key ID that Status says. A first answer, or a new one, is asked for again:
+// some plugins name the key after a start, and its version only once they have been called.
 func (r *Ring) currentKey(ctx context.Context) (string, error) {
 	status, err := r.status(ctx)
 	if err != nil {
@@ -225,7 +233,8 @@ func (r *Ring) currentKey(ctx context.Context) (string, error) {
 	return status.KeyID, nil
 }
 
-// good records a contact in which the key was used with success. status is why Status was not good, or nil.
+// good records a contact in which the key was used with success. status is why Status was not good,
+// or nil.
 func (r *Ring) good(keyID string, w *writer, status error) {
 	r.loop.deniedSince, r.loop.used = time.Time{}, time.Now()
 	was := r.state.Load()

@@ -15,9 +15,10 @@ type Kind int
 const (
 	// Unavailable: the KMS was not reached or did not answer as it must. A retry may help; nothing is wrong with the value.
 	Unavailable Kind = iota + 1
-	// SeedRefused: the KMS answers, and unwraps other seeds, and does not unwrap that of this value, without saying why: the value is damaged, or its key is
-	// disabled, gone or not this KMS'. Most plugins answer so whatever the reason is. An operator has to look; of a refusal that lasts,
-	// [SealerConfig.Passthrough] takes values for lost.
+	// SeedRefused: the KMS answers, and unwraps other seeds, and does not unwrap that of this
+	// value, without saying why: the value is damaged, or its key is disabled, gone or not this
+	// KMS'. Most plugins answer so whatever the reason is. An operator has to look; of a refusal
+	// that lasts, [SealerConfig.Passthrough] takes values for lost.
 	SeedRefused
 	// KeyUnusable: the KMS key is disabled, pending deletion or gone, or the KMS refuses the proxy. An operator has to act. Of a key that is gone
 	// for good, [SealerConfig.Passthrough] takes values for lost.
@@ -56,8 +57,8 @@ type Error struct {
 	Text string
 	Err  error // the cause, for errors.Is and errors.As; may be nil
 
-	// lost is the ring of a value that will not open later either, although it is not Corrupt: its key is not there any more, or has refused it for long, and
-	// there is no copy.
+	// lost is the ring of a value that will not open later either, although it is not Corrupt: its
+	// key is not there any more, or has refused it for long, and there is no copy.
 	lost *Ring
 	// Of a seed with recovery copies, silent says that a KMS which could still give it did not answer, and answered that one did. See [Error.Answered].
 	silent, answered bool
@@ -96,8 +97,8 @@ func isAnswered(err error) bool {
 	return ok && e.Answered
 }
 
-// isUnhealthy reports whether a failed contact is a Status that was answered, named the key, and said that the KMS is not healthy. Some plugins say so for
-// a while after any call that failed.
+// isUnhealthy reports whether a failed contact is a Status that was answered, named the key, and
+// said that the KMS is not healthy. Some plugins say so for a while after any call that failed.
 func isUnhealthy(err error) bool {
 	e, ok := errors.AsType[*kmsclient.Error](err)
 	return ok && e.Class == kmsclient.ClassUnavailable && e.Answered && e.Op == "Status" && e.KeyID != ""

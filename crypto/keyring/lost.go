@@ -25,7 +25,8 @@ func notLost(err *Error) *Error {
 	return &Error{Kind: err.Kind, Text: err.Text, Err: err.Err, silent: err.silent, answered: err.answered}
 }
 
-// noteLost says, loudly, that a value was handed on as stored because its key is gone or refuses it for good.
+// noteLost says, loudly, that a value was handed on as stored because its key is gone or refuses it
+// for good.
 func (r *Ring) noteLost(err *Error) {
 	now := time.Now()
 	last := r.lostLogged.Load()

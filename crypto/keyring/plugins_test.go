@@ -15,7 +15,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/kmstest"
 )
 
-// pluginRig is a ring over a public plugin as it behaves, through the client that the proxy calls it with.
+// pluginRig is a ring over a public plugin as it behaves, through the client that the proxy calls
+// it with.
 type pluginRig struct {
 	*rig
 	plugin *kmstest.Persona
@@ -87,8 +88,9 @@ func usable(t *testing.T, f func(t *testing.T, p kmstest.Personality)) {
 	}
 }
 
-// TestReaderOfARefusedValue reads one all the time, behind each plugin. The plugin is called four times in the first minute, and once more by the first call's second
-// attempt, and once in each later minute, and nobody who writes, or reads another value, notices.
+// TestReaderOfARefusedValue reads one all the time, behind each plugin. The plugin is called four
+// times in the first minute, and once more by the first call's second attempt, and once in each
+// later minute, and nobody who writes, or reads another value, notices.
 func TestReaderOfARefusedValue(t *testing.T) {
 	usable(t, func(t *testing.T, p kmstest.Personality) {
 		g := newPluginRig(t, kmstest.NewPersona(p), nil)
@@ -119,7 +121,8 @@ func TestReaderOfARefusedValue(t *testing.T) {
 	})
 }
 
-// TestReaderAtTheStart is there before the proxy has a seed, and reads many refused values. The proxy gets one all the same.
+// TestReaderAtTheStart is there before the proxy has a seed, and reads many refused values. The
+// proxy gets one all the same.
 func TestReaderAtTheStart(t *testing.T) {
 	usable(t, func(t *testing.T, p kmstest.Personality) {
 		plugin := kmstest.NewPersona(p)
@@ -145,7 +148,8 @@ func TestReaderAtTheStart(t *testing.T) {
 	})
 }
 
-// TestSlowRefusals: a plugin that tries a refused seed again itself for longer than the proxy waits does not open the circuit for writers, and is not asked for ever.
+// TestSlowRefusals: a plugin that tries a refused seed again itself for longer than the proxy waits
+// does not open the circuit for writers, and is not asked for ever.
 func TestSlowRefusals(t *testing.T) {
 	usable(t, func(t *testing.T, p kmstest.Personality) {
 		if p.Garbage {
@@ -175,7 +179,8 @@ func TestSlowRefusals(t *testing.T) {
 	})
 }
 
-// TestOutageBehindPlugins counts what the vendor is asked in 120 s without an answer: what Status costs, in no more polls than kube-apiserver makes, and hardly more.
+// TestOutageBehindPlugins counts what the vendor is asked in 120 s without an answer: what Status
+// costs, in no more polls than kube-apiserver makes, and hardly more.
 func TestOutageBehindPlugins(t *testing.T) {
 	apiServer := map[string]int{ // as it was measured
 		"aws-encryption-provider": 9, "vault-kubernetes-kms": 24, "k8s-cloudkms-plugin": 12, "azure-kubernetes-kms": 12, "okms": 60, "barbican-kms-plugin": 0,
@@ -216,8 +221,8 @@ func TestOutageBehindPlugins(t *testing.T) {
 	})
 }
 
-// TestOldKeyIsRefused: the seed of an old key is cached that the vendor has disabled. The plugin refuses it without a reason, and the proxy's own probes must not keep it from
-// being healthy.
+// TestOldKeyIsRefused: the seed of an old key is cached that the vendor has disabled. The plugin
+// refuses it without a reason, and the proxy's own probes must not keep it from being healthy.
 func TestOldKeyIsRefused(t *testing.T) {
 	for _, poll := range []time.Duration{time.Minute, 10 * time.Second} {
 		t.Run(poll.String(), func(t *testing.T) {
@@ -258,7 +263,8 @@ func TestOldKeyIsRefused(t *testing.T) {
 	}
 }
 
-// TestStatusLagsBehind: a plugin names the key after a start, and its version after a call. That is no rotation, and no value is out of date for it.
+// TestStatusLagsBehind: a plugin names the key after a start, and its version after a call. That is
+// no rotation, and no value is out of date for it.
 func TestStatusLagsBehind(t *testing.T) {
 	usable(t, func(t *testing.T, p kmstest.Personality) {
 		plugin := kmstest.NewPersona(p)
@@ -298,7 +304,8 @@ func TestStatusLagsBehind(t *testing.T) {
 	})
 }
 
-// TestLastingRefusal: the policy for values that do not open later applies where a refusal lasts, and not before, nor in an outage.
+// TestLastingRefusal: the policy for values that do not open later applies where a refusal lasts,
+// and not before, nor in an outage.
 func TestLastingRefusal(t *testing.T) {
 	usable(t, func(t *testing.T, p kmstest.Personality) {
 		plugin, log := kmstest.NewPersona(p), new(logBuffer)
@@ -341,7 +348,8 @@ func TestLastingRefusal(t *testing.T) {
 	})
 }
 
-// TestNothingIsHandedOnWithoutEvidence: a provider that is only read has no seed to try, and not every plugin's Status shows an outage.
+// TestNothingIsHandedOnWithoutEvidence: a provider that is only read has no seed to try, and not
+// every plugin's Status shows an outage.
 func TestNothingIsHandedOnWithoutEvidence(t *testing.T) {
 	usable(t, func(t *testing.T, p kmstest.Personality) {
 		plugin := kmstest.NewPersona(p)
@@ -364,7 +372,8 @@ func TestNothingIsHandedOnWithoutEvidence(t *testing.T) {
 	})
 }
 
-// TestUnusablePlugins: nothing is encrypted with a plugin whose answer cannot be stored, or does not come back.
+// TestUnusablePlugins: nothing is encrypted with a plugin whose answer cannot be stored, or does
+// not come back.
 func TestUnusablePlugins(t *testing.T) {
 	for _, p := range kmstest.Personalities() {
 		if p.Unusable == "" {
@@ -381,7 +390,8 @@ func TestUnusablePlugins(t *testing.T) {
 	}
 }
 
-// TestFlappingKeyID: Status goes back and forth between two key IDs. The proxy follows the first change alone, and says so.
+// TestFlappingKeyID: Status goes back and forth between two key IDs. The proxy follows the first
+// change alone, and says so.
 func TestFlappingKeyID(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		kms, log := newKMS(t, "ack"), new(logBuffer)
@@ -415,16 +425,40 @@ func TestFlappingKeyID(t *testing.T) {
 		if got := keyIDOf(t, g.mustSeal(t, "k", "v")); got != "key-1" {
 			t.Errorf("sealed under %s", got)
 		}
-		// A key ID that was never left counts at once, and a refusal of the one in use does not wait.
+		// A key ID that was never left counts at once, and a refusal of the one in use does not
+		// wait.
 		kms.rotate("key-3")
 		minute("key-3")
 		if got := keyIDOf(t, g.mustSeal(t, "k", "v")); got != "key-3" {
 			t.Errorf("sealed under %s", got)
 		}
-		kms.set(func() { kms.keyErr["key-3"] = kmsError("Decrypt", kmsclient.ClassKeyUnusable) })
-		minute("key-1")
-		if got := keyIDOf(t, g.mustSeal(t, "k", "v")); got != "key-1" {
-			t.Errorf("sealed under %s, which the KMS refuses", got)
+		for i, err := range []error{kmsError("Decrypt", kmsclient.ClassKeyUnusable), &kmsclient.Error{Op: "Decrypt", Answered: true}} {
+			id := []string{"key-3", "key-4"}[i]
+			kms.rotate(id)
+			minute(id)
+			kms.set(func() { kms.keyErr[id] = err })
+			minute("key-1")
+			if got := keyIDOf(t, g.mustSeal(t, "k", "v")); got != "key-1" {
+				t.Errorf("sealed under %s, which the KMS refuses", got)
+			}
 		}
+	})
+}
+
+// TestNoConnectionIsNoRefusal: calls that were not answered at all are not remembered of the seed,
+// however many there were: it opens as soon as the KMS is back.
+func TestNoConnectionIsNoRefusal(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		kms := newKMS(t, "ack")
+		stored := kms.sealed(t, "k", "v")
+		g := newRing(t, kms, nil).start(t)
+		synctest.Wait()
+		kms.set(func() { kms.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.ClassUnavailable) })
+		for range 10 {
+			_, err := g.open("k", stored)
+			wantKind(t, err, Unavailable)
+		}
+		kms.set(func() { kms.opErr = map[string]error{} })
+		g.mustOpen(t, "k", stored, "v")
 	})
 }

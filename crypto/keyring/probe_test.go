@@ -124,8 +124,8 @@ func TestOldKeyGoesWithAllVersions(t *testing.T) {
 	})
 }
 
-// TestRefusalBesideAnotherFault: something else keeps contacts from being good, and the KMS says no to what is in use. Old keys are asked about only
-// while Status is good.
+// TestRefusalBesideAnotherFault: something else keeps contacts from being good, and the KMS says no
+// to what is in use. Old keys are asked about only while Status is good.
 func TestRefusalBesideAnotherFault(t *testing.T) {
 	for name, op := range map[string]string{"no status": "Status", "no new seed": "Encrypt"} {
 		for _, class := range []kmsclient.Class{kmsclient.ClassKeyUnusable, kmsclient.ClassDenied} {

@@ -15,8 +15,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
-// use returns the seed to seal under from now on, a new one if it is due, which the KMS has just unwrapped. It is nil for a ring that only reads;
-// there a cached seed stands for the others.
+// use returns the seed to seal under from now on, a new one if it is due, which the KMS has just
+// unwrapped. It is nil for a ring that only reads; there a cached seed stands for the others.
 func (r *Ring) use(ctx context.Context, keyID string) (*writer, error) {
 	if !r.mintDue(ctx, keyID) {
 		w := r.state.Load().writer
@@ -69,7 +69,8 @@ func (r *Ring) proveSample(ctx context.Context, keyID string) error {
 	return nil
 }
 
-// probeBackOff is when a key is probed again that the KMS refuses without a reason. Its seeds are not dropped for that, so that nothing is gained by asking often.
+// probeBackOff is when a key is probed again that the KMS refuses without a reason. Its seeds are
+// not dropped for that, so that nothing is gained by asking often.
 type probeBackOff struct {
 	wait time.Duration
 	next time.Time
@@ -78,8 +79,9 @@ type probeBackOff struct {
 // maxProbeWait is the longest of these pauses.
 const maxProbeWait = 30 * time.Minute
 
-// probe unwraps one cached seed of each key but the one that the contact has spoken for, so that the revocation of an old key is noticed although its
-// seeds are cached. It does so once in a poll interval at most. What is too much for one poll is left to the next.
+// probe unwraps one cached seed of each key but the one that the contact has spoken for, so that
+// the revocation of an old key is noticed although its seeds are cached. It does so once in a poll
+// interval at most. What is too much for one poll is left to the next.
 func (r *Ring) probe(ctx context.Context, spokenFor string) {
 	interval := min(r.cfg.PollInterval, r.cfg.RevokeWithin)
 	if time.Since(r.loop.probedAt) < interval-interval/10-1 { // as pause has it

@@ -214,8 +214,8 @@ func (r *Ring) update(change func(*state)) {
 	r.state.Store(&next)
 }
 
-// Check has the key checked at once, and not only at the next poll: its state, and whether it has a new version. It does not wait for that, and several calls within
-// a second are one.
+// Check has the key checked at once, and not only at the next poll: its state, and whether it has a
+// new version. It does not wait for that, and several calls within a second are one.
 func (r *Ring) Check() { r.poke() }
 
 // poke asks Run for a contact ahead of time.

@@ -3,15 +3,17 @@ package keyring
 import "time"
 
 const (
-	// flapMemory is how long a key ID that the provider has left counts as one that it may be flapping with.
+	// flapMemory is how long a key ID that the provider has left counts as one that it may be
+	// flapping with.
 	flapMemory = 24 * time.Hour
 	// flapHold is how long a KMS must name such a key ID without a break for it to be used again.
 	flapHold = time.Hour
 	maxLeft  = 64 // key IDs that are remembered
 )
 
-// settling is what is known of the key IDs that Status has named. Each new one means a new seed, and all values encrypted again where somebody does that, so that a
-// KMS that goes back and forth between two must not be followed.
+// settling is what is known of the key IDs that Status has named. Each new one means a new seed,
+// and all values encrypted again where somebody does that, so that a KMS that goes back and forth
+// between two must not be followed.
 type settling struct {
 	left   map[string]time.Time // when the provider left a key ID
 	back   string               // one of these that Status names now; "" if it names the one in use
@@ -22,7 +24,8 @@ type settling struct {
 // waits reports whether Status has named keyID before, and it is not used yet.
 func (s *settling) waits(keyID string) bool { return s.back != "" && s.back == keyID }
 
-// settle returns the key ID to use now that Status says keyID: that, or, if it was left a short time ago, the one in use.
+// settle returns the key ID to use now that Status says keyID: that, or, if it was left a short
+// time ago, the one in use.
 func (r *Ring) settle(keyID string) string {
 	s, now, have := &r.loop.settled, time.Now(), r.state.Load().keyID
 	if have == "" || keyID == have {

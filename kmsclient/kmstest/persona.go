@@ -12,8 +12,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
-// Persona is a plugin with the [Personality] of a real one, before a vendor's KMS that the test controls. It counts what it is called for and what it calls the
-// vendor for, so that a test need not measure time. It is safe for concurrent use.
+// Persona is a plugin with the [Personality] of a real one, before a vendor's KMS that the test
+// controls. It counts what it is called for and what it calls the vendor for, so that a test need
+// not measure time. It is safe for concurrent use.
 type Persona struct {
 	p      Personality
 	vendor *Memory
@@ -46,7 +47,8 @@ func (s *Persona) add(vendorID string) {
 	s.versions[id], s.order = vendorID, append(s.order, id)
 }
 
-// Rotate makes a new key version at the vendor, and returns its key ID. A plugin that serves one version of a key is started again for it, as its operator would.
+// Rotate makes a new key version at the vendor, and returns its key ID. A plugin that serves one
+// version of a key is started again for it, as its operator would.
 func (s *Persona) Rotate() string {
 	vendorID := s.vendor.Rotate()
 	s.mu.Lock()

@@ -7,15 +7,18 @@ import (
 	"time"
 )
 
-// Personality is in what a public KMS v2 plugin differs from a careful one, and from the others, as these were seen to behave in December 2026. None of them says why
-// a call failed: whatever it was, a damaged or foreign ciphertext, a disabled key or an outage, the gRPC code is Unknown.
+// Personality is in what a public KMS v2 plugin differs from a careful one, and from the others, as
+// these were seen to behave in December 2026. None of them says why a call failed: whatever it was,
+// a damaged or foreign ciphertext, a disabled key or an outage, the gRPC code is Unknown.
 type Personality struct {
 	Name string
-	// Unusable says why nothing can be encrypted with the plugin; "" if it can. A caller must find out before it encrypts anything.
+	// Unusable says why nothing can be encrypted with the plugin; "" if it can. A caller must find
+	// out before it encrypts anything.
 	Unusable string
 	// Garbage plugins unwrap what is damaged to something else, or panic.
 	Garbage bool
-	// OneVersion plugins unwrap only what the key version wrapped that their process was started with.
+	// OneVersion plugins unwrap only what the key version wrapped that their process was started
+	// with.
 	OneVersion bool
 
 	keyID           func(version int) string

@@ -38,8 +38,8 @@ func (a *annotating) Decrypt(_ context.Context, _ string, req *service.DecryptRe
 	return []byte(canary), nil
 }
 
-// TestAnnotationWithTrailingDot: kube-apiserver stores what such a plugin answers, so the proxy has to
-// wrap and unwrap with it.
+// TestAnnotationWithTrailingDot: kube-apiserver stores what such a plugin answers, so the proxy has
+// to wrap and unwrap with it.
 func TestAnnotationWithTrailingDot(t *testing.T) {
 	data, err := os.ReadFile(filepath.Join("testdata", "annotation-trailing-dot.json"))
 	if err != nil {

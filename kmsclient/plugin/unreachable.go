@@ -10,13 +10,13 @@ import (
 	"syscall"
 	"time"
 
-	"google.golang.org/grpc/status"
-	"k8s.io/kms/apis/v1beta1"
+	kmsapi "k8s.io/kms/apis/v2"
 )
 
 const ownLog = "see the plugin's own log"
 
-// dial connects to the plugin's socket and keeps the error, which gRPC hands on as text alone. No forward proxy is ever used.
+// dial connects to the plugin's socket and keeps the error, which gRPC hands on as text alone. No
+// forward proxy is ever used.
 func (k *KMS) dial(ctx context.Context, _ string) (net.Conn, error) {
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "unix", k.address)
@@ -38,7 +38,8 @@ func (k *KMS) unavailable() string {
 	return "the plugin says that it is unavailable, has closed the connection, or is no KMS plugin: " + ownLog
 }
 
-// unreachable says why a socket cannot be connected to, and what to do. address is a path, or @ and the name of an abstract socket.
+// unreachable says why a socket cannot be connected to, and what to do. address is a path, or @ and
+// the name of an abstract socket.
 func unreachable(address string, err error) string {
 	if address[0] == '@' {
 		return fmt.Sprintf("nothing listens on the abstract socket %q: start the plugin, on this host and in this network namespace, or correct plugin.endpoint", address)
@@ -76,8 +77,9 @@ const versionTimeout = time.Second
 func (k *KMS) unimplemented(ctx context.Context) string {
 	ctx, cancel := context.WithTimeout(ctx, versionTimeout)
 	defer cancel()
-	_, err := v1beta1.NewKeyManagementServiceClient(k.conn).Version(ctx, &v1beta1.VersionRequest{Version: "v1beta1"}) //nolint:staticcheck // asked for to name it
-	if status.Code(err) == 0 {
+	// The API of KMS v1 is deprecated. Its Version takes and returns messages that those of Status can stand in for.
+	err := k.conn.Invoke(ctx, "/v1beta1.KeyManagementService/Version", &kmsapi.StatusRequest{}, &kmsapi.StatusResponse{})
+	if err == nil {
 		return "the plugin serves KMS v1 only: update it to one that serves KMS v2"
 	}
 	return "the plugin does not serve this method of KMS v2: " + ownLog

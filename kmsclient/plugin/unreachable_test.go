@@ -1,8 +1,6 @@
 package plugin
 
 import (
-	"context"
-	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -12,7 +10,9 @@ import (
 	"testing"
 
 	"google.golang.org/grpc"
-	"k8s.io/kms/apis/v1beta1"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	kmsapi "k8s.io/kms/apis/v2"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/kmstest"
@@ -29,7 +29,8 @@ func socketDir(t *testing.T) string {
 	return dir
 }
 
-// TestWhyThereIsNoPlugin: each thing that may be where a plugin's socket should be has a text of its own, which names it.
+// TestWhyThereIsNoPlugin: each thing that may be where a plugin's socket should be has a text of
+// its own, which names it.
 func TestWhyThereIsNoPlugin(t *testing.T) {
 	seen := map[string]string{}
 	for name, c := range map[string]struct {
@@ -92,21 +93,15 @@ func must(t *testing.T, err error) {
 	}
 }
 
-// oldPlugin serves KMS v1 only.
-type oldPlugin struct {
-	v1beta1.UnsafeKeyManagementServiceServer
-}
-
-func (oldPlugin) Version(context.Context, *v1beta1.VersionRequest) (*v1beta1.VersionResponse, error) {
-	return &v1beta1.VersionResponse{Version: "v1beta1", RuntimeName: "old", RuntimeVersion: "1"}, nil
-}
-
-func (oldPlugin) Decrypt(context.Context, *v1beta1.DecryptRequest) (*v1beta1.DecryptResponse, error) {
-	return nil, errors.New("not called")
-}
-
-func (oldPlugin) Encrypt(context.Context, *v1beta1.EncryptRequest) (*v1beta1.EncryptResponse, error) {
-	return nil, errors.New("not called")
+// serveOld answers as a plugin that serves KMS v1 only, whose API is deprecated: Version is enough.
+func serveOld(_ any, stream grpc.ServerStream) error {
+	if method, _ := grpc.MethodFromServerStream(stream); method != "/v1beta1.KeyManagementService/Version" {
+		return status.Error(codes.Unimplemented, "unknown service")
+	}
+	if err := stream.RecvMsg(&kmsapi.StatusRequest{}); err != nil {
+		return err
+	}
+	return stream.SendMsg(&kmsapi.StatusResponse{Version: "v1beta1"})
 }
 
 // TestOldPlugin: one that serves KMS v1 only is called that, and one that serves neither is not.
@@ -118,7 +113,7 @@ func TestOldPlugin(t *testing.T) {
 			must(t, err)
 			server := grpc.NewServer()
 			if name == "v1" {
-				v1beta1.RegisterKeyManagementServiceServer(server, oldPlugin{})
+				server = grpc.NewServer(grpc.UnknownServiceHandler(serveOld))
 			}
 			served := make(chan error, 1)
 			go func() { served <- server.Serve(l) }()

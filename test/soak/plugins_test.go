@@ -19,8 +19,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestPlugins runs the load behind each public plugin that can be used, as it behaves, while its vendor fails, its process starts again, its key is rotated, and a client reads a
-// value all the time whose seed the plugin refuses.
+// TestPlugins runs the load behind each public plugin that can be used, as it behaves, while its
+// vendor fails, its process starts again, its key is rotated, and a client reads a value all the
+// time whose seed the plugin refuses.
 func TestPlugins(t *testing.T) {
 	for _, p := range kmstest.Personalities() {
 		if p.Unusable != "" {
@@ -67,7 +68,8 @@ func soakPlugin(t *testing.T, p kmstest.Personality, total time.Duration) {
 	if l.puts.Load() < 20 || l.gets.Load() < 20 || reads < 20 {
 		t.Error("too little happened to say anything")
 	}
-	// Seeds are unwrapped again after 3 s, the polls ask once a second, and for the refused one the longest pause is a second here.
+	// Seeds are unwrapped again after 3 s, the polls ask once a second, and for the refused one the
+	// longest pause is a second here.
 	if most := 20 + int(total/time.Second)*5; decrypts > most {
 		t.Errorf("%d Decrypt calls; want %d at most", decrypts, most)
 	}
@@ -101,7 +103,8 @@ func refusedValue(t *testing.T, kv, raw pb.KVClient, env *harness.Env) string {
 	return key
 }
 
-// readRefused reads a refused value with etcd's own client, which calls again after Unavailable, until ctx ends, and returns how often it did.
+// readRefused reads a refused value with etcd's own client, which calls again after Unavailable,
+// until ctx ends, and returns how often it did.
 func readRefused(ctx context.Context, t *testing.T, l *load, address, key string, garbage bool) int {
 	client, err := clientv3.New(clientv3.Config{Endpoints: []string{"http://" + address}, Logger: zap.NewNop()})
 	if err != nil {
