@@ -17,9 +17,10 @@ import (
 // seedID identifies a wrapped DEK seed, and the annotations that go with it.
 type seedID [sha256.Size]byte
 
-// seedOf returns the seed of a stored value, and the value's marker, which names the provider; ok
-// is false if it has no seed.
-func seedOf(stored []byte) (id seedID, marker string, ok bool) {
+// seedOf returns the seed of a value that is stored under a rule, and the value's marker, which
+// names the provider; ok is false if it has no seed. For another rule the same seed is another one,
+// since a recovery copy may give it to one of them alone.
+func seedOf(rule *Rule, stored []byte) (id seedID, marker string, ok bool) {
 	provider, object, ok := envelope.Split(stored)
 	if !ok {
 		return id, "", false
@@ -33,6 +34,7 @@ func seedOf(stored []byte) (id seedID, marker string, ok bool) {
 		_, _ = h.Write(binary.AppendUvarint(nil, uint64(len(b)))) // a hash takes everything
 		_, _ = h.Write(b)
 	}
+	write([]byte(rule.Prefix))
 	write(provider)
 	write([]byte(o.KeyID))
 	write(o.Source)

@@ -29,24 +29,28 @@ func TestSeedOf(t *testing.T) {
 		}
 		return b
 	}
+	rule := &Rule{Prefix: "/a/"}
 	note := map[string][]byte{"a.example.com": []byte("1"), "b.example.com": []byte("2")}
-	first, marker, ok := seedOf(make("main", "1", "source", note, "one"))
+	first, marker, ok := seedOf(rule, make("main", "1", "source", note, "one"))
 	if !ok || marker != "k8s:enc:kms:v2:main:" {
 		t.Fatalf("%q, %v", marker, ok)
 	}
-	if same, _, _ := seedOf(make("main", "1", "source", note, "two")); same != first {
+	if same, _, _ := seedOf(rule, make("main", "1", "source", note, "two")); same != first {
 		t.Error("two values of one seed have two")
+	}
+	if other, _, _ := seedOf(&Rule{Prefix: "/b/"}, make("main", "1", "source", note, "one")); other == first {
+		t.Error("two rules have one seed: one of them may have a recovery copy")
 	}
 	for what, b := range map[string][]byte{
 		"provider": make("other", "1", "source", note, ""), "key ID": make("main", "2", "source", note, ""), "source": make("main", "1", "sourcf", note, ""),
 		"no annotations": make("main", "1", "source", nil, ""), "an annotation": make("main", "1", "source", map[string][]byte{"a.example.com": []byte("1"), "b.example.com": []byte("3")}, ""),
 	} {
-		if other, _, ok := seedOf(b); !ok || other == first {
+		if other, _, ok := seedOf(rule, b); !ok || other == first {
 			t.Errorf("another %s is the same seed", what)
 		}
 	}
 	for _, none := range []string{"", "plain", "k8s:enc:kms:v2:main:junk", "k8s:enc:aescbc:v1:key1:x"} {
-		if _, _, ok := seedOf([]byte(none)); ok {
+		if _, _, ok := seedOf(rule, []byte(none)); ok {
 			t.Errorf("%q has a seed", none)
 		}
 	}
@@ -90,17 +94,17 @@ func TestSettle(t *testing.T) {
 		left        bool
 		least, most time.Duration
 	}{
-		"refused":                               {err: refusal, opensAfter: never, left: true, least: refusedFor, most: 2 * refusedFor},
+		"refused":                               {err: refusal, opensAfter: never, left: true, least: refusedFor, most: 3 * refusedFor},
 		"refused in a dry run":                  {err: refusal, opensAfter: never, dry: true, left: true, most: 5 * time.Second},
-		"refused for a moment":                  {err: refusal, opensAfter: 5 * time.Second, most: refusedFor},
-		"an answered outage":                    {err: refusal, wellAfter: time.Hour, opensAfter: time.Hour, least: time.Hour, most: time.Hour + refusedFor},
-		"an outage, then refused":               {err: refusal, wellAfter: time.Hour, opensAfter: never, left: true, least: time.Hour + refusedFor, most: time.Hour + 2*refusedFor},
-		"silent for this one":                   {err: silence, opensAfter: never, left: true, least: refusedFor, most: 2 * refusedFor},
-		"an outage":                             {err: silence, wellAfter: time.Hour, opensAfter: time.Hour, least: time.Hour, most: time.Hour + refusedFor},
-		"refused for a moment after the outage": {err: refusal, wellAfter: time.Hour, opensAfter: time.Hour + 10*time.Second, least: time.Hour, most: time.Hour + 2*refusedFor},
-		"an outage in a dry run":                {err: silence, wellAfter: time.Hour, opensAfter: time.Hour, dry: true, least: time.Hour, most: time.Hour + refusedFor},
-		"silent after the outage":               {err: silence, wellAfter: time.Hour, opensAfter: never, left: true, least: time.Hour + refusedFor, most: time.Hour + 2*refusedFor},
-		"refused, in a dry outage":              {err: refusal, wellAfter: time.Hour, opensAfter: time.Hour, dry: true, least: time.Hour, most: time.Hour + refusedFor},
+		"refused for a moment":                  {err: refusal, opensAfter: 5 * time.Second, most: 2 * refusedFor},
+		"an answered outage":                    {err: refusal, wellAfter: time.Hour, opensAfter: time.Hour, least: time.Hour, most: time.Hour + 2*refusedFor},
+		"an outage, then refused":               {err: refusal, wellAfter: time.Hour, opensAfter: never, left: true, least: time.Hour + refusedFor, most: time.Hour + 3*refusedFor},
+		"silent for this one":                   {err: silence, opensAfter: never, left: true, least: refusedFor, most: 3 * refusedFor},
+		"an outage":                             {err: silence, wellAfter: time.Hour, opensAfter: time.Hour, least: time.Hour, most: time.Hour + 2*refusedFor},
+		"refused for a moment after the outage": {err: refusal, wellAfter: time.Hour, opensAfter: time.Hour + 10*time.Second, least: time.Hour, most: time.Hour + 3*refusedFor},
+		"an outage in a dry run":                {err: silence, wellAfter: time.Hour, opensAfter: time.Hour, dry: true, least: time.Hour, most: time.Hour + 2*refusedFor},
+		"silent after the outage":               {err: silence, wellAfter: time.Hour, opensAfter: never, left: true, least: time.Hour + refusedFor, most: time.Hour + 3*refusedFor},
+		"refused, in a dry outage":              {err: refusal, wellAfter: time.Hour, opensAfter: time.Hour, dry: true, least: time.Hour, most: time.Hour + 2*refusedFor},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

@@ -35,11 +35,6 @@ type found struct {
 
 // renew returns what to write in place of a value. Patient, it waits for a KMS that does not answer until that answers for other values.
 func (r *run) renew(ctx context.Context, kv *mvccpb.KeyValue, patient bool) (f found, err error) {
-	seed, marker, hasSeed := seedOf(kv.Value)
-	if pending, ok := r.aside.isPending(seed); ok && patient {
-		pending.key = string(kv.Key)
-		return found{what: isAside, aside: pending}, nil
-	}
 	var first time.Time
 	silences := 0
 	err = r.patiently(ctx, waitKMS, func() (err error) {
@@ -47,6 +42,12 @@ func (r *run) renew(ctx context.Context, kv *mvccpb.KeyValue, patient bool) (f f
 		rule := r.cfg.Rules().Of(kv.Key)
 		if rule == nil {
 			f.what = noRule
+			return nil
+		}
+		seed, marker, hasSeed := seedOf(rule, kv.Value)
+		if pending, ok := r.aside.isPending(seed); ok && patient {
+			pending.key = string(kv.Key)
+			f.what, f.aside = isAside, pending
 			return nil
 		}
 		if why, decided := r.aside.verdict(seed); decided {

@@ -111,13 +111,9 @@ func inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (keyring.Stan
 	return standing, err
 }
 
-// seedMemo remembers for a moment which seeds were not unwrapped, so that a KMS which is slow to say so is not asked for each of their values.
-type seedMemo struct{ failed map[seedMemoKey]seedFailure }
-
-type seedMemoKey struct {
-	rule *Rule // what a recovery copy gives, another rule may not have
-	seed seedID
-}
+// seedMemo remembers for a moment which seeds were not unwrapped, so that a KMS which is slow to
+// say so is not asked for each of their values.
+type seedMemo struct{ failed map[seedID]seedFailure }
 
 type seedFailure struct {
 	err   error
@@ -129,14 +125,13 @@ const (
 	maxSeedMemo = 1000
 )
 
-func newSeedMemo() *seedMemo { return &seedMemo{failed: make(map[seedMemoKey]seedFailure)} }
+func newSeedMemo() *seedMemo { return &seedMemo{failed: make(map[seedID]seedFailure)} }
 
 // inspect tells what a value is to its rule.
 func (m *seedMemo) inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (keyring.Standing, error) {
-	key := seedMemoKey{rule: rule}
 	if len(m.failed) > 0 {
-		key.seed, _, _ = seedOf(kv.Value)
-		if f, ok := m.failed[key]; ok && time.Now().Before(f.until) {
+		seed, _, _ := seedOf(rule, kv.Value)
+		if f, ok := m.failed[seed]; ok && time.Now().Before(f.until) {
 			return Unavailable, f.err
 		}
 	}
@@ -144,12 +139,11 @@ func (m *seedMemo) inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue)
 	if standing != Unavailable {
 		return standing, err
 	}
-	var ok bool
-	if key.seed, _, ok = seedOf(kv.Value); ok {
+	if seed, _, ok := seedOf(rule, kv.Value); ok {
 		if len(m.failed) >= maxSeedMemo {
 			clear(m.failed)
 		}
-		m.failed[key] = seedFailure{err, time.Now().Add(seedMemoFor)}
+		m.failed[seed] = seedFailure{err, time.Now().Add(seedMemoFor)}
 	}
 	return standing, err
 }
