@@ -77,15 +77,16 @@ func (a *app) newFleet(c *config.Config) (*fleet, error) {
 	}
 	var id [6]byte
 	_, _ = rand.Read(id[:]) // never fails
+	restored := func() { f.restores.Add(1) }
 	f.Fleet = lifecycle.NewFleet(lifecycle.FleetConfig{
-		Client: client, Prefix: c.Coordination.Prefix, Provers: provers, Logger: a.log, Restored: func() { f.restores.Add(1) },
+		Client: client, Prefix: c.Coordination.Prefix, Provers: provers, Logger: a.log, Restored: restored,
 		Self: lifecycle.Member{
 			ID: host + "-" + hex.EncodeToString(id[:]), Host: host, PID: os.Getpid(), Version: readBuildInfo().Version, Started: time.Now().UTC().Truncate(time.Second),
 		},
 	})
 	f.SetPolicy(policyOf(c.Rules, c.Audit))
 	if c.Coordination.WatchBypass {
-		f.watch = lifecycle.NewBypass(lifecycle.BypassConfig{Client: client, Rules: f.rules, Found: f.bypass.found, Logger: a.log})
+		f.watch = lifecycle.NewBypass(lifecycle.BypassConfig{Client: client, Rules: f.rules, Found: f.bypass.found, Restored: restored, Logger: a.log})
 	}
 	return f, nil
 }

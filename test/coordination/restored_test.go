@@ -91,35 +91,39 @@ func (s *site) seen(t *testing.T, p *harness.Proxy, key string, writes int) {
 	})
 }
 
-// TestReencryptAfterRestore: what a restore brings back is re-encrypted at once, and not at the end of the interval.
+// TestReencryptAfterRestore: what a restore brings back is re-encrypted at once, and not at the end of the interval, also
+// where the backup holds the announcement of the proxy that runs.
 func TestReencryptAfterRestore(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
 	const key = prefix + "old"
-	encrypted := func() {
-		t.Helper()
-		harness.Eventually(t, 2*within, "the value to be encrypted", func() error {
-			if got := s.get(t, key); !strings.HasPrefix(got, "k8s:enc:kms:v2:") {
-				return fmt.Errorf("it has %d bytes", len(got))
-			}
-			return nil
-		})
-	}
-	if _, err := s.kv.Put(t.Context(), &pb.PutRequest{Key: []byte(key), Value: []byte("in the backup")}); err != nil {
-		t.Fatal(err)
-	}
-	s.etcd.Stop(within)
-	backup := filepath.Join(s.Dir, "backup")
-	if err := os.CopyFS(backup, os.DirFS(s.etcd.DataDir)); err != nil {
-		t.Fatal(err)
-	}
-	s.etcd.Start()
 	p := s.NewProxy("proxy", s.cfg)
 	p.Args = []string{"--reencrypt"} // every hour
 	p.Start()
 	p.WaitReady(within)
-	encrypted()
 	s.agreed(t, prefix)
+	harness.Eventually(t, within, "the first run", func() error {
+		if strings.Contains(p.Scrape(), "etcd_kms_proxy_reencrypt_seconds 0\n") {
+			return fmt.Errorf("not yet")
+		}
+		return nil
+	})
+	if _, err := s.kv.Put(t.Context(), &pb.PutRequest{Key: []byte(key), Value: []byte("in the backup")}); err != nil {
+		t.Fatal(err)
+	}
+	backup := filepath.Join(s.Dir, "backup")
+	s.etcd.Stop(within)
+	if err := os.CopyFS(backup, os.DirFS(s.etcd.DataDir)); err != nil {
+		t.Fatal(err)
+	}
+	s.etcd.Start()
+	through := pb.NewKVClient(harness.Dial(t, p.Address, nil))
+	for range 10 {
+		harness.Eventually(t, within, "a put", func() error {
+			_, err := through.Put(t.Context(), &pb.PutRequest{Key: []byte(key), Value: []byte(s.Sealed.Value("new"))})
+			return err
+		})
+	}
 
 	s.etcd.Stop(within)
 	if err := os.RemoveAll(s.etcd.DataDir); err != nil {
@@ -129,5 +133,10 @@ func TestReencryptAfterRestore(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.etcd.Start()
-	encrypted()
+	harness.Eventually(t, 2*within, "the value to be encrypted", func() error {
+		if got := s.get(t, key); !strings.HasPrefix(got, "k8s:enc:kms:v2:") {
+			return fmt.Errorf("it has %d bytes", len(got))
+		}
+		return nil
+	})
 }
