@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/gorilla/websocket"
+	"github.com/prometheus/client_golang/prometheus/testutil"
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"google.golang.org/grpc"
@@ -185,6 +186,12 @@ func TestConnectionsAreRechecked(t *testing.T) {
 			stays := r.keepOpen(cert, key)
 			cert, key, leaf := r.ca.issueFor(valid, try.client, try.client)
 			goes := r.keepOpen(cert, key)
+			eventually(t, "all connections are there", func() bool {
+				l := r.listeners[0]
+				l.open.mu.Lock()
+				defer l.open.mu.Unlock()
+				return len(l.open.conns) == len(stays)+len(goes)
+			})
 			try.change(r, leaf)
 			for what, ended := range goes {
 				if err := wait(t, ended, what+" ends"); err == nil {
@@ -200,8 +207,12 @@ func TestConnectionsAreRechecked(t *testing.T) {
 				default:
 				}
 			}
-			if logs := r.logs.String(); !strings.Contains(logs, try.because) || !strings.Contains(logs, "connections ended") {
-				t.Errorf("the log has no word of it: %s", logs)
+			eventually(t, "the log says so", func() bool {
+				logs := r.logs.String()
+				return strings.Contains(logs, try.because) && strings.Contains(logs, "connections ended")
+			})
+			if n := testutil.ToFloat64(r.listeners[0].metrics.ended.WithLabelValues("127.0.0.1:0", try.reason)); n != float64(len(goes)) {
+				t.Errorf("%v connections are counted, want %d", n, len(goes))
 			}
 			pair, err := tls.LoadX509KeyPair(cert, key)
 			if err != nil {

@@ -49,7 +49,7 @@ func TestIdleConnections(t *testing.T) {
 	}{
 		{"silent", "", 24},
 		{"HTTP/2", http2.ClientPreface + "\x00\x00\x00\x04\x00\x00\x00\x00\x00", 96},
-		{"HTTP/1", "GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n", 64},
+		{"HTTP/1", "GET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\n", 64},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			s.abused(t, int64(n)*test.kib<<10+32<<20, func() {
