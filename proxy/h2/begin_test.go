@@ -20,8 +20,8 @@ func TestFirstWords(t *testing.T) {
 	told := map[string]string{ // the others are gone, or do not listen
 		"another protocol":  `GOAWAY 0 PROTOCOL_ERROR "not the client preface of HTTP/2"`,
 		"no settings":       `GOAWAY 0 PROTOCOL_ERROR "the first frame is not SETTINGS"`,
-		"a call":            `GOAWAY 0 PROTOCOL_ERROR "the first frame is not SETTINGS"`,
-		"a call that fails": `GOAWAY 0 PROTOCOL_ERROR "the first frame is not SETTINGS"`,
+		"a call":            `GOAWAY 1 PROTOCOL_ERROR "the first frame is not SETTINGS"`,
+		"a call that fails": `GOAWAY 1 PROTOCOL_ERROR "the first frame is not SETTINGS"`,
 	}
 	for name, say := range map[string]func(p *peer){
 		"another protocol": func(p *peer) { io.WriteString(p.conn, "GET / HTTP/1.1\r\nHost: a\r\n\r\n") },

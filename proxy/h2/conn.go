@@ -93,11 +93,11 @@ type Conn struct {
 	// Of the goroutine that reads.
 	in       input
 	framer   *http2.Framer
-	kind     http2.FrameType // of the frame that was read last
-	last     uint32          // the highest stream of the peer
-	bytes    int64           // that the peer has sent
-	moved    int64           // windows of streams that its settings have changed
-	received int             // on all streams, that no credit was given for
+	head     http2.FrameHeader // of the frame that was read last
+	last     uint32            // the highest stream of the peer
+	bytes    int64             // that the peer has sent
+	moved    int64             // windows of streams that its settings have changed
+	received int               // on all streams, that no credit was given for
 	pings    pings
 
 	ending  atomic.Bool  // it is to close with its last stream
@@ -218,6 +218,7 @@ var errLeft = errors.New("the connection has come to its end")
 func (c *Conn) Serve() error {
 	err := c.serve()
 	if v := c.violated(err); v != nil && c.server { // a client closes at once
+		c.opened()
 		c.bye(v.code, v.text)
 	}
 	c.fail(err)

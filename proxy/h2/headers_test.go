@@ -125,7 +125,7 @@ func TestTooLongHeaders(t *testing.T) {
 		h := &handler{headers: func(*Stream, []hpack.HeaderField, bool) { t.Error("it began") }}
 		p := serveOne(t, h, Config{})
 		p.inFrames(1, p.coded(slices.Concat(request, long(20<<20))), frameSize)
-		p.expect(t, `GOAWAY 0 PROTOCOL_ERROR ""`)
+		p.expect(t, `GOAWAY 1 PROTOCOL_ERROR ""`)
 	})
 }
 
@@ -139,8 +139,8 @@ func TestBadHeaders(t *testing.T) {
 		"upper case":          {fields: append(slices.Clone(request), fields("Upper", "x")...), want: "RST_STREAM 1 PROTOCOL_ERROR"},
 		"bad value":           {fields: append(slices.Clone(request), fields("x", "\n")...), want: "RST_STREAM 1 PROTOCOL_ERROR"},
 		"pseudo field at end": {fields: append(slices.Clone(request), fields(":path", "x")...), want: "RST_STREAM 1 PROTOCOL_ERROR"},
-		"unknown index":       {block: "\xff\xff\x01", want: `GOAWAY 0 COMPRESSION_ERROR ""`},
-		"half a field":        {block: "\x00\x05a", want: `GOAWAY 0 COMPRESSION_ERROR ""`},
+		"unknown index":       {block: "\xff\xff\x01", want: `GOAWAY 1 COMPRESSION_ERROR ""`},
+		"half a field":        {block: "\x00\x05a", want: `GOAWAY 1 COMPRESSION_ERROR ""`},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			h := &handler{headers: func(*Stream, []hpack.HeaderField, bool) { t.Errorf("%s: it began", name) }}

@@ -152,7 +152,7 @@ func (c *Conn) frame() (http2.Frame, error) {
 	if err != nil {
 		return nil, err
 	}
-	c.kind = head.Type
+	c.head = head
 	if head.Type == http2.FrameData && head.StreamID != 0 && !head.Flags.Has(http2.FlagDataPadded) {
 		return nil, c.data(head, nil, int(head.Length))
 	}

@@ -55,13 +55,19 @@ func (c *Conn) violated(err error) *violation {
 // opens it does not ask: a server may still send on those that have ended here.
 func (c *Conn) idleStream(id uint32) bool { return c.server && (id%2 == 0 || id > c.last) }
 
-// refuseFrame answers a frame that the framer has read whole and found wrong on its stream alone.
-func (c *Conn) refuseFrame(bad http2.StreamError) error {
-	if c.server && c.kind == http2.FrameHeaders && bad.StreamID%2 == 1 {
+// opened notes the stream of a HEADERS frame that is wrong: it has been opened, if only to be
+// refused, and its client must not take it for one that was not looked at.
+func (c *Conn) opened() {
+	if c.server && c.head.Type == http2.FrameHeaders && c.head.StreamID%2 == 1 {
 		c.mu.Lock()
-		c.last = max(c.last, bad.StreamID) // it has been opened, if only to be refused
+		c.last = max(c.last, c.head.StreamID)
 		c.mu.Unlock()
 	}
+}
+
+// refuseFrame answers a frame that the framer has read whole and found wrong on its stream alone.
+func (c *Conn) refuseFrame(bad http2.StreamError) error {
+	c.opened()
 	if c.idleStream(bad.StreamID) {
 		return &violation{bad.Code, textIdle}
 	}

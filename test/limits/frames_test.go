@@ -108,8 +108,16 @@ const mark = "the mark"
 
 // listen reads until the server closes, answers the mark, or says no more within the time. It returns what was heard, and how it ended.
 func (k *talker) listen(within time.Duration) []string {
+	return k.listenUntil(within, func() bool { return false })
+}
+
+// listenUntil is listen that ends once done says so, after a whole frame.
+func (k *talker) listenUntil(within time.Duration, done func() bool) []string {
 	_ = k.SetReadDeadline(time.Now().Add(within))
 	for {
+		if done() {
+			return append(slices.Clone(k.heard), "open")
+		}
 		frame, err := k.ReadFrame()
 		var stream http2.StreamError
 		switch {

@@ -87,15 +87,12 @@ func (c openCall) ends(k *talker) (said []string) {
 	answered := func() bool {
 		return slices.ContainsFunc(k.heard, func(s string) bool { return strings.Contains(s, "grpc-status: ") })
 	}
-	for begun := time.Now(); !answered() && time.Since(begun) < 10*time.Second; {
-		k.listen(20 * time.Millisecond)
-	}
-	if !answered() {
+	if k.listenUntil(30*time.Second, answered); !answered() {
 		return []string{"no answer"}
 	}
 	_ = k.WriteData(1, true, nil) // the client half-closes at last
-	k.settled()
-	for _, h := range append(k.heard, last(k.settled())...) {
+	end := last(k.settled())
+	for _, h := range append(k.heard, end...) {
 		_, status, ends := strings.Cut(h, "grpc-status: ")
 		code, _, _ := strings.Cut(status, ",")
 		switch {
