@@ -84,7 +84,7 @@ Exit codes:
 		Args:          cobra.NoArgs,
 		RunE:          needsCommand,
 	}
-	root.AddCommand(newServe(), newStatus(), newReencrypt(), newPurge(), newVerify(), newDecrypt(), newConfig(), newKMS(), newAudit(), newVersion())
+	root.AddCommand(newServe(), newStatus(), newReencrypt(), newPurge(), newVerify(), newDecrypt(), newConfig(), newKMS(), newAudit(), newHealthcheck(), newSetup(), newVersion())
 	return root
 }
 
