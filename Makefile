@@ -36,7 +36,7 @@ image-offline: $(BIN)/etcd-3.7 $(BIN)/etcdctl-3.7 ## the same where nothing can 
 	$(MAKE) image
 
 clean-image-offline: ## remove the stand-ins of image-offline
-	@for id in $$($(DOCKER) images -q --filter label=io.etcd-kms-proxy.stand-in=true); do $(DOCKER) rmi -f $$id; done
+	@for id in $$($(DOCKER) images -q --filter label=io.etcd-kms-proxy.stand-in); do $(DOCKER) rmi -f $$id; done
 
 run: build $(BIN)/etcd-3.7 $(BIN)/etcdctl-3.7 ## a real etcd and the proxy on loopback, a Secret seen from both sides
 	@sh deploy/demo.sh
