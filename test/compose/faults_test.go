@@ -50,7 +50,9 @@ var faults = []fault{
 	{
 		"cut off from etcd's network",
 		func(s *stack, _, id string) { s.docker("network", "disconnect", s.network("etcd"), id) },
-		func(s *stack, service, id string) { s.docker("network", "connect", "--alias", service, s.network("etcd"), id) },
+		func(s *stack, service, id string) {
+			s.docker("network", "connect", "--alias", service, s.network("etcd"), id)
+		},
 	},
 }
 
@@ -91,7 +93,7 @@ func TestFaults(t *testing.T) {
 			// Only the other proxy serves while one does not.
 			s.progress(clients, service, 20, service+" was "+f.name)
 			f.heal(s, service, id)
-			s.back(config, service, id)
+			s.back(service, id)
 			s.progress(clients, "", 20, service+" is back")
 			t.Logf("%d: %s was %s, %v in all", n, service, f.name, time.Since(began).Round(time.Millisecond))
 		}
@@ -261,7 +263,7 @@ func (s *stack) progress(clients []*client, down string, n int64, what string) {
 }
 
 // back waits until a service works again.
-func (s *stack) back(_ any, service, id string) {
+func (s *stack) back(service, id string) {
 	s.t.Helper()
 	check := []string{"exec", id, "/usr/local/bin/etcdctl", "endpoint", "health"}
 	if strings.HasPrefix(service, "proxy-") {

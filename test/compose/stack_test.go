@@ -34,6 +34,7 @@ type stack struct {
 	compose []string // the command
 	project string
 	folder  string   // of docker-compose.yml
+	extra   []string // further arguments before the command
 	env     []string // as .env would set it
 	// ports are the addresses that are published, by their variable.
 	ports map[string]string
@@ -91,7 +92,7 @@ func newStack(t *testing.T, compose []string) *stack {
 func (s *stack) try(ctx context.Context, args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, 2*within)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, s.compose[0], append(append(s.compose[1:len(s.compose):len(s.compose)], "-p", s.project, "-f", filepath.Join(s.folder, "docker-compose.yml")), args...)...)
+	cmd := exec.CommandContext(ctx, s.compose[0], append(append(s.compose[1:len(s.compose):len(s.compose)], "-p", s.project, "-f", filepath.Join(s.folder, "docker-compose.yml")), append(s.extra, args...)...)...)
 	cmd.Env = append(os.Environ(), s.env...)
 	out, err := cmd.CombinedOutput()
 	return string(out), err
