@@ -16,8 +16,9 @@ DOCKER   ?= docker
 REVISION := $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
 EPOCH    := $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
 IMAGEFLAGS ?=
+COMPOSETESTFLAGS ?=
 
-.PHONY: image image-offline clean-image-offline help build run test unit interop e2e soak scoreboard compatibility bench fuzz lint docs tools tools-etcd tools-etcd-3.4 tools-kube clean
+.PHONY: image image-offline clean-image-offline compose-test help build run test unit interop e2e soak scoreboard compatibility bench fuzz lint docs tools tools-etcd tools-etcd-3.4 tools-kube clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -73,6 +74,9 @@ soak: build tools ## hours: a KMS in trouble, ten lives of a cluster of 20,000 S
 
 scoreboard: build ## etcd's own client tests with a proxy before each member that seals every key (a quarter of an hour)
 	cd test/scoreboard && go test -count=1 -v -timeout 60m .
+
+compose-test: image-offline build $(BIN)/docker-compose-v2 ## docker-compose.yml on a real engine, under faults; needs Docker
+	cd test && COMPOSE_TEST=1 DOCKER=$(DOCKER) go test -count=1 -timeout 25m $(COMPOSETESTFLAGS) ./compose
 
 bench: build $(BIN)/etcd-3.7 ## CPU and throughput beside etcd, its grpc-proxy and an L4 proxy; envelope beside kube-apiserver; reencrypt beside a loop
 	cd test/bench && go run . $(BENCHFLAGS)

@@ -63,9 +63,9 @@ func (d *decoder) reach(at string, l Listener) {
 			d.report(at+".mode", "remove it", "only unix sockets have a mode")
 		}
 	}
-	if l.TLS != nil && l.InsecurePlaintext {
+	contradicts := l.TLS != nil && l.InsecurePlaintext
+	if contradicts {
 		d.report(at+".insecurePlaintext", "remove it, or the tls block", "contradicts tls")
-		return
 	}
 	if fromSystemd { // its address is known at the start
 		if !systemdName(name) {
@@ -74,7 +74,7 @@ func (d *decoder) reach(at string, l Listener) {
 		return
 	}
 	host, _, ok := d.hostPort(at+".address", l.Address)
-	if !ok {
+	if !ok || contradicts {
 		return
 	}
 	if text, field, hint := l.unprotected(host, l.Address); text != "" {
@@ -99,7 +99,9 @@ func (l Listener) unprotected(host, address string) (text, field, hint string) {
 }
 
 // SystemdName returns the name of the sockets that systemd passes, for an address `systemd://NAME`.
-func (l Listener) SystemdName() (name string, ok bool) { return strings.CutPrefix(l.Address, "systemd://") }
+func (l Listener) SystemdName() (name string, ok bool) {
+	return strings.CutPrefix(l.Address, "systemd://")
+}
 
 // CheckSocket returns what Load could not know of an address `systemd://NAME`: a [Problem] if other machines reach the socket's address
 // and the listener has no TLS with client certificates.

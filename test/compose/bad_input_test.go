@@ -32,7 +32,7 @@ func (s *stack) says(service string, texts ...string) {
 // override is a further file for Compose.
 func (s *stack) override(text string) {
 	s.t.Helper()
-	path := filepath.Join(s.t.TempDir(), "override.yml")
+	path := filepath.Join(s.scratch, "override.yml")
 	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 		s.t.Fatal(err)
 	}
@@ -102,7 +102,7 @@ func TestBadInput(t *testing.T) {
 				setup: []string{"permission denied", "hint: the folders belong to the user of the image, 65532"},
 			},
 			{
-				name: "containers that run as root", override: "services: {setup: {user: root}, proxy-1: {user: root}, proxy-2: {user: root}}\n",
+				name: "containers that run as root", override: "services: {setup: {user: \"0\"}, proxy-1: {user: \"0\"}}\n",
 				setup: []string{"permission denied", "and this runs as 0: remove `user:` from the service"},
 			},
 			{

@@ -35,6 +35,7 @@ type stack struct {
 	project string
 	folder  string   // of docker-compose.yml
 	extra   []string // further arguments before the command
+	scratch string   // a folder for its files
 	env     []string // as .env would set it
 	// ports are the addresses that are published, by their variable.
 	ports map[string]string
@@ -64,6 +65,7 @@ func newStack(t *testing.T, compose []string) *stack {
 	var random [4]byte
 	_, _ = rand.Read(random[:])
 	s := &stack{t: t, compose: compose, project: "ekptest" + hex.EncodeToString(random[:]), ports: make(map[string]string)}
+	s.scratch = t.TempDir() // which is removed after the stack
 	var err error
 	if s.folder, err = filepath.Abs(filepath.Join("..", "..")); err != nil {
 		t.Fatal(err)
