@@ -12,10 +12,10 @@ import (
 // ErrNoAdmin is returned by [AdminAddress] for a configuration without an admin block.
 var ErrNoAdmin = errors.New("the configuration has no admin block")
 
-// AdminAddress returns the host:port at which a process on the same machine reaches the admin server
-// of the configuration at path. It reads nothing else of the file and validates nothing else: a proxy
-// that runs keeps its settings while the file is being changed. An address that listens on every
-// interface is returned as the loopback address of its family.
+// AdminAddress returns the host:port at which a process on the same machine reaches the admin
+// server of the configuration at path. It reads nothing else of the file and validates nothing
+// else: a proxy that runs keeps its settings while the file is being changed. An address that
+// listens on every interface is returned as the loopback address of its family.
 func AdminAddress(path string) (string, error) {
 	data, err := os.ReadFile(path) //nolint:gosec // the operator names the file
 	if err != nil {

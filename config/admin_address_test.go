@@ -7,8 +7,8 @@ import (
 	"testing"
 )
 
-// TestAdminAddress: the address is found in files that the proxy itself would refuse, and nothing of
-// a file is quoted.
+// TestAdminAddress: the address is found in files that the proxy itself would refuse, and nothing
+// of a file is quoted.
 func TestAdminAddress(t *testing.T) {
 	for _, tt := range []struct{ name, file, want, problem string }{
 		{name: "as written", file: "admin: {address: 10.0.0.7:9000}\n", want: "10.0.0.7:9000"},

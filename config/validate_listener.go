@@ -82,8 +82,8 @@ func (d *decoder) reach(at string, l Listener) {
 	}
 }
 
-// unprotected says what is missing where other machines reach host; field is the one to change, below the listener. text is empty if
-// nothing is.
+// unprotected says what is missing where other machines reach host; field is the one to change,
+// below the listener. text is empty if nothing is.
 func (l Listener) unprotected(host, address string) (text, field, hint string) {
 	switch {
 	case isLoopback(host) || l.InsecurePlaintext:
@@ -103,8 +103,8 @@ func (l Listener) SystemdName() (name string, ok bool) {
 	return strings.CutPrefix(l.Address, "systemd://")
 }
 
-// CheckSocket returns what Load could not know of an address `systemd://NAME`: a [Problem] if other machines reach the socket's address
-// and the listener has no TLS with client certificates.
+// CheckSocket returns what Load could not know of an address `systemd://NAME`: a [Problem] if other
+// machines reach the socket's address and the listener has no TLS with client certificates.
 func (l Listener) CheckSocket(path string, addr net.Addr) *Problem {
 	tcp, ok := addr.(*net.TCPAddr)
 	if !ok {
@@ -117,8 +117,9 @@ func (l Listener) CheckSocket(path string, addr net.Addr) *Problem {
 	return &Problem{Path: path + field, Text: text, Hint: hint}
 }
 
-// systemdName reports whether systemd takes name in FileDescriptorName=: printable ASCII without a colon, 255 characters at most. Slashes
-// and white space are refused too, for what was meant to be a path.
+// systemdName reports whether systemd takes name in FileDescriptorName=: printable ASCII without a
+// colon, 255 characters at most. Slashes and white space are refused too, for what was meant to be
+// a path.
 func systemdName(name string) bool {
 	return name != "" && len(name) <= 255 && !strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r > '~' || r == ':' || r == '/' })
 }

@@ -7,7 +7,8 @@ import (
 	"testing"
 )
 
-// TestJoinedListener: every socket is accepted from, and Close ends a waiting Accept, all goroutines and later calls.
+// TestJoinedListener: every socket is accepted from, and Close ends a waiting Accept, all
+// goroutines and later calls.
 func TestJoinedListener(t *testing.T) {
 	var sockets []net.Listener
 	for range 3 {

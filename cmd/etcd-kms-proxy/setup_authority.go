@@ -102,7 +102,8 @@ func newAuthority(certFile, keyFile, name string, now time.Time) (*authority, er
 	return &authority{cert: cert, key: key, pem: certPEM}, nil
 }
 
-// issue makes a certificate and its key, unless the files hold one of this authority for the same leaf that is not in the last third of its lifetime.
+// issue makes a certificate and its key, unless the files hold one of this authority for the same
+// leaf that is not in the last third of its lifetime.
 func (a *authority) issue(certFile, keyFile string, l leaf, now time.Time) error {
 	if a.good(certFile, keyFile, l, now) {
 		return nil
@@ -129,7 +130,8 @@ func (a *authority) issue(certFile, keyFile string, l leaf, now time.Time) error
 	return writePair(certFile, certPEM, keyFile, key)
 }
 
-// good reports whether the files hold a certificate that issue need not replace. What cannot be read or parsed is replaced.
+// good reports whether the files hold a certificate that issue need not replace. What cannot be
+// read or parsed is replaced.
 func (a *authority) good(certFile, keyFile string, l leaf, now time.Time) bool {
 	pair, err := tls.LoadX509KeyPair(certFile, keyFile)
 	if err != nil {
@@ -187,7 +189,8 @@ func newKeyPair(keyFile, publicFile string) error {
 	return writePair(publicFile, pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: public}), keyFile, key)
 }
 
-// writeAtomically replaces path, with mode 0600, so that a reader finds the old file or the new one. A file that is already like that is left.
+// writeAtomically replaces path, with mode 0600, so that a reader finds the old file or the new
+// one. A file that is already like that is left.
 func writeAtomically(path string, data []byte) (err error) {
 	if old, err := os.ReadFile(path); err == nil && bytes.Equal(old, data) { //nolint:gosec // below the operator's folder
 		return nil

@@ -36,7 +36,8 @@ type composeKMS struct {
 	Local bool
 }
 
-// composeConfig is the proxies' configuration. Texts from the environment are checked to be plain words.
+// composeConfig is the proxies' configuration. Texts from the environment are checked to be plain
+// words.
 var composeConfig = template.Must(template.New("config.yaml").Parse(`# Written by "etcd-kms-proxy setup compose" at each start, from .env: changes here are lost.
 apiVersion: etcd-kms-proxy.io/v1alpha1
 kind: ProxyConfiguration
@@ -72,7 +73,8 @@ admin: {address: "0.0.0.0:9379"}
 audit: {path: /var/log/etcd-kms-proxy/audit.jsonl}
 `))
 
-// composeKubeconfig is how a user of this machine reaches kube-apiserver. The files stand beside it.
+// composeKubeconfig is how a user of this machine reaches kube-apiserver. The files stand beside
+// it.
 const composeKubeconfig = `apiVersion: v1
 kind: Config
 clusters:
@@ -119,7 +121,8 @@ func setupCompose(dir string, getenv func(string) string, now time.Time) error {
 	return writeAtomically(filepath.Join(dir, composeProxy, "config.yaml"), text.Bytes())
 }
 
-// refuseLostKey fails if a member of etcd has data: a new key would open none of it, and writes under that key would hide the loss.
+// refuseLostKey fails if a member of etcd has data: a new key would open none of it, and writes
+// under that key would hide the loss.
 func refuseLostKey(dir string) error {
 	for _, member := range []string{"etcd-1", "etcd-2", "etcd-3"} {
 		entries, err := os.ReadDir(filepath.Join(dir, member))

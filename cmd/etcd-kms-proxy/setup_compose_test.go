@@ -51,8 +51,8 @@ func files(t *testing.T, dir string) map[string]string {
 	return found
 }
 
-// TestSetupCompose: a second run changes nothing, a run near the end of the certificates replaces these and no key, and each certificate is good for its use and
-// for no other authority's.
+// TestSetupCompose: a second run changes nothing, a run near the end of the certificates replaces
+// these and no key, and each certificate is good for its use and for no other authority's.
 func TestSetupCompose(t *testing.T) {
 	dir, now := t.TempDir(), time.Now()
 	if err := setupCompose(dir, environment(), now); err != nil {

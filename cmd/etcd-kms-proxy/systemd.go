@@ -104,7 +104,8 @@ func (n notifier) tell(state string) {
 	}
 }
 
-// watch tells systemd that the process works, twice in each WatchdogSec=, as long as alive returns. It returns when ctx ends.
+// watch tells systemd that the process works, twice in each WatchdogSec=, as long as alive returns.
+// It returns when ctx ends.
 func (n notifier) watch(ctx context.Context, alive func()) {
 	interval, err := daemon.SdWatchdogEnabled(false)
 	if err != nil {

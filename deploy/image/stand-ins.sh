@@ -4,11 +4,12 @@
 # nothing can be pulled. `make image-offline` calls it.
 #
 # A stand-in has the label io.etcd-kms-proxy.stand-in. An image of that name without the label was
-# pulled: it is kept, and used. `make clean-image-offline` removes the stand-ins again. Its value tells what the
-# stand-in was made of.
+# pulled: it is kept, and used. `make clean-image-offline` removes the stand-ins again. Its value
+# tells what the stand-in was made of.
 #
 # Needs docker, Go with a filled module cache, apt-get (for a static busybox) and the binaries of
-# `make tools` in ETCD_KMS_PROXY_BIN. Stand-ins whose binaries are missing are left out, which is said.
+# `make tools` in ETCD_KMS_PROXY_BIN. Stand-ins whose binaries are missing are left out, which is
+# said.
 set -eu
 cd "$(dirname "$0")/../.."
 docker=${DOCKER:-docker}
@@ -20,7 +21,8 @@ trap 'chmod -R u+w "$work"; rm -rf "$work"' EXIT
 go_image=$(sed -n 's/^ARG GO_IMAGE=//p' Dockerfile)
 default() { sed -n "s/.*\${$1:-\([^}]*\)}.*/\1/p" docker-compose.yml 2>/dev/null | head -n 1; }
 
-# have NAME OF: there is an image of this name that was pulled, or a stand-in made of the same files.
+# have NAME OF: there is an image of this name that was pulled, or a stand-in made of the same
+# files.
 have() {
 	[ -n "$("$docker" images -q "$1")" ] || return 1
 	case $("$docker" image inspect -f '{{index .Config.Labels "io.etcd-kms-proxy.stand-in"}}' "$1") in

@@ -7,7 +7,8 @@ import (
 	"testing"
 )
 
-// TestCredential: a file that systemd passes may have mode 0440, there and nowhere else, and no other bit for the group or others.
+// TestCredential: a file that systemd passes may have mode 0440, there and nowhere else, and no
+// other bit for the group or others.
 func TestCredential(t *testing.T) {
 	form := Form{ID: "id", Sizes: []int{32}}
 	folder, other := t.TempDir(), t.TempDir()

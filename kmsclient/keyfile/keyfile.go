@@ -76,8 +76,9 @@ func Read(path string, form Form) ([]Key, fs.FileInfo, error) {
 	return keys, info, nil
 }
 
-// isCredential reports whether path is a credential that systemd has passed to this service (LoadCredential=). Its folder is for the service's
-// user and root alone; where systemd grants that by an access control list, the mode that is shown is 0440.
+// isCredential reports whether path is a credential that systemd has passed to this service
+// (LoadCredential=). Its folder is for the service's user and root alone; where systemd grants that
+// by an access control list, the mode that is shown is 0440.
 func isCredential(path string, mode fs.FileMode) bool {
 	folder := os.Getenv("CREDENTIALS_DIRECTORY")
 	return folder != "" && mode&^0o440 == 0 && filepath.Clean(filepath.Dir(path)) == filepath.Clean(folder)

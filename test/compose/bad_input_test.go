@@ -39,8 +39,8 @@ func (s *stack) override(text string) {
 	s.extra = []string{"-f", path}
 }
 
-// volume makes a command run as root on a volume of the stack, without the services' restrictions: what
-// an operator's mistake does.
+// volume makes a command run as root on a volume of the stack, without the services' restrictions:
+// what an operator's mistake does.
 func (s *stack) volume(name, script string) {
 	s.t.Helper()
 	s.docker("run", "--rm", "--user", "0", "--entrypoint", "/bin/sh", "-v", s.project+"_"+name+":/v", goImage(s.t), "-ec", script)
@@ -111,7 +111,7 @@ func TestBadInput(t *testing.T) {
 			},
 		} {
 			t.Run(tt.name, func(t *testing.T) {
-				s := *s
+				s := *s // with the subtest's own t
 				s.t = t
 				if tt.script != "" {
 					s.volume(tt.volume, tt.script)
@@ -143,6 +143,15 @@ func TestBadInput(t *testing.T) {
 				s.healthy("proxy-1")
 			})
 		}
+	})
+	t.Run("a wrong certificate", func(t *testing.T) {
+		s := newStack(t, composeV2(t))
+		s.up()
+		s.volume("proxy", "cat /v/client-ca.crt >/v/etcd-ca.crt")
+		s.docker("restart", s.container("proxy-1"))
+		s.says("proxy-1", "certificate signed by unknown authority")
+		s.up() // the job puts the right one back
+		s.run("run", "--rm", "etcdctl", "--endpoints=https://proxy-1:2379", "put", "key", "value")
 	})
 	t.Run("a full disk", func(t *testing.T) {
 		s := newStack(t, composeV2(t))

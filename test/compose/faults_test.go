@@ -242,7 +242,8 @@ func (c *client) swap(ctx context.Context, key, old, value string) error {
 	return err
 }
 
-// progress waits until each client has had n further responses, but for those of a proxy that does not serve.
+// progress waits until each client has had n further responses, but for those of a proxy that does
+// not serve.
 func (s *stack) progress(clients []*client, down string, n int64, what string) {
 	s.t.Helper()
 	before := make([]int64, len(clients))

@@ -66,8 +66,8 @@ func (h *history) add(r record) {
 // check fails the test if no sequential order of the operations explains their results.
 //
 // A write without a response whose value some client saw was applied before that client had its
-// response. One that nobody saw makes no difference: a history has an order with it exactly if it has
-// one without it. So no operation with an open end is left, which porcupine could not handle in
+// response. One that nobody saw makes no difference: a history has an order with it exactly if it
+// has one without it. So no operation with an open end is left, which porcupine could not handle in
 // numbers.
 func (h *history) check(t *testing.T) {
 	t.Helper()

@@ -41,8 +41,8 @@ func mustDocker(t *testing.T, args ...string) string {
 	return out
 }
 
-// TestImage: the image is small, unprivileged and labelled, has one layer with nothing in it that depends on when it was built, and its binary is
-// the one that the same flags give here.
+// TestImage: the image is small, unprivileged and labelled, has one layer with nothing in it that
+// depends on when it was built, and its binary is the one that the same flags give here.
 func TestImage(t *testing.T) {
 	needEngine(t)
 	var images []struct {
@@ -163,7 +163,8 @@ func layerOf(t *testing.T, archive string) []byte {
 	}
 }
 
-// TestRunImage runs the image as docs/deploy/docker.md says: it becomes healthy, drains and exits with 0. What is wrong with its files is told in its log.
+// TestRunImage runs the image as docs/deploy/docker.md says: it becomes healthy, drains and exits
+// with 0. What is wrong with its files is told in its log.
 func TestRunImage(t *testing.T) {
 	needEngine(t)
 	if os.Getuid() != 0 {

@@ -62,7 +62,8 @@ func TestKubernetes(t *testing.T) {
 	s.searchVolumes(values)
 }
 
-// TestMonitoring: the profile's Prometheus scrapes both proxies, and takes every rule of deploy/monitoring.
+// TestMonitoring: the profile's Prometheus scrapes both proxies, and takes every rule of
+// deploy/monitoring.
 func TestMonitoring(t *testing.T) {
 	s := newStack(t, composeV2(t))
 	s.needImage("PROMETHEUS_IMAGE")

@@ -110,11 +110,13 @@ func (s *stack) run(args ...string) string {
 	return out
 }
 
+func dockerClient() string { return cmp.Or(os.Getenv("DOCKER"), "docker") }
+
 // docker runs the Docker client.
 func docker(ctx context.Context, args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
-	out, err := exec.CommandContext(ctx, cmp.Or(os.Getenv("DOCKER"), "docker"), args...).CombinedOutput()
+	out, err := exec.CommandContext(ctx, dockerClient(), args...).CombinedOutput()
 	if err != nil {
 		err = fmt.Errorf("docker %s: %w: %s", strings.Join(args, " "), err, out)
 	}

@@ -8,6 +8,8 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
 // TestWalk runs the commands of README's section about Docker Compose as they are, with both
@@ -25,6 +27,23 @@ func TestWalk(t *testing.T) {
 				s.shell(c)
 			}
 			s.healthy("etcd-1", "etcd-2", "etcd-3", "proxy-1", "proxy-2")
+			if name != "v2" {
+				return // docker-compose ps has no -a
+			}
+			bin := filepath.Join(s.scratch, "bin")
+			if err := os.Mkdir(bin, 0o700); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Symlink(harness.Bin(t, "etcdctl-3.7"), filepath.Join(bin, "etcdctl")); err != nil {
+				t.Fatal(err)
+			}
+			s.env = append(s.env, "PATH="+bin+":"+os.Getenv("PATH"))
+			here := strings.NewReplacer("./client", s.scratch+"/client", "=client/", "="+s.scratch+"/client/",
+				"127.0.0.1:12379", s.ports["PROXY_1_ADDRESS"], "127.0.0.1:12389", s.ports["PROXY_2_ADDRESS"])
+			for _, c := range console(t, "docs/deploy/compose.md", "## Connect from the host") {
+				c.line = here.Replace(strings.Replace(c.line, "docker cp", dockerClient()+" cp", 1))
+				s.shell(c)
+			}
 		})
 	}
 }

@@ -1,5 +1,6 @@
-// Package systemd tests the units of deploy/systemd, and serve under what systemd does for it: sockets that are passed, notifications and the
-// watchdog. systemd itself does not run in a test: systemd-analyze checks the units, systemd-socket-activate holds the sockets.
+// Package systemd tests the units of deploy/systemd, and serve under what systemd does for it:
+// sockets that are passed, notifications and the watchdog. systemd itself does not run in a test:
+// systemd-analyze checks the units, systemd-socket-activate holds the sockets.
 package systemd
 
 import (
@@ -138,8 +139,9 @@ func (n *notifications) wait(t *testing.T, state string, count int) {
 	})
 }
 
-// TestRestart: while systemd-socket-activate holds the socket, and clients are at work, the service is restarted several times. No connection
-// is refused, no call fails, and each start and stop is notified.
+// TestRestart: while systemd-socket-activate holds the socket, and clients are at work, the service
+// is restarted several times. No connection is refused, no call fails, and each start and stop is
+// notified.
 func TestRestart(t *testing.T) {
 	activate := program(t, "systemd-socket-activate")
 	e := harness.New(t)
@@ -254,7 +256,8 @@ func pidOf(t *testing.T, file string) int {
 	return pid
 }
 
-// TestSockets: what is wrong between the sockets that are passed and the listeners is told at the start.
+// TestSockets: what is wrong between the sockets that are passed and the listeners is told at the
+// start.
 func TestSockets(t *testing.T) {
 	e := harness.New(t)
 	key := e.LocalKey("dev", 1)
