@@ -151,7 +151,7 @@ func TestBadInput(t *testing.T) {
 		s.docker("restart", s.container("proxy-1"))
 		s.says("proxy-1", "certificate signed by unknown authority")
 		s.up() // the job puts the right one back
-		s.run("run", "--rm", "etcdctl", "--endpoints=https://proxy-1:2379", "put", "key", "value")
+		s.run("run", "--rm", "-e", "ETCDCTL_ENDPOINTS=https://proxy-1:2379", "etcdctl", "put", "key", "value")
 	})
 	t.Run("a full disk", func(t *testing.T) {
 		s := newStack(t, composeV2(t))
