@@ -10,15 +10,34 @@ export ETCD_KMS_PROXY_BIN := $(BIN)
 # The version comes from git describe above. Go's own stamp fails the build in a checkout that belongs to someone else.
 export GOFLAGS := $(GOFLAGS) -buildvcs=false
 
-.PHONY: help build run test unit interop e2e soak scoreboard compatibility bench fuzz lint docs tools tools-etcd tools-etcd-3.4 tools-kube clean
+# The container image. SOURCE_DATE_EPOCH is the time of the commit, so that one commit makes one image.
+IMAGE    ?= etcd-kms-proxy:local
+DOCKER   ?= docker
+REVISION := $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
+EPOCH    := $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
+IMAGEFLAGS ?=
+COMPOSETESTFLAGS ?=
+
+.PHONY: image image-offline clean-image-offline compose-test help build run test unit interop e2e soak scoreboard compatibility bench fuzz lint docs tools tools-etcd tools-etcd-3.4 tools-kube clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z][a-z0-9-]*:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z][a-z0-9-]*:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## the proxy, to .bin/etcd-kms-proxy
 	@mkdir -p $(BIN)
 	CGO_ENABLED=0 go build -trimpath -ldflags "$(LDFLAGS)" -o $(BIN)/etcd-kms-proxy ./cmd/etcd-kms-proxy
+
+image: ## the container image, IMAGE (etcd-kms-proxy:local); ARCH=arm64 for another architecture; needs Docker
+	DOCKER_BUILDKIT=1 SOURCE_DATE_EPOCH=$(EPOCH) $(DOCKER) build $(if $(ARCH),--platform linux/$(ARCH)) \
+	  --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) --build-arg SOURCE_DATE_EPOCH=$(EPOCH) $(IMAGEFLAGS) -t $(IMAGE) .
+
+image-offline: $(BIN)/etcd-3.7 $(BIN)/etcdctl-3.7 ## the same where nothing can be pulled: from stand-ins for the base images, made here
+	DOCKER=$(DOCKER) sh deploy/image/stand-ins.sh
+	$(MAKE) image
+
+clean-image-offline: ## remove the stand-ins of image-offline
+	@for id in $$($(DOCKER) images -q --filter label=io.etcd-kms-proxy.stand-in); do $(DOCKER) rmi -f $$id; done
 
 run: build $(BIN)/etcd-3.7 $(BIN)/etcdctl-3.7 ## a real etcd and the proxy on loopback, a Secret seen from both sides
 	@sh deploy/demo.sh
@@ -55,6 +74,9 @@ soak: build tools ## hours: a KMS in trouble, ten lives of a cluster of 20,000 S
 
 scoreboard: build ## etcd's own client tests with a proxy before each member that seals every key (a quarter of an hour)
 	cd test/scoreboard && go test -count=1 -v -timeout 60m .
+
+compose-test: image-offline build $(BIN)/docker-compose-v2 ## docker-compose.yml on a real engine, under faults; needs Docker
+	cd test && COMPOSE_TEST=1 DOCKER=$(DOCKER) go test -count=1 -timeout 25m $(COMPOSETESTFLAGS) ./compose
 
 bench: build $(BIN)/etcd-3.7 ## CPU and throughput beside etcd, its grpc-proxy and an L4 proxy; envelope beside kube-apiserver; reencrypt beside a loop
 	cd test/bench && go run . $(BENCHFLAGS)
@@ -115,6 +137,10 @@ $(BIN)/node: test/tools/node/package-lock.json test/tools/node/package.json
 	cp test/tools/node/package.json test/tools/node/package-lock.json $@
 	cd $@ && npm ci --ignore-scripts --no-audit --no-fund
 	@touch $@
+
+$(BIN)/docker-compose-v2: test/tools/compose/go.sum
+	@mkdir -p $(BIN); echo "building Docker Compose v2 from Go modules"
+	cd test/tools/compose && CGO_ENABLED=0 go build $(TOOLFLAGS) -ldflags "-s -w -X github.com/docker/compose/v2/internal.Version=$$(go list -m -f '{{.Version}}' github.com/docker/compose/v2)" -o $@ github.com/docker/compose/v2/cmd
 
 $(BIN)/golangci-lint: test/tools/lint/go.sum
 	@mkdir -p $(BIN)

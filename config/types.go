@@ -39,9 +39,11 @@ type Config struct {
 // Listener is an address that clients connect to.
 type Listener struct {
 	// Address is `host:port`, or `unix:///path` for a socket. Port 0 takes a free port, which is logged. A host that is not a loopback
-	// address needs TLS with client certificates, or insecurePlaintext.
+	// address needs TLS with client certificates, or insecurePlaintext. `systemd://NAME` takes the sockets that systemd passes under the name that
+	// `FileDescriptorName=` of a socket unit gives them; what they may be without TLS is checked when the proxy starts.
 	Address string `yaml:"address" required:"true"`
-	// Mode is the permission of a unix socket, in octal. Whoever may write to the socket may read every value.
+	// Mode is the permission of a unix socket, in octal. Whoever may write to the socket may read every value. A socket unit of systemd has
+	// `SocketMode=` instead.
 	Mode string `yaml:"mode" default:"0600"`
 	// TLS is required for addresses that other machines reach.
 	TLS *ListenerTLS `yaml:"tls"`

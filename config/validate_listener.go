@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"net/url"
 	"slices"
 	"strconv"
@@ -54,22 +55,73 @@ func (d *decoder) reach(at string, l Listener) {
 		}
 		return
 	}
+	name, fromSystemd := l.SystemdName()
 	if d.present(at + ".mode") {
-		d.report(at+".mode", "remove it", "only unix sockets have a mode")
+		if fromSystemd {
+			d.report(at+".mode", "set SocketMode= in the socket unit, and remove it here", "systemd makes the socket")
+		} else {
+			d.report(at+".mode", "remove it", "only unix sockets have a mode")
+		}
+	}
+	contradicts := l.TLS != nil && l.InsecurePlaintext
+	if contradicts {
+		d.report(at+".insecurePlaintext", "remove it, or the tls block", "contradicts tls")
+	}
+	if fromSystemd { // its address is known at the start
+		if !systemdName(name) {
+			d.report(at+".address", "write systemd://NAME, with the FileDescriptorName= of the socket unit", "%q is not a name of a socket", name)
+		}
+		return
 	}
 	host, _, ok := d.hostPort(at+".address", l.Address)
-	switch {
-	case !ok:
-	case l.TLS != nil && l.InsecurePlaintext:
-		d.report(at+".insecurePlaintext", "remove it, or the tls block", "contradicts tls")
-	case isLoopback(host) || l.InsecurePlaintext:
-	case l.TLS == nil:
-		d.report(at, "add tls with clientCAFile, listen on 127.0.0.1 or a unix socket, or write insecurePlaintext: true",
-			"other machines reach %s, and every value would cross the network in the clear", l.Address)
-	case l.TLS.ClientCAFile == "":
-		d.report(at+".tls.clientCAFile", "name the certificates that client certificates are verified against",
-			"is required, because other machines reach %s", l.Address)
+	if !ok || contradicts {
+		return
 	}
+	if text, field, hint := l.unprotected(host, l.Address); text != "" {
+		d.report(at+field, hint, "%s", text)
+	}
+}
+
+// unprotected says what is missing where other machines reach host; field is the one to change,
+// below the listener. text is empty if nothing is.
+func (l Listener) unprotected(host, address string) (text, field, hint string) {
+	switch {
+	case isLoopback(host) || l.InsecurePlaintext:
+		return "", "", ""
+	case l.TLS == nil:
+		return fmt.Sprintf("other machines reach %s, and every value would cross the network in the clear", address), "",
+			"add tls with clientCAFile, listen on 127.0.0.1 or a unix socket, or write insecurePlaintext: true"
+	case l.TLS.ClientCAFile == "":
+		return fmt.Sprintf("is required, because other machines reach %s", address), ".tls.clientCAFile",
+			"name the certificates that client certificates are verified against"
+	}
+	return "", "", ""
+}
+
+// SystemdName returns the name of the sockets that systemd passes, for an address `systemd://NAME`.
+func (l Listener) SystemdName() (name string, ok bool) {
+	return strings.CutPrefix(l.Address, "systemd://")
+}
+
+// CheckSocket returns what Load could not know of an address `systemd://NAME`: a [Problem] if other
+// machines reach the socket's address and the listener has no TLS with client certificates.
+func (l Listener) CheckSocket(path string, addr net.Addr) *Problem {
+	tcp, ok := addr.(*net.TCPAddr)
+	if !ok {
+		return nil
+	}
+	text, field, hint := l.unprotected(tcp.IP.String(), tcp.String())
+	if text == "" {
+		return nil
+	}
+	return &Problem{Path: path + field, Text: text, Hint: hint}
+}
+
+// systemdName reports whether systemd takes name in FileDescriptorName=: printable ASCII without a
+// colon, 255 characters at most. Slashes and white space are refused too, for what was meant to be
+// a path.
+func systemdName(name string) bool {
+	return name != "" && len(name) <= 255 && !strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r > '~' || r == ':' || r == '/' })
 }
 
 // clients checks the lists of client names.

@@ -21,8 +21,11 @@ import (
 
 // ListenerConfig is one address that clients connect to.
 type ListenerConfig struct {
-	// Address is host:port, or unix:// and an absolute path.
+	// Address is host:port, or unix:// and an absolute path. With Sockets it is only a name.
 	Address string
+	// Sockets are bound already, by a service manager for example, and are served in place of Address. The proxy closes them; their files
+	// stay. All have the same clients and the same policy.
+	Sockets []net.Listener
 	// Mode is the socket's file mode; 0 means 0600.
 	Mode fs.FileMode
 	// TLS is nil for cleartext.
@@ -96,7 +99,9 @@ func listen(cfg ListenerConfig, log *slog.Logger, m *metrics) (*listener, error)
 		}
 	}
 	l.web = newWebPolicy(cfg, l.tls)
-	if path, ok := strings.CutPrefix(cfg.Address, "unix://"); ok {
+	if len(cfg.Sockets) > 0 {
+		l.Listener = joined(cfg.Sockets)
+	} else if path, ok := strings.CutPrefix(cfg.Address, "unix://"); ok {
 		l.Listener, err = unixsocket.Listen(path, cmp.Or(cfg.Mode, 0o600))
 	} else {
 		l.Listener, err = net.Listen("tcp", cfg.Address)

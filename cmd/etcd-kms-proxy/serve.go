@@ -32,6 +32,9 @@ SIGHUP, or a change of the file, reloads the rules, the log level, and the allow
 log and wait for a restart. A reload that would protect keys less than before is refused without --allow-weakening. SIGHUP also checks every KMS at once,
 and a change of a local key file checks that one: a new version is used from then on.
 
+Under systemd, a listener with the address systemd://NAME takes the sockets of a socket unit. Readiness, draining and the watchdog are notified
+(Type=notify, WatchdogSec=).
+
 Logs go to standard error.`,
 		Args: cobra.NoArgs,
 	}
@@ -68,6 +71,7 @@ type serveOptions struct {
 	weaken    bool
 	reference bool
 	scan      time.Duration // 0: never
+	sockets   sockets       // from systemd
 
 	renew     time.Duration // the interval of re-encrypting; 0: never
 	renewRate float64
@@ -91,6 +95,13 @@ func serve(cmd *cobra.Command, path string, o serveOptions) error {
 	log := newLogger(cmd.ErrOrStderr(), c.Log.Format, level)
 	warnOf(log, path, warnings)
 	relaxGC()
+	if o.sockets, err = inheritedSockets(); err != nil {
+		return err
+	}
+	if err := o.sockets.check(c.Listeners); err != nil {
+		o.sockets.close()
+		return err
+	}
 	a, err := newApp(c, log, o)
 	if err != nil {
 		return startFailure(err)
@@ -178,6 +189,8 @@ func (a *app) run(ctx context.Context, r *reloader, signals <-chan os.Signal, dr
 	}
 	rest.Go(func() { a.obey(lasting, signals, r, func() { stop(nil) }, drain) })
 	rest.Go(func() { r.watch(serving) })
+	rest.Go(func() { a.announce(serving) })
+	rest.Go(func() { notifier{a.log}.watch(lasting, func() { a.ready() }) })
 	err := a.proxy.Run(serving)
 	if cause := context.Cause(serving); err == nil && cause != nil && !errors.Is(cause, context.Canceled) {
 		err = cause

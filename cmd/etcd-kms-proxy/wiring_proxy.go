@@ -35,6 +35,9 @@ func proxyConfig(c *config.Config, rules *ruleSet, a *app, o serveOptions) proxy
 			Address: l.Address, Mode: l.FileMode(), AllowedClients: l.AllowedClients, CiphertextClients: l.CiphertextClients,
 			AdvertiseClientURLs: l.AdvertiseClientURLs, Endpoint: l.Endpoint, NoGateway: !l.Gateway,
 		}
+		if name, ok := l.SystemdName(); ok {
+			lc.Sockets = o.sockets[name]
+		}
 		if t := l.TLS; t != nil {
 			lc.TLS = &proxy.ListenerTLS{
 				CertFile: t.CertFile, KeyFile: t.KeyFile, ClientCAFile: t.ClientCAFile, ClientCRLFile: t.ClientCRLFile,

@@ -115,7 +115,9 @@ func overHTTP1(t *testing.T, address, value string) string {
 	}
 	defer conn.Close()
 	_ = conn.SetDeadline(time.Now().Add(20 * time.Second))
-	go func() { _, _ = io.WriteString(conn, "GET /version HTTP/1.1\r\nHost: localhost\r\nX-Large: "+value+"\r\n\r\n") }()
+	go func() {
+		_, _ = io.WriteString(conn, "GET /version HTTP/1.1\r\nHost: localhost\r\nX-Large: "+value+"\r\n\r\n")
+	}()
 	line := make([]byte, len("HTTP/1.1 431"))
 	if _, err := io.ReadFull(conn, line); err != nil {
 		return "closed"
