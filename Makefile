@@ -148,3 +148,26 @@ $(BIN)/golangci-lint: test/tools/lint/go.sum
 
 clean: ## remove what was built and the demo's data
 	rm -rf $(BIN) $(CURDIR)/.run
+
+# Packages and releases. The version is the newest one of CHANGELOG.md; the time stamps in all
+# files are those of the commit, so the same commit gives the same bytes.
+RELEASE := $(shell sed -n 's/^\#\# \([0-9][0-9.]*\).*/\1/p' CHANGELOG.md | head -n 1)
+EPOCH   := $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
+ARCHS   := amd64 arm64
+DIST    := $(BIN)/dist
+
+.PHONY: packages release
+release: packages ## tarballs, deb and rpm packages, an SBOM and checksums, to .bin/dist
+	cd $(DIST) && sha256sum *.tar.gz *.deb *.rpm *.cdx.json >SHA256SUMS
+
+packages: $(BIN)/nfpm $(BIN)/cyclonedx-gomod ## what make release checksums
+	@rm -rf $(DIST) && mkdir -p $(DIST)
+	sh deploy/packages/build.sh $(RELEASE) $(EPOCH) $(BIN) $(DIST) $(ARCHS)
+
+$(BIN)/nfpm: test/tools/nfpm/go.sum
+	@mkdir -p $(BIN)
+	cd test/tools/nfpm && CGO_ENABLED=0 go build $(TOOLFLAGS) -o $@ github.com/goreleaser/nfpm/v2/cmd/nfpm
+
+$(BIN)/cyclonedx-gomod: test/tools/sbom/go.sum
+	@mkdir -p $(BIN)
+	cd test/tools/sbom && CGO_ENABLED=0 go build $(TOOLFLAGS) -o $@ github.com/CycloneDX/cyclonedx-gomod/cmd/cyclonedx-gomod

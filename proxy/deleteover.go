@@ -34,7 +34,7 @@ func (c *deleteCall) exchange(ctx context.Context, msg []byte, ask asker) ([]byt
 	if err := decode(said, answer); err != nil {
 		return nil, c.core.status(err, true)
 	}
-	all, err := joined(answer.GetResponses())
+	all, err := joinedDeletes(answer.GetResponses())
 	if err != nil {
 		return nil, c.core.status(err, true)
 	}
@@ -54,9 +54,9 @@ func (o ownKeys) parts(d *pb.DeleteRangeRequest) []*pb.RequestOp {
 	return ops
 }
 
-// joined makes one answer of those to parts. Its header is that of the last, which has the revision
+// joinedDeletes makes one answer of those to parts. Its header is that of the last, which has the revision
 // after all of them.
-func joined(answers []*pb.ResponseOp) (*pb.DeleteRangeResponse, error) {
+func joinedDeletes(answers []*pb.ResponseOp) (*pb.DeleteRangeResponse, error) {
 	all := new(pb.DeleteRangeResponse)
 	for _, part := range answers {
 		one := part.GetResponseDeleteRange()
@@ -110,7 +110,7 @@ func (o ownKeys) putBack(asked *pb.TxnRequest, answer *pb.TxnResponse) error {
 		}
 		one := rest[0]
 		if d != nil {
-			whole, err := joined(rest[:n])
+			whole, err := joinedDeletes(rest[:n])
 			if err != nil {
 				return err
 			}
