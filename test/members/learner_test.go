@@ -65,12 +65,13 @@ var calls = map[string]func(ctx context.Context, conn *grpc.ClientConn) error{
 	},
 	"lease keep-alive": func(ctx context.Context, conn *grpc.ClientConn) error {
 		stream, err := pb.NewLeaseClient(conn).LeaseKeepAlive(ctx)
-		if err == nil {
-			err = stream.Send(&pb.LeaseKeepAliveRequest{ID: 1})
+		if err != nil {
+			return err
 		}
-		if err == nil {
-			_, err = stream.Recv()
+		if err := stream.Send(&pb.LeaseKeepAliveRequest{ID: 1}); err != nil && err != io.EOF { //nolint:errorlint // the stream's own end, whose error Recv has
+			return err
 		}
+		_, err = stream.Recv()
 		return err
 	},
 	"transaction": func(ctx context.Context, conn *grpc.ClientConn) error {
