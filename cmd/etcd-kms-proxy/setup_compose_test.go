@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -215,7 +216,7 @@ func TestSetupComposeRefuses(t *testing.T) {
 			}
 			before := files(t, dir)
 			err := setupCompose(dir, environment(tt.env...), now.Add(tt.later))
-			f, ok := err.(*failure)
+			f, ok := errors.AsType[*failure](err)
 			if !ok || !strings.Contains(f.Error(), tt.text) || !strings.Contains(f.hint, tt.hint) || f.code != exitFailure {
 				t.Fatalf("got %v, %+v; want %q, and to do %q", err, f, tt.text, tt.hint)
 			}

@@ -88,7 +88,7 @@ func TestMonitoring(t *testing.T) {
 		}
 		return nil
 	})
-	files, err := filepath.Glob(filepath.Join(s.folder, "deploy", "monitoring", "*rules*.y*ml"))
+	files, err := filepath.Glob(filepath.Join(s.folder, "deploy", "monitoring", "rules.yaml"))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -76,7 +76,7 @@ func TestUnits(t *testing.T) {
 	}
 	for _, line := range []string{
 		"Type=notify", "WatchdogSec=30s", "RuntimeDirectoryPreserve=yes", "Wants=network-online.target", "After=network-online.target etcd.service",
-		"LimitCORE=0", "MemoryMax=1G", "MemorySwapMax=0", "LoadCredential=keys:/etc/etcd-kms-proxy/keys",
+		"LimitCORE=0", "MemoryMax=1G", "MemorySwapMax=0", "LoadCredential=keys:/etc/etcd-kms-proxy/keys", "ConfigurationDirectory=etcd-kms-proxy/keys",
 	} {
 		if !strings.Contains(texts["etcd-kms-proxy.service"], "\n"+line+"\n") {
 			t.Errorf("the service has no %s", line)
