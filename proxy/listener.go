@@ -15,8 +15,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/unixsocket"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/h2"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/unixsocket"
 )
 
 // ListenerConfig is one address that clients connect to.

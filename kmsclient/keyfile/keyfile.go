@@ -23,7 +23,7 @@ import (
 
 	"go.yaml.in/yaml/v3"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/secretfile"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/secretfile"
 )
 
 const (

@@ -7,7 +7,7 @@ import (
 	"strings"
 	"syscall"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/unixsocket"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/unixsocket"
 )
 
 // maxSocketPath is what the kernel takes, in bytes.

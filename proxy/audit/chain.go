@@ -10,7 +10,7 @@ import (
 	"io"
 	"os"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/secretfile"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/secretfile"
 )
 
 // sum is a hash of the chain.
