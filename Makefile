@@ -98,7 +98,7 @@ lint: $(BIN)/golangci-lint ## golangci-lint over every module
 docs: ## regenerate docs/configuration.md from the config types' comments
 	go generate ./config
 
-tools: tools-etcd tools-kube $(BIN)/kine $(BIN)/h2spec $(if $(shell command -v npm 2>/dev/null),$(BIN)/node) ## the real etcd and kube-apiserver that the tests start
+tools: tools-etcd tools-kube $(BIN)/kine $(BIN)/h2spec $(BIN)/nfpm $(BIN)/cyclonedx-gomod $(if $(shell command -v npm 2>/dev/null),$(BIN)/node) ## the real etcd and kube-apiserver that the tests start
 
 tools-etcd: $(ETCDS:%=$(BIN)/etcd-%) $(ETCDS:%=$(BIN)/etcdctl-%)
 

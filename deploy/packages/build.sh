@@ -26,7 +26,7 @@ for arch in "$@"; do
 		gzip -9n >"$dist/$name.tar.gz"
 
 	# The modules inside the binary, as it records them itself.
-	"$bin/cyclonedx-gomod" bin -json -noserial -version "$version" -output "$dist/$name.cdx.json" "$root/etcd-kms-proxy"
+	"$bin/cyclonedx-gomod" bin -json -noserial -notimestamp -version "$version" -output "$dist/$name.cdx.json" "$root/etcd-kms-proxy"
 
 	for packager in deb rpm; do
 		ARCH=$arch VERSION=$version STAGE=$root "$bin/nfpm" package \

@@ -20,7 +20,9 @@ import (
 const (
 	configDir  = "/etc/etcd-kms-proxy"
 	configFile = configDir + "/config.yaml"
-	keyFile    = configDir + "/key.yaml"
+	keyDir     = configDir + "/keys"
+	keyFile    = keyDir + "/main.yaml"
+	credential = "/run/credentials/etcd-kms-proxy.service/keys_main.yaml"
 	user       = "etcd-kms-proxy"
 )
 
@@ -51,6 +53,7 @@ func TestDebianPackage(t *testing.T) {
 	for path, mode := range map[string]os.FileMode{
 		"/usr/bin/etcd-kms-proxy":     0o755,
 		configDir:                     0o750 | os.ModeDir,
+		keyDir:                        0o700 | os.ModeDir,
 		configFile:                    0o640,
 		"/etc/default/etcd-kms-proxy": 0o600,
 		"/usr/lib/systemd/system/etcd-kms-proxy.service":        0o644,
@@ -66,15 +69,11 @@ func TestDebianPackage(t *testing.T) {
 		}
 	}
 
-	// As the comment in config.yaml says.
-	if out, code := asUser(t, "config", "check"); code == 0 || !strings.Contains(out, keyFile) {
-		t.Errorf("config check without a key: exit code %d, want one that is not 0, naming %s:\n%s", code, keyFile, out)
+	// As the comment in config.yaml says. The key is where the service alone finds it.
+	if out, code := asUser(t, "config", "check"); code == 0 || !strings.Contains(out, credential) {
+		t.Errorf("config check without a key: exit code %d, want one that is not 0, naming %s:\n%s", code, credential, out)
 	}
 	must(t, "etcd-kms-proxy", "kms", "new-local-key", keyFile)
-	must(t, "chown", user+":", keyFile)
-	if out, code := asUser(t, "config", "check"); code != 0 {
-		t.Errorf("config check: exit code %d\n%s", code, out)
-	}
 	serves(t)
 
 	// An upgrade keeps what the operator has changed.
@@ -125,11 +124,14 @@ func serves(t *testing.T) {
 		t.Fatal(err)
 	}
 	must(t, "chown", user+":", run)
+	passed := filepath.Join(run, "keys_main.yaml") // as systemd passes a credential
+	must(t, "install", "-m", "0400", "-o", user, keyFile, passed)
 	text := string(read(t, configFile))
 	for from, to := range map[string]string{
-		"unix:///run/etcd-kms-proxy/etcd.sock": "unix://" + run + "/etcd.sock",
-		"http://127.0.0.1:2379":                etcd.URL,
-		"127.0.0.1:9379":                       fmt.Sprintf("127.0.0.1:%d", harness.FreePort(t)),
+		"systemd://etcd":        "unix://" + run + "/etcd.sock",
+		credential:              passed,
+		"http://127.0.0.1:2379": etcd.URL,
+		"127.0.0.1:9379":        fmt.Sprintf("127.0.0.1:%d", harness.FreePort(t)),
 	} {
 		if !strings.Contains(text, from) {
 			t.Fatalf("config.yaml of the package has no %s", from)
