@@ -129,7 +129,7 @@ func (c *Client) Encrypt(ctx context.Context, uid string, data []byte) (*service
 	})
 }
 
-// Decrypt implements [Service]. See [Expect].
+// Decrypt implements [Service]. See [Expect] and [ExpectLength].
 func (c *Client) Decrypt(ctx context.Context, uid string, req *service.DecryptRequest) ([]byte, error) {
 	const op = "Decrypt"
 	if checkWrapped(req.Ciphertext, req.KeyID, req.Annotations) != nil {

@@ -13,6 +13,7 @@ type (
 	oneAttemptKey  struct{}
 	pastCircuitKey struct{}
 	expectKey      struct{}
+	lengthKey      struct{}
 )
 
 // OneAttempt returns a context with which each operation of a [Client] makes one attempt at most.
@@ -37,8 +38,19 @@ func Expect(ctx context.Context, digest [sha256.Size]byte) context.Context {
 	return context.WithValue(ctx, expectKey{}, digest)
 }
 
-// checkExpected compares a plaintext with what [Expect] said, if anything.
+// ExpectLength returns a context with which Decrypt of a [Client] fails, with an error of
+// [ClassContract] and the text of check's, unless check accepts the length of the plaintext.
+func ExpectLength(ctx context.Context, check func(n int) error) context.Context {
+	return context.WithValue(ctx, lengthKey{}, check)
+}
+
+// checkExpected compares a plaintext with what [Expect] and [ExpectLength] said, if anything.
 func checkExpected(ctx context.Context, plaintext []byte) error {
+	if check, ok := ctx.Value(lengthKey{}).(func(n int) error); ok {
+		if err := check(len(plaintext)); err != nil {
+			return contract("what nobody wraps: " + err.Error())
+		}
+	}
 	if want, ok := ctx.Value(expectKey{}).([sha256.Size]byte); ok && sha256.Sum256(plaintext) != want {
 		return withCause(contract("another secret than it had wrapped"), ErrOtherSecret)
 	}

@@ -3,6 +3,9 @@ package kmsclient_test
 import (
 	"crypto/sha256"
 	"errors"
+	"fmt"
+	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 
@@ -69,7 +72,12 @@ func TestExpect(t *testing.T) {
 	if got != nil || class(t, err) != kmsclient.ClassContract || !errors.Is(err, kmsclient.ErrOtherSecret) {
 		t.Errorf("another one: %d bytes, %v", len(got), err)
 	}
-	if want := []string{"Encrypt ok", "Decrypt ok", "Decrypt contract"}; len(classes) != 3 || classes[2] != want[2] {
+	short := func(n int) error { return fmt.Errorf("it has %d bytes", n) }
+	got, err = c.Decrypt(kmsclient.ExpectLength(t.Context(), short), "uid", req)
+	if got != nil || class(t, err) != kmsclient.ClassContract || !strings.Contains(err.Error(), fmt.Sprintf("it has %d bytes", len(canary))) {
+		t.Errorf("one of another length: %d bytes, %v", len(got), err)
+	}
+	if want := []string{"Encrypt ok", "Decrypt ok", "Decrypt contract", "Decrypt contract"}; !slices.Equal(classes, want) {
 		t.Errorf("observed %q, want %q", classes, want)
 	}
 }

@@ -86,9 +86,7 @@ func healthcheck(ctx context.Context, w io.Writer, address string) error {
 	}
 	for line := range strings.Lines(string(body)) {
 		if strings.HasPrefix(line, "[-]") {
-			if _, err := io.WriteString(w, line); err != nil {
-				return err
-			}
+			printf(w, "%s\n", strings.TrimRight(line, "\n"))
 		}
 	}
 	switch res.StatusCode {

@@ -50,23 +50,31 @@ type prf struct {
 	out [sha256.Size]byte
 }
 
-// NewSeed makes a Seed of what the KMS unwrapped: for TypeSeed at least 32 bytes, for TypeKey an AES key of 16, 24 or 32. It
-// does not retain secret.
+// CheckSeedLength returns an error unless n bytes can be the secret of a seed: for TypeSeed at least
+// 32 bytes, for TypeKey an AES key of 16, 24 or 32.
+func CheckSeedLength(typ Type, n int) error {
+	switch {
+	case typ == TypeKey && n != 16 && n != 24 && n != 32:
+		return fmt.Errorf("unwrapped key has %d bytes, not 16, 24 or 32", n)
+	case typ == TypeSeed && n < SeedSize:
+		return fmt.Errorf("unwrapped seed has %d bytes, less than %d", n, SeedSize)
+	}
+	return nil
+}
+
+// NewSeed makes a Seed of what the KMS unwrapped, see [CheckSeedLength]. It does not retain secret.
 func NewSeed(typ Type, secret []byte) (*Seed, error) {
+	if err := CheckSeedLength(typ, len(secret)); err != nil {
+		return nil, err
+	}
 	switch typ {
 	case TypeKey:
-		if n := len(secret); n != 16 && n != 24 && n != 32 {
-			return nil, fmt.Errorf("unwrapped key has %d bytes, not 16, 24 or 32", n)
-		}
 		aead, err := newAEAD(secret)
 		if err != nil {
 			return nil, err
 		}
 		return &Seed{typ: typ, aead: aead}, nil
 	case TypeSeed:
-		if n := len(secret); n < SeedSize {
-			return nil, fmt.Errorf("unwrapped seed has %d bytes, less than %d", n, SeedSize)
-		}
 		return &Seed{typ: typ, secret: append([]byte(nil), secret...)}, nil
 	}
 	return nil, malformed("source type %d is unknown", typ)

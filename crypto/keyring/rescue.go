@@ -196,7 +196,7 @@ func (r *Ring) unwrapSpare(h *envelope.Header, s spare, first *Error) (*entry, e
 	ctx, cancel := context.WithCancel(s.by.attempts(s.digest))
 	defer cancel()
 	defer context.AfterFunc(r.base, cancel)()
-	plain, err := s.by.decrypt(ctx, s.header)
+	plain, err := s.by.decrypt(expectSeed(ctx, h.Type), s.header)
 	if err != nil {
 		return nil, s.by.notUnwrapped("copy", s.header, s.by.noteRefusal(s.digest, err))
 	}

@@ -164,6 +164,12 @@ func (r *Ring) mayServe(stale *entry, err *Error) bool {
 	}
 }
 
+// expectSeed returns a context with which a Decrypt whose plaintext cannot be a seed of the type is
+// counted as a broken contract.
+func expectSeed(ctx context.Context, typ envelope.Type) context.Context {
+	return kmsclient.ExpectLength(ctx, func(n int) error { return envelope.CheckSeedLength(typ, n) })
+}
+
 // unwrap asks the KMS.
 func (r *Ring) unwrap(d digest, h *envelope.Header) (*entry, error) {
 	old := r.cfg.Cache.get(d)
@@ -174,7 +180,7 @@ func (r *Ring) unwrap(d digest, h *envelope.Header) (*entry, error) {
 		return nil, r.notUnwrapped("seed", h, known)
 	}
 	gen := r.generation()
-	plain, err := r.decrypt(r.attempts(d), h)
+	plain, err := r.decrypt(expectSeed(r.attempts(d), h.Type), h)
 	if err != nil {
 		if old != nil {
 			old.retry.Store(time.Now().Add(r.cfg.FailingPollInterval).UnixNano())
