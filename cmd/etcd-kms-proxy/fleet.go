@@ -202,14 +202,14 @@ func newBypasses(a *app) *bypasses {
 func (b *bypasses) found(rule *lifecycle.Rule, key string, revision int64) {
 	now := time.Now().Unix()
 	b.last.Store(now)
-	b.count.WithLabelValues(ruleLabel(rule.Prefix)).Inc()
+	b.count.WithLabelValues(utf8Name(rule.Prefix)).Inc()
 	if seen, _ := b.told.ContainsOrAdd(key, struct{}{}); seen {
 		return
 	}
-	b.audit.record(audit.Record{Event: audit.EventBypass, Rule: rule.Prefix, Key: key, Revision: revision})
+	b.audit.record(audit.Record{Event: audit.EventBypass, Rule: utf8Name(rule.Prefix), Key: utf8Name(key), Revision: revision})
 	// The audit log has all of them; somebody who writes many does not fill the other one.
 	if quiet := b.quiet.Load(); now >= quiet && b.quiet.CompareAndSwap(quiet, now+int64(bypassQuiet.Seconds())) {
-		b.log.Error("a value was stored in plaintext under a rule that seals: somebody writes to etcd past the proxies", "rule", rule.Prefix, "key", key,
+		b.log.Error("a value was stored in plaintext under a rule that seals: somebody writes to etcd past the proxies", "rule", utf8Name(rule.Prefix), "key", utf8Name(key),
 			"revision", revision, "hint", bypassHint(rule))
 	}
 }

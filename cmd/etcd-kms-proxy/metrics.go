@@ -116,15 +116,16 @@ var (
 func (m *metrics) forRule(prefix string) keyring.Observer {
 	c := &counters{sealed: make(map[keyring.Outcome]prometheus.Counter), opened: make(map[keyring.Outcome]prometheus.Counter)}
 	for _, o := range outcomes {
-		c.sealed[o] = m.sealed.WithLabelValues(ruleLabel(prefix), string(o))
-		c.opened[o] = m.opened.WithLabelValues(ruleLabel(prefix), string(o))
+		c.sealed[o] = m.sealed.WithLabelValues(utf8Name(prefix), string(o))
+		c.opened[o] = m.opened.WithLabelValues(utf8Name(prefix), string(o))
 	}
 	return c
 }
 
-// ruleLabel is the label of the rule with a prefix. Labels are UTF-8: other bytes are escaped as in
-// a Go string.
-func ruleLabel(prefix string) string {
+// utf8Name returns the prefix of a rule or an etcd key for what holds UTF-8 only: labels of metrics,
+// the log and the audit log. Other bytes are escaped as in a Go string; JSON would make all of them
+// the same replacement character.
+func utf8Name(prefix string) string {
 	if utf8.ValidString(prefix) {
 		return prefix
 	}

@@ -1,12 +1,18 @@
 package main
 
 import (
+	"bytes"
+	"log/slog"
+	"os"
+	"path/filepath"
 	"reflect"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/audit"
 )
 
 // TestPolicy: what is on record says again what it was made of, whatever the order, and rules are compared without the audit block, which a command may lack.
@@ -57,7 +63,40 @@ func TestPolicyOfBytes(t *testing.T) {
 	for _, r := range rules {
 		m.forRule(r.Prefix)
 	}
-	if _, err := m.sealed.GetMetricWithLabelValues(`\xffA`, "ok"); err != nil || ruleLabel("größe") != "größe" {
+	if _, err := m.sealed.GetMetricWithLabelValues(`\xffA`, "ok"); err != nil || utf8Name("größe") != "größe" {
 		t.Errorf("labels: %v", err)
+	}
+}
+
+// TestBypassOfBytes: keys that are not UTF-8 are told from each other in the log and the audit log.
+func TestBypassOfBytes(t *testing.T) {
+	var logged bytes.Buffer
+	path := filepath.Join(t.TempDir(), "audit.log")
+	records, err := audit.Open(audit.Config{Path: path})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := &app{log: slog.New(slog.NewJSONHandler(&logged, nil)), audit: &auditor{log: records}}
+	a.metrics = newMetrics(a)
+	b := newBypasses(a)
+	rule := &lifecycle.Rule{Prefix: "\xff"}
+	b.found(rule, "\xffA\xfe", 3)
+	b.found(rule, "\xffA\xfd", 4)
+	if err := records.Close(); err != nil {
+		t.Fatal(err)
+	}
+	recorded, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{`"rule":"\\xff"`, `"key":"\\xffA\\xfe"`} {
+		if !strings.Contains(logged.String(), want) {
+			t.Errorf("%s is not in the log: %s", want, logged.String())
+		}
+	}
+	for _, want := range []string{`"rule":"\\xff"`, `"key":"\\xffA\\xfe"`, `"key":"\\xffA\\xfd"`} {
+		if !strings.Contains(string(recorded), want) {
+			t.Errorf("%s is not in the audit log: %s", want, recorded)
+		}
 	}
 }

@@ -114,7 +114,7 @@ func (s *scanner) scan(ctx context.Context) error {
 	}
 	s.reset() // rules may have gone
 	for _, c := range counts {
-		rule := ruleLabel(c.Prefix)
+		rule := utf8Name(c.Prefix)
 		for _, standing := range lifecycle.Standings {
 			n := c.Standings[standing]
 			s.values.WithLabelValues(rule, string(standing)).Set(float64(n.Keys))

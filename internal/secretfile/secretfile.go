@@ -9,22 +9,27 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 )
 
-// Check returns what is wrong with a file that holds a secret, and the command that corrects it,
-// without the file's name. problem is empty if only root and the user of this process can use the
+// Check returns what is wrong with the open file of path, which holds a secret, and the command
+// that corrects it, without the file's name. problem is empty if only root and the user of this process can use the
 // file:
 //
 //   - Its owner is root or the user of this process. A process of root takes files of every owner, since commands that root runs read what the proxy's user has.
 //   - Nobody else may write it, and others may not read it. Its group may, with mode 0440 or 0640, if this process has that group and no other user has: so Kubernetes
 //     mounts a Secret for a pod with an fsGroup.
+//   - A credential that systemd has passed to this service may have mode 0440 whatever its group is.
 //
 // Users and groups are those of /etc/passwd and /etc/group. On systems where files have no owner,
 // only the mode is checked.
-func Check(info fs.FileInfo) (problem, fix string) {
+func Check(path string, info fs.FileInfo) (problem, fix string) {
+	if isCredential(path, info.Mode().Perm()) {
+		return "", ""
+	}
 	uid, gid, ok := owner(info)
 	if !ok {
 		uid, gid = os.Geteuid(), -1
@@ -35,6 +40,14 @@ func Check(info fs.FileInfo) (problem, fix string) {
 	}
 	self := process{uid: os.Geteuid(), groups: append(groups, os.Getegid()), passwd: "/etc/passwd", group: "/etc/group"}
 	return self.check(info.Mode().Perm(), uid, gid)
+}
+
+// isCredential reports whether path is a credential that systemd has passed to this service
+// (LoadCredential=). Its folder is for the service's user and root alone; where systemd grants that
+// by an access control list, the mode that is shown is 0440.
+func isCredential(path string, mode fs.FileMode) bool {
+	folder := os.Getenv("CREDENTIALS_DIRECTORY")
+	return folder != "" && mode&^0o440 == 0 && filepath.Clean(filepath.Dir(path)) == filepath.Clean(folder)
 }
 
 // process is who reads a file.

@@ -80,7 +80,7 @@ func TestCheckFile(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if problem, _ := Check(info); (problem == "") != good {
+		if problem, _ := Check(path, info); (problem == "") != good {
 			t.Errorf("mode %04o: %q", mode, problem)
 		}
 	}

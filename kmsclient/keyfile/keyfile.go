@@ -62,7 +62,7 @@ func Read(path string, form Form) ([]Key, fs.FileInfo, error) {
 	if !info.Mode().IsRegular() {
 		return nil, nil, fmt.Errorf("key file %s: not a regular file", path)
 	}
-	if problem, fix := secretfile.Check(info); problem != "" && !isCredential(path, info.Mode().Perm()) {
+	if problem, fix := secretfile.Check(path, info); problem != "" {
 		return nil, nil, &openError{path, problem, fix}
 	}
 	data, err := io.ReadAll(io.LimitReader(f, maxFileSize+1))
@@ -78,14 +78,6 @@ func Read(path string, form Form) ([]Key, fs.FileInfo, error) {
 		return nil, nil, fmt.Errorf("key file %s: %w", path, err)
 	}
 	return keys, info, nil
-}
-
-// isCredential reports whether path is a credential that systemd has passed to this service
-// (LoadCredential=). Its folder is for the service's user and root alone; where systemd grants that
-// by an access control list, the mode that is shown is 0440.
-func isCredential(path string, mode fs.FileMode) bool {
-	folder := os.Getenv("CREDENTIALS_DIRECTORY")
-	return folder != "" && mode&^0o440 == 0 && filepath.Clean(filepath.Dir(path)) == filepath.Clean(folder)
 }
 
 // openError is of a file that others can use.

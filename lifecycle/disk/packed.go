@@ -63,6 +63,9 @@ func packingNamed(path string) *packing {
 // keys, in pages as in remains.
 func (l *look) packed(ctx context.Context, r *os.File, p *packing) error {
 	l.file.Kind = p.kind
+	if p.kind != "zip" && p.kind != "gzip" && p.kind != "bzip2" {
+		return l.unpacked(ctx, io.NewSectionReader(r, 0, l.file.Bytes), "", 0) // which names it as not looked at
+	}
 	if l.everyKey() {
 		l.damage("it is compressed (%s): values under a rule for every key are not found in it; decompress it, and look at that with --snapshot", p.kind)
 	} else {

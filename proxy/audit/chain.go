@@ -48,7 +48,7 @@ func LoadKey(path string) ([]byte, error) {
 	if !info.Mode().IsRegular() {
 		return nil, fmt.Errorf("audit key %s: not a regular file", path)
 	}
-	if problem, fix := secretfile.Check(info); problem != "" {
+	if problem, fix := secretfile.Check(path, info); problem != "" {
 		return nil, &openError{path, problem, fix}
 	}
 	key, err := io.ReadAll(io.LimitReader(f, maxKey+1))

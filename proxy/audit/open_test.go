@@ -80,6 +80,30 @@ func TestLoadKey(t *testing.T) {
 	}
 }
 
+// TestLoadKeyFromSystemd: a key that systemd passes may have mode 0440, which it shows where an
+// access control list grants the service's user the file. Key files of providers are taken so, too.
+func TestLoadKeyFromSystemd(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "audit_key")
+	overwrite(t, path, make([]byte, minKey))
+	if err := os.Chown(path, -1, 1); err != nil { // a group that others have
+		t.Skipf("only root can give a file to another group: %v", err)
+	}
+	for _, tt := range []struct {
+		folder string
+		mode   os.FileMode
+		good   bool
+	}{{dir, 0o440, true}, {dir, 0o400, true}, {dir, 0o444, false}, {dir, 0o460, false}, {filepath.Dir(dir), 0o440, false}, {"", 0o440, false}} {
+		t.Setenv("CREDENTIALS_DIRECTORY", tt.folder)
+		if err := os.Chmod(path, tt.mode); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := LoadKey(path); (err == nil) != tt.good {
+			t.Errorf("mode %04o, credentials in %q: %v", tt.mode, tt.folder, err)
+		}
+	}
+}
+
 // TestOlderFilesOfAnotherChain: a new chain beside them would have its own files removed in their stead.
 func TestOlderFilesOfAnotherChain(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "audit.jsonl")
