@@ -20,7 +20,7 @@ type session struct {
 	client *h2.Conn
 	conns  atomic.Pointer[[]*h2.Conn] // all there are; replaced under mu
 	work   sync.WaitGroup             // what must end before the session does
-	unary  uint                       // calls so far; of the goroutine that reads from the client
+	unary  uint64                     // calls so far; of the goroutine that reads from the client
 
 	mu      sync.Mutex
 	hops    []*hop
@@ -119,10 +119,8 @@ func (s *session) leave() {
 func (s *session) Headers(stream *h2.Stream, fields []hpack.HeaderField, end bool) {
 	st := &fstream{session: s, client: stream, fields: fields, method: s.engine.route(s.id, fields)}
 	if st.method != nil && st.method.shape == shapeUnary {
-		if s.unary%sampleEvery == 0 {
-			st.watch.on = true
-			st.watch.start()
-		}
+		st.watch.on = sampled(s.unary)
+		st.watch.start()
 		s.unary++
 	}
 	stream.SetValue(st)

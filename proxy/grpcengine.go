@@ -277,7 +277,7 @@ func (m *grpcMethod) serveUnary(_ any, ctx context.Context, decode func(any) err
 // forward moves one request and its answer, all in the handler's goroutine. It owns in.
 func (m *grpcMethod) forward(ctx context.Context, in *frame) (*frame, error) {
 	defer in.free()
-	watch := stopwatch{on: m.engine.unary.Add(1)%sampleEvery == 1}
+	watch := stopwatch{on: sampled(m.engine.unary.Add(1) - 1)}
 	watch.start()
 	id, err := m.admit(ctx, in)
 	if err != nil {

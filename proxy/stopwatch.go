@@ -8,9 +8,12 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// sampleEvery is how many unary calls of a connection there are for each that is measured, the
-// first of a connection among them.
+// sampleEvery is how many unary calls of a connection there are for each that is measured.
 const sampleEvery = 16
+
+// sampled says whether the n-th unary call of a connection is measured, counted from 0. The second
+// one is, since the first may wait for the connection to etcd, and then does not count.
+func sampled(n uint64) bool { return n%sampleEvery == 0 || n == 1 }
 
 // stopwatch measures the time that the proxy adds to one call: it runs while the call is here, and
 // stands while the call is etcd's. The zero value measures nothing, and costs nothing. It is safe

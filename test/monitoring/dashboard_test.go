@@ -60,6 +60,7 @@ func TestDashboard(t *testing.T) {
 	kms.Disable(true)
 	eventually("the key to be seen as revoked", `ALERTS{alertname="EtcdKMSProxyKeyRevoked",alertstate="firing"}`)
 	eventually("writes to fail", `sum(rate(etcd_kms_proxy_requests_total{code="FailedPrecondition"}[10s])) > 0`)
+	eventually("the scan to find that the values cannot be decrypted", `ALERTS{alertname="EtcdKMSProxyUndecryptableValues",alertstate="firing"}`)
 	hold()
 	kms.Disable(false)
 	eventually("the key to be used again",
@@ -94,7 +95,7 @@ func TestDashboard(t *testing.T) {
 		for _, s := range p.series(`count by (alertname) (ALERTS{alertstate="firing"})`, began, ended) {
 			fired[s.Metric["alertname"]] = true
 		}
-		want := []string{"EtcdKMSProxyCertificateExpires", "EtcdKMSProxyKeyRevoked", "EtcdKMSProxyPlaintextWritten"}
+		want := []string{"EtcdKMSProxyCertificateExpires", "EtcdKMSProxyKeyRevoked", "EtcdKMSProxyPlaintextWritten", "EtcdKMSProxyUndecryptableValues"}
 		if got := slices.Sorted(maps.Keys(fired)); !slices.Equal(got, want) {
 			t.Errorf("with %s, the alerts are %v, want %v", what, got, want)
 		}
@@ -183,7 +184,7 @@ func TestCountersBeginAtZero(t *testing.T) {
 	page := startProxy(env, env.StartEtcd(harness.EtcdConfig{Name: "etcd"}), kms).Scrape()
 	for _, r := range rules(t) {
 		for _, m := range regexp.MustCompile(`increase\((\w+)`).FindAllStringSubmatch(r.Expr, -1) {
-			if !regexp.MustCompile(`(?m)^`+m[1]+`(\{.*\})? 0$`).MatchString(page) {
+			if !regexp.MustCompile(`(?m)^` + m[1] + `(\{.*\})? 0$`).MatchString(page) {
 				t.Errorf("%s: there is no %s that is 0", r.Alert, m[1])
 			}
 		}
@@ -226,6 +227,7 @@ func load(t *testing.T, proxy *harness.Proxy) (stop func()) {
 type panel struct {
 	Title, Type string
 	Targets     []struct{ Expr, LegendFormat string }
+	FieldConfig struct{ Defaults struct{ Unit string } }
 }
 
 func dashboard(t *testing.T) (shown []panel) {
