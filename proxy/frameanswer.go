@@ -36,6 +36,7 @@ type answers struct {
 
 // out is what etcd sends.
 func (st *fstream) out(p piece) {
+	st.watch.start()
 	st.mu.Lock()
 	if st.outward.parked {
 		p.data = bytes.Clone(p.data)
@@ -65,6 +66,9 @@ func (st *fstream) answer(ctx context.Context, p piece) {
 		return
 	case st.finish(codeOf(p.fields)):
 		st.client.Headers(p.fields, true)
+		if st.method != nil {
+			st.watch.observe(st.method.metrics.added)
+		}
 	}
 	st.answers.free()
 	p.stream.Finish()

@@ -15,6 +15,7 @@ func (st *fstream) connect(ctx context.Context) (ok, waits bool) {
 		if ctx == hasty {
 			return false, true
 		}
+		st.watch.discard() // this is waiting for etcd
 		conn, h = st.session.await(ctx, lasts)
 	}
 	return conn != nil && st.open(conn, h), false
@@ -50,6 +51,7 @@ func (st *fstream) openOnFirst(next func() *h2.Conn) {
 
 // toReference goes on to the reference engine with what the client has sent so far.
 func (st *fstream) toReference(raw []byte, end bool) {
+	st.watch.discard() // the reference engine measures it
 	st.mu.Lock()
 	if st.ended.Load() {
 		st.mu.Unlock()

@@ -20,6 +20,7 @@ type session struct {
 	client *h2.Conn
 	conns  atomic.Pointer[[]*h2.Conn] // all there are; replaced under mu
 	work   sync.WaitGroup             // what must end before the session does
+	unary  uint64                     // calls so far; of the goroutine that reads from the client
 
 	mu      sync.Mutex
 	hops    []*hop
@@ -117,6 +118,11 @@ func (s *session) leave() {
 // Headers implements [h2.Handler].
 func (s *session) Headers(stream *h2.Stream, fields []hpack.HeaderField, end bool) {
 	st := &fstream{session: s, client: stream, fields: fields, method: s.engine.route(s.id, fields)}
+	if st.method != nil && st.method.shape == shapeUnary {
+		st.watch.on = sampled(s.unary)
+		st.watch.start()
+		s.unary++
+	}
 	stream.SetValue(st)
 	if st.method == nil && s.secure && isWeb(fields) {
 		st.toWeb(end)

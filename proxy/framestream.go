@@ -32,6 +32,8 @@ type fstream struct {
 	silent  bool                // the client's headers were its last word, which is not the same as an end without a message
 	ended   atomic.Bool         // the client was told the end, or has left
 
+	watch stopwatch // of a unary call: the time that it spends here
+
 	heldIn, heldOut atomic.Int64 // bytes from the client and from etcd that have not been sent on
 
 	mu              sync.Mutex
@@ -195,6 +197,7 @@ func (st *fstream) forward(ctx context.Context, raw []byte) {
 		return
 	}
 	st.method.metrics.received.Inc()
+	st.watch.stop()
 	st.up.Data(true, head(len(edited)), edited)
 	st.asked = nil
 }

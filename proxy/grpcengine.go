@@ -8,6 +8,7 @@ import (
 	"math"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -51,6 +52,7 @@ type grpcEngine struct {
 	draining context.Context
 	drain    context.CancelCauseFunc
 	pumps    sync.WaitGroup // the goroutines that read from clients
+	unary    atomic.Uint64  // calls so far
 }
 
 var _ engine = (*grpcEngine)(nil)
@@ -275,6 +277,8 @@ func (m *grpcMethod) serveUnary(_ any, ctx context.Context, decode func(any) err
 // forward moves one request and its answer, all in the handler's goroutine. It owns in.
 func (m *grpcMethod) forward(ctx context.Context, in *frame) (*frame, error) {
 	defer in.free()
+	watch := stopwatch{on: sampled(m.engine.unary.Add(1) - 1)}
+	watch.start()
 	id, err := m.admit(ctx, in)
 	if err != nil {
 		return nil, err
@@ -291,15 +295,19 @@ func (m *grpcMethod) forward(ctx context.Context, in *frame) (*frame, error) {
 		defer cancel(nil)
 		defer context.AfterFunc(m.engine.draining, func() { cancel(errShuttingDown) })()
 	}
+	watch.stop()
 	id.to.await(ctx)
 	if x, ok := c.(exchanger); ok && x.exchanges() {
-		return m.exchange(ctx, id.to, in, x)
+		return m.exchange(ctx, id.to, in, x) // several calls of etcd: not measured
 	}
 	out := new(frame)
 	var header, trailer metadata.MD
 	lane := m.engine.to(c, id)
 	defer lane.done()
 	err = lane.conn.Invoke(upstreamContext(ctx), m.full, in, out, grpc.Header(&header), grpc.Trailer(&trailer), grpc.ForceCodecV2(rawCodec{}))
+	if watch.start(); len(header)+len(trailer) > 0 { // etcd has answered
+		defer watch.observe(m.metrics.added)
+	}
 	if len(header) > 0 {
 		if err := grpc.SetHeader(ctx, header); err != nil {
 			return nil, err

@@ -3,6 +3,7 @@ package proxy
 import (
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc/codes"
@@ -16,6 +17,7 @@ type metrics struct {
 	handshakeFailures *prometheus.CounterVec
 	ended             *prometheus.CounterVec
 	upstreamUp        prometheus.Gauge
+	added             prometheus.Histogram
 
 	started, handled, received, sent *prometheus.CounterVec
 }
@@ -36,6 +38,13 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 		upstreamUp: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "etcd_kms_proxy_etcd_connected", Help: "1 while at least one etcd endpoint is connected.",
 		}),
+		// Native buckets for servers that take them, and classic ones for all others.
+		added: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name:                        "etcd_kms_proxy_added_latency_seconds",
+			Help:                        "Time that the proxy itself adds to a unary call, without etcd's: of one in 16 calls of a connection.",
+			Buckets:                     []float64{.00001, .000025, .00005, .0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5},
+			NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100, NativeHistogramMinResetDuration: time.Hour,
+		}),
 		started:  counter("grpc_server_started_total", "Calls that have begun.", grpcType, grpcService, grpcMethod),
 		handled:  counter("grpc_server_handled_total", "Calls that have ended, by gRPC code.", grpcType, grpcService, grpcMethod, grpcCode),
 		received: counter("grpc_server_msg_received_total", "Messages received from clients.", grpcType, grpcService, grpcMethod),
@@ -45,12 +54,23 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 		return m, nil
 	}
 	var problems []error
-	for _, c := range []prometheus.Collector{m.requests, m.connections, m.handshakeFailures, m.ended, m.upstreamUp, m.started, m.handled, m.received, m.sent} {
+	for _, c := range []prometheus.Collector{m.requests, m.connections, m.handshakeFailures, m.ended, m.upstreamUp, m.added, m.started, m.handled, m.received, m.sent} {
 		if err := r.Register(c); err != nil {
 			problems = append(problems, fmt.Errorf("register metrics: %w", err))
 		}
 	}
 	return m, errors.Join(problems...)
+}
+
+// expect has the figures of a listener begin at 0: an increase from a counter that was not there is
+// none to Prometheus.
+func (m *metrics) expect(cfg ListenerConfig) {
+	m.connections.WithLabelValues(cfg.Address)
+	m.handshakeFailures.WithLabelValues(cfg.Address)
+	if cfg.TLS != nil && cfg.TLS.ClientCAFile != "" {
+		m.ended.WithLabelValues(cfg.Address, endedCertificate)
+		m.ended.WithLabelValues(cfg.Address, endedLists)
+	}
 }
 
 // lastCode is the greatest of gRPC's codes.
@@ -60,6 +80,7 @@ const lastCode = codes.Unauthenticated
 // series is there from the start, as etcd's are.
 type methodMetrics struct {
 	started, received, sent prometheus.Counter
+	added                   prometheus.Observer
 	handled, requests       [lastCode + 1]prometheus.Counter
 }
 
@@ -69,6 +90,7 @@ func (m *metrics) of(row *method) *methodMetrics {
 		started:  m.started.WithLabelValues(kind, row.service, row.name),
 		received: m.received.WithLabelValues(kind, row.service, row.name),
 		sent:     m.sent.WithLabelValues(kind, row.service, row.name),
+		added:    m.added,
 	}
 	for code := codes.OK; code <= lastCode; code++ {
 		mm.handled[code] = m.handled.WithLabelValues(kind, row.service, row.name, code.String())

@@ -107,6 +107,12 @@ func New(cfg Config) (*Proxy, error) {
 		p.Close()
 		return nil, err
 	}
+	if cfg.Registerer != nil {
+		if err := cfg.Registerer.Register(&certificateExpiry{listeners: p.listeners, etcd: p.upstream.http.tls}); err != nil {
+			p.Close()
+			return nil, fmt.Errorf("register metrics: %w", err)
+		}
+	}
 	ref, err := newGRPCEngine(p.core, p.upstream, m, log, &denials{log: log, tell: cfg.OnDenied}, cfg.DrainTimeout)
 	if err == nil {
 		frames := newFrameEngine(ref, cfg.Reference)

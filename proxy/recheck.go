@@ -15,6 +15,12 @@ import (
 // connections are checked again.
 const recheckInterval = time.Second
 
+// The reasons for which a connection ends before its client wants it, as the metric has them.
+const (
+	endedCertificate = "certificate"
+	endedLists       = "lists"
+)
+
 // clientLists are a listener's lists of client names.
 type clientLists struct{ allowed, ciphertext map[string]bool }
 
@@ -176,9 +182,9 @@ func (l *listener) recheck(at time.Time) {
 		}
 		l.forget(c)
 		_ = c.outlet.Close() // the connection below TLS: to send close_notify may block. The engine or the gateway gets an error from its next read
-		reason := "certificate"
+		reason := endedCertificate
 		if errors.Is(v.err, errOtherLists) {
-			reason = "lists"
+			reason = endedLists
 		}
 		l.metrics.ended.WithLabelValues(l.cfg.Address, reason).Inc()
 		ended[[2]string{c.id.name(), v.err.Error()}]++

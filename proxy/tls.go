@@ -45,42 +45,54 @@ const (
 // It is safe for concurrent use.
 type fresh[T any] struct {
 	paths []string
-	load  func() (T, error)
+	load  func() (T, []certificate, error)
 	log   *slog.Logger
 	what  string // for the log
 
 	mu    sync.Mutex
 	stamp string
 	value T
+	certs []certificate
 }
 
 // newFresh loads for the first time.
-func newFresh[T any](log *slog.Logger, what string, paths []string, load func() (T, error)) (*fresh[T], error) {
+func newFresh[T any](log *slog.Logger, what string, paths []string, load func() (T, []certificate, error)) (*fresh[T], error) {
 	f := &fresh[T]{paths: paths, load: load, log: log, what: what, stamp: stamp(paths)}
 	var err error
-	if f.value, err = load(); err != nil {
+	if f.value, f.certs, err = load(); err != nil {
 		return nil, err
 	}
 	return f, nil
 }
 
 func (f *fresh[T]) get() T {
+	value, _ := f.both()
+	return value
+}
+
+// certificates returns the certificates of the files that are in use.
+func (f *fresh[T]) certificates() []certificate {
+	_, certs := f.both()
+	return certs
+}
+
+func (f *fresh[T]) both() (T, []certificate) {
 	now := stamp(f.paths)
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if now == f.stamp {
-		return f.value
+		return f.value, f.certs
 	}
 	// Taken before the files are read, the stamp makes a change in between show at the next call.
 	f.stamp = now
-	value, err := f.load()
+	value, certs, err := f.load()
 	if err != nil {
 		f.log.Error("changed TLS files cannot be used; the old ones stay in use", "for", f.what, "error", err)
-		return f.value
+		return f.value, f.certs
 	}
 	f.log.Info("TLS files reloaded", "for", f.what)
-	f.value = value
-	return value
+	f.value, f.certs = value, certs
+	return value, certs
 }
 
 // stamp changes whenever one of the files is replaced or written.
@@ -114,11 +126,12 @@ func (c *ListenerTLS) serverTLS(log *slog.Logger, address string) (*fresh[*tls.C
 		return nil, errors.New("clientCRLFile: needs clientCAFile")
 	}
 	paths := []string{c.CertFile, c.KeyFile, c.ClientCAFile, c.ClientCRLFile}
-	return newFresh(log, "listener "+address, paths, func() (*tls.Config, error) {
+	return newFresh(log, "listener "+address, paths, func() (*tls.Config, []certificate, error) {
 		cert, err := tls.LoadX509KeyPair(c.CertFile, c.KeyFile)
 		if err != nil {
-			return nil, fmt.Errorf("load certificate %s with key %s: %w", c.CertFile, c.KeyFile, err)
+			return nil, nil, fmt.Errorf("load certificate %s with key %s: %w", c.CertFile, c.KeyFile, err)
 		}
+		held := []certificate{chainExpiry(useListener, cert)}
 		cfg := &tls.Config{
 			Certificates: []tls.Certificate{cert},
 			MinVersion:   version,
@@ -126,22 +139,23 @@ func (c *ListenerTLS) serverTLS(log *slog.Logger, address string) (*fresh[*tls.C
 			NextProtos:   []string{protocolHTTP2, protocolHTTP1}, // in this order, as etcd
 		}
 		if c.ClientCAFile == "" {
-			return cfg, nil
+			return cfg, held, nil
 		}
 		pool, cas, err := loadCAs(c.ClientCAFile)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
+		held = append(held, caExpiry(useListenerClientCA, cas))
 		cfg.ClientCAs, cfg.ClientAuth = pool, tls.RequireAndVerifyClientCert
 		if c.ClientCRLFile == "" {
-			return cfg, nil
+			return cfg, held, nil
 		}
 		revoked, err := loadCRL(c.ClientCRLFile, cas, log)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		cfg.VerifyConnection = func(cs tls.ConnectionState) error { return revoked.check(cs.VerifiedChains) }
-		return cfg, nil
+		return cfg, held, nil
 	})
 }
 
@@ -261,27 +275,30 @@ func (c *UpstreamTLS) credentials(log *slog.Logger) (*upstreamCredentials, error
 	if (c.CertFile == "") != (c.KeyFile == "") {
 		return nil, errors.New("certFile and keyFile: one needs the other")
 	}
-	files, err := newFresh(log, "etcd", []string{c.CAFile, c.CertFile, c.KeyFile}, func() (*tls.Config, error) {
+	files, err := newFresh(log, "etcd", []string{c.CAFile, c.CertFile, c.KeyFile}, func() (*tls.Config, []certificate, error) {
+		var held []certificate
 		cfg := &tls.Config{
 			MinVersion:         tls.VersionTLS12,
 			ServerName:         c.ServerName,
 			InsecureSkipVerify: c.InsecureSkipVerify, //nolint:gosec // spelled out by the operator
 		}
 		if c.CAFile != "" {
-			pool, _, err := loadCAs(c.CAFile)
+			pool, cas, err := loadCAs(c.CAFile)
 			if err != nil {
-				return nil, err
+				return nil, nil, err
 			}
 			cfg.RootCAs = pool
+			held = append(held, caExpiry(useEtcdCA, cas))
 		}
 		if c.CertFile != "" {
 			cert, err := tls.LoadX509KeyPair(c.CertFile, c.KeyFile)
 			if err != nil {
-				return nil, fmt.Errorf("load certificate %s with key %s: %w", c.CertFile, c.KeyFile, err)
+				return nil, nil, fmt.Errorf("load certificate %s with key %s: %w", c.CertFile, c.KeyFile, err)
 			}
 			cfg.Certificates = []tls.Certificate{cert}
+			held = append(held, chainExpiry(useEtcdClient, cert))
 		}
-		return cfg, nil
+		return cfg, held, nil
 	})
 	if err != nil {
 		return nil, err

@@ -60,6 +60,7 @@ func (a *app) newFleet(c *config.Config) (*fleet, error) {
 		return f, nil
 	}
 	f.bypass = newBypasses(a)
+	f.bypass.expect(c.Rules)
 	f.rules = func() *lifecycle.Rules { return a.rules.Load().lifecycle }
 	provers := make(map[string]lifecycle.Sealer)
 	for _, ring := range a.rings {
@@ -148,6 +149,9 @@ func (f *fleet) setRules(rules []config.Rule) {
 	if f.Fleet != nil {
 		f.SetPolicy(policyOf(rules, f.config.Audit)) // the audit block waits for a restart
 	}
+	if f.bypass != nil {
+		f.bypass.expect(rules)
+	}
 	if f.watch != nil {
 		f.watch.RulesChanged()
 	}
@@ -196,6 +200,16 @@ func newBypasses(a *app) *bypasses {
 	b.told, _ = lru.New[string, struct{}](bypassKeys) // fails on sizes below 1 only
 	a.metrics.registry.MustRegister(b.count)
 	return b
+}
+
+// expect has the counters of rules begin at 0: an increase from a counter that was not there is none
+// to Prometheus.
+func (b *bypasses) expect(rules []config.Rule) {
+	for _, r := range rules {
+		if r.WriteWith != config.Plaintext {
+			b.count.WithLabelValues(ruleLabel(r.Prefix))
+		}
+	}
 }
 
 // found is told of each.

@@ -1,12 +1,15 @@
 package main
 
 import (
+	"slices"
 	"strings"
+	"time"
 	"unicode/utf8"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
@@ -44,7 +47,8 @@ func newMetrics(a *app) *metrics {
 		}, []string{"provider", "operation", "class"}),
 		latency: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name: "etcd_kms_proxy_kms_operation_duration_seconds", Help: "Time of KMS calls, by provider, operation and class of error, or ok.",
-			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10},
+			Buckets:                     []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10},
+			NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100, NativeHistogramMinResetDuration: time.Hour,
 		}, []string{"provider", "operation", "class"}),
 		reloads: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "etcd_kms_proxy_config_reloads_total", Help: "Reloads of the configuration, by outcome.",
@@ -70,7 +74,35 @@ func newMetrics(a *app) *metrics {
 // kmsCall observes one call of a KMS client.
 func (m *metrics) kmsCall(c kmsclient.Call) {
 	m.operations.WithLabelValues(c.Provider, c.Op, c.Class).Inc()
-	m.latency.WithLabelValues(c.Provider, c.Op, c.Class).Observe(c.Duration.Seconds())
+	histogram, seconds := m.latency.WithLabelValues(c.Provider, c.Op, c.Class), c.Duration.Seconds()
+	if with, ok := histogram.(prometheus.ExemplarObserver); ok && isExemplar(c.RequestID) {
+		with.ObserveWithExemplar(seconds, prometheus.Labels{exemplarLabel: c.RequestID})
+		return
+	}
+	histogram.Observe(seconds)
+}
+
+// exemplarLabel is the label of exemplars that holds the KMS' own ID of a call.
+const exemplarLabel = "request_id"
+
+// isExemplar reports whether the KMS' ID of a call can be an exemplar: it is the KMS' text, whatever it is.
+func isExemplar(requestID string) bool {
+	return requestID != "" && utf8.ValidString(requestID) && utf8.RuneCountInString(exemplarLabel+requestID) <= prometheus.ExemplarMaxRunes
+}
+
+// expectRecoveries has the counters of uses of recovery copies begin at 0: an increase from a counter
+// that was not there is none to Prometheus. Any provider of a rule may open what another one cannot.
+func (m *metrics) expectRecoveries(a *app, rules []config.Rule) {
+	for _, r := range rules {
+		names := slices.Concat([]string{r.WriteWith}, r.ReadWith, r.Recovery)
+		for _, provider := range names {
+			for _, by := range names {
+				if provider != by && a.ring(provider) != nil && a.ring(by) != nil {
+					m.recoveries.WithLabelValues(provider, by)
+				}
+			}
+		}
+	}
 }
 
 // counters are the counters of one rule or provider, found before they are needed: they are counted on the data path, where a look-up by

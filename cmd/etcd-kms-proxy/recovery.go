@@ -39,10 +39,8 @@ func (a *app) setRecovery(rules []config.Rule) error {
 		if err := ring.SetRecovery(by, required); err != nil {
 			return err
 		}
-		for _, r := range by {
-			a.metrics.recoveries.WithLabelValues(ring.Provider(), r.Provider()) // so that it is there before it is counted up
-		}
 	}
+	a.metrics.expectRecoveries(a, rules)
 	return nil
 }
 

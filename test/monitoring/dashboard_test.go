@@ -4,11 +4,14 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/http"
 	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -20,39 +23,130 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// empty are the panels that show nothing in this run, each with the reason.
-var empty = map[string]string{
-	"Re-encryption": "nothing is re-encrypted",
-}
-
-// TestDashboard runs every query of the Grafana dashboard in a real Prometheus that scrapes a real
-// proxy, while the KMS key is rotated, disabled and enabled again. MONITORING_PICTURE=FILE.svg
-// draws some of the panels.
+// TestDashboard runs every query of the Grafana dashboard and every rule in two real Prometheus
+// servers, one of which takes native histograms, that scrape a real proxy while the KMS key is
+// rotated, disabled and enabled again, and while plaintext is written to etcd directly.
+// MONITORING_PICTURE=FILE.svg draws some of the panels, of a run with longer steps.
 func TestDashboard(t *testing.T) {
 	bin := program(t, "prometheus")
 	env := harness.New(t)
 	etcd := env.StartEtcd(harness.EtcdConfig{Name: "etcd"})
 	kms := env.NewKMS("acme")
 	kms.Start()
+	proxy := startProxy(env, etcd, kms)
+	classic, native := startPrometheus(env, bin, proxy), startPrometheus(env, bin, proxy, "--enable-feature=native-histograms")
+	eventually := func(what, query string) {
+		t.Helper()
+		for _, p := range []prometheus{classic, native} {
+			harness.Eventually(t, time.Minute, what, func() error { return p.has(query) })
+		}
+	}
+	picture := os.Getenv("MONITORING_PICTURE")
+	hold := func() {
+		if picture != "" {
+			time.Sleep(15 * time.Second) // for the eye
+		}
+	}
+
+	// What an operator sees on a bad day. Each step ends when Prometheus shows it.
+	began := time.Now()
+	stop := load(t, proxy)
+	eventually("values to be encrypted and read",
+		`rate(etcd_kms_proxy_values_sealed_total{outcome="ok"}[10s]) > 0 and on () rate(etcd_kms_proxy_values_opened_total{outcome="ok"}[10s]) > 0`)
+	hold()
+	kms.Rotate()
+	eventually("the rotation to be seen", fmt.Sprintf(`etcd_kms_proxy_kms_key_info{key_id=%q} == 1`, kms.KeyID()))
+	hold()
+	kms.Disable(true)
+	eventually("the key to be seen as revoked", `ALERTS{alertname="EtcdKMSProxyKeyRevoked",alertstate="firing"}`)
+	eventually("writes to fail", `sum(rate(etcd_kms_proxy_requests_total{code="FailedPrecondition"}[10s])) > 0`)
+	eventually("the scan to find that the values cannot be decrypted", `ALERTS{alertname="EtcdKMSProxyUndecryptableValues",alertstate="firing"}`)
+	hold()
+	kms.Disable(false)
+	eventually("the key to be used again",
+		`etcd_kms_proxy_kms_key_revoked{provider="acme"} == 0 and on () etcd_kms_proxy_kms_can_seal{provider="acme"} == 1 unless on () ALERTS{alertname="EtcdKMSProxyKeyRevoked"}`)
+	hold()
+	putPlaintext(t, etcd)
+	eventually("the plaintext to be noticed", `ALERTS{alertname="EtcdKMSProxyPlaintextWritten",alertstate="firing"}`)
+	eventually("the values to be stored as their rule says", `etcd_kms_proxy:stored_values_current:ratio == 1`)
+	hold()
+	stop()
+	ended := time.Now().Add(time.Second) // with what was seen last
+
+	for what, p := range map[string]prometheus{"classic histograms": classic, "native histograms": native} {
+		for _, panel := range dashboard(t) {
+			shown := false
+			for _, target := range panel.Targets {
+				series := p.series(expand(target.Expr), began, ended)
+				shown = shown || len(series) > 0
+			}
+			if !shown {
+				t.Errorf("with %s, panel %q shows nothing", what, panel.Title)
+			}
+		}
+		for _, r := range rules(t) {
+			if r.Record != "" && len(p.series(r.Record, began, ended)) == 0 {
+				t.Errorf("with %s, %s was not recorded", what, r.Record)
+			}
+		}
+		// The certificates are valid for a day. Recovery copies do not open values of a key that
+		// somebody has disabled.
+		fired := make(map[string]bool)
+		for _, s := range p.series(`count by (alertname) (ALERTS{alertstate="firing"})`, began, ended) {
+			fired[s.Metric["alertname"]] = true
+		}
+		want := []string{"EtcdKMSProxyCertificateExpires", "EtcdKMSProxyKeyRevoked", "EtcdKMSProxyPlaintextWritten", "EtcdKMSProxyUndecryptableValues"}
+		if got := slices.Sorted(maps.Keys(fired)); !slices.Equal(got, want) {
+			t.Errorf("with %s, the alerts are %v, want %v", what, got, want)
+		}
+	}
+	if picture != "" {
+		draw(t, classic, picture, began, ended)
+	}
+}
+
+// startProxy starts a proxy that has every metric a proxy of its own kind can have: TLS on both
+// sides of it would be one more, and etcd is without.
+func startProxy(env *harness.Env, etcd *harness.Etcd, kms *harness.KMS) *harness.Proxy {
+	env.TB.Helper()
+	ca := env.NewCA("clients")
+	server, client := ca.Server("server"), ca.Client("client", "client")
 	proxy := env.NewProxy("proxy", harness.ProxyConfig{
+		Listeners: []harness.Listener{{
+			Address: harness.FreeAddress(env.TB), TLS: &harness.ServerTLS{CertFile: server.CertFile, KeyFile: server.KeyFile, ClientCAFile: ca.File},
+		}},
 		Etcd:  harness.Upstream{Endpoints: []string{etcd.URL}},
-		KMS:   []harness.KMSConfig{kms.Config("acme")},
-		Rules: []harness.Rule{{Prefix: "/registry/secrets/", WriteWith: "acme"}},
+		KMS:   []harness.KMSConfig{kms.Config("acme"), env.LocalKey("dr", 1)},
+		Rules: []harness.Rule{{Prefix: "/registry/secrets/", WriteWith: "acme", Recovery: []string{"dr"}}},
+		Audit: &harness.Audit{Path: filepath.Join(env.Dir, "audit.jsonl")},
 	})
-	proxy.Args = []string{"--scan-interval", "2s"}
+	proxy.TLS = ca.ClientTLS(client)
+	proxy.Args = []string{"--scan-interval", "2s", "--reencrypt", "--reencrypt-interval", "2s"}
 	proxy.Start()
 	proxy.WaitReady(30 * time.Second)
+	return proxy
+}
 
+// startPrometheus starts a server that has scraped the proxy when it returns.
+func startPrometheus(env *harness.Env, bin string, proxy *harness.Proxy, args ...string) prometheus {
+	t := env.TB
+	t.Helper()
 	address := harness.FreeAddress(t)
-	p := prometheus{t: t, url: "http://" + address}
-	config := env.File("prometheus.yaml", fmt.Appendf(nil, `
+	name := "prometheus-" + address[strings.LastIndexByte(address, ':')+1:]
+	file, err := filepath.Abs(filepath.Join(folder, "rules.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	config := env.File(name+".yaml", fmt.Appendf(nil, `
 global: {scrape_interval: 1s, evaluation_interval: 1s}
 rule_files: [%q]
 scrape_configs:
 - job_name: etcd-kms-proxy
   static_configs: [{targets: [%q]}]
-`, absolute(t, "rules.yaml"), proxy.Config.Admin.Address))
-	server := exec.Command(bin, "--config.file="+config, "--storage.tsdb.path="+filepath.Join(env.Dir, "tsdb"), "--web.listen-address="+address, "--log.level=warn")
+`, file, proxy.Config.Admin.Address))
+	server := exec.Command(bin, append([]string{
+		"--config.file=" + config, "--storage.tsdb.path=" + filepath.Join(env.Dir, name), "--web.listen-address=" + address, "--log.level=warn",
+	}, args...)...)
 	server.Stdout, server.Stderr = os.Stderr, os.Stderr
 	if err := server.Start(); err != nil {
 		t.Fatal(err)
@@ -61,51 +155,46 @@ scrape_configs:
 		_ = server.Process.Signal(os.Interrupt)
 		_ = server.Wait()
 	})
-	harness.Eventually(t, 30*time.Second, "Prometheus to scrape the proxy", func() error {
-		return p.has(`up == 1`)
-	})
+	p := prometheus{t: t, url: "http://" + address}
+	harness.Eventually(t, 30*time.Second, "Prometheus to scrape the proxy", func() error { return p.has(`up == 1`) })
+	return p
+}
 
-	// What an operator sees on a bad day. Each step ends when Prometheus shows it.
-	began := time.Now()
-	stop := load(t, proxy)
-	harness.Eventually(t, time.Minute, "values to be encrypted and read", func() error {
-		return p.has(`rate(etcd_kms_proxy_values_sealed_total{outcome="ok"}[10s]) > 0 and on () rate(etcd_kms_proxy_values_opened_total{outcome="ok"}[10s]) > 0`)
-	})
-	kms.Rotate()
-	harness.Eventually(t, time.Minute, "the rotation to be seen", func() error {
-		return p.has(fmt.Sprintf(`etcd_kms_proxy_kms_key_info{key_id=%q} == 1`, kms.KeyID()))
-	})
-	kms.Disable(true)
-	harness.Eventually(t, time.Minute, "the key to be seen as revoked", func() error { return p.has(`ALERTS{alertname="EtcdKMSProxyKeyRevoked",alertstate="firing"}`) })
-	harness.Eventually(t, time.Minute, "writes to fail", func() error {
-		return p.has(`rate(etcd_kms_proxy_requests_total{code="FailedPrecondition"}[10s]) > 0`)
-	})
-	kms.Disable(false)
-	harness.Eventually(t, time.Minute, "the key to be used again", func() error {
-		return p.has(`etcd_kms_proxy_kms_key_revoked == 0 and on () etcd_kms_proxy_kms_can_seal == 1 unless on () ALERTS{alertname="EtcdKMSProxyKeyRevoked"}`)
-	})
-	harness.Eventually(t, time.Minute, "a value to be stored as its rule says", func() error { return p.has(`etcd_kms_proxy:stored_values_current:ratio`) })
-	stop()
-
-	for _, panel := range dashboard(t) {
-		shown := false
-		for _, target := range panel.Targets {
-			series := p.series(expand(target.Expr), began, time.Now())
-			shown = shown || len(series) > 0
-		}
-		if _, none := empty[panel.Title]; !shown && !none {
-			t.Errorf("panel %q shows nothing", panel.Title)
-		}
+// putPlaintext writes a value under the rule to etcd itself.
+func putPlaintext(t *testing.T, etcd *harness.Etcd) {
+	t.Helper()
+	client, err := clientv3.New(clientv3.Config{Endpoints: []string{etcd.URL}, DialTimeout: 10 * time.Second, Logger: zap.NewNop()})
+	if err != nil {
+		t.Fatal(err)
 	}
-	if path := os.Getenv("MONITORING_PICTURE"); path != "" {
-		draw(t, p, path, began, time.Now())
+	defer client.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	if _, err := client.Put(ctx, "/registry/secrets/default/direct", "not encrypted"); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestCountersBeginAtZero: every counter whose increase an alert looks at is there before its first
+// event, which would be no increase otherwise.
+func TestCountersBeginAtZero(t *testing.T) {
+	env := harness.New(t)
+	kms := env.NewKMS("acme")
+	kms.Start()
+	page := startProxy(env, env.StartEtcd(harness.EtcdConfig{Name: "etcd"}), kms).Scrape()
+	for _, r := range rules(t) {
+		for _, m := range regexp.MustCompile(`increase\((\w+)`).FindAllStringSubmatch(r.Expr, -1) {
+			if !regexp.MustCompile(`(?m)^` + m[1] + `(\{.*\})? 0$`).MatchString(page) {
+				t.Errorf("%s: there is no %s that is 0", r.Alert, m[1])
+			}
+		}
 	}
 }
 
 // load writes and reads under the rule until stop is called. Failures are what the run is about.
 func load(t *testing.T, proxy *harness.Proxy) (stop func()) {
 	t.Helper()
-	client, err := clientv3.New(clientv3.Config{Endpoints: []string{proxy.URL()}, DialTimeout: 10 * time.Second, Logger: zap.NewNop()})
+	client, err := clientv3.New(clientv3.Config{Endpoints: []string{proxy.URL()}, TLS: proxy.TLS, DialTimeout: 10 * time.Second, Logger: zap.NewNop()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -138,6 +227,7 @@ func load(t *testing.T, proxy *harness.Proxy) (stop func()) {
 type panel struct {
 	Title, Type string
 	Targets     []struct{ Expr, LegendFormat string }
+	FieldConfig struct{ Defaults struct{ Unit string } }
 }
 
 func dashboard(t *testing.T) (shown []panel) {
@@ -164,7 +254,7 @@ func expand(expression string) string {
 
 // prometheus is a client of Prometheus' HTTP API.
 type prometheus struct {
-	t   *testing.T
+	t   testing.TB
 	url string
 }
 
@@ -212,13 +302,4 @@ func (p prometheus) ask(path string, form url.Values) ([]series, error) {
 		return nil, fmt.Errorf("%s", answer.Error)
 	}
 	return answer.Data.Result, nil
-}
-
-func absolute(t *testing.T, name string) string {
-	t.Helper()
-	path, err := filepath.Abs(filepath.Join(folder, name))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return path
 }

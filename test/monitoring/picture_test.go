@@ -14,7 +14,7 @@ import (
 // pictured are the panels of docs/pictures/dashboard.svg.
 var pictured = []string{
 	"Requests by method", "Failed requests by code", "Values encrypted by outcome", "Values decrypted by outcome",
-	"KMS calls by class", "KMS key in use", "Key revoked, recovery keys in use", "Added latency, p99",
+	"KMS calls by class", "Stored values by state", "Key revoked, recovery keys in use", "Added latency",
 }
 
 const (
@@ -24,6 +24,9 @@ const (
 	columns       = 2
 	linesOfLegend = 4
 )
+
+// units are what the titles of panels say about their axes.
+var units = map[string]string{"reqps": ", per second", "ops": ", per second", "s": ", seconds"}
 
 var colors = []string{"#3274d9", "#e02f44", "#56a64b", "#ff780a", "#8f3bb8", "#f2cc0c", "#1f9e8f", "#a0522d"}
 
@@ -77,7 +80,7 @@ func drawPanel(out *strings.Builder, p prometheus, c panel, from, to time.Time) 
 	seconds := to.Sub(from).Seconds()
 	x := func(at float64) float64 { return left + at/seconds*(width-left-right) }
 	y := func(v float64) float64 { return height - bottom - v/limit*(height-top-bottom) }
-	fmt.Fprintf(out, `<text x="%d" y="20" font-size="13" font-weight="bold">%s</text>`+"\n", left, html.EscapeString(c.Title))
+	fmt.Fprintf(out, `<text x="%d" y="20" font-size="13" font-weight="bold">%s</text>`+"\n", left, html.EscapeString(c.Title+units[c.FieldConfig.Defaults.Unit]))
 	for i := range 3 {
 		v := limit * float64(i) / 2
 		fmt.Fprintf(out, `<line x1="%d" x2="%d" y1="%.1f" y2="%.1f" stroke="#ddd"/><text x="%d" y="%.1f" text-anchor="end" fill="#555">%s</text>`+"\n",

@@ -2,6 +2,7 @@
 package monitoring
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -37,6 +38,29 @@ func TestRules(t *testing.T) {
 		if out, err := cmd.CombinedOutput(); err != nil {
 			t.Errorf("promtool %s: %v\n%s", strings.Join(args, " "), err, out)
 		}
+	}
+}
+
+// TestComposeLoadsTheRules: the configuration of docker-compose.yml's Prometheus loads rules.yaml from
+// the folder that it is given, and nothing else of that folder.
+func TestComposeLoadsTheRules(t *testing.T) {
+	promtool := program(t, "promtool")
+	const inContainer = "/etc/prometheus/rules"
+	if compose := string(read(t, "../../docker-compose.yml")); !strings.Contains(compose, "./deploy/monitoring:"+inContainer+":ro") {
+		t.Errorf("docker-compose.yml does not mount deploy/monitoring at %s", inContainer)
+	}
+	here, err := filepath.Abs(folder)
+	if err != nil {
+		t.Fatal(err)
+	}
+	config := filepath.Join(t.TempDir(), "prometheus.yml")
+	text := strings.ReplaceAll(string(read(t, "../../deploy/compose/prometheus.yml")), inContainer, here)
+	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command(promtool, "check", "config", config).CombinedOutput()
+	if err != nil || !strings.Contains(string(out), fmt.Sprintf("%d rules found", len(rules(t)))) {
+		t.Errorf("promtool check config: %v\n%s", err, out)
 	}
 }
 
