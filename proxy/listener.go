@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/h2"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/livefiles"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/unixsocket"
 )
 
@@ -51,7 +52,7 @@ const handshakeTimeout = 10 * time.Second
 type listener struct {
 	cfg ListenerConfig
 	net.Listener
-	tls     *fresh[*tls.Config] // nil for cleartext
+	tls     *livefiles.Files[*tls.Config] // nil for cleartext
 	lists   atomic.Pointer[clientLists]
 	open    openConns
 	to      *upstream

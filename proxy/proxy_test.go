@@ -210,7 +210,7 @@ func TestUpstreamTLS(t *testing.T) {
 		t.Fatal(err)
 	}
 	l := listenLoopback(t)
-	serveFakeOn(t, echoEtcd(), l, grpc.Creds(credentials.NewTLS(serverTLS.get())))
+	serveFakeOn(t, echoEtcd(), l, grpc.Creds(credentials.NewTLS(serverTLS.Get())))
 	cert, key, _ = other.issue("proxy", "") // not yet one that etcd trusts
 	p := startProxy(t, "", nil, func(c *Config) {
 		c.Upstream = UpstreamConfig{Endpoints: []string{"https://" + l.Addr().String()}, TLS: &UpstreamTLS{CAFile: ca.file, CertFile: cert, KeyFile: key}}

@@ -12,20 +12,22 @@ import (
 
 	"github.com/gorilla/websocket"
 	"google.golang.org/grpc/codes"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/livefiles"
 )
 
 // webPolicy says which HTTP requests a listener accepts. It protects operators from web pages: a
 // browser on the same machine or network reaches every listener that needs no client certificate,
 // and sends there what any page tells it to. A nil policy accepts any Host.
 type webPolicy struct {
-	noGateway bool                // the JSON gateway is off
-	anyHost   bool                // a unix socket, which no browser reaches
-	names     map[string]bool     // host names that the configuration gives the listener
-	tls       *fresh[*tls.Config] // its certificate names it, too; nil for cleartext
+	noGateway bool                          // the JSON gateway is off
+	anyHost   bool                          // a unix socket, which no browser reaches
+	names     map[string]bool               // host names that the configuration gives the listener
+	tls       *livefiles.Files[*tls.Config] // its certificate names it, too; nil for cleartext
 }
 
 // newWebPolicy makes the policy of a listener.
-func newWebPolicy(cfg ListenerConfig, files *fresh[*tls.Config]) *webPolicy {
+func newWebPolicy(cfg ListenerConfig, files *livefiles.Files[*tls.Config]) *webPolicy {
 	p := &webPolicy{noGateway: cfg.NoGateway, anyHost: strings.HasPrefix(cfg.Address, "unix:"), names: make(map[string]bool), tls: files}
 	if host := hostName(cfg.Address); host != "" {
 		p.names[host] = true
@@ -75,7 +77,7 @@ func (p *webPolicy) knowsHost(hostport string) bool {
 	if p.tls == nil {
 		return false
 	}
-	for _, cert := range p.tls.get().Certificates {
+	for _, cert := range p.tls.Get().Certificates {
 		if cert.Leaf != nil && cert.Leaf.VerifyHostname(name) == nil {
 			return true
 		}
