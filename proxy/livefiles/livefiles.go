@@ -178,6 +178,9 @@ func (f *Files[T]) infos() ([]fs.FileInfo, error) {
 		if err != nil {
 			return nil, err //nolint:wrapcheck // it names the file
 		}
+		if !info.Mode().IsRegular() { // a pipe would block
+			return nil, fmt.Errorf("%s is not a regular file", p)
+		}
 		infos = append(infos, info)
 	}
 	return infos, nil
