@@ -192,8 +192,8 @@ func testFiles(t *testing.T, style string) {
 			`"msg":"alibaba credentials cannot be read, the last good ones stay in use"`, "",
 		},
 		{
-			"local.keyFile", commented("keys.yaml"), half("keys.yaml"), "keys.yaml", `"msg":"key file has changed"`, `"msg":"KMS is healthy again","provider":"dev"`,
-			`"msg":"KMS is unhealthy","provider":"dev"`, "kms dev",
+			"local.keyFile", commented("keys.yaml"), half("keys.yaml"), "keys.yaml", `"msg":"key file has changed"`, `"msg":"KMS key is usable","provider":"dev"`,
+			`"msg":"KMS contact is not good","provider":"dev"`, "kms dev",
 		},
 		{
 			"kubernetes.keyFile", commented("kubernetes.yaml"), half("kubernetes.yaml"), "kubernetes.yaml", `"msg":"key file reloaded","provider":"old"`,
