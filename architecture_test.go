@@ -22,17 +22,18 @@ var importTable = map[string][]string{
 	"crypto/legacy":       {"golang.org/x/crypto/nacl/secretbox", "google.golang.org/protobuf/encoding/protowire"},
 	"crypto/keyring":      {module + "crypto/envelope", module + "kmsclient", "github.com/hashicorp/golang-lru/v2", "golang.org/x/sync/", "k8s.io/kms/"},
 	"kmsclient":           {module + "kmsclient", module + "crypto/envelope", "k8s.io/kms/", "google.golang.org/grpc", "github.com/cenkalti/backoff/v5", "github.com/sony/gobreaker/v2"},
-	"kmsclient/alibaba":   {module + "kmsclient", "k8s.io/kms/", "github.com/aliyun/alibaba-cloud-sdk-go/"},
+	"kmsclient/alibaba":   {module + "kmsclient", module + "internal/livefiles", "k8s.io/kms/", "github.com/aliyun/alibaba-cloud-sdk-go/"},
 	"kmsclient/keyfile":   {"go.yaml.in/yaml/v3", module + "internal/secretfile"},
 	"kmsclient/kmstest":   {module + "kmsclient", module + "crypto/envelope", "k8s.io/kms/", "google.golang.org/grpc"},
 	"kmsclient/local":     {module + "kmsclient", "k8s.io/kms/"},
 	"kmsclient/plugin":    {module + "kmsclient", module + "internal/unixsocket", "k8s.io/kms/", "google.golang.org/grpc"},
 	"lifecycle":           {module + "lifecycle", module + "crypto/", module + "proxy/prefix", "github.com/cenkalti/backoff/v5", "go.etcd.io/etcd/", "google.golang.org/grpc", "golang.org/x/"},
 	"lifecycle/disk":      {"go.etcd.io/bbolt", "google.golang.org/protobuf/encoding/protowire"},
-	"proxy":               {module + "proxy/etcdwire", module + "proxy/h2", module + "proxy/prefix", module + "internal/unixsocket", "google.golang.org/", "go.etcd.io/etcd/", "github.com/prometheus/", "golang.org/x/", "go.uber.org/zap", "github.com/grpc-ecosystem/grpc-gateway/v2/runtime", "github.com/gorilla/websocket"},
+	"proxy":               {module + "proxy/etcdwire", module + "proxy/h2", module + "internal/livefiles", module + "proxy/prefix", module + "internal/unixsocket", "google.golang.org/", "go.etcd.io/etcd/", "github.com/prometheus/", "golang.org/x/", "go.uber.org/zap", "github.com/grpc-ecosystem/grpc-gateway/v2/runtime", "github.com/gorilla/websocket"},
 	"proxy/etcdmodel":     {"go.etcd.io/etcd/api/v3/", "google.golang.org/"},
 	"proxy/audit":         {module + "internal/secretfile"},
 	"proxy/h2":            {"golang.org/x/net/http2", "golang.org/x/sys/unix", "google.golang.org/grpc/mem"},
+	"internal/livefiles":  {}, // nothing but the standard library
 	"proxy/prefix":        {}, // nothing but the standard library
 	"internal/secretfile": {}, // nothing but the standard library
 	"internal/unixsocket": {}, // nothing but the standard library

@@ -23,7 +23,7 @@ func TestTLSOverASocket(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	serveFakeOn(t, echoEtcd(), l, grpc.Creds(credentials.NewTLS(serverTLS.get())))
+	serveFakeOn(t, echoEtcd(), l, grpc.Creds(credentials.NewTLS(serverTLS.Get())))
 	cfg := UpstreamConfig{Endpoints: []string{"unix://" + l.Addr().String()}, TLS: &UpstreamTLS{CAFile: ca.file}}
 	engines(t, func(t *testing.T, edit func(*Config)) {
 		conn := startProxy(t, "", nil, func(c *Config) {

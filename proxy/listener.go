@@ -51,7 +51,7 @@ const handshakeTimeout = 10 * time.Second
 type listener struct {
 	cfg ListenerConfig
 	net.Listener
-	tls     *fresh[*tls.Config] // nil for cleartext
+	tls     *tlsFiles // nil for cleartext
 	lists   atomic.Pointer[clientLists]
 	open    openConns
 	to      *upstream

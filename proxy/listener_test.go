@@ -78,8 +78,18 @@ func newKey(t *testing.T) *ecdsa.PrivateKey {
 
 func writePEM(t *testing.T, path, kind string, der []byte) {
 	t.Helper()
-	// Written beside and moved in place, as a careful operator does.
-	if err := os.WriteFile(path+".new", pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600); err != nil {
+	replace(t, path, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}))
+}
+
+// replace puts a file in the place of another one, as a careful operator does: it is complete, and
+// was a moment before, so it counts at once.
+func replace(t *testing.T, path string, data []byte) {
+	t.Helper()
+	if err := os.WriteFile(path+".new", data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	before := time.Now().Add(-time.Second)
+	if err := os.Chtimes(path+".new", before, before); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.Rename(path+".new", path); err != nil {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/x509"
 	"encoding/pem"
-	"os"
 	"testing"
 	"time"
 
@@ -187,22 +186,16 @@ func TestCertificateExpiry(t *testing.T) {
 	_, _, want[[2]string{"etcd_client", ""}] = clients.issueFor(50*time.Minute, "proxy", "")
 	expect("after they were renewed", want)
 
-	if err := os.WriteFile(cert, []byte("not a certificate"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	replace(t, cert, []byte("not a certificate"))
 	expect("while a file is damaged", want)
 
 	// A chain ends with the first of its certificates that does; a CA file with the last.
 	_, _, long := ca.issueFor(2*time.Hour, "server", "server")
 	chain := append(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: long.Raw}), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ca.cert.Raw})...)
-	if err := os.WriteFile(cert, chain, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	replace(t, cert, chain)
 	_, _, later := clients.issueFor(3*time.Hour, "later", "later")
 	both := append(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: clients.cert.Raw}), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: later.Raw})...)
-	if err := os.WriteFile(clients.file, both, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	replace(t, clients.file, both)
 	want[[2]string{"listener", "127.0.0.1:0"}] = ca.cert
 	want[[2]string{"listener_client_ca", "127.0.0.1:0"}] = later
 	expect("with a chain and two CAs", want)

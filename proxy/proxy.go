@@ -204,6 +204,7 @@ func (p *Proxy) Run(ctx context.Context) error {
 		})
 		all.Go(func() { l.recheckUntil(lasting) })
 	}
+	all.Go(func() { p.watchFiles(lasting) })
 	defer p.closeListeners()
 	defer context.AfterFunc(ctx, p.closeListeners)()
 	p.serving.Store(true)
@@ -251,5 +252,6 @@ func (p *Proxy) Ready() ReadyReport {
 	if !report.Checks[1].OK {
 		report.Checks[1].Detail = "no endpoint is connected"
 	}
+	report.Checks = append(report.Checks, p.fileChecks()...)
 	return report
 }

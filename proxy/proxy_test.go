@@ -191,10 +191,10 @@ func TestEndpoints(t *testing.T) {
 	}
 
 	for want, u := range map[string]UpstreamConfig{
-		"there is none":               {},
-		"some with TLS":               {Endpoints: []string{"https://a:1", "http://b:1"}},
-		"certFile and keyFile":        {Endpoints: []string{"https://a:1"}, TLS: &UpstreamTLS{CertFile: "x"}},
-		"read CA certificates: open ": {Endpoints: []string{"a:1"}, TLS: &UpstreamTLS{CAFile: "/nowhere"}},
+		"there is none":            {},
+		"some with TLS":            {Endpoints: []string{"https://a:1", "http://b:1"}},
+		"certFile and keyFile":     {Endpoints: []string{"https://a:1"}, TLS: &UpstreamTLS{CertFile: "x"}},
+		"TLS files: stat /nowhere": {Endpoints: []string{"a:1"}, TLS: &UpstreamTLS{CAFile: "/nowhere"}},
 	} {
 		if _, err := New(Config{Listeners: []ListenerConfig{{Address: "127.0.0.1:0"}}, Upstream: u}); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%+v: %v", u, err)
@@ -210,7 +210,7 @@ func TestUpstreamTLS(t *testing.T) {
 		t.Fatal(err)
 	}
 	l := listenLoopback(t)
-	serveFakeOn(t, echoEtcd(), l, grpc.Creds(credentials.NewTLS(serverTLS.get())))
+	serveFakeOn(t, echoEtcd(), l, grpc.Creds(credentials.NewTLS(serverTLS.Get())))
 	cert, key, _ = other.issue("proxy", "") // not yet one that etcd trusts
 	p := startProxy(t, "", nil, func(c *Config) {
 		c.Upstream = UpstreamConfig{Endpoints: []string{"https://" + l.Addr().String()}, TLS: &UpstreamTLS{CAFile: ca.file, CertFile: cert, KeyFile: key}}

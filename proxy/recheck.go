@@ -50,7 +50,7 @@ type openConns struct {
 func (l *listener) terms() terms {
 	t := terms{lists: l.lists.Load()}
 	if l.tls != nil {
-		t.files = l.tls.get()
+		t.files = l.tls.Get()
 	}
 	return t
 }

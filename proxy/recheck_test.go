@@ -9,7 +9,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -71,12 +70,7 @@ func (r *rechecked) trust(cas ...*authority) {
 	for _, ca := range cas {
 		all = append(all, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ca.cert.Raw})...)
 	}
-	if err := os.WriteFile(r.cas+".new", all, 0o600); err != nil {
-		r.t.Fatal(err)
-	}
-	if err := os.Rename(r.cas+".new", r.cas); err != nil {
-		r.t.Fatal(err)
-	}
+	replace(r.t, r.cas, all)
 }
 
 // keepOpen has a client keep something open of each kind, and returns how each of them ends.

@@ -9,12 +9,11 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"os"
-	"strings"
-	"sync"
 	"time"
 
 	"google.golang.org/grpc/credentials"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/livefiles"
 )
 
 // ListenerTLS is the TLS side of a listener. The files are read again when they change: new connections get the new ones, all
@@ -41,79 +40,8 @@ const (
 	protocolHTTP2 = "h2"
 )
 
-// fresh hands out what load made of files, and makes it anew when one of them has changed. When that fails the last good one stays.
-// It is safe for concurrent use.
-type fresh[T any] struct {
-	paths []string
-	load  func() (T, []certificate, error)
-	log   *slog.Logger
-	what  string // for the log
-
-	mu    sync.Mutex
-	stamp string
-	value T
-	certs []certificate
-}
-
-// newFresh loads for the first time.
-func newFresh[T any](log *slog.Logger, what string, paths []string, load func() (T, []certificate, error)) (*fresh[T], error) {
-	f := &fresh[T]{paths: paths, load: load, log: log, what: what, stamp: stamp(paths)}
-	var err error
-	if f.value, f.certs, err = load(); err != nil {
-		return nil, err
-	}
-	return f, nil
-}
-
-func (f *fresh[T]) get() T {
-	value, _ := f.both()
-	return value
-}
-
-// certificates returns the certificates of the files that are in use.
-func (f *fresh[T]) certificates() []certificate {
-	_, certs := f.both()
-	return certs
-}
-
-func (f *fresh[T]) both() (T, []certificate) {
-	now := stamp(f.paths)
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if now == f.stamp {
-		return f.value, f.certs
-	}
-	// Taken before the files are read, the stamp makes a change in between show at the next call.
-	f.stamp = now
-	value, certs, err := f.load()
-	if err != nil {
-		f.log.Error("changed TLS files cannot be used; the old ones stay in use", "for", f.what, "error", err)
-		return f.value, f.certs
-	}
-	f.log.Info("TLS files reloaded", "for", f.what)
-	f.value, f.certs = value, certs
-	return value, certs
-}
-
-// stamp changes whenever one of the files is replaced or written.
-func stamp(paths []string) string {
-	var b strings.Builder
-	for _, p := range paths {
-		if p == "" {
-			continue
-		}
-		info, err := os.Stat(p) //nolint:gosec // the operator names the file
-		if err != nil {
-			b.WriteString("missing;")
-			continue
-		}
-		fmt.Fprintf(&b, "%d %d;", info.ModTime().UnixNano(), info.Size())
-	}
-	return b.String()
-}
-
 // serverTLS loads a listener's files.
-func (c *ListenerTLS) serverTLS(log *slog.Logger, address string) (*fresh[*tls.Config], error) {
+func (c *ListenerTLS) serverTLS(log *slog.Logger, address string) (*tlsFiles, error) {
 	version, err := tlsVersion(c.MinVersion)
 	if err != nil {
 		return nil, err
@@ -125,11 +53,11 @@ func (c *ListenerTLS) serverTLS(log *slog.Logger, address string) (*fresh[*tls.C
 	if c.ClientCRLFile != "" && c.ClientCAFile == "" {
 		return nil, errors.New("clientCRLFile: needs clientCAFile")
 	}
-	paths := []string{c.CertFile, c.KeyFile, c.ClientCAFile, c.ClientCRLFile}
-	return newFresh(log, "listener "+address, paths, func() (*tls.Config, []certificate, error) {
-		cert, err := tls.LoadX509KeyPair(c.CertFile, c.KeyFile)
+	files := livefiles.Config{Paths: []string{c.CertFile, c.KeyFile, c.ClientCAFile, c.ClientCRLFile}, What: "listener " + address, Logger: log}
+	return newTLSFiles(files, func(data livefiles.Contents) (*tls.Config, []certificate, error) {
+		cert, err := keyPair(data, c.CertFile, c.KeyFile)
 		if err != nil {
-			return nil, nil, fmt.Errorf("load certificate %s with key %s: %w", c.CertFile, c.KeyFile, err)
+			return nil, nil, err
 		}
 		held := []certificate{chainExpiry(useListener, cert)}
 		cfg := &tls.Config{
@@ -141,7 +69,7 @@ func (c *ListenerTLS) serverTLS(log *slog.Logger, address string) (*fresh[*tls.C
 		if c.ClientCAFile == "" {
 			return cfg, held, nil
 		}
-		pool, cas, err := loadCAs(c.ClientCAFile)
+		pool, cas, err := parseCAs(c.ClientCAFile, data[c.ClientCAFile])
 		if err != nil {
 			return nil, nil, err
 		}
@@ -150,13 +78,54 @@ func (c *ListenerTLS) serverTLS(log *slog.Logger, address string) (*fresh[*tls.C
 		if c.ClientCRLFile == "" {
 			return cfg, held, nil
 		}
-		revoked, err := loadCRL(c.ClientCRLFile, cas, log)
+		revoked, err := parseCRL(c.ClientCRLFile, data[c.ClientCRLFile], cas, log)
 		if err != nil {
 			return nil, nil, err
 		}
 		cfg.VerifyConnection = func(cs tls.ConnectionState) error { return revoked.check(cs.VerifiedChains) }
 		return cfg, held, nil
 	})
+}
+
+// heldTLS is a TLS configuration and when the certificates in it expire.
+type heldTLS struct {
+	config       *tls.Config
+	certificates []certificate
+}
+
+// tlsFiles are a TLS configuration that is kept up to date with its files. It is safe for
+// concurrent use.
+type tlsFiles struct{ *livefiles.Files[heldTLS] }
+
+// newTLSFiles loads for the first time.
+func newTLSFiles(cfg livefiles.Config, load func(livefiles.Contents) (*tls.Config, []certificate, error)) (*tlsFiles, error) {
+	files, err := livefiles.New(cfg, func(data livefiles.Contents) (held heldTLS, err error) {
+		held.config, held.certificates, err = load(data)
+		return held, err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("load TLS files: %w", err)
+	}
+	return &tlsFiles{files}, nil
+}
+
+// Get returns the configuration of the files as they are now, or of the last ones that could be
+// used. It is the same pointer as long as these are the same.
+func (f *tlsFiles) Get() *tls.Config { return f.Files.Get().config }
+
+// certificates returns the certificates of the files that are in use.
+func (f *tlsFiles) certificates() []certificate { return f.Files.Get().certificates }
+
+// keyPair makes a certificate of its files.
+func keyPair(data livefiles.Contents, certFile, keyFile string) (tls.Certificate, error) {
+	cert, err := tls.X509KeyPair(data[certFile], data[keyFile])
+	if err == nil {
+		err = livefiles.CompletePEM(certFile, data[certFile])
+	}
+	if err != nil {
+		return tls.Certificate{}, fmt.Errorf("load certificate %s with key %s: %w", certFile, keyFile, err)
+	}
+	return cert, nil
 }
 
 func tlsVersion(s string) (uint16, error) {
@@ -186,10 +155,9 @@ func cipherSuites(names []string) ([]uint16, error) {
 	return ids, nil
 }
 
-func loadCAs(path string) (*x509.CertPool, []*x509.Certificate, error) {
-	data, err := os.ReadFile(path) //nolint:gosec // the operator names the file
-	if err != nil {
-		return nil, nil, fmt.Errorf("read CA certificates: %w", err)
+func parseCAs(path string, data []byte) (*x509.CertPool, []*x509.Certificate, error) {
+	if err := livefiles.CompletePEM(path, data); err != nil {
+		return nil, nil, fmt.Errorf("parse CA certificates: %w", err)
 	}
 	pool := x509.NewCertPool()
 	var cas []*x509.Certificate
@@ -213,11 +181,7 @@ func loadCAs(path string) (*x509.CertPool, []*x509.Certificate, error) {
 // revocations holds revoked certificates as issuer and serial number.
 type revocations map[string]bool
 
-func loadCRL(path string, cas []*x509.Certificate, log *slog.Logger) (revocations, error) {
-	data, err := os.ReadFile(path) //nolint:gosec // the operator names the file
-	if err != nil {
-		return nil, fmt.Errorf("read revocation list: %w", err)
-	}
+func parseCRL(path string, data []byte, cas []*x509.Certificate, log *slog.Logger) (revocations, error) {
 	var lists [][]byte
 	for block, rest := pem.Decode(data); block != nil; block, rest = pem.Decode(rest) {
 		if block.Type == "X509 CRL" {
@@ -226,6 +190,8 @@ func loadCRL(path string, cas []*x509.Certificate, log *slog.Logger) (revocation
 	}
 	if len(lists) == 0 {
 		lists = [][]byte{data}
+	} else if err := livefiles.CompletePEM(path, data); err != nil {
+		return nil, fmt.Errorf("parse revocation list: %w", err)
 	}
 	revoked := make(revocations)
 	for _, der := range lists {
@@ -266,7 +232,7 @@ func (r revocations) check(chains [][]*x509.Certificate) error {
 
 // upstreamCredentials makes each connection to etcd with the files of the moment.
 type upstreamCredentials struct {
-	files *fresh[*tls.Config]
+	files *tlsFiles
 }
 
 var _ credentials.TransportCredentials = (*upstreamCredentials)(nil)
@@ -275,7 +241,8 @@ func (c *UpstreamTLS) credentials(log *slog.Logger) (*upstreamCredentials, error
 	if (c.CertFile == "") != (c.KeyFile == "") {
 		return nil, errors.New("certFile and keyFile: one needs the other")
 	}
-	files, err := newFresh(log, "etcd", []string{c.CAFile, c.CertFile, c.KeyFile}, func() (*tls.Config, []certificate, error) {
+	live := livefiles.Config{Paths: []string{c.CAFile, c.CertFile, c.KeyFile}, What: "etcd", Logger: log}
+	files, err := newTLSFiles(live, func(data livefiles.Contents) (*tls.Config, []certificate, error) {
 		var held []certificate
 		cfg := &tls.Config{
 			MinVersion:         tls.VersionTLS12,
@@ -283,7 +250,7 @@ func (c *UpstreamTLS) credentials(log *slog.Logger) (*upstreamCredentials, error
 			InsecureSkipVerify: c.InsecureSkipVerify, //nolint:gosec // spelled out by the operator
 		}
 		if c.CAFile != "" {
-			pool, cas, err := loadCAs(c.CAFile)
+			pool, cas, err := parseCAs(c.CAFile, data[c.CAFile])
 			if err != nil {
 				return nil, nil, err
 			}
@@ -291,9 +258,9 @@ func (c *UpstreamTLS) credentials(log *slog.Logger) (*upstreamCredentials, error
 			held = append(held, caExpiry(useEtcdCA, cas))
 		}
 		if c.CertFile != "" {
-			cert, err := tls.LoadX509KeyPair(c.CertFile, c.KeyFile)
+			cert, err := keyPair(data, c.CertFile, c.KeyFile)
 			if err != nil {
-				return nil, nil, fmt.Errorf("load certificate %s with key %s: %w", c.CertFile, c.KeyFile, err)
+				return nil, nil, err
 			}
 			cfg.Certificates = []tls.Certificate{cert}
 			held = append(held, chainExpiry(useEtcdClient, cert))
@@ -307,7 +274,7 @@ func (c *UpstreamTLS) credentials(log *slog.Logger) (*upstreamCredentials, error
 }
 
 // config is what the files of the moment make. Without a server name, each endpoint is verified against its own host.
-func (c *upstreamCredentials) config() *tls.Config { return c.files.get() }
+func (c *upstreamCredentials) config() *tls.Config { return c.files.Get() }
 
 // ClientHandshake implements credentials.TransportCredentials. authority is the endpoint's own host.
 func (c *upstreamCredentials) ClientHandshake(ctx context.Context, authority string, conn net.Conn) (net.Conn, credentials.AuthInfo, error) {

@@ -34,8 +34,11 @@ type UpstreamConfig struct {
 	HTTPEndpoints []string
 	// TLS is used for https:// and unixs://, and for unix:// and bare addresses when it is set. Nil with https:// verifies against the system's CAs.
 	TLS *UpstreamTLS
-	// Username and Password are of a user of etcd, for [NewClient] alone: clients of the proxy bring their own tokens.
-	Username, Password string
+	// Username is a user of etcd, for [NewClient] alone: clients of the proxy bring their own tokens.
+	Username string
+	// Password is that user's, asked for at each login. If etcd refuses a changed one, the last that
+	// it took is tried again.
+	Password func() string
 }
 
 // readyWait is how long a call may wait for a connection that is down before it fails: long enough for one round of reconnecting,
@@ -153,9 +156,13 @@ func NewClient(cfg UpstreamConfig, log *slog.Logger) (*clientv3.Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	auth, voters := &lateAuth{user: cfg.Username != ""}, &voters{endpoints: cfg.Endpoints}
+	auth, voters := &lateAuth{log: log}, &voters{endpoints: cfg.Endpoints}
+	var password string // that of the first login, which the library keeps
+	if cfg.Username != "" {
+		auth.password, password = cfg.Password, cfg.Password()
+	}
 	client, err := clientv3.New(clientv3.Config{
-		Endpoints: cfg.Endpoints, Logger: zap.NewNop(), Username: cfg.Username, Password: cfg.Password,
+		Endpoints: cfg.Endpoints, Logger: zap.NewNop(), Username: cfg.Username, Password: password,
 		DialKeepAliveTime: 15 * time.Second, DialKeepAliveTimeout: 10 * time.Second,
 		MaxCallRecvMsgSize: clientRecvBytes, MaxCallSendMsgSize: clientRecvBytes / 2,
 		DialOptions: append(slices.Concat(forEtcd(), voters.options(), auth.options()),

@@ -1,7 +1,6 @@
 package proxy
 
 import (
-	"crypto/tls"
 	"encoding/json"
 	"mime"
 	"net"
@@ -18,14 +17,14 @@ import (
 // browser on the same machine or network reaches every listener that needs no client certificate,
 // and sends there what any page tells it to. A nil policy accepts any Host.
 type webPolicy struct {
-	noGateway bool                // the JSON gateway is off
-	anyHost   bool                // a unix socket, which no browser reaches
-	names     map[string]bool     // host names that the configuration gives the listener
-	tls       *fresh[*tls.Config] // its certificate names it, too; nil for cleartext
+	noGateway bool            // the JSON gateway is off
+	anyHost   bool            // a unix socket, which no browser reaches
+	names     map[string]bool // host names that the configuration gives the listener
+	tls       *tlsFiles       // its certificate names it, too; nil for cleartext
 }
 
 // newWebPolicy makes the policy of a listener.
-func newWebPolicy(cfg ListenerConfig, files *fresh[*tls.Config]) *webPolicy {
+func newWebPolicy(cfg ListenerConfig, files *tlsFiles) *webPolicy {
 	p := &webPolicy{noGateway: cfg.NoGateway, anyHost: strings.HasPrefix(cfg.Address, "unix:"), names: make(map[string]bool), tls: files}
 	if host := hostName(cfg.Address); host != "" {
 		p.names[host] = true
@@ -75,7 +74,7 @@ func (p *webPolicy) knowsHost(hostport string) bool {
 	if p.tls == nil {
 		return false
 	}
-	for _, cert := range p.tls.get().Certificates {
+	for _, cert := range p.tls.Get().Certificates {
 		if cert.Leaf != nil && cert.Leaf.VerifyHostname(name) == nil {
 			return true
 		}

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"strings"
 	"sync"
 	"time"
@@ -16,6 +15,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/livefiles"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
 )
@@ -63,7 +63,11 @@ func openCluster(cmd *cobra.Command, c *config.Config, o clusterOptions) (*clust
 	}
 	cl.rules = set.lifecycle
 	if !o.noEtcd {
-		if cl.etcd, err = etcdClient(c, cl.log); err != nil {
+		password, err := etcdPassword(c, cl.log)
+		if err == nil {
+			cl.etcd, err = etcdClient(c, password, cl.log)
+		}
+		if err != nil {
 			cl.app.close()
 			return nil, err
 		}
@@ -153,16 +157,21 @@ func (cl *cluster) close() {
 }
 
 // etcdClient makes a client of etcd for requests of the proxy's own.
-func etcdClient(c *config.Config, log *slog.Logger) (*clientv3.Client, error) {
+// password is that of its user, nil without one.
+func etcdClient(c *config.Config, password *livefiles.Files[string], log *slog.Logger) (*clientv3.Client, error) {
 	u := upstreamConfig(&c.Etcd)
-	if c.Etcd.Username != "" {
-		password, err := os.ReadFile(c.Etcd.PasswordFile)
-		if err != nil {
-			return nil, fmt.Errorf("etcd.passwordFile: %w", err)
-		}
-		u.Username, u.Password = c.Etcd.Username, strings.TrimRight(string(password), " \t\r\n")
+	if password != nil {
+		u.Username, u.Password = c.Etcd.Username, password.Get
 	}
 	return proxy.NewClient(u, log)
+}
+
+// etcdPassword reads the password of the user for the proxy's own requests; nil without one.
+func etcdPassword(c *config.Config, log *slog.Logger) (*livefiles.Files[string], error) {
+	if c.Etcd.Username == "" {
+		return nil, nil
+	}
+	return newPassword(c.Etcd.PasswordFile, log)
 }
 
 // upstreamConfig says where etcd is, as the proxy takes it.

@@ -51,7 +51,14 @@ func ownPrefixes(c *config.Config) []string {
 
 // newFleet makes the fleet of c. It starts nothing; close lets go of it.
 func (a *app) newFleet(c *config.Config) (*fleet, error) {
-	client, err := etcdClient(c, a.log)
+	password, err := etcdPassword(c, a.log)
+	if err != nil {
+		return nil, err
+	}
+	if password != nil {
+		a.live = append(a.live, liveFile{"etcd.passwordFile", func() error { password.Get(); return password.Problem() }})
+	}
+	client, err := etcdClient(c, password, a.log)
 	if err != nil {
 		return nil, err
 	}
@@ -207,7 +214,7 @@ func newBypasses(a *app) *bypasses {
 func (b *bypasses) expect(rules []config.Rule) {
 	for _, r := range rules {
 		if r.WriteWith != config.Plaintext {
-			b.count.WithLabelValues(ruleLabel(r.Prefix))
+			b.count.WithLabelValues(utf8Name(r.Prefix))
 		}
 	}
 }

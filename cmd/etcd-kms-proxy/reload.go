@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 )
@@ -31,6 +32,16 @@ type reloader struct {
 
 	mu      sync.Mutex
 	running *config.Config
+
+	kept atomic.Pointer[string] // why the file is not in use; nil if it is
+}
+
+// problem says why the file is not in use.
+func (r *reloader) problem() error {
+	if why := r.kept.Load(); why != nil {
+		return errors.New(*why)
+	}
+	return nil
 }
 
 // reload reads the file and applies its rules and log level, or leaves everything as it is and says why.
@@ -38,6 +49,10 @@ func (r *reloader) reload(trigger string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	outcome, reason := r.apply(trigger)
+	r.kept.Store(nil)
+	if outcome != reloadApplied {
+		r.kept.Store(&reason)
+	}
 	r.app.metrics.reloads.WithLabelValues(outcome).Inc()
 	r.app.audit.reloaded(trigger, outcome, reason, digest(r.path))
 }

@@ -132,6 +132,7 @@ func serve(cmd *cobra.Command, path string, o serveOptions) error {
 		log.Warn("there are no rules: every value passes as it is")
 	}
 	r := &reloader{path: path, seen: loaded, app: a, running: c, level: level, weaken: o.weaken, log: log}
+	a.live = append(a.live, liveFile{"configuration", r.problem})
 	a.audit.started(loaded)
 	err = a.run(cmd.Context(), r, signals, o.drain)
 	a.audit.stopped(err)
@@ -166,6 +167,10 @@ func (a *app) run(ctx context.Context, r *reloader, signals <-chan os.Signal, dr
 	for _, f := range a.files {
 		rest.Go(func() { f.watch(lasting, a.log) })
 	}
+	for _, k := range a.legacy {
+		rest.Go(func() { k.watch(lasting, r) })
+	}
+	rest.Go(func() { a.watchLive(lasting) })
 	for _, w := range a.watches {
 		rest.Go(func() { w.run(lasting) })
 	}

@@ -32,7 +32,8 @@ type backend struct {
 	reader   *legacy.Reader                                  // of a provider that only opens values; it has no service
 	// credentialsExpire is when the credentials of the calls end, or zero; nil where there are none.
 	credentialsExpire func() time.Time
-	credentialsLate   func() bool // others should have followed them; nil where credentialsExpire is
+	files             func() error // says why the newest of its files are not in use; nil without files
+	credentialsLate   func() bool  // others should have followed them; nil where credentialsExpire is
 }
 
 // lateCredentials returns when the credentials end, if others should have followed them, or zero.
@@ -88,6 +89,8 @@ type app struct {
 	rings   []*keyring.Ring
 	readers map[string]*legacy.Reader // of the providers that have no ring
 	files   []keyFile                 // of the providers whose keys are in a file
+	legacy  []*kubernetesKeys
+	live    []liveFile // with a check each
 	watches []*keyWatch
 	fleet   *fleet
 	scanner *scanner     // nil without --scan-interval
@@ -182,6 +185,9 @@ func (a *app) addRing(k config.KMS, c *config.Config) error {
 			a.readers = make(map[string]*legacy.Reader)
 		}
 		a.readers[k.Name] = b.reader
+		keys := &kubernetesKeys{provider: k}
+		a.legacy = append(a.legacy, keys)
+		a.live = append(a.live, liveFile{"key file of " + k.Name, keys.check})
 		return nil
 	}
 	a.closers = append(a.closers, b.close)
@@ -200,6 +206,9 @@ func (a *app) addRing(k config.KMS, c *config.Config) error {
 		return err
 	}
 	a.rings = append(a.rings, ring)
+	if b.files != nil {
+		a.live = append(a.live, liveFile{"files of kms " + k.Name, b.files})
+	}
 	if k.Local != nil {
 		a.files = append(a.files, keyFile{path: k.Local.KeyFile, seen: digest(k.Local.KeyFile), ring: ring})
 	}

@@ -41,6 +41,7 @@ func alibabaBackend(c alibaba.Config) (*backend, error) {
 	}
 	return &backend{
 		kind: "alibaba", service: b, describe: b.Describe, keyOf: alibaba.KeyOf, credentialsExpire: b.CredentialsExpire, credentialsLate: b.CredentialsLate, closer: b,
+		files: b.CheckFiles,
 	}, nil
 }
 

@@ -110,6 +110,7 @@ func (a *app) ready() proxy.ReadyReport {
 		s := r.State()
 		report.Checks = append(report.Checks, proxy.Check{Name: "kms " + s.Provider, OK: s.Healthy, Detail: s.Reason})
 	}
+	report.Checks = append(report.Checks, a.liveChecks()...)
 	report.Checks = append(report.Checks, a.recoveryChecks(time.Now())...)
 	report.Checks = append(report.Checks, a.audit.ready()...)
 	report.Checks = append(report.Checks, a.fleet.ready()...)

@@ -121,7 +121,7 @@ func New(cfg Config) (*Backend, error) {
 	if err != nil {
 		problems = append(problems, err)
 	}
-	pool, err := newPool(cfg.CAFile)
+	pool, err := newPool(cfg.CAFile, logger)
 	if err != nil {
 		problems = append(problems, err)
 	}
@@ -145,6 +145,17 @@ func (b *Backend) CredentialsExpire() time.Time { return b.creds.expires() }
 // CredentialsLate reports whether the next session is not there when it should be: the last fetch has failed, or half of the time between the
 // refresh and the end has gone by. Near its end alone, a session is not late: one of 15 minutes is renewed when 5 are left.
 func (b *Backend) CredentialsLate() bool { return b.creds.late() }
+
+// CheckFiles looks at caFile and stsCAFile, which are read again when they change, and returns why
+// the newest ones are not in use, or nil if they are. It is called every few seconds, so that a bad
+// file is reported before a connection needs it.
+func (b *Backend) CheckFiles() error {
+	problems := []error{b.pool.problem()}
+	if s, ok := b.creds.(*sessionSource); ok && s.problem != nil {
+		problems = append(problems, s.problem())
+	}
+	return errors.Join(problems...)
+}
 
 // Close ends the fetching of credentials and drops idle connections. It always returns nil. Calls must have ended.
 func (b *Backend) Close() error {

@@ -3,7 +3,6 @@ package alibaba
 import (
 	"context"
 	"errors"
-	"net/http"
 	"time"
 
 	"github.com/aliyun/alibaba-cloud-sdk-go/sdk"
@@ -23,7 +22,7 @@ type remote struct {
 	endpoint string   // host or host:port
 	keyID    string   // that errors are about: as configured; "" for STS
 	hidden   []string // what no error may quote
-	pool     *http.Transport
+	pool     *pool
 }
 
 // call runs do with a client of its own. Every error it returns is, or wraps, a *kmsclient.Error with a safe text; one that is due to the

@@ -56,11 +56,13 @@ func newInstanceSource(c Credentials, logger *slog.Logger) (*sessionSource, erro
 // newMetadataPool returns connections that use no proxy, whatever the environment says: the address has a meaning on this machine only, and the
 // answer is secret.
 func newMetadataPool(caFile string) (*http.Transport, error) {
-	pool, err := newPool(caFile)
-	if err == nil {
-		pool.Proxy = nil
+	pool, err := newPool(caFile, slog.New(slog.DiscardHandler))
+	if err != nil {
+		return nil, err
 	}
-	return pool, err
+	t := pool.transport()
+	t.Proxy = nil
+	return t, nil
 }
 
 func (m *instanceSource) fetch(ctx context.Context) (session, error) {

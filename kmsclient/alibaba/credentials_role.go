@@ -85,13 +85,15 @@ func newRoleSource(c Credentials, region string, logger *slog.Logger) (*sessionS
 		err = r.assumedBy(c, logger)
 	}
 	problems = append(problems, err)
-	if r.sts.pool, err = newPool(c.STSCAFile); err != nil {
+	if r.sts.pool, err = newPool(c.STSCAFile, logger); err != nil {
 		problem("sts %w", err)
 	}
 	if err := errors.Join(problems...); err != nil {
 		return nil, err
 	}
-	return newSessionSource(logger, fetch, r.files, r.sts.pool.CloseIdleConnections), nil
+	source := newSessionSource(logger, fetch, r.files, r.sts.pool.CloseIdleConnections)
+	source.problem = r.sts.pool.problem
+	return source, nil
 }
 
 // assumedBy sets what only type assumeRole has.

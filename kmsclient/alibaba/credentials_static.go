@@ -57,6 +57,9 @@ func (s *staticSource) get(ctx context.Context) (credential, error) {
 		s.failing = true
 		return s.last, nil
 	}
+	if s.failing {
+		s.logger.InfoContext(ctx, "alibaba credentials can be read again")
+	}
 	s.last, s.failing = c, false
 	return c, nil
 }

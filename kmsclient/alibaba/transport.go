@@ -7,13 +7,15 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptrace"
-	"os"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/livefiles"
 )
 
 // maxAnswer limits the bytes of an answer's body; real ones have a few KiB.
@@ -25,29 +27,81 @@ var (
 	errForeign  = errors.New("the request is not for the configured endpoint over HTTPS")
 )
 
-// newPool returns the connection pool that the calls of a backend share. Connections are HTTP/1.1, as the SDK's own are.
-func newPool(caFile string) (*http.Transport, error) {
-	config := &tls.Config{MinVersion: tls.VersionTLS12}
-	if caFile != "" {
-		pem, err := os.ReadFile(caFile) //nolint:gosec // the path is the operator's configuration
-		if err != nil {
-			return nil, fmt.Errorf("read caFile: %w", err)
-		}
-		config.RootCAs = x509.NewCertPool()
-		if !config.RootCAs.AppendCertsFromPEM(pem) {
+// pool is the connections that the calls of a backend share. When the file of CAs changes, further
+// calls have connections that are verified by the new ones. It is safe for concurrent use.
+type pool struct {
+	fixed *http.Transport                   // verified by the system's CAs; nil with a file
+	files *livefiles.Files[*http.Transport] // nil without a file
+}
+
+var _ http.RoundTripper = (*pool)(nil)
+
+// newPool makes the pool of an endpoint whose certificate is verified by the CAs of a file, or by
+// the system's.
+func newPool(caFile string, logger *slog.Logger) (*pool, error) {
+	if caFile == "" {
+		return &pool{fixed: newTransport(nil)}, nil
+	}
+	var last *http.Transport
+	files := livefiles.Config{Paths: []string{caFile}, What: "the CA " + caFile, Logger: logger}
+	live, err := livefiles.New(files, func(data livefiles.Contents) (*http.Transport, error) {
+		roots := x509.NewCertPool()
+		if !roots.AppendCertsFromPEM(data[caFile]) {
 			return nil, fmt.Errorf("caFile %s holds no PEM certificate", caFile)
 		}
+		if err := livefiles.CompletePEM(caFile, data[caFile]); err != nil {
+			return nil, fmt.Errorf("caFile: %w", err)
+		}
+		if last != nil {
+			last.CloseIdleConnections()
+		}
+		last = newTransport(roots)
+		return last, nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read caFile: %w", err)
 	}
+	return &pool{files: live}, nil
+}
+
+// transport is that of the CAs of the moment.
+func (p *pool) transport() *http.Transport {
+	if p.files == nil {
+		return p.fixed
+	}
+	return p.files.Get()
+}
+
+// problem looks at the file of CAs, and says why it is not in use.
+func (p *pool) problem() error {
+	if p.files == nil {
+		return nil
+	}
+	p.files.Get()
+	return p.files.Problem() //nolint:wrapcheck // it names the file
+}
+
+// RoundTrip implements [http.RoundTripper].
+func (p *pool) RoundTrip(req *http.Request) (*http.Response, error) {
+	return p.transport().RoundTrip(req) //nolint:wrapcheck // as the transport says it
+}
+
+// CloseIdleConnections closes what no call is using.
+func (p *pool) CloseIdleConnections() { p.transport().CloseIdleConnections() }
+
+// newTransport makes connections that are verified by roots, or by the system's CAs. They are
+// HTTP/1.1, as the SDK's own are.
+func newTransport(roots *x509.CertPool) *http.Transport {
 	return &http.Transport{
 		Proxy:                  http.ProxyFromEnvironment,
 		DialContext:            (&net.Dialer{Timeout: 5 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
-		TLSClientConfig:        config,
+		TLSClientConfig:        &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: roots},
 		TLSHandshakeTimeout:    5 * time.Second,
 		MaxIdleConnsPerHost:    16,
 		IdleConnTimeout:        30 * time.Second, // below what load balancers allow, so that few connections are found stale
 		MaxResponseHeaderBytes: 64 << 10,
 		DisableCompression:     true, // a small compressed answer could be a large one
-	}, nil
+	}
 }
 
 // callTransport carries one call of the SDK over the shared pool, and remembers what an error needs to be understood. The SDK

@@ -161,7 +161,9 @@ type Proxy struct {
 	// TLS is for clients of a TLS listener made by [Env.TLSListener].
 	TLS *tls.Config
 	// Args are further arguments of serve.
-	Args    []string
+	Args []string
+	// Binary is the file to run; empty: the proxy that `make build` makes. It takes effect at the next start.
+	Binary  string
 	scrapes int
 }
 
@@ -230,7 +232,11 @@ func (p *Proxy) Start() {
 	if data, err := os.ReadFile(filepath.Join(p.env.Dir, p.name+".log")); err == nil {
 		before = string(data)
 	}
-	p.Process = p.env.spawn(p.name, Bin(p.env.TB, "etcd-kms-proxy"), append([]string{"serve", "--config", p.ConfigFile}, p.Args...)...)
+	binary := p.Binary
+	if binary == "" {
+		binary = Bin(p.env.TB, "etcd-kms-proxy")
+	}
+	p.Process = p.env.spawn(p.name, binary, append([]string{"serve", "--config", p.ConfigFile}, p.Args...)...)
 	Eventually(p.env.TB, 30*time.Second, p.name+" to serve", func() error {
 		if err := p.Alive(); err != nil {
 			return err

@@ -33,6 +33,9 @@ type KeyConfig struct {
 	HSM bool
 	// Default is for a key that belongs to a product of the cloud, which the KMS refuses to applications.
 	Default bool
+	// Version and Secret are of its first version; by default they are random.
+	Version string
+	Secret  [32]byte
 }
 
 // key is a key with its versions; the last one is the primary.
@@ -73,7 +76,11 @@ func (d *Double) AddKey(c KeyConfig) error {
 	if _, taken := d.keys[k.id]; taken {
 		return fmt.Errorf("key %s exists", k.id)
 	}
-	k.addVersion(k.created)
+	if c.Version == "" {
+		k.addVersion(k.created)
+	} else {
+		k.versions = []keyVersion{{id: c.Version, created: k.created, secret: c.Secret}}
+	}
 	d.keys[k.id] = k
 	if c.Alias != "" {
 		d.aliases[c.Alias] = k.id
