@@ -12,14 +12,14 @@
 // API server's API, to etcd or to a KMS. The command that calls it checks the configuration.
 package kubeadm
 
-// Refusal is an error that says what to do.
-type Refusal struct {
+// Problem is an error that says what to do. The command prints Advice as its hint.
+type Problem struct {
 	Text string // what is wrong
 	Hint string // one imperative sentence
 }
 
 // Error returns Text.
-func (r *Refusal) Error() string { return r.Text }
+func (r *Problem) Error() string { return r.Text }
 
 // Advice returns Hint, for the command to print.
-func (r *Refusal) Advice() string { return r.Hint }
+func (r *Problem) Advice() string { return r.Hint }

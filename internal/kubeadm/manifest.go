@@ -37,10 +37,10 @@ const hintManifest = "only manifests as kubeadm writes them are changed; edit th
 
 // unknown is the refusal of a manifest that is not as kubeadm writes it.
 func unknown(format string, args ...any) error {
-	return &Refusal{Text: "kube-apiserver's manifest " + fmt.Sprintf(format, args...), Hint: hintManifest}
+	return &Problem{Text: "kube-apiserver's manifest " + fmt.Sprintf(format, args...), Hint: hintManifest}
 }
 
-// ParseManifest reads a manifest. The error is a [*Refusal] if the manifest is not as kubeadm writes
+// ParseManifest reads a manifest. The error is a [*Problem] if the manifest is not as kubeadm writes
 // it: another object than a Pod, no or several containers that run kube-apiserver, YAML that the
 // editing does not support, or a missing or repeated --etcd-servers. It retains data.
 func ParseManifest(data []byte) (*Manifest, error) {

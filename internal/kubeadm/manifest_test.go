@@ -52,7 +52,7 @@ func shapes(t *testing.T) map[string][]byte {
 		"indented sequence": bytes.ReplaceAll(replace("    - kube-apiserver\n", "        - kube-apiserver\n"), []byte("\n    - --"), []byte("\n        - --")),
 		"leading marker":    append([]byte("---\n"), plain...),
 		"no newline at end": bytes.TrimSuffix(plain, []byte("\n")),
-		"last argument": bytes.Replace(replace("    - "+flag+"\n", ""), []byte("    image:"), []byte("    - "+flag+"\n    image:"), 1),
+		"last argument":     bytes.Replace(replace("    - "+flag+"\n", ""), []byte("    image:"), []byte("    - "+flag+"\n    image:"), 1),
 	}
 }
 
@@ -161,7 +161,7 @@ func TestRefusesUnknownManifests(t *testing.T) {
 				t.Fatalf("%q is not in the manifest", c.old)
 			}
 			_, err := ParseManifest([]byte(strings.Replace(plain, c.old, c.text, 1)))
-			r, ok := errors.AsType[*Refusal](err)
+			r, ok := errors.AsType[*Problem](err)
 			if !ok || !strings.Contains(r.Text, c.want) || r.Hint == "" {
 				t.Errorf("%v, want a refusal with %q", err, c.want)
 			}
