@@ -74,14 +74,14 @@ const (
 	defaultKubeadmAdmin  = "127.0.0.1:9379"
 )
 
-// kubeadmFacts checks a configuration file and returns what a node needs to know of it. The error of
+// kubeadmFacts checks the configuration file at path and returns what a node needs to know of it. The error of
 // a file with several problems has all of them.
-func kubeadmFacts(path string) (kubeadm.Facts, error) {
+func kubeadmFacts(path, name string) (kubeadm.Facts, error) {
 	var facts kubeadm.Facts
 	c, err := config.LoadChecked(path, backendChecks(nil))
 	if ps, ok := errors.AsType[config.Problems](err); ok {
 		var all []error
-		for _, f := range problemFailures(path, ps) {
+		for _, f := range problemFailures(name, ps) {
 			all = append(all, f.err)
 		}
 		return facts, &failure{code: exitFailure, err: errors.Join(all...), hint: ps[len(ps)-1].Hint}

@@ -98,7 +98,7 @@ func (e *kubeadmEnable) run(cmd *cobra.Command, _ []string) error {
 		}
 	}
 	if newKey {
-		n.Check = func(path string) (kubeadm.Facts, error) { return factsWithoutKey(path, kms.Local.KeyFile) }
+		n.Check = func(path, name string) (kubeadm.Facts, error) { return factsWithoutKey(path, name, kms.Local.KeyFile) }
 	}
 	ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -205,7 +205,7 @@ func (e *kubeadmEnable) keyMissing() (bool, error) {
 }
 
 // factsWithoutKey is kubeadmFacts of a configuration that names a key file which is not there yet.
-func factsWithoutKey(path, keyFile string) (kubeadm.Facts, error) {
+func factsWithoutKey(path, name, keyFile string) (kubeadm.Facts, error) {
 	text, err := os.ReadFile(path) //nolint:gosec // the configuration that is checked
 	if err != nil {
 		return kubeadm.Facts{}, err
@@ -221,7 +221,7 @@ func factsWithoutKey(path, keyFile string) (kubeadm.Facts, error) {
 	if err != nil {
 		return kubeadm.Facts{}, err
 	}
-	facts, err := kubeadmFacts(changed)
+	facts, err := kubeadmFacts(changed, name)
 	for i, f := range facts.Files {
 		if f == standIn {
 			facts.Files[i] = keyFile

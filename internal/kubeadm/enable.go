@@ -46,7 +46,7 @@ func (n *Node) Enable(ctx context.Context) (*Plan, error) {
 	} else if !bytes.HasPrefix(podChange.Old, []byte(written)) {
 		return nil, &Problem{n.Pod + " was not written by this command", "move it away"}
 	}
-	before, _ := n.proxyFigures(ctx) // zero when there is none
+	before, _ := n.proxyFigures(ctx) // nil when there is none
 	through := m
 	switch {
 	case p.Mode != Off: // it does already
@@ -60,10 +60,10 @@ func (n *Node) Enable(ctx context.Context) (*Plan, error) {
 	}
 	p.add(step{change: configChange, what: "writing " + n.Config})
 	restarted := step{change: podChange, what: "writing " + n.Pod + " and waiting for the proxy"}
-	restarted.wait = func(ctx context.Context) error { return n.restarted(ctx, before.started) }
+	restarted.wait = func(ctx context.Context) error { return n.restarted(ctx, before) }
 	if p.Mode != Off {
 		restarted.wait = func(ctx context.Context) error {
-			if err := n.restarted(ctx, before.started); err != nil {
+			if err := n.restarted(ctx, before); err != nil {
 				return err
 			}
 			return n.through(ctx, m)
@@ -113,7 +113,7 @@ func (n *Node) configure(m *Manifest, mode Mode) ([]byte, Facts, error) {
 		return nil, Facts{}, err
 	}
 	if mode == All { // where etcd is, only the configuration says
-		had, err := n.Check(n.Config)
+		had, err := n.Check(n.Config, n.Config)
 		if err != nil {
 			return nil, Facts{}, err
 		}
@@ -153,7 +153,7 @@ func (n *Node) replaceable(m *Manifest, old []byte, endpoints []string) error {
 
 // ownConfig takes the file as it is.
 func (n *Node) ownConfig(m *Manifest, mode Mode) ([]byte, Facts, error) {
-	facts, err := n.Check(n.Config)
+	facts, err := n.Check(n.Config, n.Config)
 	if err != nil {
 		return nil, facts, err
 	}
@@ -185,5 +185,5 @@ func (n *Node) checked(config []byte) (Facts, error) {
 	if err := os.WriteFile(path, config, 0o600); err != nil {
 		return Facts{}, err
 	}
-	return n.Check(path)
+	return n.Check(path, n.Config)
 }

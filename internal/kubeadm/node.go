@@ -54,8 +54,8 @@ type Node struct {
 	AllowWeakening bool
 	// Timeout bounds each wait for the proxy or the API server.
 	Timeout time.Duration
-	// Check checks a configuration file.
-	Check func(path string) (Facts, error)
+	// Check checks the configuration file at path. Its errors call it by its name.
+	Check func(path, name string) (Facts, error)
 	// Log is told of each step.
 	Log func(format string, args ...any)
 }
@@ -86,7 +86,7 @@ func (n *Node) mode(m *Manifest) Mode {
 // adopt takes the addresses of the listener and of admin from the configuration, so that only enable
 // has to be told of others than the default.
 func (n *Node) adopt(m *Manifest) (Facts, error) {
-	facts, err := n.Check(n.Config)
+	facts, err := n.Check(n.Config, n.Config)
 	if err != nil {
 		return facts, err
 	}

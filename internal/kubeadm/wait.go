@@ -106,15 +106,15 @@ func (n *Node) proxyReady(ctx context.Context) error {
 // figures are those of the proxy's metrics that matter here.
 type figures struct {
 	connections int
-	started     float64 // Unix time
+	started     float64 // Unix time of the process, 0 if unknown
 }
 
-func (n *Node) proxyFigures(ctx context.Context) (figures, error) {
+func (n *Node) proxyFigures(ctx context.Context) (*figures, error) {
 	body, err := get(ctx, httpClient(nil), "http://"+n.Settings.Admin+"/metrics")
 	if err != nil {
-		return figures{}, err
+		return nil, err
 	}
-	var f figures
+	f := new(figures)
 	for s := bufio.NewScanner(bytes.NewReader(body)); s.Scan(); {
 		name, value, ok := strings.Cut(s.Text(), " ")
 		v, err := strconv.ParseFloat(value, 64)
@@ -197,14 +197,18 @@ func (n *Node) past(ctx context.Context, m *Manifest) error {
 	})
 }
 
-// restarted waits until the proxy is ready, and is not the process that was started at before.
-func (n *Node) restarted(ctx context.Context, before float64) error {
+// restarted waits until the proxy is ready, and is not the process of before, whose figures are nil if
+// there was none. Where the metrics do not tell when a process was started, the proxy must have been
+// away meanwhile.
+func (n *Node) restarted(ctx context.Context, before *figures) error {
+	away := before == nil
 	return n.until(ctx, "a proxy that is ready", func(ctx context.Context) error {
 		f, err := n.proxyFigures(ctx)
 		if err != nil {
+			away = true
 			return err
 		}
-		if f.started == before {
+		if !away && f.started == before.started {
 			return errors.New("kubelet has not restarted the proxy yet")
 		}
 		return n.proxyReady(ctx)
