@@ -24,9 +24,9 @@ const (
 	steady = 4
 )
 
-// until polls until check has returned nil several times in a row. Its error names what was waited
-// for, and the last error of check.
-func (n *Node) until(ctx context.Context, what string, check func(context.Context) error) error {
+// until polls until check has returned nil several times in a row. Otherwise its error is what did not
+// happen, with the last error of check.
+func (n *Node) until(ctx context.Context, not string, check func(context.Context) error) error {
 	deadline, cancel := context.WithTimeout(ctx, n.Timeout)
 	defer cancel()
 	last := errors.New("nothing was seen")
@@ -47,9 +47,9 @@ func (n *Node) until(ctx context.Context, what string, check func(context.Contex
 		select {
 		case <-deadline.Done():
 			if ctx.Err() != nil {
-				return fmt.Errorf("interrupted while waiting for %s", what)
+				return fmt.Errorf("interrupted while %s", not)
 			}
-			return fmt.Errorf("%s was waited for, %v long: %w", what, n.Timeout, last)
+			return fmt.Errorf("%s within %v: %w", not, n.Timeout, last)
 		case <-time.After(pollEvery):
 		}
 	}
@@ -97,10 +97,20 @@ func httpClient(t *tls.Config) *http.Client {
 	return &http.Client{Transport: &http.Transport{TLSClientConfig: t, DisableKeepAlives: true}}
 }
 
-// proxyReady returns why the proxy on this node is not ready, or nil.
+// proxyReady returns why the proxy on this node is not ready, or nil. The proxy calls itself ready
+// when it serves anything; here its KMS and its rules have to be well, too. Its other checks are about
+// other proxies, and about what clients have written.
 func (n *Node) proxyReady(ctx context.Context) error {
-	_, err := get(ctx, httpClient(nil), "http://"+n.Settings.Admin+"/readyz")
-	return err
+	body, err := get(ctx, httpClient(nil), "http://"+n.Settings.Admin+"/readyz")
+	if err != nil {
+		return err
+	}
+	for line := range strings.Lines(string(body)) {
+		if strings.HasPrefix(line, "[-]kms ") || strings.HasPrefix(line, "[-]rule ") {
+			return fmt.Errorf("proxy: %s", strings.TrimSpace(line))
+		}
+	}
+	return nil
 }
 
 // figures are those of the proxy's metrics that matter here.
@@ -168,7 +178,7 @@ func (n *Node) apiReady(ctx context.Context, m *Manifest) error {
 
 // through waits until the API server is ready and uses the proxy.
 func (n *Node) through(ctx context.Context, m *Manifest) error {
-	return n.until(ctx, "an API server that is ready and uses the proxy", func(ctx context.Context) error {
+	return n.until(ctx, "the API server was not ready and connected to the proxy", func(ctx context.Context) error {
 		if err := n.apiReady(ctx, m); err != nil {
 			return fmt.Errorf("API server: %w", err)
 		}
@@ -185,7 +195,7 @@ func (n *Node) through(ctx context.Context, m *Manifest) error {
 
 // past waits until the API server is ready and does not use the proxy.
 func (n *Node) past(ctx context.Context, m *Manifest) error {
-	return n.until(ctx, "an API server that is ready without the proxy", func(ctx context.Context) error {
+	return n.until(ctx, "the API server was not ready without the proxy", func(ctx context.Context) error {
 		// A proxy that does not answer has no connections.
 		if f, err := n.proxyFigures(ctx); err == nil && f.connections > 0 {
 			return errors.New("the API server is connected to the proxy: kubelet has not restarted it yet")
@@ -202,7 +212,7 @@ func (n *Node) past(ctx context.Context, m *Manifest) error {
 // away meanwhile.
 func (n *Node) restarted(ctx context.Context, before *figures) error {
 	away := before == nil
-	return n.until(ctx, "a proxy that is ready", func(ctx context.Context) error {
+	return n.until(ctx, "the proxy was not ready", func(ctx context.Context) error {
 		f, err := n.proxyFigures(ctx)
 		if err != nil {
 			away = true
