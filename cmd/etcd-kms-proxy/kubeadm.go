@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"path/filepath"
 	"reflect"
-	"slices"
 	"strings"
 	"time"
 
@@ -113,7 +112,6 @@ func kubeadmFacts(path, name string) (kubeadm.Facts, error) {
 			facts.Folders = append(facts.Folders, filepath.Dir(socket))
 		}
 	}
-	facts.Encrypts = slices.ContainsFunc(c.Rules, func(r config.Rule) bool { return r.WriteWith != config.Plaintext })
 	facts.Files = namedFiles(reflect.ValueOf(c))
 	return facts, nil
 }

@@ -217,7 +217,8 @@ func factsWithoutKey(path, name, keyFile string) (kubeadm.Facts, error) {
 	defer os.RemoveAll(dir) //nolint:errcheck // its key was never used
 	standIn := filepath.Join(dir, "key.yaml")
 	changed := filepath.Join(dir, "config.yaml")
-	err = errors.Join(local.NewKeyFile(standIn), os.WriteFile(changed, []byte(strings.ReplaceAll(string(text), keyFile, standIn)), 0o600))
+	err = errors.Join(local.NewKeyFile(standIn),
+		os.WriteFile(changed, []byte(strings.ReplaceAll(string(text), keyFile, standIn)), 0o600)) //nolint:gosec // in the folder that was just made
 	if err != nil {
 		return kubeadm.Facts{}, err
 	}

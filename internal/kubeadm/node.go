@@ -34,7 +34,6 @@ type Facts struct {
 	Listeners       []string // addresses of listeners with TLS
 	Admin           string   // host:port, "" without admin
 	Endpoints       []string // of etcd
-	Encrypts        bool     // whether a rule encrypts new values
 	Files           []string // that the configuration names
 	Folders         []string // of sockets
 	WritableFolders []string // of logs
