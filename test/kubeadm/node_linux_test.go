@@ -112,7 +112,7 @@ apiServer:
 		t.Fatal(err)
 	}
 	config.Host, config.QPS, config.Timeout = fmt.Sprintf("https://127.0.0.1:%d", port), -1, 20*time.Second
-	config.TLSClientConfig.ServerName = "kubernetes"
+	config.ServerName = "kubernetes"
 	if n.client, err = kubernetes.NewForConfig(rest.CopyConfig(config)); err != nil {
 		t.Fatal(err)
 	}
