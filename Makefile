@@ -102,7 +102,7 @@ tools: tools-etcd tools-kube $(BIN)/kine $(BIN)/h2spec $(BIN)/nfpm $(BIN)/cyclon
 
 tools-etcd: $(ETCDS:%=$(BIN)/etcd-%) $(ETCDS:%=$(BIN)/etcdctl-%)
 
-tools-kube: $(BIN)/kube-apiserver $(BIN)/kubectl
+tools-kube: $(BIN)/kube-apiserver $(BIN)/kubectl $(BIN)/kubeadm
 
 $(BIN)/etcd-%: test/tools/etcd-%/go.sum
 	@mkdir -p $(BIN); echo "building etcd $* from Go modules (about a minute the first time)"

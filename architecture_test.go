@@ -33,6 +33,7 @@ var importTable = map[string][]string{
 	"proxy/etcdmodel":     {"go.etcd.io/etcd/api/v3/", "google.golang.org/"},
 	"proxy/audit":         {module + "internal/secretfile"},
 	"proxy/h2":            {"golang.org/x/net/http2", "golang.org/x/sys/unix", "google.golang.org/grpc/mem"},
+	"internal/kubeadm":    {"go.yaml.in/yaml/v3"},
 	"internal/livefiles":  {}, // nothing but the standard library
 	"proxy/prefix":        {}, // nothing but the standard library
 	"internal/secretfile": {}, // nothing but the standard library

@@ -26,6 +26,7 @@ var findings = map[string]string{
 	" decrypt":                "one of several values could not be decrypted",
 	" kms check":              "a KMS cannot do what the rules need of it; with --strict, also if there is a warning",
 	" audit verify":           "the log was altered, or is incomplete",
+	" kubeadm status":         "the node is not as it should be",
 }
 
 // documentExitCodes adds the exit codes to the help of cmd and of all commands below it.

@@ -79,7 +79,7 @@ of Kubernetes' KMS v2, and passes everything else untouched.`,
 		Args:          cobra.NoArgs,
 		RunE:          needsCommand,
 	}
-	root.AddCommand(newServe(), newStatus(), newReencrypt(), newPurge(), newVerify(), newDecrypt(), newConfig(), newKMS(), newAudit(), newHealthcheck(), newSetup(), newVersion())
+	root.AddCommand(newServe(), newStatus(), newReencrypt(), newPurge(), newVerify(), newDecrypt(), newConfig(), newKMS(), newAudit(), newHealthcheck(), newSetup(), newKubeadm(), newVersion())
 	return root
 }
 

@@ -22,6 +22,7 @@ import (
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/kubeadm"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/kmstest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
@@ -160,6 +161,7 @@ func TestReportsQuote(t *testing.T) {
 		"purge":        {&purgeReport{}, func(w io.Writer, r any) { r.(*purgeReport).text(w) }},
 		"purge plan":   {&purgeReport{}, func(w io.Writer, r any) { r.(*purgeReport).plan(w) }},
 		"verify":       {&verifyReport{}, func(w io.Writer, r any) { r.(*verifyReport).text(w, true) }},
+		"kubeadm":      {&kubeadm.Status{}, func(w io.Writer, r any) { printNode(w, r.(*kubeadm.Status)) }},
 		"audit verify": {&audit.Report{}, func(w io.Writer, r any) { printAuditReport(w, r.(*audit.Report)) }},
 		"problem":      {&configProblem{}, func(w io.Writer, r any) { r.(*configProblem).print(w, "error", hostile) }},
 		"value":        {&decryptedValue{}, func(w io.Writer, r any) { _ = r.(*decryptedValue).print(io.Discard, w, false) }},

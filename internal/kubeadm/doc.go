@@ -1,0 +1,25 @@
+// Package kubeadm puts the proxy between the API server and etcd of a kubeadm control-plane node, and
+// takes it out again.
+//
+// kubeadm's control plane runs as static Pods: kubelet starts whatever manifest is in
+// /etc/kubernetes/manifests. [Node.Enable] writes the proxy's configuration and its static Pod, waits
+// until the proxy is ready, and then changes one flag in the API server's manifest. [Node.Disable]
+// changes it back. Both wait until the API server is ready again, and restore the previous files if it
+// is not.
+//
+// The package edits the API server's manifest as text: it changes bytes of one line, or adds or
+// removes one line. It refuses a manifest that is not as kubeadm writes it. It does not talk to the
+// API server's API, to etcd or to a KMS. The command that calls it checks the configuration.
+package kubeadm
+
+// Problem is an error that says what to do. The command prints Advice as its hint.
+type Problem struct {
+	Text string // what is wrong
+	Hint string // one imperative sentence
+}
+
+// Error returns Text.
+func (r *Problem) Error() string { return r.Text }
+
+// Advice returns Hint, for the command to print.
+func (r *Problem) Advice() string { return r.Hint }

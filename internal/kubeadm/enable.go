@@ -1,0 +1,189 @@
+package kubeadm
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"slices"
+	"strings"
+)
+
+// Enable returns what is to be changed so that the API server uses the proxy. It changes nothing.
+func (n *Node) Enable(ctx context.Context) (*Plan, error) {
+	m, err := n.manifest()
+	if err != nil {
+		return nil, err
+	}
+	p := &Plan{Mode: n.mode(m)}
+	if err := n.enableable(m, p.Mode); err != nil {
+		return nil, err
+	}
+	config, facts, err := n.configure(m, p.Mode)
+	if err != nil {
+		return nil, err
+	}
+	pod, err := (&podSettings{n.Image, n.Config, config, facts, n.AllowWeakening}).pod()
+	if err != nil {
+		return nil, err
+	}
+	configChange, err := change(n.Config, config)
+	if err != nil {
+		return nil, err
+	}
+	podChange, err := change(n.Pod, pod)
+	if err != nil {
+		return nil, err
+	}
+	if podChange.Old == nil {
+		for _, l := range []struct{ flag, address string }{{"listen", n.Settings.Listen}, {"admin", n.Settings.Admin}} {
+			if err := free(l.flag, l.address); err != nil {
+				return nil, err
+			}
+		}
+	} else if !bytes.HasPrefix(podChange.Old, []byte(written)) {
+		return nil, &Problem{n.Pod + " was not written by this command", "move it away"}
+	}
+	before, _ := n.proxyFigures(ctx) // nil when there is none
+	through := m
+	switch {
+	case p.Mode != Off: // it does already
+	case n.SecretsOnly:
+		through, err = m.WithSecretsServers([]string{n.url()})
+	default:
+		through, err = m.WithEtcdServers([]string{n.url()})
+	}
+	if err != nil {
+		return nil, err
+	}
+	p.add(step{change: configChange, what: "writing " + n.Config})
+	restarted := step{change: podChange, what: "writing " + n.Pod + " and waiting for the proxy"}
+	restarted.wait = func(ctx context.Context) error { return n.restarted(ctx, before) }
+	if p.Mode != Off {
+		restarted.wait = func(ctx context.Context) error {
+			if err := n.restarted(ctx, before); err != nil {
+				return err
+			}
+			return n.through(ctx, m)
+		}
+		restarted.back = func(ctx context.Context) error { return n.through(ctx, m) }
+	}
+	p.add(restarted)
+	p.add(step{
+		change: Change{n.APIServer, m.Bytes(), through.Bytes()},
+		what:   "writing " + n.APIServer + " and waiting for the API server",
+		wait:   func(ctx context.Context) error { return n.through(ctx, through) },
+		back:   func(ctx context.Context) error { return n.past(ctx, m) },
+	})
+	return p, nil
+}
+
+// enableable refuses API servers that the proxy must not be put behind.
+func (n *Node) enableable(m *Manifest, mode Mode) error {
+	if f := m.Flag("encryption-provider-config"); f != "" {
+		return &Problem{"the API server encrypts by itself, with --encryption-provider-config=" + f + ": values would be encrypted twice",
+			"move to the proxy as docs/from-kubernetes.md describes; etcd-kms-proxy config from-kubernetes makes the configuration"}
+	}
+	switch {
+	case mode == Off && m.SecretsServers() != nil:
+		return &Problem{"kube-apiserver's --" + flagOverrides + " sends Secrets to other servers: " + strings.Join(m.SecretsServers(), ", "),
+			"remove the override of /secrets first, or edit the manifest by hand, as docs/kubernetes.md describes"}
+	case mode == All && n.SecretsOnly, mode == Secrets && !n.SecretsOnly:
+		return &Problem{fmt.Sprintf("the proxy is enabled already, for %s", map[Mode]string{All: "everything", Secrets: "Secrets only"}[mode]),
+			"disable it first to change this, or leave out --secrets-only, or add it, as before"}
+	}
+	for _, e := range m.EtcdServers() {
+		if mode == Off && !strings.HasPrefix(e, "https://") {
+			return unknown("has the etcd server %s, which is not https://", e)
+		}
+	}
+	return nil
+}
+
+// configure returns the proxy's configuration and what it says.
+func (n *Node) configure(m *Manifest, mode Mode) ([]byte, Facts, error) {
+	if n.OwnConfig {
+		return n.ownConfig(m, mode)
+	}
+	endpoints := m.EtcdServers()
+	old, err := os.ReadFile(n.Config)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, Facts{}, err
+	}
+	if mode == All { // where etcd is, only the configuration says
+		had, err := n.Check(n.Config, n.Config)
+		if err != nil {
+			return nil, Facts{}, err
+		}
+		endpoints = had.Endpoints
+	}
+	config, err := n.Settings.configuration(m, endpoints)
+	if err != nil {
+		return nil, Facts{}, err
+	}
+	if old != nil && !bytes.Equal(old, config) {
+		if err := n.replaceable(m, old, endpoints); err != nil {
+			return nil, Facts{}, err
+		}
+	}
+	facts, err := n.checked(config)
+	return config, facts, err
+}
+
+// replaceable refuses to replace a configuration that is not what this command would have made with
+// the same settings but for --decrypt-only: what the operator wrote is not lost, and no KMS is.
+func (n *Node) replaceable(m *Manifest, old []byte, endpoints []string) error {
+	other := n.Settings
+	other.DecryptOnly = !other.DecryptOnly
+	text, err := other.configuration(m, endpoints)
+	if err != nil {
+		return err
+	}
+	if !bytes.Equal(old, text) {
+		return &Problem{n.Config + " is there already, and says something else than the flags",
+			"use it as it is, with --config " + n.Config + " and without flags for the KMS, or move it away"}
+	}
+	if n.Settings.DecryptOnly && !n.AllowWeakening {
+		return &Problem{n.Config + " encrypts new values, and with --decrypt-only they would be stored as plaintext", "add --allow-weakening if this is meant"}
+	}
+	return nil
+}
+
+// ownConfig takes the file as it is.
+func (n *Node) ownConfig(m *Manifest, mode Mode) ([]byte, Facts, error) {
+	facts, err := n.Check(n.Config, n.Config)
+	if err != nil {
+		return nil, facts, err
+	}
+	config, err := os.ReadFile(n.Config)
+	if err != nil {
+		return nil, facts, err
+	}
+	if !slices.Contains(facts.Listeners, n.Settings.Listen) {
+		return nil, facts, &Problem{n.Config + " has no listener with TLS at " + n.Settings.Listen, "add one, or name its address with --listen"}
+	}
+	if facts.Admin != n.Settings.Admin {
+		return nil, facts, &Problem{fmt.Sprintf("%s has %q for admin.address, and not %s", n.Config, facts.Admin, n.Settings.Admin), "change it, or name its address with --admin"}
+	}
+	if servers := m.EtcdServers(); mode != All && !slices.Equal(slices.Sorted(slices.Values(servers)), slices.Sorted(slices.Values(facts.Endpoints))) {
+		return nil, facts, &Problem{fmt.Sprintf("%s has %s for etcd.endpoints, but the API server uses %s", n.Config, strings.Join(facts.Endpoints, ", "), strings.Join(servers, ", ")),
+			"write the API server's in etcd.endpoints"}
+	}
+	return config, facts, nil
+}
+
+// checked checks a configuration that is not written yet.
+func (n *Node) checked(config []byte) (Facts, error) {
+	dir, err := os.MkdirTemp("", "etcd-kms-proxy-")
+	if err != nil {
+		return Facts{}, err
+	}
+	defer os.RemoveAll(dir) //nolint:errcheck // the folder holds no secret
+	path := dir + "/config.yaml"
+	if err := os.WriteFile(path, config, 0o600); err != nil {
+		return Facts{}, err
+	}
+	return n.Check(path, n.Config)
+}

@@ -1,0 +1,220 @@
+package kubeadm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Paths are the files of a node. [DefaultPaths] are kubeadm's.
+type Paths struct {
+	APIServer string // manifest of kube-apiserver
+	Pod       string // manifest of the proxy, in the same folder
+	Config    string // configuration of the proxy
+	Backups   string // folder for earlier versions; not that of the manifests, where kubelet starts every file
+}
+
+// DefaultPaths are those of a node that kubeadm has set up.
+var DefaultPaths = Paths{
+	APIServer: "/etc/kubernetes/manifests/kube-apiserver.yaml",
+	Pod:       "/etc/kubernetes/manifests/etcd-kms-proxy.yaml",
+	Config:    "/etc/etcd-kms-proxy/config.yaml",
+	Backups:   "/etc/etcd-kms-proxy/backup",
+}
+
+// Facts are what the rest depends on in a configuration that was checked.
+type Facts struct {
+	Listeners       []string // addresses of listeners with TLS
+	Admin           string   // host:port, "" without admin
+	Endpoints       []string // of etcd
+	Files           []string // that the configuration names
+	Folders         []string // of sockets
+	WritableFolders []string // of logs
+}
+
+// Node is a control-plane node. It is for one goroutine.
+type Node struct {
+	Paths
+	Settings Settings
+	// Image is that of the proxy.
+	Image string
+	// OwnConfig takes the configuration file as it is, and makes none of Settings.
+	OwnConfig bool
+	// SecretsOnly sends only Secrets through the proxy.
+	SecretsOnly bool
+	// AllowWeakening lets the proxy start with rules that protect less than before.
+	AllowWeakening bool
+	// Timeout bounds each wait for the proxy or the API server.
+	Timeout time.Duration
+	// Check checks the configuration file at path. Its errors call it by its name.
+	Check func(path, name string) (Facts, error)
+	// Log is told of each step.
+	Log func(format string, args ...any)
+}
+
+// Mode is what goes through the proxy.
+type Mode string
+
+// The modes.
+const (
+	Off     Mode = "off"     // nothing
+	All     Mode = "all"     // everything
+	Secrets Mode = "secrets" // Secrets only
+)
+
+func (n *Node) url() string { return "https://" + n.Settings.Listen }
+
+// mode returns what m sends through the proxy.
+func (n *Node) mode(m *Manifest) Mode {
+	switch {
+	case slices.Contains(m.EtcdServers(), n.url()):
+		return All
+	case slices.Contains(m.SecretsServers(), n.url()):
+		return Secrets
+	}
+	return Off
+}
+
+// adopt takes the addresses of the listener and of admin from the configuration, so that only enable
+// has to be told of others than the default.
+func (n *Node) adopt(m *Manifest) (Facts, error) {
+	facts, err := n.Check(n.Config, n.Config)
+	if err != nil {
+		return facts, err
+	}
+	n.Settings.Admin = facts.Admin
+	for _, l := range slices.Backward(facts.Listeners) {
+		n.Settings.Listen = l
+		if n.mode(m) != Off {
+			break
+		}
+	}
+	return facts, nil
+}
+
+func (n *Node) manifest() (*Manifest, error) {
+	data, err := os.ReadFile(n.APIServer)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, &Problem{n.APIServer + " is not there", "run the command on a control-plane node that kubeadm has set up, as root"}
+	}
+	if err != nil {
+		return nil, err
+	}
+	return ParseManifest(data)
+}
+
+// Plan is what is to be changed, in this order. The manifest of the API server comes last when the
+// proxy is put in, and first when it is taken out.
+type Plan struct {
+	Mode    Mode // before
+	Changes []Change
+	steps   []step
+}
+
+// Empty reports whether nothing is to be changed.
+func (p *Plan) Empty() bool { return len(p.Changes) == 0 }
+
+// Diff returns all changes as unified diffs.
+func (p *Plan) Diff() string {
+	var b strings.Builder
+	for _, c := range p.Changes {
+		b.WriteString(c.Diff())
+	}
+	return b.String()
+}
+
+// step is a change, and what is waited for after it and after it was undone. These may be nil.
+type step struct {
+	change     Change
+	what       string
+	wait, back func(context.Context) error
+}
+
+func (p *Plan) add(s step) {
+	if !s.change.Empty() {
+		p.Changes = append(p.Changes, s.change)
+		p.steps = append(p.steps, s)
+	}
+}
+
+// Apply makes the changes of a plan. If one fails, if what should follow does not happen within the
+// timeout, or if ctx ends, it restores all files, waits for the API server, and returns a [*Problem]
+// that says what happened.
+func (n *Node) Apply(ctx context.Context, p *Plan) error {
+	if err := os.MkdirAll(filepath.Dir(n.Config), 0o700); err != nil {
+		return err
+	}
+	if err := n.backUp(p); err != nil {
+		return err
+	}
+	for i, s := range p.steps {
+		n.Log("%s", s.what)
+		err := s.change.write()
+		if err == nil && s.wait != nil {
+			err = s.wait(ctx)
+		}
+		if err == nil && ctx.Err() != nil {
+			err = errors.New("interrupted")
+		}
+		if err != nil {
+			return n.rollBack(ctx, p.steps[:i+1], err)
+		}
+	}
+	return nil
+}
+
+const logs = "the logs are in /var/log/pods/kube-system_etcd-kms-proxy-*, /var/log/pods/kube-system_kube-apiserver-* and journalctl -u kubelet"
+
+// rollBack undoes steps, the last one first.
+func (n *Node) rollBack(ctx context.Context, steps []step, cause error) error {
+	n.Log("rolling back: %v", cause)
+	ctx = context.WithoutCancel(ctx)
+	for _, s := range slices.Backward(steps) {
+		n.Log("restoring %s", s.change.Path)
+		err := s.change.restore()
+		if err == nil && s.back != nil {
+			err = s.back(ctx)
+		}
+		if err != nil {
+			return &Problem{fmt.Sprintf("%v; the rollback is not complete: %v", cause, err),
+				"look at " + s.change.Path + ", whose earlier version is in " + n.Backups + "; " + logs}
+		}
+	}
+	return &Problem{cause.Error() + "; all files are as they were before, and the API server is as it was", logs}
+}
+
+// backUp keeps the earlier versions of the files that a plan changes.
+func (n *Node) backUp(p *Plan) error {
+	now := time.Now().UTC().Format("20060102T150405.000Z")
+	for _, c := range p.Changes {
+		if c.Old == nil {
+			continue
+		}
+		if err := os.MkdirAll(n.Backups, 0o700); err != nil {
+			return err
+		}
+		base := filepath.Base(c.Path)
+		path := filepath.Join(n.Backups, strings.TrimSuffix(base, ".yaml")+"-"+now+".yaml")
+		if err := put(path, c.Old); err != nil {
+			return err
+		}
+		n.Log("backup of %s: %s", c.Path, path)
+	}
+	return nil
+}
+
+// free refuses an address that something listens on.
+func free(flag, address string) error {
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		return &Problem{fmt.Sprintf("--%s %s cannot be listened on: %v", flag, address, err), "end what uses the port, or choose another address"}
+	}
+	return l.Close()
+}
