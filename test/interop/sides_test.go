@@ -92,7 +92,7 @@ func newOurs(tb testing.TB, p *plugin, provider string) *ours {
 	}
 	// A key that the plugin does not know must not become a revocation of the others here: every contact is good.
 	o.ring, err = keyring.New(keyring.RingConfig{Provider: provider, KMS: newClient(tb, p, provider), Cache: cache,
-		PollInterval: 20 * time.Millisecond, SealUnreachableFor: time.Hour, Logger: slog.New(slog.NewTextHandler(io.Discard, nil))})
+		PollInterval: 20 * time.Millisecond, FailingPollInterval: 20 * time.Millisecond, SealUnreachableFor: time.Hour, Logger: slog.New(slog.NewTextHandler(io.Discard, nil))})
 	if err != nil {
 		tb.Fatal(err)
 	}
