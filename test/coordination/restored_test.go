@@ -96,6 +96,7 @@ func (s *site) seen(t *testing.T, p *harness.Proxy, key string, writes int) {
 func TestReencryptAfterRestore(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
+	s.cfg.Audit = &harness.Audit{Path: filepath.Join(s.Dir, "audit.jsonl")}
 	const key = prefix + "old"
 	p := s.NewProxy("proxy", s.cfg)
 	p.Args = []string{"--reencrypt"} // every hour
@@ -124,6 +125,11 @@ func TestReencryptAfterRestore(t *testing.T) {
 			return err
 		})
 	}
+	// The proxy's watch is back after the first stop, and has seen more than the backup has.
+	if _, err := s.kv.Put(t.Context(), &pb.PutRequest{Key: []byte(prefix + "last"), Value: []byte("in the clear")}); err != nil {
+		t.Fatal(err)
+	}
+	s.seen(t, p, "last", 2)
 
 	s.etcd.Stop(within)
 	if err := os.RemoveAll(s.etcd.DataDir); err != nil {
