@@ -109,7 +109,8 @@ type Etcd struct {
 	// Username is a user of etcd, where etcd's authentication is on, for requests of the proxy's own and of the commands that work on etcd. It needs to read and
 	// write the keys under the rules, below `coordination.prefix` and below `/etcd-kms-proxy/`. Clients bring their own tokens, as without the proxy. Goes with passwordFile.
 	Username string `yaml:"username"`
-	// PasswordFile holds the user's password. White space at its end does not count.
+	// PasswordFile holds the user's password. White space at its end does not count. It is read at
+	// each login; if etcd refuses a changed password, the last that it took is tried.
 	PasswordFile string `yaml:"passwordFile" file:"true"`
 	// MaxRequestBytes is what etcd's own flag `--max-request-bytes` was before the proxy came: larger requests are refused with etcd's own
 	// error, measured before values are sealed. Raise etcd's flag above it by a KiB for each put of a transaction, to make room for what sealing adds.

@@ -36,7 +36,7 @@ type Alibaba struct {
 	// `kms-vpc.<region>.aliyuncs.com`, and a dedicated instance has its own, `<instance>.cryptoservice.kms.aliyuncs.com`.
 	Endpoint string `yaml:"endpoint"`
 	// CAFile holds the certificates, as PEM, that the endpoint's is verified against: a dedicated instance has a CA of its own. When empty, the
-	// system's are used.
+	// system's are used. It is read again when it changes.
 	CAFile string `yaml:"caFile" file:"true"`
 	// EncryptionContext is bound to every wrapped seed and needed again to unwrap it: changing it makes existing values unreadable.
 	EncryptionContext map[string]string `yaml:"encryptionContext"`
@@ -77,7 +77,8 @@ type AlibabaCredentials struct {
 	// STSEndpoint is the `host` or `host:port` that oidc and assumeRole get their sessions from. When empty, it is the public endpoint of the
 	// region, `sts.<region>.aliyuncs.com`; in a VPC there is `sts-vpc.<region>.aliyuncs.com`.
 	STSEndpoint string `yaml:"stsEndpoint"`
-	// STSCAFile holds the certificates, as PEM, that stsEndpoint's is verified against. When empty, the system's are used.
+	// STSCAFile holds the certificates, as PEM, that stsEndpoint's is verified against. When empty, the system's are used. It is read again when it
+	// changes.
 	STSCAFile string `yaml:"stsCAFile" file:"true"`
 	// RoleName is the instance's role for ecsRAMRole. When empty, the metadata server is asked for its name.
 	RoleName string `yaml:"roleName"`
@@ -110,6 +111,6 @@ type Kubernetes struct {
 	Type string `yaml:"type" required:"true"`
 	// KeyFile is a YAML file, `keys: [{name: key1, secret: <base64>}]`, with the keys as the
 	// EncryptionConfiguration has them. Its owner and mode are those of local.keyFile. It is read
-	// at the start.
+	// again when it changes.
 	KeyFile string `yaml:"keyFile" required:"true" file:"true"`
 }

@@ -95,7 +95,10 @@ func read(t *testing.T, path string) string {
 // shown in /readyz until there is a good one.
 func TestFiles(t *testing.T) {
 	for _, style := range []string{"in place", "renamed", "..data"} {
-		t.Run(style, func(t *testing.T) { testFiles(t, style) })
+		t.Run(style, func(t *testing.T) {
+			t.Parallel()
+			testFiles(t, style)
+		})
 	}
 }
 
@@ -204,6 +207,7 @@ func testFiles(t *testing.T, style string) {
 			`"msg":"configuration not reloaded: the running one stays"`, "configuration",
 		},
 	}
+	want := make(map[string]int) // lines of refusal
 	for _, s := range subjects {
 		count := func(line string) int { return strings.Count(p.Log(), line) }
 		put := func(files map[string]string) {
@@ -236,6 +240,7 @@ func testFiles(t *testing.T, style string) {
 			})
 		}
 		before := count(s.refused)
+		want[s.refused] += 2
 		if s.reloaded != "" {
 			taken := count(s.reloaded)
 			put(s.good(1))
@@ -258,12 +263,16 @@ func testFiles(t *testing.T, style string) {
 			await("good again", s.back, again+1)
 			ready("good again", true)
 		}
-		// Another file's turn is time enough for a line that is repeated.
-		t.Cleanup(func() {
-			if have := count(s.refused); have != before+2 && !strings.HasPrefix(s.refused, refused) {
-				t.Errorf("%s: %q is logged %d times, want 2", s.name, s.refused, have-before)
-			}
-		})
 	}
 	p.WaitReady(within)
+	// The turns of the other files were time enough for a line that is repeated.
+	for line, n := range want {
+		have := strings.Count(p.Log(), line)
+		if strings.Contains(line, "listener") && style != "..data" && have == n+1 {
+			continue // a certificate and its key were not replaced within one moment
+		}
+		if have != n {
+			t.Errorf("%s is logged %d times, want %d", line, have, n)
+		}
+	}
 }
