@@ -100,8 +100,41 @@ func TestDashboard(t *testing.T) {
 			t.Errorf("with %s, the alerts are %v, want %v", what, got, want)
 		}
 	}
+	checkLabels(t, classic)
 	if picture != "" {
 		draw(t, classic, picture, began, ended)
+	}
+}
+
+// checkLabels requires of every label that rules and dashboard select by that the metric has it.
+func checkLabels(t *testing.T, p prometheus) {
+	t.Helper()
+	var expressions []string
+	for _, r := range rules(t) {
+		expressions = append(expressions, r.Expr)
+	}
+	for _, panel := range dashboard(t) {
+		for _, target := range panel.Targets {
+			expressions = append(expressions, target.Expr)
+		}
+	}
+	checked := 0
+	for _, expression := range expressions {
+		for _, selector := range regexp.MustCompile(`(\betcd_kms_proxy_\w+)\{([^}]*)\}`).FindAllStringSubmatch(expression, -1) {
+			name := selector[1]
+			if p.has(name) != nil {
+				continue // such as the warnings about keys, of which there are none
+			}
+			for _, label := range regexp.MustCompile(`(\w+)(=~|!~|!=|=)"`).FindAllStringSubmatch(selector[2], -1) {
+				checked++
+				if err := p.has(name + "{" + label[1] + `!=""}`); err != nil {
+					t.Errorf("%s: %v", expression, err)
+				}
+			}
+		}
+	}
+	if checked == 0 {
+		t.Error("no label was checked")
 	}
 }
 
