@@ -220,7 +220,7 @@ func (d *decoder) etcd(e *Etcd) {
 		return
 	}
 	_, cleartext := schemes["http"]
-	if _, ok := schemes["https"]; len(schemes) > 0 && !ok && !(cleartext && overTLS) {
+	if _, ok := schemes["https"]; len(schemes) > 0 && !ok && (!cleartext || !overTLS) {
 		d.report("etcd.tls", "write https:// endpoints, or remove the block", "has no effect, because no endpoint begins with https://")
 	}
 	d.certPool("etcd.tls.caFile", e.TLS.CAFile)

@@ -122,7 +122,7 @@ func (v *voters) ask(client *clientv3.Client) (learners []string, others bool) {
 		all.Go(func() {
 			conn, err := client.Dial(endpoint)
 			if err == nil {
-				defer conn.Close() //nolint:errcheck // its answer is here
+				defer conn.Close()
 				out := new(frame)
 				defer out.free()
 				err = conn.Invoke(metadata.AppendToOutgoingContext(ctx, meantForEtcd, markOfEtcd[0]), healthpb.Health_Check_FullMethodName,

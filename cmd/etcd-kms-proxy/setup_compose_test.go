@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -215,8 +216,8 @@ func TestSetupComposeRefuses(t *testing.T) {
 			}
 			before := files(t, dir)
 			err := setupCompose(dir, environment(tt.env...), now.Add(tt.later))
-			f, ok := err.(*failure)
-			if !ok || !strings.Contains(f.Error(), tt.text) || !strings.Contains(f.hint, tt.hint) || f.code != exitFailure {
+			var f *failure
+			if !errors.As(err, &f) || !strings.Contains(f.Error(), tt.text) || !strings.Contains(f.hint, tt.hint) || f.code != exitFailure {
 				t.Fatalf("got %v, %+v; want %q, and to do %q", err, f, tt.text, tt.hint)
 			}
 			for name, data := range files(t, dir) {

@@ -34,10 +34,10 @@ func checkRequest(fields []hpack.HeaderField) (length int64, ok bool) {
 			return 0, false
 		case "content-length":
 			n, err := strconv.ParseUint(f.Value, 10, 63)
-			if err != nil || length != undeclared && int64(n) != length { //nolint:gosec // 63 bits
+			if err != nil || length != undeclared && int64(n) != length {
 				return 0, false
 			}
-			length = int64(n) //nolint:gosec // 63 bits
+			length = int64(n)
 		}
 	}
 	if method == "CONNECT" {

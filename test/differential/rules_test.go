@@ -38,27 +38,6 @@ func (r ruleSet) sealed(key string) bool {
 	return result
 }
 
-// overlaps reports whether [key, end), in etcd's notation, can hold a key of any rule.
-func (r ruleSet) overlaps(key, end string) bool {
-	for _, rule := range r.rules {
-		switch end {
-		case "":
-			if strings.HasPrefix(key, rule.Prefix) {
-				return true
-			}
-		case "\x00":
-			if after := prefixEnd(rule.Prefix); after == "\x00" || key < after {
-				return true
-			}
-		default:
-			if after := prefixEnd(rule.Prefix); rule.Prefix < end && (after == "\x00" || key < after) {
-				return true
-			}
-		}
-	}
-	return false
-}
-
 // prefixEnd is the range end that makes a range of all keys with the prefix; "\x00" is etcd's word for "to the end".
 func prefixEnd(prefix string) string {
 	for i := len(prefix) - 1; i >= 0; i-- {
