@@ -139,7 +139,7 @@ func (s *socket) linger() {
 func (ws *websockets) bridge(s *socket, r *http.Request, protocols string) {
 	ctx, cancel := context.WithCancel(r.Context())
 	body, said := io.Pipe()
-	asked, err := http.NewRequestWithContext(ctx, http.MethodPost, r.URL.String(), body) //nolint:gosec // it is handed to a handler, and goes nowhere
+	asked, err := http.NewRequestWithContext(ctx, http.MethodPost, r.URL.String(), body) //nolint:gosec // the gateway in this process serves it
 	if err != nil {
 		cancel()
 		s.end(websocket.CloseInternalServerErr)

@@ -163,7 +163,7 @@ func composeSettings(dir string, getenv func(string) string) (*composeKMS, error
 		if kms.Region+kms.KeyID != "" {
 			return nil, &failure{code: exitFailure, err: errors.New("KMS is local, and ALIBABA_KMS_REGION or ALIBABA_KMS_KEY_ID is set"), hint: "set KMS=alibaba in .env, or remove the others"}
 		}
-		before, err := os.ReadFile(filepath.Join(folder, "config.yaml")) //nolint:gosec // the operator names the folder //nolint:gosec // below the operator's folder
+		before, err := os.ReadFile(filepath.Join(folder, "config.yaml")) //nolint:gosec // the operator names the folder
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return nil, err
 		}
