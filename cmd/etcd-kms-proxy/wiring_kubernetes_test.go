@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"os"
 	"path/filepath"
@@ -101,4 +102,42 @@ func TestKubernetesCommands(t *testing.T) {
 		t.Fatal(err)
 	}
 	execute(t, "config", "check", "--config", config).want(t, 1, "keys[0], line 2: its secret has 3 bytes instead of 16 or 24 or 32")
+}
+
+// TestKubernetesKeysReload puts another key file in the place of a provider's: what the rules open
+// changes with it, and a bad file leaves the keys as they are, with a line in /readyz.
+func TestKubernetesKeysReload(t *testing.T) {
+	v, d := kubernetesValues(t)[0], newDir(t)
+	v.keyFile(t, d.path("old.yaml"), "another")
+	a, r := newRunningIn(t, d, "rules:", "- {name: old, kubernetes: {type: "+v.Type+", keyFile: old.yaml}}\nrules:",
+		"writeWith: dev", "writeWith: dev\n  readWith: [old]\n  allowPlaintextReads: false")
+	opens := func() bool {
+		got, err := a.rules.Load().sealers[0].Open(t.Context(), v.EtcdKey, bytes.Clone(v.Stored))
+		return err == nil && string(got) == string(v.Plaintext)
+	}
+	if opens() {
+		t.Fatal("it opens with another key")
+	}
+	keys := a.legacy[0]
+	v.keyFile(t, d.path("old.yaml"), v.KeyName)
+	keys.reload(r)
+	if !opens() || checkOf(t, a, "key file of old") != "ok" {
+		t.Errorf("with its key: %t, %s", opens(), checkOf(t, a, "key file of old"))
+	}
+	if err := os.WriteFile(d.path("old.yaml"), []byte("keys: [{name: key1, sec"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	keys.reload(r)
+	if !opens() || !strings.Contains(checkOf(t, a, "key file of old"), "old.yaml") {
+		t.Errorf("half a file: %t, %s", opens(), checkOf(t, a, "key file of old"))
+	}
+	r.reload("test") // of the configuration
+	if !opens() {
+		t.Error("a reload of the configuration loses the keys")
+	}
+	v.keyFile(t, d.path("old.yaml"), "another")
+	keys.reload(r)
+	if opens() || checkOf(t, a, "key file of old") != "ok" {
+		t.Errorf("with another key: %t, %s", opens(), checkOf(t, a, "key file of old"))
+	}
 }
