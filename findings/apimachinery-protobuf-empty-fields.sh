@@ -8,9 +8,9 @@
 #     first bytes: 6b3873000a, last bytes: 1a002200
 #     without the two fields, the object is read all the same
 #
-# Why it matters: a value that another protobuf encoder reads and writes again is four bytes shorter.
-# It is another value for compares by value and for checksums of backups, although nothing changed.
-# A test of an encrypting proxy against real Kubernetes values needs that serializer.
+# Why it matters: a value that another protobuf encoder reads and writes again is four bytes
+# shorter. It is another value for compares by value and for checksums of backups, although nothing
+# changed. A test of an encrypting proxy against real Kubernetes values needs that serializer.
 set -euo pipefail
 
 tmp=$(mktemp -d)

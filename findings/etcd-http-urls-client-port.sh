@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Software: etcd 3.7.3 with --listen-client-http-urls, without TLS.
 #
-# Expected: the client port, which then serves gRPC alone, refuses an HTTP/1.1 request in
-# words that the client understands, or closes the connection.
+# Expected: the client port, which then serves gRPC alone, refuses an HTTP/1.1 request in words that
+# the client understands, or closes the connection.
 #
-# Observed: etcd sends an HTTP/2 SETTINGS frame, then closes. Bytes of the answer to
+# Observed: etcd sends an HTTP/2 SETTINGS frame. The first bytes of the answer to
 # "GET /health HTTP/1.1", with the flag and without it:
 #     with: 00 00 06 04 00 00 00 00 00 00 05 00 00 40 00
 #     without: HTTP/1.1 200 OK

@@ -3,16 +3,16 @@
 #
 # Expected: an etcd without clients is empty, as etcd itself is: revision 1 and no keys.
 #
-# Observed: kine writes two keys of its own at start. One of them is under /registry, the prefix
-# of Kubernetes' data:
+# Observed: kine writes two keys of its own at start. One of them is under /registry, the prefix of
+# Kubernetes' data:
 #     revision 2
 #     compact_rev_key (created at revision 1) = ""
 #     /registry/health (created at revision 2) = "{\"health\":\"true\"}"
 #
 # Why it matters: kine writes to its database and not through its own API, so a proxy in front of
 # kine never sees this write. A rule that requires every value under /registry/ to be encrypted
-# finds one that is not, and kube-apiserver reads that key in its health check. Clients that count on
-# revision 1 or on no keys, such as a restore into an empty etcd, are surprised as well.
+# finds one that is not, and kube-apiserver reads that key in its health check. Clients that count
+# on revision 1 or on no keys, such as a restore into an empty etcd, are surprised as well.
 set -euo pipefail
 
 tmp=$(mktemp -d)

@@ -4,16 +4,16 @@
 # Expected: --endpoint sqlite://PATH moves the database and keeps the other defaults, among them the
 # journal mode WAL, which kine's documentation lists as the default of its parameter.
 #
-# Observed: the defaults belong to the default endpoint as a whole. An endpoint with a path alone has
-# none of them: SQLite's rollback journal, no busy timeout, other transaction locks. The journal mode
-# shows in the header of the database (2 is WAL, 1 is the rollback journal):
+# Observed: the defaults belong to the default endpoint as a whole. An endpoint with a path alone
+# has none of them: SQLite's rollback journal, no busy timeout, other transaction locks. The journal
+# mode shows in the header of the database (2 is WAL, 1 is the rollback journal):
 #     no endpoint: 2
 #     sqlite://PATH: 1
 #     sqlite://PATH?_journal_mode=WAL: 2
 #
 # Why it matters: a kine whose data was only moved to another folder blocks readers while it writes,
-# and its log does not mention it. A test of an etcd proxy against such a kine fails for reasons that
-# are not the proxy's. Give the whole list of parameters with a path.
+# and its log does not mention it. A test of an etcd proxy against such a kine fails for reasons
+# that are not the proxy's. Give the whole list of parameters with a path.
 set -euo pipefail
 
 tmp=$(mktemp -d)
