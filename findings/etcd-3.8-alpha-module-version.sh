@@ -4,13 +4,13 @@
 # Expected: a build of the module server/v3 at v3.8.0-alpha.0 is etcd 3.8.0-alpha.0 and says so.
 #
 # Observed: server/v3 v3.8.0-alpha.0 requires api, client and pkg at v3.7.0-beta.0, although these
-# modules have a v3.8.0-alpha.0 of their own. A plain build links the old ones, with the old
-# version number and the old messages:
+# modules have a v3.8.0-alpha.0 of their own. A plain build links the old ones, with the old version
+# number and the old messages:
 #     server/v3 v3.8.0-alpha.0 with api/v3 v3.7.0-beta.0
 #     etcd Version: 3.7.0-beta.0
 #
-# Why it matters: whoever builds etcd from modules to test a proxy against "3.8" gets messages,
-# clients and a version of 3.7. Require all modules of etcd at the same version.
+# Why it matters: a proxy that is tested against such a build is tested with messages and clients of
+# 3.7. Require all modules of etcd at the same version.
 set -euo pipefail
 
 tmp=$(mktemp -d)

@@ -4,9 +4,9 @@
 # Expected: a client whose watch had reached revision 51 learns that etcd came back with an older
 # data directory, by an error or a canceled watch, since its next revision does not exist.
 #
-# Observed: the client asks for revision 52 on the new etcd, which is allowed (it is in the
-# future), and etcd confirms the watch. What is written until etcd gets to revision 52 is not
-# delivered, and neither side reports anything:
+# Observed: the client asks for revision 52 on the new etcd, which is allowed (it is in the future),
+# and etcd confirms the watch. What is written until etcd gets to revision 52 is not delivered, and
+# neither side reports anything:
 #     50 puts, 50 events, the last one of revision 51
 #     etcd restarts with an empty data directory
 #     60 puts, 10 events, the first one of revision 52; errors: none

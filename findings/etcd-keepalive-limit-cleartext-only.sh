@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # Software: etcd 3.7.3 with its default --grpc-keepalive-min-time=5s, with and without TLS.
 #
-# Expected: the flag, "minimum interval duration that a client should wait before pinging server",
-# applies to every gRPC client of etcd, whether it uses TLS or not.
+# Expected: the flag, the shortest time between two pings of a client, applies to every gRPC client
+# of etcd, whether it uses TLS or not.
 #
-# Observed: a connection with a watch that pings once a second is closed without TLS, and may go on
-# with TLS, where etcd serves gRPC through Go's HTTP server, which does not limit pings:
+# Observed: a connection with a watch that pings once a second is closed without TLS, and is kept
+# with TLS, where etcd serves gRPC through Go's HTTP server, which does not know this limit:
 #     http: GOAWAY ENHANCE_YOUR_CALM "too_many_pings" after 4 pings
 #     https: 8 pings, each of them acknowledged
 #
 # Why it matters: a keepalive that was tested over TLS breaks watches and leases on a cleartext hop,
-# such as the one between a sidecar proxy and etcd on the same host. A proxy between the two has to
-# choose a limit of its own, and the flag does not protect an etcd that uses TLS.
+# such as the one between a sidecar proxy and etcd on the same host. A proxy that accepts both has
+# to choose which of the two it follows on each side.
 set -euo pipefail
 
 tmp=$(mktemp -d)

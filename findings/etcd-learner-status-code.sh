@@ -11,7 +11,8 @@
 #
 # Why it matters: many clients and proxies take Unavailable for "try another endpoint" and
 # FailedPrecondition for a final answer. With a learner among the endpoints, what was repeated
-# elsewhere on 3.5 fails after an upgrade to 3.6. A proxy must recognize the text, or leave learners out.
+# elsewhere on 3.5 fails after an upgrade to 3.6. A proxy must recognize the text, or leave learners
+# out.
 set -euo pipefail
 
 tmp=$(mktemp -d)

@@ -11,8 +11,8 @@
 #     Range: 100 keys, RangeStream: 115 keys, 98 different ones
 #
 # Why it matters: a client that uses RangeStream with a target, which looks harmless without an
-# order, silently loses keys. A proxy that passes requests on must keep or refuse this; if the
-# proxy changes values (for example because it encrypts them), other keys are lost.
+# order, silently loses keys. A proxy that passes requests on must keep or refuse this; if the proxy
+# changes values (for example because it encrypts them), other keys are lost.
 set -euo pipefail
 
 tmp=$(mktemp -d)

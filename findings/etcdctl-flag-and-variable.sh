@@ -9,8 +9,8 @@
 #     ETCDCTL_ENDPOINTS=http://127.0.0.1:1 etcdctl --endpoints=http://127.0.0.1:1 get key
 #     "msg":"conflicting environment variable is shadowed by corresponding command-line flag ..."
 #
-# Why it matters: on a host where ETCDCTL_ENDPOINTS names etcd, or the proxy, the documented
-# `etcdctl --endpoints=...` for the other one does not work. Unset the variable for that command.
+# Why it matters: on a host where ETCDCTL_ENDPOINTS names etcd, or a proxy, `etcdctl --endpoints=...`
+# for the other one does not work. Unset the variable for that command.
 set -euo pipefail
 
 tmp=$(mktemp -d)

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
 # Software: github.com/coreos/go-systemd/v22 v22.7.0, activation.ListenersWithNames.
 #
-# Expected: a socket that systemd passes and that cannot be a net.Listener is an error, since the
+# Expected: a socket that systemd passes and that cannot accept connections is an error, since the
 # unit file then does not fit the service.
 #
-# Observed: it is left out without an error, and its name is not in the map. Listeners, of the same
-# package, at least keeps its place with a nil:
-#     passed: client (stream), metrics (datagram)
-#     ListenersWithNames: [client], error <nil>
-#     Listeners: 2, nil: 1, error <nil>
+# Observed: a datagram socket is left out without an error, and its name is not in the map, while a
+# connected socket, as of a unit with Accept=yes, is returned as a listener that cannot accept:
+#     passed: client (listening), metrics (datagram), accepted (connected)
+#     names: [accepted client], error: <nil>
+#     accepted: accept: invalid argument
 #
-# Why it matters: a .socket unit with ListenDatagram= in place of ListenStream=, or with Accept=yes,
-# starts a service, such as an etcd proxy, that listens on fewer sockets than configured, or on none, and
-# reports success. A service has to compare what it got with LISTEN_FDS and LISTEN_FDNAMES itself.
+# Why it matters: with a mistake in its .socket unit, a service such as an etcd proxy listens on
+# fewer sockets than configured, or on none, and reports success. It has to compare the result with
+# LISTEN_FDNAMES itself, and check that each socket listens.
 set -euo pipefail
 
 tmp=$(mktemp -d)
@@ -24,56 +24,58 @@ export GOFLAGS="-buildvcs=false -mod=mod" GOWORK=off CGO_ENABLED=0
 go mod init example.com/finding 2>/dev/null
 go get github.com/coreos/go-systemd/v22@v22.7.0 2>go.log || { cat go.log; exit 1; }
 cat >main.go <<'GO'
-// It passes two sockets to itself as systemd does, and prints what the package makes of them.
+// It passes three sockets to itself as systemd does, and prints what the package makes of them.
 package main
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"net"
 	"os"
 	"os/exec"
 	"slices"
+	"syscall"
 
 	"github.com/coreos/go-systemd/v22/activation"
 )
 
 func main() {
-	if len(os.Args) > 1 {
-		child(os.Args[1])
+	if os.Getenv("LISTEN_FDS") != "" {
+		child()
 		return
 	}
 	stream, err := net.Listen("tcp", "127.0.0.1:0")
 	check(err)
 	datagram, err := net.ListenPacket("udp", "127.0.0.1:0")
 	check(err)
-	first, err := stream.(*net.TCPListener).File()
+	client, err := net.Dial("tcp", stream.Addr().String())
 	check(err)
-	second, err := datagram.(*net.UDPConn).File()
+	defer client.Close()
+	connection, err := stream.Accept()
 	check(err)
-	fmt.Println("passed: client (stream), metrics (datagram)")
-	for _, function := range []string{"ListenersWithNames", "Listeners"} {
-		c := exec.Command("sh", "-c", `LISTEN_PID=$$ LISTEN_FDS=2 LISTEN_FDNAMES=client:metrics exec "$0" "$1"`, os.Args[0], function)
-		c.ExtraFiles = []*os.File{first, second}
-		c.Stdout, c.Stderr = os.Stdout, os.Stderr
-		check(c.Run())
+	c := exec.Command("sh", "-c", `LISTEN_PID=$$ LISTEN_FDS=3 LISTEN_FDNAMES=client:metrics:accepted exec "$0"`, os.Args[0])
+	for _, socket := range []interface{ File() (*os.File, error) }{stream.(*net.TCPListener), datagram.(*net.UDPConn), connection.(*net.TCPConn)} {
+		file, err := socket.File()
+		check(err)
+		c.ExtraFiles = append(c.ExtraFiles, file)
 	}
+	c.Stdout, c.Stderr = os.Stdout, os.Stderr
+	fmt.Println("passed: client (listening), metrics (datagram), accepted (connected)")
+	check(c.Run())
 }
 
-func child(function string) {
-	if function == "ListenersWithNames" {
-		listeners, err := activation.ListenersWithNames()
-		fmt.Printf("ListenersWithNames: %v, error %v\n", slices.Sorted(maps.Keys(listeners)), err)
-		return
-	}
-	listeners, err := activation.Listeners()
-	missing := 0
-	for _, l := range listeners {
-		if l == nil {
-			missing++
+func child() {
+	listeners, err := activation.ListenersWithNames()
+	fmt.Printf("names: %v, error: %v\n", slices.Sorted(maps.Keys(listeners)), err)
+	for _, l := range listeners["accepted"] {
+		_, err := l.Accept()
+		var errno syscall.Errno
+		if errors.As(err, &errno) {
+			err = errno
 		}
+		fmt.Println("accepted: accept:", err)
 	}
-	fmt.Printf("Listeners: %d, nil: %d, error %v\n", len(listeners), missing, err)
 }
 
 func check(err error) {
@@ -85,9 +87,14 @@ func check(err error) {
 GO
 go build -o sockets .
 ./sockets | tee out
-if grep -qx 'ListenersWithNames: \[client\], error <nil>' out; then
-  echo "still so: a socket that is no listener is left out without an error"
+cat >expected <<'TEXT'
+passed: client (listening), metrics (datagram), accepted (connected)
+names: [accepted client], error: <nil>
+accepted: accept: invalid argument
+TEXT
+if cmp -s out expected; then
+  echo "still so: one socket that cannot accept is left out, the other one returned, without an error"
   exit 0
 fi
-echo "changed: ListenersWithNames reports the socket, or fails"
+echo "changed: ListenersWithNames reports sockets that cannot accept, or treats them otherwise"
 exit 1

@@ -10,9 +10,9 @@
 #     server-streaming (health Watch), no half-close: nothing in 2 s
 #     server-streaming (health Watch), half-close: answered
 #
-# Why it matters: clients that forget to half-close, which exist, work with etcd's unary calls and
-# wait forever for a RangeStream or a Snapshot. A proxy that waits for the end of a unary request
-# before it passes it on breaks clients that worked with etcd itself.
+# Why it matters: a client that does not half-close works with the unary calls of etcd and waits at
+# RangeStream or Snapshot. A proxy that waits for the end of a unary request before it passes it on
+# breaks clients that work with etcd itself.
 set -euo pipefail
 
 tmp=$(mktemp -d)
