@@ -5,14 +5,19 @@ import (
 	"context"
 	"encoding/json"
 	"flag"
+	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spf13/cobra"
 	"k8s.io/kms/pkg/service"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
@@ -170,5 +175,58 @@ func TestStoredValuesOfReleases(t *testing.T) {
 		if got, err := sealerOf(t, rescue, v.EtcdKey).Open(t.Context(), v.EtcdKey, bytes.Clone(v.Stored)); err != nil || !bytes.Equal(got, v.Plaintext) {
 			t.Errorf("%s, by its recovery copy: %q, %v", v.Name, got, err)
 		}
+	}
+}
+
+// TestSurfaceOfReleases: every command, flag and metric of 0.1.0 is still there, and metrics have
+// the labels that they had.
+func TestSurfaceOfReleases(t *testing.T) {
+	now := make(map[string]bool)
+	flag := regexp.MustCompile(`(?m)^ +(?:-\w, )?--([a-z0-9-]+)(?: (\w+))?  `)
+	var commands func(c *cobra.Command)
+	commands = func(c *cobra.Command) {
+		now[c.CommandPath()] = true
+		for _, m := range flag.FindAllStringSubmatch(c.LocalFlags().FlagUsages(), -1) {
+			value := ""
+			if m[2] != "" {
+				value = " VALUE"
+			}
+			now[fmt.Sprintf("%s --%s%s", c.CommandPath(), m[1], value)] = true
+		}
+		for _, sub := range c.Commands() {
+			commands(sub)
+		}
+	}
+	commands(newRoot())
+	a, _ := newRunning(t)
+	described := make(chan *prometheus.Desc, 1000)
+	a.metrics.registry.Describe(described)
+	close(described)
+	metric := regexp.MustCompile(`fqName: "(etcd_kms_proxy_\w+|grpc_server_\w+)".*variableLabels: (\{[^}]*\})`)
+	for d := range described {
+		if m := metric.FindStringSubmatch(d.String()); m != nil {
+			now[m[1]+m[2]] = true
+		}
+	}
+	file := filepath.Join(released, "surface.txt")
+	if *updateStored {
+		lines := slices.Sorted(maps.Keys(now))
+		if err := os.WriteFile(file, []byte(strings.Join(lines, "\n")+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	data, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := 0
+	for line := range strings.Lines(string(data)) {
+		lines++
+		if line = strings.TrimSuffix(line, "\n"); !now[line] {
+			t.Errorf("there is no %q any more", line)
+		}
+	}
+	if lines < 100 {
+		t.Errorf("only %d lines", lines)
 	}
 }
