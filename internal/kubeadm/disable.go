@@ -45,6 +45,6 @@ func (n *Node) Disable() (*Plan, error) {
 		wait:   func(ctx context.Context) error { return n.past(ctx, past) },
 		back:   func(ctx context.Context) error { return n.through(ctx, m) },
 	})
-	p.add(step{change: podChange, what: "removing " + n.Pod})
+	p.add(step{change: podChange, what: "removing " + n.Pod, wait: n.gone, back: func(ctx context.Context) error { return n.restarted(ctx, nil) }})
 	return p, nil
 }

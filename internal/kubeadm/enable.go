@@ -70,6 +70,9 @@ func (n *Node) Enable(ctx context.Context) (*Plan, error) {
 		}
 		restarted.back = func(ctx context.Context) error { return n.through(ctx, m) }
 	}
+	if podChange.Old == nil {
+		restarted.back = n.gone
+	}
 	p.add(restarted)
 	p.add(step{
 		change: Change{n.APIServer, m.Bytes(), through.Bytes()},

@@ -224,3 +224,13 @@ func (n *Node) restarted(ctx context.Context, before *figures) error {
 		return n.proxyReady(ctx)
 	})
 }
+
+// gone waits until no proxy answers: its ports are free then.
+func (n *Node) gone(ctx context.Context) error {
+	return n.until(ctx, "the proxy was not stopped", func(ctx context.Context) error {
+		if _, err := n.proxyFigures(ctx); err == nil {
+			return errors.New("it still answers at " + n.Settings.Admin)
+		}
+		return nil
+	})
+}

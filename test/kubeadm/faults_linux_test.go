@@ -2,6 +2,8 @@ package kubeadm
 
 import (
 	"bytes"
+	"errors"
+	"fmt"
 	"net"
 	"os"
 	"strings"
@@ -63,16 +65,23 @@ func TestRollsBack(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
 	harness.Eventually(t, within, "the manifest to be changed", func() error {
+		select {
+		case err := <-ended:
+			return fmt.Errorf("the command has ended: %w: %v\n%s", harness.ErrStop, err, interrupted)
+		default:
+		}
 		if bytes.Equal(n.read(manifest), before) {
-			return os.ErrNotExist
+			return errors.New("it is as before")
 		}
 		return nil
 	})
 	if err := cmd.Process.Signal(os.Interrupt); err != nil {
 		t.Fatal(err)
 	}
-	_ = cmd.Wait()
+	<-ended
 	if cmd.ProcessState.ExitCode() != 3 || !strings.Contains(interrupted.String(), "interrupted") {
 		t.Errorf("exit code %d:\n%s", cmd.ProcessState.ExitCode(), interrupted)
 	}
