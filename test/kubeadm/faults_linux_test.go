@@ -70,7 +70,7 @@ func TestRollsBack(t *testing.T) {
 	harness.Eventually(t, within, "the manifest to be changed", func() error {
 		select {
 		case err := <-ended:
-			return fmt.Errorf("the command has ended: %w: %v\n%s", harness.ErrStop, err, interrupted)
+			return fmt.Errorf("the command has ended: %w: %w\n%s", harness.ErrStop, err, interrupted)
 		default:
 		}
 		if bytes.Equal(n.read(manifest), before) {
