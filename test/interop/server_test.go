@@ -111,6 +111,9 @@ func TestOurServer(t *testing.T) {
 	via, direct := newOurs(t, p, provider), newDirect(t, backend)
 	value := []byte("value")
 	exchange := func(t *testing.T, keyID string) {
+		// A ring that has not heard of the key ID yet calls its values stale.
+		via.await(t, keyID)
+		direct.await(t, keyID)
 		for writer, seal := range map[string]func(testing.TB, []byte, []byte) []byte{"kube-apiserver": they.seal, "through the server": via.seal, "direct": direct.seal} {
 			stored := seal(t, secretKey, value)
 			o := decode(t, stored)
