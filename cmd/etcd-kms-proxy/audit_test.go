@@ -181,7 +181,7 @@ func runApp(t *testing.T, d dir, edits ...string) *app {
 	t.Cleanup(a.close)
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
-	r := &reloader{path: path, seen: digest(path), app: a, running: c, level: new(slog.LevelVar), log: log}
+	r := &reloader{path: path, seen: digest(path), inUse: digest(path), app: a, running: c, level: new(slog.LevelVar), log: log}
 	go func() { ended <- a.run(ctx, r, nil, deadline) }()
 	t.Cleanup(func() {
 		cancel()

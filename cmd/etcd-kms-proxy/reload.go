@@ -32,6 +32,7 @@ type reloader struct {
 
 	mu      sync.Mutex
 	running *config.Config
+	inUse   [sha256.Size]byte // digest of the file that running is from
 
 	kept atomic.Pointer[string] // why the file is not in use; nil if it is
 }
@@ -48,13 +49,17 @@ func (r *reloader) problem() error {
 func (r *reloader) reload(trigger string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	now := digest(r.path) // before it is loaded: a change in between is seen as one
 	outcome, reason := r.apply(trigger)
 	r.kept.Store(nil)
-	if outcome != reloadApplied {
+	switch {
+	case outcome == reloadApplied:
+		r.inUse = now
+	case now != r.inUse: // else nothing waits to be used
 		r.kept.Store(&reason)
 	}
 	r.app.metrics.reloads.WithLabelValues(outcome).Inc()
-	r.app.audit.reloaded(trigger, outcome, reason, digest(r.path))
+	r.app.audit.reloaded(trigger, outcome, reason, now)
 }
 
 // apply returns the outcome and, for the audit log, why. mu is held.

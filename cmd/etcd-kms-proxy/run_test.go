@@ -32,7 +32,7 @@ func newRunningIn(t *testing.T, d dir, edits ...string) (*app, *reloader) {
 		t.Fatal(err)
 	}
 	t.Cleanup(a.close)
-	return a, &reloader{path: path, seen: digest(path), app: a, running: c, level: new(slog.LevelVar), log: log}
+	return a, &reloader{path: path, seen: digest(path), inUse: digest(path), app: a, running: c, level: new(slog.LevelVar), log: log}
 }
 
 func TestRunEndsWithNothingLeft(t *testing.T) {

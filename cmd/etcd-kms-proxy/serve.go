@@ -131,7 +131,7 @@ func serve(cmd *cobra.Command, path string, o serveOptions) error {
 	if len(c.Rules) == 0 {
 		log.Warn("there are no rules: every value passes as it is")
 	}
-	r := &reloader{path: path, seen: loaded, app: a, running: c, level: level, weaken: o.weaken, log: log}
+	r := &reloader{path: path, seen: loaded, inUse: loaded, app: a, running: c, level: level, weaken: o.weaken, log: log}
 	a.live = append(a.live, liveFile{"configuration", r.problem})
 	a.audit.started(loaded)
 	err = a.run(cmd.Context(), r, signals, o.drain)

@@ -41,11 +41,24 @@ type stack struct {
 	ports map[string]string
 }
 
+// wanted skips the test unless it was asked for.
+func wanted(t *testing.T) {
+	t.Helper()
+	if os.Getenv("COMPOSE_TEST") == "" {
+		t.Skip("needs a Docker engine and the images: make compose-test runs it")
+	}
+}
+
 // composeV2 and composeV1 are the commands of both generations of Compose.
-func composeV2(t *testing.T) []string { return []string{harness.Bin(t, "docker-compose-v2")} }
+func composeV2(t *testing.T) []string {
+	t.Helper()
+	wanted(t)
+	return []string{harness.Bin(t, "docker-compose-v2")}
+}
 
 func composeV1(t *testing.T) []string {
 	t.Helper()
+	wanted(t)
 	for _, name := range []string{"docker-compose", "/usr/bin/docker-compose"} {
 		out, err := exec.Command(name, "version", "--short").Output()
 		if err == nil && bytes.HasPrefix(out, []byte("1.")) {
@@ -59,9 +72,7 @@ func composeV1(t *testing.T) []string {
 // newStack prepares a project of its own, which is removed with the test.
 func newStack(t *testing.T, compose []string) *stack {
 	t.Helper()
-	if os.Getenv("COMPOSE_TEST") == "" {
-		t.Skip("needs a Docker engine and the images: make compose-test runs it")
-	}
+	wanted(t)
 	var random [4]byte
 	_, _ = rand.Read(random[:])
 	s := &stack{t: t, compose: compose, project: "ekptest" + hex.EncodeToString(random[:]), ports: make(map[string]string)}
