@@ -79,7 +79,7 @@ func TestDemo(t *testing.T) {
 			if err := syscall.Kill(-group, sig); err != nil {
 				t.Fatal(err)
 			}
-			harness.Eventually(t, 30*time.Second, "every process to end", func() error {
+			harness.Eventually(t, 90*time.Second, "every process to end", func() error {
 				if err := syscall.Kill(-group, 0); !errors.Is(err, syscall.ESRCH) {
 					return fmt.Errorf("some are left, and can be signalled: %t", err == nil)
 				}
