@@ -50,7 +50,7 @@ func objectAt(namespace string) []byte {
 }
 
 // aescbc encrypts as the API server's own provider does.
-func aescbc(t *testing.T, secret, plaintext []byte) []byte {
+func aescbc(t *testing.T, name string, secret, plaintext []byte) []byte {
 	t.Helper()
 	block, err := aes.NewCipher(secret)
 	if err != nil {
@@ -60,7 +60,7 @@ func aescbc(t *testing.T, secret, plaintext []byte) []byte {
 	out := append(bytes.Clone(plaintext), bytes.Repeat([]byte{byte(n)}, n)...)
 	iv := []byte("sixteen bytes IV")
 	cipher.NewCBCEncrypter(block, iv).CryptBlocks(out, out)
-	return slices.Concat([]byte("k8s:enc:aescbc:v1:key1:"), iv, out)
+	return slices.Concat([]byte("k8s:enc:aescbc:v1:"+name+":"), iv, out)
 }
 
 // TestEveryPath: what one path refuses, no other one yields or makes genuine: whatever is stored,
@@ -99,7 +99,7 @@ func testEveryPath(t *testing.T, strict bool) {
 	altered := bytes.Clone(genuine)
 	altered[len(altered)-1] ^= 1
 	forged := []byte("k8s:enc:kms:v2:other:forged")
-	legacy := aescbc(t, secret, objectAt("legacy"))
+	legacy := aescbc(t, "key1", secret, objectAt("legacy"))
 	flipped := bytes.Clone(legacy)
 	flipped[len(flipped)-20] ^= 1
 	values := []*pathValue{
@@ -114,7 +114,7 @@ func testEveryPath(t *testing.T, strict bool) {
 		{name: "legacy", stored: legacy, yields: objectAt("legacy"), renewed: true},
 		{name: "legacy-moved", stored: legacy, clear: true},
 		{name: "legacy-altered", stored: flipped, clear: true},
-		{name: "legacy-mark", stored: aescbc(t, secret, []byte("k8s\x00forged")), clear: true},
+		{name: "legacy-mark", stored: aescbc(t, "key1", secret, []byte("k8s\x00forged")), clear: true},
 		{name: "legacy-unknown-key", stored: []byte("k8s:enc:aescbc:v1:key2:forged"), clear: true},
 	}
 	if strict {

@@ -2,9 +2,6 @@ package lifecycle
 
 import (
 	"bytes"
-	"crypto/aes"
-	"crypto/cipher"
-	"crypto/rand"
 	"encoding/base64"
 	"fmt"
 	"path/filepath"
@@ -86,7 +83,8 @@ func TestKeysWithColons(t *testing.T) {
 	}
 	s := newSite(t, "3.7", nil)
 	for i, name := range []string{first, second, second} {
-		put(t, s.raw, fmt.Sprintf("%s%d", prefix, i), "k8s:enc:aescbc:v1:"+name+":"+cbc(t, secrets[name], `{"apiVersion":"v1","kind":"Secret"}`))
+		namespace := fmt.Sprintf("n%d", i)
+		put(t, s.raw, prefix+namespace+"/obj", string(aescbc(t, name, secrets[name], objectAt(namespace))))
 	}
 	config := func(names ...string) string {
 		s.File("old.yaml", []byte(keys(names...)))
@@ -111,19 +109,4 @@ func TestKeysWithColons(t *testing.T) {
 	}
 	status(config(first, second), row("stale   ", first, 1), row("stale   ", second, 2))
 	status(config(first), first+"  1 ", second+"  2 ", `it was sealed with aescbc key "`+second+`"`)
-}
-
-// cbc encrypts as the API server's aescbc provider does.
-func cbc(t *testing.T, key []byte, text string) string {
-	t.Helper()
-	block, err := aes.NewCipher(key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	pad := aes.BlockSize - len(text)%aes.BlockSize
-	data := append([]byte(text), bytes.Repeat([]byte{byte(pad)}, pad)...)
-	iv := make([]byte, aes.BlockSize)
-	_, _ = rand.Read(iv) // never fails
-	cipher.NewCBCEncrypter(block, iv).CryptBlocks(data, data)
-	return string(iv) + string(data)
 }
