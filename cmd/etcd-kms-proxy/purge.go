@@ -181,7 +181,7 @@ func (cl *cluster) sameRules(ctx context.Context, o purgeOptions) error {
 func (r *purgeReport) plan(w io.Writer) {
 	h := r.History
 	if h.CompactAt > 0 {
-		printf(w, "the history from revision %d to %d holds %d plaintext values: it is compacted at revision %d; a watch from an earlier revision has to begin anew\n",
+		printf(w, "the history from revision %d to %d holds %d plaintext values: it is compacted at revision %d; a watch from an earlier revision has to start again\n",
 			h.Compacted+1, h.Present, h.Plaintext, h.CompactAt)
 	} else {
 		printf(w, "the history from revision %d to %d holds no plaintext\n", h.Compacted+1, h.Present)

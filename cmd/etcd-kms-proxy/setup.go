@@ -30,7 +30,7 @@ func newSetupCompose() *cobra.Command {
 certificate authorities and the certificates of etcd, the proxies, kube-apiserver and the clients, a local key file, and the proxies' configuration.
 
 It may run again and again: what is there and still good is kept, certificates in the last third of their lifetime are replaced, and a key file is never
-replaced. The configuration is written anew from the environment:
+replaced. The configuration is written again from the environment:
 
   KMS                        local (the default) or alibaba
   ALIBABA_KMS_REGION         the key's region, for example cn-hangzhou

@@ -54,7 +54,7 @@ func openAuthority(certFile, keyFile, name string, now time.Time) (*authority, e
 	if err != nil {
 		return nil, err
 	}
-	start := "remove the volumes of certificates, which loses no data, and start again: all certificates are made anew"
+	start := "remove the volumes of certificates, which loses no data, and start again: new certificates are made"
 	pair, err := tls.X509KeyPair(certPEM, keyPEM)
 	if err != nil {
 		return nil, &failure{code: exitFailure, err: fmt.Errorf("%s and %s are not an authority and its key", certFile, keyFile), hint: start}
