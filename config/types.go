@@ -42,7 +42,7 @@ type Listener struct {
 	// address needs TLS with client certificates, or insecurePlaintext. `systemd://NAME` takes the sockets that systemd passes under the name that
 	// `FileDescriptorName=` of a socket unit gives them; what they may be without TLS is checked when the proxy starts.
 	Address string `yaml:"address" required:"true"`
-	// Mode is the permission of a unix socket, in octal. Whoever may write to the socket may read every value. A socket unit of systemd has
+	// Mode is the permission of a unix socket, in octal. Every user who may write to the socket may read every value. A socket unit of systemd has
 	// `SocketMode=` instead.
 	Mode string `yaml:"mode" default:"0600"`
 	// TLS is required for addresses that other machines reach.

@@ -33,10 +33,10 @@ const (
 
 // noteRefusal remembers a failed call for a seed, and returns what is remembered. The time in which
 // the KMS is not asked again begins with half of FailingPollInterval and is doubled with each
-// answer, up to PollInterval: with the defaults 5, 10, 20, 40 and then 60 seconds, so that whoever
-// reads such a value causes four calls in the first minute, and one in each later one. The circuit
-// breaker of the KMS client holds back calls that have no answer, until they are known to be about
-// the seed.
+// answer, up to PollInterval: with the defaults 5, 10, 20, 40 and then 60 seconds. However often
+// clients read such a value, the KMS is called for it five times in the first minute at most, with
+// the second attempt of the first call, and once in each later minute. The circuit breaker of the
+// KMS client holds back calls that have no answer, until they are known to be about the seed.
 func (r *Ring) noteRefusal(d digest, cause error) *refusal {
 	now := time.Now()
 	next := &refusal{cause: cause, since: now}
