@@ -56,13 +56,13 @@ unit: ## the product's own tests, with the race detector where there is a C comp
 interop: ## our stored format against k8s.io/apiserver's
 	cd test/interop && go test -timeout 15m ./...
 
-e2e: build tools ## the whole matrix: every etcd version, transport and API server setup, and whether docs/compatibility.md says what passes
+e2e: build tools ## the whole matrix: every etcd version, transport and API server setup, and whether docs/design/compatibility.md says what passes
 	@rm -rf $(BIN)/compatibility && mkdir -p $(BIN)/compatibility
 	cd test && COMPATIBILITY_RESULTS=$(BIN)/compatibility go test -count=1 -timeout 60m ./...
-	cd test && go run ./compatibility -results $(BIN)/compatibility -check ../docs/compatibility.md
+	cd test && go run ./compatibility -results $(BIN)/compatibility -check ../docs/design/compatibility.md
 
-compatibility: ## write the tables of docs/compatibility.md from what passed in the last make e2e
-	cd test && go run ./compatibility -results $(BIN)/compatibility -write ../docs/compatibility.md
+compatibility: ## write the tables of docs/design/compatibility.md from what passed in the last make e2e
+	cd test && go run ./compatibility -results $(BIN)/compatibility -write ../docs/design/compatibility.md
 
 soak: build tools ## hours: a KMS in trouble, ten lives of a cluster of 20,000 Secrets, a million keys, linearizability, random sequences
 	cd test && SOAK=10m go test -count=1 -timeout 30m ./soak
@@ -95,7 +95,7 @@ lint: $(BIN)/golangci-lint ## golangci-lint over every module
 	cd test/bench && $(BIN)/golangci-lint run --allow-parallel-runners --config ../../.golangci.yml ./...
 	cd test/scoreboard && $(BIN)/golangci-lint run --allow-parallel-runners --config ../../.golangci.yml ./...
 
-docs: ## regenerate docs/configuration.md from the config types' comments
+docs: ## regenerate docs/reference/configuration.md from the config types' comments
 	go generate ./config
 
 tools: tools-etcd tools-kube $(BIN)/kine $(BIN)/h2spec $(BIN)/nfpm $(BIN)/cyclonedx-gomod $(if $(shell command -v npm 2>/dev/null),$(BIN)/node) ## the real etcd and kube-apiserver that the tests start

@@ -4,11 +4,11 @@
 // all problems of a file come back at once as [Problems], each with its path, its line and what to do. A [Config] that was returned is
 // complete: defaults are filled in, relative file names are resolved, and every file that it names could be read.
 //
-// The comments of the types are the manual: docs/configuration.md is generated from them. The package starts nothing, connects to
+// The comments of the types are the manual: docs/reference/configuration.md is generated from them. The package starts nothing, connects to
 // nothing and holds no secret, only the names of files that do. The command is its only caller.
 package config
 
-//go:generate go run ./internal/gendoc -types types.go,types_kms.go -example testdata/example.yaml -out ../docs/configuration.md
+//go:generate go run ./internal/gendoc -types types.go,types_kms.go -example testdata/example.yaml -out ../docs/reference/configuration.md
 
 import (
 	"fmt"

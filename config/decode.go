@@ -72,7 +72,7 @@ func (d *decoder) document(data []byte, c *Config) bool {
 	var doc yaml.Node
 	err := dec.Decode(&doc)
 	if errors.Is(err, io.EOF) || err == nil && len(doc.Content) == 0 {
-		d.report("", `begin with "apiVersion: `+APIVersion+`" and "kind: `+Kind+`"; docs/configuration.md has an example`, "the file is empty")
+		d.report("", `begin with "apiVersion: `+APIVersion+`" and "kind: `+Kind+`"; docs/reference/configuration.md has an example`, "the file is empty")
 		return false
 	}
 	if err == nil {
@@ -262,7 +262,7 @@ func (d *decoder) object(n *yaml.Node, v reflect.Value, path string) {
 		switch {
 		case need == "":
 		case !d.present(at):
-			d.report(at, "add "+f.Tag.Get("yaml")+"; docs/configuration.md says what it means", "is required")
+			d.report(at, "add "+f.Tag.Get("yaml")+"; docs/reference/configuration.md says what it means", "is required")
 		case need == "true" && isEmpty(v.FieldByIndex(f.Index)):
 			d.report(at, "", "is empty")
 		}

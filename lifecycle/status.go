@@ -13,7 +13,7 @@ import (
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/legacy"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/kubelegacy"
 )
 
 // Unavailable is the standing of a value that would have to be opened to be judged, and whose DEK seed its KMS did not unwrap: it does not answer, or refuses
@@ -198,7 +198,7 @@ func (t *tally) add(kv *mvccpb.KeyValue, standing keyring.Standing) {
 // kubernetesKey returns the provider and the name of the key that the API server itself encrypted a
 // value with: k8s:enc:<kind>:v1:<name of the key>:<payload>.
 func kubernetesKey(value []byte, known []string) (kind, name string, ok bool) {
-	if t, name, ok := legacy.KeyName(value, known); ok {
+	if t, name, ok := kubelegacy.KeyName(value, known); ok {
 		return string(t), name, true
 	}
 	rest, ok := strings.CutPrefix(string(value[:min(len(value), maxProvider)]), "k8s:enc:")

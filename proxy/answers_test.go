@@ -7,20 +7,20 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/h2"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 )
 
 // flagging is an etcd that answers each call with a message as it should be and one with a flag that nobody asked for.
 type flagging struct{ *rawEtcd }
 
-func (f *flagging) Data(s *h2.Stream, _ []byte, _ bool) {
+func (f *flagging) Data(s *http2conn.Stream, _ []byte, _ bool) {
 	s.Data(false, head(2), []byte{0x0a, 0x00}) // an empty field 1
 	s.Data(false, []byte{1, 0, 0, 0, 2}, []byte{0x0a, 0x00})
 }
 
 // TestCompressedAnswerIsRefused: an answer that is compressed although nobody asked for it ends the call, also after others that were looked into, and nothing else.
 func TestCompressedAnswerIsRefused(t *testing.T) {
-	address := serveH2(t, func(r *rawEtcd) h2.Handler { return &flagging{r} })
+	address := serveH2(t, func(r *rawEtcd) http2conn.Handler { return &flagging{r} })
 	conn := startProxy(t, address, everything, func(c *Config) { c.Reference = false }).dial(t)
 	for range 2 {
 		s, err := pb.NewKVClient(conn).RangeStream(testContext(t), &pb.RangeRequest{Key: []byte("k")})

@@ -7,7 +7,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/h2"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 )
 
 // breaking is an etcd that goes in the middle of every answer.
@@ -16,7 +16,7 @@ type breaking struct {
 	gone bool
 }
 
-func (b *breaking) Data(s *h2.Stream, _ []byte, end bool) {
+func (b *breaking) Data(s *http2conn.Stream, _ []byte, end bool) {
 	if end {
 		s.Data(false, head(20_000), make([]byte, 10_000))
 		b.gone = true
@@ -31,7 +31,7 @@ func (b *breaking) Idle() {
 // TestEtcdGoesAmidAnAnswer: clients repeat what is Unavailable, and a message that is cut off is Internal to them, whatever the trailer says.
 func TestEtcdGoesAmidAnAnswer(t *testing.T) {
 	engines(t, func(t *testing.T, edit func(*Config)) {
-		address := serveH2(t, func(r *rawEtcd) h2.Handler { return &breaking{rawEtcd: r} })
+		address := serveH2(t, func(r *rawEtcd) http2conn.Handler { return &breaking{rawEtcd: r} })
 		for name, rules := range map[string][]Rule{"under a rule": everything, "under none": nil} {
 			conn := startProxy(t, address, rules, edit).dial(t)
 			for range 2 {

@@ -10,13 +10,13 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/mem"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/h2"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 )
 
 // piece is what comes in at once: header fields, or data.
 type piece struct {
-	side   *upside    // where it came from; nil for what came from the client
-	stream *h2.Stream // of etcd's, that it came on
+	side   *upside           // where it came from; nil for what came from the client
+	stream *http2conn.Stream // of etcd's, that it came on
 	fields []hpack.HeaderField
 	data   []byte
 	end    bool

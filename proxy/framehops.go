@@ -6,13 +6,13 @@ import (
 	"slices"
 	"time"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/h2"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 )
 
 // hop is one of etcd's endpoints, as one session sees it. Its fields are under the session's mu.
 type hop struct {
 	endpoint string
-	conn     *h2.Conn // nil while there is none
+	conn     *http2conn.Conn // nil while there is none
 	dialing  bool
 	pause    time.Duration // after the last failure
 	again    time.Time     // no sooner is it dialed
@@ -38,7 +38,7 @@ const (
 
 // pick returns the connection to etcd whose turn it is, or nil. Those that are down are dialed meanwhile: a client that asks for nothing costs etcd no connection.
 // A learner's is for want of others: only if each of those was tried, and failed, is a call sent there.
-func (s *session) pick() (*h2.Conn, *hop, outlook) {
+func (s *session) pick() (*http2conn.Conn, *hop, outlook) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	full, dialing, untried := false, false, false
@@ -82,7 +82,7 @@ func (s *session) pick() (*h2.Conn, *hop, outlook) {
 }
 
 // await is pick for who waits, up to readyWait, for a connection that is under way; and if patient for one to come.
-func (s *session) await(ctx context.Context, patient bool) (*h2.Conn, *hop) {
+func (s *session) await(ctx context.Context, patient bool) (*http2conn.Conn, *hop) {
 	timer := time.NewTimer(readyWait)
 	defer timer.Stop()
 	again := time.NewTicker(reconnect.Backoff.BaseDelay)
@@ -135,9 +135,9 @@ func (h *hop) failed() {
 }
 
 // serveHop serves a connection to etcd to its end. Streams go there once etcd has greeted and, of several members, said that it is no learner.
-func (s *session) serveHop(h *hop, conn net.Conn, outlet *h2.Outlet) {
+func (s *session) serveHop(h *hop, conn net.Conn, outlet *http2conn.Outlet) {
 	up := &upside{session: s, hop: h}
-	up.conn = h2.NewClient(conn, h2.Config{
+	up.conn = http2conn.NewClient(conn, http2conn.Config{
 		Handler: up, Pool: buffers, Outlet: outlet, Plain: s.id.to.tls == nil, Greeting: reconnect.MinConnectTimeout, Silence: keepaliveSilence, Patience: keepalivePatience,
 	})
 	s.mu.Lock()
@@ -159,7 +159,7 @@ func (s *session) serveUp(up *upside) {
 	why := c.Serve()
 	s.mu.Lock()
 	up.forget()
-	all := slices.DeleteFunc(slices.Clone(*s.conns.Load()), func(o *h2.Conn) bool { return o == c })
+	all := slices.DeleteFunc(slices.Clone(*s.conns.Load()), func(o *http2conn.Conn) bool { return o == c })
 	s.conns.Store(&all)
 	s.mu.Unlock()
 	for _, stream := range c.Streams() {

@@ -3,7 +3,7 @@ package proxy
 import (
 	"context"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/h2"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 )
 
 // connect goes on to etcd. waits says that there may be a connection for a context that waits; else, without ok, there is none. Calls that last are worth waiting for one: the reference
@@ -22,7 +22,7 @@ func (st *fstream) connect(ctx context.Context) (ok, waits bool) {
 }
 
 // open opens a stream with the client's header fields, if the client is still there. It reports false if the connection takes none.
-func (st *fstream) open(conn *h2.Conn, h *hop) bool {
+func (st *fstream) open(conn *http2conn.Conn, h *hop) bool {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	if st.ended.Load() {
@@ -38,7 +38,7 @@ func (st *fstream) open(conn *h2.Conn, h *hop) bool {
 
 // openOnFirst goes on to the first connection that takes the stream: one may leave, for want of calls, just after it was said to take one. next gives another each time, and nil once
 // there are no more. The caller holds mu.
-func (st *fstream) openOnFirst(next func() *h2.Conn) {
+func (st *fstream) openOnFirst(next func() *http2conn.Conn) {
 	for st.up == nil {
 		conn := next()
 		if conn == nil {

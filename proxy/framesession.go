@@ -9,25 +9,25 @@ import (
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/h2"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 )
 
-// session is a client's connection with the connections that serve it. It is the handler of the former: see [h2.Handler] for who calls what.
+// session is a client's connection with the connections that serve it. It is the handler of the former: see [http2conn.Handler] for who calls what.
 type session struct {
 	engine *frameEngine
 	id     *Identity
 	secure bool // the client's connection is over TLS
-	client *h2.Conn
-	conns  atomic.Pointer[[]*h2.Conn] // all there are; replaced under mu
-	work   sync.WaitGroup             // what must end before the session does
-	unary  uint64                     // calls so far; of the goroutine that reads from the client
+	client *http2conn.Conn
+	conns  atomic.Pointer[[]*http2conn.Conn] // all there are; replaced under mu
+	work   sync.WaitGroup                    // what must end before the session does
+	unary  uint64                            // calls so far; of the goroutine that reads from the client
 
 	mu      sync.Mutex
 	hops    []*hop
-	turn    int           // whose turn it is
-	local   *h2.Conn      // to the reference engine; nil before it is needed
-	web     *h2.Conn      // to the gateway, likewise
-	changed chan struct{} // closed when a hop has come up or down
+	turn    int             // whose turn it is
+	local   *http2conn.Conn // to the reference engine; nil before it is needed
+	web     *http2conn.Conn // to the gateway, likewise
+	changed chan struct{}   // closed when a hop has come up or down
 	ended   bool
 }
 
@@ -39,7 +39,7 @@ const referenceIdle = 10 * time.Second
 
 func newSession(e *frameEngine, conn *clientConn) *session {
 	s := &session{engine: e, id: conn.id, secure: !conn.plain, changed: make(chan struct{})}
-	cfg := h2.Config{
+	cfg := http2conn.Config{
 		Handler: s, Pool: buffers, Outlet: conn.outlet, Plain: conn.plain, Greeting: handshakeTimeout, Silence: 2 * time.Hour, Patience: 20 * time.Second, Always: true,
 	}
 	// etcd serves gRPC over TLS by net/http, and without TLS by grpc-go.
@@ -48,8 +48,8 @@ func newSession(e *frameEngine, conn *clientConn) *session {
 	} else {
 		cfg.Strict = true
 	}
-	s.client = h2.NewServer(conn, cfg)
-	s.conns.Store(&[]*h2.Conn{s.client})
+	s.client = http2conn.NewServer(conn, cfg)
+	s.conns.Store(&[]*http2conn.Conn{s.client})
 	for _, endpoint := range s.id.to.endpoints {
 		s.hops = append(s.hops, &hop{endpoint: endpoint})
 	}
@@ -75,7 +75,7 @@ func (s *session) run() {
 }
 
 // add notes a connection that is to be flushed with the others. The caller holds mu.
-func (s *session) add(c *h2.Conn) {
+func (s *session) add(c *http2conn.Conn) {
 	all := append(slices.Clone(*s.conns.Load()), c)
 	s.conns.Store(&all)
 }
@@ -87,7 +87,7 @@ func (s *session) tell() {
 }
 
 // reference returns the connection to the reference engine, and nil once there can be none.
-func (s *session) reference() *h2.Conn {
+func (s *session) reference() *http2conn.Conn {
 	return s.within(&s.local, s.engine.ref.serve)
 }
 
@@ -115,8 +115,8 @@ func (s *session) leave() {
 	s.flush()
 }
 
-// Headers implements [h2.Handler].
-func (s *session) Headers(stream *h2.Stream, fields []hpack.HeaderField, end bool) {
+// Headers implements [http2conn.Handler].
+func (s *session) Headers(stream *http2conn.Stream, fields []hpack.HeaderField, end bool) {
 	st := &fstream{session: s, client: stream, fields: fields, method: s.engine.route(s.id, fields)}
 	if st.method != nil && st.method.shape == shapeUnary {
 		st.watch.on = sampled(s.unary)
@@ -131,32 +131,32 @@ func (s *session) Headers(stream *h2.Stream, fields []hpack.HeaderField, end boo
 	st.begin(end)
 }
 
-// Data implements [h2.Handler].
-func (s *session) Data(stream *h2.Stream, data []byte, end bool) {
+// Data implements [http2conn.Handler].
+func (s *session) Data(stream *http2conn.Stream, data []byte, end bool) {
 	if st, ok := stream.Value().(*fstream); ok {
 		st.in(data, end)
 	}
 }
 
-// Reset implements [h2.Handler].
-func (s *session) Reset(stream *h2.Stream, _ http2.ErrCode) {
+// Reset implements [http2conn.Handler].
+func (s *session) Reset(stream *http2conn.Stream, _ http2.ErrCode) {
 	if st, ok := stream.Value().(*fstream); ok {
 		st.left()
 	}
 }
 
-// Sent implements [h2.Handler]: what etcd has sent for the stream is on its way.
-func (s *session) Sent(stream *h2.Stream) {
+// Sent implements [http2conn.Handler]: what etcd has sent for the stream is on its way.
+func (s *session) Sent(stream *http2conn.Stream) {
 	if st, ok := stream.Value().(*fstream); ok {
 		st.creditUp()
 	}
 }
 
-// Greeted implements [h2.Handler].
+// Greeted implements [http2conn.Handler].
 func (s *session) Greeted() {}
 
-// Leaving implements [h2.Handler].
+// Leaving implements [http2conn.Handler].
 func (s *session) Leaving() {}
 
-// Idle implements [h2.Handler].
+// Idle implements [http2conn.Handler].
 func (s *session) Idle() { s.flush() }

@@ -12,7 +12,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/h2"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 )
 
 // fstream is one call on its way through the frame engine: a stream of the client's and one that it goes on to.
@@ -23,7 +23,7 @@ type fstream struct {
 	session *session
 	method  *grpcMethod // nil for what goes on to the reference engine
 	call    call        // nil if the method's messages are not looked into
-	client  *h2.Stream
+	client  *http2conn.Stream
 	fields  []hpack.HeaderField // the client's, until they are sent on
 	answers answers             // what comes back
 	asked   []byte              // what the client has sent, with gRPC's heads, and was not sent on
@@ -37,9 +37,9 @@ type fstream struct {
 	heldIn, heldOut atomic.Int64 // bytes from the client and from etcd that have not been sent on
 
 	mu              sync.Mutex
-	local           bool       // it goes on to the reference engine
-	begun           bool       // the client was sent the header of the answer
-	up              *h2.Stream // where it goes on to; nil before it does
+	local           bool              // it goes on to the reference engine
+	begun           bool              // the client was sent the header of the answer
+	up              *http2conn.Stream // where it goes on to; nil before it does
 	inward, outward parking
 }
 

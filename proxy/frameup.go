@@ -4,23 +4,23 @@ import (
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/h2"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 )
 
 // upside is the handler of a connection that streams go on to.
 type upside struct {
 	session *session
-	hop     *hop      // nil for those within the process
-	place   **h2.Conn // where the session keeps conn, if it is within the process; under its mu
-	conn    *h2.Conn
+	hop     *hop             // nil for those within the process
+	place   **http2conn.Conn // where the session keeps conn, if it is within the process; under its mu
+	conn    *http2conn.Conn
 	greeted bool   // calls were let go over it; under the session's mu
 	gone    bool   // no call goes over it any more; under the session's mu
 	kept    []byte // what is being opened, as it came; of the goroutine that reads conn
 }
 
 var (
-	_ h2.Handler = (*session)(nil)
-	_ h2.Handler = (*upside)(nil)
+	_ http2conn.Handler = (*session)(nil)
+	_ http2conn.Handler = (*upside)(nil)
 )
 
 // forget has new streams go elsewhere. The caller holds the session's mu.
@@ -40,8 +40,8 @@ func (u *upside) forget() {
 	u.session.tell()
 }
 
-// Headers implements [h2.Handler].
-func (u *upside) Headers(stream *h2.Stream, fields []hpack.HeaderField, end bool) {
+// Headers implements [http2conn.Handler].
+func (u *upside) Headers(stream *http2conn.Stream, fields []hpack.HeaderField, end bool) {
 	switch st := stream.Value().(type) {
 	case *fstream:
 		st.out(piece{side: u, stream: stream, fields: fields, end: end})
@@ -50,8 +50,8 @@ func (u *upside) Headers(stream *h2.Stream, fields []hpack.HeaderField, end bool
 	}
 }
 
-// Data implements [h2.Handler].
-func (u *upside) Data(stream *h2.Stream, data []byte, end bool) {
+// Data implements [http2conn.Handler].
+func (u *upside) Data(stream *http2conn.Stream, data []byte, end bool) {
 	switch st := stream.Value().(type) {
 	case *fstream:
 		st.out(piece{side: u, stream: stream, data: data, end: end})
@@ -64,8 +64,8 @@ func (u *upside) Data(stream *h2.Stream, data []byte, end bool) {
 	}
 }
 
-// Reset implements [h2.Handler].
-func (u *upside) Reset(stream *h2.Stream, code http2.ErrCode) {
+// Reset implements [http2conn.Handler].
+func (u *upside) Reset(stream *http2conn.Stream, code http2.ErrCode) {
 	switch st := stream.Value().(type) {
 	case *fstream:
 		st.reset(code)
@@ -74,14 +74,14 @@ func (u *upside) Reset(stream *h2.Stream, code http2.ErrCode) {
 	}
 }
 
-// Sent implements [h2.Handler]: what the client has sent on the stream is on its way.
-func (u *upside) Sent(stream *h2.Stream) {
+// Sent implements [http2conn.Handler]: what the client has sent on the stream is on its way.
+func (u *upside) Sent(stream *http2conn.Stream) {
 	if st, ok := stream.Value().(*fstream); ok {
 		st.creditClient()
 	}
 }
 
-// Greeted implements [h2.Handler].
+// Greeted implements [http2conn.Handler].
 func (u *upside) Greeted() {
 	switch {
 	case u.hop == nil:
@@ -92,12 +92,12 @@ func (u *upside) Greeted() {
 	}
 }
 
-// Leaving implements [h2.Handler].
+// Leaving implements [http2conn.Handler].
 func (u *upside) Leaving() {
 	u.session.mu.Lock()
 	defer u.session.mu.Unlock()
 	u.forget()
 }
 
-// Idle implements [h2.Handler].
+// Idle implements [http2conn.Handler].
 func (u *upside) Idle() { u.session.flush() }

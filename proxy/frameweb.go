@@ -9,7 +9,7 @@ import (
 	"golang.org/x/net/http2/hpack"
 	"google.golang.org/grpc/test/bufconn"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/h2"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 )
 
 // isWeb reports whether a request over HTTP/2 is none of gRPC. etcd tells the two apart by the same
@@ -43,13 +43,13 @@ func (st *fstream) failWeb() {
 }
 
 // gateway returns the connection to the gateway, and nil once there can be none.
-func (s *session) gateway() *h2.Conn {
+func (s *session) gateway() *http2conn.Conn {
 	return s.within(&s.web, s.engine.web)
 }
 
 // within returns the connection to a server within the process that is kept at place, and makes it
 // if need be. It returns nil once there can be none.
-func (s *session) within(place **h2.Conn, serve func(*clientConn)) *h2.Conn {
+func (s *session) within(place **http2conn.Conn, serve func(*clientConn)) *http2conn.Conn {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.ended || serve == nil {
@@ -71,7 +71,7 @@ func (s *session) within(place **h2.Conn, serve func(*clientConn)) *h2.Conn {
 	}
 	far := <-accepted
 	up := &upside{session: s, place: place}
-	up.conn = h2.NewClient(near, h2.Config{Handler: up, Pool: buffers, Greeting: handshakeTimeout, Idle: referenceIdle})
+	up.conn = http2conn.NewClient(near, http2conn.Config{Handler: up, Pool: buffers, Greeting: handshakeTimeout, Idle: referenceIdle})
 	*place = up.conn
 	s.add(up.conn)
 	s.work.Go(func() { serve(&clientConn{Conn: far, id: s.id, closed: func() {}}) })

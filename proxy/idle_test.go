@@ -6,22 +6,22 @@ import (
 
 	"google.golang.org/grpc/mem"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/h2"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 )
 
 // TestConnectionThatLeaves: a call that comes just as the connection to the reference engine closes, for want of calls, gets another.
 func TestConnectionThatLeaves(t *testing.T) {
-	connect := func() *h2.Conn {
+	connect := func() *http2conn.Conn {
 		near, far := net.Pipe()
 		t.Cleanup(func() { far.Close() })
-		conn := h2.NewClient(near, h2.Config{Handler: &upside{}, Pool: mem.NopBufferPool{}})
+		conn := http2conn.NewClient(near, http2conn.Config{Handler: &upside{}, Pool: mem.NopBufferPool{}})
 		t.Cleanup(conn.Close)
 		return conn
 	}
 	left, takes := connect(), connect()
 	left.Close()
-	all := []*h2.Conn{left, takes, nil}
-	next := func() (c *h2.Conn) {
+	all := []*http2conn.Conn{left, takes, nil}
+	next := func() (c *http2conn.Conn) {
 		c, all = all[0], all[1:]
 		return c
 	}

@@ -13,7 +13,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/h2"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 )
 
 // A learner of etcd's serves Status, serializable reads and snapshots, and refuses every other call. etcd's client
@@ -100,7 +100,7 @@ func (c *roleCheck) end(learner bool) {
 }
 
 // headers is what the member answers.
-func (c *roleCheck) headers(stream *h2.Stream, fields []hpack.HeaderField, end bool) {
+func (c *roleCheck) headers(stream *http2conn.Stream, fields []hpack.HeaderField, end bool) {
 	if !end {
 		return
 	}

@@ -6,24 +6,24 @@ import (
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/h2"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 )
 
 // rawEtcd is an etcd, for one connection, that begins to answer each call and says no more, for others to embed.
-type rawEtcd struct{ conn *h2.Conn }
+type rawEtcd struct{ conn *http2conn.Conn }
 
-func (r *rawEtcd) Headers(s *h2.Stream, _ []hpack.HeaderField, _ bool) {
+func (r *rawEtcd) Headers(s *http2conn.Stream, _ []hpack.HeaderField, _ bool) {
 	s.Headers([]hpack.HeaderField{{Name: ":status", Value: "200"}, {Name: "content-type", Value: contentType}}, false)
 }
-func (r *rawEtcd) Data(*h2.Stream, []byte, bool)   {}
-func (r *rawEtcd) Reset(*h2.Stream, http2.ErrCode) {}
-func (r *rawEtcd) Sent(*h2.Stream)                 {}
-func (r *rawEtcd) Greeted()                        {}
-func (r *rawEtcd) Leaving()                        {}
-func (r *rawEtcd) Idle()                           { r.conn.Flush() }
+func (r *rawEtcd) Data(*http2conn.Stream, []byte, bool)   {}
+func (r *rawEtcd) Reset(*http2conn.Stream, http2.ErrCode) {}
+func (r *rawEtcd) Sent(*http2conn.Stream)                 {}
+func (r *rawEtcd) Greeted()                               {}
+func (r *rawEtcd) Leaving()                               {}
+func (r *rawEtcd) Idle()                                  { r.conn.Flush() }
 
 // serveH2 serves what handler makes of a rawEtcd, on loopback.
-func serveH2(t *testing.T, handler func(*rawEtcd) h2.Handler) (address string) {
+func serveH2(t *testing.T, handler func(*rawEtcd) http2conn.Handler) (address string) {
 	t.Helper()
 	l := listenLoopback(t)
 	t.Cleanup(func() { l.Close() })
@@ -34,7 +34,7 @@ func serveH2(t *testing.T, handler func(*rawEtcd) h2.Handler) (address string) {
 				return
 			}
 			r := new(rawEtcd)
-			r.conn = h2.NewServer(conn, h2.Config{Handler: handler(r), Pool: buffers})
+			r.conn = http2conn.NewServer(conn, http2conn.Config{Handler: handler(r), Pool: buffers})
 			go func() { _ = r.conn.Serve() }()
 		}
 	}()

@@ -12,15 +12,15 @@ import (
 	"testing"
 	"testing/synctest"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/legacy"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/kubelegacy"
 )
 
-var _ LegacyReader = (*legacy.Reader)(nil)
+var _ LegacyReader = (*kubelegacy.Reader)(nil)
 
 // legacyValue is a value that kube-apiserver's own code stored.
 type legacyValue struct {
 	Name                               string
-	Type                               legacy.Type
+	Type                               kubelegacy.Type
 	KeyName                            string
 	Secret, EtcdKey, Plaintext, Stored []byte
 }
@@ -49,7 +49,7 @@ func legacyValues(t *testing.T) []legacyValue {
 
 func (v *legacyValue) reader(t *testing.T, name string, secret []byte, source string) LegacyReader {
 	t.Helper()
-	r, err := legacy.New(legacy.Config{Type: v.Type, Keys: []legacy.Key{{Name: name, Secret: secret}}, Source: source})
+	r, err := kubelegacy.New(kubelegacy.Config{Type: v.Type, Keys: []kubelegacy.Key{{Name: name, Secret: secret}}, Source: source})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -10,7 +10,7 @@ export SOURCE_DATE_EPOCH="$epoch" CGO_ENABLED=0 GOFLAGS=-buildvcs=false
 stage=$(mktemp -d)
 trap 'rm -rf "$stage"' EXIT
 mkdir -p "$stage/man" "$stage/completion"
-go test -count=1 -run '^(TestManPages|TestCompletions)$' ./cmd/etcd-kms-proxy \
+go test -count=1 -run '^(TestManPages|TestCompletions)$' ./internal/cli \
 	-man "$stage/man" -completion "$stage/completion" >/dev/null
 gzip -9n "$stage"/man/*.1
 

@@ -87,12 +87,12 @@ func (n *Node) Enable(ctx context.Context) (*Plan, error) {
 func (n *Node) enableable(m *Manifest, mode Mode) error {
 	if f := m.Flag("encryption-provider-config"); f != "" {
 		return &Problem{"the API server encrypts by itself, with --encryption-provider-config=" + f + ": values would be encrypted twice",
-			"move to the proxy as docs/from-kubernetes.md describes; etcd-kms-proxy config from-kubernetes makes the configuration"}
+			"move to the proxy as docs/guides/migrate-from-kubernetes.md describes; etcd-kms-proxy config from-kubernetes makes the configuration"}
 	}
 	switch {
 	case mode == Off && m.SecretsServers() != nil:
 		return &Problem{"kube-apiserver's --" + flagOverrides + " sends Secrets to other servers: " + strings.Join(m.SecretsServers(), ", "),
-			"remove the override of /secrets first, or edit the manifest by hand, as docs/kubernetes.md describes"}
+			"remove the override of /secrets first, or edit the manifest by hand, as docs/guides/kubernetes.md describes"}
 	case mode == All && n.SecretsOnly, mode == Secrets && !n.SecretsOnly:
 		return &Problem{fmt.Sprintf("the proxy is enabled already, for %s", map[Mode]string{All: "everything", Secrets: "Secrets only"}[mode]),
 			"disable it first to change this, or leave out --secrets-only, or add it, as before"}

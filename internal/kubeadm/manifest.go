@@ -33,7 +33,7 @@ type argument struct {
 	line int // from 1
 }
 
-const hintManifest = "only manifests as kubeadm writes them are changed; edit the file by hand, as docs/kubernetes.md describes"
+const hintManifest = "only manifests as kubeadm writes them are changed; edit the file by hand, as docs/guides/kubernetes.md describes"
 
 // unknown is the refusal of a manifest that is not as kubeadm writes it.
 func unknown(format string, args ...any) error {

@@ -1,4 +1,4 @@
-// Command compatibility makes the tables of docs/compatibility.md from what tests have noted ([harness.Tested]): which methods and paths were called on which version of etcd, through the
+// Command compatibility makes the tables of docs/design/compatibility.md from what tests have noted ([harness.Tested]): which methods and paths were called on which version of etcd, through the
 // proxy and without it, and answered the same, and which of them real clients have used. It fails where anything is left that no test has called.
 package main
 

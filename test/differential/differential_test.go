@@ -67,7 +67,7 @@ func newBench(t *testing.T, version string, rules ruleSet, flags ...string) *ben
 	return b
 }
 
-// tells notes what was tested, for docs/compatibility.md.
+// tells notes what was tested, for docs/design/compatibility.md.
 func (b *bench) tells(t *testing.T) {
 	b.tested = make(map[string]bool)
 	harness.Tells(t, func() (cells []harness.Tested) {

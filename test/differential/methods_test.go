@@ -30,7 +30,7 @@ type step struct {
 	differ []protoreflect.Name
 }
 
-// TestEveryMethod calls each method of each service, on every version of etcd there is, with every key sealed, and compares the answers. It is what the table of methods in docs/compatibility.md says.
+// TestEveryMethod calls each method of each service, on every version of etcd there is, with every key sealed, and compares the answers. It is what the table of methods in docs/design/compatibility.md says.
 func TestEveryMethod(t *testing.T) {
 	t.Parallel()
 	for _, version := range harness.Versions(t) {

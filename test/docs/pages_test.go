@@ -44,7 +44,7 @@ func newSite(t *testing.T, name string) *site {
 // like writes the configuration of cluster-life.md, which the other pages mean too.
 func (s *site) like(change ...string) {
 	s.t.Helper()
-	life := &page{t: s.t, name: "cluster-life.md", real: s.real}
+	life := &page{t: s.t, name: "guides/cluster-life.md", real: s.real}
 	data, err := os.ReadFile(filepath.Join("..", "..", "docs", life.name))
 	if err != nil {
 		s.t.Fatal(err)
@@ -89,7 +89,7 @@ func secret(n int) (key, value string) {
 
 func TestClusterLife(t *testing.T) {
 	t.Parallel()
-	s := newSite(t, "cluster-life.md")
+	s := newSite(t, "guides/cluster-life.md")
 	defer s.done()
 	s.like()
 	s.newKey("key")
@@ -114,7 +114,7 @@ func TestClusterLife(t *testing.T) {
 // TestNewCluster runs the blocks of cluster-life.md that begin with an empty etcd: of the first day, and of the one when the key is gone.
 func TestNewCluster(t *testing.T) {
 	t.Parallel()
-	s := newSite(t, "cluster-life.md")
+	s := newSite(t, "guides/cluster-life.md")
 	s.like("writeWith: main", "writeWith: main\n  allowPlaintextReads: false")
 	s.newKey("key")
 	s.run(1)
@@ -131,7 +131,7 @@ func TestNewCluster(t *testing.T) {
 
 func TestReencrypt(t *testing.T) {
 	t.Parallel()
-	s := newSite(t, "reencrypt.md")
+	s := newSite(t, "guides/reencrypt.md")
 	defer s.done()
 	s.like()
 	s.newKey("key")
@@ -143,7 +143,7 @@ func TestReencrypt(t *testing.T) {
 
 func TestLifecycle(t *testing.T) {
 	t.Parallel()
-	s := newSite(t, "lifecycle.md")
+	s := newSite(t, "guides/verify-purge-decrypt.md")
 	defer s.done()
 	s.like()
 	s.newKey("key")
@@ -161,7 +161,7 @@ func TestLifecycle(t *testing.T) {
 
 func TestCoordination(t *testing.T) {
 	t.Parallel()
-	s := newSite(t, "coordination.md")
+	s := newSite(t, "guides/restrict-settings.md")
 	defer s.done()
 	s.like()
 	s.newKey("key")
@@ -176,7 +176,7 @@ func TestCoordination(t *testing.T) {
 
 func TestRecovery(t *testing.T) {
 	t.Parallel()
-	s := newSite(t, "recovery.md")
+	s := newSite(t, "guides/recover-lost-key.md")
 	defer s.done()
 	s.like("rules:", "- name: dr\n  local: {keyFile: dr.yaml}\n- name: new\n  local: {keyFile: new.yaml}\nrules:", "writeWith: main", "writeWith: main\n  recovery: [dr]")
 	for _, name := range []string{"key", "dr", "new"} {
@@ -214,7 +214,7 @@ func aescbc(t *testing.T, key []byte, name, value string) string {
 
 func TestFromKubernetes(t *testing.T) {
 	t.Parallel()
-	s := newSite(t, "from-kubernetes.md")
+	s := newSite(t, "guides/migrate-from-kubernetes.md")
 	defer s.done()
 	key := []byte("the key of the API server itself")
 	s.means("/etc/kubernetes/", s.env.Dir+"/")

@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-// Tested is one cell of the tables in docs/compatibility.md, which are made of what passed. Tests write them to the folder COMPATIBILITY_RESULTS, a line of JSON each.
+// Tested is one cell of the tables in docs/design/compatibility.md, which are made of what passed. Tests write them to the folder COMPATIBILITY_RESULTS, a line of JSON each.
 type Tested struct {
 	// Row is a method of gRPC, /service/method, or a method of HTTP and a path.
 	Row string `json:"row"`

@@ -16,7 +16,7 @@ import (
 	"k8s.io/apiserver/pkg/storage/value/encrypt/secretbox"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/legacy"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/kubelegacy"
 )
 
 // legacyVectorFile is what k8s.io/apiserver's aescbc, aesgcm and secretbox transformers wrote once.
@@ -25,7 +25,7 @@ var legacyVectorFile = filepath.Join("..", "..", "crypto", "legacy", "testdata",
 // legacyVector has the fields of crypto/legacy's own test.
 type legacyVector struct {
 	Name      string
-	Type      legacy.Type
+	Type      kubelegacy.Type
 	KeyName   string
 	Secret    []byte
 	EtcdKey   []byte
@@ -34,17 +34,17 @@ type legacyVector struct {
 }
 
 // kubeLegacy makes kube-apiserver's transformer of a type, behind the marker and the key's name as its encryption configuration puts them together.
-func kubeLegacy(tb testing.TB, typ legacy.Type, keyName string, secret []byte) value.Transformer {
+func kubeLegacy(tb testing.TB, typ kubelegacy.Type, keyName string, secret []byte) value.Transformer {
 	tb.Helper()
 	var inner value.Transformer
-	if typ == legacy.Secretbox {
+	if typ == kubelegacy.Secretbox {
 		inner = secretbox.NewSecretboxTransformer([32]byte(secret))
 	} else {
 		block, err := aes.NewCipher(secret)
 		if err != nil {
 			tb.Fatal(err)
 		}
-		if inner = aestransformer.NewCBCTransformer(block); typ == legacy.AESGCM {
+		if inner = aestransformer.NewCBCTransformer(block); typ == kubelegacy.AESGCM {
 			if inner, err = aestransformer.NewGCMTransformer(block); err != nil {
 				tb.Fatal(err)
 			}
@@ -58,7 +58,7 @@ func kubeLegacy(tb testing.TB, typ legacy.Type, keyName string, secret []byte) v
 func makeLegacyVectors(t *testing.T) []legacyVector {
 	t.Helper()
 	var vs []legacyVector
-	for _, typ := range []legacy.Type{legacy.AESCBC, legacy.AESGCM, legacy.Secretbox} {
+	for _, typ := range []kubelegacy.Type{kubelegacy.AESCBC, kubelegacy.AESGCM, kubelegacy.Secretbox} {
 		for _, size := range typ.KeySizes() {
 			secret := make([]byte, size)
 			rand.Read(secret)
@@ -116,9 +116,9 @@ func TestLegacyVectors(t *testing.T) {
 }
 
 // reading returns a rule that seals as o does and reads the values of one of kube-apiserver's own providers too.
-func (o *ours) reading(tb testing.TB, typ legacy.Type, keyName string, secret []byte) *ours {
+func (o *ours) reading(tb testing.TB, typ kubelegacy.Type, keyName string, secret []byte) *ours {
 	tb.Helper()
-	reader, err := legacy.New(legacy.Config{Type: typ, Keys: []legacy.Key{{Name: keyName, Secret: secret}}, Source: "key file"})
+	reader, err := kubelegacy.New(kubelegacy.Config{Type: typ, Keys: []kubelegacy.Key{{Name: keyName, Secret: secret}}, Source: "key file"})
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -134,7 +134,7 @@ func (o *ours) reading(tb testing.TB, typ legacy.Type, keyName string, secret []
 func TestLegacyTampering(t *testing.T) {
 	we := newOurs(t, startPlugin(t, "1"), provider)
 	plaintext := []byte("k8s\x00\n\x0c\n\x02v1\x12\x06Secret\x12\x20and the bytes of it")
-	for _, typ := range []legacy.Type{legacy.AESCBC, legacy.AESGCM, legacy.Secretbox} {
+	for _, typ := range []kubelegacy.Type{kubelegacy.AESCBC, kubelegacy.AESGCM, kubelegacy.Secretbox} {
 		secret := make([]byte, 32)
 		rand.Read(secret)
 		theirs, ours := kubeLegacy(t, typ, "key1", secret), we.reading(t, typ, "key1", secret)
@@ -149,7 +149,7 @@ func TestLegacyTampering(t *testing.T) {
 			switch {
 			case ourErr == nil && (theirErr != nil || !bytes.Equal(theyRead, weRead)):
 				t.Errorf("%s, %s: we read %q, kube-apiserver %q, %v", typ, what, weRead, theyRead, theirErr)
-			case ourErr != nil && theirErr == nil && typ != legacy.AESCBC:
+			case ourErr != nil && theirErr == nil && typ != kubelegacy.AESCBC:
 				t.Errorf("%s, %s: kube-apiserver reads it, we do not: %v", typ, what, ourErr)
 			}
 		}

@@ -24,7 +24,7 @@ import (
 	"k8s.io/apiserver/pkg/storage/value"
 	"k8s.io/client-go/kubernetes/scheme"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/legacy"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/kubelegacy"
 )
 
 // encoders write objects as kube-apiserver stores them.
@@ -112,8 +112,8 @@ func TestStoredObjects(t *testing.T) {
 
 func checkStored(t *testing.T, gvk schema.GroupVersionKind, format string, secret, plaintext []byte) {
 	t.Helper()
-	for _, typ := range []legacy.Type{legacy.AESCBC, legacy.Secretbox} {
-		reader, err := legacy.New(legacy.Config{Type: typ, Keys: []legacy.Key{{Name: "key1", Secret: secret}}})
+	for _, typ := range []kubelegacy.Type{kubelegacy.AESCBC, kubelegacy.Secretbox} {
+		reader, err := kubelegacy.New(kubelegacy.Config{Type: typ, Keys: []kubelegacy.Key{{Name: "key1", Secret: secret}}})
 		if err != nil {
 			t.Fatal(err)
 		}

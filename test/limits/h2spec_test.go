@@ -33,7 +33,7 @@ type knownFailure struct {
 	clear  bool // only without TLS
 }
 
-// The reasons. docs/compatibility.md tells them, too.
+// The reasons. docs/design/compatibility.md tells them, too.
 const (
 	noBody   = "a request that is not gRPC is answered without a body, as by etcd without TLS"
 	asGRPC   = "grpc-go does not check it, and so etcd without TLS serves such calls"

@@ -101,7 +101,7 @@ func TestAlerts(t *testing.T) {
 		}
 	}
 	sections := make(map[string]bool)
-	for _, m := range regexp.MustCompile(`(?m)^## (EtcdKMSProxy\w+)$`).FindAllStringSubmatch(string(read(t, "../../docs/runbook.md")), -1) {
+	for _, m := range regexp.MustCompile(`(?m)^## (EtcdKMSProxy\w+)$`).FindAllStringSubmatch(string(read(t, "../../docs/guides/runbook.md")), -1) {
 		sections[m[1]] = true
 	}
 	for _, r := range rules(t) {
@@ -115,18 +115,18 @@ func TestAlerts(t *testing.T) {
 			t.Errorf("no unit test fires %s", r.Alert)
 		}
 		if !sections[r.Alert] {
-			t.Errorf("docs/runbook.md has no section %s", r.Alert)
+			t.Errorf("docs/guides/runbook.md has no section %s", r.Alert)
 		}
 		delete(sections, r.Alert)
 	}
 	for name := range sections {
-		t.Errorf("docs/runbook.md has a section %s, and there is no such alert", name)
+		t.Errorf("docs/guides/runbook.md has a section %s, and there is no such alert", name)
 	}
 }
 
 // TestNames requires that rules and dashboard name metrics that the docs list.
 func TestNames(t *testing.T) {
-	listed := string(read(t, "../../docs/operations.md")) + string(read(t, "../../docs/reencrypt.md"))
+	listed := string(read(t, "../../docs/guides/operations.md")) + string(read(t, "../../docs/guides/reencrypt.md"))
 	expressions := string(read(t, filepath.Join(folder, "dashboard.json")))
 	for _, r := range rules(t) {
 		expressions += r.Expr + "\n"
@@ -136,7 +136,7 @@ func TestNames(t *testing.T) {
 	for _, name := range slices.Compact(names) {
 		name = strings.TrimSuffix(name, "_bucket")
 		if !strings.Contains(listed, "`"+name+"`") {
-			t.Errorf("%s is not a metric of docs/operations.md or docs/reencrypt.md", name)
+			t.Errorf("%s is not a metric of docs/guides/operations.md or docs/guides/reencrypt.md", name)
 		}
 	}
 }

@@ -1,4 +1,4 @@
-// Command gendoc writes docs/configuration.md from the comments and struct tags of package config's types.
+// Command gendoc writes docs/reference/configuration.md from the comments and struct tags of package config's types.
 //
 // The types are printed in the order in which [root] reaches them, each with the path that its fields have in the file.
 package main
@@ -76,7 +76,7 @@ const reload = `## Reloading
 restart. A file with a problem changes nothing. Certificates, keys and credentials are read again by themselves when their files change.
 
 A reload that would protect keys less is refused as a whole: a rule removed or narrowed, ` + "`writeWith: plaintext`" + ` where values were sealed, or
-` + "`allowPlaintextReads`" + ` back on. The log says which rule. ` + "`serve --allow-weakening`" + ` allows it. A restart does not: see [coordination.md](coordination.md).
+` + "`allowPlaintextReads`" + ` back on. The log says which rule. ` + "`serve --allow-weakening`" + ` allows it. A restart does not: see [restrict-settings.md](../guides/restrict-settings.md).
 
 ## Core dumps
 

@@ -1,0 +1,288 @@
+package auditlog
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+)
+
+// VerifyOptions say what is expected of a log.
+type VerifyOptions struct {
+	Key []byte // of the chain; nil: it has none
+	// ExpectLast is a hash, in hexadecimal, that a record of the log must have; "" for none. Records may follow it.
+	ExpectLast string
+}
+
+// The errors of Verify for what its caller can mend.
+var (
+	ErrKeyed    = errors.New("the chain is keyed, and can be checked with its key only")
+	ErrExpected = errors.New("the expected hash is not 64 hexadecimal digits in lower case")
+)
+
+// Input is a file of a log.
+type Input struct {
+	Name string
+	io.Reader
+}
+
+// Verify checks the files of one log, oldest first. An error means that it could not: [ErrKeyed], [ErrExpected], a bad key, or a file that cannot be read. What is wrong with
+// the log is in the report.
+func Verify(o VerifyOptions, files ...Input) (*Report, error) {
+	c, err := newChain(o.Key)
+	if err != nil {
+		return nil, err
+	}
+	v := &verifier{chain: c, report: &Report{Keyed: o.Key != nil, Files: []FileReport{}, Findings: []Finding{}, Notes: []Finding{}}}
+	if o.ExpectLast != "" {
+		s, ok := parseSum(o.ExpectLast)
+		if !ok {
+			return nil, ErrExpected
+		}
+		v.expected = &s
+	}
+	for _, f := range files {
+		if err := v.file(f); err != nil {
+			return nil, err
+		}
+	}
+	r := v.report
+	r.LastSeq, r.LastHash, r.Since = v.last, v.previous.String(), v.since
+	if v.expected != nil && v.since == nil {
+		v.find(KindEnd, "no record has the expected hash: records up to it were removed from the end, or written anew")
+	}
+	r.OK = len(r.Findings) == 0
+	return r, nil
+}
+
+// VerifyFiles is Verify for files by name, in any order: it puts them in the order of their first records.
+func VerifyFiles(o VerifyOptions, names ...string) (*Report, error) {
+	type opened struct {
+		name string
+		f    *os.File
+		seq  uint64
+	}
+	var all []opened
+	defer func() {
+		for _, o := range all {
+			_ = o.f.Close() // it was only read
+		}
+	}()
+	for _, name := range names {
+		f, err := os.Open(name) //nolint:gosec // the operator names the file
+		if err != nil {
+			return nil, fmt.Errorf("verify audit log: %w", err)
+		}
+		all = append(all, opened{name: name, f: f})
+		if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
+			return nil, fmt.Errorf("verify audit log: %s is not a regular file", name)
+		}
+		if all[len(all)-1].seq, err = firstSeq(f); err != nil {
+			return nil, fmt.Errorf("verify audit log: %w", err)
+		}
+	}
+	slices.SortStableFunc(all, func(a, b opened) int { return cmp.Compare(a.seq, b.seq) })
+	inputs := make([]Input, len(all))
+	for i, o := range all {
+		inputs[i] = Input{Name: o.name, Reader: o.f}
+	}
+	return Verify(o, inputs...)
+}
+
+// firstSeq is the number of the first record of f, or of what may be one. A file without any sorts last.
+func firstSeq(f *os.File) (uint64, error) {
+	lines := newLines(f)
+	for {
+		l, err := lines.next()
+		if errors.Is(err, io.EOF) {
+			_, err = f.Seek(0, io.SeekStart)
+			return ^uint64(0), err
+		}
+		if err != nil {
+			return 0, err
+		}
+		if w, err := parse(l.text); err == nil {
+			_, err = f.Seek(0, io.SeekStart)
+			return w.Seq, err
+		}
+	}
+}
+
+// verifier walks over the files.
+type verifier struct {
+	chain    chain
+	report   *Report
+	expected *sum
+	since    *int // records since the expected one
+
+	name string // of the file
+	line int
+	seq  uint64 // of the record at hand; 0 for a line that is none
+
+	started  bool // there was a record
+	last     uint64
+	previous sum
+}
+
+func (v *verifier) find(kind, format string, args ...any) {
+	if len(v.report.Findings) >= maxFindings {
+		v.report.More++
+		return
+	}
+	v.report.Findings = append(v.report.Findings, v.finding(kind, format, args...))
+}
+
+func (v *verifier) note(kind, format string, args ...any) {
+	if len(v.report.Notes) < maxFindings {
+		v.report.Notes = append(v.report.Notes, v.finding(kind, format, args...))
+	}
+}
+
+func (v *verifier) finding(kind, format string, args ...any) Finding {
+	return Finding{File: v.name, Line: v.line, Seq: v.seq, Kind: kind, Text: printable(fmt.Sprintf(format, args...))}
+}
+
+// file checks one file, after those before it.
+func (v *verifier) file(in Input) error {
+	v.name, v.line, v.seq = in.Name, 0, 0
+	fr := FileReport{File: in.Name}
+	lines, whole := newLines(in.Reader), true // whether the piece before ended its line
+	var odd *oddLines                         // lines that are no records, since the last one that is
+	for {
+		l, err := lines.next()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return fmt.Errorf("verify audit log: read %s: %w", in.Name, err)
+		}
+		if whole {
+			v.line++
+		}
+		whole = l.ended
+		w, err := parse(l.text)
+		if err != nil || !l.ended || l.cut {
+			if odd == nil {
+				odd = newOddLines(v.line)
+			}
+			odd.add(l)
+			continue
+		}
+		v.seq = w.Seq
+		if v.chain.key == nil && !v.started && w.ChainKey != "" {
+			return fmt.Errorf("verify audit log: %s: %w (key %s)", in.Name, ErrKeyed, printable(clip(w.ChainKey, 64)))
+		}
+		v.odd(odd, &w)
+		odd = nil
+		v.record(&w, fr.Records == 0)
+		if fr.Records++; fr.Records == 1 {
+			fr.FirstSeq = w.Seq
+		}
+		fr.LastSeq, fr.LastHash = v.last, v.previous.String()
+	}
+	v.seq = 0
+	v.odd(odd, nil)
+	if fr.Records == 0 && odd == nil {
+		v.find(KindEmpty, "the file holds no record")
+	}
+	v.report.Files = append(v.report.Files, fr)
+	return nil
+}
+
+// odd judges lines that are no records. next is the record after them; nil at the end of a file.
+func (v *verifier) odd(o *oddLines, next *written) {
+	if o == nil {
+		return
+	}
+	line, seq := v.line, v.seq
+	defer func() { v.line, v.seq = line, seq }()
+	v.line, v.seq = o.first, 0
+	switch {
+	case next == nil && o.lines == 1 && !o.ended:
+		v.find(KindTorn, "the last line is cut short: a crash, or someone took its end away; no record tells of it yet")
+	case next == nil || next.Event != eventTorn || !o.is(next.TornBytes, next.TornHash):
+		v.find(KindForeign, "%d line(s) from here on are not records of an audit log, or no longer", o.lines)
+	case o.lines == 1 && o.bytes == next.TornBytes+1:
+		v.note(KindTorn, "torn: a crash cut this line short, as record %d says", next.Seq)
+	default:
+		v.find(KindDamaged, "%d line(s) from here on were damaged before record %d was written, as it says", o.lines, next.Seq)
+	}
+}
+
+// record checks a record against the ones before it.
+func (v *verifier) record(w *written, first bool) {
+	r := v.report
+	r.Records++
+	if r.FirstSeq == 0 {
+		r.FirstSeq = w.Seq
+	}
+	switch w.ChainKey {
+	case v.chain.id:
+	case "":
+		v.find(KindKey, "record %d is not keyed, though a key was given", w.Seq)
+	default:
+		v.find(KindKey, "record %d is keyed with another key (%s) than the one given (%s)", w.Seq, clip(w.ChainKey, 64), keyName(v.chain.id))
+	}
+	if v.started && w.Seq <= v.last {
+		v.find(KindMisplaced, "record %d stands after record %d: it was inserted, repeated or moved", w.Seq, v.last)
+		v.match(w)
+		return // what follows is judged by the records before it
+	}
+	base := v.previous
+	if first {
+		base = v.begin(w)
+	} else if w.Seq != v.last+1 {
+		v.find(KindMissing, "%s missing before this one", span(v.last+1, w.Seq-1))
+		base = w.hash // the hash before it is gone, so its own cannot be checked
+	}
+	if base != w.hash && v.chain.next(base, w.body) != w.hash {
+		v.find(KindAltered, "record %d does not have the hash that it should: it was altered, or the record before it was altered or replaced", w.Seq)
+	}
+	if w.Event == eventLost {
+		r.Lost += w.Lost
+		v.note(string(eventLost), "%d record(s) could not be written since %s", w.Lost, clip(w.Since, 64))
+	}
+	v.started, v.last, v.previous = true, w.Seq, w.hash
+	v.match(w)
+}
+
+// begin judges where a file begins, and returns the hash before its first record.
+func (v *verifier) begin(w *written) sum {
+	named, ok := parseSum(w.PreviousHash)
+	switch {
+	case w.Seq == 1 && w.PreviousHash == "":
+		return sum{}
+	case !ok:
+		v.find(KindMissing, "the file begins with record %d, which is not the first of a file: those before it are missing", w.Seq)
+		if v.started && w.Seq == v.last+1 {
+			return v.previous
+		}
+		return w.hash
+	case !v.started:
+		v.note(KindMissing, "the log begins with record %d here: older files were not given", w.Seq)
+	case w.Seq != v.last+1:
+		v.find(KindMissing, "%s missing before this file", span(v.last+1, w.Seq-1))
+	case named != v.previous:
+		v.find(KindAltered, "the file does not follow the one before: it names another hash than that of record %d", v.last)
+	}
+	return named
+}
+
+// match looks for the expected hash.
+func (v *verifier) match(w *written) {
+	switch {
+	case v.since != nil:
+		*v.since++
+	case v.expected != nil && *v.expected == w.hash:
+		v.since = new(int)
+	}
+}
+
+func span(from, to uint64) string {
+	if from == to {
+		return fmt.Sprintf("record %d is", from)
+	}
+	return fmt.Sprintf("records %d to %d are", from, to)
+}

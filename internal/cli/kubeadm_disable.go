@@ -1,0 +1,99 @@
+package cli
+
+import (
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/kubeadm"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+)
+
+func newKubeadmDisable() *cobra.Command {
+	var f nodeFlags
+	cmd := &cobra.Command{
+		Use:   "disable",
+		Short: "take the proxy out from between the API server of this node and etcd",
+		Long: `disable restores the API server's --etcd-servers from the proxy's configuration, waits until the API server is ready without the proxy, and removes the
+proxy's static Pod. It keeps the configuration and the keys. If the API server is not ready within --timeout, it restores the manifest.
+
+It refuses while etcd holds encrypted values, which the API server could not read without the proxy, and while a rule encrypts new values: run enable with
+--decrypt-only --allow-weakening on every node, then reencrypt, and then disable on every node. --force skips both checks.`,
+		Args: cobra.NoArgs,
+	}
+	f.add(cmd, kubeadm.DefaultPaths.Config, 5*time.Minute)
+	dryRun := cmd.Flags().Bool("dry-run", false, "print what would change as a diff, and change nothing")
+	force := cmd.Flags().Bool("force", false, "disable although values are encrypted: the API server will fail to read them")
+	cmd.RunE = fails(func(cmd *cobra.Command, _ []string) error {
+		n, err := f.node(cmd.ErrOrStderr())
+		if err != nil {
+			return err
+		}
+		ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
+		defer stop()
+		plan, err := n.Disable()
+		if err != nil {
+			return err
+		}
+		if *dryRun {
+			printPlan(cmd.OutOrStdout(), plan)
+			return nil
+		}
+		if plan.Empty() {
+			printf(cmd.OutOrStdout(), "the proxy is not enabled; nothing was changed\n")
+			return nil
+		}
+		if plan.Mode != kubeadm.Off && !*force {
+			if err := nothingEncrypted(cmd, n.Config); err != nil {
+				return err
+			}
+		}
+		if err := n.Apply(ctx, plan); err != nil {
+			return err
+		}
+		printf(cmd.OutOrStdout(), "the API server of this node uses etcd without the proxy\n")
+		return nil
+	})
+	return cmd
+}
+
+const hintDecrypt = "run kubeadm enable --decrypt-only --allow-weakening on every control-plane node, then reencrypt; docs/deploy/kubeadm.md has the steps"
+
+// nothingEncrypted returns a failure while etcd holds encrypted values or may get some.
+func nothingEncrypted(cmd *cobra.Command, path string) error {
+	c, err := loadConfig(cmd, path)
+	if err != nil {
+		return err
+	}
+	for _, r := range c.Rules {
+		if r.WriteWith != config.Plaintext {
+			return &failure{code: exitFailure, err: fmt.Errorf("the rule for %q encrypts new values, which the API server cannot read without the proxy", r.Prefix), hint: hintDecrypt}
+		}
+	}
+	cl, err := openCluster(cmd, c, clusterOptions{inspectOnly: true, wait: 30 * time.Second})
+	if err != nil {
+		return err
+	}
+	defer cl.close()
+	counts, _, err := lifecycle.Survey(cmd.Context(), cl.etcd, cl.rules, nil)
+	if err != nil {
+		return err
+	}
+	for _, r := range counts {
+		encrypted := r.All.Keys
+		for _, k := range r.Keys {
+			if k.Provider == lifecycle.Plaintext {
+				encrypted -= k.Keys
+			}
+		}
+		if encrypted > 0 {
+			return &failure{code: exitFailure, err: fmt.Errorf("%d values under %q are encrypted, and the API server cannot read them without the proxy", encrypted, r.Prefix), hint: hintDecrypt}
+		}
+	}
+	return nil
+}

@@ -1,0 +1,65 @@
+package cli
+
+import (
+	"io"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/kubeadm"
+)
+
+func newKubeadmStatus() *cobra.Command {
+	var f nodeFlags
+	cmd := &cobra.Command{
+		Use:   "status",
+		Short: "what this control-plane node does",
+		Long: `status says whether the API server of this node uses the proxy, for everything or for Secrets only, and whether both are ready. It changes nothing. What is
+encrypted in etcd, etcd-kms-proxy status says.`,
+		Args: cobra.NoArgs,
+	}
+	f.add(cmd, kubeadm.DefaultPaths.Config, 10*time.Second)
+	out := outputFlag(cmd)
+	cmd.RunE = fails(func(cmd *cobra.Command, _ []string) error {
+		n, err := f.node(cmd.ErrOrStderr())
+		if err != nil {
+			return err
+		}
+		s, err := n.Status(cmd.Context())
+		if err != nil {
+			return err
+		}
+		if err := out.write(cmd.OutOrStdout(), s, func(w io.Writer) { printNode(w, s) }); err != nil {
+			return err
+		}
+		if !s.OK {
+			return &failure{code: exitFindings}
+		}
+		return nil
+	})
+	return cmd
+}
+
+// printNode prints the state of a node for people.
+func printNode(w io.Writer, s *kubeadm.Status) {
+	ready := func(h kubeadm.Health) string {
+		if h.Ready {
+			return "ready"
+		}
+		return "not ready"
+	}
+	through := map[kubeadm.Mode]string{kubeadm.Off: "nothing", kubeadm.All: "everything", kubeadm.Secrets: "Secrets only"}[s.Mode]
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	printf(t, "through the proxy\t%s\n", through)
+	printf(t, "--etcd-servers\t%s\n", strings.Join(s.Servers, ","))
+	printf(t, "API server\t%s\n", ready(s.APIServer))
+	if s.Pod || s.Mode != kubeadm.Off {
+		printf(t, "proxy\t%s, %d connections\n", ready(s.Proxy), s.Connections)
+	}
+	_ = t.Flush()
+	for _, p := range s.Problems {
+		printf(w, "problem: %s\n", p)
+	}
+}

@@ -1,0 +1,266 @@
+package etcdfile
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"runtime/debug"
+	"slices"
+	"time"
+
+	"go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
+	"google.golang.org/protobuf/encoding/protowire"
+)
+
+// isDatabase tells bbolt's file by the magic number in its first page, behind the header of 16 bytes.
+func isDatabase(r io.ReaderAt) bool {
+	const magic = 0xED0CDAED
+	var b [20]byte
+	_, err := r.ReadAt(b[:], 0)
+	return err == nil && binary.LittleEndian.Uint32(b[16:]) == magic
+}
+
+const lockWait = time.Second
+
+// keyBucket is where etcd keeps revisions.
+const keyBucket = "key"
+
+// database asks a database for every revision in it.
+func (l *look) database(ctx context.Context, path string) error {
+	l.checksum(path)
+	// A damaged database makes bbolt panic, and one that was cut makes it read beyond the file's end, which is a fault.
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if p := recover(); p != nil {
+			l.damage("it is damaged: what could not be decoded was searched alone")
+		}
+	}()
+	db, err := bbolt.Open(path, 0o400, &bbolt.Options{ReadOnly: true, Timeout: lockWait})
+	if errors.Is(err, bolterrors.ErrTimeout) {
+		return errLocked
+	}
+	if err != nil {
+		l.damage("it cannot be opened as a database (%v): its bytes were searched alone", err)
+		return nil
+	}
+	defer func() { _ = db.Close() }() // it was only read
+	return db.View(func(tx *bbolt.Tx) error {
+		if err := whole(path, tx); err != nil {
+			l.damage("it is damaged: %v", err)
+		}
+		if err := sound(path, tx); err != nil {
+			l.damage("it is damaged (%v): its bytes were searched alone", err)
+			return nil
+		}
+		return l.revisions(ctx, tx)
+	})
+}
+
+// whole says so if the file at path has fewer bytes than its database. What is left may be readable, and be the values of yesterday.
+func whole(path string, tx *bbolt.Tx) error {
+	info, err := os.Stat(path)
+	if err == nil && info.Size() < tx.Size() {
+		return fmt.Errorf("it was cut to %d bytes of %d", info.Size(), tx.Size())
+	}
+	return err
+}
+
+// revisions visits etcd's bucket "key": from revisions, oldest first, to mvccpb.KeyValue.
+func (l *look) revisions(ctx context.Context, tx *bbolt.Tx) error {
+	bucket := tx.Bucket([]byte(keyBucket))
+	if bucket == nil {
+		l.damage("it is no database of etcd: it has no bucket \"key\"")
+		return nil
+	}
+	live := make(map[[sha256.Size]byte]int64) // the last revision of each key that has something to be told of
+	type old struct {
+		Finding
+		id [sha256.Size]byte
+	}
+	var pending []old
+	err := bucket.ForEach(func(revision, encoded []byte) error {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		kv, ok := decodeKeyValue(encoded)
+		if !ok || len(revision) < 17 {
+			l.damage("revision %x is not decoded", revision)
+			return nil
+		}
+		l.file.Values++
+		main := int64(binary.BigEndian.Uint64(revision)) //nolint:gosec // etcd's own
+		id := sha256.Sum256(kv.key)
+		if _, told := live[id]; told {
+			live[id] = main
+		}
+		if len(revision) == 18 { // a tombstone: "t" behind the revision, and a key alone
+			return nil
+		}
+		why := l.Judge(kv.key, kv.value, true)
+		if why == "" {
+			return nil
+		}
+		live[id] = main
+		if len(l.known) < maxKnown {
+			l.known[identity(kv.key, kv.modRevision)] = true
+		}
+		if len(pending) < maxKnown {
+			pending = append(pending, old{Finding{Place: History, Key: string(kv.key), Revision: main, Offset: -1, Why: why}, id})
+		}
+		return nil
+	})
+	for _, p := range pending {
+		if live[p.id] == p.Revision {
+			p.Place = Live
+		}
+		l.found(p.Finding)
+	}
+	if len(pending) == maxKnown {
+		l.file.Notes = append(l.file.Notes, fmt.Sprintf("only the first %d values are told", maxKnown))
+	}
+	return err
+}
+
+// checksum checks the SHA-256 that etcd's snapshots end in.
+func (l *look) checksum(path string) {
+	f, err := os.Open(path) //nolint:gosec // the operator names the file
+	if err != nil {
+		return
+	}
+	defer func() { _ = f.Close() }() // it was only read
+	const page = 512                 // every size of a page is a multiple
+	if l.file.Bytes%page != sha256.Size {
+		return
+	}
+	h, tail := sha256.New(), make([]byte, sha256.Size)
+	_, err = io.Copy(h, io.LimitReader(f, l.file.Bytes-sha256.Size))
+	if err == nil {
+		_, err = io.ReadFull(f, tail)
+	}
+	if err != nil || !bytes.Equal(h.Sum(nil), tail) {
+		l.damage("its checksum is wrong: it was changed or cut since it was saved")
+	}
+}
+
+// keyValue is what counts of an mvccpb.KeyValue.
+type keyValue struct {
+	key, value  []byte
+	modRevision int64
+}
+
+// decodeKeyValue aliases b.
+func decodeKeyValue(b []byte) (kv keyValue, ok bool) {
+	ok = fields(b, func(n protowire.Number, v uint64, data []byte) {
+		switch {
+		case n == 1 && data != nil:
+			kv.key = data
+		case n == 3:
+			kv.modRevision = int64(v) //nolint:gosec // as protobuf has it
+		case n == 5 && data != nil:
+			kv.value = data
+		}
+	})
+	return kv, ok && len(kv.key) > 0
+}
+
+// fields calls visit for each varint and bytes field of a message; data is nil for a varint. It returns false if b is no message.
+func fields(b []byte, visit func(n protowire.Number, v uint64, data []byte)) bool {
+	for len(b) > 0 {
+		n, t, size := protowire.ConsumeTag(b)
+		if size < 0 {
+			return false
+		}
+		b = b[size:]
+		switch t {
+		case protowire.VarintType:
+			v, size := protowire.ConsumeVarint(b)
+			if size < 0 {
+				return false
+			}
+			visit(n, v, nil)
+			b = b[size:]
+		case protowire.BytesType:
+			data, size := protowire.ConsumeBytes(b)
+			if size < 0 {
+				return false
+			}
+			if data == nil {
+				data = []byte{}
+			}
+			visit(n, 0, data)
+			b = b[size:]
+		default:
+			size := protowire.ConsumeFieldValue(n, t, b)
+			if size < 0 {
+				return false
+			}
+			b = b[size:]
+		}
+	}
+	return true
+}
+
+// Value is the present value of an etcd key in a database.
+type Value struct {
+	Key, Value []byte
+	Revision   int64 // that wrote it
+}
+
+// Present returns the present values of the keys that match, in order of the keys, from a snapshot or the database of a stopped member. A file that is no such
+// database, or a damaged one, is an error.
+func Present(ctx context.Context, path string, match func(key []byte) bool) (values []Value, err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true)) // see database
+	defer func() {
+		if p := recover(); p != nil { // that is how bbolt tells of damage
+			values, err = nil, errors.New("the database is damaged")
+		}
+	}()
+	db, err := bbolt.Open(path, 0o400, &bbolt.Options{ReadOnly: true, Timeout: lockWait})
+	if errors.Is(err, bolterrors.ErrTimeout) {
+		return nil, errLocked
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = db.Close() }() // it was only read
+	last := make(map[string]Value)
+	err = db.View(func(tx *bbolt.Tx) error {
+		if err := whole(path, tx); err != nil {
+			return fmt.Errorf("the database is damaged: %w", err)
+		}
+		if err := sound(path, tx); err != nil {
+			return fmt.Errorf("the database is damaged: %w", err)
+		}
+		bucket := tx.Bucket([]byte(keyBucket))
+		if bucket == nil {
+			return errors.New("it is no database of etcd")
+		}
+		return bucket.ForEach(func(revision, encoded []byte) error {
+			kv, ok := decodeKeyValue(encoded)
+			switch {
+			case ctx.Err() != nil:
+				return ctx.Err()
+			case !ok || len(revision) < 17 || !match(kv.key):
+			case len(revision) == 18:
+				delete(last, string(kv.key))
+			default:
+				last[string(kv.key)] = Value{bytes.Clone(kv.key), bytes.Clone(kv.value), kv.modRevision}
+			}
+			return nil
+		})
+	})
+	if err != nil {
+		return nil, err
+	}
+	for _, key := range slices.Sorted(maps.Keys(last)) {
+		values = append(values, last[key])
+	}
+	return values, nil
+}

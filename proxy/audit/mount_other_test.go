@@ -1,9 +1,0 @@
-//go:build !linux
-
-package audit
-
-import "errors"
-
-func mountSmall(string) error { return errors.New("not Linux") }
-
-func unmount(string) error { return nil }
