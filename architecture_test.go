@@ -34,7 +34,7 @@ var importTable = map[string][]string{
 	"proxy/etcdmodel":       {"go.etcd.io/etcd/api/v3/", "google.golang.org/"},
 	"internal/auditlog":     {module + "internal/problem", module + "internal/secretfile"},
 	"proxy/http2conn":       {"golang.org/x/net/http2", "golang.org/x/sys/unix", "google.golang.org/grpc/mem"},
-	"internal/kubeadm":      {"go.yaml.in/yaml/v3"},
+	"internal/kubeadm":      {"go.yaml.in/yaml/v3", module + "internal/problem"},
 	"internal/buildinfo":    {}, // nothing but the standard library
 	"internal/clitest":      {module, "github.com/", "go.etcd.io/"},
 	"internal/composesetup": {module + "kmsclient/local", module + "internal/problem"},

@@ -80,7 +80,7 @@ func TestAuditOfServe(t *testing.T) {
 	s.exited(0)
 	r = execute(t, "audit", "verify", d.Path("audit.jsonl"), "--key-file", d.Path("audit.key"), "--expect-last", last)
 	r.want(t, 0)
-	if !strings.Contains(r.stdout, "expected   there, with ") {
+	if !strings.Contains(r.stdout, "expected   found, with ") {
 		t.Errorf("report:\n%s", r.stdout)
 	}
 }

@@ -43,7 +43,7 @@ func TestHelpListsExitCodes(t *testing.T) {
 	var walk func(path []string)
 	walk = func(path []string) {
 		help := execute(t, append(path, "--help")...).stdout
-		want := []string{"Exit codes:\n  0  all is well\n", "\n  2  the command line is wrong\n  3  the command could not do its work\n"}
+		want := []string{"Exit codes:\n  0  all is well\n", "\n  2  the command line is wrong\n  3  the command failed\n"}
 		if text, ok := findings[strings.Join(append([]string{""}, path...), " ")]; ok {
 			known++
 			want = append(want, "\n  1  "+text+"\n")

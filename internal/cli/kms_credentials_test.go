@@ -225,7 +225,7 @@ func TestKMSCheckPolicy(t *testing.T) {
 	if diff := cmp.Diff(want("acs:kms:cn-hangzhou:*:key/"+kmsdouble.DefaultKeyID), p); diff != "" || w.kms.Calls("DescribeKey") != 1 {
 		t.Errorf("%s: %d calls (-want +got):\n%s", kmsdouble.DefaultAlias, len(w.kms.Records()), diff)
 	}
-	if _, text := print(3, "alias/none"); !strings.Contains(text, "the alias leads to no key") || !strings.Contains(text, "in place of the alias") {
+	if _, text := print(3, "alias/none"); !strings.Contains(text, "the alias leads to no key") || !strings.Contains(text, "instead of the alias") {
 		t.Errorf("an alias of nothing: %s", text)
 	}
 	r := execute(t, "kms", "check", "--policy", "--config", clitest.NewDir(t).Config(t))

@@ -16,7 +16,7 @@ func TestKubeadmUsage(t *testing.T) {
 	for line, want := range map[string]string{
 		"kubeadm":                  "needs a command",
 		"kubeadm enable":           "--image is missing",
-		"kubeadm enable --image i": "nothing says which KMS",
+		"kubeadm enable --image i": "no flag says which KMS",
 		"kubeadm enable --image i --local-key k --plugin unix:///s":                                   "--local-key and --plugin exclude each other",
 		"kubeadm enable --image i --config c --alibaba-key k":                                         "exclude each other",
 		"kubeadm enable --image i --config c --decrypt-only":                                          "--decrypt-only has no effect",

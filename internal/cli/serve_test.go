@@ -184,7 +184,7 @@ func TestSocketFolder(t *testing.T) {
 			t.Errorf("it tells of a name that nobody has written: %s", r.stderr)
 		}
 	}
-	try(missing, ": its folder "+missing+" does not exist\nhint: make it, for the user the proxy runs as")
+	try(missing, ": its folder "+missing+" does not exist\nhint: create it for the user of the proxy")
 	if os.Getuid() != 0 { // who may write everywhere
 		try(closed, "permission denied", "hint: check that the user the proxy runs as may use this")
 	}
@@ -291,7 +291,7 @@ func TestReload(t *testing.T) {
 
 	// What needs a restart is named, and the rest applied.
 	d.Config(t, "rules:\n", "rules:\n- {prefix: /new/, writeWith: dev}\n", "level: debug", "level: warn", "cache", "", "kind: ProxyConfiguration", "kind: ProxyConfiguration\ncache: {seeds: 5}")
-	s.logged("wait for a restart", `"blocks":["cache"]`)
+	s.logged("need a restart", `"blocks":["cache"]`)
 
 	// A rule for a provider that is not running cannot be applied.
 	d.Config(t, "rules:\n", "- {name: more, local: {keyFile: key.yaml}}\nrules:\n- {prefix: /new/, writeWith: more, readWith: [dev]}\n")

@@ -7,6 +7,7 @@ package encryption
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -23,6 +24,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/kubelegacy"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/filewatch"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/provider"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
@@ -118,13 +120,20 @@ func New(c Config) (*Keys, error) {
 
 // add makes the backend, the client and the ring of one provider, or its reader.
 func (k *Keys) add(p config.KMS, cache *keyring.Cache) error {
+	var seen [sha256.Size]byte // digest of the key file, before it is read
+	switch {
+	case p.Kubernetes != nil:
+		seen = filewatch.Digest(p.Kubernetes.KeyFile)
+	case p.Local != nil:
+		seen = filewatch.Digest(p.Local.KeyFile)
+	}
 	b, err := provider.New(p, k.Logger)
 	if err != nil {
 		return err
 	}
 	if b.Reader != nil {
 		k.readers[p.Name] = b.Reader
-		f := &readerFile{provider: p, keys: k}
+		f := &readerFile{provider: p, seen: seen, keys: k}
 		k.files = append(k.files, fileCheck{"key file of " + p.Name, f.check})
 		k.runs = append(k.runs, f.watch)
 		return nil
@@ -149,7 +158,7 @@ func (k *Keys) add(p config.KMS, cache *keyring.Cache) error {
 		k.files = append(k.files, fileCheck{"files of kms " + p.Name, b.Files})
 	}
 	if p.Local != nil {
-		k.runs = append(k.runs, watchKeyFile(p.Local.KeyFile, ring, k.Logger))
+		k.runs = append(k.runs, watchKeyFile(p.Local.KeyFile, seen, ring, k.Logger))
 	}
 	watch := provider.NewWatch(provider.WatchConfig{
 		Provider: p.Name, Describe: k.auditedDescribe(p.Name, b.Describe), Expire: b.CredentialsExpire, Late: b.LateCredentials, Logger: k.Logger,

@@ -2,6 +2,7 @@ package encryption
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"log/slog"
 	"sync"
@@ -40,8 +41,7 @@ func (k *Keys) watchFiles(ctx context.Context) {
 
 // watchKeyFile returns a function that polls a local provider at once when its key file changes, so
 // that a new key is used from then on.
-func watchKeyFile(path string, ring *keyring.Ring, log *slog.Logger) func(context.Context) {
-	seen := filewatch.Digest(path) // before the keys are first used
+func watchKeyFile(path string, seen [sha256.Size]byte, ring *keyring.Ring, log *slog.Logger) func(context.Context) {
 	return func(ctx context.Context) {
 		filewatch.Watch(ctx, path, seen, func() {
 			log.Info("key file has changed", "provider", ring.Provider(), "file", path)
@@ -53,6 +53,7 @@ func watchKeyFile(path string, ring *keyring.Ring, log *slog.Logger) func(contex
 // readerFile follows the key file of a provider of kind kubernetes.
 type readerFile struct {
 	provider config.KMS
+	seen     [sha256.Size]byte // digest of the file before its keys were first used
 	keys     *Keys
 
 	mu      sync.Mutex
@@ -67,8 +68,7 @@ func (f *readerFile) check() error {
 
 // watch reloads the keys when the file changes, until ctx ends.
 func (f *readerFile) watch(ctx context.Context) {
-	path := f.provider.Kubernetes.KeyFile
-	filewatch.Watch(ctx, path, filewatch.Digest(path), f.reload)
+	filewatch.Watch(ctx, f.provider.Kubernetes.KeyFile, f.seen, f.reload)
 }
 
 // reload replaces the reader by one with the keys of the newest file, in all rules.

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"io/fs"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 )
 
 // Disable returns what is to be changed so that the API server uses etcd without the proxy. It
@@ -20,7 +22,7 @@ func (n *Node) Disable() (*Plan, error) {
 	switch p.Mode {
 	case All:
 		if errors.Is(unread, fs.ErrNotExist) {
-			unread = &Problem{n.Config + ", which says where etcd is, is not there", "change --etcd-servers in " + n.APIServer + " by hand; " + n.Backups + " has earlier versions"}
+			unread = problem.New("change --etcd-servers in "+n.APIServer+" by hand; "+n.Backups+" has earlier versions", "%s", n.Config+", which says where etcd is, is not there")
 		}
 		if unread != nil {
 			return nil, unread

@@ -4,11 +4,12 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"io/fs"
 	"os"
 	"slices"
 	"strings"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 )
 
 // Enable returns what is to be changed so that the API server uses the proxy. It changes nothing.
@@ -44,7 +45,7 @@ func (n *Node) Enable(ctx context.Context) (*Plan, error) {
 			}
 		}
 	} else if !bytes.HasPrefix(podChange.Old, []byte(written)) {
-		return nil, &Problem{n.Pod + " was not written by this command", "move it away"}
+		return nil, problem.New("move it away", "%s", n.Pod+" was not written by this command")
 	}
 	before, _ := n.proxyFigures(ctx) // nil when there is none
 	through := m
@@ -86,16 +87,13 @@ func (n *Node) Enable(ctx context.Context) (*Plan, error) {
 // enableable refuses API servers that the proxy must not be put behind.
 func (n *Node) enableable(m *Manifest, mode Mode) error {
 	if f := m.Flag("encryption-provider-config"); f != "" {
-		return &Problem{"the API server encrypts by itself, with --encryption-provider-config=" + f + ": values would be encrypted twice",
-			"move to the proxy as docs/guides/migrate-from-kubernetes.md describes; etcd-kms-proxy config from-kubernetes makes the configuration"}
+		return problem.New("move to the proxy as docs/guides/migrate-from-kubernetes.md describes; etcd-kms-proxy config from-kubernetes makes the configuration", "%s", "the API server encrypts by itself, with --encryption-provider-config="+f+": values would be encrypted twice")
 	}
 	switch {
 	case mode == Off && m.SecretsServers() != nil:
-		return &Problem{"kube-apiserver's --" + flagOverrides + " sends Secrets to other servers: " + strings.Join(m.SecretsServers(), ", "),
-			"remove the override of /secrets first, or edit the manifest by hand, as docs/guides/kubernetes.md describes"}
+		return problem.New("remove the override of /secrets first, or edit the manifest by hand, as docs/guides/kubernetes.md describes", "%s", "kube-apiserver's --"+flagOverrides+" sends Secrets to other servers: "+strings.Join(m.SecretsServers(), ", "))
 	case mode == All && n.SecretsOnly, mode == Secrets && !n.SecretsOnly:
-		return &Problem{fmt.Sprintf("the proxy is enabled already, for %s", map[Mode]string{All: "everything", Secrets: "Secrets only"}[mode]),
-			"disable it first to change this, or leave out --secrets-only, or add it, as before"}
+		return problem.New("disable it first to change this, or leave out --secrets-only, or add it, as before", "the proxy is enabled already, for %s", map[Mode]string{All: "everything", Secrets: "Secrets only"}[mode])
 	}
 	for _, e := range m.EtcdServers() {
 		if mode == Off && !strings.HasPrefix(e, "https://") {
@@ -145,11 +143,10 @@ func (n *Node) replaceable(m *Manifest, old []byte, endpoints []string) error {
 		return err
 	}
 	if !bytes.Equal(old, text) {
-		return &Problem{n.Config + " is there already, and says something else than the flags",
-			"use it as it is, with --config " + n.Config + " and without flags for the KMS, or move it away"}
+		return problem.New("use it as it is, with --config "+n.Config+" and without flags for the KMS, or move it away", "%s", n.Config+" is there already, and says something else than the flags")
 	}
 	if n.Settings.DecryptOnly && !n.AllowWeakening {
-		return &Problem{n.Config + " encrypts new values, and with --decrypt-only they would be stored as plaintext", "add --allow-weakening if this is meant"}
+		return problem.New("add --allow-weakening if this is meant", "%s", n.Config+" encrypts new values, and with --decrypt-only they would be stored as plaintext")
 	}
 	return nil
 }
@@ -165,14 +162,13 @@ func (n *Node) ownConfig(m *Manifest, mode Mode) ([]byte, Facts, error) {
 		return nil, facts, err
 	}
 	if !slices.Contains(facts.Listeners, n.Settings.Listen) {
-		return nil, facts, &Problem{n.Config + " has no listener with TLS at " + n.Settings.Listen, "add one, or name its address with --listen"}
+		return nil, facts, problem.New("add one, or name its address with --listen", "%s", n.Config+" has no listener with TLS at "+n.Settings.Listen)
 	}
 	if facts.Admin != n.Settings.Admin {
-		return nil, facts, &Problem{fmt.Sprintf("%s has %q for admin.address, and not %s", n.Config, facts.Admin, n.Settings.Admin), "change it, or name its address with --admin"}
+		return nil, facts, problem.New("change it, or name its address with --admin", "%s has %q for admin.address, and not %s", n.Config, facts.Admin, n.Settings.Admin)
 	}
 	if servers := m.EtcdServers(); mode != All && !slices.Equal(slices.Sorted(slices.Values(servers)), slices.Sorted(slices.Values(facts.Endpoints))) {
-		return nil, facts, &Problem{fmt.Sprintf("%s has %s for etcd.endpoints, but the API server uses %s", n.Config, strings.Join(facts.Endpoints, ", "), strings.Join(servers, ", ")),
-			"write the API server's in etcd.endpoints"}
+		return nil, facts, problem.New("write the API server's in etcd.endpoints", "%s has %s for etcd.endpoints, but the API server uses %s", n.Config, strings.Join(facts.Endpoints, ", "), strings.Join(servers, ", "))
 	}
 	return config, facts, nil
 }

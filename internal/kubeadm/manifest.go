@@ -9,6 +9,8 @@ import (
 	"strings"
 
 	"go.yaml.in/yaml/v3"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 )
 
 // The flags of kube-apiserver that matter here.
@@ -37,10 +39,10 @@ const hintManifest = "only manifests as kubeadm writes them are changed; edit th
 
 // unknown is the refusal of a manifest that is not as kubeadm writes it.
 func unknown(format string, args ...any) error {
-	return &Problem{Text: "kube-apiserver's manifest " + fmt.Sprintf(format, args...), Hint: hintManifest}
+	return problem.New(hintManifest, "%s", "kube-apiserver's manifest "+fmt.Sprintf(format, args...))
 }
 
-// ParseManifest reads a manifest. The error is a [*Problem] if the manifest is not as kubeadm writes
+// ParseManifest reads a manifest. The error is a [problem.Problem] if the manifest is not as kubeadm writes
 // it: another object than a Pod, no or several containers that run kube-apiserver, YAML that the
 // editing does not support, or a missing or repeated --etcd-servers. It retains data.
 func ParseManifest(data []byte) (*Manifest, error) {

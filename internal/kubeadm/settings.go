@@ -10,6 +10,8 @@ import (
 	"strings"
 
 	"go.yaml.in/yaml/v3"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 )
 
 // Settings are what the configuration of the proxy is made from, besides the API server's manifest.
@@ -124,19 +126,17 @@ func (s *Settings) configuration(m *Manifest, endpoints []string) ([]byte, error
 	}
 	host, _, err := net.SplitHostPort(s.Listen)
 	if err != nil {
-		return nil, &Problem{fmt.Sprintf("--listen %s is not host:port", s.Listen), "write it as in 127.0.0.1:12379"}
+		return nil, problem.New("write it as in 127.0.0.1:12379", "--listen %s is not host:port", s.Listen)
 	}
 	if _, err := verify(s.ListenerCert, ca, host, x509.ExtKeyUsageServerAuth); err != nil {
-		return nil, &Problem{"the API server would not accept the proxy's certificate: " + err.Error(),
-			"name a certificate for " + host + ", from the CA in " + ca + ", with --listener-cert and --listener-key"}
+		return nil, problem.New("name a certificate for "+host+", from the CA in "+ca+", with --listener-cert and --listener-key", "%s", "the API server would not accept the proxy's certificate: "+err.Error())
 	}
 	leaf, err := verify(cert, clientCA, "", x509.ExtKeyUsageClientAuth)
 	if err != nil {
-		return nil, &Problem{"the proxy would not accept the API server's client certificate: " + err.Error(),
-			"name the CA of " + cert + " with --listener-client-ca"}
+		return nil, problem.New("name the CA of "+cert+" with --listener-client-ca", "%s", "the proxy would not accept the API server's client certificate: "+err.Error())
 	}
 	if leaf.Subject.CommonName == "" {
-		return nil, &Problem{"the API server's client certificate " + cert + " has no common name", "give the proxy a configuration of your own with --config"}
+		return nil, problem.New("give the proxy a configuration of your own with --config", "%s", "the API server's client certificate "+cert+" has no common name")
 	}
 	prefix := m.Flag("etcd-prefix")
 	if prefix == "" {
