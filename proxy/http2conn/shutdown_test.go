@@ -23,8 +23,8 @@ func TestLeave(t *testing.T) {
 		h := &handler{headers: func(s *Stream, _ []hpack.HeaderField, _ bool) { began = append(began, s.id) }}
 		p := serveOne(t, h, Config{})
 		first := p.begin(t, h, 1, true)
-		h.conn.Leave()
-		h.conn.Leave()
+		h.conn.GracefulShutdown()
+		h.conn.GracefulShutdown()
 		h.conn.Flush()
 		p.expect(t, leavesSoon, asks)
 		second := p.begin(t, h, 3, false)
@@ -55,7 +55,7 @@ func TestLeaveAtRest(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &handler{}
 		p := serveOne(t, h, Config{})
-		h.conn.Leave()
+		h.conn.GracefulShutdown()
 		h.conn.Flush()
 		p.expect(t, leavesSoon, asks)
 		p.WritePing(true, leavingPing)
@@ -69,7 +69,7 @@ func TestLeaveUnheard(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &handler{headers: func(s *Stream, _ []hpack.HeaderField, _ bool) { s.Headers(okTrailer, true) }}
 		p := serveOne(t, h, Config{})
-		h.conn.Leave()
+		h.conn.GracefulShutdown()
 		h.conn.Flush()
 		p.expect(t, leavesSoon, asks)
 		for id := uint32(1); id < 10; id += 2 {
@@ -95,7 +95,7 @@ func TestLeaveEndsWith(t *testing.T) {
 			h := &handler{}
 			p := serveOne(t, h, Config{})
 			s := p.begin(t, h, 1, false)
-			h.conn.Leave()
+			h.conn.GracefulShutdown()
 			h.conn.Flush()
 			p.WritePing(true, leavingPing)
 			p.says(t)
@@ -116,7 +116,7 @@ func TestLeaveLetsTheLastWordOut(t *testing.T) {
 		h := &handler{}
 		p := serveOne(t, h, Config{})
 		s := p.begin(t, h, 1, false)
-		h.conn.Leave()
+		h.conn.GracefulShutdown()
 		h.conn.Flush()
 		p.WritePing(true, leavingPing)
 		p.says(t)
@@ -139,7 +139,7 @@ func TestLeaveOfWhoDoesNotAnswer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &handler{}
 		p := serveOne(t, h, Config{})
-		h.conn.Leave()
+		h.conn.GracefulShutdown()
 		h.conn.Flush()
 		p.expect(t, leavesSoon, asks)
 		time.Sleep(leavingPatience)

@@ -20,7 +20,7 @@ func rawConn(conn net.Conn) syscall.RawConn {
 }
 
 // tryOnce writes as much of o.all as the system takes without waiting: the sockets of package net never do.
-func (o *Outlet) tryOnce(fd uintptr) bool {
+func (o *WriteBuffer) tryOnce(fd uintptr) bool {
 	for {
 		var err error
 		if len(o.all) == 1 {

@@ -9,4 +9,4 @@ import (
 
 func rawConn(net.Conn) syscall.RawConn { return nil }
 
-func (o *Outlet) tryOnce(uintptr) bool { return true }
+func (o *WriteBuffer) tryOnce(uintptr) bool { return true }

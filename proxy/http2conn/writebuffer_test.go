@@ -25,16 +25,18 @@ func TestPairOfSmallBuffers(t *testing.T) {
 	trusting := certified.Client().Transport.(*http.Transport).TLSClientConfig.Clone()
 	trusting.ServerName = "example.com"
 	for name, over := range map[string]func(conn net.Conn, server bool) (top net.Conn, cfg Config){
-		"plain":               func(conn net.Conn, _ bool) (net.Conn, Config) { return conn, Config{Plain: true} },
+		"plain":               func(conn net.Conn, _ bool) (net.Conn, Config) { return conn, Config{Plaintext: true} },
 		"plain, in one piece": func(conn net.Conn, _ bool) (net.Conn, Config) { return conn, Config{} },
 		"TLS": func(conn net.Conn, server bool) (net.Conn, Config) {
-			outlet := NewOutlet(conn)
+			outlet := NewWriteBuffer(conn)
 			if server {
-				return tls.Server(outlet, certified.TLS), Config{Outlet: outlet}
+				return tls.Server(outlet, certified.TLS), Config{WriteBuffer: outlet}
 			}
-			return tls.Client(outlet, trusting), Config{Outlet: outlet}
+			return tls.Client(outlet, trusting), Config{WriteBuffer: outlet}
 		},
-		"not the system's": func(conn net.Conn, _ bool) (net.Conn, Config) { return struct{ net.Conn }{conn}, Config{Plain: true} },
+		"not the system's": func(conn net.Conn, _ bool) (net.Conn, Config) {
+			return struct{ net.Conn }{conn}, Config{Plaintext: true}
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -113,14 +115,14 @@ func TestPeerThatOnlySends(t *testing.T) {
 
 // TestOutletFails: what is kept for a peer that goes is lost, given back, and said to be so; nothing is written after it.
 func TestOutletFails(t *testing.T) {
-	for name, end := range map[string]func(o *Outlet, far net.Conn){
-		"the peer closes": func(_ *Outlet, far net.Conn) { far.Close() },
-		"it is closed":    func(o *Outlet, _ net.Conn) { o.Close() },
+	for name, end := range map[string]func(o *WriteBuffer, far net.Conn){
+		"the peer closes": func(_ *WriteBuffer, far net.Conn) { far.Close() },
+		"it is closed":    func(o *WriteBuffer, _ net.Conn) { o.Close() },
 	} {
 		near, far := sockets(t)
 		defer near.Close()
 		defer far.Close()
-		o, pool, freed := NewOutlet(near), new(ledger), make(chan error, 1)
+		o, pool, freed := NewWriteBuffer(near), new(ledger), make(chan error, 1)
 		o.use(pool, func(err error) { freed <- err })
 		for !o.full.Load() {
 			if _, err := o.Write(pattern(outLimit)); err != nil {

@@ -9,10 +9,10 @@ import (
 	"google.golang.org/grpc/mem"
 )
 
-// Outlet is a connection that takes all that is written to it without waiting, from when a [Conn] writes to it, itself or over TLS: what the peer does not take is kept, and a goroutine writes it, which
+// WriteBuffer is a connection that takes all that is written to it without waiting, from when a [Conn] writes to it, itself or over TLS: what the peer does not take is kept, and a goroutine writes it, which
 // there is only for as long. So whoever reads the peer goes on reading, and two that face each other and are both busy sending hear each other nevertheless. Before that it is the connection that it was
 // made of. It is safe for concurrent use.
-type Outlet struct {
+type WriteBuffer struct {
 	net.Conn
 	raw    syscall.RawConn // nil where the system cannot be asked to write without waiting: then the goroutine writes it all
 	try    func(fd uintptr) bool
@@ -33,18 +33,18 @@ type Outlet struct {
 	fail error
 }
 
-// NewOutlet makes an Outlet of a connection.
-func NewOutlet(conn net.Conn) *Outlet {
-	o := &Outlet{Conn: conn, raw: rawConn(conn)}
+// NewWriteBuffer makes an WriteBuffer of a connection.
+func NewWriteBuffer(conn net.Conn) *WriteBuffer {
+	o := &WriteBuffer{Conn: conn, raw: rawConn(conn)}
 	o.room, o.try = sync.NewCond(&o.mu), o.tryOnce
 	return o
 }
 
-// use has the Outlet take what is written at once from now on.
-func (o *Outlet) use(pool mem.BufferPool, freed func(error)) { o.pool, o.freed = pool, freed }
+// use has the WriteBuffer take what is written at once from now on.
+func (o *WriteBuffer) use(pool mem.BufferPool, freed func(error)) { o.pool, o.freed = pool, freed }
 
 // Write implements net.Conn.
-func (o *Outlet) Write(b []byte) (int, error) {
+func (o *WriteBuffer) Write(b []byte) (int, error) {
 	if o.pool == nil {
 		return o.Conn.Write(b)
 	}
@@ -60,13 +60,13 @@ func (o *Outlet) Write(b []byte) (int, error) {
 }
 
 // writeAll is Write for bytes that are in several places.
-func (o *Outlet) writeAll(all [][]byte) error {
+func (o *WriteBuffer) writeAll(all [][]byte) error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	return o.take(all)
 }
 
-func (o *Outlet) take(all [][]byte) error {
+func (o *WriteBuffer) take(all [][]byte) error {
 	if o.err == nil && o.raw != nil && !o.full.Load() {
 		o.all = all
 		if err := o.raw.Write(o.try); err != nil {
@@ -108,7 +108,7 @@ func after(all [][]byte, n int) [][]byte {
 }
 
 // write writes what is kept.
-func (o *Outlet) write() {
+func (o *WriteBuffer) write() {
 	o.mu.Lock()
 	for o.err == nil && len(o.kept) > 0 {
 		next := o.kept[0]
@@ -134,7 +134,7 @@ func (o *Outlet) write() {
 }
 
 // Close implements net.Conn. What is kept is lost.
-func (o *Outlet) Close() error {
+func (o *WriteBuffer) Close() error {
 	o.mu.Lock()
 	if o.err == nil {
 		o.err = net.ErrClosed
@@ -144,14 +144,14 @@ func (o *Outlet) Close() error {
 }
 
 // holds is how many bytes are kept.
-func (o *Outlet) holds() int {
+func (o *WriteBuffer) holds() int {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	return o.size
 }
 
 // wait waits until nothing is kept.
-func (o *Outlet) wait() {
+func (o *WriteBuffer) wait() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	for o.full.Load() {

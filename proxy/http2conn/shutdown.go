@@ -10,9 +10,9 @@ import (
 // leavingPatience is how long a client may take to say that it has heard. grpc-go waits as long: it may be gone without a word.
 const leavingPatience = 5 * time.Second
 
-// Leave has the client of a server go elsewhere: it is told twice, as RFC 9113 has it, so that no stream is lost that it opens meanwhile. The connection closes
+// GracefulShutdown has the client of a server go elsewhere: it is told twice, as RFC 9113 has it, so that no stream is lost that it opens meanwhile. The connection closes
 // with the last stream.
-func (c *Conn) Leave() {
+func (c *Conn) GracefulShutdown() {
 	c.ending.Store(true)
 	c.mu.Lock()
 	if !c.closed && !c.leaving {
@@ -21,7 +21,7 @@ func (c *Conn) Leave() {
 		_ = c.write.WritePing(false, leavingPing)
 		c.hears = time.AfterFunc(leavingPatience, func() {
 			c.left()
-			c.cfg.Handler.Idle()
+			c.cfg.Handler.FlushNeeded()
 		})
 	}
 	c.mu.Unlock()
