@@ -1,4 +1,4 @@
-package lifecycle
+package inventory
 
 import (
 	"context"
@@ -10,6 +10,8 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/restore"
 )
 
 // Pages are sized by bytes, since the number of keys says nothing about values between 0 and 1.5 MiB. The first one is small, and each next one
@@ -29,13 +31,13 @@ type Span struct {
 
 // Scan calls visit with each key below prefixes, which must not begin one another, in order, with its value, in pages at one revision: the present one
 // if rev is 0. If that is compacted while the scan is on its way, the present one is taken for the rest, and the Span shows it. An error of visit ends the scan, and so
-// does a restore of etcd, with [ErrRestored]: what was read before and after it does not belong together. The KeyValue is visit's to keep.
+// does a restore of etcd, with [restore.ErrRestored]: what was read before and after it does not belong together. The KeyValue is visit's to keep.
 func Scan(ctx context.Context, kv clientv3.KV, prefixes []string, rev int64, visit func(*mvccpb.KeyValue) error) (Span, error) {
-	return scanIn(ctx, new(timeline), kv, prefixes, rev, visit)
+	return ScanWith(ctx, new(restore.Detector), kv, prefixes, rev, visit)
 }
 
-// scanIn is Scan in the history that the caller knows of.
-func scanIn(ctx context.Context, history *timeline, kv clientv3.KV, prefixes []string, rev int64, visit func(*mvccpb.KeyValue) error) (Span, error) {
+// ScanWith is Scan in the history that the caller knows of.
+func ScanWith(ctx context.Context, history *restore.Detector, kv clientv3.KV, prefixes []string, rev int64, visit func(*mvccpb.KeyValue) error) (Span, error) {
 	s := scan{kv: kv, history: history, visit: visit, limit: firstPage, at: rev, span: Span{First: rev, Last: rev}}
 	for _, p := range prefixes {
 		if err := s.prefix(ctx, p); err != nil {
@@ -47,7 +49,7 @@ func scanIn(ctx context.Context, history *timeline, kv clientv3.KV, prefixes []s
 
 type scan struct {
 	kv      clientv3.KV
-	history *timeline
+	history *restore.Detector
 	visit   func(*mvccpb.KeyValue) error
 	limit   int64
 	at      int64 // revision; 0: the present one
@@ -83,11 +85,11 @@ func (s *scan) prefix(ctx context.Context, prefix string) error {
 // page reads the next keys, fewer if they are too many bytes.
 func (s *scan) page(ctx context.Context, from, end string) (*clientv3.GetResponse, error) {
 	for {
-		before := s.history.known()
+		before := s.history.Position()
 		r, err := s.kv.Get(ctx, from, clientv3.WithRange(end), clientv3.WithLimit(s.limit), clientv3.WithRev(s.at))
 		switch {
-		case err == nil && s.history.compare(before, r.Header), s.at != 0 && errors.Is(err, rpctypes.ErrFutureRev):
-			return nil, ErrRestored
+		case err == nil && s.history.Compare(before, r.Header), s.at != 0 && errors.Is(err, rpctypes.ErrFutureRev):
+			return nil, restore.ErrRestored
 		case err == nil:
 			if s.at == 0 {
 				s.at = r.Header.Revision

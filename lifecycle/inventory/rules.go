@@ -1,8 +1,12 @@
-package lifecycle
+// Package inventory reads what etcd stores under the configured rules and classifies each value: current, stale, plaintext,
+// foreign or undecryptable. [Scan] reads keys page by page, [Survey] counts values per rule and key, and [BypassWatcher] watches
+// for plaintext that was written to etcd directly. It reads etcd directly, not through the proxy, and writes nothing.
+package inventory
 
 import (
 	"context"
 	"slices"
+	"strings"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/prefix"
@@ -60,7 +64,7 @@ func NewRules(rules []Rule, exempt ...string) *Rules {
 	return &Rules{set: prefix.New(entries), list: rules}
 }
 
-// Since returns the same rules with the revision of etcd from before they held, for [Bypass]; 0 if it is not known.
+// Since returns the same rules with the revision of etcd from before they held, for [BypassWatcher]; 0 if it is not known.
 func (r *Rules) Since(revision int64) *Rules {
 	held := *r
 	held.since = revision
@@ -84,5 +88,35 @@ func (r *Rules) Prefixes() []string {
 	return slices.DeleteFunc(r.set.Roots(), func(p string) bool {
 		i, _ := r.set.Lookup([]byte(p))
 		return i < 0
+	})
+}
+
+// Within returns the prefixes that together cover all keys under rules that also begin with prefix.
+func (r *Rules) Within(prefix string) []string { return within(r.Prefixes(), prefix) }
+
+// within returns what the prefixes and one more have in common, as prefixes.
+func within(prefixes []string, also string) []string {
+	var both []string
+	for _, p := range prefixes {
+		switch {
+		case strings.HasPrefix(p, also):
+			both = append(both, p)
+		case strings.HasPrefix(also, p):
+			both = append(both, also)
+		}
+	}
+	return both
+}
+
+// Under reports whether keys below prefix may have a rule.
+func (r *Rules) Under(prefix string) bool { return len(within(r.Prefixes(), prefix)) > 0 }
+
+// Seals reports whether the rule encrypts new values.
+func (r *Rule) Seals() bool { return r.WriteWith != Plaintext }
+
+// SealingPrefixes returns prefixes that together cover all rules that seal.
+func (r *Rules) SealingPrefixes() []string {
+	return slices.DeleteFunc(r.Prefixes(), func(root string) bool {
+		return !slices.ContainsFunc(r.list, func(rule Rule) bool { return rule.Seals() && strings.HasPrefix(rule.Prefix, root) })
 	})
 }

@@ -1,4 +1,4 @@
-package lifecycle
+package coordination
 
 import (
 	"context"
@@ -17,14 +17,14 @@ const DefaultPrefix = "/etcd-kms-proxy/"
 
 const pointers = DefaultPrefix + "at/"
 
-// Place is where there is a record of rules.
-type Place struct {
+// RecordLocation is where there is a record of rules.
+type RecordLocation struct {
 	Prefix    string
 	Agreement *Agreement // nil if it cannot be decoded
 }
 
-// Elsewhere returns the places with a record that have another prefix than own.
-func Elsewhere(ctx context.Context, kv clientv3.KV, own string, opts ...clientv3.OpOption) ([]Place, error) {
+// OtherRecords returns the places with a record that have another prefix than own.
+func OtherRecords(ctx context.Context, kv clientv3.KV, own string, opts ...clientv3.OpOption) ([]RecordLocation, error) {
 	pointed, err := kv.Get(ctx, pointers, append(opts, clientv3.WithPrefix(), clientv3.WithKeysOnly())...)
 	if err != nil {
 		return nil, fmt.Errorf("read where the proxies agreed on rules: %w", err)
@@ -33,7 +33,7 @@ func Elsewhere(ctx context.Context, kv clientv3.KV, own string, opts ...clientv3
 	for _, p := range pointed.Kvs {
 		prefixes = append(prefixes, strings.TrimPrefix(string(p.Key), pointers))
 	}
-	var places []Place
+	var places []RecordLocation
 	for _, p := range prefixes {
 		if p == own {
 			continue
@@ -41,18 +41,18 @@ func Elsewhere(ctx context.Context, kv clientv3.KV, own string, opts ...clientv3
 		a, err := readAgreement(ctx, kv, p, opts...)
 		switch {
 		case errors.Is(err, ErrForged):
-			places = append(places, Place{Prefix: p})
+			places = append(places, RecordLocation{Prefix: p})
 		case err != nil:
 			return nil, err
 		case a != nil:
-			places = append(places, Place{p, a})
+			places = append(places, RecordLocation{p, a})
 		}
 	}
 	return places, nil
 }
 
-// Forget removes a record, so that proxies that are told to do without it are not asked again. Proxies that still coordinate there note it anew.
-func Forget(ctx context.Context, kv clientv3.KV, p Place) error {
+// DeleteRecord removes a record, so that proxies that are told to do without it are not asked again. Proxies that still coordinate there note it anew.
+func DeleteRecord(ctx context.Context, kv clientv3.KV, p RecordLocation) error {
 	for _, key := range []string{agreementKey(p.Prefix), pointers + p.Prefix} {
 		if _, err := kv.Delete(ctx, key); err != nil {
 			return fmt.Errorf("remove the record of rules below %q: %w", p.Prefix, err)
@@ -80,7 +80,7 @@ func (f *Fleet) point(ctx context.Context) error {
 // forgetOthers removes records from before the prefix was changed: one that is not kept up to date could be less than what was agreed on since. Where proxies still
 // are, they have not changed yet.
 func (f *Fleet) forgetOthers(ctx context.Context) error {
-	places, err := Elsewhere(ctx, f.cfg.Client, f.cfg.Prefix)
+	places, err := OtherRecords(ctx, f.cfg.Client, f.cfg.Prefix)
 	if err != nil {
 		return err
 	}
@@ -92,7 +92,7 @@ func (f *Fleet) forgetOthers(ctx context.Context) error {
 		if there.Count > 0 {
 			continue
 		}
-		if err := Forget(ctx, f.cfg.Client, p); err != nil {
+		if err := DeleteRecord(ctx, f.cfg.Client, p); err != nil {
 			return err
 		}
 		f.cfg.Logger.Info("the rules are on record at one place again", "prefix", f.cfg.Prefix, "removed", p.Prefix)

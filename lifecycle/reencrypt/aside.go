@@ -1,58 +1,20 @@
-package lifecycle
+package reencrypt
 
 import (
 	"cmp"
 	"context"
-	"crypto/sha256"
-	"encoding/binary"
 	"fmt"
-	"maps"
-	"slices"
 	"sync"
 	"time"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 )
-
-// seedID identifies a wrapped DEK seed, and the annotations that go with it.
-type seedID [sha256.Size]byte
-
-// seedOf returns the seed of a value that is stored under a rule, and the value's marker, which
-// names the provider; ok is false if it has no seed. For another rule the same seed is another one,
-// since a recovery copy may give it to one of them alone.
-func seedOf(rule *Rule, stored []byte) (id seedID, marker string, ok bool) {
-	provider, object, ok := envelope.Split(stored)
-	if !ok {
-		return id, "", false
-	}
-	o, err := envelope.Parse(object)
-	if err != nil {
-		return id, "", false
-	}
-	h := sha256.New()
-	write := func(b []byte) {
-		_, _ = h.Write(binary.AppendUvarint(nil, uint64(len(b)))) // a hash takes everything
-		_, _ = h.Write(b)
-	}
-	write([]byte(rule.Prefix))
-	write(provider)
-	write([]byte(o.KeyID))
-	write(o.Source)
-	// The KMS gets the annotations too: one that was altered must not speak for the values of a
-	// good seed.
-	for _, name := range slices.Sorted(maps.Keys(o.Annotations)) {
-		write([]byte(name))
-		write(o.Annotations[name])
-	}
-	h.Sum(id[:0])
-	return id, string(stored[:len(stored)-len(object)]), true
-}
 
 // setAside is a value whose DEK seed its KMS did not unwrap, for no reason that says whether that
 // lasts.
 type setAside struct {
 	key    string
-	seed   seedID
+	seed   inventory.SeedID
 	marker string // that the value begins with: it names the provider
 	why    string
 	last   time.Time // when the KMS failed to unwrap the seed
@@ -72,12 +34,12 @@ type asideList struct {
 
 	mu       sync.Mutex
 	values   []setAside
-	pending  map[seedID]setAside // a value of each seed in values
-	verdicts map[seedID]string   // why values of a seed are left
+	pending  map[inventory.SeedID]setAside // a value of each seed in values
+	verdicts map[inventory.SeedID]string   // why values of a seed are left
 }
 
 func newAsideList() *asideList {
-	return &asideList{pending: make(map[seedID]setAside), verdicts: make(map[seedID]string)}
+	return &asideList{pending: make(map[inventory.SeedID]setAside), verdicts: make(map[inventory.SeedID]string)}
 }
 
 // add puts values aside.
@@ -106,7 +68,7 @@ func (a *asideList) take() []setAside {
 }
 
 // isPending returns a value of the same seed that is put aside.
-func (a *asideList) isPending(id seedID) (setAside, bool) {
+func (a *asideList) isPending(id inventory.SeedID) (setAside, bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	v, ok := a.pending[id]
@@ -114,7 +76,7 @@ func (a *asideList) isPending(id seedID) (setAside, bool) {
 }
 
 // verdict returns why values of a seed are left, if that was decided.
-func (a *asideList) verdict(id seedID) (why string, decided bool) {
+func (a *asideList) verdict(id inventory.SeedID) (why string, decided bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	why, decided = a.verdicts[id]
@@ -122,7 +84,7 @@ func (a *asideList) verdict(id seedID) (why string, decided bool) {
 }
 
 // decide leaves the values of a seed. Beyond the bound each value is decided for itself.
-func (a *asideList) decide(id seedID, why string) {
+func (a *asideList) decide(id inventory.SeedID, why string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if len(a.verdicts) < maxVerdicts {
@@ -166,7 +128,7 @@ func (r *run) settle(ctx context.Context) error {
 
 // tryAllAgain tries values that were put aside, and returns those to try once more.
 func (r *run) tryAllAgain(ctx context.Context, values []setAside) (still []setAside, err error) {
-	refused := make(map[seedID]setAside) // in this round
+	refused := make(map[inventory.SeedID]setAside) // in this round
 	for _, v := range values {
 		if last, ok := refused[v.seed]; ok { // the KMS is not asked for each value
 			v.last, v.since = last.last, last.since
@@ -199,7 +161,7 @@ func (r *run) tryAllAgain(ctx context.Context, values []setAside) (still []setAs
 // awaitWell waits until the KMS of each value has been well after it last failed to unwrap the
 // value's seed.
 func (r *run) awaitWell(ctx context.Context, values []setAside) error {
-	failed := make(map[*Rule]map[string]setAside) // the last for each rule and provider
+	failed := make(map[*inventory.Rule]map[string]setAside) // the last for each rule and provider
 	for _, v := range values {
 		rule := r.cfg.Rules().Of([]byte(v.key))
 		if rule == nil {
@@ -227,7 +189,7 @@ func (r *run) awaitWell(ctx context.Context, values []setAside) error {
 const quietWait = 3 * time.Second
 
 // awaitContact waits for a good contact with the KMS behind stored after v failed.
-func (r *run) awaitContact(ctx context.Context, rule *Rule, stored []byte, v setAside) error {
+func (r *run) awaitContact(ctx context.Context, rule *inventory.Rule, stored []byte, v setAside) error {
 	wait, begun, told := newBackOff(), time.Now(), false
 	for {
 		state, ok := rule.Sealer.Recheck(stored)

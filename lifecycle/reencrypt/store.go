@@ -1,4 +1,4 @@
-package lifecycle
+package reencrypt
 
 import (
 	"bytes"
@@ -12,6 +12,8 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc/codes"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/restore"
 )
 
 // Times of the writing.
@@ -118,7 +120,7 @@ func (r *run) wrote(items []*item, revision int64) {
 // commit sends one transaction that changes items if none was written since it was read, and otherwise reads them. It waits while etcd is not there or has no space.
 // After an answer that was lost the transaction may have been applied: then it does not hold the next time, and the values read are those to be stored.
 //
-// If etcd was away, it may be back with older data, in which another value can have the revision that was read. Then the run ends with [ErrRestored].
+// If etcd was away, it may be back with older data, in which another value can have the revision that was read. Then the run ends with [restore.ErrRestored].
 //
 // The lease is that of the key at its revision, and so that of the key. (The option to keep whatever lease the key has would be shorter; but where etcd lost the lease
 // of a key, each of its members would panic on that. Like this, it answers that there is no such lease.)
@@ -156,9 +158,9 @@ func (r *run) commit(ctx context.Context, items []*item) (answer *clientv3.TxnRe
 func (r *run) sameHistory(ctx context.Context, key string) error {
 	ctx, cancel := context.WithTimeout(ctx, txnTimeout)
 	defer cancel()
-	restored, _, _, err := r.history.check(ctx, r.cfg.Client, key)
+	restored, _, _, err := r.history.Check(ctx, r.cfg.Client, key)
 	if err == nil && restored {
-		err = ErrRestored
+		err = restore.ErrRestored
 	}
 	return err
 }

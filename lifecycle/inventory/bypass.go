@@ -1,4 +1,4 @@
-package lifecycle
+package inventory
 
 import (
 	"context"
@@ -16,9 +16,11 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/restore"
 )
 
-// BypassConfig configures a Bypass.
+// BypassConfig configures a BypassWatcher.
 type BypassConfig struct {
 	Client *clientv3.Client
 	Rules  func() *Rules // of the moment
@@ -29,25 +31,25 @@ type BypassConfig struct {
 	Logger   *slog.Logger
 }
 
-// Bypass watches all keys under rules that seal for writes that went past the proxies. It looks at the first bytes of values alone.
+// BypassWatcher watches all keys under rules that seal for writes that went past the proxies. It looks at the first bytes of values alone.
 //
 // What a watch cannot tell is read: after a compaction the values that were written meanwhile, and after a restore of etcd all values.
-type Bypass struct {
+type BypassWatcher struct {
 	BypassConfig
 	changed chan struct{}
 	next    map[string]int64 // the revision to go on with, by prefix; none: the present one
 	missed  map[string]int64 // the revision from which on writes were missed, by prefix; 0: all of them
 	told    bool             // that a watch does not work
-	history timeline
+	history restore.Detector
 }
 
-// NewBypass makes a Bypass. It starts nothing.
-func NewBypass(c BypassConfig) *Bypass {
-	return &Bypass{BypassConfig: c, changed: make(chan struct{}, 1), next: make(map[string]int64), missed: make(map[string]int64)}
+// NewBypassWatcher makes a BypassWatcher. It starts nothing.
+func NewBypassWatcher(c BypassConfig) *BypassWatcher {
+	return &BypassWatcher{BypassConfig: c, changed: make(chan struct{}, 1), next: make(map[string]int64), missed: make(map[string]int64)}
 }
 
 // RulesChanged says that Rules gives others now.
-func (b *Bypass) RulesChanged() {
+func (b *BypassWatcher) RulesChanged() {
 	select {
 	case b.changed <- struct{}{}:
 	default:
@@ -55,7 +57,7 @@ func (b *Bypass) RulesChanged() {
 }
 
 // Run watches until ctx ends, and tells of what is stored from now on. A watch that breaks is begun again where it was.
-func (b *Bypass) Run(ctx context.Context) {
+func (b *BypassWatcher) Run(ctx context.Context) {
 	for ctx.Err() == nil {
 		if b.watch(ctx) {
 			continue
@@ -68,12 +70,15 @@ func (b *Bypass) Run(ctx context.Context) {
 	}
 }
 
+// requestTimeout bounds one read of etcd's revision.
+const requestTimeout = 10 * time.Second
+
 // bypassRetry is after a watch that has ended.
 const bypassRetry = time.Second
 
 // follow says where the watches under rules begin.
-func (b *Bypass) follow(rules *Rules) (prefixes []string) {
-	prefixes = rules.sealing()
+func (b *BypassWatcher) follow(rules *Rules) (prefixes []string) {
+	prefixes = rules.SealingPrefixes()
 	next := make(map[string]int64)
 	for _, p := range prefixes {
 		if rules.since > 0 {
@@ -90,7 +95,7 @@ func (b *Bypass) follow(rules *Rules) (prefixes []string) {
 }
 
 // watch watches until the rules have changed, which it reports, or a watch ends.
-func (b *Bypass) watch(ctx context.Context) (changed bool) {
+func (b *BypassWatcher) watch(ctx context.Context) (changed bool) {
 	ctx, stop := context.WithCancel(ctx)
 	prefixes := b.follow(b.Rules())
 	if err := b.catchUp(ctx, prefixes); err != nil {
@@ -137,12 +142,12 @@ func (b *Bypass) watch(ctx context.Context) (changed bool) {
 }
 
 // catchUp reads what was missed, and after a restore of etcd everything.
-func (b *Bypass) catchUp(ctx context.Context, prefixes []string) error {
+func (b *BypassWatcher) catchUp(ctx context.Context, prefixes []string) error {
 	if len(prefixes) == 0 {
 		return nil
 	}
-	limited, cancel := context.WithTimeout(ctx, fleetTimeout)
-	restored, before, now, err := b.history.check(limited, b.Client, prefixes[0])
+	limited, cancel := context.WithTimeout(ctx, requestTimeout)
+	restored, before, now, err := b.history.Check(limited, b.Client, prefixes[0])
 	cancel()
 	if err != nil {
 		return err
@@ -172,7 +177,7 @@ func (b *Bypass) catchUp(ctx context.Context, prefixes []string) error {
 }
 
 // reread tells of the plaintext values that were written from a revision on, as far as they are still there.
-func (b *Bypass) reread(ctx context.Context, prefix string, from int64) (Span, error) {
+func (b *BypassWatcher) reread(ctx context.Context, prefix string, from int64) (Span, error) {
 	rules := b.Rules()
 	return Scan(ctx, b.Client, []string{prefix}, 0, func(kv *mvccpb.KeyValue) error {
 		if kv.ModRevision >= from {
@@ -183,14 +188,14 @@ func (b *Bypass) reread(ctx context.Context, prefix string, from int64) (Span, e
 }
 
 // look tells of a value that its rule would have sealed and that is not.
-func (b *Bypass) look(rules *Rules, kv *mvccpb.KeyValue) {
-	if rule := rules.Of(kv.Key); rule != nil && rule.seals() && !rule.Sealer.Sealed(kv.Value) {
+func (b *BypassWatcher) look(rules *Rules, kv *mvccpb.KeyValue) {
+	if rule := rules.Of(kv.Key); rule != nil && rule.Seals() && !rule.Sealer.Sealed(kv.Value) {
 		b.Found(rule, string(kv.Key), kv.ModRevision)
 	}
 }
 
 // fails says once that there is no watch.
-func (b *Bypass) fails(ctx context.Context, err error) {
+func (b *BypassWatcher) fails(ctx context.Context, err error) {
 	if b.told || ctx.Err() != nil {
 		return
 	}
@@ -226,7 +231,7 @@ type answer struct {
 }
 
 // see looks at the events of one answer. It returns false if the watch is over.
-func (b *Bypass) see(r *answer) bool {
+func (b *BypassWatcher) see(r *answer) bool {
 	if r.CompactRevision > 0 { // what was compacted in the meantime is not seen
 		if from, known := b.missed[r.prefix]; !known || b.next[r.prefix] < from {
 			b.missed[r.prefix] = b.next[r.prefix]
@@ -240,7 +245,7 @@ func (b *Bypass) see(r *answer) bool {
 		return false
 	}
 	b.told = false
-	b.history.saw(r.Header)
+	b.history.Observe(r.Header)
 	rules := b.Rules()
 	for _, e := range r.Events {
 		b.look(rules, e.Kv)
@@ -253,13 +258,4 @@ func (b *Bypass) see(r *answer) bool {
 		b.next[r.prefix] = r.Header.Revision + 1
 	}
 	return true
-}
-
-func (r *Rule) seals() bool { return r.WriteWith != Plaintext }
-
-// sealing returns prefixes that together cover all rules that seal.
-func (r *Rules) sealing() []string {
-	return slices.DeleteFunc(r.Prefixes(), func(root string) bool {
-		return !slices.ContainsFunc(r.list, func(rule Rule) bool { return rule.seals() && strings.HasPrefix(rule.Prefix, root) })
-	})
 }

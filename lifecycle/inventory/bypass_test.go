@@ -1,4 +1,4 @@
-package lifecycle
+package inventory
 
 import (
 	"log/slog"
@@ -32,7 +32,7 @@ func TestBypassFollows(t *testing.T) {
 		"narrower rules":   {map[string]int64{"": 7}, rules("/a/", "/b/").Since(9), map[string]int64{"/a/": 7, "/b/": 7}},
 		"nothing":          {map[string]int64{"": 7}, rules().Since(9), map[string]int64{}},
 	} {
-		b := NewBypass(BypassConfig{})
+		b := NewBypassWatcher(BypassConfig{})
 		b.next = tt.was
 		if b.follow(tt.rules); !maps.Equal(b.next, tt.want) {
 			t.Errorf("%s: %v, want %v", name, b.next, tt.want)
@@ -43,7 +43,7 @@ func TestBypassFollows(t *testing.T) {
 // TestBypassNext: a watch that is begun again goes on behind what it was told, and not behind what is still to come.
 func TestBypassNext(t *testing.T) {
 	rules := NewRules(nil)
-	b := NewBypass(BypassConfig{Rules: func() *Rules { return rules }, Logger: slog.New(slog.DiscardHandler)})
+	b := NewBypassWatcher(BypassConfig{Rules: func() *Rules { return rules }, Logger: slog.New(slog.DiscardHandler)})
 	header := func(rev int64) *pb.ResponseHeader { return &pb.ResponseHeader{Revision: rev} }
 	for i, step := range []struct {
 		answer clientv3.WatchResponse

@@ -1,4 +1,6 @@
-package lifecycle
+// Package purge removes old plaintext from etcd's history and database files: it finds it ([ReadHistory]), compacts past it,
+// waits for each member's compaction, and defragments the members one after the other ([Defragment]).
+package purge
 
 import (
 	"cmp"
@@ -12,6 +14,8 @@ import (
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 )
 
 // History is what etcd still holds of values that were replaced or deleted.
@@ -28,9 +32,9 @@ type History struct {
 // progressEvery is how often etcd is asked how far a watch has come.
 const progressEvery = 200 * time.Millisecond
 
-// ReadHistory looks for plaintext in the history between the last compaction and the present. It takes every present value to be sealed: see [Survey]. readable is
+// ReadHistory looks for plaintext in the history between the last compaction and the present. It takes every present value to be sealed: see [inventory.Survey]. readable is
 // called with each old value under a rule that seals, and tells what is to be counted; it keeps none. The error is [ErrOldEtcd] if etcd may leave something out.
-func ReadHistory(ctx context.Context, c *clientv3.Client, rules *Rules, readable func(old *mvccpb.KeyValue) bool) (History, error) {
+func ReadHistory(ctx context.Context, c *clientv3.Client, rules *inventory.Rules, readable func(old *mvccpb.KeyValue) bool) (History, error) {
 	if err := watchesAreWhole(ctx, c); err != nil {
 		return History{}, err
 	}
@@ -39,7 +43,7 @@ func ReadHistory(ctx context.Context, c *clientv3.Client, rules *Rules, readable
 		return History{}, fmt.Errorf("read the present revision: %w", err)
 	}
 	h := History{Present: now.Header.Revision, readable: readable}
-	for _, p := range rules.sealing() {
+	for _, p := range rules.SealingPrefixes() {
 		if err := h.read(ctx, c, rules, p); err != nil {
 			return h, fmt.Errorf("read the history of the keys below %q: %w", p, err)
 		}
@@ -48,7 +52,7 @@ func ReadHistory(ctx context.Context, c *clientv3.Client, rules *Rules, readable
 }
 
 // read follows the events of one prefix. An old value shows as the one before an event, also if it was written before the compaction.
-func (h *History) read(ctx context.Context, c *clientv3.Client, rules *Rules, prefix string) error {
+func (h *History) read(ctx context.Context, c *clientv3.Client, rules *inventory.Rules, prefix string) error {
 	ctx, stop := context.WithCancel(clientv3.WithRequireLeader(ctx))
 	defer stop()
 	// etcd keeps silent about the progress of a watch that begins after the present.
@@ -63,7 +67,7 @@ func (h *History) read(ctx context.Context, c *clientv3.Client, rules *Rules, pr
 }
 
 // follow reads a watch up to the present. again reports that the history begins later than the watch.
-func (h *History) follow(ctx context.Context, c *clientv3.Client, rules *Rules, events clientv3.WatchChan) (again bool, err error) {
+func (h *History) follow(ctx context.Context, c *clientv3.Client, rules *inventory.Rules, events clientv3.WatchChan) (again bool, err error) {
 	tick := time.NewTicker(progressEvery)
 	defer tick.Stop()
 	for {
@@ -94,12 +98,12 @@ func (h *History) follow(ctx context.Context, c *clientv3.Client, rules *Rules, 
 	}
 }
 
-func (h *History) see(rules *Rules, e *clientv3.Event) {
+func (h *History) see(rules *inventory.Rules, e *clientv3.Event) {
 	if e.PrevKv == nil || e.Kv.ModRevision > h.Present {
 		return
 	}
 	rule := rules.Of(e.Kv.Key)
-	if rule == nil || !rule.seals() {
+	if rule == nil || !rule.Seals() {
 		return
 	}
 	if h.readable(e.PrevKv) {
@@ -122,7 +126,7 @@ func (h *History) Compact(ctx context.Context, c *clientv3.Client) error {
 
 // Settle waits until m, in its own files, has done the compaction of h and each one before it, whoever asked for them. A physical compaction is answered by the
 // member that was asked, behind all that it has to do before: also with ErrCompacted, where that revision was compacted already.
-func (h *History) Settle(ctx context.Context, c *clientv3.Client, m *DiskMember) error {
+func (h *History) Settle(ctx context.Context, c *clientv3.Client, m *Member) error {
 	at := max(h.CompactAt, h.Compacted)
 	if at <= 0 {
 		return nil // nothing was ever compacted
@@ -139,8 +143,8 @@ func (h *History) Settle(ctx context.Context, c *clientv3.Client, m *DiskMember)
 	return err
 }
 
-// DiskMember is a member of etcd, as [Members] found it.
-type DiskMember struct {
+// Member is a member of etcd, as [Members] found it.
+type Member struct {
 	ID       uint64 `json:"id"`
 	Name     string `json:"name"`
 	Endpoint string `json:"endpoint"` // "" if none answers
@@ -157,14 +161,14 @@ type DiskMember struct {
 const memberTimeout = 5 * time.Second
 
 // Members finds every member of the cluster: at the client's endpoints, and else at the URLs that the member advertises. The leader is last.
-func Members(ctx context.Context, c *clientv3.Client) ([]DiskMember, error) {
+func Members(ctx context.Context, c *clientv3.Client) ([]Member, error) {
 	list, err := c.MemberList(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("list etcd's members: %w", err)
 	}
-	members := make([]DiskMember, 0, len(list.Members))
+	members := make([]Member, 0, len(list.Members))
 	for _, m := range list.Members {
-		members = append(members, DiskMember{ID: m.ID, Name: m.Name, Learner: m.IsLearner, Why: "none of the endpoints and of its client URLs answers"})
+		members = append(members, Member{ID: m.ID, Name: m.Name, Learner: m.IsLearner, Why: "none of the endpoints and of its client URLs answers"})
 	}
 	look := func(endpoint string, want uint64) {
 		limited, cancel := context.WithTimeout(ctx, memberTimeout)
@@ -173,7 +177,7 @@ func Members(ctx context.Context, c *clientv3.Client) ([]DiskMember, error) {
 		if err != nil {
 			return
 		}
-		i := slices.IndexFunc(members, func(m DiskMember) bool { return m.ID == s.Header.MemberId })
+		i := slices.IndexFunc(members, func(m Member) bool { return m.ID == s.Header.MemberId })
 		if i >= 0 && (want == 0 || want == s.Header.MemberId) {
 			members[i].take(endpoint, s)
 		}
@@ -188,7 +192,7 @@ func Members(ctx context.Context, c *clientv3.Client) ([]DiskMember, error) {
 			}
 		}
 	}
-	slices.SortStableFunc(members, func(a, b DiskMember) int {
+	slices.SortStableFunc(members, func(a, b Member) int {
 		switch {
 		case a.Leader == b.Leader:
 			return 0
@@ -200,7 +204,7 @@ func Members(ctx context.Context, c *clientv3.Client) ([]DiskMember, error) {
 	return members, ctx.Err()
 }
 
-func (m *DiskMember) take(endpoint string, s *clientv3.StatusResponse) {
+func (m *Member) take(endpoint string, s *clientv3.StatusResponse) {
 	m.Endpoint, m.Why = endpoint, ""
 	m.Leader = s.Leader == s.Header.MemberId
 	m.DBSize, m.InUse, m.Applied = s.DbSize, s.DbSizeInUse, s.RaftAppliedIndex
@@ -215,7 +219,7 @@ const (
 
 // Defragment writes a member's database file anew, without what was freed in it. Before that it makes sure that every member answers and that there is a leader;
 // after that it waits until the member has caught up. It updates m.
-func Defragment(ctx context.Context, c *clientv3.Client, m *DiskMember) error {
+func Defragment(ctx context.Context, c *clientv3.Client, m *Member) error {
 	if err := healthy(ctx, c); err != nil {
 		return fmt.Errorf("member %x is not defragmented, since another one would then be missing: %w", m.ID, err)
 	}
@@ -237,7 +241,9 @@ func Defragment(ctx context.Context, c *clientv3.Client, m *DiskMember) error {
 			}
 			err = serr
 		}
-		if rest(limited, healCheck) != nil {
+		select {
+		case <-time.After(healCheck):
+		case <-limited.Done():
 			return fmt.Errorf("after member %x was defragmented: %w", m.ID, err)
 		}
 	}

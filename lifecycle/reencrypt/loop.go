@@ -1,22 +1,19 @@
-package lifecycle
+package reencrypt
 
 import (
 	"context"
-	"errors"
-	"fmt"
-	"strings"
 	"time"
 )
 
-// Reencryptor re-encrypts again and again: at its start, after each rotation of a key, and now and then.
-type Reencryptor struct {
-	Config ReencryptConfig
+// Loop re-encrypts again and again: at its start, after each rotation of a key, and now and then.
+type Loop struct {
+	Config Config
 	// Interval is the time between two runs for which there is no other reason.
 	Interval time.Duration
 	// Keys identifies what values are sealed with now, rules and keys. When it changes, there is a run.
 	Keys func() string
-	// Leading reports whether there is to be a run at all. nil is always.
-	Leading func() bool
+	// Leader reports whether there is to be a run at all. nil is always.
+	Leader func() bool
 	// Ended is told how each run ended. It must not block for long.
 	Ended func(Result, error)
 }
@@ -28,17 +25,17 @@ const (
 )
 
 // Run re-encrypts until ctx ends. A run under way is interrupted then, and told to Ended like any other.
-func (f *Reencryptor) Run(ctx context.Context) {
+func (f *Loop) Run(ctx context.Context) {
 	var last time.Time // when a run ended; zero before the first
 	keys, again := "", false
 	tick := time.NewTicker(followCheck)
 	defer tick.Stop()
 	for {
 		switch now := f.Keys(); {
-		case f.Leading != nil && !f.Leading():
+		case f.Leader != nil && !f.Leader():
 			last = time.Time{}
 		case last.IsZero(), now != keys, time.Since(last) >= f.Interval, again && time.Since(last) >= followAgain:
-			result, err := Reencrypt(ctx, f.Config)
+			result, err := Run(ctx, f.Config)
 			f.Ended(result, err)
 			last, keys, again = time.Now(), now, err != nil || result.Rewritten > 0
 		}
@@ -48,26 +45,4 @@ func (f *Reencryptor) Run(ctx context.Context) {
 		case <-tick.C:
 		}
 	}
-}
-
-// ErrOtherRules is in the error of [Fleet.SameRules].
-var ErrOtherRules = errors.New("proxies have other rules: they may be unable to read what is written by these")
-
-// SameRules returns an error that names the proxies that have announced other rules than those of [Fleet.SetPolicy].
-func (f *Fleet) SameRules(ctx context.Context) error {
-	members, err := f.Members(ctx)
-	if err != nil {
-		return err
-	}
-	policy := f.current()
-	var others []string
-	for _, m := range members {
-		if m.Policy != PolicyDigest(policy.Rules) {
-			others = append(others, m.ID)
-		}
-	}
-	if len(others) > 0 {
-		return fmt.Errorf("%w: %s", ErrOtherRules, strings.Join(others, ", "))
-	}
-	return nil
 }

@@ -1,4 +1,4 @@
-package lifecycle
+package reencrypt
 
 import (
 	"bytes"
@@ -13,6 +13,7 @@ import (
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 )
 
 // finding is what a value was found to be.
@@ -44,7 +45,7 @@ func (r *run) renew(ctx context.Context, kv *mvccpb.KeyValue, patient bool) (f f
 			f.what = noRule
 			return nil
 		}
-		seed, marker, hasSeed := seedOf(rule, kv.Value)
+		seed, marker, hasSeed := inventory.SeedOf(rule, kv.Value)
 		if pending, ok := r.aside.isPending(seed); ok && patient {
 			pending.key = string(kv.Key)
 			f.what, f.aside = isAside, pending
@@ -94,7 +95,7 @@ const whyPlaintext = "it is plaintext, and the rule refuses to read plaintext (a
 	"Find out who wrote it; then delete it, write it again through a proxy, or encrypt it as it is with reencrypt --encrypt-plaintext"
 
 // renewBy is one attempt of renew. Its error is one that may pass.
-func (r *run) renewBy(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (*item, finding, error) {
+func (r *run) renewBy(ctx context.Context, rule *inventory.Rule, kv *mvccpb.KeyValue) (*item, finding, error) {
 	plaintext, standing, err := rule.Sealer.Inspect(ctx, kv.Key, kv.Value)
 	if e, ok := errors.AsType[*keyring.Error](err); ok && (e.Kind == keyring.Unavailable || e.Answered()) {
 		return nil, 0, &notUnwrappedError{e}
@@ -130,7 +131,7 @@ func (r *run) renewBy(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (*it
 }
 
 // prove opens what is to be written in place of a value, so that nothing is lost to a fault of the sealing, and finds out if it is no better than the old one.
-func (r *run) prove(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue, plaintext, value []byte) error {
+func (r *run) prove(ctx context.Context, rule *inventory.Rule, kv *mvccpb.KeyValue, plaintext, value []byte) error {
 	opened, standing, err := rule.Sealer.Inspect(ctx, kv.Key, value)
 	if err != nil {
 		return err

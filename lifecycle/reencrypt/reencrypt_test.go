@@ -1,4 +1,4 @@
-package lifecycle
+package reencrypt
 
 import (
 	"context"
@@ -17,6 +17,7 @@ import (
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 )
 
 func sizes(parts [][]*item) (all []int) {
@@ -75,21 +76,6 @@ func TestLimitsOnlyFall(t *testing.T) {
 	}
 	if l.maxKeys() != 1 || l.bytes.Load() < 1 {
 		t.Errorf("%d keys, %d bytes", l.maxKeys(), l.bytes.Load())
-	}
-}
-
-func TestWithin(t *testing.T) {
-	t.Parallel()
-	roots := []string{"/a/", "/b/c/"}
-	for also, want := range map[string][]string{
-		"": roots, "/": roots, "/a/": {"/a/"}, "/a/x": {"/a/x"}, "/b/": {"/b/c/"}, "/z": nil,
-	} {
-		if got := within(roots, also); !slices.Equal(got, want) {
-			t.Errorf("within %q: %q, want %q", also, got, want)
-		}
-	}
-	if got := within([]string{""}, "/a"); !slices.Equal(got, []string{"/a"}) {
-		t.Errorf("within all: %q", got)
 	}
 }
 
@@ -160,10 +146,10 @@ type script struct {
 
 func (s script) Seal(_ context.Context, _, value []byte) ([]byte, error) { return s.seal(value) }
 
-// Sealed implements [Sealer].
+// Sealed implements [inventory.Sealer].
 func (s script) Sealed([]byte) bool { return false }
 
-// Recheck implements [Sealer]: the KMS is well whenever it is asked.
+// Recheck implements [inventory.Sealer]: the KMS is well whenever it is asked.
 func (s script) Recheck([]byte) (keyring.State, bool) {
 	return keyring.State{Healthy: true, LastGood: time.Now()}, true
 }
@@ -214,8 +200,8 @@ func TestRenew(t *testing.T) {
 		}, isLeft, "disabled"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			rules := NewRules([]Rule{{Prefix: "/", WriteWith: "main", Sealer: test.rule}})
-			r := newRun(ReencryptConfig{Rules: func() *Rules { return rules }})
+			rules := inventory.NewRules([]inventory.Rule{{Prefix: "/", WriteWith: "main", Sealer: test.rule}})
+			r := newRun(Config{Rules: func() *inventory.Rules { return rules }})
 			kv := &mvccpb.KeyValue{Key: []byte("/a"), Value: stored(t, "1", "old"), ModRevision: 7, Lease: 8}
 			f, err := r.renew(t.Context(), kv, true)
 			next := f.next
@@ -225,7 +211,7 @@ func TestRenew(t *testing.T) {
 			if f.what == isToWrite && (next.revision != 7 || next.lease != 8 || string(next.value) == string(kv.Value)) {
 				t.Errorf("item %+v", next)
 			}
-			if left := r.result().Left; (test.why != "") != (len(left) == 1) || len(left) == 1 && !strings.Contains(left[0].Why, test.why) {
+			if left := r.result().Skipped; (test.why != "") != (len(left) == 1) || len(left) == 1 && !strings.Contains(left[0].Why, test.why) {
 				t.Errorf("left %v, want %q", left, test.why)
 			}
 		})
@@ -243,9 +229,9 @@ func TestRenewWaits(t *testing.T) {
 			}
 			return nil, keyring.Current, nil
 		}}
-		rules := NewRules([]Rule{{Prefix: "/", WriteWith: "main", Sealer: rule}})
+		rules := inventory.NewRules([]inventory.Rule{{Prefix: "/", WriteWith: "main", Sealer: rule}})
 		var told []string
-		r := newRun(ReencryptConfig{Rules: func() *Rules { return rules }, Paused: func(_, why string) { told = append(told, why) }})
+		r := newRun(Config{Rules: func() *inventory.Rules { return rules }, Paused: func(_, why string) { told = append(told, why) }})
 		if f, err := r.renew(t.Context(), &mvccpb.KeyValue{Key: []byte("/a")}, true); err != nil || f.what != isCurrent {
 			t.Errorf("%v, %v", f.what, err)
 		}

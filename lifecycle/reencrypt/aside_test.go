@@ -1,10 +1,9 @@
-package lifecycle
+package reencrypt
 
 import (
 	"bytes"
 	"context"
 	"slices"
-	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -12,49 +11,10 @@ import (
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 )
-
-// TestSeedOf: what the KMS is given identifies a seed, so that a value that was damaged says
-// nothing of those of a good seed.
-func TestSeedOf(t *testing.T) {
-	t.Parallel()
-	make := func(provider, keyID, source string, annotations map[string][]byte, data string) []byte {
-		o := envelope.Object{Header: envelope.Header{Type: envelope.TypeSeed, KeyID: keyID, Source: []byte(source), Annotations: annotations}, Data: []byte(data + strings.Repeat(".", 100))}
-		b, err := o.Append([]byte("k8s:enc:kms:v2:" + provider + ":"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		return b
-	}
-	rule := &Rule{Prefix: "/a/"}
-	note := map[string][]byte{"a.example.com": []byte("1"), "b.example.com": []byte("2")}
-	first, marker, ok := seedOf(rule, make("main", "1", "source", note, "one"))
-	if !ok || marker != "k8s:enc:kms:v2:main:" {
-		t.Fatalf("%q, %v", marker, ok)
-	}
-	if same, _, _ := seedOf(rule, make("main", "1", "source", note, "two")); same != first {
-		t.Error("two values of one seed have two")
-	}
-	if other, _, _ := seedOf(&Rule{Prefix: "/b/"}, make("main", "1", "source", note, "one")); other == first {
-		t.Error("two rules have one seed: one of them may have a recovery copy")
-	}
-	for what, b := range map[string][]byte{
-		"provider": make("other", "1", "source", note, ""), "key ID": make("main", "2", "source", note, ""), "source": make("main", "1", "sourcf", note, ""),
-		"no annotations": make("main", "1", "source", nil, ""), "an annotation": make("main", "1", "source", map[string][]byte{"a.example.com": []byte("1"), "b.example.com": []byte("3")}, ""),
-	} {
-		if other, _, ok := seedOf(rule, b); !ok || other == first {
-			t.Errorf("another %s is the same seed", what)
-		}
-	}
-	for _, none := range []string{"", "plain", "k8s:enc:kms:v2:main:junk", "k8s:enc:aescbc:v1:key1:x"} {
-		if _, _, ok := seedOf(rule, []byte(none)); ok {
-			t.Errorf("%q has a seed", none)
-		}
-	}
-}
 
 // fixed is an etcd of one key, for reads.
 type fixed struct {
@@ -116,10 +76,10 @@ func TestSettle(t *testing.T) {
 					}
 					return []byte("v"), keyring.Current, nil
 				}}}
-				rules := NewRules([]Rule{{Prefix: "/", WriteWith: "main", Sealer: rule}})
+				rules := inventory.NewRules([]inventory.Rule{{Prefix: "/", WriteWith: "main", Sealer: rule}})
 				var told []string
-				r := newRun(ReencryptConfig{
-					Client: &clientv3.Client{KV: fixed{kv: kv}}, Rules: func() *Rules { return rules }, DryRun: test.dry, Paused: func(what, _ string) { told = append(told, what) },
+				r := newRun(Config{
+					Client: &clientv3.Client{KV: fixed{kv: kv}}, Rules: func() *inventory.Rules { return rules }, DryRun: test.dry, Paused: func(what, _ string) { told = append(told, what) },
 				})
 				if next, err := r.first(t.Context(), kv); next != nil || err != nil {
 					t.Fatal(next, err)
@@ -128,7 +88,7 @@ func TestSettle(t *testing.T) {
 					t.Fatal(err)
 				}
 				result, took := r.result(), time.Since(begun)
-				if (result.Refused == 1) != test.left || (len(result.Left) == 1) != test.left || result.Unfinished() != result.Refused {
+				if (result.Refused == 1) != test.left || (len(result.Skipped) == 1) != test.left || result.Unfinished() != result.Refused {
 					t.Errorf("%+v", result)
 				}
 				if took < test.least || took > test.most {

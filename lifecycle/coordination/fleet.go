@@ -1,4 +1,8 @@
-package lifecycle
+// Package coordination is how several proxies in front of one etcd cluster work together. Their only shared state is in etcd,
+// below a configured prefix: each proxy announces itself under a lease ([Fleet]), the rules that all proxies have in common are
+// recorded with proofs that only a holder of the KMS keys can make ([Agreement]), and an [Election] chooses the process that does
+// a job.
+package coordination
 
 import (
 	"cmp"
@@ -10,12 +14,16 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/restore"
 )
 
 // Member is a proxy as it announces itself in etcd, below FleetConfig.Prefix + "proxies/", under a lease.
@@ -52,7 +60,7 @@ type FleetConfig struct {
 	// Self is the proxy that announces itself. Its Policy is said by [Fleet.SetPolicy].
 	Self Member
 	// Provers seal and open the proof of an agreement, by provider.
-	Provers map[string]Sealer
+	Provers map[string]inventory.Sealer
 	// Restored is told that etcd has older data than before, as after a restore. May be nil.
 	Restored func()
 	Logger   *slog.Logger
@@ -62,7 +70,7 @@ type FleetConfig struct {
 type Fleet struct {
 	cfg     FleetConfig
 	changed chan struct{}
-	history timeline
+	history restore.Detector
 
 	mu      sync.Mutex
 	policy  Policy
@@ -100,9 +108,9 @@ func (f *Fleet) current() Policy {
 	return f.policy
 }
 
-// Leading reports whether this proxy is, as far as it knows, the one that does what one of them has to do: the one that has announced itself for longest. Two may
+// Leader reports whether this proxy is, as far as it knows, the one that does what one of them has to do: the one that has announced itself for longest. Two may
 // think so for a moment.
-func (f *Fleet) Leading() bool {
+func (f *Fleet) Leader() bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.leading
@@ -260,13 +268,35 @@ func (f *Fleet) look(ctx context.Context) error {
 
 // notice tells of a restore of etcd. All else that was read before then is read again at each look anyway, and leases and announcements are gone with the old data.
 func (f *Fleet) notice(ctx context.Context) error {
-	restored, before, now, err := f.history.check(ctx, f.cfg.Client, f.key())
+	restored, before, now, err := f.history.Check(ctx, f.cfg.Client, f.key())
 	if err != nil || !restored {
 		return err
 	}
 	f.cfg.Logger.Warn("etcd has older data than before, as after a restore", "before", before.String(), "now", now.String())
 	if f.cfg.Restored != nil {
 		f.cfg.Restored()
+	}
+	return nil
+}
+
+// ErrOtherRules is in the error of [Fleet.SameRules].
+var ErrOtherRules = errors.New("proxies have other rules: they may be unable to read what is written by these")
+
+// SameRules returns an error that names the proxies that have announced other rules than those of [Fleet.SetPolicy].
+func (f *Fleet) SameRules(ctx context.Context) error {
+	members, err := f.Members(ctx)
+	if err != nil {
+		return err
+	}
+	policy := f.current()
+	var others []string
+	for _, m := range members {
+		if m.Policy != PolicyDigest(policy.Rules) {
+			others = append(others, m.ID)
+		}
+	}
+	if len(others) > 0 {
+		return fmt.Errorf("%w: %s", ErrOtherRules, strings.Join(others, ", "))
 	}
 	return nil
 }

@@ -1,4 +1,4 @@
-package lifecycle
+package coordination
 
 import (
 	"bytes"
@@ -26,12 +26,12 @@ type Agreement struct {
 	revision int64
 }
 
-// Errors of [Fleet.Check].
+// Errors of [Fleet.Verify].
 var (
 	// ErrForged says that a record does not come from a proxy with the KMS' keys, or that the keys are not those of the record.
 	ErrForged = errors.New("the record of the rules that the proxies agreed on is not genuine, or was sealed with other keys than these")
-	// ErrUnproven says that no KMS answers that could tell.
-	ErrUnproven = errors.New("the record of the rules that the proxies agreed on could not be checked yet")
+	// ErrUnverified says that no KMS answers that could tell.
+	ErrUnverified = errors.New("the record of the rules that the proxies agreed on could not be checked yet")
 )
 
 func (f *Fleet) key() string { return agreementKey(f.cfg.Prefix) }
@@ -68,8 +68,8 @@ func readAgreement(ctx context.Context, kv clientv3.KV, prefix string, opts ...c
 }
 
 // Check tells whether a record is genuine, by the proofs of providers, those that its rules seal with. A provider that this proxy does not have proves nothing, nor does
-// one whose KMS does not answer or whose key may not be used: if none is left, the error is [ErrUnproven]. old reports a proof that should be made anew.
-func (f *Fleet) Check(ctx context.Context, a *Agreement, providers []string) (old bool, err error) {
+// one whose KMS does not answer or whose key may not be used: if none is left, the error is [ErrUnverified]. old reports a proof that should be made anew.
+func (f *Fleet) Verify(ctx context.Context, a *Agreement, providers []string) (old bool, err error) {
 	if len(providers) == 0 {
 		return false, nil // rules that seal nothing protect nothing
 	}
@@ -94,7 +94,7 @@ func (f *Fleet) Check(ctx context.Context, a *Agreement, providers []string) (ol
 		proven, old = true, old || standing == keyring.Stale
 	}
 	if !proven {
-		return false, ErrUnproven
+		return false, ErrUnverified
 	}
 	return old, nil
 }
@@ -116,7 +116,7 @@ func (f *Fleet) note(ctx context.Context, policy []byte, providers []string) err
 		return err
 	}
 	if err == nil && was != nil && bytes.Equal(was.Policy, policy) {
-		if old, err := f.Check(ctx, was, providers); !old && !errors.Is(err, ErrForged) {
+		if old, err := f.Verify(ctx, was, providers); !old && !errors.Is(err, ErrForged) {
 			return nil
 		}
 	}

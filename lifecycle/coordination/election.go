@@ -1,4 +1,4 @@
-package lifecycle
+package coordination
 
 import (
 	"context"
@@ -17,16 +17,16 @@ type Election struct {
 	Self   string // how this process is called
 	// Waiting is told who does the job now, when that is not this process, and again when it is somebody else. May be nil.
 	Waiting func(holder string)
-	// NoWait gives up if somebody else does the job, with [ErrElsewhere].
+	// NoWait gives up if somebody else does the job, with [ErrOtherLeader].
 	NoWait bool
 }
 
 // Errors of [Election.Run].
 var (
-	// ErrElsewhere says that another process does the job.
-	ErrElsewhere = errors.New("another process does it")
-	// ErrLost says that this process no longer does the job, since etcd did not hear of it for too long.
-	ErrLost = errors.New("the lease of the process that does it has ended")
+	// ErrOtherLeader says that another process does the job.
+	ErrOtherLeader = errors.New("another process does it")
+	// ErrLeadershipLost says that this process no longer does the job, since etcd did not hear of it for too long.
+	ErrLeadershipLost = errors.New("the lease of the process that does it has ended")
 )
 
 const (
@@ -34,7 +34,7 @@ const (
 	electionCheck = time.Second
 )
 
-// Run calls f once this process is the one that does the job, with a context that ends, with [ErrLost], if it no longer is. It returns f's error, or that of
+// Run calls f once this process is the one that does the job, with a context that ends, with [ErrLeadershipLost], if it no longer is. It returns f's error, or that of
 // the election. A process that has died no longer counts after a quarter of a minute.
 func (e Election) Run(ctx context.Context, f func(context.Context) error) error {
 	session, err := concurrency.NewSession(e.Client, concurrency.WithTTL(electionTTL), concurrency.WithContext(ctx))
@@ -58,7 +58,7 @@ func (e Election) Run(ctx context.Context, f func(context.Context) error) error 
 		select {
 		case <-session.Done():
 			if ctx.Err() == nil {
-				stop(ErrLost)
+				stop(ErrLeadershipLost)
 			}
 		case <-working.Done():
 		}
@@ -84,9 +84,9 @@ func (e Election) campaign(ctx context.Context, session *concurrency.Session) er
 			}
 			return nil
 		case <-session.Done():
-			stop(ErrLost)
+			stop(ErrLeadershipLost)
 			<-elected //nolint:errcheck // it says that it was stopped
-			return fmt.Errorf("elect who does it: %w", ErrLost)
+			return fmt.Errorf("elect who does it: %w", ErrLeadershipLost)
 		case <-time.After(wait):
 		}
 		// A reader of its own: the one under way is not for concurrent use.
@@ -95,7 +95,7 @@ func (e Election) campaign(ctx context.Context, session *concurrency.Session) er
 			continue
 		}
 		if holder := string(now.Kvs[0].Value); e.NoWait {
-			stop(fmt.Errorf("%w: %s", ErrElsewhere, holder))
+			stop(fmt.Errorf("%w: %s", ErrOtherLeader, holder))
 		} else if holder != told && e.Waiting != nil {
 			e.Waiting(holder)
 			told = holder

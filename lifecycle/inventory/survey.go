@@ -1,4 +1,4 @@
-package lifecycle
+package inventory
 
 import (
 	"cmp"
@@ -66,12 +66,12 @@ const (
 	maxProvider = 256
 )
 
-// Looker is called with each key and what its value is to its rule. err says why for Undecryptable and Unavailable. It keeps no argument.
-type Looker func(rule *Rule, kv *mvccpb.KeyValue, standing keyring.Standing, err error) error
+// Visitor is called with each key and what its value is to its rule. err says why for Undecryptable and Unavailable. It keeps no argument.
+type Visitor func(rule *Rule, kv *mvccpb.KeyValue, standing keyring.Standing, err error) error
 
 // Survey looks at every value under rules in etcd, at one revision, and counts them per rule. look may be nil. It takes memory for one page, and does not stop at
 // values that do not open.
-func Survey(ctx context.Context, kv clientv3.KV, rules *Rules, look Looker) ([]RuleCount, Span, error) {
+func Survey(ctx context.Context, kv clientv3.KV, rules *Rules, look Visitor) ([]RuleCount, Span, error) {
 	counts, memo := make(map[*Rule]*tally), newSeedMemo()
 	for i := range rules.list {
 		counts[&rules.list[i]] = newTally(rules.list[i].KeyNames)
@@ -113,7 +113,7 @@ func inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (keyring.Stan
 
 // seedMemo remembers for a moment which seeds were not unwrapped, so that a KMS which is slow to
 // say so is not asked for each of their values.
-type seedMemo struct{ failed map[seedID]seedFailure }
+type seedMemo struct{ failed map[SeedID]seedFailure }
 
 type seedFailure struct {
 	err   error
@@ -125,12 +125,12 @@ const (
 	maxSeedMemo = 1000
 )
 
-func newSeedMemo() *seedMemo { return &seedMemo{failed: make(map[seedID]seedFailure)} }
+func newSeedMemo() *seedMemo { return &seedMemo{failed: make(map[SeedID]seedFailure)} }
 
 // inspect tells what a value is to its rule.
 func (m *seedMemo) inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (keyring.Standing, error) {
 	if len(m.failed) > 0 {
-		seed, _, _ := seedOf(rule, kv.Value)
+		seed, _, _ := SeedOf(rule, kv.Value)
 		if f, ok := m.failed[seed]; ok && time.Now().Before(f.until) {
 			return Unavailable, f.err
 		}
@@ -139,7 +139,7 @@ func (m *seedMemo) inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue)
 	if standing != Unavailable {
 		return standing, err
 	}
-	if seed, _, ok := seedOf(rule, kv.Value); ok {
+	if seed, _, ok := SeedOf(rule, kv.Value); ok {
 		if len(m.failed) >= maxSeedMemo {
 			clear(m.failed)
 		}

@@ -1,4 +1,4 @@
-package lifecycle
+package reencrypt
 
 import (
 	"context"
@@ -9,29 +9,32 @@ import (
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"golang.org/x/sync/errgroup"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/restore"
 )
 
 // run is one run of Reencrypt.
 type run struct {
-	cfg    ReencryptConfig
+	cfg    Config
 	limits limits
 	pace   *pace
 	// history is etcd's, as all reads of the run have seen it.
-	history timeline
+	history restore.Detector
 
 	begin    sync.Once
 	beginErr error
 
 	mu    sync.Mutex
 	done  Progress
-	left  []Left
-	span  Span
+	left  []Skipped
+	span  inventory.Span
 	todo  bool // this pass found something to do
 	waits map[string]*waiting
 	aside *asideList
 }
 
-func newRun(c ReencryptConfig) *run {
+func newRun(c Config) *run {
 	for field, standard := range map[*int]int{&c.Workers: defaultWorkers, &c.TxnKeys: 1, &c.Passes: defaultPasses, &c.MaxBytes: defaultMaxBytes} {
 		if *field <= 0 {
 			*field = standard
@@ -59,11 +62,11 @@ func (r *run) progress() Progress {
 func (r *run) result() Result {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	left := slices.SortedFunc(slices.Values(r.left), func(a, b Left) int { return strings.Compare(a.Key, b.Key) })
+	left := slices.SortedFunc(slices.Values(r.left), func(a, b Skipped) int { return strings.Compare(a.Key, b.Key) })
 	if left == nil {
-		left = []Left{} // as JSON has it
+		left = []Skipped{} // as JSON has it
 	}
-	return Result{Progress: r.done, Left: left, Revisions: r.span}
+	return Result{Progress: r.done, Skipped: left, Revisions: r.span}
 }
 
 // count changes what was done.
@@ -84,8 +87,8 @@ func (r *run) leave(counter func(p *Progress) *int64, key []byte, why string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	*counter(&r.done)++
-	if len(r.left) < MaxLeft {
-		r.left = append(r.left, Left{Key: string(key), Why: why})
+	if len(r.left) < MaxSkipped {
+		r.left = append(r.left, Skipped{Key: string(key), Why: why})
 	}
 }
 
@@ -139,8 +142,8 @@ func (r *run) pass(ctx context.Context) (again bool, err error) {
 }
 
 // scan reads all keys and hands them to the workers.
-func (r *run) scan(ctx context.Context, feed chan<- *mvccpb.KeyValue) (Span, error) {
-	return scanIn(ctx, &r.history, patientKV{KV: r.cfg.Client, run: r}, within(r.cfg.Rules().Prefixes(), r.cfg.Prefix), 0, func(kv *mvccpb.KeyValue) error {
+func (r *run) scan(ctx context.Context, feed chan<- *mvccpb.KeyValue) (inventory.Span, error) {
+	return inventory.ScanWith(ctx, &r.history, patientKV{KV: r.cfg.Client, run: r}, r.cfg.Rules().Within(r.cfg.Prefix), 0, func(kv *mvccpb.KeyValue) error {
 		select {
 		case feed <- kv:
 			return nil
@@ -149,23 +152,6 @@ func (r *run) scan(ctx context.Context, feed chan<- *mvccpb.KeyValue) (Span, err
 		}
 	})
 }
-
-// within returns what the prefixes and one more have in common, as prefixes.
-func within(prefixes []string, also string) []string {
-	var both []string
-	for _, p := range prefixes {
-		switch {
-		case strings.HasPrefix(p, also):
-			both = append(both, p)
-		case strings.HasPrefix(also, p):
-			both = append(both, also)
-		}
-	}
-	return both
-}
-
-// Under reports whether keys below prefix may have a rule.
-func (r *Rules) Under(prefix string) bool { return len(within(r.Prefixes(), prefix)) > 0 }
 
 // batchAge is how long a batch waits to be filled.
 const batchAge = time.Second

@@ -1,4 +1,7 @@
-package lifecycle
+// Package reencrypt rewrites every value in etcd that is not stored as its rule requires: [Run] once, [Loop] after each key
+// rotation and at intervals. It connects to etcd directly and is safe on a live cluster: each write is a transaction that
+// compares the revision of the key, so a concurrent write always wins.
+package reencrypt
 
 import (
 	"context"
@@ -7,13 +10,16 @@ import (
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 )
 
-// ReencryptConfig configures Reencrypt. The zero value of a field is its documented default.
-type ReencryptConfig struct {
+// Config configures Reencrypt. The zero value of a field is its documented default.
+type Config struct {
 	Client *clientv3.Client
 	// Rules are those of the moment: they may change while a run is under way.
-	Rules  func() *Rules
+	Rules  func() *inventory.Rules
 	Prefix string // only keys that begin with it
 	// Workers is how many transactions are under way at a time; 0 is 4.
 	Workers int
@@ -28,12 +34,12 @@ type ReencryptConfig struct {
 	Passes int
 	// DryRun counts in one pass what would be written, and writes nothing.
 	DryRun bool
-	// EncryptPlaintext encrypts plaintext under rules that are [Rule.Strict] as well. Without it such values are left: reads of them are refused, and
+	// EncryptPlaintext encrypts plaintext under rules that are [inventory.Rule.Strict] as well. Without it such values are left: reads of them are refused, and
 	// encrypting them would turn whatever was written past the proxies into genuine values.
 	EncryptPlaintext bool
 
-	// Election is about who works, of several. None if its Key is empty, or in a dry run.
-	Election Election
+	// coordination.Election is about who works, of several. None if its Key is empty, or in a dry run.
+	Election coordination.Election
 	// Check is called before each pass; its error ends the run. May be nil.
 	Check func(context.Context) error
 	// Begin is called once, before the first transaction; its error ends the run. May be nil.
@@ -66,21 +72,21 @@ func (p *Progress) Unfinished() int64 {
 	return p.Foreign + p.Plaintext + p.Undecryptable + p.Refused + p.Failed
 }
 
-// Left is a key whose value could not be rewritten.
-type Left struct {
+// Skipped is a key whose value could not be rewritten.
+type Skipped struct {
 	Key string `json:"key"`
 	Why string `json:"why"`
 }
 
-// MaxLeft is how many of the keys that are left a Result names.
-const MaxLeft = 100
+// MaxSkipped is how many of the keys that are left a Result names.
+const MaxSkipped = 100
 
 // Result is what a run has done.
 type Result struct {
 	Progress
-	Left      []Left        `json:"left"`      // of the last pass, the first MaxLeft
-	Revisions Span          `json:"revisions"` // from the first that was read to the last that was written or read
-	Duration  time.Duration `json:"-"`
+	Skipped   []Skipped      `json:"left"`      // of the last pass, the first MaxSkipped
+	Revisions inventory.Span `json:"revisions"` // from the first that was read to the last that was written or read
+	Duration  time.Duration  `json:"-"`
 }
 
 const (
@@ -96,7 +102,7 @@ const (
 //
 // A value whose DEK seed its KMS does not unwrap, for no reason that says whether it lasts, is put aside until the others are done, tried again, and
 // left if its KMS is well otherwise. It waits, and says so, while etcd or a KMS is not there, while etcd has no space, and while another process does the same, and goes slower while etcd is slow.
-func Reencrypt(ctx context.Context, c ReencryptConfig) (Result, error) {
+func Run(ctx context.Context, c Config) (Result, error) {
 	r := newRun(c)
 	begun := time.Now()
 	err := r.elected(ctx)
@@ -117,7 +123,7 @@ func (r *run) elected(ctx context.Context) error {
 	for {
 		err := r.cfg.Election.Run(ctx, r.passes)
 		why := passing(err)
-		if ctx.Err() != nil || why == "" && !errors.Is(err, ErrLost) {
+		if ctx.Err() != nil || why == "" && !errors.Is(err, coordination.ErrLeadershipLost) {
 			return err
 		}
 		if why == "" {
