@@ -18,7 +18,7 @@ EPOCH    := $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
 IMAGEFLAGS ?=
 COMPOSETESTFLAGS ?=
 
-.PHONY: image image-offline clean-image-offline compose-test help build run test unit interop e2e soak scoreboard compatibility bench bench-kubernetes profile fuzz lint docs tools tools-etcd tools-etcd-3.4 tools-kube clean
+.PHONY: image image-offline clean-image-offline compose-test help build run test unit interop e2e soak scoreboard compatibility bench bench-kubernetes profile fuzz lint vuln docs tools tools-etcd tools-etcd-3.4 tools-kube clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -109,6 +109,11 @@ lint: $(BIN)/golangci-lint ## golangci-lint over every module
 	cd test/bench && $(BIN)/golangci-lint run --allow-parallel-runners --config ../../.golangci.yml ./...
 	cd test/scoreboard && $(BIN)/golangci-lint run --allow-parallel-runners --config ../../.golangci.yml ./...
 
+VULNDB ?= https://vuln.go.dev
+vuln: $(BIN)/govulncheck ## known vulnerabilities that the product can reach; VULNDB=file:///… for a copy of the database
+	@$(BIN)/govulncheck -db $(VULNDB) ./... || { code=$$?; test $$code = 3 || \
+	  echo "error: nothing was checked, for the reason above: the vulnerability database at $(VULNDB) must be reachable" >&2; exit $$code; }
+
 docs: ## regenerate docs/reference/configuration.md from the config types' comments
 	go generate ./config
 
@@ -159,6 +164,10 @@ $(BIN)/docker-compose-v2: test/tools/compose/go.sum
 $(BIN)/golangci-lint: test/tools/lint/go.sum
 	@mkdir -p $(BIN)
 	cd test/tools/lint && go build $(TOOLFLAGS) -o $@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+
+$(BIN)/govulncheck: test/tools/vuln/go.sum
+	@mkdir -p $(BIN)
+	cd test/tools/vuln && CGO_ENABLED=0 go build $(TOOLFLAGS) -ldflags "-s -w" -o $@ golang.org/x/vuln/cmd/govulncheck
 
 clean: ## remove what was built and the demo's data
 	rm -rf $(BIN) $(CURDIR)/.run
