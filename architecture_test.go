@@ -29,6 +29,7 @@ var importTable = map[string][]string{
 	"kmsclient/local":        {module + "kmsclient", "k8s.io/kms/"},
 	"kmsclient/plugin":       {module + "kmsclient", module + "internal/unixsocket", "k8s.io/kms/", "google.golang.org/grpc"},
 	"lifecycle/coordination": {module + "crypto/keyring", module + "lifecycle/inventory", module + "lifecycle/restore", "go.etcd.io/etcd/", "google.golang.org/grpc"},
+	"lifecycle/etcdtest":     {module + "crypto/", module + "proxy/etcdmodel", "go.etcd.io/etcd/", "go.uber.org/zap", "google.golang.org/"},
 	"lifecycle/inventory":    {module + "crypto/", module + "lifecycle/restore", module + "proxy/prefix", "go.etcd.io/etcd/", "google.golang.org/grpc"},
 	"lifecycle/purge":        {module + "lifecycle/inventory", "go.etcd.io/etcd/"},
 	"lifecycle/reencrypt":    {module + "crypto/", module + "lifecycle/coordination", module + "lifecycle/inventory", module + "lifecycle/restore", "github.com/cenkalti/backoff/v5", "go.etcd.io/etcd/", "google.golang.org/grpc", "golang.org/x/"},
