@@ -22,7 +22,7 @@ func (b *breaking) Data(s *http2conn.Stream, _ []byte, end bool) {
 		b.gone = true
 	}
 }
-func (b *breaking) Idle() {
+func (b *breaking) FlushNeeded() {
 	if b.conn.Flush(); b.gone {
 		b.conn.Close()
 	}

@@ -102,7 +102,7 @@ func (st *fstream) carry(ctx context.Context, p piece) {
 			return
 		}
 	}
-	if !st.client.Waits() {
+	if !st.client.HasQueued() {
 		st.creditUp()
 	}
 	if p.end { // without a trailer, which a server of gRPC does not do

@@ -31,8 +31,8 @@ type session struct {
 	ended   bool
 }
 
-// minPing is the minimum ping interval that etcd asks of its clients without TLS.
-const minPing = 5 * time.Second
+// minPingInterval is the minimum ping interval that etcd asks of its clients without TLS.
+const minPingInterval = 5 * time.Second
 
 // referenceIdle is how long a connection to the reference engine stays without calls: few clients need it more than once.
 const referenceIdle = 10 * time.Second
@@ -40,11 +40,11 @@ const referenceIdle = 10 * time.Second
 func newSession(e *frameEngine, conn *clientConn) *session {
 	s := &session{engine: e, id: conn.id, secure: !conn.plain, changed: make(chan struct{})}
 	cfg := http2conn.Config{
-		Handler: s, Pool: buffers, Outlet: conn.outlet, Plain: conn.plain, Greeting: handshakeTimeout, Silence: 2 * time.Hour, Patience: 20 * time.Second, Always: true,
+		Handler: s, Pool: buffers, WriteBuffer: conn.outlet, Plaintext: conn.plain, HandshakeTimeout: handshakeTimeout, KeepaliveTime: 2 * time.Hour, KeepaliveTimeout: 20 * time.Second, PermitWithoutStream: true,
 	}
 	// etcd serves gRPC over TLS by net/http, and without TLS by grpc-go.
 	if conn.plain {
-		cfg.MinPing = minPing
+		cfg.MinPingInterval = minPingInterval
 	} else {
 		cfg.Strict = true
 	}
@@ -96,7 +96,7 @@ func (s *session) flush() {
 	for again := true; again; {
 		again = false
 		for _, c := range *s.conns.Load() {
-			if c.Dirty() {
+			if c.NeedsFlush() {
 				c.Flush()
 				again = true
 			}
@@ -106,7 +106,7 @@ func (s *session) flush() {
 
 // leave asks the client to go elsewhere, and ends the calls that wait for events. Those that go on to the reference engine are ended there.
 func (s *session) leave() {
-	s.client.Leave()
+	s.client.GracefulShutdown()
 	for _, stream := range s.client.Streams() {
 		if st, ok := stream.Value().(*fstream); ok && st.method != nil && st.method.waits && !st.isLocal() {
 			st.fail(errShuttingDown)
@@ -145,18 +145,18 @@ func (s *session) Reset(stream *http2conn.Stream, _ http2.ErrCode) {
 	}
 }
 
-// Sent implements [http2conn.Handler]: what etcd has sent for the stream is on its way.
-func (s *session) Sent(stream *http2conn.Stream) {
+// Writable implements [http2conn.Handler]: what etcd has sent for the stream is on its way.
+func (s *session) Writable(stream *http2conn.Stream) {
 	if st, ok := stream.Value().(*fstream); ok {
 		st.creditUp()
 	}
 }
 
-// Greeted implements [http2conn.Handler].
-func (s *session) Greeted() {}
+// SettingsReceived implements [http2conn.Handler].
+func (s *session) SettingsReceived() {}
 
-// Leaving implements [http2conn.Handler].
-func (s *session) Leaving() {}
+// GoAwayReceived implements [http2conn.Handler].
+func (s *session) GoAwayReceived() {}
 
-// Idle implements [http2conn.Handler].
-func (s *session) Idle() { s.flush() }
+// FlushNeeded implements [http2conn.Handler].
+func (s *session) FlushNeeded() { s.flush() }

@@ -94,14 +94,14 @@ func (st *fstream) in(data []byte, end bool) {
 func (st *fstream) request(ctx context.Context, data []byte, end bool) {
 	switch {
 	case st.ended.Load():
-		st.client.Credit(len(data))
+		st.client.Consumed(len(data))
 	case st.isLocal():
 		st.pass(data, end)
 	case st.method.shape == shapeBidiStream:
 		st.messages(ctx, data, end)
 	case st.asks: // what else comes is ignored, and gets no credit
 	default:
-		st.client.Credit(len(data))
+		st.client.Consumed(len(data))
 		st.unary(ctx, data, end)
 	}
 }
@@ -117,7 +117,7 @@ func (st *fstream) pass(data []byte, end bool) {
 // creditClient and creditUp give back what was held, once nothing of it waits any more.
 func (st *fstream) creditClient() {
 	if n := st.heldIn.Swap(0); n > 0 {
-		st.client.Credit(int(n))
+		st.client.Consumed(int(n))
 	}
 }
 
@@ -127,7 +127,7 @@ func (st *fstream) creditUp() {
 	up := st.up
 	st.mu.Unlock()
 	if n > 0 && up != nil {
-		up.Credit(int(n))
+		up.Consumed(int(n))
 	}
 }
 
@@ -259,7 +259,7 @@ func (st *fstream) messages(_ context.Context, data []byte, end bool) {
 	if end {
 		all = st.up.Data(true, nil, nil)
 	}
-	if all && !st.up.Waits() {
+	if all && !st.up.HasQueued() {
 		st.creditClient()
 	}
 }

@@ -56,7 +56,7 @@ func (u *upside) Data(stream *http2conn.Stream, data []byte, end bool) {
 	case *fstream:
 		st.out(piece{side: u, stream: stream, data: data, end: end})
 	case *roleCheck:
-		stream.Credit(len(data))
+		stream.Consumed(len(data))
 		if end { // without a trailer, which a server of gRPC does not do
 			st.end(st.was)
 			stream.Finish()
@@ -74,15 +74,15 @@ func (u *upside) Reset(stream *http2conn.Stream, code http2.ErrCode) {
 	}
 }
 
-// Sent implements [http2conn.Handler]: what the client has sent on the stream is on its way.
-func (u *upside) Sent(stream *http2conn.Stream) {
+// Writable implements [http2conn.Handler]: what the client has sent on the stream is on its way.
+func (u *upside) Writable(stream *http2conn.Stream) {
 	if st, ok := stream.Value().(*fstream); ok {
 		st.creditClient()
 	}
 }
 
-// Greeted implements [http2conn.Handler].
-func (u *upside) Greeted() {
+// SettingsReceived implements [http2conn.Handler].
+func (u *upside) SettingsReceived() {
 	switch {
 	case u.hop == nil:
 	case len(u.session.hops) > 1:
@@ -92,12 +92,12 @@ func (u *upside) Greeted() {
 	}
 }
 
-// Leaving implements [http2conn.Handler].
-func (u *upside) Leaving() {
+// GoAwayReceived implements [http2conn.Handler].
+func (u *upside) GoAwayReceived() {
 	u.session.mu.Lock()
 	defer u.session.mu.Unlock()
 	u.forget()
 }
 
-// Idle implements [http2conn.Handler].
-func (u *upside) Idle() { u.session.flush() }
+// FlushNeeded implements [http2conn.Handler].
+func (u *upside) FlushNeeded() { u.session.flush() }

@@ -55,7 +55,7 @@ func (s *session) within(place **http2conn.Conn, serve func(*clientConn)) *http2
 	if s.ended || serve == nil {
 		return nil
 	}
-	if *place != nil && (*place).Takes() {
+	if *place != nil && (*place).CanOpen() {
 		return *place
 	}
 	l := bufconn.Listen(loopBuffer)
@@ -71,7 +71,7 @@ func (s *session) within(place **http2conn.Conn, serve func(*clientConn)) *http2
 	}
 	far := <-accepted
 	up := &upside{session: s, place: place}
-	up.conn = http2conn.NewClient(near, http2conn.Config{Handler: up, Pool: buffers, Greeting: handshakeTimeout, Idle: referenceIdle})
+	up.conn = http2conn.NewClient(near, http2conn.Config{Handler: up, Pool: buffers, HandshakeTimeout: handshakeTimeout, IdleTimeout: referenceIdle})
 	*place = up.conn
 	s.add(up.conn)
 	s.work.Go(func() { serve(&clientConn{Conn: far, id: s.id, closed: func() {}}) })

@@ -17,7 +17,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/local"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/plugin"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
 )
 
@@ -106,7 +106,7 @@ type ruleSet struct {
 	sealers  []*keyring.Sealer
 	audit    *auditor
 
-	lifecycle *lifecycle.Rules // the same, for what works on etcd itself
+	lifecycle *inventory.Rules // the same, for what works on etcd itself
 }
 
 // newApp makes everything that c describes and binds its addresses. It starts nothing. close lets go of it.
@@ -225,7 +225,7 @@ func (a *app) addRing(k config.KMS, c *config.Config) error {
 // newRules makes the sealers of rules from the rings there are. A rule that needs another one is an error.
 func (a *app) newRules(rules []config.Rule) (*ruleSet, error) {
 	set := &ruleSet{audit: a.audit}
-	var onEtcd []lifecycle.Rule
+	var onEtcd []inventory.Rule
 	for i, r := range rules {
 		sc := keyring.SealerConfig{
 			Prefix: r.Prefix, InspectOnly: a.inspectOnly, AllowPlaintextReads: r.AllowPlaintextReads, Passthrough: r.OnUndecryptable == "passthrough",
@@ -262,9 +262,9 @@ func (a *app) newRules(rules []config.Rule) (*ruleSet, error) {
 			return nil, fmt.Errorf("rules[%d]: %w", i, err)
 		}
 		set.prefixes, set.sealers = append(set.prefixes, r.Prefix), append(set.sealers, s)
-		onEtcd = append(onEtcd, lifecycle.Rule{Prefix: r.Prefix, WriteWith: r.WriteWith, Sealer: s, Strict: !r.AllowPlaintextReads, KeyNames: names})
+		onEtcd = append(onEtcd, inventory.Rule{Prefix: r.Prefix, WriteWith: r.WriteWith, Sealer: s, Strict: !r.AllowPlaintextReads, KeyNames: names})
 	}
-	set.lifecycle = lifecycle.NewRules(onEtcd, a.ownPrefixes...)
+	set.lifecycle = inventory.NewRules(onEtcd, a.ownPrefixes...)
 	return set, nil
 }
 

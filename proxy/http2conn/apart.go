@@ -26,7 +26,7 @@ func (a *aparts) free() {
 
 // appendOf gathers b, which is of a buffer.
 func (c *Conn) appendOf(of mem.Buffer, b []byte) {
-	if !c.cfg.Plain || len(b) < minApart {
+	if !c.cfg.Plaintext || len(b) < minApart {
 		c.append(b)
 		return
 	}
@@ -38,7 +38,7 @@ func (c *Conn) appendOf(of mem.Buffer, b []byte) {
 // writeOut writes what was gathered.
 func (c *Conn) writeOut(out []byte, apart aparts) error {
 	switch {
-	case !c.cfg.Plain:
+	case !c.cfg.Plaintext:
 		_, err := c.conn.Write(out)
 		return err
 	case len(apart.all) == 0:

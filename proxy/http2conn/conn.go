@@ -39,55 +39,63 @@ const (
 // got yet. grpc-go waits as long.
 const lingering = time.Second
 
-// Handler is told of what comes in. All methods but Sent and Idle are called on the goroutine of [Conn.Serve], one at a time; none may block for long, and what they are given is theirs only
-// until they return, but for header fields.
+// Handler receives the events of a connection. All methods but Writable and FlushNeeded are called on
+// the goroutine of [Conn.Serve], one at a time. None may block for long. Arguments are valid until the
+// method returns, except for header fields.
 type Handler interface {
-	// Headers begins a stream (of a client), or gives the header or trailer of one (from a server). end says that nothing follows.
+	// Headers is called on a server for the request header of a new stream, and on a client for the
+	// response header or trailer. end is END_STREAM.
 	Headers(s *Stream, fields []hpack.HeaderField, end bool)
-	// Data gives what a stream carries. Whoever has done with it gives its length back with [Stream.Credit].
+	// Data is called for DATA. The handler returns its length to the flow-control window with
+	// [Stream.Consumed].
 	Data(s *Stream, data []byte, end bool)
-	// Reset says that the peer has ended a stream, or never began it.
+	// Reset is called when the peer has reset or refused a stream.
 	Reset(s *Stream, code http2.ErrCode)
-	// Sent says that nothing waits for the peer's windows any more. It may be called on any goroutine that flushes.
-	Sent(s *Stream)
-	// Greeted says that the peer has sent its settings: it speaks HTTP/2.
-	Greeted()
-	// Leaving says that the peer takes no new streams.
-	Leaving()
-	// Idle says that what was gathered is to be flushed: the goroutine is about to wait for the peer, the peer takes something again, or a timer has something to say. It may be called on any goroutine.
-	Idle()
+	// Writable is called when all queued data of a stream was written. Any goroutine that flushes may
+	// call it.
+	Writable(s *Stream)
+	// SettingsReceived is called after the first SETTINGS frame of the peer: it speaks HTTP/2.
+	SettingsReceived()
+	// GoAwayReceived is called on a client when the server accepts no new streams.
+	GoAwayReceived()
+	// FlushNeeded is called when frames should be flushed: before the connection waits for its peer,
+	// when the peer reads again, and by timers. Any goroutine may call it.
+	FlushNeeded()
 }
 
-// Config is what a connection is made of.
+// Config configures a connection.
 type Config struct {
 	Handler Handler
-	Pool    mem.BufferPool // where buffers come from; it clears what is given back
-	// Outlet is what the connection writes to: itself, or what lies below TLS. Nil: it is made of the connection.
-	Outlet *Outlet
-	// Plain says that the connection writes what it is given, as TLS does not: what is long then need not be copied.
-	Plain bool
-	// Greeting is how long the peer may take over its first bytes, up to its settings; 0: for ever.
-	Greeting time.Duration
-	// MinPing is the minimum ping interval of a client. A client that sends more pings is sent a
+	Pool    mem.BufferPool // of all buffers; it clears what it is given back
+	// WriteBuffer is what the connection writes to: itself, or what is below TLS. Nil: [NewServer] and
+	// [NewClient] wrap the connection in one.
+	WriteBuffer *WriteBuffer
+	// Plaintext is set without TLS: long data is then written from where it is, without a copy.
+	Plaintext bool
+	// HandshakeTimeout bounds the time until the peer's first SETTINGS frame. 0: no limit.
+	HandshakeTimeout time.Duration
+	// MinPingInterval is the minimum ping interval of a client. A client that sends more pings is sent a
 	// GOAWAY frame with ENHANCE_YOUR_CALM, as by grpc-go. 0: pings are not limited, as by net/http.
-	MinPing time.Duration
+	MinPingInterval time.Duration
 	// Strict has a server reset requests that are malformed by RFC 9113, section 8, though gRPC could
 	// serve them: without a method, scheme or path, with header fields of a connection, or with
 	// another length than stated. net/http is strict, and grpc-go is not.
 	Strict bool
-	// Silence is how long a peer may be silent before it is sent a ping, and Patience how long it may take to answer. 0: no ping is sent.
-	Silence, Patience time.Duration
-	// Idle is how long a connection to a server stays without streams; 0: for ever.
-	Idle time.Duration
-	// Always says that pings are sent without streams, too.
-	Always bool
+	// KeepaliveTime is the idle time after which a ping is sent. 0: no ping is sent.
+	KeepaliveTime time.Duration
+	// KeepaliveTimeout is how long to wait for any answer to a ping.
+	KeepaliveTimeout time.Duration
+	// PermitWithoutStream sends keepalive pings without open streams, too.
+	PermitWithoutStream bool
+	// IdleTimeout is how long a client keeps a connection without streams. 0: no limit.
+	IdleTimeout time.Duration
 }
 
 // Conn is one connection. [Conn.Serve] reads it; everything else is safe for concurrent use.
 type Conn struct {
 	cfg    Config
 	conn   net.Conn
-	outlet *Outlet
+	outlet *WriteBuffer
 	server bool // the peer opens the streams
 
 	// Of the goroutine that reads.
@@ -121,7 +129,7 @@ type Conn struct {
 	maxFrame int
 	limit    uint32    // of streams, as the peer says
 	ready    []*Stream // have something to send that their own windows take
-	drained  []*Stream // that Sent is to be called for
+	drained  []*Stream // that Writable is to be called for
 	told     bool      // the client knows why the connection ends
 	leaving  bool      // the server takes no new streams
 	closed   bool
@@ -161,8 +169,8 @@ func newConn(conn net.Conn, cfg Config) *Conn {
 		cfg: cfg, conn: conn, streams: make(map[uint32]*Stream),
 		window: initialWindow, initial: initialWindow, maxFrame: frameSize, limit: math.MaxUint32,
 	}
-	if c.outlet = cfg.Outlet; c.outlet == nil {
-		c.outlet = NewOutlet(conn)
+	if c.outlet = cfg.WriteBuffer; c.outlet == nil {
+		c.outlet = NewWriteBuffer(conn)
 		c.conn = c.outlet
 	}
 	c.outlet.use(cfg.Pool, c.freed)
@@ -178,7 +186,7 @@ func newConn(conn net.Conn, cfg Config) *Conn {
 
 // read reads from the connection, after what has gathered was flushed: whoever waits for the peer must not keep it waiting.
 func (c *Conn) read(b []byte) (int, error) {
-	c.cfg.Handler.Idle()
+	c.cfg.Handler.FlushNeeded()
 	c.reading.Store(true)
 	c.hold()
 	n, err := c.conn.Read(b)
@@ -207,7 +215,7 @@ func (c *Conn) freed(err error) {
 		c.fail(err)
 		return
 	}
-	c.cfg.Handler.Idle()
+	c.cfg.Handler.FlushNeeded()
 	c.closeIfDone()
 }
 
@@ -232,8 +240,8 @@ func (c *Conn) Serve() error {
 }
 
 func (c *Conn) serve() error {
-	if c.cfg.Greeting > 0 {
-		if err := c.conn.SetReadDeadline(time.Now().Add(c.cfg.Greeting)); err != nil {
+	if c.cfg.HandshakeTimeout > 0 {
+		if err := c.conn.SetReadDeadline(time.Now().Add(c.cfg.HandshakeTimeout)); err != nil {
 			return err
 		}
 	}
@@ -267,7 +275,7 @@ func (c *Conn) serve() error {
 			return err
 		}
 		if first {
-			c.cfg.Handler.Greeted()
+			c.cfg.Handler.SettingsReceived()
 		}
 	}
 }
@@ -284,7 +292,7 @@ func (c *Conn) over() bool {
 
 func (c *Conn) preface() error {
 	var got [len(http2.ClientPreface)]byte
-	c.cfg.Handler.Idle()
+	c.cfg.Handler.FlushNeeded()
 	if _, err := io.ReadFull(c.conn, got[:]); err != nil {
 		return fmt.Errorf("read the preface: %w", err)
 	}
@@ -351,8 +359,8 @@ func (c *Conn) Streams() []*Stream {
 	return all
 }
 
-// Takes reports whether the peer takes one more stream.
-func (c *Conn) Takes() bool {
+// CanOpen reports whether the peer takes one more stream.
+func (c *Conn) CanOpen() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.takes()
@@ -362,8 +370,8 @@ func (c *Conn) takes() bool {
 	return !c.closed && !c.leaving && uint32(len(c.streams)) < c.limit && c.next <= math.MaxInt32 //nolint:gosec // a map of four thousand millions does not fit
 }
 
-// Leaving reports whether no new stream can ever be opened.
-func (c *Conn) Leaving() bool {
+// Draining reports whether no new stream can ever be opened.
+func (c *Conn) Draining() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.closed || c.leaving || c.next > math.MaxInt32

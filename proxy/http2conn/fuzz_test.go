@@ -165,9 +165,9 @@ func FuzzServer(f *testing.F) {
 		settings := framesOf(func(f *http2.Framer, _ func(uint32, bool, []hpack.HeaderField)) { f.WriteSettings() })
 		conn := &tape{in: append(append([]byte(http2.ClientPreface), settings...), said...), each: int(each) + 1}
 		h, pool := echo(), new(ledger)
-		c := NewServer(conn, Config{Handler: &strict{Handler: h, t: t, ended: make(map[*Stream]bool)}, Pool: pool, MinPing: time.Hour})
+		c := NewServer(conn, Config{Handler: &strict{Handler: h, t: t, ended: make(map[*Stream]bool)}, Pool: pool, MinPingInterval: time.Hour})
 		if h.conn = c; leaves {
-			c.Leave()
+			c.GracefulShutdown()
 		}
 		if err := c.Serve(); err == nil {
 			t.Fatal("Serve says nothing")

@@ -74,7 +74,7 @@ func whole() *handler {
 			return
 		}
 		asked[s] = append(all, part...)
-		if s.Credit(len(part)); end {
+		if s.Consumed(len(part)); end {
 			s.Data(false, nil, asked[s])
 			s.Headers(okTrailer, true)
 			delete(asked, s)

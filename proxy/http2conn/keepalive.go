@@ -9,16 +9,16 @@ var errSilent = errors.New("the peer did not answer a ping in time")
 
 // keepAlive asks a silent peer whether it is there. It does so by a timer that looks back, so that what is heard costs nothing.
 func (c *Conn) keepAlive() {
-	if c.cfg.Silence == 0 {
+	if c.cfg.KeepaliveTime == 0 {
 		return
 	}
 	heard, asked := c.heard.Load(), false
 	var look func()
 	look = func() {
 		now := c.heard.Load()
-		next := c.cfg.Silence
+		next := c.cfg.KeepaliveTime
 		c.mu.Lock()
-		wanted := len(c.streams) > 0 || c.cfg.Always
+		wanted := len(c.streams) > 0 || c.cfg.PermitWithoutStream
 		c.mu.Unlock()
 		reading := c.reading.Load()
 		switch {
@@ -34,8 +34,8 @@ func (c *Conn) keepAlive() {
 				_ = c.write.WritePing(false, [8]byte{})
 			}
 			c.mu.Unlock()
-			next = c.cfg.Patience
-			c.cfg.Handler.Idle()
+			next = c.cfg.KeepaliveTimeout
+			c.cfg.Handler.FlushNeeded()
 		}
 		c.mu.Lock()
 		defer c.mu.Unlock()
@@ -46,19 +46,19 @@ func (c *Conn) keepAlive() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if !c.closed {
-		c.alive = time.AfterFunc(c.cfg.Silence, look)
+		c.alive = time.AfterFunc(c.cfg.KeepaliveTime, look)
 	}
 }
 
 // rest has a connection to a server leave that stays without streams. The caller holds mu.
 func (c *Conn) rest() {
-	if c.cfg.Idle == 0 || c.closed || len(c.streams) > 0 {
+	if c.cfg.IdleTimeout == 0 || c.closed || len(c.streams) > 0 {
 		return
 	}
 	if c.idle != nil {
 		c.idle.Stop()
 	}
-	c.idle = time.AfterFunc(c.cfg.Idle, func() {
+	c.idle = time.AfterFunc(c.cfg.IdleTimeout, func() {
 		c.mu.Lock()
 		c.leaving = c.leaving || len(c.streams) == 0
 		left := c.leaving

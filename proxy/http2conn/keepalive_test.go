@@ -18,7 +18,7 @@ func TestSilentPeer(t *testing.T) {
 	for _, server := range []bool{true, false} {
 		synctest.Test(t, func(t *testing.T) {
 			h := &handler{}
-			cfg := Config{Silence: time.Minute, Patience: 10 * time.Second, Always: true}
+			cfg := Config{KeepaliveTime: time.Minute, KeepaliveTimeout: 10 * time.Second, PermitWithoutStream: true}
 			var p *peer
 			if server {
 				p = serveOne(t, h, cfg)
@@ -48,7 +48,7 @@ func TestSilentPeer(t *testing.T) {
 func TestPeerThatSpeaks(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &handler{}
-		p := serveOne(t, h, Config{Silence: time.Minute, Patience: 10 * time.Second, Always: true})
+		p := serveOne(t, h, Config{KeepaliveTime: time.Minute, KeepaliveTimeout: 10 * time.Second, PermitWithoutStream: true})
 		for range 100 {
 			time.Sleep(59 * time.Second)
 			p.WriteWindowUpdate(0, 1)
@@ -69,7 +69,7 @@ func TestPeerThatSpeaks(t *testing.T) {
 func TestNoPingWithoutStreams(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &handler{}
-		p := dialOne(t, h, Config{Silence: time.Minute, Patience: 10 * time.Second})
+		p := dialOne(t, h, Config{KeepaliveTime: time.Minute, KeepaliveTimeout: 10 * time.Second})
 		p.says(t)
 		time.Sleep(time.Hour + 30*time.Second)
 		p.expect(t)
@@ -91,7 +91,7 @@ func TestNoPingWithoutStreams(t *testing.T) {
 func TestSilenceOfWhoDoesNotListen(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &handler{data: func(*Stream, []byte, bool) { time.Sleep(time.Hour - 30*time.Second) }}
-		p := serveOne(t, h, Config{Silence: time.Minute, Patience: 10 * time.Second, Always: true})
+		p := serveOne(t, h, Config{KeepaliveTime: time.Minute, KeepaliveTimeout: 10 * time.Second, PermitWithoutStream: true})
 		p.begin(t, h, 1, false)
 		p.WriteData(1, false, []byte("x"))
 		time.Sleep(time.Hour - 1)
@@ -108,7 +108,7 @@ func TestSilenceOfWhoDoesNotListen(t *testing.T) {
 func TestSilentPeerThatDoesNotRead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &handler{}
-		p := serveOne(t, h, Config{Silence: time.Minute, Patience: 10 * time.Second, Always: true})
+		p := serveOne(t, h, Config{KeepaliveTime: time.Minute, KeepaliveTimeout: 10 * time.Second, PermitWithoutStream: true})
 		defer p.pause()()
 		time.Sleep(2*time.Minute + 10*time.Second)
 		if err := wait(t, p.served, "end"); !errors.Is(err, errSilent) {
@@ -121,7 +121,7 @@ func TestSilentPeerThatDoesNotRead(t *testing.T) {
 func TestPeerThatTakesNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &handler{data: func(s *Stream, _ []byte, _ bool) { s.Data(false, nil, pattern(frameSize)) }}
-		p := serveOne(t, h, Config{Silence: time.Minute, Patience: 10 * time.Second})
+		p := serveOne(t, h, Config{KeepaliveTime: time.Minute, KeepaliveTimeout: 10 * time.Second})
 		p.begin(t, h, 1, false)
 		release := p.pause()
 		p.WriteData(1, false, []byte("x"))
@@ -158,7 +158,7 @@ func TestPingStrikes(t *testing.T) {
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			h := &handler{}
-			p := serveOne(t, h, Config{MinPing: 5 * time.Second})
+			p := serveOne(t, h, Config{MinPingInterval: 5 * time.Second})
 			s := p.begin(t, h, 1, true)
 			if !try.streams {
 				s.Reset(http2.ErrCodeCancel)
@@ -197,7 +197,7 @@ func TestPingsThatAreExcused(t *testing.T) {
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			h := &handler{}
-			p := serveOne(t, h, Config{MinPing: time.Hour})
+			p := serveOne(t, h, Config{MinPingInterval: time.Hour})
 			s := p.begin(t, h, 1, true)
 			for range 10 {
 				send(s)
@@ -218,7 +218,7 @@ func TestPingsThatAreExcused(t *testing.T) {
 func TestPingsOfAServer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &handler{}
-		p := dialOne(t, h, Config{MinPing: time.Hour})
+		p := dialOne(t, h, Config{MinPingInterval: time.Hour})
 		p.says(t)
 		for range 10 {
 			p.WritePing(false, [8]byte{'x'})

@@ -35,7 +35,7 @@ func TestLastAnswerArrives(t *testing.T) {
 	}
 	client.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: block.Bytes(), EndStream: true, EndHeaders: true})
 	s := wait(t, began, "stream")
-	h.conn.Leave()
+	h.conn.GracefulShutdown()
 	h.conn.Flush()
 	client.WritePing(true, leavingPing)
 	next := func() http2.Frame {
@@ -70,7 +70,7 @@ func TestLastAnswerArrives(t *testing.T) {
 func TestLinger(t *testing.T) {
 	for name, last := range map[string]func(h *handler, p *peer){
 		"leaving": func(h *handler, p *peer) {
-			h.conn.Leave()
+			h.conn.GracefulShutdown()
 			h.conn.Flush()
 			p.WritePing(true, leavingPing)
 		},
@@ -84,7 +84,7 @@ func TestLinger(t *testing.T) {
 		for _, closes := range []bool{true, false} {
 			synctest.Test(t, func(t *testing.T) {
 				h := &handler{}
-				p := serveOne(t, h, Config{MinPing: time.Minute})
+				p := serveOne(t, h, Config{MinPingInterval: time.Minute})
 				last(h, p)
 				h.headers = func(*Stream, []hpack.HeaderField, bool) { t.Errorf("%s: a stream begins", name) }
 				p.says(t)
@@ -110,7 +110,7 @@ func TestLinger(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) { // unless it is closed
 		h := &handler{}
 		p := serveOne(t, h, Config{})
-		h.conn.Leave()
+		h.conn.GracefulShutdown()
 		h.conn.Flush()
 		p.WritePing(true, leavingPing)
 		p.says(t)

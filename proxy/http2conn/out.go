@@ -52,13 +52,13 @@ func (c *Conn) drop() {
 	c.apart.free()
 }
 
-// Dirty reports whether there may be something to flush that can be.
-func (c *Conn) Dirty() bool { return c.dirty.Load() && !c.outlet.full.Load() }
+// NeedsFlush reports whether there may be something to flush that can be.
+func (c *Conn) NeedsFlush() bool { return c.dirty.Load() && !c.outlet.full.Load() }
 
 // Flush writes what has gathered, and does not wait for the peer: while that takes nothing it goes on gathering, until [Handler] is told that it is idle. An error ends the connection, which
 // [Conn.Serve] tells.
 func (c *Conn) Flush() {
-	if !c.Dirty() {
+	if !c.NeedsFlush() {
 		return
 	}
 	var drained []*Stream
@@ -75,7 +75,7 @@ func (c *Conn) Flush() {
 		c.out, c.apart = nil, aparts{}
 		if out == nil {
 			for _, s := range c.drained {
-				if len(s.queue) == 0 { // else more has come, and Sent is called when that has gone
+				if len(s.queue) == 0 { // else more has come, and Writable is called when that has gone
 					drained = append(drained, s)
 				}
 			}
@@ -97,7 +97,7 @@ func (c *Conn) Flush() {
 	}
 	c.writing.Unlock()
 	for _, s := range drained {
-		c.cfg.Handler.Sent(s)
+		c.cfg.Handler.Writable(s)
 	}
 	c.closeIfDone()
 }

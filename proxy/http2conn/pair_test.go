@@ -38,7 +38,7 @@ func caller() *handler {
 		data: func(s *Stream, data []byte, last bool) {
 			a := s.Value().(*answer)
 			a.body = append(a.body, data...)
-			s.Credit(len(data))
+			s.Consumed(len(data))
 			if last {
 				end(s)
 			}
@@ -86,8 +86,8 @@ func pair(t testing.TB, client, server *handler) {
 	t.Helper()
 	near, far := loopback(t)
 	pools := [2]*ledger{{}, {}}
-	serving(t, server, pools[1], NewServer(far, Config{Handler: server, Pool: pools[1], Plain: true}))
-	serving(t, client, pools[0], NewClient(near, Config{Handler: client, Pool: pools[0], Plain: true}))
+	serving(t, server, pools[1], NewServer(far, Config{Handler: server, Pool: pools[1], Plaintext: true}))
+	serving(t, client, pools[0], NewClient(near, Config{Handler: client, Pool: pools[0], Plaintext: true}))
 }
 
 func open(t testing.TB, c *Conn, end bool) (*Stream, *answer) {
@@ -204,7 +204,7 @@ func TestPairLeaves(t *testing.T) {
 		all = append(all, a)
 		client.conn.Flush()
 		if i == 100 {
-			server.conn.Leave()
+			server.conn.GracefulShutdown()
 			server.conn.Flush()
 		}
 	}

@@ -186,7 +186,7 @@ func (c *Conn) data(f http2.FrameHeader, data []byte, left int) error {
 		s = nil
 	case s != nil:
 		if padding := n - len(data) - left; padding > 0 {
-			s.Credit(padding)
+			s.Consumed(padding)
 		}
 	}
 	for left > 0 {
@@ -309,7 +309,7 @@ func (c *Conn) goAway(f *http2.GoAwayFrame) {
 	for _, s := range refused {
 		c.cfg.Handler.Reset(s, http2.ErrCodeRefusedStream)
 	}
-	c.cfg.Handler.Leaving()
+	c.cfg.Handler.GoAwayReceived()
 	c.closeIfDone()
 }
 
@@ -342,11 +342,11 @@ func (c *Conn) ping(f *http2.PingFrame) error {
 	excused := c.pings.excused
 	c.pings.excused = false
 	c.mu.Unlock()
-	if !c.server || c.cfg.MinPing == 0 {
+	if !c.server || c.cfg.MinPingInterval == 0 {
 		return nil
 	}
 	now := time.Now()
-	least := c.cfg.MinPing
+	least := c.cfg.MinPingInterval
 	if streams == 0 {
 		least = idlePing
 	}

@@ -274,8 +274,8 @@ func (s *Stream) Reset(code http2.ErrCode) {
 	c.closeIfDone()
 }
 
-// Waits reports whether something waits for the peer's windows.
-func (s *Stream) Waits() bool {
+// HasQueued reports whether something waits for the peer's windows.
+func (s *Stream) HasQueued() bool {
 	s.conn.mu.Lock()
 	defer s.conn.mu.Unlock()
 	return len(s.queue) > 0
@@ -295,8 +295,8 @@ func (s *Stream) Finish() {
 	c.closeIfDone()
 }
 
-// Credit gives n bytes back that the stream has brought.
-func (s *Stream) Credit(n int) {
+// Consumed returns n received bytes to the flow-control window of the stream.
+func (s *Stream) Consumed(n int) {
 	c := s.conn
 	c.mu.Lock()
 	defer c.mu.Unlock()

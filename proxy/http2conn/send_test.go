@@ -43,7 +43,7 @@ func TestSizes(t *testing.T) {
 					case "small buffers":
 						whole = s.Buffers(!trailer, nil, p.pool.body(n, 4000))
 					}
-					if !whole || s.Waits() {
+					if !whole || s.HasQueued() {
 						t.Errorf("%d bytes as %s wait", n, way)
 					}
 					var want []string
@@ -73,7 +73,7 @@ func TestEmptyBuffers(t *testing.T) {
 			h := &handler{}
 			p := serveOne(t, h, Config{}, windowOf(0))
 			s := p.begin(t, h, 1, true)
-			if !s.Buffers(false, nil, body) || s.Waits() {
+			if !s.Buffers(false, nil, body) || s.HasQueued() {
 				t.Errorf("%s: they wait", name)
 			}
 			p.expect(t)
@@ -92,7 +92,7 @@ func TestSmallWindows(t *testing.T) {
 		h := &handler{}
 		p := serveOne(t, h, Config{}, windowOf(0))
 		s := p.begin(t, h, 1, true)
-		if s.Data(false, []byte("head"), []byte("body")) || !s.Waits() {
+		if s.Data(false, []byte("head"), []byte("body")) || !s.HasQueued() {
 			t.Error("a window of nothing takes something")
 		}
 		s.Headers(okTrailer, true)
@@ -109,13 +109,13 @@ func TestSmallWindows(t *testing.T) {
 		p.expect(t)
 		p.WriteWindowUpdate(1, 2)
 		p.expect(t, "DATA 1 2")
-		if !s.Waits() {
+		if !s.HasQueued() {
 			t.Error("nothing waits")
 		}
 		p.WriteWindowUpdate(1, 100)
 		p.expect(t, "DATA 1 2", "HEADERS 1 grpc-status=0 end")
-		if got := string(p.took(1)); got != "headbody" || s.Waits() {
-			t.Errorf("got %q, and it waits: %t", got, s.Waits())
+		if got := string(p.took(1)); got != "headbody" || s.HasQueued() {
+			t.Errorf("got %q, and it waits: %t", got, s.HasQueued())
 		}
 	})
 }
