@@ -66,6 +66,12 @@ type Error struct {
 	seed string
 }
 
+// ErrWouldBlock is returned by [Sealer.TrySeal] and [Sealer.TryOpen] when the value needs a KMS call, or has to wait for one.
+var ErrWouldBlock = errors.New("a KMS call is needed")
+
+// errWouldBlock is ErrWouldBlock inside of the package.
+var errWouldBlock = &Error{Kind: Unavailable, Text: ErrWouldBlock.Error(), Err: ErrWouldBlock}
+
 // Error implements error.
 func (e *Error) Error() string { return e.Text }
 

@@ -186,7 +186,7 @@ func TestAliasLeadsNowhere(t *testing.T) {
 			g.mustOpen(t, "k", cold, "cold")
 			time.Sleep(time.Minute)
 		}
-		if g.State().Revoked || g.State().CanSeal || g.sealer.Ready() == nil {
+		if g.State().Revoked || g.State().CanSeal || g.sealer.Health() == nil {
 			t.Errorf("%+v", g.State())
 		}
 		kms.set(func() { kms.keyErr["key-1"] = kmsError("Decrypt", kmsclient.ClassKeyUnusable) })

@@ -42,7 +42,7 @@ func TestRequiredByReload(t *testing.T) {
 		require(true)
 		_, err := s.ack.seal("k", "v")
 		wantKind(t, err, Unavailable)
-		if !strings.Contains(err.Error(), `recovery provider "dr"`) || s.ack.State().CanSeal || s.sealer.Ready() == nil {
+		if !strings.Contains(err.Error(), `recovery provider "dr"`) || s.ack.State().CanSeal || s.sealer.Health() == nil {
 			t.Errorf("%v; %+v", err, s.ack.State())
 		}
 		if st := s.ack.Recovery(); len(st) != 1 || st[0].Lacking == "" || !st[0].Required {

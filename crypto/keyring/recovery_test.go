@@ -114,7 +114,7 @@ func TestRecoveryRequired(t *testing.T) {
 		time.Sleep(2 * time.Hour)
 		_, err = s.ack.seal("k", "v")
 		wantKind(t, err, Unavailable)
-		if s.sealer.Ready() == nil {
+		if s.sealer.Health() == nil {
 			t.Error("ready although it cannot seal")
 		}
 		s.ack.mustOpen(t, "k", stored, "v")

@@ -42,7 +42,7 @@ func TestUnusableKeyRevokesWithinTheInterval(t *testing.T) {
 		if n := kms.count("Decrypt"); n != 1 {
 			t.Errorf("%d Decrypt calls: a revoked provider is not asked for values", n)
 		}
-		if st := g.State(); !st.Revoked || st.CanSeal || st.Healthy || g.sealer.Ready() == nil {
+		if st := g.State(); !st.Revoked || st.CanSeal || st.Healthy || g.sealer.Health() == nil {
 			t.Errorf("State = %+v", st)
 		}
 		if g.events.get("ack revoked") != 1 {
@@ -192,8 +192,8 @@ func TestStatusSaysNothingOfTheKey(t *testing.T) {
 						}
 						time.Sleep(time.Minute)
 					}
-					if n := g.cache.Len(); n != 0 || !g.State().Revoked || g.sealer.Ready() == nil {
-						t.Errorf("%d seeds are left, %+v, ready: %v", n, g.State(), g.sealer.Ready())
+					if n := g.cache.Len(); n != 0 || !g.State().Revoked || g.sealer.Health() == nil {
+						t.Errorf("%d seeds are left, %+v, ready: %v", n, g.State(), g.sealer.Health())
 					}
 					kms.set(func() { kms.opErr = map[string]error{} })
 					time.Sleep(5 * time.Second)
@@ -225,7 +225,7 @@ func TestNothingIsSealedThatDoesNotOpen(t *testing.T) {
 				synctest.Wait()
 				_, err := g.seal("k", "v")
 				wantKind(t, err, c.want)
-				if g.sealer.Ready() == nil || g.State().CanSeal {
+				if g.sealer.Health() == nil || g.State().CanSeal {
 					t.Errorf("ready, %+v", g.State())
 				}
 				kms.set(func() { kms.opErr, kms.result = map[string]error{}, nil })
@@ -361,15 +361,15 @@ func TestReadOnlyRing(t *testing.T) {
 		g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.ReadOnly = true }).start(t)
 		g.mustOpen(t, "k", stored, "v")
 		time.Sleep(time.Hour)
-		if n := kms.count("Encrypt"); n != 0 || !g.State().Healthy || g.sealer.Ready() != nil {
-			t.Errorf("%d mints, %+v, %v", n, g.State(), g.sealer.Ready())
+		if n := kms.count("Encrypt"); n != 0 || !g.State().Healthy || g.sealer.Health() != nil {
+			t.Errorf("%d mints, %+v, %v", n, g.State(), g.sealer.Health())
 		}
 		kms.set(func() { kms.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.ClassDenied) }) // Status is answered as ever
 		time.Sleep(2 * time.Minute)
 		for range 3 { // with the last seed gone from the cache
 			_, err := g.open("k", stored)
 			wantKind(t, err, KeyUnusable)
-			if !g.State().Revoked || g.sealer.Ready() == nil {
+			if !g.State().Revoked || g.sealer.Health() == nil {
 				t.Errorf("%+v", g.State())
 			}
 			time.Sleep(time.Minute)
@@ -384,7 +384,7 @@ func TestReadOnlyRing(t *testing.T) {
 		time.Sleep(time.Minute)
 		_, err := g.open("k", stored)
 		wantKind(t, err, KeyUnusable)
-		if g.sealer.Ready() == nil {
+		if g.sealer.Health() == nil {
 			t.Error("ready although the provider is revoked")
 		}
 		kms.set(func() { kms.down = nil })

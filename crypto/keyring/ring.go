@@ -226,8 +226,8 @@ func (r *Ring) poke() {
 	}
 }
 
-// seal seals plaintext under the current seed.
-func (r *Ring) seal(ctx context.Context, etcdKey, plaintext []byte) ([]byte, *Error) {
+// seal seals plaintext under the current seed. With try it does not wait for that, and the error is [ErrWouldBlock] if it would have to.
+func (r *Ring) seal(ctx context.Context, etcdKey, plaintext []byte, try bool) ([]byte, *Error) {
 	for waited := false; ; waited = true {
 		st := r.state.Load()
 		if st.revoked != nil {
@@ -246,6 +246,9 @@ func (r *Ring) seal(ctx context.Context, etcdKey, plaintext []byte) ([]byte, *Er
 		if waited || st.pending == nil {
 			r.poke()
 			return nil, r.cannotSeal(st)
+		}
+		if try {
+			return nil, errWouldBlock
 		}
 		select {
 		case <-st.pending:

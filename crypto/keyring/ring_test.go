@@ -40,7 +40,7 @@ func TestMintOnceThenSealAndOpen(t *testing.T) {
 				if got := g.State(); got != want {
 					t.Errorf("State = %+v, want %+v", got, want)
 				}
-				if err := g.sealer.Ready(); err != nil {
+				if err := g.sealer.Health(); err != nil {
 					t.Error(err)
 				}
 			})
@@ -99,7 +99,7 @@ func TestStartsWithTheKMSDown(t *testing.T) {
 		if st := g.State(); st.Healthy || st.CanSeal || st.Reason == "" {
 			t.Errorf("State = %+v", st)
 		}
-		if g.sealer.Ready() == nil {
+		if g.sealer.Health() == nil {
 			t.Error("ready without a seed")
 		}
 		// Plaintext is none of the KMS' business.
@@ -184,8 +184,8 @@ func TestSealUnreachableFor(t *testing.T) {
 		kms.set(func() { kms.down = kmsError("Status", kmsclient.ClassUnavailable) })
 		time.Sleep(58 * time.Minute)
 		stored := g.mustSeal(t, "k", "v")
-		if st := g.State(); st.Healthy || !st.CanSeal || g.sealer.Ready() != nil {
-			t.Errorf("State = %+v, Ready = %v", st, g.sealer.Ready())
+		if st := g.State(); st.Healthy || !st.CanSeal || g.sealer.Health() != nil {
+			t.Errorf("State = %+v, Ready = %v", st, g.sealer.Health())
 		}
 		time.Sleep(5 * time.Minute)
 		_, err := g.seal("k", "v")
@@ -193,7 +193,7 @@ func TestSealUnreachableFor(t *testing.T) {
 		if !strings.Contains(err.Error(), "1h0m0s only") {
 			t.Errorf("text: %v", err)
 		}
-		if g.State().CanSeal || g.sealer.Ready() == nil {
+		if g.State().CanSeal || g.sealer.Health() == nil {
 			t.Error("ready although it cannot seal")
 		}
 		g.mustOpen(t, "k", stored, "v") // reading has its own rule

@@ -226,7 +226,7 @@ func TestUnknownErrorsSayNothing(t *testing.T) {
 		wantKind(t, serr, Unavailable)
 		_, oerr := g.open("k", stored)
 		wantKind(t, oerr, Unavailable)
-		if s := fmt.Sprint(serr, oerr, g.State(), g.sealer.Ready()); strings.Contains(s, "canary") {
+		if s := fmt.Sprint(serr, oerr, g.State(), g.sealer.Health()); strings.Contains(s, "canary") {
 			t.Error(s)
 		}
 	})
@@ -261,10 +261,6 @@ func TestDecryptAnswersTheWrongLength(t *testing.T) {
 				}
 				kms.set(func() { kms.result = nil })
 				time.Sleep(5 * time.Second)
-				if c.want == Corrupt { // the read that learns of the other secret had its value overwritten
-					_, err := g.open("k", stored)
-					wantKind(t, err, SeedRefused)
-				}
 				g.mustOpen(t, "k", stored, "v")
 			})
 		})

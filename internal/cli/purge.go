@@ -17,7 +17,8 @@ import (
 	"golang.org/x/term"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/purge"
 )
 
 func newPurge() *cobra.Command {
@@ -72,13 +73,13 @@ type purgeOptions struct {
 
 // purgeReport is what purge found and did.
 type purgeReport struct {
-	DryRun   bool                   `json:"dryRun,omitempty"`
-	History  lifecycle.History      `json:"history"`
-	Members  []lifecycle.DiskMember `json:"members"` // as they are afterwards
-	Before   int64                  `json:"bytesBefore"`
-	After    int64                  `json:"bytesAfter"` // of all members' database files
-	Left     []string               `json:"left"`       // what the operator has to see to
-	Verified string                 `json:"next"`
+	DryRun   bool           `json:"dryRun,omitempty"`
+	History  purge.History  `json:"history"`
+	Members  []purge.Member `json:"members"` // as they are afterwards
+	Before   int64          `json:"bytesBefore"`
+	After    int64          `json:"bytesAfter"` // of all members' database files
+	Left     []string       `json:"left"`       // what the operator has to see to
+	Verified string         `json:"next"`
 }
 
 // purge does it all. The report is nil if nothing was begun.
@@ -102,10 +103,10 @@ func (cl *cluster) purge(cmd *cobra.Command, o purgeOptions) (*purgeReport, erro
 		before := unopened.beyond
 		return judge(old.Key, old.Value, true) != "" || unopened.beyond > before
 	}
-	if r.History, err = lifecycle.ReadHistory(ctx, cl.etcd, cl.rules, readable); err != nil {
+	if r.History, err = purge.ReadHistory(ctx, cl.etcd, cl.rules, readable); err != nil {
 		return nil, err
 	}
-	if r.Members, err = lifecycle.Members(ctx, cl.etcd); err != nil {
+	if r.Members, err = purge.Members(ctx, cl.etcd); err != nil {
 		return nil, err
 	}
 	for _, m := range r.Members {
@@ -171,7 +172,7 @@ func (cl *cluster) sameRules(ctx context.Context, o purgeOptions) error {
 		return nil
 	}
 	err := cl.fleet().SameRules(ctx)
-	if errors.Is(err, lifecycle.ErrOtherRules) {
+	if errors.Is(err, coordination.ErrOtherRules) {
 		return &failure{code: exitFailure, err: err, hint: "give all proxies this configuration first (see status), or use --ignore-proxies"}
 	}
 	return err
@@ -220,7 +221,7 @@ func (cl *cluster) rewrite(ctx context.Context, r *purgeReport, settle time.Dura
 			continue
 		}
 		before, begun := m.DBSize, time.Now()
-		if err := lifecycle.Defragment(ctx, cl.etcd, m); err != nil {
+		if err := purge.Defragment(ctx, cl.etcd, m); err != nil {
 			return err
 		}
 		r.After += m.DBSize - before

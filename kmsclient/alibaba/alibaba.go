@@ -77,6 +77,10 @@ type Backend struct {
 var (
 	_ kmsclient.Service          = (*Backend)(nil)
 	_ kmsclient.DataKeyGenerator = (*Backend)(nil)
+	_ kmsclient.Describer        = (*Backend)(nil)
+	_ kmsclient.KeyIDParser      = (*Backend)(nil)
+	_ kmsclient.SessionHolder    = (*Backend)(nil)
+	_ kmsclient.FileChecker      = (*Backend)(nil)
 )
 
 // warmEndpointMap makes the SDK fill its lazy global map, which it does without a lock, before there is concurrency.
@@ -274,7 +278,7 @@ func (b *Backend) answeredKey(op, requestID, id, version string) (string, error)
 
 // KeyOf returns the id of the key in a key ID of stored values, <key id>/<key version id>, or in a configured one that holds it. All versions of a
 // key are disabled and deleted as one.
-func KeyOf(keyID string) string {
+func (*Backend) KeyOf(keyID string) string {
 	if strings.HasPrefix(keyID, "acs:kms:") {
 		return realID(keyID)
 	}

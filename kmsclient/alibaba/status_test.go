@@ -22,9 +22,9 @@ func TestDescribe(t *testing.T) {
 		t.Error("no request ID")
 	}
 	info.RequestID = ""
-	want := &KeyInfo{
-		KeyID: d.PrimaryKeyID(kmsdouble.DefaultKeyID), State: "Enabled", Spec: "Aliyun_AES_256", ProtectionLevel: "SOFTWARE", Origin: "EXTERNAL",
-		Creator: "154035569884****", AutomaticRotation: "Disabled", MaterialExpiresAt: expires, DeletionProtection: true,
+	want := &kmsclient.KeyInfo{
+		KeyID: d.PrimaryKeyID(kmsdouble.DefaultKeyID), State: "Enabled", Usable: true, Spec: "Aliyun_AES_256", ProtectionLevel: "SOFTWARE",
+		Creator: "154035569884****", AutomaticRotation: "Disabled", MaterialExpiresAt: expires, DeletionProtection: kmsclient.On,
 	}
 	if diff := cmp.Diff(want, info); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
