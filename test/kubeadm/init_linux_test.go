@@ -25,12 +25,15 @@ var ignoredPreflightErrors = []string{
 }
 
 // kubeadmInit has a machine become the first control-plane node of a cluster, with `kubeadm init`.
-func (m *machine) kubeadmInit(env *harness.Env, images, endpoint string) *node {
+// The certificate key encrypts the Secret from which other nodes take the keys of the cluster.
+func (m *machine) kubeadmInit(env *harness.Env, images, endpoint, certificateKey string) *node {
 	m.t.Helper()
 	m.importImages(images)
 	m.file("/kubeadm.yaml", fmt.Sprintf(`apiVersion: kubeadm.k8s.io/v1beta4
 kind: InitConfiguration
 localAPIEndpoint: {advertiseAddress: %[1]s, bindPort: 6443}
+bootstrapTokens: [{token: %[5]s}]
+certificateKey: "%[6]s"
 nodeRegistration:
   name: %[2]s
   criSocket: unix:///run/containerd/containerd.sock
@@ -49,7 +52,7 @@ failCgroupV1: false
 evictionHard: {memory.available: 0%%, nodefs.available: 0%%, nodefs.inodesFree: 0%%, imagefs.available: 0%%, imagefs.inodesFree: 0%%}
 imageGCHighThresholdPercent: 100
 imageGCLowThresholdPercent: 99
-`, m.address, m.name, kubernetesVersion, endpoint))
+`, m.address, m.name, kubernetesVersion, endpoint, token, certificateKey))
 	m.run("kubeadm", "init", "--config", "/kubeadm.yaml", "--skip-phases=addon", "--upload-certs", "--ignore-preflight-errors="+strings.Join(ignoredPreflightErrors, ","))
 	return m.node(env)
 }
@@ -184,7 +187,7 @@ func TestInit(t *testing.T) {
 	keepKernelSettings(t)
 	network := newNetwork(t)
 	m := network.newMachine(env, "node-1")
-	n := m.kubeadmInit(env, makeImages(t, env), m.address+":6443")
+	n := m.kubeadmInit(env, makeImages(t, env), m.address+":6443", newCertificateKey())
 	before := n.read(manifest)
 	n.podWithSecret("app-before", env.Clear.Value("app-before"))
 	for i := range secrets {

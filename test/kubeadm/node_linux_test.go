@@ -245,14 +245,19 @@ func (n *node) waitReady() {
 	})
 }
 
-// create makes a Secret.
+// create creates a Secret.
 func (n *node) create(name, value string) {
 	n.t.Helper()
+	n.createLabelled(name, value, nil)
+}
+
+func (n *node) createLabelled(name, value string, labels map[string]string) {
+	n.t.Helper()
 	_, err := n.client.CoreV1().Secrets("default").Create(n.t.Context(), &core.Secret{
-		ObjectMeta: meta.ObjectMeta{Name: name}, Data: map[string][]byte{"value": []byte(value)},
+		ObjectMeta: meta.ObjectMeta{Name: name, Labels: labels}, Data: map[string][]byte{"value": []byte(value)},
 	}, meta.CreateOptions{})
 	if err != nil {
-		n.t.Fatalf("make Secret %s: %v", name, err)
+		n.t.Fatalf("create Secret %s: %v", name, err)
 	}
 }
 
