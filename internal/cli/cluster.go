@@ -16,7 +16,8 @@ import (
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/livefiles"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
 )
 
@@ -25,7 +26,7 @@ type cluster struct {
 	config *config.Config
 	app    *app             // its rings run; it serves nothing
 	etcd   *clientv3.Client // nil with noEtcd
-	rules  *lifecycle.Rules
+	rules  *inventory.Rules
 	log    *slog.Logger
 
 	stop func()
@@ -122,8 +123,8 @@ func (cl *cluster) reach(ctx context.Context) error {
 }
 
 // fleet is the proxies before this etcd, for a command that asks what rules they have.
-func (cl *cluster) fleet() *lifecycle.Fleet {
-	f := lifecycle.NewFleet(lifecycle.FleetConfig{Client: cl.etcd, Prefix: cl.config.Coordination.Prefix})
+func (cl *cluster) fleet() *coordination.Fleet {
+	f := coordination.NewFleet(coordination.FleetConfig{Client: cl.etcd, Prefix: cl.config.Coordination.Prefix})
 	f.SetPolicy(policyOf(cl.config.Rules, cl.config.Audit))
 	return f
 }

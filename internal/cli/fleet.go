@@ -20,33 +20,34 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
 )
 
 // fleet is what a proxy does in etcd on its own account. With coordination off, that is to look once whether it may be.
 type fleet struct {
-	*lifecycle.Fleet // nil with coordination off
-	config           *config.Config
-	client           *clientv3.Client
-	gate             chan struct{} // closed once the guard lets the proxy serve
-	learnerGate      chan struct{} // closed once it lets the proxy serve what a learner serves
-	opened, learning sync.Once
-	next             *nextStart
-	restores         atomic.Int64 // of etcd, as far as they were noticed
-	audit            *auditor
-	log              *slog.Logger
-	bypass           *bypasses         // nil with coordination off
-	watch            *lifecycle.Bypass // nil if nobody watches
-	rules            func() *lifecycle.Rules
+	*coordination.Fleet // nil with coordination off
+	config              *config.Config
+	client              *clientv3.Client
+	gate                chan struct{} // closed once the guard lets the proxy serve
+	learnerGate         chan struct{} // closed once it lets the proxy serve what a learner serves
+	opened, learning    sync.Once
+	next                *nextStart
+	restores            atomic.Int64 // of etcd, as far as they were noticed
+	audit               *auditor
+	log                 *slog.Logger
+	bypass              *bypasses                // nil with coordination off
+	watch               *inventory.BypassWatcher // nil if nobody watches
+	rules               func() *inventory.Rules
 }
 
 // ownPrefixes are of the keys that proxies keep in etcd.
 func ownPrefixes(c *config.Config) []string {
-	if p := c.Coordination.Prefix; p != lifecycle.DefaultPrefix {
-		return []string{p, lifecycle.DefaultPrefix}
+	if p := c.Coordination.Prefix; p != coordination.DefaultPrefix {
+		return []string{p, coordination.DefaultPrefix}
 	}
-	return []string{lifecycle.DefaultPrefix}
+	return []string{coordination.DefaultPrefix}
 }
 
 // newFleet makes the fleet of c. It starts nothing; close lets go of it.
@@ -68,8 +69,8 @@ func (a *app) newFleet(c *config.Config) (*fleet, error) {
 	}
 	f.bypass = newBypasses(a)
 	f.bypass.expect(c.Rules)
-	f.rules = func() *lifecycle.Rules { return a.rules.Load().lifecycle }
-	provers := make(map[string]lifecycle.Sealer)
+	f.rules = func() *inventory.Rules { return a.rules.Load().lifecycle }
+	provers := make(map[string]inventory.Sealer)
 	for _, ring := range a.rings {
 		// InspectOnly: a ring that nothing is written with proves what it sealed earlier.
 		s, err := keyring.NewSealer(keyring.SealerConfig{Prefix: c.Coordination.Prefix, Write: ring, Recovery: a.rings, InspectOnly: true})
@@ -86,15 +87,15 @@ func (a *app) newFleet(c *config.Config) (*fleet, error) {
 	var id [6]byte
 	_, _ = rand.Read(id[:]) // never fails
 	restored := func() { f.restores.Add(1) }
-	f.Fleet = lifecycle.NewFleet(lifecycle.FleetConfig{
+	f.Fleet = coordination.NewFleet(coordination.FleetConfig{
 		Client: client, Prefix: c.Coordination.Prefix, Provers: provers, Logger: a.log, Restored: restored,
-		Self: lifecycle.Member{
+		Self: coordination.Member{
 			ID: host + "-" + hex.EncodeToString(id[:]), Host: host, PID: os.Getpid(), Version: readBuildInfo().Version, Started: time.Now().UTC().Truncate(time.Second),
 		},
 	})
 	f.SetPolicy(policyOf(c.Rules, c.Audit))
 	if c.Coordination.WatchBypass {
-		f.watch = lifecycle.NewBypass(lifecycle.BypassConfig{Client: client, Rules: f.rules, Found: f.bypass.found, Restored: restored, Logger: a.log})
+		f.watch = inventory.NewBypassWatcher(inventory.BypassConfig{Client: client, Rules: f.rules, Found: f.bypass.found, Restored: restored, Logger: a.log})
 	}
 	return f, nil
 }
@@ -220,7 +221,7 @@ func (b *bypasses) expect(rules []config.Rule) {
 }
 
 // found is told of each.
-func (b *bypasses) found(rule *lifecycle.Rule, key string, revision int64) {
+func (b *bypasses) found(rule *inventory.Rule, key string, revision int64) {
 	now := time.Now().Unix()
 	b.last.Store(now)
 	b.count.WithLabelValues(utf8Name(rule.Prefix)).Inc()
@@ -236,7 +237,7 @@ func (b *bypasses) found(rule *lifecycle.Rule, key string, revision int64) {
 }
 
 // bypassHint says what to do about a value that was written past the proxies. What a rule does not let clients read, nothing encrypts unasked.
-func bypassHint(rule *lifecycle.Rule) string {
+func bypassHint(rule *inventory.Rule) string {
 	if rule.Strict {
 		return "find out who wrote it; reads of it are refused and reencrypt leaves it, since the rule has allowPlaintextReads: false; delete it, or write it again through a proxy"
 	}

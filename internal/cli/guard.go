@@ -13,13 +13,13 @@ import (
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
 )
 
 // guard holds the proxy back until its rules were compared with those that the proxies agreed on in etcd.
 type guard struct {
-	fleet  *lifecycle.Fleet // nil with coordination off
+	fleet  *coordination.Fleet // nil with coordination off
 	client *clientv3.Client
 	config *config.Config
 	allow  bool // --allow-weakening
@@ -82,8 +82,8 @@ func (g *guard) run(ctx context.Context) error {
 
 // records are what proxies have agreed on, here and at other places.
 type records struct {
-	agreed  *lifecycle.Agreement
-	others  []lifecycle.Place
+	agreed  *coordination.Agreement
+	others  []coordination.RecordLocation
 	learner bool // a learner was asked: it says what it has by now, or nothing where it needs a user
 }
 
@@ -94,7 +94,7 @@ func (g *guard) read(ctx context.Context) (records, error) {
 		limited, cancel := context.WithTimeout(ctx, guardTimeout)
 		found, err := g.look(limited)
 		cancel()
-		if err == nil || errors.Is(err, lifecycle.ErrForged) || proxy.IsChained(err) || ctx.Err() != nil {
+		if err == nil || errors.Is(err, coordination.ErrForged) || proxy.IsChained(err) || ctx.Err() != nil {
 			return found, err
 		}
 		if g.allow && denied(err) {
@@ -125,7 +125,7 @@ func (g *guard) read(ctx context.Context) (records, error) {
 }
 
 // deniedHint is what to do where etcd's authentication keeps the proxy from reading the record.
-const deniedHint = "set etcd.username and etcd.passwordFile, also with coordination.enabled: false: that user has to read below " + lifecycle.DefaultPrefix +
+const deniedHint = "set etcd.username and etcd.passwordFile, also with coordination.enabled: false: that user has to read below " + coordination.DefaultPrefix +
 	"; or start the proxy with --allow-weakening, which serves without comparing the rules"
 
 // look reads once. A learner, which answers nothing else, is asked for what it has by now. So is a member without a leader where coordination is off: its clients may
@@ -156,7 +156,7 @@ func (g *guard) records(ctx context.Context, opts ...clientv3.OpOption) (records
 			return records{agreed: agreed}, err
 		}
 	}
-	others, err := lifecycle.Elsewhere(ctx, g.client, own, opts...)
+	others, err := coordination.OtherRecords(ctx, g.client, own, opts...)
 	return records{others: others}, err
 }
 
@@ -173,7 +173,7 @@ func (w *weakening) Error() string {
 }
 
 // compare returns a weakening of the record agreed, or of those at other places.
-func (g *guard) compare(agreed *lifecycle.Agreement, others []lifecycle.Place) error {
+func (g *guard) compare(agreed *coordination.Agreement, others []coordination.RecordLocation) error {
 	var because []string
 	for _, p := range others {
 		if g.fleet == nil {
@@ -199,10 +199,10 @@ func (g *guard) compare(agreed *lifecycle.Agreement, others []lifecycle.Place) e
 	return nil
 }
 
-func (g *guard) weakens(agreed *lifecycle.Agreement) ([]string, error) {
+func (g *guard) weakens(agreed *coordination.Agreement) ([]string, error) {
 	was, a, err := parsePolicy(agreed.Policy)
 	if err != nil {
-		return nil, lifecycle.ErrForged
+		return nil, coordination.ErrForged
 	}
 	because := config.Weakens(was, g.config.Rules)
 	switch now := g.config.Audit; {
@@ -225,7 +225,7 @@ func (g *guard) judge(err error) error {
 	g.audit.record(auditlog.Record{Event: auditlog.EventGuard, Outcome: "refused", Reason: err.Error()})
 	g.log.Error("not serving: the guard refuses the configuration", "because", err.Error()) // the audit block may be what is missing
 	f := &failure{code: exitFailure, err: err, hint: "restore the settings; or, if this is meant, start one proxy with --allow-weakening, and then the others"}
-	if errors.Is(err, lifecycle.ErrForged) {
+	if errors.Is(err, coordination.ErrForged) {
 		// Mostly it is the key that is another one. Who gets around that seals under a key that opens nothing of what is there.
 		f.hint = "restore the key file, or the KMS key, that the values were sealed with: etcd-kms-proxy status tells whether this one opens them. " +
 			"If it does, somebody has changed the record: see \"How the record is checked\" in docs/guides/restrict-settings.md"
@@ -234,13 +234,13 @@ func (g *guard) judge(err error) error {
 }
 
 // forget removes what a proxy that is let do without coordination would be refused for again. With coordination, that is for the next agreement.
-func (g *guard) forget(ctx context.Context, others []lifecycle.Place) {
+func (g *guard) forget(ctx context.Context, others []coordination.RecordLocation) {
 	if g.fleet != nil {
 		return
 	}
 	for _, p := range others {
 		limited, cancel := context.WithTimeout(ctx, guardTimeout)
-		err := lifecycle.Forget(limited, g.client, p)
+		err := coordination.DeleteRecord(limited, g.client, p)
 		cancel()
 		if err != nil {
 			g.log.Warn("the next start needs --allow-weakening too: the record of the rules that the proxies agreed on cannot be removed", "error", err)
@@ -249,18 +249,18 @@ func (g *guard) forget(ctx context.Context, others []lifecycle.Place) {
 }
 
 // prove opens the proxy once the record has proved genuine, or once no KMS could tell for a while; then it goes on trying.
-func (g *guard) prove(ctx context.Context, agreed *lifecycle.Agreement) error {
+func (g *guard) prove(ctx context.Context, agreed *coordination.Agreement) error {
 	was, _, err := parsePolicy(agreed.Policy)
 	if err != nil {
-		return g.judge(lifecycle.ErrForged)
+		return g.judge(coordination.ErrForged)
 	}
 	providers := policyOf(was, nil).Providers
 	begun, opened := time.Now(), false
 	for {
 		limited, cancel := context.WithTimeout(ctx, guardTimeout)
-		_, err := g.fleet.Check(limited, agreed, providers)
+		_, err := g.fleet.Verify(limited, agreed, providers)
 		cancel()
-		if errors.Is(err, lifecycle.ErrForged) {
+		if errors.Is(err, coordination.ErrForged) {
 			err = g.judge(err)
 			if err != nil {
 				return err

@@ -11,7 +11,7 @@ import (
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/kubeadm"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 )
 
 func newKubeadmDisable() *cobra.Command {
@@ -80,14 +80,14 @@ func nothingEncrypted(cmd *cobra.Command, path string) error {
 		return err
 	}
 	defer cl.close()
-	counts, _, err := lifecycle.Survey(cmd.Context(), cl.etcd, cl.rules, nil)
+	counts, _, err := inventory.Survey(cmd.Context(), cl.etcd, cl.rules, nil)
 	if err != nil {
 		return err
 	}
 	for _, r := range counts {
 		encrypted := r.All.Keys
 		for _, k := range r.Keys {
-			if k.Provider == lifecycle.Plaintext {
+			if k.Provider == inventory.Plaintext {
 				encrypted -= k.Keys
 			}
 		}

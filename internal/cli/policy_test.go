@@ -12,7 +12,8 @@ import (
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 )
 
 // TestPolicy: what is on record says again what it was made of, whatever the order, and rules are compared without the audit block, which a command may lack.
@@ -35,7 +36,7 @@ func TestPolicy(t *testing.T) {
 // TestDefaultPrefix: config and lifecycle do not know each other, and mean the same place.
 func TestDefaultPrefix(t *testing.T) {
 	c, err := config.Load(newDir(t).config(t))
-	if err != nil || c.Coordination.Prefix != lifecycle.DefaultPrefix {
+	if err != nil || c.Coordination.Prefix != coordination.DefaultPrefix {
 		t.Errorf("%v, %v", c, err)
 	}
 }
@@ -79,7 +80,7 @@ func TestBypassOfBytes(t *testing.T) {
 	a := &app{log: slog.New(slog.NewJSONHandler(&logged, nil)), audit: &auditor{log: records}}
 	a.metrics = newMetrics(a)
 	b := newBypasses(a)
-	rule := &lifecycle.Rule{Prefix: "\xff"}
+	rule := &inventory.Rule{Prefix: "\xff"}
 	b.found(rule, "\xffA\xfe", 3)
 	b.found(rule, "\xffA\xfd", 4)
 	if err := records.Close(); err != nil {

@@ -17,7 +17,8 @@ import (
 	"golang.org/x/term"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/purge"
 )
 
 func newPurge() *cobra.Command {
@@ -72,13 +73,13 @@ type purgeOptions struct {
 
 // purgeReport is what purge found and did.
 type purgeReport struct {
-	DryRun   bool                   `json:"dryRun,omitempty"`
-	History  lifecycle.History      `json:"history"`
-	Members  []lifecycle.DiskMember `json:"members"` // as they are afterwards
-	Before   int64                  `json:"bytesBefore"`
-	After    int64                  `json:"bytesAfter"` // of all members' database files
-	Left     []string               `json:"left"`       // what the operator has to see to
-	Verified string                 `json:"next"`
+	DryRun   bool           `json:"dryRun,omitempty"`
+	History  purge.History  `json:"history"`
+	Members  []purge.Member `json:"members"` // as they are afterwards
+	Before   int64          `json:"bytesBefore"`
+	After    int64          `json:"bytesAfter"` // of all members' database files
+	Left     []string       `json:"left"`       // what the operator has to see to
+	Verified string         `json:"next"`
 }
 
 // purge does it all. The report is nil if nothing was begun.
@@ -102,10 +103,10 @@ func (cl *cluster) purge(cmd *cobra.Command, o purgeOptions) (*purgeReport, erro
 		before := unopened.beyond
 		return judge(old.Key, old.Value, true) != "" || unopened.beyond > before
 	}
-	if r.History, err = lifecycle.ReadHistory(ctx, cl.etcd, cl.rules, readable); err != nil {
+	if r.History, err = purge.ReadHistory(ctx, cl.etcd, cl.rules, readable); err != nil {
 		return nil, err
 	}
-	if r.Members, err = lifecycle.Members(ctx, cl.etcd); err != nil {
+	if r.Members, err = purge.Members(ctx, cl.etcd); err != nil {
 		return nil, err
 	}
 	for _, m := range r.Members {
@@ -171,7 +172,7 @@ func (cl *cluster) sameRules(ctx context.Context, o purgeOptions) error {
 		return nil
 	}
 	err := cl.fleet().SameRules(ctx)
-	if errors.Is(err, lifecycle.ErrOtherRules) {
+	if errors.Is(err, coordination.ErrOtherRules) {
 		return &failure{code: exitFailure, err: err, hint: "give all proxies this configuration first (see status), or use --ignore-proxies"}
 	}
 	return err
@@ -197,34 +198,17 @@ func (r *purgeReport) plan(w io.Writer) {
 
 // rewrite compacts and defragments.
 func (cl *cluster) rewrite(ctx context.Context, r *purgeReport, settle time.Duration, stderr io.Writer) error {
-	if err := r.History.Compact(ctx, cl.etcd); err != nil {
-		return err
-	}
-	// All of them first: a member that falls behind may get the whole database of another one.
-	for i := range r.Members {
-		m := &r.Members[i]
-		limited, cancel := context.WithTimeout(ctx, settle)
-		err := r.History.Settle(limited, cl.etcd, m)
-		cancel()
-		switch {
-		case ctx.Err() != nil:
-			return ctx.Err()
-		case err != nil:
-			m.Unproven = fmt.Sprintf("it has not said within %s that its compaction is done: %v", settle, err)
+	err := r.History.Remove(ctx, cl.etcd, r.Members, settle, func(m *purge.Member, before int64, took time.Duration) {
+		r.After += m.DBSize - before
+		printf(stderr, "member %x at %s: %s, %.1f s\n", m.ID, m.Endpoint, size(m.DBSize), took.Seconds())
+	})
+	for _, m := range r.Members {
+		if m.Unproven != "" {
 			r.Left = append(r.Left, fmt.Sprintf("member %x at %s is not proven to have dropped the old values, and is not defragmented: %s; run purge again", m.ID, m.Endpoint, m.Unproven))
 		}
 	}
-	for i := range r.Members {
-		m := &r.Members[i]
-		if m.Unproven != "" {
-			continue
-		}
-		before, begun := m.DBSize, time.Now()
-		if err := lifecycle.Defragment(ctx, cl.etcd, m); err != nil {
-			return err
-		}
-		r.After += m.DBSize - before
-		printf(stderr, "member %x at %s: %s, %.1f s\n", m.ID, m.Endpoint, size(m.DBSize), time.Since(begun).Seconds())
+	if err != nil {
+		return err
 	}
 	r.Left = append(r.Left,
 		"write-ahead logs of each member (member/wal): etcd drops one once it is full, which is after 64 MB of writes, a snapshot was taken behind it, and --max-wals newer ones exist; a member that is removed and added anew with an empty data directory has none",

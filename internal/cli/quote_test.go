@@ -25,7 +25,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/kubeadm"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/kmstest"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/reencrypt"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
 )
 
@@ -169,11 +169,11 @@ func TestReportsQuote(t *testing.T) {
 			(&failure{err: errors.Join(errors.New(hostile), errors.New(hostile)), hint: hostile}).print(w)
 		}},
 		"readyz": {&proxy.ReadyReport{}, func(w io.Writer, r any) { _, _ = io.WriteString(w, printableReport(*r.(*proxy.ReadyReport)).String()) }},
-		"view": {&lifecycle.Result{}, func(w io.Writer, r any) {
+		"view": {&reencrypt.Result{}, func(w io.Writer, r any) {
 			v := newReencryptView(w)
 			v.say("waiting: another reencrypt is at work (%s)", hostile)
 			v.paused(hostile, hostile)
-			v.cost(*r.(*lifecycle.Result), nil)
+			v.cost(*r.(*reencrypt.Result), nil)
 		}},
 	} {
 		for _, flags := range []bool{false, true} { // each of a report's booleans may show another part

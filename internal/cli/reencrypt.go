@@ -14,7 +14,9 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/reencrypt"
 )
 
 func newReencrypt() *cobra.Command {
@@ -134,12 +136,12 @@ type reencryption struct {
 }
 
 // engine makes the configuration of a run.
-func (j *reencryption) engine() lifecycle.ReencryptConfig {
+func (j *reencryption) engine() reencrypt.Config {
 	o := j.options
-	c := lifecycle.ReencryptConfig{
-		Client: j.etcd, Rules: func() *lifecycle.Rules { return j.rules }, Prefix: o.prefix, Workers: o.workers, Rate: o.rate, TxnKeys: o.txnKeys,
+	c := reencrypt.Config{
+		Client: j.etcd, Rules: func() *inventory.Rules { return j.rules }, Prefix: o.prefix, Workers: o.workers, Rate: o.rate, TxnKeys: o.txnKeys,
 		MaxBytes: j.config.Etcd.MaxRequestBytes, Passes: o.passes, EncryptPlaintext: o.encryptPlaintext, Paused: j.view.paused, Progress: j.view.progress,
-		Election: lifecycle.Election{
+		Election: coordination.Election{
 			Client: j.etcd, Key: j.config.Coordination.Prefix + "reencrypt", Self: thisProcess(), NoWait: o.noWait,
 			Waiting: func(holder string) { j.view.say("waiting: another reencrypt is at work (%s)", holder) },
 		},
@@ -167,7 +169,7 @@ func (j *reencryption) once(ctx context.Context) (*reencryptReport, error) {
 	c := j.engine()
 	plan := c
 	plan.DryRun = true
-	planned, err := lifecycle.Reencrypt(ctx, plan)
+	planned, err := reencrypt.Run(ctx, plan)
 	j.view.end()
 	if err != nil {
 		_, err := j.report(ctx, planned, err)
@@ -179,7 +181,7 @@ func (j *reencryption) once(ctx context.Context) (*reencryptReport, error) {
 	}
 	j.planned = planned.Rewritten
 	j.view.begin(planned)
-	done, err := lifecycle.Reencrypt(ctx, c)
+	done, err := reencrypt.Run(ctx, c)
 	j.view.end()
 	report, err := j.report(ctx, done, err)
 	return report, errors.Join(err, j.ended(report, err))
@@ -213,7 +215,7 @@ func thisProcess() string {
 }
 
 // report makes the report of a run that ended with err, and the error of the command.
-func (j *reencryption) report(ctx context.Context, done lifecycle.Result, err error) (*reencryptReport, error) {
+func (j *reencryption) report(ctx context.Context, done reencrypt.Result, err error) (*reencryptReport, error) {
 	r := &reencryptReport{OK: err == nil && done.Unfinished() == 0, DryRun: j.options.dryRun, Result: done, Seconds: done.Duration.Seconds()}
 	switch {
 	case err == nil:
@@ -221,9 +223,9 @@ func (j *reencryption) report(ctx context.Context, done lifecycle.Result, err er
 	case ctx.Err() != nil:
 		r.Interrupted = true
 		return r, &failure{code: exitFailure, err: errors.New("interrupted"), hint: "nothing is half done; run it again to go on"}
-	case errors.Is(err, lifecycle.ErrElsewhere):
+	case errors.Is(err, coordination.ErrOtherLeader):
 		return r, &failure{code: exitFailure, err: err, hint: "without --no-wait it waits"}
-	case errors.Is(err, lifecycle.ErrOtherRules):
+	case errors.Is(err, coordination.ErrOtherRules):
 		return r, &failure{code: exitFailure, err: err, hint: "give all proxies this configuration first (see status), or use --ignore-proxies"}
 	}
 	return r, err
@@ -244,8 +246,8 @@ func (j *reencryption) room(ctx context.Context) []*clientv3.StatusResponse {
 
 // follow re-encrypts after each rotation until ctx ends.
 func (j *reencryption) follow(ctx context.Context) error {
-	j.view.begin(lifecycle.Result{}) // without a plan: nobody waits for its end
-	f := lifecycle.Reencryptor{Config: j.engine(), Interval: j.options.interval, Keys: j.app.sealsWith, Ended: func(done lifecycle.Result, err error) {
+	j.view.begin(reencrypt.Result{}) // without a plan: nobody waits for its end
+	f := reencrypt.Loop{Config: j.engine(), Interval: j.options.interval, Keys: j.app.sealsWith, Ended: func(done reencrypt.Result, err error) {
 		j.view.end()
 		report, err := j.report(ctx, done, err)
 		err = errors.Join(err, j.ended(report, err))

@@ -11,7 +11,8 @@ import (
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/reencrypt"
 )
 
 // sealsWith identifies what values are sealed with now: the rules, and each provider's key. A restore of etcd brings values back that were sealed with others.
@@ -29,7 +30,7 @@ func (a *app) sealsWith() string {
 
 // reencryptor re-encrypts in the background of a proxy, of those before an etcd on the one that leads.
 type reencryptor struct {
-	lifecycle.Reencryptor
+	reencrypt.Loop
 	app       *app
 	begun     bool   // and in the audit log
 	told      string // the last failure that was logged
@@ -53,11 +54,11 @@ func newReencryptor(a *app, c *config.Config, interval time.Duration, rate float
 		failures: prometheus.NewCounter(prometheus.CounterOpts{Name: "etcd_kms_proxy_reencrypt_failures_total", Help: "Runs that ended before all values were looked at."}),
 	}
 	a.metrics.registry.MustRegister(r.rewritten, r.left, r.at, r.failures)
-	r.Reencryptor = lifecycle.Reencryptor{
-		Interval: interval, Keys: a.sealsWith, Leading: a.fleet.Leading, Ended: r.ended,
-		Config: lifecycle.ReencryptConfig{
+	r.Loop = reencrypt.Loop{
+		Interval: interval, Keys: a.sealsWith, Leader: a.fleet.Leader, Ended: r.ended,
+		Config: reencrypt.Config{
 			Client: a.fleet.client, Rules: a.fleet.rules, Rate: rate, MaxBytes: c.Etcd.MaxRequestBytes, Check: r.check, Begin: r.begin, Paused: r.paused,
-			Election: lifecycle.Election{
+			Election: coordination.Election{
 				Client: a.fleet.client, Key: c.Coordination.Prefix + "reencrypt", Self: "proxy, " + thisProcess(),
 				Waiting: func(holder string) { a.log.Info("another reencrypt is at work", "holder", holder) },
 			},
@@ -90,7 +91,7 @@ func (r *reencryptor) paused(what, why string) {
 }
 
 // ended tells the metrics, the log and the audit log of a run.
-func (r *reencryptor) ended(done lifecycle.Result, err error) {
+func (r *reencryptor) ended(done reencrypt.Result, err error) {
 	r.rewritten.Add(float64(done.Rewritten))
 	interrupted := errors.Is(err, context.Canceled)
 	outcome, reason := "ok", ""
@@ -109,7 +110,7 @@ func (r *reencryptor) ended(done lifecycle.Result, err error) {
 		if n := done.Unfinished(); n > 0 {
 			outcome, reason = "failed", fmt.Sprintf("%d values could not be rewritten", n)
 			if r.told != reason {
-				r.app.log.Warn("values in etcd could not be re-encrypted", "left", n, "first", done.Left[0].Key, "reason", done.Left[0].Why, "hint", "reencrypt --dry-run names them")
+				r.app.log.Warn("values in etcd could not be re-encrypted", "left", n, "first", done.Skipped[0].Key, "reason", done.Skipped[0].Why, "hint", "reencrypt --dry-run names them")
 			}
 		}
 	}

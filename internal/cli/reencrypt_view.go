@@ -13,7 +13,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"golang.org/x/term"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/reencrypt"
 )
 
 // reencryptView shows a run: a bar on a terminal, and lines now and then otherwise. Its methods are safe for concurrent use.
@@ -24,7 +24,7 @@ type reencryptView struct {
 	mu      sync.Mutex
 	bar     *progressbar.ProgressBar // nil between runs, and without a terminal
 	pass    int                      // that the bar is of
-	planned lifecycle.Result
+	planned reencrypt.Result
 	begun   time.Time
 	last    time.Time // of the last line
 }
@@ -53,7 +53,7 @@ func (v *reencryptView) Write(line []byte) (int, error) {
 }
 
 // begin starts showing a run that was planned.
-func (v *reencryptView) begin(planned lifecycle.Result) {
+func (v *reencryptView) begin(planned reencrypt.Result) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.planned, v.pass, v.begun = planned, 0, time.Now()
@@ -70,7 +70,7 @@ func (v *reencryptView) end() {
 }
 
 // progress shows how far a run is: of the first pass what it rewrites, and of the next ones, and of the plan, how many keys they have looked at.
-func (v *reencryptView) progress(p lifecycle.Progress) {
+func (v *reencryptView) progress(p reencrypt.Progress) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	planning := v.begun.IsZero()
@@ -123,7 +123,7 @@ func (v *reencryptView) paused(what, why string) {
 }
 
 // cost says what a run will do to etcd.
-func (v *reencryptView) cost(p lifecycle.Result, members []*clientv3.StatusResponse) {
+func (v *reencryptView) cost(p reencrypt.Result, members []*clientv3.StatusResponse) {
 	if p.Rewritten == 0 {
 		return
 	}

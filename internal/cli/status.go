@@ -12,7 +12,8 @@ import (
 	"go.etcd.io/etcd/api/v3/mvccpb"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 )
 
 func newStatus() *cobra.Command {
@@ -58,7 +59,7 @@ by reencrypt: find out who wrote it.`,
 // statusReport is what status found. The fields of rules that stand beside the detail are the ones that scripts read.
 type statusReport struct {
 	OK        bool           `json:"ok"`
-	Revisions lifecycle.Span `json:"revisions"` // that were looked at: one, unless etcd was compacted meanwhile
+	Revisions inventory.Span `json:"revisions"` // that were looked at: one, unless etcd was compacted meanwhile
 	Rules     []statusRule   `json:"rules"`
 	KMS       []statusKMS    `json:"kms"`
 	Proxies   []statusProxy  `json:"proxies"`        // that have announced themselves in etcd
@@ -78,7 +79,7 @@ type statusRule struct {
 	Undecryptable int64               `json:"undecryptable"`
 	Unavailable   int64               `json:"unavailable"` // could not be judged: their KMS did not unwrap their DEK seeds
 	Refused       int64               `json:"refused"`     // of these: the KMS answered, and refused the seeds
-	Detail        lifecycle.RuleCount `json:"detail"`
+	Detail        inventory.RuleCount `json:"detail"`
 }
 
 type statusKMS struct {
@@ -90,7 +91,7 @@ type statusKMS struct {
 }
 
 type statusProxy struct {
-	lifecycle.Member
+	coordination.Member
 	SameRules bool `json:"sameRules"` // as this configuration
 }
 
@@ -105,9 +106,9 @@ type statusKey struct {
 func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) {
 	report := &statusReport{OK: true, Agreeing: true, Rules: []statusRule{}, KMS: []statusKMS{}, Proxies: []statusProxy{}}
 	refused := make(map[string]int64)
-	look := func(rule *lifecycle.Rule, kv *mvccpb.KeyValue, standing keyring.Standing, err error) error {
+	look := func(rule *inventory.Rule, kv *mvccpb.KeyValue, standing keyring.Standing, err error) error {
 		e, ok := errors.AsType[*keyring.Error](err)
-		if ok && standing == lifecycle.Unavailable && e.Answered() {
+		if ok && standing == inventory.Unavailable && e.Answered() {
 			refused[rule.Prefix]++
 		}
 		if !list || standing == keyring.Current {
@@ -117,13 +118,13 @@ func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) 
 		if err != nil {
 			k.Why = err.Error()
 		}
-		if ok && standing == lifecycle.Unavailable {
+		if ok && standing == inventory.Unavailable {
 			k.Why = e.OfSeed() // of a value of the same seed, maybe
 		}
 		report.Keys = append(report.Keys, k)
 		return nil
 	}
-	counts, span, err := lifecycle.Survey(cmd.Context(), cl.etcd, cl.rules, look)
+	counts, span, err := inventory.Survey(cmd.Context(), cl.etcd, cl.rules, look)
 	if err != nil {
 		return nil, err
 	}
@@ -136,7 +137,7 @@ func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) 
 		n := func(s keyring.Standing) int64 { return c.Standings[s].Keys }
 		report.Rules = append(report.Rules, statusRule{
 			Prefix: c.Prefix, WriteWith: c.WriteWith, Strict: strict[c.Prefix], Keys: c.All.Keys, Current: n(keyring.Current), Stale: n(keyring.Stale), Plaintext: n(keyring.Unsealed),
-			Foreign: n(keyring.Foreign), Undecryptable: n(keyring.Undecryptable), Unavailable: n(lifecycle.Unavailable), Refused: refused[c.Prefix], Detail: c,
+			Foreign: n(keyring.Foreign), Undecryptable: n(keyring.Undecryptable), Unavailable: n(inventory.Unavailable), Refused: refused[c.Prefix], Detail: c,
 		})
 		report.OK = report.OK && c.Done()
 	}
@@ -145,7 +146,7 @@ func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) 
 		if err != nil {
 			return nil, err
 		}
-		rules := lifecycle.PolicyDigest(policyOf(cl.config.Rules, nil).Rules)
+		rules := coordination.PolicyDigest(policyOf(cl.config.Rules, nil).Rules)
 		for _, m := range members {
 			p := statusProxy{m, m.Policy == rules}
 			report.Proxies = append(report.Proxies, p)
@@ -183,7 +184,7 @@ func (r *statusReport) text(w io.Writer) {
 		for _, k := range c.Detail.Keys {
 			some = true
 			by := k.Provider
-			if by == lifecycle.Plaintext {
+			if by == inventory.Plaintext {
 				by = ""
 			}
 			printf(t, "%q\t%s\t%s\t%s\t%d\t%s\t%d to %d\n", c.Prefix, k.Standing, nameOrNone(by), nameOrNone(k.KeyID), k.Keys, size(k.Bytes), k.Oldest, k.Newest)
