@@ -15,6 +15,7 @@ import (
 	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/clientcmd"
+	"sigs.k8s.io/yaml"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
@@ -179,6 +180,59 @@ func (n *node) waitCurrent() {
 	})
 }
 
+// upgrade has kubeadm write the manifests of the control plane again, as an upgrade does, after the flag
+// was added to the ConfigMap kubeadm-config. It removes the flag from the ConfigMap again.
+func (n *node) upgrade() {
+	n.t.Helper()
+	const flag = "--etcd-servers=https://127.0.0.1:12379"
+	diff := func() string {
+		out, _ := n.machine.command(n.t.Context(), "kubeadm", "upgrade", "diff", kubernetesVersion).CombinedOutput()
+		return string(out)
+	}
+	if out := diff(); !strings.Contains(out, "-    - "+flag) {
+		n.t.Errorf("without the ConfigMap, an upgrade would keep the proxy:\n%s", out)
+	}
+	through, pod := n.read(manifest), n.read(podFile)
+	n.setExtraArgs(flag)
+	if out := diff(); strings.Contains(out, "--etcd-servers") {
+		n.t.Errorf("with the ConfigMap, an upgrade would change the flag:\n%s", out)
+	}
+	n.machine.run("kubeadm", "upgrade", "apply", kubernetesVersion, "--yes", "--force", "--skip-phases=addon",
+		"--ignore-preflight-errors="+strings.Join(ignoredPreflightErrors, ","))
+	n.run(0, "through the proxy  everything", "kubeadm", "status")
+	if !strings.Contains(string(n.read(manifest)), flag) || !bytes.Equal(n.read(podFile), pod) {
+		n.t.Errorf("the upgrade has changed the proxy's Pod or the flag; the manifest was\n%s\nand is\n%s", through, n.read(manifest))
+	}
+	n.setExtraArgs("")
+}
+
+// setExtraArgs replaces the ConfigMap's extra arguments of the API server by one flag, or by none.
+func (n *node) setExtraArgs(flag string) {
+	n.t.Helper()
+	maps := n.client.CoreV1().ConfigMaps("kube-system")
+	m, err := maps.Get(n.t.Context(), "kubeadm-config", meta.GetOptions{})
+	var cluster map[string]any
+	if err == nil {
+		err = yaml.Unmarshal([]byte(m.Data["ClusterConfiguration"]), &cluster)
+	}
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	args := []map[string]string{}
+	if name, value, ok := strings.Cut(strings.TrimPrefix(flag, "--"), "="); ok {
+		args = append(args, map[string]string{"name": name, "value": value})
+	}
+	cluster["apiServer"] = map[string]any{"extraArgs": args}
+	text, err := yaml.Marshal(cluster)
+	if err == nil {
+		m.Data["ClusterConfiguration"] = string(text)
+		_, err = maps.Update(n.t.Context(), m, meta.UpdateOptions{})
+	}
+	if err != nil {
+		n.t.Fatal(err)
+	}
+}
+
 // TestInit takes a whole control plane of one node, which kubeadm init has made, through the steps of
 // docs/deploy/kubeadm.md, while a client writes. kubelet and containerd run everything in containers.
 func TestInit(t *testing.T) {
@@ -222,6 +276,7 @@ func TestInit(t *testing.T) {
 		t.Errorf("etcd's files hold plaintext that was written through the proxy: %v, %v", found, err)
 	}
 
+	n.upgrade()
 	n.run(0, "uses the proxy", page("--decrypt-only", "--allow-weakening")...)
 	n.run(0, "", "reencrypt")
 	n.run(0, "without the proxy", "kubeadm", "disable")
