@@ -38,8 +38,8 @@ func TestRestart(t *testing.T) {
 				l.connected(other)
 			}
 			l.proceed(1000)
-			// Every other time, etcd does not answer for a while: requests of all workers are
-			// under way when the drain begins, and have to be finished in it.
+			// Every second time, etcd does not answer for a while: requests of all workers are
+			// in flight when the drain begins, and must be finished during it.
 			finish := func() {}
 			if i/2%2 == 1 {
 				finish = l.hold(etcd)
