@@ -20,6 +20,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -155,6 +156,8 @@ func (p *page) shell(line string) string {
 	cmd := exec.CommandContext(ctx, "sh", "-c", line)
 	cmd.Env = append(os.Environ(), "PATH="+p.bin+":"+os.Getenv("PATH"))
 	cmd.Dir = p.env.Dir
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // a server that the shell waits for ends too
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	out, err := cmd.CombinedOutput()
 	if _, exited := errors.AsType[*exec.ExitError](err); err != nil && !exited || ctx.Err() != nil {
 		p.t.Fatalf("%s: %v, %v\n%s", line, err, ctx.Err(), out)
