@@ -200,6 +200,18 @@ func (s auditedSealer) Open(ctx context.Context, key, stored []byte) (out []byte
 	return forClient(out, err)
 }
 
+// TrySeal implements [proxy.Sealer].
+func (s auditedSealer) TrySeal(key, value []byte) (out []byte, err error) {
+	err = s.audit.recorded(func() error { out, err = s.Sealer.TrySeal(key, value); return err })
+	return forClient(out, err)
+}
+
+// TryOpen implements [proxy.Sealer].
+func (s auditedSealer) TryOpen(key, stored []byte) (out []byte, err error) {
+	err = s.audit.recorded(func() error { out, err = s.Sealer.TryOpen(key, stored); return err })
+	return forClient(out, err)
+}
+
 func forClient(out []byte, err error) ([]byte, error) {
 	if errors.Is(err, errAudit) {
 		err = &proxy.SealError{Code: codes.Unavailable, Text: errAudit.Error()}
@@ -235,7 +247,7 @@ func (a *auditor) kms(provider string, c *kmsclient.Client) kmsclient.Service {
 func auditedCall[T any](k auditedKMS, op string, f func() (T, error)) (out T, err error) {
 	err = k.audit.recorded(func() error { out, err = f(); return err })
 	if errors.Is(err, errAudit) {
-		err = &kmsclient.Error{Op: op, Provider: k.provider, Class: kmsclient.ClassUnavailable, Detail: errAudit.Error()}
+		err = &kmsclient.Error{Op: op, Provider: k.provider, Reason: kmsclient.Unreachable, Detail: errAudit.Error()}
 	}
 	if err != nil {
 		var zero T

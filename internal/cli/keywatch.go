@@ -13,7 +13,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba"
 )
 
 // Times of the early warnings. A key that stops working is one within soon.
@@ -33,11 +32,11 @@ type warning struct {
 
 // keyWarnings says what to warn of. info is nil where the KMS does not describe its keys; late is when the credentials end that should have been
 // renewed, and zero if all is well with them.
-func keyWarnings(info *alibaba.KeyInfo, late time.Time, recovery bool, now time.Time) []warning {
+func keyWarnings(info *kmsclient.KeyInfo, late time.Time, recovery bool, now time.Time) []warning {
 	var ws []warning
 	add := func(kind, format string, args ...any) { ws = append(ws, warning{kind, fmt.Sprintf(format, args...)}) }
 	if info != nil {
-		if info.State != "" && info.State != "Enabled" {
+		if !info.Usable {
 			add("state", "the key's state is %s: it cannot be used", info.State)
 		}
 		if !info.DeleteAt.IsZero() {
@@ -46,11 +45,10 @@ func keyWarnings(info *alibaba.KeyInfo, late time.Time, recovery bool, now time.
 		if at := info.MaterialExpiresAt; !at.IsZero() && at.Sub(now) < soon {
 			add("material_expiry", "the key's material expires at %s: import it again before", at.Format(time.RFC3339))
 		}
-		if !info.DeletionProtection {
+		if info.DeletionProtection == kmsclient.Off {
 			add("deletion_protection_off", "the key's deletion protection is off: turn it on, so that nobody schedules its deletion by mistake")
 		}
-		// Imported material cannot be rotated by the KMS.
-		if info.AutomaticRotation != "Enabled" && info.Origin != "EXTERNAL" {
+		if info.Rotation == kmsclient.Off {
 			add("rotation_off", "the key's automatic rotation is off")
 		}
 	}
@@ -66,24 +64,24 @@ func keyWarnings(info *alibaba.KeyInfo, late time.Time, recovery bool, now time.
 // keyWatch looks at a key now and then, logs each warning when it comes and when it goes, and shows them as metrics.
 type keyWatch struct {
 	provider string
-	describe func(context.Context) (*alibaba.KeyInfo, error) // nil where the KMS does not describe its keys
-	expire   func() time.Time                                // nil where there are no credentials
-	late     func() time.Time                                // the same if others should have followed them, else zero
-	recovery func() bool                                     // whether every rule that writes with the key has a recovery key
-	healthy  func() bool                                     // whether the last contact with the KMS was good
-	flapped  func() time.Time                                // when the KMS last went back to a key ID; may be nil
+	describe func(context.Context) (*kmsclient.KeyInfo, error) // nil where the KMS does not describe its keys
+	expire   func() time.Time                                  // nil where there are no credentials
+	late     func() time.Time                                  // the same if others should have followed them, else zero
+	recovery func() bool                                       // whether every rule that writes with the key has a recovery key
+	healthy  func() bool                                       // whether the last contact with the KMS was good
+	flapped  func() time.Time                                  // when the KMS last went back to a key ID; may be nil
 	log      *slog.Logger
 
-	info atomic.Pointer[alibaba.KeyInfo] // the last that the KMS said
-	told map[string]bool                 // by kind; look's own
+	info atomic.Pointer[kmsclient.KeyInfo] // the last that the KMS said
+	told map[string]bool                   // by kind; look's own
 }
 
 // audited has each call of describe counted and recorded as every KMS call is, and made only while it can be. It returns nil for nil.
-func (a *app) audited(provider string, describe func(context.Context) (*alibaba.KeyInfo, error)) func(context.Context) (*alibaba.KeyInfo, error) {
+func (a *app) audited(provider string, describe func(context.Context) (*kmsclient.KeyInfo, error)) func(context.Context) (*kmsclient.KeyInfo, error) {
 	if describe == nil {
 		return nil
 	}
-	return func(ctx context.Context) (info *alibaba.KeyInfo, err error) {
+	return func(ctx context.Context) (info *kmsclient.KeyInfo, err error) {
 		err = a.audit.recorded(func() error {
 			info, err = observed(provider, a.kmsCall, describe)(ctx)
 			return err
@@ -97,17 +95,17 @@ func (a *app) audited(provider string, describe func(context.Context) (*alibaba.
 
 // observed returns describe with an observer of its calls, which no client makes.
 func observed(
-	provider string, observe func(kmsclient.Call), describe func(context.Context) (*alibaba.KeyInfo, error),
-) func(context.Context) (*alibaba.KeyInfo, error) {
-	return func(ctx context.Context) (*alibaba.KeyInfo, error) {
+	provider string, observe func(kmsclient.Call), describe func(context.Context) (*kmsclient.KeyInfo, error),
+) func(context.Context) (*kmsclient.KeyInfo, error) {
+	return func(ctx context.Context) (*kmsclient.KeyInfo, error) {
 		noting, requestID := kmsclient.WithRequestID(ctx)
 		call := kmsclient.Call{Provider: provider, Op: "DescribeKey", Class: "ok", Time: time.Now()}
 		info, err := describe(noting)
 		call.Duration, call.RequestID = time.Since(call.Time), requestID()
 		if err != nil {
-			call.Class = kmsclient.ClassUnavailable.String()
+			call.Class = string(kmsclient.ClassUnavailable)
 			if e, ok := errors.AsType[*kmsclient.Error](err); ok {
-				call.Class, call.KeyID, call.RequestID = e.Class.String(), e.KeyID, cmp.Or(e.RequestID, call.RequestID)
+				call.Class, call.KeyID, call.RequestID = string(e.Class()), e.KeyID, cmp.Or(e.RequestID, call.RequestID)
 			}
 		} else {
 			call.KeyID = info.KeyID

@@ -14,27 +14,29 @@ import (
 	"time"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba"
 )
 
-var good = alibaba.KeyInfo{State: "Enabled", Origin: "Aliyun_KMS", AutomaticRotation: "Enabled", DeletionProtection: true}
+var good = kmsclient.KeyInfo{State: "Enabled", Usable: true, Rotation: kmsclient.On, DeletionProtection: kmsclient.On}
 
 func TestKeyWarnings(t *testing.T) {
 	now := time.Date(2030, 1, 1, 0, 0, 0, 0, time.UTC)
 	for name, c := range map[string]struct {
-		change   func(*alibaba.KeyInfo)
+		change   func(*kmsclient.KeyInfo)
 		late     time.Time
 		recovery bool
 		want     []string
 	}{
-		"all is well":             {recovery: true},
-		"disabled":                {change: func(i *alibaba.KeyInfo) { i.State = "Disabled" }, recovery: true, want: []string{"state"}},
-		"will be deleted":         {change: func(i *alibaba.KeyInfo) { i.State = "PendingDeletion"; i.DeleteAt = now.Add(time.Hour) }, recovery: true, want: []string{"state", "deletion"}},
-		"material ends":           {change: func(i *alibaba.KeyInfo) { i.MaterialExpiresAt = now.Add(29 * 24 * time.Hour) }, recovery: true, want: []string{"material_expiry"}},
-		"material ends next year": {change: func(i *alibaba.KeyInfo) { i.MaterialExpiresAt = now.Add(365 * 24 * time.Hour) }, recovery: true},
-		"unprotected":             {change: func(i *alibaba.KeyInfo) { i.DeletionProtection = false }, recovery: true, want: []string{"deletion_protection_off"}},
-		"not rotated":             {change: func(i *alibaba.KeyInfo) { i.AutomaticRotation = "Disabled" }, recovery: true, want: []string{"rotation_off"}},
-		"imported, not rotated":   {change: func(i *alibaba.KeyInfo) { i.AutomaticRotation, i.Origin = "", "EXTERNAL" }, recovery: true},
+		"all is well": {recovery: true},
+		"disabled":    {change: func(i *kmsclient.KeyInfo) { i.State, i.Usable = "Disabled", false }, recovery: true, want: []string{"state"}},
+		"will be deleted": {change: func(i *kmsclient.KeyInfo) {
+			i.State, i.Usable = "PendingDeletion", false
+			i.DeleteAt = now.Add(time.Hour)
+		}, recovery: true, want: []string{"state", "deletion"}},
+		"material ends":           {change: func(i *kmsclient.KeyInfo) { i.MaterialExpiresAt = now.Add(29 * 24 * time.Hour) }, recovery: true, want: []string{"material_expiry"}},
+		"material ends next year": {change: func(i *kmsclient.KeyInfo) { i.MaterialExpiresAt = now.Add(365 * 24 * time.Hour) }, recovery: true},
+		"unprotected":             {change: func(i *kmsclient.KeyInfo) { i.DeletionProtection = kmsclient.Off }, recovery: true, want: []string{"deletion_protection_off"}},
+		"not rotated":             {change: func(i *kmsclient.KeyInfo) { i.Rotation = kmsclient.Off }, recovery: true, want: []string{"rotation_off"}},
+		"imported, not rotated":   {change: func(i *kmsclient.KeyInfo) { i.Rotation = kmsclient.Unsupported }, recovery: true},
 		"alone":                   {want: []string{"no_recovery_key"}},
 		"credentials end":         {recovery: true, late: now.Add(time.Minute), want: []string{"credentials_expire"}},
 	} {
@@ -58,7 +60,7 @@ func TestKeyWatchLogsOnce(t *testing.T) {
 	info, fail := good, error(nil)
 	w := &keyWatch{
 		provider: "ack", recovery: func() bool { return true }, late: new(backend).lateCredentials, log: slog.New(slog.NewTextHandler(&log, nil)),
-		describe: func(context.Context) (*alibaba.KeyInfo, error) {
+		describe: func(context.Context) (*kmsclient.KeyInfo, error) {
 			i := info
 			return &i, fail
 		},
@@ -71,7 +73,7 @@ func TestKeyWatchLogsOnce(t *testing.T) {
 	if got := lines(); got[0] != "" {
 		t.Errorf("logged %q of a good key", got)
 	}
-	info.DeletionProtection = false
+	info.DeletionProtection = kmsclient.Off
 	for range 3 {
 		w.look(t.Context())
 	}
@@ -95,18 +97,18 @@ func TestKeyWatchIsAudited(t *testing.T) {
 	d := newDir(t)
 	a, _ := newRunningIn(t, d, "kind: ", "audit: {path: audit.jsonl, required: true}\nkind: ")
 	calls, fail := 0, error(nil)
-	describe := a.audited("ack", func(ctx context.Context) (*alibaba.KeyInfo, error) {
+	describe := a.audited("ack", func(ctx context.Context) (*kmsclient.KeyInfo, error) {
 		calls++
 		kmsclient.NoteRequestID(ctx, "req-1")
 		if fail != nil {
 			return nil, fail
 		}
-		return &alibaba.KeyInfo{KeyID: "key-1/v1"}, nil
+		return &kmsclient.KeyInfo{KeyID: "key-1/v1"}, nil
 	})
 	if info, err := describe(t.Context()); err != nil || info.KeyID != "key-1/v1" {
 		t.Errorf("%+v, %v", info, err)
 	}
-	fail = &kmsclient.Error{Class: kmsclient.ClassDenied, RequestID: "req-2", KeyID: "key-1"}
+	fail = &kmsclient.Error{Reason: kmsclient.Denied, RequestID: "req-2", KeyID: "key-1"}
 	if _, err := describe(t.Context()); !errors.Is(err, fail) {
 		t.Error(err)
 	}
@@ -146,7 +148,7 @@ func TestKeyWatchFollowsTheContact(t *testing.T) {
 		w := &keyWatch{
 			provider: "ack", recovery: func() bool { return true }, healthy: healthy.Load, log: slog.New(slog.DiscardHandler),
 			late:     func() time.Time { return *late.Load() },
-			describe: func(context.Context) (*alibaba.KeyInfo, error) { looks.Add(1); return &good, nil },
+			describe: func(context.Context) (*kmsclient.KeyInfo, error) { looks.Add(1); return &good, nil },
 		}
 		ctx, stop := context.WithCancel(t.Context())
 		ended := make(chan struct{})

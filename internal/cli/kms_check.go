@@ -7,7 +7,6 @@ import (
 	"io"
 	"log/slog"
 	"strconv"
-	"strings"
 	"sync"
 	"time"
 
@@ -15,7 +14,6 @@ import (
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba"
 )
 
 // providerReport is what kms check found of one provider.
@@ -33,7 +31,7 @@ type providerReport struct {
 	CredentialsExpire *time.Time `json:"credentialsExpire,omitempty"`
 }
 
-// keyDetails are what Alibaba Cloud KMS tells of a key.
+// keyDetails is what the report has of a [kmsclient.KeyInfo].
 type keyDetails struct {
 	State              string     `json:"state"`
 	Spec               string     `json:"spec,omitempty"`
@@ -44,6 +42,7 @@ type keyDetails struct {
 	DeleteAt           *time.Time `json:"deleteAt,omitempty"`
 	MaterialExpiresAt  *time.Time `json:"materialExpiresAt,omitempty"`
 	DeletionProtection bool       `json:"deletionProtection"`
+	ofService          bool
 }
 
 func newKMSCheck() *cobra.Command {
@@ -140,24 +139,24 @@ const describeTimeout = 3 * time.Second
 
 func checkBackend(ctx context.Context, name string, b *backend, u uses, observe func(kmsclient.Call)) (r providerReport) {
 	r = providerReport{Name: name, Backend: b.kind, Tried: []string{}, Findings: []string{}, Warnings: []string{}}
-	var info *alibaba.KeyInfo
+	var info *kmsclient.KeyInfo
 	defer func() {
 		r.OK = len(r.Findings) == 0
 		for _, w := range keyWarnings(info, b.lateCredentials(), u.recovered, time.Now()) {
 			r.Warnings = append(r.Warnings, w.text)
 		}
 	}()
-	if b.credentialsExpire != nil {
-		defer func() { r.CredentialsExpire = when(b.credentialsExpire()) }()
+	if expire := b.credentialsExpire(); expire != nil {
+		defer func() { r.CredentialsExpire = when(expire()) }()
 	}
 	client, err := kmsclient.New(kmsclient.Config{Name: name, Backend: b.service, Timeout: b.timeout, Observer: observe})
 	if err != nil {
 		r.found("%v", err)
 		return r
 	}
-	if b.describe != nil {
+	if describe := b.describe(); describe != nil {
 		limited, cancel := context.WithTimeout(ctx, describeTimeout)
-		if info, err = observed(name, observe, b.describe)(limited); err == nil {
+		if info, err = observed(name, observe, describe)(limited); err == nil {
 			r.Key = details(info)
 		}
 		cancel() // what is wrong shows in the state below; a dedicated instance describes no keys
@@ -192,17 +191,13 @@ func when(t time.Time) *time.Time {
 	return &t
 }
 
-func details(i *alibaba.KeyInfo) *keyDetails {
+func details(i *kmsclient.KeyInfo) *keyDetails {
 	return &keyDetails{
 		State: i.State, Spec: i.Spec, ProtectionLevel: i.ProtectionLevel, Creator: i.Creator, AutomaticRotation: i.AutomaticRotation,
 		NextRotation: when(i.NextRotation), DeleteAt: when(i.DeleteAt), MaterialExpiresAt: when(i.MaterialExpiresAt),
-		DeletionProtection: i.DeletionProtection,
+		DeletionProtection: i.DeletionProtection == kmsclient.On, ofService: i.OfService,
 	}
 }
-
-// ofProduct reports whether the key seems to be a default key, made for a product of the cloud. Keys of an account have its number as their
-// creator, with some digits hidden.
-func (k *keyDetails) ofProduct() bool { return strings.Trim(k.Creator, "0123456789*") != "" }
 
 // text prints a report for people.
 func (r providerReport) text(w io.Writer) {

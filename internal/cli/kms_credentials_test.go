@@ -159,10 +159,11 @@ func TestKMSCheckInstanceRole(t *testing.T) {
 		t.Helper()
 		ac := alibabaConfig(c.KMS[0].Alibaba, slog.New(slog.DiscardHandler))
 		ac.Credentials.MetadataURL, ac.Credentials.MetadataCAFile = w.metadata.URL(), w.metadata.CAFile()
-		b, err := alibabaBackend(ac)
+		service, err := alibaba.New(ac)
 		if err != nil {
 			t.Fatal(err)
 		}
+		b := &backend{kind: "alibaba", service: service}
 		defer b.close()
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 		defer cancel()

@@ -21,46 +21,51 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
 )
 
-// backend is a KMS as configured, before the wrapper that all of them share.
+// backend is a KMS as configured, before the wrapper that all of them share. What else it can do, its service says by the optional interfaces of
+// package kmsclient.
 type backend struct {
-	kind     string // as in the configuration
-	service  kmsclient.Service
-	timeout  time.Duration                                   // of one call; 0 is the wrapper's default
-	describe func(context.Context) (*alibaba.KeyInfo, error) // nil where the KMS tells no more than Status
-	keyOf    func(keyID string) string                       // nil where a key ID does not tell of which key it is a version
-	closer   io.Closer                                       // nil where there is nothing to let go
-	reader   *kubelegacy.Reader                              // of a provider that only opens values; it has no service
-	// credentialsExpire is when the credentials of the calls end, or zero; nil where there are none.
-	credentialsExpire func() time.Time
-	files             func() error // says why the newest of its files are not in use; nil without files
-	credentialsLate   func() bool  // others should have followed them; nil where credentialsExpire is
+	kind    string // as in the configuration
+	service kmsclient.Service
+	timeout time.Duration      // of one call; 0 is the wrapper's default
+	reader  *kubelegacy.Reader // of a provider that only opens values; it has no service
+}
+
+// describe returns nil where the KMS tells no more than Status.
+func (b *backend) describe() func(context.Context) (*kmsclient.KeyInfo, error) {
+	if d, ok := b.service.(kmsclient.Describer); ok {
+		return d.Describe
+	}
+	return nil
+}
+
+// credentialsExpire returns nil where the credentials do not end.
+func (b *backend) credentialsExpire() func() time.Time {
+	if s, ok := b.service.(kmsclient.SessionHolder); ok {
+		return s.CredentialsExpire
+	}
+	return nil
 }
 
 // lateCredentials returns when the credentials end, if others should have followed them, or zero.
 func (b *backend) lateCredentials() time.Time {
-	if b.credentialsLate == nil || !b.credentialsLate() {
-		return time.Time{}
+	if s, ok := b.service.(kmsclient.SessionHolder); ok && s.CredentialsLate() {
+		return s.CredentialsExpire()
 	}
-	return b.credentialsExpire()
+	return time.Time{}
 }
 
-// newBackend makes the backend of k. It is the only place that tells one from another. On an error the backend has only its kind.
+// newBackend makes the backend of k. It is the only place that tells one from another. On an error only the kind of the backend is of use.
 func newBackend(k config.KMS, log *slog.Logger) (*backend, error) {
 	switch {
 	case k.Alibaba != nil:
-		return newAlibaba(k.Alibaba, log)
+		b, err := alibaba.New(alibabaConfig(k.Alibaba, log))
+		return &backend{kind: "alibaba", service: b}, err
 	case k.Plugin != nil:
 		b, err := plugin.New(plugin.Config{Endpoint: k.Plugin.Endpoint}) // the wrapper keeps the time
-		if err != nil {
-			return &backend{kind: "plugin"}, err
-		}
-		return &backend{kind: "plugin", service: b, timeout: k.Plugin.Timeout, closer: b}, nil
+		return &backend{kind: "plugin", service: b, timeout: k.Plugin.Timeout}, err
 	case k.Local != nil:
 		b, err := local.New(local.Config{KeyFile: k.Local.KeyFile})
-		if err != nil {
-			return &backend{kind: "local"}, err
-		}
-		return &backend{kind: "local", service: b}, nil
+		return &backend{kind: "local", service: b}, err
 	case k.Kubernetes != nil:
 		return newKubernetes(k.Kubernetes)
 	}
@@ -69,8 +74,8 @@ func newBackend(k config.KMS, log *slog.Logger) (*backend, error) {
 
 // close lets the backend go, where there is anything to let go.
 func (b *backend) close() {
-	if b.closer != nil {
-		_ = b.closer.Close() // it is gone either way
+	if c, ok := b.service.(io.Closer); ok {
+		_ = c.Close() // it is gone either way
 	}
 }
 
@@ -196,8 +201,12 @@ func (a *app) addRing(k config.KMS, c *config.Config) error {
 		return err
 	}
 	writes := slices.ContainsFunc(c.Rules, func(r config.Rule) bool { return r.WriteWith == k.Name })
+	var keyOf func(string) string
+	if p, ok := b.service.(kmsclient.KeyIDParser); ok {
+		keyOf = p.KeyOf
+	}
 	ring, err := keyring.New(keyring.RingConfig{
-		Provider: k.Name, KMS: a.audit.kms(k.Name, client), Cache: a.cache, KeyOf: b.keyOf, ReadOnly: !writes || a.inspectOnly,
+		Provider: k.Name, KMS: a.audit.kms(k.Name, client), Cache: a.cache, KeyOf: keyOf, ReadOnly: !writes || a.inspectOnly,
 		PollInterval: k.PollInterval, RevokeWithin: c.Cache.RevokeWithin, SealUnreachableFor: c.Cache.SealUnreachableFor,
 		MaxAge: k.SeedMaxAge, MaxSeals: uint64(k.SeedMaxSeals), //nolint:gosec // checked to be positive
 		Observer: a.metrics.forProvider(k.Name), Logger: a.log,
@@ -206,14 +215,14 @@ func (a *app) addRing(k config.KMS, c *config.Config) error {
 		return err
 	}
 	a.rings = append(a.rings, ring)
-	if b.files != nil {
-		a.live = append(a.live, liveFile{"files of kms " + k.Name, b.files})
+	if f, ok := b.service.(kmsclient.FileChecker); ok {
+		a.live = append(a.live, liveFile{"files of kms " + k.Name, f.CheckFiles})
 	}
 	if k.Local != nil {
 		a.files = append(a.files, keyFile{path: k.Local.KeyFile, seen: digest(k.Local.KeyFile), ring: ring})
 	}
 	a.watches = append(a.watches, &keyWatch{
-		provider: k.Name, describe: a.audited(k.Name, b.describe), expire: b.credentialsExpire, late: b.lateCredentials, log: a.log,
+		provider: k.Name, describe: a.audited(k.Name, b.describe()), expire: b.credentialsExpire(), late: b.lateCredentials, log: a.log,
 		// A key file is its own backup's business, and a key that nothing is written with gets no new copies.
 		recovery: func() bool { return b.kind == "local" || !writes || len(ring.Recovery()) > 0 },
 		healthy:  func() bool { return ring.State().Healthy },

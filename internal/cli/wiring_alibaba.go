@@ -12,11 +12,6 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba"
 )
 
-// newAlibaba makes the backend of a key of Alibaba Cloud KMS.
-func newAlibaba(a *config.Alibaba, log *slog.Logger) (*backend, error) {
-	return alibabaBackend(alibabaConfig(a, log))
-}
-
 // alibabaConfig says to the backend what the file says.
 func alibabaConfig(a *config.Alibaba, log *slog.Logger) alibaba.Config {
 	c := a.Credentials
@@ -32,17 +27,6 @@ func alibabaConfig(a *config.Alibaba, log *slog.Logger) alibaba.Config {
 		},
 		Logger: log,
 	}
-}
-
-func alibabaBackend(c alibaba.Config) (*backend, error) {
-	b, err := alibaba.New(c)
-	if err != nil {
-		return &backend{kind: "alibaba"}, err
-	}
-	return &backend{
-		kind: "alibaba", service: b, describe: b.Describe, keyOf: alibaba.KeyOf, credentialsExpire: b.CredentialsExpire, credentialsLate: b.CredentialsLate, closer: b,
-		files: b.CheckFiles,
-	}, nil
 }
 
 // ramPolicy returns the least that the callers of all configured keys of Alibaba Cloud need.
@@ -77,9 +61,9 @@ func keyOfAlias(ctx context.Context, k config.KMS, observe func(kmsclient.Call))
 		return "", err
 	}
 	defer func() { _ = b.Close() }()
-	_, err = observed(k.Name, observe, func(ctx context.Context) (*alibaba.KeyInfo, error) {
+	_, err = observed(k.Name, observe, func(ctx context.Context) (*kmsclient.KeyInfo, error) {
 		arn, err = b.KeyARN(ctx)
-		return &alibaba.KeyInfo{KeyID: arn}, err
+		return &kmsclient.KeyInfo{KeyID: arn}, err
 	})(ctx)
 	return arn, err
 }

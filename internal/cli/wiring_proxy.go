@@ -21,7 +21,6 @@ func proxyConfig(c *config.Config, rules *ruleSet, a *app, o serveOptions) proxy
 		Rules:           rules.forProxy(),
 		MaxRequestBytes: c.Etcd.MaxRequestBytes,
 		DrainTimeout:    o.drain,
-		Reference:       o.reference,
 		Logger:          a.log,
 		Registerer:      a.metrics.registry,
 		OnDenied:        a.audit.denied,
@@ -75,10 +74,25 @@ func (s sealer) Open(ctx context.Context, key, stored []byte) ([]byte, error) {
 	return out, sealError(ctx, err)
 }
 
+// TrySeal implements [proxy.Sealer].
+func (s sealer) TrySeal(key, value []byte) ([]byte, error) {
+	out, err := s.Sealer.TrySeal(key, value)
+	return out, sealError(context.Background(), err)
+}
+
+// TryOpen implements [proxy.Sealer].
+func (s sealer) TryOpen(key, stored []byte) ([]byte, error) {
+	out, err := s.Sealer.TryOpen(key, stored)
+	return out, sealError(context.Background(), err)
+}
+
 // sealError says what a keyring's error means for the client.
 func sealError(ctx context.Context, err error) error {
 	if err == nil {
 		return nil
+	}
+	if errors.Is(err, keyring.ErrWouldBlock) {
+		return proxy.ErrWouldBlock
 	}
 	e, ok := errors.AsType[*keyring.Error](err)
 	if !ok {
@@ -117,7 +131,7 @@ func (a *app) ready() proxy.ReadyReport {
 	rules := a.rules.Load()
 	for i, s := range rules.sealers {
 		check := proxy.Check{Name: fmt.Sprintf("rule %q", rules.prefixes[i]), OK: true}
-		if err := cmp.Or(a.audit.refusal(), s.Ready()); err != nil {
+		if err := cmp.Or(a.audit.refusal(), s.Health()); err != nil {
 			check.OK, check.Detail = false, err.Error()
 		}
 		report.Checks = append(report.Checks, check)

@@ -111,7 +111,9 @@ func (p *page) yaml(n int) string {
 		p.t.Fatalf("%s has no yaml block %d", p.name, n)
 	}
 	text, _, _ := strings.Cut(parts[n], "```")
-	return p.here(text)
+	before := parts[n-1]
+	indent := before[strings.LastIndex(before, "\n")+1:] // in an item of a list
+	return p.here(strings.ReplaceAll("\n"+text, "\n"+indent, "\n")[1:])
 }
 
 // skip says that a block is not run here, and why.

@@ -175,19 +175,19 @@ func TestOurServersErrors(t *testing.T) {
 		return err == nil && s.Healthz == "ok" && s.KeyID == "memory/1"
 	}
 	eventually("good Status", healthy)
-	for class, want := range map[kmsclient.Class]codes.Code{
-		kmsclient.ClassUnavailable: codes.Unavailable, kmsclient.ClassDenied: codes.PermissionDenied, kmsclient.ClassKeyUnusable: codes.FailedPrecondition,
-		kmsclient.ClassInvalid: codes.InvalidArgument, kmsclient.ClassContract: codes.Internal,
+	for reason, want := range map[kmsclient.Reason]codes.Code{
+		kmsclient.Unreachable: codes.Unavailable, kmsclient.Denied: codes.PermissionDenied, kmsclient.KeyDisabled: codes.FailedPrecondition,
+		kmsclient.Invalid: codes.InvalidArgument, kmsclient.BrokenContract: codes.Internal,
 	} {
 		f.SetFault(func(op string, _ int) *kmstest.Failure {
-			return &kmstest.Failure{Err: errors.Join(&kmsclient.Error{Op: op, Class: class}, errors.New(seed))}
+			return &kmstest.Failure{Err: errors.Join(&kmsclient.Error{Op: op, Reason: reason}, errors.New(seed))}
 		})
 		if _, err := client.Encrypt(t.Context(), "uid", []byte(seed)); status.Code(err) != want || strings.Contains(err.Error(), seed) {
-			t.Errorf("%v: Encrypt: %v", class, err)
+			t.Errorf("%v: Encrypt: %v", reason, err)
 		}
 		eventually("bad Status", func() bool {
 			s, err := client.Status(t.Context())
-			if class == kmsclient.ClassUnavailable { // the API server goes on under the key that it has
+			if reason == kmsclient.Unreachable { // the API server goes on under the key that it has
 				return err == nil && s.Healthz != "ok" && s.KeyID == "memory/1" && !strings.Contains(s.Healthz, seed)
 			}
 			return status.Code(err) == want && !strings.Contains(err.Error(), seed)
