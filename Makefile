@@ -18,7 +18,7 @@ EPOCH    := $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
 IMAGEFLAGS ?=
 COMPOSETESTFLAGS ?=
 
-.PHONY: image image-offline clean-image-offline compose-test help build run test unit interop e2e soak scoreboard compatibility bench fuzz lint docs tools tools-etcd tools-etcd-3.4 tools-kube clean
+.PHONY: image image-offline clean-image-offline compose-test kubeadm-test help build run test unit interop e2e soak scoreboard compatibility bench bench-kubernetes profile fuzz lint vuln docs tools tools-etcd tools-etcd-3.4 tools-kube clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -50,7 +50,7 @@ unit: ## the product's own tests, with the race detector where there is a C comp
 	go vet ./...
 	@command -v $$(go env CC) >/dev/null || echo "without the race detector: it needs a C compiler"
 	go test $$(if command -v $$(go env CC) >/dev/null; then echo -race; fi) -timeout 15m ./...
-	PROXY_TEST_ENGINE=reference go test -count=1 ./proxy
+	PROXY_TEST_CALLS=handled go test -count=1 ./proxy
 	go test -run Allocations ./proxy/etcdwire
 
 interop: ## our stored format against k8s.io/apiserver's
@@ -78,10 +78,27 @@ scoreboard: build ## etcd's own client tests with a proxy before each member tha
 compose-test: image-offline build $(BIN)/docker-compose-v2 ## docker-compose.yml on a real engine, under faults; needs Docker
 	cd test && COMPOSE_TEST=1 DOCKER=$(DOCKER) go test -count=1 -timeout 25m $(COMPOSETESTFLAGS) ./compose
 
+kubeadm-test: build tools-kube $(BIN)/kubelet $(BIN)/kube-controller-manager $(BIN)/kube-scheduler $(BIN)/etcd-3.7 $(BIN)/etcdctl-3.7 ## whole kubeadm clusters, with kubelet and containerd, on this machine; needs root and Debian's containerd (a quarter of an hour, and more the first time)
+	cd test && KUBEADM_INIT=1 go test -count=1 -v -timeout 60m -run 'Init|Cluster' ./kubeadm
+
 bench: build $(BIN)/etcd-3.7 ## CPU and throughput beside etcd, its grpc-proxy and an L4 proxy; envelope beside kube-apiserver; reencrypt beside a loop
 	cd test/bench && go run . $(BENCHFLAGS)
 	cd test/interop && go test -run '^$$' -bench . ./... $(if $(findstring json,$(BENCHFLAGS)),>&2)
 	cd test && go test -run '^$$' -bench Reencrypt -benchtime 1x -timeout 30m ./reencrypt $(if $(findstring json,$(BENCHFLAGS)),>&2)
+
+bench-kubernetes: build tools-kube ## a real kube-apiserver: plain, with its own KMS v2, and through the proxy (ten minutes)
+	cd test && BENCH_KUBERNETES=1 go test -count=1 -v -timeout 40m ./benchkubernetes
+
+PROFILEROW  ?= ^get 256 B, 64 clients
+PROFILEOF   ?= encrypting
+
+profile: $(BIN)/etcd-3.7 ## CPU and allocation profiles of the proxy under one row of make bench, to .bin/profile; PROFILEROW, PROFILEOF
+	@mkdir -p $(BIN)/profile
+	CGO_ENABLED=0 go build -tags profile -trimpath -o $(BIN)/profile/etcd-kms-proxy ./cmd/etcd-kms-proxy
+	@ln -sf $(BIN)/etcd-3.7 $(BIN)/profile/etcd-3.7
+	cd test/bench && go run . -bin $(BIN)/profile -profile $(BIN)/profile -rows '$(PROFILEROW)' -subjects $(PROFILEOF) -duration 10s
+	go tool pprof -top -nodecount 40 $(BIN)/profile/etcd-kms-proxy $(BIN)/profile/cpu.pprof
+	go tool pprof -top -sample_index=alloc_objects -nodecount 20 $(BIN)/profile/etcd-kms-proxy $(BIN)/profile/allocs.pprof
 
 fuzz: ## every fuzz target for FUZZTIME (default 1m)
 	@set -e; for f in $$(grep -rl --include='*_test.go' '^func Fuzz' cmd config crypto kmsclient lifecycle proxy test/interop); do \
@@ -94,6 +111,11 @@ lint: $(BIN)/golangci-lint ## golangci-lint over every module
 	cd test/interop && $(BIN)/golangci-lint run --allow-parallel-runners --config ../../.golangci.yml ./...
 	cd test/bench && $(BIN)/golangci-lint run --allow-parallel-runners --config ../../.golangci.yml ./...
 	cd test/scoreboard && $(BIN)/golangci-lint run --allow-parallel-runners --config ../../.golangci.yml ./...
+
+VULNDB ?= https://vuln.go.dev
+vuln: $(BIN)/govulncheck ## known vulnerabilities that the product can reach; VULNDB=file:///… for a copy of the database
+	@$(BIN)/govulncheck -db $(VULNDB) ./... || { code=$$?; test $$code = 3 || \
+	  echo "error: nothing was checked, for the reason above: the vulnerability database at $(VULNDB) must be reachable" >&2; exit $$code; }
 
 docs: ## regenerate docs/reference/configuration.md from the config types' comments
 	go generate ./config
@@ -145,6 +167,10 @@ $(BIN)/docker-compose-v2: test/tools/compose/go.sum
 $(BIN)/golangci-lint: test/tools/lint/go.sum
 	@mkdir -p $(BIN)
 	cd test/tools/lint && go build $(TOOLFLAGS) -o $@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+
+$(BIN)/govulncheck: test/tools/vuln/go.sum
+	@mkdir -p $(BIN)
+	cd test/tools/vuln && CGO_ENABLED=0 go build $(TOOLFLAGS) -ldflags "-s -w" -o $@ golang.org/x/vuln/cmd/govulncheck
 
 clean: ## remove what was built and the demo's data
 	rm -rf $(BIN) $(CURDIR)/.run

@@ -22,7 +22,7 @@ func (b *breaking) Data(s *http2conn.Stream, _ []byte, end bool) {
 		b.gone = true
 	}
 }
-func (b *breaking) Idle() {
+func (b *breaking) FlushNeeded() {
 	if b.conn.Flush(); b.gone {
 		b.conn.Close()
 	}
@@ -30,10 +30,10 @@ func (b *breaking) Idle() {
 
 // TestEtcdGoesAmidAnAnswer: clients repeat what is Unavailable, and a message that is cut off is Internal to them, whatever the trailer says.
 func TestEtcdGoesAmidAnAnswer(t *testing.T) {
-	engines(t, func(t *testing.T, edit func(*Config)) {
+	bothWays(t, func(t *testing.T, startProxy starter) {
 		address := serveH2(t, func(r *rawEtcd) http2conn.Handler { return &breaking{rawEtcd: r} })
 		for name, rules := range map[string][]Rule{"under a rule": everything, "under none": nil} {
-			conn := startProxy(t, address, rules, edit).dial(t)
+			conn := startProxy(t, address, rules, nil).dial(t)
 			for range 2 {
 				_, err := pb.NewKVClient(conn).Range(testContext(t), &pb.RangeRequest{Key: []byte("k")})
 				if status.Code(err) != codes.Unavailable {

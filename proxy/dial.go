@@ -28,19 +28,19 @@ func address(endpoint string) (network, addr string) {
 var errProtocol = errors.New("another protocol")
 
 // dialEndpoint connects to an endpoint, over TLS where the endpoints have that, to speak protocol. What conn writes to is outlet.
-func (u *upstream) dialEndpoint(ctx context.Context, endpoint, protocol string) (conn net.Conn, outlet *http2conn.Outlet, err error) {
+func (u *upstream) dialEndpoint(ctx context.Context, endpoint, protocol string) (conn net.Conn, outlet *http2conn.WriteBuffer, err error) {
 	return dialEndpoint(ctx, endpoint, u.tls, protocol)
 }
 
 // dialEndpoint connects to an endpoint, over TLS unless creds is nil.
-func dialEndpoint(ctx context.Context, endpoint string, creds *upstreamCredentials, protocol string) (conn net.Conn, outlet *http2conn.Outlet, err error) {
+func dialEndpoint(ctx context.Context, endpoint string, creds *upstreamCredentials, protocol string) (conn net.Conn, outlet *http2conn.WriteBuffer, err error) {
 	network, addr := address(endpoint)
 	var dialer net.Dialer
 	bare, err := dialer.DialContext(ctx, network, addr)
 	if err != nil {
 		return nil, nil, err
 	}
-	outlet = http2conn.NewOutlet(bare)
+	outlet = http2conn.NewWriteBuffer(bare)
 	if creds == nil {
 		return outlet, outlet, nil
 	}

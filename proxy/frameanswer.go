@@ -90,8 +90,6 @@ func codeOf(trailer []hpack.HeaderField) codes.Code {
 func (st *fstream) carry(ctx context.Context, p piece) {
 	switch {
 	case st.ended.Load():
-	case st.isLocal():
-		st.client.Data(false, nil, p.data)
 	default:
 		if rest, waits := st.cut(ctx, p.side, p.data); waits {
 			p.data = bytes.Clone(rest)
@@ -102,7 +100,7 @@ func (st *fstream) carry(ctx context.Context, p piece) {
 			return
 		}
 	}
-	if !st.client.Waits() {
+	if !st.client.HasQueued() {
 		st.creditUp()
 	}
 	if p.end { // without a trailer, which a server of gRPC does not do

@@ -21,7 +21,7 @@ type hop struct {
 	ask      time.Time     // no sooner is a learner asked again
 }
 
-// keepaliveSilence and keepalivePatience are how the reference engine finds out that etcd has gone without a word.
+// keepaliveSilence and keepalivePatience are as those of the other connections to etcd.
 const (
 	keepaliveSilence  = 15 * time.Second
 	keepalivePatience = 10 * time.Second
@@ -53,15 +53,15 @@ func (s *session) pick() (*http2conn.Conn, *hop, outlook) {
 		switch {
 		case h.conn == nil:
 			redial(h)
-		case h.conn.Takes() && h.learner:
+		case h.conn.CanOpen() && h.learner:
 			h.lookAgain()
 			if learner == nil {
 				learner = h
 			}
-		case h.conn.Takes():
+		case h.conn.CanOpen():
 			s.turn = (s.turn + i + 1) % len(s.hops)
 			return h.conn, h, 0
-		case h.conn.Leaving(): // it has had all the streams that it may have
+		case h.conn.Draining(): // it has had all the streams that it may have
 			h.conn = nil
 			redial(h)
 		default:
@@ -135,10 +135,10 @@ func (h *hop) failed() {
 }
 
 // serveHop serves a connection to etcd to its end. Streams go there once etcd has greeted and, of several members, said that it is no learner.
-func (s *session) serveHop(h *hop, conn net.Conn, outlet *http2conn.Outlet) {
+func (s *session) serveHop(h *hop, conn net.Conn, outlet *http2conn.WriteBuffer) {
 	up := &upside{session: s, hop: h}
 	up.conn = http2conn.NewClient(conn, http2conn.Config{
-		Handler: up, Pool: buffers, Outlet: outlet, Plain: s.id.to.tls == nil, Greeting: reconnect.MinConnectTimeout, Silence: keepaliveSilence, Patience: keepalivePatience,
+		Handler: up, Pool: buffers, WriteBuffer: outlet, Plaintext: s.id.to.tls == nil, HandshakeTimeout: reconnect.MinConnectTimeout, KeepaliveTime: keepaliveSilence, KeepaliveTimeout: keepalivePatience,
 	})
 	s.mu.Lock()
 	ended := s.ended

@@ -10,8 +10,7 @@ import (
 // upside is the handler of a connection that streams go on to.
 type upside struct {
 	session *session
-	hop     *hop             // nil for those within the process
-	place   **http2conn.Conn // where the session keeps conn, if it is within the process; under its mu
+	hop     *hop
 	conn    *http2conn.Conn
 	greeted bool   // calls were let go over it; under the session's mu
 	gone    bool   // no call goes over it any more; under the session's mu
@@ -30,12 +29,10 @@ func (u *upside) forget() {
 	}
 	u.gone = true
 	switch {
-	case u.hop != nil && !u.greeted:
+	case !u.greeted:
 		u.hop.failed()
-	case u.hop != nil && u.hop.conn == u.conn:
+	case u.hop.conn == u.conn:
 		u.hop.conn = nil
-	case u.hop == nil && *u.place == u.conn:
-		*u.place = nil
 	}
 	u.session.tell()
 }
@@ -56,7 +53,7 @@ func (u *upside) Data(stream *http2conn.Stream, data []byte, end bool) {
 	case *fstream:
 		st.out(piece{side: u, stream: stream, data: data, end: end})
 	case *roleCheck:
-		stream.Credit(len(data))
+		stream.Consumed(len(data))
 		if end { // without a trailer, which a server of gRPC does not do
 			st.end(st.was)
 			stream.Finish()
@@ -74,30 +71,28 @@ func (u *upside) Reset(stream *http2conn.Stream, code http2.ErrCode) {
 	}
 }
 
-// Sent implements [http2conn.Handler]: what the client has sent on the stream is on its way.
-func (u *upside) Sent(stream *http2conn.Stream) {
+// Writable implements [http2conn.Handler]: what the client has sent on the stream is on its way.
+func (u *upside) Writable(stream *http2conn.Stream) {
 	if st, ok := stream.Value().(*fstream); ok {
 		st.creditClient()
 	}
 }
 
-// Greeted implements [http2conn.Handler].
-func (u *upside) Greeted() {
-	switch {
-	case u.hop == nil:
-	case len(u.session.hops) > 1:
+// SettingsReceived implements [http2conn.Handler].
+func (u *upside) SettingsReceived() {
+	if len(u.session.hops) > 1 {
 		u.askRole(false)
-	default: // there is no other member to go to
+	} else { // there is no other member to go to
 		u.offer(false)
 	}
 }
 
-// Leaving implements [http2conn.Handler].
-func (u *upside) Leaving() {
+// GoAwayReceived implements [http2conn.Handler].
+func (u *upside) GoAwayReceived() {
 	u.session.mu.Lock()
 	defer u.session.mu.Unlock()
 	u.forget()
 }
 
-// Idle implements [http2conn.Handler].
-func (u *upside) Idle() { u.session.flush() }
+// FlushNeeded implements [http2conn.Handler].
+func (u *upside) FlushNeeded() { u.session.flush() }

@@ -53,6 +53,16 @@ func (r reverser) Open(_ context.Context, key, stored []byte) ([]byte, error) {
 	return out, nil
 }
 
+func (r reverser) TrySeal(key, value []byte) ([]byte, error) {
+	return r.Seal(context.Background(), key, value)
+}
+
+func (r reverser) TryOpen(key, stored []byte) ([]byte, error) {
+	return r.Open(context.Background(), key, stored)
+}
+
+func (reverser) Ready([]byte) bool { return true }
+
 // sealed is what etcd holds for value.
 func sealed(key, value string) []byte {
 	out, _ := reverser{}.Seal(context.Background(), []byte(key), []byte(value))
@@ -159,6 +169,12 @@ type running struct {
 // startProxy runs a proxy before the etcd at address. edit may change the configuration; by default it listens on loopback.
 func startProxy(t testing.TB, etcd string, rules []Rule, edit func(*Config)) *running {
 	t.Helper()
+	return startRelaying(t, etcd, rules, edit, os.Getenv("PROXY_TEST_CALLS") != "handled") // what holds for relayed calls holds for handled ones
+}
+
+// startRelaying is startProxy for a proxy that relays calls, or has all of them handled.
+func startRelaying(t testing.TB, etcd string, rules []Rule, edit func(*Config), relays bool) *running {
+	t.Helper()
 	logs := &logBuffer{}
 	cfg := Config{
 		Listeners: []ListenerConfig{{Address: "127.0.0.1:0"}},
@@ -166,13 +182,15 @@ func startProxy(t testing.TB, etcd string, rules []Rule, edit func(*Config)) *ru
 		Rules:     rules,
 		Logger:    slog.New(slog.NewJSONHandler(logs, nil)),
 	}
-	cfg.Reference = os.Getenv("PROXY_TEST_ENGINE") == "reference" // what holds for one engine holds for the other
 	if edit != nil {
 		edit(&cfg)
 	}
 	p, err := New(cfg)
 	if err != nil {
 		t.Fatal(err)
+	}
+	for _, m := range p.api.methods {
+		m.relayed = m.relayed && relays
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)

@@ -67,8 +67,8 @@ type listener struct {
 // clientConn is a connection that has been identified.
 type clientConn struct {
 	net.Conn
-	outlet *http2conn.Outlet // what Conn writes to; nil within the process
-	plain  bool              // and not over TLS
+	outlet *http2conn.WriteBuffer // what Conn writes to; nil within the process
+	plain  bool                   // and not over TLS
 	id     *Identity
 	http1  bool // and not HTTP/2
 	once   sync.Once
@@ -180,7 +180,7 @@ func (c *heardConn) Read(b []byte) (int, error) {
 // identify does the TLS handshake, if any, says who is there, and finds out what they speak.
 func (l *listener) identify(ctx context.Context, conn net.Conn) (*clientConn, error) {
 	id := &Identity{Listener: l.cfg.Address, Remote: conn.RemoteAddr().String(), to: l.to, advertise: l.cfg.AdvertiseClientURLs, web: l.web}
-	outlet, protocol := http2conn.NewOutlet(conn), ""
+	outlet, protocol := http2conn.NewWriteBuffer(conn), ""
 	conn = outlet
 	c := &clientConn{outlet: outlet, plain: l.tls == nil, id: id}
 	by := l.terms()

@@ -17,10 +17,10 @@ func (r *rawEtcd) Headers(s *http2conn.Stream, _ []hpack.HeaderField, _ bool) {
 }
 func (r *rawEtcd) Data(*http2conn.Stream, []byte, bool)   {}
 func (r *rawEtcd) Reset(*http2conn.Stream, http2.ErrCode) {}
-func (r *rawEtcd) Sent(*http2conn.Stream)                 {}
-func (r *rawEtcd) Greeted()                               {}
-func (r *rawEtcd) Leaving()                               {}
-func (r *rawEtcd) Idle()                                  { r.conn.Flush() }
+func (r *rawEtcd) Writable(*http2conn.Stream)             {}
+func (r *rawEtcd) SettingsReceived()                      {}
+func (r *rawEtcd) GoAwayReceived()                        {}
+func (r *rawEtcd) FlushNeeded()                           { r.conn.Flush() }
 
 // serveH2 serves what handler makes of a rawEtcd, on loopback.
 func serveH2(t *testing.T, handler func(*rawEtcd) http2conn.Handler) (address string) {

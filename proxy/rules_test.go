@@ -20,6 +20,9 @@ type tagger string
 
 func (s tagger) Seal(context.Context, []byte, []byte) ([]byte, error) { return []byte(s), nil }
 func (s tagger) Open(context.Context, []byte, []byte) ([]byte, error) { return []byte(s), nil }
+func (s tagger) TrySeal(_, _ []byte) ([]byte, error)                  { return []byte(s), nil }
+func (s tagger) TryOpen(_, _ []byte) ([]byte, error)                  { return []byte(s), nil }
+func (tagger) Ready([]byte) bool                                      { return true }
 
 func rulesOf(t testing.TB, prefixes ...string) *ruleSet {
 	t.Helper()

@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"context"
+	"errors"
 
 	"google.golang.org/grpc/codes"
 )
@@ -17,7 +18,18 @@ type Sealer interface {
 	// Open returns the value behind stored, the bytes etcd holds. The result is stored itself where the rule hands it on. It may
 	// overwrite stored, and return a part of it.
 	Open(ctx context.Context, key, stored []byte) ([]byte, error)
+
+	// TrySeal is Seal that never waits. The error wraps [ErrWouldBlock] if the value needs a KMS call; any other error is final, as Seal's is.
+	TrySeal(key, value []byte) ([]byte, error)
+	// TryOpen is Open that never waits. If the error wraps [ErrWouldBlock], stored is unchanged.
+	TryOpen(key, stored []byte) ([]byte, error)
+	// Ready reports whether TryOpen of stored would not block. It leaves stored as it is. In the meantime the value's DEK seed can be evicted from the
+	// cache, so that TryOpen may return [ErrWouldBlock] nevertheless.
+	Ready(stored []byte) bool
 }
+
+// ErrWouldBlock is what TrySeal and TryOpen of a [Sealer] return for a value that needs a KMS call.
+var ErrWouldBlock = errors.New("a KMS call is needed")
 
 // Rule puts every key that begins with Prefix under a Sealer. The longest prefix wins; "" is every key.
 type Rule struct {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"io"
 	"log/slog"
-	"strings"
 	"sync"
 	"time"
 
@@ -16,7 +15,6 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/provider"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba"
 )
 
 // providerReport is the result of kms check for one provider.
@@ -45,6 +43,7 @@ type keyDetails struct {
 	DeleteAt           *time.Time `json:"deleteAt,omitempty"`
 	MaterialExpiresAt  *time.Time `json:"materialExpiresAt,omitempty"`
 	DeletionProtection bool       `json:"deletionProtection"`
+	ofService          bool
 }
 
 func newKMSCheck() *cobra.Command {
@@ -146,14 +145,14 @@ const describeTimeout = 3 * time.Second
 
 func checkBackend(ctx context.Context, name string, b *provider.Provider, u uses, observe func(kmsclient.Call)) (r providerReport) {
 	r = newProviderReport(name, b.Kind)
-	var info *alibaba.KeyInfo
+	var info *kmsclient.KeyInfo
 	defer func() {
 		r.OK = len(r.Findings) == 0
 		for _, w := range provider.Warnings(info, b.LateCredentials(), u.recovered, time.Now()) {
 			r.Warnings = append(r.Warnings, w.Text)
 		}
-		if b.CredentialsExpire != nil {
-			r.CredentialsExpire = when(b.CredentialsExpire())
+		if expire := b.CredentialsExpire(); expire != nil {
+			r.CredentialsExpire = when(expire())
 		}
 	}()
 	client, err := kmsclient.New(kmsclient.Config{Name: name, Backend: b.Service, Timeout: b.Timeout, Observer: observe})
@@ -161,9 +160,9 @@ func checkBackend(ctx context.Context, name string, b *provider.Provider, u uses
 		r.found("%v", err)
 		return r
 	}
-	if b.Describe != nil {
+	if describe := b.Describe(); describe != nil {
 		limited, cancel := context.WithTimeout(ctx, describeTimeout)
-		if info, err = provider.Observed(name, observe, b.Describe)(limited); err == nil {
+		if info, err = provider.Observed(name, observe, describe)(limited); err == nil {
 			r.Key = details(info)
 		}
 		cancel() // an error shows in the status below; a dedicated instance describes no keys
@@ -198,17 +197,13 @@ func when(t time.Time) *time.Time {
 	return &t
 }
 
-func details(i *alibaba.KeyInfo) *keyDetails {
+func details(i *kmsclient.KeyInfo) *keyDetails {
 	return &keyDetails{
 		State: i.State, Spec: i.Spec, ProtectionLevel: i.ProtectionLevel, Creator: i.Creator, AutomaticRotation: i.AutomaticRotation,
 		NextRotation: when(i.NextRotation), DeleteAt: when(i.DeleteAt), MaterialExpiresAt: when(i.MaterialExpiresAt),
-		DeletionProtection: i.DeletionProtection,
+		DeletionProtection: i.DeletionProtection == kmsclient.On, ofService: i.OfService,
 	}
 }
-
-// ofProduct reports whether the key seems to be a default key of a product of the cloud. The creator of
-// a key of an account is the account's number, with some digits hidden.
-func (k *keyDetails) ofProduct() bool { return strings.Trim(k.Creator, "0123456789*") != "" }
 
 // text prints a report for people.
 func (r providerReport) text(w io.Writer) {

@@ -50,7 +50,7 @@ func (r *providerReport) trySeed(ctx context.Context, client *kmsclient.Client) 
 	r.tried("generate")
 	if err != nil {
 		r.found("generate a DEK seed: %v", err)
-		if r.Key != nil && r.Key.ofProduct() {
+		if r.Key != nil && r.Key.ofService {
 			r.found("the key was created by %q and not by an account: default keys of cloud products are for those products only; use your own key", r.Key.Creator)
 		}
 		return

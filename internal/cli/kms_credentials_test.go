@@ -167,7 +167,7 @@ func TestKMSCheckInstanceRole(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer b.Close()
-		p := &provider.Provider{Kind: "alibaba", Service: b, Describe: b.Describe, CredentialsExpire: b.CredentialsExpire}
+		p := &provider.Provider{Kind: "alibaba", Service: b}
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 		defer cancel()
 		r := checkBackend(ctx, "main", p, uses{encrypts: true, recovered: true}, func(kmsclient.Call) {})

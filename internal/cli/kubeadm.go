@@ -18,14 +18,14 @@ import (
 )
 
 func newKubeadm() *cobra.Command {
-	cmd := command.Group("kubeadm", "put the proxy in front of etcd for the API server of a kubeadm control-plane node, or remove it",
+	cmd := command.Group("kubeadm", "enable or disable the proxy on a kubeadm control-plane node",
 		newKubeadmEnable(), newKubeadmDisable(), newKubeadmStatus())
-	cmd.Long = `kubeadm works on one control-plane node that kubeadm has set up, and runs there as root. docs/deploy/kubeadm.md describes clusters
-of one and of three nodes.`
+	cmd.Long = `The kubeadm commands work on one control-plane node that kubeadm has set up. Run them there as root. docs/deploy/kubeadm.md
+describes clusters of one and of three nodes.`
 	return cmd
 }
 
-// nodeFlags are the flags of all commands for a node.
+// nodeFlags are the flags that all kubeadm commands have.
 type nodeFlags struct {
 	config, root string
 	timeout      time.Duration
@@ -33,11 +33,11 @@ type nodeFlags struct {
 
 func (f *nodeFlags) add(cmd *cobra.Command, config string, timeout time.Duration) {
 	cmd.Flags().StringVar(&f.config, "config", config, "configuration `FILE` of the proxy")
-	cmd.Flags().StringVar(&f.root, "root", "", "change the root to folder `DIR` first (chroot), for a node's file system that is mounted there")
-	cmd.Flags().DurationVar(&f.timeout, "timeout", timeout, "how long to wait for the proxy, and for the API server")
+	cmd.Flags().StringVar(&f.root, "root", "", "first change the root to folder `DIR` (chroot), where a node's file system is mounted")
+	cmd.Flags().DurationVar(&f.timeout, "timeout", timeout, "time limit of each wait for the proxy or the API server")
 }
 
-// node returns the node that the flags describe. Its progress is printed to stderr.
+// node returns the node that the flags describe. Progress messages go to stderr.
 func (f *nodeFlags) node(stderr io.Writer) (*kubeadm.Node, error) {
 	if err := command.Positive("--timeout", f.timeout); err != nil {
 		return nil, err
@@ -68,8 +68,8 @@ const (
 	defaultKubeadmAdmin  = "127.0.0.1:9379"
 )
 
-// kubeadmFacts checks the configuration file at path, which errors call name, and returns what the
-// node needs to know about it. The error of a file with several problems has all of them.
+// kubeadmFacts checks the configuration file at path and returns the facts that a node needs. The error
+// lists all problems of the file.
 func kubeadmFacts(path, name string) (kubeadm.Facts, error) {
 	var facts kubeadm.Facts
 	c, err := config.LoadChecked(path, command.Checks(nil))
@@ -102,7 +102,7 @@ func kubeadmFacts(path, name string) (kubeadm.Facts, error) {
 		if k.Plugin == nil {
 			continue
 		}
-		// An abstract socket needs no mount, because the Pod uses the network of the host.
+		// An abstract socket needs no mount: the Pod uses the network namespace of the host.
 		if socket := strings.TrimPrefix(k.Plugin.Endpoint, "unix://"); strings.HasPrefix(socket, "/") {
 			facts.Folders = append(facts.Folders, filepath.Dir(socket))
 		}

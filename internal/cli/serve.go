@@ -40,7 +40,6 @@ Logs go to standard error.`,
 	renew := f.Bool("reencrypt", false, "re-encrypt the values in etcd, at the start and after each rotation. One of several proxies does it")
 	f.DurationVar(&o.ReencryptInterval, "reencrypt-interval", time.Hour, "with --reencrypt, the time between two runs without another reason")
 	f.Float64Var(&o.ReencryptRate, "reencrypt-rate", 0, "with --reencrypt, the maximum of values per second; 0: no limit")
-	f.BoolVar(&o.Reference, "reference-engine", false, "move all calls by the engine that the faster one is tested against; if that makes a difference to a client, it is a bug")
 	cmd.RunE = command.Run(func(cmd *cobra.Command, _ []string) error {
 		if err := command.Positive("--drain-timeout", o.Drain); err != nil {
 			return err

@@ -13,7 +13,6 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/provider"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba"
 )
 
 // OpenAudit opens the audit log of c. It returns nil for nil.
@@ -72,7 +71,7 @@ func (k *Keys) auditedDescribe(name string, describe provider.Describe) provider
 		return nil
 	}
 	observed := provider.Observed(name, k.observeCall, describe)
-	return func(ctx context.Context) (info *alibaba.KeyInfo, err error) {
+	return func(ctx context.Context) (info *kmsclient.KeyInfo, err error) {
 		if err = k.Audit.Do(func() error { info, err = observed(ctx); return err }); err != nil {
 			return nil, err
 		}
@@ -105,7 +104,7 @@ func AuditedService(audit *auditlog.Recorder, provider string, c *kmsclient.Clie
 func auditedCall[T any](k auditedKMS, op string, f func() (T, error)) (out T, err error) {
 	err = k.audit.Do(func() error { out, err = f(); return err })
 	if errors.Is(err, auditlog.ErrUnwritable) {
-		err = &kmsclient.Error{Op: op, Provider: k.provider, Class: kmsclient.ClassUnavailable, Detail: auditlog.ErrUnwritable.Error()}
+		err = &kmsclient.Error{Op: op, Provider: k.provider, Reason: kmsclient.Unreachable, Detail: auditlog.ErrUnwritable.Error()}
 	}
 	if err != nil {
 		var zero T

@@ -19,7 +19,6 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/kmstest"
 )
 
@@ -59,7 +58,7 @@ func TestAuditedKMS(t *testing.T) {
 	for want, made := range []string{"the record of this call is the first that is lost", "no call is made"} {
 		before := calls
 		err := decrypt()
-		if e, ok := errors.AsType[*kmsclient.Error](err); !ok || e.Class != kmsclient.ClassUnavailable || !strings.Contains(e.Detail, "audit") || e.Provider != "m" {
+		if e, ok := errors.AsType[*kmsclient.Error](err); !ok || e.Class() != kmsclient.ClassUnavailable || !strings.Contains(e.Detail, "audit") || e.Provider != "m" {
 			t.Errorf("%s: %v", made, err)
 		}
 		if calls-before != 1-want {
@@ -97,18 +96,18 @@ func TestKeyWatchIsAudited(t *testing.T) {
 	}
 	defer k.Close()
 	calls, fail := 0, error(nil)
-	describe := k.auditedDescribe("ack", func(ctx context.Context) (*alibaba.KeyInfo, error) {
+	describe := k.auditedDescribe("ack", func(ctx context.Context) (*kmsclient.KeyInfo, error) {
 		calls++
 		kmsclient.NoteRequestID(ctx, "req-1")
 		if fail != nil {
 			return nil, fail
 		}
-		return &alibaba.KeyInfo{KeyID: "key-1/v1"}, nil
+		return &kmsclient.KeyInfo{KeyID: "key-1/v1"}, nil
 	})
 	if info, err := describe(t.Context()); err != nil || info.KeyID != "key-1/v1" {
 		t.Errorf("%+v, %v", info, err)
 	}
-	fail = &kmsclient.Error{Class: kmsclient.ClassDenied, RequestID: "req-2", KeyID: "key-1"}
+	fail = &kmsclient.Error{Reason: kmsclient.Denied, RequestID: "req-2", KeyID: "key-1"}
 	if _, err := describe(t.Context()); !errors.Is(err, fail) {
 		t.Error(err)
 	}

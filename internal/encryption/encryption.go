@@ -28,7 +28,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/provider"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 )
 
 // Config says which keys to use, and where to report.
@@ -64,11 +65,11 @@ type RuleSet struct {
 	sealers    []*keyring.Sealer
 	audit      *auditlog.Recorder
 	generation uint64 // differs between the sets of a process
-	stored     *lifecycle.Rules
+	stored     *inventory.Rules
 }
 
 // Stored returns the rules for work on the values that etcd stores.
-func (s *RuleSet) Stored() *lifecycle.Rules { return s.stored }
+func (s *RuleSet) Stored() *inventory.Rules { return s.stored }
 
 // Config returns the rules that the set was made from.
 func (s *RuleSet) Config() []config.Rule { return s.config }
@@ -86,10 +87,10 @@ type Follower struct {
 
 // OwnPrefixes returns the prefixes of the keys that proxies keep for themselves in etcd.
 func OwnPrefixes(c *config.Config) []string {
-	if p := c.Coordination.Prefix; p != lifecycle.DefaultPrefix {
-		return []string{p, lifecycle.DefaultPrefix}
+	if p := c.Coordination.Prefix; p != coordination.DefaultPrefix {
+		return []string{p, coordination.DefaultPrefix}
 	}
-	return []string{lifecycle.DefaultPrefix}
+	return []string{coordination.DefaultPrefix}
 }
 
 // New makes all providers and sealers of the configuration. It starts nothing. [Keys.Close] must
@@ -145,7 +146,7 @@ func (k *Keys) add(p config.KMS, cache *keyring.Cache) error {
 	}
 	writes := slices.ContainsFunc(k.Config.Config.Rules, func(r config.Rule) bool { return r.WriteWith == p.Name })
 	ring, err := keyring.New(keyring.RingConfig{
-		Provider: p.Name, KMS: AuditedService(k.Audit, p.Name, client), Cache: cache, KeyOf: b.KeyOf, ReadOnly: !writes || k.InspectOnly,
+		Provider: p.Name, KMS: AuditedService(k.Audit, p.Name, client), Cache: cache, KeyOf: b.KeyOf(), ReadOnly: !writes || k.InspectOnly,
 		PollInterval: p.PollInterval, RevokeWithin: k.Config.Config.Cache.RevokeWithin, SealUnreachableFor: k.Config.Config.Cache.SealUnreachableFor,
 		MaxAge: p.SeedMaxAge, MaxSeals: uint64(p.SeedMaxSeals), //nolint:gosec // checked to be positive
 		Observer: k.metrics.forProvider(p.Name), Logger: k.Logger,
@@ -154,14 +155,14 @@ func (k *Keys) add(p config.KMS, cache *keyring.Cache) error {
 		return err
 	}
 	k.rings = append(k.rings, ring)
-	if b.Files != nil {
-		k.files = append(k.files, fileCheck{"files of kms " + p.Name, b.Files})
+	if check := b.CheckFiles(); check != nil {
+		k.files = append(k.files, fileCheck{"files of kms " + p.Name, check})
 	}
 	if p.Local != nil {
 		k.runs = append(k.runs, watchKeyFile(p.Local.KeyFile, seen, ring, k.Logger))
 	}
 	watch := provider.NewWatch(provider.WatchConfig{
-		Provider: p.Name, Describe: k.auditedDescribe(p.Name, b.Describe), Expire: b.CredentialsExpire, Late: b.LateCredentials, Logger: k.Logger,
+		Provider: p.Name, Describe: k.auditedDescribe(p.Name, b.Describe()), Expire: b.CredentialsExpire(), Late: b.LateCredentials, Logger: k.Logger,
 		// A key file can be backed up, and a key that nothing is written with gets no new copies.
 		Recovery: func() bool { return b.Kind == "local" || !writes || len(ring.Recovery()) > 0 },
 		Healthy:  func() bool { return ring.State().Healthy },
@@ -263,7 +264,7 @@ func (k *Keys) setRules(rules []config.Rule) error {
 // newRuleSet makes the sealers of rules from the present rings. mu is held.
 func (k *Keys) newRuleSet(rules []config.Rule) (*RuleSet, error) {
 	set := &RuleSet{config: rules, audit: k.Audit}
-	var stored []lifecycle.Rule
+	var stored []inventory.Rule
 	for i, r := range rules {
 		sc := keyring.SealerConfig{
 			Prefix: r.Prefix, InspectOnly: k.InspectOnly, AllowPlaintextReads: r.AllowPlaintextReads, Passthrough: r.OnUndecryptable == "passthrough",
@@ -299,8 +300,8 @@ func (k *Keys) newRuleSet(rules []config.Rule) (*RuleSet, error) {
 			return nil, fmt.Errorf("rules[%d]: %w", i, err)
 		}
 		set.sealers = append(set.sealers, s)
-		stored = append(stored, lifecycle.Rule{Prefix: r.Prefix, WriteWith: r.WriteWith, Sealer: s, Strict: !r.AllowPlaintextReads, KeyNames: keyNames})
+		stored = append(stored, inventory.Rule{Prefix: r.Prefix, WriteWith: r.WriteWith, Sealer: s, Strict: !r.AllowPlaintextReads, KeyNames: keyNames})
 	}
-	set.stored = lifecycle.NewRules(stored, OwnPrefixes(k.Config.Config)...)
+	set.stored = inventory.NewRules(stored, OwnPrefixes(k.Config.Config)...)
 	return set, nil
 }

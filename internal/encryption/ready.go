@@ -84,7 +84,7 @@ func (k *Keys) RuleChecks() []proxy.Check {
 	set := k.Rules()
 	for i, s := range set.sealers {
 		check := proxy.Check{Name: fmt.Sprintf("rule %q", set.config[i].Prefix), OK: true}
-		if err := cmp.Or(k.Audit.Refusal(), s.Ready()); err != nil {
+		if err := cmp.Or(k.Audit.Refusal(), s.Health()); err != nil {
 			check.OK, check.Detail = false, err.Error()
 		}
 		checks = append(checks, check)

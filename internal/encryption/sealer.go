@@ -37,10 +37,25 @@ func (s sealer) Open(ctx context.Context, key, stored []byte) ([]byte, error) {
 	return out, sealError(ctx, err)
 }
 
+// TrySeal implements [proxy.Sealer].
+func (s sealer) TrySeal(key, value []byte) ([]byte, error) {
+	out, err := s.Sealer.TrySeal(key, value)
+	return out, sealError(context.Background(), err)
+}
+
+// TryOpen implements [proxy.Sealer].
+func (s sealer) TryOpen(key, stored []byte) ([]byte, error) {
+	out, err := s.Sealer.TryOpen(key, stored)
+	return out, sealError(context.Background(), err)
+}
+
 // sealError returns what an error of a keyring means for the client.
 func sealError(ctx context.Context, err error) error {
 	if err == nil {
 		return nil
+	}
+	if errors.Is(err, keyring.ErrWouldBlock) {
+		return proxy.ErrWouldBlock
 	}
 	e, ok := errors.AsType[*keyring.Error](err)
 	if !ok {
@@ -87,6 +102,18 @@ func (s requiredAudit) Seal(ctx context.Context, key, value []byte) (out []byte,
 // Open implements [proxy.Sealer].
 func (s requiredAudit) Open(ctx context.Context, key, stored []byte) (out []byte, err error) {
 	err = s.audit.Do(func() error { out, err = s.Sealer.Open(ctx, key, stored); return err })
+	return forClient(out, err)
+}
+
+// TrySeal implements [proxy.Sealer].
+func (s requiredAudit) TrySeal(key, value []byte) (out []byte, err error) {
+	err = s.audit.Do(func() error { out, err = s.Sealer.TrySeal(key, value); return err })
+	return forClient(out, err)
+}
+
+// TryOpen implements [proxy.Sealer].
+func (s requiredAudit) TryOpen(key, stored []byte) (out []byte, err error) {
+	err = s.audit.Do(func() error { out, err = s.Sealer.TryOpen(key, stored); return err })
 	return forClient(out, err)
 }
 

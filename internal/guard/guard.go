@@ -1,5 +1,5 @@
 // Package guard keeps a proxy from serving with rules that protect keys less than the rules that the
-// proxies of an etcd agreed on. The agreed rules are a record in etcd, which [lifecycle.Fleet] keeps;
+// proxies of an etcd agreed on. The agreed rules are a record in etcd, which [coordination.Fleet] keeps;
 // this package compares the configuration with it at the start, and checks while the proxy serves
 // that the next start could read it.
 package guard
@@ -20,13 +20,13 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/etcdclient"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/logonce"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
 )
 
 // Guard holds a proxy back until its rules were compared with the agreed ones.
 type Guard struct {
-	Fleet          *lifecycle.Fleet // nil with coordination off
+	Fleet          *coordination.Fleet // nil with coordination off
 	Client         *clientv3.Client
 	Config         *config.Config
 	AllowWeakening bool
@@ -90,8 +90,8 @@ func (g *Guard) Run(ctx context.Context) error {
 
 // records are the rules that proxies agreed on, under the configured prefix and under others.
 type records struct {
-	agreed  *lifecycle.Agreement
-	others  []lifecycle.Place
+	agreed  *coordination.Agreement
+	others  []coordination.RecordLocation
 	learner bool // read from a learner: what it has so far, or nothing if it requires a user
 }
 
@@ -104,7 +104,7 @@ func (g *Guard) read(ctx context.Context) (records, error) {
 		limited, cancel := context.WithTimeout(ctx, requestTimeout)
 		found, err := g.look(limited)
 		cancel()
-		if err == nil || errors.Is(err, lifecycle.ErrForged) || proxy.IsChained(err) || ctx.Err() != nil {
+		if err == nil || errors.Is(err, coordination.ErrForged) || proxy.IsChained(err) || ctx.Err() != nil {
 			return found, err
 		}
 		if g.AllowWeakening && denied(err) {
@@ -134,7 +134,7 @@ func (g *Guard) read(ctx context.Context) (records, error) {
 }
 
 // deniedHint is the hint if etcd's authentication keeps the proxy from reading the record.
-const deniedHint = "set etcd.username and etcd.passwordFile, also with coordination.enabled: false: that user must be able to read the keys below " + lifecycle.DefaultPrefix +
+const deniedHint = "set etcd.username and etcd.passwordFile, also with coordination.enabled: false: that user must be able to read the keys below " + coordination.DefaultPrefix +
 	"; or start the proxy with --allow-weakening, which serves without comparing the rules"
 
 // look reads once. From a learner, which serves serializable reads only, it reads what the learner has
@@ -166,7 +166,7 @@ func (g *Guard) records(ctx context.Context, opts ...clientv3.OpOption) (records
 			return records{agreed: agreed}, err
 		}
 	}
-	others, err := lifecycle.Elsewhere(ctx, g.Client, own, opts...)
+	others, err := coordination.OtherRecords(ctx, g.Client, own, opts...)
 	return records{others: others}, err
 }
 
@@ -183,7 +183,7 @@ func (w *weakening) Error() string {
 }
 
 // compare returns a weakening compared with the record, or with those under other prefixes.
-func (g *Guard) compare(agreed *lifecycle.Agreement, others []lifecycle.Place) error {
+func (g *Guard) compare(agreed *coordination.Agreement, others []coordination.RecordLocation) error {
 	var because []string
 	for _, p := range others {
 		if g.Fleet == nil {
@@ -209,10 +209,10 @@ func (g *Guard) compare(agreed *lifecycle.Agreement, others []lifecycle.Place) e
 	return nil
 }
 
-func (g *Guard) weakens(agreed *lifecycle.Agreement) ([]string, error) {
+func (g *Guard) weakens(agreed *coordination.Agreement) ([]string, error) {
 	was, a, err := parsePolicy(agreed.Policy)
 	if err != nil {
-		return nil, lifecycle.ErrForged
+		return nil, coordination.ErrForged
 	}
 	because := config.Weakens(was, g.Config.Rules)
 	switch now := g.Config.Audit; {
@@ -235,7 +235,7 @@ func (g *Guard) judge(err error) error {
 	g.Audit.Record(auditlog.Record{Event: auditlog.EventGuard, Outcome: "refused", Reason: err.Error()})
 	g.Logger.Error("not serving: the guard refuses the configuration", "because", err.Error()) // the audit block may be what is missing
 	hint := "restore the settings; or, if this is meant, start one proxy with --allow-weakening, and then the others"
-	if errors.Is(err, lifecycle.ErrForged) {
+	if errors.Is(err, coordination.ErrForged) {
 		// Mostly the key is another one. With --allow-weakening the proxy would encrypt under a key that
 		// decrypts nothing of what is stored.
 		hint = "restore the key file, or the KMS key, that the values were encrypted with: etcd-kms-proxy status tells whether this one decrypts them. " +
@@ -246,13 +246,13 @@ func (g *Guard) judge(err error) error {
 
 // forget removes the records that would stop the next start of a proxy that runs without coordination.
 // With coordination, the next agreement replaces them.
-func (g *Guard) forget(ctx context.Context, others []lifecycle.Place) {
+func (g *Guard) forget(ctx context.Context, others []coordination.RecordLocation) {
 	if g.Fleet != nil {
 		return
 	}
 	for _, p := range others {
 		limited, cancel := context.WithTimeout(ctx, requestTimeout)
-		err := lifecycle.Forget(limited, g.Client, p)
+		err := coordination.DeleteRecord(limited, g.Client, p)
 		cancel()
 		if err != nil {
 			g.Logger.Warn("the next start needs --allow-weakening too: the record of the rules that the proxies agreed on cannot be removed", "error", err)
@@ -262,18 +262,18 @@ func (g *Guard) forget(ctx context.Context, others []lifecycle.Place) {
 
 // verify opens the proxy once the record is verified, or once no KMS could verify it for a while; then
 // it keeps trying.
-func (g *Guard) verify(ctx context.Context, agreed *lifecycle.Agreement) error {
+func (g *Guard) verify(ctx context.Context, agreed *coordination.Agreement) error {
 	was, _, err := parsePolicy(agreed.Policy)
 	if err != nil {
-		return g.judge(lifecycle.ErrForged)
+		return g.judge(coordination.ErrForged)
 	}
 	providers := PolicyOf(was, nil).Providers
 	begun, opened := time.Now(), false
 	for {
 		limited, cancel := context.WithTimeout(ctx, requestTimeout)
-		_, err := g.Fleet.Check(limited, agreed, providers)
+		_, err := g.Fleet.Verify(limited, agreed, providers)
 		cancel()
-		if errors.Is(err, lifecycle.ErrForged) {
+		if errors.Is(err, coordination.ErrForged) {
 			err = g.judge(err)
 			if err != nil {
 				return err

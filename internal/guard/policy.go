@@ -9,7 +9,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
 )
 
 // policy is what proxies compare. Its JSON is canonical: sorted, with every field.
@@ -34,8 +34,8 @@ type policyRule struct {
 }
 
 // PolicyOf returns the policy that proxies with this configuration must agree on. a may be nil.
-func PolicyOf(rules []config.Rule, a *config.Audit) lifecycle.Policy {
-	p, out := policy{Rules: []policyRule{}}, lifecycle.Policy{}
+func PolicyOf(rules []config.Rule, a *config.Audit) coordination.Policy {
+	p, out := policy{Rules: []policyRule{}}, coordination.Policy{}
 	sorted := func(names []string) []string { return slices.Sorted(slices.Values(append([]string{}, names...))) }
 	for _, r := range rules {
 		rule := policyRule{

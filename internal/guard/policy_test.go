@@ -7,7 +7,7 @@ import (
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
 )
 
 // TestPolicy: what is on record says again what it was made of, whatever the order, and rules are compared without the audit block, which a command may lack.
@@ -30,7 +30,7 @@ func TestPolicy(t *testing.T) {
 // TestDefaultPrefix: config and lifecycle do not know each other, and mean the same place.
 func TestDefaultPrefix(t *testing.T) {
 	c, err := config.Load(clitest.NewDir(t).Config(t))
-	if err != nil || c.Coordination.Prefix != lifecycle.DefaultPrefix {
+	if err != nil || c.Coordination.Prefix != coordination.DefaultPrefix {
 		t.Errorf("%v, %v", c, err)
 	}
 }

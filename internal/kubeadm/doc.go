@@ -8,7 +8,6 @@
 // is not.
 //
 // The package edits the API server's manifest as text: it changes bytes of one line, or adds or
-// removes one line. It refuses a manifest that is not as kubeadm writes it. It does not talk to the
-// API server's API, to etcd or to a KMS. The command that calls it checks the configuration. Errors that
-// the operator can correct are a [problem.Problem].
+// removes one line. It refuses a manifest that does not have the form that kubeadm writes. It does not use the
+// Kubernetes API, etcd or a KMS. The caller passes a function that checks the configuration.
 package kubeadm

@@ -11,22 +11,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba"
 )
 
-// newAlibaba makes the backend of a key of Alibaba Cloud KMS.
-func newAlibaba(a *config.Alibaba, log *slog.Logger) (*Provider, error) {
-	return alibabaProvider(alibabaConfig(a, log))
-}
-
-func alibabaProvider(c alibaba.Config) (*Provider, error) {
-	b, err := alibaba.New(c)
-	if err != nil {
-		return &Provider{Kind: "alibaba"}, problem.In("alibaba", "docs/guides/alibaba-cloud.md says what each field takes", err)
-	}
-	return &Provider{
-		Kind: "alibaba", Service: b, Describe: b.Describe, KeyOf: alibaba.KeyOf, Files: b.CheckFiles, closer: b,
-		CredentialsExpire: b.CredentialsExpire, credentialsLate: b.CredentialsLate,
-	}, nil
-}
-
+// alibabaConfig returns the backend's form of a.
 func alibabaConfig(a *config.Alibaba, log *slog.Logger) alibaba.Config {
 	c := a.Credentials
 	return alibaba.Config{
@@ -75,9 +60,9 @@ func keyOfAlias(ctx context.Context, k config.KMS, observe func(kmsclient.Call))
 		return "", err
 	}
 	defer func() { _ = b.Close() }()
-	_, err = Observed(k.Name, observe, func(ctx context.Context) (*alibaba.KeyInfo, error) {
+	_, err = Observed(k.Name, observe, func(ctx context.Context) (*kmsclient.KeyInfo, error) {
 		arn, err = b.KeyARN(ctx)
-		return &alibaba.KeyInfo{KeyID: arn}, err
+		return &kmsclient.KeyInfo{KeyID: arn}, err
 	})(ctx)
 	return arn, err
 }

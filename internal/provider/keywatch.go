@@ -14,7 +14,6 @@ import (
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/logonce"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba"
 )
 
 const (
@@ -39,11 +38,11 @@ type Warning struct {
 // Warnings returns what to warn of. info is nil where the KMS does not describe its keys. late is
 // when credentials end that should have been renewed, or zero. recovery says that every rule that
 // writes with the key has a recovery key.
-func Warnings(info *alibaba.KeyInfo, late time.Time, recovery bool, now time.Time) []Warning {
+func Warnings(info *kmsclient.KeyInfo, late time.Time, recovery bool, now time.Time) []Warning {
 	var ws []Warning
 	add := func(kind, format string, args ...any) { ws = append(ws, Warning{kind, fmt.Sprintf(format, args...)}) }
 	if info != nil {
-		if info.State != "" && info.State != "Enabled" {
+		if !info.Usable {
 			add("state", "the key's state is %s: it cannot be used", info.State)
 		}
 		if !info.DeleteAt.IsZero() {
@@ -52,11 +51,10 @@ func Warnings(info *alibaba.KeyInfo, late time.Time, recovery bool, now time.Tim
 		if at := info.MaterialExpiresAt; !at.IsZero() && at.Sub(now) < expiryNotice {
 			add("material_expiry", "the key's material expires at %s: import it again before", at.Format(time.RFC3339))
 		}
-		if !info.DeletionProtection {
+		if info.DeletionProtection == kmsclient.Off {
 			add("deletion_protection_off", "the key's deletion protection is off: turn it on to prevent its deletion by mistake")
 		}
-		// Imported material cannot be rotated by the KMS.
-		if info.AutomaticRotation != "Enabled" && info.Origin != "EXTERNAL" {
+		if info.Rotation == kmsclient.Off {
 			add("rotation_off", "the key's automatic rotation is off")
 		}
 	}
@@ -85,8 +83,8 @@ type WatchConfig struct {
 // exports the warnings as metrics.
 type Watch struct {
 	WatchConfig
-	info   atomic.Pointer[alibaba.KeyInfo] // the last description
-	logged logonce.Set                     // kinds of warnings; of look
+	info   atomic.Pointer[kmsclient.KeyInfo] // the last description
+	logged logonce.Set                       // kinds of warnings; of look
 }
 
 // NewWatch returns a watch that [Watch.Run] starts.
@@ -95,15 +93,15 @@ func NewWatch(c WatchConfig) *Watch { return &Watch{WatchConfig: c} }
 // Observed returns describe with an observer of its calls, which do not go through a
 // [kmsclient.Client].
 func Observed(provider string, observe func(kmsclient.Call), describe Describe) Describe {
-	return func(ctx context.Context) (*alibaba.KeyInfo, error) {
+	return func(ctx context.Context) (*kmsclient.KeyInfo, error) {
 		noting, requestID := kmsclient.WithRequestID(ctx)
 		call := kmsclient.Call{Provider: provider, Op: "DescribeKey", Class: "ok", Time: time.Now()}
 		info, err := describe(noting)
 		call.Duration, call.RequestID = time.Since(call.Time), requestID()
 		if err != nil {
-			call.Class = kmsclient.ClassUnavailable.String()
+			call.Class = string(kmsclient.ClassUnavailable)
 			if e, ok := errors.AsType[*kmsclient.Error](err); ok {
-				call.Class, call.KeyID, call.RequestID = e.Class.String(), e.KeyID, cmp.Or(e.RequestID, call.RequestID)
+				call.Class, call.KeyID, call.RequestID = string(e.Class()), e.KeyID, cmp.Or(e.RequestID, call.RequestID)
 			}
 		} else {
 			call.KeyID = info.KeyID

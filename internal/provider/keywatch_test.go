@@ -12,27 +12,30 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
-var good = alibaba.KeyInfo{State: "Enabled", Origin: "Aliyun_KMS", AutomaticRotation: "Enabled", DeletionProtection: true}
+var good = kmsclient.KeyInfo{State: "Enabled", Usable: true, Rotation: kmsclient.On, DeletionProtection: kmsclient.On}
 
 func TestKeyWarnings(t *testing.T) {
 	now := time.Date(2030, 1, 1, 0, 0, 0, 0, time.UTC)
 	for name, c := range map[string]struct {
-		change   func(*alibaba.KeyInfo)
+		change   func(*kmsclient.KeyInfo)
 		late     time.Time
 		recovery bool
 		want     []string
 	}{
-		"all is well":             {recovery: true},
-		"disabled":                {change: func(i *alibaba.KeyInfo) { i.State = "Disabled" }, recovery: true, want: []string{"state"}},
-		"will be deleted":         {change: func(i *alibaba.KeyInfo) { i.State = "PendingDeletion"; i.DeleteAt = now.Add(time.Hour) }, recovery: true, want: []string{"state", "deletion"}},
-		"material ends":           {change: func(i *alibaba.KeyInfo) { i.MaterialExpiresAt = now.Add(29 * 24 * time.Hour) }, recovery: true, want: []string{"material_expiry"}},
-		"material ends next year": {change: func(i *alibaba.KeyInfo) { i.MaterialExpiresAt = now.Add(365 * 24 * time.Hour) }, recovery: true},
-		"unprotected":             {change: func(i *alibaba.KeyInfo) { i.DeletionProtection = false }, recovery: true, want: []string{"deletion_protection_off"}},
-		"not rotated":             {change: func(i *alibaba.KeyInfo) { i.AutomaticRotation = "Disabled" }, recovery: true, want: []string{"rotation_off"}},
-		"imported, not rotated":   {change: func(i *alibaba.KeyInfo) { i.AutomaticRotation, i.Origin = "", "EXTERNAL" }, recovery: true},
+		"all is well": {recovery: true},
+		"disabled":    {change: func(i *kmsclient.KeyInfo) { i.State, i.Usable = "Disabled", false }, recovery: true, want: []string{"state"}},
+		"will be deleted": {change: func(i *kmsclient.KeyInfo) {
+			i.State, i.Usable = "PendingDeletion", false
+			i.DeleteAt = now.Add(time.Hour)
+		}, recovery: true, want: []string{"state", "deletion"}},
+		"material ends":           {change: func(i *kmsclient.KeyInfo) { i.MaterialExpiresAt = now.Add(29 * 24 * time.Hour) }, recovery: true, want: []string{"material_expiry"}},
+		"material ends next year": {change: func(i *kmsclient.KeyInfo) { i.MaterialExpiresAt = now.Add(365 * 24 * time.Hour) }, recovery: true},
+		"unprotected":             {change: func(i *kmsclient.KeyInfo) { i.DeletionProtection = kmsclient.Off }, recovery: true, want: []string{"deletion_protection_off"}},
+		"not rotated":             {change: func(i *kmsclient.KeyInfo) { i.Rotation = kmsclient.Off }, recovery: true, want: []string{"rotation_off"}},
+		"imported, not rotated":   {change: func(i *kmsclient.KeyInfo) { i.Rotation = kmsclient.Unsupported }, recovery: true},
 		"alone":                   {want: []string{"no_recovery_key"}},
 		"credentials end":         {recovery: true, late: now.Add(time.Minute), want: []string{"credentials_expire"}},
 	} {
@@ -56,7 +59,7 @@ func TestKeyWatchLogsOnce(t *testing.T) {
 	info, fail := good, error(nil)
 	w := NewWatch(WatchConfig{
 		Provider: "ack", Recovery: func() bool { return true }, Late: new(Provider).LateCredentials, Logger: slog.New(slog.NewTextHandler(&log, nil)),
-		Describe: func(context.Context) (*alibaba.KeyInfo, error) {
+		Describe: func(context.Context) (*kmsclient.KeyInfo, error) {
 			i := info
 			return &i, fail
 		},
@@ -69,7 +72,7 @@ func TestKeyWatchLogsOnce(t *testing.T) {
 	if got := lines(); got[0] != "" {
 		t.Errorf("logged %q of a good key", got)
 	}
-	info.DeletionProtection = false
+	info.DeletionProtection = kmsclient.Off
 	for range 3 {
 		w.look(t.Context())
 	}
@@ -99,7 +102,7 @@ func TestKeyWatchFollowsTheContact(t *testing.T) {
 		w := NewWatch(WatchConfig{
 			Provider: "ack", Recovery: func() bool { return true }, Healthy: healthy.Load, Logger: slog.New(slog.DiscardHandler),
 			Late:     func() time.Time { return *late.Load() },
-			Describe: func(context.Context) (*alibaba.KeyInfo, error) { looks.Add(1); return &good, nil },
+			Describe: func(context.Context) (*kmsclient.KeyInfo, error) { looks.Add(1); return &good, nil },
 		})
 		ctx, stop := context.WithCancel(t.Context())
 		ended := make(chan struct{})

@@ -12,7 +12,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/logonce"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
 )
 
@@ -54,7 +54,7 @@ func (b *bypasses) expect(rules []config.Rule) {
 }
 
 // found is called for each such value.
-func (b *bypasses) found(rule *lifecycle.Rule, key string, revision int64) {
+func (b *bypasses) found(rule *inventory.Rule, key string, revision int64) {
 	prefix, name := printable.UTF8(rule.Prefix), printable.UTF8(key)
 	b.last.Store(time.Now().Unix())
 	b.count.WithLabelValues(prefix).Inc()
@@ -71,7 +71,7 @@ func (b *bypasses) found(rule *lifecycle.Rule, key string, revision int64) {
 
 // bypassHint says what to do about a value that was written past the proxies. Nothing encrypts a value
 // that clients may not read, except on request.
-func bypassHint(rule *lifecycle.Rule) string {
+func bypassHint(rule *inventory.Rule) string {
 	if rule.Strict {
 		return "find out who wrote it; reads of it are refused and reencrypt skips it, since the rule has allowPlaintextReads: false; delete it, or write it again through a proxy"
 	}

@@ -11,7 +11,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 )
 
 // TestBypassOfBytes: keys that are not UTF-8 are told from each other in the log and the audit log.
@@ -23,7 +23,7 @@ func TestBypassOfBytes(t *testing.T) {
 		t.Fatal(err)
 	}
 	b := newBypasses(records, prometheus.NewRegistry(), slog.New(slog.NewJSONHandler(&logged, nil)))
-	rule := &lifecycle.Rule{Prefix: "\xff"}
+	rule := &inventory.Rule{Prefix: "\xff"}
 	b.found(rule, "\xffA\xfe", 3)
 	b.found(rule, "\xffA\xfd", 4)
 	if err := records.Close(); err != nil {

@@ -23,25 +23,26 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/encryption"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/etcdclient"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/guard"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
 )
 
 // fleet is what a proxy does in etcd for itself: the guard of the start, and with coordination on
 // the agreement with other proxies and the watch for plaintext that is written past them.
 type fleet struct {
-	*lifecycle.Fleet // nil with coordination off
-	config           *config.Config
-	client           *clientv3.Client
-	password         *etcdclient.Password // nil without a user
-	guard            *guard.Guard
-	next             *guard.NextStart
-	gate             chan struct{} // closed once the guard lets the proxy serve
-	learnerGate      chan struct{} // closed once it lets the proxy serve what a learner serves
-	restores         atomic.Int64  // of etcd, as far as they were noticed
-	bypasses         *bypasses     // nil with coordination off
-	watch            *lifecycle.Bypass
-	stored           func() *lifecycle.Rules
+	*coordination.Fleet // nil with coordination off
+	config              *config.Config
+	client              *clientv3.Client
+	password            *etcdclient.Password // nil without a user
+	guard               *guard.Guard
+	next                *guard.NextStart
+	gate                chan struct{} // closed once the guard lets the proxy serve
+	learnerGate         chan struct{} // closed once it lets the proxy serve what a learner serves
+	restores            atomic.Int64  // of etcd, as far as they were noticed
+	bypasses            *bypasses     // nil with coordination off
+	watch               *inventory.BypassWatcher
+	stored              func() *inventory.Rules
 }
 
 // newFleet makes the fleet of c. It starts nothing; close must follow.
@@ -54,7 +55,7 @@ func newFleet(
 	}
 	f := &fleet{
 		config: c, client: client, password: password, gate: make(chan struct{}), learnerGate: make(chan struct{}),
-		next: guard.NewNextStart(reg, log), stored: func() *lifecycle.Rules { return keys.Rules().Stored() },
+		next: guard.NewNextStart(reg, log), stored: func() *inventory.Rules { return keys.Rules().Stored() },
 	}
 	if c.Coordination.Enabled {
 		if err := f.coordinate(keys, audit, reg, log); err != nil {
@@ -74,7 +75,7 @@ func (f *fleet) coordinate(keys *encryption.Keys, audit *auditlog.Recorder, reg 
 	c := f.config
 	f.bypasses = newBypasses(audit, reg, log)
 	f.bypasses.expect(c.Rules)
-	provers := make(map[string]lifecycle.Sealer)
+	provers := make(map[string]inventory.Sealer)
 	for _, ring := range keys.Rings() {
 		// InspectOnly: a ring that nothing is written with verifies what it encrypted earlier.
 		s, err := keyring.NewSealer(keyring.SealerConfig{Prefix: c.Coordination.Prefix, Write: ring, Recovery: keys.Rings(), InspectOnly: true})
@@ -90,16 +91,16 @@ func (f *fleet) coordinate(keys *encryption.Keys, audit *auditlog.Recorder, reg 
 	var id [6]byte
 	_, _ = rand.Read(id[:]) // never fails
 	restored := func() { f.restores.Add(1) }
-	f.Fleet = lifecycle.NewFleet(lifecycle.FleetConfig{
+	f.Fleet = coordination.NewFleet(coordination.FleetConfig{
 		Client: f.client, Prefix: c.Coordination.Prefix, Provers: provers, Logger: log, Restored: restored,
-		Self: lifecycle.Member{
+		Self: coordination.Member{
 			ID: host + "-" + hex.EncodeToString(id[:]), Host: host, PID: os.Getpid(), Version: buildinfo.Read().Version,
 			Started: time.Now().UTC().Truncate(time.Second),
 		},
 	})
 	f.SetPolicy(guard.PolicyOf(c.Rules, c.Audit))
 	if c.Coordination.WatchBypass {
-		f.watch = lifecycle.NewBypass(lifecycle.BypassConfig{Client: f.client, Rules: f.stored, Found: f.bypasses.found, Restored: restored, Logger: log})
+		f.watch = inventory.NewBypassWatcher(inventory.BypassConfig{Client: f.client, Rules: f.stored, Found: f.bypasses.found, Restored: restored, Logger: log})
 	}
 	return nil
 }

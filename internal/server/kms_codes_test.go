@@ -91,7 +91,7 @@ func TestPermissionTakenAway(t *testing.T) {
 		_, serr := rule.Seal(ctx, key, []byte("v"))
 		return refused(oerr) && refused(serr)
 	})
-	if err := rule.Ready(); err == nil || !strings.Contains(err.Error(), `Decrypt, code "Forbidden.NoPermission"`) {
+	if err := rule.Health(); err == nil || !strings.Contains(err.Error(), `Decrypt, code "Forbidden.NoPermission"`) {
 		t.Errorf("ready: %v", err)
 	}
 	double.PermitAll(kmsdouble.DefaultAccessKeyID)
@@ -111,7 +111,7 @@ func TestMayNotDecrypt(t *testing.T) {
 	if e, ok := errors.AsType[*keyring.Error](err); !ok || e.Kind != keyring.KeyUnusable || !strings.Contains(e.Text, "Decrypt") {
 		t.Errorf("sealed: %v", err)
 	}
-	if rule.Ready() == nil {
+	if rule.Health() == nil {
 		t.Error("ready")
 	}
 }

@@ -14,12 +14,13 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/encryption"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/etcdclient"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/logonce"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/reencrypt"
 )
 
 // reencryptor re-encrypts values in the background of the proxy that leads.
 type reencryptor struct {
-	lifecycle.Reencryptor
+	reencrypt.Loop
 	fleet     *fleet
 	audit     *auditlog.Recorder
 	log       *slog.Logger
@@ -47,13 +48,13 @@ func newReencryptor(
 		failures: prometheus.NewCounter(prometheus.CounterOpts{Name: "etcd_kms_proxy_reencrypt_failures_total", Help: "Runs that ended before all values were read."}),
 	}
 	reg.MustRegister(r.rewritten, r.left, r.at, r.failures)
-	r.Reencryptor = lifecycle.Reencryptor{
-		Interval: o.ReencryptInterval, Leading: f.Leading, Ended: r.ended,
+	r.Loop = reencrypt.Loop{
+		Interval: o.ReencryptInterval, Leader: f.Leader, Ended: r.ended,
 		// A restore of etcd brings back values that are encrypted with other keys.
 		Keys: func() string { return fmt.Sprint(f.restores.Load(), "\x00", keys.Version()) },
-		Config: lifecycle.ReencryptConfig{
+		Config: reencrypt.Config{
 			Client: f.client, Rules: f.stored, Rate: o.ReencryptRate, MaxBytes: c.Etcd.MaxRequestBytes, Check: r.check, Begin: r.begin, Paused: r.paused,
-			Election: lifecycle.Election{
+			Election: coordination.Election{
 				Client: f.client, Key: c.Coordination.Prefix + "reencrypt", Self: "proxy, " + etcdclient.Self(),
 				Waiting: func(holder string) { log.Info("another reencrypt is at work", "holder", holder) },
 			},
@@ -86,7 +87,7 @@ func (r *reencryptor) paused(what, why string) {
 }
 
 // ended reports a run in the metrics, the log and the audit log.
-func (r *reencryptor) ended(done lifecycle.Result, err error) {
+func (r *reencryptor) ended(done reencrypt.Result, err error) {
 	r.rewritten.Add(float64(done.Rewritten))
 	interrupted := errors.Is(err, context.Canceled)
 	outcome, reason := "ok", ""
@@ -107,7 +108,7 @@ func (r *reencryptor) ended(done lifecycle.Result, err error) {
 		if err != nil {
 			r.log.Warn("values in etcd were not re-encrypted; the proxy tries again", "error", err)
 		} else {
-			r.log.Warn("values in etcd could not be re-encrypted", "left", done.Unfinished(), "first", done.Left[0].Key, "reason", done.Left[0].Why,
+			r.log.Warn("values in etcd could not be re-encrypted", "left", done.Unfinished(), "first", done.Skipped[0].Key, "reason", done.Skipped[0].Why,
 				"hint", "reencrypt --dry-run names them")
 		}
 	}

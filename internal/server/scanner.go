@@ -13,7 +13,8 @@ import (
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/restore"
 )
 
 // scanner exports the counts of `status` as metrics, on one of the proxies of an etcd.
@@ -73,13 +74,13 @@ func (s *scanner) run(ctx context.Context) {
 	defer tick.Stop()
 	for {
 		switch {
-		case !s.fleet.Leading():
+		case !s.fleet.Leader():
 			s.reset()
 			s.at.Set(0)
 			last = time.Time{}
 		case time.Since(last) >= s.interval:
 			last = time.Now()
-			if errors.Is(s.scan(ctx), lifecycle.ErrRestored) {
+			if errors.Is(s.scan(ctx), restore.ErrRestored) {
 				last = time.Time{} // scan the restored data at the next tick
 			}
 		}
@@ -93,7 +94,7 @@ func (s *scanner) run(ctx context.Context) {
 
 // scan counts the values. It logs and returns an error.
 func (s *scanner) scan(ctx context.Context) error {
-	counts, _, err := lifecycle.Survey(ctx, s.fleet.client, s.fleet.stored(), nil)
+	counts, _, err := inventory.Survey(ctx, s.fleet.client, s.fleet.stored(), nil)
 	if err != nil {
 		if ctx.Err() == nil {
 			s.failed.Inc()
@@ -104,7 +105,7 @@ func (s *scanner) scan(ctx context.Context) error {
 	s.reset() // rules may have been removed
 	for _, c := range counts {
 		rule := printable.UTF8(c.Prefix)
-		for _, standing := range lifecycle.Standings {
+		for _, standing := range inventory.Standings {
 			n := c.Standings[standing]
 			s.values.WithLabelValues(rule, string(standing)).Set(float64(n.Keys))
 			s.bytes.WithLabelValues(rule, string(standing)).Set(float64(n.Bytes))
@@ -129,10 +130,10 @@ const labelKeys = 20
 
 // labelled returns the keys with the most values, as labels of metrics, and the others of each state
 // as one.
-func labelled(keys []lifecycle.KeyCount) (out []lifecycle.KeyCount) {
+func labelled(keys []inventory.KeyCount) (out []inventory.KeyCount) {
 	keys = slices.Clone(keys)
-	slices.SortStableFunc(keys, func(a, b lifecycle.KeyCount) int { return cmp.Compare(b.Keys, a.Keys) })
-	rest := make(map[keyring.Standing]*lifecycle.KeyCount)
+	slices.SortStableFunc(keys, func(a, b inventory.KeyCount) int { return cmp.Compare(b.Keys, a.Keys) })
+	rest := make(map[keyring.Standing]*inventory.KeyCount)
 	for i, k := range keys {
 		k.Provider, k.KeyID = strings.ToValidUTF8(k.Provider, "?"), strings.ToValidUTF8(k.KeyID, "?")
 		if i < labelKeys && k.Provider != "" {
@@ -141,12 +142,12 @@ func labelled(keys []lifecycle.KeyCount) (out []lifecycle.KeyCount) {
 		}
 		r := rest[k.Standing]
 		if r == nil {
-			r = &lifecycle.KeyCount{Standing: k.Standing, Provider: "other", KeyID: "other"}
+			r = &inventory.KeyCount{Standing: k.Standing, Provider: "other", KeyID: "other"}
 			rest[k.Standing] = r
 		}
 		r.Keys, r.Bytes = r.Keys+k.Keys, r.Bytes+k.Bytes
 	}
-	for _, standing := range lifecycle.Standings {
+	for _, standing := range inventory.Standings {
 		if r := rest[standing]; r != nil {
 			out = append(out, *r)
 		}

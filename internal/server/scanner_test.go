@@ -8,17 +8,17 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 )
 
 // TestLabelled: whoever writes values that name many keys, or bytes that are no text, makes few lines of metrics, and no panic.
 func TestLabelled(t *testing.T) {
-	var keys []lifecycle.KeyCount
+	var keys []inventory.KeyCount
 	for i := range 1000 {
-		keys = append(keys, lifecycle.KeyCount{Standing: keyring.Foreign, Provider: "x", KeyID: fmt.Sprintf("%d\xff", i), Count: lifecycle.Count{Keys: 1, Bytes: 10}})
+		keys = append(keys, inventory.KeyCount{Standing: keyring.Foreign, Provider: "x", KeyID: fmt.Sprintf("%d\xff", i), Count: inventory.Count{Keys: 1, Bytes: 10}})
 	}
-	keys = append(keys, lifecycle.KeyCount{Standing: keyring.Foreign, Count: lifecycle.Count{Keys: 7, Bytes: 70}})
-	keys = append(keys, lifecycle.KeyCount{Standing: keyring.Current, Provider: "main", KeyID: "1", Count: lifecycle.Count{Keys: 500, Bytes: 5}})
+	keys = append(keys, inventory.KeyCount{Standing: keyring.Foreign, Count: inventory.Count{Keys: 7, Bytes: 70}})
+	keys = append(keys, inventory.KeyCount{Standing: keyring.Current, Provider: "main", KeyID: "1", Count: inventory.Count{Keys: 500, Bytes: 5}})
 	got := labelled(keys)
 	if len(got) != labelKeys || got[0].KeyID != "1" || got[1].KeyID != "0?" {
 		t.Fatalf("%d: %v", len(got), got)

@@ -33,7 +33,6 @@ import (
 type Options struct {
 	Drain          time.Duration
 	AllowWeakening bool
-	Reference      bool
 	ScanInterval   time.Duration // 0: the proxy does not scan
 
 	ReencryptInterval time.Duration // 0: the proxy does not re-encrypt
@@ -267,7 +266,6 @@ func proxyConfig(c *config.Config, o Options) proxy.Config {
 		Upstream:        etcdclient.Upstream(&c.Etcd),
 		MaxRequestBytes: c.Etcd.MaxRequestBytes,
 		DrainTimeout:    o.Drain,
-		Reference:       o.Reference,
 	}
 	if c.Coordination.Enabled {
 		pc.OwnPrefixes = encryption.OwnPrefixes(c)

@@ -41,15 +41,15 @@ func TestFirstWords(t *testing.T) {
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			h := &handler{headers: func(*Stream, []hpack.HeaderField, bool) { t.Errorf("%s: a stream begins", name) }}
-			cfg := Config{Greeting: greeting}
+			cfg := Config{HandshakeTimeout: greeting}
 			p, far := newPeer(t, &cfg, h)
 			h.conn = NewServer(far, cfg)
 			p.run(t, h.conn)
-			p.expect(t, "SETTINGS INITIAL_WINDOW_SIZE=524288", "WINDOW_UPDATE 4128769")
+			p.expect(t, "SETTINGS MAX_CONCURRENT_STREAMS=32768 MAX_HEADER_LIST_SIZE=65536", "WINDOW_UPDATE 4128769")
 			say(p)
 			if why := told[name]; why != "" {
 				p.expect(t, why)
-				time.Sleep(lingering)
+				time.Sleep(lingerTimeout)
 			}
 			p.expect(t, "closed")
 			if err := <-p.served; err == nil {
@@ -68,7 +68,7 @@ func TestServerWithoutSettings(t *testing.T) {
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			h := &handler{}
-			cfg := Config{Greeting: greeting}
+			cfg := Config{HandshakeTimeout: greeting}
 			p, far := newPeer(t, &cfg, h)
 			h.conn = NewClient(far, cfg)
 			p.run(t, h.conn)
@@ -97,7 +97,7 @@ func TestNoDeadlineAfterSettings(t *testing.T) {
 func TestCloseBeforeServe(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &handler{}
-		cfg := Config{Silence: time.Second, Patience: time.Second, Idle: time.Second, Always: true}
+		cfg := Config{KeepaliveTime: time.Second, KeepaliveTimeout: time.Second, IdleTimeout: time.Second, PermitWithoutStream: true}
 		p, far := newPeer(t, &cfg, h)
 		h.conn = NewClient(far, cfg)
 		h.conn.Close()

@@ -41,7 +41,7 @@ func BenchmarkUnary(b *testing.B) {
 			header := fields(":status", "200", "content-type", "application/grpc")
 			msg := pattern(size)
 			server := &handler{data: func(s *Stream, data []byte, end bool) {
-				if s.Credit(len(data)); end {
+				if s.Consumed(len(data)); end {
 					s.Headers(header, false)
 					s.Data(false, msg[:5], msg[5:])
 					s.Headers(okTrailer, true)
@@ -54,7 +54,7 @@ func BenchmarkUnary(b *testing.B) {
 						done <- struct{}{}
 					}
 				},
-				data: func(s *Stream, data []byte, _ bool) { s.Credit(len(data)) },
+				data: func(s *Stream, data []byte, _ bool) { s.Consumed(len(data)) },
 			}
 			pool := new(recycling)
 			server.conn = NewServer(far, Config{Handler: server, Pool: pool})

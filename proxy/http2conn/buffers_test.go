@@ -71,7 +71,7 @@ func TestBuffersComeBack(t *testing.T) {
 					s.Buffers(true, pattern(2000), p.pool.body(10_000, 3000))
 					s.Data(true, pattern(2000), pattern(2000))
 					s.Headers(okTrailer, true)
-					if goesOn := name == "nothing" || name == "a refused stream" && server; !goesOn && s.Waits() {
+					if goesOn := name == "nothing" || name == "a refused stream" && server; !goesOn && s.HasQueued() {
 						t.Errorf("%s, server %t: something waits", name, server)
 					}
 				})
@@ -97,9 +97,9 @@ func TestNothingGathersAfterClose(t *testing.T) {
 			p.begin(t, h, 1, false)
 			h.data = func(s *Stream, _ []byte, _ bool) {
 				h.conn.Close() // and more has been read
-				h.conn.received = connWindow / 2
+				h.conn.unannounced = connWindow / 2
 				s.Data(false, nil, pattern(100))
-				s.Credit(streamWindow)
+				s.Consumed(defaultWindow)
 			}
 			var all bytes.Buffer // in one write, so that it is read at once
 			f := http2.NewFramer(&all, nil)

@@ -31,12 +31,12 @@ func TestGoAway(t *testing.T) {
 		}
 		h.conn.Flush()
 		p.says(t)
-		if !h.conn.Takes() || h.conn.Leaving() {
+		if !h.conn.CanOpen() || h.conn.Draining() {
 			t.Error("the server takes no streams before it says so")
 		}
 		p.WriteGoAway(1<<31-1, http2.ErrCodeNo, nil) // as servers do that leave in good order
 		p.expect(t)
-		if h.conn.Takes() || !h.conn.Leaving() || h.conn.Open("one more", request, true) != nil {
+		if h.conn.CanOpen() || !h.conn.Draining() || h.conn.Open("one more", request, true) != nil {
 			t.Error("the server still takes streams")
 		}
 		p.WriteGoAway(3, http2.ErrCodeNo, nil)
@@ -84,10 +84,10 @@ func TestStreamLimit(t *testing.T) {
 		h := &handler{}
 		p := dialOne(t, h, Config{}, limit(2))
 		first := h.conn.Open(nil, request, true)
-		if !h.conn.Takes() || h.conn.Open(nil, request, true) == nil {
+		if !h.conn.CanOpen() || h.conn.Open(nil, request, true) == nil {
 			t.Error("it takes one")
 		}
-		if h.conn.Takes() || h.conn.Open(nil, request, true) != nil || h.conn.Leaving() {
+		if h.conn.CanOpen() || h.conn.Open(nil, request, true) != nil || h.conn.Draining() {
 			t.Error("it takes three")
 		}
 		first.Reset(http2.ErrCodeCancel)
@@ -96,7 +96,7 @@ func TestStreamLimit(t *testing.T) {
 		}
 		p.WriteSettings(limit(1))
 		synctest.Wait()
-		if h.conn.Takes() {
+		if h.conn.CanOpen() {
 			t.Error("it takes two of one")
 		}
 	})
@@ -107,8 +107,8 @@ func TestLastStreamID(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &handler{}
 		p := dialOne(t, h, Config{})
-		h.conn.next = 1<<31 - 1
-		if h.conn.Open(nil, request, true) == nil || h.conn.Open(nil, request, true) != nil || !h.conn.Leaving() {
+		h.conn.nextStreamID = 1<<31 - 1
+		if h.conn.Open(nil, request, true) == nil || h.conn.Open(nil, request, true) != nil || !h.conn.Draining() {
 			t.Error("there is not one stream left")
 		}
 		h.conn.Flush()
@@ -123,7 +123,7 @@ func TestIdle(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &handler{}
 		h.headers = func(s *Stream, _ []hpack.HeaderField, _ bool) { s.Finish() }
-		p := dialOne(t, h, Config{Idle: time.Minute})
+		p := dialOne(t, h, Config{IdleTimeout: time.Minute})
 		use := func(id uint32) {
 			t.Helper()
 			if h.conn.Open(nil, request, true) == nil {
@@ -141,7 +141,7 @@ func TestIdle(t *testing.T) {
 		p.expect(t)
 		time.Sleep(time.Second)
 		p.expect(t, "closed")
-		if h.conn.Takes() || !h.conn.Leaving() {
+		if h.conn.CanOpen() || !h.conn.Draining() {
 			t.Error("it takes streams")
 		}
 	})
@@ -151,7 +151,7 @@ func TestIdle(t *testing.T) {
 func TestIdleFromTheBeginning(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &handler{}
-		p := dialOne(t, h, Config{Idle: time.Minute})
+		p := dialOne(t, h, Config{IdleTimeout: time.Minute})
 		p.says(t)
 		time.Sleep(time.Minute)
 		p.expect(t, "closed")

@@ -139,29 +139,29 @@ func (h *handler) Reset(s *Stream, code http2.ErrCode) {
 	}
 }
 
-func (h *handler) Sent(s *Stream) {
+func (h *handler) Writable(s *Stream) {
 	if h.sent != nil {
 		h.sent(s)
 	}
 }
 
-func (h *handler) Greeted() {
+func (h *handler) SettingsReceived() {
 	if h.greeted != nil {
 		h.greeted()
 	}
 }
 
-func (h *handler) Leaving() {
+func (h *handler) GoAwayReceived() {
 	if h.leaving != nil {
 		h.leaving()
 	}
 }
 
-func (h *handler) Idle() {
+func (h *handler) FlushNeeded() {
 	if h.idle != nil {
 		h.idle()
 	}
-	for h.conn.Dirty() { // Sent has given credit, which is to be flushed, too
+	for h.conn.NeedsFlush() { // Writable has sent WINDOW_UPDATE frames
 		h.conn.Flush()
 	}
 }
@@ -179,7 +179,7 @@ func echo() *handler {
 	h.data = func(s *Stream, data []byte, end bool) {
 		e := s.Value().(*echoing)
 		e.add(len(data))
-		if s.Data(false, nil, data) && !s.Waits() {
+		if s.Data(false, nil, data) && !s.HasQueued() {
 			e.credit(s)
 		}
 		if end {
@@ -208,7 +208,7 @@ func (e *echoing) credit(s *Stream) {
 	n := e.held
 	e.held = 0
 	e.mu.Unlock()
-	s.Credit(n)
+	s.Consumed(n)
 }
 
 // fields makes header fields of names and values.

@@ -2,23 +2,27 @@ package http2conn
 
 import (
 	"io"
+	"runtime"
 
 	"google.golang.org/grpc/mem"
 )
 
-// Sizes of what is read at once, in bytes: a peer that fills the buffer gets a larger one, and one that has grown silent a small one again. Most connections are silent most of
-// the time.
+// Sizes of the read buffer in bytes. A read that fills it with long data makes the next one larger, and
+// a short read smaller: most connections are idle most of the time, and many small frames take much
+// time, in which other connections wait.
 const (
 	minInput = 4 << 10
 	maxInput = 256 << 10
+	longData = 1 << 10 // bytes of a frame
 )
 
-// input is a buffered reader. One goroutine uses it.
+// input is a buffered reader for one goroutine.
 type input struct {
 	read func([]byte) (int, error) // from the connection
 	pool mem.BufferPool
 	buf  *[]byte
-	r, w int // what was read and not taken
+	r, w int // of buf, what was read and not returned
+	long int // bytes of buf that were long data
 }
 
 // Read implements io.Reader.
@@ -27,7 +31,7 @@ func (in *input) Read(b []byte) (int, error) {
 	return copy(b, have), err
 }
 
-// next returns up to n bytes, at least one, that are there until the next call.
+// next returns up to n bytes, at least one, that are valid until the next call.
 func (in *input) next(n int) ([]byte, error) {
 	if in.r == in.w {
 		if err := in.fill(); err != nil {
@@ -36,22 +40,28 @@ func (in *input) next(n int) ([]byte, error) {
 	}
 	b := (*in.buf)[in.r:min(in.w, in.r+n)]
 	in.r += len(b)
+	if n >= longData {
+		in.long += len(b)
+	}
 	return b, nil
 }
 
-// fill reads once, after everything was taken.
+// fill reads once, into an empty buffer.
 func (in *input) fill() error {
 	if in.buf == nil {
 		in.resize(minInput)
-	} else if size := len(*in.buf); in.w == size && size < maxInput {
+	} else if size := len(*in.buf); in.w == size && size < maxInput && in.long > size/2 {
 		in.resize(4 * size)
 	} else if in.w < size/16 && size > minInput {
 		in.resize(size / 4)
 	}
+	if in.w == len(*in.buf) { // there is more to read, for which this connection need not wait
+		runtime.Gosched()
+	}
 	n, err := in.read(*in.buf)
-	in.r, in.w = 0, n
+	in.r, in.w, in.long = 0, n, 0
 	if n > 0 {
-		return nil // an error that came with bytes comes again without
+		return nil // the next read returns an error that came with bytes
 	}
 	if err == nil {
 		err = io.ErrNoProgress
@@ -59,13 +69,13 @@ func (in *input) fill() error {
 	return err
 }
 
-// resize takes another buffer, while there is nothing in the one that there is.
+// resize replaces the empty buffer.
 func (in *input) resize(size int) {
 	in.free()
 	in.buf = in.pool.Get(size)
 }
 
-// free gives the buffer back.
+// free returns the buffer to the pool.
 func (in *input) free() {
 	if in.buf != nil {
 		in.pool.Put(in.buf)

@@ -18,7 +18,7 @@ func TestSilentPeer(t *testing.T) {
 	for _, server := range []bool{true, false} {
 		synctest.Test(t, func(t *testing.T) {
 			h := &handler{}
-			cfg := Config{Silence: time.Minute, Patience: 10 * time.Second, Always: true}
+			cfg := Config{KeepaliveTime: time.Minute, KeepaliveTimeout: 10 * time.Second, PermitWithoutStream: true}
 			var p *peer
 			if server {
 				p = serveOne(t, h, cfg)
@@ -33,7 +33,7 @@ func TestSilentPeer(t *testing.T) {
 			p.expect(t, asksLife)
 			time.Sleep(10*time.Second - 1)
 			p.expect(t)
-			if err := wait(t, p.served, "end"); !errors.Is(err, errSilent) {
+			if err := wait(t, p.served, "end"); !errors.Is(err, errKeepalive) {
 				t.Errorf("Serve says %v", err)
 			}
 			p.expect(t, "closed")
@@ -48,7 +48,7 @@ func TestSilentPeer(t *testing.T) {
 func TestPeerThatSpeaks(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &handler{}
-		p := serveOne(t, h, Config{Silence: time.Minute, Patience: 10 * time.Second, Always: true})
+		p := serveOne(t, h, Config{KeepaliveTime: time.Minute, KeepaliveTimeout: 10 * time.Second, PermitWithoutStream: true})
 		for range 100 {
 			time.Sleep(59 * time.Second)
 			p.WriteWindowUpdate(0, 1)
@@ -69,7 +69,7 @@ func TestPeerThatSpeaks(t *testing.T) {
 func TestNoPingWithoutStreams(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &handler{}
-		p := dialOne(t, h, Config{Silence: time.Minute, Patience: 10 * time.Second})
+		p := dialOne(t, h, Config{KeepaliveTime: time.Minute, KeepaliveTimeout: 10 * time.Second})
 		p.says(t)
 		time.Sleep(time.Hour + 30*time.Second)
 		p.expect(t)
@@ -91,7 +91,7 @@ func TestNoPingWithoutStreams(t *testing.T) {
 func TestSilenceOfWhoDoesNotListen(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &handler{data: func(*Stream, []byte, bool) { time.Sleep(time.Hour - 30*time.Second) }}
-		p := serveOne(t, h, Config{Silence: time.Minute, Patience: 10 * time.Second, Always: true})
+		p := serveOne(t, h, Config{KeepaliveTime: time.Minute, KeepaliveTimeout: 10 * time.Second, PermitWithoutStream: true})
 		p.begin(t, h, 1, false)
 		p.WriteData(1, false, []byte("x"))
 		time.Sleep(time.Hour - 1)
@@ -108,36 +108,68 @@ func TestSilenceOfWhoDoesNotListen(t *testing.T) {
 func TestSilentPeerThatDoesNotRead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &handler{}
-		p := serveOne(t, h, Config{Silence: time.Minute, Patience: 10 * time.Second, Always: true})
+		p := serveOne(t, h, Config{KeepaliveTime: time.Minute, KeepaliveTimeout: 10 * time.Second, PermitWithoutStream: true})
 		defer p.pause()()
 		time.Sleep(2*time.Minute + 10*time.Second)
-		if err := wait(t, p.served, "end"); !errors.Is(err, errSilent) {
+		if err := wait(t, p.served, "end"); !errors.Is(err, errKeepalive) {
 			t.Errorf("Serve says %v", err)
 		}
 	})
 }
 
-// TestPeerThatTakesNothing is left although there is something to write to it.
-func TestPeerThatTakesNothing(t *testing.T) {
+// TestPeerThatReadsNothing: the connection closes when data waits for it for a minute, and not while
+// it reads a little.
+func TestPeerThatReadsNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := &handler{data: func(s *Stream, _ []byte, _ bool) { s.Data(false, nil, pattern(frameSize)) }}
-		p := serveOne(t, h, Config{Silence: time.Minute, Patience: 10 * time.Second})
+		h := &handler{data: func(s *Stream, _ []byte, _ bool) { s.Data(false, nil, pattern(maxFrameSize)) }}
+		p := serveOne(t, h, Config{})
 		p.begin(t, h, 1, false)
 		release := p.pause()
 		p.WriteData(1, false, []byte("x"))
-		time.Sleep(125 * time.Second) // it is slow, but not gone
+		time.Sleep(stallTimeout - time.Second)
 		release()
-		p.expect(t, "DATA 1 16384", asksLife) // before it is judged
-		p.WritePing(true, [8]byte{})
+		p.expect(t, "DATA 1 16384")
 		defer p.pause()()
 		begun := time.Now()
 		p.WriteData(1, false, []byte("x"))
-		if err := <-p.served; !errors.Is(err, errSilent) {
+		if err := <-p.served; !errors.Is(err, errStalled) {
 			t.Errorf("Serve says %v", err)
 		}
-		if got := time.Since(begun); got < 70*time.Second || got > 130*time.Second {
-			t.Errorf("it was left after %v", got)
+		if got := time.Since(begun); got != 2*stallTimeout { // it has read the header of the frame
+			t.Errorf("it closed after %v", got)
 		}
+	})
+}
+
+// TestPeerThatOpensNoWindow: the connection closes when data waits for the window of the connection for a
+// minute. Data that waits for the window of a stream, as of a watch that is not read, may wait.
+func TestPeerThatOpensNoWindow(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := &handler{}
+		p := serveOne(t, h, Config{}, windowOf(1<<20))
+		s := p.begin(t, h, 1, false)
+		s.Data(false, nil, pattern(defaultWindow+1))
+		h.conn.Flush()
+		p.expect(t, dataFrames(1, defaultWindow, false)...)
+		time.Sleep(stallTimeout - time.Second)
+		p.WriteWindowUpdate(0, 1)
+		p.expect(t, "DATA 1 1")
+		time.Sleep(10 * stallTimeout)
+		s.Data(false, nil, pattern(1))
+		h.conn.Flush()
+		begun := time.Now()
+		if err := <-p.served; !errors.Is(err, errStalled) || time.Since(begun) != stallTimeout {
+			t.Errorf("Serve says %v after %v", err, time.Since(begun))
+		}
+	})
+	synctest.Test(t, func(t *testing.T) {
+		h := &handler{}
+		p := serveOne(t, h, Config{}, windowOf(1))
+		p.begin(t, h, 1, false).Data(false, nil, pattern(2))
+		h.conn.Flush()
+		p.expect(t, "DATA 1 1")
+		time.Sleep(10 * stallTimeout)
+		p.expect(t)
 	})
 }
 
@@ -158,7 +190,7 @@ func TestPingStrikes(t *testing.T) {
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			h := &handler{}
-			p := serveOne(t, h, Config{MinPing: 5 * time.Second})
+			p := serveOne(t, h, Config{MinPingInterval: 5 * time.Second})
 			s := p.begin(t, h, 1, true)
 			if !try.streams {
 				s.Reset(http2.ErrCodeCancel)
@@ -169,7 +201,7 @@ func TestPingStrikes(t *testing.T) {
 			for range 20 {
 				p.WritePing(false, [8]byte{'x'})
 				if synctest.Wait(); answered == try.pings && try.pings > 0 {
-					time.Sleep(lingering)
+					time.Sleep(lingerTimeout)
 				}
 				got := p.says(t)
 				if len(got) == 1 && got[0] == `PING ack "x"` {
@@ -197,7 +229,7 @@ func TestPingsThatAreExcused(t *testing.T) {
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			h := &handler{}
-			p := serveOne(t, h, Config{MinPing: time.Hour})
+			p := serveOne(t, h, Config{MinPingInterval: time.Hour})
 			s := p.begin(t, h, 1, true)
 			for range 10 {
 				send(s)
@@ -218,7 +250,7 @@ func TestPingsThatAreExcused(t *testing.T) {
 func TestPingsOfAServer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &handler{}
-		p := dialOne(t, h, Config{MinPing: time.Hour})
+		p := dialOne(t, h, Config{MinPingInterval: time.Hour})
 		p.says(t)
 		for range 10 {
 			p.WritePing(false, [8]byte{'x'})

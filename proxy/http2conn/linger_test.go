@@ -35,9 +35,9 @@ func TestLastAnswerArrives(t *testing.T) {
 	}
 	client.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: block.Bytes(), EndStream: true, EndHeaders: true})
 	s := wait(t, began, "stream")
-	h.conn.Leave()
+	h.conn.GracefulShutdown()
 	h.conn.Flush()
-	client.WritePing(true, leavingPing)
+	client.WritePing(true, shutdownPing)
 	next := func() http2.Frame {
 		f, err := client.ReadFrame()
 		if err != nil {
@@ -70,13 +70,13 @@ func TestLastAnswerArrives(t *testing.T) {
 func TestLinger(t *testing.T) {
 	for name, last := range map[string]func(h *handler, p *peer){
 		"leaving": func(h *handler, p *peer) {
-			h.conn.Leave()
+			h.conn.GracefulShutdown()
 			h.conn.Flush()
-			p.WritePing(true, leavingPing)
+			p.WritePing(true, shutdownPing)
 		},
 		"a bad stream": func(_ *handler, p *peer) { p.headers(2, true, request) },
 		"pings": func(_ *handler, p *peer) {
-			for range maxStrikes + 2 {
+			for range maxPingStrikes + 2 {
 				p.WritePing(false, [8]byte{})
 			}
 		},
@@ -84,7 +84,7 @@ func TestLinger(t *testing.T) {
 		for _, closes := range []bool{true, false} {
 			synctest.Test(t, func(t *testing.T) {
 				h := &handler{}
-				p := serveOne(t, h, Config{MinPing: time.Minute})
+				p := serveOne(t, h, Config{MinPingInterval: time.Minute})
 				last(h, p)
 				h.headers = func(*Stream, []hpack.HeaderField, bool) { t.Errorf("%s: a stream begins", name) }
 				p.says(t)
@@ -101,7 +101,7 @@ func TestLinger(t *testing.T) {
 				if got := p.says(t); len(got) != 1 || got[0] != want[0] {
 					t.Errorf("%s: the peer was sent %q", name, got)
 				}
-				if took := time.Since(begun); closes && took > 0 || !closes && took != lingering {
+				if took := time.Since(begun); closes && took > 0 || !closes && took != lingerTimeout {
 					t.Errorf("%s: it took %v", name, took)
 				}
 			})
@@ -110,9 +110,9 @@ func TestLinger(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) { // unless it is closed
 		h := &handler{}
 		p := serveOne(t, h, Config{})
-		h.conn.Leave()
+		h.conn.GracefulShutdown()
 		h.conn.Flush()
-		p.WritePing(true, leavingPing)
+		p.WritePing(true, shutdownPing)
 		p.says(t)
 		h.conn.Close()
 		p.expect(t, "closed")

@@ -61,7 +61,7 @@ func newPeer(t *testing.T, cfg *Config, h *handler) (p *peer, far net.Conn) {
 	p.AllowIllegalWrites = true
 	p.enc = hpack.NewEncoder(&p.block)
 	cfg.Handler, cfg.Pool = h, p.pool
-	cfg.Plain = h.vectors
+	cfg.Plaintext = h.vectors
 	t.Cleanup(func() {
 		near.Close()
 		synctest.Wait()

@@ -6,13 +6,13 @@ import (
 	"testing/synctest"
 )
 
-// told notes for which streams Sent was called, and fails where something of them waits.
+// told notes for which streams Writable was called, and fails where something of them waits.
 func told(t *testing.T, h *handler) (take func() []uint32) {
 	t.Helper()
 	calls := make(chan uint32, 100)
 	h.sent = func(s *Stream) {
-		if s.Waits() {
-			t.Errorf("Sent of stream %d, of which something waits", s.id)
+		if s.HasQueued() {
+			t.Errorf("Writable of stream %d, of which something waits", s.id)
 		}
 		calls <- s.id
 	}
@@ -35,7 +35,7 @@ func TestSent(t *testing.T) {
 		expect := func(when string, want ...uint32) {
 			t.Helper()
 			if got := sent(); !slices.Equal(got, want) {
-				t.Fatalf("%s: Sent was called for %v, want %v", when, got, want)
+				t.Fatalf("%s: Writable was called for %v, want %v", when, got, want)
 			}
 		}
 		if !s.Data(false, nil, pattern(10)) {
@@ -78,7 +78,7 @@ func TestSentOfAClient(t *testing.T) {
 		h.conn.Flush()
 		p.WriteWindowUpdate(1, 10)
 		if got := sent(); !slices.Equal(got, []uint32{1}) {
-			t.Errorf("Sent was called for %v", got)
+			t.Errorf("Writable was called for %v", got)
 		}
 		if got := p.says(t); got[len(got)-1] != "DATA 1 10 end" {
 			t.Errorf("sent %q", got)
@@ -99,11 +99,11 @@ func TestSentOnlyWhenNothingWaits(t *testing.T) {
 		}
 		h.conn.Flush()
 		if got := sent(); len(got) > 0 {
-			t.Errorf("Sent was called for %v", got)
+			t.Errorf("Writable was called for %v", got)
 		}
 		p.WriteWindowUpdate(1, 1)
 		if got := sent(); !slices.Equal(got, []uint32{1}) {
-			t.Errorf("Sent was called for %v", got)
+			t.Errorf("Writable was called for %v", got)
 		}
 	})
 }
@@ -116,17 +116,17 @@ func TestSentOfMuch(t *testing.T) {
 		p := serveOne(t, h, Config{}, windowOf(1<<24))
 		p.WriteWindowUpdate(0, 1<<24)
 		s := p.begin(t, h, 1, true)
-		const n = 5*outLimit + 1
-		if s.Data(false, nil, pattern(n)) || !s.Waits() {
+		const n = 5*flushLimit + 1
+		if s.Data(false, nil, pattern(n)) || !s.HasQueued() {
 			t.Error("more is gathered than the limit")
 		}
 		s.Headers(okTrailer, true)
-		if got := len(*h.conn.out); got > outLimit+frameSize {
+		if got := len(*h.conn.pending); got > flushLimit+maxFrameSize {
 			t.Errorf("%d bytes were gathered", got)
 		}
 		h.conn.Flush()
 		if got := sent(); len(got) > 0 {
-			t.Errorf("Sent was called for %v, which has ended", got)
+			t.Errorf("Writable was called for %v, which has ended", got)
 		}
 		same(t, "stream", p.took(1), pattern(n))
 		if got := p.says(t); got[len(got)-1] != "HEADERS 1 grpc-status=0 end" {
@@ -148,11 +148,11 @@ func TestSentAfterABlockedWrite(t *testing.T) {
 		p.says(t)
 		p.WriteWindowUpdate(1, 10)
 		if got := sent(); len(got) > 0 {
-			t.Errorf("Sent was called for %v", got)
+			t.Errorf("Writable was called for %v", got)
 		}
 		release()
 		if got := sent(); !slices.Equal(got, []uint32{1}) {
-			t.Errorf("Sent was called for %v", got)
+			t.Errorf("Writable was called for %v", got)
 		}
 	})
 }

@@ -12,13 +12,14 @@ import (
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/encoding/gzip"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// withLearner is a cluster of one voting member and a learner, with a key that both have.
+// withLearner returns a cluster of one voting member and a learner, with a key that both have.
 func withLearner(t *testing.T, version string) (s *site, voter, learner *harness.Member) {
 	t.Helper()
 	s = &site{Env: harness.New(t)}
@@ -39,7 +40,10 @@ func withLearner(t *testing.T, version string) (s *site, voter, learner *harness
 	return s, voter, learner
 }
 
-// calls are those that a learner refuses, each as a client makes it that does not try again.
+// ways are options of clients whose calls the proxy relays or handles.
+var ways = map[string][]grpc.DialOption{"relayed": nil, "handled": {grpc.WithDefaultCallOptions(grpc.UseCompressor(gzip.Name))}}
+
+// calls are those that a learner refuses, each as sent by a client that does not retry.
 var calls = map[string]func(ctx context.Context, conn *grpc.ClientConn) error{
 	"put": func(ctx context.Context, conn *grpc.ClientConn) error {
 		_, err := pb.NewKVClient(conn).Put(ctx, &pb.PutRequest{Key: []byte(sealed), Value: []byte(value)})
@@ -93,8 +97,9 @@ var calls = map[string]func(ctx context.Context, conn *grpc.ClientConn) error{
 	},
 }
 
-// TestLearnerAmongEndpoints: no call meets the refusal of a learner while another member is there, whatever the order
-// of the endpoints, and when the learner is promoted it gets its share.
+// TestLearnerAmongEndpoints checks that no call is refused by a learner while another member is
+// available, whatever the order of the endpoints, and that the learner gets its share of calls
+// after it was promoted.
 func TestLearnerAmongEndpoints(t *testing.T) {
 	t.Parallel()
 	for _, version := range []string{"3.5", "3.7"} { // which refuse with different codes
@@ -103,23 +108,22 @@ func TestLearnerAmongEndpoints(t *testing.T) {
 			s, voter, learner := withLearner(t, version)
 			var proxies []*harness.Proxy
 			for name, endpoints := range map[string][]string{"first": {learner.URL, voter.URL}, "second": {voter.URL, learner.URL}} {
-				for engine, args := range map[string][]string{"frames": nil, "reference": {"--reference-engine"}} {
-					p := s.NewProxy(name+"-"+engine, harness.ProxyConfig{
-						Etcd: harness.Upstream{Endpoints: endpoints}, KMS: []harness.KMSConfig{s.LocalKey("dev", 1)}, Rules: []harness.Rule{{Prefix: "/s/", WriteWith: "dev"}},
-					})
-					p.Args = args
-					p.Start()
-					p.WaitReady(within)
-					proxies = append(proxies, p)
+				p := s.NewProxy(name, harness.ProxyConfig{
+					Etcd: harness.Upstream{Endpoints: endpoints}, KMS: []harness.KMSConfig{s.LocalKey("dev", 1)}, Rules: []harness.Rule{{Prefix: "/s/", WriteWith: "dev"}},
+				})
+				p.Start()
+				p.WaitReady(within)
+				proxies = append(proxies, p)
+				for way, opts := range ways {
 					for what, call := range calls {
 						if what == "streamed get" && version != "3.7" {
 							continue
 						}
-						t.Run(name+"/"+engine+"/"+what, func(t *testing.T) {
-							for n := range 10 { // each over a connection of its own
+						t.Run(name+"/"+way+"/"+what, func(t *testing.T) {
+							for n := range 10 { // each over its own connection
 								ctx, cancel := context.WithTimeout(t.Context(), within)
 								defer cancel()
-								if err := call(ctx, harness.Dial(t, p.Address, nil)); err != nil {
+								if err := call(ctx, harness.Dial(t, p.Address, nil, opts...)); err != nil {
 									t.Errorf("call %d: %v", n, err)
 								}
 							}
@@ -146,23 +150,20 @@ func TestLearnerAmongEndpoints(t *testing.T) {
 	}
 }
 
-// TestOnlyLearnerLeft: while the members that vote are away, the learner serves what it can, and refuses the rest with
-// etcd's text.
+// TestOnlyLearnerLeft checks that while the voting members are down, the learner serves what it
+// can, and the proxy refuses the rest with etcd's text.
 func TestOnlyLearnerLeft(t *testing.T) {
 	t.Parallel()
 	s, voter, learner := withLearner(t, "3.7")
-	for engine, args := range map[string][]string{"frames": nil, "reference": {"--reference-engine"}} {
-		p := s.NewProxy(engine, harness.ProxyConfig{
-			Etcd: harness.Upstream{Endpoints: []string{voter.URL, learner.URL}}, KMS: []harness.KMSConfig{s.LocalKey("dev", 1)}, Rules: []harness.Rule{{Prefix: "/s/", WriteWith: "dev"}},
-		})
-		p.Args = args
-		p.Start()
-		p.WaitReady(within)
-		s.each = append(s.each, p.URL())
-	}
+	p := s.NewProxy("proxy", harness.ProxyConfig{
+		Etcd: harness.Upstream{Endpoints: []string{voter.URL, learner.URL}}, KMS: []harness.KMSConfig{s.LocalKey("dev", 1)}, Rules: []harness.Rule{{Prefix: "/s/", WriteWith: "dev"}},
+	})
+	p.Start()
+	p.WaitReady(within)
+	s.each = append(s.each, p.URL())
 	voter.Stop(within)
-	for _, url := range s.each {
-		conn := s.stub(t, url)
+	for _, opts := range ways {
+		conn := harness.Dial(t, p.Address, nil, opts...)
 		kv := pb.NewKVClient(conn)
 		harness.Eventually(t, within, "a serializable read", func() error {
 			r, err := kv.Range(t.Context(), &pb.RangeRequest{Key: []byte(plain), Serializable: true})
@@ -194,8 +195,8 @@ func TestOnlyLearnerLeft(t *testing.T) {
 	t.Logf("back after %v", time.Since(begun))
 }
 
-// TestLearnerAlone: a proxy whose only endpoint is a learner serves what the learner does, however it coordinates, and
-// everything once the learner is promoted.
+// TestLearnerAlone checks that a proxy whose only endpoint is a learner serves what the learner
+// serves, whatever its coordination settings, and everything after the learner was promoted.
 func TestLearnerAlone(t *testing.T) {
 	t.Parallel()
 	for _, version := range []string{"3.5", "3.7"} {
@@ -205,7 +206,7 @@ func TestLearnerAlone(t *testing.T) {
 			cfg := harness.ProxyConfig{
 				Etcd: harness.Upstream{Endpoints: []string{voter.URL}}, KMS: []harness.KMSConfig{s.LocalKey("dev", 1)}, Rules: []harness.Rule{{Prefix: "/s/", WriteWith: "dev"}},
 			}
-			s.StartProxy("voter", cfg).WaitReady(within) // which leaves a record of its rules
+			s.StartProxy("voter", cfg).WaitReady(within) // leaves a record of its rules
 			harness.Eventually(t, within, "the record of the rules", func() error {
 				r, err := pb.NewKVClient(s.stub(t, learner.URL)).Range(t.Context(), &pb.RangeRequest{Key: []byte("/etcd-kms-proxy/agreement"), Serializable: true})
 				if err == nil && len(r.Kvs) == 0 {
@@ -215,7 +216,7 @@ func TestLearnerAlone(t *testing.T) {
 			})
 			cfg.Etcd.Endpoints = []string{learner.URL}
 			var proxies []*harness.Proxy
-			for name, args := range map[string][]string{"frames": nil, "reference": {"--reference-engine"}, "alone": {"--allow-weakening"}} {
+			for name, args := range map[string][]string{"proxy": nil, "alone": {"--allow-weakening"}} {
 				p := s.NewProxy(name, cfg)
 				if name == "alone" {
 					alone := cfg
@@ -258,8 +259,10 @@ func TestLearnerAlone(t *testing.T) {
 	}
 }
 
-// TestLearnerWithAuth: a learner lets no user log in, so that the proxy cannot compare its rules there. It serves what the
-// learner serves to clients with a token, refuses the rest as the learner does, and is judged once the learner is promoted.
+// TestLearnerWithAuth checks a proxy in front of a learner, which does not authenticate users, so
+// that the proxy cannot compare its rules there. It serves what the learner serves to clients with
+// a token, refuses the rest as the learner does, and compares its rules after the learner was
+// promoted.
 func TestLearnerWithAuth(t *testing.T) {
 	t.Parallel()
 	s, voter, learner := withLearner(t, "3.7")
@@ -286,7 +289,7 @@ func TestLearnerWithAuth(t *testing.T) {
 		Etcd: harness.Upstream{Endpoints: []string{voter.URL}, Username: "root", PasswordFile: s.File("password", []byte("pw"))},
 		KMS:  []harness.KMSConfig{s.LocalKey("dev", 1)}, Rules: []harness.Rule{{Prefix: "/s/", WriteWith: "dev"}},
 	}
-	s.StartProxy("voter", cfg).WaitReady(within) // which leaves a record of its rules
+	s.StartProxy("voter", cfg).WaitReady(within) // leaves a record of its rules
 	harness.Eventually(t, within, "the record of the rules", func() error {
 		r, err := pb.NewKVClient(s.stub(t, voter.URL)).Range(ctx, &pb.RangeRequest{Key: []byte("/etcd-kms-proxy/agreement")})
 		if err == nil && len(r.Kvs) == 0 {

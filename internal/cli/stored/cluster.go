@@ -26,7 +26,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/guard"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
 )
 
@@ -35,7 +36,7 @@ type cluster struct {
 	config *config.Config
 	keys   *encryption.Keys
 	etcd   *clientv3.Client // nil with noEtcd
-	rules  *lifecycle.Rules
+	rules  *inventory.Rules
 	log    *slog.Logger
 
 	stop func()
@@ -130,8 +131,8 @@ func (cl *cluster) reach(ctx context.Context) error {
 }
 
 // fleet is the proxies of this etcd, for commands that compare their rules.
-func (cl *cluster) fleet() *lifecycle.Fleet {
-	f := lifecycle.NewFleet(lifecycle.FleetConfig{Client: cl.etcd, Prefix: cl.config.Coordination.Prefix})
+func (cl *cluster) fleet() *coordination.Fleet {
+	f := coordination.NewFleet(coordination.FleetConfig{Client: cl.etcd, Prefix: cl.config.Coordination.Prefix})
 	f.SetPolicy(guard.PolicyOf(cl.config.Rules, cl.config.Audit))
 	return f
 }
@@ -141,9 +142,9 @@ func (cl *cluster) sameRules(ctx context.Context) error {
 	return otherRules(cl.fleet().SameRules(ctx))
 }
 
-// otherRules adds a hint to [lifecycle.ErrOtherRules].
+// otherRules adds a hint to [coordination.ErrOtherRules].
 func otherRules(err error) error {
-	if errors.Is(err, lifecycle.ErrOtherRules) {
+	if errors.Is(err, coordination.ErrOtherRules) {
 		return problem.WithHint(err, "give all proxies this configuration first (see status), or use --ignore-proxies")
 	}
 	return err
@@ -167,14 +168,14 @@ func CountEncrypted(cmd *cobra.Command, c *config.Config) (n int64, prefix strin
 		return 0, "", err
 	}
 	defer cl.close()
-	counts, _, err := lifecycle.Survey(cmd.Context(), cl.etcd, cl.rules, nil)
+	counts, _, err := inventory.Survey(cmd.Context(), cl.etcd, cl.rules, nil)
 	if err != nil {
 		return 0, "", err
 	}
 	for _, r := range counts {
 		encrypted := r.All.Keys
 		for _, k := range r.Keys {
-			if k.Provider == lifecycle.Plaintext {
+			if k.Provider == inventory.Plaintext {
 				encrypted -= k.Keys
 			}
 		}

@@ -24,8 +24,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/cli/command"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/etcdfile"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 )
 
 // NewDecrypt returns the command decrypt.
@@ -133,7 +133,7 @@ func (cl *cluster) decrypt(ctx context.Context, o decryptOptions, stdout, stderr
 			var standing keyring.Standing
 			v.Value, standing, ierr = rule.Sealer.Inspect(ctx, kv.Key, kv.Value)
 			if e, ok := errors.AsType[*keyring.Error](ierr); ok && (e.Kind == keyring.Unavailable || e.Answered()) {
-				standing = lifecycle.Unavailable
+				standing = inventory.Unavailable
 			}
 			v.Standing = string(standing)
 		}
@@ -194,7 +194,7 @@ func (cl *cluster) values(ctx context.Context, o decryptOptions, visit func(*mvc
 		return snapshotValues(ctx, o, visit)
 	}
 	if o.prefix {
-		_, err := lifecycle.Scan(ctx, cl.etcd, []string{o.key}, 0, visit)
+		_, err := inventory.Scan(ctx, cl.etcd, []string{o.key}, 0, visit)
 		return err
 	}
 	r, err := cl.etcd.Get(ctx, o.key)

@@ -20,7 +20,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/cli/command"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/purge"
 )
 
 // NewPurge returns the command purge.
@@ -78,13 +78,13 @@ type purgeOptions struct {
 
 // purgeReport is the result of purge.
 type purgeReport struct {
-	DryRun   bool                   `json:"dryRun,omitempty"`
-	History  lifecycle.History      `json:"history"`
-	Members  []lifecycle.DiskMember `json:"members"` // after purge
-	Before   int64                  `json:"bytesBefore"`
-	After    int64                  `json:"bytesAfter"` // of all members' database files
-	Left     []string               `json:"left"`       // for the operator to do
-	Verified string                 `json:"next"`
+	DryRun   bool           `json:"dryRun,omitempty"`
+	History  purge.History  `json:"history"`
+	Members  []purge.Member `json:"members"` // after purge
+	Before   int64          `json:"bytesBefore"`
+	After    int64          `json:"bytesAfter"` // of all members' database files
+	Left     []string       `json:"left"`       // for the operator to do
+	Verified string         `json:"next"`
 }
 
 // purge does the work. The report is nil if nothing was begun.
@@ -109,10 +109,10 @@ func (cl *cluster) purge(cmd *cobra.Command, o purgeOptions) (*purgeReport, erro
 		before := unopened.beyond
 		return judge(old.Key, old.Value, true) != "" || unopened.beyond > before
 	}
-	if r.History, err = lifecycle.ReadHistory(ctx, cl.etcd, cl.rules, readable); err != nil {
+	if r.History, err = purge.ReadHistory(ctx, cl.etcd, cl.rules, readable); err != nil {
 		return nil, err
 	}
-	if r.Members, err = lifecycle.Members(ctx, cl.etcd); err != nil {
+	if r.Members, err = purge.Members(ctx, cl.etcd); err != nil {
 		return nil, err
 	}
 	for _, m := range r.Members {
@@ -194,34 +194,17 @@ func (r *purgeReport) plan(w io.Writer) {
 
 // rewrite compacts and defragments.
 func (cl *cluster) rewrite(ctx context.Context, r *purgeReport, settle time.Duration, stderr io.Writer) error {
-	if err := r.History.Compact(ctx, cl.etcd); err != nil {
-		return err
-	}
-	// All members first: one that falls behind may get the whole database of another one.
-	for i := range r.Members {
-		m := &r.Members[i]
-		limited, cancel := context.WithTimeout(ctx, settle)
-		err := r.History.Settle(limited, cl.etcd, m)
-		cancel()
-		switch {
-		case ctx.Err() != nil:
-			return ctx.Err()
-		case err != nil:
-			m.Unproven = fmt.Sprintf("it has not finished its compaction within %s: %v", settle, err)
+	err := r.History.Remove(ctx, cl.etcd, r.Members, settle, func(m *purge.Member, before int64, took time.Duration) {
+		r.After += m.DBSize - before
+		printable.Fprintf(stderr, "member %x at %s: %s, %.1f s\n", m.ID, m.Endpoint, size(m.DBSize), took.Seconds())
+	})
+	for _, m := range r.Members {
+		if m.Unproven != "" {
 			r.Left = append(r.Left, fmt.Sprintf("member %x at %s may still have the old values, and is not defragmented: %s; run purge again", m.ID, m.Endpoint, m.Unproven))
 		}
 	}
-	for i := range r.Members {
-		m := &r.Members[i]
-		if m.Unproven != "" {
-			continue
-		}
-		before, begun := m.DBSize, time.Now()
-		if err := lifecycle.Defragment(ctx, cl.etcd, m); err != nil {
-			return err
-		}
-		r.After += m.DBSize - before
-		printable.Fprintf(stderr, "member %x at %s: %s, %.1f s\n", m.ID, m.Endpoint, size(m.DBSize), time.Since(begun).Seconds())
+	if err != nil {
+		return err
 	}
 	r.Left = append(r.Left,
 		"write-ahead logs of each member (member/wal): etcd removes a file once it is full (64 MB of writes), a later snapshot exists, and --max-wals newer files exist; a member that is removed and added again with an empty data directory has none",

@@ -16,7 +16,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/cli/command"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/etcdclient"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/reencrypt"
 )
 
 // NewReencrypt returns the command reencrypt.
@@ -138,12 +140,12 @@ type reencryption struct {
 }
 
 // runConfig returns the configuration of a run.
-func (j *reencryption) runConfig() lifecycle.ReencryptConfig {
+func (j *reencryption) runConfig() reencrypt.Config {
 	o := j.options
-	c := lifecycle.ReencryptConfig{
-		Client: j.etcd, Rules: func() *lifecycle.Rules { return j.rules }, Prefix: o.prefix, Workers: o.workers, Rate: o.rate, TxnKeys: o.txnKeys,
+	c := reencrypt.Config{
+		Client: j.etcd, Rules: func() *inventory.Rules { return j.rules }, Prefix: o.prefix, Workers: o.workers, Rate: o.rate, TxnKeys: o.txnKeys,
 		MaxBytes: j.config.Etcd.MaxRequestBytes, Passes: o.passes, EncryptPlaintext: o.encryptPlaintext, Paused: j.view.paused, Progress: j.view.progress,
-		Election: lifecycle.Election{
+		Election: coordination.Election{
 			Client: j.etcd, Key: j.config.Coordination.Prefix + "reencrypt", Self: etcdclient.Self(), NoWait: o.noWait,
 			Waiting: func(holder string) { j.view.say("waiting: another reencrypt is at work (%s)", holder) },
 		},
@@ -171,7 +173,7 @@ func (j *reencryption) once(ctx context.Context) (*reencryptReport, error) {
 	c := j.runConfig()
 	plan := c
 	plan.DryRun = true
-	planned, err := lifecycle.Reencrypt(ctx, plan)
+	planned, err := reencrypt.Run(ctx, plan)
 	j.view.end()
 	if err != nil {
 		_, err := j.report(ctx, planned, err)
@@ -183,7 +185,7 @@ func (j *reencryption) once(ctx context.Context) (*reencryptReport, error) {
 	}
 	j.planned = planned.Rewritten
 	j.view.begin(planned)
-	done, err := lifecycle.Reencrypt(ctx, c)
+	done, err := reencrypt.Run(ctx, c)
 	j.view.end()
 	report, err := j.report(ctx, done, err)
 	return report, errors.Join(err, j.ended(report, err))
@@ -208,7 +210,7 @@ func (j *reencryption) ended(report *reencryptReport, err error) error {
 }
 
 // report returns the report of a run that ended with err, and the error of the command.
-func (j *reencryption) report(ctx context.Context, done lifecycle.Result, err error) (*reencryptReport, error) {
+func (j *reencryption) report(ctx context.Context, done reencrypt.Result, err error) (*reencryptReport, error) {
 	r := &reencryptReport{OK: err == nil && done.Unfinished() == 0, DryRun: j.options.dryRun, Result: done, Seconds: done.Duration.Seconds()}
 	switch {
 	case err == nil:
@@ -216,7 +218,7 @@ func (j *reencryption) report(ctx context.Context, done lifecycle.Result, err er
 	case ctx.Err() != nil:
 		r.Interrupted = true
 		return r, problem.New("no value is half done; run it again to continue", "interrupted")
-	case errors.Is(err, lifecycle.ErrElsewhere):
+	case errors.Is(err, coordination.ErrOtherLeader):
 		return r, problem.WithHint(err, "run it without --no-wait to wait")
 	}
 	return r, otherRules(err)
@@ -237,8 +239,8 @@ func (j *reencryption) room(ctx context.Context) []*clientv3.StatusResponse {
 
 // follow re-encrypts after each rotation until ctx ends.
 func (j *reencryption) follow(ctx context.Context) error {
-	j.view.begin(lifecycle.Result{}) // without a plan
-	f := lifecycle.Reencryptor{Config: j.runConfig(), Interval: j.options.interval, Keys: j.keys.Version, Ended: func(done lifecycle.Result, err error) {
+	j.view.begin(reencrypt.Result{}) // without a plan
+	f := reencrypt.Loop{Config: j.runConfig(), Interval: j.options.interval, Keys: j.keys.Version, Ended: func(done reencrypt.Result, err error) {
 		j.view.end()
 		report, err := j.report(ctx, done, err)
 		err = errors.Join(err, j.ended(report, err))

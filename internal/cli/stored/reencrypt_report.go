@@ -4,7 +4,7 @@ import (
 	"io"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/reencrypt"
 )
 
 // reencryptReport is the result of reencrypt.
@@ -12,16 +12,16 @@ type reencryptReport struct {
 	OK          bool `json:"ok"`
 	DryRun      bool `json:"dryRun,omitempty"`
 	Interrupted bool `json:"interrupted,omitempty"`
-	lifecycle.Result
+	reencrypt.Result
 	Seconds float64 `json:"seconds"`
 }
 
 // text prints the report for people.
 func (r *reencryptReport) text(w io.Writer) {
-	for _, l := range r.Left {
+	for _, l := range r.Skipped {
 		printable.Fprintf(w, "left\t%s: %s\n", printable.Name(l.Key), l.Why)
 	}
-	if n := r.Unfinished() - int64(len(r.Left)); n > 0 {
+	if n := r.Unfinished() - int64(len(r.Skipped)); n > 0 {
 		printable.Fprintf(w, "left\tand %d more\n", n)
 	}
 	verb := "rewritten"

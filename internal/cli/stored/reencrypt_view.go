@@ -14,7 +14,7 @@ import (
 	"golang.org/x/term"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/reencrypt"
 )
 
 // reencryptView shows the progress of a run: a bar on a terminal, otherwise a line from time to time.
@@ -26,7 +26,7 @@ type reencryptView struct {
 	mu      sync.Mutex
 	bar     *progressbar.ProgressBar // nil between runs, and without a terminal
 	pass    int                      // of the bar
-	planned lifecycle.Result
+	planned reencrypt.Result
 	begun   time.Time
 	last    time.Time // of the last line
 }
@@ -55,7 +55,7 @@ func (v *reencryptView) Write(line []byte) (int, error) {
 }
 
 // begin begins to show a run. planned is the result of the dry run.
-func (v *reencryptView) begin(planned lifecycle.Result) {
+func (v *reencryptView) begin(planned reencrypt.Result) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.planned, v.pass, v.begun = planned, 0, time.Now()
@@ -73,7 +73,7 @@ func (v *reencryptView) end() {
 
 // progress shows the progress of a run: the rewritten values of the first pass, and the keys that later
 // passes and the dry run have read.
-func (v *reencryptView) progress(p lifecycle.Progress) {
+func (v *reencryptView) progress(p reencrypt.Progress) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	planning := v.begun.IsZero()
@@ -126,7 +126,7 @@ func (v *reencryptView) paused(what, why string) {
 }
 
 // cost shows what a run will cost etcd.
-func (v *reencryptView) cost(p lifecycle.Result, members []*clientv3.StatusResponse) {
+func (v *reencryptView) cost(p reencrypt.Result, members []*clientv3.StatusResponse) {
 	if p.Rewritten == 0 {
 		return
 	}

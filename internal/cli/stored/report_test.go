@@ -5,7 +5,6 @@ import (
 	"testing"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
 )
 
 // TestReportsQuote: whatever the strings of a report hold, its text is printable.
@@ -17,7 +16,7 @@ func TestReportsQuote(t *testing.T) {
 	clitest.CheckReport(t, "purge plan", purge, purge.plan)
 	clitest.CheckReport(t, "verify", verify, func(w io.Writer) { verify.text(w, true) })
 	clitest.CheckReport(t, "value", value, func(w io.Writer) { _ = value.print(io.Discard, w, false) })
-	planned := new(lifecycle.Result)
+	planned := new(reencrypt.Result)
 	clitest.CheckReport(t, "view", planned, func(w io.Writer) {
 		v := newReencryptView(w)
 		v.say("waiting: another reencrypt is at work (%s)", clitest.Hostile)

@@ -15,7 +15,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/cli/command"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/guard"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 )
 
 // NewStatus returns the command status.
@@ -62,7 +63,7 @@ written past the proxies, reads of it are refused, and reencrypt skips it. Find 
 // statusReport is the result of status. Scripts read the fields of rules other than the detail.
 type statusReport struct {
 	OK        bool           `json:"ok"`
-	Revisions lifecycle.Span `json:"revisions"` // that were read: one, unless etcd was compacted meanwhile
+	Revisions inventory.Span `json:"revisions"` // that were read: one, unless etcd was compacted meanwhile
 	Rules     []statusRule   `json:"rules"`
 	KMS       []statusKMS    `json:"kms"`
 	Proxies   []statusProxy  `json:"proxies"`        // that announced themselves in etcd
@@ -82,7 +83,7 @@ type statusRule struct {
 	Undecryptable int64               `json:"undecryptable"`
 	Unavailable   int64               `json:"unavailable"` // unknown, because their KMS did not unwrap their DEK seeds
 	Refused       int64               `json:"refused"`     // of these: the KMS responded, and refused the DEK seeds
-	Detail        lifecycle.RuleCount `json:"detail"`
+	Detail        inventory.RuleCount `json:"detail"`
 }
 
 type statusKMS struct {
@@ -94,7 +95,7 @@ type statusKMS struct {
 }
 
 type statusProxy struct {
-	lifecycle.Member
+	coordination.Member
 	SameRules bool `json:"sameRules"` // as this configuration
 }
 
@@ -109,9 +110,9 @@ type statusKey struct {
 func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) {
 	report := &statusReport{OK: true, Agreeing: true, Rules: []statusRule{}, KMS: []statusKMS{}, Proxies: []statusProxy{}}
 	refused := make(map[string]int64)
-	visit := func(rule *lifecycle.Rule, kv *mvccpb.KeyValue, standing keyring.Standing, err error) error {
+	visit := func(rule *inventory.Rule, kv *mvccpb.KeyValue, standing keyring.Standing, err error) error {
 		e, ok := errors.AsType[*keyring.Error](err)
-		if ok && standing == lifecycle.Unavailable && e.Answered() {
+		if ok && standing == inventory.Unavailable && e.Answered() {
 			refused[rule.Prefix]++
 		}
 		if !list || standing == keyring.Current {
@@ -121,13 +122,13 @@ func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) 
 		if err != nil {
 			k.Why = err.Error()
 		}
-		if ok && standing == lifecycle.Unavailable {
+		if ok && standing == inventory.Unavailable {
 			k.Why = e.OfSeed() // may be about another value with the same DEK seed
 		}
 		report.Keys = append(report.Keys, k)
 		return nil
 	}
-	counts, span, err := lifecycle.Survey(cmd.Context(), cl.etcd, cl.rules, visit)
+	counts, span, err := inventory.Survey(cmd.Context(), cl.etcd, cl.rules, visit)
 	if err != nil {
 		return nil, err
 	}
@@ -140,7 +141,7 @@ func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) 
 		n := func(s keyring.Standing) int64 { return c.Standings[s].Keys }
 		report.Rules = append(report.Rules, statusRule{
 			Prefix: c.Prefix, WriteWith: c.WriteWith, Strict: strict[c.Prefix], Keys: c.All.Keys, Current: n(keyring.Current), Stale: n(keyring.Stale), Plaintext: n(keyring.Unsealed),
-			Foreign: n(keyring.Foreign), Undecryptable: n(keyring.Undecryptable), Unavailable: n(lifecycle.Unavailable), Refused: refused[c.Prefix], Detail: c,
+			Foreign: n(keyring.Foreign), Undecryptable: n(keyring.Undecryptable), Unavailable: n(inventory.Unavailable), Refused: refused[c.Prefix], Detail: c,
 		})
 		report.OK = report.OK && c.Done()
 	}
@@ -149,7 +150,7 @@ func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) 
 		if err != nil {
 			return nil, err
 		}
-		rules := lifecycle.PolicyDigest(guard.PolicyOf(cl.config.Rules, nil).Rules)
+		rules := coordination.PolicyDigest(guard.PolicyOf(cl.config.Rules, nil).Rules)
 		for _, m := range members {
 			p := statusProxy{m, m.Policy == rules}
 			report.Proxies = append(report.Proxies, p)
@@ -187,7 +188,7 @@ func (r *statusReport) text(w io.Writer) {
 		for _, k := range c.Detail.Keys {
 			some = true
 			by := k.Provider
-			if by == lifecycle.Plaintext {
+			if by == inventory.Plaintext {
 				by = ""
 			}
 			printable.Fprintf(t, "%q\t%s\t%s\t%s\t%d\t%s\t%d to %d\n", c.Prefix, k.Standing, printable.NameOrNone(by), printable.NameOrNone(k.KeyID), k.Keys, size(k.Bytes), k.Oldest, k.Newest)

@@ -21,8 +21,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/cli/command"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/etcdfile"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/purge"
 )
 
 // NewVerify returns the command verify.
@@ -118,7 +119,7 @@ type verifyOptions struct {
 func (cl *cluster) judge(ctx context.Context, offline bool, doubts *doubts) func(key, value []byte, whole bool) string {
 	return func(key, value []byte, whole bool) string {
 		rule := cl.rules.Of(key)
-		if rule == nil || rule.WriteWith == lifecycle.Plaintext {
+		if rule == nil || rule.WriteWith == inventory.Plaintext {
 			return ""
 		}
 		if !rule.Sealer.Sealed(value) {
@@ -157,7 +158,7 @@ func (cl *cluster) judge(ctx context.Context, offline bool, doubts *doubts) func
 // verifyEtcd checks the present values and the history.
 func (cl *cluster) verifyEtcd(ctx context.Context, r *verifyReport) error {
 	judge := cl.judge(ctx, false, r.doubts)
-	span, err := lifecycle.Scan(ctx, cl.etcd, cl.rules.Prefixes(), 0, func(kv *mvccpb.KeyValue) error {
+	span, err := inventory.Scan(ctx, cl.etcd, cl.rules.Prefixes(), 0, func(kv *mvccpb.KeyValue) error {
 		if cl.rules.Of(kv.Key) == nil {
 			return nil
 		}
@@ -170,7 +171,7 @@ func (cl *cluster) verifyEtcd(ctx context.Context, r *verifyReport) error {
 	if err != nil {
 		return err
 	}
-	h, err := lifecycle.ReadHistory(ctx, cl.etcd, cl.rules, func(kv *mvccpb.KeyValue) bool {
+	h, err := purge.ReadHistory(ctx, cl.etcd, cl.rules, func(kv *mvccpb.KeyValue) bool {
 		r.Values++
 		why := judge(kv.Key, kv.Value, true)
 		if why != "" {
@@ -200,7 +201,7 @@ func (cl *cluster) verifyFiles(ctx context.Context, o verifyOptions, r *verifyRe
 	}
 	c := etcdfile.Config{Judge: cl.judge(ctx, o.offline, r.doubts), Kinds: o.kinds, Found: r.found}
 	for _, rule := range cl.rules.All() {
-		if rule.WriteWith != lifecycle.Plaintext {
+		if rule.WriteWith != inventory.Plaintext {
 			c.Prefixes = append(c.Prefixes, rule.Prefix)
 		}
 	}
@@ -268,16 +269,16 @@ func (o *verifyOptions) files() (files, passed []string, err error) {
 
 // kindsOf returns the kinds of Kubernetes objects under rules that encrypt, or the given ones, and the
 // prefixes below which there may be objects of other kinds.
-func kindsOf(rules *lifecycle.Rules, given []string) (kinds, shapeless []string) {
+func kindsOf(rules *inventory.Rules, given []string) (kinds, shapeless []string) {
 	var clear []string
 	for _, rule := range rules.All() {
-		if rule.WriteWith == lifecycle.Plaintext {
+		if rule.WriteWith == inventory.Plaintext {
 			known, _ := kubernetes.Kinds(rule.Prefix)
 			clear = append(clear, known...)
 		}
 	}
 	for _, rule := range rules.All() {
-		if rule.WriteWith == lifecycle.Plaintext {
+		if rule.WriteWith == inventory.Plaintext {
 			continue
 		}
 		known, all := kubernetes.Kinds(rule.Prefix)

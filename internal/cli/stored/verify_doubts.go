@@ -10,15 +10,15 @@ import (
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/etcdfile"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 )
 
 // doubts are values that were not decrypted for a reason that may be temporary. Whether they are
 // findings is decided at the end: they are if the KMS is healthy, decrypts other values and does not
 // unwrap the DEK seed; a KMS that does not respond says nothing about the value.
 type doubts struct {
-	rules  *lifecycle.Rules
+	rules  *inventory.Rules
 	open   map[string]*doubt // by the reason
 	opened map[string]bool   // providers of which a value was decrypted
 	beyond int64             // values beyond maxDoubts
@@ -39,7 +39,7 @@ const (
 	doubtWait   = 45 * time.Second // for each KMS to be healthy: some plugins report an error for half a minute after a failed call
 )
 
-func newDoubts(rules *lifecycle.Rules) *doubts {
+func newDoubts(rules *inventory.Rules) *doubts {
 	return &doubts{rules: rules, open: make(map[string]*doubt), opened: make(map[string]bool)}
 }
 

@@ -5,23 +5,23 @@ import (
 	"slices"
 	"testing"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 )
 
 func TestKindsOf(t *testing.T) {
-	rules := func(sealed []string, clear ...string) *lifecycle.Rules {
-		var all []lifecycle.Rule
+	rules := func(sealed []string, clear ...string) *inventory.Rules {
+		var all []inventory.Rule
 		for _, p := range sealed {
-			all = append(all, lifecycle.Rule{Prefix: p, WriteWith: "main"})
+			all = append(all, inventory.Rule{Prefix: p, WriteWith: "main"})
 		}
 		for _, p := range clear {
-			all = append(all, lifecycle.Rule{Prefix: p, WriteWith: lifecycle.Plaintext})
+			all = append(all, inventory.Rule{Prefix: p, WriteWith: inventory.Plaintext})
 		}
-		return lifecycle.NewRules(all)
+		return inventory.NewRules(all)
 	}
 	const secrets, pods, custom = "/registry/secrets/", "/registry/pods/", "/registry/example.com/widgets/"
 	for _, c := range []struct {
-		rules *lifecycle.Rules
+		rules *inventory.Rules
 		given []string
 		want  string
 	}{
