@@ -36,6 +36,7 @@ var importTable = map[string][]string{
 	"proxy/http2conn":     {"golang.org/x/net/http2", "golang.org/x/sys/unix", "google.golang.org/grpc/mem"},
 	"internal/kubeadm":    {"go.yaml.in/yaml/v3"},
 	"internal/livefiles":  {}, // nothing but the standard library
+	"internal/memlimit":   {}, // nothing but the standard library
 	"proxy/prefix":        {}, // nothing but the standard library
 	"internal/secretfile": {}, // nothing but the standard library
 	"internal/unixsocket": {}, // nothing but the standard library

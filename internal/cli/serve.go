@@ -16,6 +16,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/memlimit"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
 )
 
@@ -66,10 +67,10 @@ Logs go to standard error.`,
 
 // serveOptions are the flags of serve.
 type serveOptions struct {
-	drain     time.Duration
-	weaken    bool
-	scan      time.Duration // 0: never
-	sockets   sockets       // from systemd
+	drain   time.Duration
+	weaken  bool
+	scan    time.Duration // 0: never
+	sockets sockets       // from systemd
 
 	renew     time.Duration // the interval of re-encrypting; 0: never
 	renewRate float64
@@ -93,6 +94,9 @@ func serve(cmd *cobra.Command, path string, o serveOptions) error {
 	log := newLogger(cmd.ErrOrStderr(), c.Log.Format, level)
 	warnOf(log, path, warnings)
 	relaxGC()
+	if limit := memlimit.Set(); limit > 0 {
+		log.Info("memory limit set from the cgroup", "bytes", limit)
+	}
 	if o.sockets, err = inheritedSockets(); err != nil {
 		return err
 	}
