@@ -89,7 +89,9 @@ func TestMessagesWaitForTheLimit(t *testing.T) {
 	})
 }
 
-func isConnWindow(s string) bool { return strings.HasPrefix(s, "WINDOW_UPDATE ") && strings.Count(s, " ") == 1 }
+func isConnWindow(s string) bool {
+	return strings.HasPrefix(s, "WINDOW_UPDATE ") && strings.Count(s, " ") == 1
+}
 
 // TestBudgetOfTheProcess: when others have used it up, a connection still gets one message at a time,
 // and small requests.
