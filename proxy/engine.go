@@ -4,11 +4,14 @@ import (
 	"context"
 	"log/slog"
 	"net/http"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"golang.org/x/net/http2/hpack"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 )
 
 // engine serves the connections of clients that speak HTTP/2. It relays the frames of most calls
@@ -20,7 +23,8 @@ type engine struct {
 	api    *api
 	log    *slog.Logger
 	drain  time.Duration
-	web    http.Handler    // of requests that are not gRPC's
+	web    http.Handler // of requests that are not gRPC's
+	budget *http2conn.Budget
 	base   context.Context // of everything that waits; it ends with the engine
 	cancel context.CancelFunc
 
@@ -39,9 +43,16 @@ func (m *method) relays() bool {
 }
 
 func newEngine(a *api, web http.Handler, drain time.Duration, log *slog.Logger) *engine {
-	e := &engine{api: a, log: log, drain: drain, web: web, sessions: make(map[*session]struct{}), empty: make(chan struct{})}
+	e := &engine{api: a, log: log, drain: drain, web: web, budget: http2conn.NewBudget(requestBudget()), sessions: make(map[*session]struct{}), empty: make(chan struct{})}
 	e.base, e.cancel = context.WithCancel(context.Background())
 	return e
+}
+
+// requestBudget is how many bytes of unfinished requests the proxy holds at most: a quarter of the
+// memory limit of the process, if there is one.
+func requestBudget() int64 {
+	const most = 256 << 20
+	return min(most, debug.SetMemoryLimit(-1)/4)
 }
 
 // serve takes over conn and returns at once.

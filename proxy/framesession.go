@@ -37,7 +37,7 @@ const minPingInterval = 5 * time.Second
 func newSession(e *engine, conn *clientConn) *session {
 	s := &session{engine: e, id: conn.id, secure: !conn.plain, changed: make(chan struct{})}
 	cfg := http2conn.Config{
-		Handler: s, Pool: buffers, WriteBuffer: conn.outlet, Plaintext: conn.plain, HandshakeTimeout: handshakeTimeout, KeepaliveTime: 2 * time.Hour, KeepaliveTimeout: 20 * time.Second, PermitWithoutStream: true,
+		Handler: s, Pool: buffers, WriteBuffer: conn.outlet, Plaintext: conn.plain, HandshakeTimeout: handshakeTimeout, KeepaliveTime: 2 * time.Hour, KeepaliveTimeout: 20 * time.Second, PermitWithoutStream: true, Budget: e.budget,
 	}
 	// etcd serves gRPC over TLS by net/http, and without TLS by grpc-go.
 	if conn.plain {

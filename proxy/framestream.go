@@ -111,9 +111,10 @@ func (st *fstream) in(data []byte, end bool) {
 }
 
 // handOver has the method's handler serve a call that cannot be relayed. raw is what the client has
-// sent so far, given back to the window.
+// sent so far.
 func (st *fstream) handOver(raw []byte, end bool) {
 	h := readHead(st.fields)
+	st.heldIn.Store(0) // the handler's input gives it back
 	st.handle(&h, bytes.Clone(raw), end)
 }
 
@@ -129,7 +130,7 @@ func (st *fstream) request(m mode, data []byte, end bool) {
 		st.messages(data, end)
 	case st.asks: // what else comes is ignored, and gets no credit
 	default:
-		st.client.Consumed(len(data))
+		st.heldIn.Add(int64(len(data)))
 		st.unary(m, data, end)
 	}
 }
@@ -174,8 +175,19 @@ func (st *fstream) unary(m mode, data []byte, end bool) {
 		st.forward(m, raw[:n])
 	case end, n >= 0 && len(raw) > n:
 		st.handOver(raw, end)
-	case len(st.asked) == 0:
-		st.asked = append(st.asked, data...)
+	default:
+		st.keep(raw, n)
+	}
+}
+
+// keep keeps the front of a message of n bytes until the rest has come. n is negative as long as it is
+// not known. The flow-control window opens for the rest when the limits permit.
+func (st *fstream) keep(raw []byte, n int) {
+	if n > cap(st.asked) {
+		st.asked = append(make([]byte, 0, n), raw...)
+		st.client.Expect(n - len(raw))
+	} else if len(st.asked) == 0 {
+		st.asked = append(st.asked, raw...)
 	}
 }
 
@@ -219,7 +231,9 @@ func (st *fstream) forward(m mode, raw []byte) {
 	}
 	st.method.metrics.received.Inc()
 	st.watch.stop()
-	st.up.Data(true, head(len(edited)), edited)
+	if st.up.Data(true, head(len(edited)), edited) {
+		st.creditClient()
+	}
 	st.asked = nil
 }
 
@@ -266,13 +280,18 @@ func (st *fstream) messages(data []byte, end bool) {
 		st.fail(errCutMessage)
 		return
 	}
-	if len(raw) < begun || len(st.asked) == 0 { // else it is what has gathered: one frame more does not copy that
-		st.asked = append(st.asked[:0:0], raw...)
+	if len(raw) < begun { // else it is what was kept before
+		st.asked = nil
 	}
+	n := -1
+	if len(raw) >= headLength {
+		n = headLength + st.length(raw)
+	}
+	st.keep(raw, n)
 	if end {
 		all = st.up.Data(true, nil, nil)
 	}
-	if all && !st.up.HasQueued() {
+	if len(raw) == 0 && all && !st.up.HasQueued() {
 		st.creditClient()
 	}
 }

@@ -25,12 +25,11 @@ type streamInput struct {
 
 	mu   sync.Mutex
 	data []byte
-	free int // bytes at the front of data that were given back already
 	end  bool
 }
 
 func newStreamInput(consumed func(n int), data []byte, end bool) streamInput {
-	return streamInput{consumed: consumed, came: make(chan struct{}, 1), data: data, free: len(data), end: end}
+	return streamInput{consumed: consumed, came: make(chan struct{}, 1), data: data, end: end}
 }
 
 // add takes what has come.
@@ -52,17 +51,22 @@ func (in *streamInput) take(b []byte) (n int, end bool) {
 	in.mu.Lock()
 	n = copy(b, in.data)
 	in.data = in.data[n:]
-	free := min(n, in.free)
-	in.free -= free
 	if len(in.data) == 0 {
 		in.data = nil
 	}
 	end = in.end && len(in.data) == 0
 	in.mu.Unlock()
-	if n > free {
-		in.consumed(n - free)
+	if n > 0 {
+		in.consumed(n)
 	}
 	return n, end
+}
+
+// buffered returns how many bytes there are to read.
+func (in *streamInput) buffered() int {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	return len(in.data)
 }
 
 // read waits for something to come, or for the end, which is io.EOF.
@@ -89,6 +93,7 @@ type handledCall struct {
 	replyMetadata
 	stream       *fstream
 	in           streamInput
+	received     int           // bytes of the message that is received, and not returned to the window
 	writable     chan struct{} // has room for one: what waited for the client was sent
 	ctx          context.Context
 	cancel       context.CancelFunc
@@ -99,7 +104,7 @@ type handledCall struct {
 
 var _ grpc.ServerStream = (*handledCall)(nil)
 
-// handle has the handler of the method serve the call. raw is what the client has sent so far, given back to the window.
+// handle has the handler of the method serve the call. raw is what the client has sent so far.
 func (st *fstream) handle(h *requestHead, raw []byte, end bool) {
 	st.watch.discard() // the handler measures it
 	st.asked = nil
@@ -115,10 +120,11 @@ func (st *fstream) handle(h *requestHead, raw []byte, end bool) {
 		ctx, cancel = context.WithCancel(ctx)
 	}
 	c := &handledCall{
-		stream: st, in: newStreamInput(st.consumed, raw, end), writable: make(chan struct{}, 1),
+		stream: st, writable: make(chan struct{}, 1),
 		ctx: metadata.NewIncomingContext(ctx, incomingMetadata(st.fields)), cancel: cancel,
 		compressor: compressor, encoding: h.encoding, responseType: h.responseType(),
 	}
+	c.in = newStreamInput(func(n int) { c.received += n }, raw, end)
 	if !st.moveTo(c) {
 		cancel()
 		return
@@ -276,6 +282,10 @@ func (c *handledCall) receive() (*frame, error) {
 	if err := c.stream.session.engine.checkMessage(head[0], length, c.compressor != nil); err != nil {
 		return nil, err
 	}
+	if rest := length - c.in.buffered(); rest > 0 {
+		c.stream.client.Expect(rest)
+		c.stream.session.flush()
+	}
 	f := new(frame)
 	for length > 0 { // no buffer of its whole length before it has come
 		part := buffers.Get(min(length, partSize))
@@ -293,6 +303,10 @@ func (c *handledCall) receive() (*frame, error) {
 		if err := f.decompress(c.compressor, c.stream.session.engine.maxMessage()); err != nil {
 			return nil, err
 		}
+	}
+	if c.stream.method.shape != shapeUnary { // else the message counts until the call ends
+		c.stream.consumed(c.received)
+		c.received = 0
 	}
 	return f, nil
 }

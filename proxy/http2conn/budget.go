@@ -19,6 +19,9 @@ const (
 	// maxHeld is how many bytes the streams of a connection may hold: header lists, and data that the
 	// handler has not consumed.
 	maxHeld = 64 << 20
+	// grantShare is the share of the limits that is used for granted messages. The rest is for the
+	// initial windows of streams that wait: data that exceeds it is an error.
+	grantShare = 2
 	// minHeld is what a connection may hold, in addition to one message, even if the budget of the
 	// process is used up.
 	minHeld = 256 << 10
@@ -61,11 +64,12 @@ func (c *Conn) hold(n int) {
 	}
 }
 
-// fits reports whether n more bytes are within the limits.
-func (c *Conn) fits(n int) bool {
+// fits reports whether n more bytes are within the limits, divided by share.
+func (c *Conn) fits(n, share int) bool {
 	all := c.held.bytes + n
 	b := c.cfg.Budget
-	return all <= maxHeld && (b == nil || all-c.held.exempt <= minHeld || b.used.Load()+int64(n) <= b.limit)
+	return all <= maxHeld/share &&
+		(b == nil || all-c.held.exempt <= minHeld || b.used.Load()+int64(n) <= b.limit/int64(share))
 }
 
 // accept returns a new stream of a client, or nil if it would exceed a limit. The caller holds mu.
@@ -74,7 +78,7 @@ func (c *Conn) accept(id uint32, fields []hpack.HeaderField) *Stream {
 	for _, f := range fields {
 		size += int(f.Size())
 	}
-	if len(c.streams) >= MaxConcurrentStreams || !c.fits(size) ||
+	if len(c.streams) >= MaxConcurrentStreams || !c.fits(size, 1) ||
 		c.queued.bytes > maxQueued && c.queued.streams >= maxQueuedStreams {
 		return nil
 	}
@@ -94,7 +98,7 @@ func (s *Stream) receive(n int) bool {
 	s.reserved -= reserved
 	s.held += n
 	s.conn.hold(n - reserved)
-	return s.granted || s.conn.fits(0)
+	return s.granted || s.conn.fits(0, 1)
 }
 
 // Expect opens the flow-control window of a client's stream so that the rest of a message, n bytes,
@@ -118,7 +122,7 @@ func (c *Conn) grant() {
 		s := h.waiting[0]
 		if !s.ended {
 			n := s.recvWindow + s.expected // the window that is there may be used, too
-			if h.granted > 0 && !c.fits(n) {
+			if h.granted > 0 && !c.fits(n, grantShare) {
 				return
 			}
 			if h.granted == 0 {
@@ -129,6 +133,7 @@ func (c *Conn) grant() {
 			c.hold(n)
 			_ = c.write.WriteWindowUpdate(s.id, uint32(s.expected)) //nolint:gosec // less than a message
 			s.recvWindow += s.expected
+			s.extra += s.expected
 		}
 		h.waiting[0] = nil
 		h.waiting = h.waiting[1:]

@@ -105,7 +105,9 @@ func (s *Stream) Consumed(n int) {
 		}
 		c.grant()
 	}
-	if s.consumed += n; s.consumed < c.recvWindow()/4 || s.remoteEnd {
+	extra := min(n, s.extra)
+	s.extra -= extra
+	if s.consumed += n - extra; s.consumed < c.recvWindow()/4 || s.remoteEnd {
 		return
 	}
 	_ = c.write.WriteWindowUpdate(s.id, uint32(s.consumed)) //nolint:gosec // at most a window

@@ -23,6 +23,7 @@ type Stream struct {
 	reserved    int // bytes that were granted and not received
 	overhead    int // what the stream itself counts
 	expected    int // by how much the window is to be opened for the rest of a message
+	extra       int // by how much it was
 	sendWindow  int64
 	queue       mem.BufferSlice     // data that waits for a flow-control window
 	queuedBytes int                 // in queue, from offset on
