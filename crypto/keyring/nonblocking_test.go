@@ -105,7 +105,7 @@ func TestTryWithoutTheKMS(t *testing.T) {
 		g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.ReadOnly = true }).start(t)
 		stored := kms.sealed(t, "k", "v")
 		g.mustOpen(t, "k", stored, "v")
-		kms.set(func() { kms.down = kmsError("Status", kmsclient.ClassUnavailable) })
+		kms.set(func() { kms.down = kmsError("Status", kmsclient.Unreachable) })
 		time.Sleep(25 * time.Hour)
 		for range 2 {
 			own := bytes.Clone(stored)
@@ -114,7 +114,7 @@ func TestTryWithoutTheKMS(t *testing.T) {
 			}
 			synctest.Wait()
 		}
-		kms.set(func() { kms.down = kmsError("Status", kmsclient.ClassKeyUnusable) })
+		kms.set(func() { kms.down = kmsError("Status", kmsclient.KeyDisabled) })
 		time.Sleep(2 * time.Minute)
 		_, err := g.tryOpen(t, "k", stored)
 		wantKind(t, err, KeyUnusable)
@@ -139,7 +139,7 @@ func TestTrySeal(t *testing.T) {
 			t.Fatal(err)
 		}
 		g.mustOpen(t, "k", stored, "v")
-		kms.set(func() { kms.down = kmsError("Status", kmsclient.ClassKeyUnusable) })
+		kms.set(func() { kms.down = kmsError("Status", kmsclient.KeyDisabled) })
 		time.Sleep(2 * time.Minute)
 		_, err = g.sealer.TrySeal([]byte("k"), []byte("v"))
 		wantKind(t, err, KeyUnusable)

@@ -32,7 +32,7 @@ func TestRequiredByReload(t *testing.T) {
 			t.Error("sealed without the required copy")
 		}
 
-		dr.set(func() { dr.down = kmsError("Status", kmsclient.ClassUnavailable) })
+		dr.set(func() { dr.down = kmsError("Status", kmsclient.Unreachable) })
 		ack.rotate("key-2")
 		require(false)
 		time.Sleep(2 * time.Minute)
@@ -55,7 +55,7 @@ func TestRequiredByReload(t *testing.T) {
 		}
 
 		// A ring that has ended keeps nobody waiting.
-		dr.set(func() { dr.down = kmsError("Status", kmsclient.ClassUnavailable) })
+		dr.set(func() { dr.down = kmsError("Status", kmsclient.Unreachable) })
 		require(false)
 		time.Sleep(2 * time.Minute)
 		s.stop()

@@ -260,7 +260,7 @@ func (r *Ring) seal(ctx context.Context, etcdKey, plaintext []byte, try bool) ([
 
 func (r *Ring) maySeal(st *state) bool {
 	return st.revoked == nil && st.writer != nil && st.writer.missing(r.recovery.Load()) == nil &&
-		(st.healthy || st.works && isUnhealthy(st.err) || time.Since(st.lastGood) < r.cfg.SealUnreachableFor)
+		(st.healthy || st.works && kmsclient.ReasonOf(st.err) == kmsclient.Unhealthy || time.Since(st.lastGood) < r.cfg.SealUnreachableFor)
 }
 
 // cannotSeal says why there is nothing to seal with; only for a state in which maySeal is false.

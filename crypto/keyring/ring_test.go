@@ -79,7 +79,7 @@ func TestSealWaitsForTheFirstMint(t *testing.T) {
 func TestStartsWithTheKMSDown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		kms := newKMS(t, "ack")
-		kms.down = kmsError("Status", kmsclient.ClassUnavailable)
+		kms.down = kmsError("Status", kmsclient.Unreachable)
 		old := kms.sealed(t, "k", "old")
 		g := newRing(t, kms, nil).start(t)
 		synctest.Wait()
@@ -115,7 +115,7 @@ func TestStartsWithTheKMSDown(t *testing.T) {
 func TestSealPokesASilentRing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		kms := newKMS(t, "ack")
-		kms.down = kmsError("Status", kmsclient.ClassUnavailable)
+		kms.down = kmsError("Status", kmsclient.Unreachable)
 		g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.FailingPollInterval, c.RevokeWithin = time.Hour, time.Hour }).start(t)
 		synctest.Wait()
 		kms.set(func() { kms.down = nil })
@@ -131,7 +131,7 @@ func TestSealPokesASilentRing(t *testing.T) {
 func TestPokesAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		kms := newKMS(t, "ack")
-		kms.down = kmsError("Status", kmsclient.ClassUnavailable)
+		kms.down = kmsError("Status", kmsclient.Unreachable)
 		g := newRing(t, kms, nil).start(t)
 		end := time.Now().Add(30 * time.Second)
 		for time.Now().Before(end) {
@@ -181,7 +181,7 @@ func TestSealUnreachableFor(t *testing.T) {
 		kms := newKMS(t, "ack")
 		g := newRing(t, kms, nil).start(t)
 		g.mustSeal(t, "k", "v")
-		kms.set(func() { kms.down = kmsError("Status", kmsclient.ClassUnavailable) })
+		kms.set(func() { kms.down = kmsError("Status", kmsclient.Unreachable) })
 		time.Sleep(58 * time.Minute)
 		stored := g.mustSeal(t, "k", "v")
 		if st := g.State(); st.Healthy || !st.CanSeal || g.sealer.Health() != nil {
@@ -208,7 +208,7 @@ func TestSealUnreachableFor(t *testing.T) {
 		kms := newKMS(t, "ack")
 		g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.SealUnreachableFor = 0 }).start(t)
 		g.mustSeal(t, "k", "v")
-		kms.set(func() { kms.down = kmsError("Status", kmsclient.ClassUnavailable) })
+		kms.set(func() { kms.down = kmsError("Status", kmsclient.Unreachable) })
 		time.Sleep(time.Minute)
 		synctest.Wait()
 		_, err := g.seal("k", "v")

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
 // SealerConfig configures a Sealer.
@@ -181,7 +182,7 @@ func (s *Sealer) Ready(stored []byte) bool {
 	if r == nil {
 		return true
 	}
-	if st := r.state.Load(); st.revoked != nil && !isGone(st.revoked) {
+	if st := r.state.Load(); st.revoked != nil && !kmsclient.ReasonOf(st.revoked).Gone() {
 		return true // for an error
 	}
 	e, _, err := r.lookup(object, s.helpers, time.Now())

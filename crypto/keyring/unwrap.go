@@ -24,7 +24,7 @@ type openMode struct {
 // open opens an object of this provider; if need be with a recovery copy that one of rings unwraps. e is the seed that was used; it is nil when it did
 // not come to that.
 func (r *Ring) open(ctx context.Context, etcdKey, object []byte, mode openMode, rings []*Ring) (plaintext []byte, e *entry, err *Error) {
-	if st := r.state.Load(); st.revoked != nil && !isGone(st.revoked) {
+	if st := r.state.Load(); st.revoked != nil && !kmsclient.ReasonOf(st.revoked).Gone() {
 		return nil, nil, r.errorf(KeyUnusable, st.revoked, "%s", describe(st.revoked))
 	}
 	now := time.Now()
@@ -199,7 +199,7 @@ func (r *Ring) mayServe(stale *entry, err *Error) bool {
 		return true
 	case KeyUnusable:
 		// A key that is gone has taken the seed with it. A denial is given the time in which it counts as passing.
-		return classOf(err) == kmsclient.ClassDenied && time.Since(stale.fetched) < r.cfg.Cache.ttl+r.cfg.RevokeWithin
+		return kmsclient.ClassOf(err) == kmsclient.ClassDenied && time.Since(stale.fetched) < r.cfg.Cache.ttl+r.cfg.RevokeWithin
 	default:
 		return false
 	}
@@ -225,7 +225,7 @@ func (r *Ring) unwrap(d digest, h *envelope.Header) (*entry, error) {
 	if err != nil {
 		if old != nil {
 			old.retry.Store(time.Now().Add(r.cfg.FailingPollInterval).UnixNano())
-			if classOf(err) == kmsclient.ClassInvalid {
+			if kmsclient.ClassOf(err) == kmsclient.ClassInvalid {
 				r.cfg.Cache.drop(old)
 			}
 		}
@@ -263,7 +263,7 @@ func (r *Ring) attempts(d digest) context.Context {
 // a stored value can name any.
 func (r *Ring) decrypt(ctx context.Context, h *envelope.Header) ([]byte, error) {
 	plain, err := r.ask(ctx, h)
-	switch classOf(err) {
+	switch kmsclient.ClassOf(err) {
 	case kmsclient.ClassKeyUnusable:
 		r.doubt()
 		r.dropKeys(func(id string) bool { return id == h.KeyID }, h.KeyID, err)

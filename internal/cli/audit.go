@@ -247,7 +247,7 @@ func (a *auditor) kms(provider string, c *kmsclient.Client) kmsclient.Service {
 func auditedCall[T any](k auditedKMS, op string, f func() (T, error)) (out T, err error) {
 	err = k.audit.recorded(func() error { out, err = f(); return err })
 	if errors.Is(err, errAudit) {
-		err = &kmsclient.Error{Op: op, Provider: k.provider, Class: kmsclient.ClassUnavailable, Detail: errAudit.Error()}
+		err = &kmsclient.Error{Op: op, Provider: k.provider, Reason: kmsclient.Unreachable, Detail: errAudit.Error()}
 	}
 	if err != nil {
 		var zero T

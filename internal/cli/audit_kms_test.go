@@ -51,7 +51,7 @@ func TestAuditedKMS(t *testing.T) {
 	for want, made := range []string{"the record of this call is the first that is lost", "no call is made"} {
 		before := calls
 		err := decrypt()
-		if e, ok := errors.AsType[*kmsclient.Error](err); !ok || e.Class != kmsclient.ClassUnavailable || !strings.Contains(e.Detail, "audit") || e.Provider != "m" {
+		if e, ok := errors.AsType[*kmsclient.Error](err); !ok || e.Class() != kmsclient.ClassUnavailable || !strings.Contains(e.Detail, "audit") || e.Provider != "m" {
 			t.Errorf("%s: %v", made, err)
 		}
 		if calls-before != 1-want {

@@ -103,9 +103,9 @@ func observed(
 		info, err := describe(noting)
 		call.Duration, call.RequestID = time.Since(call.Time), requestID()
 		if err != nil {
-			call.Class = kmsclient.ClassUnavailable.String()
+			call.Class = string(kmsclient.ClassUnavailable)
 			if e, ok := errors.AsType[*kmsclient.Error](err); ok {
-				call.Class, call.KeyID, call.RequestID = e.Class.String(), e.KeyID, cmp.Or(e.RequestID, call.RequestID)
+				call.Class, call.KeyID, call.RequestID = string(e.Class()), e.KeyID, cmp.Or(e.RequestID, call.RequestID)
 			}
 		} else {
 			call.KeyID = info.KeyID

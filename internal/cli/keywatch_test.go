@@ -108,7 +108,7 @@ func TestKeyWatchIsAudited(t *testing.T) {
 	if info, err := describe(t.Context()); err != nil || info.KeyID != "key-1/v1" {
 		t.Errorf("%+v, %v", info, err)
 	}
-	fail = &kmsclient.Error{Class: kmsclient.ClassDenied, RequestID: "req-2", KeyID: "key-1"}
+	fail = &kmsclient.Error{Reason: kmsclient.Denied, RequestID: "req-2", KeyID: "key-1"}
 	if _, err := describe(t.Context()); !errors.Is(err, fail) {
 		t.Error(err)
 	}

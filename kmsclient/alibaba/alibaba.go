@@ -201,7 +201,7 @@ func (b *Backend) GenerateDataKey(ctx context.Context, _ string) (*kmsclient.Dat
 func (b *Backend) Encrypt(ctx context.Context, _ string, data []byte) (*service.EncryptResponse, error) {
 	const op = "Encrypt"
 	if len(data) == 0 || len(data) > maxPlaintext {
-		return nil, &kmsclient.Error{Op: op, Class: kmsclient.ClassInvalid, KeyID: b.keyID, Detail: "the plaintext is not 1 to 6144 bytes long"}
+		return nil, &kmsclient.Error{Op: op, Reason: kmsclient.Invalid, KeyID: b.keyID, Detail: "the plaintext is not 1 to 6144 bytes long"}
 	}
 	resp := kms.CreateEncryptResponse()
 	err := b.call(ctx, op, func(c *kms.Client) error {
@@ -235,10 +235,10 @@ func (b *Backend) Decrypt(ctx context.Context, _ string, req *service.DecryptReq
 	const op = "Decrypt"
 	id, version, ok := strings.Cut(req.KeyID, "/")
 	if !ok || !keyIDPattern.MatchString(id) || !keyIDPattern.MatchString(version) {
-		return nil, &kmsclient.Error{Op: op, Class: kmsclient.ClassInvalid, Detail: "the key ID is not <key id>/<key version id>"}
+		return nil, &kmsclient.Error{Op: op, Reason: kmsclient.Invalid, Detail: "the key ID is not <key id>/<key version id>"}
 	}
 	if !isBlob(string(req.Ciphertext), maxCiphertext) {
-		return nil, &kmsclient.Error{Op: op, Class: kmsclient.ClassInvalid, KeyID: req.KeyID, Detail: "the ciphertext is empty, too long or not text"}
+		return nil, &kmsclient.Error{Op: op, Reason: kmsclient.Invalid, KeyID: req.KeyID, Detail: "the ciphertext is empty, too long or not text"}
 	}
 	var resp *kms.DecryptResponse
 	err := b.call(ctx, op, func(c *kms.Client) (err error) {

@@ -219,7 +219,7 @@ func (r *roleSource) session(op, source string, body []byte) (session, error) {
 	}
 	if err := json.Unmarshal(body, &answer); err != nil {
 		detail := r.at(op) + "the answer is not JSON of the expected form: something other than STS may have given it"
-		return session{}, &kmsclient.Error{Op: op, Class: kmsclient.ClassUnavailable, HTTPStatus: http.StatusOK, Detail: detail}
+		return session{}, &kmsclient.Error{Op: op, Reason: kmsclient.Unreachable, HTTPStatus: http.StatusOK, Detail: detail}
 	}
 	c := answer.Credentials
 	s, err := newSession(source, c.ID, c.Secret, c.Token, c.Expiration)
@@ -233,14 +233,14 @@ func (r *roleSource) at(op string) string { return op + " at " + r.sts.endpoint 
 
 // denied is the error for what a file lacks.
 func (r *roleSource) denied(op string, err error) error {
-	return &kmsclient.Error{Op: op, Class: kmsclient.ClassDenied, Detail: r.at(op) + err.Error()}
+	return &kmsclient.Error{Op: op, Reason: kmsclient.Denied, Detail: r.at(op) + err.Error()}
 }
 
 // explained turns a failure of STS into one that says what it means for the caller of the KMS: whatever STS refuses, an operator has to act.
 func (r *roleSource) explained(ctx context.Context, f *failure) error {
 	e := f.err
-	if e.Class == kmsclient.ClassInvalid || e.Class == kmsclient.ClassKeyUnusable || e.Class == kmsclient.ClassContract && e.Code != "" {
-		e.Class = kmsclient.ClassDenied
+	if c := e.Class(); c == kmsclient.ClassInvalid || c == kmsclient.ClassKeyUnusable || c == kmsclient.ClassContract && e.Code != "" {
+		e.Reason = kmsclient.Denied
 	}
 	switch family, rest, _ := strings.Cut(e.Code, "."); {
 	case family == "NoPermission":
@@ -255,7 +255,7 @@ func (r *roleSource) explained(ctx context.Context, f *failure) error {
 		e.Detail = "STS does not accept a parameter: see duration, sessionName and policy" + f.said
 	case e.Code == "" && errors.Is(ctx.Err(), context.DeadlineExceeded):
 		e.Detail = "STS did not answer in time"
-	case e.Detail == "" && e.Class == kmsclient.ClassUnavailable:
+	case e.Detail == "" && e.Class() == kmsclient.ClassUnavailable:
 		e.Detail = "STS throttles the call or fails"
 	case e.Detail == "":
 		e.Detail = "STS refuses it"

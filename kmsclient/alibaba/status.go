@@ -13,7 +13,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
-// Status reports the version that Encrypt would use now. A key that cannot be used is an error of ClassKeyUnusable. A dedicated instance's
+// Status reports the version that Encrypt would use now. A key that cannot be used is an error of [kmsclient.ClassKeyUnusable]. A dedicated instance's
 // endpoint does not describe keys; there, a data key is generated and dropped, which shows the current version and that the key works. So it is
 // when DescribeKey is throttled, whose small quota the whole account shares.
 func (b *Backend) Status(ctx context.Context) (*service.StatusResponse, error) {
@@ -33,7 +33,7 @@ func (b *Backend) Status(ctx context.Context) (*service.StatusResponse, error) {
 	}
 	if isThrottled(err) {
 		key, gerr := b.GenerateDataKey(ctx, "")
-		if e := (*kmsclient.Error)(nil); errors.As(gerr, &e) && e.Class == kmsclient.ClassKeyUnusable {
+		if e := (*kmsclient.Error)(nil); errors.As(gerr, &e) && e.Class() == kmsclient.ClassKeyUnusable {
 			e.Op = op
 			return nil, gerr
 		}
@@ -102,10 +102,9 @@ func checkState(op string, info *kmsclient.KeyInfo) error {
 		return nil
 	case "Disabled", "PendingDeletion", "PendingImport":
 		e.Code = "Rejected." + info.State
-		e.Class, e.Detail = classOfCode(e.Code, http.StatusConflict)
-		e.Gone = isGone(e.Code)
+		e.Reason, e.Detail = reasonOfCode(e.Code, http.StatusConflict)
 	default:
-		e.Class, e.Detail = kmsclient.ClassContract, "the key is in a state that is not known here"
+		e.Reason, e.Detail = kmsclient.BrokenContract, "the key is in a state that is not known here"
 	}
 	return e
 }
@@ -126,7 +125,7 @@ func isUnsupported(err error) bool {
 // isThrottled reports whether err says that there were too many calls.
 func isThrottled(err error) bool {
 	var e *kmsclient.Error
-	if !errors.As(err, &e) || e.Class != kmsclient.ClassUnavailable {
+	if !errors.As(err, &e) || e.Class() != kmsclient.ClassUnavailable {
 		return false
 	}
 	return e.HTTPStatus == http.StatusTooManyRequests || e.Code == "Rejected.Throttling" || strings.HasPrefix(e.Code, "Throttling")

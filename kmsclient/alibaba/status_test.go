@@ -43,7 +43,7 @@ func TestDedicatedInstanceWithoutDescribeKey(t *testing.T) {
 	}
 	d.SetState(kmsdouble.DefaultKeyID, kmsdouble.Disabled)
 	_, err := b.Status(t.Context())
-	if e := asError(t, err); e.Class != kmsclient.ClassKeyUnusable || e.Op != "Status" {
+	if e := asError(t, err); e.Class() != kmsclient.ClassKeyUnusable || e.Op != "Status" {
 		t.Errorf("%+v", e)
 	}
 }
@@ -67,14 +67,14 @@ func TestDescribeKeyIsThrottled(t *testing.T) {
 		}
 		d.SetState(kmsdouble.DefaultKeyID, kmsdouble.Disabled)
 		_, err := b.Status(t.Context())
-		if e := asError(t, err); e.Class != kmsclient.ClassKeyUnusable || e.Op != "Status" {
+		if e := asError(t, err); e.Class() != kmsclient.ClassKeyUnusable || e.Op != "Status" {
 			t.Errorf("%+v", e)
 		}
 		d.SetState(kmsdouble.DefaultKeyID, kmsdouble.Enabled)
 		// Who may only read is not denied anything that reading needs.
 		only(map[string]kmsdouble.FaultSpec{"DescribeKey": throttle, "GenerateDataKey": {Kind: kmsdouble.ErrorCode, Status: 403, Code: "Forbidden.NoPermission"}})
 		_, err = b.Status(t.Context())
-		if e := asError(t, err); e.Class != kmsclient.ClassUnavailable || e.Op != "Status" {
+		if e := asError(t, err); e.Class() != kmsclient.ClassUnavailable || e.Op != "Status" {
 			t.Errorf("%+v", e)
 		}
 	}

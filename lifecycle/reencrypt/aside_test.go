@@ -43,7 +43,7 @@ func (w well) Recheck([]byte) (keyring.State, bool) {
 // one that opens again is taken up; and while the KMS is not well, nothing is decided.
 func TestSettle(t *testing.T) {
 	t.Parallel()
-	refusal := &keyring.Error{Kind: keyring.Unavailable, Text: "refused", Err: &kmsclient.Error{Answered: true}}
+	refusal := &keyring.Error{Kind: keyring.Unavailable, Text: "refused", Err: &kmsclient.Error{Reason: kmsclient.Failing}}
 	silence := &keyring.Error{Kind: keyring.Unavailable, Text: "no answer"}
 	const never = 24 * time.Hour
 	for name, test := range map[string]struct {
