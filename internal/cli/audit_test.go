@@ -11,6 +11,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc/codes"
 
@@ -251,6 +252,30 @@ func TestReloadIsHeldBack(t *testing.T) {
 	outcome(reloadApplied)
 	if n := len(d.auditLog(t)); n != 2 { // what was lost, and the reload
 		t.Errorf("%d records", n)
+	}
+}
+
+// TestReloadWaitsForTheAuditLog: a change that could not be recorded is applied once it can, without another change or a signal.
+func TestReloadWaitsForTheAuditLog(t *testing.T) {
+	d := newDir(t)
+	a, r := newRunningIn(t, d, "kind: ", "audit: {path: audit.jsonl, required: true}\nkind: ")
+	unblock := d.block(t)
+	a.audit.denied("listener", "client", "remote") // lost
+	d.config(t, "kind: ", "audit: {path: audit.jsonl, required: true}\nkind: ", "level: debug", "level: warn")
+	if r.reload("test"); r.problem() == nil || r.problem().Error() != errAudit.Error() {
+		t.Fatalf("the change is not held back: %v", r.problem())
+	}
+	unblock()
+	ctx, stop := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() { defer close(ended); r.retry(ctx) }()
+	for begun := time.Now(); r.problem() != nil && time.Since(begun) < deadline+auditRetry; {
+		time.Sleep(10 * time.Millisecond)
+	}
+	stop()
+	<-ended
+	if r.problem() != nil || r.level.Level() != slog.LevelWarn {
+		t.Errorf("the change is not applied: %v", r.problem())
 	}
 }
 

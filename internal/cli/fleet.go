@@ -34,7 +34,6 @@ type fleet struct {
 	learnerGate         chan struct{} // closed once it lets the proxy serve what a learner serves
 	opened, learning    sync.Once
 	next                *nextStart
-	restores            atomic.Int64 // of etcd, as far as they were noticed
 	audit               *auditor
 	log                 *slog.Logger
 	bypass              *bypasses                // nil with coordination off
@@ -86,16 +85,15 @@ func (a *app) newFleet(c *config.Config) (*fleet, error) {
 	}
 	var id [6]byte
 	_, _ = rand.Read(id[:]) // never fails
-	restored := func() { f.restores.Add(1) }
 	f.Fleet = coordination.NewFleet(coordination.FleetConfig{
-		Client: client, Prefix: c.Coordination.Prefix, Provers: provers, Logger: a.log, Restored: restored,
+		Client: client, Prefix: c.Coordination.Prefix, Provers: provers, Logger: a.log,
 		Self: coordination.Member{
 			ID: host + "-" + hex.EncodeToString(id[:]), Host: host, PID: os.Getpid(), Version: readBuildInfo().Version, Started: time.Now().UTC().Truncate(time.Second),
 		},
 	})
 	f.SetPolicy(policyOf(c.Rules, c.Audit))
 	if c.Coordination.WatchBypass {
-		f.watch = inventory.NewBypassWatcher(inventory.BypassConfig{Client: client, Rules: f.rules, Found: f.bypass.found, Restored: restored, Logger: a.log})
+		f.watch = inventory.NewBypassWatcher(inventory.BypassConfig{Client: client, Rules: f.rules, Found: f.bypass.found, Logger: a.log})
 	}
 	return f, nil
 }
@@ -228,7 +226,7 @@ func (b *bypasses) found(rule *inventory.Rule, key string, revision int64) {
 	if seen, _ := b.told.ContainsOrAdd(key, struct{}{}); seen {
 		return
 	}
-	b.audit.record(auditlog.Record{Event: auditlog.EventBypass, Rule: utf8Name(rule.Prefix), Key: utf8Name(key), Revision: revision})
+	b.audit.record(auditlog.Record{Event: auditlog.EventBypass, Rule: utf8Name(rule.Prefix), Key: utf8Name(key), KeyBytes: inventory.KeyBytes(key), Revision: revision})
 	// The audit log has all of them; somebody who writes many does not fill the other one.
 	if quiet := b.quiet.Load(); now >= quiet && b.quiet.CompareAndSwap(quiet, now+int64(bypassQuiet.Seconds())) {
 		b.log.Error("a value was stored in plaintext under a rule that seals: somebody writes to etcd past the proxies", "rule", utf8Name(rule.Prefix), "key", utf8Name(key),

@@ -15,12 +15,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/reencrypt"
 )
 
-// sealsWith identifies what values are sealed with now: the rules, and each provider's key. A restore of etcd brings values back that were sealed with others.
+// sealsWith identifies what values are sealed with now: the rules, and each provider's key.
 func (a *app) sealsWith() string {
 	parts := []string{fmt.Sprintf("%p", a.rules.Load())}
-	if a.fleet != nil { // a command has none
-		parts = append(parts, fmt.Sprint(a.fleet.restores.Load()))
-	}
 	for _, ring := range a.rings {
 		s := ring.State()
 		parts = append(parts, s.Provider, s.KeyID, s.SealedBy)

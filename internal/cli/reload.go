@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 )
@@ -127,6 +128,25 @@ func (r *reloader) setClients(next []config.Listener) []config.Listener {
 		r.log.Info("client lists reloaded", "listener", all[i].Address, "allowedClients", len(all[i].AllowedClients), "ciphertextClients", len(all[i].CiphertextClients))
 	}
 	return all
+}
+
+// auditRetry is how often a change is tried again that the audit log kept from being applied.
+const auditRetry = 5 * time.Second
+
+// retry reloads once the audit log, which kept a change from being applied, can be written, until ctx ends.
+func (r *reloader) retry(ctx context.Context) {
+	tick := time.NewTicker(auditRetry)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			if why := r.problem(); why != nil && why.Error() == errAudit.Error() && r.app.audit.refusal() == nil {
+				r.reload("audit log writable")
+			}
+		}
+	}
 }
 
 // watch reloads when the file's content has changed, until ctx ends.

@@ -192,6 +192,7 @@ func (a *app) run(ctx context.Context, r *reloader, signals <-chan os.Signal, dr
 	}
 	rest.Go(func() { a.obey(lasting, signals, r, func() { stop(nil) }, drain) })
 	rest.Go(func() { r.watch(serving) })
+	rest.Go(func() { r.retry(serving) })
 	rest.Go(func() { a.announce(serving) })
 	rest.Go(func() { notifier{a.log}.watch(lasting, func() { a.ready() }) })
 	err := a.proxy.Run(serving)

@@ -61,9 +61,7 @@ type FleetConfig struct {
 	Self Member
 	// Provers seal and open the proof of an agreement, by provider.
 	Provers map[string]inventory.Sealer
-	// Restored is told that etcd has older data than before, as after a restore. May be nil.
-	Restored func()
-	Logger   *slog.Logger
+	Logger  *slog.Logger
 }
 
 // Fleet is the proxies before one etcd, which announce themselves there and note what rules they have in common. It is safe for concurrent use.
@@ -273,9 +271,6 @@ func (f *Fleet) notice(ctx context.Context) error {
 		return err
 	}
 	f.cfg.Logger.Warn("etcd has older data than before, as after a restore", "before", before.String(), "now", now.String())
-	if f.cfg.Restored != nil {
-		f.cfg.Restored()
-	}
 	return nil
 }
 

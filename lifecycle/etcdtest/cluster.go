@@ -79,7 +79,7 @@ func New(t testing.TB, members int) *Cluster {
 		changed: make(chan struct{}), cut: make(chan struct{}),
 	}
 	for i := range members {
-		m := &Member{cluster: c, index: i, listener: bufconn.Listen(1 << 20)}
+		m := &Member{cluster: c, index: i, listener: bufconn.Listen(64 << 10)}
 		c.members = append(c.members, m)
 		s := grpc.NewServer(grpc.MaxRecvMsgSize(64 << 20))
 		pb.RegisterKVServer(s, &kvServer{Member: m})

@@ -22,10 +22,8 @@ type BypassConfig struct {
 	Client *clientv3.Client
 	Rules  func() *Rules // of the moment
 	// Found is told of each write of a value that its rule would have sealed and that is not. It must not block; key is its to keep.
-	Found func(rule *Rule, key string, revision int64)
-	// Restored is told that etcd has older data than before, as after a restore. May be nil.
-	Restored func()
-	Logger   *slog.Logger
+	Found  func(rule *Rule, key string, revision int64)
+	Logger *slog.Logger
 }
 
 // BypassWatcher watches all keys under rules that seal for writes that went past the proxies. It looks at the first bytes of values alone.
@@ -167,9 +165,6 @@ func (b *BypassWatcher) catchUp(ctx context.Context, prefixes []string) error {
 		for _, p := range prefixes {
 			delete(b.next, p)
 			b.missed[p] = 0
-		}
-		if b.Restored != nil {
-			b.Restored()
 		}
 	}
 	for p, from := range b.missed {

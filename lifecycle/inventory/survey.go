@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -65,6 +66,15 @@ const (
 	maxKeyIDs   = 1000
 	maxProvider = 256
 )
+
+// KeyBytes returns the bytes of an etcd key that is not valid UTF-8, and nil for others. JSON replaces what is not UTF-8 in a text:
+// reports have the bytes beside the text.
+func KeyBytes(key string) []byte {
+	if utf8.ValidString(key) {
+		return nil
+	}
+	return []byte(key)
+}
 
 // Visitor is called with each key and what its value is to its rule. err says why for Undecryptable and Unavailable. It keeps no argument.
 type Visitor func(rule *Rule, kv *mvccpb.KeyValue, standing keyring.Standing, err error) error

@@ -3,6 +3,7 @@ package reencrypt
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -514,6 +515,7 @@ func TestLoop(t *testing.T) {
 		var mu sync.Mutex
 		var results []Result
 		keys, leads, failing := "1", false, false
+		backup := s.cluster.Store().Clone()
 		s.hook = func(int, *etcdtest.Call) etcdtest.Fault {
 			mu.Lock()
 			defer mu.Unlock()
@@ -545,7 +547,7 @@ func TestLoop(t *testing.T) {
 		set(func() { leads = true })
 		time.Sleep(10 * time.Second)
 		want("it leads", 1)
-		time.Sleep(followAgain + 10*time.Second)
+		time.Sleep(loopAgain + 10*time.Second)
 		want("it found work", 2)
 		time.Sleep(30 * time.Minute)
 		want("nothing happened", 2)
@@ -557,17 +559,48 @@ func TestLoop(t *testing.T) {
 		set(func() { keys, failing = "3", true })
 		time.Sleep(10 * time.Second)
 		want("a run that fails", 5)
-		time.Sleep(followAgain + 10*time.Second)
+		time.Sleep(loopAgain + 10*time.Second)
 		want("again", 6)
 		set(func() { failing = false })
-		time.Sleep(followAgain + 10*time.Second)
+		time.Sleep(loopAgain + 10*time.Second)
 		want("etcd is back", 7)
+		time.Sleep(loopAgain + 10*time.Second) // the one that found work
+		runs := len(results)
+		s.cluster.Put("/other", "x")
+		time.Sleep(10 * time.Second)
+		s.mu.Lock()
+		clear(s.ours) // revisions of the data that is gone
+		s.mu.Unlock()
+		s.cluster.Restore(backup)
+		time.Sleep(10 * time.Second)
+		want("a restore", runs+1)
+		s.checkDone()
 		set(func() { leads = false })
 		time.Sleep(3 * time.Hour)
-		want("another leads again", 7)
+		want("another leads again", runs+1)
 		stop()
 		<-ended
 		s.check()
 		s.checkDone()
+	})
+}
+
+// TestKeysThatAreNotText: a report in JSON has the bytes of a key that is not UTF-8.
+func TestKeysThatAreNotText(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newSimulation(t)
+		foreign, _ := s.sealer.Seal(t.Context(), []byte("/another"), nil)
+		for _, key := range []string{"/r/\xff\x00", "/r/größe"} {
+			s.cluster.Put(key, string(foreign))
+		}
+		result, err := Run(t.Context(), s.config(s.cluster.Client(t, "first")))
+		if err != nil || len(result.Skipped) != 2 {
+			t.Fatalf("%+v, %v", result, err)
+		}
+		report, err := json.Marshal(result)
+		if err != nil || !strings.Contains(string(report), `{"key":"/r/größe","why"`) || !strings.Contains(string(report), `"keyBytes":"L3Iv/wA="`) {
+			t.Errorf("%s, %v", report, err)
+		}
 	})
 }

@@ -88,7 +88,7 @@ func (r *run) leave(counter func(p *Progress) *int64, key []byte, why string) {
 	defer r.mu.Unlock()
 	*counter(&r.done)++
 	if len(r.left) < MaxSkipped {
-		r.left = append(r.left, Skipped{Key: string(key), Why: why})
+		r.left = append(r.left, Skipped{Key: string(key), KeyBytes: inventory.KeyBytes(string(key)), Why: why})
 	}
 }
 

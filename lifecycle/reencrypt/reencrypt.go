@@ -74,8 +74,9 @@ func (p *Progress) Unfinished() int64 {
 
 // Skipped is a key whose value could not be rewritten.
 type Skipped struct {
-	Key string `json:"key"`
-	Why string `json:"why"`
+	Key      string `json:"key"`
+	KeyBytes []byte `json:"keyBytes,omitempty"` // Key where that is not valid UTF-8
+	Why      string `json:"why"`
 }
 
 // MaxSkipped is how many of the keys that are left a Result names.
