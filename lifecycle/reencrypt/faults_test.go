@@ -25,6 +25,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/etcdtest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/restore"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdmodel"
 )
 
 // simulation is an etcd with values of all kinds, and a record of the writes of re-encryption.
@@ -39,6 +40,8 @@ type simulation struct {
 	ours  map[int64]int   // revisions that re-encryption made, and how many values each has
 	dead  map[string]bool // clients whose process has ended
 	hook  func(n int, c *etcdtest.Call) etcdtest.Fault
+
+	backup *etcdmodel.Store // from before the last key was written
 }
 
 // Keys of a simulation.
@@ -64,6 +67,9 @@ func newSimulation(t *testing.T) *simulation {
 			value, _ = etcdtest.Sealer{KeyID: "1"}.Seal(t.Context(), []byte(key), value)
 		default:
 			value, _ = s.sealer.Seal(t.Context(), []byte(key), value)
+		}
+		if i == simulatedKeys-1 {
+			s.backup = s.cluster.Store().Clone()
 		}
 		r := &pb.PutRequest{Key: []byte(key), Value: value}
 		if key == leasedKey {
@@ -356,8 +362,6 @@ func TestOthersAndFault(t *testing.T) {
 func TestRestoreBetweenCalls(t *testing.T) {
 	t.Parallel()
 	everyCall(t, nil, func(t *testing.T, s *simulation, n int, run func(string) (Result, error)) {
-		backup := s.cluster.Store().Clone()
-		// The backup has other values at the revisions to come.
 		s.hook = func(call int, _ *etcdtest.Call) etcdtest.Fault {
 			if call != n {
 				return etcdtest.Fault{}
@@ -365,7 +369,9 @@ func TestRestoreBetweenCalls(t *testing.T) {
 			s.mu.Lock()
 			clear(s.ours)
 			s.mu.Unlock()
-			s.cluster.Restore(backup)
+			s.cluster.Restore(s.backup)
+			// At the revision at which the run may have read another value of this key.
+			s.cluster.Put("/r/k39", "written after the restore")
 			return etcdtest.Fault{Err: status.Error(codes.Unavailable, "etcd is restored")}
 		}
 		if result, err := run("first"); err != nil && !errors.Is(err, restore.ErrRestored) {
