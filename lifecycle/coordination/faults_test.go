@@ -80,7 +80,8 @@ func (s *fleetSimulation) intercept(c *etcdtest.Call) etcdtest.Fault {
 	return hook(n, c)
 }
 
-// done holds each record that is written against what the proxy that wrote it had read: all had announced these rules.
+// done holds each record that is written against what the proxy that wrote it had read: all had
+// announced these rules.
 func (s *fleetSimulation) done(c *etcdtest.Call, answer proto.Message) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -260,7 +261,8 @@ func rollOut(s *fleetSimulation) {
 	s.check("new", "a", "b")
 }
 
-// TestRollOutWithFaults: whatever call fails, applied or not, rules are on record once all proxies have them and not before.
+// TestRollOutWithFaults: whatever call fails, applied or not, rules are on record once all proxies
+// have them and not before.
 func TestRollOutWithFaults(t *testing.T) {
 	for _, applied := range []bool{false, true} {
 		t.Run(fmt.Sprint("applied ", applied), func(t *testing.T) {
@@ -274,7 +276,8 @@ func TestRollOutWithFaults(t *testing.T) {
 	}
 }
 
-// TestRollOutWithOthers: streams that end, compactions, leases that are lost and announcements that are removed at any call change nothing in the end.
+// TestRollOutWithOthers: streams that end, compactions, leases that are lost and announcements that
+// are removed at any call change nothing in the end.
 func TestRollOutWithOthers(t *testing.T) {
 	scenarios := 0
 	for name, other := range map[string]func(s *fleetSimulation){
@@ -326,7 +329,8 @@ func TestRaceForTheRecord(t *testing.T) {
 	})
 }
 
-// TestCrashOfAProxy: a process that ends at any call is forgotten when its lease has ended; the others go on, and one of them leads.
+// TestCrashOfAProxy: a process that ends at any call is forgotten when its lease has ended; the
+// others go on, and one of them leads.
 func TestCrashOfAProxy(t *testing.T) {
 	t.Parallel()
 	crashed := ""
@@ -350,7 +354,8 @@ func TestCrashOfAProxy(t *testing.T) {
 	})
 }
 
-// TestRestore: each proxy notices that etcd was restored, once, and announces itself again; the record of the backup is replaced.
+// TestRestore: each proxy notices that etcd was restored, once, and announces itself again; the
+// record of the backup is replaced.
 func TestRestore(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -376,7 +381,8 @@ func TestRestore(t *testing.T) {
 	})
 }
 
-// TestVerify: a record is genuine if each of its providers proves it; without a KMS nothing is known.
+// TestVerify: a record is genuine if each of its providers proves it; without a KMS nothing is
+// known.
 func TestVerify(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -422,7 +428,8 @@ func TestVerify(t *testing.T) {
 	})
 }
 
-// TestAnotherPrefix: the record of a prefix that is no longer used goes once no proxy is announced there, whatever call fails.
+// TestAnotherPrefix: the record of a prefix that is no longer used goes once no proxy is announced
+// there, whatever call fails.
 func TestAnotherPrefix(t *testing.T) {
 	for _, applied := range []bool{false, true} {
 		t.Run(fmt.Sprint("applied ", applied), func(t *testing.T) {
@@ -501,7 +508,8 @@ func newElectionSimulation(s *fleetSimulation) *electionSimulation {
 	return &electionSimulation{fleetSimulation: s, working: make(map[string]bool)}
 }
 
-// TestElectionWithFaults: whatever call fails, applied or not, one works at a time, and each that retries has its turn.
+// TestElectionWithFaults: whatever call fails, applied or not, one works at a time, and each that
+// retries has its turn.
 func TestElectionWithFaults(t *testing.T) {
 	for _, applied := range []bool{false, true} {
 		t.Run(fmt.Sprint("applied ", applied), func(t *testing.T) {
@@ -562,7 +570,8 @@ func TestElectionAfterCrash(t *testing.T) {
 	}
 }
 
-// TestElectionLost: a process that etcd no longer hears of stops working before, or soon after, another one begins.
+// TestElectionLost: a process that etcd no longer hears of stops working before, or soon after,
+// another one begins.
 func TestElectionLost(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

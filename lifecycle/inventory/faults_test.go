@@ -28,8 +28,8 @@ func testRules(sealer Sealer) *Rules {
 	}, "/r/exempt/")
 }
 
-// TestScanWithOthers: a scan visits each key once at one revision; a compaction between any two pages has it continue at the
-// present, which it says, and a restore ends it.
+// TestScanWithOthers: a scan visits each key once at one revision; a compaction between any two
+// pages has it continue at the present, which it says, and a restore ends it.
 func TestScanWithOthers(t *testing.T) {
 	t.Parallel()
 	for _, change := range []string{"nothing", "writes", "compacts", "restores"} {
@@ -143,8 +143,9 @@ func TestSurvey(t *testing.T) {
 	})
 }
 
-// TestBypassWithFaults: every plaintext value under a rule that encrypts is found, if it is still there when the watch comes
-// back: streams end, etcd is away, compacts, or is restored between any two writes.
+// TestBypassWithFaults: every plaintext value under a rule that encrypts is found, if it is still
+// there when the watch comes back: streams end, etcd is away, compacts, or is restored between any
+// two writes.
 func TestBypassWithFaults(t *testing.T) {
 	for name, fault := range map[string]func(c *etcdtest.Cluster, away *bool){
 		"nothing":           func(*etcdtest.Cluster, *bool) {},
@@ -236,7 +237,8 @@ func TestBypassWithFaults(t *testing.T) {
 	}
 }
 
-// TestBypassRules: what a changed set of rules covers is watched from the revision at which it changed.
+// TestBypassRules: what a changed set of rules covers is watched from the revision at which it
+// changed.
 func TestBypassRules(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

@@ -137,8 +137,8 @@ func (s *simulation) written() (n int64) {
 	return n
 }
 
-// check holds the history of etcd against what re-encryption may do: it replaces a value by one of the same key, plaintext and
-// lease that is current, and brings no deleted key back.
+// check holds the history of etcd against what re-encryption may do: it replaces a value by one of
+// the same key, plaintext and lease that is current, and brings no deleted key back.
 func (s *simulation) check() {
 	s.t.Helper()
 	s.mu.Lock()
@@ -221,7 +221,8 @@ func everyCall(t *testing.T, tune func(*Config), f func(t *testing.T, s *simulat
 	}
 }
 
-// TestFaultAtEveryCall: whatever call fails, applied or not, the run ends with all values current, and counts what it wrote.
+// TestFaultAtEveryCall: whatever call fails, applied or not, the run ends with all values current,
+// and counts what it wrote.
 func TestFaultAtEveryCall(t *testing.T) {
 	for name, tune := range map[string]func(*Config){"one value a transaction": nil, "three values a transaction": func(c *Config) { c.TxnKeys = 3 }} {
 		t.Run(name, func(t *testing.T) {
@@ -247,7 +248,8 @@ func TestFaultAtEveryCall(t *testing.T) {
 	}
 }
 
-// TestCrashAtEveryCall: a process that ends at any call leaves each value as it was or as it is to be, and the next one finishes.
+// TestCrashAtEveryCall: a process that ends at any call leaves each value as it was or as it is to
+// be, and the next one finishes.
 func TestCrashAtEveryCall(t *testing.T) {
 	t.Parallel()
 	for _, applied := range []bool{false, true} {
@@ -357,8 +359,8 @@ func TestOthersAndFault(t *testing.T) {
 	}
 }
 
-// TestRestoreBetweenCalls: a restore of etcd at any call ends the run, or comes after it, and never lets it write what was read
-// before into what is there now.
+// TestRestoreBetweenCalls: a restore of etcd at any call ends the run, or comes after it, and never
+// lets it write what was read before into what is there now.
 func TestRestoreBetweenCalls(t *testing.T) {
 	t.Parallel()
 	everyCall(t, nil, func(t *testing.T, s *simulation, n int, run func(string) (Result, error)) {
@@ -385,7 +387,8 @@ func TestRestoreBetweenCalls(t *testing.T) {
 	})
 }
 
-// TestSeveralRuns: of several at a time one works, and each waits for its turn; together they write each value once.
+// TestSeveralRuns: of several at a time one works, and each waits for its turn; together they write
+// each value once.
 func TestSeveralRuns(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -421,7 +424,8 @@ func TestSeveralRuns(t *testing.T) {
 	})
 }
 
-// TestRefusals: what etcd refuses is sent in smaller parts, waited for, or left with its reason, whatever etcd says.
+// TestRefusals: what etcd refuses is sent in smaller parts, waited for, or left with its reason,
+// whatever etcd says.
 func TestRefusals(t *testing.T) {
 	t.Parallel()
 	puts := func(c *etcdtest.Call) (keys []string) {
@@ -512,8 +516,8 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
-// TestLoop: there is a run at the start, after each change of what values are sealed with, at the interval, soon after one that
-// failed or found work, and none while another process leads.
+// TestLoop: there is a run at the start, after each change of what values are sealed with, at the
+// interval, soon after one that failed or found work, and none while another process leads.
 func TestLoop(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -608,5 +612,27 @@ func TestKeysThatAreNotText(t *testing.T) {
 		if err != nil || !strings.Contains(string(report), `{"key":"/r/größe","why"`) || !strings.Contains(string(report), `"keyBytes":"L3Iv/wA="`) {
 			t.Errorf("%s, %v", report, err)
 		}
+	})
+}
+
+// TestLaterPasses: what others write behind the scan of a pass is found in the next one.
+func TestLaterPasses(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newSimulation(t)
+		written := false
+		s.hook = func(_ int, c *etcdtest.Call) etcdtest.Fault {
+			if r, ok := c.Request.(*pb.TxnRequest); ok && !written && strings.HasPrefix(string(r.GetSuccess()[0].GetRequestPut().GetKey()), "/r/k2") {
+				written = true
+				s.cluster.Put("/r/k00", "behind the scan")
+			}
+			return etcdtest.Fault{}
+		}
+		result, err := Run(t.Context(), s.config(s.cluster.Client(t, "first")))
+		if err != nil || !written || result.Pass != 3 || result.Rewritten != 10 {
+			t.Errorf("%+v, %v", result, err)
+		}
+		s.check()
+		s.checkDone()
 	})
 }

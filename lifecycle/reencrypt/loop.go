@@ -7,12 +7,14 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/restore"
 )
 
-// Loop re-encrypts repeatedly: at its start, after each rotation of a key and each restore of etcd, and at intervals.
+// Loop re-encrypts repeatedly: at its start, after each rotation of a key and each restore of etcd,
+// and at intervals.
 type Loop struct {
 	Config Config
 	// Interval is the time between two runs for which there is no other reason.
 	Interval time.Duration
-	// Keys identifies what values are sealed with now, rules and keys. When it changes, there is a run.
+	// Keys identifies what values are sealed with now, rules and keys. When it changes, there is a
+	// run.
 	Keys func() string
 	// Leader reports whether there is to be a run at all. nil is always.
 	Leader func() bool
@@ -24,12 +26,13 @@ type Loop struct {
 
 const (
 	loopCheck = 5 * time.Second
-	// loopAgain is after a run that failed or found something to do: what others sealed under the old key until they had
-	// learned of the new one.
+	// loopAgain is after a run that failed or found something to do: what others sealed under the
+	// old key until they had learned of the new one.
 	loopAgain = 2 * time.Minute
 )
 
-// Run re-encrypts until ctx ends. A run under way is interrupted then, and Ended is called as for any other.
+// Run re-encrypts until ctx ends. A run under way is interrupted then, and Ended is called as for
+// any other.
 func (l *Loop) Run(ctx context.Context) {
 	var last time.Time // when a run ended; zero before the first
 	keys, again := "", false
@@ -52,7 +55,8 @@ func (l *Loop) Run(ctx context.Context) {
 	}
 }
 
-// restored reports whether etcd was restored since the last call: a backup holds values that are sealed with older keys.
+// restored reports whether etcd was restored since the last call: a backup holds values that are
+// sealed with older keys.
 func (l *Loop) restored(ctx context.Context) bool {
 	ctx, cancel := context.WithTimeout(ctx, loopCheck)
 	defer cancel()

@@ -99,7 +99,8 @@ func leftUndecryptable(p *Progress) *int64 { return &p.Undecryptable }
 func leftRefused(p *Progress) *int64       { return &p.Refused }
 func leftFailed(p *Progress) *int64        { return &p.Failed }
 
-// foundWork notes that there was something to do in this pass, so that another one has to prove that nothing is left.
+// foundWork notes that there was something to do in this pass, so that another one has to prove
+// that nothing is left.
 func (r *run) foundWork() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
