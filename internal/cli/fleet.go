@@ -86,7 +86,7 @@ func (a *app) newFleet(c *config.Config) (*fleet, error) {
 	var id [6]byte
 	_, _ = rand.Read(id[:]) // never fails
 	f.Fleet = coordination.NewFleet(coordination.FleetConfig{
-		Client: client, Prefix: c.Coordination.Prefix, Provers: provers, Logger: a.log,
+		Client: client, Prefix: c.Coordination.Prefix, ProofSealers: provers, Logger: a.log,
 		Self: coordination.Member{
 			ID: host + "-" + hex.EncodeToString(id[:]), Host: host, PID: os.Getpid(), Version: readBuildInfo().Version, Started: time.Now().UTC().Truncate(time.Second),
 		},
