@@ -333,3 +333,25 @@ func TestKubernetes(t *testing.T) {
 	defer s.done()
 	s.skip(5, "it serves until a signal; test/kubernetes starts it")
 }
+
+// TestEveryPage requires that each page with a console block that runs etcd-kms-proxy has a test here.
+func TestEveryPage(t *testing.T) {
+	t.Parallel()
+	source, err := os.ReadFile("pages_test.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range markdown(t) {
+		below, ok := strings.CutPrefix(name, "docs/")
+		if !ok || strings.Contains(string(source), fmt.Sprintf("newSite(t, %q)", below)) {
+			continue
+		}
+		for _, b := range parse(readPage(t, name)) {
+			for _, c := range b {
+				if strings.HasPrefix(c.line, "etcd-kms-proxy ") {
+					t.Errorf("%s: no test runs %q", name, c.line)
+				}
+			}
+		}
+	}
+}
