@@ -51,7 +51,7 @@ var foreign = []string{
 }
 
 // variable is what stands for something else in a text of a page, or joins two texts.
-var variable = regexp.MustCompile(`…|, and |"[^"]*"|[():]|\w+://|\b\d[\w.:/-]*|\b(N|HOST|PID|FILE|aescbc|caFile|Disabled|AssumeRole\w*)\b`)
+var variable = regexp.MustCompile(`…|, and | within |\[-\]|"[^"]*"|[():]|\w+://|\b\d[\w.:/-]*|\b(N|HOST|PID|FILE|aescbc|caFile|Disabled|AssumeRole\w*)\b`)
 
 // messages returns the cells of tables under the headings "message", "text", "reason" and "finding".
 func messages(page string) (cells []string) {
