@@ -185,7 +185,7 @@ func TestCluster(t *testing.T) {
 		n.run(0, "through the proxy  everything", "kubeadm", "status")
 	}
 	for _, n := range nodes {
-		n.run(0, "waiting until the proxy has reloaded it", page()...)
+		n.run(0, "the API server of this node uses the proxy", page()...)
 	}
 	first.run(0, "", "reencrypt")
 	first.run(0, "", "status")
