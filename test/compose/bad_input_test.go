@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -80,6 +81,18 @@ func TestBadInput(t *testing.T) {
 		}
 		s.says("setup", "error: KMS is alibaba, and nothing is set for ALIBABA_KMS_REGION", "hint: copy deploy/compose/alibaba.env.example to .env")
 	})
+	t.Run(".env is lost", func(t *testing.T) {
+		s := newStack(t, composeV2(t))
+		without := s.env
+		s.env = append(slices.Clip(without), "KMS=alibaba", "ALIBABA_KMS_REGION=cn-hangzhou", "ALIBABA_KMS_KEY_ID=key-1",
+			"ALIBABA_CLOUD_ACCESS_KEY_ID=id", "ALIBABA_CLOUD_ACCESS_KEY_SECRET=secret")
+		s.run("up", "setup")
+		s.env = without
+		if out, err := s.try(t.Context(), "up", "-d"); err == nil {
+			t.Errorf("it starts without its KMS:\n%s", out)
+		}
+		s.says("setup", "error: this stack writes with Alibaba Cloud KMS, and the environment does not name it: is .env missing?", "hint: put .env back")
+	})
 	t.Run("a started stack", func(t *testing.T) {
 		s := newStack(t, composeV2(t))
 		s.up()
@@ -152,6 +165,26 @@ func TestBadInput(t *testing.T) {
 		s.says("proxy-1", "certificate signed by unknown authority")
 		s.up() // the job writes the right one again
 		s.run("run", "--rm", "-e", "ETCDCTL_ENDPOINTS=https://proxy-1:2379", "etcdctl", "put", "key", "value")
+	})
+	t.Run("a wrong clock", wrongClock)
+	t.Run("a full volume of etcd", func(t *testing.T) {
+		s := newStack(t, composeV2(t))
+		s.override("volumes:\n  etcd-1: {driver_opts: {type: tmpfs, device: tmpfs, o: \"size=16m,uid=65532,gid=65532,mode=0700\"}}\n")
+		if out, err := s.try(t.Context(), "up", "-d"); err == nil {
+			t.Errorf("it starts without room for a member's log:\n%s", out)
+		}
+		s.says("etcd-1", "no space left on device")
+	})
+	t.Run("a full volume of the audit log", func(t *testing.T) {
+		s := newStack(t, composeV2(t))
+		s.override("volumes:\n  proxy-1-audit: {driver_opts: {type: tmpfs, device: tmpfs, o: \"size=1m,uid=65532,gid=65532,mode=0700\"}}\n")
+		s.up()
+		s.volume("proxy-1-audit", "cat /dev/zero >/v/filler || true")
+		s.volume("proxy", "echo '# changed' >>/v/config.yaml") // reading it again is a record
+		s.says("proxy-1", "the audit log cannot be written", "no space left on device")
+		s.healthy("proxy-1") // audit.required is not set
+		s.volume("proxy-1-audit", "rm /v/filler")
+		s.says("proxy-1", "the audit log is written again")
 	})
 	t.Run("a full disk", func(t *testing.T) {
 		s := newStack(t, composeV2(t))
