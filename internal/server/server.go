@@ -25,6 +25,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/etcdclient"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/filewatch"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/memlimit"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
 )
@@ -74,6 +75,9 @@ func Serve(ctx context.Context, path string, load Load, stderr io.Writer, o Opti
 	log := printable.NewLogger(stderr, c.Log.Format, level)
 	logWarnings(log, path, warnings)
 	relaxGC()
+	if limit := memlimit.Set(); limit > 0 {
+		log.Info("memory limit set from the cgroup", "bytes", limit)
+	}
 	if o.sockets, err = inheritedSockets(); err != nil {
 		return err
 	}
