@@ -14,9 +14,10 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 )
 
-// Agreement is the record of the rules that all proxies had at a time. It stands in etcd at FleetConfig.Prefix + "agreement", see place.go, readable, with a proof for each
-// provider that the rules seal with: the SHA-256 of the policy, sealed like a value of that key. Whoever can write to etcd can remove the record, and cannot change it
-// unnoticed without the KMS.
+// Agreement is the record of the rules that all proxies had at a time. It stands in etcd at
+// FleetConfig.Prefix + "agreement", see place.go, readable, with a proof for each provider that the
+// rules seal with: the SHA-256 of the policy, sealed like a value of that key. Whoever can write to
+// etcd can remove the record, and cannot change it unnoticed without the KMS.
 type Agreement struct {
 	Policy json.RawMessage   `json:"policy"` // [Policy.Record]
 	Time   time.Time         `json:"time"`
@@ -28,7 +29,8 @@ type Agreement struct {
 
 // Errors of [Fleet.Verify].
 var (
-	// ErrForged says that a record does not come from a proxy with the KMS' keys, or that the keys are not those of the record.
+	// ErrForged says that a record does not come from a proxy with the KMS' keys, or that the keys
+	// are not those of the record.
 	ErrForged = errors.New("the record of the rules that the proxies agreed on is not genuine, or was sealed with other keys than these")
 	// ErrUnverified says that no KMS answers that could tell.
 	ErrUnverified = errors.New("the record of the rules that the proxies agreed on could not be checked yet")
@@ -38,7 +40,8 @@ func (f *Fleet) key() string { return agreementKey(f.cfg.Prefix) }
 
 func agreementKey(prefix string) string { return prefix + "agreement" }
 
-// Agreement reads the record. It is nil if there is none. One that cannot be decoded is [ErrForged].
+// Agreement reads the record. It is nil if there is none. One that cannot be decoded is
+// [ErrForged].
 func (f *Fleet) Agreement(ctx context.Context, opts ...clientv3.OpOption) (*Agreement, error) {
 	return readAgreement(ctx, f.cfg.Client, f.cfg.Prefix, opts...)
 }
@@ -67,8 +70,10 @@ func readAgreement(ctx context.Context, kv clientv3.KV, prefix string, opts ...c
 	return a, nil
 }
 
-// Check tells whether a record is genuine, by the proofs of providers, those that its rules seal with. A provider that this proxy does not have proves nothing, nor does
-// one whose KMS does not answer or whose key may not be used: if none is left, the error is [ErrUnverified]. old reports a proof that should be made anew.
+// Check tells whether a record is genuine, by the proofs of providers, those that its rules seal
+// with. A provider that this proxy does not have proves nothing, nor does one whose KMS does not
+// answer or whose key may not be used: if none is left, the error is [ErrUnverified]. old reports a
+// proof that should be made anew.
 func (f *Fleet) Verify(ctx context.Context, a *Agreement, providers []string) (old bool, err error) {
 	if len(providers) == 0 {
 		return false, nil // rules that seal nothing protect nothing

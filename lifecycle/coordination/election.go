@@ -16,7 +16,8 @@ type Election struct {
 	Client *clientv3.Client
 	Key    string // below which the candidates stand
 	Self   string // how this process is called
-	// Waiting is told who does the job now, when that is not this process, and again when it is somebody else. May be nil.
+	// Waiting is told who does the job now, when that is not this process, and again when it is
+	// somebody else. May be nil.
 	Waiting func(holder string)
 	// NoWait gives up if somebody else does the job, with [ErrOtherLeader].
 	NoWait bool
@@ -26,7 +27,8 @@ type Election struct {
 var (
 	// ErrOtherLeader says that another process does the job.
 	ErrOtherLeader = errors.New("another process does it")
-	// ErrLeadershipLost says that this process no longer does the job, since etcd did not hear of it for too long.
+	// ErrLeadershipLost says that this process no longer does the job, since etcd did not hear of
+	// it for too long.
 	ErrLeadershipLost = errors.New("the lease of the process that does it has ended")
 )
 
@@ -35,8 +37,9 @@ const (
 	electionCheck = time.Second
 )
 
-// Run calls f once this process is the one that does the job, with a context that ends, with [ErrLeadershipLost], if it no longer is. It returns f's error, or that of
-// the election. A process that has died no longer counts after a quarter of a minute.
+// Run calls f once this process is the one that does the job, with a context that ends, with
+// [ErrLeadershipLost], if it no longer is. It returns f's error, or that of the election. A process
+// that has died no longer counts after a quarter of a minute.
 func (e Election) Run(ctx context.Context, f func(context.Context) error) error {
 	session, err := concurrency.NewSession(e.Client, concurrency.WithTTL(electionTTL), concurrency.WithContext(ctx))
 	if err != nil {

@@ -1,7 +1,8 @@
-// Package coordination is how several proxies in front of one etcd cluster work together. Their only shared state is in etcd,
-// below a configured prefix: each proxy announces itself under a lease ([Fleet]), the rules that all proxies have in common are
-// recorded with proofs that only a holder of the KMS keys can make ([Agreement]), and an [Election] chooses the process that does
-// a job.
+// Package coordination is how several proxies in front of one etcd cluster work together. Their
+// only shared state is in etcd, below a configured prefix: each proxy announces itself under a
+// lease ([Fleet]), the rules that all proxies have in common are recorded with proofs that only a
+// holder of the KMS keys can make ([Agreement]), and an [Election] chooses the process that does a
+// job.
 package coordination
 
 import (
@@ -26,7 +27,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/restore"
 )
 
-// Member is a proxy as it announces itself in etcd, below FleetConfig.Prefix + "proxies/", under a lease.
+// Member is a proxy as it announces itself in etcd, below FleetConfig.Prefix + "proxies/", under a
+// lease.
 type Member struct {
 	ID      string    `json:"id"` // unlike that of any other process
 	Host    string    `json:"host"`
@@ -39,7 +41,8 @@ type Member struct {
 	created int64 // revision
 }
 
-// PolicyDigest identifies rules: the hexadecimal SHA-256 of their canonical form, which is the caller's.
+// PolicyDigest identifies rules: the hexadecimal SHA-256 of their canonical form, which is the
+// caller's.
 func PolicyDigest(policy []byte) string {
 	sum := sha256.Sum256(policy)
 	return hex.EncodeToString(sum[:])
@@ -61,12 +64,11 @@ type FleetConfig struct {
 	Self Member
 	// Provers seal and open the proof of an agreement, by provider.
 	Provers map[string]inventory.Sealer
-	// Restored is told that etcd has older data than before, as after a restore. May be nil.
-	Restored func()
-	Logger   *slog.Logger
+	Logger  *slog.Logger
 }
 
-// Fleet is the proxies before one etcd, which announce themselves there and note what rules they have in common. It is safe for concurrent use.
+// Fleet is the proxies before one etcd, which announce themselves there and note what rules they
+// have in common. It is safe for concurrent use.
 type Fleet struct {
 	cfg     FleetConfig
 	changed chan struct{}
@@ -108,8 +110,8 @@ func (f *Fleet) current() Policy {
 	return f.policy
 }
 
-// Leader reports whether this proxy is, as far as it knows, the one that does what one of them has to do: the one that has announced itself for longest. Two may
-// think so for a moment.
+// Leader reports whether this proxy is, as far as it knows, the one that does what one of them has
+// to do: the one that has announced itself for longest. Two may think so for a moment.
 func (f *Fleet) Leader() bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -142,7 +144,8 @@ func (f *Fleet) Members(ctx context.Context) ([]Member, error) {
 	return members, nil
 }
 
-// Run announces this proxy and notes agreements, until ctx ends; then the announcement is taken back. What fails is logged once and tried again.
+// Run announces this proxy and notes agreements, until ctx ends; then the announcement is taken
+// back. What fails is logged once and tried again.
 func (f *Fleet) Run(ctx context.Context) {
 	for ctx.Err() == nil {
 		f.trouble(f.announce(ctx))
@@ -266,23 +269,22 @@ func (f *Fleet) look(ctx context.Context) error {
 	return f.agree(ctx, policy.Record, policy.Providers)
 }
 
-// notice tells of a restore of etcd. All else that was read before then is read again at each look anyway, and leases and announcements are gone with the old data.
+// notice tells of a restore of etcd. All else that was read before then is read again at each look
+// anyway, and leases and announcements are gone with the old data.
 func (f *Fleet) notice(ctx context.Context) error {
 	restored, before, now, err := f.history.Check(ctx, f.cfg.Client, f.key())
 	if err != nil || !restored {
 		return err
 	}
 	f.cfg.Logger.Warn("etcd has older data than before, as after a restore", "before", before.String(), "now", now.String())
-	if f.cfg.Restored != nil {
-		f.cfg.Restored()
-	}
 	return nil
 }
 
 // ErrOtherRules is in the error of [Fleet.SameRules].
 var ErrOtherRules = errors.New("proxies have other rules: they may be unable to read what is written by these")
 
-// SameRules returns an error that names the proxies that have announced other rules than those of [Fleet.SetPolicy].
+// SameRules returns an error that names the proxies that have announced other rules than those of
+// [Fleet.SetPolicy].
 func (f *Fleet) SameRules(ctx context.Context) error {
 	members, err := f.Members(ctx)
 	if err != nil {

@@ -9,7 +9,8 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// DefaultPrefix is FleetConfig.Prefix if nobody chooses another one. There a proxy finds out where proxies have agreed on rules, whatever its own prefix is:
+// DefaultPrefix is FleetConfig.Prefix if nobody chooses another one. There a proxy finds out where
+// proxies have agreed on rules, whatever its own prefix is:
 //
 //	/etcd-kms-proxy/agreement     the record of those with this prefix
 //	/etcd-kms-proxy/at/<prefix>   one key for each other prefix that has a record
@@ -51,7 +52,8 @@ func OtherRecords(ctx context.Context, kv clientv3.KV, own string, opts ...clien
 	return places, nil
 }
 
-// DeleteRecord removes a record, so that proxies that are told to do without it are not asked again. Proxies that still coordinate there note it anew.
+// DeleteRecord removes a record, so that proxies that are told to do without it are not asked
+// again. Proxies that still coordinate there note it anew.
 func DeleteRecord(ctx context.Context, kv clientv3.KV, p RecordLocation) error {
 	for _, key := range []string{agreementKey(p.Prefix), pointers + p.Prefix} {
 		if _, err := kv.Delete(ctx, key); err != nil {
@@ -77,8 +79,8 @@ func (f *Fleet) point(ctx context.Context) error {
 	return nil
 }
 
-// forgetOthers removes records from before the prefix was changed: one that is not kept up to date could be less than what was agreed on since. Where proxies still
-// are, they have not changed yet.
+// forgetOthers removes records from before the prefix was changed: one that is not kept up to date
+// could be less than what was agreed on since. Where proxies still are, they have not changed yet.
 func (f *Fleet) forgetOthers(ctx context.Context) error {
 	places, err := OtherRecords(ctx, f.cfg.Client, f.cfg.Prefix)
 	if err != nil {

@@ -21,16 +21,17 @@ import (
 type BypassConfig struct {
 	Client *clientv3.Client
 	Rules  func() *Rules // of the moment
-	// Found is told of each write of a value that its rule would have sealed and that is not. It must not block; key is its to keep.
-	Found func(rule *Rule, key string, revision int64)
-	// Restored is told that etcd has older data than before, as after a restore. May be nil.
-	Restored func()
-	Logger   *slog.Logger
+	// Found is told of each write of a value that its rule would have sealed and that is not. It
+	// must not block; key is its to keep.
+	Found  func(rule *Rule, key string, revision int64)
+	Logger *slog.Logger
 }
 
-// BypassWatcher watches all keys under rules that seal for writes that went past the proxies. It looks at the first bytes of values alone.
+// BypassWatcher watches all keys under rules that seal for writes that went past the proxies. It
+// looks at the first bytes of values alone.
 //
-// What a watch cannot tell is read: after a compaction the values that were written meanwhile, and after a restore of etcd all values.
+// What a watch cannot tell is read: after a compaction the values that were written meanwhile, and
+// after a restore of etcd all values.
 type BypassWatcher struct {
 	BypassConfig
 	changed chan struct{}
@@ -53,7 +54,8 @@ func (b *BypassWatcher) RulesChanged() {
 	}
 }
 
-// Run watches until ctx ends, and tells of what is stored from now on. A watch that breaks is begun again where it was.
+// Run watches until ctx ends, and tells of what is stored from now on. A watch that breaks is begun
+// again where it was.
 func (b *BypassWatcher) Run(ctx context.Context) {
 	for ctx.Err() == nil {
 		if b.watch(ctx) {
@@ -100,8 +102,8 @@ func (b *BypassWatcher) watch(ctx context.Context) (changed bool) {
 		b.fails(ctx, err)
 		return false
 	}
-	// A stream of its own: the watcher of etcd's client library reconnects, and then continues at a revision that may be in
-	// the future of a restored etcd.
+	// A stream of its own: the watcher of etcd's client library reconnects, and then continues at a
+	// revision that may be in the future of a restored etcd.
 	stream, err := pb.NewWatchClient(b.Client.ActiveConnection()).Watch(ctx, grpc.MaxCallRecvMsgSize(math.MaxInt32))
 	for i := 0; i < len(prefixes) && err == nil; i++ {
 		keys := clientv3.OpGet(prefixes[i], clientv3.WithPrefix())
@@ -168,9 +170,6 @@ func (b *BypassWatcher) catchUp(ctx context.Context, prefixes []string) error {
 			delete(b.next, p)
 			b.missed[p] = 0
 		}
-		if b.Restored != nil {
-			b.Restored()
-		}
 	}
 	for p, from := range b.missed {
 		span, err := b.reread(ctx, p, from)
@@ -185,7 +184,8 @@ func (b *BypassWatcher) catchUp(ctx context.Context, prefixes []string) error {
 	return nil
 }
 
-// reread tells of the plaintext values that were written from a revision on, as far as they are still there.
+// reread tells of the plaintext values that were written from a revision on, as far as they are
+// still there.
 func (b *BypassWatcher) reread(ctx context.Context, prefix string, from int64) (Span, error) {
 	rules := b.Rules()
 	return Scan(ctx, b.Client, []string{prefix}, 0, func(kv *mvccpb.KeyValue) error {

@@ -1,6 +1,7 @@
-// Package inventory reads what etcd stores under the configured rules and classifies each value: current, stale, plaintext,
-// foreign or undecryptable. [Scan] reads keys page by page, [Survey] counts values per rule and key, and [BypassWatcher] watches
-// for plaintext that was written to etcd directly. It reads etcd directly, not through the proxy, and writes nothing.
+// Package inventory reads what etcd stores under the configured rules and classifies each value:
+// current, stale, plaintext, foreign or undecryptable. [Scan] reads keys page by page, [Survey]
+// counts values per rule and key, and [BypassWatcher] watches for plaintext that was written to
+// etcd directly. It reads etcd directly, not through the proxy, and writes nothing.
 package inventory
 
 import (
@@ -16,13 +17,14 @@ import (
 type Sealer interface {
 	// Seal returns what to store for value under key. The error is a [*keyring.Error].
 	Seal(ctx context.Context, key, value []byte) ([]byte, error)
-	// Inspect tells what stored is to the rule, without its reading policies, and leaves it as it is. The error is not nil exactly for
-	// [keyring.Undecryptable], and is a [*keyring.Error].
+	// Inspect tells what stored is to the rule, without its reading policies, and leaves it as it
+	// is. The error is not nil exactly for [keyring.Undecryptable], and is a [*keyring.Error].
 	Inspect(ctx context.Context, key, stored []byte) (plaintext []byte, standing keyring.Standing, err error)
-	// Sealed tells by its first bytes whether stored was sealed by somebody whose values the rule opens.
+	// Sealed tells by its first bytes whether stored was sealed by somebody whose values the rule
+	// opens.
 	Sealed(stored []byte) bool
-	// Recheck asks for a contact with the KMS behind stored, without waiting for it, and returns what is known of that KMS so far. ok is false if the
-	// rule has none for it.
+	// Recheck asks for a contact with the KMS behind stored, without waiting for it, and returns
+	// what is known of that KMS so far. ok is false if the rule has none for it.
 	Recheck(stored []byte) (state keyring.State, ok bool)
 }
 
@@ -45,14 +47,16 @@ const Plaintext = "plaintext"
 
 var _ Sealer = (*keyring.Sealer)(nil)
 
-// Rules are the rules of a configuration, of which the longest prefix of a key wins. They are immutable and safe for concurrent use.
+// Rules are the rules of a configuration, of which the longest prefix of a key wins. They are
+// immutable and safe for concurrent use.
 type Rules struct {
 	set   *prefix.Set[int]
 	list  []Rule
 	since int64
 }
 
-// NewRules makes Rules. No two may have one prefix. The keys below an exempt prefix have no rule, even where one covers it.
+// NewRules makes Rules. No two may have one prefix. The keys below an exempt prefix have no rule,
+// even where one covers it.
 func NewRules(rules []Rule, exempt ...string) *Rules {
 	entries := make([]prefix.Entry[int], 0, len(rules)+len(exempt))
 	for i, r := range rules {
@@ -64,7 +68,8 @@ func NewRules(rules []Rule, exempt ...string) *Rules {
 	return &Rules{set: prefix.New(entries), list: rules}
 }
 
-// Since returns the same rules with the revision of etcd from before they held, for [BypassWatcher]; 0 if it is not known.
+// Since returns the same rules with the revision of etcd from before they held, for
+// [BypassWatcher]; 0 if it is not known.
 func (r *Rules) Since(revision int64) *Rules {
 	held := *r
 	held.since = revision
@@ -83,7 +88,8 @@ func (r *Rules) Of(key []byte) *Rule {
 // All returns the rules as they were given. The caller does not change them.
 func (r *Rules) All() []Rule { return r.list }
 
-// Prefixes returns prefixes that together cover all keys under rules, each once. Keys without a rule may be among them.
+// Prefixes returns prefixes that together cover all keys under rules, each once. Keys without a
+// rule may be among them.
 func (r *Rules) Prefixes() []string {
 	return slices.DeleteFunc(r.set.Roots(), func(p string) bool {
 		i, _ := r.set.Lookup([]byte(p))

@@ -14,8 +14,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/restore"
 )
 
-// Pages are sized by bytes, since the number of keys says nothing about values between 0 and 1.5 MiB. The first one is small, and each next one
-// asks for what would have been pageBytes. Larger ones are quicker where keys are many, since etcd counts all that follow for each page.
+// Pages are sized by bytes, since the number of keys says nothing about values between 0 and 1.5
+// MiB. The first one is small, and each next one asks for what would have been pageBytes. Larger
+// ones are quicker where keys are many, since etcd counts all that follow for each page.
 const (
 	firstPage = 32
 	maxPage   = 20_000
@@ -23,15 +24,18 @@ const (
 	keyBytes  = 128 // what a key takes besides its own bytes and its value's
 )
 
-// Span is the revisions that a scan looked at. They differ only if the first one was compacted meanwhile.
+// Span is the revisions that a scan looked at. They differ only if the first one was compacted
+// meanwhile.
 type Span struct {
 	First int64 `json:"first"`
 	Last  int64 `json:"last"`
 }
 
-// Scan calls visit with each key below prefixes, which must not begin one another, in order, with its value, in pages at one revision: the present one
-// if rev is 0. If that is compacted while the scan is on its way, the present one is taken for the rest, and the Span shows it. An error of visit ends the scan, and so
-// does a restore of etcd, with [restore.ErrRestored]: what was read before and after it does not belong together. The KeyValue is visit's to keep.
+// Scan calls visit with each key below prefixes, which must not begin one another, in order, with
+// its value, in pages at one revision: the present one if rev is 0. If that is compacted while the
+// scan is on its way, the present one is taken for the rest, and the Span shows it. An error of
+// visit ends the scan, and so does a restore of etcd, with [restore.ErrRestored]: what was read
+// before and after it does not belong together. The KeyValue is visit's to keep.
 func Scan(ctx context.Context, kv clientv3.KV, prefixes []string, rev int64, visit func(*mvccpb.KeyValue) error) (Span, error) {
 	return ScanWith(ctx, new(restore.Detector), kv, prefixes, rev, visit)
 }

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -16,8 +17,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/kubelegacy"
 )
 
-// Unavailable is the standing of a value that would have to be opened to be judged, and whose DEK seed its KMS did not unwrap: it does not answer, or refuses
-// the seed for no reason that says whether that lasts.
+// Unavailable is the standing of a value that would have to be opened to be judged, and whose DEK
+// seed its KMS did not unwrap: it does not answer, or refuses the seed for no reason that says
+// whether that lasts.
 const Unavailable keyring.Standing = "unavailable"
 
 // Standings are all standings, in the order of reports.
@@ -66,11 +68,21 @@ const (
 	maxProvider = 256
 )
 
-// Visitor is called with each key and what its value is to its rule. err says why for Undecryptable and Unavailable. It keeps no argument.
+// KeyBytes returns the bytes of an etcd key that is not valid UTF-8, and nil for others. JSON
+// replaces what is not UTF-8 in a text: reports have the bytes beside the text.
+func KeyBytes(key string) []byte {
+	if utf8.ValidString(key) {
+		return nil
+	}
+	return []byte(key)
+}
+
+// Visitor is called with each key and what its value is to its rule. err says why for Undecryptable
+// and Unavailable. It keeps no argument.
 type Visitor func(rule *Rule, kv *mvccpb.KeyValue, standing keyring.Standing, err error) error
 
-// Survey looks at every value under rules in etcd, at one revision, and counts them per rule. look may be nil. It takes memory for one page, and does not stop at
-// values that do not open.
+// Survey looks at every value under rules in etcd, at one revision, and counts them per rule. look
+// may be nil. It takes memory for one page, and does not stop at values that do not open.
 func Survey(ctx context.Context, kv clientv3.KV, rules *Rules, look Visitor) ([]RuleCount, Span, error) {
 	counts, memo := make(map[*Rule]*tally), newSeedMemo()
 	for i := range rules.list {
