@@ -13,7 +13,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// says waits until the logs of a service hold all texts.
+// says waits until the logs of a service contain all texts.
 func (s *stack) says(service string, texts ...string) {
 	s.t.Helper()
 	harness.Eventually(s.t, within, service+" to say what is wrong", func() error {
@@ -30,7 +30,7 @@ func (s *stack) says(service string, texts ...string) {
 	})
 }
 
-// override is a further file for Compose.
+// override is an additional file for Compose.
 func (s *stack) override(text string) {
 	s.t.Helper()
 	path := filepath.Join(s.scratch, "override.yml")
@@ -40,8 +40,8 @@ func (s *stack) override(text string) {
 	s.extra = []string{"-f", path}
 }
 
-// volume makes a command run as root on a volume of the stack, without the services' restrictions:
-// what an operator's mistake does.
+// volume runs a command as root on a volume of the stack, without the services' restrictions, as an
+// operator may do by mistake.
 func (s *stack) volume(name, script string) {
 	s.t.Helper()
 	s.docker("run", "--rm", "--user", "0", "--entrypoint", "/bin/sh", "-v", s.project+"_"+name+":/v", goImage(s.t), "-ec", script)
@@ -59,7 +59,7 @@ func goImage(t *testing.T) string {
 	return name
 }
 
-// TestBadInput: each mistake is told in words, by `up` itself or in the logs, with what to do.
+// TestBadInput checks that `up` or the logs report each mistake in words, with a remedy.
 func TestBadInput(t *testing.T) {
 	t.Run("a port is taken", func(t *testing.T) {
 		s := newStack(t, composeV2(t))
@@ -98,8 +98,8 @@ func TestBadInput(t *testing.T) {
 		s.up()
 		for _, tt := range []struct {
 			name, volume, script, override string
-			setup                          []string // what setup says; it then starts nothing
-			proxy                          []string // what the proxies say
+			setup                          []string // output of setup, which then starts nothing
+			proxy                          []string // output of the proxies
 			repair                         string
 		}{
 			{
@@ -163,7 +163,7 @@ func TestBadInput(t *testing.T) {
 		s.volume("proxy", "cat /v/client-ca.crt >/v/etcd-ca.crt")
 		s.docker("restart", s.container("proxy-1"))
 		s.says("proxy-1", "certificate signed by unknown authority")
-		s.up() // the job puts the right one back
+		s.up() // the job writes the right one again
 		s.run("run", "--rm", "-e", "ETCDCTL_ENDPOINTS=https://proxy-1:2379", "etcdctl", "put", "key", "value")
 	})
 	t.Run("a wrong clock", wrongClock)
