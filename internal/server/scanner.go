@@ -31,7 +31,7 @@ type scanner struct {
 
 func newScanner(f *fleet, reg prometheus.Registerer, log *slog.Logger, interval time.Duration) *scanner {
 	gauge := func(name, help string, labels ...string) *prometheus.GaugeVec {
-		return prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "etcd_kms_proxy_stored_" + name, Help: help}, append([]string{"rule", "standing"}, labels...))
+		return prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "etcd_kms_proxy_stored_" + name, Help: help}, append([]string{"rule", "state"}, labels...))
 	}
 	s := &scanner{
 		fleet: f, interval: interval, log: log,
