@@ -15,7 +15,7 @@ import (
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/kmsdouble"
 )
 
 // onAlibaba returns the edits of a configuration whose provider "dev" is the double.

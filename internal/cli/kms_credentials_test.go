@@ -13,9 +13,9 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/kmsdouble"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
 )
 
 const (

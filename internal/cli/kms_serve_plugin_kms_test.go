@@ -16,7 +16,7 @@ import (
 	"k8s.io/kms/pkg/service"
 
 	configuration "github.com/etcd-kms-proxy/etcd-kms-proxy/config"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/kmsdouble"
 )
 
 // TestServePluginAlibaba serves a cloud key: through its rotation, an outage of its state, and with the KMS' request IDs.

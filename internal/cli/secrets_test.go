@@ -11,7 +11,7 @@ import (
 	"sync"
 	"testing"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/kmsdouble"
 )
 
 // telling is everything that the commands of all tests have printed, and what they may not have printed.

@@ -23,7 +23,7 @@ type kubernetesValue struct {
 
 func kubernetesValues(t *testing.T) []kubernetesValue {
 	t.Helper()
-	b, err := os.ReadFile(filepath.Join("..", "..", "crypto", "legacy", "testdata", "kubernetes-vectors.json"))
+	b, err := os.ReadFile(filepath.Join("..", "..", "crypto", "kubelegacy", "testdata", "kubernetes-vectors.json"))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,6 +1,6 @@
 package harness
 
-import "github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
+import "github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/kmsdouble"
 
 // NewAlibaba starts a double of Alibaba Cloud KMS. Every data key that it makes, and every secret that it is asked to wrap, joins the environment's canaries.
 func (e *Env) NewAlibaba() *kmsdouble.Double {

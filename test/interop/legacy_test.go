@@ -20,9 +20,9 @@ import (
 )
 
 // legacyVectorFile is what k8s.io/apiserver's aescbc, aesgcm and secretbox transformers wrote once.
-var legacyVectorFile = filepath.Join("..", "..", "crypto", "legacy", "testdata", "kubernetes-vectors.json")
+var legacyVectorFile = filepath.Join("..", "..", "crypto", "kubelegacy", "testdata", "kubernetes-vectors.json")
 
-// legacyVector has the fields of crypto/legacy's own test.
+// legacyVector has the fields of crypto/kubelegacy's own test.
 type legacyVector struct {
 	Name      string
 	Type      kubelegacy.Type

@@ -4,7 +4,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/kmsdouble"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
