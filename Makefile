@@ -50,7 +50,7 @@ unit: ## the product's own tests, with the race detector where there is a C comp
 	go vet ./...
 	@command -v $$(go env CC) >/dev/null || echo "without the race detector: it needs a C compiler"
 	go test $$(if command -v $$(go env CC) >/dev/null; then echo -race; fi) -timeout 15m ./...
-	PROXY_TEST_ENGINE=reference go test -count=1 ./proxy
+	PROXY_TEST_CALLS=handled go test -count=1 ./proxy
 	go test -run Allocations ./proxy/etcdwire
 
 interop: ## our stored format against k8s.io/apiserver's

@@ -21,7 +21,7 @@ func (f *flagging) Data(s *http2conn.Stream, _ []byte, _ bool) {
 // TestCompressedAnswerIsRefused: an answer that is compressed although nobody asked for it ends the call, also after others that were looked into, and nothing else.
 func TestCompressedAnswerIsRefused(t *testing.T) {
 	address := serveH2(t, func(r *rawEtcd) http2conn.Handler { return &flagging{r} })
-	conn := startProxy(t, address, everything, func(c *Config) { c.Reference = false }).dial(t)
+	conn := startProxy(t, address, everything, nil).dial(t)
 	for range 2 {
 		s, err := pb.NewKVClient(conn).RangeStream(testContext(t), &pb.RangeRequest{Key: []byte("k")})
 		for err == nil {

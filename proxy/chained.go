@@ -27,14 +27,6 @@ var markOfEtcd = []string{"etcd"}
 
 var errChained = ownError(codes.FailedPrecondition, "etcd.endpoints leads to a proxy: name etcd itself")
 
-// refuseChained refuses what another proxy or a command has sent.
-func refuseChained(ctx context.Context) error {
-	if len(metadata.ValueFromIncomingContext(ctx, meantForEtcd)) > 0 {
-		return errChained
-	}
-	return nil
-}
-
 // IsChained reports whether err is the answer of a proxy, not of etcd, to a request of [NewClient]'s.
 func IsChained(err error) bool {
 	var st interface{ GRPCStatus() *status.Status }

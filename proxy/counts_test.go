@@ -10,13 +10,10 @@ import (
 
 // TestCallsThatEndEarlyHaveBegun: what is counted as handled was counted as started, also where a client leaves in the midst of its request.
 func TestCallsThatEndEarlyHaveBegun(t *testing.T) {
-	engines(t, func(t *testing.T, edit func(*Config)) {
+	bothWays(t, func(t *testing.T, startProxy starter) {
 		r := prometheus.NewRegistry()
 		p := startProxy(t, serveStore(t), everything, func(c *Config) {
 			c.Registerer = r
-			if edit != nil {
-				edit(c)
-			}
 		})
 		c := newTalker(t, p.Addrs()[0].String())
 		a := attempt{fields: []hpack.HeaderField{

@@ -30,10 +30,10 @@ func (b *breaking) FlushNeeded() {
 
 // TestEtcdGoesAmidAnAnswer: clients repeat what is Unavailable, and a message that is cut off is Internal to them, whatever the trailer says.
 func TestEtcdGoesAmidAnAnswer(t *testing.T) {
-	engines(t, func(t *testing.T, edit func(*Config)) {
+	bothWays(t, func(t *testing.T, startProxy starter) {
 		address := serveH2(t, func(r *rawEtcd) http2conn.Handler { return &breaking{rawEtcd: r} })
 		for name, rules := range map[string][]Rule{"under a rule": everything, "under none": nil} {
-			conn := startProxy(t, address, rules, edit).dial(t)
+			conn := startProxy(t, address, rules, nil).dial(t)
 			for range 2 {
 				_, err := pb.NewKVClient(conn).Range(testContext(t), &pb.RangeRequest{Key: []byte("k")})
 				if status.Code(err) != codes.Unavailable {

@@ -76,12 +76,9 @@ func serveDeaf(t *testing.T) (endpoint string, waits func() int) {
 
 // TestMemberThatTakesNothing: the calls that go to it wait, and no other.
 func TestMemberThatTakesNothing(t *testing.T) {
-	engines(t, func(t *testing.T, edit func(*Config)) {
+	bothWays(t, func(t *testing.T, startProxy starter) {
 		deaf, waits := serveDeaf(t)
 		p := startProxy(t, serveStore(t), nil, func(c *Config) {
-			if edit != nil {
-				edit(c)
-			}
 			c.Upstream.Endpoints = append(c.Upstream.Endpoints, deaf)
 		})
 		kv := pb.NewKVClient(dial(t, p.Addrs()[0].String(), grpc.WithTransportCredentials(insecure.NewCredentials())))

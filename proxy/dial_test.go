@@ -11,7 +11,7 @@ import (
 	"google.golang.org/grpc/credentials"
 )
 
-// TestTLSOverASocket: etcd's client library verifies such an endpoint against the name of the socket, and so does each engine.
+// TestTLSOverASocket: etcd's client library verifies such an endpoint against the name of the socket, and so does the proxy, for relayed and handled calls.
 func TestTLSOverASocket(t *testing.T) {
 	ca := newAuthority(t, "ca")
 	cert, key, _ := ca.issue("etcd", "etcd", "etcd.sock")
@@ -25,12 +25,8 @@ func TestTLSOverASocket(t *testing.T) {
 	}
 	serveFakeOn(t, echoEtcd(), l, grpc.Creds(credentials.NewTLS(serverTLS.Get())))
 	cfg := UpstreamConfig{Endpoints: []string{"unix://" + l.Addr().String()}, TLS: &UpstreamTLS{CAFile: ca.file}}
-	engines(t, func(t *testing.T, edit func(*Config)) {
-		conn := startProxy(t, "", nil, func(c *Config) {
-			if c.Upstream = cfg; edit != nil {
-				edit(c)
-			}
-		}).dial(t)
+	bothWays(t, func(t *testing.T, startProxy starter) {
+		conn := startProxy(t, "", nil, func(c *Config) { c.Upstream = cfg }).dial(t)
 		if _, err := pb.NewKVClient(conn).Range(testContext(t), &pb.RangeRequest{Key: []byte("k")}); err != nil {
 			t.Error(err)
 		}

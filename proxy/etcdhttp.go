@@ -37,8 +37,8 @@ func etcdItself() http.Handler {
 		Transport: ofConnection{}, ErrorLog: log.New(io.Discard, "", 0),
 		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
 			text := "etcd is unreachable"
-			if c, ok := r.Context().Value(loopedKey{}).(*looped); ok {
-				text = c.id.to.http.explain(r.Context(), err)
+			if id := identityOf(r.Context()); id != nil {
+				text = id.to.http.explain(r.Context(), err)
 			}
 			http.Error(w, ownPrefix+text, http.StatusBadGateway)
 		},
@@ -50,11 +50,11 @@ type ofConnection struct{}
 
 // RoundTrip implements http.RoundTripper.
 func (ofConnection) RoundTrip(r *http.Request) (*http.Response, error) {
-	c, ok := r.Context().Value(loopedKey{}).(*looped)
-	if !ok {
-		return nil, errNotLooped
+	id := identityOf(r.Context())
+	if id == nil {
+		return nil, errNoIdentity
 	}
-	return c.id.to.http.RoundTrip(r)
+	return id.to.http.RoundTrip(r)
 }
 
 // etcdHTTP reaches etcd over HTTP/1.1: the first of its URLs that answers.

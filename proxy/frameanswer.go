@@ -90,8 +90,6 @@ func codeOf(trailer []hpack.HeaderField) codes.Code {
 func (st *fstream) carry(ctx context.Context, p piece) {
 	switch {
 	case st.ended.Load():
-	case st.isLocal():
-		st.client.Data(false, nil, p.data)
 	default:
 		if rest, waits := st.cut(ctx, p.side, p.data); waits {
 			p.data = bytes.Clone(rest)

@@ -2,17 +2,15 @@ package proxy
 
 import (
 	"context"
-	"encoding/base64"
 	"errors"
+	"net/http"
 	"strconv"
-	"strings"
 	"syscall"
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/proto"
 )
 
 // finish says once that the call is over, with the code that is counted.
@@ -21,7 +19,7 @@ func (st *fstream) finish(code codes.Code) bool {
 		return false
 	}
 	st.mu.Lock()
-	in, out, counts, started := st.inward.cancel, st.outward.cancel, st.method != nil && !st.local, st.up != nil
+	in, out, counts, started := st.inward.cancel, st.outward.cancel, st.method != nil && st.served == nil, st.up != nil
 	st.mu.Unlock()
 	for _, cancel := range []context.CancelCauseFunc{in, out} {
 		if cancel != nil {
@@ -51,17 +49,19 @@ func (st *fstream) leaveUp() {
 func (st *fstream) left() {
 	if st.finish(codes.Canceled) {
 		st.leaveUp()
+		if h := st.handler(); h != nil {
+			h.left()
+		}
 	}
 }
 
 // fail ends the call with a status of the proxy's own.
-func (st *fstream) fail(err error) {
+func (st *fstream) fail(err error) { st.refuse(http.StatusOK, err) }
+
+// refuse ends the call with a status of gRPC's and, if no header was sent yet, one of HTTP.
+func (st *fstream) refuse(httpStatus int, err error) {
 	s := status.Convert(err)
 	if !st.finish(s.Code()) {
-		return
-	}
-	if st.web {
-		st.failWeb()
 		return
 	}
 	fields := make([]hpack.HeaderField, 0, 5)
@@ -69,15 +69,9 @@ func (st *fstream) fail(err error) {
 	begun := st.begun
 	st.mu.Unlock()
 	if !begun {
-		fields = append(fields, hpack.HeaderField{Name: ":status", Value: "200"}, hpack.HeaderField{Name: "content-type", Value: contentType})
+		fields = append(fields, hpack.HeaderField{Name: ":status", Value: strconv.Itoa(httpStatus)}, hpack.HeaderField{Name: "content-type", Value: st.responseType})
 	}
-	fields = append(fields, hpack.HeaderField{Name: "grpc-status", Value: strconv.Itoa(int(s.Code()))}, hpack.HeaderField{Name: "grpc-message", Value: percent(s.Message())})
-	if p := s.Proto(); len(p.GetDetails()) > 0 {
-		if b, err := proto.Marshal(p); err == nil {
-			fields = append(fields, hpack.HeaderField{Name: "grpc-status-details-bin", Value: base64.RawStdEncoding.EncodeToString(b)})
-		}
-	}
-	st.client.Headers(fields, true)
+	st.client.Headers(statusFields(fields, s), true)
 	st.leaveUp()
 }
 
@@ -93,10 +87,6 @@ func (st *fstream) lost(why error) {
 	if errno := syscall.Errno(0); errors.As(why, &errno) {
 		why = errno // clients are told what, as by etcd, and not where etcd is
 	}
-	if st.isLocal() { // the reference engine goes with the proxy alone
-		st.fail(errShuttingDown)
-		return
-	}
 	err := status.Errorf(codes.Unavailable, "error reading from server: %v", why)
 	st.mu.Lock()
 	begun := st.begun
@@ -105,18 +95,4 @@ func (st *fstream) lost(why error) {
 		err = ownError(codes.Unavailable, "etcd is unreachable: "+status.Convert(err).Message())
 	}
 	st.fail(err)
-}
-
-// percent encodes a status message for its header, as gRPC has it.
-func percent(text string) string {
-	const hexDigits = "0123456789ABCDEF"
-	var b strings.Builder
-	for i := range len(text) {
-		if c := text[i]; c >= ' ' && c <= '~' && c != '%' {
-			b.WriteByte(c)
-		} else {
-			b.Write([]byte{'%', hexDigits[c>>4], hexDigits[c&15]})
-		}
-	}
-	return b.String()
 }

@@ -21,7 +21,7 @@ type hop struct {
 	ask      time.Time     // no sooner is a learner asked again
 }
 
-// keepaliveSilence and keepalivePatience are how the reference engine finds out that etcd has gone without a word.
+// keepaliveSilence and keepalivePatience are as those of the other connections to etcd.
 const (
 	keepaliveSilence  = 15 * time.Second
 	keepalivePatience = 10 * time.Second

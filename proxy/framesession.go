@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"net/http"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -8,13 +9,14 @@ import (
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
+	"google.golang.org/grpc/codes"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 )
 
 // session is a client's connection with the connections that serve it. It is the handler of the former: see [http2conn.Handler] for who calls what.
 type session struct {
-	engine *frameEngine
+	engine *engine
 	id     *Identity
 	secure bool // the client's connection is over TLS
 	client *http2conn.Conn
@@ -24,23 +26,18 @@ type session struct {
 
 	mu      sync.Mutex
 	hops    []*hop
-	turn    int             // whose turn it is
-	local   *http2conn.Conn // to the reference engine; nil before it is needed
-	web     *http2conn.Conn // to the gateway, likewise
-	changed chan struct{}   // closed when a hop has come up or down
+	turn    int           // whose turn it is
+	changed chan struct{} // closed when a hop has come up or down
 	ended   bool
 }
 
 // minPingInterval is the minimum ping interval that etcd asks of its clients without TLS.
 const minPingInterval = 5 * time.Second
 
-// referenceIdle is how long a connection to the reference engine stays without calls: few clients need it more than once.
-const referenceIdle = 10 * time.Second
-
-func newSession(e *frameEngine, conn *clientConn) *session {
+func newSession(e *engine, conn *clientConn) *session {
 	s := &session{engine: e, id: conn.id, secure: !conn.plain, changed: make(chan struct{})}
 	cfg := http2conn.Config{
-		Handler: s, Pool: buffers, WriteBuffer: conn.outlet, Plaintext: conn.plain, HandshakeTimeout: handshakeTimeout, KeepaliveTime: 2 * time.Hour, KeepaliveTimeout: 20 * time.Second, PermitWithoutStream: true,
+		Handler: s, Pool: buffers, WriteBuffer: conn.outlet, Plaintext: conn.plain, HandshakeTimeout: handshakeTimeout, KeepaliveTime: 2 * time.Hour, KeepaliveTimeout: 20 * time.Second, PermitWithoutStream: true, Budget: e.budget,
 	}
 	// etcd serves gRPC over TLS by net/http, and without TLS by grpc-go.
 	if conn.plain {
@@ -86,11 +83,6 @@ func (s *session) tell() {
 	s.changed = make(chan struct{})
 }
 
-// reference returns the connection to the reference engine, and nil once there can be none.
-func (s *session) reference() *http2conn.Conn {
-	return s.within(&s.local, s.engine.ref.serve)
-}
-
 // flush writes what has gathered on all connections, and what that makes way for.
 func (s *session) flush() {
 	for again := true; again; {
@@ -104,31 +96,57 @@ func (s *session) flush() {
 	}
 }
 
-// leave asks the client to go elsewhere, and ends the calls that wait for events. Those that go on to the reference engine are ended there.
+// leave asks the client to go elsewhere, and ends the relayed calls that wait for events. The handler
+// of a handled one ends it.
 func (s *session) leave() {
 	s.client.GracefulShutdown()
 	for _, stream := range s.client.Streams() {
-		if st, ok := stream.Value().(*fstream); ok && st.method != nil && st.method.waits && !st.isLocal() {
+		if st, ok := stream.Value().(*fstream); ok && st.method != nil && st.method.waits && st.handler() == nil {
 			st.fail(errShuttingDown)
 		}
 	}
 	s.flush()
 }
 
-// Headers implements [http2conn.Handler].
+// Headers implements [http2conn.Handler]. A client that is not allowed is answered here, from its
+// header fields alone.
 func (s *session) Headers(stream *http2conn.Stream, fields []hpack.HeaderField, end bool) {
-	st := &fstream{session: s, client: stream, fields: fields, method: s.engine.route(s.id, fields)}
-	if st.method != nil && st.method.shape == shapeUnary {
-		st.watch.on = sampled(s.unary)
-		st.watch.start()
-		s.unary++
-	}
+	h := readHead(fields)
+	st := &fstream{session: s, client: stream, fields: fields, responseType: h.responseType()}
 	stream.SetValue(st)
-	if st.method == nil && s.secure && isWeb(fields) {
-		st.toWeb(end)
+	if s.secure && !h.grpcLike {
+		st.serveWeb(end)
 		return
 	}
-	st.begin(end)
+	httpStatus, err := h.invalid()
+	if h.connection && httpStatus != http.StatusBadRequest {
+		st.finish(codes.Internal)
+		stream.Reset(http2.ErrCodeProtocol)
+		return
+	}
+	if err != nil {
+		st.refuse(httpStatus, err)
+		return
+	}
+	if st.method, err = s.engine.api.lookup(h.path); err == nil {
+		err = s.engine.api.authorize(s.id, st.method)
+	}
+	if err == nil && h.fromProxy {
+		err = errChained
+	}
+	switch {
+	case err != nil:
+		st.fail(err)
+	case !st.method.relayed || !h.plain() || !s.engine.api.gateOpen():
+		st.handle(&h, nil, end)
+	default:
+		if st.method.shape == shapeUnary {
+			st.watch.on = sampled(s.unary)
+			st.watch.start()
+			s.unary++
+		}
+		st.begin(end)
+	}
 }
 
 // Data implements [http2conn.Handler].
@@ -148,7 +166,11 @@ func (s *session) Reset(stream *http2conn.Stream, _ http2.ErrCode) {
 // Writable implements [http2conn.Handler]: what etcd has sent for the stream is on its way.
 func (s *session) Writable(stream *http2conn.Stream) {
 	if st, ok := stream.Value().(*fstream); ok {
-		st.creditUp()
+		if h := st.handler(); h != nil {
+			h.sentAll()
+		} else {
+			st.creditUp()
+		}
 	}
 }
 

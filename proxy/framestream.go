@@ -4,43 +4,68 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
-	"io"
 	"sync"
 	"sync/atomic"
 
 	"golang.org/x/net/http2/hpack"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 )
 
-// fstream is one call on its way through the frame engine: a stream of the client's and one that it goes on to.
+// fstream is one stream of a client's: a call that is relayed, for which it has a stream to etcd, or
+// one that a streamHandler serves.
 //
 // What comes from the client is handled on the goroutine that reads the client's connection, and what comes from etcd on the one that reads etcd's. Where a value can
 // only be sealed or opened with the KMS, a goroutine of its own does that direction of the call from there on, until it has caught up: nobody else waits.
 type fstream struct {
-	session *session
-	method  *grpcMethod // nil for what goes on to the reference engine
-	call    call        // nil if the method's messages are not looked into
-	client  *http2conn.Stream
-	fields  []hpack.HeaderField // the client's, until they are sent on
-	answers answers             // what comes back
-	asked   []byte              // what the client has sent, with gRPC's heads, and was not sent on
-	web     bool                // it goes on to the gateway
-	asks    bool                // the one message of a call has come, and was sent on or will be
-	silent  bool                // the client's headers were its last word, which is not the same as an end without a message
-	ended   atomic.Bool         // the client was told the end, or has left
+	session      *session
+	method       *method // nil for what is no call of a method
+	call         call    // nil if the method's messages are not looked into
+	client       *http2conn.Stream
+	fields       []hpack.HeaderField // the client's
+	responseType string
+	answers      answers     // what comes back
+	asked        []byte      // what the client has sent, with gRPC's heads, and was not sent on
+	asks         bool        // the one message of a call has come, and was sent on or will be
+	ended        atomic.Bool // the client was told the end, or has left
 
 	watch stopwatch // of a unary call: the time that it spends here
 
 	heldIn, heldOut atomic.Int64 // bytes from the client and from etcd that have not been sent on
 
 	mu              sync.Mutex
-	local           bool              // it goes on to the reference engine
+	served          streamHandler     // nil for a relayed call
 	begun           bool              // the client was sent the header of the answer
 	up              *http2conn.Stream // where it goes on to; nil before it does
 	inward, outward parking
+}
+
+// streamHandler serves a stream on a goroutine of its own. Its methods do not block.
+type streamHandler interface {
+	// data takes what the client sends.
+	data(data []byte, end bool)
+	// sentAll says that nothing waits for the client's windows any more.
+	sentAll()
+	// left says that the client has reset the stream, or its connection has ended.
+	left()
+}
+
+// handler returns what serves the stream, and nil for a relayed call.
+func (st *fstream) handler() streamHandler {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	return st.served
+}
+
+// moveTo has h serve the stream from now on, unless it has ended.
+func (st *fstream) moveTo(h streamHandler) bool {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if st.ended.Load() {
+		return false
+	}
+	st.served = h
+	return true
 }
 
 // headLength is that of the head of a gRPC message: a flag and four bytes of length.
@@ -48,11 +73,6 @@ const headLength = 5
 
 // begin is the client's headers.
 func (st *fstream) begin(end bool) {
-	st.silent = end
-	if st.method == nil {
-		st.toReference(nil, end)
-		return
-	}
 	if st.method.waits && st.session.engine.leaving.Load() {
 		st.fail(errShuttingDown)
 		return
@@ -62,11 +82,11 @@ func (st *fstream) begin(end bool) {
 		if ok, waits := st.connect(hasty); waits {
 			st.park(&st.inward, func(ctx context.Context) {
 				if ok, _ := st.connect(ctx); !ok {
-					st.toReference(nil, false)
+					st.handOver(nil, false)
 				}
 			})
 		} else if !ok {
-			st.toReference(nil, false)
+			st.handOver(nil, false)
 		}
 	}
 	if end {
@@ -90,27 +110,28 @@ func (st *fstream) in(data []byte, end bool) {
 	st.request(hasty, data, end)
 }
 
+// handOver has the method's handler serve a call that cannot be relayed. raw is what the client has
+// sent so far.
+func (st *fstream) handOver(raw []byte, end bool) {
+	h := readHead(st.fields)
+	st.heldIn.Store(0) // the handler's input gives it back
+	st.handle(&h, bytes.Clone(raw), end)
+}
+
 // request handles what the client sends. With a context that does not wait it may park the direction, and else it is done when it returns.
 func (st *fstream) request(ctx context.Context, data []byte, end bool) {
+	h := st.handler()
 	switch {
 	case st.ended.Load():
 		st.client.Consumed(len(data))
-	case st.isLocal():
-		st.pass(data, end)
+	case h != nil:
+		h.data(data, end)
 	case st.method.shape == shapeBidiStream:
 		st.messages(ctx, data, end)
 	case st.asks: // what else comes is ignored, and gets no credit
 	default:
-		st.client.Consumed(len(data))
+		st.heldIn.Add(int64(len(data)))
 		st.unary(ctx, data, end)
-	}
-}
-
-// pass sends data on as it is.
-func (st *fstream) pass(data []byte, end bool) {
-	st.heldIn.Add(int64(len(data)))
-	if st.up.Data(end, nil, data) {
-		st.creditClient()
 	}
 }
 
@@ -132,29 +153,41 @@ func (st *fstream) creditUp() {
 }
 
 // unary gathers the one message of a call and sends it on when it is whole. Like etcd, a unary call
-// does not wait for the client to half-close the stream; a call whose answer is a stream does. What is
-// not just one message is the reference engine's to judge, if it comes at once; what comes after the
-// message of a unary call was sent on is ignored.
+// does not wait for the client to half-close the stream, and ignores what comes after its message; a
+// call whose answer is a stream waits. The handler answers a request that is not just one message.
 func (st *fstream) unary(ctx context.Context, data []byte, end bool) {
 	raw := data
 	if len(st.asked) > 0 {
 		st.asked = append(st.asked, data...)
 		raw = st.asked
 	}
-	n := -1 // of the head and the message
+	n, odd := -1, false // of the head and the message
 	if len(raw) >= headLength {
 		n = headLength + st.length(raw)
+		odd = st.session.engine.checkMessage(raw[0], n-headLength, false) != nil
 	}
-	odd := n >= 0 && (raw[0] != 0 || n > headLength+st.session.engine.core.maxRequest+grpcOverhead || len(raw) > n)
-	whole := len(raw) == n && (end || st.method.shape == shapeUnary)
+	isUnary := st.method.shape == shapeUnary
 	switch {
-	case odd, end && !whole:
-		st.toReference(raw, end)
-	case whole:
+	case odd:
+		st.handOver(raw, end)
+	case n >= 0 && len(raw) >= n && isUnary, len(raw) == n && end:
 		st.asks = true
-		st.forward(ctx, raw)
-	case len(st.asked) == 0:
-		st.asked = append(st.asked, data...)
+		st.forward(ctx, raw[:n])
+	case end, n >= 0 && len(raw) > n:
+		st.handOver(raw, end)
+	default:
+		st.keep(raw, n)
+	}
+}
+
+// keep keeps the front of a message of n bytes until the rest has come. n is negative as long as it is
+// not known. The flow-control window opens for the rest when the limits permit.
+func (st *fstream) keep(raw []byte, n int) {
+	if n > cap(st.asked) {
+		st.asked = append(make([]byte, 0, n), raw...)
+		st.client.Expect(n - len(raw))
+	} else if len(st.asked) == 0 {
+		st.asked = append(st.asked, raw...)
 	}
 }
 
@@ -179,7 +212,7 @@ func (st *fstream) forward(ctx context.Context, raw []byte) {
 			return
 		}
 		if x, ok := st.call.(exchanger); ok && x.exchanges() {
-			st.toReference(raw, true)
+			st.handOver(raw, true)
 			return
 		}
 	}
@@ -190,7 +223,7 @@ func (st *fstream) forward(ctx context.Context, raw []byte) {
 		st.park(&st.inward, func(ctx context.Context) { st.forward(ctx, raw) })
 		return
 	case !ok:
-		st.toReference(raw, true)
+		st.handOver(raw, true)
 		return
 	}
 	if st.up == nil { // the client has left meanwhile
@@ -198,7 +231,9 @@ func (st *fstream) forward(ctx context.Context, raw []byte) {
 	}
 	st.method.metrics.received.Inc()
 	st.watch.stop()
-	st.up.Data(true, head(len(edited)), edited)
+	if st.up.Data(true, head(len(edited)), edited) {
+		st.creditClient()
+	}
 	st.asked = nil
 }
 
@@ -218,16 +253,8 @@ func (st *fstream) messages(_ context.Context, data []byte, end bool) {
 	all, begun := true, len(raw)
 	for len(raw) >= headLength {
 		n := st.length(raw)
-		switch {
-		case raw[0] == 1:
-			st.fail(status.Error(codes.Internal, "grpc: compressed flag set with identity or empty encoding"))
-			return
-		case raw[0] != 0:
-			st.fail(status.Errorf(codes.Internal, "grpc: received unexpected payload format %d", raw[0]))
-			return
-		}
-		if limit := st.session.engine.core.maxRequest + grpcOverhead; n > limit {
-			st.fail(status.Errorf(codes.ResourceExhausted, "grpc: received message larger than max (%d vs. %d)", n, limit))
+		if err := st.session.engine.checkMessage(raw[0], n, false); err != nil {
+			st.fail(err)
 			return
 		}
 		if len(raw) < headLength+n {
@@ -250,22 +277,21 @@ func (st *fstream) messages(_ context.Context, data []byte, end bool) {
 		}
 	}
 	if end && len(raw) >= headLength { // grpc-go passes over a head that is cut off
-		st.fail(status.Error(codes.Internal, io.ErrUnexpectedEOF.Error()))
+		st.fail(errCutMessage)
 		return
 	}
-	if len(raw) < begun || len(st.asked) == 0 { // else it is what has gathered: one frame more does not copy that
-		st.asked = append(st.asked[:0:0], raw...)
+	if len(raw) < begun { // else it is what was kept before
+		st.asked = nil
 	}
+	n := -1
+	if len(raw) >= headLength {
+		n = headLength + st.length(raw)
+	}
+	st.keep(raw, n)
 	if end {
 		all = st.up.Data(true, nil, nil)
 	}
-	if all && !st.up.HasQueued() {
+	if len(raw) == 0 && all && !st.up.HasQueued() {
 		st.creditClient()
 	}
-}
-
-func (st *fstream) isLocal() bool {
-	st.mu.Lock()
-	defer st.mu.Unlock()
-	return st.local
 }

@@ -10,8 +10,7 @@ import (
 // upside is the handler of a connection that streams go on to.
 type upside struct {
 	session *session
-	hop     *hop             // nil for those within the process
-	place   **http2conn.Conn // where the session keeps conn, if it is within the process; under its mu
+	hop     *hop
 	conn    *http2conn.Conn
 	greeted bool   // calls were let go over it; under the session's mu
 	gone    bool   // no call goes over it any more; under the session's mu
@@ -30,12 +29,10 @@ func (u *upside) forget() {
 	}
 	u.gone = true
 	switch {
-	case u.hop != nil && !u.greeted:
+	case !u.greeted:
 		u.hop.failed()
-	case u.hop != nil && u.hop.conn == u.conn:
+	case u.hop.conn == u.conn:
 		u.hop.conn = nil
-	case u.hop == nil && *u.place == u.conn:
-		*u.place = nil
 	}
 	u.session.tell()
 }
@@ -83,11 +80,9 @@ func (u *upside) Writable(stream *http2conn.Stream) {
 
 // SettingsReceived implements [http2conn.Handler].
 func (u *upside) SettingsReceived() {
-	switch {
-	case u.hop == nil:
-	case len(u.session.hops) > 1:
+	if len(u.session.hops) > 1 {
 		u.askRole(false)
-	default: // there is no other member to go to
+	} else { // there is no other member to go to
 		u.offer(false)
 	}
 }

@@ -46,7 +46,10 @@ func (st *fstream) park(p *parking, work func(ctx context.Context)) {
 		defer cancel(nil)
 		ctx := ctx
 		for _, f := range st.fields {
-			if d := timeoutOf(f.Value); f.Name == "grpc-timeout" && d > 0 {
+			if f.Name != "grpc-timeout" {
+				continue
+			}
+			if d, err := timeoutOf(f.Value); err == nil {
 				var stop context.CancelFunc
 				ctx, stop = context.WithTimeout(ctx, d)
 				defer stop()

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"io"
 	"log"
-	"math"
 	"net"
 	"net/http"
 	"strings"
@@ -20,15 +19,15 @@ import (
 	electiongw "go.etcd.io/etcd/server/v3/etcdserver/api/v3election/v3electionpb/gw"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3lock/v3lockpb"
 	lockgw "go.etcd.io/etcd/server/v3/etcdserver/api/v3lock/v3lockpb/gw"
-	"google.golang.org/grpc"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protojson"
 )
 
 // gateway serves HTTP on the addresses of gRPC, as etcd does, HTTP/2 over TLS alone: its JSON gateway under /v3/, by the handlers that etcd generates, and what etcd itself says of its health and version.
 // A request of the gateway comes back to the engine as one of gRPC, in the name of the connection that it came over.
 type gateway struct {
-	engine  engine
 	server  *http.Server
+	handler http.Handler // of HTTP/2, too
 	sockets *websockets
 	conns   *connQueue
 }
@@ -39,66 +38,59 @@ const (
 	idleTimeout   = 5 * time.Minute
 )
 
-// looped is an HTTP connection with its way to the engine.
-type looped struct {
-	net.Conn
-	engine engine
-	id     *Identity
+// identityKey is of the context of a web request: the identity of the client's connection.
+type identityKey struct{}
 
-	once sync.Once
-	conn *grpc.ClientConn
-	err  error
+// identityOf returns the identity of the client that has sent a web request, and nil if there is none.
+func identityOf(ctx context.Context) *Identity {
+	id, _ := ctx.Value(identityKey{}).(*Identity)
+	return id
 }
 
-type loopedKey struct{}
-
-// Close closes both.
-func (c *looped) Close() error {
-	c.once.Do(func() { c.err = net.ErrClosed })
-	if c.conn != nil {
-		_ = c.conn.Close() // what was asked for over it has ended
-	}
-	return c.Conn.Close()
-}
-
-func newGateway(e engine, maxRequest int) (*gateway, error) {
-	g := &gateway{engine: e, conns: newConnQueue()}
-	api, err := newAPI()
+func newGateway(a *api) (*gateway, error) {
+	g := &gateway{conns: newConnQueue()}
+	api, err := newJSON(a)
 	if err != nil {
 		return nil, err
 	}
 	mux := http.NewServeMux()
 	// In JSON, bytes are a third longer; what is too long then is refused as gRPC refuses it.
-	limit := 2 * int64(maxRequest+grpcOverhead)
+	limit := 2 * int64(a.core.maxRequest+grpcOverhead)
 	g.sockets = newWebsockets(api, limit)
 	mux.Handle("/v3/", http.MaxBytesHandler(g.sockets, limit))
 	own := etcdItself()
 	for _, path := range []string{"/health", "/livez", "/livez/", "/readyz", "/readyz/", "/version", "/metrics"} {
 		mux.Handle(path, own)
 	}
+	g.handler = ofBeta(guardOrigin(admitted(a, mux)))
 	g.server = &http.Server{
-		Handler: readOut(ofBeta(guardOrigin(admitted(mux)))), ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout,
+		Handler: g.handler, ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout,
 		ErrorLog: log.New(io.Discard, "", 0), // it tells of what clients do wrong
 		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
-			return context.WithValue(ctx, loopedKey{}, conn)
+			c, _ := conn.(*clientConn)
+			return context.WithValue(ctx, identityKey{}, c.id)
 		},
-		// HTTP/2 comes from the frame engine, within the process; as many streams as the client has.
-		Protocols: new(http.Protocols), HTTP2: &http.HTTP2Config{MaxConcurrentStreams: math.MaxInt32},
+		Protocols: new(http.Protocols),
 	}
 	g.server.Protocols.SetHTTP1(true)
-	g.server.Protocols.SetUnencryptedHTTP2(true)
 	return g, nil
 }
 
-// newAPI makes etcd's gateway, with etcd's options for JSON.
-func newAPI() (http.Handler, error) {
+// newJSON makes etcd's gateway to the API, with etcd's options for JSON.
+func newJSON(a *api) (http.Handler, error) {
 	mux := runtime.NewServeMux(runtime.WithMarshalerOption(runtime.MIMEWildcard, &runtime.HTTPBodyMarshaler{
 		Marshaler: &runtime.JSONPb{
 			MarshalOptions:   protojson.MarshalOptions{UseProtoNames: true},
 			UnmarshalOptions: protojson.UnmarshalOptions{DiscardUnknown: true},
 		},
 	}))
-	ctx, way := context.Background(), ofRequest{}
+	ctx := context.Background()
+	way := localConn{api: a, identity: func(ctx context.Context) (*Identity, error) {
+		if id := identityOf(ctx); id != nil {
+			return id, nil
+		}
+		return nil, errNoIdentity
+	}}
 	err := errors.Join(
 		gw.RegisterKVHandlerClient(ctx, mux, pb.NewKVClient(way)),
 		gw.RegisterWatchHandlerClient(ctx, mux, pb.NewWatchClient(way)),
@@ -110,55 +102,6 @@ func newAPI() (http.Handler, error) {
 		electiongw.RegisterElectionHandlerClient(ctx, mux, v3electionpb.NewElectionClient(way)),
 	)
 	return mux, err
-}
-
-// ofRequest goes the way of the HTTP connection that a request came over.
-type ofRequest struct{}
-
-var errNotLooped = errors.New("the request came over no connection of the gateway")
-
-func (ofRequest) conn(ctx context.Context) (*grpc.ClientConn, error) {
-	c, ok := ctx.Value(loopedKey{}).(*looped)
-	if !ok {
-		return nil, errNotLooped
-	}
-	c.once.Do(func() { c.conn, c.err = loop(c.engine, c.id) })
-	return c.conn, c.err
-}
-
-// Invoke implements grpc.ClientConnInterface.
-func (o ofRequest) Invoke(ctx context.Context, method string, args, reply any, opts ...grpc.CallOption) error {
-	conn, err := o.conn(ctx)
-	if err != nil {
-		return err
-	}
-	return conn.Invoke(ctx, method, args, reply, opts...)
-}
-
-// NewStream implements grpc.ClientConnInterface.
-func (o ofRequest) NewStream(ctx context.Context, desc *grpc.StreamDesc, method string, opts ...grpc.CallOption) (grpc.ClientStream, error) {
-	conn, err := o.conn(ctx)
-	if err != nil {
-		return nil, err
-	}
-	return conn.NewStream(ctx, desc, method, opts...)
-}
-
-// What a client still sends after the response is read up to these, so that it is not reset in the midst of it: some report an error then, and not the response. For HTTP/1.1 net/http does
-// the same.
-const (
-	lateBody = 256 << 10 // bytes
-	lateWait = 500 * time.Millisecond
-)
-
-// readOut reads what next left of the body of a request over HTTP/2.
-func readOut(next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		next.ServeHTTP(w, r)
-		if r.ProtoMajor == 2 && r.ContentLength != 0 && http.NewResponseController(w).SetReadDeadline(time.Now().Add(lateWait)) == nil {
-			_, _ = io.CopyN(io.Discard, r.Body, lateBody) // whatever comes
-		}
-	})
 }
 
 // ofBeta takes /v3beta/, the name of before etcd 3.4 that clients still ask for, for /v3/, as etcd does.
@@ -173,44 +116,75 @@ func ofBeta(next http.Handler) http.Handler {
 	})
 }
 
-// admitted lets nobody in whom the listener denies.
-func admitted(next http.Handler) http.Handler {
+// admitted lets nobody in whom the listener denies, before anything of the body is read.
+func admitted(a *api, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		c, ok := r.Context().Value(loopedKey{}).(*looped)
-		said := isGateway(r.URL.Path) && !websocket.IsWebSocketUpgrade(r) // by the engine, with a code
-		if !ok || c.id.Denied && !said {
+		id := identityOf(r.Context())
+		switch {
+		case id == nil:
 			http.Error(w, "client is not allowed here", http.StatusForbidden)
-			return
+		case !id.Denied:
+			next.ServeHTTP(w, r)
+		default:
+			err := status.Convert(a.deny(id))
+			if !isGateway(r.URL.Path) || websocket.IsWebSocketUpgrade(r) {
+				http.Error(w, "client is not allowed here", http.StatusForbidden)
+				return
+			}
+			writeStatus(w, http.StatusForbidden, err.Code(), err.Message())
 		}
-		next.ServeHTTP(w, r)
 	})
 }
 
 // serve takes over conn and returns at once.
 func (g *gateway) serve(conn *clientConn) { g.conns.put(conn) }
 
-// Accept implements net.Listener.
-func (g *gateway) Accept() (net.Conn, error) {
-	conn, err := g.conns.Accept()
-	if err != nil {
-		return nil, err
+// connQueue hands identified connections to net/http.
+type connQueue struct {
+	conns chan *clientConn
+	done  chan struct{}
+	once  sync.Once
+}
+
+var _ net.Listener = (*connQueue)(nil)
+
+func newConnQueue() *connQueue {
+	return &connQueue{conns: make(chan *clientConn), done: make(chan struct{})}
+}
+
+func (q *connQueue) put(conn *clientConn) {
+	select {
+	case q.conns <- conn:
+	case <-q.done:
+		_ = conn.Close()
 	}
-	c, _ := conn.(*clientConn)
-	return &looped{Conn: c, engine: g.engine, id: c.id}, nil
+}
+
+// Accept implements net.Listener.
+func (q *connQueue) Accept() (net.Conn, error) {
+	select {
+	case conn := <-q.conns:
+		return conn, nil
+	case <-q.done:
+		return nil, net.ErrClosed
+	}
 }
 
 // Close implements net.Listener.
-func (g *gateway) Close() error { return g.conns.Close() }
+func (q *connQueue) Close() error {
+	q.once.Do(func() { close(q.done) })
+	return nil
+}
 
 // Addr implements net.Listener.
-func (g *gateway) Addr() net.Addr { return g.conns.Addr() }
+func (q *connQueue) Addr() net.Addr { return &net.UnixAddr{Name: "proxy", Net: "unix"} }
 
 // run serves until ctx ends, and lets requests finish for as long as the engine does.
 func (g *gateway) run(ctx context.Context, drainTimeout time.Duration) {
 	served := make(chan struct{})
 	go func() {
 		defer close(served)
-		_ = g.server.Serve(g) // it ends by Shutdown alone
+		_ = g.server.Serve(g.conns) // it ends by Shutdown alone
 	}()
 	<-ctx.Done()
 	limited, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTimeout)

@@ -138,7 +138,7 @@ type gateways struct {
 	own, proxys  http.Handler
 	bare, behind *noting
 	core         *core
-	conn         *looped
+	identity     *Identity
 }
 
 func newGateways(f *testing.F) *gateways {
@@ -146,13 +146,8 @@ func newGateways(f *testing.F) *gateways {
 	conn := dial(f, serveAll(f, g.bare.serve), grpc.WithTransportCredentials(insecureCredentials()), grpc.WithDisableRetry())
 	g.own = etcdsGateway(f, conn)
 	p := startProxy(f, serveAll(f, g.behind.serve), scrambling(), nil)
-	g.core, g.proxys = p.core, p.gateway.server.Handler
-	g.conn = &looped{engine: p.engine, id: &Identity{to: p.upstream}}
-	f.Cleanup(func() {
-		if g.conn.conn != nil {
-			g.conn.conn.Close()
-		}
-	})
+	g.core, g.proxys = p.core, p.gateway.handler
+	g.identity = &Identity{to: p.upstream}
 	return g
 }
 
@@ -184,7 +179,7 @@ type told struct {
 }
 
 func (g *gateways) tell(h http.Handler, r *http.Request, body string) told {
-	r = r.Clone(context.WithValue(r.Context(), loopedKey{}, g.conn))
+	r = r.Clone(context.WithValue(r.Context(), identityKey{}, g.identity))
 	r.Body, r.ContentLength = io.NopCloser(strings.NewReader(body)), int64(len(body))
 	w := httptest.NewRecorder()
 	h.ServeHTTP(w, r)

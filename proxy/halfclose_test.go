@@ -14,9 +14,9 @@ import (
 // message is there, in however many frames that came, and what comes after the message is ignored.
 func TestNoHalfClose(t *testing.T) {
 	etcd := serveStore(t, "ruled/a", "free/a")
-	engines(t, func(t *testing.T, edit func(*Config)) {
+	bothWays(t, func(t *testing.T, startProxy starter) {
 		for name, sealer := range map[string]Sealer{"without the KMS": reverser{}, "with the KMS": unhurried{}} {
-			c := newTalker(t, startProxy(t, etcd, []Rule{{Prefix: "ruled/", Sealer: sealer}}, edit).Addrs()[0].String())
+			c := newTalker(t, startProxy(t, etcd, []Rule{{Prefix: "ruled/", Sealer: sealer}}, nil).Addrs()[0].String())
 			for _, key := range []string{"ruled/a", "free/a"} {
 				for method, request := range map[string]proto.Message{
 					"Range":   &pb.RangeRequest{Key: []byte(key)},

@@ -169,6 +169,12 @@ type running struct {
 // startProxy runs a proxy before the etcd at address. edit may change the configuration; by default it listens on loopback.
 func startProxy(t testing.TB, etcd string, rules []Rule, edit func(*Config)) *running {
 	t.Helper()
+	return startRelaying(t, etcd, rules, edit, os.Getenv("PROXY_TEST_CALLS") != "handled") // what holds for relayed calls holds for handled ones
+}
+
+// startRelaying is startProxy for a proxy that relays calls, or has all of them handled.
+func startRelaying(t testing.TB, etcd string, rules []Rule, edit func(*Config), relays bool) *running {
+	t.Helper()
 	logs := &logBuffer{}
 	cfg := Config{
 		Listeners: []ListenerConfig{{Address: "127.0.0.1:0"}},
@@ -176,13 +182,15 @@ func startProxy(t testing.TB, etcd string, rules []Rule, edit func(*Config)) *ru
 		Rules:     rules,
 		Logger:    slog.New(slog.NewJSONHandler(logs, nil)),
 	}
-	cfg.Reference = os.Getenv("PROXY_TEST_ENGINE") == "reference" // what holds for one engine holds for the other
 	if edit != nil {
 		edit(&cfg)
 	}
 	p, err := New(cfg)
 	if err != nil {
 		t.Fatal(err)
+	}
+	for _, m := range p.api.methods {
+		m.relayed = m.relayed && relays
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)

@@ -26,8 +26,8 @@ func TestPutThatKeepsItsValueAndHasOne(t *testing.T) {
 			return nil, rpctypes.ErrGRPCValueProvided
 		},
 	})
-	for _, reference := range []bool{false, true} {
-		kv := pb.NewKVClient(startProxy(t, etcd, []Rule{{Prefix: "s/", Sealer: reverser{}}}, func(c *Config) { c.Reference = reference }).dial(t))
+	bothWays(t, func(t *testing.T, startProxy starter) {
+		kv := pb.NewKVClient(startProxy(t, etcd, []Rule{{Prefix: "s/", Sealer: reverser{}}}, nil).dial(t))
 		put := func(key string) *pb.PutRequest {
 			return &pb.PutRequest{Key: []byte(key), Value: []byte(secret), IgnoreValue: true}
 		}
@@ -64,7 +64,7 @@ func TestPutThatKeepsItsValueAndHasOne(t *testing.T) {
 		if len(sent) != 2 || !proto.Equal(sent[0], put("e/k")) || !proto.Equal(sent[1], empty) {
 			t.Errorf("etcd was sent %v", sent)
 		}
-	}
+	})
 	// What is wrong first is said first.
 	w := newWorld(t)
 	w.core.rules.Store(mustRules(t, everything))

@@ -57,18 +57,11 @@ func TestLanes(t *testing.T) {
 	done := make(chan struct{})
 	go func() { defer close(done); _ = s.Serve(l) }()
 	t.Cleanup(func() { s.Stop(); <-done })
-	t.Run("frames", func(t *testing.T) {
+	bothWays(t, func(t *testing.T, startProxy starter) {
 		p := startProxy(t, l.Addr().String(), everything, nil)
 		useLanes(t, p)
 		if n := len(p.upstream.lanes.more); n > 5 {
 			t.Errorf("%d lanes beside the first, want 5 at most", n)
-		}
-	})
-	t.Run("reference", func(t *testing.T) {
-		p := startProxy(t, l.Addr().String(), everything, func(c *Config) { c.Reference = true })
-		useLanes(t, p)
-		if n := len(p.upstream.lanes.more); n != 5 {
-			t.Errorf("%d lanes beside the first, want 5", n)
 		}
 	})
 }

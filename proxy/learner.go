@@ -53,7 +53,7 @@ func (u *upstream) refusal(ctx context.Context) error {
 }
 
 // servedByLearner reports whether a learner serves a call. in is the request of a unary call, and nil for a stream.
-func (m *grpcMethod) servedByLearner(in *frame) bool {
+func (m *method) servedByLearner(in *frame) bool {
 	switch m.full {
 	case pb.Maintenance_Status_FullMethodName, pb.Maintenance_Snapshot_FullMethodName:
 		return true

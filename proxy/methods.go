@@ -39,6 +39,10 @@ type method struct {
 	waits bool
 	// call makes the rewriter of one call; nil for what is forwarded untouched.
 	call func(c *core, id *Identity) call
+
+	api     *api
+	metrics *methodMetrics
+	relayed bool // its frames are relayed, where a request is like those of etcd's clients
 }
 
 // methodTable is every method of every service that etcd 3.4 to 3.7 registers for clients. A method that is not here is never
@@ -113,9 +117,9 @@ func methodTable() []*method {
 	return table
 }
 
-// streamDesc describes the method to grpc-go, in either direction.
-func (m *method) streamDesc() grpc.StreamDesc {
-	return grpc.StreamDesc{
+// streamDesc describes the method to grpc-go.
+func (m *method) streamDesc() *grpc.StreamDesc {
+	return &grpc.StreamDesc{
 		StreamName:    m.name,
 		ServerStreams: m.shape != shapeUnary,
 		ClientStreams: m.shape == shapeBidiStream,

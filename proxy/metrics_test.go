@@ -30,7 +30,7 @@ func series(t *testing.T, r prometheus.Gatherer, name string) []*dto.Metric {
 
 // TestAddedLatency: one in sampleEvery unary calls of a connection is measured and the second, and neither the time that etcd takes counts, nor that of calls that etcd did not answer.
 func TestAddedLatency(t *testing.T) {
-	engines(t, func(t *testing.T, edit func(*Config)) {
+	bothWays(t, func(t *testing.T, startProxy starter) {
 		const slow = 200 * time.Millisecond // etcd's answer to the key "slow"
 		etcd := serveFake(t, &fakeEtcd{
 			rangeFn: func(_ context.Context, r *pb.RangeRequest) (*pb.RangeResponse, error) {
@@ -43,9 +43,6 @@ func TestAddedLatency(t *testing.T) {
 		r := prometheus.NewRegistry()
 		p := startProxy(t, etcd, everything, func(c *Config) {
 			c.Registerer = r
-			if edit != nil {
-				edit(c)
-			}
 		})
 		conn := p.dial(t)
 		kv := pb.NewKVClient(conn)

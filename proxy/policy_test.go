@@ -314,7 +314,7 @@ func (e *policyEtcd) reached() []string {
 }
 
 // TestPolicyOfEveryMethod: what each kind of client may do with each method, over gRPC and by the
-// JSON gateway, with either engine: nobody changes the proxies' own keys, a client that is given
+// JSON gateway, relayed and handled: nobody changes the proxies' own keys, a client that is given
 // stored bytes only reads, and a denied client does nothing. What is refused does not reach etcd.
 func TestPolicyOfEveryMethod(t *testing.T) {
 	requests := policyRequests()
@@ -323,53 +323,51 @@ func TestPolicyOfEveryMethod(t *testing.T) {
 			t.Errorf("there is no request of %s", m.full)
 		}
 	}
-	for _, reference := range []bool{false, true} {
-		t.Run(fmt.Sprintf("reference %t", reference), func(t *testing.T) {
-			etcd := &policyEtcd{t: t}
-			ca := newAuthority(t, "ca")
-			cert, key, _ := ca.issue("server", "server")
-			p := startProxy(t, serveAll(t, etcd.serve), []Rule{{Prefix: "s/", Sealer: reverser{}}}, func(c *Config) {
-				c.Reference, c.OwnPrefixes = reference, []string{"own/"}
-				c.Listeners[0].TLS = &ListenerTLS{CertFile: cert, KeyFile: key, ClientCAFile: ca.file}
-				c.Listeners[0].AllowedClients, c.Listeners[0].CiphertextClients = []string{"allowed"}, []string{"ciphertext"}
-			})
-			target := p.Addrs()[0].String()
-			for _, client := range []string{"allowed", "ciphertext", "denied"} {
-				conn, web := ca.client(t, target, client), ca.web(t, client)
-				for full, all := range requests {
-					for _, a := range all {
-						want := ""
-						switch {
-						case client == "denied":
-							want = ownPrefix + `client "denied" is not allowed here`
-						case client == "ciphertext" && !a.reads:
-							want = status.Convert(errReadOnly).Message()
-						case a.own && strings.HasSuffix(full, "/LeaseRevoke"):
-							want = status.Convert(errOwnLease).Message()
-						case a.own:
-							want = status.Convert(errOwnKey).Message()
-						}
-						msg, err := proto.Marshal(a.request)
-						if err != nil {
-							t.Fatal(err)
-						}
-						_, err = rawCall(testContext(t), conn, "/"+full, msg)
-						got := status.Convert(err)
-						if reached := etcd.reached(); got.Message() != want || want != "" && got.Code() != codes.PermissionDenied || want != "" && len(reached) > 0 {
-							t.Errorf("%s, %s %v: %v, want %q; etcd saw %q", client, full, a.request, err, want, reached)
-						}
-						if a.path == "" {
-							continue
-						}
-						got = web.post(t, "https://"+target+"/v3/"+a.path, a.request)
-						if reached := etcd.reached(); got.Message() != want || want != "" && got.Code() != codes.PermissionDenied || want != "" && len(reached) > 0 {
-							t.Errorf("%s, /v3/%s %v: %v, want %q; etcd saw %q", client, a.path, a.request, got, want, reached)
-						}
+	bothWays(t, func(t *testing.T, startProxy starter) {
+		etcd := &policyEtcd{t: t}
+		ca := newAuthority(t, "ca")
+		cert, key, _ := ca.issue("server", "server")
+		p := startProxy(t, serveAll(t, etcd.serve), []Rule{{Prefix: "s/", Sealer: reverser{}}}, func(c *Config) {
+			c.OwnPrefixes = []string{"own/"}
+			c.Listeners[0].TLS = &ListenerTLS{CertFile: cert, KeyFile: key, ClientCAFile: ca.file}
+			c.Listeners[0].AllowedClients, c.Listeners[0].CiphertextClients = []string{"allowed"}, []string{"ciphertext"}
+		})
+		target := p.Addrs()[0].String()
+		for _, client := range []string{"allowed", "ciphertext", "denied"} {
+			conn, web := ca.client(t, target, client), ca.web(t, client)
+			for full, all := range requests {
+				for _, a := range all {
+					want := ""
+					switch {
+					case client == "denied":
+						want = ownPrefix + `client "denied" is not allowed here`
+					case client == "ciphertext" && !a.reads:
+						want = status.Convert(errReadOnly).Message()
+					case a.own && strings.HasSuffix(full, "/LeaseRevoke"):
+						want = status.Convert(errOwnLease).Message()
+					case a.own:
+						want = status.Convert(errOwnKey).Message()
+					}
+					msg, err := proto.Marshal(a.request)
+					if err != nil {
+						t.Fatal(err)
+					}
+					_, err = rawCall(testContext(t), conn, "/"+full, msg)
+					got := status.Convert(err)
+					if reached := etcd.reached(); got.Message() != want || want != "" && got.Code() != codes.PermissionDenied || want != "" && len(reached) > 0 {
+						t.Errorf("%s, %s %v: %v, want %q; etcd saw %q", client, full, a.request, err, want, reached)
+					}
+					if a.path == "" {
+						continue
+					}
+					got = web.post(t, "https://"+target+"/v3/"+a.path, a.request)
+					if reached := etcd.reached(); got.Message() != want || want != "" && got.Code() != codes.PermissionDenied || want != "" && len(reached) > 0 {
+						t.Errorf("%s, /v3/%s %v: %v, want %q; etcd saw %q", client, a.path, a.request, got, want, reached)
 					}
 				}
 			}
-		})
-	}
+		}
+	})
 }
 
 // web is a client of the gateway.

@@ -34,8 +34,6 @@ type Config struct {
 	// LearnerGate, if it is closed while Gate is not, lets those calls go on that a learner of etcd serves. They carry no
 	// write. Nil: nothing goes on before Gate is closed.
 	LearnerGate <-chan struct{}
-	// Reference has the reference engine, on grpc-go, do everything: it is slower, and what the engine that is otherwise used is held against.
-	Reference bool
 	// OnDenied is told of a denied client whenever the log is: by the listener's address as configured, the client's name and its address. It is called on the
 	// call's goroutine. May be nil.
 	OnDenied func(listener, client, remote string)
@@ -52,7 +50,8 @@ type Proxy struct {
 	core        *core
 	upstream    *upstream   // to all endpoints
 	upstreams   []*upstream // all there are
-	engine      engine
+	api         *api
+	engine      *engine
 	gateway     *gateway
 	drain       time.Duration
 	listeners   []*listener
@@ -113,18 +112,12 @@ func New(cfg Config) (*Proxy, error) {
 			return nil, fmt.Errorf("register metrics: %w", err)
 		}
 	}
-	ref, err := newGRPCEngine(p.core, p.upstream, m, log, &denials{log: log, tell: cfg.OnDenied}, cfg.DrainTimeout)
-	if err == nil {
-		frames := newFrameEngine(ref, cfg.Reference)
-		p.engine = frames
-		if p.gateway, err = newGateway(ref, cfg.MaxRequestBytes); err == nil {
-			frames.web = p.gateway.serve
-		}
-	}
-	if err != nil {
+	p.api = newAPI(p.core, p.upstream, m, log, &denials{log: log, tell: cfg.OnDenied})
+	if p.gateway, err = newGateway(p.api); err != nil {
 		p.Close()
 		return nil, err
 	}
+	p.engine = newEngine(p.api, p.gateway.handler, p.drain, log)
 	return p, nil
 }
 
@@ -209,8 +202,12 @@ func (p *Proxy) Run(ctx context.Context) error {
 	defer context.AfterFunc(ctx, p.closeListeners)()
 	p.serving.Store(true)
 	defer p.serving.Store(false)
-	all.Go(func() { p.gateway.run(ctx, p.drain) })
-	return p.engine.run(ctx)
+	var draining sync.WaitGroup
+	draining.Go(func() { p.gateway.run(ctx, p.drain) })
+	<-ctx.Done()
+	p.engine.leave()
+	draining.Wait()
+	return nil
 }
 
 // serve hands a connection to whoever speaks its language.
@@ -232,8 +229,12 @@ func (p *Proxy) closeListeners() {
 func (p *Proxy) Close() {
 	p.releaseOnce.Do(func() {
 		p.closeListeners()
-		if p.engine != nil {
-			p.engine.close()
+		if p.api != nil {
+			p.api.stop()
+			if p.engine != nil {
+				p.engine.close()
+			}
+			p.api.running.Wait()
 		}
 		for _, u := range p.upstreams {
 			u.close()

@@ -12,15 +12,6 @@ import (
 	"time"
 )
 
-// idleEngine takes nobody.
-type idleEngine struct{}
-
-func (idleEngine) serve(c *clientConn) { _ = c.Close() }
-
-func (idleEngine) run(context.Context) error { return nil }
-
-func (idleEngine) close() {}
-
 // TestSilenceEnds: how long a client may take over its first bytes, over a TLS handshake, over the headers of a request, and between two requests.
 func TestSilenceEnds(t *testing.T) {
 	ca := newAuthority(t, "ca")
@@ -60,7 +51,7 @@ func TestSilenceEnds(t *testing.T) {
 				if tt.serve != nil {
 					go tt.serve(far)
 				} else {
-					g, err := newGateway(idleEngine{}, DefaultMaxRequestBytes)
+					g, err := newGateway(&api{core: &core{maxRequest: DefaultMaxRequestBytes}})
 					if err != nil {
 						t.Fatal(err)
 					}

@@ -17,10 +17,19 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// engines runs a test with either engine.
-func engines(t *testing.T, test func(t *testing.T, edit func(*Config))) {
-	t.Run("frames", func(t *testing.T) { test(t, nil) })
-	t.Run("reference", func(t *testing.T) { test(t, func(c *Config) { c.Reference = true }) })
+// starter is startProxy, with calls relayed or handled.
+type starter = func(t testing.TB, etcd string, rules []Rule, edit func(*Config)) *running
+
+// bothWays runs a test with calls that are relayed, and with calls that are handled.
+func bothWays(t *testing.T, test func(t *testing.T, startProxy starter)) {
+	for name, relays := range map[string]bool{"relayed": true, "handled": false} {
+		t.Run(name, func(t *testing.T) {
+			test(t, func(t testing.TB, etcd string, rules []Rule, edit func(*Config)) *running {
+				t.Helper()
+				return startRelaying(t, etcd, rules, edit, relays)
+			})
+		})
+	}
 }
 
 // slowKMS is a Sealer whose keys with "slow" in them wait for a KMS. It opens where a value stands, as the real one does, so that what is tried in haste and given up is damaged.
@@ -154,10 +163,10 @@ func serveStore(t *testing.T, list ...string) string {
 
 // TestNobodyWaitsForAnothersKMS: over one connection, calls whose values need a KMS that does not answer wait, and all others do not. When it answers, those that waited go on, each in its order.
 func TestNobodyWaitsForAnothersKMS(t *testing.T) {
-	engines(t, func(t *testing.T, edit func(*Config)) {
+	bothWays(t, func(t *testing.T, startProxy starter) {
 		kms := newSlowKMS()
 		etcd := serveStore(t, "fast/1", "slow/2", "fast/3")
-		conn := startProxy(t, etcd, []Rule{{Prefix: "", Sealer: kms}}, edit).dial(t)
+		conn := startProxy(t, etcd, []Rule{{Prefix: "", Sealer: kms}}, nil).dial(t)
 		kv, ctx := pb.NewKVClient(conn), testContext(t)
 		get := func(key string) string {
 			r, err := kv.Range(ctx, &pb.RangeRequest{Key: []byte(key)})
@@ -242,9 +251,9 @@ func TestNobodyWaitsForAnothersKMS(t *testing.T) {
 
 // TestWhoWaitsMayLeave: a call that waits for the KMS ends with its client or its deadline, and then nobody waits for it any more.
 func TestWhoWaitsMayLeave(t *testing.T) {
-	engines(t, func(t *testing.T, edit func(*Config)) {
+	bothWays(t, func(t *testing.T, startProxy starter) {
 		kms := newSlowKMS()
-		proxy := startProxy(t, serveStore(t), []Rule{{Prefix: "", Sealer: kms}}, edit)
+		proxy := startProxy(t, serveStore(t), []Rule{{Prefix: "", Sealer: kms}}, nil)
 		kv := pb.NewKVClient(proxy.dial(t))
 		for name, do := range map[string]func(context.Context) error{
 			"open": func(ctx context.Context) error {
@@ -293,7 +302,7 @@ func TestWhoWaitsMayLeave(t *testing.T) {
 
 // TestLongListWaits: a list of many parts, one of which needs the KMS in its midst, comes whole.
 func TestLongListWaits(t *testing.T) {
-	engines(t, func(t *testing.T, edit func(*Config)) {
+	bothWays(t, func(t *testing.T, startProxy starter) {
 		kms := newSlowKMS()
 		var list []string
 		for i := range 3000 {
@@ -301,7 +310,7 @@ func TestLongListWaits(t *testing.T) {
 		}
 		list[2000] = "slow/1" + strings.Repeat("y", 100_000)
 		list[2999] = "slow/2"
-		conn := startProxy(t, serveStore(t, list...), []Rule{{Prefix: "", Sealer: kms}}, edit).dial(t)
+		conn := startProxy(t, serveStore(t, list...), []Rule{{Prefix: "", Sealer: kms}}, nil).dial(t)
 		type result struct {
 			resp *pb.RangeResponse
 			err  error

@@ -120,9 +120,14 @@ func refuse(w http.ResponseWriter, r *http.Request, status int, code codes.Code,
 		http.Error(w, text, status)
 		return
 	}
+	writeStatus(w, status, code, text)
+}
+
+// writeStatus writes a status as the gateway does.
+func writeStatus(w http.ResponseWriter, httpStatus int, code codes.Code, text string) {
 	body, _ := json.Marshal(map[string]any{"code": code, "message": text, "details": []any{}}) // it has nothing that fails
 	w.Header().Set("Content-Type", "application/json")
-	w.WriteHeader(status)
+	w.WriteHeader(httpStatus)
 	_, _ = w.Write(body) // the client may have left
 }
 
@@ -159,8 +164,8 @@ func guardOrigin(next http.Handler) http.Handler {
 
 // policyOf returns the policy of the listener that r came over, nil if it came over none.
 func policyOf(r *http.Request) *webPolicy {
-	if c, ok := r.Context().Value(loopedKey{}).(*looped); ok {
-		return c.id.web
+	if id := identityOf(r.Context()); id != nil {
+		return id.web
 	}
 	return nil
 }

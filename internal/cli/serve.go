@@ -45,7 +45,6 @@ Logs go to standard error.`,
 	renew := cmd.Flags().Bool("reencrypt", false, "re-encrypt the values in etcd, at the start and after each rotation. One of several proxies does it")
 	renewInterval := cmd.Flags().Duration("reencrypt-interval", time.Hour, "with --reencrypt, the time between two runs for which there is no other reason")
 	renewRate := cmd.Flags().Float64("reencrypt-rate", 0, "with --reencrypt, values a second, at most; 0: as many as etcd takes")
-	reference := cmd.Flags().Bool("reference-engine", false, "move all calls by the engine that the faster one is tested against; if that makes a difference to a client, it is a bug")
 	cmd.RunE = fails(func(cmd *cobra.Command, _ []string) error {
 		if *drain <= 0 {
 			return &failure{code: exitUsage, err: fmt.Errorf("--drain-timeout %v is not more than 0s", *drain)}
@@ -56,7 +55,7 @@ Logs go to standard error.`,
 		if *renewInterval < time.Second || *renewRate < 0 {
 			return &failure{code: exitUsage, err: errors.New("--reencrypt-interval is at least 1s, --reencrypt-rate at least 0")}
 		}
-		o := serveOptions{drain: *drain, weaken: *weaken, reference: *reference, scan: *scan, renewRate: *renewRate}
+		o := serveOptions{drain: *drain, weaken: *weaken, scan: *scan, renewRate: *renewRate}
 		if *renew {
 			o.renew = *renewInterval
 		}
@@ -69,7 +68,6 @@ Logs go to standard error.`,
 type serveOptions struct {
 	drain     time.Duration
 	weaken    bool
-	reference bool
 	scan      time.Duration // 0: never
 	sockets   sockets       // from systemd
 

@@ -21,7 +21,6 @@ func proxyConfig(c *config.Config, rules *ruleSet, a *app, o serveOptions) proxy
 		Rules:           rules.forProxy(),
 		MaxRequestBytes: c.Etcd.MaxRequestBytes,
 		DrainTimeout:    o.drain,
-		Reference:       o.reference,
 		Logger:          a.log,
 		Registerer:      a.metrics.registry,
 		OnDenied:        a.audit.denied,

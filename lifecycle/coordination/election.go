@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/client/v3/concurrency"
 )
@@ -79,14 +80,17 @@ func (e Election) campaign(ctx context.Context, session *concurrency.Session) er
 			if cause := context.Cause(ctx); err != nil && cause != nil {
 				err = cause
 			}
+			if errors.Is(err, rpctypes.ErrLeaseNotFound) {
+				err = ErrLeadershipLost
+			}
 			if err != nil {
 				return fmt.Errorf("elect who does it: %w", err)
 			}
 			return nil
 		case <-session.Done():
-			stop(ErrLeadershipLost)
-			<-elected //nolint:errcheck // it says that it was stopped
-			return fmt.Errorf("elect who does it: %w", ErrLeadershipLost)
+			stop(ErrLeadershipLost) // unless ctx has ended, and the session with it
+			<-elected               //nolint:errcheck // it says that it was stopped
+			return fmt.Errorf("elect who does it: %w", context.Cause(ctx))
 		case <-time.After(wait):
 		}
 		// A reader of its own: the one under way is not for concurrent use.

@@ -45,11 +45,11 @@ func TestFirstWords(t *testing.T) {
 			p, far := newPeer(t, &cfg, h)
 			h.conn = NewServer(far, cfg)
 			p.run(t, h.conn)
-			p.expect(t, "SETTINGS INITIAL_WINDOW_SIZE=524288", "WINDOW_UPDATE 4128769")
+			p.expect(t, "SETTINGS MAX_CONCURRENT_STREAMS=32768 MAX_HEADER_LIST_SIZE=65536", "WINDOW_UPDATE 4128769")
 			say(p)
 			if why := told[name]; why != "" {
 				p.expect(t, why)
-				time.Sleep(lingering)
+				time.Sleep(lingerTimeout)
 			}
 			p.expect(t, "closed")
 			if err := <-p.served; err == nil {

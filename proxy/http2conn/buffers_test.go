@@ -97,9 +97,9 @@ func TestNothingGathersAfterClose(t *testing.T) {
 			p.begin(t, h, 1, false)
 			h.data = func(s *Stream, _ []byte, _ bool) {
 				h.conn.Close() // and more has been read
-				h.conn.received = connWindow / 2
+				h.conn.unannounced = connWindow / 2
 				s.Data(false, nil, pattern(100))
-				s.Consumed(streamWindow)
+				s.Consumed(defaultWindow)
 			}
 			var all bytes.Buffer // in one write, so that it is read at once
 			f := http2.NewFramer(&all, nil)

@@ -107,7 +107,7 @@ func TestLastStreamID(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &handler{}
 		p := dialOne(t, h, Config{})
-		h.conn.next = 1<<31 - 1
+		h.conn.nextStreamID = 1<<31 - 1
 		if h.conn.Open(nil, request, true) == nil || h.conn.Open(nil, request, true) != nil || !h.conn.Draining() {
 			t.Error("there is not one stream left")
 		}

@@ -1,17 +1,16 @@
-// Package http2conn is one connection of HTTP/2, from either side, as gRPC uses it: streams, header blocks, flow control, pings and the two ways to leave. It moves bytes
-// and knows nothing of what they mean.
+// Package http2conn implements one HTTP/2 connection (RFC 9113), as client or server, for a proxy
+// that moves gRPC streams between connections: streams, header blocks, flow control, keepalive, GOAWAY
+// and the limits on what a peer can make the process hold. It does not read gRPC messages.
 //
-// golang.org/x/net/http2 reads the frames and golang.org/x/net/http2/hpack codes the headers. What is here is what lies between them and an engine
-// that moves streams from one connection to another: frames are handled on the one goroutine that reads the connection, what is to be sent gathers
-// in a buffer until somebody flushes it, and what the peer's windows do not take waits in the stream.
-//
-// The protocol is RFC 9113.
+// golang.org/x/net/http2 parses and writes frames, and golang.org/x/net/http2/hpack codes header
+// fields. This package adds what a proxy needs and net/http and grpc-go do not offer: frames are
+// handled on the goroutine that reads the connection, frames to be sent collect in a buffer until
+// [Conn.Flush], and data that the peer's flow-control windows do not take waits in its stream.
 package http2conn
 
 import (
 	"bytes"
 	"errors"
-	"fmt"
 	"io"
 	"math"
 	"net"
@@ -24,20 +23,21 @@ import (
 	"google.golang.org/grpc/mem"
 )
 
-// Sizes, in bytes.
+// Sizes in bytes.
 const (
-	frameSize     = 16 << 10   // the largest frame that either side sends, unless the peer says otherwise
-	initialWindow = 64<<10 - 1 // of every connection and stream, unless said otherwise
-	streamWindow  = 512 << 10  // what a peer may send on a stream before it is given credit
-	connWindow    = 4 << 20    // what it may send on all streams
-	minOut        = 4 << 10    // the least buffer for it
-	outLimit      = 256 << 10  // what gathers for one write; the rest waits in its streams
-	heldLimit     = 1 << 20    // what may wait for a peer that sends: of data no more than was gathered twice, the rest is answers to what it sends
+	maxFrameSize   = 16 << 10   // of frames that either side sends, unless the peer allows more
+	defaultWindow  = 64<<10 - 1 // flow-control window of connections and streams by the RFC
+	clientWindow   = 512 << 10  // of each stream of a client; that of a server's is defaultWindow
+	connWindow     = 4 << 20    // of all streams of a connection
+	minWriteSize   = 4 << 10    // of the buffer for frames to be written
+	flushLimit     = 256 << 10  // data frames in that buffer; more data waits in its streams
+	readPauseLimit = 512 << 10  // bytes that wait for a peer which does not read: then it is not read either
 )
 
-// lingering is how long a client may take to close a connection that the server has left: to close it while the client still sends something would have TCP drop what the client has not
-// got yet. grpc-go waits as long.
-const lingering = time.Second
+// lingerTimeout is how long a server waits for the client to close the connection. If the server
+// closed first while the client still sends, TCP would discard what the client has not read yet.
+// grpc-go waits as long.
+const lingerTimeout = time.Second
 
 // Handler receives the events of a connection. All methods but Writable and FlushNeeded are called on
 // the goroutine of [Conn.Serve], one at a time. None may block for long. Arguments are valid until the
@@ -49,7 +49,8 @@ type Handler interface {
 	// Data is called for DATA. The handler returns its length to the flow-control window with
 	// [Stream.Consumed].
 	Data(s *Stream, data []byte, end bool)
-	// Reset is called when the peer has reset or refused a stream.
+	// Reset is called when the peer has reset or refused a stream, and when the stream was reset for
+	// an error of the peer.
 	Reset(s *Stream, code http2.ErrCode)
 	// Writable is called when all queued data of a stream was written. Any goroutine that flushes may
 	// call it.
@@ -72,6 +73,8 @@ type Config struct {
 	WriteBuffer *WriteBuffer
 	// Plaintext is set without TLS: long data is then written from where it is, without a copy.
 	Plaintext bool
+	// Budget limits what all servers of the process hold. Nil: only the limits of one connection apply.
+	Budget *Budget
 	// HandshakeTimeout bounds the time until the peer's first SETTINGS frame. 0: no limit.
 	HandshakeTimeout time.Duration
 	// MinPingInterval is the minimum ping interval of a client. A client that sends more pings is sent a
@@ -91,262 +94,148 @@ type Config struct {
 	IdleTimeout time.Duration
 }
 
-// Conn is one connection. [Conn.Serve] reads it; everything else is safe for concurrent use.
+// Conn is one connection. [Conn.Serve] reads it; all other methods are safe for concurrent use.
 type Conn struct {
-	cfg    Config
-	conn   net.Conn
-	outlet *WriteBuffer
-	server bool // the peer opens the streams
+	cfg         Config
+	conn        net.Conn
+	writeBuffer *WriteBuffer
+	server      bool // the peer opens the streams
 
-	// Of the goroutine that reads.
-	in       input
-	framer   *http2.Framer
-	head     http2.FrameHeader // of the frame that was read last
-	last     uint32            // the highest stream of the peer
-	bytes    int64             // that the peer has sent
-	moved    int64             // windows of streams that its settings have changed
-	received int               // on all streams, that no credit was given for
-	pings    pings
+	// Used by the goroutine of Serve only.
+	in            input
+	framer        *http2.Framer
+	frameHeader   http2.FrameHeader // of the last frame
+	lastStreamID  uint32            // the highest that the peer has opened
+	bytesRead     int64
+	windowChanges int64 // of streams, by SETTINGS frames
+	unannounced   int   // bytes received since the last WINDOW_UPDATE frame of the connection
+	pings         pings
 
-	ending  atomic.Bool  // it is to close with its last stream
-	reading atomic.Bool  // it waits for the peer
-	heard   atomic.Int64 // how often the peer was heard
-	dirty   atomic.Bool  // there may be something to flush
-	writing sync.Mutex   // held by who writes to conn; taken before mu
+	closeWhenIdle atomic.Bool  // closes after the last stream
+	reading       atomic.Bool  // waits for the peer
+	reads         atomic.Int64 // completed
+	dirty         atomic.Bool  // there may be something to flush
+	flushMu       sync.Mutex   // held while writing to conn; locked before mu
 
-	mu       sync.Mutex
-	out      *[]byte // what gathers; nil or of cfg.Pool
-	apart    aparts  // what is to be written between the bytes of out
-	busy     bool    // what has gathered is being written
-	write    *http2.Framer
-	enc      *hpack.Encoder
-	block    bytes.Buffer // what enc writes to
-	streams  map[uint32]*Stream
-	gone     endedStreams // of a server
-	next     uint32       // the stream that is opened next
-	window   int64        // what the peer takes on all streams
-	initial  int64        // what it takes on a new stream
-	maxFrame int
-	limit    uint32    // of streams, as the peer says
-	ready    []*Stream // have something to send that their own windows take
-	drained  []*Stream // that Writable is to be called for
-	told     bool      // the client knows why the connection ends
-	leaving  bool      // the server takes no new streams
-	closed   bool
-	why      error // that it was closed
-	alive    *time.Timer
-	hears    *time.Timer // until the client must have heard that the server leaves
-	idle     *time.Timer
-	goneAt   uint32 // streams above it are not served; set while the server leaves
+	// mu guards everything below, and the streams.
+	mu                sync.Mutex
+	pending           *[]byte        // frames to be written; nil or of cfg.Pool
+	external          externalChunks // data to be written between the bytes of pending
+	flushing          bool           // former pending bytes are being written
+	write             *http2.Framer  // to pending
+	enc               *hpack.Encoder // to block
+	block             bytes.Buffer
+	streams           map[uint32]*Stream
+	recentlyEnded     endedStreams // of a server
+	nextStreamID      uint32       // of a client
+	sendWindow        int64        // of the connection
+	peerInitialWindow int64        // of a new stream
+	peerMaxFrame      int
+	peerMaxStreams    uint32
+	ready             []*Stream // with queued data and an open flow-control window
+	writable          []*Stream // that Writable is to be called for
+	queued            queued    // data of all streams
+	held              held      // what streams of a server hold
+	goAwaySent        bool      // the client knows why the connection ends
+	draining          bool      // there will be no new streams
+	lastServedID      uint32    // streams above it are not served; set during a graceful shutdown
+	closed            bool
+	err               error // why it was closed
+	keepaliveTimer    *time.Timer
+	idleTimer         *time.Timer
+	shutdownTimer     *time.Timer // until the client must have seen the first GOAWAY frame
+	stallTimer        *time.Timer // until the peer must open the connection's window
 }
 
-// NewServer makes the side that clients connect to. Nothing is read before [Conn.Serve].
+// NewServer returns the server side of a connection. It reads nothing before [Conn.Serve].
 func NewServer(conn net.Conn, cfg Config) *Conn {
 	c := newConn(conn, cfg)
-	c.server, c.goneAt = true, math.MaxInt32
+	c.server, c.lastServedID = true, math.MaxInt32
+	c.framer.MaxHeaderListSize = MaxHeaderListSize
 	_ = c.write.WriteSettings(
-		http2.Setting{ID: http2.SettingInitialWindowSize, Val: streamWindow},
+		http2.Setting{ID: http2.SettingMaxConcurrentStreams, Val: MaxConcurrentStreams},
+		http2.Setting{ID: http2.SettingMaxHeaderListSize, Val: MaxHeaderListSize},
 	)
-	_ = c.write.WriteWindowUpdate(0, connWindow-initialWindow)
+	_ = c.write.WriteWindowUpdate(0, connWindow-defaultWindow)
 	return c
 }
 
-// NewClient makes the side that opens streams. The peer hears of it with the first flush.
+// NewClient returns the client side of a connection. The first flush sends the preface.
 func NewClient(conn net.Conn, cfg Config) *Conn {
 	c := newConn(conn, cfg)
-	c.next = 1
+	c.nextStreamID = 1
 	c.append([]byte(http2.ClientPreface))
 	_ = c.write.WriteSettings(
 		http2.Setting{ID: http2.SettingEnablePush, Val: 0},
-		http2.Setting{ID: http2.SettingInitialWindowSize, Val: streamWindow},
+		http2.Setting{ID: http2.SettingInitialWindowSize, Val: clientWindow},
 	)
-	_ = c.write.WriteWindowUpdate(0, connWindow-initialWindow)
+	_ = c.write.WriteWindowUpdate(0, connWindow-defaultWindow)
 	return c
 }
 
 func newConn(conn net.Conn, cfg Config) *Conn {
 	c := &Conn{
-		cfg: cfg, conn: conn, streams: make(map[uint32]*Stream),
-		window: initialWindow, initial: initialWindow, maxFrame: frameSize, limit: math.MaxUint32,
+		cfg: cfg, conn: conn, streams: make(map[uint32]*Stream), sendWindow: defaultWindow,
+		peerInitialWindow: defaultWindow, peerMaxFrame: maxFrameSize, peerMaxStreams: math.MaxUint32,
 	}
-	if c.outlet = cfg.WriteBuffer; c.outlet == nil {
-		c.outlet = NewWriteBuffer(conn)
-		c.conn = c.outlet
+	if c.writeBuffer = cfg.WriteBuffer; c.writeBuffer == nil {
+		c.writeBuffer = NewWriteBuffer(conn)
+		c.conn = c.writeBuffer
 	}
-	c.outlet.use(cfg.Pool, c.freed)
+	c.writeBuffer.use(cfg.Pool, c.writeBufferEmpty)
 	c.in = input{read: c.read, pool: cfg.Pool}
 	c.framer = http2.NewFramer(nil, &c.in)
 	c.framer.SetReuseFrames()
-	c.framer.SetMaxReadFrameSize(frameSize)
+	c.framer.SetMaxReadFrameSize(maxFrameSize)
 	c.framer.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
-	c.write = http2.NewFramer((*gatherer)(c), nil)
+	c.write = http2.NewFramer((*frameSink)(c), nil)
 	c.enc = hpack.NewEncoder(&c.block)
 	return c
 }
 
-// read reads from the connection, after what has gathered was flushed: whoever waits for the peer must not keep it waiting.
-func (c *Conn) read(b []byte) (int, error) {
-	c.cfg.Handler.FlushNeeded()
-	c.reading.Store(true)
-	c.hold()
-	n, err := c.conn.Read(b)
-	c.reading.Store(false)
-	c.heard.Add(1)
-	c.bytes += int64(n)
-	return n, err
-}
-
-// hold waits for a peer that sends and does not read, or what is for it would gather without end. It is as silent as one that says nothing.
-func (c *Conn) hold() {
-	for c.outlet.full.Load() {
-		c.mu.Lock()
-		waits := c.gathered()
-		c.mu.Unlock()
-		if waits+c.outlet.holds() < heldLimit {
-			return
-		}
-		c.outlet.wait()
-	}
-}
-
-// freed goes on with what has gathered while the peer took nothing.
-func (c *Conn) freed(err error) {
-	if err != nil {
-		c.fail(err)
-		return
-	}
-	c.cfg.Handler.FlushNeeded()
-	c.closeIfDone()
-}
-
-// errLeft ends a connection that was to end.
-var errLeft = errors.New("the connection has come to its end")
-
-// Serve reads the connection until it ends, says why, and leaves it closed. [Conn.Streams] then are those that were not at their end.
-func (c *Conn) Serve() error {
-	err := c.serve()
-	if v := c.violated(err); v != nil && c.server { // a client closes at once
-		c.opened()
-		c.bye(v.code, v.text)
-	}
-	c.fail(err)
-	c.in.free()
-	_, _ = io.Copy(io.Discard, c.conn) // which ends at once, unless fail lets the connection linger
-	_ = c.conn.Close()
-	c.outlet.writer.Wait()
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.why
-}
-
-func (c *Conn) serve() error {
-	if c.cfg.HandshakeTimeout > 0 {
-		if err := c.conn.SetReadDeadline(time.Now().Add(c.cfg.HandshakeTimeout)); err != nil {
-			return err
-		}
-	}
+// recvWindow is the initial flow-control window of the streams that the peer sends on.
+func (c *Conn) recvWindow() int {
 	if c.server {
-		if err := c.preface(); err != nil {
-			return err
-		}
+		return defaultWindow
 	}
-	c.keepAlive()
-	c.mu.Lock()
-	c.rest()
-	c.mu.Unlock()
-	for first := true; ; first = false {
-		f, err := c.frame()
-		if first && err == nil {
-			err = c.conn.SetReadDeadline(time.Time{})
-		}
-		var bad http2.StreamError
-		if _, ok := f.(*http2.SettingsFrame); first && !ok && (err == nil || errors.As(err, &bad)) {
-			err = &violation{http2.ErrCodeProtocol, textFirst}
-		}
-		switch {
-		case c.over():
-			err = errLeft
-		case err == nil && f != nil:
-			err = c.handle(f)
-		case !first && errors.As(err, &bad): // the frame was read whole, and is not as it should be
-			err = c.refuseFrame(bad)
-		}
-		if err != nil {
-			return err
-		}
-		if first {
-			c.cfg.Handler.SettingsReceived()
-		}
-	}
+	return clientWindow
 }
 
-// over reports whether the connection lingers.
-func (c *Conn) over() bool {
-	if !c.ending.Load() {
-		return false
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.closed
-}
-
-func (c *Conn) preface() error {
-	var got [len(http2.ClientPreface)]byte
-	c.cfg.Handler.FlushNeeded()
-	if _, err := io.ReadFull(c.conn, got[:]); err != nil {
-		return fmt.Errorf("read the preface: %w", err)
-	}
-	if string(got[:]) != http2.ClientPreface {
-		return &violation{http2.ErrCodeProtocol, textPreface}
-	}
-	return nil
-}
-
-// bye tells the peer why the connection ends, as far as it listens.
-func (c *Conn) bye(code http2.ErrCode, text string) {
-	c.mu.Lock()
-	if !c.closed {
-		_ = c.write.WriteGoAway(c.last, code, []byte(text))
-		c.told = true
-	}
-	c.mu.Unlock()
-	_ = c.conn.SetWriteDeadline(time.Now().Add(time.Second))
-	c.Flush()
-}
-
-// Close ends the connection at once. It may be called more than once.
+// Close closes the connection at once. It may be called more than once.
 func (c *Conn) Close() {
 	c.fail(net.ErrClosed)
 	_ = c.conn.Close() // it may linger
 }
 
-func (c *Conn) fail(why error) {
+// fail closes the connection for the reason given, or begins to linger.
+func (c *Conn) fail(err error) {
 	c.mu.Lock()
 	first := !c.closed
-	lingers := first && c.server && (c.told || errors.Is(why, errLeft))
+	lingers := first && c.server && (c.goAwaySent || errors.Is(err, errDrained))
 	if first {
-		c.closed, c.why = true, why
-		for _, t := range []*time.Timer{c.alive, c.idle, c.hears} {
+		c.closed, c.err = true, err
+		for _, t := range []*time.Timer{c.keepaliveTimer, c.idleTimer, c.shutdownTimer, c.stallTimer} {
 			if t != nil {
 				t.Stop()
 			}
 		}
-		c.drop()
+		c.dropPending()
 		for _, s := range c.streams {
 			s.free()
 		}
-		c.ready, c.drained = nil, nil
+		c.releaseAll()
+		c.ready, c.writable = nil, nil
 	}
 	c.mu.Unlock()
 	switch {
 	case lingers:
-		_ = c.conn.SetReadDeadline(time.Now().Add(lingering))
+		_ = c.conn.SetReadDeadline(time.Now().Add(lingerTimeout))
 	case first:
-		_ = c.conn.Close() // over TLS it says goodbye, and may wait for that
+		_ = c.conn.Close() // TLS sends an alert, and may wait for that
 	}
 }
 
-// Streams returns those that are not at their end; and of a client those whose end has not come.
+// Streams returns the open streams; of a client only those that the server has not ended.
 func (c *Conn) Streams() []*Stream {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -359,33 +248,36 @@ func (c *Conn) Streams() []*Stream {
 	return all
 }
 
-// CanOpen reports whether the peer takes one more stream.
+// CanOpen reports whether the peer accepts one more stream now.
 func (c *Conn) CanOpen() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.takes()
+	return c.canOpen()
 }
 
-func (c *Conn) takes() bool {
-	return !c.closed && !c.leaving && uint32(len(c.streams)) < c.limit && c.next <= math.MaxInt32 //nolint:gosec // a map of four thousand millions does not fit
+func (c *Conn) canOpen() bool {
+	return !c.closed && !c.draining && len(c.streams) < int(c.peerMaxStreams) && c.nextStreamID <= math.MaxInt32
 }
 
-// Draining reports whether no new stream can ever be opened.
+// Draining reports whether the connection will never accept a new stream.
 func (c *Conn) Draining() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.closed || c.leaving || c.next > math.MaxInt32
+	return c.closed || c.draining || c.nextStreamID > math.MaxInt32
 }
 
-// closeIfDone closes a connection that has served its last stream.
+// closeIfDone closes a draining connection whose last stream has ended.
 func (c *Conn) closeIfDone() {
-	if !c.ending.Load() {
+	if !c.closeWhenIdle.Load() {
 		return
 	}
 	c.mu.Lock()
-	done := len(c.streams) == 0 && c.out == nil && !c.busy && !c.outlet.full.Load() && (!c.server || c.goneAt != math.MaxInt32)
+	done := len(c.streams) == 0 && c.pending == nil && !c.flushing && !c.writeBuffer.full.Load() &&
+		(!c.server || c.lastServedID != math.MaxInt32)
 	c.mu.Unlock()
 	if done {
-		c.fail(errLeft)
+		c.fail(errDrained)
 	}
 }
+
+var _ io.Writer = (*frameSink)(nil)

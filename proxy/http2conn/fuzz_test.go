@@ -65,7 +65,7 @@ func checkSaid(t *testing.T, said []byte) {
 	t.Helper()
 	r := bytes.NewReader(said)
 	f := http2.NewFramer(nil, r)
-	f.SetMaxReadFrameSize(outLimit / 2)
+	f.SetMaxReadFrameSize(flushLimit / 2)
 	f.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
 	ended := make(map[uint32]bool)
 	for {
@@ -137,7 +137,7 @@ func seed(f *testing.F, first []hpack.HeaderField) {
 		},
 		func(f *http2.Framer, headers func(uint32, bool, []hpack.HeaderField)) {
 			headers(1, true, first)
-			f.WritePing(true, leavingPing)
+			f.WritePing(true, shutdownPing)
 			f.WritePing(false, [8]byte{1, 2})
 			f.WritePing(false, [8]byte{1, 2})
 			f.WritePing(false, [8]byte{1, 2})

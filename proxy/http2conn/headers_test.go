@@ -1,7 +1,9 @@
 package http2conn
 
 import (
+	"bytes"
 	"fmt"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -23,8 +25,8 @@ func long(n int) (all []hpack.HeaderField) {
 
 // TestLongHeadersOut are sent in as many frames as the peer takes them in, and nothing comes between.
 func TestLongHeadersOut(t *testing.T) {
-	for _, n := range []int{frameSize - 1000, frameSize - 20, frameSize, 2 * frameSize, 100_000, 1 << 20} {
-		for _, largest := range []uint32{0, frameSize + 1, 1<<24 - 1} {
+	for _, n := range []int{maxFrameSize - 1000, maxFrameSize - 20, maxFrameSize, 2 * maxFrameSize, 100_000, 1 << 20} {
+		for _, largest := range []uint32{0, maxFrameSize + 1, 1<<24 - 1} {
 			synctest.Test(t, func(t *testing.T) {
 				var settings []http2.Setting
 				if largest > 0 {
@@ -52,12 +54,12 @@ func TestLongHeadersOut(t *testing.T) {
 // TestLongHeadersIn come in frames of any size.
 func TestLongHeadersIn(t *testing.T) {
 	for _, server := range []bool{true, false} {
-		for _, each := range []int{1000, frameSize} {
+		for _, each := range []int{1000, maxFrameSize} {
 			synctest.Test(t, func(t *testing.T) {
 				var got []hpack.HeaderField
 				h := &handler{headers: func(_ *Stream, fields []hpack.HeaderField, _ bool) { got = slices.Clone(fields) }}
 				var p *peer
-				all := slices.Concat(request, long(100_000))
+				all := slices.Concat(request, long(60_000))
 				if server {
 					p = serveOne(t, h, Config{})
 				} else {
@@ -111,7 +113,11 @@ func TestTooLongHeaders(t *testing.T) {
 			}
 			p.says(t)
 			p.headers(1, false, all)
-			p.expect(t, "RST_STREAM 1 FRAME_SIZE_ERROR")
+			if server {
+				p.expect(t, "HEADERS 1 :status=431 content-type=application/grpc grpc-status=8 grpc-message="+textHeaderList+" end", "RST_STREAM 1 NO_ERROR")
+			} else {
+				p.expect(t, "RST_STREAM 1 FRAME_SIZE_ERROR")
+			}
 			if began > 0 || server == (len(codes) > 0) {
 				t.Errorf("server %t: %d streams began, and the handler heard %v", server, began, codes)
 			}
@@ -124,8 +130,46 @@ func TestTooLongHeaders(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &handler{headers: func(*Stream, []hpack.HeaderField, bool) { t.Error("it began") }}
 		p := serveOne(t, h, Config{})
-		p.inFrames(1, p.coded(slices.Concat(request, long(20<<20))), frameSize)
-		p.expect(t, `GOAWAY 1 PROTOCOL_ERROR ""`)
+		p.inFrames(1, p.coded(slices.Concat(request, long(20<<20))), maxFrameSize)
+		p.expect(t, fmt.Sprintf("GOAWAY 1 PROTOCOL_ERROR %q", textHeaders))
+	})
+}
+
+// TestTinyHeaderFields: the 32 bytes of each field count, no more fields than fit are ever there, and
+// the connection stays while the block fits into one frame.
+func TestTinyHeaderFields(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var got int
+		h := &handler{headers: func(_ *Stream, fields []hpack.HeaderField, _ bool) { got = len(fields) }}
+		p := serveOne(t, h, Config{})
+		tiny := hpack.HeaderField{Name: "a"}
+		size := 0
+		for _, f := range request {
+			size += int(f.Size())
+		}
+		fits := (MaxHeaderListSize - size) / int(tiny.Size())
+		block := func(n int) []byte {
+			return p.coded(append(slices.Clone(request), slices.Repeat([]hpack.HeaderField{tiny}, n)...))
+		}
+		p.inFrames(1, block(fits), maxFrameSize)
+		if p.expect(t); got != len(request)+fits {
+			t.Errorf("%d fields came, want %d", got, len(request)+fits)
+		}
+		for id := uint32(3); id < 9; id += 2 {
+			p.inFrames(id, block(fits+1), maxFrameSize)
+			if all := p.says(t); len(all) != 2 || !strings.Contains(all[0], "grpc-status=8") {
+				t.Errorf("one field too many: %q", all)
+			}
+		}
+		var before, after runtime.MemStats
+		long := bytes.Clone(block(400_000))
+		runtime.ReadMemStats(&before)
+		p.inFrames(9, long, maxFrameSize)
+		p.expect(t, fmt.Sprintf("GOAWAY 9 PROTOCOL_ERROR %q", textHeaders))
+		runtime.ReadMemStats(&after)
+		if grown := after.TotalAlloc - before.TotalAlloc; grown > 1<<20 {
+			t.Errorf("400,000 fields took %d KiB", grown>>10)
+		}
 	})
 }
 
@@ -139,8 +183,8 @@ func TestBadHeaders(t *testing.T) {
 		"upper case":          {fields: append(slices.Clone(request), fields("Upper", "x")...), want: "RST_STREAM 1 PROTOCOL_ERROR"},
 		"bad value":           {fields: append(slices.Clone(request), fields("x", "\n")...), want: "RST_STREAM 1 PROTOCOL_ERROR"},
 		"pseudo field at end": {fields: append(slices.Clone(request), fields(":path", "x")...), want: "RST_STREAM 1 PROTOCOL_ERROR"},
-		"unknown index":       {block: "\xff\xff\x01", want: `GOAWAY 1 COMPRESSION_ERROR ""`},
-		"half a field":        {block: "\x00\x05a", want: `GOAWAY 1 COMPRESSION_ERROR ""`},
+		"unknown index":       {block: "\xff\xff\x01", want: fmt.Sprintf("GOAWAY 1 COMPRESSION_ERROR %q", textHeaders)},
+		"half a field":        {block: "\x00\x05a", want: fmt.Sprintf("GOAWAY 1 COMPRESSION_ERROR %q", textHeaders)},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			h := &handler{headers: func(*Stream, []hpack.HeaderField, bool) { t.Errorf("%s: it began", name) }}
@@ -149,7 +193,7 @@ func TestBadHeaders(t *testing.T) {
 			if try.fields != nil {
 				block = p.coded(try.fields)
 			}
-			p.inFrames(1, block, frameSize)
+			p.inFrames(1, block, maxFrameSize)
 			p.expect(t, try.want)
 		})
 	}

@@ -6,19 +6,19 @@ import (
 	"google.golang.org/grpc/mem"
 )
 
-// Sizes of what is read at once, in bytes: a peer that fills the buffer gets a larger one, and one that has grown silent a small one again. Most connections are silent most of
-// the time.
+// Sizes of the read buffer in bytes. A read that fills it makes the next one larger, and a short read
+// smaller: most connections are idle most of the time.
 const (
 	minInput = 4 << 10
 	maxInput = 256 << 10
 )
 
-// input is a buffered reader. One goroutine uses it.
+// input is a buffered reader for one goroutine.
 type input struct {
 	read func([]byte) (int, error) // from the connection
 	pool mem.BufferPool
 	buf  *[]byte
-	r, w int // what was read and not taken
+	r, w int // of buf, what was read and not returned
 }
 
 // Read implements io.Reader.
@@ -27,7 +27,7 @@ func (in *input) Read(b []byte) (int, error) {
 	return copy(b, have), err
 }
 
-// next returns up to n bytes, at least one, that are there until the next call.
+// next returns up to n bytes, at least one, that are valid until the next call.
 func (in *input) next(n int) ([]byte, error) {
 	if in.r == in.w {
 		if err := in.fill(); err != nil {
@@ -39,7 +39,7 @@ func (in *input) next(n int) ([]byte, error) {
 	return b, nil
 }
 
-// fill reads once, after everything was taken.
+// fill reads once, into an empty buffer.
 func (in *input) fill() error {
 	if in.buf == nil {
 		in.resize(minInput)
@@ -51,7 +51,7 @@ func (in *input) fill() error {
 	n, err := in.read(*in.buf)
 	in.r, in.w = 0, n
 	if n > 0 {
-		return nil // an error that came with bytes comes again without
+		return nil // the next read returns an error that came with bytes
 	}
 	if err == nil {
 		err = io.ErrNoProgress
@@ -59,13 +59,13 @@ func (in *input) fill() error {
 	return err
 }
 
-// resize takes another buffer, while there is nothing in the one that there is.
+// resize replaces the empty buffer.
 func (in *input) resize(size int) {
 	in.free()
 	in.buf = in.pool.Get(size)
 }
 
-// free gives the buffer back.
+// free returns the buffer to the pool.
 func (in *input) free() {
 	if in.buf != nil {
 		in.pool.Put(in.buf)

@@ -35,7 +35,7 @@ func (plain) Unmarshal(data mem.BufferSlice, v any) error {
 }
 
 // bodies are sizes of messages, where the windows of both sides end among them.
-var bodies = []int{0, 1, frameSize - 5, frameSize - 4, initialWindow - 5, initialWindow - 4, streamWindow - 5, streamWindow - 4, connWindow, 7 << 20}
+var bodies = []int{0, 1, maxFrameSize - 5, maxFrameSize - 4, defaultWindow - 5, defaultWindow - 4, clientWindow - 5, clientWindow - 4, connWindow, 7 << 20}
 
 // all runs call for each of bodies at once, twice.
 func all(t *testing.T, call func(n int) ([]byte, error)) {

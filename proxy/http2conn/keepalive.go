@@ -3,69 +3,121 @@ package http2conn
 import (
 	"errors"
 	"time"
+
+	"golang.org/x/net/http2"
 )
 
-var errSilent = errors.New("the peer did not answer a ping in time")
+var (
+	errKeepalive = errors.New("the peer did not answer a ping in time")
+	errStalled   = errors.New("the peer takes no data")
+)
 
-// keepAlive asks a silent peer whether it is there. It does so by a timer that looks back, so that what is heard costs nothing.
+// keepAlive sends a ping when the peer has been idle for KeepaliveTime. A timer compares counters, so
+// that reading costs nothing.
 func (c *Conn) keepAlive() {
 	if c.cfg.KeepaliveTime == 0 {
 		return
 	}
-	heard, asked := c.heard.Load(), false
-	var look func()
-	look = func() {
-		now := c.heard.Load()
+	reads, pinged := c.reads.Load(), false
+	var check func()
+	check = func() {
 		next := c.cfg.KeepaliveTime
+		now, reading := c.reads.Load(), c.reading.Load()
 		c.mu.Lock()
-		wanted := len(c.streams) > 0 || c.cfg.PermitWithoutStream
+		permitted := len(c.streams) > 0 || c.cfg.PermitWithoutStream
 		c.mu.Unlock()
-		reading := c.reading.Load()
 		switch {
-		case now != heard || !reading: // whoever does not listen cannot know
-			heard, asked = now, false
-		case asked:
-			c.fail(errSilent)
+		case now != reads || !reading: // while this side does not read, the peer may have sent something
+			reads, pinged = now, false
+		case pinged:
+			c.fail(errKeepalive)
 			return
-		case wanted:
-			asked = true
+		case permitted:
+			pinged, next = true, c.cfg.KeepaliveTimeout
 			c.mu.Lock()
 			if !c.closed {
 				_ = c.write.WritePing(false, [8]byte{})
 			}
 			c.mu.Unlock()
-			next = c.cfg.KeepaliveTimeout
 			c.cfg.Handler.FlushNeeded()
 		}
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		if !c.closed {
-			c.alive = time.AfterFunc(next, look)
-		}
+		c.setKeepaliveTimer(next, check)
 	}
+	c.setKeepaliveTimer(c.cfg.KeepaliveTime, check)
+}
+
+func (c *Conn) setKeepaliveTimer(d time.Duration, check func()) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if !c.closed {
-		c.alive = time.AfterFunc(c.cfg.KeepaliveTime, look)
+		c.keepaliveTimer = time.AfterFunc(d, check)
 	}
 }
 
-// rest has a connection to a server leave that stays without streams. The caller holds mu.
-func (c *Conn) rest() {
+// startIdleTimer has a client close a connection that stays without streams. The caller holds mu.
+func (c *Conn) startIdleTimer() {
 	if c.cfg.IdleTimeout == 0 || c.closed || len(c.streams) > 0 {
 		return
 	}
-	if c.idle != nil {
-		c.idle.Stop()
+	if c.idleTimer != nil {
+		c.idleTimer.Stop()
 	}
-	c.idle = time.AfterFunc(c.cfg.IdleTimeout, func() {
+	c.idleTimer = time.AfterFunc(c.cfg.IdleTimeout, func() {
 		c.mu.Lock()
-		c.leaving = c.leaving || len(c.streams) == 0
-		left := c.leaving
+		c.draining = c.draining || len(c.streams) == 0
+		draining := c.draining
 		c.mu.Unlock()
-		if left {
-			c.ending.Store(true)
+		if draining {
+			c.closeWhenIdle.Store(true)
 			c.closeIfDone()
 		}
 	})
+}
+
+// pings counts the pings of a client.
+type pings struct {
+	last    time.Time
+	strikes int
+	reset   bool // this side has sent headers or data since the last ping
+}
+
+// grpc-go's rules: a client that sends pings too often is sent a GOAWAY frame at the third, and
+// without streams one ping in two hours is permitted.
+const (
+	maxPingStrikes  = 2
+	idleMinInterval = 2 * time.Hour
+)
+
+func (c *Conn) ping(f *http2.PingFrame) error {
+	if f.IsAck() {
+		if c.server && f.Data == shutdownPing {
+			c.finishShutdown()
+		}
+		return nil
+	}
+	c.mu.Lock()
+	_ = c.write.WritePing(true, f.Data)
+	streams := len(c.streams)
+	reset := c.pings.reset
+	c.pings.reset = false
+	c.mu.Unlock()
+	if !c.server || c.cfg.MinPingInterval == 0 {
+		return nil
+	}
+	now := time.Now()
+	interval := c.cfg.MinPingInterval
+	if streams == 0 {
+		interval = idleMinInterval
+	}
+	switch {
+	case reset:
+		c.pings.strikes = 0
+	case now.Sub(c.pings.last) < interval:
+		c.pings.strikes++
+	}
+	c.pings.last = now
+	if c.pings.strikes > maxPingStrikes {
+		return &violation{http2.ErrCodeEnhanceYourCalm, "too_many_pings"}
+	}
+	return nil
 }

@@ -33,7 +33,7 @@ func TestSilentPeer(t *testing.T) {
 			p.expect(t, asksLife)
 			time.Sleep(10*time.Second - 1)
 			p.expect(t)
-			if err := wait(t, p.served, "end"); !errors.Is(err, errSilent) {
+			if err := wait(t, p.served, "end"); !errors.Is(err, errKeepalive) {
 				t.Errorf("Serve says %v", err)
 			}
 			p.expect(t, "closed")
@@ -111,33 +111,65 @@ func TestSilentPeerThatDoesNotRead(t *testing.T) {
 		p := serveOne(t, h, Config{KeepaliveTime: time.Minute, KeepaliveTimeout: 10 * time.Second, PermitWithoutStream: true})
 		defer p.pause()()
 		time.Sleep(2*time.Minute + 10*time.Second)
-		if err := wait(t, p.served, "end"); !errors.Is(err, errSilent) {
+		if err := wait(t, p.served, "end"); !errors.Is(err, errKeepalive) {
 			t.Errorf("Serve says %v", err)
 		}
 	})
 }
 
-// TestPeerThatTakesNothing is left although there is something to write to it.
-func TestPeerThatTakesNothing(t *testing.T) {
+// TestPeerThatReadsNothing: the connection closes when data waits for it for a minute, and not while
+// it reads a little.
+func TestPeerThatReadsNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := &handler{data: func(s *Stream, _ []byte, _ bool) { s.Data(false, nil, pattern(frameSize)) }}
-		p := serveOne(t, h, Config{KeepaliveTime: time.Minute, KeepaliveTimeout: 10 * time.Second})
+		h := &handler{data: func(s *Stream, _ []byte, _ bool) { s.Data(false, nil, pattern(maxFrameSize)) }}
+		p := serveOne(t, h, Config{})
 		p.begin(t, h, 1, false)
 		release := p.pause()
 		p.WriteData(1, false, []byte("x"))
-		time.Sleep(125 * time.Second) // it is slow, but not gone
+		time.Sleep(stallTimeout - time.Second)
 		release()
-		p.expect(t, "DATA 1 16384", asksLife) // before it is judged
-		p.WritePing(true, [8]byte{})
+		p.expect(t, "DATA 1 16384")
 		defer p.pause()()
 		begun := time.Now()
 		p.WriteData(1, false, []byte("x"))
-		if err := <-p.served; !errors.Is(err, errSilent) {
+		if err := <-p.served; !errors.Is(err, errStalled) {
 			t.Errorf("Serve says %v", err)
 		}
-		if got := time.Since(begun); got < 70*time.Second || got > 130*time.Second {
-			t.Errorf("it was left after %v", got)
+		if got := time.Since(begun); got != 2*stallTimeout { // it has read the header of the frame
+			t.Errorf("it closed after %v", got)
 		}
+	})
+}
+
+// TestPeerThatOpensNoWindow: the connection closes when data waits for the window of the connection for a
+// minute. Data that waits for the window of a stream, as of a watch that is not read, may wait.
+func TestPeerThatOpensNoWindow(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := &handler{}
+		p := serveOne(t, h, Config{}, windowOf(1<<20))
+		s := p.begin(t, h, 1, false)
+		s.Data(false, nil, pattern(defaultWindow+1))
+		h.conn.Flush()
+		p.expect(t, dataFrames(1, defaultWindow, false)...)
+		time.Sleep(stallTimeout - time.Second)
+		p.WriteWindowUpdate(0, 1)
+		p.expect(t, "DATA 1 1")
+		time.Sleep(10 * stallTimeout)
+		s.Data(false, nil, pattern(1))
+		h.conn.Flush()
+		begun := time.Now()
+		if err := <-p.served; !errors.Is(err, errStalled) || time.Since(begun) != stallTimeout {
+			t.Errorf("Serve says %v after %v", err, time.Since(begun))
+		}
+	})
+	synctest.Test(t, func(t *testing.T) {
+		h := &handler{}
+		p := serveOne(t, h, Config{}, windowOf(1))
+		p.begin(t, h, 1, false).Data(false, nil, pattern(2))
+		h.conn.Flush()
+		p.expect(t, "DATA 1 1")
+		time.Sleep(10 * stallTimeout)
+		p.expect(t)
 	})
 }
 
@@ -169,7 +201,7 @@ func TestPingStrikes(t *testing.T) {
 			for range 20 {
 				p.WritePing(false, [8]byte{'x'})
 				if synctest.Wait(); answered == try.pings && try.pings > 0 {
-					time.Sleep(lingering)
+					time.Sleep(lingerTimeout)
 				}
 				got := p.says(t)
 				if len(got) == 1 && got[0] == `PING ack "x"` {

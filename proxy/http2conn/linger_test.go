@@ -37,7 +37,7 @@ func TestLastAnswerArrives(t *testing.T) {
 	s := wait(t, began, "stream")
 	h.conn.GracefulShutdown()
 	h.conn.Flush()
-	client.WritePing(true, leavingPing)
+	client.WritePing(true, shutdownPing)
 	next := func() http2.Frame {
 		f, err := client.ReadFrame()
 		if err != nil {
@@ -72,11 +72,11 @@ func TestLinger(t *testing.T) {
 		"leaving": func(h *handler, p *peer) {
 			h.conn.GracefulShutdown()
 			h.conn.Flush()
-			p.WritePing(true, leavingPing)
+			p.WritePing(true, shutdownPing)
 		},
 		"a bad stream": func(_ *handler, p *peer) { p.headers(2, true, request) },
 		"pings": func(_ *handler, p *peer) {
-			for range maxStrikes + 2 {
+			for range maxPingStrikes + 2 {
 				p.WritePing(false, [8]byte{})
 			}
 		},
@@ -101,7 +101,7 @@ func TestLinger(t *testing.T) {
 				if got := p.says(t); len(got) != 1 || got[0] != want[0] {
 					t.Errorf("%s: the peer was sent %q", name, got)
 				}
-				if took := time.Since(begun); closes && took > 0 || !closes && took != lingering {
+				if took := time.Since(begun); closes && took > 0 || !closes && took != lingerTimeout {
 					t.Errorf("%s: it took %v", name, took)
 				}
 			})
@@ -112,7 +112,7 @@ func TestLinger(t *testing.T) {
 		p := serveOne(t, h, Config{})
 		h.conn.GracefulShutdown()
 		h.conn.Flush()
-		p.WritePing(true, leavingPing)
+		p.WritePing(true, shutdownPing)
 		p.says(t)
 		h.conn.Close()
 		p.expect(t, "closed")

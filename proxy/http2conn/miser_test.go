@@ -22,7 +22,7 @@ type miser struct {
 func TestMiserlyPeer(t *testing.T) {
 	for seed := range uint64(20) {
 		synctest.Test(t, func(t *testing.T) {
-			m := &miser{rand: rand.New(rand.NewPCG(seed, 0)), h: &handler{vectors: seed%2 == 0}, conn: initialWindow}
+			m := &miser{rand: rand.New(rand.NewPCG(seed, 0)), h: &handler{vectors: seed%2 == 0}, conn: defaultWindow}
 			initial := m.rand.IntN(3) * m.rand.IntN(20_000)
 			m.peer = serveOne(t, m.h, Config{}, windowOf(uint32(initial)))
 			for id := uint32(1); id < 12; id += 2 {

@@ -105,8 +105,8 @@ func TestPairEchoes(t *testing.T) {
 	client := caller()
 	pair(t, client, echo())
 	sizes := []int{
-		0, 1, 100, frameSize - 5, frameSize - 1, frameSize, frameSize + 1, initialWindow - 1, initialWindow, initialWindow + 1, outLimit, outLimit + 1,
-		streamWindow - 1, streamWindow, streamWindow + 1, 1 << 20, connWindow + 1,
+		0, 1, 100, maxFrameSize - 5, maxFrameSize - 1, maxFrameSize, maxFrameSize + 1, defaultWindow - 1, defaultWindow, defaultWindow + 1, flushLimit, flushLimit + 1,
+		clientWindow - 1, clientWindow, clientWindow + 1, 1 << 20, connWindow + 1,
 	}
 	for some := range slices.Chunk(sizes, 3) {
 		var all sync.WaitGroup
@@ -140,7 +140,7 @@ func TestPairEchoes(t *testing.T) {
 
 // TestPairWithoutTrailers: an end that comes with data, or alone.
 func TestPairWithoutTrailers(t *testing.T) {
-	for _, n := range []int{0, 1, frameSize, streamWindow + 1} {
+	for _, n := range []int{0, 1, maxFrameSize, clientWindow + 1} {
 		for _, alone := range []bool{false, true} {
 			client := caller()
 			server := &handler{headers: func(s *Stream, _ []hpack.HeaderField, _ bool) {

@@ -14,8 +14,8 @@ import (
 
 // send sends n bytes on a stream, in frames of the largest size.
 func (p *peer) send(id uint32, n int) {
-	for ; n > 0; n -= frameSize {
-		p.WriteData(id, false, make([]byte, min(n, frameSize)))
+	for ; n > 0; n -= maxFrameSize {
+		p.WriteData(id, false, make([]byte, min(n, maxFrameSize)))
 	}
 }
 
@@ -25,19 +25,19 @@ func TestCredit(t *testing.T) {
 		h := &handler{}
 		p := serveOne(t, h, Config{})
 		s := p.begin(t, h, 1, false)
-		p.send(1, streamWindow)
+		p.send(1, defaultWindow)
 		p.expect(t)
-		s.Consumed(streamWindow/4 - 1)
+		s.Consumed(defaultWindow/4 - 1)
 		h.conn.Flush()
 		p.expect(t)
 		s.Consumed(1)
 		h.conn.Flush()
-		p.expect(t, "WINDOW_UPDATE 1 131072")
-		p.send(1, streamWindow/4)
+		p.expect(t, fmt.Sprint("WINDOW_UPDATE 1 ", defaultWindow/4))
+		p.send(1, defaultWindow/4)
 		p.expect(t)
 		p.WriteData(1, false, []byte("x"))
 		p.expect(t, "RST_STREAM 1 FLOW_CONTROL_ERROR")
-		s.Consumed(streamWindow)
+		s.Consumed(defaultWindow)
 		h.conn.Flush()
 		p.expect(t)
 	})
@@ -49,10 +49,10 @@ func TestNoCreditAfterTheEnd(t *testing.T) {
 		h := &handler{}
 		p := serveOne(t, h, Config{})
 		s := p.begin(t, h, 1, false)
-		p.send(1, streamWindow-1)
+		p.send(1, defaultWindow-1)
 		p.WriteData(1, true, []byte("x"))
 		p.expect(t)
-		s.Consumed(streamWindow)
+		s.Consumed(defaultWindow)
 		h.conn.Flush()
 		p.expect(t)
 	})
@@ -66,16 +66,16 @@ func TestPaddingIsGivenBack(t *testing.T) {
 		p := serveOne(t, h, Config{})
 		s := p.begin(t, h, 1, false)
 		pad := make([]byte, 255)
-		for range streamWindow / 256 {
+		for range (defaultWindow + 1) / 256 {
 			p.WriteDataPadded(1, false, nil, pad)
 		}
-		p.expect(t, slices.Repeat([]string{"WINDOW_UPDATE 1 131072"}, 4)...)
-		p.send(1, streamWindow)
+		p.expect(t, slices.Repeat([]string{"WINDOW_UPDATE 1 16384"}, 4)...)
+		p.send(1, defaultWindow)
 		p.expect(t)
-		s.Consumed(streamWindow)
+		s.Consumed(defaultWindow)
 		h.conn.Flush()
-		p.expect(t, "WINDOW_UPDATE 1 524288")
-		if brought != streamWindow {
+		p.expect(t, fmt.Sprint("WINDOW_UPDATE 1 ", defaultWindow))
+		if brought != defaultWindow {
 			t.Errorf("%d bytes were brought", brought)
 		}
 	})
@@ -91,8 +91,8 @@ func TestConnectionWindow(t *testing.T) {
 		p.begin(t, h, 101, false).Reset(http2.ErrCodeCancel)
 		h.conn.Flush()
 		p.expect(t, "RST_STREAM 3 CANCEL", "RST_STREAM 101 CANCEL")
-		p.send(1, streamWindow)
-		p.send(3, connWindow/2-streamWindow-1)
+		p.send(1, defaultWindow)
+		p.send(3, connWindow/2-defaultWindow-1)
 		p.WriteDataPadded(101, false, nil, nil)
 		p.expect(t)
 		p.WriteData(3, false, []byte("x"))
@@ -167,7 +167,7 @@ func TestStreamIDs(t *testing.T) {
 			h.conn.Flush()
 			p.expect(t, "RST_STREAM 3 CANCEL")
 			p.headers(id, true, request)
-			time.Sleep(lingering)
+			time.Sleep(lingerTimeout)
 			got := p.says(t)
 			if len(got) != 2 || !strings.HasPrefix(got[0], fmt.Sprintf("GOAWAY 3 PROTOCOL_ERROR \"received an illegal stream id: %d.", id)) || got[1] != "closed" {
 				t.Errorf("stream %d: %q", id, got)

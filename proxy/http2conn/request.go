@@ -7,12 +7,12 @@ import (
 	"golang.org/x/net/http2/hpack"
 )
 
-// undeclared is the content length of a request that does not state it.
+// undeclared is the content length of a request without one.
 const undeclared = -1
 
-// checkRequest reports whether the header fields of a request are as RFC 9113 requires in section
-// 8.2.2 and 8.3.1, and returns its content length, or undeclared. The framer has checked already
-// what is wrong in any message: names in capitals, unknown and repeated pseudo-header fields.
+// checkRequest reports whether the header fields of a request follow RFC 9113, sections 8.2.2 and
+// 8.3.1, and returns its content length, or undeclared. The framer has already checked what holds for
+// responses, too: names in capitals, unknown and repeated pseudo-header fields.
 func checkRequest(fields []hpack.HeaderField) (length int64, ok bool) {
 	var method, scheme, path, authority string
 	length = undeclared

@@ -11,8 +11,8 @@ import (
 
 // dataFrames is how n bytes are sent that everything has room for.
 func dataFrames(id, n int, end bool) (frames []string) {
-	for ; n > frameSize; n -= frameSize {
-		frames = append(frames, fmt.Sprint("DATA ", id, " ", frameSize))
+	for ; n > maxFrameSize; n -= maxFrameSize {
+		frames = append(frames, fmt.Sprint("DATA ", id, " ", maxFrameSize))
 	}
 	last := fmt.Sprint("DATA ", id, " ", n)
 	if end {
@@ -25,7 +25,7 @@ var windowOf = func(n uint32) http2.Setting { return http2.Setting{ID: http2.Set
 
 // TestSizes sends bodies of sizes where frames and windows end, in all the ways that there are to send them, and to end them.
 func TestSizes(t *testing.T) {
-	for _, n := range []int{0, 1, 5, frameSize - 1, frameSize, frameSize + 1, 2 * frameSize, initialWindow - 1, initialWindow} {
+	for _, n := range []int{0, 1, 5, maxFrameSize - 1, maxFrameSize, maxFrameSize + 1, 2 * maxFrameSize, defaultWindow - 1, defaultWindow} {
 		for _, way := range []string{"data", "head and data", "buffers", "small buffers"} {
 			for _, trailer := range []bool{false, true} {
 				synctest.Test(t, func(t *testing.T) {
@@ -126,17 +126,17 @@ func TestWindowThatShrinks(t *testing.T) {
 		h := &handler{}
 		p := serveOne(t, h, Config{})
 		first, second := p.begin(t, h, 1, true), p.begin(t, h, 3, true)
-		first.Data(false, nil, pattern(initialWindow-10)) // of the connection's window, 10 are left
+		first.Data(false, nil, pattern(defaultWindow-10)) // of the connection's window, 10 are left
 		second.Data(false, nil, pattern(100))
 		first.Data(true, nil, pattern(20))
 		h.conn.Flush()
-		p.expect(t, append(dataFrames(1, initialWindow-10, false), "DATA 3 10")...)
+		p.expect(t, append(dataFrames(1, defaultWindow-10, false), "DATA 3 10")...)
 		p.WriteSettings(windowOf(10))
 		p.WriteWindowUpdate(0, 1000)
 		p.expect(t, "SETTINGS ack")
 		p.WriteWindowUpdate(3, 1)
 		p.expect(t, "DATA 3 1")
-		p.WriteWindowUpdate(1, initialWindow-10)
+		p.WriteWindowUpdate(1, defaultWindow-10)
 		p.expect(t, "DATA 1 10")
 		p.WriteWindowUpdate(3, 1000)
 		p.expect(t, "DATA 3 89")
@@ -154,11 +154,11 @@ func TestTurns(t *testing.T) {
 		for i := range uint32(4) {
 			all = append(all, p.begin(t, h, 2*i+1, true))
 		}
-		all[0].Data(false, nil, pattern(initialWindow))
+		all[0].Data(false, nil, pattern(defaultWindow))
 		h.conn.Flush()
-		p.expect(t, dataFrames(1, initialWindow, false)...)
+		p.expect(t, dataFrames(1, defaultWindow, false)...)
 		for _, s := range all {
-			s.Data(false, nil, pattern(2*frameSize))
+			s.Data(false, nil, pattern(2*maxFrameSize))
 		}
 		for round, id := range []int{1, 3, 5, 7, 1, 3, 5, 7, 1} {
 			p.WriteWindowUpdate(0, 1)
@@ -166,7 +166,7 @@ func TestTurns(t *testing.T) {
 				t.Fatalf("byte %d: %q", round, got)
 			}
 		}
-		p.WriteWindowUpdate(0, 6*frameSize)
+		p.WriteWindowUpdate(0, 6*maxFrameSize)
 		p.expect(t, "DATA 3 16384", "DATA 5 16384", "DATA 7 16384", "DATA 1 16384", "DATA 3 16382", "DATA 5 16382", "DATA 7 4")
 		p.WriteWindowUpdate(0, 1<<20)
 		p.expect(t, "DATA 1 16381", "DATA 7 16378")

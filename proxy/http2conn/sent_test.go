@@ -116,12 +116,12 @@ func TestSentOfMuch(t *testing.T) {
 		p := serveOne(t, h, Config{}, windowOf(1<<24))
 		p.WriteWindowUpdate(0, 1<<24)
 		s := p.begin(t, h, 1, true)
-		const n = 5*outLimit + 1
+		const n = 5*flushLimit + 1
 		if s.Data(false, nil, pattern(n)) || !s.HasQueued() {
 			t.Error("more is gathered than the limit")
 		}
 		s.Headers(okTrailer, true)
-		if got := len(*h.conn.out); got > outLimit+frameSize {
+		if got := len(*h.conn.pending); got > flushLimit+maxFrameSize {
 			t.Errorf("%d bytes were gathered", got)
 		}
 		h.conn.Flush()

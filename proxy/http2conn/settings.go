@@ -18,7 +18,7 @@ func (c *Conn) settings(f *http2.SettingsFrame) error {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	initial := c.initial
+	initial := c.peerInitialWindow
 	err := f.ForeachSetting(func(s http2.Setting) error {
 		if err := s.Valid(); err != nil {
 			return err
@@ -27,9 +27,9 @@ func (c *Conn) settings(f *http2.SettingsFrame) error {
 		case http2.SettingInitialWindowSize:
 			initial = int64(s.Val)
 		case http2.SettingMaxFrameSize:
-			c.maxFrame = min(max(int(s.Val), frameSize), outLimit/2)
+			c.peerMaxFrame = min(max(int(s.Val), maxFrameSize), flushLimit/2)
 		case http2.SettingMaxConcurrentStreams:
-			c.limit = s.Val
+			c.peerMaxStreams = s.Val
 		case http2.SettingHeaderTableSize:
 			c.enc.SetMaxDynamicTableSize(min(s.Val, 4096))
 		}
@@ -38,10 +38,10 @@ func (c *Conn) settings(f *http2.SettingsFrame) error {
 	if err != nil {
 		return err
 	}
-	if err := c.moveWindows(initial - c.initial); err != nil {
+	if err := c.moveWindows(initial - c.peerInitialWindow); err != nil {
 		return err
 	}
-	c.initial = initial
+	c.peerInitialWindow = initial
 	_ = c.write.WriteSettingsAck()
 	c.pump()
 	return nil
@@ -52,11 +52,11 @@ func (c *Conn) moveWindows(delta int64) error {
 	if delta == 0 {
 		return nil
 	}
-	if c.moved += int64(len(c.streams)); c.server && c.moved > settingsWork+c.bytes {
+	if c.windowChanges += int64(len(c.streams)); c.server && c.windowChanges > settingsWork+c.bytesRead {
 		return &violation{http2.ErrCodeEnhanceYourCalm, textSettings}
 	}
 	for _, s := range c.streams {
-		if s.window += delta; s.window > math.MaxInt32 {
+		if s.sendWindow += delta; s.sendWindow > math.MaxInt32 {
 			return &violation{http2.ErrCodeFlowControl, textWindow}
 		}
 		c.enqueue(s)

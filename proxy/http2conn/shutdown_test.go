@@ -30,9 +30,9 @@ func TestLeave(t *testing.T) {
 		second := p.begin(t, h, 3, false)
 		p.WritePing(true, [8]byte{'o', 't', 'h', 'e', 'r'})
 		p.expect(t)
-		p.WritePing(true, leavingPing)
+		p.WritePing(true, shutdownPing)
 		p.expect(t, `GOAWAY 3 NO_ERROR "graceful_stop"`)
-		p.WritePing(true, leavingPing)
+		p.WritePing(true, shutdownPing)
 		p.headers(5, false, request)
 		p.WriteData(5, true, []byte("x"))
 		p.expect(t)
@@ -42,7 +42,7 @@ func TestLeave(t *testing.T) {
 		p.WriteData(3, true, []byte("x"))
 		second.Headers(okTrailer, true)
 		h.conn.Flush()
-		time.Sleep(lingering)
+		time.Sleep(lingerTimeout)
 		p.expect(t, "HEADERS 3 grpc-status=0 end", "closed")
 		if err := <-p.served; err == nil || !slices.Equal(began, []uint32{1, 3}) {
 			t.Errorf("Serve says %v, and began %v", err, began)
@@ -58,8 +58,8 @@ func TestLeaveAtRest(t *testing.T) {
 		h.conn.GracefulShutdown()
 		h.conn.Flush()
 		p.expect(t, leavesSoon, asks)
-		p.WritePing(true, leavingPing)
-		time.Sleep(lingering)
+		p.WritePing(true, shutdownPing)
+		time.Sleep(lingerTimeout)
 		p.expect(t, `GOAWAY 0 NO_ERROR "graceful_stop"`, "closed")
 	})
 }
@@ -89,7 +89,7 @@ func TestLeaveEndsWith(t *testing.T) {
 		"a reset":          func(_ *peer, s *Stream) { s.Reset(http2.ErrCodeCancel) },
 		"the peer's reset": func(p *peer, _ *Stream) { p.WriteRSTStream(1, http2.ErrCodeCancel) },
 		"an error":         func(p *peer, _ *Stream) { p.WriteRawFrame(http2.FrameWindowUpdate, 0, 1, make([]byte, 4)) },
-		"too much":         func(p *peer, _ *Stream) { p.send(1, streamWindow+1) },
+		"too much":         func(p *peer, _ *Stream) { p.send(1, defaultWindow+1) },
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			h := &handler{}
@@ -97,12 +97,12 @@ func TestLeaveEndsWith(t *testing.T) {
 			s := p.begin(t, h, 1, false)
 			h.conn.GracefulShutdown()
 			h.conn.Flush()
-			p.WritePing(true, leavingPing)
+			p.WritePing(true, shutdownPing)
 			p.says(t)
 			end(p, s)
 			synctest.Wait()
 			h.conn.Flush()
-			time.Sleep(lingering)
+			time.Sleep(lingerTimeout)
 			if got := p.says(t); len(got) == 0 || got[len(got)-1] != "closed" {
 				t.Errorf("%s: the peer was sent %q", name, got)
 			}
@@ -118,7 +118,7 @@ func TestLeaveLetsTheLastWordOut(t *testing.T) {
 		s := p.begin(t, h, 1, false)
 		h.conn.GracefulShutdown()
 		h.conn.Flush()
-		p.WritePing(true, leavingPing)
+		p.WritePing(true, shutdownPing)
 		p.says(t)
 		release := p.pause()
 		s.Headers(okTrailer, true)
@@ -129,7 +129,7 @@ func TestLeaveLetsTheLastWordOut(t *testing.T) {
 		p.WriteData(1, false, []byte("more"))
 		<-handled
 		release()
-		time.Sleep(lingering)
+		time.Sleep(lingerTimeout)
 		p.expect(t, "HEADERS 1 grpc-status=0 end", "RST_STREAM 1 NO_ERROR", "closed")
 	})
 }
@@ -142,9 +142,9 @@ func TestLeaveOfWhoDoesNotAnswer(t *testing.T) {
 		h.conn.GracefulShutdown()
 		h.conn.Flush()
 		p.expect(t, leavesSoon, asks)
-		time.Sleep(leavingPatience)
+		time.Sleep(shutdownPingTimeout)
 		p.expect(t, `GOAWAY 0 NO_ERROR "graceful_stop"`)
-		time.Sleep(lingering)
+		time.Sleep(lingerTimeout)
 		p.expect(t, "closed")
 		<-p.served
 	})

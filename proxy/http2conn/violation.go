@@ -29,11 +29,15 @@ const (
 	textPush     = "PUSH_PROMISE from a client"
 	textItself   = "stream that depends on itself"
 	textSettings = "too_many_settings"
+	textShutdown = "graceful_stop"
+	textHeaders  = "malformed header block, or header list larger than SETTINGS_MAX_HEADER_LIST_SIZE"
+	// textHeaderList is also the status message of a request whose header list is too large.
+	textHeaderList = "header list larger than SETTINGS_MAX_HEADER_LIST_SIZE"
 )
 
-// violated returns the violation behind an error of the reader, or nil if the peer is not to blame
-// and there is nobody to tell: the connection broke, or has come to its end.
-func (c *Conn) violated(err error) *violation {
+// connectionError returns the violation behind an error of the reader, or nil if the peer did nothing
+// wrong: the connection broke, or was drained.
+func (c *Conn) connectionError(err error) *violation {
 	if v, ok := errors.AsType[*violation](err); ok {
 		return v
 	}
@@ -45,41 +49,44 @@ func (c *Conn) violated(err error) *violation {
 		return nil
 	}
 	v := &violation{code: http2.ErrCode(code)}
-	if detail := c.framer.ErrorDetail(); detail != nil {
+	switch detail := c.framer.ErrorDetail(); {
+	case detail != nil:
 		v.text = detail.Error()
+	case c.frameHeader.Type == http2.FrameHeaders:
+		v.text = textHeaders
 	}
 	return v
 }
 
 // idleStream reports whether a client has not opened the stream yet. Of the streams that this side
-// opens it does not ask: a server may still send on those that have ended here.
-func (c *Conn) idleStream(id uint32) bool { return c.server && (id%2 == 0 || id > c.last) }
+// opens it reports false: a server may still send on those that have ended here.
+func (c *Conn) idleStream(id uint32) bool { return c.server && (id%2 == 0 || id > c.lastStreamID) }
 
-// opened notes the stream of a HEADERS frame that is wrong: it has been opened, if only to be
-// refused, and its client must not take it for one that was not looked at.
-func (c *Conn) opened() {
-	if c.server && c.head.Type == http2.FrameHeaders && c.head.StreamID%2 == 1 {
+// noteOpened counts the stream of a malformed HEADERS frame as opened and refused, so that its client
+// does not take it for one that was not processed.
+func (c *Conn) noteOpened() {
+	if c.server && c.frameHeader.Type == http2.FrameHeaders && c.frameHeader.StreamID%2 == 1 {
 		c.mu.Lock()
-		c.last = max(c.last, c.head.StreamID)
+		c.lastStreamID = max(c.lastStreamID, c.frameHeader.StreamID)
 		c.mu.Unlock()
 	}
 }
 
-// refuseFrame answers a frame that the framer has read whole and found wrong on its stream alone.
-func (c *Conn) refuseFrame(bad http2.StreamError) error {
-	c.opened()
+// resetMalformed resets the stream of a malformed frame that was read to its end.
+func (c *Conn) resetMalformed(bad http2.StreamError) error {
+	c.noteOpened()
 	if c.idleStream(bad.StreamID) {
 		return &violation{bad.Code, textIdle}
 	}
-	c.refuse(bad.StreamID, bad.Code)
+	c.resetStream(bad.StreamID, bad.Code)
 	return nil
 }
 
-// endedLength is how many streams are remembered that the client has ended.
+// endedLength is how many ended streams a connection remembers.
 const endedLength = 16
 
 // endedStreams are the last streams that the client has ended, by END_STREAM or RST_STREAM: data
-// on these is an error of the client. Data on others may have been on its way when this side reset
+// on these is an error of the client. Data on others may have been in flight when this side reset
 // the stream, and is ignored.
 type endedStreams struct {
 	ids  [endedLength]uint32
@@ -91,7 +98,7 @@ func (e *endedStreams) add(id uint32) {
 	e.next = (e.next + 1) % endedLength
 }
 
-// take reports whether the client has ended the stream, and forgets it: one answer is enough.
+// take reports whether the client has ended the stream, and removes it: one RST_STREAM is enough.
 func (e *endedStreams) take(id uint32) bool {
 	i := slices.Index(e.ids[:], id)
 	if i >= 0 {

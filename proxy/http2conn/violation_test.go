@@ -53,7 +53,7 @@ func TestViolations(t *testing.T) {
 		"SETTINGS of five bytes":              {func(p *peer) { p.raw(http2.FrameSettings, 0, 0, "12345") }, []string{`GOAWAY 7 FRAME_SIZE_ERROR ""`}},
 		"PING of seven bytes":                 {func(p *peer) { p.raw(http2.FramePing, 0, 0, "1234567") }, []string{`GOAWAY 7 FRAME_SIZE_ERROR ""`}},
 		"PING on a stream":                    {func(p *peer) { p.raw(http2.FramePing, 0, 1, "12345678") }, []string{`GOAWAY 7 PROTOCOL_ERROR ""`}},
-		"a frame that is too large":           {func(p *peer) { p.WriteData(1, false, make([]byte, frameSize+1)) }, []string{`GOAWAY 7 FRAME_SIZE_ERROR "frame larger than SETTINGS_MAX_FRAME_SIZE"`}},
+		"a frame that is too large":           {func(p *peer) { p.WriteData(1, false, make([]byte, maxFrameSize+1)) }, []string{`GOAWAY 7 FRAME_SIZE_ERROR "frame larger than SETTINGS_MAX_FRAME_SIZE"`}},
 		"PUSH_PROMISE":                        {func(p *peer) { p.raw(http2.FramePushPromise, http2.FlagPushPromiseEndHeaders, 1, "\x00\x00\x00\x02") }, []string{`GOAWAY 7 PROTOCOL_ERROR "PUSH_PROMISE from a client"`}},
 		"PRIORITY":                            {func(p *peer) { p.WritePriority(1, http2.PriorityParam{StreamDep: 3}) }, nil},
 		"PRIORITY of an idle stream":          {func(p *peer) { p.WritePriority(9, http2.PriorityParam{StreamDep: 1}) }, nil},
@@ -82,7 +82,7 @@ func TestViolations(t *testing.T) {
 				t.Errorf("%s: the client was sent %q, want %q", name, got, want)
 			}
 			if len(want) > 0 && want[0][0] == 'G' {
-				time.Sleep(lingering)
+				time.Sleep(lingerTimeout)
 				p.expect(t, "closed")
 				return
 			}

@@ -14,7 +14,7 @@ import (
 // TestSettingsChangeOnce: a SETTINGS frame changes the window of each stream once, whatever it
 // repeats, and a frame without a net change does not look at the streams at all.
 func TestSettingsChangeOnce(t *testing.T) {
-	const streams, entries = 100, frameSize / 6
+	const streams, entries = 100, maxFrameSize / 6
 	synctest.Test(t, func(t *testing.T) {
 		h := &handler{}
 		p := serveOne(t, h, Config{})
@@ -28,15 +28,15 @@ func TestSettingsChangeOnce(t *testing.T) {
 			}
 			return append(list, windowOf(last))
 		}
-		p.WriteSettings(flapping(initialWindow)...)
+		p.WriteSettings(flapping(defaultWindow)...)
 		p.expect(t, "SETTINGS ack")
-		if h.conn.moved != 0 {
-			t.Errorf("nothing has changed, and %d windows were", h.conn.moved)
+		if h.conn.windowChanges != 0 {
+			t.Errorf("nothing has changed, and %d windows were", h.conn.windowChanges)
 		}
 		p.WriteSettings(flapping(10)...)
 		p.expect(t, "SETTINGS ack")
-		if h.conn.moved != streams {
-			t.Errorf("%d windows were changed, want one of each of %d streams", h.conn.moved, streams)
+		if h.conn.windowChanges != streams {
+			t.Errorf("%d windows were changed, want one of each of %d streams", h.conn.windowChanges, streams)
 		}
 		all[0].Data(false, nil, pattern(11))
 		h.conn.Flush()
@@ -70,10 +70,10 @@ func TestSettingsWithoutEnd(t *testing.T) {
 		if least := settingsWork / streams; frames < least {
 			t.Errorf("the client was let go after %d frames, and may send %d", frames, least)
 		}
-		if most := settingsWork + h.conn.bytes + streams; h.conn.moved > most {
-			t.Errorf("%d windows were changed for %d bytes", h.conn.moved, h.conn.bytes)
+		if most := settingsWork + h.conn.bytesRead + streams; h.conn.windowChanges > most {
+			t.Errorf("%d windows were changed for %d bytes", h.conn.windowChanges, h.conn.bytesRead)
 		}
-		time.Sleep(lingering)
+		time.Sleep(lingerTimeout)
 		p.expect(t, "closed")
 	})
 }

@@ -1,101 +1,106 @@
 package http2conn
 
 import (
+	"errors"
 	"net"
+	"os"
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"google.golang.org/grpc/mem"
 )
 
-// WriteBuffer is a connection that takes all that is written to it without waiting, from when a [Conn] writes to it, itself or over TLS: what the peer does not take is kept, and a goroutine writes it, which
-// there is only for as long. So whoever reads the peer goes on reading, and two that face each other and are both busy sending hear each other nevertheless. Before that it is the connection that it was
-// made of. It is safe for concurrent use.
+// WriteBuffer is a network connection whose writes do not block, once a [Conn] writes to it, directly or
+// through TLS. It keeps what the peer does not read, and a goroutine writes that; it runs only as long.
+// So the proxy goes on reading from a peer that it cannot write to, and two peers that are both busy
+// writing cannot block each other. It is safe for concurrent use.
 type WriteBuffer struct {
 	net.Conn
-	raw    syscall.RawConn // nil where the system cannot be asked to write without waiting: then the goroutine writes it all
+	raw    syscall.RawConn // nil where non-blocking writes are not possible: the goroutine writes all
 	try    func(fd uintptr) bool
-	pool   mem.BufferPool // of what is kept
-	freed  func(error)    // called when nothing is kept any more, on the goroutine that wrote it
+	pool   mem.BufferPool // of kept
+	empty  func(error)    // called after kept was written, on the goroutine that wrote it
 	full   atomic.Bool    // something is kept; changed under mu
 	writer sync.WaitGroup // the goroutine
 
-	mu   sync.Mutex
-	kept []*[]byte // in this order
-	size int       // of kept, and of what is being written of it
-	err  error     // why nothing is written any more
-	room *sync.Cond
-	one  [1][]byte
-	// What try is told and tells.
+	mu       sync.Mutex
+	kept     []*[]byte // in this order
+	keptSize int       // of kept, and of the rest of what is being written
+	deadline bool      // somebody else has set a deadline for writes
+	err      error     // of a write; nothing is written after it
+	written  *sync.Cond
+	one      [1][]byte
+	// Arguments and results of try.
 	all  [][]byte
 	n    int
 	fail error
 }
 
-// NewWriteBuffer makes an WriteBuffer of a connection.
+// NewWriteBuffer returns a WriteBuffer for a connection.
 func NewWriteBuffer(conn net.Conn) *WriteBuffer {
-	o := &WriteBuffer{Conn: conn, raw: rawConn(conn)}
-	o.room, o.try = sync.NewCond(&o.mu), o.tryOnce
-	return o
+	w := &WriteBuffer{Conn: conn, raw: rawConn(conn)}
+	w.written, w.try = sync.NewCond(&w.mu), w.tryWrite
+	return w
 }
 
-// use has the WriteBuffer take what is written at once from now on.
-func (o *WriteBuffer) use(pool mem.BufferPool, freed func(error)) { o.pool, o.freed = pool, freed }
+// use makes writes non-blocking from now on.
+func (w *WriteBuffer) use(pool mem.BufferPool, empty func(error)) { w.pool, w.empty = pool, empty }
 
 // Write implements net.Conn.
-func (o *WriteBuffer) Write(b []byte) (int, error) {
-	if o.pool == nil {
-		return o.Conn.Write(b)
+func (w *WriteBuffer) Write(b []byte) (int, error) {
+	if w.pool == nil {
+		return w.Conn.Write(b)
 	}
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.one[0] = b
-	err := o.take(o.one[:])
-	o.one[0] = nil
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.one[0] = b
+	err := w.take(w.one[:])
+	w.one[0] = nil
 	if err != nil {
 		return 0, err
 	}
 	return len(b), nil
 }
 
-// writeAll is Write for bytes that are in several places.
-func (o *WriteBuffer) writeAll(all [][]byte) error {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.take(all)
+// writeAll is Write for several slices.
+func (w *WriteBuffer) writeAll(all [][]byte) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.take(all)
 }
 
-func (o *WriteBuffer) take(all [][]byte) error {
-	if o.err == nil && o.raw != nil && !o.full.Load() {
-		o.all = all
-		if err := o.raw.Write(o.try); err != nil {
-			o.n, o.err = 0, err // it is closed, or has come to its deadline
+func (w *WriteBuffer) take(all [][]byte) error {
+	if w.err == nil && w.raw != nil && !w.full.Load() {
+		w.all = all
+		if err := w.raw.Write(w.try); err != nil {
+			w.n, w.err = 0, err // it is closed, or the deadline has passed
 		} else {
-			o.err = o.fail
+			w.err = w.fail
 		}
-		o.all = nil
-		all = after(all, o.n)
+		w.all = nil
+		all = after(all, w.n)
 	}
-	if o.err != nil {
-		return o.err
+	if w.err != nil {
+		return w.err
 	}
 	for _, b := range all {
 		if len(b) > 0 {
-			kept := o.pool.Get(len(b))
+			kept := w.pool.Get(len(b))
 			copy(*kept, b)
-			o.kept = append(o.kept, kept)
-			o.size += len(b)
+			w.kept = append(w.kept, kept)
+			w.keptSize += len(b)
 		}
 	}
-	if len(o.kept) > 0 && !o.full.Load() {
-		o.full.Store(true)
-		o.writer.Go(o.write)
+	if len(w.kept) > 0 && !w.full.Load() {
+		w.full.Store(true)
+		w.writer.Go(w.writeKept)
 	}
 	return nil
 }
 
-// after is what follows the first n bytes.
+// after returns what follows the first n bytes.
 func after(all [][]byte, n int) [][]byte {
 	for len(all) > 0 && n >= len(all[0]) {
 		n -= len(all[0])
@@ -107,54 +112,94 @@ func after(all [][]byte, n int) [][]byte {
 	return all
 }
 
-// write writes what is kept.
-func (o *WriteBuffer) write() {
-	o.mu.Lock()
-	for o.err == nil && len(o.kept) > 0 {
-		next := o.kept[0]
-		o.kept = o.kept[1:]
-		o.mu.Unlock()
-		_, err := o.Conn.Write(*next)
-		o.mu.Lock()
-		o.size -= len(*next)
-		o.pool.Put(next)
-		if o.err == nil {
-			o.err = err
+// writeKept writes what is kept.
+func (w *WriteBuffer) writeKept() {
+	w.mu.Lock()
+	for w.err == nil && len(w.kept) > 0 {
+		next := w.kept[0]
+		w.kept = w.kept[1:]
+		w.mu.Unlock()
+		err := w.writeSlowly(*next)
+		w.mu.Lock()
+		w.keptSize -= len(*next)
+		w.pool.Put(next)
+		if w.err == nil {
+			w.err = err
 		}
 	}
-	for _, b := range o.kept {
-		o.pool.Put(b)
+	for _, b := range w.kept {
+		w.pool.Put(b)
 	}
-	err := o.err
-	o.kept, o.size = nil, 0
-	o.full.Store(false)
-	o.room.Broadcast()
-	o.mu.Unlock()
-	o.freed(err)
+	if w.err == nil && !w.deadline {
+		w.err = w.Conn.SetWriteDeadline(time.Time{})
+	}
+	err := w.err
+	w.kept, w.keptSize = nil, 0
+	w.full.Store(false)
+	w.written.Broadcast()
+	w.mu.Unlock()
+	w.empty(err)
+}
+
+// writeSlowly writes b. It fails when the peer reads nothing for stallTimeout.
+func (w *WriteBuffer) writeSlowly(b []byte) error {
+	for {
+		w.mu.Lock()
+		ours := !w.deadline
+		if ours {
+			_ = w.Conn.SetWriteDeadline(time.Now().Add(stallTimeout)) // the write fails, too
+		}
+		w.mu.Unlock()
+		n, err := w.Conn.Write(b)
+		switch b = b[n:]; {
+		case err == nil:
+			return nil
+		case !ours || !errors.Is(err, os.ErrDeadlineExceeded):
+			return err
+		case n == 0:
+			return errStalled
+		}
+	}
+}
+
+// SetWriteDeadline implements net.Conn.
+func (w *WriteBuffer) SetWriteDeadline(t time.Time) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.deadline = !t.IsZero()
+	return w.Conn.SetWriteDeadline(t)
+}
+
+// SetDeadline implements net.Conn.
+func (w *WriteBuffer) SetDeadline(t time.Time) error {
+	if err := w.SetWriteDeadline(t); err != nil {
+		return err
+	}
+	return w.Conn.SetReadDeadline(t)
 }
 
 // Close implements net.Conn. What is kept is lost.
-func (o *WriteBuffer) Close() error {
-	o.mu.Lock()
-	if o.err == nil {
-		o.err = net.ErrClosed
+func (w *WriteBuffer) Close() error {
+	w.mu.Lock()
+	if w.err == nil {
+		w.err = net.ErrClosed
 	}
-	o.mu.Unlock()
-	return o.Conn.Close()
+	w.mu.Unlock()
+	return w.Conn.Close()
 }
 
-// holds is how many bytes are kept.
-func (o *WriteBuffer) holds() int {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.size
+// size is how many bytes are kept.
+func (w *WriteBuffer) size() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.keptSize
 }
 
 // wait waits until nothing is kept.
-func (o *WriteBuffer) wait() {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	for o.full.Load() {
-		o.room.Wait()
+func (w *WriteBuffer) wait() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for w.full.Load() {
+		w.written.Wait()
 	}
 }

@@ -9,7 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// rawConn is the system's side of a connection, or nil.
+// rawConn returns the socket of a connection, or nil if it has none.
 func rawConn(conn net.Conn) syscall.RawConn {
 	if c, ok := conn.(syscall.Conn); ok {
 		if raw, err := c.SyscallConn(); err == nil {
@@ -19,23 +19,23 @@ func rawConn(conn net.Conn) syscall.RawConn {
 	return nil
 }
 
-// tryOnce writes as much of o.all as the system takes without waiting: the sockets of package net never do.
-func (o *WriteBuffer) tryOnce(fd uintptr) bool {
+// tryWrite writes as much of w.all as the system takes at once: sockets of package net do not block.
+func (w *WriteBuffer) tryWrite(fd uintptr) bool {
 	for {
 		var err error
-		if len(o.all) == 1 {
-			o.n, err = unix.Write(int(fd), o.all[0])
+		if len(w.all) == 1 {
+			w.n, err = unix.Write(int(fd), w.all[0])
 		} else {
-			o.n, err = unix.Writev(int(fd), o.all)
+			w.n, err = unix.Writev(int(fd), w.all)
 		}
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}
-		o.n = max(o.n, 0)
+		w.n = max(w.n, 0)
 		if errors.Is(err, unix.EAGAIN) {
 			err = nil
 		}
-		o.fail = os.NewSyscallError("write", err)
+		w.fail = os.NewSyscallError("write", err)
 		return true
 	}
 }

@@ -9,4 +9,4 @@ import (
 
 func rawConn(net.Conn) syscall.RawConn { return nil }
 
-func (o *WriteBuffer) tryOnce(uintptr) bool { return true }
+func (w *WriteBuffer) tryWrite(uintptr) bool { return true }

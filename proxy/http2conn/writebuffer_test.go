@@ -99,10 +99,10 @@ func TestPeerThatOnlySends(t *testing.T) {
 		synctest.Wait() // it cannot write any more
 		close(stop)
 		h.conn.mu.Lock()
-		waits := h.conn.gathered() + h.conn.outlet.holds()
+		waits := h.conn.pendingBytes() + h.conn.writeBuffer.size()
 		h.conn.mu.Unlock()
-		if waits < heldLimit || waits > heldLimit+maxInput {
-			t.Errorf("%d bytes wait, want a few more than %d", waits, heldLimit)
+		if waits < readPauseLimit || waits > readPauseLimit+maxInput {
+			t.Errorf("%d bytes wait, want a few more than %d", waits, readPauseLimit)
 		}
 		release()
 		<-sending
@@ -125,11 +125,11 @@ func TestOutletFails(t *testing.T) {
 		o, pool, freed := NewWriteBuffer(near), new(ledger), make(chan error, 1)
 		o.use(pool, func(err error) { freed <- err })
 		for !o.full.Load() {
-			if _, err := o.Write(pattern(outLimit)); err != nil {
+			if _, err := o.Write(pattern(flushLimit)); err != nil {
 				t.Fatalf("%s: %v", name, err)
 			}
 		}
-		if err := o.writeAll([][]byte{pattern(3), pattern(frameSize)}); err != nil { // it is kept, too
+		if err := o.writeAll([][]byte{pattern(3), pattern(maxFrameSize)}); err != nil { // it is kept, too
 			t.Errorf("%s: %v", name, err)
 		}
 		end(o, far)

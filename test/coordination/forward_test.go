@@ -119,20 +119,20 @@ func TestForwardProxy(t *testing.T) { // not parallel: it sets the environment
 	s.cfg.Rules[0].WriteWith, s.cfg.Rules[0].Recovery, s.cfg.Rules[0].RecoveryRequired = "cloud", []string{"socket"}, true
 	s.cfg.Audit = &harness.Audit{Path: filepath.Join(s.Dir, "audit.jsonl")}
 	s.cfg.Etcd.Endpoints = []string{"http://" + named(s.etcd.Address), "http://" + strings.Replace(s.etcd.Address, "127.0.0.1", "0.0.0.0", 1)}
-	for engine, args := range map[string][]string{"frames": {"--reencrypt"}, "reference": {"--reference-engine", "--scan-interval", "1s"}} {
-		p := s.NewProxy(engine, s.cfg)
+	for name, args := range map[string][]string{"reencrypts": {"--reencrypt"}, "scans": {"--scan-interval", "1s"}} {
+		p := s.NewProxy(name, s.cfg)
 		p.Args = args
 		p.Start()
 		p.WaitReady(within)
 		kv := pb.NewKVClient(harness.Dial(t, p.Address, nil))
 		if _, err := kv.Put(t.Context(), &pb.PutRequest{Key: []byte(prefix + "a"), Value: []byte(s.Sealed.Value("a"))}); err != nil {
-			t.Errorf("%s: %v", engine, err)
+			t.Errorf("%s: %v", name, err)
 		}
 		compare := &pb.Compare{Key: []byte(prefix + "a"), Target: pb.Compare_VALUE, TargetUnion: &pb.Compare_Value{Value: []byte("other")}}
 		if _, err := kv.Txn(t.Context(), &pb.TxnRequest{Compare: []*pb.Compare{compare}}); err != nil {
-			t.Errorf("%s: compare by value: %v", engine, err)
+			t.Errorf("%s: compare by value: %v", name, err)
 		}
-		if _, err := s.kv.Put(t.Context(), &pb.PutRequest{Key: []byte(prefix + engine), Value: []byte("in the clear")}); err != nil {
+		if _, err := s.kv.Put(t.Context(), &pb.PutRequest{Key: []byte(prefix + name), Value: []byte("in the clear")}); err != nil {
 			t.Fatal(err)
 		}
 		harness.Eventually(t, within, "the watch for plaintext", func() error {
@@ -148,14 +148,14 @@ func TestForwardProxy(t *testing.T) { // not parallel: it sets the environment
 			}
 			fmt.Fprintf(conn, "GET %s HTTP/1.0\r\nHost: %s\r\n\r\n", path, p.Address)
 			if answer, err := http.ReadResponse(bufio.NewReader(conn), nil); err != nil || answer.StatusCode != http.StatusOK {
-				t.Errorf("%s: %s: %v, %v", engine, path, answer, err)
+				t.Errorf("%s: %s: %v, %v", name, path, answer, err)
 			}
 			conn.Close()
 		}
 		s.agreed(t, prefix)
 		for _, args := range [][]string{{"status"}, {"reencrypt"}, {"verify"}, {"purge", "--yes"}, {"kms", "check"}} {
 			if out, code := s.Run(append(args, "--config", p.ConfigFile)...); code != 0 && code != 1 {
-				t.Errorf("%s: %q: exit code %d: %s", engine, args, code, out)
+				t.Errorf("%s: %q: exit code %d: %s", name, args, code, out)
 			}
 		}
 		p.Stop(within)

@@ -183,18 +183,18 @@ func Dial(tb interface {
 	Helper()
 	Fatalf(string, ...any)
 	Cleanup(func())
-}, target string, config *tls.Config) *grpc.ClientConn {
+}, target string, config *tls.Config, opts ...grpc.DialOption) *grpc.ClientConn {
 	tb.Helper()
 	transport := insecure.NewCredentials()
 	if config != nil {
 		transport = credentials.NewTLS(config)
 	}
-	conn, err := grpc.NewClient(target, append(SearchErrors(),
+	conn, err := grpc.NewClient(target, append(append(SearchErrors(),
 		grpc.WithTransportCredentials(transport),
 		grpc.WithDisableRetry(),
 		grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: 5 * time.Second,
 			Backoff: backoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1.5, MaxDelay: 200 * time.Millisecond}}),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(1<<30), grpc.MaxCallSendMsgSize(1<<30), grpc.WaitForReady(true)))...)
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(1<<30), grpc.MaxCallSendMsgSize(1<<30), grpc.WaitForReady(true))), opts...)...)
 	if err != nil {
 		tb.Fatalf("dial %s: %v", target, err)
 	}

@@ -18,8 +18,8 @@ type transport struct {
 	proxies map[string]string
 }
 
-// transports starts a bare etcd and the proxy without TLS and with it, and the proxy with its
-// reference engine. Values below /ruled/ are encrypted. No client needs a certificate.
+// transports starts a bare etcd and the proxy, without TLS and with it.
+// Values below /ruled/ are encrypted. No client needs a certificate.
 func transports(t *testing.T) []transport {
 	t.Helper()
 	env := harness.New(t)
@@ -31,28 +31,23 @@ func transports(t *testing.T) []transport {
 	secure := env.StartEtcd(harness.EtcdConfig{Name: "secure", Bare: true, CA: ca, Flags: []string{"--trusted-ca-file", "", "--client-cert-auth=false"}})
 	behind := env.StartEtcd(harness.EtcdConfig{Name: "behind"})
 	key := env.LocalKey("local", 1)
-	clear, overTLS := make(map[string]string), make(map[string]string)
-	for name, args := range map[string][]string{"the proxy": nil, "the reference engine": {"--reference-engine"}} {
-		cfg := harness.ProxyConfig{
-			Listeners: []harness.Listener{
-				{Address: harness.FreeAddress(t)},
-				{Address: harness.FreeAddress(t), TLS: &harness.ServerTLS{CertFile: pair.CertFile, KeyFile: pair.KeyFile}},
-			},
-			Coordination: harness.NoCoordination(),
-			Etcd:         harness.Upstream{Endpoints: []string{behind.URL}},
-			KMS:          []harness.KMSConfig{key},
-			Rules:        []harness.Rule{{Prefix: "/ruled/", WriteWith: "local"}},
-			Log:          harness.LogConfig{Level: "info"},
-		}
-		p := env.NewProxy(name[4:], cfg)
-		p.Args = args
-		p.Start()
-		p.WaitReady(30 * time.Second)
-		clear[name], overTLS[name] = cfg.Listeners[0].Address, cfg.Listeners[1].Address
+	cfg := harness.ProxyConfig{
+		Listeners: []harness.Listener{
+			{Address: harness.FreeAddress(t)},
+			{Address: harness.FreeAddress(t), TLS: &harness.ServerTLS{CertFile: pair.CertFile, KeyFile: pair.KeyFile}},
+		},
+		Coordination: harness.NoCoordination(),
+		Etcd:         harness.Upstream{Endpoints: []string{behind.URL}},
+		KMS:          []harness.KMSConfig{key},
+		Rules:        []harness.Rule{{Prefix: "/ruled/", WriteWith: "local"}},
+		Log:          harness.LogConfig{Level: "info"},
 	}
+	p := env.NewProxy("proxy", cfg)
+	p.Start()
+	p.WaitReady(30 * time.Second)
 	return []transport{
-		{name: "without TLS", etcd: bare.Address, proxies: clear},
-		{name: "with TLS", tls: config, etcd: secure.Address, proxies: overTLS},
+		{name: "without TLS", etcd: bare.Address, proxies: map[string]string{"the proxy": cfg.Listeners[0].Address}},
+		{name: "with TLS", tls: config, etcd: secure.Address, proxies: map[string]string{"the proxy": cfg.Listeners[1].Address}},
 	}
 }
 

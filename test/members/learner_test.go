@@ -12,6 +12,7 @@ import (
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/encoding/gzip"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
@@ -38,6 +39,9 @@ func withLearner(t *testing.T, version string) (s *site, voter, learner *harness
 	})
 	return s, voter, learner
 }
+
+// ways are how clients call: the proxy relays their calls, or handles them.
+var ways = map[string][]grpc.DialOption{"relayed": nil, "handled": {grpc.WithDefaultCallOptions(grpc.UseCompressor(gzip.Name))}}
 
 // calls are those that a learner refuses, each as a client makes it that does not try again.
 var calls = map[string]func(ctx context.Context, conn *grpc.ClientConn) error{
@@ -103,23 +107,22 @@ func TestLearnerAmongEndpoints(t *testing.T) {
 			s, voter, learner := withLearner(t, version)
 			var proxies []*harness.Proxy
 			for name, endpoints := range map[string][]string{"first": {learner.URL, voter.URL}, "second": {voter.URL, learner.URL}} {
-				for engine, args := range map[string][]string{"frames": nil, "reference": {"--reference-engine"}} {
-					p := s.NewProxy(name+"-"+engine, harness.ProxyConfig{
-						Etcd: harness.Upstream{Endpoints: endpoints}, KMS: []harness.KMSConfig{s.LocalKey("dev", 1)}, Rules: []harness.Rule{{Prefix: "/s/", WriteWith: "dev"}},
-					})
-					p.Args = args
-					p.Start()
-					p.WaitReady(within)
-					proxies = append(proxies, p)
+				p := s.NewProxy(name, harness.ProxyConfig{
+					Etcd: harness.Upstream{Endpoints: endpoints}, KMS: []harness.KMSConfig{s.LocalKey("dev", 1)}, Rules: []harness.Rule{{Prefix: "/s/", WriteWith: "dev"}},
+				})
+				p.Start()
+				p.WaitReady(within)
+				proxies = append(proxies, p)
+				for way, opts := range ways {
 					for what, call := range calls {
 						if what == "streamed get" && version != "3.7" {
 							continue
 						}
-						t.Run(name+"/"+engine+"/"+what, func(t *testing.T) {
+						t.Run(name+"/"+way+"/"+what, func(t *testing.T) {
 							for n := range 10 { // each over a connection of its own
 								ctx, cancel := context.WithTimeout(t.Context(), within)
 								defer cancel()
-								if err := call(ctx, harness.Dial(t, p.Address, nil)); err != nil {
+								if err := call(ctx, harness.Dial(t, p.Address, nil, opts...)); err != nil {
 									t.Errorf("call %d: %v", n, err)
 								}
 							}
@@ -151,18 +154,15 @@ func TestLearnerAmongEndpoints(t *testing.T) {
 func TestOnlyLearnerLeft(t *testing.T) {
 	t.Parallel()
 	s, voter, learner := withLearner(t, "3.7")
-	for engine, args := range map[string][]string{"frames": nil, "reference": {"--reference-engine"}} {
-		p := s.NewProxy(engine, harness.ProxyConfig{
-			Etcd: harness.Upstream{Endpoints: []string{voter.URL, learner.URL}}, KMS: []harness.KMSConfig{s.LocalKey("dev", 1)}, Rules: []harness.Rule{{Prefix: "/s/", WriteWith: "dev"}},
-		})
-		p.Args = args
-		p.Start()
-		p.WaitReady(within)
-		s.each = append(s.each, p.URL())
-	}
+	p := s.NewProxy("proxy", harness.ProxyConfig{
+		Etcd: harness.Upstream{Endpoints: []string{voter.URL, learner.URL}}, KMS: []harness.KMSConfig{s.LocalKey("dev", 1)}, Rules: []harness.Rule{{Prefix: "/s/", WriteWith: "dev"}},
+	})
+	p.Start()
+	p.WaitReady(within)
+	s.each = append(s.each, p.URL())
 	voter.Stop(within)
-	for _, url := range s.each {
-		conn := s.stub(t, url)
+	for _, opts := range ways {
+		conn := harness.Dial(t, p.Address, nil, opts...)
 		kv := pb.NewKVClient(conn)
 		harness.Eventually(t, within, "a serializable read", func() error {
 			r, err := kv.Range(t.Context(), &pb.RangeRequest{Key: []byte(plain), Serializable: true})
@@ -215,7 +215,7 @@ func TestLearnerAlone(t *testing.T) {
 			})
 			cfg.Etcd.Endpoints = []string{learner.URL}
 			var proxies []*harness.Proxy
-			for name, args := range map[string][]string{"frames": nil, "reference": {"--reference-engine"}, "alone": {"--allow-weakening"}} {
+			for name, args := range map[string][]string{"proxy": nil, "alone": {"--allow-weakening"}} {
 				p := s.NewProxy(name, cfg)
 				if name == "alone" {
 					alone := cfg

@@ -15,56 +15,45 @@ import (
 // TestRestart: while clients that know two proxies put, get, watch and write in transactions, each
 // proxy is restarted several times. No request fails, and every watch gets each event once.
 func TestRestart(t *testing.T) {
-	for _, tt := range []struct {
-		name string
-		args []string
-	}{
-		{"frames", nil},
-		{"reference engine", []string{"--reference-engine"}},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			restarts := 8
-			if testing.Short() {
-				restarts = 4
-			}
-			e := harness.New(t)
-			etcd := e.StartEtcd(harness.EtcdConfig{})
-			kms := e.LocalKey("dev", 1)
-			var proxies []*harness.Proxy
-			for _, name := range []string{"proxy-1", "proxy-2"} {
-				p := e.NewProxy(name, site(etcd, kms))
-				p.Args = tt.args
-				p.Start()
-				p.WaitReady(within)
-				proxies = append(proxies, p)
-			}
-			l := newLoad(t, e, proxies)
-			l.during(client(t, etcd.URL), func() {
-				for i := range restarts {
-					p := proxies[i%2]
-					for _, other := range proxies {
-						l.connected(other)
-					}
-					l.proceed(1000)
-					// Every other time, etcd does not answer for a while: requests of all workers are
-					// under way when the drain begins, and have to be finished in it.
-					finish := func() {}
-					if i/2%2 == 1 {
-						finish = l.hold(etcd)
-					}
-					begun := time.Now()
-					if !p.Stop(within) {
-						t.Error("the proxy does not end")
-					}
-					finish()
-					t.Logf("stopped within %v", time.Since(begun).Round(time.Millisecond))
-					l.proceed(200)
-					p.Start()
-					p.WaitReady(within)
-				}
-			})
-		})
+	restarts := 8
+	if testing.Short() {
+		restarts = 4
 	}
+	e := harness.New(t)
+	etcd := e.StartEtcd(harness.EtcdConfig{})
+	kms := e.LocalKey("dev", 1)
+	var proxies []*harness.Proxy
+	for _, name := range []string{"proxy-1", "proxy-2"} {
+		p := e.NewProxy(name, site(etcd, kms))
+		p.Start()
+		p.WaitReady(within)
+		proxies = append(proxies, p)
+	}
+	l := newLoad(t, e, proxies)
+	l.during(client(t, etcd.URL), func() {
+		for i := range restarts {
+			p := proxies[i%2]
+			for _, other := range proxies {
+				l.connected(other)
+			}
+			l.proceed(1000)
+			// Every other time, etcd does not answer for a while: requests of all workers are
+			// under way when the drain begins, and have to be finished in it.
+			finish := func() {}
+			if i/2%2 == 1 {
+				finish = l.hold(etcd)
+			}
+			begun := time.Now()
+			if !p.Stop(within) {
+				t.Error("the proxy does not end")
+			}
+			finish()
+			t.Logf("stopped within %v", time.Since(begun).Round(time.Millisecond))
+			l.proceed(200)
+			p.Start()
+			p.WaitReady(within)
+		}
+	})
 }
 
 // hold stops etcd until every worker waits for it, and for a moment more. The function that it

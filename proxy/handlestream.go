@@ -7,27 +7,14 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/mem"
-	"google.golang.org/grpc/status"
 )
 
-func (m *grpcMethod) serveStream(_ any, ss grpc.ServerStream) error {
-	m.metrics.started.Inc()
-	err := m.relay(ss)
-	m.metrics.end(status.Code(err))
-	return err
-}
-
-// relay moves a stream. This goroutine moves what etcd sends; a stream on which the client sends too has one more, which moves that.
-func (m *grpcMethod) relay(ss grpc.ServerStream) error {
-	ctx := ss.Context()
-	id, err := m.admit(ctx, nil)
-	if err != nil {
-		return err
-	}
-	ctx, cancel := context.WithCancelCause(ctx)
+// handleStream moves a stream. This goroutine moves what etcd sends; a stream on which the client sends too has one more, which moves that.
+func (m *method) handleStream(id *Identity, ss grpc.ServerStream) error {
+	ctx, cancel := m.untilDrain(ss.Context())
 	defer cancel(nil)
-	if m.waits {
-		defer context.AfterFunc(m.engine.draining, func() { cancel(errShuttingDown) })()
+	if err := m.pass(ctx, id.to, nil); err != nil {
+		return err
 	}
 	c := m.newCall(id)
 	var first *frame
@@ -44,24 +31,32 @@ func (m *grpcMethod) relay(ss grpc.ServerStream) error {
 			}
 		}
 	}
+	if own, ok := c.(*electionCall); ok && own.hosted {
+		return m.api.coordination.stream(ctx, m, first, ss)
+	}
 	id.to.await(ctx)
 	if x, ok := c.(streamExchanger); ok && x.exchanges() {
 		return m.exchangeStream(ctx, id.to, ss, first, x)
 	}
-	lane := m.engine.to(c, id)
+	lane := id.to.take()
 	defer lane.done()
-	cs, err := lane.conn.NewStream(upstreamContext(ctx), &m.stream, m.full, grpc.ForceCodecV2(rawCodec{}))
+	cs, err := lane.conn.NewStream(upstreamContext(ctx), m.streamDesc(), m.full)
 	if err != nil {
-		return ended(ctx, err, nil, nil)
+		return ended(ctx, err, around{})
 	}
 	if first != nil {
 		// An end of the stream is told in full by the first receive.
 		if err := cs.SendMsg(first); err != nil && !errors.Is(err, io.EOF) {
-			return ended(ctx, err, nil, nil)
+			return ended(ctx, err, around{})
 		}
 	} else {
-		m.engine.pumps.Go(func() { m.pump(ctx, cancel, ss, cs, c) })
+		m.api.running.Go(func() { m.pump(ctx, cancel, ss, cs, c) })
 	}
+	return m.answers(ctx, ss, cs, c)
+}
+
+// answers moves what etcd sends.
+func (m *method) answers(ctx context.Context, ss grpc.ServerStream, cs grpc.ClientStream, c call) error {
 	header, err := cs.Header()
 	if err == nil && header != nil {
 		if err := ss.SendHeader(header); err != nil {
@@ -77,7 +72,7 @@ func (m *grpcMethod) relay(ss grpc.ServerStream) error {
 			if errors.Is(err, io.EOF) {
 				return nil
 			}
-			return ended(ctx, err, header, trailer)
+			return ended(ctx, err, around{header, trailer})
 		}
 		if c != nil && c.scans() {
 			if err := out.replace(ctx, c.response); err != nil {
@@ -92,7 +87,7 @@ func (m *grpcMethod) relay(ss grpc.ServerStream) error {
 
 // exchangeStream has x serve a stream with one request by requests of its own. The client gets
 // headers and trailers as with exchange.
-func (m *grpcMethod) exchangeStream(ctx context.Context, to *upstream, ss grpc.ServerStream, in *frame, x streamExchanger) error {
+func (m *method) exchangeStream(ctx context.Context, to *upstream, ss grpc.ServerStream, in *frame, x streamExchanger) error {
 	a := &asking{ctx: ctx, to: to}
 	begun := false
 	err := x.exchangeStream(ctx, in.data.Materialize(), a.ask, func(msg []byte) error {
@@ -102,24 +97,24 @@ func (m *grpcMethod) exchangeStream(ctx context.Context, to *upstream, ss grpc.S
 				return err
 			}
 		}
-		if err := ss.SendMsg(&frame{data: mem.BufferSlice{mem.SliceBuffer(msg)}}); err != nil {
+		if err := ss.SendMsg(frameOf(msg)); err != nil {
 			return err
 		}
 		m.metrics.sent.Inc()
 		return nil
 	})
 	last := a.last(err)
-	if !begun {
-		if serr := ss.SetHeader(last.header); err == nil {
-			err = serr
-		}
+	if begun {
+		last.header = nil
 	}
-	ss.SetTrailer(last.trailer)
+	if serr := last.set(ss); err == nil {
+		err = serr
+	}
 	return err
 }
 
 // send sends a response, or what c cuts it into.
-func (m *grpcMethod) send(ctx context.Context, ss grpc.ServerStream, out *frame, c call) error {
+func (m *method) send(ctx context.Context, ss grpc.ServerStream, out *frame, c call) error {
 	var all [][]byte
 	if x, ok := c.(cutter); ok && x.cuts() {
 		err := out.edit(ctx, func(_ context.Context, msg []byte) (_ []byte, err error) {
@@ -149,7 +144,7 @@ func (m *grpcMethod) send(ctx context.Context, ss grpc.ServerStream, out *frame,
 
 // pump moves what the client sends until the client half-closes, which etcd is told, or the stream ends. What goes wrong here ends
 // the stream, with its own status.
-func (m *grpcMethod) pump(ctx context.Context, cancel context.CancelCauseFunc, ss grpc.ServerStream, cs grpc.ClientStream, c call) {
+func (m *method) pump(ctx context.Context, cancel context.CancelCauseFunc, ss grpc.ServerStream, cs grpc.ClientStream, c call) {
 	in := new(frame)
 	defer func() { in.free() }()
 	for {

@@ -35,37 +35,3 @@ func (st *fstream) open(conn *http2conn.Conn, h *hop) bool {
 	st.method.metrics.started.Inc()
 	return true
 }
-
-// openOnFirst goes on to the first connection that takes the stream: one may leave, for want of calls, just after it was said to take one. next gives another each time, and nil once
-// there are no more. The caller holds mu.
-func (st *fstream) openOnFirst(next func() *http2conn.Conn) {
-	for st.up == nil {
-		conn := next()
-		if conn == nil {
-			return
-		}
-		st.local = true
-		st.up = conn.Open(st, st.fields, st.silent)
-	}
-}
-
-// toReference goes on to the reference engine with what the client has sent so far.
-func (st *fstream) toReference(raw []byte, end bool) {
-	st.watch.discard() // the reference engine measures it
-	st.mu.Lock()
-	if st.ended.Load() {
-		st.mu.Unlock()
-		return
-	}
-	st.openOnFirst(st.session.reference)
-	up := st.up
-	st.mu.Unlock()
-	if up == nil {
-		st.fail(errShuttingDown)
-		return
-	}
-	if !st.silent && (end || len(raw) > 0) {
-		up.Data(end, nil, raw)
-	}
-	st.asked = nil
-}

@@ -1,0 +1,167 @@
+package http2conn
+
+import (
+	"math"
+	"slices"
+	"time"
+
+	"golang.org/x/net/http2"
+)
+
+// stallTimeout is how long a peer may keep the connection's flow-control window closed while data
+// waits for it. The write buffer closes connections that TCP is not read from for as long.
+const stallTimeout = time.Minute
+
+// data handles a DATA frame, of which left bytes are still to be read.
+func (c *Conn) data(f http2.FrameHeader, data []byte, left int) error {
+	if c.idleStream(f.StreamID) {
+		return &violation{http2.ErrCodeProtocol, textIdle}
+	}
+	n := int(f.Length) // with the padding
+	end := f.Flags.Has(http2.FlagDataEndStream)
+	s := c.receive(f.StreamID, n, len(data)+left, end)
+	if padding := n - len(data) - left; s != nil && padding > 0 {
+		s.Consumed(padding)
+	}
+	for left > 0 {
+		next, err := c.in.next(left)
+		if err != nil {
+			return err
+		}
+		if left -= len(next); left > 0 && s != nil {
+			c.cfg.Handler.Data(s, next, false)
+		}
+		data = next
+	}
+	if s != nil {
+		if end {
+			c.mu.Lock()
+			s.remoteEnd = true
+			c.mu.Unlock()
+		}
+		c.cfg.Handler.Data(s, data, end)
+	}
+	c.closeIfDone()
+	return nil
+}
+
+// receive counts a DATA frame of n bytes, of which length are data. It returns its stream, or nil if
+// the data is to be ignored: this side has ended the stream, or the peer breaks a rule or a limit.
+func (c *Conn) receive(id uint32, n, length int, end bool) *Stream {
+	c.unannounced += n
+	code := http2.ErrCodeNo
+	c.mu.Lock()
+	if c.unannounced >= connWindow/2 {
+		_ = c.write.WriteWindowUpdate(0, uint32(c.unannounced)) //nolint:gosec // less than two windows
+		c.unannounced = 0
+	}
+	s := c.streams[id]
+	switch {
+	case s != nil:
+		code = s.check(n, length, end)
+	case c.recentlyEnded.take(id):
+		code = http2.ErrCodeStreamClosed
+	}
+	c.mu.Unlock()
+	if code != http2.ErrCodeNo {
+		c.resetStream(id, code)
+		return nil
+	}
+	return s
+}
+
+// check returns the error of a DATA frame of n bytes, of which length are data. The caller holds
+// conn.mu.
+func (s *Stream) check(n, length int, end bool) http2.ErrCode {
+	switch s.recvWindow -= n; {
+	case s.recvWindow < 0:
+		return http2.ErrCodeFlowControl
+	case s.remoteEnd:
+		return http2.ErrCodeStreamClosed
+	case !s.receive(n):
+		return http2.ErrCodeEnhanceYourCalm
+	case s.declared == undeclared:
+		return http2.ErrCodeNo
+	}
+	if s.declared -= int64(length); s.declared < 0 || end && s.declared > 0 {
+		return http2.ErrCodeProtocol
+	}
+	return http2.ErrCodeNo
+}
+
+// Consumed returns n received bytes to the flow-control window of the stream.
+func (s *Stream) Consumed(n int) {
+	c := s.conn
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed || s.ended {
+		return
+	}
+	if c.server && n > 0 {
+		s.held -= n
+		c.hold(-n)
+		if s.held+s.reserved == 0 {
+			s.endGrant()
+		}
+		c.grant()
+	}
+	extra := min(n, s.extra)
+	s.extra -= extra
+	if s.consumed += n - extra; s.consumed < c.recvWindow()/4 || s.remoteEnd {
+		return
+	}
+	_ = c.write.WriteWindowUpdate(s.id, uint32(s.consumed)) //nolint:gosec // at most a window
+	s.recvWindow += s.consumed
+	s.consumed = 0
+}
+
+// windowUpdate handles a WINDOW_UPDATE frame.
+func (c *Conn) windowUpdate(f *http2.WindowUpdateFrame) error {
+	if f.StreamID != 0 && c.idleStream(f.StreamID) {
+		return &violation{http2.ErrCodeProtocol, textIdle}
+	}
+	c.mu.Lock()
+	s, over := c.streams[f.StreamID], false
+	switch {
+	case f.StreamID == 0:
+		if c.sendWindow += int64(f.Increment); c.sendWindow > math.MaxInt32 {
+			c.mu.Unlock()
+			return &violation{http2.ErrCodeFlowControl, textWindow}
+		}
+	case s != nil:
+		s.sendWindow += int64(f.Increment)
+		if over = s.sendWindow > math.MaxInt32; !over {
+			c.enqueue(s)
+		}
+	}
+	c.pump()
+	c.mu.Unlock()
+	if over {
+		c.resetStream(s.id, http2.ErrCodeFlowControl)
+	}
+	return nil
+}
+
+// watchStall closes the connection if data waits for the connection's window for stallTimeout. The
+// caller holds mu.
+func (c *Conn) watchStall() {
+	stalled := len(c.ready) > 0 && c.sendWindow <= 0 && !c.closed
+	switch {
+	case stalled && c.stallTimer == nil:
+		c.stallTimer = time.AfterFunc(stallTimeout, c.closeStalled)
+	case !stalled && c.stallTimer != nil:
+		c.stallTimer.Stop()
+		c.stallTimer = nil
+	}
+}
+
+// closeStalled closes the connection, unless the streams whose data has waited were reset.
+func (c *Conn) closeStalled() {
+	c.mu.Lock()
+	waits := slices.ContainsFunc(c.ready, func(s *Stream) bool { return !s.ended && len(s.queue) > 0 })
+	c.stallTimer = nil
+	c.mu.Unlock()
+	if waits {
+		c.fail(errStalled)
+	}
+}

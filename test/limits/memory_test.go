@@ -1,0 +1,426 @@
+package limits
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"encoding/binary"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"golang.org/x/net/http2"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
+)
+
+// memorySite is a proxy whose memory is measured: one listener without TLS for everyone, and one with
+// TLS that only allows the client "allowed".
+type memorySite struct {
+	*site
+	plain, secure   string // addresses
+	allowed, denied *tls.Config
+}
+
+func newMemorySite(t *testing.T) *memorySite {
+	t.Helper()
+	if runtime.GOOS != "linux" {
+		t.Skip("reads /proc")
+	}
+	t.Setenv("GOGC", "100") // as in production, whatever the other tests use
+	m := &memorySite{plain: harness.FreeAddress(t), secure: harness.FreeAddress(t)}
+	files(t)
+	m.site = &site{env: harness.New(t)}
+	ca := m.env.NewCA("clients")
+	pair := ca.Server("proxy")
+	m.behind = m.env.StartEtcd(harness.EtcdConfig{Name: "behind", MaxRequestBytes: 3 << 20, Flags: []string{"--unsafe-no-fsync"}})
+	cfg := m.config(m.behind.URL)
+	cfg.Etcd.MaxRequestBytes = 2 << 20
+	cfg.Listeners = []harness.Listener{{Address: m.plain}, {
+		Address: m.secure, AllowedClients: []string{"allowed"},
+		TLS: &harness.ServerTLS{CertFile: pair.CertFile, KeyFile: pair.KeyFile, ClientCAFile: ca.File},
+	}}
+	m.proxy = m.env.StartProxy("proxy", cfg)
+	m.proxy.WaitReady(30 * time.Second)
+	for name, config := range map[string]**tls.Config{"allowed": &m.allowed, "denied": &m.denied} {
+		*config = ca.ClientTLS(ca.Client(name, name))
+		(*config).NextProtos = []string{"h2"}
+		// So that the memory of handshakes is not what is measured where connections are few.
+		(*config).ClientSessionCache = tls.NewLRUClientSessionCache(1)
+	}
+	return m
+}
+
+// greetTLS is greet over TLS.
+func (m *memorySite) greetTLS(t *testing.T, config *tls.Config) *talker {
+	t.Helper()
+	conn, err := tls.Dial("tcp", m.secure, config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	k := talk(conn)
+	k.raw(http2.ClientPreface)
+	_ = k.WriteSettings()
+	return k
+}
+
+// resident is what /proc says about the memory of the proxy, in bytes.
+type resident struct{ peak, rss, file int64 }
+
+func (m *memorySite) resident(t *testing.T) (r resident) {
+	t.Helper()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", m.proxy.PID()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	fields := map[string]*int64{"VmHWM:": &r.peak, "VmRSS:": &r.rss, "RssFile:": &r.file}
+	for line := range strings.Lines(string(status)) {
+		words := strings.Fields(line)
+		if to := fields[words[0]]; to != nil {
+			kib, err := strconv.ParseInt(words[1], 10, 64)
+			if err != nil {
+				t.Fatal(err)
+			}
+			*to = kib << 10
+		}
+	}
+	return r
+}
+
+// grows runs abuse and fails if the peak of the proxy's memory grows by more than limit. Before, it
+// runs warm, so that code, pools and connections to etcd that any client needs are there. Pages of
+// the binary that are first used meanwhile do not count.
+func (m *memorySite) grows(t *testing.T, mib int64, warm, abuse func()) {
+	t.Helper()
+	kv := pb.NewKVClient(harness.Dial(t, m.plain, nil))
+	value := m.env.Sealed.Value("witness")
+	for range 300 {
+		if err := once(kv, "/warm", value); err != nil {
+			t.Fatal(err)
+		}
+	}
+	warm()
+	if err := os.WriteFile(fmt.Sprintf("/proc/%d/clear_refs", m.proxy.PID()), []byte("5"), 0); err != nil {
+		t.Fatalf("reset the peak of the memory: %v", err)
+	}
+	before := m.resident(t)
+	abuse()
+	after := m.resident(t)
+	grown := after.peak - before.rss - max(0, after.file-before.file)
+	t.Logf("memory grew by %.1f MiB (limit %d), from %d MiB to %d MiB", float64(grown)/(1<<20), mib, before.rss>>20, after.peak>>20)
+	if grown > mib<<20 {
+		t.Errorf("memory grew by %.1f MiB, limit %d MiB", float64(grown)/(1<<20), mib)
+	}
+	if err := m.proxy.Alive(); err != nil {
+		t.Error(err)
+	}
+	if err := once(kv, "/after", value); err != nil {
+		t.Errorf("an honest client afterwards: %v", err)
+	}
+}
+
+// drain reads and drops what the server sends.
+func (k *talker) drain() { go func() { _, _ = io.Copy(io.Discard, k.Conn) }() }
+
+// answered waits until the server has answered a PING, or closed the connection.
+func (k *talker) answered() []string {
+	_ = k.WritePing(false, [8]byte([]byte(mark)))
+	return k.listen(20 * time.Second)
+}
+
+const rangeMethod = "/etcdserverpb.KV/Range"
+
+// tinyFields starts a stream with n header fields of 33 bytes each (RFC 9113, section 6.5.2), of one
+// byte each on the wire.
+func (k *talker) tinyFields(stream uint32, n int) {
+	block := append(k.block(call(rangeMethod, "a", "")...), slices.Repeat([]byte{0xbe}, n)...)
+	const frame = 16 << 10
+	_ = k.WriteHeaders(http2.HeadersFrameParam{StreamID: stream, BlockFragment: block[:min(frame, len(block))], EndHeaders: len(block) <= frame})
+	for block = block[min(frame, len(block)):]; len(block) > 0; block = block[min(frame, len(block)):] {
+		_ = k.WriteContinuation(stream, len(block) <= frame, block[:min(frame, len(block))])
+	}
+}
+
+// TestMemoryOfHeaderFields: streams with 400,000 header fields each. Whoever is refused by closing
+// the connection comes back with the next stream.
+func TestMemoryOfHeaderFields(t *testing.T) {
+	m := newMemorySite(t)
+	for name, test := range map[string]struct {
+		greet func() *talker
+		mib   int64
+	}{
+		"allowed":     {func() *talker { return greet(t, m.plain) }, 24},
+		"not allowed": {func() *talker { return m.greetTLS(t, m.denied) }, 8},
+	} {
+		t.Run(name, func(t *testing.T) {
+			streams := func(n, fields int) {
+				var all sync.WaitGroup
+				defer all.Wait()
+				for i := 0; i < n; {
+					k := test.greet()
+					_ = k.SetWriteDeadline(time.Now().Add(10 * time.Second))
+					for stream := uint32(1); i < n && !k.broken(); stream += 2 {
+						k.tinyFields(stream, fields)
+						i++
+					}
+					all.Go(func() { k.answered(); k.Close() })
+				}
+			}
+			m.grows(t, test.mib, func() { streams(40, 10) }, func() { streams(40, 400_000) })
+		})
+	}
+}
+
+// TestMemoryOfUnfinishedMessages: 100 streams on one connection, each with 1.9 MB of a message of 1.9
+// MB and a bit. The client respects the flow-control windows.
+func TestMemoryOfUnfinishedMessages(t *testing.T) {
+	m := newMemorySite(t)
+	for name, test := range map[string]struct {
+		greet func() *talker
+		mib   int64
+	}{
+		"allowed":     {func() *talker { return greet(t, m.plain) }, 260},
+		"not allowed": {func() *talker { return m.greetTLS(t, m.denied) }, 8},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m.grows(t, test.mib, func() {}, func() {
+				k := test.greet()
+				defer k.Close()
+				sent := k.unfinished(t, 100, 1_900_000, 3*time.Second)
+				t.Logf("the proxy took %d MiB", sent>>20)
+			})
+		})
+	}
+}
+
+// unfinished starts n calls and sends all but the last byte of a message of size bytes on each, as
+// far as the windows allow, until nothing has moved for the time given. It returns how many bytes
+// were sent.
+func (k *talker) unfinished(t *testing.T, n, size int, quiet time.Duration) (sent int) {
+	t.Helper()
+	var mu sync.Mutex
+	conn, initial := 65535, 65535
+	windows, left := make([]int, n), make([]int, n)
+	wake, closed := make(chan struct{}, 1), make(chan struct{})
+	for i := range n {
+		windows[i], left[i] = initial, headLength+size-1
+	}
+	go func() {
+		defer close(closed)
+		for {
+			f, err := k.ReadFrame()
+			if err != nil {
+				return
+			}
+			mu.Lock()
+			switch f := f.(type) {
+			case *http2.SettingsFrame:
+				if v, ok := f.Value(http2.SettingInitialWindowSize); ok {
+					for i := range windows {
+						windows[i] += int(v) - initial
+					}
+					initial = int(v)
+				}
+			case *http2.WindowUpdateFrame:
+				if f.StreamID == 0 {
+					conn += int(f.Increment)
+				} else {
+					windows[f.StreamID/2] += int(f.Increment)
+				}
+			case *http2.RSTStreamFrame:
+				left[f.StreamID/2] = 0
+			case *http2.MetaHeadersFrame:
+				if f.StreamEnded() {
+					left[f.StreamID/2] = 0
+				}
+			}
+			mu.Unlock()
+			select {
+			case wake <- struct{}{}:
+			default:
+			}
+		}
+	}()
+	for i := range n {
+		k.begin(uint32(2*i+1), nil, call("/etcdserverpb.KV/Put")...)
+	}
+	head := binary.BigEndian.AppendUint32([]byte{0}, uint32(size))
+	payload := make([]byte, 16<<10)
+	idle := time.NewTimer(quiet)
+	for {
+		moved := false
+		for i := range n {
+			mu.Lock()
+			part := min(conn, windows[i], left[i], len(payload))
+			if part > 0 {
+				conn, windows[i] = conn-part, windows[i]-part
+				left[i] -= part
+			}
+			first := left[i]+part == headLength+size-1
+			mu.Unlock()
+			if part <= 0 {
+				continue
+			}
+			data := payload[:part]
+			if first {
+				data = append(slices.Clone(head), make([]byte, part-headLength)...)
+			}
+			if k.WriteData(uint32(2*i+1), false, data) != nil {
+				return sent
+			}
+			sent += part
+			moved = true
+		}
+		if moved {
+			idle.Reset(quiet)
+			continue
+		}
+		select {
+		case <-wake:
+		case <-closed:
+			return sent
+		case <-idle.C:
+			return sent
+		}
+	}
+}
+
+// headLength is the length of the prefix of a gRPC message.
+const headLength = 5
+
+// TestMemoryOfConnections: connections that come and go, or stay.
+func TestMemoryOfConnections(t *testing.T) {
+	m := newMemorySite(t)
+	t.Run("short, with an unknown method", func(t *testing.T) {
+		short := func(n int) {
+			var all sync.WaitGroup
+			for range 8 {
+				all.Go(func() {
+					for range n / 8 {
+						k := greet(t, m.plain)
+						k.begin(1, []byte{}, call("/etcdserverpb.KV/Unknown")...)
+						if heard := k.answered(); !strings.Contains(strings.Join(heard, "\n"), "grpc-status: 12") {
+							t.Errorf("heard %q", heard)
+						}
+						_ = k.Conn.(*net.TCPConn).SetLinger(0) // leaves no trace in the tables of the system
+						k.Close()
+					}
+				})
+			}
+			all.Wait()
+		}
+		m.grows(t, 24, func() { short(80) }, func() { short(5000) })
+	})
+	t.Run("not allowed", func(t *testing.T) {
+		refused := func(n int) {
+			var all sync.WaitGroup
+			for range 8 {
+				all.Go(func() {
+					for range n / 8 {
+						k := m.greetTLS(t, m.denied)
+						t.Cleanup(func() { k.Close() })
+						k.begin(1, nil, call(rangeMethod)...)
+						if heard := k.answered(); !strings.Contains(strings.Join(heard, "\n"), "grpc-status: 7") {
+							t.Errorf("heard %q", heard)
+						}
+					}
+				})
+			}
+			all.Wait()
+		}
+		m.grows(t, 16, func() { refused(80) }, func() { refused(1000) })
+	})
+	t.Run("idle", func(t *testing.T) {
+		idle := func(n int) {
+			for range n {
+				k := greet(t, m.plain)
+				_ = k.WriteSettingsAck()
+				k.answered()
+			}
+		}
+		m.grows(t, 16, func() { idle(20) }, func() { idle(1000) })
+	})
+}
+
+// TestMemoryOfStreams: calls that have begun on one connection, and sent nothing.
+func TestMemoryOfStreams(t *testing.T) {
+	m := newMemorySite(t)
+	for name, method := range map[string]string{"of one request": rangeMethod, "of many requests": "/etcdserverpb.Watch/Watch"} {
+		t.Run(name, func(t *testing.T) {
+			open := func(n int) {
+				k := greet(t, m.plain)
+				defer k.Close()
+				w := bufio.NewWriterSize(k.Conn, 64<<10)
+				f := http2.NewFramer(w, nil)
+				block := k.block(call(method)...)
+				for i := range n {
+					if err := f.WriteHeaders(http2.HeadersFrameParam{StreamID: uint32(2*i + 1), BlockFragment: block, EndHeaders: true}); err != nil {
+						t.Fatal(err)
+					}
+					block = k.block(call(method)...)
+				}
+				w.Flush()
+				if heard := k.answered(); !slices.Equal(heard, []string{"open"}) {
+					t.Errorf("heard %q", heard[:min(10, len(heard))])
+				}
+			}
+			m.grows(t, 64, func() { open(20) }, func() { open(20_000) })
+		})
+	}
+}
+
+// TestMemoryOfClientsThatOnlySend: 200 clients send requests without end and never read a response.
+// None of the other clients waits for long.
+func TestMemoryOfClientsThatOnlySend(t *testing.T) {
+	m := newMemorySite(t)
+	kv := pb.NewKVClient(harness.Dial(t, m.plain, nil))
+	fill(t, kv, "/send/", 8, []byte(m.env.Sealed.Value(strings.Repeat("v", 8<<10))))
+	request, err := encoded(&pb.RangeRequest{Key: []byte("/send/"), RangeEnd: []byte("/send0")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	const clients = 200
+	m.grows(t, 300, func() {}, func() {
+		ctx, stop := context.WithTimeout(t.Context(), 10*time.Second)
+		defer stop()
+		var all sync.WaitGroup
+		for range clients {
+			k := greet(t, m.plain)
+			all.Go(func() {
+				defer k.Close()
+				_ = k.WriteWindowUpdate(0, 1<<30)
+				for i := uint32(1); ctx.Err() == nil; i += 2 {
+					_ = k.SetWriteDeadline(time.Now().Add(time.Second))
+					k.begin(i, message(0, request), call(rangeMethod)...)
+					if k.broken() {
+						<-ctx.Done() // it stays connected
+					}
+				}
+			})
+		}
+		longest, calls := time.Duration(0), 0
+		for value := m.env.Sealed.Value("witness"); ctx.Err() == nil; calls++ {
+			begun := time.Now()
+			if err := once(kv, "/witness", value); err != nil {
+				t.Error(err)
+				break
+			}
+			longest = max(longest, time.Since(begun))
+			time.Sleep(2 * time.Millisecond) // it is not the load
+		}
+		t.Logf("beside them %d honest calls, the longest %v", calls, longest.Round(time.Millisecond))
+		if longest > 200*time.Millisecond {
+			t.Errorf("an honest client waited %v", longest)
+		}
+		all.Wait()
+	})
+}
