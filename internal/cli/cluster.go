@@ -82,8 +82,8 @@ func openCluster(cmd *cobra.Command, c *config.Config, o clusterOptions) (*clust
 		if o.noKMS {
 			break
 		}
-		cl.ends.Go(func() { _ = ring.Run(running) })  // it fails only if it ran before
-		contacts.Go(func() { _ = ring.Contact(ctx) }) // its state says why not
+		cl.ends.Go(func() { _ = ring.Run(running) })       // it fails only if it ran before
+		contacts.Go(func() { _ = ring.WaitForCheck(ctx) }) // its state says why not
 	}
 	if !o.noEtcd {
 		err = cl.reach(ctx)

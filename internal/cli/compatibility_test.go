@@ -106,7 +106,7 @@ func openReleased(t *testing.T, primary bool) *app {
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
 	for _, ring := range a.rings {
-		if err := ring.Contact(ctx); err != nil && primary {
+		if err := ring.WaitForCheck(ctx); err != nil && primary {
 			t.Fatalf("%s: %v", ring.Provider(), err)
 		}
 	}

@@ -129,8 +129,8 @@ func (c *counters) Recovered(provider, by string) {
 	c.all.recoveries.WithLabelValues(provider, by).Inc()
 }
 
-// Rescued implements [keyring.Observer].
-func (c *counters) Rescued(provider, by, keyID, why string) {
+// CopyUnwrapped implements [keyring.Observer].
+func (c *counters) CopyUnwrapped(provider, by, keyID, why string) {
 	c.all.app.rescued(provider, by, keyID, why)
 }
 
@@ -140,7 +140,7 @@ var (
 		keyring.OutcomeSeedRefused, keyring.OutcomeKeyUnusable, keyring.OutcomeCorrupt, keyring.OutcomeStrict, keyring.OutcomeRefused,
 	}
 	events = []keyring.Event{
-		keyring.EventHit, keyring.EventMiss, keyring.EventStale, keyring.EventMinted, keyring.EventRevoked, keyring.EventGood, keyring.EventBad,
+		keyring.EventHit, keyring.EventMiss, keyring.EventStale, keyring.EventGenerated, keyring.EventRevoked, keyring.EventGood, keyring.EventBad,
 	}
 )
 
@@ -215,8 +215,8 @@ func (k keyStates) Collect(ch chan<- prometheus.Metric) {
 		if !s.LastGood.IsZero() {
 			gauge(lastGoodDesc, float64(s.LastGood.UnixNano())/1e9, s.Provider)
 		}
-		if !s.Minted.IsZero() {
-			gauge(mintedDesc, float64(s.Minted.UnixNano())/1e9, s.Provider)
+		if !s.Seeded.IsZero() {
+			gauge(mintedDesc, float64(s.Seeded.UnixNano())/1e9, s.Provider)
 		}
 		if s.KeyID != "" {
 			gauge(keyDesc, 1, s.Provider, strings.ToValidUTF8(s.KeyID, "\ufffd")) // the KMS' text, whatever it is

@@ -83,7 +83,7 @@ func TestPrintf(t *testing.T) {
 		{"%q %x", []any{"a\nb", "\x1b"}, `"a\nb" 1b`},
 		{"%d %.1f %v %t %v", []any{3, 1.25, 2 * time.Second, true, nil}, "3 1.2 2s true <nil>"},
 		{"%v", []any{errors.Join(errors.New("a"), fmt.Errorf("b: %w", errors.New("c\x1b")))}, `a; b: c\x1b`},
-		{"%s", []any{keyring.Standing(hostile[:3])}, `k1\n`},
+		{"%s", []any{keyring.ValueState(hostile[:3])}, `k1\n`},
 		{"%s %v", []any{[]byte("a\n"), []string{"b\n"}}, `a\n [b\n]`},
 		{"%v", []any{config.Problem{Line: 1, Text: "a\n"}}, `line 1: a\n`},
 	} {

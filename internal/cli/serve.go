@@ -66,10 +66,10 @@ Logs go to standard error.`,
 
 // serveOptions are the flags of serve.
 type serveOptions struct {
-	drain     time.Duration
-	weaken    bool
-	scan      time.Duration // 0: never
-	sockets   sockets       // from systemd
+	drain   time.Duration
+	weaken  bool
+	scan    time.Duration // 0: never
+	sockets sockets       // from systemd
 
 	renew     time.Duration // the interval of re-encrypting; 0: never
 	renewRate float64

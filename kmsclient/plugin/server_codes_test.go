@@ -54,7 +54,7 @@ func TestServerCodes(t *testing.T) {
 			if len(counted) != 3 || counted["Encrypt"] != tc.want || counted["Status"] != tc.want {
 				t.Errorf("counted %v", counted)
 			}
-			if !strings.Contains(log.String(), "KMS contact is not good") || !strings.Contains(log.String(), "call failed") || strings.Contains(log.String(), "anary") {
+			if !strings.Contains(log.String(), "KMS health check failed") || !strings.Contains(log.String(), "call failed") || strings.Contains(log.String(), "anary") {
 				t.Errorf("log:\n%s", &log)
 			}
 		})

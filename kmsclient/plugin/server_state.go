@@ -118,7 +118,7 @@ func (s *Server) bad(err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if was := s.known.err; was == nil || kmsclient.ClassOf(was) != kmsclient.ClassOf(err) {
-		s.cfg.Logger.Warn("KMS contact is not good", "provider", s.cfg.Provider, "reason", text(err)[len(prefix):])
+		s.cfg.Logger.Warn("KMS health check failed", "provider", s.cfg.Provider, "reason", text(err)[len(prefix):])
 	}
 	s.known.err = err
 }

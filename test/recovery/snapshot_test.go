@@ -47,7 +47,7 @@ func TestSnapshotIsOpened(t *testing.T) {
 	}
 	opened := func(out string) {
 		t.Helper()
-		if !strings.HasSuffix(out, value) || !strings.Contains(out, "opened by recovery copies of their seeds") {
+		if !strings.HasSuffix(out, value) || !strings.Contains(out, "decrypted by recovery copies of their DEK seeds") {
 			t.Errorf("it prints %q", out)
 		}
 	}
