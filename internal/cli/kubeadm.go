@@ -19,9 +19,9 @@ import (
 func newKubeadm() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "kubeadm COMMAND",
-		Short: "put the proxy before the API server of a kubeadm control-plane node, or take it out",
-		Long: `kubeadm works on one control-plane node that kubeadm has set up, and runs there as root. docs/deploy/kubeadm.md describes clusters of one and
-of three nodes.`,
+		Short: "enable or disable the proxy on a kubeadm control-plane node",
+		Long: `The kubeadm commands work on one control-plane node that kubeadm has set up. Run them there as root. docs/deploy/kubeadm.md describes clusters of
+one and of three nodes.`,
 		Args: cobra.NoArgs,
 		RunE: needsCommand,
 	}
@@ -29,7 +29,7 @@ of three nodes.`,
 	return cmd
 }
 
-// nodeFlags are those that all commands of a node have.
+// nodeFlags are the flags that all kubeadm commands have.
 type nodeFlags struct {
 	config, root string
 	timeout      time.Duration
@@ -37,15 +37,14 @@ type nodeFlags struct {
 
 func (f *nodeFlags) add(cmd *cobra.Command, config string, timeout time.Duration) {
 	cmd.Flags().StringVar(&f.config, "config", config, "configuration `FILE` of the proxy")
-	cmd.Flags().StringVar(&f.root, "root", "", "change the root to folder `DIR` first (chroot), for a node's file system that is mounted there")
-	cmd.Flags().DurationVar(&f.timeout, "timeout", timeout, "how long to wait for the proxy, and for the API server")
+	cmd.Flags().StringVar(&f.root, "root", "", "first change the root to folder `DIR` (chroot), where a node's file system is mounted")
+	cmd.Flags().DurationVar(&f.timeout, "timeout", timeout, "time limit of each wait for the proxy or the API server")
 }
 
-// node returns the node that the flags describe. Warnings of the configuration and what is done go to
-// stderr.
+// node returns the node that the flags describe. Progress messages go to stderr.
 func (f *nodeFlags) node(stderr io.Writer) (*kubeadm.Node, error) {
 	if f.timeout <= 0 {
-		return nil, &failure{code: exitUsage, err: fmt.Errorf("--timeout %v is not more than 0s", f.timeout)}
+		return nil, &failure{code: exitUsage, err: fmt.Errorf("--timeout %v is not positive", f.timeout)}
 	}
 	if f.root != "" {
 		if err := changeRoot(f.root); err != nil {
@@ -73,8 +72,8 @@ const (
 	defaultKubeadmAdmin  = "127.0.0.1:9379"
 )
 
-// kubeadmFacts checks the configuration file at path and returns what a node needs to know of it. The error of
-// a file with several problems has all of them.
+// kubeadmFacts checks the configuration file at path and returns the facts that a node needs. The error
+// lists all problems of the file.
 func kubeadmFacts(path, name string) (kubeadm.Facts, error) {
 	var facts kubeadm.Facts
 	c, err := config.LoadChecked(path, backendChecks(nil))
@@ -107,7 +106,7 @@ func kubeadmFacts(path, name string) (kubeadm.Facts, error) {
 		if k.Plugin == nil {
 			continue
 		}
-		// An abstract socket needs no mount: the Pod has the host's network.
+		// An abstract socket needs no mount: the Pod uses the network namespace of the host.
 		if socket := strings.TrimPrefix(k.Plugin.Endpoint, "unix://"); strings.HasPrefix(socket, "/") {
 			facts.Folders = append(facts.Folders, filepath.Dir(socket))
 		}
@@ -148,5 +147,5 @@ func printPlan(w io.Writer, p *kubeadm.Plan) {
 	}
 }
 
-// notThere reports whether err says that a file is missing.
+// notThere reports whether err is due to a missing file.
 func notThere(err error) bool { return errors.Is(err, fs.ErrNotExist) }

@@ -18,17 +18,17 @@ func newKubeadmDisable() *cobra.Command {
 	var f nodeFlags
 	cmd := &cobra.Command{
 		Use:   "disable",
-		Short: "take the proxy out from between the API server of this node and etcd",
+		Short: "make the API server of this node use etcd without the proxy",
 		Long: `disable restores the API server's --etcd-servers from the proxy's configuration, waits until the API server is ready without the proxy, and removes the
 proxy's static Pod. It keeps the configuration and the keys. If the API server is not ready within --timeout, it restores the manifest.
 
-It refuses while etcd holds encrypted values, which the API server could not read without the proxy, and while a rule encrypts new values: run enable with
---decrypt-only --allow-weakening on every node, then reencrypt, and then disable on every node. --force skips both checks.`,
+It fails while etcd holds encrypted values, which the API server cannot read without the proxy, and while a rule encrypts new values. To decrypt them, run
+enable with --decrypt-only --allow-weakening on every node, then reencrypt, and then disable on every node. --force skips both checks.`,
 		Args: cobra.NoArgs,
 	}
 	f.add(cmd, kubeadm.DefaultPaths.Config, 5*time.Minute)
 	dryRun := cmd.Flags().Bool("dry-run", false, "print what would change as a diff, and change nothing")
-	force := cmd.Flags().Bool("force", false, "disable although values are encrypted: the API server will fail to read them")
+	force := cmd.Flags().Bool("force", false, "disable even if values are encrypted: the API server will fail to read them")
 	cmd.RunE = fails(func(cmd *cobra.Command, _ []string) error {
 		n, err := f.node(cmd.ErrOrStderr())
 		if err != nil {
@@ -62,9 +62,9 @@ It refuses while etcd holds encrypted values, which the API server could not rea
 	return cmd
 }
 
-const hintDecrypt = "run kubeadm enable --decrypt-only --allow-weakening on every control-plane node, then reencrypt; docs/deploy/kubeadm.md has the steps"
+const hintDecrypt = "run kubeadm enable --decrypt-only --allow-weakening on every control-plane node, then reencrypt; docs/deploy/kubeadm.md describes the steps"
 
-// nothingEncrypted returns a failure while etcd holds encrypted values or may get some.
+// nothingEncrypted returns a failure if etcd holds encrypted values or a rule encrypts new ones.
 func nothingEncrypted(cmd *cobra.Command, path string) error {
 	c, err := loadConfig(cmd, path)
 	if err != nil {

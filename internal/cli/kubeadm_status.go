@@ -15,9 +15,9 @@ func newKubeadmStatus() *cobra.Command {
 	var f nodeFlags
 	cmd := &cobra.Command{
 		Use:   "status",
-		Short: "what this control-plane node does",
-		Long: `status says whether the API server of this node uses the proxy, for everything or for Secrets only, and whether both are ready. It changes nothing. What is
-encrypted in etcd, etcd-kms-proxy status says.`,
+		Short: "show whether the API server of this control-plane node uses the proxy",
+		Long: `status shows whether the API server of this node uses the proxy, for all resources or for Secrets only, and whether both are ready. It changes nothing. For
+the values in etcd, run etcd-kms-proxy status.`,
 		Args: cobra.NoArgs,
 	}
 	f.add(cmd, kubeadm.DefaultPaths.Config, 10*time.Second)
@@ -42,7 +42,7 @@ encrypted in etcd, etcd-kms-proxy status says.`,
 	return cmd
 }
 
-// printNode prints the state of a node for people.
+// printNode prints the state of a node as text.
 func printNode(w io.Writer, s *kubeadm.Status) {
 	ready := func(h kubeadm.Health) string {
 		if h.Ready {

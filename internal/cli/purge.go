@@ -198,34 +198,17 @@ func (r *purgeReport) plan(w io.Writer) {
 
 // rewrite compacts and defragments.
 func (cl *cluster) rewrite(ctx context.Context, r *purgeReport, settle time.Duration, stderr io.Writer) error {
-	if err := r.History.Compact(ctx, cl.etcd); err != nil {
-		return err
-	}
-	// All of them first: a member that falls behind may get the whole database of another one.
-	for i := range r.Members {
-		m := &r.Members[i]
-		limited, cancel := context.WithTimeout(ctx, settle)
-		err := r.History.Settle(limited, cl.etcd, m)
-		cancel()
-		switch {
-		case ctx.Err() != nil:
-			return ctx.Err()
-		case err != nil:
-			m.Unproven = fmt.Sprintf("it has not said within %s that its compaction is done: %v", settle, err)
+	err := r.History.Remove(ctx, cl.etcd, r.Members, settle, func(m *purge.Member, before int64, took time.Duration) {
+		r.After += m.DBSize - before
+		printf(stderr, "member %x at %s: %s, %.1f s\n", m.ID, m.Endpoint, size(m.DBSize), took.Seconds())
+	})
+	for _, m := range r.Members {
+		if m.Unproven != "" {
 			r.Left = append(r.Left, fmt.Sprintf("member %x at %s is not proven to have dropped the old values, and is not defragmented: %s; run purge again", m.ID, m.Endpoint, m.Unproven))
 		}
 	}
-	for i := range r.Members {
-		m := &r.Members[i]
-		if m.Unproven != "" {
-			continue
-		}
-		before, begun := m.DBSize, time.Now()
-		if err := purge.Defragment(ctx, cl.etcd, m); err != nil {
-			return err
-		}
-		r.After += m.DBSize - before
-		printf(stderr, "member %x at %s: %s, %.1f s\n", m.ID, m.Endpoint, size(m.DBSize), time.Since(begun).Seconds())
+	if err != nil {
+		return err
 	}
 	r.Left = append(r.Left,
 		"write-ahead logs of each member (member/wal): etcd drops one once it is full, which is after 64 MB of writes, a snapshot was taken behind it, and --max-wals newer ones exist; a member that is removed and added anew with an empty data directory has none",

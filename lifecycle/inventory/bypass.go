@@ -4,18 +4,15 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"math"
 	"slices"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/restore"
 )
@@ -94,45 +91,57 @@ func (b *BypassWatcher) follow(rules *Rules) (prefixes []string) {
 	return prefixes
 }
 
-// watch watches until the rules have changed, which it reports, or a watch ends.
+// watch watches until the rules change, which it reports, or the stream of watches ends.
 func (b *BypassWatcher) watch(ctx context.Context) (changed bool) {
 	ctx, stop := context.WithCancel(ctx)
+	defer stop()
 	prefixes := b.follow(b.Rules())
 	if err := b.catchUp(ctx, prefixes); err != nil {
 		b.fails(ctx, err)
-		stop()
 		return false
 	}
-	// One stream, which the library does not open again by itself: it would go on at a revision that may be in the future.
-	watcher := clientv3.NewWatchFromWatchClient(&oneStream{WatchClient: pb.NewWatchClient(b.Client.ActiveConnection())}, b.Client)
-	answers := make(chan answer)
-	var all sync.WaitGroup
-	defer all.Wait()
-	defer watcher.Close() //nolint:errcheck // it reports the end of its own context
-	defer stop()
-	for _, p := range prefixes {
-		from := b.next[p]
-		all.Go(func() {
-			w := watcher.Watch(ctx, p, clientv3.WithPrefix(), clientv3.WithFilterDelete(), clientv3.WithFragment(), clientv3.WithRev(from),
-				clientv3.WithCreatedNotify(), clientv3.WithProgressNotify())
-			for r := range w {
-				select {
-				case answers <- answer{p, r}:
-				case <-ctx.Done():
-				}
+	// A stream of its own: the watcher of etcd's client library reconnects, and then continues at a revision that may be in
+	// the future of a restored etcd.
+	stream, err := pb.NewWatchClient(b.Client.ActiveConnection()).Watch(ctx, grpc.MaxCallRecvMsgSize(math.MaxInt32))
+	for i := 0; i < len(prefixes) && err == nil; i++ {
+		keys := clientv3.OpGet(prefixes[i], clientv3.WithPrefix())
+		err = stream.Send(&pb.WatchRequest{RequestUnion: &pb.WatchRequest_CreateRequest{CreateRequest: &pb.WatchCreateRequest{
+			Key: keys.KeyBytes(), RangeEnd: keys.RangeBytes(), StartRevision: b.next[prefixes[i]], ProgressNotify: true, Fragment: true,
+			Filters: []pb.WatchCreateRequest_FilterType{pb.WatchCreateRequest_NODELETE},
+		}}})
+	}
+	if err != nil {
+		b.fails(ctx, err)
+		return false
+	}
+	responses := make(chan *pb.WatchResponse)
+	go func() {
+		defer close(responses)
+		for {
+			r, err := stream.Recv()
+			if err != nil {
+				return // a stream that ends is opened again
 			}
 			select {
-			case answers <- answer{p, clientv3.WatchResponse{Canceled: true}}:
+			case responses <- r:
 			case <-ctx.Done():
+				return
 			}
-		})
-	}
+		}
+	}()
+	watched := make(map[int64]string) // prefixes by the ID of their watch
 	for {
 		select {
 		case <-ctx.Done():
 			return false
-		case a := <-answers:
-			if !b.see(&a) {
+		case r, ok := <-responses:
+			if !ok {
+				return false
+			}
+			if r.GetCreated() && len(watched) < len(prefixes) { // in the order of the requests
+				watched[r.GetWatchId()] = prefixes[len(watched)]
+			}
+			if !b.see(watched[r.GetWatchId()], r) {
 				return false
 			}
 		case <-b.changed:
@@ -203,59 +212,34 @@ func (b *BypassWatcher) fails(ctx context.Context, err error) {
 	b.Logger.Warn("writes that go past the proxy are not watched at the moment", "error", err)
 }
 
-// oneStream opens one stream, and no other after it.
-type oneStream struct {
-	pb.WatchClient
-	opened atomic.Bool
-}
-
-// errStreamOver is the end of the stream of a oneStream, with a code after which the library does not try again.
-var errStreamOver = status.Error(codes.Aborted, "the stream of watches has ended")
-
-// Watch implements [pb.WatchClient].
-func (o *oneStream) Watch(ctx context.Context, opts ...grpc.CallOption) (pb.Watch_WatchClient, error) {
-	if o.opened.Load() {
-		return nil, errStreamOver
-	}
-	stream, err := o.WatchClient.Watch(ctx, opts...)
-	if err == nil {
-		o.opened.Store(true)
-	}
-	return stream, err
-}
-
-// answer is what the watch of one prefix gave.
-type answer struct {
-	prefix string
-	clientv3.WatchResponse
-}
-
-// see looks at the events of one answer. It returns false if the watch is over.
-func (b *BypassWatcher) see(r *answer) bool {
-	if r.CompactRevision > 0 { // what was compacted in the meantime is not seen
-		if from, known := b.missed[r.prefix]; !known || b.next[r.prefix] < from {
-			b.missed[r.prefix] = b.next[r.prefix]
+// see handles a response of the watch of a prefix. It returns false if the watch is over.
+func (b *BypassWatcher) see(prefix string, r *pb.WatchResponse) bool {
+	if r.GetCompactRevision() > 0 { // what was compacted in the meantime is not seen
+		if from, known := b.missed[prefix]; !known || b.next[prefix] < from {
+			b.missed[prefix] = b.next[prefix]
 		}
-		b.next[r.prefix] = r.CompactRevision
+		b.next[prefix] = r.GetCompactRevision()
 	}
-	if err := r.Err(); err != nil || r.Canceled {
-		if err != nil && !errors.Is(err, errStreamOver) {
-			b.fails(context.Background(), err)
+	if r.GetCanceled() {
+		if r.GetCompactRevision() == 0 && r.GetCancelReason() != "" {
+			b.fails(context.Background(), errors.New(r.GetCancelReason()))
 		}
 		return false
 	}
 	b.told = false
-	b.history.Observe(r.Header)
+	b.history.Observe(r.GetHeader())
 	rules := b.Rules()
-	for _, e := range r.Events {
-		b.look(rules, e.Kv)
+	for _, e := range r.GetEvents() {
+		b.look(rules, e.GetKv())
 	}
-	switch n := len(r.Events); {
+	switch n := len(r.GetEvents()); {
+	case n > 0 && r.GetFragment(): // more events of this revision follow
+		b.next[prefix] = r.GetEvents()[n-1].GetKv().GetModRevision()
 	case n > 0:
-		b.next[r.prefix] = r.Events[n-1].Kv.ModRevision + 1 // the header may be ahead of what is still to come
-	case r.Created && b.next[r.prefix] > 0: // it has yet to catch up
+		b.next[prefix] = r.GetEvents()[n-1].GetKv().GetModRevision() + 1 // the header may be ahead of what is still to come
+	case r.GetCreated() && b.next[prefix] > 0: // it has yet to catch up
 	default:
-		b.next[r.prefix] = r.Header.Revision + 1
+		b.next[prefix] = r.GetHeader().GetRevision() + 1
 	}
 	return true
 }

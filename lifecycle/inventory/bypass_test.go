@@ -7,7 +7,6 @@ import (
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
-	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
 // TestBypassFollows: what was watched goes on where it was, whatever rules are added or taken away around it; what is new begins with the rules.
@@ -46,16 +45,18 @@ func TestBypassNext(t *testing.T) {
 	b := NewBypassWatcher(BypassConfig{Rules: func() *Rules { return rules }, Logger: slog.New(slog.DiscardHandler)})
 	header := func(rev int64) *pb.ResponseHeader { return &pb.ResponseHeader{Revision: rev} }
 	for i, step := range []struct {
-		answer clientv3.WatchResponse
+		answer *pb.WatchResponse
 		want   int64
 	}{
-		{clientv3.WatchResponse{Header: header(7), Created: true}, 8},
-		{clientv3.WatchResponse{Header: header(9), Created: true}, 8}, // begun again at 8, and not there yet
-		{clientv3.WatchResponse{Header: header(99), Events: []*clientv3.Event{{Kv: &mvccpb.KeyValue{ModRevision: 20}}, {Kv: &mvccpb.KeyValue{ModRevision: 30}}}}, 31},
-		{clientv3.WatchResponse{Header: header(99)}, 100}, // progress
-		{clientv3.WatchResponse{Header: header(200), CompactRevision: 150, Canceled: true}, 150},
+		{&pb.WatchResponse{Header: header(7), Created: true}, 8},
+		{&pb.WatchResponse{Header: header(9), Created: true}, 8}, // begun again at 8, and not there yet
+		{&pb.WatchResponse{Header: header(99), Events: []*mvccpb.Event{{Kv: &mvccpb.KeyValue{ModRevision: 20}}, {Kv: &mvccpb.KeyValue{ModRevision: 30}}}}, 31},
+		{&pb.WatchResponse{Header: header(99), Fragment: true, Events: []*mvccpb.Event{{Kv: &mvccpb.KeyValue{ModRevision: 40}}}}, 40}, // more of it follows
+		{&pb.WatchResponse{Header: header(99), Events: []*mvccpb.Event{{Kv: &mvccpb.KeyValue{ModRevision: 40}}}}, 41},
+		{&pb.WatchResponse{Header: header(99)}, 100}, // progress
+		{&pb.WatchResponse{Header: header(200), CompactRevision: 150, Canceled: true}, 150},
 	} {
-		if b.see(&answer{"/a/", step.answer}); b.next["/a/"] != step.want {
+		if b.see("/a/", step.answer); b.next["/a/"] != step.want {
 			t.Errorf("step %d: %d, want %d", i, b.next["/a/"], step.want)
 		}
 	}

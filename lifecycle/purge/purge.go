@@ -112,8 +112,8 @@ func (h *History) see(rules *inventory.Rules, e *clientv3.Event) {
 	}
 }
 
-// Compact makes etcd drop what h found. That is decided for all members at once, and done by each in its own time: see [History.Settle].
-func (h *History) Compact(ctx context.Context, c *clientv3.Client) error {
+// compact makes etcd drop what h found. That is decided for all members at once, and done by each in its own time: see settle.
+func (h *History) compact(ctx context.Context, c *clientv3.Client) error {
 	if h.CompactAt == 0 {
 		return nil
 	}
@@ -124,9 +124,9 @@ func (h *History) Compact(ctx context.Context, c *clientv3.Client) error {
 	return nil
 }
 
-// Settle waits until m, in its own files, has done the compaction of h and each one before it, whoever asked for them. A physical compaction is answered by the
+// settle waits until m, in its own files, has done the compaction of h and each one before it, whoever asked for them. A physical compaction is answered by the
 // member that was asked, behind all that it has to do before: also with ErrCompacted, where that revision was compacted already.
-func (h *History) Settle(ctx context.Context, c *clientv3.Client, m *Member) error {
+func (h *History) settle(ctx context.Context, c *clientv3.Client, m *Member) error {
 	at := max(h.CompactAt, h.Compacted)
 	if at <= 0 {
 		return nil // nothing was ever compacted
@@ -141,6 +141,42 @@ func (h *History) Settle(ctx context.Context, c *clientv3.Client, m *Member) err
 		err = nil
 	}
 	return err
+}
+
+// Remove compacts past what h found, waits up to settle for each member to carry that out in its own files, and defragments
+// those that have, one after the other. Of a member that has not, [Member.Unproven] says why. defragmented is called after each
+// member, with its size before.
+func (h *History) Remove(
+	ctx context.Context, c *clientv3.Client, members []Member, settle time.Duration, defragmented func(m *Member, before int64, took time.Duration),
+) error {
+	if err := h.compact(ctx, c); err != nil {
+		return err
+	}
+	// All of them first: a member that falls behind may get the whole database of another one.
+	for i := range members {
+		m := &members[i]
+		limited, cancel := context.WithTimeout(ctx, settle)
+		err := h.settle(limited, c, m)
+		cancel()
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if err != nil {
+			m.Unproven = fmt.Sprintf("it has not said within %s that its compaction is done: %v", settle, err)
+		}
+	}
+	for i := range members {
+		m := &members[i]
+		if m.Unproven != "" {
+			continue
+		}
+		before, begun := m.DBSize, time.Now()
+		if err := Defragment(ctx, c, m); err != nil {
+			return err
+		}
+		defragmented(m, before, time.Since(begun))
+	}
+	return nil
 }
 
 // Member is a member of etcd, as [Members] found it.

@@ -2,15 +2,18 @@ package http2conn
 
 import (
 	"io"
+	"runtime"
 
 	"google.golang.org/grpc/mem"
 )
 
-// Sizes of the read buffer in bytes. A read that fills it makes the next one larger, and a short read
-// smaller: most connections are idle most of the time.
+// Sizes of the read buffer in bytes. A read that fills it with long data makes the next one larger, and
+// a short read smaller: most connections are idle most of the time, and many small frames take much
+// time, in which other connections wait.
 const (
 	minInput = 4 << 10
 	maxInput = 256 << 10
+	longData = 1 << 10 // bytes of a frame
 )
 
 // input is a buffered reader for one goroutine.
@@ -19,6 +22,7 @@ type input struct {
 	pool mem.BufferPool
 	buf  *[]byte
 	r, w int // of buf, what was read and not returned
+	long int // bytes of buf that were long data
 }
 
 // Read implements io.Reader.
@@ -36,6 +40,9 @@ func (in *input) next(n int) ([]byte, error) {
 	}
 	b := (*in.buf)[in.r:min(in.w, in.r+n)]
 	in.r += len(b)
+	if n >= longData {
+		in.long += len(b)
+	}
 	return b, nil
 }
 
@@ -43,13 +50,16 @@ func (in *input) next(n int) ([]byte, error) {
 func (in *input) fill() error {
 	if in.buf == nil {
 		in.resize(minInput)
-	} else if size := len(*in.buf); in.w == size && size < maxInput {
+	} else if size := len(*in.buf); in.w == size && size < maxInput && in.long > size/2 {
 		in.resize(4 * size)
 	} else if in.w < size/16 && size > minInput {
 		in.resize(size / 4)
 	}
+	if in.w == len(*in.buf) { // there is more to read, for which this connection need not wait
+		runtime.Gosched()
+	}
 	n, err := in.read(*in.buf)
-	in.r, in.w = 0, n
+	in.r, in.w, in.long = 0, n, 0
 	if n > 0 {
 		return nil // the next read returns an error that came with bytes
 	}

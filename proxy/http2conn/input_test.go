@@ -26,13 +26,39 @@ func (p *pieces) read(b []byte) (int, error) {
 	return n, nil
 }
 
-// TestInputGrowsAndShrinks: what comes is read at once, up to a limit, and a peer that has grown silent costs little.
+// all takes everything, at most n bytes at once.
+func (in *input) all(n int) (got []byte, err error) {
+	for {
+		b, err := in.next(n)
+		if err != nil {
+			return got, err
+		}
+		got = append(got, b...)
+	}
+}
+
+// TestManySmallFrames are read in small pieces, so that no other connection waits for long.
+func TestManySmallFrames(t *testing.T) {
+	pool := new(ledger)
+	from := &pieces{left: [][]byte{pattern(1 << 20)}}
+	in := &input{read: from.read, pool: pool}
+	if got, err := in.all(100); len(got) != 1<<20 || !errors.Is(err, io.EOF) {
+		t.Errorf("%d bytes, %v", len(got), err)
+	}
+	if largest := slices.Max(from.sizes); largest != minInput {
+		t.Errorf("up to %d bytes were read at once", largest)
+	}
+	in.free()
+	pool.check(t)
+}
+
+// TestInputGrowsAndShrinks: long data is read at once, up to a limit, and an idle peer costs little.
 func TestInputGrowsAndShrinks(t *testing.T) {
 	pool := new(ledger)
 	from := &pieces{left: [][]byte{pattern(1 << 20), pattern(100), pattern(100), pattern(100), pattern(100), pattern(100)}}
 	in := &input{read: from.read, pool: pool}
-	got, err := io.ReadAll(in)
-	if err != nil {
+	got, err := in.all(1 << 20)
+	if !errors.Is(err, io.EOF) {
 		t.Fatal(err)
 	}
 	want := slices.Repeat(pattern(100), 5)

@@ -67,7 +67,7 @@ func (s *site) put(key, value string) {
 	}
 }
 
-// serve starts a proxy and waits until it is announced.
+// serve starts a proxy and waits until it is announced and the proxies have agreed on rules.
 func (s *site) serve(args ...string) {
 	s.t.Helper()
 	p := s.env.Spawn("proxy", append([]string{"serve", "--config", s.config}, args...)...)
@@ -79,6 +79,10 @@ func (s *site) serve(args ...string) {
 		}
 		if out := s.shell("etcd-kms-proxy status"); !strings.Contains(out, "as here") {
 			return fmt.Errorf("%s", out)
+		}
+		record, err := s.raw.Range(s.t.Context(), &pb.RangeRequest{Key: []byte("/etcd-kms-proxy/agreement"), CountOnly: true})
+		if err != nil || record.Count == 0 {
+			return fmt.Errorf("no record of the rules: %w", err)
 		}
 		return nil
 	})
@@ -120,9 +124,8 @@ func TestConfigure(t *testing.T) {
 	defer s.done()
 	s.run(1)
 	s.means("unix:///run/etcd-kms-proxy/etcd.sock", "unix://"+filepath.Join(s.env.Dir, "etcd.sock"))
-	s.means("tls: {caFile: /etc/etcd/ca.crt, certFile: /etc/etcd/client.crt, keyFile: /etc/etcd/client.key}", "")
 	s.means("https://10.0.0.1:2379", s.etcd.URL)
-	text := s.yaml(1)
+	text := strings.Replace(s.yaml(1), "  tls: {caFile: /etc/etcd/ca.crt, certFile: /etc/etcd/client.crt, keyFile: /etc/etcd/client.key}\n", "", 1)
 	s.config = s.env.File("config.yaml", []byte(text))
 	s.run(2)
 	s.env.File("wrong.yaml", []byte(strings.Replace(text, "writeWith", "writeWiht", 1)))
