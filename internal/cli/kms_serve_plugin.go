@@ -24,7 +24,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/plugin"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/pluginserver"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
 )
 
@@ -50,7 +50,7 @@ second later or more, exits at once, with 3. Logs go to standard error. On Linux
 	path := configFlag(cmd)
 	name := cmd.Flags().String("name", "", "`PROVIDER` under kms to serve")
 	socket := cmd.Flags().String("socket", "", "`PATH` of the socket, as /path or unix:///path")
-	drain := cmd.Flags().Duration("drain-timeout", plugin.DefaultDrainTimeout, "how long calls under way may take after the first SIGTERM or SIGINT")
+	drain := cmd.Flags().Duration("drain-timeout", pluginserver.DefaultDrainTimeout, "how long calls under way may take after the first SIGTERM or SIGINT")
 	cmd.RunE = fails(func(cmd *cobra.Command, _ []string) error {
 		switch {
 		case *drain <= 0:
@@ -106,7 +106,7 @@ func servePlugin(cmd *cobra.Command, path, name, socket string, drain time.Durat
 	if err != nil {
 		return err
 	}
-	l, err := plugin.Listen(socket)
+	l, err := pluginserver.Listen(socket)
 	if err != nil {
 		return socketFailure(err)
 	}
@@ -163,7 +163,7 @@ func providerCalled(c *config.Config, name string) (config.KMS, error) {
 func socketFailure(err error) error {
 	f := &failure{code: exitFailure, err: err}
 	switch {
-	case errors.Is(err, plugin.ErrInUse):
+	case errors.Is(err, pluginserver.ErrInUse):
 		f.hint = "stop that process, or choose another path; every API server has a plugin of its own"
 	case errors.Is(err, fs.ErrNotExist):
 		f.hint = "make the folder first, for the API server's user alone: mkdir -m 0700"
@@ -188,7 +188,7 @@ const failingPoll = 10 * time.Second
 // pluginServer is everything that serve-plugin runs.
 type pluginServer struct {
 	log      *slog.Logger
-	server   *plugin.Server
+	server   *pluginserver.Server
 	registry *prometheus.Registry
 	admin    *proxy.Admin // nil where there is none
 	audit    *auditor     // nil where there is none
@@ -207,7 +207,7 @@ func newPluginServer(c *config.Config, k config.KMS, b *backend, a *auditor, dra
 	}
 	p := &pluginServer{log: log, registry: prometheus.NewRegistry(), audit: a}
 	poll := min(k.PollInterval, c.Cache.RevokeWithin)
-	p.server, err = plugin.NewServer(plugin.ServerConfig{
+	p.server, err = pluginserver.New(pluginserver.Config{
 		Provider: k.Name, KMS: a.kms(k.Name, client), PollInterval: poll, FailingPollInterval: min(poll, failingPoll),
 		SealUnreachableFor: c.Cache.SealUnreachableFor, DrainTimeout: drain, Logger: log,
 		Observer: func(op string, code codes.Code) { calls.WithLabelValues(op, code.String()).Inc() },

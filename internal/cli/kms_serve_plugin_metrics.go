@@ -5,11 +5,11 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/plugin"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/pluginserver"
 )
 
 // pluginState collects a plugin server's state when it is asked for.
-type pluginState struct{ server *plugin.Server }
+type pluginState struct{ server *pluginserver.Server }
 
 // Describe implements [prometheus.Collector].
 func (pluginState) Describe(ch chan<- *prometheus.Desc) {
