@@ -18,7 +18,7 @@ type Sealer interface {
 	Seal(ctx context.Context, key, value []byte) ([]byte, error)
 	// Inspect tells what stored is to the rule, without its reading policies, and leaves it as it is. The error is not nil exactly for
 	// [keyring.Undecryptable], and is a [*keyring.Error].
-	Inspect(ctx context.Context, key, stored []byte) (plaintext []byte, standing keyring.Standing, err error)
+	Inspect(ctx context.Context, key, stored []byte) (plaintext []byte, standing keyring.ValueState, err error)
 	// Sealed tells by its first bytes whether stored was sealed by somebody whose values the rule opens.
 	Sealed(stored []byte) bool
 	// Recheck asks for a contact with the KMS behind stored, without waiting for it, and returns what is known of that KMS so far. ok is false if the

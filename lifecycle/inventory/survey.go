@@ -18,10 +18,10 @@ import (
 
 // Unavailable is the standing of a value that would have to be opened to be judged, and whose DEK seed its KMS did not unwrap: it does not answer, or refuses
 // the seed for no reason that says whether that lasts.
-const Unavailable keyring.Standing = "unavailable"
+const Unavailable keyring.ValueState = "unavailable"
 
 // Standings are all standings, in the order of reports.
-var Standings = []keyring.Standing{keyring.Current, keyring.Stale, keyring.Unsealed, keyring.Foreign, keyring.Undecryptable, Unavailable}
+var Standings = []keyring.ValueState{keyring.Current, keyring.Stale, keyring.Unencrypted, keyring.Foreign, keyring.Undecryptable, Unavailable}
 
 // Count is a number of keys.
 type Count struct {
@@ -42,7 +42,7 @@ func (c *Count) add(kv *mvccpb.KeyValue) {
 
 // KeyCount is how many values of one standing a KMS key has sealed, or nobody has.
 type KeyCount struct {
-	Standing keyring.Standing `json:"standing"`
+	Standing keyring.ValueState `json:"standing"`
 	Provider string           `json:"provider"` // or aescbc, aesgcm, secretbox; [Plaintext] for what is not sealed; "", like KeyID, beyond a thousand of a rule
 	KeyID    string           `json:"keyID"`    // "" for what is too damaged to tell, or not sealed
 	Count
@@ -53,7 +53,7 @@ type RuleCount struct {
 	Prefix    string                      `json:"prefix"`
 	WriteWith string                      `json:"writeWith"`
 	All       Count                       `json:"all"`
-	Standings map[keyring.Standing]*Count `json:"standings"`
+	Standings map[keyring.ValueState]*Count `json:"standings"`
 	Keys      []KeyCount                  `json:"keys"` // by standing, in their order, provider and key ID
 }
 
@@ -67,7 +67,7 @@ const (
 )
 
 // Visitor is called with each key and what its value is to its rule. err says why for Undecryptable and Unavailable. It keeps no argument.
-type Visitor func(rule *Rule, kv *mvccpb.KeyValue, standing keyring.Standing, err error) error
+type Visitor func(rule *Rule, kv *mvccpb.KeyValue, standing keyring.ValueState, err error) error
 
 // Survey looks at every value under rules in etcd, at one revision, and counts them per rule. look may be nil. It takes memory for one page, and does not stop at
 // values that do not open.
@@ -103,7 +103,7 @@ func Survey(ctx context.Context, kv clientv3.KV, rules *Rules, look Visitor) ([]
 }
 
 // inspect tells what a value is to its rule.
-func inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (keyring.Standing, error) {
+func inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (keyring.ValueState, error) {
 	_, standing, err := rule.Sealer.Inspect(ctx, kv.Key, kv.Value)
 	if e, ok := errors.AsType[*keyring.Error](err); ok && (e.Kind == keyring.Unavailable || e.Answered()) {
 		standing = Unavailable
@@ -128,7 +128,7 @@ const (
 func newSeedMemo() *seedMemo { return &seedMemo{failed: make(map[SeedID]seedFailure)} }
 
 // inspect tells what a value is to its rule.
-func (m *seedMemo) inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (keyring.Standing, error) {
+func (m *seedMemo) inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (keyring.ValueState, error) {
 	if len(m.failed) > 0 {
 		seed, _, _ := SeedOf(rule, kv.Value)
 		if f, ok := m.failed[seed]; ok && time.Now().Before(f.until) {
@@ -151,24 +151,24 @@ func (m *seedMemo) inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue)
 type tally struct {
 	names     []string // see [Rule.KeyNames]
 	all       Count
-	standings map[keyring.Standing]*Count
+	standings map[keyring.ValueState]*Count
 	keys      map[sealedBy]*Count
 }
 
 type sealedBy struct {
-	standing        keyring.Standing
+	standing        keyring.ValueState
 	provider, keyID string
 }
 
 func newTally(names []string) *tally {
-	t := &tally{names: names, standings: make(map[keyring.Standing]*Count), keys: make(map[sealedBy]*Count)}
+	t := &tally{names: names, standings: make(map[keyring.ValueState]*Count), keys: make(map[sealedBy]*Count)}
 	for _, s := range Standings {
 		t.standings[s] = &Count{}
 	}
 	return t
 }
 
-func (t *tally) add(kv *mvccpb.KeyValue, standing keyring.Standing) {
+func (t *tally) add(kv *mvccpb.KeyValue, standing keyring.ValueState) {
 	t.all.add(kv)
 	t.standings[standing].add(kv)
 	by := sealedBy{standing: standing, provider: Plaintext}
@@ -180,7 +180,7 @@ func (t *tally) add(kv *mvccpb.KeyValue, standing keyring.Standing) {
 		if len(provider) > maxProvider {
 			by = sealedBy{standing: standing}
 		}
-	} else if kind, name, ok := kubernetesKey(kv.Value, t.names); ok && standing != keyring.Unsealed {
+	} else if kind, name, ok := kubernetesKey(kv.Value, t.names); ok && standing != keyring.Unencrypted {
 		by.provider, by.keyID = kind, name
 	}
 	c := t.keys[by]
