@@ -55,6 +55,7 @@ func (st *fstream) answer(ctx context.Context, p piece) {
 		st.carry(ctx, p)
 		return
 	}
+	st.session.admission.release(st)
 	switch {
 	case !p.end:
 		st.mu.Lock()

@@ -36,7 +36,7 @@ type fleetSimulation struct {
 	calls    int
 	dead     map[string]bool
 	seen     map[string][]Member // the announcements that a client has read last
-	alike    map[string]int // how often a client has made a call in this phase: the third one and more meet no fault
+	alike    map[string]int      // how often a client has made a call in this phase: the third one and more meet no fault
 	restored map[string]int
 	hook     func(n int, c *etcdtest.Call) etcdtest.Fault
 	after    func(c *etcdtest.Call, answer proto.Message)

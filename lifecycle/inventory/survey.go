@@ -43,18 +43,18 @@ func (c *Count) add(kv *mvccpb.KeyValue) {
 // KeyCount is how many values of one standing a KMS key has sealed, or nobody has.
 type KeyCount struct {
 	Standing keyring.ValueState `json:"standing"`
-	Provider string           `json:"provider"` // or aescbc, aesgcm, secretbox; [Plaintext] for what is not sealed; "", like KeyID, beyond a thousand of a rule
-	KeyID    string           `json:"keyID"`    // "" for what is too damaged to tell, or not sealed
+	Provider string             `json:"provider"` // or aescbc, aesgcm, secretbox; [Plaintext] for what is not sealed; "", like KeyID, beyond a thousand of a rule
+	KeyID    string             `json:"keyID"`    // "" for what is too damaged to tell, or not sealed
 	Count
 }
 
 // RuleCount is how the keys of one rule stand.
 type RuleCount struct {
-	Prefix    string                      `json:"prefix"`
-	WriteWith string                      `json:"writeWith"`
-	All       Count                       `json:"all"`
+	Prefix    string                        `json:"prefix"`
+	WriteWith string                        `json:"writeWith"`
+	All       Count                         `json:"all"`
 	Standings map[keyring.ValueState]*Count `json:"standings"`
-	Keys      []KeyCount                  `json:"keys"` // by standing, in their order, provider and key ID
+	Keys      []KeyCount                    `json:"keys"` // by standing, in their order, provider and key ID
 }
 
 // Done reports whether every value is as its rule writes it.
