@@ -273,13 +273,13 @@ func TestMembersAreWell(t *testing.T) {
 				s.mu.Lock()
 				ill(s, true)
 				s.mu.Unlock()
-				if err := Defragment(t.Context(), client, &members[0]); err == nil || s.cluster.Member(0).Defragmented()+s.cluster.Member(2).Defragmented() > 0 {
+				if err := Defragment(t.Context(), client, &members[1]); err == nil || s.cluster.Member(0).Defragmented()+s.cluster.Member(2).Defragmented() > 0 {
 					t.Errorf("it was defragmented: %v", err)
 				}
 				s.mu.Lock()
 				ill(s, false)
 				s.mu.Unlock()
-				if err := Defragment(t.Context(), client, &members[0]); err != nil {
+				if err := Defragment(t.Context(), client, &members[1]); err != nil {
 					t.Error(err)
 				}
 			})
