@@ -148,10 +148,15 @@ func TestSurvey(t *testing.T) {
 // two writes.
 func TestBypassWithFaults(t *testing.T) {
 	for name, fault := range map[string]func(c *etcdtest.Cluster, away *bool){
-		"nothing":           func(*etcdtest.Cluster, *bool) {},
-		"the stream ends":   func(c *etcdtest.Cluster, _ *bool) { c.Cut() },
-		"compacts":          func(c *etcdtest.Cluster, _ *bool) { c.Compact(0) },
-		"ends and compacts": func(c *etcdtest.Cluster, _ *bool) { c.Cut(); c.Put("/r/z", "late"); c.Put("/u/x", "later"); c.Compact(0) },
+		"nothing":         func(*etcdtest.Cluster, *bool) {},
+		"the stream ends": func(c *etcdtest.Cluster, _ *bool) { c.Cut() },
+		"compacts":        func(c *etcdtest.Cluster, _ *bool) { c.Compact(0) },
+		"ends and compacts": func(c *etcdtest.Cluster, _ *bool) {
+			c.Cut()
+			c.Put("/r/z", "late")
+			c.Put("/u/x", "later")
+			c.Compact(0)
+		},
 		"is away": func(c *etcdtest.Cluster, away *bool) {
 			*away = true
 			c.Cut()
