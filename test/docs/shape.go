@@ -5,7 +5,7 @@ import (
 	"strings"
 )
 
-// masks put a word for what differs from run to run. The order counts.
+// masks replace what differs between two runs. They are applied in this order.
 var masks = []struct {
 	what *regexp.Regexp
 	with string
@@ -18,7 +18,7 @@ var masks = []struct {
 	{regexp.MustCompile(`[ \t]+`), " "},
 }
 
-// shape is a line with what may differ masked.
+// shape returns a line with all masks applied.
 func shape(line string) string {
 	line = strings.TrimSpace(line)
 	for _, m := range masks {
@@ -27,7 +27,7 @@ func shape(line string) string {
 	return line
 }
 
-// same compares lines by their shape.
+// same compares the lines of two outputs by their shape.
 func same(want, got []string) bool {
 	if len(want) == 0 {
 		return len(got) == 0 || len(got) == 1 && got[0] == ""
