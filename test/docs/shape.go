@@ -12,6 +12,7 @@ var masks = []struct {
 }{
 	{regexp.MustCompile(`\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z`), "TIME"},
 	{regexp.MustCompile(`^\S+-[0-9a-f]{12} .* TIME `), "PROXY TIME "}, // and its version
+	{regexp.MustCompile(`\b[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b`), "UUID"},
 	{regexp.MustCompile(`\d+(\.\d+)? ([KMGT]i)?B\b`), "SIZE"},
 	{regexp.MustCompile(`\b[0-9a-f]{12,}\b`), "ID"},
 	{regexp.MustCompile(`\d+(\.\d+)?`), "N"},
