@@ -44,6 +44,7 @@ nodeRegistration:
   name: %[5]s
   criSocket: unix:///run/containerd/containerd.sock
   kubeletExtraArgs: [{name: node-ip, value: "%[4]s"}]
+timeouts: {kubernetesAPICall: 5m, etcdAPICall: 5m}
 `, endpoint, token, certificateKey, m.address, m.name))
 	m.run("kubeadm", "join", "--config", "/kubeadm.yaml", "--ignore-preflight-errors="+strings.Join(ignoredPreflightErrors, ","))
 	return m.node(env)
