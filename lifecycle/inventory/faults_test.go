@@ -130,7 +130,7 @@ func TestSurvey(t *testing.T) {
 			t.Fatalf("%+v, %+v, %v", counts, span, err)
 		}
 		states := counts[0].Standings
-		if counts[0].All.Keys != 90 || states[keyring.Current].Keys != 29 || states[keyring.Stale].Keys != 30 || states[keyring.Unsealed].Keys != 30 || states[keyring.Undecryptable].Keys != 1 {
+		if counts[0].All.Keys != 90 || states[keyring.Current].Keys != 29 || states[keyring.Stale].Keys != 30 || states[keyring.Unencrypted].Keys != 30 || states[keyring.Undecryptable].Keys != 1 {
 			t.Errorf("%+v", counts[0])
 		}
 		if counts[1].All.Keys != 0 || counts[2].All.Keys != 1 || !counts[2].Done() || counts[0].Done() {

@@ -110,9 +110,9 @@ func (r *run) renewBy(ctx context.Context, rule *inventory.Rule, kv *mvccpb.KeyV
 	case standing == keyring.Current:
 		return nil, isCurrent, nil
 	case standing == keyring.Foreign:
-		r.leave(leftForeign, kv.Key, "it was sealed by a provider that the rule does not read")
+		r.leave(leftForeign, kv.Key, "it was encrypted by a provider that the rule does not read")
 		return nil, isLeft, nil
-	case standing == keyring.Unsealed && rule.Strict && !r.cfg.EncryptPlaintext:
+	case standing == keyring.Unencrypted && rule.Strict && !r.cfg.EncryptPlaintext:
 		r.leave(leftPlaintext, kv.Key, whyPlaintext)
 		return nil, isLeft, nil
 	}
