@@ -89,7 +89,7 @@ func (f *fleet) coordinate(keys *encryption.Keys, audit *auditlog.Recorder, reg 
 	var id [6]byte
 	_, _ = rand.Read(id[:]) // never fails
 	f.Fleet = coordination.NewFleet(coordination.FleetConfig{
-		Client: f.client, Prefix: c.Coordination.Prefix, Provers: provers, Logger: log,
+		Client: f.client, Prefix: c.Coordination.Prefix, ProofSealers: provers, Logger: log,
 		Self: coordination.Member{
 			ID: host + "-" + hex.EncodeToString(id[:]), Host: host, PID: os.Getpid(), Version: buildinfo.Read().Version,
 			Started: time.Now().UTC().Truncate(time.Second),

@@ -154,7 +154,7 @@ func (s *fleetSimulation) sealer() etcdtest.Sealer {
 // start starts a proxy.
 func (s *fleetSimulation) start(id, rules string) *Fleet {
 	f := NewFleet(FleetConfig{
-		Client: s.cluster.Client(s.t, id), Prefix: s.prefix, Self: Member{ID: id}, Provers: map[string]inventory.Sealer{"main": s.sealer()}, Logger: slog.New(&restores{Handler: slog.DiscardHandler, count: func() { s.mu.Lock(); s.restored[id]++; s.mu.Unlock() }}),
+		Client: s.cluster.Client(s.t, id), Prefix: s.prefix, Self: Member{ID: id}, ProofSealers: map[string]inventory.Sealer{"main": s.sealer()}, Logger: slog.New(&restores{Handler: slog.DiscardHandler, count: func() { s.mu.Lock(); s.restored[id]++; s.mu.Unlock() }}),
 	})
 	f.SetPolicy(rulesOf(rules))
 	ctx, cancel := context.WithCancel(s.t.Context())
@@ -188,7 +188,7 @@ func (s *fleetSimulation) crash(id string) {
 // check holds what is in etcd against proxies that all have the same rules.
 func (s *fleetSimulation) check(rules string, alive ...string) {
 	s.t.Helper()
-	f := NewFleet(FleetConfig{Client: s.cluster.Client(s.t, "test"), Prefix: s.prefix, Provers: map[string]inventory.Sealer{"main": s.sealer()}})
+	f := NewFleet(FleetConfig{Client: s.cluster.Client(s.t, "test"), Prefix: s.prefix, ProofSealers: map[string]inventory.Sealer{"main": s.sealer()}})
 	f.SetPolicy(rulesOf(rules))
 	members, err := f.Members(s.t.Context())
 	if err != nil || len(members) != len(alive) {
@@ -419,7 +419,7 @@ func TestVerify(t *testing.T) {
 		s.down = true
 		verify("no KMS", read(), false, ErrUnverified)
 		s.down, s.keyID = false, "2"
-		f.cfg.Provers["main"] = s.sealer()
+		f.cfg.ProofSealers["main"] = s.sealer()
 		verify("after a rotation", read(), true, nil)
 		f = s.start("a", "old")
 		time.Sleep(settled)

@@ -58,7 +58,7 @@ func TestBypassNext(t *testing.T) {
 		{&pb.WatchResponse{Header: header(99)}, 100}, // progress
 		{&pb.WatchResponse{Header: header(200), CompactRevision: 150, Canceled: true}, 150},
 	} {
-		if b.see("/a/", step.answer); b.next["/a/"] != step.want {
+		if b.handle("/a/", step.answer); b.next["/a/"] != step.want {
 			t.Errorf("step %d: %d, want %d", i, b.next["/a/"], step.want)
 		}
 	}
