@@ -41,7 +41,7 @@ func (f *frame) decompress(c encoding.Compressor, limit int) error {
 		return status.Errorf(codes.Internal, "grpc: failed to decompress the message: %v", err)
 	}
 	if closer, ok := r.(io.Closer); ok {
-		defer closer.Close() //nolint:errcheck // of a reader
+		defer closer.Close()
 	}
 	out, err := mem.ReadAll(io.LimitReader(r, int64(limit)+1), buffers)
 	switch {
