@@ -55,6 +55,7 @@ func (st *fstream) answer(m mode, p piece) {
 		st.carry(m, p)
 		return
 	}
+	st.session.admission.release(st)
 	switch {
 	case !p.end:
 		st.mu.Lock()

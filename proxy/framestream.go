@@ -27,6 +27,7 @@ type fstream struct {
 	answers      answers     // what comes back
 	asked        []byte      // what the client has sent, with gRPC's heads, and was not sent on
 	asks         bool        // the one message of a call has come, and was sent on or will be
+	admission    uint8       // under the mu of the session's admission
 	ended        atomic.Bool // the client was told the end, or has left
 
 	watch stopwatch // of a unary call: the time that it spends here
@@ -172,7 +173,9 @@ func (st *fstream) unary(m mode, data []byte, end bool) {
 		st.handOver(raw, end)
 	case n >= 0 && len(raw) >= n && isUnary, len(raw) == n && end:
 		st.asks = true
-		st.forward(m, raw[:n])
+		if !isUnary || st.session.admission.admit(st, raw[:n]) {
+			st.forward(m, raw[:n])
+		}
 	case end, n >= 0 && len(raw) > n:
 		st.handOver(raw, end)
 	default:

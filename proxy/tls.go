@@ -13,7 +13,7 @@ import (
 
 	"google.golang.org/grpc/credentials"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/livefiles"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/filewatch"
 )
 
 // ListenerTLS is the TLS side of a listener. The files are read again when they change: new connections get the new ones, all
@@ -53,8 +53,8 @@ func (c *ListenerTLS) serverTLS(log *slog.Logger, address string) (*tlsFiles, er
 	if c.ClientCRLFile != "" && c.ClientCAFile == "" {
 		return nil, errors.New("clientCRLFile: needs clientCAFile")
 	}
-	files := livefiles.Config{Paths: []string{c.CertFile, c.KeyFile, c.ClientCAFile, c.ClientCRLFile}, What: "listener " + address, Logger: log}
-	return newTLSFiles(files, func(data livefiles.Contents) (*tls.Config, []certificate, error) {
+	files := filewatch.Config{Paths: []string{c.CertFile, c.KeyFile, c.ClientCAFile, c.ClientCRLFile}, What: "listener " + address, Logger: log}
+	return newTLSFiles(files, func(data filewatch.Contents) (*tls.Config, []certificate, error) {
 		cert, err := keyPair(data, c.CertFile, c.KeyFile)
 		if err != nil {
 			return nil, nil, err
@@ -95,11 +95,11 @@ type heldTLS struct {
 
 // tlsFiles are a TLS configuration that is kept up to date with its files. It is safe for
 // concurrent use.
-type tlsFiles struct{ *livefiles.Files[heldTLS] }
+type tlsFiles struct{ *filewatch.Files[heldTLS] }
 
 // newTLSFiles loads for the first time.
-func newTLSFiles(cfg livefiles.Config, load func(livefiles.Contents) (*tls.Config, []certificate, error)) (*tlsFiles, error) {
-	files, err := livefiles.New(cfg, func(data livefiles.Contents) (held heldTLS, err error) {
+func newTLSFiles(cfg filewatch.Config, load func(filewatch.Contents) (*tls.Config, []certificate, error)) (*tlsFiles, error) {
+	files, err := filewatch.New(cfg, func(data filewatch.Contents) (held heldTLS, err error) {
 		held.config, held.certificates, err = load(data)
 		return held, err
 	})
@@ -117,10 +117,10 @@ func (f *tlsFiles) Get() *tls.Config { return f.Files.Get().config }
 func (f *tlsFiles) certificates() []certificate { return f.Files.Get().certificates }
 
 // keyPair makes a certificate of its files.
-func keyPair(data livefiles.Contents, certFile, keyFile string) (tls.Certificate, error) {
+func keyPair(data filewatch.Contents, certFile, keyFile string) (tls.Certificate, error) {
 	cert, err := tls.X509KeyPair(data[certFile], data[keyFile])
 	if err == nil {
-		err = livefiles.CompletePEM(certFile, data[certFile])
+		err = filewatch.CompletePEM(certFile, data[certFile])
 	}
 	if err != nil {
 		return tls.Certificate{}, fmt.Errorf("load certificate %s with key %s: %w", certFile, keyFile, err)
@@ -156,7 +156,7 @@ func cipherSuites(names []string) ([]uint16, error) {
 }
 
 func parseCAs(path string, data []byte) (*x509.CertPool, []*x509.Certificate, error) {
-	if err := livefiles.CompletePEM(path, data); err != nil {
+	if err := filewatch.CompletePEM(path, data); err != nil {
 		return nil, nil, fmt.Errorf("parse CA certificates: %w", err)
 	}
 	pool := x509.NewCertPool()
@@ -190,7 +190,7 @@ func parseCRL(path string, data []byte, cas []*x509.Certificate, log *slog.Logge
 	}
 	if len(lists) == 0 {
 		lists = [][]byte{data}
-	} else if err := livefiles.CompletePEM(path, data); err != nil {
+	} else if err := filewatch.CompletePEM(path, data); err != nil {
 		return nil, fmt.Errorf("parse revocation list: %w", err)
 	}
 	revoked := make(revocations)
@@ -241,8 +241,8 @@ func (c *UpstreamTLS) credentials(log *slog.Logger) (*upstreamCredentials, error
 	if (c.CertFile == "") != (c.KeyFile == "") {
 		return nil, errors.New("certFile and keyFile: one needs the other")
 	}
-	live := livefiles.Config{Paths: []string{c.CAFile, c.CertFile, c.KeyFile}, What: "etcd", Logger: log}
-	files, err := newTLSFiles(live, func(data livefiles.Contents) (*tls.Config, []certificate, error) {
+	live := filewatch.Config{Paths: []string{c.CAFile, c.CertFile, c.KeyFile}, What: "etcd", Logger: log}
+	files, err := newTLSFiles(live, func(data filewatch.Contents) (*tls.Config, []certificate, error) {
 		var held []certificate
 		cfg := &tls.Config{
 			MinVersion:         tls.VersionTLS12,

@@ -2,9 +2,7 @@ package cli
 
 import (
 	"errors"
-	"fmt"
 	"io"
-	"io/fs"
 	"path/filepath"
 	"reflect"
 	"strings"
@@ -13,19 +11,17 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/cli/command"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/kubeadm"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 )
 
 func newKubeadm() *cobra.Command {
-	cmd := &cobra.Command{
-		Use:   "kubeadm COMMAND",
-		Short: "enable or disable the proxy on a kubeadm control-plane node",
-		Long: `The kubeadm commands work on one control-plane node that kubeadm has set up. Run them there as root. docs/deploy/kubeadm.md describes clusters of
-one and of three nodes.`,
-		Args: cobra.NoArgs,
-		RunE: needsCommand,
-	}
-	cmd.AddCommand(newKubeadmEnable(), newKubeadmDisable(), newKubeadmStatus())
+	cmd := command.Group("kubeadm", "enable or disable the proxy on a kubeadm control-plane node",
+		newKubeadmEnable(), newKubeadmDisable(), newKubeadmStatus())
+	cmd.Long = `The kubeadm commands work on one control-plane node that kubeadm has set up. Run them there as root. docs/deploy/kubeadm.md
+describes clusters of one and of three nodes.`
 	return cmd
 }
 
@@ -43,19 +39,19 @@ func (f *nodeFlags) add(cmd *cobra.Command, config string, timeout time.Duration
 
 // node returns the node that the flags describe. Progress messages go to stderr.
 func (f *nodeFlags) node(stderr io.Writer) (*kubeadm.Node, error) {
-	if f.timeout <= 0 {
-		return nil, &failure{code: exitUsage, err: fmt.Errorf("--timeout %v is not positive", f.timeout)}
+	if err := command.Positive("--timeout", f.timeout); err != nil {
+		return nil, err
 	}
 	if f.root != "" {
 		if err := changeRoot(f.root); err != nil {
-			return nil, &failure{code: exitFailure, err: fmt.Errorf("change the root to %s: %w", f.root, err), hint: "run the command as root"}
+			return nil, problem.New("run the command as root", "change the root to %s: %w", f.root, err)
 		}
 	}
 	n := &kubeadm.Node{
 		Paths: kubeadm.DefaultPaths, Timeout: f.timeout,
 		Settings: kubeadm.Settings{Listen: defaultKubeadmListen, Admin: defaultKubeadmAdmin},
 		Check:    kubeadmFacts,
-		Log:      func(format string, args ...any) { printf(stderr, format+"\n", args...) },
+		Log:      func(format string, args ...any) { printable.Fprintf(stderr, format+"\n", args...) },
 	}
 	if f.config != "" {
 		path, err := filepath.Abs(f.config)
@@ -76,13 +72,13 @@ const (
 // lists all problems of the file.
 func kubeadmFacts(path, name string) (kubeadm.Facts, error) {
 	var facts kubeadm.Facts
-	c, err := config.LoadChecked(path, backendChecks(nil))
+	c, err := config.LoadChecked(path, command.Checks(nil))
 	if ps, ok := errors.AsType[config.Problems](err); ok {
-		var all []error
-		for _, f := range problemFailures(name, ps) {
-			all = append(all, f.err)
+		texts := make([]string, len(ps))
+		for i, p := range command.InFile(name, ps) {
+			texts[i] = p.Text
 		}
-		return facts, &failure{code: exitFailure, err: errors.Join(all...), hint: ps[len(ps)-1].Hint}
+		return facts, problem.New(ps[len(ps)-1].Hint, "%s", strings.Join(texts, "\n"))
 	}
 	if err != nil {
 		return facts, err
@@ -143,9 +139,6 @@ func namedFiles(v reflect.Value) (files []string) {
 // printPlan prints the changes of a dry run.
 func printPlan(w io.Writer, p *kubeadm.Plan) {
 	for line := range strings.Lines(p.Diff()) {
-		printf(w, "%s\n", strings.TrimSuffix(line, "\n"))
+		printable.Fprintf(w, "%s\n", strings.TrimSuffix(line, "\n"))
 	}
 }
-
-// notThere reports whether err is due to a missing file.
-func notThere(err error) bool { return errors.Is(err, fs.ErrNotExist) }

@@ -1,7 +1,6 @@
 package cli
 
 import (
-	"fmt"
 	"os"
 	"os/signal"
 	"syscall"
@@ -10,8 +9,11 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/cli/command"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/cli/stored"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/kubeadm"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 )
 
 func newKubeadmDisable() *cobra.Command {
@@ -29,7 +31,7 @@ enable with --decrypt-only --allow-weakening on every node, then reencrypt, and 
 	f.add(cmd, kubeadm.DefaultPaths.Config, 5*time.Minute)
 	dryRun := cmd.Flags().Bool("dry-run", false, "print what would change as a diff, and change nothing")
 	force := cmd.Flags().Bool("force", false, "disable even if values are encrypted: the API server will fail to read them")
-	cmd.RunE = fails(func(cmd *cobra.Command, _ []string) error {
+	cmd.RunE = command.Run(func(cmd *cobra.Command, _ []string) error {
 		n, err := f.node(cmd.ErrOrStderr())
 		if err != nil {
 			return err
@@ -45,7 +47,7 @@ enable with --decrypt-only --allow-weakening on every node, then reencrypt, and 
 			return nil
 		}
 		if plan.Empty() {
-			printf(cmd.OutOrStdout(), "the proxy is not enabled; nothing was changed\n")
+			printable.Fprintf(cmd.OutOrStdout(), "the proxy is not enabled; nothing was changed\n")
 			return nil
 		}
 		if plan.Mode != kubeadm.Off && !*force {
@@ -56,7 +58,7 @@ enable with --decrypt-only --allow-weakening on every node, then reencrypt, and 
 		if err := n.Apply(ctx, plan); err != nil {
 			return err
 		}
-		printf(cmd.OutOrStdout(), "the API server of this node uses etcd without the proxy\n")
+		printable.Fprintf(cmd.OutOrStdout(), "the API server of this node uses etcd without the proxy\n")
 		return nil
 	})
 	return cmd
@@ -66,34 +68,18 @@ const hintDecrypt = "run kubeadm enable --decrypt-only --allow-weakening on ever
 
 // nothingEncrypted returns a failure if etcd holds encrypted values or a rule encrypts new ones.
 func nothingEncrypted(cmd *cobra.Command, path string) error {
-	c, err := loadConfig(cmd, path)
+	c, err := command.LoadConfig(cmd, path, command.Checks(nil))
 	if err != nil {
 		return err
 	}
 	for _, r := range c.Rules {
 		if r.WriteWith != config.Plaintext {
-			return &failure{code: exitFailure, err: fmt.Errorf("the rule for %q encrypts new values, which the API server cannot read without the proxy", r.Prefix), hint: hintDecrypt}
+			return problem.New(hintDecrypt, "the rule for %q encrypts new values, which the API server cannot read without the proxy", r.Prefix)
 		}
 	}
-	cl, err := openCluster(cmd, c, clusterOptions{inspectOnly: true, wait: 30 * time.Second})
-	if err != nil {
-		return err
+	n, prefix, err := stored.CountEncrypted(cmd, c)
+	if err == nil && n > 0 {
+		err = problem.New(hintDecrypt, "%d values under %q are encrypted, and the API server cannot read them without the proxy", n, prefix)
 	}
-	defer cl.close()
-	counts, _, err := inventory.Survey(cmd.Context(), cl.etcd, cl.rules, nil)
-	if err != nil {
-		return err
-	}
-	for _, r := range counts {
-		encrypted := r.All.Keys
-		for _, k := range r.Keys {
-			if k.Provider == inventory.Plaintext {
-				encrypted -= k.Keys
-			}
-		}
-		if encrypted > 0 {
-			return &failure{code: exitFailure, err: fmt.Errorf("%d values under %q are encrypted, and the API server cannot read them without the proxy", encrypted, r.Prefix), hint: hintDecrypt}
-		}
-	}
-	return nil
+	return err
 }

@@ -2,7 +2,7 @@ package cli
 
 import (
 	"errors"
-	"fmt"
+	"io/fs"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -13,7 +13,10 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/cli/command"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/kubeadm"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/local"
 )
 
@@ -73,7 +76,7 @@ The Pod runs as root, without capabilities, because only root can read the keys 
 	f.StringVar(&e.listenerCert, "listener-cert", "/etc/kubernetes/pki/etcd/server.crt", "`FILE` with the proxy's server certificate")
 	f.StringVar(&e.listenerKey, "listener-key", "/etc/kubernetes/pki/etcd/server.key", "`FILE` with its key")
 	f.StringVar(&e.listenerClientCA, "listener-client-ca", "", "`FILE` with the CA of the API server's client certificate; by default that of --etcd-cafile")
-	cmd.RunE = fails(e.run)
+	cmd.RunE = command.Run(e.run)
 	return cmd
 }
 
@@ -108,13 +111,13 @@ func (e *kubeadmEnable) run(cmd *cobra.Command, _ []string) error {
 	}
 	if e.dryRun {
 		if newKey {
-			printf(cmd.OutOrStdout(), "a new key would be created: %s\n", kms.Local.KeyFile)
+			printable.Fprintf(cmd.OutOrStdout(), "a new key would be created: %s\n", kms.Local.KeyFile)
 		}
 		printPlan(cmd.OutOrStdout(), plan)
 		return nil
 	}
 	if plan.Empty() {
-		printf(cmd.OutOrStdout(), "the proxy is already enabled; nothing was changed\n")
+		printable.Fprintf(cmd.OutOrStdout(), "the proxy is already enabled; nothing was changed\n")
 		return nil
 	}
 	if newKey {
@@ -124,12 +127,12 @@ func (e *kubeadmEnable) run(cmd *cobra.Command, _ []string) error {
 		if err := local.NewKeyFile(kms.Local.KeyFile); err != nil {
 			return err
 		}
-		printf(cmd.ErrOrStderr(), "created the key %s\n", kms.Local.KeyFile)
+		printable.Fprintf(cmd.ErrOrStderr(), "created the key %s\n", kms.Local.KeyFile)
 	}
 	if err := n.Apply(ctx, plan); err != nil {
 		return err
 	}
-	printf(cmd.OutOrStdout(), "the API server of this node uses the proxy\n")
+	printable.Fprintf(cmd.OutOrStdout(), "the API server of this node uses the proxy\n")
 	return nil
 }
 
@@ -137,7 +140,7 @@ func (e *kubeadmEnable) run(cmd *cobra.Command, _ []string) error {
 func (e *kubeadmEnable) kms() (kubeadm.KMS, error) {
 	k := kubeadm.KMS{Name: e.kmsName}
 	usage := func(hint, format string, args ...any) (kubeadm.KMS, error) {
-		return k, &failure{code: exitUsage, err: fmt.Errorf(format, args...), hint: hint}
+		return k, command.Usage(hint, format, args...)
 	}
 	if e.image == "" {
 		return usage("set --image to the proxy's image, which the container runtime of this node must have or be able to pull", "--image is missing")
@@ -195,11 +198,10 @@ func (e *kubeadmEnable) keyMissing() (bool, error) {
 	switch {
 	case err == nil:
 		return false, nil
-	case !notThere(err):
+	case !errors.Is(err, fs.ErrNotExist):
 		return false, err
 	case !e.createKey:
-		return false, &failure{code: exitFailure, err: fmt.Errorf("the key file %s does not exist", e.localKey),
-			hint: "copy it from another node, with mode 0600; on the first node of the cluster, create it with --create-key"}
+		return false, problem.New("copy it from another node, with mode 0600; on the first node of the cluster, create it with --create-key", "the key file %s does not exist", e.localKey)
 	}
 	return true, nil
 }

@@ -8,7 +8,9 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/cli/command"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/kubeadm"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
 )
 
 func newKubeadmStatus() *cobra.Command {
@@ -21,8 +23,8 @@ the values in etcd, run etcd-kms-proxy status.`,
 		Args: cobra.NoArgs,
 	}
 	f.add(cmd, kubeadm.DefaultPaths.Config, 10*time.Second)
-	out := outputFlag(cmd)
-	cmd.RunE = fails(func(cmd *cobra.Command, _ []string) error {
+	out := command.OutputFlag(cmd)
+	cmd.RunE = command.Run(func(cmd *cobra.Command, _ []string) error {
 		n, err := f.node(cmd.ErrOrStderr())
 		if err != nil {
 			return err
@@ -31,11 +33,11 @@ the values in etcd, run etcd-kms-proxy status.`,
 		if err != nil {
 			return err
 		}
-		if err := out.write(cmd.OutOrStdout(), s, func(w io.Writer) { printNode(w, s) }); err != nil {
+		if err := out.Write(cmd.OutOrStdout(), s, func(w io.Writer) { printNode(w, s) }); err != nil {
 			return err
 		}
 		if !s.OK {
-			return &failure{code: exitFindings}
+			return command.ErrFindings
 		}
 		return nil
 	})
@@ -52,14 +54,14 @@ func printNode(w io.Writer, s *kubeadm.Status) {
 	}
 	through := map[kubeadm.Mode]string{kubeadm.Off: "nothing", kubeadm.All: "everything", kubeadm.Secrets: "Secrets only"}[s.Mode]
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	printf(t, "through the proxy\t%s\n", through)
-	printf(t, "--etcd-servers\t%s\n", strings.Join(s.Servers, ","))
-	printf(t, "API server\t%s\n", ready(s.APIServer))
+	printable.Fprintf(t, "through the proxy\t%s\n", through)
+	printable.Fprintf(t, "--etcd-servers\t%s\n", strings.Join(s.Servers, ","))
+	printable.Fprintf(t, "API server\t%s\n", ready(s.APIServer))
 	if s.Pod || s.Mode != kubeadm.Off {
-		printf(t, "proxy\t%s, %d connections\n", ready(s.Proxy), s.Connections)
+		printable.Fprintf(t, "proxy\t%s, %d connections\n", ready(s.Proxy), s.Connections)
 	}
 	_ = t.Flush()
 	for _, p := range s.Problems {
-		printf(w, "problem: %s\n", p)
+		printable.Fprintf(w, "problem: %s\n", p)
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/cli/command"
 )
 
 func TestKubeadmUsage(t *testing.T) {
@@ -30,7 +31,7 @@ func TestKubeadmUsage(t *testing.T) {
 		"kubeadm status --output yaml":                                                                "",
 		"kubeadm status --timeout 0s":                                                                 "--timeout 0s",
 	} {
-		if r := execute(t, strings.Fields(line)...); r.code != exitUsage || !strings.Contains(r.stderr, want) || !strings.Contains(r.stderr, "hint: ") && want == "" {
+		if r := execute(t, strings.Fields(line)...); r.code != command.ExitUsage || !strings.Contains(r.stderr, want) || !strings.Contains(r.stderr, "hint: ") && want == "" {
 			t.Errorf("%q: %+v, want exit code 2 and %q", line, r, want)
 		}
 	}
@@ -83,7 +84,7 @@ func TestKubeadmElsewhere(t *testing.T) {
 	for _, args := range [][]string{
 		{"kubeadm", "status"}, {"kubeadm", "disable"}, {"kubeadm", "enable", "--image", "i", "--local-key", key, "--create-key"},
 	} {
-		execute(t, args...).want(t, exitFailure, "kube-apiserver.yaml does not exist", "hint: run the command on a control-plane node")
+		execute(t, args...).want(t, command.ExitFailure, "kube-apiserver.yaml does not exist", "hint: run the command on a control-plane node")
 	}
 	if _, err := os.Stat(key); err == nil {
 		t.Error("a key was created")

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"io/fs"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 )
 
 // Disable returns the plan after which the API server uses etcd without the proxy. It changes nothing
@@ -20,7 +22,7 @@ func (n *Node) Disable() (*Plan, error) {
 	switch p.Mode {
 	case All:
 		if errors.Is(configErr, fs.ErrNotExist) {
-			configErr = &Problem{n.Config + ", which has the addresses of etcd, does not exist", "change --etcd-servers in " + n.APIServer + " by hand; " + n.Backups + " has backups"}
+			configErr = problem.New("change --etcd-servers in "+n.APIServer+" by hand; "+n.Backups+" has backups", "%s", n.Config+", which has the addresses of etcd, does not exist")
 		}
 		if configErr != nil {
 			return nil, configErr

@@ -11,15 +11,3 @@
 // removes one line. It refuses a manifest that does not have the form that kubeadm writes. It does not use the
 // Kubernetes API, etcd or a KMS. The caller passes a function that checks the configuration.
 package kubeadm
-
-// Problem is an error with advice, which the command prints as its hint.
-type Problem struct {
-	Text string // what is wrong
-	Hint string // one imperative sentence
-}
-
-// Error returns Text.
-func (p *Problem) Error() string { return p.Text }
-
-// Advice returns Hint, for the command to print.
-func (p *Problem) Advice() string { return p.Hint }

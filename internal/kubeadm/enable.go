@@ -4,11 +4,12 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"io/fs"
 	"os"
 	"slices"
 	"strings"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 )
 
 // Enable returns the plan after which the API server uses the proxy. It changes nothing itself.
@@ -48,7 +49,7 @@ func (n *Node) Enable(ctx context.Context) (*Plan, error) {
 			}
 		}
 	} else if !bytes.HasPrefix(podChange.Old, []byte(generatedHeader)) {
-		return nil, &Problem{n.Pod + " was not written by this command", "move it away"}
+		return nil, problem.New("move it away", "%s", n.Pod+" was not written by this command")
 	}
 	before, _ := n.proxyMetrics(ctx) // nil if no proxy runs
 	target := m
@@ -95,16 +96,13 @@ func (n *Node) Enable(ctx context.Context) (*Plan, error) {
 // checkEnable refuses API servers that must not use the proxy.
 func (n *Node) checkEnable(m *Manifest, mode Mode) error {
 	if f := m.Flag("encryption-provider-config"); f != "" {
-		return &Problem{"the API server encrypts values itself, with --encryption-provider-config=" + f + ": values would be encrypted twice",
-			"migrate to the proxy as docs/guides/migrate-from-kubernetes.md describes; etcd-kms-proxy config from-kubernetes writes the configuration"}
+		return problem.New("migrate to the proxy as docs/guides/migrate-from-kubernetes.md describes; etcd-kms-proxy config from-kubernetes writes the configuration", "%s", "the API server encrypts values itself, with --encryption-provider-config="+f+": values would be encrypted twice")
 	}
 	switch {
 	case mode == Off && m.SecretsServers() != nil:
-		return &Problem{"kube-apiserver's --" + flagOverrides + " sends Secrets to other servers: " + strings.Join(m.SecretsServers(), ", "),
-			"remove the override of /secrets first, or edit the manifest by hand, as docs/guides/kubernetes.md describes"}
+		return problem.New("remove the override of /secrets first, or edit the manifest by hand, as docs/guides/kubernetes.md describes", "%s", "kube-apiserver's --"+flagOverrides+" sends Secrets to other servers: "+strings.Join(m.SecretsServers(), ", "))
 	case mode == All && n.SecretsOnly, mode == Secrets && !n.SecretsOnly:
-		return &Problem{fmt.Sprintf("the proxy is already enabled, for %s", map[Mode]string{All: "everything", Secrets: "Secrets only"}[mode]),
-			"run kubeadm disable first to change this, or use --secrets-only as it was used before"}
+		return problem.New("run kubeadm disable first to change this, or use --secrets-only as it was used before", "the proxy is already enabled, for %s", map[Mode]string{All: "everything", Secrets: "Secrets only"}[mode])
 	}
 	for _, e := range m.EtcdServers() {
 		if mode == Off && !strings.HasPrefix(e, "https://") {
@@ -154,11 +152,10 @@ func (n *Node) checkReplaceConfig(m *Manifest, old []byte, endpoints []string) e
 		return err
 	}
 	if !bytes.Equal(old, text) {
-		return &Problem{n.Config + " already exists and differs from the flags",
-			"use it as it is, with --config " + n.Config + " and without flags for the KMS, or move it away"}
+		return problem.New("use it as it is, with --config "+n.Config+" and without flags for the KMS, or move it away", "%s", n.Config+" already exists and differs from the flags")
 	}
 	if n.Settings.DecryptOnly && !n.AllowWeakening {
-		return &Problem{n.Config + " encrypts new values; with --decrypt-only they would be stored as plaintext", "add --allow-weakening if this is intended"}
+		return problem.New("add --allow-weakening if this is intended", "%s", n.Config+" encrypts new values; with --decrypt-only they would be stored as plaintext")
 	}
 	return nil
 }
@@ -174,14 +171,13 @@ func (n *Node) ownConfig(m *Manifest, mode Mode) ([]byte, Facts, error) {
 		return nil, facts, err
 	}
 	if !slices.Contains(facts.Listeners, n.Settings.Listen) {
-		return nil, facts, &Problem{n.Config + " has no listener with TLS at " + n.Settings.Listen, "add one, or set --listen to the address of one"}
+		return nil, facts, problem.New("add one, or set --listen to the address of one", "%s", n.Config+" has no listener with TLS at "+n.Settings.Listen)
 	}
 	if facts.Admin != n.Settings.Admin {
-		return nil, facts, &Problem{fmt.Sprintf("admin.address in %s is %q, not %s", n.Config, facts.Admin, n.Settings.Admin), "change it, or set --admin to its address"}
+		return nil, facts, problem.New("change it, or set --admin to its address", "admin.address in %s is %q, not %s", n.Config, facts.Admin, n.Settings.Admin)
 	}
 	if servers := m.EtcdServers(); mode != All && !slices.Equal(slices.Sorted(slices.Values(servers)), slices.Sorted(slices.Values(facts.Endpoints))) {
-		return nil, facts, &Problem{fmt.Sprintf("%s has %s for etcd.endpoints, but the API server uses %s", n.Config, strings.Join(facts.Endpoints, ", "), strings.Join(servers, ", ")),
-			"write the API server's etcd servers into etcd.endpoints"}
+		return nil, facts, problem.New("write the API server's etcd servers into etcd.endpoints", "%s has %s for etcd.endpoints, but the API server uses %s", n.Config, strings.Join(facts.Endpoints, ", "), strings.Join(servers, ", "))
 	}
 	return config, facts, nil
 }

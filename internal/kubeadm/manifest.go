@@ -9,6 +9,8 @@ import (
 	"strings"
 
 	"go.yaml.in/yaml/v3"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 )
 
 // The flags of kube-apiserver that matter here.
@@ -37,10 +39,10 @@ const hintManifest = "this command changes only manifests in the form that kubea
 
 // unrecognized returns the error for a manifest that does not have the form that kubeadm writes.
 func unrecognized(format string, args ...any) error {
-	return &Problem{Text: "kube-apiserver's manifest " + fmt.Sprintf(format, args...), Hint: hintManifest}
+	return problem.New(hintManifest, "%s", "kube-apiserver's manifest "+fmt.Sprintf(format, args...))
 }
 
-// ParseManifest reads a manifest. The error is a [*Problem] if the manifest does not have the form that
+// ParseManifest reads a manifest. The error is a [problem.Problem] if the manifest does not have the form that
 // kubeadm writes: it is not a Pod, it has no container or several that run kube-apiserver, it uses YAML
 // that cannot be edited line by line, or --etcd-servers is missing or repeated. It retains data.
 func ParseManifest(data []byte) (*Manifest, error) {

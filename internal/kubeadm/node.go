@@ -3,7 +3,6 @@ package kubeadm
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io/fs"
 	"net"
 	"os"
@@ -11,6 +10,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 )
 
 // Paths are the files of a node. [DefaultPaths] are kubeadm's.
@@ -102,7 +103,7 @@ func (n *Node) readConfig(m *Manifest) (Facts, error) {
 func (n *Node) manifest() (*Manifest, error) {
 	data, err := os.ReadFile(n.APIServer)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, &Problem{n.APIServer + " does not exist", "run the command on a control-plane node that kubeadm has set up, as root"}
+		return nil, problem.New("run the command on a control-plane node that kubeadm has set up, as root", "%s", n.APIServer+" does not exist")
 	}
 	if err != nil {
 		return nil, err
@@ -145,7 +146,7 @@ func (p *Plan) add(s step) {
 }
 
 // Apply makes the changes of a plan. If a change or the wait after it fails, or if ctx ends, it restores
-// all files, waits for the API server, and returns a [*Problem] with the cause.
+// all files, waits for the API server, and returns a [problem.Problem] with the cause.
 func (n *Node) Apply(ctx context.Context, p *Plan) error {
 	if err := os.MkdirAll(filepath.Dir(n.Config), 0o700); err != nil {
 		return err
@@ -182,11 +183,10 @@ func (n *Node) rollBack(ctx context.Context, steps []step, cause error) error {
 			err = s.back(ctx)
 		}
 		if err != nil {
-			return &Problem{fmt.Sprintf("%v; the rollback is not complete: %v", cause, err),
-				"check " + s.change.Path + ", whose backup is in " + n.Backups + "; " + logs}
+			return problem.New("check "+s.change.Path+", whose backup is in "+n.Backups+"; "+logs, "%v; the rollback is not complete: %v", cause, err)
 		}
 	}
-	return &Problem{cause.Error() + "; all files are as they were before, and the API server is as it was", logs}
+	return problem.New(logs, "%s", cause.Error()+"; all files are as they were before, and the API server is as it was")
 }
 
 // backUp copies the files that a plan changes into the folder of backups.
@@ -213,7 +213,7 @@ func (n *Node) backUp(p *Plan) error {
 func checkFree(flag, address string) error {
 	l, err := net.Listen("tcp", address)
 	if err != nil {
-		return &Problem{fmt.Sprintf("--%s %s cannot be listened on: %v", flag, address, err), "stop the process that uses the port, or choose another address"}
+		return problem.New("stop the process that uses the port, or choose another address", "--%s %s cannot be listened on: %v", flag, address, err)
 	}
 	return l.Close()
 }

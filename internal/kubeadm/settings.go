@@ -10,6 +10,8 @@ import (
 	"strings"
 
 	"go.yaml.in/yaml/v3"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 )
 
 // Settings are, with the API server's manifest, the inputs of the proxy's configuration.
@@ -124,19 +126,17 @@ func (s *Settings) configuration(m *Manifest, endpoints []string) ([]byte, error
 	}
 	host, _, err := net.SplitHostPort(s.Listen)
 	if err != nil {
-		return nil, &Problem{fmt.Sprintf("--listen %s is not host:port", s.Listen), "write it as in 127.0.0.1:12379"}
+		return nil, problem.New("write it as in 127.0.0.1:12379", "--listen %s is not host:port", s.Listen)
 	}
 	if _, err := verify(s.ListenerCert, ca, host, x509.ExtKeyUsageServerAuth); err != nil {
-		return nil, &Problem{"the API server would reject the proxy's certificate: " + err.Error(),
-			"use a certificate for " + host + " from the CA in " + ca + ", with --listener-cert and --listener-key"}
+		return nil, problem.New("use a certificate for "+host+" from the CA in "+ca+", with --listener-cert and --listener-key", "%s", "the API server would reject the proxy's certificate: "+err.Error())
 	}
 	leaf, err := verify(cert, clientCA, "", x509.ExtKeyUsageClientAuth)
 	if err != nil {
-		return nil, &Problem{"the proxy would reject the API server's client certificate: " + err.Error(),
-			"set --listener-client-ca to the CA of " + cert}
+		return nil, problem.New("set --listener-client-ca to the CA of "+cert, "%s", "the proxy would reject the API server's client certificate: "+err.Error())
 	}
 	if leaf.Subject.CommonName == "" {
-		return nil, &Problem{"the API server's client certificate " + cert + " has no common name", "give the proxy a configuration of your own with --config"}
+		return nil, problem.New("give the proxy a configuration of your own with --config", "%s", "the API server's client certificate "+cert+" has no common name")
 	}
 	prefix := m.Flag("etcd-prefix")
 	if prefix == "" {

@@ -20,6 +20,7 @@ import (
 	"github.com/aliyun/alibaba-cloud-sdk-go/sdk/requests"
 	"github.com/aliyun/alibaba-cloud-sdk-go/services/kms"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
@@ -45,7 +46,7 @@ type roleSource struct {
 
 func newRoleSource(c Credentials, region string, logger *slog.Logger) (*sessionSource, error) {
 	var problems []error
-	problem := func(format string, args ...any) { problems = append(problems, fmt.Errorf(format, args...)) }
+	report := func(format string, args ...any) { problems = append(problems, fmt.Errorf(format, args...)) }
 
 	duration := cmp.Or(c.Duration, sessionDuration)
 	r := &roleSource{
@@ -60,20 +61,20 @@ func newRoleSource(c Credentials, region string, logger *slog.Logger) (*sessionS
 		r.parameters["Policy"] = c.Policy
 	}
 	if !rolePattern.MatchString(r.parameters["RoleArn"]) {
-		problem("roleARN (or ALIBABA_CLOUD_ROLE_ARN) %q is not acs:ram::<account>:role/<name>", r.parameters["RoleArn"])
+		report("roleARN (or ALIBABA_CLOUD_ROLE_ARN) %q is not acs:ram::<account>:role/<name>", r.parameters["RoleArn"])
 	}
 	if !sessionNamePattern.MatchString(r.parameters["RoleSessionName"]) {
-		problem("sessionName %q is not 2 to 64 letters, digits, . @ _ and -", c.SessionName)
+		report("sessionName %q is not 2 to 64 letters, digits, . @ _ and -", c.SessionName)
 	}
 	if duration < 15*time.Minute || duration > 12*time.Hour || duration%time.Second != 0 {
-		problem("duration %v is not whole seconds from 15m to 12h", duration)
+		report("duration %v is not whole seconds from 15m to 12h", duration)
 	}
 	if len(c.Policy) > maxPolicy || c.Policy != "" && !json.Valid([]byte(c.Policy)) {
-		problem("policy is not JSON of at most %d characters", maxPolicy)
+		report("policy is not JSON of at most %d characters", maxPolicy)
 	}
 	if c.STSEndpoint != "" {
 		if err := checkEndpoint(c.STSEndpoint); err != nil {
-			problem("sts %w", err)
+			report("sts %w", err)
 		}
 	}
 	var err error
@@ -86,7 +87,7 @@ func newRoleSource(c Credentials, region string, logger *slog.Logger) (*sessionS
 	}
 	problems = append(problems, err)
 	if r.sts.pool, err = newPool(c.STSCAFile, logger); err != nil {
-		problem("sts %w", err)
+		report("sts %w", err)
 	}
 	if err := errors.Join(problems...); err != nil {
 		return nil, err
@@ -117,7 +118,7 @@ func (r *roleSource) oidc(c Credentials) error {
 		return fmt.Errorf("oidcProviderARN (or ALIBABA_CLOUD_OIDC_PROVIDER_ARN) %q is not acs:ram::<account>:oidc-provider/<name>", provider)
 	}
 	if r.token.file == "" {
-		return &missingError{"OIDC token", "name oidcTokenFile, or set ALIBABA_CLOUD_OIDC_TOKEN_FILE"}
+		return problem.New("name oidcTokenFile, or set ALIBABA_CLOUD_OIDC_TOKEN_FILE", "no OIDC token")
 	}
 	_, err := r.token.read()
 	return err
