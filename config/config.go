@@ -17,8 +17,8 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
-	"strings"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 )
 
 const (
@@ -106,33 +106,7 @@ func readFile(path string) ([]byte, error) {
 }
 
 // Problem is one thing that is wrong with a file.
-type Problem struct {
-	Path string // where, e.g. "rules[1].prefix"; "" is the whole file
-	Line int    // from 1; that of the field, or of what should hold it
-	Text string // what is wrong
-	Hint string // what to do; may be empty
-}
-
-// String returns "line 7: rules[1].prefix: text".
-func (p Problem) String() string {
-	s := "line " + strconv.Itoa(p.Line) + ": "
-	if p.Path != "" {
-		s += p.Path + ": "
-	}
-	return s + p.Text
-}
+type Problem = problem.Problem
 
 // Problems is everything that is wrong with a file, by line. It has at least one element.
-type Problems []Problem
-
-// Error returns a line for each problem, with its hint.
-func (ps Problems) Error() string {
-	lines := make([]string, len(ps))
-	for i, p := range ps {
-		lines[i] = p.String()
-		if p.Hint != "" {
-			lines[i] += " (" + p.Hint + ")"
-		}
-	}
-	return strings.Join(lines, "\n")
-}
+type Problems = problem.List

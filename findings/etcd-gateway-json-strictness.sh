@@ -12,9 +12,9 @@
 #     {"key":"Zm9vYm\nE="}                         200     400
 #     {"key":"Zm9v","key":"Zm9v"}                  200     400
 #
-# Why it matters: clients of the gateway that worked may fail after an upgrade, and a misspelt
-# request that failed is answered. A proxy that has a gateway of its own decides like one of them,
-# whichever etcd it is in front of.
+# Why it matters: clients of the gateway that worked may fail after an upgrade, and a
+# misspelled request that failed before now succeeds. A proxy with its own gateway behaves like one
+# of them, whichever etcd it is in front of.
 set -euo pipefail
 
 tmp=$(mktemp -d)

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # Software: etcd 3.7.3 with --listen-client-http-urls, without TLS.
 #
-# Expected: the client port, which then serves gRPC alone, refuses an HTTP/1.1 request in words that
-# the client understands, or closes the connection.
+# Expected: the client port, which then serves gRPC alone, refuses an HTTP/1.1 request with an HTTP
+# response, or closes the connection.
 #
-# Observed: etcd sends an HTTP/2 SETTINGS frame. The first bytes of the answer to
+# Observed: etcd sends an HTTP/2 SETTINGS frame. The first bytes of the response to
 # "GET /health HTTP/1.1", with the flag and without it:
 #     with: 00 00 06 04 00 00 00 00 00 00 05 00 00 40 00
 #     without: HTTP/1.1 200 OK
 #
 # Why it matters: probes, and proxies that pass /health or /metrics to etcd's client URL over
-# HTTP/1.1, fail with "malformed HTTP response" or "HTTP/0.9 not allowed" instead of a status, which
-# says nothing about the flag that is the cause. They have to be pointed at the other URLs.
+# HTTP/1.1, fail with "malformed HTTP response" or "HTTP/0.9 not allowed" instead of a status. Neither
+# text mentions the flag that causes it. They must use the other URLs.
 set -euo pipefail
 
 tmp=$(mktemp -d)
@@ -50,7 +50,7 @@ go mod init example.com/finding 2>/dev/null
 go get go.etcd.io/etcd/server/v3@v3.7.3 2>go.log || { cat go.log; exit 1; }
 go build -trimpath -ldflags "-s -w" -o etcd go.etcd.io/etcd/server/v3
 
-# ask writes the first bytes of the answer to a request of HTTP/1.1 to the file answer.
+# ask writes the first bytes of the response to an HTTP/1.1 request to the file answer.
 ask() {
   exec 3<>"/dev/tcp/${address%:*}/${address##*:}"
   printf 'GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n' >&3
@@ -58,7 +58,7 @@ ask() {
   exec 3>&-
 }
 
-# The log names both ports: the one that serves gRPC is meant.
+# The log contains both ports. This is the one that serves gRPC.
 start_etcd etcd split --listen-client-http-urls http://localhost:0
 for _ in {1..100}; do
   address=$(sed -n 's/.*"serving client traffic.*"traffic":"grpc","address":"\([^"]*\)".*/\1/p' split.log)

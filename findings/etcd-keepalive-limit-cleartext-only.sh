@@ -9,9 +9,9 @@
 #     http: GOAWAY ENHANCE_YOUR_CALM "too_many_pings" after 4 pings
 #     https: 8 pings, each of them acknowledged
 #
-# Why it matters: a keepalive that was tested over TLS breaks watches and leases on a cleartext hop,
-# such as the one between a sidecar proxy and etcd on the same host. A proxy that accepts both has
-# to choose which of the two it follows on each side.
+# Why it matters: a keepalive setting that was tested with TLS breaks watches and leases on a
+# connection without TLS, such as one between a sidecar proxy and etcd on the same host. A proxy that
+# accepts both must choose which behavior it follows on each side.
 set -euo pipefail
 
 tmp=$(mktemp -d)

@@ -9,10 +9,10 @@
 #     3.6.16: FailedPrecondition, etcdserver: rpc not supported for learner
 #     3.7.3: FailedPrecondition, etcdserver: rpc not supported for learner
 #
-# Why it matters: many clients and proxies take Unavailable for "try another endpoint" and
-# FailedPrecondition for a final answer. With a learner among the endpoints, what was repeated
-# elsewhere on 3.5 fails after an upgrade to 3.6. A proxy must recognize the text, or leave learners
-# out.
+# Why it matters: many clients and proxies treat Unavailable as "try another endpoint" and
+# FailedPrecondition as final. With a learner among the endpoints, a request that was retried at
+# another endpoint with 3.5 fails after an upgrade to 3.6. A proxy must recognize the text, or avoid
+# learners.
 set -euo pipefail
 
 tmp=$(mktemp -d)

@@ -6,7 +6,7 @@
 # no_application_protocol.
 #
 # Observed: etcd offers h2 alone. A client that offers http/1.1 alone gets no protocol, and yet
-# HTTP/1.1 works, while http/1.0 is refused. A client that offers no ALPN at all can use HTTP/1.1
+# HTTP/1.1 works, whereas http/1.0 is refused. A client that offers no ALPN at all can use HTTP/1.1
 # but not HTTP/2, so gRPC does not work for it:
 #     [h2] selected "h2"
 #     [http/1.1] selected "", answer HTTP/1.1 200 OK

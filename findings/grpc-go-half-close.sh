@@ -10,8 +10,8 @@
 #     server-streaming (health Watch), no half-close: nothing in 2 s
 #     server-streaming (health Watch), half-close: answered
 #
-# Why it matters: a client that does not half-close works with the unary calls of etcd and waits at
-# RangeStream or Snapshot. A proxy that waits for the end of a unary request before it passes it on
+# Why it matters: a client that does not half-close works with the unary calls of etcd and hangs in
+# RangeStream or Snapshot. A proxy that waits for the end of a unary request before it forwards it
 # breaks clients that work with etcd itself.
 set -euo pipefail
 

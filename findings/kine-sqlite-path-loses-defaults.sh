@@ -12,8 +12,8 @@
 #     sqlite://PATH?_journal_mode=WAL: 2
 #
 # Why it matters: a kine whose data was only moved to another folder blocks readers while it writes,
-# and its log does not mention it. A test of an etcd proxy against such a kine fails for reasons
-# that are not the proxy's. Give the whole list of parameters with a path.
+# and its log does not mention it. A test of an etcd proxy against such a kine fails although the
+# proxy is correct. With a path, specify all parameters.
 set -euo pipefail
 
 tmp=$(mktemp -d)

@@ -26,11 +26,11 @@ const (
 var errCircuitOpen = errors.New("circuit open")
 
 func contract(detail string) *Error {
-	return &Error{Class: ClassContract, Detail: "the KMS answered with " + detail}
+	return &Error{Reason: BrokenContract, Detail: "the KMS answered with " + detail}
 }
 
-func (c *Client) fault(op, keyID string, class Class, detail string) *Error {
-	return &Error{Op: op, Provider: c.cfg.Name, Class: class, KeyID: keyID, Detail: detail}
+func (c *Client) fault(op, keyID string, reason Reason, detail string) *Error {
+	return &Error{Op: op, Provider: c.cfg.Name, Reason: reason, KeyID: keyID, Detail: detail}
 }
 
 // checkWrapped holds a wrapped secret against the limits of what can be stored.
@@ -69,7 +69,7 @@ func checkStatus(res *service.StatusResponse) error {
 	case res.Version != "v2" && res.Version != "v2beta1":
 		return contract("a version of the KMS API that is neither v2 nor v2beta1")
 	case res.Healthz != "ok":
-		e := &Error{Class: ClassUnavailable, Answered: true, Detail: fmt.Sprintf("the KMS says that it is not healthy: %s", quoted(res.Healthz))}
+		e := &Error{Reason: Unhealthy, Detail: fmt.Sprintf("the KMS says that it is not healthy: %s", quoted(res.Healthz))}
 		if checkKeyID(res.KeyID) == nil {
 			e.KeyID = res.KeyID
 		}
@@ -100,7 +100,7 @@ func (c *circuit) noteDown(err error) {
 
 // notCalled is the error of a call that is not made. It carries the code and the reason of the last one that was.
 func (c *Client) notCalled(op, keyID string, last *Error) *Error {
-	e := c.fault(op, keyID, ClassUnavailable, fmt.Sprintf("not called, since it did not answer before; tried again every %s", c.cfg.ProbeAfter))
+	e := c.fault(op, keyID, Unreachable, fmt.Sprintf("not called, since it did not answer before; tried again every %s", c.cfg.ProbeAfter))
 	if last != nil {
 		e.Code, e.HTTPStatus = last.Code, last.HTTPStatus
 		if last.Detail != "" {
@@ -117,19 +117,8 @@ func asKnown(err error) *Error {
 	return e
 }
 
-func classOf(err error) Class {
-	var e *Error
-	if errors.As(err, &e) {
-		return e.Class
-	}
-	return ClassUnavailable
-}
-
 // isSilent reports whether a failed call says that the KMS does not answer, or not now.
-func isSilent(err error) bool {
-	var e *Error
-	return !errors.As(err, &e) || e.Class == ClassUnavailable && !e.Answered
-}
+func isSilent(err error) bool { return ReasonOf(err) == Unreachable }
 
 // safe turns whatever a backend returned into an *Error that says nothing but what is known to be harmless: the text of a foreign error
 // may hold the request.
@@ -151,7 +140,7 @@ func (c *Client) safe(ctx context.Context, op, keyID string, err error) error {
 	} else if errors.Is(err, context.Canceled) {
 		detail = "the caller gave up"
 	}
-	return withCause(c.fault(op, keyID, ClassUnavailable, detail), cause)
+	return withCause(c.fault(op, keyID, Unreachable, detail), cause)
 }
 
 // caused is an *Error with something that errors.Is shall find; the text stays that of the *Error.

@@ -135,7 +135,7 @@ func TestProbesThatSayNothing(t *testing.T) {
 		if n := f.Calls("Status"); n != 8 {
 			t.Errorf("%d calls; want each of the three to be a probe", n)
 		}
-		f.Inject("Status", kmstest.Failure{Err: &kmsclient.Error{Class: kmsclient.ClassDenied}})
+		f.Inject("Status", kmstest.Failure{Err: &kmsclient.Error{Reason: kmsclient.Denied}})
 		if _, err := c.Status(t.Context()); class(t, err) != kmsclient.ClassDenied {
 			t.Errorf("a probe that is refused: %v", err)
 		}
@@ -163,8 +163,8 @@ func TestProbeThatPanics(t *testing.T) {
 // TestCircuitStaysClosed counts only failures in a row, and only those that say that the KMS is silent.
 func TestCircuitStaysClosed(t *testing.T) {
 	for name, failure := range map[string]kmstest.Failure{
-		"denied":  {Err: &kmsclient.Error{Class: kmsclient.ClassDenied}},
-		"invalid": {Err: &kmsclient.Error{Class: kmsclient.ClassInvalid}},
+		"denied":  {Err: &kmsclient.Error{Reason: kmsclient.Denied}},
+		"invalid": {Err: &kmsclient.Error{Reason: kmsclient.Invalid}},
 		"panic":   {Panic: canary},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -181,7 +181,9 @@ func TestCircuitStaysClosed(t *testing.T) {
 	t.Run("answered", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			c, f, _ := newFaulty(t)
-			f.SetFault(func(string, int) *kmstest.Failure { return &kmstest.Failure{Err: &kmsclient.Error{Answered: true}} })
+			f.SetFault(func(string, int) *kmstest.Failure {
+				return &kmstest.Failure{Err: &kmsclient.Error{Reason: kmsclient.Failing}}
+			})
 			for range 20 {
 				if _, err := c.Status(t.Context()); class(t, err) != kmsclient.ClassUnavailable {
 					t.Error(err)

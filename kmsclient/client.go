@@ -19,7 +19,7 @@ type Call struct {
 	Op        string        // "Encrypt", "Decrypt", "Status" or "GenerateDataKey"
 	KeyID     string        // as the KMS answered or was asked; may be empty
 	RequestID string        // the KMS' own id of the request, to join with its audit log; may be empty
-	Class     string        // "ok", or the error's class as [Class.String] spells it
+	Class     string        // "ok", or the error's class
 	Time      time.Time     // when the attempt began
 	Duration  time.Duration // how long it took
 }
@@ -115,7 +115,7 @@ func def[T comparable](v *T, d T) {
 func (c *Client) Encrypt(ctx context.Context, uid string, data []byte) (*service.EncryptResponse, error) {
 	const op = "Encrypt"
 	if len(data) == 0 || len(data) > maxPlaintext {
-		return nil, c.fault(op, "", ClassInvalid, fmt.Sprintf("%d bytes to wrap; 1 to %d can be", len(data), maxPlaintext))
+		return nil, c.fault(op, "", Invalid, fmt.Sprintf("%d bytes to wrap; 1 to %d can be", len(data), maxPlaintext))
 	}
 	return attempt(ctx, c, op, "", func(ctx context.Context) (*service.EncryptResponse, string, error) {
 		res, err := c.cfg.Backend.Encrypt(ctx, uid, data)
@@ -133,7 +133,7 @@ func (c *Client) Encrypt(ctx context.Context, uid string, data []byte) (*service
 func (c *Client) Decrypt(ctx context.Context, uid string, req *service.DecryptRequest) ([]byte, error) {
 	const op = "Decrypt"
 	if checkWrapped(req.Ciphertext, req.KeyID, req.Annotations) != nil {
-		return nil, c.fault(op, "", ClassInvalid, "the wrapped key, its key ID or its annotations exceed what a KMS can have answered")
+		return nil, c.fault(op, "", Invalid, "the wrapped key, its key ID or its annotations exceed what a KMS can have answered")
 	}
 	return attempt(ctx, c, op, req.KeyID, func(ctx context.Context) ([]byte, string, error) {
 		data, err := c.cfg.Backend.Decrypt(ctx, uid, req)
@@ -150,8 +150,7 @@ func (c *Client) Decrypt(ctx context.Context, uid string, req *service.DecryptRe
 const opStatus = "Status"
 
 // Status implements [Service]. A KMS that answers but is not healthy is an error of
-// [ClassUnavailable] with Answered, the key ID of the answer, and the KMS' own text, quoted and
-// shortened.
+// reason [Unhealthy] with the key ID of the answer and the KMS' own text, quoted and shortened.
 func (c *Client) Status(ctx context.Context) (*service.StatusResponse, error) {
 	return attempt(ctx, c, opStatus, "", func(ctx context.Context) (*service.StatusResponse, string, error) {
 		res, err := c.cfg.Backend.Status(ctx)
@@ -201,7 +200,7 @@ func attempt[T any](ctx context.Context, c *Client, op, keyID string, call func(
 		res, err := once(ctx, c, op, keyID, call)
 		tries++
 		errors.As(err, &last)
-		if err != nil && (single || classOf(err) != ClassUnavailable || !isSilent(err) && tries > 1 || errors.Is(err, errCircuitOpen) || ctx.Err() != nil) {
+		if err != nil && (single || ClassOf(err) != ClassUnavailable || !isSilent(err) && tries > 1 || errors.Is(err, errCircuitOpen) || ctx.Err() != nil) {
 			err = backoff.Permanent(err)
 		}
 		return res, err
@@ -258,7 +257,7 @@ func observed(provider, op, keyID, noted string, start time.Time, err error) Cal
 	call := Call{Provider: provider, Op: op, KeyID: keyID, RequestID: noted, Class: "ok", Time: start, Duration: time.Since(start)}
 	var e *Error
 	if errors.As(err, &e) {
-		call.Class = e.Class.String()
+		call.Class = string(e.Class())
 		if e.RequestID != "" {
 			call.RequestID = e.RequestID
 		}

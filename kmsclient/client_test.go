@@ -56,7 +56,7 @@ func class(t *testing.T, err error) kmsclient.Class {
 	if e.Provider != "test" || e.Op == "" {
 		t.Errorf("error names provider %q and operation %q", e.Provider, e.Op)
 	}
-	return e.Class
+	return e.Class()
 }
 
 var good = &service.EncryptResponse{Ciphertext: []byte("wrapped"), KeyID: "k1"}
@@ -136,11 +136,11 @@ func TestRetries(t *testing.T) {
 			t.Errorf("observed %q", got)
 		}
 
-		for _, cl := range []kmsclient.Class{kmsclient.ClassDenied, kmsclient.ClassKeyUnusable, kmsclient.ClassInvalid} {
-			b := &backend{decrypt: func() ([]byte, error) { return nil, &kmsclient.Error{Class: cl, RequestID: "r"} }}
+		for _, reason := range []kmsclient.Reason{kmsclient.Denied, kmsclient.KeyDisabled, kmsclient.Invalid} {
+			b := &backend{decrypt: func() ([]byte, error) { return nil, &kmsclient.Error{Reason: reason, RequestID: "r"} }}
 			_, err := newClient(t, b, nil).Decrypt(t.Context(), "u", &service.DecryptRequest{Ciphertext: []byte("c"), KeyID: "k"})
-			if class(t, err) != cl || b.calls.Load() != 1 {
-				t.Errorf("%v: got %v after %d calls", cl, err, b.calls.Load())
+			if class(t, err) != reason.Class() || b.calls.Load() != 1 {
+				t.Errorf("%v: got %v after %d calls", reason, err, b.calls.Load())
 			}
 		}
 
@@ -190,7 +190,7 @@ func TestCircuit(t *testing.T) {
 		down := true
 		b := &backend{encrypt: func(context.Context) (*service.EncryptResponse, error) {
 			if down {
-				return nil, &kmsclient.Error{Class: kmsclient.ClassUnavailable, Code: "Throttling", HTTPStatus: 503, Detail: "too many calls"}
+				return nil, &kmsclient.Error{Reason: kmsclient.Unreachable, Code: "Throttling", HTTPStatus: 503, Detail: "too many calls"}
 			}
 			return good, nil
 		}}

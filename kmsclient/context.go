@@ -31,7 +31,7 @@ func PastCircuit(ctx context.Context) context.Context {
 
 func isSet(ctx context.Context, key any) bool { return ctx.Value(key) != nil }
 
-// Expect returns a context with which Decrypt of a [Client] fails, with an error of [ClassContract]
+// Expect returns a context with which Decrypt of a [Client] fails, with an error of [BrokenContract]
 // that wraps [ErrOtherSecret], unless the plaintext has this SHA-256 digest. So a wrong answer is
 // counted and recorded as one.
 func Expect(ctx context.Context, digest [sha256.Size]byte) context.Context {
@@ -39,7 +39,7 @@ func Expect(ctx context.Context, digest [sha256.Size]byte) context.Context {
 }
 
 // ExpectLength returns a context with which Decrypt of a [Client] fails, with an error of
-// [ClassContract] and the text of check's, unless check accepts the length of the plaintext.
+// [BrokenContract] and the text of check's, unless check accepts the length of the plaintext.
 func ExpectLength(ctx context.Context, check func(n int) error) context.Context {
 	return context.WithValue(ctx, lengthKey{}, check)
 }

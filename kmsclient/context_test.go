@@ -19,7 +19,7 @@ import (
 func TestOneAttempt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for name, failure := range map[string]kmstest.Failure{
-			"silent": {}, "hangs": {Hang: true}, "answered": {Err: &kmsclient.Error{Answered: true}}, "denied": {Err: &kmsclient.Error{Class: kmsclient.ClassDenied}},
+			"silent": {}, "hangs": {Hang: true}, "answered": {Err: &kmsclient.Error{Reason: kmsclient.Failing}}, "denied": {Err: &kmsclient.Error{Reason: kmsclient.Denied}},
 		} {
 			for _, op := range operationNames {
 				c, f, m := newFaulty(t)

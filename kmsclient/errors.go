@@ -1,78 +1,122 @@
 package kmsclient
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 )
 
-// Class says what an error of a KMS means for its caller.
-type Class int
+// Reason says why a KMS operation failed.
+type Reason int
 
-// The classes, from the least to the most final.
+// The reasons.
 const (
-	// ClassUnavailable: the KMS was not reached, timed out, throttled the call or failed on its side. A retry may help.
-	ClassUnavailable Class = iota
-	// ClassDenied: the KMS refuses this caller: credentials, permission, quota in arrears, clock skew. An operator has to act.
-	ClassDenied
-	// ClassKeyUnusable: the key is disabled, pending deletion, pending import or not found. An operator has to act.
-	ClassKeyUnusable
-	// ClassInvalid: this request can never succeed: the ciphertext is not of this key, is damaged, or a parameter is wrong. A value whose
-	// Decrypt fails like this is given up, so that a backend says so only of what the KMS says of the ciphertext.
-	ClassInvalid
-	// ClassContract: the KMS answered something that breaks the interface's contract (an empty key ID, an over-long blob, a refusal that is not known).
-	ClassContract
+	// Unreachable: the KMS was not reached, timed out or throttled the call. A retry may help.
+	Unreachable Reason = iota
+	// Failing: the KMS answered the call with a failure that it does not explain. The failure may be
+	// about this request, so it is tried once more, and is no sign that other calls would fail.
+	Failing
+	// Unhealthy: Status was answered and said that the KMS is not healthy.
+	Unhealthy
+	// Denied: the KMS refuses this caller: credentials, permission, quota in arrears, clock skew. An
+	// operator has to act.
+	Denied
+	// KeyDisabled: the key may not be used. Somebody may have disabled it to stop its use, and
+	// recovery copies of DEK seeds must not get around that.
+	KeyDisabled
+	// KeyGone: the key or its material is deleted, will be deleted, or waits for an import.
+	KeyGone
+	// KeyNotFound: the KMS does not have the key at all, so that what it wrapped will never be
+	// unwrapped.
+	KeyNotFound
+	// AliasNotFound: the alias by which the key is configured leads to no key. Nothing can be wrapped,
+	// and nothing is said of the keys that have wrapped. Decrypt never fails for it.
+	AliasNotFound
+	// Invalid: this request can never succeed: the ciphertext is damaged or of another key, or a
+	// parameter is wrong. A value whose Decrypt fails for it counts as corrupt, so that a backend uses
+	// it only for what the KMS says of the ciphertext.
+	Invalid
+	// BrokenContract: the answer breaks the interface's contract: an empty key ID, an oversized
+	// ciphertext, an unknown refusal.
+	BrokenContract
 )
 
-// String returns the class as metrics and logs spell it.
-func (c Class) String() string {
-	switch c {
-	case ClassUnavailable:
-		return "unavailable"
-	case ClassDenied:
-		return "denied"
-	case ClassKeyUnusable:
-		return "key_unusable"
-	case ClassInvalid:
-		return "invalid"
-	case ClassContract:
-		return "contract"
+// String returns the reason in snake case.
+func (r Reason) String() string {
+	names := [...]string{
+		"unreachable", "failing", "unhealthy", "denied", "key_disabled", "key_gone", "key_not_found", "alias_not_found", "invalid", "broken_contract",
 	}
-	return fmt.Sprintf("class(%d)", int(c))
+	if r < 0 || int(r) >= len(names) {
+		return fmt.Sprintf("reason(%d)", int(r))
+	}
+	return names[r]
 }
 
-// Error is a failed KMS operation. None of its fields ever holds a plaintext, a key, a token or a request's text: backends
-// fill it from what is known to be safe and drop the rest.
+// Class returns what the reason means for the caller.
+func (r Reason) Class() Class {
+	switch r {
+	case Denied:
+		return ClassDenied
+	case KeyDisabled, KeyGone, KeyNotFound, AliasNotFound:
+		return ClassKeyUnusable
+	case Invalid:
+		return ClassInvalid
+	case BrokenContract:
+		return ClassContract
+	}
+	return ClassUnavailable
+}
+
+// Answered reports whether the KMS is unavailable although it answered.
+func (r Reason) Answered() bool { return r == Failing || r == Unhealthy }
+
+// Gone reports whether the key cannot be used because it is not there, or will not be, and not because
+// somebody has disabled it.
+func (r Reason) Gone() bool { return r == KeyGone || r == KeyNotFound || r == AliasNotFound }
+
+// ReasonOf returns the reason in err. An error without one is Unreachable: it says nothing final.
+func ReasonOf(err error) Reason {
+	if e, ok := errors.AsType[*Error](err); ok {
+		return e.Reason
+	}
+	return Unreachable
+}
+
+// ClassOf returns the class of the reason in err.
+func ClassOf(err error) Class { return ReasonOf(err).Class() }
+
+// Class groups reasons by what they mean for the caller. Metrics and audit records have it.
+type Class string
+
+// The classes.
+const (
+	ClassUnavailable Class = "unavailable"  // a retry may help
+	ClassDenied      Class = "denied"       // the caller is refused
+	ClassKeyUnusable Class = "key_unusable" // the key may not be used, or is not there
+	ClassInvalid     Class = "invalid"      // the request can never succeed
+	ClassContract    Class = "contract"     // the answer is not what it must be
+)
+
+// Error is a failed KMS operation. None of its fields ever holds a plaintext, a key, a token or a
+// request's text: backends fill it from what is safe and leave out the rest.
 type Error struct {
 	Op         string // "Encrypt", "Decrypt", "Status", "GenerateDataKey"
 	Provider   string // the provider's name in the configuration; filled by [New]'s wrapper
-	Class      Class
+	Reason     Reason
 	Code       string // the KMS' own error code, e.g. "Rejected.Disabled"; may be empty
 	HTTPStatus int    // 0 when there was no HTTP answer
 	RequestID  string // the KMS' own id of the request, to join with its audit log; may be empty
 	KeyID      string // may be empty
 	Detail     string // a safe explanation of our own; may be empty
-
-	// Answered tells among errors of ClassUnavailable: the KMS did answer this call, and said nothing that one could go by. It may be about what was
-	// asked, so it is tried once more, and is no sign that other calls would fail.
-	Answered bool
-
-	// Gone tells among errors of ClassKeyUnusable: the key or its material is not there any more, or is on its way out. Without it somebody
-	// may have disabled the key to stop its use, and recovery copies of seeds must not get around that.
-	Gone bool
-
-	// Missing tells among those that are Gone: the KMS does not know the key at all, so that what it wrapped will never be unwrapped. A key that is
-	// on its way out, or whose material may be imported again, is none.
-	Missing bool
-
-	// Alias tells among errors of ClassKeyUnusable, of other operations than Decrypt: the name that the key is called by leads to no key. Nothing
-	// can be wrapped, and nothing is said of the keys that have wrapped.
-	Alias bool
 }
+
+// Class returns the class of the reason.
+func (e *Error) Class() Class { return e.Reason.Class() }
 
 // Error implements error.
 func (e *Error) Error() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "kms %s: %s", e.Op, strings.ReplaceAll(e.Class.String(), "_", " "))
+	fmt.Fprintf(&b, "kms %s: %s", e.Op, strings.ReplaceAll(string(e.Class()), "_", " "))
 	for _, f := range []struct{ name, value string }{
 		{"provider", e.Provider}, {"code", e.Code}, {"key ID", e.KeyID}, {"request ID", e.RequestID},
 	} {

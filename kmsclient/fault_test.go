@@ -117,12 +117,12 @@ func TestFaultsThatLast(t *testing.T) {
 	}{
 		"unavailable": {kmstest.Failure{}, kmsclient.ClassUnavailable, 3},
 		"applied":     {kmstest.Failure{Apply: true}, kmsclient.ClassUnavailable, 3},
-		"answered":    {kmstest.Failure{Err: &kmsclient.Error{Answered: true}}, kmsclient.ClassUnavailable, 2},
+		"answered":    {kmstest.Failure{Err: &kmsclient.Error{Reason: kmsclient.Failing}}, kmsclient.ClassUnavailable, 2},
 		"foreign":     {kmstest.Failure{Err: fmt.Errorf("cannot wrap %s", canary)}, kmsclient.ClassUnavailable, 3},
 		"hangs":       {kmstest.Failure{Hang: true}, kmsclient.ClassUnavailable, 3},
-		"denied":      {kmstest.Failure{Err: &kmsclient.Error{Class: kmsclient.ClassDenied}}, kmsclient.ClassDenied, 1},
-		"key":         {kmstest.Failure{Err: &kmsclient.Error{Class: kmsclient.ClassKeyUnusable}}, kmsclient.ClassKeyUnusable, 1},
-		"invalid":     {kmstest.Failure{Err: &kmsclient.Error{Class: kmsclient.ClassInvalid}}, kmsclient.ClassInvalid, 1},
+		"denied":      {kmstest.Failure{Err: &kmsclient.Error{Reason: kmsclient.Denied}}, kmsclient.ClassDenied, 1},
+		"key":         {kmstest.Failure{Err: &kmsclient.Error{Reason: kmsclient.KeyDisabled}}, kmsclient.ClassKeyUnusable, 1},
+		"invalid":     {kmstest.Failure{Err: &kmsclient.Error{Reason: kmsclient.Invalid}}, kmsclient.ClassInvalid, 1},
 		"panics":      {kmstest.Failure{Panic: canary}, kmsclient.ClassContract, 1},
 	} {
 		for _, op := range operationNames {

@@ -32,7 +32,7 @@ func TestRequestID(t *testing.T) {
 				noted(good, nil, strings.Repeat("x", 128)),
 			}},
 			"error's own": {want: []string{"e denied"}, attempts: []func(context.Context) (*service.EncryptResponse, error){
-				noted(nil, &kmsclient.Error{Class: kmsclient.ClassDenied, RequestID: "e"}, "r1"),
+				noted(nil, &kmsclient.Error{Reason: kmsclient.Denied, RequestID: "e"}, "r1"),
 			}},
 			"broken answer": {want: []string{"r1 contract"}, attempts: []func(context.Context) (*service.EncryptResponse, error){
 				noted(&service.EncryptResponse{}, nil, "r1"),

@@ -96,7 +96,7 @@ func (a *admission) release(st *fstream) {
 		a.live--
 		a.take(next)
 		a.mu.Unlock()
-		next.forward(hasty, next.asked)
+		next.forward(nonBlocking, next.asked)
 		a.mu.Lock()
 	}
 	a.draining = false

@@ -53,6 +53,16 @@ func (r reverser) Open(_ context.Context, key, stored []byte) ([]byte, error) {
 	return out, nil
 }
 
+func (r reverser) TrySeal(key, value []byte) ([]byte, error) {
+	return r.Seal(context.Background(), key, value)
+}
+
+func (r reverser) TryOpen(key, stored []byte) ([]byte, error) {
+	return r.Open(context.Background(), key, stored)
+}
+
+func (reverser) Ready([]byte) bool { return true }
+
 // sealed is what etcd holds for value.
 func sealed(key, value string) []byte {
 	out, _ := reverser{}.Seal(context.Background(), []byte(key), []byte(value))

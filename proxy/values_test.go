@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"strings"
 	"testing"
 
@@ -111,7 +112,7 @@ func TestElectionsAndLocks(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &core{}
+	c := newCore(nil, 0, slog.New(slog.DiscardHandler))
 	c.rules.Store(rules)
 	table := make(map[string]*method)
 	for _, m := range methodTable() {
@@ -143,7 +144,7 @@ func TestElectionsAndLocks(t *testing.T) {
 	} {
 		for _, ciphertext := range []bool{false, true} {
 			own, _ := table[tt.method].call(c, &Identity{Ciphertext: ciphertext}).(*electionCall)
-			out, err := own.request(testContext(t), tt.msg)
+			out, err := own.request(nonBlocking, tt.msg)
 			if err != nil || !bytes.Equal(out, tt.msg) || own.hosted != (tt.hosted && !ciphertext) {
 				t.Errorf("%s %q, ciphertext %t: hosted %t, %q, %v", tt.method, tt.msg, ciphertext, own.hosted, out, err)
 			}

@@ -84,6 +84,30 @@ func (s *slowKMS) Open(ctx context.Context, key, stored []byte) ([]byte, error) 
 	return stored[:copy(stored, value)], nil
 }
 
+func (s *slowKMS) TrySeal(key, value []byte) ([]byte, error) {
+	if !s.Ready(key) {
+		return nil, ErrWouldBlock
+	}
+	return s.Seal(context.Background(), key, value)
+}
+
+func (s *slowKMS) TryOpen(key, stored []byte) ([]byte, error) {
+	if !s.Ready(key) {
+		return nil, ErrWouldBlock
+	}
+	return s.Open(context.Background(), key, stored)
+}
+
+// Ready finds the key in what reverser stores.
+func (s *slowKMS) Ready(stored []byte) bool {
+	select {
+	case <-s.release:
+		return true
+	default:
+		return !bytes.Contains(stored, []byte("slow"))
+	}
+}
+
 // serveStore starts an etcd that has every key: its value is "v" and the key. A put is answered with the value that came.
 func serveStore(t *testing.T, list ...string) string {
 	kv := func(key string) *mvccpb.KeyValue {

@@ -19,11 +19,14 @@ type doubt struct {
 
 // openAgain is about a seed that has opened no value yet, nor this one: a KMS that answers garbage
 // must not make a value look damaged, so it is asked once more for the secret, and then less and
-// less often. The error is of kind Corrupt if it gave the same one. whole is whether object is
-// still as it was stored, so that another secret may open it.
-func (r *Ring) openAgain(ctx context.Context, e *entry, etcdKey, object []byte, whole bool) ([]byte, *Error) {
+// less often. The error is of kind Corrupt if it gave the same one, and [ErrWouldBlock] if try says
+// that the KMS must not be called.
+func (r *Ring) openAgain(ctx context.Context, e *entry, etcdKey, object []byte, try bool) ([]byte, *Error) {
 	if known := e.doubt.Load(); known != nil && time.Now().Before(known.until) {
 		return nil, r.notOpened(e, known)
+	}
+	if try {
+		return nil, errWouldBlock
 	}
 	if ctx.Err() != nil {
 		return nil, r.errorf(Unavailable, context.Cause(ctx), "the caller went away before the seed of a value that does not open was unwrapped again")
@@ -51,7 +54,7 @@ func (r *Ring) openAgain(ctx context.Context, e *entry, etcdKey, object []byte, 
 			return nil, r.errorf(Unavailable, a.Err, "the seed was not unwrapped again")
 		}
 		now := a.Val.(*entry)
-		if o, err := envelope.Parse(object); now != e && whole && err == nil {
+		if o, err := envelope.Parse(object); now != e && err == nil {
 			if plaintext, err := now.seed.Open(nil, etcdKey, o.Data); err == nil {
 				now.proven.Store(true)
 				return plaintext, nil

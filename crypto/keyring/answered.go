@@ -40,7 +40,7 @@ func answered(err error) bool {
 		return true
 	}
 	e, ok := errors.AsType[*kmsclient.Error](err)
-	return ok && (e.Class == kmsclient.ClassContract || e.Class == kmsclient.ClassUnavailable && e.Answered)
+	return ok && (e.Reason == kmsclient.BrokenContract || e.Reason.Answered())
 }
 
 // Recheck has the KMS of a stored value's provider contacted ahead of time, without waiting for it,

@@ -17,9 +17,9 @@ import (
 // without a recovery copy.
 func TestAnswered(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		unknown := &kmsclient.Error{Op: "Decrypt", Answered: true, Code: "Unknown"}
-		silent, invalid := kmsError("Decrypt", kmsclient.ClassUnavailable), kmsError("Decrypt", kmsclient.ClassInvalid)
-		contract, denied, gone := kmsError("Decrypt", kmsclient.ClassContract), kmsError("Decrypt", kmsclient.ClassDenied), goneError("Decrypt")
+		unknown := &kmsclient.Error{Op: "Decrypt", Reason: kmsclient.Failing, Code: "Unknown"}
+		silent, invalid := kmsError("Decrypt", kmsclient.Unreachable), kmsError("Decrypt", kmsclient.Invalid)
+		contract, denied, gone := kmsError("Decrypt", kmsclient.BrokenContract), kmsError("Decrypt", kmsclient.Denied), goneError("Decrypt")
 		for i, c := range []struct {
 			ack, dr error
 			alone   bool // without a recovery copy
@@ -70,7 +70,9 @@ func TestAnsweredCopyOpens(t *testing.T) {
 		stored := newSite(t, ack, dr, false, nil).start(t).ack.mustSeal(t, "k", "v")
 		s := newSite(t, ack, dr, false, nil).start(t)
 		s.sealer = rule(t, SealerConfig{Write: s.ack.Ring, Recovery: []*Ring{s.dr.Ring}})
-		ack.set(func() { ack.opErr["Decrypt"] = &kmsclient.Error{Op: "Decrypt", Answered: true, Code: "Unknown"} })
+		ack.set(func() {
+			ack.opErr["Decrypt"] = &kmsclient.Error{Op: "Decrypt", Reason: kmsclient.Failing, Code: "Unknown"}
+		})
 		if got, err := openBy(s.sealer, "k", stored); err != nil || got != "v" {
 			t.Errorf("%q, %v", got, err)
 		}

@@ -166,7 +166,7 @@ func (r *Ring) badStatus(ctx context.Context, status error) {
 		return
 	}
 	defer func() { r.loop.used = time.Now() }()
-	if isUnhealthy(status) {
+	if kmsclient.ReasonOf(status) == kmsclient.Unhealthy {
 		e, _ := errors.AsType[*kmsclient.Error](status)
 		keyID, w, err := r.useSettled(ctx, e.KeyID)
 		switch {
@@ -270,9 +270,9 @@ func (r *Ring) bad(ctx context.Context, keyID string, err error) {
 		return // the call was ended from this side, which says nothing of the KMS
 	}
 	revoke, nameless := false, false
-	switch classOf(err) {
+	switch kmsclient.ClassOf(err) {
 	case kmsclient.ClassKeyUnusable:
-		nameless = isNameless(err)
+		nameless = kmsclient.ReasonOf(err) == kmsclient.AliasNotFound
 		revoke = !nameless
 	case kmsclient.ClassDenied:
 		if r.loop.deniedSince.IsZero() {
@@ -282,7 +282,7 @@ func (r *Ring) bad(ctx context.Context, keyID string, err error) {
 	}
 	was := r.state.Load()
 	change := func(st *state) {
-		st.healthy, st.err, st.works = false, err, st.works && isUnhealthy(err)
+		st.healthy, st.err, st.works = false, err, st.works && kmsclient.ReasonOf(err) == kmsclient.Unhealthy
 		if keyID != "" {
 			st.keyID = keyID
 		}
@@ -295,7 +295,7 @@ func (r *Ring) bad(ctx context.Context, keyID string, err error) {
 	}
 	dropped := 0
 	// A key that is gone leaves what recovery copies gave; one that somebody has disabled does not.
-	gone := isGone(err)
+	gone := kmsclient.ReasonOf(err).Gone()
 	mine := func(e *entry) bool { return e.by == r || e.ring == r && !gone }
 	if revoke {
 		r.mu.Lock()
@@ -337,7 +337,7 @@ func (r *Ring) status(ctx context.Context) (*service.StatusResponse, error) {
 	case status == nil || status.KeyID == "" || len(status.KeyID) > envelope.MaxKeyID:
 		return nil, &contractError{op: "Status", what: "the key ID is empty or over-long"}
 	case status.Healthz != "ok":
-		return nil, &kmsclient.Error{Op: "Status", Provider: r.cfg.Provider, Class: kmsclient.ClassUnavailable, KeyID: status.KeyID, Answered: true, Detail: "health is not ok"}
+		return nil, &kmsclient.Error{Op: "Status", Provider: r.cfg.Provider, Reason: kmsclient.Unhealthy, KeyID: status.KeyID, Detail: "health is not ok"}
 	}
 	return status, nil
 }

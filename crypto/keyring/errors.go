@@ -66,6 +66,12 @@ type Error struct {
 	seed string
 }
 
+// ErrWouldBlock is returned by [Sealer.TrySeal] and [Sealer.TryOpen] when the value needs a KMS call, or has to wait for one.
+var ErrWouldBlock = errors.New("a KMS call is needed")
+
+// errWouldBlock is ErrWouldBlock inside of the package.
+var errWouldBlock = &Error{Kind: Unavailable, Text: ErrWouldBlock.Error(), Err: ErrWouldBlock}
+
 // Error implements error.
 func (e *Error) Error() string { return e.Text }
 
@@ -77,50 +83,12 @@ func kindOf(err error) Kind {
 	if e, ok := errors.AsType[*recoveryError](err); ok {
 		err = e.cause
 	}
-	switch classOf(err) {
+	switch kmsclient.ClassOf(err) {
 	case kmsclient.ClassDenied, kmsclient.ClassKeyUnusable:
 		return KeyUnusable
 	default:
 		return Unavailable
 	}
-}
-
-// isGone reports whether a failed KMS call says that the key is not there any more, or will not be: nobody has just said no.
-func isGone(err error) bool {
-	e, ok := errors.AsType[*kmsclient.Error](err)
-	return ok && e.Class == kmsclient.ClassKeyUnusable && e.Gone
-}
-
-// isAnswered reports whether a failed KMS call was answered, with a fault that is not known.
-func isAnswered(err error) bool {
-	e, ok := errors.AsType[*kmsclient.Error](err)
-	return ok && e.Answered
-}
-
-// isUnhealthy reports whether a failed contact is a Status that was answered, named the key, and
-// said that the KMS is not healthy. Some plugins say so for a while after any call that failed.
-func isUnhealthy(err error) bool {
-	e, ok := errors.AsType[*kmsclient.Error](err)
-	return ok && e.Class == kmsclient.ClassUnavailable && e.Answered && e.Op == "Status" && e.KeyID != ""
-}
-
-// isMissing reports whether a failed KMS call says that there is no such key.
-func isMissing(err error) bool {
-	e, ok := errors.AsType[*kmsclient.Error](err)
-	return ok && e.Class == kmsclient.ClassKeyUnusable && e.Gone && e.Missing
-}
-
-// isNameless reports whether a failed KMS call says no more than that the key's name leads to no key. Values go by the keys that they name.
-func isNameless(err error) bool {
-	e, ok := errors.AsType[*kmsclient.Error](err)
-	return ok && e.Class == kmsclient.ClassKeyUnusable && e.Alias
-}
-
-func classOf(err error) kmsclient.Class {
-	if e, ok := errors.AsType[*kmsclient.Error](err); ok {
-		return e.Class
-	}
-	return kmsclient.ClassUnavailable
 }
 
 // describe returns what may be said of a failed KMS call. Only a [kmsclient.Error] is safe to print; of any other error the text could
@@ -137,7 +105,7 @@ func describe(err error) string {
 		return "the KMS call failed"
 	}
 	var b strings.Builder
-	switch e.Class {
+	switch e.Class() {
 	case kmsclient.ClassKeyUnusable:
 		b.WriteString("the KMS key is disabled, pending deletion or gone")
 	case kmsclient.ClassDenied:
@@ -148,7 +116,7 @@ func describe(err error) string {
 		b.WriteString("the KMS answered what it must not")
 	default:
 		b.WriteString("the KMS is unreachable, throttling or failing")
-		if e.Answered {
+		if e.Reason.Answered() {
 			b.Reset()
 			b.WriteString("the KMS answers with a failure")
 		}

@@ -82,8 +82,8 @@ func (k *fakeKMS) count(op string) int {
 	return k.calls[op]
 }
 
-func kmsError(op string, class kmsclient.Class) error {
-	return &kmsclient.Error{Op: op, Class: class, Code: "Code." + class.String(), RequestID: "req-7", KeyID: "key-1"}
+func kmsError(op string, reason kmsclient.Reason) error {
+	return &kmsclient.Error{Op: op, Reason: reason, Code: "Code." + reason.String(), RequestID: "req-7", KeyID: "key-1"}
 }
 
 // ofContact marks the context of a ring's contacts, so that their Decrypt is counted as "Probe", apart from that of values.
@@ -164,7 +164,7 @@ func (k *fakeKMS) Decrypt(ctx context.Context, uid string, req *service.DecryptR
 	}
 	aead, ok := k.keys[req.KeyID]
 	if !ok {
-		return nil, kmsError("Decrypt", kmsclient.ClassKeyUnusable)
+		return nil, kmsError("Decrypt", kmsclient.KeyDisabled)
 	}
 	aad, err := json.Marshal(req.Annotations)
 	if err != nil {
@@ -172,7 +172,7 @@ func (k *fakeKMS) Decrypt(ctx context.Context, uid string, req *service.DecryptR
 	}
 	plain, err := aead.Open(nil, nil, req.Ciphertext, aad)
 	if err != nil {
-		return nil, kmsError("Decrypt", kmsclient.ClassInvalid)
+		return nil, kmsError("Decrypt", kmsclient.Invalid)
 	}
 	if lost != nil {
 		return nil, lost

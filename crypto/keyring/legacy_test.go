@@ -28,7 +28,7 @@ type legacyValue struct {
 // legacyValues returns one value of each type, under a key of 32 bytes called "key1".
 func legacyValues(t *testing.T) []legacyValue {
 	t.Helper()
-	b, err := os.ReadFile(filepath.Join("..", "legacy", "testdata", "kubernetes-vectors.json"))
+	b, err := os.ReadFile(filepath.Join("..", "kubelegacy", "testdata", "kubernetes-vectors.json"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -181,7 +181,7 @@ func TestLegacyWritingPlaintext(t *testing.T) {
 		if got, err := s.Open(context.Background(), v.EtcdKey, within); err != nil || !bytes.Equal(got, within) {
 			t.Errorf("%q, %v", got, err)
 		}
-		if err := s.Ready(); err != nil {
+		if err := s.Health(); err != nil {
 			t.Error(err)
 		}
 	}

@@ -14,7 +14,7 @@ const lostNotice = time.Hour
 // markLost marks the error of a value if the KMS said, of the value's own key, that there is none. What it says of the key in the configuration
 // is about the value only if that is the same.
 func (r *Ring) markLost(err *Error, h *envelope.Header, cause error) *Error {
-	if e, ok := errors.AsType[*kmsclient.Error](cause); ok && isMissing(cause) && r.keyOf(e.KeyID) == r.keyOf(h.KeyID) {
+	if e, ok := errors.AsType[*kmsclient.Error](cause); ok && kmsclient.ReasonOf(cause) == kmsclient.KeyNotFound && r.keyOf(e.KeyID) == r.keyOf(h.KeyID) {
 		err.lost = r
 	}
 	return err

@@ -13,12 +13,12 @@ import (
 )
 
 func missingError(op, keyID string) error {
-	return &kmsclient.Error{Op: op, Class: kmsclient.ClassKeyUnusable, Gone: true, Missing: true, Code: "Forbidden.KeyNotFound", RequestID: "req-7", KeyID: keyID}
+	return &kmsclient.Error{Op: op, Reason: kmsclient.KeyNotFound, Code: "Forbidden.KeyNotFound", RequestID: "req-7", KeyID: keyID}
 }
 
 // TestLostIsHandedOn: only what nothing and nobody can bring back is handed on as stored.
 func TestLostIsHandedOn(t *testing.T) {
-	denied, unusable, silent := kmsError("Status", kmsclient.ClassDenied), kmsError("Status", kmsclient.ClassKeyUnusable), kmsError("Decrypt", kmsclient.ClassUnavailable)
+	denied, unusable, silent := kmsError("Status", kmsclient.Denied), kmsError("Status", kmsclient.KeyDisabled), kmsError("Decrypt", kmsclient.Unreachable)
 	for name, c := range map[string]struct {
 		status, decrypt error // of the key
 		want            Kind  // 0: it is handed on
@@ -93,7 +93,7 @@ func TestLostWithCopies(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ack, dr := newKMS(t, "ack"), newKMS(t, "dr")
 		stored := newSite(t, ack, dr, false, nil).start(t).ack.mustSeal(t, "k", "v")
-		missing, invalid := missingError("Decrypt", "key-1"), kmsError("Decrypt", kmsclient.ClassInvalid)
+		missing, invalid := missingError("Decrypt", "key-1"), kmsError("Decrypt", kmsclient.Invalid)
 		for i, c := range []struct {
 			ack, dr  error
 			unnamed  bool // the rule does not name the copy's provider
@@ -103,9 +103,9 @@ func TestLostWithCopies(t *testing.T) {
 			{missing, invalid, false, true},
 			{invalid, missing, false, true},
 			{missing, goneError("Decrypt"), false, false},
-			{missing, kmsError("Decrypt", kmsclient.ClassKeyUnusable), false, false},
-			{missing, kmsError("Decrypt", kmsclient.ClassUnavailable), false, false},
-			{kmsError("Decrypt", kmsclient.ClassUnavailable), missing, false, false},
+			{missing, kmsError("Decrypt", kmsclient.KeyDisabled), false, false},
+			{missing, kmsError("Decrypt", kmsclient.Unreachable), false, false},
+			{kmsError("Decrypt", kmsclient.Unreachable), missing, false, false},
 			{missing, missing, true, false},
 		} {
 			ack.set(func() { ack.opErr = map[string]error{}; dr.opErr = map[string]error{} })

@@ -90,7 +90,7 @@ func TestMintOnAgeAndOnCount(t *testing.T) {
 			t.Errorf("%d mints in ten days", n)
 		}
 		g.mustOpen(t, "k", first, "v")
-		kms.set(func() { kms.opErr["Encrypt"] = kmsError("Encrypt", kmsclient.ClassUnavailable) })
+		kms.set(func() { kms.opErr["Encrypt"] = kmsError("Encrypt", kmsclient.Unreachable) })
 		time.Sleep(24*time.Hour + 30*time.Minute)
 		g.mustSeal(t, "k", "v") // the old seed, as long as SealUnreachableFor says
 		time.Sleep(time.Hour)
@@ -114,7 +114,7 @@ func TestMintOnAgeAndOnCount(t *testing.T) {
 func TestMintThatIsLost(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		kms := newKMS(t, "ack")
-		kms.lost = kmsError("GenerateDataKey", kmsclient.ClassUnavailable)
+		kms.lost = kmsError("GenerateDataKey", kmsclient.Unreachable)
 		g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.KMS = &generator{fakeKMS: kms} }).start(t)
 		synctest.Wait()
 		_, err := g.seal("k", "v")

@@ -432,7 +432,7 @@ func TestFlappingKeyID(t *testing.T) {
 		if got := keyIDOf(t, g.mustSeal(t, "k", "v")); got != "key-3" {
 			t.Errorf("sealed under %s", got)
 		}
-		for i, err := range []error{kmsError("Decrypt", kmsclient.ClassKeyUnusable), &kmsclient.Error{Op: "Decrypt", Answered: true}} {
+		for i, err := range []error{kmsError("Decrypt", kmsclient.KeyDisabled), &kmsclient.Error{Op: "Decrypt", Reason: kmsclient.Failing}} {
 			id := []string{"key-3", "key-4"}[i]
 			kms.rotate(id)
 			minute(id)
@@ -453,7 +453,7 @@ func TestNoConnectionIsNoRefusal(t *testing.T) {
 		stored := kms.sealed(t, "k", "v")
 		g := newRing(t, kms, nil).start(t)
 		synctest.Wait()
-		kms.set(func() { kms.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.ClassUnavailable) })
+		kms.set(func() { kms.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.Unreachable) })
 		for range 10 {
 			_, err := g.open("k", stored)
 			wantKind(t, err, Unavailable)

@@ -48,8 +48,8 @@ func TestIdleCalls(t *testing.T) {
 // TestOldKeyOfManyIsRevoked: every key ID in the cache has its turn, though there are more than one poll asks about.
 func TestOldKeyOfManyIsRevoked(t *testing.T) {
 	for _, which := range []int{0, 1, maxProbes - 1, maxProbes, 2*maxProbes + 2} {
-		for _, class := range []kmsclient.Class{kmsclient.ClassKeyUnusable, kmsclient.ClassDenied} {
-			t.Run(fmt.Sprintf("%v of number %d", class, which), func(t *testing.T) {
+		for _, reason := range []kmsclient.Reason{kmsclient.KeyDisabled, kmsclient.Denied} {
+			t.Run(fmt.Sprintf("%v of number %d", reason, which), func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					kms := newKMS(t, "ack")
 					g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.RevokeWithin = 10 * time.Second }).start(t)
@@ -65,13 +65,13 @@ func TestOldKeyOfManyIsRevoked(t *testing.T) {
 					own := g.mustSeal(t, "k", "own")
 					id := fmt.Sprintf("old-%03d", which)
 					kms.set(func() {
-						kms.keyErr[id] = kmsError("Decrypt", class)
+						kms.keyErr[id] = kmsError("Decrypt", reason)
 						for odd := 5; odd < 2*maxProbes; odd += 10 { // that is no reason to leave the others for later
-							kms.keyErr[fmt.Sprintf("old-%03d", odd)] = &kmsclient.Error{Op: "Decrypt", Answered: true}
+							kms.keyErr[fmt.Sprintf("old-%03d", odd)] = &kmsclient.Error{Op: "Decrypt", Reason: kmsclient.Failing}
 						}
 					})
 					time.Sleep(3 * 10 * time.Second) // a third of the keys each
-					if class == kmsclient.ClassDenied {
+					if reason == kmsclient.Denied {
 						time.Sleep(3 * 10 * time.Second)
 					}
 					synctest.Wait()
@@ -109,12 +109,12 @@ func TestOldKeyGoesWithAllVersions(t *testing.T) {
 		own := g.mustSeal(t, "k", "own")
 		kms.set(func() {
 			for v := range 5 {
-				kms.keyErr[fmt.Sprintf("old/%d", v)] = kmsError("Decrypt", kmsclient.ClassKeyUnusable)
+				kms.keyErr[fmt.Sprintf("old/%d", v)] = kmsError("Decrypt", kmsclient.KeyDisabled)
 			}
 		})
 		time.Sleep(time.Minute)
 		synctest.Wait()
-		kms.set(func() { kms.down = kmsError("Decrypt", kmsclient.ClassUnavailable) }) // what opens now is cached
+		kms.set(func() { kms.down = kmsError("Decrypt", kmsclient.Unreachable) }) // what opens now is cached
 		for _, v := range stored {
 			if _, err := g.open("k", v); err == nil {
 				t.Errorf("a value under %s opens", keyIDOf(t, v))
@@ -128,8 +128,8 @@ func TestOldKeyGoesWithAllVersions(t *testing.T) {
 // to what is in use. Old keys are asked about only while Status is good.
 func TestRefusalBesideAnotherFault(t *testing.T) {
 	for name, op := range map[string]string{"no status": "Status", "no new seed": "Encrypt"} {
-		for _, class := range []kmsclient.Class{kmsclient.ClassKeyUnusable, kmsclient.ClassDenied} {
-			t.Run(fmt.Sprintf("%s, %v", name, class), func(t *testing.T) {
+		for _, reason := range []kmsclient.Reason{kmsclient.KeyDisabled, kmsclient.Denied} {
+			t.Run(fmt.Sprintf("%s, %v", name, reason), func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					kms := newKMS(t, "ack")
 					g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.MaxAge, c.SealUnreachableFor = time.Hour, 24*time.Hour }).start(t)
@@ -138,11 +138,11 @@ func TestRefusalBesideAnotherFault(t *testing.T) {
 					time.Sleep(time.Minute)
 					synctest.Wait()
 					now := g.mustSeal(t, "k", "v")
-					kms.set(func() { kms.opErr[op] = kmsError(op, kmsclient.ClassUnavailable) })
+					kms.set(func() { kms.opErr[op] = kmsError(op, kmsclient.Unreachable) })
 					time.Sleep(time.Hour)
 					g.mustSeal(t, "k", "v")
 					g.mustOpen(t, "k", old, "v")
-					kms.set(func() { kms.keyErr["key-1"] = kmsError("Decrypt", class) })
+					kms.set(func() { kms.keyErr["key-1"] = kmsError("Decrypt", reason) })
 					time.Sleep(3*time.Minute + 10*time.Second) // two polls or three
 					_, err := g.open("k", old)
 					if op == "Status" {
@@ -153,7 +153,7 @@ func TestRefusalBesideAnotherFault(t *testing.T) {
 						wantKind(t, err, KeyUnusable)
 					}
 					g.mustOpen(t, "k", now, "v")
-					kms.set(func() { kms.keyErr["key-2"] = kmsError("Decrypt", class) })
+					kms.set(func() { kms.keyErr["key-2"] = kmsError("Decrypt", reason) })
 					time.Sleep(2*time.Minute + 10*time.Second)
 					_, err = g.open("k", now)
 					wantKind(t, err, KeyUnusable)
@@ -168,7 +168,7 @@ func TestRefusalBesideAnotherFault(t *testing.T) {
 // TestAliasLeadsNowhere: it ends sealing. What the key itself unwraps is opened, cached or not, until the key itself may not be used.
 func TestAliasLeadsNowhere(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		nowhere := &kmsclient.Error{Op: "Status", Class: kmsclient.ClassKeyUnusable, Gone: true, Alias: true, Code: "Forbidden.AliasNotFound"}
+		nowhere := &kmsclient.Error{Op: "Status", Reason: kmsclient.AliasNotFound, Code: "Forbidden.AliasNotFound"}
 		kms := newKMS(t, "ack")
 		cold, late := kms.sealed(t, "k", "cold"), kms.sealed(t, "k", "late")
 		g := newRing(t, kms, nil).start(t)
@@ -186,10 +186,10 @@ func TestAliasLeadsNowhere(t *testing.T) {
 			g.mustOpen(t, "k", cold, "cold")
 			time.Sleep(time.Minute)
 		}
-		if g.State().Revoked || g.State().CanSeal || g.sealer.Ready() == nil {
+		if g.State().Revoked || g.State().CanSeal || g.sealer.Health() == nil {
 			t.Errorf("%+v", g.State())
 		}
-		kms.set(func() { kms.keyErr["key-1"] = kmsError("Decrypt", kmsclient.ClassKeyUnusable) })
+		kms.set(func() { kms.keyErr["key-1"] = kmsError("Decrypt", kmsclient.KeyDisabled) })
 		time.Sleep(time.Minute)
 		synctest.Wait()
 		for _, v := range [][]byte{stored, cold, late} {

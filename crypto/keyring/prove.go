@@ -24,7 +24,7 @@ func (r *Ring) use(ctx context.Context, keyID string) (*writer, error) {
 			return nil, r.proveSample(ctx, keyID)
 		}
 		err := r.prove(ctx, w)
-		if err == nil || classOf(err) != kmsclient.ClassInvalid && !errors.Is(err, errOtherSecret) {
+		if err == nil || kmsclient.ClassOf(err) != kmsclient.ClassInvalid && !errors.Is(err, errOtherSecret) {
 			return w, err
 		}
 		// Nothing more may be sealed under what the KMS does not know any more; values that wait get the next one.
@@ -63,7 +63,7 @@ func (r *Ring) proveSample(ctx context.Context, keyID string) error {
 		return nil
 	}
 	_, err := r.ask(ctx, h)
-	if err != nil && classOf(err) != kmsclient.ClassInvalid {
+	if err != nil && kmsclient.ClassOf(err) != kmsclient.ClassInvalid {
 		return fmt.Errorf("unwrap a seed in use: %w", err)
 	}
 	return nil
@@ -124,7 +124,7 @@ func (r *Ring) probeKey(ctx context.Context, key string, e *entry) bool {
 		return true
 	}
 	ofKey := func(id string) bool { return r.keyOf(id) == key }
-	switch classOf(err) {
+	switch kmsclient.ClassOf(err) {
 	case kmsclient.ClassKeyUnusable:
 		r.dropKeys(ofKey, e.byKeyID, err)
 	case kmsclient.ClassDenied:
@@ -132,7 +132,7 @@ func (r *Ring) probeKey(ctx context.Context, key string, e *entry) bool {
 			r.dropKeys(ofKey, e.byKeyID, err)
 		}
 	case kmsclient.ClassUnavailable:
-		if !isAnswered(err) {
+		if !kmsclient.ReasonOf(err).Answered() {
 			return false
 		}
 		b := r.loop.unprobed[key] // it may be this key alone
@@ -156,7 +156,7 @@ func (r *Ring) keyOf(keyID string) string {
 
 // refuses reports whether a failed call says that the key may not be used.
 func refuses(err error) bool {
-	c := classOf(err)
+	c := kmsclient.ClassOf(err)
 	return c == kmsclient.ClassKeyUnusable || c == kmsclient.ClassDenied
 }
 

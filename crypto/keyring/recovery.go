@@ -11,7 +11,6 @@ import (
 	"sync"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
 // recovery is who wraps copies of a ring's seeds. It does not change.
@@ -167,7 +166,7 @@ func (r *Ring) wrap(ctx context.Context, seed []byte) (copyID, []byte, error) {
 	answer, err := r.cfg.KMS.Encrypt(ctx, newUID(), bytes.Clone(seed))
 	switch {
 	case err != nil:
-		if c := classOf(err); c == kmsclient.ClassKeyUnusable || c == kmsclient.ClassDenied {
+		if refuses(err) {
 			r.doubt()
 		}
 		return copyID{}, nil, fmt.Errorf("wrap recovery copy: %w", err)

@@ -32,7 +32,7 @@ func TestRequiredByReload(t *testing.T) {
 			t.Error("sealed without the required copy")
 		}
 
-		dr.set(func() { dr.down = kmsError("Status", kmsclient.ClassUnavailable) })
+		dr.set(func() { dr.down = kmsError("Status", kmsclient.Unreachable) })
 		ack.rotate("key-2")
 		require(false)
 		time.Sleep(2 * time.Minute)
@@ -42,7 +42,7 @@ func TestRequiredByReload(t *testing.T) {
 		require(true)
 		_, err := s.ack.seal("k", "v")
 		wantKind(t, err, Unavailable)
-		if !strings.Contains(err.Error(), `recovery provider "dr"`) || s.ack.State().CanSeal || s.sealer.Ready() == nil {
+		if !strings.Contains(err.Error(), `recovery provider "dr"`) || s.ack.State().CanSeal || s.sealer.Health() == nil {
 			t.Errorf("%v; %+v", err, s.ack.State())
 		}
 		if st := s.ack.Recovery(); len(st) != 1 || st[0].Lacking == "" || !st[0].Required {
@@ -55,7 +55,7 @@ func TestRequiredByReload(t *testing.T) {
 		}
 
 		// A ring that has ended keeps nobody waiting.
-		dr.set(func() { dr.down = kmsError("Status", kmsclient.ClassUnavailable) })
+		dr.set(func() { dr.down = kmsError("Status", kmsclient.Unreachable) })
 		require(false)
 		time.Sleep(2 * time.Minute)
 		s.stop()

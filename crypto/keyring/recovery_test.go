@@ -13,10 +13,10 @@ import (
 // TestRecoveryProviderDoesNotWrap and need not: values are sealed without its copy, which is said, until it is back.
 func TestRecoveryProviderDoesNotWrap(t *testing.T) {
 	for name, fault := range map[string]func(*fakeKMS){
-		"down":     func(k *fakeKMS) { k.down = kmsError("Status", kmsclient.ClassUnavailable) },
-		"disabled": func(k *fakeKMS) { k.down = kmsError("Status", kmsclient.ClassKeyUnusable) },
-		"denied":   func(k *fakeKMS) { k.opErr["Encrypt"] = kmsError("Encrypt", kmsclient.ClassDenied) },
-		"lost":     func(k *fakeKMS) { k.lost = kmsError("Encrypt", kmsclient.ClassUnavailable) },
+		"down":     func(k *fakeKMS) { k.down = kmsError("Status", kmsclient.Unreachable) },
+		"disabled": func(k *fakeKMS) { k.down = kmsError("Status", kmsclient.KeyDisabled) },
+		"denied":   func(k *fakeKMS) { k.opErr["Encrypt"] = kmsError("Encrypt", kmsclient.Denied) },
+		"lost":     func(k *fakeKMS) { k.lost = kmsError("Encrypt", kmsclient.Unreachable) },
 		"annotations": func(k *fakeKMS) {
 			k.annotate = map[string][]byte{"big.example.com": make([]byte, envelope.MaxAnnotations)}
 		},
@@ -79,7 +79,7 @@ func TestRecoveryProviderDoesNotWrap(t *testing.T) {
 func TestRecoveryRequired(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ack, dr := newKMS(t, "ack"), newKMS(t, "dr")
-		dr.opErr["Encrypt"] = kmsError("Encrypt", kmsclient.ClassUnavailable)
+		dr.opErr["Encrypt"] = kmsError("Encrypt", kmsclient.Unreachable)
 		s := newSite(t, ack, dr, true, func(c *RingConfig, _ *CacheConfig) { c.MaxAge, c.SealUnreachableFor = 24*time.Hour, 2*time.Hour }).start(t)
 		_, err := s.ack.seal("k", "v")
 		wantKind(t, err, Unavailable)
@@ -91,7 +91,7 @@ func TestRecoveryRequired(t *testing.T) {
 		if st := s.ack.Recovery(); len(st) != 1 || st[0].Lacking == "" || !st[0].Required {
 			t.Errorf("%+v", st)
 		}
-		dr.set(func() { dr.opErr["Encrypt"] = kmsError("Encrypt", kmsclient.ClassKeyUnusable) })
+		dr.set(func() { dr.opErr["Encrypt"] = kmsError("Encrypt", kmsclient.KeyDisabled) })
 		time.Sleep(time.Minute)
 		_, err = s.ack.seal("k", "v")
 		wantKind(t, err, KeyUnusable)
@@ -103,7 +103,7 @@ func TestRecoveryRequired(t *testing.T) {
 		stored := s.ack.mustSeal(t, "k", "v")
 		// The next seed is due, and dr is down: ack is not asked for seeds in vain, and the old one is used up to its limit.
 		time.Sleep(23 * time.Hour)
-		dr.set(func() { dr.down = kmsError("Status", kmsclient.ClassUnavailable) })
+		dr.set(func() { dr.down = kmsError("Status", kmsclient.Unreachable) })
 		time.Sleep(time.Minute)
 		ack.set(func() { ack.calls = map[string]int{} })
 		time.Sleep(2 * time.Hour)
@@ -114,7 +114,7 @@ func TestRecoveryRequired(t *testing.T) {
 		time.Sleep(2 * time.Hour)
 		_, err = s.ack.seal("k", "v")
 		wantKind(t, err, Unavailable)
-		if s.sealer.Ready() == nil {
+		if s.sealer.Health() == nil {
 			t.Error("ready although it cannot seal")
 		}
 		s.ack.mustOpen(t, "k", stored, "v")
@@ -135,7 +135,7 @@ func TestTwoRingsCopyEachOther(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		a.down, b.down = kmsError("Status", kmsclient.ClassUnavailable), kmsError("Status", kmsclient.ClassUnavailable)
+		a.down, b.down = kmsError("Status", kmsclient.Unreachable), kmsError("Status", kmsclient.Unreachable)
 		ga.start(t)
 		gb.start(t)
 		time.Sleep(time.Minute)

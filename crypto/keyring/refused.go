@@ -83,7 +83,7 @@ func isSilence(err error) bool {
 	if _, ok := errors.AsType[*contractError](err); ok {
 		return false
 	}
-	return classOf(err) == kmsclient.ClassUnavailable && !isAnswered(err)
+	return kmsclient.ClassOf(err) == kmsclient.ClassUnavailable && !kmsclient.ReasonOf(err).Answered()
 }
 
 // works reports whether the KMS key in use has worked when it was last used. If so, a refusal is
@@ -100,7 +100,7 @@ func (r *Ring) unwrapsOthers(since time.Time) bool {
 // notUnwrapped is what a refusal means for the values of a seed now. what is "seed", or "copy" for
 // a recovery copy.
 func (r *Ring) notUnwrapped(what string, h *envelope.Header, f *refusal) *Error {
-	if classOf(f.cause) == kmsclient.ClassInvalid {
+	if kmsclient.ClassOf(f.cause) == kmsclient.ClassInvalid {
 		return r.errorf(Corrupt, f.cause, "the %s under KMS key ID %q does not unwrap: %s", what, clip(h.KeyID), describe(f.cause))
 	}
 	kind := kindOf(f.cause)

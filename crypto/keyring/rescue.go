@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
 // rescueNotice is how often the log says that values are opened by recovery copies.
@@ -91,13 +92,13 @@ func (r *Ring) mayRescue(err *Error) bool {
 	if errors.Is(err, errStopped) || r.isRefused() {
 		return false
 	}
-	return err.Kind == Unavailable || err.Kind == SeedRefused || err.Kind == Corrupt || isGone(err.Err)
+	return err.Kind == Unavailable || err.Kind == SeedRefused || err.Kind == Corrupt || kmsclient.ReasonOf(err.Err).Gone()
 }
 
 // isRefused reports whether the key is revoked by somebody's will.
 func (r *Ring) isRefused() bool {
 	revoked := r.state.Load().revoked
-	return revoked != nil && !isGone(revoked)
+	return revoked != nil && !kmsclient.ReasonOf(revoked).Gone()
 }
 
 // rescueSeed returns the seed of the first copy that unwraps. first is why the KMS of the value's own provider did not give it.

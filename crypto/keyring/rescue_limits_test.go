@@ -18,7 +18,7 @@ func TestUnreachableBeyondTheCache(t *testing.T) {
 		ack, dr := newKMS(t, "ack"), newKMS(t, "dr")
 		s := newSite(t, ack, dr, false, func(_ *RingConfig, c *CacheConfig) { c.TTL, c.ServeUnreachableFor = time.Hour, time.Hour }).start(t)
 		stored := s.ack.mustSeal(t, "k", "v")
-		ack.set(func() { ack.down = kmsError("Status", kmsclient.ClassUnavailable) })
+		ack.set(func() { ack.down = kmsError("Status", kmsclient.Unreachable) })
 		for range 119 {
 			time.Sleep(time.Minute)
 			s.ack.mustOpen(t, "k", stored, "v")
@@ -56,7 +56,7 @@ func TestKindsWithCopies(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ack, dr := newKMS(t, "ack"), newKMS(t, "dr")
 		stored := newSite(t, ack, dr, false, nil).start(t).ack.mustSeal(t, "k", "v")
-		gone, invalid, unusable, silent := goneError("Decrypt"), kmsError("Decrypt", kmsclient.ClassInvalid), kmsError("Decrypt", kmsclient.ClassKeyUnusable), kmsError("Decrypt", kmsclient.ClassUnavailable)
+		gone, invalid, unusable, silent := goneError("Decrypt"), kmsError("Decrypt", kmsclient.Invalid), kmsError("Decrypt", kmsclient.KeyDisabled), kmsError("Decrypt", kmsclient.Unreachable)
 		for i, c := range []struct {
 			ack, dr error
 			want    Kind // 0: it opens
@@ -64,10 +64,10 @@ func TestKindsWithCopies(t *testing.T) {
 			{gone, nil, 0},
 			{invalid, nil, 0},
 			{silent, nil, 0},
-			{kmsError("Decrypt", kmsclient.ClassContract), nil, 0},
+			{kmsError("Decrypt", kmsclient.BrokenContract), nil, 0},
 			{errors.New("of an unknown shape"), nil, 0},
 			{unusable, nil, KeyUnusable},
-			{kmsError("Decrypt", kmsclient.ClassDenied), nil, KeyUnusable},
+			{kmsError("Decrypt", kmsclient.Denied), nil, KeyUnusable},
 			{invalid, invalid, Corrupt},
 			{invalid, silent, Unavailable},
 			{invalid, gone, KeyUnusable},
@@ -160,7 +160,7 @@ func TestRecoveryKeyIsRevoked(t *testing.T) {
 		ack.set(func() { ack.down = goneError("Status") })
 		time.Sleep(time.Minute)
 		s.ack.mustOpen(t, "k", stored, "v")
-		dr.set(func() { dr.down = kmsError("Status", kmsclient.ClassKeyUnusable) })
+		dr.set(func() { dr.down = kmsError("Status", kmsclient.KeyDisabled) })
 		time.Sleep(time.Minute)
 		_, err := s.ack.open("k", stored)
 		wantKind(t, err, KeyUnusable)
@@ -171,7 +171,7 @@ func TestRecoveryKeyIsRevoked(t *testing.T) {
 		dr.rotate("key-2")
 		time.Sleep(time.Minute)
 		s.ack.mustOpen(t, "k", stored, "v")
-		dr.set(func() { dr.keyErr["key-1"] = kmsError("Decrypt", kmsclient.ClassKeyUnusable) })
+		dr.set(func() { dr.keyErr["key-1"] = kmsError("Decrypt", kmsclient.KeyDisabled) })
 		time.Sleep(2 * time.Minute)
 		_, err = s.ack.open("k", stored)
 		wantKind(t, err, KeyUnusable)
@@ -237,7 +237,7 @@ func TestRevokedWhileACopyIsUnwrapped(t *testing.T) {
 			go func() { _, err := s.ack.open("k", stored); failed <- err }()
 			synctest.Wait()
 			refused := map[string]*fakeKMS{"ack": ack, "dr": dr}[which]
-			refused.set(func() { refused.down = kmsError("Status", kmsclient.ClassKeyUnusable) })
+			refused.set(func() { refused.down = kmsError("Status", kmsclient.KeyDisabled) })
 			time.Sleep(61 * time.Second)
 			refused.set(func() { refused.down = nil }) // before the next poll: the unwrapping itself meets no fault
 			close(slow.release)
@@ -263,9 +263,9 @@ func TestRevokedWhileTheKMSIsAsked(t *testing.T) {
 		failed := make(chan error, 1)
 		go func() { _, err := s.ack.open("k", stored); failed <- err }()
 		synctest.Wait()
-		ack.set(func() { ack.down = kmsError("Status", kmsclient.ClassKeyUnusable) })
+		ack.set(func() { ack.down = kmsError("Status", kmsclient.KeyDisabled) })
 		time.Sleep(61 * time.Second)
-		ack.set(func() { ack.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.ClassUnavailable); ack.down = nil })
+		ack.set(func() { ack.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.Unreachable); ack.down = nil })
 		close(slow.release)
 		wantKind(t, <-failed, Unavailable)
 		if n := dr.count("Decrypt"); n != 0 {

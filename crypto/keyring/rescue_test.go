@@ -146,8 +146,8 @@ func TestOneVersionIsGone(t *testing.T) {
 
 // TestRefusalIsNotRecovered: who disables a key, or takes the permission away, ends its use, copies or not.
 func TestRefusalIsNotRecovered(t *testing.T) {
-	for class, within := range map[kmsclient.Class]time.Duration{kmsclient.ClassKeyUnusable: time.Minute, kmsclient.ClassDenied: 3 * time.Minute} {
-		t.Run(class.String(), func(t *testing.T) {
+	for reason, within := range map[kmsclient.Reason]time.Duration{kmsclient.KeyDisabled: time.Minute, kmsclient.Denied: 3 * time.Minute} {
+		t.Run(reason.String(), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				ack, dr := newKMS(t, "ack"), newKMS(t, "dr")
 				s := newSite(t, ack, dr, false, nil).start(t)
@@ -157,10 +157,10 @@ func TestRefusalIsNotRecovered(t *testing.T) {
 					_, err := s.ack.open("k", stored)
 					wantKind(t, err, KeyUnusable)
 				}
-				ack.set(func() { ack.down = kmsError("Status", class) })
+				ack.set(func() { ack.down = kmsError("Status", reason) })
 				time.Sleep(within)
 				refuse()
-				ack.set(func() { ack.down = kmsError("Status", kmsclient.ClassUnavailable) }) // does not lift it
+				ack.set(func() { ack.down = kmsError("Status", kmsclient.Unreachable) }) // does not lift it
 				time.Sleep(time.Minute)
 				refuse()
 				if dr.count("Decrypt") != 0 {
@@ -170,7 +170,7 @@ func TestRefusalIsNotRecovered(t *testing.T) {
 				ack.set(func() { ack.down = goneError("Status") })
 				time.Sleep(time.Minute)
 				s.ack.mustOpen(t, "k", stored, "v")
-				ack.set(func() { ack.down = kmsError("Status", class) })
+				ack.set(func() { ack.down = kmsError("Status", reason) })
 				time.Sleep(within)
 				refuse()
 				if n := s.ack.cache.Len(); n != 0 {
@@ -181,7 +181,7 @@ func TestRefusalIsNotRecovered(t *testing.T) {
 				time.Sleep(within)
 				refuse()
 				// Only the value's own key, which is not the current one.
-				ack.set(func() { ack.down = nil; ack.keyErr["key-1"] = kmsError("Decrypt", class) })
+				ack.set(func() { ack.down = nil; ack.keyErr["key-1"] = kmsError("Decrypt", reason) })
 				ack.rotate("key-2")
 				s = newSite(t, ack, dr, false, nil).start(t)
 				refuse()

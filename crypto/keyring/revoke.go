@@ -2,6 +2,8 @@ package keyring
 
 import (
 	"time"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
 // doubt has the key checked ahead of time, and not for every stored value that the KMS will not unwrap.
@@ -15,7 +17,7 @@ func (r *Ring) doubt() {
 // dropKeys drops the seeds under key IDs. Those that the KMS still unwraps come back. Where the key is gone, what recovery copies gave stays. keyID
 // is the one that was asked about.
 func (r *Ring) dropKeys(under func(keyID string) bool, keyID string, cause error) {
-	gone := isGone(cause)
+	gone := kmsclient.ReasonOf(cause).Gone()
 	match := func(e *entry) bool {
 		return e.by == r && under(e.byKeyID) || e.ring == r && under(e.keyID) && !gone
 	}

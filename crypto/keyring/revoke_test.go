@@ -19,7 +19,7 @@ func TestUnusableKeyRevokesWithinTheInterval(t *testing.T) {
 		g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.PollInterval, c.RevokeWithin = time.Hour, 5*time.Second }).start(t)
 		stored := g.mustSeal(t, "k", "v")
 		g.mustOpen(t, "k", foreign, "v")
-		kms.set(func() { kms.down = kmsError("Status", kmsclient.ClassKeyUnusable) })
+		kms.set(func() { kms.down = kmsError("Status", kmsclient.KeyDisabled) })
 		time.Sleep(5 * time.Second)
 		synctest.Wait()
 		for range 3 { // and so it stays
@@ -42,14 +42,14 @@ func TestUnusableKeyRevokesWithinTheInterval(t *testing.T) {
 		if n := kms.count("Decrypt"); n != 1 {
 			t.Errorf("%d Decrypt calls: a revoked provider is not asked for values", n)
 		}
-		if st := g.State(); !st.Revoked || st.CanSeal || st.Healthy || g.sealer.Ready() == nil {
+		if st := g.State(); !st.Revoked || st.CanSeal || st.Healthy || g.sealer.Health() == nil {
 			t.Errorf("State = %+v", st)
 		}
 		if g.events.get("ack revoked") != 1 {
 			t.Errorf("%d revocations were reported", g.events.get("ack revoked"))
 		}
 		// An outage on top does not lift it.
-		kms.set(func() { kms.down = kmsError("Status", kmsclient.ClassUnavailable) })
+		kms.set(func() { kms.down = kmsError("Status", kmsclient.Unreachable) })
 		time.Sleep(time.Minute)
 		_, err := g.open("k", stored)
 		wantKind(t, err, KeyUnusable)
@@ -81,7 +81,7 @@ func (w *whenBad) Seed(provider string, event Event) {
 
 // TestNothingOpensOnceRevoked: from when a ring is said to be revoked its seeds are gone, and not a moment later, also where the key is.
 func TestNothingOpensOnceRevoked(t *testing.T) {
-	for name, cause := range map[string]error{"disabled": kmsError("Status", kmsclient.ClassKeyUnusable), "gone": goneError("Status")} {
+	for name, cause := range map[string]error{"disabled": kmsError("Status", kmsclient.KeyDisabled), "gone": goneError("Status")} {
 		synctest.Test(t, func(t *testing.T) {
 			kms := newKMS(t, "ack")
 			foreign := kms.sealed(t, "k", "v")
@@ -119,13 +119,13 @@ func TestDenialRevokesAfterRevokeWithin(t *testing.T) {
 		kms := newKMS(t, "ack")
 		g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.RevokeWithin = 5 * time.Minute }).start(t)
 		stored := g.mustSeal(t, "k", "v")
-		kms.set(func() { kms.down = kmsError("Status", kmsclient.ClassDenied) })
+		kms.set(func() { kms.down = kmsError("Status", kmsclient.Denied) })
 		time.Sleep(3 * time.Minute)
 		g.mustOpen(t, "k", stored, "v")
 		g.mustSeal(t, "k", "v")
 		kms.set(func() { kms.down = nil }) // it passes
 		time.Sleep(2 * time.Minute)
-		kms.set(func() { kms.down = kmsError("Status", kmsclient.ClassDenied) })
+		kms.set(func() { kms.down = kmsError("Status", kmsclient.Denied) })
 		time.Sleep(4 * time.Minute)
 		g.mustOpen(t, "k", stored, "v")
 		time.Sleep(2*time.Minute + time.Second)
@@ -147,7 +147,7 @@ func TestDenialRevokesAfterRevokeWithin(t *testing.T) {
 func TestDenialAtStart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		kms := newKMS(t, "ack")
-		kms.down = kmsError("Status", kmsclient.ClassDenied)
+		kms.down = kmsError("Status", kmsclient.Denied)
 		g := newRing(t, kms, nil).start(t)
 		synctest.Wait()
 		_, err := g.seal("k", "v")
@@ -157,9 +157,9 @@ func TestDenialAtStart(t *testing.T) {
 
 // TestStatusSaysNothingOfTheKey: Status is answered as ever, and what the key is for is refused: reads and writes end as if Status had said so.
 func TestStatusSaysNothingOfTheKey(t *testing.T) {
-	for _, class := range []kmsclient.Class{kmsclient.ClassKeyUnusable, kmsclient.ClassDenied} {
+	for _, reason := range []kmsclient.Reason{kmsclient.KeyDisabled, kmsclient.Denied} {
 		for name, ops := range map[string][]string{"all": {"Encrypt", "Decrypt"}, "Decrypt alone": {"Decrypt"}} {
-			t.Run(fmt.Sprintf("%v %s", class, name), func(t *testing.T) {
+			t.Run(fmt.Sprintf("%v %s", reason, name), func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					kms := newKMS(t, "ack")
 					foreign := kms.sealed(t, "k", "v")
@@ -168,11 +168,11 @@ func TestStatusSaysNothingOfTheKey(t *testing.T) {
 					g.mustOpen(t, "k", foreign, "v")
 					refuse := func() {
 						for _, op := range ops {
-							kms.opErr[op] = kmsError(op, class)
+							kms.opErr[op] = kmsError(op, reason)
 						}
 					}
 					kms.set(refuse)
-					if class == kmsclient.ClassDenied { // it may pass
+					if reason == kmsclient.Denied { // it may pass
 						time.Sleep(5 * time.Second)
 						g.mustOpen(t, "k", stored, "v")
 						g.mustSeal(t, "k", "v")
@@ -192,8 +192,8 @@ func TestStatusSaysNothingOfTheKey(t *testing.T) {
 						}
 						time.Sleep(time.Minute)
 					}
-					if n := g.cache.Len(); n != 0 || !g.State().Revoked || g.sealer.Ready() == nil {
-						t.Errorf("%d seeds are left, %+v, ready: %v", n, g.State(), g.sealer.Ready())
+					if n := g.cache.Len(); n != 0 || !g.State().Revoked || g.sealer.Health() == nil {
+						t.Errorf("%d seeds are left, %+v, ready: %v", n, g.State(), g.sealer.Health())
 					}
 					kms.set(func() { kms.opErr = map[string]error{} })
 					time.Sleep(5 * time.Second)
@@ -212,9 +212,9 @@ func TestNothingIsSealedThatDoesNotOpen(t *testing.T) {
 		fault func(*fakeKMS)
 		want  Kind
 	}{
-		"denied":      {func(k *fakeKMS) { k.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.ClassDenied) }, KeyUnusable},
-		"unavailable": {func(k *fakeKMS) { k.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.ClassUnavailable) }, Unavailable},
-		"invalid":     {func(k *fakeKMS) { k.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.ClassInvalid) }, Unavailable},
+		"denied":      {func(k *fakeKMS) { k.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.Denied) }, KeyUnusable},
+		"unavailable": {func(k *fakeKMS) { k.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.Unreachable) }, Unavailable},
+		"invalid":     {func(k *fakeKMS) { k.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.Invalid) }, Unavailable},
 		"another":     {func(k *fakeKMS) { k.result = func(b []byte) []byte { return bytes.Repeat([]byte{1}, 32) } }, Unavailable},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -225,7 +225,7 @@ func TestNothingIsSealedThatDoesNotOpen(t *testing.T) {
 				synctest.Wait()
 				_, err := g.seal("k", "v")
 				wantKind(t, err, c.want)
-				if g.sealer.Ready() == nil || g.State().CanSeal {
+				if g.sealer.Health() == nil || g.State().CanSeal {
 					t.Errorf("ready, %+v", g.State())
 				}
 				kms.set(func() { kms.opErr, kms.result = map[string]error{}, nil })
@@ -249,7 +249,7 @@ func TestNothingIsSealedThatDoesNotOpen(t *testing.T) {
 		newRing(t, kms, nil).start(t).mustOpen(t, "k", stored, "v")
 		// It breaks: the seed in use is one that will not open, and there is no other.
 		for _, fault := range []func(){
-			func() { kms.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.ClassInvalid) },
+			func() { kms.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.Invalid) },
 			func() { kms.result = func(b []byte) []byte { return bytes.Repeat([]byte{1}, len(b)) } },
 		} {
 			kms.set(fault)
@@ -299,8 +299,8 @@ func TestStoredValuesCannotRevoke(t *testing.T) {
 
 // TestOldKeyIsRevoked: the current key is fine, the one before is disabled. Its cached seeds go, and nothing else.
 func TestOldKeyIsRevoked(t *testing.T) {
-	for _, class := range []kmsclient.Class{kmsclient.ClassKeyUnusable, kmsclient.ClassDenied} {
-		t.Run(fmt.Sprint(class), func(t *testing.T) {
+	for _, reason := range []kmsclient.Reason{kmsclient.KeyDisabled, kmsclient.Denied} {
+		t.Run(fmt.Sprint(reason), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				kms := newKMS(t, "ack")
 				g := newRing(t, kms, nil).start(t)
@@ -309,9 +309,9 @@ func TestOldKeyIsRevoked(t *testing.T) {
 				time.Sleep(time.Minute)
 				synctest.Wait()
 				now := g.mustSeal(t, "k", "now")
-				kms.set(func() { kms.keyErr["key-1"] = kmsError("Decrypt", class) })
+				kms.set(func() { kms.keyErr["key-1"] = kmsError("Decrypt", reason) })
 				time.Sleep(time.Minute)
-				if class == kmsclient.ClassDenied {
+				if reason == kmsclient.Denied {
 					g.mustOpen(t, "k", old, "old")
 					time.Sleep(2 * time.Minute)
 				}
@@ -339,7 +339,7 @@ func TestUnwrapDuringRevocation(t *testing.T) {
 		done := make(chan error)
 		go func() { _, err := g.open("k", stored); done <- err }()
 		synctest.Wait()
-		kms.set(func() { kms.opErr["Status"] = kmsError("Status", kmsclient.ClassKeyUnusable) })
+		kms.set(func() { kms.opErr["Status"] = kmsError("Status", kmsclient.KeyDisabled) })
 		time.Sleep(time.Minute)
 		synctest.Wait()
 		close(slow.release)
@@ -356,20 +356,20 @@ func TestUnwrapDuringRevocation(t *testing.T) {
 func TestReadOnlyRing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		kms := newKMS(t, "old")
-		kms.opErr["Encrypt"] = kmsError("Encrypt", kmsclient.ClassDenied)
+		kms.opErr["Encrypt"] = kmsError("Encrypt", kmsclient.Denied)
 		stored := kms.sealed(t, "k", "v")
 		g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.ReadOnly = true }).start(t)
 		g.mustOpen(t, "k", stored, "v")
 		time.Sleep(time.Hour)
-		if n := kms.count("Encrypt"); n != 0 || !g.State().Healthy || g.sealer.Ready() != nil {
-			t.Errorf("%d mints, %+v, %v", n, g.State(), g.sealer.Ready())
+		if n := kms.count("Encrypt"); n != 0 || !g.State().Healthy || g.sealer.Health() != nil {
+			t.Errorf("%d mints, %+v, %v", n, g.State(), g.sealer.Health())
 		}
-		kms.set(func() { kms.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.ClassDenied) }) // Status is answered as ever
+		kms.set(func() { kms.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.Denied) }) // Status is answered as ever
 		time.Sleep(2 * time.Minute)
 		for range 3 { // with the last seed gone from the cache
 			_, err := g.open("k", stored)
 			wantKind(t, err, KeyUnusable)
-			if !g.State().Revoked || g.sealer.Ready() == nil {
+			if !g.State().Revoked || g.sealer.Health() == nil {
 				t.Errorf("%+v", g.State())
 			}
 			time.Sleep(time.Minute)
@@ -380,11 +380,11 @@ func TestReadOnlyRing(t *testing.T) {
 		if _, err := NewSealer(SealerConfig{Write: g.Ring}); err == nil {
 			t.Error("a read-only ring was taken for writing")
 		}
-		kms.set(func() { kms.down = kmsError("Status", kmsclient.ClassKeyUnusable) })
+		kms.set(func() { kms.down = kmsError("Status", kmsclient.KeyDisabled) })
 		time.Sleep(time.Minute)
 		_, err := g.open("k", stored)
 		wantKind(t, err, KeyUnusable)
-		if g.sealer.Ready() == nil {
+		if g.sealer.Health() == nil {
 			t.Error("ready although the provider is revoked")
 		}
 		kms.set(func() { kms.down = nil })
@@ -404,7 +404,7 @@ func TestOneProviderDown(t *testing.T) {
 			t.Fatal(err)
 		}
 		va, vb := ga.mustSeal(t, "k", "va"), gb.mustSeal(t, "k", "vb")
-		b.set(func() { b.down = kmsError("Status", kmsclient.ClassKeyUnusable) })
+		b.set(func() { b.down = kmsError("Status", kmsclient.KeyDisabled) })
 		time.Sleep(time.Minute)
 		if got, err := both.Open(context.Background(), []byte("k"), bytes.Clone(va)); err != nil || string(got) != "va" {
 			t.Errorf("%q, %v", got, err)

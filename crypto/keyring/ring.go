@@ -226,8 +226,8 @@ func (r *Ring) poke() {
 	}
 }
 
-// seal seals plaintext under the current seed.
-func (r *Ring) seal(ctx context.Context, etcdKey, plaintext []byte) ([]byte, *Error) {
+// seal seals plaintext under the current seed. With try it does not wait for that, and the error is [ErrWouldBlock] if it would have to.
+func (r *Ring) seal(ctx context.Context, etcdKey, plaintext []byte, try bool) ([]byte, *Error) {
 	for waited := false; ; waited = true {
 		st := r.state.Load()
 		if st.revoked != nil {
@@ -247,6 +247,9 @@ func (r *Ring) seal(ctx context.Context, etcdKey, plaintext []byte) ([]byte, *Er
 			r.poke()
 			return nil, r.cannotSeal(st)
 		}
+		if try {
+			return nil, errWouldBlock
+		}
 		select {
 		case <-st.pending:
 		case <-ctx.Done():
@@ -257,7 +260,7 @@ func (r *Ring) seal(ctx context.Context, etcdKey, plaintext []byte) ([]byte, *Er
 
 func (r *Ring) maySeal(st *state) bool {
 	return st.revoked == nil && st.writer != nil && st.writer.missing(r.recovery.Load()) == nil &&
-		(st.healthy || st.works && isUnhealthy(st.err) || time.Since(st.lastGood) < r.cfg.SealUnreachableFor)
+		(st.healthy || st.works && kmsclient.ReasonOf(st.err) == kmsclient.Unhealthy || time.Since(st.lastGood) < r.cfg.SealUnreachableFor)
 }
 
 // cannotSeal says why there is nothing to seal with; only for a state in which maySeal is false.

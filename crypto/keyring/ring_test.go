@@ -40,7 +40,7 @@ func TestMintOnceThenSealAndOpen(t *testing.T) {
 				if got := g.State(); got != want {
 					t.Errorf("State = %+v, want %+v", got, want)
 				}
-				if err := g.sealer.Ready(); err != nil {
+				if err := g.sealer.Health(); err != nil {
 					t.Error(err)
 				}
 			})
@@ -79,7 +79,7 @@ func TestSealWaitsForTheFirstMint(t *testing.T) {
 func TestStartsWithTheKMSDown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		kms := newKMS(t, "ack")
-		kms.down = kmsError("Status", kmsclient.ClassUnavailable)
+		kms.down = kmsError("Status", kmsclient.Unreachable)
 		old := kms.sealed(t, "k", "old")
 		g := newRing(t, kms, nil).start(t)
 		synctest.Wait()
@@ -99,7 +99,7 @@ func TestStartsWithTheKMSDown(t *testing.T) {
 		if st := g.State(); st.Healthy || st.CanSeal || st.Reason == "" {
 			t.Errorf("State = %+v", st)
 		}
-		if g.sealer.Ready() == nil {
+		if g.sealer.Health() == nil {
 			t.Error("ready without a seed")
 		}
 		// Plaintext is none of the KMS' business.
@@ -115,7 +115,7 @@ func TestStartsWithTheKMSDown(t *testing.T) {
 func TestSealPokesASilentRing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		kms := newKMS(t, "ack")
-		kms.down = kmsError("Status", kmsclient.ClassUnavailable)
+		kms.down = kmsError("Status", kmsclient.Unreachable)
 		g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.FailingPollInterval, c.RevokeWithin = time.Hour, time.Hour }).start(t)
 		synctest.Wait()
 		kms.set(func() { kms.down = nil })
@@ -131,7 +131,7 @@ func TestSealPokesASilentRing(t *testing.T) {
 func TestPokesAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		kms := newKMS(t, "ack")
-		kms.down = kmsError("Status", kmsclient.ClassUnavailable)
+		kms.down = kmsError("Status", kmsclient.Unreachable)
 		g := newRing(t, kms, nil).start(t)
 		end := time.Now().Add(30 * time.Second)
 		for time.Now().Before(end) {
@@ -181,11 +181,11 @@ func TestSealUnreachableFor(t *testing.T) {
 		kms := newKMS(t, "ack")
 		g := newRing(t, kms, nil).start(t)
 		g.mustSeal(t, "k", "v")
-		kms.set(func() { kms.down = kmsError("Status", kmsclient.ClassUnavailable) })
+		kms.set(func() { kms.down = kmsError("Status", kmsclient.Unreachable) })
 		time.Sleep(58 * time.Minute)
 		stored := g.mustSeal(t, "k", "v")
-		if st := g.State(); st.Healthy || !st.CanSeal || g.sealer.Ready() != nil {
-			t.Errorf("State = %+v, Ready = %v", st, g.sealer.Ready())
+		if st := g.State(); st.Healthy || !st.CanSeal || g.sealer.Health() != nil {
+			t.Errorf("State = %+v, Ready = %v", st, g.sealer.Health())
 		}
 		time.Sleep(5 * time.Minute)
 		_, err := g.seal("k", "v")
@@ -193,7 +193,7 @@ func TestSealUnreachableFor(t *testing.T) {
 		if !strings.Contains(err.Error(), "1h0m0s only") {
 			t.Errorf("text: %v", err)
 		}
-		if g.State().CanSeal || g.sealer.Ready() == nil {
+		if g.State().CanSeal || g.sealer.Health() == nil {
 			t.Error("ready although it cannot seal")
 		}
 		g.mustOpen(t, "k", stored, "v") // reading has its own rule
@@ -208,7 +208,7 @@ func TestSealUnreachableFor(t *testing.T) {
 		kms := newKMS(t, "ack")
 		g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.SealUnreachableFor = 0 }).start(t)
 		g.mustSeal(t, "k", "v")
-		kms.set(func() { kms.down = kmsError("Status", kmsclient.ClassUnavailable) })
+		kms.set(func() { kms.down = kmsError("Status", kmsclient.Unreachable) })
 		time.Sleep(time.Minute)
 		synctest.Wait()
 		_, err := g.seal("k", "v")

@@ -7,8 +7,10 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
 // SealerConfig configures a Sealer.
@@ -101,6 +103,15 @@ func (s *Sealer) ring(provider []byte) *Ring {
 // Seal returns what to store for value under key: value itself where the rule writes plaintext, new bytes otherwise. It retains neither
 // argument. The error is an [*Error]. Whoever asks with a context that has ended is given what needs no KMS: an error then is not counted.
 func (s *Sealer) Seal(ctx context.Context, key, value []byte) ([]byte, error) {
+	return s.seal(ctx, key, value, false)
+}
+
+// TrySeal is Seal that does not wait: the error is [ErrWouldBlock] if the first seed is not there yet.
+func (s *Sealer) TrySeal(key, value []byte) ([]byte, error) {
+	return s.seal(context.Background(), key, value, true)
+}
+
+func (s *Sealer) seal(ctx context.Context, key, value []byte, try bool) ([]byte, error) {
 	if s.cfg.Write == nil {
 		if owner := s.owner(value); owner != "" {
 			return nil, s.failSeal(&Error{Kind: Refused, Text: fmt.Sprintf(
@@ -110,10 +121,13 @@ func (s *Sealer) Seal(ctx context.Context, key, value []byte) ([]byte, error) {
 		s.cfg.Observer.Sealed(s.cfg.Prefix, OutcomePlaintext)
 		return value, nil
 	}
-	sealed, err := s.cfg.Write.seal(ctx, key, value)
-	if err != nil && ctx.Err() != nil {
+	sealed, err := s.cfg.Write.seal(ctx, key, value, try)
+	switch {
+	case err == errWouldBlock:
+		return nil, ErrWouldBlock
+	case err != nil && ctx.Err() != nil:
 		return nil, s.named(err)
-	} else if err != nil {
+	case err != nil:
 		return nil, s.failSeal(err)
 	}
 	s.cfg.Observer.Sealed(s.cfg.Prefix, OutcomeOK)
@@ -149,8 +163,39 @@ func (s *Sealer) named(err *Error) *Error {
 // or a part of stored, which it may overwrite. It retains neither argument. The error is an [*Error]. Whoever asks with a context that has ended is given
 // what needs no KMS, and else an error that is not counted.
 func (s *Sealer) Open(ctx context.Context, key, stored []byte) ([]byte, error) {
+	return s.openByRule(ctx, key, stored, false)
+}
+
+// TryOpen is Open that does not wait: the error is [ErrWouldBlock], and stored is unchanged, if the value needs a KMS call.
+func (s *Sealer) TryOpen(key, stored []byte) ([]byte, error) {
+	return s.openByRule(context.Background(), key, stored, true)
+}
+
+// Ready reports whether TryOpen of stored would not block. A seed that has not decrypted a value yet counts as one that would, since the KMS may
+// have to be called again if it does not decrypt this one. Between Ready and TryOpen a seed may be evicted or revoked.
+func (s *Sealer) Ready(stored []byte) bool {
+	provider, object, ok := envelope.Split(stored)
+	if !ok {
+		return true
+	}
+	r := s.ring(provider)
+	if r == nil {
+		return true
+	}
+	if st := r.state.Load(); st.revoked != nil && !kmsclient.ReasonOf(st.revoked).Gone() {
+		return true // for an error
+	}
+	e, _, err := r.lookup(object, s.helpers, time.Now())
+	return err != nil || e != nil && e.proven.Load()
+}
+
+// openByRule is open with the rule's policies.
+func (s *Sealer) openByRule(ctx context.Context, key, stored []byte, try bool) ([]byte, error) {
 	// What cannot be opened may have to be handed on whole.
-	plaintext, _, outcome, err := s.open(ctx, key, stored, !s.cfg.Passthrough)
+	plaintext, _, outcome, err := s.open(ctx, key, stored, openMode{inPlace: !s.cfg.Passthrough, try: try})
+	if err == errWouldBlock {
+		return nil, ErrWouldBlock
+	}
 	if err != nil {
 		if s.cfg.Passthrough && (err.Kind == Corrupt || err.lost != nil) {
 			if err.lost != nil {
@@ -178,17 +223,16 @@ func (s *Sealer) Open(ctx context.Context, key, stored []byte) ([]byte, error) {
 	return plaintext, nil
 }
 
-// open tells what stored is, without the rule's policies: OutcomeOK and its plaintext, which stands in stored if inPlace, or OutcomePlaintext or
-// OutcomeForeign and stored.
-func (s *Sealer) open(ctx context.Context, key, stored []byte, inPlace bool) ([]byte, *entry, Outcome, *Error) {
+// open tells what stored is, without the rule's policies: OutcomeOK and its plaintext, or OutcomePlaintext or OutcomeForeign and stored.
+func (s *Sealer) open(ctx context.Context, key, stored []byte, mode openMode) ([]byte, *entry, Outcome, *Error) {
 	if !bytes.HasPrefix(stored, []byte(envelope.Root)) {
 		return stored, nil, OutcomePlaintext, nil
 	}
 	provider, object, ok := envelope.Split(stored)
 	if ok {
 		if r := s.ring(provider); r != nil {
-			plaintext, e, err := r.open(ctx, key, object, inPlace, s.helpers)
-			if err != nil {
+			plaintext, e, err := r.open(ctx, key, object, mode, s.helpers)
+			if err != nil && err != errWouldBlock {
 				switch { // a copy: callers that waited for one unwrap share its error
 				case err.Answered():
 					named := *err
@@ -198,6 +242,8 @@ func (s *Sealer) open(ctx context.Context, key, stored []byte, inPlace bool) ([]
 				case err.Kind == Corrupt:
 					err = &Error{Kind: Corrupt, Err: err.Err, Text: fmt.Sprintf("the stored value of etcd key %q is corrupt: %s", clip(key), err.Text)}
 				}
+			}
+			if err != nil {
 				return nil, e, "", err
 			}
 			return plaintext, e, OutcomeOK, nil
@@ -238,7 +284,7 @@ const (
 // plaintext of a foreign or unsealed value is stored itself. The error is not nil exactly for Undecryptable; it is an [*Error], and its kind
 // tells what may pass from what will not.
 func (s *Sealer) Inspect(ctx context.Context, key, stored []byte) ([]byte, Standing, error) {
-	plaintext, e, outcome, err := s.open(ctx, key, stored, false)
+	plaintext, e, outcome, err := s.open(ctx, key, stored, openMode{})
 	switch {
 	case err != nil:
 		return nil, Undecryptable, s.named(err)
@@ -256,9 +302,9 @@ func (s *Sealer) Inspect(ctx context.Context, key, stored []byte) ([]byte, Stand
 	return plaintext, Current, nil
 }
 
-// Ready returns nil if the rule can serve, as far as is known without asking the KMS: its writer can seal, and no provider that it reads is revoked or was
+// Health returns nil if the rule can serve, as far as is known without asking the KMS: its writer can seal, and no provider that it reads is revoked or was
 // never reached. The error's text is safe to show.
-func (s *Sealer) Ready() error {
+func (s *Sealer) Health() error {
 	var why []string
 	for _, r := range s.rings {
 		st := r.State()

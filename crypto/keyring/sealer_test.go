@@ -117,8 +117,8 @@ func TestPolicies(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for class, kind := range map[kmsclient.Class]Kind{kmsclient.ClassUnavailable: Unavailable, kmsclient.ClassDenied: KeyUnusable, kmsclient.ClassKeyUnusable: KeyUnusable} {
-			old.set(func() { old.keyErr["key-1"] = kmsError("Decrypt", class) })
+		for reason, kind := range map[kmsclient.Reason]Kind{kmsclient.Unreachable: Unavailable, kmsclient.Denied: KeyUnusable, kmsclient.KeyDisabled: KeyUnusable} {
+			old.set(func() { old.keyErr["key-1"] = kmsError("Decrypt", reason) })
 			time.Sleep(time.Minute) // what was answered before is remembered
 			_, err := s.Open(context.Background(), []byte("k"), bytes.Clone(gone))
 			wantKind(t, err, kind)

@@ -16,7 +16,7 @@ import (
 )
 
 func goneError(op string) error {
-	return &kmsclient.Error{Op: op, Class: kmsclient.ClassKeyUnusable, Gone: true, Code: "Forbidden.KeyNotFound", RequestID: "req-7", KeyID: "key-1"}
+	return &kmsclient.Error{Op: op, Reason: kmsclient.KeyGone, Code: "Forbidden.KeyNotFound", RequestID: "req-7", KeyID: "key-1"}
 }
 
 // site is providers ack and dr, ack's seeds being copied by dr, and a rule that writes with ack.
@@ -147,9 +147,9 @@ func TestRecoveryUnderStress(t *testing.T) {
 		}
 		for i := range 40 {
 			ack.set(func() {
-				ack.down = []error{nil, goneError("Status"), kmsError("Status", kmsclient.ClassUnavailable), kmsError("Status", kmsclient.ClassKeyUnusable)}[rand.IntN(4)]
+				ack.down = []error{nil, goneError("Status"), kmsError("Status", kmsclient.Unreachable), kmsError("Status", kmsclient.KeyDisabled)}[rand.IntN(4)]
 			})
-			dr.set(func() { dr.down = []error{nil, nil, kmsError("Status", kmsclient.ClassUnavailable)}[rand.IntN(3)] })
+			dr.set(func() { dr.down = []error{nil, nil, kmsError("Status", kmsclient.Unreachable)}[rand.IntN(3)] })
 			if i%7 == 0 {
 				ack.rotate(fmt.Sprint("key-r", i))
 			}
@@ -160,7 +160,7 @@ func TestRecoveryUnderStress(t *testing.T) {
 			}
 			time.Sleep(time.Duration(rand.IntN(6000)) * time.Millisecond)
 		}
-		ack.set(func() { ack.down = kmsError("Status", kmsclient.ClassKeyUnusable) })
+		ack.set(func() { ack.down = kmsError("Status", kmsclient.KeyDisabled) })
 		dr.set(func() { dr.down = nil })
 		time.Sleep(15 * time.Second)
 		if _, err := s.ack.open("k", stored); err == nil {

@@ -15,49 +15,49 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
-// open opens an object of this provider, over itself if inPlace; if need be with a recovery copy that one of rings unwraps. e is the seed that
-// was used; it is nil when it did not come to that.
-func (r *Ring) open(ctx context.Context, etcdKey, object []byte, inPlace bool, rings []*Ring) (plaintext []byte, e *entry, err *Error) {
-	if st := r.state.Load(); st.revoked != nil && !isGone(st.revoked) {
+// openMode says how an object is decrypted.
+type openMode struct {
+	inPlace bool // the plaintext is written over the object
+	try     bool // without a KMS call, or else the error is [ErrWouldBlock] and the object is unchanged
+}
+
+// open opens an object of this provider; if need be with a recovery copy that one of rings unwraps. e is the seed that was used; it is nil when it did
+// not come to that.
+func (r *Ring) open(ctx context.Context, etcdKey, object []byte, mode openMode, rings []*Ring) (plaintext []byte, e *entry, err *Error) {
+	if st := r.state.Load(); st.revoked != nil && !kmsclient.ReasonOf(st.revoked).Gone() {
 		return nil, nil, r.errorf(KeyUnusable, st.revoked, "%s", describe(st.revoked))
 	}
-	data, rest, cut := envelope.Cut(object)
-	if cut {
-		e = r.hot.get(rest)
-	}
 	now := time.Now()
-	if e != nil && r.cfg.Cache.ageOf(e, now) == fresh {
-		r.cfg.Cache.touch(e, now)
-		r.cfg.Observer.Seed(r.cfg.Provider, EventHit)
-	} else {
-		o, perr := envelope.Parse(object)
-		if perr != nil {
-			return nil, nil, r.errorf(Corrupt, perr, "%v", perr)
-		}
-		if e, err = r.seedOf(ctx, &o.Header, rings); err != nil {
+	e, l, err := r.lookup(object, rings, now)
+	switch {
+	case err != nil:
+		return nil, nil, err
+	case e != nil:
+		r.cfg.Observer.Seed(r.cfg.Provider, l.event)
+	case mode.try:
+		return nil, nil, errWouldBlock
+	default:
+		if e, err = r.seedOf(ctx, &l, rings); err != nil {
 			return nil, nil, err
 		}
-		// Only if Parse found the same data is rest the header and nothing else. What a recovery copy gave is for rules that name its provider.
-		if cut && e.by == r && len(data) == len(o.Data) && &data[0] == &o.Data[0] {
-			r.hot.put(rest, e)
-		}
-		data = o.Data
+		r.remember(&l, e)
 	}
+	verified := e.proven.Load()
 	var oerr error
-	if inPlace {
-		plaintext, oerr = e.seed.OpenInPlace(&r.recent, etcdKey, data)
+	if mode.inPlace && verified { // else the object may be needed again
+		plaintext, oerr = e.seed.OpenInPlace(&r.recent, etcdKey, l.data)
 	} else {
-		plaintext, oerr = e.seed.Open(nil, etcdKey, data)
+		plaintext, oerr = e.seed.Open(nil, etcdKey, l.data)
 	}
 	if oerr != nil {
-		if !e.proven.Load() {
-			if plaintext, err = r.openAgain(ctx, e, etcdKey, object, !inPlace); err == nil || err.Kind != Corrupt {
+		if !verified {
+			if plaintext, err = r.openAgain(ctx, e, etcdKey, object, mode.try); err == nil || err.Kind != Corrupt {
 				return plaintext, e, err
 			}
 		}
 		return nil, e, r.errorf(Corrupt, oerr, "the data does not open under this etcd key and KMS key ID %q: it was changed, truncated or moved here", e.keyID)
 	}
-	if !e.proven.Load() {
+	if !verified {
 		e.proven.Store(true)
 	}
 	if e.rescue != nil {
@@ -66,40 +66,86 @@ func (r *Ring) open(ctx context.Context, etcdKey, object []byte, inPlace bool, r
 	return plaintext, e, nil
 }
 
-// seedOf returns the seed behind a header: from the cache, from the KMS, or, where that does not give it, from a copy that one of rings unwraps.
-func (r *Ring) seedOf(ctx context.Context, h *envelope.Header, rings []*Ring) (*entry, *Error) {
-	d := digestOf(r.cfg.Provider, h)
-	now := time.Now()
-	var stale *entry
-	if e := r.cfg.Cache.get(d); e != nil {
+// lookup is what an object says of its seed, and what the cache has of that.
+type lookup struct {
+	data   []byte           // the object's encrypted data
+	rest   []byte           // its bytes behind that, if they are a key of the hot table; else nil
+	header *envelope.Header // nil if the hot table had the seed
+	digest digest
+	stale  *entry // a cached seed past its TTL
+	event  Event  // of the seed that was found
+}
+
+// lookup returns the seed of an object that may be used without waiting for a KMS, or nil.
+func (r *Ring) lookup(object []byte, rings []*Ring, now time.Time) (e *entry, l lookup, err *Error) {
+	data, rest, cut := envelope.Cut(object)
+	if cut {
+		if e := r.hot.get(rest); e != nil && r.cfg.Cache.ageOf(e, now) == fresh {
+			r.cfg.Cache.touch(e, now)
+			return e, lookup{data: data, event: EventHit}, nil
+		}
+	}
+	o, perr := envelope.Parse(object)
+	if perr != nil {
+		return nil, l, r.errorf(Corrupt, perr, "%v", perr)
+	}
+	l = lookup{data: o.Data, header: &o.Header, digest: digestOf(r.cfg.Provider, &o.Header)}
+	// Only if Parse found the same data is rest the header and nothing else.
+	if cut && len(data) == len(o.Data) && &data[0] == &o.Data[0] {
+		l.rest = rest
+	}
+	if e = r.cachedSeed(&l, rings, now); e != nil {
+		r.remember(&l, e)
+	}
+	return e, l, nil
+}
+
+// cachedSeed returns a cached seed that may be used without waiting for a KMS, or nil.
+func (r *Ring) cachedSeed(l *lookup, rings []*Ring, now time.Time) *entry {
+	if e := r.cfg.Cache.get(l.digest); e != nil {
 		switch r.cfg.Cache.ageOf(e, now) {
 		case fresh:
-			r.cfg.Observer.Seed(r.cfg.Provider, EventHit)
-			return e, nil
+			l.event = EventHit
+			return e
 		case ageing:
-			stale = e
+			l.stale = e
 		case expired:
 		}
 	}
-	if stale != nil && now.UnixNano() < stale.retry.Load() {
-		r.cfg.Observer.Seed(r.cfg.Provider, EventStale)
-		return stale, nil
+	if l.stale == nil {
+		l.event = EventHit
+		return r.cachedSpare(l.digest, l.header, rings, now)
 	}
-	if stale == nil {
-		if e := r.cachedSpare(d, h, rings, now); e != nil {
-			r.cfg.Observer.Seed(r.cfg.Provider, EventHit)
-			return e, nil
-		}
+	l.event = EventStale
+	if now.UnixNano() < l.stale.retry.Load() {
+		return l.stale
 	}
+	if st := r.state.Load(); !st.healthy && st.revoked == nil && r.refused(l.digest) == nil {
+		// The KMS does not answer: no caller waits for it. The call renews the seed if it does.
+		r.flight(l.digest, cloneHeader(l.header))
+		return l.stale
+	}
+	return nil
+}
+
+// remember puts a seed into the hot table. What a recovery copy gave is for rules that name its provider.
+func (r *Ring) remember(l *lookup, e *entry) {
+	if l.rest != nil && e.by == r && e != l.stale {
+		r.hot.put(l.rest, e)
+	}
+}
+
+// seedOf returns the seed behind a header that the cache does not have: from the KMS, or, where that does not give it, from a copy that one of rings unwraps.
+func (r *Ring) seedOf(ctx context.Context, l *lookup, rings []*Ring) (*entry, *Error) {
 	if ctx.Err() == nil { // or the caller only asks whether it would have to wait
 		r.cfg.Observer.Seed(r.cfg.Provider, EventMiss)
 	}
-	h = cloneHeader(h) // the calls may outlive the caller, and so the message that h points into
-	e, err := r.fromKMS(ctx, d, h, stale)
+	h := cloneHeader(l.header) // the calls may outlive the caller, and so the message that the header points into
+	e, err := r.fromKMS(ctx, l.digest, h, l.stale)
 	if err == nil || !h.HasCopies() {
 		return e, err
 	}
-	return r.rescueSeed(ctx, h, r.spares(d, h, rings), err)
+	return r.rescueSeed(ctx, h, r.spares(l.digest, h, rings), err)
 }
 
 // flight is the one call to the ring's own KMS for all who want a seed at a time.
@@ -127,11 +173,6 @@ func (r *Ring) fromKMS(ctx context.Context, d digest, h *envelope.Header, stale 
 		return nil, err
 	}
 	answer := r.flight(d, h)
-	if stale != nil && !r.state.Load().healthy {
-		// The KMS is known not to answer: nobody waits for it. The call goes on and renews the seed if it does.
-		r.cfg.Observer.Seed(r.cfg.Provider, EventStale)
-		return stale, nil
-	}
 	select {
 	case <-ctx.Done():
 		return nil, r.errorf(Unavailable, context.Cause(ctx), "the caller went away while its seed was unwrapped")
@@ -158,7 +199,7 @@ func (r *Ring) mayServe(stale *entry, err *Error) bool {
 		return true
 	case KeyUnusable:
 		// A key that is gone has taken the seed with it. A denial is given the time in which it counts as passing.
-		return classOf(err) == kmsclient.ClassDenied && time.Since(stale.fetched) < r.cfg.Cache.ttl+r.cfg.RevokeWithin
+		return kmsclient.ClassOf(err) == kmsclient.ClassDenied && time.Since(stale.fetched) < r.cfg.Cache.ttl+r.cfg.RevokeWithin
 	default:
 		return false
 	}
@@ -184,7 +225,7 @@ func (r *Ring) unwrap(d digest, h *envelope.Header) (*entry, error) {
 	if err != nil {
 		if old != nil {
 			old.retry.Store(time.Now().Add(r.cfg.FailingPollInterval).UnixNano())
-			if classOf(err) == kmsclient.ClassInvalid {
+			if kmsclient.ClassOf(err) == kmsclient.ClassInvalid {
 				r.cfg.Cache.drop(old)
 			}
 		}
@@ -222,7 +263,7 @@ func (r *Ring) attempts(d digest) context.Context {
 // a stored value can name any.
 func (r *Ring) decrypt(ctx context.Context, h *envelope.Header) ([]byte, error) {
 	plain, err := r.ask(ctx, h)
-	switch classOf(err) {
+	switch kmsclient.ClassOf(err) {
 	case kmsclient.ClassKeyUnusable:
 		r.doubt()
 		r.dropKeys(func(id string) bool { return id == h.KeyID }, h.KeyID, err)

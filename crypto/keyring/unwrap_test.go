@@ -123,7 +123,7 @@ func TestTTLAndServeUnreachableFor(t *testing.T) {
 		}
 		time.Sleep(59 * time.Minute)
 		kms.set(func() {
-			kms.down = kmsError("Decrypt", kmsclient.ClassUnavailable)
+			kms.down = kmsError("Decrypt", kmsclient.Unreachable)
 			kms.delay = 5 * time.Second // a KMS that hangs
 		})
 		time.Sleep(2 * time.Minute)
@@ -156,7 +156,7 @@ func TestAgeingSeedIsRenewed(t *testing.T) {
 		stored := kms.sealed(t, "k", "v")
 		g := newRing(t, kms, func(_ *RingConfig, c *CacheConfig) { c.TTL = time.Hour }).start(t)
 		g.mustOpen(t, "k", stored, "v")
-		kms.set(func() { kms.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.ClassUnavailable) })
+		kms.set(func() { kms.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.Unreachable) })
 		time.Sleep(time.Hour + time.Second)
 		for range 600 { // ten minutes, the contacts being good
 			g.mustOpen(t, "k", stored, "v")
@@ -177,18 +177,18 @@ func TestAgeingSeedIsRenewed(t *testing.T) {
 }
 
 func TestDecryptFailures(t *testing.T) {
-	for class, want := range map[kmsclient.Class]Kind{
-		kmsclient.ClassUnavailable: Unavailable, kmsclient.ClassContract: SeedRefused, kmsclient.ClassDenied: KeyUnusable,
-		kmsclient.ClassKeyUnusable: KeyUnusable, kmsclient.ClassInvalid: Corrupt,
+	for reason, want := range map[kmsclient.Reason]Kind{
+		kmsclient.Unreachable: Unavailable, kmsclient.BrokenContract: SeedRefused, kmsclient.Denied: KeyUnusable,
+		kmsclient.KeyDisabled: KeyUnusable, kmsclient.Invalid: Corrupt,
 	} {
 		for _, form := range []string{"not applied", "applied and lost"} {
-			t.Run(fmt.Sprintf("%v %s", class, form), func(t *testing.T) {
+			t.Run(fmt.Sprintf("%v %s", reason, form), func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					kms := newKMS(t, "ack")
 					stored := kms.sealed(t, "k", "v")
 					g := newRing(t, kms, nil).start(t)
 					synctest.Wait()
-					fault := kmsError("Decrypt", class)
+					fault := kmsError("Decrypt", reason)
 					if form == "not applied" {
 						kms.set(func() { kms.opErr["Decrypt"] = fault })
 					} else {
@@ -226,7 +226,7 @@ func TestUnknownErrorsSayNothing(t *testing.T) {
 		wantKind(t, serr, Unavailable)
 		_, oerr := g.open("k", stored)
 		wantKind(t, oerr, Unavailable)
-		if s := fmt.Sprint(serr, oerr, g.State(), g.sealer.Ready()); strings.Contains(s, "canary") {
+		if s := fmt.Sprint(serr, oerr, g.State(), g.sealer.Health()); strings.Contains(s, "canary") {
 			t.Error(s)
 		}
 	})
@@ -261,10 +261,6 @@ func TestDecryptAnswersTheWrongLength(t *testing.T) {
 				}
 				kms.set(func() { kms.result = nil })
 				time.Sleep(5 * time.Second)
-				if c.want == Corrupt { // the read that learns of the other secret had its value overwritten
-					_, err := g.open("k", stored)
-					wantKind(t, err, SeedRefused)
-				}
 				g.mustOpen(t, "k", stored, "v")
 			})
 		})

@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/secretfile"
 )
 
@@ -48,8 +49,8 @@ func LoadKey(path string) ([]byte, error) {
 	if !info.Mode().IsRegular() {
 		return nil, fmt.Errorf("audit key %s: not a regular file", path)
 	}
-	if problem, fix := secretfile.Check(path, info); problem != "" {
-		return nil, &openError{path, problem, fix}
+	if why, fix := secretfile.Check(path, info); why != "" {
+		return nil, problem.New("run "+fix+" "+path+", and replace the key if anyone did", "audit key %s: %s", path, why)
 	}
 	key, err := io.ReadAll(io.LimitReader(f, maxKey+1))
 	if err != nil {
@@ -59,20 +60,6 @@ func LoadKey(path string) ([]byte, error) {
 		return nil, fmt.Errorf("audit key %s: %w", path, err)
 	}
 	return key, nil
-}
-
-// openError is of a key that others can use.
-type openError struct {
-	path, problem, fix string
-}
-
-func (e *openError) Error() string {
-	return fmt.Sprintf("audit key %s: %s: %s", e.path, e.problem, e.Advice())
-}
-
-// Advice is what to do; the text ends with it.
-func (e *openError) Advice() string {
-	return "run " + e.fix + " " + e.path + ", and replace the key if anyone did"
 }
 
 func checkKey(key []byte) error {

@@ -6,22 +6,23 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
 )
 
 // TestKMSCheckIsAudited: the calls of the check are in the commands' log, with the KMS' own IDs of the requests, and no more and no less of them than the KMS saw.
 func TestKMSCheckIsAudited(t *testing.T) {
-	double, d := newDouble(t, kmsdouble.Config{}), newDir(t)
-	edits := append(onAlibaba(t, d, double, fileCredentials), "kind: ", "audit: {path: audit.jsonl}\nkind: ")
+	double, d := clitest.NewDouble(t, kmsdouble.Config{}), clitest.NewDir(t)
+	edits := append(d.OnAlibaba(t, double, clitest.FileCredentials), "kind: ", "audit: {path: audit.jsonl}\nkind: ")
 	edits[1] = strings.Replace(edits[1], kmsdouble.DefaultKeyID, kmsdouble.DefaultAlias, 1)
-	path := d.config(t, edits...)
+	path := d.Config(t, edits...)
 	execute(t, "kms", "check", "--config", path).want(t, 0)
 	double.SetFault(denying("Decrypt"))
 	execute(t, "kms", "check", "--config", path).want(t, 1)
 	double.SetFault(nil)
 	execute(t, "kms", "check", "--config", path, "--policy").want(t, 0)
 	var got, ids, seen []string
-	for _, r := range d.auditLogAt(t, "audit.commands.jsonl") {
+	for _, r := range d.AuditLogAt(t, "audit.commands.jsonl") {
 		got = append(got, fmt.Sprint(r["event"], " ", r["provider"], " ", r["operation"], " ", r["class"]))
 		ids = append(ids, fmt.Sprint(r["requestID"]))
 	}
@@ -37,10 +38,10 @@ func TestKMSCheckIsAudited(t *testing.T) {
 	if !slices.Equal(ids, seen) {
 		t.Errorf("request IDs %q, the KMS' own %q", ids, seen)
 	}
-	execute(t, "audit", "verify", d.path("audit.commands.jsonl")).want(t, 0)
+	execute(t, "audit", "verify", d.Path("audit.commands.jsonl")).want(t, 0)
 
 	// Without the log it still checks, and says once what is missing.
-	defer d.blockAt(t, "audit.commands.jsonl")()
+	defer d.BlockAt(t, "audit.commands.jsonl")()
 	r := execute(t, "kms", "check", "--config", path)
 	r.want(t, 0, "warning: calls of the KMS")
 	if n := strings.Count(r.stderr, "warning: "); n != 1 || !strings.Contains(r.stdout, "dev (alibaba): ok") {

@@ -8,36 +8,27 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/cli/command"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
 )
-
-func newAudit() *cobra.Command {
-	cmd := &cobra.Command{
-		Use:   "audit COMMAND",
-		Short: "work with audit logs",
-		Args:  cobra.NoArgs,
-		RunE:  needsCommand,
-	}
-	cmd.AddCommand(newAuditVerify())
-	return cmd
-}
 
 func newAuditVerify() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "verify FILE...",
-		Short: "find what was altered in an audit log",
-		Long: `verify checks the chain of an audit log and names each line that was altered, inserted, repeated or moved, and where lines are missing. The files of
-one log may be given in any order, as audit.jsonl* for example: they are put in the order of their first records.
+		Short: "find alterations of an audit log",
+		Long: `verify checks the chain of an audit log and names each line that was altered, inserted, repeated or moved, and where lines are missing.
+The files of one log may be given in any order, for example as audit.jsonl*: they are sorted by their first records.
 
-A log of which the end was removed is a shorter log, and a log without a key can be written anew by whoever may write it. verify prints the last hash: keep it
-elsewhere, and a later check with --expect-last finds whether the log still holds that record. Records may follow it.
+Nobody can see that the end of a log was removed, and anyone who may write a log without a key can rewrite it. verify prints the last
+hash: keep it elsewhere, and a later check with --expect-last finds whether the log still has that record. Records may follow it.
 
-A line that a crash has cut short is not tampering. It is a finding for as long as nothing follows, and a note once the log has gone on and says so.`,
+A line that a crash has cut short is not tampering. It is a finding while it is the last line, and a note once the log continues after it.`,
 		Args: cobra.MinimumNArgs(1),
 	}
 	keyFile := cmd.Flags().String("key-file", "", "`FILE` with the key of the chain (audit.keyFile)")
-	expect := cmd.Flags().String("expect-last", "", "`HASH` that a record must have: the last one of an earlier check")
-	out := outputFlag(cmd)
-	cmd.RunE = fails(func(cmd *cobra.Command, args []string) error {
+	expect := cmd.Flags().String("expect-last", "", "`HASH` of a record that the log must have: the last hash of an earlier check")
+	out := command.OutputFlag(cmd)
+	cmd.RunE = command.Run(func(cmd *cobra.Command, args []string) error {
 		o := auditlog.VerifyOptions{ExpectLast: *expect}
 		if *keyFile != "" {
 			var err error
@@ -48,15 +39,15 @@ A line that a crash has cut short is not tampering. It is a finding for as long 
 		r, err := auditlog.VerifyFiles(o, args...)
 		switch {
 		case errors.Is(err, auditlog.ErrKeyed):
-			return &failure{code: exitUsage, err: err, hint: "give the key with --key-file"}
+			return command.Usage("give the key with --key-file", "%w", err)
 		case errors.Is(err, auditlog.ErrExpected):
-			return &failure{code: exitUsage, err: err, hint: "copy it from an earlier check"}
+			return command.Usage("copy it from the output of an earlier check", "%w", err)
 		case err != nil:
 			return err
 		}
-		err = out.write(cmd.OutOrStdout(), r, func(w io.Writer) { printAuditReport(w, r) })
+		err = out.Write(cmd.OutOrStdout(), r, func(w io.Writer) { printAuditReport(w, r) })
 		if err == nil && !r.OK {
-			return &failure{code: exitFindings}
+			return command.ErrFindings
 		}
 		return err
 	})
@@ -73,33 +64,33 @@ func printAuditReport(w io.Writer, r *auditlog.Report) {
 			if where != "" {
 				where += ": "
 			}
-			printf(w, "  %s%s: %s\n", where, f.Kind, f.Text)
+			printable.Fprintf(w, "  %s%s: %s\n", where, f.Kind, f.Text)
 		}
 	}
 	if r.OK {
-		printf(w, "ok\n")
+		printable.Fprintf(w, "ok\n")
 	} else {
-		printf(w, "%d finding(s)\n", len(r.Findings)+r.More)
+		printable.Fprintf(w, "%d finding(s)\n", len(r.Findings)+r.More)
 	}
 	lines(r.Findings)
 	if r.More > 0 {
-		printf(w, "  and %d more\n", r.More)
+		printable.Fprintf(w, "  and %d more\n", r.More)
 	}
 	if len(r.Notes) > 0 {
-		printf(w, "notes\n")
+		printable.Fprintf(w, "notes\n")
 		lines(r.Notes)
 	}
-	chain := "without a key: whoever may write it can write it anew"
+	chain := "without a key: anyone who may write the log can rewrite it"
 	if r.Keyed {
 		chain = "keyed"
 	}
-	printf(w, "records    %d, from %d to %d, in %d file(s)\n", r.Records, r.FirstSeq, r.LastSeq, len(r.Files))
-	printf(w, "chain      %s\n", chain)
+	printable.Fprintf(w, "records    %d, from %d to %d, in %d file(s)\n", r.Records, r.FirstSeq, r.LastSeq, len(r.Files))
+	printable.Fprintf(w, "chain      %s\n", chain)
 	if r.Since != nil {
-		printf(w, "expected   there, with %d record(s) after it\n", *r.Since)
+		printable.Fprintf(w, "expected   found, with %d record(s) after it\n", *r.Since)
 	}
 	if r.Lost > 0 {
-		printf(w, "lost       %d record(s) could not be written\n", r.Lost)
+		printable.Fprintf(w, "lost       %d record(s) could not be written\n", r.Lost)
 	}
-	printf(w, "last hash  %s\n", r.LastHash)
+	printable.Fprintf(w, "last hash  %s\n", r.LastHash)
 }

@@ -12,6 +12,9 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/buildinfo"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/cli/command"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/kmstest"
 )
 
@@ -40,7 +43,7 @@ func TestHelpListsExitCodes(t *testing.T) {
 	var walk func(path []string)
 	walk = func(path []string) {
 		help := execute(t, append(path, "--help")...).stdout
-		want := []string{"Exit codes:\n  0  all is well\n", "\n  2  the command line is wrong\n  3  the command could not do its work\n"}
+		want := []string{"Exit codes:\n  0  all is well\n", "\n  2  the command line is wrong\n  3  the command failed\n"}
 		if text, ok := findings[strings.Join(append([]string{""}, path...), " ")]; ok {
 			known++
 			want = append(want, "\n  1  "+text+"\n")
@@ -69,7 +72,7 @@ func TestHelpListsExitCodes(t *testing.T) {
 
 // TestKMSCheckStrict: a key that works is 0, whatever there is to warn of, and 1 with --strict.
 func TestKMSCheckStrict(t *testing.T) {
-	path := newDir(t).config(t, "local: {keyFile: key.yaml}", "plugin: {endpoint: "+kmstest.PluginServer(t, kmstest.NewMemory())+"}")
+	path := clitest.NewDir(t).Config(t, "local: {keyFile: key.yaml}", "plugin: {endpoint: "+kmstest.PluginServer(t, kmstest.NewMemory())+"}")
 	for _, c := range []struct {
 		flags []string
 		code  int
@@ -117,8 +120,8 @@ func (full) Write([]byte) (int, error) {
 
 // TestReportLost: a report that could not be written is a failure, in either form.
 func TestReportLost(t *testing.T) {
-	d := newDir(t)
-	for _, line := range []string{"version", "version --output json", "kms check --config " + d.config(t), "completion bash"} {
+	d := clitest.NewDir(t)
+	for _, line := range []string{"version", "version --output json", "kms check --config " + d.Config(t), "completion bash"} {
 		var stderr bytes.Buffer
 		if code := run(strings.Fields(line), full{}, &stderr); code != 3 || stderr.String() != "error: write /dev/stdout: no space left on device\n" {
 			t.Errorf("%s: exit code %d, stderr %q; want 3 and the reason", line, code, stderr.String())
@@ -131,19 +134,19 @@ func TestVersion(t *testing.T) {
 	if r.code != 0 || !strings.HasPrefix(r.stdout, "etcd-kms-proxy ") || !strings.Contains(r.stdout, runtime.Version()) {
 		t.Errorf("version: %+v", r)
 	}
-	var b buildInfo
+	var b buildinfo.Info
 	if err := json.Unmarshal([]byte(execute(t, "version", "--output", "json").stdout), &b); err != nil || b.Go != runtime.Version() {
 		t.Errorf("version --output json: %+v, %v", b, err)
 	}
 }
 
 func TestConfigCheck(t *testing.T) {
-	d := newDir(t)
-	good := d.config(t)
+	d := clitest.NewDir(t)
+	good := d.Config(t)
 	if r := execute(t, "config", "check", "--config", good); r != (result{}) {
 		t.Errorf("a good file: %+v; want silence", r)
 	}
-	bad := d.config(t, "rules:", "rulez:", "name: dev", "name: 'd:v'")
+	bad := d.Config(t, "rules:", "rulez:", "name: dev", "name: 'd:v'")
 	r := execute(t, "config", "check", "--config", bad)
 	r.want(t, 1,
 		"error: "+bad+": line 8: kms[0].name: \"d:v\" has a colon, which ends the name in every stored value\nhint: choose a name without one\n",
@@ -161,7 +164,7 @@ func TestConfigCheck(t *testing.T) {
 	if report.OK || report.File != bad || len(report.Problems) != 2 || report.Problems[1].Path != "rulez" || report.Problems[1].Line != 10 {
 		t.Errorf("report = %+v", report)
 	}
-	open := d.config(t, `address: "127.0.0.1:0"`, `address: "0.0.0.0:0"`)
+	open := d.Config(t, `address: "127.0.0.1:0"`, `address: "0.0.0.0:0"`)
 	r = execute(t, "config", "check", "--config", open)
 	r.want(t, 0, "warning: "+open+": line 13: admin.address: other machines reach 0.0.0.0:0, and the admin server asks nobody who they are", "\nhint: listen on 127.0.0.1")
 	r = execute(t, "config", "check", "--config", open, "--output", "json")
@@ -169,7 +172,7 @@ func TestConfigCheck(t *testing.T) {
 	if err := json.Unmarshal([]byte(r.stdout), &report); err != nil || !report.OK || len(report.Problems) != 0 || len(report.Warnings) != 1 || report.Warnings[0].Line != 13 {
 		t.Errorf("%v: report = %+v", err, report)
 	}
-	execute(t, "config", "check", "--config", d.path("missing.yaml")).want(t, 3, "error: read configuration: open "+d.path("missing.yaml"), "hint: ")
+	execute(t, "config", "check", "--config", d.Path("missing.yaml")).want(t, 3, "error: read configuration: open "+d.Path("missing.yaml"), "hint: ")
 }
 
 // TestBadInput is what each bad input says, in config check and at the start of serve.
@@ -203,15 +206,15 @@ func TestBadInput(t *testing.T) {
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
-			d := newDir(t)
-			key, err := os.ReadFile(d.path("key.yaml"))
+			d := clitest.NewDir(t)
+			key, err := os.ReadFile(d.Path("key.yaml"))
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := os.WriteFile(d.path("open.yaml"), key, 0o644); err != nil {
+			if err := os.WriteFile(d.Path("open.yaml"), key, 0o644); err != nil {
 				t.Fatal(err)
 			}
-			config := d.config(t, tt.edits...)
+			config := d.Config(t, tt.edits...)
 			for code, r := range map[int]result{tt.check: execute(t, "config", "check", "--config", config), 3: execute(t, "serve", "--config", config)} {
 				r.want(t, code, append(tt.texts, "error: ")...)
 				for line := range strings.Lines(r.stderr) {
@@ -225,8 +228,8 @@ func TestBadInput(t *testing.T) {
 }
 
 func TestNewLocalKey(t *testing.T) {
-	d := newDir(t)
-	key := d.path("key.yaml")
+	d := clitest.NewDir(t)
+	key := d.Path("key.yaml")
 	info, err := os.Stat(key)
 	if err != nil || info.Mode().Perm() != 0o600 {
 		t.Fatalf("%v, %v; want a file with 0600", info, err)
@@ -250,18 +253,18 @@ func TestNewLocalKey(t *testing.T) {
 		t.Fatal(err)
 	}
 	execute(t, "kms", "new-local-key", key).want(t, 3, "error: "+key+".new exists\n", "hint: another new-local-key is running, or one was interrupted", "remove "+key+".new\n")
-	execute(t, "kms", "new-local-key", d.path("no/such/folder/key.yaml")).want(t, 3, "error: create key file: ")
+	execute(t, "kms", "new-local-key", d.Path("no/such/folder/key.yaml")).want(t, 3, "error: create key file: ")
 }
 
 func TestKMSCheck(t *testing.T) {
-	d := newDir(t)
-	config := d.config(t)
+	d := clitest.NewDir(t)
+	config := d.Config(t)
 	r := execute(t, "kms", "check", "--config", config)
 	r.want(t, 0)
 	if !strings.Contains(r.stdout, "dev (local): ok") || !strings.Contains(r.stdout, "key ID") || r.stderr != "" {
 		t.Errorf("report: %+v", r)
 	}
-	down := d.config(t, "kms:\n", "kms:\n- name: down\n  plugin: {endpoint: 'unix://"+d.path("none.sock")+"', timeout: 100ms}\n")
+	down := d.Config(t, "kms:\n", "kms:\n- name: down\n  plugin: {endpoint: 'unix://"+d.Path("none.sock")+"', timeout: 100ms}\n")
 	r = execute(t, "kms", "check", "--config", down, "--timeout", "2s", "--output", "json")
 	r.want(t, 1)
 	var report struct {
@@ -274,22 +277,22 @@ func TestKMSCheck(t *testing.T) {
 	if report.OK || len(report.KMS) != 2 || report.KMS[0].OK || len(report.KMS[0].Findings) == 0 || !report.KMS[1].OK || report.KMS[1].KeyID == "" {
 		t.Errorf("report = %+v", report)
 	}
-	execute(t, "kms", "check", "--config", d.config(t, "kms:\n- name: dev\n  local: {keyFile: key.yaml}\nrules:\n- prefix: /registry/secrets/\n  writeWith: dev\n", "")).
+	execute(t, "kms", "check", "--config", d.Config(t, "kms:\n- name: dev\n  local: {keyFile: key.yaml}\nrules:\n- prefix: /registry/secrets/\n  writeWith: dev\n", "")).
 		want(t, 3, "error: no KMS is configured")
 }
 
 // TestUnreadConfig: what cannot be read for want of permission has its right name already.
 func TestUnreadConfig(t *testing.T) {
-	if hint := unread(fmt.Errorf("read configuration: %w", fs.ErrPermission)).hint; !strings.Contains(hint, "may read the file") {
+	if hint := command.Failure(command.Unreadable(fmt.Errorf("read configuration: %w", fs.ErrPermission))).Problem.Hint; !strings.Contains(hint, "may read the file") {
 		t.Error(hint)
 	}
-	execute(t, "config", "check", "--config", newDir(t).path("none")).want(t, 3, "no such file", "hint: name the file with --config")
+	execute(t, "config", "check", "--config", clitest.NewDir(t).Path("none")).want(t, 3, "no such file", "hint: name the file with --config")
 }
 
 // TestNoTime: without time, no command says that etcd is unreachable, which it did not try.
 func TestNoTime(t *testing.T) {
-	d := newDir(t)
-	config := d.config(t, "log:", "audit: {path: audit.jsonl}\nlog:")
+	d := clitest.NewDir(t)
+	config := d.Config(t, "log:", "audit: {path: audit.jsonl}\nlog:")
 	for _, line := range []string{"status", "reencrypt", "verify", "purge --yes", "decrypt --yes KEY"} {
 		execute(t, append(strings.Fields(line), "--config", config, "--timeout", "0s")...).want(t, 2, "error: --timeout 0s is not more than 0s")
 	}

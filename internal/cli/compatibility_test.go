@@ -22,6 +22,9 @@ import (
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/encryption"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/server"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/local"
 )
@@ -42,7 +45,7 @@ type storedValue struct {
 // openReleased makes the keys of the released configuration. Without primary, no key but that of
 // the recovery provider is there: the plugin and the KMS do not answer, and the key file has lost
 // its versions.
-func openReleased(t *testing.T, primary bool) *app {
+func openReleased(t *testing.T, primary bool) *encryption.Keys {
 	t.Helper()
 	folder := t.TempDir()
 	put := func(name string, data []byte) {
@@ -76,7 +79,7 @@ func openReleased(t *testing.T, primary bool) *app {
 		served := make(chan struct{})
 		go func() { defer close(served); _ = plugin.ListenAndServe() }()
 		t.Cleanup(func() { plugin.Shutdown(); <-served })
-		eventually(t, "the plugin", func() bool { _, err := os.Stat(socket); return err == nil })
+		clitest.Eventually(t, "the plugin", func() bool { _, err := os.Stat(socket); return err == nil })
 	} else {
 		endpoint = "127.0.0.1:1"
 		put("dev.yaml", []byte("keys: [{id: other, secret: MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY=}]\n"))
@@ -97,15 +100,23 @@ func openReleased(t *testing.T, primary bool) *app {
 	if err != nil {
 		t.Fatal(err)
 	}
-	a := &app{log: slog.New(slog.DiscardHandler)}
-	t.Cleanup(a.close)
-	if _, err := a.assembleKeys(c); err != nil {
+	a, err := encryption.New(encryption.Config{Config: c, Registry: prometheus.NewRegistry(), Logger: slog.New(slog.DiscardHandler)})
+	if err != nil {
 		t.Fatal(err)
 	}
-	runRings(t, a)
+	t.Cleanup(a.Close)
+	running, stop := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- a.Run(running) }()
+	t.Cleanup(func() {
+		stop()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
-	for _, ring := range a.rings {
+	for _, ring := range a.Rings() {
 		if err := ring.Contact(ctx); err != nil && primary {
 			t.Fatalf("%s: %v", ring.Provider(), err)
 		}
@@ -114,12 +125,12 @@ func openReleased(t *testing.T, primary bool) *app {
 }
 
 // sealerOf is the rule's of a key.
-func sealerOf(t *testing.T, a *app, key []byte) *keyring.Sealer {
+func sealerOf(t *testing.T, a *encryption.Keys, key []byte) *keyring.Sealer {
 	t.Helper()
-	rules := a.rules.Load()
-	for i, prefix := range rules.prefixes {
-		if strings.HasPrefix(string(key), prefix) {
-			return rules.sealers[i]
+	rules := a.Rules()
+	for i, rule := range rules.Config() {
+		if strings.HasPrefix(string(key), rule.Prefix) {
+			return rules.Sealers()[i]
 		}
 	}
 	t.Fatalf("no rule for %s", key)
@@ -198,9 +209,18 @@ func TestSurfaceOfReleases(t *testing.T) {
 		}
 	}
 	commands(newRoot())
-	a, _ := newRunning(t)
+	path := clitest.NewDir(t).Config(t)
+	c, err := config.Load(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, err := server.New(c, path, [32]byte{}, slog.New(slog.DiscardHandler), new(slog.LevelVar), server.Options{Drain: time.Second})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
 	described := make(chan *prometheus.Desc, 1000)
-	a.metrics.registry.Describe(described)
+	a.Registry().Describe(described)
 	close(described)
 	metric := regexp.MustCompile(`fqName: "(etcd_kms_proxy_\w+|grpc_server_\w+)".*variableLabels: (\{[^}]*\})`)
 	for d := range described {

@@ -7,25 +7,15 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/cli/command"
 )
-
-func newConfig() *cobra.Command {
-	cmd := &cobra.Command{
-		Use:   "config COMMAND",
-		Short: "work with configuration files",
-		Args:  cobra.NoArgs,
-		RunE:  needsCommand,
-	}
-	cmd.AddCommand(newConfigCheck(), newConfigFromKubernetes())
-	return cmd
-}
 
 // configReport is what config check --output json prints.
 type configReport struct {
 	File     string          `json:"file"`
 	OK       bool            `json:"ok"`
 	Problems []configProblem `json:"problems"`
-	Warnings []configProblem `json:"warnings"` // of what may be meant; they do not make the file bad
+	Warnings []configProblem `json:"warnings"` // of settings that may be meant; they do not make the file invalid
 }
 
 type configProblem struct {
@@ -35,46 +25,46 @@ type configProblem struct {
 	Hint string `json:"hint,omitempty"`
 }
 
-// print writes it for people.
-func (p configProblem) print(w io.Writer, kind, file string) {
-	printf(w, "%s: %s: %s\n", kind, file, config.Problem(p))
-	if p.Hint != "" {
-		printf(w, "hint: %s\n", p.Hint)
-	}
-}
-
 func newConfigCheck() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "check",
 		Short: "report every problem of a configuration file",
-		Long: `check reads a configuration file and every file that it names, and reports all problems at once, each with its path, its line and what to do.
+		Long: `check reads a configuration file and every file that it names, and reports all problems at once, each with its path, its line and a hint.
 It connects to nothing, and prints nothing about a file without problems and warnings.`,
 		Args: cobra.NoArgs,
 	}
-	path, out := configFlag(cmd), outputFlag(cmd)
-	cmd.RunE = fails(func(cmd *cobra.Command, _ []string) error {
-		report := configReport{File: *path, OK: true, Problems: []configProblem{}, Warnings: []configProblem{}}
-		_, err := config.LoadChecked(*path, backendChecks(func(p config.Problem) { report.Warnings = append(report.Warnings, configProblem(p)) }))
-		ps, ok := errors.AsType[config.Problems](err)
-		if err != nil && !ok {
-			return unread(err)
-		}
-		for _, p := range ps {
-			report.Problems = append(report.Problems, configProblem(p))
-		}
-		report.OK = len(report.Problems) == 0
-		err = out.write(cmd.OutOrStdout(), report, func(io.Writer) {
-			for _, p := range report.Problems {
-				p.print(cmd.ErrOrStderr(), "error", *path)
+	path, out := command.ConfigFlag(cmd), command.OutputFlag(cmd)
+	cmd.RunE = command.Run(func(cmd *cobra.Command, _ []string) error {
+		var problems, warnings config.Problems
+		_, err := config.LoadChecked(*path, command.Checks(func(p config.Problem) { warnings = append(warnings, p) }))
+		if err != nil {
+			var ok bool
+			if problems, ok = errors.AsType[config.Problems](err); !ok {
+				return command.Unreadable(err)
 			}
-			for _, p := range report.Warnings {
-				p.print(cmd.ErrOrStderr(), "warning", *path)
+		}
+		report := configReport{File: *path, OK: len(problems) == 0, Problems: reported(problems), Warnings: reported(warnings)}
+		err = out.Write(cmd.OutOrStdout(), report, func(io.Writer) {
+			for _, p := range command.InFile(*path, problems) {
+				command.PrintProblem(cmd.ErrOrStderr(), "error", p)
+			}
+			for _, p := range command.InFile(*path, warnings) {
+				command.PrintProblem(cmd.ErrOrStderr(), "warning", p)
 			}
 		})
 		if err == nil && !report.OK {
-			return &failure{code: exitFindings}
+			return command.ErrFindings
 		}
 		return err
 	})
 	return cmd
+}
+
+// reported returns problems as a report has them.
+func reported(ps config.Problems) []configProblem {
+	all := []configProblem{}
+	for _, p := range ps {
+		all = append(all, configProblem{Path: p.Path, Line: p.Line, Text: p.Text, Hint: p.Hint})
+	}
+	return all
 }

@@ -14,10 +14,14 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config/kubernetes"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/kubelegacy"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/cli/command"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/provider"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/keyfile"
 )
 
-// fromKubernetes is what the command line of config from-kubernetes says.
+// fromKubernetes has the flags of config from-kubernetes.
 type fromKubernetes struct {
 	file, etcdPrefix, keyDir, output, writeWith string
 }
@@ -26,39 +30,39 @@ func newConfigFromKubernetes() *cobra.Command {
 	var f fromKubernetes
 	cmd := &cobra.Command{
 		Use:   "from-kubernetes FILE",
-		Short: "make a configuration of kube-apiserver's EncryptionConfiguration",
-		Long: `from-kubernetes reads the file of kube-apiserver's --encryption-provider-config and prints a configuration of the proxy that reads what the API server has
-stored, and seals where it encrypted:
+		Short: "convert kube-apiserver's EncryptionConfiguration",
+		Long: `from-kubernetes reads the file of kube-apiserver's --encryption-provider-config and prints a configuration of the proxy that can read
+the values of the API server, and encrypts the same resources:
 
-  kms (v2)                      becomes a plugin of the same name, which stands in every value
-  aescbc, aesgcm, secretbox     become providers for reading only; their keys go to files in --key-dir, mode 0600
-  identity                      becomes writeWith: plaintext where it comes first, and allowPlaintextReads: true where it comes at all
+  kms (v2)                      becomes a plugin of the same name, which is part of every value
+  aescbc, aesgcm, secretbox     become providers for reading only; their keys are written to files in --key-dir, mode 0600
+  identity                      becomes writeWith: plaintext if it is the first provider, and allowPlaintextReads: true in any case
 
-Resources become the prefixes that the API server stores them below; of wildcards, the more precise one counts, as in the API server. What cannot be said exactly is a
-warning, and a comment in the result. Listeners and etcd are placeholders.
+Resources become the prefixes under which the API server stores them; the more precise wildcard has precedence, as in the API server.
+What cannot be converted exactly is a warning, and a comment in the result. Listeners and etcd are placeholders.
 
-Where aescbc, aesgcm or secretbox comes first, new values are sealed with a KMS provider of the same resources, or with a placeholder that must be filled in: then the
-command exits with 1. --write-with chooses the provider. No file is ever overwritten.`,
+If aescbc, aesgcm or secretbox is the first provider, the rule encrypts new values with a KMS provider of the same resources, or with a
+placeholder that you must fill in: then the command exits with 1. --write-with selects the provider. No file is overwritten.`,
 		Args: cobra.ExactArgs(1),
 	}
 	cmd.Flags().StringVar(&f.etcdPrefix, "etcd-prefix", "/registry", "the API server's --etcd-prefix")
 	cmd.Flags().StringVar(&f.keyDir, "key-dir", "", "folder `DIR` for files with the keys of aescbc, aesgcm and secretbox")
 	cmd.Flags().StringVar(&f.output, "output", "-", "write the configuration to `FILE`; - is standard output")
-	cmd.Flags().StringVar(&f.writeWith, "write-with", "", "KMS provider `NAME` to seal with in place of aescbc, aesgcm and secretbox")
-	cmd.RunE = fails(func(cmd *cobra.Command, args []string) error {
+	cmd.Flags().StringVar(&f.writeWith, "write-with", "", "KMS provider `NAME` to encrypt with instead of aescbc, aesgcm and secretbox")
+	cmd.RunE = command.Run(func(cmd *cobra.Command, args []string) error {
 		f.file = args[0]
 		return f.run(cmd.OutOrStdout(), cmd.ErrOrStderr())
 	})
 	return cmd
 }
 
-// maxEncryptionConfiguration is far above what etcd's own limits let a cluster use.
+// maxEncryptionConfiguration is the largest file that is read, in bytes.
 const maxEncryptionConfiguration = 4 << 20
 
 func (f *fromKubernetes) run(stdout, stderr io.Writer) error {
 	if f.writeWith != "" {
 		if text, hint := config.CheckProviderName(f.writeWith); text != "" {
-			return &failure{code: exitUsage, err: fmt.Errorf("--write-with: %s", text), hint: hint}
+			return command.Usage(hint, "--write-with: %s", text)
 		}
 	}
 	c, err := f.read(stderr)
@@ -77,18 +81,16 @@ func (f *fromKubernetes) run(stdout, stderr io.Writer) error {
 		return err
 	}
 	if len(result.KeyFiles) > 0 && f.keyDir == "" {
-		return &failure{code: exitUsage, err: fmt.Errorf("%s holds keys, and --key-dir is missing", f.file),
-			hint: "name a folder that only the proxy's user may read: their files go there"}
+		return command.Usage("name a folder that only the user of the proxy can read", "%s holds keys, and --key-dir is missing", f.file)
 	}
 	if err := f.write(result, stdout); err != nil {
 		return err
 	}
 	for _, n := range result.Notes {
-		printf(stderr, "warning: %s\n", n)
+		printable.Fprintf(stderr, "warning: %s\n", n)
 	}
 	if result.Unfinished != "" {
-		return &failure{code: exitFindings, err: fmt.Errorf("KMS provider %q, which new values are to be sealed with, is a placeholder", result.Unfinished),
-			hint: "put its backend in where it says REPLACE under kms; its name becomes part of every value, and --write-with chooses another"}
+		return command.Findings("replace REPLACE under kms by its backend; its name becomes part of every value, and --write-with selects another", "KMS provider %q, with which new values will be encrypted, is a placeholder", result.Unfinished)
 	}
 	return nil
 }
@@ -109,17 +111,13 @@ func (f *fromKubernetes) read(stderr io.Writer) (*kubernetes.Configuration, erro
 		return nil, fmt.Errorf("read EncryptionConfiguration: %s is larger than %d MiB", f.file, maxEncryptionConfiguration>>20)
 	}
 	c, err := kubernetes.Read(data)
-	if ps, ok := errors.AsType[config.Problems](err); ok {
-		failures := problemFailures(f.file, ps)
-		for _, one := range failures[:len(failures)-1] {
-			one.print(stderr)
-		}
-		return nil, failures[len(failures)-1]
+	if _, ok := errors.AsType[config.Problems](err); ok {
+		return nil, command.FileError(stderr, f.file, err)
 	}
 	return c, err
 }
 
-// write makes the key files and then the configuration. On an error, nothing of it is left.
+// write creates the key files and then the configuration. On an error, it removes what it created.
 func (f *fromKubernetes) write(result *kubernetes.Result, stdout io.Writer) (err error) {
 	var made []string
 	defer func() {
@@ -137,9 +135,9 @@ func (f *fromKubernetes) write(result *kubernetes.Result, stdout io.Writer) (err
 			made = append(made, path)
 			return nil
 		case errors.Is(err, fs.ErrExist):
-			return &failure{code: exitFailure, err: fmt.Errorf("%s is there already, and is not overwritten", path), hint: "move it away, or choose another place"}
+			return problem.New("move it away, or choose another file", "%s exists, and is not overwritten", path)
 		case errors.Is(err, fs.ErrNotExist):
-			return &failure{code: exitFailure, err: fmt.Errorf("there is no folder %s", filepath.Dir(path)), hint: "make the folder: mkdir -p -m 0700 " + filepath.Dir(path)}
+			return problem.New("create the folder: mkdir -p -m 0700 "+filepath.Dir(path), "there is no folder %s", filepath.Dir(path))
 		}
 		if cause, ok := errors.AsType[*fs.PathError](err); ok { // it says which file
 			return fmt.Errorf("write files: %w", cause)
@@ -148,8 +146,8 @@ func (f *fromKubernetes) write(result *kubernetes.Result, stdout io.Writer) (err
 	}
 	for _, k := range result.KeyFiles {
 		var b strings.Builder
-		fmt.Fprintf(&b, "# Keys of the API server's %s provider, to read what it sealed. Remove the file, and its provider, when nothing is left that they open.\nkeys:\n", k.Kind)
-		form := kubernetesForm(kubelegacy.Type(k.Kind))
+		fmt.Fprintf(&b, "# Keys of the API server's %s provider, to decrypt its values. Remove the file, and its provider, when no value needs them.\nkeys:\n", k.Kind)
+		form := provider.KubernetesKeyFile(kubelegacy.Type(k.Kind))
 		for _, key := range k.Keys {
 			b.WriteString(form.Line(keyfile.Key{ID: key.Name, Secret: key.Secret}))
 		}

@@ -9,12 +9,14 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
 )
 
 // TestRefusedEnvironment: no command that could read a secret runs while Go would print what it
 // sends.
 func TestRefusedEnvironment(t *testing.T) {
-	path := newDir(t).config(t)
+	path := clitest.NewDir(t).Config(t)
 	for value, refused := range map[string]bool{
 		"http2debug=1": true, "http2debug=2": true, "netdns=go,http2debug=2": true, "http2debug=20": true, "http2debug=0": false, "http2client=1": false, "": false,
 	} {
@@ -43,7 +45,7 @@ func TestNoDumpsBeforeConfiguration(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, line := range []string{"status", "kms check", "config check"} {
-		cmd := command(append(strings.Fields(line), "--config", pipe)...)
+		cmd := process(append(strings.Fields(line), "--config", pipe)...)
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
@@ -69,7 +71,7 @@ func TestNoDumpsBeforeConfiguration(t *testing.T) {
 		if !found {
 			t.Errorf("%s: no limit in %s", line, limits)
 		}
-		timer := time.AfterFunc(deadline, func() { _ = cmd.Process.Kill() })
+		timer := time.AfterFunc(clitest.Deadline, func() { _ = cmd.Process.Kill() })
 		_ = w.Close()
 		_ = cmd.Wait() // the empty file is an error
 		timer.Stop()

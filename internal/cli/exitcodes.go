@@ -6,27 +6,20 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// The exit codes, as --help lists them.
-const (
-	exitFindings = 1 // a check found something
-	exitUsage    = 2 // the command line is wrong
-	exitFailure  = 3 // the command could not do its work
-)
-
-// findings says what exit code 1 of a command means, by the command's path. The others never exit
-// with it.
+// findings says what exit code 1 of a command means, by the path of the command. Other commands never
+// exit with it.
 var findings = map[string]string{
 	"":                        "a check found something",
-	" config check":           "the file has a problem; a warning is none",
-	" config from-kubernetes": "the configuration was written, and has a placeholder that must be filled in",
-	" status":                 "a value is not current (see reencrypt), a KMS does not answer, or a proxy has other rules",
+	" config check":           "the file has a problem",
+	" config from-kubernetes": "the configuration was written, and has a placeholder that you must fill in",
+	" status":                 "a value is not current (see reencrypt), a KMS does not respond, or a proxy has other rules",
 	" reencrypt":              "a value could not be rewritten",
-	" purge":                  "something is left for the operator to do",
+	" purge":                  "something is left for you to do",
 	" verify":                 "a value can be read without the KMS",
 	" decrypt":                "one of several values could not be decrypted",
-	" kms check":              "a KMS cannot do what the rules need of it; with --strict, also if there is a warning",
+	" kms check":              "a KMS cannot do what the rules need; with --strict, also if there is a warning",
 	" audit verify":           "the log was altered, or is incomplete",
-	" kubeadm status":         "the node is not as it should be",
+	" kubeadm status":         "the node is not set up correctly, or is not ready",
 }
 
 // documentExitCodes adds the exit codes to the help of cmd and of all commands below it.
@@ -36,7 +29,7 @@ func documentExitCodes(cmd *cobra.Command) {
 	if text, ok := findings[strings.TrimPrefix(cmd.CommandPath(), cmd.Root().Name())]; ok {
 		b.WriteString("  1  " + text + "\n")
 	}
-	b.WriteString("  2  the command line is wrong\n  3  the command could not do its work")
+	b.WriteString("  2  the command line is wrong\n  3  the command failed")
 	if cmd.Long == "" {
 		cmd.Long = cmd.Short
 	}

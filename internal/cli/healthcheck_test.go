@@ -6,6 +6,9 @@ import (
 	"net/http/httptest"
 	"strings"
 	"testing"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/cli/command"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
 )
 
 // TestHealthcheck: each answer has its exit code, and what failed is printed.
@@ -19,8 +22,8 @@ func TestHealthcheck(t *testing.T) {
 	}{
 		{name: "ready", report: "[+]etcd ok\nreadyz check passed\n", status: 200},
 		{name: "a KMS is down", report: "[+]etcd ok\n[-]kms main: down\nreadyz check passed\n", status: 200, stdout: "[-]kms main: down\n"},
-		{name: "draining", report: "[-]listeners failed\nreadyz check failed\n", status: 503, code: exitFindings, stdout: "[-]listeners failed\n", stderr: []string{"not ready"}},
-		{name: "another server", report: "<html>", status: 404, code: exitFailure, stderr: []string{"404 Not Found", "hint: another server"}},
+		{name: "draining", report: "[-]listeners failed\nreadyz check failed\n", status: 503, code: command.ExitFindings, stdout: "[-]listeners failed\n", stderr: []string{"not ready"}},
+		{name: "another server", report: "<html>", status: 404, code: command.ExitFailure, stderr: []string{"404 Not Found", "hint: another server"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -33,10 +36,10 @@ func TestHealthcheck(t *testing.T) {
 			defer s.Close()
 			address := strings.TrimPrefix(s.URL, "http://")
 			_, port, _ := net.SplitHostPort(address)
-			d := newDir(t)
+			d := clitest.NewDir(t)
 			for _, args := range [][]string{
 				{"--address", address},
-				{"--config", d.config(t, `admin: {address: "127.0.0.1:0"}`, "admin: {address: '0.0.0.0:"+port+"'}")},
+				{"--config", d.Config(t, `admin: {address: "127.0.0.1:0"}`, "admin: {address: '0.0.0.0:"+port+"'}")},
 			} {
 				r := execute(t, append([]string{"healthcheck"}, args...)...)
 				r.want(t, tt.code, tt.stderr...)
@@ -55,13 +58,13 @@ func TestHealthcheckNoAnswer(t *testing.T) {
 		t.Fatal(err)
 	}
 	silent := l.Addr().String()
-	execute(t, "healthcheck", "--address", silent, "--timeout", "50ms").want(t, exitFailure, "did not answer in time", "hint: ")
+	execute(t, "healthcheck", "--address", silent, "--timeout", "50ms").want(t, command.ExitFailure, "did not answer in time", "hint: ")
 	_ = l.Close()
-	execute(t, "healthcheck", "--address", silent).want(t, exitFailure, "connection refused", "hint: ")
-	d := newDir(t)
-	execute(t, "healthcheck", "--config", d.config(t)).want(t, exitFailure, "any free port", "hint: name the address")
-	execute(t, "healthcheck", "--config", d.config(t, `admin: {address: "127.0.0.1:0"}`, "")).want(t, exitFailure, "no admin block", "hint: add `admin:")
-	execute(t, "healthcheck", "--config", d.path("none.yaml")).want(t, exitFailure, "no such file", "hint: ")
-	execute(t, "healthcheck", "--address", "nowhere").want(t, exitUsage, "host:port")
-	execute(t, "healthcheck", "--timeout", "0s").want(t, exitUsage, "--timeout")
+	execute(t, "healthcheck", "--address", silent).want(t, command.ExitFailure, "connection refused", "hint: ")
+	d := clitest.NewDir(t)
+	execute(t, "healthcheck", "--config", d.Config(t)).want(t, command.ExitFailure, "any free port", "hint: name the address")
+	execute(t, "healthcheck", "--config", d.Config(t, `admin: {address: "127.0.0.1:0"}`, "")).want(t, command.ExitFailure, "no admin block", "hint: add `admin:")
+	execute(t, "healthcheck", "--config", d.Path("none.yaml")).want(t, command.ExitFailure, "no such file", "hint: ")
+	execute(t, "healthcheck", "--address", "nowhere").want(t, command.ExitUsage, "host:port")
+	execute(t, "healthcheck", "--timeout", "0s").want(t, command.ExitUsage, "--timeout")
 }

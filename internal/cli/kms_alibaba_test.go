@@ -6,19 +6,20 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
 )
 
 // TestKMSCheckAlibaba runs the whole command against the double, through the states of a key.
 func TestKMSCheckAlibaba(t *testing.T) {
-	double := newDouble(t, kmsdouble.Config{})
-	d := newDir(t)
+	double := clitest.NewDouble(t, kmsdouble.Config{})
+	d := clitest.NewDir(t)
 	for name, secret := range map[string]string{"id": kmsdouble.DefaultAccessKeyID, "secret": kmsdouble.DefaultAccessKeySecret} {
-		if err := os.WriteFile(d.path(name), []byte(secret+"\n"), 0o600); err != nil {
+		if err := os.WriteFile(d.Path(name), []byte(secret+"\n"), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
-	config := d.config(t, append(withRecovery(), "local: {keyFile: key.yaml}", `alibaba:
+	config := d.Config(t, append(clitest.WithRecovery(), "local: {keyFile: key.yaml}", `alibaba:
     region: `+double.Region()+`
     keyID: `+kmsdouble.DefaultKeyID+`
     endpoint: `+double.Endpoint()+`

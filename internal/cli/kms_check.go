@@ -2,38 +2,37 @@ package cli
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"io"
 	"log/slog"
-	"strconv"
-	"strings"
 	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/cli/command"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/provider"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba"
 )
 
-// providerReport is what kms check found of one provider.
+// providerReport is the result of kms check for one provider.
 type providerReport struct {
 	Name        string      `json:"name"`
 	Backend     string      `json:"backend"`
 	OK          bool        `json:"ok"`
 	KeyID       string      `json:"keyID,omitempty"`
-	Tried       []string    `json:"tried"`                           // what the rules need of it: "generate", "encrypt", "decrypt"; as far as it came
-	RoundTripMS float64     `json:"roundTripMilliseconds,omitempty"` // making a key, or wrapping one, and unwrapping it
+	Tried       []string    `json:"tried"`                           // the operations that the rules need: "generate", "encrypt", "decrypt"
+	RoundTripMS float64     `json:"roundTripMilliseconds,omitempty"` // of generating or wrapping a key, and unwrapping it
 	Findings    []string    `json:"findings"`                        // what does not work
-	Warnings    []string    `json:"warnings"`                        // what will stop it from working, or leave nothing when it does
-	Key         *keyDetails `json:"key,omitempty"`                   // where the KMS tells more than its key's ID
-	// CredentialsExpire is when the session ends that the KMS was called with, if it is one; the proxy fetches the next one before.
+	Warnings    []string    `json:"warnings"`                        // what will stop it from working, or makes the loss of the key final
+	Key         *keyDetails `json:"key,omitempty"`                   // if the KMS describes its keys
+	// CredentialsExpire is when the session for the KMS calls ends. The proxy renews it before.
 	CredentialsExpire *time.Time `json:"credentialsExpire,omitempty"`
 }
 
-// keyDetails are what Alibaba Cloud KMS tells of a key.
+// keyDetails is the description of a key by the KMS.
 type keyDetails struct {
 	State              string     `json:"state"`
 	Spec               string     `json:"spec,omitempty"`
@@ -44,41 +43,42 @@ type keyDetails struct {
 	DeleteAt           *time.Time `json:"deleteAt,omitempty"`
 	MaterialExpiresAt  *time.Time `json:"materialExpiresAt,omitempty"`
 	DeletionProtection bool       `json:"deletionProtection"`
+	ofService          bool
 }
 
 func newKMSCheck() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "check",
-		Short: "try every configured KMS: key state, permissions, a round trip",
-		Long: `check asks every configured KMS for its key's state and tries what the rules need of it: a key that is written with makes a seed and unwraps it
-again, one that is named in recovery wraps a key and unwraps it again, and of one that is only read with, the state is all that can be asked. It
-touches neither etcd nor a running proxy.
+		Short: "test every configured KMS: key state, permissions, a round trip",
+		Long: `check gets the state of the key from every configured KMS and tests what the rules need. With a provider that rules write with, it
+generates a DEK seed and unwraps it. With a recovery provider, it wraps a key and unwraps it. Of a provider that rules only read
+with, it can test the state only. It connects neither to etcd nor to a running proxy.
 
-It warns of a key that will be deleted or expire, that is not protected from deletion or not rotated, or for which no recovery key is configured. Warnings do not
-change the exit code, so that monitoring can tell a key that works from one that does not; with --strict they do.
+It warns about a key that will be deleted or expire, that is not protected from deletion or not rotated, or that has no recovery key.
+Warnings do not change the exit code, so that monitoring can tell a key that works from one that does not; with --strict they do.
 
-With --policy it checks nothing, and prints the least that the callers of all keys of Alibaba Cloud KMS need, as a RAM policy in JSON. It connects to the
-KMS only where the configuration names a key by an alias.`,
+With --policy it tests nothing, and prints the least privileges that the proxy needs on all keys of Alibaba Cloud KMS, as a RAM policy in
+JSON. It then connects to the KMS only for keys that the configuration names by an alias.`,
 		Args: cobra.NoArgs,
 	}
-	path, out := configFlag(cmd), outputFlag(cmd)
+	path, out := command.ConfigFlag(cmd), command.OutputFlag(cmd)
 	timeout := cmd.Flags().Duration("timeout", 30*time.Second, "how long one KMS may take")
-	strict := cmd.Flags().Bool("strict", false, "exit with 1 if there is a warning, too")
-	policy := cmd.Flags().Bool("policy", false, "print the RAM policy that Alibaba Cloud KMS needs, and check nothing")
-	cmd.RunE = fails(func(cmd *cobra.Command, _ []string) error {
-		if *timeout <= 0 {
-			return &failure{code: exitUsage, err: fmt.Errorf("--timeout %v is not more than 0s", *timeout)}
+	strict := cmd.Flags().Bool("strict", false, "exit with 1 also if there is a warning")
+	policy := cmd.Flags().Bool("policy", false, "print the RAM policy that the proxy needs in Alibaba Cloud, and test nothing")
+	cmd.RunE = command.Run(func(cmd *cobra.Command, _ []string) error {
+		if err := command.Positive("--timeout", *timeout); err != nil {
+			return err
 		}
-		c, err := loadForEach(cmd, *path, nil)
+		c, err := command.LoadConfig(cmd, *path, config.Checks{}) // each provider is made below
 		if err != nil {
 			return err
 		}
 		if len(c.KMS) == 0 {
-			return &failure{code: exitFailure, err: errors.New("no KMS is configured"), hint: "add one under kms"}
+			return errNoKMS
 		}
-		calls := newCallLog(c, cmd.ErrOrStderr())
+		calls := command.NewCallLog(c, cmd.ErrOrStderr())
 		if *policy {
-			return printPolicy(cmd, c.KMS, *timeout, calls.kmsCall)
+			return printPolicy(cmd, c.KMS, *timeout, calls.Call)
 		}
 		reports := make([]providerReport, len(c.KMS))
 		var all sync.WaitGroup
@@ -86,7 +86,7 @@ KMS only where the configuration names a key by an alias.`,
 			all.Go(func() {
 				ctx, cancel := context.WithTimeout(context.Background(), *timeout)
 				defer cancel()
-				reports[i] = checkProvider(ctx, k, usesOf(c, k), calls.kmsCall)
+				reports[i] = checkProvider(ctx, k, usesOf(c, k), calls.Call)
 			})
 		}
 		all.Wait()
@@ -94,73 +94,78 @@ KMS only where the configuration names a key by an alias.`,
 		for _, r := range reports {
 			ok = ok && r.OK && (!*strict || len(r.Warnings) == 0)
 		}
-		err = out.write(cmd.OutOrStdout(), map[string]any{"ok": ok, "kms": reports}, func(w io.Writer) {
+		err = out.Write(cmd.OutOrStdout(), map[string]any{"ok": ok, "kms": reports}, func(w io.Writer) {
 			for _, r := range reports {
 				r.text(w)
 			}
 		})
 		if err == nil && !ok {
-			return &failure{code: exitFindings}
+			return command.ErrFindings
 		}
 		return err
 	})
 	return cmd
 }
 
-// printPolicy prints the RAM policy. It is JSON whatever --output says, since RAM takes nothing else.
+// printPolicy prints the RAM policy as JSON, which RAM requires, whatever --output says.
 func printPolicy(cmd *cobra.Command, providers []config.KMS, timeout time.Duration, observe func(kmsclient.Call)) error {
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
-	policy, err := ramPolicy(ctx, providers, observe)
+	policy, err := provider.RAMPolicy(ctx, providers, observe)
 	if err != nil {
 		return err
 	}
-	asJSON := output("json")
-	return asJSON.write(cmd.OutOrStdout(), policy, nil)
+	return command.JSON.Write(cmd.OutOrStdout(), policy, nil)
 }
 
-// checkProvider tries one KMS. All that is wrong is a finding.
+// checkProvider tests one KMS. Every error is a finding.
 func checkProvider(ctx context.Context, k config.KMS, u uses, observe func(kmsclient.Call)) providerReport {
-	b, err := newBackend(k, slog.New(slog.DiscardHandler))
-	r := providerReport{Name: k.Name, Backend: b.kind, Tried: []string{}, Findings: []string{}, Warnings: []string{}}
-	if err != nil {
-		r.Findings = append(r.Findings, err.Error())
-		return r
-	}
-	defer b.close()
-	if b.reader != nil { // its keys were read, and there is nothing to ask
+	b, err := provider.New(k, slog.New(slog.DiscardHandler))
+	r := newProviderReport(k.Name, b.Kind)
+	switch {
+	case err != nil:
+		for _, p := range problem.Of(err) {
+			r.found("%v", p)
+		}
+	case b.Reader != nil: // its keys were read, and there is no KMS
 		r.OK = true
-		return r
+	default:
+		defer b.Close()
+		return checkBackend(ctx, k.Name, b, u, observe)
 	}
-	return checkBackend(ctx, k.Name, b, u, observe)
+	return r
 }
 
-// describeTimeout leaves time for the checks proper when a KMS does not answer.
+func newProviderReport(name, kind string) providerReport {
+	return providerReport{Name: name, Backend: kind, Tried: []string{}, Findings: []string{}, Warnings: []string{}}
+}
+
+// describeTimeout leaves time for the other tests when a KMS does not respond.
 const describeTimeout = 3 * time.Second
 
-func checkBackend(ctx context.Context, name string, b *backend, u uses, observe func(kmsclient.Call)) (r providerReport) {
-	r = providerReport{Name: name, Backend: b.kind, Tried: []string{}, Findings: []string{}, Warnings: []string{}}
-	var info *alibaba.KeyInfo
+func checkBackend(ctx context.Context, name string, b *provider.Provider, u uses, observe func(kmsclient.Call)) (r providerReport) {
+	r = newProviderReport(name, b.Kind)
+	var info *kmsclient.KeyInfo
 	defer func() {
 		r.OK = len(r.Findings) == 0
-		for _, w := range keyWarnings(info, b.lateCredentials(), u.recovered, time.Now()) {
-			r.Warnings = append(r.Warnings, w.text)
+		for _, w := range provider.Warnings(info, b.LateCredentials(), u.recovered, time.Now()) {
+			r.Warnings = append(r.Warnings, w.Text)
+		}
+		if expire := b.CredentialsExpire(); expire != nil {
+			r.CredentialsExpire = when(expire())
 		}
 	}()
-	if b.credentialsExpire != nil {
-		defer func() { r.CredentialsExpire = when(b.credentialsExpire()) }()
-	}
-	client, err := kmsclient.New(kmsclient.Config{Name: name, Backend: b.service, Timeout: b.timeout, Observer: observe})
+	client, err := kmsclient.New(kmsclient.Config{Name: name, Backend: b.Service, Timeout: b.Timeout, Observer: observe})
 	if err != nil {
 		r.found("%v", err)
 		return r
 	}
-	if b.describe != nil {
+	if describe := b.Describe(); describe != nil {
 		limited, cancel := context.WithTimeout(ctx, describeTimeout)
-		if info, err = observed(name, observe, b.describe)(limited); err == nil {
+		if info, err = provider.Observed(name, observe, describe)(limited); err == nil {
 			r.Key = details(info)
 		}
-		cancel() // what is wrong shows in the state below; a dedicated instance describes no keys
+		cancel() // an error shows in the status below; a dedicated instance describes no keys
 	}
 	status, err := client.Status(ctx)
 	if err != nil {
@@ -169,10 +174,10 @@ func checkBackend(ctx context.Context, name string, b *backend, u uses, observe 
 	}
 	r.KeyID = status.KeyID
 	if status.Healthz != "ok" {
-		r.found("state: the KMS says that it is not healthy")
+		r.found("state: the KMS reports that it is not healthy")
 	}
 	start, before := time.Now(), len(r.Findings)
-	if u.seals {
+	if u.encrypts {
 		r.trySeed(ctx, client)
 	}
 	if u.copies {
@@ -192,17 +197,13 @@ func when(t time.Time) *time.Time {
 	return &t
 }
 
-func details(i *alibaba.KeyInfo) *keyDetails {
+func details(i *kmsclient.KeyInfo) *keyDetails {
 	return &keyDetails{
 		State: i.State, Spec: i.Spec, ProtectionLevel: i.ProtectionLevel, Creator: i.Creator, AutomaticRotation: i.AutomaticRotation,
 		NextRotation: when(i.NextRotation), DeleteAt: when(i.DeleteAt), MaterialExpiresAt: when(i.MaterialExpiresAt),
-		DeletionProtection: i.DeletionProtection,
+		DeletionProtection: i.DeletionProtection == kmsclient.On, ofService: i.OfService,
 	}
 }
-
-// ofProduct reports whether the key seems to be a default key, made for a product of the cloud. Keys of an account have its number as their
-// creator, with some digits hidden.
-func (k *keyDetails) ofProduct() bool { return strings.Trim(k.Creator, "0123456789*") != "" }
 
 // text prints a report for people.
 func (r providerReport) text(w io.Writer) {
@@ -210,31 +211,31 @@ func (r providerReport) text(w io.Writer) {
 	if !r.OK {
 		verdict = "FAILED"
 	}
-	printf(w, "%s (%s): %s\n", quoted(r.Name), r.Backend, verdict)
+	printable.Fprintf(w, "%s (%s): %s\n", printable.Name(r.Name), r.Backend, verdict)
 	if r.KeyID != "" {
-		printf(w, "  key ID      %s\n", quoted(r.KeyID))
+		printable.Fprintf(w, "  key ID      %s\n", printable.Name(r.KeyID))
 	}
 	if r.OK && r.KeyID != "" && len(r.Tried) == 0 {
-		printf(w, "  tried       its state only: the rules read with it, and write nothing\n")
+		printable.Fprintf(w, "  tested      its state only: the rules only read with it\n")
 	}
 	if r.RoundTripMS > 0 {
-		printf(w, "  round trip  %.1f ms\n", r.RoundTripMS)
+		printable.Fprintf(w, "  round trip  %.1f ms\n", r.RoundTripMS)
 	}
 	if k := r.Key; k != nil {
 		protection := "off: the key can be scheduled for deletion"
 		if k.DeletionProtection {
 			protection = "on"
 		}
-		printf(w, "  key state   %s\n  rotation    %s\n  deletion protection  %s\n", k.State, orNone(k.AutomaticRotation), protection)
+		printable.Fprintf(w, "  key state   %s\n  rotation    %s\n  deletion protection  %s\n", k.State, orNone(k.AutomaticRotation), protection)
 	}
 	if r.CredentialsExpire != nil {
-		printf(w, "  credentials expire   %s, and are refreshed before\n", r.CredentialsExpire.Format(time.RFC3339))
+		printable.Fprintf(w, "  credentials expire   %s, and are renewed before\n", r.CredentialsExpire.Format(time.RFC3339))
 	}
 	for _, f := range r.Findings {
-		printf(w, "  - %s\n", f)
+		printable.Fprintf(w, "  - %s\n", f)
 	}
 	for _, f := range r.Warnings {
-		printf(w, "  - warning: %s\n", f)
+		printable.Fprintf(w, "  - warning: %s\n", f)
 	}
 }
 
@@ -243,16 +244,4 @@ func orNone(s string) string {
 		return "none"
 	}
 	return s
-}
-
-// nameOrNone is [quoted] for a name that may be missing. One that is called none is told from that
-// by its quotes.
-func nameOrNone(name string) string {
-	switch name {
-	case "":
-		return "none"
-	case "none":
-		return strconv.Quote(name)
-	}
-	return quoted(name)
 }

@@ -8,6 +8,7 @@ import (
 
 	"k8s.io/kms/pkg/service"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/provider"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/kmstest"
 )
@@ -17,7 +18,7 @@ import (
 func checked(s kmsclient.Service) (providerReport, string, []string) {
 	var classes []string
 	observe := func(c kmsclient.Call) { classes = append(classes, c.Op+" "+c.Class) }
-	r := checkBackend(context.Background(), "p", &backend{kind: "plugin", service: s}, uses{seals: true, recovered: true}, observe)
+	r := checkBackend(context.Background(), "p", &provider.Provider{Kind: "plugin", Service: s}, uses{encrypts: true, recovered: true}, observe)
 	var text bytes.Buffer
 	r.text(&text)
 	return r, text.String(), classes

@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
 )
 
@@ -24,7 +25,7 @@ func denying(actions ...string) func(*http.Request) *kmsdouble.FaultSpec {
 
 // TestKMSCheckUses: a key is tried at what the rules need of it, and at nothing else: what is denied shows where it matters and only there.
 func TestKMSCheckUses(t *testing.T) {
-	double, d := newDouble(t, kmsdouble.Config{}), newDir(t)
+	double, d := clitest.NewDouble(t, kmsdouble.Config{}), clitest.NewDir(t)
 	const (
 		writes  = "- {prefix: /a/, writeWith: dev, recovery: [other]}\n"
 		reads   = "- {prefix: /a/, writeWith: other, readWith: [dev]}\n"
@@ -37,8 +38,8 @@ func TestKMSCheckUses(t *testing.T) {
 		tried                  []string
 	}{
 		"writes":                         {writes, "Encrypt", "", []string{"generate", "decrypt"}},
-		"writes, without the permission": {writes, "GenerateDataKey", "make a seed: ", []string{"generate"}},
-		"writes, cannot be read":         {writes, "Decrypt", "unwrap the seed: ", []string{"generate", "decrypt"}},
+		"writes, without the permission": {writes, "GenerateDataKey", "generate a DEK seed: ", []string{"generate"}},
+		"writes, cannot be read":         {writes, "Decrypt", "unwrap the DEK seed: ", []string{"generate", "decrypt"}},
 		"recovery":                       {recover, "GenerateDataKey", "", []string{"encrypt", "decrypt"}},
 		"recovery, cannot wrap":          {recover, "Encrypt", "wrap a recovery copy: ", []string{"encrypt"}},
 		"recovery, cannot unwrap":        {recover, "Decrypt", "unwrap the recovery copy: ", []string{"encrypt", "decrypt"}},
@@ -49,7 +50,7 @@ func TestKMSCheckUses(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			double.SetFault(denying(strings.Fields(tc.denied)...))
-			path := d.config(t, append(onAlibaba(t, d, double, fileCredentials), "rules:\n- prefix: /registry/secrets/\n  writeWith: dev\n",
+			path := d.Config(t, append(d.OnAlibaba(t, double, clitest.FileCredentials), "rules:\n- prefix: /registry/secrets/\n  writeWith: dev\n",
 				"- name: other\n  local: {keyFile: key.yaml}\nrules:\n"+tc.rules)...)
 			code := 0
 			if tc.finding != "" {
@@ -79,7 +80,7 @@ func TestKMSCheckUses(t *testing.T) {
 func TestUses(t *testing.T) {
 	c := &config.Config{Rules: []config.Rule{{WriteWith: "a", Recovery: []string{"b"}}, {WriteWith: "b", ReadWith: []string{"a", "c"}}}}
 	for name, want := range map[string]uses{
-		"a": {seals: true, recovered: true}, "b": {seals: true, copies: true}, "c": {recovered: true}, "d": {seals: true, recovered: true},
+		"a": {encrypts: true, recovered: true}, "b": {encrypts: true, copies: true}, "c": {recovered: true}, "d": {encrypts: true, recovered: true},
 	} {
 		if got := usesOf(c, config.KMS{Name: name}); got != want {
 			t.Errorf("%s: %+v, want %+v", name, got, want)

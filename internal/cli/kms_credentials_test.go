@@ -3,7 +3,6 @@ package cli
 import (
 	"context"
 	"encoding/json"
-	"log/slog"
 	"net/http"
 	"os"
 	"strings"
@@ -13,6 +12,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/provider"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
@@ -29,20 +30,20 @@ type credentialWorld struct {
 	kms      *kmsdouble.Double
 	sts      *kmsdouble.STS
 	metadata *kmsdouble.Metadata
-	dir      dir
+	dir      clitest.Dir
 }
 
 func newCredentialWorld(t *testing.T) *credentialWorld {
 	t.Helper()
 	base := []kmsdouble.AccessKey{{ID: "STS.base", Secret: baseSecret, Token: baseToken}, {ID: "LTAIbase", Secret: baseSecret}}
-	w := &credentialWorld{kms: newDouble(t, kmsdouble.Config{AccessKeys: base}), dir: newDir(t)}
+	w := &credentialWorld{kms: clitest.NewDouble(t, kmsdouble.Config{AccessKeys: base}), dir: clitest.NewDir(t)}
 	w.sts = kmsdouble.NewSTS(t, kmsdouble.STSConfig{AccessKeys: base, Register: w.kms.SetAccessKey})
 	w.sts.SetOIDCToken(oidcToken, time.Now().Add(time.Hour))
 	w.metadata = kmsdouble.NewMetadata(t, kmsdouble.MetadataConfig{Register: w.kms.SetAccessKey})
 	for name, text := range map[string]string{
 		"sts-id": "STS.base", "id": "LTAIbase", "secret": baseSecret, "sts-token": baseToken, "oidc": oidcToken,
 	} {
-		if err := os.WriteFile(w.dir.path(name), []byte(text+"\n"), 0o600); err != nil {
+		if err := os.WriteFile(w.dir.Path(name), []byte(text+"\n"), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -52,7 +53,7 @@ func newCredentialWorld(t *testing.T) *credentialWorld {
 // config writes a configuration with the credentials.
 func (w *credentialWorld) config(t *testing.T, credentials string) string {
 	t.Helper()
-	return w.dir.config(t, append(withRecovery(), "local: {keyFile: key.yaml}", `alibaba:
+	return w.dir.Config(t, append(clitest.WithRecovery(), "local: {keyFile: key.yaml}", `alibaba:
     region: `+w.kms.Region()+`
     keyID: `+kmsdouble.DefaultAlias+`
     endpoint: `+w.kms.Endpoint()+`
@@ -117,7 +118,7 @@ func TestKMSCheckCredentials(t *testing.T) {
 			w := newCredentialWorld(t)
 			for variable, value := range tc.env {
 				if strings.HasSuffix(variable, "_FILE") {
-					value = w.dir.path(value)
+					value = w.dir.Path(value)
 				}
 				t.Setenv(variable, value)
 			}
@@ -157,16 +158,19 @@ func TestKMSCheckInstanceRole(t *testing.T) {
 	}
 	check := func() (providerReport, string) {
 		t.Helper()
-		ac := alibabaConfig(c.KMS[0].Alibaba, slog.New(slog.DiscardHandler))
-		ac.Credentials.MetadataURL, ac.Credentials.MetadataCAFile = w.metadata.URL(), w.metadata.CAFile()
-		b, err := alibabaBackend(ac)
+		k := c.KMS[0].Alibaba
+		b, err := alibaba.New(alibaba.Config{
+			Region: k.Region, KeyID: k.KeyID, Endpoint: k.Endpoint, CAFile: k.CAFile,
+			Credentials: alibaba.Credentials{Type: alibaba.ECSRAMRole, MetadataURL: w.metadata.URL(), MetadataCAFile: w.metadata.CAFile()},
+		})
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer b.close()
+		defer b.Close()
+		p := &provider.Provider{Kind: "alibaba", Service: b}
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 		defer cancel()
-		r := checkBackend(ctx, "main", b, uses{seals: true, recovered: true}, func(kmsclient.Call) {})
+		r := checkBackend(ctx, "main", p, uses{encrypts: true, recovered: true}, func(kmsclient.Call) {})
 		text := strings.Join(r.Findings, "\n")
 		w.checkSecrets(t, text)
 		return r, text
@@ -189,7 +193,7 @@ func TestKMSCheckPolicy(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		path := w.dir.path("policy.yaml")
+		path := w.dir.Path("policy.yaml")
 		if err := os.WriteFile(path, []byte(strings.Replace(string(text), kmsdouble.DefaultAlias, keyID, 1)), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -221,10 +225,10 @@ func TestKMSCheckPolicy(t *testing.T) {
 	if diff := cmp.Diff(want("acs:kms:cn-hangzhou:*:key/"+kmsdouble.DefaultKeyID), p); diff != "" || w.kms.Calls("DescribeKey") != 1 {
 		t.Errorf("%s: %d calls (-want +got):\n%s", kmsdouble.DefaultAlias, len(w.kms.Records()), diff)
 	}
-	if _, text := print(3, "alias/none"); !strings.Contains(text, "the alias leads to no key") || !strings.Contains(text, "in place of the alias") {
+	if _, text := print(3, "alias/none"); !strings.Contains(text, "the alias leads to no key") || !strings.Contains(text, "instead of the alias") {
 		t.Errorf("an alias of nothing: %s", text)
 	}
-	r := execute(t, "kms", "check", "--policy", "--config", newDir(t).config(t))
+	r := execute(t, "kms", "check", "--policy", "--config", clitest.NewDir(t).Config(t))
 	r.want(t, 3)
 	if !strings.Contains(r.stderr, "no key of Alibaba Cloud") {
 		t.Error(r.stderr)

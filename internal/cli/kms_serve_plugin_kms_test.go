@@ -16,19 +16,21 @@ import (
 	"k8s.io/kms/pkg/service"
 
 	configuration "github.com/etcd-kms-proxy/etcd-kms-proxy/config"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/provider"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
 )
 
 // TestServePluginAlibaba serves a cloud key: through its rotation, an outage of its state, and with the KMS' request IDs.
 func TestServePluginAlibaba(t *testing.T) {
-	double := newDouble(t, kmsdouble.Config{})
-	d, path := newDir(t), filepath.Join(socketDir(t), "kms.sock")
+	double := clitest.NewDouble(t, kmsdouble.Config{})
+	d, path := clitest.NewDir(t), filepath.Join(socketDir(t), "kms.sock")
 	for name, secret := range map[string]string{"id": kmsdouble.DefaultAccessKeyID, "secret": kmsdouble.DefaultAccessKeySecret} {
-		if err := os.WriteFile(d.path(name), []byte(secret+"\n"), 0o600); err != nil {
+		if err := os.WriteFile(d.Path(name), []byte(secret+"\n"), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
-	config := d.config(t, "local: {keyFile: key.yaml}", `pollInterval: 1s
+	config := d.Config(t, "local: {keyFile: key.yaml}", `pollInterval: 1s
   alibaba:
     region: `+double.Region()+`
     keyID: `+kmsdouble.DefaultKeyID+`
@@ -60,24 +62,24 @@ func TestServePluginAlibaba(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b, err := newBackend(c.KMS[0], slog.New(slog.DiscardHandler))
+	b, err := provider.New(c.KMS[0], slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer b.close()
+	defer b.Close()
 	req := &service.DecryptRequest{Ciphertext: res.Ciphertext, KeyID: res.KeyID, Annotations: res.Annotations}
-	if got, err := b.service.Decrypt(t.Context(), "uid", req); err != nil || string(got) != seedText {
+	if got, err := b.Service.Decrypt(t.Context(), "uid", req); err != nil || string(got) != seedText {
 		t.Errorf("the backend itself: %v", err)
 	}
 	double.Rotate(kmsdouble.DefaultKeyID)
 	after := double.PrimaryKeyID(kmsdouble.DefaultKeyID)
-	eventually(t, "new key ID", func() bool { return keyID() == after })
+	clitest.Eventually(t, "new key ID", func() bool { return keyID() == after })
 	got, err := k.Decrypt(t.Context(), "uid", req)
 	if err != nil || string(got) != seedText || before == after {
 		t.Errorf("what the version before wrapped: %q, %v", got, err)
 	}
 	double.SetState(kmsdouble.DefaultKeyID, kmsdouble.Disabled)
-	eventually(t, "refusal", func() bool { return strings.Contains(keyID(), "FailedPrecondition") })
+	clitest.Eventually(t, "refusal", func() bool { return strings.Contains(keyID(), "FailedPrecondition") })
 	if code, page := get(t, s, "/readyz"); code != http.StatusOK || !strings.Contains(page, "[-]kms dev: ") {
 		t.Errorf("readyz: %d %s", code, page)
 	}
@@ -114,10 +116,10 @@ func silentKMS(t *testing.T, path string) (arrived chan string) {
 
 // TestServePluginDrain cuts a call that does not end, and a second signal ends the process at once.
 func TestServePluginDrain(t *testing.T) {
-	d, dir := newDir(t), socketDir(t)
+	d, dir := clitest.NewDir(t), socketDir(t)
 	silent := filepath.Join(dir, "silent.sock")
 	arrived := silentKMS(t, silent)
-	config := d.config(t, "local: {keyFile: key.yaml}", "plugin: {endpoint: 'unix://"+silent+"', timeout: 1m}", "admin: {address: \"127.0.0.1:0\"}\n", "")
+	config := d.Config(t, "local: {keyFile: key.yaml}", "plugin: {endpoint: 'unix://"+silent+"', timeout: 1m}", "admin: {address: \"127.0.0.1:0\"}\n", "")
 	for name, tc := range map[string]struct {
 		drain string
 		code  int
@@ -134,14 +136,14 @@ func TestServePluginDrain(t *testing.T) {
 			for method := ""; !strings.HasSuffix(method, "/Encrypt"); {
 				select {
 				case method = <-arrived:
-				case <-time.After(deadline):
+				case <-time.After(clitest.Deadline):
 					t.Fatal("the call does not arrive")
 				}
 			}
 			s.signal(syscall.SIGTERM)
 			s.logged("finishing calls", `"signal":"terminated"`)
 			if tc.code != 0 {
-				time.Sleep(echo) // an earlier one is taken for the same
+				time.Sleep(time.Second) // a signal soon after the first one counts as the same
 				s.signal(syscall.SIGTERM)
 			}
 			s.exited(tc.code)

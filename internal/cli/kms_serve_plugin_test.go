@@ -13,6 +13,7 @@ import (
 
 	"k8s.io/kms/pkg/service"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/local"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/plugin"
 )
@@ -32,18 +33,18 @@ func socketDir(t *testing.T) string {
 const seedText = "Seed-of-the-tests-of-serve-plugin"
 
 // servePluginOn runs serve-plugin on a socket in a process of its own until the test ends, and waits until it serves.
-func servePluginOn(t *testing.T, config, name, socket string, args ...string) *server {
+func servePluginOn(t *testing.T, config, name, socket string, args ...string) *running {
 	t.Helper()
-	told.secret("a seed", []byte(seedText))
+	clitest.Told.Secret("a seed", []byte(seedText))
 	s := runServer(t, append([]string{"kms", "serve-plugin", "--config", config, "--name", name, "--socket", socket}, args...)...)
 	s.logged(`"msg":"serving"`, fmt.Sprintf("%q:%q", "provider", name))
 	return s
 }
 
 // runServer runs a command in a process of its own until the test ends.
-func runServer(t *testing.T, args ...string) *server {
+func runServer(t *testing.T, args ...string) *running {
 	t.Helper()
-	s := &server{t: t, cmd: command(args...), done: make(chan struct{})}
+	s := &running{t: t, cmd: process(args...), done: make(chan struct{})}
 	s.cmd.Stderr = s
 	if err := s.cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -55,7 +56,7 @@ func runServer(t *testing.T, args ...string) *server {
 	t.Cleanup(func() {
 		_ = s.cmd.Process.Kill()
 		<-s.done
-		told.output([]byte(s.text()))
+		clitest.Told.Output([]byte(s.text()))
 		if t.Failed() {
 			t.Logf("log of %s:\n%s", args[1], s.text())
 		}
@@ -65,7 +66,7 @@ func runServer(t *testing.T, args ...string) *server {
 
 func pluginClient(t *testing.T, socket string) *plugin.KMS {
 	t.Helper()
-	k, err := plugin.New(plugin.Config{Endpoint: "unix://" + strings.TrimPrefix(socket, "unix://"), Timeout: deadline})
+	k, err := plugin.New(plugin.Config{Endpoint: "unix://" + strings.TrimPrefix(socket, "unix://"), Timeout: clitest.Deadline})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -77,9 +78,9 @@ func pluginClient(t *testing.T, socket string) *plugin.KMS {
 func TestServePlugin(t *testing.T) {
 	for form, sig := range map[string]syscall.Signal{"": syscall.SIGTERM, "unix://": syscall.SIGINT} {
 		t.Run(sig.String(), func(t *testing.T) {
-			d, dir := newDir(t), socketDir(t)
+			d, dir := clitest.NewDir(t), socketDir(t)
 			path := filepath.Join(dir, "kms.sock")
-			s := servePluginOn(t, d.config(t), "dev", form+path)
+			s := servePluginOn(t, d.Config(t), "dev", form+path)
 			if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o600 {
 				t.Errorf("%v, %v; want mode 0600", info, err)
 			}
@@ -89,7 +90,7 @@ func TestServePlugin(t *testing.T) {
 				t.Fatal(err)
 			}
 			// What it wraps, the backend itself unwraps, whatever annotations the server may add.
-			backend, err := local.New(local.Config{KeyFile: d.path("key.yaml")})
+			backend, err := local.New(local.Config{KeyFile: d.Path("key.yaml")})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -132,8 +133,8 @@ func TestServePlugin(t *testing.T) {
 
 // TestServePluginErrors says what is wrong with a command line, a file or a socket, and what to do.
 func TestServePluginErrors(t *testing.T) {
-	d, dir := newDir(t), socketDir(t)
-	good, path := d.config(t), filepath.Join(dir, "kms.sock")
+	d, dir := clitest.NewDir(t), socketDir(t)
+	good, path := d.Config(t), filepath.Join(dir, "kms.sock")
 	file := filepath.Join(dir, "file")
 	if err := os.WriteFile(file, []byte("precious"), 0o600); err != nil {
 		t.Fatal(err)
@@ -151,7 +152,7 @@ func TestServePluginErrors(t *testing.T) {
 		"no time":        {line(good, "dev", path, "--drain-timeout", "0s"), 2, []string{"--drain-timeout 0s"}},
 		"argument":       {line(good, "dev", path, "more"), 2, []string{"error: "}},
 		"no such name":   {line(good, "prod", path), 2, []string{`no KMS provider is called "prod"`, "hint: the configuration has dev"}},
-		"no such file":   {line(d.path("gone.yaml"), "dev", path), 3, []string{"gone.yaml"}},
+		"no such file":   {line(d.Path("gone.yaml"), "dev", path), 3, []string{"gone.yaml"}},
 		"relative":       {line(good, "dev", "kms.sock"), 3, []string{`socket "kms.sock"`, "/path/to/socket"}},
 		"a regular file": {line(good, "dev", file), 3, []string{file, "not a socket", "left alone"}},
 		"no folder":      {line(good, "dev", filepath.Join(dir, "gone", "s")), 3, []string{"does not exist", "hint: make the folder"}},
@@ -161,16 +162,16 @@ func TestServePluginErrors(t *testing.T) {
 	if data, err := os.ReadFile(file); err != nil || string(data) != "precious" {
 		t.Errorf("the regular file: %q, %v", data, err)
 	}
-	itself := d.config(t, "local: {keyFile: key.yaml}", "plugin: {endpoint: 'unix://"+path+"'}")
+	itself := d.Config(t, "local: {keyFile: key.yaml}", "plugin: {endpoint: 'unix://"+path+"'}")
 	executeAlone(t, line(itself, "dev", path)...).want(t, 2, "the socket that provider \"dev\" is itself reached at")
-	none := d.config(t, "kms:\n- name: dev\n  local: {keyFile: key.yaml}\nrules:\n- prefix: /registry/secrets/\n  writeWith: dev\n", "")
+	none := d.Config(t, "kms:\n- name: dev\n  local: {keyFile: key.yaml}\nrules:\n- prefix: /registry/secrets/\n  writeWith: dev\n", "")
 	executeAlone(t, line(none, "dev", path)...).want(t, 3, "error: no KMS is configured")
 }
 
 // TestServePluginTwice: a second server on one socket refuses; one that comes after a crash takes over, and the clients with it.
 func TestServePluginTwice(t *testing.T) {
-	d, path := newDir(t), filepath.Join(socketDir(t), "kms.sock")
-	config := d.config(t)
+	d, path := clitest.NewDir(t), filepath.Join(socketDir(t), "kms.sock")
+	config := d.Config(t)
 	first := servePluginOn(t, config, "dev", path)
 	executeAlone(t, "kms", "serve-plugin", "--config", config, "--name", "dev", "--socket", path).want(t, 3, "another process answers on it", "hint: ")
 	k := pluginClient(t, path)
@@ -183,7 +184,7 @@ func TestServePluginTwice(t *testing.T) {
 		t.Fatalf("this needs a stale socket: %v", err)
 	}
 	second := servePluginOn(t, config, "dev", path)
-	eventually(t, "answer of the second one", func() bool {
+	clitest.Eventually(t, "answer of the second one", func() bool {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
 		_, err := k.Status(ctx)
@@ -195,14 +196,14 @@ func TestServePluginTwice(t *testing.T) {
 
 // TestServePluginBesideProxy shares a configuration, whose admin address the proxy has.
 func TestServePluginBesideProxy(t *testing.T) {
-	d, path := newDir(t), filepath.Join(socketDir(t), "kms.sock")
-	s := servePluginOn(t, d.config(t, `"127.0.0.1:0"`, occupy(t)), "dev", path)
+	d, path := clitest.NewDir(t), filepath.Join(socketDir(t), "kms.sock")
+	s := servePluginOn(t, d.Config(t, `"127.0.0.1:0"`, clitest.Occupy(t)), "dev", path)
 	s.logged("the admin address is in use")
 	if _, err := pluginClient(t, path).Status(t.Context()); err != nil {
 		t.Error(err)
 	}
 	// And without an admin block there is none.
-	quiet := servePluginOn(t, d.config(t, "admin: {address: \"127.0.0.1:0\"}\n", ""), "dev", path+"2")
+	quiet := servePluginOn(t, d.Config(t, "admin: {address: \"127.0.0.1:0\"}\n", ""), "dev", path+"2")
 	if strings.Contains(quiet.text(), "admin") {
 		t.Errorf("log:\n%s", quiet.text())
 	}
@@ -210,13 +211,13 @@ func TestServePluginBesideProxy(t *testing.T) {
 
 // TestServePluginWarnsOfItsFolder says so where others can replace the socket, not where the sticky bit keeps them from it.
 func TestServePluginWarnsOfItsFolder(t *testing.T) {
-	d := newDir(t)
+	d := clitest.NewDir(t)
 	for mode, want := range map[os.FileMode]bool{0o777: true, 0o720: true, 0o777 | os.ModeSticky: false, 0o755: false} {
 		dir := socketDir(t)
 		if err := os.Chmod(dir, mode); err != nil {
 			t.Fatal(err)
 		}
-		s := servePluginOn(t, d.config(t), "dev", filepath.Join(dir, "s"))
+		s := servePluginOn(t, d.Config(t), "dev", filepath.Join(dir, "s"))
 		if got := strings.Contains(s.text(), "other users may write into the socket's folder"); got != want {
 			t.Errorf("mode %v: warned %v, want %v", mode, got, want)
 		}
@@ -227,9 +228,9 @@ func TestServePluginWarnsOfItsFolder(t *testing.T) {
 
 // TestServePluginAudit: the plugin's KMS calls are in the audit log of its configuration, and what must be recorded does not happen without it.
 func TestServePluginAudit(t *testing.T) {
-	d, path := newDir(t), filepath.Join(socketDir(t), "kms.sock")
+	d, path := clitest.NewDir(t), filepath.Join(socketDir(t), "kms.sock")
 	const log = "audit.plugin-dev.jsonl" // audit.jsonl is the proxy's
-	config := d.config(t, "kind: ", "audit: {path: audit.jsonl, required: true}\nkind: ")
+	config := d.Config(t, "kind: ", "audit: {path: audit.jsonl, required: true}\nkind: ")
 	s := servePluginOn(t, config, "dev", path)
 	k := pluginClient(t, path)
 	encrypt := func() error {
@@ -240,7 +241,7 @@ func TestServePluginAudit(t *testing.T) {
 		t.Fatal(err)
 	}
 	execute(t, "kms", "serve-plugin", "--config", config, "--name", "dev", "--socket", path+"2").want(t, 3, "another process writes it", "hint: ", "audit.path")
-	unblock := d.blockAt(t, log)
+	unblock := d.BlockAt(t, log)
 	for range 2 { // the first one's record is lost; the second one is not made
 		if err := encrypt(); err == nil || !strings.Contains(err.Error(), "Unavailable") {
 			t.Errorf("without the log: %v", err)
@@ -259,14 +260,14 @@ func TestServePluginAudit(t *testing.T) {
 	s.signal(syscall.SIGTERM)
 	s.exited(0)
 	count := map[string]int{}
-	for _, r := range d.auditLogAt(t, log) {
+	for _, r := range d.AuditLogAt(t, log) {
 		count[fmt.Sprint(r["event"], " ", r["operation"], " ", r["class"])]++
 	}
 	if count["start <nil> <nil>"] != 1 || count["kms Encrypt ok"] != 2 || count["lost <nil> <nil>"] != 1 || count["stop <nil> <nil>"] != 1 || count["kms Status ok"] == 0 {
 		t.Errorf("records: %v", count)
 	}
-	execute(t, "audit", "verify", d.path(log)).want(t, 0)
-	if _, err := os.Stat(d.path("audit.jsonl")); !os.IsNotExist(err) {
+	execute(t, "audit", "verify", d.Path(log)).want(t, 0)
+	if _, err := os.Stat(d.Path("audit.jsonl")); !os.IsNotExist(err) {
 		t.Errorf("the plugin has made the proxy's log: %v", err)
 	}
 }

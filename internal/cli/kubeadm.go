@@ -2,9 +2,7 @@ package cli
 
 import (
 	"errors"
-	"fmt"
 	"io"
-	"io/fs"
 	"path/filepath"
 	"reflect"
 	"strings"
@@ -13,23 +11,21 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/cli/command"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/kubeadm"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 )
 
 func newKubeadm() *cobra.Command {
-	cmd := &cobra.Command{
-		Use:   "kubeadm COMMAND",
-		Short: "put the proxy before the API server of a kubeadm control-plane node, or take it out",
-		Long: `kubeadm works on one control-plane node that kubeadm has set up, and runs there as root. docs/deploy/kubeadm.md describes clusters of one and
-of three nodes.`,
-		Args: cobra.NoArgs,
-		RunE: needsCommand,
-	}
-	cmd.AddCommand(newKubeadmEnable(), newKubeadmDisable(), newKubeadmStatus())
+	cmd := command.Group("kubeadm", "enable or disable the proxy on a kubeadm control-plane node",
+		newKubeadmEnable(), newKubeadmDisable(), newKubeadmStatus())
+	cmd.Long = `The kubeadm commands work on one control-plane node that kubeadm has set up. Run them there as root. docs/deploy/kubeadm.md
+describes clusters of one and of three nodes.`
 	return cmd
 }
 
-// nodeFlags are those that all commands of a node have.
+// nodeFlags are the flags that all kubeadm commands have.
 type nodeFlags struct {
 	config, root string
 	timeout      time.Duration
@@ -37,26 +33,25 @@ type nodeFlags struct {
 
 func (f *nodeFlags) add(cmd *cobra.Command, config string, timeout time.Duration) {
 	cmd.Flags().StringVar(&f.config, "config", config, "configuration `FILE` of the proxy")
-	cmd.Flags().StringVar(&f.root, "root", "", "change the root to folder `DIR` first (chroot), for a node's file system that is mounted there")
-	cmd.Flags().DurationVar(&f.timeout, "timeout", timeout, "how long to wait for the proxy, and for the API server")
+	cmd.Flags().StringVar(&f.root, "root", "", "first change the root to folder `DIR` (chroot), where a node's file system is mounted")
+	cmd.Flags().DurationVar(&f.timeout, "timeout", timeout, "time limit of each wait for the proxy or the API server")
 }
 
-// node returns the node that the flags describe. Warnings of the configuration and what is done go to
-// stderr.
+// node returns the node that the flags describe. Progress messages go to stderr.
 func (f *nodeFlags) node(stderr io.Writer) (*kubeadm.Node, error) {
-	if f.timeout <= 0 {
-		return nil, &failure{code: exitUsage, err: fmt.Errorf("--timeout %v is not more than 0s", f.timeout)}
+	if err := command.Positive("--timeout", f.timeout); err != nil {
+		return nil, err
 	}
 	if f.root != "" {
 		if err := changeRoot(f.root); err != nil {
-			return nil, &failure{code: exitFailure, err: fmt.Errorf("change the root to %s: %w", f.root, err), hint: "run the command as root"}
+			return nil, problem.New("run the command as root", "change the root to %s: %w", f.root, err)
 		}
 	}
 	n := &kubeadm.Node{
 		Paths: kubeadm.DefaultPaths, Timeout: f.timeout,
 		Settings: kubeadm.Settings{Listen: defaultKubeadmListen, Admin: defaultKubeadmAdmin},
 		Check:    kubeadmFacts,
-		Log:      func(format string, args ...any) { printf(stderr, format+"\n", args...) },
+		Log:      func(format string, args ...any) { printable.Fprintf(stderr, format+"\n", args...) },
 	}
 	if f.config != "" {
 		path, err := filepath.Abs(f.config)
@@ -73,17 +68,17 @@ const (
 	defaultKubeadmAdmin  = "127.0.0.1:9379"
 )
 
-// kubeadmFacts checks the configuration file at path and returns what a node needs to know of it. The error of
-// a file with several problems has all of them.
+// kubeadmFacts checks the configuration file at path and returns the facts that a node needs. The error
+// lists all problems of the file.
 func kubeadmFacts(path, name string) (kubeadm.Facts, error) {
 	var facts kubeadm.Facts
-	c, err := config.LoadChecked(path, backendChecks(nil))
+	c, err := config.LoadChecked(path, command.Checks(nil))
 	if ps, ok := errors.AsType[config.Problems](err); ok {
-		var all []error
-		for _, f := range problemFailures(name, ps) {
-			all = append(all, f.err)
+		texts := make([]string, len(ps))
+		for i, p := range command.InFile(name, ps) {
+			texts[i] = p.Text
 		}
-		return facts, &failure{code: exitFailure, err: errors.Join(all...), hint: ps[len(ps)-1].Hint}
+		return facts, problem.New(ps[len(ps)-1].Hint, "%s", strings.Join(texts, "\n"))
 	}
 	if err != nil {
 		return facts, err
@@ -107,7 +102,7 @@ func kubeadmFacts(path, name string) (kubeadm.Facts, error) {
 		if k.Plugin == nil {
 			continue
 		}
-		// An abstract socket needs no mount: the Pod has the host's network.
+		// An abstract socket needs no mount: the Pod uses the network namespace of the host.
 		if socket := strings.TrimPrefix(k.Plugin.Endpoint, "unix://"); strings.HasPrefix(socket, "/") {
 			facts.Folders = append(facts.Folders, filepath.Dir(socket))
 		}
@@ -144,9 +139,6 @@ func namedFiles(v reflect.Value) (files []string) {
 // printPlan prints the changes of a dry run.
 func printPlan(w io.Writer, p *kubeadm.Plan) {
 	for line := range strings.Lines(p.Diff()) {
-		printf(w, "%s\n", strings.TrimSuffix(line, "\n"))
+		printable.Fprintf(w, "%s\n", strings.TrimSuffix(line, "\n"))
 	}
 }
-
-// notThere reports whether err says that a file is missing.
-func notThere(err error) bool { return errors.Is(err, fs.ErrNotExist) }

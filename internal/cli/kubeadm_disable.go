@@ -1,7 +1,6 @@
 package cli
 
 import (
-	"fmt"
 	"os"
 	"os/signal"
 	"syscall"
@@ -10,26 +9,29 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/cli/command"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/cli/stored"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/kubeadm"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 )
 
 func newKubeadmDisable() *cobra.Command {
 	var f nodeFlags
 	cmd := &cobra.Command{
 		Use:   "disable",
-		Short: "take the proxy out from between the API server of this node and etcd",
+		Short: "make the API server of this node use etcd without the proxy",
 		Long: `disable restores the API server's --etcd-servers from the proxy's configuration, waits until the API server is ready without the proxy, and removes the
 proxy's static Pod. It keeps the configuration and the keys. If the API server is not ready within --timeout, it restores the manifest.
 
-It refuses while etcd holds encrypted values, which the API server could not read without the proxy, and while a rule encrypts new values: run enable with
---decrypt-only --allow-weakening on every node, then reencrypt, and then disable on every node. --force skips both checks.`,
+It fails while etcd holds encrypted values, which the API server cannot read without the proxy, and while a rule encrypts new values. To decrypt them, run
+enable with --decrypt-only --allow-weakening on every node, then reencrypt, and then disable on every node. --force skips both checks.`,
 		Args: cobra.NoArgs,
 	}
 	f.add(cmd, kubeadm.DefaultPaths.Config, 5*time.Minute)
 	dryRun := cmd.Flags().Bool("dry-run", false, "print what would change as a diff, and change nothing")
-	force := cmd.Flags().Bool("force", false, "disable although values are encrypted: the API server will fail to read them")
-	cmd.RunE = fails(func(cmd *cobra.Command, _ []string) error {
+	force := cmd.Flags().Bool("force", false, "disable even if values are encrypted: the API server will fail to read them")
+	cmd.RunE = command.Run(func(cmd *cobra.Command, _ []string) error {
 		n, err := f.node(cmd.ErrOrStderr())
 		if err != nil {
 			return err
@@ -45,7 +47,7 @@ It refuses while etcd holds encrypted values, which the API server could not rea
 			return nil
 		}
 		if plan.Empty() {
-			printf(cmd.OutOrStdout(), "the proxy is not enabled; nothing was changed\n")
+			printable.Fprintf(cmd.OutOrStdout(), "the proxy is not enabled; nothing was changed\n")
 			return nil
 		}
 		if plan.Mode != kubeadm.Off && !*force {
@@ -56,44 +58,28 @@ It refuses while etcd holds encrypted values, which the API server could not rea
 		if err := n.Apply(ctx, plan); err != nil {
 			return err
 		}
-		printf(cmd.OutOrStdout(), "the API server of this node uses etcd without the proxy\n")
+		printable.Fprintf(cmd.OutOrStdout(), "the API server of this node uses etcd without the proxy\n")
 		return nil
 	})
 	return cmd
 }
 
-const hintDecrypt = "run kubeadm enable --decrypt-only --allow-weakening on every control-plane node, then reencrypt; docs/deploy/kubeadm.md has the steps"
+const hintDecrypt = "run kubeadm enable --decrypt-only --allow-weakening on every control-plane node, then reencrypt; docs/deploy/kubeadm.md describes the steps"
 
-// nothingEncrypted returns a failure while etcd holds encrypted values or may get some.
+// nothingEncrypted returns a failure if etcd holds encrypted values or a rule encrypts new ones.
 func nothingEncrypted(cmd *cobra.Command, path string) error {
-	c, err := loadConfig(cmd, path)
+	c, err := command.LoadConfig(cmd, path, command.Checks(nil))
 	if err != nil {
 		return err
 	}
 	for _, r := range c.Rules {
 		if r.WriteWith != config.Plaintext {
-			return &failure{code: exitFailure, err: fmt.Errorf("the rule for %q encrypts new values, which the API server cannot read without the proxy", r.Prefix), hint: hintDecrypt}
+			return problem.New(hintDecrypt, "the rule for %q encrypts new values, which the API server cannot read without the proxy", r.Prefix)
 		}
 	}
-	cl, err := openCluster(cmd, c, clusterOptions{inspectOnly: true, wait: 30 * time.Second})
-	if err != nil {
-		return err
+	n, prefix, err := stored.CountEncrypted(cmd, c)
+	if err == nil && n > 0 {
+		err = problem.New(hintDecrypt, "%d values under %q are encrypted, and the API server cannot read them without the proxy", n, prefix)
 	}
-	defer cl.close()
-	counts, _, err := lifecycle.Survey(cmd.Context(), cl.etcd, cl.rules, nil)
-	if err != nil {
-		return err
-	}
-	for _, r := range counts {
-		encrypted := r.All.Keys
-		for _, k := range r.Keys {
-			if k.Provider == lifecycle.Plaintext {
-				encrypted -= k.Keys
-			}
-		}
-		if encrypted > 0 {
-			return &failure{code: exitFailure, err: fmt.Errorf("%d values under %q are encrypted, and the API server cannot read them without the proxy", encrypted, r.Prefix), hint: hintDecrypt}
-		}
-	}
-	return nil
+	return err
 }

@@ -2,7 +2,7 @@ package cli
 
 import (
 	"errors"
-	"fmt"
+	"io/fs"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -13,11 +13,14 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/cli/command"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/kubeadm"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/local"
 )
 
-// kubeadmEnable is what the command line of kubeadm enable says.
+// kubeadmEnable is the command kubeadm enable with its flags.
 type kubeadmEnable struct {
 	nodeFlags
 	image, listen, admin                          string
@@ -40,26 +43,26 @@ func newKubeadmEnable() *cobra.Command {
   3. it changes --etcd-servers in kube-apiserver.yaml, one line, and waits until the API server is ready and uses the proxy.
 
 If the proxy or the API server is not ready within --timeout, or on an interrupt, it restores all files and waits until the API server is ready without the
-proxy. Earlier versions of the files are in /etc/etcd-kms-proxy/backup. It refuses a manifest that is not as kubeadm writes it. Run again, it changes only what
-is different: a newer --image, for example, or rules that encrypt after --decrypt-only.
+proxy. Backups of the files are in /etc/etcd-kms-proxy/backup. It refuses a manifest that does not have the form that kubeadm writes. If you run
+it again, it changes only what is different: a newer --image, for example, or rules that encrypt after --decrypt-only.
 
-On a cluster with several control-plane nodes, run it with --decrypt-only on each node first, and then without on each node: an API server without the proxy
-cannot read what the others encrypt.
+On a cluster with several control-plane nodes, first run it with --decrypt-only on every node, and then without it on every node: an API server without the
+proxy cannot read values that the others encrypt.
 
-The Pod runs as root without capabilities, because the keys in /etc/kubernetes/pki are readable by root only.`,
+The Pod runs as root, without capabilities, because only root can read the keys in /etc/kubernetes/pki.`,
 		Args: cobra.NoArgs,
 	}
 	f := cmd.Flags()
 	e.add(cmd, "", 5*time.Minute)
-	f.Lookup("config").Usage = "take configuration `FILE` as it is, in place of flags for the KMS"
+	f.Lookup("config").Usage = "use configuration `FILE` unchanged, instead of flags for the KMS"
 	f.StringVar(&e.image, "image", "", "container image of the proxy, `IMAGE`")
 	f.BoolVar(&e.dryRun, "dry-run", false, "print what would change as a diff, and change nothing")
 	f.BoolVar(&e.secretsOnly, "secrets-only", false, "send only Secrets through the proxy (--etcd-servers-overrides)")
-	f.BoolVar(&e.decryptOnly, "decrypt-only", false, "store new values as plaintext, and decrypt those that are encrypted")
-	f.BoolVar(&e.weakened, "allow-weakening", false, "let the proxy start with rules that protect less than those before")
+	f.BoolVar(&e.decryptOnly, "decrypt-only", false, "store new values as plaintext, and decrypt encrypted values on reads")
+	f.BoolVar(&e.weakened, "allow-weakening", false, "let the proxy start with rules that protect less than the previous ones")
 	f.StringVar(&e.kmsName, "kms-name", "main", "`NAME` of the KMS provider, which becomes part of every encrypted value")
-	f.StringVar(&e.localKey, "local-key", "", "key `FILE`, the same one on all nodes")
-	f.BoolVar(&e.createKey, "create-key", false, "make the file of --local-key if it is missing; on the first node only")
+	f.StringVar(&e.localKey, "local-key", "", "key `FILE`, the same on all nodes")
+	f.BoolVar(&e.createKey, "create-key", false, "create the file of --local-key if it does not exist; on the first node only")
 	f.StringVar(&e.plugin, "plugin", "", "socket of a KMS v2 plugin, unix:///path")
 	f.StringVar(&e.alibaba.Region, "alibaba-region", "", "region of a key of Alibaba Cloud KMS")
 	f.StringVar(&e.alibaba.KeyID, "alibaba-key", "", "`ID`, alias or ARN of the key")
@@ -68,12 +71,12 @@ The Pod runs as root without capabilities, because the keys in /etc/kubernetes/p
 	f.StringVar(&e.alibaba.Credentials.RoleName, "alibaba-role", "", "role of the instance, for ecsRAMRole")
 	f.StringVar(&e.alibaba.Credentials.AccessKeyIDFile, "alibaba-access-key-id-file", "", "`FILE` with the ID of the access key")
 	f.StringVar(&e.alibaba.Credentials.AccessKeySecretFile, "alibaba-access-key-secret-file", "", "`FILE` with its secret")
-	f.StringVar(&e.listen, "listen", defaultKubeadmListen, "where the API server reaches the proxy")
-	f.StringVar(&e.admin, "admin", defaultKubeadmAdmin, "where the proxy serves its metrics and health")
+	f.StringVar(&e.listen, "listen", defaultKubeadmListen, "address of the proxy's listener, which the API server connects to")
+	f.StringVar(&e.admin, "admin", defaultKubeadmAdmin, "address of the proxy's metrics and health endpoints")
 	f.StringVar(&e.listenerCert, "listener-cert", "/etc/kubernetes/pki/etcd/server.crt", "`FILE` with the proxy's server certificate")
 	f.StringVar(&e.listenerKey, "listener-key", "/etc/kubernetes/pki/etcd/server.key", "`FILE` with its key")
 	f.StringVar(&e.listenerClientCA, "listener-client-ca", "", "`FILE` with the CA of the API server's client certificate; by default that of --etcd-cafile")
-	cmd.RunE = fails(e.run)
+	cmd.RunE = command.Run(e.run)
 	return cmd
 }
 
@@ -108,13 +111,13 @@ func (e *kubeadmEnable) run(cmd *cobra.Command, _ []string) error {
 	}
 	if e.dryRun {
 		if newKey {
-			printf(cmd.OutOrStdout(), "a new key would be made: %s\n", kms.Local.KeyFile)
+			printable.Fprintf(cmd.OutOrStdout(), "a new key would be created: %s\n", kms.Local.KeyFile)
 		}
 		printPlan(cmd.OutOrStdout(), plan)
 		return nil
 	}
 	if plan.Empty() {
-		printf(cmd.OutOrStdout(), "the proxy is enabled already; nothing was changed\n")
+		printable.Fprintf(cmd.OutOrStdout(), "the proxy is already enabled; nothing was changed\n")
 		return nil
 	}
 	if newKey {
@@ -124,12 +127,12 @@ func (e *kubeadmEnable) run(cmd *cobra.Command, _ []string) error {
 		if err := local.NewKeyFile(kms.Local.KeyFile); err != nil {
 			return err
 		}
-		printf(cmd.ErrOrStderr(), "a new key: %s\n", kms.Local.KeyFile)
+		printable.Fprintf(cmd.ErrOrStderr(), "created the key %s\n", kms.Local.KeyFile)
 	}
 	if err := n.Apply(ctx, plan); err != nil {
 		return err
 	}
-	printf(cmd.OutOrStdout(), "the API server of this node uses the proxy\n")
+	printable.Fprintf(cmd.OutOrStdout(), "the API server of this node uses the proxy\n")
 	return nil
 }
 
@@ -137,10 +140,10 @@ func (e *kubeadmEnable) run(cmd *cobra.Command, _ []string) error {
 func (e *kubeadmEnable) kms() (kubeadm.KMS, error) {
 	k := kubeadm.KMS{Name: e.kmsName}
 	usage := func(hint, format string, args ...any) (kubeadm.KMS, error) {
-		return k, &failure{code: exitUsage, err: fmt.Errorf(format, args...), hint: hint}
+		return k, command.Usage(hint, format, args...)
 	}
 	if e.image == "" {
-		return usage("name the proxy's image, as this node's container runtime can pull it or has it", "--image is missing")
+		return usage("set --image to the proxy's image, which the container runtime of this node must have or be able to pull", "--image is missing")
 	}
 	var given []string
 	for _, f := range []struct{ flag, value string }{{"--config", e.config}, {"--local-key", e.localKey}, {"--plugin", e.plugin}, {"--alibaba-key", e.alibaba.KeyID}} {
@@ -151,13 +154,13 @@ func (e *kubeadmEnable) kms() (kubeadm.KMS, error) {
 	const one = "give one of --local-key, --plugin, --alibaba-region with --alibaba-key, and --config"
 	switch {
 	case len(given) == 0:
-		return usage(one, "nothing says which KMS to use")
+		return usage(one, "no flag names a KMS")
 	case len(given) > 1:
-		return usage(one, "%s exclude each other", strings.Join(given, " and "))
+		return usage(one, "%s cannot be used together", strings.Join(given, " and "))
 	case e.config != "" && e.decryptOnly:
-		return usage("write writeWith: plaintext and readWith in the file", "--decrypt-only has no effect with --config")
+		return usage("set writeWith: plaintext and readWith in the file", "--decrypt-only has no effect with --config")
 	case e.createKey && e.localKey == "":
-		return usage("name the file with --local-key", "--create-key is without --local-key")
+		return usage("add --local-key with the path of the file", "--create-key needs --local-key")
 	}
 	if text, hint := config.CheckProviderName(e.kmsName); text != "" {
 		return usage(hint, "--kms-name: %s", text)
@@ -173,40 +176,39 @@ func (e *kubeadmEnable) kms() (kubeadm.KMS, error) {
 		k.Plugin = &kubeadm.Plugin{Endpoint: e.plugin}
 	case e.alibaba.KeyID != "":
 		if e.alibaba.Region == "" {
-			return usage("name the region of the key", "--alibaba-region is missing")
+			return usage("set it to the region of the key", "--alibaba-region is missing")
 		}
 		switch c := e.alibaba.Credentials; c.Type {
 		case "ecsRAMRole":
 		case "accessKey":
 			if c.AccessKeyIDFile == "" || c.AccessKeySecretFile == "" {
-				return usage("name the files that hold the access key", "--alibaba-access-key-id-file and --alibaba-access-key-secret-file are needed")
+				return usage("set them to the files that hold the access key", "--alibaba-access-key-id-file and --alibaba-access-key-secret-file are needed")
 			}
 		default:
-			return usage("write them in a configuration of your own, and use --config", "--alibaba-credentials %s is not accessKey or ecsRAMRole", c.Type)
+			return usage("write a configuration of your own, and use --config", "--alibaba-credentials %s is not accessKey or ecsRAMRole", c.Type)
 		}
 		k.Alibaba = &e.alibaba
 	}
 	return k, nil
 }
 
-// keyMissing reports whether a key is to be made.
+// keyMissing reports whether a new key must be created.
 func (e *kubeadmEnable) keyMissing() (bool, error) {
 	_, err := os.Stat(e.localKey)
 	switch {
 	case err == nil:
 		return false, nil
-	case !notThere(err):
+	case !errors.Is(err, fs.ErrNotExist):
 		return false, err
 	case !e.createKey:
-		return false, &failure{code: exitFailure, err: fmt.Errorf("there is no key file %s", e.localKey),
-			hint: "copy it from a node that has it, mode 0600; on the first node of the cluster, make it with --create-key"}
+		return false, problem.New("copy it from another node, with mode 0600; on the first node of the cluster, create it with --create-key", "the key file %s does not exist", e.localKey)
 	}
 	return true, nil
 }
 
-// factsWithoutKey is kubeadmFacts of a configuration that names a key file which is not there yet.
+// factsWithoutKey is kubeadmFacts for a configuration whose key file does not exist yet.
 func factsWithoutKey(path, name, keyFile string) (kubeadm.Facts, error) {
-	text, err := os.ReadFile(path) //nolint:gosec // the configuration that is checked
+	text, err := os.ReadFile(path) //nolint:gosec // the configuration to check
 	if err != nil {
 		return kubeadm.Facts{}, err
 	}
@@ -214,7 +216,7 @@ func factsWithoutKey(path, name, keyFile string) (kubeadm.Facts, error) {
 	if err != nil {
 		return kubeadm.Facts{}, err
 	}
-	defer os.RemoveAll(dir) //nolint:errcheck // its key was never used
+	defer os.RemoveAll(dir) //nolint:errcheck // the key in it was never used
 	standIn := filepath.Join(dir, "key.yaml")
 	changed := filepath.Join(dir, "config.yaml")
 	err = errors.Join(local.NewKeyFile(standIn),

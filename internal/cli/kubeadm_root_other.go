@@ -4,5 +4,5 @@ package cli
 
 import "errors"
 
-// changeRoot is known for Unix only.
+// changeRoot is supported on Unix only.
 func changeRoot(string) error { return errors.ErrUnsupported }

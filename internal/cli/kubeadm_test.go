@@ -9,17 +9,18 @@ import (
 	"testing"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/cli/command"
 )
 
 func TestKubeadmUsage(t *testing.T) {
 	for line, want := range map[string]string{
 		"kubeadm":                  "needs a command",
 		"kubeadm enable":           "--image is missing",
-		"kubeadm enable --image i": "nothing says which KMS",
-		"kubeadm enable --image i --local-key k --plugin unix:///s":                                   "--local-key and --plugin exclude each other",
-		"kubeadm enable --image i --config c --alibaba-key k":                                         "exclude each other",
+		"kubeadm enable --image i": "no flag names a KMS",
+		"kubeadm enable --image i --local-key k --plugin unix:///s":                                   "--local-key and --plugin cannot be used together",
+		"kubeadm enable --image i --config c --alibaba-key k":                                         "cannot be used together",
 		"kubeadm enable --image i --config c --decrypt-only":                                          "--decrypt-only has no effect",
-		"kubeadm enable --image i --plugin unix:///s --create-key":                                    "--create-key is without",
+		"kubeadm enable --image i --plugin unix:///s --create-key":                                    "--create-key needs",
 		"kubeadm enable --image i --plugin unix:///s --kms-name a/b":                                  "--kms-name",
 		"kubeadm enable --image i --plugin unix:///s --timeout 0s":                                    "--timeout 0s",
 		"kubeadm enable --image i --alibaba-key k":                                                    "--alibaba-region is missing",
@@ -30,13 +31,14 @@ func TestKubeadmUsage(t *testing.T) {
 		"kubeadm status --output yaml":                                                                "",
 		"kubeadm status --timeout 0s":                                                                 "--timeout 0s",
 	} {
-		if r := execute(t, strings.Fields(line)...); r.code != exitUsage || !strings.Contains(r.stderr, want) || !strings.Contains(r.stderr, "hint: ") && want == "" {
+		if r := execute(t, strings.Fields(line)...); r.code != command.ExitUsage || !strings.Contains(r.stderr, want) || !strings.Contains(r.stderr, "hint: ") && want == "" {
 			t.Errorf("%q: %+v, want exit code 2 and %q", line, r, want)
 		}
 	}
 }
 
-// TestNamedFiles: a file that the configuration can name, and the static Pod would not mount, is found here.
+// TestNamedFiles verifies that namedFiles finds every file that the configuration can name, so that the
+// static Pod mounts it.
 func TestNamedFiles(t *testing.T) {
 	var c config.Config
 	want := nameFiles(reflect.ValueOf(&c).Elem(), "")
@@ -73,7 +75,7 @@ func nameFiles(v reflect.Value, at string) (all []string) {
 	return all
 }
 
-// TestKubeadmElsewhere runs the commands where there is no control plane.
+// TestKubeadmElsewhere runs the commands on a machine without a control plane.
 func TestKubeadmElsewhere(t *testing.T) {
 	if _, err := os.Stat("/etc/kubernetes/manifests/kube-apiserver.yaml"); err == nil {
 		t.Skip("this machine is a control-plane node")
@@ -82,9 +84,9 @@ func TestKubeadmElsewhere(t *testing.T) {
 	for _, args := range [][]string{
 		{"kubeadm", "status"}, {"kubeadm", "disable"}, {"kubeadm", "enable", "--image", "i", "--local-key", key, "--create-key"},
 	} {
-		execute(t, args...).want(t, exitFailure, "kube-apiserver.yaml is not there", "hint: run the command on a control-plane node")
+		execute(t, args...).want(t, command.ExitFailure, "kube-apiserver.yaml does not exist", "hint: run the command on a control-plane node")
 	}
 	if _, err := os.Stat(key); err == nil {
-		t.Error("a key was made")
+		t.Error("a key was created")
 	}
 }

@@ -17,10 +17,12 @@ import (
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
 )
 
 // addressOf reads the address out of the log line with a message.
-func addressOf(t *testing.T, s *server, msg string) string {
+func addressOf(t *testing.T, s *running, msg string) string {
 	t.Helper()
 	var line struct {
 		Address string `json:"address"`
@@ -35,9 +37,9 @@ func addressOf(t *testing.T, s *server, msg string) string {
 }
 
 // get fetches a page of the admin server.
-func get(t *testing.T, s *server, path string) (int, string) {
+func get(t *testing.T, s *running, path string) (int, string) {
 	t.Helper()
-	client := &http.Client{Timeout: deadline, Transport: &http.Transport{DisableKeepAlives: true}}
+	client := &http.Client{Timeout: clitest.Deadline, Transport: &http.Transport{DisableKeepAlives: true}}
 	resp, err := client.Get("http://" + addressOf(t, s, "admin serving") + path)
 	if err != nil {
 		t.Fatal(err)
@@ -47,7 +49,7 @@ func get(t *testing.T, s *server, path string) (int, string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	told.output(body)
+	clitest.Told.Output(body)
 	return resp.StatusCode, string(body)
 }
 
@@ -78,7 +80,7 @@ func silentEtcd(t *testing.T) (address string, arrived chan struct{}) {
 }
 
 // hang makes a call through the proxy that does not end, and returns a channel with its error.
-func hang(t *testing.T, s *server, arrived <-chan struct{}) <-chan error {
+func hang(t *testing.T, s *running, arrived <-chan struct{}) <-chan error {
 	t.Helper()
 	conn, err := grpc.NewClient(addressOf(t, s, "serving"), grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
@@ -87,7 +89,7 @@ func hang(t *testing.T, s *server, arrived <-chan struct{}) <-chan error {
 	t.Cleanup(func() { _ = conn.Close() })
 	ended := make(chan error, 1)
 	go func() {
-		ctx, cancel := context.WithTimeout(context.Background(), deadline)
+		ctx, cancel := context.WithTimeout(context.Background(), clitest.Deadline)
 		defer cancel()
 		_, err := etcdserverpb.NewKVClient(conn).Range(ctx, &etcdserverpb.RangeRequest{Key: []byte("k")})
 		ended <- err
@@ -96,7 +98,7 @@ func hang(t *testing.T, s *server, arrived <-chan struct{}) <-chan error {
 	case <-arrived:
 	case err := <-ended:
 		t.Fatalf("the call ended early: %v", err)
-	case <-time.After(deadline):
+	case <-time.After(clitest.Deadline):
 		t.Fatal("the call does not arrive")
 	}
 	return ended
@@ -105,7 +107,7 @@ func hang(t *testing.T, s *server, arrived <-chan struct{}) <-chan error {
 func TestServeDrains(t *testing.T) {
 	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT} {
 		t.Run(sig.String(), func(t *testing.T) {
-			s := start(t, newDir(t).config(t))
+			s := start(t, clitest.NewDir(t).Config(t))
 			addressOf(t, s, "serving")
 			addressOf(t, s, "admin serving")
 			s.signal(sig)
@@ -118,7 +120,7 @@ func TestServeDrains(t *testing.T) {
 
 func TestDrainTimeoutCutsWhatIsLeft(t *testing.T) {
 	etcd, arrived := silentEtcd(t)
-	s := start(t, newDir(t).config(t, "127.0.0.1:1]", etcd+"]\ncoordination: {enabled: false}"), "--drain-timeout", "300ms")
+	s := start(t, clitest.NewDir(t).Config(t, "127.0.0.1:1]", etcd+"]\ncoordination: {enabled: false}"), "--drain-timeout", "300ms")
 	call := hang(t, s, arrived)
 	s.signal(syscall.SIGTERM)
 	s.signal(syscall.SIGINT) // an echo of the first
@@ -130,14 +132,14 @@ func TestDrainTimeoutCutsWhatIsLeft(t *testing.T) {
 
 func TestSecondSignalExitsAtOnce(t *testing.T) {
 	etcd, arrived := silentEtcd(t)
-	s := start(t, newDir(t).config(t, "127.0.0.1:1]", etcd+"]\ncoordination: {enabled: false}"), "--drain-timeout", "1h")
+	s := start(t, clitest.NewDir(t).Config(t, "127.0.0.1:1]", etcd+"]\ncoordination: {enabled: false}"), "--drain-timeout", "1h")
 	hang(t, s, arrived)
 	s.signal(syscall.SIGTERM)
 	s.logged(`"msg":"draining`)
 	if !s.running() {
 		t.Fatal("serve did not wait for the call")
 	}
-	eventually(t, "exit", func() bool {
+	clitest.Eventually(t, "exit", func() bool {
 		_ = s.cmd.Process.Signal(syscall.SIGTERM) // an error is its exit
 		return !s.running()
 	})
@@ -145,22 +147,22 @@ func TestSecondSignalExitsAtOnce(t *testing.T) {
 }
 
 func TestPortInUse(t *testing.T) {
-	d := newDir(t)
-	taken := occupy(t)
-	execute(t, "serve", "--config", d.config(t, "- address: 127.0.0.1:0", "- address: "+taken)).
+	d := clitest.NewDir(t)
+	taken := clitest.Occupy(t)
+	execute(t, "serve", "--config", d.Config(t, "- address: 127.0.0.1:0", "- address: "+taken)).
 		want(t, 3, "error: listener "+taken, "address already in use", "hint: another process listens there")
-	execute(t, "serve", "--config", d.config(t, `"127.0.0.1:0"`, taken)).
+	execute(t, "serve", "--config", d.Config(t, `"127.0.0.1:0"`, taken)).
 		want(t, 3, "error: admin: ", "address already in use", "hint: another process listens there")
 }
 
 // TestOpenAdmin: an admin server that other machines reach is said at the start, and that of the default is not. The address is off loopback and no
 // machine has it.
 func TestOpenAdmin(t *testing.T) {
-	d := newDir(t)
+	d := clitest.NewDir(t)
 	const warning = "the admin server asks nobody who they are"
-	r := execute(t, "serve", "--config", d.config(t, `admin: {address: "127.0.0.1:0"}`, `admin: {address: "192.0.2.1:0"}`))
+	r := execute(t, "serve", "--config", d.Config(t, `admin: {address: "127.0.0.1:0"}`, `admin: {address: "192.0.2.1:0"}`))
 	r.want(t, 3, `"level":"WARN"`, warning, `"line":13`)
-	s := start(t, d.config(t))
+	s := start(t, d.Config(t))
 	s.logged("admin serving")
 	if strings.Contains(s.text(), warning) {
 		t.Error("a warning of an address on loopback")
@@ -169,20 +171,20 @@ func TestOpenAdmin(t *testing.T) {
 
 // TestSocketFolder: a socket that cannot be made is told by the folder, and not by the name that it has for a moment.
 func TestSocketFolder(t *testing.T) {
-	d := newDir(t)
-	missing, closed := d.path("missing"), d.path("closed")
+	d := clitest.NewDir(t)
+	missing, closed := d.Path("missing"), d.Path("closed")
 	if err := os.Mkdir(closed, 0o500); err != nil {
 		t.Fatal(err)
 	}
 	try := func(folder string, texts ...string) {
 		t.Helper()
-		r := execute(t, "serve", "--config", d.config(t, "- address: 127.0.0.1:0", "- address: unix://"+folder+"/etcd.sock"))
+		r := execute(t, "serve", "--config", d.Config(t, "- address: 127.0.0.1:0", "- address: unix://"+folder+"/etcd.sock"))
 		r.want(t, 3, append(texts, "error: listener unix://"+folder+"/etcd.sock: ")...)
 		if strings.Contains(r.stderr, "/.k") {
 			t.Errorf("it tells of a name that nobody has written: %s", r.stderr)
 		}
 	}
-	try(missing, ": its folder "+missing+" does not exist\nhint: make it, for the user the proxy runs as")
+	try(missing, ": its folder "+missing+" does not exist\nhint: create it for the user of the proxy")
 	if os.Getuid() != 0 { // who may write everywhere
 		try(closed, "permission denied", "hint: check that the user the proxy runs as may use this")
 	}
@@ -190,12 +192,12 @@ func TestSocketFolder(t *testing.T) {
 
 // TestServesWithKMSDown: a rule that cannot serve is named, and the proxy stays ready for the rest. Etcd is unreachable too, which is said.
 func TestServesWithKMSDown(t *testing.T) {
-	d := newDir(t)
-	s := start(t, d.config(t,
-		"kms:\n", "kms:\n- name: down\n  plugin: {endpoint: 'unix://"+d.path("none.sock")+"', timeout: 100ms}\n",
+	d := clitest.NewDir(t)
+	s := start(t, d.Config(t,
+		"kms:\n", "kms:\n- name: down\n  plugin: {endpoint: 'unix://"+d.Path("none.sock")+"', timeout: 100ms}\n",
 		"rules:\n", "rules:\n- {prefix: /down/, writeWith: down}\n"))
 	s.logged("etcd is unreachable")
-	eventually(t, "report of the rule that works", func() bool {
+	clitest.Eventually(t, "report of the rule that works", func() bool {
 		_, page := get(t, s, "/readyz")
 		return strings.Contains(page, `[+]rule "/registry/secrets/" ok`)
 	})
@@ -235,7 +237,7 @@ func TestNoCoreDumps(t *testing.T) {
 	if _, err := os.Stat("/proc/self/limits"); err != nil {
 		t.Skip("needs Linux' /proc")
 	}
-	s := start(t, newDir(t).config(t))
+	s := start(t, clitest.NewDir(t).Config(t))
 	addressOf(t, s, "serving")
 	limits, err := os.ReadFile(fmt.Sprintf("/proc/%d/limits", s.cmd.Process.Pid))
 	if err != nil {
@@ -252,8 +254,8 @@ func TestNoCoreDumps(t *testing.T) {
 }
 
 func TestReload(t *testing.T) {
-	d := newDir(t)
-	config := d.config(t)
+	d := clitest.NewDir(t)
+	config := d.Config(t)
 	s := start(t, config)
 	addressOf(t, s, "serving")
 	rules := func() string {
@@ -262,7 +264,7 @@ func TestReload(t *testing.T) {
 	}
 
 	// A file that changed is noticed.
-	d.config(t, "rules:\n", "rules:\n- {prefix: /new/, writeWith: dev}\n")
+	d.Config(t, "rules:\n", "rules:\n- {prefix: /new/, writeWith: dev}\n")
 	s.logged("configuration reloaded", `"trigger":"changed file"`, `"rules":2`)
 	if page := rules(); !strings.Contains(page, `rule "/new/" ok`) {
 		t.Errorf("readyz does not know the new rule:\n%s", page)
@@ -271,28 +273,28 @@ func TestReload(t *testing.T) {
 	s.logged("configuration reloaded", `"trigger":"SIGHUP"`)
 
 	// A file with problems changes nothing.
-	d.config(t, "writeWith: dev", "writeWith: gone")
+	d.Config(t, "writeWith: dev", "writeWith: gone")
 	s.logged("not reloaded", `"path":"rules[0].writeWith"`, `"line":12`, "hint")
 
 	// Nor does one that protects less.
-	d.config(t)
+	d.Config(t)
 	s.logged("would protect keys less", `keys below \"/new/\" would have no rule`, "--allow-weakening")
 	if page := rules(); !strings.Contains(page, `rule "/new/" ok`) {
 		t.Errorf("the rule went in spite of the refusal:\n%s", page)
 	}
 	for _, outcome := range []string{`applied"} 2`, `failed"} 1`, `refused"} 1`} {
-		eventually(t, outcome, func() bool {
+		clitest.Eventually(t, outcome, func() bool {
 			_, page := get(t, s, "/metrics")
 			return strings.Contains(page, `etcd_kms_proxy_config_reloads_total{outcome="`+outcome)
 		})
 	}
 
 	// What needs a restart is named, and the rest applied.
-	d.config(t, "rules:\n", "rules:\n- {prefix: /new/, writeWith: dev}\n", "level: debug", "level: warn", "cache", "", "kind: ProxyConfiguration", "kind: ProxyConfiguration\ncache: {seeds: 5}")
-	s.logged("wait for a restart", `"blocks":["cache"]`)
+	d.Config(t, "rules:\n", "rules:\n- {prefix: /new/, writeWith: dev}\n", "level: debug", "level: warn", "cache", "", "kind: ProxyConfiguration", "kind: ProxyConfiguration\ncache: {seeds: 5}")
+	s.logged("need a restart", `"blocks":["cache"]`)
 
 	// A rule for a provider that is not running cannot be applied.
-	d.config(t, "rules:\n", "- {name: more, local: {keyFile: key.yaml}}\nrules:\n- {prefix: /new/, writeWith: more, readWith: [dev]}\n")
+	d.Config(t, "rules:\n", "- {name: more, local: {keyFile: key.yaml}}\nrules:\n- {prefix: /new/, writeWith: more, readWith: [dev]}\n")
 	s.logged("not reloaded", "more", "is running", `"changed":["kms"]`, "restart the proxy")
 
 	s.signal(syscall.SIGTERM)
@@ -300,10 +302,10 @@ func TestReload(t *testing.T) {
 }
 
 func TestReloadMayWeakenWhenAllowed(t *testing.T) {
-	d := newDir(t)
-	s := start(t, d.config(t), "--allow-weakening")
+	d := clitest.NewDir(t)
+	s := start(t, d.Config(t), "--allow-weakening")
 	addressOf(t, s, "serving")
-	d.config(t, "writeWith: dev", "writeWith: plaintext")
+	d.Config(t, "writeWith: dev", "writeWith: plaintext")
 	s.logged("protects keys less than before", `would be written as plaintext`)
 	s.logged("configuration reloaded", `"rules":1`)
 	s.signal(syscall.SIGTERM)
@@ -311,7 +313,7 @@ func TestReloadMayWeakenWhenAllowed(t *testing.T) {
 }
 
 func TestTextLogAndWarnings(t *testing.T) {
-	s := start(t, newDir(t).config(t, "level: debug", "format: text", "rules:\n- prefix: /registry/secrets/\n  writeWith: dev\n", "",
+	s := start(t, clitest.NewDir(t).Config(t, "level: debug", "format: text", "rules:\n- prefix: /registry/secrets/\n  writeWith: dev\n", "",
 		"address: 127.0.0.1:0\netcd", "address: 0.0.0.0:0\n  insecurePlaintext: true\netcd"))
 	s.logged("level=INFO", "msg=serving")
 	s.logged("level=WARN", "there are no rules")
@@ -322,11 +324,11 @@ func TestTextLogAndWarnings(t *testing.T) {
 
 // TestUserWithEtcdDown: the user's token is asked for when there is something to ask etcd, so that nothing waits for etcd without an end.
 func TestUserWithEtcdDown(t *testing.T) {
-	d := newDir(t)
-	if err := os.WriteFile(d.path("password"), []byte("pw\n"), 0o600); err != nil {
+	d := clitest.NewDir(t)
+	if err := os.WriteFile(d.Path("password"), []byte("pw\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	config := d.config(t, "127.0.0.1:1]", "127.0.0.1:1]\n  username: root\n  passwordFile: password")
+	config := d.Config(t, "127.0.0.1:1]", "127.0.0.1:1]\n  username: root\n  passwordFile: password")
 	s := start(t, config)
 	s.logged("etcd is unreachable", "connection refused")
 	if code, page := get(t, s, "/readyz"); code != http.StatusOK || !strings.Contains(page, "[-]etcd") {
@@ -339,8 +341,8 @@ func TestUserWithEtcdDown(t *testing.T) {
 
 // TestLogReaderGone: whoever reads the log may end before the proxy.
 func TestLogReaderGone(t *testing.T) {
-	d := newDir(t)
-	cmd := command("serve", "--config", d.config(t))
+	d := clitest.NewDir(t)
+	cmd := process("serve", "--config", d.Config(t))
 	stderr, err := cmd.StderrPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -348,7 +350,7 @@ func TestLogReaderGone(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	timer := time.AfterFunc(deadline, func() { _ = cmd.Process.Kill() })
+	timer := time.AfterFunc(clitest.Deadline, func() { _ = cmd.Process.Kill() })
 	defer timer.Stop()
 	lines := bufio.NewScanner(stderr)
 	for lines.Scan() && !strings.Contains(lines.Text(), "etcd is unreachable") {

@@ -9,28 +9,26 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/cli/command"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/composesetup"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 )
 
 func newSetup() *cobra.Command {
-	cmd := &cobra.Command{
-		Use:   "setup COMMAND",
-		Short: "make the files that a deployment needs before its first start",
-		Args:  cobra.NoArgs,
-		RunE:  needsCommand,
-	}
-	cmd.AddCommand(newSetupCompose())
-	return cmd
+	return command.Group("setup", "create the files that a deployment needs before its first start", newSetupCompose())
 }
 
 func newSetupCompose() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "compose",
-		Short: "make certificates, a local key and the configuration for docker-compose.yml",
-		Long: `setup compose is the job "setup" of the project's docker-compose.yml. Below DIR, where the file mounts a volume for each reader, it makes three
-certificate authorities and the certificates of etcd, the proxies, kube-apiserver and the clients, a local key file, and the proxies' configuration.
+		Short: "create certificates, a local key and the configuration for docker-compose.yml",
+		Long: `setup compose is the job "setup" of the project's docker-compose.yml. Below DIR, where the file mounts a volume for each reader, it creates
+three certificate authorities and the certificates of etcd, the proxies, kube-apiserver and the clients, a local key file, and the
+configuration of the proxies.
 
-It may run again and again: what is there and still good is kept, certificates in the last third of their lifetime are replaced, and a key file is never
-replaced. The configuration is written again from the environment:
+It can run repeatedly: valid files are kept, certificates in the last third of their lifetime are replaced, and a key file is never
+replaced. The configuration is written from the environment each time:
 
   KMS                        local (the default) or alibaba
   ALIBABA_KMS_REGION         the key's region, for example cn-hangzhou
@@ -38,27 +36,28 @@ replaced. The configuration is written again from the environment:
   ALIBABA_KMS_ENDPOINT       host or host:port of the KMS; empty: the region's public one
   ALIBABA_KMS_CREDENTIALS    accessKey (the default), sts or ecsRAMRole
 
-With alibaba, values that were written with the local key stay readable. The way back needs the proxies' rules to be changed by hand and is refused here.`,
+With alibaba, values that were written with the local key stay readable. To go back to local, change the rules of the proxies by hand:
+the command refuses it.`,
 		Args: cobra.NoArgs,
 	}
-	dir := cmd.Flags().String("dir", "/setup", "`DIR` that holds a folder for each reader")
-	cmd.RunE = fails(func(*cobra.Command, []string) error {
-		err := setupCompose(*dir, os.Getenv, time.Now())
-		if _, ok := errors.AsType[*failure](err); ok || err == nil {
-			return err
-		}
-		f := &failure{code: exitFailure, err: err}
+	dir := cmd.Flags().String("dir", "/setup", "`DIR` with a folder for each reader")
+	cmd.RunE = command.Run(func(*cobra.Command, []string) error {
+		err := composesetup.Run(*dir, os.Getenv, time.Now())
+		hint := ""
 		switch {
 		case errors.Is(err, fs.ErrPermission):
-			f.hint = fmt.Sprintf("the folders belong to the user of the image, 65532, and this runs as %d: remove `user:` from the service, or give them to this user", os.Getuid())
+			hint = fmt.Sprintf("the folders belong to the user of the image, 65532, and this runs as %d: remove `user:` from the service, or give them to this user", os.Getuid())
 		case errors.Is(err, syscall.ENOSPC):
-			f.hint = "make room on the disk that holds Docker's volumes, and start again"
+			hint = "make room on the disk that has Docker's volumes, and start again"
 		case errors.Is(err, syscall.EROFS):
-			f.hint = "mount the volumes of this job writable"
+			hint = "mount the volumes of this job writable"
 		case errors.Is(err, fs.ErrNotExist):
-			f.hint = "make the folder, or name another with --dir"
+			hint = "create the folder, or name another with --dir"
 		}
-		return f
+		if _, ok := errors.AsType[problem.Problem](err); ok || hint == "" {
+			return err
+		}
+		return problem.WithHint(err, hint)
 	})
 	return cmd
 }

@@ -10,32 +10,32 @@ import (
 	"strings"
 )
 
-// Change is a file that is written, replaced or removed.
+// Change creates, replaces or removes one file.
 type Change struct {
 	Path string
-	Old  []byte // nil: the file was not there
-	New  []byte // nil: the file is removed
+	Old  []byte // nil if the file did not exist
+	New  []byte // nil to remove the file
 }
 
-// change returns the change that makes the file at path hold text, or remove it if text is nil.
+// change returns the change that writes text to the file at path, or removes it if text is nil.
 func change(path string, text []byte) (Change, error) {
-	old, err := os.ReadFile(path) //nolint:gosec // one of the files that the node is made of
+	old, err := os.ReadFile(path) //nolint:gosec // one of the files in Paths
 	if errors.Is(err, fs.ErrNotExist) {
 		old, err = nil, nil
 	}
 	return Change{path, old, text}, err
 }
 
-// Empty reports whether the file is as it should be.
+// Empty reports whether the file already has its new content.
 func (c *Change) Empty() bool { return (c.Old == nil) == (c.New == nil) && bytes.Equal(c.Old, c.New) }
 
-func (c *Change) write() error   { return put(c.Path, c.New) }
-func (c *Change) restore() error { return put(c.Path, c.Old) }
+func (c *Change) write() error   { return writeFile(c.Path, c.New) }
+func (c *Change) restore() error { return writeFile(c.Path, c.Old) }
 
-// put makes the file at path hold text, atomically, or removes it if text is nil. A new file has mode
-// 0600. The temporary file has a name that begins with a dot, which kubelet skips in its folder of
-// manifests.
-func put(path string, text []byte) error {
+// writeFile writes text to the file at path, atomically, or removes it if text is nil. A new file has mode
+// 0600. The name of the temporary file begins with a dot, because kubelet ignores such files in its
+// folder of manifests.
+func writeFile(path string, text []byte) error {
 	dir := filepath.Dir(path)
 	if text == nil {
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -51,7 +51,7 @@ func put(path string, text []byte) error {
 	if err != nil {
 		return err
 	}
-	defer os.Remove(f.Name()) //nolint:errcheck // it was renamed, unless an error is returned already
+	defer os.Remove(f.Name()) //nolint:errcheck // the file is gone after the rename, and any other error is returned
 	_, err = f.Write(text)
 	err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close())
 	if err == nil {
@@ -64,7 +64,7 @@ func put(path string, text []byte) error {
 }
 
 func syncFolder(dir string) error {
-	d, err := os.Open(dir) //nolint:gosec // as above
+	d, err := os.Open(dir) //nolint:gosec // see change
 	if err != nil {
 		return err
 	}
@@ -72,8 +72,8 @@ func syncFolder(dir string) error {
 	return d.Sync()
 }
 
-// surround is how many unchanged lines [Change.Diff] prints around a change.
-const surround = 3
+// contextLines is how many unchanged lines [Change.Diff] prints around a change.
+const contextLines = 3
 
 // Diff returns the change as a unified diff, "" if it is empty.
 func (c *Change) Diff() string {
@@ -96,21 +96,21 @@ func (c *Change) Diff() string {
 			i++
 			continue
 		}
-		start, end, quiet := max(0, i-surround), i, 0
-		for ; end < len(edits) && quiet <= 2*surround; end++ {
+		start, end, quiet := max(0, i-contextLines), i, 0
+		for ; end < len(edits) && quiet <= 2*contextLines; end++ {
 			quiet++
 			if edits[end].op != ' ' {
 				quiet = 0
 			}
 		}
-		end -= max(0, quiet-surround)
+		end -= max(0, quiet-contextLines)
 		hunk(&out, edits[start:end])
 		i = end
 	}
 	return out.String()
 }
 
-// hunk prints edits that belong together.
+// hunk prints one hunk of a unified diff.
 func hunk(out *strings.Builder, edits []edit) {
 	removed, added := 0, 0
 	for _, e := range edits {
@@ -123,7 +123,7 @@ func hunk(out *strings.Builder, edits []edit) {
 	}
 	position := func(at, count int) int {
 		if count > 0 {
-			at++ // lines count from 1; of none, the line before is named
+			at++ // lines count from 1; an empty range names the line before it
 		}
 		return at
 	}
@@ -145,7 +145,7 @@ type edit struct {
 	a, b int
 }
 
-// lines returns text as lines with their ends.
+// lines splits text into lines, which keep their line ends.
 func lines(text []byte) []string {
 	all := strings.SplitAfter(string(text), "\n")
 	if all[len(all)-1] == "" {
@@ -154,9 +154,9 @@ func lines(text []byte) []string {
 	return all
 }
 
-// diff returns the edits that make b of a, by their longest common subsequence. It takes time and
-// memory for the product of what is between the common beginning and the common end: manifests and
-// configurations are short.
+// diff returns the edits that turn a into b, from their longest common subsequence. Time and memory
+// grow with the product of the lengths between the common prefix and suffix, which is acceptable for
+// manifests and configurations.
 func diff(a, b []string) []edit {
 	head := 0
 	for head < len(a) && head < len(b) && a[head] == b[head] {

@@ -87,7 +87,7 @@ func TestPut(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if err := put(path, c.text); err != nil {
+		if err := writeFile(path, c.text); err != nil {
 			t.Fatal(err)
 		}
 		info, err := os.Stat(path)

@@ -4,33 +4,35 @@ import (
 	"context"
 	"errors"
 	"io/fs"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 )
 
-// Disable returns what is to be changed so that the API server uses etcd without the proxy. It
-// changes nothing. The configuration and the keys stay. The caller has made sure that no value in etcd
-// is encrypted.
+// Disable returns the plan after which the API server uses etcd without the proxy. It changes nothing
+// itself. The plan keeps the configuration and the keys. The caller must have checked that no value in
+// etcd is encrypted.
 func (n *Node) Disable() (*Plan, error) {
 	m, err := n.manifest()
 	if err != nil {
 		return nil, err
 	}
-	facts, unread := n.adopt(m)
+	facts, configErr := n.readConfig(m)
 	p := &Plan{Mode: n.mode(m)}
-	past := m
+	target := m
 	switch p.Mode {
 	case All:
-		if errors.Is(unread, fs.ErrNotExist) {
-			unread = &Problem{n.Config + ", which says where etcd is, is not there", "change --etcd-servers in " + n.APIServer + " by hand; " + n.Backups + " has earlier versions"}
+		if errors.Is(configErr, fs.ErrNotExist) {
+			configErr = problem.New("change --etcd-servers in "+n.APIServer+" by hand; "+n.Backups+" has backups", "%s", n.Config+", which has the addresses of etcd, does not exist")
 		}
-		if unread != nil {
-			return nil, unread
+		if configErr != nil {
+			return nil, configErr
 		}
-		past, err = m.WithEtcdServers(facts.Endpoints)
+		target, err = m.WithEtcdServers(facts.Endpoints)
 		if err != nil {
 			return nil, err
 		}
 	case Secrets:
-		if past, err = m.WithSecretsServers(nil); err != nil {
+		if target, err = m.WithSecretsServers(nil); err != nil {
 			return nil, err
 		}
 	case Off:
@@ -40,11 +42,11 @@ func (n *Node) Disable() (*Plan, error) {
 		return nil, err
 	}
 	p.add(step{
-		change: Change{n.APIServer, m.Bytes(), past.Bytes()},
+		change: Change{n.APIServer, m.Bytes(), target.Bytes()},
 		what:   "writing " + n.APIServer + " and waiting for the API server",
-		wait:   func(ctx context.Context) error { return n.past(ctx, past) },
-		back:   func(ctx context.Context) error { return n.through(ctx, m) },
+		wait:   func(ctx context.Context) error { return n.waitWithoutProxy(ctx, target) },
+		back:   func(ctx context.Context) error { return n.waitThroughProxy(ctx, m) },
 	})
-	p.add(step{change: podChange, what: "removing " + n.Pod, wait: n.gone, back: func(ctx context.Context) error { return n.restarted(ctx, nil) }})
+	p.add(step{change: podChange, what: "removing " + n.Pod, wait: n.waitProxyStopped, back: func(ctx context.Context) error { return n.waitProxyRestarted(ctx, nil) }})
 	return p, nil
 }

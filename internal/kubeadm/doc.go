@@ -8,18 +8,6 @@
 // is not.
 //
 // The package edits the API server's manifest as text: it changes bytes of one line, or adds or
-// removes one line. It refuses a manifest that is not as kubeadm writes it. It does not talk to the
-// API server's API, to etcd or to a KMS. The command that calls it checks the configuration.
+// removes one line. It refuses a manifest that does not have the form that kubeadm writes. It does not use the
+// Kubernetes API, etcd or a KMS. The caller passes a function that checks the configuration.
 package kubeadm
-
-// Problem is an error that says what to do. The command prints Advice as its hint.
-type Problem struct {
-	Text string // what is wrong
-	Hint string // one imperative sentence
-}
-
-// Error returns Text.
-func (r *Problem) Error() string { return r.Text }
-
-// Advice returns Hint, for the command to print.
-func (r *Problem) Advice() string { return r.Hint }

@@ -4,21 +4,22 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"io/fs"
 	"os"
 	"slices"
 	"strings"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 )
 
-// Enable returns what is to be changed so that the API server uses the proxy. It changes nothing.
+// Enable returns the plan after which the API server uses the proxy. It changes nothing itself.
 func (n *Node) Enable(ctx context.Context) (*Plan, error) {
 	m, err := n.manifest()
 	if err != nil {
 		return nil, err
 	}
 	p := &Plan{Mode: n.mode(m)}
-	if err := n.enableable(m, p.Mode); err != nil {
+	if err := n.checkEnable(m, p.Mode); err != nil {
 		return nil, err
 	}
 	config, facts, err := n.configure(m, p.Mode)
@@ -39,73 +40,70 @@ func (n *Node) Enable(ctx context.Context) (*Plan, error) {
 	}
 	if podChange.Old == nil {
 		for _, l := range []struct{ flag, address string }{{"listen", n.Settings.Listen}, {"admin", n.Settings.Admin}} {
-			if err := free(l.flag, l.address); err != nil {
+			if err := checkFree(l.flag, l.address); err != nil {
 				return nil, err
 			}
 		}
-	} else if !bytes.HasPrefix(podChange.Old, []byte(written)) {
-		return nil, &Problem{n.Pod + " was not written by this command", "move it away"}
+	} else if !bytes.HasPrefix(podChange.Old, []byte(generatedHeader)) {
+		return nil, problem.New("move it away", "%s", n.Pod+" was not written by this command")
 	}
-	before, _ := n.proxyFigures(ctx) // nil when there is none
-	through := m
+	before, _ := n.proxyMetrics(ctx) // nil if no proxy runs
+	target := m
 	switch {
-	case p.Mode != Off: // it does already
+	case p.Mode != Off: // the API server already uses the proxy
 	case n.SecretsOnly:
-		through, err = m.WithSecretsServers([]string{n.url()})
+		target, err = m.WithSecretsServers([]string{n.url()})
 	default:
-		through, err = m.WithEtcdServers([]string{n.url()})
+		target, err = m.WithEtcdServers([]string{n.url()})
 	}
 	if err != nil {
 		return nil, err
 	}
 	p.add(step{change: configChange, what: "writing " + n.Config})
-	restarted := step{change: podChange, what: "writing " + n.Pod + " and waiting for the proxy"}
-	restarted.wait = func(ctx context.Context) error { return n.restarted(ctx, before) }
+	podStep := step{change: podChange, what: "writing " + n.Pod + " and waiting for the proxy"}
+	podStep.wait = func(ctx context.Context) error { return n.waitProxyRestarted(ctx, before) }
 	if p.Mode != Off {
-		restarted.wait = func(ctx context.Context) error {
-			if err := n.restarted(ctx, before); err != nil {
+		podStep.wait = func(ctx context.Context) error {
+			if err := n.waitProxyRestarted(ctx, before); err != nil {
 				return err
 			}
-			return n.through(ctx, m)
+			return n.waitThroughProxy(ctx, m)
 		}
-		restarted.back = func(ctx context.Context) error { return n.through(ctx, m) }
+		podStep.back = func(ctx context.Context) error { return n.waitThroughProxy(ctx, m) }
 	}
 	if podChange.Old == nil {
-		restarted.back = n.gone
+		podStep.back = n.waitProxyStopped
 	}
-	p.add(restarted)
+	p.add(podStep)
 	p.add(step{
-		change: Change{n.APIServer, m.Bytes(), through.Bytes()},
+		change: Change{n.APIServer, m.Bytes(), target.Bytes()},
 		what:   "writing " + n.APIServer + " and waiting for the API server",
-		wait:   func(ctx context.Context) error { return n.through(ctx, through) },
-		back:   func(ctx context.Context) error { return n.past(ctx, m) },
+		wait:   func(ctx context.Context) error { return n.waitThroughProxy(ctx, target) },
+		back:   func(ctx context.Context) error { return n.waitWithoutProxy(ctx, m) },
 	})
 	return p, nil
 }
 
-// enableable refuses API servers that the proxy must not be put behind.
-func (n *Node) enableable(m *Manifest, mode Mode) error {
+// checkEnable refuses API servers that must not use the proxy.
+func (n *Node) checkEnable(m *Manifest, mode Mode) error {
 	if f := m.Flag("encryption-provider-config"); f != "" {
-		return &Problem{"the API server encrypts by itself, with --encryption-provider-config=" + f + ": values would be encrypted twice",
-			"move to the proxy as docs/guides/migrate-from-kubernetes.md describes; etcd-kms-proxy config from-kubernetes makes the configuration"}
+		return problem.New("migrate to the proxy as docs/guides/migrate-from-kubernetes.md describes; etcd-kms-proxy config from-kubernetes writes the configuration", "%s", "the API server encrypts values itself, with --encryption-provider-config="+f+": values would be encrypted twice")
 	}
 	switch {
 	case mode == Off && m.SecretsServers() != nil:
-		return &Problem{"kube-apiserver's --" + flagOverrides + " sends Secrets to other servers: " + strings.Join(m.SecretsServers(), ", "),
-			"remove the override of /secrets first, or edit the manifest by hand, as docs/guides/kubernetes.md describes"}
+		return problem.New("remove the override of /secrets first, or edit the manifest by hand, as docs/guides/kubernetes.md describes", "%s", "kube-apiserver's --"+flagOverrides+" sends Secrets to other servers: "+strings.Join(m.SecretsServers(), ", "))
 	case mode == All && n.SecretsOnly, mode == Secrets && !n.SecretsOnly:
-		return &Problem{fmt.Sprintf("the proxy is enabled already, for %s", map[Mode]string{All: "everything", Secrets: "Secrets only"}[mode]),
-			"disable it first to change this, or leave out --secrets-only, or add it, as before"}
+		return problem.New("run kubeadm disable first to change this, or use --secrets-only as it was used before", "the proxy is already enabled, for %s", map[Mode]string{All: "everything", Secrets: "Secrets only"}[mode])
 	}
 	for _, e := range m.EtcdServers() {
 		if mode == Off && !strings.HasPrefix(e, "https://") {
-			return unknown("has the etcd server %s, which is not https://", e)
+			return unrecognized("has the etcd server %s, which is not https://", e)
 		}
 	}
 	return nil
 }
 
-// configure returns the proxy's configuration and what it says.
+// configure returns the proxy's configuration and the facts in it.
 func (n *Node) configure(m *Manifest, mode Mode) ([]byte, Facts, error) {
 	if n.OwnConfig {
 		return n.ownConfig(m, mode)
@@ -115,7 +113,7 @@ func (n *Node) configure(m *Manifest, mode Mode) ([]byte, Facts, error) {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, Facts{}, err
 	}
-	if mode == All { // where etcd is, only the configuration says
+	if mode == All { // the manifest names the proxy, so only the configuration has the addresses of etcd
 		had, err := n.Check(n.Config, n.Config)
 		if err != nil {
 			return nil, Facts{}, err
@@ -127,7 +125,7 @@ func (n *Node) configure(m *Manifest, mode Mode) ([]byte, Facts, error) {
 		return nil, Facts{}, err
 	}
 	if old != nil && !bytes.Equal(old, config) {
-		if err := n.replaceable(m, old, endpoints); err != nil {
+		if err := n.checkReplaceConfig(m, old, endpoints); err != nil {
 			return nil, Facts{}, err
 		}
 	}
@@ -135,9 +133,9 @@ func (n *Node) configure(m *Manifest, mode Mode) ([]byte, Facts, error) {
 	return config, facts, err
 }
 
-// replaceable refuses to replace a configuration that is not what this command would have made with
-// the same settings but for --decrypt-only: what the operator wrote is not lost, and no KMS is.
-func (n *Node) replaceable(m *Manifest, old []byte, endpoints []string) error {
+// checkReplaceConfig refuses to replace a configuration that differs in more than --decrypt-only from
+// what this command would write. So no change by the operator is lost, and no KMS.
+func (n *Node) checkReplaceConfig(m *Manifest, old []byte, endpoints []string) error {
 	other := n.Settings
 	other.DecryptOnly = !other.DecryptOnly
 	text, err := other.configuration(m, endpoints)
@@ -145,16 +143,15 @@ func (n *Node) replaceable(m *Manifest, old []byte, endpoints []string) error {
 		return err
 	}
 	if !bytes.Equal(old, text) {
-		return &Problem{n.Config + " is there already, and says something else than the flags",
-			"use it as it is, with --config " + n.Config + " and without flags for the KMS, or move it away"}
+		return problem.New("use it as it is, with --config "+n.Config+" and without flags for the KMS, or move it away", "%s", n.Config+" already exists and differs from the flags")
 	}
 	if n.Settings.DecryptOnly && !n.AllowWeakening {
-		return &Problem{n.Config + " encrypts new values, and with --decrypt-only they would be stored as plaintext", "add --allow-weakening if this is meant"}
+		return problem.New("add --allow-weakening if this is intended", "%s", n.Config+" encrypts new values; with --decrypt-only they would be stored as plaintext")
 	}
 	return nil
 }
 
-// ownConfig takes the file as it is.
+// ownConfig returns the operator's configuration, unchanged.
 func (n *Node) ownConfig(m *Manifest, mode Mode) ([]byte, Facts, error) {
 	facts, err := n.Check(n.Config, n.Config)
 	if err != nil {
@@ -165,19 +162,18 @@ func (n *Node) ownConfig(m *Manifest, mode Mode) ([]byte, Facts, error) {
 		return nil, facts, err
 	}
 	if !slices.Contains(facts.Listeners, n.Settings.Listen) {
-		return nil, facts, &Problem{n.Config + " has no listener with TLS at " + n.Settings.Listen, "add one, or name its address with --listen"}
+		return nil, facts, problem.New("add one, or set --listen to the address of one", "%s", n.Config+" has no listener with TLS at "+n.Settings.Listen)
 	}
 	if facts.Admin != n.Settings.Admin {
-		return nil, facts, &Problem{fmt.Sprintf("%s has %q for admin.address, and not %s", n.Config, facts.Admin, n.Settings.Admin), "change it, or name its address with --admin"}
+		return nil, facts, problem.New("change it, or set --admin to its address", "admin.address in %s is %q, not %s", n.Config, facts.Admin, n.Settings.Admin)
 	}
 	if servers := m.EtcdServers(); mode != All && !slices.Equal(slices.Sorted(slices.Values(servers)), slices.Sorted(slices.Values(facts.Endpoints))) {
-		return nil, facts, &Problem{fmt.Sprintf("%s has %s for etcd.endpoints, but the API server uses %s", n.Config, strings.Join(facts.Endpoints, ", "), strings.Join(servers, ", ")),
-			"write the API server's in etcd.endpoints"}
+		return nil, facts, problem.New("write the API server's etcd servers into etcd.endpoints", "%s has %s for etcd.endpoints, but the API server uses %s", n.Config, strings.Join(facts.Endpoints, ", "), strings.Join(servers, ", "))
 	}
 	return config, facts, nil
 }
 
-// checked checks a configuration that is not written yet.
+// checked checks a configuration that is not yet written to its file.
 func (n *Node) checked(config []byte) (Facts, error) {
 	dir, err := os.MkdirTemp("", "etcd-kms-proxy-")
 	if err != nil {

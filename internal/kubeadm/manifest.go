@@ -9,6 +9,8 @@ import (
 	"strings"
 
 	"go.yaml.in/yaml/v3"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 )
 
 // The flags of kube-apiserver that matter here.
@@ -17,8 +19,8 @@ const (
 	flagOverrides = "etcd-servers-overrides"
 )
 
-// secretsResource is how --etcd-servers-overrides calls Secrets: group, slash, resource. The core
-// group is empty.
+// secretsResource is the name of Secrets in --etcd-servers-overrides: group, slash, resource. The name
+// of the core group is empty.
 const secretsResource = "/secrets"
 
 // Manifest is the static Pod manifest of a kube-apiserver, as kubeadm writes it. It is immutable.
@@ -33,35 +35,35 @@ type argument struct {
 	line int // from 1
 }
 
-const hintManifest = "only manifests as kubeadm writes them are changed; edit the file by hand, as docs/guides/kubernetes.md describes"
+const hintManifest = "this command changes only manifests in the form that kubeadm writes; edit the file by hand, as docs/guides/kubernetes.md describes"
 
-// unknown is the refusal of a manifest that is not as kubeadm writes it.
-func unknown(format string, args ...any) error {
-	return &Problem{Text: "kube-apiserver's manifest " + fmt.Sprintf(format, args...), Hint: hintManifest}
+// unrecognized returns the error for a manifest that does not have the form that kubeadm writes.
+func unrecognized(format string, args ...any) error {
+	return problem.New(hintManifest, "%s", "kube-apiserver's manifest "+fmt.Sprintf(format, args...))
 }
 
-// ParseManifest reads a manifest. The error is a [*Problem] if the manifest is not as kubeadm writes
-// it: another object than a Pod, no or several containers that run kube-apiserver, YAML that the
-// editing does not support, or a missing or repeated --etcd-servers. It retains data.
+// ParseManifest reads a manifest. The error is a [problem.Problem] if the manifest does not have the form that
+// kubeadm writes: it is not a Pod, it has no container or several that run kube-apiserver, it uses YAML
+// that cannot be edited line by line, or --etcd-servers is missing or repeated. It retains data.
 func ParseManifest(data []byte) (*Manifest, error) {
 	d := yaml.NewDecoder(bytes.NewReader(data))
 	var doc, second yaml.Node
 	if err := d.Decode(&doc); err != nil {
-		return nil, unknown("is not YAML: %v", err)
+		return nil, unrecognized("is not YAML: %v", err)
 	}
 	if err := d.Decode(&second); !errors.Is(err, io.EOF) {
-		return nil, unknown("has more than one document")
+		return nil, unrecognized("has more than one document")
 	}
 	root := doc.Content[0]
-	if err := plainYAML(root); err != nil {
+	if err := checkYAML(root); err != nil {
 		return nil, err
 	}
 	if v, k := scalar(root, "apiVersion"), scalar(root, "kind"); v != "v1" || k != "Pod" {
-		return nil, unknown("is not a v1 Pod, but kind %q of %q", k, v)
+		return nil, unrecognized("is not a v1 Pod, but kind %q of %q", k, v)
 	}
 	containers := field(field(root, "spec"), "containers")
 	if containers == nil || containers.Kind != yaml.SequenceNode {
-		return nil, unknown("has no spec.containers")
+		return nil, unrecognized("has no spec.containers")
 	}
 	var found *yaml.Node
 	for _, c := range containers.Content {
@@ -70,47 +72,47 @@ func ParseManifest(data []byte) (*Manifest, error) {
 			continue
 		}
 		if found != nil {
-			return nil, unknown("has two containers whose command is kube-apiserver")
+			return nil, unrecognized("has two containers whose command is kube-apiserver")
 		}
 		if field(c, "args") != nil {
-			return nil, unknown("has args besides the container's command")
+			return nil, unrecognized("has args besides the container's command")
 		}
 		found = command
 	}
 	if found == nil {
-		return nil, unknown("has no container whose command is kube-apiserver")
+		return nil, unrecognized("has no container whose command is kube-apiserver")
 	}
 	if found.Style&yaml.FlowStyle != 0 {
-		return nil, unknown("has its command on one line, and not one argument a line")
+		return nil, unrecognized("has its command on one line, and not one argument a line")
 	}
 	m := &Manifest{data: data}
 	for _, n := range found.Content[1:] {
 		if n.Kind != yaml.ScalarNode {
-			return nil, unknown("has something else than text among its arguments, in line %d", n.Line)
+			return nil, unrecognized("has something else than text among its arguments, in line %d", n.Line)
 		}
 		m.args = append(m.args, argument{n.Value, n.Line})
 	}
 	return m, m.check()
 }
 
-// plainYAML refuses what would make editing one line change something else, or what other YAML
-// libraries read in another way: anchors, aliases, merge keys and repeated keys.
-func plainYAML(n *yaml.Node) error {
+// checkYAML refuses YAML in which a change of one line may change other values, or which YAML libraries
+// read differently: anchors, aliases, merge keys and repeated keys.
+func checkYAML(n *yaml.Node) error {
 	if n.Kind == yaml.AliasNode || n.Anchor != "" {
-		return unknown("has a YAML anchor or alias in line %d", n.Line)
+		return unrecognized("has a YAML anchor or alias in line %d", n.Line)
 	}
 	if n.Kind == yaml.MappingNode {
 		seen := make(map[string]bool)
 		for i := 0; i < len(n.Content); i += 2 {
 			key := n.Content[i].Value
 			if seen[key] {
-				return unknown("has the field %q twice, in line %d", key, n.Content[i].Line)
+				return unrecognized("has the field %q twice, in line %d", key, n.Content[i].Line)
 			}
 			seen[key] = true
 		}
 	}
 	for _, c := range n.Content {
-		if err := plainYAML(c); err != nil {
+		if err := checkYAML(c); err != nil {
 			return err
 		}
 	}
@@ -137,39 +139,39 @@ func scalar(n *yaml.Node, name string) string {
 	return ""
 }
 
-// check refuses flags that are written in a way that kubeadm does not.
+// check refuses flags that do not have the form that kubeadm writes.
 func (m *Manifest) check() error {
 	count := make(map[string]int)
 	for _, a := range m.args {
 		name, _, ok := split(a.text)
 		if name == flagServers || name == flagOverrides {
 			if !ok {
-				return unknown("has --%s without a value behind an equals sign, in line %d", name, a.line)
+				return unrecognized("has --%s without an equals sign and a value, in line %d", name, a.line)
 			}
 			if !strings.HasPrefix(a.text, "--"+name+"=") {
-				return unknown("spells --%s with underscores, in line %d", name, a.line)
+				return unrecognized("spells --%s with underscores, in line %d", name, a.line)
 			}
-			if err := m.editable(a); err != nil {
+			if err := m.checkOneLine(a); err != nil {
 				return err
 			}
 		}
 		count[name]++
 	}
 	if count[flagServers] == 0 {
-		return unknown("has no --%s", flagServers)
+		return unrecognized("has no --%s", flagServers)
 	}
 	for _, name := range []string{flagServers, flagOverrides} {
 		if count[name] > 1 {
-			return unknown("has --%s %d times", name, count[name])
+			return unrecognized("has --%s %d times", name, count[name])
 		}
 	}
 	return nil
 }
 
-// editable refuses an argument that is not, as it is, on one line of the file.
-func (m *Manifest) editable(a argument) error {
+// checkOneLine refuses an argument that is not verbatim on a line of its own.
+func (m *Manifest) checkOneLine(a argument) error {
 	if line := string(m.line(a.line)); strings.Count(line, a.text) != 1 || strings.Count(line, "--") != 1 {
-		return unknown("has an argument that is escaped, or does not have line %d for itself", a.line)
+		return unrecognized("has an argument that is escaped, or shares line %d with another", a.line)
 	}
 	return nil
 }
@@ -215,7 +217,7 @@ func (m *Manifest) overrides() []string {
 	return nil
 }
 
-// Bytes returns the file. The caller does not change it.
+// Bytes returns the content of the file. The caller must not change it.
 func (m *Manifest) Bytes() []byte { return m.data }
 
 // WithEtcdServers returns the manifest with other URLs in --etcd-servers.
@@ -233,8 +235,8 @@ func (m *Manifest) WithSecretsServers(urls []string) (*Manifest, error) {
 	return m.set(flagOverrides, strings.Join(rest, ","))
 }
 
-// set changes a flag's value, adds the flag below --etcd-servers if it is not there, and removes it if
-// value is empty. All other bytes of the file stay as they are.
+// set changes a flag's value. It adds a missing flag below --etcd-servers, and removes the flag if value
+// is empty. All other bytes of the file stay unchanged.
 func (m *Manifest) set(name, value string) (*Manifest, error) {
 	at := slices.IndexFunc(m.args, func(a argument) bool { n, _, _ := split(a.text); return n == name })
 	want := make([]string, 0, len(m.args)+1)
@@ -259,24 +261,24 @@ func (m *Manifest) set(name, value string) (*Manifest, error) {
 		data = m.replace(m.args[at].line, bytes.Replace(m.line(m.args[at].line), []byte(m.args[at].text), []byte(text), 1))
 		want[at] = text
 	}
-	// That the result says what is meant is not left to the reasoning above.
+	// Parse the result, to verify that it has exactly the intended arguments.
 	n, err := ParseManifest(data)
 	if err != nil {
 		return nil, err
 	}
 	if !slices.EqualFunc(n.args, want, func(a argument, w string) bool { return a.text == w }) {
-		return nil, unknown("cannot be changed in line %d alone", m.args[max(at, 0)].line)
+		return nil, unrecognized("cannot be changed in line %d alone", m.args[max(at, 0)].line)
 	}
 	return n, nil
 }
 
-// line returns a line of the file, with its end.
+// line returns a line of the file, with its line end.
 func (m *Manifest) line(n int) []byte {
 	start, end := m.span(n)
 	return m.data[start:end]
 }
 
-// replace returns the file with another text in the place of a line.
+// replace returns the content of the file with one line replaced by text.
 func (m *Manifest) replace(n int, text []byte) []byte {
 	start, end := m.span(n)
 	return slices.Concat(m.data[:start], text, m.data[end:])

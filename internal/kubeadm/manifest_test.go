@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 )
 
 func read(t *testing.T, name string) []byte {
@@ -161,7 +163,7 @@ func TestRefusesUnknownManifests(t *testing.T) {
 				t.Fatalf("%q is not in the manifest", c.old)
 			}
 			_, err := ParseManifest([]byte(strings.Replace(plain, c.old, c.text, 1)))
-			r, ok := errors.AsType[*Problem](err)
+			r, ok := errors.AsType[problem.Problem](err)
 			if !ok || !strings.Contains(r.Text, c.want) || r.Hint == "" {
 				t.Errorf("%v, want a refusal with %q", err, c.want)
 			}

@@ -3,7 +3,6 @@ package kubeadm
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io/fs"
 	"net"
 	"os"
@@ -11,6 +10,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 )
 
 // Paths are the files of a node. [DefaultPaths] are kubeadm's.
@@ -18,7 +19,7 @@ type Paths struct {
 	APIServer string // manifest of kube-apiserver
 	Pod       string // manifest of the proxy, in the same folder
 	Config    string // configuration of the proxy
-	Backups   string // folder for earlier versions; not that of the manifests, where kubelet starts every file
+	Backups   string // folder of backups; not that of the manifests, where kubelet starts every file
 }
 
 // DefaultPaths are those of a node that kubeadm has set up.
@@ -29,7 +30,7 @@ var DefaultPaths = Paths{
 	Backups:   "/etc/etcd-kms-proxy/backup",
 }
 
-// Facts are what the rest depends on in a configuration that was checked.
+// Facts are the parts of a checked configuration that this package uses.
 type Facts struct {
 	Listeners       []string // addresses of listeners with TLS
 	Admin           string   // host:port, "" without admin
@@ -45,21 +46,21 @@ type Node struct {
 	Settings Settings
 	// Image is that of the proxy.
 	Image string
-	// OwnConfig takes the configuration file as it is, and makes none of Settings.
+	// OwnConfig uses the existing configuration file, and ignores most of Settings.
 	OwnConfig bool
 	// SecretsOnly sends only Secrets through the proxy.
 	SecretsOnly bool
-	// AllowWeakening lets the proxy start with rules that protect less than before.
+	// AllowWeakening lets the proxy start with rules that protect less than the previous ones.
 	AllowWeakening bool
 	// Timeout bounds each wait for the proxy or the API server.
 	Timeout time.Duration
-	// Check checks the configuration file at path. Its errors call it by its name.
+	// Check checks the configuration file at path. Errors use name for the file.
 	Check func(path, name string) (Facts, error)
-	// Log is told of each step.
+	// Log is called before each step.
 	Log func(format string, args ...any)
 }
 
-// Mode is what goes through the proxy.
+// Mode says which of the API server's requests go through the proxy.
 type Mode string
 
 // The modes.
@@ -71,7 +72,7 @@ const (
 
 func (n *Node) url() string { return "https://" + n.Settings.Listen }
 
-// mode returns what m sends through the proxy.
+// mode returns the mode of an API server with the manifest m.
 func (n *Node) mode(m *Manifest) Mode {
 	switch {
 	case slices.Contains(m.EtcdServers(), n.url()):
@@ -82,9 +83,9 @@ func (n *Node) mode(m *Manifest) Mode {
 	return Off
 }
 
-// adopt takes the addresses of the listener and of admin from the configuration, so that only enable
-// has to be told of others than the default.
-func (n *Node) adopt(m *Manifest) (Facts, error) {
+// readConfig sets the addresses of the listener and of admin from the configuration, so that only
+// enable needs flags for them.
+func (n *Node) readConfig(m *Manifest) (Facts, error) {
 	facts, err := n.Check(n.Config, n.Config)
 	if err != nil {
 		return facts, err
@@ -102,7 +103,7 @@ func (n *Node) adopt(m *Manifest) (Facts, error) {
 func (n *Node) manifest() (*Manifest, error) {
 	data, err := os.ReadFile(n.APIServer)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, &Problem{n.APIServer + " is not there", "run the command on a control-plane node that kubeadm has set up, as root"}
+		return nil, problem.New("run the command on a control-plane node that kubeadm has set up, as root", "%s", n.APIServer+" does not exist")
 	}
 	if err != nil {
 		return nil, err
@@ -110,15 +111,15 @@ func (n *Node) manifest() (*Manifest, error) {
 	return ParseManifest(data)
 }
 
-// Plan is what is to be changed, in this order. The manifest of the API server comes last when the
-// proxy is put in, and first when it is taken out.
+// Plan is an ordered list of changes. The manifest of the API server is the last one when the proxy is
+// enabled, and the first one when it is disabled.
 type Plan struct {
 	Mode    Mode // before
 	Changes []Change
 	steps   []step
 }
 
-// Empty reports whether nothing is to be changed.
+// Empty reports whether the plan changes nothing.
 func (p *Plan) Empty() bool { return len(p.Changes) == 0 }
 
 // Diff returns all changes as unified diffs.
@@ -130,7 +131,7 @@ func (p *Plan) Diff() string {
 	return b.String()
 }
 
-// step is a change, and what is waited for after it and after it was undone. These may be nil.
+// step is a change with the waits that follow it and its rollback. Both waits may be nil.
 type step struct {
 	change     Change
 	what       string
@@ -144,9 +145,8 @@ func (p *Plan) add(s step) {
 	}
 }
 
-// Apply makes the changes of a plan. If one fails, if what should follow does not happen within the
-// timeout, or if ctx ends, it restores all files, waits for the API server, and returns a [*Problem]
-// that says what happened.
+// Apply makes the changes of a plan. If a change or the wait after it fails, or if ctx ends, it restores
+// all files, waits for the API server, and returns a [problem.Problem] with the cause.
 func (n *Node) Apply(ctx context.Context, p *Plan) error {
 	if err := os.MkdirAll(filepath.Dir(n.Config), 0o700); err != nil {
 		return err
@@ -172,7 +172,7 @@ func (n *Node) Apply(ctx context.Context, p *Plan) error {
 
 const logs = "the logs are in /var/log/pods/kube-system_etcd-kms-proxy-*, /var/log/pods/kube-system_kube-apiserver-* and journalctl -u kubelet"
 
-// rollBack undoes steps, the last one first.
+// rollBack reverts steps, the last one first.
 func (n *Node) rollBack(ctx context.Context, steps []step, cause error) error {
 	n.Log("rolling back: %v", cause)
 	ctx = context.WithoutCancel(ctx)
@@ -183,14 +183,13 @@ func (n *Node) rollBack(ctx context.Context, steps []step, cause error) error {
 			err = s.back(ctx)
 		}
 		if err != nil {
-			return &Problem{fmt.Sprintf("%v; the rollback is not complete: %v", cause, err),
-				"look at " + s.change.Path + ", whose earlier version is in " + n.Backups + "; " + logs}
+			return problem.New("check "+s.change.Path+", whose backup is in "+n.Backups+"; "+logs, "%v; the rollback is not complete: %v", cause, err)
 		}
 	}
-	return &Problem{cause.Error() + "; all files are as they were before, and the API server is as it was", logs}
+	return problem.New(logs, "%s", cause.Error()+"; all files are as they were before, and the API server is as it was")
 }
 
-// backUp keeps the earlier versions of the files that a plan changes.
+// backUp copies the files that a plan changes into the folder of backups.
 func (n *Node) backUp(p *Plan) error {
 	now := time.Now().UTC().Format("20060102T150405.000Z")
 	for _, c := range p.Changes {
@@ -202,7 +201,7 @@ func (n *Node) backUp(p *Plan) error {
 		}
 		base := filepath.Base(c.Path)
 		path := filepath.Join(n.Backups, strings.TrimSuffix(base, ".yaml")+"-"+now+".yaml")
-		if err := put(path, c.Old); err != nil {
+		if err := writeFile(path, c.Old); err != nil {
 			return err
 		}
 		n.Log("backup of %s: %s", c.Path, path)
@@ -210,11 +209,11 @@ func (n *Node) backUp(p *Plan) error {
 	return nil
 }
 
-// free refuses an address that something listens on.
-func free(flag, address string) error {
+// checkFree refuses an address that is in use.
+func checkFree(flag, address string) error {
 	l, err := net.Listen("tcp", address)
 	if err != nil {
-		return &Problem{fmt.Sprintf("--%s %s cannot be listened on: %v", flag, address, err), "end what uses the port, or choose another address"}
+		return problem.New("stop the process that uses the port, or choose another address", "--%s %s cannot be listened on: %v", flag, address, err)
 	}
 	return l.Close()
 }

@@ -17,10 +17,11 @@ import (
 const program = "/usr/local/bin/etcd-kms-proxy"
 
 // configAnnotation holds a digest of the configuration, so that kubelet restarts the Pod when the
-// configuration changes.
+// configuration changes. The proxy reloads some changes without a restart, but a KMS that was for
+// reading only does not become one for writing.
 const configAnnotation = "etcd-kms-proxy.io/config-sha256"
 
-// podSettings are what the proxy's static Pod is made from.
+// podSettings are the inputs of the proxy's static Pod.
 type podSettings struct {
 	image, configFile string
 	config            []byte
@@ -30,7 +31,7 @@ type podSettings struct {
 
 type (
 	object    = map[string]any
-	mountable struct {
+	hostMount struct {
 		path, kind string
 		writable   bool
 	}
@@ -38,8 +39,8 @@ type (
 
 // pod returns the manifest of the proxy's static Pod.
 //
-// It runs as root, without any capability: the key files of a kubeadm control plane are readable by
-// root only, and kubeadm's own etcd runs as root for the same reason.
+// The Pod runs as root, without any capability: only root can read the key files of a kubeadm control
+// plane, and kubeadm's own etcd runs as root for the same reason.
 func (s *podSettings) pod() ([]byte, error) {
 	host, port, err := net.SplitHostPort(s.facts.Admin)
 	if err != nil {
@@ -75,7 +76,7 @@ func (s *podSettings) pod() ([]byte, error) {
 			"securityContext": object{"seccompProfile": object{"type": "RuntimeDefault"}},
 			"containers": []object{{
 				"name": "etcd-kms-proxy", "image": s.image, "imagePullPolicy": "IfNotPresent", "command": command,
-				// No memory limit: a proxy that is killed takes the API server's etcd away.
+				// No memory limit: while the proxy is killed and restarts, the API server has no etcd.
 				"resources": object{"requests": object{"cpu": "100m", "memory": "100Mi"}},
 				"securityContext": object{
 					"runAsUser": 0, "runAsGroup": 0, "readOnlyRootFilesystem": true, "allowPrivilegeEscalation": false,
@@ -90,33 +91,33 @@ func (s *podSettings) pod() ([]byte, error) {
 		},
 	}
 	var b bytes.Buffer
-	b.WriteString(written)
+	b.WriteString(generatedHeader)
 	e := yaml.NewEncoder(&b)
 	e.SetIndent(2)
 	err = e.Encode(pod)
 	return b.Bytes(), err
 }
 
-// mounts are the folders and files of the host that the Pod needs. The configuration's folder is one
-// of them as a whole, and so are those of sockets: a file that is replaced by renaming would not be
-// seen through a mount of the file itself. kubeadm writes renewed certificates into the same files.
-func (s *podSettings) mounts() []mountable {
+// mounts returns the folders and files of the host that the Pod needs. It mounts the whole folder of
+// the configuration, and those of sockets: a mount of a single file would keep the old file after it is
+// replaced by renaming. kubeadm renews certificates in place, so their files are mounted one by one.
+func (s *podSettings) mounts() []hostMount {
 	folder := filepath.Dir(s.configFile)
-	all := []mountable{{folder, "Directory", false}}
+	all := []hostMount{{folder, "Directory", false}}
 	for _, d := range s.facts.WritableFolders {
-		all = append(all, mountable{d, "Directory", true})
+		all = append(all, hostMount{d, "Directory", true})
 	}
 	for _, d := range s.facts.Folders {
-		all = append(all, mountable{d, "Directory", false})
+		all = append(all, hostMount{d, "Directory", false})
 	}
 	for _, f := range s.facts.Files {
 		if !strings.HasPrefix(f, folder+string(filepath.Separator)) {
-			all = append(all, mountable{f, "File", false})
+			all = append(all, hostMount{f, "File", false})
 		}
 	}
-	var once []mountable
+	var once []hostMount
 	for _, m := range all {
-		if !slices.ContainsFunc(once, func(o mountable) bool { return o.path == m.path }) {
+		if !slices.ContainsFunc(once, func(o hostMount) bool { return o.path == m.path }) {
 			once = append(once, m)
 		}
 	}

@@ -10,16 +10,18 @@ import (
 	"strings"
 
 	"go.yaml.in/yaml/v3"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 )
 
-// Settings are what the configuration of the proxy is made from, besides the API server's manifest.
+// Settings are, with the API server's manifest, the inputs of the proxy's configuration.
 type Settings struct {
 	Listen string // host:port of the proxy's listener
 	Admin  string // host:port of its metrics and health
 
-	// Certificate of the listener, which --etcd-cafile must verify, and its key.
+	// Certificate of the listener and its key. The CA in --etcd-cafile must have issued it.
 	ListenerCert, ListenerKey string
-	// ListenerClientCA verifies the API server's client certificate. "" is --etcd-cafile.
+	// ListenerClientCA verifies the API server's client certificate. "" means --etcd-cafile.
 	ListenerClientCA string
 
 	KMS KMS
@@ -53,7 +55,7 @@ type Alibaba struct {
 	Credentials AlibabaCredentials `yaml:"credentials"`
 }
 
-// AlibabaCredentials say as whom the KMS is called.
+// AlibabaCredentials are the credentials for calls of the KMS.
 type AlibabaCredentials struct {
 	Type                string `yaml:"type"`
 	AccessKeyIDFile     string `yaml:"accessKeyIDFile,omitempty"`
@@ -61,8 +63,8 @@ type AlibabaCredentials struct {
 	RoleName            string `yaml:"roleName,omitempty"`
 }
 
-// written begins every file that this package makes.
-const written = "# Written by etcd-kms-proxy kubeadm enable.\n"
+// generatedHeader is the first line of every file that this package creates.
+const generatedHeader = "# Written by etcd-kms-proxy kubeadm enable.\n"
 
 type (
 	fileListener struct {
@@ -110,12 +112,12 @@ func (s *Settings) configuration(m *Manifest, endpoints []string) ([]byte, error
 	ca, cert, key := m.Flag("etcd-cafile"), m.Flag("etcd-certfile"), m.Flag("etcd-keyfile")
 	for _, f := range []struct{ name, value string }{{"etcd-cafile", ca}, {"etcd-certfile", cert}, {"etcd-keyfile", key}} {
 		if f.value == "" {
-			return nil, unknown("has no --%s", f.name)
+			return nil, unrecognized("has no --%s", f.name)
 		}
 	}
 	for _, e := range endpoints {
 		if !strings.HasPrefix(e, "https://") {
-			return nil, unknown("has the etcd server %s, which is not https://", e)
+			return nil, unrecognized("has the etcd server %s, which is not https://", e)
 		}
 	}
 	clientCA := s.ListenerClientCA
@@ -124,19 +126,17 @@ func (s *Settings) configuration(m *Manifest, endpoints []string) ([]byte, error
 	}
 	host, _, err := net.SplitHostPort(s.Listen)
 	if err != nil {
-		return nil, &Problem{fmt.Sprintf("--listen %s is not host:port", s.Listen), "write it as in 127.0.0.1:12379"}
+		return nil, problem.New("write it as in 127.0.0.1:12379", "--listen %s is not host:port", s.Listen)
 	}
 	if _, err := verify(s.ListenerCert, ca, host, x509.ExtKeyUsageServerAuth); err != nil {
-		return nil, &Problem{"the API server would not accept the proxy's certificate: " + err.Error(),
-			"name a certificate for " + host + ", from the CA in " + ca + ", with --listener-cert and --listener-key"}
+		return nil, problem.New("use a certificate for "+host+" from the CA in "+ca+", with --listener-cert and --listener-key", "%s", "the API server would reject the proxy's certificate: "+err.Error())
 	}
 	leaf, err := verify(cert, clientCA, "", x509.ExtKeyUsageClientAuth)
 	if err != nil {
-		return nil, &Problem{"the proxy would not accept the API server's client certificate: " + err.Error(),
-			"name the CA of " + cert + " with --listener-client-ca"}
+		return nil, problem.New("set --listener-client-ca to the CA of "+cert, "%s", "the proxy would reject the API server's client certificate: "+err.Error())
 	}
 	if leaf.Subject.CommonName == "" {
-		return nil, &Problem{"the API server's client certificate " + cert + " has no common name", "give the proxy a configuration of your own with --config"}
+		return nil, problem.New("give the proxy a configuration of your own with --config", "%s", "the API server's client certificate "+cert+" has no common name")
 	}
 	prefix := m.Flag("etcd-prefix")
 	if prefix == "" {
@@ -147,7 +147,7 @@ func (s *Settings) configuration(m *Manifest, endpoints []string) ([]byte, error
 		rule.WriteWith, rule.ReadWith = "plaintext", []string{s.KMS.Name}
 	}
 	var b bytes.Buffer
-	b.WriteString(written)
+	b.WriteString(generatedHeader)
 	e := yaml.NewEncoder(&b)
 	e.SetIndent(2)
 	err = e.Encode(file{
@@ -159,8 +159,8 @@ func (s *Settings) configuration(m *Manifest, endpoints []string) ([]byte, error
 	return b.Bytes(), err
 }
 
-// verify returns the certificate in certFile if the CAs in caFile vouch for it, its use, and its name
-// host, where there is one.
+// verify returns the certificate in certFile. It fails unless a CA in caFile has issued the certificate
+// for the given use and, if host is not empty, for that name.
 func verify(certFile, caFile, host string, use x509.ExtKeyUsage) (*x509.Certificate, error) {
 	certs, err := certificates(certFile)
 	if err != nil {
@@ -185,7 +185,7 @@ func verify(certFile, caFile, host string, use x509.ExtKeyUsage) (*x509.Certific
 
 // certificates returns the certificates of a PEM file, at least one.
 func certificates(path string) ([]*x509.Certificate, error) {
-	data, err := os.ReadFile(path) //nolint:gosec // the API server's manifest or the operator names it
+	data, err := os.ReadFile(path) //nolint:gosec // a path from the API server's manifest or the operator
 	if err != nil {
 		return nil, err
 	}

@@ -19,23 +19,23 @@ import (
 const (
 	pollEvery   = 500 * time.Millisecond
 	pollTimeout = 5 * time.Second
-	// steady is how many polls in a row must find what is waited for: an API server that kubelet is
-	// about to stop is ready, too.
-	steady = 4
+	// requiredPolls is how many polls in a row must succeed: an API server that kubelet is about to stop
+	// is still ready.
+	requiredPolls = 4
 )
 
-// until polls until check has returned nil several times in a row. Otherwise its error is what did not
-// happen, with the last error of check.
-func (n *Node) until(ctx context.Context, not string, check func(context.Context) error) error {
+// poll calls check until it has returned nil several times in a row. At the timeout it returns failure
+// with the last error of check.
+func (n *Node) poll(ctx context.Context, failure string, check func(context.Context) error) error {
 	deadline, cancel := context.WithTimeout(ctx, n.Timeout)
 	defer cancel()
-	last := errors.New("nothing was seen")
+	last := errors.New("no check was made")
 	for good := 0; ; {
 		one, done := context.WithTimeout(deadline, pollTimeout)
 		err := check(one)
 		done()
 		if err == nil {
-			if good++; good == steady {
+			if good++; good == requiredPolls {
 				return nil
 			}
 		} else {
@@ -47,9 +47,9 @@ func (n *Node) until(ctx context.Context, not string, check func(context.Context
 		select {
 		case <-deadline.Done():
 			if ctx.Err() != nil {
-				return fmt.Errorf("interrupted while %s", not)
+				return fmt.Errorf("interrupted while %s", failure)
 			}
-			return fmt.Errorf("%s within %v: %w", not, n.Timeout, last)
+			return fmt.Errorf("%s within %v: %w", failure, n.Timeout, last)
 		case <-time.After(pollEvery):
 		}
 	}
@@ -57,7 +57,8 @@ func (n *Node) until(ctx context.Context, not string, check func(context.Context
 
 const maxBody = 4 << 20 // bytes; metrics are the largest
 
-// get returns the body of a GET. An answer other than 200 is an error with what it says.
+// get returns the body of the response to a GET request. A status other than 200 is an error, with the
+// failed checks in the body.
 func get(ctx context.Context, client *http.Client, url string) ([]byte, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
@@ -78,7 +79,7 @@ func get(ctx context.Context, client *http.Client, url string) ([]byte, error) {
 	return body, nil
 }
 
-// failing returns the checks of a /readyz that fail.
+// failing returns the failed checks in the body of /readyz, for an error text.
 func failing(body string) string {
 	var bad []string
 	for line := range strings.Lines(body) {
@@ -92,14 +93,14 @@ func failing(body string) string {
 	return ": " + strings.Join(bad, ", ")
 }
 
-// httpClient is a client that no environment sends elsewhere.
+// httpClient returns a client that ignores HTTP_PROXY and the like.
 func httpClient(t *tls.Config) *http.Client {
 	return &http.Client{Transport: &http.Transport{TLSClientConfig: t, DisableKeepAlives: true}}
 }
 
-// proxyReady returns why the proxy on this node is not ready, or nil. The proxy calls itself ready
-// when it serves anything; here its KMS and its rules have to be well, too. Its other checks are about
-// other proxies, and about what clients have written.
+// proxyReady returns why the proxy on this node is not ready, or nil. The proxy reports itself ready if
+// it can serve any request; here its KMS and its rules must be ready too. Its other checks are about
+// other proxies, and about stored values.
 func (n *Node) proxyReady(ctx context.Context) error {
 	body, err := get(ctx, httpClient(nil), "http://"+n.Settings.Admin+"/readyz")
 	if err != nil {
@@ -113,18 +114,18 @@ func (n *Node) proxyReady(ctx context.Context) error {
 	return nil
 }
 
-// figures are those of the proxy's metrics that matter here.
-type figures struct {
+// metrics are the proxy's metrics that this package uses.
+type metrics struct {
 	connections int
 	started     float64 // Unix time of the process, 0 if unknown
 }
 
-func (n *Node) proxyFigures(ctx context.Context) (*figures, error) {
+func (n *Node) proxyMetrics(ctx context.Context) (*metrics, error) {
 	body, err := get(ctx, httpClient(nil), "http://"+n.Settings.Admin+"/metrics")
 	if err != nil {
 		return nil, err
 	}
-	f := new(figures)
+	f := new(metrics)
 	for s := bufio.NewScanner(bytes.NewReader(body)); s.Scan(); {
 		name, value, ok := strings.Cut(s.Text(), " ")
 		v, err := strconv.ParseFloat(value, 64)
@@ -161,7 +162,7 @@ func (n *Node) apiReady(ctx context.Context, m *Manifest) error {
 	case len(leaf.IPAddresses) > 0:
 		config.ServerName = leaf.IPAddresses[0].String()
 	}
-	// Where anonymous requests are off, the API server wants to know who asks.
+	// Where anonymous requests are disabled, the API server requires a client certificate.
 	if pair, err := tls.LoadX509KeyPair(m.Flag("kubelet-client-certificate"), m.Flag("kubelet-client-key")); err == nil {
 		config.Certificates = []tls.Certificate{pair}
 	}
@@ -176,29 +177,29 @@ func (n *Node) apiReady(ctx context.Context, m *Manifest) error {
 	return err
 }
 
-// through waits until the API server is ready and uses the proxy.
-func (n *Node) through(ctx context.Context, m *Manifest) error {
-	return n.until(ctx, "the API server was not ready and connected to the proxy", func(ctx context.Context) error {
+// waitThroughProxy waits until the API server is ready and uses the proxy.
+func (n *Node) waitThroughProxy(ctx context.Context, m *Manifest) error {
+	return n.poll(ctx, "the API server was not ready and connected to the proxy", func(ctx context.Context) error {
 		if err := n.apiReady(ctx, m); err != nil {
 			return fmt.Errorf("API server: %w", err)
 		}
-		f, err := n.proxyFigures(ctx)
+		f, err := n.proxyMetrics(ctx)
 		if err != nil {
 			return fmt.Errorf("proxy: %w", err)
 		}
 		if f.connections == 0 {
-			return errors.New("nothing is connected to the proxy: kubelet has not restarted the API server yet")
+			return errors.New("no client is connected to the proxy: kubelet has not yet restarted the API server")
 		}
 		return nil
 	})
 }
 
-// past waits until the API server is ready and does not use the proxy.
-func (n *Node) past(ctx context.Context, m *Manifest) error {
-	return n.until(ctx, "the API server was not ready without the proxy", func(ctx context.Context) error {
-		// A proxy that does not answer has no connections.
-		if f, err := n.proxyFigures(ctx); err == nil && f.connections > 0 {
-			return errors.New("the API server is connected to the proxy: kubelet has not restarted it yet")
+// waitWithoutProxy waits until the API server is ready and does not use the proxy.
+func (n *Node) waitWithoutProxy(ctx context.Context, m *Manifest) error {
+	return n.poll(ctx, "the API server was not ready without the proxy", func(ctx context.Context) error {
+		// A proxy that does not respond has no connections.
+		if f, err := n.proxyMetrics(ctx); err == nil && f.connections > 0 {
+			return errors.New("the API server is still connected to the proxy: kubelet has not yet restarted it")
 		}
 		if err := n.apiReady(ctx, m); err != nil {
 			return fmt.Errorf("API server: %w", err)
@@ -207,29 +208,29 @@ func (n *Node) past(ctx context.Context, m *Manifest) error {
 	})
 }
 
-// restarted waits until the proxy is ready, and is not the process of before, whose figures are nil if
-// there was none. Where the metrics do not tell when a process was started, the proxy must have been
-// away meanwhile.
-func (n *Node) restarted(ctx context.Context, before *figures) error {
+// waitProxyRestarted waits until the proxy is ready and is another process than the one that had the
+// metrics before, which is nil if no proxy was running. If the metrics lack the start time, the proxy
+// must have been unreachable in between.
+func (n *Node) waitProxyRestarted(ctx context.Context, before *metrics) error {
 	away := before == nil
-	return n.until(ctx, "the proxy was not ready", func(ctx context.Context) error {
-		f, err := n.proxyFigures(ctx)
+	return n.poll(ctx, "the proxy was not ready", func(ctx context.Context) error {
+		f, err := n.proxyMetrics(ctx)
 		if err != nil {
 			away = true
 			return err
 		}
 		if !away && f.started == before.started {
-			return errors.New("kubelet has not restarted the proxy yet")
+			return errors.New("kubelet has not yet restarted the proxy")
 		}
 		return n.proxyReady(ctx)
 	})
 }
 
-// gone waits until no proxy answers: its ports are free then.
-func (n *Node) gone(ctx context.Context) error {
-	return n.until(ctx, "the proxy was not stopped", func(ctx context.Context) error {
-		if _, err := n.proxyFigures(ctx); err == nil {
-			return errors.New("it still answers at " + n.Settings.Admin)
+// waitProxyStopped waits until no proxy answers: its ports are free then.
+func (n *Node) waitProxyStopped(ctx context.Context) error {
+	return n.poll(ctx, "the proxy was not stopped", func(ctx context.Context) error {
+		if _, err := n.proxyMetrics(ctx); err == nil {
+			return errors.New("it still responds at " + n.Settings.Admin)
 		}
 		return nil
 	})

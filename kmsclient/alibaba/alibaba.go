@@ -77,6 +77,10 @@ type Backend struct {
 var (
 	_ kmsclient.Service          = (*Backend)(nil)
 	_ kmsclient.DataKeyGenerator = (*Backend)(nil)
+	_ kmsclient.Describer        = (*Backend)(nil)
+	_ kmsclient.KeyIDParser      = (*Backend)(nil)
+	_ kmsclient.SessionHolder    = (*Backend)(nil)
+	_ kmsclient.FileChecker      = (*Backend)(nil)
 )
 
 // warmEndpointMap makes the SDK fill its lazy global map, which it does without a lock, before there is concurrency.
@@ -197,7 +201,7 @@ func (b *Backend) GenerateDataKey(ctx context.Context, _ string) (*kmsclient.Dat
 func (b *Backend) Encrypt(ctx context.Context, _ string, data []byte) (*service.EncryptResponse, error) {
 	const op = "Encrypt"
 	if len(data) == 0 || len(data) > maxPlaintext {
-		return nil, &kmsclient.Error{Op: op, Class: kmsclient.ClassInvalid, KeyID: b.keyID, Detail: "the plaintext is not 1 to 6144 bytes long"}
+		return nil, &kmsclient.Error{Op: op, Reason: kmsclient.Invalid, KeyID: b.keyID, Detail: "the plaintext is not 1 to 6144 bytes long"}
 	}
 	resp := kms.CreateEncryptResponse()
 	err := b.call(ctx, op, func(c *kms.Client) error {
@@ -231,10 +235,10 @@ func (b *Backend) Decrypt(ctx context.Context, _ string, req *service.DecryptReq
 	const op = "Decrypt"
 	id, version, ok := strings.Cut(req.KeyID, "/")
 	if !ok || !keyIDPattern.MatchString(id) || !keyIDPattern.MatchString(version) {
-		return nil, &kmsclient.Error{Op: op, Class: kmsclient.ClassInvalid, Detail: "the key ID is not <key id>/<key version id>"}
+		return nil, &kmsclient.Error{Op: op, Reason: kmsclient.Invalid, Detail: "the key ID is not <key id>/<key version id>"}
 	}
 	if !isBlob(string(req.Ciphertext), maxCiphertext) {
-		return nil, &kmsclient.Error{Op: op, Class: kmsclient.ClassInvalid, KeyID: req.KeyID, Detail: "the ciphertext is empty, too long or not text"}
+		return nil, &kmsclient.Error{Op: op, Reason: kmsclient.Invalid, KeyID: req.KeyID, Detail: "the ciphertext is empty, too long or not text"}
 	}
 	var resp *kms.DecryptResponse
 	err := b.call(ctx, op, func(c *kms.Client) (err error) {
@@ -274,7 +278,7 @@ func (b *Backend) answeredKey(op, requestID, id, version string) (string, error)
 
 // KeyOf returns the id of the key in a key ID of stored values, <key id>/<key version id>, or in a configured one that holds it. All versions of a
 // key are disabled and deleted as one.
-func KeyOf(keyID string) string {
+func (*Backend) KeyOf(keyID string) string {
 	if strings.HasPrefix(keyID, "acs:kms:") {
 		return realID(keyID)
 	}

@@ -128,7 +128,7 @@ func TestEncryptionContextBinds(t *testing.T) {
 	}
 	for _, other := range []map[string]string{nil, {"cluster": "c1"}, {"cluster": "c2", "env": "prod"}} {
 		_, err := with(other).Decrypt(t.Context(), "", req)
-		if e := asError(t, err); e.Class != kmsclient.ClassInvalid || e.KeyID != key.KeyID {
+		if e := asError(t, err); e.Class() != kmsclient.ClassInvalid || e.KeyID != key.KeyID {
 			t.Errorf("context %v: %+v", other, e)
 		}
 	}
@@ -147,7 +147,7 @@ func TestArgumentsThatNeverReachTheKMS(t *testing.T) {
 		"key ID, no version": func() error { return decryptError(t, b, blob, "a") },
 		"key ID of others":   func() error { return decryptError(t, b, blob, "a/b/c") },
 	} {
-		if e := asError(t, call()); e.Class != kmsclient.ClassInvalid {
+		if e := asError(t, call()); e.Class() != kmsclient.ClassInvalid {
 			t.Errorf("%s: %+v", name, e)
 		}
 	}
@@ -172,7 +172,7 @@ func TestTamperedCiphertext(t *testing.T) {
 		damaged := bytes.Clone(key.Ciphertext)
 		damaged[i] = map[bool]byte{true: 'B', false: 'A'}[damaged[i] == 'A']
 		e := asError(t, decryptError(t, b, damaged, key.KeyID))
-		if e.Class != kmsclient.ClassInvalid && e.Class != kmsclient.ClassKeyUnusable {
+		if e.Class() != kmsclient.ClassInvalid && e.Class() != kmsclient.ClassKeyUnusable {
 			t.Errorf("byte %d: %+v", i, e)
 		}
 	}

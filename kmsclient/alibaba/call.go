@@ -98,7 +98,7 @@ func (r *remote) withClient(cred credential, t *callTransport, do func(*kms.Clie
 // credentialFailure is the error for a call that has no credentials to sign with: that of the service that should have given them, or of the
 // context that ended while it was waited for.
 func (b *Backend) credentialFailure(ctx context.Context, op string, err error) error {
-	e := &kmsclient.Error{Class: kmsclient.ClassUnavailable}
+	e := &kmsclient.Error{Reason: kmsclient.Unreachable}
 	if known := (*kmsclient.Error)(nil); errors.As(err, &known) {
 		copied := *known // others get the same one
 		e = &copied

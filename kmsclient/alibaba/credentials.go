@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/aliyun/alibaba-cloud-sdk-go/sdk/auth/credentials"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 )
 
 // The types of [Credentials].
@@ -122,7 +124,7 @@ type credentialSource interface {
 func newCredentialSource(c Credentials, region string, logger *slog.Logger) (credentialSource, error) {
 	source, err := chooseSource(c, region, logger)
 	if err != nil {
-		return nil, fmt.Errorf("credentials: %w", err)
+		return nil, problem.In("credentials", "", err)
 	}
 	return source, nil
 }

@@ -78,7 +78,7 @@ func (m *instanceSource) fetch(ctx context.Context) (session, error) {
 		}
 		role, _, _ = strings.Cut(strings.TrimSpace(string(list)), "\n")
 		if role = strings.TrimSpace(role); !roleNamePattern.MatchString(role) {
-			return session{}, m.fault(kmsclient.ClassContract, http.StatusOK, "what it names as the instance's role is no name of one")
+			return session{}, m.fault(kmsclient.BrokenContract, http.StatusOK, "what it names as the instance's role is no name of one")
 		}
 	}
 	body, err := m.get(ctx, role, token)
@@ -93,16 +93,16 @@ func (m *instanceSource) fetch(ctx context.Context) (session, error) {
 		Expiration string `json:"Expiration"`
 	}
 	if err := json.Unmarshal(body, &answer); err != nil {
-		return session{}, m.fault(kmsclient.ClassContract, http.StatusOK, "the answer is not JSON of the expected form")
+		return session{}, m.fault(kmsclient.BrokenContract, http.StatusOK, "the answer is not JSON of the expected form")
 	}
 	if answer.Code != "Success" {
-		e := m.fault(kmsclient.ClassUnavailable, http.StatusOK, "it does not give the role's credentials now")
+		e := m.fault(kmsclient.Unreachable, http.StatusOK, "it does not give the role's credentials now")
 		e.Code = safeCode(answer.Code)
 		return session{}, e
 	}
 	s, err := newSession("ecs_ram_role", answer.ID, answer.Secret, answer.Token, answer.Expiration)
 	if err != nil {
-		return session{}, m.fault(kmsclient.ClassContract, http.StatusOK, err.Error())
+		return session{}, m.fault(kmsclient.BrokenContract, http.StatusOK, err.Error())
 	}
 	return s, nil
 }
@@ -115,11 +115,11 @@ func (m *instanceSource) token(ctx context.Context) (string, error) {
 	case err != nil:
 		return "", err
 	case status >= 500 || status == http.StatusTooManyRequests:
-		return "", m.fault(kmsclient.ClassUnavailable, status, "it gave no token")
+		return "", m.fault(kmsclient.Unreachable, status, "it gave no token")
 	case status != http.StatusOK:
-		return "", m.fault(kmsclient.ClassDenied, status, "it gave no token: this is no ECS instance and something else answers, or one with the older protocol only, which "+metadataVersion)
+		return "", m.fault(kmsclient.Denied, status, "it gave no token: this is no ECS instance and something else answers, or one with the older protocol only, which "+metadataVersion)
 	case token == "" || len(token) > maxTokenOfV2 || !isVisible(token):
-		return "", m.fault(kmsclient.ClassContract, status, "what it gave as a token is none")
+		return "", m.fault(kmsclient.BrokenContract, status, "what it gave as a token is none")
 	}
 	return token, nil
 }
@@ -144,11 +144,11 @@ func (m *instanceSource) get(ctx context.Context, role, token string) ([]byte, e
 		if token == "" { // nothing has shown that it is one
 			detail += ", or this is no ECS instance and something else answers"
 		}
-		return nil, m.fault(kmsclient.ClassDenied, status, detail)
+		return nil, m.fault(kmsclient.Denied, status, detail)
 	case status == http.StatusUnauthorized || status == http.StatusForbidden:
-		return nil, m.fault(kmsclient.ClassDenied, status, "it refuses to give the role's credentials")
+		return nil, m.fault(kmsclient.Denied, status, "it refuses to give the role's credentials")
 	}
-	return nil, m.fault(kmsclient.ClassUnavailable, status, "it does not give the role's credentials now")
+	return nil, m.fault(kmsclient.Unreachable, status, "it does not give the role's credentials now")
 }
 
 // do makes one request. It goes past http.Client, which follows redirects.
@@ -157,7 +157,7 @@ func (m *instanceSource) do(ctx context.Context, method, path, header, value str
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, method, m.url+path, nil)
 	if err != nil {
-		return 0, nil, m.fault(kmsclient.ClassDenied, 0, "its address is not a URL")
+		return 0, nil, m.fault(kmsclient.Denied, 0, "its address is not a URL")
 	}
 	if header != "" {
 		req.Header.Set(header, value)
@@ -173,7 +173,7 @@ func (m *instanceSource) do(ctx context.Context, method, path, header, value str
 	case err != nil:
 		return 0, nil, m.unreachable(ctx, method)
 	case len(body) > maxMetadata:
-		return 0, nil, m.fault(kmsclient.ClassContract, resp.StatusCode, "the answer is larger than 64 KiB")
+		return 0, nil, m.fault(kmsclient.BrokenContract, resp.StatusCode, "the answer is larger than 64 KiB")
 	}
 	return resp.StatusCode, body, nil
 }
@@ -186,11 +186,11 @@ func (m *instanceSource) unreachable(ctx context.Context, method string) error {
 			detail += ": in a container, the instance's limit of hops for metadata answers must be at least 2"
 		}
 	}
-	return m.fault(kmsclient.ClassUnavailable, 0, detail)
+	return m.fault(kmsclient.Unreachable, 0, detail)
 }
 
-func (m *instanceSource) fault(class kmsclient.Class, status int, detail string) *kmsclient.Error {
+func (m *instanceSource) fault(reason kmsclient.Reason, status int, detail string) *kmsclient.Error {
 	return &kmsclient.Error{
-		Op: opOfMetadata, Class: class, HTTPStatus: status, Detail: "the metadata server at " + m.url + ": " + detail,
+		Op: opOfMetadata, Reason: reason, HTTPStatus: status, Detail: "the metadata server at " + m.url + ": " + detail,
 	}
 }

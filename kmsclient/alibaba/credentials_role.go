@@ -20,6 +20,7 @@ import (
 	"github.com/aliyun/alibaba-cloud-sdk-go/sdk/requests"
 	"github.com/aliyun/alibaba-cloud-sdk-go/services/kms"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
@@ -45,7 +46,7 @@ type roleSource struct {
 
 func newRoleSource(c Credentials, region string, logger *slog.Logger) (*sessionSource, error) {
 	var problems []error
-	problem := func(format string, args ...any) { problems = append(problems, fmt.Errorf(format, args...)) }
+	report := func(format string, args ...any) { problems = append(problems, fmt.Errorf(format, args...)) }
 
 	duration := cmp.Or(c.Duration, sessionDuration)
 	r := &roleSource{
@@ -60,20 +61,20 @@ func newRoleSource(c Credentials, region string, logger *slog.Logger) (*sessionS
 		r.parameters["Policy"] = c.Policy
 	}
 	if !rolePattern.MatchString(r.parameters["RoleArn"]) {
-		problem("roleARN (or ALIBABA_CLOUD_ROLE_ARN) %q is not acs:ram::<account>:role/<name>", r.parameters["RoleArn"])
+		report("roleARN (or ALIBABA_CLOUD_ROLE_ARN) %q is not acs:ram::<account>:role/<name>", r.parameters["RoleArn"])
 	}
 	if !sessionNamePattern.MatchString(r.parameters["RoleSessionName"]) {
-		problem("sessionName %q is not 2 to 64 letters, digits, . @ _ and -", c.SessionName)
+		report("sessionName %q is not 2 to 64 letters, digits, . @ _ and -", c.SessionName)
 	}
 	if duration < 15*time.Minute || duration > 12*time.Hour || duration%time.Second != 0 {
-		problem("duration %v is not whole seconds from 15m to 12h", duration)
+		report("duration %v is not whole seconds from 15m to 12h", duration)
 	}
 	if len(c.Policy) > maxPolicy || c.Policy != "" && !json.Valid([]byte(c.Policy)) {
-		problem("policy is not JSON of at most %d characters", maxPolicy)
+		report("policy is not JSON of at most %d characters", maxPolicy)
 	}
 	if c.STSEndpoint != "" {
 		if err := checkEndpoint(c.STSEndpoint); err != nil {
-			problem("sts %w", err)
+			report("sts %w", err)
 		}
 	}
 	var err error
@@ -86,7 +87,7 @@ func newRoleSource(c Credentials, region string, logger *slog.Logger) (*sessionS
 	}
 	problems = append(problems, err)
 	if r.sts.pool, err = newPool(c.STSCAFile, logger); err != nil {
-		problem("sts %w", err)
+		report("sts %w", err)
 	}
 	if err := errors.Join(problems...); err != nil {
 		return nil, err
@@ -117,7 +118,7 @@ func (r *roleSource) oidc(c Credentials) error {
 		return fmt.Errorf("oidcProviderARN (or ALIBABA_CLOUD_OIDC_PROVIDER_ARN) %q is not acs:ram::<account>:oidc-provider/<name>", provider)
 	}
 	if r.token.file == "" {
-		return &missingError{"OIDC token", "name oidcTokenFile, or set ALIBABA_CLOUD_OIDC_TOKEN_FILE"}
+		return problem.New("name oidcTokenFile, or set ALIBABA_CLOUD_OIDC_TOKEN_FILE", "no OIDC token")
 	}
 	_, err := r.token.read()
 	return err
@@ -219,7 +220,7 @@ func (r *roleSource) session(op, source string, body []byte) (session, error) {
 	}
 	if err := json.Unmarshal(body, &answer); err != nil {
 		detail := r.at(op) + "the answer is not JSON of the expected form: something other than STS may have given it"
-		return session{}, &kmsclient.Error{Op: op, Class: kmsclient.ClassUnavailable, HTTPStatus: http.StatusOK, Detail: detail}
+		return session{}, &kmsclient.Error{Op: op, Reason: kmsclient.Unreachable, HTTPStatus: http.StatusOK, Detail: detail}
 	}
 	c := answer.Credentials
 	s, err := newSession(source, c.ID, c.Secret, c.Token, c.Expiration)
@@ -233,14 +234,14 @@ func (r *roleSource) at(op string) string { return op + " at " + r.sts.endpoint 
 
 // denied is the error for what a file lacks.
 func (r *roleSource) denied(op string, err error) error {
-	return &kmsclient.Error{Op: op, Class: kmsclient.ClassDenied, Detail: r.at(op) + err.Error()}
+	return &kmsclient.Error{Op: op, Reason: kmsclient.Denied, Detail: r.at(op) + err.Error()}
 }
 
 // explained turns a failure of STS into one that says what it means for the caller of the KMS: whatever STS refuses, an operator has to act.
 func (r *roleSource) explained(ctx context.Context, f *failure) error {
 	e := f.err
-	if e.Class == kmsclient.ClassInvalid || e.Class == kmsclient.ClassKeyUnusable || e.Class == kmsclient.ClassContract && e.Code != "" {
-		e.Class = kmsclient.ClassDenied
+	if c := e.Class(); c == kmsclient.ClassInvalid || c == kmsclient.ClassKeyUnusable || c == kmsclient.ClassContract && e.Code != "" {
+		e.Reason = kmsclient.Denied
 	}
 	switch family, rest, _ := strings.Cut(e.Code, "."); {
 	case family == "NoPermission":
@@ -255,7 +256,7 @@ func (r *roleSource) explained(ctx context.Context, f *failure) error {
 		e.Detail = "STS does not accept a parameter: see duration, sessionName and policy" + f.said
 	case e.Code == "" && errors.Is(ctx.Err(), context.DeadlineExceeded):
 		e.Detail = "STS did not answer in time"
-	case e.Detail == "" && e.Class == kmsclient.ClassUnavailable:
+	case e.Detail == "" && e.Class() == kmsclient.ClassUnavailable:
 		e.Detail = "STS throttles the call or fails"
 	case e.Detail == "":
 		e.Detail = "STS refuses it"

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 )
 
 // maxCredentialFile limits the bytes of a credential file. Security tokens have about one KiB, tokens of OpenID Connect at most 20,000 bytes.
@@ -103,7 +105,7 @@ func (p part) read() (string, error) {
 	if p.file == "" {
 		value := strings.TrimSpace(os.Getenv(p.variable))
 		if value == "" {
-			return "", &missingError{p.name, "name a file, or set " + p.variable}
+			return "", problem.New("name a file, or set "+p.variable, "no %s", p.name)
 		}
 		return p.check(value, "$"+p.variable)
 	}
@@ -121,14 +123,6 @@ func (p part) read() (string, error) {
 	}
 	return p.check(strings.TrimSpace(string(text)), p.file)
 }
-
-// missingError is of a part that is nowhere.
-type missingError struct{ name, advice string }
-
-func (e *missingError) Error() string { return "no " + e.name + ": " + e.advice }
-
-// Advice is what to do; the text ends with it.
-func (e *missingError) Advice() string { return e.advice }
 
 // check refuses what cannot be a credential, without quoting it.
 func (p part) check(value, from string) (string, error) {

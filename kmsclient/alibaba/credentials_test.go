@@ -26,7 +26,7 @@ func TestCredentialsFromFiles(t *testing.T) {
 	d.SetAccessKey(kmsdouble.AccessKey{ID: "LTAInew", Secret: "secretnew"})
 	d.RemoveAccessKey(kmsdouble.DefaultAccessKeyID)
 	_, err := b.GenerateDataKey(t.Context(), "")
-	if e := asError(t, err); e.Class != kmsclient.ClassDenied || e.Code != "InvalidAccessKeyId.NotFound" {
+	if e := asError(t, err); e.Class() != kmsclient.ClassDenied || e.Code != "InvalidAccessKeyId.NotFound" {
 		t.Errorf("%+v", e)
 	}
 	if n := d.Calls("GenerateDataKey"); n != 2 {
@@ -84,7 +84,7 @@ func TestCredentialsReplacedDuringACall(t *testing.T) {
 				if err != nil {
 					t.Error(err)
 				}
-			} else if e := asError(t, err); e.Class != kmsclient.ClassDenied || e.Code != second[0].Code {
+			} else if e := asError(t, err); e.Class() != kmsclient.ClassDenied || e.Code != second[0].Code {
 				t.Errorf("%+v", e)
 			}
 			if n := d.Calls("GenerateDataKey"); n != 2 {
@@ -119,7 +119,7 @@ func TestSTSToken(t *testing.T) {
 	} {
 		d.SetAccessKey(tc.key)
 		_, err := b.GenerateDataKey(t.Context(), "")
-		if e := asError(t, err); e.Class != kmsclient.ClassDenied || e.Code != tc.code {
+		if e := asError(t, err); e.Class() != kmsclient.ClassDenied || e.Code != tc.code {
 			t.Errorf("%s: %+v", name, e)
 		}
 	}
@@ -135,7 +135,7 @@ func TestClockSkew(t *testing.T) {
 			}
 			continue
 		}
-		if e := asError(t, err); e.Class != kmsclient.ClassDenied || !strings.Contains(e.Detail, "clocks") {
+		if e := asError(t, err); e.Class() != kmsclient.ClassDenied || !strings.Contains(e.Detail, "clocks") {
 			t.Errorf("%v: %+v", skew, e)
 		}
 	}

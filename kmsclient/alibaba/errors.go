@@ -28,7 +28,7 @@ type failure struct {
 // withContext returns the failure's error, which also wraps the context's if that has ended.
 func (f *failure) withContext(ctx context.Context) error {
 	cause := ctx.Err()
-	if cause == nil || f.err.Class != kmsclient.ClassUnavailable || f.err.Code != "" {
+	if cause == nil || f.err.Class() != kmsclient.ClassUnavailable || f.err.Code != "" {
 		return f.err
 	}
 	f.err.Detail = "the call was cancelled"
@@ -53,7 +53,7 @@ func (e *contextError) Unwrap() []error { return []error{e.kms, e.cause} }
 // contractError is the error for an answer that says success and does not hold what it must.
 func contractError(op, requestID, keyID, detail string) *kmsclient.Error {
 	return &kmsclient.Error{
-		Op: op, Class: kmsclient.ClassContract, HTTPStatus: http.StatusOK, RequestID: safeRequestID(requestID), KeyID: keyID, Detail: detail,
+		Op: op, Reason: kmsclient.BrokenContract, HTTPStatus: http.StatusOK, RequestID: safeRequestID(requestID), KeyID: keyID, Detail: detail,
 	}
 }
 
@@ -63,7 +63,7 @@ func (r *remote) panicked(op string, t *callTransport) *failure {
 		Op: op, KeyID: r.keyID, HTTPStatus: int(t.status.Load()),
 		Detail: "the Alibaba Cloud SDK could not parse the answer",
 	}
-	e.Class = classOfStatus(e.HTTPStatus)
+	e.Reason = reasonOfStatus(e.HTTPStatus)
 	return &failure{err: e}
 }
 
@@ -74,10 +74,10 @@ func (r *remote) failed(op string, cred credential, t *callTransport, err error)
 	f := &failure{err: e}
 	var server *sdkerrors.ServerError
 	if !errors.As(err, &server) {
-		e.Class, e.Detail = kmsclient.ClassUnavailable, r.explain(err)
+		e.Detail = r.explain(err)
 		switch {
 		case errors.Is(err, errTooLarge):
-			e.Class = kmsclient.ClassContract
+			e.Reason = kmsclient.BrokenContract
 		case isNotJSON(err):
 			e.Detail = "the answer is not JSON: something other than " + r.name + " gave it"
 		case e.HTTPStatus == 0:
@@ -89,20 +89,19 @@ func (r *remote) failed(op string, cred credential, t *callTransport, err error)
 	e.RequestID = cred.scrub(safeRequestID(server.RequestId()))
 	e.Code = cred.scrub(safeCode(server.ErrorCode()))
 	if server.ErrorCode() == "" {
-		e.Class, e.Detail = classOfStatus(e.HTTPStatus), "the answer has no error code: something other than "+r.name+" may have given it"
+		e.Reason, e.Detail = reasonOfStatus(e.HTTPStatus), "the answer has no error code: something other than "+r.name+" may have given it"
 		return f
 	}
-	e.Class, e.Detail = classOfCode(server.ErrorCode(), e.HTTPStatus)
-	e.Missing = server.ErrorCode() == "Forbidden.KeyNotFound"
+	e.Reason, e.Detail = reasonOfCode(server.ErrorCode(), e.HTTPStatus)
 	if r.aliasLeadsNowhere(op, server.ErrorCode()) {
-		e.Alias, e.Missing, e.Detail = true, false, "the alias leads to no key: nothing is sealed until it does"
+		e.Reason, e.Detail = kmsclient.AliasNotFound, "the alias leads to no key: nothing is sealed until it does"
 	}
-	if e.Class != kmsclient.ClassUnavailable {
+	if e.Reason != kmsclient.Unreachable {
 		f.said = cred.scrub(r.say(server.Message()))
 		e.Detail = strings.TrimPrefix(e.Detail+f.said, "; ")
+	} else if e.HTTPStatus == http.StatusConflict {
+		e.Reason = kmsclient.Failing // the state of one key, or of the call
 	}
-	e.Gone = isGone(server.ErrorCode())
-	e.Answered = e.Class == kmsclient.ClassUnavailable && e.HTTPStatus == http.StatusConflict // the state of one key, or of the call
 	f.rejected = isRejection(server.ErrorCode())
 	return f
 }
@@ -142,82 +141,75 @@ func isNotJSON(err error) bool {
 	return errors.As(err, &client) && client.ErrorCode() == sdkerrors.JsonUnmarshalErrorCode
 }
 
-// classOfStatus is for answers without one of the vendor's codes, which the KMS itself may never have seen. It never says that a key or
+// reasonOfStatus is for answers without one of the vendor's codes, which the KMS itself may never have seen. It never says that a key or
 // a ciphertext is bad: only the KMS can know.
-func classOfStatus(status int) kmsclient.Class {
+func reasonOfStatus(status int) kmsclient.Reason {
 	switch status {
 	case http.StatusUnauthorized, http.StatusForbidden, http.StatusProxyAuthRequired:
-		return kmsclient.ClassDenied
+		return kmsclient.Denied
 	case http.StatusRequestTimeout, http.StatusTooManyRequests, 0:
-		return kmsclient.ClassUnavailable
+		return kmsclient.Unreachable
 	}
 	if status >= 500 {
-		return kmsclient.ClassUnavailable
+		return kmsclient.Unreachable
 	}
-	return kmsclient.ClassContract
+	return kmsclient.BrokenContract
 }
 
-// classOfCode says what one of the vendor's codes means, with a hint where there is one: the codes of the product Kms and those of
+// reasonOfCode says what one of the vendor's codes means, with a hint where there is one: the codes of the product Kms and those of
 // the gateway before it. Only a code that is known to be about what was sent says that a ciphertext is damaged: a value is given up for that.
 // What is not known here is judged by its status, and says nothing of the value.
-func classOfCode(code string, status int) (kmsclient.Class, string) {
+func reasonOfCode(code string, status int) (kmsclient.Reason, string) {
 	switch code {
 	case "Rejected.Throttling", "ServiceUnavailableTemporary", "ServiceUnavailable", "InternalFailure", "SignatureNonceUsed":
-		return kmsclient.ClassUnavailable, ""
+		return kmsclient.Unreachable, ""
 	case "Rejected.Unavailable":
-		return kmsclient.ClassUnavailable, "the KMS says that the key is temporarily unavailable"
+		return kmsclient.Unreachable, "the KMS says that the key is temporarily unavailable"
 	case "Rejected.Disabled":
-		return kmsclient.ClassKeyUnusable, "the key is disabled"
+		return kmsclient.KeyDisabled, "the key is disabled"
 	case "Rejected.PendingDeletion":
-		return kmsclient.ClassKeyUnusable, "the key is scheduled for deletion"
+		return kmsclient.KeyGone, "the key is scheduled for deletion"
 	case "Rejected.PendingImport":
-		return kmsclient.ClassKeyUnusable, "the key waits for its material to be imported"
-	case "Forbidden.KeyNotFound", "Forbidden.AliasNotFound":
-		return kmsclient.ClassKeyUnusable, "the KMS does not know the key"
+		return kmsclient.KeyGone, "the key waits for its material to be imported"
+	case "Forbidden.KeyNotFound":
+		return kmsclient.KeyNotFound, "the KMS does not know the key"
+	case "Forbidden.AliasNotFound":
+		return kmsclient.KeyGone, "the KMS does not know the key"
 	case "IncompleteSignature", "SignatureDoesNotMatch":
-		return kmsclient.ClassDenied, "the signature was refused: the access key secret is probably wrong"
+		return kmsclient.Denied, "the signature was refused: the access key secret is probably wrong"
 	case "IllegalTimestamp", "RequestTimeTooSkewed":
-		return kmsclient.ClassDenied, clockHint
+		return kmsclient.Denied, clockHint
 	case "Forbidden.NoPermission":
-		return kmsclient.ClassDenied, "the caller lacks the permission for this operation on this key"
+		return kmsclient.Denied, "the caller lacks the permission for this operation on this key"
 	}
 	switch family, _, _ := strings.Cut(code, "."); family {
 	case "Throttling":
-		return kmsclient.ClassUnavailable, ""
+		return kmsclient.Unreachable, ""
 	case "InvalidTimeStamp":
-		return kmsclient.ClassDenied, clockHint
+		return kmsclient.Denied, clockHint
 	case "InvalidAccessKeyId":
-		return kmsclient.ClassDenied, "the access key is not known or not active"
+		return kmsclient.Denied, "the access key is not known or not active"
 	case "InvalidSecurityToken", "MissingSecurityToken":
-		return kmsclient.ClassDenied, "the security token is missing, wrong or expired"
+		return kmsclient.Denied, "the security token is missing, wrong or expired"
 	case "Forbidden":
-		return kmsclient.ClassDenied, ""
+		return kmsclient.Denied, ""
 	}
 	switch {
 	case status >= 500, status == http.StatusTooManyRequests, status == http.StatusRequestTimeout:
-		return kmsclient.ClassUnavailable, ""
+		return kmsclient.Unreachable, ""
 	case status == http.StatusUnauthorized, status == http.StatusForbidden:
-		return kmsclient.ClassDenied, ""
+		return kmsclient.Denied, ""
 	case strings.HasPrefix(code, "InvalidParameter"), strings.HasPrefix(code, "InvalidCiphertext"):
-		return kmsclient.ClassInvalid, ""
+		return kmsclient.Invalid, ""
 	case status == http.StatusConflict: // the state of something, which changes
-		return kmsclient.ClassUnavailable, ""
+		return kmsclient.Unreachable, ""
 	}
-	return kmsclient.ClassContract, ""
+	return kmsclient.BrokenContract, ""
 }
 
 // aliasLeadsNowhere reports whether a code is about the configured name and not about a key. Decrypt names no key: there it is about the value's.
 func (r *remote) aliasLeadsNowhere(op, code string) bool {
 	return (code == "Forbidden.AliasNotFound" || code == "Forbidden.KeyNotFound") && op != "Decrypt" && r.keyID != "" && realID(r.keyID) == ""
-}
-
-// isGone reports whether a code says that the key is lost, or will be. Rejected.Disabled is none of them: who disables a key means to stop its use.
-func isGone(code string) bool {
-	switch code {
-	case "Rejected.PendingDeletion", "Rejected.PendingImport", "Forbidden.KeyNotFound", "Forbidden.AliasNotFound":
-		return true
-	}
-	return false
 }
 
 const clockHint = "the clocks differ by more than 15 minutes"

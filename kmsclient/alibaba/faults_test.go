@@ -95,7 +95,7 @@ func TestFaults(t *testing.T) {
 				err := call(t.Context())
 				e := asError(t, err)
 				answered := tc.class == kmsclient.ClassUnavailable && tc.fault.Status == http.StatusConflict
-				if e.Class != tc.class || e.Answered != answered || e.Code != tc.code || e.Op != op || !strings.Contains(e.KeyID, kmsdouble.DefaultKeyID) {
+				if e.Class() != tc.class || (e.Reason == kmsclient.Failing) != answered || e.Code != tc.code || e.Op != op || !strings.Contains(e.KeyID, kmsdouble.DefaultKeyID) {
 					t.Errorf("got %+v", e)
 				}
 				texts := allTexts(err)

@@ -90,7 +90,7 @@ func TestMetadataV1(t *testing.T) {
 				return
 			}
 			e := asError(t, err)
-			if e.Class != kmsclient.ClassDenied || !strings.Contains(e.Detail, "allowMetadataV1") || e.HTTPStatus != http.StatusNotFound {
+			if e.Class() != kmsclient.ClassDenied || !strings.Contains(e.Detail, "allowMetadataV1") || e.HTTPStatus != http.StatusNotFound {
 				t.Errorf("%v", err)
 			}
 			if n := m.Calls("GET role") + m.Calls("GET credentials"); n != 0 {
@@ -105,7 +105,7 @@ func TestNoInstance(t *testing.T) {
 	_, m, b := newInstanceWorld(t, kmsdouble.MetadataConfig{}, func(c *Config) { c.Credentials.AllowMetadataV1 = true })
 	m.SetFault(http.NotFound)
 	_, err := b.GenerateDataKey(t.Context(), "")
-	if e := asError(t, err); e.Class != kmsclient.ClassDenied || !strings.Contains(e.Detail, "no RAM role, or this is no ECS instance") {
+	if e := asError(t, err); e.Class() != kmsclient.ClassDenied || !strings.Contains(e.Detail, "no RAM role, or this is no ECS instance") {
 		t.Errorf("%v", err)
 	}
 }
@@ -165,7 +165,7 @@ func TestMetadataFaults(t *testing.T) {
 			_, m, b := newInstanceWorld(t, kmsdouble.MetadataConfig{}, func(c *Config) { c.Credentials.RoleName = "role" })
 			m.SetFault(tc.fault)
 			_, err := b.GenerateDataKey(t.Context(), "")
-			if e := asError(t, err); e.Class != tc.class || !strings.Contains(e.Detail, tc.detail) || name != "ended" && !strings.Contains(e.Detail, m.URL()) {
+			if e := asError(t, err); e.Class() != tc.class || !strings.Contains(e.Detail, tc.detail) || name != "ended" && !strings.Contains(e.Detail, m.URL()) {
 				t.Errorf("%v, want %v with %q", err, tc.class, tc.detail)
 			}
 			checkNoCanary(t, "error", allTexts(err))
@@ -175,7 +175,7 @@ func TestMetadataFaults(t *testing.T) {
 		_, m, b := newInstanceWorld(t, kmsdouble.MetadataConfig{}, nil)
 		m.SetFault(after(text(200, "../CANARY\n")))
 		_, err := b.GenerateDataKey(t.Context(), "")
-		if e := asError(t, err); e.Class != contract || !strings.Contains(e.Detail, "no name of one") {
+		if e := asError(t, err); e.Class() != contract || !strings.Contains(e.Detail, "no name of one") {
 			t.Error(err)
 		}
 		checkNoCanary(t, "error", allTexts(err))
@@ -184,7 +184,7 @@ func TestMetadataFaults(t *testing.T) {
 		_, m, b := newInstanceWorld(t, kmsdouble.MetadataConfig{Plain: true}, nil)
 		_ = m.Close()
 		_, err := b.GenerateDataKey(t.Context(), "")
-		if e := asError(t, err); e.Class != unavailable || !strings.Contains(e.Detail, "this is no ECS instance") {
+		if e := asError(t, err); e.Class() != unavailable || !strings.Contains(e.Detail, "this is no ECS instance") {
 			t.Error(err)
 		}
 	})

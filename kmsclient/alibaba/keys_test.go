@@ -29,7 +29,7 @@ func TestRotationIsSeenAndOldVersionsOpen(t *testing.T) {
 	}
 	// A value that claims to be of another version than it is.
 	_, err = b.Decrypt(t.Context(), "", &service.DecryptRequest{Ciphertext: before.Ciphertext, KeyID: want})
-	if e := asError(t, err); e.Class != kmsclient.ClassContract || e.KeyID != want {
+	if e := asError(t, err); e.Class() != kmsclient.ClassContract || e.KeyID != want {
 		t.Errorf("forged version: %+v", e)
 	}
 }
@@ -65,7 +65,7 @@ func TestKeyStates(t *testing.T) {
 			d.SetState(kmsdouble.DefaultKeyID, state)
 			for op, err := range allOperations(t, b, key) {
 				e := asError(t, err)
-				if e.Class != kmsclient.ClassKeyUnusable || e.Gone == (state == kmsdouble.Disabled) || e.Code != code || e.Op != op || e.RequestID == "" || !strings.HasPrefix(e.KeyID, kmsdouble.DefaultKeyID) {
+				if e.Class() != kmsclient.ClassKeyUnusable || e.Reason.Gone() == (state == kmsdouble.Disabled) || e.Code != code || e.Op != op || e.RequestID == "" || !strings.HasPrefix(e.KeyID, kmsdouble.DefaultKeyID) {
 					t.Errorf("%s: %+v", op, e)
 				}
 			}
@@ -92,7 +92,7 @@ func TestKeyStates(t *testing.T) {
 		}
 		d.RemoveKey(kmsdouble.DefaultKeyID)
 		for op, err := range allOperations(t, b, key) {
-			if e := asError(t, err); e.Class != kmsclient.ClassKeyUnusable || !e.Gone || e.Code != "Forbidden.KeyNotFound" {
+			if e := asError(t, err); e.Reason != kmsclient.KeyNotFound || e.Code != "Forbidden.KeyNotFound" {
 				t.Errorf("%s: %+v", op, e)
 			}
 		}
@@ -132,7 +132,11 @@ func TestAliasLeadsNowhere(t *testing.T) {
 						continue
 					}
 					alias := keyID != kmsdouble.DefaultKeyID && op != "Decrypt"
-					if e := asError(t, err); e.Class != kmsclient.ClassKeyUnusable || !e.Gone || e.Alias != alias || e.Missing == alias || alias != strings.Contains(e.Detail, "alias") {
+					want := kmsclient.KeyNotFound
+					if alias {
+						want = kmsclient.AliasNotFound
+					}
+					if e := asError(t, err); e.Reason != want || alias != strings.Contains(e.Detail, "alias") {
 						t.Errorf("%s: %+v", op, e)
 					}
 				}

@@ -110,7 +110,7 @@ func TestRoleSessions(t *testing.T) {
 			}
 			_ = w.backend.Close()
 			_, err := w.backend.GenerateDataKey(t.Context(), "")
-			if e := asError(t, err); e.Class != kmsclient.ClassUnavailable || !strings.Contains(e.Detail, "closed") {
+			if e := asError(t, err); e.Class() != kmsclient.ClassUnavailable || !strings.Contains(e.Detail, "closed") {
 				t.Errorf("after Close: %v", err)
 			}
 		})
@@ -153,7 +153,7 @@ func TestRoleRefused(t *testing.T) {
 			for range 3 {
 				_, err := w.backend.GenerateDataKey(t.Context(), "")
 				e := asError(t, err)
-				if e.Class != kmsclient.ClassDenied || e.Code != tc.code || !strings.Contains(e.Detail, tc.detail) || e.Op != "GenerateDataKey" ||
+				if e.Class() != kmsclient.ClassDenied || e.Code != tc.code || !strings.Contains(e.Detail, tc.detail) || e.Op != "GenerateDataKey" ||
 					e.RequestID == "" || !strings.Contains(e.Detail, "no credentials: "+action(tc.kind)+" at "+w.sts.Endpoint()) {
 					t.Errorf("%v", err)
 				}
@@ -210,7 +210,7 @@ func TestRoleFaults(t *testing.T) {
 					fault.Applied = applied
 					w.sts.SetFault(func(*http.Request) *kmsdouble.FaultSpec { return &fault })
 					_, err := w.backend.GenerateDataKey(t.Context(), "")
-					if e := asError(t, err); e.Class != tc.class || e.Op != "GenerateDataKey" {
+					if e := asError(t, err); e.Class() != tc.class || e.Op != "GenerateDataKey" {
 						t.Errorf("%v, want %v", err, tc.class)
 					}
 					text := allTexts(err)

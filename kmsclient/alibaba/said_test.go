@@ -17,7 +17,7 @@ func TestDefaultKeyIsRefusedWithItsReason(t *testing.T) {
 			b := newBackend(t, d, func(c *Config) { c.KeyID = name })
 			_, err := b.GenerateDataKey(t.Context(), "")
 			e := asError(t, err)
-			if e.Class != kmsclient.ClassDenied || !strings.Contains(e.Detail, "the KMS says: This operation for ") || !strings.Contains(e.Detail, " is forbidden by permission system.") {
+			if e.Class() != kmsclient.ClassDenied || !strings.Contains(e.Detail, "the KMS says: This operation for ") || !strings.Contains(e.Detail, " is forbidden by permission system.") {
 				t.Errorf("%s: %v", name, err)
 			}
 			info, err := b.Describe(t.Context())

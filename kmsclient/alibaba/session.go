@@ -22,7 +22,7 @@ const (
 	renewPause   = 5 * time.Second // between fetches because of a rejection
 )
 
-var errClosed = &kmsclient.Error{Class: kmsclient.ClassUnavailable, Detail: "the backend was closed"}
+var errClosed = &kmsclient.Error{Reason: kmsclient.Unreachable, Detail: "the backend was closed"}
 
 // session is a credential that ends.
 type session struct {
@@ -161,7 +161,7 @@ func (s *sessionSource) end(next session, err error) {
 	now, before := s.now(), s.failures
 	if err == nil && !now.Before(next.expires) {
 		err = &kmsclient.Error{
-			Class: kmsclient.ClassUnavailable, Detail: fmt.Sprintf("the session that was given ended at %s: compare the clocks", next.expires.Format(time.RFC3339)),
+			Reason: kmsclient.Unreachable, Detail: fmt.Sprintf("the session that was given ended at %s: compare the clocks", next.expires.Format(time.RFC3339)),
 		}
 	}
 	switch {

@@ -59,7 +59,7 @@ func TestServiceDownWhileSessionLives(t *testing.T) {
 			advance(5 * time.Minute)
 			for range 5 {
 				_, err := w.backend.GenerateDataKey(t.Context(), "")
-				if e := asError(t, err); e.Class != kmsclient.ClassUnavailable || e.HTTPStatus != 503 {
+				if e := asError(t, err); e.Class() != kmsclient.ClassUnavailable || e.HTTPStatus != 503 {
 					t.Errorf("after the session's end: %v", err)
 				}
 			}
@@ -115,7 +115,7 @@ func TestRejectedSession(t *testing.T) {
 	w.kms.RemoveAccessKey(w.sts.LastSession().ID)
 	for range 10 {
 		_, err := w.backend.GenerateDataKey(t.Context(), "")
-		if e := asError(t, err); e.Class != kmsclient.ClassDenied || e.Code != "InvalidAccessKeyId.NotFound" {
+		if e := asError(t, err); e.Class() != kmsclient.ClassDenied || e.Code != "InvalidAccessKeyId.NotFound" {
 			t.Errorf("a revoked role: %v", err)
 		}
 	}

@@ -33,7 +33,7 @@ func (i *issuer) fetch(ctx context.Context) (session, error) {
 	select {
 	case <-time.After(i.takes):
 	case <-ctx.Done():
-		return session{}, &kmsclient.Error{Class: kmsclient.ClassUnavailable, Detail: "ended"}
+		return session{}, &kmsclient.Error{Reason: kmsclient.Unreachable, Detail: "ended"}
 	}
 	if i.err != nil {
 		return session{}, i.err
@@ -111,7 +111,7 @@ func TestRefreshFails(t *testing.T) {
 		if _, err := s.get(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		i.err = &kmsclient.Error{Class: kmsclient.ClassUnavailable, Detail: "down"}
+		i.err = &kmsclient.Error{Reason: kmsclient.Unreachable, Detail: "down"}
 		for range 3599 {
 			time.Sleep(time.Second)
 			synctest.Wait()
@@ -200,8 +200,8 @@ func TestRenew(t *testing.T) {
 			t.Errorf("rejected again at once: %v, %v, %d fetches", c.id, err, i.fetches.Load())
 		}
 		time.Sleep(renewPause)
-		i.err = &kmsclient.Error{Class: kmsclient.ClassDenied}
-		if _, err := s.renew(t.Context(), second); asError(t, err).Class != kmsclient.ClassDenied {
+		i.err = &kmsclient.Error{Reason: kmsclient.Denied}
+		if _, err := s.renew(t.Context(), second); asError(t, err).Class() != kmsclient.ClassDenied {
 			t.Errorf("no other: %v", err)
 		}
 		s.want(t, "until it ends", 2)
@@ -212,7 +212,7 @@ func TestRenew(t *testing.T) {
 func TestFilesEndThePause(t *testing.T) {
 	path := writeFile(t, "token", "old")
 	synctest.Test(t, func(t *testing.T) {
-		i := &issuer{life: time.Hour, err: &kmsclient.Error{Class: kmsclient.ClassDenied}}
+		i := &issuer{life: time.Hour, err: &kmsclient.Error{Reason: kmsclient.Denied}}
 		s, _ := i.source(t, path, "", "/none")
 		for range 10 {
 			if _, err := s.get(t.Context()); err == nil {

@@ -13,24 +13,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
-// KeyInfo is what the KMS tells of a key. Times are zero where it tells none.
-type KeyInfo struct {
-	KeyID              string // <key id>/<primary key version id>, as new values will name it
-	RequestID          string // of the call that found this out
-	State              string // "Enabled", "Disabled", "PendingDeletion" or "PendingImport"
-	Spec               string // e.g. "Aliyun_AES_256"
-	ProtectionLevel    string // "SOFTWARE" or "HSM"
-	Origin             string // "Aliyun_KMS" or "EXTERNAL"
-	Creator            string // an account's number, or the product whose default key this is
-	InstanceID         string // of the KMS instance that holds the key; may be empty
-	AutomaticRotation  string // "Enabled", "Disabled" or "Suspended"
-	NextRotation       time.Time
-	DeleteAt           time.Time // when a key that is pending deletion will be gone
-	MaterialExpiresAt  time.Time // when imported material will be gone
-	DeletionProtection bool
-}
-
-// Status reports the version that Encrypt would use now. A key that cannot be used is an error of ClassKeyUnusable. A dedicated instance's
+// Status reports the version that Encrypt would use now. A key that cannot be used is an error of [kmsclient.ClassKeyUnusable]. A dedicated instance's
 // endpoint does not describe keys; there, a data key is generated and dropped, which shows the current version and that the key works. So it is
 // when DescribeKey is throttled, whose small quota the whole account shares.
 func (b *Backend) Status(ctx context.Context) (*service.StatusResponse, error) {
@@ -50,7 +33,7 @@ func (b *Backend) Status(ctx context.Context) (*service.StatusResponse, error) {
 	}
 	if isThrottled(err) {
 		key, gerr := b.GenerateDataKey(ctx, "")
-		if e := (*kmsclient.Error)(nil); errors.As(gerr, &e) && e.Class == kmsclient.ClassKeyUnusable {
+		if e := (*kmsclient.Error)(nil); errors.As(gerr, &e) && e.Class() == kmsclient.ClassKeyUnusable {
 			e.Op = op
 			return nil, gerr
 		}
@@ -69,11 +52,11 @@ func (b *Backend) Status(ctx context.Context) (*service.StatusResponse, error) {
 }
 
 // Describe returns what the KMS knows of the key, in whatever state it is.
-func (b *Backend) Describe(ctx context.Context) (*KeyInfo, error) {
+func (b *Backend) Describe(ctx context.Context) (*kmsclient.KeyInfo, error) {
 	return b.describe(ctx, "DescribeKey")
 }
 
-func (b *Backend) describe(ctx context.Context, op string) (*KeyInfo, error) {
+func (b *Backend) describe(ctx context.Context, op string) (*kmsclient.KeyInfo, error) {
 	var resp *kms.DescribeKeyResponse
 	err := b.call(ctx, op, func(c *kms.Client) (err error) {
 		req := kms.CreateDescribeKeyRequest()
@@ -96,26 +79,32 @@ func (b *Backend) describe(ctx context.Context, op string) (*KeyInfo, error) {
 			return nil, err
 		}
 	}
-	return &KeyInfo{
-		KeyID: keyID, RequestID: safeRequestID(resp.RequestId), State: m.KeyState, Spec: m.KeySpec,
-		ProtectionLevel: m.ProtectionLevel, Origin: m.Origin, Creator: m.Creator, InstanceID: m.DKMSInstanceId, AutomaticRotation: m.AutomaticRotation,
+	rotation := kmsclient.SettingOf(m.AutomaticRotation == "Enabled")
+	if rotation == kmsclient.Off && m.Origin == "EXTERNAL" {
+		rotation = kmsclient.Unsupported // the KMS cannot rotate imported material
+	}
+	return &kmsclient.KeyInfo{
+		KeyID: keyID, RequestID: safeRequestID(resp.RequestId), State: m.KeyState, Usable: m.KeyState == "Enabled", Spec: m.KeySpec,
+		ProtectionLevel: m.ProtectionLevel, Creator: m.Creator, OfService: isService(m.Creator),
+		AutomaticRotation: m.AutomaticRotation, Rotation: rotation, DeletionProtection: kmsclient.SettingOf(m.DeletionProtection == "Enabled"),
 		NextRotation: parseTime(m.NextRotationDate), DeleteAt: parseTime(m.DeleteDate), MaterialExpiresAt: parseTime(m.MaterialExpireTime),
-		DeletionProtection: m.DeletionProtection == "Enabled",
 	}, nil
 }
 
+// isService reports whether a key's creator is a product of the cloud. An account is a number, some digits of which may be hidden.
+func isService(creator string) bool { return strings.Trim(creator, "0123456789*") != "" }
+
 // checkState returns the error that Encrypt would meet in the key's state, or nil.
-func checkState(op string, info *KeyInfo) error {
+func checkState(op string, info *kmsclient.KeyInfo) error {
 	e := &kmsclient.Error{Op: op, HTTPStatus: http.StatusOK, RequestID: info.RequestID, KeyID: info.KeyID}
 	switch info.State {
 	case "Enabled":
 		return nil
 	case "Disabled", "PendingDeletion", "PendingImport":
 		e.Code = "Rejected." + info.State
-		e.Class, e.Detail = classOfCode(e.Code, http.StatusConflict)
-		e.Gone = isGone(e.Code)
+		e.Reason, e.Detail = reasonOfCode(e.Code, http.StatusConflict)
 	default:
-		e.Class, e.Detail = kmsclient.ClassContract, "the key is in a state that is not known here"
+		e.Reason, e.Detail = kmsclient.BrokenContract, "the key is in a state that is not known here"
 	}
 	return e
 }
@@ -136,7 +125,7 @@ func isUnsupported(err error) bool {
 // isThrottled reports whether err says that there were too many calls.
 func isThrottled(err error) bool {
 	var e *kmsclient.Error
-	if !errors.As(err, &e) || e.Class != kmsclient.ClassUnavailable {
+	if !errors.As(err, &e) || e.Class() != kmsclient.ClassUnavailable {
 		return false
 	}
 	return e.HTTPStatus == http.StatusTooManyRequests || e.Code == "Rejected.Throttling" || strings.HasPrefix(e.Code, "Throttling")

@@ -22,9 +22,9 @@ func TestDescribe(t *testing.T) {
 		t.Error("no request ID")
 	}
 	info.RequestID = ""
-	want := &KeyInfo{
-		KeyID: d.PrimaryKeyID(kmsdouble.DefaultKeyID), State: "Enabled", Spec: "Aliyun_AES_256", ProtectionLevel: "SOFTWARE", Origin: "EXTERNAL",
-		Creator: "154035569884****", AutomaticRotation: "Disabled", MaterialExpiresAt: expires, DeletionProtection: true,
+	want := &kmsclient.KeyInfo{
+		KeyID: d.PrimaryKeyID(kmsdouble.DefaultKeyID), State: "Enabled", Usable: true, Spec: "Aliyun_AES_256", ProtectionLevel: "SOFTWARE",
+		Creator: "154035569884****", AutomaticRotation: "Disabled", MaterialExpiresAt: expires, DeletionProtection: kmsclient.On,
 	}
 	if diff := cmp.Diff(want, info); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
@@ -43,7 +43,7 @@ func TestDedicatedInstanceWithoutDescribeKey(t *testing.T) {
 	}
 	d.SetState(kmsdouble.DefaultKeyID, kmsdouble.Disabled)
 	_, err := b.Status(t.Context())
-	if e := asError(t, err); e.Class != kmsclient.ClassKeyUnusable || e.Op != "Status" {
+	if e := asError(t, err); e.Class() != kmsclient.ClassKeyUnusable || e.Op != "Status" {
 		t.Errorf("%+v", e)
 	}
 }
@@ -67,14 +67,14 @@ func TestDescribeKeyIsThrottled(t *testing.T) {
 		}
 		d.SetState(kmsdouble.DefaultKeyID, kmsdouble.Disabled)
 		_, err := b.Status(t.Context())
-		if e := asError(t, err); e.Class != kmsclient.ClassKeyUnusable || e.Op != "Status" {
+		if e := asError(t, err); e.Class() != kmsclient.ClassKeyUnusable || e.Op != "Status" {
 			t.Errorf("%+v", e)
 		}
 		d.SetState(kmsdouble.DefaultKeyID, kmsdouble.Enabled)
 		// Who may only read is not denied anything that reading needs.
 		only(map[string]kmsdouble.FaultSpec{"DescribeKey": throttle, "GenerateDataKey": {Kind: kmsdouble.ErrorCode, Status: 403, Code: "Forbidden.NoPermission"}})
 		_, err = b.Status(t.Context())
-		if e := asError(t, err); e.Class != kmsclient.ClassUnavailable || e.Op != "Status" {
+		if e := asError(t, err); e.Class() != kmsclient.ClassUnavailable || e.Op != "Status" {
 			t.Errorf("%+v", e)
 		}
 	}

@@ -15,7 +15,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/livefiles"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/filewatch"
 )
 
 // maxAnswer limits the bytes of an answer's body; real ones have a few KiB.
@@ -31,7 +31,7 @@ var (
 // calls have connections that are verified by the new ones. It is safe for concurrent use.
 type pool struct {
 	fixed *http.Transport                   // verified by the system's CAs; nil with a file
-	files *livefiles.Files[*http.Transport] // nil without a file
+	files *filewatch.Files[*http.Transport] // nil without a file
 }
 
 var _ http.RoundTripper = (*pool)(nil)
@@ -43,13 +43,13 @@ func newPool(caFile string, logger *slog.Logger) (*pool, error) {
 		return &pool{fixed: newTransport(nil)}, nil
 	}
 	var last *http.Transport
-	files := livefiles.Config{Paths: []string{caFile}, What: "the CA " + caFile, Logger: logger}
-	live, err := livefiles.New(files, func(data livefiles.Contents) (*http.Transport, error) {
+	files := filewatch.Config{Paths: []string{caFile}, What: "the CA " + caFile, Logger: logger}
+	live, err := filewatch.New(files, func(data filewatch.Contents) (*http.Transport, error) {
 		roots := x509.NewCertPool()
 		if !roots.AppendCertsFromPEM(data[caFile]) {
 			return nil, fmt.Errorf("caFile %s holds no PEM certificate", caFile)
 		}
-		if err := livefiles.CompletePEM(caFile, data[caFile]); err != nil {
+		if err := filewatch.CompletePEM(caFile, data[caFile]); err != nil {
 			return nil, fmt.Errorf("caFile: %w", err)
 		}
 		if last != nil {

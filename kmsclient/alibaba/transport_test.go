@@ -35,7 +35,7 @@ func TestContextEndsCalls(t *testing.T) {
 			if !errors.Is(err, context.DeadlineExceeded) || time.Since(start) > 5*time.Second {
 				t.Errorf("%s, %s: %v after %v", fault.Kind, op, err, time.Since(start))
 			}
-			if e := asError(t, err); e.Class != kmsclient.ClassUnavailable || e.Op != op {
+			if e := asError(t, err); e.Class() != kmsclient.ClassUnavailable || e.Op != op {
 				t.Errorf("%s, %s: %+v", fault.Kind, op, e)
 			}
 			checkNoCanary(t, "error", allTexts(err))
@@ -140,7 +140,7 @@ func TestNoAnswerAtAll(t *testing.T) {
 			})
 			_, err := b.Encrypt(t.Context(), "", []byte(canaryPlaintext))
 			e := asError(t, err)
-			if e.Class != kmsclient.ClassUnavailable || !strings.Contains(e.Detail, tc.want) || e.HTTPStatus != 0 {
+			if e.Class() != kmsclient.ClassUnavailable || !strings.Contains(e.Detail, tc.want) || e.HTTPStatus != 0 {
 				t.Errorf("%+v", e)
 			}
 			checkNoCanary(t, "error", allTexts(err))
@@ -169,7 +169,7 @@ func TestPlainHTTPServer(t *testing.T) {
 	d := kmsdouble.New(t, kmsdouble.Config{})
 	b := newBackend(t, d, func(c *Config) { c.Endpoint = listener.Addr().String() })
 	_, err = b.Encrypt(t.Context(), "", []byte(canaryPlaintext))
-	if e := asError(t, err); e.Class != kmsclient.ClassUnavailable {
+	if e := asError(t, err); e.Class() != kmsclient.ClassUnavailable {
 		t.Errorf("%+v", e)
 	}
 	_ = listener.Close()

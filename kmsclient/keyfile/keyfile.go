@@ -23,6 +23,7 @@ import (
 
 	"go.yaml.in/yaml/v3"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/secretfile"
 )
 
@@ -62,8 +63,8 @@ func Read(path string, form Form) ([]Key, fs.FileInfo, error) {
 	if !info.Mode().IsRegular() {
 		return nil, nil, fmt.Errorf("key file %s: not a regular file", path)
 	}
-	if problem, fix := secretfile.Check(path, info); problem != "" {
-		return nil, nil, &openError{path, problem, fix}
+	if why, fix := secretfile.Check(path, info); why != "" {
+		return nil, nil, problem.New("run "+fix+" "+path+", and replace its keys if anyone did", "key file %s: %s", path, why)
 	}
 	data, err := io.ReadAll(io.LimitReader(f, maxFileSize+1))
 	if err != nil {
@@ -78,20 +79,6 @@ func Read(path string, form Form) ([]Key, fs.FileInfo, error) {
 		return nil, nil, fmt.Errorf("key file %s: %w", path, err)
 	}
 	return keys, info, nil
-}
-
-// openError is of a file that others can use.
-type openError struct {
-	path, problem, fix string
-}
-
-func (e *openError) Error() string {
-	return fmt.Sprintf("key file %s: %s: %s", e.path, e.problem, e.Advice())
-}
-
-// Advice is what to do; the text ends with it.
-func (e *openError) Advice() string {
-	return "run " + e.fix + " " + e.path + ", and replace its keys if anyone did"
 }
 
 // Parse reads a file's YAML. All problems are reported at once, each with its line. The YAML library's own messages quote what they read, so only

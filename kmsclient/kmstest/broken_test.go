@@ -165,7 +165,7 @@ var broken = map[string]struct {
 		b.decrypt = func(ctx context.Context, req *service.DecryptRequest) ([]byte, error) {
 			data, err := b.Memory.Decrypt(ctx, "", req)
 			if err != nil && ctx.Err() == nil {
-				err = &kmsclient.Error{Class: kmsclient.ClassUnavailable}
+				err = &kmsclient.Error{Reason: kmsclient.Unreachable}
 			}
 			return data, err
 		}
@@ -183,7 +183,7 @@ var broken = map[string]struct {
 		b.decrypt = func(ctx context.Context, req *service.DecryptRequest) ([]byte, error) {
 			data, err := b.Memory.Decrypt(ctx, "", req)
 			if err != nil && ctx.Err() == nil {
-				err = &kmsclient.Error{Class: kmsclient.ClassKeyUnusable}
+				err = &kmsclient.Error{Reason: kmsclient.KeyDisabled}
 			}
 			return data, err
 		}

@@ -31,11 +31,10 @@ func (x *subject) judge(err error, what string, may func(kmsclient.Class) bool) 
 	if x.opaque {
 		return nil
 	}
-	class, ok := classOf(err)
-	if !ok {
+	if !hasReason(err) {
 		return fmt.Errorf("%s: the error wraps no *kmsclient.Error: %w", what, err)
 	}
-	if !may(class) {
+	if class := kmsclient.ClassOf(err); !may(class) {
 		return fmt.Errorf("%s: the error's class is %q: %w", what, class, err)
 	}
 	return nil

@@ -211,11 +211,8 @@ func cloneMap(m map[string][]byte) map[string][]byte {
 	return c
 }
 
-// classOf returns an error's class; ok is false if it has none.
-func classOf(err error) (class kmsclient.Class, ok bool) {
-	var e *kmsclient.Error
-	if !errors.As(err, &e) {
-		return 0, false
-	}
-	return e.Class, true
+// hasReason reports whether err says why the call failed.
+func hasReason(err error) bool {
+	_, ok := errors.AsType[*kmsclient.Error](err)
+	return ok
 }

@@ -116,7 +116,7 @@ func through[T any](ctx context.Context, f *Fault, op string, call func() (T, er
 		panic(failure.Panic)
 	}
 	if failure.Err == nil {
-		return zero, &kmsclient.Error{Op: op, Class: kmsclient.ClassUnavailable, Detail: "a fault of the test"}
+		return zero, &kmsclient.Error{Op: op, Reason: kmsclient.Unreachable, Detail: "a fault of the test"}
 	}
 	return zero, failure.Err
 }

@@ -76,8 +76,7 @@ func TestFailures(t *testing.T) {
 		"not applied": {Failure{Err: ours}, 0, func(err error) bool { return errors.Is(err, ours) }},
 		"applied":     {Failure{Apply: true, Err: ours}, 1, func(err error) bool { return errors.Is(err, ours) }},
 		"default": {Failure{}, 0, func(err error) bool {
-			class, ok := classOf(err)
-			return ok && class == kmsclient.ClassUnavailable
+			return hasReason(err) && kmsclient.ReasonOf(err) == kmsclient.Unreachable
 		}},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -88,19 +88,19 @@ func (m *Memory) Decrypt(ctx context.Context, _ string, req *service.DecryptRequ
 	if err := ctx.Err(); err != nil {
 		return nil, fmt.Errorf("unwrap: %w", err)
 	}
-	fail := func(class kmsclient.Class, detail string) ([]byte, error) {
-		return nil, &kmsclient.Error{Op: opDecrypt, Class: class, Gone: class == kmsclient.ClassKeyUnusable, KeyID: req.KeyID, Detail: detail}
+	fail := func(reason kmsclient.Reason, detail string) ([]byte, error) {
+		return nil, &kmsclient.Error{Op: opDecrypt, Reason: reason, KeyID: req.KeyID, Detail: detail}
 	}
 	_, aead := m.version(req.KeyID)
 	switch {
 	case req.KeyID == "" || aead == nil:
-		return fail(kmsclient.ClassKeyUnusable, "no such key")
+		return fail(kmsclient.KeyGone, "no such key")
 	case string(req.Annotations[memoryAnnotation]) != req.KeyID:
-		return fail(kmsclient.ClassInvalid, "the annotation did not come back")
+		return fail(kmsclient.Invalid, "the annotation did not come back")
 	}
 	data, err := aead.Open(nil, nil, req.Ciphertext, []byte(req.KeyID))
 	if err != nil {
-		return fail(kmsclient.ClassInvalid, "not wrapped by this key, or damaged")
+		return fail(kmsclient.Invalid, "not wrapped by this key, or damaged")
 	}
 	return data, nil
 }

@@ -104,7 +104,7 @@ func (s *Persona) VendorCalls() int {
 
 // errUnknown is how the plugins fail: k8s.io/kms makes gRPC's code Unknown of it.
 func errUnknown(op, keyID string) error {
-	return &kmsclient.Error{Op: op, Class: kmsclient.ClassUnavailable, Answered: true, Code: "Unknown", KeyID: keyID, Detail: "see the plugin's own log"}
+	return &kmsclient.Error{Op: op, Reason: kmsclient.Failing, Code: "Unknown", KeyID: keyID, Detail: "see the plugin's own log"}
 }
 
 // call counts a call, and what it costs at the vendor.

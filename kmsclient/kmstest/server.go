@@ -105,20 +105,18 @@ func answer(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.
 }
 
 func codeOf(e *kmsclient.Error) codes.Code {
-	if e.Gone {
-		return codes.NotFound
-	}
-	if e.Answered {
+	switch e.Reason {
+	case kmsclient.Failing, kmsclient.Unhealthy:
 		return codes.Unknown
-	}
-	switch e.Class {
-	case kmsclient.ClassDenied:
+	case kmsclient.Denied:
 		return codes.PermissionDenied
-	case kmsclient.ClassKeyUnusable:
+	case kmsclient.KeyDisabled:
 		return codes.FailedPrecondition
-	case kmsclient.ClassInvalid:
+	case kmsclient.KeyGone, kmsclient.KeyNotFound, kmsclient.AliasNotFound:
+		return codes.NotFound
+	case kmsclient.Invalid:
 		return codes.InvalidArgument
-	case kmsclient.ClassContract:
+	case kmsclient.BrokenContract:
 		return codes.Internal
 	}
 	return codes.Unavailable

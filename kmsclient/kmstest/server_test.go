@@ -52,16 +52,16 @@ func TestPluginServer(t *testing.T) {
 func TestCodes(t *testing.T) {
 	f := NewFault(NewMemory())
 	c := dial(t, PluginServer(t, f.Service()))
-	class := func(c kmsclient.Class) Failure { return Failure{Err: &kmsclient.Error{Class: c, Detail: "the text"}} }
+	reason := func(r kmsclient.Reason) Failure { return Failure{Err: &kmsclient.Error{Reason: r, Detail: "the text"}} }
 	for _, tc := range []struct {
 		failure Failure
 		want    codes.Code
 	}{
-		{class(kmsclient.ClassUnavailable), codes.Unavailable},
-		{class(kmsclient.ClassDenied), codes.PermissionDenied},
-		{class(kmsclient.ClassKeyUnusable), codes.FailedPrecondition},
-		{class(kmsclient.ClassInvalid), codes.InvalidArgument},
-		{class(kmsclient.ClassContract), codes.Internal},
+		{reason(kmsclient.Unreachable), codes.Unavailable},
+		{reason(kmsclient.Denied), codes.PermissionDenied},
+		{reason(kmsclient.KeyDisabled), codes.FailedPrecondition},
+		{reason(kmsclient.Invalid), codes.InvalidArgument},
+		{reason(kmsclient.BrokenContract), codes.Internal},
 		{Failure{Err: errors.New("the text")}, codes.Unknown},
 		{Failure{Err: status.Error(codes.DataLoss, "the text")}, codes.DataLoss},
 		{Failure{Panic: "the text"}, codes.Internal},

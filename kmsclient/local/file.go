@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strconv"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/keyfile"
 )
 
@@ -21,18 +22,6 @@ func line(id string, secret []byte) string { return form.Line(keyfile.Key{ID: id
 // NewKeyFile makes a key file with one key, readable by its owner only. It never replaces a file: the error then wraps [fs.ErrExist].
 func NewKeyFile(path string) error {
 	return keyfile.Create(path, "# Keys of etcd-kms-proxy. The last one wraps, all unwrap. Never remove one that a stored value still needs.\nkeys:\n"+line("1", newSecret()))
-}
-
-// leftover is of the file at its path, which an earlier AddVersion has made and not moved into
-// place.
-type leftover string
-
-// Error implements error.
-func (l leftover) Error() string { return fmt.Sprintf("%s exists: %s", string(l), l.Advice()) }
-
-// Advice is what to do; the text ends with it.
-func (l leftover) Advice() string {
-	return "another new-local-key is running, or one was interrupted before it had changed the key file; if none is running, remove " + string(l)
 }
 
 // AddVersion adds a key to a key file, which then wraps. The file is replaced at once, so that a reader sees the old one or the new one;
@@ -67,7 +56,7 @@ func AddVersion(path string) error {
 	}
 	temp := path + ".new"
 	if err := keyfile.Create(temp, text); errors.Is(err, fs.ErrExist) {
-		return leftover(temp)
+		return problem.New("another new-local-key is running, or one was interrupted before it had changed the key file; if none is running, remove "+temp, "%s exists", temp)
 	} else if err != nil {
 		return err
 	}

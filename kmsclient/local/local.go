@@ -94,7 +94,7 @@ func (k *KMS) current() (*keys, error) {
 func (k *KMS) keysFor(op string) (*keys, error) {
 	made, err := k.current()
 	if err != nil {
-		return nil, &kmsclient.Error{Op: op, Class: kmsclient.ClassUnavailable, Detail: err.Error()}
+		return nil, &kmsclient.Error{Op: op, Reason: kmsclient.Unreachable, Detail: err.Error()}
 	}
 	return made, nil
 }
@@ -122,11 +122,11 @@ func (k *KMS) Decrypt(ctx context.Context, _ string, req *service.DecryptRequest
 	}
 	aead, ok := made.byID[req.KeyID]
 	if !ok {
-		return nil, &kmsclient.Error{Op: "Decrypt", Class: kmsclient.ClassKeyUnusable, Gone: true, KeyID: req.KeyID, Detail: "the key file has no key of this id; put that version back into it"}
+		return nil, &kmsclient.Error{Op: "Decrypt", Reason: kmsclient.KeyGone, KeyID: req.KeyID, Detail: "the key file has no key of this id; put that version back into it"}
 	}
 	data, err := aead.Open(nil, nil, req.Ciphertext, []byte(req.KeyID))
 	if err != nil {
-		return nil, &kmsclient.Error{Op: "Decrypt", Class: kmsclient.ClassInvalid, KeyID: req.KeyID, Detail: "not wrapped by this key, or damaged"}
+		return nil, &kmsclient.Error{Op: "Decrypt", Reason: kmsclient.Invalid, KeyID: req.KeyID, Detail: "not wrapped by this key, or damaged"}
 	}
 	return data, nil
 }

@@ -16,14 +16,6 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
-func classOf(err error) kmsclient.Class {
-	var e *kmsclient.Error
-	if errors.As(err, &e) {
-		return e.Class
-	}
-	return -1
-}
-
 // TestLife makes a file, wraps, adds a version, wraps with it, and unwraps with both.
 func TestLife(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "key.yaml")
@@ -63,24 +55,24 @@ func TestLife(t *testing.T) {
 		for i := range w.Ciphertext {
 			bad := bytes.Clone(w.Ciphertext)
 			bad[i] ^= 1
-			if _, err := k.Decrypt(t.Context(), "", &service.DecryptRequest{Ciphertext: bad, KeyID: w.KeyID}); classOf(err) != kmsclient.ClassInvalid {
+			if _, err := k.Decrypt(t.Context(), "", &service.DecryptRequest{Ciphertext: bad, KeyID: w.KeyID}); kmsclient.ReasonOf(err) != kmsclient.Invalid {
 				t.Fatalf("byte %d altered: %v", i, err)
 			}
-			if _, err := k.Decrypt(t.Context(), "", &service.DecryptRequest{Ciphertext: w.Ciphertext[:i], KeyID: w.KeyID}); classOf(err) != kmsclient.ClassInvalid {
+			if _, err := k.Decrypt(t.Context(), "", &service.DecryptRequest{Ciphertext: w.Ciphertext[:i], KeyID: w.KeyID}); kmsclient.ReasonOf(err) != kmsclient.Invalid {
 				t.Fatalf("cut at %d: %v", i, err)
 			}
 		}
 	}
-	if _, err := k.Decrypt(t.Context(), "", &service.DecryptRequest{Ciphertext: first.Ciphertext, KeyID: "2"}); classOf(err) != kmsclient.ClassInvalid {
+	if _, err := k.Decrypt(t.Context(), "", &service.DecryptRequest{Ciphertext: first.Ciphertext, KeyID: "2"}); kmsclient.ReasonOf(err) != kmsclient.Invalid {
 		t.Errorf("the other version: %v", err)
 	}
-	if _, err := k.Decrypt(t.Context(), "", &service.DecryptRequest{Ciphertext: first.Ciphertext, KeyID: "9"}); classOf(err) != kmsclient.ClassKeyUnusable {
+	if _, err := k.Decrypt(t.Context(), "", &service.DecryptRequest{Ciphertext: first.Ciphertext, KeyID: "9"}); kmsclient.ReasonOf(err) != kmsclient.KeyGone {
 		t.Errorf("a version that is gone: %v", err)
 	}
 	if err := os.Remove(path); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := k.Status(t.Context()); classOf(err) != kmsclient.ClassUnavailable {
+	if _, err := k.Status(t.Context()); kmsclient.ReasonOf(err) != kmsclient.Unreachable {
 		t.Errorf("without the file: %v", err)
 	}
 }

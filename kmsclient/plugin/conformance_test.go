@@ -140,7 +140,7 @@ func TestConformanceOfPersonalities(t *testing.T) {
 			if err == nil {
 				_, err = c.Decrypt(kmsclient.Expect(t.Context(), sha256.Sum256([]byte(canary))), "uid", &service.DecryptRequest{Ciphertext: res.Ciphertext, KeyID: res.KeyID, Annotations: res.Annotations})
 			}
-			if asError(t, err).Class != kmsclient.ClassContract {
+			if asError(t, err).Class() != kmsclient.ClassContract {
 				t.Errorf("%v, although %s", err, p.Unusable)
 			}
 		})

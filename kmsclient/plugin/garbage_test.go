@@ -60,14 +60,14 @@ func TestGarbage(t *testing.T) {
 		"annotation's label": {KeyID: "k", Ciphertext: []byte("c"), Annotations: map[string][]byte{"A.b": nil}},
 	} {
 		a.encrypt = res
-		if _, err := c.Encrypt(t.Context(), "uid", []byte(canary)); asError(t, err).Class != kmsclient.ClassContract {
+		if _, err := c.Encrypt(t.Context(), "uid", []byte(canary)); asError(t, err).Class() != kmsclient.ClassContract {
 			t.Errorf("Encrypt, %s: %v", name, err)
 		}
 	}
 	for _, data := range [][]byte{nil, make([]byte, 6<<10+1)} {
 		a.decrypt = data
 		_, err := c.Decrypt(t.Context(), "uid", &service.DecryptRequest{Ciphertext: []byte("c"), KeyID: "k"})
-		if asError(t, err).Class != kmsclient.ClassContract {
+		if asError(t, err).Class() != kmsclient.ClassContract {
 			t.Errorf("Decrypt, %d bytes: %v", len(data), err)
 		}
 	}
@@ -82,7 +82,7 @@ func TestGarbage(t *testing.T) {
 	} {
 		a.status = tc.res
 		_, err := c.Status(t.Context())
-		if asError(t, err).Class != tc.want || strings.Contains(err.Error(), canary) {
+		if asError(t, err).Class() != tc.want || strings.Contains(err.Error(), canary) {
 			t.Errorf("Status, %s: %v", name, err)
 		}
 	}

@@ -109,7 +109,7 @@ func (k *KMS) Status(ctx context.Context) (*service.StatusResponse, error) {
 // safe keeps a failed call's code and drops the plugin's text, which may hold what it was sent.
 func (k *KMS) safe(ctx context.Context, op, keyID string, err error) error {
 	code := status.Code(err)
-	e := &kmsclient.Error{Op: op, Class: class(code), Answered: answered(code), Gone: code == codes.NotFound, Code: code.String(), KeyID: keyID, Detail: k.detail(ctx, code)}
+	e := &kmsclient.Error{Op: op, Reason: reasonOf(code), Code: code.String(), KeyID: keyID, Detail: k.detail(ctx, code)}
 	cause := ctx.Err()
 	if _, limited := ctx.Deadline(); limited && cause == nil && code == codes.DeadlineExceeded {
 		cause = context.DeadlineExceeded // the plugin is told of the deadline and may answer just before it
@@ -133,27 +133,22 @@ func (k *KMS) detail(ctx context.Context, c codes.Code) string {
 	return ownLog
 }
 
-// class follows gRPC's meaning of the codes. Plugins made with k8s.io/kms answer Internal or Unknown for every fault, lasting or not,
-// so those are worth a retry; see answered.
-func class(c codes.Code) kmsclient.Class {
+// reasonOf follows gRPC's meaning of the codes. Plugins made with k8s.io/kms answer Internal or Unknown
+// for every fault, lasting or not.
+func reasonOf(c codes.Code) kmsclient.Reason {
 	switch c {
 	case codes.PermissionDenied, codes.Unauthenticated:
-		return kmsclient.ClassDenied
-	case codes.NotFound, codes.FailedPrecondition:
-		return kmsclient.ClassKeyUnusable
+		return kmsclient.Denied
+	case codes.FailedPrecondition:
+		return kmsclient.KeyDisabled
+	case codes.NotFound:
+		return kmsclient.KeyGone
 	case codes.InvalidArgument, codes.DataLoss, codes.OutOfRange:
-		return kmsclient.ClassInvalid
+		return kmsclient.Invalid
 	case codes.Unimplemented:
-		return kmsclient.ClassContract
-	}
-	return kmsclient.ClassUnavailable
-}
-
-// answered reports whether a code of ClassUnavailable is an answer to just this call. Those of silence, or of too much load, are not.
-func answered(c codes.Code) bool {
-	switch c {
+		return kmsclient.BrokenContract
 	case codes.Unavailable, codes.DeadlineExceeded, codes.ResourceExhausted, codes.Canceled:
-		return false
+		return kmsclient.Unreachable // silence, or too much load
 	}
-	return class(c) == kmsclient.ClassUnavailable
+	return kmsclient.Failing
 }

@@ -103,7 +103,7 @@ func TestPluginComesAndGoes(t *testing.T) {
 	k := newClient(t, Config{Endpoint: p.Endpoint})
 	for range 3 {
 		for op, err := range callAll(t.Context(), k) {
-			if e := asError(t, err); e.Class != kmsclient.ClassUnavailable || e.Code != "Unavailable" || e.Op != op {
+			if e := asError(t, err); e.Class() != kmsclient.ClassUnavailable || e.Code != "Unavailable" || e.Op != op {
 				t.Errorf("without a plugin: %+v", e)
 			}
 		}
@@ -125,39 +125,38 @@ func TestPluginComesAndGoes(t *testing.T) {
 func TestCodes(t *testing.T) {
 	f := kmstest.NewFault(kmstest.NewMemory())
 	k := newClient(t, Config{Endpoint: kmstest.PluginServer(t, f.Service())})
-	want := map[codes.Code]kmsclient.Class{
-		codes.Canceled:           kmsclient.ClassUnavailable,
-		codes.Unknown:            kmsclient.ClassUnavailable,
-		codes.InvalidArgument:    kmsclient.ClassInvalid,
-		codes.DeadlineExceeded:   kmsclient.ClassUnavailable,
-		codes.NotFound:           kmsclient.ClassKeyUnusable,
-		codes.AlreadyExists:      kmsclient.ClassUnavailable,
-		codes.PermissionDenied:   kmsclient.ClassDenied,
-		codes.ResourceExhausted:  kmsclient.ClassUnavailable,
-		codes.FailedPrecondition: kmsclient.ClassKeyUnusable,
-		codes.Aborted:            kmsclient.ClassUnavailable,
-		codes.OutOfRange:         kmsclient.ClassInvalid,
-		codes.Unimplemented:      kmsclient.ClassContract,
-		codes.Internal:           kmsclient.ClassUnavailable,
-		codes.Unavailable:        kmsclient.ClassUnavailable,
-		codes.DataLoss:           kmsclient.ClassInvalid,
-		codes.Unauthenticated:    kmsclient.ClassDenied,
-		codes.Code(99):           kmsclient.ClassUnavailable, // of a gRPC to come
+	want := map[codes.Code]kmsclient.Reason{
+		codes.Canceled:           kmsclient.Unreachable,
+		codes.Unknown:            kmsclient.Failing,
+		codes.InvalidArgument:    kmsclient.Invalid,
+		codes.DeadlineExceeded:   kmsclient.Unreachable,
+		codes.NotFound:           kmsclient.KeyGone,
+		codes.AlreadyExists:      kmsclient.Failing,
+		codes.PermissionDenied:   kmsclient.Denied,
+		codes.ResourceExhausted:  kmsclient.Unreachable,
+		codes.FailedPrecondition: kmsclient.KeyDisabled,
+		codes.Aborted:            kmsclient.Failing,
+		codes.OutOfRange:         kmsclient.Invalid,
+		codes.Unimplemented:      kmsclient.BrokenContract,
+		codes.Internal:           kmsclient.Failing,
+		codes.Unavailable:        kmsclient.Unreachable,
+		codes.DataLoss:           kmsclient.Invalid,
+		codes.Unauthenticated:    kmsclient.Denied,
+		codes.Code(99):           kmsclient.Failing, // of a gRPC to come
 	}
-	answered := map[codes.Code]bool{codes.Unknown: true, codes.AlreadyExists: true, codes.Aborted: true, codes.Internal: true, codes.Code(99): true}
 	for code := codes.Canceled; code <= codes.Unauthenticated; code++ {
 		if _, ok := want[code]; !ok {
 			t.Errorf("the table has no %v", code)
 		}
 	}
-	for code, class := range want {
+	for code, reason := range want {
 		f.SetFault(func(string, int) *kmstest.Failure {
 			return &kmstest.Failure{Err: status.Error(code, "cannot wrap "+canary)}
 		})
 		for op, err := range callAll(t.Context(), k) {
 			e := asError(t, err)
-			if e.Class != class || e.Gone != (code == codes.NotFound) || e.Answered != answered[code] || e.Code != code.String() || e.Op != op {
-				t.Errorf("%v: got %+v, want class %v", code, e, class)
+			if e.Reason != reason || e.Code != code.String() || e.Op != op {
+				t.Errorf("%v: got %+v, want %v", code, e, reason)
 			}
 			if wantKey := map[string]string{"Decrypt": "the key"}[op]; e.KeyID != wantKey {
 				t.Errorf("%v, %s: the error names the key %q, want %q", code, op, e.KeyID, wantKey)
@@ -175,7 +174,7 @@ func TestContexts(t *testing.T) {
 	endpoint := kmstest.PluginServer(t, f.Service())
 	f.SetFault(func(string, int) *kmstest.Failure { return &kmstest.Failure{Hang: true} })
 	for op, err := range callAll(t.Context(), newClient(t, Config{Endpoint: endpoint, Timeout: 20 * time.Millisecond})) {
-		if e := asError(t, err); !errors.Is(err, context.DeadlineExceeded) || e.Class != kmsclient.ClassUnavailable {
+		if e := asError(t, err); !errors.Is(err, context.DeadlineExceeded) || e.Class() != kmsclient.ClassUnavailable {
 			t.Errorf("%s, timeout: %v", op, err)
 		}
 	}
@@ -184,7 +183,7 @@ func TestContexts(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	f.SetFault(func(string, int) *kmstest.Failure { cancel(); return &kmstest.Failure{Hang: true} })
 	_, err := k.Encrypt(ctx, "uid", []byte(canary))
-	if e := asError(t, err); !errors.Is(err, context.Canceled) || e.Class != kmsclient.ClassUnavailable {
+	if e := asError(t, err); !errors.Is(err, context.Canceled) || e.Class() != kmsclient.ClassUnavailable {
 		t.Errorf("cancelled: %v", err)
 	}
 }
@@ -206,7 +205,7 @@ func TestClose(t *testing.T) {
 	}
 	asError(t, <-ended)
 	for _, err := range callAll(t.Context(), k) {
-		if e := asError(t, err); e.Class != kmsclient.ClassUnavailable {
+		if e := asError(t, err); e.Class() != kmsclient.ClassUnavailable {
 			t.Errorf("after Close: %v", err)
 		}
 	}
@@ -243,7 +242,7 @@ func TestNotGRPC(t *testing.T) {
 		<-done
 	}()
 	for op, err := range callAll(t.Context(), newClient(t, Config{Endpoint: "unix://" + path})) {
-		if e := asError(t, err); e.Class != kmsclient.ClassUnavailable || strings.Contains(err.Error(), "anary") {
+		if e := asError(t, err); e.Class() != kmsclient.ClassUnavailable || strings.Contains(err.Error(), "anary") {
 			t.Errorf("%s: %v", op, err)
 		}
 	}

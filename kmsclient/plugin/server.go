@@ -131,7 +131,7 @@ func (s *Server) Status(ctx context.Context, _ *kmsapi.StatusRequest) (*kmsapi.S
 	switch {
 	case k.err == nil:
 		return &kmsapi.StatusResponse{Version: "v2", Healthz: "ok", KeyId: k.keyID}, nil
-	case classOf(k.err) == kmsclient.ClassUnavailable && k.keyID != "" && time.Since(k.lastGood) < s.cfg.SealUnreachableFor:
+	case kmsclient.ClassOf(k.err) == kmsclient.ClassUnavailable && k.keyID != "" && time.Since(k.lastGood) < s.cfg.SealUnreachableFor:
 		return &kmsapi.StatusResponse{Version: "v2", Healthz: text(k.err), KeyId: k.keyID}, nil
 	}
 	return nil, statusOf(context.WithoutCancel(ctx), k.err)
@@ -205,34 +205,25 @@ func text(err error) string {
 	return prefix + "the KMS call failed"
 }
 
-func classOf(err error) kmsclient.Class {
-	if e, ok := errors.AsType[*kmsclient.Error](err); ok {
-		return e.Class
-	}
-	return kmsclient.ClassUnavailable
-}
-
 // statusOf gives an error the code of its class, which class turns back. A call that ended with its own context is told just that.
 func statusOf(ctx context.Context, err error) error {
 	if cause := ctx.Err(); cause != nil {
 		return status.FromContextError(cause).Err()
 	}
 	code := codes.Unavailable
-	switch classOf(err) {
-	case kmsclient.ClassUnavailable:
-		if e, ok := errors.AsType[*kmsclient.Error](err); ok && e.Answered {
-			code = codes.Unknown
-		}
-	case kmsclient.ClassDenied:
+	switch kmsclient.ReasonOf(err) {
+	case kmsclient.Unreachable:
+	case kmsclient.Failing, kmsclient.Unhealthy:
+		code = codes.Unknown
+	case kmsclient.Denied:
 		code = codes.PermissionDenied
-	case kmsclient.ClassKeyUnusable:
+	case kmsclient.KeyDisabled:
 		code = codes.FailedPrecondition
-		if e, ok := errors.AsType[*kmsclient.Error](err); ok && e.Gone {
-			code = codes.NotFound // for which a proxy turns to recovery copies, as it does not for a key that somebody has disabled
-		}
-	case kmsclient.ClassInvalid:
+	case kmsclient.KeyGone, kmsclient.KeyNotFound, kmsclient.AliasNotFound:
+		code = codes.NotFound // for which a proxy turns to recovery copies, as it does not for a key that somebody has disabled
+	case kmsclient.Invalid:
 		code = codes.InvalidArgument
-	case kmsclient.ClassContract:
+	case kmsclient.BrokenContract:
 		code = codes.Internal
 	}
 	return status.Error(code, text(err))

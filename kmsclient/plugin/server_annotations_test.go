@@ -30,7 +30,7 @@ func (n naming) Encrypt(ctx context.Context, uid string, data []byte) (*service.
 
 func (n naming) Decrypt(ctx context.Context, uid string, req *service.DecryptRequest) ([]byte, error) {
 	if len(req.Annotations) != 1+len(n.more) {
-		return nil, &kmsclient.Error{Op: "Decrypt", Class: kmsclient.ClassInvalid, Detail: "foreign annotations"}
+		return nil, &kmsclient.Error{Op: "Decrypt", Reason: kmsclient.Invalid, Detail: "foreign annotations"}
 	}
 	return n.Memory.Decrypt(ctx, uid, req)
 }

@@ -20,13 +20,13 @@ func TestServerCodes(t *testing.T) {
 		want    codes.Code
 	}{
 		"unavailable": {kmstest.Failure{}, codes.Unavailable},
-		"answered":    {kmstest.Failure{Err: &kmsclient.Error{Answered: true}}, codes.Unknown},
+		"answered":    {kmstest.Failure{Err: &kmsclient.Error{Reason: kmsclient.Failing}}, codes.Unknown},
 		"foreign":     {kmstest.Failure{Err: fmt.Errorf("cannot wrap %s", canary)}, codes.Unavailable},
-		"denied":      {kmstest.Failure{Err: &kmsclient.Error{Class: kmsclient.ClassDenied, Code: "Forbidden"}}, codes.PermissionDenied},
-		"key":         {kmstest.Failure{Err: &kmsclient.Error{Class: kmsclient.ClassKeyUnusable}}, codes.FailedPrecondition},
-		"gone":        {kmstest.Failure{Err: &kmsclient.Error{Class: kmsclient.ClassKeyUnusable, Gone: true}}, codes.NotFound},
-		"invalid":     {kmstest.Failure{Err: &kmsclient.Error{Class: kmsclient.ClassInvalid}}, codes.InvalidArgument},
-		"contract":    {kmstest.Failure{Err: &kmsclient.Error{Class: kmsclient.ClassContract}}, codes.Internal},
+		"denied":      {kmstest.Failure{Err: &kmsclient.Error{Reason: kmsclient.Denied, Code: "Forbidden"}}, codes.PermissionDenied},
+		"key":         {kmstest.Failure{Err: &kmsclient.Error{Reason: kmsclient.KeyDisabled}}, codes.FailedPrecondition},
+		"gone":        {kmstest.Failure{Err: &kmsclient.Error{Reason: kmsclient.KeyGone}}, codes.NotFound},
+		"invalid":     {kmstest.Failure{Err: &kmsclient.Error{Reason: kmsclient.Invalid}}, codes.InvalidArgument},
+		"contract":    {kmstest.Failure{Err: &kmsclient.Error{Reason: kmsclient.BrokenContract}}, codes.Internal},
 		"panic":       {kmstest.Failure{Panic: canary}, codes.Internal},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -15,16 +15,16 @@ import (
 
 // TestRefusal: a key that may not be used is an error at once, so that API servers stop writing under it.
 func TestRefusal(t *testing.T) {
-	for class, want := range map[kmsclient.Class]codes.Code{
-		kmsclient.ClassDenied: codes.PermissionDenied, kmsclient.ClassKeyUnusable: codes.FailedPrecondition,
+	for reason, want := range map[kmsclient.Reason]codes.Code{
+		kmsclient.Denied: codes.PermissionDenied, kmsclient.KeyDisabled: codes.FailedPrecondition,
 	} {
-		t.Run(class.String(), func(t *testing.T) {
+		t.Run(reason.String(), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				f := kmstest.NewFault(kmstest.NewMemory())
 				s := newServer(t, f.Service(), nil)
 				polls(t, s)
 				says(t, s, "memory/1")
-				f.SetFault(func(string, int) *kmstest.Failure { return &kmstest.Failure{Err: &kmsclient.Error{Class: class}} })
+				f.SetFault(func(string, int) *kmstest.Failure { return &kmstest.Failure{Err: &kmsclient.Error{Reason: reason}} })
 				if _, err := s.Encrypt(t.Context(), &kmsapi.EncryptRequest{Plaintext: []byte(canary)}); status.Code(err) != want {
 					t.Errorf("Encrypt: %v", err)
 				}

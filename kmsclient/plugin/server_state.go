@@ -117,7 +117,7 @@ func (s *Server) contact(ctx context.Context) {
 func (s *Server) bad(err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if was := s.known.err; was == nil || classOf(was) != classOf(err) {
+	if was := s.known.err; was == nil || kmsclient.ClassOf(was) != kmsclient.ClassOf(err) {
 		s.cfg.Logger.Warn("KMS contact is not good", "provider", s.cfg.Provider, "reason", text(err)[len(prefix):])
 	}
 	s.known.err = err
@@ -147,7 +147,7 @@ func (s *Server) encrypted(changes int, keyID string, err error) {
 	defer s.mu.Unlock()
 	k := &s.known
 	if err != nil {
-		if c := classOf(err); k.err == nil && (c == kmsclient.ClassDenied || c == kmsclient.ClassKeyUnusable) {
+		if c := kmsclient.ClassOf(err); k.err == nil && (c == kmsclient.ClassDenied || c == kmsclient.ClassKeyUnusable) {
 			s.poke() // Status should say so soon
 		}
 		return

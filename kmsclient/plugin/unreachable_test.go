@@ -59,7 +59,7 @@ func TestWhyThereIsNoPlugin(t *testing.T) {
 			c.place(t, path)
 			for op, err := range callAll(t.Context(), newClient(t, Config{Endpoint: "unix://" + path})) {
 				e := asError(t, err)
-				if e.Class != kmsclient.ClassUnavailable || e.Answered || !strings.Contains(e.Detail, c.want) || !strings.Contains(e.Detail, fmt.Sprintf("%q", path)) {
+				if e.Reason != kmsclient.Unreachable || !strings.Contains(e.Detail, c.want) || !strings.Contains(e.Detail, fmt.Sprintf("%q", path)) {
 					t.Errorf("%s: %+v, want %q", op, e, c.want)
 				}
 				seen[c.want] = e.Detail
@@ -119,7 +119,7 @@ func TestOldPlugin(t *testing.T) {
 			go func() { served <- server.Serve(l) }()
 			defer func() { server.Stop(); <-served }()
 			for op, err := range callAll(t.Context(), newClient(t, Config{Endpoint: "unix://" + path})) {
-				if e := asError(t, err); e.Class != kmsclient.ClassContract || !strings.Contains(e.Detail, want) {
+				if e := asError(t, err); e.Class() != kmsclient.ClassContract || !strings.Contains(e.Detail, want) {
 					t.Errorf("%s: %+v", op, e)
 				}
 			}

@@ -1,4 +1,4 @@
-// Package audit tests the audit log of a real proxy before a real etcd.
+// Package audit tests the audit log of a real proxy in front of a real etcd.
 package audit
 
 import (
@@ -24,7 +24,7 @@ import (
 
 const prefix = "/sealed/"
 
-// verify runs the command and checks its exit code.
+// verify runs `audit verify` and checks its exit code.
 func verify(t *testing.T, want int, args ...string) string {
 	t.Helper()
 	cmd := exec.Command(harness.Bin(t, "etcd-kms-proxy"), append([]string{"audit", "verify"}, args...)...)
@@ -35,7 +35,7 @@ func verify(t *testing.T, want int, args ...string) string {
 	return string(out)
 }
 
-// put writes and reads back, under the rule or outside of it.
+// put writes a value, under the rule or outside it, and reads it back.
 func put(t *testing.T, kv pb.KVClient, key, value string) error {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
@@ -60,7 +60,8 @@ func get(t *testing.T, kv pb.KVClient, key, value string) error {
 	return nil
 }
 
-// TestNothingSecret: over writes, reads, a denied client, reloads, a crash and a restart the log tells what happened, and nothing of values and keys.
+// TestNothingSecret checks that the audit log records writes, reads, a denied client, reloads, a
+// crash and a restart, without a value or a key.
 func TestNothingSecret(t *testing.T) {
 	t.Parallel()
 	env := harness.New(t)
@@ -108,12 +109,12 @@ func TestNothingSecret(t *testing.T) {
 		return p.Alive()
 	})
 	p.Kill()
-	// What was recorded before a crash of the process is there.
+	// Records from before a crash of the process must be in the log.
 	last := read(t, path)
 	if verify(t, 0, path, "--key-file", filepath.Join(env.Dir, "audit.key")); !bytes.Contains(last, []byte(`"event":"reload"`)) {
 		t.Error("the reload was lost in the crash")
 	}
-	// The crash cuts a line.
+	// Simulate a crash that cut a line short.
 	if err := os.WriteFile(path, append(last, []byte(`{"seq":99,"time":"20`)...), 0o600); err != nil {
 		t.Fatal(err)
 	}

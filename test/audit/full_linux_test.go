@@ -16,7 +16,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestFullDisk fills the disk of the log. Without audit.required nothing is refused; with it the rule is, and nothing else. Both come back by themselves.
+// TestFullDisk fills the disk that the log is on. Without audit.required, the proxy refuses
+// nothing. With it, the proxy refuses requests under the rule, and no others. Both recover when
+// there is space again.
 func TestFullDisk(t *testing.T) {
 	for _, required := range []bool{false, true} {
 		t.Run(fmt.Sprintf("required %v", required), func(t *testing.T) {

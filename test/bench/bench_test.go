@@ -15,13 +15,14 @@ import (
 
 func TestMain(m *testing.M) {
 	relayIfAsked() // the run under test starts this binary as its relay
+	burnIfAsked()
 	os.Exit(m.Run())
 }
 
-// TestShort is `go run . -short` with its figures looked at: every row has been measured on every subject, and nothing is zero, negative or
-// absurd.
+// TestShort is `go run . -short`, with its figures checked: every row has been measured on every
+// subject, and nothing is zero, negative or absurd.
 func TestShort(t *testing.T) {
-	cfg, _, err := parse([]string{"-short"})
+	cfg, _, err := parse([]string{"-short", "-busy", "1"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -30,7 +31,7 @@ func TestShort(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(report.Rows) != 8 {
+	if len(report.Rows) != len(rows(cfg)) {
 		t.Errorf("%d rows", len(report.Rows))
 	}
 	between := func(what string, v, low, high float64) {
@@ -40,29 +41,31 @@ func TestShort(t *testing.T) {
 		}
 	}
 	for _, row := range report.Rows {
-		if len(row.Results) != len(subjectNames) {
+		if len(row.Results) != len(cfg.Subjects) {
 			t.Errorf("%s: %d subjects", row.Name, len(row.Results))
 		}
 		for name, r := range row.Results {
 			what := row.Name + " on " + name + ": "
 			between(what+"throughput", r.PerSecond, 0.1, 1e7)
-			between(what+"median", r.MedianUS, 1, 1e8)
+			between(what+"p50", r.P50US, 1, 1e8)
+			between(what+"p99", r.P99US, r.P50US, 1e8)
 			between(what+"etcd's CPU", r.EtcdUS, 0.01, 1e7)
 			between(what+"the client's CPU", r.ClientUS, 0.01, 1e7)
 			between(what+"all CPU", r.TotalUS, 0.1, 1e7)
-			between(what+"throughput to direct", r.PerSecondToDirect, 0.001, 1000)
-			between(what+"all CPU to direct", r.TotalToDirect, 0.001, 1000)
+			between(what+"throughput to direct", r.PerSecondToDirect.Median, 0.001, 1000)
+			between(what+"all CPU to direct", r.TotalToDirect.Median, 0.001, 1000)
 			if name == direct {
 				between(what+"the proxy's CPU", r.ProxyUS, 0, 0)
 				continue
 			}
 			between(what+"the proxy's CPU", r.ProxyUS, 0.01, 1e7)
-			between(what+"the proxy's CPU to grpc-proxy", r.ProxyToGRPCProxy, 0.001, 1000)
-			between(what+"the proxy's CPU to l4", r.ProxyToLayer4, 0.001, 1000)
+			between(what+"the proxy's CPU to grpc-proxy", r.ProxyToGRPCProxy.Median, 0.001, 1000)
+			between(what+"the proxy's CPU to l4", r.ProxyToLayer4.Median, 0.001, 1000)
+			between(what+"peak memory", r.PeakMiB, 1, 4096)
+			if name == passing || name == encrypting {
+				between(what+"allocations", *r.Allocations, 0, 1e6)
+			}
 		}
-	}
-	for _, name := range []string{layer4, grpcProxy, passing, sealing} {
-		between("peak memory of "+name, report.PeakMemoryMiB[name], 1, 4096)
 	}
 
 	var text, encoded bytes.Buffer
@@ -76,6 +79,21 @@ func TestShort(t *testing.T) {
 		if !strings.Contains(text.String(), "\n"+row.Name) || !strings.Contains(encoded.String(), `"name":"`+row.Name+`"`) {
 			t.Errorf("the report lacks the row %q", row.Name)
 		}
+	}
+}
+
+// TestRatio compares two subjects round by round.
+func TestRatio(t *testing.T) {
+	a := &Result{rounds: []figures{{proxy: 2}, {proxy: 9}, {proxy: 4}}}
+	b := &Result{rounds: []figures{{proxy: 1}, {proxy: 3}, {proxy: 4}}}
+	if r := ratio(a, b, proxyCPU); *r != (Ratio{Median: 2, Low: 1, High: 3}) {
+		t.Errorf("%+v", r)
+	}
+	if r := ratio(a, nil, proxyCPU); r != nil || r.String() != "–" {
+		t.Errorf("%+v", r)
+	}
+	if m := median([]float64{4, 1, 3, 2}); m != 2.5 {
+		t.Errorf("median %v", m)
 	}
 }
 
@@ -100,13 +118,13 @@ func TestCPUTime(t *testing.T) {
 }
 
 func TestParse(t *testing.T) {
-	for _, bad := range []string{"x", "-subjects=nginx", "-rows=(", "-rounds=-1", "-conns=0", "-nonsense"} {
+	for _, bad := range []string{"x", "-subjects=nginx", "-rows=(", "-rounds=-1", "-conns=0", "-busy=-1", "-nonsense"} {
 		if _, _, err := parse([]string{bad}); err == nil {
 			t.Errorf("%q is accepted", bad)
 		}
 	}
-	c, asJSON, err := parse([]string{"-json", "-subjects", "direct,l4"})
-	if err != nil || !asJSON || !slices.Equal(c.Subjects, []string{direct, layer4}) || c.Rounds < 1 || c.Duration <= 0 {
+	c, asJSON, err := parse([]string{"-json", "-subjects", "direct,l4", "-base", "other"})
+	if err != nil || !asJSON || !slices.Equal(c.Subjects, []string{direct, layer4, basePassing, baseEncrypting}) || c.Rounds < 1 || c.Duration <= 0 {
 		t.Errorf("%+v, %v, %v", c, asJSON, err)
 	}
 }

@@ -167,6 +167,14 @@ func schedstat(pid int) (time.Duration, error) {
 	return sum, nil
 }
 
+// resetPeakMemory makes peakMemory count from now on.
+func resetPeakMemory(pid int) error {
+	if err := os.WriteFile(fmt.Sprintf("/proc/%d/clear_refs", pid), []byte("5"), 0); err != nil {
+		return fmt.Errorf("reset peak memory: %w", err)
+	}
+	return nil
+}
+
 // peakMemory is the most memory that the process has had resident, in bytes.
 func peakMemory(pid int) (int64, error) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))

@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 )
 
 // The environment that makes this program a relay: a process of its own, so that its CPU time can be told from the clients'.
@@ -22,6 +23,21 @@ func relayIfAsked() {
 	fmt.Fprintf(os.Stderr, "error: %v\n", relay(os.Getenv(relayListen), os.Getenv(relayUpstream)))
 	os.Exit(exitFailure)
 }
+
+// benchBurn is the environment variable that makes this program use CPU and do nothing else.
+const benchBurn = "BENCH_BURN"
+
+// burnIfAsked uses one CPU until it is killed, if the process was started for that.
+func burnIfAsked() {
+	if os.Getenv(benchBurn) == "" {
+		return
+	}
+	for i := uint64(0); ; i++ {
+		burned.Store(i)
+	}
+}
+
+var burned atomic.Uint64
 
 // relay is the least that a proxy in Go can do: it copies bytes between two TCP connections and knows no protocol. On Linux io.Copy between
 // them is splice(2), so the bytes do not even enter the process.

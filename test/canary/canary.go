@@ -1,7 +1,9 @@
-// Package canary finds secrets where none may be: in logs, metrics, error texts and etcd's files.
+// Package canary searches logs, metrics, error texts and etcd's files for secrets that must not be
+// there.
 //
-// A test takes every secret it writes from a [Set], which marks it with a string that occurs nowhere else, or adds secrets that
-// something else made. The set then searches files for each of them, in clear and in the forms in which software likes to print bytes.
+// A test gets every secret that it writes from a [Set], which adds a string that occurs nowhere
+// else, or adds secrets of other origin. The set then searches files for each of them, as they are
+// and in the encodings in which software usually prints bytes.
 package canary
 
 import (
@@ -30,12 +32,12 @@ type Set struct {
 }
 
 type pattern struct {
-	secret string // what it is, without the secret itself
+	secret string // what the secret is, without the secret itself
 	form   string
 	bytes  []byte
 }
 
-// Finding is a place where a secret stands.
+// Finding is a place where a secret was found.
 type Finding struct {
 	Path   string
 	Offset int // of the first byte, in bytes
@@ -47,7 +49,8 @@ func (f Finding) String() string {
 	return fmt.Sprintf("%s at byte %d: %s, %s", f.Path, f.Offset, f.Secret, f.Form)
 }
 
-// New makes a set whose values all carry one fresh marker. name describes the set in findings.
+// New returns a set whose values all contain the same new marker. name describes the set in
+// findings.
 func New(name string) *Set {
 	random := make([]byte, 6)
 	rand.Read(random)
@@ -56,19 +59,20 @@ func New(name string) *Set {
 	return s
 }
 
-// Marker is the string that each value of the set holds: 18 letters and digits.
+// Marker returns the string that each value of the set contains: 18 letters and digits.
 func (s *Set) Marker() string { return s.marker }
 
-// Value marks text as a secret of the set.
+// Value adds the marker to text and makes the result a secret of the set.
 func (s *Set) Value(text string) string { return s.marker + "-" + text }
 
-// Key returns 32 bytes of key material that hold the marker, different for each n.
+// Key returns 32 bytes of key material that contain the marker, different for each n.
 func (s *Set) Key(n int) []byte {
 	key := []byte(fmt.Sprintf("%s-key%010d", s.marker, n))
 	return key[:32]
 }
 
-// Add puts a secret that something else made into the set. Secrets shorter than 8 bytes are ignored, for they occur by chance.
+// Add adds a secret of other origin to the set. It ignores secrets shorter than 8 bytes, because
+// they occur by chance.
 func (s *Set) Add(what string, secret []byte) {
 	if len(secret) < 8 {
 		return
@@ -89,8 +93,9 @@ func (s *Set) add(what string, secret []byte) {
 	}
 }
 
-// forms lists the ways in which a secret may be printed: as it is, escaped, in hexadecimal, as a list of numbers, in base64 at each of the three
-// alignments it can have inside a longer value.
+// forms returns the encodings in which a secret may be printed: unchanged, escaped, hexadecimal, a
+// list of numbers, and base64 at each of the three alignments that it can have inside a longer
+// value.
 func forms(secret []byte) []pattern {
 	all := []pattern{
 		{form: "in clear", bytes: bytes.Clone(secret)},
@@ -111,7 +116,7 @@ func forms(secret []byte) []pattern {
 	return all
 }
 
-// aligned returns the characters of base64 that depend on secret alone when shift bytes stand before it.
+// aligned returns the base64 characters that depend only on secret when shift bytes precede it.
 func aligned(encoding *base64.Encoding, secret []byte, shift int) []byte {
 	text := encoding.WithPadding(base64.NoPadding).EncodeToString(append(make([]byte, shift), secret...))
 	first := (shift*8 + 5) / 6
@@ -127,7 +132,8 @@ func numbers(secret []byte, separator string) string {
 	return strings.Join(list, separator)
 }
 
-// Search returns the secrets found in data, at most one finding for each pattern. path is only named in findings.
+// Search returns the secrets found in data, with at most one finding per pattern. path is used only
+// in findings.
 func (s *Set) Search(path string, data []byte) []Finding {
 	s.mu.Lock()
 	patterns := s.patterns
@@ -141,7 +147,8 @@ func (s *Set) Search(path string, data []byte) []Finding {
 	return found
 }
 
-// Files searches each regular file named, and each one below a folder named. Files that vanish meanwhile are left out.
+// Files searches the named regular files, and all files below the named folders. It skips files
+// that disappear in the meantime.
 func (s *Set) Files(paths ...string) ([]Finding, error) {
 	var found []Finding
 	for _, root := range paths {

@@ -19,7 +19,7 @@ import (
 	"testing"
 )
 
-// TestCurl: what a shell has of the JSON gateway, in every header.
+// TestCurl compares what a shell gets from the JSON gateway, including every header.
 func TestCurl(t *testing.T) {
 	t.Parallel()
 	needs(t, "apt-get install curl", "curl", "--version")
@@ -42,22 +42,24 @@ type curl struct {
 	dir string
 }
 
-// reply is what curl printed of one answer.
+// reply is what curl printed for one response.
 type reply struct {
-	Code   string // curl's own: 0 is fine
+	Code   string // exit code of curl; 0 is success
 	Status string
 	Header []string
 	Body   any // decoded JSON, or text
 }
 
-// different are headers that differ between two answers, for the JSON has spaces at random, and those for scripts of foreign web pages, whom the proxy does not let in. Over
-// TLS, etcd's gateway hands on all headers of its gRPC server, which what the proxy itself answers does not have.
+// different lists headers that differ between two responses, because the JSON contains random
+// spaces, and the headers for scripts of other origins, which the proxy does not send. Over TLS,
+// etcd's gateway also forwards all headers of its gRPC server; responses of the proxy itself do not
+// have these.
 var different = map[bool]*regexp.Regexp{
 	false: regexp.MustCompile(`(?i)^(date|content-length|access-control-allow-[a-z]+): `),
 	true:  regexp.MustCompile(`(?i)^(date|content-length|access-control-allow-[a-z]+|grpc-metadata-[a-z-]+): `),
 }
 
-// encoded stands for its base64, as in a shell $(echo -n … | base64).
+// encoded is replaced by the base64 of its text, like $(echo -n … | base64) in a shell.
 var encoded = regexp.MustCompile(`‹[^›]*›`)
 
 func (c *curl) expand(s string) string {
@@ -67,7 +69,7 @@ func (c *curl) expand(s string) string {
 	})
 }
 
-// command asks base for path.
+// command sends a request for path to base.
 func (c *curl) command(ctx context.Context, base, path string, args ...string) *exec.Cmd {
 	all := []string{"-q", "-sS", "--max-time", "20", "-i", "--http1.1"}
 	if c.ca != nil {
@@ -92,7 +94,7 @@ func (c *curl) ask(t *testing.T, base, path string, args ...string) reply {
 		return reply{}
 	}
 	r := reply{Code: fmt.Sprint(cmd.ProcessState.ExitCode())}
-	// Errors of protobuf have one space or another, by chance of the build.
+	// The number of spaces in errors of protobuf depends on the build.
 	head, body, _ := strings.Cut(strings.ReplaceAll(out.String(), "\u00a0", " "), "\r\n\r\n")
 	for strings.HasPrefix(head, "HTTP/1.1 1") || strings.HasPrefix(head, "HTTP/2 1") { // 100, 101
 		head, body, _ = strings.Cut(body, "\r\n\r\n")
@@ -101,12 +103,12 @@ func (c *curl) ask(t *testing.T, base, path string, args ...string) reply {
 	r.Status, r.Header = lines[0], slices.DeleteFunc(lines[1:], different[c.ca != nil].MatchString)
 	slices.Sort(r.Header)
 	if r.Body = body; json.Valid([]byte(body)) {
-		_ = json.Unmarshal([]byte(body), &r.Body) // it is valid
+		_ = json.Unmarshal([]byte(body), &r.Body) // the JSON is valid
 	}
 	return r
 }
 
-// both compares what the two answer.
+// both compares the responses of the two servers.
 func (c *curl) both(t *testing.T, path string, args ...string) reply {
 	t.Helper()
 	var want reply
@@ -142,7 +144,7 @@ func (c *curl) values(t *testing.T) {
 	}
 }
 
-// transports: how a request comes, and not what it asks for.
+// transports tests how a request is sent, not what it requests.
 func (c *curl) transports(t *testing.T) {
 	const put, get = `{"key":"‹t›","value":"‹%s›"}`, `{"key":"‹t›"}`
 	large := c.expand(`{"key":"‹large›","value":"‹` + strings.Repeat("%s", 30<<10) + `›"}`)
@@ -177,7 +179,7 @@ func (c *curl) transports(t *testing.T) {
 			t.Errorf("%s /metrics\nbare etcd: %s %q\nthe proxy: %s %q", method, want.Status, want.Header, got.Status, got.Header)
 		}
 	}
-	// What is there for browsers is the proxy's own.
+	// The proxy implements the protection against browsers itself.
 	for _, r := range [][2]string{
 		{"Host: elsewhere.example", "421"}, {"Origin: http://elsewhere.example", "403"}, {"Sec-Fetch-Site: cross-site", "403"}, {"User-Agent: Mozilla/5.0", "415"},
 	} {
@@ -188,8 +190,8 @@ func (c *curl) transports(t *testing.T) {
 		}
 	}
 	if c.ca == nil {
-		c.both(t, "/v3/kv/range", "--http2", "-d", get)            // an upgrade, which etcd does not take
-		for _, base := range []string{c.bare.URL, c.proxy.URL()} { // that is gRPC's, which says so and resets the stream; curl may notice the one or the other
+		c.both(t, "/v3/kv/range", "--http2", "-d", get)            // an upgrade, which etcd does not accept
+		for _, base := range []string{c.bare.URL, c.proxy.URL()} { // the client port serves only gRPC and resets the stream; curl may notice either
 			if r := c.ask(t, base, "/v3/kv/range", "--http2-prior-knowledge", "-d", get); r.Code != "92" && !strings.HasPrefix(r.Status, "HTTP/2 415") || r.Body != "" {
 				t.Errorf("HTTP/2 without TLS at %s: %v", base, r)
 			}
@@ -216,7 +218,7 @@ func (c *curl) transports(t *testing.T) {
 	}
 }
 
-// streams: lines come as they happen, without a wait for more.
+// streams checks that lines arrive as events happen, and not only with later ones.
 func (c *curl) streams(t *testing.T) {
 	watch := func(base string) (lines []any) {
 		ctx, cancel := context.WithCancel(t.Context())
@@ -231,7 +233,7 @@ func (c *curl) streams(t *testing.T) {
 		defer func() {
 			cancel()
 			_, _ = io.Copy(io.Discard, out)
-			_ = cmd.Wait() // it was killed
+			_ = cmd.Wait() // the test killed it
 		}()
 		read := bufio.NewReader(out)
 		next := func() {
@@ -243,11 +245,11 @@ func (c *curl) streams(t *testing.T) {
 			}
 			lines = append(lines, decoded)
 		}
-		next() // created, both
+		next() // both watches are created
 		next()
 		for _, r := range [][2]string{{"put", `{"key":"‹watched›","value":"‹%s›"}`}, {"put", `{"key":"‹watched›","value":"‹%s-2›"}`}, {"deleterange", `{"key":"‹watched›"}`}} {
 			c.ask(t, base, "/v3/kv/"+r[0], "-d", r[1])
-			if next(); r[0] == "put" { // both see it, in either order
+			if next(); r[0] == "put" { // both watches see the event, in either order
 				next()
 				slices.SortFunc(lines[len(lines)-2:], func(a, b any) int { return strings.Compare(fmt.Sprint(a), fmt.Sprint(b)) })
 			}
@@ -275,7 +277,7 @@ func (c *curl) streams(t *testing.T) {
 	}
 }
 
-// users: a token goes in a header.
+// users passes a token in a header.
 func (c *curl) users(t *testing.T) {
 	for _, r := range [][2]string{
 		{"user/add", `{"name":"root","password":"root-password"}`}, {"user/add", `{"name":"reader","password":"reader-password"}`}, {"role/add", `{"name":"root"}`}, {"role/add", `{"name":"readers"}`},

@@ -1,4 +1,5 @@
-// Package clients runs unmodified clients of etcd against a bare etcd and against the proxy with a rule on every key, and compares what they get.
+// Package clients runs unmodified clients of etcd against a bare etcd and against the proxy with a
+// rule for every key, and compares the results.
 package clients
 
 import (
@@ -18,12 +19,13 @@ import (
 
 const within = 30 * time.Second
 
-// pair is two etcds of one version, one of them behind the proxy.
+// pair is two etcds of the same version, one of them behind the proxy.
 type pair struct {
 	*harness.Env
 	bare, behind *harness.Etcd
 	proxy        *harness.Proxy
-	// ca has signed the certificates of all, and client is one without a common name; without TLS they are empty.
+	// ca signs all certificates, and client is a certificate without a common name. Without TLS
+	// both are empty.
 	ca     *harness.CA
 	client harness.Pair
 }
@@ -61,7 +63,7 @@ func (p *pair) start(version string) *pair {
 	return p
 }
 
-// told is what a command printed, without what differs between two servers or two runs.
+// told is the output of a command, without the parts that differ between two servers or two runs.
 type told struct {
 	out, err string
 	failed   bool
@@ -91,7 +93,8 @@ func run(t *testing.T, version, endpoint, dir, stdin string, args ...string) tol
 	return told{clean(out.String(), dir), clean(errs.String(), dir), err != nil}
 }
 
-// TestEtcdctl: all commands that speak to one server, in the versions there are. %s is a value that must not reach etcd.
+// TestEtcdctl runs all commands that connect to one server, in every available version. %s is a
+// value that must not reach etcd.
 func TestEtcdctl(t *testing.T) {
 	t.Parallel()
 	for _, version := range []string{"3.5", "3.6", "3.7", "3.8"} {
@@ -142,7 +145,7 @@ func TestEtcdctl(t *testing.T) {
 			if a := both("get a", ""); a.failed || !strings.Contains(a.out, secret) {
 				t.Errorf("get a: %+v", a)
 			}
-			// The snapshot through the proxy is what etcd stores.
+			// A snapshot through the proxy contains what etcd stores.
 			data, err := os.ReadFile(filepath.Join(dirs[1], "snapshot.db"))
 			if err != nil || len(data) == 0 || bytes.Contains(data, []byte(secret)) || !bytes.Contains(data, []byte("k8s:enc:kms:v2:dev:")) {
 				t.Errorf("the snapshot, of %d bytes, is not ciphertext: %v", len(data), err)
@@ -150,14 +153,14 @@ func TestEtcdctl(t *testing.T) {
 			if out, code := p.Run("verify", "--config", p.proxy.ConfigFile, "--snapshot", filepath.Join(dirs[1], "snapshot.db")); code != 0 {
 				t.Errorf("verify: %s", out)
 			}
-			// A mirror gets values.
+			// A mirror receives plaintext values.
 			mirror := p.StartEtcd(harness.EtcdConfig{Version: version, Name: "mirror", Bare: true})
 			p.mirrored(t, version, mirror, secret)
 		})
 	}
 }
 
-// mirrored runs make-mirror through the proxy until a value has come through.
+// mirrored runs make-mirror through the proxy until it has copied a value.
 func (p *pair) mirrored(t *testing.T, version string, to *harness.Etcd, secret string) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
@@ -172,5 +175,5 @@ func (p *pair) mirrored(t *testing.T, version string, to *harness.Etcd, secret s
 		return nil
 	})
 	cancel()
-	_ = cmd.Wait() // it was killed
+	_ = cmd.Wait() // the test killed it
 }

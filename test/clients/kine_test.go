@@ -13,7 +13,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestKine: a kube-apiserver on the proxy before kine, which knows a few shapes of transactions alone, and so would not know one that the proxy had changed.
+// TestKine runs a kube-apiserver on a proxy in front of kine. kine supports only a few shapes of
+// transactions, and would refuse one that the proxy had changed.
 func TestKine(t *testing.T) {
 	t.Parallel()
 	env := harness.New(t)

@@ -19,7 +19,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestLibrary is the common work of the packages that come with etcd's client, with every key sealed.
+// TestLibrary runs the packages of etcd's client library, with every key encrypted.
 func TestLibrary(t *testing.T) {
 	t.Parallel()
 	p := newPair(t, "3.7")
@@ -43,7 +43,7 @@ func TestLibrary(t *testing.T) {
 		return string(r.Kvs[0].Value)
 	}
 	for name, work := range map[string]func(t *testing.T){
-		"STM": func(t *testing.T) { // many move between two accounts
+		"STM": func(t *testing.T) { // several clients move amounts between two accounts
 			c := client(t)
 			for _, a := range []string{"stm/a", "stm/b"} {
 				if _, err := c.Put(t.Context(), a, "100"); err != nil {
@@ -148,7 +148,7 @@ func TestLibrary(t *testing.T) {
 				t.Errorf("%v, %v", r, err)
 			}
 		},
-		"leasing": func(t *testing.T) { // two caches, one writes what the other holds
+		"leasing": func(t *testing.T) { // of two caches, one writes a key that the other has cached
 			one, stopOne, err := leasing.NewKV(client(t), "leasing/")
 			if err != nil {
 				t.Fatal(err)

@@ -7,7 +7,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestNode: npm's etcd3, over gRPC.
+// TestNode runs npm's etcd3 over gRPC.
 func TestNode(t *testing.T) {
 	t.Parallel()
 	env := []string{"NODE_PATH=" + filepath.Join(harness.BinDir(t), "node", "node_modules")}

@@ -15,10 +15,11 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// python is Debian's own, for which Debian packages the clients; another may stand before it in PATH.
+// python is Debian's own Python, for which Debian packages the clients. PATH may contain another
+// one before it.
 const python = "/usr/bin/python3"
 
-// TestPythonGateway: Debian's python3-etcd3gw, over the JSON gateway.
+// TestPythonGateway runs Debian's python3-etcd3gw over the JSON gateway.
 func TestPythonGateway(t *testing.T) {
 	t.Parallel()
 	needs(t, "apt-get install python3-etcd3gw", python, "-c", "import etcd3gw")
@@ -28,7 +29,7 @@ func TestPythonGateway(t *testing.T) {
 	})
 }
 
-// TestPython: Debian's python3-etcd3, over gRPC.
+// TestPython runs Debian's python3-etcd3 over gRPC.
 func TestPython(t *testing.T) {
 	t.Parallel()
 	needs(t, "apt-get install python3-etcd3", python, "-c", "import etcd3")
@@ -42,7 +43,8 @@ func TestPython(t *testing.T) {
 	})
 }
 
-// needs skips the test where trying a client fails. Where CI is set, it fails: there, all of them are installed.
+// needs skips the test if a trial run of a client fails. If CI is set, it fails the test: all
+// clients must be installed there.
 func needs(t *testing.T, install, command string, args ...string) {
 	t.Helper()
 	out, err := exec.CommandContext(t.Context(), command, args...).CombinedOutput()
@@ -55,7 +57,7 @@ func needs(t *testing.T, install, command string, args ...string) {
 	}
 }
 
-// everyWay runs the work of a client with each version of etcd that can be built, and over TLS.
+// everyWay runs a client's test with each version of etcd that can be built, and with TLS.
 func everyWay(t *testing.T, client string, work func(*testing.T, *pair)) {
 	for _, version := range []string{"3.5", "3.6", "3.7", "3.8"} {
 		if version != "3.7" && testing.Short() {
@@ -74,8 +76,10 @@ func everyWay(t *testing.T, client string, work func(*testing.T, *pair)) {
 	})
 }
 
-// program has a client in another language work on both etcds, and compares what it says line by line. It gets an endpoint, the beginning of the values to
-// write, and a folder for files, which is returned for the proxy's; certificates are in its environment.
+// program runs a client in another language on both etcds, and compares its output line by line.
+// The client gets an endpoint, the prefix of the values to write, and a folder for files; program
+// returns the folder of the run on the proxy. The paths of the certificates are in the client's
+// environment.
 func (p *pair) program(t *testing.T, env []string, command string, args ...string) (dir string) {
 	t.Helper()
 	if p.ca != nil {
@@ -115,7 +119,7 @@ func (p *pair) program(t *testing.T, env []string, command string, args ...strin
 	return dirs[1]
 }
 
-// last is the last line.
+// last returns the last line.
 func last(s string) string {
 	s = strings.TrimSuffix(s, "\n")
 	return s[strings.LastIndexByte(s, '\n')+1:]
@@ -123,7 +127,7 @@ func last(s string) string {
 
 const sealedPrefix = "k8s:enc:kms:v2:dev:"
 
-// sealed looks at all that etcd holds. Users may have been made by now.
+// sealed checks all that etcd stores. The client may have created users before.
 func (p *pair) sealed(t *testing.T) {
 	t.Helper()
 	conn := harness.Dial(t, p.behind.Address, p.behind.TLS)

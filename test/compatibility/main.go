@@ -1,5 +1,7 @@
-// Command compatibility makes the tables of docs/design/compatibility.md from what tests have noted ([harness.Tested]): which methods and paths were called on which version of etcd, through the
-// proxy and without it, and answered the same, and which of them real clients have used. It fails where anything is left that no test has called.
+// Command compatibility generates the tables of docs/design/compatibility.md from the results of
+// tests ([harness.Tested]): the methods and paths that were called on each version of etcd, directly
+// and through the proxy, with the same response, and those that real clients have used. It fails if
+// no test has called a method or path.
 package main
 
 import (
@@ -27,9 +29,9 @@ import (
 )
 
 const (
-	begin        = "<!-- What follows is written by make compatibility. -->\n"
+	begin        = "<!-- make compatibility writes the tables from here on. -->\n"
 	clientsTitle = "\n### Clients\n"
-	end          = "<!-- What was written by make compatibility ends here. -->\n"
+	end          = "<!-- make compatibility writes the tables up to here. -->\n"
 )
 
 func main() {
@@ -130,11 +132,16 @@ func (t tested) render() (string, error) {
 			out.WriteString("\n")
 		}
 	}
-	out.WriteString("\n### Methods of gRPC\n\n✓: the same answers as from etcd of that version; –: that version does not know the method, and the proxy answers as it does.\n\n")
+	out.WriteString("\n### gRPC methods\n\n" +
+		"✓: the proxy responds as etcd of that version does. –: that version does not have the method or\n" +
+		"path, and the proxy responds as it does.\n\n")
 	table("method", methods(), short)
-	out.WriteString("\n### Paths of HTTP\n\n")
+	out.WriteString("\n### HTTP paths\n\n")
 	table("path", paths(), func(row string) string { return row })
-	out.WriteString(clientsTitle + "\nUnmodified, with every key that they use under a rule; what they called and were answered:\n\n| client | methods and paths |\n|---|---|\n")
+	out.WriteString(clientsTitle +
+		"\nThe clients are unmodified, and every key that they use is under a rule. The table lists the methods\n" +
+		"and paths that they called successfully.\n\n" +
+		"| client | methods and paths |\n|---|---|\n")
 	clients := make(map[string][]string)
 	for row, columns := range t {
 		for column, present := range columns {

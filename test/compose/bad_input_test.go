@@ -6,13 +6,14 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// says waits until the logs of a service hold all texts.
+// says waits until the logs of a service contain all texts.
 func (s *stack) says(service string, texts ...string) {
 	s.t.Helper()
 	harness.Eventually(s.t, within, service+" to say what is wrong", func() error {
@@ -29,7 +30,7 @@ func (s *stack) says(service string, texts ...string) {
 	})
 }
 
-// override is a further file for Compose.
+// override is an additional file for Compose.
 func (s *stack) override(text string) {
 	s.t.Helper()
 	path := filepath.Join(s.scratch, "override.yml")
@@ -39,8 +40,8 @@ func (s *stack) override(text string) {
 	s.extra = []string{"-f", path}
 }
 
-// volume makes a command run as root on a volume of the stack, without the services' restrictions:
-// what an operator's mistake does.
+// volume runs a command as root on a volume of the stack, without the services' restrictions, as an
+// operator may do by mistake.
 func (s *stack) volume(name, script string) {
 	s.t.Helper()
 	s.docker("run", "--rm", "--user", "0", "--entrypoint", "/bin/sh", "-v", s.project+"_"+name+":/v", goImage(s.t), "-ec", script)
@@ -58,7 +59,7 @@ func goImage(t *testing.T) string {
 	return name
 }
 
-// TestBadInput: each mistake is told in words, by `up` itself or in the logs, with what to do.
+// TestBadInput checks that `up` or the logs report each mistake in words, with a remedy.
 func TestBadInput(t *testing.T) {
 	t.Run("a port is taken", func(t *testing.T) {
 		s := newStack(t, composeV2(t))
@@ -80,13 +81,25 @@ func TestBadInput(t *testing.T) {
 		}
 		s.says("setup", "error: KMS is alibaba, and nothing is set for ALIBABA_KMS_REGION", "hint: copy deploy/compose/alibaba.env.example to .env")
 	})
+	t.Run(".env is lost", func(t *testing.T) {
+		s := newStack(t, composeV2(t))
+		without := s.env
+		s.env = append(slices.Clip(without), "KMS=alibaba", "ALIBABA_KMS_REGION=cn-hangzhou", "ALIBABA_KMS_KEY_ID=key-1",
+			"ALIBABA_CLOUD_ACCESS_KEY_ID=id", "ALIBABA_CLOUD_ACCESS_KEY_SECRET=secret")
+		s.run("up", "setup")
+		s.env = without
+		if out, err := s.try(t.Context(), "up", "-d"); err == nil {
+			t.Errorf("it starts without its KMS:\n%s", out)
+		}
+		s.says("setup", "error: this stack writes with Alibaba Cloud KMS, and the environment does not name it: is .env missing?", "hint: put .env back")
+	})
 	t.Run("a started stack", func(t *testing.T) {
 		s := newStack(t, composeV2(t))
 		s.up()
 		for _, tt := range []struct {
 			name, volume, script, override string
-			setup                          []string // what setup says; it then starts nothing
-			proxy                          []string // what the proxies say
+			setup                          []string // output of setup, which then starts nothing
+			proxy                          []string // output of the proxies
 			repair                         string
 		}{
 			{
@@ -150,8 +163,28 @@ func TestBadInput(t *testing.T) {
 		s.volume("proxy", "cat /v/client-ca.crt >/v/etcd-ca.crt")
 		s.docker("restart", s.container("proxy-1"))
 		s.says("proxy-1", "certificate signed by unknown authority")
-		s.up() // the job puts the right one back
+		s.up() // the job writes the right one again
 		s.run("run", "--rm", "-e", "ETCDCTL_ENDPOINTS=https://proxy-1:2379", "etcdctl", "put", "key", "value")
+	})
+	t.Run("a wrong clock", wrongClock)
+	t.Run("a full volume of etcd", func(t *testing.T) {
+		s := newStack(t, composeV2(t))
+		s.override("volumes:\n  etcd-1: {driver_opts: {type: tmpfs, device: tmpfs, o: \"size=16m,uid=65532,gid=65532,mode=0700\"}}\n")
+		if out, err := s.try(t.Context(), "up", "-d"); err == nil {
+			t.Errorf("it starts without room for a member's log:\n%s", out)
+		}
+		s.says("etcd-1", "no space left on device")
+	})
+	t.Run("a full volume of the audit log", func(t *testing.T) {
+		s := newStack(t, composeV2(t))
+		s.override("volumes:\n  proxy-1-audit: {driver_opts: {type: tmpfs, device: tmpfs, o: \"size=1m,uid=65532,gid=65532,mode=0700\"}}\n")
+		s.up()
+		s.volume("proxy-1-audit", "cat /dev/zero >/v/filler || true")
+		s.volume("proxy", "echo '# changed' >>/v/config.yaml") // reading it again is a record
+		s.says("proxy-1", "the audit log cannot be written", "no space left on device")
+		s.healthy("proxy-1") // audit.required is not set
+		s.volume("proxy-1-audit", "rm /v/filler")
+		s.says("proxy-1", "the audit log is written again")
 	})
 	t.Run("a full disk", func(t *testing.T) {
 		s := newStack(t, composeV2(t))

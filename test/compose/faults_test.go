@@ -19,7 +19,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// fault is one thing that happens to a container, and its end.
+// fault is something that happens to a container, and its end.
 type fault struct {
 	name        string
 	begin, heal func(s *stack, service, id string)
@@ -57,8 +57,8 @@ var faults = []fault{
 }
 
 // TestFaults has clients write through both proxies while members and proxies are stopped, killed,
-// paused and cut off, one at a time. What clients saw is linearizable, no acknowledged write and no
-// event is lost, and every value in every volume is ciphertext.
+// paused and disconnected, one at a time. It checks that what clients saw is linearizable, that no
+// acknowledged write and no event is lost, and that every value in every volume is ciphertext.
 func TestFaults(t *testing.T) {
 	s := newStack(t, composeV2(t))
 	s.up()
@@ -90,7 +90,7 @@ func TestFaults(t *testing.T) {
 			id := s.container(service)
 			began := time.Now()
 			f.begin(s, service, id)
-			// Only the other proxy serves while one does not.
+			// While one proxy is down, only the other one serves.
 			s.progress(clients, service, 20, service+" was "+f.name)
 			f.heal(s, service, id)
 			s.back(service, id)
@@ -135,16 +135,16 @@ func TestFaults(t *testing.T) {
 	s.searchVolumes(values)
 }
 
-// client writes and reads registers that it shares, and keys of its own that it writes once.
+// client writes and reads registers that it shares, and its own keys, which it writes once.
 type client struct {
 	*history
 	id, n  int
 	values *canary.Set
 	kv     pb.KVClient
 	acked  atomic.Int64
-	failed atomic.Value      // the last error's text
-	ending atomic.Bool       // nothing further is written
-	once   map[string]string // acknowledged; history.mu guards it
+	failed atomic.Value      // text of the last error
+	ending atomic.Bool       // no further writes
+	once   map[string]string // acknowledged; guarded by history.mu
 }
 
 func (c *client) work(ctx context.Context) {
@@ -156,7 +156,7 @@ func (c *client) work(ctx context.Context) {
 		}
 		c.n++
 		value := c.values.Value(fmt.Sprintf("%d-%d", c.id, c.n))
-		// A few registers at a time, and others as time goes by, so that each history stays short.
+		// Use a few registers at a time, and others later, so that each history stays short.
 		key := fmt.Sprintf("/register/%d-%d", int(time.Since(c.begun)/(5*time.Second)), rand.IntN(3))
 		var err error
 		switch rand.IntN(4) {
@@ -188,7 +188,7 @@ func (c *client) work(ctx context.Context) {
 		}
 		select {
 		case <-ctx.Done():
-		case <-time.After(time.Duration(rand.IntN(20)) * time.Millisecond): // the pace
+		case <-time.After(time.Duration(rand.IntN(20)) * time.Millisecond): // limits the rate
 		}
 	}
 }
@@ -242,8 +242,8 @@ func (c *client) swap(ctx context.Context, key, old, value string) error {
 	return err
 }
 
-// progress waits until each client has had n further responses, but for those of a proxy that does
-// not serve.
+// progress waits until each client has had n further responses, except for those of a proxy that
+// does not serve.
 func (s *stack) progress(clients []*client, down string, n int64, what string) {
 	s.t.Helper()
 	before := make([]int64, len(clients))
@@ -276,7 +276,7 @@ func (s *stack) back(service, id string) {
 	})
 }
 
-// seen is what a watch through both proxies was told of keys that are written once.
+// seen is what a watch through both proxies received for keys that are written once.
 type seen struct {
 	mu     sync.Mutex
 	values map[string]string
@@ -300,7 +300,7 @@ func watch(ctx context.Context, c *clientv3.Client, work *sync.WaitGroup) *seen 
 				}
 				s.mu.Unlock()
 			}
-			// Ended, as watches are without a leader or by a drain: from where it was.
+			// The watch ended, without a leader or by a drain: continue at its revision.
 			select {
 			case <-ctx.Done():
 			case <-time.After(50 * time.Millisecond):
@@ -332,7 +332,7 @@ func (s *seen) missing(clients []*client) error {
 	return nil
 }
 
-// searchVolumes looks for plaintext in every volume and every log of the stack.
+// searchVolumes searches every volume and every log of the stack for plaintext.
 func (s *stack) searchVolumes(values *canary.Set) {
 	s.t.Helper()
 	dir := s.t.TempDir()

@@ -13,11 +13,11 @@ import (
 type (
 	read  struct{ value string }
 	write struct{ value string }
-	swap  struct{ old, value string } // by a compare of the value, which held
-	kept  struct{ old, value string } // the compare did not hold: the value is this one
+	swap  struct{ old, value string } // by a compare of the value, which succeeded
+	kept  struct{ old, value string } // the compare failed: the value is this one
 )
 
-// register is one key of etcd, as porcupine's model.
+// register is one key of etcd, as a porcupine model.
 var register = porcupine.Model{
 	Init: func() any { return "" },
 	Step: func(state, in, _ any) (bool, any) {
@@ -43,7 +43,7 @@ type record struct {
 	call    int64
 	ret     int64
 	wrote   string // the value that it writes, if any
-	saw     string // the value that it saw, if any
+	saw     string // the value that it read, if any
 	unknown bool   // there was no response: it may have been applied, at any time since its call
 }
 
@@ -65,10 +65,10 @@ func (h *history) add(r record) {
 
 // check fails the test if no sequential order of the operations explains their results.
 //
-// A write without a response whose value some client saw was applied before that client had its
-// response. One that nobody saw makes no difference: a history has an order with it exactly if it
-// has one without it. So no operation with an open end is left, which porcupine could not handle in
-// numbers.
+// If there was no response to a write, but some client read its value, it was applied before that
+// client had its response. If no client read it, it makes no difference: a history has an order
+// with the write exactly if it has one without it. So no operation without an end remains, which
+// porcupine could not check in reasonable time.
 func (h *history) check(t *testing.T) {
 	t.Helper()
 	type place struct{ key, value string }

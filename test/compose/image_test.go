@@ -22,7 +22,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// localImage is what make image builds.
+// localImage is the image that make image builds.
 const localImage = "etcd-kms-proxy:local"
 
 func needEngine(t *testing.T) {
@@ -41,8 +41,8 @@ func mustDocker(t *testing.T, args ...string) string {
 	return out
 }
 
-// TestImage: the image is small, unprivileged and labelled, has one layer with nothing in it that
-// depends on when it was built, and its binary is the one that the same flags give here.
+// TestImage checks that the image is small, unprivileged and labeled, has one layer with no trace
+// of the time of its build, and that its binary is the one that the same flags build here.
 func TestImage(t *testing.T) {
 	needEngine(t)
 	var images []struct {
@@ -112,7 +112,7 @@ func TestImage(t *testing.T) {
 	t.Logf("%d bytes: %s", image.Size, strings.Join(names, " "))
 
 	// The sources must be those of the image.
-	same := exec.Command("git", "diff", "--quiet", revision, "--", "go.mod", "go.sum", "cmd", "config", "crypto", "kmsclient", "lifecycle", "proxy")
+	same := exec.Command("git", "diff", "--quiet", revision, "--", "go.mod", "go.sum", "cmd", "config", "crypto", "internal", "kmsclient", "lifecycle", "proxy")
 	same.Dir = filepath.Join("..", "..")
 	if err := same.Run(); err != nil || strings.HasSuffix(version, "-dirty") {
 		t.Logf("the sources have changed since %s: the binary is not compared", version)
@@ -165,8 +165,8 @@ func layerOf(t *testing.T, archive string) []byte {
 	}
 }
 
-// TestRunImage runs the image as docs/deploy/docker.md says: it becomes healthy, drains and exits
-// with 0. What is wrong with its files is told in its log.
+// TestRunImage runs the image as docs/deploy/docker.md describes: it becomes healthy, drains and
+// exits with 0. Its log reports mistakes in its files.
 func TestRunImage(t *testing.T) {
 	needEngine(t)
 	if os.Getuid() != 0 {
@@ -218,7 +218,7 @@ admin: {}
 			}
 		}
 	}
-	t.Run("files of another user", func(t *testing.T) { // of root: a mode that is right, and an owner that is not
+	t.Run("files of another user", func(t *testing.T) { // owned by root: a correct mode, and a wrong owner
 		says(t, run(t), "key.yaml: permission denied", "hint: ")
 	})
 	if err := os.Chown(key, 65532, 65532); err != nil {

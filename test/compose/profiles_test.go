@@ -19,7 +19,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// needImage skips the test where an image could not be made, which make image-offline has said.
+// needImage skips the test if an image could not be built, which make image-offline has reported.
 func (s *stack) needImage(variable string) {
 	s.t.Helper()
 	data, err := os.ReadFile(filepath.Join(s.folder, "docker-compose.yml"))
@@ -33,12 +33,12 @@ func (s *stack) needImage(variable string) {
 	}
 }
 
-// TestKubernetes: the profile's kube-apiserver starts, and what it stores is encrypted.
+// TestKubernetes starts the profile's kube-apiserver, and checks that what it stores is encrypted.
 func TestKubernetes(t *testing.T) {
 	s := newStack(t, composeV2(t))
 	s.needImage("KUBE_APISERVER_IMAGE")
 	s.up("--profile", "kubernetes")
-	// As docs/deploy/compose.md has it, but for the port.
+	// As in docs/deploy/compose.md, except for the port.
 	kubeconfig := filepath.Join(s.clientFolder(), "kubeconfig")
 	kubectl := func(args ...string) (string, error) {
 		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
@@ -63,7 +63,7 @@ func TestKubernetes(t *testing.T) {
 	s.searchVolumes(values)
 }
 
-// TestMonitoring: the profile's Prometheus scrapes both proxies, and takes the rules of
+// TestMonitoring checks that the profile's Prometheus scrapes both proxies, and loads the rules of
 // deploy/monitoring.
 func TestMonitoring(t *testing.T) {
 	s := newStack(t, composeV2(t))

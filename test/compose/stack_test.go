@@ -1,7 +1,7 @@
 // Package compose runs the project's docker-compose.yml on a real Docker engine, with images that
 // were built from the project's Dockerfile and with real members of etcd.
 //
-// It runs with COMPOSE_TEST=1 alone, which `make compose-test` sets after it has made the images:
+// It runs only with COMPOSE_TEST=1, which `make compose-test` sets after it has built the images:
 // it takes minutes, needs an engine and publishes ports on 127.0.0.1. DOCKER names the client.
 package compose
 
@@ -25,23 +25,23 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// within bounds everything that a test waits for.
+// within limits every wait of a test.
 const within = 2 * time.Minute
 
-// stack is a project of Compose. Its methods fail the test; they are called from its goroutine.
+// stack is a Compose project. Its methods fail the test, and must be called from its goroutine.
 type stack struct {
 	t       *testing.T
 	compose []string // the command
 	project string
-	folder  string   // of docker-compose.yml
+	folder  string   // docker-compose.yml
 	extra   []string // further arguments before the command
 	scratch string   // a folder for its files
 	env     []string // as .env would set it
-	// ports are the addresses that are published, by their variable.
+	// ports are the published addresses, by their variable.
 	ports map[string]string
 }
 
-// wanted skips the test unless it was asked for.
+// wanted skips the test unless it was requested.
 func wanted(t *testing.T) {
 	t.Helper()
 	if os.Getenv("COMPOSE_TEST") == "" {
@@ -69,7 +69,7 @@ func composeV1(t *testing.T) []string {
 	return nil
 }
 
-// newStack prepares a project of its own, which is removed with the test.
+// newStack prepares a project, which is removed at the end of the test.
 func newStack(t *testing.T, compose []string) *stack {
 	t.Helper()
 	wanted(t)
@@ -85,7 +85,7 @@ func newStack(t *testing.T, compose []string) *stack {
 		s.ports[name] = fmt.Sprintf("127.0.0.1:%d", harness.FreePort(t))
 		s.env = append(s.env, name+"="+s.ports[name])
 	}
-	// A developer's own .env says nothing here.
+	// A developer's own .env must not apply.
 	s.env = append(s.env, "KMS=", "ALIBABA_KMS_REGION=", "ALIBABA_KMS_KEY_ID=", "ALIBABA_KMS_CREDENTIALS=",
 		"ALIBABA_CLOUD_ACCESS_KEY_ID=", "ALIBABA_CLOUD_ACCESS_KEY_SECRET=", "ALIBABA_CLOUD_SECURITY_TOKEN=")
 	t.Cleanup(func() {
@@ -93,7 +93,7 @@ func newStack(t *testing.T, compose []string) *stack {
 			out, _ := s.try(context.Background(), "logs", "--tail=10", "setup", "proxy-1", "proxy-2")
 			t.Logf("%s", out)
 		}
-		// Also what profiles started.
+		// Including what profiles started.
 		if out, err := s.try(context.Background(), "--profile", "kubernetes", "--profile", "monitoring", "down", "--volumes", "--timeout", "15"); err != nil {
 			t.Errorf("remove the stack: %v\n%s", err, out)
 		}
@@ -111,7 +111,7 @@ func (s *stack) try(ctx context.Context, args ...string) (string, error) {
 	return string(out), err
 }
 
-// run is try for what must work.
+// run is try for commands that must succeed.
 func (s *stack) run(args ...string) string {
 	s.t.Helper()
 	out, err := s.try(s.t.Context(), args...)
@@ -143,7 +143,7 @@ func (s *stack) docker(args ...string) string {
 	return out
 }
 
-// container is the container of a service.
+// container returns the container of a service.
 func (s *stack) container(service string) string {
 	s.t.Helper()
 	id := s.docker("ps", "-aq", "--filter", "label=com.docker.compose.project="+s.project, "--filter", "label=com.docker.compose.service="+service,
@@ -154,7 +154,7 @@ func (s *stack) container(service string) string {
 	return id
 }
 
-// network is a network of the file.
+// network returns a network of the file.
 func (s *stack) network(name string) string {
 	s.t.Helper()
 	return s.docker("network", "ls", "-q", "--filter", "label=com.docker.compose.project="+s.project, "--filter", "label=com.docker.compose.network="+name)
@@ -181,7 +181,7 @@ func (s *stack) healthy(services ...string) {
 	}
 }
 
-// clientTLS is what a client needs, copied from the stack as docs/deploy/compose.md says.
+// clientTLS returns what a client needs, copied from the stack as docs/deploy/compose.md describes.
 func (s *stack) clientTLS() *tls.Config {
 	s.t.Helper()
 	dir := s.clientFolder()

@@ -12,9 +12,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestWalk runs the commands of README's section about Docker Compose as they are, with both
-// generations of Compose, and compares what they print with what the README shows. Numbers, sizes,
-// times and the width of columns may differ, and "…" stands for anything.
+// TestWalk runs the commands in README's section about Docker Compose unchanged, with both
+// generations of Compose, and compares their output with that in the README. Numbers, sizes, times
+// and the width of columns may differ, and "…" stands for anything.
 func TestWalk(t *testing.T) {
 	for name, compose := range map[string]func(*testing.T) []string{"v2": composeV2, "v1": composeV1} {
 		t.Run(name, func(t *testing.T) {
@@ -48,7 +48,7 @@ func TestWalk(t *testing.T) {
 	}
 }
 
-// command is a line `$ …` of a page, with the lines that it prints.
+// command is a line `$ …` of a page, with the output lines below it.
 type command struct {
 	line string
 	want []string
@@ -112,7 +112,7 @@ var (
 	digits = regexp.MustCompile(`[0-9]+`)
 )
 
-// pattern matches what a page shows.
+// pattern matches the output on a page.
 func pattern(want string) *regexp.Regexp {
 	want = regexp.QuoteMeta(spaces.ReplaceAllString(want, " "))
 	want = digits.ReplaceAllString(strings.ReplaceAll(want, "…", `.*`), `[0-9]+`)

@@ -12,8 +12,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestBypassAfterReload: of what is stored past the proxy from a reload on nothing is missed, under the rule that it brings nor under one that was there and had
-// nothing to see before.
+// TestBypassAfterReload checks that after a reload no plaintext write to etcd is missed, neither
+// under a rule that the reload adds nor under an existing one.
 func TestBypassAfterReload(t *testing.T) {
 	t.Parallel()
 	const added, writes = "/added/", 50
@@ -27,7 +27,7 @@ func TestBypassAfterReload(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	past(added + "before") // was no bypass then
+	past(added + "before") // no rule covered the key at that time
 
 	more := p.Config
 	more.Rules = append(more.Rules[:1:1], harness.Rule{Prefix: added, WriteWith: "dev", AllowPlaintextReads: new(true)})

@@ -16,7 +16,8 @@ import (
 
 const leadsToProxy = "etcd.endpoints leads to a proxy"
 
-// TestCommandsWantEtcd: a command that is pointed at a proxy seals nothing twice and decides nothing; it says what is wrong.
+// TestCommandsWantEtcd checks that a command whose endpoint is a proxy encrypts nothing twice,
+// changes nothing, and reports the mistake.
 func TestCommandsWantEtcd(t *testing.T) {
 	t.Parallel()
 	for name, coordination := range map[string]*harness.Coordination{"alone": harness.NoCoordination(), "coordinated": nil} {
@@ -48,7 +49,8 @@ func TestCommandsWantEtcd(t *testing.T) {
 	}
 }
 
-// TestProxyBehindProxy: a proxy whose etcd is a proxy does not serve, also if it finds that out late.
+// TestProxyBehindProxy checks that a proxy whose etcd is a proxy does not serve, even if it finds
+// out later.
 func TestProxyBehindProxy(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -58,7 +60,7 @@ func TestProxyBehindProxy(t *testing.T) {
 	first.Stop(within)
 	second := s.cfg
 	second.Etcd.Endpoints = []string{first.URL()}
-	p := s.StartProxy("second", second) // with nothing behind it yet
+	p := s.StartProxy("second", second) // nothing listens there yet
 	first.Start()
 	if code := p.Wait(within); code != 3 || !strings.Contains(p.Log(), leadsToProxy) {
 		t.Errorf("exit code %d: %s", code, p.Log())
@@ -69,7 +71,8 @@ func TestProxyBehindProxy(t *testing.T) {
 	}
 }
 
-// TestProxyInsteadOfEtcd: nothing is sealed twice either when a proxy takes etcd's place while another one serves.
+// TestProxyInsteadOfEtcd checks that nothing is encrypted twice if a proxy replaces etcd while
+// another proxy serves.
 func TestProxyInsteadOfEtcd(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -109,8 +112,8 @@ func TestProxyInsteadOfEtcd(t *testing.T) {
 	}
 }
 
-// startGRPCProxy starts etcd's own proxy, which makes its own requests of what it is asked, before an etcd or what
-// passes for one. It returns its address.
+// startGRPCProxy starts etcd's own proxy, which sends its own requests for those that it gets, in
+// front of an etcd or a proxy. It returns its address.
 func (s *site) startGRPCProxy(t *testing.T, name, upstream string, flags ...string) string {
 	t.Helper()
 	address := harness.FreeAddress(t)
@@ -126,8 +129,8 @@ func (s *site) startGRPCProxy(t *testing.T, name, upstream string, flags ...stri
 	return address
 }
 
-// TestProxyBehindGRPCProxy: a proxy, and a command, find out that they have a proxy for etcd also where etcd's
-// grpc-proxy stands between, and what they write is not encrypted twice.
+// TestProxyBehindGRPCProxy checks that a proxy, and a command, detect that their etcd is a proxy
+// also if etcd's grpc-proxy is between them, and that nothing is encrypted twice.
 func TestProxyBehindGRPCProxy(t *testing.T) {
 	t.Parallel()
 	for name, flags := range map[string][]string{"plain": nil, "namespace": {"--namespace", "/below"}, "ordered": {"--experimental-serializable-ordering"}} {
@@ -155,7 +158,8 @@ func TestProxyBehindGRPCProxy(t *testing.T) {
 	}
 }
 
-// TestProxyComesBehindGRPCProxy: a proxy that serves through grpc-proxy ends when a proxy takes etcd's place behind it.
+// TestProxyComesBehindGRPCProxy checks that a proxy that serves through grpc-proxy stops when a
+// proxy replaces the etcd behind it.
 func TestProxyComesBehindGRPCProxy(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)

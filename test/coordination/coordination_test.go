@@ -1,5 +1,5 @@
-// Package coordination tests what proxies before one etcd do there between them: the guard of their rules, their announcements, and the watch for plaintext that
-// goes past them.
+// Package coordination tests the coordination of proxies in front of one etcd: the guard of their
+// rules, their announcements, and the watch for plaintext that is written to etcd directly.
 package coordination
 
 import (
@@ -24,11 +24,11 @@ const (
 	within    = 30 * time.Second
 )
 
-// site is an etcd and the configuration of a proxy before it.
+// site is an etcd and the configuration of a proxy in front of it.
 type site struct {
 	*harness.Env
 	etcd *harness.Etcd
-	kv   pb.KVClient // etcd itself
+	kv   pb.KVClient // directly to etcd
 	cfg  harness.ProxyConfig
 }
 
@@ -40,7 +40,7 @@ func newSite(t *testing.T) *site {
 	return s
 }
 
-// before puts the site's configuration and client before an etcd, or a member of one.
+// before connects the site's configuration and client to an etcd, or to a member of one.
 func (s *site) before(t *testing.T, address string) {
 	t.Helper()
 	s.kv = pb.NewKVClient(harness.Dial(t, address, nil))
@@ -69,7 +69,7 @@ func (s *site) get(t *testing.T, key string) string {
 	return string(r.Kvs[0].Value)
 }
 
-// agreed waits for the record of a rule set.
+// agreed waits for the record of a set of rules.
 func (s *site) agreed(t *testing.T, part string) {
 	t.Helper()
 	harness.Eventually(t, within, "the record of the rules", func() error {
@@ -80,7 +80,7 @@ func (s *site) agreed(t *testing.T, part string) {
 	})
 }
 
-// refused starts a proxy that must not serve, and returns what it says.
+// refused starts a proxy that must not serve, and returns its output.
 func (s *site) refused(t *testing.T, name string, cfg harness.ProxyConfig, why ...string) string {
 	t.Helper()
 	p := s.NewProxy(name, cfg)
@@ -96,7 +96,8 @@ func (s *site) refused(t *testing.T, name string, cfg harness.ProxyConfig, why .
 	return out
 }
 
-// TestGuard: what protects keys less than what was agreed on does not start; what protects them more does, and is agreed on.
+// TestGuard checks that a proxy with rules that protect less than the agreement does not start, and
+// that rules that protect more are accepted and become the agreement.
 func TestGuard(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -127,7 +128,7 @@ func TestGuard(t *testing.T) {
 	p.Stop(within)
 	s.refused(t, "loose", s.with(readable), "would allow plaintext reads", "--allow-weakening")
 
-	// Meant, and told the audit log.
+	// The change is intended, and recorded in the audit log.
 	cfg := s.with(plain)
 	cfg.Audit = &harness.Audit{Path: filepath.Join(s.Dir, "audit.jsonl")}
 	p = s.NewProxy("allowed", cfg)
@@ -148,11 +149,11 @@ func TestGuard(t *testing.T) {
 			t.Errorf("the audit log has no %s", want)
 		}
 	}
-	again := s.StartProxy("again", cfg) // agreed on, so no flag is needed
+	again := s.StartProxy("again", cfg) // the record has these rules, so no flag is needed
 	again.WaitReady(within)
 }
 
-// TestGuardForged: who changes the record without the KMS is found out.
+// TestGuardForged checks that a change of the record without the KMS is detected.
 func TestGuardForged(t *testing.T) {
 	t.Parallel()
 	for name, forge := range map[string]func(record map[string]any){
@@ -187,7 +188,7 @@ func TestGuardForged(t *testing.T) {
 	}
 }
 
-// notInvited: whoever has the wrong key must not be told how to seal under it.
+// notInvited checks that the output does not suggest --allow-weakening to somebody with a wrong key.
 func notInvited(t *testing.T, out string) {
 	t.Helper()
 	if strings.Contains(out, "--allow-weakening") {
@@ -195,7 +196,8 @@ func notInvited(t *testing.T, out string) {
 	}
 }
 
-// TestGuardWrongKey: another key file under the name of the one before does not serve, and is what the hint names first; the right one serves again.
+// TestGuardWrongKey checks that a proxy with another key file for the same provider does not serve,
+// that its hint names the key file first, and that the right file works again.
 func TestGuardWrongKey(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -223,7 +225,8 @@ func TestGuardWrongKey(t *testing.T) {
 	p.WaitReady(within)
 }
 
-// TestGuardWithoutKMS: the record is compared all the same, and what is not under a rule is served.
+// TestGuardWithoutKMS checks that without a KMS the record is still compared, and that keys without
+// a rule are served.
 func TestGuardWithoutKMS(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -247,7 +250,8 @@ func TestGuardWithoutKMS(t *testing.T) {
 	p.WaitReady(within)
 }
 
-// TestNothingBeforeTheGuard: while etcd does not answer there is nothing to compare with, and so nothing is served; afterwards all is.
+// TestNothingBeforeTheGuard checks that the proxy serves nothing while etcd does not answer,
+// because there is no record to compare with, and everything afterwards.
 func TestNothingBeforeTheGuard(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -264,7 +268,8 @@ func TestNothingBeforeTheGuard(t *testing.T) {
 	}
 }
 
-// TestMembers: status knows the proxies, and finds one with other rules; nothing is agreed on while they differ.
+// TestMembers checks that status lists the proxies and reports one with other rules, and that there
+// is no new agreement while they differ.
 func TestMembers(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -307,11 +312,11 @@ func TestMembers(t *testing.T) {
 	if got := s.get(t, agreement); strings.Contains(got, "/more/") {
 		t.Errorf("agreed on what one of two has: %s", got)
 	}
-	a.Stop(within) // takes its announcement back
+	a.Stop(within) // deletes its announcement
 	s.agreed(t, "/more/")
 	look(b.ConfigFile, 0, 1, 1)
 
-	// Whoever deletes the announcement does not silence the proxy.
+	// Deleting the announcement must not keep the proxy from announcing itself.
 	if _, err := s.kv.DeleteRange(t.Context(), &pb.DeleteRangeRequest{Key: []byte("/etcd-kms-proxy/"), RangeEnd: []byte("/etcd-kms-proxy0")}); err != nil {
 		t.Fatal(err)
 	}
@@ -319,7 +324,7 @@ func TestMembers(t *testing.T) {
 	s.agreed(t, "/more/")
 }
 
-// TestOwnKeys: clients of the proxy read them, and cannot put there.
+// TestOwnKeys checks that clients can read the proxies' own keys, and cannot write them.
 func TestOwnKeys(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -339,7 +344,8 @@ func TestOwnKeys(t *testing.T) {
 	}
 }
 
-// TestBypass: plaintext that somebody stores past the proxy is counted, audited once per key and told; what goes through it, and what no rule seals, is not.
+// TestBypass checks that plaintext written to etcd directly is counted, audited once per key, and
+// logged. Writes through the proxy and keys without a rule that encrypts must not count.
 func TestBypass(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -353,7 +359,7 @@ func TestBypass(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	s.Clear.Value("past") // what is stored past the proxy is in etcd's files: not a value of the sealed set
+	s.Clear.Value("past") // the plaintext written to etcd is in its files, so it is not in the set of encrypted values
 	past := func(key string) {
 		t.Helper()
 		if _, err := s.kv.Put(t.Context(), &pb.PutRequest{Key: []byte(key), Value: []byte("in the clear")}); err != nil {
@@ -388,7 +394,8 @@ func TestBypass(t *testing.T) {
 	}
 }
 
-// TestScan: with --scan-interval one of two proxies shows the figures, and the other one does when it has gone.
+// TestScan checks that with --scan-interval one of two proxies exports the figures, and the other
+// one takes over when it stops.
 func TestScan(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)

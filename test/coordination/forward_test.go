@@ -18,8 +18,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// forward is a forward proxy, as HTTPS_PROXY names one. It notes where it is asked to connect to, connects to the hosts
-// that it allows, and refuses all others.
+// forward is a forward proxy, as named by HTTPS_PROXY. It records the hosts of CONNECT requests,
+// connects to those that it allows, and refuses all others.
 type forward struct {
 	listener net.Listener
 	allowed  []string
@@ -75,7 +75,7 @@ func (f *forward) serve(conn net.Conn) {
 	_, _ = io.Copy(conn, to)
 }
 
-// hosts are those that were asked for.
+// hosts returns the requested hosts.
 func (f *forward) hosts() (all []string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -86,10 +86,10 @@ func (f *forward) hosts() (all []string) {
 	return all
 }
 
-// TestForwardProxy: of all that the proxy and its commands connect to, only the cloud's KMS and STS are reached through
-// HTTPS_PROXY. etcd's name in the configuration is one that Go's own exceptions for loopback do not cover, and a forward
-// proxy that refuses it is not asked.
-func TestForwardProxy(t *testing.T) { // not parallel: it sets the environment
+// TestForwardProxy checks that the proxy and its commands use HTTPS_PROXY only for the KMS and STS
+// of the cloud. The name of etcd in the configuration is one that Go's own exceptions for loopback
+// do not cover, and the forward proxy that refuses it must get no request for it.
+func TestForwardProxy(t *testing.T) { // not parallel: it sets environment variables
 	s := newSite(t)
 	double := s.NewAlibaba()
 	sts := kmsdouble.NewSTS(t, kmsdouble.STSConfig{Register: func(k kmsdouble.AccessKey) {

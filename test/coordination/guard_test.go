@@ -14,8 +14,9 @@ import (
 
 const custom = "/elsewhere/"
 
-// TestGuardIsNotTurnedOff: whoever edits the file that the guard is about turns the guard off with it neither by the switch nor by another prefix, and is not
-// unrecorded without the audit block.
+// TestGuardIsNotTurnedOff checks that an edit of the configuration file cannot turn the guard off:
+// neither by `enabled` nor by another prefix. Removing the audit block must not prevent the audit
+// record.
 func TestGuardIsNotTurnedOff(t *testing.T) {
 	t.Parallel()
 	for name, at := range map[string]string{"default prefix": "/etcd-kms-proxy/", "own prefix": "/fleet/keys/"} {
@@ -41,7 +42,7 @@ func TestGuardIsNotTurnedOff(t *testing.T) {
 			s.refused(t, "moved", moved, `coordination.prefix is "/elsewhere/"`, "would be written as plaintext")
 			s.refused(t, "unseen", unseen, "there would be no audit log", "not serving")
 			s.refused(t, "lax", lax, "audit.required would be false")
-			// Also with the rules as they were.
+			// This also applies if the rules are unchanged.
 			off.Rules, moved.Rules = s.cfg.Rules, s.cfg.Rules
 			off.Coordination.Prefix = custom
 			s.refused(t, "only off", off, "coordination is off")
@@ -58,7 +59,7 @@ func TestGuardIsNotTurnedOff(t *testing.T) {
 			if n := strings.Count(string(data), `"event":"guard","outcome":"refused"`); n != 6 {
 				t.Errorf("%d refusals in the audit log", n)
 			}
-			first.Start() // what was agreed on still holds
+			first.Start() // the agreement is unchanged
 			first.WaitReady(within)
 		})
 	}
@@ -80,7 +81,7 @@ func (s *site) place(t *testing.T, at, part string) {
 	})
 }
 
-// gone waits for the end of a record.
+// gone waits until a record was deleted.
 func (s *site) gone(t *testing.T, at string) {
 	t.Helper()
 	harness.Eventually(t, within, "the record below "+at+" to be gone", func() error {
@@ -91,7 +92,8 @@ func (s *site) gone(t *testing.T, at string) {
 	})
 }
 
-// TestGuardLetsMove: with --allow-weakening the prefix changes and coordination ends, once for each proxy; no outdated record is left to compare with.
+// TestGuardLetsMove checks that with --allow-weakening the prefix can change and coordination can
+// be turned off, once per proxy, and that no outdated record remains.
 func TestGuardLetsMove(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -99,7 +101,7 @@ func TestGuardLetsMove(t *testing.T) {
 	p.WaitReady(within)
 	s.place(t, "/etcd-kms-proxy/", prefix)
 
-	// A prefix, while another proxy still has the old one.
+	// Change the prefix while another proxy still has the old one.
 	s.cfg.Coordination = &harness.Coordination{Prefix: custom}
 	moved := s.NewProxy("moved", s.cfg)
 	moved.Args = []string{"--allow-weakening"}
@@ -111,13 +113,13 @@ func TestGuardLetsMove(t *testing.T) {
 	}
 	p.Stop(within)
 	moved.Stop(within)
-	moved.Args = nil // the new prefix has a record now
+	moved.Args = nil // there is a record below the new prefix now
 	moved.Start()
 	moved.WaitReady(within)
 	s.gone(t, "/etcd-kms-proxy/")
 	moved.Stop(within)
 
-	// Off.
+	// Turn coordination off.
 	s.cfg.Coordination = harness.NoCoordination()
 	off := s.NewProxy("off", s.cfg)
 	off.Args = []string{"--allow-weakening"}

@@ -10,13 +10,14 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestGuardWithoutLeader: with coordination off, what a member of etcd without a leader holds is enough for the guard. Clients get from the member what needs no leader,
-// and its record refuses what it refuses with one.
+// TestGuardWithoutLeader checks that with coordination off, the guard accepts the data of a member
+// of etcd without a leader. The member serves clients what needs no leader, and its record leads to
+// the same refusals as with a leader.
 func TestGuardWithoutLeader(t *testing.T) {
 	t.Parallel()
 	s := &site{Env: harness.New(t)}
 	cluster := s.StartCluster(3, harness.EtcdConfig{})
-	s.before(t, cluster.Members[0].Address) // which is left: what is read there with a leader, it holds without one
+	s.before(t, cluster.Members[0].Address) // the member that remains; it stores what was read there with a leader
 	off := s.cfg
 	off.Coordination = harness.NoCoordination()
 	value := s.Sealed.Value("a")
@@ -29,7 +30,7 @@ func TestGuardWithoutLeader(t *testing.T) {
 		}
 	}
 
-	// No record.
+	// Without a record.
 	p := s.StartProxy("off", off)
 	p.WaitReady(within)
 	if _, err := pb.NewKVClient(harness.Dial(t, p.Address, nil)).Put(t.Context(), &pb.PutRequest{Key: []byte(prefix + "a"), Value: []byte(value)}); err != nil {
@@ -43,7 +44,7 @@ func TestGuardWithoutLeader(t *testing.T) {
 	p.Stop(within)
 	cluster.RegainMajority()
 
-	// A record, which is not at the default place, so that the pointer to it has to be read as well.
+	// With a record below another prefix than the default, so that its pointer must be read too.
 	s.cfg.Coordination = &harness.Coordination{Prefix: custom}
 	first := s.StartProxy("first", s.cfg)
 	first.WaitReady(within)
@@ -58,7 +59,7 @@ func TestGuardWithoutLeader(t *testing.T) {
 	s.refused(t, "only off", off, found)
 	s.refused(t, "weak", weak, found, "would be written as plaintext")
 
-	// Allowed, although the record cannot be removed.
+	// Allowed with the flag, although the record cannot be removed.
 	p.Args = []string{"--allow-weakening"}
 	p.Start()
 	serves(p)

@@ -53,7 +53,7 @@ func (p *policySite) as(t *testing.T, name string) *grpc.ClientConn {
 	return harness.Dial(t, p.proxy.Address, p.ca.ClientTLS(p.ca.Client(name, name)))
 }
 
-// own is what etcd holds of the proxies' own keys.
+// own returns the proxies' own keys in etcd.
 func (p *policySite) own(t *testing.T) string {
 	t.Helper()
 	r, err := p.kv.Range(t.Context(), &pb.RangeRequest{Key: []byte("/etcd-kms-proxy/"), RangeEnd: []byte("/etcd-kms-proxy0")})
@@ -67,8 +67,8 @@ func (p *policySite) own(t *testing.T) string {
 	return strings.Join(all, "\n")
 }
 
-// TestOwnKeysStay: no request of a client changes the proxies' own keys or ends the lease of one,
-// and a delete of everything leaves them.
+// TestOwnKeysStay checks that no request of a client can change the proxies' own keys or end the
+// lease of one, and that a delete of all keys keeps them.
 func TestOwnKeysStay(t *testing.T) {
 	t.Parallel()
 	p := newPolicySite(t)
@@ -131,7 +131,7 @@ func TestOwnKeysStay(t *testing.T) {
 			t.Fatalf("%s changed them from\n%s\nto\n%s", what, there, now)
 		}
 	}
-	// Other leases, locks and elections are none of the proxies' business.
+	// Other leases, locks and elections must work.
 	if _, err := kv.Put(ctx, &pb.PutRequest{Key: []byte("/leased"), Value: []byte("v"), Lease: granted.ID}); err != nil {
 		t.Error(err)
 	}
@@ -172,14 +172,14 @@ func TestOwnKeysStay(t *testing.T) {
 			t.Errorf("%s of everything changed them from\n%s\nto\n%s", what, there, now)
 		}
 	}
-	p.proxy.Stop(within) // or the address is taken
+	p.proxy.Stop(within) // otherwise the address is in use
 	plain := p.cfg.Rules[0]
 	plain.WriteWith = "plaintext"
 	p.refused(t, "weak", p.with(plain), "would be written as plaintext")
 }
 
-// TestCiphertextClientsOnlyRead: what a backup needs, and nothing that changes etcd, over gRPC and
-// by the gateway.
+// TestCiphertextClientsOnlyRead checks that ciphertext clients can do what a backup needs, and
+// cannot change etcd, over gRPC and the JSON gateway.
 func TestCiphertextClientsOnlyRead(t *testing.T) {
 	t.Parallel()
 	p := newPolicySite(t)

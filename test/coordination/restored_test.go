@@ -12,8 +12,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestBypassAfterRestore: the watch for plaintext goes on when etcd comes back with an older data directory or an empty
-// one, and what was stored before the watch was back is seen, too.
+// TestBypassAfterRestore checks that the watch for plaintext continues when etcd is restored with
+// an older or empty data directory, and that writes from before the watch was back are found too.
 func TestBypassAfterRestore(t *testing.T) {
 	t.Parallel()
 	for name, older := range map[string]bool{"emptied": false, "older": true} {
@@ -71,12 +71,13 @@ func TestBypassAfterRestore(t *testing.T) {
 			if !strings.Contains(p.Log(), "etcd has older data than before") {
 				t.Error("the log does not tell of the restore")
 			}
-			s.agreed(t, prefix) // is on record again
+			s.agreed(t, prefix) // the record is in etcd again
 		})
 	}
 }
 
-// seen waits until the proxy counts so many plaintext writes, and has the last in its audit log.
+// seen waits until the proxy has counted this many plaintext writes, and has the last one in its
+// audit log.
 func (s *site) seen(t *testing.T, p *harness.Proxy, key string, writes int) {
 	t.Helper()
 	harness.Eventually(t, within, "the write of "+key+" to be seen", func() error {
@@ -91,15 +92,15 @@ func (s *site) seen(t *testing.T, p *harness.Proxy, key string, writes int) {
 	})
 }
 
-// TestReencryptAfterRestore: what a restore brings back is re-encrypted at once, and not at the end of the interval, also
-// where the backup holds the announcement of the proxy that runs.
+// TestReencryptAfterRestore checks that restored values are re-encrypted at once and not at the end
+// of the interval, even if the backup contains the announcement of the running proxy.
 func TestReencryptAfterRestore(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
 	s.cfg.Audit = &harness.Audit{Path: filepath.Join(s.Dir, "audit.jsonl")}
 	const key = prefix + "old"
 	p := s.NewProxy("proxy", s.cfg)
-	p.Args = []string{"--reencrypt"} // every hour
+	p.Args = []string{"--reencrypt"} // the interval
 	p.Start()
 	p.WaitReady(within)
 	s.agreed(t, prefix)
@@ -125,7 +126,8 @@ func TestReencryptAfterRestore(t *testing.T) {
 			return err
 		})
 	}
-	// The proxy's watch is back after the first stop, and has seen more than the backup has.
+	// After the first stop, the proxy's watch is back, and has seen a later revision than the
+	// backup has.
 	if _, err := s.kv.Put(t.Context(), &pb.PutRequest{Key: []byte(prefix + "last"), Value: []byte("in the clear")}); err != nil {
 		t.Fatal(err)
 	}

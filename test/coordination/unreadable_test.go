@@ -33,8 +33,9 @@ func enableAuth(t *testing.T, address string) pb.AuthClient {
 	return auth
 }
 
-// TestAuthTurnedOn: a proxy without a user of etcd says, while it runs, that it will serve nothing after its next start
-// once etcd's authentication is on, and both ways out that it names work.
+// TestAuthTurnedOn checks that a running proxy without an etcd user warns, after etcd's
+// authentication was turned on, that it will not serve after a restart, and that both remedies in
+// the warning work.
 func TestAuthTurnedOn(t *testing.T) {
 	t.Parallel()
 	for name, coordination := range map[string]*harness.Coordination{"alone": harness.NoCoordination(), "coordinated": nil} {

@@ -1,4 +1,4 @@
-// Package demo runs what `make run` runs.
+// Package demo runs the script of `make run`.
 package demo
 
 import (
@@ -16,7 +16,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestDemo: it shows what it says, in a folder of any name, and leaves no process behind, whichever way it ends.
+// TestDemo checks that the script prints what it should, in a folder of any name, and leaves no
+// process behind however it ends.
 func TestDemo(t *testing.T) {
 	for _, sig := range []syscall.Signal{syscall.SIGHUP, syscall.SIGINT, syscall.SIGTERM} {
 		t.Run(sig.String(), func(t *testing.T) {
@@ -36,13 +37,13 @@ func TestDemo(t *testing.T) {
 				cmd.Env = append(cmd.Env, fmt.Sprintf("%s=%d", name, harness.FreePort(t)))
 			}
 			cmd.Stdout, cmd.Stderr = out, out
-			cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // what a terminal signals is a group
+			cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // a terminal signals a process group
 			if err := cmd.Start(); err != nil {
 				t.Fatal(err)
 			}
 			group := cmd.Process.Pid
 			ended := make(chan struct{})
-			go func() { _ = cmd.Wait(); close(ended) }() // its code says it
+			go func() { _ = cmd.Wait(); close(ended) }() // the exit code shows it
 			said := func() []byte {
 				text, err := os.ReadFile(out.Name())
 				if err != nil {
@@ -51,7 +52,7 @@ func TestDemo(t *testing.T) {
 				return text
 			}
 			t.Cleanup(func() {
-				_ = syscall.Kill(-group, syscall.SIGKILL) // nothing is left where all is well
+				_ = syscall.Kill(-group, syscall.SIGKILL) // nothing remains after a success
 				<-ended
 				if t.Failed() {
 					t.Logf("%s", said())

@@ -21,7 +21,8 @@ import (
 )
 
 func (b *bench) metadata(t *testing.T) {
-	// The stores differ since the injections, so only answers without a revision are compared.
+	// The stores differ since the injections, so the test compares only responses without a
+	// revision.
 	for _, pairs := range [][]string{{"hasleader", "true"}, {"client-api-version", "3.7"}, {"token", "wrong"}, {"authorization", "wrong"}} {
 		ctx := metadata.AppendToOutgoingContext(t.Context(), pairs...)
 		_, bareErr := b.bare.auth.AuthStatus(ctx, &pb.AuthStatusRequest{})
@@ -37,7 +38,7 @@ func (b *bench) metadata(t *testing.T) {
 	}
 }
 
-// TestJWT: users whose tokens are signed, in every version of etcd.
+// TestJWT uses signed tokens, with every version of etcd.
 func TestJWT(t *testing.T) {
 	t.Parallel()
 	key, err := rsa.GenerateKey(rand.Reader, 2048)
@@ -65,7 +66,7 @@ func TestJWT(t *testing.T) {
 	}
 }
 
-// users runs one script of authentication on both sides and compares codes and texts.
+// users runs one authentication script on both sides and compares codes and texts.
 func (b *bench) users(t *testing.T) {
 	type outcome struct {
 		step string

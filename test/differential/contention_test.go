@@ -16,8 +16,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestContention: 64 clients, half of them through each of two proxies, count up in one key by compares of its VALUE, until each has done its share. No update is lost or made
-// twice, and none of them goes hungry.
+// TestContention has 64 clients, half of them through each of two proxies, increment one key by
+// compares of its VALUE until each has done its share. No increment may be lost or applied twice,
+// and every client must make progress.
 func TestContention(t *testing.T) {
 	t.Parallel()
 	b := newBench(t, "3.7", ruleSets[0])
@@ -60,7 +61,7 @@ func TestContention(t *testing.T) {
 	}
 }
 
-// countUp adds one if the value is still what it was.
+// countUp increments the number if the value is still the same.
 func countUp(ctx context.Context, kv pb.KVClient, key []byte, marker string) (int, error) {
 	now, err := kv.Range(ctx, &pb.RangeRequest{Key: key})
 	if err != nil {
@@ -82,7 +83,8 @@ func countUp(ctx context.Context, kv pb.KVClient, key []byte, marker string) (in
 	return 1, nil
 }
 
-// TestLargeSort: what would be sorted in too much memory is refused, and says what to do; a part of it is not.
+// TestLargeSort checks that a sort that would take too much memory is refused with a hint, and that
+// a sort of fewer keys works.
 func TestLargeSort(t *testing.T) {
 	t.Parallel()
 	b := newBench(t, "3.7", ruleSets[0])
@@ -105,7 +107,7 @@ func TestLargeSort(t *testing.T) {
 	if answer, err := b.via.kv.Range(ctx, r); err != nil || len(answer.Kvs) != 1 || !answer.More {
 		t.Errorf("%v, %v", answer.GetMore(), err)
 	}
-	// A compare goes through a range page by page.
+	// A compare reads a range page by page.
 	compare := &pb.Compare{Key: []byte("/s/"), RangeEnd: []byte("/s0"), Target: pb.Compare_VALUE, TargetUnion: &pb.Compare_Value{Value: value}}
 	if answer, err := b.via.kv.Txn(ctx, &pb.TxnRequest{Compare: []*pb.Compare{compare}}); err != nil || !answer.Succeeded {
 		t.Errorf("%v, %v", answer.GetSucceeded(), err)

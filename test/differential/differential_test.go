@@ -1,9 +1,12 @@
-// Package differential runs the same requests on a bare etcd and, through the proxy, on another etcd, and fails at the first difference that a client could
-// see: answers whole with their headers and revisions, codes, texts and details of errors, metadata, events of watches. Raw reads and a search of etcd's
-// files prove that what had to be sealed was, and that nothing else was touched.
+// Package differential sends the same requests to a bare etcd and, through the proxy, to another
+// etcd. It fails at the first difference that a client could notice: complete responses with their
+// headers and revisions; codes, texts and details of errors; metadata; watch events. Raw reads and
+// a search of etcd's files check that the right values are encrypted, and that no others are
+// changed.
 //
-// DIFFERENTIAL_SEQUENCES sets the number of random sequences for each etcd version and each set of rules, DIFFERENTIAL_SEED the first
-// one's seed; a failure logs what to set to run just the failing sequence.
+// DIFFERENTIAL_SEQUENCES is the number of random sequences per etcd version and set of rules, and
+// DIFFERENTIAL_SEED the seed of the first one. A failure logs the settings that run only the
+// failing sequence.
 package differential
 
 import (
@@ -23,13 +26,14 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// sealedLimit is etcd's request limit behind the proxy: the default and what sealing adds to the largest transaction.
+// sealedLimit is etcd's request limit behind the proxy: the default, plus what encryption adds to
+// the largest transaction.
 const (
 	requestLimit = 1536 << 10
 	sealedLimit  = requestLimit + 256<<10
 )
 
-// bench is a bare etcd and the proxy before another one, of the same version.
+// bench is a bare etcd, and the proxy in front of another etcd of the same version.
 type bench struct {
 	env       *harness.Env
 	bareEtcd  *harness.Etcd
@@ -39,7 +43,7 @@ type bench struct {
 	raw       *side // the etcd behind the proxy, without the proxy
 	rules     ruleSet
 	version   string
-	tested    map[string]bool // by method, or path of the gateway: etcd knows it
+	tested    map[string]bool // by method or gateway path: whether etcd has it
 }
 
 func newBench(t *testing.T, version string, rules ruleSet, flags ...string) *bench {
@@ -54,7 +58,7 @@ func newBench(t *testing.T, version string, rules ruleSet, flags ...string) *ben
 	}
 	address := ""
 	if os.Getenv("DIFFERENTIAL_WITHOUT_PROXY") != "" {
-		// Two bare etcds must agree: a check of this test itself.
+		// Two bare etcds must agree: this checks the test itself.
 		address = b.behind.Address
 	} else {
 		b.proxy = env.StartProxy("proxy", cfg)
@@ -67,7 +71,7 @@ func newBench(t *testing.T, version string, rules ruleSet, flags ...string) *ben
 	return b
 }
 
-// tells notes what was tested, for docs/design/compatibility.md.
+// tells records what was tested, for docs/design/compatibility.md.
 func (b *bench) tells(t *testing.T) {
 	b.tested = make(map[string]bool)
 	harness.Tells(t, func() (cells []harness.Tested) {
@@ -125,7 +129,7 @@ func TestRandomSequences(t *testing.T) {
 	}
 }
 
-// sequence runs one random sequence from an empty store and adds what it has seen to counts.
+// sequence runs one random sequence on an empty store and adds its requests to counts.
 func (b *bench) sequence(t *testing.T, seed uint64, counts map[string]int) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
@@ -142,7 +146,9 @@ func (b *bench) sequence(t *testing.T, seed uint64, counts map[string]int) {
 	p.reset(ctx)
 
 	var live *watchPair
-	// Before 3.4.25 etcd answers progress requests ahead of events: nothing says when a watch has seen all. TestEveryMethod has a watch that knows what to wait for.
+	// Before 3.4.25, etcd responds to progress requests before it has sent all events, so nothing
+	// shows when a watch is complete. TestEveryMethod has a watch that knows which events to wait
+	// for.
 	watches := b.version != "3.4"
 	if watches && g.chance(30) {
 		live = p.openWatch(ctx)
@@ -158,7 +164,8 @@ func (b *bench) sequence(t *testing.T, seed uint64, counts map[string]int) {
 	for range n {
 		request := g.next(p.revision)
 		if _, compaction := request.(*pb.CompactionRequest); compaction && live != nil {
-			// Whether a watch still finds the previous value of a key depends on who is first, it or the compaction.
+			// Whether a watch still finds the previous value of a key depends on whether the watch
+			// or the compaction is first.
 			live.check(ctx)
 		}
 		p.do(ctx, request)
@@ -172,7 +179,8 @@ func (b *bench) sequence(t *testing.T, seed uint64, counts map[string]int) {
 	if live != nil {
 		live.check(ctx)
 	}
-	// Watches of the past: etcd looks for them every 100 ms, so several share a stream.
+	// These watches start in the past. etcd looks for such watches only every 100 ms, so several
+	// share a stream.
 	if watches && g.chance(20) {
 		past := p.openWatch(ctx)
 		defer past.close()
@@ -184,7 +192,7 @@ func (b *bench) sequence(t *testing.T, seed uint64, counts map[string]int) {
 	b.checkStored(ctx, p)
 }
 
-// reset removes what the sequence before has left.
+// reset deletes what the previous sequence has left.
 func (p *pair) reset(ctx context.Context) {
 	p.t.Helper()
 	everything := []byte{0}
@@ -195,7 +203,8 @@ func (p *pair) reset(ctx context.Context) {
 	p.do(ctx, &pb.DeleteRangeRequest{Key: everything, RangeEnd: everything, PrevKv: true})
 }
 
-// checkStored compares what both etcds hold, without the proxy: ciphertext for sealed keys, the same bytes for all others.
+// checkStored compares what both etcds store, without the proxy: ciphertext for keys under a rule,
+// the same bytes for all others.
 func (b *bench) checkStored(ctx context.Context, p *pair) {
 	p.t.Helper()
 	all := &pb.RangeRequest{Key: []byte{0}, RangeEnd: []byte{0}}
@@ -223,8 +232,9 @@ func (b *bench) checkStored(ctx context.Context, p *pair) {
 	}
 }
 
-// checkFiles searches the files of the etcd behind the proxy. The search of the harness at the end does it again; this one also proves that a search
-// finds what is there: the given key, and a value that was not to be sealed.
+// checkFiles searches the files of the etcd behind the proxy. The harness repeats the search at the
+// end. This one also checks that a search finds what is there: the given key, and a value that must
+// not be encrypted.
 func (b *bench) checkFiles(t *testing.T, key string) {
 	t.Helper()
 	if b.proxy == nil {

@@ -18,14 +18,15 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// exchanged is what a client of HTTP sees of one answer.
+// exchanged is what an HTTP client sees of one response.
 type exchanged struct {
 	Status      int
 	ContentType string
 	Body        any // decoded JSON, or sorted lines
 }
 
-// TestGateway asks for every path of etcd's JSON gateway, and for what etcd says over HTTP besides, and compares the answers.
+// TestGateway requests every path of etcd's JSON gateway and etcd's other HTTP paths, and compares
+// the responses.
 func TestGateway(t *testing.T) {
 	t.Parallel()
 	for _, version := range harness.Versions(t) {
@@ -65,18 +66,19 @@ func ask(t *testing.T, method, url, body, token string) exchanged {
 	if err != nil {
 		t.Fatalf("%s %s: %v", method, url, err)
 	}
-	data = bytes.ReplaceAll(data, []byte("\u00a0"), []byte(" ")) // so do texts of protobuf's errors
+	data = bytes.ReplaceAll(data, []byte("\u00a0"), []byte(" ")) // as do the texts of protobuf errors
 	lines := strings.Split(string(data), "\n")
-	slices.Sort(lines) // etcd names the checks of /readyz?verbose in the order of a map
+	slices.Sort(lines) // etcd returns the checks of /readyz?verbose in random order
 	e := exchanged{answer.StatusCode, answer.Header.Get("Content-Type"), lines}
 	var decoded any
-	if json.Unmarshal(data, &decoded) == nil { // etcd's JSON has spaces at random
+	if json.Unmarshal(data, &decoded) == nil { // etcd's JSON contains random spaces
 		e.Body = decoded
 	}
 	return e
 }
 
-// both asks both sides and compares what they answer; without leaves out fields that differ between any two etcds.
+// both sends a request to both sides and compares the responses. without names fields that differ
+// between any two etcds, and are left out.
 func (b *bench) both(t *testing.T, method, path, body, token string, without ...string) exchanged {
 	t.Helper()
 	want, got := ask(t, method, b.bareEtcd.URL+path, body, token), ask(t, method, "http://"+b.proxy.Address+path, body, token)
@@ -97,8 +99,9 @@ func (b *bench) both(t *testing.T, method, path, body, token string, without ...
 	return got
 }
 
-// fails reports whether two answers are errors for the same reason. The gateway of etcd before 3.6 tells them in another style, some by another status of HTTP, and its own errors of JSON
-// and of HTTP in other words; the proxy has the gateway of 3.7 whatever etcd stands behind it.
+// fails reports whether two responses are errors for the same reason. The gateway of etcd before
+// 3.6 returns errors in another style, some with another HTTP status, and has other texts for
+// errors of JSON and HTTP. The proxy has the gateway of 3.7 whatever version etcd has.
 func (e exchanged) fails(other exchanged) bool {
 	if e.Status < 400 || other.Status < 400 {
 		return false
@@ -134,7 +137,8 @@ func (b *bench) gateway(t *testing.T) {
 	post("lease/timetolive", `{"ID":"77","keys":true}`, "ttl", "TTL")
 	post("kv/lease/timetolive", `{"ID":"77"}`, "ttl", "TTL")
 	post("lease/keepalive", `{"ID":"77"}`)
-	// What is wrong with a request stands in no log: the harness searches the proxy's. etcd's own would hold it.
+	// Errors must not be logged with the request: the harness searches the proxy's log. etcd itself
+	// would log it.
 	ask(t, "POST", "http://"+b.proxy.Address+"/v3/lease/keepalive", fmt.Sprintf(`{"ID":%q}`, b.env.Sealed.Value("no number")), "")
 	post("lease/leases", `{}`)
 	post("kv/lease/leases", `{}`)
@@ -165,7 +169,7 @@ func (b *bench) gateway(t *testing.T) {
 	for _, path := range []string{"user/add", "user/get", "user/list", "user/delete", "user/changepw", "user/grant", "user/revoke", "role/add", "role/get", "role/list", "role/delete", "role/grant", "role/revoke"} {
 		post("auth/"+path, `{}`)
 	}
-	// What is wrong.
+	// Invalid requests.
 	post("kv/range", `not JSON`)
 	post("kv/range", `{"key":7}`)
 	post("kv/range", `{"unknown":"field","key":"AA=="}`)
@@ -176,7 +180,7 @@ func (b *bench) gateway(t *testing.T) {
 	b.both(t, "DELETE", "/v3/kv/range", "", "")
 	b.both(t, "GET", "/v4/", "", "")
 	b.both(t, "GET", "/nothing", "", "")
-	// Besides the gateway.
+	// Paths other than the gateway.
 	for _, path := range []string{"/health", "/health?serializable=true", "/livez", "/readyz", "/readyz?verbose", "/livez/serializable_read", "/version", "/readyz/nothing"} {
 		b.both(t, "GET", path, "", "")
 	}
@@ -216,7 +220,7 @@ func (b *bench) gatewayWatch(t *testing.T) {
 			}
 			seen = append(seen, decoded)
 		}
-		next() // created
+		next() // the watch was created
 		for range 2 {
 			ask(t, "POST", base+"/v3/kv/put", fmt.Sprintf(`{"key":%q,"value":%q}`, b64("/s/watched"), value), "")
 			next()
@@ -232,7 +236,8 @@ func (b *bench) gatewayWatch(t *testing.T) {
 	b.tested["POST /v3/watch"] = true
 }
 
-// gatewayStreams are the answers that differ between any two etcds, or have more than one part: what is alike in them is compared.
+// gatewayStreams compares responses that differ between any two etcds, or have several parts, in
+// what they have in common.
 func (b *bench) gatewayStreams(t *testing.T) {
 	alike := func(path, body string, what func(*json.Decoder) any) {
 		t.Helper()
@@ -292,7 +297,7 @@ func (b *bench) gatewayStreams(t *testing.T) {
 	})
 }
 
-// gatewayUsers: tokens and refusals of etcd's users come through.
+// gatewayUsers checks that tokens and permission errors of etcd's users work.
 func (b *bench) gatewayUsers(t *testing.T) {
 	post := func(path, body string) { b.both(t, "POST", "/v3/"+path, body, "") }
 	post("auth/user/add", `{"name":"root","password":"root-password"}`)

@@ -9,13 +9,15 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/canary"
 )
 
-// keys are few, so that operations meet, and stand on both sides of every bound of a rule.
+// keys are few, so that operations affect the same ones, and are on both sides of each end of a
+// rule.
 var keys = []string{
 	"/s/a", "/s/b", "/s/c", "/s/", "/s", "/s0", "/s/p/x", "/s/p/y", "/s/p/", "/s/p", "/s/p0",
 	"/t/a", "/t/b", "/t/", "/t0", "/u/1", "/u/2", "a", "\x00", "\x00\x00", "\xff", "\xff\xff", "/s/\x00\xff\n",
 }
 
-// generator draws random requests. The same seed gives the same requests if the servers answer the same.
+// generator generates random requests. The same seed generates the same requests if the servers
+// respond in the same way.
 type generator struct {
 	*rand.Rand
 	rules         ruleSet
@@ -27,7 +29,8 @@ func (g *generator) chance(percent int) bool { return g.IntN(100) < percent }
 
 func (g *generator) key() string { return keys[g.IntN(len(keys))] }
 
-// span draws a key and a range end: one key, a prefix, from a key on, everything, any two keys (which may be the wrong way round).
+// span returns a key and a range end: one key, a prefix, from a key to the end, all keys, or any
+// two keys, perhaps in the wrong order.
 func (g *generator) span() (key, end string) {
 	switch g.IntN(10) {
 	case 0, 1, 2, 3:
@@ -44,7 +47,8 @@ func (g *generator) span() (key, end string) {
 	}
 }
 
-// value draws a value for a key; one for a sealed key carries the marker that etcd must never hold.
+// value returns a value for a key. A value for a key under a rule contains the marker that etcd
+// must never store.
 func (g *generator) value(key string) []byte {
 	set := g.clear
 	if g.rules.sealed(key) {
@@ -56,7 +60,7 @@ func (g *generator) value(key string) []byte {
 	case 1:
 		return []byte{}
 	case 2:
-		// A client's own layer of encryption, and what looks like ours.
+		// A value that a client has encrypted itself, and one that looks like ours.
 		return []byte("k8s:enc:" + []string{"kms:v2:local:", "kms:v2:other:", "aescbc:v1:k:", ""}[g.IntN(4)] + set.Value("layer"))
 	case 3:
 		return []byte(set.Value(strings.Repeat("long-", 1+g.IntN(800))))
@@ -65,11 +69,12 @@ func (g *generator) value(key string) []byte {
 	case 5, 6:
 		return []byte(set.Value(string(rune('a' + g.IntN(26)))))
 	default:
-		return []byte(set.Value("ab"[:1+g.IntN(2)])) // few, so that compares meet their like
+		return []byte(set.Value("ab"[:1+g.IntN(2)])) // few, so that compares match
 	}
 }
 
-// at draws a revision around what exists: mostly the present, sometimes the past, the compacted past or the future.
+// at returns a revision near the existing ones: mostly the current one, sometimes a past, compacted
+// or future one.
 func (g *generator) at(now int64) int64 {
 	switch g.IntN(10) {
 	case 0, 1, 2:
@@ -88,7 +93,7 @@ func (g *generator) lease() int64 {
 		return 0
 	}
 	if g.chance(5) {
-		return 999 // never granted
+		return 999 // was never granted
 	}
 	return g.leases[g.IntN(len(g.leases))]
 }
@@ -104,7 +109,7 @@ func (g *generator) put() *pb.PutRequest {
 	case 3:
 		r.IgnoreValue, r.IgnoreLease, r.Value, r.Lease = true, true, nil, 0
 	case 4:
-		r.IgnoreValue = g.chance(30) // refused when there is a value
+		r.IgnoreValue = g.chance(30) // refused if there is a value
 	case 5:
 		if g.chance(30) {
 			r.Key = nil
@@ -196,7 +201,7 @@ func (g *generator) txn(now int64, depth int) *pb.TxnRequest {
 	}
 	r.Success, r.Failure = g.branch(now, depth), g.branch(now, depth)
 	if g.chance(1) {
-		// Over the limit of 128 operations.
+		// More than the limit of 128 operations.
 		for i := range 130 {
 			r.Success = append(r.Success, &pb.RequestOp{Request: &pb.RequestOp_RequestRange{
 				RequestRange: &pb.RangeRequest{Key: []byte(keys[i%len(keys)])}}})
@@ -213,7 +218,7 @@ func (g *generator) branch(now int64, depth int) []*pb.RequestOp {
 		case n < 4:
 			r := g.put()
 			if put[string(r.Key)] && g.chance(90) {
-				continue // a duplicate is refused; see it now and then
+				continue // a duplicate is refused; allow one sometimes
 			}
 			put[string(r.Key)] = true
 			ops = append(ops, &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: r}})
@@ -222,11 +227,11 @@ func (g *generator) branch(now int64, depth int) []*pb.RequestOp {
 		case n < 8:
 			r := g.deletion()
 			if g.chance(80) {
-				r.RangeEnd = nil // else it mostly meets a put and the whole is refused
+				r.RangeEnd = nil // otherwise it mostly conflicts with a put, and the whole transaction is refused
 			}
 			if string(r.RangeEnd) == "\x00" {
-				// etcd 3.5 to 3.7 does not see that such a range meets a put, and panics if that put was to keep the value or
-				// lease of the key that is gone.
+				// etcd 3.5 to 3.7 does not notice that such a range conflicts with a put, and
+				// panics if that put keeps the value or lease of the deleted key.
 				r.RangeEnd = []byte("\xff\xff\xff")
 			}
 			if put[string(r.Key)] && g.chance(90) {
@@ -241,7 +246,7 @@ func (g *generator) branch(now int64, depth int) []*pb.RequestOp {
 	return ops
 }
 
-// next draws any request but watches.
+// next returns any request but a watch.
 func (g *generator) next(now int64) any {
 	switch n := g.IntN(100); {
 	case n < 30:
@@ -251,7 +256,7 @@ func (g *generator) next(now int64) any {
 	case n < 53:
 		r := g.get(now)
 		if g.chance(70) {
-			r.SortOrder, r.SortTarget = 0, 0 // etcd streams in the order of keys only
+			r.SortOrder, r.SortTarget = 0, 0 // etcd streams only in the order of keys
 		}
 		return stream{r}
 	case n < 60:
@@ -265,7 +270,7 @@ func (g *generator) next(now int64) any {
 		if g.chance(90) {
 			g.leases = append(g.leases, id)
 		}
-		// No short life: which of two servers lets a lease expire first is chance.
+		// No short TTL: two servers would not expire a lease at the same time.
 		return &pb.LeaseGrantRequest{ID: id, TTL: []int64{3600, 7200, 86400, 9_000_000_001}[g.IntN(4)]}
 	case n < 94:
 		return &pb.LeaseRevokeRequest{ID: 1 + g.Int64N(6)}

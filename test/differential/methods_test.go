@@ -22,15 +22,17 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// step is one call of a method with its answer.
+// step is one call of a method with its response.
 type step struct {
-	method          string // without the package of its service, which is etcdserverpb unless it says so
+	method          string // without the package of the service; etcdserverpb if there is none
 	request, answer proto.Message
-	// differ are the fields of the answer in which any two servers differ.
+	// differ lists the fields of the response that differ between any two servers.
 	differ []protoreflect.Name
 }
 
-// TestEveryMethod calls each method of each service, on every version of etcd there is, with every key sealed, and compares the answers. It is what the table of methods in docs/design/compatibility.md says.
+// TestEveryMethod calls each method of each service, on every available version of etcd, with every
+// key encrypted, and compares the responses. The table of methods in docs/design/compatibility.md
+// is based on it.
 func TestEveryMethod(t *testing.T) {
 	t.Parallel()
 	for _, version := range harness.Versions(t) {
@@ -49,7 +51,7 @@ func TestEveryMethod(t *testing.T) {
 	}
 }
 
-// methods is the work on one version.
+// methods runs the test for one version.
 type methods struct {
 	*bench
 	t *testing.T
@@ -64,7 +66,7 @@ func full(method string) string {
 
 func (m *methods) sides() []*side { return []*side{m.bare, m.via} }
 
-// note counts a method as tested if both sides ended in the same way.
+// note records a method as tested if both sides ended in the same way.
 func (m *methods) note(method string, ends []error, texts []string) {
 	m.t.Helper()
 	a, b := status.Convert(ends[0]), status.Convert(ends[1])
@@ -89,7 +91,7 @@ func (m *methods) unary(ctx context.Context, s step) {
 	m.note(s.method, ends, texts)
 }
 
-// alike prints an answer without the fields in which servers differ.
+// alike prints a response without the fields that differ between servers.
 func alike(answer proto.Message, differ []protoreflect.Name) string {
 	r := answer.ProtoReflect()
 	for _, name := range append(differ, "raft_term") {
@@ -102,7 +104,7 @@ func alike(answer proto.Message, differ []protoreflect.Name) string {
 			h.RaftTerm = 0
 		}
 	}
-	return strings.Join(strings.Fields(text(answer)), " ") // protobuf's texts vary in their spaces
+	return strings.Join(strings.Fields(text(answer)), " ") // the texts of protobuf contain random spaces
 }
 
 func (m *methods) script() []step {
@@ -156,7 +158,7 @@ func (m *methods) script() []step {
 	}
 }
 
-// streams calls what answers more than once.
+// streams calls methods with several responses.
 func (m *methods) streams() {
 	ctx, cancel := context.WithTimeout(m.t.Context(), time.Minute)
 	defer cancel()
@@ -200,7 +202,7 @@ func (m *methods) streams() {
 	m.unary(ctx, step{"Lease/LeaseRevoke", &pb.LeaseRevokeRequest{ID: 7}, &pb.LeaseRevokeResponse{}, nil})
 }
 
-// receive sends one request, and returns so many answers, or with -1 all.
+// receive sends one request, and returns that many responses, or all of them if the number is -1.
 func receive(ctx context.Context, conn *grpc.ClientConn, method string, request, answer proto.Message, answers int) (all []proto.Message, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -211,7 +213,7 @@ func receive(ctx context.Context, conn *grpc.ClientConn, method string, request,
 	if err := s.SendMsg(request); err != nil && !errors.Is(err, io.EOF) {
 		return nil, err
 	}
-	if answers < 0 || strings.HasPrefix(method, "/grpc.") { // a server that takes one message waits for the client's last
+	if answers < 0 || strings.HasPrefix(method, "/grpc.") { // a server-streaming method waits for the half-close
 		if err := s.CloseSend(); err != nil {
 			return nil, err
 		}
@@ -228,7 +230,7 @@ func receive(ctx context.Context, conn *grpc.ClientConn, method string, request,
 	return all, nil
 }
 
-// elections are the Election and Lock services.
+// elections calls the Election and Lock services.
 func (m *methods) elections() {
 	said := [][]string{m.elect(m.t, m.bare, "/s/"), m.elect(m.t, m.via, "/s/")}
 	if !slices.Equal(said[0], said[1]) {
@@ -243,7 +245,7 @@ func (m *methods) elections() {
 	}
 }
 
-// guarded is what needs a user.
+// guarded calls methods that need a user.
 func (m *methods) guarded() {
 	ctx := m.t.Context()
 	m.unary(ctx, step{"Auth/AuthEnable", &pb.AuthEnableRequest{}, &pb.AuthEnableResponse{}, nil})

@@ -15,7 +15,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestModel holds the double of etcd that package proxy is fuzzed against to etcd itself: the programs of the fuzzing get the same answers and errors from both, and leave the same behind.
+// TestModel compares the model of etcd that package proxy is fuzzed against with etcd itself: the
+// programs of the fuzzer must get the same responses and errors from both, and leave the same keys.
 func TestModel(t *testing.T) {
 	t.Parallel()
 	env := harness.New(t)
@@ -29,7 +30,7 @@ func TestModel(t *testing.T) {
 		}
 	}
 	model := etcdmodel.New(etcdmodel.MaxOps, etcdmodel.Leases...)
-	// Something was written to etcd to see that it is up; every program begins with nothing.
+	// Starting etcd wrote a key; every program begins with an empty store.
 	first := &pb.PutRequest{Key: []byte("first")}
 	for now := real.do(ctx, first).message.(*pb.PutResponse).Header.Revision; model.Rev() < now; {
 		if _, err := model.Do(first); err != nil {

@@ -13,7 +13,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestEtcdOutage: the proxy starts before etcd, says so, and serves as soon as etcd does; it outlives etcd's restart.
+// TestEtcdOutage checks that the proxy starts before etcd, reports it, and serves as soon as etcd
+// does, and that it survives a restart of etcd.
 func TestEtcdOutage(t *testing.T) {
 	t.Parallel()
 	env := harness.New(t)
@@ -31,7 +32,8 @@ func TestEtcdOutage(t *testing.T) {
 	}
 	refused := func() {
 		t.Helper()
-		// With or without the patience of the client's deadline, but never as if the write were done.
+		// The error may depend on the client's deadline, but the write must never be reported as
+		// done.
 		if code := status.Code(put(time.Second)); code != codes.Unavailable && code != codes.DeadlineExceeded {
 			t.Errorf("a put without etcd: %v, want Unavailable or DeadlineExceeded", code)
 		}
@@ -46,7 +48,7 @@ func TestEtcdOutage(t *testing.T) {
 		t.Helper()
 		start := time.Now()
 		harness.Eventually(t, 10*time.Second, "a put", func() error { return put(5 * time.Second) })
-		// Reconnecting takes tenths of a second, not gRPC's usual back-off of up to minutes.
+		// Reconnecting takes tenths of a second, and not the minutes of gRPC's default backoff.
 		if took := time.Since(start); took > 4*time.Second {
 			t.Errorf("the first put after etcd's start took %v", took)
 		}

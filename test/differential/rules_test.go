@@ -8,7 +8,7 @@ import (
 
 const provider = "local"
 
-// ruleSet is one configuration of the proxy under test.
+// ruleSet is one configuration of the tested proxy.
 type ruleSet struct {
 	name  string
 	rules []harness.Rule
@@ -16,7 +16,8 @@ type ruleSet struct {
 
 func strict() *bool { no := false; return &no }
 
-// ruleSets: a rule on everything, on about half of the keys (with a hole in it, and one strict prefix), on nothing.
+// ruleSets are: a rule for all keys; rules for about half of them, with a gap and a strict rule; no
+// rule.
 var ruleSets = []ruleSet{
 	{"all", []harness.Rule{{Prefix: "", WriteWith: provider}}},
 	{"half", []harness.Rule{
@@ -27,7 +28,7 @@ var ruleSets = []ruleSet{
 	{"none", nil},
 }
 
-// sealed reports whether etcd has to hold ciphertext for key: the longest prefix decides.
+// sealed reports whether etcd must store ciphertext for key: the longest prefix decides.
 func (r ruleSet) sealed(key string) bool {
 	best, result := -1, false
 	for _, rule := range r.rules {
@@ -38,7 +39,8 @@ func (r ruleSet) sealed(key string) bool {
 	return result
 }
 
-// prefixEnd is the range end that makes a range of all keys with the prefix; "\x00" is etcd's word for "to the end".
+// prefixEnd returns the range end for all keys with the prefix; "\x00" is etcd's range end for all
+// following keys.
 func prefixEnd(prefix string) string {
 	for i := len(prefix) - 1; i >= 0; i-- {
 		if prefix[i] < 0xff {

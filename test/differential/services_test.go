@@ -18,8 +18,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// everyMethod asks for each method that the descriptors of etcd's server name: the proxy must know it. The requests are empty, and their context has
-// ended before the call can do anything.
+// everyMethod calls each method in the descriptors of etcd's server: the proxy must have it. The
+// requests are empty, and their context is canceled before the call can have an effect.
 func (b *bench) everyMethod(t *testing.T) {
 	if b.proxy == nil {
 		t.Skip("there is no proxy")
@@ -47,12 +47,12 @@ func (b *bench) everyMethod(t *testing.T) {
 	}
 }
 
-// ask calls a method with garbage that no version of etcd can decode, so that it does nothing.
+// ask calls a method with bytes that no version of etcd can decode, so that it has no effect.
 func (b *bench) ask(ctx context.Context, full string, stream bool) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	request := new(emptypb.Empty)
-	request.ProtoReflect().SetUnknown([]byte{0x0a, 0x05, 'x'}) // field 1, of five bytes, is cut off
+	request.ProtoReflect().SetUnknown([]byte{0x0a, 0x05, 'x'}) // field 1, of five bytes, is truncated
 	if !stream {
 		return b.via.conn.Invoke(ctx, full, request, new(emptypb.Empty))
 	}
@@ -69,7 +69,8 @@ func (b *bench) ask(ctx context.Context, full string, stream bool) error {
 	return s.RecvMsg(new(emptypb.Empty))
 }
 
-// TestElections: etcd's own lock and election services give the same answers where a rule is, and where none is.
+// TestElections checks that etcd's Lock and Election services respond in the same way with and
+// without a rule.
 func TestElections(t *testing.T) {
 	t.Parallel()
 	b := newBench(t, "3.7", ruleSets[1])
@@ -87,7 +88,7 @@ func TestElections(t *testing.T) {
 	}
 }
 
-// elect uses both services, and returns what they answered.
+// elect calls both services, and returns their responses.
 func (b *bench) elect(t *testing.T, s *side, prefix string) (said []string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
@@ -97,7 +98,7 @@ func (b *bench) elect(t *testing.T, s *side, prefix string) (said []string) {
 			st := status.Convert(err)
 			answer = fmt.Sprintf("%v %q", st.Code(), st.Message())
 		}
-		said = append(said, strings.ReplaceAll(fmt.Sprint(answer), "  ", " ")) // protobuf's texts vary in that
+		said = append(said, strings.ReplaceAll(fmt.Sprint(answer), "  ", " ")) // the texts of protobuf contain random spaces
 	}
 	set := b.env.Clear
 	if b.rules.sealed(prefix + "x") {
@@ -114,7 +115,7 @@ func (b *bench) elect(t *testing.T, s *side, prefix string) (said []string) {
 	brief, stop := soon()
 	_, err = lock.Lock(brief, &v3lockpb.LockRequest{Name: []byte(prefix + "lock"), Lease: 702})
 	stop()
-	note(err != nil, nil) // with what code depends on who is first to see the deadline pass, and on the version of etcd
+	note(err != nil, nil) // the code depends on who notices the deadline first, and on the version of etcd
 	count := func(what string, n int64) {
 		t.Helper()
 		harness.Eventually(t, 10*time.Second, fmt.Sprintf("%d keys of the %s", n, what), func() error {
@@ -125,7 +126,7 @@ func (b *bench) elect(t *testing.T, s *side, prefix string) (said []string) {
 			return err
 		})
 	}
-	count("lock", 1) // who gave up leaves
+	count("lock", 1) // the call that gave up leaves the queue
 	note(lock.Unlock(ctx, &v3lockpb.UnlockRequest{Key: held.GetKey()}))
 	note(lock.Lock(ctx, &v3lockpb.LockRequest{Name: []byte(prefix + "lock"), Lease: 999}))
 

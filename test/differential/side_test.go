@@ -22,7 +22,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// side is one of the two servers that must not differ: the bare etcd, or the proxy before another etcd.
+// side is one of the two servers to compare: the bare etcd, or the proxy in front of another etcd.
 type side struct {
 	name  string
 	conn  *grpc.ClientConn
@@ -31,7 +31,7 @@ type side struct {
 	watch pb.WatchClient
 	auth  pb.AuthClient
 	maint pb.MaintenanceClient
-	// leaked is told of an error whose text holds a secret.
+	// leaked is called with an error whose text contains a secret.
 	leaked func(finding string)
 	secret *canary.Set
 }
@@ -44,7 +44,7 @@ func newSide(env *harness.Env, name string, conn *grpc.ClientConn) *side {
 	}
 }
 
-// stream marks a range request that is sent to RangeStream.
+// stream marks a range request for RangeStream.
 type stream struct{ *pb.RangeRequest }
 
 // answer is all that a client can see of one call.
@@ -54,7 +54,8 @@ type answer struct {
 	header, trailer metadata.MD
 }
 
-// do sends one request and normalises the answer: the Raft term and remaining times to live are no property of the data.
+// do sends one request and normalizes the response: the Raft term and remaining TTLs are no
+// property of the data.
 func (s *side) do(ctx context.Context, request any) answer {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
@@ -133,7 +134,7 @@ func (a *answer) set(message proto.Message, header *pb.ResponseHeader, err error
 	a.message = message
 }
 
-// rangeStream joins the chunks, whose bounds depend on the size of what is stored.
+// rangeStream joins the chunks, whose bounds depend on the stored size.
 func (s *side) rangeStream(ctx context.Context, request *pb.RangeRequest) (*pb.RangeResponse, error) {
 	chunks, err := s.kv.RangeStream(ctx, request)
 	if err != nil {
@@ -173,7 +174,7 @@ func (a answer) String() string {
 	return fmt.Sprintf("%s; %s", text(a.message), metadata)
 }
 
-// same reports whether a client could tell the answers apart. Unknown fields count.
+// same reports whether a client cannot tell the responses apart. It compares unknown fields too.
 func (a answer) same(b answer) bool {
 	if (a.err == nil) != (b.err == nil) || fmt.Sprint(a.header, a.trailer) != fmt.Sprint(b.header, b.trailer) {
 		return false
@@ -184,7 +185,7 @@ func (a answer) same(b answer) bool {
 	return proto.Equal(a.message, b.message)
 }
 
-// text prints a message on one line, long values cut.
+// text prints a message on one line, with long values truncated.
 func text(m proto.Message) string {
 	s := prototext.MarshalOptions{}.Format(m)
 	if len(s) > 6000 {
@@ -203,16 +204,16 @@ func describe(request any) string {
 	return fmt.Sprint(request)
 }
 
-// pair sends everything to both sides and fails the test at the first difference.
+// pair sends every request to both sides and fails the test at the first difference.
 type pair struct {
 	t           *testing.T
 	bare, proxy *side
-	revision    int64 // the last one seen in an answer
+	revision    int64 // the latest revision in a response
 	trace       []string
-	counts      map[string]int // answers by kind of request, errors with a "!"; nil counts nothing
+	counts      map[string]int // responses by kind of request, with a "!" for errors; nil counts nothing
 }
 
-// do sends the request to both sides and returns the answer that they agree on.
+// do sends the request to both sides and returns their common response.
 func (p *pair) do(ctx context.Context, request any) answer {
 	p.t.Helper()
 	p.trace = append(p.trace, describe(request))

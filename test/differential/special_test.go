@@ -20,7 +20,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestSpecialCases are the requests that chance rarely or never draws. They share one bench with a rule on half of the keys.
+// TestSpecialCases sends requests that random sequences rarely or never contain. They share one
+// bench with rules for half of the keys.
 func TestSpecialCases(t *testing.T) {
 	t.Parallel()
 	b := newBench(t, "3.7", ruleSets[1])
@@ -35,11 +36,12 @@ func TestSpecialCases(t *testing.T) {
 	t.Run("strict rules refuse injected values", b.injected)
 	t.Run("every method of the server is known", b.everyMethod)
 	t.Run("metadata", b.metadata)
-	t.Run("users and permissions", b.users) // the last one: it turns authentication on
+	t.Run("users and permissions", b.users) // the last one, because it turns authentication on
 	b.checkFiles(t, "/s/fragment")
 }
 
-// byValue: compares by VALUE around etcd's limit of 128 operations, where the proxy needs some itself.
+// byValue tests compares by VALUE near etcd's limit of 128 operations, of which the proxy needs
+// some itself.
 func (b *bench) byValue(t *testing.T) {
 	ctx := t.Context()
 	p := b.pair(t)
@@ -68,7 +70,8 @@ func (b *bench) byValue(t *testing.T) {
 			p.do(ctx, &pb.TxnRequest{Compare: one, Success: puts(n, "/t/a"), Failure: puts(1, "/t/b")})
 			p.do(ctx, &pb.TxnRequest{Compare: one, Success: puts(1, "/t/a"), Failure: puts(n, "/t/b")})
 			p.do(ctx, &pb.TxnRequest{Compare: one, Success: puts(n, "/t/a"), Failure: puts(n, "/t/b")})
-			// The proxy's own compares count at the root: close to the limit it refuses what etcd would do.
+			// The proxy's own compares count in the root transaction: close to the limit, it
+			// refuses a transaction that etcd would accept.
 			if n != 126 && n != 127 {
 				p.do(ctx, &pb.TxnRequest{Success: []*pb.RequestOp{{Request: &pb.RequestOp_RequestTxn{
 					RequestTxn: &pb.TxnRequest{Compare: many, Success: puts(1, "/t/c"), Failure: puts(n, "/t/d")},
@@ -77,8 +80,7 @@ func (b *bench) byValue(t *testing.T) {
 		}
 	}
 	p.do(ctx, &pb.TxnRequest{Compare: []*pb.Compare{compare("/s/", "/s0", pb.Compare_EQUAL)}, Success: puts(2, "/t/e")})
-	// A put that is to keep its value and has one, and a transaction with more compares than
-	// anybody would read.
+	// A put with both ignore_value and a value, and a transaction with too many compares to read.
 	keep := &pb.PutRequest{Key: []byte("/s/0"), Value: value, IgnoreValue: true}
 	keepOp := &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: keep}}
 	p.do(ctx, keep)
@@ -95,7 +97,8 @@ func (b *bench) byValue(t *testing.T) {
 	p.reset(ctx)
 }
 
-// sizes: etcd limits the marshalled request, then gRPC the message. Through the proxy both limits hold for what the client sends.
+// sizes checks limits: etcd limits the encoded request, and gRPC the message. Through the proxy,
+// both limits must apply to what the client sends.
 func (b *bench) sizes(t *testing.T) {
 	if b.proxy == nil {
 		t.Skip("the etcd behind the proxy has a higher limit")
@@ -122,7 +125,8 @@ func (b *bench) sizes(t *testing.T) {
 func (b *bench) fragments(t *testing.T) {
 	ctx := t.Context()
 	p := b.pair(t)
-	// Two events of 1 MiB are just too long for one fragment of a bare etcd, and not for one of the etcd behind the proxy.
+	// Two events of 1 MiB are just too long for one fragment of a bare etcd, but not for one of the
+	// etcd behind the proxy.
 	for _, size := range []int{300 << 10, 1 << 20} {
 		p.reset(ctx)
 		from := p.revision + 1
@@ -131,7 +135,7 @@ func (b *bench) fragments(t *testing.T) {
 		}
 		for _, fragment := range []bool{false, true} {
 			w := p.openWatch(ctx)
-			w.create(&pb.WatchCreateRequest{Key: []byte("/u/"), RangeEnd: []byte("/u0")}) // another watch, which never gets fragments
+			w.create(&pb.WatchCreateRequest{Key: []byte("/u/"), RangeEnd: []byte("/u0")}) // another watch, without fragments
 			w.create(&pb.WatchCreateRequest{Key: []byte("/s/"), RangeEnd: []byte("/s0"), StartRevision: from, PrevKv: size < 1<<20, Fragment: fragment})
 			w.check(ctx)
 			if n := len(w.proxy.seen.events[1]); n != 12 {
@@ -175,7 +179,7 @@ func (b *bench) longList(t *testing.T) {
 	p.reset(ctx)
 }
 
-// halfClose: etcd's watch goes on sending after the client has said its last word.
+// halfClose checks that a watch continues to send after the client has half-closed the stream.
 func (b *bench) halfClose(t *testing.T) {
 	ctx := t.Context()
 	p := b.pair(t)
@@ -184,7 +188,7 @@ func (b *bench) halfClose(t *testing.T) {
 	w.create(&pb.WatchCreateRequest{Key: []byte("/s/"), RangeEnd: []byte("/s0")})
 	w.both("half-close", func(side *watcher) error { return side.stream.CloseSend() })
 	ended := func(s *watched) bool { return s.err != nil }
-	// What a server does then is its own business, but it has to be the same.
+	// What a server does after that is undefined, but it must be the same.
 	results := []error{w.bare.until(300*time.Millisecond, ended), w.proxy.until(300*time.Millisecond, ended)}
 	if (results[0] == nil) != (results[1] == nil) {
 		t.Fatalf("after a half-close the stream ends on bare etcd: %t (%v), through the proxy: %t (%v)",
@@ -248,7 +252,7 @@ func (b *bench) deadlines(t *testing.T) {
 	}
 }
 
-// rawCodec sends bytes as they are, under the name that etcd knows.
+// rawCodec sends bytes unchanged, under the name that etcd knows.
 type rawCodec struct{}
 
 func (rawCodec) Name() string { return "proto" }
@@ -298,7 +302,7 @@ func (b *bench) malformed(t *testing.T) {
 	}
 }
 
-// nest is a Txn with n transactions in one another.
+// nest returns a Txn with n nested transactions.
 func nest(n int) string {
 	message := ""
 	for range n {
@@ -315,7 +319,8 @@ func varint(n int) string {
 	return string([]byte{byte(n) | 0x80, byte(n >> 7)})
 }
 
-// injected: who can write to etcd cannot make the proxy hand out their values where the rule is strict, nor move a ciphertext to another key.
+// injected checks that somebody who can write to etcd cannot make the proxy return the written
+// plaintext under a strict rule, nor move a ciphertext to another key.
 func (b *bench) injected(t *testing.T) {
 	if b.proxy == nil {
 		t.Skip("nothing to inject into")
@@ -348,7 +353,7 @@ func (b *bench) injected(t *testing.T) {
 		}
 		b.raw.do(ctx, &pb.DeleteRangeRequest{Key: []byte(key)})
 	}
-	// A rule that is not strict hands plaintext on, for data from before the proxy.
+	// A rule that is not strict returns plaintext, for data from before encryption.
 	b.raw.do(ctx, &pb.PutRequest{Key: []byte("/s/old"), Value: []byte("from before")})
 	if a := b.via.do(ctx, &pb.RangeRequest{Key: []byte("/s/old")}); a.err != nil || string(a.message.(*pb.RangeResponse).Kvs[0].Value) != "from before" {
 		t.Errorf("plaintext under a lenient rule: %v", a)

@@ -16,10 +16,10 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestSortedStreams: a RangeStream with any target and order, known or not, is answered or refused
-// as by etcd, in the same chunks where it sorts by something else than keys, and whether a rule
-// covers all of its keys, some or none. etcd sorts chunk by chunk, so that keys may come twice or
-// not at all: which ones is the same, too.
+// TestSortedStreams checks that a RangeStream with any target and order, known or not, is answered
+// or refused as by etcd, and in the same chunks if it does not sort by key, whether a rule covers
+// all of its keys, some or none. etcd sorts each chunk separately, so that keys may occur twice or
+// be missing. These must be the same keys too.
 func TestSortedStreams(t *testing.T) {
 	t.Parallel()
 	for _, version := range harness.Versions(t) {
@@ -34,8 +34,8 @@ func TestSortedStreams(t *testing.T) {
 func (b *bench) streams(t *testing.T) {
 	ctx := t.Context()
 	p := b.pair(t)
-	// Values in another order than their keys, some of them equal. The long ones make etcd's chunks
-	// shorter, and the short ones longer.
+	// The order of the values differs from that of their keys, and some are equal. The long values
+	// make etcd's chunks shorter, and the short ones longer.
 	random := rand.New(rand.NewPCG(1, 2))
 	fill := func(n int, size func() int) {
 		p.reset(ctx)
@@ -68,7 +68,7 @@ func (b *bench) streams(t *testing.T) {
 	answered := 0
 	try := func(all []*pb.RangeRequest, targets, orders int32, edits []func(*pb.RangeRequest)) {
 		for _, of := range all {
-			for target := range targets + 1 { // one that there is not
+			for target := range targets + 1 { // a key that does not exist
 				for order := range orders + 1 {
 					for _, edit := range edits {
 						r, _ := proto.Clone(of).(*pb.RangeRequest)

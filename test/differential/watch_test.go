@@ -15,13 +15,14 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// watched is what one stream of watches has shown. How events are spread over responses is chance, so they are joined; everything else is kept.
+// watched is what one stream of watches has received. The distribution of events over responses is
+// random, so they are joined. Everything else is kept.
 type watched struct {
 	mu       sync.Mutex
 	created  []*pb.WatchResponse // in order, with their headers
 	canceled map[int64][]*pb.WatchResponse
 	events   map[int64][]*mvccpb.Event
-	progress int64 // revision of the last answer to a progress request
+	progress int64 // revision of the last response to a progress request
 	largest  int   // bytes of the largest response with more than one event
 	err      error
 	changed  chan struct{} // closed and replaced at each change
@@ -88,7 +89,7 @@ func (s *watched) add(response *pb.WatchResponse, err error) {
 	s.events[response.WatchId] = append(s.events[response.WatchId], response.Events...)
 }
 
-// until waits for a condition on what was seen.
+// until waits until a condition holds for what was received.
 func (w *watcher) until(within time.Duration, met func(*watched) bool) error {
 	timer := time.NewTimer(within)
 	defer timer.Stop()
@@ -110,7 +111,7 @@ func (w *watcher) until(within time.Duration, met func(*watched) bool) error {
 	}
 }
 
-// create starts a watch and waits for the answer.
+// create starts a watch and waits for the response.
 func (w *watcher) create(request *pb.WatchCreateRequest) error {
 	w.seen.mu.Lock()
 	want := len(w.seen.created) + 1
@@ -131,9 +132,9 @@ func (w *watcher) stop(id int64) error {
 	return w.until(30*time.Second, func(s *watched) bool { return len(s.canceled[id]) >= want })
 }
 
-// drain waits until every watch of the stream has shown all events up to revision. etcd answers a progress request only once all of
-// them have caught up, and otherwise not at all, so the request is repeated. It also counts watches that compaction ended as laggards until
-// they are canceled by the client too.
+// drain waits until every watch of the stream has received all events up to revision. etcd responds
+// to a progress request only when all watches are synchronized, so the request is repeated. etcd
+// also counts watches that compaction ended as unsynchronized until the client cancels them.
 func (w *watcher) drain(revision int64) error {
 	deadline := time.Now().Add(30 * time.Second)
 	for {
@@ -162,7 +163,7 @@ func (w *watcher) drain(revision int64) error {
 	}
 }
 
-// active lists the watches that were created and have not ended, lowest first.
+// active returns the watches that were created and have not ended, lowest ID first.
 func (w *watcher) active() []int64 {
 	w.seen.mu.Lock()
 	defer w.seen.mu.Unlock()
@@ -176,7 +177,7 @@ func (w *watcher) active() []int64 {
 	return ids
 }
 
-// compacted lists the watches that ended for want of history and that the client has not canceled yet.
+// compacted returns the watches that compaction ended and the client has not canceled yet.
 func (w *watcher) compacted() []int64 {
 	w.seen.mu.Lock()
 	defer w.seen.mu.Unlock()
@@ -243,7 +244,7 @@ func (s *watched) count() int {
 
 func list(events []*mvccpb.Event) string {
 	var b strings.Builder
-	// A watch sees the events of one revision in the order of the operations, on either side.
+	// On both sides, a watch receives the events of one revision in the order of the operations.
 	for _, event := range events {
 		data, _ := proto.MarshalOptions{Deterministic: true}.Marshal(event)
 		fmt.Fprintf(&b, "  %s (%d bytes)\n", text(event), len(data))
@@ -300,11 +301,11 @@ func (w *watchPair) stop(id int64) {
 	w.both(fmt.Sprintf("cancel watch %d", id), func(side *watcher) error { return side.stop(id) })
 }
 
-// check drains both streams and compares all that they have shown.
+// check drains both streams and compares all that they have received.
 func (w *watchPair) check(ctx context.Context) {
 	w.t.Helper()
 	for w.revision < w.future {
-		// A watch that starts in the future counts as one that lags.
+		// etcd counts a watch that starts in the future as unsynchronized.
 		w.do(ctx, &pb.PutRequest{Key: []byte("time passes")})
 	}
 	w.both(fmt.Sprintf("watches reach revision %d", w.revision), func(side *watcher) error { return side.drain(w.revision) })
@@ -318,7 +319,8 @@ func (w *watchPair) check(ctx context.Context) {
 	}
 }
 
-// watch draws a watch that starts at one of the last revisions, now, or in the future.
+// watch creates a watch that starts at one of the last revisions, at the current one, or in the
+// future.
 func (g *generator) watch(now int64) *pb.WatchCreateRequest {
 	key, end := g.span()
 	r := &pb.WatchCreateRequest{
@@ -340,7 +342,7 @@ func (g *generator) watch(now int64) *pb.WatchCreateRequest {
 		r.StartRevision = max(1, now-g.Int64N(30))
 	}
 	if g.chance(10) {
-		r.WatchId = 1 + g.Int64N(3) // taken, now and then
+		r.WatchId = 1 + g.Int64N(3) // already in use, sometimes
 	}
 	return r
 }

@@ -19,8 +19,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestWebsockets: a watch over a websocket is told the same by the proxy as by etcd, whose bridge
-// it is not.
+// TestWebsockets checks that a watch over a websocket receives the same from the proxy, which has
+// its own bridge, as from etcd.
 func TestWebsockets(t *testing.T) {
 	t.Parallel()
 	b := newBench(t, "3.7", ruleSets[0])
@@ -66,8 +66,8 @@ func TestWebsockets(t *testing.T) {
 	}
 }
 
-// TestEtcdServesHTTPElsewhere: where etcd has HTTP on a port of its own, the proxy asks there, and
-// says what to write where it does not.
+// TestEtcdServesHTTPElsewhere checks that the proxy uses etcd's separate HTTP port if it is
+// configured, and says how to configure it otherwise.
 func TestEtcdServesHTTPElsewhere(t *testing.T) {
 	t.Parallel()
 	for _, secure := range []bool{false, true} {
@@ -111,8 +111,9 @@ func TestEtcdServesHTTPElsewhere(t *testing.T) {
 	}
 }
 
-// TestClientsAreRechecked: a watch ends when its client leaves allowedClients in a reload, and when
-// its certificate is revoked; that of another client stays.
+// TestClientsAreRechecked checks that a watch ends when a reload removes its client from
+// allowedClients, and when its certificate is revoked, and that the watch of another client
+// continues.
 func TestClientsAreRechecked(t *testing.T) {
 	t.Parallel()
 	env := harness.New(t)

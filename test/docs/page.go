@@ -20,6 +20,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -110,7 +111,9 @@ func (p *page) yaml(n int) string {
 		p.t.Fatalf("%s has no yaml block %d", p.name, n)
 	}
 	text, _, _ := strings.Cut(parts[n], "```")
-	return p.here(text)
+	before := parts[n-1]
+	indent := before[strings.LastIndex(before, "\n")+1:] // in an item of a list
+	return p.here(strings.ReplaceAll("\n"+text, "\n"+indent, "\n")[1:])
 }
 
 // skip says that a block is not run here, and why.
@@ -155,6 +158,8 @@ func (p *page) shell(line string) string {
 	cmd := exec.CommandContext(ctx, "sh", "-c", line)
 	cmd.Env = append(os.Environ(), "PATH="+p.bin+":"+os.Getenv("PATH"))
 	cmd.Dir = p.env.Dir
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // a server that the shell waits for ends too
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	out, err := cmd.CombinedOutput()
 	if _, exited := errors.AsType[*exec.ExitError](err); err != nil && !exited || ctx.Err() != nil {
 		p.t.Fatalf("%s: %v, %v\n%s", line, err, ctx.Err(), out)

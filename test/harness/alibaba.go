@@ -2,13 +2,14 @@ package harness
 
 import "github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
 
-// NewAlibaba starts a double of Alibaba Cloud KMS. Every data key that it makes, and every secret that it is asked to wrap, joins the environment's canaries.
+// NewAlibaba starts a simulated Alibaba Cloud KMS. Every data key that it generates, and every
+// secret that it wraps, is added to the environment's canaries.
 func (e *Env) NewAlibaba() *kmsdouble.Double {
 	e.TB.Helper()
 	return kmsdouble.New(e.TB, kmsdouble.Config{OnSecret: e.Sealed.Add})
 }
 
-// AlibabaKey is a provider on the default key of a double, polled every second.
+// AlibabaKey returns a provider with the default key of a simulated KMS, polled every second.
 func (e *Env) AlibabaKey(name string, double *kmsdouble.Double) KMSConfig {
 	e.TB.Helper()
 	e.Sealed.Add("the access key's secret", []byte(kmsdouble.DefaultAccessKeySecret))

@@ -13,7 +13,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/canary"
 )
 
-// present are the environments of the tests that run. A connection may belong to any of them, and no secret of one may be told to a client of another.
+// present are the environments of running tests. A connection may belong to any of them, and a
+// client must not get a secret of any of them.
 var present struct {
 	sync.RWMutex
 	envs map[*Env]bool
@@ -34,7 +35,8 @@ func (e *Env) leave() {
 	delete(present.envs, e)
 }
 
-// searchError fails the test whose secrets stand in what a client was told of an error: its text, or its details.
+// searchError fails the test whose secrets are in an error that a client got: in its text or its
+// details.
 func searchError(target, method string, err error) {
 	if err == nil || errors.Is(err, io.EOF) {
 		return
@@ -55,7 +57,8 @@ func searchError(target, method string, err error) {
 	}
 }
 
-// SearchErrors are options of a connection whose errors are searched for secrets, as those of [Dial] are.
+// SearchErrors returns options for a connection whose errors are searched for secrets, like those
+// of [Dial].
 func SearchErrors() []grpc.DialOption {
 	return []grpc.DialOption{
 		grpc.WithChainUnaryInterceptor(func(ctx context.Context, method string, request, reply any, conn *grpc.ClientConn, call grpc.UnaryInvoker, options ...grpc.CallOption) error {
@@ -74,13 +77,14 @@ func SearchErrors() []grpc.DialOption {
 	}
 }
 
-// searchedStream is a stream whose end is searched.
+// searchedStream is a stream whose status is searched.
 type searchedStream struct {
 	grpc.ClientStream
 	target, method string
 }
 
-// RecvMsg implements [grpc.ClientStream]. It is where every end of a stream is seen, but for one that nobody reads.
+// RecvMsg implements [grpc.ClientStream]. Every end of a stream is seen here, except for a stream
+// that nobody reads.
 func (s searchedStream) RecvMsg(m any) error {
 	err := s.ClientStream.RecvMsg(m)
 	searchError(s.target, s.method, err)

@@ -13,7 +13,7 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// witness is a test that takes note of its failures.
+// witness is a test that records its failures.
 type witness struct {
 	testing.TB
 	mu       sync.Mutex
@@ -32,7 +32,7 @@ func (w *witness) count() int {
 	return len(w.failures)
 }
 
-// gossip is a server that tells in its errors what it should not.
+// gossip is a server whose errors contain secrets.
 type gossip struct {
 	pb.UnimplementedKVServer
 	pb.UnimplementedWatchServer
@@ -53,7 +53,8 @@ func (g *gossip) Range(context.Context, *pb.RangeRequest) (*pb.RangeResponse, er
 
 func (g *gossip) Watch(pb.Watch_WatchServer) error { return g.err() }
 
-// TestErrorsAreSearched: a secret in the text or the details of an error fails the test that it belongs to, whoever was told, and nothing else does.
+// TestErrorsAreSearched checks that a secret in the text or details of an error fails the test that
+// it belongs to, whichever test received it, and no other test.
 func TestErrorsAreSearched(t *testing.T) {
 	g := &gossip{}
 	l, err := net.Listen("tcp", "127.0.0.1:0")

@@ -17,20 +17,20 @@ import (
 	"k8s.io/client-go/rest"
 )
 
-// APIServerConfig says what a kube-apiserver stands on.
+// APIServerConfig configures a kube-apiserver.
 type APIServerConfig struct {
-	// Name is the beginning of its files' names; "apiserver" by default.
+	// Name is the prefix of the names of its files; "apiserver" by default.
 	Name string
 	// EtcdServers is --etcd-servers.
 	EtcdServers string
-	// SecretsAt sends only Secrets elsewhere (--etcd-servers-overrides) if it is not empty.
+	// SecretsAt stores only Secrets elsewhere (--etcd-servers-overrides) if it is not empty.
 	SecretsAt string
-	// CAFile, and the client certificate to show, are for etcd servers with https.
+	// CAFile and the client certificate are for etcd servers with https.
 	CAFile string
 	Client Pair
 	// EncryptionConfig is a file for the API server's own encryption.
 	EncryptionConfig string
-	// Flags are put at the end of the command line.
+	// Flags are appended to the command line.
 	Flags []string
 }
 
@@ -46,8 +46,8 @@ type APIServer struct {
 	Client *kubernetes.Clientset
 }
 
-// StartAPIServer starts a kube-apiserver and waits until it is ready. Clients trust only the certificate that it made for itself in its own folder, so
-// no other server can answer in its place.
+// StartAPIServer starts a kube-apiserver and waits until it is ready. Clients trust only the
+// certificate that it generated in its own folder, so no other server can respond in its place.
 func (e *Env) StartAPIServer(cfg APIServerConfig) *APIServer {
 	e.TB.Helper()
 	a := e.NewAPIServer(cfg)
@@ -66,7 +66,8 @@ func (e *Env) NewAPIServer(cfg APIServerConfig) *APIServer {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		e.TB.Fatalf("make folder: %v", err)
 	}
-	// All API servers of one environment share the service account's key, as the members of a control plane do.
+	// All API servers of an environment share the service account key, like those of a control
+	// plane.
 	saKey := filepath.Join(e.Dir, "sa.key")
 	if _, err := os.Stat(saKey); err != nil {
 		key, err := rsa.GenerateKey(rand.Reader, 2048)
@@ -91,7 +92,7 @@ func (e *Env) NewAPIServer(cfg APIServerConfig) *APIServer {
 		"--service-account-issuer=https://kubernetes.default.svc",
 		"--service-account-key-file=" + filepath.Join(e.Dir, "sa.pub"), "--service-account-signing-key-file=" + saKey,
 		"--token-auth-file=" + tokens, "--authorization-mode=RBAC", "--cert-dir=" + dir,
-		// Probes of etcd's health as often as a test wants to see them.
+		// Probe etcd's health often enough for a test.
 		"--etcd-healthcheck-timeout=1s", "--etcd-readycheck-timeout=1s", "--etcd-compaction-interval=0",
 	}
 	if cfg.SecretsAt != "" {
@@ -110,7 +111,7 @@ func (e *Env) NewAPIServer(cfg APIServerConfig) *APIServer {
 	}
 	e.TB.Cleanup(func() {
 		if a.Process != nil {
-			// It keeps nothing that a kill could lose, and its orderly end takes seconds.
+			// It has no state that a kill could lose, and its graceful shutdown takes seconds.
 			a.Kill()
 		}
 	})
@@ -123,7 +124,8 @@ func (a *APIServer) Start() {
 	a.Process = a.env.spawn(a.name, Bin(a.env.TB, "kube-apiserver"), a.args...)
 }
 
-// WaitReady waits for /readyz and for the objects that the API server makes for itself, then sets Client.
+// WaitReady waits for /readyz and for the objects that the API server creates itself, then sets
+// Client.
 func (a *APIServer) WaitReady(within time.Duration) {
 	a.env.TB.Helper()
 	Eventually(a.env.TB, within, a.name+" to be ready", func() error {
@@ -134,10 +136,11 @@ func (a *APIServer) WaitReady(within time.Duration) {
 	})
 }
 
-// Ready asks /readyz.
+// Ready requests /readyz.
 func (a *APIServer) Ready() error {
 	if a.Client == nil {
-		// The certificate may not be written yet, and an empty file would give a client for good that trusts the machine's CAs instead.
+		// The certificate may not be written yet, and with an empty file the client would trust the
+		// system's CAs from then on.
 		data, err := os.ReadFile(a.Config.CAFile)
 		if err != nil {
 			return err
@@ -160,7 +163,8 @@ func (a *APIServer) Ready() error {
 	return nil
 }
 
-// Kubectl runs kubectl as cluster admin, for two minutes at most, and returns what it printed on both outputs.
+// Kubectl runs kubectl as cluster admin, for at most two minutes, and returns what it printed to
+// both outputs.
 func (a *APIServer) Kubectl(args ...string) string {
 	a.env.TB.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)

@@ -29,7 +29,7 @@ type Pair struct {
 	CertFile, KeyFile string
 }
 
-// NewCA makes a certificate authority; name is the beginning of its files' names.
+// NewCA returns a new certificate authority; name is the prefix of the names of its files.
 func (e *Env) NewCA(name string) *CA {
 	e.TB.Helper()
 	ca := &CA{env: e, name: name, key: e.ecKey()}
@@ -59,7 +59,8 @@ func (ca *CA) Server(name string, names ...string) Pair {
 	})
 }
 
-// Client signs a client certificate. An empty common name is allowed: etcd then derives no user from it.
+// Client signs a client certificate. The common name may be empty: etcd then derives no user from
+// it.
 func (ca *CA) Client(name, commonName string) Pair {
 	ca.env.TB.Helper()
 	return ca.sign(name, &x509.Certificate{
@@ -114,7 +115,7 @@ func (ca *CA) sign(name string, template *x509.Certificate) Pair {
 	}
 }
 
-// ClientTLS is a client's TLS configuration that trusts the CA and shows pair.
+// ClientTLS returns a client's TLS configuration that trusts the CA and presents pair.
 func (ca *CA) ClientTLS(pair Pair) *tls.Config {
 	ca.env.TB.Helper()
 	roots := x509.NewCertPool()

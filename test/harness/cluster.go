@@ -12,18 +12,19 @@ import (
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 )
 
-// Cluster is an etcd of several members, without TLS.
+// Cluster is an etcd with several members, without TLS.
 type Cluster struct {
 	env     *Env
 	cfg     EtcdConfig
 	token   string
 	initial []string // name=peerURL of each member
 	Members []*Member
-	// Peers are the networks that lead to the members from the others, where the configuration asks for them.
+	// Peers are the networks from the other members to each member, if the configuration requests
+	// them.
 	Peers []*Relay
 }
 
-// Member is one of a [Cluster]. Its process may be ended and started again.
+// Member is a member of a [Cluster]. Its process may be stopped and started again.
 type Member struct {
 	*Process
 	env  *Env
@@ -32,13 +33,14 @@ type Member struct {
 	// Address is host:port, URL the same with its scheme.
 	Address, URL string
 	DataDir      string
-	// Flags are put at the end of the command line when it starts the next time.
+	// Flags are appended to the command line at the next start.
 	Flags []string
 	// ID is set for members that were added to a running cluster.
 	ID uint64
 }
 
-// StartCluster starts so many members of a fresh cluster, of the version of cfg, and waits until each of them answers. Of cfg, Version, Bare, Name, Relayed and Flags count.
+// StartCluster starts the members of a new cluster, of the version in cfg, and waits until each of
+// them responds. It uses Version, Bare, Name, Relayed and Flags of cfg.
 func (e *Env) StartCluster(members int, cfg EtcdConfig) *Cluster {
 	e.TB.Helper()
 	if cfg.Version == "" {
@@ -68,7 +70,8 @@ func (e *Env) StartCluster(members int, cfg EtcdConfig) *Cluster {
 	return c
 }
 
-// begin starts the next member, which listens for the others at one URL, and is known to them by another.
+// begin starts the next member, which listens for peers at one URL, and is advertised to them with
+// another.
 func (c *Cluster) begin(listen, peer, state string) *Member {
 	e, n := c.env, len(c.Members)
 	member, _, _ := strings.Cut(c.initial[n], "=")
@@ -89,7 +92,8 @@ func (c *Cluster) begin(listen, peer, state string) *Member {
 	return m
 }
 
-// AddLearner adds a learner to the cluster and starts it. It may not be in step with the leader yet.
+// AddLearner adds a learner to the cluster and starts it. It may not have all data of the leader
+// yet.
 func (c *Cluster) AddLearner() *Member {
 	c.env.TB.Helper()
 	conn := Dial(c.env.TB, c.Members[0].Address, nil)
@@ -106,19 +110,20 @@ func (c *Cluster) AddLearner() *Member {
 	return m
 }
 
-// Begin is Start without the wait, where the member answers only once others do.
+// Begin is Start without the wait, for a member that responds only when others do.
 func (m *Member) Begin() {
 	m.Process = m.env.spawn(m.name, m.args[0], append(slices.Clone(m.args[1:]), m.Flags...)...)
 }
 
-// Start starts the member again on its data, after [Process.Kill] or [Process.Stop], and waits until it answers.
+// Start starts the member again on its data, after [Process.Kill] or [Process.Stop], and waits
+// until it responds.
 func (m *Member) Start() {
 	m.env.TB.Helper()
 	m.Begin()
 	m.WaitReady()
 }
 
-// WaitReady waits until the member answers for the cluster.
+// WaitReady waits until the member responds for the cluster.
 func (m *Member) WaitReady() {
 	m.env.TB.Helper()
 	conn := Dial(m.env.TB, m.Address, nil)
@@ -154,7 +159,8 @@ func (c *Cluster) LoseMajority() {
 	})
 }
 
-// RegainMajority starts the members again that [Cluster.LoseMajority] killed, and waits until all answer.
+// RegainMajority starts the members again that [Cluster.LoseMajority] killed, and waits until all
+// respond.
 func (c *Cluster) RegainMajority() {
 	c.env.TB.Helper()
 	for _, m := range c.Members[1:] {
@@ -165,7 +171,7 @@ func (c *Cluster) RegainMajority() {
 	}
 }
 
-// URLs are the endpoints of all members.
+// URLs returns the endpoints of all members.
 func (c *Cluster) URLs() []string {
 	var all []string
 	for _, m := range c.Members {
@@ -174,7 +180,7 @@ func (c *Cluster) URLs() []string {
 	return all
 }
 
-// Leader waits for a leader, and returns it. It asks the members that run.
+// Leader waits for a leader, and returns it. It asks the running members.
 func (c *Cluster) Leader() *Member {
 	c.env.TB.Helper()
 	var leader *Member

@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// Run runs etcd-kms-proxy with args until it ends, for a minute at most, and returns what it printed on both outputs and its exit code. What it prints is
-// searched for secrets like every log.
+// Run runs etcd-kms-proxy with args until it exits, for at most a minute, and returns what it
+// printed to both outputs and its exit code. The output is searched for secrets like every log.
 func (e *Env) Run(args ...string) (output string, code int) {
 	e.TB.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)

@@ -7,17 +7,19 @@ import (
 	"testing"
 )
 
-// Tested is one cell of the tables in docs/design/compatibility.md, which are made of what passed. Tests write them to the folder COMPATIBILITY_RESULTS, a line of JSON each.
+// Tested is one cell of the tables in docs/design/compatibility.md, which contain what passed.
+// Tests write them to the folder COMPATIBILITY_RESULTS as lines of JSON.
 type Tested struct {
-	// Row is a method of gRPC, /service/method, or a method of HTTP and a path.
+	// Row is a gRPC method, /service/method, or an HTTP method and a path.
 	Row string `json:"row"`
 	// Column is an etcd or a client, with its version.
 	Column string `json:"column"`
-	// Absent says that etcd does not know the method, and the proxy says so in the same way.
+	// Absent says that this etcd does not have the method, and that the proxy responds in the same
+	// way.
 	Absent bool `json:"absent,omitempty"`
 }
 
-// Tells notes cells when the test ends, if it has passed.
+// Tells records cells when the test ends, if it has passed.
 func Tells(tb testing.TB, cells func() []Tested) {
 	tb.Helper()
 	dir := os.Getenv("COMPATIBILITY_RESULTS")
@@ -45,7 +47,8 @@ func Tells(tb testing.TB, cells func() []Tested) {
 
 var answered = regexp.MustCompile(`(?m)^grpc_server_msg_sent_total\{grpc_method="(\w+)",grpc_service="([\w.]+)",[^}]*\} (\d+)`)
 
-// Tells notes that the proxy has answered for column every method that its metrics count an answer of when the test ends.
+// Tells records, when the test ends, that the proxy has answered for column every method whose
+// responses its metrics count.
 func (p *Proxy) Tells(column string) {
 	p.env.TB.Helper()
 	Tells(p.env.TB, func() (cells []Tested) {

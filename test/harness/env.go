@@ -1,8 +1,11 @@
-// Package harness starts the real processes that the tests are about: etcd, etcd-kms-proxy and kube-apiserver.
+// Package harness starts the real processes that tests use: etcd, etcd-kms-proxy and
+// kube-apiserver.
 //
-// Everything runs on 127.0.0.1 or on unix sockets below one temporary folder. Each process is proved to be the one that answers, its output is
-// kept, and at the end it is stopped by its own process ID, in the reverse order of starting. Then every log, every metric and every file of
-// etcd is searched for the secrets that the test wrote, as every error that a client was told is at once; one finding fails the test.
+// Everything runs on 127.0.0.1 or on unix sockets in one temporary folder. The harness checks that
+// the process that responds is the one that it started, keeps its output, and stops it at the end
+// by its process ID, in the reverse order of starting. Then it searches every log, every metric and
+// every file of etcd for the secrets that the test wrote. It searches errors that clients get at
+// once. One finding fails the test.
 package harness
 
 import (
@@ -18,15 +21,18 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/canary"
 )
 
-// Env is the set of processes of one test, with the secrets that they handle. Its methods fail the test instead of returning errors; they must be
-// called from the test's own goroutine unless they say otherwise.
+// Env is the set of processes of one test, with the secrets that they handle. Its methods fail the
+// test instead of returning errors. They must be called from the test's own goroutine unless they
+// say otherwise.
 type Env struct {
 	TB testing.TB
-	// Dir is the temporary folder, short enough for unix sockets. HARNESS_KEEP=1 keeps it.
+	// Dir is the temporary folder, with a path short enough for unix sockets. HARNESS_KEEP=1 keeps
+	// it.
 	Dir string
-	// Sealed are the values under a rule and all key material: never in a log, a metric or etcd's files.
+	// Sealed are the values under a rule and all key material: never in a log, a metric or etcd's
+	// files.
 	Sealed *canary.Set
-	// Clear are the values under no rule: never in a log or a metric, and in etcd as they are.
+	// Clear are the values without a rule: never in a log or a metric, but unchanged in etcd.
 	Clear *canary.Set
 
 	mu       sync.Mutex
@@ -34,7 +40,7 @@ type Env struct {
 	dataDirs []string
 }
 
-// New makes an empty environment that tears itself down with the test.
+// New returns an empty environment that stops its processes when the test ends.
 func New(tb testing.TB) *Env {
 	tb.Helper()
 	dir, err := os.MkdirTemp("", "ekp")
@@ -81,7 +87,7 @@ func (e *Env) report(set *canary.Set, where string, paths ...string) {
 	}
 }
 
-// File writes a file of mode 0600 into the temporary folder and returns its path.
+// File writes a file of mode 0600 in the temporary folder and returns its path.
 func (e *Env) File(name string, data []byte) string {
 	e.TB.Helper()
 	path := filepath.Join(e.Dir, name)
@@ -108,7 +114,7 @@ func (e *Env) addDataDir(path string) {
 	e.dataDirs = append(e.dataDirs, path)
 }
 
-// BinDir is the folder of what the Makefile builds and installs for the tests.
+// BinDir is the folder with what the Makefile builds and installs for the tests.
 func BinDir(tb testing.TB) string {
 	tb.Helper()
 	dir := os.Getenv("ETCD_KMS_PROXY_BIN")
@@ -123,7 +129,8 @@ func BinDir(tb testing.TB) string {
 	return dir
 }
 
-// Bin returns the path of a binary that the Makefile builds. It fails the test when the file is missing: a skipped end-to-end test proves nothing.
+// Bin returns the path of a binary that the Makefile builds. It fails the test if the file is
+// missing: a skipped end-to-end test proves nothing.
 func Bin(tb testing.TB, name string) string {
 	tb.Helper()
 	path := filepath.Join(BinDir(tb), name)

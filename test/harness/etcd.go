@@ -20,23 +20,24 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 )
 
-// EtcdConfig says which etcd to start. The zero value is a 3.7 without TLS whose files must hold no sealed value.
+// EtcdConfig says which etcd to start. The zero value is a 3.7 without TLS whose files must not
+// contain a value under a rule.
 type EtcdConfig struct {
 	// Version is the minor version, one of [Versions]; 3.7 by default.
 	Version string
-	// Bare marks an etcd that clients use without the proxy: its files may hold anything.
+	// Bare marks an etcd that clients use without the proxy: its files may contain anything.
 	Bare bool
 	// MaxRequestBytes is etcd's own limit; 0 is its default of 1.5 MiB.
 	MaxRequestBytes int
-	// CA makes etcd serve TLS and ask for client certificates of this CA.
+	// CA makes etcd serve TLS and require client certificates of this CA.
 	CA *CA
-	// Name is the beginning of the log's name; "etcd" by default.
+	// Name is the prefix of the log's name; "etcd" by default.
 	Name string
-	// Address is where clients reach it; a free address if empty.
+	// Address is the client address; a free address if empty.
 	Address string
-	// Relayed puts a [Relay] before each member of a cluster, which the others reach it by.
+	// Relayed puts a [Relay] in front of the peer address of each member of a cluster.
 	Relayed bool
-	// Flags are put at the end of the command line.
+	// Flags are appended to the command line.
 	Flags []string
 }
 
@@ -54,12 +55,13 @@ type Etcd struct {
 	DataDir string
 	// TLS is for clients; nil without TLS.
 	TLS *tls.Config
-	// Client is the certificate to hand to programs; empty without TLS.
+	// Client is the client certificate for programs; empty without TLS.
 	Client Pair
 }
 
-// Versions are the minor versions of etcd that a test can start. The 3.4 is not built from Go modules but taken from a package of Debian 12, so it is left out where it is
-// not, with a line in the log; in CI it must be there.
+// Versions are the minor versions of etcd that a test can start. Version 3.4 is not built from Go
+// modules but is part of a package of Debian 12. If it is missing, it is left out, and a line in
+// the log says so; in CI it must exist.
 func Versions(tb testing.TB) []string {
 	tb.Helper()
 	newer := []string{"3.5", "3.6", "3.7", "3.8"}
@@ -70,8 +72,9 @@ func Versions(tb testing.TB) []string {
 	return append([]string{"3.4"}, newer...)
 }
 
-// StartEtcd starts an etcd on a fresh data folder and proves that the one that answers is the one started: it has a member name that no
-// other has. Every etcd started here has the same cluster and member IDs, so that answers of two of them can be compared whole.
+// StartEtcd starts an etcd with a new data folder and checks that it is the one that responds, by
+// its unique member name. Every etcd started here has the same cluster and member IDs, so that
+// complete responses of two of them can be compared.
 func (e *Env) StartEtcd(cfg EtcdConfig) *Etcd {
 	e.TB.Helper()
 	if cfg.Version == "" {
@@ -88,13 +91,14 @@ func (e *Env) StartEtcd(cfg EtcdConfig) *Etcd {
 	s.URL = "http://" + s.Address
 	args := []string{
 		"--name", member, "--data-dir", s.DataDir, "--log-level", "info", "--logger", "zap",
-		// A member's ID comes from its advertised peer URL; a single member never dials it.
+		// etcd derives a member's ID from its advertised peer URL; a single member never connects
+		// to it.
 		"--listen-peer-urls", "http://" + FreeAddress(e.TB), "--initial-advertise-peer-urls", "http://127.0.0.1:1",
 		"--initial-cluster", member + "=http://127.0.0.1:1",
-		"--max-wals", "0", // all of the log is kept for the search for secrets
+		"--max-wals", "0", // the complete log is kept for the search for secrets
 	}
 	if cfg.Version != "3.4" {
-		args = append(args, "--unsafe-no-fsync") // crashes of the machine are not under test
+		args = append(args, "--unsafe-no-fsync") // crashes of the machine are not tested
 	}
 	if cfg.MaxRequestBytes > 0 {
 		args = append(args, "--max-request-bytes", fmt.Sprint(cfg.MaxRequestBytes))
@@ -102,7 +106,7 @@ func (e *Env) StartEtcd(cfg EtcdConfig) *Etcd {
 	if cfg.CA != nil {
 		s.URL = "https://" + s.Address
 		server := cfg.CA.Server(cfg.Name)
-		// No common name: else etcd would take every client of the proxy for the proxy.
+		// No common name: otherwise etcd would treat every client of the proxy as the proxy's user.
 		s.Client = cfg.CA.Client(cfg.Name+"-client", "")
 		s.TLS = cfg.CA.ClientTLS(s.Client)
 		args = append(args, "--cert-file", server.CertFile, "--key-file", server.KeyFile, "--trusted-ca-file", cfg.CA.File, "--client-cert-auth")
@@ -122,7 +126,8 @@ func (e *Env) StartEtcd(cfg EtcdConfig) *Etcd {
 	return s
 }
 
-// Start starts the etcd again on its data, after [Process.Kill] or [Process.Stop], and waits until it answers.
+// Start starts the etcd again on its data, after [Process.Kill] or [Process.Stop], and waits until
+// it responds.
 func (s *Etcd) Start() {
 	e := s.env
 	e.TB.Helper()
@@ -152,10 +157,12 @@ func (s *Etcd) Start() {
 	})
 }
 
-// anonymous reports whether err is the answer of an etcd whose authentication is on, which a test does, to a call without a user.
+// anonymous reports whether err is the error for a call without a user of an etcd whose
+// authentication was turned on by a test.
 func anonymous(err error) bool { return errors.Is(rpctypes.Error(err), rpctypes.ErrUserEmpty) }
 
-// Snapshot saves the database to a file of the temporary folder, as etcdctl does, with its checksum at the end. It returns the path.
+// Snapshot saves the database to a file in the temporary folder, as etcdctl does, with its checksum
+// at the end. It returns the path.
 func (s *Etcd) Snapshot(name string) string {
 	tb := s.env.TB
 	tb.Helper()
@@ -178,7 +185,8 @@ func (s *Etcd) Snapshot(name string) string {
 	return s.env.File(name, data)
 }
 
-// Dial opens a raw gRPC connection (no retries, no limit on answers) that closes with the test. target is host:port or unix:///path.
+// Dial opens a raw gRPC connection (no retries, no limit on responses) that is closed at the end of
+// the test. target is host:port or unix:///path.
 func Dial(tb interface {
 	Helper()
 	Fatalf(string, ...any)

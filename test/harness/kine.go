@@ -9,16 +9,16 @@ import (
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 )
 
-// Kine is what k3s puts in the place of etcd: a part of etcd's API on an SQL database, SQLite here.
+// Kine is what k3s uses instead of etcd: a part of etcd's API on an SQL database, here SQLite.
 type Kine struct {
 	*Process
 	// Address is host:port, URL the same with its scheme.
 	Address, URL string
-	// Dir holds the database.
+	// Dir contains the database.
 	Dir string
 }
 
-// StartKine starts one on a fresh database, which must hold no sealed value.
+// StartKine starts kine with a new database, which must not contain a value under a rule.
 func (e *Env) StartKine() *Kine {
 	e.TB.Helper()
 	k := &Kine{Address: FreeAddress(e.TB), Dir: filepath.Join(e.Dir, "kine")}
@@ -27,7 +27,8 @@ func (e *Env) StartKine() *Kine {
 		e.TB.Fatal(err)
 	}
 	e.addDataDir(k.Dir)
-	// What kine uses when it is not told where its database is; without it, its watches miss events.
+	// These are kine's defaults if no database is configured; without them, its watches miss
+	// events.
 	const parameters = "?_journal_mode=WAL&_busy_timeout=30000&_synchronous=NORMAL&_txlock=immediate&_stmt_cache_size=20&cache=shared"
 	k.Process = e.spawn("kine", Bin(e.TB, "kine"), "--endpoint", "sqlite://"+filepath.Join(k.Dir, "state.db")+parameters, "--listen-address", "tcp://"+k.Address,
 		"--metrics-bind-address", "0")

@@ -18,14 +18,14 @@ import (
 	kmsapi "k8s.io/kms/apis/v2"
 )
 
-// KMS is a Kubernetes KMS v2 plugin in the test's own process: AES-256-GCM under versioned keys. Every secret that a caller asks it to
-// wrap joins the environment's canaries. It is safe for concurrent use.
+// KMS is a Kubernetes KMS v2 plugin in the test's own process: AES-256-GCM under versioned keys.
+// Every secret that it wraps is added to the environment's canaries. It is safe for concurrent use.
 type KMS struct {
 	kmsapi.UnimplementedKeyManagementServiceServer
 	env *Env
 	// Socket is the endpoint: unix:///path.
 	Socket string
-	// IDSuffix ends the ID of each key. It is set before Start.
+	// IDSuffix is appended to the ID of each key. It is set before Start.
 	IDSuffix string
 	path     string
 
@@ -38,11 +38,11 @@ type KMS struct {
 	plain    bool                // see Plain
 	down     bool                // see Down
 	grudge   time.Duration       // see Grudge
-	grudging time.Time           // until then Status says err
+	grudging time.Time           // until then Status returns err
 	hanging  map[string]struct{} // see Hang
 }
 
-// NewKMS makes a plugin with one key version; it does not serve before [KMS.Start].
+// NewKMS returns a plugin with one key version; it does not serve before [KMS.Start].
 func (e *Env) NewKMS(name string) *KMS {
 	path := filepath.Join(e.Dir, name+"-kms.sock")
 	k := &KMS{env: e, path: path, Socket: "unix://" + path, versions: 1}
@@ -50,7 +50,7 @@ func (e *Env) NewKMS(name string) *KMS {
 	return k
 }
 
-// Config is the proxy's provider of the given name on this plugin, polled every second.
+// Config returns the proxy's provider of the given name for this plugin, polled every second.
 func (k *KMS) Config(name string) KMSConfig {
 	return KMSConfig{Name: name, PollInterval: "1s", Plugin: &PluginKMS{Endpoint: k.Socket, Timeout: "2s"}}
 }
@@ -73,7 +73,7 @@ func (k *KMS) Start() {
 	go server.Serve(listener)
 }
 
-// Stop cuts every connection and stops serving, as a crash of the plugin would.
+// Stop closes every connection and stops serving, as a crash of the plugin would.
 func (k *KMS) Stop() {
 	k.mu.Lock()
 	server := k.server
@@ -84,42 +84,45 @@ func (k *KMS) Stop() {
 	}
 }
 
-// Rotate makes a new key version; the old ones still unwrap.
+// Rotate adds a key version; the old ones still unwrap.
 func (k *KMS) Rotate() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.versions++
 }
 
-// Disable has every call answered as by a KMS whose key is disabled, or not any more.
+// Disable makes every call fail as with a disabled key, or ends that.
 func (k *KMS) Disable(disabled bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.disabled = disabled
 }
 
-// Plain has every failure of a call answered with the code Unknown and no reason, as most public plugins answer for all of them.
+// Plain makes every call that fails return the code Unknown without a reason, like most public
+// plugins.
 func (k *KMS) Plain(plain bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.plain = plain
 }
 
-// Down has every call fail as behind a plugin whose own KMS is out of reach, or not any more: the plugin answers, with the code Unknown.
+// Down makes every call fail as behind a plugin whose own KMS is unreachable, or ends that: the
+// plugin responds with the code Unknown.
 func (k *KMS) Down(down bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.down = down
 }
 
-// Grudge has Status report a fault for so long after each Decrypt that failed, as the plugin of AWS does.
+// Grudge makes Status report a fault for this long after each Decrypt that failed, like the plugin
+// for AWS.
 func (k *KMS) Grudge(d time.Duration) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.grudge = d
 }
 
-// Hang has no Decrypt of a wrapped seed answered in time.
+// Hang makes every Decrypt of a wrapped DEK seed time out.
 func (k *KMS) Hang(source []byte) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -136,7 +139,7 @@ func (k *KMS) hangs(source []byte) bool {
 	return ok
 }
 
-// plainly is how a plugin of that kind answers a failed call.
+// plainly returns the error of a plugin of that kind for a failed call.
 func (k *KMS) plainly(err error) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -150,7 +153,7 @@ func (k *KMS) plainly(err error) error {
 	return err
 }
 
-// usable returns what a call of a disabled key gets.
+// usable returns the error of calls with a disabled key.
 func (k *KMS) usable() error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -163,14 +166,14 @@ func (k *KMS) usable() error {
 	return nil
 }
 
-// Calls returns how often the plugin has wrapped and unwrapped.
+// Calls returns the numbers of wraps and unwraps.
 func (k *KMS) Calls() (encrypts, decrypts int) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.encrypts, k.decrypts
 }
 
-// KeyID is the current key version's ID.
+// KeyID returns the ID of the current key version.
 func (k *KMS) KeyID() string {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -179,7 +182,7 @@ func (k *KMS) KeyID() string {
 
 func (k *KMS) keyID(version int) string { return fmt.Sprintf("plugin-key/%d%s", version, k.IDSuffix) }
 
-// annotation travels with each wrapped seed and has to come back.
+// annotation is returned with each wrapped DEK seed and must be passed back.
 const annotation = "version.test.etcd-kms-proxy.io"
 
 // Status implements KMS v2.

@@ -2,7 +2,8 @@ package harness
 
 import "syscall"
 
-// endWithParent lets the kernel end a process whose test binary has died, of a timeout for example, and so runs no cleanup.
+// endWithParent makes the kernel end a process whose test binary has ended without a cleanup, for
+// example after a timeout.
 func endWithParent() *syscall.SysProcAttr {
 	return &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 }

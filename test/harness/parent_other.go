@@ -4,5 +4,5 @@ package harness
 
 import "syscall"
 
-// endWithParent does nothing where the kernel offers nothing of the kind.
+// endWithParent does nothing where the kernel has no such feature.
 func endWithParent() *syscall.SysProcAttr { return nil }

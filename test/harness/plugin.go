@@ -19,10 +19,11 @@ type Plugin struct {
 	Socket string
 }
 
-// StartPlugin serves one of the providers as a KMS v2 plugin on a socket of its own, and waits until it serves.
+// StartPlugin serves one of the providers as a KMS v2 plugin on its own socket, and waits until it
+// serves.
 func (e *Env) StartPlugin(name, provider string, kms ...KMSConfig) *Plugin {
 	e.TB.Helper()
-	// What every file needs, beside what the plugin uses of it.
+	// What every file needs, in addition to what the plugin uses.
 	data, err := json.MarshalIndent(map[string]any{
 		"apiVersion": "etcd-kms-proxy.io/v1alpha1", "kind": "ProxyConfiguration",
 		"listeners": []Listener{{Address: "127.0.0.1:0"}}, "etcd": Upstream{Endpoints: []string{"http://127.0.0.1:1"}},

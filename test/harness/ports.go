@@ -11,11 +11,13 @@ import (
 	"testing"
 )
 
-// Ports of [FreePort]: below the range that outgoing connections take theirs from, so that a port stays free until a process is
-// told to use it, and in blocks, each for one test process: of another's, a port may be one that nothing listens on just now.
+// Ports for [FreePort]. They are below the range of ports for outgoing connections, so that a port
+// stays free until a process uses it. Each test process has its own block, because a port of
+// another one may be free only for a moment.
 const firstPort, block, blocks = 10000, 1000, 22
 
-// ownBlock is this process's: the listener on its first port holds it for as long as the process lives.
+// ownBlock is the block of this process: a listener on its first port reserves it for the life of
+// the process.
 var ownBlock = sync.OnceValues(func() (net.Listener, error) {
 	var errs []error
 	for _, n := range rand.Perm(blocks) {
@@ -30,9 +32,10 @@ var ownBlock = sync.OnceValues(func() (net.Listener, error) {
 
 var portsGiven atomic.Uint32
 
-// FreePort returns a TCP port of 127.0.0.1 that nothing listens on, and that no other test process is given. It returns one again only
-// after all others: sooner, it could be one of a process that is between its start and its listening, or is down to be started again.
-// Safe for concurrent use.
+// FreePort returns a TCP port of 127.0.0.1 that nothing listens on, and that no other test process
+// gets. It returns a port again only after all others. Earlier, it could be the port of a process
+// that has started but does not listen yet, or that will be started again. It is safe for
+// concurrent use.
 func FreePort(tb testing.TB) int {
 	tb.Helper()
 	held, err := ownBlock()
@@ -41,8 +44,8 @@ func FreePort(tb testing.TB) int {
 	}
 	for range block {
 		port := held.Addr().(*net.TCPAddr).Port + 1 + int(portsGiven.Add(1)%(block-1))
-		// To listen on it would tell as much, but a process that is forked meanwhile has the socket too, and the port with it, until
-		// it has become another program.
+		// Listening on it would show as much, but a process that is forked meanwhile inherits the
+		// socket, and holds the port until it executes another program.
 		conn, err := net.Dial("tcp", loopback(port))
 		switch {
 		case err == nil:
@@ -55,7 +58,7 @@ func FreePort(tb testing.TB) int {
 	return 0
 }
 
-// FreeAddress is 127.0.0.1 with a [FreePort].
+// FreeAddress returns 127.0.0.1 with a [FreePort].
 func FreeAddress(tb testing.TB) string {
 	tb.Helper()
 	return loopback(FreePort(tb))

@@ -7,8 +7,9 @@ import (
 	"testing"
 )
 
-// TestFreePort has a port that was said to be free be free at once, while other tests of the process start processes of their own: one
-// that has been forked and has not yet become another program holds every socket that was open then.
+// TestFreePort checks that a free port can be used at once while other tests of the process start
+// processes: a forked process that has not executed another program yet holds every socket that was
+// open at the fork.
 func TestFreePort(t *testing.T) {
 	t.Parallel()
 	done := make(chan struct{})

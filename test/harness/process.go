@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// Process is one running program. Its output goes to a log file that survives restarts.
+// Process is one running program. Its output goes to a log file that is kept across restarts.
 type Process struct {
 	env  *Env
 	name string
@@ -22,7 +22,8 @@ type Process struct {
 	err  error
 }
 
-// spawn starts a program. The caller registers the cleanup, so that a restarted process keeps its place in the order of stopping.
+// spawn starts a program. The caller registers the cleanup, so that a restarted process keeps its
+// place in the order of stopping.
 func (e *Env) spawn(name, bin string, args ...string) *Process {
 	e.TB.Helper()
 	p := &Process{env: e, name: name, log: filepath.Join(e.Dir, name+".log"), done: make(chan struct{})}
@@ -46,10 +47,11 @@ func (e *Env) spawn(name, bin string, args ...string) *Process {
 	return p
 }
 
-// PID is the process ID.
+// PID returns the process ID.
 func (p *Process) PID() int { return p.cmd.Process.Pid }
 
-// Log returns what the process and its predecessors of the same name have printed. It is safe for concurrent use.
+// Log returns what the process and its predecessors of the same name have printed. It is safe for
+// concurrent use.
 func (p *Process) Log() string {
 	data, err := os.ReadFile(p.log)
 	if err != nil {
@@ -58,7 +60,8 @@ func (p *Process) Log() string {
 	return string(data)
 }
 
-// Alive returns an error that wraps [ErrStop] if the process has ended. It is safe for concurrent use.
+// Alive returns an error that wraps [ErrStop] if the process has ended. It is safe for concurrent
+// use.
 func (p *Process) Alive() error {
 	select {
 	case <-p.done:
@@ -74,7 +77,8 @@ func (p *Process) Kill() {
 	<-p.done
 }
 
-// Stop asks the process to end (SIGTERM), waits, and kills it after a deadline. It reports whether the process ended by itself.
+// Stop sends SIGTERM to the process, waits, and kills it after a deadline. It reports whether the
+// process ended before the deadline.
 func (p *Process) Stop(within time.Duration) bool {
 	p.signal(syscall.SIGTERM)
 	select {
@@ -86,7 +90,7 @@ func (p *Process) Stop(within time.Duration) bool {
 	}
 }
 
-// Wait returns the exit code, or fails the test when the process does not end in time.
+// Wait returns the exit code, or fails the test if the process does not end in time.
 func (p *Process) Wait(within time.Duration) int {
 	p.env.TB.Helper()
 	select {
@@ -98,8 +102,9 @@ func (p *Process) Wait(within time.Duration) int {
 	}
 }
 
-// Peak waits for the end of the process, and returns the most bytes of memory that it was seen to hold, which is 0 where there is no /proc. What the
-// kernel tells at the end includes the memory of the process that started it.
+// Peak waits for the end of the process, and returns the most bytes of memory that it was seen to
+// use; 0 if there is no /proc. The kernel's own figure at the end includes the memory of the
+// process that started it.
 func (p *Process) Peak() (peak int64) {
 	for {
 		status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.PID()))

@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-// ProxyConfig is the proxy's configuration file; the field names are the product's contract.
+// ProxyConfig is the proxy's configuration file. The field names are those of the product.
 type ProxyConfig struct {
 	APIVersion string      `json:"apiVersion"`
 	Kind       string      `json:"kind"`
@@ -30,15 +30,15 @@ type ProxyConfig struct {
 }
 
 type (
-	// Listener is one address that clients use.
+	// Listener is one address for clients.
 	Listener struct {
 		Address           string     `json:"address"`
 		TLS               *ServerTLS `json:"tls,omitempty"`
 		AllowedClients    []string   `json:"allowedClients,omitempty"`
 		CiphertextClients []string   `json:"ciphertextClients,omitempty"`
-		// AdvertiseClientURLs stand in place of the members' own.
+		// AdvertiseClientURLs replace the members' own URLs.
 		AdvertiseClientURLs []string `json:"advertiseClientURLs,omitempty"`
-		// Endpoint is the only one of etcd that it leads to.
+		// Endpoint is the only endpoint of etcd that the listener uses.
 		Endpoint string `json:"endpoint,omitempty"`
 		// Gateway false turns the JSON gateway off.
 		Gateway *bool `json:"gateway,omitempty"`
@@ -107,7 +107,7 @@ type (
 		Endpoint string `json:"endpoint"`
 		Timeout  string `json:"timeout,omitempty"`
 	}
-	// Rule seals the keys below a prefix.
+	// Rule encrypts the values of keys with a prefix.
 	Rule struct {
 		Prefix              string   `json:"prefix"`
 		WriteWith           string   `json:"writeWith"`
@@ -117,18 +117,18 @@ type (
 		AllowPlaintextReads *bool    `json:"allowPlaintextReads,omitempty"`
 		OnUndecryptable     string   `json:"onUndecryptable,omitempty"`
 	}
-	// Cache bounds what is kept and how long.
+	// Cache limits how much is cached, and for how long.
 	Cache struct {
 		TTL                 string `json:"ttl,omitempty"`
 		ServeUnreachableFor string `json:"serveUnreachableFor,omitempty"`
 		SealUnreachableFor  string `json:"sealUnreachableFor,omitempty"`
 		RevokeWithin        string `json:"revokeWithin,omitempty"`
 	}
-	// Admin is the operator's side.
+	// Admin is the admin server.
 	Admin struct {
 		Address string `json:"address"`
 	}
-	// Coordination is what the proxy keeps in etcd for itself.
+	// Coordination configures the keys that the proxy keeps in etcd.
 	Coordination struct {
 		Enabled     *bool  `json:"enabled,omitempty"`
 		Prefix      string `json:"prefix,omitempty"`
@@ -152,9 +152,9 @@ type Proxy struct {
 	*Process
 	env  *Env
 	name string
-	// ConfigFile is the configuration as written.
+	// ConfigFile is the path of the configuration.
 	ConfigFile string
-	// Config is what was written.
+	// Config is the content of the configuration.
 	Config ProxyConfig
 	// Address is the first listener, as clients write it: host:port or unix:///path.
 	Address string
@@ -162,12 +162,13 @@ type Proxy struct {
 	TLS *tls.Config
 	// Args are further arguments of serve.
 	Args []string
-	// Binary is the file to run; empty: the proxy that `make build` makes. It takes effect at the next start.
+	// Binary is the file to run; empty for the one that `make build` builds. It takes effect at the
+	// next start.
 	Binary  string
 	scrapes int
 }
 
-// LocalKey writes a key file with n versions of recognisable key material for the local backend.
+// LocalKey writes a key file with n versions of recognizable key material for the local backend.
 func (e *Env) LocalKey(name string, n int) KMSConfig {
 	e.TB.Helper()
 	type key struct {
@@ -185,13 +186,14 @@ func (e *Env) LocalKey(name string, n int) KMSConfig {
 	return KMSConfig{Name: name, Local: &LocalKMS{KeyFile: e.File(name+"-key.yaml", data)}}
 }
 
-// UnixListener is a listener on a unix socket in the temporary folder.
+// UnixListener returns a listener on a unix socket in the temporary folder.
 func (e *Env) UnixListener(name string) Listener {
 	return Listener{Address: "unix://" + filepath.Join(e.Dir, name+".sock")}
 }
 
-// StartProxy writes the configuration (adding what every file needs, an admin address, and a loopback listener if none is given), starts the
-// proxy and waits until it serves. It need not be ready.
+// StartProxy writes the configuration, starts the proxy and waits until it serves. It adds what
+// every file needs, an admin address, and a loopback listener if there is none. The proxy need not
+// be ready.
 func (e *Env) StartProxy(name string, cfg ProxyConfig) *Proxy {
 	e.TB.Helper()
 	p := e.NewProxy(name, cfg)
@@ -224,7 +226,7 @@ func (e *Env) NewProxy(name string, cfg ProxyConfig) *Proxy {
 	return p
 }
 
-// Start starts the proxy again on the same configuration, after [Process.Kill] or [Process.Stop].
+// Start starts the proxy again with the same configuration, after [Process.Kill] or [Process.Stop].
 func (p *Proxy) Start() {
 	p.env.TB.Helper()
 	p.Process = nil
@@ -263,7 +265,8 @@ func (p *Proxy) end() {
 	}
 }
 
-// Scrape reads every page of the admin server, keeps them for the search for secrets, and returns the metrics.
+// Scrape reads every page of the admin server, keeps them for the search for secrets, and returns
+// the metrics.
 func (p *Proxy) Scrape() string {
 	p.scrapes++
 	var all strings.Builder
@@ -282,7 +285,8 @@ func (p *Proxy) Scrape() string {
 	return metrics
 }
 
-// Report is what /readyz answers: the status, a line break, the checks. It is safe for concurrent use.
+// Report returns the response of /readyz: the status, a line break, the checks. It is safe for
+// concurrent use.
 func (p *Proxy) Report() string {
 	status, body, err := p.get("/readyz?verbose")
 	if err != nil {
@@ -291,7 +295,8 @@ func (p *Proxy) Report() string {
 	return fmt.Sprintf("%d\n%s", status, body)
 }
 
-// Ready returns nil when /readyz answers 200 and no check in it fails, else an error with its text. It is safe for concurrent use.
+// Ready returns nil if /readyz responds with 200 and no failed check, and otherwise an error with
+// its text. It is safe for concurrent use.
 func (p *Proxy) Ready() error {
 	if report := p.Report(); !strings.HasPrefix(report, "200\n") || strings.Contains(report, "[-]") {
 		return fmt.Errorf("/readyz answers %s", report)
@@ -299,7 +304,7 @@ func (p *Proxy) Ready() error {
 	return nil
 }
 
-// WaitReady waits until the proxy says that it can serve every rule.
+// WaitReady waits until the proxy reports that it can serve every rule.
 func (p *Proxy) WaitReady(within time.Duration) {
 	p.env.TB.Helper()
 	Eventually(p.env.TB, within, p.name+" to be ready", func() error {
@@ -321,7 +326,7 @@ func (p *Proxy) get(path string) (int, string, error) {
 	return response.StatusCode, string(body), err
 }
 
-// URL is the first listener as etcd's clients and kube-apiserver's --etcd-servers write it.
+// URL returns the first listener as etcd's clients and kube-apiserver's --etcd-servers write it.
 func (p *Proxy) URL() string {
 	switch {
 	case strings.HasPrefix(p.Address, "unix://"):
@@ -332,5 +337,5 @@ func (p *Proxy) URL() string {
 	return "http://" + p.Address
 }
 
-// NoCoordination is for tests and measurements that compare with etcd alone, revision for revision.
+// NoCoordination is for tests and benchmarks that compare revisions with etcd alone.
 func NoCoordination() *Coordination { return &Coordination{Enabled: new(false)} }

@@ -6,18 +6,19 @@ import (
 	"sync"
 )
 
-// Link is what a [Relay] does with what is sent over it.
+// Link is what a [Relay] does with the bytes that it gets.
 type Link int
 
 // The states of a link.
 const (
-	Whole  Link = iota // all of it goes through
-	Cut                // every connection is reset, and so is a new one
-	Frozen             // nothing goes through, and nothing is lost: it is held back until the link is whole again
-	Deaf               // as Frozen, but only what is sent back: requests arrive
+	Whole  Link = iota // all bytes are forwarded
+	Cut                // every connection is reset, including new ones
+	Frozen             // no bytes are forwarded and none are lost: they are held back until the link is whole again
+	Deaf               // like Frozen, but only for responses: requests are forwarded
 )
 
-// Relay is a network between two processes: it listens in the place of one of them, and copies bytes. It is safe for concurrent use.
+// Relay is a network between two processes: it listens in the place of one of them, and copies
+// bytes. It is safe for concurrent use.
 type Relay struct {
 	// Address is host:port, URL the same with its scheme.
 	Address, URL string
@@ -32,7 +33,7 @@ type Relay struct {
 	conns    map[*net.TCPConn]bool
 }
 
-// StartRelay starts a relay that leads to an address, which need not listen yet. The link is whole.
+// StartRelay starts a relay to an address, which need not be in use yet. The link is whole.
 func (e *Env) StartRelay(to string) *Relay {
 	e.TB.Helper()
 	r := &Relay{Address: FreeAddress(e.TB), to: to, conns: make(map[*net.TCPConn]bool)}
@@ -57,10 +58,10 @@ func (r *Relay) Set(link Link) {
 	r.changed.Broadcast()
 }
 
-// reset ends every connection so that both sides see it at once. What was held back is lost.
+// reset ends every connection so that both sides notice it at once. Held-back bytes are lost.
 func (r *Relay) reset() {
 	for c := range r.conns {
-		_ = c.SetLinger(0) // without it, it would be a polite end
+		_ = c.SetLinger(0) // otherwise it would be an orderly end
 		c.Close()
 	}
 }
@@ -87,7 +88,7 @@ func (r *Relay) serve() {
 	}
 }
 
-// join copies between a connection and one of its own to the other side, until one of them ends.
+// join copies between a connection and a new one to the other side, until one of them ends.
 func (r *Relay) join(down *net.TCPConn) {
 	defer r.drop(down)
 	if !r.keep(down) {
@@ -109,13 +110,14 @@ func (r *Relay) join(down *net.TCPConn) {
 	both.Wait()
 }
 
-// copy ends both connections when one of them ends: gRPC, and etcd between its members, use none that is half closed.
+// copy closes both connections when one of them ends: neither gRPC nor etcd's peers use half-closed
+// connections.
 func (r *Relay) copy(to, from *net.TCPConn, back bool) {
 	defer to.Close()
 	defer from.Close()
 	for buffer := make([]byte, 32<<10); ; {
 		n, err := from.Read(buffer)
-		r.wait(back) // also before an end is passed on
+		r.wait(back) // also before an end is forwarded
 		if n > 0 {
 			if _, err := to.Write(buffer[:n]); err != nil {
 				return
@@ -127,7 +129,7 @@ func (r *Relay) copy(to, from *net.TCPConn, back bool) {
 	}
 }
 
-// wait returns once bytes may go on in a direction.
+// wait returns when bytes may be forwarded in a direction.
 func (r *Relay) wait(back bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -136,7 +138,7 @@ func (r *Relay) wait(back bool) {
 	}
 }
 
-// keep notes a connection, for it to be reset. It reports whether there may be one.
+// keep registers a connection to be reset. It reports whether connections are allowed.
 func (r *Relay) keep(c *net.TCPConn) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// TestRelay talks with an echo over a link in each of its states.
+// TestRelay uses an echo server over a link in each of its states.
 func TestRelay(t *testing.T) {
 	t.Parallel()
 	e := New(t)
@@ -101,7 +101,7 @@ func TestRelay(t *testing.T) {
 		t.Errorf("a cut link: %v", err)
 	}
 	late, err := net.Dial("tcp", r.Address)
-	if err == nil { // the reset may come a moment later
+	if err == nil { // the reset may arrive a moment later
 		defer late.Close()
 		_ = late.SetReadDeadline(time.Now().Add(10 * time.Second))
 		_, err = late.Read(make([]byte, 1))

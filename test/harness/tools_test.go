@@ -12,7 +12,7 @@ import (
 
 var required = regexp.MustCompile(`(?m)^\s*(?:require )?(\S+) (v\S+)(?: // indirect)?$`)
 
-// pinned returns the versions that the go.mod of a tool's module names.
+// pinned returns the versions in the go.mod of a tool's module.
 func pinned(t *testing.T, tool string) map[string]string {
 	t.Helper()
 	data, err := os.ReadFile(filepath.Join("..", "tools", tool, "go.mod"))
@@ -26,7 +26,7 @@ func pinned(t *testing.T, tool string) map[string]string {
 	return versions
 }
 
-// says returns what a tool prints of its version.
+// says returns the version that a tool prints.
 func says(t *testing.T, bin string, args ...string) string {
 	t.Helper()
 	out, err := exec.Command(Bin(t, bin), args...).CombinedOutput()
@@ -36,9 +36,9 @@ func says(t *testing.T, bin string, args ...string) string {
 	return string(out)
 }
 
-// TestEtcdVersions: each etcd and etcdctl is of the version that it is named after, with all of
-// etcd's modules of that one version. etcd's server of an alpha requires the other modules in the
-// versions of an earlier one.
+// TestEtcdVersions checks that each etcd and etcdctl is of the version in its name, with all of
+// etcd's modules of that version. An alpha of etcd's server requires earlier versions of the other
+// modules.
 func TestEtcdVersions(t *testing.T) {
 	for _, minor := range Versions(t) {
 		if minor == "3.4" { // Debian's package
@@ -67,8 +67,8 @@ func TestEtcdVersions(t *testing.T) {
 	}
 }
 
-// TestToolsAreAsPinned: every tool was built from the modules that its go.mod pins, and so is none
-// from before a change of it.
+// TestToolsAreAsPinned checks that every tool was built from the modules that its go.mod pins, and
+// so not before a change of it.
 func TestToolsAreAsPinned(t *testing.T) {
 	tools := map[string]string{"kube-apiserver": "kube-apiserver", "kubectl": "kube-apiserver", "kine": "kine"} // by their folder
 	for _, minor := range Versions(t) {

@@ -27,14 +27,14 @@ func sameAsKubernetes(t *testing.T, key string) {
 	}
 }
 
-// TestAnnotationKeys: what may be the key of an annotation is what Kubernetes says.
+// TestAnnotationKeys checks that we accept the same keys of annotations as Kubernetes.
 func TestAnnotationKeys(t *testing.T) {
 	for _, key := range annotationKeys() {
 		sameAsKubernetes(t, key)
 	}
 }
 
-// FuzzAnnotationKeys: the same, for any key.
+// FuzzAnnotationKeys checks the same for any key.
 func FuzzAnnotationKeys(f *testing.F) {
 	for _, key := range annotationKeys() {
 		f.Add(key)

@@ -10,15 +10,17 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 )
 
-// batch is how many values each side does before the other has its turn, so that both meet the same state of the machine.
+// batch is the number of values that each side processes before the other's turn, so that both run
+// under the same load of the machine.
 const batch = 64
 
-// BenchmarkBeside times both sides in turns in one run: "ours-ns" and "kube-ns" are the fastest turn of each, per value, "ours/kube" is
-// their ratio; ns/op is of no meaning. Values have distinct etcd keys, and come through the same layers as in the products: marker, object, seed
-// cache, cipher.
+// BenchmarkBeside runs both sides in turns: "ours-ns" and "kube-ns" are the fastest turn of each,
+// per value, and "ours/kube" is their ratio; ns/op has no meaning. Values have distinct etcd keys,
+// and pass through the same layers as in the products: marker, object, cache of DEK seeds, cipher.
 //
 //   - seal: a new value
-//   - open: a value that this process neither wrote nor read before, as in a list after a restart, with its seed in the cache
+//   - open: a value that this process neither wrote nor read before, as in a list after a restart,
+//     with its DEK seed in the cache
 //   - reopen: the same value again, for which kube-apiserver keeps the derived key
 func BenchmarkBeside(b *testing.B) {
 	p := startPlugin(b, "key-1/version-1")
@@ -34,7 +36,8 @@ func BenchmarkBeside(b *testing.B) {
 		var own []byte
 		we, they := newOurs(b, p, provider), newKube(b, p, provider, envelope.TypeSeed)
 		ctx := context.Background()
-		// Two values of each key are opened in turns: what a side keeps for a key is of the other value then, and of no use.
+		// Two values of each key are decrypted in turns, so that what a side keeps for a key
+		// belongs to the other value, and does not help.
 		pick := func(i, turn int) []byte {
 			if turn%2 == 0 {
 				return stored[i]
@@ -53,7 +56,7 @@ func BenchmarkBeside(b *testing.B) {
 				return err
 			}},
 			{"open", func(i, turn int) error {
-				own = append(own[:0], pick(i, turn)...) // it is opened where it stands
+				own = append(own[:0], pick(i, turn)...) // decrypted in place
 				_, err := we.Open(ctx, keys[i], own)
 				return err
 			}, func(i, turn int) error {
@@ -85,7 +88,7 @@ func beside(b *testing.B, ours, kube func(i, turn int) error) {
 		}
 		return float64(time.Since(start).Nanoseconds()) / batch
 	}
-	run(ours) // the seeds are unwrapped here
+	run(ours) // unwraps the DEK seeds
 	run(kube)
 	best := [2]float64{math.Inf(1), math.Inf(1)}
 	for b.Loop() {

@@ -8,7 +8,7 @@ import (
 	kmsplugin "github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/plugin"
 )
 
-// newClient is the product's own way to a plugin: its client inside the wrapper that all backends share.
+// newClient returns the product's client of a plugin, inside the wrapper that all backends share.
 func newClient(tb testing.TB, p *plugin, provider string) kmsclient.Service {
 	tb.Helper()
 	backend, err := kmsplugin.New(kmsplugin.Config{Endpoint: p.endpoint, Timeout: 10 * time.Second})

@@ -14,7 +14,7 @@ const provider = "ack"
 
 var secretKey = []byte("/registry/secrets/default/s1")
 
-// sample is an etcd key and a value under it.
+// sample is an etcd key and a value for it.
 type sample struct {
 	name  string
 	key   []byte
@@ -38,8 +38,8 @@ func samples() []sample {
 	}
 }
 
-// TestExchange has each side read what the other wrote, with the seeds cached and with none: what a process that has just started
-// must ask the plugin for.
+// TestExchange has each side read what the other wrote, with cached DEK seeds and without. A
+// process that has just started must have the plugin unwrap them.
 func TestExchange(t *testing.T) {
 	for _, annotated := range []bool{false, true} {
 		t.Run(fmt.Sprintf("annotations=%v", annotated), func(t *testing.T) {
@@ -61,7 +61,7 @@ func TestExchange(t *testing.T) {
 						{"kube-apiserver, seed", envelope.TypeSeed, they.seal(t, s.key, s.value)},
 						{"kube-apiserver, key", envelope.TypeKey, before.seal(t, s.key, s.value)},
 					} {
-						// Type 0 is stale to a writer of type 1, and only that.
+						// For a writer of type 1, type 0 is stale, and everything else is current.
 						stale := w.typ != envelope.TypeSeed
 						same(t, w.writer+", read by us", s.value, stale)(we.open(s.key, w.stored))
 						same(t, w.writer+", read by kube-apiserver", s.value, stale)(they.open(s.key, w.stored))
@@ -75,7 +75,7 @@ func TestExchange(t *testing.T) {
 	}
 }
 
-// same returns a check of what open returned.
+// same returns a check of the result of open.
 func same(t *testing.T, what string, want []byte, wantStale bool) func([]byte, bool, error) {
 	return func(got []byte, stale bool, err error) {
 		t.Helper()
@@ -90,13 +90,13 @@ func same(t *testing.T, what string, want []byte, wantStale bool) func([]byte, b
 	}
 }
 
-// TestProcessesShareNothingButTheKMS reads with sides that never wrote, so that each must have its seed unwrapped by the plugin: once, however many
-// values there are.
+// TestProcessesShareNothingButTheKMS reads with sides that never wrote, so that the plugin must
+// unwrap the DEK seed for each of them: once, however many values there are.
 func TestProcessesShareNothingButTheKMS(t *testing.T) {
 	p := startPlugin(t, "1")
 	we, they := newOurs(t, p, provider), newKube(t, p, provider, envelope.TypeSeed)
 	reader := newOurs(t, p, provider)
-	reader.await(t, "1") // what is stale is known once the KMS has said its key ID
+	reader.await(t, "1") // whether a value is stale is known only after the KMS has reported its key ID
 	readers := []func(key, stored []byte) ([]byte, bool, error){reader.open, newKube(t, p, provider, envelope.TypeSeed).open}
 	for _, seal := range []func(testing.TB, []byte, []byte) []byte{we.seal, they.seal} {
 		for i, open := range readers {
@@ -112,7 +112,8 @@ func TestProcessesShareNothingButTheKMS(t *testing.T) {
 	}
 }
 
-// TestRotation has the KMS go on to another key: both sides read what is under the old one and hold it for stale.
+// TestRotation rotates the key of the KMS: both sides read values under the old key and report them
+// as stale.
 func TestRotation(t *testing.T) {
 	p := startPlugin(t, "old")
 	we, they := newOurs(t, p, provider), newKube(t, p, provider, envelope.TypeSeed)

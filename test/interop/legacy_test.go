@@ -19,10 +19,11 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/kubelegacy"
 )
 
-// legacyVectorFile is what k8s.io/apiserver's aescbc, aesgcm and secretbox transformers wrote once.
-var legacyVectorFile = filepath.Join("..", "..", "crypto", "legacy", "testdata", "kubernetes-vectors.json")
+// legacyVectorFile contains what k8s.io/apiserver's aescbc, aesgcm and secretbox transformers
+// wrote.
+var legacyVectorFile = filepath.Join("..", "..", "crypto", "kubelegacy", "testdata", "kubernetes-vectors.json")
 
-// legacyVector has the fields of crypto/legacy's own test.
+// legacyVector has the fields of crypto/kubelegacy's own test.
 type legacyVector struct {
 	Name      string
 	Type      kubelegacy.Type
@@ -33,7 +34,8 @@ type legacyVector struct {
 	Stored    []byte
 }
 
-// kubeLegacy makes kube-apiserver's transformer of a type, behind the marker and the key's name as its encryption configuration puts them together.
+// kubeLegacy returns kube-apiserver's transformer of a type, with the marker and the name of the
+// key in front, as in its encryption configuration.
 func kubeLegacy(tb testing.TB, typ kubelegacy.Type, keyName string, secret []byte) value.Transformer {
 	tb.Helper()
 	var inner value.Transformer
@@ -54,7 +56,7 @@ func kubeLegacy(tb testing.TB, typ kubelegacy.Type, keyName string, secret []byt
 	return value.NewPrefixTransformers(errors.New("no matching prefix"), value.PrefixTransformer{Prefix: []byte("k8s:enc:" + string(typ) + ":v1:"), Transformer: inner})
 }
 
-// makeLegacyVectors has k8s.io/apiserver seal what it stores itself: objects.
+// makeLegacyVectors has k8s.io/apiserver encrypt what it also stores: objects.
 func makeLegacyVectors(t *testing.T) []legacyVector {
 	t.Helper()
 	var vs []legacyVector
@@ -82,7 +84,8 @@ func makeLegacyVectors(t *testing.T) []legacyVector {
 	return vs
 }
 
-// TestLegacyVectors opens the committed vectors with k8s.io/apiserver's code and, through a strict rule, with ours.
+// TestLegacyVectors decrypts the committed vectors with k8s.io/apiserver's code and, through a
+// strict rule, with ours.
 func TestLegacyVectors(t *testing.T) {
 	if *update {
 		b, err := json.MarshalIndent(makeLegacyVectors(t), "", "\t")
@@ -115,7 +118,8 @@ func TestLegacyVectors(t *testing.T) {
 	}
 }
 
-// reading returns a rule that seals as o does and reads the values of one of kube-apiserver's own providers too.
+// reading returns a rule that encrypts like o and also reads the values of one of kube-apiserver's
+// own providers.
 func (o *ours) reading(tb testing.TB, typ kubelegacy.Type, keyName string, secret []byte) *ours {
 	tb.Helper()
 	reader, err := kubelegacy.New(kubelegacy.Config{Type: typ, Keys: []kubelegacy.Key{{Name: keyName, Secret: secret}}, Source: "key file"})
@@ -129,8 +133,9 @@ func (o *ours) reading(tb testing.TB, typ kubelegacy.Type, keyName string, secre
 	return &ours{Sealer: s, ring: o.ring}
 }
 
-// TestLegacyTampering damages values and has both sides open them: what kube-apiserver refuses, we refuse. aescbc, which has no integrity, may be
-// read by it where we find that it is no object; where both read it, they read the same.
+// TestLegacyTampering has both sides decrypt damaged values: we must refuse what kube-apiserver
+// refuses. kube-apiserver may accept values of aescbc, which has no integrity, that we refuse
+// because they are no objects. If both accept a value, they must decrypt it to the same bytes.
 func TestLegacyTampering(t *testing.T) {
 	we := newOurs(t, startPlugin(t, "1"), provider)
 	plaintext := []byte("k8s\x00\n\x0c\n\x02v1\x12\x06Secret\x12\x20and the bytes of it")
@@ -166,7 +171,8 @@ func TestLegacyTampering(t *testing.T) {
 	}
 }
 
-// kubeOpen opens with kube-apiserver's code, which panics on an aescbc value that is nothing but its IV.
+// kubeOpen decrypts with kube-apiserver's code, which panics on an aescbc value that consists only
+// of its IV.
 func kubeOpen(t value.Transformer, key, stored []byte) (plaintext []byte, stale bool, err error) {
 	defer func() {
 		if recover() != nil {

@@ -14,7 +14,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 )
 
-// accepted reports whether an object is one to kube-apiserver, and fails unless it is the same one to us.
+// accepted reports whether kube-apiserver accepts an object, and fails unless we decide in the same
+// way.
 func accepted(t testing.TB, what string, object []byte) bool {
 	t.Helper()
 	theirs := &kmstypes.EncryptedObject{}
@@ -49,7 +50,7 @@ func accepted(t testing.TB, what string, object []byte) bool {
 	return true
 }
 
-// TestFieldLimits holds every field against its limits, on both sides of each.
+// TestFieldLimits checks every field at its limits, just below and above.
 func TestFieldLimits(t *testing.T) {
 	label := strings.Repeat("a", 63)
 	longest := label + "." + label + "." + label + "." + strings.Repeat("a", 61)
@@ -119,8 +120,8 @@ func TestFieldLimits(t *testing.T) {
 	}
 }
 
-// TestPluginLimits has the plugin itself answer what is as long as it may be, and one byte longer. Both sides work with the first, and make no
-// seed of the second.
+// TestPluginLimits has the plugin return fields of the greatest length, and one byte longer. Both
+// sides must accept the first, and must not create a DEK seed from the second.
 func TestPluginLimits(t *testing.T) {
 	for _, c := range []struct {
 		what   string
@@ -158,7 +159,8 @@ func TestPluginLimits(t *testing.T) {
 	}
 }
 
-// FuzzAgreement feeds the same bytes to both decoders: they accept the same objects and read the same in them.
+// FuzzAgreement passes the same bytes to both decoders: they must accept the same objects with the
+// same content.
 func FuzzAgreement(f *testing.F) {
 	for _, v := range loadVectors(f) {
 		_, object, _ := envelope.Split(v.Stored)

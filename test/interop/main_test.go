@@ -8,7 +8,8 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	// k8s.io/apiserver logs every value that does not open; here that is thousands, on purpose.
+	// k8s.io/apiserver logs every value that it cannot decrypt; here these are thousands, on
+	// purpose.
 	klog.SetLogger(klog.Logger{})
 	os.Exit(m.Run())
 }

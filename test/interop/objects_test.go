@@ -27,7 +27,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/kubelegacy"
 )
 
-// encoders write objects as kube-apiserver stores them.
+// encoders encode objects as kube-apiserver stores them.
 var encoders = map[string]runtime.Encoder{
 	"protobuf": protobuf.NewSerializer(scheme.Scheme, scheme.Scheme),
 	"json":     json.NewSerializerWithOptions(json.DefaultMetaFactory, scheme.Scheme, scheme.Scheme, json.SerializerOptions{}),
@@ -63,7 +63,7 @@ func storedWidget(tb testing.TB, inCBOR bool) string {
 	return encoded(tb, "json", o)
 }
 
-// wholeBlocks is a Secret whose serialized form fills blocks of AES.
+// wholeBlocks is a Secret whose serialized form is a multiple of the AES block size.
 func wholeBlocks(tb testing.TB, namespace, name string) string {
 	for n := range 16 {
 		if s := storedSecret(tb, namespace, name, bytes.Repeat([]byte{'x'}, n)); len(s)%16 == 0 {
@@ -74,9 +74,9 @@ func wholeBlocks(tb testing.TB, namespace, name string) string {
 	return ""
 }
 
-// TestStoredObjects: every type of Kubernetes' API that has a name, filled at random, is an object
-// to the reader of aescbc in each form that kube-apiserver stores, and with secretbox as well; and
-// it opens under no other key of etcd.
+// TestStoredObjects checks that the reader of aescbc accepts every type of Kubernetes' API that has
+// a name, with random content, in each form that kube-apiserver stores, and that secretbox does
+// too. None may decrypt under another etcd key.
 func TestStoredObjects(t *testing.T) {
 	fill := fuzzer.FuzzerFor(fuzzer.MergeFuzzerFuncs(metafuzzer.Funcs), mathrand.NewSource(1), serializer.NewCodecFactory(scheme.Scheme))
 	secret := make([]byte, 32)

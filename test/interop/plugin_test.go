@@ -27,8 +27,8 @@ const (
 	tagSize   = 16
 )
 
-// plugin is a Kubernetes KMS v2 plugin on a unix socket: AES-256-GCM under versioned keys, with the annotations as additional data. It is
-// safe for concurrent use.
+// plugin is a Kubernetes KMS v2 plugin on a unix socket: AES-256-GCM under versioned keys, with the
+// annotations as additional data. It is safe for concurrent use.
 type plugin struct {
 	tb       testing.TB
 	endpoint string // unix:///path
@@ -36,9 +36,9 @@ type plugin struct {
 	mu       sync.Mutex
 	keys     map[string]cipher.AEAD
 	current  string
-	annotate map[string][]byte // given with each wrapped seed and demanded back
-	pad      int               // how long a wrapped seed is made with zeros at its end; 0 is as it comes
-	secrets  map[string][]byte // what was wrapped, by what it was wrapped into
+	annotate map[string][]byte // returned with each wrapped DEK seed, and required back
+	pad      int               // wrapped DEK seeds are padded with zeros to this length; 0 does not pad
+	secrets  map[string][]byte // what was wrapped, by the result
 	decrypts int
 }
 
@@ -47,7 +47,8 @@ var _ service.Service = (*plugin)(nil)
 // startPlugin serves a plugin with one key until the test ends.
 func startPlugin(tb testing.TB, keyID string) *plugin {
 	tb.Helper()
-	// Not tb.TempDir: with a test's name in it the path can be too long for a unix socket.
+	// Not tb.TempDir: its path contains the name of the test, and can be too long for a unix
+	// socket.
 	dir, err := os.MkdirTemp("", "interop")
 	if err != nil {
 		tb.Fatal(err)
@@ -74,7 +75,8 @@ func startPlugin(tb testing.TB, keyID string) *plugin {
 	return p
 }
 
-// rotate makes a new key, under a new ID or in place of the one that had it, and wraps with it from now on.
+// rotate adds a key, with a new ID or in place of the key with the same ID, and wraps with it from
+// then on.
 func (p *plugin) rotate(keyID string) {
 	secret := make([]byte, 32)
 	rand.Read(secret)
@@ -95,7 +97,7 @@ func (p *plugin) set(change func()) {
 	change()
 }
 
-// secret returns the seed or key behind a wrapped one.
+// secret returns the unwrapped DEK seed or key.
 func (p *plugin) secret(wrapped []byte) []byte {
 	p.mu.Lock()
 	defer p.mu.Unlock()

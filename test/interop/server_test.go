@@ -25,7 +25,7 @@ import (
 
 const requestID = "0b8c7a51-2f4e-4c55-9d1e-000000000001"
 
-// cloud is a KMS that names its requests, as those of clouds do.
+// cloud is a KMS with request IDs, like that of a cloud.
 type cloud struct{ *kmstest.Memory }
 
 // Encrypt implements service.Service.
@@ -43,7 +43,8 @@ func wrapper(tb testing.TB, backend kmsclient.Service) *kmsclient.Client {
 	return c
 }
 
-// startOurServer serves a KMS as this project's own plugin until the test ends, and returns where.
+// startOurServer serves a KMS with this project's plugin server until the test ends, and returns
+// its endpoint.
 func startOurServer(tb testing.TB, backend kmsclient.Service) *plugin {
 	tb.Helper()
 	dir, err := os.MkdirTemp("", "interop")
@@ -74,7 +75,7 @@ func startOurServer(tb testing.TB, backend kmsclient.Service) *plugin {
 	return &plugin{tb: tb, endpoint: endpoint}
 }
 
-// newDirect is the proxy's side on the KMS itself, without a plugin between.
+// newDirect is the proxy's side with the KMS itself, without a plugin.
 func newDirect(tb testing.TB, backend kmsclient.Service) *ours {
 	tb.Helper()
 	cache, err := keyring.NewCache(keyring.CacheConfig{})
@@ -102,8 +103,9 @@ func newDirect(tb testing.TB, backend kmsclient.Service) *ours {
 	return o
 }
 
-// TestOurServer has kube-apiserver's transformer on our plugin server, the proxy on that server too, and the proxy on the KMS itself write and
-// read each other's values, before and after a rotation that kube-apiserver learns of by Status.
+// TestOurServer has kube-apiserver's transformer with our plugin server, the proxy with the same
+// server, and the proxy with the KMS itself write and read each other's values, before and after a
+// rotation that kube-apiserver learns of by Status.
 func TestOurServer(t *testing.T) {
 	backend := cloud{kmstest.NewMemory()}
 	p := startOurServer(t, backend)
@@ -111,7 +113,7 @@ func TestOurServer(t *testing.T) {
 	via, direct := newOurs(t, p, provider), newDirect(t, backend)
 	value := []byte("value")
 	exchange := func(t *testing.T, keyID string) {
-		// A ring that has not heard of the key ID yet calls its values stale.
+		// A ring that has not learned of the new key ID yet reports its values as stale.
 		via.await(t, keyID)
 		direct.await(t, keyID)
 		for writer, seal := range map[string]func(testing.TB, []byte, []byte) []byte{"kube-apiserver": they.seal, "through the server": via.seal, "direct": direct.seal} {
@@ -123,7 +125,7 @@ func TestOurServer(t *testing.T) {
 			if _, named := o.Annotations["request-id.etcd-kms-proxy.io"]; named != (writer != "direct") {
 				t.Errorf("%s: annotations %q", writer, o.Annotations)
 			}
-			fresh := newDirect(t, backend) // one with no seed in its cache
+			fresh := newDirect(t, backend) // a transformer without a cached DEK seed
 			fresh.await(t, keyID)
 			for reader, open := range map[string]func([]byte, []byte) ([]byte, bool, error){
 				"kube-apiserver": they.open, "kube-apiserver anew": newKube(t, p, provider, envelope.TypeSeed).open,
@@ -153,7 +155,8 @@ func TestOurServer(t *testing.T) {
 	t.Run("after", func(t *testing.T) { exchange(t, "memory/2") })
 }
 
-// TestOurServersErrors is what kube-apiserver's client makes of a KMS that fails, and that it recovers.
+// TestOurServersErrors checks which errors kube-apiserver's client gets from a KMS that fails, and
+// that it recovers.
 func TestOurServersErrors(t *testing.T) {
 	f := kmstest.NewFault(kmstest.NewMemory())
 	p := startOurServer(t, f.Service())
@@ -175,19 +178,19 @@ func TestOurServersErrors(t *testing.T) {
 		return err == nil && s.Healthz == "ok" && s.KeyID == "memory/1"
 	}
 	eventually("good Status", healthy)
-	for class, want := range map[kmsclient.Class]codes.Code{
-		kmsclient.ClassUnavailable: codes.Unavailable, kmsclient.ClassDenied: codes.PermissionDenied, kmsclient.ClassKeyUnusable: codes.FailedPrecondition,
-		kmsclient.ClassInvalid: codes.InvalidArgument, kmsclient.ClassContract: codes.Internal,
+	for reason, want := range map[kmsclient.Reason]codes.Code{
+		kmsclient.Unreachable: codes.Unavailable, kmsclient.Denied: codes.PermissionDenied, kmsclient.KeyDisabled: codes.FailedPrecondition,
+		kmsclient.Invalid: codes.InvalidArgument, kmsclient.BrokenContract: codes.Internal,
 	} {
 		f.SetFault(func(op string, _ int) *kmstest.Failure {
-			return &kmstest.Failure{Err: errors.Join(&kmsclient.Error{Op: op, Class: class}, errors.New(seed))}
+			return &kmstest.Failure{Err: errors.Join(&kmsclient.Error{Op: op, Reason: reason}, errors.New(seed))}
 		})
 		if _, err := client.Encrypt(t.Context(), "uid", []byte(seed)); status.Code(err) != want || strings.Contains(err.Error(), seed) {
-			t.Errorf("%v: Encrypt: %v", class, err)
+			t.Errorf("%v: Encrypt: %v", reason, err)
 		}
 		eventually("bad Status", func() bool {
 			s, err := client.Status(t.Context())
-			if class == kmsclient.ClassUnavailable { // the API server goes on under the key that it has
+			if reason == kmsclient.Unreachable { // the API server continues with the key that it has
 				return err == nil && s.Healthz != "ok" && s.KeyID == "memory/1" && !strings.Contains(s.Healthz, seed)
 			}
 			return status.Code(err) == want && !strings.Contains(err.Error(), seed)

@@ -19,14 +19,16 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 )
 
-// kube is kube-apiserver's side: its KMS v2 transformer behind the marker, as its encryption configuration puts them together.
+// kube is kube-apiserver's side: its KMS v2 transformer with the marker in front, as in its
+// encryption configuration.
 type kube struct {
 	transformer value.Transformer
 	service     service.Service
 	state       kmsv2.State
 }
 
-// newKube makes the transformer that one API server process would have: with a seed, or for TypeKey a key, of its own.
+// newKube returns the transformer of one API server process: with its own DEK seed, or for TypeKey
+// its own key.
 func newKube(tb testing.TB, p *plugin, provider string, typ envelope.Type) *kube {
 	tb.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
@@ -44,7 +46,8 @@ func newKube(tb testing.TB, p *plugin, provider string, typ envelope.Type) *kube
 	return k
 }
 
-// rotate does what the API server does once Status says another key ID: a new seed for everything from now on.
+// rotate does what the API server does when Status returns another key ID: it uses a new DEK seed
+// from then on.
 func (k *kube) rotate(tb testing.TB, typ envelope.Type) {
 	tb.Helper()
 	transformer, object, cacheKey, err := kmsv2.GenerateTransformer(context.Background(), "uid", k.service, typ == envelope.TypeSeed)
@@ -76,13 +79,14 @@ func (k *kube) open(key, stored []byte) (plaintext []byte, stale bool, err error
 	return k.transformer.TransformFromStorage(context.Background(), stored, value.DefaultContext(key))
 }
 
-// ours is this project's side: a rule that seals and reads through one provider, and takes nothing but sealed values.
+// ours is this project's side: a rule that encrypts and reads with one provider, and accepts only
+// encrypted values.
 type ours struct {
 	*keyring.Sealer
 	ring *keyring.Ring
 }
 
-// newOurs makes the sealer that one proxy process would have, with a seed of its own.
+// newOurs returns the sealer of one proxy process, with its own DEK seed.
 func newOurs(tb testing.TB, p *plugin, provider string) *ours {
 	tb.Helper()
 	o := &ours{}
@@ -90,7 +94,8 @@ func newOurs(tb testing.TB, p *plugin, provider string) *ours {
 	if err != nil {
 		tb.Fatal(err)
 	}
-	// A key that the plugin does not know must not become a revocation of the others here: every contact is good.
+	// A key that the plugin does not know must not revoke the other keys here: every health check
+	// succeeds.
 	o.ring, err = keyring.New(keyring.RingConfig{Provider: provider, KMS: newClient(tb, p, provider), Cache: cache,
 		PollInterval: 20 * time.Millisecond, FailingPollInterval: 20 * time.Millisecond, SealUnreachableFor: time.Hour, Logger: slog.New(slog.NewTextHandler(io.Discard, nil))})
 	if err != nil {
@@ -121,9 +126,9 @@ func (o *ours) seal(tb testing.TB, key, plaintext []byte) []byte {
 	return stored
 }
 
-// open opens stored as the rule does, and says whether it would have to be written anew.
+// open decrypts stored as the rule does, and reports whether it is stale.
 func (o *ours) open(key, stored []byte) (plaintext []byte, stale bool, err error) {
-	plaintext, err = o.Open(context.Background(), key, bytes.Clone(stored)) // it is opened where it stands
+	plaintext, err = o.Open(context.Background(), key, bytes.Clone(stored)) // decrypted in place
 	if err != nil {
 		return nil, false, err
 	}
@@ -134,7 +139,7 @@ func (o *ours) open(key, stored []byte) (plaintext []byte, stale bool, err error
 	return plaintext, standing != keyring.Current, nil
 }
 
-// await polls until the ring seals under a key ID.
+// await polls until the ring encrypts under a key ID.
 func (o *ours) await(tb testing.TB, keyID string) {
 	tb.Helper()
 	for deadline := time.Now().Add(10 * time.Second); o.ring.State().SealedBy != keyID; time.Sleep(time.Millisecond) {

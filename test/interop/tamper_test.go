@@ -14,14 +14,14 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 )
 
-// pair is both sides behind one plugin, with a value of each kind that exists.
+// pair is both sides with one plugin, with a value of each kind.
 type pair struct {
 	plugin *plugin
 	we     *ours
 	they   *kube
 	key    []byte
 	value  []byte
-	stored map[string][]byte // by who wrote it
+	stored map[string][]byte // by writer
 }
 
 func newPair(t *testing.T) *pair {
@@ -37,8 +37,8 @@ func newPair(t *testing.T) *pair {
 	return s
 }
 
-// agree opens stored on both sides and fails unless they come to the same answer: an error, or the value that was written. It returns
-// that answer.
+// agree decrypts stored on both sides and fails unless both have the same result: an error, or the
+// value that was written. It returns that result.
 func (s *pair) agree(t *testing.T, what string, key, stored []byte) (opens bool) {
 	t.Helper()
 	got, _, err := s.we.open(key, stored)
@@ -74,7 +74,7 @@ func TestOtherEtcdKey(t *testing.T) {
 	}
 }
 
-// TestOtherProvider gives a value to a provider of another name on the same plugin.
+// TestOtherProvider moves a value to a provider with another name on the same plugin.
 func TestOtherProvider(t *testing.T) {
 	s := newPair(t)
 	we, they := newOurs(t, s.plugin, "other"), newKube(t, s.plugin, "other", envelope.TypeSeed)
@@ -88,8 +88,8 @@ func TestOtherProvider(t *testing.T) {
 	}
 }
 
-// TestWrongKMSKey has the KMS lose the key, and then answer under its ID with another one. Sides with the seed in their cache need no KMS; others must
-// fail, and open everything once the key is back.
+// TestWrongKMSKey has the KMS lose the key, and then use another key under its ID. Sides with a
+// cached DEK seed need no KMS. Others must fail, and must decrypt everything when the key is back.
 func TestWrongKMSKey(t *testing.T) {
 	s := newPair(t)
 	right := s.plugin.keys["key-1"]
@@ -115,7 +115,7 @@ func TestWrongKMSKey(t *testing.T) {
 			}
 			s.plugin.set(func() { s.plugin.keys["key-1"] = right })
 			for writer, stored := range s.stored {
-				// What the KMS refused is not asked again for a moment, a poll interval at most.
+				// A refusal of the KMS is remembered for at most a poll interval.
 				for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
 					if _, _, err := fresh.we.open(s.key, bytes.Clone(stored)); err == nil {
 						break
@@ -129,7 +129,8 @@ func TestWrongKMSKey(t *testing.T) {
 	}
 }
 
-// TestWrongSecret has the KMS unwrap to a secret that is not the one the value was sealed under.
+// TestWrongSecret has the KMS unwrap to a secret that is not the one that the value was encrypted
+// with.
 func TestWrongSecret(t *testing.T) {
 	s := newPair(t)
 	other := newKube(t, s.plugin, provider, envelope.TypeSeed)
@@ -158,7 +159,8 @@ func encode(t testing.TB, o envelope.Object) []byte {
 	return stored
 }
 
-// TestCorruption changes every byte of a stored value in ten ways. Nothing that was damaged opens on either side.
+// TestCorruption changes every byte of a stored value in ten ways. Neither side may decrypt a
+// damaged value.
 func TestCorruption(t *testing.T) {
 	s := newPair(t)
 	changes := []byte{0xff}
@@ -186,7 +188,8 @@ func TestCorruption(t *testing.T) {
 	}
 }
 
-// TestTruncation cuts a stored value at every length, at either end, and takes every single byte out.
+// TestTruncation truncates a stored value at every length, at either end, and removes every single
+// byte.
 func TestTruncation(t *testing.T) {
 	s := newPair(t)
 	for writer, stored := range s.stored {
@@ -202,8 +205,8 @@ func TestTruncation(t *testing.T) {
 	}
 }
 
-// TestAdditions puts fields behind a stored value, which protobuf allows: unknown ones change nothing, and a second one of a
-// known kind counts instead of the first.
+// TestAdditions appends fields to a stored value, as protobuf allows: unknown fields change
+// nothing, and the second field of a known kind replaces the first.
 func TestAdditions(t *testing.T) {
 	s := newPair(t)
 	str := func(n protowire.Number, v string) []byte {

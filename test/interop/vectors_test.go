@@ -23,10 +23,12 @@ import (
 
 var update = flag.Bool("update", false, "have k8s.io/apiserver write the golden vectors anew; read the diff")
 
-// vectorFile is what k8s.io/apiserver wrote once. It lies with the package that must read it for ever.
+// vectorFile is what k8s.io/apiserver wrote. It is in the folder of the package that must always be
+// able to read it.
 var vectorFile = filepath.Join("..", "..", "crypto", "envelope", "testdata", "kubernetes-vectors.json")
 
-// vector is a stored value with all that is needed to open it. Its fields are those of crypto/envelope's own golden file.
+// vector is a stored value with all that is needed to decrypt it. Its fields are those of
+// crypto/envelope's golden file.
 type vector struct {
 	Name        string
 	Provider    string
@@ -35,7 +37,7 @@ type vector struct {
 	Secret      []byte // what the KMS unwraps Source to
 	KeyID       string
 	Source      []byte
-	AnnotKeys   []string `json:",omitempty"` // sorted; the order in the bytes is the writer's own
+	AnnotKeys   []string `json:",omitempty"` // sorted; the writer chose the order in the bytes
 	AnnotValues [][]byte `json:",omitempty"`
 	Plaintext   []byte
 	Stored      []byte
@@ -65,7 +67,7 @@ func loadVectors(tb testing.TB) []vector {
 	return vs
 }
 
-// makeVectors has k8s.io/apiserver seal through a plugin that tells what it wrapped.
+// makeVectors has k8s.io/apiserver encrypt with a plugin that records what it wrapped.
 func makeVectors(t *testing.T) []vector {
 	t.Helper()
 	annotations := map[string][]byte{"version.example.com": []byte("7"), "binary.example.com": {0, 0xff}, "empty.example.com": {}}
@@ -100,7 +102,8 @@ func makeVectors(t *testing.T) []vector {
 	return vs
 }
 
-// TestVectors opens the committed vectors with k8s.io/apiserver's code and with ours: neither may ever stop reading what was once written.
+// TestVectors decrypts the committed vectors with k8s.io/apiserver's code and with ours: both must
+// always be able to read what was written.
 func TestVectors(t *testing.T) {
 	if *update {
 		b, err := json.MarshalIndent(makeVectors(t), "", "\t")
@@ -148,7 +151,7 @@ func TestVectors(t *testing.T) {
 	}
 }
 
-// known is a KMS that can unwrap the seed of one vector.
+// known is a KMS that can unwrap the DEK seed of one vector.
 type known struct{ v vector }
 
 var _ service.Service = (*known)(nil)
@@ -168,5 +171,5 @@ func (k *known) Status(context.Context) (*service.StatusResponse, error) {
 	return &service.StatusResponse{Version: "v2", Healthz: "ok", KeyID: k.v.KeyID}, nil
 }
 
-// writeDeadline is how long the tests' API servers may write under one seed.
+// writeDeadline is how long the tests' API servers may write with one DEK seed.
 const writeDeadline = time.Hour

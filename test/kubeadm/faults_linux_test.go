@@ -114,8 +114,8 @@ func TestRefuses(t *testing.T) {
 	}
 	n.run(3, "--admin "+n.admin+" cannot be listened on", n.enable(key...)...)
 	l.Close()
-	n.run(3, "the API server would not accept the proxy's certificate", n.enable(append(key, "--listener-cert", "/etc/kubernetes/pki/apiserver.crt", "--listener-key", "/etc/kubernetes/pki/apiserver.key")...)...)
-	n.run(3, "the proxy would not accept the API server's client certificate", n.enable(append(key, "--listener-client-ca", "/etc/kubernetes/pki/ca.crt")...)...)
+	n.run(3, "the API server would reject the proxy's certificate", n.enable(append(key, "--listener-cert", "/etc/kubernetes/pki/apiserver.crt", "--listener-key", "/etc/kubernetes/pki/apiserver.key")...)...)
+	n.run(3, "the proxy would reject the API server's client certificate", n.enable(append(key, "--listener-client-ca", "/etc/kubernetes/pki/ca.crt")...)...)
 	n.run(3, "no such file", n.enable(append(key, "--listener-cert", "/etc/none.crt")...)...)
 	n.run(3, "server.key", n.enable(append(key, "--listener-key", "/etc/kubernetes/pki/apiserver.key")...)...)
 	if n.read(keyFile) != nil || n.read(configFile) != nil {

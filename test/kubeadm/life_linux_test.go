@@ -32,14 +32,14 @@ func TestLife(t *testing.T) {
 		t.Fatal("a dry run changed something")
 	}
 
-	n.run(3, "there is no key file", n.enable("--decrypt-only", "--local-key", keyFile)...)
+	n.run(3, "key.yaml does not exist", n.enable("--decrypt-only", "--local-key", keyFile)...)
 	n.run(0, "uses the proxy", n.enable("--decrypt-only", "--local-key", keyFile, "--create-key")...)
 	n.wantStored(0, secrets+1)
 	n.dryRunOfPod()
 	n.run(0, "uses the proxy", n.enable("--local-key", keyFile)...)
 	n.run(0, "nothing was changed", n.enable("--local-key", keyFile)...)
-	n.run(3, "is there already, and says something else", n.enable("--local-key", keyFile, "--kms-name", "other")...)
-	n.run(3, "is enabled already, for everything", n.enable("--local-key", keyFile, "--secrets-only")...)
+	n.run(3, "already exists and differs from the flags", n.enable("--local-key", keyFile, "--kms-name", "other")...)
+	n.run(3, "is already enabled, for everything", n.enable("--local-key", keyFile, "--secrets-only")...)
 	n.run(0, "through the proxy  everything", "kubeadm", "status")
 	for i := range secrets {
 		n.create(fmt.Sprintf("after-%d", i), n.env.Sealed.Value(fmt.Sprint("after-", i)))

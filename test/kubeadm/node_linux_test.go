@@ -36,12 +36,15 @@ const (
 	configFile = "/etc/etcd-kms-proxy/config.yaml"
 )
 
-// node is a control-plane node in a folder of its own, which is the root of all its programs.
+const kubernetesVersion = "v1.37.2"
+
+// node is a control-plane node. Its folder is the root of all its programs.
 type node struct {
 	t             *testing.T
 	env           *harness.Env
 	root          string
-	runner        *runner
+	runner        *runner  // in place of kubelet
+	machine       *machine // nil with a runner
 	listen, admin string
 	etcd          string // host:port
 	client        *kubernetes.Clientset
@@ -75,7 +78,7 @@ nodeRegistration: {name: node-1, criSocket: unix:///run/containerd/containerd.so
 ---
 apiVersion: kubeadm.k8s.io/v1beta4
 kind: ClusterConfiguration
-kubernetesVersion: v1.37.2
+kubernetesVersion: %[5]s
 etcd:
   local:
     extraArgs:
@@ -90,7 +93,7 @@ apiServer:
   extraArgs:
   - {name: bind-address, value: 127.0.0.1}
   - {name: etcd-servers, value: "https://%[2]s"}
-`, port, n.etcd, peer, harness.FreeAddress(t)))
+`, port, n.etcd, peer, harness.FreeAddress(t), kubernetesVersion))
 	for _, phase := range []string{"certs all", "kubeconfig super-admin", "etcd local", "control-plane apiserver"} {
 		args := append([]string{"init", "phase"}, strings.Fields(phase)...)
 		if out, err := exec.Command(harness.Bin(t, "kubeadm"), append(args, "--config", "/kubeadm.yaml", "--rootfs", n.root)...).CombinedOutput(); err != nil {
@@ -188,13 +191,22 @@ func (n *node) read(path string) []byte {
 
 // command is one of the proxy's commands on the node.
 func (n *node) command(args ...string) (*exec.Cmd, *bytes.Buffer) {
-	cmd := &exec.Cmd{
-		Path: "/usr/local/bin/etcd-kms-proxy", Args: append([]string{"etcd-kms-proxy"}, args...), Dir: "/", Env: []string{"PATH=/usr/local/bin"},
-		SysProcAttr: &syscall.SysProcAttr{Chroot: n.root},
+	var cmd *exec.Cmd
+	if n.machine != nil {
+		cmd = n.machine.command(n.t.Context(), append([]string{"etcd-kms-proxy"}, args...)...)
+	} else {
+		cmd = n.chrooted(args)
 	}
 	out := new(bytes.Buffer)
 	cmd.Stdout, cmd.Stderr = out, out
 	return cmd, out
+}
+
+func (n *node) chrooted(args []string) *exec.Cmd {
+	return &exec.Cmd{
+		Path: "/usr/local/bin/etcd-kms-proxy", Args: append([]string{"etcd-kms-proxy"}, args...), Dir: "/", Env: []string{"PATH=/usr/local/bin"},
+		SysProcAttr: &syscall.SysProcAttr{Chroot: n.root},
+	}
 }
 
 // run runs a command, and checks its exit code and that its output holds want.
@@ -233,14 +245,19 @@ func (n *node) waitReady() {
 	})
 }
 
-// create makes a Secret.
+// create creates a Secret.
 func (n *node) create(name, value string) {
 	n.t.Helper()
+	n.createLabelled(name, value, nil)
+}
+
+func (n *node) createLabelled(name, value string, labels map[string]string) {
+	n.t.Helper()
 	_, err := n.client.CoreV1().Secrets("default").Create(n.t.Context(), &core.Secret{
-		ObjectMeta: meta.ObjectMeta{Name: name}, Data: map[string][]byte{"value": []byte(value)},
+		ObjectMeta: meta.ObjectMeta{Name: name, Labels: labels}, Data: map[string][]byte{"value": []byte(value)},
 	}, meta.CreateOptions{})
 	if err != nil {
-		n.t.Fatalf("make Secret %s: %v", name, err)
+		n.t.Fatalf("create Secret %s: %v", name, err)
 	}
 }
 

@@ -16,7 +16,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestFaults breaks one thing after the other under a live API server. The parts stand on each other, so they run in order.
+// TestFaults causes one fault after the other under a running API server. The parts depend on each
+// other, so they run in order.
 func TestFaults(t *testing.T) {
 	t.Parallel()
 	k := newStack(t, shape{transport: "tcp", plugin: true})
@@ -44,7 +45,7 @@ func TestFaults(t *testing.T) {
 	k.checkStored(t)
 }
 
-// putConfigMap proves that what no rule covers is served.
+// putConfigMap checks that keys without a rule are served.
 func (k *stack) putConfigMap(t *testing.T, name string) {
 	t.Helper()
 	_, err := k.api.Client.CoreV1().ConfigMaps("default").Create(t.Context(), &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{})
@@ -53,7 +54,7 @@ func (k *stack) putConfigMap(t *testing.T, name string) {
 	}
 }
 
-// eventuallyCreates creates a Secret, however long it takes the proxy to see that all is well again.
+// eventuallyCreates creates a Secret, however long the proxy needs to recover.
 func (k *stack) eventuallyCreates(t *testing.T, name string) {
 	t.Helper()
 	harness.Eventually(t, 60*time.Second, "Secrets to be written", func() error {
@@ -65,7 +66,8 @@ func (k *stack) eventuallyCreates(t *testing.T, name string) {
 	})
 }
 
-// reports waits until the proxy says that a check fails that names all of the words, and that it is ready for the rest.
+// reports waits until the proxy reports a failed check whose text contains all words, and is ready
+// otherwise.
 func (k *stack) reports(t *testing.T, words ...string) {
 	t.Helper()
 	harness.Eventually(t, 60*time.Second, "the proxy to say what it cannot serve", func() error {
@@ -85,7 +87,7 @@ func (k *stack) reports(t *testing.T, words ...string) {
 
 func (k *stack) kmsDownAtStart(t *testing.T) {
 	k.reports(t, "rule", secrets, provider)
-	k.start() // ready without the KMS: nothing that it needs is under a rule
+	k.start() // ready without the KMS: no object that it needs is under a rule
 	k.putConfigMap(t, "without-kms")
 	_, err := k.client("default").Create(t.Context(), k.secret("too-early", "too-early"), metav1.CreateOptions{})
 	if err == nil || !strings.Contains(err.Error(), "etcd-kms-proxy: ") {
@@ -102,13 +104,13 @@ func (k *stack) kmsDownAtStart(t *testing.T) {
 func (k *stack) kmsGoesDown(t *testing.T) {
 	k.kms.Stop()
 	k.reports(t, "kms", provider)
-	// The seed in use stays good for a day.
+	// The DEK seed in use can be used for a day.
 	got, err := k.client("default").Get(t.Context(), "early", metav1.GetOptions{})
 	k.wants(t, got, err, "early")
 	created, err := k.client("default").Create(t.Context(), k.secret("meanwhile", "meanwhile"), metav1.CreateOptions{})
 	k.wants(t, created, err, "meanwhile")
 
-	// A proxy that starts now knows no seed: it serves all but the Secrets.
+	// A proxy that starts now has no DEK seed: it serves everything except the Secrets.
 	k.proxy.Kill()
 	k.proxy.Start()
 	harness.Eventually(t, 60*time.Second, "config maps to be served", func() error {
@@ -150,8 +152,8 @@ func (k *stack) kmsRotates(t *testing.T) {
 	k.wants(t, got, err, "early")
 }
 
-// proxyGoes ends the proxy while clients write and watch, and starts it again: no write that was acknowledged is lost, the API server is ready again
-// by itself, and a watcher misses nothing.
+// proxyGoes stops the proxy while clients write and watch, and starts it again. No acknowledged
+// write may be lost, the API server must become ready again, and a watcher must not miss an event.
 func (k *stack) proxyGoes(t *testing.T, end func()) {
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
@@ -178,7 +180,7 @@ func (k *stack) proxyGoes(t *testing.T, end func()) {
 				}
 				mu.Unlock()
 				if err != nil {
-					time.Sleep(20 * time.Millisecond) // the proxy is away
+					time.Sleep(20 * time.Millisecond) // while the proxy is down
 				}
 			}
 		})
@@ -214,7 +216,7 @@ func (k *stack) proxyGoes(t *testing.T, end func()) {
 	writers.Wait()
 
 	stored := k.stored(t)
-	// Twice: from etcd itself, and from the API server's cache, which has seen it all by watching.
+	// Read twice: from etcd, and from the API server's cache, which is filled by a watch.
 	for _, version := range []string{"", "0"} {
 		harness.Eventually(t, 60*time.Second, "every acknowledged write", func() error {
 			list, err := k.client(namespace).List(t.Context(), metav1.ListOptions{ResourceVersion: version})
@@ -261,7 +263,7 @@ func (k *stack) tampered(t *testing.T) {
 	neighbour, err := k.client("default").Get(ctx, "neighbour", metav1.GetOptions{})
 	k.wants(t, neighbour, err, "neighbour")
 	k.putConfigMap(t, "beside-the-tampered")
-	// A list past the API server's cache meets it too.
+	// A list that bypasses the API server's cache contains it too.
 	list, err := k.client("default").List(ctx, metav1.ListOptions{Limit: 500})
 	if err == nil || !strings.Contains(err.Error(), key) {
 		t.Errorf("list with a tampered Secret: %d Secrets and %v, want an error that names %s", len(list.Items), err, key)

@@ -20,7 +20,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// everyProvider has each provider of the API server write something, with wildcards, exceptions and, but for two lists, no plaintext.
+// everyProvider is an encryption configuration in which each provider of the API server writes
+// something, with wildcards, exceptions and, except for two lists, no plaintext.
 const everyProvider = `apiVersion: apiserver.config.k8s.io/v1
 kind: EncryptionConfiguration
 resources:
@@ -41,7 +42,8 @@ resources:
   providers: [{secretbox: {keys: [{name: key2, secret: KEY4}, {name: key1, secret: KEY2}]}}]
 `
 
-// storedBy is what the API server's own encryption must have made of keys, so that the rules of the conversion are seen to tell them apart.
+// storedBy says how the API server must have stored keys, so that the test sees whether the
+// converted rules distinguish them.
 var storedBy = map[string]string{
 	"/registry/secrets/default/":                                "k8s:enc:aescbc:v1:key1:",
 	"/registry/stable.example.com/widgets/default/":             "k8s:enc:aescbc:v1:key1:",
@@ -63,8 +65,10 @@ var storedBy = map[string]string{
 	"/registry/masterleases/":                                   "k8s\x00",
 }
 
-// TestFromKubernetes moves a cluster off the API server's own encryption with every kind of provider: its configuration is converted, what it stored opens through
-// strict rules, an API server without encryption goes on from there, and after reencrypt nothing needs the old keys.
+// TestFromKubernetes moves a cluster from the API server's own encryption with every kind of
+// provider to the proxy. It converts the configuration, reads the stored values through strict
+// rules, continues with an API server without encryption, and checks that nothing needs the old
+// keys after reencrypt.
 func TestFromKubernetes(t *testing.T) {
 	t.Parallel()
 	env := harness.New(t)
@@ -101,7 +105,7 @@ func TestFromKubernetes(t *testing.T) {
 
 	k.convert(t, file)
 	k.via = pb.NewKVClient(harness.Dial(t, k.proxy.Address, nil))
-	seen := everything(t, k.via) // one value that does not open, or may not be read, would fail it
+	seen := everything(t, k.via) // fails if one value cannot be decrypted or read
 	for key, have := range before {
 		switch now := seen[key]; {
 		case now == nil || strings.Contains(string(now.value), "k8s:enc:"):
@@ -148,7 +152,8 @@ func TestFromKubernetes(t *testing.T) {
 	}
 }
 
-// convert has the command make a configuration, puts the stack's addresses in place of its placeholders, and starts the proxy on it.
+// convert runs the conversion command, replaces its placeholders with the stack's addresses, and
+// starts the proxy with the result.
 func (k *stack) convert(t *testing.T, file string) {
 	t.Helper()
 	keys, made := filepath.Join(k.env.Dir, "keys"), filepath.Join(k.env.Dir, "made.yaml")
@@ -156,7 +161,7 @@ func (k *stack) convert(t *testing.T, file string) {
 		t.Fatal(err)
 	}
 	out, code := k.env.Run("config", "from-kubernetes", file, "--key-dir", keys, "--write-with", provider, "--output", made)
-	if code != 0 && (code != 1 || !strings.Contains(out, "is a placeholder")) { // which is filled in below
+	if code != 0 && (code != 1 || !strings.Contains(out, "is a placeholder")) { // filled in below
 		t.Fatalf("config from-kubernetes: exit code %d\n%s", code, out)
 	}
 	if out, code := k.env.Run("config", "check", "--config", made); code != 0 {
@@ -183,7 +188,7 @@ func (k *stack) convert(t *testing.T, file string) {
 	k.proxy.WaitReady(30 * time.Second)
 }
 
-// oneOfEach makes an object for each kind of place in etcd.
+// oneOfEach creates an object for each kind of place in etcd.
 func (k *stack) oneOfEach(t *testing.T) {
 	t.Helper()
 	ctx, client := t.Context(), k.api.Client

@@ -7,7 +7,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// TestAPIServer: an unmodified kube-apiserver does everything it does on bare etcd, whichever way the proxy is put before etcd.
+// TestAPIServer checks that an unmodified kube-apiserver can do everything that it can do with bare
+// etcd, however it is connected to the proxy.
 func TestAPIServer(t *testing.T) {
 	t.Parallel()
 	for _, s := range []shape{
@@ -33,7 +34,7 @@ func TestAPIServer(t *testing.T) {
 			if t.Failed() {
 				return
 			}
-			// Something has to be left to look at.
+			// Keep some objects to look at.
 			left, err := k.client("default").Create(t.Context(), k.secret("left", "left"), metav1.CreateOptions{})
 			k.wants(t, left, err, "left")
 			k.checkStored(t)

@@ -22,8 +22,9 @@ resources:
   - identity: {}
 `
 
-// TestMigration moves a cluster in and out without rewriting an object: the API server's own KMS v2 provider writes, the proxy reads and writes, and the
-// API server's provider reads that again. All use one plugin.
+// TestMigration moves a cluster in and out without rewriting an object: the API server's own KMS v2
+// provider writes, the proxy reads and writes, and the API server's provider reads again. All use
+// one plugin.
 func TestMigration(t *testing.T) {
 	t.Parallel()
 	k := newStack(t, shape{transport: "tcp", plugin: true})
@@ -92,7 +93,8 @@ func TestMigration(t *testing.T) {
 	before := k.stored(t)
 	k.api.Kill()
 
-	// In: no encryption in the API server, everything through the proxy. What is there is read as it is, under the key version before too.
+	// In: the API server does not encrypt, and the proxy does. Existing values are readable at
+	// once, also under the previous key version.
 	k.kms.Rotate()
 	through := k.apiConfig
 	through.Name = "apiserver-through"
@@ -109,7 +111,7 @@ func TestMigration(t *testing.T) {
 	k.checkStored(t)
 	k.api.Kill()
 
-	// And out.
+	// Out.
 	own.Name = "apiserver-again"
 	k.api = k.env.StartAPIServer(own)
 	check("with the API server's own provider again")

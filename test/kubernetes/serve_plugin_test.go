@@ -15,7 +15,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// secretsByPlugin has an API server seal Secrets by a plugin.
+// secretsByPlugin configures an API server to encrypt Secrets with a plugin.
 const secretsByPlugin = `apiVersion: apiserver.config.k8s.io/v1
 kind: EncryptionConfiguration
 resources:
@@ -25,7 +25,7 @@ resources:
   - identity: {}
 `
 
-// keyIDOf reads the key ID out of a stored value.
+// keyIDOf returns the key ID in a stored value.
 func keyIDOf(t *testing.T, stored []byte) string {
 	t.Helper()
 	_, object, ok := envelope.Split(stored)
@@ -39,7 +39,8 @@ func keyIDOf(t *testing.T, stored []byte) string {
 	return o.KeyID
 }
 
-// writeKeys writes the first n of the environment's keys as a local key file, in the old one's place.
+// writeKeys writes the first n of the environment's keys as a local key file, in place of the old
+// one.
 func writeKeys(t *testing.T, env *harness.Env, path string, n int) {
 	t.Helper()
 	made := env.LocalKey("next", n)
@@ -48,9 +49,10 @@ func writeKeys(t *testing.T, env *harness.Env, path string, n int) {
 	}
 }
 
-// TestServePlugin: one binary serves both ways of encrypting a cluster. An API server with its own KMS v2 provider, whose plugin is `kms
-// serve-plugin` on a key file, and the proxy with that key file under the provider's name, at the same time and on the same etcd, read what
-// the other writes; through a rotation of the key under the running API server, and a crash of the plugin.
+// TestServePlugin uses one key file for both ways to encrypt a cluster, at the same time and on the
+// same etcd: an API server with its own KMS v2 provider, whose plugin is `kms serve-plugin`, and
+// the proxy with that key file under the provider's name. Each reads what the other writes, through
+// a rotation of the key under the running API server and a crash of the plugin.
 func TestServePlugin(t *testing.T) {
 	t.Parallel()
 	k := &stack{env: harness.New(t)}
@@ -83,7 +85,7 @@ func TestServePlugin(t *testing.T) {
 		k.wants(t, created, err, name)
 		want[name] = name
 	}
-	// check reads everything by both ways, and looks whether etcd holds ciphertext.
+	// check reads everything in both ways, and checks that etcd stores ciphertext.
 	check := func(when string) {
 		t.Helper()
 		for side, api := range sides {
@@ -115,18 +117,19 @@ func TestServePlugin(t *testing.T) {
 	}
 	check("at first")
 
-	// The same bytes, read by etcd's own client through the proxy, are the object.
+	// etcd's own client reads the same bytes through the proxy as the object.
 	for key, have := range everything(t, k.via) {
 		if strings.HasPrefix(key, secrets+"default/") && !bytes.HasPrefix(have.value, []byte("k8s\x00")) {
 			t.Errorf("through the proxy %s is no object", key)
 		}
 	}
 
-	// A new version of the key, while all run. Whoever notices first, the other has the file too.
+	// Add a key version while all are running. The order in which they notice does not matter,
+	// because all have the file.
 	writeKeys(t, k.env, key, 2)
 	for n, side := range []string{"own", "through"} {
 		harness.Eventually(t, 3*time.Minute, side+" to seal under the new key version", func() error {
-			_ = own.Ready() // has the API server ask the plugin ahead of its minute
+			_ = own.Ready() // makes the API server call the plugin before its minute is over
 			name := fmt.Sprintf("rotated-%s-%d", side, time.Now().UnixNano())
 			create(side, name)
 			if id := keyIDOf(t, k.stored(t)[secrets+"default/"+name].value); id != "2" {
@@ -141,16 +144,17 @@ func TestServePlugin(t *testing.T) {
 		t.Error("the plugin's log says nothing of the rotation")
 	}
 
-	// A crash leaves the socket; the next plugin takes its place, and the API server finds it by itself.
+	// A crash leaves the socket file. The next plugin replaces it, and the API server connects to
+	// it again.
 	plugin.Kill()
-	create("own", "without-plugin") // under the seed that it has
-	check("without the plugin")     // by the seeds that it has
+	create("own", "without-plugin") // with the DEK seed that it has
+	check("without the plugin")     // with the DEK seeds that it has
 	plugin.Start()
 	harness.Eventually(t, time.Minute, "the API server to be content with its plugin", own.Ready)
 	create("own", "after-crash")
 	check("after the crash")
 
-	// One that starts now has every seed unwrapped by the plugin, those that the proxy wrote too.
+	// An API server that starts now has the plugin unwrap every DEK seed, including the proxy's.
 	own.Kill()
 	own.Start()
 	own.WaitReady(90 * time.Second)

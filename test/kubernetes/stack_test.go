@@ -1,4 +1,5 @@
-// Package kubernetes runs a real, unmodified kube-apiserver on a real etcd with the proxy between them.
+// Package kubernetes runs a real, unmodified kube-apiserver on a real etcd with the proxy between
+// them.
 package kubernetes
 
 import (
@@ -24,13 +25,13 @@ const (
 	ciphertext = "k8s:enc:kms:v2:" + provider + ":"
 )
 
-// shape is one way to put the proxy between the two.
+// shape is one way to connect the API server, the proxy and etcd.
 type shape struct {
 	name       string
 	transport  string // tcp, unix, tls, unix+tls
 	unstreamed bool   // turns the API server's RangeStream off
-	onlySecret bool   // sends only Secrets through the proxy
-	plugin     bool   // keys from a KMS v2 plugin that the test controls; else a local key
+	onlySecret bool   // only Secrets go through the proxy
+	plugin     bool   // keys from a KMS v2 plugin that the test controls; otherwise a local key
 }
 
 // stack is etcd, the proxy and, once started, an API server.
@@ -38,12 +39,12 @@ type stack struct {
 	shape
 	env   *harness.Env
 	etcd  *harness.Etcd
-	kms   *harness.KMS // with plugin only; not serving at first
+	kms   *harness.KMS // only with plugin; it does not serve at first
 	proxy *harness.Proxy
 	api   *harness.APIServer
 
 	apiConfig harness.APIServerConfig
-	raw, via  pb.KVClient // etcd without, and through, the proxy
+	raw, via  pb.KVClient // etcd without and through the proxy
 }
 
 func newStack(t *testing.T, s shape) *stack {
@@ -77,7 +78,8 @@ func newStack(t *testing.T, s shape) *stack {
 	var client harness.Pair
 	switch s.transport {
 	case "unix+tls":
-		// The API server's TLS files are for etcd and for the socket at once: one CA for both, and a certificate for the socket's file name.
+		// The API server's TLS files are for etcd and for the socket at once: one CA for both, and
+		// a certificate for the socket's file name.
 		server := etcdCA.Server("socket", "etcd.sock")
 		client = etcdCA.Client("apiserver", "kube-apiserver-etcd-client")
 		listener := env.UnixListener("etcd")
@@ -91,7 +93,7 @@ func newStack(t *testing.T, s shape) *stack {
 		own.ServerName = "etcd.sock"
 		k.via = pb.NewKVClient(harness.Dial(t, k.proxy.Address, own))
 	case "tls":
-		// A CA of its own on each leg: no certificate of one is good on the other.
+		// Each connection has its own CA: no certificate of one is valid for the other.
 		ca := env.NewCA("proxy")
 		server := ca.Server("server")
 		client = ca.Client("apiserver", "kube-apiserver-etcd-client")
@@ -126,7 +128,7 @@ func (k *stack) start() {
 	k.api = k.env.StartAPIServer(k.apiConfig)
 }
 
-// stored reads everything that etcd holds, as it holds it.
+// stored reads everything in etcd, as it is stored.
 func (k *stack) stored(t *testing.T) map[string]*kv {
 	t.Helper()
 	return everything(t, k.raw)
@@ -152,11 +154,13 @@ func everything(t *testing.T, client pb.KVClient) map[string]*kv {
 	return all
 }
 
-// checkStored proves that what a rule covers is ciphertext in etcd and an object through the proxy, and that nothing else is touched.
+// checkStored checks that values under a rule are ciphertext in etcd and objects through the proxy,
+// and that nothing else is changed.
 func (k *stack) checkStored(t *testing.T) {
 	t.Helper()
 	var stored, seen map[string]*kv
-	// The API server renews its own leases now and then: look until nothing has changed between the two reads.
+	// The API server renews its own leases from time to time: repeat until nothing has changed
+	// between the two reads.
 	harness.Eventually(t, 60*time.Second, "a quiet moment", func() error {
 		stored, seen = k.stored(t), everything(t, k.via)
 		if len(stored) != len(seen) {

@@ -35,7 +35,7 @@ func (k *stack) client(namespace string) typedcorev1.SecretInterface {
 	return k.api.Client.CoreV1().Secrets(namespace)
 }
 
-// namespace makes a namespace of its own.
+// namespace creates a namespace.
 func (k *stack) namespace(t *testing.T, name string) string {
 	t.Helper()
 	_, err := k.api.Client.CoreV1().Namespaces().Create(t.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{})
@@ -52,7 +52,7 @@ func (k *stack) secret(name, value string) *corev1.Secret {
 	}
 }
 
-// wants fails the test unless the Secret holds the value.
+// wants fails the test unless the Secret has the value.
 func (k *stack) wants(t *testing.T, secret *corev1.Secret, err error, value string) {
 	t.Helper()
 	if err != nil {
@@ -215,7 +215,7 @@ func (k *stack) watches(t *testing.T) {
 	}
 	defer past.Stop()
 
-	// next returns an event as "TYPE name value"; bookmarks only where they end the initial list.
+	// next returns an event as "TYPE name value", and bookmarks only if they end the initial list.
 	next := func(w watch.Interface) string {
 		for {
 			select {
@@ -276,7 +276,8 @@ func (k *stack) otherResources(t *testing.T) {
 	}
 }
 
-// serviceAccountToken: a token bound to a Secret is good only while the Secret can be read.
+// serviceAccountToken checks that a token bound to a Secret is valid only while the Secret can be
+// read.
 func (k *stack) serviceAccountToken(t *testing.T) {
 	ctx := t.Context()
 	namespace := k.namespace(t, "accounts")
@@ -286,7 +287,8 @@ func (k *stack) serviceAccountToken(t *testing.T) {
 	}
 	bound, err := k.client(namespace).Create(ctx, k.secret("bound", "bound"), metav1.CreateOptions{})
 	k.wants(t, bound, err, "bound")
-	// The API server remembers a good token for some seconds, so the end shows with tokens that it has not seen.
+	// The API server caches a valid token for some seconds, so the test uses tokens that it has not
+	// seen.
 	var tokens []string
 	for range 40 {
 		request, err := accounts.CreateToken(ctx, "robot", &authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{

@@ -18,8 +18,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestTenants gives one namespace a key of its own. What becomes of that key is nobody else's business; a list across both is an error while the trouble may
-// pass, and obeys onUndecryptable when it will not.
+// TestTenants gives one namespace its own key. What happens to that key must not affect others. A
+// list across both is an error while the fault may be temporary, and follows onUndecryptable when
+// it is permanent.
 func TestTenants(t *testing.T) {
 	t.Parallel()
 	const tenant = "tenant-a"
@@ -40,7 +41,7 @@ func TestTenants(t *testing.T) {
 	k.raw, k.via = pb.NewKVClient(harness.Dial(t, k.etcd.Address, nil)), pb.NewKVClient(harness.Dial(t, k.proxy.Address, nil))
 	k.apiConfig.EtcdServers = k.proxy.URL()
 	k.start()
-	var older *harness.APIServer // as those before 1.37 are by default
+	var older *harness.APIServer // like those before 1.37 by default
 	if !testing.Short() {
 		older = env.StartAPIServer(harness.APIServerConfig{
 			Name: "older", EtcdServers: k.proxy.URL(), Flags: []string{"--feature-gates=AllowUnsafeMalformedObjectDeletion=false"},
@@ -62,7 +63,7 @@ func TestTenants(t *testing.T) {
 			t.Errorf("%s is not sealed under %s", key, marker)
 		}
 	}
-	// The API server may answer a list from its cache; etcd's own is the one that crosses the keys.
+	// The API server may answer a list from its cache; only etcd's own list includes both keys.
 	across := func() (*pb.RangeResponse, error) {
 		return k.via.Range(ctx, &pb.RangeRequest{Key: []byte(secrets), RangeEnd: []byte("/registry/secrets0")})
 	}
@@ -152,7 +153,8 @@ func TestTenants(t *testing.T) {
 			}
 		}
 
-		// The rule hands them on; the API server finds that they are no objects, and refuses the list: one answer names them all.
+		// The rule returns the values as stored. The API server finds that they are no objects, and
+		// refuses the list with an error that names all of them.
 		_, err = list(tenant)
 		refusal, ok := errors.AsType[*apierrors.StatusError](err)
 		if !ok || refusal.ErrStatus.Reason != metav1.StatusReasonStoreReadError || !strings.Contains(err.Error(), secrets+tenant+"/theirs-three") || !strings.Contains(err.Error(), "(and 1 more)") {
@@ -172,7 +174,7 @@ func TestTenants(t *testing.T) {
 			}
 		}
 
-		// And it deletes them, if it is told to do so without reading.
+		// It can delete them, if the request tells it to do so without reading.
 		for _, name := range []string{"theirs-three", "theirs-too"} {
 			if _, err := k.client(tenant).Get(ctx, name, metav1.GetOptions{}); err == nil || !strings.Contains(err.Error(), "/secrets/"+tenant+"/"+name) {
 				t.Errorf("get a damaged Secret: %v, want an error that names it", err)
@@ -192,7 +194,7 @@ func TestTenants(t *testing.T) {
 	})
 }
 
-// errWant is an error that does not say what it should.
+// errWant is an error without an expected text.
 type errWant struct {
 	word string
 	err  error

@@ -1,4 +1,5 @@
-// Package lifecycle tests the commands that work on etcd itself: status, verify, purge and decrypt, with real etcd and real processes. reencrypt has a package of its own.
+// Package lifecycle tests the commands that connect to etcd directly: status, verify, purge and
+// decrypt, with real etcd and real processes. reencrypt has its own package.
 package lifecycle
 
 import (
@@ -26,12 +27,12 @@ const (
 	mark = "plaintext-mark"
 )
 
-// site is an etcd with a proxy before it.
+// site is an etcd with a proxy in front of it.
 type site struct {
 	*harness.Env
 	etcd  *harness.Etcd
 	proxy *harness.Proxy
-	raw   pb.KVClient // etcd itself
+	raw   pb.KVClient // directly to etcd
 	kv    pb.KVClient // through the proxy
 	audit string
 }
@@ -64,7 +65,7 @@ func put(t *testing.T, kv pb.KVClient, key, value string) {
 	}
 }
 
-// run runs a command with the proxy's configuration and checks its exit code and what it prints.
+// run runs a command with the proxy's configuration and checks its exit code and output.
 func (s *site) run(t *testing.T, code int, command string, wants ...string) string {
 	t.Helper()
 	args := append(strings.Fields(command), "--config", s.proxy.ConfigFile)
@@ -80,7 +81,7 @@ func (s *site) run(t *testing.T, code int, command string, wants ...string) stri
 	return out
 }
 
-// files returns the files below the data directory that hold what, as grep would find it.
+// files returns the files below the data directory that contain what, found by grep.
 func files(t *testing.T, dir, what string) []string {
 	t.Helper()
 	var found []string
@@ -101,12 +102,12 @@ func files(t *testing.T, dir, what string) []string {
 	return found
 }
 
-// verified is what verify prints with --output json.
+// verified is the output of verify with --output json.
 type verified struct {
 	OK       bool
 	Findings int
 	Unopened int
-	// NotLookedAt is what it says of that.
+	// NotLookedAt is what verify reports as not searched.
 	NotLookedAt []string
 	List        []struct {
 		File, Place, Key, Why string
@@ -116,7 +117,7 @@ type verified struct {
 func (s *site) verify(t *testing.T, code int, flags string) (v verified, places map[string]bool) {
 	t.Helper()
 	out := s.run(t, code, "verify --output json "+flags)
-	_, report, _ := strings.Cut(out, "{\n") // lines of log may stand before it, and an error behind
+	_, report, _ := strings.Cut(out, "{\n") // log lines may precede it, and an error may follow
 	if err := json.NewDecoder(strings.NewReader("{" + report)).Decode(&v); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
@@ -143,7 +144,8 @@ func needs(t *testing.T, places map[string]bool, wants ...string) {
 	}
 }
 
-// TestVerifyIsNotFooled puts plaintext wherever etcd can hold it, follows it through re-encryption and purge, and has grep look as well.
+// TestVerifyIsNotFooled puts plaintext in every place of etcd that can hold it, follows it through
+// re-encryption and purge, and checks the result with grep.
 func TestVerifyIsNotFooled(t *testing.T) {
 	t.Parallel()
 	for _, version := range []string{"3.5", "3.6", "3.7"} {
@@ -163,7 +165,8 @@ func TestVerifyIsNotFooled(t *testing.T) {
 			if _, err := s.raw.Txn(t.Context(), nested); err != nil {
 				t.Fatal(err)
 			}
-			// A sealed value that was copied to another key: well-formed, and does not open.
+			// An encrypted value that was copied to another key: well-formed, but it does not
+			// decrypt.
 			r, err := s.raw.Range(t.Context(), &pb.RangeRequest{Key: []byte(prefix + "old")})
 			if err != nil {
 				t.Fatal(err)
@@ -196,7 +199,8 @@ func TestVerifyIsNotFooled(t *testing.T) {
 				t.Errorf("without a KMS: %v", offline)
 			}
 
-			// What can never open is deleted, the rest re-encrypted; compaction alone leaves freed pages.
+			// What cannot be decrypted is deleted, the rest re-encrypted. Compaction alone leaves
+			// freed pages.
 			s.etcd.Start()
 			for _, key := range []string{prefix + "marker", prefix + "moved", "/clear/not-ruled"} {
 				if _, err := s.raw.DeleteRange(t.Context(), &pb.DeleteRangeRequest{Key: []byte(key)}); err != nil {
@@ -244,7 +248,8 @@ func TestVerifyIsNotFooled(t *testing.T) {
 					t.Errorf("after a purge grep finds it in %s", name)
 				}
 			}
-			// As its logs go, all of it is gone. Without them it is not taken for a member.
+			// When its write-ahead logs are removed, all plaintext is gone. A data directory
+			// without them is not accepted as a member's.
 			if err := os.Rename(filepath.Join(s.etcd.DataDir, "member", "wal"), filepath.Join(s.Dir, "wal-away")); err != nil {
 				t.Fatal(err)
 			}
@@ -258,7 +263,8 @@ func TestVerifyIsNotFooled(t *testing.T) {
 	}
 }
 
-// TestNoHistory: an etcd that was compacted at its present revision, and to which nobody writes, has no history to wait for.
+// TestNoHistory checks that verify does not wait for history on an etcd that was compacted at its
+// current revision and that nobody writes to.
 func TestNoHistory(t *testing.T) {
 	t.Parallel()
 	for _, version := range []string{"3.5", "3.7"} {
@@ -280,7 +286,8 @@ func TestNoHistory(t *testing.T) {
 	}
 }
 
-// TestOldEtcd: versions whose watches are not to be relied on are refused, rather than said to have no history. Files are looked at all the same.
+// TestOldEtcd checks that versions with unreliable watches are refused, and not reported as without
+// history. Their files are searched nevertheless.
 func TestOldEtcd(t *testing.T) {
 	t.Parallel()
 	if _, err := os.Stat(filepath.Join(filepath.Dir(harness.Bin(t, "etcd-3.5")), "etcd-3.4")); err != nil {
@@ -297,7 +304,7 @@ func TestOldEtcd(t *testing.T) {
 	needs(t, places, "wal log "+prefix+"a", "snap history "+prefix+"a")
 }
 
-// TestStatus counts one value of every standing, under the rule with the longest prefix.
+// TestStatus counts one value of every state, under the rule with the longest prefix.
 func TestStatus(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, "3.7", func(c *harness.ProxyConfig) {
@@ -359,7 +366,8 @@ func TestStatus(t *testing.T) {
 	s.etcd.Start()
 }
 
-// TestPurgeOfACluster: three members, the leader last; not with one of them down.
+// TestPurgeOfACluster purges three members, the leader last, and refuses to when one of them is
+// down.
 func TestPurgeOfACluster(t *testing.T) {
 	t.Parallel()
 	env := harness.New(t)
@@ -399,7 +407,7 @@ func TestPurgeOfACluster(t *testing.T) {
 	}
 }
 
-// TestDecrypt opens values in an emergency, and never without a record.
+// TestDecrypt decrypts values in an emergency, and never without an audit record.
 func TestDecrypt(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, "3.7", nil)
@@ -426,7 +434,8 @@ func TestDecrypt(t *testing.T) {
 	if data, err := os.ReadFile(file); err != nil || string(data) != "value of a" {
 		t.Errorf("the file that was there: %q, %v", data, err)
 	}
-	// What is sealed by somebody else is not open, and a failure leaves no file in the way of the next try.
+	// Values of other providers are not decrypted, and a failure leaves no file that would prevent
+	// the next attempt.
 	other := filepath.Join(s.Dir, "other")
 	for key, want := range map[string]string{prefix + "foreign": "that its rule does not read", "/clear/sealed": "no rule is for its key"} {
 		put(t, s.raw, key, "k8s:enc:kms:v2:other:junk")
@@ -465,7 +474,7 @@ func TestDecrypt(t *testing.T) {
 	if !bytes.Contains(data, []byte(`"event":"kms","provider":"dev","operation":"Decrypt"`)) {
 		t.Errorf("no call of the KMS in\n%s", data)
 	}
-	// Without an audit log, or with one that cannot be written, nothing is opened.
+	// Without an audit log, or with one that cannot be written, nothing is decrypted.
 	c := s.proxy.Config
 	c.Audit = nil
 	s.proxy = s.NewProxy("unaudited", c)

@@ -12,7 +12,8 @@ import (
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 )
 
-// TestStatusMemory has status look at many keys, a million with STATUS_KEYS=1000000, in memory that does not grow with their number.
+// TestStatusMemory checks that the memory that status needs does not grow with the number of keys;
+// STATUS_KEYS=1000000 uses a million.
 func TestStatusMemory(t *testing.T) {
 	t.Parallel()
 	const most = 60 << 20

@@ -22,18 +22,18 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// pathValue is a value that etcd holds under the rule, and what each path must make of it.
+// pathValue is a value that etcd stores under the rule, and the expected result of each path.
 type pathValue struct {
 	name   string
 	stored []byte
-	// yields is what clients read of it, nil if they are refused it.
+	// yields is what clients read, or nil if they get an error.
 	yields []byte
-	// handedOn says that clients are given the stored bytes although nothing opens them: no command
-	// takes that for a value.
+	// handedOn says that clients get the stored bytes although they cannot be decrypted. No command
+	// may treat these as a value.
 	handedOn bool
 	// renewed says that reencrypt rewrites it.
 	renewed bool
-	// clear says that verify finds it: whoever reads etcd's files may read it, or it does not open.
+	// clear says that verify reports it: it can be read in etcd's files, or does not decrypt.
 	clear bool
 	// past says that the bypass watch counts it: it does not begin like a value of the rule's
 	// providers.
@@ -44,12 +44,12 @@ func (v *pathValue) folder() string { return prefix + v.name + "/" }
 
 func (v *pathValue) key() string { return v.folder() + "obj" }
 
-// objectAt is an object as kube-apiserver stores it, of a namespace and with the name "obj".
+// objectAt returns an object as kube-apiserver stores it, of a namespace and with the name "obj".
 func objectAt(namespace string) []byte {
 	return fmt.Appendf(nil, `{"apiVersion":"v1","kind":"Secret","metadata":{"name":"obj","namespace":%q}}`+"\n", namespace)
 }
 
-// aescbc encrypts as the API server's own provider does.
+// aescbc encrypts like the API server's own provider.
 func aescbc(t *testing.T, name string, secret, plaintext []byte) []byte {
 	t.Helper()
 	block, err := aes.NewCipher(secret)
@@ -63,8 +63,8 @@ func aescbc(t *testing.T, name string, secret, plaintext []byte) []byte {
 	return slices.Concat([]byte("k8s:enc:aescbc:v1:"+name+":"), iv, out)
 }
 
-// TestEveryPath: what one path refuses, no other one yields or makes genuine: whatever is stored,
-// and whether the rule reads plaintext or not.
+// TestEveryPath checks that what one path refuses, no other path returns or makes authentic, for
+// every stored value, whether the rule allows plaintext or not.
 func TestEveryPath(t *testing.T) {
 	t.Parallel()
 	for _, strict := range []bool{true, false} {
@@ -119,7 +119,7 @@ func testEveryPath(t *testing.T, strict bool) {
 	}
 	if strict {
 		for _, v := range values {
-			if v.past { // kept out by the rule's policy, and so by everything
+			if v.past { // refused by the rule's policy, and so by every path
 				v.yields, v.handedOn, v.renewed = nil, false, false
 			}
 		}
@@ -134,7 +134,7 @@ func testEveryPath(t *testing.T, strict bool) {
 	}
 	s.bypassPath(t, values, strict)
 	s.commandPaths(t, values, strict)
-	for _, v := range values { // as before, whatever the commands did
+	for _, v := range values { // unchanged, whatever the commands did
 		s.readPaths(t, v, 0)
 	}
 	for _, v := range values {
@@ -147,7 +147,7 @@ func testEveryPath(t *testing.T, strict bool) {
 	}
 }
 
-// check compares what a path gave.
+// check compares the result of a path.
 func (v *pathValue) check(t *testing.T, path string, got []byte, err error) {
 	t.Helper()
 	refused := codes.DataLoss
@@ -162,8 +162,8 @@ func (v *pathValue) check(t *testing.T, path string, got []byte, err error) {
 	}
 }
 
-// readPaths reads a value in each way that clients can. revision is from before it was written; 0
-// is not known.
+// readPaths reads a value in every way that clients can. revision is from before it was written; 0
+// if it is not known.
 func (s *site) readPaths(t *testing.T, v *pathValue, revision int64) {
 	t.Helper()
 	key, end := []byte(v.key()), []byte(prefix+v.name+"0")
@@ -210,7 +210,7 @@ func (s *site) readPaths(t *testing.T, v *pathValue, revision int64) {
 		}
 		v.check(t, path, got, err)
 	}
-	// A compare tells a client as much as a read.
+	// A compare reveals as much to a client as a read.
 	compare := &pb.TxnRequest{Compare: []*pb.Compare{{Key: key, Target: pb.Compare_VALUE, TargetUnion: &pb.Compare_Value{Value: v.yields}}}}
 	r, err := s.kv.Txn(ctx, compare)
 	var same []byte
@@ -254,7 +254,7 @@ func (s *site) watched(t *testing.T, key string, revision int64) ([]byte, error)
 	}
 }
 
-// gatewayed reads a key by the JSON gateway.
+// gatewayed reads a key through the JSON gateway.
 func (s *site) gatewayed(t *testing.T, key string) ([]byte, error) {
 	t.Helper()
 	body := fmt.Sprintf(`{"key":%q}`, base64.StdEncoding.EncodeToString([]byte(key)))
@@ -286,7 +286,7 @@ func (s *site) gatewayed(t *testing.T, key string) ([]byte, error) {
 	return answer.Kvs[0].Value, nil
 }
 
-// bypassPath checks what the watch of writes past the proxies has counted, and what it recommends.
+// bypassPath checks what the bypass watch has counted, and what it recommends.
 func (s *site) bypassPath(t *testing.T, values []*pathValue, strict bool) {
 	t.Helper()
 	past := 0

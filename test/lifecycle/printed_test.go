@@ -13,8 +13,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestPrintedTextIsQuoted: what others have chosen, key IDs, etcd keys and names in values, neither
-// forges a line of a report nor reaches the terminal.
+// TestPrintedTextIsQuoted checks that text chosen by others (key IDs, etcd keys and names in
+// values) can neither forge a line of a report nor control the terminal.
 func TestPrintedTextIsQuoted(t *testing.T) {
 	t.Parallel()
 	var kms *harness.KMS
@@ -68,8 +68,8 @@ func checkPrinted(t *testing.T, what, text string) {
 	}
 }
 
-// TestKeysWithColons: the names of the API server's keys are whole everywhere, also with colons in
-// them, and so is the name of one that is missing.
+// TestKeysWithColons checks that names of the API server's keys that contain colons are complete
+// everywhere, also that of a missing key.
 func TestKeysWithColons(t *testing.T) {
 	t.Parallel()
 	const first, second = "aescbckey-2025-12-27T23:41:02+08:00", "aescbckey-2025-12-27T23:59:30+08:00"

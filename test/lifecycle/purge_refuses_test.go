@@ -8,7 +8,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestPurgeRefuses: a proxy that writes plaintext, and a KMS that does not answer, are reasons to leave the history alone, although every value is current.
+// TestPurgeRefuses checks that purge keeps the history if a proxy writes plaintext or a KMS does
+// not answer, although every value is current.
 func TestPurgeRefuses(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, "3.7", func(c *harness.ProxyConfig) {
@@ -36,7 +37,7 @@ func TestPurgeRefuses(t *testing.T) {
 	other.Stop(within)
 	s.run(t, 1, "purge --yes", "left to do")
 
-	// Not even a KMS that seals nothing now.
+	// This includes a KMS that no rule writes with now.
 	spare := s.proxy.Config
 	spare.KMS = append(spare.KMS, kms.Config("spare"))
 	spare.Rules[0].ReadWith = []string{"spare"}

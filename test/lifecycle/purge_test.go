@@ -11,8 +11,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestPurgeWaitsForEachMember: each member compacts in its own time. A slow one is waited for, before its database is written anew with what it had not dropped yet;
-// one that does not end is named, and not taken for done. So also where the history holds nothing any more.
+// TestPurgeWaitsForEachMember checks that purge waits for a member that is slow to compact before
+// it defragments its database, and names a member that does not finish instead of reporting it as
+// done. This also applies if the history contains nothing any more.
 func TestPurgeWaitsForEachMember(t *testing.T) {
 	t.Parallel()
 	for version, flag := range map[string]string{"3.5": "--experimental-compaction-", "3.7": "--compaction-"} {
@@ -21,7 +22,7 @@ func TestPurgeWaitsForEachMember(t *testing.T) {
 			env := harness.New(t)
 			cluster := env.StartCluster(3, harness.EtcdConfig{Version: version, Bare: true})
 			slow := cluster.Members[2]
-			// The proxy knows one of the others, so that it is the one that answers.
+			// The proxy's endpoint is another member, so that this one responds.
 			p := env.StartProxy("proxy", harness.ProxyConfig{
 				Etcd: harness.Upstream{Endpoints: []string{cluster.Members[0].URL}}, KMS: []harness.KMSConfig{env.LocalKey("dev", 1)},
 				Rules: []harness.Rule{{Prefix: prefix, WriteWith: "dev"}},
@@ -70,8 +71,9 @@ func TestPurgeWaitsForEachMember(t *testing.T) {
 	}
 }
 
-// TestNothingIsLeft: after re-encryption, a purge, and what the purge leaves to the operator, which is to have write-ahead logs go, neither verify nor a search of
-// every file of every member finds what was plaintext. Before, both do.
+// TestNothingIsLeft checks that after re-encryption, a purge, and the removal of write-ahead logs
+// that purge leaves to the operator, neither verify nor a search of every file of every member
+// finds plaintext. Before, both do.
 func TestNothingIsLeft(t *testing.T) {
 	t.Parallel()
 	size := 3
@@ -79,7 +81,8 @@ func TestNothingIsLeft(t *testing.T) {
 		size = 1
 	}
 	env := harness.New(t)
-	// etcd begins a new log once one has 64 MB, and drops what is behind a snapshot, at its start and each half minute.
+	// etcd starts a new write-ahead log when one has 64 MB, and deletes logs before a snapshot at
+	// its start and every 30 seconds.
 	cluster := env.StartCluster(size, harness.EtcdConfig{Bare: true, Flags: []string{"--snapshot-count", "10", "--max-wals", "1", "--max-snapshots", "1"}})
 	p := env.StartProxy("proxy", harness.ProxyConfig{
 		Etcd: harness.Upstream{Endpoints: cluster.URLs()}, KMS: []harness.KMSConfig{env.LocalKey("dev", 1)}, Rules: []harness.Rule{{Prefix: prefix, WriteWith: "dev"}},
@@ -111,13 +114,13 @@ func TestNothingIsLeft(t *testing.T) {
 	look(1)
 	s.run(t, 0, "reencrypt")
 	s.run(t, 1, "purge --yes", "20 old plaintext values dropped", "write-ahead logs of each member (member/wal)")
-	look(1) // the logs
+	look(1) // fills the logs
 	filler := strings.Repeat("f", 1<<20)
 	for range 70 {
 		put(t, raw, "/clear/filler", filler)
 	}
 	for i := range 25 {
-		put(t, raw, "/clear/behind", fmt.Sprint(i)) // for a snapshot behind the first log
+		put(t, raw, "/clear/behind", fmt.Sprint(i)) // for a snapshot after the first log
 	}
 	for _, m := range cluster.Members {
 		harness.Eventually(t, within, "a snapshot behind the first log", func() error { return behindFirstLog(m.DataDir) })
@@ -134,7 +137,8 @@ func TestNothingIsLeft(t *testing.T) {
 	look(0)
 }
 
-// behindFirstLog returns nil if the newest snapshot of a member is behind the beginning of its second log. Both have the raft index in their names.
+// behindFirstLog returns nil if the newest snapshot of a member is later than the beginning of its
+// second log. The names of both contain the raft index.
 func behindFirstLog(dir string) error {
 	newest := func(pattern string) (index uint64, err error) {
 		names, err := filepath.Glob(filepath.Join(dir, "member", pattern))
@@ -157,7 +161,8 @@ func behindFirstLog(dir string) error {
 	return err
 }
 
-// TestFreedLargeValue: a value over many pages is found once its pages are freed, by its beginning, and by a canary at its end.
+// TestFreedLargeValue checks that a value over many pages is found after its pages are freed, by
+// its beginning, and by a canary at its end.
 func TestFreedLargeValue(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, "3.7", nil)
@@ -189,7 +194,8 @@ func TestFreedLargeValue(t *testing.T) {
 	}
 }
 
-// TestPurgeWithALearner: a learner takes neither compactions nor defragmentations from clients. It is named, and the others are purged.
+// TestPurgeWithALearner checks that purge names a learner, which accepts neither compactions nor
+// defragmentations from clients, and purges the others.
 func TestPurgeWithALearner(t *testing.T) {
 	t.Parallel()
 	env := harness.New(t)

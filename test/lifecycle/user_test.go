@@ -11,7 +11,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestUser: with etcd's authentication on, the proxy and the commands are etcd.username, from before it was turned on, and after etcd and the proxy were started anew.
+// TestUser checks that with etcd's authentication on, the proxy and the commands log in as
+// etcd.username, whether they started before or after it was turned on.
 func TestUser(t *testing.T) {
 	for _, version := range harness.Versions(t) {
 		t.Run(version, func(t *testing.T) {

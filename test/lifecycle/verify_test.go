@@ -32,7 +32,8 @@ func forged(t *testing.T, provider, keyID string) string {
 	return string(value)
 }
 
-// TestVerifyOpens: what is well-formed and does not open is a finding, and what no KMS can be asked about is not taken for sealed.
+// TestVerifyOpens checks that a well-formed value that does not decrypt is a finding, and that a
+// value whose KMS cannot be asked does not count as encrypted.
 func TestVerifyOpens(t *testing.T) {
 	t.Parallel()
 	var kms *harness.KMS
@@ -50,7 +51,7 @@ func TestVerifyOpens(t *testing.T) {
 		return s.verify(t, code, flags+" --snapshot "+s.etcd.Snapshot("snap/saved.db"))
 	}
 	both(0, "")
-	for _, keyID := range []string{"1", "999"} { // one that is there, one that is not
+	for _, keyID := range []string{"1", "999"} { // one socket that exists, and one that does not
 		put(t, s.raw, prefix+"forged", forged(t, "dev", keyID))
 		if _, places := both(1, ""); !places["snap live "+prefix+"forged"] {
 			t.Errorf("key ID %s: %v", keyID, places)
@@ -77,7 +78,8 @@ func TestVerifyOpens(t *testing.T) {
 	kms.Start()
 }
 
-// TestVerifyBadFiles: what is damaged, or is no file of etcd, is searched all the same, and never passes for clean.
+// TestVerifyBadFiles checks that damaged files, and files that are not etcd's, are searched
+// nevertheless, and never reported as clean.
 func TestVerifyBadFiles(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, "3.7", nil)
@@ -113,8 +115,8 @@ func TestVerifyBadFiles(t *testing.T) {
 	s.run(t, 2, "verify --snapshot a --data-dir b")
 }
 
-// TestVerifyCompressed: snapshots in a data directory are looked into where they can be
-// decompressed, and named where not.
+// TestVerifyCompressed checks that snapshots in a data directory are searched if they can be
+// decompressed, and named otherwise.
 func TestVerifyCompressed(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, "3.7", nil)
@@ -183,7 +185,8 @@ func zipped(t *testing.T, content []byte) []byte {
 	return b.Bytes()
 }
 
-// TestVerifyMovedLog: the log is often on a disk of its own, behind a link or with --wal-dir, and is looked at there. A directory that is no member's is refused.
+// TestVerifyMovedLog checks that a write-ahead log on another disk, behind a link or with
+// --wal-dir, is searched. A directory that is not a member's is refused.
 func TestVerifyMovedLog(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, "3.7", nil)
@@ -222,7 +225,8 @@ func TestVerifyMovedLog(t *testing.T) {
 	s.run(t, 3, "verify --data-dir "+dir, "no such file")
 }
 
-// TestVerifyObjects: an object of a kind that is under a rule is found wherever it stands; where no kind is known, verify says so.
+// TestVerifyObjects checks that an object of a kind that is under a rule is found in any place, and
+// that verify says so if it knows no kind.
 func TestVerifyObjects(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, "3.7", func(c *harness.ProxyConfig) {

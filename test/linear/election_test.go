@@ -15,10 +15,12 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// Of an election etcd promises that the leader is whoever has the oldest key (the token is its revision of creation), and that a proclamation is done on condition that the key exists. A key may go at any
-// time, as that of a lock. Whoever is told that it has won had no older key before it, at some moment of its call.
+// etcd promises for an election that the leader is the candidate with the oldest key (its revision
+// of creation is the token), and that a proclamation succeeds only while the key exists. A key may
+// disappear at any time, like that of a lock. A candidate that is told that it has won had the
+// oldest key at some moment of its call.
 type (
-	won struct { // a campaign came to its end
+	won struct { // a campaign ended
 		token int64
 		value string
 	}
@@ -28,7 +30,7 @@ type (
 	}
 	lost     struct{ token int64 } // a proclamation was refused
 	resigned struct{ token int64 } // or the lease was revoked
-	leads    struct {              // a question for the leader was answered
+	leads    struct {              // a request for the leader was answered
 		token int64
 		value string
 	}
@@ -38,7 +40,7 @@ type (
 // ballot is an election.
 type ballot struct {
 	token int64 // of the newest leader
-	gone  bool  // that is known to be none any more
+	gone  bool  // that is known to be no leader any more
 	value string
 }
 
@@ -46,12 +48,12 @@ func electing(state, in any) (bool, any) {
 	s := state.(ballot)
 	switch i := in.(type) {
 	case won:
-		if i.token > s.token { // else it was seen before, or its key went while it waited
+		if i.token > s.token { // otherwise it was seen before, or its key disappeared while it waited
 			s = ballot{token: i.token, value: i.value}
 		}
 		return true, s
 	case leads:
-		if i.token > s.token && !strings.Contains(i.value, "-proclaim-") { // it has won, and is not told yet
+		if i.token > s.token && !strings.Contains(i.value, "-proclaim-") { // it has won, and does not know yet
 			s = ballot{token: i.token, value: i.value}
 		}
 		return i.token == s.token && !s.gone && i.value == s.value, s
@@ -72,7 +74,8 @@ func electing(state, in any) (bool, any) {
 	return false, s
 }
 
-// TestElections has clients stand for election, lead, ask and observe, by etcd's Election service and by its library.
+// TestElections has clients campaign, lead, ask for the leader and observe, through etcd's Election
+// service and its client library.
 func TestElections(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -85,8 +88,8 @@ func TestElections(t *testing.T) {
 			via     int
 			service bool
 		}{
-			"/s/": {{0, true}, {1, true}, {0, false}, {1, false}}, // every key sealed
-			"/u/": {{0, true}, {direct, false}, {direct, true}},   // under no rule: the service is etcd's
+			"/s/": {{0, true}, {1, true}, {0, false}, {1, false}}, // every key encrypted
+			"/u/": {{0, true}, {direct, false}, {direct, true}},   // without a rule: the service is etcd's
 		} {
 			e := s.election(t, h, prefix+"election-"+round)
 			elections = append(elections, e)
@@ -120,11 +123,11 @@ func TestElections(t *testing.T) {
 	})
 }
 
-// voter is a candidate, or one who asks for the leader.
+// voter is a candidate, or a client that asks for the leader.
 type voter struct {
 	*holder
 	*election
-	service bool // and else the library
+	service bool // otherwise the library
 	own     *concurrency.Election
 	leader  *v3electionpb.LeaderKey
 }
@@ -136,7 +139,8 @@ func (v *voter) fresh(kind string) string {
 	return value
 }
 
-// stand is one candidacy: it campaigns, proclaims, and leads no more in one of several ways; then it proclaims once more, in vain.
+// stand is one candidacy: it campaigns, proclaims, and stops leading in one of several ways. Then
+// it proclaims once more, which must fail.
 func (v *voter) stand(ctx context.Context) {
 	lease, session, end := v.session(ctx)
 	if session == nil {
@@ -151,7 +155,7 @@ func (v *voter) stand(ctx context.Context) {
 		if !v.proclaim(ctx) {
 			return
 		}
-		sleep(ctx, between(0, 10)) // for others to see it
+		sleep(ctx, between(0, 10)) // so that others can see it
 	}
 	if rand.IntN(3) == 0 && !v.campaign(ctx, "again") {
 		return
@@ -159,7 +163,7 @@ func (v *voter) stand(ctx context.Context) {
 	v.turns.Add(1)
 	call := v.now()
 	switch rand.IntN(16) {
-	case 0, 1: // the lease goes, as it does when it is not kept alive, and the leader does not know
+	case 0, 1: // the lease ends, as if it was not kept alive, and the leader does not know
 		if v.revoke(ctx, lease) != nil {
 			return
 		}
@@ -179,7 +183,8 @@ func (v *voter) stand(ctx context.Context) {
 	v.proclaim(ctx)
 }
 
-// campaign waits until it has won. Again, of who leads already, is a proclamation, in which the values are compared.
+// campaign waits until it has won. A second campaign of the leader is a proclamation, in which the
+// values are compared.
 func (v *voter) campaign(ctx context.Context, kind string) bool {
 	waiting, cancel := context.WithTimeout(ctx, 2*patient)
 	defer cancel()
@@ -211,7 +216,7 @@ func (v *voter) campaign(ctx context.Context, kind string) bool {
 	return err == nil
 }
 
-// proclaim reports whether it was done.
+// proclaim reports whether it succeeded.
 func (v *voter) proclaim(ctx context.Context) bool {
 	asking, cancel := answer(ctx)
 	defer cancel()
@@ -258,7 +263,7 @@ func (v *voter) resign(ctx context.Context) error {
 	return v.own.Resign(asking)
 }
 
-// ask asks for the leader.
+// ask requests the leader.
 func (v *voter) ask(ctx context.Context) {
 	asking, cancel := answer(ctx)
 	defer cancel()
@@ -281,11 +286,12 @@ func (v *voter) ask(ctx context.Context) {
 	v.add(r)
 }
 
-// says reports whether an error is one of the library's, or that as the service puts it.
+// says reports whether an error is the given one of the library, or the same as returned by the
+// service.
 func says(err, want error) bool {
 	s, ok := status.FromError(err)
 	return errors.Is(err, want) || err != nil && ok && s.Code() == codes.Unknown && s.Message() == want.Error()
 }
 
-// place tells a value of one leader from the same of another.
+// place distinguishes a value of one leader from the same value of another.
 func place(token int64, value string) string { return fmt.Sprintf("%d %s", token, value) }

@@ -15,17 +15,18 @@ import (
 // record is one operation of a client.
 type record struct {
 	client int
-	key    string // what it is about; each is checked by itself
+	key    string // what it is about; each is checked separately
 	in     any
 	call   int64
-	ret    int64  // 0: it is over as it is noted
-	wrote  string // a value that nobody else writes
-	saw    string // a value that was there
-	// unknown says that there was no answer: it may have been done, at any time since its call.
+	ret    int64  // 0: it succeeded as recorded
+	wrote  string // a value that no other client writes
+	saw    string // a value that was read
+	// unknown says that there was no response: it may have been applied, at any time since its
+	// call.
 	unknown bool
 }
 
-// history is what clients did, and were told.
+// history is what clients did, with the results.
 type history struct {
 	begun   time.Time
 	mu      sync.Mutex
@@ -50,7 +51,7 @@ func (h *history) add(r record) {
 	h.records = append(h.records, r)
 }
 
-// answered counts answers of a client.
+// answered counts the responses of a client.
 func (h *history) answered(client, n int) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -63,10 +64,13 @@ func (h *history) answers() map[int]int {
 	return maps.Clone(h.counts)
 }
 
-// settled are the operations on each key, none of them unknown.
+// settled returns the operations on each key, none of them unknown.
 //
-// What has no answer and wrote a value that somebody saw was done, and before whoever saw it was answered. If nobody saw the value, it makes no difference to anybody: every operation that depends on the
-// state tells what it saw of it. So an order exists with it if, and only if, one exists without it; and porcupine need not try every moment for it, which takes it for ever.
+// If there was no response to a write, but a client read its value, it was applied before that
+// client had its response. If no client read it, it makes no difference: the result of every
+// operation that depends on the state shows what it read. So an order exists with the write if, and
+// only if, one exists without it, and porcupine need not try every moment for it, which takes too
+// long.
 func (h *history) settled() map[string][]porcupine.Operation {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -85,14 +89,14 @@ func (h *history) settled() map[string][]porcupine.Operation {
 			if r.ret, ok = seen[place{r.key, r.wrote}]; !ok || r.wrote == "" {
 				continue
 			}
-			r.ret = max(r.ret, r.call) // a value that is seen before anybody wrote it fits nowhere, and porcupine says so
+			r.ret = max(r.ret, r.call) // a value that is read before it was written fits nowhere, and porcupine reports it
 		}
 		parts[r.key] = append(parts[r.key], porcupine.Operation{ClientId: r.client, Input: r.in, Call: r.call, Return: r.ret})
 	}
 	return parts
 }
 
-// check fails the test if no order explains what happened, or if none is found in time.
+// check fails the test if no order explains the results, or if none is found in time.
 func (h *history) check(t *testing.T, step func(state, in any) (bool, any), initial any) {
 	t.Helper()
 	for key, part := range h.settled() {
@@ -113,7 +117,7 @@ func judge(part []porcupine.Operation, step func(state, in any) (bool, any), ini
 	return porcupine.CheckOperationsVerbose(model(step, initial), part, 30*time.Second)
 }
 
-// model makes porcupine's model: an operation's answer is part of what goes in.
+// model returns a porcupine model: the result of an operation is part of its input.
 func model(step func(state, in any) (bool, any), initial any) porcupine.Model {
 	return porcupine.Model{
 		Init:              func() any { return initial },

@@ -19,7 +19,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// ttl is the shortest that etcd grants with its usual times for elections of its leader, in seconds.
+// ttl is the shortest that etcd grants with its default election timeout, in seconds.
 const ttl = 2
 
 var errGone = errors.New("the key is not there any more")
@@ -33,12 +33,12 @@ type holder struct {
 	locks   v3lockpb.LockClient
 	votes   v3electionpb.ElectionClient
 	id, n   int
-	around  bool // the library and the services go round the proxies
+	around  bool // the library and the services bypass the proxies
 
 	turns, refusals atomic.Int32
 
 	witness string // another key of the lease
-	revoked bool   // what is there of the lease tells nothing of the key
+	revoked bool   // a key of the lease says nothing about the other one
 	token   int64
 	mu      sync.Mutex
 	wrongs  []string
@@ -58,7 +58,8 @@ func (s *site) holder(t *testing.T, h *history, id, via int) *holder {
 	return c
 }
 
-// session begins a lease that is kept alive until end, with a key that shows whether it is there. It is nil if that did not work.
+// session starts a lease that is kept alive until end, with a key that shows whether it exists. It
+// returns nil if that failed.
 func (c *holder) session(ctx context.Context) (clientv3.LeaseID, *concurrency.Session, func()) {
 	asking, cancel := answer(ctx)
 	defer cancel()
@@ -82,7 +83,7 @@ func (c *holder) session(ctx context.Context) (clientv3.LeaseID, *concurrency.Se
 	}
 }
 
-// revoke ends a lease, past all that fails on the way of a client.
+// revoke ends a lease, without the networks that fail for clients.
 func (c *holder) revoke(ctx context.Context, lease clientv3.LeaseID) (err error) {
 	for range 5 {
 		asking, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
@@ -95,7 +96,7 @@ func (c *holder) revoke(ctx context.Context, lease clientv3.LeaseID) (err error)
 	return err
 }
 
-// wrong notes what fails the test.
+// wrong records what fails the test.
 func (c *holder) wrong(format string, args ...any) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -1,7 +1,8 @@
-// Package linear checks with porcupine that what clients of two proxies saw, every key sealed, could have happened one after the other: registers, counters, locks and elections, while proxies and members of etcd
-// are killed and paused, the leader moves, and the networks between all of them fail.
+// Package linear checks with porcupine that the results that clients of two proxies got, with every
+// key encrypted, are linearizable: registers, counters, locks and elections, while proxies and
+// members of etcd are killed and paused, the leader moves, and the networks between them fail.
 //
-// LINEAR_ROUNDS is how often; each round lasts ten seconds.
+// LINEAR_ROUNDS is the number of rounds; each takes ten seconds.
 package linear
 
 import (
@@ -18,12 +19,12 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// The operations on a register, as they were answered.
+// The operations on a register, with their results.
 type (
 	get  struct{ value string }
 	put  struct{ value string }
-	swap struct{ old, value string } // by a compare of values, which held
-	kept struct{ old, value string } // the compare did not hold: the value is another
+	swap struct{ old, value string } // by a compare of values, which succeeded
+	kept struct{ old, value string } // the compare failed: the value is another one
 )
 
 // register is one key of etcd.
@@ -41,7 +42,8 @@ func register(state, in any) (bool, any) {
 	return false, state
 }
 
-// TestLinearizable has clients share registers, and counters that they increment by compares of values.
+// TestLinearizable has clients share registers, and counters that they increment by compares of
+// values.
 func TestLinearizable(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -96,7 +98,7 @@ func TestLinearizable(t *testing.T) {
 	})
 }
 
-// tally counts the increments of one counter. history.mu guards it.
+// tally counts the increments of one counter. It is guarded by history.mu.
 type tally struct{ known, unknown int }
 
 type client struct {
@@ -108,7 +110,7 @@ type client struct {
 	known  map[string]string
 }
 
-// fresh returns a value that nobody else writes.
+// fresh returns a value that no other client writes.
 func (c *client) fresh() string {
 	c.n++
 	return c.Sealed.Value(fmt.Sprintf("%d-%d", c.id, c.n))
@@ -123,7 +125,7 @@ func (c *client) share(ctx context.Context) {
 	switch kind := rand.IntN(3); {
 	case kind == 0:
 		err = c.put(ctx, key, value)
-	case kind == 1 && old != "": // an absent key does not compare
+	case kind == 1 && old != "": // a compare with an absent key fails
 		_, value, err = c.swap(ctx, key, old, value)
 	default:
 		value, err = c.get(ctx, key)
@@ -133,7 +135,7 @@ func (c *client) share(ctx context.Context) {
 	}
 }
 
-// number is what a counter's value stands for: what is behind it tells who wrote it.
+// number returns the number in a counter's value; the rest of the value shows who wrote it.
 func (s *site) number(value string) int {
 	n, _, _ := strings.Cut(strings.TrimPrefix(value, s.Sealed.Value("")), " ")
 	i, err := strconv.Atoi(n)
@@ -143,7 +145,7 @@ func (s *site) number(value string) int {
 	return i
 }
 
-// count increments a counter once: it reads it, and writes the next value if it is still the one that it has read.
+// count increments a counter once: it reads it, and writes the next value if it is unchanged.
 func (c *client) count(ctx context.Context, key string, done *tally) {
 	old, err := c.get(ctx, key)
 	for swapped := false; err == nil && !swapped; {
@@ -216,7 +218,8 @@ func (c *client) swap(ctx context.Context, key, old, value string) (swapped bool
 	return r.wrote != "", now, err
 }
 
-// answer bounds the wait for one answer. The end of a round does not end it: else all that is under way then would have an unknown end.
+// answer limits the wait for one response. The end of a round does not end it: otherwise the result
+// of all calls in flight would be unknown.
 func answer(ctx context.Context) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(context.WithoutCancel(ctx), patient)
 }

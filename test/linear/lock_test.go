@@ -14,28 +14,30 @@ import (
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3lock/v3lockpb"
 )
 
-// What etcd promises of a lock is about the keys of those who have it and wait for it: whoever is told that it has the lock had the oldest of all keys at some moment of its call, and has the lock for as
-// long as that key exists. The key goes with its lease, at any time, and nobody is told of it. So only what is done under the condition that the key exists (the fence) is done by one alone. The revision
-// of its creation (the token) tells holders apart, and whoever comes later has a higher one.
+// etcd promises for a lock that a client that is told that it has the lock had the oldest of all
+// keys at some moment of its call, and has the lock for as long as that key exists. The key
+// disappears with its lease, at any time, and nobody is told. So only an operation on condition
+// that the key exists (the fence) is exclusive. The revision of its creation (the token)
+// distinguishes holders, and later holders have a higher one.
 type (
-	enter  struct{ token int64 } // the lock was given
+	enter  struct{ token int64 } // the lock was acquired
 	leave  struct{ token int64 } // the key was deleted, or its lease revoked
-	barred struct{ token int64 } // the fence did not hold
-	look   struct {              // under the fence
+	barred struct{ token int64 } // the fence failed
+	look   struct {              // with the fence
 		token int64
 		value string
 	}
-	change struct { // under the fence and a compare of values, which held
+	change struct { // with the fence and a compare of values, which succeeded
 		token      int64
 		old, value string
 	}
-	differ struct { // the fence held, and the compare of values did not
+	differ struct { // the fence succeeded, and the compare of values failed
 		token      int64
 		old, value string
 	}
 )
 
-// guarded is a lock, and a register that is written by who holds it.
+// guarded is a lock, and a register that the holder of the lock writes.
 type guarded struct {
 	token int64 // of the newest holder
 	gone  bool  // that is known to hold it no more
@@ -71,7 +73,8 @@ func locking(state, in any) (bool, any) {
 	return false, s
 }
 
-// TestLocks has clients take turns by etcd's Lock service and its library's mutexes, of the same name. Some go round the proxies, where the rule lets them.
+// TestLocks has clients take turns with etcd's Lock service and its library's mutexes, of the same
+// name. Some bypass the proxies, if the rule permits it.
 func TestLocks(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -83,9 +86,9 @@ func TestLocks(t *testing.T) {
 			via     int
 			service bool
 		}{
-			"/s/": {{0, true}, {1, true}, {0, false}, {1, false}},           // every key sealed: all go through a proxy, which runs the service
-			"/m/": {{0, true}, {1, false}, {direct, true}, {direct, false}}, // sealed by who goes through a proxy, and not by who goes round it
-			"/u/": {{0, true}, {1, false}, {direct, true}},                  // under no rule: the service is etcd's
+			"/s/": {{0, true}, {1, true}, {0, false}, {1, false}},           // every key encrypted: all use a proxy, which runs the service
+			"/m/": {{0, true}, {1, false}, {direct, true}, {direct, false}}, // encrypted by clients of a proxy, and not by those that bypass it
+			"/u/": {{0, true}, {1, false}, {direct, true}},                  // without a rule: the service is etcd's
 		} {
 			name := prefix + "lock-" + round
 			register := "/s/behind" + name
@@ -114,10 +117,10 @@ func TestLocks(t *testing.T) {
 type locker struct {
 	*holder
 	name, register string
-	service        bool // and else the library
+	service        bool // otherwise the library
 }
 
-// turn has the lock once.
+// turn acquires and releases the lock once.
 func (l *locker) turn(ctx context.Context) {
 	lease, session, end := l.session(ctx)
 	if session == nil {
@@ -129,7 +132,7 @@ func (l *locker) turn(ctx context.Context) {
 		return
 	}
 	token := l.token
-	// Who stops to care has the fence to stop it, once etcd has taken the lease away.
+	// The fence stops a holder that ignores the lease, once etcd has ended it.
 	switch old, err := l.look(ctx, key, token); {
 	case err != nil || old == "":
 		return
@@ -139,19 +142,19 @@ func (l *locker) turn(ctx context.Context) {
 	l.turns.Add(1)
 	call := l.now()
 	switch rand.IntN(16) {
-	case 0: // the lease goes, as it does when it is not kept alive, and its holder does not know
+	case 0: // the lease ends, as if it was not kept alive, and its holder does not know
 		if l.revoke(ctx, lease) != nil {
 			return
 		}
 		l.revoked = true
 		l.add(record{client: l.id, key: l.register, call: call, in: leave{token}})
-	case 1: // while its holder is at work
+	case 1: // while its holder works
 		l.revoked = true
 		var revoked sync.WaitGroup
 		defer revoked.Wait()
 		revoked.Go(func() {
 			sleep(ctx, between(0, 20))
-			_ = l.revoke(ctx, lease) // it is done at the end, if not here
+			_ = l.revoke(ctx, lease) // done at the end, if not here
 		})
 		if old, err := l.look(ctx, key, token); err == nil && old != "" {
 			l.change(ctx, key, token, old, 20)
@@ -174,7 +177,7 @@ func (l *locker) turn(ctx context.Context) {
 	}
 }
 
-// lock waits for the lock, and returns its key, and what gives it back.
+// lock waits for the lock, and returns its key, and a function that releases it.
 func (l *locker) lock(ctx context.Context, lease clientv3.LeaseID, session *concurrency.Session) (key string, unlock func(context.Context) error, err error) {
 	waiting, cancel := context.WithTimeout(ctx, 2*patient)
 	defer cancel()
@@ -203,13 +206,14 @@ func (l *locker) lock(ctx context.Context, lease clientv3.LeaseID, session *conc
 	if err != nil || len(r.Kvs) == 0 {
 		return "", nil, errGone
 	}
-	// No key of the lease can be older: nobody asked for this one before.
+	// No key of the lease can be older: this was the first request for it.
 	l.token = r.Kvs[0].CreateRevision
 	l.add(record{client: l.id, key: l.register, call: call, ret: ret, in: enter{l.token}})
 	return key, unlock, nil
 }
 
-// fenced does something on condition that a key is the one that was given. It returns no answer if it is not.
+// fenced does something on condition that a key is the one that was acquired. It returns no
+// response if it is not.
 func (l *locker) fenced(ctx context.Context, r record, key string, token int64, compare []*pb.Compare, op, other *pb.RequestOp) (*pb.TxnResponse, error) {
 	ctx, cancel := answer(ctx)
 	defer cancel()
@@ -240,7 +244,7 @@ func (l *locker) fenced(ctx context.Context, r record, key string, token int64, 
 	return nil, errGone
 }
 
-// look returns what the register holds.
+// look returns the value of the register.
 func (l *locker) look(ctx context.Context, key string, token int64) (string, error) {
 	r := record{client: l.id, key: l.register, call: l.now()}
 	got, err := l.fenced(ctx, r, key, token, nil, read(l.register), read(l.register))
@@ -253,7 +257,7 @@ func (l *locker) look(ctx context.Context, key string, token int64) (string, err
 	return r.saw, nil
 }
 
-// change writes the register so many times, and reports whether it was done.
+// change writes the register so many times, and reports whether it succeeded.
 func (l *locker) change(ctx context.Context, key string, token int64, old string, times int) bool {
 	for range times {
 		l.n++
@@ -274,7 +278,7 @@ func (l *locker) change(ctx context.Context, key string, token int64, old string
 			return false
 		}
 		old = value
-		time.Sleep(time.Duration(rand.IntN(10)) * time.Millisecond) // work, for others to come in between
+		time.Sleep(time.Duration(rand.IntN(10)) * time.Millisecond) // some work, so that others can act in between
 	}
 	return true
 }

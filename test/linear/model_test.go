@@ -6,7 +6,8 @@ import (
 	"github.com/anishathalye/porcupine"
 )
 
-// TestModels gives the models what cannot happen, and what looks like it and can. The operations come one after the other, unless they say when.
+// TestModels passes impossible histories to the models, and similar ones that are possible. The
+// operations are sequential unless they have times.
 func TestModels(t *testing.T) {
 	t.Parallel()
 	for name, tt := range map[string]struct {

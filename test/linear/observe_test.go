@@ -15,7 +15,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// election is what was said in one election, and to be compared with what happened, revision for revision.
+// election is what clients were told in one election, to be compared with what happened, revision
+// by revision.
 type election struct {
 	site      *site
 	name      string
@@ -24,12 +25,12 @@ type election struct {
 	observers []*observer
 
 	mu      sync.Mutex
-	tried   map[string]bool // every value that anybody asked for; true: it was refused
+	tried   map[string]bool // every value that was written; true if it was refused
 	claims  []claim
 	answers []claim
 }
 
-// claim is what somebody was told of a leader.
+// claim is what a client was told of a leader.
 type claim struct {
 	token, revision int64
 	value           string
@@ -100,7 +101,7 @@ func (e *election) reader(ctx context.Context, c *clientv3.Client) (*v3electionp
 	return &v3electionpb.LeaderResponse{Header: r.Header, Kv: r.Kvs[0]}, nil
 }
 
-// happened reads what happened from etcd's history, through a proxy.
+// happened reads etcd's history through a proxy.
 func (e *election) happened(t *testing.T) (events []event) {
 	t.Helper()
 	c := library(t, "http://"+e.site.proxies[0].Address)
@@ -128,7 +129,7 @@ func (e *election) happened(t *testing.T) (events []event) {
 	return nil
 }
 
-// verify compares what was said with what happened.
+// verify compares what clients were told with what happened.
 func (e *election) verify(t *testing.T) {
 	t.Helper()
 	events := e.happened(t)
@@ -148,7 +149,7 @@ func (e *election) verify(t *testing.T) {
 			candidates[ev.key], written[ev.revision] = ev, ev
 		}
 		if i+1 < len(events) && events[i+1].revision == ev.revision {
-			continue // a lease took several keys with it
+			continue // a lease deleted several keys
 		}
 		now := event{revision: ev.revision}
 		for _, c := range candidates {
@@ -185,12 +186,12 @@ func (e *election) verify(t *testing.T) {
 	t.Logf("%s: %d events, %d claims, %d answers, %d messages to observers", e.name, len(events), len(e.claims), len(e.answers), messages)
 }
 
-// observer is told of leaders.
+// observer receives the leaders.
 type observer struct {
 	*holder
 	*election
 	service bool
-	streams [][]event // what each call told
+	streams [][]event // what each call received
 }
 
 // observe observes until the call ends.
@@ -223,7 +224,8 @@ func (o *observer) observe(ctx context.Context) {
 	}
 }
 
-// verify checks that an observer was told what happened, in order, and of each leader that it was told of, every value from the first one on. A new call may begin with what the last one ended with.
+// verify checks that an observer received what happened, in order, and of each leader every value
+// from the first one received. A new call may begin with the last value of the previous one.
 func (o *observer) verify(t *testing.T, events []event) (messages int) {
 	t.Helper()
 	index := make(map[event]int, len(events))
@@ -239,7 +241,8 @@ func (o *observer) verify(t *testing.T, events []event) (messages int) {
 				t.Errorf("%s: an observer was told of revision %d what did not happen", o.name, ev.revision)
 				continue
 			}
-			// The first value of a leader is from its campaign, and may be older than the last one of the leader before.
+			// The first value of a leader is from its campaign, and may be older than the last
+			// value of the previous leader.
 			switch {
 			case ev.token < last.token || ev.token == last.token && (ev.revision < last.revision || n > 0 && ev.revision == last.revision):
 				t.Errorf("%s: an observer was told of %d, leader since %d, after %d, leader since %d", o.name, ev.revision, ev.token, last.revision, last.token)

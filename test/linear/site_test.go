@@ -23,18 +23,19 @@ import (
 
 const (
 	within  = 60 * time.Second
-	patient = 3 * time.Second // for one answer
+	patient = 3 * time.Second // for one response
 	pause   = 5 * time.Millisecond
-	direct  = -1 // a client that goes round the proxies
+	direct  = -1 // a client that bypasses the proxies
 )
 
-// site is an etcd of three members and two proxies, with a network that can be cut before each of them.
+// site is an etcd of three members and two proxies, with a network in front of each of them that
+// can be cut.
 type site struct {
 	*harness.Env
 	cluster *harness.Cluster
 	proxies []*harness.Proxy
-	links   [4][][]*harness.Relay // what fails together: of a client, of a proxy to a member, of a proxy to all members, to a member from the others
-	etcd    *clientv3.Client      // past all that fails
+	links   [4][][]*harness.Relay // what fails together: the networks of a client, from a proxy to a member, from a proxy to all members, from the other members to a member
+	etcd    *clientv3.Client      // without the networks that fail
 }
 
 func newSite(t *testing.T) *site {
@@ -57,7 +58,7 @@ func newSite(t *testing.T) *site {
 		p := s.NewProxy(fmt.Sprintf("proxy-%d", n), harness.ProxyConfig{
 			Etcd: harness.Upstream{Endpoints: urls}, KMS: []harness.KMSConfig{kms}, Rules: []harness.Rule{
 				{Prefix: "/s/", WriteWith: "dev", AllowPlaintextReads: new(false)},
-				{Prefix: "/m/", WriteWith: "dev", AllowPlaintextReads: new(true)}, // where some go round the proxies
+				{Prefix: "/m/", WriteWith: "dev", AllowPlaintextReads: new(true)}, // where some bypass the proxies
 			},
 		})
 		p.Start()
@@ -67,7 +68,7 @@ func newSite(t *testing.T) *site {
 	return s
 }
 
-// rounds runs a test as often as it is asked to, each time with clients of its own, and until it fails.
+// rounds runs a test for the requested number of rounds, each with new clients, and until it fails.
 func (s *site) rounds(t *testing.T, work func(t *testing.T, round string)) {
 	t.Helper()
 	n, err := strconv.Atoi(os.Getenv("LINEAR_ROUNDS"))
@@ -82,7 +83,8 @@ func (s *site) rounds(t *testing.T, work func(t *testing.T, round string)) {
 	}
 }
 
-// reach returns the address of a proxy, or of a member of etcd, as a new client of it has it: over a network of its own.
+// reach returns the address of a proxy, or of a member of etcd, for a new client: over its own
+// network.
 func (s *site) reach(via int) string {
 	to := s.cluster.Members[rand.IntN(3)].Address
 	if via != direct {
@@ -93,7 +95,7 @@ func (s *site) reach(via int) string {
 	return r.Address
 }
 
-// library returns etcd's own client, that comes back as soon as what it is connected to does.
+// library returns etcd's own client, which reconnects as soon as its server is back.
 func library(t *testing.T, endpoints ...string) *clientv3.Client {
 	t.Helper()
 	c, err := clientv3.New(clientv3.Config{Endpoints: endpoints, Logger: zap.NewNop(), DialOptions: append(harness.SearchErrors(), grpc.WithConnectParams(
@@ -105,7 +107,8 @@ func library(t *testing.T, endpoints ...string) *clientv3.Client {
 	return c
 }
 
-// first writes a key that is not there yet. It may ask for that more than once, and is done once.
+// first writes a key that does not exist yet. It may send the request more than once, but it is
+// applied once.
 func (s *site) first(t *testing.T, h *history, key, value string) {
 	t.Helper()
 	kv := pb.NewKVClient(harness.Dial(t, s.proxies[0].Address, nil))
@@ -122,7 +125,8 @@ func (s *site) first(t *testing.T, h *history, key, value string) {
 	h.add(record{key: key, in: put{value}, call: call, wrote: value})
 }
 
-// round runs clients beside all that can fail. Then it mends everything, and lets them go on until each has got an answer since, and enough is nil.
+// round runs clients while everything fails that can. Then it repairs everything, and lets them
+// continue until each has had a response since, and enough returns nil.
 func (s *site) round(t *testing.T, h *history, clients []func(context.Context), enough func() error) {
 	t.Helper()
 	ctx, stop := context.WithCancel(t.Context())
@@ -150,7 +154,7 @@ func (s *site) round(t *testing.T, h *history, clients []func(context.Context), 
 	})
 }
 
-// fail has processes and networks fail, for the length of a round, and then none.
+// fail makes processes and networks fail, for the length of a round, and repairs them.
 func (s *site) fail(t *testing.T) {
 	t.Helper()
 	length := 10 * time.Second
@@ -192,7 +196,7 @@ func (s *site) fail(t *testing.T) {
 		case 2:
 			pauses++
 			halt(t, p.Process, between(100, 1000))
-		case 3: // whoever leads then may believe for a moment that it still does
+		case 3: // the leader may believe for a moment that it still leads
 			pauses++
 			halt(t, s.cluster.Leader().Process, between(500, 2000))
 		default:
@@ -205,19 +209,19 @@ func (s *site) fail(t *testing.T) {
 		kills, pauses, moves, cuts[0].Load(), cuts[1].Load(), cuts[2].Load(), cuts[3].Load())
 }
 
-// halt stops a process for a while, as a machine does that is moved.
+// halt stops a process for a while, like the migration of a virtual machine.
 func halt(t *testing.T, p *harness.Process, d time.Duration) {
 	t.Helper()
 	if err := syscall.Kill(p.PID(), syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
-	time.Sleep(d) // not cut short: the next one does not begin before
+	time.Sleep(d) // not shortened: the next one must not begin earlier
 	if err := syscall.Kill(p.PID(), syscall.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
 }
 
-// moveLeader asks the leader to go, if there is one.
+// moveLeader asks the leader to transfer leadership, if there is one.
 func (s *site) moveLeader() {
 	leader := s.cluster.Leader()
 	conn := harness.Dial(s.TB, leader.Address, nil)
@@ -236,7 +240,7 @@ func between(from, to int) time.Duration {
 	return time.Duration(from+rand.IntN(to-from)) * time.Millisecond
 }
 
-// sleep reports whether ctx still holds after a while.
+// sleep waits, and reports whether ctx has not ended.
 func sleep(ctx context.Context, d time.Duration) bool {
 	select {
 	case <-ctx.Done():

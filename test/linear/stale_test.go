@@ -15,7 +15,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestStale holds back what a proxy has read for a transaction that compares values, until what it has read is not so any more: it must not be decided by that.
+// TestStale holds back what a proxy has read for a transaction that compares values, until it is
+// outdated: the transaction must not be decided by it.
 func TestStale(t *testing.T) {
 	t.Parallel()
 	s := &site{Env: harness.New(t)}
@@ -144,7 +145,7 @@ func TestStale(t *testing.T) {
 	}
 }
 
-// transactions is how many etcd has answered.
+// transactions returns how many transactions etcd has answered.
 func transactions(t *testing.T, etcd *harness.Etcd) int {
 	t.Helper()
 	client := http.Client{Timeout: 5 * time.Second}

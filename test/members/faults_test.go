@@ -18,10 +18,11 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// Keys of one history: one to be asked of the member, and two of the proxy before it, the last under a rule.
+// Keys of one history: one for requests to the member, and two for the proxy in front of it, the
+// last under a rule.
 const plain, passed, sealed, value = "/p/key", "/p/passed", "/s/key", "the value"
 
-// ask is a request, and what must be equal in the answers to it.
+// ask is a request, and the part of the responses to it that must be equal.
 type ask struct {
 	name string
 	call func(ctx context.Context, conn *grpc.ClientConn, key string) (proto.Message, error)
@@ -32,7 +33,8 @@ func (s *site) stub(t *testing.T, url string) *grpc.ClientConn {
 	return harness.Dial(t, strings.TrimPrefix(url, "http://"), nil)
 }
 
-// same asks the member itself about one key and the proxy before it about the others: the answers and errors must be equal but for keys and revisions.
+// same sends the request to the member for one key and to the proxy for the others: the responses
+// and errors must be equal except for keys and revisions.
 func same(t *testing.T, member, via *grpc.ClientConn, asks []ask) {
 	t.Helper()
 	var all sync.WaitGroup
@@ -67,7 +69,8 @@ func same(t *testing.T, member, via *grpc.ClientConn, asks []ask) {
 	all.Wait()
 }
 
-// errorOf is a status without what depends on the moment: etcd adds what it thinks of the cause of a timeout.
+// errorOf returns a status without what depends on the moment: etcd adds a guess at the cause of a
+// timeout.
 func errorOf(err error) string {
 	if err == nil {
 		return ""
@@ -76,7 +79,7 @@ func errorOf(err error) string {
 	return fmt.Sprintf("%v: %s", status.Code(err), text)
 }
 
-// values are pairs as far as two keys of one history agree.
+// values returns pairs as far as two keys of one history agree.
 func values(kvs ...*mvccpb.KeyValue) *pb.RangeResponse {
 	r := new(pb.RangeResponse)
 	for _, kv := range kvs {
@@ -112,7 +115,7 @@ func put(ctx context.Context, conn *grpc.ClientConn, key string) (proto.Message,
 	return nil, err
 }
 
-// watch returns the first answer, or how the stream ended.
+// watch returns the first response, or how the stream ended.
 func watch(ctx context.Context, conn *grpc.ClientConn, key string) (proto.Message, error) {
 	stream, err := pb.NewWatchClient(conn).Watch(ctx)
 	if err != nil {
@@ -133,7 +136,7 @@ func watch(ctx context.Context, conn *grpc.ClientConn, key string) (proto.Messag
 	}
 }
 
-// needsLeader is a call with the metadata that has a member without a leader refuse it.
+// needsLeader adds the metadata that makes a member without a leader refuse a call.
 func needsLeader(call func(context.Context, *grpc.ClientConn, string) (proto.Message, error)) func(context.Context, *grpc.ClientConn, string) (proto.Message, error) {
 	return func(ctx context.Context, conn *grpc.ClientConn, key string) (proto.Message, error) {
 		return call(metadata.AppendToOutgoingContext(ctx, "hasleader", "true"), conn, key)
@@ -150,7 +153,8 @@ func (s *site) fill(t *testing.T) {
 	}
 }
 
-// TestLeaderLost: a member whose cluster has no majority answers what etcd answers without one, and refuses the rest as etcd does; with the majority, all works again.
+// TestLeaderLost checks that a proxy in front of a member without a majority responds like that
+// member, and refuses what it refuses, and that everything works again with the majority.
 func TestLeaderLost(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -182,7 +186,8 @@ func TestLeaderLost(t *testing.T) {
 	same(t, member, via, []ask{{"a read", get(false)}, {"a compare", swap("other", false)}})
 }
 
-// TestLearner: a learner refuses what etcd's learners refuse, and opens what they serve; promoted through the proxy, it serves all.
+// TestLearner checks that a proxy in front of a learner refuses what etcd's learners refuse, and
+// decrypts what they serve. After the learner was promoted through the proxy, it serves everything.
 func TestLearner(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)

@@ -19,7 +19,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// withLearner is a cluster of one voting member and a learner, with a key that both have.
+// withLearner returns a cluster of one voting member and a learner, with a key that both have.
 func withLearner(t *testing.T, version string) (s *site, voter, learner *harness.Member) {
 	t.Helper()
 	s = &site{Env: harness.New(t)}
@@ -40,10 +40,10 @@ func withLearner(t *testing.T, version string) (s *site, voter, learner *harness
 	return s, voter, learner
 }
 
-// ways are how clients call: the proxy relays their calls, or handles them.
+// ways are options of clients whose calls the proxy relays or handles.
 var ways = map[string][]grpc.DialOption{"relayed": nil, "handled": {grpc.WithDefaultCallOptions(grpc.UseCompressor(gzip.Name))}}
 
-// calls are those that a learner refuses, each as a client makes it that does not try again.
+// calls are those that a learner refuses, each as sent by a client that does not retry.
 var calls = map[string]func(ctx context.Context, conn *grpc.ClientConn) error{
 	"put": func(ctx context.Context, conn *grpc.ClientConn) error {
 		_, err := pb.NewKVClient(conn).Put(ctx, &pb.PutRequest{Key: []byte(sealed), Value: []byte(value)})
@@ -97,8 +97,9 @@ var calls = map[string]func(ctx context.Context, conn *grpc.ClientConn) error{
 	},
 }
 
-// TestLearnerAmongEndpoints: no call meets the refusal of a learner while another member is there, whatever the order
-// of the endpoints, and when the learner is promoted it gets its share.
+// TestLearnerAmongEndpoints checks that no call is refused by a learner while another member is
+// available, whatever the order of the endpoints, and that the learner gets its share of calls
+// after it was promoted.
 func TestLearnerAmongEndpoints(t *testing.T) {
 	t.Parallel()
 	for _, version := range []string{"3.5", "3.7"} { // which refuse with different codes
@@ -119,7 +120,7 @@ func TestLearnerAmongEndpoints(t *testing.T) {
 							continue
 						}
 						t.Run(name+"/"+way+"/"+what, func(t *testing.T) {
-							for n := range 10 { // each over a connection of its own
+							for n := range 10 { // each over its own connection
 								ctx, cancel := context.WithTimeout(t.Context(), within)
 								defer cancel()
 								if err := call(ctx, harness.Dial(t, p.Address, nil, opts...)); err != nil {
@@ -149,8 +150,8 @@ func TestLearnerAmongEndpoints(t *testing.T) {
 	}
 }
 
-// TestOnlyLearnerLeft: while the members that vote are away, the learner serves what it can, and refuses the rest with
-// etcd's text.
+// TestOnlyLearnerLeft checks that while the voting members are down, the learner serves what it
+// can, and the proxy refuses the rest with etcd's text.
 func TestOnlyLearnerLeft(t *testing.T) {
 	t.Parallel()
 	s, voter, learner := withLearner(t, "3.7")
@@ -194,8 +195,8 @@ func TestOnlyLearnerLeft(t *testing.T) {
 	t.Logf("back after %v", time.Since(begun))
 }
 
-// TestLearnerAlone: a proxy whose only endpoint is a learner serves what the learner does, however it coordinates, and
-// everything once the learner is promoted.
+// TestLearnerAlone checks that a proxy whose only endpoint is a learner serves what the learner
+// serves, whatever its coordination settings, and everything after the learner was promoted.
 func TestLearnerAlone(t *testing.T) {
 	t.Parallel()
 	for _, version := range []string{"3.5", "3.7"} {
@@ -205,7 +206,7 @@ func TestLearnerAlone(t *testing.T) {
 			cfg := harness.ProxyConfig{
 				Etcd: harness.Upstream{Endpoints: []string{voter.URL}}, KMS: []harness.KMSConfig{s.LocalKey("dev", 1)}, Rules: []harness.Rule{{Prefix: "/s/", WriteWith: "dev"}},
 			}
-			s.StartProxy("voter", cfg).WaitReady(within) // which leaves a record of its rules
+			s.StartProxy("voter", cfg).WaitReady(within) // leaves a record of its rules
 			harness.Eventually(t, within, "the record of the rules", func() error {
 				r, err := pb.NewKVClient(s.stub(t, learner.URL)).Range(t.Context(), &pb.RangeRequest{Key: []byte("/etcd-kms-proxy/agreement"), Serializable: true})
 				if err == nil && len(r.Kvs) == 0 {
@@ -258,8 +259,10 @@ func TestLearnerAlone(t *testing.T) {
 	}
 }
 
-// TestLearnerWithAuth: a learner lets no user log in, so that the proxy cannot compare its rules there. It serves what the
-// learner serves to clients with a token, refuses the rest as the learner does, and is judged once the learner is promoted.
+// TestLearnerWithAuth checks a proxy in front of a learner, which does not authenticate users, so
+// that the proxy cannot compare its rules there. It serves what the learner serves to clients with
+// a token, refuses the rest as the learner does, and compares its rules after the learner was
+// promoted.
 func TestLearnerWithAuth(t *testing.T) {
 	t.Parallel()
 	s, voter, learner := withLearner(t, "3.7")
@@ -286,7 +289,7 @@ func TestLearnerWithAuth(t *testing.T) {
 		Etcd: harness.Upstream{Endpoints: []string{voter.URL}, Username: "root", PasswordFile: s.File("password", []byte("pw"))},
 		KMS:  []harness.KMSConfig{s.LocalKey("dev", 1)}, Rules: []harness.Rule{{Prefix: "/s/", WriteWith: "dev"}},
 	}
-	s.StartProxy("voter", cfg).WaitReady(within) // which leaves a record of its rules
+	s.StartProxy("voter", cfg).WaitReady(within) // leaves a record of its rules
 	harness.Eventually(t, within, "the record of the rules", func() error {
 		r, err := pb.NewKVClient(s.stub(t, voter.URL)).Range(ctx, &pb.RangeRequest{Key: []byte("/etcd-kms-proxy/agreement")})
 		if err == nil && len(r.Kvs) == 0 {

@@ -1,4 +1,5 @@
-// Package members tests what clients are told of etcd's members, and how they reach a particular one, with a real cluster and real clients.
+// Package members tests what clients learn about etcd's members, and how they reach a particular
+// one, with a real cluster and real clients.
 package members
 
 import (
@@ -22,7 +23,7 @@ import (
 
 const within = 30 * time.Second
 
-// site is a cluster of three, and a proxy with a listener to all members and one to each.
+// site is a cluster of three members, and a proxy with a listener for all members and one for each.
 type site struct {
 	*harness.Env
 	cluster *harness.Cluster
@@ -50,7 +51,8 @@ func newSite(t *testing.T) *site {
 	return s
 }
 
-// TestURLs: a client learns of the proxy's URLs alone, and AutoSync keeps it on the proxy.
+// TestURLs checks that a client learns only the proxy's URLs, and that AutoSync keeps it on the
+// proxy.
 func TestURLs(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -74,7 +76,7 @@ func TestURLs(t *testing.T) {
 		t.Errorf("after Sync: %v, %v", r, err)
 	}
 
-	// Every answer that names members, and members that have not started yet.
+	// Every response that names members, including members that have not started yet.
 	conn := harness.Dial(t, strings.TrimPrefix(s.all, "http://"), nil)
 	cluster := pb.NewClusterClient(conn)
 	own := s.cluster.URLs()
@@ -107,7 +109,7 @@ func TestURLs(t *testing.T) {
 		t.Fatal(err)
 	}
 	foreign("MemberRemove", removed.Members)
-	// Over JSON, too.
+	// The same over JSON.
 	answer, err := http.Post(s.all+"/v3/cluster/member/list", "application/json", strings.NewReader("{}"))
 	if err != nil {
 		t.Fatal(err)
@@ -119,7 +121,8 @@ func TestURLs(t *testing.T) {
 	}
 }
 
-// TestEtcdctl: etcdctl sees each member by itself, behind one proxy, and those that are down.
+// TestEtcdctl checks that etcdctl sees each member behind one proxy, including members that are
+// down.
 func TestEtcdctl(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -151,7 +154,7 @@ func TestEtcdctl(t *testing.T) {
 	if failed || len(slices.Compact(ids)) != 3 {
 		t.Errorf("%d members", len(ids))
 	}
-	// What is asked of a particular member is done there.
+	// A request to a particular member is executed there.
 	for i, own := range s.each {
 		conn := harness.Dial(t, strings.TrimPrefix(own, "http://"), nil)
 		direct := harness.Dial(t, s.cluster.Members[i].Address, nil)

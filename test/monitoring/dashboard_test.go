@@ -24,7 +24,7 @@ import (
 )
 
 // TestDashboard runs every query of the Grafana dashboard and every rule in two real Prometheus
-// servers, one of which takes native histograms, that scrape a real proxy while the KMS key is
+// servers, one of them with native histograms, that scrape a real proxy while the KMS key is
 // rotated, disabled and enabled again, and while plaintext is written to etcd directly.
 // MONITORING_PICTURE=FILE.svg draws some of the panels, of a run with longer steps.
 func TestDashboard(t *testing.T) {
@@ -44,11 +44,11 @@ func TestDashboard(t *testing.T) {
 	picture := os.Getenv("MONITORING_PICTURE")
 	hold := func() {
 		if picture != "" {
-			time.Sleep(15 * time.Second) // for the eye
+			time.Sleep(15 * time.Second) // to look good
 		}
 	}
 
-	// What an operator sees on a bad day. Each step ends when Prometheus shows it.
+	// What an operator sees during an incident. Each step ends when Prometheus shows it.
 	began := time.Now()
 	stop := load(t, proxy)
 	eventually("values to be encrypted and read",
@@ -71,7 +71,7 @@ func TestDashboard(t *testing.T) {
 	eventually("the values to be stored as their rule says", `etcd_kms_proxy:stored_values_current:ratio == 1`)
 	hold()
 	stop()
-	ended := time.Now().Add(time.Second) // with what was seen last
+	ended := time.Now().Add(time.Second) // with the last result
 
 	for what, p := range map[string]prometheus{"classic histograms": classic, "native histograms": native} {
 		for _, panel := range dashboard(t) {
@@ -89,8 +89,8 @@ func TestDashboard(t *testing.T) {
 				t.Errorf("with %s, %s was not recorded", what, r.Record)
 			}
 		}
-		// The certificates are valid for a day. Recovery copies do not open values of a key that
-		// somebody has disabled.
+		// The certificates are valid for a day. Recovery copies are not used for values of a key
+		// that was disabled.
 		fired := make(map[string]bool)
 		for _, s := range p.series(`count by (alertname) (ALERTS{alertstate="firing"})`, began, ended) {
 			fired[s.Metric["alertname"]] = true
@@ -106,7 +106,7 @@ func TestDashboard(t *testing.T) {
 	}
 }
 
-// checkLabels requires of every label that rules and dashboard select by that the metric has it.
+// checkLabels checks that metrics have every label that rules and dashboard select by.
 func checkLabels(t *testing.T, p prometheus) {
 	t.Helper()
 	var expressions []string
@@ -138,8 +138,8 @@ func checkLabels(t *testing.T, p prometheus) {
 	}
 }
 
-// startProxy starts a proxy that has every metric a proxy of its own kind can have: TLS on both
-// sides of it would be one more, and etcd is without.
+// startProxy starts a proxy that has every metric that it can have without TLS to etcd: TLS from
+// clients, and etcd without.
 func startProxy(env *harness.Env, etcd *harness.Etcd, kms *harness.KMS) *harness.Proxy {
 	env.TB.Helper()
 	ca := env.NewCA("clients")
@@ -193,7 +193,7 @@ scrape_configs:
 	return p
 }
 
-// putPlaintext writes a value under the rule to etcd itself.
+// putPlaintext writes a value under the rule to etcd directly.
 func putPlaintext(t *testing.T, etcd *harness.Etcd) {
 	t.Helper()
 	client, err := clientv3.New(clientv3.Config{Endpoints: []string{etcd.URL}, DialTimeout: 10 * time.Second, Logger: zap.NewNop()})
@@ -208,8 +208,8 @@ func putPlaintext(t *testing.T, etcd *harness.Etcd) {
 	}
 }
 
-// TestCountersBeginAtZero: every counter whose increase an alert looks at is there before its first
-// event, which would be no increase otherwise.
+// TestCountersBeginAtZero checks that every counter whose increase is used by an alert exists
+// before its first event, which would not count as an increase otherwise.
 func TestCountersBeginAtZero(t *testing.T) {
 	env := harness.New(t)
 	kms := env.NewKMS("acme")
@@ -224,7 +224,7 @@ func TestCountersBeginAtZero(t *testing.T) {
 	}
 }
 
-// load writes and reads under the rule until stop is called. Failures are what the run is about.
+// load writes and reads under the rule until stop is called. Failures are expected.
 func load(t *testing.T, proxy *harness.Proxy) (stop func()) {
 	t.Helper()
 	client, err := clientv3.New(clientv3.Config{Endpoints: []string{proxy.URL()}, TLS: proxy.TLS, DialTimeout: 10 * time.Second, Logger: zap.NewNop()})
@@ -280,7 +280,7 @@ func dashboard(t *testing.T) (shown []panel) {
 	return shown
 }
 
-// expand puts values in the place of Grafana's variables.
+// expand replaces Grafana's variables.
 func expand(expression string) string {
 	return strings.NewReplacer("$__rate_interval", "10s", "$job", ".*", "$instance", ".*").Replace(expression)
 }
@@ -306,7 +306,7 @@ func (p prometheus) has(query string) error {
 	return err
 }
 
-// series is the result of a range query, every second.
+// series returns the result of a range query, with a step of a second.
 func (p prometheus) series(query string, from, to time.Time) []series {
 	p.t.Helper()
 	stamp := func(at time.Time) string { return strconv.FormatFloat(float64(at.UnixMilli())/1000, 'f', 3, 64) }

@@ -30,7 +30,7 @@ var units = map[string]string{"reqps": ", per second", "ops": ", per second", "s
 
 var colors = []string{"#3274d9", "#e02f44", "#56a64b", "#ff780a", "#8f3bb8", "#f2cc0c", "#1f9e8f", "#a0522d"}
 
-// draw renders panels of the dashboard from a range of the data, as a person would see them.
+// draw renders panels of the dashboard from a range of the data, as Grafana would.
 func draw(t *testing.T, p prometheus, path string, from, to time.Time) {
 	t.Helper()
 	var out strings.Builder

@@ -16,7 +16,7 @@ import (
 
 const folder = "../../deploy/monitoring"
 
-// program finds a program of Debian's prometheus package. In CI it must be there.
+// program returns the path of a program of Debian's prometheus package. In CI it must exist.
 func program(t *testing.T, name string) string {
 	t.Helper()
 	path, err := exec.LookPath(name)
@@ -41,8 +41,8 @@ func TestRules(t *testing.T) {
 	}
 }
 
-// TestComposeLoadsTheRules: the configuration of docker-compose.yml's Prometheus loads rules.yaml from
-// the folder that it is given, and nothing else of that folder.
+// TestComposeLoadsTheRules checks that the configuration of docker-compose.yml's Prometheus loads
+// rules.yaml from its folder, and no other file.
 func TestComposeLoadsTheRules(t *testing.T) {
 	promtool := program(t, "promtool")
 	const inContainer = "/etc/prometheus/rules"
@@ -82,8 +82,8 @@ func rules(t *testing.T) (all []rule) {
 	return all
 }
 
-// TestAlerts requires of every alert a severity, a summary, a unit test that fires it, and a
-// section of the runbook; and of the runbook that it has no section without an alert.
+// TestAlerts checks that every alert has a severity, a summary, a unit test that fires it, and a
+// section in the runbook, and that every section of the runbook has an alert.
 func TestAlerts(t *testing.T) {
 	var unit struct {
 		Tests []struct {
@@ -124,9 +124,9 @@ func TestAlerts(t *testing.T) {
 	}
 }
 
-// TestNames requires that rules and dashboard name metrics that the docs list.
+// TestNames checks that rules and dashboard use only metrics that the docs list.
 func TestNames(t *testing.T) {
-	listed := string(read(t, "../../docs/guides/operations.md")) + string(read(t, "../../docs/guides/reencrypt.md"))
+	listed := string(read(t, "../../docs/reference/metrics.md"))
 	expressions := string(read(t, filepath.Join(folder, "dashboard.json")))
 	for _, r := range rules(t) {
 		expressions += r.Expr + "\n"
@@ -136,7 +136,7 @@ func TestNames(t *testing.T) {
 	for _, name := range slices.Compact(names) {
 		name = strings.TrimSuffix(name, "_bucket")
 		if !strings.Contains(listed, "`"+name+"`") {
-			t.Errorf("%s is not a metric of docs/guides/operations.md or docs/guides/reencrypt.md", name)
+			t.Errorf("%s is not a metric of docs/reference/metrics.md", name)
 		}
 	}
 }

@@ -26,24 +26,30 @@ const (
 	user       = "etcd-kms-proxy"
 )
 
-// TestDebianPackage installs the package on this machine, runs the proxy that it brings as its
-// user, and upgrades, removes and purges it.
+// TestInstall installs, upgrades and removes two versions of the packages.
 //
-// It changes the machine, so it asks to be allowed: PACKAGES_INSTALL=1, as root, on Debian.
-func TestDebianPackage(t *testing.T) {
+// It changes the machine, so it runs only with PACKAGES_INSTALL=1, as root.
+func TestInstall(t *testing.T) {
 	if os.Getenv("PACKAGES_INSTALL") != "1" {
 		t.Skip("installs a package on this machine: set PACKAGES_INSTALL=1 where that is welcome")
 	}
 	if os.Geteuid() != 0 {
-		t.Skip("dpkg needs root")
+		t.Skip("dpkg and rpm need root")
 	}
+	old, next := build(t, "0.0.1"), build(t, "0.0.2")
+	t.Run("deb", func(t *testing.T) { testDeb(t, only(t, old, "*.deb"), only(t, next, "*.deb")) })
+	t.Run("rpm", func(t *testing.T) { testRPM(t, only(t, old, "*.rpm"), only(t, next, "*.rpm")) })
+}
+
+// testDeb installs the package on this machine, runs the proxy from it as its user, and upgrades,
+// removes and purges it.
+func testDeb(t *testing.T, old, next string) {
 	if _, err := exec.LookPath("dpkg"); err != nil {
 		t.Skip("no dpkg: not a Debian system")
 	}
 	if _, err := os.Stat(configDir); err == nil {
-		t.Fatalf("%s exists: a package is installed already, or was not removed whole", configDir)
+		t.Fatalf("%s exists: a package is installed already, or was not completely removed", configDir)
 	}
-	old, next := build(t, "0.0.1"), build(t, "0.0.2")
 	t.Cleanup(func() {
 		_ = exec.Command("dpkg", "--purge", "etcd-kms-proxy").Run() // where the test ended early
 		_ = os.RemoveAll(configDir)
@@ -105,6 +111,16 @@ func TestDebianPackage(t *testing.T) {
 	}
 	if !strings.Contains(out, "left in place") {
 		t.Errorf("the purge does not say that files are left:\n%s", out)
+	}
+
+	// Without a key, nothing is left.
+	if err := os.RemoveAll(configDir); err != nil {
+		t.Fatal(err)
+	}
+	must(t, "dpkg", "-i", next)
+	out = must(t, "dpkg", "--purge", "etcd-kms-proxy")
+	if _, err := os.Stat(configDir); err == nil || strings.Contains(out, "left in place") {
+		t.Errorf("the purge of a package without keys leaves its folder, or says so (%v):\n%s", err, out)
 	}
 }
 
@@ -175,7 +191,7 @@ func serves(t *testing.T) {
 
 // TestReproducible builds the release twice.
 func TestReproducible(t *testing.T) {
-	first, second := sums(t, filepath.Dir(build(t, "0.0.1"))), sums(t, filepath.Dir(build(t, "0.0.1")))
+	first, second := sums(t, build(t, "0.0.1")), sums(t, build(t, "0.0.1"))
 	for name, sum := range first {
 		if second[name] != sum {
 			t.Errorf("%s differs between two builds of one commit", name)
@@ -205,7 +221,7 @@ func sums(t *testing.T, dir string) map[string][32]byte {
 	return all
 }
 
-// build makes the packages of a version for amd64 and returns the path of the deb.
+// build makes the packages of a version for amd64 and returns their folder.
 func build(t *testing.T, version string) string {
 	t.Helper()
 	dist := t.TempDir()
@@ -214,11 +230,17 @@ func build(t *testing.T, version string) string {
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("build.sh: %v\n%s", err, out)
 	}
-	debs, err := filepath.Glob(filepath.Join(dist, "*.deb"))
-	if err != nil || len(debs) != 1 {
-		t.Fatalf("build.sh made the debs %v (%v), want one", debs, err)
+	return dist
+}
+
+// only returns the file in dir that matches pattern. There must be exactly one.
+func only(t *testing.T, dir, pattern string) string {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(dir, pattern))
+	if err != nil || len(files) != 1 {
+		t.Fatalf("%s has the files %v (%v) that match %s, want one", dir, files, err, pattern)
 	}
-	return debs[0]
+	return files[0]
 }
 
 // command is the installed proxy, run as its own user.

@@ -13,8 +13,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestCommandsAfterTheKeyIsDeleted: with the first key gone, each command that opens values does it by the recovery copies and records that; reencrypt
-// moves everything to a new key, after which neither the old key nor a copy is asked any more.
+// TestCommandsAfterTheKeyIsDeleted checks that after the primary key was deleted, each command that
+// decrypts values uses the recovery copies and records that, and that reencrypt moves everything to
+// a new key, after which neither the old key nor a copy is used.
 func TestCommandsAfterTheKeyIsDeleted(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -73,7 +74,7 @@ func TestCommandsAfterTheKeyIsDeleted(t *testing.T) {
 			t.Errorf("%s is sealed by %s with copies by %v", key, provider, by)
 		}
 	}
-	// A key that is gone is still a finding, as long as the configuration has it.
+	// A deleted key is still a finding, as long as the configuration contains it.
 	if out := command(1, config, "status"); !strings.Contains(out, "40    40       0") {
 		t.Errorf("status: %s", out)
 	}
@@ -85,7 +86,7 @@ func TestCommandsAfterTheKeyIsDeleted(t *testing.T) {
 		t.Errorf("exit code %d: %s", code, out)
 	}
 
-	// The proxy takes the rules over.
+	// The proxy starts with the new rules.
 	s.proxy.Start()
 	s.kv = pb.NewKVClient(harness.Dial(t, s.proxy.Address, nil))
 	s.reads(t)

@@ -14,8 +14,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestKeyIsDeleted is the whole life: a cloud key is deleted, everything reads, nothing is written, the rule moves to a new key, and a backup from
-// between is read where only the recovery key is.
+// TestKeyIsDeleted deletes a cloud key: everything can be read, nothing can be written, the rule
+// moves to a new key, and a backup from that time can be read with only the recovery key.
 func TestKeyIsDeleted(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -24,7 +24,7 @@ func TestKeyIsDeleted(t *testing.T) {
 	s.run(t, harness.Rule{WriteWith: "ack", Recovery: []string{"dr"}, RecoveryRequired: true}, ack, dr)
 	s.proxy.WaitReady(within)
 	s.fill(t, "one", 20)
-	double.Rotate(kmsdouble.DefaultKeyID) // so that there are two seeds
+	double.Rotate(kmsdouble.DefaultKeyID) // so that there are two DEK seeds
 	harness.Eventually(t, within, "a seed under the new version", func() error {
 		if n := double.Applied("GenerateDataKey"); n < 2 {
 			return fmt.Errorf("%d seeds were minted", n)
@@ -47,7 +47,7 @@ func TestKeyIsDeleted(t *testing.T) {
 	}
 	const uses = `etcd_kms_proxy_recovery_uses_total{provider="ack",recovery_provider="dr"} `
 	s.says(t, "[-]recovery of ack by dr: in use: ", uses)
-	// Each value was read twice; what the proxies keep in etcd for themselves counts too.
+	// Each value was read twice. The proxies' own keys in etcd count too.
 	_, after, _ := strings.Cut(s.proxy.Scrape(), uses)
 	var n int
 	if _, err := fmt.Sscan(after, &n); err != nil || n < 2*len(s.want) {
@@ -65,7 +65,7 @@ func TestKeyIsDeleted(t *testing.T) {
 		t.Error("the log does not say so")
 	}
 
-	// The rule gets a new key, and what is written again is sealed under it.
+	// The rule gets a new key, and what is written again is encrypted with it.
 	s.run(t, harness.Rule{WriteWith: "new", ReadWith: []string{"ack"}, Recovery: []string{"dr"}}, ack, dr, fresh)
 	s.reads(t)
 	for key, value := range s.want {
@@ -84,7 +84,7 @@ func TestKeyIsDeleted(t *testing.T) {
 	}
 	s.proxy.Stop(within)
 
-	// Another cluster, with what a backup had, and with no KMS but the recovery key.
+	// Another cluster, with the data of a backup, and with no KMS except the recovery key.
 	stored, err := all(t, s.raw)
 	if err != nil {
 		t.Fatal(err)
@@ -105,7 +105,7 @@ func TestKeyIsDeleted(t *testing.T) {
 	}
 }
 
-// TestCopyIsLacking: the recovery provider does not wrap when seeds are minted.
+// TestCopyIsLacking uses a recovery provider that does not wrap when DEK seeds are generated.
 func TestCopyIsLacking(t *testing.T) {
 	for _, required := range []bool{false, true} {
 		t.Run(fmt.Sprintf("required %v", required), func(t *testing.T) {
@@ -147,7 +147,8 @@ func TestCopyIsLacking(t *testing.T) {
 	}
 }
 
-// TestLostBehindAPlugin: the key is one of a KMS plugin, our own, which says of a key that is gone what lets copies be used.
+// TestLostBehindAPlugin loses a key behind our own KMS plugin, which reports a deleted key in a way
+// that allows recovery copies.
 func TestLostBehindAPlugin(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -158,7 +159,7 @@ func TestLostBehindAPlugin(t *testing.T) {
 	s.run(t, rule, kms...)
 	s.proxy.WaitReady(within)
 	s.fill(t, "a", 5)
-	// Version 1 is lost: the file has another one in its place.
+	// Version 1 is lost: another key has replaced it in the file.
 	data, err := os.ReadFile(key.Local.KeyFile)
 	if err != nil {
 		t.Fatal(err)

@@ -1,5 +1,6 @@
-// Package recovery loses keys for good under a real proxy and a real etcd: what was written with recovery copies is still read, is said to be read by
-// them, and moves to a new key.
+// Package recovery loses keys permanently under a real proxy and a real etcd: values with recovery
+// copies can still be read, the proxy reports that it uses the copies, and the values move to a new
+// key.
 package recovery
 
 import (
@@ -26,11 +27,11 @@ const (
 	within = 30 * time.Second
 )
 
-// site is an etcd behind a proxy that one test restarts.
+// site is an etcd behind a proxy that a test restarts.
 type site struct {
 	env   *harness.Env
 	etcd  *harness.Etcd
-	raw   pb.KVClient // etcd itself
+	raw   pb.KVClient // directly to etcd
 	proxy *harness.Proxy
 	kv    pb.KVClient // through the proxy
 	runs  int
@@ -44,14 +45,14 @@ func newSite(t *testing.T) *site {
 	return s
 }
 
-// start makes an etcd, a new one if there was one before.
+// start starts a new etcd.
 func (s *site) start(t *testing.T) {
 	t.Helper()
 	s.etcd = s.env.StartEtcd(harness.EtcdConfig{Name: fmt.Sprint("etcd", s.runs)})
 	s.raw = pb.NewKVClient(harness.Dial(t, s.etcd.Address, nil))
 }
 
-// run stops the proxy and starts one with this rule, before the same etcd.
+// run stops the proxy and starts one with this rule, in front of the same etcd.
 func (s *site) run(t *testing.T, rule harness.Rule, kms ...harness.KMSConfig) {
 	t.Helper()
 	if s.proxy != nil && !s.proxy.Stop(within) {
@@ -107,7 +108,7 @@ func all(t *testing.T, kv pb.KVClient) (map[string]string, error) {
 	return got, nil
 }
 
-// reads checks that everything written is read through the proxy, one by one and in a list.
+// reads checks that everything written can be read through the proxy, one by one and in a list.
 func (s *site) reads(t *testing.T) {
 	t.Helper()
 	list, err := all(t, s.kv)
@@ -125,7 +126,8 @@ func (s *site) reads(t *testing.T) {
 	}
 }
 
-// copies returns who sealed what etcd holds under a key, and which providers' copies of the seed are there.
+// copies returns which provider encrypted the value of a key in etcd, and which providers have
+// recovery copies in it.
 func (s *site) copies(t *testing.T, key string) (provider string, by []string) {
 	t.Helper()
 	r, err := s.raw.Range(t.Context(), &pb.RangeRequest{Key: []byte(key)})
@@ -162,7 +164,7 @@ func (s *site) says(t *testing.T, check, metric string) {
 	}
 }
 
-// refused checks the answer to a write under the rule.
+// refused checks the response to a write under the rule.
 func (s *site) refused(t *testing.T, code codes.Code, words ...string) {
 	t.Helper()
 	err := s.put(t, prefix+"refused", s.env.Sealed.Value("refused"))
@@ -173,7 +175,8 @@ func (s *site) refused(t *testing.T, code codes.Code, words ...string) {
 	}
 }
 
-// recoveries returns how often the proxy's audit log tells of each pair of providers, "primary by provider".
+// recoveries returns how often the proxy's audit log contains each pair of providers, "primary by
+// provider".
 func (s *site) recoveries(t *testing.T) map[string]int {
 	t.Helper()
 	return s.recoveriesIn(t, s.auditPath())
@@ -201,7 +204,7 @@ func (s *site) recoveriesIn(t *testing.T, path string) map[string]int {
 	return count
 }
 
-// unreachable is a provider that never answers.
+// unreachable returns a provider that never answers.
 func (s *site) unreachable(name string) harness.KMSConfig {
 	return harness.KMSConfig{Name: name, PollInterval: "1s", Plugin: &harness.PluginKMS{Endpoint: "unix://" + filepath.Join(s.env.Dir, "none.sock"), Timeout: "500ms"}}
 }

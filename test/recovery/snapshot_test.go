@@ -8,8 +8,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestSnapshotIsOpened is the worst day: etcd and the first key are gone, and there is a snapshot, the configuration and the recovery key. It is so for a key that
-// its KMS says is deleted, and for a KMS that is not there.
+// TestSnapshotIsOpened decrypts a snapshot when etcd and the primary key are lost, with only the
+// configuration and the recovery key: for a key that its KMS reports as deleted, and for a KMS that
+// does not exist.
 func TestSnapshotIsOpened(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -18,7 +19,7 @@ func TestSnapshotIsOpened(t *testing.T) {
 	rule := harness.Rule{WriteWith: "ack", Recovery: []string{"dr"}, RecoveryRequired: true}
 	s.run(t, rule, ack, dr)
 	s.proxy.WaitReady(within)
-	const value = "opened in an emergency" // it is printed, as none of those is that the harness searches for
+	const value = "opened in an emergency" // it is printed, so it must not be one that the harness searches for
 	s.fill(t, "key", 3)
 	if err := s.put(t, prefix+"shown", value); err != nil {
 		t.Fatal(err)
@@ -39,7 +40,7 @@ func TestSnapshotIsOpened(t *testing.T) {
 		if got != code {
 			t.Fatalf("exit code %d, want %d: %s", got, code, out)
 		}
-		// What is looked at that way is proven to be sealed, too.
+		// verify must find that what is read in this way is encrypted.
 		if v, got := s.env.Run(append([]string{"verify"}, args...)...); (got == 0) != (code == 0) {
 			t.Errorf("verify: exit code %d: %s", got, v)
 		}
@@ -54,7 +55,7 @@ func TestSnapshotIsOpened(t *testing.T) {
 	opened(decrypt(0, s.unreachable("ack"), dr))
 	double.RemoveKey(kmsdouble.DefaultKeyID)
 	opened(decrypt(0, ack, dr))
-	// The recovery key does it: with none of them, nothing opens.
+	// The recovery key makes it possible: without any key, nothing decrypts.
 	if out := decrypt(3, s.unreachable("ack"), s.unreachable("dr")); strings.Contains(out, value) {
 		t.Error("it opens without a key")
 	}

@@ -17,8 +17,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// BenchmarkReencrypt re-encrypts 100,000 values of 1 KiB (5,000 with -short), and does the same by a loop that gets and puts each value through the proxy, as clients
-// would: values a second, and CPU time of etcd for each value. Run it with -benchtime 1x.
+// BenchmarkReencrypt re-encrypts 100,000 values of 1 KiB (5,000 with -short), and does the same
+// with a loop that gets and puts each value through the proxy, as clients would. It reports values
+// per second, and CPU time of etcd per value. Run it with -benchtime 1x.
 func BenchmarkReencrypt(b *testing.B) {
 	n := 100_000
 	if testing.Short() {
@@ -62,7 +63,7 @@ func BenchmarkReencrypt(b *testing.B) {
 	}
 }
 
-// load puts n values of 1 KiB in the clear.
+// load puts n plaintext values of 1 KiB.
 func (s *site) load(n int) {
 	s.t.Helper()
 	for at := 0; at < n; at += 100 {
@@ -77,7 +78,7 @@ func (s *site) load(n int) {
 	}
 }
 
-// timed runs the command, with its plan and its proof, and returns how long it took by the clock.
+// timed runs the command, with its plan and its final check, and returns the elapsed time.
 func (s *site) timed(config string, n int, args ...string) float64 {
 	s.t.Helper()
 	begun := time.Now()
@@ -128,7 +129,7 @@ func (s *site) compact() {
 	}
 }
 
-// cpuOf returns the seconds of CPU time that a process has taken.
+// cpuOf returns the CPU time of a process in seconds.
 func cpuOf(b *testing.B, pid int) float64 {
 	b.Helper()
 	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))

@@ -13,37 +13,39 @@ import (
 	typed "k8s.io/client-go/kubernetes/typed/core/v1"
 )
 
-// clerk counts up in one Secret.
+// clerk increments a number in one Secret.
 type clerk struct {
 	t         testing.TB
 	secrets   typed.SecretInterface
 	name      string
-	done      atomic.Int64 // updates that were made
-	unsure    bool         // whether one more was
+	done      atomic.Int64 // updates that succeeded
+	unsure    bool         // whether the last update may have succeeded
 	conflicts atomic.Int64
 }
 
 func (c *clerk) work(ctx context.Context) {
 	for ctx.Err() == nil {
 		c.step(ctx)
-		time.Sleep(5 * time.Millisecond) // so that the clients do not take both cores
+		time.Sleep(5 * time.Millisecond) // so that the clients do not use both cores
 	}
 }
 
-// settle learns whether the last update was made.
+// settle finds out whether the last update succeeded.
 func (c *clerk) settle() {
 	for c.unsure = true; c.unsure; {
 		c.read(context.Background())
 	}
 }
 
-// read returns the Secret, and what it counts must be what this clerk, who alone writes it, has made it, or one more if an answer was lost.
+// read returns the Secret. Its number must be the one that this clerk, the only writer, has
+// written, or one more if a response was lost.
 func (c *clerk) read(ctx context.Context) *corev1.Secret {
 	limited, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	now, err := c.secrets.Get(limited, c.name, metav1.GetOptions{})
 	if err != nil {
-		// The API server goes on to the other proxy, or waits for a leader: a kill is nothing that a reader learns of.
+		// The API server connects to the other proxy, or waits for a leader: a reader must not
+		// notice a kill.
 		if ctx.Err() == nil {
 			c.t.Errorf("%s: %v", c.name, err)
 		}
@@ -74,7 +76,7 @@ func (c *clerk) step(ctx context.Context) {
 	case err == nil:
 		c.done.Add(1)
 	case apierrors.IsConflict(err):
-		// Also after an attempt of the API server's own whose answer was lost.
+		// Also after an attempt of the API server whose response was lost.
 		c.conflicts.Add(1)
 		c.unsure = true
 	default:

@@ -19,11 +19,14 @@ import (
 
 const counters = 20
 
-// counter is a key behind those of fill: when its turn comes, clients have written it since it was read.
+// counter is a key that sorts after those of fill: when reencrypt gets to it, clients have written
+// it since it was read.
 func counter(n int) string { return fmt.Sprintf("%sz-counter-%02d", prefix, n) }
 
-// TestBesideClients: while everything is re-encrypted after one rotation after the other, clients of the proxy count up under optimistic locks, and watch. No update is
-// lost or made twice, and each watch sees each change once, in order, and each re-encryption as a change to the same value.
+// TestBesideClients re-encrypts everything after one rotation after the other, while clients of the
+// proxy increment numbers under optimistic locks, and watch. No update may be lost or applied
+// twice. Each watch must see each change once, in order, and each re-encryption as a change to the
+// same value.
 func TestBesideClients(t *testing.T) {
 	t.Parallel()
 	for _, txnKeys := range []string{"1", "50"} {
@@ -67,7 +70,7 @@ func testBesideClients(t *testing.T, txnKeys string) {
 	const rounds = 4
 	for round := range rounds {
 		if round > 0 {
-			s.kms.Rotate() // which the proxy learns of a moment later
+			s.kms.Rotate() // which the proxy notices a moment later
 		}
 		r, out := s.reencrypt(config, 0, "--txn-keys", txnKeys, "--workers", "4", "--rate", "400")
 		if r.Rewritten < int64(len(values)) {
@@ -101,7 +104,7 @@ func testBesideClients(t *testing.T, txnKeys string) {
 	w.check(values, end.Header.Revision)
 }
 
-// countUp adds one if nobody else does meanwhile, and returns what it added.
+// countUp adds one if no other client does so at the same time, and returns what it added.
 func countUp(ctx context.Context, kv pb.KVClient, key string) (int64, error) {
 	now, err := kv.Range(ctx, &pb.RangeRequest{Key: []byte(key)})
 	if err != nil {
@@ -123,7 +126,7 @@ func countUp(ctx context.Context, kv pb.KVClient, key string) (int64, error) {
 	return 1, nil
 }
 
-// watched is what a watch through the proxy saw.
+// watched is what a watch through the proxy received.
 type watched struct {
 	t      *testing.T
 	events chan *pb.WatchResponse
@@ -159,7 +162,8 @@ func (s *site) watch(t *testing.T, c pb.WatchClient, ready string) *watched {
 	return w
 }
 
-// check reads the events up to a revision: a counter's next value is the same, or one more; other values stay what they are.
+// check checks the events up to a revision: a counter's next value is the same or one more, and
+// other values do not change.
 func (w *watched) check(values map[string][]byte, end int64) {
 	t := w.t
 	last, counts, at := make(map[string]int64), make(map[string]int), int64(0)

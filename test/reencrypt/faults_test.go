@@ -13,7 +13,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestKilled: reencrypt is killed at random moments, again and again, and the last one goes on where the others were: no value is written twice, none is lost.
+// TestKilled kills reencrypt at random moments, repeatedly. The last run must continue where the
+// others stopped: no value may be written twice, and none lost.
 func TestKilled(t *testing.T) {
 	t.Parallel()
 	for _, txnKeys := range []string{"1", "20"} {
@@ -32,7 +33,8 @@ func TestKilled(t *testing.T) {
 					return nil
 				})
 				p.Kill()
-				// What it was about to write, and the election, end with it; its lease would keep the next one waiting.
+				// Its pending writes and its election end with the process; its lease would make
+				// the next one wait.
 				s.revokeAll()
 			}
 			done := s.changed(t.Context())
@@ -65,7 +67,8 @@ func (s *site) revokeAll() {
 	}
 }
 
-// TestInterrupted: a signal ends it with a report of what it did, and the next one goes on.
+// TestInterrupted checks that a signal ends reencrypt with a report of what it did, and that the
+// next run continues.
 func TestInterrupted(t *testing.T) {
 	t.Parallel()
 	s, _ := newSite(t, harness.EtcdConfig{})
@@ -91,7 +94,8 @@ func TestInterrupted(t *testing.T) {
 	s.sealed(values, 2)
 }
 
-// TestOneAtATime: of two, one waits and says for whom; with --no-wait it does not; and when the first one dies or stops answering, the second one takes over.
+// TestOneAtATime checks that the second of two runs waits and says for which, that with --no-wait
+// it does not, and that it takes over when the first one dies or hangs.
 func TestOneAtATime(t *testing.T) {
 	t.Parallel()
 	s, _ := newSite(t, harness.EtcdConfig{})
@@ -113,7 +117,7 @@ func TestOneAtATime(t *testing.T) {
 	if !strings.Contains(second.Log(), holder) {
 		t.Errorf("it does not say who: %s", second.Log())
 	}
-	if err := syscall.Kill(first.PID(), syscall.SIGSTOP); err != nil { // like one whose machine hangs
+	if err := syscall.Kill(first.PID(), syscall.SIGSTOP); err != nil { // as if its machine had stopped
 		t.Fatal(err)
 	}
 	if code := second.Wait(within); code != 0 {
@@ -129,11 +133,12 @@ func TestOneAtATime(t *testing.T) {
 	s.sealed(values, 2)
 }
 
-// TestNoSpace: when etcd's space is used up, reencrypt says so and what to do, waits, and goes on afterwards.
+// TestNoSpace checks that reencrypt reports that etcd has no space left, with a remedy, waits, and
+// continues afterwards.
 func TestNoSpace(t *testing.T) {
 	t.Parallel()
 	s, _ := newSite(t, harness.EtcdConfig{Flags: []string{"--quota-backend-bytes", fmt.Sprint(16 << 20)}})
-	const ballast = "/ballast/" // what the operator can spare; without it, what is left has room to spare
+	const ballast = "/ballast/" // what the operator can free; without it, too little space remains
 	for i := range 100 {
 		s.put(fmt.Sprintf("%s%03d", ballast, i), bytes.Repeat([]byte{byte(i)}, 100<<10), 0)
 	}
@@ -181,7 +186,8 @@ func TestNoSpace(t *testing.T) {
 	s.sealed(values, 2)
 }
 
-// TestMembers: the leader of three members is killed, and comes back; then another member is, and all of them.
+// TestMembers kills the leader of three members and starts it again, then another member, and then
+// all of them.
 func TestMembers(t *testing.T) {
 	t.Parallel()
 	s := &site{Env: harness.New(t), t: t}
@@ -211,7 +217,7 @@ func TestMembers(t *testing.T) {
 	cluster.Members[1].Kill()
 	cluster.Members[2].Kill()
 	said(t, p, "waiting (")
-	// Neither answers before the other is there.
+	// Neither responds before the other one runs.
 	cluster.Members[1].Begin()
 	cluster.Members[2].Start()
 	if code := p.Wait(within); code != 0 || !strings.Contains(p.Log(), "going on (") {
@@ -224,7 +230,7 @@ func TestMembers(t *testing.T) {
 	s.sealed(values, 2)
 }
 
-// TestKMSDown: while the KMS does not answer, reencrypt waits for it, and says so.
+// TestKMSDown checks that reencrypt waits for a KMS that does not answer, and says so.
 func TestKMSDown(t *testing.T) {
 	t.Parallel()
 	s, _ := newSite(t, harness.EtcdConfig{})

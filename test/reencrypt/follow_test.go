@@ -10,7 +10,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// underKey waits until status says that all values are under the KMS' present key.
+// underKey waits until status reports that all values are under the current key of the KMS.
 func (s *site) underKey(config string) {
 	s.t.Helper()
 	harness.Eventually(s.t, within, "all values to be under "+s.kms.KeyID(), func() error {
@@ -22,7 +22,8 @@ func (s *site) underKey(config string) {
 	})
 }
 
-// TestWatch: reencrypt --watch re-encrypts at its start and after each rotation, lets another one run in between, and ends well at a signal.
+// TestWatch checks that reencrypt --watch re-encrypts at its start and after each rotation, lets
+// another run in between, and exits with 0 after a signal.
 func TestWatch(t *testing.T) {
 	t.Parallel()
 	s, _ := newSite(t, harness.EtcdConfig{})
@@ -44,7 +45,8 @@ func TestWatch(t *testing.T) {
 	s.sealed(values, 3)
 }
 
-// TestServe: of two proxies with serve --reencrypt one re-encrypts, after each rotation, and the other one when it has gone; and none while a proxy has other rules.
+// TestServe checks that of two proxies with serve --reencrypt one re-encrypts after each rotation,
+// the other one takes over when it stops, and neither re-encrypts while a proxy has other rules.
 func TestServe(t *testing.T) {
 	t.Parallel()
 	s, _ := newSite(t, harness.EtcdConfig{})

@@ -13,9 +13,11 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestKubernetesWatch: a client of kube-apiserver whose watch breaks after every change learns of each re-encrypted Secret nevertheless. That is why one transaction
-// rewrites one value: of several that change at one revision it learns of the first alone, since it goes on after that revision. The second half proves that it is so;
-// when it fails, kube-apiserver has learned better.
+// TestKubernetesWatch checks that a client of kube-apiserver whose watch breaks after every change
+// receives each re-encrypted Secret nevertheless. This is why one transaction rewrites one value:
+// if several change at one revision, the client receives only the first, because it continues after
+// that revision. The second half of the test shows this. If it fails, kube-apiserver has been
+// improved.
 func TestKubernetesWatch(t *testing.T) {
 	t.Parallel()
 	s, _ := newSite(t, harness.EtcdConfig{})
@@ -44,7 +46,7 @@ func TestKubernetesWatch(t *testing.T) {
 		if r, out := s.reencrypt(config, 0, "--txn-keys", test.txnKeys); r.Rewritten < n {
 			t.Fatalf("too few: %s", out)
 		}
-		// The end of what is to be seen.
+		// The end of what the client has to receive.
 		last, err := secrets.Create(t.Context(), &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Name: "last-" + test.txnKeys}}, metav1.CreateOptions{})
 		if err != nil {
 			t.Fatal(err)
@@ -67,7 +69,8 @@ func TestKubernetesWatch(t *testing.T) {
 	}
 }
 
-// nextChange watches the Secrets after a resource version until the first change, as a client whose watch then breaks.
+// nextChange watches the Secrets from a resource version until the first change, like a client
+// whose watch then breaks.
 func (s *site) nextChange(api *harness.APIServer, after string) (name, version string) {
 	s.t.Helper()
 	ctx, cancel := context.WithTimeout(s.t.Context(), 20*time.Second)
@@ -85,8 +88,9 @@ func (s *site) nextChange(api *harness.APIServer, after string) (name, version s
 	return secret.Name, secret.ResourceVersion
 }
 
-// TestKubectl: Secrets from before the proxy are sealed by whoever has the API server alone, by a change to each of them; and sealed anew after a rotation. A replacement
-// that changes nothing is not written.
+// TestKubectl checks that somebody with access only to the API server can encrypt Secrets from
+// before the proxy, and re-encrypt them after a rotation, by changing each of them. The API server
+// does not write a replacement without a change.
 func TestKubectl(t *testing.T) {
 	t.Parallel()
 	s, etcd := newSite(t, harness.EtcdConfig{})
@@ -105,7 +109,7 @@ func TestKubectl(t *testing.T) {
 	api := s.StartAPIServer(harness.APIServerConfig{Name: "after", EtcdServers: p.URL()})
 	status := func(code int, want string) {
 		t.Helper()
-		// The proxy learns of a rotation with the next poll.
+		// The proxy learns of a rotation at the next poll.
 		harness.Eventually(t, within, "status "+want, func() error {
 			out, got := s.Run("status", "--config", p.ConfigFile, "--output", "json")
 			if got != code || !strings.Contains(out, want) {

@@ -24,9 +24,12 @@ import (
 
 const secretsPrefix = "/registry/secrets/"
 
-// TestLife is the life of an encrypted cluster: three members of etcd, a proxy, a kube-apiserver with Secrets from before, and clients that count up in some of them.
-// Encryption is switched on, everything re-encrypted, the key rotated twice, and encryption switched off again, while reencrypt, the proxy and a member are killed at
-// random moments. No update is lost or made twice, and a watch sees each change once and in order, those of reencrypt too. LIFE_SECRETS and LIFE_ROUNDS make it larger.
+// TestLife follows an encrypted cluster: three members, a proxy, a kube-apiserver with existing
+// Secrets, and clients that increment numbers in some of them. Encryption is turned on, everything
+// is re-encrypted, the key is rotated twice, and encryption is turned off again, while reencrypt,
+// the proxy and a member are killed at random moments. No update may be lost or applied twice. A
+// watch must receive each change once and in order, including those of reencrypt. LIFE_SECRETS and
+// LIFE_ROUNDS make the test larger.
 func TestLife(t *testing.T) {
 	t.Parallel()
 	n, rounds := number("LIFE_SECRETS", 300), number("LIFE_ROUNDS", 1)
@@ -163,7 +166,7 @@ func (l *life) conflicts() (n int64) {
 	return n
 }
 
-// renew re-encrypts, with a kill of reencrypt, the proxy and a member, each at a random moment.
+// renew re-encrypts, while reencrypt, the proxy and a member are killed, each at a random moment.
 func (l *life) renew() {
 	l.t.Helper()
 	config := l.proxy.ConfigFile
@@ -172,7 +175,7 @@ func (l *life) renew() {
 	start := func(rate int) *harness.Process {
 		return l.Spawn("reencrypt", "reencrypt", "--config", config, "--ignore-proxies", "--rate", fmt.Sprint(rate))
 	}
-	// Slow enough that there is a middle.
+	// Slow enough for a kill in the middle.
 	p := start(max(50, l.n/6))
 	for _, kill := range kills {
 		time.Sleep(time.Duration(rand.IntN(1500)) * time.Millisecond) // a random moment is the point
@@ -184,7 +187,7 @@ func (l *life) renew() {
 			l.proxy.Kill()
 			l.proxy.Start()
 		case "member":
-			m := l.cluster.Members[rand.IntN(3)] // the first is the test's own way in, which waits for it
+			m := l.cluster.Members[rand.IntN(3)] // the first is the test's own connection, which waits for it
 			m.Kill()
 			time.Sleep(time.Duration(rand.IntN(1000)) * time.Millisecond)
 			m.Start()
@@ -195,7 +198,7 @@ func (l *life) renew() {
 	}
 }
 
-// check looks at how all Secrets are stored.
+// check checks how all Secrets are stored.
 func (l *life) check(when string, begin []byte) {
 	l.t.Helper()
 	r, err := l.kv.Range(l.t.Context(), &pb.RangeRequest{Key: []byte(secretsPrefix), RangeEnd: []byte("/registry/secrets0")})
@@ -212,7 +215,7 @@ func (l *life) check(when string, begin []byte) {
 	}
 }
 
-// versions returns how often each Secret was written up to a revision; 0: to the present one.
+// versions returns how often each Secret was written up to a revision; 0 is the current one.
 func (l *life) versions(revision int64) map[string]int64 {
 	l.t.Helper()
 	r, err := l.kv.Range(l.t.Context(), &pb.RangeRequest{Key: []byte(secretsPrefix), RangeEnd: []byte("/registry/secrets0"), Revision: revision})
@@ -226,12 +229,12 @@ func (l *life) versions(revision int64) map[string]int64 {
 	return versions
 }
 
-// observed is what a watch saw: the last count of each Secret, and how many changes.
+// observed is what a watch received: the last number of each Secret, and how many changes.
 type observed struct {
 	mu    sync.Mutex
 	last  map[string]int64
 	times map[string]int64
-	began map[string]int64 // the versions where it began
+	began map[string]int64 // the versions at its start
 	stop  func()
 }
 
@@ -247,7 +250,7 @@ func (o *observed) seen(name string) int64 {
 	return o.last[name]
 }
 
-// observe watches the Secrets, and resumes as informers do.
+// observe watches the Secrets, and resumes like informers.
 func (l *life) observe(ctx context.Context) *observed {
 	l.t.Helper()
 	list, err := l.secrets.List(ctx, metav1.ListOptions{})
@@ -277,7 +280,7 @@ func (l *life) observe(ctx context.Context) *observed {
 			for e := range w.ResultChan() {
 				s, ok := e.Object.(*corev1.Secret)
 				if !ok || e.Type != watch.Modified {
-					// It may break off, and is resumed; that must be possible.
+					// The watch may break off, but it must be possible to resume it.
 					if err := apierrors.FromObject(e.Object); e.Type != watch.Error || apierrors.IsResourceExpired(err) || apierrors.IsGone(err) {
 						l.t.Errorf("the watch got %v: %v", e.Type, e.Object)
 					}

@@ -11,7 +11,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestKeyDisabled: what cannot be sealed because of its key is left and named, in the clear, and the run ends.
+// TestKeyDisabled checks that values that cannot be encrypted because of their key stay in
+// plaintext and are named, and that the run ends.
 func TestKeyDisabled(t *testing.T) {
 	t.Parallel()
 	s, _ := newSite(t, harness.EtcdConfig{})
@@ -23,7 +24,8 @@ func TestKeyDisabled(t *testing.T) {
 	}
 }
 
-// TestLimits: etcd's own limits, lower than usual, are found out; what is too large for etcd once it is sealed is left and named.
+// TestLimits checks that reencrypt finds out etcd's limits if they are lower than usual, and leaves
+// and names a value that is too large for etcd once it is encrypted.
 func TestLimits(t *testing.T) {
 	t.Parallel()
 	for _, version := range []string{"3.5", "3.7"} {
@@ -51,7 +53,8 @@ func TestLimits(t *testing.T) {
 	}
 }
 
-// TestOtherRules: proxies that might not be able to read the result stop it.
+// TestOtherRules checks that reencrypt does not run while there are proxies that might not be able
+// to read the result.
 func TestOtherRules(t *testing.T) {
 	t.Parallel()
 	s, _ := newSite(t, harness.EtcdConfig{})

@@ -15,7 +15,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// rewrap changes the wrapped DEK seed of a stored value, or an annotation that goes with it.
+// rewrap changes the wrapped DEK seed of a stored value, or an annotation of it.
 func rewrap(t *testing.T, stored []byte, change func(o *envelope.Object)) []byte {
 	t.Helper()
 	_, object, ok := envelope.Split(stored)
@@ -35,9 +35,9 @@ func rewrap(t *testing.T, stored []byte, change func(o *envelope.Object)) []byte
 	return damaged
 }
 
-// TestRefusedSeeds: behind a plugin that answers every failure alike, values whose DEK seeds it
-// refuses, or does not answer for, keep nobody waiting: all others are re-encrypted, and they are
-// counted and named, by each command.
+// TestRefusedSeeds uses a plugin that returns the same error for every failure. Values whose DEK
+// seeds it refuses, or does not answer for, must not delay others: all others are re-encrypted, and
+// each command counts and names them.
 func TestRefusedSeeds(t *testing.T) {
 	t.Parallel()
 	for _, grudge := range []time.Duration{0, 5 * time.Second} {
@@ -51,7 +51,7 @@ func TestRefusedSeeds(t *testing.T) {
 func testRefusedSeeds(t *testing.T, grudge time.Duration) {
 	s, _ := newSite(t, harness.EtcdConfig{})
 	s.kms.Plain(true)
-	s.cfg.KMS[0].Plugin.Timeout = "500ms" // for the one that is not answered for
+	s.cfg.KMS[0].Plugin.Timeout = "500ms" // for the one without an answer
 	p := s.StartProxy("proxy", s.cfg)
 	p.WaitReady(within)
 	kv := pb.NewKVClient(harness.Dial(t, p.Address, nil))
@@ -129,7 +129,7 @@ func testRefusedSeeds(t *testing.T, grudge time.Duration) {
 			t.Errorf("status --list does not name %s: %s", key, out)
 		}
 	}
-	// Of the one that is never answered for, verify knows nothing; the others are findings.
+	// verify knows nothing of the value without an answer; the others are findings.
 	out, code = s.Run("verify", "--config", config)
 	if code != 1 || strings.Contains(out, fmt.Sprintf("%q was not decrypted", refused[3])) != (grudge == 0) {
 		t.Errorf("verify: exit code %d: %s", code, out)
@@ -160,8 +160,8 @@ func testRefusedSeeds(t *testing.T, grudge time.Duration) {
 	}
 }
 
-// TestAnsweredOutage: a plugin that answers every call with the same fault while its KMS is out of
-// reach is waited for: no value is given up.
+// TestAnsweredOutage checks that reencrypt waits for a plugin that returns the same error for every
+// call while its KMS is unreachable, and skips no value.
 func TestAnsweredOutage(t *testing.T) {
 	t.Parallel()
 	s, _ := newSite(t, harness.EtcdConfig{})
@@ -184,10 +184,10 @@ func TestAnsweredOutage(t *testing.T) {
 	}
 	s.sealed(values, 3)
 
-	// verify must not take an outage for findings either.
+	// verify must not report an outage as findings either.
 	s.kms.Down(true)
 	out, _ := s.Run("verify", "--config", config, "--timeout", "2s")
-	for line := range strings.Lines(out) { // the plaintext in the history is one
+	for line := range strings.Lines(out) { // the plaintext in the history is a finding
 		if strings.Contains(line, "etcd: live") && !strings.Contains(line, "was not decrypted") {
 			t.Error(line)
 		}
@@ -198,8 +198,9 @@ func TestAnsweredOutage(t *testing.T) {
 	s.kms.Down(false)
 }
 
-// TestManyOfARefusedSeed: values of one refused seed, more than are put aside at a time, take a few
-// calls of the KMS and not some for each, and good values among them are rewritten.
+// TestManyOfARefusedSeed checks that many values of one refused DEK seed, more than are set aside
+// at a time, cause a few KMS calls in total and not some for each, and that good values among them
+// are rewritten.
 func TestManyOfARefusedSeed(t *testing.T) {
 	t.Parallel()
 	s, _ := newSite(t, harness.EtcdConfig{})

@@ -1,4 +1,5 @@
-// Package reencrypt tests `etcd-kms-proxy reencrypt` on real etcds, beside clients, and under what can go wrong.
+// Package reencrypt tests `etcd-kms-proxy reencrypt` on real etcds, with concurrent clients and
+// under faults.
 package reencrypt
 
 import (
@@ -27,13 +28,13 @@ const (
 type site struct {
 	*harness.Env
 	t    testing.TB
-	conn *grpc.ClientConn // to etcd itself
+	conn *grpc.ClientConn // directly to etcd
 	kv   pb.KVClient
 	kms  *harness.KMS
 	cfg  harness.ProxyConfig
 }
 
-// newSite starts an etcd and a KMS. The etcd holds plaintext, so its files may.
+// newSite starts an etcd and a KMS. The etcd stores plaintext, so its files may contain it.
 func newSite(t testing.TB, etcd harness.EtcdConfig) (*site, *harness.Etcd) {
 	t.Helper()
 	s := &site{Env: harness.New(t), t: t}
@@ -43,7 +44,7 @@ func newSite(t testing.TB, etcd harness.EtcdConfig) (*site, *harness.Etcd) {
 	return s, e
 }
 
-// on makes the rest of a site around an etcd.
+// on returns a site with an existing etcd.
 func (s *site) on(address string, urls ...string) {
 	s.conn = harness.Dial(s.t, address, nil)
 	s.kv = pb.NewKVClient(s.conn)
@@ -55,7 +56,7 @@ func (s *site) on(address string, urls ...string) {
 	}
 }
 
-// plaintextRule is the configuration that switches encryption off.
+// plaintextRule is the configuration that turns encryption off.
 func (s *site) plaintextRule() harness.ProxyConfig {
 	c := s.cfg
 	c.Rules = []harness.Rule{{Prefix: prefix, WriteWith: "plaintext", ReadWith: []string{"main", "dev"}, AllowPlaintextReads: new(true)}}
@@ -87,7 +88,7 @@ func get(t testing.TB, kv pb.KVClient, key string) *mvccpb.KeyValue {
 	return r.Kvs[0]
 }
 
-// all reads what stands below the prefix.
+// all reads the keys below the prefix.
 func all(t testing.TB, kv pb.KVClient) []*mvccpb.KeyValue {
 	t.Helper()
 	r, err := kv.Range(t.Context(), &pb.RangeRequest{Key: []byte(prefix), RangeEnd: []byte("/sealed0")})
@@ -97,7 +98,7 @@ func all(t testing.TB, kv pb.KVClient) []*mvccpb.KeyValue {
 	return r.Kvs
 }
 
-// report is the command's, as scripts read it.
+// report is the command's JSON report.
 type report struct {
 	OK, Interrupted                                       bool
 	Passes, Keys, Current, Rewritten, Transactions, Raced int64
@@ -106,7 +107,7 @@ type report struct {
 	Revisions                                             struct{ First, Last int64 }
 }
 
-// reencrypt runs the command to its end, with the exit code that it must have.
+// reencrypt runs the command to its end, and checks its exit code.
 func (s *site) reencrypt(config string, code int, args ...string) (r report, output string) {
 	s.t.Helper()
 	out, got := s.Run(append([]string{"reencrypt", "--config", config, "--output", "json"}, args...)...)
@@ -116,7 +117,7 @@ func (s *site) reencrypt(config string, code int, args ...string) (r report, out
 	return decode(s.t, out), out
 }
 
-// decode finds the report among the notices.
+// decode finds the report among the log lines.
 func decode(t testing.TB, out string) (r report) {
 	t.Helper()
 	begin, end := strings.Index(out, "{\n"), strings.LastIndex(out, "\n}")
@@ -129,7 +130,7 @@ func decode(t testing.TB, out string) (r report) {
 	return r
 }
 
-// fill puts n plaintext values of mixed sizes and returns them. Large ones are few.
+// fill puts n plaintext values of mixed sizes and returns them. Few are large.
 func (s *site) fill(n int) map[string][]byte {
 	s.t.Helper()
 	values := make(map[string][]byte, n)
@@ -142,7 +143,8 @@ func (s *site) fill(n int) map[string][]byte {
 	return values
 }
 
-// sealed checks what etcd stores: every value is sealed, and was changed no more often than so many times since it was made.
+// sealed checks what etcd stores: every value is encrypted, and was changed at most so many times
+// since it was created.
 func (s *site) sealed(values map[string][]byte, versions int64) {
 	s.t.Helper()
 	kvs := all(s.t, s.kv)
@@ -159,7 +161,7 @@ func (s *site) sealed(values map[string][]byte, versions int64) {
 	}
 }
 
-// opens checks that a proxy reads the values.
+// opens checks that a proxy can read the values.
 func (s *site) opens(p *harness.Proxy, values map[string][]byte) {
 	s.t.Helper()
 	for _, kv := range all(s.t, pb.NewKVClient(harness.Dial(s.t, p.Address, nil))) {

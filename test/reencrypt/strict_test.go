@@ -16,9 +16,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestStrictRule: what was written past the proxies under a rule that refuses to read it is left by
-// the proxy's own re-encryption, by --watch and by the command, until the operator says so; and a
-// value of a provider that the rule does not read is left even then.
+// TestStrictRule checks that plaintext under a strict rule is left unchanged by the proxy's own
+// re-encryption, by --watch and by the command, until the operator says otherwise, and that a value
+// of a provider that the rule does not read is left unchanged even then.
 func TestStrictRule(t *testing.T) {
 	t.Parallel()
 	s, _ := newSite(t, harness.EtcdConfig{})

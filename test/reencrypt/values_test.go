@@ -18,8 +18,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestValues: every kind of value, there and back: plaintext of all sizes, under leases, of an older key, of another provider and of type 0; what cannot be opened is
-// left and named; and what is current is not touched.
+// TestValues re-encrypts every kind of value: plaintext of all sizes, with leases, under an older
+// key, of another provider and of type 0, and back. What cannot be decrypted is left and named, and
+// current values are not changed.
 func TestValues(t *testing.T) {
 	t.Parallel()
 	for _, version := range []string{"3.5", "3.7"} {
@@ -71,7 +72,7 @@ func testValues(t *testing.T, version, txnKeys string) {
 	s.put(prefix+"type0", s.typeZero(prefix+"type0", values[prefix+"type0"]), 0)
 	s.kms.Rotate()
 
-	// What is left.
+	// What is left unchanged.
 	foreign, damaged := []byte(marker+"nobody:something"), append([]byte{}, get(t, s.kv, prefix+"by-main").Value...)
 	damaged[len(damaged)-1] ^= 1
 	s.put(prefix+"x-foreign", foreign, 0)
@@ -121,7 +122,7 @@ func testValues(t *testing.T, version, txnKeys string) {
 	s.opens(p, values)
 	p.Stop(within)
 
-	// After a rotation, and off again.
+	// After a rotation, and back to plaintext.
 	s.kms.Rotate()
 	if r, out = s.reencrypt(config, 0, "--txn-keys", txnKeys, "--workers", "4"); r.Rewritten != total {
 		t.Errorf("after a rotation: %s", out)
@@ -141,7 +142,7 @@ func testValues(t *testing.T, version, txnKeys string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Neither the dry run nor the one that found nothing to do is there.
+	// Neither the dry run nor the run that found nothing to do is recorded.
 	for what, n := range map[string]int{`"outcome":"begun"`: 3, `"outcome":"ok"`: 2, `"outcome":"failed"`: 1, fmt.Sprintf(`"keys":%d,`, total): 6} {
 		if got := strings.Count(string(log), what); got != n {
 			t.Errorf("the audit log has %s %d times, want %d: %s", what, got, n, log)
@@ -149,7 +150,8 @@ func testValues(t *testing.T, version, txnKeys string) {
 	}
 }
 
-// typeZero seals a value as Kubernetes did before 1.29: with AES-GCM directly under the key that the KMS wrapped.
+// typeZero encrypts a value like Kubernetes before 1.29: with AES-GCM directly under the key that
+// the KMS wrapped.
 func (s *site) typeZero(key string, value []byte) []byte {
 	s.t.Helper()
 	dek := make([]byte, 32)

@@ -16,7 +16,7 @@ import (
 )
 
 // TestPassword changes the password of the proxy's user in etcd and in the file, in either order.
-// The proxy goes on with what it does as this user, without a restart.
+// The proxy must continue what it does as this user, without a restart.
 func TestPassword(t *testing.T) {
 	e := harness.New(t)
 	etcd := e.StartEtcd(harness.EtcdConfig{})
@@ -42,8 +42,8 @@ func TestPassword(t *testing.T) {
 		Log: harness.LogConfig{Level: "info"},
 	})
 	p.WaitReady(within)
-	// renewed waits until the proxy has announced itself again: its lease is revoked, which it finds
-	// out with a call as the user.
+	// renewed waits until the proxy has announced itself again: its lease was revoked, which it
+	// finds out by a call as the user.
 	current := "first"
 	renewed := func(what string) {
 		t.Helper()
@@ -98,7 +98,7 @@ func TestPassword(t *testing.T) {
 	}
 }
 
-// TestCertificate: new connections have the new certificate, and open ones go on.
+// TestCertificate checks that new connections get the new certificate, and that open ones continue.
 func TestCertificate(t *testing.T) {
 	e := harness.New(t)
 	ca := e.NewCA("ca")

@@ -17,7 +17,7 @@ import (
 
 const within = 30 * time.Second
 
-// folder is where the files of a proxy are, and how they change.
+// folder contains the files of a proxy, and says how they change.
 type folder struct {
 	t       *testing.T
 	path    string
@@ -42,7 +42,7 @@ func (f *folder) put(changes map[string]*string) {
 			f.t.Fatal(err)
 		}
 	}
-	if f.style == "..data" { // as Kubernetes mounts a Secret
+	if f.style == "..data" { // like a Secret mounted by Kubernetes
 		f.version++
 		folder := fmt.Sprintf("..version-%d", f.version)
 		must(os.Mkdir(filepath.Join(f.path, folder), 0o700))
@@ -90,9 +90,9 @@ func read(t *testing.T, path string) string {
 	return string(data)
 }
 
-// TestFiles takes each file of a configuration through every kind of change. A good one is taken
-// without a restart. A bad or missing one leaves the old one in force, which is logged once and
-// shown in /readyz until there is a good one.
+// TestFiles changes each file of a configuration in every way. A good file must be used without a
+// restart. A bad or missing file must leave the old one in use, which is logged once and shown in
+// /readyz until there is a good one.
 func TestFiles(t *testing.T) {
 	for _, style := range []string{"in place", "renamed", "..data"} {
 		t.Run(style, func(t *testing.T) {
@@ -150,7 +150,7 @@ func testFiles(t *testing.T, style string) {
 	p.Start()
 	p.WaitReady(within)
 
-	// commented is the file with a comment, which changes its bytes alone.
+	// commented returns the file with a comment, which changes only its bytes.
 	commented := func(name string) func(int) map[string]string {
 		return func(n int) map[string]string {
 			return map[string]string{name: initial[name] + strings.Repeat("\n", n)}
@@ -207,7 +207,7 @@ func testFiles(t *testing.T, style string) {
 			`"msg":"configuration not reloaded: the running one stays"`, "configuration",
 		},
 	}
-	want := make(map[string]int) // lines of refusal
+	want := make(map[string]int) // log lines of refusals
 	for _, s := range subjects {
 		count := func(line string) int { return strings.Count(p.Log(), line) }
 		put := func(files map[string]string) {
@@ -265,11 +265,11 @@ func testFiles(t *testing.T, style string) {
 		}
 	}
 	p.WaitReady(within)
-	// The turns of the other files were time enough for a line that is repeated.
+	// A repeated line would have been logged during the turns of the other files.
 	for line, n := range want {
 		have := strings.Count(p.Log(), line)
 		if strings.Contains(line, "listener") && style != "..data" && have == n+1 {
-			continue // a certificate and its key were not replaced within one moment
+			continue // a certificate and its key were not replaced at the same moment
 		}
 		if have != n {
 			t.Errorf("%s is logged %d times, want %d", line, have, n)

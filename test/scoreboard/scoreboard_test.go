@@ -17,14 +17,15 @@ import (
 
 const module = "go.etcd.io/etcd/tests/v3"
 
-// edits put the proxy before each member. Every one must be found once, or etcd's framework has changed.
+// edits put the proxy in front of each member. Each must match exactly once; otherwise etcd's
+// framework has changed.
 var edits = [][2]string{
 	{"etcdserver.NewServer(m.ServerConfig)", "etcdserver.NewServer(withRoom(m.ServerConfig))"},
 	{"v3rpc.Server(m.Server, tlscfg,", "v3rpc.Server(m.Server, behindFront(tlscfg),"},
 	{"go m.GRPCServer.Serve(m.GRPCListener)", "go m.GRPCServer.Serve(m.front())"},
 }
 
-// packages hold the tests that speak to etcd as clients do.
+// packages contain the tests that use etcd as clients do.
 var packages = []string{
 	"integration", "integration/clientv3", "integration/clientv3/concurrency", "integration/clientv3/connectivity", "integration/clientv3/examples",
 	"integration/clientv3/experimental/recipes", "integration/clientv3/lease", "integration/clientv3/naming", "integration/clientv3/snapshot", "integration/clientv3/watch",
@@ -94,7 +95,8 @@ func (s *scores) counts() map[string]int {
 func runTests(t *testing.T, dir string, args []string) *scores {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), "go", args...)
-	// A test's folder is where it makes its sockets, whose names are short; what it leaves behind goes with the copy.
+	// A test creates its sockets, whose paths must be short, in its folder. Files that it leaves
+	// are removed with the copy.
 	cmd.Env = append(os.Environ(), "GOFLAGS=", "TMPDIR="+dir, "SCOREBOARD_PROXY="+proxyBinary(t), "SCOREBOARD_KEY="+newKey(t, dir))
 	var errs bytes.Buffer
 	cmd.Stderr = &errs
@@ -122,9 +124,10 @@ func runTests(t *testing.T, dir string, args []string) *scores {
 	return s
 }
 
-const keep = 8 << 10 // of what a test prints, at its end
+const keep = 8 << 10 // the last lines of a test's output
 
-// note counts a top-level test by its own result. A package that fails without a test of it, as it does when it does not build, counts as one.
+// note counts a top-level test by its own result. A package that fails without a failed test, for
+// example because it does not build, counts as one.
 func (s *scores) note(pkg, test, action, output string) {
 	top, _, sub := strings.Cut(test, "/")
 	name := pkg + "." + top
@@ -152,7 +155,8 @@ func (s *scores) failedIn(pkg string) bool {
 	return false
 }
 
-// copyModule copies etcd's tests into dir, with the proxy before each member unless bare, and returns a go.mod that uses the copy.
+// copyModule copies etcd's tests into dir, with the proxy in front of each member unless bare, and
+// returns a go.mod that uses the copy.
 func copyModule(t *testing.T, dir string, bare bool) string {
 	t.Helper()
 	from := command(t, "go", "list", "-m", "-f", "{{.Dir}}", module)
@@ -161,7 +165,7 @@ func copyModule(t *testing.T, dir string, bare bool) string {
 		command(t, "mkdir", "-p", to)
 		command(t, "cp", "-r", "--no-preserve=mode", filepath.Join(from, part), to)
 	}
-	// Its subject is a library that is no published module.
+	// It tests a library that is not a published module.
 	if err := os.Remove(filepath.Join(to, "integration", "cache_test.go")); err != nil {
 		t.Fatal(err)
 	}
@@ -184,7 +188,7 @@ func copyModule(t *testing.T, dir string, bare bool) string {
 	return modfile
 }
 
-// readKnown reads lines of a test's name and the reason why it fails.
+// readKnown reads lines with a test's name and the reason why it fails.
 func readKnown(t *testing.T) map[string]string {
 	t.Helper()
 	known := make(map[string]string)

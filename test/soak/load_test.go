@@ -21,7 +21,7 @@ func (l *load) work(ctx context.Context, t *testing.T, worker int) {
 		key := fmt.Sprintf("%sns-%d/key-%d", sealed, worker, n%keysEach)
 		l.put(t, kv, key, l.env.Sealed.Value(fmt.Sprintf("%d-%d", worker, n)))
 		l.get(t, kv, key)
-		// What no rule covers works as if there were no KMS.
+		// Keys without a rule work as if there were no KMS.
 		key, value := fmt.Sprintf("%sns-%d", clear, worker), l.env.Clear.Value(fmt.Sprint(n))
 		own, cancel := limited()
 		if _, err := kv.Put(own, &pb.PutRequest{Key: []byte(key), Value: []byte(value)}); err != nil {
@@ -35,7 +35,7 @@ func (l *load) work(ctx context.Context, t *testing.T, worker int) {
 		if n%50 == 0 {
 			l.list(t, kv, worker)
 		}
-		// The load is to last, not to fill the machine.
+		// The load should last, and not use the whole machine.
 		select {
 		case <-time.After(20 * time.Millisecond):
 		case <-ctx.Done():
@@ -43,13 +43,13 @@ func (l *load) work(ctx context.Context, t *testing.T, worker int) {
 	}
 }
 
-// limited bounds one call: nothing may hang for longer than a KMS call with its attempts does.
+// limited bounds one call: nothing may hang longer than a KMS call with its retries.
 func limited() (context.Context, context.CancelFunc) {
 	return context.WithTimeout(context.Background(), 20*time.Second)
 }
 
-// excused reports whether an error may come while the KMS is in trouble; every other is the proxy's fault. before is whether it was in trouble when the call
-// began.
+// excused reports whether an error is permitted because the KMS has trouble; every other is a fault
+// of the proxy. before says whether the KMS had trouble when the call began.
 func (l *load) excused(err error, before bool) bool {
 	st := status.Convert(err)
 	return (before || l.trouble.Load()) && (st.Code() == codes.Unavailable || st.Code() == codes.FailedPrecondition) && strings.HasPrefix(st.Message(), "etcd-kms-proxy: rule ")
@@ -65,7 +65,7 @@ func (l *load) put(t *testing.T, kv pb.KVClient, key, value string) {
 		l.set(key, value)
 		return
 	}
-	// The error names the rule: the value could not be sealed, and so was not sent.
+	// The error names the rule: the value could not be encrypted, and so was not sent.
 	l.putErrors.Add(1)
 	if !l.excused(err, before) {
 		t.Errorf("put of %s: %v", key, err)
@@ -118,7 +118,7 @@ func (l *load) list(t *testing.T, kv pb.KVClient, worker int) {
 	}
 }
 
-// checkAll reads everything once the KMS is well again.
+// checkAll reads everything after the KMS has recovered.
 func (l *load) checkAll(t *testing.T) {
 	t.Helper()
 	kv := pb.NewKVClient(l.conn)

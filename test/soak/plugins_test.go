@@ -19,9 +19,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestPlugins runs the load behind each public plugin that can be used, as it behaves, while its
-// vendor fails, its process starts again, its key is rotated, and a client reads a value all the
-// time whose seed the plugin refuses.
+// TestPlugins runs the load behind each available public plugin, with its own behavior, while its
+// vendor fails, its process restarts, its key is rotated, and a client repeatedly reads a value
+// whose DEK seed the plugin refuses.
 func TestPlugins(t *testing.T) {
 	for _, p := range kmstest.Personalities() {
 		if p.Unusable != "" {
@@ -68,14 +68,15 @@ func soakPlugin(t *testing.T, p kmstest.Personality, total time.Duration) {
 	if l.puts.Load() < 20 || l.gets.Load() < 20 || reads < 20 {
 		t.Error("too little happened to say anything")
 	}
-	// Seeds are unwrapped again after 3 s, the polls ask once a second, and for the refused one the
-	// longest pause is a second here.
+	// DEK seeds are unwrapped again after 3 s, health checks run every second, and the longest
+	// pause for the refused one is one second here.
 	if most := 20 + int(total/time.Second)*5; decrypts > most {
 		t.Errorf("%d Decrypt calls; want %d at most", decrypts, most)
 	}
 }
 
-// refusedValue stores a value whose wrapped seed is damaged, past the proxy, and returns its key.
+// refusedValue writes a value whose wrapped DEK seed is damaged to etcd directly, and returns its
+// key.
 func refusedValue(t *testing.T, kv, raw pb.KVClient, env *harness.Env) string {
 	t.Helper()
 	const key = sealed + "damaged"
@@ -103,8 +104,8 @@ func refusedValue(t *testing.T, kv, raw pb.KVClient, env *harness.Env) string {
 	return key
 }
 
-// readRefused reads a refused value with etcd's own client, which calls again after Unavailable,
-// until ctx ends, and returns how often it did.
+// readRefused reads a refused value with etcd's own client, which retries after Unavailable, until
+// ctx ends, and returns how often it did.
 func readRefused(ctx context.Context, t *testing.T, l *load, address, key string, garbage bool) int {
 	client, err := clientv3.New(clientv3.Config{Endpoints: []string{"http://" + address}, Logger: zap.NewNop()})
 	if err != nil {
@@ -134,7 +135,7 @@ func readRefused(ctx context.Context, t *testing.T, l *load, address, key string
 	return reads
 }
 
-// troublePlugin has the vendor fail for a while, starts the plugin again, and rotates the key.
+// troublePlugin makes the vendor fail for a while, restarts the plugin, and rotates the key.
 func troublePlugin(ctx context.Context, t *testing.T, l *load, p kmstest.Personality, persona *kmstest.Persona, plugin *kmstest.Plugin, total time.Duration) {
 	pause := func() {
 		select {
@@ -174,7 +175,7 @@ func troublePlugin(ctx context.Context, t *testing.T, l *load, p kmstest.Persona
 	trouble(func() { persona.SetOutage(true) }, func() { persona.SetOutage(false) })
 	pause()
 	trouble(plugin.Stop, func() { persona.Restart(); plugin.Start() })
-	if !p.OneVersion { // its operator needs another provider for that
+	if !p.OneVersion { // the operator needs another provider for that
 		persona.Rotate()
 	}
 	pause()

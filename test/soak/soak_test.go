@@ -1,7 +1,8 @@
-// Package soak holds the proxy, a real etcd and a double of Alibaba Cloud KMS under load while the KMS misbehaves: it rotates its key, throttles,
-// hangs, cuts connections, fails, and has its key disabled. Nothing may be lost, wrong or leaked, and nothing outside the rule may notice.
+// Package soak puts the proxy, a real etcd and a simulated Alibaba Cloud KMS under load while the
+// KMS has trouble: it rotates its key, throttles, hangs, closes connections, fails, and has its key
+// disabled. Nothing may be lost, wrong or leaked, and keys without a rule must not be affected.
 //
-// SOAK is how long it lasts, as Go writes durations; 10m is the whole of it.
+// SOAK is the duration, as Go writes durations; 10m is the full length.
 package soak
 
 import (
@@ -47,7 +48,7 @@ func length(t *testing.T) time.Duration {
 	return time.Minute
 }
 
-// TestSoak runs the load and the troubles side by side.
+// TestSoak runs the load and the trouble at the same time.
 func TestSoak(t *testing.T) {
 	total := length(t)
 	env := harness.New(t)
@@ -57,7 +58,7 @@ func TestSoak(t *testing.T) {
 		Etcd:  harness.Upstream{Endpoints: []string{etcd.URL}},
 		KMS:   []harness.KMSConfig{env.AlibabaKey(provider, double)},
 		Rules: []harness.Rule{{Prefix: sealed, WriteWith: provider, AllowPlaintextReads: new(bool)}},
-		// Seeds are unwrapped again and again, so that reading depends on the KMS as well.
+		// DEK seeds are unwrapped repeatedly, so that reading depends on the KMS as well.
 		Cache: &harness.Cache{TTL: "3s", RevokeWithin: "2s"},
 		Log:   harness.LogConfig{Level: "info"},
 	})
@@ -97,7 +98,7 @@ func TestSoak(t *testing.T) {
 	if l.puts.Load() < 100 || l.gets.Load() < 100 || k.rotations == 0 {
 		t.Error("too little happened to say anything")
 	}
-	// A rotation costs one; calls that were applied and reported as failed are made again.
+	// A rotation causes one; calls that were applied but reported as failed are repeated.
 	if mint := double.Applied("GenerateDataKey"); mint > 3*(k.rotations+k.counts["disabled"]+1)+int(total/time.Second) {
 		t.Errorf("%d data keys for %d rotations", mint, k.rotations)
 	}
@@ -141,8 +142,8 @@ type trouble struct {
 	slowest   time.Duration // of the recoveries
 }
 
-// makeTrouble rotates the key every 20 seconds (more often in a short run) and has one trouble after the other in between, each for a while and
-// followed by a time without.
+// makeTrouble rotates the key every 20 seconds (more often in a short run) and causes one trouble
+// after the other in between, each for a while and followed by a time without.
 func (k *trouble) makeTrouble(ctx context.Context, t *testing.T, l *load) {
 	k.counts = map[string]int{}
 	every := min(20*time.Second, length(t)/6)
@@ -192,7 +193,7 @@ func (k *trouble) makeTrouble(ctx context.Context, t *testing.T, l *load) {
 		more := sleep(every / 2)
 		k.double.ClearFaults()
 		k.double.SetState(kmsdouble.DefaultKeyID, kmsdouble.Enabled)
-		// From here on there is no excuse: it is well within a stated time, and stays so until the next trouble.
+		// No excuses from here on: it must work within a given time, and until the next trouble.
 		if !k.recovers(t, l, tr.name) {
 			return
 		}
@@ -203,11 +204,12 @@ func (k *trouble) makeTrouble(ctx context.Context, t *testing.T, l *load) {
 	}
 }
 
-// recovery is the longest that the proxy may take after a trouble: a call that hangs is given up after 3 s, the circuit lets a probe through after 5 s, and the
-// seed that a rule needs is asked for by the poll, each second. The rest is for a slow machine.
+// recovery is the longest time that the proxy may need after a trouble: a call that hangs times out
+// after 3 s, the circuit breaker permits a probe after 5 s, and the health check, every second,
+// unwraps the DEK seed that a rule needs. The rest is for a slow machine.
 const recovery = 20 * time.Second
 
-// recovers waits until everything is written and read again, also when the load ends meanwhile.
+// recovers waits until everything can be written and read again, also if the load ends meanwhile.
 func (k *trouble) recovers(t *testing.T, l *load, name string) bool {
 	kv := pb.NewKVClient(l.conn)
 	begun := time.Now()
@@ -233,16 +235,16 @@ func (k *trouble) recovers(t *testing.T, l *load, name string) bool {
 	}
 }
 
-// load is the clients. Each worker has keys of its own, so it knows what they may hold.
+// load is the clients. Each worker has its own keys, so it knows their possible values.
 type load struct {
 	env     *harness.Env
 	conn    *grpc.ClientConn
-	trouble atomic.Bool // the KMS is in trouble, or has not recovered from it
+	trouble atomic.Bool // the KMS has trouble, or has not recovered from it
 
 	puts, gets, putErrors, getErrors atomic.Int64
 
 	mu   sync.Mutex
-	keys map[string][]string // what each key may hold; "" for nothing
+	keys map[string][]string // the possible values of each key; "" for none
 }
 
 func (l *load) may(key string) []string {

@@ -1,6 +1,6 @@
-// Package systemd tests the units of deploy/systemd, and serve under what systemd does for it:
-// sockets that are passed, notifications and the watchdog. systemd itself does not run in a test:
-// systemd-analyze checks the units, systemd-socket-activate holds the sockets.
+// Package systemd tests the units of deploy/systemd, and `serve` with the features of systemd: passed
+// sockets, notifications and the watchdog. systemd-analyze checks the units, systemd-socket-activate
+// holds the sockets, and a systemd that boots in namespaces runs the service.
 package systemd
 
 import (
@@ -28,7 +28,7 @@ import (
 
 const within = 30 * time.Second
 
-// program finds a program of Debian's package systemd.
+// program returns the path of a program of Debian's package systemd.
 func program(t *testing.T, name string) string {
 	t.Helper()
 	path, err := exec.LookPath(name)
@@ -58,7 +58,8 @@ func units(t *testing.T) (folder string, texts map[string]string) {
 	return folder, texts
 }
 
-// TestUnits: systemd finds nothing wrong with the units, and the service is little exposed.
+// TestUnits checks that systemd finds nothing wrong with the units, and that the exposure of the
+// service is low.
 func TestUnits(t *testing.T) {
 	analyze := program(t, "systemd-analyze")
 	folder, texts := units(t)
@@ -84,7 +85,7 @@ func TestUnits(t *testing.T) {
 	}
 }
 
-// notifications is the socket that a service notifies systemd by.
+// notifications is the socket for a service's notifications to systemd.
 type notifications struct {
 	path string
 	mu   sync.Mutex
@@ -139,9 +140,9 @@ func (n *notifications) wait(t *testing.T, state string, count int) {
 	})
 }
 
-// TestRestart: while systemd-socket-activate holds the socket, and clients are at work, the service
-// is restarted several times. No connection is refused, no call fails, and each start and stop is
-// notified.
+// TestRestart restarts the service several times while systemd-socket-activate holds the socket and
+// clients send calls. No connection may be refused, no call may fail, and each start and stop must
+// be notified.
 func TestRestart(t *testing.T) {
 	activate := program(t, "systemd-socket-activate")
 	e := harness.New(t)
@@ -168,7 +169,7 @@ func TestRestart(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) // nothing is left where all is well
+		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) // no process remains after a success
 		_ = cmd.Wait()
 		if data, err := os.ReadFile(log.Name()); t.Failed() && err == nil {
 			t.Logf("%s", data)
@@ -205,7 +206,7 @@ func TestRestart(t *testing.T) {
 				}
 				_ = conn.Close()
 				connections.Add(1)
-				time.Sleep(time.Millisecond) // the pace
+				time.Sleep(time.Millisecond) // limits the rate
 			}
 		})
 	}
@@ -256,14 +257,13 @@ func pidOf(t *testing.T, file string) int {
 	return pid
 }
 
-// TestSockets: what is wrong between the sockets that are passed and the listeners is told at the
-// start.
+// TestSockets checks that a mismatch between passed sockets and listeners is reported at startup.
 func TestSockets(t *testing.T) {
 	e := harness.New(t)
 	key := e.LocalKey("dev", 1)
 	for n, tt := range []struct {
 		name, listener string
-		network, addr  string // of the socket; empty: none is passed
+		network, addr  string // of the socket; empty if none is passed
 		texts          []string
 	}{
 		{"none is passed", "systemd://etcd", "", "", []string{"systemd passes no socket of this name, or any other", "hint: start the socket unit"}},
@@ -324,7 +324,7 @@ func bound(t *testing.T, network, addr string) *os.File {
 	return f
 }
 
-// TestSeveralSockets: two sockets of one name are one listener.
+// TestSeveralSockets passes two sockets with the same name, which are one listener.
 func TestSeveralSockets(t *testing.T) {
 	e := harness.New(t)
 	etcd := e.StartEtcd(harness.EtcdConfig{})

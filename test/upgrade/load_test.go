@@ -1,5 +1,5 @@
 // Package upgrade restarts one of two proxies at a time under load, with the same version and with
-// another one. The clients are etcd's own, and know both proxies.
+// another one. The clients are etcd's own, and have the addresses of both proxies.
 package upgrade
 
 import (
@@ -23,25 +23,25 @@ const (
 	patience = 20 * time.Second // for one request
 	clients  = 8
 	workers  = 6    // of a client
-	wanted   = 2000 // requests a second, of all workers; a slow machine reaches fewer
+	wanted   = 2000 // requests per second, of all workers; a slow machine reaches fewer
 	watchers = 4
 	prefix   = "/s/load/"
 )
 
-// written is what a client was told of a write that succeeded.
+// written is what a client learned of a write that succeeded.
 type written struct {
 	revision   int64
 	key, value string
 }
 
-// event is what a watch told of a write.
+// event is what a watch received of a write.
 type event = written
 
-// load is clients at work on keys under a rule. Each key has one writer, who knows what it has to
+// load is clients that use keys under a rule. Each key has one writer, which knows what it must
 // read.
 type load struct {
 	t         *testing.T
-	marker    string // begins every value
+	marker    string // prefix of every value
 	endpoints []string
 	clients   []*clientv3.Client // the workers', then one for each watch
 	requests  atomic.Int64
@@ -64,7 +64,7 @@ func newLoad(t *testing.T, e *harness.Env, proxies []*harness.Proxy) *load {
 	return l
 }
 
-// client is etcd's own as an application makes it.
+// client is etcd's own client, configured as by an application.
 func client(t *testing.T, endpoints ...string) *clientv3.Client {
 	t.Helper()
 	c, err := clientv3.New(clientv3.Config{Endpoints: endpoints, Logger: zap.NewNop(), DialOptions: harness.SearchErrors()})
@@ -75,14 +75,14 @@ func client(t *testing.T, endpoints ...string) *clientv3.Client {
 	return c
 }
 
-// fail counts failures by what they say.
+// fail counts failures by their text.
 func (l *load) fail(format string, args ...any) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.failures[fmt.Sprintf(format, args...)]++
 }
 
-// run works until ctx ends. Requests that are under way are finished first.
+// run sends requests until ctx ends. Requests in flight are finished first.
 func (l *load) run(ctx context.Context) {
 	var all sync.WaitGroup
 	defer all.Wait()
@@ -93,8 +93,8 @@ func (l *load) run(ctx context.Context) {
 	}
 }
 
-// watch begins the watches, and returns once all of them see what is written from now on. They go
-// on until ctx ends.
+// watch starts the watches, and returns when all of them receive new writes. They continue until
+// ctx ends.
 func (l *load) watch(ctx context.Context) (wait func()) {
 	var all, begun sync.WaitGroup
 	for n, c := range l.clients[clients:] {
@@ -187,7 +187,7 @@ func (l *load) proceed(n int64) {
 	})
 }
 
-// connected waits until every client has a connection to p again: before that, the other proxy may
+// connected waits until every client has a connection to p again: before that, the other proxy must
 // not be stopped.
 func (l *load) connected(p *harness.Proxy) {
 	l.t.Helper()
@@ -206,11 +206,11 @@ func (l *load) connected(p *harness.Proxy) {
 	})
 }
 
-// check compares what clients were told with what etcd has, and each watch with it.
+// check compares the results that clients got with etcd's data, and each watch with it.
 func (l *load) check(ctx context.Context, etcd *clientv3.Client, stop func()) {
 	l.t.Helper()
 	took := time.Since(l.started)
-	// Writes that were answered, in order: no other client writes these keys.
+	// Writes with a response, in order: no other client writes these keys.
 	slices.SortFunc(l.writes, func(a, b written) int { return int(a.revision - b.revision) })
 	last := l.writes[len(l.writes)-1].revision
 	harness.Eventually(l.t, within, "the last event of each watch", func() error {

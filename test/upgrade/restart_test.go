@@ -12,8 +12,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestRestart: while clients that know two proxies put, get, watch and write in transactions, each
-// proxy is restarted several times. No request fails, and every watch gets each event once.
+// TestRestart restarts each of two proxies several times while clients that have the addresses of
+// both put, get, watch and write in transactions. No request may fail, and every watch must get
+// each event once.
 func TestRestart(t *testing.T) {
 	restarts := 8
 	if testing.Short() {
@@ -37,8 +38,8 @@ func TestRestart(t *testing.T) {
 				l.connected(other)
 			}
 			l.proceed(1000)
-			// Every other time, etcd does not answer for a while: requests of all workers are
-			// under way when the drain begins, and have to be finished in it.
+			// Every second time, etcd does not answer for a while: requests of all workers are
+			// in flight when the drain begins, and must be finished during it.
 			finish := func() {}
 			if i/2%2 == 1 {
 				finish = l.hold(etcd)
@@ -56,8 +57,8 @@ func TestRestart(t *testing.T) {
 	})
 }
 
-// hold stops etcd until every worker waits for it, and for a moment more. The function that it
-// returns waits until etcd goes on.
+// hold stops etcd until every worker waits for it, and for a moment longer. The function that it
+// returns waits until etcd continues.
 func (l *load) hold(etcd *harness.Etcd) (finish func()) {
 	l.t.Helper()
 	if err := syscall.Kill(etcd.PID(), syscall.SIGSTOP); err != nil {
@@ -82,7 +83,7 @@ func (l *load) hold(etcd *harness.Etcd) (finish func()) {
 	return func() { <-done }
 }
 
-// site is the configuration of a proxy that writes quiet logs.
+// site is the configuration of a proxy with few log records.
 func site(etcd *harness.Etcd, kms harness.KMSConfig) harness.ProxyConfig {
 	return harness.ProxyConfig{
 		Etcd: harness.Upstream{Endpoints: []string{etcd.URL}}, KMS: []harness.KMSConfig{kms},
@@ -90,7 +91,7 @@ func site(etcd *harness.Etcd, kms harness.KMSConfig) harness.ProxyConfig {
 	}
 }
 
-// during runs restart while the clients are at work, and checks what they saw.
+// during runs restart while the clients send requests, and checks their results.
 func (l *load) during(etcd *clientv3.Client, restart func()) {
 	l.t.Helper()
 	watching, stopWatches := context.WithCancel(l.t.Context())

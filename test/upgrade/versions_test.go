@@ -11,11 +11,11 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// before is the commit whose proxy is upgraded from, and which the upgrade is rolled back to.
+// before is the commit of the proxy that is upgraded, and to which the upgrade is rolled back.
 // UPGRADE_FROM names another one.
 const before = "1a46daf3310a9417c63f910ea70bbbce332a3c80"
 
-// older builds the proxy of an earlier commit out of the repository's history.
+// older builds the proxy of an earlier commit in the repository's history.
 func older(t *testing.T) string {
 	t.Helper()
 	commit := os.Getenv("UPGRADE_FROM")
@@ -37,7 +37,7 @@ func older(t *testing.T) string {
 	if err := os.Mkdir(source, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	archive, err := git("archive", commit, "go.mod", "go.sum", "cmd", "config", "crypto", "kmsclient", "lifecycle", "proxy").Output()
+	archive, err := git("archive", commit).Output()
 	if err != nil {
 		t.Fatalf("archive %s: %v", commit, err)
 	}
@@ -55,8 +55,8 @@ func older(t *testing.T) string {
 }
 
 // TestUpgrade upgrades one of two proxies after the other under load, rolls one of them back, and
-// upgrades it again. No request fails and no event is lost. Each version reads what the other one
-// writes and accepts what it has agreed on, also at its own start.
+// upgrades it again. No request may fail and no event may be lost. Each version must read what the
+// other one writes and accept its agreement, also at its own start.
 func TestUpgrade(t *testing.T) {
 	old, current := older(t), harness.Bin(t, "etcd-kms-proxy")
 	e := harness.New(t)

@@ -59,7 +59,9 @@ func render(types []string, example string) ([]byte, error) {
 		return nil, fmt.Errorf("read example: %w", err)
 	}
 	p.printf("<!-- Generated from the comments in config/types*.go by `make docs`; do not edit. -->\n\n# Configuration\n\n")
-	p.printf("`etcd-kms-proxy config check --config FILE` checks a file and reports every problem at once, with its path, its line and what to do. ")
+	p.printf("Every field of the configuration file. For operators who write or review it; ")
+	p.printf("[Configure the proxy](../guides/configure.md) begins with a small one.\n\n")
+	p.printf("`etcd-kms-proxy config check --config FILE` checks a file and reports every problem at once, with its path, its line and a hint. ")
 	p.printf("A field that is not described here, or that is given twice, is a problem.\n\n")
 	p.printf("## Example\n\n```yaml\n%s```\n\n", sample)
 	if err := p.object(root, ""); err != nil {
@@ -70,18 +72,22 @@ func render(types []string, example string) ([]byte, error) {
 }
 
 // reload is the part of the page that belongs to no type.
-const reload = `## Reloading
+const reload = `## Reload
 
-` + "`serve`" + ` reads the file again when it changes and on SIGHUP. Rules and the log level apply at once; what else changed is named in the log and waits for a
-restart. A file with a problem changes nothing. Certificates, keys and credentials are read again by themselves when their files change.
+` + "`serve`" + ` reads the file again when it changes and on SIGHUP. Rules and the log level apply at once.
+The log names other changes, which need a restart. A file with a problem changes nothing.
+Certificates, keys and credentials are read again when their files change.
 
-A reload that would protect keys less is refused as a whole: a rule removed or narrowed, ` + "`writeWith: plaintext`" + ` where values were sealed, or
-` + "`allowPlaintextReads`" + ` back on. The log says which rule. ` + "`serve --allow-weakening`" + ` allows it. A restart does not: see [restrict-settings.md](../guides/restrict-settings.md).
+A reload that would protect keys less is refused as a whole: a rule removed or narrowed,
+` + "`writeWith: plaintext`" + ` where values were encrypted, or ` + "`allowPlaintextReads`" + ` back on. The log
+names the rule. ` + "`serve --allow-weakening`" + ` allows it. A restart with such a file is refused too: see
+[Restrict who can change encryption settings](../guides/restrict-settings.md).
 
 ## Core dumps
 
-` + "`serve`" + ` turns off core dumps of its own process and makes its memory unreadable to other processes of the same user (RLIMIT_CORE 0 and
-PR_SET_DUMPABLE 0, on Linux), since its memory holds seeds and values. Swap is the operator's to encrypt or turn off.
+` + "`serve`" + ` turns off core dumps of its own process and makes its memory unreadable to other
+processes of the same user (RLIMIT_CORE 0 and PR_SET_DUMPABLE 0, on Linux), because its memory
+contains DEK seeds and values. Turn swap off, or encrypt it.
 `
 
 // page is the Markdown that has been written.
@@ -157,7 +163,7 @@ func sentence(text, name, shown string) string {
 	if rest, ok := strings.CutPrefix(s, name+" "); ok && shown != "``" {
 		return shown + " " + rest
 	}
-	return strings.Replace(s, name+" is the whole file.", "What the whole file is made of.", 1)
+	return strings.Replace(s, name+" is the whole file.", "The blocks of the file.", 1)
 }
 
 // typeOf returns what a field's type is called for people, and the struct type that it refers to, if any.

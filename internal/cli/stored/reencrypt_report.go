@@ -1,0 +1,36 @@
+package stored
+
+import (
+	"io"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/reencrypt"
+)
+
+// reencryptReport is the result of reencrypt.
+type reencryptReport struct {
+	OK          bool `json:"ok"`
+	DryRun      bool `json:"dryRun,omitempty"`
+	Interrupted bool `json:"interrupted,omitempty"`
+	reencrypt.Result
+	Seconds float64 `json:"seconds"`
+}
+
+// text prints the report for people.
+func (r *reencryptReport) text(w io.Writer) {
+	for _, l := range r.Skipped {
+		printable.Fprintf(w, "left\t%s: %s\n", printable.Name(l.Key), l.Why)
+	}
+	if n := r.Unfinished() - int64(len(r.Skipped)); n > 0 {
+		printable.Fprintf(w, "left\tand %d more\n", n)
+	}
+	verb := "rewritten"
+	if r.DryRun {
+		verb = "to rewrite"
+	}
+	printable.Fprintf(w, "%d keys: %d %s in %d transactions, %d already current, %d times a concurrent write won, %d left; revisions %d to %d, %.1f s\n",
+		r.Keys, r.Rewritten, verb, r.Transactions, r.Current, r.Raced, r.Unfinished(), r.Revisions.First, r.Revisions.Last, r.Seconds)
+	if r.Rewritten > 0 && !r.DryRun {
+		printable.Fprintf(w, "the old values are still in etcd's history and files: see purge\n")
+	}
+}

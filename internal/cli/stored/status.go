@@ -1,0 +1,280 @@
+package stored
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+	"go.etcd.io/etcd/api/v3/mvccpb"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/cli/command"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/guard"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
+)
+
+// NewStatus returns the command status.
+func NewStatus() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "status",
+		Short: "show which values in etcd are encrypted, and with which keys",
+		Long: `status reads every value under the rules from etcd directly, past the proxy. For each rule, it counts the values that are encrypted with the
+present key of the rule, those that are encrypted with another key, and those that are plaintext or undecryptable. It also shows which
+proxies serve this etcd, and whether they have the rules of this configuration. It changes nothing.
+
+reencrypt rewrites values that are stale or plaintext. Plaintext under a rule with allowPlaintextReads: false is an exception: it was
+written past the proxies, reads of it are refused, and reencrypt skips it. Find out who wrote it.`,
+		Args: cobra.NoArgs,
+	}
+	path, out := command.ConfigFlag(cmd), command.OutputFlag(cmd)
+	list := cmd.Flags().Bool("list", false, "list the keys that are not current, and why")
+	wait := timeoutFlag(cmd)
+	cmd.RunE = command.Run(func(cmd *cobra.Command, _ []string) error {
+		c, err := command.LoadConfig(cmd, *path, command.Checks(nil))
+		if err != nil {
+			return err
+		}
+		cl, err := openCluster(cmd, c, clusterOptions{inspectOnly: true, wait: *wait})
+		if err != nil {
+			return err
+		}
+		defer cl.close()
+		report, err := cl.status(cmd, *list)
+		if err != nil {
+			return err
+		}
+		if err := out.Write(cmd.OutOrStdout(), report, report.text); err != nil {
+			return err
+		}
+		if !report.OK {
+			return command.ErrFindings
+		}
+		return nil
+	})
+	return cmd
+}
+
+// statusReport is the result of status. Scripts read the fields of rules other than the detail.
+type statusReport struct {
+	OK        bool           `json:"ok"`
+	Revisions inventory.Span `json:"revisions"` // that were read: one, unless etcd was compacted meanwhile
+	Rules     []statusRule   `json:"rules"`
+	KMS       []statusKMS    `json:"kms"`
+	Proxies   []statusProxy  `json:"proxies"`        // that announced themselves in etcd
+	Agreeing  bool           `json:"agreeing"`       // whether all have the same rules and audit
+	Keys      []statusKey    `json:"keys,omitempty"` // with --list, those that are not current
+}
+
+type statusRule struct {
+	Prefix        string              `json:"prefix"`
+	WriteWith     string              `json:"writeWith"`
+	Strict        bool                `json:"strict"` // allowPlaintextReads: false
+	Keys          int64               `json:"keys"`
+	Current       int64               `json:"current"`
+	Stale         int64               `json:"stale"`
+	Plaintext     int64               `json:"plaintext"`
+	Foreign       int64               `json:"foreign"`
+	Undecryptable int64               `json:"undecryptable"`
+	Unavailable   int64               `json:"unavailable"` // unknown, because their KMS did not unwrap their DEK seeds
+	Refused       int64               `json:"refused"`     // of these: the KMS responded, and refused the DEK seeds
+	Detail        inventory.RuleCount `json:"detail"`
+}
+
+type statusKMS struct {
+	Name    string `json:"name"`
+	OK      bool   `json:"ok"`
+	Revoked bool   `json:"revoked"`
+	KeyID   string `json:"keyID,omitempty"`
+	Reason  string `json:"reason,omitempty"`
+}
+
+type statusProxy struct {
+	coordination.Member
+	SameRules bool `json:"sameRules"` // as this configuration
+}
+
+type statusKey struct {
+	Key      string           `json:"key"`
+	KeyBytes []byte           `json:"keyBytes,omitempty"` // Key where that is not valid UTF-8
+	Standing keyring.Standing `json:"standing"`
+	Revision int64            `json:"revision"`
+	Why      string           `json:"why,omitempty"`
+}
+
+// status makes the report.
+func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) {
+	report := &statusReport{OK: true, Agreeing: true, Rules: []statusRule{}, KMS: []statusKMS{}, Proxies: []statusProxy{}}
+	refused := make(map[string]int64)
+	visit := func(rule *inventory.Rule, kv *mvccpb.KeyValue, standing keyring.Standing, err error) error {
+		e, ok := errors.AsType[*keyring.Error](err)
+		if ok && standing == inventory.Unavailable && e.Answered() {
+			refused[rule.Prefix]++
+		}
+		if !list || standing == keyring.Current {
+			return nil
+		}
+		k := statusKey{Key: string(kv.Key), KeyBytes: inventory.KeyBytes(string(kv.Key)), Standing: standing, Revision: kv.ModRevision}
+		if err != nil {
+			k.Why = err.Error()
+		}
+		if ok && standing == inventory.Unavailable {
+			k.Why = e.OfSeed() // may be about another value with the same DEK seed
+		}
+		report.Keys = append(report.Keys, k)
+		return nil
+	}
+	counts, span, err := inventory.Survey(cmd.Context(), cl.etcd, cl.rules, visit)
+	if err != nil {
+		return nil, err
+	}
+	report.Revisions = span
+	strict := make(map[string]bool)
+	for _, rule := range cl.rules.All() {
+		strict[rule.Prefix] = rule.Strict
+	}
+	for _, c := range counts {
+		n := func(s keyring.Standing) int64 { return c.Standings[s].Keys }
+		report.Rules = append(report.Rules, statusRule{
+			Prefix: c.Prefix, WriteWith: c.WriteWith, Strict: strict[c.Prefix], Keys: c.All.Keys, Current: n(keyring.Current), Stale: n(keyring.Stale), Plaintext: n(keyring.Unsealed),
+			Foreign: n(keyring.Foreign), Undecryptable: n(keyring.Undecryptable), Unavailable: n(inventory.Unavailable), Refused: refused[c.Prefix], Detail: c,
+		})
+		report.OK = report.OK && c.Done()
+	}
+	if cl.config.Coordination.Enabled {
+		members, err := cl.fleet().Members(cmd.Context())
+		if err != nil {
+			return nil, err
+		}
+		rules := coordination.PolicyDigest(guard.PolicyOf(cl.config.Rules, nil).Rules)
+		for _, m := range members {
+			p := statusProxy{m, m.Policy == rules}
+			report.Proxies = append(report.Proxies, p)
+			report.Agreeing = report.Agreeing && m.Record == members[0].Record
+			report.OK = report.OK && p.SameRules && report.Agreeing
+		}
+	}
+	for _, r := range cl.keys.Rings() {
+		s := r.State()
+		report.KMS = append(report.KMS, statusKMS{Name: s.Provider, OK: s.Healthy, Revoked: s.Revoked, KeyID: s.KeyID, Reason: s.Reason})
+		report.OK = report.OK && s.Healthy
+	}
+	return report, nil
+}
+
+// text prints the report as tables.
+func (r *statusReport) text(w io.Writer) {
+	for _, k := range r.Keys {
+		printable.Fprintf(w, "%s\t%s%s\n", k.Standing, printable.Name(k.Key), because(k.Why))
+	}
+	if len(r.Keys) > 0 {
+		printable.Fprintf(w, "\n")
+	}
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	printable.Fprintf(t, "RULE\tWRITES WITH\tKEYS\tCURRENT\tSTALE\tPLAINTEXT\tFOREIGN\tUNDECRYPTABLE\tUNAVAILABLE\tSIZE\n")
+	for _, c := range r.Rules {
+		printable.Fprintf(t, "%q\t%s\t%d\t%d\t%d\t%d\t%d\t%d\t%d\t%s\n",
+			c.Prefix, printable.Name(c.WriteWith), c.Keys, c.Current, c.Stale, c.Plaintext, c.Foreign, c.Undecryptable, c.Unavailable, size(c.Detail.All.Bytes))
+	}
+	_ = t.Flush() // writing to a buffer does not fail
+	printable.Fprintf(w, "\n")
+	printable.Fprintf(t, "RULE\tSTATE\tENCRYPTED BY\tKEY ID\tKEYS\tSIZE\tREVISIONS\n")
+	some := false
+	for _, c := range r.Rules {
+		for _, k := range c.Detail.Keys {
+			some = true
+			by := k.Provider
+			if by == inventory.Plaintext {
+				by = ""
+			}
+			printable.Fprintf(t, "%q\t%s\t%s\t%s\t%d\t%s\t%d to %d\n", c.Prefix, k.Standing, printable.NameOrNone(by), printable.NameOrNone(k.KeyID), k.Keys, size(k.Bytes), k.Oldest, k.Newest)
+		}
+	}
+	if some {
+		_ = t.Flush()
+		printable.Fprintf(w, "\n")
+	}
+	for _, c := range r.Rules {
+		if injected := c.injected(); injected != "" {
+			printable.Fprintf(w, "%s\n\n", injected)
+		}
+		if c.Refused > 0 {
+			printable.Fprintf(w, "%d values under %q are unavailable although their KMS responds: it does not unwrap their DEK seeds. If the KMS is healthy otherwise, they are damaged or "+
+				"encrypted under a key that it does not have; status --list names them\n\n", c.Refused, c.Prefix)
+		}
+	}
+	t = tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	printable.Fprintf(t, "KMS\tSTATE\tCURRENT KEY ID\n")
+	for _, k := range r.KMS {
+		state := "ok"
+		switch {
+		case k.Revoked:
+			state = "key may not be used: " + k.Reason
+		case !k.OK:
+			state = "does not respond: " + k.Reason
+		}
+		printable.Fprintf(t, "%s\t%s\t%s\n", printable.Name(k.Name), state, printable.NameOrNone(k.KeyID))
+	}
+	_ = t.Flush()
+	if len(r.Proxies) > 0 {
+		printable.Fprintf(w, "\n")
+		t = tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+		printable.Fprintf(t, "PROXY\tVERSION\tSTARTED\tRULES\n")
+		for _, p := range r.Proxies {
+			rules := "same"
+			if !p.SameRules {
+				rules = "NOT those of this configuration"
+			}
+			printable.Fprintf(t, "%s\t%s\t%s\t%s\n", printable.Name(p.ID), printable.Name(p.Version), p.Started.Format(time.RFC3339), rules)
+		}
+		_ = t.Flush()
+		if !r.Agreeing {
+			printable.Fprintf(w, "\nthe proxies have different rules or audit settings: until they agree, the record of the rules does not change\n")
+		}
+	}
+	if r.Revisions.First != r.Revisions.Last {
+		printable.Fprintf(w, "\netcd was compacted meanwhile: values were counted at revisions %d to %d\n", r.Revisions.First, r.Revisions.Last)
+	}
+}
+
+// injected returns advice about values that the rule refuses to read, and "" if there are none.
+func (r *statusRule) injected() string {
+	if !r.Strict || r.Plaintext+r.Foreign == 0 {
+		return ""
+	}
+	return fmt.Sprintf("%d values under %q are plaintext and %d are of providers that the rule does not read: they were written past the proxies, reads of them are refused "+
+		"(allowPlaintextReads: false), and reencrypt skips them. Find out who wrote them, then delete them or write them again through a proxy", r.Plaintext, r.Prefix, r.Foreign)
+}
+
+// beforePurge is the hint for a rule with values that are not current.
+func (r *statusRule) beforePurge() string {
+	if injected := r.injected(); injected != "" {
+		return injected + "; status --list names them"
+	}
+	return "run status to see which, and reencrypt them"
+}
+
+func because(why string) string {
+	if why == "" {
+		return ""
+	}
+	return ": " + strings.TrimSpace(why)
+}
+
+// size prints bytes for people.
+func size(n int64) string {
+	const unit = 1024
+	if n < unit {
+		return fmt.Sprintf("%d B", n)
+	}
+	f, i := float64(n)/unit, 0
+	for ; f >= unit && i < 3; i++ {
+		f /= unit
+	}
+	return fmt.Sprintf("%.1f %s", f, [...]string{"KiB", "MiB", "GiB", "TiB"}[i])
+}

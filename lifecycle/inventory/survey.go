@@ -1,0 +1,233 @@
+package inventory
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/kubelegacy"
+)
+
+// Unavailable is the state of a value whose DEK seed could not be unwrapped: the KMS does not
+// respond, or refuses for a reason that does not say whether it is permanent.
+const Unavailable keyring.Standing = "unavailable"
+
+// Standings are all states, in the order of reports.
+var Standings = []keyring.Standing{keyring.Current, keyring.Stale, keyring.Unsealed, keyring.Foreign, keyring.Undecryptable, Unavailable}
+
+// Count counts keys and the bytes of their values.
+type Count struct {
+	Keys   int64 `json:"keys"`
+	Bytes  int64 `json:"bytes"`            // of their values, as stored
+	Oldest int64 `json:"oldest,omitempty"` // the least and the greatest of the revisions that wrote them; 0 if there is none
+	Newest int64 `json:"newest,omitempty"`
+}
+
+func (c *Count) add(kv *mvccpb.KeyValue) {
+	c.Keys++
+	c.Bytes += int64(len(kv.Value))
+	c.Newest = max(c.Newest, kv.ModRevision)
+	if c.Oldest == 0 || kv.ModRevision < c.Oldest {
+		c.Oldest = kv.ModRevision
+	}
+}
+
+// KeyCount counts the values of one state that one KMS key has encrypted, or that are plaintext.
+type KeyCount struct {
+	Standing keyring.Standing `json:"standing"`
+	Provider string           `json:"provider"` // or aescbc, aesgcm, secretbox; [Plaintext] for what is not sealed; "", like KeyID, beyond a thousand of a rule
+	KeyID    string           `json:"keyID"`    // "" for what is too damaged to tell, or not sealed
+	Count
+}
+
+// RuleCount counts the values of one rule by state.
+type RuleCount struct {
+	Prefix    string                      `json:"prefix"`
+	WriteWith string                      `json:"writeWith"`
+	All       Count                       `json:"all"`
+	Standings map[keyring.Standing]*Count `json:"standings"`
+	Keys      []KeyCount                  `json:"keys"` // by standing, in their order, provider and key ID
+}
+
+// Done reports whether every value is stored as its rule requires.
+func (r *RuleCount) Done() bool { return r.All.Keys == r.Standings[keyring.Current].Keys }
+
+// Values may come from untrusted clients. These limits bound the size of a report.
+const (
+	maxKeyIDs   = 1000
+	maxProvider = 256
+)
+
+// KeyBytes returns the bytes of an etcd key that is not valid UTF-8, and nil for other keys. JSON
+// replaces invalid bytes, so reports contain the bytes in addition to the text.
+func KeyBytes(key string) []byte {
+	if utf8.ValidString(key) {
+		return nil
+	}
+	return []byte(key)
+}
+
+// Visitor is called with each key and the state of its value. err is the reason for Undecryptable
+// and Unavailable. It must not keep its arguments.
+type Visitor func(rule *Rule, kv *mvccpb.KeyValue, standing keyring.Standing, err error) error
+
+// Survey reads every value under rules at one revision, and counts the values by rule and state.
+// visit may be nil. Survey needs memory for one page. It continues after values that cannot be
+// decrypted.
+func Survey(ctx context.Context, kv clientv3.KV, rules *Rules, look Visitor) ([]RuleCount, Span, error) {
+	counts, memo := make(map[*Rule]*tally), newSeedMemo()
+	for i := range rules.list {
+		counts[&rules.list[i]] = newTally(rules.list[i].KeyNames)
+	}
+	span, err := Scan(ctx, kv, rules.Prefixes(), 0, func(kv *mvccpb.KeyValue) error {
+		rule := rules.Of(kv.Key)
+		if rule == nil {
+			return nil
+		}
+		standing, err := memo.inspect(ctx, rule, kv)
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		counts[rule].add(kv, standing)
+		if look != nil {
+			return look(rule, kv, standing, err)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, span, err
+	}
+	var all []RuleCount
+	for i := range rules.list {
+		all = append(all, counts[&rules.list[i]].count(&rules.list[i]))
+	}
+	slices.SortFunc(all, func(a, b RuleCount) int { return cmp.Compare(a.Prefix, b.Prefix) })
+	return all, span, nil
+}
+
+// inspect returns the state of a value under its rule.
+func inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (keyring.Standing, error) {
+	_, standing, err := rule.Sealer.Inspect(ctx, kv.Key, kv.Value)
+	if e, ok := errors.AsType[*keyring.Error](err); ok && (e.Kind == keyring.Unavailable || e.Answered()) {
+		standing = Unavailable
+	}
+	return standing, err
+}
+
+// seedMemo caches for a short time which DEK seeds could not be unwrapped, so that a slow KMS is
+// not called for each of their values.
+type seedMemo struct{ failed map[SeedID]seedFailure }
+
+type seedFailure struct {
+	err   error
+	until time.Time
+}
+
+const (
+	seedMemoFor = time.Second
+	maxSeedMemo = 1000
+)
+
+func newSeedMemo() *seedMemo { return &seedMemo{failed: make(map[SeedID]seedFailure)} }
+
+// inspect returns the state of a value under its rule.
+func (m *seedMemo) inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (keyring.Standing, error) {
+	if len(m.failed) > 0 {
+		seed, _, _ := SeedOf(rule, kv.Value)
+		if f, ok := m.failed[seed]; ok && time.Now().Before(f.until) {
+			return Unavailable, f.err
+		}
+	}
+	standing, err := inspect(ctx, rule, kv)
+	if standing != Unavailable {
+		return standing, err
+	}
+	if seed, _, ok := SeedOf(rule, kv.Value); ok {
+		if len(m.failed) >= maxSeedMemo {
+			clear(m.failed)
+		}
+		m.failed[seed] = seedFailure{err, time.Now().Add(seedMemoFor)}
+	}
+	return standing, err
+}
+
+type tally struct {
+	names     []string // see [Rule.KeyNames]
+	all       Count
+	standings map[keyring.Standing]*Count
+	keys      map[sealedBy]*Count
+}
+
+type sealedBy struct {
+	standing        keyring.Standing
+	provider, keyID string
+}
+
+func newTally(names []string) *tally {
+	t := &tally{names: names, standings: make(map[keyring.Standing]*Count), keys: make(map[sealedBy]*Count)}
+	for _, s := range Standings {
+		t.standings[s] = &Count{}
+	}
+	return t
+}
+
+func (t *tally) add(kv *mvccpb.KeyValue, standing keyring.Standing) {
+	t.all.add(kv)
+	t.standings[standing].add(kv)
+	by := sealedBy{standing: standing, provider: Plaintext}
+	if provider, object, ok := envelope.Split(kv.Value); ok {
+		by.provider = string(provider)
+		if o, err := envelope.Parse(object); err == nil {
+			by.keyID = strings.Clone(o.KeyID) // not the whole page
+		}
+		if len(provider) > maxProvider {
+			by = sealedBy{standing: standing}
+		}
+	} else if kind, name, ok := kubernetesKey(kv.Value, t.names); ok && standing != keyring.Unsealed {
+		by.provider, by.keyID = kind, name
+	}
+	c := t.keys[by]
+	if c == nil && len(t.keys) >= maxKeyIDs {
+		by = sealedBy{standing: standing}
+		c = t.keys[by]
+	}
+	if c == nil {
+		c = &Count{}
+		t.keys[by] = c
+	}
+	c.add(kv)
+}
+
+// kubernetesKey returns the provider and the key name of a value that the API server encrypted
+// itself: k8s:enc:<kind>:v1:<key name>:<payload>.
+func kubernetesKey(value []byte, known []string) (kind, name string, ok bool) {
+	if t, name, ok := kubelegacy.KeyName(value, known); ok {
+		return string(t), name, true
+	}
+	rest, ok := strings.CutPrefix(string(value[:min(len(value), maxProvider)]), "k8s:enc:")
+	parts := strings.SplitN(rest, ":", 4)
+	if !ok || len(parts) < 4 {
+		return "", "", false
+	}
+	return parts[0], parts[2], true
+}
+
+func (t *tally) count(r *Rule) RuleCount {
+	rc := RuleCount{Prefix: r.Prefix, WriteWith: r.WriteWith, All: t.all, Standings: t.standings, Keys: []KeyCount{}}
+	for by, c := range t.keys {
+		rc.Keys = append(rc.Keys, KeyCount{Standing: by.standing, Provider: by.provider, KeyID: by.keyID, Count: *c})
+	}
+	slices.SortFunc(rc.Keys, func(a, b KeyCount) int {
+		return cmp.Or(cmp.Compare(slices.Index(Standings, a.Standing), slices.Index(Standings, b.Standing)), cmp.Compare(a.Provider, b.Provider), cmp.Compare(a.KeyID, b.KeyID))
+	})
+	return rc
+}

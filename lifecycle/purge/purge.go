@@ -1,0 +1,323 @@
+// Package purge removes old plaintext from etcd's history and database files: it finds it
+// ([ReadHistory]), compacts past it, waits for each member's compaction, and defragments the
+// members one after the other ([Defragment]).
+package purge
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
+)
+
+// History is what etcd still holds of values that were replaced or deleted.
+type History struct {
+	Compacted int64 `json:"compacted"` // revision of the last compaction; 0 if there was none
+	Present   int64 `json:"present"`   // revision that was looked up to
+	Plaintext int64 `json:"plaintext"` // old values under rules that seal which are readable, or may be
+	// CompactAt is the least revision whose compaction drops all of them; 0 if there are none.
+	CompactAt int64 `json:"compactAt"`
+
+	readable func(*mvccpb.KeyValue) bool
+}
+
+// progressEvery is how often etcd is asked how far a watch has come.
+const progressEvery = 200 * time.Millisecond
+
+// ReadHistory looks for plaintext in the history between the last compaction and the present. It
+// takes every present value to be sealed: see [inventory.Survey]. readable is called with each old
+// value under a rule that seals, and tells what is to be counted; it keeps none. The error is
+// [ErrOldEtcd] if etcd may leave something out.
+func ReadHistory(ctx context.Context, c *clientv3.Client, rules *inventory.Rules, readable func(old *mvccpb.KeyValue) bool) (History, error) {
+	if err := watchesAreWhole(ctx, c); err != nil {
+		return History{}, err
+	}
+	now, err := c.Get(ctx, "\x00", clientv3.WithLimit(1), clientv3.WithKeysOnly())
+	if err != nil {
+		return History{}, fmt.Errorf("read the present revision: %w", err)
+	}
+	h := History{Present: now.Header.Revision, readable: readable}
+	for _, p := range rules.SealingPrefixes() {
+		if err := h.read(ctx, c, rules, p); err != nil {
+			return h, fmt.Errorf("read the history of the keys below %q: %w", p, err)
+		}
+	}
+	return h, nil
+}
+
+// read follows the events of one prefix. An old value shows as the one before an event, also if it
+// was written before the compaction.
+func (h *History) read(ctx context.Context, c *clientv3.Client, rules *inventory.Rules, prefix string) error {
+	ctx, stop := context.WithCancel(clientv3.WithRequireLeader(ctx))
+	defer stop()
+	// etcd keeps silent about the progress of a watch that begins after the present.
+	for from := h.Compacted + 1; from <= h.Present; from = h.Compacted + 1 {
+		events := c.Watch(ctx, prefix, clientv3.WithPrefix(), clientv3.WithPrevKV(), clientv3.WithFragment(), clientv3.WithRev(from))
+		again, err := h.follow(ctx, c, rules, events)
+		if err != nil || !again {
+			return err
+		}
+	}
+	return nil
+}
+
+// follow reads a watch up to the present. again reports that the history begins later than the
+// watch.
+func (h *History) follow(ctx context.Context, c *clientv3.Client, rules *inventory.Rules, events clientv3.WatchChan) (again bool, err error) {
+	tick := time.NewTicker(progressEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+			if err := c.RequestProgress(ctx); err != nil {
+				return false, err
+			}
+		case r, ok := <-events:
+			switch {
+			case !ok:
+				return false, cmp.Or(ctx.Err(), errors.New("the watch ended"))
+			case r.CompactRevision > h.Compacted:
+				h.Compacted = r.CompactRevision
+				return true, nil
+			case r.Err() != nil:
+				return false, r.Err()
+			}
+			for _, e := range r.Events {
+				h.see(rules, e)
+			}
+			if r.IsProgressNotify() && r.Header.Revision >= h.Present {
+				return false, nil
+			}
+		case <-ctx.Done():
+			return false, ctx.Err()
+		}
+	}
+}
+
+func (h *History) see(rules *inventory.Rules, e *clientv3.Event) {
+	if e.PrevKv == nil || e.Kv.ModRevision > h.Present {
+		return
+	}
+	rule := rules.Of(e.Kv.Key)
+	if rule == nil || !rule.Seals() {
+		return
+	}
+	if h.readable(e.PrevKv) {
+		h.Plaintext++
+		h.CompactAt = max(h.CompactAt, e.Kv.ModRevision)
+	}
+}
+
+// compact makes etcd drop what h found. That is decided for all members at once, and done by each
+// in its own time: see settle.
+func (h *History) compact(ctx context.Context, c *clientv3.Client) error {
+	if h.CompactAt == 0 {
+		return nil
+	}
+	_, err := c.Compact(ctx, h.CompactAt)
+	if err != nil && !errors.Is(err, rpctypes.ErrCompacted) { // somebody else was faster
+		return fmt.Errorf("compact at revision %d: %w", h.CompactAt, err)
+	}
+	return nil
+}
+
+// settle waits until m, in its own files, has done the compaction of h and each one before it,
+// whoever asked for them. A physical compaction is answered by the member that was asked, behind
+// all that it has to do before: also with ErrCompacted, where that revision was compacted already.
+func (h *History) settle(ctx context.Context, c *clientv3.Client, m *Member) error {
+	at := max(h.CompactAt, h.Compacted)
+	if at <= 0 {
+		return nil // nothing was ever compacted
+	}
+	conn, err := c.Dial(m.Endpoint)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = conn.Close() }() // its answer is here
+	_, err = pb.NewKVClient(conn).Compact(ctx, &pb.CompactionRequest{Revision: at, Physical: true})
+	if err = rpctypes.Error(err); errors.Is(err, rpctypes.ErrCompacted) {
+		err = nil
+	}
+	return err
+}
+
+// Remove compacts past what h found, waits up to settle for each member to carry that out in its
+// own files, and defragments those that have, one after the other. Of a member that has not,
+// [Member.Unproven] says why. defragmented is called after each member, with its size before.
+func (h *History) Remove(
+	ctx context.Context, c *clientv3.Client, members []Member, settle time.Duration, defragmented func(m *Member, before int64, took time.Duration),
+) error {
+	if err := h.compact(ctx, c); err != nil {
+		return err
+	}
+	// All of them first: a member that falls behind may get the whole database of another one.
+	for i := range members {
+		m := &members[i]
+		limited, cancel := context.WithTimeout(ctx, settle)
+		err := h.settle(limited, c, m)
+		cancel()
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if err != nil {
+			m.Unproven = fmt.Sprintf("it has not said within %s that its compaction is done: %v", settle, err)
+		}
+	}
+	for i := range members {
+		m := &members[i]
+		if m.Unproven != "" {
+			continue
+		}
+		before, begun := m.DBSize, time.Now()
+		if err := Defragment(ctx, c, m); err != nil {
+			return err
+		}
+		defragmented(m, before, time.Since(begun))
+	}
+	return nil
+}
+
+// Member is a member of etcd, as [Members] found it.
+type Member struct {
+	ID       uint64 `json:"id"`
+	Name     string `json:"name"`
+	Endpoint string `json:"endpoint"` // "" if none answers
+	Leader   bool   `json:"leader"`
+	Learner  bool   `json:"learner"`
+	DBSize   int64  `json:"dbSize"` // bytes
+	InUse    int64  `json:"dbSizeInUse"`
+	Applied  uint64 `json:"raftAppliedIndex"`
+	Why      string `json:"why,omitempty"` // no endpoint answers
+	// Unproven says why it may hold old values still, and was not defragmented.
+	Unproven string `json:"unproven,omitempty"`
+}
+
+const memberTimeout = 5 * time.Second
+
+// Members finds every member of the cluster: at the client's endpoints, and else at the URLs that
+// the member advertises. The leader is last.
+func Members(ctx context.Context, c *clientv3.Client) ([]Member, error) {
+	list, err := c.MemberList(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("list etcd's members: %w", err)
+	}
+	members := make([]Member, 0, len(list.Members))
+	for _, m := range list.Members {
+		members = append(members, Member{ID: m.ID, Name: m.Name, Learner: m.IsLearner, Why: "none of the endpoints and of its client URLs answers"})
+	}
+	look := func(endpoint string, want uint64) {
+		limited, cancel := context.WithTimeout(ctx, memberTimeout)
+		defer cancel()
+		s, err := c.Status(limited, endpoint)
+		if err != nil {
+			return
+		}
+		i := slices.IndexFunc(members, func(m Member) bool { return m.ID == s.Header.MemberId })
+		if i >= 0 && (want == 0 || want == s.Header.MemberId) {
+			members[i].take(endpoint, s)
+		}
+	}
+	for _, e := range c.Endpoints() {
+		look(e, 0)
+	}
+	for i, m := range list.Members {
+		for _, url := range m.ClientURLs {
+			if members[i].Endpoint == "" {
+				look(url, m.ID)
+			}
+		}
+	}
+	slices.SortStableFunc(members, func(a, b Member) int {
+		switch {
+		case a.Leader == b.Leader:
+			return 0
+		case a.Leader:
+			return 1
+		}
+		return -1
+	})
+	return members, ctx.Err()
+}
+
+func (m *Member) take(endpoint string, s *clientv3.StatusResponse) {
+	m.Endpoint, m.Why = endpoint, ""
+	m.Leader = s.Leader == s.Header.MemberId
+	m.DBSize, m.InUse, m.Applied = s.DbSize, s.DbSizeInUse, s.RaftAppliedIndex
+}
+
+// Times of a defragmentation, during which a member answers nothing.
+const (
+	defragTimeout = 10 * time.Minute
+	healTimeout   = 2 * time.Minute
+	healCheck     = 200 * time.Millisecond
+)
+
+// Defragment writes a member's database file anew, without what was freed in it. Before that it
+// makes sure that every member answers and that there is a leader; after that it waits until the
+// member has caught up. It updates m.
+func Defragment(ctx context.Context, c *clientv3.Client, m *Member) error {
+	if err := healthy(ctx, c); err != nil {
+		return fmt.Errorf("member %x is not defragmented, since another one would then be missing: %w", m.ID, err)
+	}
+	limited, cancel := context.WithTimeout(ctx, defragTimeout)
+	_, err := c.Defragment(limited, m.Endpoint)
+	cancel()
+	if err != nil {
+		return fmt.Errorf("defragment member %x at %s: %w", m.ID, m.Endpoint, err)
+	}
+	limited, cancel = context.WithTimeout(ctx, healTimeout)
+	defer cancel()
+	for {
+		err := healthy(limited, c)
+		if err == nil {
+			s, serr := c.Status(limited, m.Endpoint)
+			if serr == nil {
+				m.take(m.Endpoint, s)
+				return nil
+			}
+			err = serr
+		}
+		select {
+		case <-time.After(healCheck):
+		case <-limited.Done():
+			return fmt.Errorf("after member %x was defragmented: %w", m.ID, err)
+		}
+	}
+}
+
+// healthy returns nil if every member answers, all know one leader, and none lags far behind.
+func healthy(ctx context.Context, c *clientv3.Client) error {
+	members, err := Members(ctx, c)
+	if err != nil {
+		return err
+	}
+	leaders, most := 0, uint64(0)
+	for _, m := range members {
+		if m.Endpoint == "" {
+			return fmt.Errorf("member %x (%s) does not answer: %s", m.ID, m.Name, m.Why)
+		}
+		if m.Leader {
+			leaders++
+		}
+		most = max(most, m.Applied)
+	}
+	if leaders != 1 {
+		return errors.New("the members have no leader")
+	}
+	const lag = 1000 // entries of the raft log
+	for _, m := range members {
+		if m.Applied+lag < most {
+			return fmt.Errorf("member %x (%s) lags behind: at raft index %d of %d", m.ID, m.Name, m.Applied, most)
+		}
+	}
+	return nil
+}

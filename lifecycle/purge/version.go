@@ -1,0 +1,55 @@
+package purge
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// ErrOldEtcd is in the error of [ReadHistory].
+var ErrOldEtcd = errors.New("reading the history needs etcd 3.4.31, 3.5.13, 3.6 or newer")
+
+// watchesAreWhole refuses an etcd that answers how far a watch has come before it has sent the
+// events up to there, and that can lose events of a watch behind a compaction: what it seems to
+// have no history of may be readable. Kubernetes trusts in no progress of these versions either.
+func watchesAreWhole(ctx context.Context, c *clientv3.Client) error {
+	var silent error
+	answers := false
+	for _, e := range c.Endpoints() {
+		limited, cancel := context.WithTimeout(ctx, memberTimeout)
+		s, err := c.Status(limited, e)
+		cancel()
+		switch {
+		case err != nil:
+			silent = cmp.Or(silent, err)
+		case !watchIsWhole(s.Version):
+			return fmt.Errorf("etcd at %s is of version %q: %w", e, s.Version, ErrOldEtcd)
+		default:
+			answers = true
+		}
+	}
+	if !answers {
+		return cmp.Or(ctx.Err(), silent, errors.New("there are no endpoints"))
+	}
+	return nil
+}
+
+// watchIsWhole takes a version as etcd tells it, and what is none for an old one.
+func watchIsWhole(version string) bool {
+	var major, minor, patch int
+	if _, err := fmt.Sscanf(version, "%d.%d.%d", &major, &minor, &patch); err != nil {
+		return false
+	}
+	switch {
+	case major != 3:
+		return major > 3
+	case minor == 4:
+		return patch >= 31
+	case minor == 5:
+		return patch >= 13
+	}
+	return minor > 5
+}

@@ -1,0 +1,98 @@
+package reencrypt
+
+import (
+	"sync/atomic"
+)
+
+// item is a value to write.
+type item struct {
+	key      string
+	value    []byte // as it is to be stored
+	revision int64  // that wrote the old one
+	lease    int64  // of the key at that revision
+	attempts int    // that somebody else was faster
+}
+
+// opOverhead is the bytes of a compare, a put and a get in a transaction, beside the key, which
+// stands in each, and the value: lengths, tags and revisions.
+const opOverhead = 96
+
+func (i *item) size() int { return 3*len(i.key) + len(i.value) + opOverhead }
+
+// batch is what one transaction is to write.
+type batch struct {
+	items []*item
+	size  int
+}
+
+func (b *batch) add(i *item) {
+	b.items, b.size = append(b.items, i), b.size+i.size()
+}
+
+// take returns the items and leaves the batch empty.
+func (b *batch) take() []*item {
+	items := b.items
+	*b = batch{}
+	return items
+}
+
+// maxBatch is the bytes of a transaction of several values: more would only hold up other clients
+// of etcd.
+const maxBatch = 512 << 10
+
+// limits are those of one transaction, as far as they are known.
+type limits struct{ keys, bytes atomic.Int64 }
+
+// set sets the limits. The bytes of a request are not all used, as etcd adds to it before it
+// measures.
+func (l *limits) set(keys, bytes int) {
+	l.keys.Store(int64(keys))
+	l.bytes.Store(int64(min(maxBatch, bytes*9/10)))
+}
+
+func (l *limits) maxKeys() int { return int(l.keys.Load()) }
+
+// allow reports whether one more item may join a batch. The first one always may: only etcd knows
+// what is too large.
+func (l *limits) allow(b *batch, i *item) bool {
+	return len(b.items) == 0 || len(b.items) < l.maxKeys() && b.size+i.size() <= int(l.bytes.Load())
+}
+
+// fewerKeys learns that etcd does not take n keys at a time.
+func (l *limits) fewerKeys(n int) { lower(&l.keys, int64(max(1, n/2))) }
+
+// fewerBytes learns that etcd does not take a batch of n bytes.
+func (l *limits) fewerBytes(n int) { lower(&l.bytes, int64(max(1, n/2))) }
+
+func lower(limit *atomic.Int64, to int64) {
+	for {
+		was := limit.Load()
+		if was <= to || limit.CompareAndSwap(was, to) {
+			return
+		}
+	}
+}
+
+// parts splits items into batches within the limits.
+func (l *limits) parts(items []*item) [][]*item {
+	var all [][]*item
+	var b batch
+	for _, i := range items {
+		if !l.allow(&b, i) {
+			all = append(all, b.take())
+		}
+		b.add(i)
+	}
+	if len(b.items) > 0 {
+		all = append(all, b.take())
+	}
+	return all
+}
+
+func sizeOf(items []*item) int {
+	n := 0
+	for _, i := range items {
+		n += i.size()
+	}
+	return n
+}

@@ -1,0 +1,224 @@
+package reencrypt
+
+import (
+	"context"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/restore"
+)
+
+// run is one run of Reencrypt.
+type run struct {
+	cfg    Config
+	limits limits
+	pace   *pace
+	// history is etcd's, as all reads of the run have seen it.
+	history restore.Detector
+
+	begin    sync.Once
+	beginErr error
+
+	mu    sync.Mutex
+	done  Progress
+	left  []Skipped
+	span  inventory.Span
+	todo  bool // this pass found something to do
+	waits map[string]*waiting
+	aside *asideList
+}
+
+func newRun(c Config) *run {
+	for field, standard := range map[*int]int{&c.Workers: defaultWorkers, &c.TxnKeys: 1, &c.Passes: defaultPasses, &c.MaxBytes: defaultMaxBytes} {
+		if *field <= 0 {
+			*field = standard
+		}
+	}
+	r := &run{cfg: c, waits: make(map[string]*waiting), aside: newAsideList()}
+	r.limits.set(c.TxnKeys, c.MaxBytes)
+	r.pace = newPace(c.Rate, c.TxnKeys, func(slow bool) {
+		if slow {
+			r.pause(waitSlow, "fewer values a second are rewritten until it is quicker")
+		} else {
+			r.resume(waitSlow)
+		}
+	})
+	return r
+}
+
+// progress returns what was done so far.
+func (r *run) progress() Progress {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.done
+}
+
+func (r *run) result() Result {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	left := slices.SortedFunc(slices.Values(r.left), func(a, b Skipped) int { return strings.Compare(a.Key, b.Key) })
+	if left == nil {
+		left = []Skipped{} // as JSON has it
+	}
+	return Result{Progress: r.done, Skipped: left, Revisions: r.span}
+}
+
+// count changes what was done.
+func (r *run) count(change func(p *Progress)) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	change(&r.done)
+}
+
+func (r *run) tell() {
+	if r.cfg.Progress != nil {
+		r.cfg.Progress(r.progress())
+	}
+}
+
+// leave gives up a key.
+func (r *run) leave(counter func(p *Progress) *int64, key []byte, why string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	*counter(&r.done)++
+	if len(r.left) < MaxSkipped {
+		r.left = append(r.left, Skipped{Key: string(key), KeyBytes: inventory.KeyBytes(string(key)), Why: why})
+	}
+}
+
+// The counters of what is left.
+func leftForeign(p *Progress) *int64       { return &p.Foreign }
+func leftPlaintext(p *Progress) *int64     { return &p.Plaintext }
+func leftUndecryptable(p *Progress) *int64 { return &p.Undecryptable }
+func leftRefused(p *Progress) *int64       { return &p.Refused }
+func leftFailed(p *Progress) *int64        { return &p.Failed }
+
+// foundWork notes that there was something to do in this pass, so that another one has to prove
+// that nothing is left.
+func (r *run) foundWork() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.todo = true
+}
+
+// pass looks at every key once, and reports whether it found anything to do.
+func (r *run) pass(ctx context.Context) (again bool, err error) {
+	r.count(func(p *Progress) {
+		p.Pass++
+		p.Keys, p.Foreign, p.Plaintext, p.Undecryptable, p.Refused, p.Failed = 0, 0, 0, 0, 0, 0
+		r.left, r.todo = r.left[:0], false
+	})
+	group, working := errgroup.WithContext(ctx)
+	feed := make(chan *mvccpb.KeyValue)
+	for range r.cfg.Workers {
+		group.Go(func() error { return r.work(working, feed) })
+	}
+	group.Go(func() error {
+		defer close(feed)
+		span, err := r.scan(working, feed)
+		r.count(func(*Progress) {
+			if r.span.First == 0 {
+				r.span.First = span.First
+			}
+			r.span.Last = max(r.span.Last, span.Last)
+		})
+		return err
+	})
+	if err = group.Wait(); err == nil {
+		err = r.settle(ctx)
+	}
+	r.tell()
+	if cause := context.Cause(ctx); cause != nil {
+		return false, cause
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.todo, err
+}
+
+// scan reads all keys and hands them to the workers.
+func (r *run) scan(ctx context.Context, feed chan<- *mvccpb.KeyValue) (inventory.Span, error) {
+	return inventory.ScanWith(ctx, &r.history, patientKV{KV: r.cfg.Client, run: r}, r.cfg.Rules().Within(r.cfg.Prefix), 0, func(kv *mvccpb.KeyValue) error {
+		select {
+		case feed <- kv:
+			return nil
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	})
+}
+
+// batchAge is how long a batch waits to be filled.
+const batchAge = time.Second
+
+// work rewrites what needs it of what is fed, in batches.
+func (r *run) work(ctx context.Context, feed <-chan *mvccpb.KeyValue) error {
+	var b batch
+	flush := func() error {
+		err := r.store(ctx, b.take())
+		r.tell()
+		return err
+	}
+	tick := time.NewTicker(batchAge)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-tick.C:
+			if err := flush(); err != nil {
+				return err
+			}
+		case kv, more := <-feed:
+			if !more {
+				return flush()
+			}
+			next, err := r.first(ctx, kv)
+			if err != nil {
+				return err
+			}
+			if r.aside.full() {
+				if err := r.settle(ctx); err != nil {
+					return err
+				}
+			}
+			if next == nil {
+				continue
+			}
+			if !r.limits.allow(&b, next) {
+				if err := flush(); err != nil {
+					return err
+				}
+			}
+			if b.add(next); len(b.items) >= r.limits.maxKeys() {
+				if err := flush(); err != nil {
+					return err
+				}
+			}
+		}
+	}
+}
+
+// first looks at a key for the first time in this pass.
+func (r *run) first(ctx context.Context, kv *mvccpb.KeyValue) (*item, error) {
+	f, err := r.renew(ctx, kv, true)
+	if err != nil || f.what == noRule {
+		return nil, err
+	}
+	if f.what == isAside {
+		r.aside.add(f.aside)
+	}
+	r.count(func(p *Progress) {
+		p.Keys++
+		if f.what == isCurrent && p.Pass == 1 {
+			p.Current++
+		}
+	})
+	return f.next, nil
+}

@@ -1,0 +1,245 @@
+package reencrypt
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc/codes"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/restore"
+)
+
+// Times of the writing.
+const (
+	txnTimeout  = 30 * time.Second
+	txnGrace    = 5 * time.Second // for a transaction under way when the run is to end
+	maxAttempts = 10              // at a key that others keep writing
+)
+
+// store writes items, whole or in parts. Those that somebody else has written are looked at again,
+// one by one.
+func (r *run) store(ctx context.Context, items []*item) error {
+	if len(items) == 0 {
+		return nil
+	}
+	if r.cfg.DryRun {
+		r.wrote(items, 0)
+		return nil
+	}
+	r.begin.Do(func() {
+		if r.cfg.Begin != nil {
+			r.beginErr = r.cfg.Begin()
+		}
+	})
+	if r.beginErr != nil {
+		return r.beginErr
+	}
+	for _, part := range r.limits.parts(items) {
+		if err := r.storePart(ctx, part); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// storePart writes items by one transaction, or learns why not.
+func (r *run) storePart(ctx context.Context, items []*item) error {
+	answer, err := r.commit(ctx, items)
+	switch {
+	case err == nil && answer.Succeeded:
+		r.wrote(items, answer.Header.Revision)
+		return nil
+	case err == nil:
+		return r.again(ctx, items, answer)
+	case len(items) > 1 && errors.Is(err, rpctypes.ErrTooManyOps):
+		r.limits.fewerKeys(len(items))
+	case len(items) > 1 && tooLarge(err):
+		r.limits.fewerBytes(sizeOf(items))
+	case len(items) > 1 && (errors.Is(err, rpctypes.ErrLeaseNotFound) || codeOf(err) == codes.PermissionDenied):
+		// Only one of them is meant.
+		for _, i := range items {
+			if err := r.storePart(ctx, []*item{i}); err != nil {
+				return err
+			}
+		}
+		return nil
+	case len(items) > 1:
+		return err
+	default:
+		return r.refused(ctx, items[0], err)
+	}
+	return r.store(ctx, items)
+}
+
+// refused deals with a single item that etcd does not take. What will not do for any other key
+// either is an error.
+func (r *run) refused(ctx context.Context, i *item, err error) error {
+	key := []byte(i.key)
+	switch {
+	case tooLarge(err):
+		r.leave(leftFailed, key, fmt.Sprintf("etcd refuses it as too large with what sealing adds: raise etcd's --max-request-bytes above %d", i.size()+512))
+	case errors.Is(err, rpctypes.ErrLeaseNotFound):
+		// The lease has ended, and the key with it. If it has not, then only because etcd lost the
+		// lease: a put that kept it would end etcd's members.
+		now, err := patientKV{KV: r.cfg.Client, run: r}.Get(ctx, i.key)
+		if err != nil {
+			return err
+		}
+		if len(now.Kvs) == 0 {
+			r.count(func(p *Progress) { p.Raced++ })
+			return nil
+		}
+		if now.Kvs[0].ModRevision != i.revision {
+			return r.renewed(ctx, i, now.Kvs[0])
+		}
+		r.leave(leftFailed, key, fmt.Sprintf("its lease %x is not known to etcd: write it anew, or delete it", i.lease))
+	case codeOf(err) == codes.PermissionDenied && i.lease != 0:
+		r.leave(leftFailed, key, fmt.Sprintf("etcd denies it: etcd.username must be able to write all keys of the lease %x", i.lease))
+	default:
+		return err
+	}
+	return nil
+}
+
+// wrote counts what one transaction has stored, at a revision.
+func (r *run) wrote(items []*item, revision int64) {
+	r.count(func(p *Progress) {
+		for _, i := range items {
+			p.Bytes += int64(len(i.key) + len(i.value))
+		}
+		p.Rewritten += int64(len(items))
+		p.Transactions++
+		r.span.Last = max(r.span.Last, revision)
+	})
+}
+
+// commit sends one transaction that changes items if none was written since it was read, and
+// otherwise reads them. It waits while etcd is not there or has no space. After an answer that was
+// lost the transaction may have been applied: then it does not hold the next time, and the values
+// read are those to be stored.
+//
+// If etcd was away, it may be back with older data, in which another value can have the revision
+// that was read. Then the run ends with [restore.ErrRestored].
+//
+// The lease is that of the key at its revision, and so that of the key. (The option to keep
+// whatever lease the key has would be shorter; but where etcd lost the lease of a key, each of its
+// members would panic on that. Like this, it answers that there is no such lease.)
+func (r *run) commit(ctx context.Context, items []*item) (answer *clientv3.TxnResponse, err error) {
+	compares, puts, gets := make([]clientv3.Cmp, len(items)), make([]clientv3.Op, len(items)), make([]clientv3.Op, len(items))
+	for n, i := range items {
+		compares[n] = clientv3.Compare(clientv3.ModRevision(i.key), "=", i.revision)
+		puts[n] = clientv3.OpPut(i.key, string(i.value), clientv3.WithLease(clientv3.LeaseID(i.lease)))
+		gets[n] = clientv3.OpGet(i.key)
+	}
+	failed := false
+	err = r.patiently(ctx, waitWrite, func() error {
+		if failed {
+			if err := r.sameHistory(ctx, items[0].key); err != nil {
+				return err
+			}
+		}
+		failed = true
+		if err := r.pace.wait(ctx, len(items)); err != nil {
+			return err
+		}
+		sending, done := finishing(ctx)
+		defer done()
+		begun := time.Now()
+		answer, err = r.cfg.Client.Txn(sending).If(compares...).Then(puts...).Else(gets...).Commit()
+		if err == nil {
+			r.pace.took(time.Since(begun), len(items))
+		}
+		return err
+	})
+	return answer, err
+}
+
+// sameHistory returns an error if etcd was restored since the run last read from it, or does not
+// say.
+func (r *run) sameHistory(ctx context.Context, key string) error {
+	ctx, cancel := context.WithTimeout(ctx, txnTimeout)
+	defer cancel()
+	restored, _, _, err := r.history.Check(ctx, r.cfg.Client, key)
+	if err == nil && restored {
+		err = restore.ErrRestored
+	}
+	return err
+}
+
+// finishing returns a context for a transaction: it outlives ctx for a moment, so that what was
+// begun is known to have happened or not.
+func finishing(ctx context.Context) (context.Context, func()) {
+	limited, cancel := context.WithTimeout(context.WithoutCancel(ctx), txnTimeout)
+	stop := context.AfterFunc(ctx, func() { time.AfterFunc(txnGrace, cancel) })
+	return limited, func() {
+		stop()
+		cancel()
+	}
+}
+
+// again looks at items of which at least one was written since it was read, as the answer shows.
+// The others are written together.
+func (r *run) again(ctx context.Context, items []*item, answer *clientv3.TxnResponse) error {
+	var same, ours []*item
+	changed := make(map[*item]*mvccpb.KeyValue)
+	for n, i := range items {
+		now := only(answer.Responses[n].GetResponseRange())
+		switch {
+		case now == nil: // deleted, and stays so
+			r.count(func(p *Progress) { p.Raced++ })
+		case now.ModRevision == i.revision:
+			same = append(same, i)
+		case bytes.Equal(now.Value, []byte(i.value)):
+			ours = append(ours, i) // of an attempt whose answer was lost
+		default:
+			r.count(func(p *Progress) { p.Raced++ })
+			changed[i] = now
+		}
+	}
+	if len(ours) > 0 {
+		r.wrote(ours, answer.Header.Revision)
+	}
+	if err := r.store(ctx, same); err != nil {
+		return err
+	}
+	for i, now := range changed {
+		if err := r.renewed(ctx, i, now); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func only(r *pb.RangeResponse) *mvccpb.KeyValue {
+	if r == nil || len(r.Kvs) == 0 {
+		return nil
+	}
+	return r.Kvs[0]
+}
+
+// renewed goes on with an item that somebody else has written.
+func (r *run) renewed(ctx context.Context, i *item, now *mvccpb.KeyValue) error {
+	f, err := r.renew(ctx, now, true)
+	switch {
+	case err != nil:
+		return err
+	case f.what == isAside:
+		r.aside.add(f.aside)
+		return nil
+	case f.what != isToWrite:
+		return nil // that is as it is to be, or left
+	}
+	next := f.next
+	if next.attempts = i.attempts + 1; next.attempts >= maxAttempts {
+		r.leave(leftFailed, now.Key, "it is written all the time by somebody who does not seal it as the rule does")
+		return nil
+	}
+	return r.store(ctx, []*item{next})
+}

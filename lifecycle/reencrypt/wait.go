@@ -1,0 +1,219 @@
+package reencrypt
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+)
+
+// What a run waits for, as Paused says it.
+const (
+	waitElection = "being the one that works"
+	waitKMS      = "the KMS"
+	waitRefused  = "the KMS, which refuses some values"
+	waitRead     = "reading from etcd"
+	waitWrite    = "writing to etcd"
+	waitSlow     = "etcd is slow"
+)
+
+// waiting is how many wait for one thing.
+type waiting struct {
+	by  int
+	why string
+}
+
+// pause tells why the run waits for something, when that changes. resume follows, once for each
+// pause.
+func (r *run) pause(what, why string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	w := r.waits[what]
+	if w == nil {
+		w = &waiting{}
+		r.waits[what] = w
+	}
+	w.by++
+	r.because(what, w, why)
+}
+
+// because tells a reason that is not the last one. mu is held.
+func (r *run) because(what string, w *waiting, why string) {
+	if w.why != why && r.cfg.Paused != nil {
+		r.cfg.Paused(what, why)
+	}
+	w.why = why
+}
+
+// resume ends one pause. When it was the last one, it tells that the run goes on.
+func (r *run) resume(what string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	w := r.waits[what]
+	if w == nil {
+		return
+	}
+	if w.by--; w.by > 0 {
+		return
+	}
+	delete(r.waits, what)
+	if r.cfg.Paused != nil {
+		r.cfg.Paused(what, "")
+	}
+}
+
+const (
+	firstPause = 100 * time.Millisecond
+	maxPause   = 10 * time.Second
+)
+
+// newBackOff returns pauses that grow.
+func newBackOff() *backoff.ExponentialBackOff {
+	wait := backoff.NewExponentialBackOff()
+	wait.InitialInterval, wait.MaxInterval, wait.Multiplier = firstPause, maxPause, 2
+	return wait
+}
+
+// patiently calls f until it succeeds or fails for good, with pauses that grow, and says what it
+// waits for.
+func (r *run) patiently(ctx context.Context, what string, f func() error) error {
+	wait := newBackOff()
+	for waited := false; ; waited = true {
+		err := f()
+		if ctx.Err() != nil && err != nil {
+			return context.Cause(ctx)
+		}
+		why := passing(err)
+		if why == "" {
+			return err
+		}
+		if !waited {
+			defer r.resume(what)
+		}
+		r.await(what, why, !waited)
+		if errors.Is(err, rpctypes.ErrNoSpace) {
+			err = r.awaitSpace(ctx)
+		} else {
+			err = rest(ctx, wait.NextBackOff())
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// await is pause, or a new reason for a pause that has begun.
+func (r *run) await(what, why string, begin bool) {
+	if begin {
+		r.pause(what, why)
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if w := r.waits[what]; w != nil {
+		r.because(what, w, why)
+	}
+}
+
+// spaceCheck is how often etcd is asked whether its alarm is gone.
+const spaceCheck = 2 * time.Second
+
+// awaitSpace waits until no member raises the alarm that its space is used up. Where that cannot be
+// asked, the next write will tell.
+func (r *run) awaitSpace(ctx context.Context) error {
+	for {
+		if err := rest(ctx, spaceCheck); err != nil {
+			return err
+		}
+		asking, cancel := context.WithTimeout(ctx, spaceCheck)
+		alarms, err := r.cfg.Client.AlarmList(asking)
+		cancel()
+		if err != nil {
+			return rest(ctx, maxPause)
+		}
+		full := false
+		for _, a := range alarms.Alarms {
+			full = full || a.Alarm == pb.AlarmType_NOSPACE
+		}
+		if !full {
+			return nil
+		}
+	}
+}
+
+// passing says what is wrong if waiting may help, and "" if not, or if nothing is.
+func passing(err error) string {
+	if err == nil {
+		return ""
+	}
+	if e, ok := errors.AsType[*keyring.Error](err); ok {
+		if e.Kind == keyring.Unavailable {
+			return e.Text
+		}
+		return ""
+	}
+	switch {
+	case errors.Is(err, rpctypes.ErrNoSpace):
+		return "its space is used up: compact and defragment it (etcdctl compact, etcdctl defrag) or raise its --quota-backend-bytes, then disarm the alarm (etcdctl alarm disarm)"
+	case errors.Is(err, context.DeadlineExceeded):
+		return "it does not answer in time"
+	case errors.Is(err, rpctypes.ErrTooManyRequests), errors.Is(err, rpctypes.ErrAuthOldRevision), errors.Is(err, rpctypes.ErrInvalidAuthToken):
+		return err.Error()
+	}
+	switch codeOf(err) {
+	case codes.Unavailable, codes.DeadlineExceeded:
+		return err.Error()
+	}
+	return ""
+}
+
+// tooLarge reports that a request is larger than etcd takes, by etcd's own word or by that of gRPC.
+func tooLarge(err error) bool {
+	return errors.Is(err, rpctypes.ErrRequestTooLarge) || codeOf(err) == codes.ResourceExhausted && strings.Contains(err.Error(), "larger than max")
+}
+
+// codeOf returns the gRPC code of an error of etcd's client.
+func codeOf(err error) codes.Code {
+	if e, ok := errors.AsType[rpctypes.EtcdError](err); ok {
+		return e.Code()
+	}
+	return status.Code(err)
+}
+
+// rest sleeps, or returns why ctx ended.
+func rest(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// patientKV reads on when etcd comes back.
+type patientKV struct {
+	clientv3.KV
+	run *run
+}
+
+// Get implements [clientv3.KV].
+func (p patientKV) Get(ctx context.Context, key string, opts ...clientv3.OpOption) (answer *clientv3.GetResponse, err error) {
+	err = p.run.patiently(ctx, waitRead, func() (err error) {
+		limited, cancel := context.WithTimeout(ctx, txnTimeout)
+		defer cancel()
+		answer, err = p.KV.Get(limited, key, opts...)
+		return err
+	})
+	return answer, err
+}
