@@ -1,7 +1,6 @@
 package proxy
 
 import (
-	"context"
 	"errors"
 	"testing"
 
@@ -52,7 +51,7 @@ func TestReplace(t *testing.T) {
 			half := size / 2
 			f := &frame{data: mem.BufferSlice{mem.SliceBuffer(msg[:half]), mem.SliceBuffer(msg[half:])}}
 			want := string(edit(append([]byte{}, msg...)))
-			if err := f.replace(t.Context(), func(_ context.Context, b []byte) ([]byte, error) { return edit(b), nil }); err != nil {
+			if err := f.replace(func(b []byte) ([]byte, error) { return edit(b), nil }); err != nil {
 				t.Fatal(err)
 			}
 			if got := string(f.data.Materialize()); got != want {
@@ -64,7 +63,7 @@ func TestReplace(t *testing.T) {
 			f.free()
 		}
 		f := &frame{data: mem.BufferSlice{mem.SliceBuffer(msg)}}
-		if err := f.replace(t.Context(), func(context.Context, []byte) ([]byte, error) { return nil, errNoIdentity }); !errors.Is(err, errNoIdentity) || f.data.Len() != 0 {
+		if err := f.replace(func([]byte) ([]byte, error) { return nil, errNoIdentity }); !errors.Is(err, errNoIdentity) || f.data.Len() != 0 {
 			t.Errorf("got %v and %d bytes", err, f.data.Len())
 		}
 	}

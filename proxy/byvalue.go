@@ -64,7 +64,7 @@ func (c *kvCall) askRange(ctx context.Context, r *pb.RangeRequest, ask asker) (*
 	if err != nil {
 		return nil, c.core.status(err, false)
 	}
-	shape, err := etcdwire.RangeRequest(msg, c.at)
+	shape, _, err := etcdwire.RangeRequest(msg, tryingRules{c.at})
 	if err != nil {
 		return nil, c.core.status(err, false)
 	}
@@ -72,8 +72,7 @@ func (c *kvCall) askRange(ctx context.Context, r *pb.RangeRequest, ask asker) (*
 	if err != nil {
 		return nil, err
 	}
-	rules := c.core.rules.Load()
-	answer, err = etcdwire.RangeResponse(ctx, answer, rules, shape)
+	answer, err = etcdwire.RangeResponse(answer, blocking(ctx).over(c.core.rules.Load()), shape)
 	if err != nil {
 		return nil, c.core.status(err, true)
 	}
@@ -91,7 +90,7 @@ func (c *kvCall) askTxn(ctx context.Context, t *pb.TxnRequest, limit int, ask as
 	if err != nil {
 		return nil, c.core.status(err, false)
 	}
-	msg, shape, err := etcdwire.TxnRequest(ctx, msg, c.at)
+	msg, shape, err := etcdwire.TxnRequest(msg, blocking(ctx).over(c.at))
 	if err != nil {
 		return nil, c.core.status(err, false)
 	}
@@ -99,7 +98,7 @@ func (c *kvCall) askTxn(ctx context.Context, t *pb.TxnRequest, limit int, ask as
 	if err != nil {
 		return nil, err
 	}
-	answer, err = etcdwire.TxnResponse(ctx, answer, c.core.rules.Load(), shape)
+	answer, err = etcdwire.TxnResponse(answer, blocking(ctx).over(c.core.rules.Load()), shape)
 	return answer, c.core.status(err, true)
 }
 

@@ -2,7 +2,6 @@ package proxy
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -32,13 +31,13 @@ type core struct {
 // call rewrites the messages of one call. An engine hands it every request message, then every response message for which scans
 // is true. Messages come whole, without gRPC's header; a result is the argument itself where nothing changes. A response may be overwritten, a request
 // not, and a new response stands at the front of the old or in bytes of its own. One request and one response may
-// be in progress at the same time, never two of a kind. Errors are statuses for the client.
+// be in progress at the same time, never two of a kind. Errors are statuses for the client, or [ErrWouldBlock].
 type call interface {
-	request(ctx context.Context, msg []byte) ([]byte, error)
+	request(m mode, msg []byte) ([]byte, error)
 	scans() bool
 	// parts says that a response may come in parts, each of whole fields: a long list needs no buffer of its whole length.
 	parts() bool
-	response(ctx context.Context, msg []byte) ([]byte, error)
+	response(m mode, msg []byte) ([]byte, error)
 }
 
 // cutter is a call whose responses may have to be cut into several: while cuts is true it sees each response as the client gets it, in one piece, which it does not
@@ -83,6 +82,9 @@ func (c *core) status(err error, fromEtcd bool) error {
 	if err == nil {
 		return nil
 	}
+	if errors.Is(err, ErrWouldBlock) {
+		return err // it is tried again
+	}
 	st, known := sealStatus(err, fromEtcd)
 	if !known {
 		c.log.Error("a value could not be sealed or opened", "error", err)
@@ -118,20 +120,21 @@ func newRangeStreamCall(c *core, id *Identity) call {
 	return &rangeCall{kvCall: kvCall{core: c, id: id}, stream: true}
 }
 
-func (c *rangeCall) request(_ context.Context, msg []byte) ([]byte, error) {
+func (c *rangeCall) request(_ mode, msg []byte) ([]byte, error) {
 	if !c.stream && looksForProxy(msg) {
 		return nil, errChained
 	}
 	if !c.begin() || c.id.Ciphertext {
 		return msg, nil
 	}
+	var touches bool
 	var err error
-	c.shape, err = etcdwire.RangeRequest(msg, c.at)
+	c.shape, touches, err = etcdwire.RangeRequest(msg, tryingRules{c.at})
 	c.byValue = errors.Is(err, etcdwire.ErrByValue)
 	if err != nil && !c.byValue {
 		return nil, c.core.status(err, false)
 	}
-	c.touches = !c.shape.KeysOnly && rangeTouches(msg, c.at)
+	c.touches = !c.shape.KeysOnly && touches
 	if c.stream && (c.byValue || c.touches) {
 		if err := c.sortedStream(msg); err != nil {
 			return nil, c.core.status(err, false)
@@ -143,7 +146,7 @@ func (c *rangeCall) request(_ context.Context, msg []byte) ([]byte, error) {
 // parts implements call. A chunk of a stream is one field.
 func (c *rangeCall) parts() bool { return !c.stream }
 
-func (c *rangeCall) response(ctx context.Context, msg []byte) ([]byte, error) {
+func (c *rangeCall) response(m mode, msg []byte) ([]byte, error) {
 	if c.refused { // it has sorted ciphertexts
 		return nil, errSortedStream
 	}
@@ -151,7 +154,7 @@ func (c *rangeCall) response(ctx context.Context, msg []byte) ([]byte, error) {
 	if c.stream {
 		rewrite = etcdwire.RangeStreamResponse
 	}
-	out, err := rewrite(ctx, msg, c.core.rules.Load(), c.shape)
+	out, err := rewrite(msg, m.over(c.core.rules.Load()), c.shape)
 	return out, c.core.status(err, true)
 }
 
@@ -162,38 +165,32 @@ type putCall struct {
 
 func newPutCall(c *core, id *Identity) call { return &putCall{kvCall: kvCall{core: c, id: id}} }
 
-func (c *putCall) request(ctx context.Context, msg []byte) ([]byte, error) {
+func (c *putCall) request(m mode, msg []byte) ([]byte, error) {
 	if err := c.core.checkSize(msg); err != nil {
 		return nil, err
 	}
 	if !c.begin() {
 		return msg, nil
 	}
-	reach, plain := putReach(msg, c.at)
-	if reach == reachesOwn {
+	key, err := etcdwire.PutKey(msg)
+	if err != nil {
+		return nil, c.core.status(err, false)
+	}
+	if c.at.own.has(key) {
 		return nil, errOwnKey
 	}
-	c.touches = putCovered(msg, c.at)
-	out, err := etcdwire.PutRequest(ctx, msg, c.at)
+	c.touches = c.at.covers(key)
+	out, err := etcdwire.PutRequest(msg, m.over(c.at))
 	if errors.Is(err, etcdwire.ErrValueProvided) {
 		return nil, c.refusedPut(msg)
 	}
-	return out, c.core.status(alsoPlain(err, plain), false)
-}
-
-// alsoPlain is the error of the rewriter, or one for a message whose keys were not found as the
-// rewriter found them.
-func alsoPlain(err error, plain bool) error {
-	if err == nil && !plain {
-		return etcdwire.ErrMalformed
-	}
-	return err
+	return out, c.core.status(err, false)
 }
 
 // response opens the previous value. When that fails the client gets the error although the put was applied, as it does when
 // the answer of a write is lost on its way.
-func (c *putCall) response(ctx context.Context, msg []byte) ([]byte, error) {
-	out, err := etcdwire.PutResponse(ctx, msg, c.core.rules.Load())
+func (c *putCall) response(m mode, msg []byte) ([]byte, error) {
+	out, err := etcdwire.PutResponse(msg, m.over(c.core.rules.Load()))
 	return out, c.core.status(err, true)
 }
 
@@ -205,27 +202,25 @@ type deleteCall struct {
 
 func newDeleteCall(c *core, id *Identity) call { return &deleteCall{kvCall: kvCall{core: c, id: id}} }
 
-func (c *deleteCall) request(_ context.Context, msg []byte) ([]byte, error) {
+func (c *deleteCall) request(_ mode, msg []byte) ([]byte, error) {
 	if !c.begin() {
 		return msg, nil
 	}
-	if err := etcdwire.DeleteRangeRequest(msg); err != nil {
+	key, end, err := etcdwire.DeleteRangeRequest(msg)
+	if err != nil {
 		return nil, c.core.status(err, false)
 	}
-	reach, plain := deleteReach(msg, c.at)
-	if err := alsoPlain(nil, plain); err != nil {
-		return nil, c.core.status(err, false)
-	}
+	reach := c.at.own.reach(key, end)
 	if reach == reachesOwn {
 		return nil, errOwnKey
 	}
 	c.over = reach == reachesOver
-	c.touches = rangeTouches(msg, c.at)
+	c.touches = c.at.Overlaps(key, end)
 	return msg, nil
 }
 
-func (c *deleteCall) response(ctx context.Context, msg []byte) ([]byte, error) {
-	out, err := etcdwire.DeleteRangeResponse(ctx, msg, c.core.rules.Load())
+func (c *deleteCall) response(m mode, msg []byte) ([]byte, error) {
+	out, err := etcdwire.DeleteRangeResponse(msg, m.over(c.core.rules.Load()))
 	return out, c.core.status(err, true)
 }
 
@@ -234,52 +229,71 @@ type txnCall struct {
 	kvCall
 	shape   *etcdwire.TxnShape
 	byValue bool // it compares or sorts by values that are sealed
-	over    bool // it deletes a range that reaches over keys of the proxies' own, which it leaves alone
+	changes bool // it has a put or a delete, in any branch: etcd sends it through raft
+	own     bool // some put or delete names keys of the proxies' own
+	over    bool // some delete reaches over keys of the proxies' own, which it leaves alone
+}
+
+var _ etcdwire.Operations = (*txnCall)(nil)
+
+// Range implements etcdwire.Operations.
+func (c *txnCall) Range(key, end []byte) { c.touches = c.touches || c.at.Overlaps(key, end) }
+
+// Put implements etcdwire.Operations.
+func (c *txnCall) Put(key []byte) {
+	c.changes = true
+	c.own = c.own || c.at.own.has(key)
+	c.touches = c.touches || c.at.covers(key)
+}
+
+// Delete implements etcdwire.Operations.
+func (c *txnCall) Delete(key, end []byte) {
+	c.changes = true
+	reach := c.at.own.reach(key, end)
+	c.own, c.over = c.own || reach == reachesOwn, c.over || reach == reachesOver
+	c.touches = c.touches || c.at.Overlaps(key, end)
 }
 
 func newTxnCall(c *core, id *Identity) call { return &txnCall{kvCall: kvCall{core: c, id: id}} }
 
-func (c *txnCall) request(ctx context.Context, msg []byte) ([]byte, error) {
+func (c *txnCall) request(m mode, msg []byte) ([]byte, error) {
 	ruled := c.begin()
 	tooLarge := c.core.checkSize(msg)
 	if !ruled && tooLarge == nil && !c.id.readOnly() {
 		return msg, nil
 	}
-	var reach txnReach
-	scanTxn(msg, c.at, 0, &reach)
+	c.touches, c.changes, c.own, c.over = false, false, false, false // it may be the second time
+	odd := etcdwire.EachOperation(msg, c)
+	c.changes = c.changes || odd != nil
 	switch {
-	case reach.changes && c.id.readOnly():
+	case c.changes && c.id.readOnly():
 		return nil, errReadOnly
-	case reach.changes && tooLarge != nil: // a transaction that only reads never meets etcd's limit
+	case c.changes && tooLarge != nil: // a transaction that only reads never meets etcd's limit
 		return nil, tooLarge
-	case reach.own:
+	case c.own:
 		return nil, errOwnKey
 	}
 	if c.id.readOnly() {
-		_, _, err := etcdwire.TxnRequest(ctx, msg, storedRules{})
+		_, _, err := etcdwire.TxnRequest(msg, storedRules{})
 		return msg, c.core.status(err, false)
 	}
 	if !ruled {
 		return msg, nil
 	}
-	c.over = reach.over
-	out, shape, err := etcdwire.TxnRequest(ctx, msg, c.at)
-	switch {
-	case errors.Is(err, etcdwire.ErrByValue) && !reach.odd:
+	if odd != nil {
+		return nil, c.core.status(odd, false)
+	}
+	out, shape, err := etcdwire.TxnRequest(msg, m.over(c.at))
+	if errors.Is(err, etcdwire.ErrByValue) {
 		c.byValue, c.touches = true, true
 		return msg, nil
-	case errors.Is(err, etcdwire.ErrByValue):
-		err = etcdwire.ErrMalformed // the rewriter has not come to what is wrong with it
 	}
-	if err = alsoPlain(err, !reach.odd); err != nil {
-		return nil, c.core.status(err, false)
-	}
-	c.shape, c.touches = shape, reach.touches
-	return out, nil
+	c.shape = shape
+	return out, c.core.status(err, false)
 }
 
-func (c *txnCall) response(ctx context.Context, msg []byte) ([]byte, error) {
-	out, err := etcdwire.TxnResponse(ctx, msg, c.core.rules.Load(), c.shape)
+func (c *txnCall) response(m mode, msg []byte) ([]byte, error) {
+	out, err := etcdwire.TxnResponse(msg, m.over(c.core.rules.Load()), c.shape)
 	return out, c.core.status(err, true)
 }
 
@@ -299,7 +313,7 @@ func electing(about func([]byte) (span, error), a access) func(*core, *Identity)
 	}
 }
 
-func (c *electionCall) request(_ context.Context, msg []byte) ([]byte, error) {
+func (c *electionCall) request(_ mode, msg []byte) ([]byte, error) {
 	rules := c.core.rules.Load()
 	if rules.empty() {
 		return msg, nil
@@ -319,7 +333,7 @@ func (c *electionCall) request(_ context.Context, msg []byte) ([]byte, error) {
 
 func (*electionCall) scans() bool { return false }
 
-func (*electionCall) response(_ context.Context, msg []byte) ([]byte, error) { return msg, nil }
+func (*electionCall) response(_ mode, msg []byte) ([]byte, error) { return msg, nil }
 
 // namedKeys are the keys of an election or lock: all that begin with its name and a slash.
 func namedKeys(msg []byte) (span, error) {

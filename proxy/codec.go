@@ -1,14 +1,12 @@
 package proxy
 
 import (
-	"context"
 	"fmt"
-	"math"
 
 	"google.golang.org/grpc/encoding"
-	_ "google.golang.org/grpc/encoding/gzip" // a client may compress, as with etcd
 	"google.golang.org/grpc/mem"
-	"google.golang.org/protobuf/encoding/protowire"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdwire"
 )
 
 // frame is one gRPC message as its bytes. It owns a reference to its buffers until it is sent or freed.
@@ -24,7 +22,7 @@ func (f *frame) free() {
 
 // edit replaces the message by what fn makes of it. fn gets the message in one piece, must not retain it, and returns the very
 // slice it got to leave it as it is.
-func (f *frame) edit(ctx context.Context, fn func(context.Context, []byte) ([]byte, error)) error {
+func (f *frame) edit(fn func([]byte) ([]byte, error)) error {
 	var msg []byte
 	if len(f.data) == 1 {
 		msg = f.data[0].ReadOnlyData()
@@ -34,7 +32,7 @@ func (f *frame) edit(ctx context.Context, fn func(context.Context, []byte) ([]by
 		f.data = mem.BufferSlice{whole}
 		msg = whole.ReadOnlyData()
 	}
-	out, err := fn(ctx, msg)
+	out, err := fn(msg)
 	if err != nil {
 		return err
 	}
@@ -47,12 +45,12 @@ func (f *frame) edit(ctx context.Context, fn func(context.Context, []byte) ([]by
 }
 
 // replace is edit with an fn that may overwrite the message and return the front of it, or new bytes. After an error the frame is empty.
-func (f *frame) replace(ctx context.Context, fn func(context.Context, []byte) ([]byte, error)) error {
+func (f *frame) replace(fn func([]byte) ([]byte, error)) error {
 	// The buffers that grpc hands out are not ours to write to.
 	own := buffers.Get(f.data.Len())
 	f.data.CopyTo(*own)
 	f.free()
-	out, err := replaced(ctx, own, len(*own), fn)
+	out, err := replaced(own, len(*own), fn)
 	if err == nil {
 		f.data = mem.BufferSlice{out}
 	}
@@ -60,20 +58,25 @@ func (f *frame) replace(ctx context.Context, fn func(context.Context, []byte) ([
 }
 
 // replaced returns what fn makes of the first n bytes of own, which it takes over.
-func replaced(ctx context.Context, own *[]byte, n int, fn func(context.Context, []byte) ([]byte, error)) (mem.Buffer, error) {
-	out, err := fn(ctx, (*own)[:n:n])
+func replaced(own *[]byte, n int, fn func([]byte) ([]byte, error)) (mem.Buffer, error) {
+	out, err := fn((*own)[:n:n])
 	if err != nil {
 		buffers.Put(own)
 		return nil, err
 	}
+	return bufferOf(own, out), nil
+}
+
+// bufferOf returns a buffer of out, which is the front of own or bytes of its own. It takes own over.
+func bufferOf(own *[]byte, out []byte) mem.Buffer {
 	if len(out) > 0 && &out[0] != &(*own)[0] {
 		buffers.Put(own)
-		return mem.SliceBuffer(out), nil
+		return mem.SliceBuffer(out)
 	}
 	// The whole goes back to the pool, to be cleared, when its front has been sent.
 	whole := mem.NewBuffer(own, buffers)
 	defer whole.Free()
-	return whole.Slice(0, len(out)), nil
+	return whole.Slice(0, len(out))
 }
 
 // partSize is about how many bytes of a long message are replaced at a time: few enough to stay in the processor's cache until they are done with.
@@ -81,9 +84,9 @@ const partSize = 64 << 10
 
 // replaceParts is replace for an fn that takes a message in parts, each of whole fields: protobuf's messages can be cut between two fields and put
 // together again.
-func (f *frame) replaceParts(ctx context.Context, fn func(context.Context, []byte) ([]byte, error)) error {
+func (f *frame) replaceParts(fn func([]byte) ([]byte, error)) error {
 	if f.data.Len() <= 2*partSize {
-		return f.replace(ctx, fn)
+		return f.replace(fn)
 	}
 	in := f.data.Reader()
 	defer in.Close() //nolint:errcheck // never fails
@@ -95,7 +98,7 @@ func (f *frame) replaceParts(ctx context.Context, fn func(context.Context, []byt
 		own := buffers.Get(min(size, len(begun)+in.Remaining()))
 		n := copy(*own, begun)
 		_, _ = in.Read((*own)[n:]) // never fails: so much is there
-		whole, next := wholeFields(*own)
+		whole, next := etcdwire.WholeFields(*own)
 		if in.Remaining() == 0 || next < 0 {
 			whole = len(*own) // what is wrong with it is for fn to say
 		}
@@ -105,7 +108,7 @@ func (f *frame) replaceParts(ctx context.Context, fn func(context.Context, []byt
 			continue
 		}
 		size = partSize
-		part, err := replaced(ctx, own, whole, fn)
+		part, err := replaced(own, whole, fn)
 		if err != nil {
 			out.Free()
 			return err
@@ -114,40 +117,6 @@ func (f *frame) replaceParts(ctx context.Context, fn func(context.Context, []byt
 	}
 	f.data = out
 	return nil
-}
-
-// wholeFields returns how many bytes at the front of b are whole fields, and how many the field has that follows them: 0 if b does not say, negative
-// if it is no field.
-func wholeFields(b []byte) (whole, next int) {
-	for at := 0; ; at += next {
-		rest := b[at:]
-		num, typ, n := protowire.ConsumeTag(rest)
-		switch {
-		case n < 0 && len(rest) < 10: // a tag has at most ten bytes
-			return at, 0
-		case n < 0:
-			return at, -1
-		case typ != protowire.BytesType:
-			if next = n + protowire.ConsumeFieldValue(num, typ, rest[n:]); next < n {
-				if len(rest) < 20 { // so has a number
-					return at, 0
-				}
-				return at, -1
-			}
-		default:
-			length, m := protowire.ConsumeVarint(rest[n:])
-			switch {
-			case m < 0 && len(rest) < 20:
-				return at, 0
-			case m < 0 || length > math.MaxInt32:
-				return at, -1
-			}
-			next = n + m + int(length)
-		}
-		if next > len(rest) {
-			return at, next
-		}
-	}
 }
 
 // rawCodec moves frames without looking inside. Its name is protobuf's, because that is what the bytes are.

@@ -1,22 +1,20 @@
 package proxy
 
 import (
-	"context"
-
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 )
 
-// connect goes on to etcd. waits says that there may be a connection for a context that waits; else, without ok, there is none. Calls that last are worth waiting for one: the reference
-// engine would have them for as long.
-func (st *fstream) connect(ctx context.Context) (ok, waits bool) {
+// connect opens the stream to etcd. wouldBlock says that there may be a connection for who waits; else, without ok, there is none. Calls that
+// last are worth waiting for one.
+func (st *fstream) connect(m mode) (ok, wouldBlock bool) {
 	lasts := st.method.shape != shapeUnary
 	conn, h, hope := st.session.pick()
 	if conn == nil && (hope == outlookDialing || hope == outlookDown && lasts) {
-		if ctx == hasty {
+		if m.ctx == nil {
 			return false, true
 		}
 		st.watch.discard() // this is waiting for etcd
-		conn, h = st.session.await(ctx, lasts)
+		conn, h = st.session.await(m.ctx, lasts)
 	}
 	return conn != nil && st.open(conn, h), false
 }

@@ -25,6 +25,7 @@ type engine struct {
 	drain  time.Duration
 	web    http.Handler // of requests that are not gRPC's
 	budget *http2conn.Budget
+	calls  atomic.Int64    // see [admission]
 	base   context.Context // of everything that waits; it ends with the engine
 	cancel context.CancelFunc
 
@@ -51,7 +52,7 @@ func newEngine(a *api, web http.Handler, drain time.Duration, log *slog.Logger) 
 // requestBudget is how many bytes of unfinished requests the proxy holds at most: a quarter of the
 // memory limit of the process, if there is one.
 func requestBudget() int64 {
-	const most = 256 << 20
+	const most = 128 << 20
 	return min(most, debug.SetMemoryLimit(-1)/4)
 }
 

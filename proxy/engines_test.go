@@ -51,6 +51,11 @@ func newTalker(t *testing.T, address string) *talker {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return newTalkerOn(t, conn)
+}
+
+func newTalkerOn(t *testing.T, conn net.Conn) *talker {
+	t.Helper()
 	t.Cleanup(func() { conn.Close() })
 	c := &talker{Framer: http2.NewFramer(conn, conn), conn: conn, next: 1, buf: new(bytes.Buffer)}
 	c.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
@@ -112,7 +117,9 @@ func (c *talker) try(t *testing.T, a attempt) reply {
 			}
 		case *http2.DataFrame:
 			if f.StreamID == id {
-				got.Data = append(got.Data, f.Data()...)
+				if got.Data = append(got.Data, f.Data()...); f.StreamEnded() { // of HTTP alone
+					return got
+				}
 			}
 		case *http2.RSTStreamFrame:
 			if f.StreamID == id && f.ErrCode != http2.ErrCodeNo {

@@ -2,20 +2,20 @@ package proxy
 
 import (
 	"bytes"
-	"context"
 	"encoding/binary"
+	"errors"
 	"strconv"
 
 	"golang.org/x/net/http2/hpack"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/mem"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdwire"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 )
 
 // piece is what comes in at once: header fields, or data.
 type piece struct {
-	side   *upside           // where it came from; nil for what came from the client
 	stream *http2conn.Stream // of etcd's, that it came on
 	fields []hpack.HeaderField
 	data   []byte
@@ -45,16 +45,17 @@ func (st *fstream) out(p piece) {
 		return
 	}
 	st.mu.Unlock()
-	st.answer(hasty, p)
+	st.answer(nonBlocking, p)
 }
 
-// answer handles what etcd sends. With a context that does not wait it may park the direction, and else it is done when it returns.
-func (st *fstream) answer(ctx context.Context, p piece) {
+// answer handles what etcd sends. Where it may not wait it may park the direction, and else it is done when it returns.
+func (st *fstream) answer(m mode, p piece) {
 	if p.fields == nil {
 		st.heldOut.Add(int64(len(p.data)))
-		st.carry(ctx, p)
+		st.carry(m, p)
 		return
 	}
+	st.session.admission.release(st)
 	switch {
 	case !p.end:
 		st.mu.Lock()
@@ -87,15 +88,16 @@ func codeOf(trailer []hpack.HeaderField) codes.Code {
 }
 
 // carry moves data towards the client.
-func (st *fstream) carry(ctx context.Context, p piece) {
+func (st *fstream) carry(m mode, p piece) {
 	switch {
 	case st.ended.Load():
 	default:
-		if rest, waits := st.cut(ctx, p.side, p.data); waits {
+		if rest, blocked := st.cut(m, p.data); blocked != nil {
 			p.data = bytes.Clone(rest)
-			st.park(&st.outward, func(ctx context.Context) {
-				st.looked(ctx)
-				st.carry(ctx, p)
+			st.park(&st.outward, func(m mode) {
+				_ = st.look(mode{m.ctx, blocked}) // it does not block any more
+				st.messageEnd()
+				st.carry(m, p)
 			})
 			return
 		}
@@ -111,9 +113,9 @@ func (st *fstream) carry(ctx context.Context, p piece) {
 	}
 }
 
-// cut finds the messages in data, passes those that are not looked into, and looks into the others when they are whole, or a part of theirs is. waits says that this would take the
-// KMS: the part is where it was, and rest is what follows it.
-func (st *fstream) cut(ctx context.Context, side *upside, data []byte) (rest []byte, waits bool) {
+// cut finds the messages in data, passes those that are not rewritten, and rewrites the others when they are whole, or a part of theirs is. If that would
+// block it returns how far it came, and rest is what follows in data.
+func (st *fstream) cut(m mode, data []byte) (rest []byte, blocked *etcdwire.Blocked) {
 	a := &st.answers
 	for len(data) > 0 && !st.ended.Load() {
 		if len(a.head) < headLength {
@@ -133,10 +135,10 @@ func (st *fstream) cut(ctx context.Context, side *upside, data []byte) (rest []b
 			a.n += n
 			a.left -= n
 			if a.left > 0 && a.n < len(*a.own) {
-				return nil, false
+				return nil, nil
 			}
-			if st.look(ctx, side) {
-				return data[n:], true
+			if blocked := st.look(m); blocked != nil {
+				return data[n:], blocked
 			}
 		case n > 0 || a.left == 0:
 			a.left -= n
@@ -146,13 +148,7 @@ func (st *fstream) cut(ctx context.Context, side *upside, data []byte) (rest []b
 		data = data[n:]
 		st.messageEnd()
 	}
-	return nil, false
-}
-
-// looked does with a context that waits what look did not.
-func (st *fstream) looked(ctx context.Context) {
-	st.look(ctx, nil)
-	st.messageEnd()
+	return nil, nil
 }
 
 // messageEnd begins anew after a whole message.
@@ -181,8 +177,9 @@ func (st *fstream) message(come int) {
 	}
 }
 
-// look looks into what has come of a message, and hands it on when that is all. It reports true, and has changed nothing, if ctx does not wait and the KMS is needed.
-func (st *fstream) look(ctx context.Context, side *upside) (waits bool) {
+// look rewrites what has come of a message, and hands it on when that is all. If that would block it returns how far it
+// came, and is to be called again with that.
+func (st *fstream) look(m mode) *etcdwire.Blocked {
 	a := &st.answers
 	own, n, whole := a.own, a.n, a.n
 	if a.left > 0 {
@@ -192,7 +189,7 @@ func (st *fstream) look(ctx context.Context, side *upside) (waits bool) {
 		case !st.call.parts():
 			whole = 0
 		default:
-			if whole, next = wholeFields((*own)[:n]); next < 0 {
+			if whole, next = etcdwire.WholeFields((*own)[:n]); next < 0 {
 				whole = n // what is wrong with it is for the call to say
 			}
 		}
@@ -200,14 +197,19 @@ func (st *fstream) look(ctx context.Context, side *upside) (waits bool) {
 			a.own = buffers.Get(min(max(2*n, next), n+a.left))
 			copy(*a.own, (*own)[:n])
 			buffers.Put(own)
-			return false
+			return nil
 		}
 	}
-	var kept []byte // what is opened where it stands cannot be opened once more
-	if a.scans && ctx == hasty {
-		kept = append(side.kept[:0], (*own)[:n]...)
-		if side.kept = kept; n > 2*partSize {
-			side.kept = nil // so long ones are rare
+	out := (*own)[:whole:whole]
+	if a.scans {
+		var err error
+		if out, err = st.call.response(m, out); err != nil {
+			if blocked, ok := errors.AsType[*etcdwire.Blocked](err); ok {
+				return blocked
+			}
+			a.drop()
+			st.fail(err)
+			return nil
 		}
 	}
 	a.own, a.n = nil, 0
@@ -216,29 +218,10 @@ func (st *fstream) look(ctx context.Context, side *upside) (waits bool) {
 		a.own = buffers.Get(min(max(partSize, len(begun)+1), len(begun)+a.left))
 		a.n = copy(*a.own, begun)
 	}
-	part, err := st.replaced(ctx, own, whole)
-	if wouldWait(ctx, err) {
-		a.drop()
-		a.own, a.n = buffers.Get(n), n
-		copy(*a.own, kept)
-		return true
-	}
-	if err != nil {
-		st.fail(err)
-		return false
-	}
-	if a.made = append(a.made, part); a.left == 0 {
+	if a.made = append(a.made, bufferOf(own, out)); a.left == 0 {
 		st.deliver()
 	}
-	return false
-}
-
-// replaced is what the call makes of the first n bytes of own, which it takes over.
-func (st *fstream) replaced(ctx context.Context, own *[]byte, n int) (mem.Buffer, error) {
-	if st.answers.scans {
-		return replaced(ctx, own, n, st.call.response)
-	}
-	return mem.NewBuffer(own, buffers), nil
+	return nil
 }
 
 // copied is up to what length an answer is copied into what is written next, in bytes. A longer one is kept until the client takes it.

@@ -26,6 +26,7 @@ func (st *fstream) finish(code codes.Code) bool {
 			cancel(nil)
 		}
 	}
+	st.session.admission.release(st)
 	if counts && !started { // it ends before it went anywhere
 		st.method.metrics.started.Inc()
 	}

@@ -22,7 +22,9 @@ type session struct {
 	client *http2conn.Conn
 	conns  atomic.Pointer[[]*http2conn.Conn] // all there are; replaced under mu
 	work   sync.WaitGroup                    // what must end before the session does
-	unary  uint64                            // calls so far; of the goroutine that reads from the client
+
+	admission admission
+	unary     uint64 // calls so far; of the goroutine that reads from the client
 
 	mu      sync.Mutex
 	hops    []*hop
@@ -36,8 +38,9 @@ const minPingInterval = 5 * time.Second
 
 func newSession(e *engine, conn *clientConn) *session {
 	s := &session{engine: e, id: conn.id, secure: !conn.plain, changed: make(chan struct{})}
+	s.admission.all = &e.calls
 	cfg := http2conn.Config{
-		Handler: s, Pool: buffers, WriteBuffer: conn.outlet, Plaintext: conn.plain, HandshakeTimeout: handshakeTimeout, KeepaliveTime: 2 * time.Hour, KeepaliveTimeout: 20 * time.Second, PermitWithoutStream: true, Budget: e.budget,
+		Handler: s, Pool: buffers, WriteBuffer: conn.outlet, Plaintext: conn.plain, HandshakeTimeout: handshakeTimeout, KeepaliveTime: 2 * time.Hour, KeepaliveTimeout: 20 * time.Second, PermitWithoutStream: true, Budget: e.budget, BeforeRead: s.admission.pause,
 	}
 	// etcd serves gRPC over TLS by net/http, and without TLS by grpc-go.
 	if conn.plain {
@@ -56,6 +59,7 @@ func newSession(e *engine, conn *clientConn) *session {
 // run serves the connection to its end.
 func (s *session) run() {
 	_ = s.client.Serve() // how a client leaves is its own affair
+	s.admission.close()
 	for _, stream := range s.client.Streams() {
 		if st, ok := stream.Value().(*fstream); ok {
 			st.left()

@@ -2,8 +2,8 @@ package proxy
 
 import (
 	"bytes"
-	"context"
 	"encoding/binary"
+	"errors"
 	"sync"
 	"sync/atomic"
 
@@ -27,6 +27,7 @@ type fstream struct {
 	answers      answers     // what comes back
 	asked        []byte      // what the client has sent, with gRPC's heads, and was not sent on
 	asks         bool        // the one message of a call has come, and was sent on or will be
+	admission    uint8       // under the mu of the session's admission
 	ended        atomic.Bool // the client was told the end, or has left
 
 	watch stopwatch // of a unary call: the time that it spends here
@@ -79,9 +80,9 @@ func (st *fstream) begin(end bool) {
 	}
 	st.call = st.method.newCall(st.session.id)
 	if st.method.shape == shapeBidiStream {
-		if ok, waits := st.connect(hasty); waits {
-			st.park(&st.inward, func(ctx context.Context) {
-				if ok, _ := st.connect(ctx); !ok {
+		if ok, wouldBlock := st.connect(nonBlocking); wouldBlock {
+			st.park(&st.inward, func(m mode) {
+				if ok, _ := st.connect(m); !ok {
 					st.handOver(nil, false)
 				}
 			})
@@ -107,7 +108,7 @@ func (st *fstream) in(data []byte, end bool) {
 		return
 	}
 	st.mu.Unlock()
-	st.request(hasty, data, end)
+	st.request(nonBlocking, data, end)
 }
 
 // handOver has the method's handler serve a call that cannot be relayed. raw is what the client has
@@ -118,8 +119,8 @@ func (st *fstream) handOver(raw []byte, end bool) {
 	st.handle(&h, bytes.Clone(raw), end)
 }
 
-// request handles what the client sends. With a context that does not wait it may park the direction, and else it is done when it returns.
-func (st *fstream) request(ctx context.Context, data []byte, end bool) {
+// request handles what the client sends. Where it may not wait it may park the direction, and else it is done when it returns.
+func (st *fstream) request(m mode, data []byte, end bool) {
 	h := st.handler()
 	switch {
 	case st.ended.Load():
@@ -127,11 +128,11 @@ func (st *fstream) request(ctx context.Context, data []byte, end bool) {
 	case h != nil:
 		h.data(data, end)
 	case st.method.shape == shapeBidiStream:
-		st.messages(ctx, data, end)
+		st.messages(data, end)
 	case st.asks: // what else comes is ignored, and gets no credit
 	default:
 		st.heldIn.Add(int64(len(data)))
-		st.unary(ctx, data, end)
+		st.unary(m, data, end)
 	}
 }
 
@@ -155,7 +156,7 @@ func (st *fstream) creditUp() {
 // unary gathers the one message of a call and sends it on when it is whole. Like etcd, a unary call
 // does not wait for the client to half-close the stream, and ignores what comes after its message; a
 // call whose answer is a stream waits. The handler answers a request that is not just one message.
-func (st *fstream) unary(ctx context.Context, data []byte, end bool) {
+func (st *fstream) unary(m mode, data []byte, end bool) {
 	raw := data
 	if len(st.asked) > 0 {
 		st.asked = append(st.asked, data...)
@@ -172,7 +173,9 @@ func (st *fstream) unary(ctx context.Context, data []byte, end bool) {
 		st.handOver(raw, end)
 	case n >= 0 && len(raw) >= n && isUnary, len(raw) == n && end:
 		st.asks = true
-		st.forward(ctx, raw[:n])
+		if !isUnary || st.session.admission.admit(st, raw[:n]) {
+			st.forward(m, raw[:n])
+		}
 	case end, n >= 0 && len(raw) > n:
 		st.handOver(raw, end)
 	default:
@@ -197,14 +200,14 @@ func (*fstream) length(raw []byte) int {
 }
 
 // forward sends a whole request on.
-func (st *fstream) forward(ctx context.Context, raw []byte) {
+func (st *fstream) forward(m mode, raw []byte) {
 	msg := raw[headLength:]
 	edited := msg
 	if st.call != nil {
 		var err error
-		if edited, err = st.call.request(ctx, msg); wouldWait(ctx, err) {
+		if edited, err = st.call.request(m, msg); errors.Is(err, ErrWouldBlock) {
 			raw = bytes.Clone(raw)
-			st.park(&st.inward, func(ctx context.Context) { st.forward(ctx, raw) })
+			st.park(&st.inward, func(m mode) { st.forward(m, raw) })
 			return
 		} else if err != nil {
 			st.method.metrics.received.Inc()
@@ -216,11 +219,11 @@ func (st *fstream) forward(ctx context.Context, raw []byte) {
 			return
 		}
 	}
-	ok, waits := st.connect(ctx)
+	ok, wouldBlock := st.connect(m)
 	switch {
-	case waits:
+	case wouldBlock:
 		raw = bytes.Clone(raw)
-		st.park(&st.inward, func(ctx context.Context) { st.forward(ctx, raw) })
+		st.park(&st.inward, func(m mode) { st.forward(m, raw) })
 		return
 	case !ok:
 		st.handOver(raw, true)
@@ -243,7 +246,7 @@ func head(n int) []byte {
 }
 
 // messages sends on what is whole of a stream of messages.
-func (st *fstream) messages(_ context.Context, data []byte, end bool) {
+func (st *fstream) messages(data []byte, end bool) {
 	raw := data
 	if len(st.asked) > 0 {
 		st.asked = append(st.asked, data...)
@@ -266,7 +269,7 @@ func (st *fstream) messages(_ context.Context, data []byte, end bool) {
 		if st.call != nil {
 			var err error
 			// No request of a stream carries a value, so none waits for the KMS.
-			if msg, err = st.call.request(st.session.engine.base, msg); err != nil {
+			if msg, err = st.call.request(nonBlocking, msg); err != nil {
 				st.fail(err)
 				return
 			}

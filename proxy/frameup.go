@@ -12,9 +12,8 @@ type upside struct {
 	session *session
 	hop     *hop
 	conn    *http2conn.Conn
-	greeted bool   // calls were let go over it; under the session's mu
-	gone    bool   // no call goes over it any more; under the session's mu
-	kept    []byte // what is being opened, as it came; of the goroutine that reads conn
+	greeted bool // calls were let go over it; under the session's mu
+	gone    bool // no call goes over it any more; under the session's mu
 }
 
 var (
@@ -41,7 +40,7 @@ func (u *upside) forget() {
 func (u *upside) Headers(stream *http2conn.Stream, fields []hpack.HeaderField, end bool) {
 	switch st := stream.Value().(type) {
 	case *fstream:
-		st.out(piece{side: u, stream: stream, fields: fields, end: end})
+		st.out(piece{stream: stream, fields: fields, end: end})
 	case *roleCheck:
 		st.headers(stream, fields, end)
 	}
@@ -51,7 +50,7 @@ func (u *upside) Headers(stream *http2conn.Stream, fields []hpack.HeaderField, e
 func (u *upside) Data(stream *http2conn.Stream, data []byte, end bool) {
 	switch st := stream.Value().(type) {
 	case *fstream:
-		st.out(piece{side: u, stream: stream, data: data, end: end})
+		st.out(piece{stream: stream, data: data, end: end})
 	case *roleCheck:
 		stream.Consumed(len(data))
 		if end { // without a trailer, which a server of gRPC does not do

@@ -1,11 +1,6 @@
 package proxy
 
-import (
-	"context"
-
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
-)
+import "context"
 
 // parking is a direction of a call that a goroutine of its own has taken over. It is under the stream's mu.
 type parking struct {
@@ -14,27 +9,8 @@ type parking struct {
 	cancel  context.CancelCauseFunc // of the last time; nil if there was none
 }
 
-// hasty is the context of who does not wait, see [Sealer].
-var hasty = func() context.Context {
-	ctx, cancel := context.WithCancel(context.Background())
-	cancel()
-	return ctx
-}()
-
-// wouldWait reports whether err may be for want of time: what a message itself has brought about stays as it is.
-func wouldWait(ctx context.Context, err error) bool {
-	if ctx != hasty || err == nil {
-		return false
-	}
-	switch status.Code(err) {
-	case codes.InvalidArgument, codes.PermissionDenied, codes.Unimplemented, codes.Internal:
-		return false
-	}
-	return true
-}
-
 // park has a goroutine of its own do work, and then what comes for the direction p meanwhile. The goroutine that calls it is the one that has the direction. work may wait.
-func (st *fstream) park(p *parking, work func(ctx context.Context)) {
+func (st *fstream) park(p *parking, work func(m mode)) {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	if st.ended.Load() {
@@ -55,7 +31,8 @@ func (st *fstream) park(p *parking, work func(ctx context.Context)) {
 				defer stop()
 			}
 		}
-		work(ctx)
+		m := blocking(ctx)
+		work(m)
 		for {
 			st.session.flush()
 			st.mu.Lock()
@@ -69,9 +46,9 @@ func (st *fstream) park(p *parking, work func(ctx context.Context)) {
 			st.mu.Unlock()
 			for _, next := range all {
 				if p == &st.inward {
-					st.request(ctx, next.data, next.end)
+					st.request(m, next.data, next.end)
 				} else {
-					st.answer(ctx, next)
+					st.answer(m, next)
 				}
 			}
 		}

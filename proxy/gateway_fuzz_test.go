@@ -209,7 +209,7 @@ func (g *gateways) hosted(t *testing.T, asked noted) bool {
 	for _, row := range methodTable() {
 		if row.full == asked.method && row.call != nil {
 			if c, ok := row.call(g.core, &Identity{}).(*electionCall); ok {
-				_, err := c.request(t.Context(), asked.msg)
+				_, err := c.request(nonBlocking, asked.msg)
 				return c.hosted || err != nil
 			}
 		}

@@ -26,7 +26,7 @@ func (m *method) handleStream(id *Identity, ss grpc.ServerStream) error {
 		}
 		m.metrics.received.Inc()
 		if c != nil {
-			if err := first.edit(ctx, c.request); err != nil {
+			if err := first.edit(func(msg []byte) ([]byte, error) { return c.request(blocking(ctx), msg) }); err != nil {
 				return err
 			}
 		}
@@ -75,11 +75,11 @@ func (m *method) answers(ctx context.Context, ss grpc.ServerStream, cs grpc.Clie
 			return ended(ctx, err, around{header, trailer})
 		}
 		if c != nil && c.scans() {
-			if err := out.replace(ctx, c.response); err != nil {
+			if err := out.replace(func(msg []byte) ([]byte, error) { return c.response(blocking(ctx), msg) }); err != nil {
 				return err
 			}
 		}
-		if err := m.send(ctx, ss, out, c); err != nil {
+		if err := m.send(ss, out, c); err != nil {
 			return err
 		}
 	}
@@ -114,10 +114,10 @@ func (m *method) exchangeStream(ctx context.Context, to *upstream, ss grpc.Serve
 }
 
 // send sends a response, or what c cuts it into.
-func (m *method) send(ctx context.Context, ss grpc.ServerStream, out *frame, c call) error {
+func (m *method) send(ss grpc.ServerStream, out *frame, c call) error {
 	var all [][]byte
 	if x, ok := c.(cutter); ok && x.cuts() {
-		err := out.edit(ctx, func(_ context.Context, msg []byte) (_ []byte, err error) {
+		err := out.edit(func(msg []byte) (_ []byte, err error) {
 			all, err = x.cut(msg)
 			return msg, err
 		})
@@ -158,7 +158,7 @@ func (m *method) pump(ctx context.Context, cancel context.CancelCauseFunc, ss gr
 		}
 		m.metrics.received.Inc()
 		if c != nil {
-			if err := in.edit(ctx, c.request); err != nil {
+			if err := in.edit(func(msg []byte) ([]byte, error) { return c.request(blocking(ctx), msg) }); err != nil {
 				cancel(err)
 				return
 			}

@@ -89,7 +89,7 @@ func (m *method) forward(ss grpc.ServerStream, id *Identity, in *frame) (*frame,
 	}
 	c := m.newCall(id)
 	if c != nil {
-		if err := in.edit(ctx, c.request); err != nil {
+		if err := in.edit(func(msg []byte) ([]byte, error) { return c.request(blocking(ctx), msg) }); err != nil {
 			return nil, err
 		}
 	}
@@ -120,7 +120,7 @@ func (m *method) forward(ss grpc.ServerStream, id *Identity, in *frame) (*frame,
 		if c.parts() {
 			replace = out.replaceParts
 		}
-		if err := replace(ctx, c.response); err != nil {
+		if err := replace(func(msg []byte) ([]byte, error) { return c.response(blocking(ctx), msg) }); err != nil {
 			out.free()
 			return nil, err
 		}

@@ -1,7 +1,6 @@
 package proxy
 
 import (
-	"context"
 	"slices"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -33,11 +32,11 @@ func members[M membersOf]() func(*core, *Identity) call {
 	}
 }
 
-func (*memberCall) request(_ context.Context, msg []byte) ([]byte, error) { return msg, nil }
+func (*memberCall) request(_ mode, msg []byte) ([]byte, error) { return msg, nil }
 
 func (c *memberCall) scans() bool { return len(c.id.advertise) > 0 }
 
-func (c *memberCall) response(_ context.Context, msg []byte) ([]byte, error) {
+func (c *memberCall) response(_ mode, msg []byte) ([]byte, error) {
 	answer := c.into()
 	if err := decode(msg, answer); err != nil {
 		return nil, c.core.status(err, true)

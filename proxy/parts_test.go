@@ -2,7 +2,6 @@ package proxy
 
 import (
 	"bytes"
-	"context"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
@@ -72,7 +71,7 @@ func newRange(t *testing.T) call {
 	c := &core{log: slog.New(slog.DiscardHandler), maxRequest: 1 << 20}
 	c.rules.Store(set)
 	call := newRangeCall(c, new(Identity))
-	if _, err := call.request(t.Context(), []byte("\x0a\x01\x00\x12\x01\x00")); err != nil {
+	if _, err := call.request(nonBlocking, []byte("\x0a\x01\x00\x12\x01\x00")); err != nil {
 		t.Fatal(err)
 	}
 	return call
@@ -87,9 +86,9 @@ func TestReplaceParts(t *testing.T) {
 		c := newRange(t)
 		parts := 0
 		f := framed(stored, 1+r.IntN(40000))
-		err := f.replaceParts(t.Context(), func(ctx context.Context, b []byte) ([]byte, error) {
+		err := f.replaceParts(func(b []byte) ([]byte, error) {
 			parts++
-			return c.response(ctx, b)
+			return c.response(nonBlocking, b)
 		})
 		if err != nil {
 			t.Fatal(err)
@@ -124,7 +123,8 @@ func TestReplacePartsOfDamage(t *testing.T) {
 		}
 		c := newRange(t)
 		inParts, whole := framed(bad, 16<<10), framed(bad, 16<<10)
-		errParts, errWhole := inParts.replaceParts(t.Context(), c.response), whole.replace(t.Context(), c.response)
+		respond := func(b []byte) ([]byte, error) { return c.response(nonBlocking, b) }
+		errParts, errWhole := inParts.replaceParts(respond), whole.replace(respond)
 		// A field that may stand there once is looked for in each part only.
 		if errParts != nil && errWhole == nil {
 			t.Errorf("an error in parts only: %v", errParts)
@@ -138,15 +138,4 @@ func TestReplacePartsOfDamage(t *testing.T) {
 		inParts.free()
 		whole.free()
 	}
-}
-
-func FuzzWholeFields(f *testing.F) {
-	f.Add([]byte("\x0a\x03abc\x10\x05"))
-	f.Add([]byte("\x0a\xff\xff\xff\xff\x0f"))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		whole, next := wholeFields(b)
-		if whole < 0 || whole > len(b) || next > 0 && whole+next <= len(b) {
-			t.Fatalf("%d and %d of %d bytes", whole, next, len(b))
-		}
-	})
 }

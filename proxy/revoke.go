@@ -29,7 +29,7 @@ type revokeCall struct {
 
 func newRevokeCall(c *core, _ *Identity) call { return &revokeCall{core: c} }
 
-func (c *revokeCall) request(_ context.Context, msg []byte) ([]byte, error) {
+func (c *revokeCall) request(_ mode, msg []byte) ([]byte, error) {
 	if c.core.rules.Load().own.empty() {
 		return msg, nil
 	}
@@ -43,7 +43,7 @@ func (c *revokeCall) request(_ context.Context, msg []byte) ([]byte, error) {
 
 func (*revokeCall) scans() bool { return false }
 
-func (*revokeCall) response(_ context.Context, msg []byte) ([]byte, error) { return msg, nil }
+func (*revokeCall) response(_ mode, msg []byte) ([]byte, error) { return msg, nil }
 
 var _ exchanger = (*revokeCall)(nil)
 

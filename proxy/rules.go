@@ -16,8 +16,6 @@ type ruleSet struct {
 	own ownKeys // of Config.OwnPrefixes
 }
 
-var _ etcdwire.Rules = (*ruleSet)(nil)
-
 // newRuleSet checks rules, and prefixes of the proxies' own keys. It reports a rule without a
 // Sealer, two rules with one prefix, and an own prefix that does not end in a slash, all of them at
 // once.
@@ -55,7 +53,7 @@ func (s *ruleSet) covers(key []byte) bool {
 	return ok && !s.own.has(key)
 }
 
-// Seal implements etcdwire.Rules. Calls refuse a write of an own key before they get here.
+// Seal encrypts a value. Calls refuse a write of an own key before they get here.
 func (s *ruleSet) Seal(ctx context.Context, key, value []byte) ([]byte, error) {
 	if s.own.has(key) {
 		return nil, errOwnKey
@@ -66,7 +64,7 @@ func (s *ruleSet) Seal(ctx context.Context, key, value []byte) ([]byte, error) {
 	return value, nil
 }
 
-// Open implements etcdwire.Rules.
+// Open decrypts a value.
 func (s *ruleSet) Open(ctx context.Context, key, stored []byte) ([]byte, error) {
 	if s.own.has(key) {
 		return stored, nil
@@ -88,7 +86,7 @@ var _ etcdwire.Rules = storedRules{}
 func (storedRules) Overlaps(_, _ []byte) bool { return false }
 
 // Seal implements etcdwire.Rules.
-func (storedRules) Seal(_ context.Context, _, _ []byte) ([]byte, error) { return nil, errReadOnly }
+func (storedRules) Seal(_, _ []byte) ([]byte, error) { return nil, errReadOnly }
 
 // Open implements etcdwire.Rules.
-func (storedRules) Open(_ context.Context, _, stored []byte) ([]byte, error) { return stored, nil }
+func (storedRules) Open(_, stored []byte) ([]byte, error) { return stored, nil }

@@ -1,7 +1,6 @@
 package proxy
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"strings"
@@ -13,6 +12,8 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdwire"
 )
 
 // tagger seals to its own name, so that a test sees which rule was asked.
@@ -165,7 +166,8 @@ func carriesValue(d protoreflect.MessageDescriptor, seen map[protoreflect.FullNa
 	return false
 }
 
-func TestScan(t *testing.T) {
+// TestWatchesThatTouch: a watch that can meet a rule in the eyes of any decoder is one that touches it.
+func TestWatchesThatTouch(t *testing.T) {
 	set := rulesOf(t, "k/")
 	marshal := func(m proto.Message) []byte {
 		b, err := proto.Marshal(m)
@@ -173,25 +175,6 @@ func TestScan(t *testing.T) {
 			t.Fatal(err)
 		}
 		return b
-	}
-	inside := marshal(&pb.RangeRequest{Key: []byte("k/1")})
-	outside := marshal(&pb.RangeRequest{Key: []byte("a"), RangeEnd: []byte("b"), Limit: 3})
-	for what, tt := range map[string]struct {
-		msg  []byte
-		want bool
-	}{
-		"inside":           {inside, true},
-		"outside":          {outside, false},
-		"across":           {marshal(&pb.RangeRequest{Key: []byte("a"), RangeEnd: []byte("z")}), true},
-		"two keys":         {append(bytes.Clone(outside), outside...), true},
-		"truncated":        {outside[:len(outside)-1], true},
-		"unknown fields":   {append(bytes.Clone(outside), 0xfa, 0x07, 0x01, 'x'), false},
-		"key as a number":  {[]byte{0x08, 0x01}, false},
-		"a group, unended": {append(bytes.Clone(outside), 0xfb, 0x07), true},
-	} {
-		if got := rangeTouches(tt.msg, set); got != tt.want {
-			t.Errorf("range %s: %v", what, got)
-		}
 	}
 	for what, tt := range map[string]struct {
 		msg     []byte
@@ -205,15 +188,15 @@ func TestScan(t *testing.T) {
 		"progress":   {marshal(&pb.WatchRequest{RequestUnion: &pb.WatchRequest_ProgressRequest{ProgressRequest: &pb.WatchProgressRequest{}}}), false, false},
 		"truncated":  {marshal(createWatch("a", "b"))[:3], false, true},
 	} {
-		got, err := watchTouches(tt.msg, set)
-		if got != tt.touches || (err != nil) != tt.bad {
+		got, err := etcdwire.WatchRequest(tt.msg, tryingRules{set})
+		if got.Touches != tt.touches || (err != nil) != tt.bad {
 			t.Errorf("watch %s: %v, %v", what, got, err)
 		}
 	}
 }
 
-// FuzzScanTxn: whatever a real decoder finds in a transaction, the scan has found too.
-func FuzzScanTxn(f *testing.F) {
+// FuzzReachOfTxn: whatever a real decoder finds in a transaction, the proxy has found too.
+func FuzzReachOfTxn(f *testing.F) {
 	op := func(k string) *pb.RequestOp {
 		return &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: []byte(k), Value: []byte("v")}}}
 	}
@@ -228,32 +211,33 @@ func FuzzScanTxn(f *testing.F) {
 	set := rulesOf(f, "k/")
 	set.own = newOwnKeys([]string{"o/"})
 	f.Fuzz(func(t *testing.T, msg []byte) {
-		var got txnReach
-		scanTxn(msg, set, 0, &got)
+		got := &txnCall{kvCall: kvCall{at: set}}
+		if etcdwire.EachOperation(msg, got) != nil {
+			return // it is refused
+		}
 		var txn pb.TxnRequest
 		if proto.Unmarshal(msg, &txn) != nil {
 			return
 		}
-		var want txnReach
-		reachByDecoding(&txn, set, &want)
-		if want.touches && !got.touches || want.changes && !got.changes || !got.odd && (want.own && !got.own || want.over && !got.over) {
-			t.Errorf("scan %+v, decoder %+v", got, want)
+		want := &txnCall{kvCall: kvCall{at: set}}
+		reachByDecoding(&txn, want)
+		if want.touches != got.touches || want.changes != got.changes || want.own != got.own || want.over != got.over {
+			t.Errorf("got %+v, decoder %+v", got, want)
 		}
 	})
 }
 
-func reachByDecoding(txn *pb.TxnRequest, set *ruleSet, r *txnReach) {
+func reachByDecoding(txn *pb.TxnRequest, c *txnCall) {
 	for _, op := range append(txn.Success, txn.Failure...) {
 		switch op := op.Request.(type) {
 		case *pb.RequestOp_RequestRange:
-			r.touches = r.touches || set.Overlaps(op.RequestRange.Key, op.RequestRange.RangeEnd)
+			c.Range(op.RequestRange.Key, op.RequestRange.RangeEnd)
 		case *pb.RequestOp_RequestPut:
-			r.change(set.covers(op.RequestPut.Key), set.own.reach(op.RequestPut.Key, nil), true)
+			c.Put(op.RequestPut.Key)
 		case *pb.RequestOp_RequestDeleteRange:
-			d := op.RequestDeleteRange
-			r.change(set.Overlaps(d.Key, d.RangeEnd), set.own.reach(d.Key, d.RangeEnd), true)
+			c.Delete(op.RequestDeleteRange.Key, op.RequestDeleteRange.RangeEnd)
 		case *pb.RequestOp_RequestTxn:
-			reachByDecoding(op.RequestTxn, set, r)
+			reachByDecoding(op.RequestTxn, c)
 		}
 	}
 }

@@ -2,16 +2,15 @@ package proxy
 
 import (
 	"context"
-	"errors"
 
 	"google.golang.org/grpc/codes"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdwire"
 )
 
 // Sealer turns values of one rule into what etcd stores, and back. It is safe for concurrent use and retains neither argument. key is the
 // whole etcd key as the server stores it.
-//
-// With a context that has ended it does what it can without waiting, and returns an error, which the engine does not show to anyone but takes for
-// a request to ask again with time to wait: most values need no KMS, and are sealed and opened on the spot. An error that wraps [*SealError] decides the client's status; any other is answered as Internal with a fixed text.
+// An error that wraps [*SealError] decides the client's status; any other is answered as Internal with a fixed text.
 type Sealer interface {
 	// Seal returns the bytes to store in place of value, which it leaves as it is. The result is value itself where the rule writes plaintext.
 	Seal(ctx context.Context, key, value []byte) ([]byte, error)
@@ -29,7 +28,7 @@ type Sealer interface {
 }
 
 // ErrWouldBlock is what TrySeal and TryOpen of a [Sealer] return for a value that needs a KMS call.
-var ErrWouldBlock = errors.New("a KMS call is needed")
+var ErrWouldBlock = etcdwire.ErrWouldBlock
 
 // Rule puts every key that begins with Prefix under a Sealer. The longest prefix wins; "" is every key.
 type Rule struct {

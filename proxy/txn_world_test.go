@@ -137,7 +137,7 @@ func (w *world) through(ctx context.Context, name string, request proto.Message)
 		w.tb.Fatal(err)
 	}
 	before := bytes.Clone(msg)
-	out, err := c.request(ctx, msg)
+	out, err := c.request(blocking(ctx), msg)
 	if err != nil {
 		return nil, err
 	}
@@ -145,7 +145,7 @@ func (w *world) through(ctx context.Context, name string, request proto.Message)
 	if x, ok := c.(exchanger); ok && x.exchanges() {
 		answer, err = x.exchange(ctx, msg, w.ask)
 	} else if answer, err = w.ask(ctx, "/etcdserverpb.KV/"+name, out, 0); err == nil && c.scans() {
-		answer, err = c.response(ctx, answer)
+		answer, err = c.response(blocking(ctx), answer)
 	}
 	if !bytes.Equal(msg, before) {
 		w.tb.Fatal("the client's message was changed")
@@ -163,7 +163,7 @@ func (w *world) through(ctx context.Context, name string, request proto.Message)
 // compactCall rewrites nothing.
 type compactCall struct{ electionCall }
 
-func (*compactCall) request(_ context.Context, msg []byte) ([]byte, error) { return msg, nil }
+func (*compactCall) request(_ mode, msg []byte) ([]byte, error) { return msg, nil }
 
 // step sends a request to both, and compares. What others have written meanwhile, they have written to the bare etcd before the request: all of it if there is an answer, since etcd was last asked
 // for just that, and some of it if there is an error.

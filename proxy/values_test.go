@@ -143,7 +143,7 @@ func TestElectionsAndLocks(t *testing.T) {
 	} {
 		for _, ciphertext := range []bool{false, true} {
 			own, _ := table[tt.method].call(c, &Identity{Ciphertext: ciphertext}).(*electionCall)
-			out, err := own.request(testContext(t), tt.msg)
+			out, err := own.request(nonBlocking, tt.msg)
 			if err != nil || !bytes.Equal(out, tt.msg) || own.hosted != (tt.hosted && !ciphertext) {
 				t.Errorf("%s %q, ciphertext %t: hosted %t, %q, %v", tt.method, tt.msg, ciphertext, own.hosted, out, err)
 			}

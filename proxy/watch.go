@@ -1,7 +1,6 @@
 package proxy
 
 import (
-	"context"
 	"sync"
 	"sync/atomic"
 
@@ -23,37 +22,30 @@ func newWatchCall(c *core, id *Identity) call {
 	return &watchCall{core: c, id: id, at: c.rules.Load()}
 }
 
-func (c *watchCall) request(_ context.Context, msg []byte) ([]byte, error) {
+func (c *watchCall) request(_ mode, msg []byte) ([]byte, error) {
 	if c.id.Ciphertext {
 		return msg, nil
 	}
 	rules := c.core.rules.Load()
-	err := c.fragments.asked(msg)
+	w, err := etcdwire.WatchRequest(msg, tryingRules{rules})
+	if err == nil && w.Creates {
+		c.fragments.asked(w.Fragments)
+	}
 	if rules.empty() {
 		return msg, nil
 	}
-	if err != nil {
-		return nil, c.core.status(err, false)
-	}
-	if c.touches.Load() {
-		return msg, nil
-	}
-	touches, err := watchTouches(msg, rules)
-	if err != nil {
-		return nil, c.core.status(err, false)
-	}
-	if touches {
+	if err == nil && w.Touches {
 		c.touches.Store(true)
 	}
-	return msg, nil
+	return msg, c.core.status(err, false)
 }
 
 func (c *watchCall) scans() bool {
 	return !c.id.Ciphertext && (c.touches.Load() || c.core.rules.Load() != c.at)
 }
 
-func (c *watchCall) response(ctx context.Context, msg []byte) ([]byte, error) {
-	out, err := etcdwire.WatchResponse(ctx, msg, c.core.rules.Load())
+func (c *watchCall) response(m mode, msg []byte) ([]byte, error) {
+	out, err := etcdwire.WatchResponse(msg, m.over(c.core.rules.Load()))
 	return out, c.core.status(err, true)
 }
 
@@ -82,17 +74,12 @@ type fragments struct {
 	watches map[int64]struct{} // those that get them
 }
 
-// asked sees a request.
-func (f *fragments) asked(msg []byte) error {
-	creates, fragment, err := etcdwire.WatchRequest(msg)
-	if err != nil || !creates {
-		return err
-	}
+// asked notes a request to create a watch.
+func (f *fragments) asked(fragment bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.pending = append(f.pending, fragment)
 	f.attentive.Store(true)
-	return nil
 }
 
 // answered sees a response, and says whether it may come in fragments.

@@ -26,11 +26,7 @@ func (n *Node) Enable(ctx context.Context) (*Plan, error) {
 	if err != nil {
 		return nil, err
 	}
-	settings := podSettings{image: n.Image, configFile: n.Config, facts: facts, allowWeakening: n.AllowWeakening}
-	if n.OwnConfig {
-		settings.restartFor = config
-	}
-	pod, err := settings.pod()
+	pod, err := (&podSettings{n.Image, n.Config, config, facts, n.AllowWeakening}).pod()
 	if err != nil {
 		return nil, err
 	}
@@ -63,12 +59,7 @@ func (n *Node) Enable(ctx context.Context) (*Plan, error) {
 	if err != nil {
 		return nil, err
 	}
-	configStep := step{change: configChange, what: "writing " + n.Config}
-	if podChange.Empty() {
-		configStep.what += " and waiting until the proxy has reloaded it"
-		configStep.wait = func(ctx context.Context) error { return n.waitProxyReloaded(ctx, before) }
-	}
-	p.add(configStep)
+	p.add(step{change: configChange, what: "writing " + n.Config})
 	podStep := step{change: podChange, what: "writing " + n.Pod + " and waiting for the proxy"}
 	podStep.wait = func(ctx context.Context) error { return n.waitProxyRestarted(ctx, before) }
 	if p.Mode != Off {

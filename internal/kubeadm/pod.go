@@ -16,18 +16,17 @@ import (
 // program is the path of the binary in the image.
 const program = "/usr/local/bin/etcd-kms-proxy"
 
-// configAnnotation holds a digest of a configuration of the operator, so that kubelet restarts the Pod
-// when the file changes in a way that the proxy cannot reload.
+// configAnnotation holds a digest of the configuration, so that kubelet restarts the Pod when the
+// configuration changes. The proxy reloads some changes without a restart, but a KMS that was for
+// reading only does not become one for writing.
 const configAnnotation = "etcd-kms-proxy.io/config-sha256"
 
 // podSettings are the inputs of the proxy's static Pod.
 type podSettings struct {
 	image, configFile string
+	config            []byte
 	facts             Facts
 	allowWeakening    bool
-	// restartFor is a configuration whose changes need a restart. Without it, changes are in the rules
-	// only, which the proxy reloads.
-	restartFor []byte
 }
 
 type (
@@ -64,16 +63,14 @@ func (s *podSettings) pod() ([]byte, error) {
 		mounts = append(mounts, object{"name": name, "mountPath": m.path, "readOnly": !m.writable})
 		volumes = append(volumes, object{"name": name, "hostPath": object{"path": m.path, "type": m.kind}})
 	}
-	metadata := object{
-		"name": "etcd-kms-proxy", "namespace": "kube-system",
-		"labels": object{"component": "etcd-kms-proxy", "tier": "control-plane"},
-	}
-	if s.restartFor != nil {
-		digest := sha256.Sum256(s.restartFor)
-		metadata["annotations"] = object{configAnnotation: hex.EncodeToString(digest[:])}
-	}
+	digest := sha256.Sum256(s.config)
 	pod := object{
-		"apiVersion": "v1", "kind": "Pod", "metadata": metadata,
+		"apiVersion": "v1", "kind": "Pod",
+		"metadata": object{
+			"name": "etcd-kms-proxy", "namespace": "kube-system",
+			"labels":      object{"component": "etcd-kms-proxy", "tier": "control-plane"},
+			"annotations": object{configAnnotation: hex.EncodeToString(digest[:])},
+		},
 		"spec": object{
 			"hostNetwork": true, "priorityClassName": "system-node-critical", "priority": 2000001000,
 			"securityContext": object{"seccompProfile": object{"type": "RuntimeDefault"}},

@@ -10,7 +10,7 @@ import (
 
 func TestPodMountsWhatTheConfigurationNames(t *testing.T) {
 	s := podSettings{
-		image: "i", configFile: "/etc/etcd-kms-proxy/config.yaml", restartFor: []byte("a"),
+		image: "i", configFile: "/etc/etcd-kms-proxy/config.yaml", config: []byte("a"),
 		facts: Facts{
 			Admin:   "127.0.0.1:9379",
 			Files:   []string{"/etc/kubernetes/pki/etcd/server.crt", "/etc/etcd-kms-proxy/key.yaml", "/etc/kubernetes/pki/etcd/server.crt", "/srv/id"},
@@ -62,7 +62,7 @@ func TestPodMountsWhatTheConfigurationNames(t *testing.T) {
 	if !pod.Spec.HostNetwork || strings.Contains(string(text), "privileged: true") {
 		t.Errorf("the Pod is\n%s", text)
 	}
-	s.restartFor = []byte("b")
+	s.config = []byte("b")
 	other, err := s.pod()
 	if err != nil || slices.Equal(text, other) {
 		t.Error("another configuration does not change the Pod, so kubelet would not restart it")

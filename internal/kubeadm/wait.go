@@ -24,11 +24,8 @@ const (
 	requiredPolls = 4
 )
 
-// errFinal in the error of a check ends [Node.poll]: later checks cannot succeed.
-var errFinal = errors.New("its log says why")
-
-// poll calls check until it has returned nil several times in a row. At the timeout, or when check
-// returns an error with errFinal, it returns failure with the last error of check.
+// poll calls check until it has returned nil several times in a row. At the timeout it returns failure
+// with the last error of check.
 func (n *Node) poll(ctx context.Context, failure string, check func(context.Context) error) error {
 	deadline, cancel := context.WithTimeout(ctx, n.Timeout)
 	defer cancel()
@@ -37,9 +34,6 @@ func (n *Node) poll(ctx context.Context, failure string, check func(context.Cont
 		one, done := context.WithTimeout(deadline, pollTimeout)
 		err := check(one)
 		done()
-		if errors.Is(err, errFinal) {
-			return fmt.Errorf("%s: %w", failure, err)
-		}
 		if err == nil {
 			if good++; good == requiredPolls {
 				return nil
@@ -120,14 +114,10 @@ func (n *Node) proxyReady(ctx context.Context) error {
 	return nil
 }
 
-const reloadsMetric = "etcd_kms_proxy_config_reloads_total"
-
 // metrics are the proxy's metrics that this package uses.
 type metrics struct {
 	connections int
 	started     float64 // Unix time of the process, 0 if unknown
-	reloads     float64 // of the configuration that were applied
-	rejected    float64 // reloads that were not
 }
 
 func (n *Node) proxyMetrics(ctx context.Context) (*metrics, error) {
@@ -145,10 +135,6 @@ func (n *Node) proxyMetrics(ctx context.Context) (*metrics, error) {
 			f.connections += int(v)
 		case name == "process_start_time_seconds":
 			f.started = v
-		case name == reloadsMetric+`{outcome="applied"}`:
-			f.reloads = v
-		case strings.HasPrefix(name, reloadsMetric+"{"):
-			f.rejected += v
 		}
 	}
 	return f, nil
@@ -219,24 +205,6 @@ func (n *Node) waitWithoutProxy(ctx context.Context, m *Manifest) error {
 			return fmt.Errorf("API server: %w", err)
 		}
 		return nil
-	})
-}
-
-// waitProxyReloaded waits until the proxy has reloaded its configuration, or has restarted, since before
-// was read. before is nil if no proxy was running.
-func (n *Node) waitProxyReloaded(ctx context.Context, before *metrics) error {
-	return n.poll(ctx, "the proxy did not reload its configuration", func(ctx context.Context) error {
-		now, err := n.proxyMetrics(ctx)
-		if err != nil {
-			return err
-		}
-		if before != nil && now.started == before.started && now.reloads == before.reloads {
-			if now.rejected > before.rejected {
-				return fmt.Errorf("the proxy rejected it and keeps the previous rules: %w", errFinal)
-			}
-			return errors.New("the proxy has not yet read the file")
-		}
-		return n.proxyReady(ctx)
 	})
 }
 

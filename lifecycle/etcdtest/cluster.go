@@ -1,6 +1,7 @@
-// Package etcdtest is a test double of an etcd cluster, in memory, for tests of the packages under lifecycle. Real clients of
-// etcd connect to it over gRPC without a network, so that it runs inside a bubble of testing/synctest. Its store is that of
-// package etcdmodel; leases, watches, compaction and defragmentation of each member, and restores are added here.
+// Package etcdtest is a test double of an etcd cluster, in memory, for tests of the packages under
+// lifecycle. Real clients of etcd connect to it over gRPC without a network, so that it runs inside
+// a bubble of testing/synctest. Its store is that of package etcdmodel; leases, watches, compaction
+// and defragmentation of each member, and restores are added here.
 //
 // [Sealer] is the double of a rule's sealer.
 //
@@ -50,14 +51,15 @@ type Fault struct {
 
 // Cluster is an etcd cluster in memory. It is safe for concurrent use.
 type Cluster struct {
-	// Intercept is called with each request before it is carried out, without a lock: it may use the cluster. May be nil.
-	// It is set before clients connect.
+	// Intercept is called with each request before it is carried out, without a lock: it may use
+	// the cluster. May be nil. It is set before clients connect.
 	Intercept func(*Call) Fault
 	// Done is called after each request that was carried out, with its answer. May be nil.
 	Done func(*Call, proto.Message)
 	// CompactTime is how long a member takes to carry out a compaction in its own file.
 	CompactTime time.Duration
-	// PageBytes is how many bytes of pairs a response to a range request holds at most; more are refused as by gRPC. 0 is any.
+	// PageBytes is how many bytes of pairs a response to a range request holds at most; more are
+	// refused as by gRPC. 0 is any.
 	PageBytes int
 
 	members []*Member
@@ -79,7 +81,7 @@ func New(t testing.TB, members int) *Cluster {
 		changed: make(chan struct{}), cut: make(chan struct{}),
 	}
 	for i := range members {
-		m := &Member{cluster: c, index: i, listener: bufconn.Listen(1 << 20)}
+		m := &Member{cluster: c, index: i, listener: bufconn.Listen(64 << 10)}
 		c.members = append(c.members, m)
 		s := grpc.NewServer(grpc.MaxRecvMsgSize(64 << 20))
 		pb.RegisterKVServer(s, &kvServer{Member: m})
@@ -208,8 +210,8 @@ func (c *Cluster) Cut() {
 	c.cut = make(chan struct{})
 }
 
-// Restore replaces what is stored by an older copy, as a restore from a snapshot does: the cluster is another one, its leases
-// are gone unless they were in the copy, and all streams end.
+// Restore replaces what is stored by an older copy, as a restore from a snapshot does: the cluster
+// is another one, its leases are gone unless they were in the copy, and all streams end.
 func (c *Cluster) Restore(old *etcdmodel.Store) {
 	c.mu.Lock()
 	c.store, c.clusterID, c.term = old.Clone(), c.clusterID+1, 2

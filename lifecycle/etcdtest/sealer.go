@@ -11,7 +11,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 )
 
-// Sealer is a rule's sealer whose ciphertext is readable: it names the KMS key, and is bound to etcd's key as real ciphertext is.
+// Sealer is a rule's sealer whose ciphertext is readable: it names the KMS key, and is bound to
+// etcd's key as real ciphertext is.
 type Sealer struct {
 	KeyID string
 	// Down returns the error of a KMS that is out of reach, nil while it is well. May be nil.

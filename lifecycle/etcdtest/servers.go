@@ -16,8 +16,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdmodel"
 )
 
-// Member is one member of a cluster. Its database file is modelled: what a compaction has freed stays in it until the member is
-// defragmented.
+// Member is one member of a cluster. Its database file is modelled: what a compaction has freed
+// stays in it until the member is defragmented.
 type Member struct {
 	cluster  *Cluster
 	index    int
@@ -202,8 +202,8 @@ func (s *leaseServer) LeaseKeepAlive(stream pb.Lease_LeaseKeepAliveServer) error
 	}, nil)
 }
 
-// serve handles the messages of a stream until it ends or is cut. idle, which may be nil, is called after each and after each
-// change of what is stored.
+// serve handles the messages of a stream until it ends or is cut. idle, which may be nil, is called
+// after each and after each change of what is stored.
 func serve[R proto.Message](m *Member, ctx context.Context, receive func() (R, error), handle func(R) error, idle func() error) error {
 	requests, failed := make(chan R), make(chan error, 1)
 	go func() {
@@ -316,8 +316,8 @@ type watchServer struct {
 	*Member
 }
 
-// Watch answers as etcd does: events of one revision stay together, and progress is told only once all watches of the stream
-// have come as far as the revision told.
+// Watch answers as etcd does: events of one revision stay together, and progress is told only once
+// all watches of the stream have come as far as the revision told.
 func (s *watchServer) Watch(stream pb.Watch_WatchServer) error {
 	var watches []*watch
 	nextID := int64(0)

@@ -10,8 +10,9 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// watcher is a [clientv3.Watcher] in place of etcd's own, which waits on a channel of its package and so keeps the time of a
-// bubble of testing/synctest from passing. Like that one it continues a watch whose stream breaks.
+// watcher is a [clientv3.Watcher] in place of etcd's own, which waits on a channel of its package
+// and so keeps the time of a bubble of testing/synctest from passing. Like that one it continues a
+// watch whose stream breaks.
 type watcher struct {
 	client pb.WatchClient
 
@@ -58,7 +59,8 @@ func (w *watcher) Watch(ctx context.Context, key string, opts ...clientv3.OpOpti
 	return responses
 }
 
-// stream watches until its stream ends. It changes the start of create to where it came. over says that the watch has ended.
+// stream watches until its stream ends. It changes the start of create to where it came. over says
+// that the watch has ended.
 func (w *watcher) stream(ctx context.Context, create *pb.WatchCreateRequest, responses chan<- clientv3.WatchResponse) (over bool) {
 	stream, err := w.client.Watch(ctx)
 	if err != nil {

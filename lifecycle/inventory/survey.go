@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -16,14 +17,14 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/kubelegacy"
 )
 
-// Unavailable is the standing of a value that would have to be opened to be judged, and whose DEK seed its KMS did not unwrap: it does not answer, or refuses
-// the seed for no reason that says whether that lasts.
+// Unavailable is the state of a value whose DEK seed could not be unwrapped: the KMS does not
+// respond, or refuses for a reason that does not say whether it is permanent.
 const Unavailable keyring.ValueState = "unavailable"
 
-// Standings are all standings, in the order of reports.
+// Standings are all states, in the order of reports.
 var Standings = []keyring.ValueState{keyring.Current, keyring.Stale, keyring.Unencrypted, keyring.Foreign, keyring.Undecryptable, Unavailable}
 
-// Count is a number of keys.
+// Count counts keys and the bytes of their values.
 type Count struct {
 	Keys   int64 `json:"keys"`
 	Bytes  int64 `json:"bytes"`            // of their values, as stored
@@ -40,7 +41,7 @@ func (c *Count) add(kv *mvccpb.KeyValue) {
 	}
 }
 
-// KeyCount is how many values of one standing a KMS key has sealed, or nobody has.
+// KeyCount counts the values of one state that one KMS key has encrypted, or that are plaintext.
 type KeyCount struct {
 	Standing keyring.ValueState `json:"standing"`
 	Provider string             `json:"provider"` // or aescbc, aesgcm, secretbox; [Plaintext] for what is not sealed; "", like KeyID, beyond a thousand of a rule
@@ -48,7 +49,7 @@ type KeyCount struct {
 	Count
 }
 
-// RuleCount is how the keys of one rule stand.
+// RuleCount counts the values of one rule by state.
 type RuleCount struct {
 	Prefix    string                        `json:"prefix"`
 	WriteWith string                        `json:"writeWith"`
@@ -57,20 +58,31 @@ type RuleCount struct {
 	Keys      []KeyCount                    `json:"keys"` // by standing, in their order, provider and key ID
 }
 
-// Done reports whether every value is as its rule writes it.
+// Done reports whether every value is stored as its rule requires.
 func (r *RuleCount) Done() bool { return r.All.Keys == r.Standings[keyring.Current].Keys }
 
-// What values, which others may have written, can make a report hold is bounded.
+// Values may come from untrusted clients. These limits bound the size of a report.
 const (
 	maxKeyIDs   = 1000
 	maxProvider = 256
 )
 
-// Visitor is called with each key and what its value is to its rule. err says why for Undecryptable and Unavailable. It keeps no argument.
+// KeyBytes returns the bytes of an etcd key that is not valid UTF-8, and nil for other keys. JSON
+// replaces invalid bytes, so reports contain the bytes in addition to the text.
+func KeyBytes(key string) []byte {
+	if utf8.ValidString(key) {
+		return nil
+	}
+	return []byte(key)
+}
+
+// Visitor is called with each key and the state of its value. err is the reason for Undecryptable
+// and Unavailable. It must not keep its arguments.
 type Visitor func(rule *Rule, kv *mvccpb.KeyValue, standing keyring.ValueState, err error) error
 
-// Survey looks at every value under rules in etcd, at one revision, and counts them per rule. look may be nil. It takes memory for one page, and does not stop at
-// values that do not open.
+// Survey reads every value under rules at one revision, and counts the values by rule and state.
+// visit may be nil. Survey needs memory for one page. It continues after values that cannot be
+// decrypted.
 func Survey(ctx context.Context, kv clientv3.KV, rules *Rules, look Visitor) ([]RuleCount, Span, error) {
 	counts, memo := make(map[*Rule]*tally), newSeedMemo()
 	for i := range rules.list {
@@ -102,7 +114,7 @@ func Survey(ctx context.Context, kv clientv3.KV, rules *Rules, look Visitor) ([]
 	return all, span, nil
 }
 
-// inspect tells what a value is to its rule.
+// inspect returns the state of a value under its rule.
 func inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (keyring.ValueState, error) {
 	_, standing, err := rule.Sealer.Inspect(ctx, kv.Key, kv.Value)
 	if e, ok := errors.AsType[*keyring.Error](err); ok && (e.Kind == keyring.Unavailable || e.Answered()) {
@@ -111,8 +123,8 @@ func inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (keyring.Valu
 	return standing, err
 }
 
-// seedMemo remembers for a moment which seeds were not unwrapped, so that a KMS which is slow to
-// say so is not asked for each of their values.
+// seedMemo caches for a short time which DEK seeds could not be unwrapped, so that a slow KMS is
+// not called for each of their values.
 type seedMemo struct{ failed map[SeedID]seedFailure }
 
 type seedFailure struct {
@@ -127,7 +139,7 @@ const (
 
 func newSeedMemo() *seedMemo { return &seedMemo{failed: make(map[SeedID]seedFailure)} }
 
-// inspect tells what a value is to its rule.
+// inspect returns the state of a value under its rule.
 func (m *seedMemo) inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (keyring.ValueState, error) {
 	if len(m.failed) > 0 {
 		seed, _, _ := SeedOf(rule, kv.Value)
@@ -195,8 +207,8 @@ func (t *tally) add(kv *mvccpb.KeyValue, standing keyring.ValueState) {
 	c.add(kv)
 }
 
-// kubernetesKey returns the provider and the name of the key that the API server itself encrypted a
-// value with: k8s:enc:<kind>:v1:<name of the key>:<payload>.
+// kubernetesKey returns the provider and the key name of a value that the API server encrypted
+// itself: k8s:enc:<kind>:v1:<key name>:<payload>.
 func kubernetesKey(value []byte, known []string) (kind, name string, ok bool) {
 	if t, name, ok := kubelegacy.KeyName(value, known); ok {
 		return string(t), name, true

@@ -161,8 +161,8 @@ func everyCall(t *testing.T, f func(t *testing.T, s *simulation, n int)) {
 	}
 }
 
-// TestFaultAtEveryCall: whatever call fails, applied or not, a purge that reports nothing has removed everything, and the next
-// one does.
+// TestFaultAtEveryCall: whatever call fails, applied or not, a purge that reports nothing has
+// removed everything, and the next one does.
 func TestFaultAtEveryCall(t *testing.T) {
 	for _, applied := range []bool{false, true} {
 		t.Run(fmt.Sprint("applied ", applied), func(t *testing.T) {
@@ -186,8 +186,8 @@ func TestFaultAtEveryCall(t *testing.T) {
 	}
 }
 
-// TestOthersBetweenCalls: compactions, streams that end and writes of others between any two calls leave nothing that is not
-// reported.
+// TestOthersBetweenCalls: compactions, streams that end and writes of others between any two calls
+// leave nothing that is not reported.
 func TestOthersBetweenCalls(t *testing.T) {
 	for name, other := range map[string]func(s *simulation){
 		"compacts":         func(s *simulation) { s.cluster.Compact(0) },
@@ -246,7 +246,8 @@ func TestSlowCompaction(t *testing.T) {
 	})
 }
 
-// TestMembersAreWell: no member is defragmented while another one does not answer or lags behind; it goes on once that is over.
+// TestMembersAreWell: no member is defragmented while another one does not answer or lags behind;
+// it goes on once that is over.
 func TestMembersAreWell(t *testing.T) {
 	t.Parallel()
 	for name, ill := range map[string]func(s *simulation, ill bool){

@@ -1,5 +1,6 @@
-// Package purge removes old plaintext from etcd's history and database files: it finds it ([ReadHistory]), compacts past it,
-// waits for each member's compaction, and defragments the members one after the other ([Defragment]).
+// Package purge removes old plaintext from etcd's history and database files: it finds it
+// ([ReadHistory]), compacts past it, waits for each member's compaction, and defragments the
+// members one after the other ([Defragment]).
 package purge
 
 import (
@@ -32,8 +33,10 @@ type History struct {
 // progressEvery is how often etcd is asked how far a watch has come.
 const progressEvery = 200 * time.Millisecond
 
-// ReadHistory looks for plaintext in the history between the last compaction and the present. It takes every present value to be sealed: see [inventory.Survey]. readable is
-// called with each old value under a rule that seals, and tells what is to be counted; it keeps none. The error is [ErrOldEtcd] if etcd may leave something out.
+// ReadHistory looks for plaintext in the history between the last compaction and the present. It
+// takes every present value to be sealed: see [inventory.Survey]. readable is called with each old
+// value under a rule that seals, and tells what is to be counted; it keeps none. The error is
+// [ErrOldEtcd] if etcd may leave something out.
 func ReadHistory(ctx context.Context, c *clientv3.Client, rules *inventory.Rules, readable func(old *mvccpb.KeyValue) bool) (History, error) {
 	if err := watchesAreWhole(ctx, c); err != nil {
 		return History{}, err
@@ -51,7 +54,8 @@ func ReadHistory(ctx context.Context, c *clientv3.Client, rules *inventory.Rules
 	return h, nil
 }
 
-// read follows the events of one prefix. An old value shows as the one before an event, also if it was written before the compaction.
+// read follows the events of one prefix. An old value shows as the one before an event, also if it
+// was written before the compaction.
 func (h *History) read(ctx context.Context, c *clientv3.Client, rules *inventory.Rules, prefix string) error {
 	ctx, stop := context.WithCancel(clientv3.WithRequireLeader(ctx))
 	defer stop()
@@ -66,7 +70,8 @@ func (h *History) read(ctx context.Context, c *clientv3.Client, rules *inventory
 	return nil
 }
 
-// follow reads a watch up to the present. again reports that the history begins later than the watch.
+// follow reads a watch up to the present. again reports that the history begins later than the
+// watch.
 func (h *History) follow(ctx context.Context, c *clientv3.Client, rules *inventory.Rules, events clientv3.WatchChan) (again bool, err error) {
 	tick := time.NewTicker(progressEvery)
 	defer tick.Stop()
@@ -112,7 +117,8 @@ func (h *History) see(rules *inventory.Rules, e *clientv3.Event) {
 	}
 }
 
-// compact makes etcd drop what h found. That is decided for all members at once, and done by each in its own time: see settle.
+// compact makes etcd drop what h found. That is decided for all members at once, and done by each
+// in its own time: see settle.
 func (h *History) compact(ctx context.Context, c *clientv3.Client) error {
 	if h.CompactAt == 0 {
 		return nil
@@ -124,8 +130,9 @@ func (h *History) compact(ctx context.Context, c *clientv3.Client) error {
 	return nil
 }
 
-// settle waits until m, in its own files, has done the compaction of h and each one before it, whoever asked for them. A physical compaction is answered by the
-// member that was asked, behind all that it has to do before: also with ErrCompacted, where that revision was compacted already.
+// settle waits until m, in its own files, has done the compaction of h and each one before it,
+// whoever asked for them. A physical compaction is answered by the member that was asked, behind
+// all that it has to do before: also with ErrCompacted, where that revision was compacted already.
 func (h *History) settle(ctx context.Context, c *clientv3.Client, m *Member) error {
 	at := max(h.CompactAt, h.Compacted)
 	if at <= 0 {
@@ -143,9 +150,9 @@ func (h *History) settle(ctx context.Context, c *clientv3.Client, m *Member) err
 	return err
 }
 
-// Remove compacts past what h found, waits up to settle for each member to carry that out in its own files, and defragments
-// those that have, one after the other. Of a member that has not, [Member.Unproven] says why. defragmented is called after each
-// member, with its size before.
+// Remove compacts past what h found, waits up to settle for each member to carry that out in its
+// own files, and defragments those that have, one after the other. Of a member that has not,
+// [Member.Unproven] says why. defragmented is called after each member, with its size before.
 func (h *History) Remove(
 	ctx context.Context, c *clientv3.Client, members []Member, settle time.Duration, defragmented func(m *Member, before int64, took time.Duration),
 ) error {
@@ -196,7 +203,8 @@ type Member struct {
 
 const memberTimeout = 5 * time.Second
 
-// Members finds every member of the cluster: at the client's endpoints, and else at the URLs that the member advertises. The leader is last.
+// Members finds every member of the cluster: at the client's endpoints, and else at the URLs that
+// the member advertises. The leader is last.
 func Members(ctx context.Context, c *clientv3.Client) ([]Member, error) {
 	list, err := c.MemberList(ctx)
 	if err != nil {
@@ -253,8 +261,9 @@ const (
 	healCheck     = 200 * time.Millisecond
 )
 
-// Defragment writes a member's database file anew, without what was freed in it. Before that it makes sure that every member answers and that there is a leader;
-// after that it waits until the member has caught up. It updates m.
+// Defragment writes a member's database file anew, without what was freed in it. Before that it
+// makes sure that every member answers and that there is a leader; after that it waits until the
+// member has caught up. It updates m.
 func Defragment(ctx context.Context, c *clientv3.Client, m *Member) error {
 	if err := healthy(ctx, c); err != nil {
 		return fmt.Errorf("member %x is not defragmented, since another one would then be missing: %w", m.ID, err)

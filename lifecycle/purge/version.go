@@ -12,8 +12,9 @@ import (
 // ErrOldEtcd is in the error of [ReadHistory].
 var ErrOldEtcd = errors.New("reading the history needs etcd 3.4.31, 3.5.13, 3.6 or newer")
 
-// watchesAreWhole refuses an etcd that answers how far a watch has come before it has sent the events up to there, and that can lose events of a watch behind a
-// compaction: what it seems to have no history of may be readable. Kubernetes trusts in no progress of these versions either.
+// watchesAreWhole refuses an etcd that answers how far a watch has come before it has sent the
+// events up to there, and that can lose events of a watch behind a compaction: what it seems to
+// have no history of may be readable. Kubernetes trusts in no progress of these versions either.
 func watchesAreWhole(ctx context.Context, c *clientv3.Client) error {
 	var silent error
 	answers := false

@@ -13,7 +13,8 @@ type item struct {
 	attempts int    // that somebody else was faster
 }
 
-// opOverhead is the bytes of a compare, a put and a get in a transaction, beside the key, which stands in each, and the value: lengths, tags and revisions.
+// opOverhead is the bytes of a compare, a put and a get in a transaction, beside the key, which
+// stands in each, and the value: lengths, tags and revisions.
 const opOverhead = 96
 
 func (i *item) size() int { return 3*len(i.key) + len(i.value) + opOverhead }
@@ -35,13 +36,15 @@ func (b *batch) take() []*item {
 	return items
 }
 
-// maxBatch is the bytes of a transaction of several values: more would only hold up other clients of etcd.
+// maxBatch is the bytes of a transaction of several values: more would only hold up other clients
+// of etcd.
 const maxBatch = 512 << 10
 
 // limits are those of one transaction, as far as they are known.
 type limits struct{ keys, bytes atomic.Int64 }
 
-// set sets the limits. The bytes of a request are not all used, as etcd adds to it before it measures.
+// set sets the limits. The bytes of a request are not all used, as etcd adds to it before it
+// measures.
 func (l *limits) set(keys, bytes int) {
 	l.keys.Store(int64(keys))
 	l.bytes.Store(int64(min(maxBatch, bytes*9/10)))
@@ -49,7 +52,8 @@ func (l *limits) set(keys, bytes int) {
 
 func (l *limits) maxKeys() int { return int(l.keys.Load()) }
 
-// allow reports whether one more item may join a batch. The first one always may: only etcd knows what is too large.
+// allow reports whether one more item may join a batch. The first one always may: only etcd knows
+// what is too large.
 func (l *limits) allow(b *batch, i *item) bool {
 	return len(b.items) == 0 || len(b.items) < l.maxKeys() && b.size+i.size() <= int(l.bytes.Load())
 }

@@ -17,7 +17,8 @@ const (
 	paceMost = 8                      // times slower than at first, at most
 )
 
-// pace holds the rate of writing, and lowers it while etcd is slow, so that other clients of etcd are served. It is safe for concurrent use.
+// pace holds the rate of writing, and lowers it while etcd is slow, so that other clients of etcd
+// are served. It is safe for concurrent use.
 type pace struct {
 	limiter *rate.Limiter
 	most    rate.Limit // as configured
@@ -30,7 +31,8 @@ type pace struct {
 	first  rate.Limit // how quick it was before it was lowered; 0 while it is not
 }
 
-// newPace makes a pace of so many keys a second, 0 for any number, and so many a transaction. told learns when it is lowered, and when it no longer is.
+// newPace makes a pace of so many keys a second, 0 for any number, and so many a transaction. told
+// learns when it is lowered, and when it no longer is.
 func newPace(perSecond float64, burst int, told func(slow bool)) *pace {
 	p := &pace{most: rate.Inf, told: told}
 	if perSecond > 0 {

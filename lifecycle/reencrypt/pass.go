@@ -88,7 +88,7 @@ func (r *run) leave(counter func(p *Progress) *int64, key []byte, why string) {
 	defer r.mu.Unlock()
 	*counter(&r.done)++
 	if len(r.left) < MaxSkipped {
-		r.left = append(r.left, Skipped{Key: string(key), Why: why})
+		r.left = append(r.left, Skipped{Key: string(key), KeyBytes: inventory.KeyBytes(string(key)), Why: why})
 	}
 }
 
@@ -99,7 +99,8 @@ func leftUndecryptable(p *Progress) *int64 { return &p.Undecryptable }
 func leftRefused(p *Progress) *int64       { return &p.Refused }
 func leftFailed(p *Progress) *int64        { return &p.Failed }
 
-// foundWork notes that there was something to do in this pass, so that another one has to prove that nothing is left.
+// foundWork notes that there was something to do in this pass, so that another one has to prove
+// that nothing is left.
 func (r *run) foundWork() {
 	r.mu.Lock()
 	defer r.mu.Unlock()

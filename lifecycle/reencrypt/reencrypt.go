@@ -1,6 +1,7 @@
-// Package reencrypt rewrites every value in etcd that is not stored as its rule requires: [Run] once, [Loop] after each key
-// rotation and at intervals. It connects to etcd directly and is safe on a live cluster: each write is a transaction that
-// compares the revision of the key, so a concurrent write always wins.
+// Package reencrypt rewrites every value in etcd that is not stored as its rule requires: [Run]
+// once, [Loop] after each key rotation and at intervals. It connects to etcd directly and is safe
+// on a live cluster: each write is a transaction that compares the revision of the key, so a
+// concurrent write always wins.
 package reencrypt
 
 import (
@@ -25,20 +26,26 @@ type Config struct {
 	Workers int
 	// Rate is how many values are rewritten a second at most; 0 is as many as etcd takes.
 	Rate float64
-	// TxnKeys is how many values one transaction rewrites at most; 0 is 1. Values of one transaction change at one revision. A client of kube-apiserver whose watch
-	// breaks between two of them goes on after that revision, and never learns of the second: more than 1 is for other clients of etcd.
+	// TxnKeys is how many values one transaction rewrites at most; 0 is 1. Values of one
+	// transaction change at one revision. A client of kube-apiserver whose watch breaks between two
+	// of them goes on after that revision, and never learns of the second: more than 1 is for other
+	// clients of etcd.
 	TxnKeys int
-	// MaxBytes is etcd's --max-request-bytes; 0 is its default. Where etcd's limits are lower, that is found out.
+	// MaxBytes is etcd's --max-request-bytes; 0 is its default. Where etcd's limits are lower, that
+	// is found out.
 	MaxBytes int
-	// Passes is how often all keys are looked at, at most, until there is nothing left to do; 0 is 5. A later pass finds what others wrote meanwhile.
+	// Passes is how often all keys are looked at, at most, until there is nothing left to do; 0 is
+	// 5. A later pass finds what others wrote meanwhile.
 	Passes int
 	// DryRun counts in one pass what would be written, and writes nothing.
 	DryRun bool
-	// EncryptPlaintext encrypts plaintext under rules that are [inventory.Rule.Strict] as well. Without it such values are left: reads of them are refused, and
-	// encrypting them would turn whatever was written past the proxies into genuine values.
+	// EncryptPlaintext encrypts plaintext under rules that are [inventory.Rule.Strict] as well.
+	// Without it such values are left: reads of them are refused, and encrypting them would turn
+	// whatever was written past the proxies into genuine values.
 	EncryptPlaintext bool
 
-	// coordination.Election is about who works, of several. None if its Key is empty, or in a dry run.
+	// coordination.Election is about who works, of several. None if its Key is empty, or in a dry
+	// run.
 	Election coordination.Election
 	// Check is called before each pass; its error ends the run. May be nil.
 	Check func(context.Context) error
@@ -47,7 +54,8 @@ type Config struct {
 
 	// Progress is told after each transaction and now and then, on several goroutines. May be nil.
 	Progress func(Progress)
-	// Paused is told what the run waits for, and why, and "" when it goes on, on several goroutines. May be nil.
+	// Paused is told what the run waits for, and why, and "" when it goes on, on several
+	// goroutines. May be nil.
 	Paused func(what, why string)
 }
 
@@ -74,8 +82,9 @@ func (p *Progress) Unfinished() int64 {
 
 // Skipped is a key whose value could not be rewritten.
 type Skipped struct {
-	Key string `json:"key"`
-	Why string `json:"why"`
+	Key      string `json:"key"`
+	KeyBytes []byte `json:"keyBytes,omitempty"` // Key where that is not valid UTF-8
+	Why      string `json:"why"`
 }
 
 // MaxSkipped is how many of the keys that are left a Result names.
@@ -95,13 +104,17 @@ const (
 	defaultMaxBytes = 1536 << 10
 )
 
-// Reencrypt brings every value under rules to what its rule writes now. Each transaction holds only if none of its keys was written since it was read, so that a
-// concurrent write always wins, and ending the process at any time leaves each value as it was or as it is to be. Leases stay. What is written was opened first, and
-// compared. It passes over all keys until there is nothing left to do, and returns what it did so far even with an error, which is that of ctx if it was interrupted:
-// transactions under way are finished then.
+// Reencrypt brings every value under rules to what its rule writes now. Each transaction holds only
+// if none of its keys was written since it was read, so that a concurrent write always wins, and
+// ending the process at any time leaves each value as it was or as it is to be. Leases stay. What
+// is written was opened first, and compared. It passes over all keys until there is nothing left to
+// do, and returns what it did so far even with an error, which is that of ctx if it was
+// interrupted: transactions under way are finished then.
 //
-// A value whose DEK seed its KMS does not unwrap, for no reason that says whether it lasts, is put aside until the others are done, tried again, and
-// left if its KMS is well otherwise. It waits, and says so, while etcd or a KMS is not there, while etcd has no space, and while another process does the same, and goes slower while etcd is slow.
+// A value whose DEK seed its KMS does not unwrap, for no reason that says whether it lasts, is put
+// aside until the others are done, tried again, and left if its KMS is well otherwise. It waits,
+// and says so, while etcd or a KMS is not there, while etcd has no space, and while another process
+// does the same, and goes slower while etcd is slow.
 func Run(ctx context.Context, c Config) (Result, error) {
 	r := newRun(c)
 	begun := time.Now()

@@ -169,7 +169,8 @@ func stored(t *testing.T, keyID, mark string) []byte {
 	return b
 }
 
-// TestRenew: what is written is opened first; what would be no better, would open to something else, or may not be sealed is left.
+// TestRenew: what is written is opened first; what would be no better, would open to something
+// else, or may not be sealed is left.
 func TestRenew(t *testing.T) {
 	t.Parallel()
 	opensTo := func(text string, fresh keyring.ValueState) func([]byte) ([]byte, keyring.ValueState, error) {

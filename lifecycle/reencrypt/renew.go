@@ -34,12 +34,14 @@ type found struct {
 	aside setAside // of isAside
 }
 
-// renew returns what to write in place of a value. Patient, it waits for a KMS that does not answer until that answers for other values.
+// renew returns what to write in place of a value. Patient, it waits for a KMS that does not answer
+// until that answers for other values.
 func (r *run) renew(ctx context.Context, kv *mvccpb.KeyValue, patient bool) (f found, err error) {
 	var first time.Time
 	silences := 0
 	err = r.patiently(ctx, waitKMS, func() (err error) {
-		// The rules of this moment: after a reload the old ones must not undo what the new ones have written.
+		// The rules of this moment: after a reload the old ones must not undo what the new ones
+		// have written.
 		rule := r.cfg.Rules().Of(kv.Key)
 		if rule == nil {
 			f.what = noRule
@@ -80,7 +82,8 @@ func (r *run) renew(ctx context.Context, kv *mvccpb.KeyValue, patient bool) (f f
 	return f, err
 }
 
-// maxSilences is how often a KMS that answers for other values may fail to answer for one before that is put aside.
+// maxSilences is how often a KMS that answers for other values may fail to answer for one before
+// that is put aside.
 const maxSilences = 2
 
 // notUnwrappedError is a DEK seed that its KMS has not unwrapped, which may pass.
@@ -130,7 +133,8 @@ func (r *run) renewBy(ctx context.Context, rule *inventory.Rule, kv *mvccpb.KeyV
 	return &item{key: string(kv.Key), value: value, revision: kv.ModRevision, lease: kv.Lease}, isToWrite, nil
 }
 
-// prove opens what is to be written in place of a value, so that nothing is lost to a fault of the sealing, and finds out if it is no better than the old one.
+// prove opens what is to be written in place of a value, so that nothing is lost to a fault of the
+// sealing, and finds out if it is no better than the old one.
 func (r *run) prove(ctx context.Context, rule *inventory.Rule, kv *mvccpb.KeyValue, plaintext, value []byte) error {
 	opened, standing, err := rule.Sealer.Inspect(ctx, kv.Key, value)
 	if err != nil {
@@ -145,7 +149,8 @@ func (r *run) prove(ctx context.Context, rule *inventory.Rule, kv *mvccpb.KeyVal
 	return nil
 }
 
-// likeEachOther reports whether two stored values are sealed by one provider under one KMS key, with copies of the same recovery providers.
+// likeEachOther reports whether two stored values are sealed by one provider under one KMS key,
+// with copies of the same recovery providers.
 func likeEachOther(a, b []byte) bool {
 	providerA, objectA, okA := envelope.Split(a)
 	providerB, objectB, okB := envelope.Split(b)

@@ -23,7 +23,8 @@ const (
 	maxAttempts = 10              // at a key that others keep writing
 )
 
-// store writes items, whole or in parts. Those that somebody else has written are looked at again, one by one.
+// store writes items, whole or in parts. Those that somebody else has written are looked at again,
+// one by one.
 func (r *run) store(ctx context.Context, items []*item) error {
 	if len(items) == 0 {
 		return nil
@@ -77,14 +78,16 @@ func (r *run) storePart(ctx context.Context, items []*item) error {
 	return r.store(ctx, items)
 }
 
-// refused deals with a single item that etcd does not take. What will not do for any other key either is an error.
+// refused deals with a single item that etcd does not take. What will not do for any other key
+// either is an error.
 func (r *run) refused(ctx context.Context, i *item, err error) error {
 	key := []byte(i.key)
 	switch {
 	case tooLarge(err):
 		r.leave(leftFailed, key, fmt.Sprintf("etcd refuses it as too large with what sealing adds: raise etcd's --max-request-bytes above %d", i.size()+512))
 	case errors.Is(err, rpctypes.ErrLeaseNotFound):
-		// The lease has ended, and the key with it. If it has not, then only because etcd lost the lease: a put that kept it would end etcd's members.
+		// The lease has ended, and the key with it. If it has not, then only because etcd lost the
+		// lease: a put that kept it would end etcd's members.
 		now, err := patientKV{KV: r.cfg.Client, run: r}.Get(ctx, i.key)
 		if err != nil {
 			return err
@@ -117,13 +120,17 @@ func (r *run) wrote(items []*item, revision int64) {
 	})
 }
 
-// commit sends one transaction that changes items if none was written since it was read, and otherwise reads them. It waits while etcd is not there or has no space.
-// After an answer that was lost the transaction may have been applied: then it does not hold the next time, and the values read are those to be stored.
+// commit sends one transaction that changes items if none was written since it was read, and
+// otherwise reads them. It waits while etcd is not there or has no space. After an answer that was
+// lost the transaction may have been applied: then it does not hold the next time, and the values
+// read are those to be stored.
 //
-// If etcd was away, it may be back with older data, in which another value can have the revision that was read. Then the run ends with [restore.ErrRestored].
+// If etcd was away, it may be back with older data, in which another value can have the revision
+// that was read. Then the run ends with [restore.ErrRestored].
 //
-// The lease is that of the key at its revision, and so that of the key. (The option to keep whatever lease the key has would be shorter; but where etcd lost the lease
-// of a key, each of its members would panic on that. Like this, it answers that there is no such lease.)
+// The lease is that of the key at its revision, and so that of the key. (The option to keep
+// whatever lease the key has would be shorter; but where etcd lost the lease of a key, each of its
+// members would panic on that. Like this, it answers that there is no such lease.)
 func (r *run) commit(ctx context.Context, items []*item) (answer *clientv3.TxnResponse, err error) {
 	compares, puts, gets := make([]clientv3.Cmp, len(items)), make([]clientv3.Op, len(items)), make([]clientv3.Op, len(items))
 	for n, i := range items {
@@ -154,7 +161,8 @@ func (r *run) commit(ctx context.Context, items []*item) (answer *clientv3.TxnRe
 	return answer, err
 }
 
-// sameHistory returns an error if etcd was restored since the run last read from it, or does not say.
+// sameHistory returns an error if etcd was restored since the run last read from it, or does not
+// say.
 func (r *run) sameHistory(ctx context.Context, key string) error {
 	ctx, cancel := context.WithTimeout(ctx, txnTimeout)
 	defer cancel()
@@ -165,7 +173,8 @@ func (r *run) sameHistory(ctx context.Context, key string) error {
 	return err
 }
 
-// finishing returns a context for a transaction: it outlives ctx for a moment, so that what was begun is known to have happened or not.
+// finishing returns a context for a transaction: it outlives ctx for a moment, so that what was
+// begun is known to have happened or not.
 func finishing(ctx context.Context) (context.Context, func()) {
 	limited, cancel := context.WithTimeout(context.WithoutCancel(ctx), txnTimeout)
 	stop := context.AfterFunc(ctx, func() { time.AfterFunc(txnGrace, cancel) })
@@ -175,7 +184,8 @@ func finishing(ctx context.Context) (context.Context, func()) {
 	}
 }
 
-// again looks at items of which at least one was written since it was read, as the answer shows. The others are written together.
+// again looks at items of which at least one was written since it was read, as the answer shows.
+// The others are written together.
 func (r *run) again(ctx context.Context, items []*item, answer *clientv3.TxnResponse) error {
 	var same, ours []*item
 	changed := make(map[*item]*mvccpb.KeyValue)

@@ -32,7 +32,8 @@ type waiting struct {
 	why string
 }
 
-// pause tells why the run waits for something, when that changes. resume follows, once for each pause.
+// pause tells why the run waits for something, when that changes. resume follows, once for each
+// pause.
 func (r *run) pause(what, why string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -82,7 +83,8 @@ func newBackOff() *backoff.ExponentialBackOff {
 	return wait
 }
 
-// patiently calls f until it succeeds or fails for good, with pauses that grow, and says what it waits for.
+// patiently calls f until it succeeds or fails for good, with pauses that grow, and says what it
+// waits for.
 func (r *run) patiently(ctx context.Context, what string, f func() error) error {
 	wait := newBackOff()
 	for waited := false; ; waited = true {
@@ -125,7 +127,8 @@ func (r *run) await(what, why string, begin bool) {
 // spaceCheck is how often etcd is asked whether its alarm is gone.
 const spaceCheck = 2 * time.Second
 
-// awaitSpace waits until no member raises the alarm that its space is used up. Where that cannot be asked, the next write will tell.
+// awaitSpace waits until no member raises the alarm that its space is used up. Where that cannot be
+// asked, the next write will tell.
 func (r *run) awaitSpace(ctx context.Context) error {
 	for {
 		if err := rest(ctx, spaceCheck); err != nil {

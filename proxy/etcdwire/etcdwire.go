@@ -8,20 +8,17 @@
 // where the message stood, without a second buffer.
 package etcdwire
 
-import (
-	"context"
-	"errors"
-)
+import "errors"
 
 // Rules is what the rewriter asks about keys. Implementations are safe for concurrent use and do not retain arguments.
 type Rules interface {
 	// Overlaps reports whether a rule covers key (rangeEnd empty) or any key of [key, rangeEnd). rangeEnd "\x00" is every key from key on.
 	Overlaps(key, rangeEnd []byte) bool
 	// Seal returns the bytes to store for value. For a key under no rule it returns value itself.
-	Seal(ctx context.Context, key, value []byte) ([]byte, error)
+	Seal(key, value []byte) ([]byte, error)
 	// Open returns the value behind the stored bytes. For a key under no rule it returns stored itself. It may overwrite stored, and
-	// return a part of it.
-	Open(ctx context.Context, key, stored []byte) ([]byte, error)
+	// return a part of it; it leaves it as it is if the error wraps [ErrWouldBlock].
+	Open(key, stored []byte) ([]byte, error)
 }
 
 var (
@@ -31,6 +28,8 @@ var (
 	ErrUnsupported = errors.New("unsupported on keys under a rule")
 	// ErrByValue is wrapped by the error for a request that compares or sorts by values under a rule, which etcd itself cannot do: it has ciphertexts.
 	ErrByValue = errors.New("by value, on keys under a rule")
+	// ErrWouldBlock is wrapped by the error of Rules that would have to wait.
+	ErrWouldBlock = errors.New("a KMS call is needed")
 	// ErrValueProvided is the error for a put under a rule that is to keep its value, and has one:
 	// etcd would refuse it.
 	ErrValueProvided = errors.New("a put is to keep its value, and has one")

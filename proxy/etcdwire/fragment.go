@@ -15,30 +15,6 @@ const (
 	watchEvents         = 11
 )
 
-// WatchRequest says whether a WatchRequest creates a watch, and whether large responses to it may come in fragments. Of a message that says
-// one thing twice, the last counts, as for etcd.
-func WatchRequest(msg []byte) (creates, fragments bool, err error) {
-	s := scan(&watchRequest, msg, 0, len(msg))
-	for s.next() {
-		switch s.field.num {
-		case watchCreate:
-			creates = true
-			c := scan(&watchCreateRequest, msg, s.field.body, s.field.end)
-			for c.next() {
-				if c.field.num == watchCreateFragment {
-					fragments = c.field.n != 0
-				}
-			}
-			if c.err != nil {
-				return false, false, c.err
-			}
-		case 2, 3: // another arm of the oneof
-			creates, fragments = false, false
-		}
-	}
-	return creates, fragments, s.err
-}
-
 // Watched is what a WatchResponse says of its watch.
 type Watched struct {
 	ID                int64

@@ -72,12 +72,12 @@ func TestWatchRequest(t *testing.T) {
 		{wire(t, create(true)), true, true}, {wire(t, create(false)), true, false}, {wire(t, cancel), false, false}, {nil, false, false},
 		{append(wire(t, create(true)), wire(t, cancel)...), false, false}, {append(wire(t, cancel), wire(t, create(true))...), true, true},
 	} {
-		if creates, fragments, err := WatchRequest(c.msg); err != nil || creates != c.creates || fragments != c.fragments {
-			t.Errorf("%x: %t, %t, %v", c.msg, creates, fragments, err)
+		if w, err := WatchRequest(c.msg, new(untouched)); err != nil || w.Creates != c.creates || w.Fragments != c.fragments {
+			t.Errorf("%x: %+v, %v", c.msg, w, err)
 		}
 	}
 	for name, err := range map[string]error{
-		"request":  func() error { _, _, err := WatchRequest([]byte{0x0a, 0x02, 0x40}); return err }(),
+		"request":  func() error { _, err := WatchRequest([]byte{0x0a, 0x02, 0x40}, new(untouched)); return err }(),
 		"response": func() error { _, err := WatchedBy([]byte{0x10}); return err }(),
 		"events":   func() error { _, err := Fragments([]byte{0x5a, 0x05}, 1); return err }(),
 	} {

@@ -2,8 +2,9 @@ package etcdwire
 
 import (
 	"bytes"
-	"context"
 	"errors"
+	"fmt"
+	"slices"
 	"testing"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -17,6 +18,8 @@ func FuzzRead(f *testing.F) {
 		&pb.RangeRequest{Key: []byte("s/a"), SortTarget: pb.RangeRequest_VALUE, KeysOnly: true}, &pb.DeleteRangeRequest{Key: []byte("s/a"), RangeEnd: []byte("s0")},
 		&v3electionpb.LeaderRequest{Name: []byte("s")}, &v3electionpb.ProclaimRequest{Leader: &v3electionpb.LeaderKey{Name: []byte("s"), Key: []byte("s/1")}},
 		&pb.WatchRequest{RequestUnion: &pb.WatchRequest_CreateRequest{CreateRequest: &pb.WatchCreateRequest{Key: []byte("s/"), Fragment: true}}},
+		&pb.PutRequest{Key: []byte("s/a"), Value: []byte("v")}, &pb.AlarmRequest{Action: pb.AlarmRequest_DEACTIVATE},
+		&pb.TxnRequest{Success: []*pb.RequestOp{put("s/a", "v"), nested(&pb.TxnRequest{Failure: []*pb.RequestOp{rng(&pb.RangeRequest{Key: []byte("s")})}})}},
 		&pb.WatchResponse{WatchId: 7, Created: true, Canceled: true},
 	} {
 		f.Add(wire(f, m))
@@ -33,12 +36,36 @@ func FuzzRead(f *testing.F) {
 		}
 		rules := brackets{"s/"}
 		ranged := new(pb.RangeRequest)
-		shape, err := RangeRequest(msg, rules)
+		shape, touches, err := RangeRequest(msg, rules)
 		if accepted("RangeRequest", err, ranged) && (shape.KeysOnly != ranged.GetKeysOnly() ||
-			ranged.GetSortTarget() == pb.RangeRequest_VALUE && rules.Overlaps(ranged.GetKey(), ranged.GetRangeEnd())) {
+			touches != rules.Overlaps(ranged.GetKey(), ranged.GetRangeEnd()) || ranged.GetSortTarget() == pb.RangeRequest_VALUE && touches) {
 			t.Fatalf("RangeRequest: %+v of %v", shape, ranged)
 		}
-		accepted("DeleteRangeRequest", DeleteRangeRequest(msg), new(pb.DeleteRangeRequest))
+		deleted := new(pb.DeleteRangeRequest)
+		from, to, err := DeleteRangeRequest(msg)
+		if accepted("DeleteRangeRequest", err, deleted) && (!bytes.Equal(from, deleted.GetKey()) || !bytes.Equal(to, deleted.GetRangeEnd())) {
+			t.Fatalf("DeleteRangeRequest: %q, %q of %v", from, to, deleted)
+		}
+		putting := new(pb.PutRequest)
+		written, err := PutKey(msg)
+		if accepted("PutKey", err, putting) && !bytes.Equal(written, putting.GetKey()) {
+			t.Fatalf("PutKey: %q of %v", written, putting)
+		}
+		alarm := new(pb.AlarmRequest)
+		action, err := AlarmAction(msg)
+		if accepted("AlarmAction", err, alarm) && action != int32(alarm.GetAction()) {
+			t.Fatalf("AlarmAction: %d of %v", action, alarm)
+		}
+		txn := new(pb.TxnRequest)
+		var got, want operations
+		if accepted("EachOperation", EachOperation(msg, &got), txn) {
+			want.of(txn)
+			slices.Sort(got) // the branches may be interleaved
+			slices.Sort(want)
+			if !slices.Equal(got, want) {
+				t.Fatalf("EachOperation: %q of %v", got, txn)
+			}
+		}
 		named := new(v3electionpb.LeaderRequest)
 		name, err := Name(msg)
 		if accepted("Name", err, named) && !bytes.Equal(name, named.GetName()) {
@@ -50,9 +77,11 @@ func FuzzRead(f *testing.F) {
 			t.Fatalf("LeaderKey: %q of %v", key, led)
 		}
 		request := new(pb.WatchRequest)
-		creates, fragments, err := WatchRequest(msg)
-		if accepted("WatchRequest", err, request) && (creates != (request.GetCreateRequest() != nil) || fragments != request.GetCreateRequest().GetFragment()) {
-			t.Fatalf("WatchRequest: %t, %t of %v", creates, fragments, request)
+		asked, err := WatchRequest(msg, rules)
+		create := request.GetCreateRequest
+		if accepted("WatchRequest", err, request) && (asked.Creates != (create() != nil) || asked.Fragments != create().GetFragment() ||
+			create() != nil && !asked.Touches && rules.Overlaps(create().GetKey(), create().GetRangeEnd())) {
+			t.Fatalf("WatchRequest: %+v of %v", asked, request)
 		}
 		response := new(pb.WatchResponse)
 		w, err := WatchedBy(msg)
@@ -75,11 +104,33 @@ func FuzzRead(f *testing.F) {
 	})
 }
 
+// operations are those of a transaction, as text.
+type operations []string
+
+func (o *operations) Range(key, end []byte)  { *o = append(*o, fmt.Sprintf("range %q %q", key, end)) }
+func (o *operations) Put(key []byte)         { *o = append(*o, fmt.Sprintf("put %q", key)) }
+func (o *operations) Delete(key, end []byte) { *o = append(*o, fmt.Sprintf("delete %q %q", key, end)) }
+
+func (o *operations) of(txn *pb.TxnRequest) {
+	for _, op := range slices.Concat(txn.GetSuccess(), txn.GetFailure()) {
+		switch {
+		case op.GetRequestRange() != nil:
+			o.Range(op.GetRequestRange().GetKey(), op.GetRequestRange().GetRangeEnd())
+		case op.GetRequestPut() != nil:
+			o.Put(op.GetRequestPut().GetKey())
+		case op.GetRequestDeleteRange() != nil:
+			o.Delete(op.GetRequestDeleteRange().GetKey(), op.GetRequestDeleteRange().GetRangeEnd())
+		case op.GetRequestTxn() != nil:
+			o.of(op.GetRequestTxn())
+		}
+	}
+}
+
 // unsealing takes the brackets off where a request's rewriter puts them on.
 type unsealing struct{ brackets }
 
-func (o unsealing) Seal(ctx context.Context, key, stored []byte) ([]byte, error) {
-	return o.Open(ctx, key, bytes.Clone(stored))
+func (o unsealing) Seal(key, stored []byte) ([]byte, error) {
+	return o.Open(key, bytes.Clone(stored))
 }
 
 // FuzzRequestInverse seals a request and opens it again: the message must say what it said.

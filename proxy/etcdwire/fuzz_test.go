@@ -2,7 +2,6 @@ package etcdwire
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"testing"
 
@@ -53,8 +52,8 @@ func check(t *testing.T, m method, msg []byte) {
 // reversed puts the brackets back on where an answer's rewriter takes them off.
 type reversed struct{ brackets }
 
-func (r reversed) Open(ctx context.Context, key, value []byte) ([]byte, error) {
-	return r.Seal(ctx, key, value)
+func (r reversed) Open(key, value []byte) ([]byte, error) {
+	return r.Seal(key, value)
 }
 
 func FuzzRewrite(f *testing.F) {

@@ -2,7 +2,6 @@ package etcdwire
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"testing"
 
@@ -27,14 +26,14 @@ func (b brackets) Overlaps(key, rangeEnd []byte) bool {
 	return bytes.Compare(key, after) < 0 && (fromKey || bytes.Compare(rangeEnd, []byte(b.prefix)) > 0)
 }
 
-func (b brackets) Seal(_ context.Context, key, value []byte) ([]byte, error) {
+func (b brackets) Seal(key, value []byte) ([]byte, error) {
 	if !b.covers(key) {
 		return value, nil
 	}
 	return bytes.Join([][]byte{{'['}, key, {'|'}, value, {']'}}, nil), nil
 }
 
-func (b brackets) Open(_ context.Context, key, stored []byte) ([]byte, error) {
+func (b brackets) Open(key, stored []byte) ([]byte, error) {
 	if !b.covers(key) {
 		return stored, nil
 	}
@@ -55,12 +54,12 @@ type untouched struct{ seals, opens int }
 
 func (*untouched) Overlaps(_, _ []byte) bool { return false }
 
-func (u *untouched) Seal(_ context.Context, _, value []byte) ([]byte, error) {
+func (u *untouched) Seal(_, value []byte) ([]byte, error) {
 	u.seals++
 	return value, nil
 }
 
-func (u *untouched) Open(_ context.Context, _, stored []byte) ([]byte, error) {
+func (u *untouched) Open(_, stored []byte) ([]byte, error) {
 	u.opens++
 	return stored, nil
 }

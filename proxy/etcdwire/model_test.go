@@ -1,7 +1,6 @@
 package etcdwire
 
 import (
-	"context"
 	"errors"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -14,11 +13,11 @@ import (
 type modelEdit func(key, value []byte) ([]byte, error)
 
 func sealing(r Rules) modelEdit {
-	return func(k, v []byte) ([]byte, error) { return r.Seal(context.Background(), k, v) }
+	return func(k, v []byte) ([]byte, error) { return r.Seal(k, v) }
 }
 
 func opening(r Rules) modelEdit {
-	return func(k, v []byte) ([]byte, error) { return r.Open(context.Background(), k, v) }
+	return func(k, v []byte) ([]byte, error) { return r.Open(k, v) }
 }
 
 func modelPut(p *pb.PutRequest, edit modelEdit) (err error) {
@@ -71,36 +70,34 @@ type method struct {
 	answer  bool // it may overwrite its message, and sealing what it opened gives the message back
 }
 
-var background = context.Background()
-
 var methods = []method{
 	{"PutRequest", func() proto.Message { return new(pb.PutRequest) },
-		func(b []byte, r Rules) ([]byte, error) { return PutRequest(background, b, r) },
+		func(b []byte, r Rules) ([]byte, error) { return PutRequest(b, r) },
 		func(m proto.Message, r Rules) error { return modelPut(m.(*pb.PutRequest), sealing(r)) }, false},
 	{"TxnRequest", func() proto.Message { return new(pb.TxnRequest) },
-		func(b []byte, r Rules) ([]byte, error) { out, _, err := TxnRequest(background, b, r); return out, err },
+		func(b []byte, r Rules) ([]byte, error) { out, _, err := TxnRequest(b, r); return out, err },
 		func(m proto.Message, r Rules) error { return modelTxn(m.(*pb.TxnRequest), sealing(r)) }, false},
 	{"RangeResponse", func() proto.Message { return new(pb.RangeResponse) },
-		func(b []byte, r Rules) ([]byte, error) { return RangeResponse(background, b, r, RangeShape{}) },
+		func(b []byte, r Rules) ([]byte, error) { return RangeResponse(b, r, RangeShape{}) },
 		func(m proto.Message, r Rules) error { return modelKVs(opening(r), m.(*pb.RangeResponse).Kvs...) }, true},
 	{"RangeStreamResponse", func() proto.Message { return new(pb.RangeStreamResponse) },
-		func(b []byte, r Rules) ([]byte, error) { return RangeStreamResponse(background, b, r, RangeShape{}) },
+		func(b []byte, r Rules) ([]byte, error) { return RangeStreamResponse(b, r, RangeShape{}) },
 		func(m proto.Message, r Rules) error {
 			return modelKVs(opening(r), m.(*pb.RangeStreamResponse).GetRangeResponse().GetKvs()...)
 		}, true},
 	{"PutResponse", func() proto.Message { return new(pb.PutResponse) },
-		func(b []byte, r Rules) ([]byte, error) { return PutResponse(background, b, r) },
+		func(b []byte, r Rules) ([]byte, error) { return PutResponse(b, r) },
 		func(m proto.Message, r Rules) error { return modelKVs(opening(r), m.(*pb.PutResponse).PrevKv) }, true},
 	{"DeleteRangeResponse", func() proto.Message { return new(pb.DeleteRangeResponse) },
-		func(b []byte, r Rules) ([]byte, error) { return DeleteRangeResponse(background, b, r) },
+		func(b []byte, r Rules) ([]byte, error) { return DeleteRangeResponse(b, r) },
 		func(m proto.Message, r Rules) error {
 			return modelKVs(opening(r), m.(*pb.DeleteRangeResponse).PrevKvs...)
 		}, true},
 	{"TxnResponse", func() proto.Message { return new(pb.TxnResponse) },
-		func(b []byte, r Rules) ([]byte, error) { return TxnResponse(background, b, r, nil) },
+		func(b []byte, r Rules) ([]byte, error) { return TxnResponse(b, r, nil) },
 		func(m proto.Message, r Rules) error { return modelAnswers(m.(*pb.TxnResponse), opening(r)) }, true},
 	{"WatchResponse", func() proto.Message { return new(pb.WatchResponse) },
-		func(b []byte, r Rules) ([]byte, error) { return WatchResponse(background, b, r) },
+		func(b []byte, r Rules) ([]byte, error) { return WatchResponse(b, r) },
 		func(m proto.Message, r Rules) error {
 			for _, e := range m.(*pb.WatchResponse).Events {
 				if e.Type == mvccpb.Event_PUT || len(e.GetKv().GetValue()) > 0 {

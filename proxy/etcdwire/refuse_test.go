@@ -35,9 +35,9 @@ func TestAmbiguous(t *testing.T) {
 	// A field number of 2^32+1 is field 1 to a decoder that cuts it to 32 bits.
 	hugeTag := append(protowire.AppendVarint(nil, (1<<32+1)<<3|2), 1, 'x')
 	type request func([]byte) error
-	putReq := func(b []byte) error { _, err := PutRequest(background, b, brackets{"s/"}); return err }
-	txnReq := func(b []byte) error { _, _, err := TxnRequest(background, b, brackets{"s/"}); return err }
-	rngReq := func(b []byte) error { _, err := RangeRequest(b, brackets{"s/"}); return err }
+	putReq := func(b []byte) error { _, err := PutRequest(b, brackets{"s/"}); return err }
+	txnReq := func(b []byte) error { _, _, err := TxnRequest(b, brackets{"s/"}); return err }
+	rngReq := func(b []byte) error { _, _, err := RangeRequest(b, brackets{"s/"}); return err }
 	for name, c := range map[string]struct {
 		send request
 		msg  []byte
@@ -58,7 +58,7 @@ func TestAmbiguous(t *testing.T) {
 		"two operands":             {txnReq, bytesField(1, string(join(flag(4, 1), bytesField(7, "v"), bytesField(3, "s/a"))))},
 		"two keys in a range":      {rngReq, join(key, other)},
 		"two sort targets":         {rngReq, join(other, flag(6, 0), flag(6, 4))},
-		"two keys in a delete":     {DeleteRangeRequest, join(key, other)},
+		"two keys in a delete":     {func(b []byte) error { _, _, err := DeleteRangeRequest(b); return err }, join(key, other)},
 		"length beyond the end":    {putReq, []byte{1<<3 | 2, 9, 'a'}},
 		"endless varint":           {putReq, []byte{3 << 3, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1}},
 		"two names of an election": {func(b []byte) error { _, err := Name(b); return err }, join(key, other)},
@@ -97,7 +97,7 @@ func TestByValue(t *testing.T) {
 		"key under no rule":                {cmp(pb.Compare_VALUE, "p/a", "", true), nil},
 		"revision of a key under a rule":   {cmp(pb.Compare_MOD, "s/a", "", false), nil},
 	} {
-		if out, _, err := TxnRequest(background, c.msg, brackets{"s/"}); !errors.Is(err, c.want) || (err == nil && !same(out, c.msg)) {
+		if out, _, err := TxnRequest(c.msg, brackets{"s/"}); !errors.Is(err, c.want) || (err == nil && !same(out, c.msg)) {
 			t.Errorf("compare, %s: got %v, want %v", name, err, c.want)
 		}
 	}
@@ -111,11 +111,11 @@ func TestByValue(t *testing.T) {
 		"by key under a rule":    {&pb.RangeRequest{Key: []byte("s/"), RangeEnd: []byte("s0"), SortTarget: pb.RangeRequest_KEY}, nil},
 		"every key from a start": {&pb.RangeRequest{Key: []byte("a"), RangeEnd: []byte{0}, SortTarget: pb.RangeRequest_VALUE}, ErrByValue},
 	} {
-		if _, err := RangeRequest(wire(t, c.req), brackets{"s/"}); !errors.Is(err, c.want) {
+		if _, _, err := RangeRequest(wire(t, c.req), brackets{"s/"}); !errors.Is(err, c.want) {
 			t.Errorf("sort %s: got %v, want %v", name, err, c.want)
 		}
 		in := wire(t, &pb.TxnRequest{Failure: []*pb.RequestOp{rng(c.req)}})
-		if _, _, err := TxnRequest(background, in, brackets{"s/"}); !errors.Is(err, c.want) {
+		if _, _, err := TxnRequest(in, brackets{"s/"}); !errors.Is(err, c.want) {
 			t.Errorf("sort %s, in a transaction: got %v, want %v", name, err, c.want)
 		}
 	}

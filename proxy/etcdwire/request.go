@@ -2,7 +2,6 @@ package etcdwire
 
 import (
 	"cmp"
-	"context"
 	"errors"
 	"fmt"
 
@@ -59,8 +58,8 @@ func (b *branch) set(i int, s opShape) {
 // PutRequest seals the value of a PutRequest, an absent one too. With ignore_value the message
 // passes as it is, if it has no value. It returns msg itself if nothing changed; the error wraps
 // [ErrMalformed] or [ErrValueProvided] or is the error of rules.Seal.
-func PutRequest(ctx context.Context, msg []byte, rules Rules) ([]byte, error) {
-	return rewrite(ctx, msg, rules, false, func(r *rewriter) error { return r.put(0, len(msg)) })
+func PutRequest(msg []byte, rules Rules) ([]byte, error) {
+	return rewrite(msg, rules, false, func(r *rewriter) error { return r.put(0, len(msg)) })
 }
 
 // put returns ErrValueProvided for a put that keeps its value and has one. The caller may go on:
@@ -86,7 +85,7 @@ func (r *rewriter) put(at, end int) error {
 }
 
 // placeholder stands for the value of a put that etcd refuses because it has one.
-func placeholder(context.Context, []byte, []byte) ([]byte, error) { return []byte{0}, nil }
+func placeholder([]byte, []byte) ([]byte, error) { return []byte{0}, nil }
 
 // putInTxn leaves it to etcd to refuse a put that is to keep its value and has one, which is sent
 // without the value: of several faults in a transaction etcd tells the first, and which one that is
@@ -98,14 +97,14 @@ func (r *rewriter) putInTxn(f field) error {
 	return nil
 }
 
-// RangeRequest checks a RangeRequest and returns what its answer's rewriter needs. The error wraps [ErrMalformed], or [ErrByValue]
-// for a sort by value that meets a rule: etcd would sort ciphertexts. The RangeShape is good with the latter, too.
-func RangeRequest(msg []byte, rules Rules) (RangeShape, error) {
+// RangeRequest checks a RangeRequest and returns what its answer's rewriter needs, and whether it can meet a key under a
+// rule. The error wraps [ErrMalformed], or [ErrByValue] for a sort by value that meets a rule: etcd would sort
+// ciphertexts. The other results are good with the latter, too.
+func RangeRequest(msg []byte, rules Rules) (shape RangeShape, touches bool, err error) {
 	return rangeShape(msg, 0, len(msg), rules)
 }
 
-func rangeShape(src []byte, at, end int, rules Rules) (RangeShape, error) {
-	var shape RangeShape
+func rangeShape(src []byte, at, end int, rules Rules) (shape RangeShape, touches bool, err error) {
 	var key, rangeEnd []byte
 	byValue := false
 	s := scan(&rangeRequest, src, at, end)
@@ -121,21 +120,13 @@ func rangeShape(src []byte, at, end int, rules Rules) (RangeShape, error) {
 			shape.KeysOnly = f.n != 0
 		}
 	}
-	if s.err == nil && byValue && rules.Overlaps(key, rangeEnd) {
-		return shape, fmt.Errorf("sort %w", ErrByValue)
+	if s.err != nil {
+		return shape, false, s.err
 	}
-	return shape, s.err
-}
-
-// DeleteRangeRequest checks a DeleteRangeRequest, which holds no value. The error wraps [ErrMalformed].
-func DeleteRangeRequest(msg []byte) error { return deleteRange(msg, 0, len(msg)) }
-
-func deleteRange(src []byte, at, end int) error {
-	s := scan(&deleteRequest, src, at, end)
-	for s.next() {
-		continue // the scanner does the checking
+	if touches = rules.Overlaps(key, rangeEnd); touches && byValue {
+		return shape, touches, fmt.Errorf("sort %w", ErrByValue)
 	}
-	return s.err
+	return shape, touches, nil
 }
 
 // TxnRequest seals the values of all puts of a TxnRequest, in both branches and in nested
@@ -143,9 +134,9 @@ func deleteRange(src []byte, at, end int) error {
 // It returns msg itself if nothing changed, and the shape that TxnResponse needs. The error wraps
 // [ErrMalformed], or [ErrByValue] for a compare or a sort by value that meets a rule, or
 // [ErrUnsupported], or is the error of rules.Seal.
-func TxnRequest(ctx context.Context, msg []byte, rules Rules) ([]byte, *TxnShape, error) {
+func TxnRequest(msg []byte, rules Rules) ([]byte, *TxnShape, error) {
 	var shape *TxnShape
-	out, err := rewrite(ctx, msg, rules, false, func(r *rewriter) (err error) {
+	out, err := rewrite(msg, rules, false, func(r *rewriter) (err error) {
 		shape, err = r.txn(0, len(msg), 1)
 		return err
 	})
@@ -157,7 +148,7 @@ func TxnRequest(ctx context.Context, msg []byte, rules Rules) ([]byte, *TxnShape
 
 func (r *rewriter) txn(at, end, depth int) (*TxnShape, error) {
 	if depth > maxTxnDepth {
-		return nil, fmt.Errorf("%w: transactions nested more than %d deep", ErrMalformed, maxTxnDepth)
+		return nil, errTooDeep
 	}
 	var shape TxnShape
 	successes, failures := 0, 0
@@ -217,19 +208,18 @@ func (r *rewriter) op(f field, depth int, b *branch, index int) error {
 			var shape opShape
 			switch f := s.field; f.num {
 			case 1:
-				shape.rng, err = rangeShape(r.src, f.body, f.end, r.rules)
+				shape.rng, _, err = rangeShape(r.src, f.body, f.end, r.rules)
 			case 2:
 				err = r.within(f, (*rewriter).putInTxn)
 			case 3:
-				err = deleteRange(r.src, f.body, f.end)
+				_, _, err = keyRange(&deleteRequest, r.src, f.body, f.end)
 			case 4:
 				err = r.within(f, func(r *rewriter, f field) (err error) {
 					shape.txn, err = r.txn(f.body, f.end, depth+1)
 					return err
 				})
 			default:
-				// A newer etcd's operation could write a value that nobody would seal.
-				err = fmt.Errorf("operation %d of a transaction is unknown: %w", f.num, ErrUnsupported)
+				err = unknownOperation(f)
 			}
 			if err != nil {
 				return err

@@ -1,18 +1,16 @@
 package etcdwire
 
-import "context"
-
 // Every function here returns msg itself if nothing changed. Otherwise it has overwritten msg, and the result may be a part of it; after an error, msg
 // holds nothing of use. The error wraps [ErrMalformed], or is that of rules.Open.
 
 // RangeResponse opens the values of a RangeResponse.
-func RangeResponse(ctx context.Context, msg []byte, rules Rules, shape RangeShape) ([]byte, error) {
-	return rewrite(ctx, msg, rules, true, func(r *rewriter) error { return r.ranged(0, len(msg), shape) })
+func RangeResponse(msg []byte, rules Rules, shape RangeShape) ([]byte, error) {
+	return rewrite(msg, rules, true, func(r *rewriter) error { return r.ranged(0, len(msg), shape) })
 }
 
 // RangeStreamResponse opens the values of one chunk of a RangeStream.
-func RangeStreamResponse(ctx context.Context, msg []byte, rules Rules, shape RangeShape) ([]byte, error) {
-	return rewrite(ctx, msg, rules, true, func(r *rewriter) error {
+func RangeStreamResponse(msg []byte, rules Rules, shape RangeShape) ([]byte, error) {
+	return rewrite(msg, rules, true, func(r *rewriter) error {
 		s := scan(&streamResponse, r.src, 0, len(msg))
 		for s.next() {
 			if s.field.num == 1 {
@@ -42,13 +40,13 @@ func (r *rewriter) ranged(at, end int, shape RangeShape) error {
 }
 
 // PutResponse opens the previous value in a PutResponse.
-func PutResponse(ctx context.Context, msg []byte, rules Rules) ([]byte, error) {
-	return rewrite(ctx, msg, rules, true, func(r *rewriter) error { return r.pairs(&putResponse, 0, len(msg), 2) })
+func PutResponse(msg []byte, rules Rules) ([]byte, error) {
+	return rewrite(msg, rules, true, func(r *rewriter) error { return r.pairs(&putResponse, 0, len(msg), 2) })
 }
 
 // DeleteRangeResponse opens the previous values in a DeleteRangeResponse.
-func DeleteRangeResponse(ctx context.Context, msg []byte, rules Rules) ([]byte, error) {
-	return rewrite(ctx, msg, rules, true, func(r *rewriter) error { return r.pairs(&deleteResponse, 0, len(msg), 3) })
+func DeleteRangeResponse(msg []byte, rules Rules) ([]byte, error) {
+	return rewrite(msg, rules, true, func(r *rewriter) error { return r.pairs(&deleteResponse, 0, len(msg), 3) })
 }
 
 // pairs opens the KeyValue in each field num of a message.
@@ -65,8 +63,8 @@ func (r *rewriter) pairs(sc *schema, at, end int, num int32) error {
 }
 
 // TxnResponse opens the values in all answers of a TxnResponse. shape is what TxnRequest returned.
-func TxnResponse(ctx context.Context, msg []byte, rules Rules, shape *TxnShape) ([]byte, error) {
-	return rewrite(ctx, msg, rules, true, func(r *rewriter) error { return r.answers(0, len(msg), shape, 1) })
+func TxnResponse(msg []byte, rules Rules, shape *TxnShape) ([]byte, error) {
+	return rewrite(msg, rules, true, func(r *rewriter) error { return r.answers(0, len(msg), shape, 1) })
 }
 
 func (r *rewriter) answers(at, end int, shape *TxnShape, depth int) error {
@@ -120,8 +118,8 @@ func (r *rewriter) answer(f field, op opShape, depth int) error {
 }
 
 // WatchResponse opens the values and previous values of a WatchResponse's events. The pair of a DELETE event has no value.
-func WatchResponse(ctx context.Context, msg []byte, rules Rules) ([]byte, error) {
-	return rewrite(ctx, msg, rules, true, func(r *rewriter) error {
+func WatchResponse(msg []byte, rules Rules) ([]byte, error) {
+	return rewrite(msg, rules, true, func(r *rewriter) error {
 		s := scan(&watchResponse, r.src, 0, len(msg))
 		for s.next() {
 			if s.field.num == 11 {

@@ -47,6 +47,7 @@ var (
 	watchResponse      = schema{name: "WatchResponse", bytes: bits(1, 6, 11), varint: bits(2, 3, 4, 5, 7), once: bits(1, 2, 3, 4, 5, 6, 7)}
 	event              = schema{name: "Event", bytes: bits(2, 3), varint: bits(1), once: bits(1, 2, 3)}
 	named              = schema{name: "request", bytes: bits(1), once: bits(1)}
+	alarmRequest       = schema{name: "AlarmRequest", varint: bits(1, 2, 3), once: bits(1, 2, 3)}
 	leaseRequest       = schema{name: "LeaseRevokeRequest", varint: bits(1), once: bits(1)}
 	leaderKey          = schema{name: "LeaderKey", bytes: bits(1, 2), varint: bits(3, 4), once: bits(1, 2, 3, 4)}
 )

@@ -1,7 +1,7 @@
 package etcdwire
 
 import (
-	"context"
+	"errors"
 	"sync"
 
 	"google.golang.org/protobuf/encoding/protowire"
@@ -13,80 +13,107 @@ type edit struct {
 	tag      byte // 0: none
 	length   int  // -1: none
 	with     []byte
+	opened   bool // with was made of a value of the message
 }
 
-// rewriter gathers the edits of one field of a message, in the order of their offsets, and then writes the field, however deep a changed value
-// sits. So a long answer is written while it is still at hand in the processor's cache.
+// rewriter gathers the edits of a message, in the order of their offsets. Until all are there nothing of the message
+// but opened values is overwritten, so that a rewrite that would have to wait can be continued, see [Blocked].
 type rewriter struct {
-	ctx     context.Context // a rewriter lives for one call
-	rules   Rules
-	src     []byte
-	inPlace bool // out is, or will be, the front of src
-
+	rules Rules
+	src   []byte
 	edits []edit
 	grow  int  // by how much the edits lengthen the message
 	grown bool // some edit lengthens it
-	depth int  // of submessages around what is being walked
 
-	out     []byte // the message up to src[:written], once something changed
-	written int
+	resumed []opened // values that an earlier rewrite of the message has opened, and that are to come
 }
 
 var rewriters = sync.Pool{New: func() any { return new(rewriter) }}
 
+// keptEdits is how many edits a rewriter has room for when it goes back to the pool.
+const keptEdits = 4096
+
 // rewrite runs walk over msg and returns msg with the edits that walk asked for: msg itself if there were none. With inPlace it may write the
 // result over msg.
-func rewrite(ctx context.Context, msg []byte, rules Rules, inPlace bool, walk func(*rewriter) error) ([]byte, error) {
+func rewrite(msg []byte, rules Rules, inPlace bool, walk func(*rewriter) error) ([]byte, error) {
 	r, ok := rewriters.Get().(*rewriter)
 	if !ok {
 		r = new(rewriter)
 	}
-	r.ctx, r.rules, r.src, r.inPlace = ctx, rules, msg, inPlace
+	r.rules, r.src = rules, msg
+	if again, ok := rules.(*resumed); ok {
+		r.rules, r.resumed = again.Rules, again.opened
+	}
 	defer func() {
 		clear(r.edits) // the pool must not keep values alive
+		if cap(r.edits) > keptEdits {
+			r.edits = nil
+		}
 		*r = rewriter{edits: r.edits[:0]}
 		rewriters.Put(r)
 	}()
 	if err := walk(r); err != nil {
+		if inPlace && errors.Is(err, ErrWouldBlock) {
+			return nil, r.blocked(err)
+		}
 		return nil, err
 	}
-	r.flush()
-	if r.out == nil {
+	if len(r.edits) == 0 {
 		return msg, nil
 	}
-	return append(r.out, msg[r.written:]...), nil
-}
-
-// flush writes what the edits so far make of the message. No length prefix before them may still be open.
-func (r *rewriter) flush() {
-	if len(r.edits) == 0 {
-		return
+	out := msg[:0]
+	if !inPlace || r.grown { // else nothing is written ahead of what is still to be read
+		out = make([]byte, 0, len(msg)+r.grow)
 	}
-	switch {
-	case r.inPlace && !r.grown:
-		// Every edit leaves at most as many bytes as it takes away, so nothing is written ahead of what is still to be read.
-		if r.out == nil {
-			r.out = r.src[:0]
-		}
-	case r.out == nil || r.inPlace:
-		r.out = append(make([]byte, 0, len(r.src)+len(r.out)-r.written+r.grow), r.out...)
-		r.inPlace = false
-	}
-	at := r.written
+	at := 0
 	for _, e := range r.edits {
-		r.out = append(r.out, r.src[at:e.from]...)
+		out = append(out, msg[at:e.from]...)
 		if e.tag != 0 {
-			r.out = append(r.out, e.tag)
+			out = append(out, e.tag)
 		}
 		if e.length >= 0 {
-			r.out = protowire.AppendVarint(r.out, uint64(e.length))
+			out = protowire.AppendVarint(out, uint64(e.length))
 		}
-		r.out = append(r.out, e.with...)
+		out = append(out, e.with...)
 		at = e.to
 	}
-	r.written = at
-	clear(r.edits)
-	r.edits, r.grow, r.grown = r.edits[:0], 0, false
+	return append(out, msg[at:]...), nil
+}
+
+// Blocked is the error of the functions that open a response if one of its values would have to wait. The message is as
+// it was, but for the values that were opened: [Blocked.Resume] has them.
+type Blocked struct {
+	opened []opened
+	err    error
+}
+
+type opened struct {
+	end   int // of the stored value, in the message
+	value []byte
+}
+
+// Error implements error.
+func (b *Blocked) Error() string { return b.err.Error() }
+
+// Unwrap returns the error of the Rules, which wraps [ErrWouldBlock].
+func (b *Blocked) Unwrap() error { return b.err }
+
+// Resume returns rules for another rewrite of the message, by the same function: it opens the values that are left.
+func (b *Blocked) Resume(rules Rules) Rules { return &resumed{rules, b.opened} }
+
+type resumed struct {
+	Rules
+	opened []opened
+}
+
+func (r *rewriter) blocked(err error) *Blocked {
+	b := &Blocked{err: err}
+	for _, e := range r.edits {
+		if e.opened {
+			b.opened = append(b.opened, opened{e.to, e.with})
+		}
+	}
+	return b
 }
 
 func (r *rewriter) add(e edit) {
@@ -102,15 +129,12 @@ func (r *rewriter) add(e edit) {
 	r.edits = append(r.edits, e)
 }
 
-// within runs walk over the submessage f and mends its length prefix if walk changed anything in it.
+// within runs walk over the submessage f and corrects its length prefix if walk changed anything in it.
 func (r *rewriter) within(f field, walk func(r *rewriter, f field) error) error {
 	// The prefix stands before what is in it, so its edit is reserved now and filled or dropped afterwards.
 	index, before := len(r.edits), r.grow
 	r.edits = append(r.edits, edit{from: f.val, to: f.body, length: -1})
-	r.depth++
-	err := walk(r, f)
-	r.depth--
-	if err != nil {
+	if err := walk(r, f); err != nil {
 		return err
 	}
 	if len(r.edits) == index+1 {
@@ -122,9 +146,6 @@ func (r *rewriter) within(f field, walk func(r *rewriter, f field) error) error 
 	by := protowire.SizeVarint(uint64(length)) - (f.body - f.val) //nolint:gosec // not negative
 	r.grow += by
 	r.grown = r.grown || by > 0
-	if r.depth == 0 {
-		r.flush()
-	}
 	return nil
 }
 
@@ -140,9 +161,9 @@ type value struct {
 func (r *rewriter) set(v value, with []byte) {
 	switch {
 	case v.present && len(with) == 0:
-		r.add(edit{from: v.field.start, to: v.field.end, length: -1})
+		r.add(edit{from: v.field.start, to: v.field.end, length: -1, opened: true})
 	case v.present:
-		r.add(edit{from: v.field.val, to: v.field.end, length: len(with), with: with})
+		r.add(edit{from: v.field.val, to: v.field.end, length: len(with), with: with, opened: true})
 	default:
 		r.add(edit{from: v.at, to: v.at, tag: v.tag, length: len(with), with: with})
 	}
@@ -160,12 +181,17 @@ type pair struct {
 }
 
 // edit applies f to the pair's value. An absent value is handed over as nil.
-func (r *rewriter) edit(p pair, f func(ctx context.Context, key, value []byte) ([]byte, error)) error {
+func (r *rewriter) edit(p pair, f func(key, value []byte) ([]byte, error)) error {
 	var old []byte
 	if p.value.present {
+		if len(r.resumed) > 0 && r.resumed[0].end == p.value.field.end {
+			r.set(p.value, r.resumed[0].value)
+			r.resumed = r.resumed[1:]
+			return nil
+		}
 		old = r.src[p.value.field.body:p.value.field.end:p.value.field.end]
 	}
-	changed, err := f(r.ctx, p.key, old)
+	changed, err := f(p.key, old)
 	if err != nil {
 		return err
 	}

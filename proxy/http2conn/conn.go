@@ -75,6 +75,8 @@ type Config struct {
 	Plaintext bool
 	// Budget limits what all servers of the process hold. Nil: only the limits of one connection apply.
 	Budget *Budget
+	// BeforeRead, if not nil, is called before each read. While it blocks, TCP has the peer wait.
+	BeforeRead func()
 	// HandshakeTimeout bounds the time until the peer's first SETTINGS frame. 0: no limit.
 	HandshakeTimeout time.Duration
 	// MinPingInterval is the minimum ping interval of a client. A client that sends more pings is sent a

@@ -34,6 +34,9 @@ func (c *Conn) reset(f *http2.RSTStreamFrame) error {
 	if s != nil {
 		s.remoteEnd = s.remoteEnd || c.server
 		s.end()
+	} else if c.server { // it ended before, but the client sends nothing on it any more
+		c.recentlyEnded.take(f.StreamID)
+		c.recentlyEnded.add(f.StreamID)
 	}
 	c.mu.Unlock()
 	if reset {

@@ -108,6 +108,9 @@ func (c *Conn) sendGoAway(code http2.ErrCode, text string) {
 // read reads from the connection after a flush: the peer may wait for what is pending.
 func (c *Conn) read(b []byte) (int, error) {
 	c.cfg.Handler.FlushNeeded()
+	if c.cfg.BeforeRead != nil {
+		c.cfg.BeforeRead()
+	}
 	c.reading.Store(true)
 	c.waitForWriter()
 	n, err := c.conn.Read(b)

@@ -51,7 +51,7 @@ var foreign = []string{
 }
 
 // variable is what stands for something else in a text of a page, or joins two texts.
-var variable = regexp.MustCompile(`…|, and |"[^"]*"|[():]|\w+://|\b\d[\w.:/-]*|\b(N|HOST|PID|FILE|aescbc|caFile|Disabled|AssumeRole\w*)\b`)
+var variable = regexp.MustCompile(`…|, and | within |\[-\]|"[^"]*"|[():]|\w+://|\b\d[\w.:/-]*|\b(N|HOST|PID|FILE|aescbc|caFile|Disabled|AssumeRole\w*)\b`)
 
 // messages returns the cells of tables under the headings "message", "text", "reason" and "finding".
 func messages(page string) (cells []string) {
@@ -74,18 +74,19 @@ func messages(page string) (cells []string) {
 	return cells
 }
 
-// inSource tells whether a text is made of at most three runs of two or more words that literals have.
+// inSource tells whether a text is made of at most two runs of words that literals have. A run has three
+// words or more, unless the text is shorter.
 func inSource(source, text string) bool {
 	words := strings.Fields(text)
-	if len(words) < 2 {
+	if len(words) <= 3 {
 		return strings.Contains(source, text)
 	}
 	for runs := 0; len(words) > 0; runs++ {
 		n := len(words)
-		for n > 1 && !strings.Contains(source, strings.Join(words[:n], " ")) {
+		for n > 0 && !strings.Contains(source, strings.Join(words[:n], " ")) {
 			n--
 		}
-		if n < 2 || runs == 3 {
+		if n < 3 || runs == 2 {
 			return false
 		}
 		words = words[n:]

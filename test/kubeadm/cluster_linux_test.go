@@ -44,6 +44,7 @@ nodeRegistration:
   name: %[5]s
   criSocket: unix:///run/containerd/containerd.sock
   kubeletExtraArgs: [{name: node-ip, value: "%[4]s"}]
+timeouts: {kubernetesAPICall: 5m, etcdAPICall: 5m}
 `, endpoint, token, certificateKey, m.address, m.name))
 	m.run("kubeadm", "join", "--config", "/kubeadm.yaml", "--ignore-preflight-errors="+strings.Join(ignoredPreflightErrors, ","))
 	return m.node(env)
@@ -185,7 +186,7 @@ func TestCluster(t *testing.T) {
 		n.run(0, "through the proxy  everything", "kubeadm", "status")
 	}
 	for _, n := range nodes {
-		n.run(0, "waiting until the proxy has reloaded it", page()...)
+		n.run(0, "the API server of this node uses the proxy", page()...)
 	}
 	first.run(0, "", "reencrypt")
 	first.run(0, "", "status")

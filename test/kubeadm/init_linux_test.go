@@ -39,6 +39,7 @@ nodeRegistration:
   name: %[2]s
   criSocket: unix:///run/containerd/containerd.sock
   kubeletExtraArgs: [{name: node-ip, value: "%[1]s"}]
+timeouts: {kubernetesAPICall: 5m, etcdAPICall: 5m}
 ---
 apiVersion: kubeadm.k8s.io/v1beta4
 kind: ClusterConfiguration

@@ -2,13 +2,11 @@ package kubeadm
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
-	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -212,7 +210,7 @@ func (n *network) newMachine(env *harness.Env, name string) *machine {
 	m.file("/etc/passwd", "root:x:0:0:root:/root:/bin/sh\n")
 	m.file("/etc/group", "root:x:0:\n")
 	m.file("/etc/containerd.toml", fmt.Sprintf(containerdConfig, pauseImage(t)))
-	m.makeCgroups()
+	harness.NewCgroup(t, m.cgroup)
 	m.start()
 	m.address = n.plug(m.pid)
 	m.file("/plugged", "")
@@ -272,10 +270,7 @@ func (m *machine) start() {
 		close(stop)
 		<-done
 	}
-	m.t.Cleanup(func() {
-		m.stop()
-		m.removeCgroups()
-	})
+	m.t.Cleanup(m.stop)
 }
 
 // command is a program on the machine.
@@ -309,57 +304,4 @@ func (m *machine) waitContainerd() {
 		}
 		return nil
 	})
-}
-
-// controllers returns the folders of cgroup v1 hierarchies, or of the one of cgroup v2.
-func controllers(t *testing.T) []string {
-	t.Helper()
-	if _, err := os.Stat("/sys/fs/cgroup/cgroup.controllers"); err == nil {
-		return []string{"/sys/fs/cgroup"}
-	}
-	all, err := filepath.Glob("/sys/fs/cgroup/*/cgroup.procs")
-	if err != nil || len(all) == 0 {
-		t.Fatalf("there are no cgroups: %v", err)
-	}
-	for i := range all {
-		all[i] = filepath.Dir(all[i])
-	}
-	return all
-}
-
-// makeCgroups makes the cgroup that kubelet puts its Pods into.
-func (m *machine) makeCgroups() {
-	m.t.Helper()
-	for _, c := range controllers(m.t) {
-		if err := os.MkdirAll(c+m.cgroup, 0o755); err != nil {
-			m.t.Fatal(err)
-		}
-		for _, file := range []string{"cpuset.cpus", "cpuset.mems"} { // which a new cgroup of v1 does not inherit
-			value, err := os.ReadFile(filepath.Join(c, file))
-			if errors.Is(err, os.ErrNotExist) || filepath.Base(c) == "cgroup" {
-				continue
-			}
-			if err == nil {
-				err = os.WriteFile(filepath.Join(c+m.cgroup, file), value, 0o600)
-			}
-			if err != nil {
-				m.t.Fatal(err)
-			}
-		}
-	}
-}
-
-func (m *machine) removeCgroups() {
-	for _, c := range controllers(m.t) {
-		var folders []string
-		_ = filepath.WalkDir(c+m.cgroup, func(path string, d os.DirEntry, err error) error {
-			if err == nil && d.IsDir() {
-				folders = append(folders, path)
-			}
-			return nil
-		})
-		for _, folder := range slices.Backward(folders) {
-			harness.Eventually(m.t, within, folder+" to be removed", func() error { return syscall.Rmdir(folder) })
-		}
-	}
 }

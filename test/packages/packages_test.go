@@ -112,6 +112,16 @@ func testDeb(t *testing.T, old, next string) {
 	if !strings.Contains(out, "left in place") {
 		t.Errorf("the purge does not say that files are left:\n%s", out)
 	}
+
+	// Without a key, nothing is left.
+	if err := os.RemoveAll(configDir); err != nil {
+		t.Fatal(err)
+	}
+	must(t, "dpkg", "-i", next)
+	out = must(t, "dpkg", "--purge", "etcd-kms-proxy")
+	if _, err := os.Stat(configDir); err == nil || strings.Contains(out, "left in place") {
+		t.Errorf("the purge of a package without keys leaves its folder, or says so (%v):\n%s", err, out)
+	}
 }
 
 // serves runs the installed proxy, with its configuration, as its user, before a real etcd.

@@ -89,6 +89,7 @@ type decryptOptions struct {
 // decryptedValue is one line of output.
 type decryptedValue struct {
 	Key      string `json:"key"`
+	KeyBytes []byte `json:"keyBytes,omitempty"` // Key where that is not valid UTF-8
 	Revision int64  `json:"revision"`
 	Standing string `json:"standing"`
 	Value    []byte `json:"value,omitempty"`
@@ -126,7 +127,7 @@ func (cl *cluster) decrypt(ctx context.Context, o decryptOptions, stdout, stderr
 	}
 	err = cl.values(ctx, o, func(kv *mvccpb.KeyValue) error {
 		found = true
-		v := decryptedValue{Key: string(kv.Key), Revision: kv.ModRevision, Standing: "unruled", Value: kv.Value}
+		v := decryptedValue{Key: string(kv.Key), KeyBytes: inventory.KeyBytes(string(kv.Key)), Revision: kv.ModRevision, Standing: "unruled", Value: kv.Value}
 		var ierr error
 		rule := cl.rules.Of(kv.Key)
 		if rule != nil {

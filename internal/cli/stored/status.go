@@ -101,6 +101,7 @@ type statusProxy struct {
 
 type statusKey struct {
 	Key      string             `json:"key"`
+	KeyBytes []byte             `json:"keyBytes,omitempty"` // Key if that is not valid UTF-8
 	Standing keyring.ValueState `json:"standing"`
 	Revision int64              `json:"revision"`
 	Why      string             `json:"why,omitempty"`
@@ -118,7 +119,7 @@ func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) 
 		if !list || standing == keyring.Current {
 			return nil
 		}
-		k := statusKey{Key: string(kv.Key), Standing: standing, Revision: kv.ModRevision}
+		k := statusKey{Key: string(kv.Key), KeyBytes: inventory.KeyBytes(string(kv.Key)), Standing: standing, Revision: kv.ModRevision}
 		if err != nil {
 			k.Why = err.Error()
 		}

@@ -9,21 +9,22 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// DefaultPrefix is FleetConfig.Prefix if nobody chooses another one. There a proxy finds out where proxies have agreed on rules, whatever its own prefix is:
+// DefaultPrefix is the default of FleetConfig.Prefix. Below it, a proxy finds every record of
+// rules, also those of proxies with another prefix:
 //
-//	/etcd-kms-proxy/agreement     the record of those with this prefix
+//	/etcd-kms-proxy/agreement     the record of the proxies with this prefix
 //	/etcd-kms-proxy/at/<prefix>   one key for each other prefix that has a record
 const DefaultPrefix = "/etcd-kms-proxy/"
 
 const pointers = DefaultPrefix + "at/"
 
-// RecordLocation is where there is a record of rules.
+// RecordLocation is a prefix below which there is a record of rules.
 type RecordLocation struct {
 	Prefix    string
 	Agreement *Agreement // nil if it cannot be decoded
 }
 
-// OtherRecords returns the places with a record that have another prefix than own.
+// OtherRecords returns the records below other prefixes than own.
 func OtherRecords(ctx context.Context, kv clientv3.KV, own string, opts ...clientv3.OpOption) ([]RecordLocation, error) {
 	pointed, err := kv.Get(ctx, pointers, append(opts, clientv3.WithPrefix(), clientv3.WithKeysOnly())...)
 	if err != nil {
@@ -51,7 +52,8 @@ func OtherRecords(ctx context.Context, kv clientv3.KV, own string, opts ...clien
 	return places, nil
 }
 
-// DeleteRecord removes a record, so that proxies that are told to do without it are not asked again. Proxies that still coordinate there note it anew.
+// DeleteRecord removes a record, so that a proxy that was allowed to start without it is not
+// refused again. Proxies that still use its prefix write it again.
 func DeleteRecord(ctx context.Context, kv clientv3.KV, p RecordLocation) error {
 	for _, key := range []string{agreementKey(p.Prefix), pointers + p.Prefix} {
 		if _, err := kv.Delete(ctx, key); err != nil {
@@ -61,8 +63,8 @@ func DeleteRecord(ctx context.Context, kv clientv3.KV, p RecordLocation) error {
 	return nil
 }
 
-// point leaves the pointer to a record that is not at the default place.
-func (f *Fleet) point(ctx context.Context) error {
+// writePointer writes the key below DefaultPrefix that leads to a record below another prefix.
+func (f *Fleet) writePointer(ctx context.Context) error {
 	key := pointers + f.cfg.Prefix
 	if f.cfg.Prefix == DefaultPrefix {
 		return nil
@@ -77,9 +79,9 @@ func (f *Fleet) point(ctx context.Context) error {
 	return nil
 }
 
-// forgetOthers removes records from before the prefix was changed: one that is not kept up to date could be less than what was agreed on since. Where proxies still
-// are, they have not changed yet.
-func (f *Fleet) forgetOthers(ctx context.Context) error {
+// deleteObsoleteRecords removes records from before the prefix was changed, which no proxy keeps up
+// to date. A record is kept while proxies are announced below its prefix.
+func (f *Fleet) deleteObsoleteRecords(ctx context.Context) error {
 	places, err := OtherRecords(ctx, f.cfg.Client, f.cfg.Prefix)
 	if err != nil {
 		return err
