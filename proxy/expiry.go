@@ -8,7 +8,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// The values of the label use of etcd_kms_proxy_certificate_expiry_seconds.
+// The values of the label use of etcd_kms_proxy_certificate_expiry_timestamp_seconds.
 const (
 	useListener         = "listener"           // a listener's own certificate
 	useListenerClientCA = "listener_client_ca" // the CAs of a listener's clients
@@ -56,7 +56,7 @@ type certificateExpiry struct {
 	etcd      *upstreamCredentials // nil without TLS
 }
 
-var certificateExpiryDesc = prometheus.NewDesc("etcd_kms_proxy_certificate_expiry_seconds",
+var certificateExpiryDesc = prometheus.NewDesc("etcd_kms_proxy_certificate_expiry_timestamp_seconds",
 	"Unix time when a certificate of the TLS files in use expires.", []string{"use", "listener"}, nil)
 
 // Describe implements [prometheus.Collector].

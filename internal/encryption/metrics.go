@@ -78,8 +78,8 @@ func (c *counters) Recovered(provider, by string) {
 	c.all.recoveries.WithLabelValues(provider, by).Inc()
 }
 
-// Rescued implements [keyring.Observer].
-func (c *counters) Rescued(provider, by, keyID, why string) {
+// CopyUnwrapped implements [keyring.Observer].
+func (c *counters) CopyUnwrapped(provider, by, keyID, why string) {
 	c.all.keys.recovered(provider, by, keyID, why)
 }
 
@@ -89,7 +89,7 @@ var (
 		keyring.OutcomeSeedRefused, keyring.OutcomeKeyUnusable, keyring.OutcomeCorrupt, keyring.OutcomeStrict, keyring.OutcomeRefused,
 	}
 	events = []keyring.Event{
-		keyring.EventHit, keyring.EventMiss, keyring.EventStale, keyring.EventMinted, keyring.EventRevoked, keyring.EventGood, keyring.EventBad,
+		keyring.EventHit, keyring.EventMiss, keyring.EventStale, keyring.EventGenerated, keyring.EventRevoked, keyring.EventGood, keyring.EventBad,
 	}
 )
 
@@ -156,8 +156,8 @@ func (k keyStates) Collect(ch chan<- prometheus.Metric) {
 		for _, c := range r.Recovery() {
 			gauge(missingDesc, one(c.Lacking != ""), s.Provider, c.Provider)
 		}
-		if !s.Minted.IsZero() {
-			gauge(generatedDesc, float64(s.Minted.UnixNano())/1e9, s.Provider)
+		if !s.Seeded.IsZero() {
+			gauge(generatedDesc, float64(s.Seeded.UnixNano())/1e9, s.Provider)
 		}
 	}
 }

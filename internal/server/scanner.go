@@ -31,7 +31,7 @@ type scanner struct {
 
 func newScanner(f *fleet, reg prometheus.Registerer, log *slog.Logger, interval time.Duration) *scanner {
 	gauge := func(name, help string, labels ...string) *prometheus.GaugeVec {
-		return prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "etcd_kms_proxy_stored_" + name, Help: help}, append([]string{"rule", "standing"}, labels...))
+		return prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "etcd_kms_proxy_stored_" + name, Help: help}, append([]string{"rule", "state"}, labels...))
 	}
 	s := &scanner{
 		fleet: f, interval: interval, log: log,
@@ -133,7 +133,7 @@ const labelKeys = 20
 func labelled(keys []inventory.KeyCount) (out []inventory.KeyCount) {
 	keys = slices.Clone(keys)
 	slices.SortStableFunc(keys, func(a, b inventory.KeyCount) int { return cmp.Compare(b.Keys, a.Keys) })
-	rest := make(map[keyring.Standing]*inventory.KeyCount)
+	rest := make(map[keyring.ValueState]*inventory.KeyCount)
 	for i, k := range keys {
 		k.Provider, k.KeyID = strings.ToValidUTF8(k.Provider, "?"), strings.ToValidUTF8(k.KeyID, "?")
 		if i < labelKeys && k.Provider != "" {

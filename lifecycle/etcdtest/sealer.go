@@ -40,10 +40,10 @@ func (s Sealer) down() error {
 }
 
 // Inspect implements the interface of package inventory.
-func (s Sealer) Inspect(_ context.Context, key, stored []byte) ([]byte, keyring.Standing, error) {
+func (s Sealer) Inspect(_ context.Context, key, stored []byte) ([]byte, keyring.ValueState, error) {
 	_, object, ok := envelope.Split(stored)
 	if !ok {
-		return stored, keyring.Unsealed, nil
+		return stored, keyring.Unencrypted, nil
 	}
 	if err := s.down(); err != nil {
 		return nil, keyring.Undecryptable, err

@@ -418,9 +418,9 @@ func TestScan(t *testing.T) {
 		t.Fatal(err)
 	}
 	lines := []string{
-		`etcd_kms_proxy_stored_values{rule="/sealed/",standing="current"} 1`, `etcd_kms_proxy_stored_key_values{key_id="1",provider="dev",rule="/sealed/",standing="current"} 1`,
-		`etcd_kms_proxy_stored_key_bytes{key_id="1",provider="dev",rule="/sealed/",standing="current"} `, `etcd_kms_proxy_stored_oldest_revision{rule="/sealed/",standing="current"} `,
-		`etcd_kms_proxy_stored_newest_revision{rule="/sealed/",standing="current"} `,
+		`etcd_kms_proxy_stored_values{rule="/sealed/",state="current"} 1`, `etcd_kms_proxy_stored_key_values{key_id="1",provider="dev",rule="/sealed/",state="current"} 1`,
+		`etcd_kms_proxy_stored_key_bytes{key_id="1",provider="dev",rule="/sealed/",state="current"} `, `etcd_kms_proxy_stored_oldest_revision{rule="/sealed/",state="current"} `,
+		`etcd_kms_proxy_stored_newest_revision{rule="/sealed/",state="current"} `,
 	}
 	shows := func(p *harness.Proxy) {
 		t.Helper()

@@ -29,7 +29,7 @@ func TestNewKeyIDMintsOnce(t *testing.T) {
 			t.Errorf("%d mints", n)
 		}
 		g.mustOpen(t, "k", old, "v")
-		for want, v := range map[Standing][]byte{Current: stored, Stale: old} {
+		for want, v := range map[ValueState][]byte{Current: stored, Stale: old} {
 			if _, s, err := g.sealer.Inspect(context.Background(), []byte("k"), v); s != want || err != nil {
 				t.Errorf("Inspect = %v, %v, want %v", s, err, want)
 			}
@@ -115,7 +115,7 @@ func TestMintThatIsLost(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		kms := newKMS(t, "ack")
 		kms.lost = kmsError("GenerateDataKey", kmsclient.Unreachable)
-		g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.KMS = &generator{fakeKMS: kms} }).start(t)
+		g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.KMS = &keyMaker{fakeKMS: kms} }).start(t)
 		synctest.Wait()
 		_, err := g.seal("k", "v")
 		wantKind(t, err, Unavailable)
@@ -139,11 +139,11 @@ func TestMintGarbage(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				kms := newKMS(t, "ack")
-				g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.KMS = &generator{kms, change} }).start(t)
+				g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.KMS = &keyMaker{kms, change} }).start(t)
 				synctest.Wait()
 				_, err := g.seal("k", "v")
 				wantKind(t, err, Unavailable)
-				if !strings.Contains(err.Error(), "answered what it must not") {
+				if !strings.Contains(err.Error(), "the response of the KMS is wrong") {
 					t.Error(err)
 				}
 			})

@@ -1,11 +1,13 @@
-package plugin
+package pluginserver
 
 import (
 	"fmt"
 	"strings"
 	"testing"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	kmsapi "k8s.io/kms/apis/v2"
 
@@ -34,13 +36,12 @@ func TestServerCodes(t *testing.T) {
 			f.SetFault(func(string, int) *kmstest.Failure { return &tc.failure })
 			var log strings.Builder
 			counted := map[string]codes.Code{}
-			server := newServer(t, f.Service(), func(c *ServerConfig) {
+			server := newServer(t, f.Service(), func(c *Config) {
 				c.Logger = newLogger(&log)
 				c.Observer = func(op string, code codes.Code) { counted[op] = code }
 			})
 			r := serve(t, server)
-			k := newClient(t, Config{Endpoint: r.endpoint})
-			for op, err := range callRaw(t, k) {
+			for op, err := range callRaw(t, r.endpoint) {
 				s := status.Convert(err)
 				if s.Code() != tc.want || !strings.HasPrefix(s.Message(), "etcd-kms-proxy: kms "+op+": ") || !strings.Contains(s.Message(), "acme") ||
 					strings.Contains(s.Message(), "anary") {
@@ -54,7 +55,7 @@ func TestServerCodes(t *testing.T) {
 			if len(counted) != 3 || counted["Encrypt"] != tc.want || counted["Status"] != tc.want {
 				t.Errorf("counted %v", counted)
 			}
-			if !strings.Contains(log.String(), "KMS contact is not good") || !strings.Contains(log.String(), "call failed") || strings.Contains(log.String(), "anary") {
+			if !strings.Contains(log.String(), "KMS health check failed") || !strings.Contains(log.String(), "call failed") || strings.Contains(log.String(), "anary") {
 				t.Errorf("log:\n%s", &log)
 			}
 		})
@@ -62,11 +63,17 @@ func TestServerCodes(t *testing.T) {
 }
 
 // callRaw makes one call of each operation and returns the gRPC errors.
-func callRaw(t *testing.T, k *KMS) map[string]error {
+func callRaw(t *testing.T, endpoint string) map[string]error {
 	t.Helper()
+	conn, err := grpc.NewClient(endpoint, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithNoProxy())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	api := kmsapi.NewKeyManagementServiceClient(conn)
 	errs := map[string]error{}
-	_, errs["Encrypt"] = k.api.Encrypt(t.Context(), &kmsapi.EncryptRequest{Uid: "u", Plaintext: []byte(canary)})
-	_, errs["Decrypt"] = k.api.Decrypt(t.Context(), &kmsapi.DecryptRequest{Uid: "u", Ciphertext: []byte(canary), KeyId: "k"})
-	_, errs["Status"] = k.api.Status(t.Context(), &kmsapi.StatusRequest{})
+	_, errs["Encrypt"] = api.Encrypt(t.Context(), &kmsapi.EncryptRequest{Uid: "u", Plaintext: []byte(canary)})
+	_, errs["Decrypt"] = api.Decrypt(t.Context(), &kmsapi.DecryptRequest{Uid: "u", Ciphertext: []byte(canary), KeyId: "k"})
+	_, errs["Status"] = api.Status(t.Context(), &kmsapi.StatusRequest{})
 	return errs
 }

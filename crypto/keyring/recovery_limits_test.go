@@ -231,7 +231,7 @@ func TestRevokedWhileACopyIsUnwrapped(t *testing.T) {
 			ack.down = goneError("Status")
 			s = newSite(t, ack, dr, false, nil)
 			slow := &slowDecrypt{fakeKMS: dr, release: make(chan struct{})}
-			s.dr.cfg.KMS = slow
+			s.dr.p.cfg.KMS = slow
 			s.start(t)
 			failed := make(chan error, 1)
 			go func() { _, err := s.ack.open("k", stored); failed <- err }()
@@ -258,7 +258,7 @@ func TestRevokedWhileTheKMSIsAsked(t *testing.T) {
 		s.stop()
 		s = newSite(t, ack, dr, false, nil)
 		slow := &slowDecrypt{fakeKMS: ack, release: make(chan struct{})}
-		s.ack.cfg.KMS = slow
+		s.ack.p.cfg.KMS = slow
 		s.start(t)
 		failed := make(chan error, 1)
 		go func() { _, err := s.ack.open("k", stored); failed <- err }()

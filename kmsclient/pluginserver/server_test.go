@@ -1,4 +1,4 @@
-package plugin
+package pluginserver
 
 import (
 	"context"
@@ -12,26 +12,57 @@ import (
 	"testing/synctest"
 	"time"
 
+	"go.uber.org/goleak"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	kmsapi "k8s.io/kms/apis/v2"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/kmstest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/local"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/plugin"
 )
 
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+const canary = "Canary-secret-of-thirty-2-bytes!"
+
+// newClient returns a client that is closed when the test ends.
+func newClient(t *testing.T, cfg plugin.Config) *plugin.KMS {
+	t.Helper()
+	k, err := plugin.New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { k.Close() })
+	return k
+}
+
+func newLocal(t *testing.T) *local.KMS {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "key.yaml")
+	if err := local.NewKeyFile(path); err != nil {
+		t.Fatal(err)
+	}
+	l, err := local.New(local.Config{KeyFile: path})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
 // newServer makes a server before a backend; edit may be nil.
-func newServer(t *testing.T, s kmsclient.Service, edit func(*ServerConfig)) *Server {
+func newServer(t *testing.T, s kmsclient.Service, edit func(*Config)) *Server {
 	t.Helper()
 	c, err := kmsclient.New(kmsclient.Config{Name: "acme", Backend: s})
 	if err != nil {
 		t.Fatal(err)
 	}
-	cfg := ServerConfig{Provider: "acme", KMS: c, SealUnreachableFor: time.Hour}
+	cfg := Config{Provider: "acme", KMS: c, SealUnreachableFor: time.Hour}
 	if edit != nil {
 		edit(&cfg)
 	}
-	server, err := NewServer(cfg)
+	server, err := New(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -74,12 +105,12 @@ func TestServerConformance(t *testing.T) {
 		"memory": func(*testing.T) kmsclient.Service { return kmstest.NewMemory() },
 		"local":  func(t *testing.T) kmsclient.Service { return newLocal(t) },
 		"two servers": func(t *testing.T) kmsclient.Service {
-			return newClient(t, Config{Endpoint: serve(t, newServer(t, kmstest.NewMemory(), nil)).endpoint})
+			return newClient(t, plugin.Config{Endpoint: serve(t, newServer(t, kmstest.NewMemory(), nil)).endpoint})
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			kmstest.Conformance(t, func(t *testing.T) kmsclient.Service {
-				return newClient(t, Config{Endpoint: serve(t, newServer(t, backend(t), nil)).endpoint})
+				return newClient(t, plugin.Config{Endpoint: serve(t, newServer(t, backend(t), nil)).endpoint})
 			}, kmstest.MaxPlaintext(512)) // more may not be storable once it is wrapped
 		})
 	}
@@ -90,11 +121,11 @@ func TestBadServers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for i, cfg := range []ServerConfig{
+	for i, cfg := range []Config{
 		{}, {Provider: "acme"}, {KMS: c}, {Provider: "acme", KMS: c, PollInterval: -1}, {Provider: "acme", KMS: c, FailingPollInterval: -1},
 		{Provider: "acme", KMS: c, SealUnreachableFor: -1}, {Provider: "acme", KMS: c, DrainTimeout: -1},
 	} {
-		if _, err := NewServer(cfg); err == nil {
+		if _, err := New(cfg); err == nil {
 			t.Errorf("%d: took %+v", i, cfg)
 		}
 	}
@@ -103,7 +134,7 @@ func TestBadServers(t *testing.T) {
 // TestStatusIsFree asks a thousand times, which costs what asking once does; wrapping costs one call each.
 func TestStatusIsFree(t *testing.T) {
 	f := kmstest.NewFault(withoutKeys{kmstest.NewMemory()})
-	k := newClient(t, Config{Endpoint: serve(t, newServer(t, f.Service(), nil)).endpoint})
+	k := newClient(t, plugin.Config{Endpoint: serve(t, newServer(t, f.Service(), nil)).endpoint})
 	for range 1000 {
 		if s, err := k.Status(t.Context()); err != nil || s.KeyID != "memory/1" || s.Healthz != "ok" || s.Version != "v2" {
 			t.Fatalf("%+v, %v", s, err)
@@ -136,7 +167,7 @@ func TestServerDrains(t *testing.T) {
 	})
 	r := serve(t, newServer(t, f.Service(), nil))
 	t.Cleanup(let)
-	k := newClient(t, Config{Endpoint: r.endpoint})
+	k := newClient(t, plugin.Config{Endpoint: r.endpoint})
 	ended := make(chan error, 1)
 	go func() {
 		_, err := k.Encrypt(context.Background(), "uid", []byte(canary))
@@ -175,8 +206,8 @@ func TestServerCuts(t *testing.T) {
 		arrived <- op
 		return &kmstest.Failure{Hang: true}
 	})
-	r := serve(t, newServer(t, f.Service(), func(c *ServerConfig) { c.DrainTimeout = 50 * time.Millisecond }))
-	k := newClient(t, Config{Endpoint: r.endpoint})
+	r := serve(t, newServer(t, f.Service(), func(c *Config) { c.DrainTimeout = 50 * time.Millisecond }))
+	k := newClient(t, plugin.Config{Endpoint: r.endpoint})
 	errs := make(chan error, 2)
 	go func() {
 		_, err := k.Status(context.Background())

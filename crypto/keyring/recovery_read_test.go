@@ -71,7 +71,7 @@ func TestPrimaryIsGoneForGood(t *testing.T) {
 			time.Sleep(time.Minute)
 			s.ack.mustOpen(t, "k", stored, "v")
 		}
-		if n := strings.Count(s.log.String(), "values are opened by recovery copies"); n != 2 {
+		if n := strings.Count(s.log.String(), "values are decrypted by recovery copies"); n != 2 {
 			t.Errorf("the log says so %d times in an hour:\n%s", n, s.log)
 		}
 		if n := dr.count("Decrypt"); n != 1 {

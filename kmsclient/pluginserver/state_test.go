@@ -1,4 +1,4 @@
-package plugin
+package pluginserver
 
 import (
 	"context"
@@ -22,14 +22,14 @@ import (
 
 func newLogger(w io.Writer) *slog.Logger { return slog.New(slog.NewJSONHandler(w, nil)) }
 
-// polls runs a server's contacts, without a socket, in a bubble, until the test ends.
+// polls runs a server's health checks, without a socket, in a bubble, until the test ends.
 func polls(t *testing.T, s *Server) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		s.poll(ctx)
+		s.checks.Run(ctx)
 	}()
 	t.Cleanup(func() { cancel(); <-done })
 }
@@ -94,7 +94,7 @@ func TestLocalRotation(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		s := newServer(t, backend, func(c *ServerConfig) { c.PollInterval = 5 * time.Second })
+		s := newServer(t, backend, func(c *Config) { c.PollInterval = 5 * time.Second })
 		polls(t, s)
 		says(t, s, "1")
 		if err := local.AddVersion(path); err != nil {
@@ -184,7 +184,7 @@ func TestLateAnswers(t *testing.T) {
 			set(&d.encrypt, "new")
 			time.Sleep(2 * time.Second) // a poll comes first, because this one is short
 		}
-		s.poke()
+		s.checks.Wake()
 		time.Sleep(time.Millisecond) // the poke waits for its second
 		if id := encrypts(t, s); id != "old" {
 			t.Fatal(id)
@@ -226,7 +226,7 @@ func TestOutage(t *testing.T) {
 func TestNothingKept(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := kmstest.NewFault(kmstest.NewMemory())
-		s := newServer(t, f.Service(), func(c *ServerConfig) { c.SealUnreachableFor = 0 })
+		s := newServer(t, f.Service(), func(c *Config) { c.SealUnreachableFor = 0 })
 		polls(t, s)
 		says(t, s, "memory/1")
 		f.SetFault(func(string, int) *kmstest.Failure { return &kmstest.Failure{} })

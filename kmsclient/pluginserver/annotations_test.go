@@ -1,4 +1,4 @@
-package plugin
+package pluginserver
 
 import (
 	"bytes"
@@ -8,8 +8,10 @@ import (
 
 	"k8s.io/kms/pkg/service"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/kmstest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/plugin"
 )
 
 // naming is a KMS that names its requests and refuses annotations that it did not give.
@@ -39,7 +41,7 @@ func (n naming) Decrypt(ctx context.Context, uid string, req *service.DecryptReq
 func TestRequestIDs(t *testing.T) {
 	m := kmstest.NewMemory()
 	n := naming{m, "0b8c7a51-request", nil}
-	k := newClient(t, Config{Endpoint: serve(t, newServer(t, n, nil)).endpoint})
+	k := newClient(t, plugin.Config{Endpoint: serve(t, newServer(t, n, nil)).endpoint})
 	res, err := k.Encrypt(t.Context(), "uid", []byte(canary))
 	if err != nil {
 		t.Fatal(err)
@@ -66,7 +68,7 @@ func TestRequestIDs(t *testing.T) {
 	opens("with recovery copies", k, with("dr.recovery.etcd-kms-proxy.io", "a.b.recovery.etcd-kms-proxy.io", requestIDAnnotation))
 	opens("by the KMS itself", n, with())
 	// A second server before it, as a proxy on this plugin would be served.
-	outer := newClient(t, Config{Endpoint: serve(t, newServer(t, k, nil)).endpoint})
+	outer := newClient(t, plugin.Config{Endpoint: serve(t, newServer(t, k, nil)).endpoint})
 	opens("through two servers", outer, res.Annotations)
 	if twice, err := outer.Encrypt(t.Context(), "uid", []byte(canary)); err != nil || !bytes.Equal(twice.Annotations[requestIDAnnotation], []byte(n.id)) {
 		t.Errorf("%+v, %v", twice, err)
@@ -83,9 +85,9 @@ func TestRequestIDs(t *testing.T) {
 
 // TestNoRequestID leaves annotations as the KMS gave them, where it names nothing, and where the name has no room.
 func TestNoRequestID(t *testing.T) {
-	full := map[string][]byte{"full.example.com": make([]byte, maxAnnotations-80)}
+	full := map[string][]byte{"full.example.com": make([]byte, envelope.MaxAnnotations-80)}
 	for what, n := range map[string]naming{"nothing": {kmstest.NewMemory(), "", nil}, "no room": {kmstest.NewMemory(), "0b8c7a51", full}} {
-		k := newClient(t, Config{Endpoint: serve(t, newServer(t, n, nil)).endpoint})
+		k := newClient(t, plugin.Config{Endpoint: serve(t, newServer(t, n, nil)).endpoint})
 		res, err := k.Encrypt(t.Context(), "uid", []byte(canary))
 		if err != nil {
 			t.Fatal(err)

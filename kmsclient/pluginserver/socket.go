@@ -1,4 +1,4 @@
-package plugin
+package pluginserver
 
 import (
 	"fmt"
@@ -10,17 +10,18 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/unixsocket"
 )
 
-// maxSocketPath is what the kernel takes, in bytes.
+// maxSocketPath is the kernel's limit, in bytes.
 const maxSocketPath = len(syscall.RawSockaddrUnix{}.Path) - 1
 
 // ErrInUse is in the error of [Listen] when another process answers on the socket.
 var ErrInUse = unixsocket.ErrInUse
 
-// Listen makes a unix socket at /path or unix:///path that only the process' own user can connect to: mode 0600, from the first moment on.
+// Listen makes a unix socket at /path or unix:///path that only the process' own user can connect to: its mode is 0600 from
+// the start.
 //
-// A socket that stands there is replaced if nobody answers on it. Anything else that stands there, and a socket that is in use
-// ([ErrInUse]), is an error and stays as it is. Of several processes that start together one gets the socket. The listener's Close removes
-// it, unless another process has put its own there since.
+// It replaces an existing socket on which no process listens. Any other file there, and a socket in use ([ErrInUse]), is an
+// error and stays as it is. Of several processes that start together one gets the socket. The listener's Close removes it,
+// unless another process has replaced it.
 func Listen(socket string) (net.Listener, error) {
 	path, err := socketPath(socket)
 	if err != nil {
@@ -29,7 +30,7 @@ func Listen(socket string) (net.Listener, error) {
 	return unixsocket.Listen(path, 0o600)
 }
 
-// socketPath returns the absolute path that the two forms of a socket's name stand for.
+// socketPath returns the absolute path in /path or unix:///path.
 func socketPath(socket string) (string, error) {
 	path := strings.TrimPrefix(socket, "unix://")
 	switch {

@@ -1,4 +1,6 @@
-package plugin
+// Package pluginserver serves a KMS as a Kubernetes KMS v2 plugin, for the API server's own encryption: it is what
+// `kms serve-plugin` runs. Package plugin is the client of such plugins.
+package pluginserver
 
 import (
 	"context"
@@ -18,55 +20,56 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
-// DefaultDrainTimeout is how long calls under way may take once a [Server] is told to end: the wrapper's attempts fit in.
+// DefaultDrainTimeout is how long running calls may take once a [Server] shuts down. It leaves room for the retries of
+// the KMS client.
 const DefaultDrainTimeout = 10 * time.Second
 
-// ServerConfig says what a [Server] serves. The zero value of each duration but SealUnreachableFor is the default that it names.
-type ServerConfig struct {
+// Config configures a [Server]. The zero value of each duration but SealUnreachableFor is the default that it names.
+type Config struct {
 	// Provider is the name in errors and logs.
 	Provider string
-	// KMS is the backend in the wrapper that all backends share ([kmsclient.Client]), whose are the only retries, or what stands before that.
+	// KMS is the backend in the wrapper that all backends share ([kmsclient.Client]), which makes the only retries.
 	KMS kmsclient.Service
-	// PollInterval is how often the KMS is asked for the key's state; default 1 m.
+	// PollInterval is the time between health checks while they succeed; default 1 m.
 	PollInterval time.Duration
-	// FailingPollInterval is the same while something is wrong; default 10 s.
+	// FailingPollInterval is the same while they fail; default 10 s.
 	FailingPollInterval time.Duration
-	// SealUnreachableFor is how long after the last good contact Status goes on naming the key ID, beside saying what is wrong, while the KMS
-	// cannot be reached: an API server writes under the seed it has for as long, and reads. Then, and at once when the KMS denies access or
-	// the key may not be used, Status is an error; an API server stops writing three minutes later.
+	// SealUnreachableFor is how long after the last good health check Status still names the key ID, next to what is
+	// wrong, while the KMS is unreachable. For that long an API server encrypts with the DEK seed that it has. After it,
+	// and at once when the KMS denies access or the key may not be used, Status is an error; an API server stops writing
+	// three minutes later.
 	SealUnreachableFor time.Duration
-	// DrainTimeout is how long calls under way may take once the server is told to end; default [DefaultDrainTimeout].
+	// DrainTimeout is how long running calls may take once the server shuts down; default [DefaultDrainTimeout].
 	DrainTimeout time.Duration
-	// Logger is told of what changes, and of calls that fail. The default discards.
+	// Logger logs what changes, and calls that fail. The default discards.
 	Logger *slog.Logger
-	// Observer is told of each call that was answered ("Encrypt", "Decrypt" or "Status"), on its goroutine; it must not block. May be nil.
+	// Observer is called for each answered call ("Encrypt", "Decrypt" or "Status"), on its goroutine; it must not block.
+	// May be nil.
 	Observer func(op string, code codes.Code)
 }
 
 // Server serves one KMS as a Kubernetes KMS v2 plugin.
 //
-// Encrypt and Decrypt are passed on. Status is answered from what is known: the server itself asks the KMS now and then, so that no number of
-// clients and health checks costs KMS calls. The key ID that Status names is the one that Encrypt would answer: where the two differ, which
-// an API server takes for a fault, Encrypt's counts.
+// Encrypt and Decrypt call the KMS. Status returns the result of the last health check, so that no number of clients
+// costs KMS calls. The key ID in Status is the one that Encrypt would return: if the KMS' own Status names another one,
+// which an API server takes for a fault, Encrypt's counts.
 //
-// Errors are gRPC statuses by their class (Unavailable, PermissionDenied, FailedPrecondition, NotFound for a key that is gone, InvalidArgument,
-// Internal) whose texts hold nothing secret. There is no authentication: who can connect may wrap and unwrap.
+// Errors are gRPC statuses by their reason (Unavailable, Unknown, PermissionDenied, FailedPrecondition, NotFound for a
+// key that is gone, InvalidArgument, Internal) whose texts hold nothing secret. There is no authentication: every process
+// that can connect to the socket may wrap and unwrap.
 type Server struct {
 	kmsapi.UnimplementedKeyManagementServiceServer
-	cfg ServerConfig
+	cfg    Config
+	key    *keyState
+	checks *kmsclient.Poller
 
 	mu        sync.Mutex // guards what follows
-	known     known
-	contacted chan struct{} // closed after the first contact
-	lastLog   time.Time     // of a failed call
-	notLogged int           // failed calls since then
-
-	poked  chan struct{} // asks for a contact ahead of time
-	verify verification  // only the polling goroutine touches it
+	lastLog   time.Time  // of a failed call
+	notLogged int        // failed calls since then
 }
 
-// NewServer makes a server. It calls nothing and starts nothing.
-func NewServer(cfg ServerConfig) (*Server, error) {
+// New makes a server. It makes no call and starts nothing.
+func New(cfg Config) (*Server, error) {
 	if cfg.Provider == "" || cfg.KMS == nil {
 		return nil, errors.New("a plugin server needs a provider's name and a KMS client")
 	}
@@ -87,22 +90,24 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 	if cfg.Observer == nil {
 		cfg.Observer = func(string, codes.Code) {}
 	}
-	return &Server{cfg: cfg, contacted: make(chan struct{}), poked: make(chan struct{}, 1)}, nil
+	key := &keyState{cfg: &cfg, checked: make(chan struct{})}
+	key.checks = kmsclient.NewPoller(key.check, key.pause)
+	return &Server{cfg: cfg, key: key, checks: key.checks}, nil
 }
 
-// Serve answers on l, which it closes, until ctx ends; then calls under way are finished, or cut after DrainTimeout, and it returns nil.
-// Nothing of the server runs any more once it has returned. It may be called once.
+// Serve serves on l, which it closes, until ctx ends. Then it waits for running calls, cancels them after DrainTimeout,
+// and returns nil. Nothing of the server runs any more once it has returned. It may be called once.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
-	// WaitForHandlers: what is cut off has ended, too, before this returns.
+	// WaitForHandlers: canceled calls have ended, too, before this returns.
 	server := grpc.NewServer(grpc.UnaryInterceptor(s.intercept), grpc.WaitForHandlers(true), grpc.ConnectionTimeout(10*time.Second))
 	kmsapi.RegisterKeyManagementServiceServer(server, s)
 
-	// The contacts go on while calls are finished: those of Status may wait for the first one.
+	// Health checks go on while calls are finished: a Status may wait for the first one.
 	polling, end := context.WithCancel(context.WithoutCancel(ctx))
 	var rest sync.WaitGroup
 	defer rest.Wait()
 	defer end()
-	rest.Go(func() { s.poll(polling) })
+	rest.Go(func() { s.checks.Run(polling) })
 
 	drained := make(chan struct{})
 	cancel := context.AfterFunc(ctx, func() {
@@ -120,14 +125,14 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	return fmt.Errorf("serve plugin: %w", err)
 }
 
-// Status implements the KMS v2 API. It waits for the first contact with the KMS, and for nothing after that.
+// Status implements the KMS v2 API. It waits for the first health check, and makes no KMS call.
 func (s *Server) Status(ctx context.Context, _ *kmsapi.StatusRequest) (*kmsapi.StatusResponse, error) {
 	select {
-	case <-s.contacted:
+	case <-s.key.checked:
 	case <-ctx.Done():
 		return nil, status.FromContextError(ctx.Err()).Err()
 	}
-	k := s.look()
+	k := s.key.load()
 	switch {
 	case k.err == nil:
 		return &kmsapi.StatusResponse{Version: "v2", Healthz: "ok", KeyId: k.keyID}, nil
@@ -137,20 +142,21 @@ func (s *Server) Status(ctx context.Context, _ *kmsapi.StatusRequest) (*kmsapi.S
 	return nil, statusOf(context.WithoutCancel(ctx), k.err)
 }
 
-// Encrypt implements the KMS v2 API. Where the KMS names its requests, an annotation of the answer does, too.
+// Encrypt implements the KMS v2 API. An annotation of the response holds the KMS' request ID, if there is one.
 func (s *Server) Encrypt(ctx context.Context, req *kmsapi.EncryptRequest) (*kmsapi.EncryptResponse, error) {
-	changes := s.look().changes
+	changes := s.key.load().changes
 	noting, requestID := kmsclient.WithRequestID(ctx)
 	res, err := s.cfg.KMS.Encrypt(noting, req.GetUid(), req.GetPlaintext())
 	if err != nil {
-		s.encrypted(changes, "", err)
+		s.key.encrypted(changes, "", err)
 		return nil, statusOf(ctx, err)
 	}
-	s.encrypted(changes, res.KeyID, nil)
+	s.key.encrypted(changes, res.KeyID, nil)
 	return &kmsapi.EncryptResponse{Ciphertext: res.Ciphertext, KeyId: res.KeyID, Annotations: annotated(res.Annotations, requestID())}, nil
 }
 
-// Decrypt implements the KMS v2 API. It takes what Encrypt answered here, what the proxy wrapped by the same KMS, and what the KMS itself did.
+// Decrypt implements the KMS v2 API. It unwraps what Encrypt returned, what the proxy wrapped by the same KMS, and what the
+// KMS itself wrapped.
 func (s *Server) Decrypt(ctx context.Context, req *kmsapi.DecryptRequest) (*kmsapi.DecryptResponse, error) {
 	data, err := s.cfg.KMS.Decrypt(ctx, req.GetUid(), &service.DecryptRequest{
 		Ciphertext: req.GetCiphertext(), KeyID: req.GetKeyId(), Annotations: bare(req.GetAnnotations()),
@@ -165,19 +171,19 @@ func (s *Server) Decrypt(ctx context.Context, req *kmsapi.DecryptRequest) (*kmsa
 func (s *Server) intercept(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (res any, err error) {
 	op := info.FullMethod[len("/"+kmsapi.KeyManagementService_ServiceDesc.ServiceName+"/"):]
 	defer func() {
-		if recover() != nil { // what was thrown may hold a secret
+		if recover() != nil { // the panic's value may hold a secret
 			res, err = nil, status.Error(codes.Internal, prefix+"a defect of the plugin server; see the metrics and the log")
 		}
 		code := status.Code(err)
 		s.cfg.Observer(op, code)
-		if err != nil && op != "Status" { // that of Status is in the log already
+		if err != nil && op != "Status" { // those of Status are in the log already
 			s.failed(op, req, err)
 		}
 	}()
 	return handler(ctx, req)
 }
 
-// failed logs at most once a second, or an API server that starts while its key is disabled would fill the log.
+// failed logs at most once a second: an API server that starts while its key is disabled makes many calls.
 func (s *Server) failed(op string, req any, err error) {
 	uid := ""
 	if r, ok := req.(interface{ GetUid() string }); ok {
@@ -194,10 +200,10 @@ func (s *Server) failed(op string, req any, err error) {
 	}
 }
 
-// prefix says in an API server's log who speaks.
+// prefix begins the texts that API servers see.
 const prefix = "etcd-kms-proxy: "
 
-// text is what clients may read of an error: a [*kmsclient.Error] holds nothing secret.
+// text returns what clients may read of an error: a [*kmsclient.Error] holds nothing secret.
 func text(err error) string {
 	if e, ok := errors.AsType[*kmsclient.Error](err); ok {
 		return prefix + e.Error()
@@ -205,7 +211,8 @@ func text(err error) string {
 	return prefix + "the KMS call failed"
 }
 
-// statusOf gives an error the code of its class, which class turns back. A call that ended with its own context is told just that.
+// statusOf returns an error with the code of its reason, which package plugin turns back. If the call's context has ended,
+// the error says only that.
 func statusOf(ctx context.Context, err error) error {
 	if cause := ctx.Err(); cause != nil {
 		return status.FromContextError(cause).Err()
@@ -220,7 +227,7 @@ func statusOf(ctx context.Context, err error) error {
 	case kmsclient.KeyDisabled:
 		code = codes.FailedPrecondition
 	case kmsclient.KeyGone, kmsclient.KeyNotFound, kmsclient.AliasNotFound:
-		code = codes.NotFound // for which a proxy turns to recovery copies, as it does not for a key that somebody has disabled
+		code = codes.NotFound // a proxy uses recovery copies then, and not if somebody has disabled the key
 	case kmsclient.Invalid:
 		code = codes.InvalidArgument
 	case kmsclient.BrokenContract:
