@@ -92,7 +92,7 @@ func (r *run) leave(counter func(p *Progress) *int64, key []byte, why string) {
 	}
 }
 
-// The counters of skipped values.
+// leftForeign and the functions that follow return the counters of skipped values.
 func leftForeign(p *Progress) *int64       { return &p.Foreign }
 func leftPlaintext(p *Progress) *int64     { return &p.Plaintext }
 func leftUndecryptable(p *Progress) *int64 { return &p.Undecryptable }
