@@ -7,10 +7,12 @@ TOOLFLAGS := -mod=readonly -trimpath
 ETCDS    := 3.5 3.6 3.7 3.8
 FUZZTIME ?= 1m
 export ETCD_KMS_PROXY_BIN := $(BIN)
-# The version comes from git describe above. Go's own stamp fails the build in a checkout that belongs to someone else.
+# The version is from git describe above. Go's own version stamp fails in a checkout that belongs to
+# another user.
 export GOFLAGS := $(GOFLAGS) -buildvcs=false
 
-# The container image. SOURCE_DATE_EPOCH is the time of the commit, so that one commit makes one image.
+# The container image. SOURCE_DATE_EPOCH is the time of the commit, so that the same commit gives the
+# same image.
 IMAGE    ?= etcd-kms-proxy:local
 DOCKER   ?= docker
 REVISION := $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
@@ -32,21 +34,21 @@ image: ## the container image, IMAGE (etcd-kms-proxy:local); ARCH=arm64 for anot
 	DOCKER_BUILDKIT=1 SOURCE_DATE_EPOCH=$(EPOCH) $(DOCKER) build $(if $(ARCH),--platform linux/$(ARCH)) \
 	  --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) --build-arg SOURCE_DATE_EPOCH=$(EPOCH) $(IMAGEFLAGS) -t $(IMAGE) .
 
-image-offline: $(BIN)/etcd-3.7 $(BIN)/etcdctl-3.7 ## the same where nothing can be pulled: from stand-ins for the base images, made here
+image-offline: $(BIN)/etcd-3.7 $(BIN)/etcdctl-3.7 ## the same without a registry: with stand-ins for the base images, built here
 	DOCKER=$(DOCKER) sh deploy/image/stand-ins.sh
 	$(MAKE) image
 
 clean-image-offline: ## remove the stand-ins of image-offline
 	@for id in $$($(DOCKER) images -q --filter label=io.etcd-kms-proxy.stand-in); do $(DOCKER) rmi -f $$id; done
 
-run: build $(BIN)/etcd-3.7 $(BIN)/etcdctl-3.7 ## a real etcd and the proxy on loopback, a Secret seen from both sides
+run: build $(BIN)/etcd-3.7 $(BIN)/etcdctl-3.7 ## a demo: a real etcd and the proxy on loopback, and a value as each of them shows it
 	@sh deploy/demo.sh
 
 test: unit interop build tools ## every test at its short size, with a real etcd and a real kube-apiserver
 	cd test && go test -short -count=1 -timeout 40m ./...
 	cd test/bench && go test -short -count=1 -timeout 10m ./...
 
-unit: ## the product's own tests, with the race detector where there is a C compiler
+unit: ## the tests of the packages, with the race detector if there is a C compiler
 	go vet ./...
 	@command -v $$(go env CC) >/dev/null || echo "without the race detector: it needs a C compiler"
 	go test $$(if command -v $$(go env CC) >/dev/null; then echo -race; fi) -timeout 15m ./...
@@ -56,15 +58,15 @@ unit: ## the product's own tests, with the race detector where there is a C comp
 interop: ## our stored format against k8s.io/apiserver's
 	cd test/interop && go test -timeout 15m ./...
 
-e2e: build tools ## the whole matrix: every etcd version, transport and API server setup, and whether docs/design/compatibility.md says what passes
+e2e: build tools ## all versions of etcd, transports and API server setups, and whether docs/design/compatibility.md is true
 	@rm -rf $(BIN)/compatibility && mkdir -p $(BIN)/compatibility
 	cd test && COMPATIBILITY_RESULTS=$(BIN)/compatibility go test -count=1 -timeout 60m ./...
 	cd test && go run ./compatibility -results $(BIN)/compatibility -check ../docs/design/compatibility.md
 
-compatibility: ## write the tables of docs/design/compatibility.md from what passed in the last make e2e
+compatibility: ## generate the tables of docs/design/compatibility.md from the last make e2e
 	cd test && go run ./compatibility -results $(BIN)/compatibility -write ../docs/design/compatibility.md
 
-soak: build tools ## hours: a KMS in trouble, ten lives of a cluster of 20,000 Secrets, a million keys, linearizability, random sequences
+soak: build tools ## hours: load while the KMS fails, ten runs of a cluster with 20,000 Secrets, a million keys, linearizability, random sequences
 	cd test && SOAK=10m go test -count=1 -timeout 30m ./soak
 	cd test && STATUS_KEYS=1000000 go test -count=1 -timeout 30m -run StatusMemory ./lifecycle
 	cd test && LIMITS_ANSWER_MB=1000 go test -count=1 -timeout 20m -run LargeAnswers ./limits
@@ -72,21 +74,21 @@ soak: build tools ## hours: a KMS in trouble, ten lives of a cluster of 20,000 S
 	cd test && DIFFERENTIAL_SEQUENCES=20000 go test -count=1 -timeout 5h -run 'RandomSequences|Model$$' ./differential
 	cd test && LIFE_SECRETS=20000 LIFE_ROUNDS=10 go test -count=1 -timeout 4h -run 'Life$$' ./reencrypt
 
-scoreboard: build ## etcd's own client tests with a proxy before each member that seals every key (a quarter of an hour)
+scoreboard: build ## etcd's own client tests, with a proxy that encrypts every key in front of each member (16 minutes)
 	cd test/scoreboard && go test -count=1 -v -timeout 60m .
 
-compose-test: image-offline build $(BIN)/docker-compose-v2 ## docker-compose.yml on a real engine, under faults; needs Docker
+compose-test: image-offline build $(BIN)/docker-compose-v2 ## docker-compose.yml on a real engine, with failures; needs Docker
 	cd test && COMPOSE_TEST=1 DOCKER=$(DOCKER) go test -count=1 -timeout 25m $(COMPOSETESTFLAGS) ./compose
 
 kubeadm-test: build tools-kube $(BIN)/kubelet $(BIN)/kube-controller-manager $(BIN)/kube-scheduler $(BIN)/etcd-3.7 $(BIN)/etcdctl-3.7 ## whole kubeadm clusters, with kubelet and containerd, on this machine; needs root and Debian's containerd (a quarter of an hour, and more the first time)
 	cd test && KUBEADM_INIT=1 go test -count=1 -v -timeout 60m -run 'Init|Cluster' ./kubeadm
 
-bench: build $(BIN)/etcd-3.7 ## CPU and throughput beside etcd, its grpc-proxy and an L4 proxy; envelope beside kube-apiserver; reencrypt beside a loop
+bench: build $(BIN)/etcd-3.7 ## CPU and throughput compared with etcd, its grpc-proxy and a TCP relay; encryption compared with kube-apiserver; reencrypt compared with a loop
 	cd test/bench && go run . $(BENCHFLAGS)
 	cd test/interop && go test -run '^$$' -bench . ./... $(if $(findstring json,$(BENCHFLAGS)),>&2)
 	cd test && go test -run '^$$' -bench Reencrypt -benchtime 1x -timeout 30m ./reencrypt $(if $(findstring json,$(BENCHFLAGS)),>&2)
 
-bench-kubernetes: build tools-kube ## a real kube-apiserver: plain, with its own KMS v2, and through the proxy (ten minutes)
+bench-kubernetes: build tools-kube ## a real kube-apiserver without encryption, with its own KMS v2, and through the proxy (ten minutes)
 	cd test && BENCH_KUBERNETES=1 go test -count=1 -v -timeout 40m ./benchkubernetes
 
 PROFILEROW  ?= ^get 256 B, 64 clients
@@ -101,7 +103,7 @@ profile: $(BIN)/etcd-3.7 ## CPU and allocation profiles of the proxy under one r
 	go tool pprof -top -sample_index=alloc_objects -nodecount 20 $(BIN)/profile/etcd-kms-proxy $(BIN)/profile/allocs.pprof
 
 fuzz: ## every fuzz target for FUZZTIME (default 1m)
-	@set -e; for f in $$(grep -rl --include='*_test.go' '^func Fuzz' cmd config crypto kmsclient lifecycle proxy test/interop); do \
+	@set -e; for f in $$(grep -rl --include='*_test.go' '^func Fuzz' config crypto internal kmsclient lifecycle proxy test/interop); do \
 	  for t in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\).*/\1/p' $$f); do \
 	    echo "== $$(dirname $$f) $$t"; (cd $$(dirname $$f) && go test -run '^$$' -fuzz "^$$t\$$" -fuzztime $(FUZZTIME) .); done; done
 
@@ -117,10 +119,11 @@ vuln: $(BIN)/govulncheck ## known vulnerabilities that the product can reach; VU
 	@$(BIN)/govulncheck -db $(VULNDB) ./... || { code=$$?; test $$code = 3 || \
 	  echo "error: nothing was checked, for the reason above: the vulnerability database at $(VULNDB) must be reachable" >&2; exit $$code; }
 
-docs: ## regenerate docs/reference/configuration.md from the config types' comments
+docs: ## regenerate the pages of docs/reference that come from the code: configuration, commands, metrics
 	go generate ./config
+	go test ./internal/cli ./internal/server -run '^TestReference$$' -args -update-docs
 
-tools: tools-etcd tools-kube $(BIN)/kine $(BIN)/h2spec $(BIN)/nfpm $(BIN)/cyclonedx-gomod $(if $(shell command -v npm 2>/dev/null),$(BIN)/node) ## the real etcd and kube-apiserver that the tests start
+tools: tools-etcd tools-kube $(BIN)/kine $(BIN)/h2spec $(BIN)/nfpm $(BIN)/cyclonedx-gomod $(if $(shell command -v npm 2>/dev/null),$(BIN)/node) ## the etcds, kube-apiserver and other programs that the tests start
 
 tools-etcd: $(ETCDS:%=$(BIN)/etcd-%) $(ETCDS:%=$(BIN)/etcdctl-%)
 
@@ -130,7 +133,8 @@ $(BIN)/etcd-%: test/tools/etcd-%/go.sum
 	@mkdir -p $(BIN); echo "building etcd $* from Go modules (about a minute the first time)"
 	cd test/tools/etcd-$* && CGO_ENABLED=0 go build $(TOOLFLAGS) -ldflags "-s -w" -o $@ go.etcd.io/etcd/server/v3
 
-# An etcd 3.4 is not built but taken out of a package of Debian 12, of which nothing is installed. Tests leave it out where it is not.
+# An etcd 3.4 is not built but extracted from a package of Debian 12, which is not installed. Tests
+# skip it if it is missing.
 tools-etcd-3.4: $(BIN)/etcd-3.4
 
 $(BIN)/etcd-3.4:

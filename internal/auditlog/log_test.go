@@ -253,3 +253,23 @@ func TestModeAndClose(t *testing.T) {
 		t.Error("a nil log is not well")
 	}
 }
+
+// TestKeyBytes: an etcd key that is not UTF-8 has its bytes beside the text, which JSON changes; and no other key has.
+func TestKeyBytes(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "audit.jsonl")
+	l := open(t, Config{Path: path})
+	for _, key := range []string{"/text/größe", "/bytes/\xff\x00\xfe", strings.Repeat("\xff", 2*maxText)} {
+		l.Record(Record{Event: EventCommand, Command: "decrypt", Key: key})
+	}
+	var records []Record
+	for line := range bytes.Lines(read(t, path)) {
+		var r Record
+		if err := json.Unmarshal(line, &r); err != nil {
+			t.Fatal(err)
+		}
+		records = append(records, r)
+	}
+	if len(records) != 3 || records[0].KeyBytes != nil || string(records[1].KeyBytes) != "/bytes/\xff\x00\xfe" || len(records[2].KeyBytes) != maxText {
+		t.Errorf("%+v", records)
+	}
+}

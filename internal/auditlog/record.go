@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strings"
 	"time"
+	"unicode/utf8"
 )
 
 // Event is the kind of a record.
@@ -52,6 +53,7 @@ type Record struct {
 	User     string `json:"user,omitempty"`     // who runs a command, as the system calls them
 	Rule     string `json:"rule,omitempty"`     // a rule's prefix, of bypass
 	Key      string `json:"key,omitempty"`      // an etcd key or the prefix of several, of bypass and command
+	KeyBytes []byte `json:"keyBytes,omitempty"` // Key where that is not valid UTF-8, which JSON texts cannot hold; set by [Log.Record]
 	Revision int64  `json:"revision,omitempty"` // of etcd, that wrote Key
 	Keys     int64  `json:"keys,omitempty"`     // how many etcd keys, of command
 
@@ -92,6 +94,10 @@ func newEntry(r Record) entry {
 	if r.Time.IsZero() {
 		r.Time = time.Now()
 	}
+	if r.KeyBytes == nil && !utf8.ValidString(r.Key) {
+		r.KeyBytes = []byte(r.Key)
+	}
+	r.KeyBytes = r.KeyBytes[:min(len(r.KeyBytes), maxText)]
 	for _, s := range []*string{
 		&r.Provider, &r.Primary, &r.Operation, &r.KeyID, &r.RequestID, &r.Class, &r.Command, &r.User, &r.Rule, &r.Key,
 		&r.Listener, &r.Client, &r.Remote, &r.Trigger, &r.Outcome, &r.Version, &r.Config,

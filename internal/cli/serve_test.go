@@ -215,8 +215,8 @@ func TestServesWithKMSDown(t *testing.T) {
 	}
 	_, page = get(t, s, "/metrics")
 	for _, text := range []string{
-		`etcd_kms_proxy_kms_healthy{provider="dev"} 1`, `etcd_kms_proxy_kms_healthy{provider="down"} 0`, `etcd_kms_proxy_kms_can_seal{provider="dev"} 1`,
-		`etcd_kms_proxy_values_sealed_total{outcome="ok",rule="/registry/secrets/"} 0`, `etcd_kms_proxy_seed_events_total{event="minted",provider="dev"} 1`,
+		`etcd_kms_proxy_kms_healthy{provider="dev"} 1`, `etcd_kms_proxy_kms_healthy{provider="down"} 0`, `etcd_kms_proxy_kms_can_encrypt{provider="dev"} 1`,
+		`etcd_kms_proxy_values_encrypted_total{outcome="ok",rule="/registry/secrets/"} 0`, `etcd_kms_proxy_seed_events_total{event="generated",provider="dev"} 1`,
 		`etcd_kms_proxy_kms_operations_total{class="ok",operation="Status",provider="dev"}`,
 		`etcd_kms_proxy_kms_operations_total{class="unavailable",operation="Status",provider="down"}`,
 		`etcd_kms_proxy_kms_operation_duration_seconds_count{`, `etcd_kms_proxy_seed_cache_entries `, `etcd_kms_proxy_kms_key_info{key_id="`,

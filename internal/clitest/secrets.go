@@ -11,7 +11,7 @@ import (
 	"sync"
 	"testing"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/kmsdouble"
 )
 
 // Telling is everything that the code under test has printed, and what it must not print.

@@ -4,11 +4,14 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"log/slog"
 	"strings"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc/codes"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
 )
@@ -88,5 +91,30 @@ func TestReloadIsHeldBack(t *testing.T) {
 	outcome(reloadApplied)
 	if n := len(d.AuditLog(t)); n != 2 { // what was lost, and the reload
 		t.Errorf("%d records", n)
+	}
+}
+
+// TestReloadWaitsForTheAuditLog: a change that could not be recorded is applied once it can be,
+// without another change or a signal.
+func TestReloadWaitsForTheAuditLog(t *testing.T) {
+	d := clitest.NewDir(t)
+	a, r := newRunningIn(t, d, "kind: ", "audit: {path: audit.jsonl, required: true}\nkind: ")
+	unblock := d.Block(t)
+	a.denied("listener", "client", "remote") // lost
+	d.Config(t, "kind: ", "audit: {path: audit.jsonl, required: true}\nkind: ", "level: debug", "level: warn")
+	if r.reload("test"); r.problem() == nil || r.problem().Error() != auditlog.ErrUnwritable.Error() {
+		t.Fatalf("the change is not held back: %v", r.problem())
+	}
+	unblock()
+	ctx, stop := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() { defer close(ended); r.retry(ctx) }()
+	for begun := time.Now(); r.problem() != nil && time.Since(begun) < 20*time.Second+auditRetry; {
+		time.Sleep(10 * time.Millisecond)
+	}
+	stop()
+	<-ended
+	if r.problem() != nil || r.level.Level() != slog.LevelWarn {
+		t.Errorf("the change is not applied: %v", r.problem())
 	}
 }

@@ -61,7 +61,7 @@ func (b *bypasses) found(rule *inventory.Rule, key string, revision int64) {
 	if !b.reported.First(key) {
 		return
 	}
-	b.audit.Record(auditlog.Record{Event: auditlog.EventBypass, Rule: prefix, Key: name, Revision: revision})
+	b.audit.Record(auditlog.Record{Event: auditlog.EventBypass, Rule: prefix, Key: name, KeyBytes: inventory.KeyBytes(key), Revision: revision})
 	// The audit log has all of them; many writes do not fill the log of the process.
 	b.logged.Do(func() {
 		b.log.Error("a value was written in plaintext past the proxies, under a rule that encrypts", "rule", prefix, "key", name,

@@ -50,8 +50,7 @@ func newReencryptor(
 	reg.MustRegister(r.rewritten, r.left, r.at, r.failures)
 	r.Loop = reencrypt.Loop{
 		Interval: o.ReencryptInterval, Leader: f.Leader, Ended: r.ended,
-		// A restore of etcd brings back values that are encrypted with other keys.
-		Keys: func() string { return fmt.Sprint(f.restores.Load(), "\x00", keys.Version()) },
+		Keys: keys.Version,
 		Config: reencrypt.Config{
 			Client: f.client, Rules: f.stored, Rate: o.ReencryptRate, MaxBytes: c.Etcd.MaxRequestBytes, Check: r.check, Begin: r.begin, Paused: r.paused,
 			Election: coordination.Election{

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -51,7 +52,7 @@ func newReloader(s *Server, c *config.Config, path string, loaded [sha256.Size]b
 		path: path, seen: loaded, inUse: loaded, running: c, level: level, weaken: weaken, log: s.log, audit: s.audit,
 		setRules: s.keys.SetRules, setClients: s.proxy.SetClients,
 		count: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "etcd_kms_proxy_config_reloads_total", Help: "Reloads of the configuration, by outcome.",
+			Name: "etcd_kms_proxy_config_reloads_total", Help: "Reloads of the configuration. outcome: applied, failed, refused.",
 		}, []string{"outcome"}),
 	}
 	s.registry.MustRegister(r.count)
@@ -64,6 +65,25 @@ func newReloader(s *Server, c *config.Config, path string, loaded [sha256.Size]b
 // watch reloads when the content of the file changes, until ctx ends.
 func (r *reloader) watch(ctx context.Context) {
 	filewatch.Watch(ctx, r.path, r.seen, func() { r.reload("changed file") })
+}
+
+// auditRetry is how often a change is tried again that the audit log prevented.
+const auditRetry = 5 * time.Second
+
+// retry reloads once the audit log, which prevented a change, can be written again, until ctx ends.
+func (r *reloader) retry(ctx context.Context) {
+	tick := time.NewTicker(auditRetry)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			if why := r.problem(); why != nil && why.Error() == auditlog.ErrUnwritable.Error() && r.audit.Refusal() == nil {
+				r.reload("audit log writable")
+			}
+		}
+	}
 }
 
 // problem returns why the file is not in use, or nil.

@@ -24,8 +24,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/encryption"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/etcdclient"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/filewatch"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/memlimit"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
 )
@@ -206,7 +206,7 @@ func (s *Server) Run(ctx context.Context, signals <-chan os.Signal) error {
 		hangup: func() { s.keys.CheckNow(); s.reloader.reload("SIGHUP") },
 	}
 	lasting := []part{s.keys.Run, always(s.fleet.watchPassword), always(func(ctx context.Context) { notifier{s.log}.watch(ctx, func() { s.ready() }) })}
-	serving := []part{s.fleet.run, always(s.reloader.watch), always(s.announce)}
+	serving := []part{s.fleet.run, always(s.reloader.watch), always(s.reloader.retry), always(s.announce)}
 	if s.admin != nil {
 		lasting = append(lasting, s.admin.Run)
 	}

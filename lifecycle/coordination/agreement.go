@@ -14,9 +14,11 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 )
 
-// Agreement is the record of the rules that all proxies had at a time. It stands in etcd at FleetConfig.Prefix + "agreement", see place.go, readable, with a proof for each
-// provider that the rules seal with: the SHA-256 of the policy, sealed like a value of that key. Whoever can write to etcd can remove the record, and cannot change it
-// unnoticed without the KMS.
+// Agreement is the record of the rules that all proxies had at one time. It is stored in plaintext
+// in etcd, at FleetConfig.Prefix + "agreement" (see location.go), with a proof for each provider
+// that the rules write with: the SHA-256 of the policy, encrypted like a value of that key. A
+// client that can write to etcd can remove the record, but cannot change it unnoticed without the
+// KMS.
 type Agreement struct {
 	Policy json.RawMessage   `json:"policy"` // [Policy.Record]
 	Time   time.Time         `json:"time"`
@@ -28,9 +30,10 @@ type Agreement struct {
 
 // Errors of [Fleet.Verify].
 var (
-	// ErrForged says that a record does not come from a proxy with the KMS' keys, or that the keys are not those of the record.
+	// ErrForged is returned for a record that was not written by a proxy with the keys of the KMS,
+	// or whose proofs were encrypted with other keys than this proxy has.
 	ErrForged = errors.New("the record of the rules that the proxies agreed on is not genuine, or was sealed with other keys than these")
-	// ErrUnverified says that no KMS answers that could tell.
+	// ErrUnverified is returned if no KMS is available to verify the record.
 	ErrUnverified = errors.New("the record of the rules that the proxies agreed on could not be checked yet")
 )
 
@@ -38,12 +41,13 @@ func (f *Fleet) key() string { return agreementKey(f.cfg.Prefix) }
 
 func agreementKey(prefix string) string { return prefix + "agreement" }
 
-// Agreement reads the record. It is nil if there is none. One that cannot be decoded is [ErrForged].
+// Agreement reads the record. It returns nil if there is none, and [ErrForged] if it cannot be
+// decoded.
 func (f *Fleet) Agreement(ctx context.Context, opts ...clientv3.OpOption) (*Agreement, error) {
 	return readAgreement(ctx, f.cfg.Client, f.cfg.Prefix, opts...)
 }
 
-// Revision returns etcd's revision as the member that is asked has it.
+// Revision returns the revision of the etcd member that answers, which may lag behind the leader.
 func (f *Fleet) Revision(ctx context.Context) (int64, error) {
 	r, err := f.cfg.Client.Get(ctx, f.key(), clientv3.WithCountOnly(), clientv3.WithSerializable())
 	if err != nil {
@@ -67,67 +71,70 @@ func readAgreement(ctx context.Context, kv clientv3.KV, prefix string, opts ...c
 	return a, nil
 }
 
-// Check tells whether a record is genuine, by the proofs of providers, those that its rules seal with. A provider that this proxy does not have proves nothing, nor does
-// one whose KMS does not answer or whose key may not be used: if none is left, the error is [ErrUnverified]. old reports a proof that should be made anew.
-func (f *Fleet) Verify(ctx context.Context, a *Agreement, providers []string) (old bool, err error) {
+// Verify checks the proofs of a record by the given providers, those that its rules write with. A
+// provider is skipped if this proxy does not have it, if its KMS does not respond, or if its key
+// cannot be used. If all are skipped, the error is [ErrUnverified]. stale reports that a proof was
+// made with an outdated key and should be renewed.
+func (f *Fleet) Verify(ctx context.Context, a *Agreement, providers []string) (stale bool, err error) {
 	if len(providers) == 0 {
 		return false, nil // rules that seal nothing protect nothing
 	}
 	sum := sha256.Sum256(a.Policy)
-	proven := false
+	verified := false
 	for _, name := range providers {
-		prover := f.cfg.Provers[name]
-		if prover == nil {
+		sealer := f.cfg.ProofSealers[name]
+		if sealer == nil {
 			continue
 		}
 		proof := a.Proofs[name]
 		if len(proof) == 0 {
 			return false, fmt.Errorf("%w: it has no proof by KMS provider %q", ErrForged, name)
 		}
-		plaintext, standing, err := prover.Inspect(ctx, []byte(f.key()), proof)
+		plaintext, standing, err := sealer.Inspect(ctx, []byte(f.key()), proof)
 		if e, ok := errors.AsType[*keyring.Error](err); ok && e.Kind != keyring.Corrupt {
 			continue
 		}
 		if err != nil || standing != keyring.Current && standing != keyring.Stale || !bytes.Equal(plaintext, sum[:]) {
 			return false, fmt.Errorf("%w: the proof by KMS provider %q does not hold", ErrForged, name)
 		}
-		proven, old = true, old || standing == keyring.Stale
+		verified, stale = true, stale || standing == keyring.Stale
 	}
-	if !proven {
+	if !verified {
 		return false, ErrUnverified
 	}
-	return old, nil
+	return stale, nil
 }
 
-// agree records policy unless it is on record, where proxies look for it and nowhere else.
-func (f *Fleet) agree(ctx context.Context, policy []byte, providers []string) error {
-	if err := f.note(ctx, policy, providers); err != nil {
+// recordAgreement records the policy unless it is recorded already, at the place where proxies
+// search for it and nowhere else.
+func (f *Fleet) recordAgreement(ctx context.Context, policy []byte, providers []string) error {
+	if err := f.writeRecord(ctx, policy, providers); err != nil {
 		return err
 	}
-	if err := f.point(ctx); err != nil {
+	if err := f.writePointer(ctx); err != nil {
 		return err
 	}
-	return f.forgetOthers(ctx)
+	return f.deleteObsoleteRecords(ctx)
 }
 
-func (f *Fleet) note(ctx context.Context, policy []byte, providers []string) error {
+func (f *Fleet) writeRecord(ctx context.Context, policy []byte, providers []string) error {
 	was, err := f.Agreement(ctx)
 	if err != nil && !errors.Is(err, ErrForged) {
 		return err
 	}
 	if err == nil && was != nil && bytes.Equal(was.Policy, policy) {
-		if old, err := f.Verify(ctx, was, providers); !old && !errors.Is(err, ErrForged) {
+		if stale, err := f.Verify(ctx, was, providers); !stale && !errors.Is(err, ErrForged) {
 			return nil
 		}
 	}
 	sum := sha256.Sum256(policy)
 	next := Agreement{Policy: policy, Time: time.Now().UTC(), By: f.cfg.Self.ID, Proofs: make(map[string][]byte)}
 	for _, name := range providers {
-		prover := f.cfg.Provers[name]
-		if prover == nil {
+		sealer := f.cfg.ProofSealers[name]
+		if sealer == nil {
 			return fmt.Errorf("record the rules: no KMS provider %q is running", name)
 		}
-		proof, err := prover.Seal(ctx, []byte(f.key()), sum[:])
+		proof, err := sealer.Seal(ctx, []byte(f.key()), sum[:])
 		if err != nil {
 			return fmt.Errorf("record the rules: %w", err)
 		}
@@ -141,7 +148,7 @@ func (f *Fleet) note(ctx context.Context, policy []byte, providers []string) err
 	if was != nil {
 		at = was.revision
 	}
-	// If another proxy was faster, its record is looked at when it shows.
+	// If another proxy was faster, the watch reports its record, and reconcile reads it.
 	_, err = f.cfg.Client.Txn(ctx).If(clientv3.Compare(clientv3.ModRevision(f.key()), "=", at)).Then(clientv3.OpPut(f.key(), string(value))).Commit()
 	if err != nil {
 		return fmt.Errorf("record the rules: %w", err)

@@ -11,22 +11,24 @@ import (
 	"go.etcd.io/etcd/client/v3/concurrency"
 )
 
-// Election is about which of several processes does a job.
+// Election elects one of several processes for a job.
 type Election struct {
 	Client *clientv3.Client
 	Key    string // below which the candidates stand
 	Self   string // how this process is called
-	// Waiting is told who does the job now, when that is not this process, and again when it is somebody else. May be nil.
+	// Waiting is called with the name of the leader while this process waits, and again when the
+	// leader changes. May be nil.
 	Waiting func(holder string)
-	// NoWait gives up if somebody else does the job, with [ErrOtherLeader].
+	// NoWait makes Run return [ErrOtherLeader] instead of waiting for another leader.
 	NoWait bool
 }
 
 // Errors of [Election.Run].
 var (
-	// ErrOtherLeader says that another process does the job.
+	// ErrOtherLeader is returned if another process is the leader.
 	ErrOtherLeader = errors.New("another process does it")
-	// ErrLeadershipLost says that this process no longer does the job, since etcd did not hear of it for too long.
+	// ErrLeadershipLost is the cause of the end of the job's context when the lease of this process
+	// has expired.
 	ErrLeadershipLost = errors.New("the lease of the process that does it has ended")
 )
 
@@ -35,8 +37,9 @@ const (
 	electionCheck = time.Second
 )
 
-// Run calls f once this process is the one that does the job, with a context that ends, with [ErrLeadershipLost], if it no longer is. It returns f's error, or that of
-// the election. A process that has died no longer counts after a quarter of a minute.
+// Run waits until this process is elected, and calls f. The context of f ends with
+// [ErrLeadershipLost] if the leadership is lost. Run returns the error of f, or that of the
+// election. The leadership of a process that has crashed ends with its lease, after 15 seconds.
 func (e Election) Run(ctx context.Context, f func(context.Context) error) error {
 	session, err := concurrency.NewSession(e.Client, concurrency.WithTTL(electionTTL), concurrency.WithContext(ctx))
 	if err != nil {
@@ -93,7 +96,7 @@ func (e Election) campaign(ctx context.Context, session *concurrency.Session) er
 			return fmt.Errorf("elect who does it: %w", context.Cause(ctx))
 		case <-time.After(wait):
 		}
-		// A reader of its own: the one under way is not for concurrent use.
+		// An election of its own, because the one that campaigns is not safe for concurrent use.
 		now, err := concurrency.NewElection(session, e.Key).Leader(ctx)
 		if err != nil || len(now.Kvs) == 0 || string(now.Kvs[0].Key) == own {
 			continue

@@ -19,7 +19,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/etcdtest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/etcdtest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 )
 
@@ -36,7 +36,7 @@ type fleetSimulation struct {
 	calls    int
 	dead     map[string]bool
 	seen     map[string][]Member // the announcements that a client has read last
-	alike    map[string]int // how often a client has made a call in this phase: the third one and more meet no fault
+	alike    map[string]int      // how often a client has made a call in this phase: the third one and more meet no fault
 	restored map[string]int
 	hook     func(n int, c *etcdtest.Call) etcdtest.Fault
 	after    func(c *etcdtest.Call, answer proto.Message)
@@ -80,7 +80,8 @@ func (s *fleetSimulation) intercept(c *etcdtest.Call) etcdtest.Fault {
 	return hook(n, c)
 }
 
-// done holds each record that is written against what the proxy that wrote it had read: all had announced these rules.
+// done holds each record that is written against what the proxy that wrote it had read: all had
+// announced these rules.
 func (s *fleetSimulation) done(c *etcdtest.Call, answer proto.Message) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -115,6 +116,23 @@ func (s *fleetSimulation) done(c *etcdtest.Call, answer proto.Message) {
 	}
 }
 
+// restores counts the warnings of a restore in a log.
+type restores struct {
+	slog.Handler
+	count func()
+}
+
+// Enabled implements [slog.Handler].
+func (*restores) Enabled(context.Context, slog.Level) bool { return true }
+
+// Handle implements [slog.Handler].
+func (r *restores) Handle(_ context.Context, record slog.Record) error {
+	if strings.Contains(record.Message, "as after a restore") {
+		r.count()
+	}
+	return nil
+}
+
 // rulesOf are rules that a test calls by a name.
 func rulesOf(name string) Policy {
 	return Policy{Rules: []byte("rules " + name), Record: fmt.Appendf(nil, `{"rules":%q}`, name), Providers: []string{"main"}}
@@ -136,8 +154,7 @@ func (s *fleetSimulation) sealer() etcdtest.Sealer {
 // start starts a proxy.
 func (s *fleetSimulation) start(id, rules string) *Fleet {
 	f := NewFleet(FleetConfig{
-		Client: s.cluster.Client(s.t, id), Prefix: s.prefix, Self: Member{ID: id}, Provers: map[string]inventory.Sealer{"main": s.sealer()}, Logger: slog.New(slog.DiscardHandler),
-		Restored: func() { s.mu.Lock(); s.restored[id]++; s.mu.Unlock() },
+		Client: s.cluster.Client(s.t, id), Prefix: s.prefix, Self: Member{ID: id}, ProofSealers: map[string]inventory.Sealer{"main": s.sealer()}, Logger: slog.New(&restores{Handler: slog.DiscardHandler, count: func() { s.mu.Lock(); s.restored[id]++; s.mu.Unlock() }}),
 	})
 	f.SetPolicy(rulesOf(rules))
 	ctx, cancel := context.WithCancel(s.t.Context())
@@ -171,7 +188,7 @@ func (s *fleetSimulation) crash(id string) {
 // check holds what is in etcd against proxies that all have the same rules.
 func (s *fleetSimulation) check(rules string, alive ...string) {
 	s.t.Helper()
-	f := NewFleet(FleetConfig{Client: s.cluster.Client(s.t, "test"), Prefix: s.prefix, Provers: map[string]inventory.Sealer{"main": s.sealer()}})
+	f := NewFleet(FleetConfig{Client: s.cluster.Client(s.t, "test"), Prefix: s.prefix, ProofSealers: map[string]inventory.Sealer{"main": s.sealer()}})
 	f.SetPolicy(rulesOf(rules))
 	members, err := f.Members(s.t.Context())
 	if err != nil || len(members) != len(alive) {
@@ -197,6 +214,12 @@ func (s *fleetSimulation) check(rules string, alive ...string) {
 // everyCall simulates once for each call that a scenario makes without faults.
 func everyCall(t *testing.T, scenario func(s *fleetSimulation), fault func(s *fleetSimulation, c *etcdtest.Call) etcdtest.Fault) {
 	t.Helper()
+	someCalls(t, 0, 1, scenario, fault)
+}
+
+// someCalls is everyCall for one call of so many, from a number on.
+func someCalls(t *testing.T, from, step int, scenario func(s *fleetSimulation), fault func(s *fleetSimulation, c *etcdtest.Call) etcdtest.Fault) {
+	t.Helper()
 	total := 0
 	simulate := func(n int) {
 		synctest.Test(t, func(t *testing.T) {
@@ -213,7 +236,7 @@ func everyCall(t *testing.T, scenario func(s *fleetSimulation), fault func(s *fl
 		})
 	}
 	simulate(-1)
-	for n := range total {
+	for n := from; n < total; n += step {
 		if simulate(n); t.Failed() {
 			t.Fatalf("with call %d of %d", n, total)
 		}
@@ -238,7 +261,8 @@ func rollOut(s *fleetSimulation) {
 	s.check("new", "a", "b")
 }
 
-// TestRollOutWithFaults: whatever call fails, applied or not, rules are on record once all proxies have them and not before.
+// TestRollOutWithFaults: whatever call fails, applied or not, rules are on record once all proxies
+// have them and not before.
 func TestRollOutWithFaults(t *testing.T) {
 	for _, applied := range []bool{false, true} {
 		t.Run(fmt.Sprint("applied ", applied), func(t *testing.T) {
@@ -252,8 +276,10 @@ func TestRollOutWithFaults(t *testing.T) {
 	}
 }
 
-// TestRollOutWithOthers: streams that end, compactions, leases that are lost and announcements that are removed at any call change nothing in the end.
+// TestRollOutWithOthers: streams that end, compactions, leases that are lost and announcements that
+// are removed at any call change nothing in the end.
 func TestRollOutWithOthers(t *testing.T) {
+	scenarios := 0
 	for name, other := range map[string]func(s *fleetSimulation){
 		"compacts":                func(s *fleetSimulation) { s.cluster.Compact(0) },
 		"ends the streams":        func(s *fleetSimulation) { s.cluster.Cut() },
@@ -265,9 +291,11 @@ func TestRollOutWithOthers(t *testing.T) {
 			s.cluster.Put(DefaultPrefix+"agreement", `{"policy":{"rules":"old"},"by":"nobody","proofs":{"main":"AAAA"}}`)
 		},
 	} {
+		scenarios++
+		from := scenarios % 3
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			everyCall(t, rollOut, func(s *fleetSimulation, _ *etcdtest.Call) etcdtest.Fault { other(s); return etcdtest.Fault{} })
+			someCalls(t, from, 3, rollOut, func(s *fleetSimulation, _ *etcdtest.Call) etcdtest.Fault { other(s); return etcdtest.Fault{} })
 		})
 	}
 }
@@ -301,7 +329,8 @@ func TestRaceForTheRecord(t *testing.T) {
 	})
 }
 
-// TestCrashOfAProxy: a process that ends at any call is forgotten when its lease has ended; the others go on, and one of them leads.
+// TestCrashOfAProxy: a process that ends at any call is forgotten when its lease has ended; the
+// others go on, and one of them leads.
 func TestCrashOfAProxy(t *testing.T) {
 	t.Parallel()
 	crashed := ""
@@ -325,7 +354,8 @@ func TestCrashOfAProxy(t *testing.T) {
 	})
 }
 
-// TestRestore: each proxy notices that etcd was restored, once, and announces itself again; the record of the backup is replaced.
+// TestRestore: each proxy notices that etcd was restored, once, and announces itself again; the
+// record of the backup is replaced.
 func TestRestore(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -351,7 +381,8 @@ func TestRestore(t *testing.T) {
 	})
 }
 
-// TestVerify: a record is genuine if each of its providers proves it; without a KMS nothing is known.
+// TestVerify: a record is genuine if each of its providers proves it; without a KMS nothing is
+// known.
 func TestVerify(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -388,7 +419,7 @@ func TestVerify(t *testing.T) {
 		s.down = true
 		verify("no KMS", read(), false, ErrUnverified)
 		s.down, s.keyID = false, "2"
-		f.cfg.Provers["main"] = s.sealer()
+		f.cfg.ProofSealers["main"] = s.sealer()
 		verify("after a rotation", read(), true, nil)
 		f = s.start("a", "old")
 		time.Sleep(settled)
@@ -397,12 +428,13 @@ func TestVerify(t *testing.T) {
 	})
 }
 
-// TestAnotherPrefix: the record of a prefix that is no longer used goes once no proxy is announced there, whatever call fails.
+// TestAnotherPrefix: the record of a prefix that is no longer used goes once no proxy is announced
+// there, whatever call fails.
 func TestAnotherPrefix(t *testing.T) {
 	for _, applied := range []bool{false, true} {
 		t.Run(fmt.Sprint("applied ", applied), func(t *testing.T) {
 			t.Parallel()
-			everyCall(t, func(s *fleetSimulation) {
+			someCalls(t, map[bool]int{true: 1}[applied], 2, func(s *fleetSimulation) {
 				s.prefix = "/there/"
 				s.start("a", "old")
 				time.Sleep(settled)
@@ -476,7 +508,8 @@ func newElectionSimulation(s *fleetSimulation) *electionSimulation {
 	return &electionSimulation{fleetSimulation: s, working: make(map[string]bool)}
 }
 
-// TestElectionWithFaults: whatever call fails, applied or not, one works at a time, and each that retries has its turn.
+// TestElectionWithFaults: whatever call fails, applied or not, one works at a time, and each that
+// retries has its turn.
 func TestElectionWithFaults(t *testing.T) {
 	for _, applied := range []bool{false, true} {
 		t.Run(fmt.Sprint("applied ", applied), func(t *testing.T) {
@@ -537,7 +570,8 @@ func TestElectionAfterCrash(t *testing.T) {
 	}
 }
 
-// TestElectionLost: a process that etcd no longer hears of stops working before, or soon after, another one begins.
+// TestElectionLost: a process that etcd no longer hears of stops working before, or soon after,
+// another one begins.
 func TestElectionLost(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

@@ -1,7 +1,7 @@
-// Package coordination is how several proxies in front of one etcd cluster work together. Their only shared state is in etcd,
-// below a configured prefix: each proxy announces itself under a lease ([Fleet]), the rules that all proxies have in common are
-// recorded with proofs that only a holder of the KMS keys can make ([Agreement]), and an [Election] chooses the process that does
-// a job.
+// Package coordination lets several proxies in front of one etcd cluster work together. Their only
+// shared state is in etcd, below a configured prefix. Each proxy announces itself under a lease
+// ([Fleet]). The rules that all proxies have in common are recorded, with proofs that require the
+// KMS keys ([Agreement]). An [Election] chooses the process that does a job.
 package coordination
 
 import (
@@ -26,7 +26,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/restore"
 )
 
-// Member is a proxy as it announces itself in etcd, below FleetConfig.Prefix + "proxies/", under a lease.
+// Member is the announcement of a proxy, stored in etcd below FleetConfig.Prefix + "proxies/" under
+// a lease.
 type Member struct {
 	ID      string    `json:"id"` // unlike that of any other process
 	Host    string    `json:"host"`
@@ -39,13 +40,13 @@ type Member struct {
 	created int64 // revision
 }
 
-// PolicyDigest identifies rules: the hexadecimal SHA-256 of their canonical form, which is the caller's.
+// PolicyDigest returns the hexadecimal SHA-256 of rules in canonical form.
 func PolicyDigest(policy []byte) string {
 	sum := sha256.Sum256(policy)
 	return hex.EncodeToString(sum[:])
 }
 
-// Policy is what proxies agree on.
+// Policy is what the proxies agree on.
 type Policy struct {
 	Rules     []byte   // in canonical form
 	Record    []byte   // the rules, and what else must not be weakened, in canonical JSON
@@ -55,18 +56,17 @@ type Policy struct {
 // FleetConfig configures a Fleet.
 type FleetConfig struct {
 	Client *clientv3.Client
-	// Prefix is of the keys that the proxies use between them. It ends in a slash.
+	// Prefix is the prefix of the keys that the proxies use for coordination. It ends in a slash.
 	Prefix string
-	// Self is the proxy that announces itself. Its Policy is said by [Fleet.SetPolicy].
+	// Self is the announcement of this proxy. [Fleet.SetPolicy] sets its policy.
 	Self Member
-	// Provers seal and open the proof of an agreement, by provider.
-	Provers map[string]inventory.Sealer
-	// Restored is told that etcd has older data than before, as after a restore. May be nil.
-	Restored func()
-	Logger   *slog.Logger
+	// ProofSealers encrypt and decrypt the proofs of an agreement, by provider.
+	ProofSealers map[string]inventory.Sealer
+	Logger       *slog.Logger
 }
 
-// Fleet is the proxies before one etcd, which announce themselves there and note what rules they have in common. It is safe for concurrent use.
+// Fleet is this proxy as one of those in front of an etcd cluster. It announces the proxy and
+// records the rules that all of them have in common. It is safe for concurrent use.
 type Fleet struct {
 	cfg     FleetConfig
 	changed chan struct{}
@@ -75,15 +75,15 @@ type Fleet struct {
 	mu      sync.Mutex
 	policy  Policy
 	leading bool
-	told    string // the trouble that was logged
+	logged  string // the trouble that was logged
 }
 
-// NewFleet makes a Fleet. It starts nothing.
+// NewFleet returns a Fleet. It does nothing until [Fleet.Run].
 func NewFleet(c FleetConfig) *Fleet {
 	return &Fleet{cfg: c, changed: make(chan struct{}, 1)}
 }
 
-// Times of the announcement. What a dead proxy has announced is gone after its lease.
+// The announcement of a crashed proxy disappears when its lease expires.
 const (
 	leaseSeconds = 30
 	fleetRetry   = 5 * time.Second
@@ -91,7 +91,7 @@ const (
 	fleetTimeout = 10 * time.Second
 )
 
-// SetPolicy says what rules this proxy has.
+// SetPolicy sets the policy of this proxy.
 func (f *Fleet) SetPolicy(p Policy) {
 	f.mu.Lock()
 	f.policy = p
@@ -108,8 +108,8 @@ func (f *Fleet) current() Policy {
 	return f.policy
 }
 
-// Leader reports whether this proxy is, as far as it knows, the one that does what one of them has to do: the one that has announced itself for longest. Two may
-// think so for a moment.
+// Leader reports whether this proxy does what only one of them must do. The leader is the proxy
+// with the oldest announcement. For a moment after a change, two proxies may both be it.
 func (f *Fleet) Leader() bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -122,7 +122,7 @@ func (f *Fleet) setLeading(leading bool) {
 	f.leading = leading
 }
 
-// Members returns the proxies that have announced themselves, the oldest announcement first.
+// Members returns the announced proxies, the oldest announcement first.
 func (f *Fleet) Members(ctx context.Context) ([]Member, error) {
 	r, err := f.cfg.Client.Get(ctx, f.cfg.Prefix+"proxies/", clientv3.WithPrefix())
 	if err != nil {
@@ -132,7 +132,8 @@ func (f *Fleet) Members(ctx context.Context) ([]Member, error) {
 	for _, kv := range r.Kvs {
 		var m Member
 		if err := json.Unmarshal(kv.Value, &m); err != nil {
-			// Someone else's doing, and no reason to see none of the others.
+			// An announcement that cannot be decoded was written by another program. It must not
+			// hide the others.
 			m = Member{ID: string(kv.Key[len(f.cfg.Prefix+"proxies/"):])}
 		}
 		m.created = kv.CreateRevision
@@ -142,10 +143,11 @@ func (f *Fleet) Members(ctx context.Context) ([]Member, error) {
 	return members, nil
 }
 
-// Run announces this proxy and notes agreements, until ctx ends; then the announcement is taken back. What fails is logged once and tried again.
+// Run announces this proxy and records agreements until ctx ends, and then removes the
+// announcement. It logs a failure once, and retries.
 func (f *Fleet) Run(ctx context.Context) {
 	for ctx.Err() == nil {
-		f.trouble(f.announce(ctx))
+		f.logProblem(f.announce(ctx))
 		f.setLeading(false)
 		select {
 		case <-ctx.Done():
@@ -154,15 +156,15 @@ func (f *Fleet) Run(ctx context.Context) {
 	}
 }
 
-// trouble logs an error that is not the last one.
-func (f *Fleet) trouble(err error) {
+// logProblem logs an error unless it is the same as the last one.
+func (f *Fleet) logProblem(err error) {
 	text := ""
 	if err != nil && !errors.Is(err, context.Canceled) && status.Code(err) != codes.Canceled {
 		text = err.Error()
 	}
 	f.mu.Lock()
-	again := f.told == text
-	f.told = text
+	again := f.logged == text
+	f.logged = text
 	f.mu.Unlock()
 	if text != "" && !again {
 		f.cfg.Logger.Warn("this proxy is not announced in etcd, and cannot agree with others on their rules; it keeps trying", "error", text)
@@ -196,11 +198,11 @@ func (f *Fleet) announce(ctx context.Context) error {
 		return err
 	}
 	for {
-		err := f.look(ctx)
-		if errors.Is(err, errForgotten) {
+		err := f.reconcile(ctx)
+		if errors.Is(err, errAnnouncementGone) {
 			return nil
 		}
-		f.trouble(err)
+		f.logProblem(err)
 		for idle := true; idle; {
 			select {
 			case <-ctx.Done():
@@ -241,14 +243,14 @@ func (f *Fleet) put(ctx context.Context, lease clientv3.LeaseID) error {
 	return nil
 }
 
-// errForgotten says that somebody has removed this proxy's announcement.
-var errForgotten = errors.New("the announcement is gone")
+// errAnnouncementGone is returned when the announcement of this proxy was removed.
+var errAnnouncementGone = errors.New("the announcement is gone")
 
-// look learns who else there is, and notes an agreement if all have the same rules.
-func (f *Fleet) look(ctx context.Context) error {
+// reconcile reads the announcements, and records the agreement if all proxies have the same rules.
+func (f *Fleet) reconcile(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, fleetTimeout)
 	defer cancel()
-	if err := f.notice(ctx); err != nil {
+	if err := f.checkRestore(ctx); err != nil {
 		return err
 	}
 	members, err := f.Members(ctx)
@@ -256,33 +258,32 @@ func (f *Fleet) look(ctx context.Context) error {
 		return err
 	}
 	if !slices.ContainsFunc(members, func(m Member) bool { return m.ID == f.cfg.Self.ID }) {
-		return errForgotten
+		return errAnnouncementGone
 	}
 	f.setLeading(members[0].ID == f.cfg.Self.ID)
 	policy := f.current()
 	if slices.ContainsFunc(members, func(m Member) bool { return m.Record != PolicyDigest(policy.Record) }) {
 		return nil
 	}
-	return f.agree(ctx, policy.Record, policy.Providers)
+	return f.recordAgreement(ctx, policy.Record, policy.Providers)
 }
 
-// notice tells of a restore of etcd. All else that was read before then is read again at each look anyway, and leases and announcements are gone with the old data.
-func (f *Fleet) notice(ctx context.Context) error {
+// checkRestore logs a restore of etcd. It needs no other action: reconcile reads everything else
+// again, and the announcement is written again because its lease is gone with the old data.
+func (f *Fleet) checkRestore(ctx context.Context) error {
 	restored, before, now, err := f.history.Check(ctx, f.cfg.Client, f.key())
 	if err != nil || !restored {
 		return err
 	}
 	f.cfg.Logger.Warn("etcd has older data than before, as after a restore", "before", before.String(), "now", now.String())
-	if f.cfg.Restored != nil {
-		f.cfg.Restored()
-	}
 	return nil
 }
 
 // ErrOtherRules is in the error of [Fleet.SameRules].
 var ErrOtherRules = errors.New("proxies have other rules: they may be unable to read what is written by these")
 
-// SameRules returns an error that names the proxies that have announced other rules than those of [Fleet.SetPolicy].
+// SameRules returns an error that names the proxies that announced other rules than those of
+// [Fleet.SetPolicy].
 func (f *Fleet) SameRules(ctx context.Context) error {
 	members, err := f.Members(ctx)
 	if err != nil {

@@ -19,7 +19,8 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// isDatabase tells bbolt's file by the magic number in its first page, behind the header of 16 bytes.
+// isDatabase tells bbolt's file by the magic number in its first page, behind the header of 16
+// bytes.
 func isDatabase(r io.ReaderAt) bool {
 	const magic = 0xED0CDAED
 	var b [20]byte
@@ -35,7 +36,8 @@ const keyBucket = "key"
 // database asks a database for every revision in it.
 func (l *look) database(ctx context.Context, path string) error {
 	l.checksum(path)
-	// A damaged database makes bbolt panic, and one that was cut makes it read beyond the file's end, which is a fault.
+	// A damaged database makes bbolt panic, and one that was cut makes it read beyond the file's
+	// end, which is a fault.
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
 		if p := recover(); p != nil {
@@ -63,7 +65,8 @@ func (l *look) database(ctx context.Context, path string) error {
 	})
 }
 
-// whole says so if the file at path has fewer bytes than its database. What is left may be readable, and be the values of yesterday.
+// whole says so if the file at path has fewer bytes than its database. What is left may be
+// readable, and be the values of yesterday.
 func whole(path string, tx *bbolt.Tx) error {
 	info, err := os.Stat(path)
 	if err == nil && info.Size() < tx.Size() {
@@ -170,7 +173,8 @@ func decodeKeyValue(b []byte) (kv keyValue, ok bool) {
 	return kv, ok && len(kv.key) > 0
 }
 
-// fields calls visit for each varint and bytes field of a message; data is nil for a varint. It returns false if b is no message.
+// fields calls visit for each varint and bytes field of a message; data is nil for a varint. It
+// returns false if b is no message.
 func fields(b []byte, visit func(n protowire.Number, v uint64, data []byte)) bool {
 	for len(b) > 0 {
 		n, t, size := protowire.ConsumeTag(b)
@@ -213,8 +217,9 @@ type Value struct {
 	Revision   int64 // that wrote it
 }
 
-// Present returns the present values of the keys that match, in order of the keys, from a snapshot or the database of a stopped member. A file that is no such
-// database, or a damaged one, is an error.
+// Present returns the present values of the keys that match, in order of the keys, from a snapshot
+// or the database of a stopped member. A file that is no such database, or a damaged one, is an
+// error.
 func Present(ctx context.Context, path string, match func(key []byte) bool) (values []Value, err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true)) // see database
 	defer func() {

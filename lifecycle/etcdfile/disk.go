@@ -1,8 +1,10 @@
-// Package etcdfile looks into etcd's files for values that can be read without a KMS: database files with their live and freed pages, write-ahead logs, snapshots, and
-// whatever else lies beside them. It opens files for reading alone, and needs no etcd.
+// Package etcdfile looks into etcd's files for values that can be read without a KMS: database
+// files with their live and freed pages, write-ahead logs, snapshots, and whatever else lies beside
+// them. It opens files for reading alone, and needs no etcd.
 //
-// Two ways go side by side. What is well-formed is decoded: each revision in the database, each request in the log. And the bytes of every file are searched, for
-// what is left of values in freed pages and torn records, for objects of Kubernetes, and for strings that the caller knows.
+// Two ways go side by side. What is well-formed is decoded: each revision in the database, each
+// request in the log. And the bytes of every file are searched, for what is left of values in freed
+// pages and torn records, for objects of Kubernetes, and for strings that the caller knows.
 package etcdfile
 
 import (
@@ -17,10 +19,11 @@ import (
 
 // Config says what to look for.
 type Config struct {
-	// Judge tells why a value under an etcd key should not be readable, and "" if all is well. whole is false for the beginning of a value whose rest is
-	// lost. It keeps no argument.
+	// Judge tells why a value under an etcd key should not be readable, and "" if all is well.
+	// whole is false for the beginning of a value whose rest is lost. It keeps no argument.
 	Judge func(key, value []byte, whole bool) string
-	// Prefixes are of the keys that Judge has something to say of. Values below "" are found where files are well-formed, and not in remains.
+	// Prefixes are of the keys that Judge has something to say of. Values below "" are found where
+	// files are well-formed, and not in remains.
 	Prefixes []string
 	// Kinds are of Kubernetes objects that should not be readable, "Secret" for example.
 	Kinds []string
@@ -64,7 +67,8 @@ type File struct {
 	Damaged bool `json:"damaged"`
 }
 
-// Look looks into one file. What is damaged is noted and searched all the same; the error is of a file that cannot be read, and of ctx.
+// Look looks into one file. What is damaged is noted and searched all the same; the error is of a
+// file that cannot be read, and of ctx.
 func Look(ctx context.Context, path string, c Config) (File, error) {
 	f := File{Path: path, Kind: "other", Notes: []string{}}
 	r, err := os.Open(path) //nolint:gosec // the operator names the file

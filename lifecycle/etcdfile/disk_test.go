@@ -122,7 +122,8 @@ func TestEveryTruncationOfALog(t *testing.T) {
 	}
 }
 
-// TestRemains: a KeyValue and a PutRequest anywhere in a file, also across the edge of a window, whole or without their end.
+// TestRemains: a KeyValue and a PutRequest anywhere in a file, also across the edge of a window,
+// whole or without their end.
 func TestRemains(t *testing.T) {
 	keyValue := func(key string) []byte {
 		kv := bytesField(nil, 1, []byte(key))

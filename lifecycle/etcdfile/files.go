@@ -8,8 +8,9 @@ import (
 	"strings"
 )
 
-// Files lists the files below a directory, or the one file that path is. It follows symbolic links; one that leads nowhere or in a circle is an error. passed are
-// what is neither a file nor a directory.
+// Files lists the files below a directory, or the one file that path is. It follows symbolic links;
+// one that leads nowhere or in a circle is an error. passed are what is neither a file nor a
+// directory.
 func Files(path string) (files, passed []string, err error) {
 	w := walk{}
 	err = w.visit(path, nil)
@@ -41,8 +42,8 @@ func (w *walk) visit(path string, above []os.FileInfo) error {
 	return err
 }
 
-// MemberFiles is [Files] of a member's data directory, and of the directory of its write-ahead log if that is another one. One that lacks either is an error: it is
-// not what it was taken for.
+// MemberFiles is [Files] of a member's data directory, and of the directory of its write-ahead log
+// if that is another one. One that lacks either is an error: it is not what it was taken for.
 func MemberFiles(dataDir, walDir string) (files, passed []string, err error) {
 	db := filepath.Join(dataDir, "member", "snap", "db")
 	if info, err := os.Stat(db); err != nil {

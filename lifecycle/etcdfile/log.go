@@ -44,8 +44,10 @@ const (
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// log decodes a write-ahead log: frames of a length of 8 bytes, whose upper byte tells of padding, and a walpb.Record with a CRC over all data before. It returns what
-// it has decoded. Beyond the last good record there are zeros, since etcd makes the file ahead of time, or what a crash has torn.
+// log decodes a write-ahead log: frames of a length of 8 bytes, whose upper byte tells of padding,
+// and a walpb.Record with a CRC over all data before. It returns what it has decoded. Beyond the
+// last good record there are zeros, since etcd makes the file ahead of time, or what a crash has
+// torn.
 func (l *look) log(ctx context.Context, r io.Reader) spans {
 	var decoded spans
 	in, at := bufio.NewReaderSize(r, 1<<20), int64(0)
@@ -111,7 +113,8 @@ func (l *look) log(ctx context.Context, r io.Reader) spans {
 	return decoded
 }
 
-// entry looks at a raftpb.Entry: its data is an InternalRaftRequest of etcd, for entries of the normal type.
+// entry looks at a raftpb.Entry: its data is an InternalRaftRequest of etcd, for entries of the
+// normal type.
 func (l *look) entry(entry []byte, at int64) {
 	normal, data := true, []byte(nil)
 	fields(entry, func(n protowire.Number, v uint64, d []byte) {

@@ -10,7 +10,8 @@ import (
 	"go.etcd.io/bbolt"
 )
 
-// bbolt follows the pages of a tree wherever they lead, in a circle too, until there is no memory left; no recover helps then. So pages are checked before it does.
+// bbolt follows the pages of a tree wherever they lead, in a circle too, until there is no memory
+// left; no recover helps then. So pages are checked before it does.
 //
 //	page      id 8 | flags 2 | count 2 | overflow 4 | elements … , further pages behind this one if overflow > 0
 //	branch    pos 4 | key size 4 | page id 8                               pos counts from the element's own beginning
@@ -33,7 +34,8 @@ type pages struct {
 	seen []bool // by page id
 }
 
-// sound returns nil if the pages that lead to etcd's bucket "key", and those in it, are a tree within the file.
+// sound returns nil if the pages that lead to etcd's bucket "key", and those in it, are a tree
+// within the file.
 func sound(path string, tx *bbolt.Tx) error {
 	f, err := os.Open(path) //nolint:gosec // the operator names the file
 	if err != nil {
@@ -87,7 +89,8 @@ func (p *pages) tree(id uint64, depth int, root bool) error {
 	return nil
 }
 
-// page checks the elements of a page of limit bytes that begins at a place of the file with the bytes head. It returns the pages below it.
+// page checks the elements of a page of limit bytes that begins at a place of the file with the
+// bytes head. It returns the pages below it.
 func (p *pages) page(head []byte, at, limit int64, root bool) (below []uint64, err error) {
 	kind, count := binary.LittleEndian.Uint16(head[8:]), int64(binary.LittleEndian.Uint16(head[10:]))
 	if kind != branchPage && kind != leafPage || kind == branchPage && count == 0 {
@@ -126,7 +129,8 @@ func (p *pages) page(head []byte, at, limit int64, root bool) (below []uint64, e
 	return below, nil
 }
 
-// bucket checks the pages of the bucket whose name and value begin at a place of the file, if it is etcd's "key". What is in others is not read.
+// bucket checks the pages of the bucket whose name and value begin at a place of the file, if it is
+// etcd's "key". What is in others is not read.
 func (p *pages) bucket(at, name, value int64) error {
 	if name != int64(len(keyBucket)) {
 		return nil

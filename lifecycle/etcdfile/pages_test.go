@@ -43,7 +43,8 @@ func present(t testing.TB, path string) ([]Value, error) {
 	return Present(t.Context(), path, func([]byte) bool { return true })
 }
 
-// TestCutDatabase: what is left of a database that was cut may be readable, and must not pass for the whole.
+// TestCutDatabase: what is left of a database that was cut may be readable, and must not pass for
+// the whole.
 func TestCutDatabase(t *testing.T) {
 	path := newDatabase(t, 200)
 	if _, err := present(t, path); err != nil {
@@ -75,7 +76,8 @@ func TestCutDatabase(t *testing.T) {
 	}
 }
 
-// TestDamagedPages: wherever a page leads, also in a circle, nothing is read for ever. What lies in the page is read, or is said to be damaged.
+// TestDamagedPages: wherever a page leads, also in a circle, nothing is read for ever. What lies in
+// the page is read, or is said to be damaged.
 func TestDamagedPages(t *testing.T) {
 	for _, n := range []uint64{1, 200} { // the first is kept within the page of the buckets
 		path := newDatabase(t, n)

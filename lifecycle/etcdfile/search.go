@@ -11,7 +11,8 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// Files are searched in windows. What begins in one may end in the overlap behind it, and has the tag and the length of its key in the bytes before it.
+// Files are searched in windows. What begins in one may end in the overlap behind it, and has the
+// tag and the length of its key in the bytes before it.
 const (
 	window  = 8 << 20
 	overlap = 4 << 20
@@ -90,7 +91,8 @@ func (w windowed) each(what []byte, visit func(i int)) {
 	}
 }
 
-// canaryForms returns how canaries may stand in a file: as they are, and in base64 behind none, one and two bytes of something else.
+// canaryForms returns how canaries may stand in a file: as they are, and in base64 behind none, one
+// and two bytes of something else.
 func canaryForms(canaries [][]byte) [][]byte {
 	var forms [][]byte
 	for _, c := range canaries {
@@ -113,7 +115,8 @@ func canaryForms(canaries [][]byte) [][]byte {
 	return forms
 }
 
-// remains looks at a ruled key that begins at b[i]: whether it is one of a KeyValue or a PutRequest, and its value one that should not be readable.
+// remains looks at a ruled key that begins at b[i]: whether it is one of a KeyValue or a
+// PutRequest, and its value one that should not be readable.
 func (l *look) remains(b []byte, i int, at int64, decoded spans) {
 	if decoded.hold(at + int64(i)) {
 		return
@@ -131,7 +134,8 @@ func (l *look) remains(b []byte, i int, at int64, decoded spans) {
 	}
 }
 
-// keyAt returns the key that begins at b[i], by the tag and the length before it. Both messages have it in field 1.
+// keyAt returns the key that begins at b[i], by the tag and the length before it. Both messages
+// have it in field 1.
 func keyAt(b []byte, i int) (key, rest []byte, ok bool) {
 	for size := 1; size <= maxKeyLength; size++ {
 		start := i - size - 1
@@ -146,7 +150,8 @@ func keyAt(b []byte, i int) (key, rest []byte, ok bool) {
 	return nil, nil, false
 }
 
-// valueBehind reads the fields behind a key up to the value: 5 of a KeyValue, after the revisions 2 and 3 and the version 4, or 2 of a PutRequest.
+// valueBehind reads the fields behind a key up to the value: 5 of a KeyValue, after the revisions 2
+// and 3 and the version 4, or 2 of a PutRequest.
 func valueBehind(b []byte) (revision int64, value []byte, whole, ok bool) {
 	for range 8 {
 		n, t, size := protowire.ConsumeTag(b)
@@ -181,7 +186,8 @@ func valueBehind(b []byte) (revision int64, value []byte, whole, ok bool) {
 	return 0, nil, false, false
 }
 
-// object looks at a Kubernetes object: behind the magic, runtime.Unknown with a TypeMeta of API version and kind.
+// object looks at a Kubernetes object: behind the magic, runtime.Unknown with a TypeMeta of API
+// version and kind.
 func (l *look) object(b []byte, at int64) {
 	b = b[len(magic):]
 	n, t, size := protowire.ConsumeTag(b)

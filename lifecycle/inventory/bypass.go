@@ -21,31 +21,32 @@ import (
 type BypassConfig struct {
 	Client *clientv3.Client
 	Rules  func() *Rules // of the moment
-	// Found is told of each write of a value that its rule would have sealed and that is not. It must not block; key is its to keep.
-	Found func(rule *Rule, key string, revision int64)
-	// Restored is told that etcd has older data than before, as after a restore. May be nil.
-	Restored func()
-	Logger   *slog.Logger
+	// Found is called with each plaintext value that was written under a rule that encrypts. It
+	// must not block, and may keep key.
+	Found  func(rule *Rule, key string, revision int64)
+	Logger *slog.Logger
 }
 
-// BypassWatcher watches all keys under rules that seal for writes that went past the proxies. It looks at the first bytes of values alone.
+// BypassWatcher watches the keys under rules that encrypt, and reports plaintext that was written
+// to etcd directly. It examines the first bytes of values only.
 //
-// What a watch cannot tell is read: after a compaction the values that were written meanwhile, and after a restore of etcd all values.
+// Events that a watch has missed are made up for by reads: after a compaction, values written since
+// the last event are read again, and after a restore of etcd, all values.
 type BypassWatcher struct {
 	BypassConfig
 	changed chan struct{}
 	next    map[string]int64 // the revision to go on with, by prefix; none: the present one
 	missed  map[string]int64 // the revision from which on writes were missed, by prefix; 0: all of them
-	told    bool             // that a watch does not work
+	failing bool             // that a watch does not work
 	history restore.Detector
 }
 
-// NewBypassWatcher makes a BypassWatcher. It starts nothing.
+// NewBypassWatcher returns a BypassWatcher. It does nothing until [BypassWatcher.Run].
 func NewBypassWatcher(c BypassConfig) *BypassWatcher {
 	return &BypassWatcher{BypassConfig: c, changed: make(chan struct{}, 1), next: make(map[string]int64), missed: make(map[string]int64)}
 }
 
-// RulesChanged says that Rules gives others now.
+// RulesChanged makes the watcher call Rules again.
 func (b *BypassWatcher) RulesChanged() {
 	select {
 	case b.changed <- struct{}{}:
@@ -53,7 +54,7 @@ func (b *BypassWatcher) RulesChanged() {
 	}
 }
 
-// Run watches until ctx ends, and tells of what is stored from now on. A watch that breaks is begun again where it was.
+// Run reports plaintext that is written until ctx ends. A watch that breaks continues where it was.
 func (b *BypassWatcher) Run(ctx context.Context) {
 	for ctx.Err() == nil {
 		if b.watch(ctx) {
@@ -67,13 +68,13 @@ func (b *BypassWatcher) Run(ctx context.Context) {
 	}
 }
 
-// requestTimeout bounds one read of etcd's revision.
+// requestTimeout limits one read of the current revision.
 const requestTimeout = 10 * time.Second
 
-// bypassRetry is after a watch that has ended.
+// bypassRetry is the pause before a watch is opened again.
 const bypassRetry = time.Second
 
-// follow says where the watches under rules begin.
+// follow sets the start revisions of the watches for rules.
 func (b *BypassWatcher) follow(rules *Rules) (prefixes []string) {
 	prefixes = rules.SealingPrefixes()
 	next := make(map[string]int64)
@@ -91,7 +92,7 @@ func (b *BypassWatcher) follow(rules *Rules) (prefixes []string) {
 	return prefixes
 }
 
-// watch watches until the rules change, which it reports, or the stream of watches ends.
+// watch reports whether it ended because the rules have changed. Otherwise the stream has ended.
 func (b *BypassWatcher) watch(ctx context.Context) (changed bool) {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
@@ -100,8 +101,8 @@ func (b *BypassWatcher) watch(ctx context.Context) (changed bool) {
 		b.fails(ctx, err)
 		return false
 	}
-	// A stream of its own: the watcher of etcd's client library reconnects, and then continues at a revision that may be in
-	// the future of a restored etcd.
+	// This opens its own stream, because the watcher of etcd's client library reconnects and would
+	// then continue at a revision that a restored etcd does not have yet.
 	stream, err := pb.NewWatchClient(b.Client.ActiveConnection()).Watch(ctx, grpc.MaxCallRecvMsgSize(math.MaxInt32))
 	for i := 0; i < len(prefixes) && err == nil; i++ {
 		keys := clientv3.OpGet(prefixes[i], clientv3.WithPrefix())
@@ -141,7 +142,7 @@ func (b *BypassWatcher) watch(ctx context.Context) (changed bool) {
 			if r.GetCreated() && len(watched) < len(prefixes) { // in the order of the requests
 				watched[r.GetWatchId()] = prefixes[len(watched)]
 			}
-			if !b.see(watched[r.GetWatchId()], r) {
+			if !b.handle(watched[r.GetWatchId()], r) {
 				return false
 			}
 		case <-b.changed:
@@ -150,7 +151,7 @@ func (b *BypassWatcher) watch(ctx context.Context) (changed bool) {
 	}
 }
 
-// catchUp reads what was missed, and after a restore of etcd everything.
+// catchUp reads the values whose events were missed, and all values after a restore of etcd.
 func (b *BypassWatcher) catchUp(ctx context.Context, prefixes []string) error {
 	if len(prefixes) == 0 {
 		return nil
@@ -168,9 +169,6 @@ func (b *BypassWatcher) catchUp(ctx context.Context, prefixes []string) error {
 			delete(b.next, p)
 			b.missed[p] = 0
 		}
-		if b.Restored != nil {
-			b.Restored()
-		}
 	}
 	for p, from := range b.missed {
 		span, err := b.reread(ctx, p, from)
@@ -185,35 +183,35 @@ func (b *BypassWatcher) catchUp(ctx context.Context, prefixes []string) error {
 	return nil
 }
 
-// reread tells of the plaintext values that were written from a revision on, as far as they are still there.
+// reread reports plaintext values that were written since a revision and still exist.
 func (b *BypassWatcher) reread(ctx context.Context, prefix string, from int64) (Span, error) {
 	rules := b.Rules()
 	return Scan(ctx, b.Client, []string{prefix}, 0, func(kv *mvccpb.KeyValue) error {
 		if kv.ModRevision >= from {
-			b.look(rules, kv)
+			b.check(rules, kv)
 		}
 		return nil
 	})
 }
 
-// look tells of a value that its rule would have sealed and that is not.
-func (b *BypassWatcher) look(rules *Rules, kv *mvccpb.KeyValue) {
+// check reports a value that its rule would have encrypted and that is plaintext.
+func (b *BypassWatcher) check(rules *Rules, kv *mvccpb.KeyValue) {
 	if rule := rules.Of(kv.Key); rule != nil && rule.Seals() && !rule.Sealer.Sealed(kv.Value) {
 		b.Found(rule, string(kv.Key), kv.ModRevision)
 	}
 }
 
-// fails says once that there is no watch.
+// fails logs once that the watch does not work.
 func (b *BypassWatcher) fails(ctx context.Context, err error) {
-	if b.told || ctx.Err() != nil {
+	if b.failing || ctx.Err() != nil {
 		return
 	}
-	b.told = true
+	b.failing = true
 	b.Logger.Warn("writes that go past the proxy are not watched at the moment", "error", err)
 }
 
-// see handles a response of the watch of a prefix. It returns false if the watch is over.
-func (b *BypassWatcher) see(prefix string, r *pb.WatchResponse) bool {
+// handle processes a response of the watch of a prefix. It returns false if the watch has ended.
+func (b *BypassWatcher) handle(prefix string, r *pb.WatchResponse) bool {
 	if r.GetCompactRevision() > 0 { // what was compacted in the meantime is not seen
 		if from, known := b.missed[prefix]; !known || b.next[prefix] < from {
 			b.missed[prefix] = b.next[prefix]
@@ -226,11 +224,11 @@ func (b *BypassWatcher) see(prefix string, r *pb.WatchResponse) bool {
 		}
 		return false
 	}
-	b.told = false
+	b.failing = false
 	b.history.Observe(r.GetHeader())
 	rules := b.Rules()
 	for _, e := range r.GetEvents() {
-		b.look(rules, e.GetKv())
+		b.check(rules, e.GetKv())
 	}
 	switch n := len(r.GetEvents()); {
 	case n > 0 && r.GetFragment(): // more events of this revision follow

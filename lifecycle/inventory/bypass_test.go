@@ -9,7 +9,8 @@ import (
 	"go.etcd.io/etcd/api/v3/mvccpb"
 )
 
-// TestBypassFollows: what was watched goes on where it was, whatever rules are added or taken away around it; what is new begins with the rules.
+// TestBypassFollows: what was watched goes on where it was, whatever rules are added or taken away
+// around it; what is new begins with the rules.
 func TestBypassFollows(t *testing.T) {
 	rules := func(prefixes ...string) *Rules {
 		var list []Rule
@@ -39,7 +40,8 @@ func TestBypassFollows(t *testing.T) {
 	}
 }
 
-// TestBypassNext: a watch that is begun again goes on behind what it was told, and not behind what is still to come.
+// TestBypassNext: a watch that is begun again goes on behind what it was told, and not behind what
+// is still to come.
 func TestBypassNext(t *testing.T) {
 	rules := NewRules(nil)
 	b := NewBypassWatcher(BypassConfig{Rules: func() *Rules { return rules }, Logger: slog.New(slog.DiscardHandler)})
@@ -56,7 +58,7 @@ func TestBypassNext(t *testing.T) {
 		{&pb.WatchResponse{Header: header(99)}, 100}, // progress
 		{&pb.WatchResponse{Header: header(200), CompactRevision: 150, Canceled: true}, 150},
 	} {
-		if b.see("/a/", step.answer); b.next["/a/"] != step.want {
+		if b.handle("/a/", step.answer); b.next["/a/"] != step.want {
 			t.Errorf("step %d: %d, want %d", i, b.next["/a/"], step.want)
 		}
 	}

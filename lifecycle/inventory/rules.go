@@ -1,6 +1,7 @@
-// Package inventory reads what etcd stores under the configured rules and classifies each value: current, stale, plaintext,
-// foreign or undecryptable. [Scan] reads keys page by page, [Survey] counts values per rule and key, and [BypassWatcher] watches
-// for plaintext that was written to etcd directly. It reads etcd directly, not through the proxy, and writes nothing.
+// Package inventory reads what etcd stores under the configured rules and classifies each value:
+// current, stale, plaintext, foreign or undecryptable. [Scan] reads keys page by page, [Survey]
+// counts values per rule and key, and [BypassWatcher] watches for plaintext that was written to
+// etcd directly. It reads etcd directly, not through the proxy, and writes nothing.
 package inventory
 
 import (
@@ -12,17 +13,19 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/prefix"
 )
 
-// Sealer is what one rule does with values; [keyring.Sealer] is one.
+// Sealer encrypts and decrypts the values of one rule. [keyring.Sealer] implements it.
 type Sealer interface {
-	// Seal returns what to store for value under key. The error is a [*keyring.Error].
+	// Seal returns the bytes to store for value under key. The error is a [*keyring.Error].
 	Seal(ctx context.Context, key, value []byte) ([]byte, error)
-	// Inspect tells what stored is to the rule, without its reading policies, and leaves it as it is. The error is not nil exactly for
-	// [keyring.Undecryptable], and is a [*keyring.Error].
-	Inspect(ctx context.Context, key, stored []byte) (plaintext []byte, standing keyring.Standing, err error)
-	// Sealed tells by its first bytes whether stored was sealed by somebody whose values the rule opens.
+	// Inspect decrypts stored and returns its state under the rule, ignoring the read policies. It
+	// does not change stored. The error is a [*keyring.Error], and non-nil exactly for
+	// [keyring.Undecryptable].
+	Inspect(ctx context.Context, key, stored []byte) (plaintext []byte, standing keyring.ValueState, err error)
+	// Sealed reports, from the first bytes of stored, whether it was encrypted by a provider that
+	// the rule reads.
 	Sealed(stored []byte) bool
-	// Recheck asks for a contact with the KMS behind stored, without waiting for it, and returns what is known of that KMS so far. ok is false if the
-	// rule has none for it.
+	// Recheck triggers a health check of the KMS that encrypted stored, without waiting for it, and
+	// returns the state of that KMS. ok is false if the rule does not have it.
 	Recheck(stored []byte) (state keyring.State, ok bool)
 }
 
@@ -31,28 +34,30 @@ type Rule struct {
 	Prefix    string
 	WriteWith string // a provider, or Plaintext
 	Sealer    Sealer
-	// Strict says that the rule refuses to read plaintext, and values of providers that it does not
-	// read (allowPlaintextReads: false). Such a value was written to etcd directly, so nothing may
-	// turn it into one that reads as genuine unless the operator says so.
+	// Strict is the opposite of allowPlaintextReads: reads of plaintext, and of values of providers
+	// that the rule does not read, are refused. Such a value was written to etcd directly, and must
+	// not become a valid one unless the operator says so.
 	Strict bool
-	// KeyNames are the names of the keys of kube-apiserver's own providers that Sealer has. They
-	// tell where a name ends that holds colons.
+	// KeyNames are the names of the keys of the API server's own providers that Sealer has. A name
+	// may contain colons, and is recognized only if it is known.
 	KeyNames []string
 }
 
-// Plaintext is the WriteWith of a rule that does not seal.
+// Plaintext is the WriteWith of a rule that does not encrypt.
 const Plaintext = "plaintext"
 
 var _ Sealer = (*keyring.Sealer)(nil)
 
-// Rules are the rules of a configuration, of which the longest prefix of a key wins. They are immutable and safe for concurrent use.
+// Rules are the rules of a configuration. The rule with the longest matching prefix applies. Rules
+// are immutable and safe for concurrent use.
 type Rules struct {
 	set   *prefix.Set[int]
 	list  []Rule
 	since int64
 }
 
-// NewRules makes Rules. No two may have one prefix. The keys below an exempt prefix have no rule, even where one covers it.
+// NewRules returns Rules. Each prefix occurs once. Keys below an exempt prefix have no rule, even
+// if a rule covers it.
 func NewRules(rules []Rule, exempt ...string) *Rules {
 	entries := make([]prefix.Entry[int], 0, len(rules)+len(exempt))
 	for i, r := range rules {
@@ -64,14 +69,15 @@ func NewRules(rules []Rule, exempt ...string) *Rules {
 	return &Rules{set: prefix.New(entries), list: rules}
 }
 
-// Since returns the same rules with the revision of etcd from before they held, for [BypassWatcher]; 0 if it is not known.
+// Since returns a copy of the rules with the etcd revision before which they were not in effect,
+// for [BypassWatcher]. 0 is an unknown revision.
 func (r *Rules) Since(revision int64) *Rules {
 	held := *r
 	held.since = revision
 	return &held
 }
 
-// Of returns the rule for a key, or nil.
+// Of returns the rule that applies to a key, or nil.
 func (r *Rules) Of(key []byte) *Rule {
 	i, ok := r.set.Lookup(key)
 	if !ok || i < 0 {
@@ -80,10 +86,11 @@ func (r *Rules) Of(key []byte) *Rule {
 	return &r.list[i]
 }
 
-// All returns the rules as they were given. The caller does not change them.
+// All returns the rules in the order given. The caller must not change them.
 func (r *Rules) All() []Rule { return r.list }
 
-// Prefixes returns prefixes that together cover all keys under rules, each once. Keys without a rule may be among them.
+// Prefixes returns the shortest list of prefixes that covers all keys under rules. It may cover
+// keys without a rule as well.
 func (r *Rules) Prefixes() []string {
 	return slices.DeleteFunc(r.set.Roots(), func(p string) bool {
 		i, _ := r.set.Lookup([]byte(p))
@@ -94,7 +101,7 @@ func (r *Rules) Prefixes() []string {
 // Within returns the prefixes that together cover all keys under rules that also begin with prefix.
 func (r *Rules) Within(prefix string) []string { return within(r.Prefixes(), prefix) }
 
-// within returns what the prefixes and one more have in common, as prefixes.
+// within returns the prefixes of the keys that begin with one of prefixes and with also.
 func within(prefixes []string, also string) []string {
 	var both []string
 	for _, p := range prefixes {
@@ -114,7 +121,7 @@ func (r *Rules) Under(prefix string) bool { return len(within(r.Prefixes(), pref
 // Seals reports whether the rule encrypts new values.
 func (r *Rule) Seals() bool { return r.WriteWith != Plaintext }
 
-// SealingPrefixes returns prefixes that together cover all rules that seal.
+// SealingPrefixes returns the shortest list of prefixes that covers all rules that encrypt.
 func (r *Rules) SealingPrefixes() []string {
 	return slices.DeleteFunc(r.Prefixes(), func(root string) bool {
 		return !slices.ContainsFunc(r.list, func(rule Rule) bool { return rule.Seals() && strings.HasPrefix(rule.Prefix, root) })

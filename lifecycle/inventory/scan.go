@@ -14,8 +14,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/restore"
 )
 
-// Pages are sized by bytes, since the number of keys says nothing about values between 0 and 1.5 MiB. The first one is small, and each next one
-// asks for what would have been pageBytes. Larger ones are quicker where keys are many, since etcd counts all that follow for each page.
+// Pages are sized by bytes, because values have between 0 bytes and 1.5 MiB. The first page is
+// small. Each next one requests as many keys as would have filled pageBytes. Larger pages are
+// faster where keys are many, because etcd counts all keys that follow for each page.
 const (
 	firstPage = 32
 	maxPage   = 20_000
@@ -23,20 +24,23 @@ const (
 	keyBytes  = 128 // what a key takes besides its own bytes and its value's
 )
 
-// Span is the revisions that a scan looked at. They differ only if the first one was compacted meanwhile.
+// Span is the range of revisions that a scan has read at. First and Last differ only if First was
+// compacted during the scan.
 type Span struct {
 	First int64 `json:"first"`
 	Last  int64 `json:"last"`
 }
 
-// Scan calls visit with each key below prefixes, which must not begin one another, in order, with its value, in pages at one revision: the present one
-// if rev is 0. If that is compacted while the scan is on its way, the present one is taken for the rest, and the Span shows it. An error of visit ends the scan, and so
-// does a restore of etcd, with [restore.ErrRestored]: what was read before and after it does not belong together. The KeyValue is visit's to keep.
+// Scan calls visit with each key and value below prefixes, none of which may begin with another
+// one, in order. It reads pages at one revision: the current one if rev is 0. If that revision is
+// compacted during the scan, the rest is read at the revision that is then current, and Span shows
+// it. The scan ends with an error of visit, and with [restore.ErrRestored] if etcd is restored
+// during it. visit may keep the KeyValue.
 func Scan(ctx context.Context, kv clientv3.KV, prefixes []string, rev int64, visit func(*mvccpb.KeyValue) error) (Span, error) {
 	return ScanWith(ctx, new(restore.Detector), kv, prefixes, rev, visit)
 }
 
-// ScanWith is Scan in the history that the caller knows of.
+// ScanWith is [Scan] with a detector that has observed earlier responses.
 func ScanWith(ctx context.Context, history *restore.Detector, kv clientv3.KV, prefixes []string, rev int64, visit func(*mvccpb.KeyValue) error) (Span, error) {
 	s := scan{kv: kv, history: history, visit: visit, limit: firstPage, at: rev, span: Span{First: rev, Last: rev}}
 	for _, p := range prefixes {
@@ -82,7 +86,7 @@ func (s *scan) prefix(ctx context.Context, prefix string) error {
 	}
 }
 
-// page reads the next keys, fewer if they are too many bytes.
+// page reads the next page, with fewer keys if they exceed the message size limit.
 func (s *scan) page(ctx context.Context, from, end string) (*clientv3.GetResponse, error) {
 	for {
 		before := s.history.Position()

@@ -9,12 +9,12 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 )
 
-// SeedID identifies a wrapped DEK seed, and the annotations that go with it.
+// SeedID identifies a wrapped DEK seed together with its annotations.
 type SeedID [sha256.Size]byte
 
-// SeedOf returns the seed of a value that is stored under a rule, and the value's marker, which
-// names the provider; ok is false if it has no seed. For another rule the same seed is another one,
-// since a recovery copy may give it to one of them alone.
+// SeedOf returns the DEK seed of a value stored under a rule, and the marker of the value, which
+// names the provider. ok is false if the value has no seed. The same seed has different IDs under
+// different rules, because a recovery copy may be readable under only one of them.
 func SeedOf(rule *Rule, stored []byte) (id SeedID, marker string, ok bool) {
 	provider, object, ok := envelope.Split(stored)
 	if !ok {
@@ -33,8 +33,8 @@ func SeedOf(rule *Rule, stored []byte) (id SeedID, marker string, ok bool) {
 	write(provider)
 	write([]byte(o.KeyID))
 	write(o.Source)
-	// The KMS gets the annotations too: one that was altered must not speak for the values of a
-	// good seed.
+	// The annotations are sent to the KMS as well. A failure with altered annotations must not
+	// count for the other values of the seed.
 	for _, name := range slices.Sorted(maps.Keys(o.Annotations)) {
 		write([]byte(name))
 		write(o.Annotations[name])

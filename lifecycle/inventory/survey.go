@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -16,14 +17,14 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/kubelegacy"
 )
 
-// Unavailable is the standing of a value that would have to be opened to be judged, and whose DEK seed its KMS did not unwrap: it does not answer, or refuses
-// the seed for no reason that says whether that lasts.
-const Unavailable keyring.Standing = "unavailable"
+// Unavailable is the state of a value whose DEK seed could not be unwrapped: the KMS does not
+// respond, or refuses for a reason that does not say whether it is permanent.
+const Unavailable keyring.ValueState = "unavailable"
 
-// Standings are all standings, in the order of reports.
-var Standings = []keyring.Standing{keyring.Current, keyring.Stale, keyring.Unsealed, keyring.Foreign, keyring.Undecryptable, Unavailable}
+// Standings are all states, in the order of reports.
+var Standings = []keyring.ValueState{keyring.Current, keyring.Stale, keyring.Unencrypted, keyring.Foreign, keyring.Undecryptable, Unavailable}
 
-// Count is a number of keys.
+// Count counts keys and the bytes of their values.
 type Count struct {
 	Keys   int64 `json:"keys"`
 	Bytes  int64 `json:"bytes"`            // of their values, as stored
@@ -40,37 +41,48 @@ func (c *Count) add(kv *mvccpb.KeyValue) {
 	}
 }
 
-// KeyCount is how many values of one standing a KMS key has sealed, or nobody has.
+// KeyCount counts the values of one state that one KMS key has encrypted, or that are plaintext.
 type KeyCount struct {
-	Standing keyring.Standing `json:"standing"`
-	Provider string           `json:"provider"` // or aescbc, aesgcm, secretbox; [Plaintext] for what is not sealed; "", like KeyID, beyond a thousand of a rule
-	KeyID    string           `json:"keyID"`    // "" for what is too damaged to tell, or not sealed
+	Standing keyring.ValueState `json:"standing"`
+	Provider string             `json:"provider"` // or aescbc, aesgcm, secretbox; [Plaintext] for what is not sealed; "", like KeyID, beyond a thousand of a rule
+	KeyID    string             `json:"keyID"`    // "" for what is too damaged to tell, or not sealed
 	Count
 }
 
-// RuleCount is how the keys of one rule stand.
+// RuleCount counts the values of one rule by state.
 type RuleCount struct {
-	Prefix    string                      `json:"prefix"`
-	WriteWith string                      `json:"writeWith"`
-	All       Count                       `json:"all"`
-	Standings map[keyring.Standing]*Count `json:"standings"`
-	Keys      []KeyCount                  `json:"keys"` // by standing, in their order, provider and key ID
+	Prefix    string                        `json:"prefix"`
+	WriteWith string                        `json:"writeWith"`
+	All       Count                         `json:"all"`
+	Standings map[keyring.ValueState]*Count `json:"standings"`
+	Keys      []KeyCount                    `json:"keys"` // by standing, in their order, provider and key ID
 }
 
-// Done reports whether every value is as its rule writes it.
+// Done reports whether every value is stored as its rule requires.
 func (r *RuleCount) Done() bool { return r.All.Keys == r.Standings[keyring.Current].Keys }
 
-// What values, which others may have written, can make a report hold is bounded.
+// Values may come from untrusted clients. These limits bound the size of a report.
 const (
 	maxKeyIDs   = 1000
 	maxProvider = 256
 )
 
-// Visitor is called with each key and what its value is to its rule. err says why for Undecryptable and Unavailable. It keeps no argument.
-type Visitor func(rule *Rule, kv *mvccpb.KeyValue, standing keyring.Standing, err error) error
+// KeyBytes returns the bytes of an etcd key that is not valid UTF-8, and nil for other keys. JSON
+// replaces invalid bytes, so reports contain the bytes in addition to the text.
+func KeyBytes(key string) []byte {
+	if utf8.ValidString(key) {
+		return nil
+	}
+	return []byte(key)
+}
 
-// Survey looks at every value under rules in etcd, at one revision, and counts them per rule. look may be nil. It takes memory for one page, and does not stop at
-// values that do not open.
+// Visitor is called with each key and the state of its value. err is the reason for Undecryptable
+// and Unavailable. It must not keep its arguments.
+type Visitor func(rule *Rule, kv *mvccpb.KeyValue, standing keyring.ValueState, err error) error
+
+// Survey reads every value under rules at one revision, and counts the values by rule and state.
+// visit may be nil. Survey needs memory for one page. It continues after values that cannot be
+// decrypted.
 func Survey(ctx context.Context, kv clientv3.KV, rules *Rules, look Visitor) ([]RuleCount, Span, error) {
 	counts, memo := make(map[*Rule]*tally), newSeedMemo()
 	for i := range rules.list {
@@ -102,8 +114,8 @@ func Survey(ctx context.Context, kv clientv3.KV, rules *Rules, look Visitor) ([]
 	return all, span, nil
 }
 
-// inspect tells what a value is to its rule.
-func inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (keyring.Standing, error) {
+// inspect returns the state of a value under its rule.
+func inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (keyring.ValueState, error) {
 	_, standing, err := rule.Sealer.Inspect(ctx, kv.Key, kv.Value)
 	if e, ok := errors.AsType[*keyring.Error](err); ok && (e.Kind == keyring.Unavailable || e.Answered()) {
 		standing = Unavailable
@@ -111,8 +123,8 @@ func inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (keyring.Stan
 	return standing, err
 }
 
-// seedMemo remembers for a moment which seeds were not unwrapped, so that a KMS which is slow to
-// say so is not asked for each of their values.
+// seedMemo caches for a short time which DEK seeds could not be unwrapped, so that a slow KMS is
+// not called for each of their values.
 type seedMemo struct{ failed map[SeedID]seedFailure }
 
 type seedFailure struct {
@@ -127,8 +139,8 @@ const (
 
 func newSeedMemo() *seedMemo { return &seedMemo{failed: make(map[SeedID]seedFailure)} }
 
-// inspect tells what a value is to its rule.
-func (m *seedMemo) inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (keyring.Standing, error) {
+// inspect returns the state of a value under its rule.
+func (m *seedMemo) inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (keyring.ValueState, error) {
 	if len(m.failed) > 0 {
 		seed, _, _ := SeedOf(rule, kv.Value)
 		if f, ok := m.failed[seed]; ok && time.Now().Before(f.until) {
@@ -151,24 +163,24 @@ func (m *seedMemo) inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue)
 type tally struct {
 	names     []string // see [Rule.KeyNames]
 	all       Count
-	standings map[keyring.Standing]*Count
+	standings map[keyring.ValueState]*Count
 	keys      map[sealedBy]*Count
 }
 
 type sealedBy struct {
-	standing        keyring.Standing
+	standing        keyring.ValueState
 	provider, keyID string
 }
 
 func newTally(names []string) *tally {
-	t := &tally{names: names, standings: make(map[keyring.Standing]*Count), keys: make(map[sealedBy]*Count)}
+	t := &tally{names: names, standings: make(map[keyring.ValueState]*Count), keys: make(map[sealedBy]*Count)}
 	for _, s := range Standings {
 		t.standings[s] = &Count{}
 	}
 	return t
 }
 
-func (t *tally) add(kv *mvccpb.KeyValue, standing keyring.Standing) {
+func (t *tally) add(kv *mvccpb.KeyValue, standing keyring.ValueState) {
 	t.all.add(kv)
 	t.standings[standing].add(kv)
 	by := sealedBy{standing: standing, provider: Plaintext}
@@ -180,7 +192,7 @@ func (t *tally) add(kv *mvccpb.KeyValue, standing keyring.Standing) {
 		if len(provider) > maxProvider {
 			by = sealedBy{standing: standing}
 		}
-	} else if kind, name, ok := kubernetesKey(kv.Value, t.names); ok && standing != keyring.Unsealed {
+	} else if kind, name, ok := kubernetesKey(kv.Value, t.names); ok && standing != keyring.Unencrypted {
 		by.provider, by.keyID = kind, name
 	}
 	c := t.keys[by]
@@ -195,8 +207,8 @@ func (t *tally) add(kv *mvccpb.KeyValue, standing keyring.Standing) {
 	c.add(kv)
 }
 
-// kubernetesKey returns the provider and the name of the key that the API server itself encrypted a
-// value with: k8s:enc:<kind>:v1:<name of the key>:<payload>.
+// kubernetesKey returns the provider and the key name of a value that the API server encrypted
+// itself: k8s:enc:<kind>:v1:<key name>:<payload>.
 func kubernetesKey(value []byte, known []string) (kind, name string, ok bool) {
 	if t, name, ok := kubelegacy.KeyName(value, known); ok {
 		return string(t), name, true

@@ -70,7 +70,7 @@ func TestSettle(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				begun := time.Now()
 				kv := &mvccpb.KeyValue{Key: []byte("/a"), Value: stored(t, "1", "old"), ModRevision: 7}
-				rule := well{since: begun.Add(test.wellAfter), script: script{inspect: func([]byte) ([]byte, keyring.Standing, error) {
+				rule := well{since: begun.Add(test.wellAfter), script: script{inspect: func([]byte) ([]byte, keyring.ValueState, error) {
 					if time.Since(begun) < test.opensAfter {
 						return nil, keyring.Undecryptable, test.err
 					}

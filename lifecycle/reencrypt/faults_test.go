@@ -3,6 +3,7 @@ package reencrypt
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -21,9 +22,10 @@ import (
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/etcdtest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/etcdtest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/restore"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdmodel"
 )
 
 // simulation is an etcd with values of all kinds, and a record of the writes of re-encryption.
@@ -38,6 +40,8 @@ type simulation struct {
 	ours  map[int64]int   // revisions that re-encryption made, and how many values each has
 	dead  map[string]bool // clients whose process has ended
 	hook  func(n int, c *etcdtest.Call) etcdtest.Fault
+
+	backup *etcdmodel.Store // from before the last key was written
 }
 
 // Keys of a simulation.
@@ -63,6 +67,9 @@ func newSimulation(t *testing.T) *simulation {
 			value, _ = etcdtest.Sealer{KeyID: "1"}.Seal(t.Context(), []byte(key), value)
 		default:
 			value, _ = s.sealer.Seal(t.Context(), []byte(key), value)
+		}
+		if i == simulatedKeys-1 {
+			s.backup = s.cluster.Store().Clone()
 		}
 		r := &pb.PutRequest{Key: []byte(key), Value: value}
 		if key == leasedKey {
@@ -130,8 +137,8 @@ func (s *simulation) written() (n int64) {
 	return n
 }
 
-// check holds the history of etcd against what re-encryption may do: it replaces a value by one of the same key, plaintext and
-// lease that is current, and brings no deleted key back.
+// check holds the history of etcd against what re-encryption may do: it replaces a value by one of
+// the same key, plaintext and lease that is current, and brings no deleted key back.
 func (s *simulation) check() {
 	s.t.Helper()
 	s.mu.Lock()
@@ -214,7 +221,8 @@ func everyCall(t *testing.T, tune func(*Config), f func(t *testing.T, s *simulat
 	}
 }
 
-// TestFaultAtEveryCall: whatever call fails, applied or not, the run ends with all values current, and counts what it wrote.
+// TestFaultAtEveryCall: whatever call fails, applied or not, the run ends with all values current,
+// and counts what it wrote.
 func TestFaultAtEveryCall(t *testing.T) {
 	for name, tune := range map[string]func(*Config){"one value a transaction": nil, "three values a transaction": func(c *Config) { c.TxnKeys = 3 }} {
 		t.Run(name, func(t *testing.T) {
@@ -240,7 +248,8 @@ func TestFaultAtEveryCall(t *testing.T) {
 	}
 }
 
-// TestCrashAtEveryCall: a process that ends at any call leaves each value as it was or as it is to be, and the next one finishes.
+// TestCrashAtEveryCall: a process that ends at any call leaves each value as it was or as it is to
+// be, and the next one finishes.
 func TestCrashAtEveryCall(t *testing.T) {
 	t.Parallel()
 	for _, applied := range []bool{false, true} {
@@ -350,13 +359,11 @@ func TestOthersAndFault(t *testing.T) {
 	}
 }
 
-// TestRestoreBetweenCalls: a restore of etcd at any call ends the run, or comes after it, and never lets it write what was read
-// before into what is there now.
+// TestRestoreBetweenCalls: a restore of etcd at any call ends the run, or comes after it, and never
+// lets it write what was read before into what is there now.
 func TestRestoreBetweenCalls(t *testing.T) {
 	t.Parallel()
 	everyCall(t, nil, func(t *testing.T, s *simulation, n int, run func(string) (Result, error)) {
-		backup := s.cluster.Store().Clone()
-		// The backup has other values at the revisions to come.
 		s.hook = func(call int, _ *etcdtest.Call) etcdtest.Fault {
 			if call != n {
 				return etcdtest.Fault{}
@@ -364,7 +371,9 @@ func TestRestoreBetweenCalls(t *testing.T) {
 			s.mu.Lock()
 			clear(s.ours)
 			s.mu.Unlock()
-			s.cluster.Restore(backup)
+			s.cluster.Restore(s.backup)
+			// At the revision at which the run may have read another value of this key.
+			s.cluster.Put("/r/k39", "written after the restore")
 			return etcdtest.Fault{Err: status.Error(codes.Unavailable, "etcd is restored")}
 		}
 		if result, err := run("first"); err != nil && !errors.Is(err, restore.ErrRestored) {
@@ -378,7 +387,8 @@ func TestRestoreBetweenCalls(t *testing.T) {
 	})
 }
 
-// TestSeveralRuns: of several at a time one works, and each waits for its turn; together they write each value once.
+// TestSeveralRuns: of several at a time one works, and each waits for its turn; together they write
+// each value once.
 func TestSeveralRuns(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -414,7 +424,8 @@ func TestSeveralRuns(t *testing.T) {
 	})
 }
 
-// TestRefusals: what etcd refuses is sent in smaller parts, waited for, or left with its reason, whatever etcd says.
+// TestRefusals: what etcd refuses is sent in smaller parts, waited for, or left with its reason,
+// whatever etcd says.
 func TestRefusals(t *testing.T) {
 	t.Parallel()
 	puts := func(c *etcdtest.Call) (keys []string) {
@@ -505,8 +516,8 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
-// TestLoop: there is a run at the start, after each change of what values are sealed with, at the interval, soon after one that
-// failed or found work, and none while another process leads.
+// TestLoop: there is a run at the start, after each change of what values are sealed with, at the
+// interval, soon after one that failed or found work, and none while another process leads.
 func TestLoop(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -514,6 +525,7 @@ func TestLoop(t *testing.T) {
 		var mu sync.Mutex
 		var results []Result
 		keys, leads, failing := "1", false, false
+		backup := s.cluster.Store().Clone()
 		s.hook = func(int, *etcdtest.Call) etcdtest.Fault {
 			mu.Lock()
 			defer mu.Unlock()
@@ -545,7 +557,7 @@ func TestLoop(t *testing.T) {
 		set(func() { leads = true })
 		time.Sleep(10 * time.Second)
 		want("it leads", 1)
-		time.Sleep(followAgain + 10*time.Second)
+		time.Sleep(loopAgain + 10*time.Second)
 		want("it found work", 2)
 		time.Sleep(30 * time.Minute)
 		want("nothing happened", 2)
@@ -557,16 +569,69 @@ func TestLoop(t *testing.T) {
 		set(func() { keys, failing = "3", true })
 		time.Sleep(10 * time.Second)
 		want("a run that fails", 5)
-		time.Sleep(followAgain + 10*time.Second)
+		time.Sleep(loopAgain + 10*time.Second)
 		want("again", 6)
 		set(func() { failing = false })
-		time.Sleep(followAgain + 10*time.Second)
+		time.Sleep(loopAgain + 10*time.Second)
 		want("etcd is back", 7)
+		time.Sleep(loopAgain + 10*time.Second) // the one that found work
+		runs := len(results)
+		s.cluster.Put("/other", "x")
+		time.Sleep(10 * time.Second)
+		s.mu.Lock()
+		clear(s.ours) // revisions of the data that is gone
+		s.mu.Unlock()
+		s.cluster.Restore(backup)
+		time.Sleep(10 * time.Second)
+		want("a restore", runs+1)
+		s.checkDone()
 		set(func() { leads = false })
 		time.Sleep(3 * time.Hour)
-		want("another leads again", 7)
+		want("another leads again", runs+1)
 		stop()
 		<-ended
+		s.check()
+		s.checkDone()
+	})
+}
+
+// TestKeysThatAreNotText: a report in JSON has the bytes of a key that is not UTF-8.
+func TestKeysThatAreNotText(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newSimulation(t)
+		foreign, _ := s.sealer.Seal(t.Context(), []byte("/another"), nil)
+		for _, key := range []string{"/r/\xff\x00", "/r/größe"} {
+			s.cluster.Put(key, string(foreign))
+		}
+		result, err := Run(t.Context(), s.config(s.cluster.Client(t, "first")))
+		if err != nil || len(result.Skipped) != 2 {
+			t.Fatalf("%+v, %v", result, err)
+		}
+		report, err := json.Marshal(result)
+		if err != nil || !strings.Contains(string(report), `{"key":"/r/größe","why"`) || !strings.Contains(string(report), `"keyBytes":"L3Iv/wA="`) {
+			t.Errorf("%s, %v", report, err)
+		}
+	})
+}
+
+// TestLaterPasses: what others write behind the scan of a pass is found in the next one.
+func TestLaterPasses(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newSimulation(t)
+		written := false
+		s.hook = func(_ int, c *etcdtest.Call) etcdtest.Fault {
+			if r, ok := c.Request.(*pb.TxnRequest); ok && !written && strings.HasPrefix(string(r.GetSuccess()[0].GetRequestPut().GetKey()), "/r/k2") {
+				written = true
+				s.cluster.Put("/r/k00", "behind the scan")
+			}
+			return etcdtest.Fault{}
+		}
+		result, err := Run(t.Context(), s.config(s.cluster.Client(t, "first")))
+		if err != nil || !written || result.Pass != 3 || result.Rewritten != 10 {
+			t.Errorf("%+v, %v", result, err)
+		}
 		s.check()
 		s.checkDone()
 	})

@@ -3,40 +3,48 @@ package reencrypt
 import (
 	"context"
 	"time"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/restore"
 )
 
-// Loop re-encrypts again and again: at its start, after each rotation of a key, and now and then.
+// Loop re-encrypts repeatedly: at its start, after each rotation of a key and each restore of etcd,
+// and at intervals.
 type Loop struct {
 	Config Config
 	// Interval is the time between two runs for which there is no other reason.
 	Interval time.Duration
-	// Keys identifies what values are sealed with now, rules and keys. When it changes, there is a run.
+	// Keys identifies what values are sealed with now, rules and keys. When it changes, there is a
+	// run.
 	Keys func() string
 	// Leader reports whether there is to be a run at all. nil is always.
 	Leader func() bool
-	// Ended is told how each run ended. It must not block for long.
+	// Ended is called with the end of each run. It must not block for long.
 	Ended func(Result, error)
+
+	history restore.Detector
 }
 
 const (
-	followCheck = 5 * time.Second
-	// followAgain is after a run that found something to do: what others sealed under the old key until they had learned of the new one.
-	followAgain = 2 * time.Minute
+	loopCheck = 5 * time.Second
+	// loopAgain is after a run that failed or found something to do: what others sealed under the
+	// old key until they had learned of the new one.
+	loopAgain = 2 * time.Minute
 )
 
-// Run re-encrypts until ctx ends. A run under way is interrupted then, and told to Ended like any other.
-func (f *Loop) Run(ctx context.Context) {
+// Run re-encrypts until ctx ends. A run under way is interrupted then, and Ended is called as for
+// any other.
+func (l *Loop) Run(ctx context.Context) {
 	var last time.Time // when a run ended; zero before the first
 	keys, again := "", false
-	tick := time.NewTicker(followCheck)
+	tick := time.NewTicker(loopCheck)
 	defer tick.Stop()
 	for {
-		switch now := f.Keys(); {
-		case f.Leader != nil && !f.Leader():
+		switch now := l.Keys(); {
+		case l.Leader != nil && !l.Leader():
 			last = time.Time{}
-		case last.IsZero(), now != keys, time.Since(last) >= f.Interval, again && time.Since(last) >= followAgain:
-			result, err := Run(ctx, f.Config)
-			f.Ended(result, err)
+		case l.restored(ctx), last.IsZero(), now != keys, time.Since(last) >= l.Interval, again && time.Since(last) >= loopAgain:
+			result, err := Run(ctx, l.Config)
+			l.Ended(result, err)
 			last, keys, again = time.Now(), now, err != nil || result.Rewritten > 0
 		}
 		select {
@@ -45,4 +53,13 @@ func (f *Loop) Run(ctx context.Context) {
 		case <-tick.C:
 		}
 	}
+}
+
+// restored reports whether etcd was restored since the last call: a backup holds values that are
+// sealed with older keys.
+func (l *Loop) restored(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, loopCheck)
+	defer cancel()
+	restored, _, _, err := l.history.Check(ctx, l.Config.Client, l.Config.Prefix)
+	return err == nil && restored // what cannot be read yet shows in a later call
 }

@@ -141,7 +141,7 @@ func TestPassing(t *testing.T) {
 // script is a rule that seals and opens as it is told.
 type script struct {
 	seal    func(value []byte) ([]byte, error)
-	inspect func(stored []byte) ([]byte, keyring.Standing, error)
+	inspect func(stored []byte) ([]byte, keyring.ValueState, error)
 }
 
 func (s script) Seal(_ context.Context, _, value []byte) ([]byte, error) { return s.seal(value) }
@@ -154,7 +154,7 @@ func (s script) Recheck([]byte) (keyring.State, bool) {
 	return keyring.State{Healthy: true, LastGood: time.Now()}, true
 }
 
-func (s script) Inspect(_ context.Context, _, stored []byte) ([]byte, keyring.Standing, error) {
+func (s script) Inspect(_ context.Context, _, stored []byte) ([]byte, keyring.ValueState, error) {
 	return s.inspect(stored)
 }
 
@@ -169,11 +169,12 @@ func stored(t *testing.T, keyID, mark string) []byte {
 	return b
 }
 
-// TestRenew: what is written is opened first; what would be no better, would open to something else, or may not be sealed is left.
+// TestRenew: what is written is opened first; what would be no better, would open to something
+// else, or may not be sealed is left.
 func TestRenew(t *testing.T) {
 	t.Parallel()
-	opensTo := func(text string, fresh keyring.Standing) func([]byte) ([]byte, keyring.Standing, error) {
-		return func(b []byte) ([]byte, keyring.Standing, error) {
+	opensTo := func(text string, fresh keyring.ValueState) func([]byte) ([]byte, keyring.ValueState, error) {
+		return func(b []byte) ([]byte, keyring.ValueState, error) {
 			if strings.Contains(string(b), "fresh") {
 				return []byte(text), fresh, nil
 			}
@@ -223,7 +224,7 @@ func TestRenewWaits(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		calls := 0
-		rule := script{nil, func([]byte) ([]byte, keyring.Standing, error) {
+		rule := script{nil, func([]byte) ([]byte, keyring.ValueState, error) {
 			if calls++; calls < 20 {
 				return nil, keyring.Undecryptable, &keyring.Error{Kind: keyring.Unavailable, Text: "no answer"}
 			}

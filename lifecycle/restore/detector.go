@@ -1,4 +1,4 @@
-// Package restore notices that etcd was restored from a backup or emptied.
+// Package restore detects that etcd was restored from a backup, or emptied.
 package restore
 
 import (
@@ -11,11 +11,12 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// ErrRestored says that etcd was restored from a backup, or emptied, while something was read or written that belongs
+// ErrRestored is returned if etcd was restored or emptied between reads or writes that belong
 // together.
 var ErrRestored = errors.New("etcd has older data than before, as after a restore")
 
-// Position is where etcd's history is: revision and term of its log never go back within one cluster.
+// Position is a point in the history of an etcd cluster. Within one cluster, neither the revision
+// nor the raft term ever decreases.
 type Position struct {
 	cluster        uint64
 	term           uint64
@@ -25,24 +26,24 @@ type Position struct {
 
 func (p Position) String() string { return fmt.Sprintf("revision %d, term %d", p.revision, p.term) }
 
-// Detector notices that etcd comes back with older data than it had: another cluster ID, or a revision or term that is
-// lower. It is safe for concurrent use.
+// Detector detects that etcd has older data than before: another cluster ID, or a lower revision or
+// term. It is safe for concurrent use.
 //
-// A member that lags behind has a lower revision, too. So only the answer to a linearizable read says where etcd is,
-// and it is compared with what was known before the read began.
+// A member that lags behind has a lower revision, too. Therefore only the response to a
+// linearizable read is compared, with the position that was known before the read began.
 type Detector struct {
 	mu   sync.Mutex
 	last Position
 }
 
-// known is the latest Position that was seen.
+// Position returns the latest position that was observed.
 func (t *Detector) Position() Position {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.last
 }
 
-// saw notes an answer of etcd's.
+// Observe records the header of a response.
 func (t *Detector) Observe(h *pb.ResponseHeader) {
 	if h == nil || h.Revision == 0 {
 		return
@@ -56,8 +57,8 @@ func (t *Detector) Observe(h *pb.ResponseHeader) {
 	}
 }
 
-// compare compares the header of a linearizable answer with what was known before it was asked for. If etcd has gone
-// back, that is where the Detector is from now on, and the answer is true.
+// Compare compares the header of a linearizable response with the position from before the request.
+// If etcd was restored, it returns true, and the history begins again at the header.
 func (t *Detector) Compare(before Position, h *pb.ResponseHeader) (restored bool) {
 	restored = before.set && h != nil && (h.Revision < before.revision || h.RaftTerm < before.term || before.clusterOf && h.ClusterId != before.cluster)
 	if restored {
@@ -69,7 +70,8 @@ func (t *Detector) Compare(before Position, h *pb.ResponseHeader) (restored bool
 	return restored
 }
 
-// check asks etcd where it is, by a read of key. restored says that it has gone back since the last answer that was seen.
+// Check reads key to learn the position of etcd, and reports whether etcd was restored since the
+// last response that was observed.
 func (t *Detector) Check(ctx context.Context, kv clientv3.KV, key string) (restored bool, before, now Position, err error) {
 	before = t.Position()
 	if key == "" {

@@ -13,6 +13,7 @@ import (
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/kmsdouble"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
@@ -77,7 +78,7 @@ func (s *site) serve(args ...string) {
 		if err := p.Alive(); err != nil {
 			return err
 		}
-		if out := s.shell("etcd-kms-proxy status"); !strings.Contains(out, "as here") {
+		if out := s.shell("etcd-kms-proxy status"); !strings.Contains(out, "  same") {
 			return fmt.Errorf("%s", out)
 		}
 		record, err := s.raw.Range(s.t.Context(), &pb.RangeRequest{Key: []byte("/etcd-kms-proxy/agreement"), CountOnly: true})
@@ -144,8 +145,8 @@ func TestReencrypt(t *testing.T) {
 	s.run(1)
 }
 
-// TestVerify runs the blocks in the order of an operator: status and verify of a cluster that was just
-// encrypted, purge, and verify of the files of a stopped member.
+// TestVerify runs the blocks in the order of an operator: status and verify of a cluster that was
+// just encrypted, purge, and verify of the files of a stopped member.
 func TestVerify(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, "guides/verify-encryption.md")
@@ -317,14 +318,59 @@ func TestFromKubernetes(t *testing.T) {
 	s.run(4)
 }
 
-// TestAlibabaCloud and TestKubernetes name the blocks that need a cloud or a cluster.
+// TestAuditRecords verifies a log that has a key, as a proxy wrote it.
+func TestAuditRecords(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, "reference/audit-records.md")
+	defer s.done()
+	s.env.File("audit.key", []byte(strings.Repeat("k", 32)))
+	s.configure("audit.jsonl}", "audit.jsonl, keyFile: audit.key}")
+	s.newKey("key")
+	s.serve()
+	s.proxy.Stop(within)
+	s.run(1)
+	report := s.shell("etcd-kms-proxy audit verify --key-file audit.key audit.jsonl")
+	_, last, ok := strings.Cut(report, "last hash")
+	if !ok {
+		t.Fatal(report)
+	}
+	s.means("d9bd66e8bde4c220279e5559dc42fb157faee6947f40cbfb8a3df387ea2b0748", strings.TrimSpace(last))
+	s.run(2)
+	s.skip(3, "it needs a log of several files; internal/auditlog has that")
+}
+
+// TestAlibabaCloud runs the blocks with a simulated KMS. The credentials are a session of an
+// assumed role.
 func TestAlibabaCloud(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, "guides/alibaba-cloud.md")
 	defer s.done()
-	for n := range 4 {
-		s.skip(n+1, "it needs a KMS in the cloud; internal/cli compares these reports with a double of it")
+	kms := s.env.NewAlibaba()
+	sts := kmsdouble.NewSTS(t, kmsdouble.STSConfig{Register: kms.SetAccessKey})
+	for _, key := range []kmsdouble.KeyConfig{
+		{ID: "key-bjj65f1cb66fa42qo7z8w"}, {ID: "key-default00000000000000", Default: true}, {ID: "key-careless0000000000000", Careless: true},
+	} {
+		if err := kms.AddKey(key); err != nil {
+			t.Fatal(err)
+		}
 	}
+	s.env.File("id", []byte(kmsdouble.DefaultAccessKeyID))
+	s.env.File("secret", []byte(kmsdouble.DefaultAccessKeySecret))
+	provider := func(name, key string) string {
+		return fmt.Sprintf("- name: %s\n  alibaba:\n    {region: %s, keyID: %s, endpoint: %q, caFile: %s, credentials: {type: assumeRole, accessKeyIDFile: id, "+
+			"accessKeySecretFile: secret, roleARN: %q, stsEndpoint: %q, stsCAFile: %s}}\n",
+			name, kms.Region(), key, kms.Endpoint(), kms.CAFile(), kmsdouble.DefaultRoleARN, sts.Endpoint(), sts.CAFile())
+	}
+	dr, local := provider("dr", "key-bjj65f1cb66fa42qo7z8w"), s.here("- name: main\n  local: {keyFile: /etc/etcd-kms-proxy/key.yaml}\n")
+	ack := provider("ack", kmsdouble.DefaultKeyID)
+	s.configure(local, ack, "writeWith: main", "writeWith: ack")
+	s.run(1)
+	s.configure(local, ack+dr, "writeWith: main", "writeWith: ack\n  recovery: [dr]")
+	s.run(2)
+	s.configure(local, provider("ack", "key-default00000000000000")+dr, "writeWith: main", "writeWith: ack\n  recovery: [dr]")
+	s.run(3)
+	s.configure(local, provider("ack", "key-careless0000000000000")+dr, "writeWith: main", "writeWith: ack\n  recovery: [dr]")
+	s.run(4)
 }
 
 func TestKubernetes(t *testing.T) {
@@ -332,4 +378,27 @@ func TestKubernetes(t *testing.T) {
 	s := newSite(t, "guides/kubernetes.md")
 	defer s.done()
 	s.skip(5, "it serves until a signal; test/kubernetes starts it")
+}
+
+// TestEveryPage requires that each page with a console block that runs etcd-kms-proxy has a test
+// here.
+func TestEveryPage(t *testing.T) {
+	t.Parallel()
+	source, err := os.ReadFile("pages_test.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range markdown(t) {
+		below, ok := strings.CutPrefix(name, "docs/")
+		if !ok || strings.Contains(string(source), fmt.Sprintf("newSite(t, %q)", below)) {
+			continue
+		}
+		for _, b := range parse(readPage(t, name)) {
+			for _, c := range b {
+				if strings.HasPrefix(c.line, "etcd-kms-proxy ") {
+					t.Errorf("%s: no test runs %q", name, c.line)
+				}
+			}
+		}
+	}
 }

@@ -21,7 +21,7 @@ import (
 
 // legacyVectorFile contains what k8s.io/apiserver's aescbc, aesgcm and secretbox transformers
 // wrote.
-var legacyVectorFile = filepath.Join("..", "..", "crypto", "legacy", "testdata", "kubernetes-vectors.json")
+var legacyVectorFile = filepath.Join("..", "..", "crypto", "kubelegacy", "testdata", "kubernetes-vectors.json")
 
 // legacyVector has the fields of crypto/kubelegacy's own test.
 type legacyVector struct {

@@ -98,8 +98,8 @@ func openCluster(cmd *cobra.Command, c *config.Config, o clusterOptions) (_ *clu
 		if o.noKMS {
 			break
 		}
-		cl.ends.Go(func() { _ = ring.Run(running) }) // it fails only if it ran before
-		polls.Go(func() { _ = ring.Contact(ctx) })   // its state has the reason
+		cl.ends.Go(func() { _ = ring.Run(running) })    // it fails only if it ran before
+		polls.Go(func() { _ = ring.WaitForCheck(ctx) }) // its state has the reason
 	}
 	if !o.noEtcd {
 		if err = cl.reach(ctx); err == nil {

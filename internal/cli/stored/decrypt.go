@@ -89,6 +89,7 @@ type decryptOptions struct {
 // decryptedValue is one line of output.
 type decryptedValue struct {
 	Key      string `json:"key"`
+	KeyBytes []byte `json:"keyBytes,omitempty"` // Key where that is not valid UTF-8
 	Revision int64  `json:"revision"`
 	Standing string `json:"standing"`
 	Value    []byte `json:"value,omitempty"`
@@ -126,11 +127,11 @@ func (cl *cluster) decrypt(ctx context.Context, o decryptOptions, stdout, stderr
 	}
 	err = cl.values(ctx, o, func(kv *mvccpb.KeyValue) error {
 		found = true
-		v := decryptedValue{Key: string(kv.Key), Revision: kv.ModRevision, Standing: "unruled", Value: kv.Value}
+		v := decryptedValue{Key: string(kv.Key), KeyBytes: inventory.KeyBytes(string(kv.Key)), Revision: kv.ModRevision, Standing: "unruled", Value: kv.Value}
 		var ierr error
 		rule := cl.rules.Of(kv.Key)
 		if rule != nil {
-			var standing keyring.Standing
+			var standing keyring.ValueState
 			v.Value, standing, ierr = rule.Sealer.Inspect(ctx, kv.Key, kv.Value)
 			if e, ok := errors.AsType[*keyring.Error](ierr); ok && (e.Kind == keyring.Unavailable || e.Answered()) {
 				standing = inventory.Unavailable
@@ -141,7 +142,7 @@ func (cl *cluster) decrypt(ctx context.Context, o decryptOptions, stdout, stderr
 		switch {
 		case v.Standing == string(keyring.Foreign):
 			ierr, foreign = errors.New("it is encrypted by a provider that its rule does not read"), foreign+1
-		case rule != nil && rule.Strict && v.Standing == string(keyring.Unsealed):
+		case rule != nil && rule.Strict && v.Standing == string(keyring.Unencrypted):
 			ierr, foreign = errors.New("it is plaintext, which its rule refuses to read (allowPlaintextReads: false): it was written past the proxies"), foreign+1
 		case rule == nil && strings.HasPrefix(string(kv.Value), envelope.Root):
 			ierr, foreign = errors.New("it is encrypted, and no rule covers its key"), foreign+1

@@ -100,17 +100,18 @@ type statusProxy struct {
 }
 
 type statusKey struct {
-	Key      string           `json:"key"`
-	Standing keyring.Standing `json:"standing"`
-	Revision int64            `json:"revision"`
-	Why      string           `json:"why,omitempty"`
+	Key      string             `json:"key"`
+	KeyBytes []byte             `json:"keyBytes,omitempty"` // Key where that is not valid UTF-8
+	Standing keyring.ValueState `json:"standing"`
+	Revision int64              `json:"revision"`
+	Why      string             `json:"why,omitempty"`
 }
 
 // status makes the report.
 func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) {
 	report := &statusReport{OK: true, Agreeing: true, Rules: []statusRule{}, KMS: []statusKMS{}, Proxies: []statusProxy{}}
 	refused := make(map[string]int64)
-	visit := func(rule *inventory.Rule, kv *mvccpb.KeyValue, standing keyring.Standing, err error) error {
+	visit := func(rule *inventory.Rule, kv *mvccpb.KeyValue, standing keyring.ValueState, err error) error {
 		e, ok := errors.AsType[*keyring.Error](err)
 		if ok && standing == inventory.Unavailable && e.Answered() {
 			refused[rule.Prefix]++
@@ -118,7 +119,7 @@ func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) 
 		if !list || standing == keyring.Current {
 			return nil
 		}
-		k := statusKey{Key: string(kv.Key), Standing: standing, Revision: kv.ModRevision}
+		k := statusKey{Key: string(kv.Key), KeyBytes: inventory.KeyBytes(string(kv.Key)), Standing: standing, Revision: kv.ModRevision}
 		if err != nil {
 			k.Why = err.Error()
 		}
@@ -138,9 +139,9 @@ func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) 
 		strict[rule.Prefix] = rule.Strict
 	}
 	for _, c := range counts {
-		n := func(s keyring.Standing) int64 { return c.Standings[s].Keys }
+		n := func(s keyring.ValueState) int64 { return c.Standings[s].Keys }
 		report.Rules = append(report.Rules, statusRule{
-			Prefix: c.Prefix, WriteWith: c.WriteWith, Strict: strict[c.Prefix], Keys: c.All.Keys, Current: n(keyring.Current), Stale: n(keyring.Stale), Plaintext: n(keyring.Unsealed),
+			Prefix: c.Prefix, WriteWith: c.WriteWith, Strict: strict[c.Prefix], Keys: c.All.Keys, Current: n(keyring.Current), Stale: n(keyring.Stale), Plaintext: n(keyring.Unencrypted),
 			Foreign: n(keyring.Foreign), Undecryptable: n(keyring.Undecryptable), Unavailable: n(inventory.Unavailable), Refused: refused[c.Prefix], Detail: c,
 		})
 		report.OK = report.OK && c.Done()
