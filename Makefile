@@ -120,8 +120,9 @@ vuln: $(BIN)/govulncheck ## known vulnerabilities that the product can reach; VU
 	@$(BIN)/govulncheck -db $(VULNDB) ./... || { code=$$?; test $$code = 3 || \
 	  echo "error: nothing was checked, for the reason above: the vulnerability database at $(VULNDB) must be reachable" >&2; exit $$code; }
 
-docs: ## regenerate docs/reference/configuration.md from the config types' comments
+docs: ## regenerate the pages of docs/reference that come from the code: configuration, commands, metrics
 	go generate ./config
+	go test ./internal/cli ./internal/server -run '^TestReference$$' -args -update-docs
 
 tools: tools-etcd tools-kube $(BIN)/kine $(BIN)/h2spec $(BIN)/nfpm $(BIN)/cyclonedx-gomod $(if $(shell command -v npm 2>/dev/null),$(BIN)/node) ## the etcds, kube-apiserver and other programs that the tests start
 

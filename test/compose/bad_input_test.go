@@ -91,7 +91,7 @@ func TestBadInput(t *testing.T) {
 		if out, err := s.try(t.Context(), "up", "-d"); err == nil {
 			t.Errorf("it starts without its KMS:\n%s", out)
 		}
-		s.says("setup", "error: this stack writes with Alibaba Cloud KMS, and the environment does not name it: is .env missing?", "hint: put .env back")
+		s.says("setup", "error: this stack encrypts with Alibaba Cloud KMS, and the environment does not name it: is .env missing?", "hint: restore .env")
 	})
 	t.Run("a started stack", func(t *testing.T) {
 		s := newStack(t, composeV2(t))
@@ -120,7 +120,7 @@ func TestBadInput(t *testing.T) {
 			},
 			{
 				name: "the local key is gone", volume: "proxy", script: "mv /v/key.yaml /v/lost", repair: "mv /v/lost /v/key.yaml",
-				setup: []string{"the local key that it was encrypted with is gone", "hint: put the key file back"},
+				setup: []string{"the local key that it was encrypted with is gone", "hint: restore the key file"},
 			},
 		} {
 			t.Run(tt.name, func(t *testing.T) {
@@ -192,6 +192,6 @@ func TestBadInput(t *testing.T) {
 		if out, err := s.try(t.Context(), "up", "-d"); err == nil {
 			t.Errorf("it starts on a full disk:\n%s", out)
 		}
-		s.says("setup", "no space left on device", "hint: make room on the disk that holds Docker's volumes")
+		s.says("setup", "no space left on device", "hint: make room on the disk that has Docker's volumes")
 	})
 }

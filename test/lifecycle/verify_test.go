@@ -74,7 +74,7 @@ func TestVerifyOpens(t *testing.T) {
 		t.Error("none is unopened")
 	}
 	s.run(t, 3, "verify --timeout 1s", "1 values could not be opened", "whether 1 values that are well-formed open")
-	s.run(t, 0, "verify --offline --snapshot "+s.etcd.Snapshot("snap/saved.db"), "whether sealed values open, since --offline asks no KMS")
+	s.run(t, 0, "verify --offline --snapshot "+s.etcd.Snapshot("snap/saved.db"), "whether encrypted values can be decrypted, since --offline calls no KMS")
 	kms.Start()
 }
 

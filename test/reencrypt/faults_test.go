@@ -85,7 +85,7 @@ func TestInterrupted(t *testing.T) {
 		t.Fatal("it did not end by itself")
 	}
 	r, done := decode(t, p.Log()), int64(s.changed(t.Context()))
-	if code := p.Wait(within); code != 3 || !r.Interrupted || r.OK || r.Rewritten != done || !strings.Contains(p.Log(), "hint: nothing is half done") {
+	if code := p.Wait(within); code != 3 || !r.Interrupted || r.OK || r.Rewritten != done || !strings.Contains(p.Log(), "hint: no value is half done") {
 		t.Errorf("exit code %d after %d values: %s", code, done, p.Log())
 	}
 	if r, out := s.reencrypt(config, 0); r.Rewritten != int64(len(values))-done {
