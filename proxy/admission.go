@@ -11,9 +11,9 @@ import (
 // Limits of relayed unary calls that etcd has not begun to answer. Clients that send calls faster than
 // etcd answers them wait for each other, and all others would wait with them in etcd.
 const (
-	mostCalls  = 1024 // of all clients, before a client is limited to its share
-	clientCall = 8    // that each client's connection may always have
-	waitingMax = 64   // that wait, before the connection is not read for a while
+	mostCalls  = 512 // of all clients, before a client is limited to its share
+	clientCall = 4   // that each client's connection may always have
+	waitingMax = 64  // that wait, before the connection is not read for a while
 )
 
 // pauseMax is how long a connection is not read at a time, so that a client can cancel calls and is

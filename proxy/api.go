@@ -40,7 +40,8 @@ func newAPI(c *core, u *upstream, m *metrics, log *slog.Logger, d *denials) *api
 	a := &api{core: c, log: log, denials: d, unknown: m.unknown(), methods: make(map[string]*method), services: make(map[string]bool)}
 	a.draining, a.drain = context.WithCancelCause(context.Background())
 	for _, row := range methodTable() {
-		row.api, row.metrics, row.relayed = a, m.of(row), row.relays()
+		kind := [...]string{shapeUnary: "unary", shapeServerStream: "server_stream", shapeBidiStream: "bidi_stream"}[row.shape]
+		row.api, row.metrics, row.relayed = a, m.of(kind, row.service, row.name), row.relays()
 		a.methods[row.full], a.services[row.service] = row, true
 	}
 	a.coordination = newCoordination(a, u)

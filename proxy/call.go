@@ -2,16 +2,20 @@ package proxy
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"log/slog"
 	"regexp"
 	"sync/atomic"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protowire"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/logonce"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdwire"
 )
 
@@ -23,10 +27,19 @@ type core struct {
 	// learnerGate is closed once those calls may go on that a learner serves; nil if they wait for gate.
 	learnerGate <-chan struct{}
 	log         *slog.Logger
-	lost        firsts           // values, by the error's text, that were logged as lost
+	lost        *logonce.Keys    // the texts of errors about lost values that were logged
 	turns       *turns           // of transactions that compare by value
 	pinned      []ListenerConfig // that lead to one endpoint
 }
+
+func newCore(rules *ruleSet, maxRequest int, log *slog.Logger) *core {
+	c := &core{maxRequest: maxRequest, log: log, lost: logonce.NewKeys(lostKeys), turns: newTurns()}
+	c.rules.Store(rules)
+	return c
+}
+
+// lostKeys is how many errors about lost values are remembered.
+const lostKeys = 1024
 
 // call rewrites the messages of one call. An engine hands it every request message, then every response message for which scans
 // is true. Messages come whole, without gRPC's header; a result is the argument itself where nothing changes. A response may be overwritten, a request
@@ -89,7 +102,7 @@ func (c *core) status(err error, fromEtcd bool) error {
 	if !known {
 		c.log.Error("a value could not be sealed or opened", "error", err)
 	}
-	if st := status.Convert(st); st.Code() == codes.DataLoss && c.lost.first(requestID.ReplaceAllString(st.Message(), "")) {
+	if st := status.Convert(st); st.Code() == codes.DataLoss && c.lost.First(requestID.ReplaceAllString(st.Message(), "")) {
 		c.log.Error("a stored value cannot be read", "error", st.Message())
 	}
 	return st
@@ -136,7 +149,7 @@ func (c *rangeCall) request(_ mode, msg []byte) ([]byte, error) {
 	}
 	c.touches = !c.shape.KeysOnly && touches
 	if c.stream && (c.byValue || c.touches) {
-		if err := c.sortedStream(msg); err != nil {
+		if err := c.decideStream(msg); err != nil {
 			return nil, c.core.status(err, false)
 		}
 	}
@@ -192,6 +205,16 @@ func (c *putCall) request(m mode, msg []byte) ([]byte, error) {
 func (c *putCall) response(m mode, msg []byte) ([]byte, error) {
 	out, err := etcdwire.PutResponse(msg, m.over(c.core.rules.Load()))
 	return out, c.core.status(err, true)
+}
+
+// refusedPut is the error for a put under a rule that has a value and is to keep the one there is.
+// etcd refuses it, but would be sent the plaintext: so it is refused here, as etcd does.
+func (c *putCall) refusedPut(msg []byte) error {
+	put := new(pb.PutRequest)
+	if err := decode(msg, put); err != nil {
+		return c.core.status(err, false)
+	}
+	return cmp.Or(checkPut(put), rpctypes.ErrGRPCValueProvided)
 }
 
 type deleteCall struct {

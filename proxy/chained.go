@@ -95,3 +95,21 @@ func FindProxy(ctx context.Context, cfg UpstreamConfig, log *slog.Logger) (strin
 	}
 	return "", nil
 }
+
+// upstreamContext carries the client's metadata on to etcd, and says that etcd is who it is for. What belongs to the hop stays behind: gRPC writes its own; pseudo headers, content
+// type, user agent and timeout are left out by grpc-go itself.
+func upstreamContext(ctx context.Context) context.Context {
+	md, ok := metadata.FromIncomingContext(ctx)
+	if !ok {
+		md = make(metadata.MD, 1)
+	}
+	for k := range md {
+		switch k {
+		case "grpc-accept-encoding", "grpc-encoding", "grpc-timeout", "grpc-status", "grpc-message", "grpc-status-details-bin",
+			"te", "connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade", "host", "accept-encoding":
+			delete(md, k)
+		}
+	}
+	md[meantForEtcd] = markOfEtcd
+	return metadata.NewOutgoingContext(ctx, md)
+}

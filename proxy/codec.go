@@ -1,10 +1,12 @@
 package proxy
 
 import (
+	"encoding/binary"
 	"fmt"
 
 	"google.golang.org/grpc/encoding"
 	"google.golang.org/grpc/mem"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdwire"
 )
@@ -149,3 +151,58 @@ func (rawCodec) Unmarshal(data mem.BufferSlice, v any) error {
 
 // Name implements encoding.CodecV2.
 func (rawCodec) Name() string { return "proto" }
+
+// headLength is that of the head of a gRPC message: a flag and four bytes of length.
+const headLength = 5
+
+// head is that of a message of n bytes.
+func head(n int) []byte {
+	return binary.BigEndian.AppendUint32([]byte{0}, uint32(n)) //nolint:gosec // messages are shorter than 4 GiB
+}
+
+// encodeFrame makes a frame of a message: of protobuf's, or a frame already, which it takes over.
+func encodeFrame(m any) (*frame, error) {
+	switch m := m.(type) {
+	case *frame:
+		f := &frame{data: m.data}
+		m.data = nil
+		return f, nil
+	case proto.Message:
+		msg, err := encode(m)
+		if err != nil {
+			return nil, err
+		}
+		return frameOf(msg), nil
+	}
+	return nil, fmt.Errorf("encode %T: not a message", m)
+}
+
+// decode decodes the message into a protobuf's, or hands it over to a frame.
+func (f *frame) decode(into any) error {
+	switch into := into.(type) {
+	case *frame:
+		into.data, f.data = f.data, nil
+		return nil
+	case proto.Message:
+		return decode(f.data.Materialize(), into)
+	}
+	return fmt.Errorf("decode into %T: not a message", into)
+}
+
+// frameOf is a frame with these bytes.
+func frameOf(msg []byte) *frame { return &frame{data: mem.BufferSlice{mem.SliceBuffer(msg)}} }
+
+func decode(msg []byte, into proto.Message) error {
+	if err := proto.Unmarshal(msg, into); err != nil {
+		return fmt.Errorf("%w: it cannot be decoded", etcdwire.ErrMalformed)
+	}
+	return nil
+}
+
+func encode(m proto.Message) ([]byte, error) {
+	out, err := proto.Marshal(m)
+	if err != nil {
+		return nil, fmt.Errorf("encode %T: %w", m, err)
+	}
+	return out, nil
+}

@@ -67,34 +67,13 @@ func (t *turns) take(ctx context.Context, key []byte) (done func(), err error) {
 	}
 }
 
-// exchange serves a transaction that compares or sorts by value.
-func (c *txnCall) exchange(ctx context.Context, msg []byte, ask asker) ([]byte, error) {
-	t := &valueTxn{txnCall: c, ask: ask, asked: new(pb.TxnRequest)}
-	if err := decode(msg, t.asked); err != nil {
-		return nil, c.core.status(err, false)
-	}
-	client := t.asked
-	if c.over {
-		t.asked, _ = proto.Clone(client).(*pb.TxnRequest)
-		c.at.own.leaveOut(t.asked)
-	}
-	answer, err := t.serve(ctx)
-	if err != nil || !c.over {
-		return answer, err
-	}
-	out := new(pb.TxnResponse)
-	if err := decode(answer, out); err != nil {
-		return nil, c.core.status(err, true)
-	}
-	if err := c.at.own.putBack(client, out); err != nil {
-		return nil, c.core.status(err, true)
-	}
-	answer, err = encode(out)
-	return answer, c.core.status(err, true)
+// newValueTxn makes the work on a transaction, which it may change.
+func newValueTxn(s valueStore, t *turns, asked *pb.TxnRequest) *valueTxn {
+	return &valueTxn{store: s, turns: t, asked: asked}
 }
 
 // serve returns the answer to the transaction.
-func (t *valueTxn) serve(ctx context.Context) ([]byte, error) {
+func (t *valueTxn) serve(ctx context.Context) (*pb.TxnResponse, error) {
 	t.strip(t.asked)
 	if !t.byValue(t.asked) {
 		return t.send(ctx, t.asked, false)
@@ -112,7 +91,7 @@ func (t *valueTxn) serve(ctx context.Context) ([]byte, error) {
 			return answer, err
 		}
 		if attempt == 0 {
-			done, err := t.core.turns.take(ctx, t.compared)
+			done, err := t.turns.take(ctx, t.compared)
 			if err != nil {
 				return nil, err
 			}
@@ -131,8 +110,8 @@ func (t *valueTxn) serve(ctx context.Context) ([]byte, error) {
 
 // valueTxn is the work on one transaction.
 type valueTxn struct {
-	*txnCall
-	ask      asker
+	store    valueStore
+	turns    *turns
 	asked    *pb.TxnRequest
 	compared []byte // a key that is compared by value
 	apart    bool   // the other branch is checked by a transaction of its own
@@ -184,7 +163,7 @@ func (t *valueTxn) compares(txn *pb.TxnRequest) (all, ranges int) {
 
 // covered reports whether c compares by values that are sealed.
 func (t *valueTxn) covered(c *pb.Compare) bool {
-	return c.GetTarget() == pb.Compare_VALUE && (t.at.Overlaps(c.GetKey(), c.GetRangeEnd()) || t.at.Overlaps(c.GetKey(), nil))
+	return c.GetTarget() == pb.Compare_VALUE && (t.store.Overlaps(c.GetKey(), c.GetRangeEnd()) || t.store.Overlaps(c.GetKey(), nil))
 }
 
 // strip takes away operands that etcd would ignore, and write to its log: a value where something else is compared.
@@ -222,7 +201,7 @@ func (t *valueTxn) byValue(txn *pb.TxnRequest) bool {
 }
 
 // attempt returns nil and no error if what it had read was written meanwhile.
-func (t *valueTxn) attempt(ctx context.Context) ([]byte, error) {
+func (t *valueTxn) attempt(ctx context.Context) (*pb.TxnResponse, error) {
 	d := &decision{valueTxn: t, batch: maxTxnOps, seen: make(map[*pb.Compare]seenCompare), holds: make(map[*pb.TxnRequest]bool), guarded: make(map[string]struct{})}
 	if err := d.decideAll(ctx); err != nil {
 		return d.again(err)
@@ -245,7 +224,7 @@ func (t *valueTxn) attempt(ctx context.Context) ([]byte, error) {
 			sent.Failure = []*pb.RequestOp{{Request: &pb.RequestOp_RequestTxn{RequestTxn: check}}}
 		default:
 			check.Compare = t.padded(check.Compare, max(len(t.asked.GetCompare()), len(chosen)), false)
-			if _, err := t.askTxn(ctx, check, maxByValue, t.ask); err != nil {
+			if _, err := t.store.Txn(ctx, check, maxByValue); err != nil {
 				return nil, tooMuch(err)
 			}
 		}
@@ -272,7 +251,7 @@ func (t *valueTxn) explain(ctx context.Context, err error) error {
 			compares = append(compares, constant(c, false))
 		}
 		check := t.never(t.padded(compares, max(len(t.asked.GetSuccess()), len(t.asked.GetFailure())), false), ops)
-		switch _, own := t.askTxn(ctx, check, maxByValue, t.ask); {
+		switch _, own := t.store.Txn(ctx, check, maxByValue); {
 		case status.Code(own) != codes.InvalidArgument:
 		case status.Convert(own).Message() != rpctypes.ErrorDesc(rpctypes.ErrGRPCDuplicateKey):
 			return own
@@ -294,7 +273,7 @@ func isTooManyOps(err error) bool {
 func (t *valueTxn) never(compares []*pb.Compare, ops []*pb.RequestOp) *pb.TxnRequest {
 	check, _ := proto.Clone(&pb.TxnRequest{Compare: compares, Success: ops}).(*pb.TxnRequest)
 	t.blind(check)
-	t.at.unsortedOps(check.GetSuccess())
+	unsortedOps(t.store, check.GetSuccess())
 	return check
 }
 
@@ -325,24 +304,20 @@ func (t *valueTxn) blind(txn *pb.TxnRequest) {
 
 // send sends a transaction under guards, and returns the answer as the client is to see it: nil if the guards did not hold. failed says that the branch is the one that was
 // asked for in case of failure. A transaction of the client's own, which only sorts by value, has no guards.
-func (t *valueTxn) send(ctx context.Context, sent *pb.TxnRequest, failed bool) ([]byte, error) {
+func (t *valueTxn) send(ctx context.Context, sent *pb.TxnRequest, failed bool) (*pb.TxnResponse, error) {
 	guarded := sent != t.asked
 	if !guarded {
 		sent, _ = proto.Clone(sent).(*pb.TxnRequest)
 	}
-	sorts := t.at.unsortedOps(sent.GetSuccess())
-	sorts = t.at.unsortedOps(sent.GetFailure()) || sorts
+	sorts := unsortedOps(t.store, sent.GetSuccess())
+	sorts = unsortedOps(t.store, sent.GetFailure()) || sorts
 	limit := maxByValue
 	if !guarded && !sorts {
 		limit = math.MaxInt32
 	}
-	answer, err := t.askTxn(ctx, sent, limit, t.ask)
+	out, err := t.store.Txn(ctx, sent, limit)
 	if err != nil {
 		return nil, tooMuch(err)
-	}
-	out := new(pb.TxnResponse)
-	if err := decode(answer, out); err != nil {
-		return nil, t.core.status(err, true)
 	}
 	if guarded && !out.GetSucceeded() {
 		return nil, nil
@@ -351,8 +326,7 @@ func (t *valueTxn) send(ctx context.Context, sent *pb.TxnRequest, failed bool) (
 		out.Succeeded = !failed
 	}
 	if sorts {
-		t.at.sortOps(branchOf(t.asked, out.GetSucceeded()), out.GetResponses())
+		sortOps(t.store, branchOf(t.asked, out.GetSucceeded()), out.GetResponses())
 	}
-	answer, err = encode(out)
-	return answer, t.core.status(err, true)
+	return out, nil
 }

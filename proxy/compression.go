@@ -10,14 +10,11 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// maxMessage is the limit on a client's message, in bytes.
-func (e *engine) maxMessage() int { return e.api.core.maxRequest + grpcOverhead }
-
 // checkMessage returns the error for the head of a message that is not served: its flag is not that
 // of a plain message or, where the client has named a compressor, of a compressed one, or it is too
 // long.
-func (e *engine) checkMessage(flag byte, length int, compressor bool) error {
-	switch limit := e.maxMessage(); {
+func checkMessage(flag byte, length, limit int, compressor bool) error {
+	switch {
 	case length > limit:
 		return status.Errorf(codes.ResourceExhausted, "grpc: received message larger than max (%d vs. %d)", length, limit)
 	case flag > 1:
@@ -41,7 +38,7 @@ func (f *frame) decompress(c encoding.Compressor, limit int) error {
 		return status.Errorf(codes.Internal, "grpc: failed to decompress the message: %v", err)
 	}
 	if closer, ok := r.(io.Closer); ok {
-		defer closer.Close() //nolint:errcheck // of a reader
+		defer closer.Close()
 	}
 	out, err := mem.ReadAll(io.LimitReader(r, int64(limit)+1), buffers)
 	switch {

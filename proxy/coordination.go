@@ -2,7 +2,6 @@ package proxy
 
 import (
 	"context"
-	"fmt"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -14,7 +13,6 @@ import (
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
-	"google.golang.org/protobuf/proto"
 )
 
 // coordination are etcd's own Election and Lock services, run here: they read, compare and write
@@ -117,33 +115,4 @@ func (s *decodedStream) SendMsg(m any) error {
 	}
 	s.metrics.sent.Inc()
 	return nil
-}
-
-// encodeFrame makes a frame of a message: of protobuf's, or a frame already, which it takes over.
-func encodeFrame(m any) (*frame, error) {
-	switch m := m.(type) {
-	case *frame:
-		f := &frame{data: m.data}
-		m.data = nil
-		return f, nil
-	case proto.Message:
-		msg, err := encode(m)
-		if err != nil {
-			return nil, err
-		}
-		return frameOf(msg), nil
-	}
-	return nil, fmt.Errorf("encode %T: not a message", m)
-}
-
-// decode decodes the message into a protobuf's, or hands it over to a frame.
-func (f *frame) decode(into any) error {
-	switch into := into.(type) {
-	case *frame:
-		into.data, f.data = f.data, nil
-		return nil
-	case proto.Message:
-		return decode(f.data.Materialize(), into)
-	}
-	return fmt.Errorf("decode into %T: not a message", into)
 }

@@ -4,11 +4,11 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"errors"
 	"slices"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 )
@@ -26,7 +26,7 @@ type decision struct {
 
 // again makes a new attempt of a revision that was compacted under way, or that the next member
 // does not have yet.
-func (d *decision) again(err error) ([]byte, error) {
+func (d *decision) again(err error) (*pb.TxnResponse, error) {
 	if d.revision > 0 {
 		switch status.Convert(err).Message() {
 		case rpctypes.ErrorDesc(rpctypes.ErrGRPCCompacted), rpctypes.ErrorDesc(rpctypes.ErrGRPCFutureRev):
@@ -180,16 +180,12 @@ func (d *decision) lookAt(ctx context.Context, keys [][]*pb.Compare) error {
 		}
 		reads.Success = append(reads.Success, &pb.RequestOp{Request: &pb.RequestOp_RequestRange{RequestRange: r}})
 	}
-	msg, err := d.askTxn(ctx, reads, maxByValue, d.ask)
+	answer, err := d.store.Txn(ctx, reads, maxByValue)
 	if err != nil {
 		return err
 	}
-	answer := new(pb.TxnResponse)
-	if err := decode(msg, answer); err != nil {
-		return d.core.status(err, true)
-	}
 	if len(answer.GetResponses()) != len(keys) {
-		return d.core.status(errors.New("etcd answered another number of reads"), true)
+		return ownError(codes.Internal, "etcd's answer: malformed message: another number of reads")
 	}
 	d.revision = cmp.Or(d.revision, answer.GetHeader().GetRevision())
 	for i, about := range keys {
@@ -212,7 +208,7 @@ func (d *decision) meet(ctx context.Context, c *pb.Compare) (seenCompare, error)
 	r := d.read(c)
 	for r.Limit = pageKeys; ; {
 		r.Revision = d.revision
-		page, err := d.askRange(ctx, r, d.ask)
+		page, err := d.store.Range(ctx, r)
 		if overlong(err) && r.GetLimit() > 1 {
 			r.Limit = max(1, r.GetLimit()/8)
 			continue

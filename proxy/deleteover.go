@@ -16,8 +16,6 @@ import (
 // client sees the answer of one delete. In a transaction of the client's, they stand where the
 // delete was: not in a nested one, since etcd does not compare what siblings write.
 
-var _ exchanger = (*deleteCall)(nil)
-
 func (c *deleteCall) exchanges() bool { return c.over }
 
 // exchange implements exchanger.
@@ -26,13 +24,9 @@ func (c *deleteCall) exchange(ctx context.Context, msg []byte, ask asker) ([]byt
 	if err := decode(msg, asked); err != nil {
 		return nil, c.core.status(err, false)
 	}
-	said, err := c.askTxn(ctx, &pb.TxnRequest{Success: c.at.own.parts(asked)}, math.MaxInt32, ask)
+	answer, err := store{&c.kvCall, ask}.Txn(ctx, &pb.TxnRequest{Success: c.at.own.parts(asked)}, math.MaxInt32)
 	if err != nil {
 		return nil, err
-	}
-	answer := new(pb.TxnResponse)
-	if err := decode(said, answer); err != nil {
-		return nil, c.core.status(err, true)
 	}
 	all, err := joinedDeletes(answer.GetResponses())
 	if err != nil {

@@ -20,14 +20,15 @@ import (
 // is odd about a request, and every request while etcd is not connected. Over TLS a connection also
 // carries web requests.
 type engine struct {
-	api    *api
-	log    *slog.Logger
-	drain  time.Duration
-	web    http.Handler // of requests that are not gRPC's
-	budget *http2conn.Budget
-	calls  atomic.Int64    // see [admission]
-	base   context.Context // of everything that waits; it ends with the engine
-	cancel context.CancelFunc
+	api        *api
+	log        *slog.Logger
+	drain      time.Duration
+	maxMessage int          // of a client's messages, in bytes
+	web        http.Handler // of requests that are not gRPC's
+	budget     *http2conn.Budget
+	calls      atomic.Int64    // see [admission]
+	base       context.Context // of everything that waits; it ends with the engine
+	cancel     context.CancelFunc
 
 	leaving  atomic.Bool // draining has begun
 	mu       sync.Mutex
@@ -37,14 +38,8 @@ type engine struct {
 	all      sync.WaitGroup
 }
 
-// relays reports whether the frames of a method's calls are relayed: it carries no value, or values
-// that are rewritten in place.
-func (m *method) relays() bool {
-	return m.class == classPass && m.service != "grpc.health.v1.Health" || m.class == classCheck || m.class == classRewrite
-}
-
 func newEngine(a *api, web http.Handler, drain time.Duration, log *slog.Logger) *engine {
-	e := &engine{api: a, log: log, drain: drain, web: web, budget: http2conn.NewBudget(requestBudget()), sessions: make(map[*session]struct{}), empty: make(chan struct{})}
+	e := &engine{api: a, maxMessage: a.core.maxRequest + grpcOverhead, log: log, drain: drain, web: web, budget: http2conn.NewBudget(requestBudget()), sessions: make(map[*session]struct{}), empty: make(chan struct{})}
 	e.base, e.cancel = context.WithCancel(context.Background())
 	return e
 }

@@ -10,9 +10,6 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdwire"
 )
 
-// ownPrefix begins every text that is the proxy's and not etcd's.
-const ownPrefix = "etcd-kms-proxy: "
-
 var (
 	errReadOnly     = ownError(codes.PermissionDenied, "this client is one of the listener's ciphertextClients, which may only read")
 	errOwnKey       = ownError(codes.PermissionDenied, "this would change keys that the proxies keep for themselves: use keys with another prefix")
@@ -23,8 +20,6 @@ var (
 	// errRequestTooLarge is etcd's own answer, code and text.
 	errRequestTooLarge = status.Error(codes.InvalidArgument, "etcdserver: request is too large")
 )
-
-func ownError(code codes.Code, text string) error { return status.Error(code, ownPrefix+text) }
 
 // sealStatus maps what a Sealer or the rewriter said to the client's status. known is false if the cause is not one that a client
 // should read: the status is then Internal with a fixed text, and the caller logs err.

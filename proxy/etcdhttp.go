@@ -5,57 +5,12 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"io"
-	"log"
 	"net"
 	"net/http"
-	"net/http/httputil"
-	"net/url"
 	"strings"
 	"sync"
+	"time"
 )
-
-// etcdItself has etcd respond to a request, whatever its method. The request's body stays behind:
-// etcd reads none on these paths. Header fields that let scripts of other origins read the response
-// stay behind, too.
-func etcdItself() http.Handler {
-	return &httputil.ReverseProxy{
-		Rewrite: func(r *httputil.ProxyRequest) {
-			r.SetURL(&url.URL{Scheme: "http", Host: "etcd"})
-			r.Out.Host = r.In.Host
-			r.Out.Body, r.Out.ContentLength = http.NoBody, 0
-			r.Out.Header.Del("Expect")
-		},
-		ModifyResponse: func(r *http.Response) error {
-			for name := range r.Header {
-				if strings.HasPrefix(name, "Access-Control-") {
-					delete(r.Header, name)
-				}
-			}
-			return nil
-		},
-		Transport: ofConnection{}, ErrorLog: log.New(io.Discard, "", 0),
-		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
-			text := "etcd is unreachable"
-			if id := identityOf(r.Context()); id != nil {
-				text = id.to.http.explain(r.Context(), err)
-			}
-			http.Error(w, ownPrefix+text, http.StatusBadGateway)
-		},
-	}
-}
-
-// ofConnection goes where the listener of a request's connection leads to.
-type ofConnection struct{}
-
-// RoundTrip implements http.RoundTripper.
-func (ofConnection) RoundTrip(r *http.Request) (*http.Response, error) {
-	id := identityOf(r.Context())
-	if id == nil {
-		return nil, errNoIdentity
-	}
-	return id.to.http.RoundTrip(r)
-}
 
 // etcdHTTP reaches etcd over HTTP/1.1: the first of its URLs that answers.
 type etcdHTTP struct {
@@ -66,6 +21,13 @@ type etcdHTTP struct {
 	named     bool                 // endpoints are UpstreamConfig.HTTPEndpoints
 	once      sync.Once            // logs that they do not speak HTTP/1.1
 }
+
+const (
+	// responseTimeout is how long etcd may take to respond.
+	responseTimeout = time.Minute
+	// idleConnTimeout is how long a connection stays without requests.
+	idleConnTimeout = 5 * time.Minute
+)
 
 // newEtcdHTTP makes the way to cfg's HTTP endpoints, which are its endpoints unless it says
 // otherwise.
@@ -90,7 +52,7 @@ func newEtcdHTTP(cfg UpstreamConfig, u *upstream) (*etcdHTTP, error) {
 	e.Transport = &http.Transport{
 		// The scheme and address that a request names do not count.
 		DialContext:           func(ctx context.Context, _, _ string) (net.Conn, error) { return e.dial(ctx) },
-		ResponseHeaderTimeout: headerTimeout, IdleConnTimeout: idleTimeout, MaxIdleConns: 16, MaxIdleConnsPerHost: 16,
+		ResponseHeaderTimeout: responseTimeout, IdleConnTimeout: idleConnTimeout, MaxIdleConns: 16, MaxIdleConnsPerHost: 16,
 	}
 	return e, nil
 }

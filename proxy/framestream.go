@@ -69,9 +69,6 @@ func (st *fstream) moveTo(h streamHandler) bool {
 	return true
 }
 
-// headLength is that of the head of a gRPC message: a flag and four bytes of length.
-const headLength = 5
-
 // begin is the client's headers.
 func (st *fstream) begin(end bool) {
 	if st.method.waits && st.session.engine.leaving.Load() {
@@ -165,7 +162,7 @@ func (st *fstream) unary(m mode, data []byte, end bool) {
 	n, odd := -1, false // of the head and the message
 	if len(raw) >= headLength {
 		n = headLength + st.length(raw)
-		odd = st.session.engine.checkMessage(raw[0], n-headLength, false) != nil
+		odd = checkMessage(raw[0], n-headLength, st.session.engine.maxMessage, false) != nil
 	}
 	isUnary := st.method.shape == shapeUnary
 	switch {
@@ -240,11 +237,6 @@ func (st *fstream) forward(m mode, raw []byte) {
 	st.asked = nil
 }
 
-// head is that of a message of n bytes.
-func head(n int) []byte {
-	return binary.BigEndian.AppendUint32([]byte{0}, uint32(n)) //nolint:gosec // messages are shorter than 4 GiB
-}
-
 // messages sends on what is whole of a stream of messages.
 func (st *fstream) messages(data []byte, end bool) {
 	raw := data
@@ -256,7 +248,7 @@ func (st *fstream) messages(data []byte, end bool) {
 	all, begun := true, len(raw)
 	for len(raw) >= headLength {
 		n := st.length(raw)
-		if err := st.session.engine.checkMessage(raw[0], n, false); err != nil {
+		if err := checkMessage(raw[0], n, st.session.engine.maxMessage, false); err != nil {
 			st.fail(err)
 			return
 		}

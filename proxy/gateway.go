@@ -38,15 +38,6 @@ const (
 	idleTimeout   = 5 * time.Minute
 )
 
-// identityKey is of the context of a web request: the identity of the client's connection.
-type identityKey struct{}
-
-// identityOf returns the identity of the client that has sent a web request, and nil if there is none.
-func identityOf(ctx context.Context) *Identity {
-	id, _ := ctx.Value(identityKey{}).(*Identity)
-	return id
-}
-
 func newGateway(a *api) (*gateway, error) {
 	g := &gateway{conns: newConnQueue()}
 	api, err := newJSON(a)
@@ -68,7 +59,7 @@ func newGateway(a *api) (*gateway, error) {
 		ErrorLog: log.New(io.Discard, "", 0), // it tells of what clients do wrong
 		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
 			c, _ := conn.(*clientConn)
-			return context.WithValue(ctx, identityKey{}, c.id)
+			return withIdentity(ctx, c.id)
 		},
 		Protocols: new(http.Protocols),
 	}

@@ -279,7 +279,7 @@ func (c *handledCall) receive() (*frame, error) {
 		return nil, err
 	}
 	length := int(binary.BigEndian.Uint32(head[1:]))
-	if err := c.stream.session.engine.checkMessage(head[0], length, c.compressor != nil); err != nil {
+	if err := checkMessage(head[0], length, c.stream.session.engine.maxMessage, c.compressor != nil); err != nil {
 		return nil, err
 	}
 	if rest := length - c.in.buffered(); rest > 0 {
@@ -300,7 +300,7 @@ func (c *handledCall) receive() (*frame, error) {
 		length -= len(*part)
 	}
 	if head[0] == 1 {
-		if err := f.decompress(c.compressor, c.stream.session.engine.maxMessage()); err != nil {
+		if err := f.decompress(c.compressor, c.stream.session.engine.maxMessage); err != nil {
 			return nil, err
 		}
 	}

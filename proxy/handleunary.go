@@ -5,11 +5,13 @@ import (
 	"errors"
 	"time"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 )
 
 func (m *method) handleUnary(id *Identity, ss grpc.ServerStream) error {
@@ -141,9 +143,6 @@ func (m *method) exchange(ctx context.Context, ss grpc.ServerStream, to *upstrea
 	return frameOf(answer), nil
 }
 
-// frameOf is a frame with these bytes.
-func frameOf(msg []byte) *frame { return &frame{data: mem.BufferSlice{mem.SliceBuffer(msg)}} }
-
 // asking sends the requests that a call needs, and keeps what came around their answers.
 type asking struct {
 	ctx       context.Context // the client's
@@ -215,20 +214,14 @@ func ownCause(ctx context.Context) error {
 	return nil
 }
 
-// upstreamContext carries the client's metadata on to etcd, and says that etcd is who it is for. What belongs to the hop stays behind: gRPC writes its own; pseudo headers, content
-// type, user agent and timeout are left out by grpc-go itself.
-func upstreamContext(ctx context.Context) context.Context {
-	md, ok := metadata.FromIncomingContext(ctx)
-	if !ok {
-		md = make(metadata.MD, 1)
+// servedByLearner reports whether a learner serves a call. in is the request of a unary call, and nil for a stream.
+func (m *method) servedByLearner(in *frame) bool {
+	switch m.full {
+	case pb.Maintenance_Status_FullMethodName, pb.Maintenance_Snapshot_FullMethodName:
+		return true
+	case pb.KV_Range_FullMethodName:
+		var r pb.RangeRequest
+		return proto.Unmarshal(in.data.Materialize(), &r) == nil && r.Serializable
 	}
-	for k := range md {
-		switch k {
-		case "grpc-accept-encoding", "grpc-encoding", "grpc-timeout", "grpc-status", "grpc-message", "grpc-status-details-bin",
-			"te", "connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade", "host", "accept-encoding":
-			delete(md, k)
-		}
-	}
-	md[meantForEtcd] = markOfEtcd
-	return metadata.NewOutgoingContext(ctx, md)
+	return false
 }

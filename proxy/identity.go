@@ -1,8 +1,11 @@
 package proxy
 
 import (
+	"context"
 	"crypto/x509"
 	"log/slog"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/logonce"
 )
 
 // Identity says who is at the other end of a connection. It is made once, when the connection is accepted, and never changes: a connection whose client would be
@@ -77,11 +80,18 @@ func (id *Identity) in(list map[string]bool) bool {
 type denials struct {
 	log  *slog.Logger
 	tell func(listener, client, remote string) // may be nil
-	told firsts
+	told *logonce.Keys
+}
+
+// rememberedKeys is how many keys of repeated log messages are remembered: clients choose them.
+const rememberedKeys = 1024
+
+func newDenials(log *slog.Logger, tell func(listener, client, remote string)) *denials {
+	return &denials{log: log, tell: tell, told: logonce.NewKeys(rememberedKeys)}
 }
 
 func (d *denials) note(id *Identity) {
-	if !d.told.first(id.Listener + "\x00" + id.name()) {
+	if !d.told.First(id.Listener + "\x00" + id.name()) {
 		return
 	}
 	d.log.Warn("client denied: it is not in the listener's allowedClients",
@@ -89,4 +99,18 @@ func (d *denials) note(id *Identity) {
 	if d.tell != nil {
 		d.tell(id.Listener, id.name(), id.Remote)
 	}
+}
+
+// identityKey is of the context of a web request: the identity of the client's connection.
+type identityKey struct{}
+
+// identityOf returns the identity of the client that has sent a web request, and nil if there is none.
+func identityOf(ctx context.Context) *Identity {
+	id, _ := ctx.Value(identityKey{}).(*Identity)
+	return id
+}
+
+// withIdentity returns the context of web requests of a client.
+func withIdentity(ctx context.Context, id *Identity) context.Context {
+	return context.WithValue(ctx, identityKey{}, id)
 }

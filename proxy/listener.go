@@ -99,7 +99,7 @@ func listen(cfg ListenerConfig, log *slog.Logger, m *metrics) (*listener, error)
 		}
 	}
 	l.web = newWebPolicy(cfg, l.tls)
-	m.expect(cfg)
+	m.expect(cfg.Address, cfg.TLS != nil && cfg.TLS.ClientCAFile != "")
 	if len(cfg.Sockets) > 0 {
 		l.Listener = joined(cfg.Sockets)
 	} else if path, ok := strings.CutPrefix(cfg.Address, "unix://"); ok {

@@ -125,3 +125,9 @@ func (m *method) streamDesc() *grpc.StreamDesc {
 		ClientStreams: m.shape == shapeBidiStream,
 	}
 }
+
+// relays reports whether the frames of a method's calls are relayed: it carries no value, or values
+// that are rewritten in place.
+func (m *method) relays() bool {
+	return m.class == classPass && m.service != "grpc.health.v1.Health" || m.class == classCheck || m.class == classRewrite
+}

@@ -64,14 +64,20 @@ func newMetrics(r prometheus.Registerer) (*metrics, error) {
 
 // expect has the figures of a listener begin at 0: an increase from a counter that was not there is
 // none to Prometheus.
-func (m *metrics) expect(cfg ListenerConfig) {
-	m.connections.WithLabelValues(cfg.Address)
-	m.handshakeFailures.WithLabelValues(cfg.Address)
-	if cfg.TLS != nil && cfg.TLS.ClientCAFile != "" {
-		m.ended.WithLabelValues(cfg.Address, endedCertificate)
-		m.ended.WithLabelValues(cfg.Address, endedLists)
+func (m *metrics) expect(address string, certificates bool) {
+	m.connections.WithLabelValues(address)
+	m.handshakeFailures.WithLabelValues(address)
+	if certificates {
+		m.ended.WithLabelValues(address, endedCertificate)
+		m.ended.WithLabelValues(address, endedLists)
 	}
 }
+
+// The reasons for which a connection ends before its client wants it.
+const (
+	endedCertificate = "certificate"
+	endedLists       = "lists"
+)
 
 // lastCode is the greatest of gRPC's codes.
 const lastCode = codes.Unauthenticated
@@ -84,17 +90,17 @@ type methodMetrics struct {
 	handled, requests       [lastCode + 1]prometheus.Counter
 }
 
-func (m *metrics) of(row *method) *methodMetrics {
-	kind := [...]string{shapeUnary: "unary", shapeServerStream: "server_stream", shapeBidiStream: "bidi_stream"}[row.shape]
+// of returns the figures of a method, which is of the kind that gRPC's metrics name.
+func (m *metrics) of(kind, service, name string) *methodMetrics {
 	mm := &methodMetrics{
-		started:  m.started.WithLabelValues(kind, row.service, row.name),
-		received: m.received.WithLabelValues(kind, row.service, row.name),
-		sent:     m.sent.WithLabelValues(kind, row.service, row.name),
+		started:  m.started.WithLabelValues(kind, service, name),
+		received: m.received.WithLabelValues(kind, service, name),
+		sent:     m.sent.WithLabelValues(kind, service, name),
 		added:    m.added,
 	}
 	for code := codes.OK; code <= lastCode; code++ {
-		mm.handled[code] = m.handled.WithLabelValues(kind, row.service, row.name, code.String())
-		mm.requests[code] = m.requests.WithLabelValues(row.full, code.String())
+		mm.handled[code] = m.handled.WithLabelValues(kind, service, name, code.String())
+		mm.requests[code] = m.requests.WithLabelValues("/"+service+"/"+name, code.String())
 	}
 	return mm
 }

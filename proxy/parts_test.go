@@ -68,8 +68,7 @@ func newRange(t *testing.T) call {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &core{log: slog.New(slog.DiscardHandler), maxRequest: 1 << 20}
-	c.rules.Store(set)
+	c := newCore(set, 1<<20, slog.New(slog.DiscardHandler))
 	call := newRangeCall(c, new(Identity))
 	if _, err := call.request(nonBlocking, []byte("\x0a\x01\x00\x12\x01\x00")); err != nil {
 		t.Fatal(err)

@@ -88,8 +88,8 @@ func New(cfg Config) (*Proxy, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &Proxy{drain: cfg.DrainTimeout, core: &core{maxRequest: cfg.MaxRequestBytes, log: log, gate: cfg.Gate, learnerGate: cfg.LearnerGate, turns: newTurns()}}
-	p.core.rules.Store(rules)
+	p := &Proxy{drain: cfg.DrainTimeout, core: newCore(rules, cfg.MaxRequestBytes, log)}
+	p.core.gate, p.core.learnerGate = cfg.Gate, cfg.LearnerGate
 	var problems []error
 	if p.upstream, err = p.newUpstream(cfg.Upstream, log, m); err != nil {
 		problems = append(problems, err)
@@ -112,7 +112,7 @@ func New(cfg Config) (*Proxy, error) {
 			return nil, fmt.Errorf("register metrics: %w", err)
 		}
 	}
-	p.api = newAPI(p.core, p.upstream, m, log, &denials{log: log, tell: cfg.OnDenied})
+	p.api = newAPI(p.core, p.upstream, m, log, newDenials(log, cfg.OnDenied))
 	if p.gateway, err = newGateway(p.api); err != nil {
 		p.Close()
 		return nil, err
@@ -170,6 +170,14 @@ func (p *Proxy) SetRules(rules []Rule) error {
 	set.own = p.core.rules.Load().own
 	p.core.rules.Store(set)
 	return nil
+}
+
+// SetClients puts lists in place of AllowedClients and CiphertextClients of the listener that is at
+// index i of Config.Listeners, and ends the connections of clients that these treat differently. It
+// is an error if the listener does not ask clients for certificates and a list is not empty; the
+// old ones then stay.
+func (p *Proxy) SetClients(i int, allowed, ciphertext []string) error {
+	return p.listeners[i].setClients(allowed, ciphertext)
 }
 
 // Run serves until ctx ends, and then drains: it stops accepting, asks clients to go elsewhere, ends watches and other calls that wait for

@@ -15,12 +15,6 @@ import (
 // connections are checked again.
 const recheckInterval = time.Second
 
-// The reasons for which a connection ends before its client wants it, as the metric has them.
-const (
-	endedCertificate = "certificate"
-	endedLists       = "lists"
-)
-
 // clientLists are a listener's lists of client names.
 type clientLists struct{ allowed, ciphertext map[string]bool }
 
@@ -225,26 +219,23 @@ func (c *clientConn) fingerprint() string {
 	return b.String()
 }
 
-// SetClients puts lists in place of AllowedClients and CiphertextClients of the listener that is at
-// index i of Config.Listeners, and ends the connections of clients that these treat differently. It
-// is an error if the listener does not ask clients for certificates and a list is not empty; the
-// old ones then stay.
-func (p *Proxy) SetClients(i int, allowed, ciphertext []string) error {
-	l := p.listeners[i]
+// checkLists reports lists that need client certificates where there are none.
+func (c ListenerConfig) checkLists(allowed, ciphertext []string) error {
+	if len(allowed)+len(ciphertext) > 0 && (c.TLS == nil || c.TLS.ClientCAFile == "") {
+		return fmt.Errorf("listener %s: allowedClients and ciphertextClients need TLS with clientCAFile", c.Address)
+	}
+	return nil
+}
+
+// setClients puts lists in place of AllowedClients and CiphertextClients, and ends the connections of
+// clients that these treat differently. After an error the old ones stay.
+func (l *listener) setClients(allowed, ciphertext []string) error {
 	if err := l.cfg.checkLists(allowed, ciphertext); err != nil {
 		return err
 	}
 	l.lists.Store(newClientLists(allowed, ciphertext))
 	if l.tls != nil {
 		l.recheck(time.Now())
-	}
-	return nil
-}
-
-// checkLists reports lists that need client certificates where there are none.
-func (c ListenerConfig) checkLists(allowed, ciphertext []string) error {
-	if len(allowed)+len(ciphertext) > 0 && (c.TLS == nil || c.TLS.ClientCAFile == "") {
-		return fmt.Errorf("listener %s: allowedClients and ciphertextClients need TLS with clientCAFile", c.Address)
 	}
 	return nil
 }

@@ -12,6 +12,9 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
+// contentType is that of gRPC.
+const contentType = "application/grpc"
+
 // replyMetadata gathers the header and the trailer that a handler sets.
 type replyMetadata struct {
 	header, trailer metadata.MD
@@ -106,4 +109,12 @@ func percent(text string) string {
 		}
 	}
 	return b.String()
+}
+
+// decodeBinary decodes the value of a header field whose name ends in "-bin".
+func decodeBinary(v string) ([]byte, error) {
+	if len(v)%4 == 0 {
+		return base64.StdEncoding.DecodeString(v)
+	}
+	return base64.RawStdEncoding.DecodeString(v)
 }

@@ -1,7 +1,6 @@
 package proxy
 
 import (
-	"encoding/base64"
 	"fmt"
 	"math"
 	"net/http"
@@ -15,8 +14,6 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 )
-
-const contentType = "application/grpc"
 
 // requestHead is what the header fields of a request say, as grpc-go's server reads them.
 type requestHead struct {
@@ -147,14 +144,6 @@ func incomingMetadata(fields []hpack.HeaderField) metadata.MD {
 	}
 	delete(md, "host")
 	return md
-}
-
-// decodeBinary decodes the value of a header field whose name ends in "-bin".
-func decodeBinary(v string) ([]byte, error) {
-	if len(v)%4 == 0 {
-		return base64.StdEncoding.DecodeString(v)
-	}
-	return base64.RawStdEncoding.DecodeString(v)
 }
 
 // timeoutOf returns how long a call may take, by the value of grpc-timeout.

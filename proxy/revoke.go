@@ -8,11 +8,6 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdwire"
 )
 
-const (
-	methodLeaseRevoke     = "/etcdserverpb.Lease/LeaseRevoke"
-	methodLeaseTimeToLive = "/etcdserverpb.Lease/LeaseTimeToLive"
-)
-
 // revokeCall is a LeaseRevoke. It does not say which keys go with the lease, so etcd is asked for
 // them first: one to which keys of the proxies' own are attached stays. No client attaches them,
 // since a put of such a key is refused; the proxies do, with the leases of their announcements,
@@ -44,8 +39,6 @@ func (c *revokeCall) request(_ mode, msg []byte) ([]byte, error) {
 func (*revokeCall) scans() bool { return false }
 
 func (*revokeCall) response(_ mode, msg []byte) ([]byte, error) { return msg, nil }
-
-var _ exchanger = (*revokeCall)(nil)
 
 func (c *revokeCall) exchanges() bool { return c.asks }
 

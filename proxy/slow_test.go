@@ -51,7 +51,7 @@ func TestSilenceEnds(t *testing.T) {
 				if tt.serve != nil {
 					go tt.serve(far)
 				} else {
-					g, err := newGateway(&api{core: &core{maxRequest: DefaultMaxRequestBytes}})
+					g, err := newGateway(&api{core: newCore(nil, DefaultMaxRequestBytes, nil)})
 					if err != nil {
 						t.Fatal(err)
 					}

@@ -11,29 +11,24 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// exchange sorts a range by its opened values.
-func (c *rangeCall) exchange(ctx context.Context, msg []byte, ask asker) ([]byte, error) {
-	asked := new(pb.RangeRequest)
-	if err := decode(msg, asked); err != nil {
-		return nil, c.core.status(err, false)
-	}
-	sent, sorts := c.at.unsorted(asked)
-	answer, err := c.askRange(ctx, sent, ask)
+// sortedRange serves a range that sorts by values under a rule.
+func sortedRange(ctx context.Context, store valueStore, asked *pb.RangeRequest) (*pb.RangeResponse, error) {
+	sent, sorts := unsorted(store, asked)
+	answer, err := store.Range(ctx, sent)
 	if err != nil {
 		return nil, tooMuch(err)
 	}
 	if sorts {
 		sortByValue(asked, answer)
 	}
-	out, err := encode(answer)
-	return out, c.core.status(err, true)
+	return answer, nil
 }
 
 // unsorted returns the range that etcd is asked for in place of one that it cannot sort, and whether the answer is to be sorted.
 //
 // etcd's own way is kept: with an order, and with filters by revision, it sorts everything and cuts to the limit afterwards; without either it takes the first keys up to the limit, and
 // one to see whether there are more, and sorts these.
-func (s *ruleSet) unsorted(r *pb.RangeRequest) (*pb.RangeRequest, bool) {
+func unsorted(s valueStore, r *pb.RangeRequest) (*pb.RangeRequest, bool) {
 	if r.GetSortTarget() != pb.RangeRequest_VALUE || !s.Overlaps(r.GetKey(), r.GetRangeEnd()) {
 		return r, false
 	}
@@ -78,15 +73,15 @@ func sortByValue(asked *pb.RangeRequest, answer *pb.RangeResponse) {
 }
 
 // unsortedOps does what unsorted does for every range in the operations of a transaction, in place. It reports whether any answer is to be sorted.
-func (s *ruleSet) unsortedOps(ops []*pb.RequestOp) (sorts bool) {
+func unsortedOps(s valueStore, ops []*pb.RequestOp) (sorts bool) {
 	for _, op := range ops {
 		switch o := op.GetRequest().(type) {
 		case *pb.RequestOp_RequestRange:
-			sent, sorted := s.unsorted(o.RequestRange)
+			sent, sorted := unsorted(s, o.RequestRange)
 			o.RequestRange, sorts = sent, sorts || sorted
 		case *pb.RequestOp_RequestTxn:
 			if t := o.RequestTxn; t != nil {
-				success, failure := s.unsortedOps(t.GetSuccess()), s.unsortedOps(t.GetFailure())
+				success, failure := unsortedOps(s, t.GetSuccess()), unsortedOps(s, t.GetFailure())
 				sorts = sorts || success || failure
 			}
 		}
@@ -95,7 +90,7 @@ func (s *ruleSet) unsortedOps(ops []*pb.RequestOp) (sorts bool) {
 }
 
 // sortOps sorts the answers to the operations of a transaction, as they were asked for.
-func (s *ruleSet) sortOps(asked []*pb.RequestOp, answers []*pb.ResponseOp) {
+func sortOps(s valueStore, asked []*pb.RequestOp, answers []*pb.ResponseOp) {
 	for i, op := range asked {
 		if i >= len(answers) {
 			return
@@ -103,13 +98,13 @@ func (s *ruleSet) sortOps(asked []*pb.RequestOp, answers []*pb.ResponseOp) {
 		switch o := op.GetRequest().(type) {
 		case *pb.RequestOp_RequestRange:
 			if answer := answers[i].GetResponseRange(); answer != nil {
-				if _, sorts := s.unsorted(o.RequestRange); sorts {
+				if _, sorts := unsorted(s, o.RequestRange); sorts {
 					sortByValue(o.RequestRange, answer)
 				}
 			}
 		case *pb.RequestOp_RequestTxn:
 			if answer := answers[i].GetResponseTxn(); answer != nil {
-				s.sortOps(branchOf(o.RequestTxn, answer.GetSucceeded()), answer.GetResponses())
+				sortOps(s, branchOf(o.RequestTxn, answer.GetSucceeded()), answer.GetResponses())
 			}
 		}
 	}

@@ -46,7 +46,7 @@ func newWorld(tb testing.TB) *world {
 		tb.Fatal(err)
 	}
 	w := &world{
-		tb: tb, core: &core{maxRequest: DefaultMaxRequestBytes, turns: newTurns(), log: slog.New(slog.DiscardHandler)},
+		tb: tb, core: newCore(nil, DefaultMaxRequestBytes, slog.New(slog.DiscardHandler)),
 		behind: etcdmodel.New(etcdmodel.MaxOps, etcdmodel.Leases...), bare: etcdmodel.New(etcdmodel.MaxOps, etcdmodel.Leases...),
 	}
 	w.core.rules.Store(rules)

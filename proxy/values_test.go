@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"strings"
 	"testing"
 
@@ -111,7 +112,7 @@ func TestElectionsAndLocks(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &core{}
+	c := newCore(nil, 0, slog.New(slog.DiscardHandler))
 	c.rules.Store(rules)
 	table := make(map[string]*method)
 	for _, m := range methodTable() {

@@ -57,7 +57,7 @@ const (
 
 // serveWeb has the web handler serve the stream. A client that is not allowed is answered at once.
 func (st *fstream) serveWeb(end bool) {
-	ctx, cancel := context.WithCancel(context.WithValue(st.session.engine.base, identityKey{}, st.session.id))
+	ctx, cancel := context.WithCancel(withIdentity(st.session.engine.base, st.session.id))
 	w := &webStream{
 		stream: st, in: newStreamInput(st.consumed, nil, end), writable: make(chan struct{}, 1),
 		ctx: ctx, cancel: cancel, header: make(http.Header),

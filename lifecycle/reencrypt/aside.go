@@ -10,8 +10,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 )
 
-// setAside is a value whose DEK seed its KMS did not unwrap, for no reason that says whether that
-// lasts.
+// setAside is a deferred value: its KMS did not unwrap its DEK seed, and did not say whether that
+// is permanent.
 type setAside struct {
 	key    string
 	seed   inventory.SeedID
@@ -21,14 +21,14 @@ type setAside struct {
 	since  time.Time // when it first did so although it was well; zero if it has not yet
 }
 
-// Bounds of what is put aside.
+// Limits of what is kept in memory.
 const (
 	maxAside    = 1000   // values; more are not read until these are settled
 	maxVerdicts = 10_000 // seeds
 )
 
-// asideList is the values that are put aside, and what was found out about their seeds. It is safe
-// for concurrent use.
+// asideList holds the deferred values and the decisions about their DEK seeds. It is safe for
+// concurrent use.
 type asideList struct {
 	settling sync.Mutex // held by the one that settles
 
@@ -42,7 +42,7 @@ func newAsideList() *asideList {
 	return &asideList{pending: make(map[inventory.SeedID]setAside), verdicts: make(map[inventory.SeedID]string)}
 }
 
-// add puts values aside.
+// add defers values.
 func (a *asideList) add(values ...setAside) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -67,7 +67,7 @@ func (a *asideList) take() []setAside {
 	return values
 }
 
-// isPending returns a value of the same seed that is put aside.
+// isPending returns a deferred value of the same DEK seed.
 func (a *asideList) isPending(id inventory.SeedID) (setAside, bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -75,7 +75,7 @@ func (a *asideList) isPending(id inventory.SeedID) (setAside, bool) {
 	return v, ok
 }
 
-// verdict returns why values of a seed are left, if that was decided.
+// verdict returns why values of a DEK seed are skipped, if that was decided.
 func (a *asideList) verdict(id inventory.SeedID) (why string, decided bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -83,7 +83,7 @@ func (a *asideList) verdict(id inventory.SeedID) (why string, decided bool) {
 	return why, decided
 }
 
-// decide leaves the values of a seed. Beyond the bound each value is decided for itself.
+// decide skips the values of a DEK seed. Beyond the limit, each value is decided on its own.
 func (a *asideList) decide(id inventory.SeedID, why string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -92,12 +92,12 @@ func (a *asideList) decide(id inventory.SeedID, why string) {
 	}
 }
 
-// refusedFor is how long a KMS must have refused a seed, while it was well, before the seed's
-// values are left. A dry run asks twice.
+// refusedFor is how long a healthy KMS must have refused a DEK seed before its values are skipped.
+// A dry run tries twice.
 const refusedFor = 15 * time.Second
 
-// settle decides about what was put aside: it waits until the KMS of each value is well, tries the
-// value again, and leaves it when its seed has been refused for a while.
+// settle decides about the deferred values. It waits until the KMS of each value is healthy, tries
+// the value again, and skips it once its DEK seed has been refused for refusedFor.
 func (r *run) settle(ctx context.Context) error {
 	r.aside.settling.Lock()
 	defer r.aside.settling.Unlock()
@@ -126,7 +126,7 @@ func (r *run) settle(ctx context.Context) error {
 	return nil
 }
 
-// tryAllAgain tries values that were put aside, and returns those to try once more.
+// tryAllAgain tries deferred values again, and returns those to try once more.
 func (r *run) tryAllAgain(ctx context.Context, values []setAside) (still []setAside, err error) {
 	refused := make(map[inventory.SeedID]setAside) // in this round
 	for _, v := range values {
@@ -142,7 +142,7 @@ func (r *run) tryAllAgain(ctx context.Context, values []setAside) (still []setAs
 		if what != isAside {
 			continue
 		}
-		// That it failed before the KMS was well counts for nothing.
+		// Failures from before the KMS was healthy do not count.
 		if again.since = v.since; again.seed != v.seed || v.since.IsZero() {
 			again.since = again.last
 		}
@@ -158,8 +158,8 @@ func (r *run) tryAllAgain(ctx context.Context, values []setAside) (still []setAs
 	return still, nil
 }
 
-// awaitWell waits until the KMS of each value has been well after it last failed to unwrap the
-// value's seed.
+// awaitWell waits until the KMS of each value was healthy after it last failed to unwrap the DEK
+// seed.
 func (r *run) awaitWell(ctx context.Context, values []setAside) error {
 	failed := make(map[*inventory.Rule]map[string]setAside) // the last for each rule and provider
 	for _, v := range values {
@@ -184,11 +184,12 @@ func (r *run) awaitWell(ctx context.Context, values []setAside) error {
 	return nil
 }
 
-// quietWait is how long a KMS is waited for before that is told: the next contact with one that is
-// well takes a second or two.
+// quietWait is how long a wait for a KMS is not reported: the next health check takes a second or
+// two.
 const quietWait = 3 * time.Second
 
-// awaitContact waits for a good contact with the KMS behind stored after v failed.
+// awaitContact waits for a successful health check of the KMS that encrypted stored, after v
+// failed.
 func (r *run) awaitContact(ctx context.Context, rule *inventory.Rule, stored []byte, v setAside) error {
 	wait, begun, told := newBackOff(), time.Now(), false
 	for {
@@ -209,7 +210,7 @@ func (r *run) awaitContact(ctx context.Context, rule *inventory.Rule, stored []b
 	}
 }
 
-// tryAgain tries a value that was put aside. Of one that is refused again it returns how.
+// tryAgain tries a deferred value, and returns it again if it is refused again.
 func (r *run) tryAgain(ctx context.Context, v *setAside) (again setAside, what finding, err error) {
 	now, err := patientKV{KV: r.cfg.Client, run: r}.Get(ctx, v.key)
 	if err != nil {

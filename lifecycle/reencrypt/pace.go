@@ -9,7 +9,7 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// A pace judges by the transactions since it last did.
+// The rate is adjusted after every paceTxns transactions.
 const (
 	paceTxns = 16
 	slowTxn  = 250 * time.Millisecond // the median from which on etcd is slow
@@ -17,8 +17,8 @@ const (
 	paceMost = 8                      // times slower than at first, at most
 )
 
-// pace holds the rate of writing, and lowers it while etcd is slow, so that other clients of etcd
-// are served. It is safe for concurrent use.
+// pace limits the rate of writes, and lowers it while etcd is slow, to protect other clients of
+// etcd. It is safe for concurrent use.
 type pace struct {
 	limiter *rate.Limiter
 	most    rate.Limit // as configured
@@ -31,8 +31,8 @@ type pace struct {
 	first  rate.Limit // how quick it was before it was lowered; 0 while it is not
 }
 
-// newPace makes a pace of so many keys a second, 0 for any number, and so many a transaction. told
-// learns when it is lowered, and when it no longer is.
+// newPace returns a pace of so many keys per second (0 is no limit), and so many per transaction.
+// told is called when the rate is lowered, and when it is back.
 func newPace(perSecond float64, burst int, told func(slow bool)) *pace {
 	p := &pace{most: rate.Inf, told: told}
 	if perSecond > 0 {
@@ -53,7 +53,7 @@ func (p *pace) wait(ctx context.Context, keys int) error {
 	return nil
 }
 
-// took learns how long a transaction of so many keys took.
+// took records the duration of a transaction of so many keys.
 func (p *pace) took(d time.Duration, keys int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -71,7 +71,7 @@ func (p *pace) took(d time.Duration, keys int) {
 	p.recent, p.keys = p.recent[:0], 0
 }
 
-// judge lowers or raises the limit, from how quick it really was.
+// judge adjusts the rate, based on the rate achieved.
 func (p *pace) judge(median time.Duration, real rate.Limit) {
 	switch {
 	case median > slowTxn:

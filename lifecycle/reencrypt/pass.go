@@ -14,12 +14,12 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/restore"
 )
 
-// run is one run of Reencrypt.
+// run is the state of one call of [Run].
 type run struct {
 	cfg    Config
 	limits limits
 	pace   *pace
-	// history is etcd's, as all reads of the run have seen it.
+	// history has observed every response to the reads of the run.
 	history restore.Detector
 
 	begin    sync.Once
@@ -52,7 +52,7 @@ func newRun(c Config) *run {
 	return r
 }
 
-// progress returns what was done so far.
+// progress returns the counts so far.
 func (r *run) progress() Progress {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -69,7 +69,7 @@ func (r *run) result() Result {
 	return Result{Progress: r.done, Skipped: left, Revisions: r.span}
 }
 
-// count changes what was done.
+// count changes the counts.
 func (r *run) count(change func(p *Progress)) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -82,7 +82,7 @@ func (r *run) tell() {
 	}
 }
 
-// leave gives up a key.
+// leave skips a key.
 func (r *run) leave(counter func(p *Progress) *int64, key []byte, why string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -92,22 +92,22 @@ func (r *run) leave(counter func(p *Progress) *int64, key []byte, why string) {
 	}
 }
 
-// The counters of what is left.
+// The counters of skipped values.
 func leftForeign(p *Progress) *int64       { return &p.Foreign }
 func leftPlaintext(p *Progress) *int64     { return &p.Plaintext }
 func leftUndecryptable(p *Progress) *int64 { return &p.Undecryptable }
 func leftRefused(p *Progress) *int64       { return &p.Refused }
 func leftFailed(p *Progress) *int64        { return &p.Failed }
 
-// foundWork notes that there was something to do in this pass, so that another one has to prove
-// that nothing is left.
+// foundWork records that this pass found something to do, so that another pass must confirm that
+// nothing is left.
 func (r *run) foundWork() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.todo = true
 }
 
-// pass looks at every key once, and reports whether it found anything to do.
+// pass makes one pass over all keys, and reports whether it found anything to do.
 func (r *run) pass(ctx context.Context) (again bool, err error) {
 	r.count(func(p *Progress) {
 		p.Pass++
@@ -157,7 +157,7 @@ func (r *run) scan(ctx context.Context, feed chan<- *mvccpb.KeyValue) (inventory
 // batchAge is how long a batch waits to be filled.
 const batchAge = time.Second
 
-// work rewrites what needs it of what is fed, in batches.
+// work rewrites the values received from feed that need it, in batches.
 func (r *run) work(ctx context.Context, feed <-chan *mvccpb.KeyValue) error {
 	var b batch
 	flush := func() error {
@@ -205,7 +205,7 @@ func (r *run) work(ctx context.Context, feed <-chan *mvccpb.KeyValue) error {
 	}
 }
 
-// first looks at a key for the first time in this pass.
+// first processes a key for the first time in this pass.
 func (r *run) first(ctx context.Context, kv *mvccpb.KeyValue) (*item, error) {
 	f, err := r.renew(ctx, kv, true)
 	if err != nil || f.what == noRule {

@@ -16,7 +16,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 )
 
-// finding is what a value was found to be.
+// finding is the result of examining a value.
 type finding int
 
 const (
@@ -27,21 +27,21 @@ const (
 	isToWrite
 )
 
-// found is what renew found a value to be.
+// found is a finding with what belongs to it.
 type found struct {
 	what  finding
 	next  *item    // to write, of isToWrite
 	aside setAside // of isAside
 }
 
-// renew returns what to write in place of a value. Patient, it waits for a KMS that does not answer
-// until that answers for other values.
+// renew returns what to write instead of a value. If patient is set, it waits for a KMS that does
+// not respond until that responds for other values.
 func (r *run) renew(ctx context.Context, kv *mvccpb.KeyValue, patient bool) (f found, err error) {
 	var first time.Time
 	silences := 0
 	err = r.patiently(ctx, waitKMS, func() (err error) {
-		// The rules of this moment: after a reload the old ones must not undo what the new ones
-		// have written.
+		// The current rules: after a reload, the old rules must not undo what the new ones have
+		// written.
 		rule := r.cfg.Rules().Of(kv.Key)
 		if rule == nil {
 			f.what = noRule
@@ -82,22 +82,22 @@ func (r *run) renew(ctx context.Context, kv *mvccpb.KeyValue, patient bool) (f f
 	return f, err
 }
 
-// maxSilences is how often a KMS that answers for other values may fail to answer for one before
-// that is put aside.
+// maxSilences is how often a KMS that responds for other values may fail to respond for one before
+// that is deferred.
 const maxSilences = 2
 
-// notUnwrappedError is a DEK seed that its KMS has not unwrapped, which may pass.
+// notUnwrappedError is a temporary failure of a KMS to unwrap a DEK seed.
 type notUnwrappedError struct{ cause *keyring.Error }
 
 func (e *notUnwrappedError) Error() string { return e.cause.Error() }
 
 func (e *notUnwrappedError) Unwrap() error { return e.cause }
 
-// whyPlaintext is why plaintext under a strict rule is left.
+// whyPlaintext is the reason for skipping plaintext under a strict rule.
 const whyPlaintext = "it is plaintext, and the rule refuses to read plaintext (allowPlaintextReads: false): it was written past the proxies. " +
 	"Find out who wrote it; then delete it, write it again through a proxy, or encrypt it as it is with reencrypt --encrypt-plaintext"
 
-// renewBy is one attempt of renew. Its error is one that may pass.
+// renewBy is one attempt of renew. An error is temporary.
 func (r *run) renewBy(ctx context.Context, rule *inventory.Rule, kv *mvccpb.KeyValue) (*item, finding, error) {
 	plaintext, standing, err := rule.Sealer.Inspect(ctx, kv.Key, kv.Value)
 	if e, ok := errors.AsType[*keyring.Error](err); ok && (e.Kind == keyring.Unavailable || e.Answered()) {
@@ -121,7 +121,7 @@ func (r *run) renewBy(ctx context.Context, rule *inventory.Rule, kv *mvccpb.KeyV
 		return nil, 0, err
 	}
 	if err == nil {
-		err = r.prove(ctx, rule, kv, plaintext, value)
+		err = r.verify(ctx, rule, kv, plaintext, value)
 	}
 	if unavailable(err) {
 		return nil, 0, err
@@ -133,9 +133,9 @@ func (r *run) renewBy(ctx context.Context, rule *inventory.Rule, kv *mvccpb.KeyV
 	return &item{key: string(kv.Key), value: value, revision: kv.ModRevision, lease: kv.Lease}, isToWrite, nil
 }
 
-// prove opens what is to be written in place of a value, so that nothing is lost to a fault of the
-// sealing, and finds out if it is no better than the old one.
-func (r *run) prove(ctx context.Context, rule *inventory.Rule, kv *mvccpb.KeyValue, plaintext, value []byte) error {
+// verify decrypts what is to be written instead of a value, so that a fault of the encryption loses
+// nothing, and returns an error if it is no improvement.
+func (r *run) verify(ctx context.Context, rule *inventory.Rule, kv *mvccpb.KeyValue, plaintext, value []byte) error {
 	opened, standing, err := rule.Sealer.Inspect(ctx, kv.Key, value)
 	if err != nil {
 		return err
@@ -149,8 +149,8 @@ func (r *run) prove(ctx context.Context, rule *inventory.Rule, kv *mvccpb.KeyVal
 	return nil
 }
 
-// likeEachOther reports whether two stored values are sealed by one provider under one KMS key,
-// with copies of the same recovery providers.
+// likeEachOther reports whether two stored values were encrypted by one provider under one KMS key,
+// with copies by the same recovery providers.
 func likeEachOther(a, b []byte) bool {
 	providerA, objectA, okA := envelope.Split(a)
 	providerB, objectB, okB := envelope.Split(b)
@@ -163,7 +163,7 @@ func likeEachOther(a, b []byte) bool {
 		slices.Equal(slices.Sorted(maps.Keys(x.Annotations)), slices.Sorted(maps.Keys(y.Annotations)))
 }
 
-// unavailable reports an error of a sealer that may pass.
+// unavailable reports whether an error of a sealer is temporary.
 func unavailable(err error) bool {
 	e, ok := errors.AsType[*keyring.Error](err)
 	return ok && e.Kind == keyring.Unavailable

@@ -111,6 +111,7 @@ type Conn struct {
 	bytesRead     int64
 	windowChanges int64 // of streams, by SETTINGS frames
 	unannounced   int   // bytes received since the last WINDOW_UPDATE frame of the connection
+	turn          int   // requests since other connections had their turn
 	pings         pings
 
 	closeWhenIdle atomic.Bool  // closes after the last stream

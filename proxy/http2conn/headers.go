@@ -2,6 +2,7 @@ package http2conn
 
 import (
 	"fmt"
+	"runtime"
 	"strings"
 
 	"golang.org/x/net/http2"
@@ -10,6 +11,10 @@ import (
 
 // maxText is the longest text of a GOAWAY frame that quotes what the peer has sent.
 const maxText = 4 << 10
+
+// turnRequests is how many requests of a connection are handled before other connections have their
+// turn. A request takes longer than any other frame.
+const turnRequests = 16
 
 // headers handles a header block: a new request, a response header, or a trailer.
 func (c *Conn) headers(f *http2.MetaHeadersFrame) error {
@@ -88,6 +93,10 @@ func (c *Conn) request(f *http2.MetaHeadersFrame) error {
 	}
 	c.cfg.Handler.Headers(s, f.Fields, f.StreamEnded())
 	c.closeIfDone()
+	if c.turn++; c.turn >= turnRequests {
+		c.turn = 0
+		runtime.Gosched()
+	}
 	return nil
 }
 

@@ -37,7 +37,7 @@ func newMemorySite(t *testing.T) *memorySite {
 	if runtime.GOOS != "linux" {
 		t.Skip("reads /proc")
 	}
-	t.Setenv("GOGC", "100") // as in production, whatever the other tests use
+	t.Setenv("GOGC", "") // as in production, whatever the other tests use
 	m := &memorySite{plain: harness.FreeAddress(t), secure: harness.FreeAddress(t)}
 	files(t)
 	m.site = &site{env: harness.New(t)}
@@ -400,24 +400,25 @@ func TestMemoryOfClientsThatOnlySend(t *testing.T) {
 			m := newMemorySite(t)
 			kv := pb.NewKVClient(harness.Dial(t, m.plain, nil))
 			value := m.env.Sealed.Value("witness")
-			// The machine may be busy: of three times the best one counts.
-			best := time.Hour
+			// The machine may be busy: of three times the best one counts, and what a call takes alone.
+			alone, best, limit := m.longestCall(t, kv, value, 0, send), time.Hour, 200*time.Millisecond
+			limit = max(limit, 3*alone)
 			m.grows(t, 300, func() {}, func() {
 				for range 3 {
-					if best > 200*time.Millisecond {
-						best = min(best, m.longestCall(t, kv, value, send))
+					if best > limit {
+						best = min(best, m.longestCall(t, kv, value, 200, send))
 					}
 				}
 			})
-			if best > 200*time.Millisecond {
+			if best > limit {
 				t.Errorf("an honest client waited %v", best)
 			}
 		})
 	}
 }
 
-// longestCall returns how long the longest call of an honest client takes while 200 others only send.
-func (m *memorySite) longestCall(t *testing.T, kv pb.KVClient, value string, send func(k *talker, i uint32)) (longest time.Duration) {
+// longestCall returns how long the longest call of an honest client takes while others only send.
+func (m *memorySite) longestCall(t *testing.T, kv pb.KVClient, value string, others int, send func(k *talker, i uint32)) (longest time.Duration) {
 	t.Helper()
 	var all bytes.Buffer // that each of them sends: this process must not be what is slow
 	k := talk(nil)
@@ -425,7 +426,7 @@ func (m *memorySite) longestCall(t *testing.T, kv pb.KVClient, value string, sen
 	for i := range uint32(20_000) {
 		send(k, i)
 	}
-	senders := make([]*talker, 200)
+	senders := make([]*talker, others)
 	for i := range senders {
 		senders[i] = greet(t, m.plain)
 	}
@@ -451,6 +452,6 @@ func (m *memorySite) longestCall(t *testing.T, kv pb.KVClient, value string, sen
 		longest = max(longest, time.Since(begun))
 		time.Sleep(2 * time.Millisecond) // it is not the load
 	}
-	t.Logf("beside them %d honest calls, the longest %v", calls, longest.Round(time.Millisecond))
+	t.Logf("beside %d others %d honest calls, the longest %v", others, calls, longest.Round(time.Millisecond))
 	return longest
 }

@@ -13,7 +13,7 @@ import (
 // TestLostValuesAreLoggedOnce: each once, however often it is read, and nothing that may pass by itself.
 func TestLostValuesAreLoggedOnce(t *testing.T) {
 	var log bytes.Buffer
-	c := &core{log: slog.New(slog.NewTextHandler(&log, nil))}
+	c := newCore(nil, 0, slog.New(slog.NewTextHandler(&log, nil)))
 	for i := range 3 {
 		for _, key := range []string{"a", "b"} {
 			text := fmt.Sprintf("key %s is damaged (Decrypt, request ID %q, HTTP 400)", key, fmt.Sprint(i)) // the KMS counts its calls
@@ -25,21 +25,5 @@ func TestLostValuesAreLoggedOnce(t *testing.T) {
 	}
 	if got := log.String(); strings.Count(got, "\n") != 2 || !strings.Contains(got, "key a is damaged") || !strings.Contains(got, "key b is damaged") {
 		t.Errorf("logged:\n%s", got)
-	}
-}
-
-// TestFirstsIsBounded: what clients choose cannot fill the memory.
-func TestFirstsIsBounded(t *testing.T) {
-	var f firsts
-	for i := range 3 * maxFirsts {
-		if !f.first(fmt.Sprint(i)) {
-			t.Fatalf("%d came for the first time", i)
-		}
-		if f.first(fmt.Sprint(i)) {
-			t.Fatalf("%d came again", i)
-		}
-		if len(f.seen) > maxFirsts {
-			t.Fatalf("%d are kept", len(f.seen))
-		}
 	}
 }

@@ -1,24 +1,12 @@
 package proxy
 
 import (
-	"cmp"
-
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 )
 
 // maxTxnOps is etcd's default for --max-txn-ops.
 const maxTxnOps = 128
-
-// refusedPut is the error for a put under a rule that has a value and is to keep the one there is.
-// etcd refuses it, but would be sent the plaintext: so it is refused here, as etcd does.
-func (c *putCall) refusedPut(msg []byte) error {
-	put := new(pb.PutRequest)
-	if err := decode(msg, put); err != nil {
-		return c.core.status(err, false)
-	}
-	return cmp.Or(checkPut(put), rpctypes.ErrGRPCValueProvided)
-}
 
 // checkPut returns the error that etcd has for a put, or nil.
 func checkPut(p *pb.PutRequest) error {
