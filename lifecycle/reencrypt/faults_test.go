@@ -22,7 +22,7 @@ import (
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/etcdtest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/etcdtest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/restore"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdmodel"

@@ -101,7 +101,7 @@ type statusProxy struct {
 
 type statusKey struct {
 	Key      string             `json:"key"`
-	KeyBytes []byte             `json:"keyBytes,omitempty"` // Key if that is not valid UTF-8
+	KeyBytes []byte             `json:"keyBytes,omitempty"` // Key where that is not valid UTF-8
 	Standing keyring.ValueState `json:"standing"`
 	Revision int64              `json:"revision"`
 	Why      string             `json:"why,omitempty"`
@@ -226,9 +226,9 @@ func (r *statusReport) text(w io.Writer) {
 		t = tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 		printable.Fprintf(t, "PROXY\tVERSION\tSTARTED\tRULES\n")
 		for _, p := range r.Proxies {
-			rules := "as here"
+			rules := "same"
 			if !p.SameRules {
-				rules = "NOT as in this configuration"
+				rules = "NOT those of this configuration"
 			}
 			printable.Fprintf(t, "%s\t%s\t%s\t%s\n", printable.Name(p.ID), printable.Name(p.Version), p.Started.Format(time.RFC3339), rules)
 		}
