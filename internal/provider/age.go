@@ -1,6 +1,8 @@
 package provider
 
 import (
+	"bytes"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"os"
@@ -63,7 +65,7 @@ func ageRecipients(c *config.Age) (*age.Recipients, error) {
 	case !ok:
 		return nil, err
 	case e.Index >= n: // readRecipients has parsed it, so that it is there twice
-		return nil, problem.In("recipientsFile", "remove one of them", fmt.Errorf("%s: recipient %d %s", c.RecipientsFile, e.Index-n, e.Text))
+		return nil, problem.In("recipientsFile", "remove one of them", fmt.Errorf("%s: its recipient %d is there twice, or is in recipients too", c.RecipientsFile, e.Index-n+1))
 	default:
 		return nil, problem.In(fmt.Sprintf("recipients[%d]", e.Index), recipientHint, err)
 	}
@@ -136,3 +138,29 @@ func (k *AgeKey) CanUnwrap() bool { return k.identities != nil }
 
 // Unwrap implements [keyring.OfflineKey].
 func (k *AgeKey) Unwrap(file []byte) ([]byte, error) { return k.identities.Unwrap(file) }
+
+// Test wraps a random seed for the recipients and checks the structure of the result. If the key has
+// identities, it unwraps the result with them; tested says so.
+func (k *AgeKey) Test() (tested bool, err error) {
+	seed := make([]byte, age.SeedSize)
+	_, _ = rand.Read(seed) // never fails
+	file, _, err := k.Wrap(seed)
+	if err == nil {
+		err = age.CheckWrapped(file)
+	}
+	if err != nil {
+		return false, fmt.Errorf("wrap a recovery copy: %w", err)
+	}
+	if !k.CanUnwrap() {
+		return false, nil
+	}
+	got, err := k.Unwrap(file)
+	defer clear(got)
+	if err == nil && !bytes.Equal(got, seed) {
+		err = errors.New("the identity returned another key than was wrapped")
+	}
+	if err != nil {
+		return false, fmt.Errorf("unwrap the recovery copy: %w", err)
+	}
+	return true, nil
+}
