@@ -1,4 +1,5 @@
-// Package envelope is the stored value, byte for byte: the format that kube-apiserver writes with a KMS v2 provider.
+// Package envelope is the stored value, byte for byte: the format that kube-apiserver writes with a
+// KMS v2 provider.
 //
 //	"k8s:enc:kms:v2:" <provider> ":" EncryptedObject
 //
@@ -15,6 +16,7 @@
 //
 // The additional data of both is the whole etcd key, so a value opens only where it was written.
 //
-// The package is pure: no I/O, no clock, no KMS. Randomness comes from crypto/rand. It knows how to turn a seed and a plaintext into
-// stored bytes and back; crypto/keyring, its only caller in the data path, knows which seed, and whether it may be used.
+// The package is pure: no I/O, no clock, no KMS. Randomness comes from crypto/rand. It knows how to
+// turn a seed and a plaintext into stored bytes and back; crypto/keyring, its only caller in the
+// data path, knows which seed, and whether it may be used.
 package envelope

@@ -12,7 +12,8 @@ const Root = "k8s:enc:"
 // scheme begins the values of this format.
 const scheme = Root + "kms:v2:"
 
-// Marker returns what begins the values of a provider. The provider is not empty and holds no colon.
+// Marker returns what begins the values of a provider. The provider is not empty and holds no
+// colon.
 func Marker(provider string) (string, error) {
 	if provider == "" {
 		return "", errors.New("provider name is empty")
@@ -23,8 +24,8 @@ func Marker(provider string) (string, error) {
 	return scheme + provider + ":", nil
 }
 
-// Split cuts a stored value into its provider and its EncryptedObject, both aliasing stored. ok is false for a value that does not begin
-// with this format's marker.
+// Split cuts a stored value into its provider and its EncryptedObject, both aliasing stored. ok is
+// false for a value that does not begin with this format's marker.
 func Split(stored []byte) (provider, object []byte, ok bool) {
 	rest, ok := bytes.CutPrefix(stored, []byte(scheme))
 	if !ok {

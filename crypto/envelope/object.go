@@ -29,7 +29,8 @@ const (
 	TypeSeed Type = 1 // a seed from which each value's own AES-256 key is derived
 )
 
-// Header is what a value says about its seed: everything but the data. All values sealed under one seed share it.
+// Header is what a value says about its seed: everything but the data. All values sealed under one
+// seed share it.
 type Header struct {
 	Type        Type
 	KeyID       string            // the KMS key that wrapped the seed, 1..1024 bytes of UTF-8
@@ -52,12 +53,13 @@ const (
 	fieldType
 )
 
-// Parse decodes and checks an EncryptedObject: the bytes behind the marker. Data, Source and the values of Annotations alias b. The
-// error wraps [ErrMalformed].
+// Parse decodes and checks an EncryptedObject: the bytes behind the marker. Data, Source and the
+// values of Annotations alias b. The error wraps [ErrMalformed].
 //
-// Where a message says a thing twice the last one counts, a known field of another wire type is an unknown field, and unknown fields are
-// skipped: protobuf's own rules, so that this reads what kube-apiserver reads. Nothing is gained by smuggling a second field in: whatever
-// is read must still open under the etcd key.
+// Where a message says a thing twice the last one counts, a known field of another wire type is an
+// unknown field, and unknown fields are skipped: protobuf's own rules, so that this reads what
+// kube-apiserver reads. Nothing is gained by smuggling a second field in: whatever is read must
+// still open under the etcd key.
 func Parse(b []byte) (Object, error) {
 	o, err := parse(b)
 	if err != nil {
@@ -150,9 +152,10 @@ func parseAnnotation(b []byte) (key string, value []byte, err error) {
 	return key, value, nil
 }
 
-// Cut is the fast way to an object's parts: when encryptedData is its first field, as every known writer has it, data is that field's value
-// and rest is everything behind the field, both aliasing object. ok is false otherwise. Nothing else is checked: rest may be
-// anything, so compare it with one that [Parse] has accepted, or call Parse.
+// Cut is the fast way to an object's parts: when encryptedData is its first field, as every known
+// writer has it, data is that field's value and rest is everything behind the field, both aliasing
+// object. ok is false otherwise. Nothing else is checked: rest may be anything, so compare it with
+// one that [Parse] has accepted, or call Parse.
 func Cut(object []byte) (data, rest []byte, ok bool) {
 	if len(object) == 0 || object[0] != fieldData<<3|byte(protowire.BytesType) {
 		return nil, nil, false
@@ -196,8 +199,9 @@ func (h *Header) Validate() error {
 	return nil
 }
 
-// Append appends the object's encoding to b. Fields are in order of number, annotations in order of key, so equal objects have equal
-// encodings. The error wraps [ErrMalformed]; b is returned unchanged with it.
+// Append appends the object's encoding to b. Fields are in order of number, annotations in order of
+// key, so equal objects have equal encodings. The error wraps [ErrMalformed]; b is returned
+// unchanged with it.
 func (o *Object) Append(b []byte) ([]byte, error) {
 	if len(o.Data) == 0 {
 		return b, malformed("encrypted data is empty")

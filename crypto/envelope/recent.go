@@ -7,9 +7,10 @@ import (
 	"sync/atomic"
 )
 
-// Recent keeps the ciphers of values that were opened more than once lately: one event goes to many watchers, and a list is read over and over; deriving a cipher costs more than
-// opening 1 KiB with it. What is opened once leaves only a mark. It holds at most 16,384 ciphers, 25 MiB, and the seeds they came from. It is safe for concurrent use,
-// and the zero value is ready.
+// Recent keeps the ciphers of values that were opened more than once lately: one event goes to many
+// watchers, and a list is read over and over; deriving a cipher costs more than opening 1 KiB with
+// it. What is opened once leaves only a mark. It holds at most 16,384 ciphers, 25 MiB, and the
+// seeds they came from. It is safe for concurrent use, and the zero value is ready.
 type Recent struct {
 	table atomic.Pointer[recentTable] // nil until it is needed
 }
@@ -25,7 +26,8 @@ type recentTable struct {
 	sets  [1 << setBits]recentSet
 }
 
-// recentSet fills one line of the processor's cache: most look-ups miss that cache, so what counts is how many lines they touch. A tag is a part of the info of the cipher beside it.
+// recentSet fills one line of the processor's cache: most look-ups miss that cache, so what counts
+// is how many lines they touch. A tag is a part of the info of the cipher beside it.
 type recentSet struct {
 	tags    [4]atomic.Uint32
 	ciphers [4]atomic.Pointer[derived]
@@ -38,7 +40,8 @@ type derived struct {
 	aead cipher.AEAD
 }
 
-// recentPlace says where a cipher may be: in either of two sets. info is random, so any of its bytes will do to tell.
+// recentPlace says where a cipher may be: in either of two sets. info is random, so any of its
+// bytes will do to tell.
 type recentPlace struct {
 	tag   uint32
 	sets  [2]*recentSet

@@ -5,8 +5,9 @@ import "strings"
 // recoverySuffix ends the annotations that hold recovery copies.
 const recoverySuffix = ".recovery.etcd-kms-proxy.io"
 
-// RecoveryAnnotation returns the annotation in which a value holds the copy of its seed that a provider wrapped. The name must do as a part of
-// a domain name: lower-case letters, digits and hyphens, in labels between dots. The error wraps [ErrMalformed].
+// RecoveryAnnotation returns the annotation in which a value holds the copy of its seed that a
+// provider wrapped. The name must do as a part of a domain name: lower-case letters, digits and
+// hyphens, in labels between dots. The error wraps [ErrMalformed].
 func RecoveryAnnotation(provider string) (string, error) {
 	name := provider + recoverySuffix
 	if strings.HasSuffix(provider, ".") || !IsAnnotationKey(name) {
@@ -15,14 +16,15 @@ func RecoveryAnnotation(provider string) (string, error) {
 	return name, nil
 }
 
-// RecoveryProvider returns the provider of a recovery copy by the annotation's name. ok is false for any other annotation.
+// RecoveryProvider returns the provider of a recovery copy by the annotation's name. ok is false
+// for any other annotation.
 func RecoveryProvider(annotation string) (provider string, ok bool) {
 	provider, ok = strings.CutSuffix(annotation, recoverySuffix)
 	return provider, ok && provider != ""
 }
 
-// Copy is the seed of a value once more, as another KMS wrapped it: a recovery copy. In an annotation it is an EncryptedObject that has nothing
-// but the fields of the wrapped seed:
+// Copy is the seed of a value once more, as another KMS wrapped it: a recovery copy. In an
+// annotation it is an EncryptedObject that has nothing but the fields of the wrapped seed:
 //
 //	2 keyID               string             1..1024 bytes
 //	3 encryptedDEKSource  bytes              1..1024 bytes
@@ -33,7 +35,8 @@ type Copy struct {
 	Annotations map[string][]byte // nil when there are none
 }
 
-// Header returns what unwraps the copy. typ is that of the value: a copy is of the same secret. The result shares the copy's memory.
+// Header returns what unwraps the copy. typ is that of the value: a copy is of the same secret. The
+// result shares the copy's memory.
 func (c *Copy) Header(typ Type) Header {
 	return Header{Type: typ, KeyID: c.KeyID, Source: c.Source, Annotations: c.Annotations}
 }
@@ -49,7 +52,8 @@ func (c *Copy) Validate() error {
 	return h.Validate()
 }
 
-// Append appends the copy's encoding to b. Equal copies have equal encodings. The error wraps [ErrMalformed]; b is returned unchanged with it.
+// Append appends the copy's encoding to b. Equal copies have equal encodings. The error wraps
+// [ErrMalformed]; b is returned unchanged with it.
 func (c *Copy) Append(b []byte) ([]byte, error) {
 	if err := c.Validate(); err != nil {
 		return b, err
@@ -58,8 +62,8 @@ func (c *Copy) Append(b []byte) ([]byte, error) {
 	return h.appendHeader(b), nil
 }
 
-// ParseCopy decodes and checks the value of a recovery copy's annotation. Source and the values of Annotations alias b. Unknown fields are
-// skipped. The error wraps [ErrMalformed].
+// ParseCopy decodes and checks the value of a recovery copy's annotation. Source and the values of
+// Annotations alias b. Unknown fields are skipped. The error wraps [ErrMalformed].
 func ParseCopy(b []byte) (Copy, error) {
 	o, err := parse(b)
 	if err != nil {
@@ -75,8 +79,8 @@ func ParseCopy(b []byte) (Copy, error) {
 	return c, nil
 }
 
-// Own returns the annotations that the KMS of the value itself gave: those that are no recovery copies. It returns h.Annotations itself where
-// there are no others; nothing is copied but the map.
+// Own returns the annotations that the KMS of the value itself gave: those that are no recovery
+// copies. It returns h.Annotations itself where there are no others; nothing is copied but the map.
 func (h *Header) Own() map[string][]byte {
 	if !h.HasCopies() {
 		return h.Annotations

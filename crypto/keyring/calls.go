@@ -104,8 +104,8 @@ func (c *caller) dataKey(ctx context.Context) (*kmsclient.DataKey, error) {
 	return &kmsclient.DataKey{Plaintext: seed, Ciphertext: answer.Ciphertext, KeyID: answer.KeyID, Annotations: answer.Annotations}, nil
 }
 
-// wrapCopy has this ring's KMS wrap another ring's seed. It does not call a KMS whose last health check
-// failed, since writes of the other ring wait for the result.
+// wrapCopy has this ring's KMS wrap another ring's seed. It does not call a KMS whose last health
+// check failed, since writes of the other ring wait for the result.
 func (c *caller) wrapCopy(ctx context.Context, seed []byte) (copyID, []byte, error) {
 	st := c.p.state.Load()
 	if err := st.kmsError(); err != nil {
@@ -164,8 +164,8 @@ func (c *caller) unwrap(ctx context.Context, h *envelope.Header) ([]byte, error)
 	return plain, nil
 }
 
-// deniedFor records that the KMS denies a key and returns how long it has done so. Of keys without cached
-// seeds it records maxDenied at most, since stored values can name any number of them.
+// deniedFor records that the KMS denies a key and returns how long it has done so. Of keys without
+// cached seeds it records maxDenied at most, since stored values can name any number of them.
 func (c *caller) deniedFor(key string, cached bool) time.Duration {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -186,8 +186,8 @@ func (c *caller) keepDenials(keep func(key string) bool) {
 	maps.DeleteFunc(c.denied, func(key string, _ time.Time) bool { return !keep(key) })
 }
 
-// unwrapsOthers reports whether the KMS has unwrapped a seed since a time, and within the last two poll
-// intervals. A ring that only reads may have no seed to unwrap at each poll.
+// unwrapsOthers reports whether the KMS has unwrapped a seed since a time, and within the last two
+// poll intervals. A ring that only reads may have no seed to unwrap at each poll.
 func (c *caller) unwrapsOthers(since time.Time) bool {
 	last := time.Unix(0, c.unwrapped.Load())
 	return last.After(since) && time.Since(last) <= 2*max(c.p.cfg.PollInterval, c.p.cfg.FailingPollInterval)

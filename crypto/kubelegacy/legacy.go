@@ -1,5 +1,7 @@
-// Package kubelegacy opens the values that kube-apiserver stored with its own providers aescbc, aesgcm and secretbox, so that a cluster can be moved off
-// them. It never seals. It does no I/O: keys are given to it. The command makes a [Reader] for each such provider, crypto/keyring asks it.
+// Package kubelegacy opens the values that kube-apiserver stored with its own providers aescbc,
+// aesgcm and secretbox, so that a cluster can be moved off them. It never seals. It does no I/O:
+// keys are given to it. The command makes a [Reader] for each such provider, crypto/keyring asks
+// it.
 //
 // # Stored bytes
 //
@@ -11,7 +13,8 @@
 //	aesgcm     nonce[12] | AES-GCM ciphertext | tag[16], with the etcd key as additional data
 //	secretbox  nonce[24] | Poly1305 tag[16] | XSalsa20 ciphertext
 //
-// Only aesgcm binds a value to its etcd key. secretbox does not, and aescbc has no integrity at all: see [Reader.Open] for what is checked instead.
+// Only aesgcm binds a value to its etcd key. secretbox does not, and aescbc has no integrity at
+// all: see [Reader.Open] for what is checked instead.
 package kubelegacy
 
 import (
@@ -35,7 +38,8 @@ const (
 	Secretbox Type = "secretbox"
 )
 
-// KeySizes returns the lengths in bytes that a key of the type may have, or nil for an unknown type. kube-apiserver takes the same.
+// KeySizes returns the lengths in bytes that a key of the type may have, or nil for an unknown
+// type. kube-apiserver takes the same.
 func (t Type) KeySizes() []int {
 	switch t {
 	case AESCBC, AESGCM:
@@ -56,9 +60,11 @@ type Key struct {
 type Config struct {
 	// Type is the provider whose values the reader opens.
 	Type Type
-	// Keys open values by their names. New does not retain the secrets; it keeps ciphers made of them.
+	// Keys open values by their names. New does not retain the secrets; it keeps ciphers made of
+	// them.
 	Keys []Key
-	// Source is where the keys are from, a file for example. It stands in errors, for an operator to add a key there.
+	// Source is where the keys are from, a file for example. It stands in errors, for an operator
+	// to add a key there.
 	Source string
 }
 
@@ -74,7 +80,8 @@ type key struct {
 	open   opener
 }
 
-// opener returns the plaintext of a payload, as new bytes, or false. It leaves the payload as it is.
+// opener returns the plaintext of a payload, as new bytes, or false. It leaves the payload as it
+// is.
 type opener func(etcdKey, payload []byte) ([]byte, bool)
 
 // New makes a Reader. Its errors never hold a secret.
@@ -124,23 +131,31 @@ func newOpener(t Type, secret []byte) (opener, error) {
 // Marker returns what the reader's values begin with: "k8s:enc:aescbc:v1:" for example.
 func (r *Reader) Marker() string { return r.typ.marker() }
 
-// errCorrupt is every failure of a value whose key is known: who can write to etcd and sees errors must not learn where decryption ended.
+// errCorrupt is every failure of a value whose key is known: who can write to etcd and sees errors
+// must not learn where decryption ended.
 var errCorrupt = errors.New("it does not open with that key: it was altered, cut or moved, or the key is another one of the same name")
 
-// Open returns the plaintext of stored, the bytes that etcd holds under etcdKey, as new bytes. It retains neither argument and leaves both as
-// they are. known is false if the value names no key of the reader's: with that key added, it may open. It is true with every other error, and
-// all failures to decrypt have one and the same error.
+// Open returns the plaintext of stored, the bytes that etcd holds under etcdKey, as new bytes. It
+// retains neither argument and leaves both as they are. known is false if the value names no key of
+// the reader's: with that key added, it may open. It is true with every other error, and all
+// failures to decrypt have one and the same error.
 //
-// A value may fit several keys, as names may hold colons; they are tried in order, as kube-apiserver does.
+// A value may fit several keys, as names may hold colons; they are tried in order, as
+// kube-apiserver does.
 //
-// aescbc cannot tell a value that was altered, or opened with a wrong key, from a good one: one in 256 has good padding by chance. So all of what it
-// opens must be an object as kube-apiserver stores it, in protobuf, JSON or CBOR, read strictly from its first byte to its last. Otherwise a wrong key would
-// turn values into noise that is then encrypted again as if it were theirs, and whoever can write to etcd could learn values by altering them and
-// looking which ones open (a padding oracle): as it is, several bytes beside the padding have to be right at once. Within these bounds objects can still be altered: bits of
-// a block can be flipped at the price of garbling the one before.
+// aescbc cannot tell a value that was altered, or opened with a wrong key, from a good one: one in
+// 256 has good padding by chance. So all of what it opens must be an object as kube-apiserver
+// stores it, in protobuf, JSON or CBOR, read strictly from its first byte to its last. Otherwise a
+// wrong key would turn values into noise that is then encrypted again as if it were theirs, and
+// whoever can write to etcd could learn values by altering them and looking which ones open (a
+// padding oracle): as it is, several bytes beside the padding have to be right at once. Within
+// these bounds objects can still be altered: bits of a block can be flipped at the price of
+// garbling the one before.
 //
-// aescbc and secretbox do not bind a value to its etcd key. An object that has a name must stand under a key that ends with its namespace and name, so that one that
-// was moved is refused; that an older one was put back under the same key, or moved to that of an object of another resource with the same name, cannot be seen.
+// aescbc and secretbox do not bind a value to its etcd key. An object that has a name must stand
+// under a key that ends with its namespace and name, so that one that was moved is refused; that an
+// older one was put back under the same key, or moved to that of an object of another resource with
+// the same name, cannot be seen.
 func (r *Reader) Open(etcdKey, stored []byte) (plaintext []byte, known bool, err error) {
 	rest, ok := bytes.CutPrefix(stored, []byte(r.Marker()))
 	if !ok {

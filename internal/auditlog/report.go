@@ -54,7 +54,8 @@ type Report struct {
 
 const maxFindings = 1000
 
-// printable keeps what somebody may have written into a log from controlling the terminal of who checks it.
+// printable keeps what somebody may have written into a log from controlling the terminal of who
+// checks it.
 func printable(s string) string {
 	return strings.Map(func(r rune) rune {
 		if !unicode.IsPrint(r) {
