@@ -137,6 +137,9 @@ func describe(err error) string {
 		if own, ok := errors.AsType[*recoveryError](err); ok {
 			return own.Error()
 		}
+		if own, ok := errors.AsType[*offlineError](err); ok {
+			return own.Error()
+		}
 		return "the KMS call failed"
 	}
 	var b strings.Builder

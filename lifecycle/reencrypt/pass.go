@@ -92,7 +92,7 @@ func (r *run) skip(counter func(p *Progress) *int64, key []byte, why string) {
 	}
 }
 
-// The counters of skipped values.
+// skippedForeign and the functions that follow return the counters of skipped values.
 func skippedForeign(p *Progress) *int64       { return &p.Foreign }
 func skippedPlaintext(p *Progress) *int64     { return &p.Plaintext }
 func skippedUndecryptable(p *Progress) *int64 { return &p.Undecryptable }
