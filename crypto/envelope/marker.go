@@ -6,13 +6,14 @@ import (
 	"strings"
 )
 
-// Root begins every value that Kubernetes, or this proxy, holds for encrypted, whatever the scheme.
+// Root is the prefix of every value that Kubernetes or this proxy considers encrypted, in any
+// scheme.
 const Root = "k8s:enc:"
 
-// scheme begins the values of this format.
+// scheme is the prefix of the values of this format.
 const scheme = Root + "kms:v2:"
 
-// Marker returns what begins the values of a provider. The provider is not empty and holds no
+// Marker returns the prefix of the values of a provider, whose name must not be empty or contain a
 // colon.
 func Marker(provider string) (string, error) {
 	if provider == "" {
