@@ -243,6 +243,15 @@ func TestOfflineKey(t *testing.T) {
 			t.Errorf("%s is encrypted by %s with copies by %v", key, provider, by)
 		}
 	}
+	// The record of the rules is encrypted under the lost key too: the proxy starts without its verification.
+	harness.Eventually(t, within, "the proxy to serve", func() error {
+		if report := s.proxy.Report(); !strings.Contains(report, "[+]agreement") {
+			return fmt.Errorf("readyz says %s", report)
+		}
+		return nil
+	})
+	s.reads(t)
+	s.fill(t, "b", 2)
 	s.reads(t)
 	s.seedOf(t, prefix+"shown", spare)
 	if out, code := s.env.Run("audit", "verify", s.commandsPath()); code != 0 {

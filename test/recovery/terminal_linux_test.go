@@ -66,6 +66,13 @@ func (s *site) onTerminal(t *testing.T, passphrase string, args ...string) strin
 			shown.Write(c.data)
 			if !typed && strings.Contains(shown.String(), "passphrase of ") && strings.HasSuffix(shown.String(), ": ") {
 				typed = true
+				harness.Eventually(t, within, "the terminal to show nothing that is typed", func() error {
+					settings, err := unix.IoctlGetTermios(int(master.Fd()), unix.TCGETS)
+					if err == nil && settings.Lflag&unix.ECHO != 0 {
+						err = errors.New("it does")
+					}
+					return err
+				})
 				if _, err := master.WriteString(passphrase + "\n"); err != nil {
 					t.Fatal(err)
 				}
