@@ -15,7 +15,7 @@ var providerName = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0
 func CheckProviderName(name string) (text, hint string) {
 	switch {
 	case name == Plaintext:
-		return fmt.Sprintf("%q is what rules call not sealing", name), "choose another name"
+		return fmt.Sprintf("%q is what rules call not encrypting", name), "choose another name"
 	case strings.ContainsRune(name, ':'):
 		return fmt.Sprintf("%q has a colon, which ends the name in every stored value", name), "choose a name without one"
 	case !providerName.MatchString(name):
@@ -122,7 +122,7 @@ func (d *decoder) writers(at string, r Rule, providers []KMS) {
 		if k.Kubernetes == nil {
 			continue
 		}
-		const text = "provider %q is of kind kubernetes, which opens values and seals none"
+		const text = "provider %q is of kind kubernetes, which only decrypts values"
 		if k.Name == r.WriteWith {
 			d.report(at+".writeWith", "name it in readWith, and in writeWith another provider, for new values and for reencrypt", text, k.Name)
 		}

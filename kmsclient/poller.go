@@ -34,6 +34,10 @@ func (p *Poller) Wake() {
 // Run checks until ctx ends.
 func (p *Poller) Run(ctx context.Context) {
 	for {
+		select {
+		case <-p.woken: // the check that follows is theirs
+		default:
+		}
 		p.check(ctx)
 		ended := time.Now()
 		woken, ok := p.sleep(ctx, p.pause(), p.woken)

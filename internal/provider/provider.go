@@ -29,7 +29,7 @@ type Provider struct {
 	Timeout time.Duration      // of one call; 0 is the client's default
 }
 
-// Describe asks a KMS for the state of its key.
+// Describe gets the state of the key from a KMS.
 type Describe = func(context.Context) (*kmsclient.KeyInfo, error)
 
 // New makes the backend of k. It connects to nothing. On an error, the result has only its kind.

@@ -35,7 +35,7 @@ func newScanner(f *fleet, reg prometheus.Registerer, log *slog.Logger, interval 
 	}
 	s := &scanner{
 		fleet: f, interval: interval, log: log,
-		values:   gauge("values", "Values in etcd under a rule, by their state, as the last scan counted them. Only one proxy exports them."),
+		values:   gauge("values", "Values in etcd under a rule, by their state, as status counts them, with serve --scan-interval. Only one proxy exports them."),
 		bytes:    gauge("bytes", "Bytes of the values in etcd under a rule, by their state."),
 		byKey:    gauge("key_values", "Values in etcd under a rule, by their state and the KMS key that encrypted them. Of many keys, those with the most values; the others are key \"other\".", "provider", "key_id"),
 		keyBytes: gauge("key_bytes", "Bytes of the values in etcd under a rule, by their state and the KMS key that encrypted them.", "provider", "key_id"),

@@ -18,7 +18,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/etcdtest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/etcdtest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/restore"
 )
 

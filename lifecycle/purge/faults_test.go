@@ -15,7 +15,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/etcdtest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/etcdtest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 )
 

@@ -1,18 +1,18 @@
-// Package docs tests the documentation. It runs the console blocks of the pages against a real etcd and
-// compares the output with what the page shows. It also checks the links, words, line lengths and error
-// texts of all pages.
+// Package docs tests the documentation. It runs the console blocks of the pages against a real etcd
+// and compares the output with what the page shows. It also checks the links, words, line lengths
+// and error texts of all pages.
 //
-// The test of a page prepares the state that the page describes, and runs the blocks by their number. In
-// a block, a shell runs each line `$ COMMAND`, with the programs etcd-kms-proxy and etcdctl. The lines up
-// to the next command are the expected output:
+// The test of a page prepares the state that the page describes, and runs the blocks by their
+// number. In a block, a shell runs each line `$ COMMAND`, with the programs etcd-kms-proxy and
+// etcdctl. The lines up to the next command are the expected output:
 //
 //   - numbers, sizes, times, IDs and the width of columns may differ;
 //   - "…" matches anything within a line, and on a line of its own any lines;
 //   - a command without expected output may print anything;
 //   - addresses and paths of the page are replaced by those of the test.
 //
-// With DOCS_SHOW=1 and -v, the tests print the output of each command. The test of a page must run or skip
-// every block that runs etcd-kms-proxy.
+// With DOCS_SHOW=1 and -v, the tests print the output of each command. The test of a page must run
+// or skip every block that runs etcd-kms-proxy.
 package docs
 
 import (
@@ -129,7 +129,8 @@ func (p *page) skip(n int, why string) {
 	p.t.Logf("%s, block %d is not run: %s", p.name, n, why)
 }
 
-// run runs the commands of the n-th block, except those that begin with one of the texts in leaveOut.
+// run runs the commands of the n-th block, except those that begin with one of the texts in
+// leaveOut.
 func (p *page) run(n int, leaveOut ...string) {
 	p.t.Helper()
 	if n > len(p.blocks) {
@@ -153,8 +154,8 @@ func (p *page) run(n int, leaveOut ...string) {
 // takesConfig matches the commands that read the configuration.
 var takesConfig = regexp.MustCompile(`^etcd-kms-proxy (serve|status|reencrypt|purge|verify|decrypt|kms check|config check)\b`)
 
-// shell runs a line of the page for at most a minute. It returns what the line prints on both outputs,
-// without log lines in JSON, in the words of the page.
+// shell runs a line of the page for at most a minute. It returns what the line prints on both
+// outputs, without log lines in JSON, in the words of the page.
 func (p *page) shell(line string) string {
 	p.t.Helper()
 	line = p.here(line)

@@ -13,7 +13,7 @@ import (
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/kmsdouble"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
@@ -145,8 +145,8 @@ func TestReencrypt(t *testing.T) {
 	s.run(1)
 }
 
-// TestVerify runs the blocks in the order of an operator: status and verify of a cluster that was just
-// encrypted, purge, and verify of the files of a stopped member.
+// TestVerify runs the blocks in the order of an operator: status and verify of a cluster that was
+// just encrypted, purge, and verify of the files of a stopped member.
 func TestVerify(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, "guides/verify-encryption.md")
@@ -339,7 +339,8 @@ func TestAuditRecords(t *testing.T) {
 	s.skip(3, "it needs a log of several files; internal/auditlog has that")
 }
 
-// TestAlibabaCloud runs the blocks with a simulated KMS. The credentials are a session of an assumed role.
+// TestAlibabaCloud runs the blocks with a simulated KMS. The credentials are a session of an
+// assumed role.
 func TestAlibabaCloud(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, "guides/alibaba-cloud.md")
@@ -379,7 +380,8 @@ func TestKubernetes(t *testing.T) {
 	s.skip(5, "it serves until a signal; test/kubernetes starts it")
 }
 
-// TestEveryPage requires that each page with a console block that runs etcd-kms-proxy has a test here.
+// TestEveryPage requires that each page with a console block that runs etcd-kms-proxy has a test
+// here.
 func TestEveryPage(t *testing.T) {
 	t.Parallel()
 	source, err := os.ReadFile("pages_test.go")

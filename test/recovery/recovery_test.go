@@ -121,13 +121,13 @@ func TestCopyIsLacking(t *testing.T) {
 					return nil
 				})
 				s.refused(t, codes.Unavailable, `"dev"`, `recovery provider "dr"`)
-				s.says(t, "[-]recovery of dev by dr: no value is sealed without it: ", `etcd_kms_proxy_recovery_missing{provider="dev",recovery_provider="dr"} 1`)
+				s.says(t, "[-]recovery of dev by dr: no value is encrypted without it: ", `etcd_kms_proxy_recovery_missing{provider="dev",recovery_provider="dr"} 1`)
 				if r, err := all(t, s.raw); err != nil || len(r) > 0 {
 					t.Errorf("etcd holds %d values, %v", len(r), err)
 				}
 			} else {
 				s.fill(t, "bare", 3)
-				s.says(t, "[-]recovery of dev by dr: values are sealed without it: ", `etcd_kms_proxy_recovery_missing{provider="dev",recovery_provider="dr"} 1`)
+				s.says(t, "[-]recovery of dev by dr: values are encrypted without it: ", `etcd_kms_proxy_recovery_missing{provider="dev",recovery_provider="dr"} 1`)
 				if log := s.proxy.Log(); strings.Count(log, "values are encrypted without a recovery copy of their DEK seed") != 1 {
 					t.Error("the log does not say so once")
 				}

@@ -215,7 +215,7 @@ func (cl *cluster) values(ctx context.Context, o decryptOptions, visit func(*mvc
 
 // snapshotValues visits the values in a file.
 func snapshotValues(ctx context.Context, o decryptOptions, visit func(*mvccpb.KeyValue) error) error {
-	values, err := etcdfile.Present(ctx, o.snapshot, func(key []byte) bool {
+	values, err := etcdfile.LiveValues(ctx, o.snapshot, func(key []byte) bool {
 		return string(key) == o.key || o.prefix && strings.HasPrefix(string(key), o.key)
 	})
 	if err != nil {

@@ -232,9 +232,9 @@ func (r *statusReport) text(w io.Writer) {
 		t = tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 		printable.Fprintf(t, "PROXY\tVERSION\tSTARTED\tRULES\n")
 		for _, p := range r.Proxies {
-			rules := "same"
+			rules := "as here"
 			if !p.SameRules {
-				rules = "NOT those of this configuration"
+				rules = "NOT as in this configuration"
 			}
 			printable.Fprintf(t, "%s\t%s\t%s\t%s\n", printable.Name(p.ID), printable.Name(p.Version), p.Started.Format(time.RFC3339), rules)
 		}

@@ -223,7 +223,7 @@ func (cl *cluster) verifyFiles(ctx context.Context, o verifyOptions, r *verifyRe
 		}
 	}
 	for _, name := range files {
-		f, err := etcdfile.Look(ctx, name, c)
+		f, err := etcdfile.Inspect(ctx, name, c)
 		if err != nil {
 			return problem.New("", "%s: %w", name, err)
 		}
