@@ -67,6 +67,7 @@ compatibility: ## generate the tables of docs/design/compatibility.md from the l
 	cd test && go run ./compatibility -results $(BIN)/compatibility -write ../docs/design/compatibility.md
 
 soak: build tools ## hours: load while the KMS fails, ten runs of a cluster with 20,000 Secrets, a million keys, linearizability, random sequences
+	COORDINATION_CALLS=all go test -count=1 ./lifecycle/coordination
 	cd test && SOAK=10m go test -count=1 -timeout 30m ./soak
 	cd test && STATUS_KEYS=1000000 go test -count=1 -timeout 30m -run StatusMemory ./lifecycle
 	cd test && LIMITS_ANSWER_MB=1000 go test -count=1 -timeout 20m -run LargeAnswers ./limits

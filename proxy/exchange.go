@@ -34,6 +34,16 @@ type streamExchanger interface {
 	exchangeStream(ctx context.Context, msg []byte, ask asker, send func([]byte) error) error
 }
 
+// requested returns the request that goes to etcd for msg: what c makes of it, or msg itself if c
+// exchanges, since exchange encrypts the requests that it makes.
+func requested(ctx context.Context, c call, msg []byte) ([]byte, error) {
+	out, err := c.request(blocking(ctx), msg)
+	if x, ok := c.(exchanger); ok && x.exchanges() {
+		out = msg
+	}
+	return out, err
+}
+
 var (
 	_ streamExchanger = (*rangeCall)(nil)
 	_ exchanger       = (*txnCall)(nil)

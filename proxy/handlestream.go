@@ -26,7 +26,7 @@ func (m *method) handleStream(id *Identity, ss grpc.ServerStream) error {
 		}
 		m.metrics.received.Inc()
 		if c != nil {
-			if err := first.edit(func(msg []byte) ([]byte, error) { return c.request(blocking(ctx), msg) }); err != nil {
+			if err := first.edit(func(msg []byte) ([]byte, error) { return requested(ctx, c, msg) }); err != nil {
 				return err
 			}
 		}

@@ -91,7 +91,7 @@ func (m *method) forward(ss grpc.ServerStream, id *Identity, in *frame) (*frame,
 	}
 	c := m.newCall(id)
 	if c != nil {
-		if err := in.edit(func(msg []byte) ([]byte, error) { return c.request(blocking(ctx), msg) }); err != nil {
+		if err := in.edit(func(msg []byte) ([]byte, error) { return requested(ctx, c, msg) }); err != nil {
 			return nil, err
 		}
 	}

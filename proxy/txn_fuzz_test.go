@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 	"testing"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/protobuf/proto"
@@ -47,9 +48,9 @@ func TestTxnPrograms(t *testing.T) {
 	}
 }
 
-// TestTxnProgramsOverGRPC runs some with clients, an engine and etcd's end of gRPC around the rewriter.
-func TestTxnProgramsOverGRPC(t *testing.T) {
-	t.Parallel()
+// overGRPC returns a function that runs steps with a client, an engine and etcd's end of gRPC around
+// the rewriter, and compares what is stored in the end.
+func overGRPC(t *testing.T) func(t *testing.T, steps func(*world)) {
 	var now atomic.Pointer[world]
 	etcd := serveAll(t, func(_ any, ss grpc.ServerStream) error {
 		full, _ := grpc.MethodFromServerStream(ss)
@@ -66,8 +67,7 @@ func TestTxnProgramsOverGRPC(t *testing.T) {
 	})
 	p := startProxy(t, etcd, scrambling(), func(c *Config) { c.OwnPrefixes = worldsOwn })
 	conn := p.dial(t)
-	first := rand.Uint64() >> 1
-	for i := range uint64(50) {
+	return func(t *testing.T, steps func(*world)) {
 		w := newWorld(t)
 		w.core = p.core // one way to seal
 		w.via = func(ctx context.Context, name string, request proto.Message) (proto.Message, error) {
@@ -75,9 +75,21 @@ func TestTxnProgramsOverGRPC(t *testing.T) {
 			return answer, conn.Invoke(ctx, "/etcdserverpb.KV/"+name, request, answer)
 		}
 		now.Store(w)
-		_ = etcdmodel.NewProgram(randomProgram(first+i)).Run(w.bare.Rev, w.step)
-		if sameStored(t, w.core.rules.Load(), w.bare, w.behind); t.Failed() {
-			t.Fatalf("seed %d", first+i)
+		steps(w)
+		sameStored(t, w.core.rules.Load(), w.bare, w.behind)
+	}
+}
+
+// TestTxnProgramsOverGRPC runs some over an engine.
+func TestTxnProgramsOverGRPC(t *testing.T) {
+	t.Parallel()
+	run := overGRPC(t)
+	first := rand.Uint64() >> 1
+	for i := range uint64(50) {
+		if !t.Run(fmt.Sprint(first+i), func(t *testing.T) {
+			run(t, func(w *world) { _ = etcdmodel.NewProgram(randomProgram(first+i)).Run(w.bare.Rev, w.step) })
+		}) {
+			break
 		}
 	}
 }
@@ -87,4 +99,26 @@ func FuzzTxn(f *testing.F) {
 		f.Add(randomProgram(seed))
 	}
 	f.Fuzz(func(t *testing.T, program []byte) { runProgram(t, program) })
+}
+
+// TestTxnThatIsExchanged has an engine serve transactions that lead to requests of the proxy's own,
+// with puts in them: each value is encrypted once.
+func TestTxnThatIsExchanged(t *testing.T) {
+	put := func(key string) *pb.RequestOp {
+		return &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: []byte(key), Value: []byte("a")}}}
+	}
+	all := &pb.RequestOp{Request: &pb.RequestOp_RequestDeleteRange{RequestDeleteRange: &pb.DeleteRangeRequest{Key: []byte("s/c"), RangeEnd: []byte{0}}}}
+	byValue := &pb.Compare{Key: []byte("s/a"), Target: pb.Compare_VALUE, Result: pb.Compare_NOT_EQUAL, TargetUnion: &pb.Compare_Value{Value: []byte("b")}}
+	nested := &pb.RequestOp{Request: &pb.RequestOp_RequestTxn{RequestTxn: &pb.TxnRequest{Success: []*pb.RequestOp{put("s/b"), all}}}}
+	run := overGRPC(t)
+	for name, txn := range map[string]*pb.TxnRequest{
+		"a delete that reaches over own keys":   {Success: []*pb.RequestOp{put("s/a"), all}},
+		"such a delete in a nested transaction": {Success: []*pb.RequestOp{put("s/a"), nested}},
+		"a compare of a value":                  {Compare: []*pb.Compare{byValue}, Success: []*pb.RequestOp{put("s/a")}},
+		"both":                                  {Compare: []*pb.Compare{byValue}, Success: []*pb.RequestOp{put("s/a"), all}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			run(t, func(w *world) { _ = w.step(etcdmodel.Step{Request: txn}) })
+		})
+	}
 }

@@ -104,9 +104,12 @@ func (c *caller) dataKey(ctx context.Context) (*kmsclient.DataKey, error) {
 	return &kmsclient.DataKey{Plaintext: seed, Ciphertext: answer.Ciphertext, KeyID: answer.KeyID, Annotations: answer.Annotations}, nil
 }
 
-// wrapCopy has this ring's KMS wrap another ring's seed. It does not call a KMS whose last health check
+// wrapCopy has this ring's KMS wrap another ring's seed, and returns the annotations that hold the copy. It does not call a KMS whose last health check
 // failed, since writes of the other ring wait for the result.
-func (c *caller) wrapCopy(ctx context.Context, seed []byte) (copyID, []byte, error) {
+func (c *caller) wrapCopy(ctx context.Context, seed []byte) (copyID, map[string][]byte, error) {
+	if c.p.cfg.Offline != nil {
+		return c.wrapOffline(seed)
+	}
 	st := c.p.state.Load()
 	if err := st.kmsError(); err != nil {
 		return copyID{}, nil, err
@@ -139,7 +142,7 @@ func (c *caller) wrapCopy(ctx context.Context, seed []byte) (copyID, []byte, err
 	if id.statusID == "" {
 		id.statusID = wrapped.KeyID
 	}
-	return id, encoded, nil
+	return id, map[string][]byte{c.p.copyName: encoded}, nil
 }
 
 // unwrap has the KMS unwrap the seed in a header.
@@ -148,6 +151,9 @@ func (c *caller) unwrap(ctx context.Context, h *envelope.Header) ([]byte, error)
 		return nil, errStopped
 	}
 	defer c.running.Done()
+	if c.p.cfg.Offline != nil {
+		return c.unwrapOffline(h)
+	}
 	ctx, cancel := context.WithTimeout(ctx, c.p.cfg.Timeout)
 	defer cancel()
 	plain, err := c.p.cfg.KMS.Decrypt(ctx, newUID(), &service.DecryptRequest{Ciphertext: h.Source, KeyID: h.KeyID, Annotations: h.Own()})

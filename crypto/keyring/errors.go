@@ -130,6 +130,9 @@ func describe(err error) string {
 		if own, ok := errors.AsType[*recoveryError](err); ok {
 			return own.Error()
 		}
+		if own, ok := errors.AsType[*offlineError](err); ok {
+			return own.Error()
+		}
 		return "the KMS call failed"
 	}
 	var b strings.Builder

@@ -54,15 +54,29 @@ func (c *copyReader) find(d digest, h *envelope.Header, rings []*Ring) []recover
 			continue
 		}
 		s := recoveryCopy{by: by, digest: digestOfCopy(d, by)}
-		if c, err := envelope.ParseCopy(encoded); err != nil {
-			s.broken = err
-		} else {
-			header := c.Header(h.Type)
-			s.header = &header
-		}
+		s.header, s.broken = copyHeader(by, h, encoded)
 		found = append(found, s)
 	}
 	return found
+}
+
+// copyHeader returns what unwraps the encoded copy by a ring.
+func copyHeader(by *Ring, h *envelope.Header, encoded []byte) (*envelope.Header, error) {
+	offline, ok := h.OfflineCopyBy(by.Provider())
+	switch {
+	case ok && by.isOffline():
+		return &envelope.Header{Type: h.Type, KeyID: offline.Recipients, Source: offline.File}, nil
+	case ok:
+		return nil, errors.New("the copy is an age file, and the provider has a KMS")
+	case by.isOffline():
+		return nil, errors.New("the copy is not an age file, and the provider has no KMS")
+	}
+	c, err := envelope.ParseCopy(encoded)
+	if err != nil {
+		return nil, err
+	}
+	header := c.Header(h.Type)
+	return &header, nil
 }
 
 // copyOf returns the copy in a header that another ring can unwrap.
@@ -111,7 +125,9 @@ func (c *copyReader) allowed(err *Error) bool {
 // fetch returns the seed of the first copy that can be unwrapped. first is why the value's own KMS did not unwrap it.
 func (c *copyReader) fetch(ctx context.Context, h *envelope.Header, found []recoveryCopy, first *Error) (*entry, *Error) {
 	if !c.allowed(first) {
-		return nil, notLost(first)
+		if found = overriding(found); len(found) == 0 || errors.Is(first, errStopped) {
+			return nil, notLost(first)
+		}
 	}
 	if ctx.Err() != nil && len(found) > 0 {
 		return nil, c.p.errorf(Unavailable, context.Cause(ctx), "the caller canceled before a recovery copy was unwrapped")
@@ -227,7 +243,7 @@ func (c *copyReader) unwrap(h *envelope.Header, s recoveryCopy, first *Error) (*
 	// The entry is cached before revocations are checked: one of either key is before the check, and seen, or after it,
 	// and evicts the entry.
 	c.p.cfg.Cache.put(e)
-	if s.by.p.revocations() != gen || c.p.isDisabled() {
+	if s.by.p.revocations() != gen || c.p.isDisabled() && !s.by.overrides() {
 		c.p.cfg.Cache.evict(e)
 		return nil, c.p.errorf(Unavailable, nil, "the key's state changed while a recovery copy was unwrapped")
 	}

@@ -80,16 +80,16 @@ func (w *writer) copySeed(ctx context.Context, h *envelope.Header, seed []byte) 
 		return nil
 	}
 	type answer struct {
-		id      copyID
-		encoded []byte
-		err     error
+		id          copyID
+		annotations map[string][]byte
+		err         error
 	}
 	answers := make([]answer, len(rings))
 	var all sync.WaitGroup
 	for i, by := range rings {
 		all.Go(func() {
 			a := &answers[i]
-			a.id, a.encoded, a.err = by.calls.wrapCopy(ctx, seed)
+			a.id, a.annotations, a.err = by.calls.wrapCopy(ctx, seed)
 		})
 	}
 	all.Wait()
@@ -103,9 +103,9 @@ func (w *writer) copySeed(ctx context.Context, h *envelope.Header, seed []byte) 
 	for i, by := range rings {
 		a := &answers[i]
 		if a.err == nil {
-			h.Annotations[by.p.copyName] = a.encoded
+			maps.Copy(h.Annotations, a.annotations)
 			if err := h.Validate(); err != nil {
-				delete(h.Annotations, by.p.copyName)
+				maps.DeleteFunc(h.Annotations, func(k string, _ []byte) bool { return a.annotations[k] != nil })
 				a.err = brokenContract("Encrypt", err.Error())
 			}
 		}
@@ -201,6 +201,10 @@ func copiesIn(h *envelope.Header) []copyID {
 	var ids []copyID
 	for k, v := range h.Annotations {
 		if provider, ok := envelope.RecoveryProvider(k); ok {
+			if c, ok := h.OfflineCopyBy(provider); ok {
+				ids = append(ids, copyID{provider: provider, keyID: c.Recipients})
+				continue
+			}
 			c, _ := envelope.ParseCopy(v)
 			ids = append(ids, copyID{provider: provider, keyID: c.KeyID})
 		}

@@ -92,6 +92,10 @@ func (rf *refusals) clear() { rf.lru.Purge() }
 // failure returns what a refusal means for the values of a seed now. what is "seed", or "copy" for a recovery
 // copy.
 func (rf *refusals) failure(what string, h *envelope.Header, last *refusal) *Error {
+	if own, ok := errors.AsType[*offlineError](last.cause); ok {
+		// Not a permanent failure: an operator may have the identity that decrypts it.
+		return rf.p.errorf(KeyUnusable, own, "the copy was not decrypted: %v", own)
+	}
 	if kmsclient.ClassOf(last.cause) == kmsclient.ClassInvalid {
 		return rf.p.errorf(Corrupt, last.cause, "the %s under KMS key ID %q cannot be unwrapped: %s", what, clip(h.KeyID), describe(last.cause))
 	}
@@ -108,4 +112,7 @@ func (rf *refusals) failure(what string, h *envelope.Header, last *refusal) *Err
 }
 
 // isSilence reports whether a failed call for a seed had no answer.
-func isSilence(err error) bool { return kmsclient.ReasonOf(err) == kmsclient.Unreachable }
+func isSilence(err error) bool {
+	_, own := errors.AsType[*offlineError](err)
+	return !own && kmsclient.ReasonOf(err) == kmsclient.Unreachable
+}

@@ -21,6 +21,8 @@ type RingConfig struct {
 	// KMS wraps and unwraps DEK seeds. If it is a [kmsclient.DataKeyGenerator] as well, it generates them; otherwise
 	// the ring generates them and has them wrapped by Encrypt.
 	KMS kmsclient.Service
+	// Offline makes the ring one that wraps recovery copies with public keys, and does nothing else. KMS is nil then.
+	Offline OfflineKey
 	// Cache holds the unwrapped seeds. Rings may share it.
 	Cache *Cache
 	// KeyOf returns the name of the key of which a key ID names a version, see [kmsclient.KeyIDParser]. nil: each key
@@ -60,9 +62,13 @@ func (c *RingConfig) check() error {
 	if _, err := envelope.Marker(c.Provider); err != nil {
 		errs = append(errs, err)
 	}
-	if c.KMS == nil {
+	switch {
+	case c.KMS == nil && c.Offline == nil:
 		errs = append(errs, errors.New("KMS is missing"))
+	case c.KMS != nil && c.Offline != nil:
+		errs = append(errs, errors.New("an offline key has no KMS"))
 	}
+	c.ReadOnly = c.ReadOnly || c.Offline != nil
 	if c.Cache == nil {
 		errs = append(errs, errors.New("cache is missing"))
 	}
@@ -138,6 +144,9 @@ func New(c RingConfig) (*Ring, error) {
 		probePauses: make(map[string]*probePause), settled: settling{left: make(map[string]time.Time)},
 	}
 	r.p.poller = kmsclient.NewPoller(r.monitor.check, r.monitor.pause)
+	if r.isOffline() {
+		r.readOfflineID()
+	}
 	return r, nil
 }
 
@@ -147,6 +156,10 @@ func New(c RingConfig) (*Ring, error) {
 func (r *Ring) Run(ctx context.Context) error {
 	if !r.p.running.CompareAndSwap(false, true) {
 		return fmt.Errorf("run key ring of provider %q: it was run before", r.p.cfg.Provider)
+	}
+	if r.isOffline() {
+		r.runOffline(ctx)
+		return nil
 	}
 	defer r.calls.close()
 	r.p.poller.Run(ctx)
@@ -177,8 +190,15 @@ func (r *Ring) WaitForCheck(ctx context.Context) error {
 // Provider returns the ring's name in stored values.
 func (r *Ring) Provider() string { return r.p.cfg.Provider }
 
-// Check has the next health check made at once. It does not wait for it, and several calls within a second are one.
-func (r *Ring) Check() { r.p.wake() }
+// Check has the next health check made at once. It does not wait for it, and several calls within a second are one. Of
+// an offline ring it reads the ID of the public keys again.
+func (r *Ring) Check() {
+	if r.isOffline() {
+		r.readOfflineID()
+		return
+	}
+	r.p.wake()
+}
 
 // SetRecovery has the KMSs of rings wrap recovery copies of each seed that is generated from now on. If the setting
 // has changed, the next health check generates a seed. If required, no value is encrypted with a seed that lacks one of

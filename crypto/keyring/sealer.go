@@ -69,6 +69,9 @@ func NewSealer(c SealerConfig) (*Sealer, error) {
 		if r == nil {
 			continue
 		}
+		if r.isOffline() {
+			return nil, fmt.Errorf("make sealer of rule %q: provider %q wraps recovery copies only", c.Prefix, r.Provider())
+		}
 		if have := s.ring([]byte(r.Provider())); have == r {
 			continue
 		} else if have != nil {

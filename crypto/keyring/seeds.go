@@ -35,7 +35,7 @@ type openMode struct {
 // open decrypts an object of this provider, if need be with a recovery copy that one of rings unwraps. e is the
 // seed that was used; it is nil if there was none.
 func (s *seeds) open(ctx context.Context, etcdKey, object []byte, mode openMode, rings []*Ring) (plaintext []byte, e *entry, err *Error) {
-	if st := s.p.state.Load(); st.revoked != nil && !kmsclient.ReasonOf(st.revoked).Gone() {
+	if st := s.p.state.Load(); st.revoked != nil && !kmsclient.ReasonOf(st.revoked).Gone() && !overridden(rings) {
 		return nil, nil, s.p.errorf(KeyUnusable, st.revoked, "%s", describe(st.revoked))
 	}
 	now := time.Now()
@@ -174,7 +174,7 @@ func (s *seeds) evict(match func(*entry) bool) int {
 func (s *seeds) evictKeys(under func(keyID string) bool, keyID string, cause error) {
 	gone := kmsclient.ReasonOf(cause).Gone()
 	match := func(e *entry) bool {
-		return e.by == s.ring && under(e.byKeyID) || e.ring == s.ring && under(e.keyID) && !gone
+		return e.by == s.ring && under(e.byKeyID) || e.ring == s.ring && under(e.keyID) && !gone && !e.by.overrides()
 	}
 	if n := s.evict(match); n > 0 {
 		s.p.cfg.Observer.Seed(s.p.cfg.Provider, EventRevoked)

@@ -248,7 +248,7 @@ func (s *seeds) unwrapAgain(e *entry, h *envelope.Header) (*entry, error) {
 	}
 	other.recheck.Store(next)
 	s.p.cfg.Cache.put(other)
-	if e.by.p.revocations() != gen || s.p.isDisabled() {
+	if e.by.p.revocations() != gen || s.p.isDisabled() && !e.by.overrides() {
 		s.p.cfg.Cache.evict(other)
 		return nil, s.p.errorf(Unavailable, nil, "the key's state changed while a seed was unwrapped again")
 	}

@@ -159,7 +159,7 @@ func TestPortInUse(t *testing.T) {
 // machine has it.
 func TestOpenAdmin(t *testing.T) {
 	d := clitest.NewDir(t)
-	const warning = "the admin server asks nobody who they are"
+	const warning = "the admin server has no authentication"
 	r := execute(t, "serve", "--config", d.Config(t, `admin: {address: "127.0.0.1:0"}`, `admin: {address: "192.0.2.1:0"}`))
 	r.want(t, 3, `"level":"WARN"`, warning, `"line":13`)
 	s := start(t, d.Config(t))

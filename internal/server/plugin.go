@@ -200,8 +200,11 @@ func CheckPlugin(k config.KMS, socket string) error {
 	if k.Plugin != nil && strings.TrimPrefix(k.Plugin.Endpoint, "unix://") == strings.TrimPrefix(socket, "unix://") {
 		return problem.New("choose another path", "--socket %s is the socket that provider %q is itself reached at", socket, k.Name)
 	}
-	if k.Kubernetes != nil {
-		return problem.New("name a provider of another kind with --name", "kms %q: %w", k.Name, provider.ErrDecryptsOnly)
+	switch hint := "name a provider of another kind with --name"; {
+	case k.Kubernetes != nil:
+		return problem.New(hint, "kms %q: %w", k.Name, provider.ErrDecryptsOnly)
+	case k.Age != nil:
+		return problem.New(hint, "kms %q: %w", k.Name, provider.ErrWrapsOnly)
 	}
 	return nil
 }

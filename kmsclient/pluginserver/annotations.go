@@ -33,7 +33,7 @@ func annotated(given map[string][]byte, requestID string) map[string][]byte {
 func bare(all map[string][]byte) map[string][]byte {
 	var own map[string][]byte
 	for k, v := range all {
-		if _, isCopy := envelope.RecoveryProvider(k); isCopy || k == requestIDAnnotation {
+		if envelope.IsReserved(k) || k == requestIDAnnotation {
 			continue
 		}
 		if own == nil {

@@ -7,10 +7,10 @@ import (
 // item is a value to write.
 type item struct {
 	key      string
-	value    []byte // as it is to be stored
-	revision int64  // that wrote the old one
+	value    []byte // the new stored value
+	revision int64  // of the old value
 	lease    int64  // of the key at that revision
-	attempts int    // that somebody else was faster
+	attempts int    // that lost against a write of another client
 }
 
 // opOverhead is the size of a compare, a put and a get in a transaction without keys and value:

@@ -14,7 +14,7 @@ const (
 	paceTxns = 16
 	slowTxn  = 250 * time.Millisecond // the median from which on etcd is slow
 	quickTxn = slowTxn / 4            // and below which it is quick again
-	paceMost = 8                      // times slower than at first, at most
+	paceMost = 8                      // the rate is at most so many times lower than at first
 )
 
 // pace limits the rate of writes, and lowers it while etcd is slow, to protect other clients of
@@ -22,7 +22,7 @@ const (
 type pace struct {
 	limiter *rate.Limiter
 	most    rate.Limit // as configured
-	told    func(slow bool)
+	onSlow  func(slow bool)
 
 	mu     sync.Mutex
 	recent []time.Duration // since begun
@@ -32,9 +32,9 @@ type pace struct {
 }
 
 // newPace returns a pace of so many keys per second (0 is no limit), and so many per transaction.
-// told is called when the rate is lowered, and when it is back.
-func newPace(perSecond float64, burst int, told func(slow bool)) *pace {
-	p := &pace{most: rate.Inf, told: told}
+// onSlow is called when the rate is lowered, and when it is restored.
+func newPace(perSecond float64, burst int, onSlow func(slow bool)) *pace {
+	p := &pace{most: rate.Inf, onSlow: onSlow}
 	if perSecond > 0 {
 		p.most = rate.Limit(perSecond)
 	}
@@ -77,14 +77,14 @@ func (p *pace) judge(median time.Duration, real rate.Limit) {
 	case median > slowTxn:
 		if p.first == 0 {
 			p.first = real
-			p.told(true)
+			p.onSlow(true)
 		}
 		p.limiter.SetLimit(max(min(real, p.limiter.Limit())/2, p.first/paceMost))
 	case median < quickTxn && p.first > 0:
 		next := p.limiter.Limit() * 2
 		if next >= p.most || next >= p.first*2 {
 			next, p.first = p.most, 0
-			p.told(false)
+			p.onSlow(false)
 		}
 		p.limiter.SetLimit(next)
 	}

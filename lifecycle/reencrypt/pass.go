@@ -25,26 +25,26 @@ type run struct {
 	begin    sync.Once
 	beginErr error
 
-	mu    sync.Mutex
-	done  Progress
-	left  []Skipped
-	span  inventory.Span
-	todo  bool // this pass found something to do
-	waits map[string]*waiting
-	aside *asideList
+	mu       sync.Mutex
+	done     Progress
+	left     []Skipped
+	span     inventory.Span
+	todo     bool // this pass found something to do
+	waits    map[string]*waiting
+	deferred *deferredList
 }
 
 func newRun(c Config) *run {
-	for field, standard := range map[*int]int{&c.Workers: defaultWorkers, &c.TxnKeys: 1, &c.Passes: defaultPasses, &c.MaxBytes: defaultMaxBytes} {
+	for field, fallback := range map[*int]int{&c.Workers: defaultWorkers, &c.TxnKeys: 1, &c.Passes: defaultPasses, &c.MaxBytes: defaultMaxBytes} {
 		if *field <= 0 {
-			*field = standard
+			*field = fallback
 		}
 	}
-	r := &run{cfg: c, waits: make(map[string]*waiting), aside: newAsideList()}
+	r := &run{cfg: c, waits: make(map[string]*waiting), deferred: newDeferredList()}
 	r.limits.set(c.TxnKeys, c.MaxBytes)
 	r.pace = newPace(c.Rate, c.TxnKeys, func(slow bool) {
 		if slow {
-			r.pause(waitSlow, "fewer values a second are rewritten until it is quicker")
+			r.pause(waitSlow, "fewer values per second are rewritten until it is faster")
 		} else {
 			r.resume(waitSlow)
 		}
@@ -76,14 +76,14 @@ func (r *run) count(change func(p *Progress)) {
 	change(&r.done)
 }
 
-func (r *run) tell() {
+func (r *run) report() {
 	if r.cfg.Progress != nil {
 		r.cfg.Progress(r.progress())
 	}
 }
 
-// leave skips a key.
-func (r *run) leave(counter func(p *Progress) *int64, key []byte, why string) {
+// skip skips a key.
+func (r *run) skip(counter func(p *Progress) *int64, key []byte, why string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	*counter(&r.done)++
@@ -92,12 +92,12 @@ func (r *run) leave(counter func(p *Progress) *int64, key []byte, why string) {
 	}
 }
 
-// The counters of skipped values.
-func leftForeign(p *Progress) *int64       { return &p.Foreign }
-func leftPlaintext(p *Progress) *int64     { return &p.Plaintext }
-func leftUndecryptable(p *Progress) *int64 { return &p.Undecryptable }
-func leftRefused(p *Progress) *int64       { return &p.Refused }
-func leftFailed(p *Progress) *int64        { return &p.Failed }
+// skippedForeign and the functions that follow return the counters of skipped values.
+func skippedForeign(p *Progress) *int64       { return &p.Foreign }
+func skippedPlaintext(p *Progress) *int64     { return &p.Plaintext }
+func skippedUndecryptable(p *Progress) *int64 { return &p.Undecryptable }
+func skippedRefused(p *Progress) *int64       { return &p.Refused }
+func skippedFailed(p *Progress) *int64        { return &p.Failed }
 
 // foundWork records that this pass found something to do, so that another pass must confirm that
 // nothing is left.
@@ -133,7 +133,7 @@ func (r *run) pass(ctx context.Context) (again bool, err error) {
 	if err = group.Wait(); err == nil {
 		err = r.settle(ctx)
 	}
-	r.tell()
+	r.report()
 	if cause := context.Cause(ctx); cause != nil {
 		return false, cause
 	}
@@ -144,7 +144,7 @@ func (r *run) pass(ctx context.Context) (again bool, err error) {
 
 // scan reads all keys and hands them to the workers.
 func (r *run) scan(ctx context.Context, feed chan<- *mvccpb.KeyValue) (inventory.Span, error) {
-	return inventory.ScanWith(ctx, &r.history, patientKV{KV: r.cfg.Client, run: r}, r.cfg.Rules().Within(r.cfg.Prefix), 0, func(kv *mvccpb.KeyValue) error {
+	return inventory.ScanWith(ctx, &r.history, retryingKV{KV: r.cfg.Client, run: r}, r.cfg.Rules().Within(r.cfg.Prefix), 0, func(kv *mvccpb.KeyValue) error {
 		select {
 		case feed <- kv:
 			return nil
@@ -162,7 +162,7 @@ func (r *run) work(ctx context.Context, feed <-chan *mvccpb.KeyValue) error {
 	var b batch
 	flush := func() error {
 		err := r.store(ctx, b.take())
-		r.tell()
+		r.report()
 		return err
 	}
 	tick := time.NewTicker(batchAge)
@@ -183,7 +183,7 @@ func (r *run) work(ctx context.Context, feed <-chan *mvccpb.KeyValue) error {
 			if err != nil {
 				return err
 			}
-			if r.aside.full() {
+			if r.deferred.full() {
 				if err := r.settle(ctx); err != nil {
 					return err
 				}
@@ -211,8 +211,8 @@ func (r *run) first(ctx context.Context, kv *mvccpb.KeyValue) (*item, error) {
 	if err != nil || f.what == noRule {
 		return nil, err
 	}
-	if f.what == isAside {
-		r.aside.add(f.aside)
+	if f.what == isDeferred {
+		r.deferred.add(f.deferred)
 	}
 	r.count(func(p *Progress) {
 		p.Keys++

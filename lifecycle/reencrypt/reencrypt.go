@@ -61,17 +61,17 @@ type Config struct {
 // Progress counts what a run has done so far.
 type Progress struct {
 	Pass          int   `json:"passes"`        // the first is 1
-	Keys          int64 `json:"keys"`          // looked at in this pass
-	Current       int64 `json:"current"`       // were found as their rules write them, in the first pass
+	Keys          int64 `json:"keys"`          // examined in this pass
+	Current       int64 `json:"current"`       // stored as their rules require, in the first pass
 	Rewritten     int64 `json:"rewritten"`     // with DryRun: would be
-	Bytes         int64 `json:"bytes"`         // of their keys and new values: what the database grows by at least
+	Bytes         int64 `json:"bytes"`         // of their keys and new values: the minimum growth of the database
 	Transactions  int64 `json:"transactions"`  // that is, revisions of etcd
-	Raced         int64 `json:"raced"`         // times that a value was written or deleted by somebody else meanwhile, and was looked at again
-	Foreign       int64 `json:"foreign"`       // left in this pass: sealed by a provider that the rule does not read
-	Plaintext     int64 `json:"plaintext"`     // left in this pass: plaintext under a rule that is strict
-	Undecryptable int64 `json:"undecryptable"` // left in this pass: they do not open
-	Refused       int64 `json:"refused"`       // left in this pass: their KMS is well, and does not unwrap their DEK seeds
-	Failed        int64 `json:"failed"`        // left in this pass: they cannot be sealed, or etcd does not take them
+	Raced         int64 `json:"raced"`         // times that another client wrote or deleted a value meanwhile
+	Foreign       int64 `json:"foreign"`       // skipped in this pass: encrypted by a provider that the rule does not read
+	Plaintext     int64 `json:"plaintext"`     // skipped in this pass: plaintext under a strict rule
+	Undecryptable int64 `json:"undecryptable"` // skipped in this pass: they cannot be decrypted
+	Refused       int64 `json:"refused"`       // skipped in this pass: their KMS is healthy, and does not unwrap their DEK seeds
+	Failed        int64 `json:"failed"`        // skipped in this pass: they cannot be encrypted, or etcd refuses them
 }
 
 // Unfinished returns the number of values that are not stored as their rules require.
@@ -93,7 +93,7 @@ const MaxSkipped = 100
 type Result struct {
 	Progress
 	Skipped   []Skipped      `json:"left"`      // of the last pass, the first MaxSkipped
-	Revisions inventory.Span `json:"revisions"` // from the first that was read to the last that was written or read
+	Revisions inventory.Span `json:"revisions"` // from the first read to the last read or written
 	Duration  time.Duration  `json:"-"`
 }
 
@@ -134,7 +134,7 @@ func (r *run) elected(ctx context.Context) error {
 	wait := newBackOff()
 	for {
 		err := r.cfg.Election.Run(ctx, r.passes)
-		why := passing(err)
+		why := temporary(err)
 		if ctx.Err() != nil || why == "" && !errors.Is(err, coordination.ErrLeadershipLost) {
 			return err
 		}
@@ -142,7 +142,7 @@ func (r *run) elected(ctx context.Context) error {
 			why = err.Error()
 		}
 		r.pause(waitElection, why)
-		err = rest(ctx, wait.NextBackOff())
+		err = sleep(ctx, wait.NextBackOff())
 		r.resume(waitElection)
 		if err != nil {
 			return err

@@ -129,7 +129,7 @@ func TestPassing(t *testing.T) {
 		{rpctypes.ErrRequestTooLarge, false}, {rpctypes.ErrTooManyOps, false}, {rpctypes.ErrPermissionDenied, false}, {rpctypes.ErrCorrupt, false},
 		{status.Error(codes.ResourceExhausted, "grpc: received message larger than max (2 vs. 1)"), false},
 	} {
-		if got := passing(test.err) != ""; got != test.passes {
+		if got := temporary(test.err) != ""; got != test.passes {
 			t.Errorf("%v passes: %v", test.err, got)
 		}
 	}
@@ -190,15 +190,15 @@ func TestRenew(t *testing.T) {
 		why  string
 	}{
 		"renewed":             {script{seals("2"), opensTo("value", keyring.Current)}, isToWrite, ""},
-		"a damaged result":    {script{seals("2"), opensTo("other", keyring.Current)}, isLeft, "opens to something else"},
-		"no better":           {script{seals("1"), opensTo("value", keyring.Stale)}, isLeft, "would change nothing"},
+		"a damaged result":    {script{seals("2"), opensTo("other", keyring.Current)}, isSkipped, "does not decrypt to the old plaintext"},
+		"no better":           {script{seals("1"), opensTo("value", keyring.Stale)}, isSkipped, "would change nothing"},
 		"better, not current": {script{seals("2"), opensTo("value", keyring.Stale)}, isToWrite, ""},
 		"refused": {script{
 			func([]byte) ([]byte, error) { return nil, &keyring.Error{Kind: keyring.Refused, Text: "looks sealed"} }, opensTo("value", keyring.Current),
-		}, isLeft, "looks sealed"},
+		}, isSkipped, "looks sealed"},
 		"key disabled": {script{
 			func([]byte) ([]byte, error) { return nil, &keyring.Error{Kind: keyring.KeyUnusable, Text: "disabled"} }, opensTo("value", keyring.Current),
-		}, isLeft, "disabled"},
+		}, isSkipped, "disabled"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			rules := inventory.NewRules([]inventory.Rule{{Prefix: "/", WriteWith: "main", Sealer: test.rule}})

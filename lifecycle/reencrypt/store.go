@@ -19,8 +19,8 @@ import (
 // Limits of writing a value.
 const (
 	txnTimeout  = 30 * time.Second
-	txnGrace    = 5 * time.Second // for a transaction under way when the run is to end
-	maxAttempts = 10              // at a key that others keep writing
+	txnGrace    = 5 * time.Second // for a transaction in flight when the run ends
+	maxAttempts = 10              // for a key that other clients keep writing
 )
 
 // store writes items in one or more transactions. Items that another client has written since are
@@ -84,11 +84,11 @@ func (r *run) refused(ctx context.Context, i *item, err error) error {
 	key := []byte(i.key)
 	switch {
 	case tooLarge(err):
-		r.leave(leftFailed, key, fmt.Sprintf("etcd refuses it as too large with what sealing adds: raise etcd's --max-request-bytes above %d", i.size()+512))
+		r.skip(skippedFailed, key, fmt.Sprintf("etcd refuses it as too large with the size that encryption adds: raise etcd's --max-request-bytes above %d", i.size()+512))
 	case errors.Is(err, rpctypes.ErrLeaseNotFound):
 		// The lease has expired, and the key with it. If the key still exists, etcd has lost the
 		// lease: a put that kept it would crash etcd's members.
-		now, err := patientKV{KV: r.cfg.Client, run: r}.Get(ctx, i.key)
+		now, err := retryingKV{KV: r.cfg.Client, run: r}.Get(ctx, i.key)
 		if err != nil {
 			return err
 		}
@@ -99,9 +99,9 @@ func (r *run) refused(ctx context.Context, i *item, err error) error {
 		if now.Kvs[0].ModRevision != i.revision {
 			return r.renewed(ctx, i, now.Kvs[0])
 		}
-		r.leave(leftFailed, key, fmt.Sprintf("its lease %x is not known to etcd: write it anew, or delete it", i.lease))
+		r.skip(skippedFailed, key, fmt.Sprintf("etcd does not know its lease %x: write it again, or delete it", i.lease))
 	case codeOf(err) == codes.PermissionDenied && i.lease != 0:
-		r.leave(leftFailed, key, fmt.Sprintf("etcd denies it: etcd.username must be able to write all keys of the lease %x", i.lease))
+		r.skip(skippedFailed, key, fmt.Sprintf("etcd denies it: etcd.username must be able to write all keys of the lease %x", i.lease))
 	default:
 		return err
 	}
@@ -139,7 +139,7 @@ func (r *run) commit(ctx context.Context, items []*item) (answer *clientv3.TxnRe
 		gets[n] = clientv3.OpGet(i.key)
 	}
 	failed := false
-	err = r.patiently(ctx, waitWrite, func() error {
+	err = r.retry(ctx, waitWrite, func() error {
 		if failed {
 			if err := r.sameHistory(ctx, items[0].key); err != nil {
 				return err
@@ -192,7 +192,7 @@ func (r *run) again(ctx context.Context, items []*item, answer *clientv3.TxnResp
 	for n, i := range items {
 		now := only(answer.Responses[n].GetResponseRange())
 		switch {
-		case now == nil: // deleted, and stays so
+		case now == nil: // deleted
 			r.count(func(p *Progress) { p.Raced++ })
 		case now.ModRevision == i.revision:
 			same = append(same, i)
@@ -230,15 +230,15 @@ func (r *run) renewed(ctx context.Context, i *item, now *mvccpb.KeyValue) error 
 	switch {
 	case err != nil:
 		return err
-	case f.what == isAside:
-		r.aside.add(f.aside)
+	case f.what == isDeferred:
+		r.deferred.add(f.deferred)
 		return nil
 	case f.what != isToWrite:
-		return nil // that is as it is to be, or left
+		return nil // it is stored as required, or skipped
 	}
 	next := f.next
 	if next.attempts = i.attempts + 1; next.attempts >= maxAttempts {
-		r.leave(leftFailed, now.Key, "it is written all the time by somebody who does not seal it as the rule does")
+		r.skip(skippedFailed, now.Key, "another client keeps writing it, and does not encrypt it as the rule does")
 		return nil
 	}
 	return r.store(ctx, []*item{next})

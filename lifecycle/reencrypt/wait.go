@@ -18,7 +18,7 @@ import (
 
 // What a run waits for, for Paused.
 const (
-	waitElection = "being the one that works"
+	waitElection = "the election"
 	waitKMS      = "the KMS"
 	waitRefused  = "the KMS, which refuses some values"
 	waitRead     = "reading from etcd"
@@ -83,16 +83,16 @@ func newBackOff() *backoff.ExponentialBackOff {
 	return wait
 }
 
-// patiently calls f until it succeeds or fails permanently, with exponential backoff, and reports
-// what it waits for.
-func (r *run) patiently(ctx context.Context, what string, f func() error) error {
+// retry calls f with exponential backoff until it succeeds or fails permanently, and reports what
+// it waits for.
+func (r *run) retry(ctx context.Context, what string, f func() error) error {
 	wait := newBackOff()
 	for waited := false; ; waited = true {
 		err := f()
 		if ctx.Err() != nil && err != nil {
 			return context.Cause(ctx)
 		}
-		why := passing(err)
+		why := temporary(err)
 		if why == "" {
 			return err
 		}
@@ -103,7 +103,7 @@ func (r *run) patiently(ctx context.Context, what string, f func() error) error 
 		if errors.Is(err, rpctypes.ErrNoSpace) {
 			err = r.awaitSpace(ctx)
 		} else {
-			err = rest(ctx, wait.NextBackOff())
+			err = sleep(ctx, wait.NextBackOff())
 		}
 		if err != nil {
 			return err
@@ -131,14 +131,14 @@ const spaceCheck = 2 * time.Second
 // write shows.
 func (r *run) awaitSpace(ctx context.Context) error {
 	for {
-		if err := rest(ctx, spaceCheck); err != nil {
+		if err := sleep(ctx, spaceCheck); err != nil {
 			return err
 		}
-		asking, cancel := context.WithTimeout(ctx, spaceCheck)
-		alarms, err := r.cfg.Client.AlarmList(asking)
+		checking, cancel := context.WithTimeout(ctx, spaceCheck)
+		alarms, err := r.cfg.Client.AlarmList(checking)
 		cancel()
 		if err != nil {
-			return rest(ctx, maxPause)
+			return sleep(ctx, maxPause)
 		}
 		full := false
 		for _, a := range alarms.Alarms {
@@ -151,7 +151,7 @@ func (r *run) awaitSpace(ctx context.Context) error {
 }
 
 // passing returns the reason for an error that is temporary, and "" for any other.
-func passing(err error) string {
+func temporary(err error) string {
 	if err == nil {
 		return ""
 	}
@@ -163,9 +163,9 @@ func passing(err error) string {
 	}
 	switch {
 	case errors.Is(err, rpctypes.ErrNoSpace):
-		return "its space is used up: compact and defragment it (etcdctl compact, etcdctl defrag) or raise its --quota-backend-bytes, then disarm the alarm (etcdctl alarm disarm)"
+		return "it has no space left: compact and defragment it (etcdctl compact, etcdctl defrag) or raise its --quota-backend-bytes, then disarm the alarm (etcdctl alarm disarm)"
 	case errors.Is(err, context.DeadlineExceeded):
-		return "it does not answer in time"
+		return "it does not respond in time"
 	case errors.Is(err, rpctypes.ErrTooManyRequests), errors.Is(err, rpctypes.ErrAuthOldRevision), errors.Is(err, rpctypes.ErrInvalidAuthToken):
 		return err.Error()
 	}
@@ -189,8 +189,8 @@ func codeOf(err error) codes.Code {
 	return status.Code(err)
 }
 
-// rest sleeps for d, or returns the cause of the end of ctx.
-func rest(ctx context.Context, d time.Duration) error {
+// sleep waits for d, or returns the cause of the end of ctx.
+func sleep(ctx context.Context, d time.Duration) error {
 	t := time.NewTimer(d)
 	defer t.Stop()
 	select {
@@ -201,15 +201,15 @@ func rest(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// patientKV repeats reads until etcd responds.
-type patientKV struct {
+// retryingKV is a KV that repeats reads until etcd responds.
+type retryingKV struct {
 	clientv3.KV
 	run *run
 }
 
 // Get implements [clientv3.KV].
-func (p patientKV) Get(ctx context.Context, key string, opts ...clientv3.OpOption) (answer *clientv3.GetResponse, err error) {
-	err = p.run.patiently(ctx, waitRead, func() (err error) {
+func (p retryingKV) Get(ctx context.Context, key string, opts ...clientv3.OpOption) (answer *clientv3.GetResponse, err error) {
+	err = p.run.retry(ctx, waitRead, func() (err error) {
 		limited, cancel := context.WithTimeout(ctx, txnTimeout)
 		defer cancel()
 		answer, err = p.KV.Get(limited, key, opts...)

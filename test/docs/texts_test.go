@@ -148,3 +148,23 @@ func literal(e ast.Expr) (string, bool) {
 	}
 	return "", false
 }
+
+// TestMetrics requires that the metrics that pages name are in the metrics reference.
+func TestMetrics(t *testing.T) {
+	t.Parallel()
+	reference := readPage(t, "docs/reference/metrics.md")
+	metric := regexp.MustCompile(`\betcd_kms_proxy_[a-z_]+[a-z]\b`)
+	for _, name := range markdown(t) {
+		page := readPage(t, name)
+		if name == "docs/guides/monitor.md" { // its table has the names without their prefix
+			_, table, _ := strings.Cut(page, "| metric (`etcd_kms_proxy_…`) |")
+			table, _, _ = strings.Cut(table, "\n\n")
+			page += regexp.MustCompile("(?m)^\\| `").ReplaceAllString(table, "| `etcd_kms_proxy_")
+		}
+		for _, m := range metric.FindAllString(page, -1) {
+			if !strings.Contains(reference, m) {
+				t.Errorf("%s: docs/reference/metrics.md has no metric %s", name, m)
+			}
+		}
+	}
+}

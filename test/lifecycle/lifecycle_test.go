@@ -180,7 +180,7 @@ func TestVerifyIsNotFooled(t *testing.T) {
 			_, places := s.verify(t, 1, "")
 			needs(t, places, ". live "+prefix+"live", ". live "+prefix+"large", ". live "+prefix+"nested", ". live "+prefix+"marker", ". live "+prefix+"moved",
 				". history "+prefix+"old", ". history "+prefix+"deleted")
-			s.run(t, 3, "verify --data-dir "+s.etcd.DataDir, "a running etcd holds the file")
+			s.run(t, 3, "verify --data-dir "+s.etcd.DataDir, "a running etcd has locked the file")
 			s.run(t, 3, "purge --yes", "run status to see which")
 
 			s.etcd.Stop(within)
@@ -391,7 +391,7 @@ func TestPurgeOfACluster(t *testing.T) {
 	down.Stop(within)
 	s.run(t, 3, "purge --yes", "cannot be reached")
 	down.Start()
-	out := s.run(t, 1, "purge --yes", "200 old plaintext values dropped")
+	out := s.run(t, 1, "purge --yes", "200 old plaintext values removed")
 	plan := out[:strings.Index(out, "dropped")]
 	if first, last := strings.Index(plan, "the leader"), strings.LastIndex(plan, "it is defragmented, and does not respond meanwhile"); first < 0 || strings.Count(plan[first:last], "member ") != 0 {
 		t.Errorf("the leader is not the last one:\n%s", plan)

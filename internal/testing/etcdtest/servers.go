@@ -235,6 +235,8 @@ func serve[R proto.Message](m *Member, ctx context.Context, receive func() (R, e
 				return err
 			}
 		case <-changed:
+		case <-ctx.Done(): // the receiver may have ended with a message in hand, and no error
+			return status.FromContextError(ctx.Err()).Err()
 		case <-cut:
 			return status.Error(codes.Unavailable, "etcdserver: server stopped")
 		case err := <-failed:

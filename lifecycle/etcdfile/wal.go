@@ -17,8 +17,9 @@ type span struct{ from, to int64 }
 // spans are parts of a file, in order.
 type spans []span
 
-func (s spans) hold(offset int64) bool {
-	for _, x := range s { // few: neighbours are one
+// contain reports whether an offset is in one of the spans.
+func (s spans) contain(offset int64) bool {
+	for _, x := range s { // few, because add merges adjacent spans
 		if offset >= x.from && offset < x.to {
 			return true
 		}
@@ -34,7 +35,7 @@ func (s *spans) add(x span) {
 	*s = append(*s, x)
 }
 
-// Types of records in etcd's write-ahead log (walpb) that matter here.
+// Types of records in etcd's write-ahead log (walpb) that are decoded here, and limits.
 const (
 	recordEntry = 2
 	recordCRC   = 4
@@ -44,11 +45,11 @@ const (
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// log decodes a write-ahead log: frames of a length of 8 bytes, whose upper byte tells of padding,
-// and a walpb.Record with a CRC over all data before. It returns what it has decoded. Beyond the
-// last good record there are zeros, since etcd makes the file ahead of time, or what a crash has
-// torn.
-func (l *look) log(ctx context.Context, r io.Reader) spans {
+// log decodes a write-ahead log. Each frame is a length of 8 bytes, whose upper byte holds the size
+// of the padding, and a walpb.Record with a CRC over all data so far. log returns the decoded
+// spans. After the last valid record there are zeros, because etcd preallocates the file, or a
+// record torn by a crash.
+func (l *inspection) log(ctx context.Context, r io.Reader) spans {
 	var decoded spans
 	in, at := bufio.NewReaderSize(r, 1<<20), int64(0)
 	defer func() {
@@ -67,14 +68,14 @@ func (l *look) log(ctx context.Context, r io.Reader) spans {
 		}
 		field := binary.LittleEndian.Uint64(head[:])
 		if field == 0 {
-			return decoded // made ahead of time
+			return decoded // preallocated
 		}
 		length, pad := int64(field&(1<<56-1)), int64(0)
 		if field>>63 == 1 {
 			pad = int64(field >> 56 & 7)
 		}
 		if length > maxRecord || at+8+length+pad > l.file.Bytes {
-			l.damage("the record at byte %d is torn: from there on its bytes were searched alone", at)
+			l.damage("the record at byte %d is torn: from there on the bytes were only searched", at)
 			return decoded
 		}
 		frame := make([]byte, length+pad)
@@ -95,13 +96,13 @@ func (l *look) log(ctx context.Context, r io.Reader) spans {
 			}
 		})
 		if !ok {
-			l.damage("the record at byte %d is damaged: from there on its bytes were searched alone", at)
+			l.damage("the record at byte %d is damaged: from there on the bytes were only searched", at)
 			return decoded
 		}
-		if kind == recordCRC { // each file begins with the sum over those before
+		if kind == recordCRC { // each file begins with the checksum over the files before it
 			sum, chained = uint32(crc), true
 		} else if sum = crc32.Update(sum, castagnoli, data); chained && sum != uint32(crc) {
-			l.damage("the checksum of the record at byte %d is wrong: from there on its bytes were searched alone", at)
+			l.damage("the checksum of the record at byte %d is wrong: from there on the bytes were only searched", at)
 			return decoded
 		}
 		if kind == recordEntry {
@@ -113,9 +114,9 @@ func (l *look) log(ctx context.Context, r io.Reader) spans {
 	return decoded
 }
 
-// entry looks at a raftpb.Entry: its data is an InternalRaftRequest of etcd, for entries of the
-// normal type.
-func (l *look) entry(entry []byte, at int64) {
+// entry decodes a raftpb.Entry. The data of an entry of the normal type is an InternalRaftRequest
+// of etcd.
+func (l *inspection) entry(entry []byte, at int64) {
 	normal, data := true, []byte(nil)
 	fields(entry, func(n protowire.Number, v uint64, d []byte) {
 		switch n {
@@ -138,8 +139,8 @@ func (l *look) entry(entry []byte, at int64) {
 	})
 }
 
-// txn looks at both branches of a TxnRequest, and at the values of its compares.
-func (l *look) txn(b []byte, at int64, depth int) {
+// txn judges the values in both branches of a TxnRequest and in its compares.
+func (l *inspection) txn(b []byte, at int64, depth int) {
 	if depth > maxTxnDepth {
 		return
 	}
@@ -171,8 +172,8 @@ func (l *look) txn(b []byte, at int64, depth int) {
 	})
 }
 
-// put looks at a PutRequest.
-func (l *look) put(b []byte, at int64) {
+// put judges the value of a PutRequest.
+func (l *inspection) put(b []byte, at int64) {
 	var key, value []byte
 	ignored := false
 	fields(b, func(n protowire.Number, v uint64, d []byte) {
@@ -182,7 +183,7 @@ func (l *look) put(b []byte, at int64) {
 		case 2:
 			value = d
 		case 5:
-			ignored = v != 0 // the value stays as it is
+			ignored = v != 0 // the request leaves the value unchanged
 		}
 	})
 	if !ignored {
@@ -190,7 +191,7 @@ func (l *look) put(b []byte, at int64) {
 	}
 }
 
-func (l *look) judge(key, value []byte, at int64) {
+func (l *inspection) judge(key, value []byte, at int64) {
 	l.file.Values++
 	if why := l.Judge(key, value, true); why != "" {
 		l.found(Finding{Place: Log, Key: string(key), Offset: at, Why: why})

@@ -35,7 +35,7 @@ func inspect(t testing.TB, name string, content []byte, c Config) (File, []strin
 	var found []string
 	c.Judge, c.Prefixes = judgeSealed, []string{ruled}
 	c.Found = func(f Finding) { found = append(found, strings.TrimSpace(string(f.Place)+" "+f.Key)) }
-	f, err := Look(t.Context(), path, c)
+	f, err := Inspect(t.Context(), path, c)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -141,7 +141,7 @@ func TestRemains(t *testing.T) {
 	search := func(canaries ...[]byte) (found []string) { // without a file, which would have to be written for each place
 		c := Config{Judge: judgeSealed, Prefixes: []string{ruled}, Canaries: canaries}
 		c.Found = func(f Finding) { found = append(found, strings.TrimSpace(string(f.Place)+" "+f.Key)) }
-		l := look{Config: c, file: &File{Bytes: int64(len(content))}}
+		l := inspection{Config: c, file: &File{Bytes: int64(len(content))}}
 		if err := l.search(t.Context(), bytes.NewReader(content), int64(len(content)), nil); err != nil {
 			t.Fatal(err)
 		}
@@ -208,8 +208,8 @@ func TestCanaryForms(t *testing.T) {
 	}
 }
 
-// FuzzLook: any bytes at all, as a log, a database and something else.
-func FuzzLook(f *testing.F) {
+// FuzzInspect: any bytes at all, as a log, a database and something else.
+func FuzzInspect(f *testing.F) {
 	w := newWAL()
 	f.Add(w.data)
 	f.Add(append(bytes.Clone(magic), 0x0a, 0x0c, 0x0a, 0x02, 'v', '1', 0x12, 0x06))
@@ -230,7 +230,7 @@ func FuzzLook(f *testing.F) {
 				t.Fatal(err)
 			}
 			c := Config{Judge: judgeSealed, Prefixes: []string{ruled}, Kinds: []string{"Secret"}, Canaries: [][]byte{[]byte("canary")}, Found: func(Finding) {}}
-			if _, err := Look(t.Context(), path, c); err != nil && !strings.Contains(err.Error(), "holds the file") {
+			if _, err := Inspect(t.Context(), path, c); err != nil && !strings.Contains(err.Error(), "locked the file") {
 				t.Fatal(err)
 			}
 			_, _ = present(t, path)

@@ -77,9 +77,9 @@ func TestSettle(t *testing.T) {
 					return []byte("v"), keyring.Current, nil
 				}}}
 				rules := inventory.NewRules([]inventory.Rule{{Prefix: "/", WriteWith: "main", Sealer: rule}})
-				var told []string
+				var reported []string
 				r := newRun(Config{
-					Client: &clientv3.Client{KV: fixed{kv: kv}}, Rules: func() *inventory.Rules { return rules }, DryRun: test.dry, Paused: func(what, _ string) { told = append(told, what) },
+					Client: &clientv3.Client{KV: fixed{kv: kv}}, Rules: func() *inventory.Rules { return rules }, DryRun: test.dry, Paused: func(what, _ string) { reported = append(reported, what) },
 				})
 				if next, err := r.first(t.Context(), kv); next != nil || err != nil {
 					t.Fatal(next, err)
@@ -94,8 +94,8 @@ func TestSettle(t *testing.T) {
 				if took < test.least || took > test.most {
 					t.Errorf("it took %s, want %s to %s", took, test.least, test.most)
 				}
-				if outage := test.wellAfter > 0; outage != slices.Contains(told, waitKMS) && test.err == refusal {
-					t.Errorf("told %q", told)
+				if outage := test.wellAfter > 0; outage != slices.Contains(reported, waitKMS) && test.err == refusal {
+					t.Errorf("reported %q", reported)
 				}
 				if len(r.waits) > 0 {
 					t.Errorf("it still waits: %v", r.waits)

@@ -10,13 +10,13 @@ import (
 	"go.etcd.io/bbolt"
 )
 
-// bbolt follows the pages of a tree wherever they lead, in a circle too, until there is no memory
-// left; no recover helps then. So pages are checked before it does.
+// bbolt follows the page references of a B+tree without checks. A cycle exhausts the memory, which
+// no recover prevents. Therefore the pages are checked first.
 //
-//	page      id 8 | flags 2 | count 2 | overflow 4 | elements … , further pages behind this one if overflow > 0
-//	branch    pos 4 | key size 4 | page id 8                               pos counts from the element's own beginning
+//	page      id 8 | flags 2 | count 2 | overflow 4 | elements … , followed by more pages if overflow > 0
+//	branch    pos 4 | key size 4 | page id 8                               pos is relative to the element
 //	leaf      flags 4 | pos 4 | key size 4 | value size 4
-//	bucket    page id of its root 8 | sequence 8 | its only page, where that id is 0, as a value of a leaf with flag 1
+//	bucket    page id of its root 8 | sequence 8 | its only page if that id is 0; the value of a leaf with flag 1
 const (
 	pageHeader  = 16
 	elementSize = 16
@@ -24,19 +24,19 @@ const (
 	branchPage  = 1
 	leafPage    = 2
 	bucketLeaf  = 1
-	maxDepth    = 32 // each page of a tree has two below it or more
+	maxDepth    = 32 // each branch page has at least two children
 )
 
-// pages are those of one database.
+// pages checks the pages of one database.
 type pages struct {
 	file io.ReaderAt
 	size int64
 	seen []bool // by page id
 }
 
-// sound returns nil if the pages that lead to etcd's bucket "key", and those in it, are a tree
-// within the file.
-func sound(path string, tx *bbolt.Tx) error {
+// checkPages returns nil if the pages on the path to etcd's bucket "key", and those of the bucket,
+// form a tree within the file.
+func checkPages(path string, tx *bbolt.Tx) error {
 	f, err := os.Open(path) //nolint:gosec // the operator names the file
 	if err != nil {
 		return err
@@ -51,10 +51,10 @@ func sound(path string, tx *bbolt.Tx) error {
 	return p.tree(uint64(tx.Cursor().Bucket().Root()), 0, true)
 }
 
-// tree checks a page and all below it. root is the tree of the buckets.
+// tree checks a page and its descendants. root is set for the tree of the buckets.
 func (p *pages) tree(id uint64, depth int, root bool) error {
 	if depth > maxDepth {
-		return fmt.Errorf("page %d is too deep", id)
+		return fmt.Errorf("page %d is nested too deep", id)
 	}
 	if id >= uint64(len(p.seen)) {
 		return fmt.Errorf("there is no page %d", id)
@@ -66,7 +66,7 @@ func (p *pages) tree(id uint64, depth int, root bool) error {
 	}
 	overflow := uint64(binary.LittleEndian.Uint32(page[12:]))
 	if overflow >= uint64(len(p.seen))-id {
-		return fmt.Errorf("page %d ends behind the file", id)
+		return fmt.Errorf("page %d extends beyond the file", id)
 	}
 	for n := id; n <= id+overflow; n++ {
 		if p.seen[n] {
@@ -75,7 +75,7 @@ func (p *pages) tree(id uint64, depth int, root bool) error {
 		p.seen[n] = true
 	}
 	if self := binary.LittleEndian.Uint64(page); self != id {
-		return fmt.Errorf("page %d calls itself %d", id, self)
+		return fmt.Errorf("page %d has the ID %d", id, self)
 	}
 	branch, err := p.page(page, at, (1+int64(overflow))*p.size, root) //nolint:gosec // less than the file
 	if err != nil {
@@ -89,16 +89,16 @@ func (p *pages) tree(id uint64, depth int, root bool) error {
 	return nil
 }
 
-// page checks the elements of a page of limit bytes that begins at a place of the file with the
-// bytes head. It returns the pages below it.
+// page checks the elements of a page of limit bytes, which begins at an offset of the file with the
+// bytes head. It returns the IDs of its child pages.
 func (p *pages) page(head []byte, at, limit int64, root bool) (below []uint64, err error) {
 	kind, count := binary.LittleEndian.Uint16(head[8:]), int64(binary.LittleEndian.Uint16(head[10:]))
 	if kind != branchPage && kind != leafPage || kind == branchPage && count == 0 {
-		return nil, errors.New("it is none of a tree")
+		return nil, errors.New("it is not part of the B+tree")
 	}
 	end := pageHeader + count*elementSize
 	if end > limit {
-		return nil, errors.New("its elements end behind it")
+		return nil, errors.New("its elements extend beyond it")
 	}
 	if end > int64(len(head)) {
 		head = make([]byte, end)
@@ -112,13 +112,13 @@ func (p *pages) page(head []byte, at, limit int64, root bool) (below []uint64, e
 		word := func(n int) int64 { return int64(binary.LittleEndian.Uint32(e[4*n:])) }
 		if kind == branchPage {
 			if from+word(0)+word(1) > limit {
-				return nil, errors.New("a key ends behind it")
+				return nil, errors.New("a key extends beyond it")
 			}
 			below = append(below, binary.LittleEndian.Uint64(e[8:]))
 			continue
 		}
 		if from+word(1)+word(2)+word(3) > limit {
-			return nil, errors.New("a value ends behind it")
+			return nil, errors.New("a value extends beyond it")
 		}
 		if root && word(0)&bucketLeaf != 0 {
 			if err := p.bucket(at+from+word(1), word(2), word(3)); err != nil {
@@ -129,8 +129,8 @@ func (p *pages) page(head []byte, at, limit int64, root bool) (below []uint64, e
 	return below, nil
 }
 
-// bucket checks the pages of the bucket whose name and value begin at a place of the file, if it is
-// etcd's "key". What is in others is not read.
+// bucket checks the pages of the bucket whose name and value are at an offset of the file, if it is
+// etcd's "key". Other buckets are not read.
 func (p *pages) bucket(at, name, value int64) error {
 	if name != int64(len(keyBucket)) {
 		return nil
@@ -157,7 +157,7 @@ func (p *pages) bucket(at, name, value int64) error {
 	}
 	below, err := p.page(b, at+name+bucketSize, int64(len(b)), false)
 	if err == nil && len(below) > 0 {
-		err = errors.New("it has a branch in a bucket of its own")
+		err = errors.New("it has a branch in an inline bucket")
 	}
 	return err
 }

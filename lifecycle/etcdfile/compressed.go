@@ -16,15 +16,14 @@ import (
 	"strings"
 )
 
-// packing is a format of compressed files. Snapshots are often kept in one, next to etcd's own
-// files or elsewhere.
-type packing struct {
+// compression is a format of compressed files, in which snapshots are often kept.
+type compression struct {
 	kind       string // as in [File]
 	extensions []string
-	magics     []string // what such a file begins with
+	magics     []string // the first bytes of such a file
 }
 
-var packings = []packing{
+var compressions = []compression{
 	{"gzip", []string{".gz", ".tgz"}, []string{"\x1f\x8b"}},
 	{"zip", []string{".zip"}, []string{"PK\x03\x04", "PK\x05\x06", "PK\x07\x08"}},
 	{"bzip2", []string{".bz2", ".tbz2"}, []string{"BZh"}},
@@ -35,44 +34,44 @@ var packings = []packing{
 	{"7z", []string{".7z"}, []string{"7z\xbc\xaf\x27\x1c"}},
 }
 
-// maxNested bounds how often a compressed file may hold another one.
+// maxNested is the maximum depth of compressed files within compressed files.
 const maxNested = 3
 
-// packingOf returns the format that begins with head, or nil.
-func packingOf(head []byte) *packing {
-	for i, p := range packings {
+// compressionOf returns the format of a file that begins with head, or nil.
+func compressionOf(head []byte) *compression {
+	for i, p := range compressions {
 		if slices.ContainsFunc(p.magics, func(m string) bool { return bytes.HasPrefix(head, []byte(m)) }) {
-			return &packings[i]
+			return &compressions[i]
 		}
 	}
 	return nil
 }
 
-// packingNamed returns the format that a file's name says, or nil.
-func packingNamed(path string) *packing {
-	for i, p := range packings {
+// compressionNamed returns the format that the extension of a file's name stands for, or nil.
+func compressionNamed(path string) *compression {
+	for i, p := range compressions {
 		if slices.Contains(p.extensions, filepath.Ext(path)) {
-			return &packings[i]
+			return &compressions[i]
 		}
 	}
 	return nil
 }
 
-// packed looks into a compressed file. What is in it is decompressed piece by piece and searched,
-// and nothing is written to disk. A database in it is not decoded: its values are found by their
-// keys, in pages as in remains.
-func (l *look) packed(ctx context.Context, r *os.File, p *packing) error {
+// compressed searches a compressed file. It decompresses the content as a stream and writes nothing
+// to disk. It does not decode a database in it: the search finds values by their keys, in live
+// pages as in remains.
+func (l *inspection) compressed(ctx context.Context, r *os.File, p *compression) error {
 	l.file.Kind = p.kind
 	if p.kind != "zip" && p.kind != "gzip" && p.kind != "bzip2" {
-		return l.unpacked(ctx, io.NewSectionReader(r, 0, l.file.Bytes), "", 0) // which names it as not looked at
+		return l.decompress(ctx, io.NewSectionReader(r, 0, l.file.Bytes), "", 0) // which notes that it was not searched
 	}
 	if l.everyKey() {
-		l.damage("it is compressed (%s): values under a rule for every key are not found in it; decompress it, and look at that with --snapshot", p.kind)
+		l.damage("it is compressed (%s): values under a rule for every key are not found in it; decompress it, and inspect the result with --snapshot", p.kind)
 	} else {
-		l.file.Notes = append(l.file.Notes, fmt.Sprintf("it is compressed (%s): what is in it was searched, and not decoded", p.kind))
+		l.file.Notes = append(l.file.Notes, fmt.Sprintf("it is compressed (%s): its content was searched, and not decoded", p.kind))
 	}
 	if p.kind != "zip" {
-		return l.unpacked(ctx, io.NewSectionReader(r, 0, l.file.Bytes), "", 0)
+		return l.decompress(ctx, io.NewSectionReader(r, 0, l.file.Bytes), "", 0)
 	}
 	archive, err := zip.NewReader(r, l.file.Bytes)
 	if err != nil {
@@ -90,10 +89,10 @@ func (l *look) packed(ctx context.Context, r *os.File, p *packing) error {
 	return nil
 }
 
-func (l *look) everyKey() bool { return slices.Contains(l.Prefixes, "") }
+func (l *inspection) everyKey() bool { return slices.Contains(l.Prefixes, "") }
 
-// entryOf looks into one file of a zip archive.
-func (l *look) entryOf(ctx context.Context, f *zip.File) error {
+// entryOf searches one file of a zip archive.
+func (l *inspection) entryOf(ctx context.Context, f *zip.File) error {
 	const encrypted = 1
 	if f.Flags&encrypted != 0 {
 		l.damage("entry %q is encrypted", f.Name)
@@ -105,24 +104,24 @@ func (l *look) entryOf(ctx context.Context, f *zip.File) error {
 		return nil
 	}
 	defer func() { _ = r.Close() }() // it was only read
-	return l.unpacked(ctx, r, fmt.Sprintf(" entry %q", f.Name), 1)
+	return l.decompress(ctx, r, fmt.Sprintf(" entry %q", f.Name), 1)
 }
 
-// unpacked searches what r yields, decompressed if it is compressed again. where tells of it in
+// decompress searches the content of r, decompressed if it is compressed itself. where names it in
 // findings.
-func (l *look) unpacked(ctx context.Context, r io.Reader, where string, depth int) error {
+func (l *inspection) decompress(ctx context.Context, r io.Reader, where string, depth int) error {
 	in := bufio.NewReaderSize(r, 64<<10)
 	head, err := in.Peek(8)
 	if err != nil && !errors.Is(err, io.EOF) {
 		l.damage("%scannot be read: %v", subject(where), err)
 		return nil
 	}
-	p := packingOf(head)
+	p := compressionOf(head)
 	if p == nil {
 		defer func(before string) { l.where = before }(l.where)
 		l.where = where
 		err := l.search(ctx, in, -1, nil)
-		if err != nil && ctx.Err() == nil { // it does not decompress
+		if err != nil && ctx.Err() == nil { // the compressed data is damaged
 			l.damage("%scannot be decompressed to its end: %v", subject(where), err)
 			err = nil
 		}
@@ -131,21 +130,21 @@ func (l *look) unpacked(ctx context.Context, r io.Reader, where string, depth in
 	var inner io.Reader
 	switch {
 	case depth >= maxNested:
-		l.damage("%sis compressed more than %d times: what is in it was not looked at", subject(where), maxNested)
+		l.damage("%sis compressed more than %d times: its content was not searched", subject(where), maxNested)
 		return nil
 	case p.kind == "gzip":
 		inner, err = gzip.NewReader(in)
 	case p.kind == "bzip2":
 		inner = bzip2.NewReader(in)
 	default:
-		l.damage("%sis compressed (%s): what is in it was not looked at; decompress it, and look at that with --snapshot", subject(where), p.kind)
+		l.damage("%sis compressed (%s): its content was not searched; decompress it, and inspect the result with --snapshot", subject(where), p.kind)
 		return nil
 	}
 	if err != nil {
 		l.damage("%scannot be decompressed: %v", subject(where), err)
 		return nil
 	}
-	return l.unpacked(ctx, inner, where+" decompressed", depth+1)
+	return l.decompress(ctx, inner, where+" decompressed", depth+1)
 }
 
 // subject begins a sentence about where.

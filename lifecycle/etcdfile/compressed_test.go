@@ -58,8 +58,9 @@ func zipped(t testing.TB, header zip.FileHeader, content []byte) []byte {
 	return b.Bytes()
 }
 
-// TestPacked: what is in a compressed file is found, and what cannot be looked into is said.
-func TestPacked(t *testing.T) {
+// TestCompressed: values in compressed files are found, and files that cannot be searched are
+// noted.
+func TestCompressed(t *testing.T) {
 	content := slices.Concat(make([]byte, 5000), storedValue(ruled+"a", "plaintext"), make([]byte, window), storedValue(ruled+"b", "sealed"), storedValue(ruled+"c", "plaintext"))
 	small := storedValue(ruled+"a", "plaintext")
 	deflated := zipped(t, zip.FileHeader{Name: "etcd.db", Method: zip.Deflate}, content)
@@ -82,11 +83,11 @@ func TestPacked(t *testing.T) {
 		"gzip twice":             {"a.gz", gzipped(t, gzipped(t, content)), "gzip", both, ""},
 		"gzip four times":        {"a.gz", gzipped(t, gzipped(t, gzipped(t, gzipped(t, content)))), "gzip", nil, "compressed more than 3 times"},
 		"gzip of two members":    {"a.gz", append(gzipped(t, content), gzipped(t, small)...), "gzip", append(slices.Clone(both), one...), ""},
-		"gzip of zip":            {"a.gz", gzipped(t, deflated), "gzip", nil, "decompressed is compressed (zip): what is in it was not looked at"},
+		"gzip of zip":            {"a.gz", gzipped(t, deflated), "gzip", nil, "decompressed is compressed (zip): its content was not searched"},
 		"gzip, cut":              {"a.gz", gzipped(t, content)[:len(gzipped(t, content))-20], "gzip", one, "cannot be decompressed to its end"},
 		"gzip, something behind": {"a.gz", append(gzipped(t, small), "more"...), "gzip", one, "cannot be decompressed to its end"},
 		"gzip, empty":            {"a.gz", gzipped(t, nil), "gzip", nil, ""},
-		"gzip, no gzip":          {"a.gz", []byte("text"), "other", nil, "its name is that of a compressed file (gzip)"},
+		"gzip, no gzip":          {"a.gz", []byte("text"), "other", nil, "it is named like a compressed file (gzip)"},
 		"gzip, header alone":     {"a.gz", gzipped(t, content)[:2], "gzip", nil, "cannot be decompressed: "},
 		"zip":                    {"a.zip", deflated, "zip", both, ""},
 		"zip of gzip":            {"a.zip", zipped(t, zip.FileHeader{Name: "a.gz", Method: zip.Deflate}, gzipped(t, content)), "zip", both, ""},
@@ -94,10 +95,10 @@ func TestPacked(t *testing.T) {
 		"zip, encrypted":         {"a.zip", bytes.ReplaceAll(deflated, []byte("\x08\x00\x08\x00"), []byte("\x09\x00\x08\x00")), "zip", nil, `entry "etcd.db" is encrypted`},
 		"zip, cut":               {"a.zip", deflated[:len(deflated)/2], "zip", nil, "cannot be read"},
 		"bzip2":                  {"a.bz2", bzipped, "bzip2", one, ""},
-		"zstd":                   {"a.zst", []byte("\x28\xb5\x2f\xfdxyz"), "zstd", nil, "it is compressed (zstd): what is in it was not looked at"},
-		"xz":                     {"a.xz", []byte("\xfd7zXZ\x00xyz"), "xz", nil, "it is compressed (xz): what is in it was not looked at"},
-		"lz4":                    {"a.lz4", []byte("\x04\x22\x4d\x18xyz"), "lz4", nil, "not looked at"},
-		"xz, empty":              {"a.xz", nil, "other", nil, "its name is that of a compressed file (xz)"},
+		"zstd":                   {"a.zst", []byte("\x28\xb5\x2f\xfdxyz"), "zstd", nil, "it is compressed (zstd): its content was not searched"},
+		"xz":                     {"a.xz", []byte("\xfd7zXZ\x00xyz"), "xz", nil, "it is compressed (xz): its content was not searched"},
+		"lz4":                    {"a.lz4", []byte("\x04\x22\x4d\x18xyz"), "lz4", nil, "was not searched"},
+		"xz, empty":              {"a.xz", nil, "other", nil, "it is named like a compressed file (xz)"},
 		"a text":                 {"a.txt", []byte("text"), "other", nil, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -108,20 +109,20 @@ func TestPacked(t *testing.T) {
 			if notes := strings.Join(f.Notes, "; "); f.Damaged != (c.damage != "") || !strings.Contains(notes, c.damage) {
 				t.Errorf("damaged: %t, %s; want %q", f.Damaged, notes, c.damage)
 			} else if slices.Contains([]string{"zstd", "xz", "lz4"}, f.Kind) && strings.Contains(notes, "was searched") {
-				t.Errorf("it was not looked at, and the notes say that it was searched: %s", notes)
+				t.Errorf("it was not searched, and the notes say that it was: %s", notes)
 			}
 		})
 	}
 }
 
-// TestPackedPlace: a finding says what of a file it is in.
-func TestPackedPlace(t *testing.T) {
+// TestCompressedPlace: a finding says what of a file it is in.
+func TestCompressedPlace(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "a.zip")
 	if err := os.WriteFile(path, zipped(t, zip.FileHeader{Name: "x\ny", Method: zip.Store}, gzipped(t, []byte("0123canary"))), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	var all []Finding
-	if _, err := Look(t.Context(), path, Config{Canaries: [][]byte{[]byte("canary")}, Found: func(f Finding) { all = append(all, f) }}); err != nil {
+	if _, err := Inspect(t.Context(), path, Config{Canaries: [][]byte{[]byte("canary")}, Found: func(f Finding) { all = append(all, f) }}); err != nil {
 		t.Fatal(err)
 	}
 	if len(all) != 1 || all[0].File != path+` entry "x\ny" decompressed` || all[0].Offset != 4 {
@@ -129,22 +130,22 @@ func TestPackedPlace(t *testing.T) {
 	}
 }
 
-// TestPackedEveryKey: a rule for every key has no prefix to search for, so that a compressed
-// database is not looked at as far as that goes.
-func TestPackedEveryKey(t *testing.T) {
+// TestCompressedEveryKey: a rule for every key has no prefix to search for, so that a compressed
+// database is not searched for it.
+func TestCompressedEveryKey(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "a.gz")
 	if err := os.WriteFile(path, gzipped(t, storedValue("a", "b")), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	f, err := Look(t.Context(), path, Config{Prefixes: []string{""}, Judge: judgeSealed})
+	f, err := Inspect(t.Context(), path, Config{Prefixes: []string{""}, Judge: judgeSealed})
 	if err != nil || !f.Damaged || !strings.Contains(strings.Join(f.Notes, ""), "--snapshot") {
 		t.Errorf("%+v, %v", f, err)
 	}
 }
 
-// TestPackedMemory: what a small file decompresses to is searched piece by piece, whatever its
+// TestCompressedMemory: what a small file decompresses to is searched piece by piece, whatever its
 // size.
-func TestPackedMemory(t *testing.T) {
+func TestCompressedMemory(t *testing.T) {
 	const size = 96 << 20
 	path := filepath.Join(t.TempDir(), "a.gz")
 	out, err := os.Create(path)
@@ -170,7 +171,7 @@ func TestPackedMemory(t *testing.T) {
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
 	found := 0
-	if _, err := Look(t.Context(), path, Config{Prefixes: []string{ruled}, Judge: judgeSealed, Found: func(Finding) { found++ }}); err != nil {
+	if _, err := Inspect(t.Context(), path, Config{Prefixes: []string{ruled}, Judge: judgeSealed, Found: func(Finding) { found++ }}); err != nil {
 		t.Fatal(err)
 	}
 	runtime.ReadMemStats(&after)

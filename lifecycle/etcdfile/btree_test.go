@@ -40,7 +40,7 @@ func newDatabase(t testing.TB, n uint64) string {
 }
 
 func present(t testing.TB, path string) ([]Value, error) {
-	return Present(t.Context(), path, func([]byte) bool { return true })
+	return LiveValues(t.Context(), path, func([]byte) bool { return true })
 }
 
 // TestCutDatabase: what is left of a database that was cut may be readable, and must not pass for
