@@ -39,7 +39,7 @@ import (
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/etcdmodel"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/etcdmodel"
 )
 
 // noting is an etcd that notes what it is asked. Its KV service is the model's; a watch gets one event, of the key as it is; of all else it knows nothing, and answers with nothing.

@@ -22,10 +22,12 @@ import (
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/etcdmodel"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/etcdmodel"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 )
 
@@ -77,6 +79,9 @@ func newSessionArena(tb testing.TB) *sessionArena {
 			return doIn[*pb.TxnResponse](a, tb, r)
 		},
 		StreamFn: func(r *pb.RangeRequest, s grpc.ServerStreamingServer[pb.RangeStreamResponse]) error {
+			if r.GetSortTarget() != pb.RangeRequest_KEY || r.GetSortOrder() != pb.RangeRequest_NONE { // as etcd
+				return status.Error(codes.Unimplemented, "RangeStream does not support custom sort orders")
+			}
 			got, err := doIn[*pb.RangeResponse](a, tb, r)
 			if err != nil {
 				return err

@@ -10,7 +10,7 @@ import (
 	"google.golang.org/grpc/mem"
 	"google.golang.org/protobuf/proto"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/etcdmodel"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/etcdmodel"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"

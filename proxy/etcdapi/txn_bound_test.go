@@ -10,7 +10,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/etcdmodel"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/etcdmodel"
 )
 
 // TestComparesAreBounded: how often etcd is asked for one transaction grows with its depth and with

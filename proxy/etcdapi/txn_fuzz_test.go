@@ -5,7 +5,7 @@ import (
 	"math/rand/v2"
 	"testing"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/etcdmodel"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/etcdmodel"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
 )
 

@@ -6,7 +6,7 @@ import (
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/etcdmodel"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/etcdmodel"
 )
 
 // TestTxnLimits: what etcd says of a transaction that is too much, or wrong in several ways, it says through the proxy, too, however the parts of it are sent.

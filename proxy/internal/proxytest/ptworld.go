@@ -18,7 +18,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/testing/protocmp"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/etcdmodel"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/etcdmodel"
 )
 
 // World is an etcd with the proxy before it, another one without, and somebody who writes to both.
