@@ -67,6 +67,7 @@ compatibility: ## generate the tables of docs/design/compatibility.md from the l
 	cd test && go run ./compatibility -results $(BIN)/compatibility -write ../docs/design/compatibility.md
 
 soak: build tools ## hours: load while the KMS fails, ten runs of a cluster with 20,000 Secrets, a million keys, linearizability, random sequences
+	COORDINATION_CALLS=all go test -count=1 ./lifecycle/coordination
 	cd test && SOAK=10m go test -count=1 -timeout 30m ./soak
 	cd test && STATUS_KEYS=1000000 go test -count=1 -timeout 30m -run StatusMemory ./lifecycle
 	cd test && LIMITS_ANSWER_MB=1000 go test -count=1 -timeout 20m -run LargeAnswers ./limits
@@ -119,8 +120,9 @@ vuln: $(BIN)/govulncheck ## known vulnerabilities that the product can reach; VU
 	@$(BIN)/govulncheck -db $(VULNDB) ./... || { code=$$?; test $$code = 3 || \
 	  echo "error: nothing was checked, for the reason above: the vulnerability database at $(VULNDB) must be reachable" >&2; exit $$code; }
 
-docs: ## regenerate docs/reference/configuration.md from the config types' comments
+docs: ## regenerate the pages of docs/reference that come from the code: configuration, commands, metrics
 	go generate ./config
+	go test ./internal/cli ./internal/server -run '^TestReference$$' -args -update-docs
 
 tools: tools-etcd tools-kube $(BIN)/kine $(BIN)/h2spec $(BIN)/nfpm $(BIN)/cyclonedx-gomod $(if $(shell command -v npm 2>/dev/null),$(BIN)/node) ## the etcds, kube-apiserver and other programs that the tests start
 

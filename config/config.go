@@ -1,11 +1,12 @@
 // Package config reads etcd-kms-proxy's configuration file.
 //
-// [Load] is strict: an unknown field, a field given twice, a value of the wrong type or a rule that refers to nothing is a problem, and
-// all problems of a file come back at once as [Problems], each with its path, its line and what to do. A [Config] that was returned is
-// complete: defaults are filled in, relative file names are resolved, and every file that it names could be read.
+// [Load] is strict: an unknown field, a field that is given twice, a value of the wrong type or a rule
+// that refers to nothing is a problem. All problems of a file are returned at once as [Problems], each
+// with its path, its line and a hint. A returned [Config] is complete: defaults are filled in, relative
+// file names are resolved, and every file that it names could be read.
 //
-// The comments of the types are the manual: docs/reference/configuration.md is generated from them. The package starts nothing, connects to
-// nothing and holds no secret, only the names of files that do. The command is its only caller.
+// The comments of the types are the manual: docs/reference/configuration.md is generated from them. The
+// package starts nothing, connects to nothing and contains no secrets, only the names of their files.
 package config
 
 //go:generate go run ./internal/gendoc -types types.go,types_kms.go -example testdata/example.yaml -out ../docs/reference/configuration.md
@@ -26,18 +27,19 @@ const (
 	APIVersion = "etcd-kms-proxy.io/v1alpha1"
 	// Kind is the only kind there is.
 	Kind = "ProxyConfiguration"
-	// Plaintext is the writeWith of a rule that does not seal. No provider may have this name.
+	// Plaintext is the writeWith of a rule that does not encrypt. No provider may have this name.
 	Plaintext = "plaintext"
 
 	maxFile = 4 << 20 // bytes of a configuration file
 )
 
-// Checks are by whoever makes something of a configuration, and each is told of a part that nothing else is wrong with. The paths of their problems
-// are relative to it, and have no line. They may be nil.
+// Checks are further checks by the packages that use parts of a configuration. Each is called with a
+// part that has no other problem. The paths of its problems are relative to the part, and it sets no
+// lines. Fields may be nil.
 type Checks struct {
 	KMS   func(KMS) []Problem
 	Audit func(Audit) []Problem
-	// Warn is told of what may be meant, and lets in whom it is mostly not meant for. May be nil.
+	// Warn is called for settings that are valid but rarely meant. It may be nil.
 	Warn func(Problem)
 }
 

@@ -2,7 +2,8 @@ package config
 
 import "time"
 
-// KMS is a provider of keys: a name, and exactly one of alibaba, plugin, local and kubernetes.
+// KMS is a provider of keys: a name, and exactly one of alibaba, plugin, local, kubernetes and
+// age.
 type KMS struct {
 	// Name is part of every stored value, so never change it while there are such values. Letters,
 	// digits, `-`, `_` and `.`, at most 63. To take over the values of a kube-apiserver with a KMS
@@ -27,6 +28,9 @@ type KMS struct {
 	// Kubernetes decrypts what kube-apiserver itself has encrypted with keys of its configuration.
 	// It never encrypts: use it in readWith only.
 	Kubernetes *Kubernetes `yaml:"kubernetes"`
+	// Age wraps recovery copies with public keys, whose private keys are offline. It never decrypts
+	// values that clients read: use it in recovery only.
+	Age *Age `yaml:"age"`
 }
 
 // Alibaba is a key of Alibaba Cloud KMS, reached over HTTPS. The caller needs kms:GenerateDataKey,
@@ -143,4 +147,19 @@ type Kubernetes struct {
 	// EncryptionConfiguration. Its owner and mode are those of local.keyFile. It is read again when
 	// it changes.
 	KeyFile string `yaml:"keyFile" required:"true" file:"true"`
+}
+
+// Age is public keys of age (https://age-encryption.org), the recipients of recovery copies. Any one
+// of their private keys, the identities, decrypts a copy. The identities stay offline: only the
+// commands decrypt, verify, status, reencrypt and kms check take them, with --identity. There is no
+// KMS, so that pollInterval, seedMaxAge and seedMaxSeals have no effect. The recipients are those of
+// recipients and those of recipientsFile, at least one.
+type Age struct {
+	// Recipients are public keys as `age-keygen` prints them: `age1…` (X25519) or `age1pq1…`
+	// (post-quantum), or `age1tag1…` and `age1tagpq1…` of a hardware token. Post-quantum recipients
+	// and others cannot be used together. Recipients that need a plugin to encrypt are refused.
+	Recipients []string `yaml:"recipients"`
+	// RecipientsFile contains more recipients, one on each line. Empty lines and lines that begin
+	// with `#` are ignored. It is read again when it changes.
+	RecipientsFile string `yaml:"recipientsFile" file:"true"`
 }

@@ -84,7 +84,7 @@ func (d *decoder) admin(a *Admin, listeners []Listener) {
 	}
 	if !isLoopback(host) {
 		d.warn("admin.address", "listen on 127.0.0.1, or let none but the monitoring reach it",
-			"other machines reach %s, and the admin server asks nobody who they are: it tells the rules' prefixes, the KMS keys' IDs and their states", a.Address)
+			"other machines reach %s, and the admin server has no authentication: it shows the prefixes of rules, and the IDs and states of KMS keys", a.Address)
 	}
 	if a.Pprof && !isLoopback(host) {
 		d.report("admin.pprof", "turn it off, or listen on 127.0.0.1", "profiles are served on a loopback address only, and %s is none", a.Address)
@@ -289,7 +289,8 @@ func undefined(known []string) string {
 	return "define it under kms, or use " + strings.Join(known, " or ")
 }
 
-// fileError says why a file could not be read. The path stands first, as its cause is often a typing error in it.
+// fileError says why a file could not be read. The path is first, since a typing error in it is often the
+// cause.
 func fileError(err error) string {
 	if e, ok := errors.AsType[*fs.PathError](err); ok {
 		return fmt.Sprintf("%s: %v", e.Path, e.Err)

@@ -15,7 +15,7 @@ var providerName = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0
 func CheckProviderName(name string) (text, hint string) {
 	switch {
 	case name == Plaintext:
-		return fmt.Sprintf("%q is what rules call not sealing", name), "choose another name"
+		return fmt.Sprintf("%q is what rules call not encrypting", name), "choose another name"
 	case strings.ContainsRune(name, ':'):
 		return fmt.Sprintf("%q has a colon, which ends the name in every stored value", name), "choose a name without one"
 	case !providerName.MatchString(name):
@@ -42,7 +42,7 @@ func (d *decoder) kms(providers []KMS) {
 			d.report(at+".seedMaxSeals", "the default is 4294967296", "%d is less than 1", k.SeedMaxSeals)
 		}
 		var backends []string
-		for _, b := range []string{"alibaba", "plugin", "local", "kubernetes"} {
+		for _, b := range []string{"alibaba", "plugin", "local", "kubernetes", "age"} {
 			if d.present(at + "." + b) {
 				backends = append(backends, b)
 			}
@@ -52,7 +52,7 @@ func (d *decoder) kms(providers []KMS) {
 			if len(backends) > 1 {
 				text = "has more than one backend: " + strings.Join(backends, " and ")
 			}
-			d.report(at, "give it exactly one of alibaba, plugin, local and kubernetes", "%s", text)
+			d.report(at, "give it exactly one of alibaba, plugin, local, kubernetes and age", "%s", text)
 		}
 		if k.Plugin != nil && k.Plugin.Endpoint != "" {
 			d.socket(at+".plugin.endpoint", k.Plugin.Endpoint)
@@ -63,6 +63,9 @@ func (d *decoder) kms(providers []KMS) {
 		}
 		if k.Kubernetes != nil {
 			d.kubernetes(at, k.Kubernetes)
+		}
+		if k.Age != nil {
+			d.age(at, k)
 		}
 	}
 }
@@ -81,20 +84,45 @@ func (d *decoder) kubernetes(at string, k *Kubernetes) {
 	if k.Type != "" {
 		d.oneOf(at+".kubernetes.type", k.Type, "aescbc", "aesgcm", "secretbox")
 	}
+	d.seedless(at, "kubernetes, whose keys are used as they are")
+}
+
+// seedless refuses the fields of kms[i], at, that are about a KMS and its DEK seeds.
+func (d *decoder) seedless(at, kind string) {
 	for _, f := range []string{"pollInterval", "seedMaxAge", "seedMaxSeals"} {
 		if d.present(at + "." + f) {
-			d.report(at+"."+f, "remove it", "has no effect with kubernetes, whose keys are used as they are")
+			d.report(at+"."+f, "remove it", "has no effect with %s", kind)
 		}
 	}
+}
+
+// age checks kms[i] of that kind, at. What is no recipient is found by what uses them.
+func (d *decoder) age(at string, k KMS) {
+	if len(k.Age.Recipients) == 0 && k.Age.RecipientsFile == "" {
+		d.report(at+".age", "write recipients: [age1…], which age-keygen prints, or name a recipientsFile", "has no recipients")
+	}
+	if k.Name != "" && !copyName.MatchString(k.Name) {
+		d.report(at+".name", copyNameHint, copyNameText, k.Name)
+	}
+	d.seedless(at, "age, which has no KMS")
 }
 
 // writers refuses providers that are for reading only where r writes with them.
 func (d *decoder) writers(at string, r Rule, providers []KMS) {
 	for _, k := range providers {
+		if k.Age != nil {
+			const text, hint = "provider %q is of kind age, whose private keys are offline: it only wraps recovery copies", "name it in recovery"
+			if k.Name == r.WriteWith {
+				d.report(at+".writeWith", hint+", and in writeWith a provider with a key", text, k.Name)
+			}
+			if i := slices.Index(r.ReadWith, k.Name); i >= 0 {
+				d.report(fmt.Sprintf("%s.readWith[%d]", at, i), hint, text, k.Name)
+			}
+		}
 		if k.Kubernetes == nil {
 			continue
 		}
-		const text = "provider %q is of kind kubernetes, which opens values and seals none"
+		const text = "provider %q is of kind kubernetes, which only decrypts values"
 		if k.Name == r.WriteWith {
 			d.report(at+".writeWith", "name it in readWith, and in writeWith another provider, for new values and for reencrypt", text, k.Name)
 		}

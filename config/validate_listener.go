@@ -41,7 +41,7 @@ func (d *decoder) listeners(listeners []Listener, endpoints []string) {
 			}
 		}
 		if l.Endpoint != "" && !slices.Contains(endpoints, l.Endpoint) {
-			d.report(at+".endpoint", "write it as it stands there", "is not one of etcd.endpoints")
+			d.report(at+".endpoint", "copy it from etcd.endpoints", "is not one of etcd.endpoints")
 		}
 	}
 }
@@ -191,7 +191,7 @@ func (d *decoder) certPool(path, file string) {
 			continue
 		}
 		if _, err := x509.ParseCertificate(block.Bytes); err != nil {
-			d.report(path, "write the file anew", "%s: certificate %d cannot be parsed", file, n+1)
+			d.report(path, "replace the file", "%s: certificate %d cannot be parsed", file, n+1)
 			return
 		}
 		n++

@@ -9,6 +9,11 @@ import (
 // copyName is a provider's name that can be a part of a domain name, as it is in the annotations that hold recovery copies.
 var copyName = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*$`)
 
+const (
+	copyNameText = "%q cannot be in the name of an annotation, where recovery copies are stored"
+	copyNameHint = "use only lower-case letters, digits, - and ."
+)
+
 // recovery checks the recovery providers of rules[i].
 func (d *decoder) recovery(at string, i int, rules []Rule, defined []string) {
 	r := &rules[i]
@@ -31,8 +36,7 @@ func (d *decoder) recovery(at string, i int, rules []Rule, defined []string) {
 		case slices.Contains(r.Recovery[:j], name):
 			d.report(at, "remove one of them", "%q is in the list twice", name)
 		case !copyName.MatchString(name):
-			d.report(at, "use only lower-case letters, digits, - and .; a second entry under kms may name the same key",
-				"%q cannot be in the name of an annotation, where recovery copies are stored", name)
+			d.report(at, copyNameHint+"; a second entry under kms may name the same key", copyNameText, name)
 		}
 	}
 	for first := range rules[:i] {

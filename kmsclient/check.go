@@ -22,7 +22,7 @@ const (
 	dataKeySize    = 32
 )
 
-// errCircuitOpen marks a call that was not made.
+// errCircuitOpen is in the error of a call that was not made.
 var errCircuitOpen = errors.New("circuit open")
 
 func contract(detail string) *Error {
@@ -33,7 +33,7 @@ func (c *Client) fault(op, keyID string, reason Reason, detail string) *Error {
 	return &Error{Op: op, Provider: c.cfg.Name, Reason: reason, KeyID: keyID, Detail: detail}
 }
 
-// checkWrapped holds a wrapped secret against the limits of what can be stored.
+// checkWrapped checks a wrapped secret against the limits of what can be stored.
 func checkWrapped(ciphertext []byte, keyID string, annotations map[string][]byte) error {
 	if n := len(ciphertext); n == 0 || n > maxCiphertext {
 		return contract(fmt.Sprintf("a wrapped key of %d bytes; 1 to %d can be stored", n, maxCiphertext))
@@ -78,11 +78,11 @@ func checkStatus(res *service.StatusResponse) error {
 	return checkKeyID(res.KeyID)
 }
 
-// maxHealth is how much of a KMS' own text on its health is shown, in bytes.
+// maxHealth limits a KMS' own text about its health, in bytes.
 const maxHealth = 256
 
 // quoted returns text of a KMS for a log or a report: on one line, without control characters, and
-// shortened. A Status request holds nothing secret that its answer could repeat.
+// shortened. A Status request holds nothing secret that the response could repeat.
 func quoted(text string) string {
 	if len(text) > maxHealth {
 		return strconv.Quote(strings.ToValidUTF8(text[:maxHealth], "")) + "…"
@@ -90,7 +90,8 @@ func quoted(text string) string {
 	return strconv.Quote(text)
 }
 
-// noteDown remembers why the KMS is unavailable, for the calls that are not made while the circuit is open.
+// noteDown remembers why the KMS is unavailable, for the errors of calls that are not made while the
+// circuit is open.
 func (c *circuit) noteDown(err error) {
 	var e *Error
 	if errors.As(err, &e) && isSilent(err) && !errors.Is(err, context.Canceled) {
@@ -98,7 +99,8 @@ func (c *circuit) noteDown(err error) {
 	}
 }
 
-// notCalled is the error of a call that is not made. It carries the code and the reason of the last one that was.
+// notCalled returns the error of a call that is not made, with the code and the detail of the last
+// failed call.
 func (c *Client) notCalled(op, keyID string, last *Error) *Error {
 	e := c.fault(op, keyID, Unreachable, fmt.Sprintf("not called, since it did not answer before; tried again every %s", c.cfg.ProbeAfter))
 	if last != nil {
@@ -110,18 +112,18 @@ func (c *Client) notCalled(op, keyID string, last *Error) *Error {
 	return e
 }
 
-// asKnown returns the *Error in err, which is there: safe has made err.
-func asKnown(err error) *Error {
+// asError returns the *Error in err, which safe has made.
+func asError(err error) *Error {
 	var e *Error
 	errors.As(err, &e)
 	return e
 }
 
-// isSilent reports whether a failed call says that the KMS does not answer, or not now.
+// isSilent reports whether a failed call says that the KMS does not answer.
 func isSilent(err error) bool { return ReasonOf(err) == Unreachable }
 
-// safe turns whatever a backend returned into an *Error that says nothing but what is known to be harmless: the text of a foreign error
-// may hold the request.
+// safe returns an error that is safe to show for any error of a backend: the text of an error that is
+// not an *Error may hold the request.
 func (c *Client) safe(ctx context.Context, op, keyID string, err error) error {
 	cause := ctx.Err()
 	if cause == nil && errors.Is(err, context.DeadlineExceeded) {
@@ -129,21 +131,21 @@ func (c *Client) safe(ctx context.Context, op, keyID string, err error) error {
 	}
 	var e *Error
 	if errors.As(err, &e) {
-		known := *e
-		known.Op, known.Provider = op, c.cfg.Name
-		def(&known.KeyID, keyID)
-		return withCause(&known, cause)
+		own := *e
+		own.Op, own.Provider = op, c.cfg.Name
+		def(&own.KeyID, keyID)
+		return withCause(&own, cause)
 	}
 	detail := "the call failed for a reason that is not shown, since it may hold a secret"
 	if errors.Is(err, context.DeadlineExceeded) {
 		detail = fmt.Sprintf("no answer within %s", c.cfg.Timeout)
 	} else if errors.Is(err, context.Canceled) {
-		detail = "the caller gave up"
+		detail = "the caller canceled"
 	}
 	return withCause(c.fault(op, keyID, Unreachable, detail), cause)
 }
 
-// caused is an *Error with something that errors.Is shall find; the text stays that of the *Error.
+// caused is an *Error with a cause that errors.Is finds. Its text is that of the *Error.
 type caused struct {
 	what  *Error
 	cause error

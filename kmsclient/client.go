@@ -13,45 +13,47 @@ import (
 	"k8s.io/kms/pkg/service"
 )
 
-// Call is one attempt of one operation, as metrics and audits see it. It holds nothing secret.
+// Call is one attempt of one operation, for metrics and audit records. It holds nothing secret.
 type Call struct {
 	Provider  string
 	Op        string        // "Encrypt", "Decrypt", "Status" or "GenerateDataKey"
-	KeyID     string        // as the KMS answered or was asked; may be empty
+	KeyID     string        // from the response or the request; may be empty
 	RequestID string        // the KMS' own id of the request, to join with its audit log; may be empty
 	Class     string        // "ok", or the error's class
 	Time      time.Time     // when the attempt began
 	Duration  time.Duration // how long it took
 }
 
-// Config says how a backend is called. The zero value of each field but Name and Backend is the default that it names.
+// Config configures a [Client]. The zero value of each field but Name and Backend is the default that
+// it names.
 type Config struct {
 	Name        string        // the provider's name, for errors and calls
 	Backend     Service       // may implement [DataKeyGenerator]
 	Timeout     time.Duration // of one attempt; default 3 s
 	MaxAttempts int           // of one operation; default 3, of one that the KMS answers with an unknown fault 2 at most; see also [OneAttempt]
 	MinBackoff  time.Duration // before a second attempt, with full jitter; default 100 ms, doubled each time up to 2 s
-	// After BreakAfter attempts in a row that found the KMS unavailable (default 5) the circuit opens: calls fail at once, until
-	// ProbeAfter (default 5 s) has passed and one probe is let through. Status has a circuit of its own.
+	// After BreakAfter attempts in a row without an answer (default 5) the circuit opens: calls fail at
+	// once. After ProbeAfter (default 5 s), one call is made as a probe. Status has its own circuit.
 	BreakAfter int
 	ProbeAfter time.Duration
-	// Observer is told of each attempt, on the caller's goroutine; it must not block. May be nil.
+	// Observer is called for each attempt, on the caller's goroutine; it must not block. May be nil.
 	Observer func(Call)
 }
 
-// Client calls a backend by the rules that all backends share. It is safe for concurrent use and starts no goroutine of its own.
+// Client calls a backend by the rules that all backends share. It is safe for concurrent use and starts
+// no goroutine.
 //
 // Every error wraps [*Error]; one that a context ended wraps the context's error too.
 type Client struct {
 	cfg Config
-	// A KMS may limit or lose one and not the other: to describe keys is often another service with a small quota.
+	// Status and the use of the key fail independently: describing keys often has a small quota of its own.
 	status, use circuit
 }
 
-// circuit is what is known of whether calls are answered.
+// circuit is a circuit breaker, and why the last call failed.
 type circuit struct {
 	breaker atomic.Pointer[breaker]
-	down    atomic.Pointer[Error] // why the KMS was unavailable last
+	down    atomic.Pointer[Error] // of the last call without an answer
 }
 
 type breaker = gobreaker.TwoStepCircuitBreaker[struct{}]
@@ -89,14 +91,14 @@ func newBreaker(cfg Config) *breaker {
 		Name:        cfg.Name,
 		Timeout:     cfg.ProbeAfter,
 		ReadyToTrip: func(c gobreaker.Counts) bool { return c.ConsecutiveFailures >= limit },
-		// Only a silent KMS opens the circuit: one that refuses is there, and its answers cost it little.
+		// Only calls without an answer open the circuit.
 		IsSuccessful: func(err error) bool { return err == nil || !isSilent(err) },
-		// A caller that gave up says nothing about the KMS.
+		// A canceled call says nothing about the KMS.
 		IsExcluded: func(err error) bool { return errors.Is(err, context.Canceled) },
 	})
 }
 
-// circuit returns what an operation's calls go through: Status has one, and all that uses the key has another.
+// circuit returns the circuit of an operation.
 func (c *Client) circuit(op string) *circuit {
 	if op == opStatus {
 		return &c.status
@@ -123,7 +125,7 @@ func (c *Client) Encrypt(ctx context.Context, uid string, data []byte) (*service
 			return nil, "", err
 		}
 		if res == nil {
-			return nil, "", contract("an empty answer")
+			return nil, "", contract("an empty response")
 		}
 		return res, res.KeyID, checkWrapped(res.Ciphertext, res.KeyID, res.Annotations)
 	})
@@ -133,7 +135,7 @@ func (c *Client) Encrypt(ctx context.Context, uid string, data []byte) (*service
 func (c *Client) Decrypt(ctx context.Context, uid string, req *service.DecryptRequest) ([]byte, error) {
 	const op = "Decrypt"
 	if checkWrapped(req.Ciphertext, req.KeyID, req.Annotations) != nil {
-		return nil, c.fault(op, "", Invalid, "the wrapped key, its key ID or its annotations exceed what a KMS can have answered")
+		return nil, c.fault(op, "", Invalid, "the wrapped key, its key ID or its annotations exceed the limits of a KMS")
 	}
 	return attempt(ctx, c, op, req.KeyID, func(ctx context.Context) ([]byte, string, error) {
 		data, err := c.cfg.Backend.Decrypt(ctx, uid, req)
@@ -158,13 +160,14 @@ func (c *Client) Status(ctx context.Context) (*service.StatusResponse, error) {
 			return nil, "", err
 		}
 		if res == nil {
-			return nil, "", contract("an empty answer")
+			return nil, "", contract("an empty response")
 		}
 		return res, res.KeyID, checkStatus(res)
 	})
 }
 
-// GenerateDataKey implements [DataKeyGenerator]. If the backend does not, the key is made here and wrapped by Encrypt.
+// GenerateDataKey implements [DataKeyGenerator]. If the backend does not, the key is generated here and
+// wrapped by Encrypt.
 func (c *Client) GenerateDataKey(ctx context.Context, uid string) (*DataKey, error) {
 	generator, ok := c.cfg.Backend.(DataKeyGenerator)
 	if !ok {
@@ -188,7 +191,8 @@ func (c *Client) GenerateDataKey(ctx context.Context, uid string) (*DataKey, err
 	})
 }
 
-// attempt runs call until it succeeds, fails for good, or its attempts or ctx are used up.
+// attempt makes a call until it succeeds or fails for good, or until its attempts are used up or ctx
+// ends.
 func attempt[T any](ctx context.Context, c *Client, op, keyID string, call func(context.Context) (T, string, error)) (T, error) {
 	wait := backoff.ExponentialBackOff{
 		// The delay is drawn from 0 to twice the middle: full jitter.
@@ -229,14 +233,14 @@ func once[T any](ctx context.Context, c *Client, op, keyID string, call func(con
 	start := time.Now()
 	noting, id := withRequestID(ctx)
 	defer func() {
-		if recover() != nil { // what a backend panics with may hold a secret
+		if recover() != nil { // the value of the panic may hold a secret
 			err = contract("the backend panicked")
 		}
 		if err != nil {
 			var zero T
 			other := errors.Is(err, ErrOtherSecret)
 			if res, err = zero, c.safe(ctx, op, keyID, err); other {
-				err = caused{asKnown(err), ErrOtherSecret}
+				err = caused{asError(err), ErrOtherSecret}
 			}
 			line.noteDown(err)
 		}
@@ -252,7 +256,8 @@ func once[T any](ctx context.Context, c *Client, op, keyID string, call func(con
 	return res, err
 }
 
-// observed describes an attempt. noted is the request ID that the backend noted; an error's own counts more.
+// observed describes an attempt. noted is the request ID that the backend noted; that in an error takes
+// precedence.
 func observed(provider, op, keyID, noted string, start time.Time, err error) Call {
 	call := Call{Provider: provider, Op: op, KeyID: keyID, RequestID: noted, Class: "ok", Time: start, Duration: time.Since(start)}
 	var e *Error

@@ -6,8 +6,8 @@ import (
 	"errors"
 )
 
-// ErrOtherSecret is in the error of a Decrypt that returned another plaintext than [Expect] said.
-var ErrOtherSecret = errors.New("the KMS unwrapped another secret than it had wrapped")
+// ErrOtherSecret is in the error of a Decrypt that returned another plaintext than [Expect] expects.
+var ErrOtherSecret = errors.New("the KMS unwrapped another secret than it wrapped")
 
 type (
 	oneAttemptKey  struct{}
@@ -22,9 +22,8 @@ func OneAttempt(ctx context.Context) context.Context {
 }
 
 // PastCircuit returns a context for a health check: a [Client] makes the call even while the
-// circuit is open, and closes it if the call succeeds, since its caller limits how often it checks,
-// and since calls for stored values that opened the circuit must not keep a check from finding that
-// the KMS key can be used.
+// circuit is open, and closes the circuit if the call succeeds. Its caller limits how often it
+// checks, and calls for stored values that opened the circuit must not delay the check.
 func PastCircuit(ctx context.Context) context.Context {
 	return context.WithValue(ctx, pastCircuitKey{}, true)
 }
@@ -32,7 +31,7 @@ func PastCircuit(ctx context.Context) context.Context {
 func isSet(ctx context.Context, key any) bool { return ctx.Value(key) != nil }
 
 // Expect returns a context with which Decrypt of a [Client] fails, with an error of [BrokenContract]
-// that wraps [ErrOtherSecret], unless the plaintext has this SHA-256 digest. So a wrong answer is
+// that wraps [ErrOtherSecret], unless the plaintext has this SHA-256 digest. So a wrong response is
 // counted and recorded as one.
 func Expect(ctx context.Context, digest [sha256.Size]byte) context.Context {
 	return context.WithValue(ctx, expectKey{}, digest)
@@ -44,15 +43,15 @@ func ExpectLength(ctx context.Context, check func(n int) error) context.Context 
 	return context.WithValue(ctx, lengthKey{}, check)
 }
 
-// checkExpected compares a plaintext with what [Expect] and [ExpectLength] said, if anything.
+// checkExpected checks a plaintext against [Expect] and [ExpectLength], if they were used.
 func checkExpected(ctx context.Context, plaintext []byte) error {
 	if check, ok := ctx.Value(lengthKey{}).(func(n int) error); ok {
 		if err := check(len(plaintext)); err != nil {
-			return contract("what nobody wraps: " + err.Error())
+			return contract("a plaintext that cannot be a DEK seed: " + err.Error())
 		}
 	}
 	if want, ok := ctx.Value(expectKey{}).([sha256.Size]byte); ok && sha256.Sum256(plaintext) != want {
-		return withCause(contract("another secret than it had wrapped"), ErrOtherSecret)
+		return withCause(contract("another secret than it wrapped"), ErrOtherSecret)
 	}
 	return nil
 }

@@ -18,10 +18,11 @@ type requestID struct {
 	caller *requestID // of the context that the wrapper was called with; nil unless that was made by WithRequestID
 }
 
-// NoteRequestID tells the wrapper, which gave ctx to a backend, the KMS' own id of a request that was answered. The last one counts. A failed
-// request's id belongs into [Error]. What cannot be an id (it is not 1 to 128 printable characters of ASCII, or has a space) is dropped.
+// NoteRequestID records the KMS' own ID of an answered request, in the context that the wrapper passed to a backend. The
+// last one counts. A failed request's ID belongs into [Error]. It ignores what cannot be an ID: anything but 1 to 128
+// printable ASCII characters without spaces.
 //
-// It may be called concurrently, with any context; one that no wrapper made is left alone.
+// It may be called concurrently, with any context; it ignores one that is not from the wrapper.
 func NoteRequestID(ctx context.Context, id string) {
 	r, ok := ctx.Value(requestIDKey{}).(*requestID)
 	if !ok || id == "" || len(id) > maxRequestID || strings.IndexFunc(id, func(c rune) bool { return c <= ' ' || c > '~' }) >= 0 {
@@ -32,8 +33,8 @@ func NoteRequestID(ctx context.Context, id string) {
 	}
 }
 
-// WithRequestID returns a context to call a [Client] with, and what tells the KMS' own id of the last request of such a call that was answered,
-// or "". Both may be used concurrently.
+// WithRequestID returns a context to call a [Client] with, and a function that returns the KMS' own ID of the last answered
+// request of such a call, or "". Both may be used concurrently.
 func WithRequestID(ctx context.Context) (context.Context, func() string) {
 	ctx, r := withRequestID(ctx)
 	return ctx, r.get

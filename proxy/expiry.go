@@ -17,8 +17,8 @@ type certificateExpiry struct {
 	etcd      *upstream.Credentials // nil without TLS
 }
 
-var certificateExpiryDesc = prometheus.NewDesc("etcd_kms_proxy_certificate_expiry_seconds",
-	"Unix time when a certificate of the TLS files in use expires.", []string{"use", "listener"}, nil)
+var certificateExpiryDesc = prometheus.NewDesc("etcd_kms_proxy_certificate_expiry_timestamp_seconds",
+	"Unix time when a certificate in use expires. use: listener (with its intermediates, the first to expire), listener_client_ca, etcd_client, etcd_ca (of several CAs, the last to expire). listener is empty for etcd_client and etcd_ca.", []string{"use", "listener"}, nil)
 
 // Describe implements [prometheus.Collector].
 func (*certificateExpiry) Describe(ch chan<- *prometheus.Desc) { ch <- certificateExpiryDesc }

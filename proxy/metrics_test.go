@@ -118,7 +118,7 @@ func TestCertificateExpiry(t *testing.T) {
 	defer p.Close()
 	expect := func(what string, want map[[2]string]*x509.Certificate) {
 		t.Helper()
-		all := series(t, r, "etcd_kms_proxy_certificate_expiry_seconds")
+		all := series(t, r, "etcd_kms_proxy_certificate_expiry_timestamp_seconds")
 		if len(all) != len(want) {
 			t.Errorf("%s: %d series, want %d", what, len(all), len(want))
 		}

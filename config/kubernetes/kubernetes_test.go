@@ -259,7 +259,7 @@ func TestProblems(t *testing.T) {
 		"kms v3":            {one("{kms: {apiVersion: v3, name: a, endpoint: unix:///a}}"), 5, "neither v1 nor v2"},
 		"cachesize":         {one("{kms: {apiVersion: v2, name: a, endpoint: unix:///a, cachesize: '1'}}"), 5, "is not of v2"},
 		"kms name":          {one("{kms: {apiVersion: v2, name: a/b, endpoint: unix:///a}}"), 5, "cannot be renamed here"},
-		"kms named so":      {one("{kms: {apiVersion: v2, name: plaintext, endpoint: unix:///a}}"), 5, "not sealing"},
+		"kms named so":      {one("{kms: {apiVersion: v2, name: plaintext, endpoint: unix:///a}}"), 5, "not encrypting"},
 		"kms, colon":        {one("{kms: {apiVersion: v2, name: 'a:b', endpoint: unix:///a}}"), 5, "colon"},
 		"kms, no name":      {one("{kms: {apiVersion: v2, endpoint: unix:///a}}"), 5, "is not a provider's name"},
 		"tcp":               {one("{kms: {apiVersion: v2, name: a, endpoint: 'tcp://127.0.0.1:1'}}"), 5, "is not a unix socket"},

@@ -61,8 +61,10 @@ type Key struct {
 // Secret is the bytes of a key.
 type Secret []byte
 
-// String, GoString and Format hide it.
-func (Secret) String() string   { return "[redacted]" }
+// String implements [fmt.Stringer].
+func (Secret) String() string { return "[redacted]" }
+
+// GoString implements [fmt.GoStringer].
 func (Secret) GoString() string { return "[redacted]" }
 
 // Format implements [fmt.Formatter] for every verb.

@@ -1,9 +1,21 @@
 package envelope
 
-import "strings"
+import (
+	"bytes"
+	"strings"
+	"unicode/utf8"
+)
 
-// recoverySuffix ends the annotations that hold recovery copies.
-const recoverySuffix = ".recovery.etcd-kms-proxy.io"
+const (
+	// recoverySuffix ends the annotations that hold recovery copies.
+	recoverySuffix = ".recovery.etcd-kms-proxy.io"
+	// recipientsSuffix ends the annotations that name the recipients of a recovery copy that is an
+	// age file.
+	recipientsSuffix = ".recovery-id.etcd-kms-proxy.io"
+	// ageMagic is the first line of an age file, see https://age-encryption.org/v1. No encoding that
+	// [Copy.Append] makes begins with it.
+	ageMagic = "age-encryption.org/v1\n"
+)
 
 // RecoveryAnnotation returns the annotation in which a value holds the copy of its seed that a provider wrapped. The name must do as a part of
 // a domain name: lower-case letters, digits and hyphens, in labels between dots. The error wraps [ErrMalformed].
@@ -19,6 +31,42 @@ func RecoveryAnnotation(provider string) (string, error) {
 func RecoveryProvider(annotation string) (provider string, ok bool) {
 	provider, ok = strings.CutSuffix(annotation, recoverySuffix)
 	return provider, ok && provider != ""
+}
+
+// IsReserved reports whether an annotation belongs to the proxy and not to the KMS of the value: it holds a recovery
+// copy, or names the recipients of one.
+func IsReserved(annotation string) bool {
+	return strings.HasSuffix(annotation, recoverySuffix) || strings.HasSuffix(annotation, recipientsSuffix)
+}
+
+// OfflineCopy is the seed of a value once more, encrypted with public keys whose private keys are offline. It is an age
+// file, and the value of the annotation is that file and nothing else, so that any implementation of age decrypts it.
+type OfflineCopy struct {
+	Recipients string // identifies the public keys; "" if the value does not say
+	File       []byte
+}
+
+// SetOfflineCopy adds the copy of a provider's recipients to the annotations, which must not be shared.
+func (h *Header) SetOfflineCopy(provider string, c OfflineCopy) {
+	if h.Annotations == nil {
+		h.Annotations = make(map[string][]byte, 2)
+	}
+	h.Annotations[provider+recoverySuffix] = c.File
+	h.Annotations[provider+recipientsSuffix] = []byte(c.Recipients)
+}
+
+// OfflineCopyBy returns the copy of a provider's recipients. It shares the memory of the header. ok is false if there is
+// none, also if another KMS wrapped the provider's copy.
+func (h *Header) OfflineCopyBy(provider string) (c OfflineCopy, ok bool) {
+	file := h.Annotations[provider+recoverySuffix]
+	if !bytes.HasPrefix(file, []byte(ageMagic)) {
+		return OfflineCopy{}, false
+	}
+	id := h.Annotations[provider+recipientsSuffix]
+	if len(id) > MaxKeyID || !utf8.Valid(id) {
+		id = nil
+	}
+	return OfflineCopy{Recipients: string(id), File: file}, true
 }
 
 // Copy is the seed of a value once more, as another KMS wrapped it: a recovery copy. In an annotation it is an EncryptedObject that has nothing
@@ -41,7 +89,7 @@ func (c *Copy) Header(typ Type) Header {
 // Validate checks the limits of the format. The error wraps [ErrMalformed].
 func (c *Copy) Validate() error {
 	for k := range c.Annotations {
-		if _, nested := RecoveryProvider(k); nested {
+		if IsReserved(k) {
 			return malformed("a recovery copy holds another one")
 		}
 	}
@@ -75,7 +123,7 @@ func ParseCopy(b []byte) (Copy, error) {
 	return c, nil
 }
 
-// Own returns the annotations that the KMS of the value itself gave: those that are no recovery copies. It returns h.Annotations itself where
+// Own returns the annotations that the KMS of the value itself gave: those that are not reserved. It returns h.Annotations itself where
 // there are no others; nothing is copied but the map.
 func (h *Header) Own() map[string][]byte {
 	if !h.HasCopies() {
@@ -83,7 +131,7 @@ func (h *Header) Own() map[string][]byte {
 	}
 	var own map[string][]byte
 	for k, v := range h.Annotations {
-		if _, is := RecoveryProvider(k); is {
+		if IsReserved(k) {
 			continue
 		}
 		if own == nil {
@@ -94,10 +142,10 @@ func (h *Header) Own() map[string][]byte {
 	return own
 }
 
-// HasCopies reports whether there are annotations of recovery copies.
+// HasCopies reports whether there are reserved annotations, those of recovery copies.
 func (h *Header) HasCopies() bool {
 	for k := range h.Annotations {
-		if _, is := RecoveryProvider(k); is {
+		if IsReserved(k) {
 			return true
 		}
 	}

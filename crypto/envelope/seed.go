@@ -27,7 +27,7 @@ const (
 
 // ErrOpen is returned by [Seed.Open] for data that is not what was sealed under this seed for this etcd key: tampered with, truncated,
 // moved from another key, or of another seed. The cause cannot be told apart, by design of the cipher.
-var ErrOpen = errors.New("data does not open under this seed and etcd key")
+var ErrOpen = errors.New("data does not decrypt under this seed and etcd key")
 
 // Seed is the unwrapped secret behind a header, ready for use. It is safe for concurrent use, and prints as [redacted].
 //

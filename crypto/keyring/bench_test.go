@@ -174,12 +174,12 @@ func BenchmarkSeedHit(b *testing.B) {
 		for pb.Next() {
 			provider, object, _ := envelope.Split(stored)
 			_, rest, cut := envelope.Cut(object)
-			e, now := r.hot.get(rest), time.Now()
-			if !cut || s.ring(provider) != r || e == nil || r.cfg.Cache.ageOf(e, now) != fresh {
+			e, now := r.seeds.hot.get(rest), time.Now()
+			if !cut || s.ring(provider) != r || e == nil || r.p.cfg.Cache.ageOf(e, now) != fresh {
 				b.Error("the seed is not at hand")
 				return
 			}
-			r.cfg.Cache.touch(e, now)
+			r.p.cfg.Cache.touch(e, now)
 		}
 	})
 }

@@ -18,17 +18,18 @@ import (
 
 // CacheConfig configures a Cache.
 type CacheConfig struct {
-	// Seeds is how many unwrapped seeds are kept, of all rings together. 0 is 10,000. About 1 KiB each.
+	// Seeds limits how many unwrapped seeds are kept, of all rings together. 0 is 10,000. About 1 KiB each.
 	Seeds int
-	// TTL is how long an unwrapped seed is used before the KMS is asked again. 0 is 24 hours.
+	// TTL is how long an unwrapped seed is used before the KMS has to unwrap it again. 0 is 24 hours.
 	TTL time.Duration
-	// ServeUnreachableFor is how long after its TTL a seed still opens values while the KMS does not answer. 0 is not at all. So a
-	// seed whose key was revoked behind a cut connection can be used for TTL + ServeUnreachableFor at most.
+	// ServeUnreachableFor is how long after its TTL a seed still decrypts while the KMS does not answer. 0 is
+	// not at all. So a seed whose key was revoked while the KMS is unreachable is used for
+	// TTL + ServeUnreachableFor at most.
 	ServeUnreachableFor time.Duration
 }
 
-// Cache holds the unwrapped seeds of any number of rings within one bound, the least recently used going first. It is safe for
-// concurrent use and needs no Close.
+// Cache holds the unwrapped DEK seeds of any number of rings. It evicts the least recently used ones. It is
+// safe for concurrent use and needs no Close.
 type Cache struct {
 	ttl   time.Duration
 	stale time.Duration
@@ -97,20 +98,21 @@ type entry struct {
 	sum     [sha256.Size]byte // SHA-256 of the secret as the KMS unwrapped it
 	header  *envelope.Header  // for by to unwrap it again; nil when that would take too much memory
 	fetched time.Time
-	rescue  *rescue // nil unless a recovery copy was unwrapped
-	why     string  // it was
+	copyUse *copyUse // nil unless a recovery copy was unwrapped
+	why     string   // it was
 
-	// proven is set once the seed has opened a value, or was minted here. Until then a value that does not open may be the
-	// fault of what the KMS answered, and the seed is dropped rather than kept for a whole TTL.
-	proven atomic.Bool
-	// doubt is what the KMS gave when it was asked again for the secret of a seed that has opened
-	// nothing yet; nil before.
-	doubt atomic.Pointer[doubt]
-	// dead is set when the entry was dropped; the rings' fast paths may still hold it.
-	dead atomic.Bool
-	// touched is when the entry was last moved up in the LRU, in Unix seconds: the fast path does that once a second only.
+	// verified is set once the seed has decrypted a value, or was generated here. Until then a value that does
+	// not decrypt may be the fault of what the KMS answered.
+	verified atomic.Bool
+	// recheck is what the KMS returned when an unverified seed was unwrapped again; nil before.
+	recheck atomic.Pointer[recheck]
+	// evicted is set when the entry was evicted; the rings' fast paths may still hold it.
+	evicted atomic.Bool
+	// touched is when the entry was last moved up in the LRU, in Unix seconds. The fast path does that at
+	// most once a second.
 	touched atomic.Int64
-	// retry is when a seed past its TTL, or one from a recovery copy, is worth another try at the KMS, in Unix nanoseconds.
+	// retry is when the KMS is called again for a seed past its TTL or from a recovery copy, in Unix
+	// nanoseconds.
 	retry atomic.Int64
 }
 
@@ -119,25 +121,25 @@ type age int
 
 const (
 	fresh   age = iota // use it
-	ageing             // unwrap it again; use it if the KMS does not answer
+	stale              // unwrap it again; use it if the KMS does not answer
 	expired            // unwrap it again
 )
 
 func (c *Cache) ageOf(e *entry, now time.Time) age {
 	switch old := now.Sub(e.fetched); {
-	case e.dead.Load():
+	case e.evicted.Load():
 		return expired
 	case old < c.ttl:
 		return fresh
 	case old < c.ttl+c.stale:
-		return ageing
+		return stale
 	}
 	return expired
 }
 
 func (c *Cache) get(d digest) *entry {
 	e, ok := c.lru.Get(d)
-	if !ok || e.dead.Load() {
+	if !ok || e.evicted.Load() {
 		return nil
 	}
 	return e
@@ -153,20 +155,20 @@ func (c *Cache) touch(e *entry, now time.Time) {
 
 func (c *Cache) put(e *entry) { c.lru.Add(e.digest, e) }
 
-func (c *Cache) drop(e *entry) {
-	e.dead.Store(true)
+func (c *Cache) evict(e *entry) {
+	e.evicted.Store(true)
 	if now, ok := c.lru.Peek(e.digest); ok && now == e {
 		c.lru.Remove(e.digest)
 	}
 }
 
-// dropAll drops every entry that match accepts, and returns how many these were.
-func (c *Cache) dropAll(match func(*entry) bool) int {
+// evictAll evicts every entry that match accepts, and returns their number.
+func (c *Cache) evictAll(match func(*entry) bool) int {
 	n := 0
 	var rings []*Ring
 	for _, e := range c.lru.Values() {
 		if match(e) {
-			c.drop(e)
+			c.evict(e)
 			n++
 			if !slices.Contains(rings, e.ring) {
 				rings = append(rings, e.ring)
@@ -174,7 +176,7 @@ func (c *Cache) dropAll(match func(*entry) bool) int {
 		}
 	}
 	for _, r := range rings {
-		r.recent.Clear() // ciphers made from the seeds
+		r.seeds.recent.Clear() // ciphers made from the seeds
 	}
 	return n
 }

@@ -1,31 +1,59 @@
-// Package keyring is the life of seeds: it mints them, seals under the current one, unwraps and caches those of stored values, rotates on a
-// new key ID, and drops them when the KMS says that the key may not be used any more.
+// Package keyring manages the DEK seeds of KMS providers: it generates them, encrypts values with the current
+// one, unwraps and caches those of stored values, rotates when the KMS names a new key ID, and evicts them when the
+// key may not be used any more.
 //
-// A [Ring] stands for one KMS provider, a [Cache] holds unwrapped seeds of all rings within one bound, a [Sealer] is one rule of the
-// proxy: which ring writes, which may be read, and what happens to a value that is none of theirs. The bytes are crypto/envelope's;
-// calls, retries and the circuit breaker are kmsclient's. The package knows nothing of etcd's API, of configuration or of metrics' names: the
-// command composes it, and the proxy calls a Sealer through an interface of its own.
+// A [Ring] is one KMS provider, a [Cache] holds the unwrapped seeds of all rings, and a [Sealer] is one rule of the
+// proxy: which ring encrypts, which ones decrypt, and what happens to other values. The stored bytes are those of
+// crypto/envelope; calls, retries and the circuit breaker are those of kmsclient. The package knows nothing of etcd's
+// API, of the configuration or of metrics' names. docs/glossary.md explains the terms.
 //
-// # When the KMS is silent
+// # Parts of a ring
 //
-// Values are sealed under the ring's current seed until RingConfig.SealUnreachableFor after the last good contact; a good contact is a
-// Status that says ok, the minting of a new seed where one was due, and the unwrapping of the one in use. Values are opened with cached
-// seeds: until CacheConfig.TTL without asking, and for CacheConfig.ServeUnreachableFor more while the KMS does not answer. Everything else
-// is [Unavailable].
+//	monitor     health checks: Status, rotation, revocation, probes of old keys (monitor.go, settle.go, probe.go)
+//	generator   generates and verifies DEK seeds (generator.go)
+//	seeds       finds a value's seed in the cache or by the KMS, and decrypts (seeds.go, unwrap.go, cache.go, hot.go)
+//	copyWriter  has recovery copies of new seeds wrapped (recovery_write.go)
+//	copyReader  unwraps recovery copies of stored values (recovery_read.go)
+//	refusals    seeds that the KMS refuses, and when it may be called for them again (refusals.go)
+//	caller      the KMS calls (calls.go)
+//	provider    what the parts share: configuration, texts, the published state (provider.go)
 //
-// # When the KMS says no
+// # States and events
 //
-// A KMS may answer Status and not let the key be used, or not look at the key for it: so each contact has the seed in use unwrapped as well,
-// and nothing is sealed under a seed before that was done once. An answer that the key is disabled, pending deletion or gone revokes at
-// once: the provider's seeds are dropped, sealing and opening fail with [KeyUnusable]. A refusal of the caller (credentials, permission) does the same once it has lasted for
-// RingConfig.RevokeWithin. Both end with the first good contact. That an alias leads to no key ends sealing alone: each key that
-// values name is asked about by unwrapping. Where a value names a key other than the current one, such an answer
-// to its Decrypt drops the seeds of that key ID only, and has the current key checked at once: what a stored value claims cannot take
-// the provider down. Each poll also unwraps one cached seed of every other key again (of 32 keys at most, then it goes on with the others), so
-// that an old key's revocation is noticed as well.
+// The state of the provider (type state) decides whether values are encrypted and decrypted:
+//
+//	state        event that leads to it                        encrypts                 decrypts
+//	pending      New; a required recovery copy is missing      waits                    cached seeds, KMS calls
+//	healthy      a good health check                           yes                      yes
+//	unhealthy    Status says so, but the key works             yes                      yes
+//	failing      a failed health check                         for SealUnreachableFor   cached seeds, KMS calls, copies
+//	alias lost   the configured alias leads to no key          no                       cached seeds, KMS calls, copies
+//	denied       the KMS refuses the caller                    as failing               as failing, for RevokeWithin
+//	disabled     the key is disabled, or denied for longer     no                       no
+//	gone         the key is deleted or will be                 no                       recovery copies
+//
+// A good health check ends each of them. It calls Status, generates a seed if one is due (key ID, MaxAge, MaxSeals,
+// recovery copies), and has the KMS unwrap the seed in use, since a KMS may answer Status although the key may not be
+// used.
+//
+// A seed in the cache (type entry) has these states:
+//
+//	state        event that leads to it                        next use
+//	unverified   the KMS unwrapped it                          decrypts; if it fails, the KMS unwraps it again
+//	verified     it decrypted a value, or was generated here   decrypts
+//	stale        its TTL is over                               the KMS unwraps it; without an answer it decrypts for
+//	                                                           ServeUnreachableFor
+//	expired      that is over too                              the KMS unwraps it
+//	evicted      its key was revoked, or the cache is full     the KMS unwraps it
+//
+// A seed that the KMS does not unwrap (type refusal) is refused for 5 seconds, then for longer, without a KMS call.
+//
+// What the KMS says about the key of a stored value applies to the seeds of that key ID alone, and has the current key
+// checked at once: a stored value can name any key, and must not take the provider down. Each health check also unwraps
+// one cached seed of every other key, so that the revocation of an old key is noticed.
 //
 // # Memory
 //
-// Dropping a seed means dropping every reference to it. Go offers no way to wipe what the runtime and the ciphers may have
-// copied, so a dump of the process' memory can hold seeds that are no longer in use.
+// To evict a seed is to remove every reference to it. Go offers no way to wipe what the runtime and the ciphers may have
+// copied, so that a dump of the process' memory can hold seeds that are no longer in use.
 package keyring

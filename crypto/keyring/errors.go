@@ -13,17 +13,17 @@ type Kind int
 
 // The kinds.
 const (
-	// Unavailable: the KMS was not reached or did not answer as it must. A retry may help; nothing is wrong with the value.
+	// Unavailable: the KMS was not reached or its response was wrong. A retry may help; the value is not the reason.
 	Unavailable Kind = iota + 1
-	// SeedRefused: the KMS answers, and unwraps other seeds, and does not unwrap that of this
-	// value, without saying why: the value is damaged, or its key is disabled, gone or not this
-	// KMS'. Most plugins answer so whatever the reason is. An operator has to look; of a refusal
-	// that lasts, [SealerConfig.Passthrough] takes values for lost.
+	// SeedRefused: the KMS unwraps other seeds, but not that of this value, and does not say why: the value is damaged,
+	// or its key is disabled, gone or of another KMS. Most plugins answer so whatever the reason is. An operator has to
+	// act. If the refusal lasts, [SealerConfig.Passthrough] applies.
 	SeedRefused
-	// KeyUnusable: the KMS key is disabled, pending deletion or gone, or the KMS refuses the proxy. An operator has to act. Of a key that is gone
-	// for good, [SealerConfig.Passthrough] takes values for lost.
+	// KeyUnusable: the KMS key is disabled, pending deletion or gone, or the KMS refuses the proxy. An operator has to
+	// act. If the key is gone for good, [SealerConfig.Passthrough] applies.
 	KeyUnusable
-	// Corrupt: the stored value is damaged, truncated, of another etcd key, or of a KMS key that is not this one. It will not open later either.
+	// Corrupt: the stored value is damaged, truncated, of another etcd key, or of another KMS key. It cannot be decrypted
+	// later either.
 	Corrupt
 	// Plaintext: a stored value is plaintext or of a provider that the rule does not read, and the rule is strict.
 	Plaintext
@@ -50,23 +50,25 @@ func (k Kind) String() string {
 	return fmt.Sprintf("kind(%d)", int(k))
 }
 
-// Error is a failed Seal or Open. Text may be shown to the client: it names the rule, the provider, the KMS key and request, and the
-// etcd key where that matters, and never holds a value or a seed.
+// Error is a failed Seal or Open. Text may be shown to the client: it names the rule, the provider, the KMS key and
+// request, and the etcd key where that matters, and never holds a value or a seed.
 type Error struct {
 	Kind Kind
 	Text string
 	Err  error // the cause, for errors.Is and errors.As; may be nil
 
-	// lost is the ring of a value that will not open later either, although it is not Corrupt: its
-	// key is not there any more, or has refused it for long, and there is no copy.
-	lost *Ring
-	// Of a seed with recovery copies, silent says that a KMS which could still give it did not answer, and answered that one did. See [Error.Answered].
+	// lost is the provider of a value that cannot be decrypted later either, although it is not Corrupt: its
+	// key is gone or has refused its seed for long, and there is no recovery copy.
+	lost *provider
+	// Of a seed with recovery copies, silent says that a KMS which might unwrap one did not answer, and answered that one
+	// did. See [Error.Answered].
 	silent, answered bool
-	// seed is Text without the etcd key: what is true of every value of the same DEK seed. "" if that is Text.
+	// seed is Text without the etcd key, as it is true of every value of the same DEK seed. "" if that is Text.
 	seed string
 }
 
-// ErrWouldBlock is returned by [Sealer.TrySeal] and [Sealer.TryOpen] when the value needs a KMS call, or has to wait for one.
+// ErrWouldBlock is returned by [Sealer.TrySeal] and [Sealer.TryOpen] when the value needs a KMS call, or has to wait for
+// one.
 var ErrWouldBlock = errors.New("a KMS call is needed")
 
 // errWouldBlock is ErrWouldBlock inside of the package.
@@ -78,7 +80,36 @@ func (e *Error) Error() string { return e.Text }
 // Unwrap returns the cause.
 func (e *Error) Unwrap() error { return e.Err }
 
-// kindOf returns the kind of a failed KMS call. An error of an unknown shape is Unavailable: it says nothing final.
+// Answered reports whether every KMS that could unwrap the value's DEK seed answered the call with a failure that it did
+// not explain. Many KMS plugins answer so for a damaged or foreign seed, and also while their own KMS is unreachable:
+// [Sealer.Recheck] tells the two apart. It is false for an error with a reason, and while a KMS does not answer.
+func (e *Error) Answered() bool {
+	switch e.Kind {
+	case KeyUnusable, Corrupt, Plaintext, Refused:
+		return false
+	case Unavailable:
+		return !e.silent && (e.answered || answered(e.Err))
+	case SeedRefused: // a call without an answer has become one about the seed
+		return !e.silent
+	}
+	return true // of a kind that is about the seed
+}
+
+// OfSeed returns the text without the etcd key, so that it is true of every value of the same DEK seed.
+func (e *Error) OfSeed() string {
+	if e.seed != "" {
+		return e.seed
+	}
+	return e.Text
+}
+
+// answered reports whether the KMS answered a failed call without a reason, or with a broken contract.
+func answered(err error) bool {
+	r := kmsclient.ReasonOf(err)
+	return r == kmsclient.BrokenContract || r.Answered()
+}
+
+// kindOf returns the kind of a failed KMS call.
 func kindOf(err error) Kind {
 	if e, ok := errors.AsType[*recoveryError](err); ok {
 		err = e.cause
@@ -91,15 +122,15 @@ func kindOf(err error) Kind {
 	}
 }
 
-// describe returns what may be said of a failed KMS call. Only a [kmsclient.Error] is safe to print; of any other error the text could
-// hold a request.
+// describe returns a text about a failed KMS call that is safe to show. The text of an error that is not a
+// [kmsclient.Error] could hold a request.
 func describe(err error) string {
 	e, ok := errors.AsType[*kmsclient.Error](err)
 	if !ok {
-		if own, ok := errors.AsType[*contractError](err); ok {
+		if own, ok := errors.AsType[*recoveryError](err); ok {
 			return own.Error()
 		}
-		if own, ok := errors.AsType[*recoveryError](err); ok {
+		if own, ok := errors.AsType[*offlineError](err); ok {
 			return own.Error()
 		}
 		return "the KMS call failed"
@@ -113,7 +144,7 @@ func describe(err error) string {
 	case kmsclient.ClassInvalid:
 		b.WriteString("the KMS does not accept the request")
 	case kmsclient.ClassContract:
-		b.WriteString("the KMS answered what it must not")
+		b.WriteString("the response of the KMS is wrong")
 	default:
 		b.WriteString("the KMS is unreachable, throttling or failing")
 		if e.Reason.Answered() {
@@ -137,23 +168,26 @@ func describe(err error) string {
 	return b.String()
 }
 
-// contractError is an answer of the KMS that this package found to break the contract.
-type contractError struct {
-	op   string
-	what string
+// brokenContract returns the error for a response in which this package found a broken contract.
+func brokenContract(op, what string) error {
+	return &kmsclient.Error{Op: op, Reason: kmsclient.BrokenContract, Detail: what}
 }
 
-func (e *contractError) Error() string {
-	return fmt.Sprintf("the KMS answered what it must not (%s): %s", e.op, e.what)
-}
-
-// recoveryError is a seed that was not minted because a recovery provider that must have a copy did not wrap it. It hides the cause from
-// errors.As: what another KMS says is nothing that this ring's key could be judged by.
+// recoveryError says that no seed was generated because a required recovery provider did not wrap it. It hides
+// the cause from errors.As: what another KMS says does not count for this ring's key.
 type recoveryError struct {
 	provider string
 	cause    error
 }
 
 func (e *recoveryError) Error() string {
-	return fmt.Sprintf("there must be a copy of the seed under recovery provider %q, which did not wrap it: %s", e.provider, describe(e.cause))
+	return fmt.Sprintf("recovery provider %q, whose copy of the DEK seed is required, did not wrap it: %s", e.provider, describe(e.cause))
+}
+
+// clip shortens a part of a stored value or a request for an error's text.
+func clip[T string | []byte](s T) string {
+	if len(s) > 256 {
+		return string(s[:256]) + "…"
+	}
+	return string(s)
 }

@@ -200,13 +200,13 @@ func (k *fakeKMS) Status(ctx context.Context) (*service.StatusResponse, error) {
 	return &service.StatusResponse{Version: "v2", Healthz: k.health, KeyID: id}, nil
 }
 
-// generator is a fakeKMS that makes data keys itself.
-type generator struct {
+// keyMaker is a fakeKMS that makes data keys itself.
+type keyMaker struct {
 	*fakeKMS
 	change func(*kmsclient.DataKey)
 }
 
-func (g *generator) GenerateDataKey(ctx context.Context, uid string) (*kmsclient.DataKey, error) {
+func (g *keyMaker) GenerateDataKey(ctx context.Context, uid string) (*kmsclient.DataKey, error) {
 	err, lost := g.begin(ctx, "GenerateDataKey", uid)
 	if err != nil {
 		return nil, err
@@ -274,7 +274,7 @@ func (e *events) Sealed(rule string, o Outcome)     { e.add("sealed " + rule + "
 func (e *events) Opened(rule string, o Outcome)     { e.add("opened " + rule + " " + string(o)) }
 func (e *events) Seed(provider string, event Event) { e.add(provider + " " + string(event)) }
 func (e *events) Recovered(provider, by string)     { e.add(provider + " by " + by) }
-func (e *events) Rescued(provider, by, keyID, why string) {
+func (e *events) CopyUnwrapped(provider, by, keyID, why string) {
 	e.add(fmt.Sprintf("rescue %s by %s %s: %t", provider, by, keyID, why != ""))
 }
 

@@ -6,15 +6,16 @@ import (
 	"sync/atomic"
 )
 
-// hotTable finds the seeds of recent values without a lock and without decoding: by the bytes behind a value's data, which all
-// values of one seed share. Slots are few and overwritten at will; the [Cache] is behind them.
+// hotTable finds the seeds of recent values without a lock and without decoding: by the bytes after a
+// value's data, which all values of one seed share. Its few slots are overwritten without order; what is not
+// found here is looked up in the [Cache].
 type hotTable struct {
 	seed  maphash.Seed
 	slots [64]atomic.Pointer[hotSlot]
 }
 
 type hotSlot struct {
-	rest  []byte // accepted by envelope.Parse, as the whole of an object behind its data
+	rest  []byte // of an object after its data, which envelope.Parse has accepted
 	entry *entry
 }
 

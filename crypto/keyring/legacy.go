@@ -8,29 +8,31 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 )
 
-// LegacyReader opens the values of a format that is read and never written, with keys that it has. It is safe for concurrent use.
+// LegacyReader decrypts the values of a format that is read and never written, with keys that it has. It is safe for
+// concurrent use.
 type LegacyReader interface {
-	// Marker returns what the values begin with: [envelope.Root], and what no KMS provider's marker is the beginning of.
+	// Marker returns what the values begin with: [envelope.Root] and a format that is not a KMS provider's.
 	Marker() string
-	// Open returns the plaintext of stored as new bytes and leaves stored as it is. It retains neither argument. known is false if the value is not
-	// damaged, but of a key that the reader does not have; the error then says which. Its text may be shown to the client.
+	// Open returns the plaintext of stored as new bytes and leaves stored as it is. It retains neither argument. known
+	// is false if the value is not damaged, but of a key that the reader does not have; the error then says which. Its
+	// text may be shown to the client.
 	Open(key, stored []byte) (plaintext []byte, known bool, err error)
 }
 
-// addLegacy checks the configured readers and takes their markers.
+// addLegacy checks the configured readers and adds their markers.
 func (s *Sealer) addLegacy() error {
 	for _, r := range s.cfg.Legacy {
 		m := r.Marker()
 		if !strings.HasPrefix(m, envelope.Root) || strings.HasPrefix(m, envelope.Root+"kms:") || !strings.HasSuffix(m, ":") {
-			return fmt.Errorf("make sealer of rule %q: %q is no marker of another format", s.cfg.Prefix, m)
+			return fmt.Errorf("make sealer of rule %q: %q is not a marker of another format", s.cfg.Prefix, m)
 		}
 		s.legacy = append(s.legacy, []byte(m))
 	}
 	return nil
 }
 
-// openLegacy returns the plaintext of stored if it begins with the marker of one of the readers; ok is false if it does not. Of several
-// errors, one of a key that is not there counts only if every reader says so: otherwise the value is damaged.
+// openLegacy returns the plaintext of stored if it begins with the marker of one of the readers; ok is false if it does
+// not. A missing key is the error only if every reader lacks it: otherwise the value is damaged.
 func (s *Sealer) openLegacy(key, stored []byte) (plaintext []byte, err *Error, ok bool) {
 	for i, r := range s.cfg.Legacy {
 		if !bytes.HasPrefix(stored, s.legacy[i]) {
@@ -43,7 +45,7 @@ func (s *Sealer) openLegacy(key, stored []byte) (plaintext []byte, err *Error, o
 		case known:
 			err = &Error{Kind: Corrupt, Err: why, Text: fmt.Sprintf("the stored value of etcd key %q is corrupt: %v", clip(key), why)}
 		case err == nil:
-			err = &Error{Kind: KeyUnusable, Err: why, Text: fmt.Sprintf("the stored value of etcd key %q cannot be opened: %v", clip(key), why)}
+			err = &Error{Kind: KeyUnusable, Err: why, Text: fmt.Sprintf("the stored value of etcd key %q cannot be decrypted: %v", clip(key), why)}
 		case err.Kind == KeyUnusable:
 			err.Text += "; " + why.Error()
 		}
@@ -51,7 +53,7 @@ func (s *Sealer) openLegacy(key, stored []byte) (plaintext []byte, err *Error, o
 	return nil, err, err != nil
 }
 
-// endsWithinMarker reports whether stored is the beginning of a marker, and no more: what is left of a sealed value that was cut.
+// endsWithinMarker reports whether stored is a part of a marker: what is left of a truncated encrypted value.
 func (s *Sealer) endsWithinMarker(stored []byte) bool {
 	for _, m := range s.markers {
 		if bytes.HasPrefix(m, stored) {

@@ -71,7 +71,7 @@ func TestLegacyReaders(t *testing.T) {
 				readers  []LegacyReader
 				stored   []byte
 				want     Kind // 0 opens
-				standing Standing
+				standing ValueState
 			}{
 				{"good", []LegacyReader{good}, v.Stored, 0, Stale},
 				{"after one without the key", []LegacyReader{missing, good}, v.Stored, 0, Stale},

@@ -67,7 +67,7 @@ func TestLostIsHandedOn(t *testing.T) {
 				if n := kms.count("Decrypt"); n != c.calls {
 					t.Errorf("%d Decrypt calls for 100 reads, want %d", n, c.calls)
 				}
-				if n := strings.Count(log.String(), "values are handed on as stored"); n != map[bool]int{true: 1}[c.want == 0] {
+				if n := strings.Count(log.String(), "values are returned as stored"); n != map[bool]int{true: 1}[c.want == 0] {
 					t.Errorf("the log says so %d times:\n%s", n, log)
 				}
 				if c.want == 0 { // the policy is to hand on, and else it is an error

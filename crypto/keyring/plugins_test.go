@@ -278,7 +278,7 @@ func TestStatusLagsBehind(t *testing.T) {
 				t.Errorf("the value is %v", got)
 			}
 		}
-		if n := g.events.get("p " + string(EventMinted)); n != 1 {
+		if n := g.events.get("p " + string(EventGenerated)); n != 1 {
 			t.Errorf("%d seeds", n)
 		}
 		// A command that only looks, just after a restart.
@@ -289,7 +289,7 @@ func TestStatusLagsBehind(t *testing.T) {
 			t.Fatal(err)
 		}
 		look.start(t)
-		if err := look.Contact(context.Background()); err != nil {
+		if err := look.WaitForCheck(context.Background()); err != nil {
 			t.Fatal(err)
 		}
 		if got := standing(t, sealer, "k", v); got != Current {
@@ -332,7 +332,7 @@ func TestLastingRefusal(t *testing.T) {
 		if p.Garbage {
 			return
 		}
-		if !strings.Contains(log.String(), "values are handed on as stored") {
+		if !strings.Contains(log.String(), "values are returned as stored") {
 			t.Error("the log does not say so")
 		}
 		plugin.SetOutage(true)
@@ -383,7 +383,7 @@ func TestUnusablePlugins(t *testing.T) {
 			g := newPluginRig(t, kmstest.NewPersona(p), nil).start(t)
 			_, err := g.seal("k", "v")
 			wantKind(t, err, Unavailable)
-			if st := g.State(); st.CanSeal || !strings.Contains(st.Reason, "answered what it must not") {
+			if st := g.State(); st.CanSeal || !strings.Contains(st.Reason, "the response of the KMS is wrong") {
 				t.Errorf("%s: %+v", p.Name, st)
 			}
 		})
@@ -412,10 +412,10 @@ func TestFlappingKeyID(t *testing.T) {
 				t.Fatalf("after %d changes the value is %v", i, got)
 			}
 		}
-		if n := g.events.get("ack " + string(EventMinted)); n > 2 {
+		if n := g.events.get("ack " + string(EventGenerated)); n > 2 {
 			t.Errorf("%d seeds", n)
 		}
-		if n := strings.Count(log.String(), "goes back and forth"); n < 1 || n > 3 || g.State().Flapped.IsZero() {
+		if n := strings.Count(log.String(), "KMS key ID alternates"); n < 1 || n > 3 || g.State().Flapped.IsZero() {
 			t.Errorf("the log says so %d times in 100 minutes", n)
 		}
 		// It stays: an hour later it counts.

@@ -44,7 +44,7 @@ func TestRecoveryProviderDoesNotWrap(t *testing.T) {
 				if len(st) != 1 || st[0].Lacking == "" || s.ack.State().Reason != "" {
 					t.Errorf("%+v", st)
 				}
-				if n := strings.Count(s.log.String(), "sealed without a recovery copy"); n != 1 {
+				if n := strings.Count(s.log.String(), "encrypted without a recovery copy"); n != 1 {
 					t.Errorf("the log says so %d times:\n%s", n, s.log)
 				}
 				if n := ack.count("Encrypt"); n != 1 {
@@ -83,7 +83,7 @@ func TestRecoveryRequired(t *testing.T) {
 		s := newSite(t, ack, dr, true, func(c *RingConfig, _ *CacheConfig) { c.MaxAge, c.SealUnreachableFor = 24*time.Hour, 2*time.Hour }).start(t)
 		_, err := s.ack.seal("k", "v")
 		wantKind(t, err, Unavailable)
-		for _, part := range []string{`"ack"`, `recovery provider "dr"`, "must be a copy"} {
+		for _, part := range []string{`"ack"`, `recovery provider "dr"`, "whose copy of the DEK seed is required"} {
 			if !strings.Contains(err.Error(), part) {
 				t.Errorf("the text does not hold %s: %v", part, err)
 			}
@@ -160,7 +160,7 @@ func TestRecoveryKeyIsRotated(t *testing.T) {
 		dr.rotate("key-2")
 		time.Sleep(2*time.Minute + time.Second)
 		now := s.ack.mustSeal(t, "k", "v")
-		for want, v := range map[Standing][]byte{Stale: old, Current: now} {
+		for want, v := range map[ValueState][]byte{Stale: old, Current: now} {
 			if got := standing(t, s.sealer, "k", v); got != want {
 				t.Errorf("a value is %v, want %v", got, want)
 			}
@@ -186,7 +186,7 @@ func TestReservedAnnotationIsRefused(t *testing.T) {
 		synctest.Wait()
 		_, err := g.seal("k", "v")
 		wantKind(t, err, Unavailable)
-		if !strings.Contains(err.Error(), "answered what it must not") {
+		if !strings.Contains(err.Error(), "the response of the KMS is wrong") {
 			t.Error(err)
 		}
 	})

@@ -19,7 +19,7 @@ func TestMintOnceThenSealAndOpen(t *testing.T) {
 				kms := newKMS(t, "ack")
 				g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) {
 					if gen {
-						c.KMS = &generator{fakeKMS: kms}
+						c.KMS = &keyMaker{fakeKMS: kms}
 					}
 				}).start(t)
 				for range 100 {
@@ -36,7 +36,7 @@ func TestMintOnceThenSealAndOpen(t *testing.T) {
 					t.Errorf("own values cost %d Decrypt calls", n)
 				}
 				synctest.Wait()
-				want := State{Provider: "ack", Healthy: true, CanSeal: true, KeyID: "key-1", SealedBy: "key-1", LastGood: time.Now(), Minted: time.Now()}
+				want := State{Provider: "ack", Healthy: true, CanSeal: true, KeyID: "key-1", SealedBy: "key-1", LastGood: time.Now(), Seeded: time.Now()}
 				if got := g.State(); got != want {
 					t.Errorf("State = %+v, want %+v", got, want)
 				}
@@ -122,7 +122,7 @@ func TestSealPokesASilentRing(t *testing.T) {
 		if _, err := g.seal("k", "v"); err == nil {
 			t.Fatal("sealed before the next contact")
 		}
-		time.Sleep(pokeSpacing + time.Millisecond)
+		time.Sleep(time.Second + time.Millisecond)
 		g.mustSeal(t, "k", "v")
 	})
 }

@@ -17,32 +17,34 @@ import (
 type SealerConfig struct {
 	// Prefix is the rule's prefix of etcd keys. It is for error texts and the Observer only.
 	Prefix string
-	// Write seals. nil writes plaintext; then a value that begins with the marker of a provider in Read is [Refused], because reading
-	// it back would take it for sealed; so it is with Legacy.
+	// Write encrypts. If it is nil, the rule writes plaintext. Then a value that begins with the marker of a provider in
+	// Read or of Legacy is [Refused], because reading it would try to decrypt it.
 	Write *Ring
-	// Read are further providers whose values open.
+	// Read are further providers whose values are decrypted.
 	Read []*Ring
-	// Legacy open values of other formats, which are never written. Where several have the marker of a value, the first that opens it counts.
+	// Legacy decrypt values of other formats, which are never written. If several have the marker of a value, the first
+	// that decrypts it counts.
 	Legacy []LegacyReader
-	// Recovery are providers that are asked for recovery copies alone, beside those of Write and Read. What Write's own seeds are copied by is
-	// said by [Ring.SetRecovery].
+	// Recovery are providers that only unwrap recovery copies, in addition to Write and Read. [Ring.SetRecovery] says
+	// which providers wrap copies of Write's seeds.
 	Recovery []*Ring
-	// AllowPlaintextReads hands on, as stored, what is plaintext or sealed by a provider that is not of this rule. Otherwise both are errors
-	// of kind [Plaintext].
+	// AllowPlaintextReads returns plaintext, and values of providers that the rule does not read, as stored. Otherwise
+	// both are errors of kind [Plaintext].
 	AllowPlaintextReads bool
-	// Passthrough hands on corrupt values as stored, and those whose key is not there any more and that no recovery copy opens. It is for the
-	// permanent alone: never for an outage, never for a key that an operator can enable again, and never for what a strict rule keeps out.
+	// Passthrough returns values as stored that are corrupt, or whose key is gone and that no recovery copy decrypts. It
+	// never applies to an outage, to a key that an operator can enable again, or to what a strict rule refuses.
 	Passthrough bool
-	// InspectOnly makes a Sealer whose Write may be a ring for reading only: nothing is minted to look at what is stored. Seal is refused then.
+	// InspectOnly allows a Write that is for reading only, so that inspecting values generates no seed. Seal is refused
+	// then.
 	InspectOnly bool
 
 	Observer Observer // may be nil
 }
 
-// Sealer is one rule: it seals what is written under it and opens what is read. It is safe for concurrent use.
+// Sealer is one rule: it encrypts the values that are written under it and decrypts those that are read. It is safe for
+// concurrent use.
 //
-// Only the outermost layer is ever added or removed: a value that begins with an encryption marker of its own is sealed like any other, and
-// is what Open gives back.
+// It adds and removes one layer only: a value that itself begins with an encryption marker is encrypted like any other.
 type Sealer struct {
 	cfg     SealerConfig
 	rings   []*Ring // Write first
@@ -60,12 +62,15 @@ func NewSealer(c SealerConfig) (*Sealer, error) {
 	if c.Write == nil && !c.AllowPlaintextReads {
 		return nil, fmt.Errorf("make sealer of rule %q: it writes plaintext that it may not read", c.Prefix)
 	}
-	if c.Write != nil && c.Write.cfg.ReadOnly && !c.InspectOnly {
+	if c.Write != nil && c.Write.p.cfg.ReadOnly && !c.InspectOnly {
 		return nil, fmt.Errorf("make sealer of rule %q: provider %q is for reading only", c.Prefix, c.Write.Provider())
 	}
 	for _, r := range append([]*Ring{c.Write}, c.Read...) {
 		if r == nil {
 			continue
+		}
+		if r.isOffline() {
+			return nil, fmt.Errorf("make sealer of rule %q: provider %q wraps recovery copies only", c.Prefix, r.Provider())
 		}
 		if have := s.ring([]byte(r.Provider())); have == r {
 			continue
@@ -93,15 +98,16 @@ func NewSealer(c SealerConfig) (*Sealer, error) {
 // ring returns the ring that the rule has for a provider, or nil.
 func (s *Sealer) ring(provider []byte) *Ring {
 	for _, r := range s.rings {
-		if r.cfg.Provider == string(provider) {
+		if r.p.cfg.Provider == string(provider) {
 			return r
 		}
 	}
 	return nil
 }
 
-// Seal returns what to store for value under key: value itself where the rule writes plaintext, new bytes otherwise. It retains neither
-// argument. The error is an [*Error]. Whoever asks with a context that has ended is given what needs no KMS: an error then is not counted.
+// Seal returns what to store for value under key: value itself if the rule writes plaintext, new bytes otherwise. It
+// retains neither argument. The error is an [*Error]. With a context that has ended it does what needs no KMS call, and
+// does not count an error.
 func (s *Sealer) Seal(ctx context.Context, key, value []byte) ([]byte, error) {
 	return s.seal(ctx, key, value, false)
 }
@@ -115,7 +121,7 @@ func (s *Sealer) seal(ctx context.Context, key, value []byte, try bool) ([]byte,
 	if s.cfg.Write == nil {
 		if owner := s.owner(value); owner != "" {
 			return nil, s.failSeal(&Error{Kind: Refused, Text: fmt.Sprintf(
-				"the value for etcd key %q begins like one that %s sealed, and would be read as such: the rule writes plaintext and reads that provider",
+				"the value for etcd key %q begins like a value encrypted by %s, and would be read as such: the rule writes plaintext and reads that provider",
 				clip(key), owner)})
 		}
 		s.cfg.Observer.Sealed(s.cfg.Prefix, OutcomePlaintext)
@@ -143,7 +149,7 @@ func (s *Sealer) owner(value []byte) string {
 	}
 	for _, m := range s.legacy {
 		if bytes.HasPrefix(value, m) {
-			return fmt.Sprintf("the provider behind %q", m)
+			return fmt.Sprintf("the provider with the marker %q", m)
 		}
 	}
 	return ""
@@ -159,9 +165,9 @@ func (s *Sealer) named(err *Error) *Error {
 	return &Error{Kind: err.Kind, Text: fmt.Sprintf("rule %q: %s", s.cfg.Prefix, err.Text), Err: err.Err, silent: err.silent, answered: err.answered, seed: err.seed}
 }
 
-// Open returns the value behind stored, the bytes that etcd holds under key: stored itself where the rule hands it on, otherwise new bytes
-// or a part of stored, which it may overwrite. It retains neither argument. The error is an [*Error]. Whoever asks with a context that has ended is given
-// what needs no KMS, and else an error that is not counted.
+// Open returns the value of stored, the bytes that etcd has under key: stored itself if the rule returns it as stored,
+// otherwise new bytes or a part of stored, which it may overwrite. It retains neither argument. The error is an [*Error].
+// With a context that has ended it does what needs no KMS call, and does not count an error.
 func (s *Sealer) Open(ctx context.Context, key, stored []byte) ([]byte, error) {
 	return s.openByRule(ctx, key, stored, false)
 }
@@ -171,8 +177,8 @@ func (s *Sealer) TryOpen(key, stored []byte) ([]byte, error) {
 	return s.openByRule(context.Background(), key, stored, true)
 }
 
-// Ready reports whether TryOpen of stored would not block. A seed that has not decrypted a value yet counts as one that would, since the KMS may
-// have to be called again if it does not decrypt this one. Between Ready and TryOpen a seed may be evicted or revoked.
+// Ready reports whether TryOpen of stored would not block. It is false for a seed that has not decrypted a value yet, since
+// the KMS is called again if it does not decrypt this one. Between Ready and TryOpen a seed may be evicted or revoked.
 func (s *Sealer) Ready(stored []byte) bool {
 	provider, object, ok := envelope.Split(stored)
 	if !ok {
@@ -182,16 +188,16 @@ func (s *Sealer) Ready(stored []byte) bool {
 	if r == nil {
 		return true
 	}
-	if st := r.state.Load(); st.revoked != nil && !kmsclient.ReasonOf(st.revoked).Gone() {
+	if st := r.p.state.Load(); st.revoked != nil && !kmsclient.ReasonOf(st.revoked).Gone() {
 		return true // for an error
 	}
-	e, _, err := r.lookup(object, s.helpers, time.Now())
-	return err != nil || e != nil && e.proven.Load()
+	e, _, err := r.seeds.lookup(object, s.helpers, time.Now())
+	return err != nil || e != nil && e.verified.Load()
 }
 
 // openByRule is open with the rule's policies.
 func (s *Sealer) openByRule(ctx context.Context, key, stored []byte, try bool) ([]byte, error) {
-	// What cannot be opened may have to be handed on whole.
+	// With Passthrough, a value that is not decrypted must stay as it is.
 	plaintext, _, outcome, err := s.open(ctx, key, stored, openMode{inPlace: !s.cfg.Passthrough, try: try})
 	if err == errWouldBlock {
 		return nil, ErrWouldBlock
@@ -212,18 +218,19 @@ func (s *Sealer) openByRule(ctx context.Context, key, stored []byte, try bool) (
 	if outcome != OutcomeOK && !s.cfg.AllowPlaintextReads {
 		what := "is plaintext"
 		if outcome == OutcomeForeign {
-			what = "was sealed by a provider that the rule does not read"
+			what = "was encrypted by a provider that the rule does not read"
 		}
 		if ctx.Err() == nil {
 			s.cfg.Observer.Opened(s.cfg.Prefix, OutcomeStrict)
 		}
-		return nil, s.named(&Error{Kind: Plaintext, Text: fmt.Sprintf("the stored value of etcd key %q %s, and the rule allows sealed values only", clip(key), what)})
+		return nil, s.named(&Error{Kind: Plaintext, Text: fmt.Sprintf("the stored value of etcd key %q %s, and the rule allows encrypted values only", clip(key), what)})
 	}
 	s.cfg.Observer.Opened(s.cfg.Prefix, outcome)
 	return plaintext, nil
 }
 
-// open tells what stored is, without the rule's policies: OutcomeOK and its plaintext, or OutcomePlaintext or OutcomeForeign and stored.
+// open returns what stored is, without the rule's policies: OutcomeOK and its plaintext, or OutcomePlaintext or
+// OutcomeForeign and stored.
 func (s *Sealer) open(ctx context.Context, key, stored []byte, mode openMode) ([]byte, *entry, Outcome, *Error) {
 	if !bytes.HasPrefix(stored, []byte(envelope.Root)) {
 		return stored, nil, OutcomePlaintext, nil
@@ -231,10 +238,10 @@ func (s *Sealer) open(ctx context.Context, key, stored []byte, mode openMode) ([
 	provider, object, ok := envelope.Split(stored)
 	if ok {
 		if r := s.ring(provider); r != nil {
-			plaintext, e, err := r.open(ctx, key, object, mode, s.helpers)
+			plaintext, e, err := r.seeds.open(ctx, key, object, mode, s.helpers)
 			if err != nil && err != errWouldBlock {
-				switch { // a copy: callers that waited for one unwrap share its error
-				case err.Answered():
+				switch {
+				case err.Answered(): // in a copy, since callers that waited for one unwrap share its error
 					named := *err
 					named.seed = err.Text
 					named.Text = fmt.Sprintf("the stored value of etcd key %q was not decrypted: %s", clip(key), err.Text)
@@ -254,63 +261,28 @@ func (s *Sealer) open(ctx context.Context, key, stored []byte, mode openMode) ([
 	} else if ok {
 		return plaintext, nil, OutcomeOK, nil
 	}
-	// Whole markers went to their readers above: this is what is left of a value cut inside of one. A rule that writes plaintext may hold just
-	// that because a client wrote it.
+	// Under a rule that writes plaintext, a client may have written a part of a marker.
 	if s.cfg.Write != nil && s.endsWithinMarker(stored) {
-		return nil, nil, "", &Error{Kind: Corrupt, Text: fmt.Sprintf("the stored value of etcd key %q is corrupt: it ends within the marker of a sealed value", clip(key))}
+		return nil, nil, "", &Error{Kind: Corrupt, Text: fmt.Sprintf("the stored value of etcd key %q is corrupt: it ends within the marker of an encrypted value", clip(key))}
 	}
 	return stored, nil, OutcomeForeign, nil
 }
 
-// Sealed tells by its first bytes whether stored was sealed by a provider of the rule, or of a format that it reads. It says nothing of whether it opens.
+// Sealed reports whether stored begins like a value encrypted by a provider, or in a format, that the rule reads.
 func (s *Sealer) Sealed(stored []byte) bool {
 	begins := func(marker []byte) bool { return bytes.HasPrefix(stored, marker) }
 	return slices.ContainsFunc(s.markers, begins) || slices.ContainsFunc(s.legacy, begins)
 }
 
-// Standing is what a stored value is to its rule.
-type Standing string
-
-// The standings.
-const (
-	Current       Standing = "current"       // as the rule writes it now
-	Stale         Standing = "stale"         // opens, but not as the rule writes it: by a recovery copy, or of another key ID, provider, type, format or set of copies
-	Unsealed      Standing = "plaintext"     // plaintext; where the rule writes plaintext, that is Current
-	Foreign       Standing = "foreign"       // sealed by a provider that the rule does not read
-	Undecryptable Standing = "undecryptable" // does not open; the error says why
-)
-
-// Inspect opens stored as Open does, but for the rule's policies, leaves it as it is, and tells what it is. Stale compares with the key ID that Status said last. The
-// plaintext of a foreign or unsealed value is stored itself. The error is not nil exactly for Undecryptable; it is an [*Error], and its kind
-// tells what may pass from what will not.
-func (s *Sealer) Inspect(ctx context.Context, key, stored []byte) ([]byte, Standing, error) {
-	plaintext, e, outcome, err := s.open(ctx, key, stored, openMode{})
-	switch {
-	case err != nil:
-		return nil, Undecryptable, s.named(err)
-	case outcome == OutcomeForeign:
-		return plaintext, Foreign, nil
-	case outcome == OutcomePlaintext && s.cfg.Write == nil:
-		return plaintext, Current, nil
-	case outcome == OutcomePlaintext:
-		return plaintext, Unsealed, nil
-	case e == nil: // of another format
-		return plaintext, Stale, nil
-	case e.ring != s.cfg.Write || e.by != e.ring || e.typ != envelope.TypeSeed || e.keyID != e.ring.state.Load().keyID || !e.ring.copiesCurrent(e.copies):
-		return plaintext, Stale, nil
-	}
-	return plaintext, Current, nil
-}
-
-// Health returns nil if the rule can serve, as far as is known without asking the KMS: its writer can seal, and no provider that it reads is revoked or was
-// never reached. The error's text is safe to show.
+// Health returns nil if the rule can serve, by the last health checks: its writer can encrypt, and no provider that it
+// reads is revoked or was never reached. The error's text is safe to show.
 func (s *Sealer) Health() error {
 	var why []string
 	for _, r := range s.rings {
 		st := r.State()
 		switch {
 		case r == s.cfg.Write && !st.CanSeal:
-			why = append(why, r.cannotSeal(r.state.Load()).Text)
+			why = append(why, r.cannotSeal(r.p.state.Load()).Text)
 		case st.Revoked, st.LastGood.IsZero():
 			why = append(why, fmt.Sprintf("KMS provider %q: %s", st.Provider, st.Reason))
 		}

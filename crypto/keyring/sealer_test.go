@@ -62,16 +62,16 @@ func TestPolicies(t *testing.T) {
 		for _, c := range []struct {
 			name     string
 			stored   []byte
-			standing Standing
+			standing ValueState
 			want     [4]string // plain, strict, passthrough, strict and passthrough: "open", "stored" or the error's kind
 		}{
 			{"sealed", sealed, Current, [4]string{"open", "open", "open", "open"}},
 			{"of another provider of the rule", readable, Stale, [4]string{"open", "open", "open", "open"}},
 			{"foreign", foreign, Foreign, [4]string{"stored", refused(Plaintext), "stored", refused(Plaintext)}},
 			{"another scheme", []byte("k8s:enc:aescbc:v1:key1:xyz"), Foreign, [4]string{"stored", refused(Plaintext), "stored", refused(Plaintext)}},
-			{"plaintext", []byte("hello"), Unsealed, [4]string{"stored", refused(Plaintext), "stored", refused(Plaintext)}},
-			{"empty", []byte{}, Unsealed, [4]string{"stored", refused(Plaintext), "stored", refused(Plaintext)}},
-			{"absent", nil, Unsealed, [4]string{"stored", refused(Plaintext), "stored", refused(Plaintext)}},
+			{"plaintext", []byte("hello"), Unencrypted, [4]string{"stored", refused(Plaintext), "stored", refused(Plaintext)}},
+			{"empty", []byte{}, Unencrypted, [4]string{"stored", refused(Plaintext), "stored", refused(Plaintext)}},
+			{"absent", nil, Unencrypted, [4]string{"stored", refused(Plaintext), "stored", refused(Plaintext)}},
 			{"tampered", tampered, Undecryptable, [4]string{refused(Corrupt), refused(Corrupt), "stored", "stored"}},
 			{"marker alone", []byte("k8s:enc:kms:v2:ack:"), Undecryptable, [4]string{refused(Corrupt), refused(Corrupt), "stored", "stored"}},
 			{"half a marker", []byte("k8s:enc:kms:v2:ac"), Undecryptable, [4]string{refused(Corrupt), refused(Corrupt), "stored", "stored"}},
@@ -170,7 +170,7 @@ func TestWritingPlaintext(t *testing.T) {
 		if got, err := s.Open(ctx, []byte("k"), bytes.Clone(sealed)); err != nil || string(got) != "value" {
 			t.Errorf("Open = %q, %v", got, err)
 		}
-		for want, v := range map[Standing][]byte{Current: []byte("hello"), Stale: sealed, Foreign: []byte("k8s:enc:kms:v2:other:x")} {
+		for want, v := range map[ValueState][]byte{Current: []byte("hello"), Stale: sealed, Foreign: []byte("k8s:enc:kms:v2:other:x")} {
 			if _, standing, err := s.Inspect(ctx, []byte("k"), v); standing != want || err != nil {
 				t.Errorf("Inspect(%q) = %v, %v", v, standing, err)
 			}

@@ -95,7 +95,7 @@ func openBy(s *Sealer, key string, stored []byte) (string, error) {
 	return string(b), err
 }
 
-func standing(t *testing.T, s *Sealer, key string, stored []byte) Standing {
+func standing(t *testing.T, s *Sealer, key string, stored []byte) ValueState {
 	t.Helper()
 	_, st, _ := s.Inspect(context.Background(), []byte(key), stored)
 	return st

@@ -10,29 +10,29 @@ import (
 // State is what health reports and metrics show of a ring.
 type State struct {
 	Provider string
-	Healthy  bool      // the last contact with the KMS was good
-	CanSeal  bool      // values can be sealed now; a ring may be healthy and not writing, or silent and still sealing
+	Healthy  bool      // the last health check was good
+	CanSeal  bool      // values can be encrypted now, which may be so although the last health check failed
 	Revoked  bool      // the KMS key may not be used
-	KeyID    string    // the current KMS key, as Status said last; "" before
-	SealedBy string    // the key ID in the values sealed now; "" when there is no seed
-	Reason   string    // why it is not healthy; safe to show
-	LastGood time.Time // the last good contact; zero before
-	Minted   time.Time // when the current seed was minted; zero when there is none
-	Flapped  time.Time // when Status last went back to a key ID that it had left within a day; zero if it never did
+	KeyID    string    // the current KMS key, from the last Status; "" before
+	SealedBy string    // the key ID in values that are encrypted now; "" when there is no seed
+	Reason   string    // why the last health check failed; safe to show
+	LastGood time.Time // when the last good health check ended; zero before
+	Seeded   time.Time // when the seed in use was generated; zero when there is none
+	Flapped  time.Time // when Status last went back to a key ID that was in use within a day; zero if it never did
 }
 
-// State returns what is known now, without asking the KMS.
+// State returns the result of the last health check. It makes no KMS call.
 func (r *Ring) State() State {
-	st := r.state.Load()
+	st := r.p.state.Load()
 	s := State{
-		Provider: r.cfg.Provider, Healthy: st.healthy, CanSeal: r.maySeal(st), Revoked: st.revoked != nil,
+		Provider: r.p.cfg.Provider, Healthy: st.healthy, CanSeal: r.maySeal(st), Revoked: st.revoked != nil,
 		KeyID: st.keyID, LastGood: st.lastGood,
 	}
-	if at := r.flapped.Load(); at != 0 {
+	if at := r.monitor.flapped.Load(); at != 0 {
 		s.Flapped = time.Unix(at, 0)
 	}
 	if st.writer != nil {
-		s.SealedBy, s.Minted = st.writer.keyID, st.writer.minted
+		s.SealedBy, s.Seeded = st.writer.keyID, st.writer.generated
 	}
 	switch {
 	case st.revoked != nil:
@@ -45,17 +45,17 @@ func (r *Ring) State() State {
 	return s
 }
 
-// RecoveryState is what is known of one recovery provider of a ring.
+// RecoveryState is the state of one recovery provider of a ring.
 type RecoveryState struct {
 	Provider string    // the recovery provider
-	Required bool      // nothing is sealed without its copy
-	Lacking  string    // why the current seed has no copy of it, or why there is no seed for the want of one; "" otherwise
-	Used     time.Time // when a value was last opened by its copies; zero if none was, to the second
+	Required bool      // no value is encrypted without its copy
+	Lacking  string    // why the seed in use, or the next one, has no copy by it; "" if it has one
+	Used     time.Time // when a value was last decrypted by one of its copies, to the second; zero if none was
 }
 
-// Recovery returns the recovery providers of the ring, and those whose copies were used although they are none of them any more.
+// Recovery returns the recovery providers of the ring, and former ones whose copies were used.
 func (r *Ring) Recovery() []RecoveryState {
-	set, st := r.recovery.Load(), r.state.Load()
+	set, st := r.copier.set.Load(), r.p.state.Load()
 	w := st.writer
 	wanting, _ := errors.AsType[*recoveryError](st.err)
 	var states []RecoveryState
@@ -65,16 +65,16 @@ func (r *Ring) Recovery() []RecoveryState {
 		case w == nil && wanting != nil && wanting.provider == by.Provider():
 			s.Lacking = describe(wanting.cause)
 		case w != nil && w.copyBy(by) == nil:
-			s.Lacking = "the seed in use is from before it was named"
+			s.Lacking = "the DEK seed in use is older than the setting"
 			if i := slices.IndexFunc(w.lacking, func(l lack) bool { return l.by == by }); i >= 0 {
 				s.Lacking = w.lacking[i].why
 			}
 		}
 		states = append(states, s)
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for by, u := range r.rescues {
+	r.copies.mu.Lock()
+	defer r.copies.mu.Unlock()
+	for by, u := range r.copies.uses {
 		i := slices.IndexFunc(states, func(s RecoveryState) bool { return s.Provider == by.Provider() })
 		if i < 0 {
 			i, states = len(states), append(states, RecoveryState{Provider: by.Provider()})

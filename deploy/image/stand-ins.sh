@@ -1,15 +1,15 @@
 #!/bin/sh
-# Makes stand-ins for the public images that Dockerfile and docker-compose.yml name, from this
-# machine's own Go, etcd, kube-apiserver and Prometheus, so that both really build and run where
-# nothing can be pulled. `make image-offline` calls it.
+# Builds stand-ins for the public images in Dockerfile and docker-compose.yml from the Go, etcd,
+# kube-apiserver and Prometheus of this machine, so that both files build and run where no image can
+# be pulled. `make image-offline` calls it.
 #
-# A stand-in has the label io.etcd-kms-proxy.stand-in. An image of that name without the label was
-# pulled: it is kept, and used. `make clean-image-offline` removes the stand-ins again. Its value
-# tells what the stand-in was made of.
+# A stand-in has the label io.etcd-kms-proxy.stand-in, whose value is a digest of its inputs. An image
+# of the same name without the label was pulled: the script keeps and uses it.
+# `make clean-image-offline` removes the stand-ins.
 #
 # Needs docker, Go with a filled module cache, apt-get (for a static busybox) and the binaries of
-# `make tools` in ETCD_KMS_PROXY_BIN. Stand-ins whose binaries are missing are left out, which is
-# said.
+# `make tools` in ETCD_KMS_PROXY_BIN. The script skips stand-ins whose binaries are
+# missing, with a message.
 set -eu
 cd "$(dirname "$0")/../.."
 docker=${DOCKER:-docker}
@@ -21,8 +21,7 @@ trap 'chmod -R u+w "$work"; rm -rf "$work"' EXIT
 go_image=$(sed -n 's/^ARG GO_IMAGE=//p' Dockerfile)
 default() { sed -n "s/.*\${$1:-\([^}]*\)}.*/\1/p" docker-compose.yml 2>/dev/null | head -n 1; }
 
-# have NAME OF: there is an image of this name that was pulled, or a stand-in made of the same
-# files.
+# have NAME OF: succeeds if the image was pulled, or is a stand-in with the same inputs.
 have() {
 	[ -n "$("$docker" images -q "$1")" ] || return 1
 	case $("$docker" image inspect -f '{{index .Config.Labels "io.etcd-kms-proxy.stand-in"}}' "$1") in
@@ -32,7 +31,7 @@ have() {
 	esac
 }
 
-# import NAME OF FOLDER [CHANGE...]: makes an image of a folder.
+# import NAME OF FOLDER [CHANGE...]: builds an image from a folder.
 import() {
 	name=$1 of=$2 folder=$3
 	shift 3
@@ -88,7 +87,7 @@ binaries() {
 binaries "$(default ETCD_IMAGE)" 'CMD ["/usr/local/bin/etcd"]' "etcd=$bin/etcd-3.7" "etcdctl=$bin/etcdctl-3.7"
 binaries "$(default KUBE_APISERVER_IMAGE)" 'CMD ["/usr/local/bin/kube-apiserver"]' "kube-apiserver=$bin/kube-apiserver"
 
-# Prometheus is Debian's, whose binary is not static.
+# Prometheus is Debian's. Its binary is not static, so its libraries are copied too.
 prometheus_image=$(default PROMETHEUS_IMAGE)
 if [ -n "$prometheus_image" ]; then
 	if ! command -v prometheus >/dev/null; then

@@ -8,7 +8,8 @@ import (
 	"path/filepath"
 )
 
-// stay sees to it that f still is what stands at the path: it may have been moved away or removed, and records for nobody to find are lost. mu is held.
+// stay checks that f is still the file at the path. It may have been moved or removed, and records in
+// it would be lost. mu is held.
 func (l *Log) stay() error {
 	if l.f != nil {
 		now, err := os.Lstat(l.cfg.Path)

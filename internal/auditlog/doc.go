@@ -19,7 +19,7 @@
 // between the last whole record and itself, without the line break that the log added to them. So the chain covers them too.
 //
 // What a chain cannot show is that its end is missing: a log whose last records were removed is a shorter log. Who keeps the last hash elsewhere can
-// tell. And a log without a key can be written anew, from any record on, by whoever may write the file.
+// tell. And anyone who may write the file of a log without a key can rewrite it from any record on.
 //
 // The package knows nothing of configuration, keys or etcd; the command is its only caller.
 package auditlog

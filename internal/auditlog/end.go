@@ -16,7 +16,7 @@ type tornLine struct {
 	hash  string
 }
 
-// fileEnd is where a file stands.
+// fileEnd is the state of the end of a file.
 type fileEnd struct {
 	found    bool // there is a record
 	seq      uint64

@@ -58,8 +58,8 @@ type Log struct {
 
 	lost      uint64 // records that no record tells of yet
 	lostSince time.Time
-	told      bool // the log says so
-	toldAt    time.Time
+	logged    bool // the loss was logged
+	loggedAt  time.Time
 	noRotate  time.Time // a rotation failed: none before this
 }
 
@@ -160,10 +160,10 @@ func (l *Log) recover() error {
 	if err := l.append(e); err != nil {
 		return err
 	}
-	if l.told {
+	if l.logged {
 		l.log.Warn("the audit log is written again", "lost", l.lost, "path", l.cfg.Path)
 	}
-	l.lost, l.told = 0, false
+	l.lost, l.logged = 0, false
 	l.failing.Store(false)
 	return nil
 }
@@ -177,8 +177,8 @@ func (l *Log) lose(err error) {
 	l.lost++
 	l.failing.Store(true)
 	// Once for each outage, and not for each moment of a disk that is full by turns.
-	if now := time.Now(); !l.told && now.Sub(l.toldAt) >= logEvery {
-		l.told, l.toldAt = true, now
+	if now := time.Now(); !l.logged && now.Sub(l.loggedAt) >= logEvery {
+		l.logged, l.loggedAt = true, now
 		l.log.Error("the audit log cannot be written: records are lost", "path", l.cfg.Path, "error", err)
 	}
 }
@@ -191,7 +191,7 @@ func (l *Log) append(e entry) error {
 	if err := l.stay(); err != nil {
 		return err
 	}
-	if err := l.mend(); err != nil {
+	if err := l.repair(); err != nil {
 		return err
 	}
 	text, s, err := l.encode(&e)
@@ -241,8 +241,9 @@ func (l *Log) write(text []byte, s sum) error {
 	return nil
 }
 
-// mend takes away what a failed write has left, or, where that cannot be, closes it; and it closes the line that a crash has torn. mu is held.
-func (l *Log) mend() error {
+// repair removes the remains of a failed write, or ends their line if that is not possible. It also
+// ends a line that a crash has cut. mu is held.
+func (l *Log) repair() error {
 	if l.dirty {
 		if err := l.f.Truncate(l.size); err != nil { // a file that may only grow
 			end, endErr := readEnd(l.f)

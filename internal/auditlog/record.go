@@ -16,11 +16,11 @@ const (
 	EventStart    Event = "start"    // the process began to serve
 	EventStop     Event = "stop"     // the process ended in good order
 	EventKMS      Event = "kms"      // one attempt of one operation of a KMS
-	EventDenied   Event = "denied"   // a client that may not enter
+	EventDenied   Event = "denied"   // an unauthorized client
 	EventReload   Event = "reload"   // the configuration was read again
 	EventRecovery Event = "recovery" // a seed was unwrapped from a recovery copy: Primary could not
 	EventGuard    Event = "guard"    // rules that protect keys less than what the proxies agreed on: refused or allowed
-	EventBypass   Event = "bypass"   // somebody stored plaintext under a rule, past the proxies
+	EventBypass   Event = "bypass"   // plaintext was written under a rule, past the proxies
 	EventCommand  Event = "command"  // a command that works on etcd itself began or ended
 )
 
@@ -38,7 +38,7 @@ type Record struct {
 	Time time.Time `json:"-"`
 
 	Provider  string        `json:"provider,omitempty"`  // of kms and recovery
-	Primary   string        `json:"primary,omitempty"`   // the provider that should have opened, of recovery
+	Primary   string        `json:"primary,omitempty"`   // the provider whose key was not usable, of recovery
 	Operation string        `json:"operation,omitempty"` // as the KMS client calls it
 	KeyID     string        `json:"keyID,omitempty"`     // of the KMS key, with its version where there is one
 	RequestID string        `json:"requestID,omitempty"` // to join with the KMS' own audit log

@@ -9,13 +9,13 @@ import (
 const (
 	KindAltered   = "altered"   // a record does not have the hash that it should
 	KindMissing   = "missing"   // records before this one are not there
-	KindMisplaced = "misplaced" // a record stands where it does not belong: inserted, repeated or moved
+	KindMisplaced = "misplaced" // a record is out of place: inserted, repeated or moved
 	KindForeign   = "foreign"   // a line that is no record
 	KindDamaged   = "damaged"   // more than one line was damaged before the log went on
 	KindTorn      = "torn"      // the last line is cut short, and no record says why
 	KindEmpty     = "empty"     // a file without a record
 	KindKey       = "key"       // a record of another key, or of none
-	KindEnd       = "end"       // the expected hash is not there: the end is missing, or was written anew
+	KindEnd       = "end"       // the expected hash is missing: the end was removed or rewritten
 )
 
 // Finding is something that is wrong with a log.
@@ -54,7 +54,7 @@ type Report struct {
 
 const maxFindings = 1000
 
-// printable keeps what somebody may have written into a log from controlling the terminal of who checks it.
+// printable keeps text that was written into a log from controlling the terminal of its reader.
 func printable(s string) string {
 	return strings.Map(func(r rune) rune {
 		if !unicode.IsPrint(r) {

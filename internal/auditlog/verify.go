@@ -16,7 +16,7 @@ type VerifyOptions struct {
 	ExpectLast string
 }
 
-// The errors of Verify for what its caller can mend.
+// The errors of Verify that its caller can correct.
 var (
 	ErrKeyed    = errors.New("the chain is keyed, and can be checked with its key only")
 	ErrExpected = errors.New("the expected hash is not 64 hexadecimal digits in lower case")
@@ -51,7 +51,7 @@ func Verify(o VerifyOptions, files ...Input) (*Report, error) {
 	r := v.report
 	r.LastSeq, r.LastHash, r.Since = v.last, v.previous.String(), v.since
 	if v.expected != nil && v.since == nil {
-		v.find(KindEnd, "no record has the expected hash: records up to it were removed from the end, or written anew")
+		v.find(KindEnd, "no record has the expected hash: records up to it were removed from the end, or rewritten")
 	}
 	r.OK = len(r.Findings) == 0
 	return r, nil
@@ -226,7 +226,7 @@ func (v *verifier) record(w *written, first bool) {
 		v.find(KindKey, "record %d is keyed with another key (%s) than the one given (%s)", w.Seq, clip(w.ChainKey, 64), keyName(v.chain.id))
 	}
 	if v.started && w.Seq <= v.last {
-		v.find(KindMisplaced, "record %d stands after record %d: it was inserted, repeated or moved", w.Seq, v.last)
+		v.find(KindMisplaced, "record %d follows record %d: it was inserted, repeated or moved", w.Seq, v.last)
 		v.match(w)
 		return // what follows is judged by the records before it
 	}

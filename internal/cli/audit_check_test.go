@@ -7,7 +7,7 @@ import (
 	"testing"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/kmsdouble"
 )
 
 // TestKMSCheckIsAudited: the calls of the check are in the commands' log, with the KMS' own IDs of the requests, and no more and no less of them than the KMS saw.

@@ -6,13 +6,11 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"runtime"
 	"slices"
 	"strings"
 	"syscall"
 	"testing"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/buildinfo"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/cli/command"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/kmstest"
@@ -93,24 +91,6 @@ func TestKMSCheckStrict(t *testing.T) {
 	}
 }
 
-func TestUsageErrors(t *testing.T) {
-	for _, line := range []string{
-		"", "frobnicate", "--frobnicate", "serve extra", "serve --frobnicate", "serve --drain-timeout soon", "serve --drain-timeout 0s", "config",
-		"config frobnicate", "config check --output xml", "kms", "kms frobnicate", "kms new-local-key", "kms new-local-key a b", "kms check --timeout -1s",
-		"version --output yaml", "completion", "completion tcsh",
-	} {
-		r := execute(t, strings.Fields(line)...)
-		if r.code != 2 || r.stdout != "" || !strings.HasPrefix(r.stderr, "error: ") {
-			t.Errorf("%q: exit code %d, stdout %q, stderr %q; want 2 and an error", line, r.code, r.stdout, r.stderr)
-		}
-	}
-	execute(t, "frobnicate").want(t, 2, "hint: etcd-kms-proxy --help lists the commands")
-	execute(t, "kms", "frobnicate").want(t, 2, "hint: etcd-kms-proxy kms --help lists the commands")
-	execute(t, "kms", "new-local-key").want(t, 2, "hint: the command is etcd-kms-proxy kms new-local-key FILE")
-	// And as the shell sees it.
-	executeAlone(t, "frobnicate").want(t, 2, "error: ", "hint: ")
-}
-
 // full is a standard output on a disk without room.
 type full struct{}
 
@@ -127,52 +107,6 @@ func TestReportLost(t *testing.T) {
 			t.Errorf("%s: exit code %d, stderr %q; want 3 and the reason", line, code, stderr.String())
 		}
 	}
-}
-
-func TestVersion(t *testing.T) {
-	r := execute(t, "version")
-	if r.code != 0 || !strings.HasPrefix(r.stdout, "etcd-kms-proxy ") || !strings.Contains(r.stdout, runtime.Version()) {
-		t.Errorf("version: %+v", r)
-	}
-	var b buildinfo.Info
-	if err := json.Unmarshal([]byte(execute(t, "version", "--output", "json").stdout), &b); err != nil || b.Go != runtime.Version() {
-		t.Errorf("version --output json: %+v, %v", b, err)
-	}
-}
-
-func TestConfigCheck(t *testing.T) {
-	d := clitest.NewDir(t)
-	good := d.Config(t)
-	if r := execute(t, "config", "check", "--config", good); r != (result{}) {
-		t.Errorf("a good file: %+v; want silence", r)
-	}
-	bad := d.Config(t, "rules:", "rulez:", "name: dev", "name: 'd:v'")
-	r := execute(t, "config", "check", "--config", bad)
-	r.want(t, 1,
-		"error: "+bad+": line 8: kms[0].name: \"d:v\" has a colon, which ends the name in every stored value\nhint: choose a name without one\n",
-		"error: "+bad+": line 10: rulez: unknown field\nhint: did you mean rules?\n")
-	if r.stdout != "" {
-		t.Errorf("stdout = %q", r.stdout)
-	}
-
-	var report configReport
-	r = execute(t, "config", "check", "--config", bad, "--output", "json")
-	r.want(t, 1)
-	if err := json.Unmarshal([]byte(r.stdout), &report); err != nil || r.stderr != "" {
-		t.Fatalf("%v, stderr %q", err, r.stderr)
-	}
-	if report.OK || report.File != bad || len(report.Problems) != 2 || report.Problems[1].Path != "rulez" || report.Problems[1].Line != 10 {
-		t.Errorf("report = %+v", report)
-	}
-	open := d.Config(t, `address: "127.0.0.1:0"`, `address: "0.0.0.0:0"`)
-	r = execute(t, "config", "check", "--config", open)
-	r.want(t, 0, "warning: "+open+": line 13: admin.address: other machines reach 0.0.0.0:0, and the admin server asks nobody who they are", "\nhint: listen on 127.0.0.1")
-	r = execute(t, "config", "check", "--config", open, "--output", "json")
-	r.want(t, 0)
-	if err := json.Unmarshal([]byte(r.stdout), &report); err != nil || !report.OK || len(report.Problems) != 0 || len(report.Warnings) != 1 || report.Warnings[0].Line != 13 {
-		t.Errorf("%v: report = %+v", err, report)
-	}
-	execute(t, "config", "check", "--config", d.Path("missing.yaml")).want(t, 3, "error: read configuration: open "+d.Path("missing.yaml"), "hint: ")
 }
 
 // TestBadInput is what each bad input says, in config check and at the start of serve.
@@ -225,35 +159,6 @@ func TestBadInput(t *testing.T) {
 			}
 		})
 	}
-}
-
-func TestNewLocalKey(t *testing.T) {
-	d := clitest.NewDir(t)
-	key := d.Path("key.yaml")
-	info, err := os.Stat(key)
-	if err != nil || info.Mode().Perm() != 0o600 {
-		t.Fatalf("%v, %v; want a file with 0600", info, err)
-	}
-	before, err := os.ReadFile(key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if r := execute(t, "kms", "new-local-key", key); r != (result{}) {
-		t.Errorf("a second version: %+v; want silence", r)
-	}
-	after, err := os.ReadFile(key)
-	if err != nil || len(after) <= len(before) {
-		t.Errorf("the file grew from %d to %d bytes, %v", len(before), len(after), err)
-	}
-	if info, err := os.Stat(key); err != nil || info.Mode().Perm() != 0o600 {
-		t.Errorf("after: %v, %v; want 0600", info, err)
-	}
-	// What an interrupted one has left is in the way, and is said to be.
-	if err := os.WriteFile(key+".new", nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	execute(t, "kms", "new-local-key", key).want(t, 3, "error: "+key+".new exists\n", "hint: another new-local-key is running, or one was interrupted", "remove "+key+".new\n")
-	execute(t, "kms", "new-local-key", d.Path("no/such/folder/key.yaml")).want(t, 3, "error: create key file: ")
 }
 
 func TestKMSCheck(t *testing.T) {

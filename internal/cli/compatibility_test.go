@@ -25,7 +25,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/encryption"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/server"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/kmsdouble"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/local"
 )
 
@@ -117,7 +117,7 @@ func openReleased(t *testing.T, primary bool) *encryption.Keys {
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
 	for _, ring := range a.Rings() {
-		if err := ring.Contact(ctx); err != nil && primary {
+		if err := ring.WaitForCheck(ctx); err != nil && primary {
 			t.Fatalf("%s: %v", ring.Provider(), err)
 		}
 	}

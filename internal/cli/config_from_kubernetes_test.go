@@ -66,8 +66,8 @@ func TestFromKubernetes(t *testing.T) {
 	// To a file, of an API server with another prefix; nothing that is there is written over, and what was made before is taken back.
 	out := d.Path("made.yaml")
 	args := []string{"config", "from-kubernetes", file, "--etcd-prefix", "other", "--output", out, "--key-dir"}
-	execute(t, append(args, d.Path("keys"))...).want(t, 3, "error: "+key+" is there already, and is not overwritten", "hint: ")
-	execute(t, append(args, d.Path("no/keys"))...).want(t, 3, "error: there is no folder "+d.Path("no/keys"), "hint: make the folder: mkdir ")
+	execute(t, append(args, d.Path("keys"))...).want(t, 3, "error: "+key+" exists, and is not overwritten", "hint: ")
+	execute(t, append(args, d.Path("no/keys"))...).want(t, 3, "error: there is no folder "+d.Path("no/keys"), "hint: create the folder: mkdir ")
 	if err := os.Mkdir(d.Path("more"), 0o700); err != nil {
 		t.Fatal(err)
 	}
@@ -80,7 +80,7 @@ func TestFromKubernetes(t *testing.T) {
 	if err := os.Mkdir(d.Path("third"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	execute(t, append(args, d.Path("third"))...).want(t, 3, "error: "+out+" is there already", "hint: ")
+	execute(t, append(args, d.Path("third"))...).want(t, 3, "error: "+out+" exists", "hint: ")
 	if left, err := os.ReadDir(d.Path("third")); err != nil || len(left) > 0 {
 		t.Errorf("left behind: %v, %v", left, err)
 	}
@@ -97,8 +97,8 @@ func TestFromKubernetesWithoutWriter(t *testing.T) {
 		code  int
 		texts []string
 	}{
-		{nil, 1, []string{`error: KMS provider "main", which new values are to be sealed with, is a placeholder`, "hint: ", "warning: the API server writes secrets with aescbc"}},
-		{[]string{"--write-with", "ack"}, 1, []string{`error: KMS provider "ack", which new values are to be sealed with, is a placeholder`, "hint: put its backend in", `with KMS provider "ack" instead`}},
+		{nil, 1, []string{`error: KMS provider "main", with which new values will be encrypted, is a placeholder`, "hint: ", "warning: the API server writes secrets with aescbc"}},
+		{[]string{"--write-with", "ack"}, 1, []string{`error: KMS provider "ack", with which new values will be encrypted, is a placeholder`, "hint: replace REPLACE under kms by its backend", `with KMS provider "ack" instead`}},
 	} {
 		keys := d.Path(string(rune('a' + i)))
 		if err := os.Mkdir(keys, 0o700); err != nil {

@@ -58,7 +58,7 @@ func TestHealthcheckNoAnswer(t *testing.T) {
 		t.Fatal(err)
 	}
 	silent := l.Addr().String()
-	execute(t, "healthcheck", "--address", silent, "--timeout", "50ms").want(t, command.ExitFailure, "did not answer in time", "hint: ")
+	execute(t, "healthcheck", "--address", silent, "--timeout", "50ms").want(t, command.ExitFailure, "did not respond in time", "hint: ")
 	_ = l.Close()
 	execute(t, "healthcheck", "--address", silent).want(t, command.ExitFailure, "connection refused", "hint: ")
 	d := clitest.NewDir(t)

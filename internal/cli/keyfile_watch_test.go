@@ -27,7 +27,7 @@ func TestNewVersionOfAKeyFile(t *testing.T) {
 			}
 			path := d.Config(t)
 			s := start(t, path)
-			s.logged(`"msg":"seed minted","provider":"dev","keyID":"1"`)
+			s.logged(`"msg":"DEK seed generated","provider":"dev","keyID":"1"`)
 			s.logged(`"msg":"KMS key is usable"`)
 			execute(t, "kms", "new-local-key", file).want(t, 0)
 			if c.broken {
@@ -36,7 +36,7 @@ func TestNewVersionOfAKeyFile(t *testing.T) {
 			if c.linked {
 				s.signal(syscall.SIGHUP)
 			}
-			s.logged(`"msg":"seed minted","provider":"dev","keyID":"2"`)
+			s.logged(`"msg":"DEK seed generated","provider":"dev","keyID":"2"`)
 			s.signal(syscall.SIGTERM)
 			s.exited(0)
 		})

@@ -13,7 +13,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/server"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/local"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/plugin"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/pluginserver"
 )
 
 var errNoKMS = problem.New("add one under kms", "no KMS is configured")
@@ -61,7 +61,7 @@ are turned off.`,
 	var name string
 	cmd.Flags().StringVar(&name, "name", "", "`PROVIDER` under kms to serve")
 	cmd.Flags().StringVar(&o.Socket, "socket", "", "`PATH` of the socket, as /path or unix:///path")
-	cmd.Flags().DurationVar(&o.Drain, "drain-timeout", plugin.DefaultDrainTimeout, "how long calls under way may take after the first SIGTERM or SIGINT")
+	cmd.Flags().DurationVar(&o.Drain, "drain-timeout", pluginserver.DefaultDrainTimeout, "how long calls under way may take after the first SIGTERM or SIGINT")
 	cmd.RunE = command.Run(func(cmd *cobra.Command, _ []string) error {
 		if err := command.Positive("--drain-timeout", o.Drain); err != nil {
 			return err

@@ -7,7 +7,7 @@ import (
 	"testing"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/kmsdouble"
 )
 
 // TestKMSCheckAlibaba runs the whole command against the double, through the states of a key.

@@ -15,6 +15,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/provider"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/age"
 )
 
 // providerReport is the result of kms check for one provider.
@@ -30,6 +31,8 @@ type providerReport struct {
 	Key         *keyDetails `json:"key,omitempty"`                   // if the KMS describes its keys
 	// CredentialsExpire is when the session for the KMS calls ends. The proxy renews it before.
 	CredentialsExpire *time.Time `json:"credentialsExpire,omitempty"`
+	// Recipients are the public keys of a provider of kind age.
+	Recipients []string `json:"recipients,omitempty"`
 }
 
 // keyDetails is the description of a key by the KMS.
@@ -54,6 +57,9 @@ func newKMSCheck() *cobra.Command {
 generates a DEK seed and unwraps it. With a recovery provider, it wraps a key and unwraps it. Of a provider that rules only read
 with, it can test the state only. It connects neither to etcd nor to a running proxy.
 
+A provider of kind age has no KMS: check wraps a key for its recipients and checks the structure of the result. With --identity, it also
+unwraps the result, and records the test in the audit log if there is one.
+
 It warns about a key that will be deleted or expire, that is not protected from deletion or not rotated, or that has no recovery key.
 Warnings do not change the exit code, so that monitoring can tell a key that works from one that does not; with --strict they do.
 
@@ -64,6 +70,7 @@ JSON. It then connects to the KMS only for keys that the configuration names by 
 	path, out := command.ConfigFlag(cmd), command.OutputFlag(cmd)
 	timeout := cmd.Flags().Duration("timeout", 30*time.Second, "how long one KMS may take")
 	strict := cmd.Flags().Bool("strict", false, "exit with 1 also if there is a warning")
+	identities := command.IdentityFlag(cmd, "with which recovery copies of providers of kind age are unwrapped as a test")
 	policy := cmd.Flags().Bool("policy", false, "print the RAM policy that the proxy needs in Alibaba Cloud, and test nothing")
 	cmd.RunE = command.Run(func(cmd *cobra.Command, _ []string) error {
 		if err := command.Positive("--timeout", *timeout); err != nil {
@@ -80,17 +87,24 @@ JSON. It then connects to the KMS only for keys that the configuration names by 
 		if *policy {
 			return printPolicy(cmd, c.KMS, *timeout, calls.Call)
 		}
+		ids, err := command.ReadIdentities(cmd, c, *identities)
+		if err != nil {
+			return err
+		}
 		reports := make([]providerReport, len(c.KMS))
 		var all sync.WaitGroup
 		for i, k := range c.KMS {
 			all.Go(func() {
 				ctx, cancel := context.WithTimeout(context.Background(), *timeout)
 				defer cancel()
-				reports[i] = checkProvider(ctx, k, usesOf(c, k), calls.Call)
+				reports[i] = checkProvider(ctx, k, usesOf(c, k), ids, calls)
 			})
 		}
 		all.Wait()
 		ok := true
+		if err := recordTests(c, cmd.ErrOrStderr(), reports, ids != nil); err != nil {
+			return err
+		}
 		for _, r := range reports {
 			ok = ok && r.OK && (!*strict || len(r.Warnings) == 0)
 		}
@@ -119,7 +133,7 @@ func printPolicy(cmd *cobra.Command, providers []config.KMS, timeout time.Durati
 }
 
 // checkProvider tests one KMS. Every error is a finding.
-func checkProvider(ctx context.Context, k config.KMS, u uses, observe func(kmsclient.Call)) providerReport {
+func checkProvider(ctx context.Context, k config.KMS, u uses, ids *age.Identities, calls *command.CallLog) providerReport {
 	b, err := provider.New(k, slog.New(slog.DiscardHandler))
 	r := newProviderReport(k.Name, b.Kind)
 	switch {
@@ -127,11 +141,13 @@ func checkProvider(ctx context.Context, k config.KMS, u uses, observe func(kmscl
 		for _, p := range problem.Of(err) {
 			r.found("%v", p)
 		}
+	case b.Offline != nil:
+		r.tryOffline(b.Offline, ids)
 	case b.Reader != nil: // its keys were read, and there is no KMS
 		r.OK = true
 	default:
 		defer b.Close()
-		return checkBackend(ctx, k.Name, b, u, observe)
+		return checkBackend(ctx, k.Name, b, u, calls.Call)
 	}
 	return r
 }
@@ -212,10 +228,12 @@ func (r providerReport) text(w io.Writer) {
 		verdict = "FAILED"
 	}
 	printable.Fprintf(w, "%s (%s): %s\n", printable.Name(r.Name), r.Backend, verdict)
-	if r.KeyID != "" {
+	if r.Backend == offlineKind && r.OK {
+		r.textOffline(w)
+	} else if r.KeyID != "" {
 		printable.Fprintf(w, "  key ID      %s\n", printable.Name(r.KeyID))
 	}
-	if r.OK && r.KeyID != "" && len(r.Tried) == 0 {
+	if r.OK && r.KeyID != "" && r.Backend != offlineKind && len(r.Tried) == 0 {
 		printable.Fprintf(w, "  tested      its state only: the rules only read with it\n")
 	}
 	if r.RoundTripMS > 0 {

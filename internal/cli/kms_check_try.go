@@ -35,7 +35,7 @@ func usesOf(c *config.Config, k config.KMS) uses {
 		u.recovered = u.recovered && (k.Local != nil || !writes || len(r.Recovery) > 0)
 		reads = reads || slices.Contains(r.ReadWith, k.Name)
 	}
-	u.encrypts = u.encrypts || !u.copies && !reads
+	u.encrypts = u.encrypts || !u.copies && !reads && k.Age == nil
 	return u
 }
 

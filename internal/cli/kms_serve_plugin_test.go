@@ -104,7 +104,7 @@ func TestServePlugin(t *testing.T) {
 			for _, text := range []string{
 				`etcd_kms_proxy_kms_healthy{provider="dev"} 1`, `etcd_kms_proxy_kms_key_info{key_id="1",provider="dev"} 1`,
 				`etcd_kms_proxy_plugin_calls_total{code="OK",operation="Encrypt"} 1`, `etcd_kms_proxy_plugin_calls_total{code="OK",operation="Status"} 1`,
-				`etcd_kms_proxy_kms_operations_total{class="ok",operation="Encrypt",provider="dev"} 1`, "etcd_kms_proxy_kms_last_good_contact_seconds", "go_goroutines",
+				`etcd_kms_proxy_kms_operations_total{class="ok",operation="Encrypt",provider="dev"} 1`, "etcd_kms_proxy_kms_last_success_timestamp_seconds", "go_goroutines",
 			} {
 				if _, page := get(t, s, "/metrics"); !strings.Contains(page, text) {
 					t.Errorf("metrics have no %q", text)

@@ -159,7 +159,7 @@ func TestPortInUse(t *testing.T) {
 // machine has it.
 func TestOpenAdmin(t *testing.T) {
 	d := clitest.NewDir(t)
-	const warning = "the admin server asks nobody who they are"
+	const warning = "the admin server has no authentication"
 	r := execute(t, "serve", "--config", d.Config(t, `admin: {address: "127.0.0.1:0"}`, `admin: {address: "192.0.2.1:0"}`))
 	r.want(t, 3, `"level":"WARN"`, warning, `"line":13`)
 	s := start(t, d.Config(t))
@@ -215,8 +215,8 @@ func TestServesWithKMSDown(t *testing.T) {
 	}
 	_, page = get(t, s, "/metrics")
 	for _, text := range []string{
-		`etcd_kms_proxy_kms_healthy{provider="dev"} 1`, `etcd_kms_proxy_kms_healthy{provider="down"} 0`, `etcd_kms_proxy_kms_can_seal{provider="dev"} 1`,
-		`etcd_kms_proxy_values_sealed_total{outcome="ok",rule="/registry/secrets/"} 0`, `etcd_kms_proxy_seed_events_total{event="minted",provider="dev"} 1`,
+		`etcd_kms_proxy_kms_healthy{provider="dev"} 1`, `etcd_kms_proxy_kms_healthy{provider="down"} 0`, `etcd_kms_proxy_kms_can_encrypt{provider="dev"} 1`,
+		`etcd_kms_proxy_values_encrypted_total{outcome="ok",rule="/registry/secrets/"} 0`, `etcd_kms_proxy_seed_events_total{event="generated",provider="dev"} 1`,
 		`etcd_kms_proxy_kms_operations_total{class="ok",operation="Status",provider="dev"}`,
 		`etcd_kms_proxy_kms_operations_total{class="unavailable",operation="Status",provider="down"}`,
 		`etcd_kms_proxy_kms_operation_duration_seconds_count{`, `etcd_kms_proxy_seed_cache_entries `, `etcd_kms_proxy_kms_key_info{key_id="`,

@@ -4,7 +4,7 @@ import (
 	"os"
 	"testing"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/kmsdouble"
 )
 
 // OnAlibaba returns the edits of a configuration whose provider "dev" is the double.

@@ -28,7 +28,7 @@ func Eventually(t *testing.T, what string, ok func() bool) {
 	}
 }
 
-// dir is a folder with a key file and whatever configurations the test writes.
+// Dir is a folder with a key file and whatever configurations the test writes.
 type Dir string
 
 // NewDir returns a new folder with a key file.
@@ -104,6 +104,7 @@ func (d Dir) AuditLog(t *testing.T) []map[string]any {
 	return d.AuditLogAt(t, "audit.jsonl")
 }
 
+// AuditLogAt returns the records of the audit log with that name.
 func (d Dir) AuditLogAt(t *testing.T, name string) (records []map[string]any) {
 	t.Helper()
 	text, err := os.ReadFile(d.Path(name))
@@ -127,6 +128,7 @@ func (d Dir) Block(t *testing.T) (unblock func()) {
 	return d.BlockAt(t, "audit.jsonl")
 }
 
+// BlockAt keeps the audit log with that name from being written, until unblock is called.
 func (d Dir) BlockAt(t *testing.T, name string) (unblock func()) {
 	t.Helper()
 	// In one step: a record between two would find no file, and begin one.

@@ -11,7 +11,7 @@ import (
 	"sync"
 	"testing"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/kmsdouble"
 )
 
 // Telling is everything that the code under test has printed, and what it must not print.
@@ -67,7 +67,7 @@ func NewDouble(t *testing.T, c kmsdouble.Config) *kmsdouble.Double {
 // KeyFile adds the keys of a local key file as secrets, if it exists.
 func (t *Telling) KeyFile(tb testing.TB, path string) {
 	tb.Helper()
-	text, err := os.ReadFile(path)
+	text, err := os.ReadFile(path) //nolint:gosec // a file of the test
 	if err != nil {
 		return // a test took it away
 	}

@@ -119,7 +119,7 @@ func TestKeyWatchIsAudited(t *testing.T) {
 		t.Errorf("records %q, want %q", got, want)
 	}
 	expected := `
-# HELP etcd_kms_proxy_kms_operations_total KMS calls, by provider, operation and class of error, or ok.
+# HELP etcd_kms_proxy_kms_operations_total Attempts at the KMS. class is ok or that of the error: unavailable, denied, key_unusable, invalid, contract.
 # TYPE etcd_kms_proxy_kms_operations_total counter
 etcd_kms_proxy_kms_operations_total{class="denied",operation="DescribeKey",provider="ack"} 1
 etcd_kms_proxy_kms_operations_total{class="ok",operation="DescribeKey",provider="ack"} 1

@@ -28,6 +28,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/provider"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/age"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 )
@@ -35,6 +36,7 @@ import (
 // Config says which keys to use, and where to report.
 type Config struct {
 	Config      *config.Config
+	Identities  *age.Identities       // private keys of age recipients, for commands only; may be nil
 	InspectOnly bool                  // values are read only, and no DEK seed is generated
 	Audit       *auditlog.Recorder    // of KMS calls and of the use of recovery copies; may be nil
 	Record      func(auditlog.Record) // the same for a command; may be nil
@@ -47,6 +49,7 @@ type Keys struct {
 	Config
 	metrics *metrics
 	rings   []*keyring.Ring
+	offline []*keyring.Ring // of the providers that only wrap recovery copies
 	closers []func()
 	runs    []func(context.Context) // what Run runs in addition to the rings
 	files   []fileCheck
@@ -132,6 +135,9 @@ func (k *Keys) add(p config.KMS, cache *keyring.Cache) error {
 	if err != nil {
 		return err
 	}
+	if b.Offline != nil {
+		return k.addOffline(p, b.Offline, cache)
+	}
 	if b.Reader != nil {
 		k.readers[p.Name] = b.Reader
 		f := &readerFile{provider: p, seen: seen, keys: k}
@@ -175,7 +181,7 @@ func (k *Keys) add(p config.KMS, cache *keyring.Cache) error {
 // Run runs the rings and watches the keys and files until ctx ends. It returns the error of a ring.
 func (k *Keys) Run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
-	for _, ring := range k.rings {
+	for _, ring := range slices.Concat(k.rings, k.offline) {
 		group.Go(func() error { return ring.Run(ctx) })
 	}
 	for _, run := range append(slices.Clone(k.runs), k.watchFiles) {
@@ -194,6 +200,9 @@ func (k *Keys) Close() {
 // Rings returns the rings of the providers that have a KMS.
 func (k *Keys) Rings() []*keyring.Ring { return k.rings }
 
+// Offline returns the rings of the providers that only wrap recovery copies.
+func (k *Keys) Offline() []*keyring.Ring { return k.offline }
+
 // Rules returns the rules in force.
 func (k *Keys) Rules() *RuleSet { return k.current.Load() }
 
@@ -206,7 +215,7 @@ func (k *Keys) CheckNow() {
 
 // ring returns the ring of a provider, or nil.
 func (k *Keys) ring(name string) *keyring.Ring {
-	for _, r := range k.rings {
+	for _, r := range slices.Concat(k.rings, k.offline) {
 		if r.Provider() == name {
 			return r
 		}
@@ -217,7 +226,7 @@ func (k *Keys) ring(name string) *keyring.Ring {
 // Version identifies the rules and keys that values are encrypted with now: it changes with them.
 func (k *Keys) Version() string {
 	parts := []string{fmt.Sprint(k.current.Load().generation)}
-	for _, ring := range k.rings {
+	for _, ring := range slices.Concat(k.rings, k.offline) {
 		s := ring.State()
 		parts = append(parts, s.Provider, s.KeyID, s.SealedBy)
 	}

@@ -26,9 +26,9 @@ func newMetrics(reg prometheus.Registerer, k *Keys, cache *keyring.Cache) *metri
 	}
 	m := &metrics{
 		keys: k, calls: provider.NewCallMetrics(reg),
-		encrypted:  counter("values_encrypted_total", "Values written, by rule and outcome.", "rule", "outcome"),
-		decrypted:  counter("values_decrypted_total", "Values read, by rule and outcome.", "rule", "outcome"),
-		seeds:      counter("seed_events_total", "Events of the DEK seeds of a provider: cache hits, misses and stale uses, seeds generated and revoked, polls that begin to succeed or fail.", "provider", "event"),
+		encrypted:  counter("values_encrypted_total", "Values written. outcome: ok, plaintext, unavailable, key_unusable, refused.", "rule", "outcome"),
+		decrypted:  counter("values_decrypted_total", "Values read. outcome: ok, plaintext, foreign, passthrough, unavailable, seed_refused, key_unusable, corrupt, strict.", "rule", "outcome"),
+		seeds:      counter("seed_events_total", "Events of the DEK seeds of a provider. event: hit, miss, stale (used after its TTL), generated, revoked, good and bad (the result of the health check changed).", "provider", "event"),
 		recoveries: counter("recovery_uses_total", "Values decrypted by a recovery copy of their DEK seed, by their provider and that of the copy.", "provider", "recovery_provider"),
 	}
 	cached := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
@@ -78,8 +78,8 @@ func (c *counters) Recovered(provider, by string) {
 	c.all.recoveries.WithLabelValues(provider, by).Inc()
 }
 
-// Rescued implements [keyring.Observer].
-func (c *counters) Rescued(provider, by, keyID, why string) {
+// CopyUnwrapped implements [keyring.Observer].
+func (c *counters) CopyUnwrapped(provider, by, keyID, why string) {
 	c.all.keys.recovered(provider, by, keyID, why)
 }
 
@@ -89,7 +89,7 @@ var (
 		keyring.OutcomeSeedRefused, keyring.OutcomeKeyUnusable, keyring.OutcomeCorrupt, keyring.OutcomeStrict, keyring.OutcomeRefused,
 	}
 	events = []keyring.Event{
-		keyring.EventHit, keyring.EventMiss, keyring.EventStale, keyring.EventMinted, keyring.EventRevoked, keyring.EventGood, keyring.EventBad,
+		keyring.EventHit, keyring.EventMiss, keyring.EventStale, keyring.EventGenerated, keyring.EventRevoked, keyring.EventGood, keyring.EventBad,
 	}
 )
 
@@ -125,8 +125,8 @@ func (k *Keys) providerStates() []provider.State {
 type keyStates struct{ keys *Keys }
 
 var (
-	canEncryptDesc = prometheus.NewDesc("etcd_kms_proxy_kms_can_encrypt", "1 if values can be encrypted with the provider now.", []string{"provider"}, nil)
-	revokedDesc    = prometheus.NewDesc("etcd_kms_proxy_kms_key_revoked", "1 if the KMS key may not be used.", []string{"provider"}, nil)
+	canEncryptDesc = prometheus.NewDesc("etcd_kms_proxy_kms_can_encrypt", "1 if values can be encrypted with the provider now. Always 0 for a provider that no rule writes with.", []string{"provider"}, nil)
+	revokedDesc    = prometheus.NewDesc("etcd_kms_proxy_kms_key_revoked", "1 if the KMS says that the key may not be used.", []string{"provider"}, nil)
 	missingDesc    = prometheus.NewDesc("etcd_kms_proxy_recovery_missing", "1 if values are encrypted under a DEK seed without a copy by the recovery provider, or are refused because it is missing.", []string{"provider", "recovery_provider"}, nil)
 	generatedDesc  = prometheus.NewDesc("etcd_kms_proxy_seed_generated_timestamp_seconds", "Unix time when the DEK seed in use was generated.", []string{"provider"}, nil)
 )
@@ -156,8 +156,8 @@ func (k keyStates) Collect(ch chan<- prometheus.Metric) {
 		for _, c := range r.Recovery() {
 			gauge(missingDesc, one(c.Lacking != ""), s.Provider, c.Provider)
 		}
-		if !s.Minted.IsZero() {
-			gauge(generatedDesc, float64(s.Minted.UnixNano())/1e9, s.Provider)
+		if !s.Seeded.IsZero() {
+			gauge(generatedDesc, float64(s.Seeded.UnixNano())/1e9, s.Provider)
 		}
 	}
 }

@@ -29,8 +29,8 @@ func alibabaConfig(a *config.Alibaba, log *slog.Logger) alibaba.Config {
 }
 
 // RAMPolicy returns the least privileges that the proxy needs on the Alibaba Cloud keys among
-// providers, as a RAM policy that encodes to JSON. It calls the KMS, which observe is told of, only
-// for keys that are configured by an alias.
+// providers, as a RAM policy that encodes to JSON. It calls the KMS only for keys that
+// are configured by an alias, and observe is called for each call.
 func RAMPolicy(ctx context.Context, providers []config.KMS, observe func(kmsclient.Call)) (any, error) {
 	var keys []string
 	for _, k := range providers {

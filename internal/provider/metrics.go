@@ -21,10 +21,10 @@ func NewCallMetrics(reg prometheus.Registerer) *CallMetrics {
 	labels := []string{"provider", "operation", "class"}
 	m := &CallMetrics{
 		operations: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "etcd_kms_proxy_kms_operations_total", Help: "KMS calls, by provider, operation and class of error, or ok.",
+			Name: "etcd_kms_proxy_kms_operations_total", Help: "Attempts at the KMS. class is ok or that of the error: unavailable, denied, key_unusable, invalid, contract.",
 		}, labels),
 		latency: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "etcd_kms_proxy_kms_operation_duration_seconds", Help: "Duration of KMS calls, by provider, operation and class of error, or ok.",
+			Name: "etcd_kms_proxy_kms_operation_duration_seconds", Help: "Duration of the attempts at the KMS. Exemplars have the KMS' ID of the call, if it gives one.",
 			Buckets:                     []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10},
 			NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100, NativeHistogramMinResetDuration: time.Hour,
 		}, labels),
@@ -64,8 +64,8 @@ type State struct {
 type States func() []State
 
 var (
-	healthyDesc     = prometheus.NewDesc("etcd_kms_proxy_kms_healthy", "1 if the last poll of the KMS succeeded.", []string{"provider"}, nil)
-	lastSuccessDesc = prometheus.NewDesc("etcd_kms_proxy_kms_last_success_timestamp_seconds", "Unix time of the last successful poll of the KMS.", []string{"provider"}, nil)
+	healthyDesc     = prometheus.NewDesc("etcd_kms_proxy_kms_healthy", "1 if the last health check of the KMS succeeded.", []string{"provider"}, nil)
+	lastSuccessDesc = prometheus.NewDesc("etcd_kms_proxy_kms_last_success_timestamp_seconds", "Unix time of the last successful health check of the KMS.", []string{"provider"}, nil)
 	keyDesc         = prometheus.NewDesc("etcd_kms_proxy_kms_key_info", "Always 1; the current KMS key.", []string{"provider", "key_id"}, nil)
 )
 

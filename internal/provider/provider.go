@@ -25,11 +25,11 @@ type Provider struct {
 	Kind    string             // as in the configuration
 	Service kmsclient.Service  // nil for a provider that only decrypts
 	Reader  *kubelegacy.Reader // of a provider that only decrypts
+	Offline *AgeKey            // of a provider that only wraps recovery copies
 	Timeout time.Duration      // of one call; 0 is the client's default
-
 }
 
-// Describe asks a KMS for the state of its key.
+// Describe gets the state of the key from a KMS.
 type Describe = func(context.Context) (*kmsclient.KeyInfo, error)
 
 // New makes the backend of k. It connects to nothing. On an error, the result has only its kind.
@@ -55,6 +55,9 @@ func New(k config.KMS, log *slog.Logger) (*Provider, error) {
 		return &Provider{Kind: "local", Service: b}, nil
 	case k.Kubernetes != nil:
 		return newKubernetes(k.Kubernetes)
+	case k.Age != nil:
+		key, err := newAgeKey(k.Age)
+		return &Provider{Kind: "age", Offline: key}, problem.In("age", "", err)
 	}
 	return &Provider{Kind: "none"}, errors.New("has no backend")
 }

@@ -7,7 +7,7 @@ import (
 	"time"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/kmsdouble"
 )
 
 // TestCredentialsWarning: a short session is nothing to warn of, a refresh that fails is one, and it is over when the next is good.

@@ -32,7 +32,7 @@ func registerAudit(reg prometheus.Registerer, audit *auditlog.Recorder) {
 			Name: "etcd_kms_proxy_audit_lost_total", Help: "Records of the audit log that could not be written.",
 		}, func() float64 { return float64(audit.Lost()) }),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-			Name: "etcd_kms_proxy_audit_writable", Help: "1 if the audit log can be written.",
+			Name: "etcd_kms_proxy_audit_writable", Help: "1 if the audit log can be written. Only with an audit block.",
 		}, func() float64 {
 			if audit.Check() != nil {
 				return 0

@@ -27,7 +27,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/provider"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/plugin"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/pluginserver"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
 )
 
@@ -42,7 +42,7 @@ type PluginOptions struct {
 // pluginServer is a Kubernetes KMS v2 plugin with everything that it needs.
 type pluginServer struct {
 	log      *slog.Logger
-	server   *plugin.Server
+	server   *pluginserver.Server
 	registry *prometheus.Registry
 	admin    *proxy.Admin       // nil if there is none
 	audit    *auditlog.Recorder // nil if there is none
@@ -72,7 +72,7 @@ func ServePlugin(ctx context.Context, path string, c *config.Config, stderr io.W
 	if err != nil {
 		return err
 	}
-	l, err := plugin.Listen(o.Socket)
+	l, err := pluginserver.Listen(o.Socket)
 	if err != nil {
 		return socketProblem(err)
 	}
@@ -114,7 +114,7 @@ func openPluginAudit(c *config.Audit, provider string, log *slog.Logger) (*audit
 // socketProblem adds hints to the errors of sockets.
 func socketProblem(err error) error {
 	switch {
-	case errors.Is(err, plugin.ErrInUse):
+	case errors.Is(err, pluginserver.ErrInUse):
 		return problem.WithHint(err, "stop that process, or choose another path; every API server has a plugin of its own")
 	case errors.Is(err, fs.ErrNotExist):
 		return problem.WithHint(err, "make the folder first, for the API server's user alone: mkdir -m 0700")
@@ -153,7 +153,7 @@ func newPluginServer(c *config.Config, b *provider.Provider, audit *auditlog.Rec
 		return nil, err
 	}
 	poll := min(o.Provider.PollInterval, c.Cache.RevokeWithin)
-	p.server, err = plugin.NewServer(plugin.ServerConfig{
+	p.server, err = pluginserver.New(pluginserver.Config{
 		Provider: name, KMS: encryption.AuditedService(audit, name, client), PollInterval: poll, FailingPollInterval: min(poll, failingPoll),
 		SealUnreachableFor: c.Cache.SealUnreachableFor, DrainTimeout: o.Drain, Logger: log,
 		Observer: func(op string, code codes.Code) { calls.WithLabelValues(op, code.String()).Inc() },
@@ -200,8 +200,11 @@ func CheckPlugin(k config.KMS, socket string) error {
 	if k.Plugin != nil && strings.TrimPrefix(k.Plugin.Endpoint, "unix://") == strings.TrimPrefix(socket, "unix://") {
 		return problem.New("choose another path", "--socket %s is the socket that provider %q is itself reached at", socket, k.Name)
 	}
-	if k.Kubernetes != nil {
-		return problem.New("name a provider of another kind with --name", "kms %q: %w", k.Name, provider.ErrDecryptsOnly)
+	switch hint := "name a provider of another kind with --name"; {
+	case k.Kubernetes != nil:
+		return problem.New(hint, "kms %q: %w", k.Name, provider.ErrDecryptsOnly)
+	case k.Age != nil:
+		return problem.New(hint, "kms %q: %w", k.Name, provider.ErrWrapsOnly)
 	}
 	return nil
 }

@@ -52,7 +52,7 @@ func newReloader(s *Server, c *config.Config, path string, loaded [sha256.Size]b
 		path: path, seen: loaded, inUse: loaded, running: c, level: level, weaken: weaken, log: s.log, audit: s.audit,
 		setRules: s.keys.SetRules, setClients: s.proxy.SetClients,
 		count: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "etcd_kms_proxy_config_reloads_total", Help: "Reloads of the configuration, by outcome.",
+			Name: "etcd_kms_proxy_config_reloads_total", Help: "Reloads of the configuration. outcome: applied, failed, refused.",
 		}, []string{"outcome"}),
 	}
 	s.registry.MustRegister(r.count)

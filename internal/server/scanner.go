@@ -31,11 +31,11 @@ type scanner struct {
 
 func newScanner(f *fleet, reg prometheus.Registerer, log *slog.Logger, interval time.Duration) *scanner {
 	gauge := func(name, help string, labels ...string) *prometheus.GaugeVec {
-		return prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "etcd_kms_proxy_stored_" + name, Help: help}, append([]string{"rule", "standing"}, labels...))
+		return prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "etcd_kms_proxy_stored_" + name, Help: help}, append([]string{"rule", "state"}, labels...))
 	}
 	s := &scanner{
 		fleet: f, interval: interval, log: log,
-		values:   gauge("values", "Values in etcd under a rule, by their state, as the last scan counted them. Only one proxy exports them."),
+		values:   gauge("values", "Values in etcd under a rule, by their state, as status counts them, with serve --scan-interval. Only one proxy exports them."),
 		bytes:    gauge("bytes", "Bytes of the values in etcd under a rule, by their state."),
 		byKey:    gauge("key_values", "Values in etcd under a rule, by their state and the KMS key that encrypted them. Of many keys, those with the most values; the others are key \"other\".", "provider", "key_id"),
 		keyBytes: gauge("key_bytes", "Bytes of the values in etcd under a rule, by their state and the KMS key that encrypted them.", "provider", "key_id"),
@@ -133,7 +133,7 @@ const labelKeys = 20
 func labelled(keys []inventory.KeyCount) (out []inventory.KeyCount) {
 	keys = slices.Clone(keys)
 	slices.SortStableFunc(keys, func(a, b inventory.KeyCount) int { return cmp.Compare(b.Keys, a.Keys) })
-	rest := make(map[keyring.Standing]*inventory.KeyCount)
+	rest := make(map[keyring.ValueState]*inventory.KeyCount)
 	for i, k := range keys {
 		k.Provider, k.KeyID = strings.ToValidUTF8(k.Provider, "?"), strings.ToValidUTF8(k.KeyID, "?")
 		if i < labelKeys && k.Provider != "" {

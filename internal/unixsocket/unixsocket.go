@@ -21,7 +21,7 @@ import (
 // another one may be at placing its own.
 const probeTimeout = time.Second
 
-// ErrInUse is in the error of [Listen] when another process answers on the socket.
+// ErrInUse is in the error of [Listen] when another process serves the socket.
 var ErrInUse = fmt.Errorf("another process answers on it: %w", syscall.EADDRINUSE)
 
 // ErrNoFolder is in the error of [Listen] when the folder of the socket does not exist.

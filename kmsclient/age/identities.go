@@ -69,6 +69,15 @@ func ReadIdentities(name string, ask Prompter) (*Identities, error) {
 	return ids, nil
 }
 
+// Join returns the identities of several files as one set.
+func Join(sets ...*Identities) *Identities {
+	all := &Identities{}
+	for _, ids := range sets {
+		all.all, all.plugins = append(all.all, ids.all...), all.plugins || ids.plugins
+	}
+	return all
+}
+
 // openProtected decrypts an identity file that a passphrase protects.
 func openProtected(name string, text []byte, armored bool, ask Prompter) ([]byte, error) {
 	if ask.Passphrase == nil {

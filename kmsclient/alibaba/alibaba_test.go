@@ -11,8 +11,8 @@ import (
 	"go.uber.org/goleak"
 	"k8s.io/kms/pkg/service"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/kmsdouble"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }

@@ -94,7 +94,7 @@ func (r *remote) failed(op string, cred credential, t *callTransport, err error)
 	}
 	e.Reason, e.Detail = reasonOfCode(server.ErrorCode(), e.HTTPStatus)
 	if r.aliasLeadsNowhere(op, server.ErrorCode()) {
-		e.Reason, e.Detail = kmsclient.AliasNotFound, "the alias leads to no key: nothing is sealed until it does"
+		e.Reason, e.Detail = kmsclient.AliasNotFound, "the alias leads to no key: nothing is encrypted until it does"
 	}
 	if e.Reason != kmsclient.Unreachable {
 		f.said = cred.scrub(r.say(server.Message()))

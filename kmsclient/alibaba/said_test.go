@@ -5,8 +5,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/kmsdouble"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
 )
 
 // TestDefaultKeyIsRefusedWithItsReason: the vendor's own words for it are in the error, by whatever name the key goes.

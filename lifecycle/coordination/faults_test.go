@@ -5,7 +5,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"log/slog"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -19,7 +21,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/etcdtest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/etcdtest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 )
 
@@ -211,15 +213,19 @@ func (s *fleetSimulation) check(rules string, alive ...string) {
 	}
 }
 
-// everyCall simulates once for each call that a scenario makes without faults.
+// sampleStep is the distance between the calls that a sample of the simulations meets faults at.
+const sampleStep = 4
+
+// everyCall simulates a scenario with a fault at a call, for a sample of the calls that it makes
+// without faults, or for each of them if COORDINATION_CALLS is "all". Tests sample other calls.
 func everyCall(t *testing.T, scenario func(s *fleetSimulation), fault func(s *fleetSimulation, c *etcdtest.Call) etcdtest.Fault) {
 	t.Helper()
-	someCalls(t, 0, 1, scenario, fault)
-}
-
-// someCalls is everyCall for one call of so many, from a number on.
-func someCalls(t *testing.T, from, step int, scenario func(s *fleetSimulation), fault func(s *fleetSimulation, c *etcdtest.Call) etcdtest.Fault) {
-	t.Helper()
+	from, step := uint32(0), uint32(1)
+	if os.Getenv("COORDINATION_CALLS") != "all" {
+		h := fnv.New32a()
+		_, _ = h.Write([]byte(t.Name())) // a hash returns no error
+		from, step = h.Sum32()%sampleStep, sampleStep
+	}
 	total := 0
 	simulate := func(n int) {
 		synctest.Test(t, func(t *testing.T) {
@@ -236,7 +242,7 @@ func someCalls(t *testing.T, from, step int, scenario func(s *fleetSimulation), 
 		})
 	}
 	simulate(-1)
-	for n := from; n < total; n += step {
+	for n := int(from); n < total; n += int(step) {
 		if simulate(n); t.Failed() {
 			t.Fatalf("with call %d of %d", n, total)
 		}
@@ -265,21 +271,20 @@ func rollOut(s *fleetSimulation) {
 // have them and not before.
 func TestRollOutWithFaults(t *testing.T) {
 	for _, applied := range []bool{false, true} {
-		t.Run(fmt.Sprint("applied ", applied), func(t *testing.T) {
-			t.Parallel()
-			for _, failure := range []error{errAway, rpctypes.ErrGRPCTimeout} {
+		for _, failure := range []error{errAway, rpctypes.ErrGRPCTimeout} {
+			t.Run(fmt.Sprint("applied ", applied, ", ", failure), func(t *testing.T) {
+				t.Parallel()
 				everyCall(t, rollOut, func(*fleetSimulation, *etcdtest.Call) etcdtest.Fault {
 					return etcdtest.Fault{Err: failure, Applied: applied}
 				})
-			}
-		})
+			})
+		}
 	}
 }
 
 // TestRollOutWithOthers: streams that end, compactions, leases that are lost and announcements that
 // are removed at any call change nothing in the end.
 func TestRollOutWithOthers(t *testing.T) {
-	scenarios := 0
 	for name, other := range map[string]func(s *fleetSimulation){
 		"compacts":                func(s *fleetSimulation) { s.cluster.Compact(0) },
 		"ends the streams":        func(s *fleetSimulation) { s.cluster.Cut() },
@@ -291,11 +296,9 @@ func TestRollOutWithOthers(t *testing.T) {
 			s.cluster.Put(DefaultPrefix+"agreement", `{"policy":{"rules":"old"},"by":"nobody","proofs":{"main":"AAAA"}}`)
 		},
 	} {
-		scenarios++
-		from := scenarios % 3
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			someCalls(t, from, 3, rollOut, func(s *fleetSimulation, _ *etcdtest.Call) etcdtest.Fault { other(s); return etcdtest.Fault{} })
+			everyCall(t, rollOut, func(s *fleetSimulation, _ *etcdtest.Call) etcdtest.Fault { other(s); return etcdtest.Fault{} })
 		})
 	}
 }
@@ -434,7 +437,7 @@ func TestAnotherPrefix(t *testing.T) {
 	for _, applied := range []bool{false, true} {
 		t.Run(fmt.Sprint("applied ", applied), func(t *testing.T) {
 			t.Parallel()
-			someCalls(t, map[bool]int{true: 1}[applied], 2, func(s *fleetSimulation) {
+			everyCall(t, func(s *fleetSimulation) {
 				s.prefix = "/there/"
 				s.start("a", "old")
 				time.Sleep(settled)
@@ -543,29 +546,31 @@ func TestElectionWithFaults(t *testing.T) {
 
 // TestElectionAfterCrash: a process that ends at any call does not count for longer than its lease.
 func TestElectionAfterCrash(t *testing.T) {
-	t.Parallel()
 	for _, applied := range []bool{false, true} {
-		everyCall(t, func(fs *fleetSimulation) {
-			s := newElectionSimulation(fs)
-			first, next := Election{Client: s.cluster.Client(s.t, "first"), Key: "/job", Self: "first"}, Election{Client: s.cluster.Client(s.t, "next"), Key: "/job", Self: "next"}
-			var group sync.WaitGroup
-			ctx, kill := context.WithTimeout(s.t.Context(), 20*time.Second)
-			defer kill()
-			group.Go(func() { _ = first.Run(ctx, s.job("first", time.Second)) }) // it may have ended
-			time.Sleep(20 * time.Second)
-			group.Wait()
-			begun := time.Now()
-			if err := next.Run(s.t.Context(), s.job("next", 0)); err != nil {
-				s.t.Error(err)
-			} else if wait := time.Since(begun); wait > (electionTTL+2)*time.Second {
-				s.t.Errorf("it waited for %s", wait)
-			}
-		}, func(s *fleetSimulation, c *etcdtest.Call) etcdtest.Fault {
-			if c.Client != "first" {
-				return etcdtest.Fault{}
-			}
-			s.crash("first")
-			return etcdtest.Fault{Err: errAway, Applied: applied}
+		t.Run(fmt.Sprint("applied ", applied), func(t *testing.T) {
+			t.Parallel()
+			everyCall(t, func(fs *fleetSimulation) {
+				s := newElectionSimulation(fs)
+				first, next := Election{Client: s.cluster.Client(s.t, "first"), Key: "/job", Self: "first"}, Election{Client: s.cluster.Client(s.t, "next"), Key: "/job", Self: "next"}
+				var group sync.WaitGroup
+				ctx, kill := context.WithTimeout(s.t.Context(), 20*time.Second)
+				defer kill()
+				group.Go(func() { _ = first.Run(ctx, s.job("first", time.Second)) }) // it may have ended
+				time.Sleep(20 * time.Second)
+				group.Wait()
+				begun := time.Now()
+				if err := next.Run(s.t.Context(), s.job("next", 0)); err != nil {
+					s.t.Error(err)
+				} else if wait := time.Since(begun); wait > (electionTTL+2)*time.Second {
+					s.t.Errorf("it waited for %s", wait)
+				}
+			}, func(s *fleetSimulation, c *etcdtest.Call) etcdtest.Fault {
+				if c.Client != "first" {
+					return etcdtest.Fault{}
+				}
+				s.crash("first")
+				return etcdtest.Fault{Err: errAway, Applied: applied}
+			})
 		})
 	}
 }

@@ -19,8 +19,8 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// isDatabase tells bbolt's file by the magic number in its first page, behind the header of 16
-// bytes.
+// isDatabase reports whether a file is a bbolt database, which has a magic number in its first
+// page, after the header of 16 bytes.
 func isDatabase(r io.ReaderAt) bool {
 	const magic = 0xED0CDAED
 	var b [20]byte
@@ -33,15 +33,15 @@ const lockWait = time.Second
 // keyBucket is where etcd keeps revisions.
 const keyBucket = "key"
 
-// database asks a database for every revision in it.
-func (l *look) database(ctx context.Context, path string) error {
+// database decodes every revision in a database.
+func (l *inspection) database(ctx context.Context, path string) error {
 	l.checksum(path)
-	// A damaged database makes bbolt panic, and one that was cut makes it read beyond the file's
-	// end, which is a fault.
+	// bbolt panics on a damaged database, and reads beyond the end of a truncated one, which is a
+	// memory fault.
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
 		if p := recover(); p != nil {
-			l.damage("it is damaged: what could not be decoded was searched alone")
+			l.damage("it is damaged: the parts that could not be decoded were only searched")
 		}
 	}()
 	db, err := bbolt.Open(path, 0o400, &bbolt.Options{ReadOnly: true, Timeout: lockWait})
@@ -49,40 +49,40 @@ func (l *look) database(ctx context.Context, path string) error {
 		return errLocked
 	}
 	if err != nil {
-		l.damage("it cannot be opened as a database (%v): its bytes were searched alone", err)
+		l.damage("it cannot be opened as a database (%v): its bytes were only searched", err)
 		return nil
 	}
 	defer func() { _ = db.Close() }() // it was only read
 	return db.View(func(tx *bbolt.Tx) error {
-		if err := whole(path, tx); err != nil {
+		if err := checkSize(path, tx); err != nil {
 			l.damage("it is damaged: %v", err)
 		}
-		if err := sound(path, tx); err != nil {
-			l.damage("it is damaged (%v): its bytes were searched alone", err)
+		if err := checkPages(path, tx); err != nil {
+			l.damage("it is damaged (%v): its bytes were only searched", err)
 			return nil
 		}
 		return l.revisions(ctx, tx)
 	})
 }
 
-// whole says so if the file at path has fewer bytes than its database. What is left may be
-// readable, and be the values of yesterday.
-func whole(path string, tx *bbolt.Tx) error {
+// checkSize returns an error if the file at path is smaller than its database. The remaining pages
+// may be readable, and hold outdated values.
+func checkSize(path string, tx *bbolt.Tx) error {
 	info, err := os.Stat(path)
 	if err == nil && info.Size() < tx.Size() {
-		return fmt.Errorf("it was cut to %d bytes of %d", info.Size(), tx.Size())
+		return fmt.Errorf("it is truncated to %d of %d bytes", info.Size(), tx.Size())
 	}
 	return err
 }
 
 // revisions visits etcd's bucket "key": from revisions, oldest first, to mvccpb.KeyValue.
-func (l *look) revisions(ctx context.Context, tx *bbolt.Tx) error {
+func (l *inspection) revisions(ctx context.Context, tx *bbolt.Tx) error {
 	bucket := tx.Bucket([]byte(keyBucket))
 	if bucket == nil {
-		l.damage("it is no database of etcd: it has no bucket \"key\"")
+		l.damage("it is not an etcd database: it has no bucket \"key\"")
 		return nil
 	}
-	live := make(map[[sha256.Size]byte]int64) // the last revision of each key that has something to be told of
+	live := make(map[[sha256.Size]byte]int64) // the last revision of each key with a finding
 	type old struct {
 		Finding
 		id [sha256.Size]byte
@@ -100,10 +100,10 @@ func (l *look) revisions(ctx context.Context, tx *bbolt.Tx) error {
 		l.file.Values++
 		main := int64(binary.BigEndian.Uint64(revision)) //nolint:gosec // etcd's own
 		id := sha256.Sum256(kv.key)
-		if _, told := live[id]; told {
+		if _, found := live[id]; found {
 			live[id] = main
 		}
-		if len(revision) == 18 { // a tombstone: "t" behind the revision, and a key alone
+		if len(revision) == 18 { // a tombstone: the revision is followed by "t", and there is only a key
 			return nil
 		}
 		why := l.Judge(kv.key, kv.value, true)
@@ -111,10 +111,10 @@ func (l *look) revisions(ctx context.Context, tx *bbolt.Tx) error {
 			return nil
 		}
 		live[id] = main
-		if len(l.known) < maxKnown {
-			l.known[identity(kv.key, kv.modRevision)] = true
+		if len(l.reported) < maxReported {
+			l.reported[identityOf(kv.key, kv.modRevision)] = true
 		}
-		if len(pending) < maxKnown {
+		if len(pending) < maxReported {
 			pending = append(pending, old{Finding{Place: History, Key: string(kv.key), Revision: main, Offset: -1, Why: why}, id})
 		}
 		return nil
@@ -125,14 +125,14 @@ func (l *look) revisions(ctx context.Context, tx *bbolt.Tx) error {
 		}
 		l.found(p.Finding)
 	}
-	if len(pending) == maxKnown {
-		l.file.Notes = append(l.file.Notes, fmt.Sprintf("only the first %d values are told", maxKnown))
+	if len(pending) == maxReported {
+		l.file.Notes = append(l.file.Notes, fmt.Sprintf("only the first %d values are reported", maxReported))
 	}
 	return err
 }
 
-// checksum checks the SHA-256 that etcd's snapshots end in.
-func (l *look) checksum(path string) {
+// checksum verifies the SHA-256 at the end of etcd's snapshots.
+func (l *inspection) checksum(path string) {
 	f, err := os.Open(path) //nolint:gosec // the operator names the file
 	if err != nil {
 		return
@@ -152,13 +152,13 @@ func (l *look) checksum(path string) {
 	}
 }
 
-// keyValue is what counts of an mvccpb.KeyValue.
+// keyValue is the part of an mvccpb.KeyValue that is used here.
 type keyValue struct {
 	key, value  []byte
 	modRevision int64
 }
 
-// decodeKeyValue aliases b.
+// decodeKeyValue decodes an mvccpb.KeyValue. The result aliases b.
 func decodeKeyValue(b []byte) (kv keyValue, ok bool) {
 	ok = fields(b, func(n protowire.Number, v uint64, data []byte) {
 		switch {
@@ -174,7 +174,7 @@ func decodeKeyValue(b []byte) (kv keyValue, ok bool) {
 }
 
 // fields calls visit for each varint and bytes field of a message; data is nil for a varint. It
-// returns false if b is no message.
+// returns false if b is not a message.
 func fields(b []byte, visit func(n protowire.Number, v uint64, data []byte)) bool {
 	for len(b) > 0 {
 		n, t, size := protowire.ConsumeTag(b)
@@ -211,19 +211,19 @@ func fields(b []byte, visit func(n protowire.Number, v uint64, data []byte)) boo
 	return true
 }
 
-// Value is the present value of an etcd key in a database.
+// Value is the current value of an etcd key in a database.
 type Value struct {
 	Key, Value []byte
 	Revision   int64 // that wrote it
 }
 
-// Present returns the present values of the keys that match, in order of the keys, from a snapshot
-// or the database of a stopped member. A file that is no such database, or a damaged one, is an
-// error.
-func Present(ctx context.Context, path string, match func(key []byte) bool) (values []Value, err error) {
+// LiveValues returns the current values of the keys that match, in key order, from a snapshot or
+// the database of a stopped member. It returns an error if the file is not such a database, or is
+// damaged.
+func LiveValues(ctx context.Context, path string, match func(key []byte) bool) (values []Value, err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true)) // see database
 	defer func() {
-		if p := recover(); p != nil { // that is how bbolt tells of damage
+		if p := recover(); p != nil { // bbolt panics on a damaged database
 			values, err = nil, errors.New("the database is damaged")
 		}
 	}()
@@ -237,15 +237,15 @@ func Present(ctx context.Context, path string, match func(key []byte) bool) (val
 	defer func() { _ = db.Close() }() // it was only read
 	last := make(map[string]Value)
 	err = db.View(func(tx *bbolt.Tx) error {
-		if err := whole(path, tx); err != nil {
+		if err := checkSize(path, tx); err != nil {
 			return fmt.Errorf("the database is damaged: %w", err)
 		}
-		if err := sound(path, tx); err != nil {
+		if err := checkPages(path, tx); err != nil {
 			return fmt.Errorf("the database is damaged: %w", err)
 		}
 		bucket := tx.Bucket([]byte(keyBucket))
 		if bucket == nil {
-			return errors.New("it is no database of etcd")
+			return errors.New("it is not an etcd database")
 		}
 		return bucket.ForEach(func(revision, encoded []byte) error {
 			kv, ok := decodeKeyValue(encoded)

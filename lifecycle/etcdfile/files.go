@@ -8,9 +8,9 @@ import (
 	"strings"
 )
 
-// Files lists the files below a directory, or the one file that path is. It follows symbolic links;
-// one that leads nowhere or in a circle is an error. passed are what is neither a file nor a
-// directory.
+// Files lists the files in a directory and its subdirectories, or the one file at path. It follows
+// symbolic links; a broken link or a cycle is an error. passed are the entries that are neither
+// files nor directories.
 func Files(path string) (files, passed []string, err error) {
 	w := walk{}
 	err = w.visit(path, nil)
@@ -31,7 +31,7 @@ func (w *walk) visit(path string, above []os.FileInfo) error {
 		w.passed = append(w.passed, path)
 		return nil
 	case slices.ContainsFunc(above, func(i os.FileInfo) bool { return os.SameFile(i, info) }):
-		return fmt.Errorf("%s leads to a directory that it is in", path)
+		return fmt.Errorf("%s is a symbolic link to a directory that contains it", path)
 	}
 	entries, err := os.ReadDir(path)
 	for _, e := range entries {
@@ -42,14 +42,15 @@ func (w *walk) visit(path string, above []os.FileInfo) error {
 	return err
 }
 
-// MemberFiles is [Files] of a member's data directory, and of the directory of its write-ahead log
-// if that is another one. One that lacks either is an error: it is not what it was taken for.
+// MemberFiles is [Files] for a member's data directory, and for the directory of its write-ahead
+// log if that is a different one. It returns an error if a directory holds no database or no log,
+// and so is not that of a member.
 func MemberFiles(dataDir, walDir string) (files, passed []string, err error) {
 	db := filepath.Join(dataDir, "member", "snap", "db")
 	if info, err := os.Stat(db); err != nil {
-		return nil, nil, fmt.Errorf("%s is no data directory of a member: %w", dataDir, err)
+		return nil, nil, fmt.Errorf("%s is not the data directory of a member: %w", dataDir, err)
 	} else if !info.Mode().IsRegular() {
-		return nil, nil, fmt.Errorf("%s is no data directory of a member: %s is no file", dataDir, db)
+		return nil, nil, fmt.Errorf("%s is not the data directory of a member: %s is not a regular file", dataDir, db)
 	}
 	if files, passed, err = Files(dataDir); err != nil {
 		return nil, nil, err

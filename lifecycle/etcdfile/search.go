@@ -11,33 +11,32 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// Files are searched in windows. What begins in one may end in the overlap behind it, and has the
-// tag and the length of its key in the bytes before it.
+// Files are searched in windows. A match begins within a window and may end in the overlap after
+// it. The tag and the length of its key are in the bytes before it.
 const (
 	window  = 8 << 20
 	overlap = 4 << 20
 	before  = 1 + maxKeyLength
-	// maxKeyLength is how many bytes the length of a key takes at most.
+	// maxKeyLength is the maximum size of the length of a key.
 	maxKeyLength = 3
-	// clue is how much of a value's beginning must be left for it to be judged.
-	clue = 4
+	// minValueBytes is the minimum size of the beginning of a value that can be judged.
+	minValueBytes = 4
 )
 
-// magic begins Kubernetes' objects in protobuf.
+// magic is the prefix of Kubernetes objects in protobuf.
 var magic = []byte("k8s\x00")
 
-// search searches what r yields, of size bytes or of an unknown number if that is negative.
-// Requests that stand in decoded parts were looked at before. It takes memory for one window. The
-// error is r's, or of ctx.
-func (l *look) search(ctx context.Context, r io.Reader, size int64, decoded spans) error {
+// search searches the content of r, which has size bytes, or an unknown number if size is negative.
+// It skips the decoded spans and needs memory for one window. The error is that of r or of ctx.
+func (l *inspection) search(ctx context.Context, r io.Reader, size int64, decoded spans) error {
 	canaries := canaryForms(l.Canaries)
 	length := int64(before + window + overlap)
 	if size >= 0 {
-		length = min(length, size+1) // so that the end is seen
+		length = min(length, size+1) // one more, to detect the end
 	}
 	buffer, filled := make([]byte, length), 0
 	at, from := int64(0), 0 // the offset of buffer[0], and where the window begins in buffer
-	var failure error       // of r; what came before it is searched all the same
+	var failure error       // of r; the bytes before it are searched nevertheless
 	for ended := false; ; {
 		for filled < len(buffer) && !ended {
 			if err := ctx.Err(); err != nil {
@@ -62,7 +61,7 @@ func (l *look) search(ctx context.Context, r io.Reader, size int64, decoded span
 			w.each(magic, func(i int) { l.object(w.b[i:], at+int64(i)) })
 		}
 		for _, c := range canaries {
-			w.each(c, func(i int) { l.found(Finding{Place: Canary, Offset: at + int64(i), Why: "a canary stands there"}) })
+			w.each(c, func(i int) { l.found(Finding{Place: Canary, Offset: at + int64(i), Why: "found the canary string"}) })
 		}
 		if from+window >= filled { // only at the end
 			return failure
@@ -73,13 +72,13 @@ func (l *look) search(ctx context.Context, r io.Reader, size int64, decoded span
 	}
 }
 
-// windowed are the bytes of a window, from b[from] on, with those before and the overlap.
+// windowed holds the bytes of a window, from b[from] on, with those before it and the overlap.
 type windowed struct {
 	b    []byte
 	from int
 }
 
-// each calls visit with each place in the window's own part where what begins.
+// each calls visit with the index of each match of what that begins within the window.
 func (w windowed) each(what []byte, visit func(i int)) {
 	for from := w.from; from < len(w.b); {
 		i := bytes.Index(w.b[from:], what)
@@ -91,8 +90,8 @@ func (w windowed) each(what []byte, visit func(i int)) {
 	}
 }
 
-// canaryForms returns how canaries may stand in a file: as they are, and in base64 behind none, one
-// and two bytes of something else.
+// canaryForms returns the byte strings to search for: each canary itself, and its base64 encodings
+// after zero, one and two other bytes.
 func canaryForms(canaries [][]byte) [][]byte {
 	var forms [][]byte
 	for _, c := range canaries {
@@ -102,12 +101,12 @@ func canaryForms(canaries [][]byte) [][]byte {
 		forms = append(forms, c)
 		for shift := range 3 {
 			coded := base64.RawStdEncoding.EncodeToString(append(make([]byte, shift), c...))
-			// The characters at both ends depend on what stands beside it.
+			// The characters at both ends depend on the bytes before and after the canary.
 			head, tail := (shift*8+5)/6, len(coded)-(shift+len(c))%3
 			if (shift+len(c))%3 != 0 {
 				tail = len(coded) - 1
 			}
-			if tail-head >= 8 { // less would be found by chance
+			if tail-head >= 8 { // shorter strings match by chance
 				forms = append(forms, []byte(coded[head:tail]))
 			}
 		}
@@ -115,27 +114,27 @@ func canaryForms(canaries [][]byte) [][]byte {
 	return forms
 }
 
-// remains looks at a ruled key that begins at b[i]: whether it is one of a KeyValue or a
-// PutRequest, and its value one that should not be readable.
-func (l *look) remains(b []byte, i int, at int64, decoded spans) {
-	if decoded.hold(at + int64(i)) {
+// remains judges the value of a key under a rule that begins at b[i], if the bytes around it are a
+// KeyValue or a PutRequest.
+func (l *inspection) remains(b []byte, i int, at int64, decoded spans) {
+	if decoded.contain(at + int64(i)) {
 		return
 	}
 	key, rest, ok := keyAt(b, i)
 	if !ok {
 		return
 	}
-	revision, value, whole, ok := valueBehind(rest)
-	if !ok || l.known[identity(key, revision)] {
+	revision, value, complete, ok := valueAfter(rest)
+	if !ok || l.reported[identityOf(key, revision)] {
 		return
 	}
-	if why := l.Judge(key, value, whole); why != "" {
+	if why := l.Judge(key, value, complete); why != "" {
 		l.found(Finding{Place: Remains, Key: string(key), Revision: revision, Offset: at + int64(i), Why: why})
 	}
 }
 
-// keyAt returns the key that begins at b[i], by the tag and the length before it. Both messages
-// have it in field 1.
+// keyAt returns the key that begins at b[i], according to the tag and the length before it. Both
+// messages have the key in field 1.
 func keyAt(b []byte, i int) (key, rest []byte, ok bool) {
 	for size := 1; size <= maxKeyLength; size++ {
 		start := i - size - 1
@@ -150,9 +149,9 @@ func keyAt(b []byte, i int) (key, rest []byte, ok bool) {
 	return nil, nil, false
 }
 
-// valueBehind reads the fields behind a key up to the value: 5 of a KeyValue, after the revisions 2
-// and 3 and the version 4, or 2 of a PutRequest.
-func valueBehind(b []byte) (revision int64, value []byte, whole, ok bool) {
+// valueAfter reads the fields after a key up to the value: field 5 of a KeyValue, after the
+// revisions 2 and 3 and the version 4, or field 2 of a PutRequest.
+func valueAfter(b []byte) (revision int64, value []byte, complete, ok bool) {
 	for range 8 {
 		n, t, size := protowire.ConsumeTag(b)
 		if size < 0 {
@@ -169,7 +168,7 @@ func valueBehind(b []byte) (revision int64, value []byte, whole, ok bool) {
 			if length <= uint64(len(b)) {
 				return revision, b[:length], true, true
 			}
-			return revision, b, false, len(b) >= clue
+			return revision, b, false, len(b) >= minValueBytes
 		case t == protowire.VarintType && n >= 2 && n <= 6:
 			v, size := protowire.ConsumeVarint(b)
 			if size < 0 {
@@ -186,9 +185,9 @@ func valueBehind(b []byte) (revision int64, value []byte, whole, ok bool) {
 	return 0, nil, false, false
 }
 
-// object looks at a Kubernetes object: behind the magic, runtime.Unknown with a TypeMeta of API
-// version and kind.
-func (l *look) object(b []byte, at int64) {
+// object reports a Kubernetes object of one of Config.Kinds. The magic is followed by a
+// runtime.Unknown, with a TypeMeta of API version and kind.
+func (l *inspection) object(b []byte, at int64) {
 	b = b[len(magic):]
 	n, t, size := protowire.ConsumeTag(b)
 	if size < 0 || n != 1 || t != protowire.BytesType {
@@ -205,6 +204,6 @@ func (l *look) object(b []byte, at int64) {
 		}
 	})
 	if slices.Contains(l.Kinds, kind) {
-		l.found(Finding{Place: Object, Key: kind, Offset: at, Why: "a " + kind + " of Kubernetes stands there in the clear"})
+		l.found(Finding{Place: Object, Key: kind, Offset: at, Why: "a Kubernetes " + kind + " in plaintext"})
 	}
 }

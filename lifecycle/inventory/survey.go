@@ -19,10 +19,10 @@ import (
 
 // Unavailable is the state of a value whose DEK seed could not be unwrapped: the KMS does not
 // respond, or refuses for a reason that does not say whether it is permanent.
-const Unavailable keyring.Standing = "unavailable"
+const Unavailable keyring.ValueState = "unavailable"
 
 // Standings are all states, in the order of reports.
-var Standings = []keyring.Standing{keyring.Current, keyring.Stale, keyring.Unsealed, keyring.Foreign, keyring.Undecryptable, Unavailable}
+var Standings = []keyring.ValueState{keyring.Current, keyring.Stale, keyring.Unencrypted, keyring.Foreign, keyring.Undecryptable, Unavailable}
 
 // Count counts keys and the bytes of their values.
 type Count struct {
@@ -43,19 +43,19 @@ func (c *Count) add(kv *mvccpb.KeyValue) {
 
 // KeyCount counts the values of one state that one KMS key has encrypted, or that are plaintext.
 type KeyCount struct {
-	Standing keyring.Standing `json:"standing"`
-	Provider string           `json:"provider"` // or aescbc, aesgcm, secretbox; [Plaintext] for what is not sealed; "", like KeyID, beyond a thousand of a rule
-	KeyID    string           `json:"keyID"`    // "" for what is too damaged to tell, or not sealed
+	Standing keyring.ValueState `json:"standing"`
+	Provider string             `json:"provider"` // or aescbc, aesgcm, secretbox; [Plaintext] for what is not sealed; "", like KeyID, beyond a thousand of a rule
+	KeyID    string             `json:"keyID"`    // "" for what is too damaged to tell, or not sealed
 	Count
 }
 
 // RuleCount counts the values of one rule by state.
 type RuleCount struct {
-	Prefix    string                      `json:"prefix"`
-	WriteWith string                      `json:"writeWith"`
-	All       Count                       `json:"all"`
-	Standings map[keyring.Standing]*Count `json:"standings"`
-	Keys      []KeyCount                  `json:"keys"` // by standing, in their order, provider and key ID
+	Prefix    string                        `json:"prefix"`
+	WriteWith string                        `json:"writeWith"`
+	All       Count                         `json:"all"`
+	Standings map[keyring.ValueState]*Count `json:"standings"`
+	Keys      []KeyCount                    `json:"keys"` // by standing, in their order, provider and key ID
 }
 
 // Done reports whether every value is stored as its rule requires.
@@ -78,7 +78,7 @@ func KeyBytes(key string) []byte {
 
 // Visitor is called with each key and the state of its value. err is the reason for Undecryptable
 // and Unavailable. It must not keep its arguments.
-type Visitor func(rule *Rule, kv *mvccpb.KeyValue, standing keyring.Standing, err error) error
+type Visitor func(rule *Rule, kv *mvccpb.KeyValue, standing keyring.ValueState, err error) error
 
 // Survey reads every value under rules at one revision, and counts the values by rule and state.
 // visit may be nil. Survey needs memory for one page. It continues after values that cannot be
@@ -115,7 +115,7 @@ func Survey(ctx context.Context, kv clientv3.KV, rules *Rules, look Visitor) ([]
 }
 
 // inspect returns the state of a value under its rule.
-func inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (keyring.Standing, error) {
+func inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (keyring.ValueState, error) {
 	_, standing, err := rule.Sealer.Inspect(ctx, kv.Key, kv.Value)
 	if e, ok := errors.AsType[*keyring.Error](err); ok && (e.Kind == keyring.Unavailable || e.Answered()) {
 		standing = Unavailable
@@ -140,7 +140,7 @@ const (
 func newSeedMemo() *seedMemo { return &seedMemo{failed: make(map[SeedID]seedFailure)} }
 
 // inspect returns the state of a value under its rule.
-func (m *seedMemo) inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (keyring.Standing, error) {
+func (m *seedMemo) inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (keyring.ValueState, error) {
 	if len(m.failed) > 0 {
 		seed, _, _ := SeedOf(rule, kv.Value)
 		if f, ok := m.failed[seed]; ok && time.Now().Before(f.until) {
@@ -163,24 +163,24 @@ func (m *seedMemo) inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue)
 type tally struct {
 	names     []string // see [Rule.KeyNames]
 	all       Count
-	standings map[keyring.Standing]*Count
+	standings map[keyring.ValueState]*Count
 	keys      map[sealedBy]*Count
 }
 
 type sealedBy struct {
-	standing        keyring.Standing
+	standing        keyring.ValueState
 	provider, keyID string
 }
 
 func newTally(names []string) *tally {
-	t := &tally{names: names, standings: make(map[keyring.Standing]*Count), keys: make(map[sealedBy]*Count)}
+	t := &tally{names: names, standings: make(map[keyring.ValueState]*Count), keys: make(map[sealedBy]*Count)}
 	for _, s := range Standings {
 		t.standings[s] = &Count{}
 	}
 	return t
 }
 
-func (t *tally) add(kv *mvccpb.KeyValue, standing keyring.Standing) {
+func (t *tally) add(kv *mvccpb.KeyValue, standing keyring.ValueState) {
 	t.all.add(kv)
 	t.standings[standing].add(kv)
 	by := sealedBy{standing: standing, provider: Plaintext}
@@ -192,7 +192,7 @@ func (t *tally) add(kv *mvccpb.KeyValue, standing keyring.Standing) {
 		if len(provider) > maxProvider {
 			by = sealedBy{standing: standing}
 		}
-	} else if kind, name, ok := kubernetesKey(kv.Value, t.names); ok && standing != keyring.Unsealed {
+	} else if kind, name, ok := kubernetesKey(kv.Value, t.names); ok && standing != keyring.Unencrypted {
 		by.provider, by.keyID = kind, name
 	}
 	c := t.keys[by]

@@ -1,6 +1,6 @@
-// Package purge removes old plaintext from etcd's history and database files: it finds it
-// ([ReadHistory]), compacts past it, waits for each member's compaction, and defragments the
-// members one after the other ([Defragment]).
+// Package purge removes old plaintext from etcd's history and database files. [ReadHistory] finds
+// it, and [History.Remove] compacts the history, waits until each member has carried that out, and
+// defragments the members one after the other.
 package purge
 
 import (
@@ -24,19 +24,20 @@ type History struct {
 	Compacted int64 `json:"compacted"` // revision of the last compaction; 0 if there was none
 	Present   int64 `json:"present"`   // revision that was looked up to
 	Plaintext int64 `json:"plaintext"` // old values under rules that seal which are readable, or may be
-	// CompactAt is the least revision whose compaction drops all of them; 0 if there are none.
+	// CompactAt is the lowest revision whose compaction removes all of them; 0 if there are none.
 	CompactAt int64 `json:"compactAt"`
 
 	readable func(*mvccpb.KeyValue) bool
 }
 
-// progressEvery is how often etcd is asked how far a watch has come.
+// progressEvery is the interval of progress requests for a watch.
 const progressEvery = 200 * time.Millisecond
 
-// ReadHistory looks for plaintext in the history between the last compaction and the present. It
-// takes every present value to be sealed: see [inventory.Survey]. readable is called with each old
-// value under a rule that seals, and tells what is to be counted; it keeps none. The error is
-// [ErrOldEtcd] if etcd may leave something out.
+// ReadHistory searches the history between the last compaction and the current revision for
+// plaintext. It assumes that every current value is encrypted: see [inventory.Survey]. readable is
+// called with each old value under a rule that encrypts, and reports whether to count it; it must
+// not keep its argument. The error is [ErrOldEtcd] for a version of etcd whose watches may miss
+// events.
 func ReadHistory(ctx context.Context, c *clientv3.Client, rules *inventory.Rules, readable func(old *mvccpb.KeyValue) bool) (History, error) {
 	if err := watchesAreWhole(ctx, c); err != nil {
 		return History{}, err
@@ -54,12 +55,12 @@ func ReadHistory(ctx context.Context, c *clientv3.Client, rules *inventory.Rules
 	return h, nil
 }
 
-// read follows the events of one prefix. An old value shows as the one before an event, also if it
+// read reads the events of one prefix. An old value is the previous value of an event, even if it
 // was written before the compaction.
 func (h *History) read(ctx context.Context, c *clientv3.Client, rules *inventory.Rules, prefix string) error {
 	ctx, stop := context.WithCancel(clientv3.WithRequireLeader(ctx))
 	defer stop()
-	// etcd keeps silent about the progress of a watch that begins after the present.
+	// etcd reports no progress for a watch that starts after the current revision.
 	for from := h.Compacted + 1; from <= h.Present; from = h.Compacted + 1 {
 		events := c.Watch(ctx, prefix, clientv3.WithPrefix(), clientv3.WithPrevKV(), clientv3.WithFragment(), clientv3.WithRev(from))
 		again, err := h.follow(ctx, c, rules, events)
@@ -70,8 +71,8 @@ func (h *History) read(ctx context.Context, c *clientv3.Client, rules *inventory
 	return nil
 }
 
-// follow reads a watch up to the present. again reports that the history begins later than the
-// watch.
+// follow reads a watch up to the current revision. again reports that the start of the watch was
+// compacted.
 func (h *History) follow(ctx context.Context, c *clientv3.Client, rules *inventory.Rules, events clientv3.WatchChan) (again bool, err error) {
 	tick := time.NewTicker(progressEvery)
 	defer tick.Stop()
@@ -117,8 +118,8 @@ func (h *History) see(rules *inventory.Rules, e *clientv3.Event) {
 	}
 }
 
-// compact makes etcd drop what h found. That is decided for all members at once, and done by each
-// in its own time: see settle.
+// compact compacts the history past everything that h found. Each member carries that out later:
+// see settle.
 func (h *History) compact(ctx context.Context, c *clientv3.Client) error {
 	if h.CompactAt == 0 {
 		return nil
@@ -130,9 +131,9 @@ func (h *History) compact(ctx context.Context, c *clientv3.Client) error {
 	return nil
 }
 
-// settle waits until m, in its own files, has done the compaction of h and each one before it,
-// whoever asked for them. A physical compaction is answered by the member that was asked, behind
-// all that it has to do before: also with ErrCompacted, where that revision was compacted already.
+// settle waits until m has carried out the compaction of h, and every earlier one, in its own file.
+// A member answers a physical compaction after all work before it, also if the revision is
+// compacted already and the answer is ErrCompacted.
 func (h *History) settle(ctx context.Context, c *clientv3.Client, m *Member) error {
 	at := max(h.CompactAt, h.Compacted)
 	if at <= 0 {
@@ -150,16 +151,17 @@ func (h *History) settle(ctx context.Context, c *clientv3.Client, m *Member) err
 	return err
 }
 
-// Remove compacts past what h found, waits up to settle for each member to carry that out in its
-// own files, and defragments those that have, one after the other. Of a member that has not,
-// [Member.Unproven] says why. defragmented is called after each member, with its size before.
+// Remove compacts the history past everything that h found, waits for each member to carry that out
+// in its own file, for at most settle each, and defragments those that have, one after the other.
+// [Member.Unproven] is set for the others. defragmented is called after each member, with its size
+// before.
 func (h *History) Remove(
 	ctx context.Context, c *clientv3.Client, members []Member, settle time.Duration, defragmented func(m *Member, before int64, took time.Duration),
 ) error {
 	if err := h.compact(ctx, c); err != nil {
 		return err
 	}
-	// All of them first: a member that falls behind may get the whole database of another one.
+	// First all members: one that falls behind may receive the database of another one.
 	for i := range members {
 		m := &members[i]
 		limited, cancel := context.WithTimeout(ctx, settle)
@@ -186,7 +188,7 @@ func (h *History) Remove(
 	return nil
 }
 
-// Member is a member of etcd, as [Members] found it.
+// Member is a member of the etcd cluster, as returned by [Members].
 type Member struct {
 	ID       uint64 `json:"id"`
 	Name     string `json:"name"`
@@ -197,14 +199,14 @@ type Member struct {
 	InUse    int64  `json:"dbSizeInUse"`
 	Applied  uint64 `json:"raftAppliedIndex"`
 	Why      string `json:"why,omitempty"` // no endpoint answers
-	// Unproven says why it may hold old values still, and was not defragmented.
+	// Unproven is the reason why the member may still hold old values, and was not defragmented.
 	Unproven string `json:"unproven,omitempty"`
 }
 
 const memberTimeout = 5 * time.Second
 
-// Members finds every member of the cluster: at the client's endpoints, and else at the URLs that
-// the member advertises. The leader is last.
+// Members returns every member of the cluster, the leader last. It connects to the endpoints of the
+// client, and then to the client URLs that members advertise.
 func Members(ctx context.Context, c *clientv3.Client) ([]Member, error) {
 	list, err := c.MemberList(ctx)
 	if err != nil {
@@ -254,16 +256,15 @@ func (m *Member) take(endpoint string, s *clientv3.StatusResponse) {
 	m.DBSize, m.InUse, m.Applied = s.DbSize, s.DbSizeInUse, s.RaftAppliedIndex
 }
 
-// Times of a defragmentation, during which a member answers nothing.
+// A member does not answer during its defragmentation.
 const (
 	defragTimeout = 10 * time.Minute
 	healTimeout   = 2 * time.Minute
 	healCheck     = 200 * time.Millisecond
 )
 
-// Defragment writes a member's database file anew, without what was freed in it. Before that it
-// makes sure that every member answers and that there is a leader; after that it waits until the
-// member has caught up. It updates m.
+// Defragment defragments a member's database file. It first checks that every member responds and
+// that there is a leader, and afterwards waits until the member has caught up. It updates m.
 func Defragment(ctx context.Context, c *clientv3.Client, m *Member) error {
 	if err := healthy(ctx, c); err != nil {
 		return fmt.Errorf("member %x is not defragmented, since another one would then be missing: %w", m.ID, err)
@@ -294,7 +295,7 @@ func Defragment(ctx context.Context, c *clientv3.Client, m *Member) error {
 	}
 }
 
-// healthy returns nil if every member answers, all know one leader, and none lags far behind.
+// healthy returns nil if every member responds, all agree on one leader, and none lags far behind.
 func healthy(ctx context.Context, c *clientv3.Client) error {
 	members, err := Members(ctx, c)
 	if err != nil {

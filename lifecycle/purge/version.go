@@ -12,9 +12,10 @@ import (
 // ErrOldEtcd is in the error of [ReadHistory].
 var ErrOldEtcd = errors.New("reading the history needs etcd 3.4.31, 3.5.13, 3.6 or newer")
 
-// watchesAreWhole refuses an etcd that answers how far a watch has come before it has sent the
-// events up to there, and that can lose events of a watch behind a compaction: what it seems to
-// have no history of may be readable. Kubernetes trusts in no progress of these versions either.
+// watchesAreWhole returns an error for versions of etcd that report progress of a watch before they
+// have sent all events up to that revision, or that can lose events after a compaction. Their
+// history could hold plaintext that a watch does not show. Kubernetes does not use the progress of
+// these versions either.
 func watchesAreWhole(ctx context.Context, c *clientv3.Client) error {
 	var silent error
 	answers := false
@@ -37,7 +38,8 @@ func watchesAreWhole(ctx context.Context, c *clientv3.Client) error {
 	return nil
 }
 
-// watchIsWhole takes a version as etcd tells it, and what is none for an old one.
+// watchIsWhole reports whether a version sends complete watches. A text that is not a version
+// counts as an old one.
 func watchIsWhole(version string) bool {
 	var major, minor, patch int
 	if _, err := fmt.Sscanf(version, "%d.%d.%d", &major, &minor, &patch); err != nil {

@@ -7,19 +7,19 @@ import (
 // item is a value to write.
 type item struct {
 	key      string
-	value    []byte // as it is to be stored
-	revision int64  // that wrote the old one
+	value    []byte // the new stored value
+	revision int64  // of the old value
 	lease    int64  // of the key at that revision
-	attempts int    // that somebody else was faster
+	attempts int    // that lost against a write of another client
 }
 
-// opOverhead is the bytes of a compare, a put and a get in a transaction, beside the key, which
-// stands in each, and the value: lengths, tags and revisions.
+// opOverhead is the size of a compare, a put and a get in a transaction without keys and value:
+// lengths, tags and revisions.
 const opOverhead = 96
 
 func (i *item) size() int { return 3*len(i.key) + len(i.value) + opOverhead }
 
-// batch is what one transaction is to write.
+// batch is the content of one transaction.
 type batch struct {
 	items []*item
 	size  int
@@ -29,22 +29,20 @@ func (b *batch) add(i *item) {
 	b.items, b.size = append(b.items, i), b.size+i.size()
 }
 
-// take returns the items and leaves the batch empty.
+// take returns the items and empties the batch.
 func (b *batch) take() []*item {
 	items := b.items
 	*b = batch{}
 	return items
 }
 
-// maxBatch is the bytes of a transaction of several values: more would only hold up other clients
-// of etcd.
+// maxBatch limits a transaction of several values, because larger ones delay other clients of etcd.
 const maxBatch = 512 << 10
 
-// limits are those of one transaction, as far as they are known.
+// limits are the limits of one transaction, lowered when etcd refuses one.
 type limits struct{ keys, bytes atomic.Int64 }
 
-// set sets the limits. The bytes of a request are not all used, as etcd adds to it before it
-// measures.
+// set sets the limits. It leaves room for what etcd adds to a request before it checks the size.
 func (l *limits) set(keys, bytes int) {
 	l.keys.Store(int64(keys))
 	l.bytes.Store(int64(min(maxBatch, bytes*9/10)))
@@ -52,16 +50,16 @@ func (l *limits) set(keys, bytes int) {
 
 func (l *limits) maxKeys() int { return int(l.keys.Load()) }
 
-// allow reports whether one more item may join a batch. The first one always may: only etcd knows
-// what is too large.
+// allow reports whether an item may join a batch. The first one always may, because only etcd can
+// tell whether it is too large.
 func (l *limits) allow(b *batch, i *item) bool {
 	return len(b.items) == 0 || len(b.items) < l.maxKeys() && b.size+i.size() <= int(l.bytes.Load())
 }
 
-// fewerKeys learns that etcd does not take n keys at a time.
+// fewerKeys lowers the limit after etcd refused n keys.
 func (l *limits) fewerKeys(n int) { lower(&l.keys, int64(max(1, n/2))) }
 
-// fewerBytes learns that etcd does not take a batch of n bytes.
+// fewerBytes lowers the limit after etcd refused n bytes.
 func (l *limits) fewerBytes(n int) { lower(&l.bytes, int64(max(1, n/2))) }
 
 func lower(limit *atomic.Int64, to int64) {

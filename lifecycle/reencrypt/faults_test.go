@@ -21,8 +21,8 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/etcdtest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/etcdtest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/restore"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/etcdmodel"
@@ -160,9 +160,9 @@ func (s *simulation) check() {
 		if err != nil {
 			s.t.Errorf("%s before revision %d: %v", key, v.ModRevision, err)
 		}
-		now, standing, err := s.sealer.Inspect(s.t.Context(), v.Key, v.Value)
-		if err != nil || standing != keyring.Current || !bytes.Equal(was, now) || v.Lease != values[before].Lease {
-			s.t.Errorf("%s at revision %d: %s, %q with lease %d was replaced by %q with lease %d (%v)", key, v.ModRevision, standing, was, values[before].Lease, now, v.Lease, err)
+		now, state, err := s.sealer.Inspect(s.t.Context(), v.Key, v.Value)
+		if err != nil || state != keyring.Current || !bytes.Equal(was, now) || v.Lease != values[before].Lease {
+			s.t.Errorf("%s at revision %d: %s, %q with lease %d was replaced by %q with lease %d (%v)", key, v.ModRevision, state, was, values[before].Lease, now, v.Lease, err)
 		}
 		if strings.HasPrefix(key, "/r/exempt/") {
 			s.t.Errorf("%s was rewritten, which no rule is for", key)
@@ -177,8 +177,8 @@ func (s *simulation) checkDone() {
 		if v.By != 0 || s.rules.Of(v.Key) == nil {
 			continue
 		}
-		if _, standing, err := s.sealer.Inspect(s.t.Context(), v.Key, v.Value); standing != keyring.Current {
-			s.t.Errorf("%s is %s in the end (%v)", v.Key, standing, err)
+		if _, state, err := s.sealer.Inspect(s.t.Context(), v.Key, v.Value); state != keyring.Current {
+			s.t.Errorf("%s is %s in the end (%v)", v.Key, state, err)
 		}
 	}
 }
@@ -403,7 +403,7 @@ func TestSeveralRuns(t *testing.T) {
 				working++
 				most = max(most, working)
 				mu.Unlock()
-				err := rest(ctx, time.Second)
+				err := sleep(ctx, time.Second)
 				mu.Lock()
 				working--
 				mu.Unlock()
@@ -557,7 +557,7 @@ func TestLoop(t *testing.T) {
 		set(func() { leads = true })
 		time.Sleep(10 * time.Second)
 		want("it leads", 1)
-		time.Sleep(loopAgain + 10*time.Second)
+		time.Sleep(loopRepeat + 10*time.Second)
 		want("it found work", 2)
 		time.Sleep(30 * time.Minute)
 		want("nothing happened", 2)
@@ -569,12 +569,12 @@ func TestLoop(t *testing.T) {
 		set(func() { keys, failing = "3", true })
 		time.Sleep(10 * time.Second)
 		want("a run that fails", 5)
-		time.Sleep(loopAgain + 10*time.Second)
+		time.Sleep(loopRepeat + 10*time.Second)
 		want("again", 6)
 		set(func() { failing = false })
-		time.Sleep(loopAgain + 10*time.Second)
+		time.Sleep(loopRepeat + 10*time.Second)
 		want("etcd is back", 7)
-		time.Sleep(loopAgain + 10*time.Second) // the one that found work
+		time.Sleep(loopRepeat + 10*time.Second) // the one that found work
 		runs := len(results)
 		s.cluster.Put("/other", "x")
 		time.Sleep(10 * time.Second)

@@ -13,10 +13,10 @@ type Loop struct {
 	Config Config
 	// Interval is the time between two runs for which there is no other reason.
 	Interval time.Duration
-	// Keys identifies what values are sealed with now, rules and keys. When it changes, there is a
-	// run.
+	// Keys identifies the rules and keys that new values are encrypted with. When it changes, there
+	// is a run.
 	Keys func() string
-	// Leader reports whether there is to be a run at all. nil is always.
+	// Leader reports whether this process runs. nil means that it always does.
 	Leader func() bool
 	// Ended is called with the end of each run. It must not block for long.
 	Ended func(Result, error)
@@ -26,9 +26,9 @@ type Loop struct {
 
 const (
 	loopCheck = 5 * time.Second
-	// loopAgain is after a run that failed or found something to do: what others sealed under the
-	// old key until they had learned of the new one.
-	loopAgain = 2 * time.Minute
+	// loopRepeat is the time after a run that failed or rewrote values. Other proxies may have
+	// encrypted values under the old key until they noticed the new one.
+	loopRepeat = 2 * time.Minute
 )
 
 // Run re-encrypts until ctx ends. A run under way is interrupted then, and Ended is called as for
@@ -42,7 +42,7 @@ func (l *Loop) Run(ctx context.Context) {
 		switch now := l.Keys(); {
 		case l.Leader != nil && !l.Leader():
 			last = time.Time{}
-		case l.restored(ctx), last.IsZero(), now != keys, time.Since(last) >= l.Interval, again && time.Since(last) >= loopAgain:
+		case l.restored(ctx), last.IsZero(), now != keys, time.Since(last) >= l.Interval, again && time.Since(last) >= loopRepeat:
 			result, err := Run(ctx, l.Config)
 			l.Ended(result, err)
 			last, keys, again = time.Now(), now, err != nil || result.Rewritten > 0
@@ -55,11 +55,11 @@ func (l *Loop) Run(ctx context.Context) {
 	}
 }
 
-// restored reports whether etcd was restored since the last call: a backup holds values that are
-// sealed with older keys.
+// restored reports whether etcd was restored since the last call: a backup may hold values that are
+// encrypted under older keys.
 func (l *Loop) restored(ctx context.Context) bool {
 	ctx, cancel := context.WithTimeout(ctx, loopCheck)
 	defer cancel()
 	restored, _, _, err := l.history.Check(ctx, l.Config.Client, l.Config.Prefix)
-	return err == nil && restored // what cannot be read yet shows in a later call
+	return err == nil && restored // a later call notices what cannot be read now
 }

@@ -9,20 +9,20 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// A pace judges by the transactions since it last did.
+// The rate is adjusted after every paceTxns transactions.
 const (
 	paceTxns = 16
 	slowTxn  = 250 * time.Millisecond // the median from which on etcd is slow
 	quickTxn = slowTxn / 4            // and below which it is quick again
-	paceMost = 8                      // times slower than at first, at most
+	paceMost = 8                      // the rate is at most so many times lower than at first
 )
 
-// pace holds the rate of writing, and lowers it while etcd is slow, so that other clients of etcd
-// are served. It is safe for concurrent use.
+// pace limits the rate of writes, and lowers it while etcd is slow, to protect other clients of
+// etcd. It is safe for concurrent use.
 type pace struct {
 	limiter *rate.Limiter
 	most    rate.Limit // as configured
-	told    func(slow bool)
+	onSlow  func(slow bool)
 
 	mu     sync.Mutex
 	recent []time.Duration // since begun
@@ -31,10 +31,10 @@ type pace struct {
 	first  rate.Limit // how quick it was before it was lowered; 0 while it is not
 }
 
-// newPace makes a pace of so many keys a second, 0 for any number, and so many a transaction. told
-// learns when it is lowered, and when it no longer is.
-func newPace(perSecond float64, burst int, told func(slow bool)) *pace {
-	p := &pace{most: rate.Inf, told: told}
+// newPace returns a pace of so many keys per second (0 is no limit), and so many per transaction.
+// onSlow is called when the rate is lowered, and when it is restored.
+func newPace(perSecond float64, burst int, onSlow func(slow bool)) *pace {
+	p := &pace{most: rate.Inf, onSlow: onSlow}
 	if perSecond > 0 {
 		p.most = rate.Limit(perSecond)
 	}
@@ -53,7 +53,7 @@ func (p *pace) wait(ctx context.Context, keys int) error {
 	return nil
 }
 
-// took learns how long a transaction of so many keys took.
+// took records the duration of a transaction of so many keys.
 func (p *pace) took(d time.Duration, keys int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -71,20 +71,20 @@ func (p *pace) took(d time.Duration, keys int) {
 	p.recent, p.keys = p.recent[:0], 0
 }
 
-// judge lowers or raises the limit, from how quick it really was.
+// judge adjusts the rate, based on the rate achieved.
 func (p *pace) judge(median time.Duration, real rate.Limit) {
 	switch {
 	case median > slowTxn:
 		if p.first == 0 {
 			p.first = real
-			p.told(true)
+			p.onSlow(true)
 		}
 		p.limiter.SetLimit(max(min(real, p.limiter.Limit())/2, p.first/paceMost))
 	case median < quickTxn && p.first > 0:
 		next := p.limiter.Limit() * 2
 		if next >= p.most || next >= p.first*2 {
 			next, p.first = p.most, 0
-			p.told(false)
+			p.onSlow(false)
 		}
 		p.limiter.SetLimit(next)
 	}

@@ -14,37 +14,37 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/restore"
 )
 
-// run is one run of Reencrypt.
+// run is the state of one call of [Run].
 type run struct {
 	cfg    Config
 	limits limits
 	pace   *pace
-	// history is etcd's, as all reads of the run have seen it.
+	// history has observed every response to the reads of the run.
 	history restore.Detector
 
 	begin    sync.Once
 	beginErr error
 
-	mu    sync.Mutex
-	done  Progress
-	left  []Skipped
-	span  inventory.Span
-	todo  bool // this pass found something to do
-	waits map[string]*waiting
-	aside *asideList
+	mu       sync.Mutex
+	done     Progress
+	left     []Skipped
+	span     inventory.Span
+	todo     bool // this pass found something to do
+	waits    map[string]*waiting
+	deferred *deferredList
 }
 
 func newRun(c Config) *run {
-	for field, standard := range map[*int]int{&c.Workers: defaultWorkers, &c.TxnKeys: 1, &c.Passes: defaultPasses, &c.MaxBytes: defaultMaxBytes} {
+	for field, fallback := range map[*int]int{&c.Workers: defaultWorkers, &c.TxnKeys: 1, &c.Passes: defaultPasses, &c.MaxBytes: defaultMaxBytes} {
 		if *field <= 0 {
-			*field = standard
+			*field = fallback
 		}
 	}
-	r := &run{cfg: c, waits: make(map[string]*waiting), aside: newAsideList()}
+	r := &run{cfg: c, waits: make(map[string]*waiting), deferred: newDeferredList()}
 	r.limits.set(c.TxnKeys, c.MaxBytes)
 	r.pace = newPace(c.Rate, c.TxnKeys, func(slow bool) {
 		if slow {
-			r.pause(waitSlow, "fewer values a second are rewritten until it is quicker")
+			r.pause(waitSlow, "fewer values per second are rewritten until it is faster")
 		} else {
 			r.resume(waitSlow)
 		}
@@ -52,7 +52,7 @@ func newRun(c Config) *run {
 	return r
 }
 
-// progress returns what was done so far.
+// progress returns the counts so far.
 func (r *run) progress() Progress {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -69,21 +69,21 @@ func (r *run) result() Result {
 	return Result{Progress: r.done, Skipped: left, Revisions: r.span}
 }
 
-// count changes what was done.
+// count changes the counts.
 func (r *run) count(change func(p *Progress)) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	change(&r.done)
 }
 
-func (r *run) tell() {
+func (r *run) report() {
 	if r.cfg.Progress != nil {
 		r.cfg.Progress(r.progress())
 	}
 }
 
-// leave gives up a key.
-func (r *run) leave(counter func(p *Progress) *int64, key []byte, why string) {
+// skip skips a key.
+func (r *run) skip(counter func(p *Progress) *int64, key []byte, why string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	*counter(&r.done)++
@@ -92,22 +92,22 @@ func (r *run) leave(counter func(p *Progress) *int64, key []byte, why string) {
 	}
 }
 
-// The counters of what is left.
-func leftForeign(p *Progress) *int64       { return &p.Foreign }
-func leftPlaintext(p *Progress) *int64     { return &p.Plaintext }
-func leftUndecryptable(p *Progress) *int64 { return &p.Undecryptable }
-func leftRefused(p *Progress) *int64       { return &p.Refused }
-func leftFailed(p *Progress) *int64        { return &p.Failed }
+// skippedForeign and the functions that follow return the counters of skipped values.
+func skippedForeign(p *Progress) *int64       { return &p.Foreign }
+func skippedPlaintext(p *Progress) *int64     { return &p.Plaintext }
+func skippedUndecryptable(p *Progress) *int64 { return &p.Undecryptable }
+func skippedRefused(p *Progress) *int64       { return &p.Refused }
+func skippedFailed(p *Progress) *int64        { return &p.Failed }
 
-// foundWork notes that there was something to do in this pass, so that another one has to prove
-// that nothing is left.
+// foundWork records that this pass found something to do, so that another pass must confirm that
+// nothing is left.
 func (r *run) foundWork() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.todo = true
 }
 
-// pass looks at every key once, and reports whether it found anything to do.
+// pass makes one pass over all keys, and reports whether it found anything to do.
 func (r *run) pass(ctx context.Context) (again bool, err error) {
 	r.count(func(p *Progress) {
 		p.Pass++
@@ -133,7 +133,7 @@ func (r *run) pass(ctx context.Context) (again bool, err error) {
 	if err = group.Wait(); err == nil {
 		err = r.settle(ctx)
 	}
-	r.tell()
+	r.report()
 	if cause := context.Cause(ctx); cause != nil {
 		return false, cause
 	}
@@ -144,7 +144,7 @@ func (r *run) pass(ctx context.Context) (again bool, err error) {
 
 // scan reads all keys and hands them to the workers.
 func (r *run) scan(ctx context.Context, feed chan<- *mvccpb.KeyValue) (inventory.Span, error) {
-	return inventory.ScanWith(ctx, &r.history, patientKV{KV: r.cfg.Client, run: r}, r.cfg.Rules().Within(r.cfg.Prefix), 0, func(kv *mvccpb.KeyValue) error {
+	return inventory.ScanWith(ctx, &r.history, retryingKV{KV: r.cfg.Client, run: r}, r.cfg.Rules().Within(r.cfg.Prefix), 0, func(kv *mvccpb.KeyValue) error {
 		select {
 		case feed <- kv:
 			return nil
@@ -157,12 +157,12 @@ func (r *run) scan(ctx context.Context, feed chan<- *mvccpb.KeyValue) (inventory
 // batchAge is how long a batch waits to be filled.
 const batchAge = time.Second
 
-// work rewrites what needs it of what is fed, in batches.
+// work rewrites the values received from feed that need it, in batches.
 func (r *run) work(ctx context.Context, feed <-chan *mvccpb.KeyValue) error {
 	var b batch
 	flush := func() error {
 		err := r.store(ctx, b.take())
-		r.tell()
+		r.report()
 		return err
 	}
 	tick := time.NewTicker(batchAge)
@@ -183,7 +183,7 @@ func (r *run) work(ctx context.Context, feed <-chan *mvccpb.KeyValue) error {
 			if err != nil {
 				return err
 			}
-			if r.aside.full() {
+			if r.deferred.full() {
 				if err := r.settle(ctx); err != nil {
 					return err
 				}
@@ -205,14 +205,14 @@ func (r *run) work(ctx context.Context, feed <-chan *mvccpb.KeyValue) error {
 	}
 }
 
-// first looks at a key for the first time in this pass.
+// first processes a key for the first time in this pass.
 func (r *run) first(ctx context.Context, kv *mvccpb.KeyValue) (*item, error) {
 	f, err := r.renew(ctx, kv, true)
 	if err != nil || f.what == noRule {
 		return nil, err
 	}
-	if f.what == isAside {
-		r.aside.add(f.aside)
+	if f.what == isDeferred {
+		r.deferred.add(f.deferred)
 	}
 	r.count(func(p *Progress) {
 		p.Keys++

@@ -16,66 +16,65 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 )
 
-// Config configures Reencrypt. The zero value of a field is its documented default.
+// Config configures [Run]. The zero value of a field is its documented default.
 type Config struct {
 	Client *clientv3.Client
-	// Rules are those of the moment: they may change while a run is under way.
+	// Rules returns the current rules, which may change during a run.
 	Rules  func() *inventory.Rules
 	Prefix string // only keys that begin with it
-	// Workers is how many transactions are under way at a time; 0 is 4.
+	// Workers is the number of concurrent transactions; 0 is 4.
 	Workers int
-	// Rate is how many values are rewritten a second at most; 0 is as many as etcd takes.
+	// Rate is the maximum number of values rewritten per second; 0 is no limit.
 	Rate float64
-	// TxnKeys is how many values one transaction rewrites at most; 0 is 1. Values of one
+	// TxnKeys is the maximum number of values in one transaction; 0 is 1. The values of one
 	// transaction change at one revision. A client of kube-apiserver whose watch breaks between two
-	// of them goes on after that revision, and never learns of the second: more than 1 is for other
+	// of them continues after that revision and misses the second one, so more than 1 is for other
 	// clients of etcd.
 	TxnKeys int
-	// MaxBytes is etcd's --max-request-bytes; 0 is its default. Where etcd's limits are lower, that
-	// is found out.
+	// MaxBytes is etcd's --max-request-bytes; 0 is its default. Lower limits of etcd are detected.
 	MaxBytes int
-	// Passes is how often all keys are looked at, at most, until there is nothing left to do; 0 is
-	// 5. A later pass finds what others wrote meanwhile.
+	// Passes is the maximum number of passes over all keys; 0 is 5. A later pass finds what other
+	// clients wrote during the one before. There is none if nothing was left to do.
 	Passes int
 	// DryRun counts in one pass what would be written, and writes nothing.
 	DryRun bool
 	// EncryptPlaintext encrypts plaintext under rules that are [inventory.Rule.Strict] as well.
-	// Without it such values are left: reads of them are refused, and encrypting them would turn
-	// whatever was written past the proxies into genuine values.
+	// Without it, such values are skipped: reads of them are refused, and encryption would turn
+	// values that were written to etcd directly into valid ones.
 	EncryptPlaintext bool
 
-	// coordination.Election is about who works, of several. None if its Key is empty, or in a dry
-	// run.
+	// Election elects one of several processes. There is none if its Key is empty, or in a dry run.
 	Election coordination.Election
 	// Check is called before each pass; its error ends the run. May be nil.
 	Check func(context.Context) error
 	// Begin is called once, before the first transaction; its error ends the run. May be nil.
 	Begin func() error
 
-	// Progress is told after each transaction and now and then, on several goroutines. May be nil.
+	// Progress is called after each transaction and at intervals, on several goroutines. May be
+	// nil.
 	Progress func(Progress)
-	// Paused is told what the run waits for, and why, and "" when it goes on, on several
-	// goroutines. May be nil.
+	// Paused is called, on several goroutines, with what the run waits for and why, and with an
+	// empty reason when it continues. May be nil.
 	Paused func(what, why string)
 }
 
-// Progress is what a run has done so far.
+// Progress counts what a run has done so far.
 type Progress struct {
 	Pass          int   `json:"passes"`        // the first is 1
-	Keys          int64 `json:"keys"`          // looked at in this pass
-	Current       int64 `json:"current"`       // were found as their rules write them, in the first pass
+	Keys          int64 `json:"keys"`          // examined in this pass
+	Current       int64 `json:"current"`       // stored as their rules require, in the first pass
 	Rewritten     int64 `json:"rewritten"`     // with DryRun: would be
-	Bytes         int64 `json:"bytes"`         // of their keys and new values: what the database grows by at least
+	Bytes         int64 `json:"bytes"`         // of their keys and new values: the minimum growth of the database
 	Transactions  int64 `json:"transactions"`  // that is, revisions of etcd
-	Raced         int64 `json:"raced"`         // times that a value was written or deleted by somebody else meanwhile, and was looked at again
-	Foreign       int64 `json:"foreign"`       // left in this pass: sealed by a provider that the rule does not read
-	Plaintext     int64 `json:"plaintext"`     // left in this pass: plaintext under a rule that is strict
-	Undecryptable int64 `json:"undecryptable"` // left in this pass: they do not open
-	Refused       int64 `json:"refused"`       // left in this pass: their KMS is well, and does not unwrap their DEK seeds
-	Failed        int64 `json:"failed"`        // left in this pass: they cannot be sealed, or etcd does not take them
+	Raced         int64 `json:"raced"`         // times that another client wrote or deleted a value meanwhile
+	Foreign       int64 `json:"foreign"`       // skipped in this pass: encrypted by a provider that the rule does not read
+	Plaintext     int64 `json:"plaintext"`     // skipped in this pass: plaintext under a strict rule
+	Undecryptable int64 `json:"undecryptable"` // skipped in this pass: they cannot be decrypted
+	Refused       int64 `json:"refused"`       // skipped in this pass: their KMS is healthy, and does not unwrap their DEK seeds
+	Failed        int64 `json:"failed"`        // skipped in this pass: they cannot be encrypted, or etcd refuses them
 }
 
-// Unfinished is how many values are not as their rules write them.
+// Unfinished returns the number of values that are not stored as their rules require.
 func (p *Progress) Unfinished() int64 {
 	return p.Foreign + p.Plaintext + p.Undecryptable + p.Refused + p.Failed
 }
@@ -87,14 +86,14 @@ type Skipped struct {
 	Why      string `json:"why"`
 }
 
-// MaxSkipped is how many of the keys that are left a Result names.
+// MaxSkipped is the maximum length of Result.Skipped.
 const MaxSkipped = 100
 
-// Result is what a run has done.
+// Result is the outcome of a run.
 type Result struct {
 	Progress
 	Skipped   []Skipped      `json:"left"`      // of the last pass, the first MaxSkipped
-	Revisions inventory.Span `json:"revisions"` // from the first that was read to the last that was written or read
+	Revisions inventory.Span `json:"revisions"` // from the first read to the last read or written
 	Duration  time.Duration  `json:"-"`
 }
 
@@ -104,17 +103,17 @@ const (
 	defaultMaxBytes = 1536 << 10
 )
 
-// Reencrypt brings every value under rules to what its rule writes now. Each transaction holds only
-// if none of its keys was written since it was read, so that a concurrent write always wins, and
-// ending the process at any time leaves each value as it was or as it is to be. Leases stay. What
-// is written was opened first, and compared. It passes over all keys until there is nothing left to
-// do, and returns what it did so far even with an error, which is that of ctx if it was
-// interrupted: transactions under way are finished then.
+// Run rewrites every value under rules that is not stored as its rule requires. A transaction
+// applies only if none of its keys was written since it was read. Therefore a concurrent write
+// always wins, and a process that ends at any time leaves each value either unchanged or rewritten.
+// Leases are kept. Every new value is decrypted and compared before it is written. Run makes passes
+// over all keys until nothing is left to do. It returns its result also with an error. After ctx
+// ends it finishes the transactions in flight, and returns the error of ctx.
 //
-// A value whose DEK seed its KMS does not unwrap, for no reason that says whether it lasts, is put
-// aside until the others are done, tried again, and left if its KMS is well otherwise. It waits,
-// and says so, while etcd or a KMS is not there, while etcd has no space, and while another process
-// does the same, and goes slower while etcd is slow.
+// If the KMS does not unwrap a DEK seed, and does not say whether that is permanent, the value is
+// deferred until all others are done, and tried again. It is skipped if the KMS is healthy
+// otherwise. Run waits, and reports that through Paused, while etcd or a KMS is unavailable, while
+// etcd has no space, and while another process re-encrypts. It slows down while etcd is slow.
 func Run(ctx context.Context, c Config) (Result, error) {
 	r := newRun(c)
 	begun := time.Now()
@@ -127,7 +126,7 @@ func Run(ctx context.Context, c Config) (Result, error) {
 	return result, nil
 }
 
-// elected makes the passes once this process is the one to do so.
+// elected makes the passes once this process is elected.
 func (r *run) elected(ctx context.Context) error {
 	if r.cfg.DryRun || r.cfg.Election.Key == "" {
 		return r.passes(ctx)
@@ -135,7 +134,7 @@ func (r *run) elected(ctx context.Context) error {
 	wait := newBackOff()
 	for {
 		err := r.cfg.Election.Run(ctx, r.passes)
-		why := passing(err)
+		why := temporary(err)
 		if ctx.Err() != nil || why == "" && !errors.Is(err, coordination.ErrLeadershipLost) {
 			return err
 		}
@@ -143,7 +142,7 @@ func (r *run) elected(ctx context.Context) error {
 			why = err.Error()
 		}
 		r.pause(waitElection, why)
-		err = rest(ctx, wait.NextBackOff())
+		err = sleep(ctx, wait.NextBackOff())
 		r.resume(waitElection)
 		if err != nil {
 			return err
@@ -151,7 +150,7 @@ func (r *run) elected(ctx context.Context) error {
 	}
 }
 
-// passes looks at all keys until there is nothing left to do.
+// passes makes passes until one finds nothing to do.
 func (r *run) passes(ctx context.Context) error {
 	for n := 0; n < r.cfg.Passes; n++ {
 		if r.cfg.Check != nil {

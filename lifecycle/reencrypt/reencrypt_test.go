@@ -129,7 +129,7 @@ func TestPassing(t *testing.T) {
 		{rpctypes.ErrRequestTooLarge, false}, {rpctypes.ErrTooManyOps, false}, {rpctypes.ErrPermissionDenied, false}, {rpctypes.ErrCorrupt, false},
 		{status.Error(codes.ResourceExhausted, "grpc: received message larger than max (2 vs. 1)"), false},
 	} {
-		if got := passing(test.err) != ""; got != test.passes {
+		if got := temporary(test.err) != ""; got != test.passes {
 			t.Errorf("%v passes: %v", test.err, got)
 		}
 	}
@@ -141,7 +141,7 @@ func TestPassing(t *testing.T) {
 // script is a rule that seals and opens as it is told.
 type script struct {
 	seal    func(value []byte) ([]byte, error)
-	inspect func(stored []byte) ([]byte, keyring.Standing, error)
+	inspect func(stored []byte) ([]byte, keyring.ValueState, error)
 }
 
 func (s script) Seal(_ context.Context, _, value []byte) ([]byte, error) { return s.seal(value) }
@@ -154,7 +154,7 @@ func (s script) Recheck([]byte) (keyring.State, bool) {
 	return keyring.State{Healthy: true, LastGood: time.Now()}, true
 }
 
-func (s script) Inspect(_ context.Context, _, stored []byte) ([]byte, keyring.Standing, error) {
+func (s script) Inspect(_ context.Context, _, stored []byte) ([]byte, keyring.ValueState, error) {
 	return s.inspect(stored)
 }
 
@@ -173,8 +173,8 @@ func stored(t *testing.T, keyID, mark string) []byte {
 // else, or may not be sealed is left.
 func TestRenew(t *testing.T) {
 	t.Parallel()
-	opensTo := func(text string, fresh keyring.Standing) func([]byte) ([]byte, keyring.Standing, error) {
-		return func(b []byte) ([]byte, keyring.Standing, error) {
+	opensTo := func(text string, fresh keyring.ValueState) func([]byte) ([]byte, keyring.ValueState, error) {
+		return func(b []byte) ([]byte, keyring.ValueState, error) {
 			if strings.Contains(string(b), "fresh") {
 				return []byte(text), fresh, nil
 			}
@@ -190,15 +190,15 @@ func TestRenew(t *testing.T) {
 		why  string
 	}{
 		"renewed":             {script{seals("2"), opensTo("value", keyring.Current)}, isToWrite, ""},
-		"a damaged result":    {script{seals("2"), opensTo("other", keyring.Current)}, isLeft, "opens to something else"},
-		"no better":           {script{seals("1"), opensTo("value", keyring.Stale)}, isLeft, "would change nothing"},
+		"a damaged result":    {script{seals("2"), opensTo("other", keyring.Current)}, isSkipped, "does not decrypt to the old plaintext"},
+		"no better":           {script{seals("1"), opensTo("value", keyring.Stale)}, isSkipped, "would change nothing"},
 		"better, not current": {script{seals("2"), opensTo("value", keyring.Stale)}, isToWrite, ""},
 		"refused": {script{
 			func([]byte) ([]byte, error) { return nil, &keyring.Error{Kind: keyring.Refused, Text: "looks sealed"} }, opensTo("value", keyring.Current),
-		}, isLeft, "looks sealed"},
+		}, isSkipped, "looks sealed"},
 		"key disabled": {script{
 			func([]byte) ([]byte, error) { return nil, &keyring.Error{Kind: keyring.KeyUnusable, Text: "disabled"} }, opensTo("value", keyring.Current),
-		}, isLeft, "disabled"},
+		}, isSkipped, "disabled"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			rules := inventory.NewRules([]inventory.Rule{{Prefix: "/", WriteWith: "main", Sealer: test.rule}})
@@ -224,7 +224,7 @@ func TestRenewWaits(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		calls := 0
-		rule := script{nil, func([]byte) ([]byte, keyring.Standing, error) {
+		rule := script{nil, func([]byte) ([]byte, keyring.ValueState, error) {
 			if calls++; calls < 20 {
 				return nil, keyring.Undecryptable, &keyring.Error{Kind: keyring.Unavailable, Text: "no answer"}
 			}

@@ -16,15 +16,15 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/restore"
 )
 
-// Times of the writing.
+// Limits of writing a value.
 const (
 	txnTimeout  = 30 * time.Second
-	txnGrace    = 5 * time.Second // for a transaction under way when the run is to end
-	maxAttempts = 10              // at a key that others keep writing
+	txnGrace    = 5 * time.Second // for a transaction in flight when the run ends
+	maxAttempts = 10              // for a key that other clients keep writing
 )
 
-// store writes items, whole or in parts. Those that somebody else has written are looked at again,
-// one by one.
+// store writes items in one or more transactions. Items that another client has written since are
+// processed again, one by one.
 func (r *run) store(ctx context.Context, items []*item) error {
 	if len(items) == 0 {
 		return nil
@@ -49,7 +49,7 @@ func (r *run) store(ctx context.Context, items []*item) error {
 	return nil
 }
 
-// storePart writes items by one transaction, or learns why not.
+// storePart writes items in one transaction, or handles its failure.
 func (r *run) storePart(ctx context.Context, items []*item) error {
 	answer, err := r.commit(ctx, items)
 	switch {
@@ -63,7 +63,7 @@ func (r *run) storePart(ctx context.Context, items []*item) error {
 	case len(items) > 1 && tooLarge(err):
 		r.limits.fewerBytes(sizeOf(items))
 	case len(items) > 1 && (errors.Is(err, rpctypes.ErrLeaseNotFound) || codeOf(err) == codes.PermissionDenied):
-		// Only one of them is meant.
+		// The error is about one of them.
 		for _, i := range items {
 			if err := r.storePart(ctx, []*item{i}); err != nil {
 				return err
@@ -78,17 +78,17 @@ func (r *run) storePart(ctx context.Context, items []*item) error {
 	return r.store(ctx, items)
 }
 
-// refused deals with a single item that etcd does not take. What will not do for any other key
-// either is an error.
+// refused handles a single item that etcd refuses. A failure that concerns every key is returned as
+// an error.
 func (r *run) refused(ctx context.Context, i *item, err error) error {
 	key := []byte(i.key)
 	switch {
 	case tooLarge(err):
-		r.leave(leftFailed, key, fmt.Sprintf("etcd refuses it as too large with what sealing adds: raise etcd's --max-request-bytes above %d", i.size()+512))
+		r.skip(skippedFailed, key, fmt.Sprintf("etcd refuses it as too large with the size that encryption adds: raise etcd's --max-request-bytes above %d", i.size()+512))
 	case errors.Is(err, rpctypes.ErrLeaseNotFound):
-		// The lease has ended, and the key with it. If it has not, then only because etcd lost the
-		// lease: a put that kept it would end etcd's members.
-		now, err := patientKV{KV: r.cfg.Client, run: r}.Get(ctx, i.key)
+		// The lease has expired, and the key with it. If the key still exists, etcd has lost the
+		// lease: a put that kept it would crash etcd's members.
+		now, err := retryingKV{KV: r.cfg.Client, run: r}.Get(ctx, i.key)
 		if err != nil {
 			return err
 		}
@@ -99,16 +99,16 @@ func (r *run) refused(ctx context.Context, i *item, err error) error {
 		if now.Kvs[0].ModRevision != i.revision {
 			return r.renewed(ctx, i, now.Kvs[0])
 		}
-		r.leave(leftFailed, key, fmt.Sprintf("its lease %x is not known to etcd: write it anew, or delete it", i.lease))
+		r.skip(skippedFailed, key, fmt.Sprintf("etcd does not know its lease %x: write it again, or delete it", i.lease))
 	case codeOf(err) == codes.PermissionDenied && i.lease != 0:
-		r.leave(leftFailed, key, fmt.Sprintf("etcd denies it: etcd.username must be able to write all keys of the lease %x", i.lease))
+		r.skip(skippedFailed, key, fmt.Sprintf("etcd denies it: etcd.username must be able to write all keys of the lease %x", i.lease))
 	default:
 		return err
 	}
 	return nil
 }
 
-// wrote counts what one transaction has stored, at a revision.
+// wrote counts the items of one transaction, applied at a revision.
 func (r *run) wrote(items []*item, revision int64) {
 	r.count(func(p *Progress) {
 		for _, i := range items {
@@ -120,17 +120,17 @@ func (r *run) wrote(items []*item, revision int64) {
 	})
 }
 
-// commit sends one transaction that changes items if none was written since it was read, and
-// otherwise reads them. It waits while etcd is not there or has no space. After an answer that was
-// lost the transaction may have been applied: then it does not hold the next time, and the values
-// read are those to be stored.
+// commit sends one transaction that writes items if none of their keys was written since it was
+// read, and reads them otherwise. It waits while etcd is unavailable or has no space. If a response
+// was lost, the transaction may have been applied: then the compare fails the next time, and the
+// values read are those of the items.
 //
-// If etcd was away, it may be back with older data, in which another value can have the revision
-// that was read. Then the run ends with [restore.ErrRestored].
+// After an outage, etcd may have been restored, and another value can have the revision that was
+// read. Then the error is [restore.ErrRestored].
 //
-// The lease is that of the key at its revision, and so that of the key. (The option to keep
-// whatever lease the key has would be shorter; but where etcd lost the lease of a key, each of its
-// members would panic on that. Like this, it answers that there is no such lease.)
+// The lease is that of the key at its revision, and therefore the current one. The option to keep
+// the lease of a key would be shorter, but crashes each member of an etcd that has lost this lease.
+// With an explicit lease, etcd responds that the lease does not exist.
 func (r *run) commit(ctx context.Context, items []*item) (answer *clientv3.TxnResponse, err error) {
 	compares, puts, gets := make([]clientv3.Cmp, len(items)), make([]clientv3.Op, len(items)), make([]clientv3.Op, len(items))
 	for n, i := range items {
@@ -139,7 +139,7 @@ func (r *run) commit(ctx context.Context, items []*item) (answer *clientv3.TxnRe
 		gets[n] = clientv3.OpGet(i.key)
 	}
 	failed := false
-	err = r.patiently(ctx, waitWrite, func() error {
+	err = r.retry(ctx, waitWrite, func() error {
 		if failed {
 			if err := r.sameHistory(ctx, items[0].key); err != nil {
 				return err
@@ -161,8 +161,8 @@ func (r *run) commit(ctx context.Context, items []*item) (answer *clientv3.TxnRe
 	return answer, err
 }
 
-// sameHistory returns an error if etcd was restored since the run last read from it, or does not
-// say.
+// sameHistory returns an error if etcd was restored since the last read of the run, or does not
+// respond.
 func (r *run) sameHistory(ctx context.Context, key string) error {
 	ctx, cancel := context.WithTimeout(ctx, txnTimeout)
 	defer cancel()
@@ -173,8 +173,8 @@ func (r *run) sameHistory(ctx context.Context, key string) error {
 	return err
 }
 
-// finishing returns a context for a transaction: it outlives ctx for a moment, so that what was
-// begun is known to have happened or not.
+// finishing returns a context for a transaction that outlives ctx for a short time, so that the
+// outcome of the transaction is known.
 func finishing(ctx context.Context) (context.Context, func()) {
 	limited, cancel := context.WithTimeout(context.WithoutCancel(ctx), txnTimeout)
 	stop := context.AfterFunc(ctx, func() { time.AfterFunc(txnGrace, cancel) })
@@ -184,15 +184,15 @@ func finishing(ctx context.Context) (context.Context, func()) {
 	}
 }
 
-// again looks at items of which at least one was written since it was read, as the answer shows.
-// The others are written together.
+// again processes items of a transaction that did not apply, because another client has written at
+// least one of them. It writes the others together.
 func (r *run) again(ctx context.Context, items []*item, answer *clientv3.TxnResponse) error {
 	var same, ours []*item
 	changed := make(map[*item]*mvccpb.KeyValue)
 	for n, i := range items {
 		now := only(answer.Responses[n].GetResponseRange())
 		switch {
-		case now == nil: // deleted, and stays so
+		case now == nil: // deleted
 			r.count(func(p *Progress) { p.Raced++ })
 		case now.ModRevision == i.revision:
 			same = append(same, i)
@@ -224,21 +224,21 @@ func only(r *pb.RangeResponse) *mvccpb.KeyValue {
 	return r.Kvs[0]
 }
 
-// renewed goes on with an item that somebody else has written.
+// renewed continues with an item that another client has written.
 func (r *run) renewed(ctx context.Context, i *item, now *mvccpb.KeyValue) error {
 	f, err := r.renew(ctx, now, true)
 	switch {
 	case err != nil:
 		return err
-	case f.what == isAside:
-		r.aside.add(f.aside)
+	case f.what == isDeferred:
+		r.deferred.add(f.deferred)
 		return nil
 	case f.what != isToWrite:
-		return nil // that is as it is to be, or left
+		return nil // it is stored as required, or skipped
 	}
 	next := f.next
 	if next.attempts = i.attempts + 1; next.attempts >= maxAttempts {
-		r.leave(leftFailed, now.Key, "it is written all the time by somebody who does not seal it as the rule does")
+		r.skip(skippedFailed, now.Key, "another client keeps writing it, and does not encrypt it as the rule does")
 		return nil
 	}
 	return r.store(ctx, []*item{next})

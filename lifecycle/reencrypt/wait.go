@@ -16,9 +16,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 )
 
-// What a run waits for, as Paused says it.
+// What a run waits for, for Paused.
 const (
-	waitElection = "being the one that works"
+	waitElection = "the election"
 	waitKMS      = "the KMS"
 	waitRefused  = "the KMS, which refuses some values"
 	waitRead     = "reading from etcd"
@@ -26,14 +26,14 @@ const (
 	waitSlow     = "etcd is slow"
 )
 
-// waiting is how many wait for one thing.
+// waiting counts the goroutines that wait for one thing.
 type waiting struct {
 	by  int
 	why string
 }
 
-// pause tells why the run waits for something, when that changes. resume follows, once for each
-// pause.
+// pause reports why the run waits for something, if that has changed. Each pause is followed by one
+// resume.
 func (r *run) pause(what, why string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -46,7 +46,7 @@ func (r *run) pause(what, why string) {
 	r.because(what, w, why)
 }
 
-// because tells a reason that is not the last one. mu is held.
+// because reports a reason that differs from the last one. mu is held.
 func (r *run) because(what string, w *waiting, why string) {
 	if w.why != why && r.cfg.Paused != nil {
 		r.cfg.Paused(what, why)
@@ -54,7 +54,7 @@ func (r *run) because(what string, w *waiting, why string) {
 	w.why = why
 }
 
-// resume ends one pause. When it was the last one, it tells that the run goes on.
+// resume ends one pause. After the last one, it reports that the run continues.
 func (r *run) resume(what string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -76,23 +76,23 @@ const (
 	maxPause   = 10 * time.Second
 )
 
-// newBackOff returns pauses that grow.
+// newBackOff returns an exponential backoff.
 func newBackOff() *backoff.ExponentialBackOff {
 	wait := backoff.NewExponentialBackOff()
 	wait.InitialInterval, wait.MaxInterval, wait.Multiplier = firstPause, maxPause, 2
 	return wait
 }
 
-// patiently calls f until it succeeds or fails for good, with pauses that grow, and says what it
-// waits for.
-func (r *run) patiently(ctx context.Context, what string, f func() error) error {
+// retry calls f with exponential backoff until it succeeds or fails permanently, and reports what
+// it waits for.
+func (r *run) retry(ctx context.Context, what string, f func() error) error {
 	wait := newBackOff()
 	for waited := false; ; waited = true {
 		err := f()
 		if ctx.Err() != nil && err != nil {
 			return context.Cause(ctx)
 		}
-		why := passing(err)
+		why := temporary(err)
 		if why == "" {
 			return err
 		}
@@ -103,7 +103,7 @@ func (r *run) patiently(ctx context.Context, what string, f func() error) error 
 		if errors.Is(err, rpctypes.ErrNoSpace) {
 			err = r.awaitSpace(ctx)
 		} else {
-			err = rest(ctx, wait.NextBackOff())
+			err = sleep(ctx, wait.NextBackOff())
 		}
 		if err != nil {
 			return err
@@ -111,7 +111,7 @@ func (r *run) patiently(ctx context.Context, what string, f func() error) error 
 	}
 }
 
-// await is pause, or a new reason for a pause that has begun.
+// await is pause, or reports a new reason for a pause that has begun.
 func (r *run) await(what, why string, begin bool) {
 	if begin {
 		r.pause(what, why)
@@ -124,21 +124,21 @@ func (r *run) await(what, why string, begin bool) {
 	}
 }
 
-// spaceCheck is how often etcd is asked whether its alarm is gone.
+// spaceCheck is the interval of checks for the alarm.
 const spaceCheck = 2 * time.Second
 
-// awaitSpace waits until no member raises the alarm that its space is used up. Where that cannot be
-// asked, the next write will tell.
+// awaitSpace waits until no member has the NOSPACE alarm. If the alarms cannot be read, the next
+// write shows.
 func (r *run) awaitSpace(ctx context.Context) error {
 	for {
-		if err := rest(ctx, spaceCheck); err != nil {
+		if err := sleep(ctx, spaceCheck); err != nil {
 			return err
 		}
-		asking, cancel := context.WithTimeout(ctx, spaceCheck)
-		alarms, err := r.cfg.Client.AlarmList(asking)
+		checking, cancel := context.WithTimeout(ctx, spaceCheck)
+		alarms, err := r.cfg.Client.AlarmList(checking)
 		cancel()
 		if err != nil {
-			return rest(ctx, maxPause)
+			return sleep(ctx, maxPause)
 		}
 		full := false
 		for _, a := range alarms.Alarms {
@@ -150,8 +150,8 @@ func (r *run) awaitSpace(ctx context.Context) error {
 	}
 }
 
-// passing says what is wrong if waiting may help, and "" if not, or if nothing is.
-func passing(err error) string {
+// passing returns the reason for an error that is temporary, and "" for any other.
+func temporary(err error) string {
 	if err == nil {
 		return ""
 	}
@@ -163,9 +163,9 @@ func passing(err error) string {
 	}
 	switch {
 	case errors.Is(err, rpctypes.ErrNoSpace):
-		return "its space is used up: compact and defragment it (etcdctl compact, etcdctl defrag) or raise its --quota-backend-bytes, then disarm the alarm (etcdctl alarm disarm)"
+		return "it has no space left: compact and defragment it (etcdctl compact, etcdctl defrag) or raise its --quota-backend-bytes, then disarm the alarm (etcdctl alarm disarm)"
 	case errors.Is(err, context.DeadlineExceeded):
-		return "it does not answer in time"
+		return "it does not respond in time"
 	case errors.Is(err, rpctypes.ErrTooManyRequests), errors.Is(err, rpctypes.ErrAuthOldRevision), errors.Is(err, rpctypes.ErrInvalidAuthToken):
 		return err.Error()
 	}
@@ -176,7 +176,7 @@ func passing(err error) string {
 	return ""
 }
 
-// tooLarge reports that a request is larger than etcd takes, by etcd's own word or by that of gRPC.
+// tooLarge reports whether a request exceeds a size limit of etcd or gRPC.
 func tooLarge(err error) bool {
 	return errors.Is(err, rpctypes.ErrRequestTooLarge) || codeOf(err) == codes.ResourceExhausted && strings.Contains(err.Error(), "larger than max")
 }
@@ -189,8 +189,8 @@ func codeOf(err error) codes.Code {
 	return status.Code(err)
 }
 
-// rest sleeps, or returns why ctx ended.
-func rest(ctx context.Context, d time.Duration) error {
+// sleep waits for d, or returns the cause of the end of ctx.
+func sleep(ctx context.Context, d time.Duration) error {
 	t := time.NewTimer(d)
 	defer t.Stop()
 	select {
@@ -201,15 +201,15 @@ func rest(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// patientKV reads on when etcd comes back.
-type patientKV struct {
+// retryingKV is a KV that repeats reads until etcd responds.
+type retryingKV struct {
 	clientv3.KV
 	run *run
 }
 
 // Get implements [clientv3.KV].
-func (p patientKV) Get(ctx context.Context, key string, opts ...clientv3.OpOption) (answer *clientv3.GetResponse, err error) {
-	err = p.run.patiently(ctx, waitRead, func() (err error) {
+func (p retryingKV) Get(ctx context.Context, key string, opts ...clientv3.OpOption) (answer *clientv3.GetResponse, err error) {
+	err = p.run.retry(ctx, waitRead, func() (err error) {
 		limited, cancel := context.WithTimeout(ctx, txnTimeout)
 		defer cancel()
 		answer, err = p.KV.Get(limited, key, opts...)

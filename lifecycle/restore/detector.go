@@ -24,6 +24,7 @@ type Position struct {
 	clusterOf, set bool // set: there is a Position at all; clusterOf: it names the cluster
 }
 
+// String implements [fmt.Stringer].
 func (p Position) String() string { return fmt.Sprintf("revision %d, term %d", p.revision, p.term) }
 
 // Detector detects that etcd has older data than before: another cluster ID, or a lower revision or

@@ -37,6 +37,16 @@ type streamExchanger interface {
 	exchangeStream(ctx context.Context, msg []byte, ask sendFunc, send func([]byte) error) error
 }
 
+// requested returns the request that goes to etcd for msg: what c makes of it, or msg itself if c
+// exchanges, since exchange encrypts the requests that it makes.
+func requested(ctx context.Context, c Call, msg []byte) ([]byte, error) {
+	out, err := c.Request(Blocking(ctx), msg)
+	if x, ok := c.(Exchanger); ok && x.Exchanges() {
+		out = msg
+	}
+	return out, err
+}
+
 var (
 	_ streamExchanger = (*rangeCall)(nil)
 	_ Exchanger       = (*txnCall)(nil)

@@ -30,7 +30,7 @@ func (m *Method) handleStream(id *listener.Identity, ss grpc.ServerStream) error
 		}
 		m.Metrics.Received.Inc()
 		if c != nil {
-			if err := first.Edit(func(msg []byte) ([]byte, error) { return c.Request(Blocking(ctx), msg) }); err != nil {
+			if err := first.Edit(func(msg []byte) ([]byte, error) { return requested(ctx, c, msg) }); err != nil {
 				return err
 			}
 		}

@@ -95,7 +95,7 @@ func (m *Method) forward(ss grpc.ServerStream, id *listener.Identity, in *rpc.Me
 	}
 	c := m.NewCall(id)
 	if c != nil {
-		if err := in.Edit(func(msg []byte) ([]byte, error) { return c.Request(Blocking(ctx), msg) }); err != nil {
+		if err := in.Edit(func(msg []byte) ([]byte, error) { return requested(ctx, c, msg) }); err != nil {
 			return nil, err
 		}
 	}

@@ -29,26 +29,26 @@ func New(r prometheus.Registerer) (*Metrics, error) {
 	}
 	const grpcType, grpcService, grpcMethod, grpcCode = "grpc_type", "grpc_service", "grpc_method", "grpc_code"
 	m := &Metrics{
-		requests: counter("etcd_kms_proxy_requests_total", "Calls that have ended, by method and gRPC code.", "method", "code"),
+		requests: counter("etcd_kms_proxy_requests_total", "Calls that have ended. Unknown methods count as unknown.", "method", "code"),
 		Connections: prometheus.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "etcd_kms_proxy_connections", Help: "Open client connections, by listener.",
 		}, []string{"listener"}),
-		HandshakeFailures: counter("etcd_kms_proxy_rejected_connections_total", "Connections whose client failed to identify itself, by listener; not those on which it sent nothing.", "listener"),
-		EndedConnections:  counter("etcd_kms_proxy_ended_connections_total", "Connections that were ended because their client would not be admitted any more, by listener and reason (certificate, lists).", "listener", "reason"),
+		HandshakeFailures: counter("etcd_kms_proxy_rejected_connections_total", "Failed TLS handshakes, and clients that ended within their first bytes. Connections on which the client sent nothing, such as TCP health checks, are not counted.", "listener"),
+		EndedConnections:  counter("etcd_kms_proxy_ended_connections_total", "Connections that ended because the client may no longer connect. reason: certificate (revoked, expired, its CA removed), lists (the client lists changed).", "listener", "reason"),
 		UpstreamUp: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "etcd_kms_proxy_etcd_connected", Help: "1 while at least one etcd endpoint is connected.",
 		}),
 		// Native buckets for servers that take them, and classic ones for all others.
 		added: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name:                        "etcd_kms_proxy_added_latency_seconds",
-			Help:                        "Time that the proxy itself adds to a unary call, without etcd's: of one in 16 calls of a connection.",
+			Help:                        "Time that the proxy itself adds to a unary call, with KMS calls and without etcd, of one in 16 calls of a connection.",
 			Buckets:                     []float64{.00001, .000025, .00005, .0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5},
 			NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100, NativeHistogramMinResetDuration: time.Hour,
 		}),
-		started:  counter("grpc_server_started_total", "Calls that have begun.", grpcType, grpcService, grpcMethod),
-		handled:  counter("grpc_server_handled_total", "Calls that have ended, by gRPC code.", grpcType, grpcService, grpcMethod, grpcCode),
-		received: counter("grpc_server_msg_received_total", "Messages received from clients.", grpcType, grpcService, grpcMethod),
-		sent:     counter("grpc_server_msg_sent_total", "Messages sent to clients.", grpcType, grpcService, grpcMethod),
+		started:  counter("grpc_server_started_total", "Calls that have begun. As etcd's metric of the same name.", grpcType, grpcService, grpcMethod),
+		handled:  counter("grpc_server_handled_total", "Calls that have ended, by gRPC code. As etcd's metric of the same name.", grpcType, grpcService, grpcMethod, grpcCode),
+		received: counter("grpc_server_msg_received_total", "Messages received from clients. As etcd's metric of the same name.", grpcType, grpcService, grpcMethod),
+		sent:     counter("grpc_server_msg_sent_total", "Messages sent to clients. As etcd's metric of the same name.", grpcType, grpcService, grpcMethod),
 	}
 	if r == nil {
 		return m, nil

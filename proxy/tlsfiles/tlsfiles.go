@@ -80,7 +80,7 @@ func ParseCAs(path string, data []byte) (*x509.CertPool, []*x509.Certificate, er
 	return pool, cas, nil
 }
 
-// The values of the label use of etcd_kms_proxy_certificate_expiry_seconds.
+// The values of the label use of etcd_kms_proxy_certificate_expiry_timestamp_seconds.
 const (
 	UseListener         = "listener"           // a listener's own certificate
 	UseListenerClientCA = "listener_client_ca" // the CAs of a listener's clients

@@ -45,6 +45,7 @@ type Finding struct {
 	Form   string
 }
 
+// String implements [fmt.Stringer].
 func (f Finding) String() string {
 	return fmt.Sprintf("%s at byte %d: %s, %s", f.Path, f.Offset, f.Secret, f.Form)
 }

@@ -378,7 +378,7 @@ func TestBypass(t *testing.T) {
 		}
 		return nil
 	})
-	if r := p.Report(); !strings.Contains(r, "[-]bypass: plaintext was stored") || !strings.HasPrefix(r, "200") {
+	if r := p.Report(); !strings.Contains(r, "[-]bypass: a value was written in plaintext") || !strings.HasPrefix(r, "200") {
 		t.Errorf("readyz: %s", r)
 	}
 	p.Stop(within)
@@ -389,7 +389,7 @@ func TestBypass(t *testing.T) {
 	if n := strings.Count(string(data), `"event":"bypass"`); n != 2 {
 		t.Errorf("%d records of two keys", n)
 	}
-	if n := strings.Count(p.Log(), "somebody writes to etcd past the proxies"); n != 1 {
+	if n := strings.Count(p.Log(), "a value was written in plaintext past the proxies"); n != 1 {
 		t.Errorf("%d log lines in a minute", n)
 	}
 }
@@ -406,7 +406,7 @@ func TestScan(t *testing.T) {
 		p.Start()
 		p.WaitReady(within)
 		harness.Eventually(t, within, name+" to be announced", func() error {
-			if out, _ := s.Run("status", "--config", p.ConfigFile); strings.Count(out, "as here") != len(proxies)+1 {
+			if out, _ := s.Run("status", "--config", p.ConfigFile); harness.SameRules(out) != len(proxies)+1 {
 				return fmt.Errorf("%s", out)
 			}
 			return nil
@@ -418,9 +418,9 @@ func TestScan(t *testing.T) {
 		t.Fatal(err)
 	}
 	lines := []string{
-		`etcd_kms_proxy_stored_values{rule="/sealed/",standing="current"} 1`, `etcd_kms_proxy_stored_key_values{key_id="1",provider="dev",rule="/sealed/",standing="current"} 1`,
-		`etcd_kms_proxy_stored_key_bytes{key_id="1",provider="dev",rule="/sealed/",standing="current"} `, `etcd_kms_proxy_stored_oldest_revision{rule="/sealed/",standing="current"} `,
-		`etcd_kms_proxy_stored_newest_revision{rule="/sealed/",standing="current"} `,
+		`etcd_kms_proxy_stored_values{rule="/sealed/",state="current"} 1`, `etcd_kms_proxy_stored_key_values{key_id="1",provider="dev",rule="/sealed/",state="current"} 1`,
+		`etcd_kms_proxy_stored_key_bytes{key_id="1",provider="dev",rule="/sealed/",state="current"} `, `etcd_kms_proxy_stored_oldest_revision{rule="/sealed/",state="current"} `,
+		`etcd_kms_proxy_stored_newest_revision{rule="/sealed/",state="current"} `,
 	}
 	shows := func(p *harness.Proxy) {
 		t.Helper()

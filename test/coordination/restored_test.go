@@ -105,7 +105,7 @@ func TestReencryptAfterRestore(t *testing.T) {
 	p.WaitReady(within)
 	s.agreed(t, prefix)
 	harness.Eventually(t, within, "the first run", func() error {
-		if strings.Contains(p.Scrape(), "etcd_kms_proxy_reencrypt_seconds 0\n") {
+		if strings.Contains(p.Scrape(), "etcd_kms_proxy_reencrypt_timestamp_seconds 0\n") {
 			return fmt.Errorf("not yet")
 		}
 		return nil

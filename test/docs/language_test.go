@@ -21,7 +21,8 @@ func readPage(t *testing.T, name string) string {
 	return string(data)
 }
 
-// TestLinks requires that each link within the repository leads to a file, and its anchor to a heading.
+// TestLinks requires that each link within the repository leads to a file, and its anchor to a
+// heading.
 func TestLinks(t *testing.T) {
 	t.Parallel()
 	links := regexp.MustCompile(`\]\(([^)\s]+)\)`)
@@ -113,8 +114,8 @@ func TestLanguage(t *testing.T) {
 	}
 }
 
-// TestColumns requires that prose wraps at 100 columns. Tables and code may be wider. Generated pages
-// wrap in their source.
+// TestColumns requires that prose wraps at 100 columns. Tables and code may be wider. Generated
+// pages wrap in their source.
 func TestColumns(t *testing.T) {
 	t.Parallel()
 	for _, name := range markdown(t) {
@@ -132,7 +133,8 @@ func TestColumns(t *testing.T) {
 	}
 }
 
-// TestOpening requires that each page of the guides begins with a paragraph that says whom it is for.
+// TestOpening requires that each page of the guides begins with a paragraph that says whom it is
+// for.
 func TestOpening(t *testing.T) {
 	t.Parallel()
 	for _, name := range markdown(t) {

@@ -39,8 +39,8 @@ var (
 	target   = regexp.MustCompile(`\]\([^)]*\)`)
 )
 
-// prose returns a page's text with blanks in place of code, comments and the targets of links. Lines
-// and columns stay as they are.
+// prose returns a page's text with blanks in place of code, comments and the targets of links.
+// Lines and columns stay as they are.
 func prose(page string) string {
 	var out strings.Builder
 	fence := false

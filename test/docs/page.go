@@ -1,14 +1,18 @@
-// Package docs runs the console blocks of the pages about operations against a fresh etcd, and compares what is printed with what the page shows.
+// Package docs tests the documentation. It runs the console blocks of the pages against a real etcd
+// and compares the output with what the page shows. It also checks the links, words, line lengths
+// and error texts of all pages.
 //
-// A page's test makes the state that the page speaks of, and runs block after block by its number. In a block, a line `$ COMMAND` is run by a shell, with the programs
-// etcd-kms-proxy and etcdctl, and what follows it, up to the next one, is what it prints:
+// The test of a page prepares the state that the page describes, and runs the blocks by their
+// number. In a block, a shell runs each line `$ COMMAND`, with the programs etcd-kms-proxy and
+// etcdctl. The lines up to the next command are the expected output:
 //
 //   - numbers, sizes, times, IDs and the width of columns may differ;
-//   - "…" stands for anything within a line, and alone on a line for any lines;
-//   - a command without output in the page is run, and may print anything;
-//   - addresses and paths of the page are put in place of those of the test.
+//   - "…" matches anything within a line, and on a line of its own any lines;
+//   - a command without expected output may print anything;
+//   - addresses and paths of the page are replaced by those of the test.
 //
-// DOCS_SHOW=1 shows what each command prints, with -v. Every block that runs etcd-kms-proxy has to be run or skipped by the page's test.
+// With DOCS_SHOW=1 and -v, the tests print the output of each command. The test of a page must run
+// or skip every block that runs etcd-kms-proxy.
 package docs
 
 import (
@@ -27,7 +31,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// page is a page of docs while its blocks are run.
+// page is a page of docs whose blocks are run.
 type page struct {
 	t      *testing.T
 	env    *harness.Env
@@ -35,20 +39,21 @@ type page struct {
 	text   string
 	blocks []block
 	seen   map[int]bool
-	bin    string      // a folder with the programs
-	real   [][2]string // what stands in the page, and what is meant here
-	config string      // where the page's configuration is here
+	bin    string      // folder with the programs
+	real   [][2]string // texts of the page, and what replaces them here
+	config string      // path of the configuration that commands use by default
 }
 
-// block is a console block.
+// block is a console block: its commands.
 type block []command
 
+// command is a line `$ …` with the lines that it must print.
 type command struct {
 	line string
 	want []string
 }
 
-// open reads a page. done must follow.
+// open reads a page below docs, and makes the programs available. The caller calls done at the end.
 func open(t *testing.T, env *harness.Env, name string) *page {
 	t.Helper()
 	data, err := os.ReadFile(filepath.Join("..", "..", "docs", name))
@@ -93,9 +98,11 @@ func parse(text string) (blocks []block) {
 	return blocks
 }
 
-// means says what a text of the page is here.
+// means replaces a text of the page by another one, in commands and configurations. In outputs, it
+// replaces the other one by the text of the page.
 func (p *page) means(text, here string) { p.real = append(p.real, [2]string{text, here}) }
 
+// here returns a text of the page with all replacements.
 func (p *page) here(s string) string {
 	for _, r := range p.real {
 		s = strings.ReplaceAll(s, r[0], r[1])
@@ -103,7 +110,7 @@ func (p *page) here(s string) string {
 	return s
 }
 
-// yaml returns the n-th yaml block, as it is here.
+// yaml returns the n-th YAML block, with all replacements and without its indentation.
 func (p *page) yaml(n int) string {
 	p.t.Helper()
 	parts := strings.Split(p.text, "```yaml\n")
@@ -116,13 +123,14 @@ func (p *page) yaml(n int) string {
 	return p.here(strings.ReplaceAll("\n"+text, "\n"+indent, "\n")[1:])
 }
 
-// skip says that a block is not run here, and why.
+// skip marks the n-th block as not run, and logs the reason.
 func (p *page) skip(n int, why string) {
 	p.seen[n] = true
 	p.t.Logf("%s, block %d is not run: %s", p.name, n, why)
 }
 
-// run runs the commands of the n-th block, but for those that are to be left out: they begin with one of these words.
+// run runs the commands of the n-th block, except those that begin with one of the texts in
+// leaveOut.
 func (p *page) run(n int, leaveOut ...string) {
 	p.t.Helper()
 	if n > len(p.blocks) {
@@ -143,10 +151,11 @@ func (p *page) run(n int, leaveOut ...string) {
 	}
 }
 
-// takesConfig are the commands that read the configuration.
+// takesConfig matches the commands that read the configuration.
 var takesConfig = regexp.MustCompile(`^etcd-kms-proxy (serve|status|reencrypt|purge|verify|decrypt|kms check|config check)\b`)
 
-// shell runs a line of the page, for a minute at most, and returns what it prints on both outputs, without log lines, in the words of the page.
+// shell runs a line of the page for at most a minute. It returns what the line prints on both
+// outputs, without log lines in JSON, in the words of the page.
 func (p *page) shell(line string) string {
 	p.t.Helper()
 	line = p.here(line)
@@ -178,7 +187,7 @@ func (p *page) shell(line string) string {
 	return text
 }
 
-// done fails the test if a block was neither run nor skipped.
+// done fails the test if a block with etcd-kms-proxy was neither run nor skipped.
 func (p *page) done() {
 	p.t.Helper()
 	for i, b := range p.blocks {

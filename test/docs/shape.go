@@ -5,20 +5,21 @@ import (
 	"strings"
 )
 
-// masks put a word for what differs from run to run. The order counts.
+// masks replace what differs between two runs. They are applied in this order.
 var masks = []struct {
 	what *regexp.Regexp
 	with string
 }{
 	{regexp.MustCompile(`\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z`), "TIME"},
 	{regexp.MustCompile(`^\S+-[0-9a-f]{12} .* TIME `), "PROXY TIME "}, // and its version
+	{regexp.MustCompile(`\b[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b`), "UUID"},
 	{regexp.MustCompile(`\d+(\.\d+)? ([KMGT]i)?B\b`), "SIZE"},
 	{regexp.MustCompile(`\b[0-9a-f]{12,}\b`), "ID"},
 	{regexp.MustCompile(`\d+(\.\d+)?`), "N"},
 	{regexp.MustCompile(`[ \t]+`), " "},
 }
 
-// shape is a line with what may differ masked.
+// shape returns a line with all masks applied.
 func shape(line string) string {
 	line = strings.TrimSpace(line)
 	for _, m := range masks {
@@ -27,7 +28,7 @@ func shape(line string) string {
 	return line
 }
 
-// same compares lines by their shape.
+// same compares the lines of two outputs by their shape.
 func same(want, got []string) bool {
 	if len(want) == 0 {
 		return len(got) == 0 || len(got) == 1 && got[0] == ""

@@ -13,14 +13,15 @@ import (
 	"testing"
 )
 
-// TestErrorTexts requires that the error texts in the tables of the guides are those of the program:
-// each part of a text between names, numbers and "…" must be in a string literal of its source.
+// TestErrorTexts requires that the error texts in the tables of the guides and the reference are
+// those of the program: each part of a text between names, numbers and "…" must be in a string
+// literal of its source.
 func TestErrorTexts(t *testing.T) {
 	t.Parallel()
 	source := literals(t)
 	checked := 0
 	for _, name := range markdown(t) {
-		if !strings.HasPrefix(name, "docs/guides/") && !strings.HasPrefix(name, "docs/deploy/") {
+		if !strings.HasPrefix(name, "docs/guides/") && !strings.HasPrefix(name, "docs/deploy/") && !strings.HasPrefix(name, "docs/reference/") {
 			continue
 		}
 		for _, cell := range messages(readPage(t, name)) {
@@ -43,7 +44,8 @@ func TestErrorTexts(t *testing.T) {
 	}
 }
 
-// foreign are parts of texts of other programs and libraries, and of one that is made of single words.
+// foreign are parts of texts of other programs and libraries, and of one that is made of single
+// words.
 var foreign = []string{
 	"address already in use", "bad certificate", "cannot assign requested address", "certificate has expired", "certificate required",
 	"connection refused", "didn't provide a certificate", "error reading server preface", "no space left on device", "no such file",
@@ -51,9 +53,10 @@ var foreign = []string{
 }
 
 // variable is what stands for something else in a text of a page, or joins two texts.
-var variable = regexp.MustCompile(`…|, and | within |\[-\]|"[^"]*"|[():]|\w+://|\b\d[\w.:/-]*|\b(N|HOST|PID|FILE|aescbc|caFile|Disabled|AssumeRole\w*)\b`)
+var variable = regexp.MustCompile(`\bthe KMS (gave|may have given) it\b|\b(is|are) missing\b|\((Status|Decrypt)\b[^)]*\)|--[\w-]+ \S+|…|, and | within |\[-\]|"[^"]*"|[():]|\w+://|\b\d[\w.:/-]*|\b(N|HOST|PID|FILE|aescbc|caFile|Disabled|AssumeRole\w*)\b`)
 
-// messages returns the cells of tables under the headings "message", "text", "reason" and "finding".
+// messages returns the cells of tables under the headings "message", "text", "reason", "end of the
+// reason", "output" and "finding".
 func messages(page string) (cells []string) {
 	column := -1
 	for line := range strings.Lines(page) {
@@ -68,14 +71,14 @@ func messages(page string) (cells []string) {
 			continue
 		}
 		column = slices.IndexFunc(fields, func(f string) bool {
-			return slices.Contains([]string{"message", "text", "reason", "finding"}, strings.TrimSpace(f))
+			return slices.Contains([]string{"message", "text", "reason", "end of the reason", "output", "finding"}, strings.TrimSpace(f))
 		})
 	}
 	return cells
 }
 
-// inSource tells whether a text is made of at most two runs of words that literals have. A run has three
-// words or more, unless the text is shorter.
+// inSource tells whether a text is made of at most two runs of words that literals have. A run has
+// three words or more, unless the text is shorter.
 func inSource(source, text string) bool {
 	words := strings.Fields(text)
 	if len(words) <= 3 {
@@ -144,4 +147,24 @@ func literal(e ast.Expr) (string, bool) {
 		return x + y, okX && okY && e.Op == token.ADD
 	}
 	return "", false
+}
+
+// TestMetrics requires that the metrics that pages name are in the metrics reference.
+func TestMetrics(t *testing.T) {
+	t.Parallel()
+	reference := readPage(t, "docs/reference/metrics.md")
+	metric := regexp.MustCompile(`\betcd_kms_proxy_[a-z_]+[a-z]\b`)
+	for _, name := range markdown(t) {
+		page := readPage(t, name)
+		if name == "docs/guides/monitor.md" { // its table has the names without their prefix
+			_, table, _ := strings.Cut(page, "| metric (`etcd_kms_proxy_…`) |")
+			table, _, _ = strings.Cut(table, "\n\n")
+			page += regexp.MustCompile("(?m)^\\| `").ReplaceAllString(table, "| `etcd_kms_proxy_")
+		}
+		for _, m := range metric.FindAllString(page, -1) {
+			if !strings.Contains(reference, m) {
+				t.Errorf("%s: docs/reference/metrics.md has no metric %s", name, m)
+			}
+		}
+	}
 }

@@ -1,6 +1,6 @@
 package harness
 
-import "github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
+import "github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/kmsdouble"
 
 // NewAlibaba starts a simulated Alibaba Cloud KMS. Every data key that it generates, and every
 // secret that it wraps, is added to the environment's canaries.

@@ -20,7 +20,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/kmstest"
-	kmsplugin "github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/plugin"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/pluginserver"
 )
 
 const requestID = "0b8c7a51-2f4e-4c55-9d1e-000000000001"
@@ -53,13 +53,13 @@ func startOurServer(tb testing.TB, backend kmsclient.Service) *plugin {
 	}
 	tb.Cleanup(func() { os.RemoveAll(dir) })
 	endpoint := "unix://" + filepath.Join(dir, "kms.sock")
-	server, err := kmsplugin.NewServer(kmsplugin.ServerConfig{
+	server, err := pluginserver.New(pluginserver.Config{
 		Provider: provider, KMS: wrapper(tb, backend), PollInterval: 20 * time.Millisecond, FailingPollInterval: 20 * time.Millisecond, SealUnreachableFor: time.Hour,
 	})
 	if err != nil {
 		tb.Fatal(err)
 	}
-	listener, err := kmsplugin.Listen(endpoint)
+	listener, err := pluginserver.Listen(endpoint)
 	if err != nil {
 		tb.Fatal(err)
 	}

@@ -180,7 +180,7 @@ func TestVerifyIsNotFooled(t *testing.T) {
 			_, places := s.verify(t, 1, "")
 			needs(t, places, ". live "+prefix+"live", ". live "+prefix+"large", ". live "+prefix+"nested", ". live "+prefix+"marker", ". live "+prefix+"moved",
 				". history "+prefix+"old", ". history "+prefix+"deleted")
-			s.run(t, 3, "verify --data-dir "+s.etcd.DataDir, "a running etcd holds the file")
+			s.run(t, 3, "verify --data-dir "+s.etcd.DataDir, "a running etcd has locked the file")
 			s.run(t, 3, "purge --yes", "run status to see which")
 
 			s.etcd.Stop(within)
@@ -382,7 +382,7 @@ func TestPurgeOfACluster(t *testing.T) {
 		put(t, raw, fmt.Sprintf("%ss%d", prefix, i), mark+"-"+strings.Repeat("x", 2000))
 	}
 	s.run(t, 0, "reencrypt")
-	s.run(t, 2, "purge", "--yes goes on without asking")
+	s.run(t, 2, "purge", "--yes continues without asking")
 	s.run(t, 0, "purge --dry-run", "200 plaintext values", "nothing was changed")
 	down := cluster.Members[1]
 	if down == cluster.Leader() {
@@ -391,9 +391,9 @@ func TestPurgeOfACluster(t *testing.T) {
 	down.Stop(within)
 	s.run(t, 3, "purge --yes", "cannot be reached")
 	down.Start()
-	out := s.run(t, 1, "purge --yes", "200 old plaintext values dropped")
+	out := s.run(t, 1, "purge --yes", "200 old plaintext values removed")
 	plan := out[:strings.Index(out, "dropped")]
-	if first, last := strings.Index(plan, "the leader"), strings.LastIndex(plan, "it is defragmented, and answers nothing meanwhile"); first < 0 || strings.Count(plan[first:last], "member ") != 0 {
+	if first, last := strings.Index(plan, "the leader"), strings.LastIndex(plan, "it is defragmented, and does not respond meanwhile"); first < 0 || strings.Count(plan[first:last], "member ") != 0 {
 		t.Errorf("the leader is not the last one:\n%s", plan)
 	}
 	s.run(t, 0, "verify")
@@ -422,7 +422,7 @@ func TestDecrypt(t *testing.T) {
 		t.Errorf("%d lines: %s", n, out)
 	}
 	s.run(t, 2, "decrypt "+prefix+"a", "no terminal")
-	s.run(t, 3, "decrypt --yes "+prefix+"broken", "does not open")
+	s.run(t, 3, "decrypt --yes "+prefix+"broken", "cannot be decrypted")
 	s.run(t, 3, "decrypt --yes "+prefix+"none", "there is no key")
 	file := filepath.Join(s.Dir, "out")
 	s.run(t, 0, "decrypt --yes --output-file "+file+" "+prefix+"a")
@@ -437,7 +437,7 @@ func TestDecrypt(t *testing.T) {
 	// Values of other providers are not decrypted, and a failure leaves no file that would prevent
 	// the next attempt.
 	other := filepath.Join(s.Dir, "other")
-	for key, want := range map[string]string{prefix + "foreign": "that its rule does not read", "/clear/sealed": "no rule is for its key"} {
+	for key, want := range map[string]string{prefix + "foreign": "that its rule does not read", "/clear/sealed": "no rule covers its key"} {
 		put(t, s.raw, key, "k8s:enc:kms:v2:other:junk")
 		for _, flags := range []string{"", "--output json "} {
 			if out := s.run(t, 1, "decrypt --yes "+flags+key, want); strings.Contains(out, "junk") || strings.Contains(out, `"value"`) {

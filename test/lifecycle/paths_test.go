@@ -302,8 +302,8 @@ func (s *site) bypassPath(t *testing.T, values []*pathValue, strict bool) {
 		}
 		return nil
 	})
-	if says := strings.Contains(s.proxy.Log(), "reencrypt leaves it"); says != strict {
-		t.Errorf("the hint says that reencrypt leaves it: %v", says)
+	if says := strings.Contains(s.proxy.Log(), "reencrypt skips it"); says != strict {
+		t.Errorf("the hint says that reencrypt skips it: %v", says)
 	}
 }
 
@@ -336,7 +336,7 @@ func (s *site) commandPaths(t *testing.T, values []*pathValue, strict bool) {
 		}
 	}
 	out := s.run(t, 1, "status")
-	if says := strings.Contains(out, "reencrypt leaves them"); says != strict {
+	if says := strings.Contains(out, "reencrypt skips them"); says != strict {
 		t.Errorf("status says that reencrypt leaves values: %v\n%s", says, out)
 	}
 	if out := s.run(t, 3, "purge --yes"); strings.Contains(out, "to see which, and reencrypt") == strict {

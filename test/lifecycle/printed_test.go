@@ -104,9 +104,9 @@ func TestKeysWithColons(t *testing.T) {
 			}
 		}
 	}
-	row := func(standing, name string, n int) string {
-		return fmt.Sprintf("%s  aescbc     %s  %d ", standing, name, n)
+	row := func(state, name string, n int) string {
+		return fmt.Sprintf("%s  aescbc        %s  %d ", state, name, n)
 	}
-	status(config(first, second), row("stale   ", first, 1), row("stale   ", second, 2))
-	status(config(first), first+"  1 ", second+"  2 ", `it was sealed with aescbc key "`+second+`"`)
+	status(config(first, second), row("stale", first, 1), row("stale", second, 2))
+	status(config(first), first+"  1 ", second+"  2 ", `it was encrypted with aescbc key "`+second+`"`)
 }

@@ -61,7 +61,7 @@ func TestVerifyOpens(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.verify(t, 1, "") // the history
-	s.run(t, 1, "purge --yes", "2 old plaintext values dropped")
+	s.run(t, 1, "purge --yes", "2 old plaintext values removed")
 	both(0, "")
 
 	kms.Disable(true)
@@ -73,8 +73,8 @@ func TestVerifyOpens(t *testing.T) {
 	if v, _ := both(3, "--timeout 1s"); v.Unopened == 0 {
 		t.Error("none is unopened")
 	}
-	s.run(t, 3, "verify --timeout 1s", "1 values could not be opened", "whether 1 values that are well-formed open")
-	s.run(t, 0, "verify --offline --snapshot "+s.etcd.Snapshot("snap/saved.db"), "whether sealed values open, since --offline asks no KMS")
+	s.run(t, 3, "verify --timeout 1s", "1 values could not be decrypted", "whether 1 well-formed values can be decrypted")
+	s.run(t, 0, "verify --offline --snapshot "+s.etcd.Snapshot("snap/saved.db"), "whether encrypted values can be decrypted, since --offline calls no KMS")
 	kms.Start()
 }
 
@@ -107,7 +107,7 @@ func TestVerifyBadFiles(t *testing.T) {
 	s.run(t, 3, "verify --snapshot "+s.proxy.ConfigFile, "neither a database nor a write-ahead log")
 	s.run(t, 1, "verify --snapshot "+s.File("text", []byte("some "+mark+" text"))+" --canary "+mark, "canary byte 5")
 	s.run(t, 3, "verify --snapshot "+filepath.Join(s.Dir, "none"), "no such file")
-	s.run(t, 3, "verify --snapshot "+s.Dir, "is no file")
+	s.run(t, 3, "verify --snapshot "+s.Dir, "is not a regular file")
 	for _, flag := range []string{"--offline", "--canary a", "--canary-file a", "--kind Secret"} {
 		s.run(t, 2, "verify "+flag, "--snapshot or --data-dir")
 	}
@@ -214,10 +214,10 @@ func TestVerifyMovedLog(t *testing.T) {
 	link(dir, filepath.Join(s.Dir, "link"))
 	_, places = s.verify(t, 1, "--data-dir "+filepath.Join(s.Dir, "link"))
 	needs(t, places, "wal log "+prefix+"a")
-	s.run(t, 3, "verify --data-dir "+s.Dir, "is no data directory of a member")
-	s.run(t, 3, "verify --data-dir "+filepath.Join(dir, "member"), "is no data directory of a member")
+	s.run(t, 3, "verify --data-dir "+s.Dir, "is not the data directory of a member")
+	s.run(t, 3, "verify --data-dir "+filepath.Join(dir, "member"), "is not the data directory of a member")
 	link(dir, filepath.Join(dir, "circle"))
-	s.run(t, 3, "verify --data-dir "+dir, "leads to a directory that it is in")
+	s.run(t, 3, "verify --data-dir "+dir, "is a symbolic link to a directory that contains it")
 	if err := os.Remove(filepath.Join(dir, "circle")); err != nil {
 		t.Fatal(err)
 	}

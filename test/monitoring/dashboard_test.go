@@ -52,7 +52,7 @@ func TestDashboard(t *testing.T) {
 	began := time.Now()
 	stop := load(t, proxy)
 	eventually("values to be encrypted and read",
-		`rate(etcd_kms_proxy_values_sealed_total{outcome="ok"}[10s]) > 0 and on () rate(etcd_kms_proxy_values_opened_total{outcome="ok"}[10s]) > 0`)
+		`rate(etcd_kms_proxy_values_encrypted_total{outcome="ok"}[10s]) > 0 and on () rate(etcd_kms_proxy_values_decrypted_total{outcome="ok"}[10s]) > 0`)
 	hold()
 	kms.Rotate()
 	eventually("the rotation to be seen", fmt.Sprintf(`etcd_kms_proxy_kms_key_info{key_id=%q} == 1`, kms.KeyID()))
@@ -64,7 +64,7 @@ func TestDashboard(t *testing.T) {
 	hold()
 	kms.Disable(false)
 	eventually("the key to be used again",
-		`etcd_kms_proxy_kms_key_revoked{provider="acme"} == 0 and on () etcd_kms_proxy_kms_can_seal{provider="acme"} == 1 unless on () ALERTS{alertname="EtcdKMSProxyKeyRevoked"}`)
+		`etcd_kms_proxy_kms_key_revoked{provider="acme"} == 0 and on () etcd_kms_proxy_kms_can_encrypt{provider="acme"} == 1 unless on () ALERTS{alertname="EtcdKMSProxyKeyRevoked"}`)
 	hold()
 	putPlaintext(t, etcd)
 	eventually("the plaintext to be noticed", `ALERTS{alertname="EtcdKMSProxyPlaintextWritten",alertstate="firing"}`)

@@ -10,7 +10,7 @@ import (
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"google.golang.org/grpc/codes"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/kmsdouble"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
@@ -27,7 +27,7 @@ func TestKeyIsDeleted(t *testing.T) {
 	double.Rotate(kmsdouble.DefaultKeyID) // so that there are two DEK seeds
 	harness.Eventually(t, within, "a seed under the new version", func() error {
 		if n := double.Applied("GenerateDataKey"); n < 2 {
-			return fmt.Errorf("%d seeds were minted", n)
+			return fmt.Errorf("%d seeds were generated", n)
 		}
 		return nil
 	})
@@ -61,7 +61,7 @@ func TestKeyIsDeleted(t *testing.T) {
 	if n := s.recoveries(t)["ack by dr"]; n < 2 {
 		t.Errorf("two seeds were recovered, and the audit log tells of %d", n)
 	}
-	if log := s.proxy.Log(); !strings.Contains(log, "values are opened by recovery copies of their seeds") {
+	if log := s.proxy.Log(); !strings.Contains(log, "values are decrypted by recovery copies of their DEK seeds") {
 		t.Error("the log does not say so")
 	}
 
@@ -121,14 +121,14 @@ func TestCopyIsLacking(t *testing.T) {
 					return nil
 				})
 				s.refused(t, codes.Unavailable, `"dev"`, `recovery provider "dr"`)
-				s.says(t, "[-]recovery of dev by dr: no value is sealed without it: ", `etcd_kms_proxy_recovery_missing{provider="dev",recovery_provider="dr"} 1`)
+				s.says(t, "[-]recovery of dev by dr: no value is encrypted without it: ", `etcd_kms_proxy_recovery_missing{provider="dev",recovery_provider="dr"} 1`)
 				if r, err := all(t, s.raw); err != nil || len(r) > 0 {
 					t.Errorf("etcd holds %d values, %v", len(r), err)
 				}
 			} else {
 				s.fill(t, "bare", 3)
-				s.says(t, "[-]recovery of dev by dr: values are sealed without it: ", `etcd_kms_proxy_recovery_missing{provider="dev",recovery_provider="dr"} 1`)
-				if log := s.proxy.Log(); strings.Count(log, "values are sealed without a recovery copy of their seed") != 1 {
+				s.says(t, "[-]recovery of dev by dr: values are encrypted without it: ", `etcd_kms_proxy_recovery_missing{provider="dev",recovery_provider="dr"} 1`)
+				if log := s.proxy.Log(); strings.Count(log, "values are encrypted without a recovery copy of their DEK seed") != 1 {
 					t.Error("the log does not say so once")
 				}
 				if _, by := s.copies(t, prefix+"bare0"); len(by) > 0 {

@@ -4,7 +4,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/alibaba/kmsdouble"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/kmsdouble"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
@@ -48,7 +48,7 @@ func TestSnapshotIsOpened(t *testing.T) {
 	}
 	opened := func(out string) {
 		t.Helper()
-		if !strings.HasSuffix(out, value) || !strings.Contains(out, "opened by recovery copies of their seeds") {
+		if !strings.HasSuffix(out, value) || !strings.Contains(out, "decrypted by recovery copies of their DEK seeds") {
 			t.Errorf("it prints %q", out)
 		}
 	}

@@ -85,7 +85,7 @@ func TestInterrupted(t *testing.T) {
 		t.Fatal("it did not end by itself")
 	}
 	r, done := decode(t, p.Log()), int64(s.changed(t.Context()))
-	if code := p.Wait(within); code != 3 || !r.Interrupted || r.OK || r.Rewritten != done || !strings.Contains(p.Log(), "hint: nothing is half done") {
+	if code := p.Wait(within); code != 3 || !r.Interrupted || r.OK || r.Rewritten != done || !strings.Contains(p.Log(), "hint: no value is half done") {
 		t.Errorf("exit code %d after %d values: %s", code, done, p.Log())
 	}
 	if r, out := s.reencrypt(config, 0); r.Rewritten != int64(len(values))-done {
@@ -157,7 +157,7 @@ func TestNoSpace(t *testing.T) {
 		return err
 	})
 	p := s.Spawn("full", "reencrypt", "--config", s.config("run", s.cfg), "--rate", "100", "--output", "json")
-	said(t, p, "its space is used up: compact and defragment it")
+	said(t, p, "it has no space left: compact and defragment it")
 	if !strings.Contains(p.Log(), "of its quota of 16.0 MiB") {
 		t.Errorf("it did not warn: %s", p.Log())
 	}
@@ -180,7 +180,7 @@ func TestNoSpace(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if code := p.Wait(within); code != 0 || strings.Count(p.Log(), "its space is used up") != 1 || !strings.Contains(p.Log(), "going on (writing to etcd)") {
+	if code := p.Wait(within); code != 0 || strings.Count(p.Log(), "it has no space left") != 1 || !strings.Contains(p.Log(), "continuing (writing to etcd)") {
 		t.Errorf("exit code %d: %s", code, p.Log())
 	}
 	s.sealed(values, 2)
@@ -220,7 +220,7 @@ func TestMembers(t *testing.T) {
 	// Neither responds before the other one runs.
 	cluster.Members[1].Begin()
 	cluster.Members[2].Start()
-	if code := p.Wait(within); code != 0 || !strings.Contains(p.Log(), "going on (") {
+	if code := p.Wait(within); code != 0 || !strings.Contains(p.Log(), "continuing (") {
 		t.Errorf("exit code %d: %s", code, p.Log())
 	}
 	r := decode(t, p.Log())
@@ -247,7 +247,7 @@ func TestKMSDown(t *testing.T) {
 	said(t, p, `waiting (the KMS): rule "/sealed/": KMS provider "main"`)
 	before := s.changed(t.Context())
 	s.kms.Start()
-	if code := p.Wait(within); code != 0 || !strings.Contains(p.Log(), "going on (the KMS)") {
+	if code := p.Wait(within); code != 0 || !strings.Contains(p.Log(), "continuing (the KMS)") {
 		t.Errorf("exit code %d: %s", code, p.Log())
 	}
 	if before == 0 || before >= len(values) {

@@ -121,7 +121,7 @@ func testRefusedSeeds(t *testing.T, grudge time.Duration) {
 		answered = 3
 	}
 	out, code := s.Run("status", "--config", config, "--list")
-	if code != 1 || !strings.Contains(out, fmt.Sprintf(`%d values under "/sealed/" are unavailable although their KMS answers`, answered)) {
+	if code != 1 || !strings.Contains(out, fmt.Sprintf(`%d values under "/sealed/" are unavailable although their KMS responds`, answered)) {
 		t.Errorf("status: exit code %d: %s", code, out)
 	}
 	for _, key := range refused {

@@ -81,7 +81,7 @@ func testValues(t *testing.T, version, txnKeys string) {
 
 	config := s.config("run", s.cfg)
 	r, out := s.reencrypt(config, 0, "--txn-keys", txnKeys, "--prefix", prefix+"k", "--dry-run")
-	if r.Rewritten != 200 || !strings.Contains(out, "200 of 200 values are to be rewritten") || s.changed(t.Context()) != 0 {
+	if r.Rewritten != 200 || !strings.Contains(out, "200 of 200 values will be rewritten") || s.changed(t.Context()) != 0 {
 		t.Errorf("dry run: %s", out)
 	}
 	total := int64(len(values))

@@ -196,7 +196,7 @@ func testFiles(t *testing.T, style string) {
 		},
 		{
 			"local.keyFile", commented("keys.yaml"), half("keys.yaml"), "keys.yaml", `"msg":"key file has changed"`, `"msg":"KMS key is usable","provider":"dev"`,
-			`"msg":"KMS contact is not good","provider":"dev"`, "kms dev",
+			`"msg":"KMS health check failed","provider":"dev"`, "kms dev",
 		},
 		{
 			"kubernetes.keyFile", commented("kubernetes.yaml"), half("kubernetes.yaml"), "kubernetes.yaml", `"msg":"key file reloaded","provider":"old"`,

@@ -48,12 +48,18 @@ type clusterOptions struct {
 	inspectOnly bool          // nothing can be encrypted, and no DEK seed is generated
 	noEtcd      bool          // the cluster has no client, for commands that read files
 	noKMS       bool          // no KMS is called
+	identities  []string      // files of private keys that decrypt recovery copies
 	wait        time.Duration // how long to wait for etcd and the KMS
 }
 
 // timeoutFlag adds --timeout.
 func timeoutFlag(cmd *cobra.Command) *time.Duration {
 	return cmd.Flags().Duration("timeout", 30*time.Second, "how long to wait for etcd and for each KMS at the start")
+}
+
+// identityFlag adds --identity.
+func identityFlag(cmd *cobra.Command) *[]string {
+	return command.IdentityFlag(cmd, "which decrypts values by the recovery copies of providers of kind age if their KMS does not, also if its key is disabled")
 }
 
 // openCluster connects to etcd and starts the rings. It waits for etcd, and for the first poll of each
@@ -68,10 +74,14 @@ func openCluster(cmd *cobra.Command, c *config.Config, o clusterOptions) (_ *clu
 	if err := coredump.Forbid(); err != nil {
 		return nil, fmt.Errorf("turn off core dumps, which would contain DEK seeds and values: %w", err)
 	}
+	identities, err := command.ReadIdentities(cmd, c, o.identities)
+	if err != nil {
+		return nil, err
+	}
 	// Errors only: what a KMS cannot do is in the report.
 	cl := &cluster{config: c, log: printable.NewLogger(cmd.ErrOrStderr(), "text", slog.LevelError)}
 	cl.keys, err = encryption.New(encryption.Config{
-		Config: c, InspectOnly: o.inspectOnly, Record: command.NewCallLog(c, cmd.ErrOrStderr()).Record,
+		Config: c, Identities: identities, InspectOnly: o.inspectOnly, Record: command.NewCallLog(c, cmd.ErrOrStderr()).Record,
 		Registry: prometheus.NewRegistry(), Logger: cl.log,
 	})
 	if err != nil {
@@ -98,8 +108,11 @@ func openCluster(cmd *cobra.Command, c *config.Config, o clusterOptions) (_ *clu
 		if o.noKMS {
 			break
 		}
-		cl.ends.Go(func() { _ = ring.Run(running) }) // it fails only if it ran before
-		polls.Go(func() { _ = ring.Contact(ctx) })   // its state has the reason
+		cl.ends.Go(func() { _ = ring.Run(running) })    // it fails only if it ran before
+		polls.Go(func() { _ = ring.WaitForCheck(ctx) }) // its state has the reason
+	}
+	for _, ring := range cl.keys.Offline() {
+		cl.ends.Go(func() { _ = ring.Run(running) })
 	}
 	if !o.noEtcd {
 		if err = cl.reach(ctx); err == nil {

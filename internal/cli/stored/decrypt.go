@@ -34,7 +34,8 @@ func NewDecrypt() *cobra.Command {
 		Use:   "decrypt KEY",
 		Short: "decrypt stored values from etcd or a snapshot file, in an emergency",
 		Long: `decrypt decrypts the value of KEY, an etcd key, or with --prefix the values of all keys that begin with it. It does so as a proxy with this
-configuration would, also with recovery copies. It needs the KMS but no proxy; with --snapshot, it does not need etcd either.
+configuration would, also with recovery copies. It needs the KMS but no proxy; with --snapshot, it does not need etcd either. With
+--identity it needs no KMS: the private keys decrypt the recovery copies of a provider of kind age.
 
 It asks for confirmation, and records the user in the audit log, which must be configured (or named with --audit-file). One value is
 printed unchanged; with --prefix, or with --output json, each is a JSON object on a line, its value in base64.`,
@@ -47,7 +48,7 @@ printed unchanged; with --prefix, or with --output json, each is a JSON object o
 	cmd.Flags().StringVar(&o.file, "output-file", "", "write to a new `FILE`, mode 0600, instead of standard output")
 	cmd.Flags().StringVar(&o.audit, "audit-file", "", "audit log `FILE`, if the configuration has none")
 	yes := cmd.Flags().Bool("yes", false, "do not ask for confirmation")
-	wait := timeoutFlag(cmd)
+	wait, identities := timeoutFlag(cmd), identityFlag(cmd)
 	cmd.RunE = command.Run(func(cmd *cobra.Command, args []string) error {
 		c, err := command.LoadConfig(cmd, *path, command.Checks(nil))
 		if err != nil {
@@ -60,6 +61,7 @@ printed unchanged; with --prefix, or with --output json, each is a JSON object o
 			c.Audit = &config.Audit{Path: o.audit, MaxSizeMiB: 100, MaxFiles: 10}
 		}
 		c.Audit.Required = true
+		o.identities = *identities
 		o.key, o.json = args[0], *out == "json" || o.prefix
 		ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
 		defer stop()
@@ -71,7 +73,7 @@ printed unchanged; with --prefix, or with --output json, each is a JSON object o
 		if err := confirm(cmd, *yes, "Decrypt "+what+"? It is recorded."); err != nil {
 			return err
 		}
-		cl, err := openCluster(cmd, c, clusterOptions{inspectOnly: true, wait: *wait, noEtcd: o.snapshot != ""})
+		cl, err := openCluster(cmd, c, clusterOptions{inspectOnly: true, identities: *identities, wait: *wait, noEtcd: o.snapshot != ""})
 		if err != nil {
 			return err
 		}
@@ -84,6 +86,7 @@ printed unchanged; with --prefix, or with --output json, each is a JSON object o
 type decryptOptions struct {
 	key, snapshot, file, audit string
 	prefix, json               bool
+	identities                 []string
 }
 
 // decryptedValue is one line of output.
@@ -101,7 +104,7 @@ func (cl *cluster) decrypt(ctx context.Context, o decryptOptions, stdout, stderr
 	record := func(outcome, reason string, keys int64) error {
 		return command.Record(cl.config, stderr, auditlog.Record{Command: "decrypt", Key: o.key, Outcome: outcome, Reason: reason, Keys: keys})
 	}
-	if err := record("begun", "from "+cmp.Or(o.snapshot, "etcd"), 0); err != nil {
+	if err := record("begun", command.WithIdentity("from "+cmp.Or(o.snapshot, "etcd"), o.identities), 0); err != nil {
 		return err
 	}
 	found, decrypted, left, foreign := false, int64(0), 0, 0
@@ -131,7 +134,7 @@ func (cl *cluster) decrypt(ctx context.Context, o decryptOptions, stdout, stderr
 		var ierr error
 		rule := cl.rules.Of(kv.Key)
 		if rule != nil {
-			var standing keyring.Standing
+			var standing keyring.ValueState
 			v.Value, standing, ierr = rule.Sealer.Inspect(ctx, kv.Key, kv.Value)
 			if e, ok := errors.AsType[*keyring.Error](ierr); ok && (e.Kind == keyring.Unavailable || e.Answered()) {
 				standing = inventory.Unavailable
@@ -142,7 +145,7 @@ func (cl *cluster) decrypt(ctx context.Context, o decryptOptions, stdout, stderr
 		switch {
 		case v.Standing == string(keyring.Foreign):
 			ierr, foreign = errors.New("it is encrypted by a provider that its rule does not read"), foreign+1
-		case rule != nil && rule.Strict && v.Standing == string(keyring.Unsealed):
+		case rule != nil && rule.Strict && v.Standing == string(keyring.Unencrypted):
 			ierr, foreign = errors.New("it is plaintext, which its rule refuses to read (allowPlaintextReads: false): it was written past the proxies"), foreign+1
 		case rule == nil && strings.HasPrefix(string(kv.Value), envelope.Root):
 			ierr, foreign = errors.New("it is encrypted, and no rule covers its key"), foreign+1
@@ -212,7 +215,7 @@ func (cl *cluster) values(ctx context.Context, o decryptOptions, visit func(*mvc
 
 // snapshotValues visits the values in a file.
 func snapshotValues(ctx context.Context, o decryptOptions, visit func(*mvccpb.KeyValue) error) error {
-	values, err := etcdfile.Present(ctx, o.snapshot, func(key []byte) bool {
+	values, err := etcdfile.LiveValues(ctx, o.snapshot, func(key []byte) bool {
 		return string(key) == o.key || o.prefix && strings.HasPrefix(string(key), o.key)
 	})
 	if err != nil {

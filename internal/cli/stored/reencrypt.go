@@ -35,6 +35,9 @@ Under a rule with allowPlaintextReads: false, plaintext is reported and not rewr
 refused, and encrypting it would make it a genuine value. --encrypt-plaintext encrypts it all the same; look at the values first
 (status --list names them). Values of providers that a rule does not read are never rewritten, since they cannot be decrypted.
 
+If the key of the values is gone, --identity decrypts them by the recovery copies of a provider of kind age. These copies are not
+authenticated: anyone who knows the recipients can make one. If other software than the proxies could write to etcd, check the values first.
+
 Each rewritten value is a revision in etcd's history until etcd is compacted, and an event for its watchers. The number is printed before
 the first write. --dry-run stops there.
 
@@ -47,8 +50,9 @@ Exit code 0 says that every value is current, 1 that some could not be rewritten
 	path, out := command.ConfigFlag(cmd), command.OutputFlag(cmd)
 	var o reencryptOptions
 	o.flags(cmd)
-	wait := timeoutFlag(cmd)
+	wait, identities := timeoutFlag(cmd), identityFlag(cmd)
 	cmd.RunE = command.Run(func(cmd *cobra.Command, _ []string) error {
+		o.identities = *identities
 		if err := o.check(); err != nil {
 			return err
 		}
@@ -60,7 +64,7 @@ Exit code 0 says that every value is current, 1 that some could not be rewritten
 		defer stop()
 		context.AfterFunc(ctx, stop) // a second signal ends the process at once
 		cmd.SetContext(ctx)
-		cl, err := openCluster(cmd, c, clusterOptions{wait: *wait})
+		cl, err := openCluster(cmd, c, clusterOptions{identities: *identities, wait: *wait})
 		if err != nil {
 			return err
 		}
@@ -93,6 +97,7 @@ type reencryptOptions struct {
 	dryRun, noWait, watch, ignoreProxies bool
 	encryptPlaintext                     bool
 	interval                             time.Duration
+	identities                           []string
 }
 
 func (o *reencryptOptions) flags(cmd *cobra.Command) {
@@ -121,6 +126,8 @@ func (o *reencryptOptions) check() error {
 		text = "--watch cannot be used with --dry-run or --no-wait"
 	case o.watch && o.encryptPlaintext:
 		text = "--watch cannot be used with --encrypt-plaintext: it would encrypt everything that is written past the proxies"
+	case o.watch && len(o.identities) > 0:
+		text = "--watch cannot be used with --identity: private keys of a recovery do not belong into a process that keeps running"
 	case o.interval < time.Second:
 		text = "--interval is at least 1s"
 	default:
@@ -155,7 +162,7 @@ func (j *reencryption) runConfig() reencrypt.Config {
 			if o.encryptPlaintext {
 				reason = "with --encrypt-plaintext"
 			}
-			return j.record("begun", reason, j.planned)
+			return j.record("begun", command.WithIdentity(reason, o.identities), j.planned)
 		},
 	}
 	if j.config.Coordination.Enabled && !o.ignoreProxies {

@@ -34,13 +34,13 @@ written past the proxies, reads of it are refused, and reencrypt skips it. Find 
 	}
 	path, out := command.ConfigFlag(cmd), command.OutputFlag(cmd)
 	list := cmd.Flags().Bool("list", false, "list the keys that are not current, and why")
-	wait := timeoutFlag(cmd)
+	wait, identities := timeoutFlag(cmd), identityFlag(cmd)
 	cmd.RunE = command.Run(func(cmd *cobra.Command, _ []string) error {
 		c, err := command.LoadConfig(cmd, *path, command.Checks(nil))
 		if err != nil {
 			return err
 		}
-		cl, err := openCluster(cmd, c, clusterOptions{inspectOnly: true, wait: *wait})
+		cl, err := openCluster(cmd, c, clusterOptions{inspectOnly: true, identities: *identities, wait: *wait})
 		if err != nil {
 			return err
 		}
@@ -92,6 +92,7 @@ type statusKMS struct {
 	Revoked bool   `json:"revoked"`
 	KeyID   string `json:"keyID,omitempty"`
 	Reason  string `json:"reason,omitempty"`
+	Offline bool   `json:"offline,omitempty"` // of kind age: it cannot be polled, and KeyID identifies the recipients
 }
 
 type statusProxy struct {
@@ -100,18 +101,18 @@ type statusProxy struct {
 }
 
 type statusKey struct {
-	Key      string           `json:"key"`
-	KeyBytes []byte           `json:"keyBytes,omitempty"` // Key where that is not valid UTF-8
-	Standing keyring.Standing `json:"standing"`
-	Revision int64            `json:"revision"`
-	Why      string           `json:"why,omitempty"`
+	Key      string             `json:"key"`
+	KeyBytes []byte             `json:"keyBytes,omitempty"` // Key where that is not valid UTF-8
+	Standing keyring.ValueState `json:"standing"`
+	Revision int64              `json:"revision"`
+	Why      string             `json:"why,omitempty"`
 }
 
 // status makes the report.
 func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) {
 	report := &statusReport{OK: true, Agreeing: true, Rules: []statusRule{}, KMS: []statusKMS{}, Proxies: []statusProxy{}}
 	refused := make(map[string]int64)
-	visit := func(rule *inventory.Rule, kv *mvccpb.KeyValue, standing keyring.Standing, err error) error {
+	visit := func(rule *inventory.Rule, kv *mvccpb.KeyValue, standing keyring.ValueState, err error) error {
 		e, ok := errors.AsType[*keyring.Error](err)
 		if ok && standing == inventory.Unavailable && e.Answered() {
 			refused[rule.Prefix]++
@@ -139,9 +140,9 @@ func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) 
 		strict[rule.Prefix] = rule.Strict
 	}
 	for _, c := range counts {
-		n := func(s keyring.Standing) int64 { return c.Standings[s].Keys }
+		n := func(s keyring.ValueState) int64 { return c.Standings[s].Keys }
 		report.Rules = append(report.Rules, statusRule{
-			Prefix: c.Prefix, WriteWith: c.WriteWith, Strict: strict[c.Prefix], Keys: c.All.Keys, Current: n(keyring.Current), Stale: n(keyring.Stale), Plaintext: n(keyring.Unsealed),
+			Prefix: c.Prefix, WriteWith: c.WriteWith, Strict: strict[c.Prefix], Keys: c.All.Keys, Current: n(keyring.Current), Stale: n(keyring.Stale), Plaintext: n(keyring.Unencrypted),
 			Foreign: n(keyring.Foreign), Undecryptable: n(keyring.Undecryptable), Unavailable: n(inventory.Unavailable), Refused: refused[c.Prefix], Detail: c,
 		})
 		report.OK = report.OK && c.Done()
@@ -163,6 +164,9 @@ func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) 
 		s := r.State()
 		report.KMS = append(report.KMS, statusKMS{Name: s.Provider, OK: s.Healthy, Revoked: s.Revoked, KeyID: s.KeyID, Reason: s.Reason})
 		report.OK = report.OK && s.Healthy
+	}
+	for _, r := range cl.keys.Offline() {
+		report.KMS = append(report.KMS, statusKMS{Name: r.Provider(), OK: true, KeyID: r.State().KeyID, Offline: true})
 	}
 	return report, nil
 }
@@ -213,6 +217,8 @@ func (r *statusReport) text(w io.Writer) {
 	for _, k := range r.KMS {
 		state := "ok"
 		switch {
+		case k.Offline:
+			state = "offline, not polled: kms check --identity tests it"
 		case k.Revoked:
 			state = "key may not be used: " + k.Reason
 		case !k.OK:
@@ -226,9 +232,9 @@ func (r *statusReport) text(w io.Writer) {
 		t = tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 		printable.Fprintf(t, "PROXY\tVERSION\tSTARTED\tRULES\n")
 		for _, p := range r.Proxies {
-			rules := "same"
+			rules := "as here"
 			if !p.SameRules {
-				rules = "NOT those of this configuration"
+				rules = "NOT as in this configuration"
 			}
 			printable.Fprintf(t, "%s\t%s\t%s\t%s\n", printable.Name(p.ID), printable.Name(p.Version), p.Started.Format(time.RFC3339), rules)
 		}

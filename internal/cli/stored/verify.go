@@ -52,8 +52,9 @@ found but not everything could be checked.`,
 	cmd.Flags().StringArrayVar(&o.kinds, "kind", nil, "a `KIND` of Kubernetes objects that must not be found in plaintext, for example Secret; by default the kinds of the rules' resources")
 	cmd.Flags().BoolVar(&o.offline, "offline", false, "call no KMS: encrypted values must be well-formed, and are not decrypted; for files only")
 	cmd.Flags().BoolVar(&o.all, "list", false, "print every finding, not only the first 20 of each file")
-	wait := timeoutFlag(cmd)
+	wait, identities := timeoutFlag(cmd), identityFlag(cmd)
 	cmd.MarkFlagsMutuallyExclusive("snapshot", "data-dir")
+	cmd.MarkFlagsMutuallyExclusive("offline", "identity")
 	cmd.RunE = command.Run(func(cmd *cobra.Command, _ []string) error {
 		files := cmp.Or(o.snapshot, o.dataDir)
 		if files == "" && (o.offline || len(o.canaries) > 0 || o.canaryFile != "" || len(o.kinds) > 0) {
@@ -69,7 +70,7 @@ found but not everything could be checked.`,
 		ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
 		defer stop()
 		cmd.SetContext(ctx)
-		cl, err := openCluster(cmd, c, clusterOptions{inspectOnly: true, wait: *wait, noEtcd: files != "", noKMS: o.offline})
+		cl, err := openCluster(cmd, c, clusterOptions{inspectOnly: true, identities: *identities, wait: *wait, noEtcd: files != "", noKMS: o.offline})
 		if err != nil {
 			return err
 		}
@@ -222,7 +223,7 @@ func (cl *cluster) verifyFiles(ctx context.Context, o verifyOptions, r *verifyRe
 		}
 	}
 	for _, name := range files {
-		f, err := etcdfile.Look(ctx, name, c)
+		f, err := etcdfile.Inspect(ctx, name, c)
 		if err != nil {
 			return problem.New("", "%s: %w", name, err)
 		}

@@ -1,0 +1,151 @@
+package keyring
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
+)
+
+// provider is what all parts of a ring share: its configuration, its texts and the published state.
+type provider struct {
+	cfg      RingConfig
+	copyName string // of the annotations with copies that this provider wraps; "" if its name does not do
+	state    atomic.Pointer[state]
+	poller   *kmsclient.Poller
+
+	running    atomic.Bool
+	suspected  atomic.Int64 // when a stored value last caused a health check, in Unix nanoseconds
+	lostLogged atomic.Int64 // when the log said that values are returned as stored whose key is gone, in Unix seconds
+
+	mu      sync.Mutex // of writes of state too
+	stopped bool       // no call may begin
+	revoked uint64     // how often the key was revoked; an unwrap that spans a revocation is void
+}
+
+// state is what decides whether values are encrypted and decrypted. A published state does not change.
+type state struct {
+	writer   *writer       // nil: no seed to encrypt with
+	keyID    string        // from the last good Status; "" before
+	healthy  bool          // the last health check was good
+	works    bool          // the last use of the key in use succeeded; a KMS may say that it is not healthy and work
+	lastGood time.Time     // when the last good health check ended
+	err      error         // why the last health check failed; nil if it was good, and before the first
+	revoked  error         // not nil: the key may not be used, and this is the KMS' error that says so
+	pending  chan struct{} // not nil while a health check runs, closed when it ends
+}
+
+// kmsError returns why the last health check failed, but for a missing recovery copy: two rings that copy
+// each other's seeds would otherwise wait for each other.
+func (st *state) kmsError() error {
+	if _, ok := errors.AsType[*recoveryError](st.err); ok {
+		return nil
+	}
+	return st.err
+}
+
+// update publishes a changed copy of the state.
+func (p *provider) update(change func(*state)) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	next := *p.state.Load()
+	change(&next)
+	p.state.Store(&next)
+}
+
+// endCheck publishes the result of a health check and wakes the goroutines that wait for it.
+func (p *provider) endCheck(change func(*state)) {
+	var pending chan struct{}
+	p.update(func(st *state) {
+		change(st)
+		pending, st.pending = st.pending, nil
+	})
+	if pending != nil {
+		close(pending)
+	}
+}
+
+// wake has the next health check made at once.
+func (p *provider) wake() { p.poller.Wake() }
+
+// suspect has the key checked at once, but not for every stored value that the KMS refuses to unwrap.
+func (p *provider) suspect() {
+	now := time.Now().UnixNano()
+	if last := p.suspected.Load(); now-last >= int64(p.cfg.FailingPollInterval) && p.suspected.CompareAndSwap(last, now) {
+		p.wake()
+	}
+}
+
+// works reports whether the last use of the KMS key in use succeeded. If so, a refusal is about the seed
+// that was refused, and is no outage.
+func (p *provider) works() bool { return p.state.Load().works }
+
+// isDisabled reports whether the key is revoked by somebody's will, and not because it is gone.
+func (p *provider) isDisabled() bool {
+	revoked := p.state.Load().revoked
+	return revoked != nil && !kmsclient.ReasonOf(revoked).Gone()
+}
+
+// revocations returns how often the key was revoked.
+func (p *provider) revocations() uint64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.revoked
+}
+
+// countRevocation makes void what is being unwrapped now.
+func (p *provider) countRevocation() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.revoked++
+}
+
+// keyOf returns the KMS key behind a key ID.
+func (p *provider) keyOf(keyID string) string {
+	if p.cfg.KeyOf == nil {
+		return keyID
+	}
+	return p.cfg.KeyOf(keyID)
+}
+
+// errorf makes an Error that names the provider and the key ID.
+func (p *provider) errorf(kind Kind, cause error, format string, args ...any) *Error {
+	text := fmt.Sprintf("KMS provider %q", p.cfg.Provider)
+	if id := p.state.Load().keyID; id != "" && kind != Corrupt {
+		text += fmt.Sprintf(", key ID %q", id)
+	}
+	return &Error{Kind: kind, Text: text + ": " + fmt.Sprintf(format, args...), Err: cause}
+}
+
+// lostNotice is how often the log says that values are returned as stored because their key is gone.
+const lostNotice = time.Hour
+
+// markLost marks a value's error if the KMS said that it does not have the value's own key. What the KMS says
+// of the configured key counts only if the value has the same key.
+func (p *provider) markLost(err *Error, h *envelope.Header, cause error) *Error {
+	if e, ok := errors.AsType[*kmsclient.Error](cause); ok && kmsclient.ReasonOf(cause) == kmsclient.KeyNotFound && p.keyOf(e.KeyID) == p.keyOf(h.KeyID) {
+		err.lost = p
+	}
+	return err
+}
+
+// notLost returns err without the mark.
+func notLost(err *Error) *Error {
+	return &Error{Kind: err.Kind, Text: err.Text, Err: err.Err, silent: err.silent, answered: err.answered}
+}
+
+// noteLost logs as an error that a value was returned as stored, because its key is gone or its seed has been
+// refused for long.
+func (p *provider) noteLost(err *Error) {
+	now := time.Now()
+	last := p.lostLogged.Load()
+	if last != 0 && now.Sub(time.Unix(last, 0)) < lostNotice || !p.lostLogged.CompareAndSwap(last, now.Unix()) {
+		return
+	}
+	p.cfg.Logger.Error("values are returned as stored, by their rule's policy: their KMS key is gone or has refused their DEK seeds for long; restore or delete them",
+		"provider", p.cfg.Provider, "reason", err.Text)
+}
