@@ -78,7 +78,7 @@ func (s *site) serve(args ...string) {
 		if err := p.Alive(); err != nil {
 			return err
 		}
-		if out := s.shell("etcd-kms-proxy status"); !strings.Contains(out, "  same") {
+		if out := s.shell("etcd-kms-proxy status"); !strings.Contains(out, "  as here") {
 			return fmt.Errorf("%s", out)
 		}
 		record, err := s.raw.Range(s.t.Context(), &pb.RangeRequest{Key: []byte("/etcd-kms-proxy/agreement"), CountOnly: true})
