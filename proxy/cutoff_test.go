@@ -3,6 +3,10 @@ package proxy
 import (
 	"testing"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
+
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -12,30 +16,30 @@ import (
 
 // breaking is an etcd that goes in the middle of every answer.
 type breaking struct {
-	*rawEtcd
+	*proxytest.RawEtcd
 	gone bool
 }
 
 func (b *breaking) Data(s *http2conn.Stream, _ []byte, end bool) {
 	if end {
-		s.Data(false, head(20_000), make([]byte, 10_000))
+		s.Data(false, rpc.Header(20_000), make([]byte, 10_000))
 		b.gone = true
 	}
 }
 func (b *breaking) FlushNeeded() {
-	if b.conn.Flush(); b.gone {
-		b.conn.Close()
+	if b.Conn.Flush(); b.gone {
+		b.Conn.Close()
 	}
 }
 
 // TestEtcdGoesAmidAnAnswer: clients repeat what is Unavailable, and a message that is cut off is Internal to them, whatever the trailer says.
 func TestEtcdGoesAmidAnAnswer(t *testing.T) {
 	bothWays(t, func(t *testing.T, startProxy starter) {
-		address := serveH2(t, func(r *rawEtcd) http2conn.Handler { return &breaking{rawEtcd: r} })
-		for name, rules := range map[string][]Rule{"under a rule": everything, "under none": nil} {
+		address := proxytest.ServeH2(t, func(r *proxytest.RawEtcd) http2conn.Handler { return &breaking{RawEtcd: r} })
+		for name, rules := range map[string][]etcdapi.Rule{"under a rule": everything, "under none": nil} {
 			conn := startProxy(t, address, rules, nil).dial(t)
 			for range 2 {
-				_, err := pb.NewKVClient(conn).Range(testContext(t), &pb.RangeRequest{Key: []byte("k")})
+				_, err := pb.NewKVClient(conn).Range(proxytest.TestContext(t), &pb.RangeRequest{Key: []byte("k")})
 				if status.Code(err) != codes.Unavailable {
 					t.Errorf("%s: %v", name, err)
 				}

@@ -9,6 +9,8 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
+
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"golang.org/x/net/http2"
 	"golang.org/x/sys/unix"
@@ -78,11 +80,11 @@ func serveDeaf(t *testing.T) (endpoint string, waits func() int) {
 func TestMemberThatTakesNothing(t *testing.T) {
 	bothWays(t, func(t *testing.T, startProxy starter) {
 		deaf, waits := serveDeaf(t)
-		p := startProxy(t, serveStore(t), nil, func(c *Config) {
+		p := startProxy(t, proxytest.ServeStore(t), nil, func(c *Config) {
 			c.Upstream.Endpoints = append(c.Upstream.Endpoints, deaf)
 		})
-		kv := pb.NewKVClient(dial(t, p.Addrs()[0].String(), grpc.WithTransportCredentials(insecure.NewCredentials())))
-		ctx, cancel := context.WithCancel(testContext(t))
+		kv := pb.NewKVClient(proxytest.Dial(t, p.Addrs()[0].String(), grpc.WithTransportCredentials(insecure.NewCredentials())))
+		ctx, cancel := context.WithCancel(proxytest.TestContext(t))
 		var all sync.WaitGroup
 		defer all.Wait()
 		defer cancel()
@@ -94,7 +96,7 @@ func TestMemberThatTakesNothing(t *testing.T) {
 			})
 			return done
 		}
-		eventually(t, "full buffers", func() bool {
+		proxytest.Eventually(t, "full buffers", func() bool {
 			put(1 << 20)
 			return waits() > 128<<10
 		})

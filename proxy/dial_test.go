@@ -1,10 +1,13 @@
 package proxy
 
 import (
-	"log/slog"
+	"crypto/tls"
 	"net"
 	"path/filepath"
 	"testing"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"google.golang.org/grpc"
@@ -13,9 +16,9 @@ import (
 
 // TestTLSOverASocket: etcd's client library verifies such an endpoint against the name of the socket, and so does the proxy, for relayed and handled calls.
 func TestTLSOverASocket(t *testing.T) {
-	ca := newAuthority(t, "ca")
-	cert, key, _ := ca.issue("etcd", "etcd", "etcd.sock")
-	serverTLS, err := (&ListenerTLS{CertFile: cert, KeyFile: key}).serverTLS(nil, "")
+	ca := proxytest.NewAuthority(t, "ca")
+	cert, key, _ := ca.Issue("etcd", "etcd", "etcd.sock")
+	pair, err := tls.LoadX509KeyPair(cert, key)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -23,22 +26,12 @@ func TestTLSOverASocket(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	serveFakeOn(t, echoEtcd(), l, grpc.Creds(credentials.NewTLS(serverTLS.Get())))
-	cfg := UpstreamConfig{Endpoints: []string{"unix://" + l.Addr().String()}, TLS: &UpstreamTLS{CAFile: ca.file}}
+	proxytest.ServeFakeOn(t, proxytest.EchoEtcd(), l, grpc.Creds(credentials.NewServerTLSFromCert(&pair)))
+	cfg := upstream.Config{Endpoints: []string{"unix://" + l.Addr().String()}, TLS: &upstream.TLS{CAFile: ca.File}}
 	bothWays(t, func(t *testing.T, startProxy starter) {
 		conn := startProxy(t, "", nil, func(c *Config) { c.Upstream = cfg }).dial(t)
-		if _, err := pb.NewKVClient(conn).Range(testContext(t), &pb.RangeRequest{Key: []byte("k")}); err != nil {
+		if _, err := pb.NewKVClient(conn).Range(proxytest.TestContext(t), &pb.RangeRequest{Key: []byte("k")}); err != nil {
 			t.Error(err)
 		}
 	})
-	u, err := newUpstream(cfg, slog.New(slog.DiscardHandler), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer u.close()
-	conn, _, err := u.dialEndpoint(testContext(t), cfg.Endpoints[0], protocolHTTP2)
-	if err != nil {
-		t.Fatal(err)
-	}
-	conn.Close()
 }

@@ -11,17 +11,20 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
+
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/testing/protocmp"
 	"google.golang.org/protobuf/types/known/durationpb"
 )
 
-var everything = []Rule{{Prefix: "", Sealer: reverser{}}}
+var everything = []etcdapi.Rule{{Prefix: "", Sealer: proxytest.Reverser{}}}
 
 func detailed(t *testing.T, code codes.Code, text string) error {
 	t.Helper()
@@ -32,19 +35,11 @@ func detailed(t *testing.T, code codes.Code, text string) error {
 	return st.Err()
 }
 
-// sameStatus compares code, text and details.
-func sameStatus(t *testing.T, got, want error) {
-	t.Helper()
-	if diff := cmp.Diff(status.Convert(want).Proto(), status.Convert(got).Proto(), protocmp.Transform()); diff != "" {
-		t.Errorf("status (-want +got):\n%s", diff)
-	}
-}
-
 func TestUnaryIsExact(t *testing.T) {
 	want := detailed(t, codes.FailedPrecondition, "etcdserver: no space: ü %41")
 	var got metadata.MD
 	fail := false
-	etcd := serveFake(t, &fakeEtcd{rangeFn: func(ctx context.Context, _ *pb.RangeRequest) (*pb.RangeResponse, error) {
+	etcd := proxytest.ServeFake(t, &proxytest.FakeEtcd{RangeFn: func(ctx context.Context, _ *pb.RangeRequest) (*pb.RangeResponse, error) {
 		got, _ = metadata.FromIncomingContext(ctx)
 		if err := grpc.SetTrailer(ctx, metadata.Pairs("t", "1", "t", "2", "t-bin", "\x00\xff")); err != nil {
 			return nil, err
@@ -55,12 +50,12 @@ func TestUnaryIsExact(t *testing.T) {
 		if err := grpc.SetHeader(ctx, metadata.Pairs("h", "1", "h", "2", "h-bin", "\x00\xff")); err != nil {
 			return nil, err
 		}
-		return &pb.RangeResponse{Header: &pb.ResponseHeader{Revision: 7}, Kvs: []*mvccpb.KeyValue{{Key: []byte("k"), Value: sealed("k", "v")}}}, nil
+		return &pb.RangeResponse{Header: &pb.ResponseHeader{Revision: 7}, Kvs: []*mvccpb.KeyValue{{Key: []byte("k"), Value: proxytest.Sealed("k", "v")}}}, nil
 	}})
-	for _, rules := range [][]Rule{nil, everything} {
+	for _, rules := range [][]etcdapi.Rule{nil, everything} {
 		conn := startProxy(t, etcd, rules, nil).dial(t, grpc.WithUserAgent("me"))
 		sent := metadata.Pairs("token", "tok", "authorization", "auth", "hasleader", "true", "client-api-version", "3.7", "x-bin", "\x00\x01", "x", "a", "x", "b")
-		ctx := metadata.NewOutgoingContext(testContext(t), sent)
+		ctx := metadata.NewOutgoingContext(proxytest.TestContext(t), sent)
 		var header, trailer metadata.MD
 		fail = false
 		resp, err := pb.NewKVClient(conn).Range(ctx, &pb.RangeRequest{Key: []byte("k")}, grpc.Header(&header), grpc.Trailer(&trailer))
@@ -69,7 +64,7 @@ func TestUnaryIsExact(t *testing.T) {
 		}
 		value := "v"
 		if rules == nil {
-			value = string(sealed("k", "v"))
+			value = string(proxytest.Sealed("k", "v"))
 		}
 		if string(resp.Kvs[0].Value) != value || resp.Header.Revision != 7 {
 			t.Errorf("got %v", resp)
@@ -91,7 +86,7 @@ func TestUnaryIsExact(t *testing.T) {
 		}
 		fail, header, trailer = true, nil, nil
 		_, err = pb.NewKVClient(conn).Range(ctx, &pb.RangeRequest{Key: []byte("k")}, grpc.Header(&header), grpc.Trailer(&trailer))
-		sameStatus(t, err, want)
+		proxytest.SameStatus(t, err, want)
 		if len(header) != 0 || len(trailer["t-bin"]) != 1 {
 			t.Errorf("after an error: header %v, trailer %v", header, trailer)
 		}
@@ -101,14 +96,14 @@ func TestUnaryIsExact(t *testing.T) {
 func TestStreamIsExact(t *testing.T) {
 	want := detailed(t, codes.OutOfRange, "etcdserver: mvcc: required revision is a future revision")
 	release := make(chan struct{})
-	etcd := serveFake(t, &fakeEtcd{streamFn: func(_ *pb.RangeRequest, s grpc.ServerStreamingServer[pb.RangeStreamResponse]) error {
+	etcd := proxytest.ServeFake(t, &proxytest.FakeEtcd{StreamFn: func(_ *pb.RangeRequest, s grpc.ServerStreamingServer[pb.RangeStreamResponse]) error {
 		if err := s.SendHeader(metadata.Pairs("early", "yes")); err != nil {
 			return err
 		}
 		<-release
 		for i := range 3 {
 			k := fmt.Sprint("k", i)
-			r := &pb.RangeStreamResponse{RangeResponse: &pb.RangeResponse{Kvs: []*mvccpb.KeyValue{{Key: []byte(k), Value: sealed(k, "v")}}}}
+			r := &pb.RangeStreamResponse{RangeResponse: &pb.RangeResponse{Kvs: []*mvccpb.KeyValue{{Key: []byte(k), Value: proxytest.Sealed(k, "v")}}}}
 			if err := s.Send(r); err != nil {
 				return err
 			}
@@ -117,7 +112,7 @@ func TestStreamIsExact(t *testing.T) {
 		return want
 	}})
 	conn := startProxy(t, etcd, everything, nil).dial(t)
-	s, err := pb.NewKVClient(conn).RangeStream(testContext(t), &pb.RangeRequest{Key: []byte("k"), RangeEnd: []byte("l")})
+	s, err := pb.NewKVClient(conn).RangeStream(proxytest.TestContext(t), &pb.RangeRequest{Key: []byte("k"), RangeEnd: []byte("l")})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -136,7 +131,7 @@ func TestStreamIsExact(t *testing.T) {
 		}
 	}
 	_, err = s.Recv()
-	sameStatus(t, err, want)
+	proxytest.SameStatus(t, err, want)
 	if len(s.Trailer()["late"]) != 1 {
 		t.Errorf("trailer %v", s.Trailer())
 	}
@@ -145,32 +140,32 @@ func TestStreamIsExact(t *testing.T) {
 func TestRangeStreamUnknownToEtcd(t *testing.T) {
 	// An etcd before 3.7 does not know the method; its client learns that at the first receive.
 	old := grpc.ServiceDesc{ServiceName: "etcdserverpb.KV", HandlerType: (*any)(nil)}
-	l := listenLoopback(t)
+	l := proxytest.ListenLoopback(t)
 	s := grpc.NewServer()
 	s.RegisterService(&old, nil)
 	done := make(chan struct{})
 	go func() { defer close(done); _ = s.Serve(l) }()
 	t.Cleanup(func() { s.Stop(); <-done })
 	conn := startProxy(t, l.Addr().String(), everything, nil).dial(t)
-	stream, err := pb.NewKVClient(conn).RangeStream(testContext(t), &pb.RangeRequest{Key: []byte("k")})
+	stream, err := pb.NewKVClient(conn).RangeStream(proxytest.TestContext(t), &pb.RangeRequest{Key: []byte("k")})
 	if err != nil {
 		t.Fatal(err)
 	}
 	_, err = stream.Recv()
-	sameStatus(t, err, status.Error(codes.Unimplemented, "unknown method RangeStream for service etcdserverpb.KV"))
+	proxytest.SameStatus(t, err, status.Error(codes.Unimplemented, "unknown method RangeStream for service etcdserverpb.KV"))
 }
 
 func TestUnknownMethods(t *testing.T) {
-	etcd := serveFake(t, &fakeEtcd{})
+	etcd := proxytest.ServeFake(t, &proxytest.FakeEtcd{})
 	proxied := startProxy(t, etcd, everything, nil).dial(t)
-	direct := dialInsecure(t, etcd)
+	direct := proxytest.DialInsecure(t, etcd)
 	for _, m := range []string{"/etcdserverpb.KV/Scan", "/etcdserverpb.Nope/Range", "/a/b/c"} {
-		_, want := rawCall(testContext(t), direct, m, nil)
-		_, got := rawCall(testContext(t), proxied, m, nil)
+		_, want := proxytest.RawCall(proxytest.TestContext(t), direct, m, nil)
+		_, got := proxytest.RawCall(proxytest.TestContext(t), proxied, m, nil)
 		if status.Code(got) != codes.Unimplemented {
 			t.Errorf("%s: %v", m, got)
 		}
-		sameStatus(t, got, want)
+		proxytest.SameStatus(t, got, want)
 	}
 }
 
@@ -182,33 +177,33 @@ func TestCancellationReachesEtcd(t *testing.T) {
 		gone <- ctx.Err()
 		return ctx.Err()
 	}
-	etcd := serveFake(t, &fakeEtcd{
-		rangeFn: func(ctx context.Context, _ *pb.RangeRequest) (*pb.RangeResponse, error) { return nil, hang(ctx) },
-		watchFn: func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error { return hang(s.Context()) },
+	etcd := proxytest.ServeFake(t, &proxytest.FakeEtcd{
+		RangeFn: func(ctx context.Context, _ *pb.RangeRequest) (*pb.RangeResponse, error) { return nil, hang(ctx) },
+		WatchFn: func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error { return hang(s.Context()) },
 	})
 	conn := startProxy(t, etcd, everything, nil).dial(t)
 
-	ctx, cancel := context.WithCancel(testContext(t))
+	ctx, cancel := context.WithCancel(proxytest.TestContext(t))
 	failed := make(chan error, 1)
 	go func() {
 		_, err := pb.NewKVClient(conn).Range(ctx, &pb.RangeRequest{Key: []byte("k")})
 		failed <- err
 	}()
-	wait(t, arrived, "request")
+	proxytest.Wait(t, arrived, "request")
 	cancel()
-	wait(t, gone, "cancellation of a unary call")
-	if err := wait(t, failed, "answer"); status.Code(err) != codes.Canceled {
+	proxytest.Wait(t, gone, "cancellation of a unary call")
+	if err := proxytest.Wait(t, failed, "answer"); status.Code(err) != codes.Canceled {
 		t.Errorf("got %v", err)
 	}
 
-	ctx, cancel = context.WithCancel(testContext(t))
+	ctx, cancel = context.WithCancel(proxytest.TestContext(t))
 	s, err := pb.NewWatchClient(conn).Watch(ctx)
 	if err != nil {
 		t.Fatal(err)
 	}
-	wait(t, arrived, "stream")
+	proxytest.Wait(t, arrived, "stream")
 	cancel()
-	wait(t, gone, "cancellation of a stream")
+	proxytest.Wait(t, gone, "cancellation of a stream")
 	if _, err := s.Recv(); status.Code(err) != codes.Canceled {
 		t.Errorf("got %v", err)
 	}
@@ -216,7 +211,7 @@ func TestCancellationReachesEtcd(t *testing.T) {
 
 func TestDeadlineReachesEtcd(t *testing.T) {
 	left := make(chan time.Duration, 1)
-	etcd := serveFake(t, &fakeEtcd{rangeFn: func(ctx context.Context, _ *pb.RangeRequest) (*pb.RangeResponse, error) {
+	etcd := proxytest.ServeFake(t, &proxytest.FakeEtcd{RangeFn: func(ctx context.Context, _ *pb.RangeRequest) (*pb.RangeResponse, error) {
 		d, ok := ctx.Deadline()
 		if !ok {
 			return nil, errors.New("no deadline")
@@ -232,33 +227,33 @@ func TestDeadlineReachesEtcd(t *testing.T) {
 	if status.Code(err) != codes.DeadlineExceeded {
 		t.Errorf("got %v", err)
 	}
-	if d := wait(t, left, "request"); d <= 0 || d > 300*time.Millisecond {
+	if d := proxytest.Wait(t, left, "request"); d <= 0 || d > 300*time.Millisecond {
 		t.Errorf("etcd had %v left", d)
 	}
 }
 
 func TestHalfCloseKeepsTheWatch(t *testing.T) {
-	etcd := serveFake(t, &fakeEtcd{watchFn: func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error {
+	etcd := proxytest.ServeFake(t, &proxytest.FakeEtcd{WatchFn: func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error {
 		for n := 0; ; n++ {
 			if _, err := s.Recv(); errors.Is(err, io.EOF) {
 				ev := func(typ mvccpb.Event_EventType, stored []byte) *mvccpb.Event {
 					return &mvccpb.Event{Type: typ, Kv: &mvccpb.KeyValue{Key: []byte("k"), Value: stored}}
 				}
 				del := ev(mvccpb.Event_DELETE, nil)
-				del.PrevKv = &mvccpb.KeyValue{Key: []byte("k"), Value: sealed("k", "old")}
-				return s.Send(&pb.WatchResponse{WatchId: int64(n), Events: []*mvccpb.Event{ev(mvccpb.Event_PUT, sealed("k", "new")), del}})
+				del.PrevKv = &mvccpb.KeyValue{Key: []byte("k"), Value: proxytest.Sealed("k", "old")}
+				return s.Send(&pb.WatchResponse{WatchId: int64(n), Events: []*mvccpb.Event{ev(mvccpb.Event_PUT, proxytest.Sealed("k", "new")), del}})
 			} else if err != nil {
 				return err
 			}
 		}
 	}})
 	conn := startProxy(t, etcd, everything, nil).dial(t)
-	s, err := pb.NewWatchClient(conn).Watch(testContext(t))
+	s, err := pb.NewWatchClient(conn).Watch(proxytest.TestContext(t))
 	if err != nil {
 		t.Fatal(err)
 	}
 	for range 2 {
-		if err := s.Send(createWatch("k", "")); err != nil {
+		if err := s.Send(proxytest.CreateWatch("k", "")); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -277,12 +272,8 @@ func TestHalfCloseKeepsTheWatch(t *testing.T) {
 	}
 }
 
-func createWatch(key, end string) *pb.WatchRequest {
-	return &pb.WatchRequest{RequestUnion: &pb.WatchRequest_CreateRequest{CreateRequest: &pb.WatchCreateRequest{Key: []byte(key), RangeEnd: []byte(end)}}}
-}
-
 func TestWatchHeadersBeforeAnyMessage(t *testing.T) {
-	etcd := serveFake(t, &fakeEtcd{watchFn: func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error {
+	etcd := proxytest.ServeFake(t, &proxytest.FakeEtcd{WatchFn: func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error {
 		if err := s.SendHeader(metadata.Pairs("early", "yes")); err != nil {
 			return err
 		}
@@ -290,7 +281,7 @@ func TestWatchHeadersBeforeAnyMessage(t *testing.T) {
 		return nil
 	}})
 	conn := startProxy(t, etcd, everything, nil).dial(t)
-	s, err := pb.NewWatchClient(conn).Watch(testContext(t))
+	s, err := pb.NewWatchClient(conn).Watch(proxytest.TestContext(t))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -302,31 +293,31 @@ func TestWatchHeadersBeforeAnyMessage(t *testing.T) {
 // TestEtcdsOwnUnavailable: clients tell etcd's errors by their texts.
 func TestEtcdsOwnUnavailable(t *testing.T) {
 	want := status.Error(codes.Unavailable, "etcdserver: leader changed")
-	etcd := serveFake(t, &fakeEtcd{
-		putFn:   func(context.Context, *pb.PutRequest) (*pb.PutResponse, error) { return nil, want },
-		watchFn: func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error { return want },
+	etcd := proxytest.ServeFake(t, &proxytest.FakeEtcd{
+		PutFn:   func(context.Context, *pb.PutRequest) (*pb.PutResponse, error) { return nil, want },
+		WatchFn: func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error { return want },
 	})
 	conn := startProxy(t, etcd, everything, nil).dial(t)
-	_, err := pb.NewKVClient(conn).Put(testContext(t), &pb.PutRequest{Key: []byte("k")})
-	sameStatus(t, err, want)
-	s, err := pb.NewWatchClient(conn).Watch(testContext(t))
+	_, err := pb.NewKVClient(conn).Put(proxytest.TestContext(t), &pb.PutRequest{Key: []byte("k")})
+	proxytest.SameStatus(t, err, want)
+	s, err := pb.NewWatchClient(conn).Watch(proxytest.TestContext(t))
 	if err != nil {
 		t.Fatal(err)
 	}
 	_, err = s.Recv()
-	sameStatus(t, err, want)
+	proxytest.SameStatus(t, err, want)
 }
 
 func TestLargeMessages(t *testing.T) {
 	const size = 64 << 20
 	big := bytes.Repeat([]byte{'x'}, size)
-	stored := sealed("k", string(big))
-	etcd := serveFake(t, &fakeEtcd{rangeFn: func(_ context.Context, r *pb.RangeRequest) (*pb.RangeResponse, error) {
+	stored := proxytest.Sealed("k", string(big))
+	etcd := proxytest.ServeFake(t, &proxytest.FakeEtcd{RangeFn: func(_ context.Context, r *pb.RangeRequest) (*pb.RangeResponse, error) {
 		return &pb.RangeResponse{Kvs: []*mvccpb.KeyValue{{Key: r.Key, Value: stored}}}, nil
 	}})
 	for _, prefix := range []string{"k", "other"} {
-		conn := startProxy(t, etcd, []Rule{{Prefix: prefix, Sealer: reverser{}}}, nil).dial(t)
-		resp, err := pb.NewKVClient(conn).Range(testContext(t), &pb.RangeRequest{Key: []byte("k")})
+		conn := startProxy(t, etcd, []etcdapi.Rule{{Prefix: prefix, Sealer: proxytest.Reverser{}}}, nil).dial(t)
+		resp, err := pb.NewKVClient(conn).Range(proxytest.TestContext(t), &pb.RangeRequest{Key: []byte("k")})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -345,11 +336,11 @@ func TestListOf100000(t *testing.T) {
 	list := &pb.RangeResponse{Count: n}
 	for i := range n {
 		k := fmt.Sprintf("/registry/secrets/ns/s%06d", i)
-		list.Kvs = append(list.Kvs, &mvccpb.KeyValue{Key: []byte(k), Value: sealed(k, fmt.Sprint("value ", i)), ModRevision: int64(i)})
+		list.Kvs = append(list.Kvs, &mvccpb.KeyValue{Key: []byte(k), Value: proxytest.Sealed(k, fmt.Sprint("value ", i)), ModRevision: int64(i)})
 	}
-	etcd := serveFake(t, &fakeEtcd{rangeFn: func(context.Context, *pb.RangeRequest) (*pb.RangeResponse, error) { return list, nil }})
-	conn := startProxy(t, etcd, []Rule{{Prefix: "/registry/secrets/", Sealer: reverser{}}}, nil).dial(t)
-	resp, err := pb.NewKVClient(conn).Range(testContext(t), &pb.RangeRequest{Key: []byte("/registry/"), RangeEnd: []byte("/registry0")})
+	etcd := proxytest.ServeFake(t, &proxytest.FakeEtcd{RangeFn: func(context.Context, *pb.RangeRequest) (*pb.RangeResponse, error) { return list, nil }})
+	conn := startProxy(t, etcd, []etcdapi.Rule{{Prefix: "/registry/secrets/", Sealer: proxytest.Reverser{}}}, nil).dial(t)
+	resp, err := pb.NewKVClient(conn).Range(proxytest.TestContext(t), &pb.RangeRequest{Key: []byte("/registry/"), RangeEnd: []byte("/registry0")})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -365,29 +356,29 @@ func TestListOf100000(t *testing.T) {
 
 func TestRequestSizeIsEtcds(t *testing.T) {
 	const limit = 10_000
-	etcd := serveFake(t, &fakeEtcd{
-		putFn: func(context.Context, *pb.PutRequest) (*pb.PutResponse, error) { return &pb.PutResponse{}, nil },
-		txnFn: func(context.Context, *pb.TxnRequest) (*pb.TxnResponse, error) { return &pb.TxnResponse{}, nil },
+	etcd := proxytest.ServeFake(t, &proxytest.FakeEtcd{
+		PutFn: func(context.Context, *pb.PutRequest) (*pb.PutResponse, error) { return &pb.PutResponse{}, nil },
+		TxnFn: func(context.Context, *pb.TxnRequest) (*pb.TxnResponse, error) { return &pb.TxnResponse{}, nil },
 	})
 	conn := startProxy(t, etcd, everything, func(c *Config) { c.MaxRequestBytes = limit }).dial(t)
 	kv := pb.NewKVClient(conn)
 	put := func(n int) error {
-		_, err := kv.Put(testContext(t), &pb.PutRequest{Key: []byte("k"), Value: make([]byte, n)})
+		_, err := kv.Put(proxytest.TestContext(t), &pb.PutRequest{Key: []byte("k"), Value: make([]byte, n)})
 		return err
 	}
 	if err := put(limit - 100); err != nil {
 		t.Error(err)
 	}
 	tooLarge := status.Error(codes.InvalidArgument, "etcdserver: request is too large")
-	sameStatus(t, put(limit), tooLarge)
+	proxytest.SameStatus(t, put(limit), tooLarge)
 	err := put(limit + 512*1024)
 	if st := status.Convert(err); st.Code() != codes.ResourceExhausted || !strings.HasPrefix(st.Message(), "grpc: received message larger than max (") {
 		t.Errorf("got %v", err)
 	}
 	ops := func(op *pb.RequestOp) *pb.TxnRequest { return &pb.TxnRequest{Failure: []*pb.RequestOp{op}} }
-	_, err = kv.Txn(testContext(t), ops(&pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: []byte("k"), Value: make([]byte, limit)}}}))
-	sameStatus(t, err, tooLarge)
+	_, err = kv.Txn(proxytest.TestContext(t), ops(&pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: []byte("k"), Value: make([]byte, limit)}}}))
+	proxytest.SameStatus(t, err, tooLarge)
 	// etcd does not measure what does not go through raft.
-	_, err = kv.Txn(testContext(t), ops(&pb.RequestOp{Request: &pb.RequestOp_RequestRange{RequestRange: &pb.RangeRequest{Key: make([]byte, limit)}}}))
-	sameStatus(t, err, nil)
+	_, err = kv.Txn(proxytest.TestContext(t), ops(&pb.RequestOp{Request: &pb.RequestOp_RequestRange{RequestRange: &pb.RangeRequest{Key: make([]byte, limit)}}}))
+	proxytest.SameStatus(t, err, nil)
 }

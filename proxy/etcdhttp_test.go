@@ -8,6 +8,10 @@ import (
 	"net/http/httptest"
 	"strings"
 	"testing"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
 )
 
 // TestHTTPEndpoints: where etcd serves HTTP elsewhere than gRPC, it is asked there, by a listener
@@ -22,22 +26,22 @@ func TestHTTPEndpoints(t *testing.T) {
 	two.StartTLS()
 	defer two.Close()
 	caFile := t.TempDir() + "/ca.pem"
-	writePEM(t, caFile, "CERTIFICATE", two.Certificate().Raw)
-	a, b := "http://"+serveFake(t, echoEtcd()), "http://"+serveFake(t, echoEtcd())
+	proxytest.WritePEM(t, caFile, "CERTIFICATE", two.Certificate().Raw)
+	a, b := "http://"+proxytest.ServeFake(t, proxytest.EchoEtcd()), "http://"+proxytest.ServeFake(t, proxytest.EchoEtcd())
 	for _, try := range []struct {
 		name string
-		cfg  UpstreamConfig
+		cfg  upstream.Config
 		pin  string
 		want string
 		code int
 	}{
-		{"both", UpstreamConfig{Endpoints: []string{a, b}, HTTPEndpoints: []string{one.URL, two.URL}}, "", "one", 200},
-		{"the first is down", UpstreamConfig{Endpoints: []string{a, b}, HTTPEndpoints: []string{"http://127.0.0.1:1", two.URL}, TLS: &UpstreamTLS{CAFile: caFile}}, "", "two", 200},
-		{"TLS of another CA", UpstreamConfig{Endpoints: []string{b}, HTTPEndpoints: []string{two.URL}}, "", "etcd is unreachable", 502},
-		{"one member", UpstreamConfig{Endpoints: []string{a, b}, HTTPEndpoints: []string{one.URL, two.URL}, TLS: &UpstreamTLS{CAFile: caFile}}, b, "two", 200},
-		{"not said", UpstreamConfig{Endpoints: []string{a}}, "", "write these URLs to etcd.httpEndpoints", 502},
-		{"said wrongly", UpstreamConfig{Endpoints: []string{a}, HTTPEndpoints: []string{a}}, "", "does not answer HTTP/1.1 at etcd.httpEndpoints", 502},
-		{"down", UpstreamConfig{Endpoints: []string{a}, HTTPEndpoints: []string{"http://127.0.0.1:1"}}, "", "etcd is unreachable", 502},
+		{"both", upstream.Config{Endpoints: []string{a, b}, HTTPEndpoints: []string{one.URL, two.URL}}, "", "one", 200},
+		{"the first is down", upstream.Config{Endpoints: []string{a, b}, HTTPEndpoints: []string{"http://127.0.0.1:1", two.URL}, TLS: &upstream.TLS{CAFile: caFile}}, "", "two", 200},
+		{"TLS of another CA", upstream.Config{Endpoints: []string{b}, HTTPEndpoints: []string{two.URL}}, "", "etcd is unreachable", 502},
+		{"one member", upstream.Config{Endpoints: []string{a, b}, HTTPEndpoints: []string{one.URL, two.URL}, TLS: &upstream.TLS{CAFile: caFile}}, b, "two", 200},
+		{"not said", upstream.Config{Endpoints: []string{a}}, "", "write these URLs to etcd.httpEndpoints", 502},
+		{"said wrongly", upstream.Config{Endpoints: []string{a}, HTTPEndpoints: []string{a}}, "", "does not answer HTTP/1.1 at etcd.httpEndpoints", 502},
+		{"down", upstream.Config{Endpoints: []string{a}, HTTPEndpoints: []string{"http://127.0.0.1:1"}}, "", "etcd is unreachable", 502},
 	} {
 		p := startProxy(t, "", nil, func(c *Config) {
 			c.Upstream = try.cfg
@@ -52,7 +56,7 @@ func TestHTTPEndpoints(t *testing.T) {
 			t.Errorf("%s: it is logged %d times", try.name, n)
 		}
 	}
-	_, err := New(Config{Listeners: []ListenerConfig{{Address: "127.0.0.1:0"}}, Upstream: UpstreamConfig{Endpoints: []string{a, b}, HTTPEndpoints: []string{one.URL}}})
+	_, err := New(Config{Listeners: []listener.Config{{Address: "127.0.0.1:0"}}, Upstream: upstream.Config{Endpoints: []string{a, b}, HTTPEndpoints: []string{one.URL}}})
 	if err == nil || !strings.Contains(err.Error(), "1 for 2") {
 		t.Errorf("one URL for two endpoints: %v", err)
 	}

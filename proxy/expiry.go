@@ -4,13 +4,17 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/tlsfiles"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
 )
 
 // certificateExpiry shows when the certificates of the listeners and of the connection to etcd
 // expire. Files that have changed are read when the metrics are.
 type certificateExpiry struct {
-	listeners []*listener
-	etcd      *upstreamCredentials // nil without TLS
+	listeners []*listener.Listener
+	etcd      *upstream.Credentials // nil without TLS
 }
 
 var certificateExpiryDesc = prometheus.NewDesc("etcd_kms_proxy_certificate_expiry_timestamp_seconds",
@@ -22,21 +26,21 @@ func (*certificateExpiry) Describe(ch chan<- *prometheus.Desc) { ch <- certifica
 // Collect implements [prometheus.Collector].
 func (e *certificateExpiry) Collect(ch chan<- prometheus.Metric) {
 	first := make(map[[2]string]time.Time) // addresses with port 0 may be the same
-	add := func(address string, certs []certificate) {
+	add := func(address string, certs []tlsfiles.Certificate) {
 		for _, c := range certs {
-			labels := [2]string{c.use, address}
-			if at, ok := first[labels]; !ok || c.notAfter.Before(at) {
-				first[labels] = c.notAfter
+			labels := [2]string{c.Use, address}
+			if at, ok := first[labels]; !ok || c.NotAfter.Before(at) {
+				first[labels] = c.NotAfter
 			}
 		}
 	}
 	for _, l := range e.listeners {
-		if l.tls != nil {
-			add(l.cfg.Address, l.tls.certificates())
+		if l.TLS != nil {
+			add(l.Config.Address, l.TLS.Certificates())
 		}
 	}
 	if e.etcd != nil {
-		add("", e.etcd.files.certificates())
+		add("", e.etcd.Files.Certificates())
 	}
 	for labels, at := range first {
 		ch <- prometheus.MustNewConstMetric(certificateExpiryDesc, prometheus.GaugeValue, float64(at.Unix()), labels[0], labels[1])

@@ -3,22 +3,24 @@ package proxy
 import (
 	"context"
 	"time"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/tlsfiles"
 )
 
 // filesInterval is how often TLS files are looked at without a connection that needs them.
 const filesInterval = time.Second
 
 // tlsFiles are the files of all listeners and of the connections to etcd.
-func (p *Proxy) tlsFiles() []*tlsFiles {
-	var all []*tlsFiles
+func (p *Proxy) tlsFiles() []*tlsfiles.Files {
+	var all []*tlsfiles.Files
 	for _, l := range p.listeners {
-		if l.tls != nil {
-			all = append(all, l.tls)
+		if l.TLS != nil {
+			all = append(all, l.TLS)
 		}
 	}
 	// Each upstream reads the same files.
-	if c := p.upstream.http.tls; c != nil {
-		all = append(all, c.files)
+	if c := p.upstream.HTTP.Tls; c != nil {
+		all = append(all, c.Files)
 	}
 	return all
 }

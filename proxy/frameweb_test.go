@@ -14,6 +14,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
+
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
@@ -30,24 +35,24 @@ type webTLS struct {
 	roots *x509.CertPool
 }
 
-func newWebTLS(t *testing.T, etcd *fakeEtcd) *webTLS {
+func newWebTLS(t *testing.T, etcd *proxytest.FakeEtcd) *webTLS {
 	t.Helper()
 	own := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprintf(w, "%s %s", r.Method, r.URL.Path) }))
 	t.Cleanup(own.Close)
-	ca := newAuthority(t, "ca")
-	cert, key, _ := ca.issue("server", "server")
+	ca := proxytest.NewAuthority(t, "ca")
+	cert, key, _ := ca.Issue("server", "server")
 	w := &webTLS{roots: x509.NewCertPool()}
-	w.roots.AddCert(ca.cert)
-	w.running = startProxy(t, serveFake(t, etcd), []Rule{{Prefix: "k", Sealer: reverser{}}}, func(c *Config) {
-		c.Listeners[0].TLS = &ListenerTLS{CertFile: cert, KeyFile: key}
+	w.roots.AddCert(ca.Cert)
+	w.running = startProxy(t, proxytest.ServeFake(t, etcd), []etcdapi.Rule{{Prefix: "k", Sealer: proxytest.Reverser{}}}, func(c *Config) {
+		c.Listeners[0].TLS = &listener.TLS{CertFile: cert, KeyFile: key}
 		c.Upstream.HTTPEndpoints = []string{own.URL}
 	})
 	w.base = "https://" + w.Addrs()[0].String()
 	return w
 }
 
-// client speaks HTTP/2 alone.
-func (w *webTLS) client(t *testing.T) *http.Client {
+// Client speaks HTTP/2 alone.
+func (w *webTLS) Client(t *testing.T) *http.Client {
 	transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: w.roots}, Protocols: new(http.Protocols)}
 	transport.Protocols.SetHTTP2(true)
 	t.Cleanup(transport.CloseIdleConnections)
@@ -56,7 +61,7 @@ func (w *webTLS) client(t *testing.T) *http.Client {
 
 func (w *webTLS) do(t *testing.T, client *http.Client, method, path string, body io.Reader) (*http.Response, error) {
 	t.Helper()
-	r, err := http.NewRequestWithContext(testContext(t), method, w.base+path, body)
+	r, err := http.NewRequestWithContext(proxytest.TestContext(t), method, w.base+path, body)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -66,9 +71,9 @@ func (w *webTLS) do(t *testing.T, client *http.Client, method, path string, body
 // TestWebOverHTTP2: over TLS, HTTP/2 carries HTTP as well as gRPC, both at once on one connection.
 func TestWebOverHTTP2(t *testing.T) {
 	w := newWebTLS(t, watchingEtcd(nil))
-	client := w.client(t)
+	client := w.Client(t)
 	for _, try := range []struct {
-		method, path, body string
+		Method, path, body string
 		status             int
 		want               string
 	}{
@@ -76,15 +81,15 @@ func TestWebOverHTTP2(t *testing.T) {
 		{"POST", "/v3/kv/range", rangeOfK, 200, `"dg=="`}, {"POST", "/v3beta/kv/range", rangeOfK, 200, `"dg=="`}, {"GET", "/v3/kv/range", "", 501, "Method Not Allowed"}, {"GET", "/nothing", "", 404, "not found"},
 		{"POST", "/v3/kv/range", strings.Repeat(" ", 6<<20), 400, "too large"},
 	} {
-		answer, err := w.do(t, client, try.method, try.path, strings.NewReader(try.body))
+		answer, err := w.do(t, client, try.Method, try.path, strings.NewReader(try.body))
 		if err != nil {
-			t.Errorf("%s %s: %v", try.method, try.path, err)
+			t.Errorf("%s %s: %v", try.Method, try.path, err)
 			continue
 		}
 		body, err := io.ReadAll(answer.Body)
 		answer.Body.Close()
 		if err != nil || answer.ProtoMajor != 2 || answer.StatusCode != try.status || !strings.Contains(string(body), try.want) {
-			t.Errorf("%s %s: HTTP/%d %d %q, %v", try.method, try.path, answer.ProtoMajor, answer.StatusCode, body, err)
+			t.Errorf("%s %s: HTTP/%d %d %q, %v", try.Method, try.path, answer.ProtoMajor, answer.StatusCode, body, err)
 		}
 	}
 	said, tell := io.Pipe()
@@ -114,16 +119,16 @@ func TestWebOverHTTP2(t *testing.T) {
 // TestWebStreamsEnd: a client that leaves ends what it has asked for, and so does the proxy.
 func TestWebStreamsEnd(t *testing.T) {
 	arrived, gone := make(chan struct{}, 1), make(chan struct{}, 1)
-	etcd := echoEtcd()
-	etcd.rangeFn = func(ctx context.Context, _ *pb.RangeRequest) (*pb.RangeResponse, error) {
+	etcd := proxytest.EchoEtcd()
+	etcd.RangeFn = func(ctx context.Context, _ *pb.RangeRequest) (*pb.RangeResponse, error) {
 		arrived <- struct{}{}
 		<-ctx.Done()
 		gone <- struct{}{}
 		return nil, ctx.Err()
 	}
 	w := newWebTLS(t, etcd)
-	client := w.client(t)
-	ctx, cancel := context.WithCancel(testContext(t))
+	client := w.Client(t)
+	ctx, cancel := context.WithCancel(proxytest.TestContext(t))
 	failed := make(chan error, 1)
 	go func() {
 		r, err := http.NewRequestWithContext(ctx, "POST", w.base+"/v3/kv/range", strings.NewReader(rangeOfK))
@@ -132,10 +137,10 @@ func TestWebStreamsEnd(t *testing.T) {
 		}
 		failed <- err
 	}()
-	wait(t, arrived, "the request")
+	proxytest.Wait(t, arrived, "the request")
 	cancel()
-	wait(t, gone, "its end")
-	if err := wait(t, failed, "the client's end"); err == nil {
+	proxytest.Wait(t, gone, "its end")
+	if err := proxytest.Wait(t, failed, "the client's end"); err == nil {
 		t.Error("it was answered")
 	}
 	begun := time.Now()
@@ -147,7 +152,7 @@ func TestWebStreamsEnd(t *testing.T) {
 // TestALPN: what a client offers decides what it speaks, as with etcd: whoever offers HTTP/2 gets
 // it, and may send gRPC.
 func TestALPN(t *testing.T) {
-	w := newWebTLS(t, echoEtcd())
+	w := newWebTLS(t, proxytest.EchoEtcd())
 	address := w.Addrs()[0].String()
 	for _, try := range []struct {
 		offers []string
@@ -163,8 +168,8 @@ func TestALPN(t *testing.T) {
 			t.Errorf("%q: %q", try.offers, got)
 		}
 		conn.Close()
-		client := dial(t, address, grpc.WithTransportCredentials(credentials.NewTLS(&tls.Config{RootCAs: w.roots, NextProtos: try.offers})))
-		if value, err := get(t, client); err != nil || value != "v" {
+		client := proxytest.Dial(t, address, grpc.WithTransportCredentials(credentials.NewTLS(&tls.Config{RootCAs: w.roots, NextProtos: try.offers})))
+		if value, err := proxytest.Get(t, client); err != nil || value != "v" {
 			t.Errorf("gRPC, %q: %q, %v", try.offers, value, err)
 		}
 	}
@@ -181,23 +186,23 @@ func TestWebWithoutTLS(t *testing.T) {
 		t.Fatal(err)
 	}
 	answer.Body.Close()
-	if answer.StatusCode != http.StatusUnsupportedMediaType || answer.Header.Get("Content-Type") != contentType {
+	if answer.StatusCode != http.StatusUnsupportedMediaType || answer.Header.Get("Content-Type") != rpc.ContentType {
 		t.Errorf("%d %v", answer.StatusCode, answer.Header)
 	}
-	if _, err := get(t, dialInsecure(t, address)); status.Code(err) != codes.OK {
+	if _, err := proxytest.Get(t, proxytest.DialInsecure(t, address)); status.Code(err) != codes.OK {
 		t.Error(err)
 	}
 }
 
 // TestLateBody: a request that is refused before its body has come is not reset in the midst of it.
 func TestLateBody(t *testing.T) {
-	w := newWebTLS(t, echoEtcd())
+	w := newWebTLS(t, proxytest.EchoEtcd())
 	conn, err := tls.Dial("tcp", w.Addrs()[0].String(), &tls.Config{RootCAs: w.roots, NextProtos: []string{"h2"}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
+	if err := conn.SetDeadline(time.Now().Add(proxytest.Patience)); err != nil {
 		t.Fatal(err)
 	}
 	var out, block bytes.Buffer

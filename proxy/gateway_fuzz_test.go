@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/base64"
 	"errors"
@@ -18,10 +19,19 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/gorilla/websocket"
 	"github.com/grpc-ecosystem/grpc-gateway/v2/runtime"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
+
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/etcdserverpb/gw"
 	"go.etcd.io/etcd/api/v3/mvccpb"
+	"go.etcd.io/etcd/server/v3/etcdserver/api/v3election/v3electionpb"
+
 	electiongw "go.etcd.io/etcd/server/v3/etcdserver/api/v3election/v3electionpb/gw"
+
 	lockgw "go.etcd.io/etcd/server/v3/etcdserver/api/v3lock/v3lockpb/gw"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/mem"
@@ -29,7 +39,7 @@ import (
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdmodel"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/etcdmodel"
 )
 
 // noting is an etcd that notes what it is asked. Its KV service is the model's; a watch gets one event, of the key as it is; of all else it knows nothing, and answers with nothing.
@@ -58,22 +68,22 @@ func (n *noting) all() []noted {
 	return slices.Clone(n.asked)
 }
 
-func (n *noting) serve(_ any, ss grpc.ServerStream) error {
+func (n *noting) Serve(_ any, ss grpc.ServerStream) error {
 	full, _ := grpc.MethodFromServerStream(ss)
 	md, _ := metadata.FromIncomingContext(ss.Context())
 	for {
-		in := new(frame)
+		in := new(rpc.Message)
 		if err := ss.RecvMsg(in); errors.Is(err, io.EOF) {
 			return nil
 		} else if err != nil {
 			return err
 		}
-		out, err := n.answer(noted{full, in.data.Materialize(), md})
-		in.free()
+		out, err := n.answer(noted{full, in.Data.Materialize(), md})
+		in.Free()
 		if err != nil {
 			return err
 		}
-		if err := ss.SendMsg(&frame{data: mem.BufferSlice{mem.SliceBuffer(out)}}); err != nil {
+		if err := ss.SendMsg(&rpc.Message{Data: mem.BufferSlice{mem.SliceBuffer(out)}}); err != nil {
 			return err
 		}
 		if full != "/etcdserverpb.Watch/Watch" && full != "/etcdserverpb.Lease/LeaseKeepAlive" {
@@ -86,8 +96,8 @@ func (n *noting) answer(asked noted) ([]byte, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.asked = append(n.asked, asked)
-	if name, ok := strings.CutPrefix(asked.method, "/etcdserverpb.KV/"); ok && kvMethods[name].request != nil {
-		request := proto.Clone(kvMethods[name].request)
+	if name, ok := strings.CutPrefix(asked.method, "/etcdserverpb.KV/"); ok && proxytest.KvMethods[name].Request != nil {
+		request := proto.Clone(proxytest.KvMethods[name].Request)
 		if err := proto.Unmarshal(asked.msg, request); err != nil {
 			return nil, err
 		}
@@ -137,17 +147,17 @@ func etcdsGateway(f *testing.F, conn *grpc.ClientConn) http.Handler {
 type gateways struct {
 	own, proxys  http.Handler
 	bare, behind *noting
-	core         *core
-	identity     *Identity
+	core         *etcdapi.Core
+	identity     *listener.Identity
 }
 
 func newGateways(f *testing.F) *gateways {
 	g := &gateways{bare: new(noting), behind: new(noting)}
-	conn := dial(f, serveAll(f, g.bare.serve), grpc.WithTransportCredentials(insecureCredentials()), grpc.WithDisableRetry())
+	conn := proxytest.Dial(f, proxytest.ServeAll(f, g.bare.Serve), grpc.WithTransportCredentials(proxytest.InsecureCredentials()), grpc.WithDisableRetry())
 	g.own = etcdsGateway(f, conn)
-	p := startProxy(f, serveAll(f, g.behind.serve), scrambling(), nil)
-	g.core, g.proxys = p.core, p.gateway.handler
-	g.identity = &Identity{to: p.upstream}
+	p := startProxy(f, proxytest.ServeAll(f, g.behind.Serve), systemRules(), nil)
+	g.core, g.proxys = p.core, p.gateway.Handler
+	g.identity = &listener.Identity{Upstream: p.upstream}
 	return g
 }
 
@@ -156,7 +166,7 @@ func (g *gateways) begin(t *testing.T) {
 	bare, behind := etcdmodel.New(128, etcdmodel.Leases...), etcdmodel.New(128, etcdmodel.Leases...)
 	for _, pair := range [][2]string{{"s/a", "beta"}, {"s/b", "alpha"}, {"s/c", ""}, {"t", "theta"}, {"s", "sigma"}, {"s/a", "alpha"}} {
 		key, value := pair[0], pair[1]
-		stored, err := g.core.rules.Load().Seal(t.Context(), []byte(key), []byte(value))
+		stored, err := g.core.Rules.Load().Seal(t.Context(), []byte(key), []byte(value))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -179,7 +189,7 @@ type told struct {
 }
 
 func (g *gateways) tell(h http.Handler, r *http.Request, body string) told {
-	r = r.Clone(context.WithValue(r.Context(), identityKey{}, g.identity))
+	r = r.Clone(listener.WithIdentity(r.Context(), g.identity))
 	r.Body, r.ContentLength = io.NopCloser(strings.NewReader(body)), int64(len(body))
 	w := httptest.NewRecorder()
 	h.ServeHTTP(w, r)
@@ -204,17 +214,33 @@ func fuzzedRequest(ctx context.Context, method, path, headers string) *http.Requ
 	return r.WithContext(ctx)
 }
 
-// hosted reports whether the proxy runs the service itself that a message is for.
-func (g *gateways) hosted(t *testing.T, asked noted) bool {
-	for _, row := range methodTable() {
-		if row.full == asked.method && row.call != nil {
-			if c, ok := row.call(g.core, &Identity{}).(*electionCall); ok {
-				_, err := c.request(nonBlocking, asked.msg)
-				return c.hosted || err != nil
-			}
-		}
+// hosted reports whether the proxy may run the service itself that a message is for.
+func (g *gateways) hosted(asked noted) bool {
+	service, name, _ := strings.Cut(strings.TrimPrefix(asked.method, "/"), "/")
+	if service != "v3electionpb.Election" && service != "v3lockpb.Lock" {
+		return false
 	}
-	return false
+	named, led := new(v3electionpb.LeaderRequest), new(v3electionpb.ProclaimRequest)
+	var key []byte
+	switch name {
+	case "Proclaim", "Resign":
+		if proto.Unmarshal(asked.msg, led) != nil {
+			return true
+		}
+		key = led.GetLeader().GetKey()
+	default:
+		if proto.Unmarshal(asked.msg, named) != nil {
+			return true
+		}
+		key = append(named.GetName(), '/')
+	}
+	return bytes.HasPrefix(key, []byte("s/")) || bytes.HasPrefix([]byte("s/"), key)
+}
+
+// fromBrowser reports whether a request may be one of a browser's, which the proxy treats as such.
+func fromBrowser(r *http.Request) bool {
+	agent := r.Header.Get("User-Agent")
+	return r.Header.Get("Sec-Fetch-Site") != "" || len(r.Header["Origin"]) > 0 || strings.HasPrefix(agent, "Mozilla/") || strings.HasPrefix(agent, "Opera/")
 }
 
 // FuzzGateway: whatever a client of the JSON gateway says, it is told the same by the proxy as by etcd; the same is stored, no value under a rule in the clear, and etcd gets the client's metadata.
@@ -245,19 +271,19 @@ func FuzzGateway(f *testing.F) {
 	}
 	f.Add("GET", "/v3/kv/range?key=cy9h", "Grpc-Metadata-X: y\r\nAccept: application/grpc", "")
 	f.Fuzz(func(t *testing.T, method, path, headers, body string) {
-		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		ctx, cancel := context.WithTimeout(t.Context(), proxytest.Patience)
 		defer cancel()
 		r := fuzzedRequest(ctx, method, path, headers)
 		if r == nil || slices.ContainsFunc([]string{"/health", "/livez", "/readyz", "/version", "/metrics"}, func(own string) bool { return strings.HasPrefix(r.URL.Path, own) }) {
 			return // what etcd itself says is not of the gateway
 		}
-		if websocket.IsWebSocketUpgrade(r) || crossOrigin(r) || unproven(r) || r.Method == http.MethodOptions {
+		if websocket.IsWebSocketUpgrade(r) || fromBrowser(r) || r.Method == http.MethodOptions {
 			return // what is there for browsers is the proxy's own
 		}
 		g.begin(t)
 		want := g.tell(g.own, r, body)
 		bare := g.bare.all()
-		if slices.ContainsFunc(bare, func(n noted) bool { return g.hosted(t, n) }) {
+		if slices.ContainsFunc(bare, func(n noted) bool { return g.hosted(n) }) {
 			return
 		}
 		got := g.tell(g.proxys, r, body)
@@ -267,11 +293,11 @@ func FuzzGateway(f *testing.F) {
 		behind := g.behind.all()
 		for _, n := range behind {
 			if name, ok := strings.CutPrefix(n.method, "/etcdserverpb.KV/"); ok {
-				request := proto.Clone(kvMethods[name].request)
+				request := proto.Clone(proxytest.KvMethods[name].Request)
 				if err := proto.Unmarshal(n.msg, request); err != nil {
 					t.Fatal(err)
 				}
-				if err := checkSealed(g.core.rules.Load(), request); err != nil {
+				if err := proxytest.CheckSealed(g.core.Rules.Load(), request); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -283,6 +309,6 @@ func FuzzGateway(f *testing.F) {
 				}
 			}
 		}
-		sameStored(t, g.core.rules.Load(), g.bare.store, g.behind.store)
+		proxytest.SameStored(t, g.core.Rules.Load(), g.bare.store, g.behind.store)
 	})
 }

@@ -2,71 +2,27 @@ package proxy
 
 import (
 	"bytes"
-	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"errors"
 	"fmt"
 	"io"
 	"log"
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"slices"
 	"strings"
 	"testing"
-	"testing/iotest"
 	"time"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
 )
-
-// scripted is a connection that reads what it is given.
-type scripted struct {
-	net.Conn
-	r io.Reader
-}
-
-func (c scripted) Read(b []byte) (int, error) { return c.r.Read(b) }
-
-func (scripted) SetReadDeadline(time.Time) error { return nil }
-
-func sniffString(t testing.TB, said string, oneByOne bool) (http1 bool, all string, err error) {
-	t.Helper()
-	var r io.Reader = strings.NewReader(said)
-	if oneByOne {
-		r = iotest.OneByteReader(r)
-	}
-	conn, http1, err := sniff(context.Background(), scripted{r: r})
-	if err != nil {
-		return false, "", err
-	}
-	rest, err := io.ReadAll(conn)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return http1, string(rest), nil
-}
-
-func TestSniff(t *testing.T) {
-	for said, want := range map[string]bool{
-		"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00": false, "PRI": false, "GET / HTTP/1.1\r\n": true, "POST /v3/kv/put HTTP/1.1": true, "PROPFIND / HTTP/1.1": true, "P": true, "PRX": true, "\x16\x03\x01": true, "\x00": true,
-	} {
-		for _, oneByOne := range []bool{false, true} {
-			http1, all, err := sniffString(t, said, oneByOne)
-			switch {
-			case said == "P":
-				if !errors.Is(err, io.EOF) {
-					t.Errorf("%q: %v", said, err)
-				}
-			case err != nil || http1 != want || all != said:
-				t.Errorf("%q: HTTP/1 %t, %q, %v", said, http1, all, err)
-			}
-		}
-	}
-}
 
 // TestSilentClient: a client that says nothing, or half a word, holds nobody up, the end of the proxy least of all.
 func TestSilentClient(t *testing.T) {
-	p := startProxy(t, serveFake(t, echoEtcd()), nil, nil)
+	p := startProxy(t, proxytest.ServeFake(t, proxytest.EchoEtcd()), nil, nil)
 	for _, said := range []string{"", "P", "GET /health", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\xff\xff\xff\xff garbage"} {
 		conn, err := net.Dial("tcp", p.Addrs()[0].String())
 		if err != nil {
@@ -77,27 +33,12 @@ func TestSilentClient(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if _, err := get(t, p.dial(t)); err != nil {
+	if _, err := proxytest.Get(t, p.dial(t)); err != nil {
 		t.Errorf("beside silent clients: %v", err)
 	}
 	begun := time.Now()
-	if err := p.stop(); err != nil || time.Since(begun) > DefaultDrainTimeout+patience/2 {
+	if err := p.stop(); err != nil || time.Since(begun) > DefaultDrainTimeout+proxytest.Patience/2 {
 		t.Errorf("the end: %v after %v", err, time.Since(begun))
-	}
-}
-
-// TestGatewayOfBeta: etcd's older name of /v3/ is one here, and hides nothing from what looks at the path.
-func TestGatewayOfBeta(t *testing.T) {
-	var seen []string
-	h := ofBeta(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { seen = append(seen, r.URL.RequestURI()) }))
-	for _, path := range []string{"/v3beta/kv/range?a=b", "/v3/kv/range", "/v3beta", "/v3beta/", "/v3alpha/kv/range", "/x/v3beta/"} {
-		r := httptest.NewRequest(http.MethodPost, path, nil)
-		if h.ServeHTTP(httptest.NewRecorder(), r); r.URL.RequestURI() != path {
-			t.Errorf("%s: the request itself was changed", path)
-		}
-	}
-	if want := []string{"/v3/kv/range?a=b", "/v3/kv/range", "/v3beta", "/v3/", "/v3alpha/kv/range", "/x/v3beta/"}; !slices.Equal(seen, want) {
-		t.Errorf("%q", seen)
 	}
 }
 
@@ -105,24 +46,24 @@ func TestGatewayOfBeta(t *testing.T) {
 func TestGatewayTLS(t *testing.T) {
 	etcd := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprintf(w, "etcd's own %s", r.URL) }))
 	defer etcd.Close()
-	ca := newAuthority(t, "ca")
-	cert, key, _ := ca.issue("server", "server")
-	clientCAs := ca.dir + "/clients.pem"
-	writePEM(t, clientCAs, "CERTIFICATE", ca.cert.Raw)
+	ca := proxytest.NewAuthority(t, "ca")
+	cert, key, _ := ca.Issue("server", "server")
+	clientCAs := ca.Dir + "/clients.pem"
+	proxytest.WritePEM(t, clientCAs, "CERTIFICATE", ca.Cert.Raw)
 	p := startProxy(t, strings.TrimPrefix(etcd.URL, "http://"), nil, func(c *Config) {
-		c.Listeners[0].TLS = &ListenerTLS{CertFile: cert, KeyFile: key, ClientCAFile: clientCAs}
+		c.Listeners[0].TLS = &listener.TLS{CertFile: cert, KeyFile: key, ClientCAFile: clientCAs}
 		c.Listeners[0].AllowedClients = []string{"friend"}
 	})
 	roots := x509.NewCertPool()
-	roots.AddCert(ca.cert)
+	roots.AddCert(ca.Cert)
 	for name, status := range map[string]int{"friend": http.StatusOK, "stranger": http.StatusForbidden} {
-		c, k, _ := ca.issue(name, name)
+		c, k, _ := ca.Issue(name, name)
 		pair, err := tls.LoadX509KeyPair(c, k)
 		if err != nil {
 			t.Fatal(err)
 		}
 		transport := &http.Transport{ForceAttemptHTTP2: true, TLSClientConfig: &tls.Config{RootCAs: roots, Certificates: []tls.Certificate{pair}, InsecureSkipVerify: true}}
-		client := &http.Client{Transport: transport, Timeout: patience}
+		client := &http.Client{Transport: transport, Timeout: proxytest.Patience}
 		answer, err := client.Get("https://" + p.Addrs()[0].String() + "/health?serializable=true")
 		if err != nil {
 			t.Fatal(err)
@@ -149,15 +90,15 @@ func TestEtcdOverHTTP(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	local := &http.Server{Handler: handler, ReadHeaderTimeout: patience}
+	local := &http.Server{Handler: handler, ReadHeaderTimeout: proxytest.Patience}
 	go func() { _ = local.Serve(l) }()
 	defer local.Close()
 	caFile := t.TempDir() + "/ca.pem"
-	writePEM(t, caFile, "CERTIFICATE", secure.Certificate().Raw)
-	for name, u := range map[string]UpstreamConfig{
+	proxytest.WritePEM(t, caFile, "CERTIFICATE", secure.Certificate().Raw)
+	for name, u := range map[string]upstream.Config{
 		"the second endpoint": {Endpoints: []string{"http://127.0.0.1:1", clear.URL}},
 		"a unix socket":       {Endpoints: []string{"unix://" + socket}},
-		"TLS":                 {Endpoints: []string{secure.URL}, TLS: &UpstreamTLS{CAFile: caFile}},
+		"TLS":                 {Endpoints: []string{secure.URL}, TLS: &upstream.TLS{CAFile: caFile}},
 	} {
 		p := startProxy(t, "", nil, func(c *Config) { c.Upstream = u })
 		base := "http://" + p.Addrs()[0].String()
@@ -182,7 +123,7 @@ func TestEtcdOverHTTP(t *testing.T) {
 	body, _ := io.ReadAll(answer.Body)
 	answer.Body.Close()
 	http.DefaultClient.CloseIdleConnections()
-	if answer.StatusCode != http.StatusBadGateway || !bytes.HasPrefix(body, []byte(ownPrefix)) {
+	if answer.StatusCode != http.StatusBadGateway || !bytes.HasPrefix(body, []byte(rpc.TextPrefix)) {
 		t.Errorf("without etcd: %d %q", answer.StatusCode, body)
 	}
 }

@@ -5,6 +5,10 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
+
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"golang.org/x/net/http2/hpack"
 	"google.golang.org/protobuf/proto"
@@ -13,10 +17,10 @@ import (
 // TestNoHalfClose: a unary call whose client does not half-close the stream is answered once its
 // message is there, in however many frames that came, and what comes after the message is ignored.
 func TestNoHalfClose(t *testing.T) {
-	etcd := serveStore(t, "ruled/a", "free/a")
+	etcd := proxytest.ServeStore(t, "ruled/a", "free/a")
 	bothWays(t, func(t *testing.T, startProxy starter) {
-		for name, sealer := range map[string]Sealer{"without the KMS": reverser{}, "with the KMS": unhurried{}} {
-			c := newTalker(t, startProxy(t, etcd, []Rule{{Prefix: "ruled/", Sealer: sealer}}, nil).Addrs()[0].String())
+		for name, sealer := range map[string]etcdapi.Sealer{"without the KMS": proxytest.Reverser{}, "with the KMS": proxytest.Unhurried{}} {
+			c := proxytest.NewTalker(t, startProxy(t, etcd, []etcdapi.Rule{{Prefix: "ruled/", Sealer: sealer}}, nil).Addrs()[0].String())
 			for _, key := range []string{"ruled/a", "free/a"} {
 				for method, request := range map[string]proto.Message{
 					"Range":   &pb.RangeRequest{Key: []byte(key)},
@@ -27,7 +31,7 @@ func TestNoHalfClose(t *testing.T) {
 					if err != nil {
 						t.Fatal(err)
 					}
-					raw := append(head(len(msg)), msg...)
+					raw := append(rpc.Header(len(msg)), msg...)
 					var single [][]byte
 					for _, b := range raw {
 						single = append(single, []byte{b})
@@ -42,11 +46,11 @@ func TestNoHalfClose(t *testing.T) {
 						"and half a head":             {raw, []byte("\x00\x00")},
 						"and garbage":                 {raw, []byte(strings.Repeat("\xff", 10_000))},
 					} {
-						a := attempt{open: true, frames: frames, padded: make([]bool, len(frames)), fields: []hpack.HeaderField{
+						a := proxytest.Attempt{Open: true, Frames: frames, Padded: make([]bool, len(frames)), Fields: []hpack.HeaderField{
 							{Name: ":method", Value: "POST"}, {Name: ":scheme", Value: "http"}, {Name: ":path", Value: "/etcdserverpb.KV/" + strings.Replace(method, "ByValue", "Range", 1)},
-							{Name: ":authority", Value: "x"}, {Name: "content-type", Value: contentType}, {Name: "te", Value: "trailers"},
+							{Name: ":authority", Value: "x"}, {Name: "content-type", Value: rpc.ContentType}, {Name: "te", Value: "trailers"},
 						}}
-						if got := c.try(t, a); !slices.Contains(got.Trailer, "grpc-status: 0") || len(got.Data) == 0 {
+						if got := c.Try(t, a); !slices.Contains(got.Trailer, "grpc-status: 0") || len(got.Data) == 0 {
 							t.Errorf("%s of %s %s, %s: %q", method, key, name, how, got)
 						}
 					}

@@ -5,6 +5,9 @@ import (
 	"context"
 	"testing"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
+
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	"google.golang.org/protobuf/proto"
@@ -16,32 +19,32 @@ import (
 func TestPutThatKeepsItsValueAndHasOne(t *testing.T) {
 	const secret = "canary-value"
 	var sent []proto.Message
-	etcd := serveFake(t, &fakeEtcd{
-		putFn: func(_ context.Context, r *pb.PutRequest) (*pb.PutResponse, error) {
+	etcd := proxytest.ServeFake(t, &proxytest.FakeEtcd{
+		PutFn: func(_ context.Context, r *pb.PutRequest) (*pb.PutResponse, error) {
 			sent = append(sent, r)
 			return &pb.PutResponse{}, nil
 		},
-		txnFn: func(_ context.Context, r *pb.TxnRequest) (*pb.TxnResponse, error) {
+		TxnFn: func(_ context.Context, r *pb.TxnRequest) (*pb.TxnResponse, error) {
 			sent = append(sent, r)
 			return nil, rpctypes.ErrGRPCValueProvided
 		},
 	})
 	bothWays(t, func(t *testing.T, startProxy starter) {
-		kv := pb.NewKVClient(startProxy(t, etcd, []Rule{{Prefix: "s/", Sealer: reverser{}}}, nil).dial(t))
+		kv := pb.NewKVClient(startProxy(t, etcd, []etcdapi.Rule{{Prefix: "s/", Sealer: proxytest.Reverser{}}}, nil).dial(t))
 		put := func(key string) *pb.PutRequest {
 			return &pb.PutRequest{Key: []byte(key), Value: []byte(secret), IgnoreValue: true}
 		}
 		sent = nil
-		_, err := kv.Put(testContext(t), put("s/k"))
-		sameStatus(t, err, rpctypes.ErrGRPCValueProvided)
+		_, err := kv.Put(proxytest.TestContext(t), put("s/k"))
+		proxytest.SameStatus(t, err, rpctypes.ErrGRPCValueProvided)
 		if len(sent) > 0 {
 			t.Errorf("it reached etcd: %v", sent)
 		}
 		op := &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: put("s/k")}}
 		nested := &pb.RequestOp{Request: &pb.RequestOp_RequestTxn{RequestTxn: &pb.TxnRequest{Failure: []*pb.RequestOp{op}}}}
 		for _, txn := range []*pb.TxnRequest{{Success: []*pb.RequestOp{op}}, {Failure: []*pb.RequestOp{nested}}} {
-			_, err = kv.Txn(testContext(t), txn)
-			sameStatus(t, err, rpctypes.ErrGRPCValueProvided)
+			_, err = kv.Txn(proxytest.TestContext(t), txn)
+			proxytest.SameStatus(t, err, rpctypes.ErrGRPCValueProvided)
 		}
 		if len(sent) != 2 {
 			t.Errorf("%d transactions reached etcd", len(sent))
@@ -57,7 +60,7 @@ func TestPutThatKeepsItsValueAndHasOne(t *testing.T) {
 		empty := put("s/k")
 		empty.Value = nil
 		for _, r := range []*pb.PutRequest{put("e/k"), empty} {
-			if _, err := kv.Put(testContext(t), r); err != nil {
+			if _, err := kv.Put(proxytest.TestContext(t), r); err != nil {
 				t.Error(err)
 			}
 		}
@@ -65,24 +68,4 @@ func TestPutThatKeepsItsValueAndHasOne(t *testing.T) {
 			t.Errorf("etcd was sent %v", sent)
 		}
 	})
-	// What is wrong first is said first.
-	w := newWorld(t)
-	w.core.rules.Store(mustRules(t, everything))
-	for _, r := range []*pb.PutRequest{
-		{Value: []byte(secret), IgnoreValue: true},
-		{Key: []byte("k"), Value: []byte(secret), IgnoreValue: true, IgnoreLease: true, Lease: 1},
-	} {
-		_, want := w.bare.Do(r)
-		_, err := w.through(t.Context(), "Put", r)
-		sameStatus(t, err, want)
-	}
-}
-
-func mustRules(t *testing.T, rules []Rule) *ruleSet {
-	t.Helper()
-	set, err := newRuleSet(rules)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return set
 }

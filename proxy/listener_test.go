@@ -2,17 +2,11 @@ package proxy
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/pem"
 	"errors"
 	"io"
 	"log/slog"
-	"math/big"
 	"net"
 	"os"
 	"path/filepath"
@@ -20,184 +14,29 @@ import (
 	"sync"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/metrics"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
+
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
-	"go.etcd.io/etcd/api/v3/mvccpb"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/status"
 )
 
-// authority signs certificates for tests and writes them to files.
-type authority struct {
-	t    *testing.T
-	dir  string
-	cert *x509.Certificate
-	key  *ecdsa.PrivateKey
-	file string
-}
-
-func newAuthority(t *testing.T, name string) *authority {
-	t.Helper()
-	a := &authority{t: t, dir: t.TempDir()}
-	tmpl := &x509.Certificate{
-		SerialNumber: serial(t), Subject: pkix.Name{CommonName: name}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
-	}
-	a.key = newKey(t)
-	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, a.key.Public(), a.key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if a.cert, err = x509.ParseCertificate(der); err != nil {
-		t.Fatal(err)
-	}
-	a.file = filepath.Join(a.dir, "ca.pem")
-	writePEM(t, a.file, "CERTIFICATE", der)
-	return a
-}
-
-func serial(t *testing.T) *big.Int {
-	n, err := rand.Int(rand.Reader, big.NewInt(1<<62))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return n
-}
-
-func newKey(t *testing.T) *ecdsa.PrivateKey {
-	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return k
-}
-
-func writePEM(t *testing.T, path, kind string, der []byte) {
-	t.Helper()
-	replace(t, path, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}))
-}
-
-// replace puts a file in the place of another one, as a careful operator does: it is complete, and
-// was a moment before, so it counts at once.
-func replace(t *testing.T, path string, data []byte) {
-	t.Helper()
-	if err := os.WriteFile(path+".new", data, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	before := time.Now().Add(-time.Second)
-	if err := os.Chtimes(path+".new", before, before); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Rename(path+".new", path); err != nil {
-		t.Fatal(err)
-	}
-}
-
-// issue writes NAME.pem and NAME-key.pem for a leaf that serves on loopback and is a client too.
-func (a *authority) issue(name, cn string, names ...string) (cert, key string, leaf *x509.Certificate) {
-	a.t.Helper()
-	return a.issueFor(time.Hour, name, cn, names...)
-}
-
-// issueFor issues a certificate that is valid for so long, in whole seconds.
-func (a *authority) issueFor(valid time.Duration, name, cn string, names ...string) (cert, key string, leaf *x509.Certificate) {
-	a.t.Helper()
-	tmpl := &x509.Certificate{
-		SerialNumber: serial(a.t), Subject: pkix.Name{CommonName: cn}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(valid),
-		DNSNames: names, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, KeyUsage: x509.KeyUsageDigitalSignature,
-		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-	}
-	k := newKey(a.t)
-	der, err := x509.CreateCertificate(rand.Reader, tmpl, a.cert, k.Public(), a.key)
-	if err != nil {
-		a.t.Fatal(err)
-	}
-	if leaf, err = x509.ParseCertificate(der); err != nil {
-		a.t.Fatal(err)
-	}
-	kder, err := x509.MarshalPKCS8PrivateKey(k)
-	if err != nil {
-		a.t.Fatal(err)
-	}
-	cert, key = filepath.Join(a.dir, name+".pem"), filepath.Join(a.dir, name+"-key.pem")
-	writePEM(a.t, key, "PRIVATE KEY", kder)
-	writePEM(a.t, cert, "CERTIFICATE", der)
-	return cert, key, leaf
-}
-
-func (a *authority) revoke(path string, leaves ...*x509.Certificate) {
-	a.t.Helper()
-	list := &x509.RevocationList{Number: serial(a.t), ThisUpdate: time.Now().Add(-time.Minute), NextUpdate: time.Now().Add(time.Hour)}
-	for _, l := range leaves {
-		list.RevokedCertificateEntries = append(list.RevokedCertificateEntries, x509.RevocationListEntry{SerialNumber: l.SerialNumber, RevocationTime: time.Now()})
-	}
-	der, err := x509.CreateRevocationList(rand.Reader, list, a.cert, a.key)
-	if err != nil {
-		a.t.Fatal(err)
-	}
-	writePEM(a.t, path, "X509 CRL", der)
-}
-
-// client dials the proxy as cn, trusting a.
-func (a *authority) client(t *testing.T, target, cn string, names ...string) *grpc.ClientConn {
-	t.Helper()
-	return dial(t, target, grpc.WithTransportCredentials(credentials.NewTLS(a.clientConfig(t, cn, names...))))
-}
-
-// clientConfig is that of a client with a certificate, or without one if it has no name.
-func (a *authority) clientConfig(t *testing.T, cn string, names ...string) *tls.Config {
-	t.Helper()
-	cfg := &tls.Config{RootCAs: x509.NewCertPool(), ServerName: "127.0.0.1"}
-	cfg.RootCAs.AddCert(a.cert)
-	if cn != "" || len(names) > 0 {
-		cert, key, _ := a.issue("client-"+cn, cn, names...)
-		pair, err := tls.LoadX509KeyPair(cert, key)
-		if err != nil {
-			t.Fatal(err)
-		}
-		cfg.Certificates = []tls.Certificate{pair}
-	}
-	return cfg
-}
-
-func echoEtcd() *fakeEtcd {
-	return &fakeEtcd{
-		rangeFn: func(_ context.Context, r *pb.RangeRequest) (*pb.RangeResponse, error) {
-			return &pb.RangeResponse{Kvs: []*mvccpb.KeyValue{{Key: r.Key, Value: sealed(string(r.Key), "v")}}}, nil
-		},
-		putFn: func(context.Context, *pb.PutRequest) (*pb.PutResponse, error) { return &pb.PutResponse{}, nil },
-		deleteFn: func(context.Context, *pb.DeleteRangeRequest) (*pb.DeleteRangeResponse, error) {
-			return &pb.DeleteRangeResponse{}, nil
-		},
-		txnFn: func(context.Context, *pb.TxnRequest) (*pb.TxnResponse, error) { return &pb.TxnResponse{}, nil },
-		watchFn: func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error {
-			if _, err := s.Recv(); err != nil {
-				return err
-			}
-			return s.Send(&pb.WatchResponse{Events: []*mvccpb.Event{{Kv: &mvccpb.KeyValue{Key: []byte("k"), Value: sealed("k", "v")}}}})
-		},
-	}
-}
-
-func get(t *testing.T, conn *grpc.ClientConn) (string, error) {
-	t.Helper()
-	r, err := pb.NewKVClient(conn).Range(testContext(t), &pb.RangeRequest{Key: []byte("k")})
-	if err != nil {
-		return "", err
-	}
-	return string(r.Kvs[0].Value), nil
-}
-
 func TestClientLists(t *testing.T) {
 	told := make(chan []string, 10)
-	ca := newAuthority(t, "ca")
-	cert, key, _ := ca.issue("server", "server")
-	p := startProxy(t, serveFake(t, echoEtcd()), []Rule{{Prefix: "k", Sealer: reverser{}}}, func(c *Config) {
-		c.Listeners[0].TLS = &ListenerTLS{CertFile: cert, KeyFile: key, ClientCAFile: ca.file}
+	ca := proxytest.NewAuthority(t, "ca")
+	cert, key, _ := ca.Issue("server", "server")
+	p := startProxy(t, proxytest.ServeFake(t, proxytest.EchoEtcd()), []etcdapi.Rule{{Prefix: "k", Sealer: proxytest.Reverser{}}}, func(c *Config) {
+		c.Listeners[0].TLS = &listener.TLS{CertFile: cert, KeyFile: key, ClientCAFile: ca.File}
 		c.Listeners[0].AllowedClients = []string{"api", "api.example"}
 		c.Listeners[0].CiphertextClients = []string{"backup"}
 		c.OnDenied = func(listener, client, remote string) { told <- []string{listener, client, remote} }
@@ -211,21 +50,21 @@ func TestClientLists(t *testing.T) {
 	}{
 		{"api", nil, "v", codes.OK},
 		{"", []string{"api.example"}, "v", codes.OK},
-		{"backup", nil, string(sealed("k", "v")), codes.OK},
-		{"api", []string{"backup"}, string(sealed("k", "v")), codes.OK},
+		{"backup", nil, string(proxytest.Sealed("k", "v")), codes.OK},
+		{"api", []string{"backup"}, string(proxytest.Sealed("k", "v")), codes.OK},
 		{"stranger", []string{"a.example", "b.example"}, "", codes.PermissionDenied},
 	} {
-		conn := ca.client(t, target, tt.cn, tt.names...)
-		got, err := get(t, conn)
+		conn := ca.Client(t, target, tt.cn, tt.names...)
+		got, err := proxytest.Get(t, conn)
 		if status.Code(err) != tt.code || got != tt.want {
 			t.Errorf("%s %v: %q, %v", tt.cn, tt.names, got, err)
 		}
 		if tt.code == codes.PermissionDenied {
-			_, err = get(t, conn)
-			if !strings.HasPrefix(status.Convert(err).Message(), ownPrefix) {
+			_, err = proxytest.Get(t, conn)
+			if !strings.HasPrefix(status.Convert(err).Message(), rpc.TextPrefix) {
 				t.Errorf("got %v", err)
 			}
-			s, err := pb.NewWatchClient(conn).Watch(testContext(t))
+			s, err := pb.NewWatchClient(conn).Watch(proxytest.TestContext(t))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -243,21 +82,21 @@ func TestClientLists(t *testing.T) {
 	if got := <-told; got[1] != "stranger" || got[0] == "" || !strings.HasPrefix(got[2], "127.0.0.1:") {
 		t.Errorf("told of %q", got)
 	}
-	if _, err := get(t, ca.client(t, target, "")); status.Code(err) != codes.Unavailable {
+	if _, err := proxytest.Get(t, ca.Client(t, target, "")); status.Code(err) != codes.Unavailable {
 		t.Errorf("without a certificate: %v", err)
 	}
-	eventually(t, "the refused handshake is logged", func() bool { return strings.Contains(p.logs.String(), "connection rejected") })
+	proxytest.Eventually(t, "the refused handshake is logged", func() bool { return strings.Contains(p.logs.String(), "connection rejected") })
 }
 
 func TestCiphertextClientsDoNotWrite(t *testing.T) {
-	ca := newAuthority(t, "ca")
-	cert, key, _ := ca.issue("server", "server")
-	p := startProxy(t, serveFake(t, echoEtcd()), []Rule{{Prefix: "k", Sealer: reverser{}}}, func(c *Config) {
-		c.Listeners[0].TLS = &ListenerTLS{CertFile: cert, KeyFile: key, ClientCAFile: ca.file}
+	ca := proxytest.NewAuthority(t, "ca")
+	cert, key, _ := ca.Issue("server", "server")
+	p := startProxy(t, proxytest.ServeFake(t, proxytest.EchoEtcd()), []etcdapi.Rule{{Prefix: "k", Sealer: proxytest.Reverser{}}}, func(c *Config) {
+		c.Listeners[0].TLS = &listener.TLS{CertFile: cert, KeyFile: key, ClientCAFile: ca.File}
 		c.Listeners[0].CiphertextClients = []string{"backup"}
 	})
-	conn := ca.client(t, p.Addrs()[0].String(), "backup")
-	kv, ctx := pb.NewKVClient(conn), testContext(t)
+	conn := ca.Client(t, p.Addrs()[0].String(), "backup")
+	kv, ctx := pb.NewKVClient(conn), proxytest.TestContext(t)
 	put := func(k string) *pb.PutRequest { return &pb.PutRequest{Key: []byte(k), Value: []byte("v")} }
 	putOp := func(k string) *pb.RequestOp {
 		return &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: put(k)}}
@@ -297,29 +136,29 @@ func TestCiphertextClientsDoNotWrite(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.Send(createWatch("k", "")); err != nil {
+	if err := s.Send(proxytest.CreateWatch("k", "")); err != nil {
 		t.Fatal(err)
 	}
-	if r, err := s.Recv(); err != nil || string(r.Events[0].Kv.Value) != string(sealed("k", "v")) {
+	if r, err := s.Recv(); err != nil || string(r.Events[0].Kv.Value) != string(proxytest.Sealed("k", "v")) {
 		t.Errorf("watch: %v, %v", r, err)
 	}
 }
 
 func TestListenerTLSReload(t *testing.T) {
-	ca, other := newAuthority(t, "ca"), newAuthority(t, "other")
-	cert, key, _ := ca.issue("server", "server")
-	crl := filepath.Join(ca.dir, "crl.pem")
-	ca.revoke(crl)
-	clientCAs := filepath.Join(ca.dir, "clients.pem")
-	writePEM(t, clientCAs, "CERTIFICATE", ca.cert.Raw)
-	p := startProxy(t, serveFake(t, echoEtcd()), nil, func(c *Config) {
-		c.Listeners[0].TLS = &ListenerTLS{CertFile: cert, KeyFile: key, ClientCAFile: clientCAs, ClientCRLFile: crl, MinVersion: "1.2",
+	ca, other := proxytest.NewAuthority(t, "ca"), proxytest.NewAuthority(t, "other")
+	cert, key, _ := ca.Issue("server", "server")
+	crl := filepath.Join(ca.Dir, "crl.pem")
+	ca.Revoke(crl)
+	clientCAs := filepath.Join(ca.Dir, "clients.pem")
+	proxytest.WritePEM(t, clientCAs, "CERTIFICATE", ca.Cert.Raw)
+	p := startProxy(t, proxytest.ServeFake(t, proxytest.EchoEtcd()), nil, func(c *Config) {
+		c.Listeners[0].TLS = &listener.TLS{CertFile: cert, KeyFile: key, ClientCAFile: clientCAs, ClientCRLFile: crl, MinVersion: "1.2",
 			CipherSuites: []string{"TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256"}}
 	})
 	target := p.Addrs()[0].String()
 	served := func() string {
 		cfg := &tls.Config{InsecureSkipVerify: true, MaxVersion: tls.VersionTLS12, NextProtos: []string{"h2"}}
-		c, k, _ := ca.issue("probe", "probe")
+		c, k, _ := ca.Issue("probe", "probe")
 		pair, err := tls.LoadX509KeyPair(c, k)
 		if err != nil {
 			t.Fatal(err)
@@ -336,7 +175,7 @@ func TestListenerTLSReload(t *testing.T) {
 		return conn.ConnectionState().PeerCertificates[0].SerialNumber.String()
 	}
 	before := served()
-	if _, err := get(t, ca.client(t, target, "api")); err != nil {
+	if _, err := proxytest.Get(t, ca.Client(t, target, "api")); err != nil {
 		t.Fatal(err)
 	}
 
@@ -351,63 +190,63 @@ func TestListenerTLSReload(t *testing.T) {
 	if served() != before {
 		t.Error("a broken pair is served")
 	}
-	eventually(t, "the broken pair is logged", func() bool { return strings.Contains(p.logs.String(), "cannot be used") })
+	proxytest.Eventually(t, "the broken pair is logged", func() bool { return strings.Contains(p.logs.String(), "cannot be used") })
 	if strings.Contains(p.logs.String(), "half a file") || strings.Contains(p.logs.String(), string(pair)) {
 		t.Error("a key file is in the log")
 	}
-	_, _, leaf := ca.issue("server", "server")
+	_, _, leaf := ca.Issue("server", "server")
 	if got := served(); got != leaf.SerialNumber.String() {
 		t.Errorf("serial %s after the reload, want %s", got, leaf.SerialNumber)
 	}
 
 	// Revocation, and another CA for clients.
-	c, k, revoked := ca.issue("revoked", "revoked")
-	ca.revoke(crl, revoked)
+	c, k, revoked := ca.Issue("revoked", "revoked")
+	ca.Revoke(crl, revoked)
 	pairR, err := tls.LoadX509KeyPair(c, k)
 	if err != nil {
 		t.Fatal(err)
 	}
 	cfg := &tls.Config{RootCAs: x509.NewCertPool(), ServerName: "127.0.0.1", Certificates: []tls.Certificate{pairR}}
-	cfg.RootCAs.AddCert(ca.cert)
-	if _, err := get(t, dial(t, target, grpc.WithTransportCredentials(credentials.NewTLS(cfg)))); status.Code(err) != codes.Unavailable {
+	cfg.RootCAs.AddCert(ca.Cert)
+	if _, err := proxytest.Get(t, proxytest.Dial(t, target, grpc.WithTransportCredentials(credentials.NewTLS(cfg)))); status.Code(err) != codes.Unavailable {
 		t.Errorf("a revoked client: %v", err)
 	}
-	if _, err := get(t, ca.client(t, target, "api")); err != nil {
+	if _, err := proxytest.Get(t, ca.Client(t, target, "api")); err != nil {
 		t.Errorf("another client: %v", err)
 	}
-	other.revoke(crl)
-	writePEM(t, clientCAs, "CERTIFICATE", other.cert.Raw)
-	if _, err := get(t, ca.client(t, target, "api")); status.Code(err) != codes.Unavailable {
+	other.Revoke(crl)
+	proxytest.WritePEM(t, clientCAs, "CERTIFICATE", other.Cert.Raw)
+	if _, err := proxytest.Get(t, ca.Client(t, target, "api")); status.Code(err) != codes.Unavailable {
 		t.Errorf("a client of the old CA: %v", err)
 	}
 }
 
 func TestListenerConfigErrors(t *testing.T) {
-	ca, other := newAuthority(t, "ca"), newAuthority(t, "other")
-	cert, key, _ := ca.issue("server", "server")
-	empty := filepath.Join(ca.dir, "empty.pem")
+	ca, other := proxytest.NewAuthority(t, "ca"), proxytest.NewAuthority(t, "other")
+	cert, key, _ := ca.Issue("server", "server")
+	empty := filepath.Join(ca.Dir, "empty.pem")
 	if err := os.WriteFile(empty, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	foreign := filepath.Join(ca.dir, "foreign.pem")
-	other.revoke(foreign)
-	taken := listenLoopback(t)
+	foreign := filepath.Join(ca.Dir, "foreign.pem")
+	other.Revoke(foreign)
+	taken := proxytest.ListenLoopback(t)
 	defer taken.Close()
-	for want, l := range map[string]ListenerConfig{
+	for want, l := range map[string]listener.Config{
 		"address already in use":     {Address: taken.Addr().String()},
 		"need TLS with clientCAFile": {Address: "127.0.0.1:0", AllowedClients: []string{"a"}},
-		"needs clientCAFile":         {Address: "127.0.0.1:0", TLS: &ListenerTLS{CertFile: cert, KeyFile: key, ClientCRLFile: foreign}},
-		"load certificate":           {Address: "127.0.0.1:0", TLS: &ListenerTLS{CertFile: cert, KeyFile: cert}},
-		"no such file":               {Address: "127.0.0.1:0", TLS: &ListenerTLS{CertFile: "/nowhere", KeyFile: key}},
-		"minVersion \"1.1\"":         {Address: "127.0.0.1:0", TLS: &ListenerTLS{CertFile: cert, KeyFile: key, MinVersion: "1.1"}},
-		"cipherSuites: \"X\"":        {Address: "127.0.0.1:0", TLS: &ListenerTLS{CertFile: cert, KeyFile: key, CipherSuites: []string{"X"}}},
-		"there is no certificate":    {Address: "127.0.0.1:0", TLS: &ListenerTLS{CertFile: cert, KeyFile: key, ClientCAFile: empty}},
-		"has signed it":              {Address: "127.0.0.1:0", TLS: &ListenerTLS{CertFile: cert, KeyFile: key, ClientCAFile: ca.file, ClientCRLFile: foreign}},
-		"parse revocation list":      {Address: "127.0.0.1:0", TLS: &ListenerTLS{CertFile: cert, KeyFile: key, ClientCAFile: ca.file, ClientCRLFile: empty}},
+		"needs clientCAFile":         {Address: "127.0.0.1:0", TLS: &listener.TLS{CertFile: cert, KeyFile: key, ClientCRLFile: foreign}},
+		"load certificate":           {Address: "127.0.0.1:0", TLS: &listener.TLS{CertFile: cert, KeyFile: cert}},
+		"no such file":               {Address: "127.0.0.1:0", TLS: &listener.TLS{CertFile: "/nowhere", KeyFile: key}},
+		"minVersion \"1.1\"":         {Address: "127.0.0.1:0", TLS: &listener.TLS{CertFile: cert, KeyFile: key, MinVersion: "1.1"}},
+		"cipherSuites: \"X\"":        {Address: "127.0.0.1:0", TLS: &listener.TLS{CertFile: cert, KeyFile: key, CipherSuites: []string{"X"}}},
+		"there is no certificate":    {Address: "127.0.0.1:0", TLS: &listener.TLS{CertFile: cert, KeyFile: key, ClientCAFile: empty}},
+		"has signed it":              {Address: "127.0.0.1:0", TLS: &listener.TLS{CertFile: cert, KeyFile: key, ClientCAFile: ca.File, ClientCRLFile: foreign}},
+		"parse revocation list":      {Address: "127.0.0.1:0", TLS: &listener.TLS{CertFile: cert, KeyFile: key, ClientCAFile: ca.File, ClientCRLFile: empty}},
 		"must be absolute":           {Address: "unix://relative.sock"},
 		"is not a socket":            {Address: "unix://" + empty},
 	} {
-		_, err := New(Config{Listeners: []ListenerConfig{l}, Upstream: UpstreamConfig{Endpoints: []string{"http://127.0.0.1:1"}}})
+		_, err := New(Config{Listeners: []listener.Config{l}, Upstream: upstream.Config{Endpoints: []string{"http://127.0.0.1:1"}}})
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%+v: %v, want %q", l, err, want)
 		}
@@ -424,8 +263,8 @@ func TestUnixSocket(t *testing.T) {
 	}
 	dead.SetUnlinkOnClose(false)
 	dead.Close()
-	etcd := serveFake(t, echoEtcd())
-	p := startProxy(t, etcd, nil, func(c *Config) { c.Listeners[0] = ListenerConfig{Address: "unix://" + path} })
+	etcd := proxytest.ServeFake(t, proxytest.EchoEtcd())
+	p := startProxy(t, etcd, nil, func(c *Config) { c.Listeners[0] = listener.Config{Address: "unix://" + path} })
 	info, err := os.Lstat(path)
 	if err != nil || info.Mode().Perm() != 0o600 || info.Mode()&os.ModeSocket == 0 {
 		t.Fatalf("%v, %v", info, err)
@@ -433,14 +272,14 @@ func TestUnixSocket(t *testing.T) {
 	if got := p.Addrs()[0].String(); got != path {
 		t.Errorf("address %q", got)
 	}
-	if _, err := get(t, dialUnix(t, path)); err != nil {
+	if _, err := proxytest.Get(t, dialUnix(t, path)); err != nil {
 		t.Fatal(err)
 	}
-	_, err = New(Config{Listeners: []ListenerConfig{{Address: "unix://" + path}}, Upstream: UpstreamConfig{Endpoints: []string{"http://" + etcd}}})
+	_, err = New(Config{Listeners: []listener.Config{{Address: "unix://" + path}}, Upstream: upstream.Config{Endpoints: []string{"http://" + etcd}}})
 	if !errors.Is(err, syscall.EADDRINUSE) {
 		t.Errorf("a second proxy: %v", err)
 	}
-	if _, err := get(t, dialUnix(t, path)); err != nil {
+	if _, err := proxytest.Get(t, dialUnix(t, path)); err != nil {
 		t.Errorf("after a second proxy tried: %v", err)
 	}
 	if err := p.stop(); err != nil {
@@ -449,7 +288,7 @@ func TestUnixSocket(t *testing.T) {
 	if left, err := os.ReadDir(dir); err != nil || len(left) != 0 {
 		t.Errorf("left behind: %v, %v", left, err)
 	}
-	p = startProxy(t, etcd, nil, func(c *Config) { c.Listeners[0] = ListenerConfig{Address: "unix://" + path, Mode: 0o660} })
+	p = startProxy(t, etcd, nil, func(c *Config) { c.Listeners[0] = listener.Config{Address: "unix://" + path, Mode: 0o660} })
 	if info, err := os.Lstat(path); err != nil || info.Mode().Perm() != 0o660 {
 		t.Errorf("%v, %v", info, err)
 	}
@@ -471,7 +310,7 @@ func TestUnixSocket(t *testing.T) {
 }
 
 func dialUnix(t *testing.T, path string) *grpc.ClientConn {
-	return dial(t, path, grpc.WithTransportCredentials(insecureCredentials()), grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+	return proxytest.Dial(t, path, grpc.WithTransportCredentials(proxytest.InsecureCredentials()), grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
 		var d net.Dialer
 		return d.DialContext(ctx, "unix", path)
 	}))
@@ -500,12 +339,12 @@ func TestListenerNeverOpen(t *testing.T) {
 			}
 		}
 	})
-	m, err := newMetrics(nil)
+	m, err := metrics.New(nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for range 300 {
-		l, err := listen(ListenerConfig{Address: "unix://" + filepath.Join(dir, "etcd.sock")}, slog.New(slog.DiscardHandler), m)
+		l, err := listener.Listen(listener.Config{Address: "unix://" + filepath.Join(dir, "etcd.sock")}, slog.New(slog.DiscardHandler), m)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -518,8 +357,8 @@ func TestListenerNeverOpen(t *testing.T) {
 // TestHealthChecks: a connection on which the client sends nothing is neither counted nor logged,
 // however it ends. One on which it tried something is.
 func TestHealthChecks(t *testing.T) {
-	ca := newAuthority(t, "ca")
-	cert, key, _ := ca.issue("server", "server")
+	ca := proxytest.NewAuthority(t, "ca")
+	cert, key, _ := ca.Issue("server", "server")
 	reset := func(c net.Conn) { _ = c.(*net.TCPConn).SetLinger(0) }
 	finish := func(c net.Conn) { _ = c.(*net.TCPConn).CloseWrite(); _, _ = io.Copy(io.Discard, c) }
 	for name, tt := range map[string]struct {
@@ -535,28 +374,28 @@ func TestHealthChecks(t *testing.T) {
 		"TLS, connect and reset":                {true, reset, 0},
 		"TLS, connect, half close":              {true, finish, 0},
 		"TLS, one byte":                         {true, func(c net.Conn) { _, _ = io.WriteString(c, "\x16"); finish(c) }, 1},
-		"TLS, cleartext":                        {true, func(c net.Conn) { _, _ = io.WriteString(c, preface); finish(c) }, 1},
+		"TLS, cleartext":                        {true, func(c net.Conn) { _, _ = io.WriteString(c, "PRI"); finish(c) }, 1},
 		"TLS, handshake and close":              {true, func(c net.Conn) { handshake(t, ca, c, "client") }, 0},
 		"TLS, handshake, no client certificate": {true, func(c net.Conn) { handshake(t, ca, c, ""); finish(c) }, 1},
 	} {
 		t.Run(name, func(t *testing.T) {
-			logs := &logBuffer{}
-			m, err := newMetrics(nil)
+			logs := &proxytest.LogBuffer{}
+			m, err := metrics.New(nil)
 			if err != nil {
 				t.Fatal(err)
 			}
-			cfg := ListenerConfig{Address: "127.0.0.1:0"}
+			cfg := listener.Config{Address: "127.0.0.1:0"}
 			if tt.tls {
-				cfg.TLS = &ListenerTLS{CertFile: cert, KeyFile: key, ClientCAFile: ca.file}
+				cfg.TLS = &listener.TLS{CertFile: cert, KeyFile: key, ClientCAFile: ca.File}
 			}
-			l, err := listen(cfg, slog.New(slog.NewJSONHandler(logs, nil)), m)
+			l, err := listener.Listen(cfg, slog.New(slog.NewJSONHandler(logs, nil)), m)
 			if err != nil {
 				t.Fatal(err)
 			}
 			done, served := make(chan struct{}), make(chan struct{}, 2)
 			go func() {
 				defer close(done)
-				l.run(context.Background(), func(c *clientConn) {
+				l.Run(context.Background(), func(c *listener.Conn) {
 					served <- struct{}{}
 					_, _ = io.Copy(io.Discard, c)
 					_ = c.Close()
@@ -568,7 +407,7 @@ func TestHealthChecks(t *testing.T) {
 			// A client that is served was accepted after the first.
 			conn = connect(t, l)
 			if tt.tls {
-				conn = tls.Client(conn, ca.clientConfig(t, "client"))
+				conn = tls.Client(conn, ca.ClientConfig(t, "client"))
 			}
 			if _, err := io.WriteString(conn, "GET"); err != nil {
 				t.Fatal(err)
@@ -577,7 +416,7 @@ func TestHealthChecks(t *testing.T) {
 			_ = conn.Close()
 			_ = l.Close()
 			<-done // when every handshake has ended
-			if got := testutil.ToFloat64(m.handshakeFailures.WithLabelValues(cfg.Address)); got != tt.want {
+			if got := testutil.ToFloat64(m.HandshakeFailures.WithLabelValues(cfg.Address)); got != tt.want {
 				t.Errorf("%v are counted, want %v", got, tt.want)
 			}
 			if logged := strings.Contains(logs.String(), "connection rejected"); logged != (tt.want > 0) {
@@ -598,9 +437,9 @@ func connect(t *testing.T, l net.Listener) net.Conn {
 
 // handshake does a TLS handshake over conn as the client of a name, or without a certificate if
 // there is none, which the server refuses later.
-func handshake(t *testing.T, ca *authority, conn net.Conn, name string) {
+func handshake(t *testing.T, ca *proxytest.Authority, conn net.Conn, name string) {
 	t.Helper()
-	if err := tls.Client(conn, ca.clientConfig(t, name)).HandshakeContext(t.Context()); err != nil {
+	if err := tls.Client(conn, ca.ClientConfig(t, name)).HandshakeContext(t.Context()); err != nil {
 		t.Errorf("handshake: %v", err)
 	}
 }

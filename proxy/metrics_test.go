@@ -8,7 +8,13 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
+
 	dto "github.com/prometheus/client_model/go"
+
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 )
@@ -28,16 +34,17 @@ func series(t *testing.T, r prometheus.Gatherer, name string) []*dto.Metric {
 	return nil
 }
 
-// TestAddedLatency: one in sampleEvery unary calls of a connection is measured and the second, and neither the time that etcd takes counts, nor that of calls that etcd did not answer.
+// TestAddedLatency: one in 16 unary calls of a connection is measured and the second, and neither the time that etcd takes counts, nor that of calls that etcd did not answer.
 func TestAddedLatency(t *testing.T) {
+	const sampleEvery = 16
 	bothWays(t, func(t *testing.T, startProxy starter) {
 		const slow = 200 * time.Millisecond // etcd's answer to the key "slow"
-		etcd := serveFake(t, &fakeEtcd{
-			rangeFn: func(_ context.Context, r *pb.RangeRequest) (*pb.RangeResponse, error) {
+		etcd := proxytest.ServeFake(t, &proxytest.FakeEtcd{
+			RangeFn: func(_ context.Context, r *pb.RangeRequest) (*pb.RangeResponse, error) {
 				if string(r.Key) == "slow" {
 					time.Sleep(slow)
 				}
-				return &pb.RangeResponse{Kvs: []*mvccpb.KeyValue{{Key: r.Key, Value: sealed(string(r.Key), "v")}}}, nil
+				return &pb.RangeResponse{Kvs: []*mvccpb.KeyValue{{Key: r.Key, Value: proxytest.Sealed(string(r.Key), "v")}}}, nil
 			},
 		})
 		r := prometheus.NewRegistry()
@@ -90,68 +97,19 @@ func TestAddedLatency(t *testing.T) {
 	})
 }
 
-// TestStopwatch: what goes on while it stands does not count, and what was discarded is not shown.
-func TestStopwatch(t *testing.T) {
-	m, err := newMetrics(nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	h := m.added
-	count := func() uint64 {
-		var m dto.Metric
-		if err := h.Write(&m); err != nil {
-			t.Fatal(err)
-		}
-		return m.GetHistogram().GetSampleCount()
-	}
-	var off stopwatch
-	off.start()
-	off.observe(h)
-	discarded := stopwatch{on: true}
-	discarded.start()
-	discarded.discard()
-	discarded.stop()
-	discarded.start()
-	discarded.observe(h)
-	if n := count(); n != 0 {
-		t.Errorf("%d observations of what was off or discarded", n)
-	}
-	on := stopwatch{on: true}
-	on.start()
-	on.stop()
-	on.start()
-	on.start() // goes on
-	on.observe(h)
-	on.start()
-	on.observe(h) // was observed
-	if n := count(); n != 1 {
-		t.Errorf("%d observations, want 1", n)
-	}
-	allocated := testing.AllocsPerRun(1000, func() {
-		w := stopwatch{on: true}
-		w.start()
-		w.stop()
-		w.start()
-		w.observe(h)
-	})
-	if allocated != 0 {
-		t.Errorf("measuring a call takes %v allocations", allocated)
-	}
-}
-
 // TestCertificateExpiry: the metric shows the files in use, and follows them.
 func TestCertificateExpiry(t *testing.T) {
-	ca, clients := newAuthority(t, "ca"), newAuthority(t, "clients")
-	cert, key, leaf := ca.issueFor(20*time.Minute, "server", "server")
-	mine, mineKey, forEtcd := clients.issueFor(30*time.Minute, "proxy", "")
+	ca, clients := proxytest.NewAuthority(t, "ca"), proxytest.NewAuthority(t, "clients")
+	cert, key, leaf := ca.IssueFor(20*time.Minute, "server", "server")
+	mine, mineKey, forEtcd := clients.IssueFor(30*time.Minute, "proxy", "")
 	r := prometheus.NewRegistry()
-	at := func(address string) ListenerConfig {
-		return ListenerConfig{Address: address, TLS: &ListenerTLS{CertFile: cert, KeyFile: key, ClientCAFile: clients.file}}
+	at := func(address string) listener.Config {
+		return listener.Config{Address: address, TLS: &listener.TLS{CertFile: cert, KeyFile: key, ClientCAFile: clients.File}}
 	}
 	p, err := New(Config{
 		// Two with one address must not spoil the metrics.
-		Listeners:  []ListenerConfig{at("127.0.0.1:0"), at("127.0.0.1:0"), {Address: "localhost:0"}},
-		Upstream:   UpstreamConfig{Endpoints: []string{"https://127.0.0.1:1"}, TLS: &UpstreamTLS{CAFile: ca.file, CertFile: mine, KeyFile: mineKey}},
+		Listeners:  []listener.Config{at("127.0.0.1:0"), at("127.0.0.1:0"), {Address: "localhost:0"}},
+		Upstream:   upstream.Config{Endpoints: []string{"https://127.0.0.1:1"}, TLS: &upstream.TLS{CAFile: ca.File, CertFile: mine, KeyFile: mineKey}},
 		Registerer: r,
 	})
 	if err != nil {
@@ -175,25 +133,25 @@ func TestCertificateExpiry(t *testing.T) {
 		}
 	}
 	want := map[[2]string]*x509.Certificate{
-		{"listener", "127.0.0.1:0"}: leaf, {"listener_client_ca", "127.0.0.1:0"}: clients.cert, {"etcd_client", ""}: forEtcd, {"etcd_ca", ""}: ca.cert,
+		{"listener", "127.0.0.1:0"}: leaf, {"listener_client_ca", "127.0.0.1:0"}: clients.Cert, {"etcd_client", ""}: forEtcd, {"etcd_ca", ""}: ca.Cert,
 	}
 	expect("at first", want)
 
-	_, _, want[[2]string{"listener", "127.0.0.1:0"}] = ca.issueFor(40*time.Minute, "server", "server")
-	_, _, want[[2]string{"etcd_client", ""}] = clients.issueFor(50*time.Minute, "proxy", "")
+	_, _, want[[2]string{"listener", "127.0.0.1:0"}] = ca.IssueFor(40*time.Minute, "server", "server")
+	_, _, want[[2]string{"etcd_client", ""}] = clients.IssueFor(50*time.Minute, "proxy", "")
 	expect("after they were renewed", want)
 
-	replace(t, cert, []byte("not a certificate"))
+	proxytest.Replace(t, cert, []byte("not a certificate"))
 	expect("while a file is damaged", want)
 
 	// A chain ends with the first of its certificates that does; a CA file with the last.
-	_, _, long := ca.issueFor(2*time.Hour, "server", "server")
-	chain := append(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: long.Raw}), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ca.cert.Raw})...)
-	replace(t, cert, chain)
-	_, _, later := clients.issueFor(3*time.Hour, "later", "later")
-	both := append(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: clients.cert.Raw}), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: later.Raw})...)
-	replace(t, clients.file, both)
-	want[[2]string{"listener", "127.0.0.1:0"}] = ca.cert
+	_, _, long := ca.IssueFor(2*time.Hour, "server", "server")
+	chain := append(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: long.Raw}), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ca.Cert.Raw})...)
+	proxytest.Replace(t, cert, chain)
+	_, _, later := clients.IssueFor(3*time.Hour, "later", "later")
+	both := append(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: clients.Cert.Raw}), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: later.Raw})...)
+	proxytest.Replace(t, clients.File, both)
+	want[[2]string{"listener", "127.0.0.1:0"}] = ca.Cert
 	want[[2]string{"listener_client_ca", "127.0.0.1:0"}] = later
 	expect("with a chain and two CAs", want)
 }

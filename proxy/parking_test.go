@@ -1,10 +1,13 @@
 package proxy
 
 import (
-	"context"
 	"runtime"
 	"slices"
 	"testing"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
@@ -12,27 +15,6 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/encoding/protowire"
 )
-
-// unhurried opens and seals nothing in haste, and everything for who waits.
-type unhurried struct{}
-
-func (unhurried) Seal(ctx context.Context, key, value []byte) ([]byte, error) {
-	if err := ctx.Err(); err != nil {
-		return nil, err
-	}
-	return reverser{}.Seal(ctx, key, value)
-}
-
-func (unhurried) Open(ctx context.Context, key, stored []byte) ([]byte, error) {
-	if err := ctx.Err(); err != nil {
-		return nil, err
-	}
-	return reverser{}.Open(ctx, key, stored)
-}
-
-func (unhurried) TrySeal(_, _ []byte) ([]byte, error) { return nil, ErrWouldBlock }
-func (unhurried) TryOpen(_, _ []byte) ([]byte, error) { return nil, ErrWouldBlock }
-func (unhurried) Ready([]byte) bool                   { return false }
 
 func inUse() uint64 {
 	runtime.GC()
@@ -44,24 +26,24 @@ func inUse() uint64 {
 
 // TestWaitsLeaveNothing: a watch may last for months, and wait for the KMS each time something happens.
 func TestWaitsLeaveNothing(t *testing.T) {
-	etcd := serveFake(t, &fakeEtcd{watchFn: func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error {
+	etcd := proxytest.ServeFake(t, &proxytest.FakeEtcd{WatchFn: func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error {
 		for {
 			if _, err := s.Recv(); err != nil {
 				return nil
 			}
-			if err := s.Send(&pb.WatchResponse{Events: []*mvccpb.Event{{Kv: &mvccpb.KeyValue{Key: []byte("k"), Value: sealed("k", "v")}}}}); err != nil {
+			if err := s.Send(&pb.WatchResponse{Events: []*mvccpb.Event{{Kv: &mvccpb.KeyValue{Key: []byte("k"), Value: proxytest.Sealed("k", "v")}}}}); err != nil {
 				return err
 			}
 		}
 	}})
-	conn := startProxy(t, etcd, []Rule{{Prefix: "", Sealer: unhurried{}}}, nil).dial(t)
-	s, err := pb.NewWatchClient(conn).Watch(testContext(t))
+	conn := startProxy(t, etcd, []etcdapi.Rule{{Prefix: "", Sealer: proxytest.Unhurried{}}}, nil).dial(t)
+	s, err := pb.NewWatchClient(conn).Watch(proxytest.TestContext(t))
 	if err != nil {
 		t.Fatal(err)
 	}
 	events := func(n int) {
 		for range n {
-			if err := s.Send(createWatch("k", "")); err != nil {
+			if err := s.Send(proxytest.CreateWatch("k", "")); err != nil {
 				t.Fatal(err)
 			}
 			if r, err := s.Recv(); err != nil || string(r.Events[0].Kv.Value) != "v" {
@@ -78,34 +60,21 @@ func TestWaitsLeaveNothing(t *testing.T) {
 	}
 }
 
-// TestFramesForWhoWaits: what comes for a direction that waits is held as bytes, and not frame by frame: a client may send empty ones without end.
-func TestFramesForWhoWaits(t *testing.T) {
-	st := new(fstream)
-	st.inward.parked = true
-	for _, data := range []string{"", "a", "", "", "b", ""} {
-		st.in([]byte(data), false)
-	}
-	st.in(nil, true)
-	if b := st.inward.backlog; len(b) != 1 || string(b[0].data) != "ab" || !b[0].end {
-		t.Errorf("%d pieces: %v", len(b), b)
-	}
-}
-
 // TestMessageInManyFrames: each byte of a request is copied a few times, in however many frames it comes.
 func TestMessageInManyFrames(t *testing.T) {
-	c := newTalker(t, startProxy(t, serveStore(t), nil, nil).Addrs()[0].String())
+	c := proxytest.NewTalker(t, startProxy(t, proxytest.ServeStore(t), nil, nil).Addrs()[0].String())
 	msg := protowire.AppendBytes(protowire.AppendTag(nil, 15, protowire.BytesType), make([]byte, 200_000)) // a field that nobody knows
-	raw := append(head(len(msg)), msg...)
-	a := attempt{fields: []hpack.HeaderField{
+	raw := append(rpc.Header(len(msg)), msg...)
+	a := proxytest.Attempt{Fields: []hpack.HeaderField{
 		{Name: ":method", Value: "POST"}, {Name: ":scheme", Value: "http"}, {Name: ":path", Value: "/etcdserverpb.Lease/LeaseKeepAlive"}, {Name: ":authority", Value: "x"},
-		{Name: "content-type", Value: contentType}, {Name: "te", Value: "trailers"},
+		{Name: "content-type", Value: rpc.ContentType}, {Name: "te", Value: "trailers"},
 	}}
 	for ; len(raw) > 0; raw = raw[min(len(raw), 20):] {
-		a.frames, a.padded = append(a.frames, raw[:min(len(raw), 20)]), append(a.padded, false)
+		a.Frames, a.Padded = append(a.Frames, raw[:min(len(raw), 20)]), append(a.Padded, false)
 	}
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
-	if got := c.try(t, a); !slices.Contains(got.Trailer, "grpc-status: 0") {
+	if got := c.Try(t, a); !slices.Contains(got.Trailer, "grpc-status: 0") {
 		t.Fatalf("%v", got)
 	}
 	runtime.ReadMemStats(&after)

@@ -6,119 +6,31 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
-	"fmt"
 	"io"
-	"math/rand/v2"
 	"net/http"
 	"strings"
 	"sync"
 	"testing"
 
 	"go.etcd.io/etcd/api/v3/authpb"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
+
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3election/v3electionpb"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3lock/v3lockpb"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 )
-
-func TestReach(t *testing.T) {
-	own := newOwnKeys([]string{"/own/", "/z/own/"})
-	for _, tt := range []struct {
-		key, end string
-		want     reach
-		parts    string
-	}{
-		{"/own/", "", reachesOwn, ""},
-		{"/own/k", "", reachesOwn, ""},
-		{"/own", "", reachesNone, ""},
-		{"/own0", "", reachesNone, ""},
-		{"/", "/own/", reachesNone, ""},    // the end is not in it
-		{"/", "/own/a", reachesOwn, ""},    // ends among them
-		{"/own/", "/own0", reachesOwn, ""}, // all of them, and nothing else
-		{"/own/b", "/own/a", reachesNone, ""},
-		{"/own/b", "\x00", reachesOwn, ""}, // begins among them
-		{"/own", "/own0", reachesOver, "[/own,/own/)"},
-		{"/", "0", reachesOver, "[/,/own/) [/own0,/z/own/) [/z/own0,0)"},
-		{"\x00", "\x00", reachesOver, "[\x00,/own/) [/own0,/z/own/) [/z/own0,\x00)"},
-		{"/own0", "0", reachesOver, "[/own0,/z/own/) [/z/own0,0)"},
-		{"/", "/z/own/q", reachesOwn, ""},
-		{"/x", "/y", reachesNone, ""},
-	} {
-		got := own.reach([]byte(tt.key), []byte(tt.end))
-		if got != tt.want {
-			t.Errorf("[%q, %q): %d, want %d", tt.key, tt.end, got, tt.want)
-		}
-		if got == reachesOver {
-			var parts []string
-			for _, s := range own.without([]byte(tt.key), []byte(tt.end)) {
-				parts = append(parts, fmt.Sprintf("[%s,%s)", s.key, s.end))
-			}
-			if all := strings.Join(parts, " "); all != tt.parts {
-				t.Errorf("[%q, %q) without them: %q, want %q", tt.key, tt.end, all, tt.parts)
-			}
-		}
-	}
-	if newOwnKeys(nil).reach([]byte{0}, []byte{0}) != reachesNone || !newOwnKeys(nil).empty() {
-		t.Error("there are own keys without a prefix")
-	}
-}
-
-// TestRangesWithoutOwnKeys: whatever the range, its parts hold all of its keys but the own ones,
-// each once.
-func TestRangesWithoutOwnKeys(t *testing.T) {
-	const alphabet = "\x00ab/\xff"
-	word := func(most int) string {
-		b := make([]byte, rand.IntN(most+1))
-		for i := range b {
-			b[i] = alphabet[rand.IntN(len(alphabet))]
-		}
-		return string(b)
-	}
-	in := func(key string, s span) bool {
-		switch {
-		case len(s.end) == 0:
-			return key == string(s.key)
-		case string(s.end) == "\x00":
-			return key >= string(s.key)
-		}
-		return key >= string(s.key) && key < string(s.end)
-	}
-	over := 0
-	for range 20_000 {
-		own := newOwnKeys([]string{word(2) + "/", word(3) + "a/"})
-		whole := span{[]byte(word(3)), []byte(word(3))}
-		what := own.reach(whole.key, whole.end)
-		var parts []span
-		if what == reachesOver {
-			parts = own.without(whole.key, whole.end)
-			over++
-		}
-		for range 20 {
-			key := word(4)
-			n := 0
-			for _, p := range parts {
-				if in(key, p) {
-					n++
-				}
-			}
-			switch inside, isOwn := in(key, whole), own.has([]byte(key)); {
-			case what == reachesNone && inside && isOwn:
-				t.Fatalf("[%q, %q) holds %q, which is an own key", whole.key, whole.end, key)
-			case what == reachesOver && (inside && !isOwn) != (n == 1), n > 1:
-				t.Fatalf("[%q, %q) holds %q, its parts %q hold it %d times", whole.key, whole.end, key, parts, n)
-			}
-		}
-	}
-	if over < 1000 {
-		t.Errorf("only %d ranges reach over own keys: this proves little", over)
-	}
-}
 
 // asked is a request of the table of what each kind of client may do.
 type asked struct {
@@ -192,7 +104,7 @@ func policyRequests() map[string][]asked {
 			{byValue(put("own/k", keep)), "kv/txn", true, false}, {byValue(del("own/k", "z")), "kv/txn", true, false},
 		},
 		"etcdserverpb.KV/Compact":            {{&pb.CompactionRequest{Revision: 1}, "kv/compaction", false, false}},
-		"etcdserverpb.Watch/Watch":           {{createWatch("own/", "own0"), "watch", false, true}},
+		"etcdserverpb.Watch/Watch":           {{proxytest.CreateWatch("own/", "own0"), "watch", false, true}},
 		"etcdserverpb.Lease/LeaseGrant":      {{&pb.LeaseGrantRequest{TTL: 1}, "lease/grant", false, false}},
 		"etcdserverpb.Lease/LeaseRevoke":     {{&pb.LeaseRevokeRequest{ID: ownLease}, "lease/revoke", true, false}, {&pb.LeaseRevokeRequest{ID: otherLease}, "lease/revoke", false, false}},
 		"etcdserverpb.Lease/LeaseKeepAlive":  {{&pb.LeaseKeepAliveRequest{ID: otherLease}, "lease/keepalive", false, false}},
@@ -252,19 +164,19 @@ type policyEtcd struct {
 	changed []string
 }
 
-func (e *policyEtcd) serve(_ any, ss grpc.ServerStream) error {
+func (e *policyEtcd) Serve(_ any, ss grpc.ServerStream) error {
 	full, _ := grpc.MethodFromServerStream(ss)
-	in := new(frame)
+	in := new(rpc.Message)
 	if err := ss.RecvMsg(in); err != nil {
 		return err
 	}
-	defer in.free()
-	msg := in.data.Materialize()
+	defer in.Free()
+	msg := in.Data.Materialize()
 	var answer []byte
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	switch full {
-	case methodLeaseTimeToLive:
+	case "/etcdserverpb.Lease/LeaseTimeToLive":
 		var r pb.LeaseTimeToLiveRequest
 		if err := proto.Unmarshal(msg, &r); err != nil {
 			e.t.Error(err)
@@ -272,7 +184,7 @@ func (e *policyEtcd) serve(_ any, ss grpc.ServerStream) error {
 		if r.ID == ownLease && r.Keys {
 			answer, _ = proto.Marshal(&pb.LeaseTimeToLiveResponse{Keys: [][]byte{[]byte("e/k"), []byte("own/k")}})
 		}
-	case methodTxn:
+	case "/etcdserverpb.KV/Txn":
 		var r pb.TxnRequest
 		if err := proto.Unmarshal(msg, &r); err != nil {
 			e.t.Error(err)
@@ -298,10 +210,10 @@ func (e *policyEtcd) serve(_ any, ss grpc.ServerStream) error {
 	default:
 		e.changed = append(e.changed, full)
 	}
-	if bytes.Contains(msg, []byte("own/k")) && (full == methodTxn || strings.HasSuffix(full, "/Put") || strings.HasSuffix(full, "/DeleteRange")) && len(e.changed) > 0 {
+	if bytes.Contains(msg, []byte("own/k")) && (full == "/etcdserverpb.KV/Txn" || strings.HasSuffix(full, "/Put") || strings.HasSuffix(full, "/DeleteRange")) && len(e.changed) > 0 {
 		e.t.Errorf("%s with an own key reached etcd: %q", full, msg)
 	}
-	return ss.SendMsg(&frame{data: mem.BufferSlice{mem.SliceBuffer(answer)}})
+	return ss.SendMsg(&rpc.Message{Data: mem.BufferSlice{mem.SliceBuffer(answer)}})
 }
 
 // reached returns what was changed since it was last asked.
@@ -318,41 +230,41 @@ func (e *policyEtcd) reached() []string {
 // stored bytes only reads, and a denied client does nothing. What is refused does not reach etcd.
 func TestPolicyOfEveryMethod(t *testing.T) {
 	requests := policyRequests()
-	for _, m := range methodTable() {
-		if len(requests[m.full[1:]]) == 0 {
-			t.Errorf("there is no request of %s", m.full)
+	for _, m := range etcdapi.MethodTable() {
+		if len(requests[m.Path[1:]]) == 0 {
+			t.Errorf("there is no request of %s", m.Path)
 		}
 	}
 	bothWays(t, func(t *testing.T, startProxy starter) {
 		etcd := &policyEtcd{t: t}
-		ca := newAuthority(t, "ca")
-		cert, key, _ := ca.issue("server", "server")
-		p := startProxy(t, serveAll(t, etcd.serve), []Rule{{Prefix: "s/", Sealer: reverser{}}}, func(c *Config) {
+		ca := proxytest.NewAuthority(t, "ca")
+		cert, key, _ := ca.Issue("server", "server")
+		p := startProxy(t, proxytest.ServeAll(t, etcd.Serve), []etcdapi.Rule{{Prefix: "s/", Sealer: proxytest.Reverser{}}}, func(c *Config) {
 			c.OwnPrefixes = []string{"own/"}
-			c.Listeners[0].TLS = &ListenerTLS{CertFile: cert, KeyFile: key, ClientCAFile: ca.file}
+			c.Listeners[0].TLS = &listener.TLS{CertFile: cert, KeyFile: key, ClientCAFile: ca.File}
 			c.Listeners[0].AllowedClients, c.Listeners[0].CiphertextClients = []string{"allowed"}, []string{"ciphertext"}
 		})
 		target := p.Addrs()[0].String()
 		for _, client := range []string{"allowed", "ciphertext", "denied"} {
-			conn, web := ca.client(t, target, client), ca.web(t, client)
+			conn, web := ca.Client(t, target, client), webOf(t, ca, client)
 			for full, all := range requests {
 				for _, a := range all {
 					want := ""
 					switch {
 					case client == "denied":
-						want = ownPrefix + `client "denied" is not allowed here`
+						want = rpc.TextPrefix + `client "denied" is not allowed here`
 					case client == "ciphertext" && !a.reads:
-						want = status.Convert(errReadOnly).Message()
+						want = "etcd-kms-proxy: this client is one of the listener's ciphertextClients, which may only read"
 					case a.own && strings.HasSuffix(full, "/LeaseRevoke"):
-						want = status.Convert(errOwnLease).Message()
+						want = "etcd-kms-proxy: keys that the proxies keep for themselves are attached to this lease"
 					case a.own:
-						want = status.Convert(errOwnKey).Message()
+						want = "etcd-kms-proxy: this would change keys that the proxies keep for themselves: use keys with another prefix"
 					}
 					msg, err := proto.Marshal(a.request)
 					if err != nil {
 						t.Fatal(err)
 					}
-					_, err = rawCall(testContext(t), conn, "/"+full, msg)
+					_, err = proxytest.RawCall(proxytest.TestContext(t), conn, "/"+full, msg)
 					got := status.Convert(err)
 					if reached := etcd.reached(); got.Message() != want || want != "" && got.Code() != codes.PermissionDenied || want != "" && len(reached) > 0 {
 						t.Errorf("%s, %s %v: %v, want %q; etcd saw %q", client, full, a.request, err, want, reached)
@@ -373,18 +285,18 @@ func TestPolicyOfEveryMethod(t *testing.T) {
 // web is a client of the gateway.
 type web struct{ http.Client }
 
-func (a *authority) web(t *testing.T, cn string) *web {
+func webOf(t *testing.T, a *proxytest.Authority, cn string) *web {
 	t.Helper()
-	cert, key, _ := a.issue("web-"+cn, cn)
+	cert, key, _ := a.Issue("web-"+cn, cn)
 	pair, err := tls.LoadX509KeyPair(cert, key)
 	if err != nil {
 		t.Fatal(err)
 	}
 	roots := x509.NewCertPool()
-	roots.AddCert(a.cert)
+	roots.AddCert(a.Cert)
 	transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots, Certificates: []tls.Certificate{pair}}}
 	t.Cleanup(transport.CloseIdleConnections)
-	return &web{http.Client{Transport: transport, Timeout: patience}}
+	return &web{http.Client{Transport: transport, Timeout: proxytest.Patience}}
 }
 
 // post sends a request in JSON, and returns the status in the first answer: that of an error, or

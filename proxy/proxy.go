@@ -12,13 +12,20 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/gateway"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/metrics"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/relay"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
 )
 
 // Config is what a Proxy is made of. The zero value of a field is its documented default.
 type Config struct {
-	Listeners []ListenerConfig // at least one
-	Upstream  UpstreamConfig
-	Rules     []Rule // no two with one prefix; none: every value passes as it is
+	Listeners []listener.Config // at least one
+	Upstream  upstream.Config
+	Rules     []etcdapi.Rule // no two with one prefix; none: every value passes as it is
 	// OwnPrefixes are of keys that proxies keep in etcd for themselves: no rule holds for them, and
 	// clients cannot change them. Each ends in a slash and is more than that; an empty one does not
 	// count.
@@ -47,14 +54,14 @@ const (
 
 // Proxy serves etcd's client API with the values under its rules sealed. Its methods are safe for concurrent use.
 type Proxy struct {
-	core        *core
-	upstream    *upstream   // to all endpoints
-	upstreams   []*upstream // all there are
-	api         *api
-	engine      *engine
-	gateway     *gateway
+	core        *etcdapi.Core
+	upstream    *upstream.Cluster   // to all endpoints
+	upstreams   []*upstream.Cluster // all there are
+	api         *etcdapi.API
+	engine      *relay.Engine
+	gateway     *gateway.Gateway
 	drain       time.Duration
-	listeners   []*listener
+	listeners   []*listener.Listener
 	serving     atomic.Bool
 	listenersUp atomic.Int64
 	ran         atomic.Bool
@@ -80,16 +87,16 @@ func New(cfg Config) (*Proxy, error) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	rules, err := newRuleSet(cfg.Rules, cfg.OwnPrefixes...)
+	rules, err := etcdapi.NewRuleSet(cfg.Rules, cfg.OwnPrefixes...)
 	if err != nil {
 		return nil, err
 	}
-	m, err := newMetrics(cfg.Registerer)
+	m, err := metrics.New(cfg.Registerer)
 	if err != nil {
 		return nil, err
 	}
-	p := &Proxy{drain: cfg.DrainTimeout, core: newCore(rules, cfg.MaxRequestBytes, log)}
-	p.core.gate, p.core.learnerGate = cfg.Gate, cfg.LearnerGate
+	p := &Proxy{drain: cfg.DrainTimeout, core: etcdapi.NewCore(rules, cfg.MaxRequestBytes, log)}
+	p.core.Gate, p.core.LearnerGate = cfg.Gate, cfg.LearnerGate
 	var problems []error
 	if p.upstream, err = p.newUpstream(cfg.Upstream, log, m); err != nil {
 		problems = append(problems, err)
@@ -107,23 +114,23 @@ func New(cfg Config) (*Proxy, error) {
 		return nil, err
 	}
 	if cfg.Registerer != nil {
-		if err := cfg.Registerer.Register(&certificateExpiry{listeners: p.listeners, etcd: p.upstream.http.tls}); err != nil {
+		if err := cfg.Registerer.Register(&certificateExpiry{listeners: p.listeners, etcd: p.upstream.HTTP.Tls}); err != nil {
 			p.Close()
 			return nil, fmt.Errorf("register metrics: %w", err)
 		}
 	}
-	p.api = newAPI(p.core, p.upstream, m, log, newDenials(log, cfg.OnDenied))
-	if p.gateway, err = newGateway(p.api); err != nil {
+	p.api = etcdapi.New(p.core, p.upstream, m, log, listener.NewDenials(log, cfg.OnDenied))
+	if p.gateway, err = gateway.New(p.api); err != nil {
 		p.Close()
 		return nil, err
 	}
-	p.engine = newEngine(p.api, p.gateway.handler, p.drain, log)
+	p.engine = relay.New(p.api, p.gateway.Handler, p.drain, log)
 	return p, nil
 }
 
 // newUpstream keeps account of all of them. Only the first is measured.
-func (p *Proxy) newUpstream(cfg UpstreamConfig, log *slog.Logger, m *metrics) (*upstream, error) {
-	u, err := newUpstream(cfg, log, m)
+func (p *Proxy) newUpstream(cfg upstream.Config, log *slog.Logger, m *metrics.Metrics) (*upstream.Cluster, error) {
+	u, err := upstream.New(cfg, log, m)
 	if err == nil {
 		p.upstreams = append(p.upstreams, u)
 	}
@@ -131,7 +138,7 @@ func (p *Proxy) newUpstream(cfg UpstreamConfig, log *slog.Logger, m *metrics) (*
 }
 
 // listen binds a listener, which leads to all of etcd or to one endpoint of its own.
-func (p *Proxy) listen(lc ListenerConfig, etcd UpstreamConfig, log *slog.Logger, m *metrics) (*listener, error) {
+func (p *Proxy) listen(lc listener.Config, etcd upstream.Config, log *slog.Logger, m *metrics.Metrics) (*listener.Listener, error) {
 	to := p.upstream
 	if lc.Endpoint != "" {
 		if at := slices.Index(etcd.Endpoints, lc.Endpoint); at >= 0 && at < len(etcd.HTTPEndpoints) {
@@ -142,11 +149,11 @@ func (p *Proxy) listen(lc ListenerConfig, etcd UpstreamConfig, log *slog.Logger,
 		if to, err = p.newUpstream(etcd, log, nil); err != nil {
 			return nil, fmt.Errorf("listener %s: %w", lc.Address, err)
 		}
-		p.core.pinned = append(p.core.pinned, lc)
+		p.core.Pinned = append(p.core.Pinned, lc)
 	}
-	l, err := listen(lc, log, m)
+	l, err := listener.Listen(lc, log, m)
 	if err == nil {
-		l.to = to
+		l.Upstream = to
 	}
 	return l, err
 }
@@ -162,13 +169,13 @@ func (p *Proxy) Addrs() []net.Addr {
 
 // SetRules puts rules in place of the ones in use, all at once. Calls in flight keep what they have sealed and open their answers under the
 // new rules. On an error the old ones stay.
-func (p *Proxy) SetRules(rules []Rule) error {
-	set, err := newRuleSet(rules)
+func (p *Proxy) SetRules(rules []etcdapi.Rule) error {
+	set, err := etcdapi.NewRuleSet(rules)
 	if err != nil {
 		return err
 	}
-	set.own = p.core.rules.Load().own
-	p.core.rules.Store(set)
+	set.Own = p.core.Rules.Load().Own
+	p.core.Rules.Store(set)
 	return nil
 }
 
@@ -177,7 +184,7 @@ func (p *Proxy) SetRules(rules []Rule) error {
 // is an error if the listener does not ask clients for certificates and a list is not empty; the
 // old ones then stay.
 func (p *Proxy) SetClients(i int, allowed, ciphertext []string) error {
-	return p.listeners[i].setClients(allowed, ciphertext)
+	return p.listeners[i].SetClients(allowed, ciphertext)
 }
 
 // Run serves until ctx ends, and then drains: it stops accepting, asks clients to go elsewhere, ends watches and other calls that wait for
@@ -192,7 +199,7 @@ func (p *Proxy) Run(ctx context.Context) error {
 	lasting, stop := context.WithCancel(context.WithoutCancel(ctx)) // what must outlive the drain
 	defer stop()
 	for _, u := range p.upstreams {
-		all.Go(func() { u.run(lasting) })
+		all.Go(func() { u.Run(lasting) })
 	}
 
 	accepting, stopAccepting := context.WithCancel(ctx)
@@ -201,9 +208,9 @@ func (p *Proxy) Run(ctx context.Context) error {
 		p.listenersUp.Add(1)
 		all.Go(func() {
 			defer p.listenersUp.Add(-1)
-			l.run(accepting, p.serve)
+			l.Run(accepting, p.Serve)
 		})
-		all.Go(func() { l.recheckUntil(lasting) })
+		all.Go(func() { l.RecheckUntil(lasting) })
 	}
 	all.Go(func() { p.watchFiles(lasting) })
 	defer p.closeListeners()
@@ -211,20 +218,20 @@ func (p *Proxy) Run(ctx context.Context) error {
 	p.serving.Store(true)
 	defer p.serving.Store(false)
 	var draining sync.WaitGroup
-	draining.Go(func() { p.gateway.run(ctx, p.drain) })
+	draining.Go(func() { p.gateway.Run(ctx, p.drain) })
 	<-ctx.Done()
-	p.engine.leave()
+	p.engine.Drain()
 	draining.Wait()
 	return nil
 }
 
-// serve hands a connection to whoever speaks its language.
-func (p *Proxy) serve(conn *clientConn) {
-	if conn.http1 {
-		p.gateway.serve(conn)
+// Serve hands a connection to whoever speaks its language.
+func (p *Proxy) Serve(conn *listener.Conn) {
+	if conn.HTTP1 {
+		p.gateway.Serve(conn)
 		return
 	}
-	p.engine.serve(conn)
+	p.engine.Serve(conn)
 }
 
 func (p *Proxy) closeListeners() {
@@ -238,14 +245,14 @@ func (p *Proxy) Close() {
 	p.releaseOnce.Do(func() {
 		p.closeListeners()
 		if p.api != nil {
-			p.api.stop()
+			p.api.Stop()
 			if p.engine != nil {
-				p.engine.close()
+				p.engine.Close()
 			}
-			p.api.running.Wait()
+			p.api.Running.Wait()
 		}
 		for _, u := range p.upstreams {
-			u.close()
+			u.Close()
 		}
 	})
 }
@@ -254,7 +261,7 @@ func (p *Proxy) Close() {
 // from the answers, not from a proxy that goes away too.
 func (p *Proxy) Ready() ReadyReport {
 	up := p.serving.Load() && int(p.listenersUp.Load()) == len(p.listeners)
-	report := ReadyReport{Ready: up, Checks: []Check{{Name: "listeners", OK: up}, {Name: "etcd", OK: p.upstream.up.Load()}}}
+	report := ReadyReport{Ready: up, Checks: []Check{{Name: "listeners", OK: up}, {Name: "etcd", OK: p.upstream.Connected.Load()}}}
 	if !up {
 		report.Checks[0].Detail = "not serving"
 	}

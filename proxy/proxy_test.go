@@ -2,6 +2,8 @@ package proxy
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"io"
 	"net"
 	"net/http"
@@ -12,8 +14,14 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
+
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
+
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
@@ -24,54 +32,54 @@ import (
 
 func TestDrain(t *testing.T) {
 	arrived, release := make(chan struct{}, 1), make(chan struct{})
-	etcd := serveFake(t, &fakeEtcd{
-		rangeFn: func(context.Context, *pb.RangeRequest) (*pb.RangeResponse, error) {
+	etcd := proxytest.ServeFake(t, &proxytest.FakeEtcd{
+		RangeFn: func(context.Context, *pb.RangeRequest) (*pb.RangeResponse, error) {
 			arrived <- struct{}{}
 			<-release
 			return &pb.RangeResponse{Count: 3}, nil
 		},
-		watchFn: func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error {
+		WatchFn: func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error {
 			if err := s.Send(&pb.WatchResponse{Created: true}); err != nil {
 				return err
 			}
 			<-s.Context().Done()
 			return nil
 		},
-		keepAlive: func(s grpc.BidiStreamingServer[pb.LeaseKeepAliveRequest, pb.LeaseKeepAliveResponse]) error {
+		KeepAlive: func(s grpc.BidiStreamingServer[pb.LeaseKeepAliveRequest, pb.LeaseKeepAliveResponse]) error {
 			<-s.Context().Done()
 			return nil
 		},
 	})
 	p := startProxy(t, etcd, everything, nil)
 	conn := p.dial(t)
-	w, err := pb.NewWatchClient(conn).Watch(testContext(t))
+	w, err := pb.NewWatchClient(conn).Watch(proxytest.TestContext(t))
 	if err != nil {
 		t.Fatal(err)
 	}
 	if _, err := w.Recv(); err != nil {
 		t.Fatal(err)
 	}
-	k, err := pb.NewLeaseClient(conn).LeaseKeepAlive(testContext(t))
+	k, err := pb.NewLeaseClient(conn).LeaseKeepAlive(proxytest.TestContext(t))
 	if err != nil {
 		t.Fatal(err)
 	}
 	answered := make(chan error, 1)
 	go func() {
-		r, err := pb.NewKVClient(conn).Range(testContext(t), &pb.RangeRequest{Key: []byte("k")})
+		r, err := pb.NewKVClient(conn).Range(proxytest.TestContext(t), &pb.RangeRequest{Key: []byte("k")})
 		if err == nil && r.Count != 3 {
 			t.Errorf("got %v", r)
 		}
 		answered <- err
 	}()
-	wait(t, arrived, "unary call")
+	proxytest.Wait(t, arrived, "unary call")
 	stopped := make(chan error, 1)
 	go func() { stopped <- p.stop() }()
 	_, err = w.Recv()
-	sameStatus(t, err, status.Error(codes.Unavailable, "etcd-kms-proxy: shutting down"))
+	proxytest.SameStatus(t, err, status.Error(codes.Unavailable, "etcd-kms-proxy: shutting down"))
 	if _, err = k.Recv(); status.Code(err) != codes.Unavailable {
 		t.Errorf("keep-alive: %v", err)
 	}
-	eventually(t, "no new connections", func() bool {
+	proxytest.Eventually(t, "no new connections", func() bool {
 		c, err := net.Dial("tcp", p.Addrs()[0].String())
 		if err == nil {
 			c.Close()
@@ -84,17 +92,17 @@ func TestDrain(t *testing.T) {
 	default:
 	}
 	close(release)
-	if err := wait(t, answered, "answer of the unary call"); err != nil {
+	if err := proxytest.Wait(t, answered, "answer of the unary call"); err != nil {
 		t.Errorf("the call in flight: %v", err)
 	}
-	if err := wait(t, stopped, "end of Run"); err != nil {
+	if err := proxytest.Wait(t, stopped, "end of Run"); err != nil {
 		t.Error(err)
 	}
 }
 
 func TestDrainTimeout(t *testing.T) {
 	arrived := make(chan struct{}, 1)
-	etcd := serveFake(t, &fakeEtcd{rangeFn: func(ctx context.Context, _ *pb.RangeRequest) (*pb.RangeResponse, error) {
+	etcd := proxytest.ServeFake(t, &proxytest.FakeEtcd{RangeFn: func(ctx context.Context, _ *pb.RangeRequest) (*pb.RangeResponse, error) {
 		arrived <- struct{}{}
 		<-ctx.Done()
 		return nil, ctx.Err()
@@ -103,14 +111,14 @@ func TestDrainTimeout(t *testing.T) {
 	failed := make(chan error, 1)
 	conn := p.dial(t)
 	go func() {
-		_, err := pb.NewKVClient(conn).Range(testContext(t), &pb.RangeRequest{Key: []byte("k")})
+		_, err := pb.NewKVClient(conn).Range(proxytest.TestContext(t), &pb.RangeRequest{Key: []byte("k")})
 		failed <- err
 	}()
-	wait(t, arrived, "call")
+	proxytest.Wait(t, arrived, "call")
 	if err := p.stop(); err != nil {
 		t.Error(err)
 	}
-	if err := wait(t, failed, "end of the call"); status.Code(err) != codes.Unavailable {
+	if err := proxytest.Wait(t, failed, "end of the call"); status.Code(err) != codes.Unavailable {
 		t.Errorf("got %v", err)
 	}
 }
@@ -118,23 +126,23 @@ func TestDrainTimeout(t *testing.T) {
 // TestEtcdComesLate starts the proxy before etcd: the first request is served as soon as etcd is there, none fails for being early,
 // and one that nobody serves fails with Unavailable within a bounded time.
 func TestEtcdComesLate(t *testing.T) {
-	l := listenLoopback(t)
+	l := proxytest.ListenLoopback(t)
 	address := l.Addr().String()
 	l.Close()
 	p := startProxy(t, address, everything, nil)
 	conn := p.dial(t)
 	began := time.Now()
-	_, err := get(t, conn)
+	_, err := proxytest.Get(t, conn)
 	if st := status.Convert(err); st.Code() != codes.Unavailable || !strings.HasPrefix(st.Message(), "etcd-kms-proxy: etcd is unreachable: ") {
 		t.Errorf("without etcd: %v", err)
 	}
-	if d := time.Since(began); d > readyWait+2*time.Second {
+	if d := time.Since(began); d > upstream.ConnectWait+2*time.Second {
 		t.Errorf("it took %v to say so", d)
 	}
-	eventually(t, "the log says that etcd is unreachable", func() bool { return strings.Contains(p.logs.String(), "etcd is unreachable; the proxy keeps trying") })
+	proxytest.Eventually(t, "the log says that etcd is unreachable", func() bool { return strings.Contains(p.logs.String(), "etcd is unreachable; the proxy keeps trying") })
 	got := make(chan error, 1)
 	go func() {
-		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		ctx, cancel := context.WithTimeout(context.Background(), proxytest.Patience)
 		defer cancel()
 		var err error
 		for range 3 { // a backed-off connection may need more than one readyWait
@@ -147,32 +155,32 @@ func TestEtcdComesLate(t *testing.T) {
 	if l, err = net.Listen("tcp", address); err != nil {
 		t.Fatal(err)
 	}
-	serveFakeOn(t, echoEtcd(), l)
-	if err := wait(t, got, "answer"); err != nil {
+	proxytest.ServeFakeOn(t, proxytest.EchoEtcd(), l)
+	if err := proxytest.Wait(t, got, "answer"); err != nil {
 		t.Error(err)
 	}
-	eventually(t, "the log says that etcd is back", func() bool { return strings.Contains(p.logs.String(), "etcd is reachable again") })
+	proxytest.Eventually(t, "the log says that etcd is back", func() bool { return strings.Contains(p.logs.String(), "etcd is reachable again") })
 	if r := p.Ready(); !r.Ready || !r.Checks[1].OK {
 		t.Errorf("ready: %+v", r)
 	}
 }
 
 func TestEndpoints(t *testing.T) {
-	a, b := echoEtcd(), echoEtcd()
+	a, b := proxytest.EchoEtcd(), proxytest.EchoEtcd()
 	counts := make(chan string, 100)
-	for name, f := range map[string]*fakeEtcd{"a": a, "b": b} {
-		f.rangeFn = func(context.Context, *pb.RangeRequest) (*pb.RangeResponse, error) {
+	for name, f := range map[string]*proxytest.FakeEtcd{"a": a, "b": b} {
+		f.RangeFn = func(context.Context, *pb.RangeRequest) (*pb.RangeResponse, error) {
 			counts <- name
 			return &pb.RangeResponse{Kvs: []*mvccpb.KeyValue{{}}}, nil
 		}
 	}
-	dead := listenLoopback(t)
+	dead := proxytest.ListenLoopback(t)
 	dead.Close()
-	endpoints := []string{"http://" + serveFake(t, a), "http://" + serveFake(t, b), "http://" + dead.Addr().String()}
+	endpoints := []string{"http://" + proxytest.ServeFake(t, a), "http://" + proxytest.ServeFake(t, b), "http://" + dead.Addr().String()}
 	conn := startProxy(t, "", nil, func(c *Config) { c.Upstream.Endpoints = endpoints }).dial(t)
 	seen := map[string]bool{}
-	eventually(t, "both members are asked, and the dead one is not", func() bool {
-		if _, err := get(t, conn); err != nil {
+	proxytest.Eventually(t, "both members are asked, and the dead one is not", func() bool {
+		if _, err := proxytest.Get(t, conn); err != nil {
 			t.Fatal(err)
 		}
 		seen[<-counts] = true
@@ -184,64 +192,67 @@ func TestEndpoints(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	serveFakeOn(t, echoEtcd(), l)
+	proxytest.ServeFakeOn(t, proxytest.EchoEtcd(), l)
 	conn = startProxy(t, "", everything, func(c *Config) { c.Upstream.Endpoints = []string{"unix://" + path} }).dial(t)
-	if v, err := get(t, conn); err != nil || v != "v" {
+	if v, err := proxytest.Get(t, conn); err != nil || v != "v" {
 		t.Errorf("over a socket: %q, %v", v, err)
 	}
 
-	for want, u := range map[string]UpstreamConfig{
+	for want, u := range map[string]upstream.Config{
 		"there is none":            {},
 		"some with TLS":            {Endpoints: []string{"https://a:1", "http://b:1"}},
-		"certFile and keyFile":     {Endpoints: []string{"https://a:1"}, TLS: &UpstreamTLS{CertFile: "x"}},
-		"TLS files: stat /nowhere": {Endpoints: []string{"a:1"}, TLS: &UpstreamTLS{CAFile: "/nowhere"}},
+		"certFile and keyFile":     {Endpoints: []string{"https://a:1"}, TLS: &upstream.TLS{CertFile: "x"}},
+		"TLS files: stat /nowhere": {Endpoints: []string{"a:1"}, TLS: &upstream.TLS{CAFile: "/nowhere"}},
 	} {
-		if _, err := New(Config{Listeners: []ListenerConfig{{Address: "127.0.0.1:0"}}, Upstream: u}); err == nil || !strings.Contains(err.Error(), want) {
+		if _, err := New(Config{Listeners: []listener.Config{{Address: "127.0.0.1:0"}}, Upstream: u}); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%+v: %v", u, err)
 		}
 	}
 }
 
 func TestUpstreamTLS(t *testing.T) {
-	ca, other := newAuthority(t, "ca"), newAuthority(t, "other")
-	cert, key, _ := ca.issue("etcd", "etcd")
-	serverTLS, err := (&ListenerTLS{CertFile: cert, KeyFile: key, ClientCAFile: ca.file}).serverTLS(nil, "")
+	ca, other := proxytest.NewAuthority(t, "ca"), proxytest.NewAuthority(t, "other")
+	cert, key, _ := ca.Issue("etcd", "etcd")
+	pair, err := tls.LoadX509KeyPair(cert, key)
 	if err != nil {
 		t.Fatal(err)
 	}
-	l := listenLoopback(t)
-	serveFakeOn(t, echoEtcd(), l, grpc.Creds(credentials.NewTLS(serverTLS.Get())))
-	cert, key, _ = other.issue("proxy", "") // not yet one that etcd trusts
+	clients := x509.NewCertPool()
+	clients.AddCert(ca.Cert)
+	serverTLS := &tls.Config{Certificates: []tls.Certificate{pair}, ClientCAs: clients, ClientAuth: tls.RequireAndVerifyClientCert}
+	l := proxytest.ListenLoopback(t)
+	proxytest.ServeFakeOn(t, proxytest.EchoEtcd(), l, grpc.Creds(credentials.NewTLS(serverTLS)))
+	cert, key, _ = other.Issue("proxy", "") // not yet one that etcd trusts
 	p := startProxy(t, "", nil, func(c *Config) {
-		c.Upstream = UpstreamConfig{Endpoints: []string{"https://" + l.Addr().String()}, TLS: &UpstreamTLS{CAFile: ca.file, CertFile: cert, KeyFile: key}}
+		c.Upstream = upstream.Config{Endpoints: []string{"https://" + l.Addr().String()}, TLS: &upstream.TLS{CAFile: ca.File, CertFile: cert, KeyFile: key}}
 	})
 	conn := p.dial(t)
-	if _, err := get(t, conn); status.Code(err) != codes.Unavailable {
+	if _, err := proxytest.Get(t, conn); status.Code(err) != codes.Unavailable {
 		t.Errorf("with a certificate that etcd does not trust: %v", err)
 	}
 	// The files are replaced; the next connection is made with them.
-	ca.dir = other.dir
-	ca.issue("proxy", "")
-	eventually(t, "the new certificate is used", func() bool { _, err := get(t, conn); return err == nil })
+	ca.Dir = other.Dir
+	ca.Issue("proxy", "")
+	proxytest.Eventually(t, "the new certificate is used", func() bool { _, err := proxytest.Get(t, conn); return err == nil })
 
 	// etcd's certificate is verified against the endpoint's own host.
 	_, port, _ := net.SplitHostPort(l.Addr().String())
 	p = startProxy(t, "", nil, func(c *Config) {
-		c.Upstream = UpstreamConfig{Endpoints: []string{"https://localhost:" + port}, TLS: &UpstreamTLS{CAFile: ca.file, CertFile: cert, KeyFile: key}}
+		c.Upstream = upstream.Config{Endpoints: []string{"https://localhost:" + port}, TLS: &upstream.TLS{CAFile: ca.File, CertFile: cert, KeyFile: key}}
 	})
-	if _, err := get(t, p.dial(t)); !strings.Contains(status.Convert(err).Message(), "localhost") {
+	if _, err := proxytest.Get(t, p.dial(t)); !strings.Contains(status.Convert(err).Message(), "localhost") {
 		t.Errorf("got %v", err)
 	}
 	p = startProxy(t, "", nil, func(c *Config) {
-		c.Upstream = UpstreamConfig{Endpoints: []string{"https://localhost:" + port}, TLS: &UpstreamTLS{CAFile: ca.file, CertFile: cert, KeyFile: key, ServerName: "127.0.0.1"}}
+		c.Upstream = upstream.Config{Endpoints: []string{"https://localhost:" + port}, TLS: &upstream.TLS{CAFile: ca.File, CertFile: cert, KeyFile: key, ServerName: "127.0.0.1"}}
 	})
-	if _, err := get(t, p.dial(t)); err != nil {
+	if _, err := proxytest.Get(t, p.dial(t)); err != nil {
 		t.Error(err)
 	}
 
-	cert, key, _ = other.issue("named", "someone")
+	cert, key, _ = other.Issue("named", "someone")
 	p = startProxy(t, "", nil, func(c *Config) {
-		c.Upstream = UpstreamConfig{Endpoints: []string{"https://" + l.Addr().String()}, TLS: &UpstreamTLS{CAFile: ca.file, CertFile: cert, KeyFile: key}}
+		c.Upstream = upstream.Config{Endpoints: []string{"https://" + l.Addr().String()}, TLS: &upstream.TLS{CAFile: ca.File, CertFile: cert, KeyFile: key}}
 	})
 	if !strings.Contains(p.logs.String(), `"commonName":"someone"`) {
 		t.Errorf("no word of the certificate's name: %s", p.logs)
@@ -250,13 +261,13 @@ func TestUpstreamTLS(t *testing.T) {
 
 func TestAdminAndMetrics(t *testing.T) {
 	reg := prometheus.NewRegistry()
-	p := startProxy(t, serveFake(t, echoEtcd()), everything, func(c *Config) { c.Registerer = reg })
+	p := startProxy(t, proxytest.ServeFake(t, proxytest.EchoEtcd()), everything, func(c *Config) { c.Registerer = reg })
 	conn := p.dial(t)
-	if _, err := get(t, conn); err != nil {
+	if _, err := proxytest.Get(t, conn); err != nil {
 		t.Fatal(err)
 	}
 	for _, m := range []string{"/etcdserverpb.KV/X1", "/etcdserverpb.KV/X2", "/etcdserverpb.Lease/LeaseLeases"} {
-		_, _ = rawCall(testContext(t), conn, m, nil) // unimplemented, all three
+		_, _ = proxytest.RawCall(proxytest.TestContext(t), conn, m, nil) // unimplemented, all three
 	}
 	ready := ReadyReport{Ready: true, Checks: []Check{{Name: "listeners", OK: true}, {Name: "rule /registry/secrets/", Detail: "KMS ack is unavailable"}}}
 	admin, err := NewAdmin(AdminConfig{Address: "127.0.0.1:0", Gatherer: reg, Ready: func() ReadyReport { return ready }})
@@ -317,7 +328,7 @@ func TestAdminAndMetrics(t *testing.T) {
 		t.Errorf("%v, %v", problems, err)
 	}
 	conn.Close()
-	eventually(t, "the connection is gone from the gauge", func() bool {
+	proxytest.Eventually(t, "the connection is gone from the gauge", func() bool {
 		_, body := fetch("/metrics")
 		return strings.Contains(body, `etcd_kms_proxy_connections{listener="127.0.0.1:0"} 0`)
 	})
@@ -326,8 +337,8 @@ func TestAdminAndMetrics(t *testing.T) {
 // TestEtcdClient drives the proxy with etcd's own client: it survives a restart of the proxy with its watch.
 func TestEtcdClient(t *testing.T) {
 	events := make(chan *mvccpb.Event, 1)
-	etcd := serveFake(t, &fakeEtcd{
-		watchFn: func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error {
+	etcd := proxytest.ServeFake(t, &proxytest.FakeEtcd{
+		WatchFn: func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error {
 			if _, err := s.Recv(); err != nil {
 				return err
 			}
@@ -348,7 +359,7 @@ func TestEtcdClient(t *testing.T) {
 	})
 	path := filepath.Join(t.TempDir(), "p.sock")
 	start := func() *running {
-		return startProxy(t, etcd, everything, func(c *Config) { c.Listeners[0] = ListenerConfig{Address: "unix://" + path} })
+		return startProxy(t, etcd, everything, func(c *Config) { c.Listeners[0] = listener.Config{Address: "unix://" + path} })
 	}
 	p := start()
 	client, err := clientv3.New(clientv3.Config{Endpoints: []string{"unix://" + path}, Logger: zap.NewNop()})
@@ -356,10 +367,10 @@ func TestEtcdClient(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer client.Close()
-	watch := client.Watch(testContext(t), "k")
+	watch := client.Watch(proxytest.TestContext(t), "k")
 	for rev := int64(2); rev <= 3; rev++ {
-		events <- &mvccpb.Event{Kv: &mvccpb.KeyValue{Key: []byte("k"), Value: sealed("k", "v"), ModRevision: rev}}
-		r := wait(t, watch, "event")
+		events <- &mvccpb.Event{Kv: &mvccpb.KeyValue{Key: []byte("k"), Value: proxytest.Sealed("k", "v"), ModRevision: rev}}
+		r := proxytest.Wait(t, watch, "event")
 		if r.Err() != nil || string(r.Events[0].Kv.Value) != "v" {
 			t.Fatalf("got %+v, %v", r, r.Err())
 		}

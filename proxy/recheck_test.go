@@ -5,9 +5,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
-	"errors"
 	"io"
-	"net"
 	"net/http"
 	"path/filepath"
 	"strings"
@@ -15,7 +13,13 @@ import (
 	"time"
 
 	"github.com/gorilla/websocket"
-	"github.com/prometheus/client_golang/prometheus/testutil"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/tlsfiles"
+
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"google.golang.org/grpc"
@@ -28,34 +32,36 @@ import (
 type rechecked struct {
 	*running
 	t       *testing.T
-	ca, new *authority
+	ca, new *proxytest.Authority
 	cas     string // the file of CAs
 	crl     string
+	figures *prometheus.Registry
 }
 
 func newRechecked(t *testing.T) *rechecked {
 	t.Helper()
-	r := &rechecked{t: t, ca: newAuthority(t, "ca"), new: newAuthority(t, "new")}
-	cert, key, _ := r.ca.issue("server", "server")
-	r.cas, r.crl = filepath.Join(r.ca.dir, "cas.pem"), filepath.Join(r.ca.dir, "crl.pem")
+	r := &rechecked{t: t, ca: proxytest.NewAuthority(t, "ca"), new: proxytest.NewAuthority(t, "new"), figures: prometheus.NewRegistry()}
+	cert, key, _ := r.ca.Issue("server", "server")
+	r.cas, r.crl = filepath.Join(r.ca.Dir, "cas.pem"), filepath.Join(r.ca.Dir, "crl.pem")
 	r.trust(r.ca)
-	r.ca.revoke(r.crl)
-	r.running = startProxy(t, serveFake(t, steadyEtcd()), []Rule{{Prefix: "k", Sealer: reverser{}}}, func(c *Config) {
-		c.Listeners[0].TLS = &ListenerTLS{CertFile: cert, KeyFile: key, ClientCAFile: r.cas, ClientCRLFile: r.crl}
+	r.ca.Revoke(r.crl)
+	r.running = startProxy(t, proxytest.ServeFake(t, steadyEtcd()), []etcdapi.Rule{{Prefix: "k", Sealer: proxytest.Reverser{}}}, func(c *Config) {
+		c.Listeners[0].TLS = &listener.TLS{CertFile: cert, KeyFile: key, ClientCAFile: r.cas, ClientCRLFile: r.crl}
 		c.Listeners[0].AllowedClients = []string{"stays", "goes"}
 		c.Listeners[0].CiphertextClients = []string{"backup"}
+		c.Registerer = r.figures
 	})
 	return r
 }
 
 // steadyEtcd gives each watch one event and keeps it, as etcd does.
-func steadyEtcd() *fakeEtcd {
-	etcd := echoEtcd()
-	etcd.watchFn = func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error {
+func steadyEtcd() *proxytest.FakeEtcd {
+	etcd := proxytest.EchoEtcd()
+	etcd.WatchFn = func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error {
 		if _, err := s.Recv(); err != nil {
 			return err
 		}
-		if err := s.Send(&pb.WatchResponse{Events: []*mvccpb.Event{{Kv: &mvccpb.KeyValue{Key: []byte("k"), Value: sealed("k", "v")}}}}); err != nil {
+		if err := s.Send(&pb.WatchResponse{Events: []*mvccpb.Event{{Kv: &mvccpb.KeyValue{Key: []byte("k"), Value: proxytest.Sealed("k", "v")}}}}); err != nil {
 			return err
 		}
 		<-s.Context().Done()
@@ -65,12 +71,12 @@ func steadyEtcd() *fakeEtcd {
 }
 
 // trust writes the file of CAs.
-func (r *rechecked) trust(cas ...*authority) {
+func (r *rechecked) trust(cas ...*proxytest.Authority) {
 	var all []byte
 	for _, ca := range cas {
-		all = append(all, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ca.cert.Raw})...)
+		all = append(all, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ca.Cert.Raw})...)
 	}
-	replace(r.t, r.cas, all)
+	proxytest.Replace(r.t, r.cas, all)
 }
 
 // keepOpen has a client keep something open of each kind, and returns how each of them ends.
@@ -83,7 +89,7 @@ func (r *rechecked) keepOpen(cert, key string) map[string]<-chan error {
 	}
 	target := r.Addrs()[0].String()
 	cfg := &tls.Config{RootCAs: x509.NewCertPool(), Certificates: []tls.Certificate{pair}}
-	cfg.RootCAs.AddCert(r.ca.cert)
+	cfg.RootCAs.AddCert(r.ca.Cert)
 	open := make(map[string]<-chan error)
 	keep := func(name string, next func() error) {
 		if err := next(); err != nil {
@@ -93,20 +99,20 @@ func (r *rechecked) keepOpen(cert, key string) map[string]<-chan error {
 		open[name] = ended
 		go func() { ended <- next() }()
 	}
-	stream, err := pb.NewWatchClient(dial(t, target, grpc.WithTransportCredentials(credentials.NewTLS(cfg.Clone())))).Watch(testContext(t))
+	stream, err := pb.NewWatchClient(proxytest.Dial(t, target, grpc.WithTransportCredentials(credentials.NewTLS(cfg.Clone())))).Watch(proxytest.TestContext(t))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := stream.Send(createWatch("k", "")); err != nil {
+	if err := stream.Send(proxytest.CreateWatch("k", "")); err != nil {
 		t.Fatal(err)
 	}
 	keep("a watch", func() error { _, err := stream.Recv(); return err })
-	for name, protocol := range map[string]string{"a watch over JSON": protocolHTTP1, "a watch over JSON and HTTP/2": protocolHTTP2} {
+	for name, protocol := range map[string]string{"a watch over JSON": tlsfiles.ProtocolHTTP1, "a watch over JSON and HTTP/2": tlsfiles.ProtocolHTTP2} {
 		transport := &http.Transport{TLSClientConfig: cfg.Clone(), Protocols: new(http.Protocols)}
-		transport.Protocols.SetHTTP1(protocol == protocolHTTP1)
-		transport.Protocols.SetHTTP2(protocol == protocolHTTP2)
+		transport.Protocols.SetHTTP1(protocol == tlsfiles.ProtocolHTTP1)
+		transport.Protocols.SetHTTP2(protocol == tlsfiles.ProtocolHTTP2)
 		t.Cleanup(transport.CloseIdleConnections)
-		answer, err := (&http.Client{Transport: transport, Timeout: patience}).Post("https://"+target+"/v3/watch", "application/json", strings.NewReader(watchK))
+		answer, err := (&http.Client{Transport: transport, Timeout: proxytest.Patience}).Post("https://"+target+"/v3/watch", "application/json", strings.NewReader(watchK))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -154,9 +160,9 @@ func TestConnectionsAreRechecked(t *testing.T) {
 		because string
 		after   codes.Code // of its next call
 	}{
-		"revoked": {client: "goes", change: func(r *rechecked, leaf *x509.Certificate) { r.ca.revoke(r.crl, leaf) }, reason: "certificate", because: "revoked", after: codes.Unavailable},
+		"revoked": {client: "goes", change: func(r *rechecked, leaf *x509.Certificate) { r.ca.Revoke(r.crl, leaf) }, reason: "certificate", because: "revoked", after: codes.Unavailable},
 		"its CA is removed": {client: "goes", change: func(r *rechecked, _ *x509.Certificate) {
-			r.new.revoke(r.crl)
+			r.new.Revoke(r.crl)
 			r.trust(r.new)
 		}, reason: "certificate", because: "unknown authority", after: codes.Unavailable},
 		"expired":              {client: "goes", valid: 3 * time.Second, change: func(*rechecked, *x509.Certificate) {}, reason: "certificate", because: "expired", after: codes.Unavailable},
@@ -176,19 +182,16 @@ func TestConnectionsAreRechecked(t *testing.T) {
 				r.trust(r.ca, r.new)
 				other = r.new
 			}
-			cert, key, _ := other.issue("stays", "stays")
+			cert, key, _ := other.Issue("stays", "stays")
 			stays := r.keepOpen(cert, key)
-			cert, key, leaf := r.ca.issueFor(valid, try.client, try.client)
+			cert, key, leaf := r.ca.IssueFor(valid, try.client, try.client)
 			goes := r.keepOpen(cert, key)
-			eventually(t, "all connections are there", func() bool {
-				l := r.listeners[0]
-				l.open.mu.Lock()
-				defer l.open.mu.Unlock()
-				return len(l.open.conns) == len(stays)+len(goes)
+			proxytest.Eventually(t, "all connections are there", func() bool {
+				return series(t, r.figures, "etcd_kms_proxy_connections")[0].GetGauge().GetValue() == float64(len(stays)+len(goes))
 			})
 			try.change(r, leaf)
 			for what, ended := range goes {
-				if err := wait(t, ended, what+" ends"); err == nil {
+				if err := proxytest.Wait(t, ended, what+" ends"); err == nil {
 					t.Errorf("%s goes on", what)
 				} else if name == "expired" && time.Now().Before(leaf.NotAfter) {
 					t.Errorf("%s ended before the certificate: %v", what, err)
@@ -201,20 +204,25 @@ func TestConnectionsAreRechecked(t *testing.T) {
 				default:
 				}
 			}
-			eventually(t, "the log says so", func() bool {
+			proxytest.Eventually(t, "the log says so", func() bool {
 				logs := r.logs.String()
 				return strings.Contains(logs, try.because) && strings.Contains(logs, "connections ended")
 			})
-			if n := testutil.ToFloat64(r.listeners[0].metrics.ended.WithLabelValues("127.0.0.1:0", try.reason)); n != float64(len(goes)) {
-				t.Errorf("%v connections are counted, want %d", n, len(goes))
+			for _, m := range series(t, r.figures, "etcd_kms_proxy_ended_connections_total") {
+				n := m.GetCounter().GetValue()
+				for _, l := range m.GetLabel() {
+					if l.GetName() == "reason" && l.GetValue() == try.reason && n != float64(len(goes)) {
+						t.Errorf("%v connections are counted, want %d", n, len(goes))
+					}
+				}
 			}
 			pair, err := tls.LoadX509KeyPair(cert, key)
 			if err != nil {
 				t.Fatal(err)
 			}
 			cfg := &tls.Config{RootCAs: x509.NewCertPool(), Certificates: []tls.Certificate{pair}}
-			cfg.RootCAs.AddCert(r.ca.cert)
-			if _, err := get(t, dial(t, r.Addrs()[0].String(), grpc.WithTransportCredentials(credentials.NewTLS(cfg)))); status.Code(err) != try.after {
+			cfg.RootCAs.AddCert(r.ca.Cert)
+			if _, err := proxytest.Get(t, proxytest.Dial(t, r.Addrs()[0].String(), grpc.WithTransportCredentials(credentials.NewTLS(cfg)))); status.Code(err) != try.after {
 				t.Errorf("its next call: %v", err)
 			}
 		})
@@ -232,23 +240,23 @@ func setClients(allowed, ciphertext []string) func(*rechecked, *x509.Certificate
 // TestUnrelatedChanges: changes that concern nobody end nothing.
 func TestUnrelatedChanges(t *testing.T) {
 	r := newRechecked(t)
-	cert, key, _ := r.ca.issue("stays", "stays")
+	cert, key, _ := r.ca.Issue("stays", "stays")
 	open := r.keepOpen(cert, key)
-	_, _, another := r.ca.issue("another", "another")
+	_, _, another := r.ca.Issue("another", "another")
 	for _, change := range []func(){
-		func() { r.ca.revoke(r.crl, another) },
+		func() { r.ca.Revoke(r.crl, another) },
 		func() { r.trust(r.ca, r.new) },
-		func() { r.ca.issue("server", "server") }, // renewed
+		func() { r.ca.Issue("server", "server") }, // renewed
 		func() { setClients([]string{"stays", "comes"}, []string{"backup"})(r, nil) },
 		func() { setClients(nil, nil)(r, nil) }, // any certificate
 	} {
 		change()
-		r.listeners[0].recheck(time.Now())
+		setClients([]string{"stays", "goes"}, []string{"backup"})(r, nil) // which has connections checked
 	}
-	if err := r.SetRules([]Rule{{Prefix: "k", Sealer: reverser{}}, {Prefix: "l", Sealer: reverser{}}}); err != nil {
+	if err := r.SetRules([]etcdapi.Rule{{Prefix: "k", Sealer: proxytest.Reverser{}}, {Prefix: "l", Sealer: proxytest.Reverser{}}}); err != nil {
 		t.Fatal(err)
 	}
-	r.listeners[0].recheck(time.Now())
+	setClients([]string{"stays"}, nil)(r, nil)
 	for what, ended := range open {
 		select {
 		case err := <-ended:
@@ -259,40 +267,11 @@ func TestUnrelatedChanges(t *testing.T) {
 	if err := r.SetClients(0, []string{"stays"}, nil); err != nil {
 		t.Fatal(err)
 	}
-	plain := startProxy(t, serveFake(t, echoEtcd()), nil, nil)
+	plain := startProxy(t, proxytest.ServeFake(t, proxytest.EchoEtcd()), nil, nil)
 	if err := plain.SetClients(0, []string{"stays"}, nil); err == nil {
 		t.Error("a list without certificates")
 	}
 	if err := plain.SetClients(0, nil, nil); err != nil {
 		t.Error(err)
-	}
-}
-
-// TestAdmitLate: a connection that was identified by files of before is checked by those of now,
-// before it is served.
-func TestAdmitLate(t *testing.T) {
-	r := newRechecked(t)
-	_, _, leaf := r.ca.issue("goes", "goes")
-	near, far := net.Pipe()
-	defer near.Close()
-	defer far.Close()
-	l := r.listeners[0]
-	c := &clientConn{Conn: far, id: &Identity{CommonName: "goes"}, certs: []*x509.Certificate{leaf}, expires: leaf.NotAfter}
-	by := l.terms()
-	if err := l.admit(c, by); err != nil {
-		t.Fatal(err)
-	}
-	l.forget(c)
-	setClients([]string{"stays"}, nil)(r, nil)
-	if err := l.admit(c, by); !errors.Is(err, errOtherLists) {
-		t.Errorf("after its name has left the list: %v", err)
-	}
-	by = l.terms()
-	r.ca.revoke(r.crl, leaf)
-	if err := l.admit(c, by); err == nil || !strings.Contains(err.Error(), "revoked") {
-		t.Errorf("after it was revoked: %v", err)
-	}
-	if len(l.open.conns) != 0 {
-		t.Error("it is kept")
 	}
 }

@@ -14,6 +14,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
+
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
@@ -23,7 +27,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdmodel"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/etcdmodel"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 )
 
@@ -47,7 +51,7 @@ func doIn[R proto.Message](a *sessionArena, tb testing.TB, request proto.Message
 	s := a.store.Load()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if err := checkSealed(a.proxy.core.rules.Load(), request); err != nil {
+	if err := proxytest.CheckSealed(a.proxy.core.Rules.Load(), request); err != nil {
 		tb.Error(err)
 	}
 	got, err := s.Do(request)
@@ -61,20 +65,20 @@ func newSessionArena(tb testing.TB) *sessionArena {
 	tb.Helper()
 	a := new(sessionArena)
 	a.reset()
-	etcd := serveFake(tb, &fakeEtcd{
-		rangeFn: func(_ context.Context, r *pb.RangeRequest) (*pb.RangeResponse, error) {
+	etcd := proxytest.ServeFake(tb, &proxytest.FakeEtcd{
+		RangeFn: func(_ context.Context, r *pb.RangeRequest) (*pb.RangeResponse, error) {
 			return doIn[*pb.RangeResponse](a, tb, r)
 		},
-		putFn: func(_ context.Context, r *pb.PutRequest) (*pb.PutResponse, error) {
+		PutFn: func(_ context.Context, r *pb.PutRequest) (*pb.PutResponse, error) {
 			return doIn[*pb.PutResponse](a, tb, r)
 		},
-		deleteFn: func(_ context.Context, r *pb.DeleteRangeRequest) (*pb.DeleteRangeResponse, error) {
+		DeleteFn: func(_ context.Context, r *pb.DeleteRangeRequest) (*pb.DeleteRangeResponse, error) {
 			return doIn[*pb.DeleteRangeResponse](a, tb, r)
 		},
-		txnFn: func(_ context.Context, r *pb.TxnRequest) (*pb.TxnResponse, error) {
+		TxnFn: func(_ context.Context, r *pb.TxnRequest) (*pb.TxnResponse, error) {
 			return doIn[*pb.TxnResponse](a, tb, r)
 		},
-		streamFn: func(r *pb.RangeRequest, s grpc.ServerStreamingServer[pb.RangeStreamResponse]) error {
+		StreamFn: func(r *pb.RangeRequest, s grpc.ServerStreamingServer[pb.RangeStreamResponse]) error {
 			if r.GetSortTarget() != pb.RangeRequest_KEY || r.GetSortOrder() != pb.RangeRequest_NONE { // as etcd
 				return status.Error(codes.Unimplemented, "RangeStream does not support custom sort orders")
 			}
@@ -84,7 +88,7 @@ func newSessionArena(tb testing.TB) *sessionArena {
 			}
 			return s.Send(&pb.RangeStreamResponse{RangeResponse: got})
 		},
-		watchFn: func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error {
+		WatchFn: func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error {
 			for {
 				r, err := s.Recv()
 				if err != nil {
@@ -95,7 +99,7 @@ func newSessionArena(tb testing.TB) *sessionArena {
 				}
 			}
 		},
-		keepAlive: func(s grpc.BidiStreamingServer[pb.LeaseKeepAliveRequest, pb.LeaseKeepAliveResponse]) error {
+		KeepAlive: func(s grpc.BidiStreamingServer[pb.LeaseKeepAliveRequest, pb.LeaseKeepAliveResponse]) error {
 			for {
 				r, err := s.Recv()
 				if err != nil {
@@ -107,8 +111,8 @@ func newSessionArena(tb testing.TB) *sessionArena {
 			}
 		},
 	})
-	a.proxy = startProxy(tb, etcd, scrambling(), func(c *Config) { c.MaxRequestBytes = 256 << 10 })
-	a.kv = pb.NewKVClient(dial(tb, a.proxy.Addrs()[0].String(), grpc.WithTransportCredentials(insecureCredentials())))
+	a.proxy = startProxy(tb, etcd, systemRules(), func(c *Config) { c.MaxRequestBytes = 256 << 10 })
+	a.kv = pb.NewKVClient(proxytest.Dial(tb, a.proxy.Addrs()[0].String(), grpc.WithTransportCredentials(proxytest.InsecureCredentials())))
 	a.honest(tb)
 	a.goroutines, a.heap = runtime.NumGoroutine(), a.heapInUse()
 	return a
@@ -145,8 +149,8 @@ const (
 	leftHeap       = 32 << 20
 )
 
-// run runs a session and checks that nothing of it is left.
-func (a *sessionArena) run(tb testing.TB, program []byte) {
+// Run runs a session and checks that nothing of it is left.
+func (a *sessionArena) Run(tb testing.TB, program []byte) {
 	tb.Helper()
 	a.reset()
 	s := newFrameSession(program)
@@ -177,9 +181,9 @@ func (a *sessionArena) accept(conn net.Conn, secure, denied bool) (closed <-chan
 	l := a.proxy.listeners[0]
 	w := http2conn.NewWriteBuffer(conn)
 	done := make(chan struct{})
-	a.proxy.engine.serve(&clientConn{
-		Conn: w, outlet: w, plain: !secure, closed: sync.OnceFunc(func() { close(done) }),
-		id: &Identity{Listener: l.cfg.Address, Remote: "192.0.2.1:1", Denied: denied, to: l.to, web: l.web},
+	a.proxy.engine.Serve(&listener.Conn{
+		Conn: w, WriteBuffer: w, Plaintext: !secure, OnClose: sync.OnceFunc(func() { close(done) }),
+		Identity: &listener.Identity{Listener: l.Config.Address, Remote: "192.0.2.1:1", Denied: denied, Upstream: l.Upstream},
 	})
 	return done
 }
@@ -273,7 +277,7 @@ var fuzzedRequests = func() (all [][]byte) {
 		if err != nil {
 			panic(err)
 		}
-		all = append(all, append(head(len(b)), b...))
+		all = append(all, append(rpc.Header(len(b)), b...))
 	}
 	return all
 }()
@@ -282,7 +286,7 @@ var fuzzedRequests = func() (all [][]byte) {
 func (s *frameSession) fields() []hpack.HeaderField {
 	all := []hpack.HeaderField{
 		{Name: ":method", Value: "POST"}, {Name: ":scheme", Value: "http"}, {Name: ":path", Value: fuzzedMethods[int(s.next())%len(fuzzedMethods)]},
-		{Name: ":authority", Value: "a"}, {Name: "content-type", Value: contentType}, {Name: "te", Value: "trailers"},
+		{Name: ":authority", Value: "a"}, {Name: "content-type", Value: rpc.ContentType}, {Name: "te", Value: "trailers"},
 	}
 	odd := s.next()
 	more := [...]hpack.HeaderField{
@@ -365,7 +369,7 @@ func (s *frameSession) connect(tb testing.TB) (near, far net.Conn) {
 	if s.pipe {
 		return net.Pipe()
 	}
-	l := listenLoopback(tb)
+	l := proxytest.ListenLoopback(tb)
 	defer l.Close()
 	near, err := net.Dial("tcp", l.Addr().String())
 	if err != nil {
@@ -450,13 +454,13 @@ func TestSessions(t *testing.T) {
 	a := newSessionArena(t)
 	seed := rand.Uint64() >> 1
 	for end := time.Now().Add(limit); time.Now().Before(end) && !t.Failed(); seed++ {
-		a.run(t, randomSession(seed))
+		a.Run(t, randomSession(seed))
 		if t.Failed() {
 			t.Logf("the seed is %d", seed)
 		}
 	}
 	a.runs = 99
-	a.run(t, nil) // which checks the memory
+	a.Run(t, nil) // which checks the memory
 	t.Logf("until seed %d", seed)
 }
 
@@ -467,5 +471,5 @@ func FuzzSessions(f *testing.F) {
 		f.Add(randomSession(seed))
 	}
 	a := newSessionArena(f)
-	f.Fuzz(func(t *testing.T, program []byte) { a.run(t, program) })
+	f.Fuzz(func(t *testing.T, program []byte) { a.Run(t, program) })
 }

@@ -5,9 +5,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"strings"
 	"testing"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
@@ -19,12 +22,12 @@ import (
 
 func TestSealingErrors(t *testing.T) {
 	secret := "canary-value"
-	etcd := serveFake(t, &fakeEtcd{
-		putFn: func(context.Context, *pb.PutRequest) (*pb.PutResponse, error) { return &pb.PutResponse{}, nil },
-		rangeFn: func(_ context.Context, r *pb.RangeRequest) (*pb.RangeResponse, error) {
+	etcd := proxytest.ServeFake(t, &proxytest.FakeEtcd{
+		PutFn: func(context.Context, *pb.PutRequest) (*pb.PutResponse, error) { return &pb.PutResponse{}, nil },
+		RangeFn: func(_ context.Context, r *pb.RangeRequest) (*pb.RangeResponse, error) {
 			return &pb.RangeResponse{Kvs: []*mvccpb.KeyValue{{Key: r.Key, Value: []byte(secret)}}}, nil
 		},
-		watchFn: func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error {
+		WatchFn: func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error {
 			if _, err := s.Recv(); err != nil {
 				return err
 			}
@@ -39,28 +42,28 @@ func TestSealingErrors(t *testing.T) {
 		err  error
 		want error
 	}{
-		{&SealError{Code: codes.Unavailable, Text: "KMS ack is away"}, status.Error(codes.Unavailable, "etcd-kms-proxy: KMS ack is away")},
-		{fmt.Errorf("open: %w", &SealError{Code: codes.DataLoss, Text: "key k is damaged"}), status.Error(codes.DataLoss, "etcd-kms-proxy: key k is damaged")},
+		{&etcdapi.SealError{Code: codes.Unavailable, Text: "KMS ack is away"}, status.Error(codes.Unavailable, "etcd-kms-proxy: KMS ack is away")},
+		{fmt.Errorf("open: %w", &etcdapi.SealError{Code: codes.DataLoss, Text: "key k is damaged"}), status.Error(codes.DataLoss, "etcd-kms-proxy: key k is damaged")},
 		{errors.New("something inside"), status.Error(codes.Internal, "etcd-kms-proxy: a value could not be sealed or opened")},
 		{context.DeadlineExceeded, status.Error(codes.DeadlineExceeded, "etcd-kms-proxy: context deadline exceeded")},
 	} {
-		p := startProxy(t, etcd, []Rule{{Prefix: "k", Sealer: reverser{openErr: tt.err, sealErr: tt.err}}}, nil)
+		p := startProxy(t, etcd, []etcdapi.Rule{{Prefix: "k", Sealer: proxytest.Reverser{OpenErr: tt.err, SealErr: tt.err}}}, nil)
 		conn := p.dial(t)
-		_, err := pb.NewKVClient(conn).Put(testContext(t), &pb.PutRequest{Key: []byte("k"), Value: []byte(secret)})
-		sameStatus(t, err, tt.want)
-		_, err = pb.NewKVClient(conn).Range(testContext(t), &pb.RangeRequest{Key: []byte("k")})
-		sameStatus(t, err, tt.want)
-		s, err := pb.NewWatchClient(conn).Watch(testContext(t))
+		_, err := pb.NewKVClient(conn).Put(proxytest.TestContext(t), &pb.PutRequest{Key: []byte("k"), Value: []byte(secret)})
+		proxytest.SameStatus(t, err, tt.want)
+		_, err = pb.NewKVClient(conn).Range(proxytest.TestContext(t), &pb.RangeRequest{Key: []byte("k")})
+		proxytest.SameStatus(t, err, tt.want)
+		s, err := pb.NewWatchClient(conn).Watch(proxytest.TestContext(t))
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := s.Send(createWatch("a", "z")); err != nil {
+		if err := s.Send(proxytest.CreateWatch("a", "z")); err != nil {
 			t.Fatal(err)
 		}
 		_, err = s.Recv()
-		sameStatus(t, err, tt.want)
+		proxytest.SameStatus(t, err, tt.want)
 		// A key outside the rule is none of the KMS' business.
-		if _, err := pb.NewKVClient(conn).Put(testContext(t), &pb.PutRequest{Key: []byte("other"), Value: []byte("v")}); err != nil {
+		if _, err := pb.NewKVClient(conn).Put(proxytest.TestContext(t), &pb.PutRequest{Key: []byte("other"), Value: []byte("v")}); err != nil {
 			t.Error(err)
 		}
 		if strings.Contains(p.logs.String(), secret) {
@@ -76,79 +79,32 @@ func TestMalformedGoesNoFurther(t *testing.T) {
 		}
 		return s.Context().Err()
 	}
-	etcd := serveFake(t, &fakeEtcd{watchFn: watch}, grpc.ChainUnaryInterceptor(func(context.Context, any, *grpc.UnaryServerInfo, grpc.UnaryHandler) (any, error) {
+	etcd := proxytest.ServeFake(t, &proxytest.FakeEtcd{WatchFn: watch}, grpc.ChainUnaryInterceptor(func(context.Context, any, *grpc.UnaryServerInfo, grpc.UnaryHandler) (any, error) {
 		t.Error("a malformed request reached etcd")
 		return nil, errors.New("no")
 	}))
 	conn := startProxy(t, etcd, everything, nil).dial(t)
 	for _, m := range []string{"Range", "RangeStream", "Put", "DeleteRange", "Txn"} {
-		_, err := rawCall(testContext(t), conn, "/etcdserverpb.KV/"+m, []byte{0x0a, 0x7f, 'x'})
-		if st := status.Convert(err); st.Code() != codes.InvalidArgument || !strings.HasPrefix(st.Message(), ownPrefix) {
+		_, err := proxytest.RawCall(proxytest.TestContext(t), conn, "/etcdserverpb.KV/"+m, []byte{0x0a, 0x7f, 'x'})
+		if st := status.Convert(err); st.Code() != codes.InvalidArgument || !strings.HasPrefix(st.Message(), rpc.TextPrefix) {
 			t.Errorf("%s: %v", m, err)
 		}
 	}
 	for _, m := range []string{"/v3lockpb.Lock/Lock", "/v3electionpb.Election/Proclaim"} {
-		if _, err := rawCall(testContext(t), conn, m, []byte{0x0a, 0x7f, 'x'}); status.Code(err) != codes.InvalidArgument {
+		if _, err := proxytest.RawCall(proxytest.TestContext(t), conn, m, []byte{0x0a, 0x7f, 'x'}); status.Code(err) != codes.InvalidArgument {
 			t.Errorf("%s: %v", m, err)
 		}
 	}
-	if _, err := rawCall(testContext(t), conn, "/etcdserverpb.Watch/Watch", []byte{0x0a, 0x7f, 'x'}); status.Code(err) != codes.InvalidArgument {
+	if _, err := proxytest.RawCall(proxytest.TestContext(t), conn, "/etcdserverpb.Watch/Watch", []byte{0x0a, 0x7f, 'x'}); status.Code(err) != codes.InvalidArgument {
 		t.Errorf("Watch: %v", err)
 	}
 }
 
 func TestMalformedAnswerIsNotTheClientsFault(t *testing.T) {
-	conn := startProxy(t, serveRaw(t, []byte{0x12, 0x7f, 'x'}), everything, nil).dial(t)
-	_, err := rawCall(testContext(t), conn, "/etcdserverpb.KV/Range", []byte{0x0a, 0x01, 'k'})
-	if st := status.Convert(err); st.Code() != codes.Internal || !strings.HasPrefix(st.Message(), ownPrefix+"etcd's answer: ") {
+	conn := startProxy(t, proxytest.ServeRaw(t, []byte{0x12, 0x7f, 'x'}), everything, nil).dial(t)
+	_, err := proxytest.RawCall(proxytest.TestContext(t), conn, "/etcdserverpb.KV/Range", []byte{0x0a, 0x01, 'k'})
+	if st := status.Convert(err); st.Code() != codes.Internal || !strings.HasPrefix(st.Message(), rpc.TextPrefix+"etcd's answer: ") {
 		t.Errorf("got %v", err)
-	}
-}
-
-// TestElectionsAndLocks: what a rule covers is served here, unless the client is given stored
-// bytes, and what it does not goes to etcd.
-func TestElectionsAndLocks(t *testing.T) {
-	rules, err := newRuleSet([]Rule{{Prefix: "/r/secrets/", Sealer: reverser{}}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	c := newCore(nil, 0, slog.New(slog.DiscardHandler))
-	c.rules.Store(rules)
-	table := make(map[string]*method)
-	for _, m := range methodTable() {
-		table[m.name] = m
-	}
-	name := func(n string) []byte { return append([]byte{0x0a, byte(len(n))}, n...) }
-	leader := func(k string) []byte {
-		inner := append([]byte{0x12, byte(len(k))}, k...)
-		return append([]byte{0x0a, byte(len(inner))}, inner...)
-	}
-	for _, tt := range []struct {
-		method string
-		msg    []byte
-		hosted bool
-	}{
-		{"Lock", name("/r/secrets"), true},
-		{"Lock", name("/r/secrets/mine"), true},
-		{"Lock", name("/r"), true}, // a rule covers some of the names below
-		{"Lock", name("/r/sec"), false},
-		{"Unlock", name("/r/secrets/mine/1"), true},
-		{"Unlock", name("/r/1"), false},
-		{"Campaign", name("/r/secrets"), true},
-		{"Campaign", name("/e"), false},
-		{"Leader", name("/r/secrets"), true},
-		{"Observe", name("/r/secrets"), true},
-		{"Proclaim", leader("/r/secrets/1"), true},
-		{"Resign", leader("/r/secrets/1"), true},
-		{"Resign", leader("/r/other/1"), false},
-	} {
-		for _, ciphertext := range []bool{false, true} {
-			own, _ := table[tt.method].call(c, &Identity{Ciphertext: ciphertext}).(*electionCall)
-			out, err := own.request(nonBlocking, tt.msg)
-			if err != nil || !bytes.Equal(out, tt.msg) || own.hosted != (tt.hosted && !ciphertext) {
-				t.Errorf("%s %q, ciphertext %t: hosted %t, %q, %v", tt.method, tt.msg, ciphertext, own.hosted, out, err)
-			}
-		}
 	}
 }
 
@@ -159,9 +115,9 @@ func TestUntouchedBytes(t *testing.T) {
 		t.Fatal(err)
 	}
 	unknown = append(unknown, 0xfa, 0x07, 0x03, 'a', 'b', 'c') // field 127
-	conn := startProxy(t, serveRaw(t, unknown), []Rule{{Prefix: "s", Sealer: reverser{}}}, nil).dial(t)
+	conn := startProxy(t, proxytest.ServeRaw(t, unknown), []etcdapi.Rule{{Prefix: "s", Sealer: proxytest.Reverser{}}}, nil).dial(t)
 	for _, m := range []string{"/etcdserverpb.KV/Range", "/etcdserverpb.KV/Compact", "/grpc.health.v1.Health/Check"} {
-		got, err := rawCall(testContext(t), conn, m, []byte{0x0a, 0x01, 'k'})
+		got, err := proxytest.RawCall(proxytest.TestContext(t), conn, m, []byte{0x0a, 0x01, 'k'})
 		if err != nil || !bytes.Equal(got, unknown) {
 			t.Errorf("%s: %x, %v", m, got, err)
 		}
@@ -172,51 +128,51 @@ func TestUntouchedBytes(t *testing.T) {
 func TestRulesSwappedInFlight(t *testing.T) {
 	arrived, release := make(chan struct{}, 1), make(chan struct{})
 	watching := make(chan struct{}, 1)
-	etcd := serveFake(t, &fakeEtcd{
-		rangeFn: func(context.Context, *pb.RangeRequest) (*pb.RangeResponse, error) {
+	etcd := proxytest.ServeFake(t, &proxytest.FakeEtcd{
+		RangeFn: func(context.Context, *pb.RangeRequest) (*pb.RangeResponse, error) {
 			arrived <- struct{}{}
 			<-release
-			return &pb.RangeResponse{Kvs: []*mvccpb.KeyValue{{Key: []byte("k"), Value: sealed("k", "v")}}}, nil
+			return &pb.RangeResponse{Kvs: []*mvccpb.KeyValue{{Key: []byte("k"), Value: proxytest.Sealed("k", "v")}}}, nil
 		},
-		watchFn: func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error {
+		WatchFn: func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error {
 			if _, err := s.Recv(); err != nil {
 				return err
 			}
 			watching <- struct{}{}
 			<-release
-			return s.Send(&pb.WatchResponse{Events: []*mvccpb.Event{{Kv: &mvccpb.KeyValue{Key: []byte("k"), Value: sealed("k", "v")}}}})
+			return s.Send(&pb.WatchResponse{Events: []*mvccpb.Event{{Kv: &mvccpb.KeyValue{Key: []byte("k"), Value: proxytest.Sealed("k", "v")}}}})
 		},
 	})
 	p := startProxy(t, etcd, nil, nil)
 	conn := p.dial(t)
-	s, err := pb.NewWatchClient(conn).Watch(testContext(t))
+	s, err := pb.NewWatchClient(conn).Watch(proxytest.TestContext(t))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.Send(createWatch("k", "")); err != nil {
+	if err := s.Send(proxytest.CreateWatch("k", "")); err != nil {
 		t.Fatal(err)
 	}
 	got := make(chan *pb.RangeResponse, 1)
 	go func() {
-		r, err := pb.NewKVClient(conn).Range(testContext(t), &pb.RangeRequest{Key: []byte("k")})
+		r, err := pb.NewKVClient(conn).Range(proxytest.TestContext(t), &pb.RangeRequest{Key: []byte("k")})
 		if err != nil {
 			t.Error(err)
 		}
 		got <- r
 	}()
-	wait(t, arrived, "range")
-	wait(t, watching, "watch")
+	proxytest.Wait(t, arrived, "range")
+	proxytest.Wait(t, watching, "watch")
 	if err := p.SetRules(everything); err != nil {
 		t.Fatal(err)
 	}
 	close(release)
-	if r := wait(t, got, "answer"); string(r.GetKvs()[0].GetValue()) != "v" {
+	if r := proxytest.Wait(t, got, "answer"); string(r.GetKvs()[0].GetValue()) != "v" {
 		t.Errorf("range: %v", r)
 	}
 	if r, err := s.Recv(); err != nil || string(r.Events[0].Kv.Value) != "v" {
 		t.Errorf("watch: %v, %v", r, err)
 	}
-	if err := p.SetRules([]Rule{{Prefix: "a", Sealer: reverser{}}, {Prefix: "a", Sealer: reverser{}}}); err == nil {
+	if err := p.SetRules([]etcdapi.Rule{{Prefix: "a", Sealer: proxytest.Reverser{}}, {Prefix: "a", Sealer: proxytest.Reverser{}}}); err == nil {
 		t.Error("two rules with one prefix were taken")
 	}
 }
@@ -224,11 +180,11 @@ func TestRulesSwappedInFlight(t *testing.T) {
 // TestExhausted: what etcd lacks, it says itself, also where a value is compared here.
 func TestExhausted(t *testing.T) {
 	full := status.Error(codes.ResourceExhausted, "etcdserver: mvcc: database space exceeded")
-	etcd := serveFake(t, &fakeEtcd{
-		rangeFn: func(context.Context, *pb.RangeRequest) (*pb.RangeResponse, error) {
+	etcd := proxytest.ServeFake(t, &proxytest.FakeEtcd{
+		RangeFn: func(context.Context, *pb.RangeRequest) (*pb.RangeResponse, error) {
 			return &pb.RangeResponse{Header: &pb.ResponseHeader{Revision: 1}}, nil
 		},
-		txnFn: func(_ context.Context, r *pb.TxnRequest) (*pb.TxnResponse, error) {
+		TxnFn: func(_ context.Context, r *pb.TxnRequest) (*pb.TxnResponse, error) {
 			for _, op := range r.Success {
 				if op.GetRequestPut() != nil {
 					return nil, full
@@ -243,8 +199,8 @@ func TestExhausted(t *testing.T) {
 	})
 	kv := pb.NewKVClient(startProxy(t, etcd, everything, nil).dial(t))
 	put := []*pb.RequestOp{{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: []byte("k"), Value: []byte("v")}}}}
-	_, err := kv.Txn(testContext(t), &pb.TxnRequest{
+	_, err := kv.Txn(proxytest.TestContext(t), &pb.TxnRequest{
 		Compare: []*pb.Compare{{Key: []byte("k"), Target: pb.Compare_VALUE, TargetUnion: &pb.Compare_Value{Value: []byte("x")}}}, Success: put, Failure: put,
 	})
-	sameStatus(t, err, full)
+	proxytest.SameStatus(t, err, full)
 }

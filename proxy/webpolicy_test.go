@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -12,6 +11,10 @@ import (
 	"testing"
 
 	"github.com/gorilla/websocket"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 )
 
 // webBase runs a proxy before an etcd that answers gRPC and HTTP, and returns the address that it
@@ -24,7 +27,7 @@ func webBase(t *testing.T, edit func(*Config)) string {
 		fmt.Fprintf(w, "%s %s", r.Method, r.URL.Path)
 	}))
 	t.Cleanup(own.Close)
-	p := startProxy(t, serveFake(t, echoEtcd()), []Rule{{Prefix: "k", Sealer: reverser{}}}, func(c *Config) {
+	p := startProxy(t, proxytest.ServeFake(t, proxytest.EchoEtcd()), []etcdapi.Rule{{Prefix: "k", Sealer: proxytest.Reverser{}}}, func(c *Config) {
 		c.Upstream.HTTPEndpoints = []string{own.URL}
 		if edit != nil {
 			edit(c)
@@ -39,7 +42,7 @@ type fields map[string]string
 // send makes a request over a connection to address.
 func send(t *testing.T, network, address, method, path, body string, header fields) (int, string, http.Header) {
 	t.Helper()
-	r, err := http.NewRequestWithContext(testContext(t), method, "http://127.0.0.1"+path, strings.NewReader(body))
+	r, err := http.NewRequestWithContext(proxytest.TestContext(t), method, "http://127.0.0.1"+path, strings.NewReader(body))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -111,7 +114,7 @@ func TestWebPages(t *testing.T) {
 			if status != try.want || (status == 200) != strings.Contains(body, `"value"`) {
 				t.Errorf("%s, %s: %d %q", name, path, status, body)
 			}
-			if status != 200 && (!strings.HasPrefix(body, `{"code":`) || !strings.Contains(body, ownPrefix) || strings.Contains(body, "example")) {
+			if status != 200 && (!strings.HasPrefix(body, `{"code":`) || !strings.Contains(body, rpc.TextPrefix) || strings.Contains(body, "example")) {
 				t.Errorf("%s, %s: %q", name, path, body)
 			}
 			for h := range header {
@@ -134,7 +137,7 @@ func TestWebPages(t *testing.T) {
 		for name, v := range try.header {
 			header.Set(name, v)
 		}
-		conn, answer, err := dialer.DialContext(testContext(t), "ws://127.0.0.1/v3/watch", header)
+		conn, answer, err := dialer.DialContext(proxytest.TestContext(t), "ws://127.0.0.1/v3/watch", header)
 		if want = try.want; want == 415 { // browsers say where a websocket comes from
 			want = 200
 		}
@@ -180,28 +183,6 @@ func TestHostOnSockets(t *testing.T) {
 	}
 }
 
-// TestHostOfCertificate: the names of the listener's certificate are its own, those of the moment.
-func TestHostOfCertificate(t *testing.T) {
-	ca := newAuthority(t, "ca")
-	cert, key, _ := ca.issue("server", "server", "etcd.example", "*.wild.example")
-	files, err := (&ListenerTLS{CertFile: cert, KeyFile: key}).serverTLS(slog.New(slog.DiscardHandler), "here")
-	if err != nil {
-		t.Fatal(err)
-	}
-	p := newWebPolicy(ListenerConfig{Address: "listen.example:2379"}, files)
-	for host, want := range map[string]bool{
-		"etcd.example": true, "ETCD.example.:2379": true, "a.wild.example": true, "a.b.wild.example": false, "wild.example": false, "server": false, "listen.example:1": true, "": true, ":2379": false, "other.example": false,
-	} {
-		if got := p.knowsHost(host); got != want {
-			t.Errorf("%q: %t", host, got)
-		}
-	}
-	ca.issue("server", "server", "renewed.example")
-	if p.knowsHost("etcd.example") || !p.knowsHost("renewed.example") {
-		t.Error("the names are not those of the new certificate")
-	}
-}
-
 // TestNoGateway: without the gateway its paths are unknown, and the rest is there.
 func TestNoGateway(t *testing.T) {
 	address := webBase(t, func(c *Config) { c.Listeners[0].NoGateway = true })
@@ -210,7 +191,7 @@ func TestNoGateway(t *testing.T) {
 			t.Errorf("%s: %d %q", path, status, body)
 		}
 	}
-	if _, answer, err := websocket.DefaultDialer.DialContext(testContext(t), "ws://"+address+"/v3/watch", nil); err == nil || answer.StatusCode != 404 {
+	if _, answer, err := websocket.DefaultDialer.DialContext(proxytest.TestContext(t), "ws://"+address+"/v3/watch", nil); err == nil || answer.StatusCode != 404 {
 		t.Errorf("a websocket: %v, %v", answer, err)
 	}
 }

@@ -17,6 +17,11 @@ import (
 	"time"
 
 	"github.com/gorilla/websocket"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
+
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"google.golang.org/grpc"
@@ -25,9 +30,9 @@ import (
 
 // watchingEtcd answers each create request of a watch with one event, and says which authorization
 // a call had.
-func watchingEtcd(authorized chan<- string) *fakeEtcd {
-	etcd := echoEtcd()
-	etcd.watchFn = func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error {
+func watchingEtcd(authorized chan<- string) *proxytest.FakeEtcd {
+	etcd := proxytest.EchoEtcd()
+	etcd.WatchFn = func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error {
 		if md, _ := metadata.FromIncomingContext(s.Context()); authorized != nil {
 			authorized <- strings.Join(md["authorization"], "|")
 		}
@@ -39,7 +44,7 @@ func watchingEtcd(authorized chan<- string) *fakeEtcd {
 				return err
 			}
 			k := string(r.GetCreateRequest().GetKey())
-			if err := s.Send(&pb.WatchResponse{Events: []*mvccpb.Event{{Kv: &mvccpb.KeyValue{Key: []byte(k), Value: sealed(k, "v")}}}}); err != nil {
+			if err := s.Send(&pb.WatchResponse{Events: []*mvccpb.Event{{Kv: &mvccpb.KeyValue{Key: []byte(k), Value: proxytest.Sealed(k, "v")}}}}); err != nil {
 				return err
 			}
 		}
@@ -49,12 +54,12 @@ func watchingEtcd(authorized chan<- string) *fakeEtcd {
 
 func dialSocket(t *testing.T, address, path string, header http.Header) *websocket.Conn {
 	t.Helper()
-	conn, _, err := websocket.DefaultDialer.DialContext(testContext(t), "ws://"+address+path, header)
+	conn, _, err := websocket.DefaultDialer.DialContext(proxytest.TestContext(t), "ws://"+address+path, header)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { conn.Close() })
-	if err := conn.SetReadDeadline(time.Now().Add(patience)); err != nil {
+	if err := conn.SetReadDeadline(time.Now().Add(proxytest.Patience)); err != nil {
 		t.Fatal(err)
 	}
 	return conn
@@ -99,7 +104,7 @@ const watchK, eventK = `{"create_request":{"key":"aw=="}}`, `{"result":{"events"
 // TestWebsocket: messages are the body of one request, and the lines of its response are messages.
 func TestWebsocket(t *testing.T) {
 	authorized := make(chan string, 10)
-	p := startProxy(t, serveFake(t, watchingEtcd(authorized)), []Rule{{Prefix: "k", Sealer: reverser{}}}, nil)
+	p := startProxy(t, proxytest.ServeFake(t, watchingEtcd(authorized)), []etcdapi.Rule{{Prefix: "k", Sealer: proxytest.Reverser{}}}, nil)
 	address := p.Addrs()[0].String()
 	for name, try := range map[string]struct {
 		header http.Header
@@ -113,7 +118,7 @@ func TestWebsocket(t *testing.T) {
 	} {
 		conn := dialSocket(t, address, "/v3/watch", try.header)
 		tell(t, conn, watchK)
-		if got := wait(t, authorized, "the watch"); got != try.want {
+		if got := proxytest.Wait(t, authorized, "the watch"); got != try.want {
 			t.Errorf("%s: etcd sees the authorization %q", name, got)
 		}
 		if got := hear(t, conn); got != eventK {
@@ -140,9 +145,9 @@ func TestWebsocket(t *testing.T) {
 // TestWebsocketLimit: a message is no longer than a request may be, nor is a JSON value that comes
 // in many, and the client is told. Nothing of a longer one is kept.
 func TestWebsocketLimit(t *testing.T) {
-	p := startProxy(t, serveFake(t, watchingEtcd(nil)), []Rule{{Prefix: "k", Sealer: reverser{}}}, nil)
+	p := startProxy(t, proxytest.ServeFake(t, watchingEtcd(nil)), []etcdapi.Rule{{Prefix: "k", Sealer: proxytest.Reverser{}}}, nil)
 	address := p.Addrs()[0].String()
-	limit := int(p.gateway.sockets.limit)
+	limit := 2 * (DefaultMaxRequestBytes + 512<<10)
 	padded := func(n int) string { return watchK + strings.Repeat(" ", n-len(watchK)) }
 	conn := dialSocket(t, address, "/v3/watch", nil)
 	for range 3 { // the limit is of each
@@ -219,7 +224,7 @@ func frameHead(n int, first, last bool) []byte {
 // TestWebsocketsAtTheEnd: one that has sent nothing holds up no drain, and one that watches is
 // told.
 func TestWebsocketsAtTheEnd(t *testing.T) {
-	p := startProxy(t, serveFake(t, watchingEtcd(nil)), []Rule{{Prefix: "k", Sealer: reverser{}}}, nil)
+	p := startProxy(t, proxytest.ServeFake(t, watchingEtcd(nil)), []etcdapi.Rule{{Prefix: "k", Sealer: proxytest.Reverser{}}}, nil)
 	silent, watches := dialSocket(t, p.Addrs()[0].String(), "/v3/watch", nil), dialSocket(t, p.Addrs()[0].String(), "/v3/watch", nil)
 	tell(t, watches, watchK)
 	hear(t, watches)
@@ -229,27 +234,27 @@ func TestWebsocketsAtTheEnd(t *testing.T) {
 	if code := closing(t, silent); code != websocket.CloseGoingAway && code != websocket.CloseNormalClosure { // by the gateway or by the end of its call, whichever is first
 		t.Errorf("one that is silent: %d", code)
 	}
-	if got := hear(t, watches); !strings.Contains(got, errShuttingDown.Error()[len("rpc error: code = Unavailable desc = "):]) {
+	if got := hear(t, watches); !strings.Contains(got, etcdapi.ErrShuttingDown.Error()[len("rpc error: code = Unavailable desc = "):]) {
 		t.Errorf("one that watches: %s", got)
 	}
 	if code := closing(t, watches); code != websocket.CloseNormalClosure {
 		t.Errorf("one that watches: %d", code)
 	}
-	if err := wait(t, stopped, "the end"); err != nil || time.Since(begun) > DefaultDrainTimeout {
+	if err := proxytest.Wait(t, stopped, "the end"); err != nil || time.Since(begun) > DefaultDrainTimeout {
 		t.Errorf("%v after %v", err, time.Since(begun))
 	}
 }
 
 // TestWebsocketDenied: a client that is denied gets no websocket, over which it could send.
 func TestWebsocketDenied(t *testing.T) {
-	ca := newAuthority(t, "ca")
-	cert, key, _ := ca.issue("server", "server")
-	p := startProxy(t, serveFake(t, watchingEtcd(nil)), nil, func(c *Config) {
-		c.Listeners[0].TLS = &ListenerTLS{CertFile: cert, KeyFile: key, ClientCAFile: ca.file}
+	ca := proxytest.NewAuthority(t, "ca")
+	cert, key, _ := ca.Issue("server", "server")
+	p := startProxy(t, proxytest.ServeFake(t, watchingEtcd(nil)), nil, func(c *Config) {
+		c.Listeners[0].TLS = &listener.TLS{CertFile: cert, KeyFile: key, ClientCAFile: ca.File}
 		c.Listeners[0].AllowedClients = []string{"friend"}
 	})
 	for name, want := range map[string]int{"friend": http.StatusSwitchingProtocols, "stranger": http.StatusForbidden} {
-		c, k, _ := ca.issue(name, name)
+		c, k, _ := ca.Issue(name, name)
 		pair, err := tls.LoadX509KeyPair(c, k)
 		if err != nil {
 			t.Fatal(err)
@@ -260,31 +265,12 @@ func TestWebsocketDenied(t *testing.T) {
 				return d.DialContext(ctx, network, address)
 			},
 		}
-		conn, answer, err := dialer.DialContext(testContext(t), fmt.Sprintf("wss://%s/v3/watch", p.Addrs()[0]), nil)
+		conn, answer, err := dialer.DialContext(proxytest.TestContext(t), fmt.Sprintf("wss://%s/v3/watch", p.Addrs()[0]), nil)
 		if answer == nil || answer.StatusCode != want {
 			t.Errorf("%s: %v, %v", name, answer, err)
 		}
 		if err == nil {
 			conn.Close()
-		}
-	}
-}
-
-// TestJSONSize: what is measured is the value that has begun, wherever it is cut.
-func TestJSONSize(t *testing.T) {
-	for said, want := range map[string]int64{
-		``: 0, ` `: 0, `{}`: 0, `{"a":"b"} `: 0, `{"a":[1,{}]}{`: 1, `{"a`: 3, `"\"`: 3, `"\"" [`: 1, `{"}`: 3, `{"\\"}`: 0, `}}}}{`: 1, `null 123`: 0, `["]"`: 4,
-	} {
-		for each := 1; each <= len(said)+1; each++ {
-			var j jsonSize
-			for rest := said; rest != ""; {
-				n := min(each, len(rest))
-				j.add([]byte(rest[:n]))
-				rest = rest[n:]
-			}
-			if j.n != want {
-				t.Errorf("%q, cut every %d: %d, want %d", said, each, j.n, want)
-			}
 		}
 	}
 }

@@ -13,7 +13,8 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// copyVector is one line of testdata/recovery.json: a recovery copy, its annotation, and a whole value that holds it.
+// copyVector is one line of testdata/recovery.json: a recovery copy, its annotation, and a whole
+// value that holds it.
 type copyVector struct {
 	Name       string
 	Provider   string // that wrapped the copy
@@ -118,7 +119,8 @@ func TestGoldenCopies(t *testing.T) {
 	}
 }
 
-// TestEveryByteOfACopyCorruptedAndEveryTruncation: nothing panics, and what is still a copy is another one, which the KMS then refuses.
+// TestEveryByteOfACopyCorruptedAndEveryTruncation: nothing panics, and what is still a copy is
+// another one, which the KMS then refuses.
 func TestEveryByteOfACopyCorruptedAndEveryTruncation(t *testing.T) {
 	for _, v := range goldenCopies(t) {
 		differs := func(b []byte, what string, at int) {
@@ -204,7 +206,8 @@ func TestOwn(t *testing.T) {
 	}
 }
 
-// FuzzParseCopy: nothing panics, what is accepted is within the limits, and the canonical encoding means the same and is stable.
+// FuzzParseCopy: nothing panics, what is accepted is within the limits, and the canonical encoding
+// means the same and is stable.
 func FuzzParseCopy(f *testing.F) {
 	for _, v := range copyVectors() {
 		f.Add(v.reference())

@@ -15,6 +15,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/filewatch"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
 )
 
 // ErrChained says that etcd.endpoints leads to a proxy.
@@ -34,7 +35,7 @@ func New(c *config.Config, log *slog.Logger) (*clientv3.Client, *Password, error
 		}
 		u.Username, u.Password = c.Etcd.Username, password.Get
 	}
-	client, err := proxy.NewClient(u, log)
+	client, err := upstream.NewClient(u, log)
 	return client, password, err
 }
 
@@ -67,7 +68,7 @@ func Upstream(e *config.Etcd) proxy.UpstreamConfig {
 // CheckNotProxy returns [ErrChained] if an endpoint leads to a proxy, also through a server between
 // them that removes the mark of a proxy's requests. It is no error if etcd does not respond.
 func CheckNotProxy(ctx context.Context, c *config.Config, log *slog.Logger) error {
-	endpoint, err := proxy.FindProxy(ctx, Upstream(&c.Etcd), log)
+	endpoint, err := upstream.FindProxy(ctx, Upstream(&c.Etcd), log)
 	if err == nil && endpoint != "" {
 		return ErrChained
 	}

@@ -21,7 +21,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/logonce"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
 )
 
 // Guard holds a proxy back until its rules were compared with the agreed ones.
@@ -64,7 +64,7 @@ func (g *Guard) Run(ctx context.Context) error {
 	if ctx.Err() != nil {
 		return nil
 	}
-	if proxy.IsChained(err) {
+	if upstream.IsChained(err) {
 		return etcdclient.ErrChained
 	}
 	if why := etcdclient.CheckNotProxy(ctx, g.Config, g.Logger); why != nil {
@@ -104,7 +104,7 @@ func (g *Guard) read(ctx context.Context) (records, error) {
 		limited, cancel := context.WithTimeout(ctx, requestTimeout)
 		found, err := g.look(limited)
 		cancel()
-		if err == nil || errors.Is(err, coordination.ErrForged) || proxy.IsChained(err) || ctx.Err() != nil {
+		if err == nil || errors.Is(err, coordination.ErrForged) || upstream.IsChained(err) || ctx.Err() != nil {
 			return found, err
 		}
 		if g.AllowWeakening && denied(err) {

@@ -25,7 +25,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/restore"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdmodel"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/etcdmodel"
 )
 
 // simulation is an etcd with values of all kinds, and a record of the writes of re-encryption.

@@ -28,7 +28,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
 )
 
 // cluster is etcd and the rules of the configuration.
@@ -125,7 +125,7 @@ func openCluster(cmd *cobra.Command, c *config.Config, o clusterOptions) (_ *clu
 // reach waits until etcd responds.
 func (cl *cluster) reach(ctx context.Context) error {
 	_, err := cl.etcd.Get(ctx, "\x00", clientv3.WithLimit(1), clientv3.WithKeysOnly(), clientv3.WithSerializable())
-	if proxy.IsChained(err) {
+	if upstream.IsChained(err) {
 		return etcdclient.ErrChained
 	}
 	switch status.Code(err) {
@@ -136,7 +136,7 @@ func (cl *cluster) reach(ctx context.Context) error {
 		}
 	}
 	// A timeout does not say why.
-	if why := proxy.WhyUnreachable(context.WithoutCancel(ctx), cl.etcd); why != "" {
+	if why := upstream.WhyUnreachable(context.WithoutCancel(ctx), cl.etcd); why != "" {
 		err = errors.New(why)
 	}
 	return problem.New("check etcd.endpoints and etcd.tls; the command connects to etcd directly, past the proxy",

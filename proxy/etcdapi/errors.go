@@ -1,0 +1,48 @@
+package etcdapi
+
+import (
+	"context"
+	"errors"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdwire"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
+)
+
+var (
+	errReadOnly     = rpc.Error(codes.PermissionDenied, "this client is one of the listener's ciphertextClients, which may only read")
+	errOwnKey       = rpc.Error(codes.PermissionDenied, "this would change keys that the proxies keep for themselves: use keys with another prefix")
+	errOwnLease     = rpc.Error(codes.PermissionDenied, "keys that the proxies keep for themselves are attached to this lease")
+	ErrNoIdentity   = rpc.Error(codes.Internal, "connection without an identity")
+	errSortedStream = rpc.Error(codes.Unimplemented, "a RangeStream does not sort by values under a rule: use Range")
+	ErrShuttingDown = rpc.Error(codes.Unavailable, "shutting down")
+	// errRequestTooLarge is etcd's own answer, code and text.
+	errRequestTooLarge = status.Error(codes.InvalidArgument, "etcdserver: request is too large")
+)
+
+// sealStatus maps what a Sealer or the rewriter said to the client's status. known is false if the cause is not one that a client
+// should read: the status is then Internal with a fixed text, and the caller logs err.
+func sealStatus(err error, fromEtcd bool) (st error, known bool) {
+	var seal *SealError
+	if errors.As(err, &seal) && seal.Code != codes.OK {
+		return rpc.Error(seal.Code, seal.Text), true
+	}
+	var own interface{ GRPCStatus() *status.Status }
+	switch {
+	case errors.As(err, &own):
+		return own.GRPCStatus().Err(), true
+	case errors.Is(err, etcdwire.ErrMalformed) && fromEtcd:
+		return rpc.Error(codes.Internal, "etcd's answer: "+err.Error()), true
+	case errors.Is(err, etcdwire.ErrMalformed):
+		return rpc.Error(codes.InvalidArgument, err.Error()), true
+	case errors.Is(err, etcdwire.ErrUnsupported):
+		return rpc.Error(codes.Unimplemented, err.Error()), true
+	case errors.Is(err, context.Canceled):
+		return rpc.Error(codes.Canceled, context.Canceled.Error()), true
+	case errors.Is(err, context.DeadlineExceeded):
+		return rpc.Error(codes.DeadlineExceeded, context.DeadlineExceeded.Error()), true
+	}
+	return rpc.Error(codes.Internal, "a value could not be sealed or opened"), false
+}

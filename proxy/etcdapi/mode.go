@@ -1,0 +1,73 @@
+package etcdapi
+
+import (
+	"context"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdwire"
+)
+
+// Mode says whether a call may wait for the KMS while it rewrites a message. Where it may not, a
+// value that needs the KMS is the error [ErrWouldBlock].
+type Mode struct {
+	Ctx     context.Context   // of who waits; nil: it must not wait
+	Blocked *etcdwire.Blocked // how far a response was rewritten when it would have had to wait; or nil
+}
+
+// NonBlocking is the mode of a goroutine that others depend on.
+var NonBlocking Mode
+
+// Blocking is the mode of a goroutine that a call has to itself.
+func Blocking(ctx context.Context) Mode { return Mode{Ctx: ctx} }
+
+// Rules returns rules that encrypt and decrypt in this mode.
+func (m Mode) Rules(set *RuleSet) etcdwire.Rules {
+	if m.Ctx == nil {
+		return tryRules{set}
+	}
+	var rules etcdwire.Rules = &waitRules{set, m.Ctx}
+	if m.Blocked != nil {
+		rules = m.Blocked.Resume(rules)
+	}
+	return rules
+}
+
+// waitRules encrypt and decrypt within the time of ctx.
+type waitRules struct {
+	*RuleSet
+	ctx context.Context
+}
+
+// Seal implements etcdwire.Rules.
+func (r *waitRules) Seal(key, value []byte) ([]byte, error) {
+	return r.RuleSet.Seal(r.ctx, key, value)
+}
+
+// Open implements etcdwire.Rules.
+func (r *waitRules) Open(key, stored []byte) ([]byte, error) {
+	return r.RuleSet.Open(r.ctx, key, stored)
+}
+
+// tryRules never wait.
+type tryRules struct{ *RuleSet }
+
+// Seal implements etcdwire.Rules.
+func (r tryRules) Seal(key, value []byte) ([]byte, error) {
+	if r.Own.has(key) {
+		return nil, errOwnKey
+	}
+	if sealer, ok := r.Lookup(key); ok {
+		return sealer.TrySeal(key, value)
+	}
+	return value, nil
+}
+
+// Open implements etcdwire.Rules.
+func (r tryRules) Open(key, stored []byte) ([]byte, error) {
+	if r.Own.has(key) {
+		return stored, nil
+	}
+	if sealer, ok := r.Lookup(key); ok {
+		return sealer.TryOpen(key, stored)
+	}
+	return stored, nil
+}

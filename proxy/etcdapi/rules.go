@@ -1,0 +1,92 @@
+package etcdapi
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdwire"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/prefix"
+)
+
+// RuleSet is an immutable set of rules. A reload swaps the whole set.
+type RuleSet struct {
+	*prefix.Set[Sealer]
+	Own ownKeys // of Config.OwnPrefixes
+}
+
+// NewRuleSet checks rules, and prefixes of the proxies' own keys. It reports a rule without a
+// Sealer, two rules with one prefix, and an own prefix that does not end in a slash, all of them at
+// once.
+func NewRuleSet(rules []Rule, own ...string) (*RuleSet, error) {
+	var problems []error
+	entries := make([]prefix.Entry[Sealer], 0, len(rules))
+	seen := make(map[string]bool, len(rules))
+	for _, r := range rules {
+		if r.Sealer == nil {
+			problems = append(problems, fmt.Errorf("rule %q: no sealer", r.Prefix))
+		}
+		if seen[r.Prefix] {
+			problems = append(problems, fmt.Errorf("rule %q: a second rule with the same prefix", r.Prefix))
+		}
+		seen[r.Prefix] = true
+		entries = append(entries, prefix.Entry[Sealer]{Prefix: r.Prefix, Value: r.Sealer})
+	}
+	own = slices.DeleteFunc(slices.Clone(own), func(p string) bool { return p == "" }) // which would be every key
+	for _, p := range own {
+		if len(p) < 2 || p[len(p)-1] != '/' { // the keys of elections and locks are judged by the slash
+			problems = append(problems, fmt.Errorf("own prefix %q: it does not end in a slash, or is nothing else", p))
+		}
+	}
+	if err := errors.Join(problems...); err != nil {
+		return nil, err
+	}
+	return &RuleSet{Set: prefix.New(entries), Own: newOwnKeys(own)}, nil
+}
+
+func (s *RuleSet) empty() bool { return s.Len() == 0 && s.Own.empty() }
+
+// covers reports whether a rule holds for key.
+func (s *RuleSet) covers(key []byte) bool {
+	_, ok := s.Lookup(key)
+	return ok && !s.Own.has(key)
+}
+
+// Seal encrypts a value. Calls refuse a write of an own key before they get here.
+func (s *RuleSet) Seal(ctx context.Context, key, value []byte) ([]byte, error) {
+	if s.Own.has(key) {
+		return nil, errOwnKey
+	}
+	if sealer, ok := s.Lookup(key); ok {
+		return sealer.Seal(ctx, key, value)
+	}
+	return value, nil
+}
+
+// Open decrypts a value.
+func (s *RuleSet) Open(ctx context.Context, key, stored []byte) ([]byte, error) {
+	if s.Own.has(key) {
+		return stored, nil
+	}
+	if sealer, ok := s.Lookup(key); ok {
+		return sealer.Open(ctx, key, stored)
+	}
+	return stored, nil
+}
+
+// storedRules are the rules as a read-only client sees them: it reads everything as etcd holds it,
+// and writes nothing.
+type storedRules struct{}
+
+var _ etcdwire.Rules = storedRules{}
+
+// Overlaps implements etcdwire.Rules: a client that has the stored bytes can have etcd compare and
+// sort them.
+func (storedRules) Overlaps(_, _ []byte) bool { return false }
+
+// Seal implements etcdwire.Rules.
+func (storedRules) Seal(_, _ []byte) ([]byte, error) { return nil, errReadOnly }
+
+// Open implements etcdwire.Rules.
+func (storedRules) Open(_, stored []byte) ([]byte, error) { return stored, nil }

@@ -1,0 +1,196 @@
+package gateway
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/gorilla/websocket"
+	"github.com/grpc-ecosystem/grpc-gateway/v2/runtime"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/etcdserverpb/gw"
+	"go.etcd.io/etcd/server/v3/etcdserver/api/v3election/v3electionpb"
+
+	electiongw "go.etcd.io/etcd/server/v3/etcdserver/api/v3election/v3electionpb/gw"
+	"go.etcd.io/etcd/server/v3/etcdserver/api/v3lock/v3lockpb"
+
+	lockgw "go.etcd.io/etcd/server/v3/etcdserver/api/v3lock/v3lockpb/gw"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protojson"
+)
+
+// Gateway serves HTTP on the addresses of gRPC, as etcd does, HTTP/2 over TLS alone: its JSON gateway under /v3/, by the handlers that etcd generates, and what etcd itself says of its health and version.
+// A request of the gateway comes back to the engine as one of gRPC, in the name of the connection that it came over.
+type Gateway struct {
+	server  *http.Server
+	Handler http.Handler // of HTTP/2, too
+	sockets *websockets
+	conns   *connQueue
+}
+
+const (
+	// headerTimeout is how long a client may take to send the headers of a request, and idleTimeout how long it may be silent between two.
+	headerTimeout = time.Minute
+	idleTimeout   = 5 * time.Minute
+)
+
+func New(a *etcdapi.API) (*Gateway, error) {
+	g := &Gateway{conns: newConnQueue()}
+	api, err := newJSON(a)
+	if err != nil {
+		return nil, err
+	}
+	mux := http.NewServeMux()
+	// In JSON, bytes are a third longer; what is too long then is refused as gRPC refuses it.
+	limit := 2 * int64(a.Core.MaxRequest+etcdapi.GrpcOverhead)
+	g.sockets = newWebsockets(api, limit)
+	mux.Handle("/v3/", http.MaxBytesHandler(g.sockets, limit))
+	own := etcdProxy()
+	for _, path := range []string{"/health", "/livez", "/livez/", "/readyz", "/readyz/", "/version", "/metrics"} {
+		mux.Handle(path, own)
+	}
+	g.Handler = acceptBeta(guardOrigin(authorize(a, mux)))
+	g.server = &http.Server{
+		Handler: g.Handler, ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout,
+		ErrorLog: log.New(io.Discard, "", 0), // it tells of what clients do wrong
+		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
+			c, _ := conn.(*listener.Conn)
+			return listener.WithIdentity(ctx, c.Identity)
+		},
+		Protocols: new(http.Protocols),
+	}
+	g.server.Protocols.SetHTTP1(true)
+	return g, nil
+}
+
+// newJSON makes etcd's gateway to the API, with etcd's options for JSON.
+func newJSON(a *etcdapi.API) (http.Handler, error) {
+	mux := runtime.NewServeMux(runtime.WithMarshalerOption(runtime.MIMEWildcard, &runtime.HTTPBodyMarshaler{
+		Marshaler: &runtime.JSONPb{
+			MarshalOptions:   protojson.MarshalOptions{UseProtoNames: true},
+			UnmarshalOptions: protojson.UnmarshalOptions{DiscardUnknown: true},
+		},
+	}))
+	ctx := context.Background()
+	way := etcdapi.LocalConn{Api: a, Identity: func(ctx context.Context) (*listener.Identity, error) {
+		if id := listener.IdentityOf(ctx); id != nil {
+			return id, nil
+		}
+		return nil, etcdapi.ErrNoIdentity
+	}}
+	err := errors.Join(
+		gw.RegisterKVHandlerClient(ctx, mux, pb.NewKVClient(way)),
+		gw.RegisterWatchHandlerClient(ctx, mux, pb.NewWatchClient(way)),
+		gw.RegisterLeaseHandlerClient(ctx, mux, pb.NewLeaseClient(way)),
+		gw.RegisterClusterHandlerClient(ctx, mux, pb.NewClusterClient(way)),
+		gw.RegisterMaintenanceHandlerClient(ctx, mux, pb.NewMaintenanceClient(way)),
+		gw.RegisterAuthHandlerClient(ctx, mux, pb.NewAuthClient(way)),
+		lockgw.RegisterLockHandlerClient(ctx, mux, v3lockpb.NewLockClient(way)),
+		electiongw.RegisterElectionHandlerClient(ctx, mux, v3electionpb.NewElectionClient(way)),
+	)
+	return mux, err
+}
+
+// acceptBeta takes /v3beta/, the name of before etcd 3.4 that clients still ask for, for /v3/, as etcd does.
+func acceptBeta(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if rest, ok := strings.CutPrefix(r.URL.Path, "/v3beta/"); ok {
+			named, asked := *r.URL, *r
+			named.Path, asked.URL = "/v3/"+rest, &named
+			r = &asked
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// authorize lets nobody in whom the listener denies, before anything of the body is read.
+func authorize(a *etcdapi.API, next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		id := listener.IdentityOf(r.Context())
+		switch {
+		case id == nil:
+			http.Error(w, "client is not allowed here", http.StatusForbidden)
+		case !id.Denied:
+			next.ServeHTTP(w, r)
+		default:
+			err := status.Convert(a.Deny(id))
+			if !isGateway(r.URL.Path) || websocket.IsWebSocketUpgrade(r) {
+				http.Error(w, "client is not allowed here", http.StatusForbidden)
+				return
+			}
+			writeStatus(w, http.StatusForbidden, err.Code(), err.Message())
+		}
+	})
+}
+
+// Serve takes over conn and returns at once.
+func (g *Gateway) Serve(conn *listener.Conn) { g.conns.put(conn) }
+
+// connQueue hands identified connections to net/http.
+type connQueue struct {
+	conns chan *listener.Conn
+	done  chan struct{}
+	once  sync.Once
+}
+
+var _ net.Listener = (*connQueue)(nil)
+
+func newConnQueue() *connQueue {
+	return &connQueue{conns: make(chan *listener.Conn), done: make(chan struct{})}
+}
+
+func (q *connQueue) put(conn *listener.Conn) {
+	select {
+	case q.conns <- conn:
+	case <-q.done:
+		_ = conn.Close()
+	}
+}
+
+// Accept implements net.Listener.
+func (q *connQueue) Accept() (net.Conn, error) {
+	select {
+	case conn := <-q.conns:
+		return conn, nil
+	case <-q.done:
+		return nil, net.ErrClosed
+	}
+}
+
+// Close implements net.Listener.
+func (q *connQueue) Close() error {
+	q.once.Do(func() { close(q.done) })
+	return nil
+}
+
+// Addr implements net.Listener.
+func (q *connQueue) Addr() net.Addr { return &net.UnixAddr{Name: "proxy", Net: "unix"} }
+
+// Run serves until ctx ends, and lets requests finish for as long as the engine does.
+func (g *Gateway) Run(ctx context.Context, drainTimeout time.Duration) {
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		_ = g.server.Serve(g.conns) // it ends by Shutdown alone
+	}()
+	<-ctx.Done()
+	limited, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTimeout)
+	defer cancel()
+	var sockets sync.WaitGroup
+	sockets.Go(func() { g.sockets.Close(limited) })
+	if g.server.Shutdown(limited) != nil {
+		_ = g.server.Close() // what is left is cut
+	}
+	sockets.Wait()
+	<-served
+}

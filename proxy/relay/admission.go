@@ -1,0 +1,134 @@
+package relay
+
+import (
+	"bytes"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
+)
+
+// Limits of relayed unary calls that etcd has not begun to answer. Clients that send calls faster than
+// etcd answers them wait for each other, and all others would wait with them in etcd.
+const (
+	mostCalls  = 512 // of all clients, before a client is limited to its share
+	clientCall = 4   // that each client's connection may always have
+	waitingMax = 64  // that wait, before the connection is not read for a while
+)
+
+// pauseMax is how long a connection is not read at a time, so that a client can cancel calls and is
+// answered pings while etcd answers nothing.
+const pauseMax = time.Second
+
+// admission decides when a session sends its unary calls to etcd.
+type admission struct {
+	all *atomic.Int64 // calls of all sessions
+
+	mu       sync.Mutex
+	calls    int             // of this session
+	waiting  []*clientStream // in this order
+	live     int             // of waiting, that have not ended
+	draining bool            // a goroutine sends what waits
+	resume   chan struct{}
+	closed   bool
+}
+
+// admit reports whether a call with the request raw may be sent now. Otherwise its stream waits, and is
+// forwarded when another call of the session is answered or ends.
+func (a *admission) admit(st *clientStream, raw []byte) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if len(a.waiting) == 0 && a.Free() {
+		a.Take(st)
+		return true
+	}
+	if len(st.pending) == 0 {
+		st.pending = bytes.Clone(raw)
+	}
+	st.watch.Discard() // it waits for etcd
+	st.admission = admissionWaits
+	if a.live++; len(a.waiting) > 2*a.live {
+		a.waiting = slices.DeleteFunc(a.waiting, func(st *clientStream) bool { return st.admission != admissionWaits })
+	}
+	a.waiting = append(a.waiting, st)
+	return false
+}
+
+func (a *admission) Free() bool { return a.calls < clientCall || a.all.Load() < mostCalls }
+
+func (a *admission) Take(st *clientStream) {
+	st.admission = admissionTaken
+	a.calls++
+	a.all.Add(1)
+}
+
+// States of a call, see [fstream].
+const (
+	admissionNone = iota
+	admissionWaits
+	admissionTaken
+)
+
+// release is called when a call was answered, or has ended. It forwards calls that wait.
+func (a *admission) release(st *clientStream) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	switch st.admission {
+	case admissionNone:
+		return
+	case admissionWaits:
+		a.live--
+	case admissionTaken:
+		a.calls--
+		a.all.Add(-1)
+	}
+	st.admission = admissionNone
+	if a.draining {
+		return
+	}
+	a.draining = true
+	for len(a.waiting) > 0 && !a.closed && a.Free() {
+		next := a.waiting[0]
+		a.waiting[0] = nil
+		if a.waiting = a.waiting[1:]; next.admission != admissionWaits {
+			continue
+		}
+		a.live--
+		a.Take(next)
+		a.mu.Unlock()
+		next.forward(etcdapi.NonBlocking, next.pending)
+		a.mu.Lock()
+	}
+	a.draining = false
+	if a.resume != nil && a.live < waitingMax {
+		close(a.resume)
+		a.resume = nil
+	}
+}
+
+// pause waits while many calls wait.
+func (a *admission) pause() {
+	a.mu.Lock()
+	if a.live < waitingMax || a.closed {
+		a.mu.Unlock()
+		return
+	}
+	resume := make(chan struct{})
+	a.resume = resume // one goroutine reads the connection
+	a.mu.Unlock()
+	timer := time.NewTimer(pauseMax)
+	defer timer.Stop()
+	select {
+	case <-resume:
+	case <-timer.C:
+	}
+}
+
+// Close has calls that wait never be sent: the session has ended.
+func (a *admission) Close() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.closed, a.waiting = true, nil
+}

@@ -1,0 +1,36 @@
+package relay
+
+import (
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
+)
+
+// connect opens the stream to etcd. wouldBlock says that there may be a connection for who waits; else, without ok, there is none. Calls that
+// last are worth waiting for one.
+func (st *clientStream) connect(m etcdapi.Mode) (ok, wouldBlock bool) {
+	lasts := st.method.Shape != etcdapi.ShapeUnary
+	conn, h, hope := st.session.pick()
+	if conn == nil && (hope == endpointsDialing || hope == endpointsDown && lasts) {
+		if m.Ctx == nil {
+			return false, true
+		}
+		st.watch.Discard() // this is waiting for etcd
+		conn, h = st.session.Await(m.Ctx, lasts)
+	}
+	return conn != nil && st.open(conn, h), false
+}
+
+// open opens a stream with the client's header fields, if the client is still there. It reports false if the connection takes none.
+func (st *clientStream) open(conn *http2conn.Conn, h *endpointState) bool {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if st.ended.Load() {
+		return true
+	}
+	scheme, authority := st.session.id.Upstream.Origin(h.url)
+	if st.up = conn.Open(st, upstreamFields(st.fields, scheme, authority), false); st.up == nil {
+		return false
+	}
+	st.method.Metrics.Started.Inc()
+	return true
+}

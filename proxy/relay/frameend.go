@@ -1,0 +1,101 @@
+package relay
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"strconv"
+	"syscall"
+
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
+)
+
+// finish says once that the call is over, with the code that is counted.
+func (st *clientStream) finish(code codes.Code) bool {
+	if st.ended.Swap(true) {
+		return false
+	}
+	st.mu.Lock()
+	in, out, counts, started := st.requests.cancel, st.responses.cancel, st.method != nil && st.served == nil, st.up != nil
+	st.mu.Unlock()
+	for _, cancel := range []context.CancelCauseFunc{in, out} {
+		if cancel != nil {
+			cancel(nil)
+		}
+	}
+	st.session.admission.release(st)
+	if counts && !started { // it ends before it went anywhere
+		st.method.Metrics.Started.Inc()
+	}
+	if counts {
+		st.method.Metrics.End(code)
+	}
+	return true
+}
+
+// cancelUpstream has etcd hear no more of a call.
+func (st *clientStream) cancelUpstream() {
+	st.mu.Lock()
+	up := st.up
+	st.mu.Unlock()
+	if up != nil {
+		up.Reset(http2.ErrCodeCancel)
+	}
+}
+
+// clientGone is the client's end of the call: it has reset the stream, or its connection has ended.
+func (st *clientStream) clientGone() {
+	if st.finish(codes.Canceled) {
+		st.cancelUpstream()
+		if h := st.handler(); h != nil {
+			h.clientGone()
+		}
+	}
+}
+
+// fail ends the call with a status of the proxy's own.
+func (st *clientStream) fail(err error) { st.refuse(http.StatusOK, err) }
+
+// refuse ends the call with a status of gRPC's and, if no header was sent yet, one of HTTP.
+func (st *clientStream) refuse(httpStatus int, err error) {
+	s := status.Convert(err)
+	if !st.finish(s.Code()) {
+		return
+	}
+	fields := make([]hpack.HeaderField, 0, 5)
+	st.mu.Lock()
+	begun := st.begun
+	st.mu.Unlock()
+	if !begun {
+		fields = append(fields, hpack.HeaderField{Name: ":status", Value: strconv.Itoa(httpStatus)}, hpack.HeaderField{Name: "content-type", Value: st.responseType})
+	}
+	st.client.Headers(rpc.StatusFields(fields, s), true)
+	st.cancelUpstream()
+}
+
+// reset is etcd's end of the call, without a status.
+func (st *clientStream) reset(code http2.ErrCode) {
+	if st.finish(codes.Unavailable) {
+		st.client.Reset(code)
+	}
+}
+
+// upstreamLost ends a call whose connection has ended.
+func (st *clientStream) upstreamLost(why error) {
+	if errno := syscall.Errno(0); errors.As(why, &errno) {
+		why = errno // clients are told what, as by etcd, and not where etcd is
+	}
+	err := status.Errorf(codes.Unavailable, "error reading from server: %v", why)
+	st.mu.Lock()
+	begun := st.begun
+	st.mu.Unlock()
+	if !begun {
+		err = rpc.Error(codes.Unavailable, "etcd is unreachable: "+status.Convert(err).Message())
+	}
+	st.fail(err)
+}

@@ -1,0 +1,95 @@
+package relay
+
+import (
+	"sync"
+	"time"
+
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
+
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
+)
+
+// roleCheck is the question to one member whether it is a learner, asked on the connection that calls go over. A
+// process that votes never becomes a learner, so the answer holds as long as the connection does.
+type roleCheck struct {
+	side   *upstreamConn
+	was    bool // a learner, when it was asked
+	answer sync.Once
+}
+
+// askRole asks the member, which was a learner the last time or not. The connection is offered to calls once that is
+// known, or after roleTimeout.
+func (u *upstreamConn) askRole(was bool) {
+	check := &roleCheck{side: u, was: was}
+	scheme, authority := u.session.id.Upstream.Origin(u.endpoint.url)
+	stream := u.conn.Open(check, []hpack.HeaderField{
+		{Name: ":method", Value: "POST"}, {Name: ":scheme", Value: scheme}, {Name: ":path", Value: healthpb.Health_Check_FullMethodName},
+		{Name: ":authority", Value: authority}, {Name: "content-type", Value: rpc.ContentType}, {Name: "te", Value: "trailers"},
+		{Name: upstream.MarkHeader, Value: upstream.MarkValue[0]},
+	}, false)
+	if stream == nil {
+		check.End(was)
+		return
+	}
+	stream.Data(true, rpc.Header(0), nil)
+	time.AfterFunc(upstream.RoleTimeout, func() {
+		stream.Reset(http2.ErrCodeCancel)
+		check.End(was)
+		u.session.flush()
+	})
+}
+
+// End notes the answer. Only the first counts.
+func (c *roleCheck) End(learner bool) {
+	c.answer.Do(func() { c.side.offer(learner) })
+}
+
+// headers is what the member answers.
+func (c *roleCheck) headers(stream *http2conn.Stream, fields []hpack.HeaderField, end bool) {
+	if !end {
+		return
+	}
+	learner := false
+	for _, f := range fields {
+		learner = learner || f.Name == "grpc-message" && f.Value == upstream.LearnerRefusalText
+	}
+	c.End(learner)
+	stream.Finish()
+}
+
+// offer has calls go over the connection: all, or of a learner those that no other member is there for.
+func (u *upstreamConn) offer(learner bool) {
+	u.session.mu.Lock()
+	defer u.session.mu.Unlock()
+	if u.removed {
+		return
+	}
+	u.offered = true
+	h := u.endpoint
+	h.upstream, h.conn, h.dialing, h.pause = u, u.conn, false, 0
+	h.learner, h.nextRoleCheck = learner, time.Now().Add(upstream.RoleInterval)
+	u.session.notifyChanged()
+}
+
+// recheckRole asks a learner once more, now and then: it may have been promoted. The caller holds the session's mu.
+func (h *endpointState) recheckRole() {
+	now := time.Now()
+	if now.Before(h.nextRoleCheck) {
+		return
+	}
+	h.nextRoleCheck = now.Add(upstream.RoleTimeout + upstream.RoleInterval)
+	side := h.upstream
+	if side.session.ended {
+		return
+	}
+	side.session.work.Go(func() {
+		side.askRole(true)
+		side.session.flush()
+	})
+}

@@ -1,0 +1,78 @@
+package upstream
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"path"
+	"strings"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
+)
+
+// address splits an endpoint into what package net dials.
+func address(endpoint string) (network, addr string) {
+	scheme, rest, ok := strings.Cut(endpoint, "://")
+	switch {
+	case !ok:
+		return "tcp", endpoint
+	case strings.HasPrefix(scheme, "unix"):
+		return "unix", rest
+	}
+	return "tcp", strings.TrimRight(rest, "/")
+}
+
+// errProtocol is that of an endpoint that speaks another protocol than the one that is asked for.
+var errProtocol = errors.New("another protocol")
+
+// DialEndpoint connects to an endpoint, over TLS where the endpoints have that, to speak protocol. What conn writes to is outlet.
+func (u *Cluster) DialEndpoint(ctx context.Context, endpoint, protocol string) (conn net.Conn, outlet *http2conn.WriteBuffer, err error) {
+	return dialEndpoint(ctx, endpoint, u.TLS, protocol)
+}
+
+// dialEndpoint connects to an endpoint, over TLS unless creds is nil.
+func dialEndpoint(ctx context.Context, endpoint string, creds *Credentials, protocol string) (conn net.Conn, outlet *http2conn.WriteBuffer, err error) {
+	network, addr := address(endpoint)
+	var dialer net.Dialer
+	bare, err := dialer.DialContext(ctx, network, addr)
+	if err != nil {
+		return nil, nil, err
+	}
+	outlet = http2conn.NewWriteBuffer(bare)
+	if creds == nil {
+		return outlet, outlet, nil
+	}
+	cfg := creds.config().Clone()
+	cfg.NextProtos = []string{protocol}
+	if cfg.ServerName == "" {
+		cfg.ServerName = path.Base(addr) // of a socket, which is what etcd's client library takes
+		if host, _, err := net.SplitHostPort(cfg.ServerName); err == nil {
+			cfg.ServerName = host
+		}
+	}
+	over := tls.Client(outlet, cfg)
+	if err := over.HandshakeContext(ctx); err != nil {
+		_ = outlet.Close()
+		return nil, nil, err
+	}
+	if got := over.ConnectionState().NegotiatedProtocol; got != protocol && got != "" {
+		_ = over.Close()
+		return nil, nil, fmt.Errorf("%w: %s speaks %q over TLS, and not %q", errProtocol, endpoint, got, protocol)
+	}
+	return over, outlet, nil
+}
+
+// Origin is the scheme and the authority that requests to an endpoint name.
+func (u *Cluster) Origin(endpoint string) (scheme, authority string) {
+	scheme = "http"
+	if u.TLS != nil {
+		scheme = "https"
+	}
+	network, addr := address(endpoint)
+	if network == "unix" {
+		return scheme, "localhost"
+	}
+	return scheme, addr
+}
