@@ -22,8 +22,9 @@ var (
 	errRequestTooLarge = status.Error(codes.InvalidArgument, "etcdserver: request is too large")
 )
 
-// sealStatus maps what a Sealer or the rewriter said to the client's status. known is false if the cause is not one that a client
-// should read: the status is then Internal with a fixed text, and the caller logs err.
+// sealStatus maps what a Sealer or the rewriter said to the client's status. known is false if the
+// cause is not one that a client should read: the status is then Internal with a fixed text, and
+// the caller logs err.
 func sealStatus(err error, fromEtcd bool) (st error, known bool) {
 	var seal *SealError
 	if errors.As(err, &seal) && seal.Code != codes.OK {

@@ -1,7 +1,8 @@
 package etcdwire
 
-// Every function here returns msg itself if nothing changed. Otherwise it has overwritten msg, and the result may be a part of it; after an error, msg
-// holds nothing of use. The error wraps [ErrMalformed], or is that of rules.Open.
+// Every function here returns msg itself if nothing changed. Otherwise it has overwritten msg, and
+// the result may be a part of it; after an error, msg holds nothing of use. The error wraps
+// [ErrMalformed], or is that of rules.Open.
 
 // RangeResponse opens the values of a RangeResponse.
 func RangeResponse(msg []byte, rules Rules, shape RangeShape) ([]byte, error) {
@@ -117,7 +118,8 @@ func (r *rewriter) answer(f field, op opShape, depth int) error {
 	return s.err
 }
 
-// WatchResponse opens the values and previous values of a WatchResponse's events. The pair of a DELETE event has no value.
+// WatchResponse opens the values and previous values of a WatchResponse's events. The pair of a
+// DELETE event has no value.
 func WatchResponse(msg []byte, rules Rules) ([]byte, error) {
 	return rewrite(msg, rules, true, func(r *rewriter) error {
 		s := scan(&watchResponse, r.src, 0, len(msg))
@@ -160,8 +162,9 @@ func openEvent(r *rewriter, f field) error {
 	return s.err
 }
 
-// openPair opens the value of a KeyValue. An absent value is an empty one, which a strict rule may refuse, if the key exists: every key that etcd holds has
-// a version from 1 on. kine answers a delete with the pair of its tombstone, which has neither.
+// openPair opens the value of a KeyValue. An absent value is an empty one, which a strict rule may
+// refuse, if the key exists: every key that etcd holds has a version from 1 on. kine answers a
+// delete with the pair of its tombstone, which has neither.
 func openPair(r *rewriter, f field) error { return r.open(f, true) }
 
 // openPresent opens the value of a KeyValue that may have been left out of the answer.

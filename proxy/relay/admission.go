@@ -10,8 +10,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
 )
 
-// Limits of relayed unary calls that etcd has not begun to answer. Clients that send calls faster than
-// etcd answers them wait for each other, and all others would wait with them in etcd.
+// Limits of relayed unary calls that etcd has not begun to answer. Clients that send calls faster
+// than etcd answers them wait for each other, and all others would wait with them in etcd.
 const (
 	mostCalls  = 512 // of all clients, before a client is limited to its share
 	clientCall = 4   // that each client's connection may always have
@@ -35,8 +35,8 @@ type admission struct {
 	closed   bool
 }
 
-// admit reports whether a call with the request raw may be sent now. Otherwise its stream waits, and is
-// forwarded when another call of the session is answered or ends.
+// admit reports whether a call with the request raw may be sent now. Otherwise its stream waits,
+// and is forwarded when another call of the session is answered or ends.
 func (a *admission) admit(st *clientStream, raw []byte) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -5,8 +5,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 )
 
-// connect opens the stream to etcd. wouldBlock says that there may be a connection for who waits; else, without ok, there is none. Calls that
-// last are worth waiting for one.
+// connect opens the stream to etcd. wouldBlock says that there may be a connection for who waits;
+// else, without ok, there is none. Calls that last are worth waiting for one.
 func (st *clientStream) connect(m etcdapi.Mode) (ok, wouldBlock bool) {
 	lasts := st.method.Shape != etcdapi.ShapeUnary
 	conn, h, hope := st.session.pick()
@@ -20,7 +20,8 @@ func (st *clientStream) connect(m etcdapi.Mode) (ok, wouldBlock bool) {
 	return conn != nil && st.open(conn, h), false
 }
 
-// open opens a stream with the client's header fields, if the client is still there. It reports false if the connection takes none.
+// open opens a stream with the client's header fields, if the client is still there. It reports
+// false if the connection takes none.
 func (st *clientStream) open(conn *http2conn.Conn, h *endpointState) bool {
 	st.mu.Lock()
 	defer st.mu.Unlock()

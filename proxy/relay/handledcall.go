@@ -90,8 +90,8 @@ func (in *streamInput) read(ctx context.Context, b []byte) (int, error) {
 	}
 }
 
-// handledCall is a call on a client's connection that a handler serves, on a goroutine of its own. It
-// is the stream that the handler sees: one goroutine may receive and another send.
+// handledCall is a call on a client's connection that a handler serves, on a goroutine of its own.
+// It is the stream that the handler sees: one goroutine may receive and another send.
 type handledCall struct {
 	rpc.ReplyMetadata
 	stream       *clientStream
@@ -274,8 +274,8 @@ var (
 	errNoMessage    = status.Error(codes.Internal, "cardinality violation: received no request message from non-client-streaming RPC")
 )
 
-// receive returns the next message. io.EOF is the end, also of a client that ends within the head of
-// a message.
+// receive returns the next message. io.EOF is the end, also of a client that ends within the head
+// of a message.
 func (c *handledCall) receive() (*rpc.Message, error) {
 	var head [rpc.HeaderLength]byte
 	if err := c.readFull(head[:]); err != nil {

@@ -27,7 +27,8 @@ func address(endpoint string) (network, addr string) {
 // errProtocol is that of an endpoint that speaks another protocol than the one that is asked for.
 var errProtocol = errors.New("another protocol")
 
-// DialEndpoint connects to an endpoint, over TLS where the endpoints have that, to speak protocol. What conn writes to is outlet.
+// DialEndpoint connects to an endpoint, over TLS where the endpoints have that, to speak protocol.
+// What conn writes to is outlet.
 func (u *Cluster) DialEndpoint(ctx context.Context, endpoint, protocol string) (conn net.Conn, outlet *http2conn.WriteBuffer, err error) {
 	return dialEndpoint(ctx, endpoint, u.TLS, protocol)
 }
