@@ -15,7 +15,7 @@ import (
 )
 
 // TestDeniedIsAnsweredFromItsHeader: a client that is not allowed gets its response, of gRPC and
-// over HTTP, while nothing of the body of its request has come, and nothing waits for that.
+// over HTTP, while nothing of the body of its request has arrived, and nothing waits for that.
 func TestDeniedIsAnsweredFromItsHeader(t *testing.T) {
 	ca := proxytest.NewAuthority(t, "ca")
 	cert, key, _ := ca.Issue("server", "server")

@@ -1,5 +1,5 @@
-// Package proxy serves etcd's client API and encrypts the values under its rules. It composes the data
-// path of the packages below it: [New] makes a [Proxy] from a [Config], [Proxy.Run] serves.
+// Package proxy serves etcd's client API and encrypts the values under its rules. It composes the
+// data path of the packages below it: [New] makes a [Proxy] from a [Config], [Proxy.Run] serves.
 //
 // A call goes down once and comes back once:
 //
@@ -19,8 +19,8 @@
 //	  ▼
 //	etcd
 //
-// What a client gets back is etcd's own response: headers, trailers, status and details. Texts of the
-// proxy's own begin with "etcd-kms-proxy: ".
+// What a client gets back is etcd's own response: headers, trailers, status and details. Texts of
+// the proxy's own begin with "etcd-kms-proxy: ".
 //
 // The packages share messages, buffers and statuses (rpc), metrics (metrics) and TLS files
 // (tlsfiles). None of them reads configuration files, knows a KMS or a stored format, caches a

@@ -153,7 +153,7 @@ func policyRequests() map[string][]asked {
 }
 
 // policyEtcd answers every call with an empty message, but for the keys of a lease, and notes what
-// it is asked for.
+// it is requested.
 type policyEtcd struct {
 	t  *testing.T
 	mu sync.Mutex

@@ -55,8 +55,8 @@ const (
 	DefaultDrainTimeout    = 10 * time.Second
 )
 
-// Proxy serves etcd's client API with the values under its rules sealed. Its methods are safe for
-// concurrent use.
+// Proxy serves etcd's client API with the values under its rules encrypted. Its methods are safe
+// for concurrent use.
 type Proxy struct {
 	core        *etcdapi.Core
 	upstream    *upstream.Cluster   // to all endpoints
@@ -72,8 +72,8 @@ type Proxy struct {
 	releaseOnce sync.Once
 }
 
-// New checks cfg, loads its files and binds its addresses, so that a port in use is told at once.
-// It connects to nothing and starts nothing; one of Run and Close must follow.
+// New checks cfg, loads its files and binds its addresses, so that a port in use is an error at
+// once. It connects to nothing and starts nothing; one of Run and Close must follow.
 func New(cfg Config) (*Proxy, error) {
 	if len(cfg.Listeners) == 0 {
 		return nil, errors.New("listeners: there is none")
@@ -214,7 +214,7 @@ func (p *Proxy) Run(ctx context.Context) error {
 		p.listenersUp.Add(1)
 		all.Go(func() {
 			defer p.listenersUp.Add(-1)
-			l.Run(accepting, p.Serve)
+			l.Run(accepting, p.serve)
 		})
 		all.Go(func() { l.RecheckUntil(lasting) })
 	}
@@ -231,8 +231,8 @@ func (p *Proxy) Run(ctx context.Context) error {
 	return nil
 }
 
-// Serve hands a connection to whoever speaks its language.
-func (p *Proxy) Serve(conn *listener.Conn) {
+// serve hands a connection to the server of its protocol.
+func (p *Proxy) serve(conn *listener.Conn) {
 	if conn.HTTP1 {
 		p.gateway.Serve(conn)
 		return

@@ -19,7 +19,7 @@ import (
 )
 
 // serveDeaf is an etcd that says it takes all there is, and takes nothing. waits is how many bytes
-// have come to it on one connection, or 0.
+// have arrived to it on one connection, or 0.
 func serveDeaf(t *testing.T) (endpoint string, waits func() int) {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "s") // a socket, whose buffers are small

@@ -44,7 +44,7 @@ func TestSealingErrors(t *testing.T) {
 	}{
 		{&etcdapi.SealError{Code: codes.Unavailable, Text: "KMS ack is away"}, status.Error(codes.Unavailable, "etcd-kms-proxy: KMS ack is away")},
 		{fmt.Errorf("open: %w", &etcdapi.SealError{Code: codes.DataLoss, Text: "key k is damaged"}), status.Error(codes.DataLoss, "etcd-kms-proxy: key k is damaged")},
-		{errors.New("something inside"), status.Error(codes.Internal, "etcd-kms-proxy: a value could not be sealed or opened")},
+		{errors.New("something inside"), status.Error(codes.Internal, "etcd-kms-proxy: a value could not be encrypted or decrypted")},
 		{context.DeadlineExceeded, status.Error(codes.DeadlineExceeded, "etcd-kms-proxy: context deadline exceeded")},
 	} {
 		p := startProxy(t, etcd, []etcdapi.Rule{{Prefix: "k", Sealer: proxytest.Reverser{OpenErr: tt.err, SealErr: tt.err}}}, nil)
@@ -125,7 +125,7 @@ func TestUntouchedBytes(t *testing.T) {
 	}
 }
 
-// TestRulesSwappedInFlight: an answer that comes after new rules is looked into even if its request
+// TestRulesSwappedInFlight: an answer that comes after new rules is inspected even if its request
 // met none.
 func TestRulesSwappedInFlight(t *testing.T) {
 	arrived, release := make(chan struct{}, 1), make(chan struct{})

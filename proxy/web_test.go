@@ -116,7 +116,7 @@ func TestWebOverHTTP2(t *testing.T) {
 	}
 }
 
-// TestWebStreamsEnd: a client that leaves ends what it has asked for, and so does the proxy.
+// TestWebStreamsEnd: a client that leaves ends what it has requested, and so does the proxy.
 func TestWebStreamsEnd(t *testing.T) {
 	arrived, gone := make(chan struct{}, 1), make(chan struct{}, 1)
 	etcd := proxytest.EchoEtcd()
@@ -194,7 +194,8 @@ func TestWebWithoutTLS(t *testing.T) {
 	}
 }
 
-// TestLateBody: a request that is refused before its body has come is not reset in the midst of it.
+// TestLateBody: a request that is refused before its body has arrived is not reset in the midst of
+// it.
 func TestLateBody(t *testing.T) {
 	w := newWebTLS(t, proxytest.EchoEtcd())
 	conn, err := tls.Dial("tcp", w.Addrs()[0].String(), &tls.Config{RootCAs: w.roots, NextProtos: []string{"h2"}})

@@ -71,12 +71,12 @@ func (whole) Parts() bool { return false }
 
 // kvCall is what the calls of etcdserverpb.KV have in common. The rules may be swapped while a call
 // is in flight: another client may then already have written under a new rule, so from then on
-// every answer is looked into.
+// every answer is inspected.
 type kvCall struct {
 	core    *Core
 	id      *listener.Identity
 	at      *RuleSet // the rules when the request came
-	touches bool     // an answer may hold a sealed value
+	touches bool     // an answer may hold an encrypted value
 }
 
 func (c *kvCall) Scans() bool {
@@ -104,7 +104,7 @@ func (c *Core) status(err error, fromEtcd bool) error {
 	}
 	st, known := sealStatus(err, fromEtcd)
 	if !known {
-		c.log.Error("a value could not be sealed or opened", "error", err)
+		c.log.Error("a value could not be encrypted or decrypted", "error", err)
 	}
 	if st := status.Convert(st); st.Code() == codes.DataLoss && c.loggedLost.First(requestID.ReplaceAllString(st.Message(), "")) {
 		c.log.Error("a stored value cannot be read", "error", st.Message())

@@ -96,7 +96,7 @@ func outgoing(ctx context.Context) context.Context {
 	return metadata.NewOutgoingContext(ctx, md)
 }
 
-// decodedStream is a stream whose one request has come, and whose messages are protobuf's.
+// decodedStream is a stream whose one request has arrived, and whose messages are protobuf's.
 type decodedStream struct {
 	grpc.ServerStream
 	ctx     context.Context

@@ -52,7 +52,7 @@ func (o ownKeys) leaveOut(txn *pb.TxnRequest) {
 	}
 }
 
-// putBack undoes leaveOut in the answer to a transaction that a client asked for.
+// putBack undoes leaveOut in the answer to a transaction that a client requested.
 func (o ownKeys) putBack(asked *pb.TxnRequest, answer *pb.TxnResponse) error {
 	var all []*pb.ResponseOp
 	rest := answer.GetResponses()

@@ -45,5 +45,5 @@ func sealStatus(err error, fromEtcd bool) (st error, known bool) {
 	case errors.Is(err, context.DeadlineExceeded):
 		return rpc.Error(codes.DeadlineExceeded, context.DeadlineExceeded.Error()), true
 	}
-	return rpc.Error(codes.Internal, "a value could not be sealed or opened"), false
+	return rpc.Error(codes.Internal, "a value could not be encrypted or decrypted"), false
 }

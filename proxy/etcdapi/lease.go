@@ -11,12 +11,12 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/valuetxn"
 )
 
-// revokeCall is a LeaseRevoke. It does not say which keys go with the lease, so etcd is asked for
+// revokeCall is a LeaseRevoke. It does not say which keys go with the lease, so etcd is requested
 // them first: one to which keys of the proxies' own are attached stays. No client attaches them,
 // since a put of such a key is refused; the proxies do, with the leases of their announcements,
 // which LeaseLeases shows.
 //
-// The keys are asked for with the client's own token. A client that may write the lease's keys and
+// The keys are requested with the client's own token. A client that may write the lease's keys and
 // not read them is therefore refused by etcd.
 type revokeCall struct {
 	whole

@@ -28,8 +28,8 @@ func framed(msg []byte, size int) *rpc.Message {
 	return f
 }
 
-// longList is an answer whose values are sealed by a reverser, one of them longer than a part, and
-// what a client shall see of it.
+// longList is an answer whose values are encrypted by a reverser, one of them longer than a part,
+// and what a client shall see of it.
 func longList(t *testing.T, r *rand.Rand) (stored, want []byte) {
 	t.Helper()
 	plain, sealed := new(pb.RangeResponse), new(pb.RangeResponse)

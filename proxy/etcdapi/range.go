@@ -19,7 +19,7 @@ type rangeCall struct {
 	kvCall
 	shape   etcdwire.RangeShape
 	stream  bool
-	byValue bool // it sorts by values that are sealed, or it is a stream under a rule and sorts by anything but keys
+	byValue bool // it sorts by encrypted values, or it is a stream under a rule and sorts by anything but keys
 	refused bool // etcd is to refuse it
 }
 

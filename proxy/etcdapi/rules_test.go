@@ -129,7 +129,7 @@ func TestEveryMethodIsClassified(t *testing.T) {
 }
 
 // TestKVValuesAreClassified: whatever request or answer of etcd's API can carry a value belongs to
-// a method that is looked into.
+// a method that is inspected.
 func TestValuesAreClassified(t *testing.T) {
 	classes := map[string]class{}
 	for _, m := range MethodTable() {

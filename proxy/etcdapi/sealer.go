@@ -41,8 +41,8 @@ type Rule struct {
 	Sealer Sealer
 }
 
-// SealError is a failure to seal or open that the client may see. Text begins with what went wrong
-// and never holds a value; the engine puts "etcd-kms-proxy: " before it.
+// SealError is a failure to encrypt or decrypt that the client may see. Text begins with what went
+// wrong and never holds a value; the engine puts "etcd-kms-proxy: " before it.
 type SealError struct {
 	Code codes.Code // Unavailable, FailedPrecondition or DataLoss
 	Text string

@@ -17,7 +17,7 @@ type txnCall struct {
 	whole
 	kvCall
 	shape   *etcdwire.TxnShape
-	byValue bool // it compares or sorts by values that are sealed
+	byValue bool // it compares or sorts by encrypted values
 	changes bool // it has a put or a delete, in any branch: etcd sends it through raft
 	own     bool // some put or delete names keys of the proxies' own
 	over    bool // some delete reaches over keys of the proxies' own, which it leaves alone

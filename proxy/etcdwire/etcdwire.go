@@ -5,7 +5,7 @@
 // passed in. It does no I/O and knows nothing of gRPC, rules or keys: it asks a [Rules]. The
 // proxy's engines are its callers.
 //
-// Requests are read only. Responses belong to the functions that open them: opened values are
+// Requests are read only. Responses belong to the functions that open them: decrypted values are
 // shorter than stored ones, so the result is made where the message stood, without a second buffer.
 package etcdwire
 
@@ -29,7 +29,8 @@ var (
 	// ErrMalformed is wrapped by the error for a message that cannot be decoded, or that says one
 	// thing twice.
 	ErrMalformed = errors.New("malformed message")
-	// ErrUnsupported is wrapped by the error for a request that cannot be served on sealed values.
+	// ErrUnsupported is wrapped by the error for a request that cannot be served on encrypted
+	// values.
 	ErrUnsupported = errors.New("unsupported on keys under a rule")
 	// ErrByValue is wrapped by the error for a request that compares or sorts by values under a
 	// rule, which etcd itself cannot do: it has ciphertexts.

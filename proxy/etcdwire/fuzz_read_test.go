@@ -12,7 +12,7 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// FuzzRead holds what is only looked into against what a decoder makes of it: whatever is accepted,
+// FuzzRead holds what is only inspected against what a decoder makes of it: whatever is accepted,
 // both understand in the same way.
 func FuzzRead(f *testing.F) {
 	for _, m := range []proto.Message{

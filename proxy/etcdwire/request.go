@@ -57,7 +57,7 @@ func (b *branch) set(i int, s opShape) {
 	(*b)[i] = s
 }
 
-// PutRequest seals the value of a PutRequest, an absent one too. With ignore_value the message
+// PutRequest encrypts the value of a PutRequest, an absent one too. With ignore_value the message
 // passes as it is, if it has no value. It returns msg itself if nothing changed; the error wraps
 // [ErrMalformed] or [ErrValueProvided] or is the error of rules.Seal.
 func PutRequest(msg []byte, rules Rules) ([]byte, error) {
@@ -131,7 +131,7 @@ func rangeShape(src []byte, at, end int, rules Rules) (shape RangeShape, touches
 	return shape, touches, nil
 }
 
-// TxnRequest seals the values of all puts of a TxnRequest, in both branches and in nested
+// TxnRequest encrypts the values of all puts of a TxnRequest, in both branches and in nested
 // transactions. A put that is to keep its value and has one goes on with another: etcd refuses it.
 // It returns msg itself if nothing changed, and the shape that TxnResponse needs. The error wraps
 // [ErrMalformed], or [ErrByValue] for a compare or a sort by value that meets a rule, or

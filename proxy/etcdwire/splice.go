@@ -17,7 +17,7 @@ type edit struct {
 }
 
 // rewriter gathers the edits of a message, in the order of their offsets. Until all are there
-// nothing of the message but opened values is overwritten, so that a rewrite that would have to
+// nothing of the message but decrypted values is overwritten, so that a rewrite that would have to
 // wait can be continued, see [Blocked].
 type rewriter struct {
 	rules Rules
@@ -34,7 +34,7 @@ var rewriters = sync.Pool{New: func() any { return new(rewriter) }}
 // keptEdits is how many edits a rewriter has room for when it goes back to the pool.
 const keptEdits = 4096
 
-// rewrite runs walk over msg and returns msg with the edits that walk asked for: msg itself if
+// rewrite runs walk over msg and returns msg with the edits that walk requested: msg itself if
 // there were none. With inPlace it may write the result over msg.
 func rewrite(msg []byte, rules Rules, inPlace bool, walk func(*rewriter) error) ([]byte, error) {
 	r, ok := rewriters.Get().(*rewriter)

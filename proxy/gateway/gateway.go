@@ -28,7 +28,7 @@ import (
 
 // Gateway serves HTTP on the addresses of gRPC, as etcd does, HTTP/2 over TLS alone: its JSON
 // gateway under /v3/, by the handlers that etcd generates, and what etcd itself says of its health
-// and version. A request of the gateway comes back to the engine as one of gRPC, in the name of the
+// and version. A request of the gateway becomes a call of etcd's API, in the name of the
 // connection that it came over.
 type Gateway struct {
 	server  *http.Server

@@ -45,7 +45,7 @@ func unproven(r *http.Request) bool {
 	return err != nil || kind != "application/json"
 }
 
-// refuse says why r is refused, in the style of the path that was asked for.
+// refuse says why r is refused, in the style of the path that was requested.
 func refuse(w http.ResponseWriter, r *http.Request, status int, code codes.Code, text string) {
 	text = rpc.TextPrefix + text
 	if !isGateway(r.URL.Path) {

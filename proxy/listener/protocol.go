@@ -31,8 +31,8 @@ func (c *peekedConn) Read(b []byte) (int, error) {
 	return c.Conn.Read(b)
 }
 
-// detectProtocol tells HTTP/1 from HTTP/2 by the first bytes that the client sends, and waits for
-// no more than it takes. It ends with ctx.
+// detectProtocol distinguishes HTTP/1 from HTTP/2 by the first bytes that the client sends, and
+// waits for no more than it takes. It ends with ctx.
 func detectProtocol(ctx context.Context, conn net.Conn) (c net.Conn, http1 bool, err error) {
 	if err := conn.SetReadDeadline(time.Now().Add(detectTimeout)); err != nil {
 		return nil, false, err

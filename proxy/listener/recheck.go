@@ -186,7 +186,7 @@ func (l *Listener) recheck(at time.Time) {
 		ended[[2]string{c.Identity.Name(), v.err.Error()}]++
 	}
 	l.conns.mu.Lock()
-	if !first.IsZero() && (l.conns.expires.IsZero() || first.Before(l.conns.expires)) { // others may have come
+	if !first.IsZero() && (l.conns.expires.IsZero() || first.Before(l.conns.expires)) { // others may have arrived
 		l.conns.expires = first
 	}
 	l.conns.mu.Unlock()

@@ -40,8 +40,8 @@ type admission struct {
 func (a *admission) admit(st *clientStream, raw []byte) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if len(a.waiting) == 0 && a.Free() {
-		a.Take(st)
+	if len(a.waiting) == 0 && a.free() {
+		a.take(st)
 		return true
 	}
 	if len(st.pending) == 0 {
@@ -56,15 +56,15 @@ func (a *admission) admit(st *clientStream, raw []byte) bool {
 	return false
 }
 
-func (a *admission) Free() bool { return a.calls < clientCall || a.all.Load() < mostCalls }
+func (a *admission) free() bool { return a.calls < clientCall || a.all.Load() < mostCalls }
 
-func (a *admission) Take(st *clientStream) {
+func (a *admission) take(st *clientStream) {
 	st.admission = admissionTaken
 	a.calls++
 	a.all.Add(1)
 }
 
-// States of a call, see [fstream].
+// States of a call, see [clientStream].
 const (
 	admissionNone = iota
 	admissionWaits
@@ -89,14 +89,14 @@ func (a *admission) release(st *clientStream) {
 		return
 	}
 	a.draining = true
-	for len(a.waiting) > 0 && !a.closed && a.Free() {
+	for len(a.waiting) > 0 && !a.closed && a.free() {
 		next := a.waiting[0]
 		a.waiting[0] = nil
 		if a.waiting = a.waiting[1:]; next.admission != admissionWaits {
 			continue
 		}
 		a.live--
-		a.Take(next)
+		a.take(next)
 		a.mu.Unlock()
 		next.forward(etcdapi.NonBlocking, next.pending)
 		a.mu.Lock()

@@ -5,8 +5,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 )
 
-// connect opens the stream to etcd. wouldBlock says that there may be a connection for who waits;
-// else, without ok, there is none. Calls that last are worth waiting for one.
+// connect opens the stream to etcd. wouldBlock says that there may be a connection for a caller
+// that waits; else, without ok, there is none. Calls that last are worth waiting for one.
 func (st *clientStream) connect(m etcdapi.Mode) (ok, wouldBlock bool) {
 	lasts := st.method.Shape != etcdapi.ShapeUnary
 	conn, h, hope := st.session.pick()
@@ -15,7 +15,7 @@ func (st *clientStream) connect(m etcdapi.Mode) (ok, wouldBlock bool) {
 			return false, true
 		}
 		st.watch.Discard() // this is waiting for etcd
-		conn, h = st.session.Await(m.Ctx, lasts)
+		conn, h = st.session.await(m.Ctx, lasts)
 	}
 	return conn != nil && st.open(conn, h), false
 }

@@ -6,16 +6,16 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
 )
 
-// direction is a direction of a call that a goroutine of its own has taken over. It is under the
-// stream's mu.
+// direction is one direction of a call: its requests or its responses. The mutex of the stream
+// guards it.
 type direction struct {
 	detached bool
-	backlog  []upstreamData          // what has come meanwhile
-	cancel   context.CancelCauseFunc // of the last time; nil if there was none
+	backlog  []upstreamData          // what has arrived while it is detached
+	cancel   context.CancelCauseFunc // of the last goroutine; or nil
 }
 
-// detach has a goroutine of its own do work, and then what comes for the direction p meanwhile. The
-// goroutine that calls it is the one that has the direction. work may wait.
+// detach runs work on a goroutine of its own, and then handles what has arrived for the direction p
+// meanwhile. Only the goroutine that handles the direction calls it. work may block.
 func (st *clientStream) detach(p *direction, work func(m etcdapi.Mode)) {
 	st.mu.Lock()
 	defer st.mu.Unlock()
@@ -52,7 +52,7 @@ func (st *clientStream) detach(p *direction, work func(m etcdapi.Mode)) {
 			st.mu.Unlock()
 			for _, next := range all {
 				if p == &st.requests {
-					st.Request(m, next.data, next.end)
+					st.request(m, next.data, next.end)
 				} else {
 					st.answer(m, next)
 				}

@@ -3,6 +3,6 @@
 // rewrites values in place. All other calls are handled by functions of package etcdapi, each on a
 // goroutine of its own, and web requests by an http.Handler.
 //
-// One goroutine reads each connection and never blocks. A direction of a call that needs the KMS moves
-// to a goroutine of its own until it has caught up.
+// One goroutine reads each connection and never blocks. A direction of a call that needs the KMS
+// moves to a goroutine of its own until it has caught up.
 package relay

@@ -31,18 +31,18 @@ const (
 	keepaliveTimeout = 10 * time.Second
 )
 
-// availability is what there is to hope for where no connection takes a stream.
+// availability says why no connection takes a stream.
 type availability int
 
 const (
-	endpointsFull    availability = iota // there are connections, with as many streams as etcd allows
-	endpointsDown                        // there is none, and there was just none to be had
-	endpointsDialing                     // one is under way
+	endpointsFull    availability = iota // all connections have as many streams as etcd allows
+	endpointsDown                        // no connection, and dialing has just failed
+	endpointsDialing                     // no connection yet
 )
 
-// pick returns the connection to etcd whose turn it is, or nil. Those that are down are dialed
-// meanwhile: a client that asks for nothing costs etcd no connection. A learner's is for want of
-// others: only if each of those was tried, and failed, is a call sent there.
+// pick returns the next connection to etcd, round robin, or nil. It dials endpoints without a
+// connection: an idle client costs etcd no connection. A call goes to a learner only if dialing
+// every other endpoint has failed.
 func (s *session) pick() (*http2conn.Conn, *endpointState, availability) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -86,9 +86,9 @@ func (s *session) pick() (*http2conn.Conn, *endpointState, availability) {
 	return nil, nil, endpointsDown
 }
 
-// Await is pick for who waits, up to readyWait, for a connection that is under way; and if patient
-// for one to come.
-func (s *session) Await(ctx context.Context, patient bool) (*http2conn.Conn, *endpointState) {
+// await is pick for a caller that waits, up to readyWait, for a connection that is under way; and
+// if patient for one to come.
+func (s *session) await(ctx context.Context, patient bool) (*http2conn.Conn, *endpointState) {
 	timer := time.NewTimer(upstream.ConnectWait)
 	defer timer.Stop()
 	again := time.NewTicker(upstream.ConnectParams.Backoff.BaseDelay)
@@ -134,7 +134,7 @@ func (s *session) dial(h *endpointState) {
 	})
 }
 
-// failed notes that a connection has not come about. The caller holds the session's mu.
+// failed notes that a connection has not arrived about. The caller holds the session's mu.
 func (h *endpointState) failed() {
 	h.dialing = false
 	h.pause = min(max(h.pause*8/5, upstream.ConnectParams.Backoff.BaseDelay), upstream.ConnectParams.Backoff.MaxDelay)

@@ -65,7 +65,7 @@ func (e *Engine) Serve(conn *listener.Conn) {
 	s := newSession(e, conn)
 	e.sessions[s] = struct{}{}
 	e.all.Go(func() {
-		s.Run()
+		s.run()
 		e.mu.Lock()
 		defer e.mu.Unlock()
 		if delete(e.sessions, s); e.closed && len(e.sessions) == 0 {

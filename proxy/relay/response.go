@@ -16,27 +16,28 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 )
 
-// upstreamData is what comes in at once: header fields, or data.
+// upstreamData is one piece of a response: header fields, or data.
 type upstreamData struct {
-	stream *http2conn.Stream // of etcd's, that it came on
+	stream *http2conn.Stream // the stream to etcd
 	fields []hpack.HeaderField
 	data   []byte
 	end    bool
 }
 
-// answers is how far a call's answers have come. It is of whoever has the direction, see [fstream].
+// answers is the state of the response messages of a call. Only the goroutine that has the
+// direction uses it, see [clientStream].
 type answers struct {
-	head   []byte          // of the message, as far as it has come
+	head   []byte          // of the message, as far as it has arrived
 	unsent []byte          // the head, if the message passes and nothing of it was sent
-	left   int             // bytes of the message that have not come
-	scans  bool            // its values are opened
-	edits  bool            // it is gathered for that, to be cut, or to be whole
-	own    *[]byte         // what is to be looked into next; of buffers
+	left   int             // bytes of the message that have not arrived
+	scans  bool            // its values are decrypted
+	edits  bool            // it is buffered: to be rewritten, split or sent as a whole
+	own    *[]byte         // the buffered part, from rpc.Buffers
 	n      int             // bytes in own
-	parts  mem.BufferSlice // what was made of the parts before
+	parts  mem.BufferSlice // the rewritten parts
 }
 
-// fromUpstream is what etcd sends.
+// fromUpstream takes what etcd sends.
 func (st *clientStream) fromUpstream(p upstreamData) {
 	st.watch.Start()
 	st.mu.Lock()
@@ -50,8 +51,7 @@ func (st *clientStream) fromUpstream(p upstreamData) {
 	st.answer(etcdapi.NonBlocking, p)
 }
 
-// answer handles what etcd sends. Where it may not wait it may park the direction, and else it is
-// done when it returns.
+// answer handles what etcd sends. In non-blocking mode it may detach the direction.
 func (st *clientStream) answer(m etcdapi.Mode, p upstreamData) {
 	if p.fields == nil {
 		st.heldFromUpstream.Add(int64(len(p.data)))
@@ -74,7 +74,7 @@ func (st *clientStream) answer(m etcdapi.Mode, p upstreamData) {
 			st.watch.Observe(st.method.Metrics.Added)
 		}
 	}
-	st.response.Free()
+	st.response.free()
 	p.stream.Finish()
 }
 
@@ -155,7 +155,7 @@ func (st *clientStream) splitMessages(m etcdapi.Mode, data []byte) (rest []byte,
 	return nil, nil
 }
 
-// messageEnd begins anew after a whole message.
+// messageEnd starts again after a whole message.
 func (st *clientStream) messageEnd() {
 	if st.response.left == 0 {
 		st.method.Metrics.Sent.Inc()
@@ -163,8 +163,8 @@ func (st *clientStream) messageEnd() {
 	}
 }
 
-// message begins with the message whose head has come, with so many bytes after it. The answer of a
-// unary call is gathered also where nobody looks into it: should etcd be lost in its midst, the
+// message begins with the message whose head has arrived, with so many bytes after it. The answer
+// of a unary call is gathered also where nobody inspects it: if etcd is lost in the middle, the
 // client is to be told so. Once it has the front of a message it says Internal, whatever the
 // status, and does not try again.
 func (st *clientStream) message(come int) {
@@ -183,7 +183,7 @@ func (st *clientStream) message(come int) {
 	}
 }
 
-// rewrite rewrites what has come of a message, and hands it on when that is all. If that would
+// rewrite rewrites what has arrived of a message, and hands it on when that is all. If that would
 // block it returns how far it came, and is to be called again with that.
 func (st *clientStream) rewrite(m etcdapi.Mode) *etcdwire.Blocked {
 	a := &st.response
@@ -191,7 +191,7 @@ func (st *clientStream) rewrite(m etcdapi.Mode) *etcdwire.Blocked {
 	if a.left > 0 {
 		next := 0
 		switch {
-		case !a.scans: // nobody looks at it before it is put together again
+		case !a.scans: // it is not inspected before it is put together again
 		case !st.call.Parts():
 			whole = 0
 		default:
@@ -234,7 +234,7 @@ func (st *clientStream) rewrite(m etcdapi.Mode) *etcdwire.Blocked {
 // is kept until the client takes it.
 const copied = 32 << 10
 
-// deliver hands a message on that was looked into.
+// deliver hands a message on that was inspected.
 func (st *clientStream) deliver() {
 	made := st.response.parts
 	st.response.parts = nil
@@ -272,8 +272,8 @@ func (a *answers) drop() {
 	}
 }
 
-// Free lets go of everything.
-func (a *answers) Free() {
+// free gives everything back.
+func (a *answers) free() {
 	a.drop()
 	a.parts.Free()
 	a.parts = nil

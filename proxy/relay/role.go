@@ -33,19 +33,19 @@ func (u *upstreamConn) askRole(was bool) {
 		{Name: upstream.MarkHeader, Value: upstream.MarkValue[0]},
 	}, false)
 	if stream == nil {
-		check.End(was)
+		check.end(was)
 		return
 	}
 	stream.Data(true, rpc.Header(0), nil)
 	time.AfterFunc(upstream.RoleTimeout, func() {
 		stream.Reset(http2.ErrCodeCancel)
-		check.End(was)
+		check.end(was)
 		u.session.flush()
 	})
 }
 
-// End notes the answer. Only the first counts.
-func (c *roleCheck) End(learner bool) {
+// end notes the answer. Only the first counts.
+func (c *roleCheck) end(learner bool) {
 	c.answer.Do(func() { c.side.offer(learner) })
 }
 
@@ -58,7 +58,7 @@ func (c *roleCheck) headers(stream *http2conn.Stream, fields []hpack.HeaderField
 	for _, f := range fields {
 		learner = learner || f.Name == "grpc-message" && f.Value == upstream.LearnerRefusalText
 	}
-	c.End(learner)
+	c.end(learner)
 	stream.Finish()
 }
 

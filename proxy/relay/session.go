@@ -19,23 +19,23 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
 )
 
-// session is a client's connection with the connections that serve it. It is the handler of the
-// former: see [http2conn.Handler] for who calls what.
+// session is a client's connection with its connections to etcd. It implements [http2conn.Handler]
+// for the former.
 type session struct {
 	engine *Engine
 	id     *listener.Identity
 	secure bool // the client's connection is over TLS
 	client *http2conn.Conn
-	conns  atomic.Pointer[[]*http2conn.Conn] // all there are; replaced under mu
-	work   sync.WaitGroup                    // what must end before the session does
+	conns  atomic.Pointer[[]*http2conn.Conn] // to flush; replaced under mu
+	work   sync.WaitGroup                    // goroutines of the session
 
 	admission admission
 	unary     uint64 // calls so far; of the goroutine that reads from the client
 
 	mu        sync.Mutex
 	endpoints []*endpointState
-	turn      int           // whose turn it is
-	changed   chan struct{} // closed when a hop has come up or down
+	turn      int           // of endpoints, round robin
+	changed   chan struct{} // closed when an endpoint has connected or disconnected
 	ended     bool
 }
 
@@ -62,8 +62,8 @@ func newSession(e *Engine, conn *listener.Conn) *session {
 	return s
 }
 
-// Run serves the connection to its end.
-func (s *session) Run() {
+// run serves the connection to its end.
+func (s *session) run() {
 	_ = s.client.Serve() // how a client leaves is its own affair
 	s.admission.Close()
 	for _, stream := range s.client.Streams() {
@@ -148,7 +148,7 @@ func (s *session) Headers(stream *http2conn.Stream, fields []hpack.HeaderField, 
 	case err != nil:
 		st.fail(err)
 	case !st.method.Relayed || !h.plain() || !s.engine.api.GateOpen():
-		st.Handle(&h, nil, end)
+		st.handle(&h, nil, end)
 	default:
 		if st.method.Shape == etcdapi.ShapeUnary {
 			st.watch.On = metrics.Sampled(s.unary)

@@ -15,25 +15,24 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 )
 
-// clientStream is one stream of a client's: a call that is relayed, for which it has a stream to
-// etcd, or one that a streamHandler serves.
+// clientStream is one stream of a client: a relayed call, for which it has a stream to etcd, or a
+// stream that a streamHandler serves.
 //
-// What comes from the client is handled on the goroutine that reads the client's connection, and
-// what comes from etcd on the one that reads etcd's. Where a value can only be sealed or opened
-// with the KMS, a goroutine of its own does that direction of the call from there on, until it has
-// caught up: nobody else waits.
+// The goroutine that reads the client's connection handles requests, and the goroutine that reads
+// etcd's connection handles responses. If a value needs the KMS, the direction is detached: a
+// goroutine of its own handles it from then on, until it has caught up. No other call waits.
 type clientStream struct {
 	session      *session
-	method       *etcdapi.Method // nil for what is no call of a method
-	call         etcdapi.Call    // nil if the method's messages are not looked into
+	method       *etcdapi.Method // nil for a web request and for an unknown method
+	call         etcdapi.Call    // nil if the method's messages pass unchanged
 	client       *http2conn.Stream
 	fields       []hpack.HeaderField // the client's
 	responseType string
 	response     answers     // what comes back
-	pending      []byte      // what the client has sent, with gRPC's heads, and was not sent on
-	forwarded    bool        // the one message of a call has come, and was sent on or will be
+	pending      []byte      // what the client has sent, with gRPC's message headers, and was not forwarded
+	forwarded    bool        // the only message of a call has arrived, and was or will be forwarded
 	admission    uint8       // under the mu of the session's admission
-	ended        atomic.Bool // the client was told the end, or has left
+	ended        atomic.Bool // the end was sent to the client, or the client has left
 
 	watch metrics.Stopwatch // of a unary call: the time that it spends here
 
@@ -42,7 +41,7 @@ type clientStream struct {
 	mu                  sync.Mutex
 	served              streamHandler     // nil for a relayed call
 	begun               bool              // the client was sent the header of the answer
-	up                  *http2conn.Stream // where it goes on to; nil before it does
+	up                  *http2conn.Stream // to etcd; nil before the call is forwarded
 	requests, responses direction
 }
 
@@ -50,9 +49,9 @@ type clientStream struct {
 type streamHandler interface {
 	// data takes what the client sends.
 	data(data []byte, end bool)
-	// drained says that nothing waits for the client's windows any more.
+	// drained is called when all queued data was written.
 	drained()
-	// clientGone says that the client has reset the stream, or its connection has ended.
+	// clientGone is called when the client has reset the stream, or its connection has ended.
 	clientGone()
 }
 
@@ -110,7 +109,7 @@ func (st *clientStream) fromClient(data []byte, end bool) {
 		return
 	}
 	st.mu.Unlock()
-	st.Request(etcdapi.NonBlocking, data, end)
+	st.request(etcdapi.NonBlocking, data, end)
 }
 
 // handOver has the method's handler serve a call that cannot be relayed. raw is what the client has
@@ -118,12 +117,11 @@ func (st *clientStream) fromClient(data []byte, end bool) {
 func (st *clientStream) handOver(raw []byte, end bool) {
 	h := readRequestHead(st.fields)
 	st.heldFromClient.Store(0) // the handler's input gives it back
-	st.Handle(&h, bytes.Clone(raw), end)
+	st.handle(&h, bytes.Clone(raw), end)
 }
 
-// Request handles what the client sends. Where it may not wait it may park the direction, and else
-// it is done when it returns.
-func (st *clientStream) Request(m etcdapi.Mode, data []byte, end bool) {
+// request handles what the client sends. In non-blocking mode it may detach the direction.
+func (st *clientStream) request(m etcdapi.Mode, data []byte, end bool) {
 	h := st.handler()
 	switch {
 	case st.ended.Load():
@@ -132,14 +130,14 @@ func (st *clientStream) Request(m etcdapi.Mode, data []byte, end bool) {
 		h.data(data, end)
 	case st.method.Shape == etcdapi.ShapeBidiStream:
 		st.messages(data, end)
-	case st.forwarded: // what else comes is ignored, and gets no credit
+	case st.forwarded: // what follows is ignored, and stays in the flow-control window
 	default:
 		st.heldFromClient.Add(int64(len(data)))
 		st.unary(m, data, end)
 	}
 }
 
-// consumedFromClient and creditUp give back what was held, once nothing of it waits any more.
+// consumedFromClient and consumedFromUpstream return what was held to the flow-control window.
 func (st *clientStream) consumedFromClient() {
 	if n := st.heldFromClient.Swap(0); n > 0 {
 		st.client.Consumed(int(n))
@@ -187,8 +185,8 @@ func (st *clientStream) unary(m etcdapi.Mode, data []byte, end bool) {
 	}
 }
 
-// keep keeps the front of a message of n bytes until the rest has come. n is negative as long as it
-// is not known. The flow-control window opens for the rest when the limits permit.
+// keep keeps the front of a message of n bytes until the rest has arrived. n is negative as long as
+// it is not known. The flow-control window opens for the rest when the limits permit.
 func (st *clientStream) keep(raw []byte, n int) {
 	if n > cap(st.pending) {
 		st.pending = append(make([]byte, 0, n), raw...)

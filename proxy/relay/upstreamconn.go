@@ -54,7 +54,7 @@ func (u *upstreamConn) Data(stream *http2conn.Stream, data []byte, end bool) {
 	case *roleCheck:
 		stream.Consumed(len(data))
 		if end { // without a trailer, which a server of gRPC does not do
-			st.End(st.was)
+			st.end(st.was)
 			stream.Finish()
 		}
 	}
@@ -66,7 +66,7 @@ func (u *upstreamConn) Reset(stream *http2conn.Stream, code http2.ErrCode) {
 	case *clientStream:
 		st.reset(code)
 	case *roleCheck:
-		st.End(st.was)
+		st.end(st.was)
 	}
 }
 

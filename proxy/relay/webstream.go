@@ -83,10 +83,10 @@ func (st *clientStream) serveWeb(end bool) {
 	}
 	if st.session.id.Denied {
 		w.request.Body = http.NoBody
-		w.Serve()
+		w.serve()
 		return
 	}
-	st.session.work.Go(w.Serve)
+	st.session.work.Go(w.serve)
 }
 
 // webRequest makes a request of its header fields, which http2conn has checked.
@@ -129,8 +129,8 @@ func webRequest(ctx context.Context, fields []hpack.HeaderField, remote string) 
 	return r.WithContext(ctx), nil
 }
 
-// Serve runs the handler and ends the response.
-func (w *webStream) Serve() {
+// serve runs the handler and ends the response.
+func (w *webStream) serve() {
 	defer w.cancel()
 	defer func() {
 		if p := recover(); p != nil {

@@ -43,7 +43,7 @@ type Config struct {
 	// Username is a user of etcd, for [NewClient] alone: clients of the proxy bring their own
 	// tokens.
 	Username string
-	// Password is that user's, asked for at each login. If etcd refuses a changed one, the last
+	// Password is that user's, requested at each login. If etcd refuses a changed one, the last
 	// that it took is tried again.
 	Password func() string
 }
@@ -63,7 +63,7 @@ var ConnectParams = grpc.ConnectParams{
 // its retries.
 type Cluster struct {
 	client    *clientv3.Client
-	conn      *grpc.ClientConn // of the first lane
+	conn      *grpc.ClientConn // of the first connection in the pool
 	first     *PoolConn
 	pool      pool
 	dial      func(...grpc.DialOption) (*clientv3.Client, error) // makes one more
@@ -116,7 +116,7 @@ func New(cfg Config, log *slog.Logger, m *metrics.Metrics) (*Cluster, error) {
 	return u, nil
 }
 
-// dialOptions are those of every lane.
+// dialOptions are those of every connection.
 func dialOptions(creds credentials.TransportCredentials) []grpc.DialOption {
 	return []grpc.DialOption{
 		grpc.WithTransportCredentials(creds),
@@ -161,7 +161,7 @@ func (c Config) credentials(log *slog.Logger) (credentials.TransportCredentials,
 const clientRecvBytes = 64 << 20
 
 // NewClient connects etcd's own client library to the same endpoints, with the same TLS, for calls
-// that are not a client's: what is stored comes and goes as it is, and a proxy refuses it, see
+// that are not a client's: what is stored passes as it is, and a proxy refuses it, see
 // [IsChained]. It retries what can be repeated. Answers of more than 64 MiB are ResourceExhausted.
 // It does not wait for etcd; the caller closes it.
 func NewClient(cfg Config, log *slog.Logger) (*clientv3.Client, error) {

@@ -24,7 +24,7 @@ func address(endpoint string) (network, addr string) {
 	return "tcp", strings.TrimRight(rest, "/")
 }
 
-// errProtocol is that of an endpoint that speaks another protocol than the one that is asked for.
+// errProtocol is that of an endpoint that speaks another protocol than the one that is requested.
 var errProtocol = errors.New("another protocol")
 
 // DialEndpoint connects to an endpoint, over TLS where the endpoints have that, to speak protocol.

@@ -15,7 +15,7 @@ import (
 // call. etcd's client library then tries another of its endpoints. A client of the proxy has one
 // endpoint alone, so the proxy keeps calls off learners while another member is connected.
 //
-// A member is asked for its health, which a learner refuses like any other call and before it looks
+// A member is requested its health, which a learner refuses like any other call and before it looks
 // for a user. Status tells more, but needs a token from etcd 3.7 on where authentication is on.
 
 // Times of the question whether a member is a learner.
@@ -29,7 +29,7 @@ const (
 var LearnerRefusalText = status.Convert(rpctypes.ErrGRPCNotSupportedForLearner).Message()
 
 // refusedByLearner reports whether err is a learner's refusal. A learner refuses a call before it
-// looks into it, so nothing of the call was done, and the call may be made once more on another
+// inspects it, so nothing of the call was done, and the call may be made once more on another
 // member.
 func refusedByLearner(err error) bool {
 	return err != nil && status.Convert(err).Message() == LearnerRefusalText

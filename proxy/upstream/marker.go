@@ -20,9 +20,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 )
 
-// Two proxies in a row would seal twice, and a command that works on what is stored would take
-// opened values for plaintext. So every request that a proxy or a command sends towards etcd says
-// in its metadata that it is meant for etcd, which passes over it, and a proxy refuses such a
+// Two proxies in a row would encrypt twice, and a command that works on what is stored would take
+// decrypted values for plaintext. So every request that a proxy or a command sends towards etcd
+// says in its metadata that it is meant for etcd, which passes over it, and a proxy refuses such a
 // request. Who does not send it, which is every client of etcd, is not told a proxy from etcd by
 // it.
 const MarkHeader = "etcd-kms-proxy-meant-for"
@@ -104,8 +104,8 @@ func FindProxy(ctx context.Context, cfg Config, log *slog.Logger) (string, error
 }
 
 // OutgoingContext carries the client's metadata on to etcd, and says that etcd is who it is for.
-// What belongs to the hop stays behind: gRPC writes its own; pseudo headers, content type, user
-// agent and timeout are left out by grpc-go itself.
+// What belongs to the connection is dropped: gRPC writes its own; pseudo headers, content type,
+// user agent and timeout are left out by grpc-go itself.
 func OutgoingContext(ctx context.Context) context.Context {
 	md, ok := metadata.FromIncomingContext(ctx)
 	if !ok {

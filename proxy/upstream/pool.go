@@ -16,26 +16,25 @@ import (
 	"google.golang.org/grpc/credentials"
 )
 
-// A client of etcd has the streams of its connections to itself. Here all clients share one
-// connection, and where etcd bounds the streams on each (--max-concurrent-streams), the watches of
-// one client would keep every call of all others waiting. So calls beyond the bound take another
-// lane.
+// Handled calls of all clients share connections to etcd. Where etcd limits the streams on each
+// connection (--max-concurrent-streams), the watches of one client would block the calls of all
+// others. So the pool opens another connection when the limit is reached.
 
-// PoolConn is one connection to each endpoint.
+// PoolConn is a pooled connection: one to each endpoint.
 type PoolConn struct {
 	Conn  *grpc.ClientConn
-	calls atomic.Int64 // that have it
+	calls atomic.Int64 // in use
 }
 
-// Release gives back what [upstream.take] has given.
+// Release returns the connection to the pool. [Cluster.Acquire] has returned it.
 func (l *PoolConn) Release() { l.calls.Add(-1) }
 
-// poolIdleTimeout is how long a lane beyond the first stays connected without calls.
+// poolIdleTimeout is how long a further connection stays connected without calls.
 const poolIdleTimeout = 5 * time.Minute
 
-// pool are those beyond the first.
+// pool holds the connections beyond the first.
 type pool struct {
-	limit atomic.Int64 // the least that an endpoint has said it allows on a connection
+	limit atomic.Int64 // the lowest stream limit that an endpoint has announced
 
 	mu      sync.Mutex
 	clients []*clientv3.Client
@@ -43,8 +42,7 @@ type pool struct {
 	closed  bool
 }
 
-// Acquire returns a lane on which a call need not wait for others to end. The caller gives it back
-// with done.
+// Acquire returns a connection that has a stream left for one more call. The caller releases it.
 func (u *Cluster) Acquire() *PoolConn {
 	if u.first.calls.Add(1) <= u.pool.limit.Load() {
 		return u.first
@@ -73,8 +71,8 @@ func (u *Cluster) Acquire() *PoolConn {
 	return l
 }
 
-// lowerLimit notes what a server allows. It is never forgotten: a further lane is cheap, and a call
-// that waits is not.
+// lowerLimit notes what a server allows. It is never forgotten: a further connection is cheap, and
+// a call that waits is not.
 func (l *pool) lowerLimit(limit uint32) {
 	for {
 		known := l.limit.Load()

@@ -20,7 +20,7 @@ import (
 )
 
 // voters keeps the calls of one client of etcd's library off learners. A call that a learner has
-// refused is made once more on another endpoint: the learner refuses before it looks into a call,
+// refused is made once more on another endpoint: the learner refuses before it inspects a call,
 // so even a write cannot be done twice. With the first refusal the endpoints that are learners are
 // taken out of the client's list, until they are promoted.
 type voters struct {
@@ -54,7 +54,7 @@ func (v *voters) unary(ctx context.Context, method string, req, reply any, cc *g
 		return invoke(ctx, method, req, reply, cc, opts...)
 	}
 	request := newReplayable(req)
-	defer request.Free()
+	defer request.free()
 	for n := 1; ; n++ {
 		err := request.send(func(msg any) error { return invoke(ctx, method, msg, reply, cc, opts...) })
 		if !refusedByLearner(err) || n == voterAttempts || !v.avoidLearners(ctx) {
@@ -187,7 +187,7 @@ func (k *replayable) send(f func(msg any) error) error {
 	return f(again)
 }
 
-func (k *replayable) Free() { k.data.Free() }
+func (k *replayable) free() { k.data.Free() }
 
 func (v *voters) stream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 	open := func() (grpc.ClientStream, error) { return streamer(ctx, desc, cc, method, opts...) }
@@ -310,7 +310,7 @@ func (s *voterStream) reopen(err error) bool {
 // dropSent lets go of what was kept. The caller holds mu.
 func (s *voterStream) dropSent() {
 	for _, k := range s.sent {
-		k.Free()
+		k.free()
 	}
 	s.sent = nil
 }

@@ -19,7 +19,7 @@ import (
 type decision struct {
 	*Txn
 	revision int64 // of all that was read; 0: nothing yet
-	batch    int   // how many reads etcd is asked for at once
+	batch    int   // how many reads etcd is requested at once
 	seen     map[*pb.Compare]outcome
 	holds    map[*pb.TxnRequest]bool // the transactions that were decided here
 	guards   []*pb.Compare
@@ -199,7 +199,7 @@ func (d *decision) readKeys(ctx context.Context, keys [][]*pb.Compare) error {
 }
 
 // read is the range that a compare looks at. etcd 3.7 leaves out the lease, too, where only keys
-// are asked for.
+// are requested.
 func (d *decision) read(c *pb.Compare) *pb.RangeRequest {
 	keysOnly := c.GetTarget() != pb.Compare_VALUE && c.GetTarget() != pb.Compare_LEASE
 	return &pb.RangeRequest{Key: c.GetKey(), RangeEnd: c.GetRangeEnd(), Revision: d.revision, KeysOnly: keysOnly, Serializable: d.serializable}

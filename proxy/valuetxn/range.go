@@ -24,7 +24,7 @@ func Range(ctx context.Context, store Store, asked *pb.RangeRequest) (*pb.RangeR
 	return answer, nil
 }
 
-// unsorted returns the range that etcd is asked for in place of one that it cannot sort, and
+// unsorted returns the range that etcd is requested in place of one that it cannot sort, and
 // whether the answer is to be sorted.
 //
 // etcd's own way is kept: with an order, and with filters by revision, it sorts everything and cuts
@@ -57,7 +57,7 @@ func (s valueOrder) Len() int           { return len(s) }
 func (s valueOrder) Swap(i, j int)      { s[i], s[j] = s[j], s[i] }
 func (s valueOrder) Less(i, j int) bool { return bytes.Compare(s[i].GetValue(), s[j].GetValue()) < 0 }
 
-// sortByValue makes of an unsorted answer the one that was asked for.
+// sortByValue makes of an unsorted answer the one that was requested.
 func sortByValue(asked *pb.RangeRequest, answer *pb.RangeResponse) {
 	if asked.GetSortOrder() == pb.RangeRequest_DESCEND {
 		sort.Sort(sort.Reverse(valueOrder(answer.Kvs)))
@@ -93,7 +93,7 @@ func unsortedOps(s Store, ops []*pb.RequestOp) (sorts bool) {
 	return sorts
 }
 
-// sortOps sorts the answers to the operations of a transaction, as they were asked for.
+// sortOps sorts the answers to the operations of a transaction, as they were requested.
 func sortOps(s Store, asked []*pb.RequestOp, answers []*pb.ResponseOp) {
 	for i, op := range asked {
 		if i >= len(answers) {

@@ -18,7 +18,7 @@ type Store interface {
 	// Overlaps reports whether a rule covers key (rangeEnd empty) or any key of [key, rangeEnd).
 	Overlaps(key, rangeEnd []byte) bool
 	// Range sends a range that does not sort by values under a rule. A response longer than
-	// [maxByValue] is ResourceExhausted.
+	// [MaxResponseBytes] is ResourceExhausted.
 	Range(ctx context.Context, r *pb.RangeRequest) (*pb.RangeResponse, error)
 	// Txn sends a transaction that neither compares nor sorts by values under a rule. A response
 	// longer than limit is ResourceExhausted.

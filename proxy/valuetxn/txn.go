@@ -19,10 +19,10 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 )
 
-// A transaction that compares sealed values is decided here and then proven to etcd. What it
-// compares is read at one revision, opened, and compared; then etcd is sent the chosen branch
+// A transaction that compares encrypted values is decided here and then proven to etcd. What it
+// compares is read at one revision, decrypted and compared; then etcd is sent the chosen branch
 // alone, under compares of revisions that hold as long as the decision does (the guards). If they
-// do not hold any more, nothing was done, and it begins anew.
+// do not hold any more, nothing was done, and it starts again.
 //
 // The other branch goes along where it can never be taken, since etcd checks it, too: keys, limits
 // and permissions.
@@ -31,7 +31,7 @@ import (
 // compares of all nested transactions of one depth are read together.
 
 const (
-	// maxAttempts bounds how often a transaction is begun anew.
+	// maxAttempts bounds how often a transaction is started again.
 	maxAttempts = 1000
 	// pageKeys is how many keys of a compared range are read at a time, at first.
 	pageKeys = 500
@@ -169,7 +169,7 @@ func (t *Txn) compares(txn *pb.TxnRequest) (all, ranges int) {
 	return all, ranges
 }
 
-// covered reports whether c compares by values that are sealed.
+// covered reports whether c compares by encrypted values.
 func (t *Txn) covered(c *pb.Compare) bool {
 	return c.GetTarget() == pb.Compare_VALUE && (t.store.Overlaps(c.GetKey(), c.GetRangeEnd()) || t.store.Overlaps(c.GetKey(), nil))
 }
@@ -191,7 +191,7 @@ func (t *Txn) strip(txn *pb.TxnRequest) {
 	}
 }
 
-// byValue reports whether txn or one within it compares by values that are sealed.
+// byValue reports whether txn or one within it compares by encrypted values.
 func (t *Txn) byValue(txn *pb.TxnRequest) bool {
 	for _, c := range txn.GetCompare() {
 		if t.covered(c) {
@@ -247,7 +247,7 @@ func (t *Txn) attempt(ctx context.Context) (*pb.TxnResponse, error) {
 	return answer, err
 }
 
-// Explain returns the error that etcd has for the transaction as it was asked for, where it refused
+// Explain returns the error that etcd has for the transaction as it was requested, where it refused
 // one that was made of it: of several things that are wrong the one that etcd meets first. It looks
 // at the operations of both branches before it looks for keys that are written twice in either.
 func (t *Txn) Explain(ctx context.Context, err error) error {
@@ -315,7 +315,7 @@ func (t *Txn) neutralize(txn *pb.TxnRequest) {
 }
 
 // send sends a transaction under guards, and returns the answer as the client is to see it: nil if
-// the guards did not hold. failed says that the branch is the one that was asked for in case of
+// the guards did not hold. failed says that the branch is the one that was requested in case of
 // failure. A transaction of the client's own, which only sorts by value, has no guards.
 func (t *Txn) send(ctx context.Context, sent *pb.TxnRequest, failed bool) (*pb.TxnResponse, error) {
 	guarded := sent != t.request

@@ -143,7 +143,7 @@ func ServeStore(t *testing.T, list ...string) string {
 	})
 }
 
-// Unhurried opens and seals nothing in haste, and everything for who waits.
+// Unhurried opens and seals nothing in haste, and everything for a caller that waits.
 type Unhurried struct{}
 
 func (Unhurried) Seal(ctx context.Context, key, value []byte) ([]byte, error) {

@@ -96,8 +96,8 @@ func (w *World) others(ctx context.Context, request proto.Message) {
 	_, _ = w.Behind.Do(request) // what cannot be written here cannot there
 }
 
-// CheckSealed looks into a request for etcd: it may hold no value under a rule that is not sealed,
-// nor have etcd compare or sort what is sealed. What cannot be written, since it is to keep the
+// CheckSealed inspects a request for etcd: it may hold no value under a rule that is not encrypted,
+// nor have etcd compare or sort what is encrypted. What cannot be written, since it is to keep the
 // value that is there, passes as it is.
 func CheckSealed(rules rulesOfProxy, request proto.Message) error {
 	switch r := request.(type) {
