@@ -108,7 +108,7 @@ type handledCall struct {
 var _ grpc.ServerStream = (*handledCall)(nil)
 
 // handle has the handler of the method serve the call. raw is what the client has sent so far.
-func (st *clientStream) handle(h *requestHead, raw []byte, end bool) {
+func handle(st *clientStream, h *requestHead, raw []byte, end bool) {
 	st.watch.Discard() // the handler measures it
 	st.pending = nil
 	compressor, err := h.compressor()

@@ -24,9 +24,10 @@ type upstreamData struct {
 	end    bool
 }
 
-// answers is the state of the response messages of a call. Only the goroutine that has the
+// responseMessages is the state of the response messages of a call. Only the goroutine that has the
 // direction uses it, see [clientStream].
-type answers struct {
+type responseMessages struct {
+	stream *clientStream
 	head   []byte          // of the message, as far as it has arrived
 	unsent []byte          // the head, if the message passes and nothing of it was sent
 	left   int             // bytes of the message that have not arrived
@@ -48,14 +49,15 @@ func (st *clientStream) fromUpstream(p upstreamData) {
 		return
 	}
 	st.mu.Unlock()
-	st.answer(etcdapi.NonBlocking, p)
+	st.response.answer(etcdapi.NonBlocking, p)
 }
 
 // answer handles what etcd sends. In non-blocking mode it may detach the direction.
-func (st *clientStream) answer(m etcdapi.Mode, p upstreamData) {
+func (a *responseMessages) answer(m etcdapi.Mode, p upstreamData) {
+	st := a.stream
 	if p.fields == nil {
 		st.heldFromUpstream.Add(int64(len(p.data)))
-		st.carryData(m, p)
+		a.carryData(m, p)
 		return
 	}
 	st.session.admission.release(st)
@@ -74,7 +76,7 @@ func (st *clientStream) answer(m etcdapi.Mode, p upstreamData) {
 			st.watch.Observe(st.method.Metrics.Added)
 		}
 	}
-	st.response.free()
+	a.free()
 	p.stream.Finish()
 }
 
@@ -91,16 +93,15 @@ func codeOf(trailer []hpack.HeaderField) codes.Code {
 }
 
 // carryData moves data towards the client.
-func (st *clientStream) carryData(m etcdapi.Mode, p upstreamData) {
-	switch {
-	case st.ended.Load():
-	default:
-		if rest, blocked := st.splitMessages(m, p.data); blocked != nil {
+func (a *responseMessages) carryData(m etcdapi.Mode, p upstreamData) {
+	st := a.stream
+	if !st.ended.Load() {
+		if rest, blocked := a.splitMessages(m, p.data); blocked != nil {
 			p.data = bytes.Clone(rest)
 			st.detach(&st.responses, func(m etcdapi.Mode) {
-				_ = st.rewrite(etcdapi.Mode{Ctx: m.Ctx, Blocked: blocked}) // it does not block any more
-				st.messageEnd()
-				st.carryData(m, p)
+				_ = a.rewrite(etcdapi.Mode{Ctx: m.Ctx, Blocked: blocked}) // it does not block any more
+				a.messageEnd()
+				a.carryData(m, p)
 			})
 			return
 		}
@@ -119,8 +120,8 @@ func (st *clientStream) carryData(m etcdapi.Mode, p upstreamData) {
 // splitMessages finds the messages in data, passes those that are not rewritten, and rewrites the
 // others when they are whole, or a part of theirs is. If that would block it returns how far it
 // came, and rest is what follows in data.
-func (st *clientStream) splitMessages(m etcdapi.Mode, data []byte) (rest []byte, blocked *etcdwire.Blocked) {
-	a := &st.response
+func (a *responseMessages) splitMessages(m etcdapi.Mode, data []byte) (rest []byte, blocked *etcdwire.Blocked) {
+	st := a.stream
 	for len(data) > 0 && !st.ended.Load() {
 		if len(a.head) < rpc.HeaderLength {
 			n := min(rpc.HeaderLength-len(a.head), len(data))
@@ -128,7 +129,7 @@ func (st *clientStream) splitMessages(m etcdapi.Mode, data []byte) (rest []byte,
 			if data = data[n:]; len(a.head) < rpc.HeaderLength {
 				break
 			}
-			if st.message(len(data)); st.ended.Load() {
+			if a.message(len(data)); st.ended.Load() {
 				break
 			}
 		}
@@ -141,7 +142,7 @@ func (st *clientStream) splitMessages(m etcdapi.Mode, data []byte) (rest []byte,
 			if a.left > 0 && a.n < len(*a.own) {
 				return nil, nil
 			}
-			if blocked := st.rewrite(m); blocked != nil {
+			if blocked := a.rewrite(m); blocked != nil {
 				return data[n:], blocked
 			}
 		case n > 0 || a.left == 0:
@@ -150,16 +151,17 @@ func (st *clientStream) splitMessages(m etcdapi.Mode, data []byte) (rest []byte,
 			a.unsent = nil
 		}
 		data = data[n:]
-		st.messageEnd()
+		a.messageEnd()
 	}
 	return nil, nil
 }
 
 // messageEnd starts again after a whole message.
-func (st *clientStream) messageEnd() {
-	if st.response.left == 0 {
+func (a *responseMessages) messageEnd() {
+	st := a.stream
+	if a.left == 0 {
 		st.method.Metrics.Sent.Inc()
-		st.response.head = st.response.head[:0]
+		a.head = a.head[:0]
 	}
 }
 
@@ -167,8 +169,8 @@ func (st *clientStream) messageEnd() {
 // of a unary call is gathered also where nobody inspects it: if etcd is lost in the middle, the
 // client is to be told so. Once it has the front of a message it says Internal, whatever the
 // status, and does not try again.
-func (st *clientStream) message(come int) {
-	a := &st.response
+func (a *responseMessages) message(come int) {
+	st := a.stream
 	if a.head[0] != 0 {
 		st.fail(rpc.Error(codes.Internal, "etcd's answer is compressed, which nobody asked for"))
 		return
@@ -185,8 +187,8 @@ func (st *clientStream) message(come int) {
 
 // rewrite rewrites what has arrived of a message, and hands it on when that is all. If that would
 // block it returns how far it came, and is to be called again with that.
-func (st *clientStream) rewrite(m etcdapi.Mode) *etcdwire.Blocked {
-	a := &st.response
+func (a *responseMessages) rewrite(m etcdapi.Mode) *etcdwire.Blocked {
+	st := a.stream
 	own, n, whole := a.own, a.n, a.n
 	if a.left > 0 {
 		next := 0
@@ -225,7 +227,7 @@ func (st *clientStream) rewrite(m etcdapi.Mode) *etcdwire.Blocked {
 		a.n = copy(*a.own, begun)
 	}
 	if a.parts = append(a.parts, rpc.BufferOf(own, out)); a.left == 0 {
-		st.deliver()
+		a.deliver()
 	}
 	return nil
 }
@@ -235,9 +237,10 @@ func (st *clientStream) rewrite(m etcdapi.Mode) *etcdwire.Blocked {
 const copied = 32 << 10
 
 // deliver hands a message on that was inspected.
-func (st *clientStream) deliver() {
-	made := st.response.parts
-	st.response.parts = nil
+func (a *responseMessages) deliver() {
+	st := a.stream
+	made := a.parts
+	a.parts = nil
 	if x, ok := st.call.(etcdapi.Splitter); ok && x.Splits() {
 		all, err := x.Split(made.Materialize())
 		if err != nil {
@@ -265,7 +268,7 @@ func (st *clientStream) deliver() {
 }
 
 // drop gives back what was gathered.
-func (a *answers) drop() {
+func (a *responseMessages) drop() {
 	if a.own != nil {
 		rpc.Buffers.Put(a.own)
 		a.own, a.n = nil, 0
@@ -273,7 +276,7 @@ func (a *answers) drop() {
 }
 
 // free gives everything back.
-func (a *answers) free() {
+func (a *responseMessages) free() {
 	a.drop()
 	a.parts.Free()
 	a.parts = nil

@@ -49,7 +49,7 @@ func (c *roleCheck) end(learner bool) {
 	c.answer.Do(func() { c.side.offer(learner) })
 }
 
-// headers is what the member answers.
+// headers is what the member responseMessages.
 func (c *roleCheck) headers(stream *http2conn.Stream, fields []hpack.HeaderField, end bool) {
 	if !end {
 		return

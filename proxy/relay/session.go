@@ -123,9 +123,10 @@ func (s *session) drain() {
 func (s *session) Headers(stream *http2conn.Stream, fields []hpack.HeaderField, end bool) {
 	h := readRequestHead(fields)
 	st := &clientStream{session: s, client: stream, fields: fields, responseType: h.responseType()}
+	st.response.stream = st
 	stream.SetValue(st)
 	if s.secure && !h.grpcLike {
-		st.serveWeb(end)
+		serveWeb(st, end)
 		return
 	}
 	httpStatus, err := h.invalid()
@@ -148,7 +149,7 @@ func (s *session) Headers(stream *http2conn.Stream, fields []hpack.HeaderField, 
 	case err != nil:
 		st.fail(err)
 	case !st.method.Relayed || !h.plain() || !s.engine.api.GateOpen():
-		st.handle(&h, nil, end)
+		handle(st, &h, nil, end)
 	default:
 		if st.method.Shape == etcdapi.ShapeUnary {
 			st.watch.On = metrics.Sampled(s.unary)

@@ -28,11 +28,11 @@ type clientStream struct {
 	client       *http2conn.Stream
 	fields       []hpack.HeaderField // the client's
 	responseType string
-	response     answers     // what comes back
-	pending      []byte      // what the client has sent, with gRPC's message headers, and was not forwarded
-	forwarded    bool        // the only message of a call has arrived, and was or will be forwarded
-	admission    uint8       // under the mu of the session's admission
-	ended        atomic.Bool // the end was sent to the client, or the client has left
+	response     responseMessages // what comes back
+	pending      []byte           // what the client has sent, with gRPC's message headers, and was not forwarded
+	forwarded    bool             // the only message of a call has arrived, and was or will be forwarded
+	admission    uint8            // under the mu of the session's admission
+	ended        atomic.Bool      // the end was sent to the client, or the client has left
 
 	watch metrics.Stopwatch // of a unary call: the time that it spends here
 
@@ -117,7 +117,7 @@ func (st *clientStream) fromClient(data []byte, end bool) {
 func (st *clientStream) handOver(raw []byte, end bool) {
 	h := readRequestHead(st.fields)
 	st.heldFromClient.Store(0) // the handler's input gives it back
-	st.handle(&h, bytes.Clone(raw), end)
+	handle(st, &h, bytes.Clone(raw), end)
 }
 
 // request handles what the client sends. In non-blocking mode it may detach the direction.
@@ -156,7 +156,7 @@ func (st *clientStream) consumedFromUpstream() {
 
 // unary gathers the one message of a call and sends it on when it is whole. Like etcd, a unary call
 // does not wait for the client to half-close the stream, and ignores what comes after its message;
-// a call whose answer is a stream waits. The handler answers a request that is not just one
+// a call whose answer is a stream waits. The handler responseMessages a request that is not just one
 // message.
 func (st *clientStream) unary(m etcdapi.Mode, data []byte, end bool) {
 	raw := data

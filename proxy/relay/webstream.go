@@ -60,7 +60,7 @@ const (
 )
 
 // serveWeb has the web handler serve the stream. A client that is not allowed is answered at once.
-func (st *clientStream) serveWeb(end bool) {
+func serveWeb(st *clientStream, end bool) {
 	ctx, cancel := context.WithCancel(listener.WithIdentity(st.session.engine.base, st.session.id))
 	w := &webStream{
 		stream: st, in: newStreamInput(st.consumed, nil, end), writable: make(chan struct{}, 1),
