@@ -90,8 +90,8 @@ func quoted(text string) string {
 	return strconv.Quote(text)
 }
 
-// noteDown remembers why the KMS is unavailable, for the errors of calls that are not made while the
-// circuit is open.
+// noteDown remembers why the KMS is unavailable, for the errors of calls that are not made while
+// the circuit is open.
 func (c *circuit) noteDown(err error) {
 	var e *Error
 	if errors.As(err, &e) && isSilent(err) && !errors.Is(err, context.Canceled) {
@@ -122,8 +122,8 @@ func asError(err error) *Error {
 // isSilent reports whether a failed call says that the KMS does not answer.
 func isSilent(err error) bool { return ReasonOf(err) == Unreachable }
 
-// safe returns an error that is safe to show for any error of a backend: the text of an error that is
-// not an *Error may hold the request.
+// safe returns an error that is safe to show for any error of a backend: the text of an error that
+// is not an *Error may hold the request.
 func (c *Client) safe(ctx context.Context, op, keyID string, err error) error {
 	cause := ctx.Err()
 	if cause == nil && errors.Is(err, context.DeadlineExceeded) {

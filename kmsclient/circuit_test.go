@@ -12,8 +12,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/kmstest"
 )
 
-// newOpen returns a wrapper whose circuit five failed attempts have just opened, what is behind it, and when that was. It must run in a
-// bubble.
+// newOpen returns a wrapper whose circuit five failed attempts have just opened, what is behind it,
+// and when that was. It must run in a bubble.
 func newOpen(t *testing.T) (c *kmsclient.Client, f *kmstest.Fault, opened time.Time) {
 	t.Helper()
 	c, f, _ = newFaulty(t)
@@ -86,7 +86,8 @@ func TestProbe(t *testing.T) {
 	})
 }
 
-// TestTwoCircuits: that Status is not answered keeps nobody from using the key, nor the other way round.
+// TestTwoCircuits: that Status is not answered keeps nobody from using the key, nor the other way
+// round.
 func TestTwoCircuits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for _, silent := range operationNames {
@@ -113,7 +114,8 @@ func TestTwoCircuits(t *testing.T) {
 	})
 }
 
-// TestProbesThatSayNothing do not keep the circuit from being probed again; an answer of any kind closes it.
+// TestProbesThatSayNothing do not keep the circuit from being probed again; an answer of any kind
+// closes it.
 func TestProbesThatSayNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, f, _ := newOpen(t)
@@ -160,7 +162,8 @@ func TestProbeThatPanics(t *testing.T) {
 	})
 }
 
-// TestCircuitStaysClosed counts only failures in a row, and only those that say that the KMS is silent.
+// TestCircuitStaysClosed counts only failures in a row, and only those that say that the KMS is
+// silent.
 func TestCircuitStaysClosed(t *testing.T) {
 	for name, failure := range map[string]kmstest.Failure{
 		"denied":  {Err: &kmsclient.Error{Reason: kmsclient.Denied}},

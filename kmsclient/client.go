@@ -24,29 +24,32 @@ type Call struct {
 	Duration  time.Duration // how long it took
 }
 
-// Config configures a [Client]. The zero value of each field but Name and Backend is the default that
-// it names.
+// Config configures a [Client]. The zero value of each field but Name and Backend is the default
+// that it names.
 type Config struct {
 	Name        string        // the provider's name, for errors and calls
 	Backend     Service       // may implement [DataKeyGenerator]
 	Timeout     time.Duration // of one attempt; default 3 s
 	MaxAttempts int           // of one operation; default 3, of one that the KMS answers with an unknown fault 2 at most; see also [OneAttempt]
 	MinBackoff  time.Duration // before a second attempt, with full jitter; default 100 ms, doubled each time up to 2 s
-	// After BreakAfter attempts in a row without an answer (default 5) the circuit opens: calls fail at
-	// once. After ProbeAfter (default 5 s), one call is made as a probe. Status has its own circuit.
+	// After BreakAfter attempts in a row without an answer (default 5) the circuit opens: calls
+	// fail at once. After ProbeAfter (default 5 s), one call is made as a probe. Status has its own
+	// circuit.
 	BreakAfter int
 	ProbeAfter time.Duration
-	// Observer is called for each attempt, on the caller's goroutine; it must not block. May be nil.
+	// Observer is called for each attempt, on the caller's goroutine; it must not block. May be
+	// nil.
 	Observer func(Call)
 }
 
-// Client calls a backend by the rules that all backends share. It is safe for concurrent use and starts
-// no goroutine.
+// Client calls a backend by the rules that all backends share. It is safe for concurrent use and
+// starts no goroutine.
 //
 // Every error wraps [*Error]; one that a context ended wraps the context's error too.
 type Client struct {
 	cfg Config
-	// Status and the use of the key fail independently: describing keys often has a small quota of its own.
+	// Status and the use of the key fail independently: describing keys often has a small quota of
+	// its own.
 	status, use circuit
 }
 
@@ -166,8 +169,8 @@ func (c *Client) Status(ctx context.Context) (*service.StatusResponse, error) {
 	})
 }
 
-// GenerateDataKey implements [DataKeyGenerator]. If the backend does not, the key is generated here and
-// wrapped by Encrypt.
+// GenerateDataKey implements [DataKeyGenerator]. If the backend does not, the key is generated here
+// and wrapped by Encrypt.
 func (c *Client) GenerateDataKey(ctx context.Context, uid string) (*DataKey, error) {
 	generator, ok := c.cfg.Backend.(DataKeyGenerator)
 	if !ok {
@@ -191,8 +194,8 @@ func (c *Client) GenerateDataKey(ctx context.Context, uid string) (*DataKey, err
 	})
 }
 
-// attempt makes a call until it succeeds or fails for good, or until its attempts are used up or ctx
-// ends.
+// attempt makes a call until it succeeds or fails for good, or until its attempts are used up or
+// ctx ends.
 func attempt[T any](ctx context.Context, c *Client, op, keyID string, call func(context.Context) (T, string, error)) (T, error) {
 	wait := backoff.ExponentialBackOff{
 		// The delay is drawn from 0 to twice the middle: full jitter.
@@ -256,8 +259,8 @@ func once[T any](ctx context.Context, c *Client, op, keyID string, call func(con
 	return res, err
 }
 
-// observed describes an attempt. noted is the request ID that the backend noted; that in an error takes
-// precedence.
+// observed describes an attempt. noted is the request ID that the backend noted; that in an error
+// takes precedence.
 func observed(provider, op, keyID, noted string, start time.Time, err error) Call {
 	call := Call{Provider: provider, Op: op, KeyID: keyID, RequestID: noted, Class: "ok", Time: start, Duration: time.Since(start)}
 	var e *Error

@@ -6,7 +6,8 @@ import (
 	"errors"
 )
 
-// ErrOtherSecret is in the error of a Decrypt that returned another plaintext than [Expect] expects.
+// ErrOtherSecret is in the error of a Decrypt that returned another plaintext than [Expect]
+// expects.
 var ErrOtherSecret = errors.New("the KMS unwrapped another secret than it wrapped")
 
 type (
@@ -30,9 +31,9 @@ func PastCircuit(ctx context.Context) context.Context {
 
 func isSet(ctx context.Context, key any) bool { return ctx.Value(key) != nil }
 
-// Expect returns a context with which Decrypt of a [Client] fails, with an error of [BrokenContract]
-// that wraps [ErrOtherSecret], unless the plaintext has this SHA-256 digest. So a wrong response is
-// counted and recorded as one.
+// Expect returns a context with which Decrypt of a [Client] fails, with an error of
+// [BrokenContract] that wraps [ErrOtherSecret], unless the plaintext has this SHA-256 digest. So a
+// wrong response is counted and recorded as one.
 func Expect(ctx context.Context, digest [sha256.Size]byte) context.Context {
 	return context.WithValue(ctx, expectKey{}, digest)
 }

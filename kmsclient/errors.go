@@ -13,13 +13,13 @@ type Reason int
 const (
 	// Unreachable: the KMS was not reached, timed out or throttled the call. A retry may help.
 	Unreachable Reason = iota
-	// Failing: the KMS answered the call with a failure that it does not explain. The failure may be
-	// about this request, so it is tried once more, and is no sign that other calls would fail.
+	// Failing: the KMS answered the call with a failure that it does not explain. The failure may
+	// be about this request, so it is tried once more, and is no sign that other calls would fail.
 	Failing
 	// Unhealthy: Status was answered and said that the KMS is not healthy.
 	Unhealthy
-	// Denied: the KMS refuses this caller: credentials, permission, quota in arrears, clock skew. An
-	// operator has to act.
+	// Denied: the KMS refuses this caller: credentials, permission, quota in arrears, clock skew.
+	// An operator has to act.
 	Denied
 	// KeyDisabled: the key may not be used. Somebody may have disabled it to stop its use, and
 	// recovery copies of DEK seeds must not get around that.
@@ -29,12 +29,12 @@ const (
 	// KeyNotFound: the KMS does not have the key at all, so that what it wrapped will never be
 	// unwrapped.
 	KeyNotFound
-	// AliasNotFound: the alias by which the key is configured leads to no key. Nothing can be wrapped,
-	// and nothing is said of the keys that have wrapped. Decrypt never fails for it.
+	// AliasNotFound: the alias by which the key is configured leads to no key. Nothing can be
+	// wrapped, and nothing is said of the keys that have wrapped. Decrypt never fails for it.
 	AliasNotFound
 	// Invalid: this request can never succeed: the ciphertext is damaged or of another key, or a
-	// parameter is wrong. A value whose Decrypt fails for it counts as corrupt, so that a backend uses
-	// it only for what the KMS says of the ciphertext.
+	// parameter is wrong. A value whose Decrypt fails for it counts as corrupt, so that a backend
+	// uses it only for what the KMS says of the ciphertext.
 	Invalid
 	// BrokenContract: the answer breaks the interface's contract: an empty key ID, an oversized
 	// ciphertext, an unknown refusal.
@@ -70,8 +70,8 @@ func (r Reason) Class() Class {
 // Answered reports whether the KMS is unavailable although it answered.
 func (r Reason) Answered() bool { return r == Failing || r == Unhealthy }
 
-// Gone reports whether the key cannot be used because it is not there, or will not be, and not because
-// somebody has disabled it.
+// Gone reports whether the key cannot be used because it is not there, or will not be, and not
+// because somebody has disabled it.
 func (r Reason) Gone() bool { return r == KeyGone || r == KeyNotFound || r == AliasNotFound }
 
 // ReasonOf returns the reason in err. An error without one is Unreachable: it says nothing final.

@@ -38,7 +38,8 @@ func TestConformance(t *testing.T) {
 	}
 }
 
-// call makes one call of the operation and returns an error if it fails or its result is wrong. m is the KMS at the end of it.
+// call makes one call of the operation and returns an error if it fails or its result is wrong. m
+// is the KMS at the end of it.
 func call(ctx context.Context, c *kmsclient.Client, m *kmstest.Memory, op string) error {
 	res, err := m.Encrypt(context.WithoutCancel(ctx), "uid", []byte(canary))
 	if err != nil {
@@ -78,7 +79,8 @@ func newFaulty(t *testing.T) (*kmsclient.Client, *kmstest.Fault, *kmstest.Memory
 	return newClient(t, f.Service(), nil), f, m
 }
 
-// TestFaultsAreRetried succeeds after two attempts that failed, whether or not the KMS had carried them out.
+// TestFaultsAreRetried succeeds after two attempts that failed, whether or not the KMS had carried
+// them out.
 func TestFaultsAreRetried(t *testing.T) {
 	for _, op := range operationNames {
 		for name, tc := range map[string]struct {
@@ -144,7 +146,8 @@ func TestFaultsThatLast(t *testing.T) {
 	}
 }
 
-// TestWithoutGenerator wraps a key made here, and a second one if the first was wrapped but the answer was lost.
+// TestWithoutGenerator wraps a key made here, and a second one if the first was wrapped but the
+// answer was lost.
 func TestWithoutGenerator(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := kmstest.NewMemory()
@@ -160,8 +163,8 @@ func TestWithoutGenerator(t *testing.T) {
 	})
 }
 
-// TestEndBetweenAttempts ends the context while the wrapper waits for its next attempt. The error says what the attempt met, and that a
-// context ended it, whatever the canceller gave for a reason.
+// TestEndBetweenAttempts ends the context while the wrapper waits for its next attempt. The error
+// says what the attempt met, and that a context ended it, whatever the canceller gave for a reason.
 func TestEndBetweenAttempts(t *testing.T) {
 	for name, reason := range map[string]error{"plain": nil, "with a cause": errors.New(canary)} {
 		t.Run(name, func(t *testing.T) {

@@ -9,21 +9,22 @@ import (
 // wakeSpacing is the least time between two health checks of a [Poller].
 const wakeSpacing = time.Second
 
-// Poller runs the regular health checks of one KMS key. Wake may be called at any time, the rest is for
-// the goroutine of Run.
+// Poller runs the regular health checks of one KMS key. Wake may be called at any time, the rest is
+// for the goroutine of Run.
 type Poller struct {
 	check func(ctx context.Context)
 	pause func() time.Duration
 	woken chan struct{}
 }
 
-// NewPoller makes a Poller that calls check, and calls it again after the pause that is returned then.
+// NewPoller makes a Poller that calls check, and calls it again after the pause that is returned
+// then.
 func NewPoller(check func(ctx context.Context), pause func() time.Duration) *Poller {
 	return &Poller{check: check, pause: pause, woken: make(chan struct{}, 1)}
 }
 
-// Wake has the next health check made at once, or a second after the last one. It does not wait for it,
-// and several calls before it are one.
+// Wake has the next health check made at once, or a second after the last one. It does not wait for
+// it, and several calls before it are one.
 func (p *Poller) Wake() {
 	select {
 	case p.woken <- struct{}{}:
@@ -64,8 +65,8 @@ func (*Poller) sleep(ctx context.Context, d time.Duration, wake <-chan struct{})
 	}
 }
 
-// Jitter returns d or up to a tenth less, so that many processes do not check together, and none later
-// than after d.
+// Jitter returns d or up to a tenth less, so that many processes do not check together, and none
+// later than after d.
 func Jitter(d time.Duration) time.Duration {
 	return d - time.Duration(mathrand.Int64N(int64(d)/10+1)) //nolint:gosec // jitter is no secret
 }

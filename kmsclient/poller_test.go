@@ -10,7 +10,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
-// TestPoller checks again after each pause, sooner when it is woken, and never twice within a second.
+// TestPoller checks again after each pause, sooner when it is woken, and never twice within a
+// second.
 func TestPoller(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		start := time.Now()

@@ -18,9 +18,9 @@ type requestID struct {
 	caller *requestID // of the context that the wrapper was called with; nil unless that was made by WithRequestID
 }
 
-// NoteRequestID records the KMS' own ID of an answered request, in the context that the wrapper passed to a backend. The
-// last one counts. A failed request's ID belongs into [Error]. It ignores what cannot be an ID: anything but 1 to 128
-// printable ASCII characters without spaces.
+// NoteRequestID records the KMS' own ID of an answered request, in the context that the wrapper
+// passed to a backend. The last one counts. A failed request's ID belongs into [Error]. It ignores
+// what cannot be an ID: anything but 1 to 128 printable ASCII characters without spaces.
 //
 // It may be called concurrently, with any context; it ignores one that is not from the wrapper.
 func NoteRequestID(ctx context.Context, id string) {
@@ -33,8 +33,8 @@ func NoteRequestID(ctx context.Context, id string) {
 	}
 }
 
-// WithRequestID returns a context to call a [Client] with, and a function that returns the KMS' own ID of the last answered
-// request of such a call, or "". Both may be used concurrently.
+// WithRequestID returns a context to call a [Client] with, and a function that returns the KMS' own
+// ID of the last answered request of such a call, or "". Both may be used concurrently.
 func WithRequestID(ctx context.Context) (context.Context, func() string) {
 	ctx, r := withRequestID(ctx)
 	return ctx, r.get

@@ -15,7 +15,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
-// TestRequestID follows the ids of answered and of failed requests to the observer, an attempt at a time.
+// TestRequestID follows the ids of answered and of failed requests to the observer, an attempt at a
+// time.
 func TestRequestID(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for name, tt := range map[string]struct {
@@ -62,8 +63,8 @@ func noted(res *service.EncryptResponse, err error, ids ...string) func(context.
 	}
 }
 
-// TestRequestIDOfNobody: a backend that is called without the wrapper has nowhere to note anything, and none of many callers takes the id of
-// another.
+// TestRequestIDOfNobody: a backend that is called without the wrapper has nowhere to note anything,
+// and none of many callers takes the id of another.
 func TestRequestIDOfNobody(t *testing.T) {
 	kmsclient.NoteRequestID(t.Context(), "r1")
 	type own struct{}
@@ -95,7 +96,8 @@ func TestRequestIDOfNobody(t *testing.T) {
 	}
 }
 
-// TestRequestIDForTheCaller tells a caller who asks for it the id of the attempt that succeeded, whatever stands between it and the backend.
+// TestRequestIDForTheCaller tells a caller who asks for it the id of the attempt that succeeded,
+// whatever stands between it and the backend.
 func TestRequestIDForTheCaller(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := &backend{}

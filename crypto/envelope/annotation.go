@@ -2,8 +2,8 @@ package envelope
 
 import "strings"
 
-// IsAnnotationKey reports whether s may be the key of an annotation: a fully qualified domain name
-// as Kubernetes has it, which is at least two lower-case labels of RFC 1123 in at most 253 bytes,
+// IsAnnotationKey reports whether s may be the key of an annotation. That is a fully qualified
+// domain name as in Kubernetes: at least two lower-case labels of RFC 1123 in at most 253 bytes,
 // with or without a dot at the end. It accepts exactly what IsFullyQualifiedDomainName of
 // k8s.io/apimachinery accepts, so that every value that kube-apiserver stores can be read;
 // test/interop compares the two.

@@ -1,4 +1,5 @@
-// Package envelope is the stored value, byte for byte: the format that kube-apiserver writes with a KMS v2 provider.
+// Package envelope is the stored value, byte for byte: the format that kube-apiserver writes with a
+// KMS v2 provider.
 //
 //	"k8s:enc:kms:v2:" <provider> ":" EncryptedObject
 //
@@ -13,8 +14,10 @@
 //	                        key = HKDF-Expand-SHA256(PRK = seed, info), 32 bytes
 //	encryptedData, type 0:  nonce[12] | AES-GCM ciphertext | tag[16], under the unwrapped bytes themselves
 //
-// The additional data of both is the whole etcd key, so a value opens only where it was written.
+// The additional data of both is the whole etcd key, so a value decrypts only under the key that it
+// was written to.
 //
-// The package is pure: no I/O, no clock, no KMS. Randomness comes from crypto/rand. It knows how to turn a seed and a plaintext into
-// stored bytes and back; crypto/keyring, its only caller in the data path, knows which seed, and whether it may be used.
+// The package is pure: no I/O, no clock, no KMS. Randomness comes from crypto/rand. It converts a
+// seed and a plaintext to stored bytes and back; crypto/keyring, its only caller in the data path,
+// selects the seed and decides whether it may be used.
 package envelope

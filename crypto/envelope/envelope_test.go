@@ -95,7 +95,8 @@ func TestEveryByteCorruptedAndEveryTruncation(t *testing.T) {
 	for _, v := range golden(t) {
 		seeds := map[Type]*Seed{}
 		seeds[v.Type], _ = NewSeed(v.Type, v.Secret)
-		// A value whose type was changed is tried with the seed that type would make of the same secret.
+		// A value whose type was changed is tried with the seed that type would make of the same
+		// secret.
 		for _, typ := range []Type{TypeKey, TypeSeed} {
 			if s, err := NewSeed(typ, v.Secret); err == nil {
 				seeds[typ] = s
@@ -117,7 +118,8 @@ func TestEveryByteCorruptedAndEveryTruncation(t *testing.T) {
 					}
 					continue
 				}
-				// What opens must have an untouched provider, data and etcd key. Header bytes are the KMS' to check: they decide which secret comes back.
+				// What opens must have an untouched provider, data and etcd key. Header bytes are
+				// the KMS' to check: they decide which secret comes back.
 				if i < dataAt+len(data) || !bytes.Equal(got, v.Plaintext) {
 					t.Fatalf("%s: byte %d, bit %d changed, and it opens as %q", v.Name, i, bit, got)
 				}
@@ -143,8 +145,8 @@ func TestEveryByteCorruptedAndEveryTruncation(t *testing.T) {
 	}
 }
 
-// endsInOptional reports whether a key value cut to n bytes has lost annotations only: it says the same to the cipher, and something else to the
-// KMS, which is the one to refuse it.
+// endsInOptional reports whether a key value cut to n bytes has lost annotations only: it says the
+// same to the cipher, and something else to the KMS, which is the one to refuse it.
 func endsInOptional(v vector, n int) bool {
 	if v.Type != TypeKey || len(v.AnnotKeys) == 0 {
 		return false

@@ -6,15 +6,16 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// Frame is a seed to seal under, with the bytes that stand before and behind the data of every value it seals. It is safe for concurrent
-// use.
+// Frame is a seed to encrypt with, and the bytes before and after the data of every value encrypted
+// with it. It is safe for concurrent use.
 type Frame struct {
 	seed *Seed
 	head []byte // marker and the tag of encryptedData
-	tail []byte // every field behind encryptedData
+	tail []byte // every field after encryptedData
 }
 
-// NewFrame makes a Frame of a provider, the header that the KMS' answer gives, and the seed. h must be a TypeSeed; it is not retained.
+// NewFrame makes a Frame for a provider from the header with the response of the KMS, and the seed.
+// h must be a TypeSeed; it is not retained.
 func NewFrame(provider string, h Header, seed *Seed) (*Frame, error) {
 	marker, err := Marker(provider)
 	if err != nil {
@@ -33,15 +34,17 @@ func NewFrame(provider string, h Header, seed *Seed) (*Frame, error) {
 	}, nil
 }
 
-// Rest returns the bytes behind encryptedData, as [Cut] finds them in every value of this frame. The caller must not change them.
+// Rest returns the bytes after encryptedData, as [Cut] returns them for every value of this frame.
+// The caller must not change them.
 func (f *Frame) Rest() []byte { return f.tail }
 
-// Size returns how many bytes Seal makes of a plaintext of n bytes.
+// Size returns the size of the result of Seal for a plaintext of n bytes.
 func (f *Frame) Size(n int) int {
 	return len(f.head) + protowire.SizeBytes(n+Overhead) + len(f.tail)
 }
 
-// Seal returns the stored value for plaintext under etcdKey, in one allocation of exactly its size. It retains no argument.
+// Seal returns the stored value for plaintext under etcdKey, in one allocation of exactly its size.
+// It retains no argument.
 func (f *Frame) Seal(etcdKey, plaintext []byte) ([]byte, error) {
 	out := make([]byte, 0, f.Size(len(plaintext)))
 	out = append(out, f.head...)

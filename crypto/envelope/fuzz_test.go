@@ -8,7 +8,8 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// FuzzParse: nothing panics, what is accepted is within the limits, and the canonical encoding means the same and is stable.
+// FuzzParse: nothing panics, what is accepted is within the limits, and the canonical encoding
+// means the same and is stable.
 func FuzzParse(f *testing.F) {
 	for _, v := range vectors() {
 		_, object, _ := Split(v.reference(f))

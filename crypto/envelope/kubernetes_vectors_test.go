@@ -10,8 +10,9 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// TestKubernetesVectors opens what k8s.io/apiserver's KMS v2 transformer wrote, seeds and keys, and every part of it that was damaged must
-// not open. test/interop makes the file (go test -run TestVectors . -update) and holds it against k8s.io/apiserver itself.
+// TestKubernetesVectors opens what k8s.io/apiserver's KMS v2 transformer wrote, seeds and keys, and
+// every part of it that was damaged must not open. test/interop makes the file (go test -run
+// TestVectors . -update) and holds it against k8s.io/apiserver itself.
 func TestKubernetesVectors(t *testing.T) {
 	b, err := os.ReadFile(filepath.Join("testdata", "kubernetes-vectors.json"))
 	if err != nil {

@@ -6,13 +6,15 @@ import (
 	"strings"
 )
 
-// Root begins every value that Kubernetes, or this proxy, holds for encrypted, whatever the scheme.
+// Root is the prefix of every value that Kubernetes or this proxy considers encrypted, in any
+// scheme.
 const Root = "k8s:enc:"
 
-// scheme begins the values of this format.
+// scheme is the prefix of the values of this format.
 const scheme = Root + "kms:v2:"
 
-// Marker returns what begins the values of a provider. The provider is not empty and holds no colon.
+// Marker returns the prefix of the values of a provider, whose name must not be empty or contain a
+// colon.
 func Marker(provider string) (string, error) {
 	if provider == "" {
 		return "", errors.New("provider name is empty")
@@ -23,8 +25,8 @@ func Marker(provider string) (string, error) {
 	return scheme + provider + ":", nil
 }
 
-// Split cuts a stored value into its provider and its EncryptedObject, both aliasing stored. ok is false for a value that does not begin
-// with this format's marker.
+// Split cuts a stored value into its provider and its EncryptedObject, both aliasing stored. ok is
+// false for a value that does not begin with this format's marker.
 func Split(stored []byte) (provider, object []byte, ok bool) {
 	rest, ok := bytes.CutPrefix(stored, []byte(scheme))
 	if !ok {

@@ -20,21 +20,22 @@ const (
 // ErrMalformed is wrapped by every error about bytes, or a header, that are not of this format.
 var ErrMalformed = errors.New("malformed encrypted object")
 
-// Type says what the wrapped source of a value is, and so how its data is sealed.
+// Type is the type of a value's wrapped source, and therefore how its data is encrypted.
 type Type int32
 
-// The types. Values are the wire's.
+// The types, with their values in the stored format.
 const (
 	TypeKey  Type = 0 // an AES key used directly; read only
 	TypeSeed Type = 1 // a seed from which each value's own AES-256 key is derived
 )
 
-// Header is what a value says about its seed: everything but the data. All values sealed under one seed share it.
+// Header is all of a value but its data: what it says about its seed. All values encrypted with one
+// seed share it.
 type Header struct {
 	Type        Type
 	KeyID       string            // the KMS key that wrapped the seed, 1..1024 bytes of UTF-8
 	Source      []byte            // the wrapped seed, 1..1024 bytes
-	Annotations map[string][]byte // handed to the KMS unchanged; nil when there are none
+	Annotations map[string][]byte // passed to the KMS unchanged; nil if there are none
 }
 
 // Object is a decoded EncryptedObject.
@@ -52,12 +53,13 @@ const (
 	fieldType
 )
 
-// Parse decodes and checks an EncryptedObject: the bytes behind the marker. Data, Source and the values of Annotations alias b. The
-// error wraps [ErrMalformed].
+// Parse decodes and checks an EncryptedObject: the bytes after the marker. Data, Source and the
+// values of Annotations alias b. The error wraps [ErrMalformed].
 //
-// Where a message says a thing twice the last one counts, a known field of another wire type is an unknown field, and unknown fields are
-// skipped: protobuf's own rules, so that this reads what kube-apiserver reads. Nothing is gained by smuggling a second field in: whatever
-// is read must still open under the etcd key.
+// The last occurrence of a repeated field counts, a field with another wire type is an unknown
+// field, and unknown fields are skipped. These are protobuf's rules, so that Parse reads what
+// kube-apiserver reads. An attacker gains nothing by adding a second field: the result must still
+// decrypt under the etcd key.
 func Parse(b []byte) (Object, error) {
 	o, err := parse(b)
 	if err != nil {
@@ -72,7 +74,7 @@ func Parse(b []byte) (Object, error) {
 	return o, nil
 }
 
-// parse decodes without checking what the fields say.
+// parse decodes without checking the values of the fields.
 func parse(b []byte) (Object, error) {
 	var o Object
 	for len(b) > 0 {
@@ -150,9 +152,10 @@ func parseAnnotation(b []byte) (key string, value []byte, err error) {
 	return key, value, nil
 }
 
-// Cut is the fast way to an object's parts: when encryptedData is its first field, as every known writer has it, data is that field's value
-// and rest is everything behind the field, both aliasing object. ok is false otherwise. Nothing else is checked: rest may be
-// anything, so compare it with one that [Parse] has accepted, or call Parse.
+// Cut splits an object without decoding it. If encryptedData is its first field, as in the values
+// of every known writer, data is that field's value and rest is all bytes after the field; both
+// alias object. ok is false otherwise. Cut checks nothing else: compare rest with one that [Parse]
+// has accepted, or call Parse.
 func Cut(object []byte) (data, rest []byte, ok bool) {
 	if len(object) == 0 || object[0] != fieldData<<3|byte(protowire.BytesType) {
 		return nil, nil, false
@@ -196,8 +199,9 @@ func (h *Header) Validate() error {
 	return nil
 }
 
-// Append appends the object's encoding to b. Fields are in order of number, annotations in order of key, so equal objects have equal
-// encodings. The error wraps [ErrMalformed]; b is returned unchanged with it.
+// Append appends the object's encoding to b. Fields are in order of number, annotations in order of
+// key, so equal objects have equal encodings. The error wraps [ErrMalformed]; b is returned
+// unchanged with it.
 func (o *Object) Append(b []byte) ([]byte, error) {
 	if len(o.Data) == 0 {
 		return b, malformed("encrypted data is empty")
@@ -210,7 +214,7 @@ func (o *Object) Append(b []byte) ([]byte, error) {
 	return o.appendHeader(b), nil
 }
 
-// appendHeader appends every field behind encryptedData.
+// appendHeader appends every field after encryptedData.
 func (h *Header) appendHeader(b []byte) []byte {
 	b = protowire.AppendTag(b, fieldKeyID, protowire.BytesType)
 	b = protowire.AppendString(b, h.KeyID)

@@ -7,9 +7,10 @@ import (
 	"sync/atomic"
 )
 
-// Recent keeps the ciphers of values that were opened more than once lately: one event goes to many watchers, and a list is read over and over; deriving a cipher costs more than
-// opening 1 KiB with it. What is opened once leaves only a mark. It holds at most 16,384 ciphers, 25 MiB, and the seeds they came from. It is safe for concurrent use,
-// and the zero value is ready.
+// Recent caches the ciphers of values that were decrypted more than once recently: one event goes
+// to many watchers, and lists are read repeatedly. Deriving a cipher costs more than decrypting 1
+// KiB with it. A value that is decrypted once leaves only a mark. Recent holds at most 16,384
+// ciphers, 25 MiB, and their seeds. It is safe for concurrent use, and the zero value is ready.
 type Recent struct {
 	table atomic.Pointer[recentTable] // nil until it is needed
 }
@@ -25,7 +26,8 @@ type recentTable struct {
 	sets  [1 << setBits]recentSet
 }
 
-// recentSet fills one line of the processor's cache: most look-ups miss that cache, so what counts is how many lines they touch. A tag is a part of the info of the cipher beside it.
+// recentSet has the size of a line of the processor's cache. Most lookups miss that cache, so their
+// cost is the number of lines. A tag is a part of the info of the cipher with the same index.
 type recentSet struct {
 	tags    [4]atomic.Uint32
 	ciphers [4]atomic.Pointer[derived]
@@ -38,7 +40,8 @@ type derived struct {
 	aead cipher.AEAD
 }
 
-// recentPlace says where a cipher may be: in either of two sets. info is random, so any of its bytes will do to tell.
+// recentPlace is where a cipher may be: in one of two sets. info is random, so any of its bytes can
+// select them.
 type recentPlace struct {
 	tag   uint32
 	sets  [2]*recentSet
@@ -114,5 +117,5 @@ func (r *Recent) put(seed *Seed, info []byte, aead cipher.AEAD) {
 	to.tags[way].Store(p.tag)
 }
 
-// Clear drops every cipher.
+// Clear removes all ciphers.
 func (r *Recent) Clear() { r.table.Store(nil) }

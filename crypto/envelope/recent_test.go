@@ -94,8 +94,9 @@ func TestRecentIsShared(t *testing.T) {
 	wg.Wait()
 }
 
-// TestRecentKeepsAList: what is read over and over is kept, nearly all of it, up to ten thousand values; what is read once is not; and more than there is room for does not push out more than
-// its share.
+// TestRecentKeepsAList: what is read over and over is kept, nearly all of it, up to ten thousand
+// values; what is read once is not; and more than there is room for does not push out more than its
+// share.
 func TestRecentKeepsAList(t *testing.T) {
 	seed, err := NewSeed(TypeSeed, fill(9, 32))
 	if err != nil {

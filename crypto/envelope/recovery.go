@@ -12,13 +12,14 @@ const (
 	// recipientsSuffix ends the annotations that name the recipients of a recovery copy that is an
 	// age file.
 	recipientsSuffix = ".recovery-id.etcd-kms-proxy.io"
-	// ageMagic is the first line of an age file, see https://age-encryption.org/v1. No encoding that
-	// [Copy.Append] makes begins with it.
+	// ageMagic is the first line of an age file, see https://age-encryption.org/v1. No encoding
+	// that [Copy.Append] makes begins with it.
 	ageMagic = "age-encryption.org/v1\n"
 )
 
-// RecoveryAnnotation returns the annotation in which a value holds the copy of its seed that a provider wrapped. The name must do as a part of
-// a domain name: lower-case letters, digits and hyphens, in labels between dots. The error wraps [ErrMalformed].
+// RecoveryAnnotation returns the annotation in which a value holds the copy of its seed that a
+// provider wrapped. The name must do as a part of a domain name: lower-case letters, digits and
+// hyphens, in labels between dots. The error wraps [ErrMalformed].
 func RecoveryAnnotation(provider string) (string, error) {
 	name := provider + recoverySuffix
 	if strings.HasSuffix(provider, ".") || !IsAnnotationKey(name) {
@@ -27,26 +28,29 @@ func RecoveryAnnotation(provider string) (string, error) {
 	return name, nil
 }
 
-// RecoveryProvider returns the provider of a recovery copy by the annotation's name. ok is false for any other annotation.
+// RecoveryProvider returns the provider of a recovery copy by the annotation's name. ok is false
+// for any other annotation.
 func RecoveryProvider(annotation string) (provider string, ok bool) {
 	provider, ok = strings.CutSuffix(annotation, recoverySuffix)
 	return provider, ok && provider != ""
 }
 
-// IsReserved reports whether an annotation belongs to the proxy and not to the KMS of the value: it holds a recovery
-// copy, or names the recipients of one.
+// IsReserved reports whether an annotation belongs to the proxy and not to the KMS of the value: it
+// holds a recovery copy, or names the recipients of one.
 func IsReserved(annotation string) bool {
 	return strings.HasSuffix(annotation, recoverySuffix) || strings.HasSuffix(annotation, recipientsSuffix)
 }
 
-// OfflineCopy is the seed of a value once more, encrypted with public keys whose private keys are offline. It is an age
-// file, and the value of the annotation is that file and nothing else, so that any implementation of age decrypts it.
+// OfflineCopy is the seed of a value once more, encrypted with public keys whose private keys are
+// offline. It is an age file, and the value of the annotation is that file and nothing else, so
+// that any implementation of age decrypts it.
 type OfflineCopy struct {
 	Recipients string // identifies the public keys; "" if the value does not say
 	File       []byte
 }
 
-// SetOfflineCopy adds the copy of a provider's recipients to the annotations, which must not be shared.
+// SetOfflineCopy adds the copy of a provider's recipients to the annotations, which must not be
+// shared.
 func (h *Header) SetOfflineCopy(provider string, c OfflineCopy) {
 	if h.Annotations == nil {
 		h.Annotations = make(map[string][]byte, 2)
@@ -55,8 +59,8 @@ func (h *Header) SetOfflineCopy(provider string, c OfflineCopy) {
 	h.Annotations[provider+recipientsSuffix] = []byte(c.Recipients)
 }
 
-// OfflineCopyBy returns the copy of a provider's recipients. It shares the memory of the header. ok is false if there is
-// none, also if another KMS wrapped the provider's copy.
+// OfflineCopyBy returns the copy of a provider's recipients. It shares the memory of the header. ok
+// is false if there is none, also if another KMS wrapped the provider's copy.
 func (h *Header) OfflineCopyBy(provider string) (c OfflineCopy, ok bool) {
 	file := h.Annotations[provider+recoverySuffix]
 	if !bytes.HasPrefix(file, []byte(ageMagic)) {
@@ -69,8 +73,8 @@ func (h *Header) OfflineCopyBy(provider string) (c OfflineCopy, ok bool) {
 	return OfflineCopy{Recipients: string(id), File: file}, true
 }
 
-// Copy is the seed of a value once more, as another KMS wrapped it: a recovery copy. In an annotation it is an EncryptedObject that has nothing
-// but the fields of the wrapped seed:
+// Copy is the seed of a value once more, as another KMS wrapped it: a recovery copy. In an
+// annotation it is an EncryptedObject that has nothing but the fields of the wrapped seed:
 //
 //	2 keyID               string             1..1024 bytes
 //	3 encryptedDEKSource  bytes              1..1024 bytes
@@ -81,7 +85,8 @@ type Copy struct {
 	Annotations map[string][]byte // nil when there are none
 }
 
-// Header returns what unwraps the copy. typ is that of the value: a copy is of the same secret. The result shares the copy's memory.
+// Header returns what unwraps the copy. typ is that of the value: a copy is of the same secret. The
+// result shares the copy's memory.
 func (c *Copy) Header(typ Type) Header {
 	return Header{Type: typ, KeyID: c.KeyID, Source: c.Source, Annotations: c.Annotations}
 }
@@ -97,7 +102,8 @@ func (c *Copy) Validate() error {
 	return h.Validate()
 }
 
-// Append appends the copy's encoding to b. Equal copies have equal encodings. The error wraps [ErrMalformed]; b is returned unchanged with it.
+// Append appends the copy's encoding to b. Equal copies have equal encodings. The error wraps
+// [ErrMalformed]; b is returned unchanged with it.
 func (c *Copy) Append(b []byte) ([]byte, error) {
 	if err := c.Validate(); err != nil {
 		return b, err
@@ -106,8 +112,8 @@ func (c *Copy) Append(b []byte) ([]byte, error) {
 	return h.appendHeader(b), nil
 }
 
-// ParseCopy decodes and checks the value of a recovery copy's annotation. Source and the values of Annotations alias b. Unknown fields are
-// skipped. The error wraps [ErrMalformed].
+// ParseCopy decodes and checks the value of a recovery copy's annotation. Source and the values of
+// Annotations alias b. Unknown fields are skipped. The error wraps [ErrMalformed].
 func ParseCopy(b []byte) (Copy, error) {
 	o, err := parse(b)
 	if err != nil {
@@ -123,8 +129,8 @@ func ParseCopy(b []byte) (Copy, error) {
 	return c, nil
 }
 
-// Own returns the annotations that the KMS of the value itself gave: those that are not reserved. It returns h.Annotations itself where
-// there are no others; nothing is copied but the map.
+// Own returns the annotations that the KMS of the value itself gave: those that are not reserved.
+// It returns h.Annotations itself where there are no others; nothing is copied but the map.
 func (h *Header) Own() map[string][]byte {
 	if !h.HasCopies() {
 		return h.Annotations

@@ -45,8 +45,8 @@ func (v *vector) header() Header {
 	return h
 }
 
-// reference builds the stored bytes from the format's description with the standard library's own HKDF and GCM, and none of this
-// package's code.
+// reference builds the stored bytes from the format's description with the standard library's own
+// HKDF and GCM, and none of this package's code.
 func (v *vector) reference(t testing.TB) []byte {
 	t.Helper()
 	key := v.Secret

@@ -21,24 +21,29 @@ const (
 	nonceSize = 12
 	tagSize   = 16
 
-	// Overhead is what sealing adds to a value, beside the marker, the header and protobuf's framing.
+	// Overhead is the size that encryption adds to a value, without the marker, the header and
+	// protobuf's framing.
 	Overhead = infoSize + nonceSize + tagSize
 )
 
-// ErrOpen is returned by [Seed.Open] for data that is not what was sealed under this seed for this etcd key: tampered with, truncated,
-// moved from another key, or of another seed. The cause cannot be told apart, by design of the cipher.
+// ErrOpen is returned by [Seed.Open] for data that was not encrypted with this seed for this etcd
+// key: it was tampered with, truncated, moved from another key, or encrypted with another seed. The
+// cipher does not distinguish these causes.
 var ErrOpen = errors.New("data does not decrypt under this seed and etcd key")
 
-// Seed is the unwrapped secret behind a header, ready for use. It is safe for concurrent use, and prints as [redacted].
+// Seed is an unwrapped DEK seed, ready for use. It is safe for concurrent use, and
+// prints as [redacted].
 //
-// A seed cannot be wiped: Go's runtime may have copied it, and the cipher objects made from it are out of reach. Dropping every reference and
-// the garbage collector are all there is; a dump of the process' memory is outside of what this protects against.
+// A seed cannot be erased: Go's runtime may have copied it, and the cipher objects made from it do
+// not allow it. It remains in memory until the garbage collector reuses it. A dump of the process
+// memory is outside the threat model.
 type Seed struct {
 	typ  Type
 	aead cipher.AEAD // TypeKey only
 
-	// prfs holds *prf, for TypeSeed. An HMAC object with its key's inner and outer state computed beforehand makes
-	// a derivation three hash blocks; setting one up costs as much as sealing 1 KiB.
+	// prfs holds *prf, for TypeSeed. An HMAC object with its key's inner and outer state computed
+	// beforehand makes a derivation three hash blocks; setting one up costs as much as sealing 1
+	// KiB.
 	prfs   sync.Pool
 	secret []byte // TypeSeed only; what a new prf is made from
 }
@@ -50,8 +55,8 @@ type prf struct {
 	out [sha256.Size]byte
 }
 
-// CheckSeedLength returns an error unless n bytes can be the secret of a seed: for TypeSeed at least
-// 32 bytes, for TypeKey an AES key of 16, 24 or 32.
+// CheckSeedLength returns an error unless n bytes can be the secret of a seed: for TypeSeed at
+// least 32 bytes, for TypeKey an AES key of 16, 24 or 32.
 func CheckSeedLength(typ Type, n int) error {
 	switch {
 	case typ == TypeKey && n != 16 && n != 24 && n != 32:
@@ -62,7 +67,7 @@ func CheckSeedLength(typ Type, n int) error {
 	return nil
 }
 
-// NewSeed makes a Seed of what the KMS unwrapped, see [CheckSeedLength]. It does not retain secret.
+// NewSeed makes a Seed from an unwrapped secret, see [CheckSeedLength]. It does not retain secret.
 func NewSeed(typ Type, secret []byte) (*Seed, error) {
 	if err := CheckSeedLength(typ, len(secret)); err != nil {
 		return nil, err
@@ -80,7 +85,8 @@ func NewSeed(typ Type, secret []byte) (*Seed, error) {
 	return nil, malformed("source type %d is unknown", typ)
 }
 
-// newAEAD returns AES-GCM whose ciphertext begins with its random nonce, which is how the format lays it out.
+// newAEAD returns AES-GCM whose ciphertext begins with its random nonce, which is how the format
+// lays it out.
 func newAEAD(key []byte) (cipher.AEAD, error) {
 	block, err := aes.NewCipher(key)
 	if err != nil {
@@ -109,8 +115,8 @@ func (s *Seed) derive(info []byte) (cipher.AEAD, error) {
 	return aead, err
 }
 
-// seal appends plaintext sealed for etcdKey to dst: [Overhead] bytes more than plaintext. It allocates no output when dst has room. The
-// seed is a TypeSeed: the other type is only read.
+// seal encrypts plaintext for etcdKey and appends the result to dst: [Overhead] bytes more than
+// plaintext. It does not allocate if dst has the capacity. The seed must be a TypeSeed.
 func (s *Seed) seal(dst, etcdKey, plaintext []byte) ([]byte, error) {
 	n := len(dst)
 	dst = append(dst, make([]byte, infoSize)...)
@@ -124,13 +130,14 @@ func (s *Seed) seal(dst, etcdKey, plaintext []byte) ([]byte, error) {
 	return aead.Seal(dst, nil, plaintext, etcdKey), nil //nolint:gosec // no nonce is passed: this AEAD draws its own
 }
 
-// Open appends the plaintext of data, an object's encrypted data, to dst. It retains no argument; dst must not overlap data. The error is
-// [ErrOpen].
+// Open appends the plaintext of data, an object's encrypted data, to dst. It retains no argument;
+// dst must not overlap data. The error is [ErrOpen].
 func (s *Seed) Open(dst, etcdKey, data []byte) ([]byte, error) {
 	return s.open(dst, false, nil, etcdKey, data)
 }
 
-// OpenInPlace is Open that writes the plaintext over data and returns that part of it. After an error data is of no more use. recent may be nil.
+// OpenInPlace is Open that writes the plaintext over data and returns that part of it. After an
+// error, the content of data is undefined. recent may be nil.
 func (s *Seed) OpenInPlace(recent *Recent, etcdKey, data []byte) ([]byte, error) {
 	return s.open(nil, true, recent, etcdKey, data)
 }

@@ -137,7 +137,8 @@ func BenchmarkOpen(b *testing.B) {
 	})
 }
 
-// BenchmarkOpenRecovered is the price of reading on when the key is lost; BenchmarkOpen is that of every other day.
+// BenchmarkOpenRecovered is the price of reading on when the key is lost; BenchmarkOpen is that of
+// every other day.
 func BenchmarkOpenRecovered(b *testing.B) {
 	dr := &plainKMS{}
 	s := benchRule(b, &plainKMS{}, dr)
@@ -157,7 +158,8 @@ func BenchmarkOpenRecovered(b *testing.B) {
 	}
 }
 
-// BenchmarkSeedHit is the way from a stored value to its unwrapped seed, without opening it: what every read pays for the cache.
+// BenchmarkSeedHit is the way from a stored value to its unwrapped seed, without opening it: what
+// every read pays for the cache.
 func BenchmarkSeedHit(b *testing.B) {
 	s := benchSealer(b)
 	ctx, key := context.Background(), []byte("/registry/secrets/default/s1")

@@ -18,18 +18,20 @@ import (
 
 // CacheConfig configures a Cache.
 type CacheConfig struct {
-	// Seeds limits how many unwrapped seeds are kept, of all rings together. 0 is 10,000. About 1 KiB each.
+	// Seeds limits how many unwrapped seeds are kept, of all rings together. 0 is 10,000. About 1
+	// KiB each.
 	Seeds int
-	// TTL is how long an unwrapped seed is used before the KMS has to unwrap it again. 0 is 24 hours.
+	// TTL is how long an unwrapped seed is used before the KMS has to unwrap it again. 0 is 24
+	// hours.
 	TTL time.Duration
-	// ServeUnreachableFor is how long after its TTL a seed still decrypts while the KMS does not answer. 0 is
-	// not at all. So a seed whose key was revoked while the KMS is unreachable is used for
-	// TTL + ServeUnreachableFor at most.
+	// ServeUnreachableFor is how long after its TTL a seed still decrypts while the KMS does not
+	// answer. 0 is not at all. So a seed whose key was revoked while the KMS is unreachable is used
+	// for TTL + ServeUnreachableFor at most.
 	ServeUnreachableFor time.Duration
 }
 
-// Cache holds the unwrapped DEK seeds of any number of rings. It evicts the least recently used ones. It is
-// safe for concurrent use and needs no Close.
+// Cache holds the unwrapped DEK seeds of any number of rings. It evicts the least recently used
+// ones. It is safe for concurrent use and needs no Close.
 type Cache struct {
 	ttl   time.Duration
 	stale time.Duration
@@ -57,7 +59,8 @@ func NewCache(c CacheConfig) (*Cache, error) {
 // Len returns how many seeds the cache holds.
 func (c *Cache) Len() int { return c.lru.Len() }
 
-// digest identifies a wrapped seed: SHA-256 of type, provider, wrapped seed, key ID and annotations.
+// digest identifies a wrapped seed: SHA-256 of type, provider, wrapped seed, key ID and
+// annotations.
 type digest [sha256.Size]byte
 
 func digestOf(provider string, h *envelope.Header) digest {
@@ -101,18 +104,18 @@ type entry struct {
 	copyUse *copyUse // nil unless a recovery copy was unwrapped
 	why     string   // it was
 
-	// verified is set once the seed has decrypted a value, or was generated here. Until then a value that does
-	// not decrypt may be the fault of what the KMS answered.
+	// verified is set once the seed has decrypted a value, or was generated here. Until then a
+	// value that does not decrypt may be the fault of what the KMS answered.
 	verified atomic.Bool
 	// recheck is what the KMS returned when an unverified seed was unwrapped again; nil before.
 	recheck atomic.Pointer[recheck]
 	// evicted is set when the entry was evicted; the rings' fast paths may still hold it.
 	evicted atomic.Bool
-	// touched is when the entry was last moved up in the LRU, in Unix seconds. The fast path does that at
-	// most once a second.
+	// touched is when the entry was last moved up in the LRU, in Unix seconds. The fast path does
+	// that at most once a second.
 	touched atomic.Int64
-	// retry is when the KMS is called again for a seed past its TTL or from a recovery copy, in Unix
-	// nanoseconds.
+	// retry is when the KMS is called again for a seed past its TTL or from a recovery copy, in
+	// Unix nanoseconds.
 	retry atomic.Int64
 }
 

@@ -104,8 +104,9 @@ func (c *caller) dataKey(ctx context.Context) (*kmsclient.DataKey, error) {
 	return &kmsclient.DataKey{Plaintext: seed, Ciphertext: answer.Ciphertext, KeyID: answer.KeyID, Annotations: answer.Annotations}, nil
 }
 
-// wrapCopy has this ring's KMS wrap another ring's seed, and returns the annotations that hold the copy. It does not call a KMS whose last health check
-// failed, since writes of the other ring wait for the result.
+// wrapCopy has this ring's KMS wrap another ring's seed, and returns the annotations that hold the
+// copy. It does not call a KMS whose last health check failed, since writes of the other ring wait
+// for the result.
 func (c *caller) wrapCopy(ctx context.Context, seed []byte) (copyID, map[string][]byte, error) {
 	if c.p.cfg.Offline != nil {
 		return c.wrapOffline(seed)
@@ -170,8 +171,8 @@ func (c *caller) unwrap(ctx context.Context, h *envelope.Header) ([]byte, error)
 	return plain, nil
 }
 
-// deniedFor records that the KMS denies a key and returns how long it has done so. Of keys without cached
-// seeds it records maxDenied at most, since stored values can name any number of them.
+// deniedFor records that the KMS denies a key and returns how long it has done so. Of keys without
+// cached seeds it records maxDenied at most, since stored values can name any number of them.
 func (c *caller) deniedFor(key string, cached bool) time.Duration {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -192,8 +193,8 @@ func (c *caller) keepDenials(keep func(key string) bool) {
 	maps.DeleteFunc(c.denied, func(key string, _ time.Time) bool { return !keep(key) })
 }
 
-// unwrapsOthers reports whether the KMS has unwrapped a seed since a time, and within the last two poll
-// intervals. A ring that only reads may have no seed to unwrap at each poll.
+// unwrapsOthers reports whether the KMS has unwrapped a seed since a time, and within the last two
+// poll intervals. A ring that only reads may have no seed to unwrap at each poll.
 func (c *caller) unwrapsOthers(since time.Time) bool {
 	last := time.Unix(0, c.unwrapped.Load())
 	return last.After(since) && time.Since(last) <= 2*max(c.p.cfg.PollInterval, c.p.cfg.FailingPollInterval)

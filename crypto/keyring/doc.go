@@ -1,11 +1,12 @@
-// Package keyring manages the DEK seeds of KMS providers: it generates them, encrypts values with the current
-// one, unwraps and caches those of stored values, rotates when the KMS names a new key ID, and evicts them when the
-// key may not be used any more.
+// Package keyring manages the DEK seeds of KMS providers: it generates them, encrypts values with
+// the current one, unwraps and caches those of stored values, rotates when the KMS names a new key
+// ID, and evicts them when the key may not be used any more.
 //
-// A [Ring] is one KMS provider, a [Cache] holds the unwrapped seeds of all rings, and a [Sealer] is one rule of the
-// proxy: which ring encrypts, which ones decrypt, and what happens to other values. The stored bytes are those of
-// crypto/envelope; calls, retries and the circuit breaker are those of kmsclient. The package knows nothing of etcd's
-// API, of the configuration or of metrics' names. docs/glossary.md explains the terms.
+// A [Ring] is one KMS provider, a [Cache] holds the unwrapped seeds of all rings, and a [Sealer] is
+// one rule of the proxy: which ring encrypts, which ones decrypt, and what happens to other values.
+// The stored bytes are those of crypto/envelope; calls, retries and the circuit breaker are those
+// of kmsclient. The package knows nothing of etcd's API, of the configuration or of metrics' names.
+// docs/glossary.md explains the terms.
 //
 // # Parts of a ring
 //
@@ -32,9 +33,9 @@
 //	disabled     the key is disabled, or denied for longer     no                       no
 //	gone         the key is deleted or will be                 no                       recovery copies
 //
-// A good health check ends each of them. It calls Status, generates a seed if one is due (key ID, MaxAge, MaxSeals,
-// recovery copies), and has the KMS unwrap the seed in use, since a KMS may answer Status although the key may not be
-// used.
+// A good health check ends each of them. It calls Status, generates a seed if one is due (key ID,
+// MaxAge, MaxSeals, recovery copies), and has the KMS unwrap the seed in use, since a KMS may
+// answer Status although the key may not be used.
 //
 // A seed in the cache (type entry) has these states:
 //
@@ -46,14 +47,17 @@
 //	expired      that is over too                              the KMS unwraps it
 //	evicted      its key was revoked, or the cache is full     the KMS unwraps it
 //
-// A seed that the KMS does not unwrap (type refusal) is refused for 5 seconds, then for longer, without a KMS call.
+// A seed that the KMS does not unwrap (type refusal) is refused for 5 seconds, then for longer,
+// without a KMS call.
 //
-// What the KMS says about the key of a stored value applies to the seeds of that key ID alone, and has the current key
-// checked at once: a stored value can name any key, and must not take the provider down. Each health check also unwraps
-// one cached seed of every other key, so that the revocation of an old key is noticed.
+// What the KMS says about the key of a stored value applies to the seeds of that key ID alone, and
+// has the current key checked at once: a stored value can name any key, and must not take the
+// provider down. Each health check also unwraps one cached seed of every other key, so that the
+// revocation of an old key is noticed.
 //
 // # Memory
 //
-// To evict a seed is to remove every reference to it. Go offers no way to wipe what the runtime and the ciphers may have
-// copied, so that a dump of the process' memory can hold seeds that are no longer in use.
+// To evict a seed is to remove every reference to it. Go offers no way to wipe what the runtime and
+// the ciphers may have copied, so that a dump of the process' memory can hold seeds that are no
+// longer in use.
 package keyring

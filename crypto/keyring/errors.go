@@ -13,19 +13,22 @@ type Kind int
 
 // The kinds.
 const (
-	// Unavailable: the KMS was not reached or its response was wrong. A retry may help; the value is not the reason.
+	// Unavailable: the KMS was not reached or its response was wrong. A retry may help; the value
+	// is not the reason.
 	Unavailable Kind = iota + 1
-	// SeedRefused: the KMS unwraps other seeds, but not that of this value, and does not say why: the value is damaged,
-	// or its key is disabled, gone or of another KMS. Most plugins answer so whatever the reason is. An operator has to
-	// act. If the refusal lasts, [SealerConfig.Passthrough] applies.
+	// SeedRefused: the KMS unwraps other seeds, but not that of this value, and does not say why:
+	// the value is damaged, or its key is disabled, gone or of another KMS. Most plugins answer so
+	// whatever the reason is. An operator has to act. If the refusal lasts,
+	// [SealerConfig.Passthrough] applies.
 	SeedRefused
-	// KeyUnusable: the KMS key is disabled, pending deletion or gone, or the KMS refuses the proxy. An operator has to
-	// act. If the key is gone for good, [SealerConfig.Passthrough] applies.
+	// KeyUnusable: the KMS key is disabled, pending deletion or gone, or the KMS refuses the proxy.
+	// An operator has to act. If the key is gone for good, [SealerConfig.Passthrough] applies.
 	KeyUnusable
-	// Corrupt: the stored value is damaged, truncated, of another etcd key, or of another KMS key. It cannot be decrypted
-	// later either.
+	// Corrupt: the stored value is damaged, truncated, of another etcd key, or of another KMS key.
+	// It cannot be decrypted later either.
 	Corrupt
-	// Plaintext: a stored value is plaintext or of a provider that the rule does not read, and the rule is strict.
+	// Plaintext: a stored value is plaintext or of a provider that the rule does not read, and the
+	// rule is strict.
 	Plaintext
 	// Refused: the value cannot be written under this rule. See [SealerConfig.Write].
 	Refused
@@ -50,25 +53,26 @@ func (k Kind) String() string {
 	return fmt.Sprintf("kind(%d)", int(k))
 }
 
-// Error is a failed Seal or Open. Text may be shown to the client: it names the rule, the provider, the KMS key and
-// request, and the etcd key where that matters, and never holds a value or a seed.
+// Error is a failed Seal or Open. Text may be shown to the client: it names the rule, the provider,
+// the KMS key and request, and the etcd key where that matters, and never holds a value or a seed.
 type Error struct {
 	Kind Kind
 	Text string
 	Err  error // the cause, for errors.Is and errors.As; may be nil
 
-	// lost is the provider of a value that cannot be decrypted later either, although it is not Corrupt: its
-	// key is gone or has refused its seed for long, and there is no recovery copy.
+	// lost is the provider of a value that cannot be decrypted later either, although it is not
+	// Corrupt: its key is gone or has refused its seed for long, and there is no recovery copy.
 	lost *provider
-	// Of a seed with recovery copies, silent says that a KMS which might unwrap one did not answer, and answered that one
-	// did. See [Error.Answered].
+	// Of a seed with recovery copies, silent says that a KMS which might unwrap one did not answer,
+	// and answered that one did. See [Error.Answered].
 	silent, answered bool
-	// seed is Text without the etcd key, as it is true of every value of the same DEK seed. "" if that is Text.
+	// seed is Text without the etcd key, as it is true of every value of the same DEK seed. "" if
+	// that is Text.
 	seed string
 }
 
-// ErrWouldBlock is returned by [Sealer.TrySeal] and [Sealer.TryOpen] when the value needs a KMS call, or has to wait for
-// one.
+// ErrWouldBlock is returned by [Sealer.TrySeal] and [Sealer.TryOpen] when the value needs a KMS
+// call, or has to wait for one.
 var ErrWouldBlock = errors.New("a KMS call is needed")
 
 // errWouldBlock is ErrWouldBlock inside of the package.
@@ -80,9 +84,10 @@ func (e *Error) Error() string { return e.Text }
 // Unwrap returns the cause.
 func (e *Error) Unwrap() error { return e.Err }
 
-// Answered reports whether every KMS that could unwrap the value's DEK seed answered the call with a failure that it did
-// not explain. Many KMS plugins answer so for a damaged or foreign seed, and also while their own KMS is unreachable:
-// [Sealer.Recheck] tells the two apart. It is false for an error with a reason, and while a KMS does not answer.
+// Answered reports whether every KMS that could unwrap the value's DEK seed answered the call with
+// a failure that it did not explain. Many KMS plugins answer so for a damaged or foreign seed, and
+// also while their own KMS is unreachable: [Sealer.Recheck] tells the two apart. It is false for an
+// error with a reason, and while a KMS does not answer.
 func (e *Error) Answered() bool {
 	switch e.Kind {
 	case KeyUnusable, Corrupt, Plaintext, Refused:
@@ -95,7 +100,8 @@ func (e *Error) Answered() bool {
 	return true // of a kind that is about the seed
 }
 
-// OfSeed returns the text without the etcd key, so that it is true of every value of the same DEK seed.
+// OfSeed returns the text without the etcd key, so that it is true of every value of the same DEK
+// seed.
 func (e *Error) OfSeed() string {
 	if e.seed != "" {
 		return e.seed
@@ -103,7 +109,8 @@ func (e *Error) OfSeed() string {
 	return e.Text
 }
 
-// answered reports whether the KMS answered a failed call without a reason, or with a broken contract.
+// answered reports whether the KMS answered a failed call without a reason, or with a broken
+// contract.
 func answered(err error) bool {
 	r := kmsclient.ReasonOf(err)
 	return r == kmsclient.BrokenContract || r.Answered()
@@ -122,8 +129,8 @@ func kindOf(err error) Kind {
 	}
 }
 
-// describe returns a text about a failed KMS call that is safe to show. The text of an error that is not a
-// [kmsclient.Error] could hold a request.
+// describe returns a text about a failed KMS call that is safe to show. The text of an error that
+// is not a [kmsclient.Error] could hold a request.
 func describe(err error) string {
 	e, ok := errors.AsType[*kmsclient.Error](err)
 	if !ok {
@@ -173,8 +180,8 @@ func brokenContract(op, what string) error {
 	return &kmsclient.Error{Op: op, Reason: kmsclient.BrokenContract, Detail: what}
 }
 
-// recoveryError says that no seed was generated because a required recovery provider did not wrap it. It hides
-// the cause from errors.As: what another KMS says does not count for this ring's key.
+// recoveryError says that no seed was generated because a required recovery provider did not wrap
+// it. It hides the cause from errors.As: what another KMS says does not count for this ring's key.
 type recoveryError struct {
 	provider string
 	cause    error

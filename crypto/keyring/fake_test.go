@@ -25,8 +25,8 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// fakeKMS is a KMS that keeps the contract and has its callers keep it: a wrong use fails the test. Its key IDs are versions of one key, and
-// each has a secret of its own.
+// fakeKMS is a KMS that keeps the contract and has its callers keep it: a wrong use fails the test.
+// Its key IDs are versions of one key, and each has a secret of its own.
 type fakeKMS struct {
 	t    *testing.T
 	name string
@@ -86,7 +86,8 @@ func kmsError(op string, reason kmsclient.Reason) error {
 	return &kmsclient.Error{Op: op, Reason: reason, Code: "Code." + reason.String(), RequestID: "req-7", KeyID: "key-1"}
 }
 
-// ofContact marks the context of a ring's contacts, so that their Decrypt is counted as "Probe", apart from that of values.
+// ofContact marks the context of a ring's contacts, so that their Decrypt is counted as "Probe",
+// apart from that of values.
 type ofContact struct{}
 
 // begin counts a call, waits as the fake was told to, and answers the fault that was set for it.
@@ -224,7 +225,8 @@ func (g *keyMaker) GenerateDataKey(ctx context.Context, uid string) (*kmsclient.
 	return k, nil
 }
 
-// put stores a value of any type in the format, sealed under a secret of the test, by way of the KMS. It is the foreign writer.
+// put stores a value of any type in the format, sealed under a secret of the test, by way of the
+// KMS. It is the foreign writer.
 func (k *fakeKMS) header(secret []byte, typ envelope.Type) envelope.Header {
 	a := k.wrap(append([]byte(nil), secret...))
 	return envelope.Header{Type: typ, KeyID: a.KeyID, Source: a.Ciphertext, Annotations: a.Annotations}

@@ -14,8 +14,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
-// generator generates the DEK seeds that values are encrypted with, and verifies that the KMS unwraps them.
-// Only the goroutine of the health checks uses it.
+// generator generates the DEK seeds that values are encrypted with, and verifies that the KMS
+// unwraps them. Only the goroutine of the health checks uses it.
 type generator struct {
 	ring   *Ring
 	p      *provider
@@ -46,8 +46,8 @@ type writer struct {
 	seals     atomic.Uint64
 }
 
-// use returns the seed to encrypt with from now on, which the KMS has just unwrapped. It generates one if that is
-// due. It returns nil for a ring that only reads; there it verifies a cached seed.
+// use returns the seed to encrypt with from now on, which the KMS has just unwrapped. It generates
+// one if that is due. It returns nil for a ring that only reads; there it verifies a cached seed.
 func (g *generator) use(ctx context.Context, keyID string) (*writer, error) {
 	if !g.due(ctx, keyID) {
 		w := g.p.state.Load().writer
@@ -58,7 +58,8 @@ func (g *generator) use(ctx context.Context, keyID string) (*writer, error) {
 		if err == nil || kmsclient.ClassOf(err) != kmsclient.ClassInvalid && !errors.Is(err, errOtherSecret) {
 			return w, err
 		}
-		// Values must not be encrypted with a seed that the KMS does not unwrap. Those that wait get the next one.
+		// Values must not be encrypted with a seed that the KMS does not unwrap. Those that wait
+		// get the next one.
 		g.p.update(func(st *state) { st.writer = nil })
 		g.p.cfg.Logger.Error("the KMS does not unwrap the DEK seed in use; another one is generated", "provider", g.p.cfg.Provider, "keyID", w.keyID, "reason", describe(err))
 	}
@@ -85,9 +86,9 @@ func (g *generator) due(ctx context.Context, keyID string) bool {
 	return age >= g.p.cfg.MaxAge || w.seals.Load() >= g.p.cfg.MaxSeals || g.copier.due(ctx, w)
 }
 
-// generate generates a seed with one KMS call, and verifies it with a second one. The key ID in the KMS' response is
-// the one in the values. If Status names another one, the KMS is being rotated, or its key IDs never agree: then the
-// next seed is generated after a pause that gets longer.
+// generate generates a seed with one KMS call, and verifies it with a second one. The key ID in the
+// KMS' response is the one in the values. If Status names another one, the KMS is being rotated, or
+// its key IDs never agree: then the next seed is generated after a pause that gets longer.
 func (g *generator) generate(ctx context.Context, statusID string) (*writer, error) {
 	w := &writer{statusID: statusID, recovery: g.copier.set.Load()}
 	if err := w.recovery.mayGenerate(); err != nil {
@@ -164,7 +165,8 @@ func (g *generator) verify(ctx context.Context, w *writer) error {
 	return nil
 }
 
-// verifySample has the KMS unwrap a cached seed of the current key, or the last one that was cached.
+// verifySample has the KMS unwrap a cached seed of the current key, or the last one that was
+// cached.
 func (g *generator) verifySample(ctx context.Context, keyID string) error {
 	for _, e := range g.p.cfg.Cache.lru.Values() {
 		if e.by == g.ring && e.header != nil && g.p.keyOf(e.byKeyID) == g.p.keyOf(keyID) {

@@ -110,7 +110,8 @@ func TestMintOnAgeAndOnCount(t *testing.T) {
 	})
 }
 
-// TestMintThatIsLost: the KMS did the work and the answer was lost. A second seed is minted; nothing is sealed under the first.
+// TestMintThatIsLost: the KMS did the work and the answer was lost. A second seed is minted;
+// nothing is sealed under the first.
 func TestMintThatIsLost(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		kms := newKMS(t, "ack")

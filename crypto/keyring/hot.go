@@ -6,9 +6,9 @@ import (
 	"sync/atomic"
 )
 
-// hotTable finds the seeds of recent values without a lock and without decoding: by the bytes after a
-// value's data, which all values of one seed share. Its few slots are overwritten without order; what is not
-// found here is looked up in the [Cache].
+// hotTable finds the seeds of recent values without a lock and without decoding: by the bytes after
+// a value's data, which all values of one seed share. Its few slots are overwritten without order;
+// what is not found here is looked up in the [Cache].
 type hotTable struct {
 	seed  maphash.Seed
 	slots [64]atomic.Pointer[hotSlot]

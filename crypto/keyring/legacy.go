@@ -8,14 +8,15 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 )
 
-// LegacyReader decrypts the values of a format that is read and never written, with keys that it has. It is safe for
-// concurrent use.
+// LegacyReader decrypts the values of a format that is read and never written, with keys that it
+// has. It is safe for concurrent use.
 type LegacyReader interface {
-	// Marker returns what the values begin with: [envelope.Root] and a format that is not a KMS provider's.
+	// Marker returns what the values begin with: [envelope.Root] and a format that is not a KMS
+	// provider's.
 	Marker() string
-	// Open returns the plaintext of stored as new bytes and leaves stored as it is. It retains neither argument. known
-	// is false if the value is not damaged, but of a key that the reader does not have; the error then says which. Its
-	// text may be shown to the client.
+	// Open returns the plaintext of stored as new bytes and leaves stored as it is. It retains
+	// neither argument. known is false if the value is not damaged, but of a key that the reader
+	// does not have; the error then says which. Its text may be shown to the client.
 	Open(key, stored []byte) (plaintext []byte, known bool, err error)
 }
 
@@ -31,8 +32,9 @@ func (s *Sealer) addLegacy() error {
 	return nil
 }
 
-// openLegacy returns the plaintext of stored if it begins with the marker of one of the readers; ok is false if it does
-// not. A missing key is the error only if every reader lacks it: otherwise the value is damaged.
+// openLegacy returns the plaintext of stored if it begins with the marker of one of the readers; ok
+// is false if it does not. A missing key is the error only if every reader lacks it: otherwise the
+// value is damaged.
 func (s *Sealer) openLegacy(key, stored []byte) (plaintext []byte, err *Error, ok bool) {
 	for i, r := range s.cfg.Legacy {
 		if !bytes.HasPrefix(stored, s.legacy[i]) {
@@ -53,7 +55,8 @@ func (s *Sealer) openLegacy(key, stored []byte) (plaintext []byte, err *Error, o
 	return nil, err, err != nil
 }
 
-// endsWithinMarker reports whether stored is a part of a marker: what is left of a truncated encrypted value.
+// endsWithinMarker reports whether stored is a part of a marker: what is left of a truncated
+// encrypted value.
 func (s *Sealer) endsWithinMarker(stored []byte) bool {
 	for _, m := range s.markers {
 		if bytes.HasPrefix(m, stored) {

@@ -56,7 +56,8 @@ func (v *legacyValue) reader(t *testing.T, name string, secret []byte, source st
 	return r
 }
 
-// TestLegacyReaders: what the readers of a rule open is OK for Open, whatever the rule's policy, and stale for Inspect, which leaves it as it is.
+// TestLegacyReaders: what the readers of a rule open is OK for Open, whatever the rule's policy,
+// and stale for Inspect, which leaves it as it is.
 func TestLegacyReaders(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newRing(t, newKMS(t, "ack"), nil).start(t)
@@ -121,8 +122,9 @@ func TestLegacyReaders(t *testing.T) {
 	})
 }
 
-// TestLegacyOneAnswer: whatever is wrong with a value of a known key, the client reads the same text and the metrics count the same outcome: what differed would tell
-// who can write to etcd how far a forged value came.
+// TestLegacyOneAnswer: whatever is wrong with a value of a known key, the client reads the same
+// text and the metrics count the same outcome: what differed would tell who can write to etcd how
+// far a forged value came.
 func TestLegacyOneAnswer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newRing(t, newKMS(t, "ack"), nil).start(t)
@@ -161,8 +163,8 @@ func TestLegacyOneAnswer(t *testing.T) {
 	})
 }
 
-// TestLegacyWritingPlaintext: a rule that switches encryption off reads the values, takes them for stale, and does not let clients write what would be read
-// as one.
+// TestLegacyWritingPlaintext: a rule that switches encryption off reads the values, takes them for
+// stale, and does not let clients write what would be read as one.
 func TestLegacyWritingPlaintext(t *testing.T) {
 	for _, v := range legacyValues(t) {
 		s, err := NewSealer(SealerConfig{Prefix: "/r/", AllowPlaintextReads: true, Legacy: []LegacyReader{v.reader(t, "key1", v.Secret, "")}})

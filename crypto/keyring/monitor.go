@@ -9,8 +9,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
-// monitor makes the health checks of a ring's key. A check finds rotations, outages and revocations, and
-// publishes the new state in one step.
+// monitor makes the health checks of a ring's key. A check finds rotations, outages and
+// revocations, and publishes the new state in one step.
 type monitor struct {
 	ring      *Ring
 	p         *provider
@@ -29,7 +29,8 @@ type monitor struct {
 	probePauses map[string]*probePause // keys whose probes were refused for no reason
 }
 
-// pause returns the time until the next health check. Jitter only shortens it, so that RevokeWithin holds.
+// pause returns the time until the next health check. Jitter only shortens it, so that RevokeWithin
+// holds.
 func (m *monitor) pause() time.Duration {
 	st := m.p.state.Load()
 	d := min(m.p.cfg.FailingPollInterval, m.p.cfg.RevokeWithin)
@@ -48,9 +49,9 @@ func (m *monitor) pause() time.Duration {
 	return d
 }
 
-// check is one health check: it calls Status, generates a seed if one is due, and verifies the seed in use, since
-// Status may succeed although the key may not be used. The result is published in one step. While health checks
-// fail, each operation is tried once in each.
+// check is one health check: it calls Status, generates a seed if one is due, and verifies the seed
+// in use, since Status may succeed although the key may not be used. The result is published in one
+// step. While health checks fail, each operation is tried once in each.
 func (m *monitor) check(ctx context.Context) {
 	m.p.update(func(st *state) {
 		if st.pending == nil {
@@ -85,10 +86,10 @@ func (m *monitor) check(ctx context.Context) {
 	}
 }
 
-// checkUnhealthy ends a health check whose Status failed. It does not probe other keys: some plugins report that
-// they are unhealthy for a while after any failed call, so that probes of a refused key would keep them unhealthy.
-// For the same reason it tries the key in use from time to time: if that works, values are encrypted and
-// decrypted.
+// checkUnhealthy ends a health check whose Status failed. It does not probe other keys: some
+// plugins report that they are unhealthy for a while after any failed call, so that probes of a
+// refused key would keep them unhealthy. For the same reason it tries the key in use from time to
+// time: if that works, values are encrypted and decrypted.
 func (m *monitor) checkUnhealthy(ctx context.Context, status error) {
 	if refuses(status) {
 		m.noteBad(ctx, "", status)
@@ -126,8 +127,8 @@ func (m *monitor) checkUnhealthy(ctx context.Context, status error) {
 	}
 }
 
-// useSettled uses the key, and returns the key ID that counts and the seed to encrypt with. A key ID that Status goes
-// back to counts as soon as the one in use does not work any more.
+// useSettled uses the key, and returns the key ID that counts and the seed to encrypt with. A key
+// ID that Status goes back to counts as soon as the one in use does not work any more.
 func (m *monitor) useSettled(ctx context.Context, said string) (string, *writer, error) {
 	keyID := m.settle(said)
 	w, err := m.generator.use(ctx, keyID)
@@ -151,8 +152,8 @@ func (m *monitor) useDue() bool {
 	return !m.deniedSince.IsZero() || time.Since(m.generator.used) >= pause
 }
 
-// statusKeyID returns the key ID from Status. It calls Status twice for a first or new key ID: some plugins name the
-// key's version only after a call.
+// statusKeyID returns the key ID from Status. It calls Status twice for a first or new key ID: some
+// plugins name the key's version only after a call.
 func (m *monitor) statusKeyID(ctx context.Context) (string, error) {
 	status, err := m.calls.status(ctx)
 	if err != nil {
@@ -198,7 +199,8 @@ func (m *monitor) logBad(was *state, err error) {
 	}
 }
 
-// noteBad records a failed health check, and revokes the key if the KMS says so. keyID is from Status, or "".
+// noteBad records a failed health check, and revokes the key if the KMS says so. keyID is from
+// Status, or "".
 func (m *monitor) noteBad(ctx context.Context, keyID string, err error) {
 	if ctx.Err() != nil {
 		return // canceled here, which says nothing about the KMS

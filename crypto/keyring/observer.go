@@ -31,8 +31,8 @@ const (
 	EventBad       Event = "bad"       // the first failed health check, at the start or after a good one
 )
 
-// Observer counts and logs what happens. Its methods are called on the data path, concurrently: they must be quick and
-// must not block.
+// Observer counts and logs what happens. Its methods are called on the data path, concurrently:
+// they must be quick and must not block.
 type Observer interface {
 	// Sealed is called for each value that is written under the rule of this prefix.
 	Sealed(rule string, outcome Outcome)
@@ -40,11 +40,12 @@ type Observer interface {
 	Opened(rule string, outcome Outcome)
 	// Seed is called for each event of a provider's seeds.
 	Seed(provider string, event Event)
-	// Recovered is called for each value of a provider that was decrypted with a seed from a recovery copy, in addition
-	// to Opened.
+	// Recovered is called for each value of a provider that was decrypted with a seed from a
+	// recovery copy, in addition to Opened.
 	Recovered(provider, by string)
-	// CopyUnwrapped is called once for each seed of a provider that the KMS of by unwrapped from its recovery copy, under
-	// keyID, before a value is decrypted with it. why is how the provider's own KMS failed; it is safe to show.
+	// CopyUnwrapped is called once for each seed of a provider that the KMS of by unwrapped from
+	// its recovery copy, under keyID, before a value is decrypted with it. why is how the
+	// provider's own KMS failed; it is safe to show.
 	CopyUnwrapped(provider, by, keyID, why string)
 }
 

@@ -12,8 +12,8 @@ import (
 // maxProbes is how many keys one health check probes.
 const maxProbes = 32
 
-// probePause is when a key is probed again that the KMS refuses without a reason. Its seeds stay cached, so that
-// frequent probes are of no use.
+// probePause is when a key is probed again that the KMS refuses without a reason. Its seeds stay
+// cached, so that frequent probes are of no use.
 type probePause struct {
 	wait time.Duration
 	next time.Time
@@ -22,9 +22,9 @@ type probePause struct {
 // maxProbeWait is the longest of these pauses.
 const maxProbeWait = 30 * time.Minute
 
-// probe unwraps one cached seed of each key but checked, which the health check has used, so that the revocation of
-// an old key is noticed although its seeds are cached. It does so at most once in a poll interval, for maxProbes
-// keys; the next round goes on with the others.
+// probe unwraps one cached seed of each key but checked, which the health check has used, so that
+// the revocation of an old key is noticed although its seeds are cached. It does so at most once in
+// a poll interval, for maxProbes keys; the next round goes on with the others.
 func (m *monitor) probe(ctx context.Context, checked string) {
 	interval := min(m.p.cfg.PollInterval, m.p.cfg.RevokeWithin)
 	if time.Since(m.probedAt) < interval-interval/10-1 { // as pause has it
@@ -37,7 +37,8 @@ func (m *monitor) probe(ctx context.Context, checked string) {
 			samples[key] = e
 		}
 	}
-	// A denied key without a cached seed has nothing to revoke, and stored values can name any number of them.
+	// A denied key without a cached seed has nothing to revoke, and stored values can name any
+	// number of them.
 	m.calls.keepDenials(func(key string) bool { return samples[key] != nil })
 	maps.DeleteFunc(m.probePauses, func(key string, _ *probePause) bool { return samples[key] == nil })
 	keys := slices.Sorted(maps.Keys(samples))
@@ -57,8 +58,8 @@ func (m *monitor) probe(ctx context.Context, checked string) {
 	}
 }
 
-// probeKey unwraps a key's cached seed again, and evicts all seeds of the key if the KMS refuses it. It returns false if
-// the KMS does not answer.
+// probeKey unwraps a key's cached seed again, and evicts all seeds of the key if the KMS refuses
+// it. It returns false if the KMS does not answer.
 func (m *monitor) probeKey(ctx context.Context, key string, e *entry) bool {
 	_, err := m.calls.unwrap(kmsclient.Expect(kmsclient.OneAttempt(ctx), e.sum), e.header)
 	if err == nil {

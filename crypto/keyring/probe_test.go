@@ -15,7 +15,8 @@ func versions(c *RingConfig, _ *CacheConfig) {
 	c.KeyOf = func(id string) string { key, _, _ := strings.Cut(id, "/"); return key }
 }
 
-// TestIdleCalls: a poll asks for the status and unwraps one seed of each key, however many versions of it are in the cache, with the default intervals.
+// TestIdleCalls: a poll asks for the status and unwraps one seed of each key, however many versions
+// of it are in the cache, with the default intervals.
 func TestIdleCalls(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		kms := newKMS(t, "ack")
@@ -45,7 +46,8 @@ func TestIdleCalls(t *testing.T) {
 	})
 }
 
-// TestOldKeyOfManyIsRevoked: every key ID in the cache has its turn, though there are more than one poll asks about.
+// TestOldKeyOfManyIsRevoked: every key ID in the cache has its turn, though there are more than one
+// poll asks about.
 func TestOldKeyOfManyIsRevoked(t *testing.T) {
 	for _, which := range []int{0, 1, maxProbes - 1, maxProbes, 2*maxProbes + 2} {
 		for _, reason := range []kmsclient.Reason{kmsclient.KeyDisabled, kmsclient.Denied} {
@@ -165,7 +167,8 @@ func TestRefusalBesideAnotherFault(t *testing.T) {
 	}
 }
 
-// TestAliasLeadsNowhere: it ends sealing. What the key itself unwraps is opened, cached or not, until the key itself may not be used.
+// TestAliasLeadsNowhere: it ends sealing. What the key itself unwraps is opened, cached or not,
+// until the key itself may not be used.
 func TestAliasLeadsNowhere(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		nowhere := &kmsclient.Error{Op: "Status", Reason: kmsclient.AliasNotFound, Code: "Forbidden.AliasNotFound"}

@@ -27,7 +27,8 @@ type provider struct {
 	revoked uint64     // how often the key was revoked; an unwrap that spans a revocation is void
 }
 
-// state is what decides whether values are encrypted and decrypted. A published state does not change.
+// state is what decides whether values are encrypted and decrypted. A published state does not
+// change.
 type state struct {
 	writer   *writer       // nil: no seed to encrypt with
 	keyID    string        // from the last good Status; "" before
@@ -39,8 +40,8 @@ type state struct {
 	pending  chan struct{} // not nil while a health check runs, closed when it ends
 }
 
-// kmsError returns why the last health check failed, but for a missing recovery copy: two rings that copy
-// each other's seeds would otherwise wait for each other.
+// kmsError returns why the last health check failed, but for a missing recovery copy: two rings
+// that copy each other's seeds would otherwise wait for each other.
 func (st *state) kmsError() error {
 	if _, ok := errors.AsType[*recoveryError](st.err); ok {
 		return nil
@@ -72,7 +73,8 @@ func (p *provider) endCheck(change func(*state)) {
 // wake has the next health check made at once.
 func (p *provider) wake() { p.poller.Wake() }
 
-// suspect has the key checked at once, but not for every stored value that the KMS refuses to unwrap.
+// suspect has the key checked at once, but not for every stored value that the KMS refuses to
+// unwrap.
 func (p *provider) suspect() {
 	now := time.Now().UnixNano()
 	if last := p.suspected.Load(); now-last >= int64(p.cfg.FailingPollInterval) && p.suspected.CompareAndSwap(last, now) {
@@ -80,8 +82,8 @@ func (p *provider) suspect() {
 	}
 }
 
-// works reports whether the last use of the KMS key in use succeeded. If so, a refusal is about the seed
-// that was refused, and is no outage.
+// works reports whether the last use of the KMS key in use succeeded. If so, a refusal is about the
+// seed that was refused, and is no outage.
 func (p *provider) works() bool { return p.state.Load().works }
 
 // isDisabled reports whether the key is revoked by somebody's will, and not because it is gone.
@@ -121,11 +123,12 @@ func (p *provider) errorf(kind Kind, cause error, format string, args ...any) *E
 	return &Error{Kind: kind, Text: text + ": " + fmt.Sprintf(format, args...), Err: cause}
 }
 
-// lostNotice is how often the log says that values are returned as stored because their key is gone.
+// lostNotice is how often the log says that values are returned as stored because their key is
+// gone.
 const lostNotice = time.Hour
 
-// markLost marks a value's error if the KMS said that it does not have the value's own key. What the KMS says
-// of the configured key counts only if the value has the same key.
+// markLost marks a value's error if the KMS said that it does not have the value's own key. What
+// the KMS says of the configured key counts only if the value has the same key.
 func (p *provider) markLost(err *Error, h *envelope.Header, cause error) *Error {
 	if e, ok := errors.AsType[*kmsclient.Error](cause); ok && kmsclient.ReasonOf(cause) == kmsclient.KeyNotFound && p.keyOf(e.KeyID) == p.keyOf(h.KeyID) {
 		err.lost = p
@@ -138,8 +141,8 @@ func notLost(err *Error) *Error {
 	return &Error{Kind: err.Kind, Text: err.Text, Err: err.Err, silent: err.silent, answered: err.answered}
 }
 
-// noteLost logs as an error that a value was returned as stored, because its key is gone or its seed has been
-// refused for long.
+// noteLost logs as an error that a value was returned as stored, because its key is gone or its
+// seed has been refused for long.
 func (p *provider) noteLost(err *Error) {
 	now := time.Now()
 	last := p.lostLogged.Load()

@@ -131,7 +131,8 @@ func TestBurstOnALostKey(t *testing.T) {
 	})
 }
 
-// TestRulesDoNotShareCopies: a rule that does not name the copy's provider gains nothing by the other one that does.
+// TestRulesDoNotShareCopies: a rule that does not name the copy's provider gains nothing by the
+// other one that does.
 func TestRulesDoNotShareCopies(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ack, dr := newKMS(t, "ack"), newKMS(t, "dr")
@@ -178,8 +179,8 @@ func TestRecoveryKeyIsRevoked(t *testing.T) {
 	})
 }
 
-// TestDamagedCopies: every byte of the copy changed, and cut short anywhere. The provider's own key does not care; without it there is an error, or
-// the value.
+// TestDamagedCopies: every byte of the copy changed, and cut short anywhere. The provider's own key
+// does not care; without it there is an error, or the value.
 func TestDamagedCopies(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ack, dr := newKMS(t, "ack"), newKMS(t, "dr")
@@ -220,7 +221,8 @@ func TestDamagedCopies(t *testing.T) {
 	})
 }
 
-// TestRevokedWhileACopyIsUnwrapped: what comes by a key that has been refused in the meantime is not used, whichever key it is.
+// TestRevokedWhileACopyIsUnwrapped: what comes by a key that has been refused in the meantime is
+// not used, whichever key it is.
 func TestRevokedWhileACopyIsUnwrapped(t *testing.T) {
 	for _, which := range []string{"ack", "dr"} {
 		synctest.Test(t, func(t *testing.T) {
@@ -249,7 +251,8 @@ func TestRevokedWhileACopyIsUnwrapped(t *testing.T) {
 	}
 }
 
-// TestRevokedWhileTheKMSIsAsked: the key is disabled while its KMS fails to unwrap. The copies are not even tried.
+// TestRevokedWhileTheKMSIsAsked: the key is disabled while its KMS fails to unwrap. The copies are
+// not even tried.
 func TestRevokedWhileTheKMSIsAsked(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ack, dr := newKMS(t, "ack"), newKMS(t, "dr")

@@ -24,7 +24,8 @@ func TestSeedsAreCopied(t *testing.T) {
 			t.Fatalf("%+v, %v", h, err)
 		}
 		s.ack.mustOpen(t, "k", stored, "v")
-		// A proxy that knows nothing of recovery reads it with the provider's own key, and so does one that knows all.
+		// A proxy that knows nothing of recovery reads it with the provider's own key, and so does
+		// one that knows all.
 		for _, g := range []*rig{newRing(t, ack, nil).start(t), newSite(t, ack, dr, false, nil).start(t).ack} {
 			g.mustOpen(t, "k", stored, "v")
 		}
@@ -40,7 +41,8 @@ func TestSeedsAreCopied(t *testing.T) {
 	})
 }
 
-// TestPrimaryIsGoneForGood is the whole life: the key is lost, everything reads by the copies, and the rule moves to a new provider.
+// TestPrimaryIsGoneForGood is the whole life: the key is lost, everything reads by the copies, and
+// the rule moves to a new provider.
 func TestPrimaryIsGoneForGood(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ack, dr := newKMS(t, "ack"), newKMS(t, "dr")
@@ -144,7 +146,8 @@ func TestOneVersionIsGone(t *testing.T) {
 	})
 }
 
-// TestRefusalIsNotRecovered: who disables a key, or takes the permission away, ends its use, copies or not.
+// TestRefusalIsNotRecovered: who disables a key, or takes the permission away, ends its use, copies
+// or not.
 func TestRefusalIsNotRecovered(t *testing.T) {
 	for reason, within := range map[kmsclient.Reason]time.Duration{kmsclient.KeyDisabled: time.Minute, kmsclient.Denied: 3 * time.Minute} {
 		t.Run(reason.String(), func(t *testing.T) {
@@ -166,7 +169,8 @@ func TestRefusalIsNotRecovered(t *testing.T) {
 				if dr.count("Decrypt") != 0 {
 					t.Error("a copy was unwrapped")
 				}
-				// A key that is gone and then there again, but disabled: what the copies gave goes too.
+				// A key that is gone and then there again, but disabled: what the copies gave goes
+				// too.
 				ack.set(func() { ack.down = goneError("Status") })
 				time.Sleep(time.Minute)
 				s.ack.mustOpen(t, "k", stored, "v")
@@ -193,7 +197,8 @@ func TestRefusalIsNotRecovered(t *testing.T) {
 	}
 }
 
-// TestHasteDecidesNothing: whoever does not wait is told so where a copy might still open the value, and not that it is lost; a rule that hands lost values on does not do it then.
+// TestHasteDecidesNothing: whoever does not wait is told so where a copy might still open the
+// value, and not that it is lost; a rule that hands lost values on does not do it then.
 func TestHasteDecidesNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ack, dr := newKMS(t, "ack"), newKMS(t, "dr")

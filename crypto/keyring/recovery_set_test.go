@@ -10,8 +10,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
-// TestRequiredByReload: from the moment that copies are required nothing is sealed under the seed from before, which has none. What is written
-// meanwhile waits for the next seed.
+// TestRequiredByReload: from the moment that copies are required nothing is sealed under the seed
+// from before, which has none. What is written meanwhile waits for the next seed.
 func TestRequiredByReload(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ack, dr := newKMS(t, "ack"), newKMS(t, "dr")

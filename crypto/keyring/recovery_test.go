@@ -10,7 +10,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
-// TestRecoveryProviderDoesNotWrap and need not: values are sealed without its copy, which is said, until it is back.
+// TestRecoveryProviderDoesNotWrap and need not: values are sealed without its copy, which is said,
+// until it is back.
 func TestRecoveryProviderDoesNotWrap(t *testing.T) {
 	for name, fault := range map[string]func(*fakeKMS){
 		"down":     func(k *fakeKMS) { k.down = kmsError("Status", kmsclient.Unreachable) },
@@ -101,7 +102,8 @@ func TestRecoveryRequired(t *testing.T) {
 		dr.set(func() { dr.opErr = map[string]error{} })
 		time.Sleep(10 * time.Second)
 		stored := s.ack.mustSeal(t, "k", "v")
-		// The next seed is due, and dr is down: ack is not asked for seeds in vain, and the old one is used up to its limit.
+		// The next seed is due, and dr is down: ack is not asked for seeds in vain, and the old one
+		// is used up to its limit.
 		time.Sleep(23 * time.Hour)
 		dr.set(func() { dr.down = kmsError("Status", kmsclient.Unreachable) })
 		time.Sleep(time.Minute)
@@ -151,7 +153,8 @@ func TestTwoRingsCopyEachOther(t *testing.T) {
 	})
 }
 
-// TestRecoveryKeyIsRotated: the next seed is copied under its new key, and values under the old one are stale.
+// TestRecoveryKeyIsRotated: the next seed is copied under its new key, and values under the old one
+// are stale.
 func TestRecoveryKeyIsRotated(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ack, dr := newKMS(t, "ack"), newKMS(t, "dr")

@@ -11,8 +11,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
-// refusals remembers the DEK seeds that the KMS refuses to unwrap, so that it is not called for each read
-// of such a value.
+// refusals remembers the DEK seeds that the KMS refuses to unwrap, so that it is not called for
+// each read of such a value.
 type refusals struct {
 	p     *provider
 	calls *caller
@@ -30,20 +30,21 @@ type refusal struct {
 const (
 	// maxRefusals is how many refusals a ring remembers, about 1 KiB each.
 	maxRefusals = 4096
-	// lastingRefusal is how long the KMS must have refused a seed, while it unwrapped others, for the value to
-	// count as one that cannot be decrypted later either.
+	// lastingRefusal is how long the KMS must have refused a seed, while it unwrapped others, for
+	// the value to count as one that cannot be decrypted later either.
 	lastingRefusal = 5 * time.Minute
-	// silentCalls is how many calls in a row for one seed must time out, while other calls succeed, for that
-	// to be about the seed: a plugin may retry a refused seed until the deadline of the call.
+	// silentCalls is how many calls in a row for one seed must time out, while other calls succeed,
+	// for that to be about the seed: a plugin may retry a refused seed until the deadline of the
+	// call.
 	silentCalls = 3
 )
 
-// note remembers a failed call for a seed, and returns what is remembered. The pause before the next call
-// begins with half of FailingPollInterval and is doubled with each answer, up to PollInterval: with the
-// defaults 5, 10, 20, 40 and then 60 seconds. However often clients read such a value, the KMS is called for it
-// five times in the first minute at most, with the second attempt of the first call, and once in each later
-// minute. Calls that time out are limited by the KMS client's circuit breaker, until enough of them count as
-// being about the seed.
+// note remembers a failed call for a seed, and returns what is remembered. The pause before the
+// next call begins with half of FailingPollInterval and is doubled with each answer, up to
+// PollInterval: with the defaults 5, 10, 20, 40 and then 60 seconds. However often clients read
+// such a value, the KMS is called for it five times in the first minute at most, with the second
+// attempt of the first call, and once in each later minute. Calls that time out are limited by the
+// KMS client's circuit breaker, until enough of them count as being about the seed.
 func (rf *refusals) note(d digest, cause error) *refusal {
 	now := time.Now()
 	next := &refusal{cause: cause, since: now}
@@ -89,8 +90,8 @@ func (rf *refusals) forget(d digest) { rf.lru.Remove(d) }
 // clear forgets all refusals: an outage may have caused them.
 func (rf *refusals) clear() { rf.lru.Purge() }
 
-// failure returns what a refusal means for the values of a seed now. what is "seed", or "copy" for a recovery
-// copy.
+// failure returns what a refusal means for the values of a seed now. what is "seed", or "copy" for
+// a recovery copy.
 func (rf *refusals) failure(what string, h *envelope.Header, last *refusal) *Error {
 	if own, ok := errors.AsType[*offlineError](last.cause); ok {
 		// Not a permanent failure: an operator may have the identity that decrypts it.

@@ -66,7 +66,8 @@ func TestUnusableKeyRevokesWithinTheInterval(t *testing.T) {
 	})
 }
 
-// whenBad is an Observer that does something as soon as a contact is said to have been bad, after which everybody sees it.
+// whenBad is an Observer that does something as soon as a contact is said to have been bad, after
+// which everybody sees it.
 type whenBad struct {
 	*events
 	do func()
@@ -79,7 +80,8 @@ func (w *whenBad) Seed(provider string, event Event) {
 	}
 }
 
-// TestNothingOpensOnceRevoked: from when a ring is said to be revoked its seeds are gone, and not a moment later, also where the key is.
+// TestNothingOpensOnceRevoked: from when a ring is said to be revoked its seeds are gone, and not a
+// moment later, also where the key is.
 func TestNothingOpensOnceRevoked(t *testing.T) {
 	for name, cause := range map[string]error{"disabled": kmsError("Status", kmsclient.KeyDisabled), "gone": goneError("Status")} {
 		synctest.Test(t, func(t *testing.T) {
@@ -155,7 +157,8 @@ func TestDenialAtStart(t *testing.T) {
 	})
 }
 
-// TestStatusSaysNothingOfTheKey: Status is answered as ever, and what the key is for is refused: reads and writes end as if Status had said so.
+// TestStatusSaysNothingOfTheKey: Status is answered as ever, and what the key is for is refused:
+// reads and writes end as if Status had said so.
 func TestStatusSaysNothingOfTheKey(t *testing.T) {
 	for _, reason := range []kmsclient.Reason{kmsclient.KeyDisabled, kmsclient.Denied} {
 		for name, ops := range map[string][]string{"all": {"Encrypt", "Decrypt"}, "Decrypt alone": {"Decrypt"}} {
@@ -206,7 +209,8 @@ func TestStatusSaysNothingOfTheKey(t *testing.T) {
 	}
 }
 
-// TestNothingIsSealedThatDoesNotOpen: the KMS wraps, and does not unwrap or not to the same. So it was from the start, or it begins at the next seed.
+// TestNothingIsSealedThatDoesNotOpen: the KMS wraps, and does not unwrap or not to the same. So it
+// was from the start, or it begins at the next seed.
 func TestNothingIsSealedThatDoesNotOpen(t *testing.T) {
 	for name, c := range map[string]struct {
 		fault func(*fakeKMS)
@@ -266,8 +270,8 @@ func TestNothingIsSealedThatDoesNotOpen(t *testing.T) {
 	})
 }
 
-// TestStoredValuesCannotRevoke: who can write to etcd can name any key there; that must neither take the provider down nor make it
-// call the KMS without end.
+// TestStoredValuesCannotRevoke: who can write to etcd can name any key there; that must neither
+// take the provider down nor make it call the KMS without end.
 func TestStoredValuesCannotRevoke(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		kms := newKMS(t, "ack")
@@ -297,7 +301,8 @@ func TestStoredValuesCannotRevoke(t *testing.T) {
 	})
 }
 
-// TestOldKeyIsRevoked: the current key is fine, the one before is disabled. Its cached seeds go, and nothing else.
+// TestOldKeyIsRevoked: the current key is fine, the one before is disabled. Its cached seeds go,
+// and nothing else.
 func TestOldKeyIsRevoked(t *testing.T) {
 	for _, reason := range []kmsclient.Reason{kmsclient.KeyDisabled, kmsclient.Denied} {
 		t.Run(fmt.Sprint(reason), func(t *testing.T) {
@@ -328,7 +333,8 @@ func TestOldKeyIsRevoked(t *testing.T) {
 	}
 }
 
-// TestUnwrapDuringRevocation: an answer from before the revocation does not bring a seed into the cache after it.
+// TestUnwrapDuringRevocation: an answer from before the revocation does not bring a seed into the
+// cache after it.
 func TestUnwrapDuringRevocation(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		kms := newKMS(t, "ack")

@@ -18,37 +18,39 @@ import (
 type RingConfig struct {
 	// Provider names the ring in every stored value. Not empty, no colon.
 	Provider string
-	// KMS wraps and unwraps DEK seeds. If it is a [kmsclient.DataKeyGenerator] as well, it generates them; otherwise
-	// the ring generates them and has them wrapped by Encrypt.
+	// KMS wraps and unwraps DEK seeds. If it is a [kmsclient.DataKeyGenerator] as well, it
+	// generates them; otherwise the ring generates them and has them wrapped by Encrypt.
 	KMS kmsclient.Service
-	// Offline makes the ring one that wraps recovery copies with public keys, and does nothing else. KMS is nil then.
+	// Offline makes the ring one that wraps recovery copies with public keys, and does nothing
+	// else. KMS is nil then.
 	Offline OfflineKey
 	// Cache holds the unwrapped seeds. Rings may share it.
 	Cache *Cache
-	// KeyOf returns the name of the key of which a key ID names a version, see [kmsclient.KeyIDParser]. nil: each key
-	// ID is a key of its own.
+	// KeyOf returns the name of the key of which a key ID names a version, see
+	// [kmsclient.KeyIDParser]. nil: each key ID is a key of its own.
 	KeyOf func(keyID string) string
-	// ReadOnly rings decrypt and generate no seeds. They are for a provider that no rule writes with, whose key may
-	// allow Decrypt only.
+	// ReadOnly rings decrypt and generate no seeds. They are for a provider that no rule writes
+	// with, whose key may allow Decrypt only.
 	ReadOnly bool
 
-	// PollInterval is the time between health checks while they succeed; a shorter RevokeWithin shortens it. 0 is a
-	// minute.
+	// PollInterval is the time between health checks while they succeed; a shorter RevokeWithin
+	// shortens it. 0 is a minute.
 	PollInterval time.Duration
-	// FailingPollInterval is the time between health checks while they fail. 0 is 10 seconds, or PollInterval if that
-	// is shorter.
+	// FailingPollInterval is the time between health checks while they fail. 0 is 10 seconds, or
+	// PollInterval if that is shorter.
 	FailingPollInterval time.Duration
-	// RevokeWithin is how soon the seeds of a disabled key are evicted, and how long the KMS must have denied access
-	// before that counts as a revocation. 0 is a minute.
+	// RevokeWithin is how soon the seeds of a disabled key are evicted, and how long the KMS must
+	// have denied access before that counts as a revocation. 0 is a minute.
 	RevokeWithin time.Duration
-	// SealUnreachableFor is how long after the last good health check values are still encrypted. 0: only while health
-	// checks succeed.
+	// SealUnreachableFor is how long after the last good health check values are still encrypted.
+	// 0: only while health checks succeed.
 	SealUnreachableFor time.Duration
-	// MaxAge is how long values are encrypted with a seed until the next one is generated. 0 is 7 days. If the KMS
-	// does not answer, the old one stays in use.
+	// MaxAge is how long values are encrypted with a seed until the next one is generated. 0 is 7
+	// days. If the KMS does not answer, the old one stays in use.
 	MaxAge time.Duration
-	// MaxSeals is how many values are encrypted with a seed until the next one is generated, with the same exception.
-	// Every value has a key of its own, so that the cipher sets no limit. 0 is 2^32.
+	// MaxSeals is how many values are encrypted with a seed until the next one is generated, with
+	// the same exception. Every value has a key of its own, so that the cipher sets no limit. 0 is
+	// 2^32.
 	MaxSeals uint64
 	// Timeout limits one KMS call with all its retries. 0 is 20 seconds.
 	Timeout time.Duration
@@ -102,8 +104,8 @@ func (c *RingConfig) check() error {
 	return errors.Join(errs...)
 }
 
-// Ring is the DEK seeds of one KMS provider. It is safe for concurrent use. No seed is generated before
-// [Ring.Run]; until its first health check has ended, values to encrypt wait for it.
+// Ring is the DEK seeds of one KMS provider. It is safe for concurrent use. No seed is generated
+// before [Ring.Run]; until its first health check has ended, values to encrypt wait for it.
 //
 // It only ties its parts together. Each part names those that it uses in its struct.
 type Ring struct {
@@ -150,9 +152,9 @@ func New(c RingConfig) (*Ring, error) {
 	return r, nil
 }
 
-// Run keeps the ring alive until ctx ends: it checks the key's health, generates the first DEK seed and the
-// next ones, and revokes. Once it has returned nothing of the ring runs any more, and what would need the
-// KMS fails. It returns nil when ctx ends, and an error if the ring was run before.
+// Run keeps the ring alive until ctx ends: it checks the key's health, generates the first DEK seed
+// and the next ones, and revokes. Once it has returned nothing of the ring runs any more, and what
+// would need the KMS fails. It returns nil when ctx ends, and an error if the ring was run before.
 func (r *Ring) Run(ctx context.Context) error {
 	if !r.p.running.CompareAndSwap(false, true) {
 		return fmt.Errorf("run key ring of provider %q: it was run before", r.p.cfg.Provider)
@@ -166,8 +168,9 @@ func (r *Ring) Run(ctx context.Context) error {
 	return nil
 }
 
-// WaitForCheck waits until the first health check has ended, and returns why the last one failed, or nil. Before, every
-// encrypted value looks [Stale]. It needs [Ring.Run] to run. The error's text is safe to show.
+// WaitForCheck waits until the first health check has ended, and returns why the last one failed,
+// or nil. Before, every encrypted value looks [Stale]. It needs [Ring.Run] to run. The error's text
+// is safe to show.
 func (r *Ring) WaitForCheck(ctx context.Context) error {
 	for {
 		st := r.p.state.Load()
@@ -190,8 +193,8 @@ func (r *Ring) WaitForCheck(ctx context.Context) error {
 // Provider returns the ring's name in stored values.
 func (r *Ring) Provider() string { return r.p.cfg.Provider }
 
-// Check has the next health check made at once. It does not wait for it, and several calls within a second are one. Of
-// an offline ring it reads the ID of the public keys again.
+// Check has the next health check made at once. It does not wait for it, and several calls within a
+// second are one. Of an offline ring it reads the ID of the public keys again.
 func (r *Ring) Check() {
 	if r.isOffline() {
 		r.readOfflineID()
@@ -200,10 +203,11 @@ func (r *Ring) Check() {
 	r.p.wake()
 }
 
-// SetRecovery has the KMSs of rings wrap recovery copies of each seed that is generated from now on. If the setting
-// has changed, the next health check generates a seed. If required, no value is encrypted with a seed that lacks one of
-// these copies. Otherwise it is encrypted with the copies that there are, [Ring.Recovery] names the missing ones, and a
-// new seed is generated once their provider wraps again. It may be called at any time. rings is not retained.
+// SetRecovery has the KMSs of rings wrap recovery copies of each seed that is generated from now
+// on. If the setting has changed, the next health check generates a seed. If required, no value is
+// encrypted with a seed that lacks one of these copies. Otherwise it is encrypted with the copies
+// that there are, [Ring.Recovery] names the missing ones, and a new seed is generated once their
+// provider wraps again. It may be called at any time. rings is not retained.
 func (r *Ring) SetRecovery(rings []*Ring, required bool) error {
 	for i, by := range rings {
 		var err error
@@ -226,7 +230,8 @@ func (r *Ring) SetRecovery(rings []*Ring, required bool) error {
 	next := &copySet{rings: slices.Clone(rings), required: required}
 	r.p.update(func(st *state) {
 		r.copier.set.Store(next)
-		// Values to encrypt wait for the health check that generates a seed with the copies, unless the ring has ended.
+		// Values to encrypt wait for the health check that generates a seed with the copies, unless
+		// the ring has ended.
 		if st.writer != nil && st.writer.missing(next) != nil && st.pending == nil && !r.p.stopped {
 			st.pending = make(chan struct{})
 		}
@@ -235,8 +240,8 @@ func (r *Ring) SetRecovery(rings []*Ring, required bool) error {
 	return nil
 }
 
-// seal encrypts plaintext with the current seed. If there is none yet, it waits for the first health check or, with try,
-// returns [ErrWouldBlock].
+// seal encrypts plaintext with the current seed. If there is none yet, it waits for the first
+// health check or, with try, returns [ErrWouldBlock].
 func (r *Ring) seal(ctx context.Context, etcdKey, plaintext []byte, try bool) ([]byte, *Error) {
 	for waited := false; ; waited = true {
 		st := r.p.state.Load()

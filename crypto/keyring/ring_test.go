@@ -264,7 +264,8 @@ func TestNewChecks(t *testing.T) {
 	}
 }
 
-// TestAnnotationsComeBack: what the KMS says beside a wrapped seed reaches it again, through the stored bytes alone.
+// TestAnnotationsComeBack: what the KMS says beside a wrapped seed reaches it again, through the
+// stored bytes alone.
 func TestAnnotationsComeBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		kms := newKMS(t, "ack")

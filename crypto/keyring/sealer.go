@@ -17,34 +17,37 @@ import (
 type SealerConfig struct {
 	// Prefix is the rule's prefix of etcd keys. It is for error texts and the Observer only.
 	Prefix string
-	// Write encrypts. If it is nil, the rule writes plaintext. Then a value that begins with the marker of a provider in
-	// Read or of Legacy is [Refused], because reading it would try to decrypt it.
+	// Write encrypts. If it is nil, the rule writes plaintext. Then a value that begins with the
+	// marker of a provider in Read or of Legacy is [Refused], because reading it would try to
+	// decrypt it.
 	Write *Ring
 	// Read are further providers whose values are decrypted.
 	Read []*Ring
-	// Legacy decrypt values of other formats, which are never written. If several have the marker of a value, the first
-	// that decrypts it counts.
+	// Legacy decrypt values of other formats, which are never written. If several have the marker
+	// of a value, the first that decrypts it counts.
 	Legacy []LegacyReader
-	// Recovery are providers that only unwrap recovery copies, in addition to Write and Read. [Ring.SetRecovery] says
-	// which providers wrap copies of Write's seeds.
+	// Recovery are providers that only unwrap recovery copies, in addition to Write and Read.
+	// [Ring.SetRecovery] says which providers wrap copies of Write's seeds.
 	Recovery []*Ring
-	// AllowPlaintextReads returns plaintext, and values of providers that the rule does not read, as stored. Otherwise
-	// both are errors of kind [Plaintext].
+	// AllowPlaintextReads returns plaintext, and values of providers that the rule does not read,
+	// as stored. Otherwise both are errors of kind [Plaintext].
 	AllowPlaintextReads bool
-	// Passthrough returns values as stored that are corrupt, or whose key is gone and that no recovery copy decrypts. It
-	// never applies to an outage, to a key that an operator can enable again, or to what a strict rule refuses.
+	// Passthrough returns values as stored that are corrupt, or whose key is gone and that no
+	// recovery copy decrypts. It never applies to an outage, to a key that an operator can enable
+	// again, or to what a strict rule refuses.
 	Passthrough bool
-	// InspectOnly allows a Write that is for reading only, so that inspecting values generates no seed. Seal is refused
-	// then.
+	// InspectOnly allows a Write that is for reading only, so that inspecting values generates no
+	// seed. Seal is refused then.
 	InspectOnly bool
 
 	Observer Observer // may be nil
 }
 
-// Sealer is one rule: it encrypts the values that are written under it and decrypts those that are read. It is safe for
-// concurrent use.
+// Sealer is one rule: it encrypts the values that are written under it and decrypts those that are
+// read. It is safe for concurrent use.
 //
-// It adds and removes one layer only: a value that itself begins with an encryption marker is encrypted like any other.
+// It adds and removes one layer only: a value that itself begins with an encryption marker is
+// encrypted like any other.
 type Sealer struct {
 	cfg     SealerConfig
 	rings   []*Ring // Write first
@@ -105,14 +108,15 @@ func (s *Sealer) ring(provider []byte) *Ring {
 	return nil
 }
 
-// Seal returns what to store for value under key: value itself if the rule writes plaintext, new bytes otherwise. It
-// retains neither argument. The error is an [*Error]. With a context that has ended it does what needs no KMS call, and
-// does not count an error.
+// Seal returns what to store for value under key: value itself if the rule writes plaintext, new
+// bytes otherwise. It retains neither argument. The error is an [*Error]. With a context that has
+// ended it does what needs no KMS call, and does not count an error.
 func (s *Sealer) Seal(ctx context.Context, key, value []byte) ([]byte, error) {
 	return s.seal(ctx, key, value, false)
 }
 
-// TrySeal is Seal that does not wait: the error is [ErrWouldBlock] if the first seed is not there yet.
+// TrySeal is Seal that does not wait: the error is [ErrWouldBlock] if the first seed is not there
+// yet.
 func (s *Sealer) TrySeal(key, value []byte) ([]byte, error) {
 	return s.seal(context.Background(), key, value, true)
 }
@@ -165,20 +169,23 @@ func (s *Sealer) named(err *Error) *Error {
 	return &Error{Kind: err.Kind, Text: fmt.Sprintf("rule %q: %s", s.cfg.Prefix, err.Text), Err: err.Err, silent: err.silent, answered: err.answered, seed: err.seed}
 }
 
-// Open returns the value of stored, the bytes that etcd has under key: stored itself if the rule returns it as stored,
-// otherwise new bytes or a part of stored, which it may overwrite. It retains neither argument. The error is an [*Error].
-// With a context that has ended it does what needs no KMS call, and does not count an error.
+// Open returns the value of stored, the bytes that etcd has under key: stored itself if the rule
+// returns it as stored, otherwise new bytes or a part of stored, which it may overwrite. It retains
+// neither argument. The error is an [*Error]. With a context that has ended it does what needs no
+// KMS call, and does not count an error.
 func (s *Sealer) Open(ctx context.Context, key, stored []byte) ([]byte, error) {
 	return s.openByRule(ctx, key, stored, false)
 }
 
-// TryOpen is Open that does not wait: the error is [ErrWouldBlock], and stored is unchanged, if the value needs a KMS call.
+// TryOpen is Open that does not wait: the error is [ErrWouldBlock], and stored is unchanged, if the
+// value needs a KMS call.
 func (s *Sealer) TryOpen(key, stored []byte) ([]byte, error) {
 	return s.openByRule(context.Background(), key, stored, true)
 }
 
-// Ready reports whether TryOpen of stored would not block. It is false for a seed that has not decrypted a value yet, since
-// the KMS is called again if it does not decrypt this one. Between Ready and TryOpen a seed may be evicted or revoked.
+// Ready reports whether TryOpen of stored would not block. It is false for a seed that has not
+// decrypted a value yet, since the KMS is called again if it does not decrypt this one. Between
+// Ready and TryOpen a seed may be evicted or revoked.
 func (s *Sealer) Ready(stored []byte) bool {
 	provider, object, ok := envelope.Split(stored)
 	if !ok {
@@ -229,8 +236,8 @@ func (s *Sealer) openByRule(ctx context.Context, key, stored []byte, try bool) (
 	return plaintext, nil
 }
 
-// open returns what stored is, without the rule's policies: OutcomeOK and its plaintext, or OutcomePlaintext or
-// OutcomeForeign and stored.
+// open returns what stored is, without the rule's policies: OutcomeOK and its plaintext, or
+// OutcomePlaintext or OutcomeForeign and stored.
 func (s *Sealer) open(ctx context.Context, key, stored []byte, mode openMode) ([]byte, *entry, Outcome, *Error) {
 	if !bytes.HasPrefix(stored, []byte(envelope.Root)) {
 		return stored, nil, OutcomePlaintext, nil
@@ -268,14 +275,15 @@ func (s *Sealer) open(ctx context.Context, key, stored []byte, mode openMode) ([
 	return stored, nil, OutcomeForeign, nil
 }
 
-// Sealed reports whether stored begins like a value encrypted by a provider, or in a format, that the rule reads.
+// Sealed reports whether stored begins like a value encrypted by a provider, or in a format, that
+// the rule reads.
 func (s *Sealer) Sealed(stored []byte) bool {
 	begins := func(marker []byte) bool { return bytes.HasPrefix(stored, marker) }
 	return slices.ContainsFunc(s.markers, begins) || slices.ContainsFunc(s.legacy, begins)
 }
 
-// Health returns nil if the rule can serve, by the last health checks: its writer can encrypt, and no provider that it
-// reads is revoked or was never reached. The error's text is safe to show.
+// Health returns nil if the rule can serve, by the last health checks: its writer can encrypt, and
+// no provider that it reads is revoked or was never reached. The error's text is safe to show.
 func (s *Sealer) Health() error {
 	var why []string
 	for _, r := range s.rings {

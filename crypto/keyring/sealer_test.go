@@ -16,7 +16,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
-// slowDecrypt holds every Decrypt of a value back until release is closed, whatever its context says.
+// slowDecrypt holds every Decrypt of a value back until release is closed, whatever its context
+// says.
 type slowDecrypt struct {
 	*fakeKMS
 	release chan struct{}
@@ -184,8 +185,8 @@ func TestWritingPlaintext(t *testing.T) {
 	})
 }
 
-// TestCorruptionOfStoredValues tries every byte and every length through the whole of the package: nothing opens, and nothing says that an outage
-// is to blame.
+// TestCorruptionOfStoredValues tries every byte and every length through the whole of the package:
+// nothing opens, and nothing says that an outage is to blame.
 func TestCorruptionOfStoredValues(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		kms := newKMS(t, "ack")

@@ -32,8 +32,8 @@ type openMode struct {
 	try     bool // without a KMS call, or else the error is [ErrWouldBlock] and the object is unchanged
 }
 
-// open decrypts an object of this provider, if need be with a recovery copy that one of rings unwraps. e is the
-// seed that was used; it is nil if there was none.
+// open decrypts an object of this provider, if need be with a recovery copy that one of rings
+// unwraps. e is the seed that was used; it is nil if there was none.
 func (s *seeds) open(ctx context.Context, etcdKey, object []byte, mode openMode, rings []*Ring) (plaintext []byte, e *entry, err *Error) {
 	if st := s.p.state.Load(); st.revoked != nil && !kmsclient.ReasonOf(st.revoked).Gone() && !overridden(rings) {
 		return nil, nil, s.p.errorf(KeyUnusable, st.revoked, "%s", describe(st.revoked))
@@ -132,16 +132,16 @@ func (s *seeds) cached(l *lookup, rings []*Ring, now time.Time) *entry {
 		return l.stale
 	}
 	if st := s.p.state.Load(); !st.healthy && st.revoked == nil && s.refusals.current(l.digest) == nil {
-		// The KMS did not answer the last health check, so that no caller waits for it. If it answers this call, the
-		// seed is renewed.
+		// The KMS did not answer the last health check, so that no caller waits for it. If it
+		// answers this call, the seed is renewed.
 		s.flight(l.digest, cloneHeader(l.header))
 		return l.stale
 	}
 	return nil
 }
 
-// remember puts a seed into the hot table, but for one from a recovery copy: only rules that name the copy's
-// provider may use it.
+// remember puts a seed into the hot table, but for one from a recovery copy: only rules that name
+// the copy's provider may use it.
 func (s *seeds) remember(l *lookup, e *entry) {
 	if l.rest != nil && e.by == s.ring && e != l.stale {
 		s.hot.put(l.rest, e)
@@ -169,8 +169,9 @@ func (s *seeds) evict(match func(*entry) bool) int {
 	return n
 }
 
-// evictKeys evicts the seeds under key IDs, after the KMS refused keyID. Those that the KMS still unwraps are
-// unwrapped again at their next use. If the key is gone, seeds from recovery copies stay.
+// evictKeys evicts the seeds under key IDs, after the KMS refused keyID. Those that the KMS still
+// unwraps are unwrapped again at their next use. If the key is gone, seeds from recovery copies
+// stay.
 func (s *seeds) evictKeys(under func(keyID string) bool, keyID string, cause error) {
 	gone := kmsclient.ReasonOf(cause).Gone()
 	match := func(e *entry) bool {

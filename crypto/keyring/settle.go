@@ -12,9 +12,9 @@ const (
 	maxLeft  = 64 // former key IDs
 )
 
-// settling decides whether to follow a key ID that Status goes back to. Each change means a new seed, and with
-// re-encryption that every value is written again, so that a KMS that alternates between two key IDs must not be
-// followed.
+// settling decides whether to follow a key ID that Status goes back to. Each change means a new
+// seed, and with re-encryption that every value is written again, so that a KMS that alternates
+// between two key IDs must not be followed.
 type settling struct {
 	left   map[string]time.Time // former key IDs, and until when they were in use
 	back   string               // the former key ID that Status names now; "" if it names the one in use
@@ -25,8 +25,8 @@ type settling struct {
 // waits reports whether keyID is a former key ID that is not used again yet.
 func (s *settling) waits(keyID string) bool { return s.back != "" && s.back == keyID }
 
-// settle returns the key ID to use now that Status says keyID: that, or the one in use if keyID was in use a short
-// time ago.
+// settle returns the key ID to use now that Status says keyID: that, or the one in use if keyID was
+// in use a short time ago.
 func (m *monitor) settle(keyID string) string {
 	s, now, have := &m.settled, time.Now(), m.p.state.Load().keyID
 	if have == "" || keyID == have {

@@ -117,8 +117,9 @@ func headerOf(t *testing.T, stored []byte) *envelope.Header {
 
 const drCopy = "dr.recovery.etcd-kms-proxy.io"
 
-// TestRecoveryUnderStress: many readers and writers while keys are lost, disabled, rotated and come back, and the recovery is changed. Under
-// the race detector; a value that opens is the right one, and while the key is disabled for long nothing opens.
+// TestRecoveryUnderStress: many readers and writers while keys are lost, disabled, rotated and come
+// back, and the recovery is changed. Under the race detector; a value that opens is the right one,
+// and while the key is disabled for long nothing opens.
 func TestRecoveryUnderStress(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ack, dr := newKMS(t, "ack"), newKMS(t, "dr")

@@ -12,8 +12,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
-// fetch returns a seed that the cache does not have: unwrapped by the KMS or, if the KMS does not unwrap it, from a
-// recovery copy that one of rings unwraps.
+// fetch returns a seed that the cache does not have: unwrapped by the KMS or, if the KMS does not
+// unwrap it, from a recovery copy that one of rings unwraps.
 func (s *seeds) fetch(ctx context.Context, l *lookup, rings []*Ring) (*entry, *Error) {
 	if ctx.Err() == nil {
 		s.p.cfg.Observer.Seed(s.p.cfg.Provider, EventMiss)
@@ -37,8 +37,8 @@ func (s *seeds) flight(d digest, h *envelope.Header) <-chan singleflight.Result 
 	})
 }
 
-// fromKMS returns the seed as the ring's own KMS unwraps it, or stale, the cached seed past its TTL, if that may be
-// used.
+// fromKMS returns the seed as the ring's own KMS unwraps it, or stale, the cached seed past its
+// TTL, if that may be used.
 func (s *seeds) fromKMS(ctx context.Context, d digest, h *envelope.Header, stale *entry) (*entry, *Error) {
 	if revoked := s.p.state.Load().revoked; revoked != nil {
 		return nil, s.p.markLost(s.p.errorf(KeyUnusable, revoked, "%s", describe(revoked)), h, revoked) // no call with a revoked key
@@ -71,8 +71,8 @@ func (s *seeds) fromKMS(ctx context.Context, d digest, h *envelope.Header, stale
 	}
 }
 
-// mayServe reports whether a seed past its TTL may still decrypt values although unwrapping it has just failed with
-// err.
+// mayServe reports whether a seed past its TTL may still decrypt values although unwrapping it has
+// just failed with err.
 func (s *seeds) mayServe(stale *entry, err *Error) bool {
 	switch err.Kind {
 	case Unavailable, SeedRefused: // behind a plugin that gives no reasons, an outage looks like the latter
@@ -115,7 +115,8 @@ func (s *seeds) unwrap(d digest, h *envelope.Header) (*entry, error) {
 	if old != nil {
 		e.verified.Store(old.verified.Load())
 	}
-	// Under the lock, a revocation is either before this, and seen here, or after it, and evicts the entry.
+	// Under the lock, a revocation is either before this, and seen here, or after it, and evicts
+	// the entry.
 	s.p.mu.Lock()
 	defer s.p.mu.Unlock()
 	if s.p.revoked != gen {
@@ -133,8 +134,9 @@ func (s *seeds) attempts(d digest) context.Context {
 	return s.calls.base
 }
 
-// decrypt has the KMS unwrap the seed in a value's header. If the KMS refuses the key, it evicts the seeds of the
-// header's key ID. It does so for that ID alone, since a stored value can name any.
+// decrypt has the KMS unwrap the seed in a value's header. If the KMS refuses the key, it evicts
+// the seeds of the header's key ID. It does so for that ID alone, since a stored value can name
+// any.
 func (s *seeds) decrypt(ctx context.Context, h *envelope.Header) ([]byte, error) {
 	plain, err := s.calls.unwrap(ctx, h)
 	switch kmsclient.ClassOf(err) {
@@ -157,9 +159,10 @@ type recheck struct {
 	until time.Time // the KMS is not called again before
 }
 
-// openAgain decrypts a value that an unverified seed has not decrypted. A wrong response of the KMS must not make a
-// value look damaged, so the seed is unwrapped once more, and then less and less often. The error is of kind
-// Corrupt if the KMS returned the same seed, and [ErrWouldBlock] if try says that the KMS must not be called.
+// openAgain decrypts a value that an unverified seed has not decrypted. A wrong response of the KMS
+// must not make a value look damaged, so the seed is unwrapped once more, and then less and less
+// often. The error is of kind Corrupt if the KMS returned the same seed, and [ErrWouldBlock] if try
+// says that the KMS must not be called.
 func (s *seeds) openAgain(ctx context.Context, e *entry, etcdKey, object []byte, try bool) ([]byte, *Error) {
 	if last := e.recheck.Load(); last != nil && time.Now().Before(last.until) {
 		return nil, s.notOpened(e, last)
@@ -212,8 +215,8 @@ func (s *seeds) notOpened(e *entry, d *recheck) *Error {
 	return s.p.errorf(SeedRefused, cause, "the seed under KMS key ID %q: %s", clip(e.keyID), describe(cause))
 }
 
-// unwrapAgain has the KMS unwrap the seed of e again, and returns the entry that is cached now: e, or one with
-// the other seed that the KMS returned.
+// unwrapAgain has the KMS unwrap the seed of e again, and returns the entry that is cached now: e,
+// or one with the other seed that the KMS returned.
 func (s *seeds) unwrapAgain(e *entry, h *envelope.Header) (*entry, error) {
 	last := e.recheck.Load()
 	if e.verified.Load() || last != nil && time.Now().Before(last.until) {

@@ -149,7 +149,8 @@ func TestTTLAndServeUnreachableFor(t *testing.T) {
 	})
 }
 
-// TestAgeingSeedIsRenewed: while stale seeds serve, the KMS is tried in the background, and its answer renews them.
+// TestAgeingSeedIsRenewed: while stale seeds serve, the KMS is tried in the background, and its
+// answer renews them.
 func TestAgeingSeedIsRenewed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		kms := newKMS(t, "ack")
@@ -214,7 +215,8 @@ func TestDecryptFailures(t *testing.T) {
 	}
 }
 
-// TestUnknownErrorsSayNothing: the text of an error that is not a kmsclient.Error could hold a request.
+// TestUnknownErrorsSayNothing: the text of an error that is not a kmsclient.Error could hold a
+// request.
 func TestUnknownErrorsSayNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		kms := newKMS(t, "ack")
@@ -267,7 +269,8 @@ func TestDecryptAnswersTheWrongLength(t *testing.T) {
 	}
 }
 
-// TestGarbageIsNotHandedOn: a KMS that answers something else than it wrapped does not make a value damaged, which a rule would hand on as stored.
+// TestGarbageIsNotHandedOn: a KMS that answers something else than it wrapped does not make a value
+// damaged, which a rule would hand on as stored.
 func TestGarbageIsNotHandedOn(t *testing.T) {
 	wrong := func(n int) func([]byte) []byte {
 		return func(b []byte) []byte {
@@ -321,7 +324,8 @@ func TestGarbageIsNotHandedOn(t *testing.T) {
 	}
 }
 
-// TestProvenSeedSurvivesATamperedValue: a seed that has opened a value is not unwrapped again for one that does not open.
+// TestProvenSeedSurvivesATamperedValue: a seed that has opened a value is not unwrapped again for
+// one that does not open.
 func TestProvenSeedSurvivesATamperedValue(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		kms := newKMS(t, "ack")

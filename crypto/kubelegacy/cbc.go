@@ -15,7 +15,7 @@ func cbcOpener(block cipher.Block) opener {
 		out := make([]byte, len(payload)-aes.BlockSize)
 		cipher.NewCBCDecrypter(block, payload[:aes.BlockSize]).CryptBlocks(out, payload[aes.BlockSize:])
 		size, ok := unpad(out)
-		// Both are looked at in any case, so that time tells little of which one failed.
+		// Both checks are made in any case, so that the time reveals little about which one failed.
 		if o, isObject := parseObject(out[:size]); !isObject || !ok || !o.fits(etcdKey) {
 			clear(out)
 			return nil, false
@@ -24,9 +24,9 @@ func cbcOpener(block cipher.Block) opener {
 	}
 }
 
-// unpad returns the length of what stands before the padding, in constant time for a given length
-// of out: at least one block. It is len(out) less one block if the padding is bad. kube-apiserver
-// also takes padding of more than a block, which nothing writes.
+// unpad returns the length of the data before the padding, in constant time for a given length of
+// out: at least one block. If the padding is invalid, it returns len(out) less one block.
+// kube-apiserver also accepts padding of more than a block, which nothing writes.
 func unpad(out []byte) (size int, ok bool) {
 	n := int(out[len(out)-1])
 	good := subtle.ConstantTimeLessOrEq(1, n) & subtle.ConstantTimeLessOrEq(n, aes.BlockSize)

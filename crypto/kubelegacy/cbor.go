@@ -19,14 +19,14 @@ const (
 	cborSimple
 )
 
-// maxCBORDepth is how deep values may lie in each other. Kubernetes' own limit is 64.
+// maxCBORDepth is the maximum nesting depth of values, the limit of Kubernetes.
 const maxCBORDepth = 64
 
-// cborReader reads CBOR in the core deterministic encoding: lengths are known and in as few bytes
-// as can be, and the names of a map are in order, each once.
+// cborReader reads CBOR in the core deterministic encoding: lengths are definite and have the
+// shortest encoding, and the names of a map are sorted and unique.
 type cborReader struct{ rest []byte }
 
-// parseCBOR reads an object in CBOR behind its mark.
+// parseCBOR parses an object in CBOR, without its self-description tag.
 func parseCBOR(b []byte) (o object, ok bool) {
 	r := &cborReader{rest: b}
 	top, ok := r.members(0)
@@ -83,7 +83,7 @@ func (r *cborReader) head() (major int, argument uint64, ok bool) {
 	argument = binary.BigEndian.Uint64(wide[:])
 	least := [...]uint64{1: 24, 2: 1 << 8, 4: 1 << 16, 8: 1 << 32}[size]
 	// The argument of a simple value is a float, whose shortest form is not checked, or one of the
-	// values from 32 on, which nobody writes.
+	// values from 32 on, which nothing writes.
 	if major == cborSimple {
 		return major, argument, size > 1
 	}

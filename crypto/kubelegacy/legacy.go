@@ -1,17 +1,20 @@
-// Package kubelegacy opens the values that kube-apiserver stored with its own providers aescbc, aesgcm and secretbox, so that a cluster can be moved off
-// them. It never seals. It does no I/O: keys are given to it. The command makes a [Reader] for each such provider, crypto/keyring asks it.
+// Package kubelegacy decrypts the values that kube-apiserver stored with its own providers aescbc,
+// aesgcm and secretbox, so that a cluster can be migrated from them. It never encrypts, and does no
+// I/O: the caller passes the keys. The server makes a [Reader] for each such provider, and
+// crypto/keyring calls it.
 //
 // # Stored bytes
 //
-// As k8s.io/apiserver has them (pkg/server/options/encryptionconfig, pkg/storage/value/encrypt):
+// As in k8s.io/apiserver (pkg/server/options/encryptionconfig, pkg/storage/value/encrypt):
 //
 //	k8s:enc:<type>:v1:<key name>:<payload>
 //
-//	aescbc     IV[16] | AES-CBC of the value and 1 to 16 bytes of padding, each of which is their number
+//	aescbc     IV[16] | AES-CBC of the value and its PKCS #7 padding of 1 to 16 bytes
 //	aesgcm     nonce[12] | AES-GCM ciphertext | tag[16], with the etcd key as additional data
 //	secretbox  nonce[24] | Poly1305 tag[16] | XSalsa20 ciphertext
 //
-// Only aesgcm binds a value to its etcd key. secretbox does not, and aescbc has no integrity at all: see [Reader.Open] for what is checked instead.
+// Only aesgcm binds a value to its etcd key. secretbox does not, and aescbc has no integrity at
+// all: see [Reader.Open] for what is checked instead.
 package kubelegacy
 
 import (
@@ -35,7 +38,8 @@ const (
 	Secretbox Type = "secretbox"
 )
 
-// KeySizes returns the lengths in bytes that a key of the type may have, or nil for an unknown type. kube-apiserver takes the same.
+// KeySizes returns the valid key lengths of the type in bytes, or nil for an unknown type. They are
+// those of kube-apiserver.
 func (t Type) KeySizes() []int {
 	switch t {
 	case AESCBC, AESGCM:
@@ -46,7 +50,7 @@ func (t Type) KeySizes() []int {
 	return nil
 }
 
-// Key is a key with the name that stands in the values sealed with it.
+// Key is a key with its name, which is part of the values encrypted with it.
 type Key struct {
 	Name   string
 	Secret []byte
@@ -54,15 +58,17 @@ type Key struct {
 
 // Config configures a Reader.
 type Config struct {
-	// Type is the provider whose values the reader opens.
+	// Type is the provider whose values the reader decrypts.
 	Type Type
-	// Keys open values by their names. New does not retain the secrets; it keeps ciphers made of them.
+	// Keys decrypt the values that name them. New does not retain the secrets; it keeps ciphers
+	// made from them.
 	Keys []Key
-	// Source is where the keys are from, a file for example. It stands in errors, for an operator to add a key there.
+	// Source is where the keys are from, a file for example. Errors name it, so that the operator
+	// knows where to add a key.
 	Source string
 }
 
-// Reader opens the values of one provider. It is safe for concurrent use.
+// Reader decrypts the values of one provider. It is safe for concurrent use.
 type Reader struct {
 	typ    Type
 	source string
@@ -74,7 +80,8 @@ type key struct {
 	open   opener
 }
 
-// opener returns the plaintext of a payload, as new bytes, or false. It leaves the payload as it is.
+// opener returns the plaintext of a payload in new memory, or false. It does not change the
+// payload.
 type opener func(etcdKey, payload []byte) ([]byte, bool)
 
 // New makes a Reader. Its errors never hold a secret.
@@ -121,26 +128,33 @@ func newOpener(t Type, secret []byte) (opener, error) {
 	return gcmOpener(aead), nil
 }
 
-// Marker returns what the reader's values begin with: "k8s:enc:aescbc:v1:" for example.
+// Marker returns the prefix of the reader's values: "k8s:enc:aescbc:v1:" for example.
 func (r *Reader) Marker() string { return r.typ.marker() }
 
-// errCorrupt is every failure of a value whose key is known: who can write to etcd and sees errors must not learn where decryption ended.
-var errCorrupt = errors.New("it does not open with that key: it was altered, cut or moved, or the key is another one of the same name")
+// errCorrupt is the error of every failure to decrypt with a configured key. An attacker who can
+// write to etcd and sees errors must not learn which step failed.
+var errCorrupt = errors.New("it does not decrypt with that key: it was altered, truncated or moved, or the key is another one of the same name")
 
-// Open returns the plaintext of stored, the bytes that etcd holds under etcdKey, as new bytes. It retains neither argument and leaves both as
-// they are. known is false if the value names no key of the reader's: with that key added, it may open. It is true with every other error, and
-// all failures to decrypt have one and the same error.
+// Open returns the plaintext of stored, the value of etcdKey in etcd, in new memory. It neither
+// retains nor changes its arguments. known is false if the value names a key that the reader does
+// not have: with that key, the value may be decrypted. known is true with every other error, and
+// all failures to decrypt have the same error.
 //
-// A value may fit several keys, as names may hold colons; they are tried in order, as kube-apiserver does.
+// A value may match several keys, because names may contain colons. They are tried in order, as in
+// kube-apiserver.
 //
-// aescbc cannot tell a value that was altered, or opened with a wrong key, from a good one: one in 256 has good padding by chance. So all of what it
-// opens must be an object as kube-apiserver stores it, in protobuf, JSON or CBOR, read strictly from its first byte to its last. Otherwise a wrong key would
-// turn values into noise that is then encrypted again as if it were theirs, and whoever can write to etcd could learn values by altering them and
-// looking which ones open (a padding oracle): as it is, several bytes beside the padding have to be right at once. Within these bounds objects can still be altered: bits of
-// a block can be flipped at the price of garbling the one before.
+// aescbc does not detect that a value was altered, or decrypted with a wrong key: one in 256 has
+// valid padding by chance. Therefore its plaintext must be an object as kube-apiserver stores it,
+// in protobuf, JSON or CBOR, which is parsed strictly from the first byte to the last. Without this
+// check, a wrong key would turn values into noise that is then encrypted again. And an attacker who
+// can write to etcd could learn values by altering them and observing which ones decrypt (a padding
+// oracle). With it, several bytes in addition to the padding have to be right at once. An attacker
+// can still flip bits of a block, which garbles the block before it.
 //
-// aescbc and secretbox do not bind a value to its etcd key. An object that has a name must stand under a key that ends with its namespace and name, so that one that
-// was moved is refused; that an older one was put back under the same key, or moved to that of an object of another resource with the same name, cannot be seen.
+// aescbc and secretbox do not bind a value to its etcd key. The etcd key of an object with a name
+// must end with its namespace and name, so that an object that was moved is refused. It is not
+// detected if an older value was put back under the same key, or moved to the key of another
+// resource's object with the same name.
 func (r *Reader) Open(etcdKey, stored []byte) (plaintext []byte, known bool, err error) {
 	rest, ok := bytes.CutPrefix(stored, []byte(r.Marker()))
 	if !ok {
@@ -163,10 +177,10 @@ func (r *Reader) Open(etcdKey, stored []byte) (plaintext []byte, known bool, err
 	if end < 0 {
 		return nil, true, errors.New("it ends within the name of its key")
 	}
-	return nil, false, fmt.Errorf("it was sealed with %s key %s, which %s does not have: add that key there", r.typ, quote(rest[:end]), r.source)
+	return nil, false, fmt.Errorf("it was encrypted with %s key %s, which %s does not have: add that key there", r.typ, quote(rest[:end]), r.source)
 }
 
-// quote makes text out of stored bytes that should be a name.
+// quote returns stored bytes that should be a name as printable text.
 func quote(name []byte) string {
 	const most = 128
 	if len(name) > most {

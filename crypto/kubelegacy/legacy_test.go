@@ -66,8 +66,8 @@ func TestVectors(t *testing.T) {
 	}
 }
 
-// TestDamage: every truncation and every altered byte of the payload fails, with one and the same error whatever went wrong; of aescbc, what does
-// open is an object still.
+// TestDamage: every truncation and every altered byte of the payload fails, with one and the same
+// error whatever went wrong; of aescbc, what does open is an object still.
 func TestDamage(t *testing.T) {
 	for _, v := range vectors(t) {
 		r := v.reader(t)
@@ -108,7 +108,8 @@ func TestDamage(t *testing.T) {
 	}
 }
 
-// TestCBCWrongKey: with a wrong key one value in 256 has good padding, and none of them looks like an object.
+// TestCBCWrongKey: with a wrong key one value in 256 has good padding, and none of them looks like
+// an object.
 func TestCBCWrongKey(t *testing.T) {
 	block, err := aes.NewCipher(make([]byte, 32))
 	if err != nil {
@@ -151,7 +152,8 @@ func TestUnpad(t *testing.T) {
 	}
 }
 
-// TestKeys: names choose keys as in kube-apiserver, those with colons too, and of two keys of one name both are tried.
+// TestKeys: names choose keys as in kube-apiserver, those with colons too, and of two keys of one
+// name both are tried.
 func TestKeys(t *testing.T) {
 	for _, typ := range []Type{AESCBC, AESGCM, Secretbox} {
 		var vs []vector

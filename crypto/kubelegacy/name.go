@@ -9,18 +9,17 @@ import (
 	"golang.org/x/crypto/nacl/secretbox"
 )
 
-// maxKeyName is the length in bytes up to which the name of a key is looked for in a value. It is
-// what a key file allows.
+// maxKeyName is the maximum length of a key name in bytes, as in a key file.
 const maxKeyName = 1024
 
 // KeyName returns the type of the provider that encrypted stored and the name of the key; ok is
 // false for a value of another format. It does not decrypt.
 //
-// The name of a key may hold colons, and nothing in a value says where it ends. So a name among
-// known, those of the keys at hand, has precedence, the longest first. Of other names, KeyName
-// finds the longest that is printable text and leaves a payload of a length that the provider
-// writes. That is exact for aescbc, whose payloads are whole blocks. For aesgcm and secretbox one
-// value in 400 has a payload whose first bytes look like more of the name.
+// The name of a key may contain colons, and nothing in a value says where it ends. Therefore the
+// longest matching name among known, the names of the configured keys, has precedence. Otherwise
+// KeyName returns the longest name that is printable text and leaves a payload of a valid length.
+// That is exact for aescbc, whose payloads are whole blocks. For aesgcm and secretbox one value in
+// 400 has a payload whose first bytes look like more of the name.
 func KeyName(stored []byte, known []string) (t Type, name string, ok bool) {
 	for _, t := range []Type{AESCBC, AESGCM, Secretbox} {
 		rest, ok := bytes.CutPrefix(stored, []byte(t.marker()))
@@ -44,9 +43,9 @@ func KeyName(stored []byte, known []string) (t Type, name string, ok bool) {
 
 func (t Type) marker() string { return "k8s:enc:" + string(t) + ":v1:" }
 
-// nameEnd returns the length of the name that rest, which is behind the marker, begins with: the
-// last that may be one, or the part before the first colon if the payload has a length that none
-// has; -1 if there is no colon.
+// nameEnd returns the length of the name at the beginning of rest, which follows the marker. It is
+// the longest possible name, or the part before the first colon if no payload has a valid length;
+// -1 if there is no colon.
 func (t Type) nameEnd(rest []byte) int {
 	end := bytes.IndexByte(rest, ':')
 	start := 0 // of the part of the name since its last colon

@@ -9,14 +9,13 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// object is what is known of an object that kube-apiserver serialized: its name and namespace, ""
-// where it has none.
+// object is the name and namespace of an object that kube-apiserver serialized, "" if it has none.
 type object struct{ namespace, name string }
 
-// parseObject reads the whole of a serialized object as kube-apiserver stores it, in protobuf, JSON
-// or CBOR (k8s.io/apimachinery, pkg/runtime/serializer). ok is false for anything else, and for
-// anything before, between or behind its parts: aescbc has nothing but this to tell a value from
-// noise.
+// parseObject parses all of a serialized object as kube-apiserver stores it, in protobuf, JSON or
+// CBOR (k8s.io/apimachinery, pkg/runtime/serializer). ok is false for anything else, and for any
+// bytes before, between or after its parts: it is the only check that distinguishes a value of
+// aescbc from noise.
 //
 //	protobuf  "k8s\0" | runtime.Unknown{1: TypeMeta{1: apiVersion, 2: kind}, 2: the object{1: ObjectMeta, …}, 3: "", 4: ""}
 //	JSON      {"apiVersion": …, "kind": …, "metadata": {…}, …} and a line feed
@@ -47,7 +46,7 @@ func (o *object) fits(etcdKey []byte) bool {
 	return o.name == "" || strings.HasSuffix(string(etcdKey), end)
 }
 
-// isType reports whether an API version and a kind are spelt as they may be: "v1" or "apps/v1", and
+// isType reports whether an API version and a kind are well-formed: "v1" or "apps/v1", and
 // "Secret".
 func isType(apiVersion, kind string) bool {
 	group, version, grouped := strings.Cut(apiVersion, "/")
@@ -118,8 +117,8 @@ func isExactly(n int, all []field) bool {
 	return true
 }
 
-// parseProtobuf reads a runtime.Unknown. Its last two fields are always there and empty, so that
-// the end of the object is known from the inside.
+// parseProtobuf reads a runtime.Unknown. Its last two fields are always present and empty, and so
+// mark the end of the object.
 func parseProtobuf(b []byte) (o object, ok bool) {
 	unknown, ok := fields(b)
 	if !ok || !isExactly(4, unknown) || len(unknown[2].data)+len(unknown[3].data) > 0 {
@@ -140,10 +139,10 @@ func parseProtobuf(b []byte) (o object, ok bool) {
 const (
 	metaName      = 1
 	metaNamespace = 3
-	metaLast      = 17 // that is known
+	metaLast      = 17 // of the supported versions
 )
 
-// metaFields are the types of ObjectMeta's fields, and which of them may be there several times.
+// metaFields are the types of ObjectMeta's fields, and which of them may be repeated.
 var metaFields = map[protowire.Number]struct {
 	typ            protowire.Type
 	text, repeated bool
@@ -178,7 +177,7 @@ func parseObjectMeta(b []byte) (o object, ok bool) {
 	return o, true
 }
 
-// parseJSON reads an object in JSON, and at most one line feed behind it.
+// parseJSON parses an object in JSON, and at most one line feed after it.
 func parseJSON(b []byte) (o object, ok bool) {
 	b = bytes.TrimSuffix(b, []byte{'\n'})
 	if len(b) < 2 || b[0] != '{' || b[len(b)-1] != '}' || !utf8.Valid(b) {
@@ -204,7 +203,7 @@ func parseJSON(b []byte) (o object, ok bool) {
 	return o, true
 }
 
-// members reads a JSON object. A name that is there twice is refused.
+// members parses a JSON object. A duplicate name is refused.
 func members(b []byte) (all map[string]json.RawMessage, ok bool) {
 	d := json.NewDecoder(bytes.NewReader(b))
 	if begin, err := d.Token(); err != nil || begin != json.Delim('{') {

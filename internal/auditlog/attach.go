@@ -8,8 +8,8 @@ import (
 	"path/filepath"
 )
 
-// stay checks that f is still the file at the path. It may have been moved or removed, and records in
-// it would be lost. mu is held.
+// stay checks that f is still the file at the path. It may have been moved or removed, and records
+// in it would be lost. mu is held.
 func (l *Log) stay() error {
 	if l.f != nil {
 		now, err := os.Lstat(l.cfg.Path)
@@ -23,7 +23,8 @@ func (l *Log) stay() error {
 	return l.attach()
 }
 
-// attach opens the file at the path, and goes on where it, or else the newest rotated file, ends; or where l was before. mu is held, or nobody knows of l.
+// attach opens the file at the path, and goes on where it, or else the newest rotated file, ends;
+// or where l was before. mu is held, or nobody knows of l.
 func (l *Log) attach() error {
 	f, err := os.OpenFile(l.cfg.Path, os.O_RDWR|os.O_CREATE|os.O_APPEND|noFollow, 0o600)
 	if isLink(err) {
@@ -89,8 +90,9 @@ func keyName(id string) string {
 	return "the key " + id
 }
 
-// predecessor replaces the end of a file without a record by that of the newest rotated file, if there is one. Beside files of another chain a new one
-// would not do: theirs have the higher numbers, so that its own would be the first to be removed.
+// predecessor replaces the end of a file without a record by that of the newest rotated file, if
+// there is one. Beside files of another chain a new one would not do: theirs have the higher
+// numbers, so that its own would be the first to be removed.
 func (l *Log) predecessor(end fileEnd) (fileEnd, string, error) {
 	names, err := rotated(l.cfg.Path)
 	if err != nil || len(names) == 0 {

@@ -19,7 +19,8 @@ type sum [sha256.Size]byte
 
 func (s sum) String() string { return hex.EncodeToString(s[:]) }
 
-// parseSum reads what String wrote. Other spellings are refused, or a change of case would go unseen.
+// parseSum reads what String wrote. Other spellings are refused, or a change of case would go
+// unseen.
 func parseSum(text string) (s sum, ok bool) {
 	raw, err := hex.DecodeString(text)
 	if err != nil || len(raw) != len(s) {

@@ -31,7 +31,8 @@ type fileEnd struct {
 // maxDamage is how far back from its end a file is searched for a record.
 const maxDamage = 1 << 20
 
-// readEnd finds the last whole record of f. A file that is not empty and has none within reach is refused unless it begins like a log: the path may be wrong.
+// readEnd finds the last whole record of f. A file that is not empty and has none within reach is
+// refused unless it begins like a log: the path may be wrong.
 func readEnd(f *os.File) (fileEnd, error) {
 	info, err := f.Stat()
 	if err != nil {

@@ -13,7 +13,8 @@ import (
 	"testing"
 )
 
-// onDevice makes l write to /dev/full, where every write fails as on a full disk, and returns what puts its own file back.
+// onDevice makes l write to /dev/full, where every write fails as on a full disk, and returns what
+// puts its own file back.
 func onDevice(t *testing.T, l *Log) (back func()) {
 	t.Helper()
 	f, err := os.OpenFile("/dev/full", os.O_RDWR, 0)
@@ -129,7 +130,8 @@ func overwriteUntilFull(t *testing.T, path string) {
 	}
 }
 
-// TestPartOfARecord: a write that fails half-way is taken back, or closed where the file cannot be cut.
+// TestPartOfARecord: a write that fails half-way is taken back, or closed where the file cannot be
+// cut.
 func TestPartOfARecord(t *testing.T) {
 	for _, left := range []string{`{"seq":2,"ti`, "whole", "\n{"} {
 		t.Run(left, func(t *testing.T) {
@@ -158,7 +160,8 @@ func TestPartOfARecord(t *testing.T) {
 	}
 }
 
-// TestTakenAway: a log that is moved away, removed or replaced goes on where it should, in the same chain.
+// TestTakenAway: a log that is moved away, removed or replaced goes on where it should, in the same
+// chain.
 func TestTakenAway(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "a")

@@ -17,7 +17,8 @@ type readLine struct {
 	cut   bool   // a piece of a line that is longer than any record
 }
 
-// lines reads a file line by line. A line that is longer than a record can be comes in pieces, so that memory is bounded whatever the file holds.
+// lines reads a file line by line. A line that is longer than a record can be comes in pieces, so
+// that memory is bounded whatever the file holds.
 type lines struct {
 	r     *bufio.Reader
 	inCut bool
@@ -41,7 +42,8 @@ func (l *lines) next() (readLine, error) {
 	return out, nil
 }
 
-// oddLines are lines that are no records, as a record of event torn describes them: with every line break, or all but the last.
+// oddLines are lines that are no records, as a record of event torn describes them: with every line
+// break, or all but the last.
 type oddLines struct {
 	first   int // the number of the first
 	lines   int

@@ -11,7 +11,8 @@ import (
 	"time"
 )
 
-// Config is where a log is and how large it gets. The zero value of a field but Path is its default.
+// Config is where a log is and how large it gets. The zero value of a field but Path is its
+// default.
 type Config struct {
 	Path     string       // its folder must exist
 	MaxSize  int64        // bytes of a file, beyond which the next record begins a new one; default 100 MiB
@@ -31,8 +32,9 @@ const (
 // ErrInUse is in the error of [Open] when another process writes the log.
 var ErrInUse = errors.New("another process writes it")
 
-// Log is an audit log that is being written. Its methods are safe for concurrent use. A record is in the kernel's page cache when Record returns,
-// and survives the end of the process; it is on the disk only after a rotation or Close, or when the kernel has written it there.
+// Log is an audit log that is being written. Its methods are safe for concurrent use. A record is
+// in the kernel's page cache when Record returns, and survives the end of the process; it is on the
+// disk only after a rotation or Close, or when the kernel has written it there.
 type Log struct {
 	cfg   Config
 	chain chain
@@ -63,9 +65,10 @@ type Log struct {
 	noRotate  time.Time // a rotation failed: none before this
 }
 
-// Open begins to write the log at cfg.Path, where it ended if it is there. The file is made with mode 0600. Open refuses a symbolic link, what is not a
-// regular file, a file that others may write or that another process writes ([ErrInUse]), one that is not a log, and one whose chain has another key, or none while
-// cfg has one. Close must follow.
+// Open begins to write the log at cfg.Path, where it ended if it is there. The file is made with
+// mode 0600. Open refuses a symbolic link, what is not a regular file, a file that others may write
+// or that another process writes ([ErrInUse]), one that is not a log, and one whose chain has
+// another key, or none while cfg has one. Close must follow.
 func Open(cfg Config) (*Log, error) {
 	if cfg.MaxSize < 0 || cfg.MaxFiles < 0 {
 		return nil, errors.New("audit log: sizes must not be negative")
@@ -90,7 +93,8 @@ func Open(cfg Config) (*Log, error) {
 	return l, nil
 }
 
-// Record appends r. If that fails, the record is lost and counted, and the next one that can be written says so before itself. A nil Log records nothing.
+// Record appends r. If that fails, the record is lost and counted, and the next one that can be
+// written says so before itself. A nil Log records nothing.
 func (l *Log) Record(r Record) {
 	if l == nil {
 		return
@@ -107,7 +111,8 @@ func (l *Log) Record(r Record) {
 	}
 }
 
-// Check returns nil if the last record was written, or if the log can be written again: it tries. The error says why records are lost. A nil Log is always well.
+// Check returns nil if the last record was written, or if the log can be written again: it tries.
+// The error says why records are lost. A nil Log is always well.
 func (l *Log) Check() error {
 	if l == nil || !l.failing.Load() {
 		return nil
@@ -128,7 +133,8 @@ func (l *Log) Lost() uint64 {
 	return l.lostEver.Load()
 }
 
-// Close writes what is left to the disk and lets go of the file. Records that come later are lost. It may be called more than once.
+// Close writes what is left to the disk and lets go of the file. Records that come later are lost.
+// It may be called more than once.
 func (l *Log) Close() error {
 	if l == nil {
 		return nil

@@ -86,7 +86,8 @@ func good(t testing.TB, n int, key []byte, paths ...string) *Report {
 	return r
 }
 
-// TestGolden fixes the bytes of a log. The hashes were computed by another program, from the description in the package's comment.
+// TestGolden fixes the bytes of a log. The hashes were computed by another program, from the
+// description in the package's comment.
 func TestGolden(t *testing.T) {
 	for name, key := range map[string][]byte{"plain": nil, "keyed": testKey} {
 		t.Run(name, func(t *testing.T) {
@@ -199,7 +200,8 @@ func TestTornFirstLine(t *testing.T) {
 	}
 }
 
-// TestDamagedEnd: whole lines at the end are garbage, as after a loss of power. The log goes on, and its check says so.
+// TestDamagedEnd: whole lines at the end are garbage, as after a loss of power. The log goes on,
+// and its check says so.
 func TestDamagedEnd(t *testing.T) {
 	path := sample(t, 3, nil)
 	data := append(read(t, path), []byte("\x00\x00\n\x00\n")...)
@@ -254,7 +256,8 @@ func TestModeAndClose(t *testing.T) {
 	}
 }
 
-// TestKeyBytes: an etcd key that is not UTF-8 has its bytes beside the text, which JSON changes; and no other key has.
+// TestKeyBytes: an etcd key that is not UTF-8 has its bytes beside the text, which JSON changes;
+// and no other key has.
 func TestKeyBytes(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "audit.jsonl")
 	l := open(t, Config{Path: path})

@@ -104,7 +104,8 @@ func TestLoadKeyFromSystemd(t *testing.T) {
 	}
 }
 
-// TestOlderFilesOfAnotherChain: a new chain beside them would have its own files removed in their stead.
+// TestOlderFilesOfAnotherChain: a new chain beside them would have its own files removed in their
+// stead.
 func TestOlderFilesOfAnotherChain(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "audit.jsonl")
 	l := open(t, Config{Path: path, MaxSize: 1})

@@ -30,8 +30,8 @@ const (
 	eventTorn Event = "torn" // a crash cut the line before
 )
 
-// Record is what a caller has to say. Fields that do not belong to its event stay empty. No field may hold a value, a key or a token; long texts
-// are cut.
+// Record is what a caller has to say. Fields that do not belong to its event stay empty. No field
+// may hold a value, a key or a token; long texts are cut.
 type Record struct {
 	Event Event `json:"event"`
 	// Time is when it happened; zero is now.
@@ -82,7 +82,8 @@ type entry struct {
 	PreviousFile string `json:"previousFile,omitempty"` // the name that the file before got
 }
 
-// The bounds of texts, in bytes, so that no record comes near maxLine. JSON writes a byte as six at most.
+// The bounds of texts, in bytes, so that no record comes near maxLine. JSON writes a byte as six at
+// most.
 const (
 	maxText   = 1024
 	maxReason = 4096

@@ -10,8 +10,8 @@ import (
 	"strings"
 )
 
-// rotate gives the file a name of its own, the path with the number of its last record, and begins a new one. On an error the old file stays in
-// use at its path. mu is held.
+// rotate gives the file a name of its own, the path with the number of its last record, and begins
+// a new one. On an error the old file stays in use at its path. mu is held.
 func (l *Log) rotate() error {
 	if err := l.f.Sync(); err != nil {
 		return err
@@ -66,7 +66,8 @@ func syncDir(path string) error {
 	return dir.Sync()
 }
 
-// freeName returns name, or name with a number behind it: records of another chain may have the same numbers.
+// freeName returns name, or name with a number behind it: records of another chain may have the
+// same numbers.
 func freeName(name string) (string, error) {
 	for i := range 1000 {
 		try := name
@@ -96,7 +97,8 @@ func (l *Log) prune() error {
 	return errors.Join(problems...)
 }
 
-// rotated returns the older files of the log at path, oldest first: their names sort as their numbers do.
+// rotated returns the older files of the log at path, oldest first: their names sort as their
+// numbers do.
 func rotated(path string) ([]string, error) {
 	entries, err := os.ReadDir(filepath.Dir(path))
 	if err != nil {

@@ -104,7 +104,8 @@ func TestPrune(t *testing.T) {
 	}
 }
 
-// TestRotationAfterALostLineBreak: the record that a crash has left without its line break is a whole one, wherever the next one goes.
+// TestRotationAfterALostLineBreak: the record that a crash has left without its line break is a
+// whole one, wherever the next one goes.
 func TestRotationAfterALostLineBreak(t *testing.T) {
 	path := sample(t, 3, nil)
 	overwrite(t, path, bytes.TrimSuffix(read(t, path), []byte("\n")))

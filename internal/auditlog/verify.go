@@ -12,7 +12,8 @@ import (
 // VerifyOptions say what is expected of a log.
 type VerifyOptions struct {
 	Key []byte // of the chain; nil: it has none
-	// ExpectLast is a hash, in hexadecimal, that a record of the log must have; "" for none. Records may follow it.
+	// ExpectLast is a hash, in hexadecimal, that a record of the log must have; "" for none.
+	// Records may follow it.
 	ExpectLast string
 }
 
@@ -28,8 +29,9 @@ type Input struct {
 	io.Reader
 }
 
-// Verify checks the files of one log, oldest first. An error means that it could not: [ErrKeyed], [ErrExpected], a bad key, or a file that cannot be read. What is wrong with
-// the log is in the report.
+// Verify checks the files of one log, oldest first. An error means that it could not: [ErrKeyed],
+// [ErrExpected], a bad key, or a file that cannot be read. What is wrong with the log is in the
+// report.
 func Verify(o VerifyOptions, files ...Input) (*Report, error) {
 	c, err := newChain(o.Key)
 	if err != nil {
@@ -57,7 +59,8 @@ func Verify(o VerifyOptions, files ...Input) (*Report, error) {
 	return r, nil
 }
 
-// VerifyFiles is Verify for files by name, in any order: it puts them in the order of their first records.
+// VerifyFiles is Verify for files by name, in any order: it puts them in the order of their first
+// records.
 func VerifyFiles(o VerifyOptions, names ...string) (*Report, error) {
 	type opened struct {
 		name string
@@ -91,7 +94,8 @@ func VerifyFiles(o VerifyOptions, names ...string) (*Report, error) {
 	return Verify(o, inputs...)
 }
 
-// firstSeq is the number of the first record of f, or of what may be one. A file without any sorts last.
+// firstSeq is the number of the first record of f, or of what may be one. A file without any sorts
+// last.
 func firstSeq(f *os.File) (uint64, error) {
 	lines := newLines(f)
 	for {

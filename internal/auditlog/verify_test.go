@@ -42,7 +42,8 @@ func TestEveryBit(t *testing.T) {
 	}
 }
 
-// TestEveryBitOfAFileThatFollows does the same for a file that begins in the middle of its chain, where its first record names the hash before.
+// TestEveryBitOfAFileThatFollows does the same for a file that begins in the middle of its chain,
+// where its first record names the hash before.
 func TestEveryBitOfAFileThatFollows(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "a")
 	l := open(t, Config{Path: path, MaxSize: 1000})
@@ -216,8 +217,8 @@ func TestNothingControlsTheTerminal(t *testing.T) {
 	}
 }
 
-// FuzzVerify: no file makes the check panic, and what passes is what a log can hold: unless it is one of the seeds, no findings means that every line is
-// chained.
+// FuzzVerify: no file makes the check panic, and what passes is what a log can hold: unless it is
+// one of the seeds, no findings means that every line is chained.
 func FuzzVerify(f *testing.F) {
 	for _, name := range []string{"plain", "keyed"} {
 		text := read(f, filepath.Join("testdata", name+".jsonl"))

@@ -1,6 +1,6 @@
 // Package alibaba is the backend for Alibaba Cloud KMS. It speaks through the vendor's SDK
-// (github.com/aliyun/alibaba-cloud-sdk-go, product Kms, version 2016-01-20), which it fences in: nothing outside this folder
-// knows that SDK, so that a newer one can take its place here.
+// (github.com/aliyun/alibaba-cloud-sdk-go, product Kms, version 2016-01-20), which it fences in:
+// nothing outside this folder knows that SDK, so that a newer one can take its place here.
 //
 // What the fence is for:
 //   - kms.Client is not safe for concurrent use, so each call makes its own over one shared connection pool ([transport]).
@@ -10,8 +10,9 @@
 //     package: [failure] keeps what is safe (operation, code, HTTP status, request ID) and drops the text.
 //   - The SDK panics on some answers and accepts empty ones: panics are recovered, and each field is checked.
 //
-// The package neither retries nor limits the rate of calls; the wrapper of package kmsclient does. Two exceptions, each at most once a
-// call, are known only here: a connection that the KMS closed while it was idle, and credentials that were replaced in the meantime.
+// The package neither retries nor limits the rate of calls; the wrapper of package kmsclient does.
+// Two exceptions, each at most once a call, are known only here: a connection that the KMS closed
+// while it was idle, and credentials that were replaced in the meantime.
 package alibaba
 
 import (
@@ -47,26 +48,30 @@ const (
 type Config struct {
 	// Region is the key's region, e.g. "cn-hangzhou". Required.
 	Region string
-	// KeyID is the key's id ("key-…"), an alias ("alias/…") or an ARN ("acs:kms:…"). Required. Stored values always name the real
-	// id that the KMS answers, so an alias may be moved to another key, which then counts as a rotation.
+	// KeyID is the key's id ("key-…"), an alias ("alias/…") or an ARN ("acs:kms:…"). Required.
+	// Stored values always name the real id that the KMS answers, so an alias may be moved to
+	// another key, which then counts as a rotation.
 	KeyID string
-	// Endpoint is "host" or "host:port" of the KMS, always spoken to over HTTPS. The default is the public endpoint of the region,
-	// kms.<region>.aliyuncs.com; kms-vpc.<region>.aliyuncs.com is the one within a VPC, and a dedicated instance has its own.
+	// Endpoint is "host" or "host:port" of the KMS, always spoken to over HTTPS. The default is the
+	// public endpoint of the region, kms.<region>.aliyuncs.com; kms-vpc.<region>.aliyuncs.com is
+	// the one within a VPC, and a dedicated instance has its own.
 	Endpoint string
-	// CAFile holds PEM certificates that the endpoint's certificate is verified against, in place of the system's. A dedicated
-	// instance needs its private CA here. It is read once, by New.
+	// CAFile holds PEM certificates that the endpoint's certificate is verified against, in place
+	// of the system's. A dedicated instance needs its private CA here. It is read once, by New.
 	CAFile string
-	// EncryptionContext is bound to everything that is wrapped, and is needed again to unwrap it: changing it makes existing
-	// values unreadable. At most 8,192 characters as JSON.
+	// EncryptionContext is bound to everything that is wrapped, and is needed again to unwrap it:
+	// changing it makes existing values unreadable. At most 8,192 characters as JSON.
 	EncryptionContext map[string]string
 	// Credentials say who calls. The zero value takes an access key from the environment.
 	Credentials Credentials
-	// Logger is told when credentials cannot be read or refreshed and the last good ones are kept. The default discards.
+	// Logger is told when credentials cannot be read or refreshed and the last good ones are kept.
+	// The default discards.
 	Logger *slog.Logger
 }
 
-// Backend is a client of one key. It is safe for concurrent use. Where its credentials are sessions, a call may start a goroutine that fetches
-// the next; that, and idle connections, last until [Backend.Close] at the latest.
+// Backend is a client of one key. It is safe for concurrent use. Where its credentials are
+// sessions, a call may start a goroutine that fetches the next; that, and idle connections, last
+// until [Backend.Close] at the latest.
 type Backend struct {
 	remote                   // the KMS; its keyID is as configured: id, alias or ARN
 	realID            string // the id that answers must name; "" if keyID is an alias
@@ -83,7 +88,8 @@ var (
 	_ kmsclient.FileChecker      = (*Backend)(nil)
 )
 
-// warmEndpointMap makes the SDK fill its lazy global map, which it does without a lock, before there is concurrency.
+// warmEndpointMap makes the SDK fill its lazy global map, which it does without a lock, before
+// there is concurrency.
 var warmEndpointMap = sync.OnceFunc(func() { kms.GetEndpointMap() })
 
 var (
@@ -92,8 +98,8 @@ var (
 	configPattern = regexp.MustCompile(`^[A-Za-z0-9_:/.@*+=-]{1,255}$`)
 )
 
-// New checks the configuration and returns a backend. It reads the CA and credential files but opens no connection. The error names
-// every problem that was found.
+// New checks the configuration and returns a backend. It reads the CA and credential files but
+// opens no connection. The error names every problem that was found.
 func New(cfg Config) (*Backend, error) {
 	problems := checkEnvironment()
 	problem := func(format string, args ...any) { problems = append(problems, fmt.Errorf(format, args...)) }
@@ -142,12 +148,14 @@ func New(cfg Config) (*Backend, error) {
 	}, nil
 }
 
-// CredentialsExpire returns when the session ends that calls are signed with. It is zero for credentials that do not say (an access key, a
-// token from a file), and before the first call. It comes near only if no new session can be fetched.
+// CredentialsExpire returns when the session ends that calls are signed with. It is zero for
+// credentials that do not say (an access key, a token from a file), and before the first call. It
+// comes near only if no new session can be fetched.
 func (b *Backend) CredentialsExpire() time.Time { return b.creds.expires() }
 
-// CredentialsLate reports whether the next session is not there when it should be: the last fetch has failed, or half of the time between the
-// refresh and the end has gone by. Near its end alone, a session is not late: one of 15 minutes is renewed when 5 are left.
+// CredentialsLate reports whether the next session is not there when it should be: the last fetch
+// has failed, or half of the time between the refresh and the end has gone by. Near its end alone,
+// a session is not late: one of 15 minutes is renewed when 5 are left.
 func (b *Backend) CredentialsLate() bool { return b.creds.late() }
 
 // CheckFiles looks at caFile and stsCAFile, which are read again when they change, and returns why
@@ -161,14 +169,16 @@ func (b *Backend) CheckFiles() error {
 	return errors.Join(problems...)
 }
 
-// Close ends the fetching of credentials and drops idle connections. It always returns nil. Calls must have ended.
+// Close ends the fetching of credentials and drops idle connections. It always returns nil. Calls
+// must have ended.
 func (b *Backend) Close() error {
 	b.creds.close()
 	b.pool.CloseIdleConnections()
 	return nil
 }
 
-// GenerateDataKey has the KMS make a seed; only its wrapped form and, over TLS, the seed itself travel.
+// GenerateDataKey has the KMS make a seed; only its wrapped form and, over TLS, the seed itself
+// travel.
 func (b *Backend) GenerateDataKey(ctx context.Context, _ string) (*kmsclient.DataKey, error) {
 	const op = "GenerateDataKey"
 	var resp *kms.GenerateDataKeyResponse
@@ -196,8 +206,8 @@ func (b *Backend) GenerateDataKey(ctx context.Context, _ string) (*kmsclient.Dat
 	return &kmsclient.DataKey{Plaintext: seed, Ciphertext: []byte(resp.CiphertextBlob), KeyID: keyID}, nil
 }
 
-// Encrypt wraps 1 to 6,144 bytes. The plaintext travels in the request's body, not in its URL, so that no proxy or log on
-// the way can keep it as part of an address.
+// Encrypt wraps 1 to 6,144 bytes. The plaintext travels in the request's body, not in its URL, so
+// that no proxy or log on the way can keep it as part of an address.
 func (b *Backend) Encrypt(ctx context.Context, _ string, data []byte) (*service.EncryptResponse, error) {
 	const op = "Encrypt"
 	if len(data) == 0 || len(data) > maxPlaintext {
@@ -229,8 +239,9 @@ func (b *Backend) Encrypt(ctx context.Context, _ string, data []byte) (*service.
 	return &service.EncryptResponse{Ciphertext: []byte(resp.CiphertextBlob), KeyID: keyID}, nil
 }
 
-// Decrypt unwraps what Encrypt or GenerateDataKey wrapped, under any version of any key that the caller may use: the request names no key,
-// so the key and version in the answer are compared with req.KeyID.
+// Decrypt unwraps what Encrypt or GenerateDataKey wrapped, under any version of any key that the
+// caller may use: the request names no key, so the key and version in the answer are compared with
+// req.KeyID.
 func (b *Backend) Decrypt(ctx context.Context, _ string, req *service.DecryptRequest) ([]byte, error) {
 	const op = "Decrypt"
 	id, version, ok := strings.Cut(req.KeyID, "/")
@@ -276,8 +287,8 @@ func (b *Backend) answeredKey(op, requestID, id, version string) (string, error)
 	return id + "/" + version, nil
 }
 
-// KeyOf returns the id of the key in a key ID of stored values, <key id>/<key version id>, or in a configured one that holds it. All versions of a
-// key are disabled and deleted as one.
+// KeyOf returns the id of the key in a key ID of stored values, <key id>/<key version id>, or in a
+// configured one that holds it. All versions of a key are disabled and deleted as one.
 func (*Backend) KeyOf(keyID string) string {
 	if strings.HasPrefix(keyID, "acs:kms:") {
 		return realID(keyID)

@@ -17,7 +17,8 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// newBackend returns a backend for the double's default key with its default access key. change may alter the configuration.
+// newBackend returns a backend for the double's default key with its default access key. change may
+// alter the configuration.
 func newBackend(t *testing.T, d *kmsdouble.Double, change func(*Config)) *Backend {
 	t.Helper()
 	t.Setenv("ALIBABA_CLOUD_ACCESS_KEY_ID", kmsdouble.DefaultAccessKeyID)
@@ -101,7 +102,8 @@ func TestRoundTrip(t *testing.T) {
 	}
 }
 
-// TestEncryptKeepsPlaintextOutOfURL holds the double to account for what it would otherwise only report.
+// TestEncryptKeepsPlaintextOutOfURL holds the double to account for what it would otherwise only
+// report.
 func TestEncryptKeepsPlaintextOutOfURL(t *testing.T) {
 	d, b := newPair(t)
 	if _, err := b.Encrypt(t.Context(), "", []byte("seed")); err != nil {

@@ -14,7 +14,8 @@ import (
 // maxCallTime bounds a call whose context has no earlier deadline.
 const maxCallTime = 30 * time.Second
 
-// remote is an endpoint that speaks the vendor's RPC protocol: the KMS, or the service that gives its credentials (STS).
+// remote is an endpoint that speaks the vendor's RPC protocol: the KMS, or the service that gives
+// its credentials (STS).
 type remote struct {
 	name     string // "the KMS" or "STS", for texts
 	caField  string // the field that names its CA, for texts
@@ -25,8 +26,8 @@ type remote struct {
 	pool     *pool
 }
 
-// call runs do with a client of its own. Every error it returns is, or wraps, a *kmsclient.Error with a safe text; one that is due to the
-// context wraps the context's error too.
+// call runs do with a client of its own. Every error it returns is, or wraps, a *kmsclient.Error
+// with a safe text; one that is due to the context wraps the context's error too.
 func (b *Backend) call(ctx context.Context, op string, do func(*kms.Client) error) error {
 	ctx, cancel := context.WithTimeout(ctx, maxCallTime)
 	defer cancel()
@@ -36,7 +37,8 @@ func (b *Backend) call(ctx context.Context, op string, do func(*kms.Client) erro
 	}
 	f := b.request(ctx, op, cred, do)
 	if f != nil && f.rejected {
-		// A signature is made from two or three files, which do not change in one instant; and a token may just have run out.
+		// A signature is made from two or three files, which do not change in one instant; and a
+		// token may just have run out.
 		renewed, err := b.creds.renew(ctx, cred)
 		if err == nil && renewed != cred {
 			f = b.request(ctx, op, renewed, do)
@@ -77,7 +79,8 @@ func (r *remote) attempt(ctx context.Context, op string, cred credential, do fun
 	return nil
 }
 
-// withClient runs do with a new client, which signs with cred. A kms.Client signs for every product; it only adds the KMS' operations.
+// withClient runs do with a new client, which signs with cred. A kms.Client signs for every
+// product; it only adds the KMS' operations.
 func (r *remote) withClient(cred credential, t *callTransport, do func(*kms.Client) error) error {
 	config := sdk.NewConfig().WithScheme("HTTPS").WithAutoRetry(false).WithUserAgent(userAgent)
 	config.Transport = t
@@ -88,15 +91,16 @@ func (r *remote) withClient(cred credential, t *callTransport, do func(*kms.Clie
 	client.Domain = r.endpoint
 	client.SetReadTimeout(maxCallTime) // the context's deadline is never later
 	client.SetCloseTrace(true)         // a span would be named after the URL
-	// The SDK reads the proxy environment at each call and takes NO_PROXY entries for regular expressions, a bad one of which fails the
-	// call. What it finds is not used: the connection pool makes up its own mind. So the SDK gets something to find.
+	// The SDK reads the proxy environment at each call and takes NO_PROXY entries for regular
+	// expressions, a bad one of which fails the call. What it finds is not used: the connection
+	// pool makes up its own mind. So the SDK gets something to find.
 	client.SetHttpsProxy("https://unused.invalid")
 	client.SetNoProxy("unused")
 	return do(client)
 }
 
-// credentialFailure is the error for a call that has no credentials to sign with: that of the service that should have given them, or of the
-// context that ended while it was waited for.
+// credentialFailure is the error for a call that has no credentials to sign with: that of the
+// service that should have given them, or of the context that ended while it was waited for.
 func (b *Backend) credentialFailure(ctx context.Context, op string, err error) error {
 	e := &kmsclient.Error{Reason: kmsclient.Unreachable}
 	if known := (*kmsclient.Error)(nil); errors.As(err, &known) {

@@ -57,7 +57,8 @@ func (s *safeBuffer) String() string {
 	return s.b.String()
 }
 
-// checkNoCanary fails if a text holds a canary, plain or encoded, or what looks like a part of a request.
+// checkNoCanary fails if a text holds a canary, plain or encoded, or what looks like a part of a
+// request.
 func checkNoCanary(t *testing.T, where, text string) {
 	t.Helper()
 	lower := strings.ToLower(text)

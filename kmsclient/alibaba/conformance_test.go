@@ -8,8 +8,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/kmstest"
 )
 
-// TestConformance runs the suite of all backends on keys that are named in different ways, and on a dedicated instance. A ciphertext names
-// its key, so that damage there is an unknown key to the KMS.
+// TestConformance runs the suite of all backends on keys that are named in different ways, and on a
+// dedicated instance. A ciphertext names its key, so that damage there is an unknown key to the
+// KMS.
 func TestConformance(t *testing.T) {
 	for name, c := range map[string]struct {
 		double kmsdouble.Config

@@ -24,38 +24,46 @@ const (
 
 // Credentials say where the caller's credentials come from. Only the type that is named is tried.
 //
-// Those of type accessKey and sts are read anew for each call, so a replaced file counts at once. While one cannot be read, the last good
-// credentials are used. The other types give sessions that end: a new one is fetched in the background when a sixth of its life, or five
-// minutes, are left, by one fetch at a time; while that fails, the old one is used until it ends.
+// Those of type accessKey and sts are read anew for each call, so a replaced file counts at once.
+// While one cannot be read, the last good credentials are used. The other types give sessions that
+// end: a new one is fetched in the background when a sixth of its life, or five minutes, are left,
+// by one fetch at a time; while that fails, the old one is used until it ends.
 type Credentials struct {
 	// Type is one of the constants; "" is accessKey.
 	Type string
-	// AccessKeyIDFile, AccessKeySecretFile and SecurityTokenFile hold one value each; white space around it is ignored. Each part that has
-	// no file comes from the environment: ALIBABA_CLOUD_ACCESS_KEY_ID, ALIBABA_CLOUD_ACCESS_KEY_SECRET and ALIBABA_CLOUD_SECURITY_TOKEN.
-	// For the types accessKey, sts and assumeRole.
+	// AccessKeyIDFile, AccessKeySecretFile and SecurityTokenFile hold one value each; white space
+	// around it is ignored. Each part that has no file comes from the environment:
+	// ALIBABA_CLOUD_ACCESS_KEY_ID, ALIBABA_CLOUD_ACCESS_KEY_SECRET and
+	// ALIBABA_CLOUD_SECURITY_TOKEN. For the types accessKey, sts and assumeRole.
 	AccessKeyIDFile, AccessKeySecretFile, SecurityTokenFile string
 	// Base is what type assumeRole assumes the role with: accessKey (the default) or sts.
 	Base string
-	// RoleARN is the role ("acs:ram::<account>:role/<name>") of the types assumeRole and oidc; by default ALIBABA_CLOUD_ROLE_ARN.
+	// RoleARN is the role ("acs:ram::<account>:role/<name>") of the types assumeRole and oidc; by
+	// default ALIBABA_CLOUD_ROLE_ARN.
 	RoleARN string
-	// OIDCProviderARN and OIDCTokenFile belong to type oidc; by default ALIBABA_CLOUD_OIDC_PROVIDER_ARN and ALIBABA_CLOUD_OIDC_TOKEN_FILE.
-	// The file is read anew for each session.
+	// OIDCProviderARN and OIDCTokenFile belong to type oidc; by default
+	// ALIBABA_CLOUD_OIDC_PROVIDER_ARN and ALIBABA_CLOUD_OIDC_TOKEN_FILE. The file is read anew for
+	// each session.
 	OIDCProviderARN, OIDCTokenFile string
 	// ExternalID is what the role's trust policy may ask of type assumeRole.
 	ExternalID string
-	// SessionName is how the KMS' audit log calls the session of a role; by default "etcd-kms-proxy".
+	// SessionName is how the KMS' audit log calls the session of a role; by default
+	// "etcd-kms-proxy".
 	SessionName string
 	// Policy is a RAM policy that restricts the session of a role further; by default none does.
 	Policy string
-	// Duration is the life of the session of a role: 15 minutes up to what the role allows; by default an hour.
+	// Duration is the life of the session of a role: 15 minutes up to what the role allows; by
+	// default an hour.
 	Duration time.Duration
-	// STSEndpoint is "host" or "host:port" of the service that gives sessions of roles, always over HTTPS; by default the region's,
-	// sts.<region>.aliyuncs.com. STSCAFile holds PEM certificates to verify it with, in place of the system's.
+	// STSEndpoint is "host" or "host:port" of the service that gives sessions of roles, always over
+	// HTTPS; by default the region's, sts.<region>.aliyuncs.com. STSCAFile holds PEM certificates
+	// to verify it with, in place of the system's.
 	STSEndpoint, STSCAFile string
-	// RoleName is the instance's role for type ecsRAMRole; by default the metadata server is asked for it.
+	// RoleName is the instance's role for type ecsRAMRole; by default the metadata server is asked
+	// for it.
 	RoleName string
-	// AllowMetadataV1 asks without a token when the metadata server gives none. Whoever can make a process on the instance fetch a URL can
-	// then steal the credentials.
+	// AllowMetadataV1 asks without a token when the metadata server gives none. Whoever can make a
+	// process on the instance fetch a URL can then steal the credentials.
 	AllowMetadataV1 bool
 	// MetadataURL and MetadataCAFile name another metadata server. For tests.
 	MetadataURL, MetadataCAFile string
@@ -79,8 +87,8 @@ func (credential) Format(s fmt.State, _ rune) { _, _ = io.WriteString(s, "[redac
 // LogValue implements [slog.LogValuer].
 func (credential) LogValue() slog.Value { return slog.StringValue("[redacted]") }
 
-// scrub returns text unless it quotes a part of the credential. Real parts have at least 16 characters; one of a few letters, as a
-// test may have, would be found in most words.
+// scrub returns text unless it quotes a part of the credential. Real parts have at least 16
+// characters; one of a few letters, as a test may have, would be found in most words.
 func (c credential) scrub(text string) string {
 	for _, secret := range []string{c.id, c.secret, c.token} {
 		if len(secret) >= 8 && strings.Contains(text, secret) {
@@ -93,8 +101,9 @@ func (c credential) scrub(text string) string {
 // provider hands the credential to the SDK.
 func (c credential) provider() credentials.CredentialsProvider { return provider{c} }
 
-// provider is the SDK's view of one credential. The SDK's own providers are not used: they have no locks, refresh on the request
-// path, and its default chain, used when there is none, can stick to the wrong one.
+// provider is the SDK's view of one credential. The SDK's own providers are not used: they have no
+// locks, refresh on the request path, and its default chain, used when there is none, can stick to
+// the wrong one.
 type provider struct{ c credential }
 
 func (p provider) GetProviderName() string { return p.c.source }
@@ -105,14 +114,16 @@ func (p provider) GetCredentials() (*credentials.Credentials, error) {
 	}, nil
 }
 
-// credentialSource gives the credentials of a call. It is safe for concurrent use, and its errors hold no secret: they are an
-// *kmsclient.Error, or the context's.
+// credentialSource gives the credentials of a call. It is safe for concurrent use, and its errors
+// hold no secret: they are an *kmsclient.Error, or the context's.
 type credentialSource interface {
 	// get returns the credentials to use now.
 	get(ctx context.Context) (credential, error)
-	// renew returns the credentials to use after the KMS rejected some. The same again mean that there are no others.
+	// renew returns the credentials to use after the KMS rejected some. The same again mean that
+	// there are no others.
 	renew(ctx context.Context, rejected credential) (credential, error)
-	// expires returns when the credentials of the last get end; zero if they do not, or if there are none yet.
+	// expires returns when the credentials of the last get end; zero if they do not, or if there
+	// are none yet.
 	expires() time.Time
 	// late reports whether credentials that end should have been followed by others.
 	late() bool
@@ -120,7 +131,8 @@ type credentialSource interface {
 	close()
 }
 
-// newCredentialSource returns the source that c describes. It reads the files and variables that c names, and connects to nothing.
+// newCredentialSource returns the source that c describes. It reads the files and variables that c
+// names, and connects to nothing.
 func newCredentialSource(c Credentials, region string, logger *slog.Logger) (credentialSource, error) {
 	source, err := chooseSource(c, region, logger)
 	if err != nil {

@@ -32,8 +32,9 @@ const (
 
 var roleNamePattern = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)
 
-// instanceSource fetches sessions of an ECS instance's role from its metadata server, by version 2 of its protocol: a PUT gives a token, which
-// the following GETs carry, so that who can only make a process fetch a URL gets nothing.
+// instanceSource fetches sessions of an ECS instance's role from its metadata server, by version 2
+// of its protocol: a PUT gives a token, which the following GETs carry, so that who can only make a
+// process fetch a URL gets nothing.
 type instanceSource struct {
 	url     string
 	role    string // "" asks the server
@@ -53,8 +54,8 @@ func newInstanceSource(c Credentials, logger *slog.Logger) (*sessionSource, erro
 	return newSessionSource(logger, m.fetch, func() []string { return nil }, m.pool.CloseIdleConnections), nil
 }
 
-// newMetadataPool returns connections that use no proxy, whatever the environment says: the address has a meaning on this machine only, and the
-// answer is secret.
+// newMetadataPool returns connections that use no proxy, whatever the environment says: the address
+// has a meaning on this machine only, and the answer is secret.
 func newMetadataPool(caFile string) (*http.Transport, error) {
 	pool, err := newPool(caFile, slog.New(slog.DiscardHandler))
 	if err != nil {
@@ -124,7 +125,8 @@ func (m *instanceSource) token(ctx context.Context) (string, error) {
 	return token, nil
 }
 
-// get asks for the credentials of a role, or for the role's name. Without a token it speaks version 1.
+// get asks for the credentials of a role, or for the role's name. Without a token it speaks version
+// 1.
 func (m *instanceSource) get(ctx context.Context, role, token string) ([]byte, error) {
 	header := headerToken
 	if token == "" {

@@ -163,7 +163,8 @@ func (r *roleSource) assume(ctx context.Context) (session, error) {
 	return r.session(op, "ram_role_arn", body)
 }
 
-// assumeWithToken calls AssumeRoleWithOIDC, which is not signed. The token travels in the body, not in the URL.
+// assumeWithToken calls AssumeRoleWithOIDC, which is not signed. The token travels in the body, not
+// in the URL.
 func (r *roleSource) assumeWithToken(ctx context.Context) (session, error) {
 	const op = "AssumeRoleWithOIDC"
 	token, err := r.token.read()
@@ -187,7 +188,8 @@ func (r *roleSource) assumeWithToken(ctx context.Context) (session, error) {
 	return r.session(op, "oidc_role_arn", body)
 }
 
-// post sends a form. It goes past http.Client, which follows redirects and quotes URLs in its errors.
+// post sends a form. It goes past http.Client, which follows redirects and quotes URLs in its
+// errors.
 func (r *roleSource) post(t *callTransport, query, form url.Values) ([]byte, error) {
 	req, err := http.NewRequestWithContext(t.ctx, http.MethodPost, "https://"+r.sts.endpoint+"/?"+query.Encode(), strings.NewReader(form.Encode()))
 	if err != nil {
@@ -237,7 +239,8 @@ func (r *roleSource) denied(op string, err error) error {
 	return &kmsclient.Error{Op: op, Reason: kmsclient.Denied, Detail: r.at(op) + err.Error()}
 }
 
-// explained turns a failure of STS into one that says what it means for the caller of the KMS: whatever STS refuses, an operator has to act.
+// explained turns a failure of STS into one that says what it means for the caller of the KMS:
+// whatever STS refuses, an operator has to act.
 func (r *roleSource) explained(ctx context.Context, f *failure) error {
 	e := f.err
 	if c := e.Class(); c == kmsclient.ClassInvalid || c == kmsclient.ClassKeyUnusable || c == kmsclient.ClassContract && e.Code != "" {

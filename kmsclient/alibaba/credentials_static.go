@@ -14,7 +14,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 )
 
-// maxCredentialFile limits the bytes of a credential file. Security tokens have about one KiB, tokens of OpenID Connect at most 20,000 bytes.
+// maxCredentialFile limits the bytes of a credential file. Security tokens have about one KiB,
+// tokens of OpenID Connect at most 20,000 bytes.
 const maxCredentialFile = 32 << 10
 
 // staticSource reads credentials that others put into files or the environment.

@@ -47,8 +47,8 @@ func TestCredentialsFromFiles(t *testing.T) {
 	mustDataKey(t, b)
 }
 
-// TestCredentialsReplacedDuringACall replaces a file while a request that was signed with its old content is under way: the call signs
-// once more with the new one, and not a third time.
+// TestCredentialsReplacedDuringACall replaces a file while a request that was signed with its old
+// content is under way: the call signs once more with the new one, and not a third time.
 func TestCredentialsReplacedDuringACall(t *testing.T) {
 	for name, second := range map[string][]kmsdouble.FaultSpec{
 		"accepted":         nil,

@@ -67,8 +67,8 @@ func (r *remote) panicked(op string, t *callTransport) *failure {
 	return &failure{err: e}
 }
 
-// failed turns an error of the SDK into a failure. The error's text is not kept, since the SDK quotes URLs, and the KMS quotes the string that
-// was signed; only what say lets through is.
+// failed turns an error of the SDK into a failure. The error's text is not kept, since the SDK
+// quotes URLs, and the KMS quotes the string that was signed; only what say lets through is.
 func (r *remote) failed(op string, cred credential, t *callTransport, err error) *failure {
 	e := &kmsclient.Error{Op: op, KeyID: r.keyID, HTTPStatus: int(t.status.Load())}
 	f := &failure{err: e}
@@ -141,8 +141,8 @@ func isNotJSON(err error) bool {
 	return errors.As(err, &client) && client.ErrorCode() == sdkerrors.JsonUnmarshalErrorCode
 }
 
-// reasonOfStatus is for answers without one of the vendor's codes, which the KMS itself may never have seen. It never says that a key or
-// a ciphertext is bad: only the KMS can know.
+// reasonOfStatus is for answers without one of the vendor's codes, which the KMS itself may never
+// have seen. It never says that a key or a ciphertext is bad: only the KMS can know.
 func reasonOfStatus(status int) kmsclient.Reason {
 	switch status {
 	case http.StatusUnauthorized, http.StatusForbidden, http.StatusProxyAuthRequired:
@@ -156,9 +156,10 @@ func reasonOfStatus(status int) kmsclient.Reason {
 	return kmsclient.BrokenContract
 }
 
-// reasonOfCode says what one of the vendor's codes means, with a hint where there is one: the codes of the product Kms and those of
-// the gateway before it. Only a code that is known to be about what was sent says that a ciphertext is damaged: a value is given up for that.
-// What is not known here is judged by its status, and says nothing of the value.
+// reasonOfCode says what one of the vendor's codes means, with a hint where there is one: the codes
+// of the product Kms and those of the gateway before it. Only a code that is known to be about what
+// was sent says that a ciphertext is damaged: a value is given up for that. What is not known here
+// is judged by its status, and says nothing of the value.
 func reasonOfCode(code string, status int) (kmsclient.Reason, string) {
 	switch code {
 	case "Rejected.Throttling", "ServiceUnavailableTemporary", "ServiceUnavailable", "InternalFailure", "SignatureNonceUsed":
@@ -207,7 +208,8 @@ func reasonOfCode(code string, status int) (kmsclient.Reason, string) {
 	return kmsclient.BrokenContract, ""
 }
 
-// aliasLeadsNowhere reports whether a code is about the configured name and not about a key. Decrypt names no key: there it is about the value's.
+// aliasLeadsNowhere reports whether a code is about the configured name and not about a key.
+// Decrypt names no key: there it is about the value's.
 func (r *remote) aliasLeadsNowhere(op, code string) bool {
 	return (code == "Forbidden.AliasNotFound" || code == "Forbidden.KeyNotFound") && op != "Decrypt" && r.keyID != "" && realID(r.keyID) == ""
 }

@@ -143,7 +143,8 @@ func TestFaultsAreAppliedOrNot(t *testing.T) {
 	}
 }
 
-// FuzzAnswer has the KMS answer anything at all: each operation ends with a safe error or a checked result.
+// FuzzAnswer has the KMS answer anything at all: each operation ends with a safe error or a checked
+// result.
 func FuzzAnswer(f *testing.F) {
 	uuid := "8252E4E4-37F3-4E41-B4F6-5A24E6E48D11"
 	for _, seed := range []struct {

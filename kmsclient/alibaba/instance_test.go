@@ -12,7 +12,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
-// newInstanceWorld returns a KMS that knows nobody but the sessions of an instance's role, and a backend on that instance.
+// newInstanceWorld returns a KMS that knows nobody but the sessions of an instance's role, and a
+// backend on that instance.
 func newInstanceWorld(t *testing.T, cfg kmsdouble.MetadataConfig, change func(*Config)) (*kmsdouble.Double, *kmsdouble.Metadata, *Backend) {
 	t.Helper()
 	d := kmsdouble.New(t, kmsdouble.Config{AccessKeys: []kmsdouble.AccessKey{}})
@@ -35,7 +36,8 @@ func newInstanceWorld(t *testing.T, cfg kmsdouble.MetadataConfig, change func(*C
 	return d, m, b
 }
 
-// TestInstanceRole speaks version 2, with and without TLS, and asks for the role's name only if it is not configured. No proxy sees any of it.
+// TestInstanceRole speaks version 2, with and without TLS, and asks for the role's name only if it
+// is not configured. No proxy sees any of it.
 func TestInstanceRole(t *testing.T) {
 	for _, plain := range []bool{false, true} {
 		for _, role := range []string{"", kmsdouble.DefaultInstanceRole} {
@@ -61,13 +63,15 @@ func TestInstanceRole(t *testing.T) {
 			})
 		}
 	}
-	// Go keeps loopback addresses from proxies, and reads the environment once; so the pool itself is looked at.
+	// Go keeps loopback addresses from proxies, and reads the environment once; so the pool itself
+	// is looked at.
 	if pool, err := newMetadataPool(""); err != nil || pool.Proxy != nil {
 		t.Errorf("the pool may use a proxy, %v", err)
 	}
 }
 
-// TestMetadataV1 is spoken only when the operator allows it, and only to a server that gives no token.
+// TestMetadataV1 is spoken only when the operator allows it, and only to a server that gives no
+// token.
 func TestMetadataV1(t *testing.T) {
 	for name, tc := range map[string]struct {
 		server kmsdouble.MetadataConfig
@@ -100,7 +104,8 @@ func TestMetadataV1(t *testing.T) {
 	}
 }
 
-// TestNoInstance: with the older protocol allowed, a 404 to everything is the answer of no ECS instance, or of one without a role.
+// TestNoInstance: with the older protocol allowed, a 404 to everything is the answer of no ECS
+// instance, or of one without a role.
 func TestNoInstance(t *testing.T) {
 	_, m, b := newInstanceWorld(t, kmsdouble.MetadataConfig{}, func(c *Config) { c.Credentials.AllowMetadataV1 = true })
 	m.SetFault(http.NotFound)
@@ -110,7 +115,8 @@ func TestNoInstance(t *testing.T) {
 	}
 }
 
-// TestMetadataFaults has the server answer in every wrong way: the class says whether a retry may help, and nothing is quoted.
+// TestMetadataFaults has the server answer in every wrong way: the class says whether a retry may
+// help, and nothing is quoted.
 func TestMetadataFaults(t *testing.T) {
 	unavailable, contract, denied := kmsclient.ClassUnavailable, kmsclient.ClassContract, kmsclient.ClassDenied
 	text := func(status int, body string) http.HandlerFunc {

@@ -99,7 +99,8 @@ func TestKeyStates(t *testing.T) {
 	})
 }
 
-// allOperations runs each operation once and returns its error by the name that the error must have.
+// allOperations runs each operation once and returns its error by the name that the error must
+// have.
 func allOperations(t *testing.T, b *Backend, key *kmsclient.DataKey) map[string]error {
 	t.Helper()
 	errs := map[string]error{}

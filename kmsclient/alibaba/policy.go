@@ -18,16 +18,17 @@ type RAMStatement struct {
 	Resource []string `json:"Resource"`
 }
 
-// NewRAMPolicy returns the least that the callers of the keys need, each named as [KeyARN] returns it. RAM asks for the permission on the key
-// also where a request names an alias.
+// NewRAMPolicy returns the least that the callers of the keys need, each named as [KeyARN] returns
+// it. RAM asks for the permission on the key also where a request names an alias.
 func NewRAMPolicy(keyARNs ...string) *RAMPolicy {
 	return &RAMPolicy{Version: "1", Statement: []RAMStatement{{
 		Effect: "Allow", Action: []string{"kms:DescribeKey", "kms:GenerateDataKey", "kms:Encrypt", "kms:Decrypt"}, Resource: keyARNs,
 	}}}
 }
 
-// KeyARN returns how RAM names a key; where keyID is no ARN, with any account, since a policy only opens what is of its own account. It is
-// empty if keyID is an alias: only the KMS knows of which key, see [Backend.KeyARN].
+// KeyARN returns how RAM names a key; where keyID is no ARN, with any account, since a policy only
+// opens what is of its own account. It is empty if keyID is an alias: only the KMS knows of which
+// key, see [Backend.KeyARN].
 func KeyARN(region, keyID string) string {
 	id := realID(keyID)
 	switch {
@@ -39,7 +40,8 @@ func KeyARN(region, keyID string) string {
 	return "acs:kms:" + region + ":*:key/" + id
 }
 
-// KeyARN returns how RAM names the key of the backend. Where the configuration has an alias, it asks the KMS for the key.
+// KeyARN returns how RAM names the key of the backend. Where the configuration has an alias, it
+// asks the KMS for the key.
 func (b *Backend) KeyARN(ctx context.Context) (string, error) {
 	if b.realID != "" {
 		return KeyARN(b.region, b.keyID), nil

@@ -16,7 +16,8 @@ const (
 	canaryExternal = "CANARYexternalCANARYexternal"
 )
 
-// roleWorld is a KMS that knows nobody but the sessions that an STS gives, and a backend whose every secret is a canary.
+// roleWorld is a KMS that knows nobody but the sessions that an STS gives, and a backend whose
+// every secret is a canary.
 type roleWorld struct {
 	kms       *kmsdouble.Double
 	sts       *kmsdouble.STS
@@ -80,7 +81,8 @@ func action(kind string) string {
 	return map[string]string{AssumeRole: "AssumeRole", OIDC: "AssumeRoleWithOIDC"}[kind]
 }
 
-// TestRoleSessions goes from the first call, which waits for its credentials, over many that need no more, to Close.
+// TestRoleSessions goes from the first call, which waits for its credentials, over many that need
+// no more, to Close.
 func TestRoleSessions(t *testing.T) {
 	for _, kind := range []string{AssumeRole, OIDC} {
 		t.Run(kind, func(t *testing.T) {
@@ -169,7 +171,8 @@ func TestRoleRefused(t *testing.T) {
 	}
 }
 
-// TestRoleFaults has STS answer in every wrong way, in both forms: no secret comes out, and the class says whether a retry may help.
+// TestRoleFaults has STS answer in every wrong way, in both forms: no secret comes out, and the
+// class says whether a retry may help.
 func TestRoleFaults(t *testing.T) {
 	unavailable, contract, denied := kmsclient.ClassUnavailable, kmsclient.ClassContract, kmsclient.ClassDenied
 	for name, tc := range map[string]struct {

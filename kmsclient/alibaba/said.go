@@ -17,9 +17,10 @@ var (
 	saidID = regexp.MustCompile(`^["']?(key-[a-z0-9]{8,40}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})["',.;:]*$`)
 )
 
-// say returns a message of the vendor's, to be added to a sentence, or "" if it could hold anything secret: some messages quote what was
-// signed, or a parameter. Only short words of letters and ids of keys are let through: access keys, tokens, signatures and seeds are longer
-// than such a word. Without this, nobody could tell why the KMS refuses a certain key to a caller.
+// say returns a message of the vendor's, to be added to a sentence, or "" if it could hold anything
+// secret: some messages quote what was signed, or a parameter. Only short words of letters and ids
+// of keys are let through: access keys, tokens, signatures and seeds are longer than such a word.
+// Without this, nobody could tell why the KMS refuses a certain key to a caller.
 func (r *remote) say(message string) string {
 	message = strings.TrimSpace(message)
 	if message == "" || len(message) > maxSaid {

@@ -9,7 +9,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
-// TestDefaultKeyIsRefusedWithItsReason: the vendor's own words for it are in the error, by whatever name the key goes.
+// TestDefaultKeyIsRefusedWithItsReason: the vendor's own words for it are in the error, by whatever
+// name the key goes.
 func TestDefaultKeyIsRefusedWithItsReason(t *testing.T) {
 	for _, hsm := range []bool{false, true} {
 		for _, name := range []string{"key-hzz65f1cb66fa42qo7z8w", "alias/acs/ecs", "acs:kms:cn-hangzhou:154035569884:key/key-hzz65f1cb66fa42qo7z8w"} {

@@ -30,13 +30,15 @@ type session struct {
 	expires time.Time
 }
 
-// sessionSource keeps a session fresh. A fetch runs on a goroutine and a context of its own, never more than one at a time; it is begun by the
-// first call that finds it due, and only calls that find no session that is valid wait for it.
+// sessionSource keeps a session fresh. A fetch runs on a goroutine and a context of its own, never
+// more than one at a time; it is begun by the first call that finds it due, and only calls that
+// find no session that is valid wait for it.
 type sessionSource struct {
 	fetch func(context.Context) (session, error) // the error is an *kmsclient.Error
 	reads func() []string                        // the files that fetch reads: a change ends the pause after a failure
 	done  func()                                 // called by close, at its end
-	// problem says why the newest files are not in use, beside those of reads; nil without such files
+	// problem says why the newest files are not in use, beside those of reads; nil without such
+	// files
 	problem func() error
 	logger  *slog.Logger
 	now     func() time.Time

@@ -16,7 +16,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
-// sessions returns a backend's source of sessions, and makes its clock go wrong by what the returned function is given.
+// sessions returns a backend's source of sessions, and makes its clock go wrong by what the
+// returned function is given.
 func sessions(t *testing.T, b *Backend) (s *sessionSource, advance func(time.Duration)) {
 	t.Helper()
 	s, ok := b.creds.(*sessionSource)
@@ -38,8 +39,8 @@ func (s *sessionSource) settle() {
 	}
 }
 
-// TestServiceDownWhileSessionLives: calls go on with the last good session until it ends, then say why they cannot, and go on by themselves once
-// the service is back.
+// TestServiceDownWhileSessionLives: calls go on with the last good session until it ends, then say
+// why they cannot, and go on by themselves once the service is back.
 func TestServiceDownWhileSessionLives(t *testing.T) {
 	for _, kind := range []string{AssumeRole, OIDC} {
 		t.Run(kind, func(t *testing.T) {
@@ -96,8 +97,9 @@ func TestTokenFileRotates(t *testing.T) {
 	}
 }
 
-// TestRejectedSession: when the KMS no longer takes a session, the call that found out goes on with a new one. When there is none, the KMS' own
-// refusal counts, and the service is not asked for each call.
+// TestRejectedSession: when the KMS no longer takes a session, the call that found out goes on with
+// a new one. When there is none, the KMS' own refusal counts, and the service is not asked for each
+// call.
 func TestRejectedSession(t *testing.T) {
 	w := newRoleWorld(t, AssumeRole, nil)
 	mustDataKey(t, w.backend)
@@ -128,8 +130,9 @@ func TestRejectedSession(t *testing.T) {
 	s.settle()
 }
 
-// TestManyCallersWhileSessionsChange is for the race detector: sessions end every few seconds, are revoked before, the key rotates, and STS fails
-// every third time; no call of 64 goroutines may notice.
+// TestManyCallersWhileSessionsChange is for the race detector: sessions end every few seconds, are
+// revoked before, the key rotates, and STS fails every third time; no call of 64 goroutines may
+// notice.
 func TestManyCallersWhileSessionsChange(t *testing.T) {
 	for _, kind := range []string{AssumeRole, OIDC} {
 		t.Run(kind, func(t *testing.T) {

@@ -59,7 +59,8 @@ func (s *sessionSource) want(t *testing.T, when string, n int) {
 	}
 }
 
-// TestRefreshAhead: while a session is valid nobody waits for the next, which is there before a sixth of its life or five minutes are left.
+// TestRefreshAhead: while a session is valid nobody waits for the next, which is there before a
+// sixth of its life or five minutes are left.
 func TestRefreshAhead(t *testing.T) {
 	for life, ahead := range map[time.Duration]time.Duration{
 		15 * time.Minute: 5 * time.Minute, time.Hour: 10 * time.Minute, 12 * time.Hour: 2 * time.Hour, 8 * time.Minute: 4 * time.Minute,
@@ -103,7 +104,8 @@ func TestRefreshAhead(t *testing.T) {
 	}
 }
 
-// TestRefreshFails keeps the last good session until it ends, asks ever more rarely, and says so once.
+// TestRefreshFails keeps the last good session until it ends, asks ever more rarely, and says so
+// once.
 func TestRefreshFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		i := &issuer{life: time.Hour}
@@ -149,8 +151,8 @@ func TestRefreshFails(t *testing.T) {
 	})
 }
 
-// TestFirstFetchIsShared: each of many callers waits for one fetch, no longer than its own context allows; the fetch does not end with any of
-// them.
+// TestFirstFetchIsShared: each of many callers waits for one fetch, no longer than its own context
+// allows; the fetch does not end with any of them.
 func TestFirstFetchIsShared(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		i := &issuer{life: time.Hour, takes: 10 * time.Second}
@@ -174,7 +176,8 @@ func TestFirstFetchIsShared(t *testing.T) {
 	})
 }
 
-// TestRenew fetches for a credential that was rejected, once for all who had it, and not over and over.
+// TestRenew fetches for a credential that was rejected, once for all who had it, and not over and
+// over.
 func TestRenew(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		i := &issuer{life: time.Hour, takes: time.Second}
@@ -208,7 +211,8 @@ func TestRenew(t *testing.T) {
 	})
 }
 
-// TestFilesEndThePause: once an operator has replaced what was wrong, nobody waits for the next attempt.
+// TestFilesEndThePause: once an operator has replaced what was wrong, nobody waits for the next
+// attempt.
 func TestFilesEndThePause(t *testing.T) {
 	path := writeFile(t, "token", "old")
 	synctest.Test(t, func(t *testing.T) {
@@ -230,7 +234,8 @@ func TestFilesEndThePause(t *testing.T) {
 	})
 }
 
-// TestCloseEndsTheFetch: Close does not wait for a service that is silent, and nobody waits for it either.
+// TestCloseEndsTheFetch: Close does not wait for a service that is silent, and nobody waits for it
+// either.
 func TestCloseEndsTheFetch(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		i := &issuer{life: time.Hour, takes: time.Hour}

@@ -25,7 +25,8 @@ func realID(keyID string) string {
 	return keyID
 }
 
-// marshalContext returns the context as JSON with sorted keys, so that equal contexts are equal bytes, or "" if there is none.
+// marshalContext returns the context as JSON with sorted keys, so that equal contexts are equal
+// bytes, or "" if there is none.
 func marshalContext(m map[string]string) (string, error) {
 	if len(m) == 0 {
 		return "", nil
@@ -48,7 +49,8 @@ func marshalContext(m map[string]string) (string, error) {
 // contextValues returns what the context holds.
 func contextValues(m map[string]string) []string { return slices.Collect(maps.Values(m)) }
 
-// checkARN refuses an ARN of another region than the one that is called, which could only answer that it knows no such key.
+// checkARN refuses an ARN of another region than the one that is called, which could only answer
+// that it knows no such key.
 func checkARN(keyID, region string) error {
 	rest, ok := strings.CutPrefix(keyID, "acs:kms:")
 	if !ok {

@@ -13,9 +13,10 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
-// Status reports the version that Encrypt would use now. A key that cannot be used is an error of [kmsclient.ClassKeyUnusable]. A dedicated instance's
-// endpoint does not describe keys; there, a data key is generated and dropped, which shows the current version and that the key works. So it is
-// when DescribeKey is throttled, whose small quota the whole account shares.
+// Status reports the version that Encrypt would use now. A key that cannot be used is an error of
+// [kmsclient.ClassKeyUnusable]. A dedicated instance's endpoint does not describe keys; there, a
+// data key is generated and dropped, which shows the current version and that the key works. So it
+// is when DescribeKey is throttled, whose small quota the whole account shares.
 func (b *Backend) Status(ctx context.Context) (*service.StatusResponse, error) {
 	const op = "Status"
 	info, err := b.describe(ctx, op)
@@ -91,7 +92,8 @@ func (b *Backend) describe(ctx context.Context, op string) (*kmsclient.KeyInfo, 
 	}, nil
 }
 
-// isService reports whether a key's creator is a product of the cloud. An account is a number, some digits of which may be hidden.
+// isService reports whether a key's creator is a product of the cloud. An account is a number, some
+// digits of which may be hidden.
 func isService(creator string) bool { return strings.Trim(creator, "0123456789*") != "" }
 
 // checkState returns the error that Encrypt would meet in the key's state, or nil.

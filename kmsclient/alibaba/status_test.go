@@ -48,7 +48,8 @@ func TestDedicatedInstanceWithoutDescribeKey(t *testing.T) {
 	}
 }
 
-// TestDescribeKeyIsThrottled: the version is learned as on a dedicated instance, and so is it that the key may not be used.
+// TestDescribeKeyIsThrottled: the version is learned as on a dedicated instance, and so is it that
+// the key may not be used.
 func TestDescribeKeyIsThrottled(t *testing.T) {
 	d, b := newPair(t)
 	only := func(faults map[string]kmsdouble.FaultSpec) {

@@ -104,8 +104,9 @@ func newTransport(roots *x509.CertPool) *http.Transport {
 	}
 }
 
-// callTransport carries one call of the SDK over the shared pool, and remembers what an error needs to be understood. The SDK
-// reconfigures an *http.Transport at each call; any other RoundTripper, such as this one, it leaves alone.
+// callTransport carries one call of the SDK over the shared pool, and remembers what an error needs
+// to be understood. The SDK reconfigures an *http.Transport at each call; any other RoundTripper,
+// such as this one, it leaves alone.
 type callTransport struct {
 	ctx  context.Context // the caller's
 	base http.RoundTripper
@@ -142,13 +143,15 @@ func (t *callTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	return resp, nil
 }
 
-// stale reports whether a failed call met a connection that the other side had closed while it was idle: then the KMS never
-// saw the request, or at most once, and a new request with a new nonce is safe.
+// stale reports whether a failed call met a connection that the other side had closed while it was
+// idle: then the KMS never saw the request, or at most once, and a new request with a new nonce is
+// safe.
 func (t *callTransport) stale() bool {
 	return t.reused.Load() && !t.firstByte.Load() && t.ctx.Err() == nil
 }
 
-// joinContexts returns a context with the values of a that ends with either of them. release frees it, more than once if need be.
+// joinContexts returns a context with the values of a that ends with either of them. release frees
+// it, more than once if need be.
 func joinContexts(a, b context.Context) (ctx context.Context, release func()) {
 	ctx, cancel := context.WithCancelCause(a)
 	stop := context.AfterFunc(b, func() { cancel(context.Cause(b)) })

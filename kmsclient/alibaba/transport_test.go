@@ -77,8 +77,8 @@ func TestSlowDripArrives(t *testing.T) {
 	}
 }
 
-// TestStaleConnection has the double close a connection when its second request arrives, as a load balancer does that timed it
-// out: one new request, with a new nonce, must do.
+// TestStaleConnection has the double close a connection when its second request arrives, as a load
+// balancer does that timed it out: one new request, with a new nonce, must do.
 func TestStaleConnection(t *testing.T) {
 	d, b, _ := newCanary(t)
 	for op, call := range operations(b, mustDataKey(t, b)) {
@@ -204,7 +204,8 @@ func TestOtherHostsAreRefused(t *testing.T) {
 	}
 }
 
-// TestConcurrentUse is for the race detector: the SDK's clients race as soon as two goroutines share one.
+// TestConcurrentUse is for the race detector: the SDK's clients race as soon as two goroutines
+// share one.
 func TestConcurrentUse(t *testing.T) {
 	d, b, _ := newCanary(t)
 	key := mustDataKey(t, b)

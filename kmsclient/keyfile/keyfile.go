@@ -5,8 +5,8 @@
 //	keys:
 //	- {id: "1", secret: <base64>}
 //
-// The field that names a key is called as the [Form] says. The package knows nothing of what the keys are for. Errors say what is wrong and on
-// which line, and never hold a secret.
+// The field that names a key is called as the [Form] says. The package knows nothing of what the
+// keys are for. Errors say what is wrong and on which line, and never hold a secret.
 package keyfile
 
 import (
@@ -81,8 +81,8 @@ func Read(path string, form Form) ([]Key, fs.FileInfo, error) {
 	return keys, info, nil
 }
 
-// Parse reads a file's YAML. All problems are reported at once, each with its line. The YAML library's own messages quote what they read, so only
-// their line numbers are used.
+// Parse reads a file's YAML. All problems are reported at once, each with its line. The YAML
+// library's own messages quote what they read, so only their line numbers are used.
 func Parse(data []byte, form Form) ([]Key, error) {
 	var file struct {
 		Keys []yaml.Node `yaml:"keys"`
@@ -177,7 +177,8 @@ func (form Form) Line(k Key) string {
 	return fmt.Sprintf("- {%s: %q, secret: %s}\n", form.ID, k.ID, base64.StdEncoding.EncodeToString(k.Secret))
 }
 
-// Create makes a file, readable by its owner only, and makes it last. It never replaces a file: the error then wraps [fs.ErrExist].
+// Create makes a file, readable by its owner only, and makes it last. It never replaces a file: the
+// error then wraps [fs.ErrExist].
 func Create(path, text string) (err error) {
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600) //nolint:gosec // the operator names the file
 	if err != nil {

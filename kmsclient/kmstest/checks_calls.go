@@ -16,7 +16,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
-// promptly is how long a call may take whose context has ended. It is a limit for broken backends; honest ones return at once.
+// promptly is how long a call may take whose context has ended. It is a limit for broken backends;
+// honest ones return at once.
 const promptly = 5 * time.Second
 
 func (x *subject) mayBeDamaged(c kmsclient.Class) bool { return slices.Contains(x.damaged, c) }
@@ -136,7 +137,8 @@ func (x *subject) endsWith(ctx, ended context.Context, want error) error {
 	return nil
 }
 
-// cancelledUnderWay cancels at any moment of a call, which then succeeds or fails with the context's error, but with no other.
+// cancelledUnderWay cancels at any moment of a call, which then succeeds or fails with the
+// context's error, but with no other.
 func cancelledUnderWay(ctx context.Context, x *subject) error {
 	ops, err := x.operations(ctx)
 	if err != nil {

@@ -1,6 +1,7 @@
-// Package kmstest holds what tests of the seam between the proxy and a KMS share: [Conformance], the suite that every backend must
-// pass, and pass [ConformanceUnderFaults]; [Fault], which makes calls of any service fail in the ways a network can; [PluginServer], which serves any service as a
-// Kubernetes KMS v2 plugin; and [Memory], an honest KMS to put behind them.
+// Package kmstest holds what tests of the seam between the proxy and a KMS share: [Conformance],
+// the suite that every backend must pass, and pass [ConformanceUnderFaults]; [Fault], which makes
+// calls of any service fail in the ways a network can; [PluginServer], which serves any service as
+// a Kubernetes KMS v2 plugin; and [Memory], an honest KMS to put behind them.
 package kmstest
 
 import (
@@ -43,22 +44,25 @@ type options struct {
 	garbage      bool
 }
 
-// MaxPlaintext is the largest plaintext that the backend takes, in bytes. The default is the contract's 6 KiB.
+// MaxPlaintext is the largest plaintext that the backend takes, in bytes. The default is the
+// contract's 6 KiB.
 func MaxPlaintext(n int) Option { return func(o *options) { o.maxPlaintext = n } }
 
-// DamagedClasses are the classes of error with which a damaged ciphertext may fail. The default is ClassInvalid only.
+// DamagedClasses are the classes of error with which a damaged ciphertext may fail. The default is
+// ClassInvalid only.
 func DamagedClasses(classes ...kmsclient.Class) Option {
 	return func(o *options) { o.damaged = classes }
 }
 
-// Opaque is for a backend whose KMS does not tell one failure from another: any error will do, where one is due.
+// Opaque is for a backend whose KMS does not tell one failure from another: any error will do,
+// where one is due.
 func Opaque() Option { return func(o *options) { o.opaque = true } }
 
 // Garbage is for a backend whose KMS unwraps what is damaged, to something else than was wrapped.
 func Garbage() Option { return func(o *options) { o.garbage = true } }
 
-// Conformance runs the checks that every backend must pass, each as a subtest with a service of its own. newService returns a service
-// that is ready for use, and cleans up through its t.
+// Conformance runs the checks that every backend must pass, each as a subtest with a service of its
+// own. newService returns a service that is ready for use, and cleans up through its t.
 func Conformance(t *testing.T, newService func(t *testing.T) kmsclient.Service, opts ...Option) {
 	t.Helper()
 	for _, c := range checks {
@@ -70,7 +74,8 @@ func Conformance(t *testing.T, newService func(t *testing.T) kmsclient.Service, 
 	}
 }
 
-// check is one demand. It returns errors rather than failing a test, so that the suite's own test can see it refuse a bad backend.
+// check is one demand. It returns errors rather than failing a test, so that the suite's own test
+// can see it refuse a bad backend.
 type check struct {
 	name string
 	run  func(context.Context, *subject) error
@@ -156,7 +161,8 @@ func (x *subject) generate(ctx context.Context) (*kmsclient.DataKey, error) {
 	return key, err
 }
 
-// wrap wraps the data and returns the request that unwraps it, which shares nothing with the answer.
+// wrap wraps the data and returns the request that unwraps it, which shares nothing with the
+// answer.
 func (x *subject) wrap(ctx context.Context, data string) (*service.DecryptRequest, error) {
 	res, err := x.Encrypt(ctx, []byte(data))
 	if err != nil {
@@ -177,7 +183,8 @@ func (x *subject) opens(ctx context.Context, req *service.DecryptRequest, want s
 	return nil
 }
 
-// leaks returns an error if one that the service returned holds a recognisable part of the canary, in any form that texts take.
+// leaks returns an error if one that the service returned holds a recognisable part of the canary,
+// in any form that texts take.
 func (x *subject) leaks() error {
 	x.mu.Lock()
 	defer x.mu.Unlock()

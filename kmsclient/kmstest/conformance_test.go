@@ -26,7 +26,8 @@ func TestWithoutGenerator(t *testing.T) {
 	Conformance(t, func(*testing.T) kmsclient.Service { return struct{ kmsclient.Service }{NewMemory()} })
 }
 
-// TestBroken shows that the suite refuses each broken backend by the checks that are meant to, and that each check refuses one.
+// TestBroken shows that the suite refuses each broken backend by the checks that are meant to, and
+// that each check refuses one.
 func TestBroken(t *testing.T) {
 	proven := map[string]bool{}
 	for name, c := range broken {
@@ -90,7 +91,8 @@ func TestOptions(t *testing.T) {
 	}
 }
 
-// TestConformanceFails runs Conformance on a broken backend in a process of its own, which has to report it and to exit with an error.
+// TestConformanceFails runs Conformance on a broken backend in a process of its own, which has to
+// report it and to exit with an error.
 func TestConformanceFails(t *testing.T) {
 	const env = "KMSTEST_BROKEN"
 	if name := os.Getenv(env); name != "" {

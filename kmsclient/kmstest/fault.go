@@ -9,8 +9,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
-// Failure is what becomes of one call instead of its answer. The zero value fails the call, which is not applied, with an error of
-// [kmsclient.ClassUnavailable].
+// Failure is what becomes of one call instead of its answer. The zero value fails the call, which
+// is not applied, with an error of [kmsclient.ClassUnavailable].
 type Failure struct {
 	Apply bool  // call the service behind and drop its answer: applied, but reported as failed
 	Hang  bool  // wait until the context ends; the error is then the context's
@@ -18,10 +18,11 @@ type Failure struct {
 	Err   error // what the call returns; by default an error of ClassUnavailable
 }
 
-// Fault stands before a service, counts the calls to it and makes some of them fail. It is safe for concurrent use.
+// Fault stands before a service, counts the calls to it and makes some of them fail. It is safe for
+// concurrent use.
 //
-// It is no service itself: [Fault.Service] is one that has GenerateDataKey exactly if the service behind has it, which is what
-// callers find out by a type assertion.
+// It is no service itself: [Fault.Service] is one that has GenerateDataKey exactly if the service
+// behind has it, which is what callers find out by a type assertion.
 type Fault struct {
 	inner kmsclient.Service
 
@@ -32,20 +33,23 @@ type Fault struct {
 	decide  func(op string, call int) *Failure
 }
 
-// NewFault puts a fault before a service. Nothing fails until [Fault.Inject] or [Fault.SetFault] say so.
+// NewFault puts a fault before a service. Nothing fails until [Fault.Inject] or [Fault.SetFault]
+// say so.
 func NewFault(inner kmsclient.Service) *Fault {
 	return &Fault{inner: inner, calls: map[string]int{}, applied: map[string]int{}, queue: map[string][]Failure{}}
 }
 
-// Inject makes the next calls of the operation ("Encrypt", "Decrypt", "Status" or "GenerateDataKey") fail, one for each failure.
+// Inject makes the next calls of the operation ("Encrypt", "Decrypt", "Status" or
+// "GenerateDataKey") fail, one for each failure.
 func (f *Fault) Inject(op string, failures ...Failure) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.queue[op] = append(f.queue[op], failures...)
 }
 
-// SetFault has decide choose what becomes of each call that no injected failure is queued for: nil lets it pass. call counts the
-// operation's calls from 1. decide runs on the caller's goroutine and may block it. A nil decide lets all pass.
+// SetFault has decide choose what becomes of each call that no injected failure is queued for: nil
+// lets it pass. call counts the operation's calls from 1. decide runs on the caller's goroutine and
+// may block it. A nil decide lets all pass.
 func (f *Fault) SetFault(decide func(op string, call int) *Failure) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -59,14 +63,16 @@ func (f *Fault) Calls(op string) int {
 	return f.calls[op]
 }
 
-// Applied returns how often the operation reached the service behind, even if a failure then hid the answer.
+// Applied returns how often the operation reached the service behind, even if a failure then hid
+// the answer.
 func (f *Fault) Applied(op string) int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.applied[op]
 }
 
-// Service returns the service to hand to what is tested. It implements [kmsclient.DataKeyGenerator] if the service behind does.
+// Service returns the service to hand to what is tested. It implements [kmsclient.DataKeyGenerator]
+// if the service behind does.
 func (f *Fault) Service() kmsclient.Service {
 	if g, ok := f.inner.(kmsclient.DataKeyGenerator); ok {
 		return faultyGenerator{faulty{f}, g}

@@ -18,13 +18,15 @@ func TestFaultPasses(t *testing.T) {
 	Conformance(t, func(*testing.T) kmsclient.Service { return NewFault(NewMemory()).Service() })
 }
 
-// TestUnderFaults runs the suite on a service whose calls fail and are made again, with data keys and without.
+// TestUnderFaults runs the suite on a service whose calls fail and are made again, with data keys
+// and without.
 func TestUnderFaults(t *testing.T) {
 	ConformanceUnderFaults(t, func(*testing.T) kmsclient.Service { return NewMemory() })
 	ConformanceUnderFaults(t, func(*testing.T) kmsclient.Service { return struct{ kmsclient.Service }{NewMemory()} })
 }
 
-// TestUnderFaultsFindsMore: a service that takes a call that is made again for one that it has answered passes a check, until answers are lost.
+// TestUnderFaultsFindsMore: a service that takes a call that is made again for one that it has
+// answered passes a check, until answers are lost.
 func TestUnderFaultsFindsMore(t *testing.T) {
 	bad := func() kmsclient.Service {
 		b, last := &bent{Memory: NewMemory()}, ""
@@ -91,7 +93,8 @@ func TestFailures(t *testing.T) {
 	}
 }
 
-// TestQueue fails as many calls as were queued, of that operation only, before it asks the function.
+// TestQueue fails as many calls as were queued, of that operation only, before it asks the
+// function.
 func TestQueue(t *testing.T) {
 	f := NewFault(NewMemory())
 	first, second, third := errors.New("first"), errors.New("second"), errors.New("third")

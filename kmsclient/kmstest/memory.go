@@ -16,7 +16,8 @@ import (
 // memoryAnnotation holds a version's ID a second time and has to come back.
 const memoryAnnotation = "version.kmstest.etcd-kms-proxy.io"
 
-// Memory is an honest KMS in memory: AES-256-GCM under versioned keys, and data keys of its own. It is safe for concurrent use.
+// Memory is an honest KMS in memory: AES-256-GCM under versioned keys, and data keys of its own. It
+// is safe for concurrent use.
 type Memory struct {
 	mu       sync.Mutex
 	versions map[string]cipher.AEAD
@@ -35,7 +36,8 @@ func NewMemory() *Memory {
 	return m
 }
 
-// Rotate makes a new version, which then wraps, and returns its key ID. The earlier ones still unwrap.
+// Rotate makes a new version, which then wraps, and returns its key ID. The earlier ones still
+// unwrap.
 func (m *Memory) Rotate() string {
 	secret := make([]byte, 32)
 	_, _ = rand.Read(secret) // never fails

@@ -20,7 +20,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
-// PluginServer serves a service as a Kubernetes KMS v2 plugin on a unix socket until the test ends, and returns its endpoint.
+// PluginServer serves a service as a Kubernetes KMS v2 plugin on a unix socket until the test ends,
+// and returns its endpoint.
 func PluginServer(tb testing.TB, s kmsclient.Service) (endpoint string) {
 	tb.Helper()
 	p := NewPlugin(tb, "", s)
@@ -30,8 +31,9 @@ func PluginServer(tb testing.TB, s kmsclient.Service) (endpoint string) {
 
 // Plugin serves a service as a Kubernetes KMS v2 plugin, and can be stopped and started again.
 //
-// A *kmsclient.Error travels as the gRPC code of its class; any other error as k8s.io/kms leaves it, which is with the code Unknown and
-// its whole text. A panic is answered with Internal, since it would end the test's process.
+// A *kmsclient.Error travels as the gRPC code of its class; any other error as k8s.io/kms leaves
+// it, which is with the code Unknown and its whole text. A panic is answered with Internal, since
+// it would end the test's process.
 type Plugin struct {
 	Endpoint string // unix:///path or unix:///@name
 
@@ -42,8 +44,8 @@ type Plugin struct {
 	serving sync.WaitGroup
 }
 
-// NewPlugin makes a plugin that does not serve before [Plugin.Start]. An empty endpoint is a new socket file. The plugin stops when the
-// test ends.
+// NewPlugin makes a plugin that does not serve before [Plugin.Start]. An empty endpoint is a new
+// socket file. The plugin stops when the test ends.
 func NewPlugin(tb testing.TB, endpoint string, s kmsclient.Service) *Plugin {
 	tb.Helper()
 	if endpoint == "" {
@@ -80,7 +82,8 @@ func (p *Plugin) Start() {
 	p.serving.Go(func() { _ = server.Serve(listener) })
 }
 
-// Stop cuts every connection, as a crash would, and waits until nothing of the server is left. It may be called when nothing is served.
+// Stop cuts every connection, as a crash would, and waits until nothing of the server is left. It
+// may be called when nothing is served.
 func (p *Plugin) Stop() {
 	if p.server == nil {
 		return

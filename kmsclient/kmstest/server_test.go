@@ -74,7 +74,8 @@ func TestCodes(t *testing.T) {
 	}
 }
 
-// TestPluginStopsAndStarts leaves no listener, file or handler behind when it stops, and serves again on the same endpoint.
+// TestPluginStopsAndStarts leaves no listener, file or handler behind when it stops, and serves
+// again on the same endpoint.
 func TestPluginStopsAndStarts(t *testing.T) {
 	f := NewFault(NewMemory())
 	p := NewPlugin(t, "", f.Service())

@@ -13,8 +13,9 @@ import (
 // errLost is the failure of every other call under [ConformanceUnderFaults].
 var errLost = errors.New("a fault of the test: the call failed, or its answer was lost")
 
-// ConformanceUnderFaults runs [Conformance] while every other call fails, in both forms: not carried out, and carried out with its answer lost. A
-// failed call is made again, as callers of a KMS do; what it then answers, and what was answered before, must be as good as without the fault.
+// ConformanceUnderFaults runs [Conformance] while every other call fails, in both forms: not
+// carried out, and carried out with its answer lost. A failed call is made again, as callers of a
+// KMS do; what it then answers, and what was answered before, must be as good as without the fault.
 func ConformanceUnderFaults(t *testing.T, newService func(t *testing.T) kmsclient.Service, opts ...Option) {
 	t.Helper()
 	for name, apply := range map[string]bool{"not applied": false, "applied": true} {
@@ -50,7 +51,8 @@ func everyOther(s kmsclient.Service, apply bool) *Fault {
 	return f
 }
 
-// persistently returns s with each call made until it does not fail with errLost. It makes data keys exactly if s does.
+// persistently returns s with each call made until it does not fail with errLost. It makes data
+// keys exactly if s does.
 func persistently(s kmsclient.Service) kmsclient.Service {
 	if g, ok := s.(kmsclient.DataKeyGenerator); ok {
 		return persistentGenerator{persistent{s}, g}

@@ -19,13 +19,15 @@ var form = keyfile.Form{ID: "id", Sizes: []int{secretSize}, Empty: "etcd-kms-pro
 
 func line(id string, secret []byte) string { return form.Line(keyfile.Key{ID: id, Secret: secret}) }
 
-// NewKeyFile makes a key file with one key, readable by its owner only. It never replaces a file: the error then wraps [fs.ErrExist].
+// NewKeyFile makes a key file with one key, readable by its owner only. It never replaces a file:
+// the error then wraps [fs.ErrExist].
 func NewKeyFile(path string) error {
 	return keyfile.Create(path, "# Keys of etcd-kms-proxy. The last one wraps, all unwrap. Never remove one that a stored value still needs.\nkeys:\n"+line("1", newSecret()))
 }
 
-// AddVersion adds a key to a key file, which then wraps. The file is replaced at once, so that a reader sees the old one or the new one;
-// comments, order, owner and mode stay. Of a symbolic link, the target is replaced.
+// AddVersion adds a key to a key file, which then wraps. The file is replaced at once, so that a
+// reader sees the old one or the new one; comments, order, owner and mode stay. Of a symbolic link,
+// the target is replaced.
 func AddVersion(path string) error {
 	path, err := filepath.EvalSymlinks(path)
 	if err != nil {

@@ -1,14 +1,15 @@
-// Package local is a KMS in a file: a software key for development, small clusters and recovery copies kept offline.
+// Package local is a KMS in a file: a software key for development, small clusters and recovery
+// copies kept offline.
 //
-// Whoever can read the file can open every value, so it must be readable by its owner only and must not lie where etcd's data or its
-// backups are. The file is YAML:
+// Whoever can read the file can open every value, so it must be readable by its owner only and must
+// not lie where etcd's data or its backups are. The file is YAML:
 //
 //	keys:
 //	- {id: "1", secret: <base64 of 32 bytes>}
 //	- {id: "2", secret: …}
 //
-// The last key wraps, all of them unwrap. A wrapped secret is nonce[12] | AES-256-GCM ciphertext | tag[16], with the key's id as
-// additional data.
+// The last key wraps, all of them unwrap. A wrapped secret is nonce[12] | AES-256-GCM ciphertext |
+// tag[16], with the key's id as additional data.
 package local
 
 import (
@@ -32,8 +33,9 @@ type Config struct {
 	KeyFile string
 }
 
-// KMS serves the keys of one file. It is safe for concurrent use. It reads the file again when Status or a call for a key it does not
-// know finds that it changed; while the file cannot be read, calls fail with [kmsclient.ClassUnavailable].
+// KMS serves the keys of one file. It is safe for concurrent use. It reads the file again when
+// Status or a call for a key it does not know finds that it changed; while the file cannot be read,
+// calls fail with [kmsclient.ClassUnavailable].
 type KMS struct {
 	path string
 

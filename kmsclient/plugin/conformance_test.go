@@ -63,7 +63,8 @@ func (s classless) Decrypt(ctx context.Context, uid string, req *service.Decrypt
 	return data, err
 }
 
-// TestConformanceWithoutCodes runs it on a plugin that answers every failure with the code Unknown, as k8s.io/kms makes them.
+// TestConformanceWithoutCodes runs it on a plugin that answers every failure with the code Unknown,
+// as k8s.io/kms makes them.
 func TestConformanceWithoutCodes(t *testing.T) {
 	kmstest.Conformance(t, func(t *testing.T) kmsclient.Service {
 		return newClient(t, Config{Endpoint: kmstest.PluginServer(t, classless{kmstest.NewMemory()})})
@@ -83,7 +84,8 @@ func TestConformanceWrapped(t *testing.T) {
 	}, kmstest.MaxPlaintext(512)) // more cannot be stored once it is wrapped
 }
 
-// TestDamageOfOneValue: a plugin without codes is asked to unwrap what is damaged, time and again. All other calls are made as ever.
+// TestDamageOfOneValue: a plugin without codes is asked to unwrap what is damaged, time and again.
+// All other calls are made as ever.
 func TestDamageOfOneValue(t *testing.T) {
 	c, err := kmsclient.New(kmsclient.Config{
 		Name: "test", Backend: newClient(t, Config{Endpoint: kmstest.PluginServer(t, classless{kmstest.NewMemory()})}), MinBackoff: time.Millisecond,

@@ -26,7 +26,8 @@ type Config struct {
 	Timeout  time.Duration // of one call; 0: only the caller's
 }
 
-// KMS is a client of one plugin. It is safe for concurrent use. It connects at the first call and again whenever the plugin returns.
+// KMS is a client of one plugin. It is safe for concurrent use. It connects at the first call and
+// again whenever the plugin returns.
 type KMS struct {
 	address string // of the socket, as the net package has it
 	dialed  atomic.Pointer[dialResult]
@@ -133,8 +134,8 @@ func (k *KMS) detail(ctx context.Context, c codes.Code) string {
 	return ownLog
 }
 
-// reasonOf follows gRPC's meaning of the codes. Plugins made with k8s.io/kms answer Internal or Unknown
-// for every fault, lasting or not.
+// reasonOf follows gRPC's meaning of the codes. Plugins made with k8s.io/kms answer Internal or
+// Unknown for every fault, lasting or not.
 func reasonOf(c codes.Code) kmsclient.Reason {
 	switch c {
 	case codes.PermissionDenied, codes.Unauthenticated:

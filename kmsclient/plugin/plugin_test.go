@@ -168,7 +168,8 @@ func TestCodes(t *testing.T) {
 	}
 }
 
-// TestContexts ends a call of a plugin that hangs with the caller's context, or with the configured timeout.
+// TestContexts ends a call of a plugin that hangs with the caller's context, or with the configured
+// timeout.
 func TestContexts(t *testing.T) {
 	f := kmstest.NewFault(kmstest.NewMemory())
 	endpoint := kmstest.PluginServer(t, f.Service())

@@ -6,11 +6,12 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 )
 
-// requestIDAnnotation holds the KMS' own id of the request that wrapped a DEK seed, to find it in the KMS' audit log. It is
-// stored in every value under the seed. The KMS does not get it back.
+// requestIDAnnotation holds the KMS' own id of the request that wrapped a DEK seed, to find it in
+// the KMS' audit log. It is stored in every value under the seed. The KMS does not get it back.
 const requestIDAnnotation = "request-id.etcd-kms-proxy.io"
 
-// annotated returns a KMS' annotations and the request ID, without that if it does not fit into a stored value.
+// annotated returns a KMS' annotations and the request ID, without that if it does not fit into a
+// stored value.
 func annotated(given map[string][]byte, requestID string) map[string][]byte {
 	if _, taken := given[requestIDAnnotation]; requestID == "" || taken {
 		return given
@@ -28,8 +29,8 @@ func annotated(given map[string][]byte, requestID string) map[string][]byte {
 	return all
 }
 
-// bare returns those annotations of a value that are the KMS' own: a KMS may refuse others. The rest are the request ID and
-// the recovery copies in a value that the proxy wrote.
+// bare returns those annotations of a value that are the KMS' own: a KMS may refuse others. The
+// rest are the request ID and the recovery copies in a value that the proxy wrote.
 func bare(all map[string][]byte) map[string][]byte {
 	var own map[string][]byte
 	for k, v := range all {

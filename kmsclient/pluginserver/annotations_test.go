@@ -37,7 +37,8 @@ func (n naming) Decrypt(ctx context.Context, uid string, req *service.DecryptReq
 	return n.Memory.Decrypt(ctx, uid, req)
 }
 
-// TestRequestIDs: what is wrapped names the KMS' request, and is unwrapped with that name, without it, and with the copies that the proxy adds.
+// TestRequestIDs: what is wrapped names the KMS' request, and is unwrapped with that name, without
+// it, and with the copies that the proxy adds.
 func TestRequestIDs(t *testing.T) {
 	m := kmstest.NewMemory()
 	n := naming{m, "0b8c7a51-request", nil}
@@ -83,7 +84,8 @@ func TestRequestIDs(t *testing.T) {
 	}
 }
 
-// TestNoRequestID leaves annotations as the KMS gave them, where it names nothing, and where the name has no room.
+// TestNoRequestID leaves annotations as the KMS gave them, where it names nothing, and where the
+// name has no room.
 func TestNoRequestID(t *testing.T) {
 	full := map[string][]byte{"full.example.com": make([]byte, envelope.MaxAnnotations-80)}
 	for what, n := range map[string]naming{"nothing": {kmstest.NewMemory(), "", nil}, "no room": {kmstest.NewMemory(), "0b8c7a51", full}} {

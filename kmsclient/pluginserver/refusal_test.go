@@ -13,7 +13,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/kmstest"
 )
 
-// TestRefusal: a key that may not be used is an error at once, so that API servers stop writing under it.
+// TestRefusal: a key that may not be used is an error at once, so that API servers stop writing
+// under it.
 func TestRefusal(t *testing.T) {
 	for reason, want := range map[kmsclient.Reason]codes.Code{
 		kmsclient.Denied: codes.PermissionDenied, kmsclient.KeyDisabled: codes.FailedPrecondition,
@@ -49,7 +50,8 @@ func TestRefusal(t *testing.T) {
 	}
 }
 
-// TestBeginsDown starts without a KMS: calls of Status wait for the first contact to fail, and soon after the KMS is there all is well.
+// TestBeginsDown starts without a KMS: calls of Status wait for the first contact to fail, and soon
+// after the KMS is there all is well.
 func TestBeginsDown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := kmstest.NewFault(kmstest.NewMemory())

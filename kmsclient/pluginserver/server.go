@@ -1,5 +1,5 @@
-// Package pluginserver serves a KMS as a Kubernetes KMS v2 plugin, for the API server's own encryption: it is what
-// `kms serve-plugin` runs. Package plugin is the client of such plugins.
+// Package pluginserver serves a KMS as a Kubernetes KMS v2 plugin, for the API server's own
+// encryption: it is what `kms serve-plugin` runs. Package plugin is the client of such plugins.
 package pluginserver
 
 import (
@@ -20,43 +20,47 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
-// DefaultDrainTimeout is how long running calls may take once a [Server] shuts down. It leaves room for the retries of
-// the KMS client.
+// DefaultDrainTimeout is how long running calls may take once a [Server] shuts down. It leaves room
+// for the retries of the KMS client.
 const DefaultDrainTimeout = 10 * time.Second
 
-// Config configures a [Server]. The zero value of each duration but SealUnreachableFor is the default that it names.
+// Config configures a [Server]. The zero value of each duration but SealUnreachableFor is the
+// default that it names.
 type Config struct {
 	// Provider is the name in errors and logs.
 	Provider string
-	// KMS is the backend in the wrapper that all backends share ([kmsclient.Client]), which makes the only retries.
+	// KMS is the backend in the wrapper that all backends share ([kmsclient.Client]), which makes
+	// the only retries.
 	KMS kmsclient.Service
 	// PollInterval is the time between health checks while they succeed; default 1 m.
 	PollInterval time.Duration
 	// FailingPollInterval is the same while they fail; default 10 s.
 	FailingPollInterval time.Duration
-	// SealUnreachableFor is how long after the last good health check Status still names the key ID, next to what is
-	// wrong, while the KMS is unreachable. For that long an API server encrypts with the DEK seed that it has. After it,
-	// and at once when the KMS denies access or the key may not be used, Status is an error; an API server stops writing
-	// three minutes later.
+	// SealUnreachableFor is how long after the last good health check Status still names the key
+	// ID, next to what is wrong, while the KMS is unreachable. For that long an API server encrypts
+	// with the DEK seed that it has. After it, and at once when the KMS denies access or the key
+	// may not be used, Status is an error; an API server stops writing three minutes later.
 	SealUnreachableFor time.Duration
-	// DrainTimeout is how long running calls may take once the server shuts down; default [DefaultDrainTimeout].
+	// DrainTimeout is how long running calls may take once the server shuts down; default
+	// [DefaultDrainTimeout].
 	DrainTimeout time.Duration
 	// Logger logs what changes, and calls that fail. The default discards.
 	Logger *slog.Logger
-	// Observer is called for each answered call ("Encrypt", "Decrypt" or "Status"), on its goroutine; it must not block.
-	// May be nil.
+	// Observer is called for each answered call ("Encrypt", "Decrypt" or "Status"), on its
+	// goroutine; it must not block. May be nil.
 	Observer func(op string, code codes.Code)
 }
 
 // Server serves one KMS as a Kubernetes KMS v2 plugin.
 //
-// Encrypt and Decrypt call the KMS. Status returns the result of the last health check, so that no number of clients
-// costs KMS calls. The key ID in Status is the one that Encrypt would return: if the KMS' own Status names another one,
-// which an API server takes for a fault, Encrypt's counts.
+// Encrypt and Decrypt call the KMS. Status returns the result of the last health check, so that no
+// number of clients costs KMS calls. The key ID in Status is the one that Encrypt would return: if
+// the KMS' own Status names another one, which an API server takes for a fault, Encrypt's counts.
 //
-// Errors are gRPC statuses by their reason (Unavailable, Unknown, PermissionDenied, FailedPrecondition, NotFound for a
-// key that is gone, InvalidArgument, Internal) whose texts hold nothing secret. There is no authentication: every process
-// that can connect to the socket may wrap and unwrap.
+// Errors are gRPC statuses by their reason (Unavailable, Unknown, PermissionDenied,
+// FailedPrecondition, NotFound for a key that is gone, InvalidArgument, Internal) whose texts hold
+// nothing secret. There is no authentication: every process that can connect to the socket may wrap
+// and unwrap.
 type Server struct {
 	kmsapi.UnimplementedKeyManagementServiceServer
 	cfg    Config
@@ -95,8 +99,9 @@ func New(cfg Config) (*Server, error) {
 	return &Server{cfg: cfg, key: key, checks: key.checks}, nil
 }
 
-// Serve serves on l, which it closes, until ctx ends. Then it waits for running calls, cancels them after DrainTimeout,
-// and returns nil. Nothing of the server runs any more once it has returned. It may be called once.
+// Serve serves on l, which it closes, until ctx ends. Then it waits for running calls, cancels them
+// after DrainTimeout, and returns nil. Nothing of the server runs any more once it has returned. It
+// may be called once.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	// WaitForHandlers: canceled calls have ended, too, before this returns.
 	server := grpc.NewServer(grpc.UnaryInterceptor(s.intercept), grpc.WaitForHandlers(true), grpc.ConnectionTimeout(10*time.Second))
@@ -142,7 +147,8 @@ func (s *Server) Status(ctx context.Context, _ *kmsapi.StatusRequest) (*kmsapi.S
 	return nil, statusOf(context.WithoutCancel(ctx), k.err)
 }
 
-// Encrypt implements the KMS v2 API. An annotation of the response holds the KMS' request ID, if there is one.
+// Encrypt implements the KMS v2 API. An annotation of the response holds the KMS' request ID, if
+// there is one.
 func (s *Server) Encrypt(ctx context.Context, req *kmsapi.EncryptRequest) (*kmsapi.EncryptResponse, error) {
 	changes := s.key.load().changes
 	noting, requestID := kmsclient.WithRequestID(ctx)
@@ -155,8 +161,8 @@ func (s *Server) Encrypt(ctx context.Context, req *kmsapi.EncryptRequest) (*kmsa
 	return &kmsapi.EncryptResponse{Ciphertext: res.Ciphertext, KeyId: res.KeyID, Annotations: annotated(res.Annotations, requestID())}, nil
 }
 
-// Decrypt implements the KMS v2 API. It unwraps what Encrypt returned, what the proxy wrapped by the same KMS, and what the
-// KMS itself wrapped.
+// Decrypt implements the KMS v2 API. It unwraps what Encrypt returned, what the proxy wrapped by
+// the same KMS, and what the KMS itself wrapped.
 func (s *Server) Decrypt(ctx context.Context, req *kmsapi.DecryptRequest) (*kmsapi.DecryptResponse, error) {
 	data, err := s.cfg.KMS.Decrypt(ctx, req.GetUid(), &service.DecryptRequest{
 		Ciphertext: req.GetCiphertext(), KeyID: req.GetKeyId(), Annotations: bare(req.GetAnnotations()),
@@ -183,7 +189,8 @@ func (s *Server) intercept(ctx context.Context, req any, info *grpc.UnaryServerI
 	return handler(ctx, req)
 }
 
-// failed logs at most once a second: an API server that starts while its key is disabled makes many calls.
+// failed logs at most once a second: an API server that starts while its key is disabled makes many
+// calls.
 func (s *Server) failed(op string, req any, err error) {
 	uid := ""
 	if r, ok := req.(interface{ GetUid() string }); ok {
@@ -211,8 +218,8 @@ func text(err error) string {
 	return prefix + "the KMS call failed"
 }
 
-// statusOf returns an error with the code of its reason, which package plugin turns back. If the call's context has ended,
-// the error says only that.
+// statusOf returns an error with the code of its reason, which package plugin turns back. If the
+// call's context has ended, the error says only that.
 func statusOf(ctx context.Context, err error) error {
 	if cause := ctx.Err(); cause != nil {
 		return status.FromContextError(cause).Err()

@@ -131,7 +131,8 @@ func TestBadServers(t *testing.T) {
 	}
 }
 
-// TestStatusIsFree asks a thousand times, which costs what asking once does; wrapping costs one call each.
+// TestStatusIsFree asks a thousand times, which costs what asking once does; wrapping costs one
+// call each.
 func TestStatusIsFree(t *testing.T) {
 	f := kmstest.NewFault(withoutKeys{kmstest.NewMemory()})
 	k := newClient(t, plugin.Config{Endpoint: serve(t, newServer(t, f.Service(), nil)).endpoint})
@@ -198,7 +199,8 @@ func TestServerDrains(t *testing.T) {
 	}
 }
 
-// TestServerCuts ends what takes longer than the drain may: a call whose KMS hangs, and a Status that waits for the first contact.
+// TestServerCuts ends what takes longer than the drain may: a call whose KMS hangs, and a Status
+// that waits for the first contact.
 func TestServerCuts(t *testing.T) {
 	f := kmstest.NewFault(kmstest.NewMemory())
 	arrived := make(chan string, 16)

@@ -16,12 +16,12 @@ const maxSocketPath = len(syscall.RawSockaddrUnix{}.Path) - 1
 // ErrInUse is in the error of [Listen] when another process answers on the socket.
 var ErrInUse = unixsocket.ErrInUse
 
-// Listen makes a unix socket at /path or unix:///path that only the process' own user can connect to: its mode is 0600 from
-// the start.
+// Listen makes a unix socket at /path or unix:///path that only the process' own user can connect
+// to: its mode is 0600 from the start.
 //
-// It replaces an existing socket on which no process listens. Any other file there, and a socket in use ([ErrInUse]), is an
-// error and stays as it is. Of several processes that start together one gets the socket. The listener's Close removes it,
-// unless another process has replaced it.
+// It replaces an existing socket on which no process listens. Any other file there, and a socket in
+// use ([ErrInUse]), is an error and stays as it is. Of several processes that start together one
+// gets the socket. The listener's Close removes it, unless another process has replaced it.
 func Listen(socket string) (net.Listener, error) {
 	path, err := socketPath(socket)
 	if err != nil {

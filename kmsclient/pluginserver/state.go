@@ -49,7 +49,8 @@ type State struct {
 	LastGood time.Time // zero before the first good health check
 }
 
-// State returns the result of the last health check. It is safe for concurrent use and makes no KMS call.
+// State returns the result of the last health check. It is safe for concurrent use and makes no KMS
+// call.
 func (s *Server) State() State {
 	k := s.key.load()
 	st := State{Provider: s.cfg.Provider, KeyID: k.keyID, Healthy: k.err == nil && k.keyID != "", LastGood: k.lastGood}
@@ -158,8 +159,9 @@ func (s *keyState) setKeyID(keyID, source string) {
 	k.changes++
 }
 
-// tryEncrypt wraps random data while Encrypt returns another key ID than the KMS' Status, to see which of the two it is by
-// now. The KMS is being rotated then, or its key IDs never agree, so that the pause between two trials gets longer.
+// tryEncrypt wraps random data while Encrypt returns another key ID than the KMS' Status, to see
+// which of the two it is by now. The KMS is being rotated then, or its key IDs never agree, so that
+// the pause between two trials gets longer.
 func (s *keyState) tryEncrypt(ctx context.Context) {
 	k := s.load()
 	if k.keyID == k.statusID {

@@ -54,7 +54,8 @@ func encrypts(t *testing.T, s *Server) string {
 	return res.KeyId
 }
 
-// TestRotation: Status names the new key version after a poll at the latest, and at once when something was wrapped by it.
+// TestRotation: Status names the new key version after a poll at the latest, and at once when
+// something was wrapped by it.
 func TestRotation(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := kmstest.NewMemory()
@@ -138,8 +139,8 @@ func (d *disagreeing) Encrypt(context.Context, string, []byte) (*service.Encrypt
 
 func set(p *atomic.Pointer[string], id string) { p.Store(&id) }
 
-// TestEncryptCounts: what Encrypt answers is what Status names, although the KMS' Status goes on saying something else; whether it still does
-// is checked less and less often.
+// TestEncryptCounts: what Encrypt answers is what Status names, although the KMS' Status goes on
+// saying something else; whether it still does is checked less and less often.
 func TestEncryptCounts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := newDisagreeing("old", "new")
@@ -172,7 +173,8 @@ func TestEncryptCounts(t *testing.T) {
 	})
 }
 
-// TestLateAnswers: an Encrypt that began before a poll saw the new key does not bring the old one back.
+// TestLateAnswers: an Encrypt that began before a poll saw the new key does not bring the old one
+// back.
 func TestLateAnswers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d := newDisagreeing("old", "old")
@@ -193,7 +195,8 @@ func TestLateAnswers(t *testing.T) {
 	})
 }
 
-// TestOutage: Status says what is wrong and goes on naming the key for a while, then is an error, and recovers by itself.
+// TestOutage: Status says what is wrong and goes on naming the key for a while, then is an error,
+// and recovers by itself.
 func TestOutage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := kmstest.NewFault(kmstest.NewMemory())

@@ -32,48 +32,67 @@ func (p *recycling) Put(b *[]byte) {
 	}
 }
 
-// BenchmarkUnary is a call of a message each way over loopback: header fields, data and a trailer. It counts what both sides cost.
+// unary makes calls of a message each way over loopback: header fields, data and a trailer.
+type unary struct {
+	client, server *handler
+	msg            []byte
+	done           chan struct{}
+	ends           sync.WaitGroup
+}
+
+func newUnary(t testing.TB, size int) *unary {
+	near, far := loopback(t)
+	u := &unary{msg: pattern(size), done: make(chan struct{}, 1)}
+	header := fields(":status", "200", "content-type", "application/grpc")
+	u.server = &handler{data: func(s *Stream, data []byte, end bool) {
+		if s.Consumed(len(data)); end {
+			s.Headers(header, false)
+			s.Data(false, u.msg[:5], u.msg[5:])
+			s.Headers(okTrailer, true)
+		}
+	}}
+	u.client = &handler{
+		headers: func(s *Stream, _ []hpack.HeaderField, end bool) {
+			if end {
+				s.Finish()
+				u.done <- struct{}{}
+			}
+		},
+		data: func(s *Stream, data []byte, _ bool) { s.Consumed(len(data)) },
+	}
+	pool := new(recycling)
+	u.server.conn = NewServer(far, Config{Handler: u.server, Pool: pool})
+	u.client.conn = NewClient(near, Config{Handler: u.client, Pool: pool})
+	for _, c := range []*Conn{u.server.conn, u.client.conn} {
+		u.ends.Go(func() { _ = c.Serve() })
+	}
+	return u
+}
+
+func (u *unary) call() {
+	u.client.conn.Open(nil, request, false).Data(true, u.msg[:5], u.msg[5:])
+	u.client.conn.Flush()
+	<-u.done
+}
+
+func (u *unary) close() {
+	u.client.conn.Close()
+	u.server.conn.Close()
+	u.ends.Wait()
+}
+
+// BenchmarkUnary counts what both sides of a call cost.
 func BenchmarkUnary(b *testing.B) {
 	for name, size := range map[string]int{"100B": 100, "10KiB": 10 << 10} {
 		b.Run(name, func(b *testing.B) {
-			near, far := loopback(b)
-			done := make(chan struct{}, 1)
-			header := fields(":status", "200", "content-type", "application/grpc")
-			msg := pattern(size)
-			server := &handler{data: func(s *Stream, data []byte, end bool) {
-				if s.Consumed(len(data)); end {
-					s.Headers(header, false)
-					s.Data(false, msg[:5], msg[5:])
-					s.Headers(okTrailer, true)
-				}
-			}}
-			client := &handler{
-				headers: func(s *Stream, _ []hpack.HeaderField, end bool) {
-					if end {
-						s.Finish()
-						done <- struct{}{}
-					}
-				},
-				data: func(s *Stream, data []byte, _ bool) { s.Consumed(len(data)) },
-			}
-			pool := new(recycling)
-			server.conn = NewServer(far, Config{Handler: server, Pool: pool})
-			client.conn = NewClient(near, Config{Handler: client, Pool: pool})
-			var ends sync.WaitGroup
-			for _, c := range []*Conn{server.conn, client.conn} {
-				ends.Go(func() { _ = c.Serve() })
-			}
+			u := newUnary(b, size)
 			b.SetBytes(int64(2 * size))
 			b.ReportAllocs()
 			for b.Loop() {
-				client.conn.Open(nil, request, false).Data(true, msg[:5], msg[5:])
-				client.conn.Flush()
-				<-done
+				u.call()
 			}
 			b.StopTimer()
-			client.conn.Close()
-			server.conn.Close()
-			ends.Wait()
+			u.close()
 		})
 	}
 }

@@ -3,8 +3,6 @@ package http2conn
 import (
 	"slices"
 	"sync/atomic"
-
-	"golang.org/x/net/http2/hpack"
 )
 
 // Limits of a server's connection. A client that respects the windows and settings that it is sent
@@ -72,12 +70,9 @@ func (c *Conn) fits(n, share int) bool {
 		(b == nil || all-c.held.exempt <= minHeld || b.used.Load()+int64(n) <= b.limit/int64(share))
 }
 
-// accept returns a new stream of a client, or nil if it would exceed a limit. The caller holds mu.
-func (c *Conn) accept(id uint32, fields []hpack.HeaderField) *Stream {
-	size := streamOverhead
-	for _, f := range fields {
-		size += int(f.Size())
-	}
+// accept returns a new stream of a client with a header list of a size, or nil if it would exceed a limit. The caller holds mu.
+func (c *Conn) accept(id uint32, headerSize int) *Stream {
+	size := streamOverhead + headerSize
 	if len(c.streams) >= MaxConcurrentStreams || !c.fits(size, 1) ||
 		c.queued.bytes > maxQueued && c.queued.streams >= maxQueuedStreams {
 		return nil

@@ -9,7 +9,6 @@
 package http2conn
 
 import (
-	"bytes"
 	"errors"
 	"io"
 	"math"
@@ -25,13 +24,15 @@ import (
 
 // Sizes in bytes.
 const (
-	maxFrameSize   = 16 << 10   // of frames that either side sends, unless the peer allows more
-	defaultWindow  = 64<<10 - 1 // flow-control window of connections and streams by the RFC
-	clientWindow   = 512 << 10  // of each stream of a client; that of a server's is defaultWindow
-	connWindow     = 4 << 20    // of all streams of a connection
-	minWriteSize   = 4 << 10    // of the buffer for frames to be written
-	flushLimit     = 256 << 10  // data frames in that buffer; more data waits in its streams
-	readPauseLimit = 512 << 10  // bytes that wait for a peer which does not read: then it is not read either
+	maxFrameSize  = 16 << 10   // of frames that either side sends, unless the peer allows more
+	defaultWindow = 64<<10 - 1 // flow-control window of connections and streams by the RFC
+	clientWindow  = 512 << 10  // of each stream of a client; that of a server's is defaultWindow
+	connWindow    = 4 << 20    // of all streams of a connection
+	minWriteSize  = 4 << 10    // of the buffer for frames to be written
+	flushLimit    = 256 << 10  // data frames in that buffer; more data waits in its streams
+	// maxResponseHeader limits the header list of a response, with which etcd is trusted.
+	maxResponseHeader = 16 << 20
+	readPauseLimit    = 512 << 10 // bytes that wait for a peer which does not read: then it is not read either
 )
 
 // lingerTimeout is how long a server waits for the client to close the connection. If the server
@@ -106,6 +107,8 @@ type Conn struct {
 	// Used by the goroutine of Serve only.
 	in            input
 	framer        *http2.Framer
+	decoder       *headerDecoder
+	useFramer     bool              // framer must read the next frame
 	frameHeader   http2.FrameHeader // of the last frame
 	lastStreamID  uint32            // the highest that the peer has opened
 	bytesRead     int64
@@ -126,8 +129,7 @@ type Conn struct {
 	external          externalChunks // data to be written between the bytes of pending
 	flushing          bool           // former pending bytes are being written
 	write             *http2.Framer  // to pending
-	enc               *hpack.Encoder // to block
-	block             bytes.Buffer
+	encoder           headerEncoder
 	streams           map[uint32]*Stream
 	recentlyEnded     endedStreams // of a server
 	nextStreamID      uint32       // of a client
@@ -152,9 +154,9 @@ type Conn struct {
 
 // NewServer returns the server side of a connection. It reads nothing before [Conn.Serve].
 func NewServer(conn net.Conn, cfg Config) *Conn {
-	c := newConn(conn, cfg)
+	c := newConn(conn, cfg, MaxHeaderListSize)
 	c.server, c.lastServedID = true, math.MaxInt32
-	c.framer.MaxHeaderListSize = MaxHeaderListSize
+	c.decoder.strict = cfg.Strict
 	_ = c.write.WriteSettings(
 		http2.Setting{ID: http2.SettingMaxConcurrentStreams, Val: MaxConcurrentStreams},
 		http2.Setting{ID: http2.SettingMaxHeaderListSize, Val: MaxHeaderListSize},
@@ -165,7 +167,7 @@ func NewServer(conn net.Conn, cfg Config) *Conn {
 
 // NewClient returns the client side of a connection. The first flush sends the preface.
 func NewClient(conn net.Conn, cfg Config) *Conn {
-	c := newConn(conn, cfg)
+	c := newConn(conn, cfg, maxResponseHeader)
 	c.nextStreamID = 1
 	c.append([]byte(http2.ClientPreface))
 	_ = c.write.WriteSettings(
@@ -176,7 +178,7 @@ func NewClient(conn net.Conn, cfg Config) *Conn {
 	return c
 }
 
-func newConn(conn net.Conn, cfg Config) *Conn {
+func newConn(conn net.Conn, cfg Config, maxHeaderList uint32) *Conn {
 	c := &Conn{
 		cfg: cfg, conn: conn, streams: make(map[uint32]*Stream), sendWindow: defaultWindow,
 		peerInitialWindow: defaultWindow, peerMaxFrame: maxFrameSize, peerMaxStreams: math.MaxUint32,
@@ -190,9 +192,11 @@ func newConn(conn net.Conn, cfg Config) *Conn {
 	c.framer = http2.NewFramer(nil, &c.in)
 	c.framer.SetReuseFrames()
 	c.framer.SetMaxReadFrameSize(maxFrameSize)
-	c.framer.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
+	c.framer.MaxHeaderListSize = maxHeaderList
+	c.decoder, c.useFramer = newHeaderDecoder(maxHeaderList), true
+	c.framer.ReadMetaHeaders = c.decoder.hpack
 	c.write = http2.NewFramer((*frameSink)(c), nil)
-	c.enc = hpack.NewEncoder(&c.block)
+	c.encoder.hpack = hpack.NewEncoder(&c.encoder.block)
 	return c
 }
 

@@ -116,20 +116,20 @@ func (s *Stream) Consumed(n int) {
 }
 
 // windowUpdate handles a WINDOW_UPDATE frame.
-func (c *Conn) windowUpdate(f *http2.WindowUpdateFrame) error {
-	if f.StreamID != 0 && c.idleStream(f.StreamID) {
+func (c *Conn) windowUpdate(id, increment uint32) error {
+	if id != 0 && c.idleStream(id) {
 		return &violation{http2.ErrCodeProtocol, textIdle}
 	}
 	c.mu.Lock()
-	s, over := c.streams[f.StreamID], false
+	s, over := c.streams[id], false
 	switch {
-	case f.StreamID == 0:
-		if c.sendWindow += int64(f.Increment); c.sendWindow > math.MaxInt32 {
+	case id == 0:
+		if c.sendWindow += int64(increment); c.sendWindow > math.MaxInt32 {
 			c.mu.Unlock()
 			return &violation{http2.ErrCodeFlowControl, textWindow}
 		}
 	case s != nil:
-		s.sendWindow += int64(f.Increment)
+		s.sendWindow += int64(increment)
 		if over = s.sendWindow > math.MaxInt32; !over {
 			c.enqueue(s)
 		}

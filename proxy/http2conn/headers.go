@@ -17,18 +17,18 @@ const maxText = 4 << 10
 const turnRequests = 16
 
 // headers handles a header block: a new request, a response header, or a trailer.
-func (c *Conn) headers(f *http2.MetaHeadersFrame) error {
+func (c *Conn) headers(f *headerFrame) error {
 	if c.server {
 		return c.request(f)
 	}
-	if f.Truncated {
+	if f.truncated {
 		c.resetStream(f.StreamID, http2.ErrCodeFrameSize)
 		return nil
 	}
 	c.mu.Lock()
 	s := c.streams[f.StreamID]
 	ended := s != nil && s.remoteEnd
-	if s != nil && f.StreamEnded() {
+	if s != nil && f.ends() {
 		s.remoteEnd = true
 	}
 	c.mu.Unlock()
@@ -37,13 +37,13 @@ func (c *Conn) headers(f *http2.MetaHeadersFrame) error {
 	case ended:
 		c.resetStream(s.id, http2.ErrCodeStreamClosed)
 	default:
-		c.cfg.Handler.Headers(s, f.Fields, f.StreamEnded())
+		c.cfg.Handler.Headers(s, f.fields, f.ends())
 	}
 	return nil
 }
 
 // request begins a stream of a client, or ends one by a trailer.
-func (c *Conn) request(f *http2.MetaHeadersFrame) error {
+func (c *Conn) request(f *headerFrame) error {
 	id := f.StreamID
 	if id <= c.lastStreamID {
 		c.mu.Lock()
@@ -55,17 +55,11 @@ func (c *Conn) request(f *http2.MetaHeadersFrame) error {
 		}
 	}
 	if id%2 != 1 || id <= c.lastStreamID {
-		text := fmt.Sprintf("received an illegal stream id: %v. headers frame: %+v", id, f) // as grpc-go
+		text := fmt.Sprintf("received an illegal stream id: %v. headers frame: %+v", id, f.FrameHeader) // as grpc-go
 		return &violation{http2.ErrCodeProtocol, text[:min(len(text), maxText)]}
 	}
-	length, code := int64(undeclared), http2.ErrCodeNo
-	if c.cfg.Strict && !f.Truncated {
-		var ok bool
-		if length, ok = checkRequest(f.Fields); !ok || f.StreamEnded() && length > 0 {
-			code = http2.ErrCodeProtocol
-		}
-	}
-	if f.HasPriority() && f.Priority.StreamDep == id {
+	code := http2.ErrCodeNo
+	if f.malformed || f.ends() && f.declared > 0 || f.onItself {
 		code = http2.ErrCodeProtocol
 	}
 	c.mu.Lock()
@@ -73,14 +67,14 @@ func (c *Conn) request(f *http2.MetaHeadersFrame) error {
 	var s *Stream
 	served := id <= c.lastServedID // else the client was told that it is not
 	if served && code == http2.ErrCodeNo {
-		if s = c.accept(id, f.Fields); s == nil {
+		if s = c.accept(id, f.size); s == nil {
 			code = http2.ErrCodeRefusedStream
 		}
 	}
 	if s != nil {
-		s.remoteEnd, s.declared = f.StreamEnded(), length
-		if f.Truncated {
-			c.writeHeaderBlock(s, headerListTooLarge(f.Fields), true)
+		s.remoteEnd, s.declared = f.ends(), f.declared
+		if f.truncated {
+			c.writeHeaderBlock(s, headerListTooLarge(f.fields), true)
 		}
 	}
 	c.mu.Unlock()
@@ -88,10 +82,10 @@ func (c *Conn) request(f *http2.MetaHeadersFrame) error {
 	case code != http2.ErrCodeNo:
 		c.resetStream(id, code)
 		return nil
-	case !served || f.Truncated:
+	case !served || f.truncated:
 		return nil
 	}
-	c.cfg.Handler.Headers(s, f.Fields, f.StreamEnded())
+	c.cfg.Handler.Headers(s, f.fields, f.ends())
 	c.closeIfDone()
 	if c.turn++; c.turn >= turnRequests {
 		c.turn = 0
@@ -116,15 +110,15 @@ func headerListTooLarge(fields []hpack.HeaderField) []hpack.HeaderField {
 }
 
 // trailer ends a request with header fields, which gRPC does not use.
-func (c *Conn) trailer(s *Stream, f *http2.MetaHeadersFrame) {
+func (c *Conn) trailer(s *Stream, f *headerFrame) {
 	c.mu.Lock()
 	code := http2.ErrCodeNo
 	switch {
 	case s.remoteEnd:
 		code = http2.ErrCodeStreamClosed
-	case f.Truncated:
+	case f.truncated:
 		code = http2.ErrCodeFrameSize
-	case !f.StreamEnded(), s.declared > 0, len(f.PseudoFields()) > 0:
+	case !f.ends(), s.declared > 0, f.hasPseudoFields():
 		code = http2.ErrCodeProtocol
 	default:
 		s.remoteEnd = true

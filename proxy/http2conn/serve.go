@@ -1,9 +1,11 @@
 package http2conn
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"time"
 
 	"golang.org/x/net/http2"
@@ -45,30 +47,39 @@ func (c *Conn) serve() error {
 	c.mu.Lock()
 	c.startIdleTimer()
 	c.mu.Unlock()
-	for first := true; ; first = false {
-		f, err := c.frame()
-		if first && err == nil {
-			err = c.conn.SetReadDeadline(time.Time{})
-		}
-		var bad http2.StreamError
-		if _, ok := f.(*http2.SettingsFrame); first && !ok && (err == nil || errors.As(err, &bad)) {
-			err = &violation{http2.ErrCodeProtocol, textFirst}
-		}
-		switch {
-		case c.lingers():
-			err = errDrained
-		case err == nil && f != nil:
-			err = c.handle(f)
-		case !first && errors.As(err, &bad): // the whole frame was read, and only its stream is wrong
-			err = c.resetMalformed(bad)
-		}
-		if err != nil {
-			return err
-		}
-		if first {
-			c.cfg.Handler.SettingsReceived()
+	if err := c.firstFrame(); err != nil {
+		return err
+	}
+	c.cfg.Handler.SettingsReceived()
+	for {
+		if err := c.nextFrame(); err != nil {
+			if bad, ok := errors.AsType[http2.StreamError](err); ok { // the whole frame was read, and only its stream is wrong
+				err = c.resetMalformed(bad)
+			}
+			if err != nil {
+				return err
+			}
 		}
 	}
+}
+
+// firstFrame reads the frame with which each peer begins.
+func (c *Conn) firstFrame() error {
+	f, err := c.readFrame()
+	if err == nil {
+		err = c.conn.SetReadDeadline(time.Time{})
+	}
+	_, bad := errors.AsType[http2.StreamError](err)
+	if _, ok := f.(*http2.SettingsFrame); !ok && (err == nil || bad) {
+		return &violation{http2.ErrCodeProtocol, textFirst}
+	}
+	switch {
+	case c.lingers():
+		return errDrained
+	case err != nil:
+		return err
+	}
+	return c.handle(f)
 }
 
 // lingers reports whether the connection only waits for the client to close it.
@@ -147,16 +158,104 @@ func (c *Conn) writeBufferEmpty(err error) {
 	c.closeIfDone()
 }
 
-// frame reads the next frame. It returns nil for most DATA frames: those are handled from the read
-// buffer, where http2.Framer would copy them.
-func (c *Conn) frame() (http2.Frame, error) {
+// nextFrame reads and handles a frame.
+func (c *Conn) nextFrame() error {
+	if !c.useFramer {
+		if handled, err := c.frequentFrame(); handled || err != nil {
+			return err
+		}
+	}
+	f, err := c.readFrame()
+	switch {
+	case c.lingers():
+		return errDrained
+	case err != nil || f == nil:
+		return err
+	}
+	return c.handle(f)
+}
+
+// frameHeaderSize is the length of a frame's header in bytes.
+const frameHeaderSize = 9
+
+// frequentFrame reads and handles a frame of the kinds that calls consist of, from the read buffer and
+// without an allocation. It reports false if it has left the frame for http2.Framer: frames of other
+// kinds, frames that are not all in the read buffer, and frames that are malformed.
+func (c *Conn) frequentFrame() (handled bool, err error) {
+	in := &c.in
+	if in.r == in.w {
+		if err := in.fill(); err != nil {
+			return false, err
+		}
+	}
+	b := (*in.buf)[in.r:in.w]
+	if len(b) < frameHeaderSize {
+		return false, nil
+	}
+	head := http2.FrameHeader{
+		Length:   uint32(b[0])<<16 | uint32(b[1])<<8 | uint32(b[2]),
+		Type:     http2.FrameType(b[3]),
+		Flags:    http2.Flags(b[4]),
+		StreamID: binary.BigEndian.Uint32(b[5:]) & math.MaxInt32,
+	}
+	n := frameHeaderSize + int(head.Length)
+	if head.Length > maxFrameSize || head.Type != http2.FrameData && len(b) < n {
+		return false, nil
+	}
+	const otherHeaders = http2.FlagHeadersPadded | http2.FlagHeadersPriority
+	switch head.Type {
+	case http2.FrameData:
+		if head.StreamID == 0 || head.Flags.Has(http2.FlagDataPadded) || c.lingers() {
+			return false, nil
+		}
+		in.r += frameHeaderSize
+		c.frameHeader = head
+		return true, c.data(head, nil, int(head.Length))
+	case http2.FrameHeaders:
+		if head.StreamID == 0 || head.Flags&otherHeaders != 0 || !head.Flags.Has(http2.FlagHeadersEndHeaders) || c.lingers() {
+			return false, nil
+		}
+		in.r += n
+		c.frameHeader = head
+		list, err := c.decoder.decode(head.StreamID, b[frameHeaderSize:n])
+		if err != nil {
+			return true, err
+		}
+		return true, c.headers(&headerFrame{FrameHeader: head, headerList: list})
+	case http2.FrameWindowUpdate:
+		const size = 4
+		increment := uint32(0)
+		if head.Length == size {
+			increment = binary.BigEndian.Uint32(b[frameHeaderSize:]) & math.MaxInt32
+		}
+		if increment == 0 || c.lingers() {
+			return false, nil
+		}
+		in.r += n
+		c.frameHeader = head
+		return true, c.windowUpdate(head.StreamID, increment)
+	}
+	return false, nil
+}
+
+// readFrame reads a frame by http2.Framer. It returns nil for DATA frames without padding: those are
+// handled from the read buffer, where http2.Framer would copy them.
+func (c *Conn) readFrame() (http2.Frame, error) {
 	head, err := c.framer.ReadFrameHeader()
 	if err != nil {
 		return nil, err
 	}
 	c.frameHeader = head
-	if head.Type == http2.FrameData && head.StreamID != 0 && !head.Flags.Has(http2.FlagDataPadded) {
-		return nil, c.data(head, nil, int(head.Length))
+	c.useFramer = false
+	switch head.Type {
+	case http2.FrameData:
+		if head.StreamID != 0 && !head.Flags.Has(http2.FlagDataPadded) {
+			return nil, c.data(head, nil, int(head.Length))
+		}
+	case http2.FrameHeaders, http2.FrameContinuation:
+		c.decoder.memo.clear()
+		// If it is malformed, http2.Framer expects the rest of the block next.
+		c.useFramer = !head.Flags.Has(http2.FlagHeadersEndHeaders)
 	}
 	return c.framer.ReadFrameForHeader(head)
 }
@@ -168,9 +267,12 @@ func (c *Conn) handle(f http2.Frame) error {
 	case *http2.DataFrame:
 		return c.data(f.FrameHeader, f.Data(), 0)
 	case *http2.MetaHeadersFrame:
-		return c.headers(f)
+		list := headerList{fields: f.Fields, truncated: f.Truncated}
+		list.inspect(c.decoder.strict)
+		onItself := f.HasPriority() && f.Priority.StreamDep == f.StreamID
+		return c.headers(&headerFrame{f.FrameHeader, list, onItself})
 	case *http2.WindowUpdateFrame:
-		return c.windowUpdate(f)
+		return c.windowUpdate(f.StreamID, f.Increment)
 	case *http2.PingFrame:
 		return c.ping(f)
 	case *http2.SettingsFrame:

@@ -31,7 +31,7 @@ func (c *Conn) settings(f *http2.SettingsFrame) error {
 		case http2.SettingMaxConcurrentStreams:
 			c.peerMaxStreams = s.Val
 		case http2.SettingHeaderTableSize:
-			c.enc.SetMaxDynamicTableSize(min(s.Val, 4096))
+			c.encoder.setTableSize(min(s.Val, tableSize))
 		}
 		return nil
 	})

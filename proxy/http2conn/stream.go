@@ -1,7 +1,6 @@
 package http2conn
 
 import (
-	"bytes"
 	"sync/atomic"
 
 	"golang.org/x/net/http2"
@@ -84,11 +83,7 @@ func (s *Stream) Headers(fields []hpack.HeaderField, end bool) {
 
 // writeHeaderBlock writes header fields in as many frames as necessary.
 func (c *Conn) writeHeaderBlock(s *Stream, fields []hpack.HeaderField, end bool) {
-	c.block.Reset()
-	for _, f := range fields {
-		_ = c.enc.WriteField(f) // a bytes.Buffer returns no error
-	}
-	block := c.block.Bytes()
+	block := c.encoder.encode(fields)
 	first := block[:min(len(block), c.peerMaxFrame)]
 	block = block[len(first):]
 	_ = c.write.WriteHeaders(http2.HeadersFrameParam{
@@ -98,10 +93,6 @@ func (c *Conn) writeHeaderBlock(s *Stream, fields []hpack.HeaderField, end bool)
 		next := block[:min(len(block), c.peerMaxFrame)]
 		block = block[len(next):]
 		_ = c.write.WriteContinuation(s.id, len(block) == 0, next)
-	}
-	if c.block.Cap() > maxFrameSize { // long blocks are rare
-		c.block.Reset()
-		c.block = *bytes.NewBuffer(nil)
 	}
 	c.pings.reset = true
 	if end {

@@ -75,6 +75,12 @@ type (
 		Alibaba      *Alibaba   `json:"alibaba,omitempty"`
 
 		Kubernetes *KubernetesKeys `json:"kubernetes,omitempty"`
+		Age        *AgeKMS         `json:"age,omitempty"`
+	}
+	// AgeKMS are the recipients of recovery copies.
+	AgeKMS struct {
+		Recipients     []string `json:"recipients,omitempty"`
+		RecipientsFile string   `json:"recipientsFile,omitempty"`
 	}
 	// KubernetesKeys are keys of one of kube-apiserver's own providers, for reading.
 	KubernetesKeys struct {

@@ -26,7 +26,7 @@ func TestPurgeRefuses(t *testing.T) {
 	other.Start()
 	other.WaitReady(within)
 	harness.Eventually(t, within, "the other proxy to be announced", func() error {
-		if out, code := s.Run("status", "--config", s.proxy.ConfigFile); code != 1 || !strings.Contains(out, "NOT those of this") {
+		if out, code := s.Run("status", "--config", s.proxy.ConfigFile); code != 1 || !strings.Contains(out, "NOT as in this") {
 			return fmt.Errorf("exit code %d: %s", code, out)
 		}
 		return nil

@@ -40,7 +40,7 @@ func TestUser(t *testing.T) {
 				t.Fatal(err)
 			}
 			s.run(t, 0, "reencrypt", "1 rewritten")
-			s.run(t, 0, "status", "  same\n")
+			s.run(t, 0, "status", "as here")
 
 			s.proxy.Stop(within)
 			s.etcd.Stop(within)
@@ -56,7 +56,7 @@ func TestUser(t *testing.T) {
 				_, err := s.kv.Range(ctx, &pb.RangeRequest{Key: []byte(prefix + "a")})
 				return err
 			})
-			s.run(t, 0, "status", "  same\n")
+			s.run(t, 0, "status", "as here")
 
 			if err := os.WriteFile(password, []byte("another\n"), 0o600); err != nil {
 				t.Fatal(err)

@@ -65,7 +65,7 @@ func TestOtherRules(t *testing.T) {
 	other.Rules = []harness.Rule{{Prefix: prefix, WriteWith: "dev", AllowPlaintextReads: new(true)}}
 	config := s.config("other", other)
 	harness.Eventually(t, within, "the proxy to be announced", func() error {
-		if out, _ := s.Run("status", "--config", config); !strings.Contains(out, "NOT those of this configuration") {
+		if out, _ := s.Run("status", "--config", config); !strings.Contains(out, "NOT as in this configuration") {
 			return fmt.Errorf("%s", out)
 		}
 		return nil

@@ -14,7 +14,8 @@ import (
 	"time"
 )
 
-// newCertificates makes a CA and a certificate for the loopback addresses that it signed, both valid for a day around now.
+// newCertificates makes a CA and a certificate for the loopback addresses that it signed, both
+// valid for a day around now.
 func newCertificates(now time.Time) (caPEM []byte, server tls.Certificate, err error) {
 	caKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {

@@ -12,8 +12,8 @@ import (
 // Kind is a kind of fault.
 type Kind string
 
-// The kinds of faults. Those that speak of "the answer" spoil the real one, so the request is carried out first, whatever
-// FaultSpec.Applied says; for the others Applied chooses.
+// The kinds of faults. Those that speak of "the answer" spoil the real one, so the request is
+// carried out first, whatever FaultSpec.Applied says; for the others Applied chooses.
 const (
 	Throttle      Kind = "throttle"       // 429 Rejected.Throttling
 	ServerError   Kind = "server error"   // 503 ServiceUnavailableTemporary, or the Status and Code given
@@ -37,7 +37,8 @@ const (
 // FaultSpec describes what to do to a request or its answer.
 type FaultSpec struct {
 	Kind Kind
-	// Applied carries the request out before the fault: applied, but reported as failed. Without it nothing was done.
+	// Applied carries the request out before the fault: applied, but reported as failed. Without it
+	// nothing was done.
 	Applied  bool
 	Status   int               // HTTP status, where the kind allows one
 	Code     string            // the vendor's error code, where the kind has one
@@ -51,8 +52,8 @@ type FaultSpec struct {
 	Header   map[string]string // further headers of the answer
 }
 
-// SetFault sets a hook that is asked about each request that no injected fault is waiting for; nil removes it. The hook may be
-// called concurrently, and returns nil to let a request pass.
+// SetFault sets a hook that is asked about each request that no injected fault is waiting for; nil
+// removes it. The hook may be called concurrently, and returns nil to let a request pass.
 func (d *rpc) SetFault(hook func(*http.Request) *FaultSpec) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -115,7 +116,8 @@ func (f *FaultSpec) spoilsAnswer() bool {
 	return f.Applied
 }
 
-// replace answers a request by the fault alone. The kinds that need the real answer do not come here.
+// replace answers a request by the fault alone. The kinds that need the real answer do not come
+// here.
 func (d *rpc) replace(w http.ResponseWriter, r *request, f *FaultSpec) {
 	switch f.Kind {
 	case Throttle:
@@ -197,7 +199,8 @@ func forge(fields, set map[string]any) {
 	}
 }
 
-// hang waits for the fault's end. If the client's or the double's comes first, the request is not answered at all.
+// hang waits for the fault's end. If the client's or the double's comes first, the request is not
+// answered at all.
 func (d *rpc) hang(r *request, f *FaultSpec) {
 	select {
 	case <-f.Release:

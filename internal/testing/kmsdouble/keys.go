@@ -25,13 +25,15 @@ type KeyConfig struct {
 	ID    string // by default a new one
 	Alias string // "alias/…", or none
 	State State  // Enabled by default
-	// MaterialExpires is when imported material ends, and the key waits for an import; zero for a key of the KMS' own.
+	// MaterialExpires is when imported material ends, and the key waits for an import; zero for a
+	// key of the KMS' own.
 	MaterialExpires time.Time
 	// Careless is for a key that is neither protected from deletion nor rotated by the KMS.
 	Careless bool
 	// HSM is for a key that is protected by hardware.
 	HSM bool
-	// Default is for a key that belongs to a product of the cloud, which the KMS refuses to applications.
+	// Default is for a key that belongs to a product of the cloud, which the KMS refuses to
+	// applications.
 	Default bool
 	// Version and Secret are of its first version; by default they are random.
 	Version string
@@ -102,14 +104,16 @@ func (d *Double) RemoveAlias(alias string) {
 	delete(d.aliases, alias)
 }
 
-// Rotate gives a key a new primary version and returns its id; the old ones still decrypt. It panics on an unknown key.
+// Rotate gives a key a new primary version and returns its id; the old ones still decrypt. It
+// panics on an unknown key.
 func (d *Double) Rotate(keyID string) string {
 	d.keysMu.Lock()
 	defer d.keysMu.Unlock()
 	return d.mustKey(keyID).addVersion(d.now())
 }
 
-// Unprotect turns off a key's deletion protection and automatic rotation. It panics on an unknown key.
+// Unprotect turns off a key's deletion protection and automatic rotation. It panics on an unknown
+// key.
 func (d *Double) Unprotect(keyID string) {
 	d.keysMu.Lock()
 	defer d.keysMu.Unlock()
@@ -230,7 +234,8 @@ func (v keyVersion) aead() (cipher.AEAD, error) {
 	return cipher.NewGCM(block)
 }
 
-// canonicalContext returns an EncryptionContext without regard to the order in which its keys were given.
+// canonicalContext returns an EncryptionContext without regard to the order in which its keys were
+// given.
 func canonicalContext(text string) (string, *apiError) {
 	if text == "" {
 		return "", nil
@@ -259,7 +264,8 @@ func newUUID() string {
 	return strings.Join([]string{s[:8], s[8:12], s[12:16], s[16:20], s[20:]}, "-")
 }
 
-// VersionOf returns the key ID ("<key id>/<version id>") that a CiphertextBlob of a double says it was made under.
+// VersionOf returns the key ID ("<key id>/<version id>") that a CiphertextBlob of a double says it
+// was made under.
 func VersionOf(blob []byte) (string, error) {
 	raw, err := base64.StdEncoding.DecodeString(string(blob))
 	if err != nil || len(raw) < 1 || len(raw) < 1+int(raw[0])+36 {

@@ -27,8 +27,9 @@ type MetadataConfig struct {
 	Now      func() time.Time
 }
 
-// Metadata is a double of the metadata server, as far as it gives the credentials of the instance's role. Unlike the original, each request for
-// them makes a new session. It is safe for concurrent use.
+// Metadata is a double of the metadata server, as far as it gives the credentials of the instance's
+// role. Unlike the original, each request for them makes a new session. It is safe for concurrent
+// use.
 type Metadata struct {
 	*server
 	cfg MetadataConfig
@@ -60,7 +61,8 @@ func NewMetadata(tb TB, cfg MetadataConfig) *Metadata {
 	return m
 }
 
-// SetFault sets what answers requests in place of the double; nil removes it. The request is counted all the same.
+// SetFault sets what answers requests in place of the double; nil removes it. The request is
+// counted all the same.
 func (m *Metadata) SetFault(f http.HandlerFunc) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

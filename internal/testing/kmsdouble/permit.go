@@ -5,7 +5,8 @@ import (
 	"slices"
 )
 
-// Permit has a caller do these actions only from now on, on every key; none at all if there are none. A caller that it was not called for may do everything.
+// Permit has a caller do these actions only from now on, on every key; none at all if there are
+// none. A caller that it was not called for may do everything.
 func (d *Double) Permit(accessKeyID string, actions ...string) {
 	d.callersMu.Lock()
 	defer d.callersMu.Unlock()

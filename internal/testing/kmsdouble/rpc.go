@@ -26,7 +26,8 @@ type Record struct {
 	Body      bool   // the parameters came in the body
 }
 
-// rpc speaks the vendor's RPC protocol: it parses, counts and remembers requests, and spoils answers. What an action does is the product's.
+// rpc speaks the vendor's RPC protocol: it parses, counts and remembers requests, and spoils
+// answers. What an action does is the product's.
 type rpc struct {
 	*server
 	*gate
@@ -52,7 +53,8 @@ func (d *rpc) Calls(action string) int {
 	return d.calls[action]
 }
 
-// Applied returns how many requests of the action were carried out, even if a fault then spoiled the answer.
+// Applied returns how many requests of the action were carried out, even if a fault then spoiled
+// the answer.
 func (d *rpc) Applied(action string) int {
 	d.mu.Lock()
 	defer d.mu.Unlock()

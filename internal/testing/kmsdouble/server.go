@@ -17,7 +17,8 @@ import (
 	"time"
 )
 
-// server is an HTTP server, with TLS under a CA of its own, that waits for all of its connections when it ends. It is safe for concurrent use.
+// server is an HTTP server, with TLS under a CA of its own, that waits for all of its connections
+// when it ends. It is safe for concurrent use.
 type server struct {
 	scheme   string
 	caFile   string
@@ -31,7 +32,8 @@ type server struct {
 	violations   []string
 }
 
-// start starts a server. Without dir, the CA's certificate goes to a new temporary directory, which Close removes.
+// start starts a server. Without dir, the CA's certificate goes to a new temporary directory, which
+// Close removes.
 func start(name, dir, address string, plain bool, handler http.HandlerFunc) (*server, error) {
 	s := &server{scheme: "https", stopped: make(chan struct{})}
 	var err error
@@ -118,7 +120,8 @@ func (s *server) URL() string { return s.scheme + "://" + s.Endpoint() }
 // CAFile returns the path of the PEM certificate that signed the double's own.
 func (s *server) CAFile() string { return s.caFile }
 
-// Violations returns what clients did that no client should, such as a plaintext in a URL or a parameter given twice.
+// Violations returns what clients did that no client should, such as a plaintext in a URL or a
+// parameter given twice.
 func (s *server) Violations() []string {
 	s.violationsMu.Lock()
 	defer s.violationsMu.Unlock()

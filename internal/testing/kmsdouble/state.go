@@ -24,14 +24,16 @@ func (d *Double) SetState(keyID string, s State) {
 	}
 }
 
-// ImportMaterial gives a key the same imported material again, until a time; zero for ever. It panics on an unknown key.
+// ImportMaterial gives a key the same imported material again, until a time; zero for ever. It
+// panics on an unknown key.
 func (d *Double) ImportMaterial(keyID string, until time.Time) {
 	d.keysMu.Lock()
 	defer d.keysMu.Unlock()
 	d.mustKey(keyID).materialExpires = until
 }
 
-// stateAt returns the key's state at a time: an enabled key whose material has expired waits for it.
+// stateAt returns the key's state at a time: an enabled key whose material has expired waits for
+// it.
 func (k *key) stateAt(now time.Time) State {
 	if k.state == Enabled && !k.materialExpires.IsZero() && !now.Before(k.materialExpires) {
 		return PendingImport

@@ -24,22 +24,25 @@ type Role struct {
 	MaxDuration time.Duration // of a session; an hour by default
 }
 
-// STSConfig describes a double of the Security Token Service. The zero value knows the caller [DefaultAccessKeyID] and the role
-// [DefaultRoleARN] with the provider [DefaultProviderARN], and its sessions open nothing.
+// STSConfig describes a double of the Security Token Service. The zero value knows the caller
+// [DefaultAccessKeyID] and the role [DefaultRoleARN] with the provider [DefaultProviderARN], and
+// its sessions open nothing.
 type STSConfig struct {
 	Region     string
 	AccessKeys []AccessKey
 	Roles      []Role
 	// Register makes a session known to where it is used, e.g. [Double.SetAccessKey].
 	Register func(AccessKey)
-	// Lifetime is the life of each session in place of the one that is asked for, which is at least 15 minutes.
+	// Lifetime is the life of each session in place of the one that is asked for, which is at least
+	// 15 minutes.
 	Lifetime           time.Duration
 	Now                func() time.Time
 	Dir, ListenAddress string
 }
 
-// STS is a double of the Security Token Service (Sts, 2015-04-01) with AssumeRole and AssumeRoleWithOIDC, over TLS. It verifies what
-// [Double] verifies. A token of OpenID Connect is any text that [STS.SetOIDCToken] made known. It is safe for concurrent use.
+// STS is a double of the Security Token Service (Sts, 2015-04-01) with AssumeRole and
+// AssumeRoleWithOIDC, over TLS. It verifies what [Double] verifies. A token of OpenID Connect is
+// any text that [STS.SetOIDCToken] made known. It is safe for concurrent use.
 type STS struct {
 	*rpc
 	register func(AccessKey)
@@ -80,7 +83,8 @@ func (s *STS) SetRole(r Role) {
 	s.roles[r.ARN] = r
 }
 
-// RemoveRole deletes a role. Sessions that were given live on here; take them from where they were registered.
+// RemoveRole deletes a role. Sessions that were given live on here; take them from where they were
+// registered.
 func (s *STS) RemoveRole(arn string) {
 	s.rolesMu.Lock()
 	defer s.rolesMu.Unlock()
@@ -154,7 +158,8 @@ func (s *STS) perform(r *request) (*result, *apiError) {
 	}}, nil
 }
 
-// newSession makes a session as STS and the metadata server give them. Its end has whole seconds, as they have.
+// newSession makes a session as STS and the metadata server give them. Its end has whole seconds,
+// as they have.
 func newSession(expires time.Time) AccessKey {
 	random := func() string { return strings.ReplaceAll(newUUID(), "-", "") }
 	return AccessKey{

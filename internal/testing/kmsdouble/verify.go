@@ -28,7 +28,8 @@ func missing(parameter string) *apiError {
 // AccessKey is a caller that a double knows.
 type AccessKey struct {
 	ID, Secret string
-	// Token is the security token that a session's requests must carry. A long-term access key has none.
+	// Token is the security token that a session's requests must carry. A long-term access key has
+	// none.
 	Token string
 	// Expires is when the session ends; zero for never.
 	Expires time.Time
@@ -76,8 +77,8 @@ func (g *gate) RemoveAccessKey(id string) {
 	delete(g.accessKeys, id)
 }
 
-// verify checks everything about a request that does not depend on its action, and returns who signed it. A request that passes has used up
-// its nonce.
+// verify checks everything about a request that does not depend on its action, and returns who
+// signed it. A request that passes has used up its nonce.
 func (g *gate) verify(method string, p map[string]string) (AccessKey, *apiError) {
 	g.callersMu.Lock()
 	defer g.callersMu.Unlock()
@@ -148,7 +149,8 @@ func sign(text, secret string) string {
 	return base64.StdEncoding.EncodeToString(mac.Sum(nil))
 }
 
-// stringToSign covers all parameters, those of the body too, but the signature itself, even empty ones.
+// stringToSign covers all parameters, those of the body too, but the signature itself, even empty
+// ones.
 func stringToSign(method string, p map[string]string) string {
 	pairs := make([]string, 0, len(p))
 	for _, k := range sortedKeys(p) {
