@@ -13,7 +13,7 @@
 // a key has the field chainKey, which identifies the key: the first 8 bytes of HMAC-SHA-256(key,
 // "etcd-kms-proxy audit chain key").
 //
-// The chain goes on across files: the first record of each file but that of record 1 has P in its
+// The chain continues across files: the first record of each file but that of record 1 has P in its
 // field previousHash, so that a file can be checked alone, and also against the one before.
 //
 // A crash may leave a line that is cut short. It stays where it is; the next record, of event

@@ -19,7 +19,7 @@ type RAMStatement struct {
 }
 
 // NewRAMPolicy returns the least that the callers of the keys need, each named as [KeyARN] returns
-// it. RAM asks for the permission on the key also where a request names an alias.
+// it. RAM requires the permission on the key also for a request that names an alias.
 func NewRAMPolicy(keyARNs ...string) *RAMPolicy {
 	return &RAMPolicy{Version: "1", Statement: []RAMStatement{{
 		Effect: "Allow", Action: []string{"kms:DescribeKey", "kms:GenerateDataKey", "kms:Encrypt", "kms:Decrypt"}, Resource: keyARNs,

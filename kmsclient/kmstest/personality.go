@@ -46,7 +46,7 @@ func named(format string) func(int) string {
 	return func(version int) string { return fmt.Sprintf(format, version) }
 }
 
-// hashed is a key ID that tells nothing of the key or its version.
+// hashed is a key ID that reveals neither the key nor its version.
 func hashed(version int) string {
 	sum := sha256.Sum256([]byte(fmt.Sprintf("https://vault.example/keys/k/%d", version)))
 	return hex.EncodeToString(sum[:])
