@@ -26,14 +26,15 @@ type upstreamData struct {
 
 // answers is how far a call's answers have come. It is of whoever has the direction, see [fstream].
 type answers struct {
-	head   []byte          // of the message, as far as it has come
-	unsent []byte          // the head, if the message passes and nothing of it was sent
-	left   int             // bytes of the message that have not come
-	scans  bool            // its values are opened
-	edits  bool            // it is gathered for that, to be cut, or to be whole
-	own    *[]byte         // what is to be looked into next; of buffers
-	n      int             // bytes in own
-	parts  mem.BufferSlice // what was made of the parts before
+	head   []byte                 // of the message, as far as it has come
+	header [rpc.HeaderLength]byte // that head is a part of
+	unsent []byte                 // the head, if the message passes and nothing of it was sent
+	left   int                    // bytes of the message that have not come
+	scans  bool                   // its values are opened
+	edits  bool                   // it is gathered for that, to be cut, or to be whole
+	own    *[]byte                // what is to be looked into next; of buffers
+	n      int                    // bytes in own
+	parts  mem.BufferSlice        // what was made of the parts before
 }
 
 // fromUpstream is what etcd sends.
@@ -122,6 +123,9 @@ func (st *clientStream) splitMessages(m etcdapi.Mode, data []byte) (rest []byte,
 	for len(data) > 0 && !st.ended.Load() {
 		if len(a.head) < rpc.HeaderLength {
 			n := min(rpc.HeaderLength-len(a.head), len(data))
+			if a.head == nil {
+				a.head = a.header[:0]
+			}
 			a.head = append(a.head, data[:n]...)
 			if data = data[n:]; len(a.head) < rpc.HeaderLength {
 				break
@@ -171,8 +175,7 @@ func (st *clientStream) message(come int) {
 	}
 	a.left = int(binary.BigEndian.Uint32(a.head[1:]))
 	a.scans = st.call != nil && a.left > 0 && st.call.Scans()
-	x, ok := st.call.(etcdapi.Splitter)
-	if a.edits = a.scans || ok && a.left > 0 && x.Splits() || st.method.Shape == etcdapi.ShapeUnary && a.left > come; a.edits {
+	if a.edits = a.scans || a.left > 0 && st.splits() || st.method.Shape == etcdapi.ShapeUnary && a.left > come; a.edits {
 		a.own, a.n = rpc.Buffers.Get(min(a.left, rpc.PartSize)), 0
 	} else {
 		a.unsent = a.head
@@ -220,6 +223,11 @@ func (st *clientStream) rewrite(m etcdapi.Mode) *etcdwire.Blocked {
 		a.own = rpc.Buffers.Get(min(max(rpc.PartSize, len(begun)+1), len(begun)+a.left))
 		a.n = copy(*a.own, begun)
 	}
+	if a.left == 0 && len(a.parts) == 0 && len(out) <= copied && !st.splits() {
+		st.client.Data(false, rpc.Header(len(out)), out)
+		rpc.Buffers.Put(own)
+		return nil
+	}
 	if a.parts = append(a.parts, rpc.BufferOf(own, out)); a.left == 0 {
 		st.deliver()
 	}
@@ -233,8 +241,8 @@ const copied = 32 << 10
 func (st *clientStream) deliver() {
 	made := st.response.parts
 	st.response.parts = nil
-	if x, ok := st.call.(etcdapi.Splitter); ok && x.Splits() {
-		all, err := x.Split(made.Materialize())
+	if st.splits() {
+		all, err := st.call.(etcdapi.Splitter).Split(made.Materialize())
 		if err != nil {
 			made.Free()
 			st.fail(err)
@@ -257,6 +265,12 @@ func (st *clientStream) deliver() {
 	}
 	st.client.Data(false, rpc.Header(made.Len()), made[0].ReadOnlyData())
 	made.Free()
+}
+
+// splits reports whether the call must see whole responses, to split them.
+func (st *clientStream) splits() bool {
+	x, ok := st.call.(etcdapi.Splitter)
+	return ok && x.Splits()
 }
 
 // drop gives back what was gathered.
