@@ -23,7 +23,8 @@ func (l *Log) stay() error {
 	return l.attach()
 }
 
-// attach opens the file at the path, and continues the chain at its end, at the end of the newest rotated file, or where l was before. mu is held, or l is not shared yet.
+// attach opens the file at the path, and continues the chain at its end, at the end of the newest
+// rotated file, or where l was before. mu is held, or l is not shared yet.
 func (l *Log) attach() error {
 	f, err := os.OpenFile(l.cfg.Path, os.O_RDWR|os.O_CREATE|os.O_APPEND|noFollow, 0o600)
 	if isLink(err) {
@@ -90,7 +91,7 @@ func keyName(id string) string {
 }
 
 // predecessor replaces the end of a file without a record by that of the newest rotated file, if
-// there is one. Beside files of another chain a new one would not do: theirs have the higher
+// there is one. Next to files of another chain, a new chain would not do: theirs have the higher
 // numbers, so that its own would be the first to be removed.
 func (l *Log) predecessor(end fileEnd) (fileEnd, string, error) {
 	names, err := rotated(l.cfg.Path)

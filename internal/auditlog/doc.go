@@ -21,8 +21,8 @@
 // without the line break that the log added to them. So the chain covers them too.
 //
 // What a chain cannot show is that its end is missing: a log whose last records were removed is a
-// shorter log. Who keeps the last hash elsewhere can tell. And anyone who may write the file of a
-// log without a key can rewrite it from any record on.
+// shorter log. Only a last hash that was stored elsewhere reveals that. And anyone who may write
+// the file of a log without a key can rewrite it from any record on.
 //
 // The package knows nothing of configuration, keys or etcd; the command is its only caller.
 package auditlog

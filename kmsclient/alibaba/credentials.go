@@ -60,10 +60,10 @@ type Credentials struct {
 	// to verify it with, in place of the system's.
 	STSEndpoint, STSCAFile string
 	// RoleName is the instance's role for type ecsRAMRole; by default it is requested from the
-	// metadata server for it.
+	// metadata server.
 	RoleName string
-	// AllowMetadataV1 asks without a token when the metadata server gives none. Whoever can make a
-	// process on the instance fetch a URL can then steal the credentials.
+	// AllowMetadataV1 requests credentials without a token if the metadata server issues none.
+	// Anyone who can make a process on the instance fetch a URL can then steal the credentials.
 	AllowMetadataV1 bool
 	// MetadataURL and MetadataCAFile name another metadata server. For tests.
 	MetadataURL, MetadataCAFile string

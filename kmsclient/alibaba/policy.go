@@ -41,7 +41,7 @@ func KeyARN(region, keyID string) string {
 }
 
 // KeyARN returns how RAM names the key of the backend. Where the configuration has an alias, it
-// asks the KMS for the key.
+// requests the key from the KMS.
 func (b *Backend) KeyARN(ctx context.Context) (string, error) {
 	if b.realID != "" {
 		return KeyARN(b.region, b.keyID), nil

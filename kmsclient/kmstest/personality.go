@@ -22,7 +22,7 @@ type Personality struct {
 	OneVersion bool
 
 	keyID           func(version int) string
-	statusKeyID     func(version int) string // what Status says until a call has told the plugin of the version; nil: keyID
+	statusKeyID     func(version int) string // what Status says until a call has passed the version to the plugin; nil: keyID
 	annotations     map[string][]byte        // given with each wrapped secret
 	beta            bool                     // Status names the API's version v2beta1
 	unhealthyFor    time.Duration            // how long Status says "err" after an Encrypt or Decrypt that failed

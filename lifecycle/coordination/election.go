@@ -76,7 +76,7 @@ func (e Election) campaign(ctx context.Context, session *concurrency.Session) er
 	defer stop(nil)
 	election, elected := concurrency.NewElection(session, e.Key), make(chan error, 1)
 	go func() { elected <- election.Campaign(ctx, e.Self) }()
-	own, told := fmt.Sprintf("%s/%x", e.Key, session.Lease()), ""
+	own, reported := fmt.Sprintf("%s/%x", e.Key, session.Lease()), ""
 	for wait := time.Duration(0); ; wait = electionCheck {
 		select {
 		case err := <-elected:
@@ -103,9 +103,9 @@ func (e Election) campaign(ctx context.Context, session *concurrency.Session) er
 		}
 		if holder := string(now.Kvs[0].Value); e.NoWait {
 			stop(fmt.Errorf("%w: %s", ErrOtherLeader, holder))
-		} else if holder != told && e.Waiting != nil {
+		} else if holder != reported && e.Waiting != nil {
 			e.Waiting(holder)
-			told = holder
+			reported = holder
 		}
 	}
 }

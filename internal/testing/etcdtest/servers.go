@@ -318,7 +318,8 @@ type watchServer struct {
 	*Member
 }
 
-// Watch responds as etcd does: events of one revision stay together, and progress is reported only once all watches of the stream have reached the revision.
+// Watch responds as etcd does: events of one revision stay together, and progress is reported only
+// once all watches of the stream have reached the revision.
 func (s *watchServer) Watch(stream pb.Watch_WatchServer) error {
 	var watches []*watch
 	nextID := int64(0)
