@@ -208,8 +208,7 @@ func (st *clientStream) forward(m etcdapi.Mode, raw []byte) {
 	if st.call != nil {
 		var err error
 		if edited, err = st.call.Request(m, msg); errors.Is(err, etcdapi.ErrWouldBlock) {
-			raw = bytes.Clone(raw)
-			st.detach(&st.requests, func(m etcdapi.Mode) { st.forward(m, raw) })
+			st.forwardLater(raw)
 			return
 		} else if err != nil {
 			st.method.Metrics.Received.Inc()
@@ -224,8 +223,7 @@ func (st *clientStream) forward(m etcdapi.Mode, raw []byte) {
 	ok, wouldBlock := st.connect(m)
 	switch {
 	case wouldBlock:
-		raw = bytes.Clone(raw)
-		st.detach(&st.requests, func(m etcdapi.Mode) { st.forward(m, raw) })
+		st.forwardLater(raw)
 		return
 	case !ok:
 		st.handOver(raw, true)
@@ -240,6 +238,12 @@ func (st *clientStream) forward(m etcdapi.Mode, raw []byte) {
 		st.consumedFromClient()
 	}
 	st.pending = nil
+}
+
+// forwardLater has another goroutine forward a request, which it copies.
+func (st *clientStream) forwardLater(raw []byte) {
+	raw = bytes.Clone(raw)
+	st.detach(&st.requests, func(m etcdapi.Mode) { st.forward(m, raw) })
 }
 
 // messages sends on what is whole of a stream of messages.

@@ -341,3 +341,61 @@ func (s *site) lastResort(t *testing.T, snapshot string, o *offline, want string
 		t.Errorf("the script prints %q, %v: %s", out, err, &stderr)
 	}
 }
+
+// TestOfflineKeyAfterKeyFileIsLost replaces the key file of the primary key by another one with the
+// same key IDs. It also changes the recipients file of a running proxy, which new values follow.
+func TestOfflineKeyAfterKeyFileIsLost(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	safe, next := newOffline(t, s, "safe"), newOffline(t, s, "next")
+	main, off := s.env.LocalKey("main", 1), harness.KMSConfig{Name: "offline", Age: &harness.AgeKMS{}}
+	recipients := func(o *offline) []byte { return []byte("# the safe\n" + o.identity.Recipient().String() + "\n") }
+	off.Age.RecipientsFile = s.env.File("recipients.txt", recipients(safe))
+	s.run(t, harness.Rule{WriteWith: "main", Recovery: []string{"offline"}, RecoveryRequired: true}, main, off)
+	s.proxy.WaitReady(within)
+	s.fill(t, "a", 5)
+	first := s.seedOf(t, prefix+"a0", safe)
+
+	// A bad file changes nothing.
+	s.env.File("recipients.txt", []byte(safe.identity.Recipient().String()[:20]))
+	s.says(t, "[-]recipients file of offline: the old one stays in use: ", `etcd_kms_proxy_recovery_missing{provider="main",recovery_provider="offline"} 0`)
+	s.fill(t, "b", 1)
+	if !bytes.Equal(s.seedOf(t, prefix+"b0", safe), first) {
+		t.Error("a bad recipients file changes the seed")
+	}
+	s.env.File("recipients.txt", recipients(next))
+	harness.Eventually(t, within, "a seed for the new recipient", func() error {
+		if n := strings.Count(s.proxy.Log(), `"DEK seed generated"`); n != 2 {
+			return fmt.Errorf("%d seeds", n)
+		}
+		return nil
+	})
+	s.fill(t, "c", 5)
+	s.seedOf(t, prefix+"c0", next)
+	if current, stale, _, _ := s.counts(t, s.proxy.ConfigFile); current != 5 || stale != 6 {
+		t.Errorf("%d values are current and %d stale", current, stale)
+	}
+	s.command(t, 0, "reencrypt", "--config", s.proxy.ConfigFile)
+	if current, _, _, _ := s.counts(t, s.proxy.ConfigFile); current != 11 {
+		t.Errorf("%d values are current", current)
+	}
+	s.proxy.Stop(within)
+
+	if err := os.Remove(main.Local.KeyFile); err != nil {
+		t.Fatal(err)
+	}
+	s.command(t, 0, "kms", "new-local-key", main.Local.KeyFile)
+	config := s.proxy.ConfigFile
+	if current, stale, _, _ := s.counts(t, config); current+stale != 0 {
+		t.Errorf("another key decrypts %d and %d values", current, stale)
+	}
+	if _, stale, _, _ := s.counts(t, config, safe.file); stale != 0 {
+		t.Errorf("the identity of a former recipient decrypts %d values", stale)
+	}
+	if _, stale, _, _ := s.counts(t, config, next.file); stale != 11 {
+		t.Errorf("the identity decrypts %d values", stale)
+	}
+	// etcd's history has values from before the change of recipients.
+	s.command(t, 1, "verify", "--config", config, "--identity", next.file)
+	s.command(t, 0, "verify", "--config", config, "--identity", next.file, "--identity", safe.file)
+}
