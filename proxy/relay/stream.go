@@ -27,6 +27,7 @@ type clientStream struct {
 	call         etcdapi.Call    // nil if the method's messages pass unchanged
 	client       *http2conn.Stream
 	fields       []hpack.HeaderField // the client's
+	repeated     *repeatedHeader     // what was made of fields; nil if the client has not repeated them
 	responseType string
 	response     responseMessages // what comes back
 	pending      []byte           // what the client has sent, with gRPC's message headers, and was not forwarded
