@@ -42,6 +42,8 @@ type Engine struct {
 	all      sync.WaitGroup
 }
 
+// New makes an engine for the calls of an API. web serves the requests that are not gRPC's, and
+// drain bounds how long calls may take after [Engine.Drain].
 func New(a *etcdapi.API, web http.Handler, drain time.Duration, log *slog.Logger) *Engine {
 	e := &Engine{api: a, maxMessage: a.Core.MaxRequest + etcdapi.GrpcOverhead, log: log, drainTimeout: drain, web: web, budget: http2conn.NewBudget(requestBudget()), sessions: make(map[*session]struct{}), empty: make(chan struct{})}
 	e.base, e.cancel = context.WithCancel(context.Background())
@@ -125,7 +127,7 @@ func (e *Engine) Close() {
 	e.all.Wait()
 }
 
-// upstreamFields makes of a client's header fields those for etcd. What belongs to the hop stays
+// upstreamFields makes of a client's header fields those for etcd. What belongs to the connection stays
 // behind.
 func upstreamFields(fields []hpack.HeaderField, scheme, authority string) []hpack.HeaderField {
 	kept := make([]hpack.HeaderField, 0, len(fields)+1)
