@@ -1,5 +1,5 @@
 // Package keyfile reads and makes files that hold keys as they are: those of local providers, and
-// those that kube-apiserver's own providers sealed with. Such a file is YAML, which only the user
+// those that kube-apiserver's own providers encrypted with. Such a file is YAML, which only the user
 // of the process and root can use (see [secretfile.Check]):
 //
 //	keys:

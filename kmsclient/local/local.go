@@ -1,8 +1,8 @@
 // Package local is a KMS in a file: a software key for development, small clusters and recovery
 // copies kept offline.
 //
-// Whoever can read the file can open every value, so it must be readable by its owner only and must
-// not lie where etcd's data or its backups are. The file is YAML:
+// Anyone who can read the file can decrypt every value, so only its owner may read it, and it must
+// not be on the disks or in the backups of etcd. The file is YAML:
 //
 //	keys:
 //	- {id: "1", secret: <base64 of 32 bytes>}
