@@ -18,7 +18,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
-// caller calls the KMS of a ring. It ends with the ring, and whoever calls it waits for that.
+// caller calls the KMS of a ring. Its context ends with the ring, and its callers return then.
 type caller struct {
 	p *provider
 

@@ -15,8 +15,8 @@ import (
 type OfflineKey interface {
 	// ID identifies the public keys, and changes with them.
 	ID() string
-	// Wrap returns the seed as an age file, and the ID of the keys that it was wrapped with. It does
-	// not retain seed. The text of an error is safe to show.
+	// Wrap returns the seed as an age file, and the ID of the keys that it was wrapped with. It
+	// does not retain seed. The text of an error is safe to show.
 	Wrap(seed []byte) (file []byte, id string, err error)
 	// CanUnwrap reports whether there are private keys, which only commands have.
 	CanUnwrap() bool

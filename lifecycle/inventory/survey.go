@@ -44,8 +44,8 @@ func (c *Count) add(kv *mvccpb.KeyValue) {
 // KeyCount counts the values of one state that one KMS key has encrypted, or that are plaintext.
 type KeyCount struct {
 	Standing keyring.ValueState `json:"standing"`
-	Provider string             `json:"provider"` // or aescbc, aesgcm, secretbox; [Plaintext] for what is not sealed; "", like KeyID, beyond a thousand of a rule
-	KeyID    string             `json:"keyID"`    // "" for what is too damaged to tell, or not sealed
+	Provider string             `json:"provider"` // or aescbc, aesgcm, secretbox; [Plaintext] for plaintext; "", like KeyID, beyond a thousand of a rule
+	KeyID    string             `json:"keyID"`    // "" for plaintext and for values that are too damaged
 	Count
 }
 

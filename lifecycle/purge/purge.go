@@ -22,7 +22,7 @@ import (
 // History is what etcd still holds of values that were replaced or deleted.
 type History struct {
 	Compacted int64 `json:"compacted"` // revision of the last compaction; 0 if there was none
-	Present   int64 `json:"present"`   // revision that was looked up to
+	Present   int64 `json:"present"`   // the last revision that was searched
 	Plaintext int64 `json:"plaintext"` // old values under rules that seal which are readable, or may be
 	// CompactAt is the lowest revision whose compaction removes all of them; 0 if there are none.
 	CompactAt int64 `json:"compactAt"`
@@ -125,7 +125,7 @@ func (h *History) compact(ctx context.Context, c *clientv3.Client) error {
 		return nil
 	}
 	_, err := c.Compact(ctx, h.CompactAt)
-	if err != nil && !errors.Is(err, rpctypes.ErrCompacted) { // somebody else was faster
+	if err != nil && !errors.Is(err, rpctypes.ErrCompacted) { // another client was faster
 		return fmt.Errorf("compact at revision %d: %w", h.CompactAt, err)
 	}
 	return nil

@@ -19,13 +19,14 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
 )
 
-// GrpcOverhead is what etcd adds to its limit on requests to get gRPC's limit on messages, in bytes.
+// GrpcOverhead is what etcd adds to its limit on requests to get gRPC's limit on messages, in
+// bytes.
 const GrpcOverhead = 512 * 1024
 
 // API is etcd's API as the proxy serves it: the method table with the handlers of its methods. The
-// engine relays the frames of most calls itself; every other call is handled by a plain function, on
-// the stream interface of grpc-go. The JSON gateway and etcd's own Election and Lock services call
-// the same handlers through a [localConn].
+// engine relays the frames of most calls itself; every other call is handled by a plain function,
+// on the stream interface of grpc-go. The JSON gateway and etcd's own Election and Lock services
+// call the same handlers through a [LocalConn].
 type API struct {
 	Core         *Core
 	log          *slog.Logger

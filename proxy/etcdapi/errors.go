@@ -22,8 +22,9 @@ var (
 	errRequestTooLarge = status.Error(codes.InvalidArgument, "etcdserver: request is too large")
 )
 
-// sealStatus maps what a Sealer or the rewriter said to the client's status. known is false if the cause is not one that a client
-// should read: the status is then Internal with a fixed text, and the caller logs err.
+// sealStatus maps what a Sealer or the rewriter said to the client's status. known is false if the
+// cause is not one that a client should read: the status is then Internal with a fixed text, and
+// the caller logs err.
 func sealStatus(err error, fromEtcd bool) (st error, known bool) {
 	var seal *SealError
 	if errors.As(err, &seal) && seal.Code != codes.OK {
@@ -44,5 +45,5 @@ func sealStatus(err error, fromEtcd bool) (st error, known bool) {
 	case errors.Is(err, context.DeadlineExceeded):
 		return rpc.Error(codes.DeadlineExceeded, context.DeadlineExceeded.Error()), true
 	}
-	return rpc.Error(codes.Internal, "a value could not be sealed or opened"), false
+	return rpc.Error(codes.Internal, "a value could not be encrypted or decrypted"), false
 }

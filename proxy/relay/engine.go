@@ -19,9 +19,9 @@ import (
 
 // Engine serves the connections of clients that speak HTTP/2. It relays the frames of most calls
 // between a client's connection and connections to etcd of that client's own, one to each endpoint,
-// and has all other calls handled: methods that need decoded messages, compressed messages, whatever
-// is odd about a request, and every request while etcd is not connected. Over TLS a connection also
-// carries web requests.
+// and has all other calls handled: methods that need decoded messages, compressed messages,
+// whatever is odd about a request, and every request while etcd is not connected. Over TLS a
+// connection also carries web requests.
 type Engine struct {
 	api          *etcdapi.API
 	log          *slog.Logger
@@ -65,7 +65,7 @@ func (e *Engine) Serve(conn *listener.Conn) {
 	s := newSession(e, conn)
 	e.sessions[s] = struct{}{}
 	e.all.Go(func() {
-		s.Run()
+		s.run()
 		e.mu.Lock()
 		defer e.mu.Unlock()
 		if delete(e.sessions, s); e.closed && len(e.sessions) == 0 {
@@ -74,8 +74,8 @@ func (e *Engine) Serve(conn *listener.Conn) {
 	})
 }
 
-// Drain asks all clients to go elsewhere, ends the calls that wait for events with Unavailable, lets
-// the others finish, and returns once they have, or once the drain timeout is over.
+// Drain asks all clients to go elsewhere, ends the calls that wait for events with Unavailable,
+// lets the others finish, and returns once they have, or once the drain timeout is over.
 func (e *Engine) Drain() {
 	e.draining.Store(true)
 	e.api.Drain(etcdapi.ErrShuttingDown)
@@ -113,7 +113,8 @@ func (e *Engine) Close() {
 	e.all.Wait()
 }
 
-// upstreamFields makes of a client's header fields those for etcd. What belongs to the hop stays behind.
+// upstreamFields makes of a client's header fields those for etcd. What belongs to the hop stays
+// behind.
 func upstreamFields(fields []hpack.HeaderField, scheme, authority string) []hpack.HeaderField {
 	kept := make([]hpack.HeaderField, 0, len(fields)+1)
 	for _, f := range fields {
