@@ -120,8 +120,8 @@ func (s *site) counts(t *testing.T, config string, identities ...string) (curren
 }
 
 // TestOfflineKey loses a cloud key when the only recovery key is offline. The proxy cannot decrypt
-// the copies, and says what can. Commands with an identity decrypt every value, from etcd and from a
-// snapshot, also if the key is disabled, and move everything to a new key.
+// the copies, and says what can. Commands with an identity decrypt every value, from etcd and from
+// a snapshot, also if the key is disabled, and move everything to a new key.
 func TestOfflineKey(t *testing.T) {
 	s := newSite(t)
 	double := s.env.NewAlibaba()
@@ -227,6 +227,7 @@ func TestOfflineKey(t *testing.T) {
 		t.Error("the audit log has no use of the copies")
 	}
 	s.lastResort(t, snapshot, safe, shown)
+	s.lostConfiguration(t, snapshot, safe, shown)
 
 	// To a new key. No identity is needed after that.
 	s.run(t, harness.Rule{WriteWith: "new", ReadWith: []string{"ack"}, Recovery: []string{"offline"}}, ack, offlineKMS(spare), fresh)
@@ -243,7 +244,8 @@ func TestOfflineKey(t *testing.T) {
 			t.Errorf("%s is encrypted by %s with copies by %v", key, provider, by)
 		}
 	}
-	// The record of the rules is encrypted under the lost key too: the proxy starts without its verification.
+	// The record of the rules is encrypted under the lost key too: the proxy starts without its
+	// verification.
 	harness.Eventually(t, within, "the proxy to serve", func() error {
 		if report := s.proxy.Report(); !strings.Contains(report, "[+]agreement") {
 			return fmt.Errorf("readyz says %s", report)
@@ -301,6 +303,37 @@ func (s *site) protectedFile(t *testing.T, o *offline) (file, passphrase string)
 		t.Fatal(err)
 	}
 	return s.env.File("protected.age", b.Bytes()), passphrase
+}
+
+// lostConfiguration decrypts a snapshot with the identity, and with a configuration that is made from
+// the names in the snapshot as the documentation says.
+func (s *site) lostConfiguration(t *testing.T, snapshot string, o *offline, want string) {
+	t.Helper()
+	names := func(command string) string {
+		t.Helper()
+		out, err := exec.CommandContext(t.Context(), "sh", "-c", command, "sh", snapshot).Output()
+		if err != nil {
+			t.Fatalf("%s: %v", command, err)
+		}
+		return string(out)
+	}
+	if got := names(`grep -aoE 'k8s:enc:kms:v2:[^:]+' "$1" | sort -u`); got != "k8s:enc:kms:v2:ack\n" {
+		t.Errorf("the providers are %q", got)
+	}
+	if got := names(`grep -aoE '[a-z0-9.-]+\.recovery\.etcd-kms-proxy\.io' "$1" | sort -u`); got != "offline.recovery.etcd-kms-proxy.io\n" {
+		t.Errorf("the offline keys are %q", got)
+	}
+	placeholder := s.env.LocalKey("ack", 1)
+	p := s.env.NewProxy("anew", harness.ProxyConfig{
+		Etcd: harness.Upstream{Endpoints: []string{"http://127.0.0.1:1"}}, KMS: []harness.KMSConfig{placeholder, offlineKMS(o)},
+		Rules: []harness.Rule{{Prefix: "/", WriteWith: "ack", Recovery: []string{"offline"}}},
+	})
+	with := []string{"--config", p.ConfigFile, "--snapshot", snapshot, "--identity", o.file}
+	s.command(t, 0, append([]string{"verify"}, with...)...)
+	args := append([]string{"decrypt", "--yes", prefix + "shown", "--audit-file", filepath.Join(s.env.Dir, "anew.jsonl")}, with...)
+	if out := s.command(t, 0, args...); !strings.HasSuffix(out, want) {
+		t.Errorf("decrypt prints %q", out)
+	}
 }
 
 // lastResort runs the script in the documentation, which decrypts a value with the programs age and
