@@ -11,6 +11,7 @@ import (
 	"golang.org/x/net/http2/hpack"
 	"google.golang.org/grpc/codes"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/slab"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
@@ -33,6 +34,7 @@ type session struct {
 	// Of the goroutine that reads from the client.
 	unary   uint64 // calls so far
 	headers repeatedHeaders
+	unused  slab.Slab[clientStream] // for new streams
 
 	mu        sync.Mutex
 	endpoints []*endpointState
@@ -130,7 +132,8 @@ func (s *session) Headers(stream *http2conn.Stream, fields []hpack.HeaderField, 
 	} else {
 		h = readRequestHead(fields)
 	}
-	st := &clientStream{session: s, client: stream, fields: fields, repeated: repeated, responseType: h.responseType()}
+	st := s.unused.New()
+	st.session, st.client, st.fields, st.repeated, st.responseType = s, stream, fields, repeated, h.responseType()
 	st.response.stream = st
 	stream.SetValue(st)
 	if s.secure && !h.grpcLike {
