@@ -169,7 +169,7 @@ line 5: listeners[0]: other machines reach 10.0.0.1:2379, and every value would 
 line 7: etcd.endpoints[0]: "10.0.0.1:2379" is not the URL of an etcd member (write https://host:port, http://host:port or unix:///path)
 line 8: etcd.maxRequestBytes: "many" is not a whole number that fits
 line 10: kms[0].name: "a:b" has a colon, which ends the name in every stored value (choose a name without one)
-line 10: kms[0]: has no backend (give it exactly one of alibaba, plugin, local and kubernetes)
+line 10: kms[0]: has no backend (give it exactly one of alibaba, plugin, local, kubernetes and age)
 line 11: kms[0].pollInterval: "1" is not a duration such as 90s, 1m or 24h
 line 14: rules[0].writeWith: no KMS provider is called "nobody" (define it under kms, or use plaintext or a:b)
 line 15: rules[1].prefix: "/a/" is the prefix of rules[0] too (remove one of them)

@@ -25,6 +25,7 @@ func with(old, replacement string) string {
 
 const (
 	kmsDev = "kms: [{name: dev, plugin: {endpoint: unix:///run/k.sock}}]\n"
+	kmsAge = "kms: [{name: dev, plugin: {endpoint: unix:///run/k.sock}}, {name: off, age: {recipients: [a]}}]\n"
 	kmsTwo = "kms: [{name: dev, plugin: {endpoint: unix:///run/k.sock}}, {name: dr, plugin: {endpoint: unix:///run/dr.sock}}]\n"
 )
 
@@ -182,6 +183,15 @@ func TestProblems(t *testing.T) {
 		"ARN of another region":   {minimal + "kms: [{name: a, alibaba: {region: r, keyID: 'acs:kms:s:1:key/k'}}]\n", "kms[0].alibaba.keyID", 7, "not of region"},
 		"context not strings":     {minimal + "kms: [{name: a, alibaba: {region: r, keyID: k, encryptionContext: {c: true}}}]\n", "kms[0].alibaba.encryptionContext.c", 7, "in quotes"},
 		"context twice":           {minimal + "kms: [{name: a, alibaba: {region: r, keyID: k, encryptionContext: {c: a, c: b}}}]\n", "kms[0].alibaba.encryptionContext.c", 7, "twice"},
+		"age without recipients":  {minimal + "kms: [{name: off, age: {}}]\n", "kms[0].age", 7, "name a recipientsFile"},
+		"age with empty lists":    {minimal + "kms: [{name: off, age: {recipients: []}}]\n", "kms[0].age", 7, "has no recipients"},
+		"age, unknown field":      {minimal + "kms: [{name: off, age: {recipients: [a], identity: b}}]\n", "kms[0].age.identity", 7, "unknown field"},
+		"age, no recipients file": {minimal + "kms: [{name: off, age: {recipientsFile: " + dir + "/no}}]\n", "kms[0].age.recipientsFile", 7, "no such file"},
+		"age, not in a copy":      {minimal + "kms: [{name: Off, age: {recipients: [a]}}]\n", "kms[0].name", 7, "lower-case letters"},
+		"age and seeds":           {minimal + "kms: [{name: off, seedMaxAge: 1h, age: {recipients: [a]}}]\n", "kms[0].seedMaxAge", 7, "has no effect with age"},
+		"age and local":           {minimal + "kms: [{name: off, local: {keyFile: " + dir + "/junk}, age: {recipients: [a]}}]\n", "kms[0]", 7, "local and age"},
+		"age writes":              {minimal + kmsAge + "rules:\n- {prefix: a, writeWith: off}\n", "rules[0].writeWith", 9, "name it in recovery"},
+		"age reads":               {minimal + kmsAge + "rules:\n- {prefix: a, writeWith: dev, readWith: [off]}\n", "rules[0].readWith[0]", 9, "only wraps recovery copies"},
 		"no prefix":               {minimal + "rules: [{writeWith: plaintext}]\n", "rules[0].prefix", 7, "is required"},
 		"same prefix":             {minimal + kmsDev + "rules:\n- {prefix: /a/, writeWith: dev}\n- {prefix: /a/, writeWith: plaintext}\n", "rules[1].prefix", 10, "the prefix of rules[0] too"},
 		"same empty prefix":       {minimal + kmsDev + "rules:\n- {prefix: '', writeWith: dev}\n- {prefix: '', writeWith: dev}\n", "rules[1].prefix", 10, "the prefix of rules[0] too"},

@@ -17,12 +17,14 @@ import (
 
 // ReadyReport is what /readyz answers.
 type ReadyReport struct {
-	// Ready is false only when nothing can be served. A rule that cannot serve is a check that is not OK, in a report that is ready.
+	// Ready is false only when nothing can be served. A rule that cannot serve is a check that is
+	// not OK, in a report that is ready.
 	Ready  bool
 	Checks []Check
 }
 
-// Check is one line of a report, for example {"rule /registry/secrets/", false, "KMS ack is unavailable"}. It never holds a value or a key's bytes.
+// Check is one line of a report, for example {"rule /registry/secrets/", false, "KMS ack is
+// unavailable"}. It never holds a value or a key's bytes.
 type Check struct {
 	Name   string
 	OK     bool
@@ -50,7 +52,8 @@ func (r ReadyReport) String() string {
 	return b.String()
 }
 
-// AdminConfig is the server for operators. It has no authentication: its address belongs on loopback.
+// AdminConfig is the server for operators. It has no authentication: its address belongs on
+// loopback.
 type AdminConfig struct {
 	Address  string              // host:port; port 0 takes any
 	Gatherer prometheus.Gatherer // nil: /metrics is empty

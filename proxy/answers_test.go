@@ -3,17 +3,17 @@ package proxy
 import (
 	"testing"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
-
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 )
 
-// flagging is an etcd that answers each call with a message as it should be and one with a flag that nobody asked for.
+// flagging is an etcd that answers each call with a message as it should be and one with a flag
+// that nobody requested.
 type flagging struct{ *proxytest.RawEtcd }
 
 func (f *flagging) Data(s *http2conn.Stream, _ []byte, _ bool) {
@@ -21,7 +21,8 @@ func (f *flagging) Data(s *http2conn.Stream, _ []byte, _ bool) {
 	s.Data(false, []byte{1, 0, 0, 0, 2}, []byte{0x0a, 0x00})
 }
 
-// TestCompressedAnswerIsRefused: an answer that is compressed although nobody asked for it ends the call, also after others that were looked into, and nothing else.
+// TestCompressedAnswerIsRefused: an answer that is compressed although nobody requested it ends the
+// call, also after others that were inspected, and nothing else.
 func TestCompressedAnswerIsRefused(t *testing.T) {
 	address := proxytest.ServeH2(t, func(r *proxytest.RawEtcd) http2conn.Handler { return &flagging{r} })
 	conn := startProxy(t, address, everything, nil).dial(t)

@@ -11,7 +11,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 )
 
-// TestCallsThatEndEarlyHaveBegun: what is counted as handled was counted as started, also where a client leaves in the midst of its request.
+// TestCallsThatEndEarlyHaveBegun: what is counted as handled was counted as started, also where a
+// client leaves in the midst of its request.
 func TestCallsThatEndEarlyHaveBegun(t *testing.T) {
 	bothWays(t, func(t *testing.T, startProxy starter) {
 		r := prometheus.NewRegistry()

@@ -3,15 +3,14 @@ package proxy
 import (
 	"testing"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
-
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 )
 
 // breaking is an etcd that goes in the middle of every answer.
@@ -32,7 +31,8 @@ func (b *breaking) FlushNeeded() {
 	}
 }
 
-// TestEtcdGoesAmidAnAnswer: clients repeat what is Unavailable, and a message that is cut off is Internal to them, whatever the trailer says.
+// TestEtcdGoesAmidAnAnswer: clients repeat what is Unavailable, and a message that is cut off is
+// Internal to them, whatever the trailer says.
 func TestEtcdGoesAmidAnAnswer(t *testing.T) {
 	bothWays(t, func(t *testing.T, startProxy starter) {
 		address := proxytest.ServeH2(t, func(r *proxytest.RawEtcd) http2conn.Handler { return &breaking{RawEtcd: r} })

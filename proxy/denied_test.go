@@ -20,8 +20,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 )
 
-// TestDeniedIsAnsweredFromItsHeader: a client that is not allowed gets its response, of gRPC and over HTTP, while nothing of
-// the body of its request has come, and nothing waits for that.
+// TestDeniedIsAnsweredFromItsHeader: a client that is not allowed gets its response, of gRPC and
+// over HTTP, while nothing of the body of its request has arrived, and nothing waits for that.
 func TestDeniedIsAnsweredFromItsHeader(t *testing.T) {
 	ca := proxytest.NewAuthority(t, "ca")
 	cert, key, _ := ca.Issue("server", "server")

@@ -6,15 +6,16 @@ import (
 	"path/filepath"
 	"testing"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
-
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
 )
 
-// TestTLSOverASocket: etcd's client library verifies such an endpoint against the name of the socket, and so does the proxy, for relayed and handled calls.
+// TestTLSOverASocket: etcd's client library verifies such an endpoint against the name of the
+// socket, and so does the proxy, for relayed and handled calls.
 func TestTLSOverASocket(t *testing.T) {
 	ca := proxytest.NewAuthority(t, "ca")
 	cert, key, _ := ca.Issue("etcd", "etcd", "etcd.sock")

@@ -7,7 +7,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/tlsfiles"
 )
 
-// filesInterval is how often TLS files are looked at without a connection that needs them.
+// filesInterval is how often TLS files are checked without a connection that needs them.
 const filesInterval = time.Second
 
 // tlsFiles are the files of all listeners and of the connections to etcd.

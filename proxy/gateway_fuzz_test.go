@@ -19,19 +19,11 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/gorilla/websocket"
 	"github.com/grpc-ecosystem/grpc-gateway/v2/runtime"
-
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
-
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/etcdserverpb/gw"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3election/v3electionpb"
-
 	electiongw "go.etcd.io/etcd/server/v3/etcdserver/api/v3election/v3electionpb/gw"
-
 	lockgw "go.etcd.io/etcd/server/v3/etcdserver/api/v3lock/v3lockpb/gw"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/mem"
@@ -40,9 +32,14 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/etcdmodel"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 )
 
-// noting is an etcd that notes what it is asked. Its KV service is the model's; a watch gets one event, of the key as it is; of all else it knows nothing, and answers with nothing.
+// noting is an etcd that notes what it is asked. Its KV service is the model's; a watch gets one
+// event, of the key as it is; of all else it knows nothing, and answers with nothing.
 type noting struct {
 	mu    sync.Mutex
 	store *etcdmodel.Store
@@ -243,7 +240,9 @@ func fromBrowser(r *http.Request) bool {
 	return r.Header.Get("Sec-Fetch-Site") != "" || len(r.Header["Origin"]) > 0 || strings.HasPrefix(agent, "Mozilla/") || strings.HasPrefix(agent, "Opera/")
 }
 
-// FuzzGateway: whatever a client of the JSON gateway says, it is told the same by the proxy as by etcd; the same is stored, no value under a rule in the clear, and etcd gets the client's metadata.
+// FuzzGateway: whatever a client of the JSON gateway says, it is told the same by the proxy as by
+// etcd; the same is stored, no value under a rule in the clear, and etcd gets the client's
+// metadata.
 func FuzzGateway(f *testing.F) {
 	g := newGateways(f)
 	b := func(s string) string { return base64.StdEncoding.EncodeToString([]byte(s)) }

@@ -20,7 +20,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
 )
 
-// TestSilentClient: a client that says nothing, or half a word, holds nobody up, the end of the proxy least of all.
+// TestSilentClient: a client that says nothing, or half a word, holds nobody up, the end of the
+// proxy least of all.
 func TestSilentClient(t *testing.T) {
 	p := startProxy(t, proxytest.ServeFake(t, proxytest.EchoEtcd()), nil, nil)
 	for _, said := range []string{"", "P", "GET /health", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\xff\xff\xff\xff garbage"} {
@@ -42,7 +43,8 @@ func TestSilentClient(t *testing.T) {
 	}
 }
 
-// TestGatewayTLS: over TLS, who speaks HTTP and who speaks gRPC meet on one port, and a denied client is one for both.
+// TestGatewayTLS: over TLS, who speaks HTTP and who speaks gRPC meet on one port, and a denied
+// client is one for both.
 func TestGatewayTLS(t *testing.T) {
 	etcd := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprintf(w, "etcd's own %s", r.URL) }))
 	defer etcd.Close()
@@ -77,7 +79,8 @@ func TestGatewayTLS(t *testing.T) {
 	}
 }
 
-// TestEtcdOverHTTP: what etcd says over HTTP is passed on from the first endpoint that answers, over unix sockets and TLS too, and nothing else of it.
+// TestEtcdOverHTTP: what etcd says over HTTP is passed on from the first endpoint that answers,
+// over unix sockets and TLS too, and nothing else of it.
 func TestEtcdOverHTTP(t *testing.T) {
 	handler := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, r.URL.Path) })
 	clear, secure := httptest.NewServer(handler), httptest.NewUnstartedServer(handler)

@@ -26,7 +26,8 @@ type running struct {
 	logs *proxytest.LogBuffer
 }
 
-// startProxy runs a proxy before the etcd at address. edit may change the configuration; by default it listens on loopback.
+// startProxy runs a proxy before the etcd at address. edit may change the configuration; by default
+// it listens on loopback.
 func startProxy(t testing.TB, etcd string, rules []etcdapi.Rule, edit func(*Config)) *running {
 	t.Helper()
 	return startRelaying(t, etcd, rules, edit, os.Getenv("PROXY_TEST_CALLS") != "handled") // what holds for relayed calls holds for handled ones

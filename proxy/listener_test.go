@@ -16,6 +16,11 @@ import (
 	"testing"
 
 	"github.com/prometheus/client_golang/prometheus/testutil"
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/status"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
@@ -23,12 +28,6 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/metrics"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
-
-	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials"
-	"google.golang.org/grpc/status"
 )
 
 func TestClientLists(t *testing.T) {

@@ -8,15 +8,13 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	dto "github.com/prometheus/client_model/go"
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
-
-	dto "github.com/prometheus/client_model/go"
-
-	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
-	"go.etcd.io/etcd/api/v3/mvccpb"
 )
 
 // series returns what a registry shows of one metric.
@@ -34,7 +32,8 @@ func series(t *testing.T, r prometheus.Gatherer, name string) []*dto.Metric {
 	return nil
 }
 
-// TestAddedLatency: one in 16 unary calls of a connection is measured and the second, and neither the time that etcd takes counts, nor that of calls that etcd did not answer.
+// TestAddedLatency: one in 16 unary calls of a connection is measured and the second, and neither
+// the time that etcd takes counts, nor that of calls that etcd did not answer.
 func TestAddedLatency(t *testing.T) {
 	const sampleEvery = 16
 	bothWays(t, func(t *testing.T, startProxy starter) {

@@ -13,23 +13,21 @@ import (
 	"testing"
 
 	"go.etcd.io/etcd/api/v3/authpb"
-
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
-
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3election/v3electionpb"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3lock/v3lockpb"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 )
 
 // asked is a request of the table of what each kind of client may do.
@@ -155,7 +153,7 @@ func policyRequests() map[string][]asked {
 }
 
 // policyEtcd answers every call with an empty message, but for the keys of a lease, and notes what
-// it is asked for.
+// it is requested.
 type policyEtcd struct {
 	t  *testing.T
 	mu sync.Mutex

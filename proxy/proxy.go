@@ -30,19 +30,22 @@ type Config struct {
 	// clients cannot change them. Each ends in a slash and is more than that; an empty one does not
 	// count.
 	OwnPrefixes []string
-	// MaxRequestBytes is etcd's --max-request-bytes, applied to the plaintext; 0: 1.5 MiB, as etcd's.
+	// MaxRequestBytes is etcd's --max-request-bytes, applied to the plaintext; 0: 1.5 MiB, as
+	// etcd's.
 	MaxRequestBytes int
 	// DrainTimeout bounds how long Run lets calls finish after its context has ended; 0: 10 s.
 	DrainTimeout time.Duration
 	Logger       *slog.Logger          // nil: nothing is logged
 	Registerer   prometheus.Registerer // nil: metrics are not registered
-	// Gate holds calls back until it is closed; while it is open they wait as they wait for etcd, and are then Unavailable. Nil: nothing is held back.
+	// Gate holds calls back until it is closed; while it is open they wait as they wait for etcd,
+	// and are then Unavailable. Nil: nothing is held back.
 	Gate <-chan struct{}
-	// LearnerGate, if it is closed while Gate is not, lets those calls go on that a learner of etcd serves. They carry no
-	// write. Nil: nothing goes on before Gate is closed.
+	// LearnerGate, if it is closed while Gate is not, lets those calls go on that a learner of etcd
+	// serves. They carry no write. Nil: nothing goes on before Gate is closed.
 	LearnerGate <-chan struct{}
-	// OnDenied is told of a denied client whenever the log is: by the listener's address as configured, the client's name and its address. It is called on the
-	// call's goroutine. May be nil.
+	// OnDenied is told of a denied client whenever the log is: by the listener's address as
+	// configured, the client's name and its address. It is called on the call's goroutine. May be
+	// nil.
 	OnDenied func(listener, client, remote string)
 }
 
@@ -52,7 +55,8 @@ const (
 	DefaultDrainTimeout    = 10 * time.Second
 )
 
-// Proxy serves etcd's client API with the values under its rules sealed. Its methods are safe for concurrent use.
+// Proxy serves etcd's client API with the values under its rules encrypted. Its methods are safe
+// for concurrent use.
 type Proxy struct {
 	core        *etcdapi.Core
 	upstream    *upstream.Cluster   // to all endpoints
@@ -68,8 +72,8 @@ type Proxy struct {
 	releaseOnce sync.Once
 }
 
-// New checks cfg, loads its files and binds its addresses, so that a port in use is told at once. It connects to nothing and starts nothing;
-// one of Run and Close must follow.
+// New checks cfg, loads its files and binds its addresses, so that a port in use is an error at
+// once. It connects to nothing and starts nothing; one of Run and Close must follow.
 func New(cfg Config) (*Proxy, error) {
 	if len(cfg.Listeners) == 0 {
 		return nil, errors.New("listeners: there is none")
@@ -167,8 +171,8 @@ func (p *Proxy) Addrs() []net.Addr {
 	return addrs
 }
 
-// SetRules puts rules in place of the ones in use, all at once. Calls in flight keep what they have sealed and open their answers under the
-// new rules. On an error the old ones stay.
+// SetRules puts rules in place of the ones in use, all at once. Calls in flight keep what they have
+// sealed and open their answers under the new rules. On an error the old ones stay.
 func (p *Proxy) SetRules(rules []etcdapi.Rule) error {
 	set, err := etcdapi.NewRuleSet(rules)
 	if err != nil {
@@ -187,8 +191,10 @@ func (p *Proxy) SetClients(i int, allowed, ciphertext []string) error {
 	return p.listeners[i].SetClients(allowed, ciphertext)
 }
 
-// Run serves until ctx ends, and then drains: it stops accepting, asks clients to go elsewhere, ends watches and other calls that wait for
-// events with Unavailable, lets the others finish, and ends what is left when Config.DrainTimeout is over. It returns nil after a drain, and may be called once.
+// Run serves until ctx ends, and then drains: it stops accepting, asks clients to go elsewhere,
+// ends watches and other calls that wait for events with Unavailable, lets the others finish, and
+// ends what is left when Config.DrainTimeout is over. It returns nil after a drain, and may be
+// called once.
 func (p *Proxy) Run(ctx context.Context) error {
 	if p.ran.Swap(true) {
 		return errors.New("run proxy: it has run before")
@@ -208,7 +214,7 @@ func (p *Proxy) Run(ctx context.Context) error {
 		p.listenersUp.Add(1)
 		all.Go(func() {
 			defer p.listenersUp.Add(-1)
-			l.Run(accepting, p.Serve)
+			l.Run(accepting, p.serve)
 		})
 		all.Go(func() { l.RecheckUntil(lasting) })
 	}
@@ -225,8 +231,8 @@ func (p *Proxy) Run(ctx context.Context) error {
 	return nil
 }
 
-// Serve hands a connection to whoever speaks its language.
-func (p *Proxy) Serve(conn *listener.Conn) {
+// serve hands a connection to the server of its protocol.
+func (p *Proxy) serve(conn *listener.Conn) {
 	if conn.HTTP1 {
 		p.gateway.Serve(conn)
 		return
@@ -257,8 +263,8 @@ func (p *Proxy) Close() {
 	})
 }
 
-// Ready reports whether the proxy serves, and whether etcd answers. Only the former decides: while etcd is away its clients are to see that
-// from the answers, not from a proxy that goes away too.
+// Ready reports whether the proxy serves, and whether etcd answers. Only the former decides: while
+// etcd is away its clients are to see that from the answers, not from a proxy that goes away too.
 func (p *Proxy) Ready() ReadyReport {
 	up := p.serving.Load() && int(p.listenersUp.Load()) == len(p.listeners)
 	report := ReadyReport{Ready: up, Checks: []Check{{Name: "listeners", OK: up}, {Name: "etcd", OK: p.upstream.Connected.Load()}}}

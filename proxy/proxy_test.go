@@ -14,20 +14,18 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
-
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
-
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
-
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/status"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
 )
 
 func TestDrain(t *testing.T) {
@@ -123,8 +121,9 @@ func TestDrainTimeout(t *testing.T) {
 	}
 }
 
-// TestEtcdComesLate starts the proxy before etcd: the first request is served as soon as etcd is there, none fails for being early,
-// and one that nobody serves fails with Unavailable within a bounded time.
+// TestEtcdComesLate starts the proxy before etcd: the first request is served as soon as etcd is
+// there, none fails for being early, and one that nobody serves fails with Unavailable within a
+// bounded time.
 func TestEtcdComesLate(t *testing.T) {
 	l := proxytest.ListenLoopback(t)
 	address := l.Addr().String()
@@ -334,7 +333,8 @@ func TestAdminAndMetrics(t *testing.T) {
 	})
 }
 
-// TestEtcdClient drives the proxy with etcd's own client: it survives a restart of the proxy with its watch.
+// TestEtcdClient drives the proxy with etcd's own client: it survives a restart of the proxy with
+// its watch.
 func TestEtcdClient(t *testing.T) {
 	events := make(chan *mvccpb.Event, 1)
 	etcd := proxytest.ServeFake(t, &proxytest.FakeEtcd{

@@ -14,18 +14,17 @@ import (
 
 	"github.com/gorilla/websocket"
 	"github.com/prometheus/client_golang/prometheus"
-
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/tlsfiles"
-
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/status"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/tlsfiles"
 )
 
 // rechecked is a proxy whose clients have certificates.

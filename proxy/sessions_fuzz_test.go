@@ -15,10 +15,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
-
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
@@ -30,6 +26,9 @@ import (
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/etcdmodel"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 )
 
 // sessionArena is an engine with a model of etcd behind it, which sessions are run against.
@@ -442,8 +441,8 @@ func (s *frameSession) read(tb testing.TB, conn io.Reader, last [8]byte) {
 	}
 }
 
-// randomSession is a program of random bytes. Every other one has small bytes alone, which mostly make
-// valid frames.
+// randomSession is a program of random bytes. Every other one has small bytes alone, which mostly
+// make valid frames.
 func randomSession(seed uint64) []byte {
 	r := rand.New(rand.NewPCG(seed, 1))
 	program := make([]byte, 50+r.IntN(1000))
@@ -473,8 +472,8 @@ func TestSessions(t *testing.T) {
 	t.Logf("until seed %d", seed)
 }
 
-// FuzzSessions fails if a session of valid, odd and broken frames ends the process, leaves goroutines or
-// memory behind, or keeps another client from being served.
+// FuzzSessions fails if a session of valid, odd and broken frames ends the process, leaves
+// goroutines or memory behind, or keeps another client from being served.
 func FuzzSessions(f *testing.F) {
 	for seed := range uint64(40) {
 		f.Add(randomSession(seed))

@@ -8,16 +8,16 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
-
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 )
 
 func TestSealingErrors(t *testing.T) {
@@ -44,7 +44,7 @@ func TestSealingErrors(t *testing.T) {
 	}{
 		{&etcdapi.SealError{Code: codes.Unavailable, Text: "KMS ack is away"}, status.Error(codes.Unavailable, "etcd-kms-proxy: KMS ack is away")},
 		{fmt.Errorf("open: %w", &etcdapi.SealError{Code: codes.DataLoss, Text: "key k is damaged"}), status.Error(codes.DataLoss, "etcd-kms-proxy: key k is damaged")},
-		{errors.New("something inside"), status.Error(codes.Internal, "etcd-kms-proxy: a value could not be sealed or opened")},
+		{errors.New("something inside"), status.Error(codes.Internal, "etcd-kms-proxy: a value could not be encrypted or decrypted")},
 		{context.DeadlineExceeded, status.Error(codes.DeadlineExceeded, "etcd-kms-proxy: context deadline exceeded")},
 	} {
 		p := startProxy(t, etcd, []etcdapi.Rule{{Prefix: "k", Sealer: proxytest.Reverser{OpenErr: tt.err, SealErr: tt.err}}}, nil)
@@ -108,7 +108,8 @@ func TestMalformedAnswerIsNotTheClientsFault(t *testing.T) {
 	}
 }
 
-// TestUntouchedBytes sends bytes that no typed client would: what the proxy does not have to change stays byte for byte.
+// TestUntouchedBytes sends bytes that no typed client would: what the proxy does not have to change
+// stays byte for byte.
 func TestUntouchedBytes(t *testing.T) {
 	unknown, err := proto.Marshal(&pb.RangeResponse{Count: 5})
 	if err != nil {
@@ -124,7 +125,8 @@ func TestUntouchedBytes(t *testing.T) {
 	}
 }
 
-// TestRulesSwappedInFlight: an answer that comes after new rules is looked into even if its request met none.
+// TestRulesSwappedInFlight: an answer that comes after new rules is inspected even if its request
+// met none.
 func TestRulesSwappedInFlight(t *testing.T) {
 	arrived, release := make(chan struct{}, 1), make(chan struct{})
 	watching := make(chan struct{}, 1)

@@ -9,12 +9,12 @@ import (
 	"testing"
 	"time"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
-
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
 )
 
 // starter is startProxy, with calls relayed or handled.
@@ -32,7 +32,8 @@ func bothWays(t *testing.T, test func(t *testing.T, startProxy starter)) {
 	}
 }
 
-// TestNobodyWaitsForAnothersKMS: over one connection, calls whose values need a KMS that does not answer wait, and all others do not. When it answers, those that waited go on, each in its order.
+// TestNobodyWaitsForAnothersKMS: over one connection, calls whose values need a KMS that does not
+// answer wait, and all others do not. When it answers, those that waited go on, each in its order.
 func TestNobodyWaitsForAnothersKMS(t *testing.T) {
 	bothWays(t, func(t *testing.T, startProxy starter) {
 		kms := proxytest.NewSlowKMS()
@@ -120,7 +121,8 @@ func TestNobodyWaitsForAnothersKMS(t *testing.T) {
 	})
 }
 
-// TestWhoWaitsMayLeave: a call that waits for the KMS ends with its client or its deadline, and then nobody waits for it any more.
+// TestWhoWaitsMayLeave: a call that waits for the KMS ends with its client or its deadline, and
+// then nobody waits for it any more.
 func TestWhoWaitsMayLeave(t *testing.T) {
 	bothWays(t, func(t *testing.T, startProxy starter) {
 		kms := proxytest.NewSlowKMS()

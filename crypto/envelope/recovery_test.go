@@ -236,3 +236,48 @@ func FuzzParseCopy(f *testing.F) {
 		}
 	})
 }
+
+// TestOfflineCopy checks that a copy for offline keys is stored unchanged next to the ID of its
+// recipients, that neither is an annotation of the KMS of the value, and that no copy of one kind
+// is taken for one of the other.
+func TestOfflineCopy(t *testing.T) {
+	file := append([]byte("age-encryption.org/v1\n-> X25519 "), fill(0, 300)...)
+	h := Header{Type: TypeSeed, KeyID: "1", Source: []byte("wrapped"), Annotations: map[string][]byte{"a.b": {1}}}
+	h.SetOfflineCopy("off.line", OfflineCopy{Recipients: "age-1", File: file})
+	want := map[string][]byte{"a.b": {1}, "off.line.recovery.etcd-kms-proxy.io": file, "off.line.recovery-id.etcd-kms-proxy.io": []byte("age-1")}
+	if diff := cmp.Diff(want, h.Annotations); diff != "" {
+		t.Error(diff)
+	}
+	if err := h.Validate(); err != nil {
+		t.Error(err)
+	}
+	if diff := cmp.Diff(map[string][]byte{"a.b": {1}}, h.Own()); diff != "" || !h.HasCopies() {
+		t.Error(diff)
+	}
+	c, ok := h.OfflineCopyBy("off.line")
+	if !ok || c.Recipients != "age-1" || !bytes.Equal(c.File, file) {
+		t.Errorf("%+v, %v", c, ok)
+	}
+	if _, err := ParseCopy(file); !errors.Is(err, ErrMalformed) {
+		t.Errorf("an age file is taken for a copy by a KMS: %v", err)
+	}
+	for _, v := range goldenCopies(t) {
+		h.Annotations["dr.recovery.etcd-kms-proxy.io"] = v.Encoded
+		if _, ok := h.OfflineCopyBy("dr"); ok {
+			t.Errorf("%s is taken for an age file", v.Name)
+		}
+	}
+	for _, bad := range [][]byte{nil, []byte("\xff"), bytes.Repeat([]byte("a"), MaxKeyID+1)} {
+		h.Annotations["off.line.recovery-id.etcd-kms-proxy.io"] = bad
+		if c, ok := h.OfflineCopyBy("off.line"); !ok || c.Recipients != "" {
+			t.Errorf("recipients %q, %v", c.Recipients, ok)
+		}
+	}
+	nested := Copy{KeyID: "1", Source: []byte("s"), Annotations: h.Annotations}
+	if err := nested.Validate(); !errors.Is(err, ErrMalformed) {
+		t.Errorf("a copy within a copy: %v", err)
+	}
+	if p, ok := RecoveryProvider("off.line.recovery-id.etcd-kms-proxy.io"); ok {
+		t.Errorf("the ID of recipients is taken for a copy by %q", p)
+	}
+}

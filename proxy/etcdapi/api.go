@@ -19,13 +19,14 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
 )
 
-// GrpcOverhead is what etcd adds to its limit on requests to get gRPC's limit on messages, in bytes.
+// GrpcOverhead is what etcd adds to its limit on requests to get gRPC's limit on messages, in
+// bytes.
 const GrpcOverhead = 512 * 1024
 
 // API is etcd's API as the proxy serves it: the method table with the handlers of its methods. The
-// engine relays the frames of most calls itself; every other call is handled by a plain function, on
-// the stream interface of grpc-go. The JSON gateway and etcd's own Election and Lock services call
-// the same handlers through a [localConn].
+// engine relays the frames of most calls itself; every other call is handled by a plain function,
+// on the stream interface of grpc-go. The JSON gateway and etcd's own Election and Lock services
+// call the same handlers through a [LocalConn].
 type API struct {
 	Core         *Core
 	log          *slog.Logger
@@ -41,6 +42,8 @@ type API struct {
 	unary    atomic.Uint64  // calls so far
 }
 
+// New makes the API. Calls that it handles go to the cluster of their client, and those that the
+// Election and Lock services make go to u.
 func New(c *Core, u *upstream.Cluster, m *metrics.Metrics, log *slog.Logger, d *listener.Denials) *API {
 	a := &API{Core: c, log: log, denials: d, unknown: m.UnknownMethod(), methods: make(map[string]*Method), services: make(map[string]bool)}
 	a.draining, a.Drain = context.WithCancelCause(context.Background())

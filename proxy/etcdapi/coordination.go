@@ -4,13 +4,7 @@ import (
 	"context"
 	"time"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/metrics"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
-
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
-
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3election"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3election/v3electionpb"
@@ -19,11 +13,16 @@ import (
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/metrics"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
 )
 
 // coordination are etcd's own Election and Lock services, run here: they read, compare and write
-// values, and etcd has only ciphertexts. Their requests go to the proxy's own handlers like those of
-// any client, with the metadata of the call that they serve.
+// values, and etcd has only ciphertexts. Their requests go to the proxy's own handlers like those
+// of any client, with the metadata of the call that they serve.
 type coordination struct {
 	client  *clientv3.Client
 	unaries map[string]func(ctx context.Context, decode func(any) error) (any, error) // by path
@@ -85,7 +84,8 @@ func (c *coordination) stream(ctx context.Context, m *Method, in *rpc.Message, s
 	return err
 }
 
-// outgoing sends a call's metadata, tokens among them, along with the requests that are made for it.
+// outgoing sends a call's metadata, tokens among them, along with the requests that are made for
+// it.
 func outgoing(ctx context.Context) context.Context {
 	md, _ := metadata.FromIncomingContext(ctx)
 	for k := range md {
@@ -96,7 +96,7 @@ func outgoing(ctx context.Context) context.Context {
 	return metadata.NewOutgoingContext(ctx, md)
 }
 
-// decodedStream is a stream whose one request has come, and whose messages are protobuf's.
+// decodedStream is a stream whose one request has arrived, and whose messages are protobuf's.
 type decodedStream struct {
 	grpc.ServerStream
 	ctx     context.Context

@@ -12,18 +12,21 @@ import (
 )
 
 var (
-	errReadOnly     = rpc.Error(codes.PermissionDenied, "this client is one of the listener's ciphertextClients, which may only read")
-	errOwnKey       = rpc.Error(codes.PermissionDenied, "this would change keys that the proxies keep for themselves: use keys with another prefix")
-	errOwnLease     = rpc.Error(codes.PermissionDenied, "keys that the proxies keep for themselves are attached to this lease")
+	errReadOnly = rpc.Error(codes.PermissionDenied, "this client is one of the listener's ciphertextClients, which may only read")
+	errOwnKey   = rpc.Error(codes.PermissionDenied, "this would change keys that the proxies keep for themselves: use keys with another prefix")
+	errOwnLease = rpc.Error(codes.PermissionDenied, "keys that the proxies keep for themselves are attached to this lease")
+	// ErrNoIdentity is the error for a request without an identity, which is a bug.
 	ErrNoIdentity   = rpc.Error(codes.Internal, "connection without an identity")
 	errSortedStream = rpc.Error(codes.Unimplemented, "a RangeStream does not sort by values under a rule: use Range")
+	// ErrShuttingDown ends calls when the proxy drains.
 	ErrShuttingDown = rpc.Error(codes.Unavailable, "shutting down")
 	// errRequestTooLarge is etcd's own answer, code and text.
 	errRequestTooLarge = status.Error(codes.InvalidArgument, "etcdserver: request is too large")
 )
 
-// sealStatus maps what a Sealer or the rewriter said to the client's status. known is false if the cause is not one that a client
-// should read: the status is then Internal with a fixed text, and the caller logs err.
+// sealStatus maps what a Sealer or the rewriter said to the client's status. known is false if the
+// cause is not one that a client should read: the status is then Internal with a fixed text, and
+// the caller logs err.
 func sealStatus(err error, fromEtcd bool) (st error, known bool) {
 	var seal *SealError
 	if errors.As(err, &seal) && seal.Code != codes.OK {
@@ -44,5 +47,5 @@ func sealStatus(err error, fromEtcd bool) (st error, known bool) {
 	case errors.Is(err, context.DeadlineExceeded):
 		return rpc.Error(codes.DeadlineExceeded, context.DeadlineExceeded.Error()), true
 	}
-	return rpc.Error(codes.Internal, "a value could not be sealed or opened"), false
+	return rpc.Error(codes.Internal, "a value could not be encrypted or decrypted"), false
 }

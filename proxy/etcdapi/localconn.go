@@ -23,7 +23,8 @@ type LocalConn struct {
 
 var _ grpc.ClientConnInterface = LocalConn{}
 
-// prepare returns the method of a call, the identity of the client that it is made for, and the context of its handler.
+// prepare returns the method of a call, the identity of the client that it is made for, and the
+// context of its handler.
 func (c LocalConn) prepare(ctx context.Context, path string) (*Method, *listener.Identity, context.Context, error) {
 	id, err := c.Identity(ctx)
 	if err != nil {

@@ -10,7 +10,8 @@ import (
 	"google.golang.org/grpc/codes"
 )
 
-// TestLostValuesAreLoggedOnce: each once, however often it is read, and nothing that may pass by itself.
+// TestLostValuesAreLoggedOnce: each once, however often it is read, and nothing that may pass by
+// itself.
 func TestLostValuesAreLoggedOnce(t *testing.T) {
 	var log bytes.Buffer
 	c := NewCore(nil, 0, slog.New(slog.NewTextHandler(&log, nil)))

@@ -1,11 +1,11 @@
 package etcdapi
 
 import (
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/metrics"
-
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"google.golang.org/grpc"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/metrics"
 )
 
 // class says what the proxy does with a method.
@@ -21,13 +21,14 @@ const (
 	classHost    class = "host"    // served here where a rule covers its keys, and else forwarded
 )
 
-// shape says how many messages a method moves.
-type shape int
+// Shape says how many messages a method moves.
+type Shape int
 
+// The shapes of methods.
 const (
-	ShapeUnary shape = iota
-	ShapeServerStream
-	ShapeBidiStream
+	ShapeUnary        Shape = iota // one request, one response
+	ShapeServerStream              // one request, a stream of responses
+	ShapeBidiStream                // streams of both
 )
 
 // Method is one row of the closed method table.
@@ -36,9 +37,9 @@ type Method struct {
 	Path          string // "/service/name"
 	class         class
 	access        access // what of it is left to clients that may only read
-	Shape         shape
-	// Indefinite is true for a call that may last for ever: it ends with Unavailable when the proxy drains, so that its client
-	// goes elsewhere, while every other call is let finish.
+	Shape         Shape
+	// Indefinite is true for a call that may last for ever: it ends with Unavailable when the proxy
+	// drains, so that its client goes elsewhere, while every other call is let finish.
 	Indefinite bool
 	// call makes the rewriter of one call; nil for what is forwarded untouched.
 	call func(c *Core, id *listener.Identity) Call
@@ -48,8 +49,8 @@ type Method struct {
 	Relayed bool // its frames are relayed, where a request is like those of etcd's clients
 }
 
-// MethodTable is every method of every service that etcd 3.4 to 3.7 registers for clients. A method that is not here is never
-// forwarded: a new write method could store plaintext.
+// MethodTable is every method of every service that etcd 3.4 to 3.7 registers for clients. A method
+// that is not here is never forwarded: a new write method could store plaintext.
 func MethodTable() []*Method {
 	table := []*Method{
 		{service: "etcdserverpb.KV", name: "Range", class: classRewrite, access: reads, call: newRangeCall},
@@ -101,7 +102,8 @@ func MethodTable() []*Method {
 		{service: "etcdserverpb.Auth", name: "RoleGrantPermission", class: classPass},
 		{service: "etcdserverpb.Auth", name: "RoleRevokePermission", class: classPass},
 
-		// The server itself reads, compares and writes the values of these, so where a rule covers them the server is here.
+		// The server itself reads, compares and writes the values of these, so where a rule covers
+		// them the server is here.
 		{service: "v3electionpb.Election", name: "Campaign", class: classHost, Indefinite: true, call: electing(namedKeys, writes)},
 		{service: "v3electionpb.Election", name: "Proclaim", class: classHost, call: electing(leaderKey, writes)},
 		{service: "v3electionpb.Election", name: "Leader", class: classHost, access: reads, call: electing(namedKeys, reads)},

@@ -7,14 +7,14 @@ import (
 	"math/rand/v2"
 	"testing"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
-
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 )
 
 // framed is msg as grpc hands it out, in buffers of a size.
@@ -28,7 +28,8 @@ func framed(msg []byte, size int) *rpc.Message {
 	return f
 }
 
-// longList is an answer whose values are sealed by a reverser, one of them longer than a part, and what a client shall see of it.
+// longList is an answer whose values are encrypted by a reverser, one of them longer than a part,
+// and what a client shall see of it.
 func longList(t *testing.T, r *rand.Rand) (stored, want []byte) {
 	t.Helper()
 	plain, sealed := new(pb.RangeResponse), new(pb.RangeResponse)
@@ -109,7 +110,8 @@ func TestReplaceParts(t *testing.T) {
 	}
 }
 
-// TestReplacePartsOfDamage: whatever is wrong with an answer is found in parts, too, and never more than in the whole.
+// TestReplacePartsOfDamage: whatever is wrong with an answer is found in parts, too, and never more
+// than in the whole.
 func TestReplacePartsOfDamage(t *testing.T) {
 	r := rand.New(rand.NewPCG(3, 4))
 	stored, _ := longList(t, r)

@@ -9,7 +9,7 @@ import (
 
 // The policy for requests that change something, in one place: what clients may do to the proxies'
 // own keys, and which methods are left to the clients that are given stored bytes. Every method
-// asks here, whichever engine serves it.
+// asks here, however it is served.
 
 // access says whether a method only reads. The zero value is a method that a read-only client is
 // refused.

@@ -6,17 +6,15 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
-
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"google.golang.org/grpc/codes"
-
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdwire"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
 )
 
 // tagger seals to its own name, so that a test sees which rule was asked.
@@ -82,11 +80,12 @@ func TestRuleErrors(t *testing.T) {
 	}
 }
 
-// TestEveryMethodIsClassified walks the services that etcd's API knows and fails on a method that the table does not, has in another
-// shape, or has and etcd has not.
+// TestEveryMethodIsClassified walks the services that etcd's API knows and fails on a method that
+// the table does not, has in another shape, or has and etcd has not.
 func TestEveryMethodIsClassified(t *testing.T) {
-	want := map[string]shape{
-		// These services' descriptors belong to etcd's server; the tests against a real etcd walk them there.
+	want := map[string]Shape{
+		// These services' descriptors belong to etcd's server; the tests against a real etcd walk
+		// them there.
 		"/v3electionpb.Election/Campaign": ShapeUnary, "/v3electionpb.Election/Proclaim": ShapeUnary, "/v3electionpb.Election/Leader": ShapeUnary,
 		"/v3electionpb.Election/Observe": ShapeServerStream, "/v3electionpb.Election/Resign": ShapeUnary,
 		"/v3lockpb.Lock/Lock": ShapeUnary, "/v3lockpb.Lock/Unlock": ShapeUnary,
@@ -129,7 +128,8 @@ func TestEveryMethodIsClassified(t *testing.T) {
 	}
 }
 
-// TestKVValuesAreClassified: whatever request or answer of etcd's API can carry a value belongs to a method that is looked into.
+// TestKVValuesAreClassified: whatever request or answer of etcd's API can carry a value belongs to
+// a method that is inspected.
 func TestValuesAreClassified(t *testing.T) {
 	classes := map[string]class{}
 	for _, m := range MethodTable() {
@@ -169,7 +169,8 @@ func carriesValue(d protoreflect.MessageDescriptor, seen map[protoreflect.FullNa
 	return false
 }
 
-// TestWatchesThatTouch: a watch that can meet a rule in the eyes of any decoder is one that touches it.
+// TestWatchesThatTouch: a watch that can meet a rule in the eyes of any decoder is one that touches
+// it.
 func TestWatchesThatTouch(t *testing.T) {
 	set := rulesOf(t, "k/")
 	marshal := func(m proto.Message) []byte {

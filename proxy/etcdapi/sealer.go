@@ -8,36 +8,41 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdwire"
 )
 
-// Sealer turns values of one rule into what etcd stores, and back. It is safe for concurrent use and retains neither argument. key is the
-// whole etcd key as the server stores it.
-// An error that wraps [*SealError] decides the client's status; any other is answered as Internal with a fixed text.
+// Sealer turns values of one rule into what etcd stores, and back. It is safe for concurrent use
+// and retains neither argument. key is the whole etcd key as the server stores it. An error that
+// wraps [*SealError] decides the client's status; any other is answered as Internal with a fixed
+// text.
 type Sealer interface {
-	// Seal returns the bytes to store in place of value, which it leaves as it is. The result is value itself where the rule writes plaintext.
+	// Seal returns the bytes to store in place of value, which it leaves as it is. The result is
+	// value itself where the rule writes plaintext.
 	Seal(ctx context.Context, key, value []byte) ([]byte, error)
-	// Open returns the value behind stored, the bytes etcd holds. The result is stored itself where the rule hands it on. It may
-	// overwrite stored, and return a part of it.
+	// Open returns the value behind stored, the bytes etcd holds. The result is stored itself where
+	// the rule hands it on. It may overwrite stored, and return a part of it.
 	Open(ctx context.Context, key, stored []byte) ([]byte, error)
 
-	// TrySeal is Seal that never waits. The error wraps [ErrWouldBlock] if the value needs a KMS call; any other error is final, as Seal's is.
+	// TrySeal is Seal that never waits. The error wraps [ErrWouldBlock] if the value needs a KMS
+	// call; any other error is final, as Seal's is.
 	TrySeal(key, value []byte) ([]byte, error)
 	// TryOpen is Open that never waits. If the error wraps [ErrWouldBlock], stored is unchanged.
 	TryOpen(key, stored []byte) ([]byte, error)
-	// Ready reports whether TryOpen of stored would not block. It leaves stored as it is. In the meantime the value's DEK seed can be evicted from the
-	// cache, so that TryOpen may return [ErrWouldBlock] nevertheless.
+	// Ready reports whether TryOpen of stored would not block. It leaves stored as it is. In the
+	// meantime the value's DEK seed can be evicted from the cache, so that TryOpen may return
+	// [ErrWouldBlock] nevertheless.
 	Ready(stored []byte) bool
 }
 
 // ErrWouldBlock is what TrySeal and TryOpen of a [Sealer] return for a value that needs a KMS call.
 var ErrWouldBlock = etcdwire.ErrWouldBlock
 
-// Rule puts every key that begins with Prefix under a Sealer. The longest prefix wins; "" is every key.
+// Rule puts every key that begins with Prefix under a Sealer. The longest prefix wins; "" is every
+// key.
 type Rule struct {
 	Prefix string
 	Sealer Sealer
 }
 
-// SealError is a failure to seal or open that the client may see. Text begins with what went wrong and never holds a value; the
-// engine puts "etcd-kms-proxy: " before it.
+// SealError is a failure to encrypt or decrypt that the client may see. Text begins with what went
+// wrong and never holds a value; the engine puts "etcd-kms-proxy: " before it.
 type SealError struct {
 	Code codes.Code // Unavailable, FailedPrecondition or DataLoss
 	Text string

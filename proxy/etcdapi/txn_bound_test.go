@@ -13,7 +13,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/etcdmodel"
 )
 
-// TestComparesAreBounded: how often etcd is asked for one transaction grows with its depth and with
+// TestComparesAreBounded: how often etcd is requested one transaction grows with its depth and with
 // the keys that it compares, not with the nested transactions in it.
 func TestComparesAreBounded(t *testing.T) {
 	compare := func(key, end string) *pb.Compare {

@@ -3,13 +3,13 @@ package etcdapi
 import (
 	"testing"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
-
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
 )
 
-// TestWrongFirst: of several things that are wrong with a put that keeps its value and has one, the client gets the
-// error for what etcd would meet first.
+// TestWrongFirst: of several things that are wrong with a put that keeps its value and has one, the
+// client gets the error for what etcd would meet first.
 func TestWrongFirst(t *testing.T) {
 	const secret = "canary-value"
 	// What is wrong first is said first.

@@ -9,8 +9,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
 )
 
-// runProgram has a program get the same answers and errors through the proxy as from etcd alone, and leave the same behind, while others write between the requests that one transaction leads to. etcd
-// sees no value under a rule, and compares and sorts none.
+// runProgram has a program get the same answers and errors through the proxy as from etcd alone,
+// and leave the same behind, while others write between the requests that one transaction leads to.
+// etcd sees no value under a rule, and compares and sorts none.
 func runProgram(tb testing.TB, program []byte) {
 	defer func() {
 		if tb.Failed() {

@@ -9,7 +9,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/etcdmodel"
 )
 
-// TestTxnLimits: what etcd says of a transaction that is too much, or wrong in several ways, it says through the proxy, too, however the parts of it are sent.
+// TestTxnLimits: what etcd says of a transaction that is too much, or wrong in several ways, it
+// says through the proxy, too, however the parts of it are sent.
 func TestTxnLimits(t *testing.T) {
 	compares := func(n int, target pb.Compare_CompareTarget) (all []*pb.Compare) {
 		for i := range n {

@@ -8,8 +8,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
 )
 
-// watchCall looks into the events of a stream from the first watch on that can meet a rule, and never stops: a watch that was
-// cancelled may have events on their way.
+// watchCall inspects the events of a stream from the first watch on that can meet a rule, and
+// never stops: a watch that was cancelled may have events on their way.
 type watchCall struct {
 	whole
 	core      *Core
@@ -63,15 +63,16 @@ func (c *watchCall) Split(msg []byte) ([][]byte, error) {
 	return all, c.core.status(err, true)
 }
 
-// fragments knows which watches of a stream get their large responses in fragments. etcd cuts them by its own limit on requests, which has to be higher behind the
-// proxy, since sealed values are longer: what is too long by the limit that clients know of is cut once more.
+// fragments knows which watches of a stream get their large responses in fragments. etcd cuts them
+// by its own limit on requests, which has to be higher behind the proxy, since encrypted values are
+// longer: what is too long by the limit that clients know of is cut once more.
 //
 // etcd answers the requests to create watches in their order, and names the watch in the answer.
 type fragments struct {
 	attentive atomic.Bool // there is something in what follows
 
 	mu      sync.Mutex
-	pending []bool             // of the creations that are not answered yet: fragments were asked for
+	pending []bool             // of the creations that are not answered yet: fragments were requested
 	watches map[int64]struct{} // those that get them
 }
 

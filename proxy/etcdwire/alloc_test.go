@@ -1,6 +1,7 @@
 //go:build !race
 
-// The race detector makes sync.Pool drop what it is given at random, so allocations are counted without it.
+// The race detector makes sync.Pool drop what it is given at random, so allocations are counted
+// without it.
 
 package etcdwire
 

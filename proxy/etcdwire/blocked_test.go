@@ -25,8 +25,8 @@ func (b *blocking) Open(key, stored []byte) ([]byte, error) {
 	return b.brackets.Open(key, stored)
 }
 
-// TestResume: a response of which some values were opened before one would have had to wait is opened in place to the
-// same end, wherever that was, and however often.
+// TestResume: a response of which some values were opened before one would have had to wait is
+// opened in place to the same end, wherever that was, and however often.
 func TestResume(t *testing.T) {
 	for _, m := range methods {
 		for i, sample := range samples()[m.name] {

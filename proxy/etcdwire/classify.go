@@ -7,9 +7,9 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// What follows says what a request is about, without changing it. Byte slices that are returned alias
-// the message. Errors wrap [ErrMalformed], also for a message that decoders could understand in two
-// ways.
+// What follows says what a request is about, without changing it. Byte slices that are returned
+// alias the message. Errors wrap [ErrMalformed], also for a message that decoders could understand
+// in two ways.
 
 // PutKey returns the key of a PutRequest.
 func PutKey(msg []byte) ([]byte, error) { return first(&putRequest, msg, 1) }
@@ -91,8 +91,8 @@ func operation(src []byte, f field, depth int, to Operations) error {
 	return s.err
 }
 
-// unknownOperation is the error for an operation of a newer etcd: it could write a value that nobody
-// would encrypt.
+// unknownOperation is the error for an operation of a newer etcd: it could write a value that
+// nobody would encrypt.
 func unknownOperation(f field) error {
 	return fmt.Errorf("operation %d of a transaction is unknown: %w", f.num, ErrUnsupported)
 }
@@ -159,8 +159,8 @@ func AlarmAction(msg []byte) (int32, error) {
 	return action, s.err
 }
 
-// WholeFields returns how many bytes at the front of b are whole fields, and how many the field has that follows them: 0 if b does not say, negative
-// if it is no field.
+// WholeFields returns how many bytes at the front of b are whole fields, and how many the field has
+// that follows them: 0 if b does not say, negative if it is no field.
 func WholeFields(b []byte) (whole, next int) {
 	for at := 0; ; at += next {
 		rest := b[at:]

@@ -1,32 +1,39 @@
 // Package etcdwire rewrites the values inside etcdserverpb messages on the wire.
 //
-// It edits bytes and never rebuilds a message: unknown fields and everything outside a changed value stay as they came, and a
-// message without a change is returned as the very slice that was passed in. It does no I/O and knows nothing of gRPC, rules or keys: it asks
-// a [Rules]. The proxy's engines are its callers.
+// It edits bytes and never rebuilds a message: unknown fields and everything outside a changed
+// value stay as they came, and a message without a change is returned as the very slice that was
+// passed in. It does no I/O and knows nothing of gRPC, rules or keys: it asks a [Rules]. The
+// proxy's engines are its callers.
 //
-// Requests are read only. Responses belong to the functions that open them: opened values are shorter than stored ones, so the result is made
-// where the message stood, without a second buffer.
+// Requests are read only. Responses belong to the functions that open them: decrypted values are
+// shorter than stored ones, so the result is made where the message stood, without a second buffer.
 package etcdwire
 
 import "errors"
 
-// Rules is what the rewriter asks about keys. Implementations are safe for concurrent use and do not retain arguments.
+// Rules is what the rewriter asks about keys. Implementations are safe for concurrent use and do
+// not retain arguments.
 type Rules interface {
-	// Overlaps reports whether a rule covers key (rangeEnd empty) or any key of [key, rangeEnd). rangeEnd "\x00" is every key from key on.
+	// Overlaps reports whether a rule covers key (rangeEnd empty) or any key of [key, rangeEnd).
+	// rangeEnd "\x00" is every key from key on.
 	Overlaps(key, rangeEnd []byte) bool
 	// Seal returns the bytes to store for value. For a key under no rule it returns value itself.
 	Seal(key, value []byte) ([]byte, error)
-	// Open returns the value behind the stored bytes. For a key under no rule it returns stored itself. It may overwrite stored, and
-	// return a part of it; it leaves it as it is if the error wraps [ErrWouldBlock].
+	// Open returns the value behind the stored bytes. For a key under no rule it returns stored
+	// itself. It may overwrite stored, and return a part of it; it leaves it as it is if the error
+	// wraps [ErrWouldBlock].
 	Open(key, stored []byte) ([]byte, error)
 }
 
 var (
-	// ErrMalformed is wrapped by the error for a message that cannot be decoded, or that says one thing twice.
+	// ErrMalformed is wrapped by the error for a message that cannot be decoded, or that says one
+	// thing twice.
 	ErrMalformed = errors.New("malformed message")
-	// ErrUnsupported is wrapped by the error for a request that cannot be served on sealed values.
+	// ErrUnsupported is wrapped by the error for a request that cannot be served on encrypted
+	// values.
 	ErrUnsupported = errors.New("unsupported on keys under a rule")
-	// ErrByValue is wrapped by the error for a request that compares or sorts by values under a rule, which etcd itself cannot do: it has ciphertexts.
+	// ErrByValue is wrapped by the error for a request that compares or sorts by values under a
+	// rule, which etcd itself cannot do: it has ciphertexts.
 	ErrByValue = errors.New("by value, on keys under a rule")
 	// ErrWouldBlock is wrapped by the error of Rules that would have to wait.
 	ErrWouldBlock = errors.New("a KMS call is needed")

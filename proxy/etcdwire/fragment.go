@@ -1,8 +1,6 @@
 package etcdwire
 
-import (
-	"google.golang.org/protobuf/encoding/protowire"
-)
+import "google.golang.org/protobuf/encoding/protowire"
 
 // Fields of WatchRequest, WatchCreateRequest and WatchResponse.
 const (
@@ -37,9 +35,10 @@ func WatchedBy(msg []byte) (w Watched, err error) {
 	return w, s.err
 }
 
-// Fragments cuts a WatchResponse of limit bytes or more into several below it, as etcd's server does: each has all that is not an event, and says that more
-// follow, but for the last one, which says what the whole did. An event is never cut, so a fragment of one event may be longer. It returns nil for a message that
-// is to stay as it is; the fragments are bytes of their own.
+// Fragments cuts a WatchResponse of limit bytes or more into several below it, as etcd's server
+// does: each has all that is not an event, and says that more follow, but for the last one, which
+// says what the whole did. An event is never cut, so a fragment of one event may be longer. It
+// returns nil for a message that is to stay as it is; the fragments are bytes of their own.
 func Fragments(msg []byte, limit int) ([][]byte, error) {
 	if len(msg) < limit {
 		return nil, nil

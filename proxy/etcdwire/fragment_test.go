@@ -11,8 +11,9 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// TestFragments: every response, cut at every limit, is put together again as etcd's client does it, and no fragment but one of a single event reaches the limit; no two that
-// follow each other would have found room in one.
+// TestFragments: every response, cut at every limit, is put together again as etcd's client does
+// it, and no fragment but one of a single event reaches the limit; no two that follow each other
+// would have found room in one.
 func TestFragments(t *testing.T) {
 	random := rand.New(rand.NewPCG(1, 2))
 	for _, more := range []bool{false, true} {

@@ -12,7 +12,8 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// FuzzRead holds what is only looked into against what a decoder makes of it: whatever is accepted, both understand in the same way.
+// FuzzRead holds what is only inspected against what a decoder makes of it: whatever is accepted,
+// both understand in the same way.
 func FuzzRead(f *testing.F) {
 	for _, m := range []proto.Message{
 		&pb.RangeRequest{Key: []byte("s/a"), SortTarget: pb.RangeRequest_VALUE, KeysOnly: true}, &pb.DeleteRangeRequest{Key: []byte("s/a"), RangeEnd: []byte("s0")},

@@ -22,7 +22,8 @@ func check(t *testing.T, m method, msg []byte) {
 		t.Fatalf("%s: unexpected error %v", m.name, err)
 	}
 	if err == nil && proto.Unmarshal(msg, m.message()) != nil {
-		// Only text that is not UTF-8 and groups that nobody sends are judged otherwise; etcd answers those itself.
+		// Only text that is not UTF-8 and groups that nobody sends are judged otherwise; etcd
+		// answers those itself.
 		return
 	}
 
@@ -95,7 +96,8 @@ func FuzzInverse(f *testing.F) {
 	})
 }
 
-// canonical reports whether msg is as etcd's own encoder writes it. A length prefix with needless bytes is not restored.
+// canonical reports whether msg is as etcd's own encoder writes it. A length prefix with needless
+// bytes is not restored.
 func canonical(m method, msg []byte) bool {
 	v := m.message()
 	if proto.Unmarshal(msg, v) != nil {

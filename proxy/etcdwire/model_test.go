@@ -8,7 +8,8 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// The model decodes a message, edits the decoded values and encodes it again: what the rewriter must agree with.
+// The model decodes a message, edits the decoded values and encodes it again: what the rewriter
+// must agree with.
 
 type modelEdit func(key, value []byte) ([]byte, error)
 

@@ -131,7 +131,8 @@ func TestNames(t *testing.T) {
 	}
 }
 
-// TestDamage truncates and corrupts every byte of every sample: a clean error or a message that still agrees with the model.
+// TestDamage truncates and corrupts every byte of every sample: a clean error or a message that
+// still agrees with the model.
 func TestDamage(t *testing.T) {
 	for _, m := range methods {
 		for _, sample := range samples()[m.name] {

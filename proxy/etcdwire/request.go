@@ -8,7 +8,8 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// maxTxnDepth bounds the nesting of transactions. etcd itself sets no bound; nothing real nests more than a few levels.
+// maxTxnDepth bounds the nesting of transactions. etcd itself sets no bound; nothing real nests
+// more than a few levels.
 const maxTxnDepth = 64
 
 // Tags of the value fields: number<<3 | length-delimited.
@@ -28,7 +29,8 @@ type RangeShape struct {
 	KeysOnly bool // the answer carries no values, so an absent one is not an empty one
 }
 
-// TxnShape is the RangeShape of every range in a transaction. A nil *TxnShape means that none is keys_only.
+// TxnShape is the RangeShape of every range in a transaction. A nil *TxnShape means that none is
+// keys_only.
 type TxnShape struct{ success, failure branch }
 
 type branch []opShape
@@ -55,7 +57,7 @@ func (b *branch) set(i int, s opShape) {
 	(*b)[i] = s
 }
 
-// PutRequest seals the value of a PutRequest, an absent one too. With ignore_value the message
+// PutRequest encrypts the value of a PutRequest, an absent one too. With ignore_value the message
 // passes as it is, if it has no value. It returns msg itself if nothing changed; the error wraps
 // [ErrMalformed] or [ErrValueProvided] or is the error of rules.Seal.
 func PutRequest(msg []byte, rules Rules) ([]byte, error) {
@@ -97,9 +99,9 @@ func (r *rewriter) putInTxn(f field) error {
 	return nil
 }
 
-// RangeRequest checks a RangeRequest and returns what its answer's rewriter needs, and whether it can meet a key under a
-// rule. The error wraps [ErrMalformed], or [ErrByValue] for a sort by value that meets a rule: etcd would sort
-// ciphertexts. The other results are good with the latter, too.
+// RangeRequest checks a RangeRequest and returns what its answer's rewriter needs, and whether it
+// can meet a key under a rule. The error wraps [ErrMalformed], or [ErrByValue] for a sort by value
+// that meets a rule: etcd would sort ciphertexts. The other results are good with the latter, too.
 func RangeRequest(msg []byte, rules Rules) (shape RangeShape, touches bool, err error) {
 	return rangeShape(msg, 0, len(msg), rules)
 }
@@ -129,7 +131,7 @@ func rangeShape(src []byte, at, end int, rules Rules) (shape RangeShape, touches
 	return shape, touches, nil
 }
 
-// TxnRequest seals the values of all puts of a TxnRequest, in both branches and in nested
+// TxnRequest encrypts the values of all puts of a TxnRequest, in both branches and in nested
 // transactions. A put that is to keep its value and has one goes on with another: etcd refuses it.
 // It returns msg itself if nothing changed, and the shape that TxnResponse needs. The error wraps
 // [ErrMalformed], or [ErrByValue] for a compare or a sort by value that meets a rule, or
@@ -175,8 +177,8 @@ func (r *rewriter) txn(at, end, depth int) (*TxnShape, error) {
 	return &shape, nil
 }
 
-// compare refuses what would compare a plaintext with a ciphertext, and an operand that would reach etcd's log in plaintext even if
-// the target makes the server ignore it.
+// compare refuses what would compare a plaintext with a ciphertext, and an operand that would reach
+// etcd's log in plaintext even if the target makes the server ignore it.
 func (r *rewriter) compare(at, end int) error {
 	var key, rangeEnd []byte
 	byValue := false
@@ -193,7 +195,8 @@ func (r *rewriter) compare(at, end int) error {
 			rangeEnd = s.body()
 		}
 	}
-	// A range that ends before it begins covers no key, but its operand would stand in etcd's log all the same: so the key counts by itself.
+	// A range that ends before it begins covers no key, but its operand would stand in etcd's log
+	// all the same: so the key counts by itself.
 	if s.err == nil && byValue && (r.rules.Overlaps(key, rangeEnd) || r.rules.Overlaps(key, nil)) {
 		return fmt.Errorf("compare %w", ErrByValue)
 	}
@@ -230,8 +233,8 @@ func (r *rewriter) op(f field, depth int, b *branch, index int) error {
 	})
 }
 
-// Name returns field 1 of a LockRequest, CampaignRequest or LeaderRequest: the name of the lock or election. It aliases msg; the
-// error wraps [ErrMalformed].
+// Name returns field 1 of a LockRequest, CampaignRequest or LeaderRequest: the name of the lock or
+// election. It aliases msg; the error wraps [ErrMalformed].
 func Name(msg []byte) ([]byte, error) { return first(&named, msg, 1) }
 
 // LeaseID returns the ID of a LeaseRevokeRequest. The error wraps [ErrMalformed].
@@ -246,8 +249,8 @@ func LeaseID(msg []byte) (int64, error) {
 	return id, s.err
 }
 
-// LeaderKey returns the etcd key that a ProclaimRequest or ResignRequest is about: field 2 of its field 1. It aliases msg; the
-// error wraps [ErrMalformed].
+// LeaderKey returns the etcd key that a ProclaimRequest or ResignRequest is about: field 2 of its
+// field 1. It aliases msg; the error wraps [ErrMalformed].
 func LeaderKey(msg []byte) ([]byte, error) {
 	leader, err := first(&named, msg, 1)
 	if err != nil {

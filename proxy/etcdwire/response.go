@@ -1,14 +1,15 @@
 package etcdwire
 
-// Every function here returns msg itself if nothing changed. Otherwise it has overwritten msg, and the result may be a part of it; after an error, msg
-// holds nothing of use. The error wraps [ErrMalformed], or is that of rules.Open.
+// Every function here returns msg itself if nothing changed. Otherwise it has overwritten msg, and
+// the result may be a part of it; after an error, msg holds nothing of use. The error wraps
+// [ErrMalformed], or is that of rules.Open.
 
-// RangeResponse opens the values of a RangeResponse.
+// RangeResponse decrypts the values of a RangeResponse.
 func RangeResponse(msg []byte, rules Rules, shape RangeShape) ([]byte, error) {
 	return rewrite(msg, rules, true, func(r *rewriter) error { return r.ranged(0, len(msg), shape) })
 }
 
-// RangeStreamResponse opens the values of one chunk of a RangeStream.
+// RangeStreamResponse decrypts the values of one chunk of a RangeStream.
 func RangeStreamResponse(msg []byte, rules Rules, shape RangeShape) ([]byte, error) {
 	return rewrite(msg, rules, true, func(r *rewriter) error {
 		s := scan(&streamResponse, r.src, 0, len(msg))
@@ -39,12 +40,12 @@ func (r *rewriter) ranged(at, end int, shape RangeShape) error {
 	return s.err
 }
 
-// PutResponse opens the previous value in a PutResponse.
+// PutResponse decrypts the previous value in a PutResponse.
 func PutResponse(msg []byte, rules Rules) ([]byte, error) {
 	return rewrite(msg, rules, true, func(r *rewriter) error { return r.pairs(&putResponse, 0, len(msg), 2) })
 }
 
-// DeleteRangeResponse opens the previous values in a DeleteRangeResponse.
+// DeleteRangeResponse decrypts the previous values in a DeleteRangeResponse.
 func DeleteRangeResponse(msg []byte, rules Rules) ([]byte, error) {
 	return rewrite(msg, rules, true, func(r *rewriter) error { return r.pairs(&deleteResponse, 0, len(msg), 3) })
 }
@@ -62,7 +63,8 @@ func (r *rewriter) pairs(sc *schema, at, end int, num int32) error {
 	return s.err
 }
 
-// TxnResponse opens the values in all answers of a TxnResponse. shape is what TxnRequest returned.
+// TxnResponse decrypts the values in all answers of a TxnResponse. shape is what TxnRequest
+// returned.
 func TxnResponse(msg []byte, rules Rules, shape *TxnShape) ([]byte, error) {
 	return rewrite(msg, rules, true, func(r *rewriter) error { return r.answers(0, len(msg), shape, 1) })
 }
@@ -117,7 +119,8 @@ func (r *rewriter) answer(f field, op opShape, depth int) error {
 	return s.err
 }
 
-// WatchResponse opens the values and previous values of a WatchResponse's events. The pair of a DELETE event has no value.
+// WatchResponse decrypts the values and previous values of a WatchResponse's events. The pair of a
+// DELETE event has no value.
 func WatchResponse(msg []byte, rules Rules) ([]byte, error) {
 	return rewrite(msg, rules, true, func(r *rewriter) error {
 		s := scan(&watchResponse, r.src, 0, len(msg))
@@ -160,11 +163,12 @@ func openEvent(r *rewriter, f field) error {
 	return s.err
 }
 
-// openPair opens the value of a KeyValue. An absent value is an empty one, which a strict rule may refuse, if the key exists: every key that etcd holds has
-// a version from 1 on. kine answers a delete with the pair of its tombstone, which has neither.
+// openPair decrypts the value of a KeyValue. An absent value is an empty one, which a strict rule
+// may refuse, if the key exists: every key that etcd holds has a version from 1 on. kine answers a
+// delete with the pair of its tombstone, which has neither.
 func openPair(r *rewriter, f field) error { return r.open(f, true) }
 
-// openPresent opens the value of a KeyValue that may have been left out of the answer.
+// openPresent decrypts the value of a KeyValue that may have been left out of the answer.
 func openPresent(r *rewriter, f field) error { return r.open(f, false) }
 
 func (r *rewriter) open(f field, absentToo bool) error {

@@ -103,7 +103,7 @@ func TestLongLengths(t *testing.T) {
 	}
 }
 
-// TestKeysOnly leaves values that were never asked for alone, and hands truly empty ones to Open.
+// TestKeysOnly leaves values that were never requested alone, and hands truly empty ones to Open.
 func TestKeysOnly(t *testing.T) {
 	bare := &mvccpb.KeyValue{Key: []byte("s/a"), ModRevision: 4, Version: 1}
 	msg := wire(t, &pb.RangeResponse{Kvs: []*mvccpb.KeyValue{bare}})

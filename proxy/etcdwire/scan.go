@@ -6,10 +6,12 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// schema is what the rewriter relies on in one message type of etcdserverpb. Field n is bit n-1; fields above 64 are unknown to it.
+// schema is what the rewriter relies on in one message type of etcdserverpb. Field n is bit n-1;
+// fields above 64 are unknown to it.
 //
-// Decoders disagree about messages that say one thing twice: the last scalar wins, submessages are merged, of two arms of a oneof one
-// is dropped. A client could use that to show the proxy one key and the server another, so such a message is refused.
+// Decoders disagree about messages that say one thing twice: the last scalar wins, submessages are
+// merged, of two arms of a oneof one is dropped. A client could use that to show the proxy one key
+// and the server another, so such a message is refused.
 type schema struct {
 	name   string
 	bytes  uint64 // length-delimited fields
@@ -41,7 +43,9 @@ var (
 	deleteResponse = schema{name: "DeleteRangeResponse", bytes: bits(1, 3), varint: bits(2), once: bits(1, 2)}
 	responseOp     = schema{name: "ResponseOp", bytes: bits(1, 2, 3, 4), once: bits(1, 2, 3, 4), arms: bits(1, 2, 3, 4)}
 	txnResponse    = schema{name: "TxnResponse", bytes: bits(1, 3), varint: bits(2), once: bits(1, 2)}
-	// A client may say things twice in the two that follow: nothing in them is sealed.
+
+	// In the two that follow a field may occur twice: nothing in them is encrypted.
+
 	watchRequest       = schema{name: "WatchRequest", bytes: bits(1, 2, 3)}
 	watchCreateRequest = schema{name: "WatchCreateRequest", bytes: bits(1, 2), varint: bits(3, 4, 6, 7, 8)}
 	watchResponse      = schema{name: "WatchResponse", bytes: bits(1, 6, 11), varint: bits(2, 3, 4, 5, 7), once: bits(1, 2, 3, 4, 5, 6, 7)}
@@ -56,15 +60,16 @@ func (s *schema) malformed(what string, num protowire.Number) error {
 	return fmt.Errorf("%w: %s: field %d %s", ErrMalformed, s.name, num, what)
 }
 
-// field is one field of a message, as offsets into the whole message: tag at [start, val), a length prefix at [val, body) where
-// there is one, the contents at [body, end).
+// field is one field of a message, as offsets into the whole message: tag at [start, val), a length
+// prefix at [val, body) where there is one, the contents at [body, end).
 type field struct {
 	num                   protowire.Number
 	start, val, body, end int
 	n                     uint64 // the value of a varint
 }
 
-// int32 is the field's value as an enum. Decoders cut longer varints down to 32 bits, so this must too.
+// int32 is the field's value as an enum. Decoders cut longer varints down to 32 bits, so this must
+// too.
 func (f field) int32() int32 { return int32(f.n) } //nolint:gosec // the cut is what the wire format demands
 
 // scanner walks over the fields of one message.
@@ -81,7 +86,8 @@ func scan(s *schema, src []byte, at, end int) scanner {
 	return scanner{schema: s, src: src, at: at, end: end}
 }
 
-// next moves to the next field. It returns false at the end and at the first fault, which err then holds.
+// next moves to the next field. It returns false at the end and at the first fault, which err then
+// holds.
 func (s *scanner) next() bool {
 	if s.at >= s.end || s.err != nil {
 		return false

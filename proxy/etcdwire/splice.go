@@ -16,8 +16,9 @@ type edit struct {
 	opened   bool // with was made of a value of the message
 }
 
-// rewriter gathers the edits of a message, in the order of their offsets. Until all are there nothing of the message
-// but opened values is overwritten, so that a rewrite that would have to wait can be continued, see [Blocked].
+// rewriter gathers the edits of a message, in the order of their offsets. Until all are there
+// nothing of the message but decrypted values is overwritten, so that a rewrite that would have to
+// wait can be continued, see [Blocked].
 type rewriter struct {
 	rules Rules
 	src   []byte
@@ -33,8 +34,8 @@ var rewriters = sync.Pool{New: func() any { return new(rewriter) }}
 // keptEdits is how many edits a rewriter has room for when it goes back to the pool.
 const keptEdits = 4096
 
-// rewrite runs walk over msg and returns msg with the edits that walk asked for: msg itself if there were none. With inPlace it may write the
-// result over msg.
+// rewrite runs walk over msg and returns msg with the edits that walk requested: msg itself if
+// there were none. With inPlace it may write the result over msg.
 func rewrite(msg []byte, rules Rules, inPlace bool, walk func(*rewriter) error) ([]byte, error) {
 	r, ok := rewriters.Get().(*rewriter)
 	if !ok {
@@ -80,8 +81,8 @@ func rewrite(msg []byte, rules Rules, inPlace bool, walk func(*rewriter) error) 
 	return append(out, msg[at:]...), nil
 }
 
-// Blocked is the error of the functions that open a response if one of its values would have to wait. The message is as
-// it was, but for the values that were opened: [Blocked.Resume] has them.
+// Blocked is the error of the functions that open a response if one of its values would have to
+// wait. The message is as it was, but for the values that were opened: [Blocked.Resume] has them.
 type Blocked struct {
 	opened []opened
 	err    error
@@ -98,7 +99,8 @@ func (b *Blocked) Error() string { return b.err.Error() }
 // Unwrap returns the error of the Rules, which wraps [ErrWouldBlock].
 func (b *Blocked) Unwrap() error { return b.err }
 
-// Resume returns rules for another rewrite of the message, by the same function: it opens the values that are left.
+// Resume returns rules for another rewrite of the message, by the same function: it opens the
+// values that are left.
 func (b *Blocked) Resume(rules Rules) Rules { return &resumed{rules, b.opened} }
 
 type resumed struct {
@@ -129,9 +131,11 @@ func (r *rewriter) add(e edit) {
 	r.edits = append(r.edits, e)
 }
 
-// within runs walk over the submessage f and corrects its length prefix if walk changed anything in it.
+// within runs walk over the submessage f and corrects its length prefix if walk changed anything in
+// it.
 func (r *rewriter) within(f field, walk func(r *rewriter, f field) error) error {
-	// The prefix stands before what is in it, so its edit is reserved now and filled or dropped afterwards.
+	// The prefix stands before what is in it, so its edit is reserved now and filled or dropped
+	// afterwards.
 	index, before := len(r.edits), r.grow
 	r.edits = append(r.edits, edit{from: f.val, to: f.body, length: -1})
 	if err := walk(r, f); err != nil {
@@ -157,7 +161,8 @@ type value struct {
 	at      int // where an absent field belongs: before the first field with a higher number
 }
 
-// set replaces the value by with. A value that becomes empty loses its field, as the encoders of etcd write it.
+// set replaces the value by with. A value that becomes empty loses its field, as the encoders of
+// etcd write it.
 func (r *rewriter) set(v value, with []byte) {
 	switch {
 	case v.present && len(with) == 0:

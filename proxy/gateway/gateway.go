@@ -13,24 +13,23 @@ import (
 
 	"github.com/gorilla/websocket"
 	"github.com/grpc-ecosystem/grpc-gateway/v2/runtime"
-
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
-
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/etcdserverpb/gw"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3election/v3electionpb"
-
 	electiongw "go.etcd.io/etcd/server/v3/etcdserver/api/v3election/v3electionpb/gw"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3lock/v3lockpb"
-
 	lockgw "go.etcd.io/etcd/server/v3/etcdserver/api/v3lock/v3lockpb/gw"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protojson"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
 )
 
-// Gateway serves HTTP on the addresses of gRPC, as etcd does, HTTP/2 over TLS alone: its JSON gateway under /v3/, by the handlers that etcd generates, and what etcd itself says of its health and version.
-// A request of the gateway comes back to the engine as one of gRPC, in the name of the connection that it came over.
+// Gateway serves HTTP on the addresses of gRPC, as etcd does, HTTP/2 over TLS alone: its JSON
+// gateway under /v3/, by the handlers that etcd generates, and what etcd itself says of its health
+// and version. A request of the gateway becomes a call of etcd's API, in the name of the
+// connection that it came over.
 type Gateway struct {
 	server  *http.Server
 	Handler http.Handler // of HTTP/2, too
@@ -39,11 +38,13 @@ type Gateway struct {
 }
 
 const (
-	// headerTimeout is how long a client may take to send the headers of a request, and idleTimeout how long it may be silent between two.
+	// headerTimeout is how long a client may take to send the headers of a request, and idleTimeout
+	// how long it may be silent between two.
 	headerTimeout = time.Minute
 	idleTimeout   = 5 * time.Minute
 )
 
+// New makes the gateway to an API.
 func New(a *etcdapi.API) (*Gateway, error) {
 	g := &Gateway{conns: newConnQueue()}
 	api, err := newJSON(a)
@@ -101,7 +102,8 @@ func newJSON(a *etcdapi.API) (http.Handler, error) {
 	return mux, err
 }
 
-// acceptBeta takes /v3beta/, the name of before etcd 3.4 that clients still ask for, for /v3/, as etcd does.
+// acceptBeta takes /v3beta/, the name of before etcd 3.4 that clients still ask for, for /v3/, as
+// etcd does.
 func acceptBeta(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if rest, ok := strings.CutPrefix(r.URL.Path, "/v3beta/"); ok {

@@ -33,7 +33,7 @@ type websockets struct {
 // socket is one websocket.
 type socket struct {
 	*websocket.Conn
-	used bool // a message has come; under websockets.mu
+	used bool // a message has arrived; under websockets.mu
 }
 
 // controlTimeout bounds how long a close frame may take.
@@ -66,7 +66,7 @@ func (ws *websockets) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	s := &socket{Conn: conn}
 	if !ws.add(s) {
-		s.End(websocket.CloseGoingAway)
+		s.end(websocket.CloseGoingAway)
 		return
 	}
 	defer ws.remove(s)
@@ -115,13 +115,13 @@ func (ws *websockets) endAll(which func(*socket) bool) {
 	ws.closing = true
 	for s := range ws.open {
 		if which(s) {
-			ws.all.Go(func() { s.End(websocket.CloseGoingAway) })
+			ws.all.Go(func() { s.end(websocket.CloseGoingAway) })
 		}
 	}
 }
 
-// End tells the client why, and closes the connection. It is safe for concurrent use.
-func (s *socket) End(code int) {
+// end tells the client why, and closes the connection. It is safe for concurrent use.
+func (s *socket) end(code int) {
 	s.sendClose(code)
 	_ = s.Close()
 }
@@ -145,7 +145,7 @@ func (ws *websockets) bridge(s *socket, r *http.Request, protocols string) {
 	asked, err := http.NewRequestWithContext(ctx, http.MethodPost, r.URL.String(), body) //nolint:gosec // the gateway in this process serves it
 	if err != nil {
 		cancel()
-		s.End(websocket.CloseInternalServerErr)
+		s.end(websocket.CloseInternalServerErr)
 		return
 	}
 	for _, name := range []string{"Origin", "Referer"} {
@@ -225,8 +225,8 @@ type jsonSize struct {
 	escaped bool
 }
 
-// add counts data. Outside of objects, arrays and strings it begins anew: no value that the gateway
-// takes is longer there.
+// add counts data. Outside of objects, arrays and strings it starts again: no value that the
+// gateway takes is longer there.
 func (j *jsonSize) add(data []byte) {
 	for _, c := range data {
 		j.n++

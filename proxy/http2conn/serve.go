@@ -187,17 +187,12 @@ const frameHeaderSize = 9
 
 // frequentFrame reads and handles a frame of the kinds that calls consist of, from the read buffer and
 // without an allocation. It reports false if it has left the frame for http2.Framer: frames of other
-// kinds, frames that are not all in the read buffer, and frames that are malformed.
+// kinds, frames that are longer than the read buffer, and frames that are malformed.
 func (c *Conn) frequentFrame() (handled bool, err error) {
 	in := &c.in
-	if in.r == in.w {
-		if err := in.fill(); err != nil {
-			return false, err
-		}
-	}
-	b := (*in.buf)[in.r:in.w]
-	if len(b) < frameHeaderSize {
-		return false, nil
+	b, err := in.gather(frameHeaderSize)
+	if err != nil {
+		return false, err
 	}
 	head := http2.FrameHeader{
 		Length:   uint32(b[0])<<16 | uint32(b[1])<<8 | uint32(b[2]),
@@ -206,13 +201,18 @@ func (c *Conn) frequentFrame() (handled bool, err error) {
 		StreamID: binary.BigEndian.Uint32(b[5:]) & math.MaxInt32,
 	}
 	n := frameHeaderSize + int(head.Length)
-	if head.Length > maxFrameSize || head.Type != http2.FrameData && len(b) < n {
+	if head.Length > maxFrameSize {
 		return false, nil
+	}
+	if head.Type != http2.FrameData {
+		if b, err = in.gather(n); err != nil || len(b) < n {
+			return false, err
+		}
 	}
 	const otherHeaders = http2.FlagHeadersPadded | http2.FlagHeadersPriority
 	switch head.Type {
 	case http2.FrameData:
-		if head.StreamID == 0 || head.Flags.Has(http2.FlagDataPadded) || c.lingers() {
+		if head.StreamID == 0 || head.Flags.Has(http2.FlagDataPadded) {
 			return false, nil
 		}
 		in.r += frameHeaderSize
@@ -241,6 +241,15 @@ func (c *Conn) frequentFrame() (handled bool, err error) {
 		in.r += n
 		c.frameHeader = head
 		return true, c.windowUpdate(head.StreamID, increment)
+	case http2.FramePing:
+		var data [8]byte
+		if head.Length != uint32(len(data)) || head.StreamID != 0 || c.lingers() {
+			return false, nil
+		}
+		in.r += n
+		c.frameHeader = head
+		copy(data[:], b[frameHeaderSize:])
+		return true, c.ping(head.Flags.Has(http2.FlagPingAck), data)
 	}
 	return false, nil
 }
@@ -281,7 +290,7 @@ func (c *Conn) handle(f http2.Frame) error {
 	case *http2.WindowUpdateFrame:
 		return c.windowUpdate(f.StreamID, f.Increment)
 	case *http2.PingFrame:
-		return c.ping(f)
+		return c.ping(f.IsAck(), f.Data)
 	case *http2.SettingsFrame:
 		return c.settings(f)
 	case *http2.RSTStreamFrame:

@@ -9,13 +9,13 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
 )
 
-// Identity says who is at the other end of a connection. It is made once, when the connection is accepted, and never changes: a connection whose client would be
-// treated in another way ends.
+// Identity says who is at the other end of a connection. It is made once, when the connection is
+// accepted, and never changes: a connection whose client would be treated in another way ends.
 type Identity struct {
 	Listener string // the address of the listener, as configured
 	Remote   string // the peer's address; empty for a unix socket
-	// CommonName and Names (DNS names, IP addresses, e-mail addresses and URIs) come from the client's verified certificate. Both are
-	// empty for a client without one.
+	// CommonName and Names (DNS names, IP addresses, e-mail addresses and URIs) come from the
+	// client's verified certificate. Both are empty for a client without one.
 	CommonName string
 	Names      []string
 	// Ciphertext: this client is given stored bytes, and may only read.
@@ -56,8 +56,8 @@ func (id *Identity) identify(cert *x509.Certificate) {
 	}
 }
 
-// authorise applies a listener's lists; nil are empty ones. A client that stands in both gets stored bytes. With an empty list of allowed clients
-// any certificate of the CA may enter.
+// authorise applies a listener's lists; nil are empty ones. A client that stands in both gets
+// stored bytes. With an empty list of allowed clients any certificate of the CA may enter.
 func (id *Identity) authorise(lists *clientLists) {
 	if lists == nil {
 		lists = &clientLists{}
@@ -91,10 +91,12 @@ type Denials struct {
 // rememberedKeys is how many keys of repeated log messages are remembered: clients choose them.
 const rememberedKeys = 1024
 
+// NewDenials makes one. tell may be nil.
 func NewDenials(log *slog.Logger, tell func(listener, client, remote string)) *Denials {
 	return &Denials{log: log, tell: tell, told: logonce.NewKeys(rememberedKeys)}
 }
 
+// Note logs and reports a denied client, unless that was done before.
 func (d *Denials) Note(id *Identity) {
 	if !d.told.First(id.Listener + "\x00" + id.Name()) {
 		return
@@ -109,7 +111,8 @@ func (d *Denials) Note(id *Identity) {
 // identityKey is of the context of a web request: the identity of the client's connection.
 type identityKey struct{}
 
-// IdentityOf returns the identity of the client that has sent a web request, and nil if there is none.
+// IdentityOf returns the identity of the client that has sent a web request, and nil if there is
+// none.
 func IdentityOf(ctx context.Context) *Identity {
 	id, _ := ctx.Value(identityKey{}).(*Identity)
 	return id

@@ -26,22 +26,25 @@ import (
 type Config struct {
 	// Address is host:port, or unix:// and an absolute path. With Sockets it is only a name.
 	Address string
-	// Sockets are bound already, by a service manager for example, and are served in place of Address. The proxy closes them; their files
-	// stay. All have the same clients and the same policy.
+	// Sockets are bound already, by a service manager for example, and are served in place of
+	// Address. The proxy closes them; their files stay. All have the same clients and the same
+	// policy.
 	Sockets []net.Listener
 	// Mode is the socket's file mode; 0 means 0600.
 	Mode fs.FileMode
 	// TLS is nil for cleartext.
 	TLS *TLS
-	// AllowedClients are the common names and subject alternative names that may enter; empty: any certificate of the CA. What others
-	// ask for is answered with PermissionDenied.
+	// AllowedClients are the common names and subject alternative names that may enter; empty: any
+	// certificate of the CA. What others ask for is answered with PermissionDenied.
 	AllowedClients []string
 	// CiphertextClients are given the bytes that etcd stores, and may only read. They need not be
 	// in AllowedClients.
 	CiphertextClients []string
-	// AdvertiseClientURLs are put in place of the members' client URLs: those of a member that a listener leads to are that listener's. Empty: they pass as they are.
+	// AdvertiseClientURLs are put in place of the members' client URLs: those of a member that a
+	// listener leads to are that listener's. Empty: they pass as they are.
 	AdvertiseClientURLs []string
-	// Endpoint is the only one of UpstreamConfig.Endpoints that the listener leads to; empty: to all.
+	// Endpoint is the only one of UpstreamConfig.Endpoints that the listener leads to; empty: to
+	// all.
 	Endpoint string
 	// NoGateway turns the JSON gateway off: paths under /v3/ are 404.
 	NoGateway bool
@@ -127,7 +130,8 @@ func set(names []string) map[string]bool {
 // ErrNoFolder says that what should hold a unix socket is not there.
 var ErrNoFolder = unixsocket.ErrNoFolder
 
-// Run accepts until the listener is closed, and returns once every connection is handed on or gone. ctx bounds the handshakes.
+// Run accepts until the listener is closed, and returns once every connection is handed on or gone.
+// ctx bounds the handshakes.
 func (l *Listener) Run(ctx context.Context, serve func(*Conn)) {
 	var handshakes sync.WaitGroup
 	defer handshakes.Wait()
@@ -162,9 +166,9 @@ func (l *Listener) Run(ctx context.Context, serve func(*Conn)) {
 	}
 }
 
-// errNothingSent is of a connection that ended before its client sent a byte, or the first byte behind a
-// TLS handshake: a TCP health check or a port scan. It is neither counted nor logged, since nothing
-// was tried.
+// errNothingSent is of a connection that ended before its client sent a byte, or the first byte
+// behind a TLS handshake: a TCP health check or a port scan. It is neither counted nor logged,
+// since nothing was tried.
 var errNothingSent = errors.New("the client sent nothing")
 
 // readConn is a connection that remembers whether anything was read from it.

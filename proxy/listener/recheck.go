@@ -24,8 +24,8 @@ func newClientLists(allowed, ciphertext []string) *clientLists {
 	return &clientLists{allowed: set(allowed), ciphertext: set(ciphertext)}
 }
 
-// criteria are what a client is admitted by: the TLS files and the lists of a moment. Other terms are
-// other pointers.
+// criteria are what a client is admitted by: the TLS files and the lists of a moment. Other terms
+// are other pointers.
 type criteria struct {
 	files *tls.Config
 	lists *clientLists
@@ -186,7 +186,7 @@ func (l *Listener) recheck(at time.Time) {
 		ended[[2]string{c.Identity.Name(), v.err.Error()}]++
 	}
 	l.conns.mu.Lock()
-	if !first.IsZero() && (l.conns.expires.IsZero() || first.Before(l.conns.expires)) { // others may have come
+	if !first.IsZero() && (l.conns.expires.IsZero() || first.Before(l.conns.expires)) { // others may have arrived
 		l.conns.expires = first
 	}
 	l.conns.mu.Unlock()
@@ -229,8 +229,8 @@ func (c Config) checkLists(allowed, ciphertext []string) error {
 	return nil
 }
 
-// SetClients puts lists in place of AllowedClients and CiphertextClients, and ends the connections of
-// clients that these treat differently. After an error the old ones stay.
+// SetClients puts lists in place of AllowedClients and CiphertextClients, and ends the connections
+// of clients that these treat differently. After an error the old ones stay.
 func (l *Listener) SetClients(allowed, ciphertext []string) error {
 	if err := l.Config.checkLists(allowed, ciphertext); err != nil {
 		return err

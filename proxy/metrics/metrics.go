@@ -9,8 +9,8 @@ import (
 	"google.golang.org/grpc/codes"
 )
 
-// Metrics are the proxy's own figures, and the grpc_server_* ones under etcd's names and labels, so that etcd's dashboards
-// work here too.
+// Metrics are the proxy's own figures, and the grpc_server_* ones under etcd's names and labels, so
+// that etcd's dashboards work here too.
 type Metrics struct {
 	requests          *prometheus.CounterVec
 	Connections       *prometheus.GaugeVec
@@ -62,8 +62,8 @@ func New(r prometheus.Registerer) (*Metrics, error) {
 	return m, errors.Join(problems...)
 }
 
-// ExpectListener has the figures of a listener begin at 0: an increase from a counter that was not there is
-// none to Prometheus.
+// ExpectListener has the figures of a listener begin at 0: an increase from a counter that was not
+// there is none to Prometheus.
 func (m *Metrics) ExpectListener(address string, certificates bool) {
 	m.Connections.WithLabelValues(address)
 	m.HandshakeFailures.WithLabelValues(address)
@@ -82,8 +82,8 @@ const (
 // lastCode is the greatest of gRPC's codes.
 const lastCode = codes.Unauthenticated
 
-// Method are the figures of one method. Every label is resolved when it is made, so that counting costs no lookup, and every
-// series is there from the start, as etcd's are.
+// Method are the figures of one method. Every label is resolved when it is made, so that counting
+// costs no lookup, and every series is there from the start, as etcd's are.
 type Method struct {
 	Started, Received, Sent prometheus.Counter
 	Added                   prometheus.Observer
@@ -105,7 +105,8 @@ func (m *Metrics) ForMethod(kind, service, name string) *Method {
 	return mm
 }
 
-// UnknownMethod is the figure for every method outside the table: a client must not be able to make new labels.
+// UnknownMethod is the figure for every method outside the table: a client must not be able to make
+// new labels.
 func (m *Metrics) UnknownMethod() prometheus.Counter {
 	return m.requests.WithLabelValues("unknown", codes.Unimplemented.String())
 }

@@ -17,7 +17,7 @@ func Sampled(n uint64) bool { return n%sampleEvery == 0 || n == 1 }
 
 // Stopwatch measures the time that the proxy adds to one call: it runs while the call is here, and
 // stands while the call is etcd's. The zero value measures nothing, and costs nothing. It is safe
-// for concurrent use; whoever hands the call on starts or stops it.
+// for concurrent use; the goroutine that hands the call on starts or stops it.
 type Stopwatch struct {
 	On    bool         // does not change once the call is under way
 	since atomic.Int64 // when it was started, on the process' clock; 0 while it stands
@@ -33,12 +33,14 @@ var processStart = time.Now()
 // clock returns nanoseconds; never 0.
 func clock() int64 { return max(int64(time.Since(processStart)), 1) }
 
+// Start starts the stopwatch, if it is stopped.
 func (w *Stopwatch) Start() {
 	if w.On {
 		w.since.CompareAndSwap(0, clock())
 	}
 }
 
+// Stop stops the stopwatch, and adds the time since Start.
 func (w *Stopwatch) Stop() {
 	if !w.On {
 		return

@@ -6,7 +6,8 @@ import (
 	dto "github.com/prometheus/client_model/go"
 )
 
-// TestStopwatch: what goes on while it stands does not count, and what was discarded is not shown.
+// TestStopwatch: what happens while it is stopped does not count, and what was discarded is not
+// shown.
 func TestStopwatch(t *testing.T) {
 	m, err := New(nil)
 	if err != nil {

@@ -6,7 +6,8 @@ import (
 	"slices"
 )
 
-// Set maps prefixes to values. It is immutable and safe for concurrent use; the zero value is empty.
+// Set maps prefixes to values. It is immutable and safe for concurrent use; the zero value is
+// empty.
 type Set[T any] struct {
 	entries []entry[T]
 }
@@ -23,7 +24,8 @@ type Entry[T any] struct {
 	Value  T
 }
 
-// New makes a Set. Of two entries with one prefix the later one counts; callers that mind check before.
+// New makes a Set. Of two entries with one prefix the later one counts; callers that mind check
+// before.
 func New[T any](entries []Entry[T]) *Set[T] {
 	s := &Set[T]{}
 	for _, e := range entries {
@@ -54,8 +56,9 @@ func (s *Set[T]) search(key []byte) (int, bool) {
 
 // Lookup returns the value of the longest prefix of key. It takes O(log n) and allocates nothing.
 func (s *Set[T]) Lookup(key []byte) (value T, ok bool) {
-	// Every prefix of key sorts at or before key, and whatever sorts between one of them and key begins with it. So the last prefix
-	// at or before key is the match, or its chain of parents leads there.
+	// Every prefix of key sorts at or before key, and whatever sorts between one of them and key
+	// begins with it. So the last prefix at or before key is the match, or its chain of parents
+	// leads there.
 	i, found := s.search(key)
 	if !found {
 		i--
@@ -69,8 +72,9 @@ func (s *Set[T]) Lookup(key []byte) (value T, ok bool) {
 	return value, false
 }
 
-// Overlaps reports whether a range of keys, in etcd's form, can hold a key with one of the prefixes: rangeEnd is empty for the single key, and "\x00"
-// for all keys from key on. A range whose end is not after its start holds no key.
+// Overlaps reports whether a range of keys, in etcd's form, can hold a key with one of the
+// prefixes: rangeEnd is empty for the single key, and "\x00" for all keys from key on. A range
+// whose end is not after its start holds no key.
 func (s *Set[T]) Overlaps(key, rangeEnd []byte) bool {
 	if len(s.entries) == 0 {
 		return false
@@ -91,7 +95,8 @@ func (s *Set[T]) Overlaps(key, rangeEnd []byte) bool {
 	return i < len(s.entries) && (open || bytes.Compare(s.entries[i].prefix, rangeEnd) < 0)
 }
 
-// Roots returns the prefixes that no other one begins: together they cover the same keys as all, each once. Sorted.
+// Roots returns the prefixes that no other one begins: together they cover the same keys as all,
+// each once. Sorted.
 func (s *Set[T]) Roots() []string {
 	var roots []string
 	for _, e := range s.entries {

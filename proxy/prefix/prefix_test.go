@@ -63,7 +63,8 @@ func TestAgainstBruteForce(t *testing.T) {
 	}
 }
 
-// overlaps by definition: is there a key that begins with p and lies in the range? The least one at or after key decides.
+// overlaps by definition: is there a key that begins with p and lies in the range? The least one at
+// or after key decides.
 func overlaps(p, key, end string) bool {
 	if end == "" {
 		return strings.HasPrefix(key, p)

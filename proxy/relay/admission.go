@@ -10,8 +10,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
 )
 
-// Limits of relayed unary calls that etcd has not begun to answer. Clients that send calls faster than
-// etcd answers them wait for each other, and all others would wait with them in etcd.
+// Limits of relayed unary calls that etcd has not begun to answer. Clients that send calls faster
+// than etcd responseMessages them wait for each other, and all others would wait with them in etcd.
 const (
 	mostCalls  = 512 // of all clients, before a client is limited to its share
 	clientCall = 4   // that each client's connection may always have
@@ -19,7 +19,7 @@ const (
 )
 
 // pauseMax is how long a connection is not read at a time, so that a client can cancel calls and is
-// answered pings while etcd answers nothing.
+// answered pings while etcd responseMessages nothing.
 const pauseMax = time.Second
 
 // admission decides when a session sends its unary calls to etcd.
@@ -35,13 +35,13 @@ type admission struct {
 	closed   bool
 }
 
-// admit reports whether a call with the request raw may be sent now. Otherwise its stream waits, and is
-// forwarded when another call of the session is answered or ends.
+// admit reports whether a call with the request raw may be sent now. Otherwise its stream waits,
+// and is forwarded when another call of the session is answered or ends.
 func (a *admission) admit(st *clientStream, raw []byte) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if len(a.waiting) == 0 && a.Free() {
-		a.Take(st)
+	if len(a.waiting) == 0 && a.free() {
+		a.take(st)
 		return true
 	}
 	if len(st.pending) == 0 {
@@ -56,15 +56,15 @@ func (a *admission) admit(st *clientStream, raw []byte) bool {
 	return false
 }
 
-func (a *admission) Free() bool { return a.calls < clientCall || a.all.Load() < mostCalls }
+func (a *admission) free() bool { return a.calls < clientCall || a.all.Load() < mostCalls }
 
-func (a *admission) Take(st *clientStream) {
+func (a *admission) take(st *clientStream) {
 	st.admission = admissionTaken
 	a.calls++
 	a.all.Add(1)
 }
 
-// States of a call, see [fstream].
+// States of a call, see [clientStream].
 const (
 	admissionNone = iota
 	admissionWaits
@@ -89,14 +89,14 @@ func (a *admission) release(st *clientStream) {
 		return
 	}
 	a.draining = true
-	for len(a.waiting) > 0 && !a.closed && a.Free() {
+	for len(a.waiting) > 0 && !a.closed && a.free() {
 		next := a.waiting[0]
 		a.waiting[0] = nil
 		if a.waiting = a.waiting[1:]; next.admission != admissionWaits {
 			continue
 		}
 		a.live--
-		a.Take(next)
+		a.take(next)
 		a.mu.Unlock()
 		next.forward(etcdapi.NonBlocking, next.pending)
 		a.mu.Lock()

@@ -8,22 +8,21 @@ import (
 	"testing"
 	"time"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/mem"
+
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/metrics"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
-
-	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/mem"
-
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 )
 
-// TestCallsTakeTurns: while all clients have many calls in etcd, one connection sends no more than its
-// share. Calls that wait are sent when others are answered, unless their clients have left.
+// TestCallsTakeTurns: while all clients have many calls in etcd, one connection sends no more than
+// its share. Calls that wait are sent when others are answered, unless their clients have left.
 func TestCallsTakeTurns(t *testing.T) {
 	t.Parallel()
 	var calls, most, all atomic.Int64

@@ -5,8 +5,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 )
 
-// connect opens the stream to etcd. wouldBlock says that there may be a connection for who waits; else, without ok, there is none. Calls that
-// last are worth waiting for one.
+// connect opens the stream to etcd. wouldBlock says that there may be a connection for a caller
+// that waits; else, without ok, there is none. Calls that last are worth waiting for one.
 func (st *clientStream) connect(m etcdapi.Mode) (ok, wouldBlock bool) {
 	lasts := st.method.Shape != etcdapi.ShapeUnary
 	conn, h, hope := st.session.pick()
@@ -15,12 +15,13 @@ func (st *clientStream) connect(m etcdapi.Mode) (ok, wouldBlock bool) {
 			return false, true
 		}
 		st.watch.Discard() // this is waiting for etcd
-		conn, h = st.session.Await(m.Ctx, lasts)
+		conn, h = st.session.await(m.Ctx, lasts)
 	}
 	return conn != nil && st.open(conn, h), false
 }
 
-// open opens a stream with the client's header fields, if the client is still there. It reports false if the connection takes none.
+// open opens a stream with the client's header fields, if the client is still there. It reports
+// false if the connection takes none.
 func (st *clientStream) open(conn *http2conn.Conn, h *endpointState) bool {
 	st.mu.Lock()
 	defer st.mu.Unlock()
@@ -28,7 +29,7 @@ func (st *clientStream) open(conn *http2conn.Conn, h *endpointState) bool {
 		return true
 	}
 	scheme, authority := st.session.id.Upstream.Origin(h.url)
-	if st.up = conn.Open(st, upstreamFields(st.fields, scheme, authority), false); st.up == nil {
+	if st.up = conn.Open(st, st.upstreamFields(scheme, authority), false); st.up == nil {
 		return false
 	}
 	st.method.Metrics.Started.Inc()

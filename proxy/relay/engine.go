@@ -19,9 +19,9 @@ import (
 
 // Engine serves the connections of clients that speak HTTP/2. It relays the frames of most calls
 // between a client's connection and connections to etcd of that client's own, one to each endpoint,
-// and has all other calls handled: methods that need decoded messages, compressed messages, whatever
-// is odd about a request, and every request while etcd is not connected. Over TLS a connection also
-// carries web requests.
+// and has all other calls handled: methods that need decoded messages, compressed messages,
+// whatever is odd about a request, and every request while etcd is not connected. Over TLS a
+// connection also carries web requests.
 type Engine struct {
 	api          *etcdapi.API
 	log          *slog.Logger
@@ -42,6 +42,8 @@ type Engine struct {
 	all      sync.WaitGroup
 }
 
+// New makes an engine for the calls of an API. web serves the requests that are not gRPC's, and
+// drain bounds how long calls may take after [Engine.Drain].
 func New(a *etcdapi.API, web http.Handler, drain time.Duration, log *slog.Logger) *Engine {
 	e := &Engine{api: a, maxMessage: a.Core.MaxRequest + etcdapi.GrpcOverhead, log: log, drainTimeout: drain, web: web, budget: http2conn.NewBudget(requestBudget()), sessions: make(map[*session]struct{}), empty: make(chan struct{})}
 	e.base, e.cancel = context.WithCancel(context.Background())
@@ -69,7 +71,7 @@ func (e *Engine) Serve(conn *listener.Conn) {
 		e.denied.add(s)
 	}
 	e.all.Go(func() {
-		s.Run()
+		s.run()
 		if s.id.Denied {
 			e.denied.remove(s)
 		}
@@ -84,8 +86,8 @@ func (e *Engine) Serve(conn *listener.Conn) {
 	})
 }
 
-// Drain asks all clients to go elsewhere, ends the calls that wait for events with Unavailable, lets
-// the others finish, and returns once they have, or once the drain timeout is over.
+// Drain asks all clients to go elsewhere, ends the calls that wait for events with Unavailable,
+// lets the others finish, and returns once they have, or once the drain timeout is over.
 func (e *Engine) Drain() {
 	e.draining.Store(true)
 	e.denied.end()
@@ -125,7 +127,8 @@ func (e *Engine) Close() {
 	e.all.Wait()
 }
 
-// upstreamFields makes of a client's header fields those for etcd. What belongs to the hop stays behind.
+// upstreamFields makes of a client's header fields those for etcd. What belongs to the connection stays
+// behind.
 func upstreamFields(fields []hpack.HeaderField, scheme, authority string) []hpack.HeaderField {
 	kept := make([]hpack.HeaderField, 0, len(fields)+1)
 	for _, f := range fields {

@@ -20,11 +20,11 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 )
 
-// streamInput holds what has come on a stream of a client's until its goroutine reads it. The
+// streamInput holds what has arrived on a stream of a client's until its goroutine reads it. The
 // stream's flow-control window bounds it.
 type streamInput struct {
 	consumed func(n int)   // gives bytes back to the window
-	came     chan struct{} // has room for one: something has come
+	came     chan struct{} // has room for one: something has arrived
 
 	mu   sync.Mutex
 	data []byte
@@ -35,7 +35,7 @@ func newStreamInput(consumed func(n int), data []byte, end bool) streamInput {
 	return streamInput{consumed: consumed, came: make(chan struct{}, 1), data: data, end: end}
 }
 
-// add takes what has come.
+// add takes what has arrived.
 func (in *streamInput) add(data []byte, end bool) {
 	in.mu.Lock()
 	if !in.end { // else it is not for the handler
@@ -49,8 +49,8 @@ func (in *streamInput) add(data []byte, end bool) {
 	}
 }
 
-// Take moves what there is into b.
-func (in *streamInput) Take(b []byte) (n int, end bool) {
+// take moves what there is into b.
+func (in *streamInput) take(b []byte) (n int, end bool) {
 	in.mu.Lock()
 	n = copy(b, in.data)
 	in.data = in.data[n:]
@@ -75,7 +75,7 @@ func (in *streamInput) buffered() int {
 // read waits for something to come, or for the end, which is io.EOF.
 func (in *streamInput) read(ctx context.Context, b []byte) (int, error) {
 	for {
-		n, end := in.Take(b)
+		n, end := in.take(b)
 		switch {
 		case n > 0:
 			return n, nil
@@ -90,8 +90,8 @@ func (in *streamInput) read(ctx context.Context, b []byte) (int, error) {
 	}
 }
 
-// handledCall is a call on a client's connection that a handler serves, on a goroutine of its own. It
-// is the stream that the handler sees: one goroutine may receive and another send.
+// handledCall is a call on a client's connection that a handler serves, on a goroutine of its own.
+// It is the stream that the handler sees: one goroutine may receive and another send.
 type handledCall struct {
 	rpc.ReplyMetadata
 	stream       *clientStream
@@ -107,8 +107,8 @@ type handledCall struct {
 
 var _ grpc.ServerStream = (*handledCall)(nil)
 
-// Handle has the handler of the method serve the call. raw is what the client has sent so far.
-func (st *clientStream) Handle(h *requestHead, raw []byte, end bool) {
+// handle has the handler of the method serve the call. raw is what the client has sent so far.
+func handle(st *clientStream, h *requestHead, raw []byte, end bool) {
 	st.watch.Discard() // the handler measures it
 	st.pending = nil
 	compressor, err := h.compressor()
@@ -274,8 +274,8 @@ var (
 	errNoMessage    = status.Error(codes.Internal, "cardinality violation: received no request message from non-client-streaming RPC")
 )
 
-// receive returns the next message. io.EOF is the end, also of a client that ends within the head of
-// a message.
+// receive returns the next message. io.EOF is the end, also of a client that ends within the head
+// of a message.
 func (c *handledCall) receive() (*rpc.Message, error) {
 	var head [rpc.HeaderLength]byte
 	if err := c.readFull(head[:]); err != nil {
@@ -290,7 +290,7 @@ func (c *handledCall) receive() (*rpc.Message, error) {
 		c.stream.session.flush()
 	}
 	f := new(rpc.Message)
-	for length > 0 { // no buffer of its whole length before it has come
+	for length > 0 { // no buffer of its whole length before it has arrived
 		part := rpc.Buffers.Get(min(length, rpc.PartSize))
 		f.Data = append(f.Data, mem.NewBuffer(part, rpc.Buffers))
 		if err := c.readFull(*part); err != nil {

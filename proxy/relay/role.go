@@ -6,25 +6,24 @@ import (
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
-
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
-
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
 )
 
-// roleCheck is the question to one member whether it is a learner, asked on the connection that calls go over. A
-// process that votes never becomes a learner, so the answer holds as long as the connection does.
+// roleCheck is the question to one member whether it is a learner, asked on the connection that
+// calls go over. A process that votes never becomes a learner, so the answer holds as long as the
+// connection does.
 type roleCheck struct {
 	side   *upstreamConn
 	was    bool // a learner, when it was asked
 	answer sync.Once
 }
 
-// askRole asks the member, which was a learner the last time or not. The connection is offered to calls once that is
-// known, or after roleTimeout.
+// askRole asks the member, which was a learner the last time or not. The connection is offered to
+// calls once that is known, or after roleTimeout.
 func (u *upstreamConn) askRole(was bool) {
 	check := &roleCheck{side: u, was: was}
 	scheme, authority := u.session.id.Upstream.Origin(u.endpoint.url)
@@ -34,23 +33,23 @@ func (u *upstreamConn) askRole(was bool) {
 		{Name: upstream.MarkHeader, Value: upstream.MarkValue[0]},
 	}, false)
 	if stream == nil {
-		check.End(was)
+		check.end(was)
 		return
 	}
 	stream.Data(true, rpc.Header(0), nil)
 	time.AfterFunc(upstream.RoleTimeout, func() {
 		stream.Reset(http2.ErrCodeCancel)
-		check.End(was)
+		check.end(was)
 		u.session.flush()
 	})
 }
 
-// End notes the answer. Only the first counts.
-func (c *roleCheck) End(learner bool) {
+// end notes the answer. Only the first counts.
+func (c *roleCheck) end(learner bool) {
 	c.answer.Do(func() { c.side.offer(learner) })
 }
 
-// headers is what the member answers.
+// headers is what the member responseMessages.
 func (c *roleCheck) headers(stream *http2conn.Stream, fields []hpack.HeaderField, end bool) {
 	if !end {
 		return
@@ -59,11 +58,12 @@ func (c *roleCheck) headers(stream *http2conn.Stream, fields []hpack.HeaderField
 	for _, f := range fields {
 		learner = learner || f.Name == "grpc-message" && f.Value == upstream.LearnerRefusalText
 	}
-	c.End(learner)
+	c.end(learner)
 	stream.Finish()
 }
 
-// offer has calls go over the connection: all, or of a learner those that no other member is there for.
+// offer has calls go over the connection: all, or of a learner those that no other member is there
+// for.
 func (u *upstreamConn) offer(learner bool) {
 	u.session.mu.Lock()
 	defer u.session.mu.Unlock()
@@ -77,7 +77,8 @@ func (u *upstreamConn) offer(learner bool) {
 	u.session.notifyChanged()
 }
 
-// recheckRole asks a learner once more, now and then: it may have been promoted. The caller holds the session's mu.
+// recheckRole asks a learner once more, now and then: it may have been promoted. The caller holds
+// the session's mu.
 func (h *endpointState) recheckRole() {
 	now := time.Now()
 	if now.Before(h.nextRoleCheck) {

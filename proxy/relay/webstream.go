@@ -19,8 +19,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
 )
 
-// webStream is a request over HTTP/2 that is none of gRPC: its handler is that of HTTP/1.1 requests,
-// and runs on a goroutine of its own. It is the http.ResponseWriter and the body of the request.
+// webStream is a request over HTTP/2 that is none of gRPC: its handler is that of HTTP/1.1
+// requests, and runs on a goroutine of its own. It is the http.ResponseWriter and the body of the
+// request.
 //
 // etcd tells such requests from gRPC by the content type, and only over TLS: without it, HTTP/2 is
 // gRPC's.
@@ -46,7 +47,8 @@ var (
 	_ io.ReadCloser = (*webStream)(nil)
 )
 
-// webBuffer is how many bytes of a response are gathered before its header is sent without a length.
+// webBuffer is how many bytes of a response are gathered before its header is sent without a
+// length.
 const webBuffer = 4 << 10
 
 // What a client still sends after the response is read up to these, so that it is not reset in the
@@ -58,7 +60,7 @@ const (
 )
 
 // serveWeb has the web handler serve the stream. A client that is not allowed is answered at once.
-func (st *clientStream) serveWeb(end bool) {
+func serveWeb(st *clientStream, end bool) {
 	ctx, cancel := context.WithCancel(listener.WithIdentity(st.session.engine.base, st.session.id))
 	w := &webStream{
 		stream: st, in: newStreamInput(st.consumed, nil, end), writable: make(chan struct{}, 1),
@@ -81,10 +83,10 @@ func (st *clientStream) serveWeb(end bool) {
 	}
 	if st.session.id.Denied {
 		w.request.Body = http.NoBody
-		w.Serve()
+		w.serve()
 		return
 	}
-	st.session.work.Go(w.Serve)
+	st.session.work.Go(w.serve)
 }
 
 // webRequest makes a request of its header fields, which http2conn has checked.
@@ -127,8 +129,8 @@ func webRequest(ctx context.Context, fields []hpack.HeaderField, remote string) 
 	return r.WithContext(ctx), nil
 }
 
-// Serve runs the handler and ends the response.
-func (w *webStream) Serve() {
+// serve runs the handler and ends the response.
+func (w *webStream) serve() {
 	defer w.cancel()
 	defer func() {
 		if p := recover(); p != nil {
@@ -280,8 +282,8 @@ func (w *webStream) flushHeader(next []byte) bool {
 	return len(body) == 0 || w.request.Method == http.MethodHead || w.sendData(body, false)
 }
 
-// sendHeader sends the header. length is that of the whole body, if it is known and not negative, and
-// body its front, which tells the content type that the handler has not.
+// sendHeader sends the header. length is that of the whole body, if it is known and not negative,
+// and body its front, which tells the content type that the handler has not.
 func (w *webStream) sendHeader(length int64, body []byte, end bool) bool {
 	w.flushed = true
 	fields := make([]hpack.HeaderField, 0, len(w.sent)+4)
@@ -316,7 +318,8 @@ func (w *webStream) sendHeader(length int64, body []byte, end bool) bool {
 	return true
 }
 
-// ofConnection1 reports whether a header field is one of HTTP/1 connections, which HTTP/2 has none of.
+// ofConnection1 reports whether a header field is one of HTTP/1 connections, which HTTP/2 has none
+// of.
 func ofConnection1(name string) bool {
 	switch name {
 	case "Connection", "Proxy-Connection", "Keep-Alive", "Transfer-Encoding", "Upgrade":

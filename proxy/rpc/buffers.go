@@ -15,11 +15,13 @@ const (
 	minPooled = 256 // bytes: less is not worth it
 )
 
-// IOBufferSize is how many bytes are read from or written to a connection at once: a long list in a quarter of the system calls that grpc's default needs.
+// IOBufferSize is how many bytes are read from or written to a connection at once: a long list in a
+// quarter of the system calls that grpc's default needs.
 const IOBufferSize = 128 << 10
 
-// Pool lends the buffers that messages pass through, on both sides. It clears a buffer when it is given back: values must not lie about in
-// memory that waits for its next use. grpc's own pool clears the whole of a buffer, used or not, but only when it lends it.
+// Pool lends the buffers that messages pass through, on both sides. It clears a buffer when it is
+// given back: values must not lie about in memory that waits for its next use. grpc's own pool
+// clears the whole of a buffer, used or not, but only when it lends it.
 type Pool struct {
 	tiers [maxBufferBits - minBufferBits + 1]sync.Pool
 }

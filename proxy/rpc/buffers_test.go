@@ -8,7 +8,8 @@ import (
 	"google.golang.org/grpc/mem"
 )
 
-// TestWipingPool: a buffer that comes back to the pool holds nothing of what it held, up to its whole capacity.
+// TestWipingPool: a buffer that comes back to the pool holds nothing of what it held, up to its
+// whole capacity.
 func TestWipingPool(t *testing.T) {
 	pool := new(Pool)
 	for _, n := range []int{0, 1, 255, 256, 1024, 1025, 2048, 2049, 5000, 1 << 20, 1<<20 + 1} {
@@ -36,7 +37,8 @@ func TestWipingPool(t *testing.T) {
 	}
 }
 
-// TestReplace covers what a rewriter may return: the message itself, its front, nothing, or new bytes.
+// TestReplace covers what a rewriter may return: the message itself, its front, nothing, or new
+// bytes.
 func TestReplace(t *testing.T) {
 	for _, size := range []int{10, 3000} {
 		msg := make([]byte, size)

@@ -24,10 +24,11 @@ func address(endpoint string) (network, addr string) {
 	return "tcp", strings.TrimRight(rest, "/")
 }
 
-// errProtocol is that of an endpoint that speaks another protocol than the one that is asked for.
+// errProtocol is that of an endpoint that speaks another protocol than the one that is requested.
 var errProtocol = errors.New("another protocol")
 
-// DialEndpoint connects to an endpoint, over TLS where the endpoints have that, to speak protocol. What conn writes to is outlet.
+// DialEndpoint connects to an endpoint, over TLS where the endpoints have that, to speak protocol.
+// What conn writes to is outlet.
 func (u *Cluster) DialEndpoint(ctx context.Context, endpoint, protocol string) (conn net.Conn, outlet *http2conn.WriteBuffer, err error) {
 	return dialEndpoint(ctx, endpoint, u.TLS, protocol)
 }

@@ -9,20 +9,20 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
-
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 )
 
-// voters keeps the calls of one client of etcd's library off learners. A call that a learner has refused is made once
-// more on another endpoint: the learner refuses before it looks into a call, so even a write cannot be done twice.
-// With the first refusal the endpoints that are learners are taken out of the client's list, until they are promoted.
+// voters keeps the calls of one client of etcd's library off learners. A call that a learner has
+// refused is made once more on another endpoint: the learner refuses before it inspects a call,
+// so even a write cannot be done twice. With the first refusal the endpoints that are learners are
+// taken out of the client's list, until they are promoted.
 type voters struct {
 	endpoints []string
 	client    atomic.Pointer[clientv3.Client] // nil until it is made
@@ -33,12 +33,12 @@ type voters struct {
 	hasVoter  bool          // at the last time, an endpoint answered that is no learner
 }
 
-// voterAttempts is how often a call is made at most where learners refuse it. Calls that began before the learners
-// were taken out of the list may meet them twice.
+// voterAttempts is how often a call is made at most where learners refuse it. Calls that began
+// before the learners were taken out of the list may meet them twice.
 const voterAttempts = 5
 
-// bufferedRequests is how many bytes of a stream's requests are kept at most until its first answer, to be sent once
-// more. A stream with more than that is not made again.
+// bufferedRequests is how many bytes of a stream's requests are kept at most until its first
+// answer, to be sent once more. A stream with more than that is not made again.
 const bufferedRequests = 64 << 10
 
 // options are for the client. Of one endpoint there is nothing to choose.
@@ -54,7 +54,7 @@ func (v *voters) unary(ctx context.Context, method string, req, reply any, cc *g
 		return invoke(ctx, method, req, reply, cc, opts...)
 	}
 	request := newReplayable(req)
-	defer request.Free()
+	defer request.free()
 	for n := 1; ; n++ {
 		err := request.send(func(msg any) error { return invoke(ctx, method, msg, reply, cc, opts...) })
 		if !refusedByLearner(err) || n == voterAttempts || !v.avoidLearners(ctx) {
@@ -63,7 +63,8 @@ func (v *voters) unary(ctx context.Context, method string, req, reply any, cc *g
 	}
 }
 
-// avoidLearners takes learners out of the client's list of endpoints. It reports whether others are left.
+// avoidLearners takes learners out of the client's list of endpoints. It reports whether others are
+// left.
 func (v *voters) avoidLearners(ctx context.Context) bool {
 	client := v.client.Load()
 	if client == nil {
@@ -88,8 +89,8 @@ func (v *voters) avoidLearners(ctx context.Context) bool {
 	return v.hasVoter
 }
 
-// followRoles asks the endpoints, and goes on to ask them now and then while one of them is a learner. It ends with the
-// client.
+// followRoles asks the endpoints, and goes on to ask them now and then while one of them is a
+// learner. It ends with the client.
 func (v *voters) followRoles(client *clientv3.Client) {
 	for {
 		learners, others := v.askRoles(client)
@@ -146,7 +147,8 @@ func (v *voters) askRoles(client *clientv3.Client) (learners []string, others bo
 	return learners, others
 }
 
-// setEndpoints has the client go to the endpoints that are no learners; to all if none of those is there.
+// setEndpoints has the client go to the endpoints that are no learners; to all if none of those is
+// there.
 func (v *voters) setEndpoints(client *clientv3.Client, learners []string, others bool) {
 	want := v.endpoints
 	if others {
@@ -157,7 +159,8 @@ func (v *voters) setEndpoints(client *clientv3.Client, learners []string, others
 	}
 }
 
-// replayable is a request that can be sent more than once. The one that it was made of stays its owner's.
+// replayable is a request that can be sent more than once. The one that it was made of stays its
+// owner's.
 type replayable struct {
 	msg  any         // nil for a frame
 	data rpc.Message // another reference to the bytes of a frame
@@ -184,7 +187,7 @@ func (k *replayable) send(f func(msg any) error) error {
 	return f(again)
 }
 
-func (k *replayable) Free() { k.data.Free() }
+func (k *replayable) free() { k.data.Free() }
 
 func (v *voters) stream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 	open := func() (grpc.ClientStream, error) { return streamer(ctx, desc, cc, method, opts...) }
@@ -195,8 +198,9 @@ func (v *voters) stream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.Cli
 	return &voterStream{ClientStream: first, voters: v, ctx: ctx, open: open}, nil
 }
 
-// voterStream is a stream that is opened again, with the requests that were sent, if the first thing it brings is the
-// refusal of a learner. As with every stream, one goroutine may send and another receive.
+// voterStream is a stream that is opened again, with the requests that were sent, if the first
+// thing it brings is the refusal of a learner. As with every stream, one goroutine may send and
+// another receive.
 type voterStream struct {
 	grpc.ClientStream // the one of the moment; replaced under mu by who receives
 	voters            *voters
@@ -271,8 +275,8 @@ func (s *voterStream) RecvMsg(m any) error {
 	}
 }
 
-// reopen opens the stream once more if err is a learner's refusal, and there is another member. Otherwise the stream
-// stays what it is.
+// reopen opens the stream once more if err is a learner's refusal, and there is another member.
+// Otherwise the stream stays what it is.
 func (s *voterStream) reopen(err error) bool {
 	s.attempts++
 	again := refusedByLearner(err) && s.attempts < voterAttempts && s.voters.avoidLearners(s.ctx)
@@ -306,7 +310,7 @@ func (s *voterStream) reopen(err error) bool {
 // dropSent lets go of what was kept. The caller holds mu.
 func (s *voterStream) dropSent() {
 	for _, k := range s.sent {
-		k.Free()
+		k.free()
 	}
 	s.sent = nil
 }

@@ -6,20 +6,20 @@ import (
 	"context"
 	"slices"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
-
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 )
 
 // decision gathers what a transaction was decided on.
 type decision struct {
 	*Txn
 	revision int64 // of all that was read; 0: nothing yet
-	batch    int   // how many reads etcd is asked for at once
+	batch    int   // how many reads etcd is requested at once
 	seen     map[*pb.Compare]outcome
 	holds    map[*pb.TxnRequest]bool // the transactions that were decided here
 	guards   []*pb.Compare
@@ -134,8 +134,8 @@ type outcome struct {
 	guard *pb.Compare // holds as long as the key that decided is as it was; nil for a range that holds
 }
 
-// readCompared reads what compares are about, all at one revision: those of single keys together, each key
-// once, and those of ranges one by one.
+// readCompared reads what compares are about, all at one revision: those of single keys together,
+// each key once, and those of ranges one by one.
 func (d *decision) readCompared(ctx context.Context, compares []*pb.Compare) error {
 	byKey := make(map[string][]*pb.Compare)
 	var keys [][]*pb.Compare
@@ -199,13 +199,14 @@ func (d *decision) readKeys(ctx context.Context, keys [][]*pb.Compare) error {
 }
 
 // read is the range that a compare looks at. etcd 3.7 leaves out the lease, too, where only keys
-// are asked for.
+// are requested.
 func (d *decision) read(c *pb.Compare) *pb.RangeRequest {
 	keysOnly := c.GetTarget() != pb.Compare_VALUE && c.GetTarget() != pb.Compare_LEASE
 	return &pb.RangeRequest{Key: c.GetKey(), RangeEnd: c.GetRangeEnd(), Revision: d.revision, KeysOnly: keysOnly, Serializable: d.serializable}
 }
 
-// evaluateRange reads the range of a compare page by page, up to the first key that it does not hold for.
+// evaluateRange reads the range of a compare page by page, up to the first key that it does not
+// hold for.
 func (d *decision) evaluateRange(ctx context.Context, c *pb.Compare) (outcome, error) {
 	r := d.read(c)
 	for r.Limit = pageKeys; ; {

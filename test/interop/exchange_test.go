@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 )
@@ -94,9 +95,12 @@ func same(t *testing.T, what string, want []byte, wantStale bool) func([]byte, b
 // unwrap the DEK seed for each of them: once, however many values there are.
 func TestProcessesShareNothingButTheKMS(t *testing.T) {
 	p := startPlugin(t, "1")
-	we, they := newOurs(t, p, provider), newKube(t, p, provider, envelope.TypeSeed)
-	reader := newOurs(t, p, provider)
-	reader.await(t, "1") // whether a value is stale is known only after the KMS has reported its key ID
+	// Their first health checks are the only ones: further ones would unwrap seeds, too.
+	we, they := newOursPolling(t, p, provider, time.Hour), newKube(t, p, provider, envelope.TypeSeed)
+	reader := newOursPolling(t, p, provider, time.Hour)
+	for _, side := range []*ours{we, reader} {
+		side.await(t, "1") // whether a value is stale is known only after the KMS has reported its key ID
+	}
 	readers := []func(key, stored []byte) ([]byte, bool, error){reader.open, newKube(t, p, provider, envelope.TypeSeed).open}
 	for _, seal := range []func(testing.TB, []byte, []byte) []byte{we.seal, they.seal} {
 		for i, open := range readers {

@@ -107,6 +107,7 @@ func TestFieldLimits(t *testing.T) {
 		{"annotation of 253 and a dot", annotation(longest+".", 0), true},
 		{"annotation of 254", annotation("a"+longest, 0), false},
 		{"recovery copy", annotation("dr.recovery.etcd-kms-proxy.io", 200), true},
+		{"recipients of an age copy", annotation("dr.recovery-id.etcd-kms-proxy.io", 20), true},
 	} {
 		o := &kmstypes.EncryptedObject{EncryptedData: make([]byte, 60), KeyID: "key-1", EncryptedDEKSource: []byte("wrapped"), EncryptedDEKSourceType: 1}
 		c.change(o)

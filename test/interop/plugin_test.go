@@ -37,6 +37,7 @@ type plugin struct {
 	keys     map[string]cipher.AEAD
 	current  string
 	annotate map[string][]byte // returned with each wrapped DEK seed, and required back
+	lenient  bool              // annotations that it did not return are ignored, as most plugins do
 	pad      int               // wrapped DEK seeds are padded with zeros to this length; 0 does not pad
 	secrets  map[string][]byte // what was wrapped, by the result
 	decrypts int
@@ -143,6 +144,9 @@ func (p *plugin) Decrypt(_ context.Context, _ string, req *service.DecryptReques
 	var annotations map[string][]byte
 	if len(req.Annotations) > 0 {
 		annotations = req.Annotations
+	}
+	if p.lenient {
+		annotations = p.annotate
 	}
 	aad, err := json.Marshal(annotations)
 	if err != nil {

@@ -89,6 +89,12 @@ type ours struct {
 // newOurs returns the sealer of one proxy process, with its own DEK seed.
 func newOurs(tb testing.TB, p *plugin, provider string) *ours {
 	tb.Helper()
+	return newOursPolling(tb, p, provider, 20*time.Millisecond)
+}
+
+// newOursPolling is newOurs with a time between health checks, each of which unwraps DEK seeds.
+func newOursPolling(tb testing.TB, p *plugin, provider string, interval time.Duration) *ours {
+	tb.Helper()
 	o := &ours{}
 	cache, err := keyring.NewCache(keyring.CacheConfig{})
 	if err != nil {
@@ -97,7 +103,7 @@ func newOurs(tb testing.TB, p *plugin, provider string) *ours {
 	// A key that the plugin does not know must not revoke the other keys here: every health check
 	// succeeds.
 	o.ring, err = keyring.New(keyring.RingConfig{Provider: provider, KMS: newClient(tb, p, provider), Cache: cache,
-		PollInterval: 20 * time.Millisecond, FailingPollInterval: 20 * time.Millisecond, SealUnreachableFor: time.Hour, Logger: slog.New(slog.NewTextHandler(io.Discard, nil))})
+		PollInterval: interval, FailingPollInterval: 20 * time.Millisecond, SealUnreachableFor: time.Hour, Logger: slog.New(slog.NewTextHandler(io.Discard, nil))})
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -132,11 +138,11 @@ func (o *ours) open(key, stored []byte) (plaintext []byte, stale bool, err error
 	if err != nil {
 		return nil, false, err
 	}
-	again, standing, err := o.Inspect(context.Background(), key, stored)
+	again, state, err := o.Inspect(context.Background(), key, stored)
 	if err != nil || string(again) != string(plaintext) {
 		return nil, false, errors.New("Inspect does not agree with Open")
 	}
-	return plaintext, standing != keyring.Current, nil
+	return plaintext, state != keyring.Current, nil
 }
 
 // await polls until the ring encrypts under a key ID.

@@ -245,7 +245,6 @@ func TestInit(t *testing.T) {
 	network := newNetwork(t)
 	m := network.newMachine(env, "node-1")
 	n := m.kubeadmInit(env, makeImages(t, env), m.address+":6443", newCertificateKey())
-	before := n.read(manifest)
 	n.podWithSecret("app-before", env.Clear.Value("app-before"))
 	for i := range secrets {
 		n.create(fmt.Sprint("before-", i), env.Clear.Value(fmt.Sprint("before-", i)))
@@ -280,7 +279,8 @@ func TestInit(t *testing.T) {
 	}
 
 	n.upgrade()
-	before = bytes.Replace(n.read(manifest), []byte("127.0.0.1:12379"), []byte("127.0.0.1:2379"), 1)
+	// What disable has to restore: the manifest as the upgrade has written it, with the address of etcd.
+	before := bytes.Replace(n.read(manifest), []byte("127.0.0.1:12379"), []byte("127.0.0.1:2379"), 1)
 	n.run(0, "uses the proxy", page("--decrypt-only", "--allow-weakening")...)
 	n.run(0, "", "reencrypt")
 	n.run(0, "without the proxy", "kubeadm", "disable")

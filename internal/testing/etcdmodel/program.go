@@ -5,8 +5,9 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// Program makes requests of bytes, so that nearly all bytes make requests that mean something: few keys, few values, revisions around those that there are. Bytes that are missing are
-// zeros, and zeros are plain.
+// Program makes requests of bytes, so that nearly all bytes make requests that mean something: few
+// keys, few values, revisions around those that there are. Bytes that are missing are zeros, and
+// zeros are plain.
 type Program struct{ bytes []byte }
 
 // Leases are the leases that a program uses beside one that is never granted.
@@ -21,7 +22,8 @@ type Step struct {
 	Between []Write
 }
 
-// Write is what somebody else does before the request of the given number that the step leads to; 0 is the first.
+// Write is what somebody else does before the request of the given number that the step leads to; 0
+// is the first.
 type Write struct {
 	Before  int
 	Request proto.Message
@@ -38,8 +40,9 @@ var values = []string{"a", "a", "a", "b", "", "ab", "ba", "\x00", "a longer valu
 // NewProgram reads at most maxSteps requests out of bytes, which it retains.
 func NewProgram(bytes []byte) *Program { return &Program{bytes} }
 
-// Run has do answer the requests of a program, one after the other; now tells the revision of the moment. It begins with a put for each bit of the first byte, and ends when the
-// bytes do, or with do's error.
+// Run has do answer the requests of a program, one after the other; now tells the revision of the
+// moment. It begins with a put for each bit of the first byte, and ends when the bytes do, or with
+// do's error.
 func (p *Program) Run(now func() int64, do func(Step) error) error {
 	first := p.below(256)
 	for i := range 8 {
@@ -165,7 +168,8 @@ func (p *Program) put() *pb.PutRequest {
 func (p *Program) deletion() *pb.DeleteRangeRequest {
 	r := &pb.DeleteRangeRequest{Key: p.key(), RangeEnd: p.span(), PrevKv: p.one(2)}
 	if string(r.RangeEnd) == "\x00" {
-		// etcd does not see that such a range meets a put of the same transaction, and panics if that put was to keep the value of the key that is gone.
+		// etcd does not see that such a range meets a put of the same transaction, and panics if
+		// that put was to keep the value of the key that is gone.
 		r.RangeEnd = []byte("\xff\xff")
 	}
 	return r

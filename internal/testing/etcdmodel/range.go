@@ -45,7 +45,8 @@ func (w *writing) rangeOnce(r *pb.RangeRequest) (*pb.RangeResponse, error) {
 	return w.ranged(r), nil
 }
 
-// ranged reads, filters, sorts and cuts, in this order; but where nothing is filtered and no order is asked for, it reads no more keys than it takes, and sorts those.
+// ranged reads, filters, sorts and cuts, in this order; but where nothing is filtered and no order
+// is asked for, it reads no more keys than it takes, and sorts those.
 func (w *writing) ranged(r *pb.RangeRequest) *pb.RangeResponse {
 	rev := r.GetRevision()
 	if rev <= 0 {
@@ -111,7 +112,8 @@ func (p *pairs) Less(i, j int) bool {
 	return bytes.Compare(a.GetKey(), b.GetKey()) < 0
 }
 
-// compare wants every key of a range to hold. Where there is none it compares with nothing, and of a value says no.
+// compare wants every key of a range to hold. Where there is none it compares with nothing, and of
+// a value says no.
 func (w *writing) compare(c *pb.Compare) bool {
 	found := w.find(c.GetKey(), c.GetRangeEnd(), w.now())
 	if len(found) == 0 {

@@ -1,5 +1,7 @@
-// Package etcdmodel is a test double of etcd 3.7: its KV service with revisions, history, leases that never expire, and the checks of its transactions, in memory. A test of
-// test/differential holds it against a real etcd. It keeps nothing of compacted history from anyone but by the error, watches nothing, knows no users, and is no part of the product.
+// Package etcdmodel is a test double of etcd 3.7: its KV service with revisions, history, leases
+// that never expire, and the checks of its transactions, in memory. A test of test/differential
+// holds it against a real etcd. It keeps nothing of compacted history from anyone but by the error,
+// watches nothing, knows no users, and is no part of the product.
 package etcdmodel
 
 import (
@@ -54,7 +56,8 @@ func (s *Store) Rev() int64 {
 	return s.rev
 }
 
-// Do answers a request of the KV service as etcd does. Headers tell the revision alone. Errors are etcd's statuses. It retains nothing of the request.
+// Do answers a request of the KV service as etcd does. Headers tell the revision alone. Errors are
+// etcd's statuses. It retains nothing of the request.
 func (s *Store) Do(request proto.Message) (proto.Message, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -7,7 +7,8 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 )
 
-// txnOnce checks the request, then decides all compares, then checks what the branches taken find, and then only does anything.
+// txnOnce checks the request, then decides all compares, then checks what the branches taken find,
+// and then only does anything.
 func (w *writing) txnOnce(r *pb.TxnRequest) (*pb.TxnResponse, error) {
 	if err := checkTxn(r, w.maxOps); err != nil {
 		return nil, err
@@ -80,15 +81,17 @@ type written struct {
 	deletes []*pb.DeleteRangeRequest
 }
 
-// deleted does not see that a range meets anything whose end says that there is none: neither does etcd.
+// deleted does not see that a range meets anything whose end says that there is none: neither does
+// etcd.
 func (w *written) deleted(key string) bool {
 	return slices.ContainsFunc(w.deletes, func(r *pb.DeleteRangeRequest) bool {
 		return string(r.GetRangeEnd()) != "\x00" && within(key, string(r.GetKey()), string(r.GetRangeEnd()))
 	})
 }
 
-// writes refuses a key that is put twice, or put and deleted. The two branches of a nested transaction may put one key, since one alone is taken; and of two
-// nested transactions the second may delete what the first puts.
+// writes refuses a key that is put twice, or put and deleted. The two branches of a nested
+// transaction may put one key, since one alone is taken; and of two nested transactions the second
+// may delete what the first puts.
 func writes(ops []*pb.RequestOp) (*written, error) {
 	all := &written{puts: make(map[string]bool)}
 	for _, op := range ops {

@@ -1,0 +1,70 @@
+package etcdapi
+
+import (
+	"context"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdwire"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/valuetxn"
+)
+
+// revokeCall is a LeaseRevoke. It does not say which keys go with the lease, so etcd is requested
+// them first: one to which keys of the proxies' own are attached stays. No client attaches them,
+// since a put of such a key is refused; the proxies do, with the leases of their announcements,
+// which LeaseLeases shows.
+//
+// The keys are requested with the client's own token. A client that may write the lease's keys and
+// not read them is therefore refused by etcd.
+type revokeCall struct {
+	whole
+	core  *Core
+	asks  bool
+	lease int64
+}
+
+func newRevokeCall(c *Core, _ *listener.Identity) Call { return &revokeCall{core: c} }
+
+func (c *revokeCall) Request(_ Mode, msg []byte) ([]byte, error) {
+	if c.core.Rules.Load().Own.empty() {
+		return msg, nil
+	}
+	var err error
+	if c.lease, err = etcdwire.LeaseID(msg); err != nil {
+		return nil, c.core.status(err, false)
+	}
+	c.asks = true
+	return msg, nil
+}
+
+func (*revokeCall) Scans() bool { return false }
+
+func (*revokeCall) Response(_ Mode, msg []byte) ([]byte, error) { return msg, nil }
+
+func (c *revokeCall) Exchanges() bool { return c.asks }
+
+// exchange implements exchanger. A key that the proxies attach between the two requests is of a
+// proxy that has just begun, and tries again.
+func (c *revokeCall) exchange(ctx context.Context, msg []byte, ask sendFunc) ([]byte, error) {
+	asked, err := rpc.Marshal(&pb.LeaseTimeToLiveRequest{ID: c.lease, Keys: true})
+	if err != nil {
+		return nil, c.core.status(err, false)
+	}
+	said, err := ask(ctx, methodLeaseTimeToLive, asked, valuetxn.MaxResponseBytes)
+	if err != nil {
+		return nil, err
+	}
+	lease := new(pb.LeaseTimeToLiveResponse)
+	if err := rpc.Unmarshal(said, lease); err != nil {
+		return nil, c.core.status(err, true)
+	}
+	own := c.core.Rules.Load().Own
+	for _, key := range lease.GetKeys() {
+		if own.has(key) {
+			return nil, errOwnLease
+		}
+	}
+	return ask(ctx, methodLeaseRevoke, msg, valuetxn.MaxResponseBytes)
+}

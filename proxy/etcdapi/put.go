@@ -1,0 +1,62 @@
+package etcdapi
+
+import (
+	"cmp"
+	"errors"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdwire"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/valuetxn"
+)
+
+type putCall struct {
+	whole
+	kvCall
+}
+
+func newPutCall(c *Core, id *listener.Identity) Call {
+	return &putCall{kvCall: kvCall{core: c, id: id}}
+}
+
+func (c *putCall) Request(m Mode, msg []byte) ([]byte, error) {
+	if err := c.core.checkSize(msg); err != nil {
+		return nil, err
+	}
+	if !c.begin() {
+		return msg, nil
+	}
+	key, err := etcdwire.PutKey(msg)
+	if err != nil {
+		return nil, c.core.status(err, false)
+	}
+	if c.at.Own.has(key) {
+		return nil, errOwnKey
+	}
+	c.touches = c.at.covers(key)
+	out, err := etcdwire.PutRequest(msg, m.Rules(c.at))
+	if errors.Is(err, etcdwire.ErrValueProvided) {
+		return nil, c.refusedPut(msg)
+	}
+	return out, c.core.status(err, false)
+}
+
+// Response decrypts the previous value. When that fails the client gets the error although the put
+// was applied, as it does when the answer of a write is lost on its way.
+func (c *putCall) Response(m Mode, msg []byte) ([]byte, error) {
+	out, err := etcdwire.PutResponse(msg, m.Rules(c.core.Rules.Load()))
+	return out, c.core.status(err, true)
+}
+
+// refusedPut is the error for a put under a rule that has a value and is to keep the one there is.
+// etcd refuses it, but would be sent the plaintext: so it is refused here, as etcd does.
+func (c *putCall) refusedPut(msg []byte) error {
+	put := new(pb.PutRequest)
+	if err := rpc.Unmarshal(msg, put); err != nil {
+		return c.core.status(err, false)
+	}
+	return cmp.Or(valuetxn.CheckPut(put), rpctypes.ErrGRPCValueProvided)
+}

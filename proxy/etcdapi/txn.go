@@ -1,0 +1,114 @@
+package etcdapi
+
+import (
+	"context"
+	"errors"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdwire"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/valuetxn"
+)
+
+type txnCall struct {
+	whole
+	kvCall
+	shape   *etcdwire.TxnShape
+	byValue bool // it compares or sorts by encrypted values
+	changes bool // it has a put or a delete, in any branch: etcd sends it through raft
+	own     bool // some put or delete names keys of the proxies' own
+	over    bool // some delete reaches over keys of the proxies' own, which it leaves alone
+}
+
+// Range implements etcdwire.Operations.
+func (c *txnCall) Range(key, end []byte) { c.touches = c.touches || c.at.Overlaps(key, end) }
+
+// Put implements etcdwire.Operations.
+func (c *txnCall) Put(key []byte) {
+	c.changes = true
+	c.own = c.own || c.at.Own.has(key)
+	c.touches = c.touches || c.at.covers(key)
+}
+
+// Delete implements etcdwire.Operations.
+func (c *txnCall) Delete(key, end []byte) {
+	c.changes = true
+	reach := c.at.Own.reach(key, end)
+	c.own, c.over = c.own || reach == reachesOwn, c.over || reach == reachesOver
+	c.touches = c.touches || c.at.Overlaps(key, end)
+}
+
+func newTxnCall(c *Core, id *listener.Identity) Call {
+	return &txnCall{kvCall: kvCall{core: c, id: id}}
+}
+
+func (c *txnCall) Request(m Mode, msg []byte) ([]byte, error) {
+	ruled := c.begin()
+	tooLarge := c.core.checkSize(msg)
+	if !ruled && tooLarge == nil && !c.id.ReadOnly() {
+		return msg, nil
+	}
+	c.touches, c.changes, c.own, c.over = false, false, false, false // it may be the second time
+	odd := etcdwire.EachOperation(msg, c)
+	c.changes = c.changes || odd != nil
+	switch {
+	case c.changes && c.id.ReadOnly():
+		return nil, errReadOnly
+	case c.changes && tooLarge != nil: // a transaction that only reads never meets etcd's limit
+		return nil, tooLarge
+	case c.own:
+		return nil, errOwnKey
+	}
+	if c.id.ReadOnly() {
+		_, _, err := etcdwire.TxnRequest(msg, storedRules{})
+		return msg, c.core.status(err, false)
+	}
+	if !ruled {
+		return msg, nil
+	}
+	if odd != nil {
+		return nil, c.core.status(odd, false)
+	}
+	out, shape, err := etcdwire.TxnRequest(msg, m.Rules(c.at))
+	if errors.Is(err, etcdwire.ErrByValue) {
+		c.byValue, c.touches = true, true
+		return msg, nil
+	}
+	c.shape = shape
+	return out, c.core.status(err, false)
+}
+
+func (c *txnCall) Response(m Mode, msg []byte) ([]byte, error) {
+	out, err := etcdwire.TxnResponse(msg, m.Rules(c.core.Rules.Load()), c.shape)
+	return out, c.core.status(err, true)
+}
+
+func (c *txnCall) Exchanges() bool { return c.byValue || c.over }
+
+// exchange serves a transaction that compares or sorts by value, or deletes a range with own keys
+// in it.
+func (c *txnCall) exchange(ctx context.Context, msg []byte, ask sendFunc) ([]byte, error) {
+	client := new(pb.TxnRequest)
+	if err := rpc.Unmarshal(msg, client); err != nil {
+		return nil, c.core.status(err, false)
+	}
+	asked := client
+	if c.over {
+		asked, _ = proto.Clone(client).(*pb.TxnRequest)
+		c.at.Own.leaveOut(asked)
+	}
+	answer, err := valuetxn.NewTxn(store{&c.kvCall, ask}, c.core.Turns, asked).Serve(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if c.over {
+		if err := c.at.Own.putBack(client, answer); err != nil {
+			return nil, c.core.status(err, true)
+		}
+	}
+	out, err := rpc.Marshal(answer)
+	return out, c.core.status(err, true)
+}

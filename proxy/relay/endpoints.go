@@ -1,0 +1,179 @@
+package relay
+
+import (
+	"context"
+	"net"
+	"slices"
+	"time"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/tlsfiles"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
+)
+
+// endpointState is one of etcd's endpoints, as one session sees it. Its fields are under the
+// session's mu.
+type endpointState struct {
+	url           string
+	conn          *http2conn.Conn // nil while there is none
+	dialing       bool
+	pause         time.Duration // after the last failure
+	nextDial      time.Time     // no sooner is it dialed
+	upstream      *upstreamConn // of conn
+	learner       bool          // conn leads to a learner
+	nextRoleCheck time.Time     // no sooner is a learner asked again
+}
+
+// keepaliveTime and keepalivePatience are as those of the other connections to etcd.
+const (
+	keepaliveTime    = 15 * time.Second
+	keepaliveTimeout = 10 * time.Second
+)
+
+// availability says why no connection takes a stream.
+type availability int
+
+const (
+	endpointsFull    availability = iota // all connections have as many streams as etcd allows
+	endpointsDown                        // no connection, and dialing has just failed
+	endpointsDialing                     // no connection yet
+)
+
+// pick returns the next connection to etcd, round robin, or nil. It dials endpoints without a
+// connection: an idle client costs etcd no connection. A call goes to a learner only if dialing
+// every other endpoint has failed.
+func (s *session) pick() (*http2conn.Conn, *endpointState, availability) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	full, dialing, untried := false, false, false
+	var learner *endpointState
+	redial := func(h *endpointState) {
+		s.dial(h)
+		dialing = dialing || h.dialing
+		untried = untried || h.dialing && h.pause == 0
+	}
+	for i := range s.endpoints {
+		h := s.endpoints[(s.turn+i)%len(s.endpoints)]
+		switch {
+		case h.conn == nil:
+			redial(h)
+		case h.conn.CanOpen() && h.learner:
+			h.recheckRole()
+			if learner == nil {
+				learner = h
+			}
+		case h.conn.CanOpen():
+			s.turn = (s.turn + i + 1) % len(s.endpoints)
+			return h.conn, h, 0
+		case h.conn.Draining(): // it has had all the streams that it may have
+			h.conn = nil
+			redial(h)
+		default:
+			full = true
+		}
+	}
+	switch {
+	case full:
+		return nil, nil, endpointsFull
+	case untried:
+		return nil, nil, endpointsDialing
+	case learner != nil:
+		return learner.conn, learner, 0
+	case dialing:
+		return nil, nil, endpointsDialing
+	}
+	return nil, nil, endpointsDown
+}
+
+// await is pick for a caller that waits, up to readyWait, for a connection that is under way; and
+// if patient for one to come.
+func (s *session) await(ctx context.Context, patient bool) (*http2conn.Conn, *endpointState) {
+	timer := time.NewTimer(upstream.ConnectWait)
+	defer timer.Stop()
+	again := time.NewTicker(upstream.ConnectParams.Backoff.BaseDelay)
+	defer again.Stop()
+	for {
+		s.mu.Lock()
+		changed := s.changed
+		s.mu.Unlock()
+		conn, h, hope := s.pick()
+		if conn != nil || hope == endpointsFull || hope == endpointsDown && !patient {
+			return conn, h
+		}
+		select {
+		case <-changed:
+		case <-again.C:
+		case <-timer.C:
+			return nil, nil
+		case <-ctx.Done():
+			return nil, nil
+		}
+	}
+}
+
+// dial connects to an endpoint, unless that is under way or was tried just now. The caller holds
+// mu.
+func (s *session) dial(h *endpointState) {
+	if h.dialing || s.ended || time.Now().Before(h.nextDial) {
+		return
+	}
+	h.dialing = true
+	s.work.Go(func() {
+		ctx, cancel := context.WithTimeout(s.engine.base, upstream.ConnectParams.MinConnectTimeout)
+		conn, outlet, err := s.id.Upstream.DialEndpoint(ctx, h.url, tlsfiles.ProtocolHTTP2)
+		cancel()
+		if err == nil {
+			s.serveEndpoint(h, conn, outlet)
+			return
+		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		h.failed()
+		s.notifyChanged()
+	})
+}
+
+// failed notes that a connection has not arrived about. The caller holds the session's mu.
+func (h *endpointState) failed() {
+	h.dialing = false
+	h.pause = min(max(h.pause*8/5, upstream.ConnectParams.Backoff.BaseDelay), upstream.ConnectParams.Backoff.MaxDelay)
+	h.nextDial = time.Now().Add(h.pause)
+}
+
+// serveEndpoint serves a connection to etcd to its end. Streams go there once etcd has greeted and,
+// of several members, said that it is no learner.
+func (s *session) serveEndpoint(h *endpointState, conn net.Conn, outlet *http2conn.WriteBuffer) {
+	up := &upstreamConn{session: s, endpoint: h}
+	up.conn = http2conn.NewClient(conn, http2conn.Config{
+		Handler: up, Pool: rpc.Buffers, WriteBuffer: outlet, Plaintext: s.id.Upstream.TLS == nil, HandshakeTimeout: upstream.ConnectParams.MinConnectTimeout, KeepaliveTime: keepaliveTime, KeepaliveTimeout: keepaliveTimeout,
+	})
+	s.mu.Lock()
+	ended := s.ended
+	if !ended {
+		s.add(up.conn)
+	}
+	s.mu.Unlock()
+	if ended {
+		up.conn.Close()
+		return
+	}
+	s.serveUp(up)
+}
+
+// serveUp serves a connection that streams go on to.
+func (s *session) serveUp(up *upstreamConn) {
+	c := up.conn
+	why := c.Serve()
+	s.mu.Lock()
+	up.remove()
+	all := slices.DeleteFunc(slices.Clone(*s.conns.Load()), func(o *http2conn.Conn) bool { return o == c })
+	s.conns.Store(&all)
+	s.mu.Unlock()
+	for _, stream := range c.Streams() {
+		if st, ok := stream.Value().(*clientStream); ok {
+			st.upstreamLost(why)
+		}
+	}
+	s.flush()
+}

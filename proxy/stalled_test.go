@@ -1,0 +1,118 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"path/filepath"
+	"sync"
+	"testing"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"golang.org/x/net/http2"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
+)
+
+// serveDeaf is an etcd that says it takes all there is, and takes nothing. waits is how many bytes
+// have arrived to it on one connection, or 0.
+func serveDeaf(t *testing.T) (endpoint string, waits func() int) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "s") // a socket, whose buffers are small
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	served := make(chan struct{})
+	var mu sync.Mutex
+	var conns []*net.UnixConn
+	go func() {
+		defer close(served)
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			defer conn.Close()
+			if _, err := io.ReadFull(conn, make([]byte, len(http2.ClientPreface))); err != nil {
+				t.Error(err)
+			}
+			f := http2.NewFramer(conn, conn)
+			err = errors.Join(f.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 1 << 30}), f.WriteWindowUpdate(0, 1<<30), f.WriteSettingsAck())
+			if err != nil {
+				t.Error(err)
+			}
+			mu.Lock()
+			conns = append(conns, conn.(*net.UnixConn))
+			mu.Unlock()
+		}
+	}()
+	t.Cleanup(func() {
+		l.Close()
+		<-served
+	})
+	return "unix://" + path, func() (most int) {
+		mu.Lock()
+		defer mu.Unlock()
+		for _, conn := range conns {
+			raw, err := conn.SyscallConn()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := raw.Control(func(fd uintptr) {
+				n, err := unix.IoctlGetInt(int(fd), unix.TIOCINQ)
+				if err != nil {
+					t.Error(err)
+				}
+				most = max(most, n)
+			}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return most
+	}
+}
+
+// TestMemberThatTakesNothing: the calls that go to it wait, and no other.
+func TestMemberThatTakesNothing(t *testing.T) {
+	bothWays(t, func(t *testing.T, startProxy starter) {
+		deaf, waits := serveDeaf(t)
+		p := startProxy(t, proxytest.ServeStore(t), nil, func(c *Config) {
+			c.Upstream.Endpoints = append(c.Upstream.Endpoints, deaf)
+		})
+		kv := pb.NewKVClient(proxytest.Dial(t, p.Addrs()[0].String(), grpc.WithTransportCredentials(insecure.NewCredentials())))
+		ctx, cancel := context.WithCancel(proxytest.TestContext(t))
+		var all sync.WaitGroup
+		defer all.Wait()
+		defer cancel()
+		put := func(size int) <-chan error {
+			done := make(chan error, 1)
+			all.Go(func() {
+				_, err := kv.Put(ctx, &pb.PutRequest{Key: []byte("k"), Value: make([]byte, size)})
+				done <- err
+			})
+			return done
+		}
+		proxytest.Eventually(t, "full buffers", func() bool {
+			put(1 << 20)
+			return waits() > 128<<10
+		})
+		// They take turns.
+		for range 4 {
+			var err error
+			select {
+			case err = <-put(1):
+			case err = <-put(1):
+			case <-ctx.Done():
+				err = ctx.Err()
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+}
