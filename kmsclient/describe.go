@@ -5,7 +5,8 @@ import (
 	"time"
 )
 
-// Describer is the optional interface of a backend whose KMS tells more of a key than Status does.
+// Describer is the optional interface of a backend whose KMS reports more about a key than Status
+// does.
 type Describer interface {
 	// Describe returns what the KMS says of the key, in whatever state the key is.
 	Describe(ctx context.Context) (*KeyInfo, error)

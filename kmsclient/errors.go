@@ -21,7 +21,7 @@ const (
 	// Denied: the KMS refuses this caller: credentials, permission, quota in arrears, clock skew.
 	// An operator has to act.
 	Denied
-	// KeyDisabled: the key may not be used. Somebody may have disabled it to stop its use, and
+	// KeyDisabled: the key may not be used. An operator may have disabled it to stop its use, and
 	// recovery copies of DEK seeds must not get around that.
 	KeyDisabled
 	// KeyGone: the key or its material is deleted, will be deleted, or waits for an import.
@@ -71,7 +71,7 @@ func (r Reason) Class() Class {
 func (r Reason) Answered() bool { return r == Failing || r == Unhealthy }
 
 // Gone reports whether the key cannot be used because it is not there, or will not be, and not
-// because somebody has disabled it.
+// because an operator has disabled it.
 func (r Reason) Gone() bool { return r == KeyGone || r == KeyNotFound || r == AliasNotFound }
 
 // ReasonOf returns the reason in err. An error without one is Unreachable: it says nothing final.

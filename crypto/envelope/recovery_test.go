@@ -237,8 +237,9 @@ func FuzzParseCopy(f *testing.F) {
 	})
 }
 
-// TestOfflineCopy checks that a copy for offline keys is stored unchanged next to the ID of its recipients, that neither is
-// an annotation of the KMS of the value, and that no copy of one kind is taken for one of the other.
+// TestOfflineCopy checks that a copy for offline keys is stored unchanged next to the ID of its
+// recipients, that neither is an annotation of the KMS of the value, and that no copy of one kind
+// is taken for one of the other.
 func TestOfflineCopy(t *testing.T) {
 	file := append([]byte("age-encryption.org/v1\n-> X25519 "), fill(0, 300)...)
 	h := Header{Type: TypeSeed, KeyID: "1", Source: []byte("wrapped"), Annotations: map[string][]byte{"a.b": {1}}}

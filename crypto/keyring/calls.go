@@ -18,7 +18,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
-// caller calls the KMS of a ring. It ends with the ring, and whoever calls it waits for that.
+// caller calls the KMS of a ring. close cancels the running calls, and waits for them.
 type caller struct {
 	p *provider
 

@@ -86,8 +86,8 @@ func (e *Error) Unwrap() error { return e.Err }
 
 // Answered reports whether every KMS that could unwrap the value's DEK seed answered the call with
 // a failure that it did not explain. Many KMS plugins answer so for a damaged or foreign seed, and
-// also while their own KMS is unreachable: [Sealer.Recheck] tells the two apart. It is false for an
-// error with a reason, and while a KMS does not answer.
+// also while their own KMS is unreachable: [Sealer.Recheck] distinguishes the two. It is false for
+// an error with a reason, and while a KMS does not answer.
 func (e *Error) Answered() bool {
 	switch e.Kind {
 	case KeyUnusable, Corrupt, Plaintext, Refused:

@@ -25,7 +25,7 @@ type generator struct {
 
 	mismatch time.Duration    // pause before the next seed when the KMS wraps under another key ID than Status says
 	used     time.Time        // when the key in use was last tried
-	verified *writer          // the seed whose unwrapping this health check has asked for; nil if it has not
+	verified *writer          // the seed whose unwrapping this health check has started; nil if none
 	sample   *envelope.Header // of a ring for reading only: a seed that the KMS has unwrapped
 }
 

@@ -230,7 +230,7 @@ func (m *monitor) noteBad(ctx context.Context, keyID string, err error) {
 		}
 	}
 	evicted := 0
-	// Seeds from recovery copies stay if the key is gone, and not if somebody has disabled it.
+	// Seeds from recovery copies stay if the key is gone, and not if an operator has disabled it.
 	gone := kmsclient.ReasonOf(err).Gone()
 	mine := func(e *entry) bool { return e.by == m.ring || e.ring == m.ring && !gone && !e.by.overrides() }
 	if revoke {

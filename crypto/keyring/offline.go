@@ -9,13 +9,14 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 )
 
-// OfflineKey wraps recovery copies with public keys, in place of a KMS. Its private keys are offline: a proxy does not
-// have them, so that it can wrap and not unwrap. It is safe for concurrent use.
+// OfflineKey wraps recovery copies with public keys, in place of a KMS. Its private keys are
+// offline: a proxy does not have them, so that it can wrap and not unwrap. It is safe for
+// concurrent use.
 type OfflineKey interface {
 	// ID identifies the public keys, and changes with them.
 	ID() string
-	// Wrap returns the seed as an age file, and the ID of the keys that it was wrapped with. It does not retain seed. The
-	// text of an error is safe to show.
+	// Wrap returns the seed as an age file, and the ID of the keys that it was wrapped with. It
+	// does not retain seed. The text of an error is safe to show.
 	Wrap(seed []byte) (file []byte, id string, err error)
 	// CanUnwrap reports whether there are private keys, which only commands have.
 	CanUnwrap() bool
@@ -23,14 +24,15 @@ type OfflineKey interface {
 	Unwrap(file []byte) ([]byte, error)
 }
 
-// An offline ring has an [OfflineKey] and no KMS. It is always healthy: nothing is polled, and nothing can revoke a
-// public key. It wraps and unwraps recovery copies, and encrypts and decrypts no values of its own.
+// An offline ring has an [OfflineKey] and no KMS. It is always healthy: nothing is polled, and
+// nothing can revoke a public key. It wraps and unwraps recovery copies, and encrypts and decrypts
+// no values of its own.
 
 // isOffline reports whether the ring has an [OfflineKey].
 func (r *Ring) isOffline() bool { return r.p.cfg.Offline != nil }
 
-// overrides reports whether the ring's copies decrypt values whose key is disabled: an operator has handed a command
-// the private keys for that purpose.
+// overrides reports whether the ring's copies decrypt values whose key is disabled: an operator has
+// handed a command the private keys for that purpose.
 func (r *Ring) overrides() bool { return r.isOffline() && r.p.cfg.Offline.CanUnwrap() }
 
 // readOfflineID publishes the ID of the public keys.
@@ -86,7 +88,8 @@ func overriding(found []recoveryCopy) []recoveryCopy {
 	return slices.DeleteFunc(slices.Clone(found), func(s recoveryCopy) bool { return !s.by.overrides() })
 }
 
-// overridden reports whether the copies of one of rings may be used although a value's own key is disabled.
+// overridden reports whether the copies of one of rings may be used although a value's own key is
+// disabled.
 func overridden(rings []*Ring) bool {
 	return slices.ContainsFunc(rings, (*Ring).overrides)
 }

@@ -18,7 +18,8 @@ const (
 	offlineCopyN = "safe.recovery-id.etcd-kms-proxy.io"
 )
 
-// fakeOffline is public keys whose copies are the inverted seed, and private keys if unwraps is true.
+// fakeOffline is public keys whose copies are the inverted seed, and private keys if unwraps is
+// true.
 type fakeOffline struct {
 	mu      sync.Mutex
 	id      string
@@ -106,7 +107,8 @@ func (s *offlineSite) lose(kms *fakeKMS, reason kmsclient.Reason) {
 	s.ack.seeds.evict(func(*entry) bool { return true })
 }
 
-// TestOfflineCopyIsWritten checks what is stored, and that a change of the public keys makes values stale.
+// TestOfflineCopyIsWritten checks what is stored, and that a change of the public keys makes values
+// stale.
 func TestOfflineCopyIsWritten(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newOfflineSite(t, newKMS(t, "ack"))
@@ -139,8 +141,9 @@ func TestOfflineCopyIsWritten(t *testing.T) {
 	})
 }
 
-// TestOfflineCopyIsRead loses the primary key. Without private keys, values are not decrypted, but not lost either. With
-// them they are, also if the key is disabled, and each seed is unwrapped once.
+// TestOfflineCopyIsRead loses the primary key. Without private keys, values are not decrypted, but
+// not lost either. With them they are, also if the key is disabled, and each seed is unwrapped
+// once.
 func TestOfflineCopyIsRead(t *testing.T) {
 	for _, reason := range []kmsclient.Reason{kmsclient.KeyGone, kmsclient.KeyNotFound, kmsclient.KeyDisabled, kmsclient.Denied, kmsclient.Unreachable} {
 		t.Run(reason.String(), func(t *testing.T) {
@@ -186,7 +189,8 @@ func TestOfflineCopyIsRead(t *testing.T) {
 	}
 }
 
-// TestOfflineCopyOfOthers gives private keys that do not unwrap: they are tried now and then, and the value is not lost.
+// TestOfflineCopyOfOthers gives private keys that do not unwrap: they are tried now and then, and
+// the value is not lost.
 func TestOfflineCopyOfOthers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ack := newKMS(t, "ack")
@@ -209,8 +213,8 @@ func TestOfflineCopyOfOthers(t *testing.T) {
 	})
 }
 
-// TestOfflineCopiesAndOthers checks that copies by a KMS stay unused while the key is disabled, though private keys are
-// there, and that a copy of the wrong kind is not used.
+// TestOfflineCopiesAndOthers checks that copies by a KMS stay unused while the key is disabled,
+// though private keys are there, and that a copy of the wrong kind is not used.
 func TestOfflineCopiesAndOthers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ack, dr := newKMS(t, "ack"), newKMS(t, "dr")

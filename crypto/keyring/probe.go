@@ -24,7 +24,7 @@ const maxProbeWait = 30 * time.Minute
 
 // probe unwraps one cached seed of each key but checked, which the health check has used, so that
 // the revocation of an old key is noticed although its seeds are cached. It does so at most once in
-// a poll interval, for maxProbes keys; the next round goes on with the others.
+// a poll interval, for maxProbes keys; the next round continues with the others.
 func (m *monitor) probe(ctx context.Context, checked string) {
 	interval := min(m.p.cfg.PollInterval, m.p.cfg.RevokeWithin)
 	if time.Since(m.probedAt) < interval-interval/10-1 { // as pause has it

@@ -86,7 +86,7 @@ func (p *provider) suspect() {
 // seed that was refused, and is no outage.
 func (p *provider) works() bool { return p.state.Load().works }
 
-// isDisabled reports whether the key is revoked by somebody's will, and not because it is gone.
+// isDisabled reports whether the key was revoked on purpose, and not because it is gone.
 func (p *provider) isDisabled() bool {
 	revoked := p.state.Load().revoked
 	return revoked != nil && !kmsclient.ReasonOf(revoked).Gone()

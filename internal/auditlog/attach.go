@@ -16,15 +16,15 @@ func (l *Log) stay() error {
 		if err == nil && os.SameFile(now, l.info) || err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return nil
 		}
-		l.log.Error("the audit log was taken from its place: it goes on in a new file", "path", l.cfg.Path)
+		l.log.Error("the file of the audit log was moved or removed: the log continues in a new file", "path", l.cfg.Path)
 		_ = l.f.Close() // nothing more is written to it
 		l.f, l.dirty, l.torn = nil, false, nil
 	}
 	return l.attach()
 }
 
-// attach opens the file at the path, and goes on where it, or else the newest rotated file, ends;
-// or where l was before. mu is held, or nobody knows of l.
+// attach opens the file at the path, and continues the chain at its end, at the end of the newest
+// rotated file, or where l was before. mu is held, or l is not shared yet.
 func (l *Log) attach() error {
 	f, err := os.OpenFile(l.cfg.Path, os.O_RDWR|os.O_CREATE|os.O_APPEND|noFollow, 0o600)
 	if isLink(err) {
@@ -91,7 +91,7 @@ func keyName(id string) string {
 }
 
 // predecessor replaces the end of a file without a record by that of the newest rotated file, if
-// there is one. Beside files of another chain a new one would not do: theirs have the higher
+// there is one. Next to files of another chain, a new chain would not do: theirs have the higher
 // numbers, so that its own would be the first to be removed.
 func (l *Log) predecessor(end fileEnd) (fileEnd, string, error) {
 	names, err := rotated(l.cfg.Path)
@@ -99,17 +99,17 @@ func (l *Log) predecessor(end fileEnd) (fileEnd, string, error) {
 		return end, "", err
 	}
 	name := names[len(names)-1]
-	f, err := os.OpenFile(name, os.O_RDONLY|noFollow, 0) //nolint:gosec // beside the file that the operator names
+	f, err := os.OpenFile(name, os.O_RDONLY|noFollow, 0) //nolint:gosec // next to the file that the operator names
 	if err != nil {
-		return end, "", fmt.Errorf("go on from %s: %w", name, err)
+		return end, "", fmt.Errorf("continue from %s: %w", name, err)
 	}
 	defer f.Close()
 	before, err := readEnd(f)
 	if err != nil {
-		return end, "", fmt.Errorf("go on from %s: %w", name, err)
+		return end, "", fmt.Errorf("continue from %s: %w", name, err)
 	}
 	if before.found && before.chainKey != l.chain.id {
-		return end, "", fmt.Errorf("go on from %s: %w", name, l.otherKey(before.chainKey))
+		return end, "", fmt.Errorf("continue from %s: %w", name, l.otherKey(before.chainKey))
 	}
 	if before.found {
 		end.found, end.seq, end.hash, end.chainKey = true, before.seq, before.hash, before.chainKey

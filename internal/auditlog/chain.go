@@ -35,8 +35,8 @@ const (
 	maxKey = 4096
 )
 
-// LoadKey reads the key of a chain: all bytes of a file, 32 to 4,096, that nobody else can use. The
-// key is for [Config] or [VerifyOptions].
+// LoadKey reads the key of a chain: all bytes of a file, 32 to 4,096, that no other user can read.
+// The key is for [Config] or [VerifyOptions].
 func LoadKey(path string) ([]byte, error) {
 	f, err := os.Open(path) //nolint:gosec // the operator names the file
 	if err != nil {

@@ -58,7 +58,7 @@ type Log struct {
 	first     bool   // the next record is the first of its file
 	afterFile string // the name that the file before got
 
-	lost      uint64 // records that no record tells of yet
+	lost      uint64 // lost records that no record reports yet
 	lostSince time.Time
 	logged    bool // the loss was logged
 	loggedAt  time.Time
@@ -209,7 +209,7 @@ func (l *Log) append(e entry) error {
 		if err := l.rotate(); err != nil {
 			// A file that is too large is better than a record that is lost.
 			l.noRotate = time.Now().Add(rotateAgain)
-			l.log.Error("the audit log cannot begin a new file, and goes on in the old one", "path", l.cfg.Path, "error", err)
+			l.log.Error("the audit log cannot start a new file, and continues the old one", "path", l.cfg.Path, "error", err)
 		} else if text, s, err = l.encode(&e); err != nil {
 			return err
 		}

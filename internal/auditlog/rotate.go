@@ -66,7 +66,7 @@ func syncDir(path string) error {
 	return dir.Sync()
 }
 
-// freeName returns name, or name with a number behind it: records of another chain may have the
+// freeName returns name, or name with a number appended: records of another chain may have the
 // same numbers.
 func freeName(name string) (string, error) {
 	for i := range 1000 {

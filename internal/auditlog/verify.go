@@ -205,7 +205,7 @@ func (v *verifier) odd(o *oddLines, next *written) {
 	v.line, v.seq = o.first, 0
 	switch {
 	case next == nil && o.lines == 1 && !o.ended:
-		v.find(KindTorn, "the last line is cut short: a crash, or someone took its end away; no record tells of it yet")
+		v.find(KindTorn, "the last line is truncated, by a crash or a user; no record reports it yet")
 	case next == nil || next.Event != eventTorn || !o.is(next.TornBytes, next.TornHash):
 		v.find(KindForeign, "%d line(s) from here on are not records of an audit log, or no longer", o.lines)
 	case o.lines == 1 && o.bytes == next.TornBytes+1:
@@ -274,7 +274,7 @@ func (v *verifier) begin(w *written) sum {
 	return named
 }
 
-// match looks for the expected hash.
+// match searches for the expected hash.
 func (v *verifier) match(w *written) {
 	switch {
 	case v.since != nil:

@@ -21,7 +21,8 @@ func write(t *testing.T, d clitest.Dir, name, text string) string {
 	return d.Path(name)
 }
 
-// TestKMSCheckOffline: an offline key is tested by wrapping, and with an identity by unwrapping. The audit log says when that was.
+// TestKMSCheckOffline: an offline key is tested by wrapping, and with an identity by unwrapping.
+// The audit log says when that was.
 func TestKMSCheckOffline(t *testing.T) {
 	d := clitest.NewDir(t)
 	key, err := age.GenerateX25519Identity()

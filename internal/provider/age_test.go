@@ -34,8 +34,8 @@ func file(t *testing.T, text string) string {
 	return name
 }
 
-// TestAgeProblems gives each bad block its problem, at the field that has it, with a hint, and without quoting a private
-// key.
+// TestAgeProblems gives each bad block its problem, at the field that has it, with a hint, and
+// without quoting a private key.
 func TestAgeProblems(t *testing.T) {
 	identity, one := keyPair(t)
 	_, two := keyPair(t)

@@ -7,7 +7,7 @@
 //   - The SDK knows no context, follows redirects, reads answers without a limit and defaults to plain HTTP: the transport
 //     carries the caller's context, refuses redirects and anything but HTTPS to the configured host, and caps answers at 1 MiB.
 //   - The SDK's errors quote the request's URL, which holds the security token and the signature. None of them leaves this
-//     package: [failure] keeps what is safe (operation, code, HTTP status, request ID) and drops the text.
+//     package: [failure] keeps what is safe (operation, code, HTTP status, request ID) and discards the text.
 //   - The SDK panics on some answers and accepts empty ones: panics are recovered, and each field is checked.
 //
 // The package neither retries nor limits the rate of calls; the wrapper of package kmsclient does.
@@ -64,8 +64,8 @@ type Config struct {
 	EncryptionContext map[string]string
 	// Credentials say who calls. The zero value takes an access key from the environment.
 	Credentials Credentials
-	// Logger is told when credentials cannot be read or refreshed and the last good ones are kept.
-	// The default discards.
+	// Logger logs that credentials cannot be read or refreshed, and that the last good ones are
+	// kept. The default discards.
 	Logger *slog.Logger
 }
 
@@ -158,7 +158,7 @@ func (b *Backend) CredentialsExpire() time.Time { return b.creds.expires() }
 // a session is not late: one of 15 minutes is renewed when 5 are left.
 func (b *Backend) CredentialsLate() bool { return b.creds.late() }
 
-// CheckFiles looks at caFile and stsCAFile, which are read again when they change, and returns why
+// CheckFiles checks caFile and stsCAFile, which are read again when they change, and returns why
 // the newest ones are not in use, or nil if they are. It is called every few seconds, so that a bad
 // file is reported before a connection needs it.
 func (b *Backend) CheckFiles() error {
@@ -169,7 +169,7 @@ func (b *Backend) CheckFiles() error {
 	return errors.Join(problems...)
 }
 
-// Close ends the fetching of credentials and drops idle connections. It always returns nil. Calls
+// Close ends the fetching of credentials and closes idle connections. It always returns nil. Calls
 // must have ended.
 func (b *Backend) Close() error {
 	b.creds.close()

@@ -24,7 +24,7 @@ const (
 
 // Credentials say where the caller's credentials come from. Only the type that is named is tried.
 //
-// Those of type accessKey and sts are read anew for each call, so a replaced file counts at once.
+// Those of type accessKey and sts are read for each call, so a replaced file takes effect at once.
 // While one cannot be read, the last good credentials are used. The other types give sessions that
 // end: a new one is fetched in the background when a sixth of its life, or five minutes, are left,
 // by one fetch at a time; while that fails, the old one is used until it ends.
@@ -42,10 +42,10 @@ type Credentials struct {
 	// default ALIBABA_CLOUD_ROLE_ARN.
 	RoleARN string
 	// OIDCProviderARN and OIDCTokenFile belong to type oidc; by default
-	// ALIBABA_CLOUD_OIDC_PROVIDER_ARN and ALIBABA_CLOUD_OIDC_TOKEN_FILE. The file is read anew for
+	// ALIBABA_CLOUD_OIDC_PROVIDER_ARN and ALIBABA_CLOUD_OIDC_TOKEN_FILE. The file is read for
 	// each session.
 	OIDCProviderARN, OIDCTokenFile string
-	// ExternalID is what the role's trust policy may ask of type assumeRole.
+	// ExternalID is for type assumeRole, if the role's trust policy requires it.
 	ExternalID string
 	// SessionName is how the KMS' audit log calls the session of a role; by default
 	// "etcd-kms-proxy".
@@ -59,11 +59,11 @@ type Credentials struct {
 	// HTTPS; by default the region's, sts.<region>.aliyuncs.com. STSCAFile holds PEM certificates
 	// to verify it with, in place of the system's.
 	STSEndpoint, STSCAFile string
-	// RoleName is the instance's role for type ecsRAMRole; by default the metadata server is asked
-	// for it.
+	// RoleName is the instance's role for type ecsRAMRole; by default it is requested from the
+	// metadata server.
 	RoleName string
-	// AllowMetadataV1 asks without a token when the metadata server gives none. Whoever can make a
-	// process on the instance fetch a URL can then steal the credentials.
+	// AllowMetadataV1 requests credentials without a token if the metadata server issues none.
+	// Anyone who can make a process on the instance fetch a URL can then steal the credentials.
 	AllowMetadataV1 bool
 	// MetadataURL and MetadataCAFile name another metadata server. For tests.
 	MetadataURL, MetadataCAFile string

@@ -37,7 +37,7 @@ var roleNamePattern = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)
 // process fetch a URL gets nothing.
 type instanceSource struct {
 	url     string
-	role    string // "" asks the server
+	role    string // "" requests it from the server
 	allowV1 bool
 	pool    *http.Transport
 }
@@ -108,7 +108,7 @@ func (m *instanceSource) fetch(ctx context.Context) (session, error) {
 	return s, nil
 }
 
-// token asks for the token of version 2.
+// token requests a token for version 2 of the metadata server.
 func (m *instanceSource) token(ctx context.Context) (string, error) {
 	status, body, err := m.do(ctx, http.MethodPut, "/latest/api/token", headerTTL, metadataTTL)
 	token := strings.TrimSpace(string(body))
@@ -125,7 +125,7 @@ func (m *instanceSource) token(ctx context.Context) (string, error) {
 	return token, nil
 }
 
-// get asks for the credentials of a role, or for the role's name. Without a token it speaks version
+// get requests the credentials of a role, or the role's name. Without a token it speaks version
 // 1.
 func (m *instanceSource) get(ctx context.Context, role, token string) ([]byte, error) {
 	header := headerToken

@@ -75,7 +75,7 @@ func (s *staticSource) expires() time.Time { return time.Time{} }
 func (s *staticSource) late() bool         { return false }
 func (s *staticSource) close()             {}
 
-// read returns the credentials as they stand now, or every problem with them.
+// read returns the current credentials, or all problems with them.
 func (s *staticSource) read() (credential, error) {
 	c := credential{source: s.source}
 	var idErr, secretErr, tokenErr error

@@ -106,7 +106,7 @@ func (r *remote) failed(op string, cred credential, t *callTransport, err error)
 	return f
 }
 
-// explain says in words of our own why no answer came.
+// explain describes in words of this package why there was no response.
 func (r *remote) explain(err error) string {
 	var (
 		unknown   x509.UnknownAuthorityError
@@ -157,9 +157,9 @@ func reasonOfStatus(status int) kmsclient.Reason {
 }
 
 // reasonOfCode says what one of the vendor's codes means, with a hint where there is one: the codes
-// of the product Kms and those of the gateway before it. Only a code that is known to be about what
-// was sent says that a ciphertext is damaged: a value is given up for that. What is not known here
-// is judged by its status, and says nothing of the value.
+// of the product Kms and those of the gateway before it. Only a code that is known to concern the
+// request means that a ciphertext is damaged, and only then is the value given up. Unknown codes
+// are classified by their status, and mean nothing for the value.
 func reasonOfCode(code string, status int) (kmsclient.Reason, string) {
 	switch code {
 	case "Rejected.Throttling", "ServiceUnavailableTemporary", "ServiceUnavailable", "InternalFailure", "SignatureNonceUsed":
@@ -230,7 +230,7 @@ var (
 	requestIDPattern = regexp.MustCompile(`^[0-9A-Fa-f]{8}(-?[0-9A-Fa-f]{4}){3}-?[0-9A-Fa-f]{12}$`)
 )
 
-// safeCode returns the code if it looks like one; an answer could put anything there.
+// safeCode returns the code if it is well-formed, because a response could contain anything.
 func safeCode(code string) string {
 	if codePattern.MatchString(code) {
 		return code

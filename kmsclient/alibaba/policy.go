@@ -19,7 +19,7 @@ type RAMStatement struct {
 }
 
 // NewRAMPolicy returns the least that the callers of the keys need, each named as [KeyARN] returns
-// it. RAM asks for the permission on the key also where a request names an alias.
+// it. RAM requires the permission on the key also for a request that names an alias.
 func NewRAMPolicy(keyARNs ...string) *RAMPolicy {
 	return &RAMPolicy{Version: "1", Statement: []RAMStatement{{
 		Effect: "Allow", Action: []string{"kms:DescribeKey", "kms:GenerateDataKey", "kms:Encrypt", "kms:Decrypt"}, Resource: keyARNs,
@@ -41,7 +41,7 @@ func KeyARN(region, keyID string) string {
 }
 
 // KeyARN returns how RAM names the key of the backend. Where the configuration has an alias, it
-// asks the KMS for the key.
+// requests the key from the KMS.
 func (b *Backend) KeyARN(ctx context.Context) (string, error) {
 	if b.realID != "" {
 		return KeyARN(b.region, b.keyID), nil

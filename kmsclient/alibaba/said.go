@@ -20,7 +20,7 @@ var (
 // say returns a message of the vendor's, to be added to a sentence, or "" if it could hold anything
 // secret: some messages quote what was signed, or a parameter. Only short words of letters and ids
 // of keys are let through: access keys, tokens, signatures and seeds are longer than such a word.
-// Without this, nobody could tell why the KMS refuses a certain key to a caller.
+// Without it, the operator could not find out why the KMS denies a caller a certain key.
 func (r *remote) say(message string) string {
 	message = strings.TrimSpace(message)
 	if message == "" || len(message) > maxSaid {

@@ -37,7 +37,7 @@ type sessionSource struct {
 	fetch func(context.Context) (session, error) // the error is an *kmsclient.Error
 	reads func() []string                        // the files that fetch reads: a change ends the pause after a failure
 	done  func()                                 // called by close, at its end
-	// problem says why the newest files are not in use, beside those of reads; nil without such
+	// problem says why the newest files are not in use, other than read errors; nil if they are
 	// files
 	problem func() error
 	logger  *slog.Logger
@@ -167,7 +167,7 @@ func (s *sessionSource) end(next session, err error) {
 		}
 	}
 	switch {
-	case s.closed: // nobody wants it any more
+	case s.closed: // it is no longer needed
 	case err != nil:
 		s.failure, s.failures = err, s.failures+1
 		pause := min(minRetry<<min(before, 10), maxRetry)

@@ -13,7 +13,7 @@ import (
 	"unicode/utf8"
 )
 
-// realID returns the key id that a configured one stands for, or "" if only the KMS knows.
+// realID returns the key ID of a configured key, or "" if only the KMS can resolve it.
 func realID(keyID string) string {
 	if rest, ok := strings.CutPrefix(keyID, "acs:kms:"); ok {
 		_, id, _ := strings.Cut(rest, ":key/")

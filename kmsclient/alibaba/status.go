@@ -15,8 +15,8 @@ import (
 
 // Status reports the version that Encrypt would use now. A key that cannot be used is an error of
 // [kmsclient.ClassKeyUnusable]. A dedicated instance's endpoint does not describe keys; there, a
-// data key is generated and dropped, which shows the current version and that the key works. So it
-// is when DescribeKey is throttled, whose small quota the whole account shares.
+// data key is generated and discarded, which shows the current version and that the key works. So
+// it is when DescribeKey is throttled, whose small quota the whole account shares.
 func (b *Backend) Status(ctx context.Context) (*service.StatusResponse, error) {
 	const op = "Status"
 	info, err := b.describe(ctx, op)
@@ -106,7 +106,7 @@ func checkState(op string, info *kmsclient.KeyInfo) error {
 		e.Code = "Rejected." + info.State
 		e.Reason, e.Detail = reasonOfCode(e.Code, http.StatusConflict)
 	default:
-		e.Reason, e.Detail = kmsclient.BrokenContract, "the key is in a state that is not known here"
+		e.Reason, e.Detail = kmsclient.BrokenContract, "the key is in an unknown state"
 	}
 	return e
 }

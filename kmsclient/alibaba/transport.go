@@ -72,7 +72,7 @@ func (p *pool) transport() *http.Transport {
 	return p.files.Get()
 }
 
-// problem looks at the file of CAs, and says why it is not in use.
+// problem checks the file of CAs, and returns why it is not in use.
 func (p *pool) problem() error {
 	if p.files == nil {
 		return nil

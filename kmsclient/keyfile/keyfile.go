@@ -1,12 +1,12 @@
-// Package keyfile reads and makes files that hold keys as they are: those of local providers, and
-// those that kube-apiserver's own providers sealed with. Such a file is YAML, which only the user
-// of the process and root can use (see [secretfile.Check]):
+// Package keyfile reads and creates files of unencrypted keys: those of local providers, and those
+// of kube-apiserver's own providers. Such a file is YAML, and accessible only to the user of the
+// process and root (see [secretfile.Check]):
 //
 //	keys:
 //	- {id: "1", secret: <base64>}
 //
-// The field that names a key is called as the [Form] says. The package knows nothing of what the
-// keys are for. Errors say what is wrong and on which line, and never hold a secret.
+// [Form] is the name of the field that identifies a key. The package is independent of the use of
+// the keys. Errors say what is wrong and on which line, and never hold a secret.
 package keyfile
 
 import (
@@ -32,13 +32,13 @@ const (
 	maxIDSize   = 1024
 )
 
-// Form is what a kind of file holds.
+// Form describes a kind of key file.
 type Form struct {
-	// ID is the field that names a key.
+	// ID is the name of the field that identifies a key.
 	ID string
-	// Sizes are the lengths that a secret may have, in bytes.
+	// Sizes are the valid lengths of a secret in bytes.
 	Sizes []int
-	// Empty is what to do about a file without keys.
+	// Empty is the hint for a file without keys.
 	Empty string
 }
 
@@ -48,7 +48,7 @@ type Key struct {
 	Secret []byte
 }
 
-// Read reads and checks the file at path, and returns what the open file said of itself. A file
+// Read reads and checks the file at path, and returns the file's metadata. A file
 // that others can use is an error.
 func Read(path string, form Form) ([]Key, fs.FileInfo, error) {
 	f, err := os.Open(path) //nolint:gosec // the operator names the file
@@ -118,7 +118,7 @@ func Parse(data []byte, form Form) ([]Key, error) {
 		case why != "":
 			bad("%s", why)
 		case seen[k.ID]:
-			bad("the %s %q stands there twice", form.ID, k.ID)
+			bad("the %s %q is used twice", form.ID, k.ID)
 		}
 		seen[k.ID] = true
 		keys = append(keys, k)

@@ -1,7 +1,7 @@
 // Package kmstest holds what tests of the seam between the proxy and a KMS share: [Conformance],
 // the suite that every backend must pass, and pass [ConformanceUnderFaults]; [Fault], which makes
 // calls of any service fail in the ways a network can; [PluginServer], which serves any service as
-// a Kubernetes KMS v2 plugin; and [Memory], an honest KMS to put behind them.
+// a Kubernetes KMS v2 plugin; and [Memory], a correct KMS for them to use.
 package kmstest
 
 import (
@@ -54,7 +54,7 @@ func DamagedClasses(classes ...kmsclient.Class) Option {
 	return func(o *options) { o.damaged = classes }
 }
 
-// Opaque is for a backend whose KMS does not tell one failure from another: any error will do,
+// Opaque is for a backend whose KMS does not distinguish failures: any error passes,
 // where one is due.
 func Opaque() Option { return func(o *options) { o.opaque = true } }
 

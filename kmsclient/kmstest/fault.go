@@ -12,13 +12,13 @@ import (
 // Failure is what becomes of one call instead of its answer. The zero value fails the call, which
 // is not applied, with an error of [kmsclient.ClassUnavailable].
 type Failure struct {
-	Apply bool  // call the service behind and drop its answer: applied, but reported as failed
+	Apply bool  // call the service and discard its response: applied, but reported as failed
 	Hang  bool  // wait until the context ends; the error is then the context's
 	Panic any   // panic with this, unless nil
 	Err   error // what the call returns; by default an error of ClassUnavailable
 }
 
-// Fault stands before a service, counts the calls to it and makes some of them fail. It is safe for
+// Fault wraps a service, counts the calls to it and makes some of them fail. It is safe for
 // concurrent use.
 //
 // It is no service itself: [Fault.Service] is one that has GenerateDataKey exactly if the service
@@ -63,7 +63,7 @@ func (f *Fault) Calls(op string) int {
 	return f.calls[op]
 }
 
-// Applied returns how often the operation reached the service behind, even if a failure then hid
+// Applied returns how often the operation reached the wrapped service, even if a failure then hid
 // the answer.
 func (f *Fault) Applied(op string) int {
 	f.mu.Lock()
@@ -72,7 +72,7 @@ func (f *Fault) Applied(op string) int {
 }
 
 // Service returns the service to hand to what is tested. It implements [kmsclient.DataKeyGenerator]
-// if the service behind does.
+// if the wrapped service does.
 func (f *Fault) Service() kmsclient.Service {
 	if g, ok := f.inner.(kmsclient.DataKeyGenerator); ok {
 		return faultyGenerator{faulty{f}, g}

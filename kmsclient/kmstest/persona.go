@@ -23,7 +23,7 @@ type Persona struct {
 	versions  map[string]string // the vendor's key ID of each of the plugin's
 	order     []string          // the plugin's key IDs, the current one last
 	started   string            // the key ID that was the current one at the start of the process
-	named     bool              // a call has told the process of the key's version
+	named     bool              // a call has passed the key's version to the process
 	outage    bool
 	disabled  map[string]bool
 	failed    time.Time // the last Encrypt or Decrypt that failed

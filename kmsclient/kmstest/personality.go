@@ -22,7 +22,7 @@ type Personality struct {
 	OneVersion bool
 
 	keyID           func(version int) string
-	statusKeyID     func(version int) string // what Status says until a call has told the plugin of the version; nil: keyID
+	statusKeyID     func(version int) string // what Status says until a call has passed the version to the plugin; nil: keyID
 	annotations     map[string][]byte        // given with each wrapped secret
 	beta            bool                     // Status names the API's version v2beta1
 	unhealthyFor    time.Duration            // how long Status says "err" after an Encrypt or Decrypt that failed
@@ -46,7 +46,7 @@ func named(format string) func(int) string {
 	return func(version int) string { return fmt.Sprintf(format, version) }
 }
 
-// hashed is a key ID that tells nothing of the key or its version.
+// hashed is a key ID that reveals neither the key nor its version.
 func hashed(version int) string {
 	sum := sha256.Sum256([]byte(fmt.Sprintf("https://vault.example/keys/k/%d", version)))
 	return hex.EncodeToString(sum[:])

@@ -14,20 +14,19 @@ import (
 
 const secretSize = 32
 
-// form is what the key files of local providers hold.
+// form describes the key files of local providers.
 var form = keyfile.Form{ID: "id", Sizes: []int{secretSize}, Empty: "etcd-kms-proxy kms new-local-key adds one"}
 
 func line(id string, secret []byte) string { return form.Line(keyfile.Key{ID: id, Secret: secret}) }
 
-// NewKeyFile makes a key file with one key, readable by its owner only. It never replaces a file:
-// the error then wraps [fs.ErrExist].
+// NewKeyFile creates a key file with one key, readable only by its owner. If the file exists, the
+// error wraps [fs.ErrExist].
 func NewKeyFile(path string) error {
 	return keyfile.Create(path, "# Keys of etcd-kms-proxy. The last one wraps, all unwrap. Never remove one that a stored value still needs.\nkeys:\n"+line("1", newSecret()))
 }
 
-// AddVersion adds a key to a key file, which then wraps. The file is replaced at once, so that a
-// reader sees the old one or the new one; comments, order, owner and mode stay. Of a symbolic link,
-// the target is replaced.
+// AddVersion adds a key to a key file, which then wraps. It replaces the file atomically and keeps
+// comments, order, owner and mode. If the path is a symbolic link, it replaces the target.
 func AddVersion(path string) error {
 	path, err := filepath.EvalSymlinks(path)
 	if err != nil {
@@ -62,7 +61,7 @@ func AddVersion(path string) error {
 	} else if err != nil {
 		return err
 	}
-	// The proxy must be able to read what root made in its name.
+	// The proxy must be able to read a file that root created for it.
 	if err := keepOwner(temp, info); err != nil {
 		return fmt.Errorf("key file %s: its owner is another user, who could not read the new one; run this as that user: %w", path, errors.Join(err, os.Remove(temp)))
 	}

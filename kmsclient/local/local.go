@@ -1,14 +1,14 @@
 // Package local is a KMS in a file: a software key for development, small clusters and recovery
 // copies kept offline.
 //
-// Whoever can read the file can open every value, so it must be readable by its owner only and must
-// not lie where etcd's data or its backups are. The file is YAML:
+// Anyone who can read the file can decrypt every value, so only its owner may read it, and it must
+// not be stored with etcd's data or backups. The file is YAML:
 //
 //	keys:
 //	- {id: "1", secret: <base64 of 32 bytes>}
 //	- {id: "2", secret: …}
 //
-// The last key wraps, all of them unwrap. A wrapped secret is nonce[12] | AES-256-GCM ciphertext |
+// The last key wraps. All keys unwrap. A wrapped secret is nonce[12] | AES-256-GCM ciphertext |
 // tag[16], with the key's id as additional data.
 package local
 
@@ -33,9 +33,8 @@ type Config struct {
 	KeyFile string
 }
 
-// KMS serves the keys of one file. It is safe for concurrent use. It reads the file again when
-// Status or a call for a key it does not know finds that it changed; while the file cannot be read,
-// calls fail with [kmsclient.ClassUnavailable].
+// KMS serves the keys of one file. It is safe for concurrent use. Each call reads the file again if
+// it has changed. While the file cannot be read, calls fail with [kmsclient.Unreachable].
 type KMS struct {
 	path string
 
@@ -46,13 +45,13 @@ type KMS struct {
 
 var _ kmsclient.Service = (*KMS)(nil)
 
-// keys are the versions of one reading of the file.
+// keys are the ciphers of the keys in the file.
 type keys struct {
 	byID map[string]cipher.AEAD
 	last string
 }
 
-// New reads the key file. Its errors say what is wrong, on which line, and never hold a secret.
+// New reads the key file. Its errors name the line, and never contain a secret.
 func New(cfg Config) (*KMS, error) {
 	k := &KMS{path: cfg.KeyFile}
 	if _, err := k.current(); err != nil {
@@ -61,7 +60,7 @@ func New(cfg Config) (*KMS, error) {
 	return k, nil
 }
 
-// current returns the keys, read again if the file changed.
+// current returns the keys. It reads the file again if it has changed.
 func (k *KMS) current() (*keys, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()

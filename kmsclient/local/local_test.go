@@ -91,7 +91,7 @@ func TestBadFiles(t *testing.T) {
 		"no keys":           {"keys: []", "no keys", 0o600},
 		"unknown field":     {"keys: []\nmore: " + canary, "not of the form", 0o600},
 		"field of a key":    {"keys: [{id: a, secert: " + canary + "}]", "keys[0], line 1: has a field other", 0o600},
-		"same id":           {"keys:\n- {id: a, secret: " + ok + "}\n- {id: a, secret: " + ok + "}", "keys[1], line 3: the id \"a\" stands there twice", 0o600},
+		"same id":           {"keys:\n- {id: a, secret: " + ok + "}\n- {id: a, secret: " + ok + "}", "keys[1], line 3: the id \"a\" is used twice", 0o600},
 		"not base64":        {"keys: [{id: a, secret: \"%" + canary + "\"}]", "not base64", 0o600},
 		"wrong length":      {"keys: [{id: a, secret: " + canary + "}]", "33 bytes instead of 32", 0o600},
 		"no id":             {"keys: [{secret: " + ok + "}]", "has no id", 0o600},

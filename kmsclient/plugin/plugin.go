@@ -52,7 +52,7 @@ func New(cfg Config) (*KMS, error) {
 	var err error
 	k.conn, err = grpc.NewClient(target, grpc.WithContextDialer(k.dial), grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithNoProxy(), // a socket of this machine, whatever HTTPS_PROXY says
-		// A plugin restarts beside the proxy: wait for it in short steps.
+		// A plugin may restart while the proxy runs: retry after short delays.
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},
 			MinConnectTimeout: time.Second,
@@ -107,13 +107,13 @@ func (k *KMS) Status(ctx context.Context) (*service.StatusResponse, error) {
 	return &service.StatusResponse{Version: res.Version, Healthz: res.Healthz, KeyID: res.KeyId}, nil
 }
 
-// safe keeps a failed call's code and drops the plugin's text, which may hold what it was sent.
+// safe keeps a failed call's code and discards the plugin's text, which may contain the request.
 func (k *KMS) safe(ctx context.Context, op, keyID string, err error) error {
 	code := status.Code(err)
 	e := &kmsclient.Error{Op: op, Reason: reasonOf(code), Code: code.String(), KeyID: keyID, Detail: k.detail(ctx, code)}
 	cause := ctx.Err()
 	if _, limited := ctx.Deadline(); limited && cause == nil && code == codes.DeadlineExceeded {
-		cause = context.DeadlineExceeded // the plugin is told of the deadline and may answer just before it
+		cause = context.DeadlineExceeded // the plugin gets the deadline and may respond just before it
 	}
 	if cause != nil {
 		return errors.Join(e, cause)
@@ -121,7 +121,7 @@ func (k *KMS) safe(ctx context.Context, op, keyID string, err error) error {
 	return e
 }
 
-// detail says what the operator should look at.
+// detail says what the operator should check.
 func (k *KMS) detail(ctx context.Context, c codes.Code) string {
 	switch c {
 	case codes.Unavailable:

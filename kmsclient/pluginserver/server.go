@@ -107,7 +107,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	server := grpc.NewServer(grpc.UnaryInterceptor(s.intercept), grpc.WaitForHandlers(true), grpc.ConnectionTimeout(10*time.Second))
 	kmsapi.RegisterKeyManagementServiceServer(server, s)
 
-	// Health checks go on while calls are finished: a Status may wait for the first one.
+	// Health checks continue while calls are finished: a Status may wait for the first one.
 	polling, end := context.WithCancel(context.WithoutCancel(ctx))
 	var rest sync.WaitGroup
 	defer rest.Wait()
@@ -234,7 +234,7 @@ func statusOf(ctx context.Context, err error) error {
 	case kmsclient.KeyDisabled:
 		code = codes.FailedPrecondition
 	case kmsclient.KeyGone, kmsclient.KeyNotFound, kmsclient.AliasNotFound:
-		code = codes.NotFound // a proxy uses recovery copies then, and not if somebody has disabled the key
+		code = codes.NotFound // a proxy uses recovery copies then, and not if an operator has disabled the key
 	case kmsclient.Invalid:
 		code = codes.InvalidArgument
 	case kmsclient.BrokenContract:

@@ -32,7 +32,7 @@ type Agreement struct {
 var (
 	// ErrForged is returned for a record that was not written by a proxy with the keys of the KMS,
 	// or whose proofs were encrypted with other keys than this proxy has.
-	ErrForged = errors.New("the record of the rules that the proxies agreed on is not genuine, or was sealed with other keys than these")
+	ErrForged = errors.New("the record of the rules that the proxies agreed on is not genuine, or was encrypted with other keys than these")
 	// ErrUnverified is returned if no KMS is available to verify the record.
 	ErrUnverified = errors.New("the record of the rules that the proxies agreed on could not be checked yet")
 )
@@ -90,14 +90,14 @@ func (f *Fleet) Verify(ctx context.Context, a *Agreement, providers []string) (s
 		if len(proof) == 0 {
 			return false, fmt.Errorf("%w: it has no proof by KMS provider %q", ErrForged, name)
 		}
-		plaintext, standing, err := sealer.Inspect(ctx, []byte(f.key()), proof)
+		plaintext, state, err := sealer.Inspect(ctx, []byte(f.key()), proof)
 		if e, ok := errors.AsType[*keyring.Error](err); ok && e.Kind != keyring.Corrupt {
 			continue
 		}
-		if err != nil || standing != keyring.Current && standing != keyring.Stale || !bytes.Equal(plaintext, sum[:]) {
+		if err != nil || state != keyring.Current && state != keyring.Stale || !bytes.Equal(plaintext, sum[:]) {
 			return false, fmt.Errorf("%w: the proof by KMS provider %q does not hold", ErrForged, name)
 		}
-		verified, stale = true, stale || standing == keyring.Stale
+		verified, stale = true, stale || state == keyring.Stale
 	}
 	if !verified {
 		return false, ErrUnverified

@@ -14,7 +14,7 @@ import (
 // Election elects one of several processes for a job.
 type Election struct {
 	Client *clientv3.Client
-	Key    string // below which the candidates stand
+	Key    string // prefix of the candidates' keys
 	Self   string // how this process is called
 	// Waiting is called with the name of the leader while this process waits, and again when the
 	// leader changes. May be nil.
@@ -49,7 +49,7 @@ func (e Election) Run(ctx context.Context, f func(context.Context) error) error 
 		session.Orphan()
 		revoking, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
 		defer cancel()
-		_, _ = e.Client.Revoke(revoking, session.Lease()) // else it ends by itself
+		_, _ = e.Client.Revoke(revoking, session.Lease()) // otherwise it expires
 	}()
 	if err := e.campaign(ctx, session); err != nil {
 		return err
@@ -76,7 +76,7 @@ func (e Election) campaign(ctx context.Context, session *concurrency.Session) er
 	defer stop(nil)
 	election, elected := concurrency.NewElection(session, e.Key), make(chan error, 1)
 	go func() { elected <- election.Campaign(ctx, e.Self) }()
-	own, told := fmt.Sprintf("%s/%x", e.Key, session.Lease()), ""
+	own, reported := fmt.Sprintf("%s/%x", e.Key, session.Lease()), ""
 	for wait := time.Duration(0); ; wait = electionCheck {
 		select {
 		case err := <-elected:
@@ -103,9 +103,9 @@ func (e Election) campaign(ctx context.Context, session *concurrency.Session) er
 		}
 		if holder := string(now.Kvs[0].Value); e.NoWait {
 			stop(fmt.Errorf("%w: %s", ErrOtherLeader, holder))
-		} else if holder != told && e.Waiting != nil {
+		} else if holder != reported && e.Waiting != nil {
 			e.Waiting(holder)
-			told = holder
+			reported = holder
 		}
 	}
 }

@@ -183,7 +183,7 @@ func (f *Fleet) announce(ctx context.Context) error {
 	defer func() {
 		revoking, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 		defer cancel()
-		_, _ = c.Revoke(revoking, lease.ID) // else it ends by itself
+		_, _ = c.Revoke(revoking, lease.ID) // otherwise it expires
 	}()
 	alive, stop := context.WithCancel(ctx)
 	defer stop()

@@ -35,7 +35,7 @@ type BypassConfig struct {
 type BypassWatcher struct {
 	BypassConfig
 	changed chan struct{}
-	next    map[string]int64 // the revision to go on with, by prefix; none: the present one
+	next    map[string]int64 // the revision to continue from, by prefix; none: the current one
 	missed  map[string]int64 // the revision from which on writes were missed, by prefix; 0: all of them
 	failing bool             // that a watch does not work
 	history restore.Detector
@@ -121,7 +121,7 @@ func (b *BypassWatcher) watch(ctx context.Context) (changed bool) {
 		for {
 			r, err := stream.Recv()
 			if err != nil {
-				return // a stream that ends is opened again
+				return // the caller opens a new stream
 			}
 			select {
 			case responses <- r:
@@ -207,7 +207,7 @@ func (b *BypassWatcher) fails(ctx context.Context, err error) {
 		return
 	}
 	b.failing = true
-	b.Logger.Warn("writes that go past the proxy are not watched at the moment", "error", err)
+	b.Logger.Warn("the watch for writes past the proxies is interrupted", "error", err)
 }
 
 // handle processes a response of the watch of a prefix. It returns false if the watch has ended.

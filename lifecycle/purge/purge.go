@@ -22,7 +22,7 @@ import (
 // History is what etcd still holds of values that were replaced or deleted.
 type History struct {
 	Compacted int64 `json:"compacted"` // revision of the last compaction; 0 if there was none
-	Present   int64 `json:"present"`   // revision that was looked up to
+	Present   int64 `json:"present"`   // the last revision that was searched
 	Plaintext int64 `json:"plaintext"` // old values under rules that seal which are readable, or may be
 	// CompactAt is the lowest revision whose compaction removes all of them; 0 if there are none.
 	CompactAt int64 `json:"compactAt"`
@@ -125,7 +125,7 @@ func (h *History) compact(ctx context.Context, c *clientv3.Client) error {
 		return nil
 	}
 	_, err := c.Compact(ctx, h.CompactAt)
-	if err != nil && !errors.Is(err, rpctypes.ErrCompacted) { // somebody else was faster
+	if err != nil && !errors.Is(err, rpctypes.ErrCompacted) { // another client was faster
 		return fmt.Errorf("compact at revision %d: %w", h.CompactAt, err)
 	}
 	return nil
@@ -216,7 +216,7 @@ func Members(ctx context.Context, c *clientv3.Client) ([]Member, error) {
 	for _, m := range list.Members {
 		members = append(members, Member{ID: m.ID, Name: m.Name, Learner: m.IsLearner, Why: "none of the endpoints and of its client URLs answers"})
 	}
-	look := func(endpoint string, want uint64) {
+	inspect := func(endpoint string, want uint64) {
 		limited, cancel := context.WithTimeout(ctx, memberTimeout)
 		defer cancel()
 		s, err := c.Status(limited, endpoint)
@@ -229,12 +229,12 @@ func Members(ctx context.Context, c *clientv3.Client) ([]Member, error) {
 		}
 	}
 	for _, e := range c.Endpoints() {
-		look(e, 0)
+		inspect(e, 0)
 	}
 	for i, m := range list.Members {
 		for _, url := range m.ClientURLs {
 			if members[i].Endpoint == "" {
-				look(url, m.ID)
+				inspect(url, m.ID)
 			}
 		}
 	}

@@ -51,7 +51,7 @@ func (l *limits) set(keys, bytes int) {
 func (l *limits) maxKeys() int { return int(l.keys.Load()) }
 
 // allow reports whether an item may join a batch. The first one always may, because only etcd can
-// tell whether it is too large.
+// decide whether it is too large.
 func (l *limits) allow(b *batch, i *item) bool {
 	return len(b.items) == 0 || len(b.items) < l.maxKeys() && b.size+i.size() <= int(l.bytes.Load())
 }

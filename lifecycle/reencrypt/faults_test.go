@@ -21,11 +21,11 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/etcdmodel"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/etcdtest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/restore"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/etcdmodel"
 )
 
 // simulation is an etcd with values of all kinds, and a record of the writes of re-encryption.

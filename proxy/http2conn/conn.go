@@ -118,6 +118,7 @@ type Conn struct {
 	pings         pings
 
 	closeWhenIdle atomic.Bool  // closes after the last stream
+	detaching     atomic.Bool  // Detach was called
 	reading       atomic.Bool  // waits for the peer
 	reads         atomic.Int64 // completed
 	dirty         atomic.Bool  // there may be something to flush

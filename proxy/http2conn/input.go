@@ -69,6 +69,31 @@ func (in *input) fill() error {
 	return err
 }
 
+// gather returns what was read and not returned: n bytes at least, or what there is if n bytes do not
+// fit into the buffer. It reads into the rest of the buffer until it has them.
+func (in *input) gather(n int) ([]byte, error) {
+	if in.r == in.w {
+		if err := in.fill(); err != nil {
+			return nil, err
+		}
+	}
+	for in.w-in.r < n && n <= len(*in.buf) {
+		if in.w == len(*in.buf) {
+			runtime.Gosched() // as fill does
+		}
+		in.w = copy(*in.buf, (*in.buf)[in.r:in.w])
+		in.r = 0
+		read, err := in.read((*in.buf)[in.w:])
+		if in.w += read; read == 0 {
+			if err == nil {
+				err = io.ErrNoProgress
+			}
+			return nil, err
+		}
+	}
+	return (*in.buf)[in.r:in.w], nil
+}
+
 // resize replaces the empty buffer.
 func (in *input) resize(size int) {
 	in.free()

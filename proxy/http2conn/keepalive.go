@@ -88,15 +88,16 @@ const (
 	idleMinInterval = 2 * time.Hour
 )
 
-func (c *Conn) ping(f *http2.PingFrame) error {
-	if f.IsAck() {
-		if c.server && f.Data == shutdownPing {
+// ping handles a PING frame.
+func (c *Conn) ping(ack bool, data [8]byte) error {
+	if ack {
+		if c.server && data == shutdownPing {
 			c.finishShutdown()
 		}
 		return nil
 	}
 	c.mu.Lock()
-	_ = c.write.WritePing(true, f.Data)
+	_ = c.write.WritePing(true, data)
 	streams := len(c.streams)
 	reset := c.pings.reset
 	c.pings.reset = false

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"os"
 	"time"
 
 	"golang.org/x/net/http2"
@@ -18,13 +19,19 @@ var errDrained = errors.New("the connection was drained")
 // [Conn.Streams] returns the streams that had not ended.
 func (c *Conn) Serve() error {
 	err := c.serve()
-	if v := c.connectionError(err); v != nil && c.server { // a client just closes
+	detaching := c.detaching.Load() && errors.Is(err, os.ErrDeadlineExceeded)
+	detached := detaching && c.detach()
+	if detaching && !detached {
+		c.sendGoAway(http2.ErrCodeNo, textShutdown)
+	} else if v := c.connectionError(err); v != nil && c.server { // a client just closes
 		c.noteOpened()
 		c.sendGoAway(v.code, v.text)
 	}
 	c.fail(err)
 	c.in.free()
-	_, _ = io.Copy(io.Discard, c.conn) // it ends at once, unless the connection lingers
+	if !detached {
+		_, _ = io.Copy(io.Discard, c.conn) // it ends at once, unless the connection lingers
+	}
 	_ = c.conn.Close()
 	c.writeBuffer.writer.Wait()
 	c.mu.Lock()
@@ -34,7 +41,7 @@ func (c *Conn) Serve() error {
 
 func (c *Conn) serve() error {
 	if c.cfg.HandshakeTimeout > 0 {
-		if err := c.conn.SetReadDeadline(time.Now().Add(c.cfg.HandshakeTimeout)); err != nil {
+		if err := c.setReadDeadline(time.Now().Add(c.cfg.HandshakeTimeout)); err != nil {
 			return err
 		}
 	}
@@ -67,7 +74,7 @@ func (c *Conn) serve() error {
 func (c *Conn) firstFrame() error {
 	f, err := c.readFrame()
 	if err == nil {
-		err = c.conn.SetReadDeadline(time.Time{})
+		err = c.setReadDeadline(time.Time{})
 	}
 	_, bad := errors.AsType[http2.StreamError](err)
 	if _, ok := f.(*http2.SettingsFrame); !ok && (err == nil || bad) {
@@ -180,17 +187,12 @@ const frameHeaderSize = 9
 
 // frequentFrame reads and handles a frame of the kinds that calls consist of, from the read buffer and
 // without an allocation. It reports false if it has left the frame for http2.Framer: frames of other
-// kinds, frames that are not all in the read buffer, and frames that are malformed.
+// kinds, frames that are longer than the read buffer, and frames that are malformed.
 func (c *Conn) frequentFrame() (handled bool, err error) {
 	in := &c.in
-	if in.r == in.w {
-		if err := in.fill(); err != nil {
-			return false, err
-		}
-	}
-	b := (*in.buf)[in.r:in.w]
-	if len(b) < frameHeaderSize {
-		return false, nil
+	b, err := in.gather(frameHeaderSize)
+	if err != nil {
+		return false, err
 	}
 	head := http2.FrameHeader{
 		Length:   uint32(b[0])<<16 | uint32(b[1])<<8 | uint32(b[2]),
@@ -199,13 +201,18 @@ func (c *Conn) frequentFrame() (handled bool, err error) {
 		StreamID: binary.BigEndian.Uint32(b[5:]) & math.MaxInt32,
 	}
 	n := frameHeaderSize + int(head.Length)
-	if head.Length > maxFrameSize || head.Type != http2.FrameData && len(b) < n {
+	if head.Length > maxFrameSize {
 		return false, nil
+	}
+	if head.Type != http2.FrameData {
+		if b, err = in.gather(n); err != nil || len(b) < n {
+			return false, err
+		}
 	}
 	const otherHeaders = http2.FlagHeadersPadded | http2.FlagHeadersPriority
 	switch head.Type {
 	case http2.FrameData:
-		if head.StreamID == 0 || head.Flags.Has(http2.FlagDataPadded) || c.lingers() {
+		if head.StreamID == 0 || head.Flags.Has(http2.FlagDataPadded) {
 			return false, nil
 		}
 		in.r += frameHeaderSize
@@ -234,6 +241,15 @@ func (c *Conn) frequentFrame() (handled bool, err error) {
 		in.r += n
 		c.frameHeader = head
 		return true, c.windowUpdate(head.StreamID, increment)
+	case http2.FramePing:
+		var data [8]byte
+		if head.Length != uint32(len(data)) || head.StreamID != 0 || c.lingers() {
+			return false, nil
+		}
+		in.r += n
+		c.frameHeader = head
+		copy(data[:], b[frameHeaderSize:])
+		return true, c.ping(head.Flags.Has(http2.FlagPingAck), data)
 	}
 	return false, nil
 }
@@ -274,7 +290,7 @@ func (c *Conn) handle(f http2.Frame) error {
 	case *http2.WindowUpdateFrame:
 		return c.windowUpdate(f.StreamID, f.Increment)
 	case *http2.PingFrame:
-		return c.ping(f)
+		return c.ping(f.IsAck(), f.Data)
 	case *http2.SettingsFrame:
 		return c.settings(f)
 	case *http2.RSTStreamFrame:

@@ -29,7 +29,7 @@ func (st *clientStream) open(conn *http2conn.Conn, h *endpointState) bool {
 		return true
 	}
 	scheme, authority := st.session.id.Upstream.Origin(h.url)
-	if st.up = conn.Open(st, upstreamFields(st.fields, scheme, authority), false); st.up == nil {
+	if st.up = conn.Open(st, st.upstreamFields(scheme, authority), false); st.up == nil {
 		return false
 	}
 	st.method.Metrics.Started.Inc()

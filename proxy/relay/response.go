@@ -28,14 +28,15 @@ type upstreamData struct {
 // direction uses it, see [clientStream].
 type responseMessages struct {
 	stream *clientStream
-	head   []byte          // of the message, as far as it has arrived
-	unsent []byte          // the head, if the message passes and nothing of it was sent
-	left   int             // bytes of the message that have not arrived
-	scans  bool            // its values are decrypted
-	edits  bool            // it is buffered: to be rewritten, split or sent as a whole
-	own    *[]byte         // the buffered part, from rpc.Buffers
-	n      int             // bytes in own
-	parts  mem.BufferSlice // the rewritten parts
+	head   []byte                 // of the message, as far as it has arrived
+	header [rpc.HeaderLength]byte // that head is a part of
+	unsent []byte                 // the head, if the message passes and nothing of it was sent
+	left   int                    // bytes of the message that have not arrived
+	scans  bool                   // its values are decrypted
+	edits  bool                   // it is buffered: to be rewritten, split or sent as a whole
+	own    *[]byte                // the buffered part, from rpc.Buffers
+	n      int                    // bytes in own
+	parts  mem.BufferSlice        // the rewritten parts
 }
 
 // fromUpstream takes what etcd sends.
@@ -125,6 +126,9 @@ func (a *responseMessages) splitMessages(m etcdapi.Mode, data []byte) (rest []by
 	for len(data) > 0 && !st.ended.Load() {
 		if len(a.head) < rpc.HeaderLength {
 			n := min(rpc.HeaderLength-len(a.head), len(data))
+			if a.head == nil {
+				a.head = a.header[:0]
+			}
 			a.head = append(a.head, data[:n]...)
 			if data = data[n:]; len(a.head) < rpc.HeaderLength {
 				break
@@ -177,8 +181,7 @@ func (a *responseMessages) message(come int) {
 	}
 	a.left = int(binary.BigEndian.Uint32(a.head[1:]))
 	a.scans = st.call != nil && a.left > 0 && st.call.Scans()
-	x, ok := st.call.(etcdapi.Splitter)
-	if a.edits = a.scans || ok && a.left > 0 && x.Splits() || st.method.Shape == etcdapi.ShapeUnary && a.left > come; a.edits {
+	if a.edits = a.scans || a.left > 0 && st.splits() || st.method.Shape == etcdapi.ShapeUnary && a.left > come; a.edits {
 		a.own, a.n = rpc.Buffers.Get(min(a.left, rpc.PartSize)), 0
 	} else {
 		a.unsent = a.head
@@ -226,6 +229,11 @@ func (a *responseMessages) rewrite(m etcdapi.Mode) *etcdwire.Blocked {
 		a.own = rpc.Buffers.Get(min(max(rpc.PartSize, len(begun)+1), len(begun)+a.left))
 		a.n = copy(*a.own, begun)
 	}
+	if a.left == 0 && len(a.parts) == 0 && len(out) <= copied && !a.stream.splits() {
+		a.stream.client.Data(false, rpc.Header(len(out)), out)
+		rpc.Buffers.Put(own)
+		return nil
+	}
 	if a.parts = append(a.parts, rpc.BufferOf(own, out)); a.left == 0 {
 		a.deliver()
 	}
@@ -241,8 +249,8 @@ func (a *responseMessages) deliver() {
 	st := a.stream
 	made := a.parts
 	a.parts = nil
-	if x, ok := st.call.(etcdapi.Splitter); ok && x.Splits() {
-		all, err := x.Split(made.Materialize())
+	if st.splits() {
+		all, err := st.call.(etcdapi.Splitter).Split(made.Materialize())
 		if err != nil {
 			made.Free()
 			st.fail(err)
@@ -265,6 +273,12 @@ func (a *responseMessages) deliver() {
 	}
 	st.client.Data(false, rpc.Header(made.Len()), made[0].ReadOnlyData())
 	made.Free()
+}
+
+// splits reports whether the call must see whole responses, to split them.
+func (st *clientStream) splits() bool {
+	x, ok := st.call.(etcdapi.Splitter)
+	return ok && x.Splits()
 }
 
 // drop gives back what was gathered.

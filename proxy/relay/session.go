@@ -30,7 +30,9 @@ type session struct {
 	work   sync.WaitGroup                    // goroutines of the session
 
 	admission admission
-	unary     uint64 // calls so far; of the goroutine that reads from the client
+	// Of the goroutine that reads from the client.
+	unary   uint64 // calls so far
+	headers repeatedHeaders
 
 	mu        sync.Mutex
 	endpoints []*endpointState
@@ -121,8 +123,14 @@ func (s *session) drain() {
 // Headers implements [http2conn.Handler]. A client that is not allowed is answered here, from its
 // header fields alone.
 func (s *session) Headers(stream *http2conn.Stream, fields []hpack.HeaderField, end bool) {
-	h := readRequestHead(fields)
-	st := &clientStream{session: s, client: stream, fields: fields, responseType: h.responseType()}
+	var h requestHead
+	repeated := s.headers.find(fields)
+	if repeated != nil {
+		h = repeated.head
+	} else {
+		h = readRequestHead(fields)
+	}
+	st := &clientStream{session: s, client: stream, fields: fields, repeated: repeated, responseType: h.responseType()}
 	st.response.stream = st
 	stream.SetValue(st)
 	if s.secure && !h.grpcLike {

@@ -27,6 +27,7 @@ type clientStream struct {
 	call         etcdapi.Call    // nil if the method's messages pass unchanged
 	client       *http2conn.Stream
 	fields       []hpack.HeaderField // the client's
+	repeated     *repeatedHeader     // what was made of fields; nil if the client has not repeated them
 	responseType string
 	response     responseMessages // what comes back
 	pending      []byte           // what the client has sent, with gRPC's message headers, and was not forwarded
@@ -208,8 +209,7 @@ func (st *clientStream) forward(m etcdapi.Mode, raw []byte) {
 	if st.call != nil {
 		var err error
 		if edited, err = st.call.Request(m, msg); errors.Is(err, etcdapi.ErrWouldBlock) {
-			raw = bytes.Clone(raw)
-			st.detach(&st.requests, func(m etcdapi.Mode) { st.forward(m, raw) })
+			st.forwardLater(raw)
 			return
 		} else if err != nil {
 			st.method.Metrics.Received.Inc()
@@ -224,8 +224,7 @@ func (st *clientStream) forward(m etcdapi.Mode, raw []byte) {
 	ok, wouldBlock := st.connect(m)
 	switch {
 	case wouldBlock:
-		raw = bytes.Clone(raw)
-		st.detach(&st.requests, func(m etcdapi.Mode) { st.forward(m, raw) })
+		st.forwardLater(raw)
 		return
 	case !ok:
 		st.handOver(raw, true)
@@ -240,6 +239,12 @@ func (st *clientStream) forward(m etcdapi.Mode, raw []byte) {
 		st.consumedFromClient()
 	}
 	st.pending = nil
+}
+
+// forwardLater has another goroutine forward a request, which it copies.
+func (st *clientStream) forwardLater(raw []byte) {
+	raw = bytes.Clone(raw)
+	st.detach(&st.requests, func(m etcdapi.Mode) { st.forward(m, raw) })
 }
 
 // messages sends on what is whole of a stream of messages.

@@ -120,8 +120,8 @@ func (s *site) counts(t *testing.T, config string, identities ...string) (curren
 }
 
 // TestOfflineKey loses a cloud key when the only recovery key is offline. The proxy cannot decrypt
-// the copies, and says what can. Commands with an identity decrypt every value, from etcd and from a
-// snapshot, also if the key is disabled, and move everything to a new key.
+// the copies, and says what can. Commands with an identity decrypt every value, from etcd and from
+// a snapshot, also if the key is disabled, and move everything to a new key.
 func TestOfflineKey(t *testing.T) {
 	s := newSite(t)
 	double := s.env.NewAlibaba()
@@ -227,6 +227,7 @@ func TestOfflineKey(t *testing.T) {
 		t.Error("the audit log has no use of the copies")
 	}
 	s.lastResort(t, snapshot, safe, shown)
+	s.lostConfiguration(t, snapshot, safe, shown)
 
 	// To a new key. No identity is needed after that.
 	s.run(t, harness.Rule{WriteWith: "new", ReadWith: []string{"ack"}, Recovery: []string{"offline"}}, ack, offlineKMS(spare), fresh)
@@ -243,7 +244,8 @@ func TestOfflineKey(t *testing.T) {
 			t.Errorf("%s is encrypted by %s with copies by %v", key, provider, by)
 		}
 	}
-	// The record of the rules is encrypted under the lost key too: the proxy starts without its verification.
+	// The record of the rules is encrypted under the lost key too: the proxy starts without its
+	// verification.
 	harness.Eventually(t, within, "the proxy to serve", func() error {
 		if report := s.proxy.Report(); !strings.Contains(report, "[+]agreement") {
 			return fmt.Errorf("readyz says %s", report)
@@ -303,6 +305,37 @@ func (s *site) protectedFile(t *testing.T, o *offline) (file, passphrase string)
 	return s.env.File("protected.age", b.Bytes()), passphrase
 }
 
+// lostConfiguration decrypts a snapshot with the identity, and with a configuration that is made from
+// the names in the snapshot as the documentation says.
+func (s *site) lostConfiguration(t *testing.T, snapshot string, o *offline, want string) {
+	t.Helper()
+	names := func(command string) string {
+		t.Helper()
+		out, err := exec.CommandContext(t.Context(), "sh", "-c", command, "sh", snapshot).Output()
+		if err != nil {
+			t.Fatalf("%s: %v", command, err)
+		}
+		return string(out)
+	}
+	if got := names(`grep -aoE 'k8s:enc:kms:v2:[^:]+' "$1" | sort -u`); got != "k8s:enc:kms:v2:ack\n" {
+		t.Errorf("the providers are %q", got)
+	}
+	if got := names(`grep -aoE '[a-z0-9.-]+\.recovery\.etcd-kms-proxy\.io' "$1" | sort -u`); got != "offline.recovery.etcd-kms-proxy.io\n" {
+		t.Errorf("the offline keys are %q", got)
+	}
+	placeholder := s.env.LocalKey("ack", 1)
+	p := s.env.NewProxy("anew", harness.ProxyConfig{
+		Etcd: harness.Upstream{Endpoints: []string{"http://127.0.0.1:1"}}, KMS: []harness.KMSConfig{placeholder, offlineKMS(o)},
+		Rules: []harness.Rule{{Prefix: "/", WriteWith: "ack", Recovery: []string{"offline"}}},
+	})
+	with := []string{"--config", p.ConfigFile, "--snapshot", snapshot, "--identity", o.file}
+	s.command(t, 0, append([]string{"verify"}, with...)...)
+	args := append([]string{"decrypt", "--yes", prefix + "shown", "--audit-file", filepath.Join(s.env.Dir, "anew.jsonl")}, with...)
+	if out := s.command(t, 0, args...); !strings.HasSuffix(out, want) {
+		t.Errorf("decrypt prints %q", out)
+	}
+}
+
 // lastResort runs the script in the documentation, which decrypts a value with the programs age and
 // python3 of Debian and without this software.
 func (s *site) lastResort(t *testing.T, snapshot string, o *offline, want string) {
@@ -340,4 +373,62 @@ func (s *site) lastResort(t *testing.T, snapshot string, o *offline, want string
 	if out, err := cmd.Output(); err != nil || string(out) != want {
 		t.Errorf("the script prints %q, %v: %s", out, err, &stderr)
 	}
+}
+
+// TestOfflineKeyAfterKeyFileIsLost replaces the key file of the primary key by another one with the
+// same key IDs. It also changes the recipients file of a running proxy, which new values follow.
+func TestOfflineKeyAfterKeyFileIsLost(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	safe, next := newOffline(t, s, "safe"), newOffline(t, s, "next")
+	main, off := s.env.LocalKey("main", 1), harness.KMSConfig{Name: "offline", Age: &harness.AgeKMS{}}
+	recipients := func(o *offline) []byte { return []byte("# the safe\n" + o.identity.Recipient().String() + "\n") }
+	off.Age.RecipientsFile = s.env.File("recipients.txt", recipients(safe))
+	s.run(t, harness.Rule{WriteWith: "main", Recovery: []string{"offline"}, RecoveryRequired: true}, main, off)
+	s.proxy.WaitReady(within)
+	s.fill(t, "a", 5)
+	first := s.seedOf(t, prefix+"a0", safe)
+
+	// A bad file changes nothing.
+	s.env.File("recipients.txt", []byte(safe.identity.Recipient().String()[:20]))
+	s.says(t, "[-]recipients file of offline: the old one stays in use: ", `etcd_kms_proxy_recovery_missing{provider="main",recovery_provider="offline"} 0`)
+	s.fill(t, "b", 1)
+	if !bytes.Equal(s.seedOf(t, prefix+"b0", safe), first) {
+		t.Error("a bad recipients file changes the seed")
+	}
+	s.env.File("recipients.txt", recipients(next))
+	harness.Eventually(t, within, "a seed for the new recipient", func() error {
+		if n := strings.Count(s.proxy.Log(), `"DEK seed generated"`); n != 2 {
+			return fmt.Errorf("%d seeds", n)
+		}
+		return nil
+	})
+	s.fill(t, "c", 5)
+	s.seedOf(t, prefix+"c0", next)
+	if current, stale, _, _ := s.counts(t, s.proxy.ConfigFile); current != 5 || stale != 6 {
+		t.Errorf("%d values are current and %d stale", current, stale)
+	}
+	s.command(t, 0, "reencrypt", "--config", s.proxy.ConfigFile)
+	if current, _, _, _ := s.counts(t, s.proxy.ConfigFile); current != 11 {
+		t.Errorf("%d values are current", current)
+	}
+	s.proxy.Stop(within)
+
+	if err := os.Remove(main.Local.KeyFile); err != nil {
+		t.Fatal(err)
+	}
+	s.command(t, 0, "kms", "new-local-key", main.Local.KeyFile)
+	config := s.proxy.ConfigFile
+	if current, stale, _, _ := s.counts(t, config); current+stale != 0 {
+		t.Errorf("another key decrypts %d and %d values", current, stale)
+	}
+	if _, stale, _, _ := s.counts(t, config, safe.file); stale != 0 {
+		t.Errorf("the identity of a former recipient decrypts %d values", stale)
+	}
+	if _, stale, _, _ := s.counts(t, config, next.file); stale != 11 {
+		t.Errorf("the identity decrypts %d values", stale)
+	}
+	// etcd's history has values from before the change of recipients.
+	s.command(t, 1, "verify", "--config", config, "--identity", next.file)
+	s.command(t, 0, "verify", "--config", config, "--identity", next.file, "--identity", safe.file)
 }

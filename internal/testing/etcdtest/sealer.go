@@ -19,7 +19,7 @@ type Sealer struct {
 	Down func() *keyring.Error
 }
 
-// Marker is what values begin with that a [Sealer] has sealed.
+// Marker is the prefix of the values of a [Sealer].
 const Marker = "k8s:enc:kms:v2:main:"
 
 // Seal implements the interface of package inventory.

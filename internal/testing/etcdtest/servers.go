@@ -318,8 +318,8 @@ type watchServer struct {
 	*Member
 }
 
-// Watch answers as etcd does: events of one revision stay together, and progress is told only once
-// all watches of the stream have come as far as the revision told.
+// Watch responds as etcd does: events of one revision stay together, and progress is reported only
+// once all watches of the stream have reached the revision.
 func (s *watchServer) Watch(stream pb.Watch_WatchServer) error {
 	var watches []*watch
 	nextID := int64(0)
@@ -379,7 +379,7 @@ func (s *watchServer) Watch(stream pb.Watch_WatchServer) error {
 	return serve(s.Member, stream.Context(), stream.Recv, handle, idle)
 }
 
-// sendEvents sends what a watch has not been told. over says that it has ended.
+// sendEvents sends the events that a watch has not received. over says that it has ended.
 func (s *watchServer) sendEvents(w *watch, send func(int64, *pb.WatchResponse) error) (over bool, err error) {
 	store := s.cluster.Store()
 	if w.next > store.Rev() {

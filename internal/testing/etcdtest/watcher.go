@@ -59,7 +59,7 @@ func (w *watcher) Watch(ctx context.Context, key string, opts ...clientv3.OpOpti
 	return responses
 }
 
-// stream watches until its stream ends. It changes the start of create to where it came. over says
+// stream watches until its stream ends. It advances the start revision of create. over says
 // that the watch has ended.
 func (w *watcher) stream(ctx context.Context, create *pb.WatchCreateRequest, responses chan<- clientv3.WatchResponse) (over bool) {
 	stream, err := w.client.Watch(ctx)

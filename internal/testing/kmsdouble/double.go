@@ -41,8 +41,8 @@ type Config struct {
 	Dir string
 	// ListenAddress is where to listen; by default a free port of 127.0.0.1.
 	ListenAddress string
-	// OnSecret is told of every plaintext that is wrapped, data keys among them, before the answer
-	// to it. May be nil; it must be safe for concurrent use and may not keep secret.
+	// OnSecret is called with every plaintext that is wrapped, data keys among them, before the
+	// answer to it. May be nil; it must be safe for concurrent use and may not keep secret.
 	OnSecret func(what string, secret []byte)
 }
 

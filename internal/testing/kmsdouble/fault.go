@@ -52,7 +52,7 @@ type FaultSpec struct {
 	Header   map[string]string // further headers of the answer
 }
 
-// SetFault sets a hook that is asked about each request that no injected fault is waiting for; nil
+// SetFault sets a hook that is called for each request without an injected fault; nil
 // removes it. The hook may be called concurrently, and returns nil to let a request pass.
 func (d *rpc) SetFault(hook func(*http.Request) *FaultSpec) {
 	d.mu.Lock()
