@@ -3,10 +3,16 @@ package proxy
 import (
 	"crypto/tls"
 	"crypto/x509"
+	"net"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"golang.org/x/net/http2/hpack"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/status"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
@@ -50,5 +56,65 @@ func TestDeniedIsAnsweredFromItsHeader(t *testing.T) {
 		if got := talker.Try(t, request(path, "application/json")); !strings.Contains(string(got.Data), want) {
 			t.Errorf("%s: %q %v", path, got.Data, got)
 		}
+	}
+}
+
+// countingListener counts what it accepts.
+type countingListener struct {
+	net.Listener
+	n atomic.Int64
+}
+
+func (l *countingListener) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	if err == nil {
+		l.n.Add(1)
+	}
+	return conn, err
+}
+
+// TestManyDeniedConnections: many connections of clients that are not allowed cost little, and none of
+// those clients can tell: it connects once, and again only for a call that it makes long afterwards.
+func TestManyDeniedConnections(t *testing.T) {
+	const n = 100
+	ca := proxytest.NewAuthority(t, "ca")
+	cert, key, _ := ca.Issue("server", "server")
+	bound, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	counting := &countingListener{Listener: bound}
+	startProxy(t, proxytest.ServeStore(t), everything, func(c *Config) {
+		c.Listeners[0].Sockets = []net.Listener{counting}
+		c.Listeners[0].TLS = &listener.TLS{CertFile: cert, KeyFile: key, ClientCAFile: ca.File}
+		c.Listeners[0].AllowedClients = []string{"friend"}
+	})
+	conns := make([]*grpc.ClientConn, n)
+	call := func(i int) {
+		t.Helper()
+		if _, err := proxytest.Get(t, conns[i]); status.Code(err) != codes.PermissionDenied {
+			t.Fatalf("client %d: %v", i, err)
+		}
+	}
+	for i := range conns {
+		conns[i] = ca.Client(t, bound.Addr().String(), "other")
+		call(i)
+	}
+	for i, conn := range conns {
+		if state := conn.GetState(); state != connectivity.Ready {
+			t.Errorf("client %d is %v", i, state) // and may connect again
+		}
+	}
+	for i := n - 1; i >= n-20; i-- { // they are served
+		call(i)
+	}
+	if got := counting.n.Load(); got != n {
+		t.Errorf("%d clients have connected %d times", n, got)
+	}
+	for i := range conns { // most are not
+		call(i)
+	}
+	if got := counting.n.Load(); got <= n || got > 2*n {
+		t.Errorf("%d clients have connected %d times for two calls each", n, got)
 	}
 }

@@ -18,7 +18,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
-// caller calls the KMS of a ring. Its context ends with the ring, and its callers return then.
+// caller calls the KMS of a ring. close cancels the running calls, and waits for them.
 type caller struct {
 	p *provider
 

@@ -1,5 +1,5 @@
-// Package secretfile says whether a file that holds a secret can be trusted to be read and written
-// by nobody else. The key files of providers and the key of the audit log are checked by it. It
+// Package secretfile checks that only the user of the process and root can read and write a file that
+// holds a secret. The key files of providers and the key of the audit log are checked by it. It
 // opens nothing.
 package secretfile
 

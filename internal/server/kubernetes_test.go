@@ -58,8 +58,8 @@ func TestKubernetesProvider(t *testing.T) {
 		if got, err := s.Open(t.Context(), v.EtcdKey, v.Stored); err != nil || string(got) != string(v.Plaintext) {
 			t.Errorf("%s: %q, %v", v.Name, got, err)
 		}
-		if _, standing, err := rule.Inspect(t.Context(), v.EtcdKey, v.Stored); standing != keyring.Stale {
-			t.Errorf("%s: %s, %v", v.Name, standing, err)
+		if _, state, err := rule.Inspect(t.Context(), v.EtcdKey, v.Stored); state != keyring.Stale {
+			t.Errorf("%s: %s, %v", v.Name, state, err)
 		}
 
 		// Another key: what is missing is said, and an operator can cure it.

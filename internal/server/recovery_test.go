@@ -140,9 +140,9 @@ func TestLocalKeyIsLost(t *testing.T) {
 			clitest.Told.KeyFile(t, d.Path("key.yaml"))
 			lose(t, d.Path("key.yaml"), "1")
 			a, rule, stop = rulesOf(t, d, withDR...)
-			plaintext, standing, err := rule.Inspect(ctx, key, stored)
-			if err != nil || standing != keyring.Stale || !bytes.Equal(plaintext, value) {
-				t.Fatalf("%q is %v, %v", plaintext, standing, err)
+			plaintext, state, err := rule.Inspect(ctx, key, stored)
+			if err != nil || state != keyring.Stale || !bytes.Equal(plaintext, value) {
+				t.Fatalf("%q is %v, %v", plaintext, state, err)
 			}
 			if got := checkOf(t, a, "recovery of dev by dr"); !strings.HasPrefix(got, "in use: ") {
 				t.Errorf("readyz: %s", got)
@@ -164,16 +164,16 @@ func TestLocalKeyIsLost(t *testing.T) {
 
 			a, rule, stop = rulesOf(t, d, "rules:\n", "- {name: dr, local: {keyFile: dr.yaml}}\n- {name: new, local: {keyFile: new.yaml}}\nrules:\n",
 				"writeWith: dev", "writeWith: new\n  readWith: [dev]\n  recovery: [dr]")
-			plaintext, standing, err = rule.Inspect(ctx, key, stored)
-			if err != nil || standing != keyring.Stale || !bytes.Equal(plaintext, value) {
-				t.Fatalf("%q is %v, %v", plaintext, standing, err)
+			plaintext, state, err = rule.Inspect(ctx, key, stored)
+			if err != nil || state != keyring.Stale || !bytes.Equal(plaintext, value) {
+				t.Fatalf("%q is %v, %v", plaintext, state, err)
 			}
 			again, err := rule.Seal(ctx, key, plaintext)
 			if err != nil || !bytes.HasPrefix(again, []byte("k8s:enc:kms:v2:new:")) {
 				t.Fatalf("%q, %v", again, err)
 			}
-			if _, standing, err := rule.Inspect(ctx, key, again); standing != keyring.Current || err != nil {
-				t.Errorf("the rewritten value is %v, %v", standing, err)
+			if _, state, err := rule.Inspect(ctx, key, again); state != keyring.Current || err != nil {
+				t.Errorf("the rewritten value is %v, %v", state, err)
 			}
 			stop()
 			a.Close()
@@ -205,8 +205,8 @@ func TestReloadChangesRecovery(t *testing.T) {
 		t.Errorf("readyz: %s", got)
 	}
 	stored := sealed()
-	if _, standing, err := a.keys.Rules().Sealers()[0].Inspect(ctx, key, stored); standing != keyring.Stale || err != nil {
-		t.Errorf("a value without its copy is %v, %v", standing, err)
+	if _, state, err := a.keys.Rules().Sealers()[0].Inspect(ctx, key, stored); state != keyring.Stale || err != nil {
+		t.Errorf("a value without its copy is %v, %v", state, err)
 	}
 	d.Config(t, withDR...)
 	r.reload("test")

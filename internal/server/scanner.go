@@ -105,17 +105,17 @@ func (s *scanner) scan(ctx context.Context) error {
 	s.reset() // rules may have been removed
 	for _, c := range counts {
 		rule := printable.UTF8(c.Prefix)
-		for _, standing := range inventory.Standings {
-			n := c.Standings[standing]
-			s.values.WithLabelValues(rule, string(standing)).Set(float64(n.Keys))
-			s.bytes.WithLabelValues(rule, string(standing)).Set(float64(n.Bytes))
+		for _, state := range inventory.States {
+			n := c.States[state]
+			s.values.WithLabelValues(rule, string(state)).Set(float64(n.Keys))
+			s.bytes.WithLabelValues(rule, string(state)).Set(float64(n.Bytes))
 			if n.Keys > 0 {
-				s.oldest.WithLabelValues(rule, string(standing)).Set(float64(n.Oldest))
-				s.newest.WithLabelValues(rule, string(standing)).Set(float64(n.Newest))
+				s.oldest.WithLabelValues(rule, string(state)).Set(float64(n.Oldest))
+				s.newest.WithLabelValues(rule, string(state)).Set(float64(n.Newest))
 			}
 		}
 		for _, k := range labelled(c.Keys) {
-			labels := []string{rule, string(k.Standing), k.Provider, k.KeyID}
+			labels := []string{rule, string(k.State), k.Provider, k.KeyID}
 			s.byKey.WithLabelValues(labels...).Set(float64(k.Keys))
 			s.keyBytes.WithLabelValues(labels...).Set(float64(k.Bytes))
 		}
@@ -140,15 +140,15 @@ func labelled(keys []inventory.KeyCount) (out []inventory.KeyCount) {
 			out = append(out, k)
 			continue
 		}
-		r := rest[k.Standing]
+		r := rest[k.State]
 		if r == nil {
-			r = &inventory.KeyCount{Standing: k.Standing, Provider: "other", KeyID: "other"}
-			rest[k.Standing] = r
+			r = &inventory.KeyCount{State: k.State, Provider: "other", KeyID: "other"}
+			rest[k.State] = r
 		}
 		r.Keys, r.Bytes = r.Keys+k.Keys, r.Bytes+k.Bytes
 	}
-	for _, standing := range inventory.Standings {
-		if r := rest[standing]; r != nil {
+	for _, state := range inventory.States {
+		if r := rest[state]; r != nil {
 			out = append(out, *r)
 		}
 	}

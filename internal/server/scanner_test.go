@@ -15,10 +15,10 @@ import (
 func TestLabelled(t *testing.T) {
 	var keys []inventory.KeyCount
 	for i := range 1000 {
-		keys = append(keys, inventory.KeyCount{Standing: keyring.Foreign, Provider: "x", KeyID: fmt.Sprintf("%d\xff", i), Count: inventory.Count{Keys: 1, Bytes: 10}})
+		keys = append(keys, inventory.KeyCount{State: keyring.Foreign, Provider: "x", KeyID: fmt.Sprintf("%d\xff", i), Count: inventory.Count{Keys: 1, Bytes: 10}})
 	}
-	keys = append(keys, inventory.KeyCount{Standing: keyring.Foreign, Count: inventory.Count{Keys: 7, Bytes: 70}})
-	keys = append(keys, inventory.KeyCount{Standing: keyring.Current, Provider: "main", KeyID: "1", Count: inventory.Count{Keys: 500, Bytes: 5}})
+	keys = append(keys, inventory.KeyCount{State: keyring.Foreign, Count: inventory.Count{Keys: 7, Bytes: 70}})
+	keys = append(keys, inventory.KeyCount{State: keyring.Current, Provider: "main", KeyID: "1", Count: inventory.Count{Keys: 500, Bytes: 5}})
 	got := labelled(keys)
 	if len(got) != labelKeys || got[0].KeyID != "1" || got[1].KeyID != "0?" {
 		t.Fatalf("%d: %v", len(got), got)
@@ -32,6 +32,6 @@ func TestLabelled(t *testing.T) {
 	}
 	s := newScanner(nil, prometheus.NewRegistry(), slog.New(slog.DiscardHandler), 0)
 	for _, k := range got {
-		s.byKey.WithLabelValues("/a/", string(k.Standing), k.Provider, k.KeyID).Set(float64(k.Keys))
+		s.byKey.WithLabelValues("/a/", string(k.State), k.Provider, k.KeyID).Set(float64(k.Keys))
 	}
 }

@@ -3,7 +3,7 @@
 // identities) stay offline, and the commands for emergencies take them from a file.
 //
 // A wrapped seed is exactly an age file, as https://age-encryption.org/v1 specifies it, so that any
-// implementation of age opens it without this software.
+// implementation of age decrypts it without this software.
 package age
 
 import (

@@ -1,6 +1,6 @@
-// Package keyfile reads and creates files of unencrypted keys: those of local providers, and those
-// of kube-apiserver's own providers. Such a file is YAML, and accessible only to the user of the
-// process and root (see [secretfile.Check]):
+// Package keyfile reads and makes files that hold keys as they are: those of local providers, and
+// those that kube-apiserver's own providers encrypted with. Such a file is YAML, which only the user
+// of the process and root can use (see [secretfile.Check]):
 //
 //	keys:
 //	- {id: "1", secret: <base64>}

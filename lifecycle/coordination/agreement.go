@@ -90,14 +90,14 @@ func (f *Fleet) Verify(ctx context.Context, a *Agreement, providers []string) (s
 		if len(proof) == 0 {
 			return false, fmt.Errorf("%w: it has no proof by KMS provider %q", ErrForged, name)
 		}
-		plaintext, standing, err := sealer.Inspect(ctx, []byte(f.key()), proof)
+		plaintext, state, err := sealer.Inspect(ctx, []byte(f.key()), proof)
 		if e, ok := errors.AsType[*keyring.Error](err); ok && e.Kind != keyring.Corrupt {
 			continue
 		}
-		if err != nil || standing != keyring.Current && standing != keyring.Stale || !bytes.Equal(plaintext, sum[:]) {
+		if err != nil || state != keyring.Current && state != keyring.Stale || !bytes.Equal(plaintext, sum[:]) {
 			return false, fmt.Errorf("%w: the proof by KMS provider %q does not hold", ErrForged, name)
 		}
-		verified, stale = true, stale || standing == keyring.Stale
+		verified, stale = true, stale || state == keyring.Stale
 	}
 	if !verified {
 		return false, ErrUnverified

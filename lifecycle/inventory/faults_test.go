@@ -129,7 +129,7 @@ func TestSurvey(t *testing.T) {
 		if err != nil || span.First != c.Store().Rev() || len(counts) != 3 {
 			t.Fatalf("%+v, %+v, %v", counts, span, err)
 		}
-		states := counts[0].Standings
+		states := counts[0].States
 		if counts[0].All.Keys != 90 || states[keyring.Current].Keys != 29 || states[keyring.Stale].Keys != 30 || states[keyring.Unencrypted].Keys != 30 || states[keyring.Undecryptable].Keys != 1 {
 			t.Errorf("%+v", counts[0])
 		}
@@ -137,7 +137,7 @@ func TestSurvey(t *testing.T) {
 			t.Errorf("%+v", counts)
 		}
 		current.Down = func() *keyring.Error { return &keyring.Error{Kind: keyring.Unavailable, Text: "no answer"} }
-		if counts, _, err = Survey(t.Context(), c.Client(t, "survey"), testRules(current), nil); err != nil || counts[0].Standings[Unavailable].Keys != 60 {
+		if counts, _, err = Survey(t.Context(), c.Client(t, "survey"), testRules(current), nil); err != nil || counts[0].States[Unavailable].Keys != 60 {
 			t.Errorf("without a KMS: %+v, %v", counts, err)
 		}
 	})

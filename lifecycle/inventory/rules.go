@@ -20,7 +20,7 @@ type Sealer interface {
 	// Inspect decrypts stored and returns its state under the rule, ignoring the read policies. It
 	// does not change stored. The error is a [*keyring.Error], and non-nil exactly for
 	// [keyring.Undecryptable].
-	Inspect(ctx context.Context, key, stored []byte) (plaintext []byte, standing keyring.ValueState, err error)
+	Inspect(ctx context.Context, key, stored []byte) (plaintext []byte, state keyring.ValueState, err error)
 	// Sealed reports, from the first bytes of stored, whether it was encrypted by a provider that
 	// the rule reads.
 	Sealed(stored []byte) bool

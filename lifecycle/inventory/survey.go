@@ -21,8 +21,8 @@ import (
 // respond, or refuses for a reason that does not say whether it is permanent.
 const Unavailable keyring.ValueState = "unavailable"
 
-// Standings are all states, in the order of reports.
-var Standings = []keyring.ValueState{keyring.Current, keyring.Stale, keyring.Unencrypted, keyring.Foreign, keyring.Undecryptable, Unavailable}
+// States are all states, in the order of reports.
+var States = []keyring.ValueState{keyring.Current, keyring.Stale, keyring.Unencrypted, keyring.Foreign, keyring.Undecryptable, Unavailable}
 
 // Count counts keys and the bytes of their values.
 type Count struct {
@@ -43,7 +43,7 @@ func (c *Count) add(kv *mvccpb.KeyValue) {
 
 // KeyCount counts the values of one state that one KMS key has encrypted, or that are plaintext.
 type KeyCount struct {
-	Standing keyring.ValueState `json:"standing"`
+	State    keyring.ValueState `json:"standing"`
 	Provider string             `json:"provider"` // or aescbc, aesgcm, secretbox; [Plaintext] for plaintext; "", like KeyID, beyond a thousand of a rule
 	KeyID    string             `json:"keyID"`    // "" for plaintext and for values that are too damaged
 	Count
@@ -54,12 +54,12 @@ type RuleCount struct {
 	Prefix    string                        `json:"prefix"`
 	WriteWith string                        `json:"writeWith"`
 	All       Count                         `json:"all"`
-	Standings map[keyring.ValueState]*Count `json:"standings"`
-	Keys      []KeyCount                    `json:"keys"` // by standing, in their order, provider and key ID
+	States    map[keyring.ValueState]*Count `json:"standings"`
+	Keys      []KeyCount                    `json:"keys"` // by state, in their order, provider and key ID
 }
 
 // Done reports whether every value is stored as its rule requires.
-func (r *RuleCount) Done() bool { return r.All.Keys == r.Standings[keyring.Current].Keys }
+func (r *RuleCount) Done() bool { return r.All.Keys == r.States[keyring.Current].Keys }
 
 // Values may come from untrusted clients. These limits bound the size of a report.
 const (
@@ -78,12 +78,12 @@ func KeyBytes(key string) []byte {
 
 // Visitor is called with each key and the state of its value. err is the reason for Undecryptable
 // and Unavailable. It must not keep its arguments.
-type Visitor func(rule *Rule, kv *mvccpb.KeyValue, standing keyring.ValueState, err error) error
+type Visitor func(rule *Rule, kv *mvccpb.KeyValue, state keyring.ValueState, err error) error
 
 // Survey reads every value under rules at one revision, and counts the values by rule and state.
 // visit may be nil. Survey needs memory for one page. It continues after values that cannot be
 // decrypted.
-func Survey(ctx context.Context, kv clientv3.KV, rules *Rules, look Visitor) ([]RuleCount, Span, error) {
+func Survey(ctx context.Context, kv clientv3.KV, rules *Rules, visit Visitor) ([]RuleCount, Span, error) {
 	counts, memo := make(map[*Rule]*tally), newSeedMemo()
 	for i := range rules.list {
 		counts[&rules.list[i]] = newTally(rules.list[i].KeyNames)
@@ -93,13 +93,13 @@ func Survey(ctx context.Context, kv clientv3.KV, rules *Rules, look Visitor) ([]
 		if rule == nil {
 			return nil
 		}
-		standing, err := memo.inspect(ctx, rule, kv)
+		state, err := memo.inspect(ctx, rule, kv)
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		counts[rule].add(kv, standing)
-		if look != nil {
-			return look(rule, kv, standing, err)
+		counts[rule].add(kv, state)
+		if visit != nil {
+			return visit(rule, kv, state, err)
 		}
 		return nil
 	})
@@ -116,11 +116,11 @@ func Survey(ctx context.Context, kv clientv3.KV, rules *Rules, look Visitor) ([]
 
 // inspect returns the state of a value under its rule.
 func inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (keyring.ValueState, error) {
-	_, standing, err := rule.Sealer.Inspect(ctx, kv.Key, kv.Value)
+	_, state, err := rule.Sealer.Inspect(ctx, kv.Key, kv.Value)
 	if e, ok := errors.AsType[*keyring.Error](err); ok && (e.Kind == keyring.Unavailable || e.Answered()) {
-		standing = Unavailable
+		state = Unavailable
 	}
-	return standing, err
+	return state, err
 }
 
 // seedMemo caches for a short time which DEK seeds could not be unwrapped, so that a slow KMS is
@@ -147,9 +147,9 @@ func (m *seedMemo) inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue)
 			return Unavailable, f.err
 		}
 	}
-	standing, err := inspect(ctx, rule, kv)
-	if standing != Unavailable {
-		return standing, err
+	state, err := inspect(ctx, rule, kv)
+	if state != Unavailable {
+		return state, err
 	}
 	if seed, _, ok := SeedOf(rule, kv.Value); ok {
 		if len(m.failed) >= maxSeedMemo {
@@ -157,47 +157,47 @@ func (m *seedMemo) inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue)
 		}
 		m.failed[seed] = seedFailure{err, time.Now().Add(seedMemoFor)}
 	}
-	return standing, err
+	return state, err
 }
 
 type tally struct {
-	names     []string // see [Rule.KeyNames]
-	all       Count
-	standings map[keyring.ValueState]*Count
-	keys      map[sealedBy]*Count
+	names  []string // see [Rule.KeyNames]
+	all    Count
+	states map[keyring.ValueState]*Count
+	keys   map[encryptedBy]*Count
 }
 
-type sealedBy struct {
-	standing        keyring.ValueState
+type encryptedBy struct {
+	state           keyring.ValueState
 	provider, keyID string
 }
 
 func newTally(names []string) *tally {
-	t := &tally{names: names, standings: make(map[keyring.ValueState]*Count), keys: make(map[sealedBy]*Count)}
-	for _, s := range Standings {
-		t.standings[s] = &Count{}
+	t := &tally{names: names, states: make(map[keyring.ValueState]*Count), keys: make(map[encryptedBy]*Count)}
+	for _, s := range States {
+		t.states[s] = &Count{}
 	}
 	return t
 }
 
-func (t *tally) add(kv *mvccpb.KeyValue, standing keyring.ValueState) {
+func (t *tally) add(kv *mvccpb.KeyValue, state keyring.ValueState) {
 	t.all.add(kv)
-	t.standings[standing].add(kv)
-	by := sealedBy{standing: standing, provider: Plaintext}
+	t.states[state].add(kv)
+	by := encryptedBy{state: state, provider: Plaintext}
 	if provider, object, ok := envelope.Split(kv.Value); ok {
 		by.provider = string(provider)
 		if o, err := envelope.Parse(object); err == nil {
 			by.keyID = strings.Clone(o.KeyID) // not the whole page
 		}
 		if len(provider) > maxProvider {
-			by = sealedBy{standing: standing}
+			by = encryptedBy{state: state}
 		}
-	} else if kind, name, ok := kubernetesKey(kv.Value, t.names); ok && standing != keyring.Unencrypted {
+	} else if kind, name, ok := kubernetesKey(kv.Value, t.names); ok && state != keyring.Unencrypted {
 		by.provider, by.keyID = kind, name
 	}
 	c := t.keys[by]
 	if c == nil && len(t.keys) >= maxKeyIDs {
-		by = sealedBy{standing: standing}
+		by = encryptedBy{state: state}
 		c = t.keys[by]
 	}
 	if c == nil {
@@ -222,12 +222,12 @@ func kubernetesKey(value []byte, known []string) (kind, name string, ok bool) {
 }
 
 func (t *tally) count(r *Rule) RuleCount {
-	rc := RuleCount{Prefix: r.Prefix, WriteWith: r.WriteWith, All: t.all, Standings: t.standings, Keys: []KeyCount{}}
+	rc := RuleCount{Prefix: r.Prefix, WriteWith: r.WriteWith, All: t.all, States: t.states, Keys: []KeyCount{}}
 	for by, c := range t.keys {
-		rc.Keys = append(rc.Keys, KeyCount{Standing: by.standing, Provider: by.provider, KeyID: by.keyID, Count: *c})
+		rc.Keys = append(rc.Keys, KeyCount{State: by.state, Provider: by.provider, KeyID: by.keyID, Count: *c})
 	}
 	slices.SortFunc(rc.Keys, func(a, b KeyCount) int {
-		return cmp.Or(cmp.Compare(slices.Index(Standings, a.Standing), slices.Index(Standings, b.Standing)), cmp.Compare(a.Provider, b.Provider), cmp.Compare(a.KeyID, b.KeyID))
+		return cmp.Or(cmp.Compare(slices.Index(States, a.State), slices.Index(States, b.State)), cmp.Compare(a.Provider, b.Provider), cmp.Compare(a.KeyID, b.KeyID))
 	})
 	return rc
 }

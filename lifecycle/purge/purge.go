@@ -216,7 +216,7 @@ func Members(ctx context.Context, c *clientv3.Client) ([]Member, error) {
 	for _, m := range list.Members {
 		members = append(members, Member{ID: m.ID, Name: m.Name, Learner: m.IsLearner, Why: "none of the endpoints and of its client URLs answers"})
 	}
-	look := func(endpoint string, want uint64) {
+	inspect := func(endpoint string, want uint64) {
 		limited, cancel := context.WithTimeout(ctx, memberTimeout)
 		defer cancel()
 		s, err := c.Status(limited, endpoint)
@@ -229,12 +229,12 @@ func Members(ctx context.Context, c *clientv3.Client) ([]Member, error) {
 		}
 	}
 	for _, e := range c.Endpoints() {
-		look(e, 0)
+		inspect(e, 0)
 	}
 	for i, m := range list.Members {
 		for _, url := range m.ClientURLs {
 			if members[i].Endpoint == "" {
-				look(url, m.ID)
+				inspect(url, m.ID)
 			}
 		}
 	}

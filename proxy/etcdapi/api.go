@@ -42,6 +42,8 @@ type API struct {
 	unary    atomic.Uint64  // calls so far
 }
 
+// New makes the API. Calls that it handles go to the cluster of their client, and those that the
+// Election and Lock services make go to u.
 func New(c *Core, u *upstream.Cluster, m *metrics.Metrics, log *slog.Logger, d *listener.Denials) *API {
 	a := &API{Core: c, log: log, denials: d, unknown: m.UnknownMethod(), methods: make(map[string]*Method), services: make(map[string]bool)}
 	a.draining, a.Drain = context.WithCancelCause(context.Background())

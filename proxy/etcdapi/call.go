@@ -30,6 +30,7 @@ type Core struct {
 	Pinned      []listener.Config // that lead to one endpoint
 }
 
+// NewCore makes a Core with the rules in use, and a limit on requests in bytes.
 func NewCore(rules *RuleSet, maxRequest int, log *slog.Logger) *Core {
 	c := &Core{MaxRequest: maxRequest, log: log, loggedLost: logonce.NewKeys(lostKeys), Turns: valuetxn.NewTurns()}
 	c.Rules.Store(rules)

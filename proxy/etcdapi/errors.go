@@ -12,11 +12,13 @@ import (
 )
 
 var (
-	errReadOnly     = rpc.Error(codes.PermissionDenied, "this client is one of the listener's ciphertextClients, which may only read")
-	errOwnKey       = rpc.Error(codes.PermissionDenied, "this would change keys that the proxies keep for themselves: use keys with another prefix")
-	errOwnLease     = rpc.Error(codes.PermissionDenied, "keys that the proxies keep for themselves are attached to this lease")
+	errReadOnly = rpc.Error(codes.PermissionDenied, "this client is one of the listener's ciphertextClients, which may only read")
+	errOwnKey   = rpc.Error(codes.PermissionDenied, "this would change keys that the proxies keep for themselves: use keys with another prefix")
+	errOwnLease = rpc.Error(codes.PermissionDenied, "keys that the proxies keep for themselves are attached to this lease")
+	// ErrNoIdentity is the error for a request without an identity, which is a bug.
 	ErrNoIdentity   = rpc.Error(codes.Internal, "connection without an identity")
 	errSortedStream = rpc.Error(codes.Unimplemented, "a RangeStream does not sort by values under a rule: use Range")
+	// ErrShuttingDown ends calls when the proxy drains.
 	ErrShuttingDown = rpc.Error(codes.Unavailable, "shutting down")
 	// errRequestTooLarge is etcd's own answer, code and text.
 	errRequestTooLarge = status.Error(codes.InvalidArgument, "etcdserver: request is too large")

@@ -21,13 +21,14 @@ const (
 	classHost    class = "host"    // served here where a rule covers its keys, and else forwarded
 )
 
-// shape says how many messages a method moves.
-type shape int
+// Shape says how many messages a method moves.
+type Shape int
 
+// The shapes of methods.
 const (
-	ShapeUnary shape = iota
-	ShapeServerStream
-	ShapeBidiStream
+	ShapeUnary        Shape = iota // one request, one response
+	ShapeServerStream              // one request, a stream of responses
+	ShapeBidiStream                // streams of both
 )
 
 // Method is one row of the closed method table.
@@ -36,7 +37,7 @@ type Method struct {
 	Path          string // "/service/name"
 	class         class
 	access        access // what of it is left to clients that may only read
-	Shape         shape
+	Shape         Shape
 	// Indefinite is true for a call that may last for ever: it ends with Unavailable when the proxy
 	// drains, so that its client goes elsewhere, while every other call is let finish.
 	Indefinite bool

@@ -83,7 +83,7 @@ func TestRuleErrors(t *testing.T) {
 // TestEveryMethodIsClassified walks the services that etcd's API knows and fails on a method that
 // the table does not, has in another shape, or has and etcd has not.
 func TestEveryMethodIsClassified(t *testing.T) {
-	want := map[string]shape{
+	want := map[string]Shape{
 		// These services' descriptors belong to etcd's server; the tests against a real etcd walk
 		// them there.
 		"/v3electionpb.Election/Campaign": ShapeUnary, "/v3electionpb.Election/Proclaim": ShapeUnary, "/v3electionpb.Election/Leader": ShapeUnary,

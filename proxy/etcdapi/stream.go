@@ -43,9 +43,9 @@ func (m *Method) handleStream(id *listener.Identity, ss grpc.ServerStream) error
 	if x, ok := c.(streamExchanger); ok && x.Exchanges() {
 		return m.exchangeStream(ctx, id.Upstream, ss, first, x)
 	}
-	lane := id.Upstream.Acquire()
-	defer lane.Release()
-	cs, err := lane.Conn.NewStream(upstream.OutgoingContext(ctx), m.streamDesc(), m.Path)
+	conn := id.Upstream.Acquire()
+	defer conn.Release()
+	cs, err := conn.Conn.NewStream(upstream.OutgoingContext(ctx), m.streamDesc(), m.Path)
 	if err != nil {
 		return ended(ctx, err, responseMetadata{})
 	}

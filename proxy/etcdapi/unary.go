@@ -110,9 +110,9 @@ func (m *Method) forward(ss grpc.ServerStream, id *listener.Identity, in *rpc.Me
 	}
 	out := new(rpc.Message)
 	var met responseMetadata
-	lane := id.Upstream.Acquire()
-	defer lane.Release()
-	err := lane.Conn.Invoke(upstream.OutgoingContext(ctx), m.Path, in, out, grpc.Header(&met.header), grpc.Trailer(&met.trailer))
+	conn := id.Upstream.Acquire()
+	defer conn.Release()
+	err := conn.Conn.Invoke(upstream.OutgoingContext(ctx), m.Path, in, out, grpc.Header(&met.header), grpc.Trailer(&met.trailer))
 	if watch.Start(); !met.empty() { // etcd has answered
 		defer watch.Observe(m.Metrics.Added)
 	}
@@ -177,9 +177,9 @@ func (a *sender) send(ctx context.Context, method string, msg []byte, limit int)
 	var met responseMetadata
 	out := new(rpc.Message)
 	defer out.Free()
-	lane := a.to.Acquire()
-	defer lane.Release()
-	err := lane.Conn.Invoke(upstream.OutgoingContext(ctx), method, rpc.NewMessage(msg), out, grpc.Header(&met.header), grpc.Trailer(&met.trailer), grpc.MaxCallRecvMsgSize(limit))
+	conn := a.to.Acquire()
+	defer conn.Release()
+	err := conn.Conn.Invoke(upstream.OutgoingContext(ctx), method, rpc.NewMessage(msg), out, grpc.Header(&met.header), grpc.Trailer(&met.trailer), grpc.MaxCallRecvMsgSize(limit))
 	if err != nil {
 		a.bad = met
 		return nil, ended(a.ctx, err, met)

@@ -43,7 +43,9 @@ var (
 	deleteResponse = schema{name: "DeleteRangeResponse", bytes: bits(1, 3), varint: bits(2), once: bits(1, 2)}
 	responseOp     = schema{name: "ResponseOp", bytes: bits(1, 2, 3, 4), once: bits(1, 2, 3, 4), arms: bits(1, 2, 3, 4)}
 	txnResponse    = schema{name: "TxnResponse", bytes: bits(1, 3), varint: bits(2), once: bits(1, 2)}
-	// A client may say things twice in the two that follow: nothing in them is encrypted.
+
+	// In the two that follow a field may occur twice: nothing in them is encrypted.
+
 	watchRequest       = schema{name: "WatchRequest", bytes: bits(1, 2, 3)}
 	watchCreateRequest = schema{name: "WatchCreateRequest", bytes: bits(1, 2), varint: bits(3, 4, 6, 7, 8)}
 	watchResponse      = schema{name: "WatchResponse", bytes: bits(1, 6, 11), varint: bits(2, 3, 4, 5, 7), once: bits(1, 2, 3, 4, 5, 6, 7)}

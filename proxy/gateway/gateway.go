@@ -44,6 +44,7 @@ const (
 	idleTimeout   = 5 * time.Minute
 )
 
+// New makes the gateway to an API.
 func New(a *etcdapi.API) (*Gateway, error) {
 	g := &Gateway{conns: newConnQueue()}
 	api, err := newJSON(a)

@@ -20,6 +20,8 @@ import (
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 	"google.golang.org/grpc/mem"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/slab"
 )
 
 // Sizes in bytes.
@@ -118,6 +120,7 @@ type Conn struct {
 	pings         pings
 
 	closeWhenIdle atomic.Bool  // closes after the last stream
+	detaching     atomic.Bool  // Detach was called
 	reading       atomic.Bool  // waits for the peer
 	reads         atomic.Int64 // completed
 	dirty         atomic.Bool  // there may be something to flush
@@ -131,10 +134,11 @@ type Conn struct {
 	write             *http2.Framer  // to pending
 	encoder           headerEncoder
 	streams           map[uint32]*Stream
-	recentlyEnded     endedStreams // of a server
-	nextStreamID      uint32       // of a client
-	sendWindow        int64        // of the connection
-	peerInitialWindow int64        // of a new stream
+	unused            slab.Slab[Stream] // for new streams
+	recentlyEnded     endedStreams      // of a server
+	nextStreamID      uint32            // of a client
+	sendWindow        int64             // of the connection
+	peerInitialWindow int64             // of a new stream
 	peerMaxFrame      int
 	peerMaxStreams    uint32
 	ready             []*Stream // with queued data and an open flow-control window

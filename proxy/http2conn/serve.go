@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"os"
 	"time"
 
 	"golang.org/x/net/http2"
@@ -18,13 +19,19 @@ var errDrained = errors.New("the connection was drained")
 // [Conn.Streams] returns the streams that had not ended.
 func (c *Conn) Serve() error {
 	err := c.serve()
-	if v := c.connectionError(err); v != nil && c.server { // a client just closes
+	detaching := c.detaching.Load() && errors.Is(err, os.ErrDeadlineExceeded)
+	detached := detaching && c.detach()
+	if detaching && !detached {
+		c.sendGoAway(http2.ErrCodeNo, textShutdown)
+	} else if v := c.connectionError(err); v != nil && c.server { // a client just closes
 		c.noteOpened()
 		c.sendGoAway(v.code, v.text)
 	}
 	c.fail(err)
 	c.in.free()
-	_, _ = io.Copy(io.Discard, c.conn) // it ends at once, unless the connection lingers
+	if !detached {
+		_, _ = io.Copy(io.Discard, c.conn) // it ends at once, unless the connection lingers
+	}
 	_ = c.conn.Close()
 	c.writeBuffer.writer.Wait()
 	c.mu.Lock()
@@ -34,7 +41,7 @@ func (c *Conn) Serve() error {
 
 func (c *Conn) serve() error {
 	if c.cfg.HandshakeTimeout > 0 {
-		if err := c.conn.SetReadDeadline(time.Now().Add(c.cfg.HandshakeTimeout)); err != nil {
+		if err := c.setReadDeadline(time.Now().Add(c.cfg.HandshakeTimeout)); err != nil {
 			return err
 		}
 	}
@@ -67,7 +74,7 @@ func (c *Conn) serve() error {
 func (c *Conn) firstFrame() error {
 	f, err := c.readFrame()
 	if err == nil {
-		err = c.conn.SetReadDeadline(time.Time{})
+		err = c.setReadDeadline(time.Time{})
 	}
 	_, bad := errors.AsType[http2.StreamError](err)
 	if _, ok := f.(*http2.SettingsFrame); !ok && (err == nil || bad) {

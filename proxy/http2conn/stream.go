@@ -39,7 +39,8 @@ type Stream struct {
 }
 
 func (c *Conn) newStream(id uint32, value any) *Stream {
-	s := &Stream{conn: c, id: id, recvWindow: c.recvWindow(), sendWindow: c.peerInitialWindow, declared: undeclared}
+	s := c.unused.New()
+	s.conn, s.id, s.recvWindow, s.sendWindow, s.declared = c, id, c.recvWindow(), c.peerInitialWindow, undeclared
 	if value != nil {
 		s.userValue.Store(value)
 	}

@@ -30,6 +30,8 @@ type WriteBuffer struct {
 	keptSize int       // of kept, and of the rest of what is being written
 	deadline bool      // somebody else has set a deadline for writes
 	err      error     // of a write; nothing is written after it
+	detached bool      // writes are appended to last, and Conn stays open
+	last     []byte
 	written  *sync.Cond
 	one      [1][]byte
 	// Arguments and results of try.
@@ -72,6 +74,12 @@ func (w *WriteBuffer) writeAll(all [][]byte) error {
 }
 
 func (w *WriteBuffer) take(all [][]byte) error {
+	if w.detached {
+		for _, b := range all {
+			w.last = append(w.last, b...)
+		}
+		return nil
+	}
 	if w.err == nil && w.raw != nil && !w.full.Load() {
 		w.all = all
 		if err := w.raw.Write(w.try); err != nil {
@@ -184,7 +192,11 @@ func (w *WriteBuffer) Close() error {
 	if w.err == nil {
 		w.err = net.ErrClosed
 	}
+	detached := w.detached
 	w.mu.Unlock()
+	if detached {
+		return nil
+	}
 	return w.Conn.Close()
 }
 

@@ -91,10 +91,12 @@ type Denials struct {
 // rememberedKeys is how many keys of repeated log messages are remembered: clients choose them.
 const rememberedKeys = 1024
 
+// NewDenials makes one. tell may be nil.
 func NewDenials(log *slog.Logger, tell func(listener, client, remote string)) *Denials {
 	return &Denials{log: log, tell: tell, told: logonce.NewKeys(rememberedKeys)}
 }
 
+// Note logs and reports a denied client, unless that was done before.
 func (d *Denials) Note(id *Identity) {
 	if !d.told.First(id.Listener + "\x00" + id.Name()) {
 		return

@@ -33,12 +33,14 @@ var processStart = time.Now()
 // clock returns nanoseconds; never 0.
 func clock() int64 { return max(int64(time.Since(processStart)), 1) }
 
+// Start starts the stopwatch, if it is stopped.
 func (w *Stopwatch) Start() {
 	if w.On {
 		w.since.CompareAndSwap(0, clock())
 	}
 }
 
+// Stop stops the stopwatch, and adds the time since Start.
 func (w *Stopwatch) Stop() {
 	if !w.On {
 		return

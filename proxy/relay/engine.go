@@ -29,6 +29,7 @@ type Engine struct {
 	maxMessage   int          // of a client's messages, in bytes
 	web          http.Handler // of requests that are not gRPC's
 	budget       *http2conn.Budget
+	denied       deniedConns
 	calls        atomic.Int64    // see [admission]
 	base         context.Context // of everything that waits; it ends with the engine
 	cancel       context.CancelFunc
@@ -41,6 +42,8 @@ type Engine struct {
 	all      sync.WaitGroup
 }
 
+// New makes an engine for the calls of an API. web serves the requests that are not gRPC's, and
+// drain bounds how long calls may take after [Engine.Drain].
 func New(a *etcdapi.API, web http.Handler, drain time.Duration, log *slog.Logger) *Engine {
 	e := &Engine{api: a, maxMessage: a.Core.MaxRequest + etcdapi.GrpcOverhead, log: log, drainTimeout: drain, web: web, budget: http2conn.NewBudget(requestBudget()), sessions: make(map[*session]struct{}), empty: make(chan struct{})}
 	e.base, e.cancel = context.WithCancel(context.Background())
@@ -64,8 +67,17 @@ func (e *Engine) Serve(conn *listener.Conn) {
 	}
 	s := newSession(e, conn)
 	e.sessions[s] = struct{}{}
+	if s.id.Denied {
+		e.denied.add(s)
+	}
 	e.all.Go(func() {
 		s.run()
+		if s.id.Denied {
+			e.denied.remove(s)
+		}
+		if socket := s.client.Detached(); socket != nil {
+			e.all.Go(func() { e.denied.wait(socket) }) // with a small stack
+		}
 		e.mu.Lock()
 		defer e.mu.Unlock()
 		if delete(e.sessions, s); e.closed && len(e.sessions) == 0 {
@@ -78,6 +90,7 @@ func (e *Engine) Serve(conn *listener.Conn) {
 // lets the others finish, and returns once they have, or once the drain timeout is over.
 func (e *Engine) Drain() {
 	e.draining.Store(true)
+	e.denied.end()
 	e.api.Drain(etcdapi.ErrShuttingDown)
 	e.mu.Lock()
 	e.closed = true
@@ -104,6 +117,7 @@ func (e *Engine) Drain() {
 // Close ends what is left. It may be called more than once, also for an engine that never ran.
 func (e *Engine) Close() {
 	e.cancel()
+	e.denied.end()
 	e.mu.Lock()
 	e.closed = true
 	for s := range e.sessions {
@@ -113,8 +127,8 @@ func (e *Engine) Close() {
 	e.all.Wait()
 }
 
-// upstreamFields makes of a client's header fields those for etcd. What belongs to the hop stays
-// behind.
+// upstreamFields makes of a client's header fields those for etcd. What belongs to the connection
+// stays behind.
 func upstreamFields(fields []hpack.HeaderField, scheme, authority string) []hpack.HeaderField {
 	kept := make([]hpack.HeaderField, 0, len(fields)+1)
 	for _, f := range fields {

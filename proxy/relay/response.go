@@ -229,8 +229,8 @@ func (a *responseMessages) rewrite(m etcdapi.Mode) *etcdwire.Blocked {
 		a.own = rpc.Buffers.Get(min(max(rpc.PartSize, len(begun)+1), len(begun)+a.left))
 		a.n = copy(*a.own, begun)
 	}
-	if a.left == 0 && len(a.parts) == 0 && len(out) <= copied && !st.splits() {
-		st.client.Data(false, rpc.Header(len(out)), out)
+	if a.left == 0 && len(a.parts) == 0 && len(out) <= copied && !a.stream.splits() {
+		a.stream.client.Data(false, rpc.Header(len(out)), out)
 		rpc.Buffers.Put(own)
 		return nil
 	}

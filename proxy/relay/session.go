@@ -11,6 +11,7 @@ import (
 	"golang.org/x/net/http2/hpack"
 	"google.golang.org/grpc/codes"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/slab"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
@@ -30,7 +31,10 @@ type session struct {
 	work   sync.WaitGroup                    // goroutines of the session
 
 	admission admission
-	unary     uint64 // calls so far; of the goroutine that reads from the client
+	// Of the goroutine that reads from the client.
+	unary   uint64 // calls so far
+	headers repeatedHeaders
+	unused  slab.Slab[clientStream] // for new streams
 
 	mu        sync.Mutex
 	endpoints []*endpointState
@@ -121,8 +125,15 @@ func (s *session) drain() {
 // Headers implements [http2conn.Handler]. A client that is not allowed is answered here, from its
 // header fields alone.
 func (s *session) Headers(stream *http2conn.Stream, fields []hpack.HeaderField, end bool) {
-	h := readRequestHead(fields)
-	st := &clientStream{session: s, client: stream, fields: fields, responseType: h.responseType()}
+	var h requestHead
+	repeated := s.headers.find(fields)
+	if repeated != nil {
+		h = repeated.head
+	} else {
+		h = readRequestHead(fields)
+	}
+	st := s.unused.New()
+	st.session, st.client, st.fields, st.repeated, st.responseType = s, stream, fields, repeated, h.responseType()
 	st.response.stream = st
 	stream.SetValue(st)
 	if s.secure && !h.grpcLike {

@@ -27,6 +27,7 @@ type clientStream struct {
 	call         etcdapi.Call    // nil if the method's messages pass unchanged
 	client       *http2conn.Stream
 	fields       []hpack.HeaderField // the client's
+	repeated     *repeatedHeader     // what was made of fields; nil if the client has not repeated them
 	responseType string
 	response     responseMessages // what comes back
 	pending      []byte           // what the client has sent, with gRPC's message headers, and was not forwarded
@@ -156,8 +157,8 @@ func (st *clientStream) consumedFromUpstream() {
 
 // unary gathers the one message of a call and sends it on when it is whole. Like etcd, a unary call
 // does not wait for the client to half-close the stream, and ignores what comes after its message;
-// a call whose answer is a stream waits. The handler responseMessages a request that is not just one
-// message.
+// a call whose answer is a stream waits. The handler answers a request that is not just
+// one message.
 func (st *clientStream) unary(m etcdapi.Mode, data []byte, end bool) {
 	raw := data
 	if len(st.pending) > 0 {

@@ -194,9 +194,10 @@ func (f *Message) Decode(into any) error {
 	return fmt.Errorf("decode into %T: not a message", into)
 }
 
-// NewMessage is a frame with these bytes.
+// NewMessage returns a message of these bytes.
 func NewMessage(msg []byte) *Message { return &Message{Data: mem.BufferSlice{mem.SliceBuffer(msg)}} }
 
+// Unmarshal decodes a message. The error wraps [etcdwire.ErrMalformed].
 func Unmarshal(msg []byte, into proto.Message) error {
 	if err := proto.Unmarshal(msg, into); err != nil {
 		return fmt.Errorf("%w: it cannot be decoded", etcdwire.ErrMalformed)
@@ -204,6 +205,7 @@ func Unmarshal(msg []byte, into proto.Message) error {
 	return nil
 }
 
+// Marshal encodes a message.
 func Marshal(m proto.Message) ([]byte, error) {
 	out, err := proto.Marshal(m)
 	if err != nil {

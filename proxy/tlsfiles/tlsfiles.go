@@ -57,6 +57,7 @@ func KeyPair(data filewatch.Contents, certFile, keyFile string) (tls.Certificate
 	return cert, nil
 }
 
+// ParseCAs returns the CA certificates in the PEM file at path, which holds data.
 func ParseCAs(path string, data []byte) (*x509.CertPool, []*x509.Certificate, error) {
 	if err := filewatch.CompletePEM(path, data); err != nil {
 		return nil, nil, fmt.Errorf("parse CA certificates: %w", err)

@@ -78,6 +78,7 @@ type Cluster struct {
 	ready     chan struct{} // closed while up
 }
 
+// New makes a cluster of the endpoints in cfg, to which it connects in [Cluster.Run]. m may be nil.
 func New(cfg Config, log *slog.Logger, m *metrics.Metrics) (*Cluster, error) {
 	creds, err := cfg.credentials(log)
 	if err != nil {
@@ -295,6 +296,7 @@ func (u *Cluster) WaitConnected(ctx context.Context) {
 	}
 }
 
+// Close closes all connections.
 func (u *Cluster) Close() {
 	u.HTTP.CloseIdleConnections()
 	u.pool.Close()

@@ -20,15 +20,16 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 )
 
-// Two proxies in a row would encrypt twice, and a command that works on what is stored would take
-// decrypted values for plaintext. So every request that a proxy or a command sends towards etcd
-// says in its metadata that it is meant for etcd, which passes over it, and a proxy refuses such a
-// request. Who does not send it, which is every client of etcd, is not told a proxy from etcd by
-// it.
+// MarkHeader is in the metadata of every request that a proxy or a command sends to etcd, which
+// ignores it. A proxy refuses a request that has it: two proxies in a row would encrypt twice, and
+// a command would take decrypted values for plaintext. Other clients of etcd do not send it, and
+// cannot distinguish a proxy from etcd by it.
 const MarkHeader = "etcd-kms-proxy-meant-for"
 
+// MarkValue are the values of [MarkHeader].
 var MarkValue = []string{"etcd"}
 
+// ErrChained is the error for a request of another proxy or of a command.
 var ErrChained = rpc.Error(codes.FailedPrecondition, "etcd.endpoints leads to a proxy: name etcd itself")
 
 // IsChained reports whether err is the answer of a proxy, not of etcd, to a request of

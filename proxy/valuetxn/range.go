@@ -114,6 +114,7 @@ func sortOps(s Store, asked []*pb.RequestOp, answers []*pb.ResponseOp) {
 	}
 }
 
+// Branch returns the operations of a transaction whose compares succeeded, or did not.
 func Branch(t *pb.TxnRequest, succeeded bool) []*pb.RequestOp {
 	if succeeded {
 		return t.GetSuccess()

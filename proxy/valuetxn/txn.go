@@ -54,6 +54,7 @@ type Turns struct {
 	slots [256]chan struct{}
 }
 
+// NewTurns makes the turns of a process.
 func NewTurns() *Turns {
 	t := &Turns{seed: maphash.MakeSeed()}
 	for i := range t.slots {

@@ -138,11 +138,11 @@ func (o *ours) open(key, stored []byte) (plaintext []byte, stale bool, err error
 	if err != nil {
 		return nil, false, err
 	}
-	again, standing, err := o.Inspect(context.Background(), key, stored)
+	again, state, err := o.Inspect(context.Background(), key, stored)
 	if err != nil || string(again) != string(plaintext) {
 		return nil, false, errors.New("Inspect does not agree with Open")
 	}
-	return plaintext, standing != keyring.Current, nil
+	return plaintext, state != keyring.Current, nil
 }
 
 // await polls until the ring encrypts under a key ID.

@@ -94,7 +94,7 @@ type decryptedValue struct {
 	Key      string `json:"key"`
 	KeyBytes []byte `json:"keyBytes,omitempty"` // Key where that is not valid UTF-8
 	Revision int64  `json:"revision"`
-	Standing string `json:"standing"`
+	State    string `json:"standing"`
 	Value    []byte `json:"value,omitempty"`
 	Error    string `json:"error,omitempty"`
 }
@@ -130,22 +130,22 @@ func (cl *cluster) decrypt(ctx context.Context, o decryptOptions, stdout, stderr
 	}
 	err = cl.values(ctx, o, func(kv *mvccpb.KeyValue) error {
 		found = true
-		v := decryptedValue{Key: string(kv.Key), KeyBytes: inventory.KeyBytes(string(kv.Key)), Revision: kv.ModRevision, Standing: "unruled", Value: kv.Value}
+		v := decryptedValue{Key: string(kv.Key), KeyBytes: inventory.KeyBytes(string(kv.Key)), Revision: kv.ModRevision, State: "unruled", Value: kv.Value}
 		var ierr error
 		rule := cl.rules.Of(kv.Key)
 		if rule != nil {
-			var standing keyring.ValueState
-			v.Value, standing, ierr = rule.Sealer.Inspect(ctx, kv.Key, kv.Value)
+			var state keyring.ValueState
+			v.Value, state, ierr = rule.Sealer.Inspect(ctx, kv.Key, kv.Value)
 			if e, ok := errors.AsType[*keyring.Error](ierr); ok && (e.Kind == keyring.Unavailable || e.Answered()) {
-				standing = inventory.Unavailable
+				state = inventory.Unavailable
 			}
-			v.Standing = string(standing)
+			v.State = string(state)
 		}
 		// Values that the proxy returns as they are stored were not decrypted.
 		switch {
-		case v.Standing == string(keyring.Foreign):
+		case v.State == string(keyring.Foreign):
 			ierr, foreign = errors.New("it is encrypted by a provider that its rule does not read"), foreign+1
-		case rule != nil && rule.Strict && v.Standing == string(keyring.Unencrypted):
+		case rule != nil && rule.Strict && v.State == string(keyring.Unencrypted):
 			ierr, foreign = errors.New("it is plaintext, which its rule refuses to read (allowPlaintextReads: false): it was written past the proxies"), foreign+1
 		case rule == nil && strings.HasPrefix(string(kv.Value), envelope.Root):
 			ierr, foreign = errors.New("it is encrypted, and no rule covers its key"), foreign+1

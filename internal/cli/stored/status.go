@@ -103,7 +103,7 @@ type statusProxy struct {
 type statusKey struct {
 	Key      string             `json:"key"`
 	KeyBytes []byte             `json:"keyBytes,omitempty"` // Key where that is not valid UTF-8
-	Standing keyring.ValueState `json:"standing"`
+	State    keyring.ValueState `json:"standing"`
 	Revision int64              `json:"revision"`
 	Why      string             `json:"why,omitempty"`
 }
@@ -112,19 +112,19 @@ type statusKey struct {
 func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) {
 	report := &statusReport{OK: true, Agreeing: true, Rules: []statusRule{}, KMS: []statusKMS{}, Proxies: []statusProxy{}}
 	refused := make(map[string]int64)
-	visit := func(rule *inventory.Rule, kv *mvccpb.KeyValue, standing keyring.ValueState, err error) error {
+	visit := func(rule *inventory.Rule, kv *mvccpb.KeyValue, state keyring.ValueState, err error) error {
 		e, ok := errors.AsType[*keyring.Error](err)
-		if ok && standing == inventory.Unavailable && e.Answered() {
+		if ok && state == inventory.Unavailable && e.Answered() {
 			refused[rule.Prefix]++
 		}
-		if !list || standing == keyring.Current {
+		if !list || state == keyring.Current {
 			return nil
 		}
-		k := statusKey{Key: string(kv.Key), KeyBytes: inventory.KeyBytes(string(kv.Key)), Standing: standing, Revision: kv.ModRevision}
+		k := statusKey{Key: string(kv.Key), KeyBytes: inventory.KeyBytes(string(kv.Key)), State: state, Revision: kv.ModRevision}
 		if err != nil {
 			k.Why = err.Error()
 		}
-		if ok && standing == inventory.Unavailable {
+		if ok && state == inventory.Unavailable {
 			k.Why = e.OfSeed() // may be about another value with the same DEK seed
 		}
 		report.Keys = append(report.Keys, k)
@@ -140,7 +140,7 @@ func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) 
 		strict[rule.Prefix] = rule.Strict
 	}
 	for _, c := range counts {
-		n := func(s keyring.ValueState) int64 { return c.Standings[s].Keys }
+		n := func(s keyring.ValueState) int64 { return c.States[s].Keys }
 		report.Rules = append(report.Rules, statusRule{
 			Prefix: c.Prefix, WriteWith: c.WriteWith, Strict: strict[c.Prefix], Keys: c.All.Keys, Current: n(keyring.Current), Stale: n(keyring.Stale), Plaintext: n(keyring.Unencrypted),
 			Foreign: n(keyring.Foreign), Undecryptable: n(keyring.Undecryptable), Unavailable: n(inventory.Unavailable), Refused: refused[c.Prefix], Detail: c,
@@ -174,7 +174,7 @@ func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) 
 // text prints the report as tables.
 func (r *statusReport) text(w io.Writer) {
 	for _, k := range r.Keys {
-		printable.Fprintf(w, "%s\t%s%s\n", k.Standing, printable.Name(k.Key), because(k.Why))
+		printable.Fprintf(w, "%s\t%s%s\n", k.State, printable.Name(k.Key), because(k.Why))
 	}
 	if len(r.Keys) > 0 {
 		printable.Fprintf(w, "\n")
@@ -196,7 +196,7 @@ func (r *statusReport) text(w io.Writer) {
 			if by == inventory.Plaintext {
 				by = ""
 			}
-			printable.Fprintf(t, "%q\t%s\t%s\t%s\t%d\t%s\t%d to %d\n", c.Prefix, k.Standing, printable.NameOrNone(by), printable.NameOrNone(k.KeyID), k.Keys, size(k.Bytes), k.Oldest, k.Newest)
+			printable.Fprintf(t, "%q\t%s\t%s\t%s\t%d\t%s\t%d to %d\n", c.Prefix, k.State, printable.NameOrNone(by), printable.NameOrNone(k.KeyID), k.Keys, size(k.Bytes), k.Oldest, k.Newest)
 		}
 	}
 	if some {
