@@ -88,8 +88,8 @@ func TestAllocationsOfRelayedCalls(t *testing.T) {
 		rules []etcdapi.Rule
 		most  float64
 	}{
-		"passing": {nil, 2},
-		"a rule":  {[]etcdapi.Rule{{Sealer: cutting{}}}, 2},
+		"passing": {nil, 1},
+		"a rule":  {[]etcdapi.Rule{{Sealer: cutting{}}}, 1},
 	} {
 		t.Run(name, func(t *testing.T) {
 			address := proxytest.ServeH2(t, func(r *proxytest.RawEtcd) http2conn.Handler { return &oneKey{r, response} })
