@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/slab"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/metrics"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
@@ -130,10 +131,21 @@ func statusError(err error) error {
 	return status.FromContextError(err).Err()
 }
 
+// newCall makes the rewriter of a call.
+type newCall func(c *Core, id *listener.Identity, unused *Calls) Call
+
+// Calls has the memory for rewriters of the most frequent calls. It is not safe for concurrent use.
+type Calls struct {
+	ranges  slab.Slab[rangeCall]
+	puts    slab.Slab[putCall]
+	deletes slab.Slab[deleteCall]
+	txns    slab.Slab[txnCall]
+}
+
 // NewCall makes the call's rewriter, nil if it has none.
-func (m *Method) NewCall(id *listener.Identity) Call {
+func (m *Method) NewCall(id *listener.Identity, unused *Calls) Call {
 	if m.call == nil {
 		return nil
 	}
-	return m.call(m.api.Core, id)
+	return m.call(m.api.Core, id, unused)
 }

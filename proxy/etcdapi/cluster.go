@@ -26,8 +26,8 @@ type membersOf interface {
 }
 
 // members makes the call for one kind of answer.
-func members[M membersOf]() func(*Core, *listener.Identity) Call {
-	return func(c *Core, id *listener.Identity) Call {
+func members[M membersOf]() newCall {
+	return func(c *Core, id *listener.Identity, _ *Calls) Call {
 		return &memberCall{core: c, id: id, into: func() membersOf {
 			var none M
 			m, _ := none.ProtoReflect().New().Interface().(membersOf)

@@ -19,8 +19,8 @@ type electionCall struct {
 	hosted bool
 }
 
-func electing(about func([]byte) (span, error), a access) func(*Core, *listener.Identity) Call {
-	return func(c *Core, id *listener.Identity) Call {
+func electing(about func([]byte) (span, error), a access) newCall {
+	return func(c *Core, id *listener.Identity, _ *Calls) Call {
 		return &electionCall{core: c, id: id, about: about, writes: a == writes}
 	}
 }

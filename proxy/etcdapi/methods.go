@@ -4,7 +4,6 @@ import (
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"google.golang.org/grpc"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/metrics"
 )
 
@@ -42,7 +41,7 @@ type Method struct {
 	// drains, so that its client goes elsewhere, while every other call is let finish.
 	Indefinite bool
 	// call makes the rewriter of one call; nil for what is forwarded untouched.
-	call func(c *Core, id *listener.Identity) Call
+	call newCall
 
 	api     *API
 	Metrics *metrics.Method

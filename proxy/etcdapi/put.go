@@ -18,8 +18,10 @@ type putCall struct {
 	kvCall
 }
 
-func newPutCall(c *Core, id *listener.Identity) Call {
-	return &putCall{kvCall: kvCall{core: c, id: id}}
+func newPutCall(c *Core, id *listener.Identity, unused *Calls) Call {
+	call := unused.puts.New()
+	call.core, call.id = c, id
+	return call
 }
 
 func (c *putCall) Request(m Mode, msg []byte) ([]byte, error) {

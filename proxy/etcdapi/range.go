@@ -23,11 +23,13 @@ type rangeCall struct {
 	refused bool // etcd is to refuse it
 }
 
-func newRangeCall(c *Core, id *listener.Identity) Call {
-	return &rangeCall{kvCall: kvCall{core: c, id: id}}
+func newRangeCall(c *Core, id *listener.Identity, unused *Calls) Call {
+	r := unused.ranges.New()
+	r.core, r.id = c, id
+	return r
 }
 
-func newRangeStreamCall(c *Core, id *listener.Identity) Call {
+func newRangeStreamCall(c *Core, id *listener.Identity, _ *Calls) Call {
 	return &rangeCall{kvCall: kvCall{core: c, id: id}, stream: true}
 }
 

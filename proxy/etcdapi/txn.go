@@ -41,8 +41,10 @@ func (c *txnCall) Delete(key, end []byte) {
 	c.touches = c.touches || c.at.Overlaps(key, end)
 }
 
-func newTxnCall(c *Core, id *listener.Identity) Call {
-	return &txnCall{kvCall: kvCall{core: c, id: id}}
+func newTxnCall(c *Core, id *listener.Identity, unused *Calls) Call {
+	call := unused.txns.New()
+	call.core, call.id = c, id
+	return call
 }
 
 func (c *txnCall) Request(m Mode, msg []byte) ([]byte, error) {

@@ -35,6 +35,7 @@ type session struct {
 	unary   uint64 // calls so far
 	headers repeatedHeaders
 	unused  slab.Slab[clientStream] // for new streams
+	calls   etcdapi.Calls
 
 	mu        sync.Mutex
 	endpoints []*endpointState

@@ -80,7 +80,7 @@ func (st *clientStream) begin(end bool) {
 		st.fail(etcdapi.ErrShuttingDown)
 		return
 	}
-	st.call = st.method.NewCall(st.session.id)
+	st.call = st.method.NewCall(st.session.id, &st.session.calls)
 	if st.method.Shape == etcdapi.ShapeBidiStream {
 		if ok, wouldBlock := st.connect(etcdapi.NonBlocking); wouldBlock {
 			st.detach(&st.requests, func(m etcdapi.Mode) {
