@@ -71,7 +71,7 @@ func (p process) check(mode fs.FileMode, uid, gid int) (problem, fix string) {
 		}
 		return "", ""
 	}
-	return fmt.Sprintf("others than its owner may use it (mode %04o)", mode), "chmod 600"
+	return fmt.Sprintf("users other than its owner can use it (mode %04o)", mode), "chmod 600"
 }
 
 // shared says why a group is not the process' alone, or returns "".

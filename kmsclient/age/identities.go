@@ -81,11 +81,11 @@ func Join(sets ...*Identities) *Identities {
 // openProtected decrypts an identity file that a passphrase protects.
 func openProtected(name string, text []byte, armored bool, ask Prompter) ([]byte, error) {
 	if ask.Passphrase == nil {
-		return nil, errors.New("it is protected by a passphrase, and there is no terminal to ask for it")
+		return nil, errors.New("it is protected by a passphrase, and there is no terminal to enter it on")
 	}
 	passphrase, err := ask.Passphrase(name)
 	if err != nil {
-		return nil, fmt.Errorf("ask for the passphrase: %w", err)
+		return nil, fmt.Errorf("read the passphrase: %w", err)
 	}
 	defer clear(passphrase)
 	identity, err := age.NewScryptIdentity(string(passphrase))

@@ -64,7 +64,7 @@ func Read(path string, form Form) ([]Key, fs.FileInfo, error) {
 		return nil, nil, fmt.Errorf("key file %s: not a regular file", path)
 	}
 	if why, fix := secretfile.Check(path, info); why != "" {
-		return nil, nil, problem.New("run "+fix+" "+path+", and replace its keys if anyone did", "key file %s: %s", path, why)
+		return nil, nil, problem.New("run "+fix+" "+path+", and replace its keys if another user has read it", "key file %s: %s", path, why)
 	}
 	data, err := io.ReadAll(io.LimitReader(f, maxFileSize+1))
 	if err != nil {
