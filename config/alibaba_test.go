@@ -8,7 +8,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// TestAlibabaCredentials is the other side of those that are refused: each type with all of its fields.
+// TestAlibabaCredentials is the other side of those that are refused: each type with all of its
+// fields.
 func TestAlibabaCredentials(t *testing.T) {
 	dir := t.TempDir()
 	ca, _ := pair(t)

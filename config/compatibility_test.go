@@ -17,8 +17,8 @@ import (
 var updateReleased = flag.Bool("update-released", false, "write what the configurations of testdata/0.1.0 mean again: only before 0.1.0 is released")
 
 // TestConfigurationsOfReleases loads what was a configuration of 0.1.0: one with every field that
-// there was, and one that leaves as much as it can to the defaults. Both mean what they meant, field
-// by field. RELEASING.md promises that, so the files of a release never change.
+// there was, and one that leaves as much as it can to the defaults. Both mean what they meant,
+// field by field. RELEASING.md promises that, so the files of a release never change.
 func TestConfigurationsOfReleases(t *testing.T) {
 	cert, key := pair(t)
 	revoked, folder := crl(t, cert, key), t.TempDir()

@@ -1,12 +1,13 @@
 // Package config reads etcd-kms-proxy's configuration file.
 //
-// [Load] is strict: an unknown field, a field that is given twice, a value of the wrong type or a rule
-// that refers to nothing is a problem. All problems of a file are returned at once as [Problems], each
-// with its path, its line and a hint. A returned [Config] is complete: defaults are filled in, relative
-// file names are resolved, and every file that it names could be read.
+// [Load] is strict: an unknown field, a field that is given twice, a value of the wrong type or a
+// rule that refers to nothing is a problem. All problems of a file are returned at once as
+// [Problems], each with its path, its line and a hint. A returned [Config] is complete: defaults
+// are filled in, relative file names are resolved, and every file that it names could be read.
 //
-// The comments of the types are the manual: docs/reference/configuration.md is generated from them. The
-// package starts nothing, connects to nothing and contains no secrets, only the names of their files.
+// The comments of the types are the manual: docs/reference/configuration.md is generated from them.
+// The package starts nothing, connects to nothing and contains no secrets, only the names of their
+// files.
 package config
 
 //go:generate go run ./internal/gendoc -types types.go,types_kms.go -example testdata/example.yaml -out ../docs/reference/configuration.md
@@ -33,9 +34,9 @@ const (
 	maxFile = 4 << 20 // bytes of a configuration file
 )
 
-// Checks are further checks by the packages that use parts of a configuration. Each is called with a
-// part that has no other problem. The paths of its problems are relative to the part, and it sets no
-// lines. Fields may be nil.
+// Checks are further checks by the packages that use parts of a configuration. Each is called with
+// a part that has no other problem. The paths of its problems are relative to the part, and it sets
+// no lines. Fields may be nil.
 type Checks struct {
 	KMS   func(KMS) []Problem
 	Audit func(Audit) []Problem
@@ -43,7 +44,8 @@ type Checks struct {
 	Warn func(Problem)
 }
 
-// Load reads, checks and completes the file at path. The error is a [Problems] if the file could be read and is wrong.
+// Load reads, checks and completes the file at path. The error is a [Problems] if the file could be
+// read and is wrong.
 func Load(path string) (*Config, error) { return LoadChecked(path, Checks{}) }
 
 // LoadChecked is Load with further checks.
@@ -67,7 +69,8 @@ func LoadChecked(path string, checks Checks) (*Config, error) {
 	return parseChecked(data, dir, readFile, checks)
 }
 
-// parse checks and completes the bytes of a file in folder dir. The files that it names are read with read.
+// parse checks and completes the bytes of a file in folder dir. The files that it names are read
+// with read.
 func parse(data []byte, dir string, read func(path string) ([]byte, error)) (*Config, error) {
 	return parseChecked(data, dir, read, Checks{})
 }
@@ -91,8 +94,8 @@ func parseChecked(data []byte, dir string, read func(path string) ([]byte, error
 	return c, nil
 }
 
-// readFile reads a file that the configuration names. Only regular files are opened, since a pipe would block, and none is larger than
-// a set of certificates can be.
+// readFile reads a file that the configuration names. Only regular files are opened, since a pipe
+// would block, and none is larger than a set of certificates can be.
 func readFile(path string) ([]byte, error) {
 	info, err := os.Stat(path)
 	if err != nil {

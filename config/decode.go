@@ -19,8 +19,9 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// decoder fills the types from YAML nodes. yaml.v3's own strict mode stops at the first problems and knows no paths; this one
-// goes on, and remembers the line of every field for the checks that follow.
+// decoder fills the types from YAML nodes. yaml.v3's own strict mode stops at the first problems
+// and knows no paths; this one goes on, and remembers the line of every field for the checks that
+// follow.
 //
 // Struct tags: yaml is the field's name. default is its value when absent, written as in YAML.
 // required "true" is neither absent nor empty, "present" is not absent. file "true" names a file,
@@ -35,7 +36,8 @@ type decoder struct {
 	warnings Problems
 }
 
-// report adds a problem, unless its path has one already: what follows from a first mistake helps nobody.
+// report adds a problem, unless its path has one already: what follows from a first mistake helps
+// nobody.
 func (d *decoder) report(path, hint, format string, args ...any) {
 	if d.bad[path] && path != "" {
 		return
@@ -65,7 +67,8 @@ func (d *decoder) present(path string) bool { _, ok := d.lines[path]; return ok 
 
 var yamlLine = regexp.MustCompile(`^yaml: (?:line (\d+): )?`)
 
-// document decodes data into c. It reports false if there is nothing that further checks could look at.
+// document decodes data into c. It reports false if there is nothing that further checks could look
+// at.
 func (d *decoder) document(data []byte, c *Config) bool {
 	d.data = data
 	dec := yaml.NewDecoder(bytes.NewReader(data))
@@ -299,8 +302,8 @@ func (d *decoder) reportAt(line int, path, hint, format string, args ...any) {
 	d.problems = append(d.problems, Problem{Path: path, Line: line, Text: fmt.Sprintf(format, args...), Hint: hint})
 }
 
-// setDefaults fills the fields of a struct from their tags, and those of the structs in it. What a pointer or a list holds gets its defaults
-// when it is decoded.
+// setDefaults fills the fields of a struct from their tags, and those of the structs in it. What a
+// pointer or a list holds gets its defaults when it is decoded.
 func setDefaults(v reflect.Value) {
 	for f := range v.Type().Fields() {
 		at := v.FieldByIndex(f.Index)
@@ -333,7 +336,8 @@ func setScalar(v reflect.Value, text, tag string) error {
 		}
 		v.SetInt(int64(x))
 	case v.Kind() == reflect.String:
-		// Numbers are taken as they are written, so that "mode: 0600" and "minVersion: 1.2" mean what they say.
+		// Numbers are taken as they are written, so that "mode: 0600" and "minVersion: 1.2" mean
+		// what they say.
 		if tag != "!!str" && tag != "!!int" && tag != "!!float" && tag != "!!timestamp" {
 			return fmt.Errorf("%q is %s to YAML, not a string", text, strings.TrimPrefix(tag, "!!"))
 		}

@@ -75,7 +75,8 @@ cache: {sealUnreachableFor: 0s}
 	}
 }
 
-// TestExampleLoads keeps the manual's example true, with the files that it names made in a folder of the test's own.
+// TestExampleLoads keeps the manual's example true, with the files that it names made in a folder
+// of the test's own.
 func TestExampleLoads(t *testing.T) {
 	example, err := os.ReadFile("testdata/example.yaml")
 	if err != nil {

@@ -29,7 +29,8 @@ const (
 	kmsTwo = "kms: [{name: dev, plugin: {endpoint: unix:///run/k.sock}}, {name: dr, plugin: {endpoint: unix:///run/dr.sock}}]\n"
 )
 
-// TestProblems gives each bad file the one problem that it has: path, line and a part of its text or hint.
+// TestProblems gives each bad file the one problem that it has: path, line and a part of its text
+// or hint.
 func TestProblems(t *testing.T) {
 	dir := t.TempDir()
 	cert, key := pair(t)
@@ -273,7 +274,8 @@ func TestNoPasswordInProblems(t *testing.T) {
 	}
 }
 
-// FuzzLoad: whatever the bytes, there is either a configuration or problems, each with a line of the file.
+// FuzzLoad: whatever the bytes, there is either a configuration or problems, each with a line of
+// the file.
 func FuzzLoad(f *testing.F) {
 	example, err := os.ReadFile("testdata/example.yaml")
 	if err != nil {

@@ -7,8 +7,8 @@ import (
 	"strings"
 )
 
-// NeedsRestart names the blocks of next that differ from running and that a reload does not apply. The answer is empty if a reload
-// applies everything.
+// NeedsRestart names the blocks of next that differ from running and that a reload does not apply.
+// The answer is empty if a reload applies everything.
 func NeedsRestart(running, next *Config) []string {
 	var blocks []string
 	for _, b := range []struct {
@@ -31,8 +31,9 @@ func NeedsRestart(running, next *Config) []string {
 	return blocks
 }
 
-// SameListener returns the index in next of the listener that is at index i of running, or -1 if there is none that a reload gives its client lists to: it has
-// another address, or takes no client certificates.
+// SameListener returns the index in next of the listener that is at index i of running, or -1 if
+// there is none that a reload gives its client lists to: it has another address, or takes no client
+// certificates.
 func SameListener(running, next []Listener, i int) int {
 	verifies := func(l Listener) bool { return l.TLS != nil && l.TLS.ClientCAFile != "" }
 	l := running[i]
@@ -59,10 +60,13 @@ func withClients(running, next []Listener) []Listener {
 	return all
 }
 
-// Weakens says how the rules of next protect keys less than those of running do, a sentence each: where values that were sealed would be written as plaintext,
-// where they could not be read any more, and where plaintext that was refused would be handed on. The answer is empty if they protect them at least as well.
+// Weakens says how the rules of next protect keys less than those of running do, a sentence each:
+// where values that were sealed would be written as plaintext, where they could not be read any
+// more, and where plaintext that was refused would be handed on. The answer is empty if they
+// protect them at least as well.
 func Weakens(running, next []Rule) []string {
-	// Between them, the prefixes of both cut all keys into regions, in each of which one rule of each holds.
+	// Between them, the prefixes of both cut all keys into regions, in each of which one rule of
+	// each holds.
 	regions := make(map[string]bool)
 	for _, r := range slices.Concat(running, next) {
 		regions[r.Prefix] = true

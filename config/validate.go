@@ -96,7 +96,8 @@ func (d *decoder) admin(a *Admin, listeners []Listener) {
 	}
 }
 
-// maxDuration bounds every duration: ten years, so that nothing overflows when it is added to a time.
+// maxDuration bounds every duration: ten years, so that nothing overflows when it is added to a
+// time.
 const maxDuration = 10 * 365 * 24 * time.Hour
 
 func (d *decoder) duration(path string, x, least time.Duration) {
@@ -230,7 +231,8 @@ func (d *decoder) etcd(e *Etcd) {
 	}
 }
 
-// httpEndpoints checks the URLs where etcd serves HTTP, and reports whether one of them is https://.
+// httpEndpoints checks the URLs where etcd serves HTTP, and reports whether one of them is
+// https://.
 func (d *decoder) httpEndpoints(e *Etcd) (overTLS bool) {
 	if n := len(e.HTTPEndpoints); n > 0 && n != len(e.Endpoints) {
 		d.report("etcd.httpEndpoints", "write the URL of each member, in the order of etcd.endpoints", "has %d URLs for %d endpoints", n, len(e.Endpoints))
@@ -282,15 +284,16 @@ func (d *decoder) rules(c *Config) {
 }
 
 func undefined(known []string) string {
-	known = slices.DeleteFunc(slices.Clone(known), func(name string) bool { return name == "" }) // that one is missing is a problem of its own
+	// that one is missing is a problem of its own
+	known = slices.DeleteFunc(slices.Clone(known), func(name string) bool { return name == "" })
 	if len(known) == 0 {
 		return "define it under kms"
 	}
 	return "define it under kms, or use " + strings.Join(known, " or ")
 }
 
-// fileError says why a file could not be read. The path is first, since a typing error in it is often the
-// cause.
+// fileError says why a file could not be read. The path is first, since a typing error in it is
+// often the cause.
 func fileError(err error) string {
 	if e, ok := errors.AsType[*fs.PathError](err); ok {
 		return fmt.Sprintf("%s: %v", e.Path, e.Err)

@@ -5,8 +5,8 @@ import (
 	"path/filepath"
 )
 
-// audit checks where the audit log is to be, if there is one, and makes its path absolute. Whether it can be written shows when it is
-// opened.
+// audit checks where the audit log is to be, if there is one, and makes its path absolute. Whether
+// it can be written shows when it is opened.
 func (d *decoder) audit(a *Audit) {
 	if a == nil {
 		return

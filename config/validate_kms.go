@@ -11,7 +11,8 @@ import (
 // providerName has no colon, which would end the name in every stored value.
 var providerName = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?$`)
 
-// CheckProviderName says what is wrong with the name of a KMS provider, and what to do; both are empty if it is good.
+// CheckProviderName says what is wrong with the name of a KMS provider, and what to do; both are
+// empty if it is good.
 func CheckProviderName(name string) (text, hint string) {
 	switch {
 	case name == Plaintext:

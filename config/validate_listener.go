@@ -176,7 +176,8 @@ func (d *decoder) listenerTLS(at string, t *ListenerTLS) {
 	}
 }
 
-// certPool checks a file of certificates. A file that cannot be read was reported when it was decoded.
+// certPool checks a file of certificates. A file that cannot be read was reported when it was
+// decoded.
 func (d *decoder) certPool(path, file string) {
 	if file == "" {
 		return
@@ -201,7 +202,8 @@ func (d *decoder) certPool(path, file string) {
 	}
 }
 
-// keyPair checks a certificate and its key. The texts of crypto/tls name what is wrong and quote nothing of the key.
+// keyPair checks a certificate and its key. The texts of crypto/tls name what is wrong and quote
+// nothing of the key.
 func (d *decoder) keyPair(at, certFile, keyFile string) {
 	if certFile == "" && keyFile == "" {
 		return
@@ -242,7 +244,8 @@ func checkCRL(data []byte) error {
 	return nil
 }
 
-// parseMode returns a socket's permission bits. The proxy's own user must have its two, or nobody could connect.
+// parseMode returns a socket's permission bits. The proxy's own user must have its two, or nobody
+// could connect.
 func parseMode(text string) (fs.FileMode, error) {
 	n, err := strconv.ParseUint(text, 8, 32)
 	if err != nil || n > 0o777 {

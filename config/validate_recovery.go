@@ -6,7 +6,8 @@ import (
 	"slices"
 )
 
-// copyName is a provider's name that can be a part of a domain name, as it is in the annotations that hold recovery copies.
+// copyName is a provider's name that can be a part of a domain name, as it is in the annotations
+// that hold recovery copies.
 var copyName = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*$`)
 
 const (

@@ -15,10 +15,11 @@ import (
 
 // Call is one attempt of one operation, for metrics and audit records. It holds nothing secret.
 type Call struct {
-	Provider  string
-	Op        string        // "Encrypt", "Decrypt", "Status" or "GenerateDataKey"
-	KeyID     string        // from the response or the request; may be empty
-	RequestID string        // the KMS' own id of the request, to join with its audit log; may be empty
+	Provider string
+	Op       string // "Encrypt", "Decrypt", "Status" or "GenerateDataKey"
+	KeyID    string // from the response or the request; may be empty
+	// the KMS' own id of the request, to join with its audit log; may be empty
+	RequestID string
 	Class     string        // "ok", or the error's class
 	Time      time.Time     // when the attempt began
 	Duration  time.Duration // how long it took
@@ -27,10 +28,12 @@ type Call struct {
 // Config configures a [Client]. The zero value of each field but Name and Backend is the default
 // that it names.
 type Config struct {
-	Name        string        // the provider's name, for errors and calls
-	Backend     Service       // may implement [DataKeyGenerator]
-	Timeout     time.Duration // of one attempt; default 3 s
-	MaxAttempts int           // of one operation; default 3, of one that the KMS answers with an unknown fault 2 at most; see also [OneAttempt]
+	Name    string        // the provider's name, for errors and calls
+	Backend Service       // may implement [DataKeyGenerator]
+	Timeout time.Duration // of one attempt; default 3 s
+	// of one operation; default 3, of one that the KMS answers with an unknown fault 2 at most; see
+	// also [OneAttempt]
+	MaxAttempts int
 	MinBackoff  time.Duration // before a second attempt, with full jitter; default 100 ms, doubled each time up to 2 s
 	// After BreakAfter attempts in a row without an answer (default 5) the circuit opens: calls
 	// fail at once. After ProbeAfter (default 5 s), one call is made as a probe. Status has its own
@@ -213,7 +216,8 @@ func attempt[T any](ctx context.Context, c *Client, op, keyID string, call func(
 		return res, err
 	}, backoff.WithBackOff(&wait), backoff.WithMaxTries(uint(c.cfg.MaxAttempts)), backoff.WithMaxElapsedTime(0))
 	if e := (*Error)(nil); err != nil && !errors.As(err, &e) {
-		err = withCause(last, ctx.Err()) // the context ended between two attempts; its cause may be anything
+		// the context ended between two attempts; its cause may be anything
+		err = withCause(last, ctx.Err())
 	}
 	return res, err
 }

@@ -14,8 +14,9 @@ type requestIDKey struct{}
 
 // requestID is where a backend leaves the request ID of the attempt under way.
 type requestID struct {
-	last   atomic.Pointer[string]
-	caller *requestID // of the context that the wrapper was called with; nil unless that was made by WithRequestID
+	last atomic.Pointer[string]
+	// of the context that the wrapper was called with; nil unless that was made by WithRequestID
+	caller *requestID
 }
 
 // NoteRequestID records the KMS' own ID of an answered request, in the context that the wrapper

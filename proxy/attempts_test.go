@@ -131,7 +131,8 @@ func TestOddRequestsAsAtGRPC(t *testing.T) {
 		etcd := proxytest.ServeStore(t, "s/a", "t/a", "s/b")
 		agree(t, proxytest.NewTalker(t, etcd), proxytest.NewTalker(t, startProxy(t, etcd, nil, nil).Addrs()[0].String()), func(a proxytest.Attempt) bool {
 			return slices.ContainsFunc(a.Fields, func(f hpack.HeaderField) bool {
-				return f.Name == upstream.MarkHeader || strings.HasPrefix(f.Value, "/v3electionpb.") // a service that serveStore has not
+				// a service that serveStore has not
+				return f.Name == upstream.MarkHeader || strings.HasPrefix(f.Value, "/v3electionpb.")
 			})
 		})
 	})

@@ -73,8 +73,9 @@ func (l *countingListener) Accept() (net.Conn, error) {
 	return conn, err
 }
 
-// TestManyDeniedConnections: many connections of clients that are not allowed cost little, and none of
-// those clients can tell: it connects once, and again only for a call that it makes long afterwards.
+// TestManyDeniedConnections: many connections of clients that are not allowed cost little, and none
+// of those clients can tell: it connects once, and again only for a call that it makes long
+// afterwards.
 func TestManyDeniedConnections(t *testing.T) {
 	const n = 100
 	ca := proxytest.NewAuthority(t, "ca")

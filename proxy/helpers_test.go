@@ -30,7 +30,8 @@ type running struct {
 // it listens on loopback.
 func startProxy(t testing.TB, etcd string, rules []etcdapi.Rule, edit func(*Config)) *running {
 	t.Helper()
-	return startRelaying(t, etcd, rules, edit, os.Getenv("PROXY_TEST_CALLS") != "handled") // what holds for relayed calls holds for handled ones
+	// what holds for relayed calls holds for handled ones
+	return startRelaying(t, etcd, rules, edit, os.Getenv("PROXY_TEST_CALLS") != "handled")
 }
 
 // startRelaying is startProxy for a proxy that relays calls, or has all of them handled.

@@ -117,7 +117,8 @@ func TestCiphertextClientsDoNotWrite(t *testing.T) {
 	keep.Value, keep.IgnoreValue = nil, true
 	_, ignore := kv.Put(ctx, keep)
 	_, plain := kv.Put(ctx, put("other"))
-	_, revoke := pb.NewLeaseClient(conn).LeaseRevoke(ctx, &pb.LeaseRevokeRequest{ID: 1}) // its keys are not named
+	// its keys are not named
+	_, revoke := pb.NewLeaseClient(conn).LeaseRevoke(ctx, &pb.LeaseRevokeRequest{ID: 1})
 	for what, tt := range map[string]struct {
 		err    error
 		denied bool
@@ -331,7 +332,8 @@ func TestListenerNeverOpen(t *testing.T) {
 			}
 			entries, _ := os.ReadDir(dir)
 			for _, e := range entries {
-				if info, err := os.Lstat(filepath.Join(dir, e.Name())); err == nil && info.Mode().Perm()&0o077 != 0 { // what is gone again is no one's to open
+				// what is gone again is no one's to open
+				if info, err := os.Lstat(filepath.Join(dir, e.Name())); err == nil && info.Mode().Perm()&0o077 != 0 {
 					t.Errorf("%s has mode %v", e.Name(), info.Mode())
 					return
 				}

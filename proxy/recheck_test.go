@@ -250,7 +250,8 @@ func TestUnrelatedChanges(t *testing.T) {
 		func() { setClients(nil, nil)(r, nil) }, // any certificate
 	} {
 		change()
-		setClients([]string{"stays", "goes"}, []string{"backup"})(r, nil) // which has connections checked
+		// which has connections checked
+		setClients([]string{"stays", "goes"}, []string{"backup"})(r, nil)
 	}
 	if err := r.SetRules([]etcdapi.Rule{{Prefix: "k", Sealer: proxytest.Reverser{}}, {Prefix: "l", Sealer: proxytest.Reverser{}}}); err != nil {
 		t.Fatal(err)

@@ -79,7 +79,8 @@ func newSessionArena(tb testing.TB) *sessionArena {
 			return doIn[*pb.TxnResponse](a, tb, r)
 		},
 		StreamFn: func(r *pb.RangeRequest, s grpc.ServerStreamingServer[pb.RangeStreamResponse]) error {
-			if r.GetSortTarget() != pb.RangeRequest_KEY || r.GetSortOrder() != pb.RangeRequest_NONE { // as etcd
+			// as etcd
+			if r.GetSortTarget() != pb.RangeRequest_KEY || r.GetSortOrder() != pb.RangeRequest_NONE {
 				return status.Error(codes.Unimplemented, "RangeStream does not support custom sort orders")
 			}
 			got, err := doIn[*pb.RangeResponse](a, tb, r)
@@ -408,7 +409,8 @@ func (s *frameSession) talk(tb testing.TB, conn net.Conn) {
 			s.read(tb, conn, [8]byte(ended))
 		}
 	}()
-	_ = conn.SetWriteDeadline(time.Now().Add(200 * time.Millisecond)) // what is not read may never be taken
+	// what is not read may never be taken
+	_ = conn.SetWriteDeadline(time.Now().Add(200 * time.Millisecond))
 	for out := s.out.Bytes(); len(out) > 0; {
 		n, err := conn.Write(out[:min(s.piece, len(out))])
 		if out = out[n:]; err != nil || s.leaves && len(out) < s.out.Len()/2 {
@@ -416,7 +418,8 @@ func (s *frameSession) talk(tb testing.TB, conn net.Conn) {
 		}
 	}
 	if !s.leaves {
-		_ = conn.SetReadDeadline(time.Now().Add(100 * time.Millisecond)) // a block without an end has no answer
+		// a block without an end has no answer
+		_ = conn.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
 		<-heard
 	}
 	_ = conn.Close()

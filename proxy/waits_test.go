@@ -65,7 +65,8 @@ func TestWaitsLeaveNothing(t *testing.T) {
 // comes.
 func TestMessageInManyFrames(t *testing.T) {
 	c := proxytest.NewTalker(t, startProxy(t, proxytest.ServeStore(t), nil, nil).Addrs()[0].String())
-	msg := protowire.AppendBytes(protowire.AppendTag(nil, 15, protowire.BytesType), make([]byte, 200_000)) // a field that nobody knows
+	// a field that nobody knows
+	msg := protowire.AppendBytes(protowire.AppendTag(nil, 15, protowire.BytesType), make([]byte, 200_000))
 	raw := append(rpc.Header(len(msg)), msg...)
 	a := proxytest.Attempt{Fields: []hpack.HeaderField{
 		{Name: ":method", Value: "POST"}, {Name: ":scheme", Value: "http"}, {Name: ":path", Value: "/etcdserverpb.Lease/LeaseKeepAlive"}, {Name: ":authority", Value: "x"},

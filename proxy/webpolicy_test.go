@@ -124,7 +124,8 @@ func TestWebPages(t *testing.T) {
 			}
 		}
 		want := try.want
-		if want == 415 || try.header["Origin"] == "" && want == 403 { // a page does not see the response to a GET without an origin
+		// a page does not see the response to a GET without an origin
+		if want == 415 || try.header["Origin"] == "" && want == 403 {
 			want = 200
 		}
 		for _, path := range []string{"/health", "/livez", "/readyz", "/version", "/metrics"} {

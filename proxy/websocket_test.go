@@ -136,7 +136,8 @@ func TestWebsocket(t *testing.T) {
 	}
 	conn := dialSocket(t, address, "/v3/watch", nil)
 	tell(t, conn, `{"create_request":7}`)
-	if code := closing(t, conn); code != websocket.CloseNormalClosure { // etcd's gateway says nothing about it
+	// etcd's gateway says nothing about it
+	if code := closing(t, conn); code != websocket.CloseNormalClosure {
 		t.Errorf("after what is no request: %d", code)
 	}
 }
@@ -202,7 +203,8 @@ func TestWebsocketLimit(t *testing.T) {
 			t.Errorf("%s: %d", name, code)
 		}
 		runtime.ReadMemStats(&after)
-		if grown := int64(after.TotalAlloc - before.TotalAlloc); grown > 16<<20 { // all that was allocated, thrown away or not
+		// all that was allocated, thrown away or not
+		if grown := int64(after.TotalAlloc - before.TotalAlloc); grown > 16<<20 {
 			t.Errorf("%s: %d bytes were allocated", name, grown)
 		}
 	}
@@ -230,7 +232,8 @@ func TestWebsocketsAtTheEnd(t *testing.T) {
 	begun := time.Now()
 	stopped := make(chan error, 1)
 	go func() { stopped <- p.stop() }()
-	if code := closing(t, silent); code != websocket.CloseGoingAway && code != websocket.CloseNormalClosure { // by the gateway or by the end of its call, whichever is first
+	// by the gateway or by the end of its call, whichever is first
+	if code := closing(t, silent); code != websocket.CloseGoingAway && code != websocket.CloseNormalClosure {
 		t.Errorf("one that is silent: %d", code)
 	}
 	if got := hear(t, watches); !strings.Contains(got, etcdapi.ErrShuttingDown.Error()[len("rpc error: code = Unavailable desc = "):]) {

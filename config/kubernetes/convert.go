@@ -15,10 +15,13 @@ type Options struct {
 	Source string
 	// EtcdPrefix is kube-apiserver's --etcd-prefix. "" is its default, /registry.
 	EtcdPrefix string
-	// WriteWith is the provider to seal with where the first provider of an entry is one that the proxy does not write: a kms provider of the file, or the name of
-	// one to be filled in. "" is the first kms provider of the same resources, and where there is none, a provider called main to be filled in.
+	// WriteWith is the provider to seal with where the first provider of an entry is one that the
+	// proxy does not write: a kms provider of the file, or the name of one to be filled in. "" is
+	// the first kms provider of the same resources, and where there is none, a provider called main
+	// to be filled in.
 	WriteWith string
-	// KeyFile returns the path of a key file, by the name of the provider that it is for. It must be absolute, or relative to the configuration.
+	// KeyFile returns the path of a key file, by the name of the provider that it is for. It must
+	// be absolute, or relative to the configuration.
 	KeyFile func(provider string) string
 }
 
@@ -28,7 +31,8 @@ type Result struct {
 	Text []byte
 	// KeyFiles are what must stand at the paths that Text names.
 	KeyFiles []KeyFile
-	// Notes say where Text is not, or not exactly, what kube-apiserver does. They stand in Text too, as comments.
+	// Notes say where Text is not, or not exactly, what kube-apiserver does. They stand in Text
+	// too, as comments.
 	Notes []string
 	// Unfinished is the provider that Text seals with and that must be filled in, or "".
 	Unfinished string
@@ -62,7 +66,8 @@ type conversion struct {
 	unfinished string
 }
 
-// Convert makes a configuration of c, which [Read] has returned. It does not keep the keys of c, but the result's KeyFiles share them.
+// Convert makes a configuration of c, which [Read] has returned. It does not keep the keys of c,
+// but the result's KeyFiles share them.
 func (c *Configuration) Convert(o Options) (*Result, error) {
 	if o.WriteWith != "" {
 		if text, hint := config.CheckProviderName(o.WriteWith); text != "" {
@@ -84,7 +89,8 @@ func (c *Configuration) Convert(o Options) (*Result, error) {
 			}
 		}
 	}
-	// The API server looks for the resource, then for its group, then for everything: of two that store at one place, the first here counts.
+	// The API server looks for the resource, then for its group, then for everything: of two that
+	// store at one place, the first here counts.
 	var exact, groups, all []groupResource
 	for _, g := range order {
 		switch {
@@ -107,7 +113,8 @@ func (c *Configuration) Convert(o Options) (*Result, error) {
 	return result, nil
 }
 
-// effective returns the resources in order of appearance, and the providers of each. Those of a resource that stands in several entries add up.
+// effective returns the resources in order of appearance, and the providers of each. Those of a
+// resource that stands in several entries add up.
 func (c *Configuration) effective() ([]groupResource, map[groupResource][]Provider) {
 	var order []groupResource
 	providers := map[groupResource][]Provider{}
@@ -230,8 +237,9 @@ func unused(base string, taken func(string) bool) string {
 	return name
 }
 
-// static returns the names of the providers that open what p sealed. Equal keys are one provider, however often the file has them. It is more than one if p has several
-// keys of one name, which kube-apiserver tries in turn.
+// static returns the names of the providers that open what p sealed. Equal keys are one provider,
+// however often the file has them. It is more than one if p has several keys of one name, which
+// kube-apiserver tries in turn.
 func (v *conversion) static(p Provider) []string {
 	var layers [][]Key
 	for _, k := range p.Keys {

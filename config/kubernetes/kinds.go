@@ -6,8 +6,10 @@ import (
 	"strings"
 )
 
-// kinds are those of the resources of builtin, by where they are stored. Left out is what is not told by its kind in protobuf: what is stored as JSON (custom
-// resources, their definitions and API services), and Endpoints, of which the API server keeps some that are never encrypted, beside resources.
+// kinds are those of the resources of builtin, by where they are stored. Left out is what is not
+// told by its kind in protobuf: what is stored as JSON (custom resources, their definitions and API
+// services), and Endpoints, of which the API server keeps some that are never encrypted, beside
+// resources.
 var kinds = map[string]string{
 	"certificatesigningrequests": "CertificateSigningRequest", "clusterrolebindings": "ClusterRoleBinding", "clusterroles": "ClusterRole",
 	"clustertrustbundles": "ClusterTrustBundle", "compositepodgroups": "CompositePodGroup", "configmaps": "ConfigMap", "controllerrevisions": "ControllerRevision",
@@ -29,8 +31,8 @@ var kinds = map[string]string{
 	"workloads": "Workload",
 }
 
-// Kinds returns the kinds of objects below a prefix of etcd that can be told by their bytes, like Secret of /registry/secrets/, in order. all reports whether these
-// are all that are stored there.
+// Kinds returns the kinds of objects below a prefix of etcd that can be told by their bytes, like
+// Secret of /registry/secrets/, in order. all reports whether these are all that are stored there.
 func Kinds(prefix string) (known []string, all bool) {
 	parts := strings.Split(strings.Trim(prefix, "/"), "/")
 	for i := range parts { // the first that is one: behind it there are namespaces and names
@@ -42,7 +44,8 @@ func Kinds(prefix string) (known []string, all bool) {
 			}
 		}
 	}
-	if root := strings.Join(parts, "/"); root == "" || root == "registry" { // every resource, custom ones too
+	// every resource, custom ones too
+	if root := strings.Join(parts, "/"); root == "" || root == "registry" {
 		return slices.Sorted(maps.Values(kinds)), false
 	}
 	return nil, false

@@ -7,7 +7,8 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// plain reports a node that is an alias or has an anchor: what it stands for would have to be followed.
+// plain reports a node that is an alias or has an anchor: what it stands for would have to be
+// followed.
 func (r *reader) plain(n *yaml.Node, at string) bool {
 	if n.Kind == yaml.AliasNode || n.Anchor != "" {
 		r.report(n.Line, at, "write the value out", "anchors and aliases are not supported")
@@ -16,8 +17,9 @@ func (r *reader) plain(n *yaml.Node, at string) bool {
 	return true
 }
 
-// fields returns the fields of a mapping, or nil if it reported that n is none of this kind. A field that is not known is reported without its name, which a slip may have made
-// a secret, and nothing more is said of its mapping.
+// fields returns the fields of a mapping, or nil if it reported that n is none of this kind. A
+// field that is not known is reported without its name, which a slip may have made a secret, and
+// nothing more is said of its mapping.
 func (r *reader) fields(n *yaml.Node, at string, known ...string) map[string]*yaml.Node {
 	if !r.plain(n, at) {
 		return nil

@@ -2,9 +2,10 @@
 // proxy.
 //
 // [Read] is as strict as kube-apiserver and reports all problems at once, each with its line.
-// [Configuration.Convert] says what the proxy makes of it, and what cannot be converted exactly. The
-// package reads and writes no file: the command does. Errors never quote the file, which holds keys.
-// The names of keys and providers are part of stored values anyway, so errors may contain them.
+// [Configuration.Convert] says what the proxy makes of it, and what cannot be converted exactly.
+// The package reads and writes no file: the command does. Errors never quote the file, which holds
+// keys. The names of keys and providers are part of stored values anyway, so errors may contain
+// them.
 //
 // The format, and what kube-apiserver makes of it, are those of k8s.io/apiserver v0.37
 // (pkg/apis/apiserver/v1, pkg/apis/apiserver/validation, pkg/server/options/encryptionconfig).
@@ -88,7 +89,8 @@ func Read(data []byte) (*Configuration, error) {
 
 type reader struct{ problems config.Problems }
 
-// report adds a problem, unless its path has one already on this line: what follows from a first mistake helps nobody.
+// report adds a problem, unless its path has one already on this line: what follows from a first
+// mistake helps nobody.
 func (r *reader) report(line int, at, hint, format string, args ...any) {
 	if slices.ContainsFunc(r.problems, func(p config.Problem) bool { return p.Path == at && p.Line == line && at != "" }) {
 		return
@@ -256,7 +258,8 @@ func (r *reader) kms(p *Provider, n *yaml.Node, at string) {
 	}
 	u, err := url.Parse(p.Endpoint)
 	if err != nil || u.Scheme != "unix" || u.Host != "" || !path.IsAbs(u.Path) || len(path.Clean(u.Path)) > 107 || strings.ContainsAny(u.Path, "?#%\x00") || u.RawQuery != "" ||
-		strings.HasPrefix(u.Path, "/@") && (u.Path == "/@" || path.Clean(u.Path) != u.Path) { // the name of an abstract socket counts as it is written
+		// the name of an abstract socket counts as it is written
+		strings.HasPrefix(u.Path, "/@") && (u.Path == "/@" || path.Clean(u.Path) != u.Path) {
 		r.report(n.Line, at+".endpoint", "write unix:///path/to/socket, or unix:///@name for an abstract socket", "is not a unix socket that the proxy can reach")
 		return
 	}

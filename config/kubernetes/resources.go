@@ -7,7 +7,8 @@ import (
 	"strings"
 )
 
-// groupResource is "resource.group"; the core group is empty, and "*" stands for all resources of a group, or for all groups.
+// groupResource is "resource.group"; the core group is empty, and "*" stands for all resources of a
+// group, or for all groups.
 type groupResource struct{ group, resource string }
 
 var everything = groupResource{"*", "*"}
@@ -84,7 +85,8 @@ func (r *reader) masks(c *Configuration) {
 	}
 }
 
-// exceptions are the resources that are not stored below their names (SpecialDefaultResourcePrefixes of kube-apiserver).
+// exceptions are the resources that are not stored below their names
+// (SpecialDefaultResourcePrefixes of kube-apiserver).
 var exceptions = map[groupResource]string{
 	{"", "replicationcontrollers"}:     "controllers",
 	{"", "endpoints"}:                  "services/endpoints",
@@ -94,13 +96,16 @@ var exceptions = map[groupResource]string{
 	{"policy", "podsecuritypolicies"}:  "podsecuritypolicy", // until 1.24
 }
 
-// neverEncrypted are the places of what kube-apiserver stores beside resources and never encrypts, with '*.*' neither.
+// neverEncrypted are the places of what kube-apiserver stores beside resources and never encrypts,
+// with '*.*' neither.
 var neverEncrypted = []string{"masterleases/", "peerserverleases/", "ranges/"}
 
-// grouped are the groups of kube-apiserver that are stored like custom resources, below the group's name.
+// grouped are the groups of kube-apiserver that are stored like custom resources, below the group's
+// name.
 var grouped = []string{"apiextensions.k8s.io", "apiregistration.k8s.io"}
 
-// builtin are the resources that kube-apiserver 1.37 stores itself, by group, those of alpha and beta versions too. All others are custom resources.
+// builtin are the resources that kube-apiserver 1.37 stores itself, by group, those of alpha and
+// beta versions too. All others are custom resources.
 var builtin = map[string][]string{
 	"": {"configmaps", "endpoints", "events", "limitranges", "namespaces", "nodes", "persistentvolumeclaims", "persistentvolumes", "pods", "podtemplates",
 		"replicationcontrollers", "resourcequotas", "secrets", "serviceaccounts", "services"},
@@ -137,7 +142,8 @@ type place struct {
 	note   string // what is not exact about it; may be empty
 }
 
-// places returns where g is stored. Wildcards of the core group and of kube-apiserver's own groups are the resources that are known.
+// places returns where g is stored. Wildcards of the core group and of kube-apiserver's own groups
+// are the resources that are known.
 func places(g groupResource) []place {
 	own, isOwn := builtin[g.group]
 	switch {

@@ -10,7 +10,8 @@ import (
 // A value is encrypted with a key of its own, which is derived from the DEK seed. What the KMS
 // needs to unwrap the seed is stored in the value.
 func Example() {
-	secret := bytes.Repeat([]byte{7}, envelope.SeedSize) // in real life: random, and wrapped by a KMS
+	// in real life: random, and wrapped by a KMS
+	secret := bytes.Repeat([]byte{7}, envelope.SeedSize)
 	header := envelope.Header{Type: envelope.TypeSeed, KeyID: "key-1/v1", Source: []byte("the wrapped seed")}
 
 	seed, _ := envelope.NewSeed(envelope.TypeSeed, secret)

@@ -29,8 +29,9 @@ type caller struct {
 
 	unwrapped atomic.Int64 // when the KMS last unwrapped a seed, in Unix nanoseconds; 0 before
 
-	mu     sync.Mutex
-	denied map[string]time.Time // since when the KMS denies to decrypt under a key, see provider.keyOf
+	mu sync.Mutex
+	// since when the KMS denies to decrypt under a key, see provider.keyOf
+	denied map[string]time.Time
 }
 
 // maxDenied limits how many keys that stored values name are kept in caller.denied.

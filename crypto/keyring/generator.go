@@ -23,9 +23,11 @@ type generator struct {
 	seeds  *seeds
 	copier *copyWriter
 
-	mismatch time.Duration    // pause before the next seed when the KMS wraps under another key ID than Status says
-	used     time.Time        // when the key in use was last tried
-	verified *writer          // the seed whose unwrapping this health check has started; nil if none
+	// pause before the next seed when the KMS wraps under another key ID than Status says
+	mismatch time.Duration
+	used     time.Time // when the key in use was last tried
+	// the seed whose unwrapping this health check has started; nil if none
+	verified *writer
 	sample   *envelope.Header // of a ring for reading only: a seed that the KMS has unwrapped
 }
 

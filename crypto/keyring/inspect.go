@@ -12,10 +12,12 @@ type ValueState string
 // The states. A stale value is decrypted by a recovery copy, or is of another key ID, provider,
 // type, format or set of recovery copies than a new one.
 const (
-	Current       ValueState = "current"       // as the rule writes it now
-	Stale         ValueState = "stale"         // encrypted, but not as the rule writes it now
-	Unencrypted   ValueState = "plaintext"     // plaintext; if the rule writes plaintext, that is Current
-	Foreign       ValueState = "foreign"       // encrypted by a provider that the rule does not read
+	Current ValueState = "current" // as the rule writes it now
+	Stale   ValueState = "stale"   // encrypted, but not as the rule writes it now
+	// Unencrypted: plaintext; if the rule writes plaintext, that is Current
+	Unencrypted ValueState = "plaintext"
+	// Foreign: encrypted by a provider that the rule does not read
+	Foreign       ValueState = "foreign"
 	Undecryptable ValueState = "undecryptable" // cannot be decrypted; the error says why
 )
 

@@ -19,7 +19,8 @@ type monitor struct {
 	seeds     *seeds
 	generator *generator
 
-	flapped atomic.Int64 // when Status last went back to a key ID that was left, in Unix seconds; 0 if it never did
+	// when Status last went back to a key ID that was left, in Unix seconds; 0 if it never did
+	flapped atomic.Int64
 
 	// What follows is used by the goroutine of the health checks alone.
 	deniedSince time.Time // zero unless health checks are denied
@@ -93,7 +94,8 @@ func (m *monitor) check(ctx context.Context) {
 func (m *monitor) checkUnhealthy(ctx context.Context, status error) {
 	if refuses(status) {
 		m.noteBad(ctx, "", status)
-		if m.p.state.Load().revoked == nil { // no key behind the alias, or access denied: the values' own keys may still work
+		// no key behind the alias, or access denied: the values' own keys may still work
+		if m.p.state.Load().revoked == nil {
 			m.probe(ctx, "")
 		}
 		return
@@ -180,7 +182,8 @@ func (m *monitor) noteGood(keyID string, w *writer, status error) {
 		st.writer, st.keyID, st.healthy, st.lastGood, st.err, st.revoked, st.works = w, keyID, status == nil, time.Now(), status, nil, true
 	})
 	if was.revoked != nil {
-		m.seeds.evict(func(e *entry) bool { return e.ring == m.ring && e.by != m.ring }) // the key unwraps them again
+		// the key unwraps them again
+		m.seeds.evict(func(e *entry) bool { return e.ring == m.ring && e.by != m.ring })
 	}
 	switch {
 	case status != nil:

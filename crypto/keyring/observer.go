@@ -5,10 +5,12 @@ type Outcome string
 
 // The outcomes. Those of failures are spelled like their [Kind].
 const (
-	OutcomeOK          Outcome = "ok"          // encrypted, or decrypted
-	OutcomePlaintext   Outcome = "plaintext"   // stored, or returned, as plaintext
-	OutcomeForeign     Outcome = "foreign"     // returned as stored: of a provider that the rule does not read
-	OutcomePassthrough Outcome = "passthrough" // returned as stored although it is corrupt, by the rule's policy
+	OutcomeOK        Outcome = "ok"        // encrypted, or decrypted
+	OutcomePlaintext Outcome = "plaintext" // stored, or returned, as plaintext
+	// OutcomeForeign: returned as stored: of a provider that the rule does not read
+	OutcomeForeign Outcome = "foreign"
+	// OutcomePassthrough: returned as stored although it is corrupt, by the rule's policy
+	OutcomePassthrough Outcome = "passthrough"
 	OutcomeUnavailable Outcome = "unavailable"
 	OutcomeSeedRefused Outcome = "seed_refused"
 	OutcomeKeyUnusable Outcome = "key_unusable"
@@ -22,13 +24,17 @@ type Event string
 
 // The events.
 const (
-	EventHit       Event = "hit"       // a cached seed was used
-	EventMiss      Event = "miss"      // a seed had to be unwrapped, by this caller or another one at the same time
-	EventStale     Event = "stale"     // a seed past its TTL was used because the KMS does not answer
+	EventHit Event = "hit" // a cached seed was used
+	// EventMiss: a seed had to be unwrapped, by this caller or another one at the same time
+	EventMiss Event = "miss"
+	// EventStale: a seed past its TTL was used because the KMS does not answer
+	EventStale     Event = "stale"
 	EventGenerated Event = "generated" // a seed was generated
 	EventRevoked   Event = "revoked"   // seeds were evicted because their key may not be used
-	EventGood      Event = "good"      // the first good health check, at the start or after a failed one
-	EventBad       Event = "bad"       // the first failed health check, at the start or after a good one
+	// EventGood: the first good health check, at the start or after a failed one
+	EventGood Event = "good"
+	// EventBad: the first failed health check, at the start or after a good one
+	EventBad Event = "bad"
 )
 
 // Observer counts and logs what happens. Its methods are called on the data path, concurrently:

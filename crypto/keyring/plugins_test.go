@@ -98,7 +98,8 @@ func TestReaderOfARefusedValue(t *testing.T) {
 		g.start(t)
 		synctest.Wait()
 		before, began := g.plugin.Calls("Decrypt"), time.Now()
-		polls := func() int { return int(time.Since(began)/(50*time.Second)) + 1 } // while Status is not good, the seed in use is tried each 50 to 60 s
+		// while Status is not good, the seed in use is tried each 50 to 60 s
+		polls := func() int { return int(time.Since(began)/(50*time.Second)) + 1 }
 		for minute := range 10 {
 			for range 60 {
 				for range 10 {
@@ -131,7 +132,8 @@ func TestReaderAtTheStart(t *testing.T) {
 		for range 100 {
 			refused = append(refused, g.damaged(t, "bad"))
 		}
-		for _, v := range refused { // the plugin says that it is not healthy from before the start, and stays so
+		// the plugin says that it is not healthy from before the start, and stays so
+		for _, v := range refused {
 			_, _ = g.open("bad", v)
 		}
 		g.start(t)
@@ -201,7 +203,8 @@ func TestOutageBehindPlugins(t *testing.T) {
 		if status > limit {
 			t.Errorf("%d Status calls", status)
 		}
-		if p.Name == "barbican-kms-plugin" { // Status does not ask the vendor: only the seed in use shows the outage
+		// Status does not ask the vendor: only the seed in use shows the outage
+		if p.Name == "barbican-kms-plugin" {
 			if decrypt > limit {
 				t.Errorf("%d Decrypt calls", decrypt)
 			}
@@ -245,7 +248,8 @@ func TestOldKeyIsRefused(t *testing.T) {
 				healthy, polls := 0, plugin.Calls("Status")
 				for range 600 {
 					g.mustSeal(t, "k", "v")
-					g.mustOpen(t, "old", old, "v") // which the cache allows: no plugin says that the key is disabled
+					// which the cache allows: no plugin says that the key is disabled
+					g.mustOpen(t, "old", old, "v")
 					if g.State().Healthy {
 						healthy++
 					}

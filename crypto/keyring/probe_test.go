@@ -68,7 +68,8 @@ func TestOldKeyOfManyIsRevoked(t *testing.T) {
 					id := fmt.Sprintf("old-%03d", which)
 					kms.set(func() {
 						kms.keyErr[id] = kmsError("Decrypt", reason)
-						for odd := 5; odd < 2*maxProbes; odd += 10 { // that is no reason to leave the others for later
+						// that is no reason to leave the others for later
+						for odd := 5; odd < 2*maxProbes; odd += 10 {
 							kms.keyErr[fmt.Sprintf("old-%03d", odd)] = &kmsclient.Error{Op: "Decrypt", Reason: kmsclient.Failing}
 						}
 					})
@@ -116,7 +117,8 @@ func TestOldKeyGoesWithAllVersions(t *testing.T) {
 		})
 		time.Sleep(time.Minute)
 		synctest.Wait()
-		kms.set(func() { kms.down = kmsError("Decrypt", kmsclient.Unreachable) }) // what opens now is cached
+		// what opens now is cached
+		kms.set(func() { kms.down = kmsError("Decrypt", kmsclient.Unreachable) })
 		for _, v := range stored {
 			if _, err := g.open("k", v); err == nil {
 				t.Errorf("a value under %s opens", keyIDOf(t, v))

@@ -13,14 +13,16 @@ import (
 
 // provider is what all parts of a ring share: its configuration, its texts and the published state.
 type provider struct {
-	cfg      RingConfig
-	copyName string // of the annotations with copies that this provider wraps; "" if its name does not do
+	cfg RingConfig
+	// of the annotations with copies that this provider wraps; "" if its name does not do
+	copyName string
 	state    atomic.Pointer[state]
 	poller   *kmsclient.Poller
 
-	running    atomic.Bool
-	suspected  atomic.Int64 // when a stored value last caused a health check, in Unix nanoseconds
-	lostLogged atomic.Int64 // when the log said that values are returned as stored whose key is gone, in Unix seconds
+	running   atomic.Bool
+	suspected atomic.Int64 // when a stored value last caused a health check, in Unix nanoseconds
+	// when the log said that values are returned as stored whose key is gone, in Unix seconds
+	lostLogged atomic.Int64
 
 	mu      sync.Mutex // of writes of state too
 	stopped bool       // no call may begin
@@ -30,14 +32,17 @@ type provider struct {
 // state is what decides whether values are encrypted and decrypted. A published state does not
 // change.
 type state struct {
-	writer   *writer       // nil: no seed to encrypt with
-	keyID    string        // from the last good Status; "" before
-	healthy  bool          // the last health check was good
-	works    bool          // the last use of the key in use succeeded; a KMS may say that it is not healthy and work
-	lastGood time.Time     // when the last good health check ended
-	err      error         // why the last health check failed; nil if it was good, and before the first
-	revoked  error         // not nil: the key may not be used, and this is the KMS' error that says so
-	pending  chan struct{} // not nil while a health check runs, closed when it ends
+	writer  *writer // nil: no seed to encrypt with
+	keyID   string  // from the last good Status; "" before
+	healthy bool    // the last health check was good
+	// the last use of the key in use succeeded; a KMS may say that it is not healthy and work
+	works    bool
+	lastGood time.Time // when the last good health check ended
+	// why the last health check failed; nil if it was good, and before the first
+	err error
+	// not nil: the key may not be used, and this is the KMS' error that says so
+	revoked error
+	pending chan struct{} // not nil while a health check runs, closed when it ends
 }
 
 // kmsError returns why the last health check failed, but for a missing recovery copy: two rings

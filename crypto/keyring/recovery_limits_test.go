@@ -241,7 +241,8 @@ func TestRevokedWhileACopyIsUnwrapped(t *testing.T) {
 			refused := map[string]*fakeKMS{"ack": ack, "dr": dr}[which]
 			refused.set(func() { refused.down = kmsError("Status", kmsclient.KeyDisabled) })
 			time.Sleep(61 * time.Second)
-			refused.set(func() { refused.down = nil }) // before the next poll: the unwrapping itself meets no fault
+			// before the next poll: the unwrapping itself meets no fault
+			refused.set(func() { refused.down = nil })
 			close(slow.release)
 			wantKind(t, <-failed, Unavailable)
 			if n := s.ack.cache.Len(); n != 0 {

@@ -15,7 +15,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
-// copyReader unwraps recovery copies of DEK seeds, for values of a ring whose own KMS does not unwrap them.
+// copyReader unwraps recovery copies of DEK seeds, for values of a ring whose own KMS does not
+// unwrap them.
 type copyReader struct {
 	ring  *Ring
 	p     *provider
@@ -35,8 +36,8 @@ type copyUse struct {
 // copyNotice is how often the log says that values are decrypted by recovery copies.
 const copyNotice = time.Hour
 
-// recoveryCopy is a recovery copy that a ring of the rule can unwrap. Its seed is cached under a digest of its own,
-// so that rules which do not name that ring do not find it.
+// recoveryCopy is a recovery copy that a ring of the rule can unwrap. Its seed is cached under a
+// digest of its own, so that rules which do not name that ring do not find it.
 type recoveryCopy struct {
 	by     *Ring
 	digest digest
@@ -44,8 +45,8 @@ type recoveryCopy struct {
 	broken error            // why
 }
 
-// find returns the recovery copies in a header that one of rings can unwrap, in the order of rings. They share h's
-// memory.
+// find returns the recovery copies in a header that one of rings can unwrap, in the order of rings.
+// They share h's memory.
 func (c *copyReader) find(d digest, h *envelope.Header, rings []*Ring) []recoveryCopy {
 	var found []recoveryCopy
 	for _, by := range rings {
@@ -102,7 +103,8 @@ func (c *copyReader) cached(d digest, h *envelope.Header, rings []*Ring, now tim
 		if e == nil || c.p.cfg.Cache.ageOf(e, now) != fresh {
 			continue
 		}
-		// If the value's own KMS was only unreachable, it is called again while the copy's seed is used.
+		// If the value's own KMS was only unreachable, it is called again while the copy's seed is
+		// used.
 		if last := e.retry.Load(); last != 0 && now.UnixNano() >= last && c.p.state.Load().healthy &&
 			e.retry.CompareAndSwap(last, now.Add(c.p.cfg.PollInterval).UnixNano()) {
 			c.seeds.flight(d, cloneHeader(h))
@@ -112,9 +114,10 @@ func (c *copyReader) cached(d digest, h *envelope.Header, rings []*Ring, now tim
 	return nil
 }
 
-// allowed reports whether recovery copies may be used after the value's own KMS failed with err. They may if the key is
-// gone, if the KMS is unreachable, and if it does not unwrap what it wrapped. They may not if somebody has disabled the
-// key or withdrawn the permission: that must remain a way to end the use of a key.
+// allowed reports whether recovery copies may be used after the value's own KMS failed with err.
+// They may if the key is gone, if the KMS is unreachable, and if it does not unwrap what it
+// wrapped. They may not if somebody has disabled the key or withdrawn the permission: that must
+// remain a way to end the use of a key.
 func (c *copyReader) allowed(err *Error) bool {
 	if errors.Is(err, errStopped) || c.p.isDisabled() {
 		return false
@@ -122,7 +125,8 @@ func (c *copyReader) allowed(err *Error) bool {
 	return err.Kind == Unavailable || err.Kind == SeedRefused || err.Kind == Corrupt || kmsclient.ReasonOf(err.Err).Gone()
 }
 
-// fetch returns the seed of the first copy that can be unwrapped. first is why the value's own KMS did not unwrap it.
+// fetch returns the seed of the first copy that can be unwrapped. first is why the value's own KMS
+// did not unwrap it.
 func (c *copyReader) fetch(ctx context.Context, h *envelope.Header, found []recoveryCopy, first *Error) (*entry, *Error) {
 	if !c.allowed(first) {
 		if found = overriding(found); len(found) == 0 || errors.Is(first, errStopped) {
@@ -135,8 +139,8 @@ func (c *copyReader) fetch(ctx context.Context, h *envelope.Header, found []reco
 	if len(found) == 0 {
 		return nil, &Error{Kind: first.Kind, Err: first.Err, Text: first.Text + "; the value holds recovery copies, and the rule names none of their providers: " + providersIn(h)}
 	}
-	// A failure that may pass counts before one that needs an operator, and that before a permanent one: a value is not
-	// lost because of an outage of a recovery provider.
+	// A failure that may pass counts before one that needs an operator, and that before a permanent
+	// one: a value is not lost because of an outage of a recovery provider.
 	all := notLost(first)
 	all.silent, all.answered = first.Kind == Unavailable && !first.Answered(), first.Answered()
 	lost := len(found) == len(copiesIn(h)) // no other copy might be unwrapped
@@ -240,8 +244,8 @@ func (c *copyReader) unwrap(h *envelope.Header, s recoveryCopy, first *Error) (*
 		e.verified.Store(old.verified.Load())
 	}
 	c.p.cfg.Observer.CopyUnwrapped(c.p.cfg.Provider, s.by.Provider(), s.header.KeyID, first.Text)
-	// The entry is cached before revocations are checked: one of either key is before the check, and seen, or after it,
-	// and evicts the entry.
+	// The entry is cached before revocations are checked: one of either key is before the check,
+	// and seen, or after it, and evicts the entry.
 	c.p.cfg.Cache.put(e)
 	if s.by.p.revocations() != gen || c.p.isDisabled() && !s.by.overrides() {
 		c.p.cfg.Cache.evict(e)

@@ -163,7 +163,8 @@ func TestRefusalIsNotRecovered(t *testing.T) {
 				ack.set(func() { ack.down = kmsError("Status", reason) })
 				time.Sleep(within)
 				refuse()
-				ack.set(func() { ack.down = kmsError("Status", kmsclient.Unreachable) }) // does not lift it
+				// does not lift it
+				ack.set(func() { ack.down = kmsError("Status", kmsclient.Unreachable) })
 				time.Sleep(time.Minute)
 				refuse()
 				if dr.count("Decrypt") != 0 {

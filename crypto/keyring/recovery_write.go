@@ -36,8 +36,8 @@ type lack struct {
 	why string
 }
 
-// mayGenerate returns why no seed can be generated, as far as the last health checks say. It saves the ring's own KMS a
-// call in each health check.
+// mayGenerate returns why no seed can be generated, as far as the last health checks say. It saves
+// the ring's own KMS a call in each health check.
 func (s *copySet) mayGenerate() error {
 	if !s.required {
 		return nil
@@ -50,8 +50,8 @@ func (s *copySet) mayGenerate() error {
 	return nil
 }
 
-// missing returns a required recovery provider whose copy w does not have, or nil. Values must not be encrypted with w
-// then: it is from before a reload.
+// missing returns a required recovery provider whose copy w does not have, or nil. Values must not
+// be encrypted with w then: it is from before a reload.
 func (w *writer) missing(now *copySet) *Ring {
 	if w.recovery == now || !now.required {
 		return nil // it was generated for now, or nothing is required
@@ -73,7 +73,8 @@ func (w *writer) copyBy(by *Ring) *copyID {
 	return &w.copies[i]
 }
 
-// copySeed has all recovery providers wrap the seed at the same time, and adds the copies to its header.
+// copySeed has all recovery providers wrap the seed at the same time, and adds the copies to its
+// header.
 func (w *writer) copySeed(ctx context.Context, h *envelope.Header, seed []byte) error {
 	rings := w.recovery.rings
 	if len(rings) == 0 {
@@ -137,7 +138,8 @@ func (cw *copyWriter) due(ctx context.Context, w *writer) bool {
 			}
 			continue
 		}
-		// A healthy provider that did not wrap is tried with a seed of no use first, so that its failure costs no new seed.
+		// A healthy provider that did not wrap is tried with a seed of no use first, so that its
+		// failure costs no new seed.
 		trial := make([]byte, envelope.SeedSize)
 		_, _ = rand.Read(trial) // does not fail: crypto/rand ends the process instead
 		if _, _, err := by.calls.wrapCopy(ctx, trial); err == nil {
@@ -186,7 +188,8 @@ func (cw *copyWriter) current(have []copyID) bool {
 	return true
 }
 
-// keyIDBy returns the key ID that copies by a recovery provider have now, or "" if there is none yet.
+// keyIDBy returns the key ID that copies by a recovery provider have now, or "" if there is none
+// yet.
 func (cw *copyWriter) keyIDBy(by *Ring) string {
 	if w := cw.p.state.Load().writer; w != nil {
 		if c := w.copyBy(by); c != nil {

@@ -370,7 +370,8 @@ func TestReadOnlyRing(t *testing.T) {
 		if n := kms.count("Encrypt"); n != 0 || !g.State().Healthy || g.sealer.Health() != nil {
 			t.Errorf("%d mints, %+v, %v", n, g.State(), g.sealer.Health())
 		}
-		kms.set(func() { kms.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.Denied) }) // Status is answered as ever
+		// Status is answered as ever
+		kms.set(func() { kms.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.Denied) })
 		time.Sleep(2 * time.Minute)
 		for range 3 { // with the last seed gone from the cache
 			_, err := g.open("k", stored)

@@ -248,7 +248,8 @@ func (s *Sealer) open(ctx context.Context, key, stored []byte, mode openMode) ([
 			plaintext, e, err := r.seeds.open(ctx, key, object, mode, s.helpers)
 			if err != nil && err != errWouldBlock {
 				switch {
-				case err.Answered(): // in a copy, since callers that waited for one unwrap share its error
+				case err.Answered():
+					// in a copy, since callers that waited for one unwrap share its error
 					named := *err
 					named.seed = err.Text
 					named.Text = fmt.Sprintf("the stored value of etcd key %q was not decrypted: %s", clip(key), err.Text)

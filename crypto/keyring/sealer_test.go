@@ -64,7 +64,9 @@ func TestPolicies(t *testing.T) {
 			name     string
 			stored   []byte
 			standing ValueState
-			want     [4]string // plain, strict, passthrough, strict and passthrough: "open", "stored" or the error's kind
+			// plain, strict, passthrough, strict and passthrough: "open", "stored" or the error's
+			// kind
+			want [4]string
 		}{
 			{"sealed", sealed, Current, [4]string{"open", "open", "open", "open"}},
 			{"of another provider of the rule", readable, Stale, [4]string{"open", "open", "open", "open"}},

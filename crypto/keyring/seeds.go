@@ -29,7 +29,8 @@ type seeds struct {
 // openMode says how an object is decrypted.
 type openMode struct {
 	inPlace bool // the plaintext is written over the object
-	try     bool // without a KMS call, or else the error is [ErrWouldBlock] and the object is unchanged
+	// without a KMS call, or else the error is [ErrWouldBlock] and the object is unchanged
+	try bool
 }
 
 // open decrypts an object of this provider, if need be with a recovery copy that one of rings

@@ -16,9 +16,10 @@ const (
 // seed, and with re-encryption that every value is written again, so that a KMS that alternates
 // between two key IDs must not be followed.
 type settling struct {
-	left   map[string]time.Time // former key IDs, and until when they were in use
-	back   string               // the former key ID that Status names now; "" if it names the one in use
-	since  time.Time            // when Status began to
+	left map[string]time.Time // former key IDs, and until when they were in use
+	// the former key ID that Status names now; "" if it names the one in use
+	back   string
+	since  time.Time // when Status began to
 	logged time.Time
 }
 

@@ -49,7 +49,8 @@ func (l *logBuffer) String() string {
 func newSite(t *testing.T, ack, dr *fakeKMS, required bool, change func(*RingConfig, *CacheConfig)) *site {
 	t.Helper()
 	s := &site{log: new(logBuffer)}
-	ack.set(func() { ack.annotate = map[string][]byte{"own.example.com": []byte("ack's")} }) // demanded back, and nothing else
+	// demanded back, and nothing else
+	ack.set(func() { ack.annotate = map[string][]byte{"own.example.com": []byte("ack's")} })
 	dr.set(func() { dr.annotate = map[string][]byte{"own.example.com": []byte("dr's")} })
 	s.ack = newRing(t, ack, func(c *RingConfig, cc *CacheConfig) {
 		if change != nil {

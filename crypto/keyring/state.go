@@ -10,15 +10,17 @@ import (
 // State is what health reports and metrics show of a ring.
 type State struct {
 	Provider string
-	Healthy  bool      // the last health check was good
-	CanSeal  bool      // values can be encrypted now, which may be so although the last health check failed
+	Healthy  bool // the last health check was good
+	// values can be encrypted now, which may be so although the last health check failed
+	CanSeal  bool
 	Revoked  bool      // the KMS key may not be used
 	KeyID    string    // the current KMS key, from the last Status; "" before
 	SealedBy string    // the key ID in values that are encrypted now; "" when there is no seed
 	Reason   string    // why the last health check failed; safe to show
 	LastGood time.Time // when the last good health check ended; zero before
 	Seeded   time.Time // when the seed in use was generated; zero when there is none
-	Flapped  time.Time // when Status last went back to a key ID that was in use within a day; zero if it never did
+	// when Status last went back to a key ID that was in use within a day; zero if it never did
+	Flapped time.Time
 }
 
 // State returns the result of the last health check. It makes no KMS call.
@@ -47,10 +49,11 @@ func (r *Ring) State() State {
 
 // RecoveryState is the state of one recovery provider of a ring.
 type RecoveryState struct {
-	Provider string    // the recovery provider
-	Required bool      // no value is encrypted without its copy
-	Lacking  string    // why the seed in use, or the next one, has no copy by it; "" if it has one
-	Used     time.Time // when a value was last decrypted by one of its copies, to the second; zero if none was
+	Provider string // the recovery provider
+	Required bool   // no value is encrypted without its copy
+	Lacking  string // why the seed in use, or the next one, has no copy by it; "" if it has one
+	// when a value was last decrypted by one of its copies, to the second; zero if none was
+	Used time.Time
 }
 
 // Recovery returns the recovery providers of the ring, and former ones whose copies were used.

@@ -18,7 +18,8 @@ func (s *seeds) fetch(ctx context.Context, l *lookup, rings []*Ring) (*entry, *E
 	if ctx.Err() == nil {
 		s.p.cfg.Observer.Seed(s.p.cfg.Provider, EventMiss)
 	}
-	h := cloneHeader(l.header) // the calls may outlive the caller, and so the message that the header points into
+	// the calls may outlive the caller, and so the message that the header points into
+	h := cloneHeader(l.header)
 	e, err := s.fromKMS(ctx, l.digest, h, l.stale)
 	if err == nil || !h.HasCopies() {
 		return e, err
@@ -41,7 +42,8 @@ func (s *seeds) flight(d digest, h *envelope.Header) <-chan singleflight.Result 
 // TTL, if that may be used.
 func (s *seeds) fromKMS(ctx context.Context, d digest, h *envelope.Header, stale *entry) (*entry, *Error) {
 	if revoked := s.p.state.Load().revoked; revoked != nil {
-		return nil, s.p.markLost(s.p.errorf(KeyUnusable, revoked, "%s", describe(revoked)), h, revoked) // no call with a revoked key
+		// no call with a revoked key
+		return nil, s.p.markLost(s.p.errorf(KeyUnusable, revoked, "%s", describe(revoked)), h, revoked)
 	}
 	if last := s.refusals.current(d); last != nil {
 		err := s.refusals.failure("seed", h, last)
@@ -75,7 +77,8 @@ func (s *seeds) fromKMS(ctx context.Context, d digest, h *envelope.Header, stale
 // just failed with err.
 func (s *seeds) mayServe(stale *entry, err *Error) bool {
 	switch err.Kind {
-	case Unavailable, SeedRefused: // behind a plugin that gives no reasons, an outage looks like the latter
+	case Unavailable, SeedRefused:
+		// behind a plugin that gives no reasons, an outage looks like the latter
 		return true
 	case KeyUnusable:
 		// The seed of a key that is gone is lost. A denial may pass within RevokeWithin.
@@ -154,7 +157,8 @@ func (s *seeds) decrypt(ctx context.Context, h *envelope.Header) ([]byte, error)
 
 // recheck is the result of unwrapping an unverified seed again. It does not change.
 type recheck struct {
-	same  bool      // the KMS returned the same seed, so that a value that does not decrypt is damaged
+	// the KMS returned the same seed, so that a value that does not decrypt is damaged
+	same  bool
 	calls int       // how often the seed was unwrapped again
 	until time.Time // the KMS is not called again before
 }

@@ -286,8 +286,9 @@ func TestGarbageIsNotHandedOn(t *testing.T) {
 		want    string // "" is an error
 		decrypt int
 	}{
-		"short":            {func(b []byte) []byte { return b[:31] }, false, "", 1},
-		"long":             {func(b []byte) []byte { return append(b, 1) }, false, "stored", 2}, // a seed may be longer, and this one always is
+		"short": {func(b []byte) []byte { return b[:31] }, false, "", 1},
+		// a seed may be longer, and this one always is
+		"long":             {func(b []byte) []byte { return append(b, 1) }, false, "stored", 2},
 		"wrong once":       {wrong(1), false, "v", 2},
 		"never the same":   {wrong(100), false, "", 2},
 		"wrong and damage": {wrong(1), true, "", 2},

@@ -71,7 +71,8 @@ func (r *cborReader) head() (major int, argument uint64, ok bool) {
 	major, argument = int(first>>5), uint64(first&0x1f)
 	r.rest = r.rest[1:]
 	if argument < 24 {
-		return major, argument, major != cborSimple || argument >= 20 && argument <= 22 // false, true, null
+		// false, true, null
+		return major, argument, major != cborSimple || argument >= 20 && argument <= 22
 	}
 	size := 1 << (argument - 24)
 	if argument > 27 || len(r.rest) < size {

@@ -85,7 +85,8 @@ func TestDamage(t *testing.T) {
 		for i := start; i < len(v.Stored); i++ {
 			refuse("cut", v.EtcdKey, v.Stored[:i])
 		}
-		for i := range start { // within the marker and the name, which may be that of another key then
+		// within the marker and the name, which may be that of another key then
+		for i := range start {
 			if got, _, err := r.Open(v.EtcdKey, v.Stored[:i]); err == nil || got != nil {
 				t.Errorf("%s, cut at %d: %q, %v", v.Name, i, got, err)
 			}

@@ -14,11 +14,13 @@ import (
 // Config is where a log is and how large it gets. The zero value of a field but Path is its
 // default.
 type Config struct {
-	Path     string       // its folder must exist
-	MaxSize  int64        // bytes of a file, beyond which the next record begins a new one; default 100 MiB
-	MaxFiles int          // with the one in use; the oldest is removed; default 10
-	Key      []byte       // of the chain, 32 to 4,096 bytes; nil is a chain without a key. It is not copied
-	Logger   *slog.Logger // nil: nothing is logged
+	Path string // its folder must exist
+	// bytes of a file, beyond which the next record begins a new one; default 100 MiB
+	MaxSize  int64
+	MaxFiles int // with the one in use; the oldest is removed; default 10
+	// of the chain, 32 to 4,096 bytes; nil is a chain without a key. It is not copied
+	Key    []byte
+	Logger *slog.Logger // nil: nothing is logged
 }
 
 const (

@@ -172,7 +172,8 @@ func TestTornLine(t *testing.T) {
 		}
 		r = good(t, 4, nil, path) // two of before, the one that says torn, the new one
 		if cut == len(whole)-1 {
-			continue // only the line break was missing: the four are three of before and the new one
+			// only the line break was missing: the four are three of before and the new one
+			continue
 		}
 		if len(r.Notes) != 1 || r.Notes[0].Kind != KindTorn || r.Notes[0].Line != 3 {
 			t.Fatalf("cut at %d: notes %+v", cut, r.Notes)

@@ -19,9 +19,10 @@ const (
 	EventDenied   Event = "denied"   // an unauthorized client
 	EventReload   Event = "reload"   // the configuration was read again
 	EventRecovery Event = "recovery" // a seed was unwrapped from a recovery copy: Primary could not
-	EventGuard    Event = "guard"    // rules that protect keys less than what the proxies agreed on: refused or allowed
-	EventBypass   Event = "bypass"   // plaintext was written under a rule, past the proxies
-	EventCommand  Event = "command"  // a command that works on etcd itself began or ended
+	// EventGuard: rules that protect keys less than what the proxies agreed on: refused or allowed
+	EventGuard   Event = "guard"
+	EventBypass  Event = "bypass"  // plaintext was written under a rule, past the proxies
+	EventCommand Event = "command" // a command that works on etcd itself began or ended
 )
 
 // The events of the log itself.
@@ -37,10 +38,12 @@ type Record struct {
 	// Time is when it happened; zero is now.
 	Time time.Time `json:"-"`
 
-	Provider  string        `json:"provider,omitempty"`  // of kms and recovery
-	Primary   string        `json:"primary,omitempty"`   // the provider whose key was not usable, of recovery
-	Operation string        `json:"operation,omitempty"` // as the KMS client calls it
-	KeyID     string        `json:"keyID,omitempty"`     // of the KMS key, with its version where there is one
+	Provider string `json:"provider,omitempty"` // of kms and recovery
+	// the provider whose key was not usable, of recovery
+	Primary   string `json:"primary,omitempty"`
+	Operation string `json:"operation,omitempty"` // as the KMS client calls it
+	// of the KMS key, with its version where there is one
+	KeyID     string        `json:"keyID,omitempty"`
 	RequestID string        `json:"requestID,omitempty"` // to join with the KMS' own audit log
 	Class     string        `json:"class,omitempty"`     // "ok", or the class of the error
 	Latency   time.Duration `json:"-"`                   // of kms
@@ -49,16 +52,19 @@ type Record struct {
 	Client   string `json:"client,omitempty"`   // the name in its certificate
 	Remote   string `json:"remote,omitempty"`   // its address
 
-	Command  string `json:"command,omitempty"`  // of a command, as typed: "reencrypt"
-	User     string `json:"user,omitempty"`     // who runs a command, as the system calls them
-	Rule     string `json:"rule,omitempty"`     // a rule's prefix, of bypass
-	Key      string `json:"key,omitempty"`      // an etcd key or the prefix of several, of bypass and command
-	KeyBytes []byte `json:"keyBytes,omitempty"` // Key where that is not valid UTF-8, which JSON texts cannot hold; set by [Log.Record]
+	Command string `json:"command,omitempty"` // of a command, as typed: "reencrypt"
+	User    string `json:"user,omitempty"`    // who runs a command, as the system calls them
+	Rule    string `json:"rule,omitempty"`    // a rule's prefix, of bypass
+	// an etcd key or the prefix of several, of bypass and command
+	Key string `json:"key,omitempty"`
+	// Key where that is not valid UTF-8, which JSON texts cannot hold; set by [Log.Record]
+	KeyBytes []byte `json:"keyBytes,omitempty"`
 	Revision int64  `json:"revision,omitempty"` // of etcd, that wrote Key
 	Keys     int64  `json:"keys,omitempty"`     // how many etcd keys, of command
 
 	Trigger string `json:"trigger,omitempty"` // what made a reload
-	Outcome string `json:"outcome,omitempty"` // of a reload, a stop, a guard, or a command: "begun", "ok", "failed"
+	// of a reload, a stop, a guard, or a command: "begun", "ok", "failed"
+	Outcome string `json:"outcome,omitempty"`
 	Reason  string `json:"reason,omitempty"`
 	Version string `json:"version,omitempty"` // of the program, at a start
 	Config  string `json:"config,omitempty"`  // SHA-256 of the configuration file, in hexadecimal

@@ -153,7 +153,8 @@ func (v *verifier) file(in Input) error {
 	v.name, v.line, v.seq = in.Name, 0, 0
 	fr := FileReport{File: in.Name}
 	lines, whole := newLines(in.Reader), true // whether the piece before ended its line
-	var odd *oddLines                         // lines that are no records, since the last one that is
+	// lines that are no records, since the last one that is
+	var odd *oddLines
 	for {
 		l, err := lines.next()
 		if errors.Is(err, io.EOF) {

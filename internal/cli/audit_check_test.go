@@ -10,7 +10,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/kmsdouble"
 )
 
-// TestKMSCheckIsAudited: the calls of the check are in the commands' log, with the KMS' own IDs of the requests, and no more and no less of them than the KMS saw.
+// TestKMSCheckIsAudited: the calls of the check are in the commands' log, with the KMS' own IDs of
+// the requests, and no more and no less of them than the KMS saw.
 func TestKMSCheckIsAudited(t *testing.T) {
 	double, d := clitest.NewDouble(t, kmsdouble.Config{}), clitest.NewDir(t)
 	edits := append(d.OnAlibaba(t, double, clitest.FileCredentials), "kind: ", "audit: {path: audit.jsonl}\nkind: ")

@@ -1,7 +1,7 @@
-// Package cli is the command line of etcd-kms-proxy. It has one file for each command, with its flags
-// and its reports as text and JSON. What the commands share is in package command, the commands that
-// work on the values in etcd are in package stored, and the long-running commands are composed by
-// package server.
+// Package cli is the command line of etcd-kms-proxy. It has one file for each command, with its
+// flags and its reports as text and JSON. What the commands share is in package command, the
+// commands that work on the values in etcd are in package stored, and the long-running commands are
+// composed by package server.
 package cli
 
 import (
@@ -42,8 +42,8 @@ func run(args []string, stdout, stderr io.Writer) int {
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
-	// cobra's own command accepts any word as a shell, and prints its help. It binds the output when it
-	// is created.
+	// cobra's own command accepts any word as a shell, and prints its help. It binds the output
+	// when it is created.
 	root.InitDefaultCompletionCmd("completion")
 	if completion, _, err := root.Find([]string{"completion"}); err == nil {
 		completion.Args, completion.RunE = cobra.NoArgs, command.NeedsCommand
@@ -80,9 +80,10 @@ in the format of Kubernetes' KMS v2, and passes everything else unchanged.`
 }
 
 // refuseEnvironment refuses variables of the environment that make a library print requests:
-// GODEBUG=http2debug=1 and 2, with which Go's HTTP/2 packages print every header, tokens among them,
-// and every frame. The Alibaba Cloud SDK's DEBUG=sdk is refused if that KMS is configured. The log of
-// gRPC and etcd's client is discarded by [Main], and GRPC_BINARY_LOG_FILTER has no effect here.
+// GODEBUG=http2debug=1 and 2, with which Go's HTTP/2 packages print every header, tokens among
+// them, and every frame. The Alibaba Cloud SDK's DEBUG=sdk is refused if that KMS is configured.
+// The log of gRPC and etcd's client is discarded by [Main], and GRPC_BINARY_LOG_FILTER has no
+// effect here.
 func refuseEnvironment() error {
 	// The packages look for these substrings, so "http2debug=10" is the first.
 	for _, setting := range []string{"http2debug=1", "http2debug=2"} {

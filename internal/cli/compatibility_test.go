@@ -137,8 +137,8 @@ func sealerOf(t *testing.T, a *encryption.Keys, key []byte) *keyring.Sealer {
 	return nil
 }
 
-// TestStoredValuesOfReleases decrypts what releases have stored: with the keys that it was encrypted
-// with, and, where there is a recovery copy, with that alone.
+// TestStoredValuesOfReleases decrypts what releases have stored: with the keys that it was
+// encrypted with, and, where there is a recovery copy, with that alone.
 func TestStoredValuesOfReleases(t *testing.T) {
 	file := filepath.Join(released, "values.json")
 	data, err := os.ReadFile(file)

@@ -15,7 +15,8 @@ type configReport struct {
 	File     string          `json:"file"`
 	OK       bool            `json:"ok"`
 	Problems []configProblem `json:"problems"`
-	Warnings []configProblem `json:"warnings"` // of settings that may be meant; they do not make the file invalid
+	// of settings that may be meant; they do not make the file invalid
+	Warnings []configProblem `json:"warnings"`
 }
 
 type configProblem struct {

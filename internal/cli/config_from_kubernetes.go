@@ -95,7 +95,8 @@ func (f *fromKubernetes) run(stdout, stderr io.Writer) error {
 	return nil
 }
 
-// read reads the EncryptionConfiguration. It prints all problems but the last, which the error holds.
+// read reads the EncryptionConfiguration. It prints all problems but the last, which the error
+// holds.
 func (f *fromKubernetes) read(stderr io.Writer) (*kubernetes.Configuration, error) {
 	in, err := os.Open(f.file)
 	if err != nil {

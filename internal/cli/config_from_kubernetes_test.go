@@ -14,7 +14,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
 )
 
-// encryption writes an EncryptionConfiguration whose Secrets have these providers. KEY stands for a secret that nothing may print.
+// encryption writes an EncryptionConfiguration whose Secrets have these providers. KEY stands for a
+// secret that nothing may print.
 func encryptionConfiguration(t *testing.T, d clitest.Dir, providers string) string {
 	t.Helper()
 	secret := []byte("from-kubernetes-canary-32-bytes!")
@@ -32,7 +33,8 @@ const (
 	kubernetesCBC = "{aescbc: {keys: [{name: key1, secret: KEY}]}}"
 )
 
-// TestFromKubernetes: what is printed passes config check as it is, and keys are in files for their owner alone.
+// TestFromKubernetes: what is printed passes config check as it is, and keys are in files for their
+// owner alone.
 func TestFromKubernetes(t *testing.T) {
 	d := clitest.NewDir(t)
 	file := encryptionConfiguration(t, d, kubernetesKMS+","+kubernetesCBC+",{identity: {}}")
@@ -63,7 +65,8 @@ func TestFromKubernetes(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 
-	// To a file, of an API server with another prefix; nothing that is there is written over, and what was made before is taken back.
+	// To a file, of an API server with another prefix; nothing that is there is written over, and
+	// what was made before is taken back.
 	out := d.Path("made.yaml")
 	args := []string{"config", "from-kubernetes", file, "--etcd-prefix", "other", "--output", out, "--key-dir"}
 	execute(t, append(args, d.Path("keys"))...).want(t, 3, "error: "+key+" exists, and is not overwritten", "hint: ")
@@ -133,7 +136,8 @@ func TestFromKubernetesProblems(t *testing.T) {
 	execute(t, "config", "from-kubernetes", file).want(t, 3, "is larger than 4 MiB")
 }
 
-// TestFromKubernetesPrintFails: without its configuration, a key file is of no use and would be in the way of the next try.
+// TestFromKubernetesPrintFails: without its configuration, a key file is of no use and would be in
+// the way of the next try.
 func TestFromKubernetesPrintFails(t *testing.T) {
 	d := clitest.NewDir(t)
 	f := fromKubernetes{file: encryptionConfiguration(t, d, kubernetesKMS+","+kubernetesCBC), keyDir: string(d), output: "-"}

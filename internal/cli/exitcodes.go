@@ -6,8 +6,8 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// findings says what exit code 1 of a command means, by the path of the command. Other commands never
-// exit with it.
+// findings says what exit code 1 of a command means, by the path of the command. Other commands
+// never exit with it.
 var findings = map[string]string{
 	"":                        "a check found something",
 	" config check":           "the file has a problem",

@@ -68,7 +68,8 @@ func healthcheck(ctx context.Context, w io.Writer, address string) error {
 	if err != nil {
 		return err
 	}
-	// Not the default transport: the HTTP proxy of HTTP_PROXY does not reach the ports of this machine.
+	// Not the default transport: the HTTP proxy of HTTP_PROXY does not reach the ports of this
+	// machine.
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 	res, err := client.Do(req)
 	if err != nil {

@@ -20,15 +20,18 @@ import (
 
 // providerReport is the result of kms check for one provider.
 type providerReport struct {
-	Name        string      `json:"name"`
-	Backend     string      `json:"backend"`
-	OK          bool        `json:"ok"`
-	KeyID       string      `json:"keyID,omitempty"`
-	Tried       []string    `json:"tried"`                           // the operations that the rules need: "generate", "encrypt", "decrypt"
-	RoundTripMS float64     `json:"roundTripMilliseconds,omitempty"` // of generating or wrapping a key, and unwrapping it
-	Findings    []string    `json:"findings"`                        // what does not work
-	Warnings    []string    `json:"warnings"`                        // what will stop it from working, or makes the loss of the key final
-	Key         *keyDetails `json:"key,omitempty"`                   // if the KMS describes its keys
+	Name    string `json:"name"`
+	Backend string `json:"backend"`
+	OK      bool   `json:"ok"`
+	KeyID   string `json:"keyID,omitempty"`
+	// the operations that the rules need: "generate", "encrypt", "decrypt"
+	Tried []string `json:"tried"`
+	// of generating or wrapping a key, and unwrapping it
+	RoundTripMS float64  `json:"roundTripMilliseconds,omitempty"`
+	Findings    []string `json:"findings"` // what does not work
+	// what will stop it from working, or makes the loss of the key final
+	Warnings []string    `json:"warnings"`
+	Key      *keyDetails `json:"key,omitempty"` // if the KMS describes its keys
 	// CredentialsExpire is when the session for the KMS calls ends. The proxy renews it before.
 	CredentialsExpire *time.Time `json:"credentialsExpire,omitempty"`
 	// Recipients are the public keys of a provider of kind age.
@@ -37,10 +40,11 @@ type providerReport struct {
 
 // keyDetails is the description of a key by the KMS.
 type keyDetails struct {
-	State              string     `json:"state"`
-	Spec               string     `json:"spec,omitempty"`
-	ProtectionLevel    string     `json:"protectionLevel,omitempty"`
-	Creator            string     `json:"creator,omitempty"` // an account, or the product whose default key this is
+	State           string `json:"state"`
+	Spec            string `json:"spec,omitempty"`
+	ProtectionLevel string `json:"protectionLevel,omitempty"`
+	// an account, or the product whose default key this is
+	Creator            string     `json:"creator,omitempty"`
 	AutomaticRotation  string     `json:"automaticRotation,omitempty"`
 	NextRotation       *time.Time `json:"nextRotation,omitempty"`
 	DeleteAt           *time.Time `json:"deleteAt,omitempty"`

@@ -59,8 +59,8 @@ func (r *providerReport) trySeed(ctx context.Context, client *kmsclient.Client) 
 	r.tryUnwrap(ctx, client, "DEK seed", key)
 }
 
-// tryCopy wraps a key that the KMS has not generated and unwraps it, as a proxy does with the DEK seeds
-// of other providers. That needs another permission than to generate one.
+// tryCopy wraps a key that the KMS has not generated and unwraps it, as a proxy does with the DEK
+// seeds of other providers. That needs another permission than to generate one.
 func (r *providerReport) tryCopy(ctx context.Context, client *kmsclient.Client) {
 	seed := make([]byte, 32)
 	_, _ = rand.Read(seed) // never fails

@@ -23,7 +23,8 @@ func denying(actions ...string) func(*http.Request) *kmsdouble.FaultSpec {
 	}
 }
 
-// TestKMSCheckUses: a key is tried at what the rules need of it, and at nothing else: what is denied shows where it matters and only there.
+// TestKMSCheckUses: a key is tried at what the rules need of it, and at nothing else: what is
+// denied shows where it matters and only there.
 func TestKMSCheckUses(t *testing.T) {
 	double, d := clitest.NewDouble(t, kmsdouble.Config{}), clitest.NewDir(t)
 	const (

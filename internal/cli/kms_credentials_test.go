@@ -73,8 +73,8 @@ func (w *credentialWorld) checkSecrets(t *testing.T, text string) {
 	}
 }
 
-// TestKMSCheckCredentials runs the command with each type of credentials that can be had away from an ECS instance, and once more after they
-// were taken away.
+// TestKMSCheckCredentials runs the command with each type of credentials that can be had away from
+// an ECS instance, and once more after they were taken away.
 func TestKMSCheckCredentials(t *testing.T) {
 	for name, tc := range map[string]struct {
 		credentials string
@@ -149,7 +149,8 @@ func TestKMSCheckCredentials(t *testing.T) {
 	}
 }
 
-// TestKMSCheckInstanceRole does the same for the role of an instance, but for the metadata server's address, which is no field.
+// TestKMSCheckInstanceRole does the same for the role of an instance, but for the metadata server's
+// address, which is no field.
 func TestKMSCheckInstanceRole(t *testing.T) {
 	w := newCredentialWorld(t)
 	c, err := config.Load(w.config(t, "{type: ecsRAMRole}"))
@@ -235,7 +236,8 @@ func TestKMSCheckPolicy(t *testing.T) {
 	}
 }
 
-// TestKMSCheckDefaultKey says why the KMS refuses the default key of a cloud product, in its own words.
+// TestKMSCheckDefaultKey says why the KMS refuses the default key of a cloud product, in its own
+// words.
 func TestKMSCheckDefaultKey(t *testing.T) {
 	w := newCredentialWorld(t)
 	if err := w.kms.AddKey(kmsdouble.KeyConfig{ID: "key-default", Alias: kmsdouble.DefaultAlias, Default: true}); err != nil {

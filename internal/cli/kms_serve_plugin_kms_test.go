@@ -21,7 +21,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/kmsdouble"
 )
 
-// TestServePluginAlibaba serves a cloud key: through its rotation, an outage of its state, and with the KMS' request IDs.
+// TestServePluginAlibaba serves a cloud key: through its rotation, an outage of its state, and with
+// the KMS' request IDs.
 func TestServePluginAlibaba(t *testing.T) {
 	double := clitest.NewDouble(t, kmsdouble.Config{})
 	d, path := clitest.NewDir(t), filepath.Join(socketDir(t), "kms.sock")
@@ -57,7 +58,8 @@ func TestServePluginAlibaba(t *testing.T) {
 	if id := res.Annotations["request-id.etcd-kms-proxy.io"]; len(id) != 36 {
 		t.Errorf("annotations %q; want the KMS' request ID", res.Annotations)
 	}
-	// The proxy, which has the KMS without a plugin between, is given that annotation too when it reads what an API server wrote.
+	// The proxy, which has the KMS without a plugin between, is given that annotation too when it
+	// reads what an API server wrote.
 	c, err := configuration.Load(config)
 	if err != nil {
 		t.Fatal(err)

@@ -32,7 +32,8 @@ func socketDir(t *testing.T) string {
 // seedText is what the tests have wrapped; no command may print it.
 const seedText = "Seed-of-the-tests-of-serve-plugin"
 
-// servePluginOn runs serve-plugin on a socket in a process of its own until the test ends, and waits until it serves.
+// servePluginOn runs serve-plugin on a socket in a process of its own until the test ends, and
+// waits until it serves.
 func servePluginOn(t *testing.T, config, name, socket string, args ...string) *running {
 	t.Helper()
 	clitest.Told.Secret("a seed", []byte(seedText))
@@ -168,7 +169,8 @@ func TestServePluginErrors(t *testing.T) {
 	executeAlone(t, line(none, "dev", path)...).want(t, 3, "error: no KMS is configured")
 }
 
-// TestServePluginTwice: a second server on one socket refuses; one that comes after a crash takes over, and the clients with it.
+// TestServePluginTwice: a second server on one socket refuses; one that comes after a crash takes
+// over, and the clients with it.
 func TestServePluginTwice(t *testing.T) {
 	d, path := clitest.NewDir(t), filepath.Join(socketDir(t), "kms.sock")
 	config := d.Config(t)
@@ -209,7 +211,8 @@ func TestServePluginBesideProxy(t *testing.T) {
 	}
 }
 
-// TestServePluginWarnsOfItsFolder says so where others can replace the socket, not where the sticky bit keeps them from it.
+// TestServePluginWarnsOfItsFolder says so where others can replace the socket, not where the sticky
+// bit keeps them from it.
 func TestServePluginWarnsOfItsFolder(t *testing.T) {
 	d := clitest.NewDir(t)
 	for mode, want := range map[os.FileMode]bool{0o777: true, 0o720: true, 0o777 | os.ModeSticky: false, 0o755: false} {
@@ -226,7 +229,8 @@ func TestServePluginWarnsOfItsFolder(t *testing.T) {
 	}
 }
 
-// TestServePluginAudit: the plugin's KMS calls are in the audit log of its configuration, and what must be recorded does not happen without it.
+// TestServePluginAudit: the plugin's KMS calls are in the audit log of its configuration, and what
+// must be recorded does not happen without it.
 func TestServePluginAudit(t *testing.T) {
 	d, path := clitest.NewDir(t), filepath.Join(socketDir(t), "kms.sock")
 	const log = "audit.plugin-dev.jsonl" // audit.jsonl is the proxy's

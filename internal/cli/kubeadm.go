@@ -68,8 +68,8 @@ const (
 	defaultKubeadmAdmin  = "127.0.0.1:9379"
 )
 
-// kubeadmFacts checks the configuration file at path and returns the facts that a node needs. The error
-// lists all problems of the file.
+// kubeadmFacts checks the configuration file at path and returns the facts that a node needs. The
+// error lists all problems of the file.
 func kubeadmFacts(path, name string) (kubeadm.Facts, error) {
 	var facts kubeadm.Facts
 	c, err := config.LoadChecked(path, command.Checks(nil))

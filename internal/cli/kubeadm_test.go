@@ -37,8 +37,8 @@ func TestKubeadmUsage(t *testing.T) {
 	}
 }
 
-// TestNamedFiles verifies that namedFiles finds every file that the configuration can name, so that the
-// static Pod mounts it.
+// TestNamedFiles verifies that namedFiles finds every file that the configuration can name, so that
+// the static Pod mounts it.
 func TestNamedFiles(t *testing.T) {
 	var c config.Config
 	want := nameFiles(reflect.ValueOf(&c).Elem(), "")

@@ -17,7 +17,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
 )
 
-// asCommand makes the test binary be the command itself, so that the scripts run what main runs, with the race detector where the tests have it.
+// asCommand makes the test binary be the command itself, so that the scripts run what main runs,
+// with the race detector where the tests have it.
 const asCommand = "ETCD_KMS_PROXY_TEST_AS_COMMAND"
 
 func TestMain(m *testing.M) {
@@ -46,7 +47,8 @@ func process(args ...string) *exec.Cmd {
 	return cmd
 }
 
-// execute runs a command that ends by itself, within the test's process: a new one for each takes long with the race detector.
+// execute runs a command that ends by itself, within the test's process: a new one for each takes
+// long with the race detector.
 func execute(t *testing.T, args ...string) result {
 	t.Helper()
 	if len(args) > 0 && args[0] == "serve" {

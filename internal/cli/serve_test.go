@@ -53,7 +53,8 @@ func get(t *testing.T, s *running, path string) (int, string) {
 	return resp.StatusCode, string(body)
 }
 
-// silentEtcd has nothing stored for the proxy itself. It accepts every other call and answers none until the test ends. arrived gets one element for each.
+// silentEtcd has nothing stored for the proxy itself. It accepts every other call and answers none
+// until the test ends. arrived gets one element for each.
 func silentEtcd(t *testing.T) (address string, arrived chan struct{}) {
 	t.Helper()
 	arrived = make(chan struct{}, 16)
@@ -155,8 +156,8 @@ func TestPortInUse(t *testing.T) {
 		want(t, 3, "error: admin: ", "address already in use", "hint: another process listens there")
 }
 
-// TestOpenAdmin: an admin server that other machines reach is said at the start, and that of the default is not. The address is off loopback and no
-// machine has it.
+// TestOpenAdmin: an admin server that other machines reach is said at the start, and that of the
+// default is not. The address is off loopback and no machine has it.
 func TestOpenAdmin(t *testing.T) {
 	d := clitest.NewDir(t)
 	const warning = "the admin server has no authentication"
@@ -169,7 +170,8 @@ func TestOpenAdmin(t *testing.T) {
 	}
 }
 
-// TestSocketFolder: a socket that cannot be made is told by the folder, and not by the name that it has for a moment.
+// TestSocketFolder: a socket that cannot be made is told by the folder, and not by the name that it
+// has for a moment.
 func TestSocketFolder(t *testing.T) {
 	d := clitest.NewDir(t)
 	missing, closed := d.Path("missing"), d.Path("closed")
@@ -190,7 +192,8 @@ func TestSocketFolder(t *testing.T) {
 	}
 }
 
-// TestServesWithKMSDown: a rule that cannot serve is named, and the proxy stays ready for the rest. Etcd is unreachable too, which is said.
+// TestServesWithKMSDown: a rule that cannot serve is named, and the proxy stays ready for the rest.
+// Etcd is unreachable too, which is said.
 func TestServesWithKMSDown(t *testing.T) {
 	d := clitest.NewDir(t)
 	s := start(t, d.Config(t,
@@ -322,7 +325,8 @@ func TestTextLogAndWarnings(t *testing.T) {
 	s.exited(0)
 }
 
-// TestUserWithEtcdDown: the user's token is asked for when there is something to ask etcd, so that nothing waits for etcd without an end.
+// TestUserWithEtcdDown: the user's token is asked for when there is something to ask etcd, so that
+// nothing waits for etcd without an end.
 func TestUserWithEtcdDown(t *testing.T) {
 	d := clitest.NewDir(t)
 	if err := os.WriteFile(d.Path("password"), []byte("pw\n"), 0o600); err != nil {

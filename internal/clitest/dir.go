@@ -36,7 +36,8 @@ func NewDir(t *testing.T) Dir {
 	t.Helper()
 	d := Dir(t.TempDir())
 	NewKey(t, d.Path("key.yaml"))
-	t.Cleanup(func() { Told.KeyFile(t, d.Path("key.yaml")) }) // with the versions that the test added
+	// with the versions that the test added
+	t.Cleanup(func() { Told.KeyFile(t, d.Path("key.yaml")) })
 	return d
 }
 
@@ -48,7 +49,8 @@ func WithRecovery() []string {
 // Path returns the path of a file in the folder.
 func (d Dir) Path(name string) string { return filepath.Join(string(d), name) }
 
-// Config is a file that serves on free ports and seals under the folder's key; edits replace parts of it, old and new in turn.
+// Config is a file that serves on free ports and seals under the folder's key; edits replace parts
+// of it, old and new in turn.
 func (d Dir) Config(t *testing.T, edits ...string) string {
 	t.Helper()
 	text := strings.NewReplacer(edits...).Replace(`apiVersion: etcd-kms-proxy.io/v1alpha1
@@ -122,7 +124,8 @@ func (d Dir) AuditLogAt(t *testing.T, name string) (records []map[string]any) {
 	return records
 }
 
-// Block puts another file in the place of the log, which nobody may write to then; the result takes it away.
+// Block puts another file in the place of the log, which nobody may write to then; the result takes
+// it away.
 func (d Dir) Block(t *testing.T) (unblock func()) {
 	t.Helper()
 	return d.BlockAt(t, "audit.jsonl")

@@ -62,8 +62,9 @@ func fill(v reflect.Value) {
 	}
 }
 
-// CheckReport prints a report, a pointer, with every string of it set to [Hostile], and fails unless the
-// text is printable. A field that is added to a report is tried without a change of the test.
+// CheckReport prints a report, a pointer, with every string of it set to [Hostile], and fails
+// unless the text is printable. A field that is added to a report is tried without a change of the
+// test.
 func CheckReport(t *testing.T, name string, report any, text func(io.Writer)) {
 	t.Helper()
 	for _, flags := range []bool{false, true} { // each of a report's booleans may show another part

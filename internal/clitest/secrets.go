@@ -1,5 +1,5 @@
-// Package clitest has what the tests of the command line and of the server share: configurations, key
-// files, and a search for secrets in everything that was printed.
+// Package clitest has what the tests of the command line and of the server share: configurations,
+// key files, and a search for secrets in everything that was printed.
 package clitest
 
 import (
@@ -57,7 +57,8 @@ func (t *Telling) Error(err error) error {
 	return err
 }
 
-// NewDouble starts a double of Alibaba Cloud KMS whose data keys, and whatever else it wraps, are secrets.
+// NewDouble starts a double of Alibaba Cloud KMS whose data keys, and whatever else it wraps, are
+// secrets.
 func NewDouble(t *testing.T, c kmsdouble.Config) *kmsdouble.Double {
 	t.Helper()
 	c.OnSecret = Told.Secret
@@ -67,7 +68,7 @@ func NewDouble(t *testing.T, c kmsdouble.Config) *kmsdouble.Double {
 // KeyFile adds the keys of a local key file as secrets, if it exists.
 func (t *Telling) KeyFile(tb testing.TB, path string) {
 	tb.Helper()
-	text, err := os.ReadFile(path) //nolint:gosec // a file of the test
+	text, err := os.ReadFile(path)
 	if err != nil {
 		return // a test took it away
 	}

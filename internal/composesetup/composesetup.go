@@ -1,5 +1,5 @@
-// Package composesetup creates the files that the project's docker-compose.yml needs: certificates, a
-// local key and the configuration of the proxies. It is the work of the command `setup compose`.
+// Package composesetup creates the files that the project's docker-compose.yml needs: certificates,
+// a local key and the configuration of the proxies. It is the work of the command `setup compose`.
 package composesetup
 
 import (

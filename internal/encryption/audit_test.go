@@ -22,7 +22,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/kmstest"
 )
 
-// TestAuditedKMS: a call whose record is lost has no result, and while the log cannot be written there is no call.
+// TestAuditedKMS: a call whose record is lost has no result, and while the log cannot be written
+// there is no call.
 func TestAuditedKMS(t *testing.T) {
 	d := clitest.NewDir(t)
 	a, err := OpenAudit(&config.Audit{Path: d.Path("audit.jsonl"), Required: true}, slog.New(slog.DiscardHandler))
@@ -77,7 +78,8 @@ func TestAuditedKMS(t *testing.T) {
 	}
 }
 
-// TestKeyWatchIsAudited: describing a key is a KMS call like any other, and is not made while it cannot be recorded.
+// TestKeyWatchIsAudited: describing a key is a KMS call like any other, and is not made while it
+// cannot be recorded.
 func TestKeyWatchIsAudited(t *testing.T) {
 	d := clitest.NewDir(t)
 	c, err := config.Load(d.Config(t, "kind: ", "audit: {path: audit.jsonl, required: true}\nkind: "))

@@ -1,6 +1,6 @@
-// Package encryption composes what encrypts and decrypts values: the KMS clients and the keyrings of
-// all providers, and a sealer for each rule of the configuration. `serve` runs all of it; commands
-// that work on stored values run the keyrings only.
+// Package encryption composes what encrypts and decrypts values: the KMS clients and the keyrings
+// of all providers, and a sealer for each rule of the configuration. `serve` runs all of it;
+// commands that work on stored values run the keyrings only.
 //
 // It does not listen, and knows etcd only by the keys of the values.
 package encryption
@@ -35,8 +35,9 @@ import (
 
 // Config says which keys to use, and where to report.
 type Config struct {
-	Config      *config.Config
-	Identities  *age.Identities       // private keys of age recipients, for commands only; may be nil
+	Config *config.Config
+	// private keys of age recipients, for commands only; may be nil
+	Identities  *age.Identities
 	InspectOnly bool                  // values are read only, and no DEK seed is generated
 	Audit       *auditlog.Recorder    // of KMS calls and of the use of recovery copies; may be nil
 	Record      func(auditlog.Record) // the same for a command; may be nil
@@ -82,7 +83,8 @@ func (s *RuleSet) Sealers() []*keyring.Sealer { return s.sealers }
 
 // Follower follows changes of the rules.
 type Follower struct {
-	// Revision returns etcd's revision, after which writes are judged by the new rules; 0 if unknown.
+	// Revision returns etcd's revision, after which writes are judged by the new rules; 0 if
+	// unknown.
 	Revision func() int64
 	// Apply puts the rules in force. On an error the earlier rules stay.
 	Apply func(*RuleSet) error

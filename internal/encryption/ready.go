@@ -14,8 +14,8 @@ import (
 // recoveryNotice is how long /readyz shows that a recovery copy was used.
 const recoveryNotice = time.Hour
 
-// setRecovery gives each ring the rings that wrap copies of its DEK seeds. Rules that write with the
-// same provider have the same recovery providers, which config checks. mu is held.
+// setRecovery gives each ring the rings that wrap copies of its DEK seeds. Rules that write with
+// the same provider have the same recovery providers, which config checks. mu is held.
 func (k *Keys) setRecovery(rules []config.Rule) error {
 	for _, ring := range k.rings {
 		var by []*keyring.Ring

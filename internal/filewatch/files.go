@@ -51,8 +51,9 @@ type Files[T any] struct {
 	mu      sync.Mutex
 	value   T
 	inForce [sha256.Size]byte // digest of what value was made of
-	refused string            // digest or error of files that cannot be used; "" if the newest files are in force
-	problem error             // why
+	// digest or error of files that cannot be used; "" if the newest files are in force
+	refused string
+	problem error // why
 }
 
 // New reads the files for the first time. load does not keep the contents. It is called under a
@@ -229,8 +230,8 @@ func (c Contents) clear() {
 	}
 }
 
-// CompletePEM returns an error if data begins a PEM block that it does not end: decoders skip such a
-// block, and a half-written file would be taken for one with fewer certificates.
+// CompletePEM returns an error if data begins a PEM block that it does not end: decoders skip such
+// a block, and a half-written file would be taken for one with fewer certificates.
 func CompletePEM(path string, data []byte) error {
 	for {
 		block, rest := pem.Decode(data)

@@ -1,7 +1,7 @@
-// Package guard keeps a proxy from serving with rules that protect keys less than the rules that the
-// proxies of an etcd agreed on. The agreed rules are a record in etcd, which [coordination.Fleet] keeps;
-// this package compares the configuration with it at the start, and checks while the proxy serves
-// that the next start could read it.
+// Package guard keeps a proxy from serving with rules that protect keys less than the rules that
+// the proxies of an etcd agreed on. The agreed rules are a record in etcd, which
+// [coordination.Fleet] keeps; this package compares the configuration with it at the start, and
+// checks while the proxy serves that the next start could read it.
 package guard
 
 import (
@@ -45,13 +45,13 @@ const (
 	verifyRetryInterval = 10 * time.Second
 )
 
-// Run compares the rules and opens the proxy. It returns an error if the proxy must not serve, and nil
-// when the decision is final or ctx has ended.
+// Run compares the rules and opens the proxy. It returns an error if the proxy must not serve, and
+// nil when the decision is final or ctx has ended.
 func (g *Guard) Run(ctx context.Context) error {
 	found, err := g.read(ctx)
 	for ; err == nil && found.learner && ctx.Err() == nil; found, err = g.read(ctx) {
-		// The data of a learner may be outdated, and it accepts no write. So the proxy serves reads,
-		// and decides once the member is promoted.
+		// The data of a learner may be outdated, and it accepts no write. So the proxy serves
+		// reads, and decides once the member is promoted.
 		if weaker := g.compare(found.agreed, found.others); weaker != nil && !g.AllowWeakening {
 			return g.judge(weaker)
 		}
@@ -117,7 +117,8 @@ func (g *Guard) read(ctx context.Context) (records, error) {
 		case !errors.Is(err, context.DeadlineExceeded):
 			text = err.Error()
 		default:
-			// After one timeout, etcd may be about to start, and the log says if it cannot be reached.
+			// After one timeout, etcd may be about to start, and the log says if it cannot be
+			// reached.
 			if timeouts++; timeouts > 1 {
 				text = "etcd does not respond in time: it may have no leader"
 			}
@@ -137,9 +138,9 @@ func (g *Guard) read(ctx context.Context) (records, error) {
 const deniedHint = "set etcd.username and etcd.passwordFile, also with coordination.enabled: false: that user must be able to read the keys below " + coordination.DefaultPrefix +
 	"; or start the proxy with --allow-weakening, which serves without comparing the rules"
 
-// look reads once. From a learner, which serves serializable reads only, it reads what the learner has
-// so far. It also does so from a member without a leader if coordination is off: clients may still
-// make serializable reads there.
+// look reads once. From a learner, which serves serializable reads only, it reads what the learner
+// has so far. It also does so from a member without a leader if coordination is off: clients may
+// still make serializable reads there.
 func (g *Guard) look(ctx context.Context) (records, error) {
 	limited, cancel := context.WithTimeout(ctx, requestTimeout/2)
 	defer cancel()
@@ -147,7 +148,8 @@ func (g *Guard) look(ctx context.Context) (records, error) {
 	learner := errors.Is(err, errLearner)
 	if learner || g.Fleet == nil && err != nil && limited.Err() != nil {
 		found, err = g.records(ctx, clientv3.WithSerializable())
-		if learner && (errors.Is(err, errLearner) || denied(err)) { // it authenticates no user either
+		// it authenticates no user either
+		if learner && (errors.Is(err, errLearner) || denied(err)) {
 			found, err = records{}, nil
 		}
 		found.learner = learner
@@ -233,19 +235,20 @@ func (g *Guard) judge(err error) error {
 		return nil
 	}
 	g.Audit.Record(auditlog.Record{Event: auditlog.EventGuard, Outcome: "refused", Reason: err.Error()})
-	g.Logger.Error("not serving: the guard refuses the configuration", "because", err.Error()) // the audit block may be what is missing
+	// the audit block may be what is missing
+	g.Logger.Error("not serving: the guard refuses the configuration", "because", err.Error())
 	hint := "restore the settings; or, if this is meant, start one proxy with --allow-weakening, and then the others"
 	if errors.Is(err, coordination.ErrForged) {
-		// Mostly the key is another one. With --allow-weakening the proxy would encrypt under a key that
-		// decrypts nothing of what is stored.
+		// Mostly the key is another one. With --allow-weakening the proxy would encrypt under a key
+		// that decrypts nothing of what is stored.
 		hint = "restore the key file, or the KMS key, that the values were encrypted with: etcd-kms-proxy status tells whether this one decrypts them. " +
 			"If it does, the record was changed by someone else: see \"How the record is checked\" in docs/guides/restrict-settings.md"
 	}
 	return problem.WithHint(err, hint)
 }
 
-// forget removes the records that would stop the next start of a proxy that runs without coordination.
-// With coordination, the next agreement replaces them.
+// forget removes the records that would stop the next start of a proxy that runs without
+// coordination. With coordination, the next agreement replaces them.
 func (g *Guard) forget(ctx context.Context, others []coordination.RecordLocation) {
 	if g.Fleet != nil {
 		return
@@ -260,8 +263,8 @@ func (g *Guard) forget(ctx context.Context, others []coordination.RecordLocation
 	}
 }
 
-// verify opens the proxy once the record is verified, or once no KMS could verify it for a while; then
-// it keeps trying.
+// verify opens the proxy once the record is verified, or once no KMS could verify it for a while;
+// then it keeps trying.
 func (g *Guard) verify(ctx context.Context, agreed *coordination.Agreement) error {
 	was, _, err := parsePolicy(agreed.Policy)
 	if err != nil {

@@ -25,8 +25,9 @@ const (
 )
 
 type policyRule struct {
-	Prefix              string   `json:"prefix"`
-	PrefixBytes         []byte   `json:"prefixBytes,omitempty"` // instead of Prefix, if that is not UTF-8
+	Prefix string `json:"prefix"`
+	// instead of Prefix, if that is not UTF-8
+	PrefixBytes         []byte   `json:"prefixBytes,omitempty"`
 	WriteWith           string   `json:"writeWith"`
 	ReadWith            []string `json:"readWith"`
 	Recovery            []string `json:"recovery"`

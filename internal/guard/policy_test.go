@@ -10,7 +10,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
 )
 
-// TestPolicy: what is on record says again what it was made of, whatever the order, and rules are compared without the audit block, which a command may lack.
+// TestPolicy: what is on record says again what it was made of, whatever the order, and rules are
+// compared without the audit block, which a command may lack.
 func TestPolicy(t *testing.T) {
 	a := config.Rule{Prefix: "/a/", WriteWith: "x", ReadWith: []string{"z", "y"}, AllowPlaintextReads: true}
 	b := config.Rule{Prefix: "/b/", WriteWith: config.Plaintext, ReadWith: []string{}, Recovery: []string{"r"}}

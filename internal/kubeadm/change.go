@@ -32,7 +32,8 @@ func (c *Change) Empty() bool { return (c.Old == nil) == (c.New == nil) && bytes
 func (c *Change) write() error   { return writeFile(c.Path, c.New) }
 func (c *Change) restore() error { return writeFile(c.Path, c.Old) }
 
-// writeFile writes text to the file at path, atomically, or removes it if text is nil. A new file has mode
+// writeFile writes text to the file at path, atomically, or removes it if text is nil. A new file
+// has mode
 // 0600. The name of the temporary file begins with a dot, because kubelet ignores such files in its
 // folder of manifests.
 func writeFile(path string, text []byte) error {
@@ -137,8 +138,8 @@ func hunk(out *strings.Builder, edits []edit) {
 	}
 }
 
-// edit is a line that is kept (' '), removed ('-') or added ('+'), before line a of the old file and
-// line b of the new one, from 0.
+// edit is a line that is kept (' '), removed ('-') or added ('+'), before line a of the old file
+// and line b of the new one, from 0.
 type edit struct {
 	op   byte
 	text string
@@ -155,8 +156,8 @@ func lines(text []byte) []string {
 }
 
 // diff returns the edits that turn a into b, from their longest common subsequence. Time and memory
-// grow with the product of the lengths between the common prefix and suffix, which is acceptable for
-// manifests and configurations.
+// grow with the product of the lengths between the common prefix and suffix, which is acceptable
+// for manifests and configurations.
 func diff(a, b []string) []edit {
 	head := 0
 	for head < len(a) && head < len(b) && a[head] == b[head] {

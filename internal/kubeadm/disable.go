@@ -8,9 +8,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 )
 
-// Disable returns the plan after which the API server uses etcd without the proxy. It changes nothing
-// itself. The plan keeps the configuration and the keys. The caller must have checked that no value in
-// etcd is encrypted.
+// Disable returns the plan after which the API server uses etcd without the proxy. It changes
+// nothing itself. The plan keeps the configuration and the keys. The caller must have checked that
+// no value in etcd is encrypted.
 func (n *Node) Disable() (*Plan, error) {
 	m, err := n.manifest()
 	if err != nil {

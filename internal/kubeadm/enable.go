@@ -113,7 +113,8 @@ func (n *Node) configure(m *Manifest, mode Mode) ([]byte, Facts, error) {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, Facts{}, err
 	}
-	if mode == All { // the manifest names the proxy, so only the configuration has the addresses of etcd
+	// the manifest names the proxy, so only the configuration has the addresses of etcd
+	if mode == All {
 		had, err := n.Check(n.Config, n.Config)
 		if err != nil {
 			return nil, Facts{}, err
@@ -133,8 +134,8 @@ func (n *Node) configure(m *Manifest, mode Mode) ([]byte, Facts, error) {
 	return config, facts, err
 }
 
-// checkReplaceConfig refuses to replace a configuration that differs in more than --decrypt-only from
-// what this command would write. So no change by the operator is lost, and no KMS.
+// checkReplaceConfig refuses to replace a configuration that differs in more than --decrypt-only
+// from what this command would write. So no change by the operator is lost, and no KMS.
 func (n *Node) checkReplaceConfig(m *Manifest, old []byte, endpoints []string) error {
 	other := n.Settings
 	other.DecryptOnly = !other.DecryptOnly

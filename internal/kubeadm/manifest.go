@@ -19,8 +19,8 @@ const (
 	flagOverrides = "etcd-servers-overrides"
 )
 
-// secretsResource is the name of Secrets in --etcd-servers-overrides: group, slash, resource. The name
-// of the core group is empty.
+// secretsResource is the name of Secrets in --etcd-servers-overrides: group, slash, resource. The
+// name of the core group is empty.
 const secretsResource = "/secrets"
 
 // Manifest is the static Pod manifest of a kube-apiserver, as kubeadm writes it. It is immutable.
@@ -42,9 +42,10 @@ func unrecognized(format string, args ...any) error {
 	return problem.New(hintManifest, "%s", "kube-apiserver's manifest "+fmt.Sprintf(format, args...))
 }
 
-// ParseManifest reads a manifest. The error is a [problem.Problem] if the manifest does not have the form that
-// kubeadm writes: it is not a Pod, it has no container or several that run kube-apiserver, it uses YAML
-// that cannot be edited line by line, or --etcd-servers is missing or repeated. It retains data.
+// ParseManifest reads a manifest. The error is a [problem.Problem] if the manifest does not have
+// the form that kubeadm writes: it is not a Pod, it has no container or several that run
+// kube-apiserver, it uses YAML that cannot be edited line by line, or --etcd-servers is missing or
+// repeated. It retains data.
 func ParseManifest(data []byte) (*Manifest, error) {
 	d := yaml.NewDecoder(bytes.NewReader(data))
 	var doc, second yaml.Node
@@ -95,8 +96,8 @@ func ParseManifest(data []byte) (*Manifest, error) {
 	return m, m.check()
 }
 
-// checkYAML refuses YAML in which a change of one line may change other values, or which YAML libraries
-// read differently: anchors, aliases, merge keys and repeated keys.
+// checkYAML refuses YAML in which a change of one line may change other values, or which YAML
+// libraries read differently: anchors, aliases, merge keys and repeated keys.
 func checkYAML(n *yaml.Node) error {
 	if n.Kind == yaml.AliasNode || n.Anchor != "" {
 		return unrecognized("has a YAML anchor or alias in line %d", n.Line)
@@ -225,8 +226,8 @@ func (m *Manifest) WithEtcdServers(urls []string) (*Manifest, error) {
 	return m.set(flagServers, strings.Join(urls, ","))
 }
 
-// WithSecretsServers returns the manifest with an override of the servers for Secrets. Without urls,
-// it removes the override.
+// WithSecretsServers returns the manifest with an override of the servers for Secrets. Without
+// urls, it removes the override.
 func (m *Manifest) WithSecretsServers(urls []string) (*Manifest, error) {
 	rest := slices.DeleteFunc(m.overrides(), func(o string) bool { return strings.HasPrefix(o, secretsResource+"#") })
 	if len(urls) > 0 {
@@ -235,8 +236,8 @@ func (m *Manifest) WithSecretsServers(urls []string) (*Manifest, error) {
 	return m.set(flagOverrides, strings.Join(rest, ","))
 }
 
-// set changes a flag's value. It adds a missing flag below --etcd-servers, and removes the flag if value
-// is empty. All other bytes of the file stay unchanged.
+// set changes a flag's value. It adds a missing flag below --etcd-servers, and removes the flag if
+// value is empty. All other bytes of the file stay unchanged.
 func (m *Manifest) set(name, value string) (*Manifest, error) {
 	at := slices.IndexFunc(m.args, func(a argument) bool { n, _, _ := split(a.text); return n == name })
 	want := make([]string, 0, len(m.args)+1)

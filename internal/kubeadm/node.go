@@ -19,7 +19,8 @@ type Paths struct {
 	APIServer string // manifest of kube-apiserver
 	Pod       string // manifest of the proxy, in the same folder
 	Config    string // configuration of the proxy
-	Backups   string // folder of backups; not that of the manifests, where kubelet starts every file
+	// folder of backups; not that of the manifests, where kubelet starts every file
+	Backups string
 }
 
 // DefaultPaths are those of a node that kubeadm has set up.
@@ -111,8 +112,8 @@ func (n *Node) manifest() (*Manifest, error) {
 	return ParseManifest(data)
 }
 
-// Plan is an ordered list of changes. The manifest of the API server is the last one when the proxy is
-// enabled, and the first one when it is disabled.
+// Plan is an ordered list of changes. The manifest of the API server is the last one when the proxy
+// is enabled, and the first one when it is disabled.
 type Plan struct {
 	Mode    Mode // before
 	Changes []Change
@@ -145,8 +146,8 @@ func (p *Plan) add(s step) {
 	}
 }
 
-// Apply makes the changes of a plan. If a change or the wait after it fails, or if ctx ends, it restores
-// all files, waits for the API server, and returns a [problem.Problem] with the cause.
+// Apply makes the changes of a plan. If a change or the wait after it fails, or if ctx ends, it
+// restores all files, waits for the API server, and returns a [problem.Problem] with the cause.
 func (n *Node) Apply(ctx context.Context, p *Plan) error {
 	if err := os.MkdirAll(filepath.Dir(n.Config), 0o700); err != nil {
 		return err

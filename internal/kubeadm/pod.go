@@ -39,8 +39,8 @@ type (
 
 // pod returns the manifest of the proxy's static Pod.
 //
-// The Pod runs as root, without any capability: only root can read the key files of a kubeadm control
-// plane, and kubeadm's own etcd runs as root for the same reason.
+// The Pod runs as root, without any capability: only root can read the key files of a kubeadm
+// control plane, and kubeadm's own etcd runs as root for the same reason.
 func (s *podSettings) pod() ([]byte, error) {
 	host, port, err := net.SplitHostPort(s.facts.Admin)
 	if err != nil {
@@ -76,7 +76,8 @@ func (s *podSettings) pod() ([]byte, error) {
 			"securityContext": object{"seccompProfile": object{"type": "RuntimeDefault"}},
 			"containers": []object{{
 				"name": "etcd-kms-proxy", "image": s.image, "imagePullPolicy": "IfNotPresent", "command": command,
-				// No memory limit: while the proxy is killed and restarts, the API server has no etcd.
+				// No memory limit: while the proxy is killed and restarts, the API server has no
+				// etcd.
 				"resources": object{"requests": object{"cpu": "100m", "memory": "100Mi"}},
 				"securityContext": object{
 					"runAsUser": 0, "runAsGroup": 0, "readOnlyRootFilesystem": true, "allowPrivilegeEscalation": false,
@@ -98,9 +99,10 @@ func (s *podSettings) pod() ([]byte, error) {
 	return b.Bytes(), err
 }
 
-// mounts returns the folders and files of the host that the Pod needs. It mounts the whole folder of
-// the configuration, and those of sockets: a mount of a single file would keep the old file after it is
-// replaced by renaming. kubeadm renews certificates in place, so their files are mounted one by one.
+// mounts returns the folders and files of the host that the Pod needs. It mounts the whole folder
+// of the configuration, and those of sockets: a mount of a single file would keep the old file
+// after it is replaced by renaming. kubeadm renews certificates in place, so their files are
+// mounted one by one.
 func (s *podSettings) mounts() []hostMount {
 	folder := filepath.Dir(s.configFile)
 	all := []hostMount{{folder, "Directory", false}}

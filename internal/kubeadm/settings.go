@@ -159,8 +159,8 @@ func (s *Settings) configuration(m *Manifest, endpoints []string) ([]byte, error
 	return b.Bytes(), err
 }
 
-// verify returns the certificate in certFile. It fails unless a CA in caFile has issued the certificate
-// for the given use and, if host is not empty, for that name.
+// verify returns the certificate in certFile. It fails unless a CA in caFile has issued the
+// certificate for the given use and, if host is not empty, for that name.
 func verify(certFile, caFile, host string, use x509.ExtKeyUsage) (*x509.Certificate, error) {
 	certs, err := certificates(certFile)
 	if err != nil {

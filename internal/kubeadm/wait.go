@@ -19,13 +19,13 @@ import (
 const (
 	pollEvery   = 500 * time.Millisecond
 	pollTimeout = 5 * time.Second
-	// requiredPolls is how many polls in a row must succeed: an API server that kubelet is about to stop
-	// is still ready.
+	// requiredPolls is how many polls in a row must succeed: an API server that kubelet is about to
+	// stop is still ready.
 	requiredPolls = 4
 )
 
-// poll calls check until it has returned nil several times in a row. At the timeout it returns failure
-// with the last error of check.
+// poll calls check until it has returned nil several times in a row. At the timeout it returns
+// failure with the last error of check.
 func (n *Node) poll(ctx context.Context, failure string, check func(context.Context) error) error {
 	deadline, cancel := context.WithTimeout(ctx, n.Timeout)
 	defer cancel()
@@ -57,8 +57,8 @@ func (n *Node) poll(ctx context.Context, failure string, check func(context.Cont
 
 const maxBody = 4 << 20 // bytes; metrics are the largest
 
-// get returns the body of the response to a GET request. A status other than 200 is an error, with the
-// failed checks in the body.
+// get returns the body of the response to a GET request. A status other than 200 is an error, with
+// the failed checks in the body.
 func get(ctx context.Context, client *http.Client, url string) ([]byte, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
@@ -98,9 +98,9 @@ func httpClient(t *tls.Config) *http.Client {
 	return &http.Client{Transport: &http.Transport{TLSClientConfig: t, DisableKeepAlives: true}}
 }
 
-// proxyReady returns why the proxy on this node is not ready, or nil. The proxy reports itself ready if
-// it can serve any request; here its KMS and its rules must be ready too. Its other checks are about
-// other proxies, and about stored values.
+// proxyReady returns why the proxy on this node is not ready, or nil. The proxy reports itself
+// ready if it can serve any request; here its KMS and its rules must be ready too. Its other checks
+// are about other proxies, and about stored values.
 func (n *Node) proxyReady(ctx context.Context) error {
 	body, err := get(ctx, httpClient(nil), "http://"+n.Settings.Admin+"/readyz")
 	if err != nil {
@@ -208,9 +208,9 @@ func (n *Node) waitWithoutProxy(ctx context.Context, m *Manifest) error {
 	})
 }
 
-// waitProxyRestarted waits until the proxy is ready and is another process than the one that had the
-// metrics before, which is nil if no proxy was running. If the metrics lack the start time, the proxy
-// must have been unreachable in between.
+// waitProxyRestarted waits until the proxy is ready and is another process than the one that had
+// the metrics before, which is nil if no proxy was running. If the metrics lack the start time, the
+// proxy must have been unreachable in between.
 func (n *Node) waitProxyRestarted(ctx context.Context, before *metrics) error {
 	away := before == nil
 	return n.poll(ctx, "the proxy was not ready", func(ctx context.Context) error {

@@ -1,6 +1,6 @@
-// Package memlimit sets the memory limit of the Go runtime from the memory limit of the process' cgroup,
-// as container runtimes, Kubernetes and systemd set it. Without it the garbage collector does not know
-// the limit, and the kernel kills the process while there is garbage to collect.
+// Package memlimit sets the memory limit of the Go runtime from the memory limit of the process'
+// cgroup, as container runtimes, Kubernetes and systemd set it. Without it the garbage collector
+// does not know the limit, and the kernel kills the process while there is garbage to collect.
 package memlimit
 
 import (
@@ -14,12 +14,12 @@ import (
 	"strings"
 )
 
-// share is the share of the cgroup's limit that the runtime may use, in percent. The rest is for what
-// the runtime does not count: the kernel's memory for sockets, and the pages of the binary.
+// share is the share of the cgroup's limit that the runtime may use, in percent. The rest is for
+// what the runtime does not count: the kernel's memory for sockets, and the pages of the binary.
 const share = 90
 
-// Set sets the runtime's memory limit and returns it in bytes. It returns 0 and changes nothing if the
-// environment sets GOMEMLIMIT, or the cgroup has no limit.
+// Set sets the runtime's memory limit and returns it in bytes. It returns 0 and changes nothing if
+// the environment sets GOMEMLIMIT, or the cgroup has no limit.
 func Set() int64 {
 	if _, ok := os.LookupEnv("GOMEMLIMIT"); ok {
 		return 0
@@ -33,8 +33,8 @@ func Set() int64 {
 	return limit
 }
 
-// cgroupLimit returns the lowest memory limit of the process' cgroup and those above it, in bytes; 0
-// if there is none. root is the file system, with /proc and /sys.
+// cgroupLimit returns the lowest memory limit of the process' cgroup and those above it, in bytes;
+// 0 if there is none. root is the file system, with /proc and /sys.
 func cgroupLimit(root fs.FS) int64 {
 	lowest := int64(math.MaxInt64)
 	for hierarchy, cgroup := range cgroups(root) {
@@ -89,8 +89,8 @@ func cgroups(root fs.FS) map[hierarchy]string {
 // mount is a mount of a hierarchy: root is the cgroup that the directory point shows.
 type mount struct{ root, point string }
 
-// dir returns the directory of a cgroup. In a container the cgroup may be above the mount's root, or
-// named from outside; then the mount's root is the container's own.
+// dir returns the directory of a cgroup. In a container the cgroup may be above the mount's root,
+// or named from outside; then the mount's root is the container's own.
 func (m mount) dir(cgroup string) string {
 	if rest, ok := strings.CutPrefix(cgroup, m.root); ok && !strings.HasPrefix(cgroup, "/..") {
 		return path.Join(m.point, rest)
@@ -118,8 +118,8 @@ func unescape(s string) string {
 	return strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace(s)
 }
 
-// readLimit reads a limit in bytes. Without one, the file of version 2 has the word max, and that of
-// version 1 a number close to 2^63.
+// readLimit reads a limit in bytes. Without one, the file of version 2 has the word max, and that
+// of version 1 a number close to 2^63.
 func readLimit(root fs.FS, file string) (int64, bool) {
 	data, err := fs.ReadFile(root, file)
 	if err != nil {

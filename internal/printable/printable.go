@@ -1,6 +1,6 @@
-// Package printable writes text that others have chosen, such as key IDs, etcd keys and the messages
-// of a KMS, so that it is safe to read on a terminal and in a log: a newline in it would forge a line
-// of a report, a tab a column, and an escape sequence would reach the terminal.
+// Package printable writes text that others have chosen, such as key IDs, etcd keys and the
+// messages of a KMS, so that it is safe to read on a terminal and in a log: a newline in it would
+// forge a line of a report, a tab a column, and an escape sequence would reach the terminal.
 //
 // All text output of the commands goes through [Fprintf], which makes each argument one line of
 // printable characters. A test of the command line fails on any other way.
@@ -38,9 +38,9 @@ func NameOrNone(name string) string {
 	return Name(name)
 }
 
-// UTF8 returns text that is valid UTF-8 unchanged, and escapes other bytes as a Go string does. It is
-// for etcd keys in metrics, logs and audit records, where JSON would turn all invalid bytes into the
-// same replacement character.
+// UTF8 returns text that is valid UTF-8 unchanged, and escapes other bytes as a Go string does. It
+// is for etcd keys in metrics, logs and audit records, where JSON would turn all invalid bytes into
+// the same replacement character.
 func UTF8(text string) string {
 	if utf8.ValidString(text) {
 		return text
@@ -71,9 +71,9 @@ func Text(text string) string {
 
 func unprintable(r rune) bool { return !strconv.IsPrint(r) }
 
-// Fprintf is [fmt.Fprintf] for text that people read: each argument is printed as [Text] has it, and
-// only format ends lines. It returns no error: reports are written to a buffer first, and a closed
-// standard error ends the command.
+// Fprintf is [fmt.Fprintf] for text that people read: each argument is printed as [Text] has it,
+// and only format ends lines. It returns no error: reports are written to a buffer first, and a
+// closed standard error ends the command.
 func Fprintf(w io.Writer, format string, args ...any) {
 	_, _ = fmt.Fprintf(w, format, shown(args)...)
 }

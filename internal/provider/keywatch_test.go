@@ -53,7 +53,8 @@ func TestKeyWarnings(t *testing.T) {
 	}
 }
 
-// TestKeyWatchLogsOnce: a warning when it comes, a line when it goes, nothing while it lasts or while the KMS does not answer.
+// TestKeyWatchLogsOnce: a warning when it comes, a line when it goes, nothing while it lasts or
+// while the KMS does not answer.
 func TestKeyWatchLogsOnce(t *testing.T) {
 	var log bytes.Buffer
 	info, fail := good, error(nil)
@@ -91,7 +92,8 @@ func TestKeyWatchLogsOnce(t *testing.T) {
 	}
 }
 
-// TestKeyWatchFollowsTheContact: when contacts turn bad, or credentials become late, the key is looked at at once, and not in ten minutes.
+// TestKeyWatchFollowsTheContact: when contacts turn bad, or credentials become late, the key is
+// looked at at once, and not in ten minutes.
 func TestKeyWatchFollowsTheContact(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var healthy atomic.Bool

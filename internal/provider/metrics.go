@@ -86,7 +86,8 @@ func (all States) Collect(ch chan<- prometheus.Metric) {
 		ch <- gauge(healthyDesc, healthy, s.Provider)
 		timestamp(ch, lastSuccessDesc, s.LastSuccess, s.Provider)
 		if s.KeyID != "" {
-			ch <- gauge(keyDesc, 1, s.Provider, strings.ToValidUTF8(s.KeyID, "\ufffd")) // any text of the KMS
+			// any text of the KMS
+			ch <- gauge(keyDesc, 1, s.Provider, strings.ToValidUTF8(s.KeyID, "\ufffd"))
 		}
 	}
 }

@@ -19,8 +19,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/plugin"
 )
 
-// Provider is a KMS as configured, without the checks, retries and limits of [kmsclient.Client]. What
-// a kind can do in addition, its service says by the optional interfaces of package kmsclient.
+// Provider is a KMS as configured, without the checks, retries and limits of [kmsclient.Client].
+// What a kind can do in addition, its service says by the optional interfaces of package kmsclient.
 type Provider struct {
 	Kind    string             // as in the configuration
 	Service kmsclient.Service  // nil for a provider that only decrypts
@@ -42,7 +42,8 @@ func New(k config.KMS, log *slog.Logger) (*Provider, error) {
 		}
 		return &Provider{Kind: "alibaba", Service: b}, nil
 	case k.Plugin != nil:
-		b, err := plugin.New(plugin.Config{Endpoint: k.Plugin.Endpoint}) // the client limits the time
+		// the client limits the time
+		b, err := plugin.New(plugin.Config{Endpoint: k.Plugin.Endpoint})
 		if err != nil {
 			return &Provider{Kind: "plugin"}, problem.In("plugin.endpoint", "write unix:///path/to/socket", err)
 		}

@@ -1,6 +1,6 @@
-// Package secretfile checks that only the user of the process and root can read and write a file that
-// holds a secret. The key files of providers and the key of the audit log are checked by it. It
-// opens nothing.
+// Package secretfile checks that only the user of the process and root can read and write a file
+// that holds a secret. The key files of providers and the key of the audit log are checked by it.
+// It opens nothing.
 package secretfile
 
 import (
@@ -16,13 +16,16 @@ import (
 )
 
 // Check returns what is wrong with the open file of path, which holds a secret, and the command
-// that corrects it, without the file's name. problem is empty if only root and the user of this process can use the
-// file:
+// that corrects it, without the file's name. problem is empty if only root and the user of this
+// process can use the file:
 //
-//   - Its owner is root or the user of this process. A process of root takes files of every owner, since commands that root runs read what the proxy's user has.
-//   - Nobody else may write it, and others may not read it. Its group may, with mode 0440 or 0640, if this process has that group and no other user has: so Kubernetes
-//     mounts a Secret for a pod with an fsGroup.
-//   - A credential that systemd has passed to this service may have mode 0440 whatever its group is.
+//   - Its owner is root or the user of this process. A process of root takes files of every owner,
+//     since commands that root runs read what the proxy's user has.
+//   - Nobody else may write it, and others may not read it. Its group may, with mode 0440 or 0640,
+//     if this process has that group and no other user has: so Kubernetes mounts a Secret for a pod
+//     with an fsGroup.
+//   - A credential that systemd has passed to this service may have mode 0440 whatever its group
+//     is.
 //
 // Users and groups are those of /etc/passwd and /etc/group. On systems where files have no owner,
 // only the mode is checked.

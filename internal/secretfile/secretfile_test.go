@@ -21,7 +21,8 @@ func TestCheck(t *testing.T) {
 	group := write("group", "root:x:0:\nproxy:x:1000:\nown:x:200:proxy,root\nshared:x:201:proxy,other\nprimary:x:300:\n")
 	gone := filepath.Join(dir, "gone")
 	self := process{uid: 1000, groups: []int{1000, 200, 201, 300, 5000}, passwd: passwd, group: group}
-	bare := process{uid: 65532, groups: []int{65532, 2000}, passwd: gone, group: gone} // as in an image without users
+	// as in an image without users
+	bare := process{uid: 65532, groups: []int{65532, 2000}, passwd: gone, group: gone}
 	root := process{uid: 0, groups: []int{0, 2000}, passwd: passwd, group: group}
 	for name, c := range map[string]struct {
 		by       process

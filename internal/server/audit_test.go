@@ -32,7 +32,8 @@ func runServer(t *testing.T, d clitest.Dir, edits ...string) *Server {
 	return s
 }
 
-// TestAuditRequired: while the log cannot be written nothing is sealed, opened or asked of the KMS, and all comes back by itself.
+// TestAuditRequired: while the log cannot be written nothing is sealed, opened or asked of the KMS,
+// and all comes back by itself.
 func TestAuditRequired(t *testing.T) {
 	d := clitest.NewDir(t)
 	a := runServer(t, d, "kind: ", "audit: {path: audit.jsonl, required: true}\nkind: ")

@@ -16,7 +16,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
 )
 
-// bypasses counts values that were written in plaintext past the proxies, and reports each key once.
+// bypasses counts values that were written in plaintext past the proxies, and reports each key
+// once.
 type bypasses struct {
 	audit    *auditlog.Recorder
 	log      *slog.Logger
@@ -69,8 +70,8 @@ func (b *bypasses) found(rule *inventory.Rule, key string, revision int64) {
 	})
 }
 
-// bypassHint says what to do about a value that was written past the proxies. Nothing encrypts a value
-// that clients may not read, except on request.
+// bypassHint says what to do about a value that was written past the proxies. Nothing encrypts a
+// value that clients may not read, except on request.
 func bypassHint(rule *inventory.Rule) string {
 	if rule.Strict {
 		return "find out who wrote it; reads of it are refused and reencrypt skips it, since the rule has allowPlaintextReads: false; delete it, or write it again through a proxy"

@@ -10,7 +10,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/kmsdouble"
 )
 
-// TestCredentialsWarning: a short session is nothing to warn of, a refresh that fails is one, and it is over when the next is good.
+// TestCredentialsWarning: a short session is nothing to warn of, a refresh that fails is one, and
+// it is over when the next is good.
 func TestCredentialsWarning(t *testing.T) {
 	double, d := clitest.NewDouble(t, kmsdouble.Config{AccessKeys: []kmsdouble.AccessKey{}}), clitest.NewDir(t)
 	sts := kmsdouble.NewSTS(t, kmsdouble.STSConfig{Register: double.SetAccessKey, Lifetime: 6 * time.Minute})

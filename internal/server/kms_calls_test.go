@@ -18,8 +18,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/kmsdouble"
 )
 
-// TestKMSCalls counts what a KMS is asked: one data key at the start, one for each rotation, and one unwrap for each seed that is read after a restart, however many
-// values there are. A seed is unwrapped once before it is used, which the ten that are allowed hold.
+// TestKMSCalls counts what a KMS is asked: one data key at the start, one for each rotation, and
+// one unwrap for each seed that is read after a restart, however many values there are. A seed is
+// unwrapped once before it is used, which the ten that are allowed hold.
 func TestKMSCalls(t *testing.T) {
 	const rotations, each = 4, 1000
 	double, d, ctx := clitest.NewDouble(t, kmsdouble.Config{}), clitest.NewDir(t), context.Background()
@@ -118,8 +119,10 @@ func TestBurstAtTheKMS(t *testing.T) {
 
 const canaryValue = "a value that no log, metric or error holds:"
 
-// TestEverythingChanges is for the race detector: 64 goroutines seal and open while sessions are fetched anew, the key is rotated, disabled and enabled, and the rules
-// are reloaded. What opens is right; what does not says that the key may not be used, or the KMS not be reached; and in the end everything opens.
+// TestEverythingChanges is for the race detector: 64 goroutines seal and open while sessions are
+// fetched anew, the key is rotated, disabled and enabled, and the rules are reloaded. What opens is
+// right; what does not says that the key may not be used, or the KMS not be reached; and in the end
+// everything opens.
 func TestEverythingChanges(t *testing.T) {
 	double, d := clitest.NewDouble(t, kmsdouble.Config{AccessKeys: []kmsdouble.AccessKey{}}), clitest.NewDir(t)
 	sts := kmsdouble.NewSTS(t, kmsdouble.STSConfig{Register: double.SetAccessKey, Lifetime: 3 * time.Second})

@@ -27,8 +27,8 @@ func faultOn(f kmsdouble.FaultSpec, actions ...string) func(*http.Request) *kmsd
 	}
 }
 
-// TestRefusalOfACallIsNoDamage: a code that does not speak of the ciphertext says nothing of the value, so that the rule's policy for damaged values, to hand them on
-// as stored, must not apply.
+// TestRefusalOfACallIsNoDamage: a code that does not speak of the ciphertext says nothing of the
+// value, so that the rule's policy for damaged values, to hand them on as stored, must not apply.
 func TestRefusalOfACallIsNoDamage(t *testing.T) {
 	double, d, ctx := kmsdouble.New(t, kmsdouble.Config{}), clitest.NewDir(t), context.Background()
 	edits := append(d.OnAlibaba(t, double, clitest.FileCredentials), "writeWith: dev", "writeWith: dev\n  onUndecryptable: passthrough")
@@ -70,7 +70,8 @@ func TestRefusalOfACallIsNoDamage(t *testing.T) {
 	})
 }
 
-// TestPermissionTakenAway: the caller may describe the key, and no more. That ends reads and writes as if nothing were allowed.
+// TestPermissionTakenAway: the caller may describe the key, and no more. That ends reads and writes
+// as if nothing were allowed.
 func TestPermissionTakenAway(t *testing.T) {
 	double, d, ctx := kmsdouble.New(t, kmsdouble.Config{}), clitest.NewDir(t), context.Background()
 	edits := append(d.OnAlibaba(t, double, clitest.FileCredentials), "admin:", "cache: {revokeWithin: 1s}\nadmin:")
@@ -101,7 +102,8 @@ func TestPermissionTakenAway(t *testing.T) {
 	})
 }
 
-// TestMayNotDecrypt: a caller who may make seeds and not unwrap them seals nothing, since nobody could read it after a restart.
+// TestMayNotDecrypt: a caller who may make seeds and not unwrap them seals nothing, since nobody
+// could read it after a restart.
 func TestMayNotDecrypt(t *testing.T) {
 	double, d := kmsdouble.New(t, kmsdouble.Config{}), clitest.NewDir(t)
 	double.Permit(kmsdouble.DefaultAccessKeyID, "DescribeKey", "GenerateDataKey", "Encrypt")
@@ -137,7 +139,8 @@ func TestMaterialExpires(t *testing.T) {
 	})
 }
 
-// TestDescribeKeyIsThrottled: the quota of describing keys is the whole account's. A proxy that starts while others have used it up reads, writes, and follows a rotation.
+// TestDescribeKeyIsThrottled: the quota of describing keys is the whole account's. A proxy that
+// starts while others have used it up reads, writes, and follows a rotation.
 func TestDescribeKeyIsThrottled(t *testing.T) {
 	double, d, ctx := kmsdouble.New(t, kmsdouble.Config{}), clitest.NewDir(t), context.Background()
 	edits := d.OnAlibaba(t, double, clitest.FileCredentials)
@@ -196,7 +199,8 @@ func TestAliasIsRemoved(t *testing.T) {
 	})
 }
 
-// TestKeyIsGoneForGood: the policy for what can never be opened applies once the key is deleted, and not while its deletion can be cancelled.
+// TestKeyIsGoneForGood: the policy for what can never be opened applies once the key is deleted,
+// and not while its deletion can be cancelled.
 func TestKeyIsGoneForGood(t *testing.T) {
 	double, d, ctx := kmsdouble.New(t, kmsdouble.Config{}), clitest.NewDir(t), context.Background()
 	edits := d.OnAlibaba(t, double, clitest.FileCredentials)

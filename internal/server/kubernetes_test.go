@@ -44,7 +44,8 @@ func (v *kubernetesValue) keyFile(t *testing.T, path, name string) {
 	}
 }
 
-// TestKubernetesProvider: a strict rule opens what kube-apiserver's own providers stored, and says which key it lacks.
+// TestKubernetesProvider: a strict rule opens what kube-apiserver's own providers stored, and says
+// which key it lacks.
 func TestKubernetesProvider(t *testing.T) {
 	for _, v := range kubernetesValues(t) {
 		d := clitest.NewDir(t)

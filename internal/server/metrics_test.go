@@ -9,7 +9,8 @@ import (
 )
 
 // TestCountersBeginAtZero: an increase from a counter that was not there is none to Prometheus, so
-// the counters of each rule are there before the first event, also those of rules that a reload adds.
+// the counters of each rule are there before the first event, also those of rules that a reload
+// adds.
 func TestCountersBeginAtZero(t *testing.T) {
 	a, r := newRunning(t)
 	expect := func(rules ...string) {

@@ -93,8 +93,8 @@ func ServePlugin(ctx context.Context, path string, c *config.Config, stderr io.W
 	return err
 }
 
-// openPluginAudit opens the audit log of the plugin next to that of the proxy, which c describes and
-// which has one writer only. It returns nil for nil.
+// openPluginAudit opens the audit log of the plugin next to that of the proxy, which c describes
+// and which has one writer only. It returns nil for nil.
 func openPluginAudit(c *config.Audit, provider string, log *slog.Logger) (*auditlog.Recorder, error) {
 	if c == nil {
 		return nil, nil

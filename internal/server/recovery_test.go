@@ -106,8 +106,9 @@ func replaceKey(t *testing.T, path, _ string) {
 	clitest.NewKey(t, path)
 }
 
-// TestLocalKeyIsLost is the life of a cluster whose key is lost: values are sealed with a copy by a second key file, the first one loses
-// the version they are under, everything still reads, and the rule moves to a new provider.
+// TestLocalKeyIsLost is the life of a cluster whose key is lost: values are sealed with a copy by a
+// second key file, the first one loses the version they are under, everything still reads, and the
+// rule moves to a new provider.
 func TestLocalKeyIsLost(t *testing.T) {
 	ctx, key, value := context.Background(), []byte("/registry/secrets/default/db"), []byte("correct-horse-battery-staple")
 	for how, lose := range map[string]func(*testing.T, string, string){"version removed": loseVersion, "key replaced": replaceKey} {
@@ -181,7 +182,8 @@ func TestLocalKeyIsLost(t *testing.T) {
 	}
 }
 
-// TestReloadChangesRecovery: a rule gets a recovery provider without a restart, one that does not wrap yet.
+// TestReloadChangesRecovery: a rule gets a recovery provider without a restart, one that does not
+// wrap yet.
 func TestReloadChangesRecovery(t *testing.T) {
 	ctx, key := context.Background(), []byte("/registry/secrets/default/db")
 	d := clitest.NewDir(t)

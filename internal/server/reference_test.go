@@ -21,8 +21,8 @@ import (
 
 var updateDocs = flag.Bool("update-docs", false, "write docs/reference/metrics.md from the registry")
 
-// TestReference compares docs/reference/metrics.md with the metrics that a proxy with all its parts,
-// and the plugin, register.
+// TestReference compares docs/reference/metrics.md with the metrics that a proxy with all its
+// parts, and the plugin, register.
 func TestReference(t *testing.T) {
 	path := clitest.NewDir(t).Config(t, "kind: ", "audit: {path: audit.jsonl}\nkind: ")
 	c, err := config.Load(path)

@@ -124,12 +124,12 @@ func (s *scanner) scan(ctx context.Context) error {
 	return nil
 }
 
-// labelKeys limits the keys of a rule that have metrics of their own: the writer of a value chooses the key
-// that it names.
+// labelKeys limits the keys of a rule that have metrics of their own: the writer of a value chooses
+// the key that it names.
 const labelKeys = 20
 
-// labelled returns the keys with the most values, as labels of metrics, and the others of each state
-// as one.
+// labelled returns the keys with the most values, as labels of metrics, and the others of each
+// state as one.
 func labelled(keys []inventory.KeyCount) (out []inventory.KeyCount) {
 	keys = slices.Clone(keys)
 	slices.SortStableFunc(keys, func(a, b inventory.KeyCount) int { return cmp.Compare(b.Keys, a.Keys) })

@@ -1,7 +1,7 @@
-// Package server composes the long-running commands: [Serve] makes the proxy of a configuration with
-// its keys, its admin server, its audit log and its coordination with other proxies, and [ServePlugin]
-// the Kubernetes KMS plugin. Both run until a signal. The package contains the wiring and the reload
-// of the configuration; the work is done by the packages that it composes.
+// Package server composes the long-running commands: [Serve] makes the proxy of a configuration
+// with its keys, its admin server, its audit log and its coordination with other proxies, and
+// [ServePlugin] the Kubernetes KMS plugin. Both run until a signal. The package contains the wiring
+// and the reload of the configuration; the work is done by the packages that it composes.
 package server
 
 import (
@@ -106,10 +106,10 @@ func notify(which ...os.Signal) (signals <-chan os.Signal, release func()) {
 	return c, func() { signal.Stop(c) }
 }
 
-// relaxGC lets the heap grow to four times its live size between collections; Go's default is twice.
-// Nearly all allocations of the proxy live for one call, over a small heap that would be collected
-// many times a second: this takes a fifth less CPU time for half as much memory again. The
-// environment variable GOGC has precedence.
+// relaxGC lets the heap grow to four times its live size between collections; Go's default is
+// twice. Nearly all allocations of the proxy live for one call, over a small heap that would be
+// collected many times a second: this takes a fifth less CPU time for half as much memory again.
+// The environment variable GOGC has precedence.
 func relaxGC() {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(300)
@@ -236,8 +236,8 @@ func (s *Server) Close() {
 	s.audit.CloseLogged(s.log) // last: the end of the others may be recorded
 }
 
-// ready reports whether the proxy serves, and which providers and rules do not work. The proxy stays
-// ready for the rest.
+// ready reports whether the proxy serves, and which providers and rules do not work. The proxy
+// stays ready for the rest.
 func (s *Server) ready() proxy.ReadyReport {
 	report := s.proxy.Ready()
 	for _, checks := range [][]proxy.Check{s.keys.ProviderChecks(), s.fileChecks(), auditChecks(s.audit), s.fleet.ready(), s.keys.RuleChecks()} {

@@ -10,8 +10,9 @@ import (
 	"time"
 )
 
-// lockDir locks a folder against other processes that place a socket in it, without leaving a file. The lock is held for as long as looking
-// and placing take; who holds it longer than a few probes is not one of us.
+// lockDir locks a folder against other processes that place a socket in it, without leaving a file.
+// The lock is held for as long as looking and placing take; who holds it longer than a few probes
+// is not one of us.
 func lockDir(dir string) (unlock func(), err error) {
 	f, err := os.Open(dir) //nolint:gosec // the operator names the folder
 	if err != nil {

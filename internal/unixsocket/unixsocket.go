@@ -162,7 +162,8 @@ func (l *socketListener) Addr() net.Addr { return &net.UnixAddr{Name: l.path, Ne
 // Close stops listening and removes the socket. It may be called more than once.
 func (l *socketListener) Close() error {
 	l.once.Do(func() {
-		unlock, err := lockDir(filepath.Dir(l.path)) // a successor may be just about to put its own there
+		// a successor may be just about to put its own there
+		unlock, err := lockDir(filepath.Dir(l.path))
 		if err == nil {
 			defer unlock()
 		}

@@ -3,19 +3,19 @@
 // folder uses that SDK, so that a newer one can replace it here.
 //
 // The package makes up for what the SDK does not do:
-//   - kms.Client is not safe for concurrent use: each call makes its own, over one shared connection
-//     pool ([transport]).
+//   - kms.Client is not safe for concurrent use: each call makes its own, over one shared
+//     connection pool ([transport]).
 //   - The SDK knows no context, follows redirects, reads responses without a limit and defaults to
 //     plain HTTP: the transport passes on the caller's context, refuses redirects and anything but
 //     HTTPS to the configured host, and limits responses to 1 MiB.
-//   - The SDK's errors quote the request's URL, which holds the security token and the signature. None
-//     of them leaves this package: [failure] keeps what is safe (operation, code, HTTP status, request
-//     ID) and drops the text.
-//   - The SDK panics on some responses and accepts empty ones: panics are recovered, and each field is
-//     checked.
+//   - The SDK's errors quote the request's URL, which holds the security token and the signature.
+//     None of them leaves this package: [failure] keeps what is safe (operation, code, HTTP status,
+//     request ID) and drops the text.
+//   - The SDK panics on some responses and accepts empty ones: panics are recovered, and each field
+//     is checked.
 //
-// The package neither retries nor limits the rate of calls; the wrapper of package kmsclient does. It
-// makes two exceptions, each at most once per call, because only this package can detect them: a
+// The package neither retries nor limits the rate of calls; the wrapper of package kmsclient does.
+// It makes two exceptions, each at most once per call, because only this package can detect them: a
 // connection that the KMS closed while it was idle, and credentials that were replaced in the
 // meantime.
 package alibaba
@@ -40,11 +40,12 @@ import (
 )
 
 const (
-	dataKeySize    = 32       // bytes of a seed
-	maxPlaintext   = 6 << 10  // bytes that Encrypt takes, the vendor's limit
-	maxCiphertext  = 16 << 10 // characters of a CiphertextBlob: maxPlaintext in base64, with room
-	maxWrappedSeed = 1 << 10  // characters of a data key's CiphertextBlob: the stored value's own limit
-	maxContext     = 8192     // characters of an EncryptionContext, the vendor's limit
+	dataKeySize   = 32       // bytes of a seed
+	maxPlaintext  = 6 << 10  // bytes that Encrypt takes, the vendor's limit
+	maxCiphertext = 16 << 10 // characters of a CiphertextBlob: maxPlaintext in base64, with room
+	// maxWrappedSeed: characters of a data key's CiphertextBlob: the stored value's own limit
+	maxWrappedSeed = 1 << 10
+	maxContext     = 8192 // characters of an EncryptionContext, the vendor's limit
 	apiVersion     = "2016-01-20"
 	userAgent      = "etcd-kms-proxy"
 )
@@ -266,7 +267,8 @@ func (b *Backend) Decrypt(ctx context.Context, _ string, req *service.DecryptReq
 	if err != nil {
 		var e *kmsclient.Error
 		if errors.As(err, &e) {
-			e.KeyID = req.KeyID // the key that matters here is the one of the value, not the one configured
+			// the key that matters here is the one of the value, not the one configured
+			e.KeyID = req.KeyID
 		}
 		return nil, err
 	}

@@ -18,7 +18,8 @@ const (
 	AccessKey  = "accessKey"  // the id and secret of an access key
 	STS        = "sts"        // the same with the security token of a session
 	ECSRAMRole = "ecsRAMRole" // the role of the ECS instance, from its metadata server
-	OIDC       = "oidc"       // a role that is assumed with a token of an OpenID Connect provider (in ACK: RRSA)
+	// OIDC: a role that is assumed with a token of an OpenID Connect provider (in ACK: RRSA)
+	OIDC       = "oidc"
 	AssumeRole = "assumeRole" // a role that is assumed with an access key or a session
 )
 

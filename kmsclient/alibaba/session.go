@@ -15,9 +15,10 @@ import (
 )
 
 const (
-	fetchTime    = 15 * time.Second // of one attempt to fetch a session
-	refreshAhead = 5 * time.Minute  // least time before a session's end, if it is so long, when the next is fetched
-	minRetry     = time.Second      // after a failed fetch; doubled up to maxRetry, with jitter
+	fetchTime = 15 * time.Second // of one attempt to fetch a session
+	// refreshAhead: least time before a session's end, if it is so long, when the next is fetched
+	refreshAhead = 5 * time.Minute
+	minRetry     = time.Second // after a failed fetch; doubled up to maxRetry, with jitter
 	maxRetry     = 15 * time.Second
 	renewPause   = 5 * time.Second // between fetches because of a rejection
 )
@@ -35,8 +36,9 @@ type session struct {
 // find no session that is valid wait for it.
 type sessionSource struct {
 	fetch func(context.Context) (session, error) // the error is an *kmsclient.Error
-	reads func() []string                        // the files that fetch reads: a change ends the pause after a failure
-	done  func()                                 // called by close, at its end
+	// the files that fetch reads: a change ends the pause after a failure
+	reads func() []string
+	done  func() // called by close, at its end
 	// problem says why the newest files are not in use, other than read errors; nil if they are
 	// files
 	problem func() error

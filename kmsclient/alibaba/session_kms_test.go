@@ -138,7 +138,9 @@ func TestManyCallersWhileSessionsChange(t *testing.T) {
 		t.Run(kind, func(t *testing.T) {
 			t.Parallel()
 			d := kmsdouble.New(t, kmsdouble.Config{AccessKeys: []kmsdouble.AccessKey{}})
-			sts := kmsdouble.NewSTS(t, kmsdouble.STSConfig{Register: d.SetAccessKey, Lifetime: 8 * time.Second}) // the next is fetched after the half of it, which leaves time for a throttled fetch on a slow machine
+			// the next is fetched after the half of it, which leaves time for a throttled fetch on
+			// a slow machine
+			sts := kmsdouble.NewSTS(t, kmsdouble.STSConfig{Register: d.SetAccessKey, Lifetime: 8 * time.Second})
 			sts.SetOIDCToken(canaryOIDC, time.Now().Add(time.Hour))
 			b, err := New(Config{
 				Region: d.Region(), KeyID: kmsdouble.DefaultKeyID, Endpoint: d.Endpoint(), CAFile: d.CAFile(),
@@ -224,7 +226,8 @@ func TestObserverSeesRequestIDs(t *testing.T) {
 		}
 		var want []string
 		for _, r := range d.Records() {
-			if r.Action != "DescribeKey" || !dedicated { // there, Status makes a second request, which counts
+			// there, Status makes a second request, which counts
+			if r.Action != "DescribeKey" || !dedicated {
 				want = append(want, r.RequestID)
 			}
 		}

@@ -1,6 +1,6 @@
 // Package keyfile reads and makes files that hold keys as they are: those of local providers, and
-// those that kube-apiserver's own providers encrypted with. Such a file is YAML, which only the user
-// of the process and root can use (see [secretfile.Check]):
+// those that kube-apiserver's own providers encrypted with. Such a file is YAML, which only the
+// user of the process and root can use (see [secretfile.Check]):
 //
 //	keys:
 //	- {id: "1", secret: <base64>}

@@ -71,7 +71,8 @@ func (x *subject) concurrently(ctx context.Context, shared *service.DecryptReque
 	if err := x.opens(ctx, req, secret); err != nil {
 		return err
 	}
-	if got, err := x.Decrypt(ctx, shared); err != nil || string(got) != canary { // not cloned: the race detector sees a change
+	// not cloned: the race detector sees a change
+	if got, err := x.Decrypt(ctx, shared); err != nil || string(got) != canary {
 		return fmt.Errorf("unwrap what others unwrap too: %d bytes, %w", len(got), orNone(err))
 	}
 	if x.generator != nil {

@@ -21,16 +21,18 @@ type Personality struct {
 	// with.
 	OneVersion bool
 
-	keyID           func(version int) string
-	statusKeyID     func(version int) string // what Status says until a call has passed the version to the plugin; nil: keyID
-	annotations     map[string][]byte        // given with each wrapped secret
-	beta            bool                     // Status names the API's version v2beta1
-	unhealthyFor    time.Duration            // how long Status says "err" after an Encrypt or Decrypt that failed
-	statusCalls     int                      // at the vendor, of one Status that is well
-	failingCalls    int                      // at the vendor, of one Status in an outage
-	ignoresDeadline bool                     // in Status, while the vendor does not answer
-	pad             int                      // bytes more of a wrapped secret
-	lose            int                      // bytes at the end that Decrypt does not give back
+	keyID func(version int) string
+	// what Status says until a call has passed the version to the plugin; nil: keyID
+	statusKeyID func(version int) string
+	annotations map[string][]byte // given with each wrapped secret
+	beta        bool              // Status names the API's version v2beta1
+	// how long Status says "err" after an Encrypt or Decrypt that failed
+	unhealthyFor    time.Duration
+	statusCalls     int  // at the vendor, of one Status that is well
+	failingCalls    int  // at the vendor, of one Status in an outage
+	ignoresDeadline bool // in Status, while the vendor does not answer
+	pad             int  // bytes more of a wrapped secret
+	lose            int  // bytes at the end that Decrypt does not give back
 }
 
 // Opts returns what [Conformance] has to know of the plugin.

@@ -49,7 +49,8 @@ type Plugin struct {
 func NewPlugin(tb testing.TB, endpoint string, s kmsclient.Service) *Plugin {
 	tb.Helper()
 	if endpoint == "" {
-		dir, err := os.MkdirTemp("", "kms") // a socket's path has at most 107 bytes, which the test's own folder may exceed
+		// a socket's path has at most 107 bytes, which the test's own folder may exceed
+		dir, err := os.MkdirTemp("", "kms")
 		if err != nil {
 			tb.Fatalf("make folder of the plugin's socket: %v", err)
 		}

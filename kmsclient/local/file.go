@@ -52,7 +52,8 @@ func AddVersion(path string) error {
 		old = append(old, '\n')
 	}
 	text := string(old) + line(strconv.Itoa(highest+1), newSecret())
-	if _, err := keyfile.Parse([]byte(text), form); err != nil { // e.g. a list written as [{…}, {…}]
+	// e.g. a list written as [{…}, {…}]
+	if _, err := keyfile.Parse([]byte(text), form); err != nil {
 		return fmt.Errorf("key file %s: a line cannot be added to it; write each key on a line of its own that begins with `- {`", path)
 	}
 	temp := path + ".new"

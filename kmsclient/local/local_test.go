@@ -100,7 +100,8 @@ func TestBadFiles(t *testing.T) {
 		"not YAML":          {canary + ": [", "not of the form", 0o600},
 	} {
 		path := filepath.Join(t.TempDir(), "key.yaml")
-		if err := errors.Join(os.WriteFile(path, []byte(c.text), 0o600), os.Chmod(path, c.mode)); err != nil { // whatever the umask is
+		// whatever the umask is
+		if err := errors.Join(os.WriteFile(path, []byte(c.text), 0o600), os.Chmod(path, c.mode)); err != nil {
 			t.Fatal(err)
 		}
 		_, err := New(Config{KeyFile: path})

@@ -113,7 +113,8 @@ func (k *KMS) safe(ctx context.Context, op, keyID string, err error) error {
 	e := &kmsclient.Error{Op: op, Reason: reasonOf(code), Code: code.String(), KeyID: keyID, Detail: k.detail(ctx, code)}
 	cause := ctx.Err()
 	if _, limited := ctx.Deadline(); limited && cause == nil && code == codes.DeadlineExceeded {
-		cause = context.DeadlineExceeded // the plugin gets the deadline and may respond just before it
+		// the plugin gets the deadline and may respond just before it
+		cause = context.DeadlineExceeded
 	}
 	if cause != nil {
 		return errors.Join(e, cause)

@@ -72,7 +72,8 @@ func TestWhyThereIsNoPlugin(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	t.Run("not permitted", func(t *testing.T) { // root, as whom tests may run, is permitted everything
+	// root, as whom tests may run, is permitted everything
+	t.Run("not permitted", func(t *testing.T) {
 		path := filepath.Join(socketDir(t), "s")
 		l, err := net.Listen("unix", path)
 		must(t, err)

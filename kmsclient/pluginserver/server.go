@@ -234,7 +234,8 @@ func statusOf(ctx context.Context, err error) error {
 	case kmsclient.KeyDisabled:
 		code = codes.FailedPrecondition
 	case kmsclient.KeyGone, kmsclient.KeyNotFound, kmsclient.AliasNotFound:
-		code = codes.NotFound // a proxy uses recovery copies then, and not if an operator has disabled the key
+		// a proxy uses recovery copies then, and not if an operator has disabled the key
+		code = codes.NotFound
 	case kmsclient.Invalid:
 		code = codes.InvalidArgument
 	case kmsclient.BrokenContract:

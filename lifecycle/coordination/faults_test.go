@@ -34,11 +34,12 @@ type fleetSimulation struct {
 	cluster *etcdtest.Cluster
 	prefix  string
 
-	mu       sync.Mutex
-	calls    int
-	dead     map[string]bool
-	seen     map[string][]Member // the announcements that a client has read last
-	alike    map[string]int      // how often a client has made a call in this phase: the third one and more meet no fault
+	mu    sync.Mutex
+	calls int
+	dead  map[string]bool
+	seen  map[string][]Member // the announcements that a client has read last
+	// how often a client has made a call in this phase: the third one and more meet no fault
+	alike    map[string]int
 	restored map[string]int
 	hook     func(n int, c *etcdtest.Call) etcdtest.Fault
 	after    func(c *etcdtest.Call, answer proto.Message)
@@ -555,7 +556,8 @@ func TestElectionAfterCrash(t *testing.T) {
 				var group sync.WaitGroup
 				ctx, kill := context.WithTimeout(s.t.Context(), 20*time.Second)
 				defer kill()
-				group.Go(func() { _ = first.Run(ctx, s.job("first", time.Second)) }) // it may have ended
+				// it may have ended
+				group.Go(func() { _ = first.Run(ctx, s.job("first", time.Second)) })
 				time.Sleep(20 * time.Second)
 				group.Wait()
 				begun := time.Now()

@@ -63,7 +63,8 @@ func compressionNamed(path string) *compression {
 func (l *inspection) compressed(ctx context.Context, r *os.File, p *compression) error {
 	l.file.Kind = p.kind
 	if p.kind != "zip" && p.kind != "gzip" && p.kind != "bzip2" {
-		return l.decompress(ctx, io.NewSectionReader(r, 0, l.file.Bytes), "", 0) // which notes that it was not searched
+		// which notes that it was not searched
+		return l.decompress(ctx, io.NewSectionReader(r, 0, l.file.Bytes), "", 0)
 	}
 	if l.everyKey() {
 		l.damage("it is compressed (%s): values under a rule for every key are not found in it; decompress it, and inspect the result with --snapshot", p.kind)

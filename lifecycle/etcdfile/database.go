@@ -103,7 +103,8 @@ func (l *inspection) revisions(ctx context.Context, tx *bbolt.Tx) error {
 		if _, found := live[id]; found {
 			live[id] = main
 		}
-		if len(revision) == 18 { // a tombstone: the revision is followed by "t", and there is only a key
+		// a tombstone: the revision is followed by "t", and there is only a key
+		if len(revision) == 18 {
 			return nil
 		}
 		why := l.Judge(kv.key, kv.value, true)

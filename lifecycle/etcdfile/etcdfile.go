@@ -48,18 +48,22 @@ const (
 
 // Finding is a place where plaintext was found.
 type Finding struct {
-	File     string `json:"file"` // with the part of a compressed file: " decompressed" or ` entry "etcd.db"`
+	// with the part of a compressed file: " decompressed" or ` entry "etcd.db"`
+	File     string `json:"file"`
 	Place    Place  `json:"place"`
 	Key      string `json:"key,omitempty"`      // the etcd key, or the kind of an object
 	Revision int64  `json:"revision,omitempty"` // 0 if it was lost
-	Offset   int64  `json:"offset"`             // in bytes, in the file or its decompressed content; -1 for a decoded revision of a database
-	Why      string `json:"why"`
+	// in bytes, in the file or its decompressed content; -1 for a decoded revision of a database
+	Offset int64  `json:"offset"`
+	Why    string `json:"why"`
 }
 
 // File describes an inspected file.
 type File struct {
-	Path   string   `json:"path"`
-	Kind   string   `json:"kind"` // "database", "log", a format of compressed files ("gzip", "zip", "bzip2", "zstd", "xz", "lz4", "compress", "7z"), or "other"
+	Path string `json:"path"`
+	// "database", "log", a format of compressed files ("gzip", "zip", "bzip2", "zstd", "xz", "lz4",
+	// "compress", "7z"), or "other"
+	Kind   string   `json:"kind"`
 	Bytes  int64    `json:"bytes"`
 	Values int64    `json:"values"` // decoded
 	Notes  []string `json:"notes"`

@@ -138,7 +138,8 @@ func TestRemains(t *testing.T) {
 		places = append(places, window+at)
 	}
 	content := make([]byte, 2*window+20_000)
-	search := func(canaries ...[]byte) (found []string) { // without a file, which would have to be written for each place
+	// without a file, which would have to be written for each place
+	search := func(canaries ...[]byte) (found []string) {
 		c := Config{Judge: judgeSealed, Prefixes: []string{ruled}, Canaries: canaries}
 		c.Found = func(f Finding) { found = append(found, strings.TrimSpace(string(f.Place)+" "+f.Key)) }
 		l := inspection{Config: c, file: &File{Bytes: int64(len(content))}}
@@ -147,7 +148,8 @@ func TestRemains(t *testing.T) {
 		}
 		return found
 	}
-	for _, key := range []string{ruled + "kv", ruled + strings.Repeat("k", 300)} { // a length of one and of two bytes
+	// a length of one and of two bytes
+	for _, key := range []string{ruled + "kv", ruled + strings.Repeat("k", 300)} {
 		kv := keyValue(key)
 		for _, at := range places {
 			copy(content[at:], kv)

@@ -38,8 +38,9 @@ type BypassWatcher struct {
 	BypassConfig
 	changed chan struct{}
 	next    map[string]int64 // the revision to continue from, by prefix; none: the current one
-	missed  map[string]int64 // the revision from which on writes were missed, by prefix; 0: all of them
-	failing bool             // that a watch does not work
+	// the revision from which on writes were missed, by prefix; 0: all of them
+	missed  map[string]int64
+	failing bool // that a watch does not work
 	history restore.Detector
 }
 
@@ -239,7 +240,8 @@ func (b *BypassWatcher) handle(prefix string, r *pb.WatchResponse) bool {
 	case n > 0 && r.GetFragment(): // more events of this revision follow
 		b.next[prefix] = r.GetEvents()[n-1].GetKv().GetModRevision()
 	case n > 0:
-		b.next[prefix] = r.GetEvents()[n-1].GetKv().GetModRevision() + 1 // the header may be ahead of what is still to come
+		// the header may be ahead of what is still to come
+		b.next[prefix] = r.GetEvents()[n-1].GetKv().GetModRevision() + 1
 	case r.GetCreated() && b.next[prefix] > 0: // it has yet to catch up
 	default:
 		b.next[prefix] = r.GetHeader().GetRevision() + 1

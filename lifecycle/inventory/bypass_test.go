@@ -51,9 +51,11 @@ func TestBypassNext(t *testing.T) {
 		want   int64
 	}{
 		{&pb.WatchResponse{Header: header(7), Created: true}, 8},
-		{&pb.WatchResponse{Header: header(9), Created: true}, 8}, // begun again at 8, and not there yet
+		// begun again at 8, and not there yet
+		{&pb.WatchResponse{Header: header(9), Created: true}, 8},
 		{&pb.WatchResponse{Header: header(99), Events: []*mvccpb.Event{{Kv: &mvccpb.KeyValue{ModRevision: 20}}, {Kv: &mvccpb.KeyValue{ModRevision: 30}}}}, 31},
-		{&pb.WatchResponse{Header: header(99), Fragment: true, Events: []*mvccpb.Event{{Kv: &mvccpb.KeyValue{ModRevision: 40}}}}, 40}, // more of it follows
+		// more of it follows
+		{&pb.WatchResponse{Header: header(99), Fragment: true, Events: []*mvccpb.Event{{Kv: &mvccpb.KeyValue{ModRevision: 40}}}}, 40},
 		{&pb.WatchResponse{Header: header(99), Events: []*mvccpb.Event{{Kv: &mvccpb.KeyValue{ModRevision: 40}}}}, 41},
 		{&pb.WatchResponse{Header: header(99)}, 100}, // progress
 		{&pb.WatchResponse{Header: header(200), CompactRevision: 150, Canceled: true}, 150},

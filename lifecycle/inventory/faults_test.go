@@ -224,7 +224,8 @@ func TestBypassWithFaults(t *testing.T) {
 					}
 					if name == "is restored" {
 						want = append(want, "/r/from-the-backup", "/t/from-the-backup")
-						want = slices.DeleteFunc(want, func(k string) bool { return found[k] }) // some are gone with the old data
+						// some are gone with the old data
+						want = slices.DeleteFunc(want, func(k string) bool { return found[k] })
 						if found["/r/before"] {
 							t.Errorf("found %v", found)
 						}

@@ -26,9 +26,10 @@ var States = []keyring.ValueState{keyring.Current, keyring.Stale, keyring.Unencr
 
 // Count counts keys and the bytes of their values.
 type Count struct {
-	Keys   int64 `json:"keys"`
-	Bytes  int64 `json:"bytes"`            // of their values, as stored
-	Oldest int64 `json:"oldest,omitempty"` // the least and the greatest of the revisions that wrote them; 0 if there is none
+	Keys  int64 `json:"keys"`
+	Bytes int64 `json:"bytes"` // of their values, as stored
+	// the least and the greatest of the revisions that wrote them; 0 if there is none
+	Oldest int64 `json:"oldest,omitempty"`
 	Newest int64 `json:"newest,omitempty"`
 }
 
@@ -43,9 +44,12 @@ func (c *Count) add(kv *mvccpb.KeyValue) {
 
 // KeyCount counts the values of one state that one KMS key has encrypted, or that are plaintext.
 type KeyCount struct {
-	State    keyring.ValueState `json:"standing"`
-	Provider string             `json:"provider"` // or aescbc, aesgcm, secretbox; [Plaintext] for plaintext; "", like KeyID, beyond a thousand of a rule
-	KeyID    string             `json:"keyID"`    // "" for plaintext and for values that are too damaged
+	State keyring.ValueState `json:"standing"`
+	// or aescbc, aesgcm, secretbox; [Plaintext] for plaintext; "", like KeyID, beyond a thousand of
+	// a rule
+	Provider string `json:"provider"`
+	// "" for plaintext and for values that are too damaged
+	KeyID string `json:"keyID"`
 	Count
 }
 
@@ -55,7 +59,8 @@ type RuleCount struct {
 	WriteWith string                        `json:"writeWith"`
 	All       Count                         `json:"all"`
 	States    map[keyring.ValueState]*Count `json:"standings"`
-	Keys      []KeyCount                    `json:"keys"` // by state, in their order, provider and key ID
+	// by state, in their order, provider and key ID
+	Keys []KeyCount `json:"keys"`
 }
 
 // Done reports whether every value is stored as its rule requires.

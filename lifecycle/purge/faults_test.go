@@ -264,7 +264,8 @@ func TestMembersAreWell(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				s := newSimulation(t)
-				s.cluster.Intercept = func(c *etcdtest.Call) etcdtest.Fault { // each call, also if it is like others
+				// each call, also if it is like others
+				s.cluster.Intercept = func(c *etcdtest.Call) etcdtest.Fault {
 					s.mu.Lock()
 					hook := s.hook
 					s.mu.Unlock()

@@ -130,7 +130,8 @@ func (r *run) settle(ctx context.Context) error {
 func (r *run) retryAll(ctx context.Context, values []deferredValue) (still []deferredValue, err error) {
 	refused := make(map[inventory.SeedID]deferredValue) // in this round
 	for _, v := range values {
-		if last, ok := refused[v.seed]; ok { // one call to the KMS is enough for all values of a seed
+		// one call to the KMS is enough for all values of a seed
+		if last, ok := refused[v.seed]; ok {
 			v.last, v.since = last.last, last.since
 			still = append(still, v)
 			continue
@@ -161,7 +162,8 @@ func (r *run) retryAll(ctx context.Context, values []deferredValue) (still []def
 // awaitHealthy waits until the KMS of each value has passed a health check since it last failed to
 // unwrap the DEK seed.
 func (r *run) awaitHealthy(ctx context.Context, values []deferredValue) error {
-	failed := make(map[*inventory.Rule]map[string]deferredValue) // the last failure for each rule and provider
+	// the last failure for each rule and provider
+	failed := make(map[*inventory.Rule]map[string]deferredValue)
 	for _, v := range values {
 		rule := r.cfg.Rules().Of([]byte(v.key))
 		if rule == nil {
@@ -194,7 +196,8 @@ func (r *run) awaitHealthCheck(ctx context.Context, rule *inventory.Rule, stored
 	wait, begun, reported := newBackOff(), time.Now(), false
 	for {
 		state, ok := rule.Sealer.Recheck(stored)
-		if !ok || state.Revoked || state.LastGood.After(v.last) { // the refusal of a revoked key is definite: only a recovery copy was not
+		// the refusal of a revoked key is definite: only a recovery copy was not
+		if !ok || state.Revoked || state.LastGood.After(v.last) {
 			return nil
 		}
 		if time.Since(begun) >= unreportedWait {

@@ -60,18 +60,24 @@ type Config struct {
 
 // Progress counts what a run has done so far.
 type Progress struct {
-	Pass          int   `json:"passes"`        // the first is 1
-	Keys          int64 `json:"keys"`          // examined in this pass
-	Current       int64 `json:"current"`       // stored as their rules require, in the first pass
-	Rewritten     int64 `json:"rewritten"`     // with DryRun: would be
-	Bytes         int64 `json:"bytes"`         // of their keys and new values: the minimum growth of the database
-	Transactions  int64 `json:"transactions"`  // that is, revisions of etcd
-	Raced         int64 `json:"raced"`         // times that another client wrote or deleted a value meanwhile
-	Foreign       int64 `json:"foreign"`       // skipped in this pass: encrypted by a provider that the rule does not read
-	Plaintext     int64 `json:"plaintext"`     // skipped in this pass: plaintext under a strict rule
+	Pass      int   `json:"passes"`    // the first is 1
+	Keys      int64 `json:"keys"`      // examined in this pass
+	Current   int64 `json:"current"`   // stored as their rules require, in the first pass
+	Rewritten int64 `json:"rewritten"` // with DryRun: would be
+	// of their keys and new values: the minimum growth of the database
+	Bytes        int64 `json:"bytes"`
+	Transactions int64 `json:"transactions"` // that is, revisions of etcd
+	// times that another client wrote or deleted a value meanwhile
+	Raced int64 `json:"raced"`
+	// skipped in this pass: encrypted by a provider that the rule does not read
+	Foreign int64 `json:"foreign"`
+	// skipped in this pass: plaintext under a strict rule
+	Plaintext     int64 `json:"plaintext"`
 	Undecryptable int64 `json:"undecryptable"` // skipped in this pass: they cannot be decrypted
-	Refused       int64 `json:"refused"`       // skipped in this pass: their KMS is healthy, and does not unwrap their DEK seeds
-	Failed        int64 `json:"failed"`        // skipped in this pass: they cannot be encrypted, or etcd refuses them
+	// skipped in this pass: their KMS is healthy, and does not unwrap their DEK seeds
+	Refused int64 `json:"refused"`
+	// skipped in this pass: they cannot be encrypted, or etcd refuses them
+	Failed int64 `json:"failed"`
 }
 
 // Unfinished returns the number of values that are not stored as their rules require.

@@ -39,7 +39,8 @@ func (c *electionCall) Request(_ Mode, msg []byte) ([]byte, error) {
 	if c.writes && rules.Own.reach(keys.key, nil) == reachesOwn {
 		return nil, errOwnKey
 	}
-	c.hosted = rules.Overlaps(keys.key, keys.end) && !c.id.ReadOnly() // a client that is given stored bytes gets those of etcd's own service
+	// a client that is given stored bytes gets those of etcd's own service
+	c.hosted = rules.Overlaps(keys.key, keys.end) && !c.id.ReadOnly()
 	return msg, nil
 }
 

@@ -17,8 +17,9 @@ import (
 // LocalConn is an in-memory connection of gRPC to the proxy's own handlers. It is safe for
 // concurrent use.
 type LocalConn struct {
-	Api      *API
-	Identity func(context.Context) (*listener.Identity, error) // of the client that a call is made for
+	Api *API
+	// of the client that a call is made for
+	Identity func(context.Context) (*listener.Identity, error)
 }
 
 var _ grpc.ClientConnInterface = LocalConn{}

@@ -19,7 +19,8 @@ func (c *alarmCall) Request(_ Mode, msg []byte) ([]byte, error) {
 	if !c.id.ReadOnly() {
 		return msg, nil
 	}
-	action, err := etcdwire.AlarmAction(msg) // an error if it says its action twice: decoders may disagree about that
+	// an error if it says its action twice: decoders may disagree about that
+	action, err := etcdwire.AlarmAction(msg)
 	if err != nil || pb.AlarmRequest_AlarmAction(action) != pb.AlarmRequest_GET {
 		return nil, errReadOnly
 	}

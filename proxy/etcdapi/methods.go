@@ -14,10 +14,14 @@ type class string
 const (
 	classPass    class = "pass"    // carries no value: forwarded untouched
 	classRewrite class = "rewrite" // may carry values: sealed and opened under the rules
-	classMembers class = "members" // the answer names the URLs of members, which listeners may put theirs in place of
-	classCheck   class = "check"   // carries no value: forwarded untouched, unless this client may not send it
-	classDelete  class = "delete"  // deletes keys that it does not name: etcd is asked for them first
-	classHost    class = "host"    // served here where a rule covers its keys, and else forwarded
+	// classMembers: the answer names the URLs of members, which listeners may put theirs in place
+	// of
+	classMembers class = "members"
+	// classCheck: carries no value: forwarded untouched, unless this client may not send it
+	classCheck class = "check"
+	// classDelete: deletes keys that it does not name: etcd is asked for them first
+	classDelete class = "delete"
+	classHost   class = "host" // served here where a rule covers its keys, and else forwarded
 )
 
 // Shape says how many messages a method moves.

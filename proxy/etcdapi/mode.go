@@ -9,8 +9,9 @@ import (
 // Mode says whether a call may wait for the KMS while it rewrites a message. Where it may not, a
 // value that needs the KMS is the error [ErrWouldBlock].
 type Mode struct {
-	Ctx     context.Context   // of a caller that waits; nil: it must not wait
-	Blocked *etcdwire.Blocked // how far a response was rewritten when it would have had to wait; or nil
+	Ctx context.Context // of a caller that waits; nil: it must not wait
+	// how far a response was rewritten when it would have had to wait; or nil
+	Blocked *etcdwire.Blocked
 }
 
 // NonBlocking is the mode of a goroutine that others depend on.

@@ -18,7 +18,9 @@ type access int
 const (
 	writes access = iota // it changes something in etcd, or may
 	reads                // it changes nothing
-	either               // it depends on the request: its call refuses a read-only client one that changes something
+	// either: it depends on the request: its call refuses a read-only client one that changes
+	// something
+	either
 )
 
 // allows reports whether a client may call the method at all. With either the request decides.
@@ -29,8 +31,11 @@ type reach int
 
 const (
 	reachesNone reach = iota // nothing
-	reachesOwn               // it names some of them, by a key or by a range that begins or ends among them
-	reachesOver              // its range begins and ends elsewhere, and holds all keys of at least one of their prefixes
+	// reachesOwn: it names some of them, by a key or by a range that begins or ends among them
+	reachesOwn
+	// reachesOver: its range begins and ends elsewhere, and holds all keys of at least one of their
+	// prefixes
+	reachesOver
 )
 
 // ownKeys are the keys that proxies keep in etcd for themselves, by their prefixes. No rule holds

@@ -17,9 +17,10 @@ import (
 // rangeCall is a Range or a RangeStream.
 type rangeCall struct {
 	kvCall
-	shape   etcdwire.RangeShape
-	stream  bool
-	byValue bool // it sorts by encrypted values, or it is a stream under a rule and sorts by anything but keys
+	shape  etcdwire.RangeShape
+	stream bool
+	// it sorts by encrypted values, or it is a stream under a rule and sorts by anything but keys
+	byValue bool
 	refused bool // etcd is to refuse it
 }
 

@@ -33,9 +33,11 @@ func NewRuleSet(rules []Rule, own ...string) (*RuleSet, error) {
 		seen[r.Prefix] = true
 		entries = append(entries, prefix.Entry[Sealer]{Prefix: r.Prefix, Value: r.Sealer})
 	}
-	own = slices.DeleteFunc(slices.Clone(own), func(p string) bool { return p == "" }) // which would be every key
+	// which would be every key
+	own = slices.DeleteFunc(slices.Clone(own), func(p string) bool { return p == "" })
 	for _, p := range own {
-		if len(p) < 2 || p[len(p)-1] != '/' { // the keys of elections and locks are judged by the slash
+		// the keys of elections and locks are judged by the slash
+		if len(p) < 2 || p[len(p)-1] != '/' {
 			problems = append(problems, fmt.Errorf("own prefix %q: it does not end in a slash, or is nothing else", p))
 		}
 	}

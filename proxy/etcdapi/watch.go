@@ -71,8 +71,9 @@ func (c *watchCall) Split(msg []byte) ([][]byte, error) {
 type fragments struct {
 	attentive atomic.Bool // there is something in what follows
 
-	mu      sync.Mutex
-	pending []bool             // of the creations that are not answered yet: fragments were requested
+	mu sync.Mutex
+	// of the creations that are not answered yet: fragments were requested
+	pending []bool
 	watches map[int64]struct{} // those that get them
 }
 

@@ -44,7 +44,8 @@ func TestResume(t *testing.T) {
 				if err == nil {
 					break
 				}
-				for n := 0; n < 100 && errors.Is(err, ErrWouldBlock); n++ { // one value more each time
+				// one value more each time
+				for n := 0; n < 100 && errors.Is(err, ErrWouldBlock); n++ {
 					var blocked *Blocked
 					if !errors.As(err, &blocked) {
 						t.Fatalf("%s: %v", m.name, err)

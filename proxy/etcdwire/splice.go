@@ -26,7 +26,8 @@ type rewriter struct {
 	grow  int  // by how much the edits lengthen the message
 	grown bool // some edit lengthens it
 
-	resumed []opened // values that an earlier rewrite of the message has opened, and that are to come
+	// values that an earlier rewrite of the message has opened, and that are to come
+	resumed []opened
 }
 
 var rewriters = sync.Pool{New: func() any { return new(rewriter) }}

@@ -35,7 +35,8 @@ func crossOrigin(r *http.Request) bool {
 // origin without saying so, as old ones do. Such a page can choose only content types of forms.
 func unproven(r *http.Request) bool {
 	agent := r.Header.Get("User-Agent")
-	if !strings.HasPrefix(agent, "Mozilla/") && !strings.HasPrefix(agent, "Opera/") { // as all browsers say of themselves
+	// as all browsers say of themselves
+	if !strings.HasPrefix(agent, "Mozilla/") && !strings.HasPrefix(agent, "Opera/") {
 		return false
 	}
 	if r.Method != http.MethodPost || r.Header.Get("Origin") != "" || r.Header.Get("Sec-Fetch-Site") != "" {
@@ -57,7 +58,8 @@ func refuse(w http.ResponseWriter, r *http.Request, status int, code codes.Code,
 
 // writeStatus writes a status as the gateway does.
 func writeStatus(w http.ResponseWriter, httpStatus int, code codes.Code, text string) {
-	body, _ := json.Marshal(map[string]any{"code": code, "message": text, "details": []any{}}) // it has nothing that fails
+	// it has nothing that fails
+	body, _ := json.Marshal(map[string]any{"code": code, "message": text, "details": []any{}})
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(httpStatus)
 	_, _ = w.Write(body) // the client may have left

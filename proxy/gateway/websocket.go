@@ -128,7 +128,8 @@ func (s *socket) end(code int) {
 
 // sendClose sends a close frame, unless one was sent. It is safe for concurrent use.
 func (s *socket) sendClose(code int) {
-	_ = s.WriteControl(websocket.CloseMessage, websocket.FormatCloseMessage(code, ""), time.Now().Add(controlTimeout)) // the client may have left
+	// the client may have left
+	_ = s.WriteControl(websocket.CloseMessage, websocket.FormatCloseMessage(code, ""), time.Now().Add(controlTimeout))
 }
 
 // linger discards what the client still sends, for a moment: to close the connection meanwhile

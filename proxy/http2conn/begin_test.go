@@ -15,7 +15,8 @@ import (
 // greeting is how long peers may take over their first words here.
 const greeting = 10 * time.Second
 
-// TestFirstWords: a peer that does not begin as HTTP/2 does is left at once, and one that does not begin in time.
+// TestFirstWords: a peer that does not begin as HTTP/2 does is left at once, and one that does not
+// begin in time.
 func TestFirstWords(t *testing.T) {
 	told := map[string]string{ // the others are gone, or do not listen
 		"another protocol":  `GOAWAY 0 PROTOCOL_ERROR "not the client preface of HTTP/2"`,

@@ -8,7 +8,8 @@ import (
 	"google.golang.org/grpc/mem"
 )
 
-// recycling is a pool as package proxy's: it costs no allocation where it is in balance, and clears what is given back.
+// recycling is a pool as package proxy's: it costs no allocation where it is in balance, and clears
+// what is given back.
 type recycling struct{ pool sync.Pool }
 
 var _ mem.BufferPool = (*recycling)(nil)

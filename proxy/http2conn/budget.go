@@ -14,8 +14,8 @@ const (
 	// MaxConcurrentStreams is how many streams a client may have open. etcd's default is 2^32-1,
 	// which no client can use up: 32,768 open streams cost etcd hundreds of MiB.
 	MaxConcurrentStreams = 32 << 10
-	// maxHeld is how many bytes the streams of a connection may hold: header lists, and data that the
-	// handler has not consumed.
+	// maxHeld is how many bytes the streams of a connection may hold: header lists, and data that
+	// the handler has not consumed.
 	maxHeld = 64 << 20
 	// grantShare is the share of the limits that is used for granted messages. The rest is for the
 	// initial windows of streams that wait: data that exceeds it is an error.
@@ -31,7 +31,8 @@ const (
 	streamOverhead = 1 << 10
 )
 
-// Budget limits how many bytes the streams of all its connections hold. It is safe for concurrent use.
+// Budget limits how many bytes the streams of all its connections hold. It is safe for concurrent
+// use.
 type Budget struct {
 	limit int64
 	used  atomic.Int64
@@ -70,7 +71,8 @@ func (c *Conn) fits(n, share int) bool {
 		(b == nil || all-c.held.exempt <= minHeld || b.used.Load()+int64(n) <= b.limit/int64(share))
 }
 
-// accept returns a new stream of a client with a header list of a size, or nil if it would exceed a limit. The caller holds mu.
+// accept returns a new stream of a client with a header list of a size, or nil if it would exceed a
+// limit. The caller holds mu.
 func (c *Conn) accept(id uint32, headerSize int) *Stream {
 	size := streamOverhead + headerSize
 	if len(c.streams) >= MaxConcurrentStreams || !c.fits(size, 1) ||
@@ -142,7 +144,8 @@ func (s *Stream) release() {
 	c.hold(-s.held - s.reserved - s.overhead)
 	s.held, s.reserved, s.overhead = 0, 0, 0
 	s.endGrant()
-	if h := &c.held; len(h.waiting) > 2*len(c.streams)+16 { // else they are few, or most have not ended
+	// else they are few, or most have not ended
+	if h := &c.held; len(h.waiting) > 2*len(c.streams)+16 {
 		h.waiting = slices.DeleteFunc(h.waiting, func(s *Stream) bool { return s.ended })
 	}
 	c.grant()

@@ -42,8 +42,8 @@ func TestExpect(t *testing.T) {
 	})
 }
 
-// TestMessagesWaitForTheLimit: of many unfinished messages only those that fit are granted, and each
-// that is consumed, or whose stream ends, makes way for the next. None is an error.
+// TestMessagesWaitForTheLimit: of many unfinished messages only those that fit are granted, and
+// each that is consumed, or whose stream ends, makes way for the next. None is an error.
 func TestMessagesWaitForTheLimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const n, size = 100, 1_900_000
@@ -93,8 +93,8 @@ func isConnWindow(s string) bool {
 	return strings.HasPrefix(s, "WINDOW_UPDATE ") && strings.Count(s, " ") == 1
 }
 
-// TestBudgetOfTheProcess: when others have used it up, a connection still gets one message at a time,
-// and small requests.
+// TestBudgetOfTheProcess: when others have used it up, a connection still gets one message at a
+// time, and small requests.
 func TestBudgetOfTheProcess(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const size = 1_900_000
@@ -127,8 +127,8 @@ func TestBudgetOfTheProcess(t *testing.T) {
 	})
 }
 
-// TestTooMuchData: data that no message was granted for is an error of its stream when the connection
-// holds too much already, and the streams that were before stay.
+// TestTooMuchData: data that no message was granted for is an error of its stream when the
+// connection holds too much already, and the streams that were before stay.
 func TestTooMuchData(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var codes []http2.ErrCode

@@ -9,7 +9,8 @@ import (
 	"golang.org/x/net/http2"
 )
 
-// TestBuffersComeBack: whatever ends a stream of which something waits, what it has taken over is given back, once. The pool is checked when the test ends.
+// TestBuffersComeBack: whatever ends a stream of which something waits, what it has taken over is
+// given back, once. The pool is checked when the test ends.
 func TestBuffersComeBack(t *testing.T) {
 	for name, end := range map[string]func(t *testing.T, h *handler, p *peer, s *Stream){
 		"its end": func(_ *testing.T, _ *handler, p *peer, _ *Stream) {
@@ -80,7 +81,8 @@ func TestBuffersComeBack(t *testing.T) {
 	}
 }
 
-// TestNothingGathersAfterClose: who still reads a connection that was closed takes no buffer for what nobody will send.
+// TestNothingGathersAfterClose: who still reads a connection that was closed takes no buffer for
+// what nobody will send.
 func TestNothingGathersAfterClose(t *testing.T) {
 	for name, say := range map[string]func(f *http2.Framer){
 		"settings": func(f *http2.Framer) { f.WriteSettings(windowOf(3)) },
@@ -105,7 +107,8 @@ func TestNothingGathersAfterClose(t *testing.T) {
 			f := http2.NewFramer(&all, nil)
 			f.WriteData(1, false, []byte("x"))
 			say(f)
-			f.WriteRawFrame(http2.FramePing, 0, 1, nil) // an error, so that nothing is flushed any more
+			// an error, so that nothing is flushed any more
+			f.WriteRawFrame(http2.FramePing, 0, 1, nil)
 			p.conn.Write(all.Bytes())
 			synctest.Wait()
 			if n := p.pool.out(); n > 0 {

@@ -12,7 +12,8 @@ import (
 	"golang.org/x/net/http2/hpack"
 )
 
-// TestGoAway: streams that the server has not seen are refused, the others go on, and the connection closes with the last.
+// TestGoAway: streams that the server has not seen are refused, the others go on, and the
+// connection closes with the last.
 func TestGoAway(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var heard []string

@@ -1,6 +1,6 @@
 // Package http2conn implements one HTTP/2 connection (RFC 9113), as client or server, for a proxy
-// that moves gRPC streams between connections: streams, header blocks, flow control, keepalive, GOAWAY
-// and the limits on what a peer can make the process hold. It does not read gRPC messages.
+// that moves gRPC streams between connections: streams, header blocks, flow control, keepalive,
+// GOAWAY and the limits on what a peer can make the process hold. It does not read gRPC messages.
 //
 // golang.org/x/net/http2 parses and writes frames, and golang.org/x/net/http2/hpack codes header
 // fields. This package adds what a proxy needs and net/http and grpc-go do not offer: frames are
@@ -34,7 +34,8 @@ const (
 	flushLimit    = 256 << 10  // data frames in that buffer; more data waits in its streams
 	// maxResponseHeader limits the header list of a response, with which etcd is trusted.
 	maxResponseHeader = 16 << 20
-	readPauseLimit    = 512 << 10 // bytes that wait for a peer which does not read: then it is not read either
+	// readPauseLimit: bytes that wait for a peer which does not read: then it is not read either
+	readPauseLimit = 512 << 10
 )
 
 // lingerTimeout is how long a server waits for the client to close the connection. If the server
@@ -42,9 +43,9 @@ const (
 // grpc-go waits as long.
 const lingerTimeout = time.Second
 
-// Handler receives the events of a connection. All methods but Writable and FlushNeeded are called on
-// the goroutine of [Conn.Serve], one at a time. None may block for long. Arguments are valid until the
-// method returns, except for header fields.
+// Handler receives the events of a connection. All methods but Writable and FlushNeeded are called
+// on the goroutine of [Conn.Serve], one at a time. None may block for long. Arguments are valid
+// until the method returns, except for header fields.
 type Handler interface {
 	// Headers is called on a server for the request header of a new stream, and on a client for the
 	// response header or trailer. end is END_STREAM.
@@ -52,18 +53,18 @@ type Handler interface {
 	// Data is called for DATA. The handler returns its length to the flow-control window with
 	// [Stream.Consumed].
 	Data(s *Stream, data []byte, end bool)
-	// Reset is called when the peer has reset or refused a stream, and when the stream was reset for
-	// an error of the peer.
+	// Reset is called when the peer has reset or refused a stream, and when the stream was reset
+	// for an error of the peer.
 	Reset(s *Stream, code http2.ErrCode)
-	// Writable is called when all queued data of a stream was written. Any goroutine that flushes may
-	// call it.
+	// Writable is called when all queued data of a stream was written. Any goroutine that flushes
+	// may call it.
 	Writable(s *Stream)
 	// SettingsReceived is called after the first SETTINGS frame of the peer: it speaks HTTP/2.
 	SettingsReceived()
 	// GoAwayReceived is called on a client when the server accepts no new streams.
 	GoAwayReceived()
-	// FlushNeeded is called when frames should be flushed: before the connection waits for its peer,
-	// when the peer reads again, and by timers. Any goroutine may call it.
+	// FlushNeeded is called when frames should be flushed: before the connection waits for its
+	// peer, when the peer reads again, and by timers. Any goroutine may call it.
 	FlushNeeded()
 }
 
@@ -71,23 +72,25 @@ type Handler interface {
 type Config struct {
 	Handler Handler
 	Pool    mem.BufferPool // of all buffers; it clears what it is given back
-	// WriteBuffer is what the connection writes to: itself, or what is below TLS. Nil: [NewServer] and
-	// [NewClient] wrap the connection in one.
+	// WriteBuffer is what the connection writes to: itself, or what is below TLS. Nil: [NewServer]
+	// and [NewClient] wrap the connection in one.
 	WriteBuffer *WriteBuffer
 	// Plaintext is set without TLS: long data is then written from where it is, without a copy.
 	Plaintext bool
-	// Budget limits what all servers of the process hold. Nil: only the limits of one connection apply.
+	// Budget limits what all servers of the process hold. Nil: only the limits of one connection
+	// apply.
 	Budget *Budget
 	// BeforeRead, if not nil, is called before each read. While it blocks, TCP has the peer wait.
 	BeforeRead func()
 	// HandshakeTimeout bounds the time until the peer's first SETTINGS frame. 0: no limit.
 	HandshakeTimeout time.Duration
-	// MinPingInterval is the minimum ping interval of a client. A client that sends more pings is sent a
-	// GOAWAY frame with ENHANCE_YOUR_CALM, as by grpc-go. 0: pings are not limited, as by net/http.
+	// MinPingInterval is the minimum ping interval of a client. A client that sends more pings is
+	// sent a GOAWAY frame with ENHANCE_YOUR_CALM, as by grpc-go. 0: pings are not limited, as by
+	// net/http.
 	MinPingInterval time.Duration
-	// Strict has a server reset requests that are malformed by RFC 9113, section 8, though gRPC could
-	// serve them: without a method, scheme or path, with header fields of a connection, or with
-	// another length than stated. net/http is strict, and grpc-go is not.
+	// Strict has a server reset requests that are malformed by RFC 9113, section 8, though gRPC
+	// could serve them: without a method, scheme or path, with header fields of a connection, or
+	// with another length than stated. net/http is strict, and grpc-go is not.
 	Strict bool
 	// KeepaliveTime is the idle time after which a ping is sent. 0: no ping is sent.
 	KeepaliveTime time.Duration

@@ -29,7 +29,8 @@ func (c *Conn) reset(f *http2.RSTStreamFrame) error {
 	}
 	c.mu.Lock()
 	s := c.streams[f.StreamID]
-	// After its END_STREAM a server may reset the stream to say that it ignores the rest of the request.
+	// After its END_STREAM a server may reset the stream to say that it ignores the rest of the
+	// request.
 	reset := s != nil && (c.server || !s.remoteEnd)
 	if s != nil {
 		s.remoteEnd = s.remoteEnd || c.server
@@ -90,12 +91,12 @@ func (c *Conn) goAway(f *http2.GoAwayFrame) {
 // grpc-go waits as long: the client may be gone.
 const shutdownPingTimeout = 5 * time.Second
 
-// shutdownPing is the ping that follows the first GOAWAY frame of a graceful shutdown. Its answer shows
-// that the client has read that frame.
+// shutdownPing is the ping that follows the first GOAWAY frame of a graceful shutdown. Its answer
+// shows that the client has read that frame.
 var shutdownPing = [8]byte{'l', 'e', 'a', 'v', 'i', 'n', 'g', '?'}
 
-// GracefulShutdown has a client open its next streams elsewhere. It sends two GOAWAY frames
-// (RFC 9113, section 6.8), so that no stream is lost that the client opens before it reads the first.
+// GracefulShutdown has a client open its next streams elsewhere. It sends two GOAWAY frames (RFC
+// 9113, section 6.8), so that no stream is lost that the client opens before it reads the first.
 // The connection closes after the last stream.
 func (c *Conn) GracefulShutdown() {
 	c.closeWhenIdle.Store(true)

@@ -45,8 +45,9 @@ func (c *Conn) data(f http2.FrameHeader, data []byte, left int) error {
 	return nil
 }
 
-// receive counts a DATA frame of n bytes, of which length are data. It returns its stream, or nil if
-// the data is to be ignored: this side has ended the stream, or the peer breaks a rule or a limit.
+// receive counts a DATA frame of n bytes, of which length are data. It returns its stream, or nil
+// if the data is to be ignored: this side has ended the stream, or the peer breaks a rule or a
+// limit.
 func (c *Conn) receive(id uint32, n, length int, end bool) *Stream {
 	c.unannounced += n
 	code := http2.ErrCodeNo

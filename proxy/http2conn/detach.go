@@ -19,11 +19,11 @@ type Detached struct {
 // past is a deadline that has a read return at once.
 var past = time.Unix(1, 0)
 
-// Detach has [Conn.Serve] of a server return as soon as the connection waits for the client, and frees
-// what the connection holds, except for its socket: see [Conn.Detached]. It is for clients that are
-// worth no memory. If such a connection were closed, many clients would connect again at once, even
-// if they send nothing, and a TLS handshake costs more than the connection. A client with a detached
-// connection notices nothing until it sends something.
+// Detach has [Conn.Serve] of a server return as soon as the connection waits for the client, and
+// frees what the connection holds, except for its socket: see [Conn.Detached]. It is for clients
+// that are worth no memory. If such a connection were closed, many clients would connect again at
+// once, even if they send nothing, and a TLS handshake costs more than the connection. A client
+// with a detached connection notices nothing until it sends something.
 func (c *Conn) Detach() {
 	c.detaching.Store(true)
 	_ = c.conn.SetReadDeadline(past)
@@ -38,8 +38,8 @@ func (c *Conn) setReadDeadline(t time.Time) error {
 	return err
 }
 
-// detach detaches the socket, and reports whether it could: not while streams are open or frames wait
-// to be written.
+// detach detaches the socket, and reports whether it could: not while streams are open or frames
+// wait to be written.
 func (c *Conn) detach() bool {
 	c.mu.Lock()
 	idle := !c.closed && len(c.streams) == 0 && c.pending == nil && !c.flushing
@@ -65,9 +65,9 @@ func (c *Conn) Detached() *Detached {
 	return &Detached{conn: w.Conn, last: w.last}
 }
 
-// Wait waits until the client sends something or closes the connection, or until [Detached.End]. Then
-// it tells the client that no stream was served since the connection was detached, so that the client
-// can send its calls again on a new connection, and closes the socket.
+// Wait waits until the client sends something or closes the connection, or until [Detached.End].
+// Then it tells the client that no stream was served since the connection was detached, so that the
+// client can send its calls again on a new connection, and closes the socket.
 func (d *Detached) Wait() {
 	defer d.conn.Close()
 	var one [1]byte

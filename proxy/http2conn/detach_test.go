@@ -6,8 +6,8 @@ import (
 	"time"
 )
 
-// TestDetach: a connection that is detached holds nothing but its socket, and the client notices when
-// it sends something.
+// TestDetach: a connection that is detached holds nothing but its socket, and the client notices
+// when it sends something.
 func TestDetach(t *testing.T) {
 	for name, end := range map[string]func(p *peer, d *Detached){
 		"the client sends":  func(p *peer, _ *Detached) { p.headers(3, true, request) },
@@ -43,7 +43,8 @@ func TestDetach(t *testing.T) {
 	}
 }
 
-// TestDetachInTheHandshake: the deadline of the handshake does not replace the one that ends the read.
+// TestDetachInTheHandshake: the deadline of the handshake does not replace the one that ends the
+// read.
 func TestDetachInTheHandshake(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &handler{}

@@ -24,7 +24,8 @@ func (e *externalChunks) free() {
 	*e = externalChunks{}
 }
 
-// appendBuffer appends b, a part of a buffer, to what is to be written. The frame header is pending.
+// appendBuffer appends b, a part of a buffer, to what is to be written. The frame header is
+// pending.
 func (c *Conn) appendBuffer(of mem.Buffer, b []byte) {
 	if !c.cfg.Plaintext || len(b) < minExternal {
 		c.append(b)

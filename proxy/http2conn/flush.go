@@ -55,9 +55,9 @@ func (c *Conn) dropPending() {
 // NeedsFlush reports whether there may be something to flush, and the peer reads.
 func (c *Conn) NeedsFlush() bool { return c.dirty.Load() && !c.writeBuffer.full.Load() }
 
-// Flush writes the pending frames without waiting for the peer: while the peer does not read, frames
-// stay pending, and [Handler] is told by FlushNeeded when it reads again. A write error ends the
-// connection, and [Conn.Serve] returns it.
+// Flush writes the pending frames without waiting for the peer: while the peer does not read,
+// frames stay pending, and [Handler] is told by FlushNeeded when it reads again. A write error ends
+// the connection, and [Conn.Serve] returns it.
 func (c *Conn) Flush() {
 	if !c.NeedsFlush() {
 		return

@@ -12,7 +12,8 @@ import (
 	"golang.org/x/net/http2/hpack"
 )
 
-// tape is a connection on which all that a peer says is there from the beginning, to be read in pieces of at most each, and which takes everything.
+// tape is a connection on which all that a peer says is there from the beginning, to be read in
+// pieces of at most each, and which takes everything.
 type tape struct {
 	net.Conn
 	in   []byte
@@ -60,7 +61,8 @@ func (h *strict) Data(s *Stream, data []byte, end bool) {
 
 func (h *strict) Reset(s *Stream, code http2.ErrCode) { h.Handler.Reset(s, code) }
 
-// checkSaid fails unless said is whole frames of the protocol, that do not go on with a stream after its end.
+// checkSaid fails unless said is whole frames of the protocol, that do not go on with a stream
+// after its end.
 func checkSaid(t *testing.T, said []byte) {
 	t.Helper()
 	r := bytes.NewReader(said)
@@ -82,7 +84,9 @@ func checkSaid(t *testing.T, said []byte) {
 			end = frame.StreamEnded()
 		case *http2.MetaHeadersFrame:
 			end = frame.StreamEnded()
-		case *http2.RSTStreamFrame: // may follow the end, and answers headers that begin no stream, after which grpc-go takes better ones
+		case *http2.RSTStreamFrame:
+			// may follow the end, and answers headers that begin no stream, after which grpc-go
+			// takes better ones
 			_, began := ended[id]
 			ended[id] = began
 			continue
@@ -158,7 +162,8 @@ func seed(f *testing.F, first []hpack.HeaderField) {
 	}
 }
 
-// FuzzServer: whatever a client says, in whatever pieces, nothing panics, what is answered is HTTP/2, streams end once, and all buffers are given back.
+// FuzzServer: whatever a client says, in whatever pieces, nothing panics, what is answered is
+// HTTP/2, streams end once, and all buffers are given back.
 func FuzzServer(f *testing.F) {
 	seed(f, request)
 	f.Fuzz(func(t *testing.T, said []byte, each uint16, leaves bool) {

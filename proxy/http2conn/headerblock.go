@@ -20,7 +20,8 @@ type headerFrame struct {
 // ends reports whether the frame has END_STREAM.
 func (f *headerFrame) ends() bool { return f.Flags.Has(http2.FlagHeadersEndStream) }
 
-// headerList is a decoded header block. Its fields may be shared with other streams and do not change.
+// headerList is a decoded header block. Its fields may be shared with other streams and do not
+// change.
 type headerList struct {
 	fields    []hpack.HeaderField
 	size      int   // of the fields, by RFC 9113, section 6.5.2
@@ -56,8 +57,8 @@ var (
 )
 
 // headerDecoder decodes header blocks that arrive in one frame, by the rules of [http2.Framer] with
-// ReadMetaHeaders, which decodes the others with the same [hpack.Decoder]. The limit must be so large
-// that http2.Framer decodes every block of one frame: a quarter of a frame. It belongs to one
+// ReadMetaHeaders, which decodes the others with the same [hpack.Decoder]. The limit must be so
+// large that http2.Framer decodes every block of one frame: a quarter of a frame. It belongs to one
 // goroutine.
 type headerDecoder struct {
 	hpack  *hpack.Decoder
@@ -154,8 +155,8 @@ func (d *headerDecoder) field(f hpack.HeaderField) {
 	}
 	left, size := &d.left, f.Size()
 	if f.Name == "trailer" { // http2.Framer counts the fields that it announces
-		n := uint32(strings.Count(f.Value, ",")) + 1 //nolint:gosec // less than a frame
-		left, size = &d.trailersLeft, uint32(len(f.Value))-n+1+n*hpack.HeaderField{}.Size()
+		n := uint32(strings.Count(f.Value, ",")) + 1                                        //nolint:gosec // less than a frame
+		left, size = &d.trailersLeft, uint32(len(f.Value))-n+1+n*hpack.HeaderField{}.Size() //nolint:gosec // less than a frame
 	}
 	if size > *left {
 		d.hpack.SetEmitEnabled(false)

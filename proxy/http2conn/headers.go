@@ -55,7 +55,8 @@ func (c *Conn) request(f *headerFrame) error {
 		}
 	}
 	if id%2 != 1 || id <= c.lastStreamID {
-		text := fmt.Sprintf("received an illegal stream id: %v. headers frame: %+v", id, f.FrameHeader) // as grpc-go
+		// as grpc-go
+		text := fmt.Sprintf("received an illegal stream id: %v. headers frame: %+v", id, f.FrameHeader)
 		return &violation{http2.ErrCodeProtocol, text[:min(len(text), maxText)]}
 	}
 	code := http2.ErrCodeNo
@@ -94,8 +95,9 @@ func (c *Conn) request(f *headerFrame) error {
 	return nil
 }
 
-// headerListTooLarge returns the response to a request with a header list above MaxHeaderListSize, of
-// which these are the first fields. gRPC reads its own status from a response with any HTTP status.
+// headerListTooLarge returns the response to a request with a header list above MaxHeaderListSize,
+// of which these are the first fields. gRPC reads its own status from a response with any HTTP
+// status.
 func headerListTooLarge(fields []hpack.HeaderField) []hpack.HeaderField {
 	response := []hpack.HeaderField{{Name: ":status", Value: "431"}}
 	for _, f := range fields {

@@ -23,7 +23,8 @@ func long(n int) (all []hpack.HeaderField) {
 	return all
 }
 
-// TestLongHeadersOut are sent in as many frames as the peer takes them in, and nothing comes between.
+// TestLongHeadersOut are sent in as many frames as the peer takes them in, and nothing comes
+// between.
 func TestLongHeadersOut(t *testing.T) {
 	for _, n := range []int{maxFrameSize - 1000, maxFrameSize - 20, maxFrameSize, 2 * maxFrameSize, 100_000, 1 << 20} {
 		for _, largest := range []uint32{0, maxFrameSize + 1, 1<<24 - 1} {
@@ -89,7 +90,8 @@ func (p *peer) inFrames(id uint32, block []byte, each int) {
 	}
 }
 
-// TestTooLongHeaders: fields that are longer than the limit are refused where a few bytes of HPACK mean them, and the connection goes on; who sends as much is left.
+// TestTooLongHeaders: fields that are longer than the limit are refused where a few bytes of HPACK
+// mean them, and the connection goes on; who sends as much is left.
 func TestTooLongHeaders(t *testing.T) {
 	big := hpack.HeaderField{Name: "x", Value: strings.Repeat("v", 4000)}
 	for _, server := range []bool{true, false} {
@@ -101,7 +103,8 @@ func TestTooLongHeaders(t *testing.T) {
 				reset:   func(_ *Stream, code http2.ErrCode) { codes = append(codes, code) },
 			}
 			var p *peer
-			all := append(slices.Clone(request), slices.Repeat([]hpack.HeaderField{big}, 5000)...) // 20 MB
+			// 20 MB
+			all := append(slices.Clone(request), slices.Repeat([]hpack.HeaderField{big}, 5000)...)
 			if server {
 				p = serveOne(t, h, Config{})
 			} else {
@@ -135,8 +138,8 @@ func TestTooLongHeaders(t *testing.T) {
 	})
 }
 
-// TestTinyHeaderFields: the 32 bytes of each field count, no more fields than fit are ever there, and
-// the connection stays while the block fits into one frame.
+// TestTinyHeaderFields: the 32 bytes of each field count, no more fields than fit are ever there,
+// and the connection stays while the block fits into one frame.
 func TestTinyHeaderFields(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var got int
@@ -173,7 +176,8 @@ func TestTinyHeaderFields(t *testing.T) {
 	})
 }
 
-// TestBadHeaders: what is no header block ends the connection, and what is one but none of a call ends the stream.
+// TestBadHeaders: what is no header block ends the connection, and what is one but none of a call
+// ends the stream.
 func TestBadHeaders(t *testing.T) {
 	for name, try := range map[string]struct {
 		fields []hpack.HeaderField

@@ -27,7 +27,8 @@ func wait[T any](t testing.TB, c <-chan T, what string) (got T) {
 	return got
 }
 
-// ledger is a pool that keeps account: of what is lent, and of what comes back that was not. It spoils what comes back, so that whoever still uses it is found out.
+// ledger is a pool that keeps account: of what is lent, and of what comes back that was not. It
+// spoils what comes back, so that whoever still uses it is found out.
 type ledger struct {
 	mu     sync.Mutex
 	lent   map[*[]byte]bool
@@ -79,7 +80,8 @@ func (l *ledger) check(t testing.TB) {
 	}
 }
 
-// body is n bytes of the pool, in buffers of at most each. Nothing smaller than what grpc/mem gives back may be among them, if they are to be counted.
+// body is n bytes of the pool, in buffers of at most each. Nothing smaller than what grpc/mem gives
+// back may be among them, if they are to be counted.
 func (l *ledger) body(n, each int) (body mem.BufferSlice) {
 	all := pattern(n)
 	for len(all) > 0 {
@@ -166,7 +168,8 @@ func (h *handler) FlushNeeded() {
 	}
 }
 
-// echo answers each stream with what it brings, and with a trailer. It gives credit as the engine does: for what the client has taken.
+// echo answers each stream with what it brings, and with a trailer. It gives credit as the engine
+// does: for what the client has taken.
 func echo() *handler {
 	h := &handler{sent: func(s *Stream) { s.Value().(*echoing).credit(s) }}
 	h.headers = func(s *Stream, _ []hpack.HeaderField, end bool) {

@@ -7,9 +7,9 @@ import (
 	"google.golang.org/grpc/mem"
 )
 
-// Sizes of the read buffer in bytes. A read that fills it with long data makes the next one larger, and
-// a short read smaller: most connections are idle most of the time, and many small frames take much
-// time, in which other connections wait.
+// Sizes of the read buffer in bytes. A read that fills it with long data makes the next one larger,
+// and a short read smaller: most connections are idle most of the time, and many small frames take
+// much time, in which other connections wait.
 const (
 	minInput = 4 << 10
 	maxInput = 256 << 10
@@ -69,8 +69,8 @@ func (in *input) fill() error {
 	return err
 }
 
-// gather returns what was read and not returned: n bytes at least, or what there is if n bytes do not
-// fit into the buffer. It reads into the rest of the buffer until it has them.
+// gather returns what was read and not returned: n bytes at least, or what there is if n bytes do
+// not fit into the buffer. It reads into the rest of the buffer until it has them.
 func (in *input) gather(n int) ([]byte, error) {
 	if in.r == in.w {
 		if err := in.fill(); err != nil {

@@ -8,7 +8,8 @@ import (
 	"testing"
 )
 
-// pieces is a connection that has something to say in pieces. Of a piece that does not fit the rest comes with the next read.
+// pieces is a connection that has something to say in pieces. Of a piece that does not fit the rest
+// comes with the next read.
 type pieces struct {
 	left  [][]byte
 	sizes []int // of the buffers that were offered
@@ -52,7 +53,8 @@ func TestManySmallFrames(t *testing.T) {
 	pool.check(t)
 }
 
-// TestInputGrowsAndShrinks: long data is read at once, up to a limit, and an idle peer costs little.
+// TestInputGrowsAndShrinks: long data is read at once, up to a limit, and an idle peer costs
+// little.
 func TestInputGrowsAndShrinks(t *testing.T) {
 	pool := new(ledger)
 	from := &pieces{left: [][]byte{pattern(1 << 20), pattern(100), pattern(100), pattern(100), pattern(100), pattern(100)}}

@@ -56,7 +56,8 @@ func all(t *testing.T, call func(n int) ([]byte, error)) {
 	wg.Wait()
 }
 
-// whole is echo for clients that hear nothing before they have said all: it answers at the end, if the path says so.
+// whole is echo for clients that hear nothing before they have said all: it answers at the end, if
+// the path says so.
 func whole() *handler {
 	h := echo()
 	headers, data := h.headers, h.data

@@ -12,8 +12,8 @@ var (
 	errStalled   = errors.New("the peer takes no data")
 )
 
-// keepAlive sends a ping when the peer has been idle for KeepaliveTime. A timer compares counters, so
-// that reading costs nothing.
+// keepAlive sends a ping when the peer has been idle for KeepaliveTime. A timer compares counters,
+// so that reading costs nothing.
 func (c *Conn) keepAlive() {
 	if c.cfg.KeepaliveTime == 0 {
 		return
@@ -27,7 +27,8 @@ func (c *Conn) keepAlive() {
 		permitted := len(c.streams) > 0 || c.cfg.PermitWithoutStream
 		c.mu.Unlock()
 		switch {
-		case now != reads || !reading: // while this side does not read, the peer may have sent something
+		case now != reads || !reading:
+			// while this side does not read, the peer may have sent something
 			reads, pinged = now, false
 		case pinged:
 			c.fail(errKeepalive)

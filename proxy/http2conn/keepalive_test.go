@@ -117,8 +117,8 @@ func TestSilentPeerThatDoesNotRead(t *testing.T) {
 	})
 }
 
-// TestPeerThatReadsNothing: the connection closes when data waits for it for a minute, and not while
-// it reads a little.
+// TestPeerThatReadsNothing: the connection closes when data waits for it for a minute, and not
+// while it reads a little.
 func TestPeerThatReadsNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &handler{data: func(s *Stream, _ []byte, _ bool) { s.Data(false, nil, pattern(maxFrameSize)) }}
@@ -141,8 +141,9 @@ func TestPeerThatReadsNothing(t *testing.T) {
 	})
 }
 
-// TestPeerThatOpensNoWindow: the connection closes when data waits for the window of the connection for a
-// minute. Data that waits for the window of a stream, as of a watch that is not read, may wait.
+// TestPeerThatOpensNoWindow: the connection closes when data waits for the window of the connection
+// for a minute. Data that waits for the window of a stream, as of a watch that is not read, may
+// wait.
 func TestPeerThatOpensNoWindow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &handler{}
@@ -221,7 +222,8 @@ func TestPingStrikes(t *testing.T) {
 	}
 }
 
-// TestPingsThatAreExcused: a ping after something was sent is none too many, and forgives those before.
+// TestPingsThatAreExcused: a ping after something was sent is none too many, and forgives those
+// before.
 func TestPingsThatAreExcused(t *testing.T) {
 	for name, send := range map[string]func(s *Stream){
 		"headers": func(s *Stream) { s.Headers(okTrailer, false) },

@@ -12,12 +12,14 @@ import (
 	"golang.org/x/net/http2/hpack"
 )
 
-// TestLastAnswerArrives: a server that leaves does not close the connection under an answer that is on its way, which TCP would drop as soon as the client says something.
+// TestLastAnswerArrives: a server that leaves does not close the connection under an answer that is
+// on its way, which TCP would drop as soon as the client says something.
 func TestLastAnswerArrives(t *testing.T) {
 	near, far := loopback(t)
 	defer near.Close()
 	const size = 200_000
-	if err := far.(*net.TCPConn).SetWriteBuffer(2 * size); err != nil { // it takes what the client does not read yet
+	// it takes what the client does not read yet
+	if err := far.(*net.TCPConn).SetWriteBuffer(2 * size); err != nil {
 		t.Fatal(err)
 	}
 	h, pool := &handler{}, new(ledger)
@@ -66,7 +68,8 @@ func TestLastAnswerArrives(t *testing.T) {
 	}
 }
 
-// TestLinger: a client that has heard all there is has a moment to close the connection itself, in which nothing of it is heard.
+// TestLinger: a client that has heard all there is has a moment to close the connection itself, in
+// which nothing of it is heard.
 func TestLinger(t *testing.T) {
 	for name, last := range map[string]func(h *handler, p *peer){
 		"leaving": func(h *handler, p *peer) {

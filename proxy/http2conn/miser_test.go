@@ -18,7 +18,8 @@ type miser struct {
 	conn  int   // on the connection
 }
 
-// TestMiserlyPeer: of a peer nothing is taken that it has not given, and all streams come to their ends, whole.
+// TestMiserlyPeer: of a peer nothing is taken that it has not given, and all streams come to their
+// ends, whole.
 func TestMiserlyPeer(t *testing.T) {
 	for seed := range uint64(20) {
 		synctest.Test(t, func(t *testing.T) {

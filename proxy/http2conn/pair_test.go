@@ -190,7 +190,8 @@ func TestPairResets(t *testing.T) {
 	}
 }
 
-// TestPairLeaves: a server that leaves loses no stream of a client that opens them all the time: each is answered, or was refused and never begun.
+// TestPairLeaves: a server that leaves loses no stream of a client that opens them all the time:
+// each is answered, or was refused and never begun.
 func TestPairLeaves(t *testing.T) {
 	client := caller()
 	server := echo()

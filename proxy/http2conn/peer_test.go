@@ -15,7 +15,8 @@ import (
 	"golang.org/x/net/http2/hpack"
 )
 
-// peer is the other side of a Conn, as bare frames. It lives in a bubble of synctest: what it was sent is known when all is quiet.
+// peer is the other side of a Conn, as bare frames. It lives in a bubble of synctest: what it was
+// sent is known when all is quiet.
 type peer struct {
 	*http2.Framer // what it says
 	conn          net.Conn

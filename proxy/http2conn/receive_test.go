@@ -19,7 +19,8 @@ func (p *peer) send(id uint32, n int) {
 	}
 }
 
-// TestCredit is given for what the handler has given back, when it is worth a frame, and for nothing else.
+// TestCredit is given for what the handler has given back, when it is worth a frame, and for
+// nothing else.
 func TestCredit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &handler{}
@@ -81,7 +82,8 @@ func TestPaddingIsGivenBack(t *testing.T) {
 	})
 }
 
-// TestConnectionWindow is refilled whether or not streams are given credit, and whatever became of them.
+// TestConnectionWindow is refilled whether or not streams are given credit, and whatever became of
+// them.
 func TestConnectionWindow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &handler{}

@@ -11,8 +11,8 @@ import (
 const undeclared = -1
 
 // checkRequest reports whether the header fields of a request follow RFC 9113, sections 8.2.2 and
-// 8.3.1, and returns its content length, or undeclared. The framer has already checked what holds for
-// responses, too: names in capitals, unknown and repeated pseudo-header fields.
+// 8.3.1, and returns its content length, or undeclared. The framer has already checked what holds
+// for responses, too: names in capitals, unknown and repeated pseudo-header fields.
 func checkRequest(fields []hpack.HeaderField) (length int64, ok bool) {
 	var method, scheme, path, authority string
 	length = undeclared

@@ -5,8 +5,8 @@ import (
 	"google.golang.org/grpc/mem"
 )
 
-// Data sends head and then body, and copies what it cannot send at once. It reports whether nothing is
-// queued.
+// Data sends head and then body, and copies what it cannot send at once. It reports whether nothing
+// is queued.
 func (s *Stream) Data(end bool, head, body []byte) bool {
 	c := s.conn
 	c.mu.Lock()
@@ -97,15 +97,15 @@ func (c *Conn) sendRoom(s *Stream) int {
 	return int(max(0, min(s.sendWindow, c.sendWindow, int64(c.peerMaxFrame), int64(flushLimit-c.pendingBytes()))))
 }
 
-// appendDataHeader writes the header of a DATA frame of n bytes, which the caller appends. http2.Framer
-// would copy the data once more.
+// appendDataHeader writes the header of a DATA frame of n bytes, which the caller appends.
+// http2.Framer would copy the data once more.
 func (c *Conn) appendDataHeader(s *Stream, n int, end bool) {
 	flags := byte(0)
 	if end {
 		flags = byte(http2.FlagDataEndStream)
 	}
 	c.append([]byte{
-		byte(n >> 16), byte(n >> 8), byte(n), byte(http2.FrameData), flags,
+		byte(n >> 16), byte(n >> 8), byte(n), byte(http2.FrameData), flags, //nolint:gosec // a frame has at most 16 MiB
 		byte(s.id >> 24), byte(s.id >> 16), byte(s.id >> 8), byte(s.id), //nolint:gosec // the bytes of a number
 	})
 }

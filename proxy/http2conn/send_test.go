@@ -23,7 +23,8 @@ func dataFrames(id, n int, end bool) (frames []string) {
 
 var windowOf = func(n uint32) http2.Setting { return http2.Setting{ID: http2.SettingInitialWindowSize, Val: n} }
 
-// TestSizes sends bodies of sizes where frames and windows end, in all the ways that there are to send them, and to end them.
+// TestSizes sends bodies of sizes where frames and windows end, in all the ways that there are to
+// send them, and to end them.
 func TestSizes(t *testing.T) {
 	for _, n := range []int{0, 1, 5, maxFrameSize - 1, maxFrameSize, maxFrameSize + 1, 2 * maxFrameSize, defaultWindow - 1, defaultWindow} {
 		for _, way := range []string{"data", "head and data", "buffers", "small buffers"} {
@@ -86,7 +87,8 @@ func TestEmptyBuffers(t *testing.T) {
 	}
 }
 
-// TestSmallWindows lets out what a window takes, however it was opened, and the rest when it opens further.
+// TestSmallWindows lets out what a window takes, however it was opened, and the rest when it opens
+// further.
 func TestSmallWindows(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &handler{}
@@ -145,7 +147,8 @@ func TestWindowThatShrinks(t *testing.T) {
 	})
 }
 
-// TestTurns: streams share what the connection takes, one frame each in turns, whoever came first and has most.
+// TestTurns: streams share what the connection takes, one frame each in turns, whoever came first
+// and has most.
 func TestTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &handler{}

@@ -25,7 +25,8 @@ func told(t *testing.T, h *handler) (take func() []uint32) {
 	}
 }
 
-// TestSent is called once for each time that something has waited and then nothing, and when that was written.
+// TestSent is called once for each time that something has waited and then nothing, and when that
+// was written.
 func TestSent(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &handler{}
@@ -86,7 +87,8 @@ func TestSentOfAClient(t *testing.T) {
 	})
 }
 
-// TestSentOnlyWhenNothingWaits: what has waited is on its way, but before anybody was told, more came that waits again.
+// TestSentOnlyWhenNothingWaits: what has waited is on its way, but before anybody was told, more
+// came that waits again.
 func TestSentOnlyWhenNothingWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &handler{}

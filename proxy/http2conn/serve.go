@@ -60,7 +60,8 @@ func (c *Conn) serve() error {
 	c.cfg.Handler.SettingsReceived()
 	for {
 		if err := c.nextFrame(); err != nil {
-			if bad, ok := errors.AsType[http2.StreamError](err); ok { // the whole frame was read, and only its stream is wrong
+			// the whole frame was read, and only its stream is wrong
+			if bad, ok := errors.AsType[http2.StreamError](err); ok {
 				err = c.resetMalformed(bad)
 			}
 			if err != nil {
@@ -185,9 +186,9 @@ func (c *Conn) nextFrame() error {
 // frameHeaderSize is the length of a frame's header in bytes.
 const frameHeaderSize = 9
 
-// frequentFrame reads and handles a frame of the kinds that calls consist of, from the read buffer and
-// without an allocation. It reports false if it has left the frame for http2.Framer: frames of other
-// kinds, frames that are longer than the read buffer, and frames that are malformed.
+// frequentFrame reads and handles a frame of the kinds that calls consist of, from the read buffer
+// and without an allocation. It reports false if it has left the frame for http2.Framer: frames of
+// other kinds, frames that are longer than the read buffer, and frames that are malformed.
 func (c *Conn) frequentFrame() (handled bool, err error) {
 	in := &c.in
 	b, err := in.gather(frameHeaderSize)
@@ -254,8 +255,8 @@ func (c *Conn) frequentFrame() (handled bool, err error) {
 	return false, nil
 }
 
-// readFrame reads a frame by http2.Framer. It returns nil for DATA frames without padding: those are
-// handled from the read buffer, where http2.Framer would copy them.
+// readFrame reads a frame by http2.Framer. It returns nil for DATA frames without padding: those
+// are handled from the read buffer, where http2.Framer would copy them.
 func (c *Conn) readFrame() (http2.Frame, error) {
 	head, err := c.framer.ReadFrameHeader()
 	if err != nil {

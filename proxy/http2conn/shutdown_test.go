@@ -16,7 +16,8 @@ const (
 	asks       = `PING "leaving?"`
 )
 
-// TestLeave: a client is told twice, streams that it opened before it heard of it are served, later ones are not, and the connection closes with the last.
+// TestLeave: a client is told twice, streams that it opened before it heard of it are served, later
+// ones are not, and the connection closes with the last.
 func TestLeave(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var began []uint32
@@ -64,7 +65,8 @@ func TestLeaveAtRest(t *testing.T) {
 	})
 }
 
-// TestLeaveUnheard: a client that does not say that it has heard may open streams until it is closed.
+// TestLeaveUnheard: a client that does not say that it has heard may open streams until it is
+// closed.
 func TestLeaveUnheard(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &handler{headers: func(s *Stream, _ []hpack.HeaderField, _ bool) { s.Headers(okTrailer, true) }}
@@ -110,7 +112,8 @@ func TestLeaveEndsWith(t *testing.T) {
 	}
 }
 
-// TestLeaveLetsTheLastWordOut: the connection does not close while the last stream's end is being written, whatever comes meanwhile.
+// TestLeaveLetsTheLastWordOut: the connection does not close while the last stream's end is being
+// written, whatever comes meanwhile.
 func TestLeaveLetsTheLastWordOut(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &handler{}

@@ -8,8 +8,8 @@ import (
 	"google.golang.org/grpc/mem"
 )
 
-// Stream is one stream of a connection. Its methods are safe for concurrent use, and do nothing after
-// the stream has ended. Frames that they send stay pending until [Conn.Flush].
+// Stream is one stream of a connection. Its methods are safe for concurrent use, and do nothing
+// after the stream has ended. Frames that they send stay pending until [Conn.Flush].
 type Stream struct {
 	conn      *Conn
 	id        uint32
@@ -24,18 +24,19 @@ type Stream struct {
 	expected    int // by how much the window is to be opened for the rest of a message
 	extra       int // by how much it was
 	sendWindow  int64
-	queue       mem.BufferSlice     // data that waits for a flow-control window
-	queuedBytes int                 // in queue, from offset on
-	offset      int                 // into the first buffer of queue
-	declared    int64               // the rest of the content length that the request states, or undeclared
-	trailer     []hpack.HeaderField // sent after the queue
-	granted     bool                // a message of it was granted
-	exempt      bool                // it is conn.held.exempt
-	endQueued   bool                // the end follows the queue
-	inReady     bool                // it is in conn.ready
-	localEnd    bool                // the end was sent
-	remoteEnd   bool                // the end was received
-	ended       bool                // it is not in conn.streams any more
+	queue       mem.BufferSlice // data that waits for a flow-control window
+	queuedBytes int             // in queue, from offset on
+	offset      int             // into the first buffer of queue
+	// the rest of the content length that the request states, or undeclared
+	declared  int64
+	trailer   []hpack.HeaderField // sent after the queue
+	granted   bool                // a message of it was granted
+	exempt    bool                // it is conn.held.exempt
+	endQueued bool                // the end follows the queue
+	inReady   bool                // it is in conn.ready
+	localEnd  bool                // the end was sent
+	remoteEnd bool                // the end was received
+	ended     bool                // it is not in conn.streams any more
 }
 
 func (c *Conn) newStream(id uint32, value any) *Stream {
@@ -67,8 +68,8 @@ func (c *Conn) Open(value any, fields []hpack.HeaderField, end bool) *Stream {
 	return s
 }
 
-// Headers sends header fields after the queued data. The second ones of a server are the trailer, and
-// have the end.
+// Headers sends header fields after the queued data. The second ones of a server are the trailer,
+// and have the end.
 func (s *Stream) Headers(fields []hpack.HeaderField, end bool) {
 	c := s.conn
 	c.mu.Lock()
@@ -101,8 +102,8 @@ func (c *Conn) writeHeaderBlock(s *Stream, fields []hpack.HeaderField, end bool)
 	}
 }
 
-// endSent notes that END_STREAM was sent. A server that has responded ignores the rest of the request,
-// and a client that has the whole response sends nothing more.
+// endSent notes that END_STREAM was sent. A server that has responded ignores the rest of the
+// request, and a client that has the whole response sends nothing more.
 func (c *Conn) endSent(s *Stream) {
 	s.localEnd = true
 	switch {

@@ -35,8 +35,8 @@ const (
 	textHeaderList = "header list larger than SETTINGS_MAX_HEADER_LIST_SIZE"
 )
 
-// connectionError returns the violation behind an error of the reader, or nil if the peer did nothing
-// wrong: the connection broke, or was drained.
+// connectionError returns the violation behind an error of the reader, or nil if the peer did
+// nothing wrong: the connection broke, or was drained.
 func (c *Conn) connectionError(err error) *violation {
 	if v, ok := errors.AsType[*violation](err); ok {
 		return v
@@ -62,8 +62,8 @@ func (c *Conn) connectionError(err error) *violation {
 // opens it reports false: a server may still send on those that have ended here.
 func (c *Conn) idleStream(id uint32) bool { return c.server && (id%2 == 0 || id > c.lastStreamID) }
 
-// noteOpened counts the stream of a malformed HEADERS frame as opened and refused, so that its client
-// does not take it for one that was not processed.
+// noteOpened counts the stream of a malformed HEADERS frame as opened and refused, so that its
+// client does not take it for one that was not processed.
 func (c *Conn) noteOpened() {
 	if c.server && c.frameHeader.Type == http2.FrameHeaders && c.frameHeader.StreamID%2 == 1 {
 		c.mu.Lock()

@@ -15,9 +15,9 @@ func (p *peer) raw(kind http2.FrameType, flags http2.Flags, id uint32, payload s
 	p.WriteRawFrame(kind, flags, id, []byte(payload))
 }
 
-// TestViolations: a client that breaks the protocol is sent the code of RFC 9113 for it. Stream 1 is
-// open, 3 is half-closed by the client, 5 has been reset by the client, 7 by the server, and 9 is the
-// first that was not opened.
+// TestViolations: a client that breaks the protocol is sent the code of RFC 9113 for it. Stream 1
+// is open, 3 is half-closed by the client, 5 has been reset by the client, 7 by the server, and 9
+// is the first that was not opened.
 func TestViolations(t *testing.T) {
 	const (
 		idle   = `GOAWAY 7 PROTOCOL_ERROR "frame on a stream that was never opened"`

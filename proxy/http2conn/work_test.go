@@ -44,8 +44,8 @@ func TestSettingsChangeOnce(t *testing.T) {
 	})
 }
 
-// TestSettingsWithoutEnd: a client whose SETTINGS change the windows of many streams again and again
-// is let go before that is more work than it does itself.
+// TestSettingsWithoutEnd: a client whose SETTINGS change the windows of many streams again and
+// again is let go before that is more work than it does itself.
 func TestSettingsWithoutEnd(t *testing.T) {
 	const streams = 2000
 	synctest.Test(t, func(t *testing.T) {

@@ -12,13 +12,14 @@ import (
 	"google.golang.org/grpc/mem"
 )
 
-// WriteBuffer is a network connection whose writes do not block, once a [Conn] writes to it, directly or
-// through TLS. It keeps what the peer does not read, and a goroutine writes that; it runs only as long.
-// So the proxy goes on reading from a peer that it cannot write to, and two peers that are both busy
-// writing cannot block each other. It is safe for concurrent use.
+// WriteBuffer is a network connection whose writes do not block, once a [Conn] writes to it,
+// directly or through TLS. It keeps what the peer does not read, and a goroutine writes that; it
+// runs only as long. So the proxy goes on reading from a peer that it cannot write to, and two
+// peers that are both busy writing cannot block each other. It is safe for concurrent use.
 type WriteBuffer struct {
 	net.Conn
-	raw    syscall.RawConn // nil where non-blocking writes are not possible: the goroutine writes all
+	// nil where non-blocking writes are not possible: the goroutine writes all
+	raw    syscall.RawConn
 	try    func(fd uintptr) bool
 	pool   mem.BufferPool // of kept
 	empty  func(error)    // called after kept was written, on the goroutine that wrote it
@@ -183,7 +184,7 @@ func (w *WriteBuffer) SetDeadline(t time.Time) error {
 	if err := w.SetWriteDeadline(t); err != nil {
 		return err
 	}
-	return w.Conn.SetReadDeadline(t)
+	return w.Conn.SetReadDeadline(t) //nolint:staticcheck // the method of the same name is this one
 }
 
 // Close implements net.Conn. What is kept is lost.

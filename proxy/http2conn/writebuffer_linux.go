@@ -19,7 +19,8 @@ func rawConn(conn net.Conn) syscall.RawConn {
 	return nil
 }
 
-// tryWrite writes as much of w.all as the system takes at once: sockets of package net do not block.
+// tryWrite writes as much of w.all as the system takes at once: sockets of package net do not
+// block.
 func (w *WriteBuffer) tryWrite(fd uintptr) bool {
 	for {
 		var err error

@@ -18,7 +18,8 @@ func sockets(t *testing.T) (near, far net.Conn) {
 	return ends(t, "unix", filepath.Join(t.TempDir(), "s"))
 }
 
-// TestPairOfSmallBuffers moves more than what lies between two connections holds, both ways at once: each goes on reading while the other does not.
+// TestPairOfSmallBuffers moves more than what lies between two connections holds, both ways at
+// once: each goes on reading while the other does not.
 func TestPairOfSmallBuffers(t *testing.T) {
 	certified := httptest.NewTLSServer(nil)
 	defer certified.Close()
@@ -75,7 +76,8 @@ func TestPairOfSmallBuffers(t *testing.T) {
 	}
 }
 
-// TestPeerThatOnlySends is not heard any more once as much waits for it as may, and hears everything as soon as it reads.
+// TestPeerThatOnlySends is not heard any more once as much waits for it as may, and hears
+// everything as soon as it reads.
 func TestPeerThatOnlySends(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &handler{}
@@ -113,7 +115,8 @@ func TestPeerThatOnlySends(t *testing.T) {
 	})
 }
 
-// TestOutletFails: what is kept for a peer that goes is lost, given back, and said to be so; nothing is written after it.
+// TestOutletFails: what is kept for a peer that goes is lost, given back, and said to be so;
+// nothing is written after it.
 func TestOutletFails(t *testing.T) {
 	for name, end := range map[string]func(o *WriteBuffer, far net.Conn){
 		"the peer closes": func(_ *WriteBuffer, far net.Conn) { far.Close() },
@@ -129,7 +132,8 @@ func TestOutletFails(t *testing.T) {
 				t.Fatalf("%s: %v", name, err)
 			}
 		}
-		if err := o.writeAll([][]byte{pattern(3), pattern(maxFrameSize)}); err != nil { // it is kept, too
+		// it is kept, too
+		if err := o.writeAll([][]byte{pattern(3), pattern(maxFrameSize)}); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
 		end(o, far)

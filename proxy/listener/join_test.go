@@ -63,7 +63,8 @@ func TestJoinedListener(t *testing.T) {
 			t.Error("a socket is open after Close")
 		}
 	}
-	if err := joinListeners([]net.Listener{l, l}).Close(); err != nil { // one that was never accepted from
+	// one that was never accepted from
+	if err := joinListeners([]net.Listener{l, l}).Close(); err != nil {
 		t.Error(err)
 	}
 }

@@ -37,7 +37,8 @@ func detectProtocol(ctx context.Context, conn net.Conn) (c net.Conn, http1 bool,
 	if err := conn.SetReadDeadline(time.Now().Add(detectTimeout)); err != nil {
 		return nil, false, err
 	}
-	defer context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Unix(1, 0)) })() // it may be closed
+	// it may be closed
+	defer context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Unix(1, 0)) })()
 	front := make([]byte, 0, len(preface))
 	for len(front) < len(preface) && string(front) == preface[:len(front)] {
 		n, err := conn.Read(front[len(front):cap(front)])

@@ -177,7 +177,9 @@ func (l *Listener) recheck(at time.Time) {
 			continue
 		}
 		l.forget(c)
-		_ = c.WriteBuffer.Close() // the connection below TLS: to send close_notify may block. The engine or the gateway gets an error from its next read
+		// the connection below TLS: to send close_notify may block. The engine or the gateway gets
+		// an error from its next read
+		_ = c.WriteBuffer.Close()
 		reason := metrics.EndedCertificate
 		if errors.Is(v.err, errOtherLists) {
 			reason = metrics.EndedLists
@@ -186,7 +188,8 @@ func (l *Listener) recheck(at time.Time) {
 		ended[[2]string{c.Identity.Name(), v.err.Error()}]++
 	}
 	l.conns.mu.Lock()
-	if !first.IsZero() && (l.conns.expires.IsZero() || first.Before(l.conns.expires)) { // others may have arrived
+	// others may have arrived
+	if !first.IsZero() && (l.conns.expires.IsZero() || first.Before(l.conns.expires)) {
 		l.conns.expires = first
 	}
 	l.conns.mu.Unlock()

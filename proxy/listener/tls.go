@@ -17,11 +17,13 @@ import (
 // the new ones, all of them together or none. Open connections end within seconds if their client
 // certificate would be refused now, because it was revoked, its CA is gone or it has expired.
 type TLS struct {
-	CertFile, KeyFile string   // PEM; the certificate with its intermediates
-	ClientCAFile      string   // PEM; with it every client must show a certificate of one of these CAs
-	ClientCRLFile     string   // PEM or DER; revoked client certificates; every list must be signed by a CA of ClientCAFile
-	MinVersion        string   // "1.2" (the default) or "1.3"
-	CipherSuites      []string // Go's names, for TLS 1.2; empty: Go's choice
+	CertFile, KeyFile string // PEM; the certificate with its intermediates
+	// PEM; with it every client must show a certificate of one of these CAs
+	ClientCAFile string
+	// PEM or DER; revoked client certificates; every list must be signed by a CA of ClientCAFile
+	ClientCRLFile string
+	MinVersion    string   // "1.2" (the default) or "1.3"
+	CipherSuites  []string // Go's names, for TLS 1.2; empty: Go's choice
 }
 
 // serverTLS loads a listener's files.
@@ -48,7 +50,8 @@ func (c *TLS) serverTLS(log *slog.Logger, address string) (*tlsfiles.Files, erro
 			Certificates: []tls.Certificate{cert},
 			MinVersion:   version,
 			CipherSuites: suites,
-			NextProtos:   []string{tlsfiles.ProtocolHTTP2, tlsfiles.ProtocolHTTP1}, // in this order, as etcd
+			// in this order, as etcd
+			NextProtos: []string{tlsfiles.ProtocolHTTP2, tlsfiles.ProtocolHTTP1},
 		}
 		if c.ClientCAFile == "" {
 			return cfg, held, nil

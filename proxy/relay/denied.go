@@ -7,8 +7,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 )
 
-// maxDenied is how many connections of clients that are not allowed the engine serves at a time. The
-// sockets of further ones are detached, the oldest first: see [http2conn.Conn.Detach].
+// maxDenied is how many connections of clients that are not allowed the engine serves at a time.
+// The sockets of further ones are detached, the oldest first: see [http2conn.Conn.Detach].
 const maxDenied = 64
 
 // deniedConns are the connections of clients that are not allowed.

@@ -94,9 +94,10 @@ func (in *streamInput) read(ctx context.Context, b []byte) (int, error) {
 // It is the stream that the handler sees: one goroutine may receive and another send.
 type handledCall struct {
 	rpc.ReplyMetadata
-	stream       *clientStream
-	in           streamInput
-	received     int           // bytes of the message that is received, and not returned to the window
+	stream *clientStream
+	in     streamInput
+	// bytes of the message that is received, and not returned to the window
+	received     int
 	writable     chan struct{} // has room for one: what waited for the client was sent
 	ctx          context.Context
 	cancel       context.CancelFunc

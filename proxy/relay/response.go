@@ -100,7 +100,8 @@ func (a *responseMessages) carryData(m etcdapi.Mode, p upstreamData) {
 		if rest, blocked := a.splitMessages(m, p.data); blocked != nil {
 			p.data = bytes.Clone(rest)
 			st.detach(&st.responses, func(m etcdapi.Mode) {
-				_ = a.rewrite(etcdapi.Mode{Ctx: m.Ctx, Blocked: blocked}) // it does not block any more
+				// it does not block any more
+				_ = a.rewrite(etcdapi.Mode{Ctx: m.Ctx, Blocked: blocked})
 				a.messageEnd()
 				a.carryData(m, p)
 			})

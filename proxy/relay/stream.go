@@ -22,22 +22,26 @@ import (
 // etcd's connection handles responses. If a value needs the KMS, the direction is detached: a
 // goroutine of its own handles it from then on, until it has caught up. No other call waits.
 type clientStream struct {
-	session      *session
-	method       *etcdapi.Method // nil for a web request and for an unknown method
-	call         etcdapi.Call    // nil if the method's messages pass unchanged
-	client       *http2conn.Stream
-	fields       []hpack.HeaderField // the client's
-	repeated     *repeatedHeader     // what was made of fields; nil if the client has not repeated them
+	session *session
+	method  *etcdapi.Method // nil for a web request and for an unknown method
+	call    etcdapi.Call    // nil if the method's messages pass unchanged
+	client  *http2conn.Stream
+	fields  []hpack.HeaderField // the client's
+	// what was made of fields; nil if the client has not repeated them
+	repeated     *repeatedHeader
 	responseType string
 	response     responseMessages // what comes back
-	pending      []byte           // what the client has sent, with gRPC's message headers, and was not forwarded
-	forwarded    bool             // the only message of a call has arrived, and was or will be forwarded
-	admission    uint8            // under the mu of the session's admission
-	ended        atomic.Bool      // the end was sent to the client, or the client has left
+	// what the client has sent, with gRPC's message headers, and was not forwarded
+	pending []byte
+	// the only message of a call has arrived, and was or will be forwarded
+	forwarded bool
+	admission uint8       // under the mu of the session's admission
+	ended     atomic.Bool // the end was sent to the client, or the client has left
 
 	watch metrics.Stopwatch // of a unary call: the time that it spends here
 
-	heldFromClient, heldFromUpstream atomic.Int64 // bytes from the client and from etcd that have not been sent on
+	// bytes from the client and from etcd that have not been sent on
+	heldFromClient, heldFromUpstream atomic.Int64
 
 	mu                  sync.Mutex
 	served              streamHandler     // nil for a relayed call
@@ -104,7 +108,8 @@ func (st *clientStream) fromClient(data []byte, end bool) {
 		if len(st.requests.backlog) == 0 {
 			st.requests.backlog = append(st.requests.backlog, upstreamData{})
 		}
-		all := &st.requests.backlog[0] // one, since what makes a frame is not in the client's window
+		// one, since what makes a frame is not in the client's window
+		all := &st.requests.backlog[0]
 		all.data, all.end = append(all.data, data...), end
 		st.mu.Unlock()
 		return

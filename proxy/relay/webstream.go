@@ -156,7 +156,8 @@ func (w *webStream) abort() {
 func (w *webStream) finish() {
 	if w.request.Body != http.NoBody && !w.expects {
 		limited, cancel := context.WithTimeout(w.ctx, lateWait)
-		_, _ = io.CopyN(io.Discard, readerFunc(func(b []byte) (int, error) { return w.in.read(limited, b) }), lateBody) // whatever comes
+		// whatever comes
+		_, _ = io.CopyN(io.Discard, readerFunc(func(b []byte) (int, error) { return w.in.read(limited, b) }), lateBody)
 		cancel()
 	}
 	w.done = true

@@ -160,7 +160,8 @@ func (Codec) Name() string { return "proto" }
 // HeaderLength is that of the head of a gRPC message: a flag and four bytes of length.
 const HeaderLength = 5
 
-// Header is that of a message of n bytes. It is inlined, and needs no memory where it does not escape.
+// Header is that of a message of n bytes. It is inlined, and needs no memory where it does not
+// escape.
 func Header(n int) []byte {
 	return []byte{0, byte(n >> 24), byte(n >> 16), byte(n >> 8), byte(n)} //nolint:gosec // the bytes of a number
 }

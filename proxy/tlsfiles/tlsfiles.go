@@ -1,3 +1,6 @@
+// Package tlsfiles reads certificates, keys, CAs and revocation lists from files, reads them again
+// when they change, and says when the certificates in them expire. Listeners and connections to
+// etcd use it.
 package tlsfiles
 
 import (
@@ -58,6 +61,7 @@ func KeyPair(data filewatch.Contents, certFile, keyFile string) (tls.Certificate
 }
 
 // ParseCAs returns the CA certificates in the PEM file at path, which holds data.
+// ParseCAs returns the certificates of CAs in PEM.
 func ParseCAs(path string, data []byte) (*x509.CertPool, []*x509.Certificate, error) {
 	if err := filewatch.CompletePEM(path, data); err != nil {
 		return nil, nil, fmt.Errorf("parse CA certificates: %w", err)

@@ -42,7 +42,8 @@ func (a *lateAuth) unary(ctx context.Context, method string, req, reply any, cc 
 	switch {
 	case isAuth && !a.made.Load():
 		return rpctypes.ErrGRPCAuthNotEnabled
-	case !isAuth && !a.done.Load() && method != healthpb.Health_Check_FullMethodName: // which needs no user
+	case !isAuth && !a.done.Load() && method != healthpb.Health_Check_FullMethodName:
+		// which needs no user
 		return rpctypes.ErrGRPCUserEmpty
 	}
 	login, ok := req.(*etcdserverpb.AuthenticateRequest)

@@ -20,8 +20,9 @@ import (
 
 // Times of the question whether a member is a learner.
 const (
-	RoleTimeout  = time.Second     // after which a member counts as one that votes
-	RoleInterval = 2 * time.Second // between two questions to a learner, which may have been promoted
+	RoleTimeout = time.Second // after which a member counts as one that votes
+	// RoleInterval: between two questions to a learner, which may have been promoted
+	RoleInterval = 2 * time.Second
 )
 
 // LearnerRefusalText is the message of a learner that does not serve a call. The code is not the

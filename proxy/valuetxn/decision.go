@@ -131,7 +131,8 @@ func (d *decision) guard(fill bool, guards ...*pb.Compare) {
 // outcome is what a compare met.
 type outcome struct {
 	holds bool
-	guard *pb.Compare // holds as long as the key that decided is as it was; nil for a range that holds
+	// holds as long as the key that decided is as it was; nil for a range that holds
+	guard *pb.Compare
 }
 
 // readCompared reads what compares are about, all at one revision: those of single keys together,

@@ -225,7 +225,8 @@ func (t *Txn) attempt(ctx context.Context) (*pb.TxnResponse, error) {
 	if len(other) > 0 {
 		check := t.checkOnly(t.pad(nil, 1, false), other)
 		switch {
-		case t.serializable: // a nested transaction is not; these may be taken, and their answers are thrown away
+		case t.serializable:
+			// a nested transaction is not; these may be taken, and their answers are thrown away
 			for _, op := range check.GetSuccess() {
 				op.GetRequestRange().Revision, op.GetRequestRange().CountOnly = 0, true
 			}

@@ -6,8 +6,8 @@
 //
 // All subjects of a transport (cleartext or TLS) stand in front of one etcd without fsync, on
 // loopback. Each row is measured in rounds, the subjects take turns within a round, and the report
-// shows the median of the rounds. A ratio is the median of the ratios of each round, with its range.
-// Absolute figures belong to one machine; compare the ratios.
+// shows the median of the rounds. A ratio is the median of the ratios of each round, with its
+// range. Absolute figures belong to one machine; compare the ratios.
 //
 // It needs Linux, and the binaries that `make build tools-etcd` puts into the folder .bin.
 package main
@@ -83,12 +83,13 @@ type config struct {
 	Rounds   int           // how often each row is measured for each subject
 	Duration time.Duration // of one measurement, after a tenth of it to warm up
 	Conns    int           // most connections that the clients of a row share
-	Profile  string        // folder for profiles of the last row that was measured on etcd-kms-proxy; "" for none
-	Busy     int           // processes that only use CPU, to measure on a machine under load
-	List     int           // values in the list of small values
-	Large    int           // values of 1 MiB in the list of large values
-	Watchers int           // of one key
-	Many     int           // watchers, each of its own key
+	// folder for profiles of the last row that was measured on etcd-kms-proxy; "" for none
+	Profile  string
+	Busy     int // processes that only use CPU, to measure on a machine under load
+	List     int // values in the list of small values
+	Large    int // values of 1 MiB in the list of large values
+	Watchers int // of one key
+	Many     int // watchers, each of its own key
 	Progress io.Writer
 }
 

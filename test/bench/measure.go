@@ -103,7 +103,8 @@ func (b *bed) compact(ctx context.Context) error {
 	if err == nil {
 		_, err = b.direct.Compact(ctx, now.Header.Revision)
 	}
-	if err != nil && !errors.Is(err, rpctypes.ErrCompacted) { // rows that only read leave nothing to forget
+	// rows that only read leave nothing to forget
+	if err != nil && !errors.Is(err, rpctypes.ErrCompacted) {
 		return fmt.Errorf("compact: %w", err)
 	}
 	return nil
@@ -219,8 +220,8 @@ func cpuTimes(pids []int) ([]time.Duration, error) {
 	return times, nil
 }
 
-// drive has every client do one operation after the other for a while, at least one. All operations have ended when it returns, so what was
-// counted is what has cost.
+// drive has every client do one operation after the other for a while, at least one. All operations
+// have ended when it returns, so what was counted is what has cost.
 func drive(ctx context.Context, w *workload, clients int, d time.Duration) (units int, latencies []time.Duration, err error) {
 	var mu sync.Mutex
 	err = together(clients, func(client int) error {

@@ -50,7 +50,8 @@ func start(dir, name string, env []string, bin string, args ...string) (*process
 
 func (p *process) pid() int { return p.cmd.Process.Pid }
 
-// ready polls until try returns nil, and gives up when the process ends, ctx ends or half a minute is over.
+// ready polls until try returns nil, and gives up when the process ends, ctx ends or half a minute
+// is over.
 func (p *process) ready(ctx context.Context, try func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
@@ -81,7 +82,8 @@ func (p *process) tail() string {
 
 // stop asks the process to end, and kills it when it has not after a while.
 func (p *process) stop() {
-	_ = p.cmd.Process.Signal(syscall.SIGTERM) // it fails when the process has ended, which is what is wanted
+	// it fails when the process has ended, which is what is wanted
+	_ = p.cmd.Process.Signal(syscall.SIGTERM)
 	select {
 	case <-p.done:
 	case <-time.After(10 * time.Second):
@@ -90,7 +92,8 @@ func (p *process) stop() {
 	}
 }
 
-// freeAddress is a port of 127.0.0.1 that nothing listens on, below the range that outgoing connections take their ports from.
+// freeAddress is a port of 127.0.0.1 that nothing listens on, below the range that outgoing
+// connections take their ports from.
 func freeAddress() (string, error) {
 	for range 100 {
 		address := fmt.Sprintf("127.0.0.1:%d", 10000+rand.IntN(22000))
@@ -116,8 +119,8 @@ func cpuSource() string {
 	return sourceSchedstat
 }
 
-// cpuTime is how long the threads of a process have been on a CPU. With schedstat, the time of threads that have ended is lost; a Go
-// program all but never ends one.
+// cpuTime is how long the threads of a process have been on a CPU. With schedstat, the time of
+// threads that have ended is lost; a Go program all but never ends one.
 func cpuTime(pid int) (time.Duration, error) {
 	if d, err := schedstat(pid); err == nil {
 		return d, nil
@@ -126,7 +129,8 @@ func cpuTime(pid int) (time.Duration, error) {
 	if err != nil {
 		return 0, fmt.Errorf("read CPU time: %w", err)
 	}
-	// The second field is the program's name in brackets, which may hold anything. utime and stime are the 12th and 13th behind it.
+	// The second field is the program's name in brackets, which may hold anything. utime and stime
+	// are the 12th and 13th behind it.
 	fields := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))
 	if len(fields) < 13 {
 		return 0, fmt.Errorf("read CPU time: /proc/%d/stat is of an unknown shape", pid)

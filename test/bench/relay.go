@@ -9,7 +9,8 @@ import (
 	"sync/atomic"
 )
 
-// The environment that makes this program a relay: a process of its own, so that its CPU time can be told from the clients'.
+// The environment that makes this program a relay: a process of its own, so that its CPU time can
+// be told from the clients'.
 const (
 	relayListen   = "BENCH_RELAY_LISTEN"
 	relayUpstream = "BENCH_RELAY_UPSTREAM"
@@ -39,8 +40,9 @@ func burnIfAsked() {
 
 var burned atomic.Uint64
 
-// relay is the least that a proxy in Go can do: it copies bytes between two TCP connections and knows no protocol. On Linux io.Copy between
-// them is splice(2), so the bytes do not even enter the process.
+// relay is the least that a proxy in Go can do: it copies bytes between two TCP connections and
+// knows no protocol. On Linux io.Copy between them is splice(2), so the bytes do not even enter the
+// process.
 func relay(listen, upstream string) error {
 	l, err := net.Listen("tcp", listen)
 	if err != nil {

@@ -21,8 +21,10 @@ const (
 )
 
 const (
-	getKeys   = 1000 // keys that the gets choose from
-	coldLists = 4    // lists that the cold row reads in turn: more values than the proxy keeps ciphers for
+	getKeys = 1000 // keys that the gets choose from
+	// coldLists: lists that the cold row reads in turn: more values than the proxy keeps ciphers
+	// for
+	coldLists = 4
 )
 
 // row is one line of the report.
@@ -258,7 +260,8 @@ func openMixed(ctx context.Context, b *bed, s *subject, clients int) (*workload,
 	turn := make([]int, clients)
 	return &workload{close: closeAll, do: func(ctx context.Context, client int) (int, error) {
 		turn[client]++
-		at := (turn[client]*7 + client) % 20 // 7 and 20 have no common factor, so each turn comes up
+		// 7 and 20 have no common factor, so each turn comes up
+		at := (turn[client]*7 + client) % 20
 		part := slices.IndexFunc(shares, func(share int) bool { return at < share })
 		return parts[part].do(ctx, client)
 	}}, nil
@@ -318,14 +321,14 @@ func openRange(b *bed, s *subject, clients, count, size int, prefix func(turn in
 	}}, nil
 }
 
-// openWatch has all watchers watch one key. An operation is one write, which goes past the subject as
-// stored bytes, until every watcher has its event.
+// openWatch has all watchers watch one key. An operation is one write, which goes past the subject
+// as stored bytes, until every watcher has its event.
 func openWatch(ctx context.Context, b *bed, s *subject, _ int) (*workload, error) {
 	return openWatchers(ctx, b, s, b.cfg.Watchers, func(int) string { return s.watchKey() })
 }
 
-// openManyWatch has each watcher watch a key of its own. An operation is one transaction that writes
-// 100 keys.
+// openManyWatch has each watcher watch a key of its own. An operation is one transaction that
+// writes 100 keys.
 func openManyWatch(ctx context.Context, b *bed, s *subject, _ int) (*workload, error) {
 	return openWatchers(ctx, b, s, b.cfg.Many, s.manyKey)
 }

@@ -256,8 +256,8 @@ func (b *bed) spawn(binary string, args ...string) (*process, error) {
 }
 
 // proxyConfig writes the configuration of an etcd-kms-proxy. The one without a rule for the keys at
-// hand still has one for others, like a cluster that encrypts its Secrets only. All proxies have one
-// key, so that one can read what another has written.
+// hand still has one for others, like a cluster that encrypts its Secrets only. All proxies have
+// one key, so that one can read what another has written.
 func (b *bed) proxyConfig(s *subject, upstream string) (string, error) {
 	if b.keyFile == "" {
 		secret := make([]byte, 32)

@@ -1,10 +1,11 @@
-// Package benchkubernetes compares three ways to run kube-apiserver, side by side in one run: without
-// encryption, with its own KMS v2 provider, and through the proxy with the same plugin.
+// Package benchkubernetes compares three ways to run kube-apiserver, side by side in one run:
+// without encryption, with its own KMS v2 provider, and through the proxy with the same plugin.
 //
 //	make bench-kubernetes
 //
-// Each way has an etcd of its own. Every operation is measured in rounds, the three take turns within a
-// round, and the medians of the rounds are printed, with the ratios to the API server's own KMS v2.
+// Each way has an etcd of its own. Every operation is measured in rounds, the three take turns
+// within a round, and the medians of the rounds are printed, with the ratios to the API server's
+// own KMS v2.
 package benchkubernetes
 
 import (

@@ -190,8 +190,10 @@ func (c *curl) transports(t *testing.T) {
 		}
 	}
 	if c.ca == nil {
-		c.both(t, "/v3/kv/range", "--http2", "-d", get)            // an upgrade, which etcd does not accept
-		for _, base := range []string{c.bare.URL, c.proxy.URL()} { // the client port serves only gRPC and resets the stream; curl may notice either
+		// an upgrade, which etcd does not accept
+		c.both(t, "/v3/kv/range", "--http2", "-d", get)
+		// the client port serves only gRPC and resets the stream; curl may notice either
+		for _, base := range []string{c.bare.URL, c.proxy.URL()} {
 			if r := c.ask(t, base, "/v3/kv/range", "--http2-prior-knowledge", "-d", get); r.Code != "92" && !strings.HasPrefix(r.Status, "HTTP/2 415") || r.Body != "" {
 				t.Errorf("HTTP/2 without TLS at %s: %v", base, r)
 			}

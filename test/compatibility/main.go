@@ -1,7 +1,7 @@
 // Command compatibility generates the tables of docs/design/compatibility.md from the results of
-// tests ([harness.Tested]): the methods and paths that were called on each version of etcd, directly
-// and through the proxy, with the same response, and those that real clients have used. It fails if
-// no test has called a method or path.
+// tests ([harness.Tested]): the methods and paths that were called on each version of etcd,
+// directly and through the proxy, with the same response, and those that real clients have used. It
+// fails if no test has called a method or path.
 package main
 
 import (
@@ -75,7 +75,8 @@ func run(results, file string, write bool) error {
 	return nil
 }
 
-// tested is what has passed, by row and column; false where etcd does not know the method, and the proxy says so.
+// tested is what has passed, by row and column; false where etcd does not know the method, and the
+// proxy says so.
 type tested map[string]map[string]bool
 
 func read(dir string) (tested, error) {

@@ -181,7 +181,8 @@ func TestBadInput(t *testing.T) {
 		s.up()
 		s.volume("proxy-1-audit", "cat /dev/zero >/v/filler || true")
 		harness.Eventually(t, within, "proxy-1 to say that the volume is full", func() error {
-			s.volume("proxy", "echo '# changed' >>/v/config.yaml") // each reload is a record; the last page of the log has room for some
+			// each reload is a record; the last page of the log has room for some
+			s.volume("proxy", "echo '# changed' >>/v/config.yaml")
 			logs, err := s.try(t.Context(), "logs", "proxy-1")
 			if err == nil && (!strings.Contains(logs, "the audit log cannot be written") || !strings.Contains(logs, "no space left on device")) {
 				err = errors.New(logs)

@@ -11,8 +11,8 @@ import (
 	"time"
 )
 
-// wrongClock has certificates that begin tomorrow: the clock of the machine that made them was a day
-// ahead, or this machine's clock is a day behind.
+// wrongClock has certificates that begin tomorrow: the clock of the machine that made them was a
+// day ahead, or this machine's clock is a day behind.
 func wrongClock(t *testing.T) {
 	s := newStack(t, composeV2(t))
 	s.up()

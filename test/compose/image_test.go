@@ -218,7 +218,8 @@ admin: {}
 			}
 		}
 	}
-	t.Run("files of another user", func(t *testing.T) { // owned by root: a correct mode, and a wrong owner
+	// owned by root: a correct mode, and a wrong owner
+	t.Run("files of another user", func(t *testing.T) {
 		says(t, run(t), "key.yaml: permission denied", "hint: ")
 	})
 	if err := os.Chown(key, 65532, 65532); err != nil {

@@ -188,7 +188,8 @@ func TestGuardForged(t *testing.T) {
 	}
 }
 
-// notInvited checks that the output does not suggest --allow-weakening to somebody with a wrong key.
+// notInvited checks that the output does not suggest --allow-weakening to somebody with a wrong
+// key.
 func notInvited(t *testing.T, out string) {
 	t.Helper()
 	if strings.Contains(out, "--allow-weakening") {
@@ -359,7 +360,8 @@ func TestBypass(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	s.Clear.Value("past") // the plaintext written to etcd is in its files, so it is not in the set of encrypted values
+	// the plaintext written to etcd is in its files, so it is not in the set of encrypted values
+	s.Clear.Value("past")
 	past := func(key string) {
 		t.Helper()
 		if _, err := s.kv.Put(t.Context(), &pb.PutRequest{Key: []byte(key), Value: []byte("in the clear")}); err != nil {

@@ -17,7 +17,8 @@ func TestGuardWithoutLeader(t *testing.T) {
 	t.Parallel()
 	s := &site{Env: harness.New(t)}
 	cluster := s.StartCluster(3, harness.EtcdConfig{})
-	s.before(t, cluster.Members[0].Address) // the member that remains; it stores what was read there with a leader
+	// the member that remains; it stores what was read there with a leader
+	s.before(t, cluster.Members[0].Address)
 	off := s.cfg
 	off.Coordination = harness.NoCoordination()
 	value := s.Sealed.Value("a")

@@ -37,7 +37,8 @@ func TestDemo(t *testing.T) {
 				cmd.Env = append(cmd.Env, fmt.Sprintf("%s=%d", name, harness.FreePort(t)))
 			}
 			cmd.Stdout, cmd.Stderr = out, out
-			cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // a terminal signals a process group
+			// a terminal signals a process group
+			cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 			if err := cmd.Start(); err != nil {
 				t.Fatal(err)
 			}

@@ -66,7 +66,8 @@ func ask(t *testing.T, method, url, body, token string) exchanged {
 	if err != nil {
 		t.Fatalf("%s %s: %v", method, url, err)
 	}
-	data = bytes.ReplaceAll(data, []byte("\u00a0"), []byte(" ")) // as do the texts of protobuf errors
+	// as do the texts of protobuf errors
+	data = bytes.ReplaceAll(data, []byte("\u00a0"), []byte(" "))
 	lines := strings.Split(string(data), "\n")
 	slices.Sort(lines) // etcd returns the checks of /readyz?verbose in random order
 	e := exchanged{answer.StatusCode, answer.Header.Get("Content-Type"), lines}

@@ -227,7 +227,8 @@ func (g *generator) branch(now int64, depth int) []*pb.RequestOp {
 		case n < 8:
 			r := g.deletion()
 			if g.chance(80) {
-				r.RangeEnd = nil // otherwise it mostly conflicts with a put, and the whole transaction is refused
+				// otherwise it mostly conflicts with a put, and the whole transaction is refused
+				r.RangeEnd = nil
 			}
 			if string(r.RangeEnd) == "\x00" {
 				// etcd 3.5 to 3.7 does not notice that such a range conflicts with a put, and

@@ -104,7 +104,8 @@ func alike(answer proto.Message, differ []protoreflect.Name) string {
 			h.RaftTerm = 0
 		}
 	}
-	return strings.Join(strings.Fields(text(answer)), " ") // the texts of protobuf contain random spaces
+	// the texts of protobuf contain random spaces
+	return strings.Join(strings.Fields(text(answer)), " ")
 }
 
 func (m *methods) script() []step {
@@ -213,7 +214,8 @@ func receive(ctx context.Context, conn *grpc.ClientConn, method string, request,
 	if err := s.SendMsg(request); err != nil && !errors.Is(err, io.EOF) {
 		return nil, err
 	}
-	if answers < 0 || strings.HasPrefix(method, "/grpc.") { // a server-streaming method waits for the half-close
+	// a server-streaming method waits for the half-close
+	if answers < 0 || strings.HasPrefix(method, "/grpc.") {
 		if err := s.CloseSend(); err != nil {
 			return nil, err
 		}

@@ -52,7 +52,8 @@ func (b *bench) ask(ctx context.Context, full string, stream bool) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	request := new(emptypb.Empty)
-	request.ProtoReflect().SetUnknown([]byte{0x0a, 0x05, 'x'}) // field 1, of five bytes, is truncated
+	// field 1, of five bytes, is truncated
+	request.ProtoReflect().SetUnknown([]byte{0x0a, 0x05, 'x'})
 	if !stream {
 		return b.via.conn.Invoke(ctx, full, request, new(emptypb.Empty))
 	}
@@ -98,7 +99,8 @@ func (b *bench) elect(t *testing.T, s *side, prefix string) (said []string) {
 			st := status.Convert(err)
 			answer = fmt.Sprintf("%v %q", st.Code(), st.Message())
 		}
-		said = append(said, strings.ReplaceAll(fmt.Sprint(answer), "  ", " ")) // the texts of protobuf contain random spaces
+		// the texts of protobuf contain random spaces
+		said = append(said, strings.ReplaceAll(fmt.Sprint(answer), "  ", " "))
 	}
 	set := b.env.Clear
 	if b.rules.sealed(prefix + "x") {
@@ -115,7 +117,8 @@ func (b *bench) elect(t *testing.T, s *side, prefix string) (said []string) {
 	brief, stop := soon()
 	_, err = lock.Lock(brief, &v3lockpb.LockRequest{Name: []byte(prefix + "lock"), Lease: 702})
 	stop()
-	note(err != nil, nil) // the code depends on who notices the deadline first, and on the version of etcd
+	// the code depends on who notices the deadline first, and on the version of etcd
+	note(err != nil, nil)
 	count := func(what string, n int64) {
 		t.Helper()
 		harness.Eventually(t, 10*time.Second, fmt.Sprintf("%d keys of the %s", n, what), func() error {

@@ -210,7 +210,8 @@ type pair struct {
 	bare, proxy *side
 	revision    int64 // the latest revision in a response
 	trace       []string
-	counts      map[string]int // responses by kind of request, with a "!" for errors; nil counts nothing
+	// responses by kind of request, with a "!" for errors; nil counts nothing
+	counts map[string]int
 }
 
 // do sends the request to both sides and returns their common response.

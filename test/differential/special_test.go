@@ -135,7 +135,8 @@ func (b *bench) fragments(t *testing.T) {
 		}
 		for _, fragment := range []bool{false, true} {
 			w := p.openWatch(ctx)
-			w.create(&pb.WatchCreateRequest{Key: []byte("/u/"), RangeEnd: []byte("/u0")}) // another watch, without fragments
+			// another watch, without fragments
+			w.create(&pb.WatchCreateRequest{Key: []byte("/u/"), RangeEnd: []byte("/u0")})
 			w.create(&pb.WatchCreateRequest{Key: []byte("/s/"), RangeEnd: []byte("/s0"), StartRevision: from, PrevKv: size < 1<<20, Fragment: fragment})
 			w.check(ctx)
 			if n := len(w.proxy.seen.events[1]); n != 12 {
@@ -277,7 +278,8 @@ func (b *bench) malformed(t *testing.T) {
 	field := func(number int, data string) string {
 		return string([]byte{byte(number<<3 | 2), byte(len(data))}) + data
 	}
-	put := func(parts ...string) string { return field(1, field(2, strings.Join(parts, ""))) } // Txn.success[0].request_put
+	// Txn.success[0].request_put
+	put := func(parts ...string) string { return field(1, field(2, strings.Join(parts, ""))) }
 	for name, test := range map[string]struct{ method, message string }{
 		"not protobuf":                    {"Put", "\xff\xff\xff"},
 		"truncated":                       {"Put", field(1, "/s/a")[:3]},

@@ -167,7 +167,8 @@ func (p *page) shell(line string) string {
 	cmd := exec.CommandContext(ctx, "sh", "-c", line)
 	cmd.Env = append(os.Environ(), "PATH="+p.bin+":"+os.Getenv("PATH"))
 	cmd.Dir = p.env.Dir
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // a server that the shell waits for ends too
+	// a server that the shell waits for ends too
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	out, err := cmd.CombinedOutput()
 	if _, exited := errors.AsType[*exec.ExitError](err); err != nil && !exited || ctx.Err() != nil {
@@ -175,7 +176,8 @@ func (p *page) shell(line string) string {
 	}
 	var kept []string
 	for l := range strings.Lines(string(out)) {
-		if !strings.HasPrefix(l, `{"time"`) && !strings.HasPrefix(l, `{"level"`) { // of the proxy, of etcdctl
+		// of the proxy, of etcdctl
+		if !strings.HasPrefix(l, `{"time"`) && !strings.HasPrefix(l, `{"level"`) {
 			kept = append(kept, l)
 		}
 	}

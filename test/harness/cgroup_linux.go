@@ -26,8 +26,9 @@ func Hierarchies(tb testing.TB) []string {
 	return all
 }
 
-// NewCgroup creates a cgroup with the name, which begins with a slash, in all hierarchies. It removes the
-// cgroup and those below it at the end of the test, by which time all processes in it must have ended.
+// NewCgroup creates a cgroup with the name, which begins with a slash, in all hierarchies. It
+// removes the cgroup and those below it at the end of the test, by which time all processes in it
+// must have ended.
 func NewCgroup(tb testing.TB, name string) {
 	tb.Helper()
 	for _, root := range Hierarchies(tb) {
@@ -36,7 +37,8 @@ func NewCgroup(tb testing.TB, name string) {
 			tb.Fatal(err)
 		}
 		tb.Cleanup(func() { removeCgroup(tb, dir) })
-		for _, file := range []string{"cpuset.cpus", "cpuset.mems"} { // which a new cgroup of v1 does not inherit
+		// which a new cgroup of v1 does not inherit
+		for _, file := range []string{"cpuset.cpus", "cpuset.mems"} {
 			value, err := os.ReadFile(filepath.Join(root, file))
 			if errors.Is(err, os.ErrNotExist) {
 				continue

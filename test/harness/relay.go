@@ -11,10 +11,12 @@ type Link int
 
 // The states of a link.
 const (
-	Whole  Link = iota // all bytes are forwarded
-	Cut                // every connection is reset, including new ones
-	Frozen             // no bytes are forwarded and none are lost: they are held back until the link is whole again
-	Deaf               // like Frozen, but only for responses: requests are forwarded
+	Whole Link = iota // all bytes are forwarded
+	Cut               // every connection is reset, including new ones
+	// Frozen: no bytes are forwarded and none are lost: they are held back until the link is whole
+	// again
+	Frozen
+	Deaf // like Frozen, but only for responses: requests are forwarded
 )
 
 // Relay is a network between two processes: it listens in the place of one of them, and copies

@@ -70,7 +70,8 @@ func TestEtcdVersions(t *testing.T) {
 // TestToolsAreAsPinned checks that every tool was built from the modules that its go.mod pins, and
 // so not before a change of it.
 func TestToolsAreAsPinned(t *testing.T) {
-	tools := map[string]string{"kube-apiserver": "kube-apiserver", "kubectl": "kube-apiserver", "kine": "kine"} // by their folder
+	// by their folder
+	tools := map[string]string{"kube-apiserver": "kube-apiserver", "kubectl": "kube-apiserver", "kine": "kine"}
 	for _, minor := range Versions(t) {
 		if minor != "3.4" {
 			tools["etcd-"+minor], tools["etcdctl-"+minor] = "etcd-"+minor, "etcd-"+minor

@@ -12,7 +12,8 @@ import (
 // annotationKeys are keys at the limits of what Kubernetes accepts.
 func annotationKeys() []string {
 	label := strings.Repeat("a", 63)
-	longest := strings.Join([]string{label, label, label, strings.Repeat("b", 61)}, ".") // 253 bytes
+	// 253 bytes
+	longest := strings.Join([]string{label, label, label, strings.Repeat("b", 61)}, ".")
 	return []string{
 		"", ".", "..", "a", "a.", ".a", "a.b", "a.b.", "a.b..", ".a.b", "a..b", "1.2", "1.2.", "A.b", "a.B", "a_b.c", "-a.b", "a-.b", "a.-b", "a.b-", "a.b-.", "a--b.c",
 		"*.b", "ü.b", "xn--tda.b", "a\xff.b", "a\x00.b", "a.b\n", " a.b", "a/b.c", "request-id.kms.example.com", "request-id.kms.example.com.", "dr.recovery.etcd-kms-proxy.io",

@@ -99,7 +99,8 @@ func TestProcessesShareNothingButTheKMS(t *testing.T) {
 	we, they := newOursPolling(t, p, provider, time.Hour), newKube(t, p, provider, envelope.TypeSeed)
 	reader := newOursPolling(t, p, provider, time.Hour)
 	for _, side := range []*ours{we, reader} {
-		side.await(t, "1") // whether a value is stale is known only after the KMS has reported its key ID
+		// whether a value is stale is known only after the KMS has reported its key ID
+		side.await(t, "1")
 	}
 	readers := []func(key, stored []byte) ([]byte, bool, error){reader.open, newKube(t, p, provider, envelope.TypeSeed).open}
 	for _, seal := range []func(testing.TB, []byte, []byte) []byte{we.seal, they.seal} {

@@ -38,7 +38,8 @@ type plugin struct {
 	current  string
 	annotate map[string][]byte // returned with each wrapped DEK seed, and required back
 	lenient  bool              // annotations that it did not return are ignored, as most plugins do
-	pad      int               // wrapped DEK seeds are padded with zeros to this length; 0 does not pad
+	// wrapped DEK seeds are padded with zeros to this length; 0 does not pad
+	pad      int
 	secrets  map[string][]byte // what was wrapped, by the result
 	decrypts int
 }

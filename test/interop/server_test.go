@@ -190,7 +190,8 @@ func TestOurServersErrors(t *testing.T) {
 		}
 		eventually("bad Status", func() bool {
 			s, err := client.Status(t.Context())
-			if reason == kmsclient.Unreachable { // the API server continues with the key that it has
+			// the API server continues with the key that it has
+			if reason == kmsclient.Unreachable {
 				return err == nil && s.Healthz != "ok" && s.KeyID == "memory/1" && !strings.Contains(s.Healthz, seed)
 			}
 			return status.Code(err) == want && !strings.Contains(err.Error(), seed)

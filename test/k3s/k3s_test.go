@@ -1,5 +1,6 @@
-// Package k3s follows docs/deploy/k3s-rke2.md with a real etcd and a real kube-apiserver. k3s itself is
-// not built: its API server is kube-apiserver, with the flags that k3s derives from its own.
+// Package k3s follows docs/deploy/k3s-rke2.md with a real etcd and a real kube-apiserver. k3s
+// itself is not built: its API server is kube-apiserver, with the flags that k3s derives from its
+// own.
 package k3s
 
 import (
@@ -21,8 +22,8 @@ const (
 	address = "127.0.0.1:12379" // of the proxy, on the page
 )
 
-// block returns the first YAML block of the page that holds text, with the addresses and the files of
-// this test.
+// block returns the first YAML block of the page that holds text, with the addresses and the files
+// of this test.
 func block(t *testing.T, text string, replace *strings.Replacer) []byte {
 	t.Helper()
 	page, err := os.ReadFile("../../docs/deploy/k3s-rke2.md")

@@ -11,8 +11,8 @@ import (
 	"time"
 )
 
-// A balancer is the load balancer of a control plane: it passes TCP connections on to API servers that
-// are ready, and closes those of an API server that is no longer ready, as load balancers do.
+// A balancer is the load balancer of a control plane: it passes TCP connections on to API servers
+// that are ready, and closes those of an API server that is no longer ready, as load balancers do.
 type balancer struct {
 	mu       sync.Mutex
 	backends []*backend
@@ -69,8 +69,9 @@ func (b *balancer) add(address string) {
 // check asks each API server every half second whether it is ready.
 func (b *balancer) check(ctx context.Context) {
 	client := &http.Client{
-		Timeout:   2 * time.Second,
-		Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}, // as load balancers do
+		Timeout: 2 * time.Second,
+		// as load balancers do
+		Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: &tls.Config{InsecureSkipVerify: true}},
 	}
 	for {
 		b.mu.Lock()

@@ -56,8 +56,8 @@ func newCertificateKey() string {
 	return hex.EncodeToString(key[:])
 }
 
-// A reader lists Secrets again and again through one address. No list that succeeds may have another
-// value than the one that was written, or ciphertext.
+// A reader lists Secrets again and again through one address. No list that succeeds may have
+// another value than the one that was written, or ciphertext.
 type reader struct {
 	t       *testing.T
 	name    string
@@ -97,8 +97,8 @@ func (r *reader) list(ctx context.Context) bool {
 	if err != nil {
 		text := err.Error()
 		r.failed[text]++
-		// An API server without the proxy cannot decode ciphertext; one with a proxy that has no key is
-		// told of data loss.
+		// An API server without the proxy cannot decode ciphertext; one with a proxy that has no
+		// key is told of data loss.
 		if apierrors.IsInternalError(err) && (strings.Contains(text, "decod") || strings.Contains(text, "DataLoss") || strings.Contains(text, "unmarshal") || strings.Contains(text, "kind")) {
 			r.wrong = append(r.wrong, text)
 		}
@@ -130,9 +130,10 @@ func (r *reader) done() {
 	})
 }
 
-// TestCluster takes a control plane of three nodes through the steps of docs/deploy/kubeadm.md, while
-// clients write and read through the load balancer and read through each API server. At the end the
-// last node leaves and joins again while etcd holds ciphertext, and the cluster is rolled back.
+// TestCluster takes a control plane of three nodes through the steps of docs/deploy/kubeadm.md,
+// while clients write and read through the load balancer and read through each API server. At the
+// end the last node leaves and joins again while etcd holds ciphertext, and the cluster is rolled
+// back.
 func TestCluster(t *testing.T) {
 	needMachines(t)
 	env := harness.New(t)
@@ -201,8 +202,8 @@ func TestCluster(t *testing.T) {
 		}
 	}
 
-	// A failure on one node rolls that node back, and nothing else. Meanwhile the API server of the node has
-	// no etcd, and kubelet may restart it.
+	// A failure on one node rolls that node back, and nothing else. Meanwhile the API server of the
+	// node has no etcd, and kubelet may restart it.
 	last := nodes[2]
 	pod := last.read(podFile)
 	last.run(3, "all files are as they were before", append(page(), "--image", "registry.example.com/missing:2", "--timeout", "2m")...)

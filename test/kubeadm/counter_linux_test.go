@@ -12,8 +12,9 @@ import (
 	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// counter is a client that counts up in a Secret for as long as it runs, one update at a time. The API server is away
-// now and then, so an update that failed may have been applied or not; one that was acknowledged must not be lost.
+// counter is a client that counts up in a Secret for as long as it runs, one update at a time. The
+// API server is away now and then, so an update that failed may have been applied or not; one that
+// was acknowledged must not be lost.
 type counter struct {
 	n                     *node
 	acknowledged, applied int // the least and the most that the Secret may hold

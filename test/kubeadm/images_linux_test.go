@@ -36,8 +36,9 @@ func imageNames(t *testing.T) map[string]string {
 
 func pauseImage(t *testing.T) string { return imageNames(t)["pause"] }
 
-// makeImages writes an archive with images of the programs that a control plane needs, each with one
-// static binary, under the names that kubeadm uses, and with one of the proxy. Nothing is pulled.
+// makeImages writes an archive with images of the programs that a control plane needs, each with
+// one static binary, under the names that kubeadm uses, and with one of the proxy. Nothing is
+// pulled.
 func makeImages(t *testing.T, env *harness.Env) string {
 	t.Helper()
 	pause := filepath.Join(env.Dir, "pause")

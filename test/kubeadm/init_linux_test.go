@@ -181,8 +181,8 @@ func (n *node) waitCurrent() {
 	})
 }
 
-// upgrade has kubeadm write the manifests of the control plane again, as an upgrade does, after the flag
-// was added to the ConfigMap kubeadm-config. It removes the flag from the ConfigMap again.
+// upgrade has kubeadm write the manifests of the control plane again, as an upgrade does, after the
+// flag was added to the ConfigMap kubeadm-config. It removes the flag from the ConfigMap again.
 func (n *node) upgrade() {
 	n.t.Helper()
 	const flag = "--etcd-servers=https://127.0.0.1:12379"
@@ -200,7 +200,8 @@ func (n *node) upgrade() {
 		n.t.Errorf("with the ConfigMap, an upgrade would change the flag:\n%s", out)
 	}
 	n.machine.run("kubeadm", "upgrade", "apply", kubernetesVersion, "--yes", "--force", "--skip-phases=addon",
-		// There is neither CoreDNS nor a network of Pods, so that the node is not ready and no Job runs.
+		// There is neither CoreDNS nor a network of Pods, so that the node is not ready and no Job
+		// runs.
 		"--ignore-preflight-errors="+strings.Join(append(ignoredPreflightErrors, "CoreDNSUnsupportedPlugins", "CoreDNSMigration", "CreateJob", "ControlPlaneNodesReady"), ","))
 	n.run(0, "through the proxy  everything", "kubeadm", "status")
 	if !strings.Contains(string(n.read(manifest)), flag) || !bytes.Equal(n.read(podFile), pod) {
@@ -236,8 +237,9 @@ func (n *node) setExtraArgs(flag string) {
 	}
 }
 
-// TestInit takes a whole control plane of one node, which kubeadm init has made, through the steps of
-// docs/deploy/kubeadm.md, while a client writes. kubelet and containerd run everything in containers.
+// TestInit takes a whole control plane of one node, which kubeadm init has made, through the steps
+// of docs/deploy/kubeadm.md, while a client writes. kubelet and containerd run everything in
+// containers.
 func TestInit(t *testing.T) {
 	needMachines(t)
 	env := harness.New(t)
@@ -279,7 +281,8 @@ func TestInit(t *testing.T) {
 	}
 
 	n.upgrade()
-	// What disable has to restore: the manifest as the upgrade has written it, with the address of etcd.
+	// What disable has to restore: the manifest as the upgrade has written it, with the address of
+	// etcd.
 	before := bytes.Replace(n.read(manifest), []byte("127.0.0.1:12379"), []byte("127.0.0.1:2379"), 1)
 	n.run(0, "uses the proxy", page("--decrypt-only", "--allow-weakening")...)
 	n.run(0, "", "reencrypt")

@@ -112,7 +112,8 @@ func (n *node) dryRunOfPod() {
 	if err := yaml.UnmarshalStrict(n.read(podFile), &pod); err != nil {
 		n.t.Fatal(err)
 	}
-	pod.Spec.AutomountServiceAccountToken = new(bool) // kube-system has no service account without a controller manager
+	// kube-system has no service account without a controller manager
+	pod.Spec.AutomountServiceAccountToken = new(bool)
 	pod.Annotations["kubernetes.io/config.mirror"] = "as kubelet does"
 	pod.Spec.NodeName, pod.Name = "node-1", pod.Name+"-node-1"
 	if _, err := n.client.CoreV1().Pods("kube-system").Create(n.t.Context(), &pod, meta.CreateOptions{DryRun: []string{meta.DryRunAll}, FieldValidation: meta.FieldValidationStrict}); err != nil {

@@ -15,9 +15,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// A machine is a host for one kubelet: a folder that is the root of its file system, and namespaces of
-// its own for mounts, processes, the network and the host name. Its first process starts containerd,
-// and kubelet as soon as kubeadm has configured it, as systemd does on a real node.
+// A machine is a host for one kubelet: a folder that is the root of its file system, and namespaces
+// of its own for mounts, processes, the network and the host name. Its first process starts
+// containerd, and kubelet as soon as kubeadm has configured it, as systemd does on a real node.
 type machine struct {
 	t       *testing.T
 	name    string
@@ -110,8 +110,9 @@ func keepKernelSettings(t *testing.T) {
 	}
 }
 
-// firstProcess is the script of a machine's first process. After the file system is set up it starts
-// containerd, and starts kubelet again whenever it ends, with the flags of kubeadm's systemd unit.
+// firstProcess is the script of a machine's first process. After the file system is set up it
+// starts containerd, and starts kubelet again whenever it ends, with the flags of kubeadm's systemd
+// unit.
 const firstProcess = `set -eu
 root=$1 name=$2 cgroup=$3
 hostname "$name"
@@ -147,8 +148,8 @@ sandbox_image = "%s"
 restrict_oom_score_adj = true
 `
 
-// hostPrograms are the programs of this machine that kubeadm, kubelet, containerd and the script of the
-// first process run. systemctl is not among them, so that kubeadm does not expect systemd.
+// hostPrograms are the programs of this machine that kubeadm, kubelet, containerd and the script of
+// the first process run. systemctl is not among them, so that kubeadm does not expect systemd.
 var hostPrograms = []string{
 	"sh", "sleep", "mkdir", "rmdir", "cat", "cp", "mount", "umount", "losetup", "blkid", "iptables", "iptables-save", "iptables-restore", "ip", "tc",
 	"containerd", "containerd-shim-runc-v2", "runc", "ctr",

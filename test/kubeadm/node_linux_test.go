@@ -1,5 +1,5 @@
-// Package kubeadm runs the commands of a control-plane node on what a real kubeadm has written, with a real etcd and a real
-// kube-apiserver.
+// Package kubeadm runs the commands of a control-plane node on what a real kubeadm has written,
+// with a real etcd and a real kube-apiserver.
 package kubeadm
 
 import (
@@ -50,7 +50,8 @@ type node struct {
 	client        *kubernetes.Clientset
 }
 
-// newNode has kubeadm write certificates and manifests, and starts etcd and the API server. stuck may be nil.
+// newNode has kubeadm write certificates and manifests, and starts etcd and the API server. stuck
+// may be nil.
 func newNode(t *testing.T, stuck func(*core.Pod) bool) *node {
 	t.Helper()
 	if os.Geteuid() != 0 {

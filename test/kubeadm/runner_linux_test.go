@@ -17,9 +17,9 @@ import (
 	"sigs.k8s.io/yaml"
 )
 
-// runner does what kubelet does with static Pods, as far as it matters here: it starts what is in the
-// folder of manifests, restarts what ends, and replaces what changes, old first. It starts the real
-// programs, with the node's file system as their root, and without containers.
+// runner does what kubelet does with static Pods, as far as it matters here: it starts what is in
+// the folder of manifests, restarts what ends, and replaces what changes, old first. It starts the
+// real programs, with the node's file system as their root, and without containers.
 type runner struct {
 	root string
 	// images are those that can be pulled.

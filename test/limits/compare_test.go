@@ -12,7 +12,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestLargeCompares: compares by VALUE over ranges of many keys, and more of them than etcd takes, are decided or refused as etcd does it, in bounded memory.
+// TestLargeCompares: compares by VALUE over ranges of many keys, and more of them than etcd takes,
+// are decided or refused as etcd does it, in bounded memory.
 func TestLargeCompares(t *testing.T) {
 	n := 20_000
 	if testing.Short() {

@@ -21,7 +21,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// files raises the limit of this process, which the proxy gets as well, to what it may be, and returns it.
+// files raises the limit of this process, which the proxy gets as well, to what it may be, and
+// returns it.
 func files(t *testing.T) int {
 	t.Helper()
 	var limit syscall.Rlimit
@@ -35,7 +36,8 @@ func files(t *testing.T) int {
 	return int(limit.Max)
 }
 
-// TestIdleConnections: thousands of clients that say no word, or no more than HTTP/2 asks for, cost the proxy some memory and nobody else anything.
+// TestIdleConnections: thousands of clients that say no word, or no more than HTTP/2 asks for, cost
+// the proxy some memory and nobody else anything.
 func TestIdleConnections(t *testing.T) {
 	n := 10_000
 	if testing.Short() {
@@ -56,7 +58,8 @@ func TestIdleConnections(t *testing.T) {
 				conns := make([]net.Conn, 0, n)
 				defer func() {
 					for _, c := range conns {
-						_ = c.(*net.TCPConn).SetLinger(0) // leaves no trace in the tables of the system
+						// leaves no trace in the tables of the system
+						_ = c.(*net.TCPConn).SetLinger(0)
 						c.Close()
 					}
 				}()
@@ -83,7 +86,8 @@ func TestIdleConnections(t *testing.T) {
 	}
 }
 
-// TestSlowClients: who takes for ever over a TLS handshake or over the first words of HTTP/2 is let go after ten seconds, and holds nobody up until then.
+// TestSlowClients: who takes for ever over a TLS handshake or over the first words of HTTP/2 is let
+// go after ten seconds, and holds nobody up until then.
 func TestSlowClients(t *testing.T) {
 	t.Parallel()
 	var ca *harness.CA
@@ -166,7 +170,8 @@ func clientHello(t *testing.T) string {
 	return string(buffer[:n])
 }
 
-// TestHalfOpen: a client that says no more, and one that is gone without a word, take their calls with them, in etcd too.
+// TestHalfOpen: a client that says no more, and one that is gone without a word, take their calls
+// with them, in etcd too.
 func TestHalfOpen(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, 0, nil)
@@ -221,7 +226,8 @@ func TestHalfOpen(t *testing.T) {
 	s.settles(t, before)
 }
 
-// TestClientsThatDoNotRead: what nobody reads does not pile up in the proxy, and is dropped with its client.
+// TestClientsThatDoNotRead: what nobody reads does not pile up in the proxy, and is dropped with
+// its client.
 func TestClientsThatDoNotRead(t *testing.T) {
 	s := newSite(t, 0, nil)
 	const values, size, clients = 32, 512 << 10, 8
@@ -240,7 +246,8 @@ func TestClientsThatDoNotRead(t *testing.T) {
 		request      []byte
 		mib          int64
 	}{
-		// Every client may hold one answer, as it came and as it goes, and the collector lets as much again lie about.
+		// Every client may hold one answer, as it came and as it goes, and the collector lets as
+		// much again lie about.
 		{"a list", "/etcdserverpb.KV/Range", list, clients * values * size * 5 >> 20},
 		{"a list in a stream", "/etcdserverpb.KV/RangeStream", list, 128},
 		{"a watch", "/etcdserverpb.Watch/Watch", watch, clients * values * size * 5 >> 20},

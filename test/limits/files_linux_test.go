@@ -14,8 +14,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestFileLimit: a proxy that may open no more files serves those who are connected, says in its log what is wrong, not more than once a second, and takes in
-// those who wait as soon as others leave.
+// TestFileLimit: a proxy that may open no more files serves those who are connected, says in its
+// log what is wrong, not more than once a second, and takes in those who wait as soon as others
+// leave.
 func TestFileLimit(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, 0, nil)

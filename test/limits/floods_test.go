@@ -13,7 +13,8 @@ import (
 // floodTime bounds one flood: a server that does not read any more stops its client.
 const floodTime = 2 * time.Second
 
-// flood says something over and over, until the server closes, the time is over, or n times. What the server answers is read only if reads.
+// flood says something over and over, until the server closes, the time is over, or n times. What
+// the server answers is read only if reads.
 func (k *talker) flood(n int, reads bool, say func(i int)) (heard []string) {
 	_ = k.SetWriteDeadline(time.Now().Add(floodTime))
 	listening := make(chan []string, 1)
@@ -41,7 +42,8 @@ func (k *talker) flood(n int, reads bool, say func(i int)) (heard []string) {
 // broken reports whether a frame can no longer be sent.
 func (k *talker) broken() bool { return k.WriteWindowUpdate(0, 1) != nil }
 
-// last is how a conversation ended: the last GOAWAY, and whether the connection is open. What comes before depends on who is faster.
+// last is how a conversation ended: the last GOAWAY, and whether the connection is open. What comes
+// before depends on who is faster.
 func last(heard []string) []string {
 	var end []string
 	for _, h := range heard {
@@ -52,7 +54,8 @@ func last(heard []string) []string {
 	return end
 }
 
-// TestFloods: frames without end, each of them allowed. The proxy lets go of a client where etcd does, takes no more memory than it may, and serves others all the while.
+// TestFloods: frames without end, each of them allowed. The proxy lets go of a client where etcd
+// does, takes no more memory than it may, and serves others all the while.
 func TestFloods(t *testing.T) {
 	s := newSite(t, 0, nil)
 	n, calls, connections := 100_000, 10_000, 4
@@ -132,7 +135,9 @@ func TestFloods(t *testing.T) {
 			if test.reads {
 				for side, address := range s.sides() {
 					k := greet(t, address)
-					// Whether a connection is closed on which frames go on to come for a stream that has ended is chance: grpc-go's server does one or the other, in etcd too.
+					// Whether a connection is closed on which frames go on to come for a stream
+					// that has ended is chance: grpc-go's server does one or the other, in etcd
+					// too.
 					ends[side] = slices.DeleteFunc(last(k.flood(5000, true, test.flood(k))), func(s string) bool { return !strings.HasPrefix(s, "GOAWAY") })
 				}
 				t.Logf("it ends with %q", ends["the proxy"])

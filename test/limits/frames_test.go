@@ -72,7 +72,8 @@ func (k *talker) frame(length int, kind http2.FrameType, flags http2.Flags, stre
 func (k *talker) block(fields ...string) []byte {
 	k.headers.Reset()
 	for i := 0; i < len(fields); i += 2 {
-		_ = k.encoder.WriteField(hpack.HeaderField{Name: fields[i], Value: fields[i+1]}) // to memory
+		// to memory
+		_ = k.encoder.WriteField(hpack.HeaderField{Name: fields[i], Value: fields[i+1]})
 	}
 	return bytes.Clone(k.headers.Bytes())
 }
@@ -106,7 +107,8 @@ func gzipped(s string) []byte {
 
 const mark = "the mark"
 
-// listen reads until the server closes, answers the mark, or says no more within the time. It returns what was heard, and how it ended.
+// listen reads until the server closes, answers the mark, or says no more within the time. It
+// returns what was heard, and how it ended.
 func (k *talker) listen(within time.Duration) []string {
 	return k.listenUntil(within, func() bool { return false })
 }
@@ -155,13 +157,15 @@ func (k *talker) listenUntil(within time.Duration, done func() bool) []string {
 	}
 }
 
-// settled asks for an answer to a PING, so that what was said before has been understood, and listens.
+// settled asks for an answer to a PING, so that what was said before has been understood, and
+// listens.
 func (k *talker) settled() []string {
 	_ = k.WritePing(false, [8]byte([]byte(mark)))
 	return k.listen(5 * time.Second)
 }
 
-// TestGarbage: whatever is no HTTP/2, or no gRPC, is answered as etcd's server answers it, and costs nobody else anything.
+// TestGarbage: whatever is no HTTP/2, or no gRPC, is answered as etcd's server answers it, and
+// costs nobody else anything.
 func TestGarbage(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, 0, nil)
@@ -173,8 +177,8 @@ func TestGarbage(t *testing.T) {
 	s.settles(t, before)
 }
 
-// goAways are the violations of HTTP/2 that the proxy answers with the error code of RFC 9113, where
-// etcd without TLS just closes the connection or takes no notice.
+// goAways are the violations of HTTP/2 that the proxy answers with the error code of RFC 9113,
+// where etcd without TLS just closes the connection or takes no notice.
 var goAways = map[string]http2.ErrCode{
 	"SETTINGS of five bytes":                http2.ErrCodeFrameSize,
 	"SETTINGS on a stream":                  http2.ErrCodeProtocol,
@@ -200,7 +204,8 @@ var goAways = map[string]http2.ErrCode{
 	"PRIORITY of four bytes":                http2.ErrCodeFrameSize,
 }
 
-// garbage compares what the servers say, word for word, but for the codes that only the proxy sends.
+// garbage compares what the servers say, word for word, but for the codes that only the proxy
+// sends.
 func (s *site) garbage(t *testing.T) {
 	rangeMethod := call("/etcdserverpb.KV/Range")
 	for name, say := range map[string]func(*talker){
@@ -286,7 +291,8 @@ func (s *site) garbage(t *testing.T) {
 				}
 				return []string{"GOAWAY " + code.String(), "closed"}
 			}
-			// An answer to a call may come after that to the PING, and on one side later than on the other.
+			// An answer to a call may come after that to the PING, and on one side later than on
+			// the other.
 			for begun := time.Now(); time.Since(begun) < 100*time.Millisecond || !slices.Equal(want(), got) && time.Since(begun) < 10*time.Second; {
 				etcd, got = bare.listen(50*time.Millisecond), proxy.listen(50*time.Millisecond)
 			}
@@ -316,7 +322,8 @@ func (s *site) noHTTP(t *testing.T) {
 			for side, address := range s.sides() {
 				k := connect(t, address)
 				k.raw(said)
-				_ = k.Conn.(*net.TCPConn).CloseWrite() // who waits for the end of a line waits no longer
+				// who waits for the end of a line waits no longer
+				_ = k.Conn.(*net.TCPConn).CloseWrite()
 				_ = k.SetReadDeadline(time.Now().Add(15 * time.Second))
 				if _, err := io.Copy(io.Discard, k.Conn); errors.Is(err, os.ErrDeadlineExceeded) {
 					t.Errorf("%s keeps the connection", side)

@@ -16,8 +16,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// h2specCases are what h2spec runs: all of it but http2/5.1.2. There it opens one stream more than a
-// server allows, which with etcd's 4294967295 over TLS takes all memory of the machine.
+// h2specCases are what h2spec runs: all of it but http2/5.1.2. There it opens one stream more than
+// a server allows, which with etcd's 4294967295 over TLS takes all memory of the machine.
 func h2specCases() []string {
 	all := []string{"generic", "hpack", "http2/3", "http2/4", "http2/5.1.1", "http2/5.3", "http2/5.4", "http2/5.5", "http2/6", "http2/7", "http2/8"}
 	for i := range 13 {
@@ -108,8 +108,8 @@ func h2spec(t *testing.T, bin, address string, overTLS bool) (failed map[string]
 	return failed, nil
 }
 
-// TestH2Spec: of the cases of h2spec the proxy fails none that is not known, and fewer than etcd, not
-// counting those that fail by chance.
+// TestH2Spec: of the cases of h2spec the proxy fails none that is not known, and fewer than etcd,
+// not counting those that fail by chance.
 func TestH2Spec(t *testing.T) {
 	t.Parallel()
 	bin := harness.Bin(t, "h2spec")

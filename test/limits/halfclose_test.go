@@ -26,8 +26,8 @@ type openCall struct {
 	named   bool   // the message is a name that nobody has used before
 }
 
-// openCalls are the unary calls of every service, with an empty request, and some that do something,
-// on a key under a rule and on one that is not.
+// openCalls are the unary calls of every service, with an empty request, and some that do
+// something, on a key under a rule and on one that is not.
 func openCalls(t *testing.T) (all []openCall) {
 	t.Helper()
 	for _, name := range []protoreflect.FullName{
@@ -44,7 +44,8 @@ func openCalls(t *testing.T) (all []openCall) {
 				c := openCall{method: fmt.Sprintf("/%s/%s", name, m.Name())}
 				switch m.Name() {
 				case "Compact":
-					c.message = []byte("\x08\xff\xff\xff\xff\x0f") // a revision to come, at each time
+					// a revision to come, at each time
+					c.message = []byte("\x08\xff\xff\xff\xff\x0f")
 				case "Campaign", "Leader", "Lock":
 					c.named = true
 				}
@@ -98,7 +99,8 @@ func (c openCall) ends(k *talker) (said []string) {
 		switch {
 		case ends:
 			said = append(said, "status "+code)
-		case h == "RST_STREAM 1 STREAM_CLOSED": // net/http says so, if what is sent later comes after the answer
+		case h == "RST_STREAM 1 STREAM_CLOSED":
+			// net/http says so, if what is sent later comes after the answer
 		case !strings.HasPrefix(h, "HEADERS"):
 			said = append(said, h)
 		}

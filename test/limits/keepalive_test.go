@@ -46,7 +46,9 @@ func TestPings(t *testing.T) {
 				}
 				all.Go(func() {
 					var heard []string
-					for range 5 { // the first is free, the next three are too many if they are, and an answer to a call forgives one
+					// the first is free, the next three are too many if they are, and an answer to
+					// a call forgives one
+					for range 5 {
 						time.Sleep(test.pause)
 						heard = last(k.settled())
 						if !slices.Equal(heard, []string{kept}) {

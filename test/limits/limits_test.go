@@ -1,5 +1,6 @@
-// Package limits proves what bad clients can do to the proxy, and to its other clients: be refused, or be let go. Where bare etcd has an answer, it is
-// the same one. The processes are real, every key is under a rule, and while a client misbehaves another one is served.
+// Package limits proves what bad clients can do to the proxy, and to its other clients: be refused,
+// or be let go. Where bare etcd has an answer, it is the same one. The processes are real, every
+// key is under a rule, and while a client misbehaves another one is served.
 package limits
 
 import (
@@ -20,7 +21,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestMain has the processes collect their garbage early, so that what they hold can be told from what they have yet to throw away.
+// TestMain has the processes collect their garbage early, so that what they hold can be told from
+// what they have yet to throw away.
 func TestMain(m *testing.M) {
 	_ = os.Setenv("GOGC", "25") // never fails
 	os.Exit(m.Run())
@@ -36,7 +38,8 @@ type site struct {
 // sealing is how much more etcd must let through than the proxy does.
 const sealing = 256 << 10
 
-// newSite starts one. maxRequest is the limit for clients, 0 the default; edit may change the proxy's configuration.
+// newSite starts one. maxRequest is the limit for clients, 0 the default; edit may change the
+// proxy's configuration.
 func newSite(t *testing.T, maxRequest int, edit func(*site, *harness.ProxyConfig), flags ...string) *site {
 	t.Helper()
 	s := &site{env: harness.New(t)}
@@ -80,10 +83,12 @@ func (s *site) sides() map[string]string {
 	return map[string]string{"bare etcd": s.bare.Address, "the proxy": s.proxy.Address}
 }
 
-// witnessPatience is how long an honest client's call may take while others misbehave. It is for machines that others work on, too: calls take a millisecond.
+// witnessPatience is how long an honest client's call may take while others misbehave. It is for
+// machines that others work on, too: calls take a millisecond.
 const witnessPatience = 5 * time.Second
 
-// witness starts an honest client that writes and reads until the returned function is called, which fails the test if any call failed or had to wait.
+// witness starts an honest client that writes and reads until the returned function is called,
+// which fails the test if any call failed or had to wait.
 func (s *site) witness(t *testing.T) (done func()) {
 	t.Helper()
 	conn := harness.Dial(t, s.proxy.Address, s.proxy.TLS)
@@ -141,7 +146,8 @@ func (u usage) String() string {
 	return fmt.Sprintf("heap %d MiB, peak %d MiB, %d goroutines", u.heap>>20, u.peak>>20, u.goroutines)
 }
 
-// usage reads the peak from /proc and the rest from the admin port. Where there is no /proc, the peak is 0.
+// usage reads the peak from /proc and the rest from the admin port. Where there is no /proc, the
+// peak is 0.
 func (s *site) usage(t *testing.T) usage {
 	t.Helper()
 	var u usage
@@ -185,10 +191,12 @@ func (s *site) metric(t *testing.T, name string) (sum float64) {
 	return sum
 }
 
-// What may stay: the goroutines of some connections to etcd's own HTTP, which are kept, and buffers.
+// What may stay: the goroutines of some connections to etcd's own HTTP, which are kept, and
+// buffers.
 const spare, spareBytes = 50, 24 << 20
 
-// settles waits until the proxy holds no more goroutines and no more memory than before, but for a few.
+// settles waits until the proxy holds no more goroutines and no more memory than before, but for a
+// few.
 func (s *site) settles(t *testing.T, before usage) {
 	t.Helper()
 	conn := harness.Dial(t, s.proxy.Address, s.proxy.TLS)
@@ -209,7 +217,8 @@ func (s *site) settles(t *testing.T, before usage) {
 	})
 }
 
-// abused runs abuse twice beside an honest client. What a bad client takes is never more than limit bytes, and it is given back.
+// abused runs abuse twice beside an honest client. What a bad client takes is never more than limit
+// bytes, and it is given back.
 func (s *site) abused(t *testing.T, limit int64, abuse func()) {
 	t.Helper()
 	before := s.usage(t)

@@ -24,8 +24,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// memorySite is a proxy whose memory is measured: one listener without TLS for everyone, and one with
-// TLS that only allows the client "allowed".
+// memorySite is a proxy whose memory is measured: one listener without TLS for everyone, and one
+// with TLS that only allows the client "allowed".
 type memorySite struct {
 	*site
 	plain, secure   string // addresses
@@ -143,9 +143,6 @@ func (m *memorySite) grows(t *testing.T, mib int64, warm, abuse func()) {
 	}
 }
 
-// drain reads and drops what the server sends.
-func (k *talker) drain() { go func() { _, _ = io.Copy(io.Discard, k.Conn) }() }
-
 // answered waits until the server has answered a PING, or closed the connection.
 func (k *talker) answered() []string {
 	_ = k.WritePing(false, [8]byte([]byte(mark)))
@@ -161,8 +158,8 @@ func (k *talker) status(code string) bool {
 
 const rangeMethod = "/etcdserverpb.KV/Range"
 
-// tinyFields starts a stream with n header fields of 33 bytes each (RFC 9113, section 6.5.2), of one
-// byte each on the wire.
+// tinyFields starts a stream with n header fields of 33 bytes each (RFC 9113, section 6.5.2), of
+// one byte each on the wire.
 func (k *talker) tinyFields(stream uint32, n int) {
 	block := append(k.block(call(rangeMethod, "a", "")...), slices.Repeat([]byte{0xbe}, n)...)
 	const frame = 16 << 10
@@ -196,8 +193,8 @@ func TestMemoryOfHeaderFields(t *testing.T) {
 	}
 }
 
-// TestMemoryOfUnfinishedMessages: 100 streams on one connection, each with 1.9 MB of a message of 1.9
-// MB and a bit. The client respects the flow-control windows.
+// TestMemoryOfUnfinishedMessages: 100 streams on one connection, each with 1.9 MB of a message of
+// 1.9 MB and a bit. The client respects the flow-control windows.
 func TestMemoryOfUnfinishedMessages(t *testing.T) {
 	for name, mib := range map[string]int64{"allowed": 260, "not allowed": 8} {
 		t.Run(name, func(t *testing.T) {
@@ -321,7 +318,8 @@ func TestMemoryOfConnections(t *testing.T) {
 						if !k.status("12") {
 							t.Errorf("heard %q", k.heard)
 						}
-						_ = k.Conn.(*net.TCPConn).SetLinger(0) // leaves no trace in the tables of the system
+						// leaves no trace in the tables of the system
+						_ = k.Conn.(*net.TCPConn).SetLinger(0)
 						k.Close()
 					}
 				})
@@ -331,8 +329,8 @@ func TestMemoryOfConnections(t *testing.T) {
 		m.grows(t, 24, func() { short(80) }, func() { short(5000) })
 	})
 	// A TLS handshake leaves 90 KiB of garbage, and the heap may grow to four times what is in use
-	// before it is collected. So 1,000 handshakes cost 30 MiB, even if no connection stays open. What
-	// the connections hold shows where garbage is collected early.
+	// before it is collected. So 1,000 handshakes cost 30 MiB, even if no connection stays open.
+	// What the connections hold shows where garbage is collected early.
 	for name, test := range map[string]struct {
 		gogc string
 		mib  int64
@@ -401,8 +399,8 @@ func TestMemoryOfStreams(t *testing.T) {
 	}
 }
 
-// TestMemoryOfClientsThatOnlySend: 200 clients send without end what is to be answered, and never read.
-// None of the other clients waits for long.
+// TestMemoryOfClientsThatOnlySend: 200 clients send without end what is to be answered, and never
+// read. None of the other clients waits for long.
 func TestMemoryOfClientsThatOnlySend(t *testing.T) {
 	for name, send := range map[string]func(k *talker, i uint32){
 		"pings":                      func(k *talker, _ uint32) { _ = k.WritePing(false, [8]byte{}) },
@@ -416,7 +414,8 @@ func TestMemoryOfClientsThatOnlySend(t *testing.T) {
 			m := newMemorySite(t)
 			kv := pb.NewKVClient(harness.Dial(t, m.plain, nil))
 			value := m.env.Sealed.Value("witness")
-			// The machine may be busy: of three times the best one counts, and what a call takes alone.
+			// The machine may be busy: of three times the best one counts, and what a call takes
+			// alone.
 			longest := func(others int) time.Duration {
 				d, err := m.longestCall(t, m.plain, kv, value, others, send)
 				if err != nil {
@@ -436,8 +435,8 @@ func TestMemoryOfClientsThatOnlySend(t *testing.T) {
 			if best <= limit {
 				return
 			}
-			// The senders, the proxy and etcd share the processors, so the wait must not be longer than
-			// with etcd alone. There a call may even fail.
+			// The senders, the proxy and etcd share the processors, so the wait must not be longer
+			// than with etcd alone. There a call may even fail.
 			bare := m.env.StartEtcd(harness.EtcdConfig{Name: "bare", Bare: true, Flags: []string{"--unsafe-no-fsync"}})
 			etcd, err := m.longestCall(t, bare.Address, pb.NewKVClient(harness.Dial(t, bare.Address, nil)), value, 200, send)
 			t.Logf("with etcd alone an honest client waited %v: %v", etcd, err)
@@ -470,7 +469,7 @@ func (m *memorySite) longestCall(t *testing.T, address string, kv pb.KVClient, v
 		ended.Go(func() {
 			defer k.Close()
 			_ = k.SetWriteDeadline(time.Now().Add(5 * time.Second))
-			_, _ = k.Conn.Write(all.Bytes())
+			_, _ = k.Write(all.Bytes())
 			<-ctx.Done() // it stays connected
 		})
 	}

@@ -17,8 +17,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestEtcdRestarts: an etcd that dies takes the calls in flight with it, with the codes that its own clients see, but not the connections to the proxy, which serves on them as soon
-// as etcd is back.
+// TestEtcdRestarts: an etcd that dies takes the calls in flight with it, with the codes that its
+// own clients see, but not the connections to the proxy, which serves on them as soon as etcd is
+// back.
 func TestEtcdRestarts(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, 0, nil)
@@ -95,7 +96,8 @@ func TestEtcdRestarts(t *testing.T) {
 	}
 }
 
-// TestDrainSendsAway: a proxy that is told to end sends its clients away by GOAWAY as etcd does, and finishes their calls.
+// TestDrainSendsAway: a proxy that is told to end sends its clients away by GOAWAY as etcd does,
+// and finishes their calls.
 func TestDrainSendsAway(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, 0, nil)

@@ -111,7 +111,8 @@ func TestServices(t *testing.T) {
 	done()
 }
 
-// overHTTP1 returns the first line of the answer to a request with a header of that value. A server need not read it to its end.
+// overHTTP1 returns the first line of the answer to a request with a header of that value. A server
+// need not read it to its end.
 func overHTTP1(t *testing.T, address, value string) string {
 	t.Helper()
 	conn, err := net.Dial("tcp", address)
@@ -143,7 +144,8 @@ func (r *recorder) handle(_ any, ss grpc.ServerStream) error {
 	}
 	asked := new(healthpb.HealthCheckRequest) // whose first field is where others have a key
 	err := ss.RecvMsg(asked)
-	if !strings.HasPrefix(asked.GetService(), "/etcd-kms-proxy/") { // what the proxy asks for itself
+	// what the proxy asks for itself
+	if !strings.HasPrefix(asked.GetService(), "/etcd-kms-proxy/") {
 		select {
 		case r.got <- md:
 		default:
@@ -157,7 +159,8 @@ func (r *recorder) handle(_ any, ss grpc.ServerStream) error {
 	return ss.SendMsg(new(healthpb.HealthCheckResponse))
 }
 
-// TestTracing: what a client's tracing says of a call arrives at etcd with it, word for word, whatever way the call goes, and what etcd adds to its answer comes back.
+// TestTracing: what a client's tracing says of a call arrives at etcd with it, word for word,
+// whatever way the call goes, and what etcd adds to its answer comes back.
 func TestTracing(t *testing.T) {
 	t.Parallel()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -240,7 +243,8 @@ func TestTracing(t *testing.T) {
 		t.Fatal(err)
 	}
 	request.Header.Set("Grpc-Metadata-Traceparent", sent["traceparent"][0])
-	if answer, err := http.DefaultClient.Do(request); err == nil { // the binary headers of this answer are not for HTTP/1
+	// the binary headers of this answer are not for HTTP/1
+	if answer, err := http.DefaultClient.Do(request); err == nil {
 		answer.Body.Close()
 	}
 	s.arrived(t, "the gateway", r, metadata.MD{"traceparent": sent["traceparent"]})

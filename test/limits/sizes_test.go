@@ -18,7 +18,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestLargeRequests: what etcd allows passes at a hundred megabytes, too, and what it does not is refused as etcd refuses it.
+// TestLargeRequests: what etcd allows passes at a hundred megabytes, too, and what it does not is
+// refused as etcd refuses it.
 func TestLargeRequests(t *testing.T) {
 	limit := 100 << 20
 	if testing.Short() {
@@ -47,7 +48,8 @@ func TestLargeRequests(t *testing.T) {
 	}
 }
 
-// TestLargeAnswers: a list of 300 MB passes, or of as many as LIMITS_ANSWER_MB says. A stream of it takes no memory to speak of, a whole one what it is worth.
+// TestLargeAnswers: a list of 300 MB passes, or of as many as LIMITS_ANSWER_MB says. A stream of it
+// takes no memory to speak of, a whole one what it is worth.
 func TestLargeAnswers(t *testing.T) {
 	megabytes := 300
 	if testing.Short() {
@@ -108,7 +110,8 @@ func TestLargeAnswers(t *testing.T) {
 	s.settles(t, before)
 	after := s.usage(t)
 	t.Logf("after a list of it %v", after)
-	if after.peak > streamed.peak+int64(megabytes)*3<<20+96<<20 { // as it came, as it goes, and garbage
+	// as it came, as it goes, and garbage
+	if after.peak > streamed.peak+int64(megabytes)*3<<20+96<<20 {
 		t.Errorf("before %v, after %v", streamed, after)
 	}
 }

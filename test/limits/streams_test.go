@@ -12,8 +12,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestConcurrentStreams: an etcd that allows a hundred streams on a connection does not make the clients of the proxy, which are on few connections to it, wait for each
-// other: neither many watches through one of them, nor a call of another beside them.
+// TestConcurrentStreams: an etcd that allows a hundred streams on a connection does not make the
+// clients of the proxy, which are on few connections to it, wait for each other: neither many
+// watches through one of them, nor a call of another beside them.
 func TestConcurrentStreams(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, 0, nil, "--max-concurrent-streams", "100")

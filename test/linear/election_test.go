@@ -48,12 +48,14 @@ func electing(state, in any) (bool, any) {
 	s := state.(ballot)
 	switch i := in.(type) {
 	case won:
-		if i.token > s.token { // otherwise it was seen before, or its key disappeared while it waited
+		// otherwise it was seen before, or its key disappeared while it waited
+		if i.token > s.token {
 			s = ballot{token: i.token, value: i.value}
 		}
 		return true, s
 	case leads:
-		if i.token > s.token && !strings.Contains(i.value, "-proclaim-") { // it has won, and does not know yet
+		// it has won, and does not know yet
+		if i.token > s.token && !strings.Contains(i.value, "-proclaim-") {
 			s = ballot{token: i.token, value: i.value}
 		}
 		return i.token == s.token && !s.gone && i.value == s.value, s
@@ -89,7 +91,8 @@ func TestElections(t *testing.T) {
 			service bool
 		}{
 			"/s/": {{0, true}, {1, true}, {0, false}, {1, false}}, // every key encrypted
-			"/u/": {{0, true}, {direct, false}, {direct, true}},   // without a rule: the service is etcd's
+			// without a rule: the service is etcd's
+			"/u/": {{0, true}, {direct, false}, {direct, true}},
 		} {
 			e := s.election(t, h, prefix+"election-"+round)
 			elections = append(elections, e)

@@ -89,7 +89,8 @@ func (h *history) settled() map[string][]porcupine.Operation {
 			if r.ret, ok = seen[place{r.key, r.wrote}]; !ok || r.wrote == "" {
 				continue
 			}
-			r.ret = max(r.ret, r.call) // a value that is read before it was written fits nowhere, and porcupine reports it
+			// a value that is read before it was written fits nowhere, and porcupine reports it
+			r.ret = max(r.ret, r.call)
 		}
 		parts[r.key] = append(parts[r.key], porcupine.Operation{ClientId: r.client, Input: r.in, Call: r.call, Return: r.ret})
 	}

@@ -86,9 +86,12 @@ func TestLocks(t *testing.T) {
 			via     int
 			service bool
 		}{
-			"/s/": {{0, true}, {1, true}, {0, false}, {1, false}},           // every key encrypted: all use a proxy, which runs the service
-			"/m/": {{0, true}, {1, false}, {direct, true}, {direct, false}}, // encrypted by clients of a proxy, and not by those that bypass it
-			"/u/": {{0, true}, {1, false}, {direct, true}},                  // without a rule: the service is etcd's
+			// every key encrypted: all use a proxy, which runs the service
+			"/s/": {{0, true}, {1, true}, {0, false}, {1, false}},
+			// encrypted by clients of a proxy, and not by those that bypass it
+			"/m/": {{0, true}, {1, false}, {direct, true}, {direct, false}},
+			// without a rule: the service is etcd's
+			"/u/": {{0, true}, {1, false}, {direct, true}},
 		} {
 			name := prefix + "lock-" + round
 			register := "/s/behind" + name
@@ -278,7 +281,8 @@ func (l *locker) change(ctx context.Context, key string, token int64, old string
 			return false
 		}
 		old = value
-		time.Sleep(time.Duration(rand.IntN(10)) * time.Millisecond) // some work, so that others can act in between
+		// some work, so that others can act in between
+		time.Sleep(time.Duration(rand.IntN(10)) * time.Millisecond)
 	}
 	return true
 }

@@ -34,8 +34,10 @@ type site struct {
 	*harness.Env
 	cluster *harness.Cluster
 	proxies []*harness.Proxy
-	links   [4][][]*harness.Relay // what fails together: the networks of a client, from a proxy to a member, from a proxy to all members, from the other members to a member
-	etcd    *clientv3.Client      // without the networks that fail
+	// what fails together: the networks of a client, from a proxy to a member, from a proxy to all
+	// members, from the other members to a member
+	links [4][][]*harness.Relay
+	etcd  *clientv3.Client // without the networks that fail
 }
 
 func newSite(t *testing.T) *site {
@@ -58,7 +60,8 @@ func newSite(t *testing.T) *site {
 		p := s.NewProxy(fmt.Sprintf("proxy-%d", n), harness.ProxyConfig{
 			Etcd: harness.Upstream{Endpoints: urls}, KMS: []harness.KMSConfig{kms}, Rules: []harness.Rule{
 				{Prefix: "/s/", WriteWith: "dev", AllowPlaintextReads: new(false)},
-				{Prefix: "/m/", WriteWith: "dev", AllowPlaintextReads: new(true)}, // where some bypass the proxies
+				// where some bypass the proxies
+				{Prefix: "/m/", WriteWith: "dev", AllowPlaintextReads: new(true)},
 			},
 		})
 		p.Start()
@@ -233,7 +236,8 @@ func (s *site) moveLeader() {
 		return
 	}
 	to := members.Members[rand.IntN(len(members.Members))].ID
-	_, _ = pb.NewMaintenanceClient(conn).MoveLeader(ctx, &pb.MoveLeaderRequest{TargetID: to}) // it may be the leader, or down
+	// it may be the leader, or down
+	_, _ = pb.NewMaintenanceClient(conn).MoveLeader(ctx, &pb.MoveLeaderRequest{TargetID: to})
 }
 
 func between(from, to int) time.Duration {

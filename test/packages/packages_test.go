@@ -130,7 +130,8 @@ func serves(t *testing.T) {
 	env := harness.New(t)
 	etcd := env.StartEtcd(harness.EtcdConfig{Name: "etcd"})
 	dir := t.TempDir()
-	for d := dir; d != "/" && d != os.TempDir(); d = filepath.Dir(d) { // the user must get at the socket
+	// the user must get at the socket
+	for d := dir; d != "/" && d != os.TempDir(); d = filepath.Dir(d) {
 		if err := os.Chmod(d, 0o755); err != nil {
 			t.Fatal(err)
 		}

@@ -9,8 +9,8 @@ import (
 	"testing"
 )
 
-// An rpmRoot is a file system with an empty rpm database. Its /usr has this machine's programs, which
-// the package's scripts need; what rpm writes there goes into the folder added.
+// An rpmRoot is a file system with an empty rpm database. Its /usr has this machine's programs,
+// which the package's scripts need; what rpm writes there goes into the folder added.
 type rpmRoot struct {
 	t          *testing.T
 	dir, added string
@@ -82,8 +82,8 @@ func (r *rpmRoot) path(name string) string {
 	return filepath.Join(r.dir, name)
 }
 
-// testRPM installs the package in an empty root with the rpm of this machine, and upgrades and erases
-// it.
+// testRPM installs the package in an empty root with the rpm of this machine, and upgrades and
+// erases it.
 func testRPM(t *testing.T, old, next string) {
 	if _, err := exec.LookPath("rpm"); err != nil {
 		if os.Getenv("CI") != "" {
@@ -119,7 +119,8 @@ func testRPM(t *testing.T, old, next string) {
 		t.Errorf("the package did not make its user:\n%s", passwd)
 	}
 
-	// The user reads the configuration. It cannot read the key, which systemd passes to the service.
+	// The user reads the configuration. It cannot read the key, which systemd passes to the
+	// service.
 	if out, err := r.run("/usr/bin/etcd-kms-proxy", "config", "check"); err == nil || !strings.Contains(out, credential) {
 		t.Errorf("config check without a key: %v, want an error that names %s:\n%s", err, credential, out)
 	}

@@ -132,7 +132,8 @@ func TestOfflineKey(t *testing.T) {
 	s.proxy.WaitReady(within)
 	const n = 12
 	s.fill(t, "a", n-1)
-	const shown = "decrypted in an emergency" // it is printed, so it must not be one that the harness searches for
+	// it is printed, so it must not be one that the harness searches for
+	const shown = "decrypted in an emergency"
 	if err := s.put(t, prefix+"shown", shown); err != nil {
 		t.Fatal(err)
 	}
@@ -305,8 +306,8 @@ func (s *site) protectedFile(t *testing.T, o *offline) (file, passphrase string)
 	return s.env.File("protected.age", b.Bytes()), passphrase
 }
 
-// lostConfiguration decrypts a snapshot with the identity, and with a configuration that is made from
-// the names in the snapshot as the documentation says.
+// lostConfiguration decrypts a snapshot with the identity, and with a configuration that is made
+// from the names in the snapshot as the documentation says.
 func (s *site) lostConfiguration(t *testing.T, snapshot string, o *offline, want string) {
 	t.Helper()
 	names := func(command string) string {
@@ -362,7 +363,8 @@ func (s *site) lastResort(t *testing.T, snapshot string, o *offline, want string
 	if err != nil || len(r.Kvs) != 1 {
 		t.Fatal(err)
 	}
-	stored, err := json.Marshal(map[string]any{"kvs": []any{map[string]any{"key": r.Kvs[0].Key, "value": r.Kvs[0].Value}}}) // as etcdctl get -w json
+	// as etcdctl get -w json
+	stored, err := json.Marshal(map[string]any{"kvs": []any{map[string]any{"key": r.Kvs[0].Key, "value": r.Kvs[0].Value}}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -19,7 +19,8 @@ func TestSnapshotIsOpened(t *testing.T) {
 	rule := harness.Rule{WriteWith: "ack", Recovery: []string{"dr"}, RecoveryRequired: true}
 	s.run(t, rule, ack, dr)
 	s.proxy.WaitReady(within)
-	const value = "opened in an emergency" // it is printed, so it must not be one that the harness searches for
+	// it is printed, so it must not be one that the harness searches for
+	const value = "opened in an emergency"
 	s.fill(t, "key", 3)
 	if err := s.put(t, prefix+"shown", value); err != nil {
 		t.Fatal(err)

@@ -117,7 +117,8 @@ func TestOneAtATime(t *testing.T) {
 	if !strings.Contains(second.Log(), holder) {
 		t.Errorf("it does not say who: %s", second.Log())
 	}
-	if err := syscall.Kill(first.PID(), syscall.SIGSTOP); err != nil { // as if its machine had stopped
+	// as if its machine had stopped
+	if err := syscall.Kill(first.PID(), syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
 	if code := second.Wait(within); code != 0 {
@@ -149,7 +150,8 @@ func TestNoSpace(t *testing.T) {
 		s.put(key, values[key], 0)
 	}
 	maintenance := pb.NewMaintenanceClient(s.conn)
-	harness.Eventually(t, within, "etcd to commit the values to its database", func() error { // its size is that of the last commit
+	// its size is that of the last commit
+	harness.Eventually(t, within, "etcd to commit the values to its database", func() error {
 		status, err := maintenance.Status(t.Context(), &pb.StatusRequest{})
 		if err == nil && status.DbSizeInUse < 13<<20 {
 			err = fmt.Errorf("%d bytes", status.DbSizeInUse)

@@ -15,7 +15,8 @@ func (s *site) underKey(config string) {
 	s.t.Helper()
 	harness.Eventually(s.t, within, "all values to be under "+s.kms.KeyID(), func() error {
 		out, code := s.Run("status", "--config", config, "--output", "json")
-		if code != 0 || strings.Count(out, `"keyID": "`+s.kms.KeyID()+`"`) != 2 { // of the values, and of the KMS
+		// of the values, and of the KMS
+		if code != 0 || strings.Count(out, `"keyID": "`+s.kms.KeyID()+`"`) != 2 {
 			return fmt.Errorf("exit code %d: %s", code, out)
 		}
 		return nil

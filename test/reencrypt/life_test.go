@@ -178,7 +178,8 @@ func (l *life) renew() {
 	// Slow enough for a kill in the middle.
 	p := start(max(50, l.n/6))
 	for _, kill := range kills {
-		time.Sleep(time.Duration(rand.IntN(1500)) * time.Millisecond) // a random moment is the point
+		// a random moment is the point
+		time.Sleep(time.Duration(rand.IntN(1500)) * time.Millisecond)
 		switch kill {
 		case "reencrypt":
 			p.Kill()
@@ -187,7 +188,8 @@ func (l *life) renew() {
 			l.proxy.Kill()
 			l.proxy.Start()
 		case "member":
-			m := l.cluster.Members[rand.IntN(3)] // the first is the test's own connection, which waits for it
+			// the first is the test's own connection, which waits for it
+			m := l.cluster.Members[rand.IntN(3)]
 			m.Kill()
 			time.Sleep(time.Duration(rand.IntN(1000)) * time.Millisecond)
 			m.Start()

@@ -28,14 +28,15 @@ type booted struct {
 	pid  int
 }
 
-// enterCgroup moves the first process into its cgroup, which becomes the root of its namespace of cgroups.
+// enterCgroup moves the first process into its cgroup, which becomes the root of its namespace of
+// cgroups.
 const enterCgroup = `set -eu
 for procs; do echo 0 >"$procs"; done
 exec unshare --cgroup /bin/sh -c "$script" machine "$root"
 `
 
-// firstProcess sets up the file system and becomes systemd. /proc/sys is read-only, so that systemd does
-// not change the settings of the whole kernel.
+// firstProcess sets up the file system and becomes systemd. /proc/sys is read-only, so that systemd
+// does not change the settings of the whole kernel.
 const firstProcess = `set -eu
 root=$1
 hostname machine
@@ -145,7 +146,8 @@ func boot(t *testing.T) *booted {
 	})
 	harness.Eventually(t, time.Minute, "systemd to have booted", func() error {
 		if comm, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", m.pid)); err != nil || string(comm) != "systemd\n" {
-			return fmt.Errorf("the first process is %q: %w", comm, err) // whose root is still this machine's
+			// whose root is still this machine's
+			return fmt.Errorf("the first process is %q: %w", comm, err)
 		}
 		out, err := m.try(t.Context(), "systemctl is-system-running")
 		if state := strings.TrimSpace(out); state != "running" && state != "degraded" {
@@ -228,7 +230,8 @@ func TestBooted(t *testing.T) {
 	if err := yaml.Unmarshal([]byte(block), &config); err != nil || len(commands) != 10 {
 		t.Fatalf("the page has %d commands, and its configuration is not YAML: %v", len(commands), err)
 	}
-	config["etcd"] = map[string]any{"endpoints": []string{"http://127.0.0.1:2379"}} // the only change
+	// the only change
+	config["etcd"] = map[string]any{"endpoints": []string{"http://127.0.0.1:2379"}}
 	text, err := yaml.Marshal(config)
 	if err != nil {
 		t.Fatal(err)
@@ -282,7 +285,8 @@ func TestBooted(t *testing.T) {
 		t.Errorf("%d of %d writes failed while the service restarted, the first with %s", failed.Load(), writes.Load(), *first.Load())
 	}
 
-	// systemd restarts a process that has died, and one that has not reported for the time of the watchdog.
+	// systemd restarts a process that has died, and one that has not reported for the time of the
+	// watchdog.
 	restarts := func(signal string, want int) {
 		t.Helper()
 		m.run("kill -" + signal + " $(systemctl show -p MainPID --value etcd-kms-proxy.service)")

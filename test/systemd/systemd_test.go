@@ -1,6 +1,7 @@
-// Package systemd tests the units of deploy/systemd, and `serve` with the features of systemd: passed
-// sockets, notifications and the watchdog. systemd-analyze checks the units, systemd-socket-activate
-// holds the sockets, and a systemd that boots in namespaces runs the service.
+// Package systemd tests the units of deploy/systemd, and `serve` with the features of systemd:
+// passed sockets, notifications and the watchdog. systemd-analyze checks the units,
+// systemd-socket-activate holds the sockets, and a systemd that boots in namespaces runs the
+// service.
 package systemd
 
 import (

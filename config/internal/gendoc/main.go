@@ -1,8 +1,8 @@
-// Command gendoc writes docs/reference/configuration.md from the comments and struct tags of the types
-// of package config.
+// Command gendoc writes docs/reference/configuration.md from the comments and struct tags of the
+// types of package config.
 //
-// The types are printed in the order in which [root] reaches them, each with the path that its fields
-// have in the file.
+// The types are printed in the order in which [root] reaches them, each with the path that its
+// fields have in the file.
 package main
 
 import (
@@ -155,7 +155,8 @@ func (p *page) object(name, path string) error {
 
 var blanks = regexp.MustCompile(`\s*\n\s*`)
 
-// sentence joins a comment's lines within each paragraph and calls the thing by the name it has in the file.
+// sentence joins a comment's lines within each paragraph and calls the thing by the name it has in
+// the file.
 func sentence(text, name, shown string) string {
 	paragraphs := strings.Split(strings.TrimSpace(text), "\n\n")
 	for i, s := range paragraphs {
@@ -168,7 +169,8 @@ func sentence(text, name, shown string) string {
 	return strings.Replace(s, name+" is the whole file.", "The blocks of the file.", 1)
 }
 
-// typeOf returns what a field's type is called for people, and the struct type that it refers to, if any.
+// typeOf returns what a field's type is called for people, and the struct type that it refers to,
+// if any.
 func typeOf(e ast.Expr) (kind, ref string, list bool) {
 	switch t := e.(type) {
 	case *ast.StarExpr:

@@ -7,7 +7,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// TestManualIsCurrent fails when a comment, tag or type changed and docs/reference/configuration.md did not.
+// TestManualIsCurrent fails when a comment, tag or type changed and docs/reference/configuration.md
+// did not.
 func TestManualIsCurrent(t *testing.T) {
 	want, err := render([]string{"../../types.go", "../../types_kms.go"}, "../../testdata/example.yaml")
 	if err != nil {

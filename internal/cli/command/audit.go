@@ -24,9 +24,9 @@ const auditWait = 5 * time.Second
 // audit.jsonl.
 func auditPath(path string) string { return encryption.AuditPath(path, "commands") }
 
-// Record records in the log of the commands that a command began or ended. If audit.required is set,
-// the error says that the command must not continue; otherwise a failure is a warning on stderr. It
-// does nothing without an audit block.
+// Record records in the log of the commands that a command began or ended. If audit.required is
+// set, the error says that the command must not continue; otherwise a failure is a warning on
+// stderr. It does nothing without an audit block.
 func Record(c *config.Config, stderr io.Writer, r auditlog.Record) error {
 	r.Event, r.User = auditlog.EventCommand, systemUser()
 	err := record(c.Audit, r)
@@ -87,8 +87,8 @@ func NewCallLog(c *config.Config, stderr io.Writer) *CallLog {
 // Call records one attempt at a KMS.
 func (l *CallLog) Call(c kmsclient.Call) { l.Record(encryption.CallRecord(c)) }
 
-// Record records an event. The first failure is a warning and ends the recording: a command that only
-// reads needs no log, and one that changes something has its own records.
+// Record records an event. The first failure is a warning and ends the recording: a command that
+// only reads needs no log, and one that changes something has its own records.
 func (l *CallLog) Record(r auditlog.Record) {
 	if l == nil {
 		return

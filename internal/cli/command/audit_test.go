@@ -12,7 +12,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/encryption"
 )
 
-// TestCommandAudit: commands record beside the proxy's file, several in turn, and are refused where the log is required and cannot be written.
+// TestCommandAudit: commands record beside the proxy's file, several in turn, and are refused where
+// the log is required and cannot be written.
 func TestCommandAudit(t *testing.T) {
 	dir := t.TempDir()
 	c := &config.Config{Audit: &config.Audit{Path: filepath.Join(dir, "audit.log"), MaxSizeMiB: 1, MaxFiles: 2, Required: true}}

@@ -59,8 +59,8 @@ func (e *Error) Unwrap() error { return e.Problem.Err }
 // writes nothing for [ErrFindings].
 func (e *Error) Print(w io.Writer) { PrintProblem(w, "error", e.Problem) }
 
-// PrintProblem writes a problem as a line that begins with kind, and its hint. It writes nothing for
-// the zero problem.
+// PrintProblem writes a problem as a line that begins with kind, and its hint. It writes nothing
+// for the zero problem.
 func PrintProblem(w io.Writer, kind string, p problem.Problem) {
 	if p.Text == "" {
 		return

@@ -1,6 +1,6 @@
 // Package stored has the commands that work on the values in etcd, and on its files: status,
-// reencrypt, purge, verify and decrypt. They connect to etcd directly, past the proxies, and use the
-// keys and rules of the configuration.
+// reencrypt, purge, verify and decrypt. They connect to etcd directly, past the proxies, and use
+// the keys and rules of the configuration.
 package stored
 
 import (
@@ -62,8 +62,8 @@ func identityFlag(cmd *cobra.Command) *[]string {
 	return command.IdentityFlag(cmd, "which decrypts values by the recovery copies of providers of kind age if their KMS does not, also if its key is disabled")
 }
 
-// openCluster connects to etcd and starts the rings. It waits for etcd, and for the first poll of each
-// KMS, which may fail. close must follow.
+// openCluster connects to etcd and starts the rings. It waits for etcd, and for the first poll of
+// each KMS, which may fail. close must follow.
 func openCluster(cmd *cobra.Command, c *config.Config, o clusterOptions) (_ *cluster, err error) {
 	if err := command.Positive("--timeout", o.wait); err != nil {
 		return nil, err
@@ -173,8 +173,8 @@ func (cl *cluster) close() {
 	cl.keys.Close()
 }
 
-// CountEncrypted returns how many values of one rule in etcd are encrypted, and its prefix. It is the
-// first rule with such values; without any, n is 0.
+// CountEncrypted returns how many values of one rule in etcd are encrypted, and its prefix. It is
+// the first rule with such values; without any, n is 0.
 func CountEncrypted(cmd *cobra.Command, c *config.Config) (n int64, prefix string, err error) {
 	cl, err := openCluster(cmd, c, clusterOptions{inspectOnly: true, wait: 30 * time.Second})
 	if err != nil {

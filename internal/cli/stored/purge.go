@@ -101,8 +101,8 @@ func (cl *cluster) purge(cmd *cobra.Command, o purgeOptions) (*purgeReport, erro
 		return nil, err
 	}
 	r := &purgeReport{DryRun: o.dryRun, Left: []string{}, Verified: "etcd-kms-proxy verify --data-dir DIR, on the host of each member while it is stopped, verifies the result"}
-	// Compaction removes no present value, so all values that are not verified to be encrypted count as
-	// plaintext.
+	// Compaction removes no present value, so all values that are not verified to be encrypted
+	// count as plaintext.
 	unopened := newDoubts(cl.rules)
 	judge := cl.judge(ctx, false, unopened)
 	readable := func(old *mvccpb.KeyValue) bool {

@@ -11,7 +11,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/reencrypt"
 )
 
-// TestReencryptView: without a terminal, a line now and then tells how far it is and how long it takes; and the cost is said with a warning where there is no room.
+// TestReencryptView: without a terminal, a line now and then tells how far it is and how long it
+// takes; and the cost is said with a warning where there is no room.
 func TestReencryptView(t *testing.T) {
 	t.Parallel()
 	var out strings.Builder

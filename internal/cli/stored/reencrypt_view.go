@@ -17,8 +17,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/reencrypt"
 )
 
-// reencryptView shows the progress of a run: a bar on a terminal, otherwise a line from time to time.
-// Its methods are safe for concurrent use.
+// reencryptView shows the progress of a run: a bar on a terminal, otherwise a line from time to
+// time. Its methods are safe for concurrent use.
 type reencryptView struct {
 	w        io.Writer
 	terminal bool
@@ -41,7 +41,8 @@ func newReencryptView(w io.Writer) *reencryptView {
 
 // say prints a line, above the bar if there is one.
 func (v *reencryptView) say(format string, args ...any) {
-	_, _ = v.Write([]byte(printable.Sprintf(format+"\n", args...))) // a closed standard error ends the command
+	// a closed standard error ends the command
+	_, _ = v.Write([]byte(printable.Sprintf(format+"\n", args...)))
 }
 
 // Write implements [io.Writer].
@@ -71,8 +72,8 @@ func (v *reencryptView) end() {
 	}
 }
 
-// progress shows the progress of a run: the rewritten values of the first pass, and the keys that later
-// passes and the dry run have read.
+// progress shows the progress of a run: the rewritten values of the first pass, and the keys that
+// later passes and the dry run have read.
 func (v *reencryptView) progress(p reencrypt.Progress) {
 	v.mu.Lock()
 	defer v.mu.Unlock()

@@ -62,8 +62,9 @@ written past the proxies, reads of it are refused, and reencrypt skips it. Find 
 
 // statusReport is the result of status. Scripts read the fields of rules other than the detail.
 type statusReport struct {
-	OK        bool           `json:"ok"`
-	Revisions inventory.Span `json:"revisions"` // that were read: one, unless etcd was compacted meanwhile
+	OK bool `json:"ok"`
+	// that were read: one, unless etcd was compacted meanwhile
+	Revisions inventory.Span `json:"revisions"`
 	Rules     []statusRule   `json:"rules"`
 	KMS       []statusKMS    `json:"kms"`
 	Proxies   []statusProxy  `json:"proxies"`        // that announced themselves in etcd
@@ -72,18 +73,20 @@ type statusReport struct {
 }
 
 type statusRule struct {
-	Prefix        string              `json:"prefix"`
-	WriteWith     string              `json:"writeWith"`
-	Strict        bool                `json:"strict"` // allowPlaintextReads: false
-	Keys          int64               `json:"keys"`
-	Current       int64               `json:"current"`
-	Stale         int64               `json:"stale"`
-	Plaintext     int64               `json:"plaintext"`
-	Foreign       int64               `json:"foreign"`
-	Undecryptable int64               `json:"undecryptable"`
-	Unavailable   int64               `json:"unavailable"` // unknown, because their KMS did not unwrap their DEK seeds
-	Refused       int64               `json:"refused"`     // of these: the KMS responded, and refused the DEK seeds
-	Detail        inventory.RuleCount `json:"detail"`
+	Prefix        string `json:"prefix"`
+	WriteWith     string `json:"writeWith"`
+	Strict        bool   `json:"strict"` // allowPlaintextReads: false
+	Keys          int64  `json:"keys"`
+	Current       int64  `json:"current"`
+	Stale         int64  `json:"stale"`
+	Plaintext     int64  `json:"plaintext"`
+	Foreign       int64  `json:"foreign"`
+	Undecryptable int64  `json:"undecryptable"`
+	// unknown, because their KMS did not unwrap their DEK seeds
+	Unavailable int64 `json:"unavailable"`
+	// of these: the KMS responded, and refused the DEK seeds
+	Refused int64               `json:"refused"`
+	Detail  inventory.RuleCount `json:"detail"`
 }
 
 type statusKMS struct {
@@ -92,7 +95,8 @@ type statusKMS struct {
 	Revoked bool   `json:"revoked"`
 	KeyID   string `json:"keyID,omitempty"`
 	Reason  string `json:"reason,omitempty"`
-	Offline bool   `json:"offline,omitempty"` // of kind age: it cannot be polled, and KeyID identifies the recipients
+	// of kind age: it cannot be polled, and KeyID identifies the recipients
+	Offline bool `json:"offline,omitempty"`
 }
 
 type statusProxy struct {

@@ -119,8 +119,8 @@ type verifyOptions struct {
 }
 
 // judge returns a function that says why a value may be readable without the KMS, or "": it is not
-// encrypted, or it only looks encrypted, since it does not decrypt. Values whose DEK seed the KMS did not
-// unwrap are added to doubts.
+// encrypted, or it only looks encrypted, since it does not decrypt. Values whose DEK seed the KMS
+// did not unwrap are added to doubts.
 func (cl *cluster) judge(ctx context.Context, offline bool, doubts *doubts) func(key, value []byte, whole bool) string {
 	return func(key, value []byte, whole bool) string {
 		rule := cl.rules.Of(key)
@@ -272,8 +272,8 @@ func (o *verifyOptions) files() (files, passed []string, err error) {
 	return []string{o.snapshot}, nil, err
 }
 
-// kindsOf returns the kinds of Kubernetes objects under rules that encrypt, or the given ones, and the
-// prefixes below which there may be objects of other kinds.
+// kindsOf returns the kinds of Kubernetes objects under rules that encrypt, or the given ones, and
+// the prefixes below which there may be objects of other kinds.
 func kindsOf(rules *inventory.Rules, given []string) (kinds, shapeless []string) {
 	var clear []string
 	for _, rule := range rules.All() {

@@ -15,8 +15,8 @@ import (
 )
 
 // doubts are values that were not decrypted for a reason that may be temporary. Whether they are
-// findings is decided at the end: they are if the KMS is healthy, decrypts other values and does not
-// unwrap the DEK seed; a KMS that does not respond says nothing about the value.
+// findings is decided at the end: they are if the KMS is healthy, decrypts other values and does
+// not unwrap the DEK seed; a KMS that does not respond says nothing about the value.
 type doubts struct {
 	rules  *inventory.Rules
 	open   map[string]*doubt // by the reason
@@ -34,17 +34,19 @@ type doubt struct {
 }
 
 const (
-	maxDoubts   = 1000             // reasons of which a value is kept
-	maxUnopened = 100              // values listed for each
-	doubtWait   = 45 * time.Second // for each KMS to be healthy: some plugins report an error for half a minute after a failed call
+	maxDoubts   = 1000 // reasons of which a value is kept
+	maxUnopened = 100  // values listed for each
+	// doubtWait: for each KMS to be healthy: some plugins report an error for half a minute after a
+	// failed call
+	doubtWait = 45 * time.Second
 )
 
 func newDoubts(rules *inventory.Rules) *doubts {
 	return &doubts{rules: rules, open: make(map[string]*doubt), opened: make(map[string]bool)}
 }
 
-// inspected notes the result of decrypting a value. It returns the reason that [doubts.take] expects
-// for a value that was not decrypted, or "".
+// inspected notes the result of decrypting a value. It returns the reason that [doubts.take]
+// expects for a value that was not decrypted, or "".
 func (d *doubts) inspected(key, value []byte, err *keyring.Error) (why string) {
 	if err == nil {
 		if provider, _, ok := envelope.Split(value); ok && !d.opened[string(provider)] {
@@ -76,8 +78,8 @@ func (d *doubts) take(f etcdfile.Finding) bool {
 	return true
 }
 
-// decide waits until the KMS of each doubt is healthy, tries one of its values again, and calls found
-// or unopened for those that are not decrypted.
+// decide waits until the KMS of each doubt is healthy, tries one of its values again, and calls
+// found or unopened for those that are not decrypted.
 func (d *doubts) decide(ctx context.Context, found, unopened func(f etcdfile.Finding, count int64)) {
 	ctx, cancel := context.WithTimeout(ctx, doubtWait)
 	defer cancel()

@@ -12,13 +12,14 @@ import (
 
 // verifyReport is the result of verify.
 type verifyReport struct {
-	OK       bool               `json:"ok"`
-	Values   int64              `json:"values"` // that were checked one by one
-	Files    []etcdfile.File    `json:"files"`
-	Count    int64              `json:"findings"`
-	Damaged  int64              `json:"damaged"`  // files that could not be decoded completely
-	Unopened int64              `json:"unopened"` // values that look encrypted, and whose KMS does not respond
-	Findings []etcdfile.Finding `json:"list"`     // the first maxFindings
+	OK      bool            `json:"ok"`
+	Values  int64           `json:"values"` // that were checked one by one
+	Files   []etcdfile.File `json:"files"`
+	Count   int64           `json:"findings"`
+	Damaged int64           `json:"damaged"` // files that could not be decoded completely
+	// values that look encrypted, and whose KMS does not respond
+	Unopened int64              `json:"unopened"`
+	Findings []etcdfile.Finding `json:"list"` // the first maxFindings
 	Unseen   []string           `json:"notLookedAt"`
 	// Unsure has the first of the values that Unopened counts.
 	Unsure []etcdfile.Finding `json:"unopenedList,omitempty"`
@@ -56,8 +57,8 @@ func (r *verifyReport) decide(ctx context.Context) {
 	})
 }
 
-// addFile adds the result of a file. alone says that it is the only one, which must have values for the
-// report to mean anything.
+// addFile adds the result of a file. alone says that it is the only one, which must have values for
+// the report to mean anything.
 func (r *verifyReport) addFile(f etcdfile.File, alone bool) {
 	if alone && f.Kind == "other" && !f.Damaged {
 		f.Notes, f.Damaged = append(f.Notes, "it is neither a database nor a write-ahead log: only its bytes were searched"), true

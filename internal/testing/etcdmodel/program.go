@@ -130,7 +130,8 @@ func (p *Program) key() []byte {
 
 func (p *Program) value() []byte { return []byte(values[p.below(len(values))]) }
 
-func (p *Program) lease() int64 { return []int64{11: 1, 12: 1, 13: 2, 14: 2, 15: 3}[p.below(16)] } // 3 is not granted
+// lease draws a lease, mostly none. 3 was not granted.
+func (p *Program) lease() int64 { return []int64{11: 1, 12: 1, 13: 2, 14: 2, 15: 3}[p.below(16)] }
 
 // span draws a range end for a key: mostly none.
 func (p *Program) span() []byte {
@@ -223,7 +224,8 @@ func (p *Program) compare(now int64) *pb.Compare {
 	case 21:
 		c.TargetUnion = nil
 	case 22:
-		c.Target = pb.Compare_CompareTarget(p.enum(6)) // the operand may be of another kind; 5 is none
+		// the operand may be of another kind; 5 is none
+		c.Target = pb.Compare_CompareTarget(p.enum(6))
 	case 23:
 		c.Result = 7
 	}

@@ -153,7 +153,8 @@ func (s *leaseServer) LeaseGrant(ctx context.Context, r *pb.LeaseGrantRequest) (
 			return nil, err
 		}
 		ttl := time.Duration(r.GetTTL()) * time.Second
-		c.leases[id] = &lease{ttl, time.AfterFunc(ttl, func() { _ = c.Revoke(id) })} // it may be revoked already
+		// it may be revoked already
+		c.leases[id] = &lease{ttl, time.AfterFunc(ttl, func() { _ = c.Revoke(id) })}
 		return &pb.LeaseGrantResponse{Header: c.header(), ID: id, TTL: r.GetTTL()}, nil
 	})
 }
@@ -188,7 +189,8 @@ func (s *leaseServer) LeaseKeepAlive(stream pb.Lease_LeaseKeepAliveServer) error
 			c := s.cluster
 			c.mu.Lock()
 			defer c.mu.Unlock()
-			a := &pb.LeaseKeepAliveResponse{Header: c.header(), ID: r.GetID()} // of no time if there is no such lease
+			// of no time if there is no such lease
+			a := &pb.LeaseKeepAliveResponse{Header: c.header(), ID: r.GetID()}
 			if l := c.leases[r.GetID()]; l != nil && l.timer.Stop() {
 				l.timer.Reset(l.ttl)
 				a.TTL = int64(l.ttl / time.Second)

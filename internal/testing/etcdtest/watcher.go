@@ -109,7 +109,8 @@ func (w *watcher) RequestProgress(context.Context) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for stream := range w.streams {
-		_ = stream.Send(&pb.WatchRequest{RequestUnion: &pb.WatchRequest_ProgressRequest{ProgressRequest: &pb.WatchProgressRequest{}}}) // its reader finds out
+		// its reader finds out
+		_ = stream.Send(&pb.WatchRequest{RequestUnion: &pb.WatchRequest_ProgressRequest{ProgressRequest: &pb.WatchProgressRequest{}}})
 	}
 	return nil
 }

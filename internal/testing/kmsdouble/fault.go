@@ -15,17 +15,21 @@ type Kind string
 // The kinds of faults. Those that speak of "the answer" spoil the real one, so the request is
 // carried out first, whatever FaultSpec.Applied says; for the others Applied chooses.
 const (
-	Throttle      Kind = "throttle"       // 429 Rejected.Throttling
-	ServerError   Kind = "server error"   // 503 ServiceUnavailableTemporary, or the Status and Code given
-	ErrorCode     Kind = "error code"     // the Status and Code given, 400 by default
-	EchoError     Kind = "echo error"     // like ErrorCode, with the whole request quoted in every text
-	NumericCode   Kind = "numeric code"   // an error whose "Code" is a number; 400 by default
-	HTML          Kind = "HTML"           // an HTML page, with the Status given or 200
-	EmptyAnswer   Kind = "empty answer"   // the Status given or 200, without a body
-	Redirect      Kind = "redirect"       // 307 to Location, by default to another path of the double
-	TooLarge      Kind = "too large"      // JSON of 2 MiB
-	Raw           Kind = "raw"            // the Body given, with the Status given or 200
-	Hang          Kind = "hang"           // no answer until Release is closed; then as without a fault
+	Throttle Kind = "throttle" // 429 Rejected.Throttling
+	// ServerError: 503 ServiceUnavailableTemporary, or the Status and Code given
+	ServerError Kind = "server error"
+	ErrorCode   Kind = "error code" // the Status and Code given, 400 by default
+	// EchoError: like ErrorCode, with the whole request quoted in every text
+	EchoError   Kind = "echo error"
+	NumericCode Kind = "numeric code" // an error whose "Code" is a number; 400 by default
+	HTML        Kind = "HTML"         // an HTML page, with the Status given or 200
+	EmptyAnswer Kind = "empty answer" // the Status given or 200, without a body
+	// Redirect: 307 to Location, by default to another path of the double
+	Redirect Kind = "redirect"
+	TooLarge Kind = "too large" // JSON of 2 MiB
+	Raw      Kind = "raw"       // the Body given, with the Status given or 200
+	// Hang: no answer until Release is closed; then as without a fault
+	Hang          Kind = "hang"
 	Cut           Kind = "cut"            // the connection is closed without an answer
 	CutAnswer     Kind = "cut answer"     // the connection is closed in the middle of the answer
 	PartialAnswer Kind = "partial answer" // the answer without its Fields
@@ -40,16 +44,17 @@ type FaultSpec struct {
 	// Applied carries the request out before the fault: applied, but reported as failed. Without it
 	// nothing was done.
 	Applied  bool
-	Status   int               // HTTP status, where the kind allows one
-	Code     string            // the vendor's error code, where the kind has one
-	Fields   []string          // PartialAnswer: the fields that are left out
-	Body     []byte            // Raw
-	Set      map[string]any    // ForgedAnswer: the fields that are replaced or added
-	Location string            // Redirect
-	Release  <-chan struct{}   // Hang; nil for ever
-	Interval time.Duration     // SlowDrip; 10 ms by default
-	Reused   bool              // only for a connection that has served a request before: a stale keep-alive
-	Header   map[string]string // further headers of the answer
+	Status   int             // HTTP status, where the kind allows one
+	Code     string          // the vendor's error code, where the kind has one
+	Fields   []string        // PartialAnswer: the fields that are left out
+	Body     []byte          // Raw
+	Set      map[string]any  // ForgedAnswer: the fields that are replaced or added
+	Location string          // Redirect
+	Release  <-chan struct{} // Hang; nil for ever
+	Interval time.Duration   // SlowDrip; 10 ms by default
+	// only for a connection that has served a request before: a stale keep-alive
+	Reused bool
+	Header map[string]string // further headers of the answer
 }
 
 // SetFault sets a hook that is called for each request without an injected fault; nil

@@ -42,8 +42,9 @@ type gate struct {
 
 	callersMu  sync.Mutex
 	accessKeys map[string]AccessKey
-	permitted  map[string][]string     // actions by access key; one that is not in it may do everything
-	nonces     map[[2]string]time.Time // by access key and nonce
+	// actions by access key; one that is not in it may do everything
+	permitted map[string][]string
+	nonces    map[[2]string]time.Time // by access key and nonce
 }
 
 func newGate(version, region string, now func() time.Time, callers []AccessKey) *gate {

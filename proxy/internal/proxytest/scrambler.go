@@ -18,7 +18,9 @@ type scrambler struct {
 	count *atomic.Uint32
 }
 
-const scrambled = 1 + 4 + 4 // the mark, the number of the sealing, a checksum of it and key and value; then the value
+// scrambled is the size of what precedes the value: the mark, the number of the call, and a
+// checksum of number, key and value.
+const scrambled = 1 + 4 + 4
 
 func (s scrambler) Seal(_ context.Context, key, value []byte) ([]byte, error) {
 	out := binary.BigEndian.AppendUint32([]byte{s.mark}, bits.Reverse32(s.count.Add(1)))
