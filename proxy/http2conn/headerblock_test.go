@@ -110,7 +110,7 @@ const blockEnd = 0x3e
 // TestHeaderDecoderAgrees: connections with many repeated header lists, among them some that change
 // the dynamic table or its size, mean the same to the decoder and to http2.Framer.
 func TestHeaderDecoderAgrees(t *testing.T) {
-	r := rand.New(rand.NewPCG(1, 2)) //nolint:gosec // a test
+	r := rand.New(rand.NewPCG(1, 2))
 	values := []string{"", "a", "b", "application/grpc", strings.Repeat("v", 900), strings.Repeat("w", 5000), "\x00"}
 	for range 200 {
 		var block bytes.Buffer
@@ -120,7 +120,7 @@ func TestHeaderDecoderAgrees(t *testing.T) {
 		for range 60 {
 			block.Reset()
 			if r.IntN(20) == 0 {
-				e.SetMaxDynamicTableSize(uint32(r.IntN(tableSize))) //nolint:gosec // small
+				e.SetMaxDynamicTableSize(uint32(r.IntN(tableSize)))
 			}
 			for _, f := range request[:1+r.IntN(len(request))] {
 				_ = e.WriteField(f)
@@ -138,14 +138,14 @@ func TestHeaderDecoderAgrees(t *testing.T) {
 
 // TestHeaderEncoderAgrees: what the encoder encodes, a decoder decodes to the same fields.
 func TestHeaderEncoderAgrees(t *testing.T) {
-	r := rand.New(rand.NewPCG(3, 4)) //nolint:gosec // a test
+	r := rand.New(rand.NewPCG(3, 4))
 	var e headerEncoder
 	e.hpack = hpack.NewEncoder(&e.block)
 	d := hpack.NewDecoder(tableSize, nil)
 	known := 0
 	for i := range 5000 {
 		if r.IntN(100) == 0 {
-			e.setTableSize(uint32(r.IntN(tableSize))) //nolint:gosec // small
+			e.setTableSize(uint32(r.IntN(tableSize)))
 		}
 		list := slices.Clone(request[:r.IntN(len(request)+1)])
 		if r.IntN(5) == 0 {
