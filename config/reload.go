@@ -76,11 +76,11 @@ func Weakens(running, next []Rule) []string {
 		sealed := was.WriteWith != Plaintext
 		switch {
 		case sealed && now == nil:
-			found = append(found, fmt.Sprintf("keys below %q would have no rule: their values were sealed with %q", prefix, was.WriteWith))
+			found = append(found, fmt.Sprintf("keys below %q would have no rule: their values were encrypted with %q", prefix, was.WriteWith))
 		case sealed && now.WriteWith == Plaintext:
-			found = append(found, fmt.Sprintf("keys below %q would be written as plaintext: their values were sealed with %q", prefix, was.WriteWith))
+			found = append(found, fmt.Sprintf("keys below %q would be written as plaintext: their values were encrypted with %q", prefix, was.WriteWith))
 		case sealed && now.WriteWith != was.WriteWith && !slices.Contains(now.ReadWith, was.WriteWith):
-			found = append(found, fmt.Sprintf("keys below %q would be sealed with %q: their values are sealed with %q, which is not in readWith", prefix, now.WriteWith, was.WriteWith))
+			found = append(found, fmt.Sprintf("keys below %q would be encrypted with %q: their values are encrypted with %q, which is not in readWith", prefix, now.WriteWith, was.WriteWith))
 		case now != nil && !was.AllowPlaintextReads && now.AllowPlaintextReads:
 			found = append(found, fmt.Sprintf("keys below %q would allow plaintext reads, which are refused now", prefix))
 		}

@@ -12,7 +12,7 @@ func TestWeakens(t *testing.T) {
 	strict := Rule{Prefix: "/a/", WriteWith: "k"}
 	plain := Rule{Prefix: "/a/", WriteWith: Plaintext, AllowPlaintextReads: true}
 	at := func(prefix string, r Rule) Rule { r.Prefix = prefix; return r }
-	const removed = `keys below "/a/" would have no rule: their values were sealed with "k"`
+	const removed = `keys below "/a/" would have no rule: their values were encrypted with "k"`
 	tests := map[string]struct {
 		running, next []Rule
 		want          []string
@@ -21,15 +21,15 @@ func TestWeakens(t *testing.T) {
 		"first rule":          {nil, []Rule{sealed}, nil},
 		"removed":             {[]Rule{sealed}, nil, []string{removed}},
 		"plaintext removed":   {[]Rule{plain}, nil, nil},
-		"to plaintext":        {[]Rule{sealed}, []Rule{plain}, []string{`keys below "/a/" would be written as plaintext: their values were sealed with "k"`}},
+		"to plaintext":        {[]Rule{sealed}, []Rule{plain}, []string{`keys below "/a/" would be written as plaintext: their values were encrypted with "k"`}},
 		"to sealed":           {[]Rule{plain}, []Rule{sealed}, nil},
 		"to another provider": {[]Rule{sealed}, []Rule{{Prefix: "/a/", WriteWith: "l", ReadWith: []string{"k"}, AllowPlaintextReads: true}}, nil},
 		"another key, old unreadable": {[]Rule{sealed}, []Rule{{Prefix: "/a/", WriteWith: "l", AllowPlaintextReads: true}},
-			[]string{`keys below "/a/" would be sealed with "l": their values are sealed with "k", which is not in readWith`}},
+			[]string{`keys below "/a/" would be encrypted with "l": their values are encrypted with "k", which is not in readWith`}},
 		"narrowed":                    {[]Rule{sealed}, []Rule{at("/a/b/", sealed)}, []string{removed}},
 		"widened":                     {[]Rule{sealed}, []Rule{at("/", sealed)}, nil},
-		"widened, hole":               {[]Rule{sealed}, []Rule{at("/", sealed), plain}, []string{`keys below "/a/" would be written as plaintext: their values were sealed with "k"`}},
-		"hole in it":                  {[]Rule{sealed}, []Rule{sealed, at("/a/b/", plain)}, []string{`keys below "/a/b/" would be written as plaintext: their values were sealed with "k"`}},
+		"widened, hole":               {[]Rule{sealed}, []Rule{at("/", sealed), plain}, []string{`keys below "/a/" would be written as plaintext: their values were encrypted with "k"`}},
+		"hole in it":                  {[]Rule{sealed}, []Rule{sealed, at("/a/b/", plain)}, []string{`keys below "/a/b/" would be written as plaintext: their values were encrypted with "k"`}},
 		"split":                       {[]Rule{at("", sealed)}, []Rule{at("", sealed), at("/a/", sealed)}, nil},
 		"reads back on":               {[]Rule{strict}, []Rule{sealed}, []string{`keys below "/a/" would allow plaintext reads, which are refused now`}},
 		"reads off":                   {[]Rule{sealed}, []Rule{strict}, nil},

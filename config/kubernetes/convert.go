@@ -184,7 +184,7 @@ func (v *conversion) rule(g groupResource, providers []Provider) (r rule) {
 		r.writeWith = config.Plaintext
 	default:
 		r.writeWith = v.writer(providers)
-		r.notes = append(r.notes, fmt.Sprintf("the API server writes %s with %s, which the proxy only reads: new values are sealed with KMS provider %q instead",
+		r.notes = append(r.notes, fmt.Sprintf("the API server writes %s with %s, which the proxy only reads: new values are encrypted with KMS provider %q instead",
 			g, first.Kind, r.writeWith))
 	}
 	for _, name := range readers {

@@ -1,11 +1,13 @@
-// Package kubernetes turns kube-apiserver's EncryptionConfiguration into a configuration of the proxy.
+// Package kubernetes turns kube-apiserver's EncryptionConfiguration into a configuration of the
+// proxy.
 //
-// [Read] is as strict as kube-apiserver is and reports all problems at once, each with its line; [Configuration.Convert] says what the proxy makes of it, with
-// what cannot be said exactly. Nothing is written here and no file is read: the command does that. Errors never quote the file, which holds keys; names of keys and
-// of providers stand in stored values anyway and may be shown.
+// [Read] is as strict as kube-apiserver and reports all problems at once, each with its line.
+// [Configuration.Convert] says what the proxy makes of it, and what cannot be converted exactly. The
+// package reads and writes no file: the command does. Errors never quote the file, which holds keys.
+// The names of keys and providers are part of stored values anyway, so errors may contain them.
 //
-// The format, and what kube-apiserver makes of it, are those of k8s.io/apiserver v0.37 (pkg/apis/apiserver/v1, pkg/apis/apiserver/validation,
-// pkg/server/options/encryptionconfig).
+// The format, and what kube-apiserver makes of it, are those of k8s.io/apiserver v0.37
+// (pkg/apis/apiserver/v1, pkg/apis/apiserver/validation, pkg/server/options/encryptionconfig).
 package kubernetes
 
 import (

@@ -46,15 +46,15 @@ func (v *conversion) render() []byte {
 		p("\nkms:\n")
 	}
 	if v.unfinished != "" {
-		p("# REPLACE plugin with the KMS that new values are sealed with; alibaba and local are the other kinds. The name becomes part of every value: never change it once\n")
-		p("# values are sealed with it.\n- name: %s\n  plugin: {endpoint: unix:///run/kmsplugin/REPLACE.sock}\n", scalar(v.unfinished))
+		p("# REPLACE plugin with the KMS that new values are encrypted with; alibaba and local are the other kinds. The name becomes part of every value: never change it once\n")
+		p("# values are encrypted with it.\n- name: %s\n  plugin: {endpoint: unix:///run/kmsplugin/REPLACE.sock}\n", scalar(v.unfinished))
 	}
 	for _, k := range v.kms {
 		p("# The API server's KMS v2 provider; values name it: never rename it.\n")
 		p("- name: %s\n  plugin: {endpoint: %s, timeout: %v}\n", scalar(k.Name), strconv.Quote(k.Endpoint), k.Timeout)
 	}
 	for _, f := range v.keyFiles {
-		p("# Opens what the API server sealed with %s; nothing is sealed with it.\n", f.Kind)
+		p("# Decrypts what the API server encrypted with %s; nothing is encrypted with it.\n", f.Kind)
 		p("- name: %s\n  kubernetes: {type: %s, keyFile: %s}\n", scalar(f.Provider), f.Kind, scalar(f.Path))
 	}
 	p("\nrules:\n")

@@ -15,6 +15,7 @@
 //	seeds       finds a value's seed in the cache or by the KMS, and decrypts (seeds.go, unwrap.go, cache.go, hot.go)
 //	copyWriter  has recovery copies of new seeds wrapped (recovery_write.go)
 //	copyReader  unwraps recovery copies of stored values (recovery_read.go)
+//	OfflineKey  wraps and unwraps copies for rings that have no KMS (offline.go)
 //	refusals    seeds that the KMS refuses, and when it may be called for them again (refusals.go)
 //	caller      the KMS calls (calls.go)
 //	provider    what the parts share: configuration, texts, the published state (provider.go)

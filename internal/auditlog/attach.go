@@ -49,7 +49,7 @@ func (l *Log) goOn(f *os.File) error {
 	case !info.Mode().IsRegular():
 		return errors.New("it is not a regular file")
 	case info.Mode().Perm()&0o022 != 0:
-		return fmt.Errorf("others than its owner may write it (mode %04o): run chmod 600 on it", info.Mode().Perm())
+		return fmt.Errorf("users other than its owner can write it (mode %04o): run chmod 600 on it", info.Mode().Perm())
 	}
 	if err := lock(f); err != nil {
 		return err

@@ -51,7 +51,7 @@ func LoadKey(path string) ([]byte, error) {
 		return nil, fmt.Errorf("audit key %s: not a regular file", path)
 	}
 	if why, fix := secretfile.Check(path, info); why != "" {
-		return nil, problem.New("run "+fix+" "+path+", and replace the key if anyone did", "audit key %s: %s", path, why)
+		return nil, problem.New("run "+fix+" "+path+", and replace the key if another user has read it", "audit key %s: %s", path, why)
 	}
 	key, err := io.ReadAll(io.LimitReader(f, maxKey+1))
 	if err != nil {

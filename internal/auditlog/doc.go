@@ -13,7 +13,7 @@
 // a key has the field chainKey, which identifies the key: the first 8 bytes of HMAC-SHA-256(key,
 // "etcd-kms-proxy audit chain key").
 //
-// The chain continues across files: the first record of each file but that of record 1 has P in its
+// The chain continues across files: the first record of each file, except record 1, has P in its
 // field previousHash, so that a file can be checked alone, and also against the one before.
 //
 // A crash may leave a line that is cut short. It stays where it is; the next record, of event
@@ -21,8 +21,9 @@
 // without the line break that the log added to them. So the chain covers them too.
 //
 // What a chain cannot show is that its end is missing: a log whose last records were removed is a
-// shorter log. Only a last hash that was stored elsewhere reveals that. And anyone who may write
-// the file of a log without a key can rewrite it from any record on.
+// shorter log. The last hash, kept elsewhere, shows it. And anyone who may write the file of a log
+// without a key can rewrite it from any record on.
 //
-// The package knows nothing of configuration, keys or etcd; the command is its only caller.
+// The package knows nothing of the configuration, KMS keys or etcd. Servers and commands write logs
+// (internal/server, internal/encryption, internal/cli), and `audit verify` checks them.
 package auditlog

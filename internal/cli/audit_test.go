@@ -54,7 +54,7 @@ func TestAuditOfServe(t *testing.T) {
 	find("event", "kms", "provider", "dev", "operation", "Status", "keyID", "1", "class", "ok")
 	find("event", "kms", "provider", "dev", "operation", "Encrypt", "keyID", "1", "class", "ok")
 	find("event", "reload", "trigger", "changed file", "outcome", "refused",
-		"reason", `keys below "/registry/secrets/" would be written as plaintext: their values were sealed with "dev"`)
+		"reason", `keys below "/registry/secrets/" would be written as plaintext: their values were encrypted with "dev"`)
 	find("event", "reload", "outcome", "failed", "reason", "1 problem(s), the first on line 11")
 	find("event", "reload", "trigger", "SIGHUP", "outcome", "applied")
 	for _, r := range records {

@@ -23,7 +23,7 @@ Nobody can see that the end of a log was removed, and anyone who may write a log
 hash: keep it elsewhere, and a later check with --expect-last finds whether the log still has that record. Records may follow it.
 
 A line that a crash has cut short is not tampering. It is a finding while it is the last line, and a note once the log continues after it.`,
-		Args: cobra.MinimumNArgs(1),
+		Args: command.SomeArgs("FILE"),
 	}
 	keyFile := cmd.Flags().String("key-file", "", "`FILE` with the key of the chain (audit.keyFile)")
 	expect := cmd.Flags().String("expect-last", "", "`HASH` of a record that the log must have: the last hash of an earlier check")

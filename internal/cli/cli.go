@@ -59,18 +59,10 @@ func run(args []string, stdout, stderr io.Writer) int {
 	}
 	if !ok {
 		// Any other error is cobra's, about the command line.
-		e = command.Usage(usageOf(cmd), "%w", err)
+		e = command.Usage(command.UsageOf(cmd), "%w", err)
 	}
 	e.Print(stderr)
 	return e.Code
-}
-
-// usageOf returns the hint for a command line that cobra has refused.
-func usageOf(cmd *cobra.Command) string {
-	if cmd.HasAvailableSubCommands() {
-		return cmd.CommandPath() + " --help lists the commands"
-	}
-	return "the command is " + cmd.UseLine() + "; --help explains it"
 }
 
 func newRoot() *cobra.Command {

@@ -119,7 +119,7 @@ func TestBadInput(t *testing.T) {
 		"unknown field":    {[]string{"writeWith", "writeWit"}, 1, []string{"line 12: rules[0].writeWit: unknown field", "hint: did you mean writeWith?"}},
 		"duplicate field":  {[]string{"kind: ", "kind: x\nkind: "}, 1, []string{"line 3: kind: is given twice, first on line 2"}},
 		"missing key file": {[]string{"key.yaml", "gone.yaml"}, 1, []string{"kms[0].local.keyFile", "gone.yaml: no such file", "hint: "}},
-		"key file for all": {[]string{"key.yaml", "open.yaml"}, 1, []string{"line 9: kms[0].local.keyFile: key file ", "open.yaml: others than its owner may use it (mode 0644)\nhint: run chmod 600 "}},
+		"key file for all": {[]string{"key.yaml", "open.yaml"}, 1, []string{"line 9: kms[0].local.keyFile: key file ", "open.yaml: users other than its owner can use it (mode 0644)\nhint: run chmod 600 "}},
 		"key file for all, and more": {[]string{"key.yaml", "open.yaml", "admin:", "rulez: []\nadmin:"}, 1, []string{
 			"line 9: kms[0].local.keyFile: key file ", "hint: run chmod 600 ", "line 13: rulez: unknown field\nhint: did you mean rules?"}},
 		"audit key for all":   {[]string{"kind: ", "audit: {path: audit.jsonl, keyFile: open.yaml}\nkind: "}, 1, []string{"line 2: audit.keyFile: audit key ", "hint: run chmod 600 "}},

@@ -43,7 +43,7 @@ What cannot be converted exactly is a warning, and a comment in the result. List
 
 If aescbc, aesgcm or secretbox is the first provider, the rule encrypts new values with a KMS provider of the same resources, or with a
 placeholder that you must fill in: then the command exits with 1. --write-with selects the provider. No file is overwritten.`,
-		Args: cobra.ExactArgs(1),
+		Args: command.OneArg("FILE"),
 	}
 	cmd.Flags().StringVar(&f.etcdPrefix, "etcd-prefix", "/registry", "the API server's --etcd-prefix")
 	cmd.Flags().StringVar(&f.keyDir, "key-dir", "", "folder `DIR` for files with the keys of aescbc, aesgcm and secretbox")

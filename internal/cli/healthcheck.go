@@ -30,7 +30,7 @@ func newHealthcheck() *cobra.Command {
 container image, which has no shell and no HTTP client. It prints the checks that failed, and nothing if there are none.
 
 A proxy stays ready while a KMS or etcd is down, because it serves the rest: the failed check is printed and the exit code is 0.`,
-		Args: cobra.NoArgs,
+		Args: command.NoArgs,
 	}
 	path := command.ConfigFlag(cmd)
 	address := cmd.Flags().String("address", "", "`HOST:PORT` of the admin server, instead of the address in the configuration")

@@ -26,7 +26,7 @@ func newKMSNewLocalKey() *cobra.Command {
 proxy encrypts new values with it and decrypts existing ones with the earlier versions, so keep these as long as values need them.
 
 Anyone with the file can decrypt every value: keep it off the machines and backups that hold etcd's data.`,
-		Args: cobra.ExactArgs(1),
+		Args: command.OneArg("FILE"),
 		RunE: command.Run(func(_ *cobra.Command, args []string) error {
 			err := local.NewKeyFile(args[0])
 			if errors.Is(err, fs.ErrExist) {
@@ -54,7 +54,7 @@ that no process serves is replaced; anything else at PATH is an error.
 SIGTERM or SIGINT removes the socket, finishes calls under way, and exits with 0; calls that are left after --drain-timeout are canceled.
 A second signal, half a second later or more, exits at once, with code 3. Logs go to standard error. On Linux, core dumps of the process
 are turned off.`,
-		Args: cobra.NoArgs,
+		Args: command.NoArgs,
 	}
 	path := command.ConfigFlag(cmd)
 	var o server.PluginOptions

@@ -65,7 +65,7 @@ Warnings do not change the exit code, so that monitoring can tell a key that wor
 
 With --policy it tests nothing, and prints the least privileges that the proxy needs on all keys of Alibaba Cloud KMS, as a RAM policy in
 JSON. It then connects to the KMS only for keys that the configuration names by an alias.`,
-		Args: cobra.NoArgs,
+		Args: command.NoArgs,
 	}
 	path, out := command.ConfigFlag(cmd), command.OutputFlag(cmd)
 	timeout := cmd.Flags().Duration("timeout", 30*time.Second, "how long one KMS may take")

@@ -26,7 +26,7 @@ proxy's static Pod. It keeps the configuration and the keys. If the API server i
 
 It fails while etcd holds encrypted values, which the API server cannot read without the proxy, and while a rule encrypts new values. To decrypt them, run
 enable with --decrypt-only --allow-weakening on every node, then reencrypt, and then disable on every node. --force skips both checks.`,
-		Args: cobra.NoArgs,
+		Args: command.NoArgs,
 	}
 	f.add(cmd, kubeadm.DefaultPaths.Config, 5*time.Minute)
 	dryRun := cmd.Flags().Bool("dry-run", false, "print what would change as a diff, and change nothing")

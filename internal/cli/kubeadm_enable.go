@@ -50,7 +50,7 @@ On a cluster with several control-plane nodes, first run it with --decrypt-only 
 proxy cannot read values that the others encrypt.
 
 The Pod runs as root, without capabilities, because only root can read the keys in /etc/kubernetes/pki.`,
-		Args: cobra.NoArgs,
+		Args: command.NoArgs,
 	}
 	f := cmd.Flags()
 	e.add(cmd, "", 5*time.Minute)

@@ -29,7 +29,7 @@ Under systemd, a listener with the address systemd://NAME uses the sockets of a 
 draining and the watchdog (Type=notify, WatchdogSec=).
 
 Logs go to standard error.`,
-		Args: cobra.NoArgs,
+		Args: command.NoArgs,
 	}
 	path := command.ConfigFlag(cmd)
 	var o server.Options
@@ -48,7 +48,7 @@ Logs go to standard error.`,
 			return command.Usage("", "--scan-interval %v is neither 0s nor a second or more", o.ScanInterval)
 		}
 		if o.ReencryptInterval < time.Second || o.ReencryptRate < 0 {
-			return command.Usage("", "--reencrypt-interval is at least 1s, --reencrypt-rate at least 0")
+			return command.Usage("", "--reencrypt-interval must be at least 1s, and --reencrypt-rate at least 0")
 		}
 		if !*renew {
 			o.ReencryptInterval = 0

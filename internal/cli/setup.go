@@ -38,7 +38,7 @@ replaced. The configuration is written from the environment each time:
 
 With alibaba, values that were written with the local key stay readable. To go back to local, change the rules of the proxies by hand:
 the command refuses it.`,
-		Args: cobra.NoArgs,
+		Args: command.NoArgs,
 	}
 	dir := cmd.Flags().String("dir", "/setup", "`DIR` with a folder for each reader")
 	cmd.RunE = command.Run(func(*cobra.Command, []string) error {

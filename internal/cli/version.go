@@ -11,7 +11,7 @@ import (
 )
 
 func newVersion() *cobra.Command {
-	cmd := &cobra.Command{Use: "version", Short: "print the version of this binary", Args: cobra.NoArgs}
+	cmd := &cobra.Command{Use: "version", Short: "print the version of this binary", Args: command.NoArgs}
 	out := command.OutputFlag(cmd)
 	cmd.RunE = command.Run(func(cmd *cobra.Command, _ []string) error {
 		b := buildinfo.Read()

@@ -1,6 +1,6 @@
 // Package encryption composes what encrypts and decrypts values: the KMS clients and the keyrings of
 // all providers, and a sealer for each rule of the configuration. `serve` runs all of it; commands
-// that work on stored values run the rings only.
+// that work on stored values run the keyrings only.
 //
 // It does not listen, and knows etcd only by the keys of the values.
 package encryption

@@ -35,8 +35,8 @@ func (k *Keys) addOffline(p config.KMS, key *provider.AgeKey, cache *keyring.Cac
 	return nil
 }
 
-// reloadRecipients uses the recipients of a changed file: the next poll of each ring generates a DEK
-// seed with a copy for them.
+// reloadRecipients uses the recipients of a changed file: the next poll of each ring generates a
+// DEK seed with a copy for them.
 func (k *Keys) reloadRecipients(ring *keyring.Ring, key *provider.AgeKey, file string) {
 	if err := key.Reload(); err != nil {
 		k.Logger.Error("changed recipients file cannot be used; the old recipients stay in use", "provider", ring.Provider(), "error", err)

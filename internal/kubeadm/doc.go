@@ -8,6 +8,7 @@
 // is not.
 //
 // The package edits the API server's manifest as text: it changes bytes of one line, or adds or
-// removes one line. It refuses a manifest that does not have the form that kubeadm writes. It does not use the
-// Kubernetes API, etcd or a KMS. The caller passes a function that checks the configuration.
+// removes one line. It refuses a manifest that does not have the form that kubeadm writes. It does
+// not use the Kubernetes API, etcd or a KMS. The caller passes a function that checks the
+// configuration.
 package kubeadm

@@ -1,5 +1,5 @@
-// Package logonce keeps repeated messages out of a log. It logs nothing: its callers ask it whether
-// to. Messages that are limited by time alone use [golang.org/x/time/rate.Sometimes] directly.
+// Package logonce keeps repeated messages out of a log. It logs nothing: it tells its
+// callers whether a message is new. Messages that are limited by time alone use [golang.org/x/time/rate.Sometimes] directly.
 package logonce
 
 import (

@@ -23,8 +23,8 @@ const recipientHint = "write a recipient as age-keygen prints it, age1… or age
 // maxRecipientsFile bounds a recipients file, in bytes.
 const maxRecipientsFile = 1 << 20
 
-// AgeKey wraps recovery copies for the age recipients of the configuration. It unwraps them if it was
-// given identities. It is safe for concurrent use.
+// AgeKey wraps recovery copies for the age recipients of the configuration. It unwraps them if it
+// was given identities. It is safe for concurrent use.
 type AgeKey struct {
 	config     *config.Age
 	identities *age.Identities // nil unless SetIdentities was called
@@ -80,7 +80,7 @@ func readRecipients(name string) ([]string, error) {
 	if !info.Mode().IsRegular() || info.Size() > maxRecipientsFile {
 		return nil, fmt.Errorf("%s is not a regular file of at most %d bytes", name, maxRecipientsFile)
 	}
-	text, err := os.ReadFile(name)
+	text, err := os.ReadFile(name) //nolint:gosec // the operator names the file
 	if err != nil {
 		return nil, err
 	}
@@ -139,8 +139,8 @@ func (k *AgeKey) CanUnwrap() bool { return k.identities != nil }
 // Unwrap implements [keyring.OfflineKey].
 func (k *AgeKey) Unwrap(file []byte) ([]byte, error) { return k.identities.Unwrap(file) }
 
-// Test wraps a random seed for the recipients and checks the structure of the result. If the key has
-// identities, it unwraps the result with them; tested says so.
+// Test wraps a random seed for the recipients and checks the structure of the result. If the key
+// has identities, it unwraps the result with them; tested says so.
 func (k *AgeKey) Test() (tested bool, err error) {
 	seed := make([]byte, age.SeedSize)
 	_, _ = rand.Read(seed) // never fails

@@ -1,5 +1,5 @@
-// Package secretfile says whether a file that holds a secret can be trusted to be read and written
-// by nobody else. The key files of providers and the key of the audit log are checked by it. It
+// Package secretfile checks that only the user of the process and root can read and write a file that
+// holds a secret. The key files of providers and the key of the audit log are checked by it. It
 // opens nothing.
 package secretfile
 
@@ -71,7 +71,7 @@ func (p process) check(mode fs.FileMode, uid, gid int) (problem, fix string) {
 		}
 		return "", ""
 	}
-	return fmt.Sprintf("others than its owner may use it (mode %04o)", mode), "chmod 600"
+	return fmt.Sprintf("users other than its owner can use it (mode %04o)", mode), "chmod 600"
 }
 
 // shared says why a group is not the process' alone, or returns "".

@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -38,6 +39,7 @@ type fleet struct {
 	next                *guard.NextStart
 	gate                chan struct{} // closed once the guard lets the proxy serve
 	learnerGate         chan struct{} // closed once it lets the proxy serve what a learner serves
+	restores            atomic.Int64  // of etcd, as far as a watch or a response showed them
 	bypasses            *bypasses     // nil with coordination off
 	watch               *inventory.BypassWatcher
 	stored              func() *inventory.Rules
@@ -88,8 +90,9 @@ func (f *fleet) coordinate(keys *encryption.Keys, audit *auditlog.Recorder, reg 
 	}
 	var id [6]byte
 	_, _ = rand.Read(id[:]) // never fails
+	restored := func() { f.restores.Add(1) }
 	f.Fleet = coordination.NewFleet(coordination.FleetConfig{
-		Client: f.client, Prefix: c.Coordination.Prefix, ProofSealers: provers, Logger: log,
+		Client: f.client, Prefix: c.Coordination.Prefix, ProofSealers: provers, Restored: restored, Logger: log,
 		Self: coordination.Member{
 			ID: host + "-" + hex.EncodeToString(id[:]), Host: host, PID: os.Getpid(), Version: buildinfo.Read().Version,
 			Started: time.Now().UTC().Truncate(time.Second),
@@ -97,7 +100,7 @@ func (f *fleet) coordinate(keys *encryption.Keys, audit *auditlog.Recorder, reg 
 	})
 	f.SetPolicy(guard.PolicyOf(c.Rules, c.Audit))
 	if c.Coordination.WatchBypass {
-		f.watch = inventory.NewBypassWatcher(inventory.BypassConfig{Client: f.client, Rules: f.stored, Found: f.bypasses.found, Logger: log})
+		f.watch = inventory.NewBypassWatcher(inventory.BypassConfig{Client: f.client, Rules: f.stored, Found: f.bypasses.found, Restored: restored, Logger: log})
 	}
 	return nil
 }

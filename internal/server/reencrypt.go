@@ -50,7 +50,9 @@ func newReencryptor(
 	reg.MustRegister(r.rewritten, r.left, r.at, r.failures)
 	r.Loop = reencrypt.Loop{
 		Interval: o.ReencryptInterval, Leader: f.Leader, Ended: r.ended,
-		Keys: keys.Version,
+		// The loop also checks for a restore itself, but only every few seconds. The fleet and the
+		// watch see each revision, so they notice one that the loop cannot.
+		Keys: func() string { return fmt.Sprint(f.restores.Load(), "\x00", keys.Version()) },
 		Config: reencrypt.Config{
 			Client: f.client, Rules: f.stored, Rate: o.ReencryptRate, MaxBytes: c.Etcd.MaxRequestBytes, Check: r.check, Begin: r.begin, Paused: r.paused,
 			Election: coordination.Election{

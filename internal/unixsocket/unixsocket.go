@@ -125,7 +125,7 @@ func place(path string, mode fs.FileMode) (_ net.Listener, err error) {
 	}
 	own, err := os.Lstat(inner)
 	if err != nil {
-		return nil, fmt.Errorf("look at it: %w", nameless(err))
+		return nil, fmt.Errorf("check it: %w", nameless(err))
 	}
 	if err := os.Rename(inner, path); err != nil {
 		return nil, fmt.Errorf("put it in its place: %w", nameless(err))

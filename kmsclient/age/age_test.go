@@ -42,8 +42,8 @@ func write(t *testing.T, text string) string {
 
 func seed() []byte { return bytes.Repeat([]byte("seed"), SeedSize/4) }
 
-// TestWrap wraps for one and for several recipients of each kind: each identity alone opens the file,
-// another one does not, and the sizes are those that the documentation gives.
+// TestWrap wraps for one and for several recipients of each kind: each identity alone opens the
+// file, another one does not, and the sizes are those that the documentation gives.
 func TestWrap(t *testing.T) {
 	for _, test := range []struct {
 		name   string
@@ -287,8 +287,8 @@ func TestRefusedIdentityFiles(t *testing.T) {
 	}
 }
 
-// TestProgram has the program age of the system open what was wrapped, which is the recovery of last
-// resort in the documentation.
+// TestProgram has the program age of the system open what was wrapped, which is the recovery of
+// last resort in the documentation.
 func TestProgram(t *testing.T) {
 	program, err := exec.LookPath("age")
 	if err != nil {

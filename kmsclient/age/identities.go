@@ -37,11 +37,11 @@ type Identities struct {
 	plugins bool
 }
 
-// ReadIdentities reads an identity file as age does: lines of AGE-SECRET-KEY-1…, AGE-SECRET-KEY-PQ-1…
-// or AGE-PLUGIN-…, or an age file (binary or armored) that holds such lines and is protected by a
-// passphrase. Its errors never quote the file.
+// ReadIdentities reads an identity file as age does: lines of AGE-SECRET-KEY-1…,
+// AGE-SECRET-KEY-PQ-1… or AGE-PLUGIN-…, or an age file (binary or armored) that holds such lines
+// and is protected by a passphrase. Its errors never quote the file.
 func ReadIdentities(name string, ask Prompter) (*Identities, error) {
-	f, err := os.Open(name)
+	f, err := os.Open(name) //nolint:gosec // the operator names the file
 	if err != nil {
 		return nil, fmt.Errorf("read identity file: %w", err)
 	}
@@ -81,11 +81,11 @@ func Join(sets ...*Identities) *Identities {
 // openProtected decrypts an identity file that a passphrase protects.
 func openProtected(name string, text []byte, armored bool, ask Prompter) ([]byte, error) {
 	if ask.Passphrase == nil {
-		return nil, errors.New("it is protected by a passphrase, and there is no terminal to ask for it")
+		return nil, errors.New("it is protected by a passphrase, and there is no terminal to enter it on")
 	}
 	passphrase, err := ask.Passphrase(name)
 	if err != nil {
-		return nil, fmt.Errorf("ask for the passphrase: %w", err)
+		return nil, fmt.Errorf("read the passphrase: %w", err)
 	}
 	defer clear(passphrase)
 	identity, err := age.NewScryptIdentity(string(passphrase))
@@ -143,8 +143,8 @@ func parseIdentities(text []byte, ask Prompter) (*Identities, error) {
 	return ids, nil
 }
 
-// Unwrap returns the DEK seed in an age file that [Recipients.Wrap] made. The caller owns the result.
-// The error is [ErrNoIdentity] if the file was made for other recipients.
+// Unwrap returns the DEK seed in an age file that [Recipients.Wrap] made. The caller owns the
+// result. The error is [ErrNoIdentity] if the file was made for other recipients.
 func (ids *Identities) Unwrap(file []byte) ([]byte, error) {
 	if err := CheckWrapped(file); err != nil {
 		return nil, err

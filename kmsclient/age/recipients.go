@@ -1,9 +1,9 @@
-// Package age wraps DEK seeds for people instead of a KMS: for age recipients, of which the proxy has
-// only the public keys. The proxy can wrap a seed and never unwrap it. The private keys (age
+// Package age wraps DEK seeds for people instead of a KMS: for age recipients, of which the proxy
+// has only the public keys. The proxy can wrap a seed and never unwrap it. The private keys (age
 // identities) stay offline, and the commands for emergencies take them from a file.
 //
 // A wrapped seed is exactly an age file, as https://age-encryption.org/v1 specifies it, so that any
-// implementation of age opens it without this software.
+// implementation of age decrypts it without this software.
 package age
 
 import (
@@ -24,15 +24,16 @@ import (
 // SeedSize is the size of a DEK seed in bytes.
 const SeedSize = 32
 
-// payloadSize is the size of an age file behind its header: a nonce, and one chunk of ChaCha20-Poly1305.
+// payloadSize is the size of an age file behind its header: a nonce, and one chunk of
+// ChaCha20-Poly1305.
 const payloadSize = 16 + SeedSize + 16
 
-// MaxWrapped is the largest age file that Wrap makes, in bytes. Every value in etcd carries a copy of
-// it, and etcd and Kubernetes limit the size of a value.
+// MaxWrapped is the largest age file that Wrap makes, in bytes. Every value in etcd carries a copy
+// of it, and etcd and Kubernetes limit the size of a value.
 const MaxWrapped = 8 << 10
 
-// Recipients are public keys to wrap for. Any one of their identities unwraps. They are immutable and
-// safe for concurrent use.
+// Recipients are public keys to wrap for. Any one of their identities unwraps. They are immutable
+// and safe for concurrent use.
 type Recipients struct {
 	all   []age.Recipient
 	names []string // as they were given
@@ -169,8 +170,8 @@ func (r *Recipients) Wrap(seed []byte) ([]byte, error) {
 // IsWrapped reports whether bytes are an age file, by its first line.
 func IsWrapped(b []byte) bool { return bytes.HasPrefix(b, []byte("age-encryption.org/v1\n")) }
 
-// CheckWrapped checks an age file as far as that is possible without an identity: that its header is
-// one, and that what follows has the size of an encrypted DEK seed.
+// CheckWrapped checks an age file as far as that is possible without an identity: that its header
+// is one, and that what follows has the size of an encrypted DEK seed.
 func CheckWrapped(file []byte) error {
 	r := bytes.NewReader(file)
 	header, err := age.ExtractHeader(r)

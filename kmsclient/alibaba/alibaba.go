@@ -1,18 +1,23 @@
-// Package alibaba is the backend for Alibaba Cloud KMS. It speaks through the vendor's SDK
-// (github.com/aliyun/alibaba-cloud-sdk-go, product Kms, version 2016-01-20), which it fences in:
-// nothing outside this folder knows that SDK, so that a newer one can take its place here.
+// Package alibaba is the backend for Alibaba Cloud KMS. It calls the KMS through the vendor's SDK
+// (github.com/aliyun/alibaba-cloud-sdk-go, product Kms, version 2016-01-20). Nothing outside this
+// folder uses that SDK, so that a newer one can replace it here.
 //
-// What the fence is for:
-//   - kms.Client is not safe for concurrent use, so each call makes its own over one shared connection pool ([transport]).
-//   - The SDK knows no context, follows redirects, reads answers without a limit and defaults to plain HTTP: the transport
-//     carries the caller's context, refuses redirects and anything but HTTPS to the configured host, and caps answers at 1 MiB.
-//   - The SDK's errors quote the request's URL, which holds the security token and the signature. None of them leaves this
-//     package: [failure] keeps what is safe (operation, code, HTTP status, request ID) and discards the text.
-//   - The SDK panics on some answers and accepts empty ones: panics are recovered, and each field is checked.
+// The package makes up for what the SDK does not do:
+//   - kms.Client is not safe for concurrent use: each call makes its own, over one shared connection
+//     pool ([transport]).
+//   - The SDK knows no context, follows redirects, reads responses without a limit and defaults to
+//     plain HTTP: the transport passes on the caller's context, refuses redirects and anything but
+//     HTTPS to the configured host, and limits responses to 1 MiB.
+//   - The SDK's errors quote the request's URL, which holds the security token and the signature. None
+//     of them leaves this package: [failure] keeps what is safe (operation, code, HTTP status, request
+//     ID) and drops the text.
+//   - The SDK panics on some responses and accepts empty ones: panics are recovered, and each field is
+//     checked.
 //
-// The package neither retries nor limits the rate of calls; the wrapper of package kmsclient does.
-// Two exceptions, each at most once a call, are known only here: a connection that the KMS closed
-// while it was idle, and credentials that were replaced in the meantime.
+// The package neither retries nor limits the rate of calls; the wrapper of package kmsclient does. It
+// makes two exceptions, each at most once per call, because only this package can detect them: a
+// connection that the KMS closed while it was idle, and credentials that were replaced in the
+// meantime.
 package alibaba
 
 import (

@@ -1,6 +1,6 @@
-// Package keyfile reads and creates files of unencrypted keys: those of local providers, and those
-// of kube-apiserver's own providers. Such a file is YAML, and accessible only to the user of the
-// process and root (see [secretfile.Check]):
+// Package keyfile reads and makes files that hold keys as they are: those of local providers, and
+// those that kube-apiserver's own providers encrypted with. Such a file is YAML, which only the user
+// of the process and root can use (see [secretfile.Check]):
 //
 //	keys:
 //	- {id: "1", secret: <base64>}
@@ -64,7 +64,7 @@ func Read(path string, form Form) ([]Key, fs.FileInfo, error) {
 		return nil, nil, fmt.Errorf("key file %s: not a regular file", path)
 	}
 	if why, fix := secretfile.Check(path, info); why != "" {
-		return nil, nil, problem.New("run "+fix+" "+path+", and replace its keys if anyone did", "key file %s: %s", path, why)
+		return nil, nil, problem.New("run "+fix+" "+path+", and replace its keys if another user has read it", "key file %s: %s", path, why)
 	}
 	data, err := io.ReadAll(io.LimitReader(f, maxFileSize+1))
 	if err != nil {

@@ -1,7 +1,7 @@
-// Package kmstest holds what tests of the seam between the proxy and a KMS share: [Conformance],
-// the suite that every backend must pass, and pass [ConformanceUnderFaults]; [Fault], which makes
-// calls of any service fail in the ways a network can; [PluginServer], which serves any service as
-// a Kubernetes KMS v2 plugin; and [Memory], a correct KMS for them to use.
+// Package kmstest has what the tests of KMS backends share: [Conformance] and
+// [ConformanceUnderFaults], which every backend must pass; [Fault], which makes calls of any service
+// fail in the ways a network can; [PluginServer], which serves any service as a Kubernetes KMS v2
+// plugin; and [Memory], a KMS in memory that behaves correctly.
 package kmstest
 
 import (

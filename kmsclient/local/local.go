@@ -2,7 +2,7 @@
 // copies kept offline.
 //
 // Anyone who can read the file can decrypt every value, so only its owner may read it, and it must
-// not be stored with etcd's data or backups. The file is YAML:
+// not be on the disks or in the backups of etcd. The file is YAML:
 //
 //	keys:
 //	- {id: "1", secret: <base64 of 32 bytes>}

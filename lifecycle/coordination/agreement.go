@@ -32,7 +32,7 @@ type Agreement struct {
 var (
 	// ErrForged is returned for a record that was not written by a proxy with the keys of the KMS,
 	// or whose proofs were encrypted with other keys than this proxy has.
-	ErrForged = errors.New("the record of the rules that the proxies agreed on is not genuine, or was encrypted with other keys than these")
+	ErrForged = errors.New("the record of the rules that the proxies agreed on is not genuine, or was made with other keys than these")
 	// ErrUnverified is returned if no KMS is available to verify the record.
 	ErrUnverified = errors.New("the record of the rules that the proxies agreed on could not be checked yet")
 )

@@ -62,7 +62,9 @@ type FleetConfig struct {
 	Self Member
 	// ProofSealers encrypt and decrypt the proofs of an agreement, by provider.
 	ProofSealers map[string]inventory.Sealer
-	Logger       *slog.Logger
+	// Restored is called when a restore of etcd is noticed. It may be nil, and must not block.
+	Restored func()
+	Logger   *slog.Logger
 }
 
 // Fleet is this proxy as one of those in front of an etcd cluster. It announces the proxy and
@@ -276,6 +278,9 @@ func (f *Fleet) checkRestore(ctx context.Context) error {
 		return err
 	}
 	f.cfg.Logger.Warn("etcd has older data than before, as after a restore", "before", before.String(), "now", now.String())
+	if f.cfg.Restored != nil {
+		f.cfg.Restored()
+	}
 	return nil
 }
 

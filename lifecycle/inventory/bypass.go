@@ -23,8 +23,10 @@ type BypassConfig struct {
 	Rules  func() *Rules // of the moment
 	// Found is called with each plaintext value that was written under a rule that encrypts. It
 	// must not block, and may keep key.
-	Found  func(rule *Rule, key string, revision int64)
-	Logger *slog.Logger
+	Found func(rule *Rule, key string, revision int64)
+	// Restored is called when a restore of etcd is noticed. It may be nil, and must not block.
+	Restored func()
+	Logger   *slog.Logger
 }
 
 // BypassWatcher watches the keys under rules that encrypt, and reports plaintext that was written
@@ -165,6 +167,9 @@ func (b *BypassWatcher) catchUp(ctx context.Context, prefixes []string) error {
 	if restored {
 		b.Logger.Warn("etcd has older data than before, as after a restore: the values under rules are read again for plaintext",
 			"before", before.String(), "now", now.String(), "hint", "run etcd-kms-proxy status: it counts the values that are not encrypted as the rules say")
+		if b.Restored != nil {
+			b.Restored()
+		}
 		for _, p := range prefixes {
 			delete(b.next, p)
 			b.missed[p] = 0

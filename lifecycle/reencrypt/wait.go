@@ -150,7 +150,7 @@ func (r *run) awaitSpace(ctx context.Context) error {
 	}
 }
 
-// passing returns the reason for an error that is temporary, and "" for any other.
+// temporary returns the reason for an error that is temporary, and "" for any other.
 func temporary(err error) string {
 	if err == nil {
 		return ""

@@ -38,11 +38,12 @@ func (c *Conn) setReadDeadline(t time.Time) error {
 	return err
 }
 
-// detach detaches the socket, and reports whether it could: not while streams are open or frames wait to
-// be written.
+// detach detaches the socket, and reports whether it could: not while streams are open or frames wait
+// to be written.
 func (c *Conn) detach() bool {
 	c.mu.Lock()
-	detached := !c.closed && len(c.streams) == 0 && c.pending == nil && !c.flushing && c.writeBuffer.detach()
+	idle := !c.closed && len(c.streams) == 0 && c.pending == nil && !c.flushing
+	detached := idle && c.writeBuffer.detach()
 	if detached {
 		_ = c.write.WriteGoAway(c.lastStreamID, http2.ErrCodeNo, []byte(textShutdown))
 	}
@@ -60,7 +61,7 @@ func (c *Conn) Detached() *Detached {
 	if !w.detached {
 		return nil
 	}
-	_ = w.Conn.SetReadDeadline(time.Time{})
+	_ = w.SetReadDeadline(time.Time{})
 	return &Detached{conn: w.Conn, last: w.last}
 }
 

@@ -6,7 +6,8 @@ import (
 	"time"
 )
 
-// TestDetach: a connection that is detached holds nothing but its socket, and the client notices when it sends something.
+// TestDetach: a connection that is detached holds nothing but its socket, and the client notices when
+// it sends something.
 func TestDetach(t *testing.T) {
 	for name, end := range map[string]func(p *peer, d *Detached){
 		"the client sends":  func(p *peer, _ *Detached) { p.headers(3, true, request) },

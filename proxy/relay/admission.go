@@ -11,7 +11,7 @@ import (
 )
 
 // Limits of relayed unary calls that etcd has not begun to answer. Clients that send calls faster
-// than etcd responseMessages them wait for each other, and all others would wait with them in etcd.
+// than etcd answers them wait for each other, and all others would wait with them in etcd.
 const (
 	mostCalls  = 512 // of all clients, before a client is limited to its share
 	clientCall = 4   // that each client's connection may always have
@@ -19,7 +19,7 @@ const (
 )
 
 // pauseMax is how long a connection is not read at a time, so that a client can cancel calls and is
-// answered pings while etcd responseMessages nothing.
+// answered pings while etcd answers nothing.
 const pauseMax = time.Second
 
 // admission decides when a session sends its unary calls to etcd.

@@ -5,8 +5,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 )
 
-// connect opens the stream to etcd. wouldBlock says that there may be a connection for a caller
-// that waits; else, without ok, there is none. Calls that last are worth waiting for one.
+// connect opens the stream to etcd. wouldBlock is true in non-blocking mode if there is no
+// connection yet. Streams also wait for an endpoint that is down.
 func (st *clientStream) connect(m etcdapi.Mode) (ok, wouldBlock bool) {
 	lasts := st.method.Shape != etcdapi.ShapeUnary
 	conn, h, hope := st.session.pick()
@@ -14,7 +14,7 @@ func (st *clientStream) connect(m etcdapi.Mode) (ok, wouldBlock bool) {
 		if m.Ctx == nil {
 			return false, true
 		}
-		st.watch.Discard() // this is waiting for etcd
+		st.watch.Discard() // it waits for etcd
 		conn, h = st.session.await(m.Ctx, lasts)
 	}
 	return conn != nil && st.open(conn, h), false

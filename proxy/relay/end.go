@@ -15,7 +15,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 )
 
-// finish says once that the call is over, with the code that is counted.
+// finish ends the call with a code, which is counted. It reports false if the call had ended.
 func (st *clientStream) finish(code codes.Code) bool {
 	if st.ended.Swap(true) {
 		return false
@@ -38,7 +38,7 @@ func (st *clientStream) finish(code codes.Code) bool {
 	return true
 }
 
-// cancelUpstream has etcd hear no more of a call.
+// cancelUpstream resets the stream to etcd.
 func (st *clientStream) cancelUpstream() {
 	st.mu.Lock()
 	up := st.up
@@ -48,7 +48,7 @@ func (st *clientStream) cancelUpstream() {
 	}
 }
 
-// clientGone is the client's end of the call: it has reset the stream, or its connection has ended.
+// clientGone ends the call after the client has reset the stream, or its connection has ended.
 func (st *clientStream) clientGone() {
 	if st.finish(codes.Canceled) {
 		st.cancelUpstream()
@@ -78,14 +78,14 @@ func (st *clientStream) refuse(httpStatus int, err error) {
 	st.cancelUpstream()
 }
 
-// reset is etcd's end of the call, without a status.
+// reset ends the call after etcd has reset its stream.
 func (st *clientStream) reset(code http2.ErrCode) {
 	if st.finish(codes.Unavailable) {
 		st.client.Reset(code)
 	}
 }
 
-// upstreamLost ends a call whose connection has ended.
+// upstreamLost ends the call after the connection to etcd has ended.
 func (st *clientStream) upstreamLost(why error) {
 	if errno := syscall.Errno(0); errors.As(why, &errno) {
 		why = errno // clients are told what, as by etcd, and not where etcd is

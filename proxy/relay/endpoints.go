@@ -12,20 +12,19 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
 )
 
-// endpointState is one of etcd's endpoints, as one session sees it. Its fields are under the
-// session's mu.
+// endpointState is an endpoint of etcd, as one session sees it. The session's mu guards it.
 type endpointState struct {
 	url           string
 	conn          *http2conn.Conn // nil while there is none
 	dialing       bool
 	pause         time.Duration // after the last failure
-	nextDial      time.Time     // no sooner is it dialed
+	nextDial      time.Time     // earliest time of the next dial
 	upstream      *upstreamConn // of conn
 	learner       bool          // conn leads to a learner
-	nextRoleCheck time.Time     // no sooner is a learner asked again
+	nextRoleCheck time.Time     // earliest time of the next role check
 }
 
-// keepaliveTime and keepalivePatience are as those of the other connections to etcd.
+// keepaliveTime and keepaliveTimeout are those of all connections to etcd.
 const (
 	keepaliveTime    = 15 * time.Second
 	keepaliveTimeout = 10 * time.Second
@@ -66,7 +65,7 @@ func (s *session) pick() (*http2conn.Conn, *endpointState, availability) {
 		case h.conn.CanOpen():
 			s.turn = (s.turn + i + 1) % len(s.endpoints)
 			return h.conn, h, 0
-		case h.conn.Draining(): // it has had all the streams that it may have
+		case h.conn.Draining(): // it accepts no new streams
 			h.conn = nil
 			redial(h)
 		default:
@@ -86,8 +85,8 @@ func (s *session) pick() (*http2conn.Conn, *endpointState, availability) {
 	return nil, nil, endpointsDown
 }
 
-// await is pick for a caller that waits, up to readyWait, for a connection that is under way; and
-// if patient for one to come.
+// await is pick that waits up to upstream.ConnectWait while an endpoint is dialed or, if patient,
+// until one is connected.
 func (s *session) await(ctx context.Context, patient bool) (*http2conn.Conn, *endpointState) {
 	timer := time.NewTimer(upstream.ConnectWait)
 	defer timer.Stop()
@@ -112,8 +111,8 @@ func (s *session) await(ctx context.Context, patient bool) (*http2conn.Conn, *en
 	}
 }
 
-// dial connects to an endpoint, unless that is under way or was tried just now. The caller holds
-// mu.
+// dial connects to an endpoint in the background, unless it is being dialed or has just failed. The
+// caller holds mu.
 func (s *session) dial(h *endpointState) {
 	if h.dialing || s.ended || time.Now().Before(h.nextDial) {
 		return
@@ -134,15 +133,15 @@ func (s *session) dial(h *endpointState) {
 	})
 }
 
-// failed notes that a connection has not arrived about. The caller holds the session's mu.
+// failed notes that dialing has failed. The caller holds the session's mu.
 func (h *endpointState) failed() {
 	h.dialing = false
 	h.pause = min(max(h.pause*8/5, upstream.ConnectParams.Backoff.BaseDelay), upstream.ConnectParams.Backoff.MaxDelay)
 	h.nextDial = time.Now().Add(h.pause)
 }
 
-// serveEndpoint serves a connection to etcd to its end. Streams go there once etcd has greeted and,
-// of several members, said that it is no learner.
+// serveEndpoint serves a connection to etcd until it ends. Calls use it after etcd's SETTINGS and,
+// if there are several members, after the role check.
 func (s *session) serveEndpoint(h *endpointState, conn net.Conn, outlet *http2conn.WriteBuffer) {
 	up := &upstreamConn{session: s, endpoint: h}
 	up.conn = http2conn.NewClient(conn, http2conn.Config{
@@ -161,7 +160,7 @@ func (s *session) serveEndpoint(h *endpointState, conn net.Conn, outlet *http2co
 	s.serveUp(up)
 }
 
-// serveUp serves a connection that streams go on to.
+// serveUp serves a connection to etcd, and ends the calls that it carried.
 func (s *session) serveUp(up *upstreamConn) {
 	c := up.conn
 	why := c.Serve()

@@ -127,8 +127,8 @@ func (e *Engine) Close() {
 	e.all.Wait()
 }
 
-// upstreamFields makes of a client's header fields those for etcd. What belongs to the connection stays
-// behind.
+// upstreamFields makes of a client's header fields those for etcd. What belongs to the connection
+// stays behind.
 func upstreamFields(fields []hpack.HeaderField, scheme, authority string) []hpack.HeaderField {
 	kept := make([]hpack.HeaderField, 0, len(fields)+1)
 	for _, f := range fields {

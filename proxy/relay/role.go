@@ -13,17 +13,16 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
 )
 
-// roleCheck is the question to one member whether it is a learner, asked on the connection that
-// calls go over. A process that votes never becomes a learner, so the answer holds as long as the
-// connection does.
+// roleCheck checks whether one member is a learner, on the connection that calls use. A voting
+// member never becomes a learner, so the result holds as long as the connection.
 type roleCheck struct {
 	side   *upstreamConn
 	was    bool // a learner, when it was asked
 	answer sync.Once
 }
 
-// askRole asks the member, which was a learner the last time or not. The connection is offered to
-// calls once that is known, or after roleTimeout.
+// askRole starts a check of the member. was is the result of the last one. Calls may use the
+// connection when the check ends, or after upstream.RoleTimeout.
 func (u *upstreamConn) askRole(was bool) {
 	check := &roleCheck{side: u, was: was}
 	scheme, authority := u.session.id.Upstream.Origin(u.endpoint.url)
@@ -44,12 +43,12 @@ func (u *upstreamConn) askRole(was bool) {
 	})
 }
 
-// end notes the answer. Only the first counts.
+// end takes the result. Only the first counts.
 func (c *roleCheck) end(learner bool) {
 	c.answer.Do(func() { c.side.offer(learner) })
 }
 
-// headers is what the member responseMessages.
+// headers takes the response of the member.
 func (c *roleCheck) headers(stream *http2conn.Stream, fields []hpack.HeaderField, end bool) {
 	if !end {
 		return
@@ -62,8 +61,8 @@ func (c *roleCheck) headers(stream *http2conn.Stream, fields []hpack.HeaderField
 	stream.Finish()
 }
 
-// offer has calls go over the connection: all, or of a learner those that no other member is there
-// for.
+// offer lets calls use the connection: all calls or, of a learner, those for which there is no
+// other member.
 func (u *upstreamConn) offer(learner bool) {
 	u.session.mu.Lock()
 	defer u.session.mu.Unlock()
@@ -77,8 +76,8 @@ func (u *upstreamConn) offer(learner bool) {
 	u.session.notifyChanged()
 }
 
-// recheckRole asks a learner once more, now and then: it may have been promoted. The caller holds
-// the session's mu.
+// recheckRole checks a learner again after upstream.RoleInterval: it may have been promoted. The
+// caller holds the session's mu.
 func (h *endpointState) recheckRole() {
 	now := time.Now()
 	if now.Before(h.nextRoleCheck) {

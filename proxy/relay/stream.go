@@ -157,7 +157,7 @@ func (st *clientStream) consumedFromUpstream() {
 
 // unary gathers the one message of a call and sends it on when it is whole. Like etcd, a unary call
 // does not wait for the client to half-close the stream, and ignores what comes after its message;
-// a call whose answer is a stream waits. The handler responseMessages a request that is not just
+// a call whose answer is a stream waits. The handler answers a request that is not just
 // one message.
 func (st *clientStream) unary(m etcdapi.Mode, data []byte, end bool) {
 	raw := data

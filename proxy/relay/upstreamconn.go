@@ -7,13 +7,13 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 )
 
-// upstreamConn is the handler of a connection that streams go on to.
+// upstreamConn handles a connection to etcd.
 type upstreamConn struct {
 	session  *session
 	endpoint *endpointState
 	conn     *http2conn.Conn
-	offered  bool // calls were let go over it; under the session's mu
-	removed  bool // no call goes over it any more; under the session's mu
+	offered  bool // calls may use it; under the session's mu
+	removed  bool // new calls do not use it; under the session's mu
 }
 
 var (
@@ -21,7 +21,7 @@ var (
 	_ http2conn.Handler = (*upstreamConn)(nil)
 )
 
-// remove has new streams go elsewhere. The caller holds the session's mu.
+// remove keeps new streams off the connection. The caller holds the session's mu.
 func (u *upstreamConn) remove() {
 	if u.removed {
 		return

@@ -104,7 +104,7 @@ func TestBadInput(t *testing.T) {
 		}{
 			{
 				name: "a key file that others may use", volume: "proxy", script: "chmod 0666 /v/key.yaml", repair: "chmod 0600 /v/key.yaml",
-				proxy: []string{"others than its owner may use it (mode 0666)", "chmod 600"},
+				proxy: []string{"users other than its owner can use it (mode 0666)", "chmod 600"},
 			},
 			{
 				name: "a folder where the configuration should be", volume: "proxy", script: "rm /v/config.yaml && mkdir /v/config.yaml",

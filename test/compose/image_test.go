@@ -254,6 +254,6 @@ admin: {}
 		t.Fatal(err)
 	}
 	t.Run("a key that others may write", func(t *testing.T) {
-		says(t, run(t), "others than its owner may use it (mode 0666)", "chmod 600")
+		says(t, run(t), "users other than its owner can use it (mode 0666)", "chmod 600")
 	})
 }

@@ -217,7 +217,7 @@ func TestGuardWrongKey(t *testing.T) {
 	if err := os.WriteFile(path, wrong, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	notInvited(t, s.refused(t, "wrong", s.cfg, `the proof by KMS provider "dev" does not hold`, "hint: restore the key file, or the KMS key, that the values were sealed with"))
+	notInvited(t, s.refused(t, "wrong", s.cfg, `the proof by KMS provider "dev" does not hold`, "hint: restore the key file, or the KMS key, that the values were encrypted with"))
 	if err := os.WriteFile(path, right, 0o600); err != nil {
 		t.Fatal(err)
 	}

@@ -382,7 +382,7 @@ func TestPurgeOfACluster(t *testing.T) {
 		put(t, raw, fmt.Sprintf("%ss%d", prefix, i), mark+"-"+strings.Repeat("x", 2000))
 	}
 	s.run(t, 0, "reencrypt")
-	s.run(t, 2, "purge", "--yes continues without asking")
+	s.run(t, 2, "purge", "--yes continues without confirmation")
 	s.run(t, 0, "purge --dry-run", "200 plaintext values", "nothing was changed")
 	down := cluster.Members[1]
 	if down == cluster.Leader() {

@@ -1,6 +1,8 @@
-// Command gendoc writes docs/reference/configuration.md from the comments and struct tags of package config's types.
+// Command gendoc writes docs/reference/configuration.md from the comments and struct tags of the types
+// of package config.
 //
-// The types are printed in the order in which [root] reaches them, each with the path that its fields have in the file.
+// The types are printed in the order in which [root] reaches them, each with the path that its fields
+// have in the file.
 package main
 
 import (

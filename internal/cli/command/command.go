@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -103,6 +104,46 @@ func Group(name, short string, commands ...*cobra.Command) *cobra.Command {
 // NeedsCommand is the RunE of a command that only groups others.
 func NeedsCommand(cmd *cobra.Command, _ []string) error {
 	return Usage(cmd.CommandPath()+" --help lists them", "%s needs a command", cmd.CommandPath())
+}
+
+// NoArgs is the Args of a command that takes flags only.
+func NoArgs(cmd *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	hint := UsageOf(cmd)
+	if ext := filepath.Ext(args[0]); ext == ".yaml" || ext == ".yml" {
+		hint = "name the configuration with --config"
+	}
+	return Usage(hint, "unexpected argument %q: %s takes only flags", args[0], cmd.CommandPath())
+}
+
+// OneArg returns the Args of a command that takes one argument, which its usage calls name.
+func OneArg(name string) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if len(args) > 1 {
+			return Usage(UsageOf(cmd), "%s takes one %s, and has %d arguments", cmd.CommandPath(), name, len(args))
+		}
+		return SomeArgs(name)(cmd, args)
+	}
+}
+
+// SomeArgs returns the Args of a command that takes one or more arguments of a kind.
+func SomeArgs(name string) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if len(args) == 0 {
+			return Usage(UsageOf(cmd), "%s is missing", name)
+		}
+		return nil
+	}
+}
+
+// UsageOf returns the hint for a command line that is wrong.
+func UsageOf(cmd *cobra.Command) string {
+	if cmd.HasAvailableSubCommands() {
+		return cmd.CommandPath() + " --help lists the commands"
+	}
+	return "the command is " + cmd.UseLine() + "; --help explains it"
 }
 
 // ConfigFlag adds --config.

@@ -39,14 +39,14 @@ configuration would, also with recovery copies. It needs the KMS but no proxy; w
 
 It asks for confirmation, and records the user in the audit log, which must be configured (or named with --audit-file). One value is
 printed unchanged; with --prefix, or with --output json, each is a JSON object on a line, its value in base64.`,
-		Args: cobra.ExactArgs(1),
+		Args: command.OneArg("KEY"),
 	}
 	path, out := command.ConfigFlag(cmd), command.OutputFlag(cmd)
 	var o decryptOptions
 	cmd.Flags().BoolVar(&o.prefix, "prefix", false, "every key that begins with KEY")
 	cmd.Flags().StringVar(&o.snapshot, "snapshot", "", "read the snapshot `FILE` of etcdctl snapshot save, or the database file of a stopped member, instead of etcd")
 	cmd.Flags().StringVar(&o.file, "output-file", "", "write to a new `FILE`, mode 0600, instead of standard output")
-	cmd.Flags().StringVar(&o.audit, "audit-file", "", "audit log `FILE`, if the configuration has none")
+	cmd.Flags().StringVar(&o.audit, "audit-file", "", "audit log `FILE` of the proxy, if the configuration has none: the record is written next to it, to NAME.commands.jsonl for NAME.jsonl")
 	yes := cmd.Flags().Bool("yes", false, "do not ask for confirmation")
 	wait, identities := timeoutFlag(cmd), identityFlag(cmd)
 	cmd.RunE = command.Run(func(cmd *cobra.Command, args []string) error {

@@ -35,8 +35,8 @@ finished the compaction. Then it defragments one member after the other, the lea
 member does not respond while it is defragmented.
 
 The report names what purge cannot reach: write-ahead logs and snapshot files, which etcd replaces over time, old backups, copies of
-disks, and members that do not finish the compaction, which are not defragmented. Exit code 1 says that something is left for you to do.`,
-		Args: cobra.NoArgs,
+disks, and members that do not finish the compaction, which are not defragmented.`,
+		Args: command.NoArgs,
 	}
 	path, out := command.ConfigFlag(cmd), command.OutputFlag(cmd)
 	dryRun := cmd.Flags().Bool("dry-run", false, "print what would be done, and change nothing")
@@ -236,7 +236,7 @@ func confirm(cmd *cobra.Command, yes bool, question string) error {
 	}
 	in, ok := cmd.InOrStdin().(*os.File)
 	if !ok || !term.IsTerminal(int(in.Fd())) {
-		return command.Usage("--yes continues without asking", "there is no terminal to ask on")
+		return command.Usage("--yes continues without confirmation", "there is no terminal to confirm on")
 	}
 	printable.Fprintf(cmd.ErrOrStderr(), "%s [y/N] ", question)
 	answer, err := bufio.NewReader(in).ReadString('\n')

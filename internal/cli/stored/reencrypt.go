@@ -32,7 +32,7 @@ safe to run on a live cluster: concurrent writes always win, leases are kept, an
 again to continue.
 
 Under a rule with allowPlaintextReads: false, plaintext is reported and not rewritten: it was written past the proxies, reads of it are
-refused, and encrypting it would make it a genuine value. --encrypt-plaintext encrypts it all the same; look at the values first
+refused, and encrypting it would make it a genuine value. --encrypt-plaintext encrypts it nevertheless; check the values first
 (status --list names them). Values of providers that a rule does not read are never rewritten, since they cannot be decrypted.
 
 If the key of the values is gone, --identity decrypts them by the recovery copies of a provider of kind age. These copies are not
@@ -41,11 +41,11 @@ authenticated: anyone who knows the recipients can make one. If other software t
 Each rewritten value is a revision in etcd's history until etcd is compacted, and an event for its watchers. The number is printed before
 the first write. --dry-run stops there.
 
-Of several runs at a time, one works and the others wait. A proxy that announced other rules than those of this configuration stops the
+If several runs are started, one works and the others wait. A proxy that announced other rules than those of this configuration stops the
 run, since it might not be able to read the values.
 
-Exit code 0 says that every value is current, 1 that some could not be rewritten, and which, 3 that the run was interrupted or failed.`,
-		Args: cobra.NoArgs,
+The report lists the values that could not be rewritten. An interrupted run exits with 3.`,
+		Args: command.NoArgs,
 	}
 	path, out := command.ConfigFlag(cmd), command.OutputFlag(cmd)
 	var o reencryptOptions
@@ -119,9 +119,9 @@ func (o *reencryptOptions) check() error {
 	var text string
 	switch {
 	case o.workers < 1 || o.txnKeys < 1 || o.passes < 1:
-		text = "--workers, --txn-keys and --passes are at least 1"
+		text = "--workers, --txn-keys and --passes must be at least 1"
 	case o.rate < 0:
-		text = "--rate is at least 0"
+		text = "--rate must be at least 0"
 	case o.watch && (o.dryRun || o.noWait):
 		text = "--watch cannot be used with --dry-run or --no-wait"
 	case o.watch && o.encryptPlaintext:
@@ -129,7 +129,7 @@ func (o *reencryptOptions) check() error {
 	case o.watch && len(o.identities) > 0:
 		text = "--watch cannot be used with --identity: private keys of a recovery do not belong into a process that keeps running"
 	case o.interval < time.Second:
-		text = "--interval is at least 1s"
+		text = "--interval must be at least 1s"
 	default:
 		return nil
 	}

@@ -38,9 +38,9 @@ gzip, zip or bzip2 are searched without writing anything to disk; other compress
 
 It recognizes plaintext by its key, by the form of Kubernetes objects, and by the --canary strings that you have put into values. A value
 that looks encrypted must decrypt, or with --offline be well-formed. A value whose DEK seed the KMS refuses to unwrap, while it unwraps
-others, is a finding too. verify changes nothing, and prints no value. Exit code 1 says that something was found, 3 that nothing was
-found but not everything could be checked.`,
-		Args: cobra.NoArgs,
+others, is a finding too. verify changes nothing, and prints no value. If nothing was found but not everything could be
+checked, the exit code is 3.`,
+		Args: command.NoArgs,
 	}
 	path, out := command.ConfigFlag(cmd), command.OutputFlag(cmd)
 	var o verifyOptions
@@ -53,9 +53,13 @@ found but not everything could be checked.`,
 	cmd.Flags().BoolVar(&o.offline, "offline", false, "call no KMS: encrypted values must be well-formed, and are not decrypted; for files only")
 	cmd.Flags().BoolVar(&o.all, "list", false, "print every finding, not only the first 20 of each file")
 	wait, identities := timeoutFlag(cmd), identityFlag(cmd)
-	cmd.MarkFlagsMutuallyExclusive("snapshot", "data-dir")
-	cmd.MarkFlagsMutuallyExclusive("offline", "identity")
 	cmd.RunE = command.Run(func(cmd *cobra.Command, _ []string) error {
+		if o.snapshot != "" && o.dataDir != "" {
+			return command.Usage("", "--snapshot and --data-dir cannot be used together")
+		}
+		if o.offline && len(*identities) > 0 {
+			return command.Usage("", "--offline and --identity cannot be used together")
+		}
 		files := cmp.Or(o.snapshot, o.dataDir)
 		if files == "" && (o.offline || len(o.canaries) > 0 || o.canaryFile != "" || len(o.kinds) > 0) {
 			return command.Usage("add --snapshot or --data-dir", "--offline, --canary, --canary-file and --kind are for files")

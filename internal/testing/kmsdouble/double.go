@@ -2,9 +2,9 @@
 // own that speaks the product's RPC protocol (Kms, 2016-01-20) and is as strict as the original. It
 // verifies each request's signature, nonce, timestamp, format and security token with code of its
 // own, keeps keys with versions and states, and binds the EncryptionContext to what it encrypts.
-// Faults can be injected into any answer ([Double.Inject], [Double.SetFault]). Beside it stand
-// doubles of what gives its callers their credentials: the Security Token Service ([STS]) and an
-// ECS instance's metadata server ([Metadata]).
+// Faults can be injected into any answer ([Double.Inject], [Double.SetFault]). There are also
+// doubles of the services that give its callers their credentials: the Security Token Service
+// ([STS]) and an ECS instance's metadata server ([Metadata]).
 //
 // It shares no code with the client it tests. It keeps keys in memory only and must not be used for
 // anything but tests.
