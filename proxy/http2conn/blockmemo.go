@@ -18,9 +18,8 @@ const (
 )
 
 // blockMemo remembers header blocks that consist of indexed fields only. What such a block means is
-// a function of its bytes and of the dynamic table, and it does not change the table, so the memo
-// is valid until another kind of block is coded. The strings that it refers to are those of the
-// static and the dynamic table.
+// a function of its bytes and of the dynamic table. It does not change the table, so the memo is
+// valid until another kind of block is coded. The strings that it refers to are in the tables, too.
 type blockMemo[T any] struct {
 	entries []memoEntry[T]
 	next    int // which entry is replaced when there are maxMemoEntries

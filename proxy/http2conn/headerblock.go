@@ -155,8 +155,9 @@ func (d *headerDecoder) field(f hpack.HeaderField) {
 	}
 	left, size := &d.left, f.Size()
 	if f.Name == "trailer" { // http2.Framer counts the fields that it announces
-		n := uint32(strings.Count(f.Value, ",")) + 1                                        //nolint:gosec // less than a frame
-		left, size = &d.trailersLeft, uint32(len(f.Value))-n+1+n*hpack.HeaderField{}.Size() //nolint:gosec // less than a frame
+		n := uint32(strings.Count(f.Value, ",")) + 1 //nolint:gosec // less than a frame
+		length := uint32(len(f.Value))               //nolint:gosec // less than 16 MiB
+		left, size = &d.trailersLeft, length-n+1+n*hpack.HeaderField{}.Size()
 	}
 	if size > *left {
 		d.hpack.SetEmitEnabled(false)

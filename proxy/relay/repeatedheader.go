@@ -23,8 +23,8 @@ type upstreamHeader struct {
 }
 
 // repeatedHeaders are the last header lists that a client has repeated. http2conn returns the same
-// slice for a header block that it remembers, so lists are compared by where they are. It belongs
-// to the goroutine that reads from the client.
+// slice for a header block that it remembers, so lists are compared by their addresses. Only the
+// goroutine that reads from the client uses it.
 type repeatedHeaders struct {
 	known    [maxRepeated]*repeatedHeader
 	once     [maxRepeated]*hpack.HeaderField // the first fields of lists that came once
