@@ -325,6 +325,7 @@ func TestRaceForTheRecord(t *testing.T) {
 		}
 		s.start("a", "old")
 		time.Sleep(settled)
+		synctest.Wait() // the hook has returned
 		if !raced {
 			t.Error("no record was written")
 		}
