@@ -53,7 +53,7 @@ unit: ## the tests of the packages, with the race detector if there is a C compi
 	@command -v $$(go env CC) >/dev/null || echo "without the race detector: it needs a C compiler"
 	go test $$(if command -v $$(go env CC) >/dev/null; then echo -race; fi) -timeout 15m ./...
 	PROXY_TEST_CALLS=handled go test -count=1 ./proxy
-	go test -run Allocations ./proxy/etcdwire
+	go test -run Allocations ./proxy ./proxy/etcdwire ./proxy/http2conn
 
 interop: ## our stored format against k8s.io/apiserver's
 	cd test/interop && go test -timeout 15m ./...

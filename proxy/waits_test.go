@@ -66,14 +66,14 @@ func TestWaitsLeaveNothing(t *testing.T) {
 func TestMessageInManyFrames(t *testing.T) {
 	c := proxytest.NewTalker(t, startProxy(t, proxytest.ServeStore(t), nil, nil).Addrs()[0].String())
 	// a field that nobody knows
-	msg := protowire.AppendBytes(protowire.AppendTag(nil, 15, protowire.BytesType), make([]byte, 200_000))
+	msg := protowire.AppendBytes(protowire.AppendTag(nil, 15, protowire.BytesType), make([]byte, 60_000)) // less than the first window
 	raw := append(rpc.Header(len(msg)), msg...)
 	a := proxytest.Attempt{Fields: []hpack.HeaderField{
 		{Name: ":method", Value: "POST"}, {Name: ":scheme", Value: "http"}, {Name: ":path", Value: "/etcdserverpb.Lease/LeaseKeepAlive"}, {Name: ":authority", Value: "x"},
 		{Name: "content-type", Value: rpc.ContentType}, {Name: "te", Value: "trailers"},
 	}}
-	for ; len(raw) > 0; raw = raw[min(len(raw), 20):] {
-		a.Frames, a.Padded = append(a.Frames, raw[:min(len(raw), 20)]), append(a.Padded, false)
+	for ; len(raw) > 0; raw = raw[min(len(raw), 6):] {
+		a.Frames, a.Padded = append(a.Frames, raw[:min(len(raw), 6)]), append(a.Padded, false)
 	}
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)

@@ -1,5 +1,6 @@
 // Package slab allocates values of one type several at a time, for values that are needed for every
-// call and cannot be reused safely because others may still refer to them.
+// call and cannot be reused safely because others may still refer to them. It is for values that
+// hold no message: a value in use keeps those that were allocated with it in memory.
 package slab
 
 // maxSize is how many values are allocated at a time at most. A value that is in use keeps those

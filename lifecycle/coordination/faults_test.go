@@ -606,6 +606,7 @@ func TestElectionLost(t *testing.T) {
 		}
 		s.crash("away")
 		group.Wait()
+		synctest.Wait()
 		if s.jobs != 2 || s.overlap > 2*time.Second || len(told) != 1 || told[0] != "away" {
 			t.Errorf("%d worked, two at a time for %s; told of %q", s.jobs, s.overlap, told)
 		}

@@ -20,8 +20,6 @@ import (
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 	"google.golang.org/grpc/mem"
-
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/slab"
 )
 
 // Sizes in bytes.
@@ -137,11 +135,10 @@ type Conn struct {
 	write             *http2.Framer  // to pending
 	encoder           headerEncoder
 	streams           map[uint32]*Stream
-	unused            slab.Slab[Stream] // for new streams
-	recentlyEnded     endedStreams      // of a server
-	nextStreamID      uint32            // of a client
-	sendWindow        int64             // of the connection
-	peerInitialWindow int64             // of a new stream
+	recentlyEnded     endedStreams // of a server
+	nextStreamID      uint32       // of a client
+	sendWindow        int64        // of the connection
+	peerInitialWindow int64        // of a new stream
 	peerMaxFrame      int
 	peerMaxStreams    uint32
 	ready             []*Stream // with queued data and an open flow-control window

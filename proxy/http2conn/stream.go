@@ -40,7 +40,7 @@ type Stream struct {
 }
 
 func (c *Conn) newStream(id uint32, value any) *Stream {
-	s := c.unused.New()
+	s := new(Stream)
 	s.conn, s.id, s.recvWindow, s.sendWindow, s.declared = c, id, c.recvWindow(), c.peerInitialWindow, undeclared
 	if value != nil {
 		s.userValue.Store(value)

@@ -11,7 +11,6 @@ import (
 	"golang.org/x/net/http2/hpack"
 	"google.golang.org/grpc/codes"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/slab"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
@@ -34,7 +33,6 @@ type session struct {
 	// Of the goroutine that reads from the client.
 	unary   uint64 // calls so far
 	headers repeatedHeaders
-	unused  slab.Slab[clientStream] // for new streams
 	calls   etcdapi.Calls
 
 	mu        sync.Mutex
@@ -133,7 +131,7 @@ func (s *session) Headers(stream *http2conn.Stream, fields []hpack.HeaderField, 
 	} else {
 		h = readRequestHead(fields)
 	}
-	st := s.unused.New()
+	st := new(clientStream)
 	st.session, st.client, st.fields, st.repeated, st.responseType = s, stream, fields, repeated, h.responseType()
 	st.response.stream = st
 	stream.SetValue(st)

@@ -1,0 +1,6 @@
+//go:build race
+
+package proxy
+
+// raced says that the race detector is on, which allocates.
+const raced = true
