@@ -149,8 +149,8 @@ func TestWebStreamsEnd(t *testing.T) {
 	}
 }
 
-// TestALPN: what a client offers decides what it speaks, as with etcd: whoever offers HTTP/2 gets
-// it, and may send gRPC.
+// TestALPN: what a client offers decides what it speaks, as with etcd: a client that offers HTTP/2
+// gets it, and may send gRPC.
 func TestALPN(t *testing.T) {
 	w := newWebTLS(t, proxytest.EchoEtcd())
 	address := w.Addrs()[0].String()

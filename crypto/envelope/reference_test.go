@@ -15,7 +15,7 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-var update = flag.Bool("update", false, "write the golden file anew; read the diff")
+var update = flag.Bool("update", false, "write the golden file again; read the diff")
 
 // vector is one line of testdata/golden.json: everything that decides a stored value's bytes.
 type vector struct {

@@ -26,7 +26,7 @@ func TestNewKeyIDMintsOnce(t *testing.T) {
 			t.Errorf("sealed under %q after the rotation", id)
 		}
 		if n := kms.count("Encrypt"); n != 2 {
-			t.Errorf("%d mints", n)
+			t.Errorf("%d DEK seeds generated", n)
 		}
 		g.mustOpen(t, "k", old, "v")
 		for want, v := range map[ValueState][]byte{Current: stored, Stale: old} {
@@ -36,7 +36,7 @@ func TestNewKeyIDMintsOnce(t *testing.T) {
 		}
 		time.Sleep(time.Hour)
 		if n := kms.count("Encrypt"); n != 2 {
-			t.Errorf("%d mints an hour later", n)
+			t.Errorf("%d DEK seeds generated an hour later", n)
 		}
 	})
 }
@@ -55,14 +55,14 @@ func TestStatusAndEncryptDisagree(t *testing.T) {
 		}
 		time.Sleep(24 * time.Hour)
 		if n := kms.count("Encrypt"); n < 10 || n > 50 {
-			t.Errorf("%d mints in a day of disagreement", n)
+			t.Errorf("%d DEK seeds generated in a day of disagreement", n)
 		}
 		g.mustOpen(t, "k", stored, "v")
 		// Status catches up: nothing is left to do.
 		kms.set(func() { kms.statusID = ""; kms.calls = map[string]int{} })
 		time.Sleep(24 * time.Hour)
 		if n := kms.count("Encrypt"); n > 1 {
-			t.Errorf("%d mints in a day of agreement", n)
+			t.Errorf("%d DEK seeds generated in a day of agreement", n)
 		}
 	})
 	synctest.Test(t, func(t *testing.T) { // a rotation that Encrypt sees later than Status
@@ -87,7 +87,7 @@ func TestMintOnAgeAndOnCount(t *testing.T) {
 		first := g.mustSeal(t, "k", "v")
 		time.Sleep(10*24*time.Hour + time.Minute)
 		if n := kms.count("Encrypt"); n != 11 {
-			t.Errorf("%d mints in ten days", n)
+			t.Errorf("%d DEK seeds generated in ten days", n)
 		}
 		g.mustOpen(t, "k", first, "v")
 		kms.set(func() { kms.opErr["Encrypt"] = kmsError("Encrypt", kmsclient.Unreachable) })
@@ -105,14 +105,14 @@ func TestMintOnAgeAndOnCount(t *testing.T) {
 			time.Sleep(2 * time.Second)
 		}
 		if n := kms.count("Encrypt"); n < 3 || n > 5 {
-			t.Errorf("%d mints for 35 values at 10 each", n)
+			t.Errorf("%d DEK seeds generated for 35 values at 10 each", n)
 		}
 	})
 }
 
-// TestMintThatIsLost: the KMS did the work and the answer was lost. A second seed is minted;
-// nothing is sealed under the first.
-func TestMintThatIsLost(t *testing.T) {
+// TestGenerationThatIsLost: the KMS did the work and the answer was lost. A second seed is
+// generated; nothing is sealed under the first.
+func TestGenerationThatIsLost(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		kms := newKMS(t, "ack")
 		kms.lost = kmsError("GenerateDataKey", kmsclient.Unreachable)

@@ -198,9 +198,10 @@ func TestRefusalIsNotRecovered(t *testing.T) {
 	}
 }
 
-// TestHasteDecidesNothing: whoever does not wait is told so where a copy might still open the
-// value, and not that it is lost; a rule that hands lost values on does not do it then.
-func TestHasteDecidesNothing(t *testing.T) {
+// TestNonBlockingDecidesNothing: a caller that does not wait gets ErrWouldBlock where a copy might
+// still open the value, and not that it is lost; a rule that hands lost values on does not do it
+// then.
+func TestNonBlockingDecidesNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ack, dr := newKMS(t, "ack"), newKMS(t, "dr")
 		s := newSite(t, ack, dr, false, nil).start(t)

@@ -67,7 +67,7 @@ func TestRequiredByReload(t *testing.T) {
 	})
 }
 
-// TestSetRecoveryWhileRunning mints at the next contact, both ways.
+// TestSetRecoveryWhileRunning generates a DEK seed at the next health check, both ways.
 func TestSetRecoveryWhileRunning(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ack, dr := newKMS(t, "ack"), newKMS(t, "dr")

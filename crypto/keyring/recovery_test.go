@@ -49,7 +49,7 @@ func TestRecoveryProviderDoesNotWrap(t *testing.T) {
 					t.Errorf("the log says so %d times:\n%s", n, s.log)
 				}
 				if n := ack.count("Encrypt"); n != 1 {
-					t.Errorf("%d seeds were minted for the want of a copy", n)
+					t.Errorf("%d seeds were generated because a copy was missing", n)
 				}
 				if n := dr.count("Encrypt"); n > 40 {
 					t.Errorf("dr was asked %d times", n)

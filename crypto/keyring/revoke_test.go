@@ -61,7 +61,7 @@ func TestUnusableKeyRevokesWithinTheInterval(t *testing.T) {
 		g.mustOpen(t, "k", foreign, "v")
 		g.mustOpen(t, "k", g.mustSeal(t, "k", "w"), "w")
 		if n := kms.count("Encrypt"); n != 2 {
-			t.Errorf("%d mints: after a revocation comes a new seed", n)
+			t.Errorf("%d DEK seeds generated: after a revocation comes a new seed", n)
 		}
 	})
 }
@@ -91,12 +91,12 @@ func TestNothingOpensOnceRevoked(t *testing.T) {
 			g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { w.events, c.Observer = c.Observer.(*events), w })
 			var all [][]byte
 			bad := 0
-			hasty, cancel := context.WithCancel(t.Context())
+			ended, cancel := context.WithCancel(t.Context())
 			cancel()
 			w.do = func() {
 				bad++
 				for _, stored := range all {
-					if _, err := g.sealer.Open(hasty, []byte("k"), bytes.Clone(stored)); err == nil {
+					if _, err := g.sealer.Open(ended, []byte("k"), bytes.Clone(stored)); err == nil {
 						t.Errorf("%s: a value opens of a key that may not be used, revoked is %t", name, g.State().Revoked)
 					}
 				}
@@ -248,7 +248,7 @@ func TestNothingIsSealedThatDoesNotOpen(t *testing.T) {
 		synctest.Wait()
 		stored := g.mustSeal(t, "k", "v")
 		if n := kms.count("Encrypt"); n != 2 {
-			t.Errorf("%d mints", n)
+			t.Errorf("%d DEK seeds generated", n)
 		}
 		newRing(t, kms, nil).start(t).mustOpen(t, "k", stored, "v")
 		// It breaks: the seed in use is one that will not open, and there is no other.
@@ -296,7 +296,7 @@ func TestStoredValuesCannotRevoke(t *testing.T) {
 			t.Errorf("%d Status calls in ten minutes", n)
 		}
 		if n := kms.count("Encrypt"); n != 0 {
-			t.Errorf("%d mints in ten minutes", n)
+			t.Errorf("%d DEK seeds generated in ten minutes", n)
 		}
 	})
 }
@@ -358,7 +358,7 @@ func TestUnwrapDuringRevocation(t *testing.T) {
 	})
 }
 
-// TestReadOnlyRing never mints, opens, and is revoked like any other.
+// TestReadOnlyRing never generates a DEK seed; it decrypts, and is revoked like any other.
 func TestReadOnlyRing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		kms := newKMS(t, "old")
@@ -368,7 +368,7 @@ func TestReadOnlyRing(t *testing.T) {
 		g.mustOpen(t, "k", stored, "v")
 		time.Sleep(time.Hour)
 		if n := kms.count("Encrypt"); n != 0 || !g.State().Healthy || g.sealer.Health() != nil {
-			t.Errorf("%d mints, %+v, %v", n, g.State(), g.sealer.Health())
+			t.Errorf("%d DEK seeds generated, %+v, %v", n, g.State(), g.sealer.Health())
 		}
 		// Status is answered as ever
 		kms.set(func() { kms.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.Denied) })

@@ -30,7 +30,7 @@ func TestMintOnceThenSealAndOpen(t *testing.T) {
 					g.mustOpen(t, "/s/a", stored, "value")
 				}
 				if n := kms.count(name); n != 1 {
-					t.Errorf("%d calls of %s for one mint", n, name)
+					t.Errorf("%d calls of %s for one DEK seed", n, name)
 				}
 				if n := kms.count("Decrypt"); n != 0 {
 					t.Errorf("own values cost %d Decrypt calls", n)
@@ -71,7 +71,7 @@ func TestSealWaitsForTheFirstMint(t *testing.T) {
 			}
 		}
 		if n := kms.count("Encrypt"); n != 1 {
-			t.Errorf("%d mints", n)
+			t.Errorf("%d DEK seeds generated", n)
 		}
 	})
 }
@@ -163,7 +163,7 @@ func TestPollIntervals(t *testing.T) {
 			t.Errorf("State = %+v", st)
 		}
 		if n := kms.count("Encrypt"); n != 0 {
-			t.Errorf("%d mints", n)
+			t.Errorf("%d DEK seeds generated", n)
 		}
 	})
 	synctest.Test(t, func(t *testing.T) { // RevokeWithin shortens it
@@ -201,7 +201,7 @@ func TestSealUnreachableFor(t *testing.T) {
 		time.Sleep(10 * time.Second)
 		g.mustSeal(t, "k", "v")
 		if n := kms.count("Encrypt"); n != 1 {
-			t.Errorf("%d mints: an outage is no reason for a new seed", n)
+			t.Errorf("%d DEK seeds generated: an outage is no reason for a new seed", n)
 		}
 	})
 	synctest.Test(t, func(t *testing.T) { // not at all

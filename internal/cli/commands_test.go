@@ -186,7 +186,7 @@ func TestKMSCheck(t *testing.T) {
 		want(t, 3, "error: no KMS is configured")
 }
 
-// TestUnreadConfig: what cannot be read for want of permission has its right name already.
+// TestUnreadConfig: an error about permission names the file.
 func TestUnreadConfig(t *testing.T) {
 	if hint := command.Failure(command.Unreadable(fmt.Errorf("read configuration: %w", fs.ErrPermission))).Problem.Hint; !strings.Contains(hint, "may read the file") {
 		t.Error(hint)

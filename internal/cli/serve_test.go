@@ -343,7 +343,7 @@ func TestUserWithEtcdDown(t *testing.T) {
 	s.exited(0)
 }
 
-// TestLogReaderGone: whoever reads the log may end before the proxy.
+// TestLogReaderGone: the reader of the log may end before the proxy.
 func TestLogReaderGone(t *testing.T) {
 	d := clitest.NewDir(t)
 	cmd := process("serve", "--config", d.Config(t))

@@ -30,7 +30,7 @@ func TestTelling(t *testing.T) {
 	}
 	for how, tell := range map[string]func(*Telling, []byte){
 		"an error": func(own *Telling, b []byte) { _ = own.Error(fmt.Errorf("seed %x is lost", b)) },
-		"a log":    func(own *Telling, b []byte) { slog.New(slog.NewTextHandler(own, nil)).Info("minted", "seed", b) },
+		"a log":    func(own *Telling, b []byte) { slog.New(slog.NewTextHandler(own, nil)).Info("generated", "seed", b) },
 	} {
 		var own Telling
 		seed := bytes.Repeat([]byte("seed"), 8)

@@ -30,7 +30,7 @@ func TestSealErrors(t *testing.T) {
 		t.Errorf("a caller who went away gets %v", err)
 	}
 	if err := sealError(gone, &keyring.Error{Kind: keyring.Corrupt}); errors.Is(err, context.Canceled) {
-		t.Error("a corrupt value is one, whoever asks")
+		t.Error("a corrupt value is corrupt for every caller")
 	}
 	unknown := errors.New("unknown")
 	if err := sealError(context.Background(), unknown); !errors.Is(err, unknown) {

@@ -120,9 +120,9 @@ func TestBurstAtTheKMS(t *testing.T) {
 const canaryValue = "a value that no log, metric or error holds:"
 
 // TestEverythingChanges is for the race detector: 64 goroutines seal and open while sessions are
-// fetched anew, the key is rotated, disabled and enabled, and the rules are reloaded. What opens is
-// right; what does not says that the key may not be used, or the KMS not be reached; and in the end
-// everything opens.
+// fetched again, the key is rotated, disabled and enabled, and the rules are reloaded. What opens
+// is right; what does not says that the key may not be used, or the KMS not be reached; and in the
+// end everything opens.
 func TestEverythingChanges(t *testing.T) {
 	double, d := clitest.NewDouble(t, kmsdouble.Config{AccessKeys: []kmsdouble.AccessKey{}}), clitest.NewDir(t)
 	sts := kmsdouble.NewSTS(t, kmsdouble.STSConfig{Register: double.SetAccessKey, Lifetime: 3 * time.Second})

@@ -11,8 +11,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 )
 
-// TestLabelled: whoever writes values that name many keys, or bytes that are no text, makes few
-// lines of metrics, and no panic.
+// TestLabelled: a client that writes values that name many keys, or bytes that are no text, makes
+// few lines of metrics, and no panic.
 func TestLabelled(t *testing.T) {
 	var keys []inventory.KeyCount
 	for i := range 1000 {

@@ -28,7 +28,7 @@ func wait[T any](t testing.TB, c <-chan T, what string) (got T) {
 }
 
 // ledger is a pool that keeps account: of what is lent, and of what comes back that was not. It
-// spoils what comes back, so that whoever still uses it is found out.
+// spoils what comes back, so that a test finds a later use.
 type ledger struct {
 	mu     sync.Mutex
 	lent   map[*[]byte]bool

@@ -147,8 +147,8 @@ func TestWindowThatShrinks(t *testing.T) {
 	})
 }
 
-// TestTurns: streams share what the connection takes, one frame each in turns, whoever came first
-// and has most.
+// TestTurns: streams share what the connection takes, one frame each in turns, in any order of
+// arrival and has most.
 func TestTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := &handler{}

@@ -128,8 +128,8 @@ func TestOurServer(t *testing.T) {
 			fresh := newDirect(t, backend) // a transformer without a cached DEK seed
 			fresh.await(t, keyID)
 			for reader, open := range map[string]func([]byte, []byte) ([]byte, bool, error){
-				"kube-apiserver": they.open, "kube-apiserver anew": newKube(t, p, provider, envelope.TypeSeed).open,
-				"through the server": via.open, "direct": direct.open, "direct anew": fresh.open,
+				"kube-apiserver": they.open, "a new kube-apiserver": newKube(t, p, provider, envelope.TypeSeed).open,
+				"through the server": via.open, "direct": direct.open, "direct, a new ring": fresh.open,
 			} {
 				same(t, writer+", read by "+reader, value, false)(open(secretKey, stored))
 			}

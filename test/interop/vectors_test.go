@@ -21,7 +21,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 )
 
-var update = flag.Bool("update", false, "have k8s.io/apiserver write the golden vectors anew; read the diff")
+var update = flag.Bool("update", false, "have k8s.io/apiserver write the golden vectors again; read the diff")
 
 // vectorFile is what k8s.io/apiserver wrote. It is in the folder of the package that must always be
 // able to read it.

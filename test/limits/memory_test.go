@@ -168,8 +168,8 @@ func (k *talker) tinyFields(stream uint32, n int) {
 	}
 }
 
-// TestMemoryOfHeaderFields: streams with 400,000 header fields each. Whoever is refused by closing
-// the connection comes back with the next stream.
+// TestMemoryOfHeaderFields: streams with 400,000 header fields each. A client that is refused by
+// closing the connection comes back with the next stream.
 func TestMemoryOfHeaderFields(t *testing.T) {
 	for name, mib := range map[string]int64{"allowed": 24, "not allowed": 8} {
 		t.Run(name, func(t *testing.T) {

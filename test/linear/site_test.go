@@ -147,7 +147,7 @@ func (s *site) round(t *testing.T, h *history, clients []func(context.Context), 
 	}
 	s.fail(t)
 	before := h.answers()
-	harness.Eventually(t, within, "all clients to get on after everything is mended", func() error {
+	harness.Eventually(t, within, "all clients to continue after all faults have ended", func() error {
 		for id, n := range h.answers() {
 			if n <= before[id] {
 				return fmt.Errorf("client %d got no answer", id)

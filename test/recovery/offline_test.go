@@ -325,13 +325,13 @@ func (s *site) lostConfiguration(t *testing.T, snapshot string, o *offline, want
 		t.Errorf("the offline keys are %q", got)
 	}
 	placeholder := s.env.LocalKey("ack", 1)
-	p := s.env.NewProxy("anew", harness.ProxyConfig{
+	p := s.env.NewProxy("again", harness.ProxyConfig{
 		Etcd: harness.Upstream{Endpoints: []string{"http://127.0.0.1:1"}}, KMS: []harness.KMSConfig{placeholder, offlineKMS(o)},
 		Rules: []harness.Rule{{Prefix: "/", WriteWith: "ack", Recovery: []string{"offline"}}},
 	})
 	with := []string{"--config", p.ConfigFile, "--snapshot", snapshot, "--identity", o.file}
 	s.command(t, 0, append([]string{"verify"}, with...)...)
-	args := append([]string{"decrypt", "--yes", prefix + "shown", "--audit-file", filepath.Join(s.env.Dir, "anew.jsonl")}, with...)
+	args := append([]string{"decrypt", "--yes", prefix + "shown", "--audit-file", filepath.Join(s.env.Dir, "again.jsonl")}, with...)
 	if out := s.command(t, 0, args...); !strings.HasSuffix(out, want) {
 		t.Errorf("decrypt prints %q", out)
 	}

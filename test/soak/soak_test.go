@@ -99,8 +99,8 @@ func TestSoak(t *testing.T) {
 		t.Error("too little happened to say anything")
 	}
 	// A rotation causes one; calls that were applied but reported as failed are repeated.
-	if mint := double.Applied("GenerateDataKey"); mint > 3*(k.rotations+k.counts["disabled"]+1)+int(total/time.Second) {
-		t.Errorf("%d data keys for %d rotations", mint, k.rotations)
+	if n := double.Applied("GenerateDataKey"); n > 3*(k.rotations+k.counts["disabled"]+1)+int(total/time.Second) {
+		t.Errorf("%d data keys for %d rotations", n, k.rotations)
 	}
 	t.Logf("goroutines and resident MiB at most, in the first and second half: %v", halves)
 	if a, b := halves[0], halves[1]; b.goroutines > 2*a.goroutines+100 || b.resident > a.resident*3/2+64<<20 {

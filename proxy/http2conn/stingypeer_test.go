@@ -7,8 +7,8 @@ import (
 	"testing/synctest"
 )
 
-// miser is a peer that gives its windows in odd pieces, and knows what it has given.
-type miser struct {
+// stingyPeer is a peer that gives its windows in odd pieces, and knows what it has given.
+type stingyPeer struct {
 	*peer
 	rand  *rand.Rand
 	h     *handler
@@ -23,7 +23,7 @@ type miser struct {
 func TestMiserlyPeer(t *testing.T) {
 	for seed := range uint64(20) {
 		synctest.Test(t, func(t *testing.T) {
-			m := &miser{rand: rand.New(rand.NewPCG(seed, 0)), h: &handler{vectors: seed%2 == 0}, conn: defaultWindow}
+			m := &stingyPeer{rand: rand.New(rand.NewPCG(seed, 0)), h: &handler{vectors: seed%2 == 0}, conn: defaultWindow}
 			initial := m.rand.IntN(3) * m.rand.IntN(20_000)
 			m.peer = serveOne(t, m.h, Config{}, windowOf(uint32(initial)))
 			for id := uint32(1); id < 12; id += 2 {
@@ -54,7 +54,7 @@ func TestMiserlyPeer(t *testing.T) {
 }
 
 // send sends something on one of the streams.
-func (m *miser) send() {
+func (m *stingyPeer) send() {
 	i, n := m.rand.IntN(len(m.all)), m.rand.IntN(20_000)
 	part := pattern(m.sizes[i] + n)[m.sizes[i]:]
 	m.sizes[i] += n
@@ -70,7 +70,7 @@ func (m *miser) send() {
 }
 
 // give opens one of the windows a little, and looks whether more was taken than was given.
-func (m *miser) give(t *testing.T) {
+func (m *stingyPeer) give(t *testing.T) {
 	t.Helper()
 	n := 1 + m.rand.IntN(20_000)
 	if i := m.rand.IntN(len(m.all) + 1); i < len(m.all) {
