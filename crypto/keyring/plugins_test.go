@@ -97,9 +97,7 @@ func TestReaderOfARefusedValue(t *testing.T) {
 		bad, good := g.damaged(t, "bad"), g.stored(t, "good", "v")
 		g.start(t)
 		synctest.Wait()
-		before, began := g.plugin.Calls("Decrypt"), time.Now()
-		// while Status is not good, the seed in use is tried each 50 to 60 s
-		polls := func() int { return int(time.Since(began)/(50*time.Second)) + 1 }
+		decrypts, polls := g.plugin.Calls("Decrypt"), g.plugin.Calls("Status")
 		for minute := range 10 {
 			for range 60 {
 				for range 10 {
@@ -114,9 +112,13 @@ func TestReaderOfARefusedValue(t *testing.T) {
 				g.mustOpen(t, "good", good, "v")
 				time.Sleep(time.Second)
 			}
-			// Each poll has the seed in use unwrapped; good is read once.
-			if calls := g.plugin.Calls("Decrypt") - before - 1; calls > polls()+5+minute {
-				t.Fatalf("%d Decrypt calls in %d minutes with %d polls", calls, minute+1, polls())
+			if n := g.plugin.Refused(); n > 5+minute {
+				t.Fatalf("the refused seed: %d Decrypt calls in %d minutes", n, minute+1)
+			}
+			// Of a health check the seed in use is unwrapped once at most; good is read once.
+			others := g.plugin.Calls("Decrypt") - decrypts - g.plugin.Refused()
+			if polls := g.plugin.Calls("Status") - polls; others > polls+1 {
+				t.Fatalf("other seeds: %d Decrypt calls in %d minutes with %d Status calls", others, minute+1, polls)
 			}
 		}
 	})

@@ -28,6 +28,7 @@ type Persona struct {
 	disabled  map[string]bool
 	failed    time.Time // the last Encrypt or Decrypt that failed
 	calls     map[string]int
+	refused   int // Decrypts that did not give back what was encrypted
 	vendorHad int
 	slow      time.Duration // of a Decrypt that is refused
 }
@@ -95,6 +96,14 @@ func (s *Persona) Calls(op string) int {
 	return s.calls[op]
 }
 
+// Refused returns how many Decrypts did not give back what was encrypted: they failed, or their
+// response was garbage.
+func (s *Persona) Refused() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.refused
+}
+
 // VendorCalls returns how often the vendor was called.
 func (s *Persona) VendorCalls() int {
 	s.mu.Lock()
@@ -160,6 +169,7 @@ func (s *Persona) Decrypt(ctx context.Context, uid string, req *service.DecryptR
 	defer s.mu.Unlock()
 	if err != nil {
 		s.failed = time.Now()
+		s.refused++
 		switch {
 		case ctx.Err() != nil:
 			return nil, ctx.Err()
