@@ -28,12 +28,12 @@ type OfflineKey interface {
 // nothing can revoke a public key. It wraps and unwraps recovery copies, and encrypts and decrypts
 // no values of its own.
 
-// isOffline reports whether the ring has an [OfflineKey].
-func (r *Ring) isOffline() bool { return r.p.cfg.Offline != nil }
+// IsOffline reports whether the ring has an [OfflineKey].
+func (r *Ring) IsOffline() bool { return r.p.cfg.Offline != nil }
 
 // overrides reports whether the ring's copies decrypt values whose key is disabled: an operator has
 // handed a command the private keys for that purpose.
-func (r *Ring) overrides() bool { return r.isOffline() && r.p.cfg.Offline.CanUnwrap() }
+func (r *Ring) overrides() bool { return r.IsOffline() && r.p.cfg.Offline.CanUnwrap() }
 
 // readOfflineID publishes the ID of the public keys.
 func (r *Ring) readOfflineID() {

@@ -65,11 +65,11 @@ func (c *copyReader) find(d digest, h *envelope.Header, rings []*Ring) []recover
 func copyHeader(by *Ring, h *envelope.Header, encoded []byte) (*envelope.Header, error) {
 	offline, ok := h.OfflineCopyBy(by.Provider())
 	switch {
-	case ok && by.isOffline():
+	case ok && by.IsOffline():
 		return &envelope.Header{Type: h.Type, KeyID: offline.Recipients, Source: offline.File}, nil
 	case ok:
 		return nil, errors.New("the copy is an age file, and the provider has a KMS")
-	case by.isOffline():
+	case by.IsOffline():
 		return nil, errors.New("the copy is not an age file, and the provider has no KMS")
 	}
 	c, err := envelope.ParseCopy(encoded)
@@ -174,7 +174,7 @@ func providersIn(h *envelope.Header) string {
 		}
 	}
 	slices.Sort(names)
-	return clip(strings.Join(names, ", "))
+	return Clip(strings.Join(names, ", "))
 }
 
 // fetchBy returns the seed of one copy. Concurrent callers share one KMS call.

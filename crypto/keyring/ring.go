@@ -146,7 +146,7 @@ func New(c RingConfig) (*Ring, error) {
 		probePauses: make(map[string]*probePause), settled: settling{left: make(map[string]time.Time)},
 	}
 	r.p.poller = kmsclient.NewPoller(r.monitor.check, r.monitor.pause)
-	if r.isOffline() {
+	if r.IsOffline() {
 		r.readOfflineID()
 	}
 	return r, nil
@@ -159,7 +159,7 @@ func (r *Ring) Run(ctx context.Context) error {
 	if !r.p.running.CompareAndSwap(false, true) {
 		return fmt.Errorf("run key ring of provider %q: it was run before", r.p.cfg.Provider)
 	}
-	if r.isOffline() {
+	if r.IsOffline() {
 		r.runOffline(ctx)
 		return nil
 	}
@@ -196,7 +196,7 @@ func (r *Ring) Provider() string { return r.p.cfg.Provider }
 // Check has the next health check made at once. It does not wait for it, and several calls within a
 // second are one. Of an offline ring it reads the ID of the public keys again.
 func (r *Ring) Check() {
-	if r.isOffline() {
+	if r.IsOffline() {
 		r.readOfflineID()
 		return
 	}
@@ -240,9 +240,12 @@ func (r *Ring) SetRecovery(rings []*Ring, required bool) error {
 	return nil
 }
 
-// seal encrypts plaintext with the current seed. If there is none yet, it waits for the first
-// health check or, with try, returns [ErrWouldBlock].
-func (r *Ring) seal(ctx context.Context, etcdKey, plaintext []byte, try bool) ([]byte, *Error) {
+// ReadOnly reports whether the ring only decrypts.
+func (r *Ring) ReadOnly() bool { return r.p.cfg.ReadOnly }
+
+// Seal encrypts plaintext with the current seed, for etcdKey. If there is none yet, it waits for
+// the first health check or, with try, returns [ErrWouldBlock]. It retains neither argument.
+func (r *Ring) Seal(ctx context.Context, etcdKey, plaintext []byte, try bool) ([]byte, *Error) {
 	for waited := false; ; waited = true {
 		st := r.p.state.Load()
 		if st.revoked != nil {
@@ -263,7 +266,7 @@ func (r *Ring) seal(ctx context.Context, etcdKey, plaintext []byte, try bool) ([
 			return nil, r.cannotSeal(st)
 		}
 		if try {
-			return nil, errWouldBlock
+			return nil, ErrWouldBlock
 		}
 		select {
 		case <-st.pending:
@@ -271,6 +274,33 @@ func (r *Ring) seal(ctx context.Context, etcdKey, plaintext []byte, try bool) ([
 			return nil, r.p.errorf(Unavailable, context.Cause(ctx), "the caller canceled while the first DEK seed was generated")
 		}
 	}
+}
+
+// Mode says how an object is decrypted.
+type Mode struct {
+	InPlace bool // the plaintext is written over the object
+	// without a KMS call, or else the error is [ErrWouldBlock] and the object is unchanged
+	Try bool
+}
+
+// Open decrypts an object of this provider that is stored under etcdKey, if need be with a recovery
+// copy that one of rings unwraps. It returns the seed that was used.
+func (r *Ring) Open(ctx context.Context, etcdKey, object []byte, mode Mode, rings []*Ring) ([]byte, UsedSeed, *Error) {
+	plaintext, e, err := r.seeds.open(ctx, etcdKey, object, mode, rings)
+	if err != nil && err != ErrWouldBlock {
+		err = err.ofValue(etcdKey)
+	}
+	return plaintext, UsedSeed{e}, err
+}
+
+// UsedSeed is the seed that decrypted a value; the zero value is none.
+type UsedSeed struct{ entry *entry }
+
+// IsCurrent reports whether write would encrypt a value with the same KMS key and recovery copies,
+// as far as it knows from the last Status.
+func (u UsedSeed) IsCurrent(write *Ring) bool {
+	e := u.entry
+	return e != nil && e.ring == write && e.by == write && e.typ == envelope.TypeSeed && e.keyID == write.p.state.Load().keyID && write.copier.current(e.copies)
 }
 
 // maySeal reports whether values may be encrypted.

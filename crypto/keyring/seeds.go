@@ -26,16 +26,9 @@ type seeds struct {
 	recent  envelope.Recent
 }
 
-// openMode says how an object is decrypted.
-type openMode struct {
-	inPlace bool // the plaintext is written over the object
-	// without a KMS call, or else the error is [ErrWouldBlock] and the object is unchanged
-	try bool
-}
-
 // open decrypts an object of this provider, if need be with a recovery copy that one of rings
 // unwraps. e is the seed that was used; it is nil if there was none.
-func (s *seeds) open(ctx context.Context, etcdKey, object []byte, mode openMode, rings []*Ring) (plaintext []byte, e *entry, err *Error) {
+func (s *seeds) open(ctx context.Context, etcdKey, object []byte, mode Mode, rings []*Ring) (plaintext []byte, e *entry, err *Error) {
 	if st := s.p.state.Load(); st.revoked != nil && !kmsclient.ReasonOf(st.revoked).Gone() && !overridden(rings) {
 		return nil, nil, s.p.errorf(KeyUnusable, st.revoked, "%s", describe(st.revoked))
 	}
@@ -46,8 +39,8 @@ func (s *seeds) open(ctx context.Context, etcdKey, object []byte, mode openMode,
 		return nil, nil, err
 	case e != nil:
 		s.p.cfg.Observer.Seed(s.p.cfg.Provider, l.event)
-	case mode.try:
-		return nil, nil, errWouldBlock
+	case mode.Try:
+		return nil, nil, ErrWouldBlock
 	default:
 		if e, err = s.fetch(ctx, &l, rings); err != nil {
 			return nil, nil, err
@@ -56,14 +49,14 @@ func (s *seeds) open(ctx context.Context, etcdKey, object []byte, mode openMode,
 	}
 	verified := e.verified.Load()
 	var oerr error
-	if mode.inPlace && verified { // otherwise the object may be needed again
+	if mode.InPlace && verified { // otherwise the object may be needed again
 		plaintext, oerr = e.seed.OpenInPlace(&s.recent, etcdKey, l.data)
 	} else {
 		plaintext, oerr = e.seed.Open(nil, etcdKey, l.data)
 	}
 	if oerr != nil {
 		if !verified {
-			if plaintext, err = s.openAgain(ctx, e, etcdKey, object, mode.try); err == nil || err.Kind != Corrupt {
+			if plaintext, err = s.openAgain(ctx, e, etcdKey, object, mode.Try); err == nil || err.Kind != Corrupt {
 				return plaintext, e, err
 			}
 		}

@@ -172,7 +172,7 @@ func (s *seeds) openAgain(ctx context.Context, e *entry, etcdKey, object []byte,
 		return nil, s.notOpened(e, last)
 	}
 	if try {
-		return nil, errWouldBlock
+		return nil, ErrWouldBlock
 	}
 	if ctx.Err() != nil {
 		return nil, s.p.errorf(Unavailable, context.Cause(ctx), "the caller canceled before the DEK seed of a value that does not decrypt was unwrapped again")
@@ -216,7 +216,7 @@ func (s *seeds) notOpened(e *entry, d *recheck) *Error {
 		return s.p.errorf(Corrupt, nil, "the data does not decrypt")
 	}
 	cause := brokenContract("Decrypt", "two different seeds for one wrapped seed")
-	return s.p.errorf(SeedRefused, cause, "the seed under KMS key ID %q: %s", clip(e.keyID), describe(cause))
+	return s.p.errorf(SeedRefused, cause, "the seed under KMS key ID %q: %s", Clip(e.keyID), describe(cause))
 }
 
 // unwrapAgain has the KMS unwrap the seed of e again, and returns the entry that is cached now: e,
