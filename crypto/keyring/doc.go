@@ -58,7 +58,5 @@
 //
 // # Memory
 //
-// To evict a seed is to remove every reference to it. Go offers no way to wipe what the runtime and
-// the ciphers may have copied, so that a dump of the process' memory can hold seeds that are no
-// longer in use.
+// To evict a seed is to remove every reference to it. [envelope.Seed] says what stays in memory.
 package keyring

@@ -3,7 +3,6 @@ package keyring
 import (
 	"errors"
 	"fmt"
-	"strings"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
@@ -35,21 +34,13 @@ const (
 
 // String returns the kind as metrics and logs spell it.
 func (k Kind) String() string {
-	switch k {
-	case Unavailable:
-		return "unavailable"
-	case SeedRefused:
-		return "seed_refused"
-	case KeyUnusable:
-		return "key_unusable"
-	case Corrupt:
-		return "corrupt"
-	case Plaintext:
-		return "plaintext"
-	case Refused:
-		return "refused"
+	names := [...]string{
+		Unavailable: "unavailable", SeedRefused: "seed_refused", KeyUnusable: "key_unusable", Corrupt: "corrupt", Plaintext: "plaintext", Refused: "refused",
 	}
-	return fmt.Sprintf("kind(%d)", int(k))
+	if k < Unavailable || int(k) >= len(names) {
+		return fmt.Sprintf("kind(%d)", int(k))
+	}
+	return names[k]
 }
 
 // Error is a failed Seal or Open. Text may be shown to the client: it names the rule, the provider,
@@ -157,50 +148,19 @@ func kindOf(err error) Kind {
 	}
 }
 
-// describe returns a text about a failed KMS call that is safe to show. The text of an error that
-// is not a [kmsclient.Error] could hold a request.
+// describe returns a text about a failed KMS call that is safe to show. The text of an error of
+// another package than kmsclient and this one could hold a request.
 func describe(err error) string {
-	e, ok := errors.AsType[*kmsclient.Error](err)
-	if !ok {
-		if own, ok := errors.AsType[*recoveryError](err); ok {
-			return own.Error()
-		}
-		if own, ok := errors.AsType[*offlineError](err); ok {
-			return own.Error()
-		}
-		return "the KMS call failed"
+	if e, ok := errors.AsType[*kmsclient.Error](err); ok {
+		return e.Explain()
 	}
-	var b strings.Builder
-	switch e.Class() {
-	case kmsclient.ClassKeyUnusable:
-		b.WriteString("the KMS key is disabled, pending deletion or gone")
-	case kmsclient.ClassDenied:
-		b.WriteString("the KMS denies access")
-	case kmsclient.ClassInvalid:
-		b.WriteString("the KMS does not accept the request")
-	case kmsclient.ClassContract:
-		b.WriteString("the response of the KMS is wrong")
-	default:
-		b.WriteString("the KMS is unreachable, throttling or failing")
-		if e.Reason.Answered() {
-			b.Reset()
-			b.WriteString("the KMS answers with a failure")
-		}
+	if own, ok := errors.AsType[*recoveryError](err); ok {
+		return own.Error()
 	}
-	fmt.Fprintf(&b, " (%s", e.Op)
-	for _, f := range []struct{ name, value string }{{"code", e.Code}, {"key ID", e.KeyID}, {"request ID", e.RequestID}} {
-		if f.value != "" {
-			fmt.Fprintf(&b, ", %s %q", f.name, f.value)
-		}
+	if own, ok := errors.AsType[*offlineError](err); ok {
+		return own.Error()
 	}
-	if e.HTTPStatus != 0 {
-		fmt.Fprintf(&b, ", HTTP %d", e.HTTPStatus)
-	}
-	b.WriteString(")")
-	if e.Detail != "" {
-		b.WriteString(": " + e.Detail)
-	}
-	return b.String()
+	return "the KMS call failed"
 }
 
 // brokenContract returns the error for a response in which this package found a broken contract.

@@ -1,9 +1,7 @@
 package keyring
 
 import (
-	"context"
 	"errors"
-	"slices"
 	"time"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
@@ -43,12 +41,6 @@ func (r *Ring) readOfflineID() {
 	})
 }
 
-// runOffline is Run of an offline ring.
-func (r *Ring) runOffline(ctx context.Context) {
-	<-ctx.Done()
-	r.calls.close()
-}
-
 // wrapOffline is wrapCopy of an offline ring.
 func (c *caller) wrapOffline(seed []byte) (copyID, map[string][]byte, error) {
 	file, id, err := c.p.cfg.Offline.Wrap(seed)
@@ -82,14 +74,3 @@ type offlineError struct{ cause error }
 func (e *offlineError) Error() string { return e.cause.Error() }
 
 func (e *offlineError) Unwrap() error { return e.cause }
-
-// overriding returns those copies that may be used although the value's own key is disabled.
-func overriding(found []recoveryCopy) []recoveryCopy {
-	return slices.DeleteFunc(slices.Clone(found), func(s recoveryCopy) bool { return !s.by.overrides() })
-}
-
-// overridden reports whether the copies of one of rings may be used although a value's own key is
-// disabled.
-func overridden(rings []*Ring) bool {
-	return slices.ContainsFunc(rings, (*Ring).overrides)
-}

@@ -81,15 +81,6 @@ func (rf *refusals) current(d digest) *refusal {
 	return nil
 }
 
-// has reports whether the KMS has refused a seed before. One more attempt is enough then.
-func (rf *refusals) has(d digest) bool { return rf.lru.Contains(d) }
-
-// forget removes what is remembered of a seed that was unwrapped.
-func (rf *refusals) forget(d digest) { rf.lru.Remove(d) }
-
-// clear forgets all refusals: an outage may have caused them.
-func (rf *refusals) clear() { rf.lru.Purge() }
-
 // failure returns what a refusal means for the values of a seed now. what is "seed", or "copy" for
 // a recovery copy.
 func (rf *refusals) failure(what string, h *envelope.Header, last *refusal) *Error {

@@ -79,9 +79,8 @@ func (r *Ring) Recovery() []RecoveryState {
 		}
 		states = append(states, s)
 	}
-	r.copies.mu.Lock()
-	defer r.copies.mu.Unlock()
-	for by, u := range r.copies.uses {
+	for by, u := range r.copies.uses.Range {
+		by, u := by.(*Ring), u.(*copyUse) // nothing else is stored
 		i := slices.IndexFunc(states, func(s RecoveryState) bool { return s.Provider == by.Provider() })
 		if i < 0 {
 			i, states = len(states), append(states, RecoveryState{Provider: by.Provider()})
