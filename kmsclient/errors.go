@@ -39,12 +39,14 @@ const (
 	// BrokenContract: the answer breaks the interface's contract: an empty key ID, an oversized
 	// ciphertext, an unknown refusal.
 	BrokenContract
+	// Prevented: the KMS was not called, for a reason in Detail that is not its own.
+	Prevented
 )
 
 // String returns the reason in snake case.
 func (r Reason) String() string {
 	names := [...]string{
-		"unreachable", "failing", "unhealthy", "denied", "key_disabled", "key_gone", "key_not_found", "alias_not_found", "invalid", "broken_contract",
+		"unreachable", "failing", "unhealthy", "denied", "key_disabled", "key_gone", "key_not_found", "alias_not_found", "invalid", "broken_contract", "prevented",
 	}
 	if r < 0 || int(r) >= len(names) {
 		return fmt.Sprintf("reason(%d)", int(r))
@@ -127,6 +129,43 @@ func (e *Error) Error() string {
 	if e.HTTPStatus != 0 {
 		fmt.Fprintf(&b, ", HTTP %d", e.HTTPStatus)
 	}
+	if e.Detail != "" {
+		b.WriteString(": " + e.Detail)
+	}
+	return b.String()
+}
+// Describe says for people what the error means. The name of the provider is not part of it.
+func (e *Error) Describe() string {
+	if e.Reason == Prevented {
+		return "the KMS was not called: " + e.Detail
+	}
+	var b strings.Builder
+	switch e.Class() {
+	case ClassKeyUnusable:
+		b.WriteString("the KMS key is disabled, pending deletion or gone")
+	case ClassDenied:
+		b.WriteString("the KMS denies access")
+	case ClassInvalid:
+		b.WriteString("the KMS does not accept the request")
+	case ClassContract:
+		b.WriteString("the response of the KMS is wrong")
+	default:
+		if e.Reason.Answered() {
+			b.WriteString("the KMS answers with a failure")
+		} else {
+			b.WriteString("the KMS is unreachable, throttling or failing")
+		}
+	}
+	fmt.Fprintf(&b, " (%s", e.Op)
+	for _, f := range []struct{ name, value string }{{"code", e.Code}, {"key ID", e.KeyID}, {"request ID", e.RequestID}} {
+		if f.value != "" {
+			fmt.Fprintf(&b, ", %s %q", f.name, f.value)
+		}
+	}
+	if e.HTTPStatus != 0 {
+		fmt.Fprintf(&b, ", HTTP %d", e.HTTPStatus)
+	}
+	b.WriteString(")")
 	if e.Detail != "" {
 		b.WriteString(": " + e.Detail)
 	}

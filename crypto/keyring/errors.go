@@ -3,7 +3,6 @@ package keyring
 import (
 	"errors"
 	"fmt"
-	"strings"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
@@ -142,37 +141,7 @@ func describe(err error) string {
 		}
 		return "the KMS call failed"
 	}
-	var b strings.Builder
-	switch e.Class() {
-	case kmsclient.ClassKeyUnusable:
-		b.WriteString("the KMS key is disabled, pending deletion or gone")
-	case kmsclient.ClassDenied:
-		b.WriteString("the KMS denies access")
-	case kmsclient.ClassInvalid:
-		b.WriteString("the KMS does not accept the request")
-	case kmsclient.ClassContract:
-		b.WriteString("the response of the KMS is wrong")
-	default:
-		b.WriteString("the KMS is unreachable, throttling or failing")
-		if e.Reason.Answered() {
-			b.Reset()
-			b.WriteString("the KMS answers with a failure")
-		}
-	}
-	fmt.Fprintf(&b, " (%s", e.Op)
-	for _, f := range []struct{ name, value string }{{"code", e.Code}, {"key ID", e.KeyID}, {"request ID", e.RequestID}} {
-		if f.value != "" {
-			fmt.Fprintf(&b, ", %s %q", f.name, f.value)
-		}
-	}
-	if e.HTTPStatus != 0 {
-		fmt.Fprintf(&b, ", HTTP %d", e.HTTPStatus)
-	}
-	b.WriteString(")")
-	if e.Detail != "" {
-		b.WriteString(": " + e.Detail)
-	}
-	return b.String()
+	return e.Describe()
 }
 
 // brokenContract returns the error for a response in which this package found a broken contract.

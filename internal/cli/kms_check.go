@@ -189,7 +189,7 @@ func checkBackend(ctx context.Context, name string, b *provider.Provider, u uses
 	}
 	status, err := client.Status(ctx)
 	if err != nil {
-		r.found("state: %v", err)
+		r.found("state: %s", described(err))
 		return r
 	}
 	r.KeyID = status.KeyID

@@ -35,7 +35,7 @@ func Record(c *config.Config, stderr io.Writer, r auditlog.Record) error {
 		return nil
 	case c.Audit.Required:
 		return problem.New("commands write next to the proxy's own file, to "+auditPath(c.Audit.Path),
-			"%s is not recorded, and audit.required refuses to continue without it: %w", r.Command, err)
+			"%s cannot be recorded, and audit.required is set: %w", r.Command, err)
 	}
 	printable.Fprintf(stderr, "warning: %s is not in the audit log: %v\n", r.Command, err)
 	return nil

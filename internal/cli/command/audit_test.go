@@ -36,7 +36,7 @@ func TestCommandAudit(t *testing.T) {
 	}
 
 	c.Audit.Path = filepath.Join(dir, "none", "audit.log")
-	if err := Record(c, io.Discard, auditlog.Record{Command: "purge"}); err == nil || !strings.Contains(err.Error(), "purge is not recorded") {
+	if err := Record(c, io.Discard, auditlog.Record{Command: "purge"}); err == nil || !strings.Contains(err.Error(), "purge cannot be recorded") {
 		t.Errorf("without a folder: %v", err)
 	}
 	c.Audit.Required = false
