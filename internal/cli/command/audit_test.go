@@ -51,7 +51,7 @@ func TestCommandAudit(t *testing.T) {
 
 func TestCommandAuditPath(t *testing.T) {
 	for path, want := range map[string]string{"/var/audit.log": "/var/audit.commands.log", "/var/a.b/audit": "/var/a.b/audit.commands"} {
-		if got := auditPath(path); got != want {
+		if got := AuditPath(path); got != want {
 			t.Errorf("%s: %s, want %s", path, got, want)
 		}
 	}
