@@ -24,12 +24,14 @@ func NewStatus() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "status",
 		Short: "show which values in etcd are encrypted, and with which keys",
-		Long: `status reads every value under the rules from etcd directly, past the proxy. For each rule, it counts the values that are encrypted with the
-current key of the rule, those that are encrypted with another key, and those that are plaintext or undecryptable. It also shows which
-proxies serve this etcd, and whether they have the rules of this configuration. It changes nothing.
+		Long: `status reads every value under the rules from etcd directly, past the proxy. For each rule, it
+counts the values that are encrypted with the current key of the rule, those that are encrypted with
+another key, and those that are plaintext or undecryptable. It also shows which proxies serve this
+etcd, and whether they have the rules of this configuration. It changes nothing.
 
-reencrypt rewrites values that are stale or plaintext. Plaintext under a rule with allowPlaintextReads: false is an exception: it was
-written past the proxies, reads of it are refused, and reencrypt skips it. Find out who wrote it.`,
+reencrypt rewrites values that are stale or plaintext. Plaintext under a rule with
+allowPlaintextReads: false is an exception: it was written past the proxies, reads of it are
+refused, and reencrypt skips it. Find out who wrote it.`,
 		Args: command.NoArgs,
 	}
 	path, out := command.ConfigFlag(cmd), command.OutputFlag(cmd)
