@@ -38,7 +38,9 @@ import (
 type Config struct {
 	Config *config.Config
 	// private keys of age recipients, for commands only; may be nil
-	Identities  *age.Identities
+	Identities *age.Identities
+	// providers whose keys are treated as lost, with InspectOnly: nothing of them is read or called
+	Lost        []string
 	InspectOnly bool                  // values are read only, and no DEK seed is generated
 	Audit       *auditlog.Recorder    // of KMS calls and of the use of recovery copies; may be nil
 	Record      func(auditlog.Record) // the same for a command; may be nil
@@ -127,6 +129,9 @@ func New(c Config) (*Keys, error) {
 
 // add makes the backend, the client and the ring of one provider, or its reader.
 func (k *Keys) add(p config.KMS, cache *keyring.Cache) error {
+	if slices.Contains(k.Lost, p.Name) {
+		return k.addLost(p, cache)
+	}
 	var seen [sha256.Size]byte // digest of the key file, before it is read
 	switch {
 	case p.Kubernetes != nil:
@@ -295,9 +300,12 @@ func (k *Keys) newRuleSet(rules []config.Rule) (*RuleSet, error) {
 		}
 		var keyNames []string
 		for _, name := range r.ReadWith {
-			if reader := k.readers[name]; reader != nil {
+			reader := k.readers[name]
+			switch {
+			case reader != nil:
 				sc.Legacy, keyNames = append(sc.Legacy, reader), append(keyNames, reader.Names()...)
-			} else {
+			case k.ring(name) == nil && slices.Contains(k.Lost, name): // of kind kubernetes
+			default:
 				sc.Read = append(sc.Read, ring(name))
 			}
 		}
