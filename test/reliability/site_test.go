@@ -7,7 +7,9 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -37,10 +39,11 @@ type site struct {
 	clientLinks []*harness.Relay   // to each proxy
 	memberLinks [][]*harness.Relay // from each proxy to each member
 	capture     *harness.Capture
-	mounts      []string // small file systems; empty if they cannot be mounted
-	audits      []string // the audit log of each proxy
-	clockFile   string   // moves the clock of the last proxy; empty if it cannot be moved
-	keys        int      // versions of the KMS key
+	mounts      []string       // small file systems; empty if they cannot be mounted
+	audits      []string       // the audit log of each proxy
+	clockFile   string         // moves the clock of the last proxy; empty if it cannot be moved
+	keys        int            // versions of the KMS key
+	only        *regexp.Regexp // the names of the faults to make
 	periods     int
 	load        *load // of the current period
 	report      *report
@@ -59,6 +62,7 @@ func newSite(t *testing.T, clock bool) *site {
 	}
 	s := &site{Env: harness.New(t), t: t, keys: 1}
 	s.report = newReport(s)
+	s.report.CoresWritten = s.dumps()
 	s.capture = s.NewCapture()
 	s.cluster = s.StartCluster(3, harness.EtcdConfig{Version: first, Relayed: true, Flags: []string{
 		"--snapshot-count", fmt.Sprint(snapshotCount), "--max-wals", "2", "--max-snapshots", "2",
@@ -100,7 +104,31 @@ func newSite(t *testing.T, clock bool) *site {
 		s.proxies = append(s.proxies, p)
 		s.clientLinks = append(s.clientLinks, s.StartRelay(p.Address))
 	}
+	s.report.Started = time.Now()
 	return s
+}
+
+// dumps reports whether this system writes a core dump of a program that crashes, next to it.
+func (s *site) dumps() bool {
+	s.t.Helper()
+	dir := filepath.Join(s.Dir, "control")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		s.t.Fatal(err)
+	}
+	control := exec.Command("sleep", "60")
+	control.Dir = dir
+	if err := control.Start(); err != nil {
+		s.t.Fatal(err)
+	}
+	if err := control.Process.Signal(syscall.SIGABRT); err != nil {
+		s.t.Fatal(err)
+	}
+	_ = control.Wait() // it was killed
+	entries, err := os.ReadDir(dir)
+	if err = errors.Join(err, os.RemoveAll(dir)); err != nil {
+		s.t.Fatal(err)
+	}
+	return len(entries) > 0
 }
 
 // rotate adds a version to the KMS key.
