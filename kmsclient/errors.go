@@ -134,6 +134,7 @@ func (e *Error) Error() string {
 	}
 	return b.String()
 }
+
 // Describe says for people what the error means. The name of the provider is not part of it.
 func (e *Error) Describe() string {
 	if e.Reason == Prevented {
