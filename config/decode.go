@@ -36,6 +36,8 @@ type decoder struct {
 	bad      map[string]bool                   // paths that a problem was reported for
 	problems Problems
 	warnings Problems
+
+	kmsFilesMayMiss bool // see [Checks]
 }
 
 // report adds a problem, unless its path has one already: what follows from a first mistake helps
@@ -188,7 +190,7 @@ func (d *decoder) value(n *yaml.Node, v reflect.Value, path string, tag reflect.
 			if !filepath.IsAbs(v.String()) {
 				v.SetString(filepath.Join(d.dir, v.String()))
 			}
-			if _, err := d.read(v.String()); err != nil {
+			if _, err := d.read(v.String()); err != nil && (!d.kmsFilesMayMiss || !strings.HasPrefix(path, "kms[")) {
 				hint := "check the name and that the user the proxy runs as may read it"
 				if create := tag.Get("create"); create != "" && errors.Is(err, fs.ErrNotExist) {
 					hint = "check the name, or create the file: " + create + " " + v.String()

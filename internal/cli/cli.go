@@ -67,7 +67,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 
 func newRoot() *cobra.Command {
 	root := command.Group("etcd-kms-proxy", "a transparent proxy in front of etcd that encrypts values with keys from a KMS",
-		newServe(), stored.NewStatus(), stored.NewReencrypt(), stored.NewPurge(), stored.NewVerify(), stored.NewDecrypt(),
+		newServe(), stored.NewStatus(), stored.NewReencrypt(), stored.NewPurge(), stored.NewVerify(), stored.NewDecrypt(), stored.NewDrill(),
 		command.Group("config", "work with configuration files", newConfigCheck(), newConfigFromKubernetes()),
 		command.Group("kms", "work with the configured key management services", newKMSCheck(), newKMSNewLocalKey(), newKMSServePlugin()),
 		command.Group("audit", "work with audit logs", newAuditVerify()),

@@ -47,7 +47,7 @@ func (r *providerReport) found(format string, args ...any) {
 // described says what an error of a KMS means, in the words of the log and of /readyz.
 func described(err error) string {
 	if e, ok := errors.AsType[*kmsclient.Error](err); ok {
-		return e.Describe()
+		return e.Explain()
 	}
 	return err.Error()
 }

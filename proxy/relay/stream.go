@@ -38,6 +38,9 @@ type clientStream struct {
 	admission uint8       // under the mu of the session's admission
 	ended     atomic.Bool // the end was sent to the client, or the client has left
 
+	// the client was sent a part of a message, and not the rest
+	partial atomic.Bool
+
 	watch metrics.Stopwatch // of a unary call: the time that it spends here
 
 	// bytes from the client and from etcd that have not been sent on
