@@ -5,6 +5,7 @@ LDFLAGS  := -s -w -X main.version=$(VERSION)
 KUBE     := 1.37.2
 TOOLFLAGS := -mod=readonly -trimpath
 ETCDS    := 3.5 3.6 3.7 3.8
+ETCDUTLS := 3.5 3.6 3.7
 FUZZTIME ?= 1m
 export ETCD_KMS_PROXY_BIN := $(BIN)
 # The version is from git describe above. Go's own version stamp fails in a checkout that belongs to
@@ -126,7 +127,7 @@ docs: ## regenerate the pages of docs/reference that come from the code: configu
 
 tools: tools-etcd tools-kube $(BIN)/kine $(BIN)/h2spec $(BIN)/nfpm $(BIN)/cyclonedx-gomod $(if $(shell command -v npm 2>/dev/null),$(BIN)/node) ## the etcds, kube-apiserver and other programs that the tests start
 
-tools-etcd: $(ETCDS:%=$(BIN)/etcd-%) $(ETCDS:%=$(BIN)/etcdctl-%)
+tools-etcd: $(ETCDS:%=$(BIN)/etcd-%) $(ETCDS:%=$(BIN)/etcdctl-%) $(ETCDUTLS:%=$(BIN)/etcdutl-%)
 
 tools-kube: $(BIN)/kube-apiserver $(BIN)/kubectl $(BIN)/kubeadm
 
@@ -146,6 +147,10 @@ $(BIN)/etcd-3.4:
 $(BIN)/etcdctl-%: test/tools/etcd-%/go.sum
 	@mkdir -p $(BIN); echo "building etcdctl $* from Go modules"
 	cd test/tools/etcd-$* && CGO_ENABLED=0 go build $(TOOLFLAGS) -ldflags "-s -w" -o $@ go.etcd.io/etcd/etcdctl/v3
+
+$(BIN)/etcdutl-%: test/tools/etcd-%/go.sum
+	@mkdir -p $(BIN); echo "building etcdutl $* from Go modules"
+	cd test/tools/etcd-$* && CGO_ENABLED=0 go build $(TOOLFLAGS) -ldflags "-s -w" -o $@ go.etcd.io/etcd/etcdutl/v3
 
 $(BIN)/kube%: test/tools/kube-apiserver/go.sum
 	@mkdir -p $(BIN); echo "building kube$* $(KUBE) from Go modules (kube-apiserver: four to twenty minutes the first time)"
