@@ -5,6 +5,7 @@ LDFLAGS  := -s -w -X main.version=$(VERSION)
 KUBE     := 1.37.2
 TOOLFLAGS := -mod=readonly -trimpath
 ETCDS    := 3.5 3.6 3.7 3.8
+ETCDUTLS := 3.5 3.6 3.7
 FUZZTIME ?= 1m
 export ETCD_KMS_PROXY_BIN := $(BIN)
 # The version is from git describe above. Go's own version stamp fails in a checkout that belongs to
@@ -133,7 +134,7 @@ docs: ## regenerate the pages of docs/reference that come from the code: configu
 
 tools: tools-etcd tools-kube $(BIN)/kine $(BIN)/h2spec $(BIN)/nfpm $(BIN)/cyclonedx-gomod $(if $(shell command -v npm 2>/dev/null),$(BIN)/node) ## the etcds, kube-apiserver and other programs that the tests start
 
-tools-etcd: $(ETCDS:%=$(BIN)/etcd-%) $(ETCDS:%=$(BIN)/etcdctl-%) $(BIN)/etcdutl-3.7
+tools-etcd: $(ETCDS:%=$(BIN)/etcd-%) $(ETCDS:%=$(BIN)/etcdctl-%) $(ETCDUTLS:%=$(BIN)/etcdutl-%)
 
 tools-kube: $(BIN)/kube-apiserver $(BIN)/kubectl $(BIN)/kubeadm
 
@@ -153,6 +154,10 @@ $(BIN)/etcd-3.4:
 $(BIN)/etcdctl-%: test/tools/etcd-%/go.sum
 	@mkdir -p $(BIN); echo "building etcdctl $* from Go modules"
 	cd test/tools/etcd-$* && CGO_ENABLED=0 go build $(TOOLFLAGS) -ldflags "-s -w" -o $@ go.etcd.io/etcd/etcdctl/v3
+
+$(BIN)/etcdutl-%: test/tools/etcd-%/go.sum
+	@mkdir -p $(BIN); echo "building etcdutl $* from Go modules"
+	cd test/tools/etcd-$* && CGO_ENABLED=0 go build $(TOOLFLAGS) -ldflags "-s -w" -o $@ go.etcd.io/etcd/etcdutl/v3
 
 $(BIN)/kube%: test/tools/kube-apiserver/go.sum
 	@mkdir -p $(BIN); echo "building kube$* $(KUBE) from Go modules (kube-apiserver: four to twenty minutes the first time)"
@@ -175,10 +180,6 @@ $(BIN)/node: test/tools/node/package-lock.json test/tools/node/package.json
 $(BIN)/docker-compose-v2: test/tools/compose/go.sum
 	@mkdir -p $(BIN); echo "building Docker Compose v2 from Go modules"
 	cd test/tools/compose && CGO_ENABLED=0 go build $(TOOLFLAGS) -ldflags "-s -w -X github.com/docker/compose/v2/internal.Version=$$(go list -m -f '{{.Version}}' github.com/docker/compose/v2)" -o $@ github.com/docker/compose/v2/cmd
-
-$(BIN)/etcdutl-%: test/tools/etcd-%/go.sum
-	@mkdir -p $(BIN); echo "building etcdutl $* from Go modules"
-	cd test/tools/etcd-$* && CGO_ENABLED=0 go build $(TOOLFLAGS) -ldflags "-s -w" -o $@ go.etcd.io/etcd/etcdutl/v3
 
 $(BIN)/golangci-lint: test/tools/lint/go.sum
 	@mkdir -p $(BIN)
