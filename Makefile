@@ -69,6 +69,7 @@ compatibility: ## generate the tables of docs/design/compatibility.md from the l
 soak: build tools ## hours: load while the KMS fails, ten runs of a cluster with 20,000 Secrets, a million keys, linearizability, random sequences
 	COORDINATION_CALLS=all go test -count=1 ./lifecycle/coordination
 	cd test && SOAK=10m go test -count=1 -timeout 30m ./soak
+	cd test && SOAK=10m go test -count=1 -timeout 30m -run 'Calls$$' ./plugins
 	cd test && STATUS_KEYS=1000000 go test -count=1 -timeout 30m -run StatusMemory ./lifecycle
 	cd test && LIMITS_ANSWER_MB=1000 go test -count=1 -timeout 20m -run LargeAnswers ./limits
 	cd test && LINEAR_ROUNDS=60 go test -count=1 -timeout 60m ./linear
