@@ -73,6 +73,7 @@ soak: build tools ## hours: load while the KMS fails, memory over an hour, 10,00
 	cd test && SOAK=60m go test -count=1 -v -timeout 70m -run Growth ./soak
 	cd test && SCALE_CONNECTIONS=10000 SCALE_TIME=10m SCALE_VALUES=1000000 SCALE_PROXIES=100 go test -count=1 -timeout 60m ./scale
 	cd test && RESTART_RATE=5000 go test -count=1 -timeout 20m -run Restart ./upgrade
+	cd test && SOAK=10m go test -count=1 -timeout 30m -run 'Calls$$' ./plugins
 	cd test && LIMITS_ANSWER_MB=1000 go test -count=1 -timeout 20m -run LargeAnswers ./limits
 	cd test && LINEAR_ROUNDS=60 go test -count=1 -timeout 60m ./linear
 	cd test && DIFFERENTIAL_SEQUENCES=20000 go test -count=1 -timeout 5h -run 'RandomSequences|Model$$' ./differential
