@@ -12,8 +12,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestMemoryOfLists: a client lists 10,000 values of 1 KiB repeatedly. A list without values under a
-// rule passes as it arrives. One under a rule is held until it is complete: 10 MiB.
+// TestMemoryOfLists: a client lists 10,000 values of 1 KiB repeatedly. A list without values under
+// a rule passes as it arrives. One under a rule is held until it is complete: 10 MiB.
 func TestMemoryOfLists(t *testing.T) {
 	const keys, size, lists = 10_000, 1 << 10, 20
 	for name, test := range map[string]struct {
