@@ -49,7 +49,7 @@ func newSession(e *Engine, conn *listener.Conn) *session {
 	s := &session{engine: e, id: conn.Identity, secure: !conn.Plaintext, changed: make(chan struct{})}
 	s.admission.all = &e.calls
 	cfg := http2conn.Config{
-		Handler: s, Pool: rpc.Buffers, WriteBuffer: conn.WriteBuffer, Plaintext: conn.Plaintext, HandshakeTimeout: listener.HandshakeTimeout, KeepaliveTime: 2 * time.Hour, KeepaliveTimeout: 20 * time.Second, PermitWithoutStream: true, Budget: e.budget, BeforeRead: s.admission.pause,
+		Handler: s, Pool: rpc.Buffers, WriteBuffer: conn.WriteBuffer, Plaintext: conn.Plaintext, HandshakeTimeout: listener.HandshakeTimeout, KeepaliveTime: 2 * time.Hour, KeepaliveTimeout: 20 * time.Second, PermitWithoutStream: true, Budget: e.budget, BeforeRead: s.admission.pause, NewStream: s.newStream,
 	}
 	// etcd serves gRPC over TLS by net/http, and without TLS by grpc-go.
 	if conn.Plaintext {
@@ -121,6 +121,14 @@ func (s *session) drain() {
 	s.flush()
 }
 
+// newStream makes the next stream of the client.
+func (s *session) newStream() *http2conn.Stream {
+	st := &clientStream{session: s}
+	st.client = &st.clientMemory
+	st.client.SetValue(st)
+	return st.client
+}
+
 // Headers implements [http2conn.Handler]. A client that is not allowed is answered here, from its
 // header fields alone.
 func (s *session) Headers(stream *http2conn.Stream, fields []hpack.HeaderField, end bool) {
@@ -131,10 +139,9 @@ func (s *session) Headers(stream *http2conn.Stream, fields []hpack.HeaderField, 
 	} else {
 		h = readRequestHead(fields)
 	}
-	st := new(clientStream)
-	st.session, st.client, st.fields, st.repeated, st.responseType = s, stream, fields, repeated, h.responseType()
+	st := stream.Value().(*clientStream)
+	st.fields, st.repeated, st.responseType = fields, repeated, h.responseType()
 	st.response.stream = st
-	stream.SetValue(st)
 	if s.secure && !h.grpcLike {
 		serveWeb(st, end)
 		return
