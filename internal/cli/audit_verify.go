@@ -70,7 +70,7 @@ func printAuditReport(w io.Writer, r *auditlog.Report) {
 	if r.OK {
 		printable.Fprintf(w, "ok\n")
 	} else {
-		printable.Fprintf(w, "%d finding(s)\n", len(r.Findings)+r.More)
+		printable.Fprintf(w, "%s\n", printable.Count(len(r.Findings)+r.More, "finding", "findings"))
 	}
 	lines(r.Findings)
 	if r.More > 0 {
@@ -84,13 +84,13 @@ func printAuditReport(w io.Writer, r *auditlog.Report) {
 	if r.Keyed {
 		chain = "keyed"
 	}
-	printable.Fprintf(w, "records    %d, from %d to %d, in %d file(s)\n", r.Records, r.FirstSeq, r.LastSeq, len(r.Files))
+	printable.Fprintf(w, "records    %d, from %d to %d, in %s\n", r.Records, r.FirstSeq, r.LastSeq, printable.Count(len(r.Files), "file", "files"))
 	printable.Fprintf(w, "chain      %s\n", chain)
 	if r.Since != nil {
-		printable.Fprintf(w, "expected   found, with %d record(s) after it\n", *r.Since)
+		printable.Fprintf(w, "expected   found, with %s after it\n", printable.Count(*r.Since, "record", "records"))
 	}
 	if r.Lost > 0 {
-		printable.Fprintf(w, "lost       %d record(s) could not be written\n", r.Lost)
+		printable.Fprintf(w, "lost       %s could not be written\n", printable.Count(r.Lost, "record", "records"))
 	}
 	printable.Fprintf(w, "last hash  %s\n", r.LastHash)
 }

@@ -67,7 +67,7 @@ func runServer(t *testing.T, args ...string) *running {
 
 func pluginClient(t *testing.T, socket string) *plugin.KMS {
 	t.Helper()
-	k, err := plugin.New(plugin.Config{Endpoint: "unix://" + strings.TrimPrefix(socket, "unix://"), Timeout: clitest.Deadline})
+	k, err := plugin.New(plugin.Config{Endpoint: "unix://" + strings.TrimPrefix(socket, "unix://")})
 	if err != nil {
 		t.Fatal(err)
 	}

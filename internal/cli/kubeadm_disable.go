@@ -79,7 +79,7 @@ func nothingEncrypted(cmd *cobra.Command, path string) error {
 	}
 	n, prefix, err := stored.CountEncrypted(cmd, c)
 	if err == nil && n > 0 {
-		err = problem.New(hintDecrypt, "%d values under %q are encrypted, and the API server cannot read them without the proxy", n, prefix)
+		err = problem.New(hintDecrypt, "etcd holds %s under %q, which the API server cannot read without the proxy", printable.Count(n, "encrypted value", "encrypted values"), prefix)
 	}
 	return err
 }

@@ -58,7 +58,7 @@ func printNode(w io.Writer, s *kubeadm.Status) {
 	printable.Fprintf(t, "--etcd-servers\t%s\n", strings.Join(s.Servers, ","))
 	printable.Fprintf(t, "API server\t%s\n", ready(s.APIServer))
 	if s.Pod || s.Mode != kubeadm.Off {
-		printable.Fprintf(t, "proxy\t%s, %d connections\n", ready(s.Proxy), s.Connections)
+		printable.Fprintf(t, "proxy\t%s, %s\n", ready(s.Proxy), printable.Count(s.Connections, "connection", "connections"))
 	}
 	_ = t.Flush()
 	for _, p := range s.Problems {

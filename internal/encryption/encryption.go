@@ -23,6 +23,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/kubelegacy"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/rule"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/filewatch"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
@@ -66,7 +67,7 @@ type Keys struct {
 // RuleSet is the sealers of all rules. It does not change.
 type RuleSet struct {
 	config     []config.Rule
-	sealers    []*keyring.Sealer
+	sealers    []*rule.Sealer
 	audit      *auditlog.Recorder
 	generation uint64 // differs between the sets of a process
 	stored     *inventory.Rules
@@ -79,7 +80,7 @@ func (s *RuleSet) Stored() *inventory.Rules { return s.stored }
 func (s *RuleSet) Config() []config.Rule { return s.config }
 
 // Sealers returns the sealers, in the order of the rules.
-func (s *RuleSet) Sealers() []*keyring.Sealer { return s.sealers }
+func (s *RuleSet) Sealers() []*rule.Sealer { return s.sealers }
 
 // Follower follows changes of the rules.
 type Follower struct {
@@ -277,7 +278,7 @@ func (k *Keys) newRuleSet(rules []config.Rule) (*RuleSet, error) {
 	set := &RuleSet{config: rules, audit: k.Audit}
 	var stored []inventory.Rule
 	for i, r := range rules {
-		sc := keyring.SealerConfig{
+		sc := rule.Config{
 			Prefix: r.Prefix, InspectOnly: k.InspectOnly, AllowPlaintextReads: r.AllowPlaintextReads, Passthrough: r.OnUndecryptable == "passthrough",
 			Observer: k.metrics.forRule(r.Prefix),
 		}
@@ -306,7 +307,7 @@ func (k *Keys) newRuleSet(rules []config.Rule) (*RuleSet, error) {
 		if len(missing) > 0 {
 			return nil, fmt.Errorf("rules[%d]: no KMS provider %q is running", i, missing)
 		}
-		s, err := keyring.NewSealer(sc)
+		s, err := rule.New(sc)
 		if err != nil {
 			return nil, fmt.Errorf("rules[%d]: %w", i, err)
 		}

@@ -17,7 +17,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/rule"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/buildinfo"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/encryption"
@@ -78,7 +78,7 @@ func (f *fleet) coordinate(keys *encryption.Keys, audit *auditlog.Recorder, reg 
 	provers := make(map[string]inventory.Sealer)
 	for _, ring := range keys.Rings() {
 		// InspectOnly: a ring that nothing is written with verifies what it encrypted earlier.
-		s, err := keyring.NewSealer(keyring.SealerConfig{Prefix: c.Coordination.Prefix, Write: ring, Recovery: keys.Rings(), InspectOnly: true})
+		s, err := rule.New(rule.Config{Prefix: c.Coordination.Prefix, Write: ring, Recovery: keys.Rings(), InspectOnly: true})
 		if err != nil {
 			return fmt.Errorf("coordination: %w", err)
 		}

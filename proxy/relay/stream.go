@@ -41,6 +41,9 @@ type clientStream struct {
 	ended     atomic.Bool   // the end was sent to the client, or the client has left
 	handled   atomic.Bool   // served is not nil
 
+	// the client was sent a part of a message, and not the rest
+	partial atomic.Bool
+
 	watch metrics.Stopwatch // of a unary call: the time that it spends here
 
 	// bytes from the client and from etcd that have not been sent on

@@ -61,7 +61,7 @@ func record(c *config.Audit, r auditlog.Record) error {
 	a.Record(r)
 	lost := a.Check()
 	if n := a.Lost(); lost == nil && n > 0 {
-		lost = fmt.Errorf("%d records are lost", n)
+		lost = errors.New(printable.Count(n, "record is", "records are") + " lost")
 	}
 	return errors.Join(lost, a.Close())
 }

@@ -94,7 +94,7 @@ type decryptedValue struct {
 	Key      string `json:"key"`
 	KeyBytes []byte `json:"keyBytes,omitempty"` // Key where that is not valid UTF-8
 	Revision int64  `json:"revision"`
-	State    string `json:"standing"`
+	State    string `json:"state"`
 	Value    []byte `json:"value,omitempty"`
 	Error    string `json:"error,omitempty"`
 }

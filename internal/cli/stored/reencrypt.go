@@ -3,7 +3,6 @@ package stored
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"os/signal"
 	"syscall"
@@ -15,6 +14,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/cli/command"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/etcdclient"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
@@ -211,7 +211,7 @@ func (j *reencryption) ended(report *reencryptReport, err error) error {
 	case err != nil:
 		outcome, reason = "failed", err.Error()
 	case !report.OK:
-		outcome, reason = "failed", fmt.Sprintf("%d values could not be rewritten", report.Unfinished())
+		outcome, reason = "failed", printable.Count(report.Unfinished(), "value", "values")+" could not be rewritten"
 	}
 	return j.record(outcome, reason, report.Rewritten)
 }
