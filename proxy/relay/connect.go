@@ -26,8 +26,7 @@ func (st *clientStream) connect(m etcdapi.Mode, r *unaryRequest) (ok, wouldBlock
 // open opens a stream with the client's header fields, if the client is still there. It reports
 // false if the connection takes none.
 func (st *clientStream) open(conn *http2conn.Conn, h *endpointState, r *unaryRequest) bool {
-	scheme, authority := st.session.id.Upstream.Origin(h.url)
-	fields := st.upstreamFields(scheme, authority)
+	fields := st.upstreamFields(h)
 	st.mu.Lock()
 	opened, sent := st.ended.Load(), false
 	if opened { // the client has left meanwhile

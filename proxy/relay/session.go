@@ -59,8 +59,8 @@ func newSession(e *Engine, conn *listener.Conn) *session {
 	}
 	s.client = http2conn.NewServer(conn, cfg)
 	s.conns.Store(&[]*http2conn.Conn{s.client})
-	for _, endpoint := range s.id.Upstream.Endpoints {
-		s.endpoints = append(s.endpoints, &endpointState{url: endpoint})
+	for i, endpoint := range s.id.Upstream.Endpoints {
+		s.endpoints = append(s.endpoints, &endpointState{url: endpoint, index: i})
 	}
 	return s
 }
@@ -133,7 +133,7 @@ func (s *session) newStream() *http2conn.Stream {
 // header fields alone.
 func (s *session) Headers(stream *http2conn.Stream, fields []hpack.HeaderField, end bool) {
 	var h requestHead
-	repeated := s.headers.find(fields)
+	repeated := s.repeated(fields)
 	if repeated != nil {
 		h = repeated.head
 	} else {
@@ -156,7 +156,13 @@ func (s *session) Headers(stream *http2conn.Stream, fields []hpack.HeaderField, 
 		st.refuse(httpStatus, err)
 		return
 	}
-	if st.method, err = s.engine.api.Lookup(h.path); err == nil {
+	if repeated != nil {
+		st.method = repeated.method
+	}
+	if st.method == nil {
+		st.method, err = s.engine.api.Lookup(h.path)
+	}
+	if err == nil {
 		err = s.engine.api.Authorize(s.id, st.method)
 	}
 	if err == nil && h.fromProxy {
