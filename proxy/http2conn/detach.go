@@ -43,7 +43,7 @@ func (c *Conn) setReadDeadline(t time.Time) error {
 func (c *Conn) detach() bool {
 	c.flushAcks()
 	c.mu.Lock()
-	idle := !c.closed && len(c.streams) == 0 && c.pending == nil && !c.flushing
+	idle := !c.closed && len(c.streams) == 0 && c.pending == nil && !c.flushing.Load()
 	detached := idle && c.writeBuffer.detach()
 	if detached {
 		_ = c.write.WriteGoAway(c.lastStreamID, http2.ErrCodeNo, []byte(textShutdown))

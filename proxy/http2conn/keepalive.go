@@ -96,7 +96,8 @@ const ackDelay = 5 * time.Millisecond
 func (c *Conn) acknowledge(data [8]byte, now time.Time) {
 	// Serve flushes before it detaches, and a peer that only sends pings gets its answers in time.
 	waits := now.Sub(c.pings.last) < ackDelay && c.pendingBytes() < minWriteSize/2 && !c.dirty.Load() && !c.detaching.Load()
-	_ = c.write.WritePing(true, data)
+	c.appendFrameHeader(len(data), http2.FramePing, http2.FlagPingAck, 0)
+	c.append(data[:])
 	if !waits {
 		return
 	}
