@@ -2,11 +2,10 @@
 // the current one, unwraps and caches those of stored values, rotates when the KMS names a new key
 // ID, and evicts them when the key may not be used any more.
 //
-// A [Ring] is one KMS provider, and a [Cache] holds the unwrapped seeds of all rings. The rules that
-// say which ring encrypts a value are those of crypto/rule, the stored bytes those of
-// crypto/envelope, and calls, retries and the circuit breaker those of kmsclient. The package knows
-// nothing of etcd's API, of the configuration or of metrics' names. docs/glossary.md explains the
-// terms.
+// A [Ring] is one KMS provider, and a [Cache] holds the unwrapped seeds of all rings. crypto/rule
+// decides which ring encrypts a value; the stored bytes are those of crypto/envelope; calls,
+// retries and the circuit breaker are those of kmsclient. The package knows nothing of etcd's API,
+// of the configuration or of metrics' names. docs/glossary.md explains the terms.
 //
 // # Parts of a ring
 //

@@ -24,8 +24,8 @@ type Config struct {
 	// Prefix is the rule's prefix of etcd keys. It is for error texts and the Observer only.
 	Prefix string
 	// Write encrypts. If it is nil, the rule writes plaintext. Then a value that begins with the
-	// marker of a provider in Read or of Legacy is [keyring.Refused], because reading it would try to
-	// decrypt it.
+	// marker of a provider in Read or of Legacy is [keyring.Refused], because reading it would try
+	// to decrypt it.
 	Write *keyring.Ring
 	// Read are further providers whose values are decrypted.
 	Read []*keyring.Ring
@@ -115,8 +115,8 @@ func (s *Sealer) ring(provider []byte) *keyring.Ring {
 }
 
 // Seal returns what to store for value under key: value itself if the rule writes plaintext, new
-// bytes otherwise. It retains neither argument. The error is a [*keyring.Error]. With a context that
-// has ended it does what needs no KMS call, and does not count an error.
+// bytes otherwise. It retains neither argument. The error is a [*keyring.Error]. With a context
+// that has ended it does what needs no KMS call, and does not count an error.
 func (s *Sealer) Seal(ctx context.Context, key, value []byte) ([]byte, error) {
 	return s.seal(ctx, key, value, false)
 }
@@ -178,8 +178,8 @@ func (s *Sealer) Open(ctx context.Context, key, stored []byte) ([]byte, error) {
 	return s.openByRule(ctx, key, stored, false)
 }
 
-// TryOpen is Open that does not wait: the error is [keyring.ErrWouldBlock], and stored is unchanged,
-// if the value needs a KMS call.
+// TryOpen is Open that does not wait: the error is [keyring.ErrWouldBlock], and stored is
+// unchanged, if the value needs a KMS call.
 func (s *Sealer) TryOpen(key, stored []byte) ([]byte, error) {
 	return s.openByRule(context.Background(), key, stored, true)
 }

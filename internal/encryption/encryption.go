@@ -148,9 +148,10 @@ func (k *Keys) add(p config.KMS, cache *keyring.Cache) error {
 	}
 	if b.Reader != nil {
 		k.readers[p.Name] = b.Reader
-		f := &readerFile{provider: p, seen: seen, keys: k}
-		k.files = append(k.files, fileCheck{"key file of " + p.Name, f.check})
-		k.runs = append(k.runs, f.watch)
+		k.keep(&keptFile{
+			provider: p.Name, path: p.Kubernetes.KeyFile, what: "key file", keys: "keys", seen: seen,
+			load: func() ([]any, error) { return nil, k.reloadReader(p) },
+		})
 		return nil
 	}
 	k.closers = append(k.closers, b.Close)

@@ -11,7 +11,6 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
-	"runtime/debug"
 	"syscall"
 	"time"
 
@@ -75,7 +74,6 @@ func Serve(ctx context.Context, path string, load Load, stderr io.Writer, o Opti
 	level.Set(logLevel(c.Log.Level))
 	log := printable.NewLogger(stderr, c.Log.Format, level)
 	logWarnings(log, path, warnings)
-	relaxGC()
 	if limit := memlimit.Set(); limit > 0 {
 		log.Info("memory limit set from the cgroup", "bytes", limit)
 	}
@@ -105,16 +103,6 @@ func notify(which ...os.Signal) (signals <-chan os.Signal, release func()) {
 	signal.Notify(c, which...)
 	signal.Ignore(syscall.SIGPIPE)
 	return c, func() { signal.Stop(c) }
-}
-
-// relaxGC lets the heap grow to four times its live size between collections; Go's default is
-// twice. Nearly all allocations of the proxy live for one call, over a small heap that would be
-// collected many times a second: this takes a fifth less CPU time for half as much memory again.
-// The environment variable GOGC has precedence.
-func relaxGC() {
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(300)
-	}
 }
 
 // New makes the server of a configuration and binds its addresses. It starts nothing. path and
