@@ -79,7 +79,8 @@ func (c *Conn) accept(id uint32, headerSize int) *Stream {
 		c.queued.bytes > maxQueued && c.queued.streams >= maxQueuedStreams {
 		return nil
 	}
-	s := c.newStream(id, nil)
+	s := c.cfg.NewStream()
+	c.add(s, id)
 	s.overhead = size
 	c.hold(size)
 	return s
@@ -105,7 +106,7 @@ func (s *Stream) Expect(n int) {
 	c := s.conn
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if s.expected = n - s.recvWindow; s.expected <= 0 || c.closed || s.ended || s.granted {
+	if s.expected = n - s.recvWindow; s.expected <= 0 || c.closed || s.ended.Load() || s.granted {
 		return
 	}
 	c.held.waiting = append(c.held.waiting, s)
@@ -117,7 +118,7 @@ func (c *Conn) grant() {
 	h := &c.held
 	for len(h.waiting) > 0 {
 		s := h.waiting[0]
-		if !s.ended {
+		if !s.ended.Load() {
 			n := s.recvWindow + s.expected // the window that is there may be used, too
 			if h.granted > 0 && !c.fits(n, grantShare) {
 				return
@@ -146,7 +147,7 @@ func (s *Stream) release() {
 	s.endGrant()
 	// else they are few, or most have not ended
 	if h := &c.held; len(h.waiting) > 2*len(c.streams)+16 {
-		h.waiting = slices.DeleteFunc(h.waiting, func(s *Stream) bool { return s.ended })
+		h.waiting = slices.DeleteFunc(h.waiting, func(s *Stream) bool { return s.ended.Load() })
 	}
 	c.grant()
 }

@@ -75,6 +75,8 @@ type Config struct {
 	WriteBuffer *WriteBuffer
 	// Plaintext is set without TLS: long data is then written from where it is, without a copy.
 	Plaintext bool
+	// NewStream, if not nil, returns the memory for the next stream of a client, with its value.
+	NewStream func() *Stream
 	// Budget limits what all servers of the process hold. Nil: only the limits of one connection
 	// apply.
 	Budget *Budget
@@ -125,13 +127,13 @@ type Conn struct {
 	reading       atomic.Bool  // waits for the peer
 	reads         atomic.Int64 // completed
 	dirty         atomic.Bool  // there may be something to flush
+	flushing      atomic.Bool  // former pending bytes are being written
 	flushMu       sync.Mutex   // held while writing to conn; locked before mu
 
 	// mu guards everything below, and the streams.
 	mu                sync.Mutex
 	pending           *[]byte        // frames to be written; nil or of cfg.Pool
 	external          externalChunks // data to be written between the bytes of pending
-	flushing          bool           // former pending bytes are being written
 	write             *http2.Framer  // to pending
 	encoder           headerEncoder
 	streams           map[uint32]*Stream
@@ -191,6 +193,9 @@ func newConn(conn net.Conn, cfg Config, maxHeaderList uint32) *Conn {
 		c.writeBuffer = NewWriteBuffer(conn)
 		c.conn = c.writeBuffer
 	}
+	if c.cfg.NewStream == nil {
+		c.cfg.NewStream = func() *Stream { return new(Stream) }
+	}
 	c.writeBuffer.use(cfg.Pool, c.writeBufferEmpty)
 	c.in = input{read: c.read, pool: cfg.Pool}
 	c.framer = http2.NewFramer(nil, &c.in)
@@ -225,7 +230,7 @@ func (c *Conn) fail(err error) {
 	lingers := first && c.server && (c.goAwaySent || errors.Is(err, errDrained))
 	if first {
 		c.closed, c.err = true, err
-		for _, t := range []*time.Timer{c.keepaliveTimer, c.idleTimer, c.shutdownTimer, c.stallTimer} {
+		for _, t := range []*time.Timer{c.keepaliveTimer, c.idleTimer, c.shutdownTimer, c.stallTimer, c.pings.timer} {
 			if t != nil {
 				t.Stop()
 			}
@@ -283,7 +288,7 @@ func (c *Conn) closeIfDone() {
 		return
 	}
 	c.mu.Lock()
-	done := len(c.streams) == 0 && c.pending == nil && !c.flushing && !c.writeBuffer.full.Load() &&
+	done := len(c.streams) == 0 && c.pending == nil && !c.flushing.Load() && !c.writeBuffer.full.Load() &&
 		(!c.server || c.lastServedID != math.MaxInt32)
 	c.mu.Unlock()
 	if done {

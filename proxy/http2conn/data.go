@@ -19,7 +19,9 @@ func (c *Conn) data(f http2.FrameHeader, data []byte, left int) error {
 	}
 	n := int(f.Length) // with the padding
 	end := f.Flags.Has(http2.FlagDataEndStream)
-	s := c.receive(f.StreamID, n, len(data)+left, end)
+	// Until a frame has arrived as a whole, the stream counts as one that the peer has not ended.
+	whole := left <= c.in.buffered()
+	s := c.receive(f.StreamID, n, len(data)+left, end, whole)
 	if padding := n - len(data) - left; s != nil && padding > 0 {
 		s.Consumed(padding)
 	}
@@ -34,7 +36,7 @@ func (c *Conn) data(f http2.FrameHeader, data []byte, left int) error {
 		data = next
 	}
 	if s != nil {
-		if end {
+		if end && !whole {
 			c.mu.Lock()
 			s.remoteEnd = true
 			c.mu.Unlock()
@@ -45,10 +47,11 @@ func (c *Conn) data(f http2.FrameHeader, data []byte, left int) error {
 	return nil
 }
 
-// receive counts a DATA frame of n bytes, of which length are data. It returns its stream, or nil
+// receive counts a DATA frame of n bytes, of which length are data; whole has it end the stream. It
+// returns its stream, or nil
 // if the data is to be ignored: this side has ended the stream, or the peer breaks a rule or a
 // limit.
-func (c *Conn) receive(id uint32, n, length int, end bool) *Stream {
+func (c *Conn) receive(id uint32, n, length int, end, whole bool) *Stream {
 	c.unannounced += n
 	code := http2.ErrCodeNo
 	c.mu.Lock()
@@ -60,6 +63,7 @@ func (c *Conn) receive(id uint32, n, length int, end bool) *Stream {
 	switch {
 	case s != nil:
 		code = s.check(n, length, end)
+		s.remoteEnd = s.remoteEnd || end && whole
 	case c.recentlyEnded.take(id):
 		code = http2.ErrCodeStreamClosed
 	}
@@ -93,27 +97,33 @@ func (s *Stream) check(n, length int, end bool) http2.ErrCode {
 // Consumed returns n received bytes to the flow-control window of the stream.
 func (s *Stream) Consumed(n int) {
 	c := s.conn
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.closed || s.ended {
+	due := int64(c.recvWindow() / 4)
+	if s.ended.Load() || !c.server && s.consumed.Add(int64(n)) < due {
 		return
 	}
-	if c.server && n > 0 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed || s.ended.Load() {
+		return
+	}
+	if c.server {
 		s.held -= n
 		c.hold(-n)
 		if s.held+s.reserved == 0 {
 			s.endGrant()
 		}
 		c.grant()
+		extra := min(n, s.extra)
+		s.extra -= extra
+		s.consumed.Add(int64(n - extra))
 	}
-	extra := min(n, s.extra)
-	s.extra -= extra
-	if s.consumed += n - extra; s.consumed < c.recvWindow()/4 || s.remoteEnd {
+	all := s.consumed.Load()
+	if all < due || s.remoteEnd {
 		return
 	}
-	_ = c.write.WriteWindowUpdate(s.id, uint32(s.consumed)) //nolint:gosec // at most a window
-	s.recvWindow += s.consumed
-	s.consumed = 0
+	_ = c.write.WriteWindowUpdate(s.id, uint32(all)) //nolint:gosec // at most a window
+	s.recvWindow += int(all)
+	s.consumed.Add(-all)
 }
 
 // windowUpdate handles a WINDOW_UPDATE frame.
@@ -159,7 +169,7 @@ func (c *Conn) watchStall() {
 // closeStalled closes the connection, unless the streams whose data has waited were reset.
 func (c *Conn) closeStalled() {
 	c.mu.Lock()
-	waits := slices.ContainsFunc(c.ready, func(s *Stream) bool { return !s.ended && len(s.queue) > 0 })
+	waits := slices.ContainsFunc(c.ready, func(s *Stream) bool { return !s.ended.Load() && len(s.queue) > 0 })
 	c.stallTimer = nil
 	c.mu.Unlock()
 	if waits {

@@ -1,5 +1,7 @@
 package http2conn
 
+import "golang.org/x/net/http2"
+
 // frameSink receives the frames of the http2.Framer that writes.
 type frameSink Conn
 
@@ -14,25 +16,36 @@ func (c *Conn) append(b []byte) {
 	if c.closed {
 		return
 	}
-	c.dirty.Store(true)
-	have := c.pending
-	need := len(b)
-	if have != nil {
-		need += len(*have)
+	if !c.dirty.Load() { // a store costs more
+		c.dirty.Store(true)
 	}
-	if have == nil || need > cap(*have) {
-		size := max(need, minWriteSize)
-		if have != nil {
-			size = max(need, 2*cap(*have))
-		}
-		c.pending = c.cfg.Pool.Get(size)
-		*c.pending = (*c.pending)[:0]
-		if have != nil {
-			*c.pending = append(*c.pending, *have...)
-			c.cfg.Pool.Put(have)
-		}
+	if c.pending == nil || len(*c.pending)+len(b) > cap(*c.pending) {
+		c.growPending(len(b))
 	}
 	*c.pending = append(*c.pending, b...)
+}
+
+// growPending makes room for n more pending bytes.
+func (c *Conn) growPending(n int) {
+	have := c.pending
+	if have == nil {
+		c.pending = c.cfg.Pool.Get(max(n, minWriteSize))
+		*c.pending = (*c.pending)[:0]
+		return
+	}
+	c.pending = c.cfg.Pool.Get(max(len(*have)+n, 2*cap(*have)))
+	*c.pending = append((*c.pending)[:0], *have...)
+	c.cfg.Pool.Put(have)
+}
+
+// appendFrameHeader appends the header of a frame of n bytes, which the caller appends. http2.Framer
+// would copy the frame once more.
+func (c *Conn) appendFrameHeader(n int, kind http2.FrameType, flags http2.Flags, id uint32) {
+	head := [frameHeaderSize]byte{
+		byte(n >> 16), byte(n >> 8), byte(n), byte(kind), byte(flags), //nolint:gosec // a frame has at most 16 MiB
+		byte(id >> 24), byte(id >> 16), byte(id >> 8), byte(id), //nolint:gosec // the bytes of a number
+	}
+	c.append(head[:])
 }
 
 // pendingBytes is how many bytes the next flush writes.
@@ -77,7 +90,11 @@ func (c *Conn) Flush() {
 			c.fail(err)
 			break
 		}
+		if !c.dirty.Load() {
+			break
+		}
 	}
+	c.flushing.Store(false)
 	c.flushMu.Unlock()
 	for _, s := range writable {
 		c.cfg.Handler.Writable(s)
@@ -91,14 +108,14 @@ func (c *Conn) takePending() (pending *[]byte, external externalChunks, writable
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.writeBuffer.full.Load() {
-		c.flushing = false
 		return nil, externalChunks{}, nil
 	}
 	c.pump()
 	if c.pending != nil {
 		pending, external = c.pending, c.external
 		c.pending, c.external = nil, externalChunks{}
-		c.flushing = true
+		c.flushing.Store(true)
+		c.dirty.Store(len(c.ready) > 0 || len(c.writable) > 0)
 		return pending, external, nil
 	}
 	for _, s := range c.writable {
@@ -106,7 +123,7 @@ func (c *Conn) takePending() (pending *[]byte, external externalChunks, writable
 			writable = append(writable, s)
 		}
 	}
-	c.writable, c.flushing = nil, false
+	c.writable = nil
 	c.dirty.Store(false)
 	return nil, externalChunks{}, writable
 }

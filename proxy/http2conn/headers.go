@@ -28,8 +28,10 @@ func (c *Conn) headers(f *headerFrame) error {
 	c.mu.Lock()
 	s := c.streams[f.StreamID]
 	ended := s != nil && s.remoteEnd
-	if s != nil && f.ends() {
-		s.remoteEnd = true
+	if s != nil && f.ends() && !ended {
+		if s.remoteEnd = true; s.localEnd {
+			s.end() // the handler need not finish it
+		}
 	}
 	c.mu.Unlock()
 	switch {

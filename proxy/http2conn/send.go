@@ -11,7 +11,7 @@ func (s *Stream) Data(end bool, head, body []byte) bool {
 	c := s.conn
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.closed || s.ended || s.localEnd || s.endQueued {
+	if c.closed || s.ended.Load() || s.localEnd || s.endQueued {
 		return true
 	}
 	return s.data(end, head, body)
@@ -49,7 +49,7 @@ func (s *Stream) Buffers(end bool, head []byte, body mem.BufferSlice) bool {
 	c := s.conn
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.closed || s.ended || s.localEnd || s.endQueued {
+	if c.closed || s.ended.Load() || s.localEnd || s.endQueued {
 		body.Free()
 		return true
 	}
@@ -81,13 +81,15 @@ func (s *Stream) queueEnd(end bool) bool {
 
 // countQueued adds n bytes, which may be negative, to what is queued.
 func (s *Stream) countQueued(n int) {
-	q, before := &s.conn.queued, s.queuedBytes
-	s.queuedBytes += n
+	if n == 0 {
+		return
+	}
+	q, now := &s.conn.queued, int(s.queuedBytes.Add(int64(n)))
 	q.bytes += n
 	switch {
-	case before == 0 && s.queuedBytes > 0:
+	case now == n:
 		q.streams++
-	case before > 0 && s.queuedBytes == 0:
+	case now == 0:
 		q.streams--
 	}
 }
@@ -98,16 +100,12 @@ func (c *Conn) sendRoom(s *Stream) int {
 }
 
 // appendDataHeader writes the header of a DATA frame of n bytes, which the caller appends.
-// http2.Framer would copy the data once more.
 func (c *Conn) appendDataHeader(s *Stream, n int, end bool) {
-	flags := byte(0)
+	flags := http2.Flags(0)
 	if end {
-		flags = byte(http2.FlagDataEndStream)
+		flags = http2.FlagDataEndStream
 	}
-	c.append([]byte{
-		byte(n >> 16), byte(n >> 8), byte(n), byte(http2.FrameData), flags, //nolint:gosec // a frame has at most 16 MiB
-		byte(s.id >> 24), byte(s.id >> 16), byte(s.id >> 8), byte(s.id), //nolint:gosec // the bytes of a number
-	})
+	c.appendFrameHeader(n, http2.FrameData, flags, s.id)
 }
 
 // dataSent counts a DATA frame of n bytes.
@@ -122,7 +120,7 @@ func (c *Conn) dataSent(s *Stream, n int, end bool) {
 
 // enqueue has pump send from a stream, if it has queued data and its window is open.
 func (c *Conn) enqueue(s *Stream) {
-	if !s.inReady && !s.ended && len(s.queue) > 0 && s.sendWindow > 0 {
+	if !s.inReady && !s.ended.Load() && len(s.queue) > 0 && s.sendWindow > 0 {
 		s.inReady = true
 		c.ready = append(c.ready, s)
 	}
@@ -135,7 +133,7 @@ func (c *Conn) pump() {
 		c.ready[0] = nil
 		c.ready = c.ready[1:]
 		s.inReady = false
-		if s.ended || len(s.queue) == 0 {
+		if s.ended.Load() || len(s.queue) == 0 {
 			continue
 		}
 		c.sendQueued(s)
@@ -149,7 +147,7 @@ func (c *Conn) pump() {
 
 // sendQueued sends one frame of the queued data of a stream, and the trailer after the last.
 func (c *Conn) sendQueued(s *Stream) {
-	queued := s.queuedBytes
+	queued := int(s.queuedBytes.Load())
 	n := min(queued, c.sendRoom(s))
 	if n == 0 && queued > 0 {
 		return
@@ -171,7 +169,7 @@ func (c *Conn) sendQueued(s *Stream) {
 		s.countQueued(-n)
 		c.dataSent(s, n, end)
 	}
-	if n < queued || s.ended {
+	if n < queued || s.ended.Load() {
 		return
 	}
 	s.free()
@@ -179,7 +177,7 @@ func (c *Conn) sendQueued(s *Stream) {
 		s.trailer = nil
 		c.writeHeaderBlock(s, trailer, s.endQueued)
 	}
-	if !s.ended {
+	if !s.ended.Load() {
 		c.writable = append(c.writable, s)
 	}
 }
