@@ -79,13 +79,3 @@ func Personalities() []Personality {
 		{Name: "stackit", keyID: named("stackit/%d"), lose: 2, Unusable: "it loses the last 2 of 32 bytes"},
 	}
 }
-
-// PersonalityOf returns the one of that name. It panics if there is none.
-func PersonalityOf(name string) Personality {
-	for _, p := range Personalities() {
-		if p.Name == name {
-			return p
-		}
-	}
-	panic("no personality " + name)
-}

@@ -1,72 +1,90 @@
 package http2conn
 
-import "golang.org/x/net/http2"
+import (
+	"io"
+	"sync/atomic"
 
-// frameSink receives the frames of the http2.Framer that writes.
-type frameSink Conn
+	"golang.org/x/net/http2"
+	"google.golang.org/grpc/mem"
+)
 
-// Write implements io.Writer.
-func (f *frameSink) Write(b []byte) (int, error) {
-	(*Conn)(f).append(b)
+// output are the frames that are to be written, in order.
+type output struct {
+	pool      mem.BufferPool
+	plaintext bool           // long data is written from where it is
+	pending   *[]byte        // nil or of pool
+	external  externalChunks // data to be written between the bytes of pending
+	framer    *http2.Framer  // appends frames that are rare
+	encoder   headerEncoder
+	closed    bool
+	dirty     atomic.Bool // there may be something to flush; set by holders of mu
+}
+
+var _ io.Writer = (*output)(nil)
+
+// Write implements io.Writer, for framer.
+func (o *output) Write(b []byte) (int, error) {
+	o.append(b)
 	return len(b), nil
 }
 
-// append appends b to the pending bytes, unless the connection is closed. The caller holds mu.
-func (c *Conn) append(b []byte) {
-	if c.closed {
+// append appends b to the pending bytes, unless the connection is closed.
+func (o *output) append(b []byte) {
+	if o.closed {
 		return
 	}
-	if !c.dirty.Load() { // a store costs more
-		c.dirty.Store(true)
+	if !o.dirty.Load() { // a store costs more
+		o.dirty.Store(true)
 	}
-	if c.pending == nil || len(*c.pending)+len(b) > cap(*c.pending) {
-		c.growPending(len(b))
+	if o.pending == nil || len(*o.pending)+len(b) > cap(*o.pending) {
+		o.grow(len(b))
 	}
-	*c.pending = append(*c.pending, b...)
+	*o.pending = append(*o.pending, b...)
 }
 
-// growPending makes room for n more pending bytes.
-func (c *Conn) growPending(n int) {
-	have := c.pending
+// grow makes room for n more pending bytes.
+func (o *output) grow(n int) {
+	have := o.pending
 	if have == nil {
-		c.pending = c.cfg.Pool.Get(max(n, minWriteSize))
-		*c.pending = (*c.pending)[:0]
+		o.pending = o.pool.Get(max(n, minWriteSize))
+		*o.pending = (*o.pending)[:0]
 		return
 	}
-	c.pending = c.cfg.Pool.Get(max(len(*have)+n, 2*cap(*have)))
-	*c.pending = append((*c.pending)[:0], *have...)
-	c.cfg.Pool.Put(have)
+	o.pending = o.pool.Get(max(len(*have)+n, 2*cap(*have)))
+	*o.pending = append((*o.pending)[:0], *have...)
+	o.pool.Put(have)
 }
 
-// appendFrameHeader appends the header of a frame of n bytes, which the caller appends. http2.Framer
+// frameHeader appends the header of a frame of n bytes, which the caller appends. http2.Framer
 // would copy the frame once more.
-func (c *Conn) appendFrameHeader(n int, kind http2.FrameType, flags http2.Flags, id uint32) {
+func (o *output) frameHeader(n int, kind http2.FrameType, flags http2.Flags, id uint32) {
 	head := [frameHeaderSize]byte{
 		byte(n >> 16), byte(n >> 8), byte(n), byte(kind), byte(flags), //nolint:gosec // a frame has at most 16 MiB
 		byte(id >> 24), byte(id >> 16), byte(id >> 8), byte(id), //nolint:gosec // the bytes of a number
 	}
-	c.append(head[:])
+	o.append(head[:])
 }
 
-// pendingBytes is how many bytes the next flush writes.
-func (c *Conn) pendingBytes() int {
-	if c.pending == nil {
+// size is how many bytes the next flush writes.
+func (o *output) size() int {
+	if o.pending == nil {
 		return 0
 	}
-	return len(*c.pending) + c.external.size
+	return len(*o.pending) + o.external.size
 }
 
-// dropPending gives the buffers back.
-func (c *Conn) dropPending() {
-	if c.pending != nil {
-		c.cfg.Pool.Put(c.pending)
-		c.pending = nil
+// close gives the buffers back, and takes nothing more.
+func (o *output) close() {
+	o.closed = true
+	if o.pending != nil {
+		o.pool.Put(o.pending)
+		o.pending = nil
 	}
-	c.external.free()
+	o.external.free()
 }
 
 // NeedsFlush reports whether there may be something to flush, and the peer reads.
-func (c *Conn) NeedsFlush() bool { return c.dirty.Load() && !c.writeBuffer.full.Load() }
+func (c *Conn) NeedsFlush() bool { return c.out.dirty.Load() && !c.writeBuffer.full.Load() }
 
 // Flush writes the pending frames without waiting for the peer: while the peer does not read,
 // frames stay pending, and [Handler] is told by FlushNeeded when it reads again. A write error ends
@@ -83,14 +101,14 @@ func (c *Conn) Flush() {
 			writable = done
 			break
 		}
-		err := c.writeOut(*pending, external)
+		err := c.out.write(c.conn, c.writeBuffer, *pending, external)
 		c.cfg.Pool.Put(pending)
 		external.free()
 		if err != nil {
 			c.fail(err)
 			break
 		}
-		if !c.dirty.Load() {
+		if !c.out.dirty.Load() {
 			break
 		}
 	}
@@ -110,20 +128,20 @@ func (c *Conn) takePending() (pending *[]byte, external externalChunks, writable
 	if c.writeBuffer.full.Load() {
 		return nil, externalChunks{}, nil
 	}
-	c.pump()
-	if c.pending != nil {
-		pending, external = c.pending, c.external
-		c.pending, c.external = nil, externalChunks{}
+	c.send.pump()
+	if c.out.pending != nil {
+		pending, external = c.out.pending, c.out.external
+		c.out.pending, c.out.external = nil, externalChunks{}
 		c.flushing.Store(true)
-		c.dirty.Store(len(c.ready) > 0 || len(c.writable) > 0)
+		c.out.dirty.Store(len(c.send.ready) > 0 || len(c.send.writable) > 0)
 		return pending, external, nil
 	}
-	for _, s := range c.writable {
+	for _, s := range c.send.writable {
 		if len(s.queue) == 0 { // else there is new data, and Writable is called after that
 			writable = append(writable, s)
 		}
 	}
-	c.writable = nil
-	c.dirty.Store(false)
+	c.send.writable = nil
+	c.out.dirty.Store(false)
 	return nil, externalChunks{}, writable
 }

@@ -41,9 +41,9 @@ type Stream struct {
 	remoteEnd bool                // the end was received
 }
 
-// add makes s a stream of the connection.
-func (c *Conn) add(s *Stream, id uint32) {
-	s.conn, s.id, s.recvWindow, s.sendWindow, s.declared = c, id, c.recvWindow(), c.peerInitialWindow, undeclared
+// begin makes s a stream of c.
+func (s *Stream) begin(c *Conn, id uint32) {
+	s.conn, s.id, s.recvWindow, s.sendWindow, s.declared = c, id, c.recvWindow, c.send.initialWindow, undeclared
 	c.streams[id] = s
 }
 
@@ -85,9 +85,9 @@ func (c *Conn) open(s *Stream, fields []hpack.HeaderField, end bool) bool {
 	if !c.canOpen() {
 		return false
 	}
-	c.add(s, c.nextStreamID)
+	s.begin(c, c.nextStreamID)
 	c.nextStreamID += 2
-	c.writeHeaderBlock(s, fields, end)
+	c.send.headerBlock(s, fields, end)
 	return true
 }
 
@@ -102,41 +102,41 @@ func (s *Stream) Headers(fields []hpack.HeaderField, end bool) {
 	case len(s.queue) > 0:
 		s.trailer, s.endQueued = fields, end
 	default:
-		c.writeHeaderBlock(s, fields, end)
+		c.send.headerBlock(s, fields, end)
 	}
 }
 
-// writeHeaderBlock writes header fields in as many frames as necessary.
-func (c *Conn) writeHeaderBlock(s *Stream, fields []hpack.HeaderField, end bool) {
-	block := c.encoder.encode(fields)
+// headerBlock writes header fields in as many frames as necessary.
+func (d *sender) headerBlock(s *Stream, fields []hpack.HeaderField, end bool) {
+	block := d.out.encoder.encode(fields)
 	kind, flags := http2.FrameHeaders, http2.Flags(0)
 	if end {
 		flags = http2.FlagHeadersEndStream
 	}
 	for first := true; first || len(block) > 0; first = false {
-		next := block[:min(len(block), c.peerMaxFrame)]
+		next := block[:min(len(block), d.maxFrame)]
 		if block = block[len(next):]; len(block) == 0 {
 			flags |= http2.FlagHeadersEndHeaders // the same as that of CONTINUATION frames
 		}
-		c.appendFrameHeader(len(next), kind, flags, s.id)
-		c.append(next)
+		d.out.frameHeader(len(next), kind, flags, s.id)
+		d.out.append(next)
 		kind, flags = http2.FrameContinuation, 0
 	}
-	c.pings.reset = true
+	d.active = true
 	if end {
-		c.endSent(s)
+		d.endSent(s)
 	}
 }
 
 // endSent notes that END_STREAM was sent. A server that has responded ignores the rest of the
 // request, and a client that has the whole response sends nothing more.
-func (c *Conn) endSent(s *Stream) {
+func (d *sender) endSent(s *Stream) {
 	s.localEnd = true
 	switch {
 	case s.remoteEnd:
 		s.end()
-	case c.server:
-		_ = c.write.WriteRSTStream(s.id, http2.ErrCodeNo)
+	case d.conn.server:
+		_ = d.out.framer.WriteRSTStream(s.id, http2.ErrCodeNo)
 		s.end()
 	}
 }
@@ -146,7 +146,7 @@ func (s *Stream) Reset(code http2.ErrCode) {
 	c := s.conn
 	c.mu.Lock()
 	if !c.closed && !s.ended.Load() {
-		_ = c.write.WriteRSTStream(s.id, code)
+		_ = c.out.framer.WriteRSTStream(s.id, code)
 		s.end()
 	}
 	c.mu.Unlock()
@@ -160,7 +160,7 @@ func (s *Stream) Finish() {
 		c.mu.Lock()
 		if !c.closed && !s.ended.Load() {
 			if !s.localEnd {
-				_ = c.write.WriteRSTStream(s.id, http2.ErrCodeNo)
+				_ = c.out.framer.WriteRSTStream(s.id, http2.ErrCodeNo)
 			}
 			s.end()
 		}
@@ -185,7 +185,7 @@ func (s *Stream) end() {
 	delete(c.streams, s.id)
 	s.free()
 	s.release()
-	c.startIdleTimer()
+	c.keepalive.startIdleTimer()
 }
 
 // free drops the queued data.
