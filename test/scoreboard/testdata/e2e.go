@@ -17,8 +17,8 @@ import (
 	"go.uber.org/zap"
 )
 
-// memberFront puts a proxy in front of a member's process: the proxy listens on the client URL that
-// the tests know, and that the member advertises. The member listens on sockets instead.
+// memberFront puts a proxy in front of a member's process: the proxy listens on the client URL
+// that the tests know, and that the member advertises. The member listens on sockets instead.
 type memberFront struct {
 	cfg     *EtcdServerProcessConfig
 	sockets string // the folder of etcd's sockets

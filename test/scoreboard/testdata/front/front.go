@@ -1,7 +1,7 @@
 // Package front starts an etcd-kms-proxy that encrypts every key in front of an etcd of a test.
-// SCOREBOARD_PROXY is the program, and SCOREBOARD_KEY the file with its key. SCOREBOARD_RECORD is a
-// file with a line for each proxy, and for each member whose file was read. SCOREBOARD_LOG shows the
-// proxies' logs.
+// SCOREBOARD_PROXY is the program, and SCOREBOARD_KEY the file with its key. SCOREBOARD_RECORD is
+// a file with a line for each proxy, and for each member whose file was read. SCOREBOARD_LOG
+// shows the proxies' logs.
 package front
 
 import (
@@ -88,7 +88,8 @@ func Start(c Config) (*Proxy, error) {
 	return p, nil
 }
 
-// Serves waits until the address accepts connections, or returns an error when the proxy has ended.
+// Serves waits until the address accepts connections, or returns an error when the proxy has
+// ended.
 func (p *Proxy) Serves(network, address string) error {
 	for {
 		select {
