@@ -23,7 +23,8 @@ func TestGrowth(t *testing.T) {
 		clients = 64
 		values  = 2000
 		size    = 1 << 10
-		listed  = 100 // keys of a list
+		listed  = 100       // keys of a list
+		most    = 192 << 20 // bytes of memory
 	)
 	total := length(t)
 	env := harness.New(t)
@@ -128,6 +129,9 @@ func TestGrowth(t *testing.T) {
 		slope, mean, least, highest := figure.line.fit(from)
 		rise := slope * (total - from).Seconds()
 		t.Logf("%s from %v on: mean %.1f, %.1f to %.1f, slope %+.2f per hour", figure.name, from, mean/figure.unit, least/figure.unit, highest/figure.unit, slope*3600/figure.unit)
+		if figure.line == &memory && mean > most {
+			t.Errorf("the mean of the memory is more than %d MiB", most>>20)
+		}
 		if limit := mean*figure.percent/100 + figure.more*figure.unit; rise > limit {
 			t.Errorf("%s rise by %.1f in %v; the limit is %.1f", figure.name, rise/figure.unit, total-from, limit/figure.unit)
 		}
