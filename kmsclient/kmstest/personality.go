@@ -61,7 +61,7 @@ func Personalities() []Personality {
 			Name: "aws-encryption-provider", keyID: named("arn:aws:kms:eu-central-1:111122223333:key/00000000-0000-0000-0000-%012d"),
 			beta: true, unhealthyFor: 30 * time.Second, statusCalls: 2, failingCalls: 2,
 		},
-		{Name: "vault-kubernetes-kms", keyID: named("1700000000:%d"), statusCalls: 4, failingCalls: 2},
+		{Name: "vault-kubernetes-kms", keyID: named("%d"), statusCalls: 4, failingCalls: 2},
 		{
 			Name: "k8s-cloudkms-plugin", keyID: named("projects/p/locations/global/keyRings/r/cryptoKeys/k/cryptoKeyVersions/%d"),
 			statusKeyID: func(int) string { return "projects/p/locations/global/keyRings/r/cryptoKeys/k" }, statusCalls: 1, failingCalls: 1,
@@ -78,14 +78,4 @@ func Personalities() []Personality {
 		{Name: "age-kms-plugin", keyID: named("age1-%d"), pad: 1310, Unusable: "with twelve recipients a wrapped seed has 1,310 bytes, and 1,024 can be stored"},
 		{Name: "stackit", keyID: named("stackit/%d"), lose: 2, Unusable: "it loses the last 2 of 32 bytes"},
 	}
-}
-
-// PersonalityOf returns the one of that name. It panics if there is none.
-func PersonalityOf(name string) Personality {
-	for _, p := range Personalities() {
-		if p.Name == name {
-			return p
-		}
-	}
-	panic("no personality " + name)
 }

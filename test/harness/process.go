@@ -50,6 +50,15 @@ func (e *Env) spawn(name, bin string, args ...string) *Process {
 	return p
 }
 
+// StartProcess starts a program that is not one of the harness' own, and kills it at the end of the
+// test. The program runs in the temporary folder, and its output is searched for secrets.
+func (e *Env) StartProcess(name, bin string, args ...string) *Process {
+	e.TB.Helper()
+	p := e.spawn(name, bin, args...)
+	e.TB.Cleanup(p.Kill)
+	return p
+}
+
 // PID returns the process ID.
 func (p *Process) PID() int { return p.cmd.Process.Pid }
 
