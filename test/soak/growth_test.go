@@ -119,7 +119,8 @@ func TestGrowth(t *testing.T) {
 		t.Errorf("%d requests and %d events say little", requests.Load(), events.Load())
 	}
 	t.Logf("%d requests in %v, %.0f a second, %d of them watches", requests.Load(), total, float64(requests.Load())/total.Seconds(), events.Load())
-	// After some minutes, everything that is needed is there. A shorter run shows only a fast growth.
+	// After some minutes, everything that is needed is there. A shorter run shows only a fast
+	// growth.
 	from, heap := min(total/3, 3*time.Minute), 4.0
 	if total < 8*time.Minute {
 		heap = 48
