@@ -39,12 +39,14 @@ const (
 	// BrokenContract: the answer breaks the interface's contract: an empty key ID, an oversized
 	// ciphertext, an unknown refusal.
 	BrokenContract
+	// Prevented: the KMS was not called, for a reason in Detail that is not its own.
+	Prevented
 )
 
 // String returns the reason in snake case.
 func (r Reason) String() string {
 	names := [...]string{
-		"unreachable", "failing", "unhealthy", "denied", "key_disabled", "key_gone", "key_not_found", "alias_not_found", "invalid", "broken_contract",
+		"unreachable", "failing", "unhealthy", "denied", "key_disabled", "key_gone", "key_not_found", "alias_not_found", "invalid", "broken_contract", "prevented",
 	}
 	if r < 0 || int(r) >= len(names) {
 		return fmt.Sprintf("reason(%d)", int(r))
@@ -125,6 +127,9 @@ func (e *Error) Error() string {
 // Explain returns the error as a sentence for those who know the provider, such as the text of an
 // error that a client of the proxy gets.
 func (e *Error) Explain() string {
+	if e.Reason == Prevented {
+		return "the KMS was not called: " + e.Detail
+	}
 	text := "the KMS is unreachable, throttling or failing"
 	switch {
 	case e.Class() == ClassKeyUnusable:

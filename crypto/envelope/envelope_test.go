@@ -15,19 +15,6 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// Append appends the object's encoding to b, as a writer of every type would.
-func (o *Object) Append(b []byte) ([]byte, error) {
-	if len(o.Data) == 0 {
-		return b, malformed("encrypted data is empty")
-	}
-	if err := o.Validate(); err != nil {
-		return b, err
-	}
-	b = protowire.AppendTag(b, fieldData, protowire.BytesType)
-	b = protowire.AppendBytes(b, o.Data)
-	return o.appendHeader(b), nil
-}
-
 func newFrame(t testing.TB, v *vector) (*Frame, *Seed) {
 	t.Helper()
 	seed, err := NewSeed(TypeSeed, v.Secret)

@@ -199,8 +199,22 @@ func (h *Header) Validate() error {
 	return nil
 }
 
-// appendHeader appends every field after encryptedData: in order of number, annotations in order of
-// key, so that equal headers have equal encodings.
+// Append appends the object's encoding to b. Fields are in order of number, annotations in order of
+// key, so equal objects have equal encodings. The error wraps [ErrMalformed]; b is returned
+// unchanged with it.
+func (o *Object) Append(b []byte) ([]byte, error) {
+	if len(o.Data) == 0 {
+		return b, malformed("encrypted data is empty")
+	}
+	if err := o.Validate(); err != nil {
+		return b, err
+	}
+	b = protowire.AppendTag(b, fieldData, protowire.BytesType)
+	b = protowire.AppendBytes(b, o.Data)
+	return o.appendHeader(b), nil
+}
+
+// appendHeader appends every field after encryptedData.
 func (h *Header) appendHeader(b []byte) []byte {
 	b = protowire.AppendTag(b, fieldKeyID, protowire.BytesType)
 	b = protowire.AppendString(b, h.KeyID)

@@ -4,10 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
-	"encoding/json"
 	"errors"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -15,33 +12,22 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/kubelegacy"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/rule"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/ringtest"
 )
 
 var _ rule.LegacyReader = (*kubelegacy.Reader)(nil)
 
 // legacyValue is a value that kube-apiserver's own code stored.
-type legacyValue struct {
-	Name                               string
-	Type                               kubelegacy.Type
-	KeyName                            string
-	Secret, EtcdKey, Plaintext, Stored []byte
-}
+type legacyValue struct{ clitest.KubernetesValue }
 
 // legacyValues returns one value of each type, under a key of 32 bytes called "key1".
 func legacyValues(t *testing.T) []legacyValue {
 	t.Helper()
-	b, err := os.ReadFile(filepath.Join("..", "kubelegacy", "testdata", "kubernetes-vectors.json"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	var all, one []legacyValue
-	if err := json.Unmarshal(b, &all); err != nil {
-		t.Fatal(err)
-	}
-	for _, v := range all {
+	var one []legacyValue
+	for _, v := range clitest.KubernetesValues(t) {
 		if strings.HasSuffix(v.Name, ", secret") && len(v.Secret) == 32 && v.KeyName == "key1" {
-			one = append(one, v)
+			one = append(one, legacyValue{v})
 		}
 	}
 	if len(one) != 3 {
@@ -52,7 +38,7 @@ func legacyValues(t *testing.T) []legacyValue {
 
 func (v *legacyValue) reader(t *testing.T, name string, secret []byte, source string) rule.LegacyReader {
 	t.Helper()
-	r, err := kubelegacy.New(kubelegacy.Config{Type: v.Type, Keys: []kubelegacy.Key{{Name: name, Secret: secret}}, Source: source})
+	r, err := kubelegacy.New(kubelegacy.Config{Type: kubelegacy.Type(v.Type), Keys: []kubelegacy.Key{{Name: name, Secret: secret}}, Source: source})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -24,8 +24,8 @@ type Config struct {
 	// Prefix is the rule's prefix of etcd keys. It is for error texts and the Observer only.
 	Prefix string
 	// Write encrypts. If it is nil, the rule writes plaintext. Then a value that begins with the
-	// marker of a provider in Read or of Legacy is [keyring.Refused], because reading it would try to
-	// decrypt it.
+	// marker of a provider in Read or of Legacy is [keyring.Refused], because reading it would try
+	// to decrypt it.
 	Write *keyring.Ring
 	// Read are further providers whose values are decrypted.
 	Read []*keyring.Ring
@@ -115,8 +115,8 @@ func (s *Sealer) ring(provider []byte) *keyring.Ring {
 }
 
 // Seal returns what to store for value under key: value itself if the rule writes plaintext, new
-// bytes otherwise. It retains neither argument. The error is a [*keyring.Error]. With a context that
-// has ended it does what needs no KMS call, and does not count an error.
+// bytes otherwise. It retains neither argument. The error is a [*keyring.Error]. With a context
+// that has ended it does what needs no KMS call, and does not count an error.
 func (s *Sealer) Seal(ctx context.Context, key, value []byte) ([]byte, error) {
 	return s.seal(ctx, key, value, false)
 }
@@ -178,8 +178,8 @@ func (s *Sealer) Open(ctx context.Context, key, stored []byte) ([]byte, error) {
 	return s.openByRule(ctx, key, stored, false)
 }
 
-// TryOpen is Open that does not wait: the error is [keyring.ErrWouldBlock], and stored is unchanged,
-// if the value needs a KMS call.
+// TryOpen is Open that does not wait: the error is [keyring.ErrWouldBlock], and stored is
+// unchanged, if the value needs a KMS call.
 func (s *Sealer) TryOpen(key, stored []byte) ([]byte, error) {
 	return s.openByRule(context.Background(), key, stored, true)
 }
@@ -266,4 +266,41 @@ func (s *Sealer) Health() error {
 		return nil
 	}
 	return errors.New(strings.Join(why, "; "))
+}
+
+// Inspect decrypts stored without the rule's policies, leaves it as it is, and returns its state.
+// It compares with the key ID from the last Status. The plaintext of a foreign or unencrypted value
+// is stored itself. The error is not nil exactly for [keyring.Undecryptable]; it is a
+// [*keyring.Error].
+func (s *Sealer) Inspect(ctx context.Context, key, stored []byte) ([]byte, keyring.ValueState, error) {
+	plaintext, used, outcome, err := s.open(ctx, key, stored, keyring.Mode{})
+	switch {
+	case err != nil:
+		return nil, keyring.Undecryptable, err.InRule(s.cfg.Prefix)
+	case outcome == OutcomeForeign:
+		return plaintext, keyring.Foreign, nil
+	case outcome == OutcomePlaintext && s.cfg.Write == nil:
+		return plaintext, keyring.Current, nil
+	case outcome == OutcomePlaintext:
+		return plaintext, keyring.Unencrypted, nil
+	case !used.IsCurrent(s.cfg.Write):
+		return plaintext, keyring.Stale, nil
+	}
+	return plaintext, keyring.Current, nil
+}
+
+// Recheck starts a health check of a stored value's provider, does not wait for it, and returns the
+// provider's state before: a LastGood after a refusal says that the KMS itself works. ok is false
+// if the rule has no KMS provider for the value.
+func (s *Sealer) Recheck(stored []byte) (st keyring.State, ok bool) {
+	provider, _, ok := envelope.Split(stored)
+	if !ok {
+		return keyring.State{}, false
+	}
+	r := s.ring(provider)
+	if r == nil {
+		return keyring.State{}, false
+	}
+	r.Check()
+	return r.State(), true
 }

@@ -16,13 +16,16 @@ func newAuditVerify() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "verify FILE...",
 		Short: "find alterations of an audit log",
-		Long: `verify checks the chain of an audit log and names each line that was altered, inserted, repeated or moved, and where lines are missing.
-The files of one log may be given in any order, for example as audit.jsonl*: they are sorted by their first records.
+		Long: `verify checks the chain of an audit log and names each line that was altered, inserted, repeated or
+moved, and where lines are missing. The files of one log may be given in any order, for example as
+audit.jsonl*: they are sorted by their first records.
 
-Nobody can see that the end of a log was removed, and anyone who may write a log without a key can rewrite it. verify prints the last
-hash: keep it elsewhere, and a later check with --expect-last finds whether the log still has that record. Records may follow it.
+Nobody can see that the end of a log was removed, and anyone who may write a log without a key can
+rewrite it. verify prints the last hash: keep it elsewhere, and a later check with --expect-last
+finds whether the log still has that record. Records may follow it.
 
-A line that a crash has cut short is not tampering. It is a finding while it is the last line, and a note once the log continues after it.`,
+A line that a crash has cut short is not tampering. It is a finding while it is the last line, and a
+note once the log continues after it.`,
 		Args: command.SomeArgs("FILE"),
 	}
 	keyFile := cmd.Flags().String("key-file", "", "`FILE` with the key of the chain (audit.keyFile)")

@@ -18,8 +18,9 @@ func newKubeadmStatus() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "status",
 		Short: "show whether the API server of this control-plane node uses the proxy",
-		Long: `status shows whether the API server of this node uses the proxy, for all resources or for Secrets only, and whether both are ready. It changes nothing. For
-the values in etcd, run etcd-kms-proxy status.`,
+		Long: `status shows whether the API server of this node uses the proxy, for all resources or for Secrets
+only, and whether both are ready. It changes nothing. For the values in etcd, run etcd-kms-proxy
+status.`,
 		Args: command.NoArgs,
 	}
 	f.add(cmd, kubeadm.DefaultPaths.Config, 10*time.Second)

@@ -23,9 +23,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/encryption"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/etcdclient"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/guard"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/readiness"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
 )
 
 // fleet is what a proxy does in etcd for itself: the guard of the start, and with coordination on
@@ -179,8 +179,8 @@ func (f *fleet) setRules(rules []config.Rule) {
 	}
 }
 
-func (f *fleet) ready() []proxy.Check {
-	check := proxy.Check{Name: "agreement", OK: true}
+func (f *fleet) ready() []readiness.Check {
+	check := readiness.Check{Name: "agreement", OK: true}
 	select {
 	case <-f.gate:
 	default:
@@ -191,10 +191,10 @@ func (f *fleet) ready() []proxy.Check {
 		default:
 		}
 	}
-	checks := []proxy.Check{check, f.next.Check()}
+	checks := []readiness.Check{check, f.next.Check()}
 	if f.Fleet == nil {
 		// With coordination off, only problems are shown.
-		return slices.DeleteFunc(checks, func(c proxy.Check) bool { return c.OK })
+		return slices.DeleteFunc(checks, func(c readiness.Check) bool { return c.OK })
 	}
 	return append(checks, f.bypasses.ready(time.Now()))
 }

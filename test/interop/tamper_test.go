@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"google.golang.org/protobuf/encoding/protowire"
-	"google.golang.org/protobuf/proto"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
@@ -137,14 +136,27 @@ func TestWrongSecret(t *testing.T) {
 	other := newKube(t, s.plugin, provider, envelope.TypeSeed)
 	foreign := decode(t, other.seal(t, s.key, s.value)).EncryptedDEKSource
 	for writer, stored := range s.stored {
-		o := decode(t, stored)
-		o.EncryptedDEKSource = foreign
-		object, err := proto.Marshal(o)
+		_, object, _ := envelope.Split(stored)
+		o, err := envelope.Parse(object)
 		if err != nil {
 			t.Fatal(err)
 		}
-		s.refused(t, writer, s.key, append([]byte("k8s:enc:kms:v2:"+provider+":"), object...))
+		o.Source = foreign
+		s.refused(t, writer, s.key, encode(t, o))
 	}
+}
+
+func encode(t testing.TB, o envelope.Object) []byte {
+	t.Helper()
+	marker, err := envelope.Marker(provider)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stored, err := o.Append([]byte(marker))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return stored
 }
 
 // TestCorruption changes every byte of a stored value in ten ways. Neither side may decrypt a

@@ -3,14 +3,15 @@
 //
 // Clients write and read through both proxies, with every value under a rule. Meanwhile processes
 // are killed and frozen, networks cut, disks filled, clocks moved; etcd is upgraded and downgraded,
-// its members are replaced, and a snapshot is restored. Afterwards, the test checks that no write is
-// lost or was applied twice, that every value that a client read was one that it could read
-// (porcupine), that watches got every event once, and that no plaintext is in any file, log, metric,
-// core dump, or in the traffic behind the proxies.
+// its members are replaced, and a snapshot is restored. Afterwards, the test checks that no write
+// is lost or was applied twice, that every value that a client read was one that it could read
+// (porcupine), that watches got every event once, and that no plaintext is in any file, log,
+// metric, core dump, or in the traffic behind the proxies.
 //
 // RELIABILITY is the duration, as Go writes durations. Without it, the test takes some minutes, and
-// with -short less than one. RELIABILITY_RESULTS is a file for the figures as JSON, and
-// RELIABILITY_PAGE a page whose end is replaced by the tables.
+// with -short less than one. RELIABILITY_FAULTS is a regular expression for the names of the faults
+// to make, and RELIABILITY_CHANGES=none leaves out the changes. RELIABILITY_RESULTS is a file for
+// the figures as JSON, and RELIABILITY_PAGE a page whose end is replaced by the tables.
 package reliability
 
 import (
@@ -18,6 +19,8 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -58,9 +61,10 @@ func TestReliability(t *testing.T) {
 		if length, err = time.ParseDuration(text); err != nil {
 			t.Fatalf("RELIABILITY: %v", err)
 		}
-		changing = true
+		changing = os.Getenv("RELIABILITY_CHANGES") != "none"
 	}
-	s := newSite(t, !testing.Short())
+	s := newSite(t, os.Getenv("RELIABILITY") != "")
+	s.only = regexp.MustCompile(os.Getenv("RELIABILITY_FAULTS"))
 	end := s.report.Started.Add(length)
 	for round := 1; ; round++ {
 		if !changing {
@@ -117,9 +121,12 @@ func (s *site) period(name string, work func(settled func(name string))) {
 // fails too.
 func (s *site) fail(until time.Time, settled func(string)) {
 	s.t.Helper()
-	var all []fault
+	var all, fresh []fault // fresh: not made yet
 	networks := 0
 	for _, f := range faults {
+		if !s.only.MatchString(f.name) {
+			continue
+		}
 		if f.needs != nil && f.needs(s) != "" {
 			s.report.skip(f.name, f.needs(s))
 			continue
@@ -127,12 +134,20 @@ func (s *site) fail(until time.Time, settled func(string)) {
 		for range max(1, f.weight) {
 			all = append(all, f)
 		}
+		if s.report.times(f.name) == 0 {
+			fresh = append(fresh, f)
+		}
 		if f.network {
 			networks++
 		}
 	}
 	for n := 0; time.Now().Before(until); n++ {
 		f := all[rand.IntN(len(all))]
+		if len(fresh) > 0 { // first each of them once, in any order
+			i := rand.IntN(len(fresh))
+			f = fresh[i]
+			fresh = slices.Delete(fresh, i, i+1)
+		}
 		names, heals := []string{f.name}, []func(){f.begin(s)}
 		if n%4 == 3 && !f.network && networks > 0 {
 			second := all[rand.IntN(len(all))]
@@ -170,7 +185,7 @@ func upgrade(version string) func(*site, func(string)) {
 			settled("a member of etcd restarted with another version")
 		}
 		s.agreed(version)
-		s.advance(2 * snapshotCount) // a version may not read the log of the one before the last
+		s.advance(2 * snapshotCount) // so that a snapshot of this version replaces the log of the last one
 	}
 }
 
@@ -209,8 +224,8 @@ func restore(s *site, _ func(string)) {
 			s.write(n, name("old", n), s.Sealed.Value(fmt.Sprintf("changed %d", n)))
 		}
 	}
-	begun := time.Now()
 	s.cluster.Restore(snapshot)
+	begun := time.Now()
 	for n := range s.proxies {
 		got := s.list(n, base)
 		for key, value := range want {

@@ -40,12 +40,14 @@ type report struct {
 	FileBytes     int64 `json:"fileBytes"`
 	CapturedBytes int64 `json:"capturedBytes"`
 	Cores         int   `json:"cores"`
+	CoresWritten  bool  `json:"coresWritten"` // of other programs that crash
 
 	ByFault map[string]*tally `json:"byFault"`
 	Notes   map[string]int    `json:"notes"`
 
-	s  *site
-	mu sync.Mutex
+	s    *site
+	mu   sync.Mutex
+	fail func(...any) // how the test learns of a result that is bad
 }
 
 // tally is what is known about one fault.
@@ -56,7 +58,7 @@ type tally struct {
 }
 
 func newReport(s *site) *report {
-	return &report{Started: time.Now(), CPUs: runtime.NumCPU(), Go: runtime.Version(), s: s, ByFault: make(map[string]*tally), Notes: make(map[string]int)}
+	return &report{CPUs: runtime.NumCPU(), Go: runtime.Version(), s: s, fail: s.t.Error, ByFault: make(map[string]*tally), Notes: make(map[string]int)}
 }
 
 // tally must be called with mu locked.
@@ -65,6 +67,13 @@ func (r *report) tally(fault string) *tally {
 		r.ByFault[fault] = new(tally)
 	}
 	return r.ByFault[fault]
+}
+
+// times returns how often a fault was made.
+func (r *report) times(fault string) int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.tally(fault).Times
 }
 
 // count counts a fault, and how long the clients needed afterwards.
@@ -103,7 +112,7 @@ func (r *report) bad(counter *int, what string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if *counter++; *counter <= 10 {
-		r.s.t.Error(what)
+		r.fail(what)
 	}
 }
 
@@ -148,6 +157,10 @@ func (r *report) write() {
 func (r *report) table() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "Run of %s, %d minutes, on %d cores that other work shared, with %s.\n\n", r.Started.UTC().Format("2006-01-02"), (r.Seconds+30)/60, r.CPUs, r.Go)
+	cores := fmt.Sprint(r.Cores)
+	if !r.CoresWritten {
+		cores += ", on a system that writes none of any program"
+	}
 	fmt.Fprintf(&b, "| result | |\n|---|---|\n")
 	for _, row := range []struct {
 		what  string
@@ -170,7 +183,7 @@ func (r *report) table() string {
 		{"files searched for plaintext: data of etcd, snapshots, logs, metrics, audit logs, core dumps", r.Files},
 		{"their size", fmt.Sprintf("%d MB", r.FileBytes/1e6)},
 		{"traffic searched: between the proxies and etcd, and between its members", fmt.Sprintf("%d MB", r.CapturedBytes/1e6)},
-		{"core dumps found", r.Cores},
+		{"core dumps found", cores},
 	} {
 		fmt.Fprintf(&b, "| %s | %v |\n", row.what, row.value)
 	}
@@ -179,6 +192,7 @@ func (r *report) table() string {
 	}
 	fmt.Fprintf(&b, "\n| fault or change | times | longest until every client got responses to reads and writes again |\n|---|---|---|\n")
 	for _, name := range slices.SortedFunc(maps.Keys(r.ByFault), func(a, b string) int {
+		// The most frequent ones first.
 		return cmp.Or(r.ByFault[b].Times-r.ByFault[a].Times, strings.Compare(a, b))
 	}) {
 		one := r.ByFault[name]

@@ -7,7 +7,9 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -37,10 +39,11 @@ type site struct {
 	clientLinks []*harness.Relay   // to each proxy
 	memberLinks [][]*harness.Relay // from each proxy to each member
 	capture     *harness.Capture
-	mounts      []string // small file systems; empty if they cannot be mounted
-	audits      []string // the audit log of each proxy
-	clockFile   string   // moves the clock of the last proxy; empty if it cannot be moved
-	keys        int      // versions of the KMS key
+	mounts      []string       // small file systems; empty if they cannot be mounted
+	audits      []string       // the audit log of each proxy
+	clockFile   string         // moves the clock of the last proxy; empty if it cannot be moved
+	keys        int            // versions of the KMS key
+	only        *regexp.Regexp // the names of the faults to make
 	periods     int
 	load        *load // of the current period
 	report      *report
@@ -48,8 +51,6 @@ type site struct {
 
 func newSite(t *testing.T, clock bool) *site {
 	t.Helper()
-	// Every crash would write a core dump, if the proxy did not prevent it.
-	t.Setenv("GOTRACEBACK", "crash")
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_CORE, &limit); err == nil {
 		limit.Cur = limit.Max
@@ -58,7 +59,10 @@ func newSite(t *testing.T, clock bool) *site {
 		}
 	}
 	s := &site{Env: harness.New(t), t: t, keys: 1}
+	// Every crash of a proxy would write a core dump, if the proxy did not prevent it.
+	s.ProxyEnv = []string{"GOTRACEBACK=crash"}
 	s.report = newReport(s)
+	s.report.CoresWritten = s.dumps()
 	s.capture = s.NewCapture()
 	s.cluster = s.StartCluster(3, harness.EtcdConfig{Version: first, Relayed: true, Flags: []string{
 		"--snapshot-count", fmt.Sprint(snapshotCount), "--max-wals", "2", "--max-snapshots", "2",
@@ -100,7 +104,31 @@ func newSite(t *testing.T, clock bool) *site {
 		s.proxies = append(s.proxies, p)
 		s.clientLinks = append(s.clientLinks, s.StartRelay(p.Address))
 	}
+	s.report.Started = time.Now()
 	return s
+}
+
+// dumps reports whether this system writes a core dump of a program that crashes, next to it.
+func (s *site) dumps() bool {
+	s.t.Helper()
+	dir := filepath.Join(s.Dir, "control")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		s.t.Fatal(err)
+	}
+	control := exec.Command("sleep", "60")
+	control.Dir = dir
+	if err := control.Start(); err != nil {
+		s.t.Fatal(err)
+	}
+	if err := control.Process.Signal(syscall.SIGABRT); err != nil {
+		s.t.Fatal(err)
+	}
+	_ = control.Wait() // it was killed
+	entries, err := os.ReadDir(dir)
+	if err = errors.Join(err, os.RemoveAll(dir)); err != nil {
+		s.t.Fatal(err)
+	}
+	return len(entries) > 0
 }
 
 // rotate adds a version to the KMS key.
@@ -113,24 +141,27 @@ func (s *site) rotate() {
 	}
 }
 
-// advance waits until each member has applied n further entries.
-func (s *site) advance(n uint64) {
+// advance lets each member apply n further entries.
+func (s *site) advance(n int) {
 	s.t.Helper()
+	conn := harness.Dial(s.t, s.cluster.Leader().Address, nil)
+	defer conn.Close()
+	var last int64
+	for range n {
+		r, err := pb.NewKVClient(conn).Put(s.t.Context(), &pb.PutRequest{Key: []byte("/advance")})
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		last = r.Header.Revision
+	}
 	for _, m := range s.cluster.Members {
-		from := uint64(0)
-		harness.Eventually(s.t, within, "a member to apply more", func() error {
+		harness.Eventually(s.t, within, "a member to apply them", func() error {
 			return s.maintain(m, func(ctx context.Context, c pb.MaintenanceClient) error {
 				r, err := c.Status(ctx, &pb.StatusRequest{})
-				if err != nil {
-					return err
+				if err == nil && r.Header.Revision < last {
+					err = fmt.Errorf("revision %d of %d", r.Header.Revision, last)
 				}
-				if from == 0 {
-					from = r.RaftAppliedIndex
-				}
-				if r.RaftAppliedIndex < from+n {
-					return fmt.Errorf("%d entries", r.RaftAppliedIndex-from)
-				}
-				return nil
+				return err
 			})
 		})
 	}
@@ -274,6 +305,9 @@ func (s *site) finish() {
 		return err
 	}); err != nil {
 		s.t.Error(err)
+	}
+	if s.report.Cores > 0 {
+		s.t.Errorf("there are %d core dumps", s.report.Cores)
 	}
 	captured, sent := s.capture.Result()
 	s.report.CapturedBytes, s.report.Plaintext = captured, len(found)+len(sent)

@@ -28,14 +28,16 @@ func NewPurge() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "purge",
 		Short: "remove old plaintext from etcd's history and database files",
-		Long: `purge removes the old plaintext that remains after reencrypt, in etcd's history and in the freed pages of its database files. It refuses
-to run while status finds anything: a value that is not current, a KMS that does not respond, or a proxy with other rules, which may be
-writing plaintext. It finds the last plaintext under the rules in the history, compacts etcd past it, and waits until each member has
-finished the compaction. Then it defragments one member after the other, the leader last, each only while all others are healthy. A
-member does not respond while it is defragmented.
+		Long: `purge removes the old plaintext that remains after reencrypt, in etcd's history and in the freed
+pages of its database files. It refuses to run while status finds anything: a value that is not
+current, a KMS that does not respond, or a proxy with other rules, which may be writing plaintext.
+It finds the last plaintext under the rules in the history, compacts etcd past it, and waits until
+each member has finished the compaction. Then it defragments one member after the other, the leader
+last, each only while all others are healthy. A member does not respond while it is defragmented.
 
-The report names what purge cannot reach: write-ahead logs and snapshot files, which etcd replaces over time, old backups, copies of
-disks, and members that do not finish the compaction, which are not defragmented.`,
+The report names what purge cannot reach: write-ahead logs and snapshot files, which etcd replaces
+over time, old backups, copies of disks, and members that do not finish the compaction, which are
+not defragmented.`,
 		Args: command.NoArgs,
 	}
 	path, out := command.ConfigFlag(cmd), command.OutputFlag(cmd)

@@ -24,12 +24,14 @@ func NewStatus() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "status",
 		Short: "show which values in etcd are encrypted, and with which keys",
-		Long: `status reads every value under the rules from etcd directly, past the proxy. For each rule, it counts the values that are encrypted with the
-current key of the rule, those that are encrypted with another key, and those that are plaintext or undecryptable. It also shows which
-proxies serve this etcd, and whether they have the rules of this configuration. It changes nothing.
+		Long: `status reads every value under the rules from etcd directly, past the proxy. For each rule, it
+counts the values that are encrypted with the current key of the rule, those that are encrypted with
+another key, and those that are plaintext or undecryptable. It also shows which proxies serve this
+etcd, and whether they have the rules of this configuration. It changes nothing.
 
-reencrypt rewrites values that are stale or plaintext. Plaintext under a rule with allowPlaintextReads: false is an exception: it was
-written past the proxies, reads of it are refused, and reencrypt skips it. Find out who wrote it.`,
+reencrypt rewrites values that are stale or plaintext. Plaintext under a rule with
+allowPlaintextReads: false is an exception: it was written past the proxies, reads of it are
+refused, and reencrypt skips it. Find out who wrote it.`,
 		Args: command.NoArgs,
 	}
 	path, out := command.ConfigFlag(cmd), command.OutputFlag(cmd)
@@ -97,6 +99,8 @@ type statusKMS struct {
 	Reason  string `json:"reason,omitempty"`
 	// of kind age: it cannot be polled, and KeyID identifies the recipients
 	Offline bool `json:"offline,omitempty"`
+	// of kind age: when the audit log last recorded that an identity unwrapped a recovery copy
+	LastTested *time.Time `json:"lastTested,omitempty"`
 }
 
 type statusProxy struct {
@@ -170,7 +174,10 @@ func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) 
 		report.OK = report.OK && s.Healthy
 	}
 	for _, r := range cl.keys.Offline() {
-		report.KMS = append(report.KMS, statusKMS{Name: r.Provider(), OK: true, KeyID: r.State().KeyID, Offline: true})
+		id := r.State().KeyID
+		report.KMS = append(report.KMS, statusKMS{
+			Name: r.Provider(), OK: true, KeyID: id, Offline: true, LastTested: command.LastTest(cl.config, cmd.ErrOrStderr(), r.Provider(), id),
+		})
 	}
 	return report, nil
 }
@@ -221,6 +228,8 @@ func (r *statusReport) text(w io.Writer) {
 	for _, k := range r.KMS {
 		state := "ok"
 		switch {
+		case k.Offline && k.LastTested != nil:
+			state = "offline, last tested with an identity at " + k.LastTested.Format(time.RFC3339)
 		case k.Offline:
 			state = "offline, not polled: kms check --identity tests it"
 		case k.Revoked:

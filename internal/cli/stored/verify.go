@@ -32,14 +32,17 @@ func NewVerify() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "verify",
 		Short: "verify that no value under a rule is readable without the KMS",
-		Long: `verify searches for values under the rules that can be read without the KMS, and reports what it did not check. Without a flag it reads
-etcd: every present value, and the history back to the last compaction. With --snapshot or --data-dir it reads files, and needs no etcd:
-every revision in the database, freed pages and other remains, the write-ahead log, and all other bytes. Files that are compressed with
-gzip, zip or bzip2 are searched without writing anything to disk; other compressed files are reported as not checked.
+		Long: `verify searches for values under the rules that can be read without the KMS, and reports what it did
+not check. Without a flag it reads etcd: every present value, and the history back to the last
+compaction. With --snapshot or --data-dir it reads files, and needs no etcd: every revision in the
+database, freed pages and other remains, the write-ahead log, and all other bytes. Files that are
+compressed with gzip, zip or bzip2 are searched without writing anything to disk; other compressed
+files are reported as not checked.
 
-It recognizes plaintext by its key, by the form of Kubernetes objects, and by the --canary strings that you have put into values. A value
-that looks encrypted must decrypt, or with --offline be well-formed. A value whose DEK seed the KMS refuses to unwrap, while it unwraps
-others, is a finding too. verify changes nothing, and prints no value. If nothing was found but not everything could be
+It recognizes plaintext by its key, by the form of Kubernetes objects, and by the --canary strings
+that you have put into values. A value that looks encrypted must decrypt, or with --offline be
+well-formed. A value whose DEK seed the KMS refuses to unwrap, while it unwraps others, is a finding
+too. verify changes nothing, and prints no value. If nothing was found but not everything could be
 checked, the exit code is 3.`,
 		Args: command.NoArgs,
 	}
