@@ -20,7 +20,7 @@ EPOCH    := $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
 IMAGEFLAGS ?=
 COMPOSETESTFLAGS ?=
 
-.PHONY: image image-offline clean-image-offline compose-test kubeadm-test help build run test unit interop e2e soak scoreboard compatibility bench bench-kubernetes profile fuzz lint vuln docs tools tools-etcd tools-etcd-3.4 tools-kube clean
+.PHONY: image image-offline clean-image-offline compose-test kubeadm-test help build run test unit interop e2e soak reliability scoreboard compatibility bench bench-kubernetes profile fuzz lint vuln docs tools tools-etcd tools-etcd-3.4 tools-kube clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -66,14 +66,21 @@ e2e: build tools ## all versions of etcd, transports and API server setups, and 
 compatibility: ## generate the tables of docs/design/compatibility.md from the last make e2e
 	cd test && go run ./compatibility -results $(BIN)/compatibility -write ../docs/design/compatibility.md
 
-soak: build tools ## hours: load while the KMS fails, ten runs of a cluster with 20,000 Secrets, a million keys, linearizability, random sequences
+soak: build tools ## hours: load while the KMS fails, memory over an hour, 10,000 connections, a million values, 100 proxies, ten runs of a cluster with 20,000 Secrets, linearizability, random sequences
 	COORDINATION_CALLS=all go test -count=1 ./lifecycle/coordination
-	cd test && SOAK=10m go test -count=1 -timeout 30m ./soak
-	cd test && STATUS_KEYS=1000000 go test -count=1 -timeout 30m -run StatusMemory ./lifecycle
+	cd test && SOAK=10m go test -count=1 -timeout 30m -skip Growth ./soak
+	cd test && SOAK=60m go test -count=1 -v -timeout 70m -run Growth ./soak
+	cd test && SCALE_CONNECTIONS=10000 SCALE_TIME=10m SCALE_VALUES=1000000 SCALE_PROXIES=100 go test -count=1 -timeout 60m ./scale
+	cd test && RESTART_RATE=5000 go test -count=1 -timeout 20m -run Restart ./upgrade
 	cd test && LIMITS_ANSWER_MB=1000 go test -count=1 -timeout 20m -run LargeAnswers ./limits
 	cd test && LINEAR_ROUNDS=60 go test -count=1 -timeout 60m ./linear
 	cd test && DIFFERENTIAL_SEQUENCES=20000 go test -count=1 -timeout 5h -run 'RandomSequences|Model$$' ./differential
 	cd test && LIFE_SECRETS=20000 LIFE_ROUNDS=10 go test -count=1 -timeout 4h -run 'Life$$' ./reencrypt
+
+RELIABILITY ?= 3h
+
+reliability: build tools-etcd ## faults of processes, networks, disks and clocks for RELIABILITY (3h), and the figures in docs/design/reliability.md; full disks need root
+	cd test && RELIABILITY=$(RELIABILITY) RELIABILITY_RESULTS=$(BIN)/reliability.json RELIABILITY_PAGE=$(CURDIR)/docs/design/reliability.md go test -count=1 -v -timeout 24h -run Reliability ./reliability
 
 scoreboard: build ## etcd's own client tests, with a proxy that encrypts every key in front of each member (16 minutes)
 	cd test/scoreboard && go test -count=1 -v -timeout 60m .
@@ -126,7 +133,7 @@ docs: ## regenerate the pages of docs/reference that come from the code: configu
 
 tools: tools-etcd tools-kube $(BIN)/kine $(BIN)/h2spec $(BIN)/nfpm $(BIN)/cyclonedx-gomod $(if $(shell command -v npm 2>/dev/null),$(BIN)/node) ## the etcds, kube-apiserver and other programs that the tests start
 
-tools-etcd: $(ETCDS:%=$(BIN)/etcd-%) $(ETCDS:%=$(BIN)/etcdctl-%)
+tools-etcd: $(ETCDS:%=$(BIN)/etcd-%) $(ETCDS:%=$(BIN)/etcdctl-%) $(BIN)/etcdutl-3.7
 
 tools-kube: $(BIN)/kube-apiserver $(BIN)/kubectl $(BIN)/kubeadm
 
@@ -168,6 +175,10 @@ $(BIN)/node: test/tools/node/package-lock.json test/tools/node/package.json
 $(BIN)/docker-compose-v2: test/tools/compose/go.sum
 	@mkdir -p $(BIN); echo "building Docker Compose v2 from Go modules"
 	cd test/tools/compose && CGO_ENABLED=0 go build $(TOOLFLAGS) -ldflags "-s -w -X github.com/docker/compose/v2/internal.Version=$$(go list -m -f '{{.Version}}' github.com/docker/compose/v2)" -o $@ github.com/docker/compose/v2/cmd
+
+$(BIN)/etcdutl-%: test/tools/etcd-%/go.sum
+	@mkdir -p $(BIN); echo "building etcdutl $* from Go modules"
+	cd test/tools/etcd-$* && CGO_ENABLED=0 go build $(TOOLFLAGS) -ldflags "-s -w" -o $@ go.etcd.io/etcd/etcdutl/v3
 
 $(BIN)/golangci-lint: test/tools/lint/go.sum
 	@mkdir -p $(BIN)

@@ -42,6 +42,9 @@ type Checks struct {
 	Audit func(Audit) []Problem
 	// Warn is called for settings that are valid but rarely meant. It may be nil.
 	Warn func(Problem)
+	// KMSFilesMayMiss accepts files of providers that cannot be read, for a caller that treats the
+	// keys of some providers as lost. What uses the others reports theirs.
+	KMSFilesMayMiss bool
 }
 
 // Load reads, checks and completes the file at path. The error is a [Problems] if the file could be
@@ -77,7 +80,7 @@ func parse(data []byte, dir string, read func(path string) ([]byte, error)) (*Co
 
 func parseChecked(data []byte, dir string, read func(path string) ([]byte, error), checks Checks) (*Config, error) {
 	c := new(Config)
-	d := &decoder{dir: dir, read: read, lines: map[string]int{"": 1}, bad: map[string]bool{}}
+	d := &decoder{dir: dir, read: read, lines: map[string]int{"": 1}, bad: map[string]bool{}, kmsFilesMayMiss: checks.KMSFilesMayMiss}
 	if d.document(data, c) {
 		d.validate(c)
 		d.further(c, checks)

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"maps"
 	"path/filepath"
 	"reflect"
@@ -25,7 +26,8 @@ import (
 //
 // Struct tags: yaml is the field's name. default is its value when absent, written as in YAML.
 // required "true" is neither absent nor empty, "present" is not absent. file "true" names a file,
-// which must be readable. binary "true" may also have the tag !!binary and be base64.
+// which must be readable, and create the command that makes it.
+// binary "true" may also have the tag !!binary and be base64.
 type decoder struct {
 	dir      string                            // that relative file names count from
 	read     func(path string) ([]byte, error) // reads files that are named
@@ -34,6 +36,8 @@ type decoder struct {
 	bad      map[string]bool                   // paths that a problem was reported for
 	problems Problems
 	warnings Problems
+
+	kmsFilesMayMiss bool // see [Checks]
 }
 
 // report adds a problem, unless its path has one already: what follows from a first mistake helps
@@ -186,8 +190,12 @@ func (d *decoder) value(n *yaml.Node, v reflect.Value, path string, tag reflect.
 			if !filepath.IsAbs(v.String()) {
 				v.SetString(filepath.Join(d.dir, v.String()))
 			}
-			if _, err := d.read(v.String()); err != nil {
-				d.report(path, "check the name and that the user the proxy runs as may read it", "%s", fileError(err))
+			if _, err := d.read(v.String()); err != nil && (!d.kmsFilesMayMiss || !strings.HasPrefix(path, "kms[")) {
+				hint := "check the name and that the user the proxy runs as may read it"
+				if create := tag.Get("create"); create != "" && errors.Is(err, fs.ErrNotExist) {
+					hint = "check the name, or create the file: " + create + " " + v.String()
+				}
+				d.report(path, hint, "%s", fileError(err))
 			}
 		}
 	}

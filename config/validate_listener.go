@@ -89,7 +89,7 @@ func (l Listener) unprotected(host, address string) (text, field, hint string) {
 	case isLoopback(host) || l.InsecurePlaintext:
 		return "", "", ""
 	case l.TLS == nil:
-		return fmt.Sprintf("other machines reach %s, and every value would cross the network in the clear", address), "",
+		return fmt.Sprintf("other machines reach %s, and every value would cross the network in plaintext", address), "",
 			"add tls with clientCAFile, listen on 127.0.0.1 or a unix socket, or write insecurePlaintext: true"
 	case l.TLS.ClientCAFile == "":
 		return fmt.Sprintf("is required, because other machines reach %s", address), ".tls.clientCAFile",

@@ -1,6 +1,7 @@
 package keyring
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
@@ -43,17 +44,11 @@ func NewCache(c CacheConfig) (*Cache, error) {
 	if c.Seeds < 0 || c.TTL < 0 || c.ServeUnreachableFor < 0 {
 		return nil, errors.New("make seed cache: a size or a duration is negative")
 	}
-	if c.Seeds == 0 {
-		c.Seeds = 10000
-	}
-	if c.TTL == 0 {
-		c.TTL = 24 * time.Hour
-	}
-	l, err := lru.New[digest, *entry](c.Seeds)
+	l, err := lru.New[digest, *entry](cmp.Or(c.Seeds, 10000))
 	if err != nil {
 		return nil, fmt.Errorf("make seed cache: %w", err)
 	}
-	return &Cache{ttl: c.TTL, stale: c.ServeUnreachableFor, lru: l}, nil
+	return &Cache{ttl: cmp.Or(c.TTL, 24*time.Hour), stale: c.ServeUnreachableFor, lru: l}, nil
 }
 
 // Len returns how many seeds the cache holds.

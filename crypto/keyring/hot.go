@@ -19,8 +19,6 @@ type hotSlot struct {
 	entry *entry
 }
 
-func (t *hotTable) init() { t.seed = maphash.MakeSeed() }
-
 func (t *hotTable) slot(rest []byte) *atomic.Pointer[hotSlot] {
 	return &t.slots[maphash.Bytes(t.seed, rest)%uint64(len(t.slots))]
 }

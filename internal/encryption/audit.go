@@ -104,7 +104,7 @@ func AuditedService(audit *auditlog.Recorder, provider string, c *kmsclient.Clie
 func auditedCall[T any](k auditedKMS, op string, f func() (T, error)) (out T, err error) {
 	err = k.audit.Do(func() error { out, err = f(); return err })
 	if errors.Is(err, auditlog.ErrUnwritable) {
-		err = &kmsclient.Error{Op: op, Provider: k.provider, Reason: kmsclient.Unreachable, Detail: auditlog.ErrUnwritable.Error()}
+		err = &kmsclient.Error{Op: op, Provider: k.provider, Reason: kmsclient.Prevented, Detail: auditlog.ErrUnwritable.Error()}
 	}
 	if err != nil {
 		var zero T

@@ -23,6 +23,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/kubelegacy"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/rule"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/filewatch"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
@@ -37,7 +38,9 @@ import (
 type Config struct {
 	Config *config.Config
 	// private keys of age recipients, for commands only; may be nil
-	Identities  *age.Identities
+	Identities *age.Identities
+	// providers whose keys are treated as lost, with InspectOnly: nothing of them is read or called
+	Lost        []string
 	InspectOnly bool                  // values are read only, and no DEK seed is generated
 	Audit       *auditlog.Recorder    // of KMS calls and of the use of recovery copies; may be nil
 	Record      func(auditlog.Record) // the same for a command; may be nil
@@ -66,7 +69,7 @@ type Keys struct {
 // RuleSet is the sealers of all rules. It does not change.
 type RuleSet struct {
 	config     []config.Rule
-	sealers    []*keyring.Sealer
+	sealers    []*rule.Sealer
 	audit      *auditlog.Recorder
 	generation uint64 // differs between the sets of a process
 	stored     *inventory.Rules
@@ -79,7 +82,7 @@ func (s *RuleSet) Stored() *inventory.Rules { return s.stored }
 func (s *RuleSet) Config() []config.Rule { return s.config }
 
 // Sealers returns the sealers, in the order of the rules.
-func (s *RuleSet) Sealers() []*keyring.Sealer { return s.sealers }
+func (s *RuleSet) Sealers() []*rule.Sealer { return s.sealers }
 
 // Follower follows changes of the rules.
 type Follower struct {
@@ -126,6 +129,9 @@ func New(c Config) (*Keys, error) {
 
 // add makes the backend, the client and the ring of one provider, or its reader.
 func (k *Keys) add(p config.KMS, cache *keyring.Cache) error {
+	if slices.Contains(k.Lost, p.Name) {
+		return k.addLost(p, cache)
+	}
 	var seen [sha256.Size]byte // digest of the key file, before it is read
 	switch {
 	case p.Kubernetes != nil:
@@ -142,9 +148,10 @@ func (k *Keys) add(p config.KMS, cache *keyring.Cache) error {
 	}
 	if b.Reader != nil {
 		k.readers[p.Name] = b.Reader
-		f := &readerFile{provider: p, seen: seen, keys: k}
-		k.files = append(k.files, fileCheck{"key file of " + p.Name, f.check})
-		k.runs = append(k.runs, f.watch)
+		k.keep(&keptFile{
+			provider: p.Name, path: p.Kubernetes.KeyFile, what: "key file", keys: "keys", seen: seen,
+			load: func() ([]any, error) { return nil, k.reloadReader(p) },
+		})
 		return nil
 	}
 	k.closers = append(k.closers, b.Close)
@@ -277,7 +284,7 @@ func (k *Keys) newRuleSet(rules []config.Rule) (*RuleSet, error) {
 	set := &RuleSet{config: rules, audit: k.Audit}
 	var stored []inventory.Rule
 	for i, r := range rules {
-		sc := keyring.SealerConfig{
+		sc := rule.Config{
 			Prefix: r.Prefix, InspectOnly: k.InspectOnly, AllowPlaintextReads: r.AllowPlaintextReads, Passthrough: r.OnUndecryptable == "passthrough",
 			Observer: k.metrics.forRule(r.Prefix),
 		}
@@ -294,9 +301,12 @@ func (k *Keys) newRuleSet(rules []config.Rule) (*RuleSet, error) {
 		}
 		var keyNames []string
 		for _, name := range r.ReadWith {
-			if reader := k.readers[name]; reader != nil {
+			reader := k.readers[name]
+			switch {
+			case reader != nil:
 				sc.Legacy, keyNames = append(sc.Legacy, reader), append(keyNames, reader.Names()...)
-			} else {
+			case k.ring(name) == nil && slices.Contains(k.Lost, name): // of kind kubernetes
+			default:
 				sc.Read = append(sc.Read, ring(name))
 			}
 		}
@@ -306,7 +316,7 @@ func (k *Keys) newRuleSet(rules []config.Rule) (*RuleSet, error) {
 		if len(missing) > 0 {
 			return nil, fmt.Errorf("rules[%d]: no KMS provider %q is running", i, missing)
 		}
-		s, err := keyring.NewSealer(sc)
+		s, err := rule.New(sc)
 		if err != nil {
 			return nil, fmt.Errorf("rules[%d]: %w", i, err)
 		}

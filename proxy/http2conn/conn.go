@@ -225,7 +225,7 @@ func (c *Conn) fail(err error) {
 	lingers := first && c.server && (c.goAwaySent || errors.Is(err, errDrained))
 	if first {
 		c.closed, c.err = true, err
-		for _, t := range []*time.Timer{c.keepaliveTimer, c.idleTimer, c.shutdownTimer, c.stallTimer} {
+		for _, t := range []*time.Timer{c.keepaliveTimer, c.idleTimer, c.shutdownTimer, c.stallTimer, c.pings.timer} {
 			if t != nil {
 				t.Stop()
 			}

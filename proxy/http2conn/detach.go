@@ -41,6 +41,7 @@ func (c *Conn) setReadDeadline(t time.Time) error {
 // detach detaches the socket, and reports whether it could: not while streams are open or frames
 // wait to be written.
 func (c *Conn) detach() bool {
+	c.flushAcks()
 	c.mu.Lock()
 	idle := !c.closed && len(c.streams) == 0 && c.pending == nil && !c.flushing
 	detached := idle && c.writeBuffer.detach()

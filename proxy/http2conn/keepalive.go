@@ -75,11 +75,55 @@ func (c *Conn) startIdleTimer() {
 	})
 }
 
-// pings counts the pings of a client.
+// pings is the state of the pings that the peer sends.
 type pings struct {
 	last    time.Time
 	strikes int
 	reset   bool // this side has sent headers or data since the last ping
+
+	// Guarded by conn.mu.
+	timer *time.Timer // flushes acknowledgements that wait
+	armed bool
+}
+
+// ackDelay is how long the acknowledgement of a ping waits for frames that it can leave with. A
+// peer of grpc-go sends a ping with nearly every message to estimate the bandwidth, and a write for
+// each acknowledgement would double the number of writes. Only a ping that follows another one
+// within the same time is delayed, so that a connection with few calls needs no timer.
+const ackDelay = 5 * time.Millisecond
+
+// acknowledge writes the acknowledgement of a ping. The caller holds mu.
+func (c *Conn) acknowledge(data [8]byte, now time.Time) {
+	// Serve flushes before it detaches, and a peer that only sends pings gets its answers in time.
+	waits := now.Sub(c.pings.last) < ackDelay && c.pendingBytes() < minWriteSize/2 && !c.dirty.Load() && !c.detaching.Load()
+	_ = c.write.WritePing(true, data)
+	if !waits {
+		return
+	}
+	c.dirty.Store(false)
+	switch {
+	case c.pings.armed || c.closed:
+		return
+	case c.pings.timer == nil:
+		c.pings.timer = time.AfterFunc(ackDelay, c.flushAcks)
+	default:
+		c.pings.timer.Reset(ackDelay)
+	}
+	c.pings.armed = true
+}
+
+// flushAcks has the acknowledgements flushed that still wait.
+func (c *Conn) flushAcks() {
+	c.mu.Lock()
+	c.pings.armed = false
+	waits := c.pending != nil
+	if waits {
+		c.dirty.Store(true)
+	}
+	c.mu.Unlock()
+	if waits {
+		c.cfg.Handler.FlushNeeded()
+	}
 }
 
 // grpc-go's rules: a client that sends pings too often is sent a GOAWAY frame at the third, and
@@ -97,16 +141,18 @@ func (c *Conn) ping(ack bool, data [8]byte) error {
 		}
 		return nil
 	}
+	now := time.Now()
 	c.mu.Lock()
-	_ = c.write.WritePing(true, data)
+	c.acknowledge(data, now)
 	streams := len(c.streams)
 	reset := c.pings.reset
 	c.pings.reset = false
 	c.mu.Unlock()
+	since := now.Sub(c.pings.last)
+	c.pings.last = now
 	if !c.server || c.cfg.MinPingInterval == 0 {
 		return nil
 	}
-	now := time.Now()
 	interval := c.cfg.MinPingInterval
 	if streams == 0 {
 		interval = idleMinInterval
@@ -114,10 +160,9 @@ func (c *Conn) ping(ack bool, data [8]byte) error {
 	switch {
 	case reset:
 		c.pings.strikes = 0
-	case now.Sub(c.pings.last) < interval:
+	case since < interval:
 		c.pings.strikes++
 	}
-	c.pings.last = now
 	if c.pings.strikes > maxPingStrikes {
 		return &violation{http2.ErrCodeEnhanceYourCalm, "too_many_pings"}
 	}

@@ -1,44 +1,33 @@
-package keyring
+package rule_test
 
 import (
 	"bytes"
 	"context"
 	"crypto/rand"
-	"encoding/json"
 	"errors"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"testing/synctest"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/kubelegacy"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/rule"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/ringtest"
 )
 
-var _ LegacyReader = (*kubelegacy.Reader)(nil)
+var _ rule.LegacyReader = (*kubelegacy.Reader)(nil)
 
 // legacyValue is a value that kube-apiserver's own code stored.
-type legacyValue struct {
-	Name                               string
-	Type                               kubelegacy.Type
-	KeyName                            string
-	Secret, EtcdKey, Plaintext, Stored []byte
-}
+type legacyValue struct{ clitest.KubernetesValue }
 
 // legacyValues returns one value of each type, under a key of 32 bytes called "key1".
 func legacyValues(t *testing.T) []legacyValue {
 	t.Helper()
-	b, err := os.ReadFile(filepath.Join("..", "kubelegacy", "testdata", "kubernetes-vectors.json"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	var all, one []legacyValue
-	if err := json.Unmarshal(b, &all); err != nil {
-		t.Fatal(err)
-	}
-	for _, v := range all {
+	var one []legacyValue
+	for _, v := range clitest.KubernetesValues(t) {
 		if strings.HasSuffix(v.Name, ", secret") && len(v.Secret) == 32 && v.KeyName == "key1" {
-			one = append(one, v)
+			one = append(one, legacyValue{v})
 		}
 	}
 	if len(one) != 3 {
@@ -47,9 +36,9 @@ func legacyValues(t *testing.T) []legacyValue {
 	return one
 }
 
-func (v *legacyValue) reader(t *testing.T, name string, secret []byte, source string) LegacyReader {
+func (v *legacyValue) reader(t *testing.T, name string, secret []byte, source string) rule.LegacyReader {
 	t.Helper()
-	r, err := kubelegacy.New(kubelegacy.Config{Type: v.Type, Keys: []kubelegacy.Key{{Name: name, Secret: secret}}, Source: source})
+	r, err := kubelegacy.New(kubelegacy.Config{Type: kubelegacy.Type(v.Type), Keys: []kubelegacy.Key{{Name: name, Secret: secret}}, Source: source})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -60,7 +49,7 @@ func (v *legacyValue) reader(t *testing.T, name string, secret []byte, source st
 // and stale for Inspect, which leaves it as it is.
 func TestLegacyReaders(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		g := newRing(t, newKMS(t, "ack"), nil).start(t)
+		g := ringtest.NewRig(t, ringtest.NewKMS(t, "ack"), nil).Start(t)
 		ctx := context.Background()
 		for _, v := range legacyValues(t) {
 			wrong := make([]byte, 32)
@@ -69,50 +58,50 @@ func TestLegacyReaders(t *testing.T) {
 			cut, within := v.Stored[:len(v.Stored)-1], v.Stored[:len("k8s:enc:aes")]
 			for i, c := range []struct {
 				what     string
-				readers  []LegacyReader
+				readers  []rule.LegacyReader
 				stored   []byte
-				want     Kind // 0 opens
-				standing ValueState
+				want     keyring.Kind // 0 opens
+				standing keyring.ValueState
 			}{
-				{"good", []LegacyReader{good}, v.Stored, 0, Stale},
-				{"after one without the key", []LegacyReader{missing, good}, v.Stored, 0, Stale},
-				{"after one with another key of the name", []LegacyReader{other, good}, v.Stored, 0, Stale},
-				{"the key is missing", []LegacyReader{missing}, v.Stored, KeyUnusable, Undecryptable},
-				{"the key is missing twice", []LegacyReader{missing, missing}, v.Stored, KeyUnusable, Undecryptable},
-				{"another key of the name", []LegacyReader{other}, v.Stored, Corrupt, Undecryptable},
-				{"another key, and none", []LegacyReader{other, missing}, v.Stored, Corrupt, Undecryptable},
-				{"none, and another key", []LegacyReader{missing, other}, v.Stored, Corrupt, Undecryptable},
-				{"cut", []LegacyReader{good}, cut, Corrupt, Undecryptable},
-				{"cut in the marker", []LegacyReader{good}, within, Corrupt, Undecryptable},
-				{"no reader", nil, v.Stored, Plaintext, Foreign},
+				{"good", []rule.LegacyReader{good}, v.Stored, 0, keyring.Stale},
+				{"after one without the key", []rule.LegacyReader{missing, good}, v.Stored, 0, keyring.Stale},
+				{"after one with another key of the name", []rule.LegacyReader{other, good}, v.Stored, 0, keyring.Stale},
+				{"the key is missing", []rule.LegacyReader{missing}, v.Stored, keyring.KeyUnusable, keyring.Undecryptable},
+				{"the key is missing twice", []rule.LegacyReader{missing, missing}, v.Stored, keyring.KeyUnusable, keyring.Undecryptable},
+				{"another key of the name", []rule.LegacyReader{other}, v.Stored, keyring.Corrupt, keyring.Undecryptable},
+				{"another key, and none", []rule.LegacyReader{other, missing}, v.Stored, keyring.Corrupt, keyring.Undecryptable},
+				{"none, and another key", []rule.LegacyReader{missing, other}, v.Stored, keyring.Corrupt, keyring.Undecryptable},
+				{"cut", []rule.LegacyReader{good}, cut, keyring.Corrupt, keyring.Undecryptable},
+				{"cut in the marker", []rule.LegacyReader{good}, within, keyring.Corrupt, keyring.Undecryptable},
+				{"no reader", nil, v.Stored, keyring.Plaintext, keyring.Foreign},
 			} {
 				for _, passthrough := range []bool{false, true} {
-					obs := &events{}
-					s, err := NewSealer(SealerConfig{Prefix: "/r/", Write: g.Ring, Legacy: c.readers, Passthrough: passthrough, Observer: obs})
+					obs := &ringtest.Events{}
+					s, err := rule.New(rule.Config{Prefix: "/r/", Write: g.Ring, Legacy: c.readers, Passthrough: passthrough, Observer: obs})
 					if err != nil {
 						t.Fatal(err)
 					}
 					stored := bytes.Clone(c.stored)
 					_, standing, err := s.Inspect(ctx, v.EtcdKey, stored)
-					if standing != c.standing || (err != nil) != (c.standing == Undecryptable) || !bytes.Equal(stored, c.stored) {
+					if standing != c.standing || (err != nil) != (c.standing == keyring.Undecryptable) || !bytes.Equal(stored, c.stored) {
 						t.Errorf("%s, %s: Inspect says %s, %v", v.Name, c.what, standing, err)
 					}
 					got, err := s.Open(ctx, v.EtcdKey, stored)
 					switch {
 					case c.want == 0:
-						if err != nil || !bytes.Equal(got, v.Plaintext) || obs.get("opened /r/ ok") != 1 {
-							t.Errorf("%s, %s: %q, %v, %v", v.Name, c.what, got, err, obs.counts)
+						if err != nil || !bytes.Equal(got, v.Plaintext) || obs.Get("opened /r/ ok") != 1 {
+							t.Errorf("%s, %s: %q, %v, %v", v.Name, c.what, got, err, obs.Counts)
 						}
-					case c.want == Corrupt && passthrough:
+					case c.want == keyring.Corrupt && passthrough:
 						if err != nil || !bytes.Equal(got, c.stored) {
 							t.Errorf("%s, %s: not handed on: %q, %v", v.Name, c.what, got, err)
 						}
 					default:
-						wantKind(t, err, c.want)
+						ringtest.WantKind(t, err, c.want)
 						if !strings.Contains(err.Error(), string(v.EtcdKey)) {
 							t.Errorf("%d: the text names no key: %v", i, err)
 						}
-						if c.want == KeyUnusable && (!strings.Contains(err.Error(), `"key1"`) || !strings.Contains(err.Error(), "missing.yaml")) {
+						if c.want == keyring.KeyUnusable && (!strings.Contains(err.Error(), `"key1"`) || !strings.Contains(err.Error(), "missing.yaml")) {
 							t.Errorf("%d: the text does not say which key is missing where: %v", i, err)
 						}
 					}
@@ -127,7 +116,7 @@ func TestLegacyReaders(t *testing.T) {
 // far a forged value came.
 func TestLegacyOneAnswer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		g := newRing(t, newKMS(t, "ack"), nil).start(t)
+		g := ringtest.NewRig(t, ringtest.NewKMS(t, "ack"), nil).Start(t)
 		for _, v := range legacyValues(t) {
 			marker := len("k8s:enc:" + string(v.Type) + ":v1:key1:")
 			payload := func(change func(b []byte) []byte) []byte {
@@ -144,15 +133,15 @@ func TestLegacyOneAnswer(t *testing.T) {
 				"noise":           {v.EtcdKey, payload(func(b []byte) []byte { rand.Read(b); return b })},
 				"moved":           {moved, v.Stored},
 			} {
-				obs := &events{}
-				s, err := NewSealer(SealerConfig{Prefix: "/r/", Write: g.Ring, Legacy: []LegacyReader{v.reader(t, "key1", v.Secret, "keys.yaml")}, Observer: obs})
+				obs := &ringtest.Events{}
+				s, err := rule.New(rule.Config{Prefix: "/r/", Write: g.Ring, Legacy: []rule.LegacyReader{v.reader(t, "key1", v.Secret, "keys.yaml")}, Observer: obs})
 				if err != nil {
 					t.Fatal(err)
 				}
 				_, err = s.Open(context.Background(), c.key, bytes.Clone(c.stored))
-				wantKind(t, err, Corrupt)
-				if obs.get("opened /r/ corrupt") != 1 || len(obs.counts) != 1 {
-					t.Errorf("%s, %s: counted %v", v.Name, what, obs.counts)
+				ringtest.WantKind(t, err, keyring.Corrupt)
+				if obs.Get("opened /r/ corrupt") != 1 || len(obs.Counts) != 1 {
+					t.Errorf("%s, %s: counted %v", v.Name, what, obs.Counts)
 				}
 				texts[strings.ReplaceAll(err.Error(), string(c.key), "KEY")] = what
 			}
@@ -167,15 +156,15 @@ func TestLegacyOneAnswer(t *testing.T) {
 // stale, and does not let clients write what would be read as one.
 func TestLegacyWritingPlaintext(t *testing.T) {
 	for _, v := range legacyValues(t) {
-		s, err := NewSealer(SealerConfig{Prefix: "/r/", AllowPlaintextReads: true, Legacy: []LegacyReader{v.reader(t, "key1", v.Secret, "")}})
+		s, err := rule.New(rule.Config{Prefix: "/r/", AllowPlaintextReads: true, Legacy: []rule.LegacyReader{v.reader(t, "key1", v.Secret, "")}})
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got, standing, err := s.Inspect(context.Background(), v.EtcdKey, v.Stored); err != nil || standing != Stale || !bytes.Equal(got, v.Plaintext) {
+		if got, standing, err := s.Inspect(context.Background(), v.EtcdKey, v.Stored); err != nil || standing != keyring.Stale || !bytes.Equal(got, v.Plaintext) {
 			t.Errorf("%s: %q, %s, %v", v.Name, got, standing, err)
 		}
 		_, err = s.Seal(context.Background(), v.EtcdKey, v.Stored)
-		wantKind(t, err, Refused)
+		ringtest.WantKind(t, err, keyring.Refused)
 		within := v.Stored[:len("k8s:enc:aes")]
 		if got, err := s.Seal(context.Background(), v.EtcdKey, within); err != nil || !bytes.Equal(got, within) {
 			t.Errorf("%q, %v", got, err)
@@ -199,7 +188,7 @@ func (markerOnly) Open(_, _ []byte) ([]byte, bool, error) {
 
 func TestLegacyMarkers(t *testing.T) {
 	for _, m := range []markerOnly{"", "k8s:", "k8s:enc:aescbc", "k8s:enc:kms:v2:ack:", "k8s:enc:kms:", "other:"} {
-		if _, err := NewSealer(SealerConfig{AllowPlaintextReads: true, Legacy: []LegacyReader{m}}); err == nil {
+		if _, err := rule.New(rule.Config{AllowPlaintextReads: true, Legacy: []rule.LegacyReader{m}}); err == nil {
 			t.Errorf("%q was taken", m)
 		}
 	}

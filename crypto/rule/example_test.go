@@ -1,4 +1,4 @@
-package keyring_test
+package rule_test
 
 import (
 	"context"
@@ -6,6 +6,7 @@ import (
 	"log/slog"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/rule"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/kmstest"
 )
 
@@ -20,7 +21,7 @@ func Example() {
 		fmt.Println(err)
 		return
 	}
-	rule, _ := keyring.NewSealer(keyring.SealerConfig{Prefix: "/registry/", Write: ring})
+	sealer, _ := rule.New(rule.Config{Prefix: "/registry/", Write: ring})
 
 	ctx, cancel := context.WithCancel(context.Background())
 	stopped := make(chan struct{})
@@ -29,9 +30,9 @@ func Example() {
 		_ = ring.Run(ctx)
 	}()
 	key := []byte("/registry/secrets/a/b")
-	stored, err := rule.Seal(ctx, key, []byte("value")) // waits for the first health check
-	fmt.Println(rule.Sealed(stored), err)
-	value, err := rule.TryOpen(key, stored)
+	stored, err := sealer.Seal(ctx, key, []byte("value")) // waits for the first health check
+	fmt.Println(sealer.Sealed(stored), err)
+	value, err := sealer.TryOpen(key, stored)
 	fmt.Printf("%s %v\n", value, err)
 	cancel()
 	<-stopped

@@ -1,11 +1,13 @@
-package keyring
+package rule
 
 import (
 	"bytes"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 )
 
 // LegacyReader decrypts the values of a format that is read and never written, with keys that it
@@ -35,7 +37,7 @@ func (s *Sealer) addLegacy() error {
 // openLegacy returns the plaintext of stored if it begins with the marker of one of the readers; ok
 // is false if it does not. A missing key is the error only if every reader lacks it: otherwise the
 // value is damaged.
-func (s *Sealer) openLegacy(key, stored []byte) (plaintext []byte, err *Error, ok bool) {
+func (s *Sealer) openLegacy(key, stored []byte) (plaintext []byte, err *keyring.Error, ok bool) {
 	for i, r := range s.cfg.Legacy {
 		if !bytes.HasPrefix(stored, s.legacy[i]) {
 			continue
@@ -45,10 +47,10 @@ func (s *Sealer) openLegacy(key, stored []byte) (plaintext []byte, err *Error, o
 		case why == nil:
 			return plaintext, nil, true
 		case known:
-			err = &Error{Kind: Corrupt, Err: why, Text: fmt.Sprintf("the stored value of etcd key %q is corrupt: %v", clip(key), why)}
+			err = &keyring.Error{Kind: keyring.Corrupt, Err: why, Text: fmt.Sprintf("the stored value of etcd key %q is corrupt: %v", keyring.Clip(key), why)}
 		case err == nil:
-			err = &Error{Kind: KeyUnusable, Err: why, Text: fmt.Sprintf("the stored value of etcd key %q cannot be decrypted: %v", clip(key), why)}
-		case err.Kind == KeyUnusable:
+			err = &keyring.Error{Kind: keyring.KeyUnusable, Err: why, Text: fmt.Sprintf("the stored value of etcd key %q cannot be decrypted: %v", keyring.Clip(key), why)}
+		case err.Kind == keyring.KeyUnusable:
 			err.Text += "; " + why.Error()
 		}
 	}
@@ -58,15 +60,6 @@ func (s *Sealer) openLegacy(key, stored []byte) (plaintext []byte, err *Error, o
 // endsWithinMarker reports whether stored is a part of a marker: what is left of a truncated
 // encrypted value.
 func (s *Sealer) endsWithinMarker(stored []byte) bool {
-	for _, m := range s.markers {
-		if bytes.HasPrefix(m, stored) {
-			return true
-		}
-	}
-	for _, m := range s.legacy {
-		if bytes.HasPrefix(m, stored) {
-			return true
-		}
-	}
-	return false
+	begins := func(marker []byte) bool { return bytes.HasPrefix(marker, stored) }
+	return slices.ContainsFunc(s.markers, begins) || slices.ContainsFunc(s.legacy, begins)
 }

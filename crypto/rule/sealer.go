@@ -1,4 +1,11 @@
-package keyring
+// Package rule applies one rule of the configuration to values: it encrypts what is written under
+// the rule's prefix and decrypts what is read. A [Sealer] knows which KMS provider encrypts, which
+// ones decrypt, and what happens to other values: plaintext, values of other formats and providers,
+// and values that cannot be decrypted.
+//
+// The DEK seeds are those of crypto/keyring. The package knows nothing of etcd's API, of the
+// configuration or of metrics' names. docs/glossary.md explains the terms.
+package rule
 
 import (
 	"bytes"
@@ -7,30 +14,29 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 )
 
-// SealerConfig configures a Sealer.
-type SealerConfig struct {
+// Config configures a Sealer.
+type Config struct {
 	// Prefix is the rule's prefix of etcd keys. It is for error texts and the Observer only.
 	Prefix string
 	// Write encrypts. If it is nil, the rule writes plaintext. Then a value that begins with the
-	// marker of a provider in Read or of Legacy is [Refused], because reading it would try to
-	// decrypt it.
-	Write *Ring
+	// marker of a provider in Read or of Legacy is [keyring.Refused], because reading it would try
+	// to decrypt it.
+	Write *keyring.Ring
 	// Read are further providers whose values are decrypted.
-	Read []*Ring
+	Read []*keyring.Ring
 	// Legacy decrypt values of other formats, which are never written. If several have the marker
 	// of a value, the first that decrypts it counts.
 	Legacy []LegacyReader
 	// Recovery are providers that only unwrap recovery copies, in addition to Write and Read.
-	// [Ring.SetRecovery] says which providers wrap copies of Write's seeds.
-	Recovery []*Ring
+	// [keyring.Ring.SetRecovery] says which providers wrap copies of Write's seeds.
+	Recovery []*keyring.Ring
 	// AllowPlaintextReads returns plaintext, and values of providers that the rule does not read,
-	// as stored. Otherwise both are errors of kind [Plaintext].
+	// as stored. Otherwise both are errors of kind [keyring.Plaintext].
 	AllowPlaintextReads bool
 	// Passthrough returns values as stored that are corrupt, or whose key is gone and that no
 	// recovery copy decrypts. It never applies to an outage, to a key that an operator can enable
@@ -49,15 +55,15 @@ type SealerConfig struct {
 // It adds and removes one layer only: a value that itself begins with an encryption marker is
 // encrypted like any other.
 type Sealer struct {
-	cfg     SealerConfig
-	rings   []*Ring // Write first
+	cfg     Config
+	rings   []*keyring.Ring // Write first
 	markers [][]byte
-	legacy  [][]byte // the markers of cfg.Legacy
-	helpers []*Ring  // that may unwrap recovery copies
+	legacy  [][]byte        // the markers of cfg.Legacy
+	helpers []*keyring.Ring // that may unwrap recovery copies
 }
 
-// NewSealer makes a Sealer. It starts nothing.
-func NewSealer(c SealerConfig) (*Sealer, error) {
+// New makes a Sealer. It starts nothing.
+func New(c Config) (*Sealer, error) {
 	s := &Sealer{cfg: c}
 	if s.cfg.Observer == nil {
 		s.cfg.Observer = silent{}
@@ -65,14 +71,14 @@ func NewSealer(c SealerConfig) (*Sealer, error) {
 	if c.Write == nil && !c.AllowPlaintextReads {
 		return nil, fmt.Errorf("make sealer of rule %q: it writes plaintext that it may not read", c.Prefix)
 	}
-	if c.Write != nil && c.Write.p.cfg.ReadOnly && !c.InspectOnly {
+	if c.Write != nil && c.Write.ReadOnly() && !c.InspectOnly {
 		return nil, fmt.Errorf("make sealer of rule %q: provider %q is for reading only", c.Prefix, c.Write.Provider())
 	}
-	for _, r := range append([]*Ring{c.Write}, c.Read...) {
+	for _, r := range append([]*keyring.Ring{c.Write}, c.Read...) {
 		if r == nil {
 			continue
 		}
-		if r.isOffline() {
+		if r.IsOffline() {
 			return nil, fmt.Errorf("make sealer of rule %q: provider %q wraps recovery copies only", c.Prefix, r.Provider())
 		}
 		if have := s.ring([]byte(r.Provider())); have == r {
@@ -99,9 +105,9 @@ func NewSealer(c SealerConfig) (*Sealer, error) {
 }
 
 // ring returns the ring that the rule has for a provider, or nil.
-func (s *Sealer) ring(provider []byte) *Ring {
+func (s *Sealer) ring(provider []byte) *keyring.Ring {
 	for _, r := range s.rings {
-		if r.p.cfg.Provider == string(provider) {
+		if r.Provider() == string(provider) {
 			return r
 		}
 	}
@@ -109,14 +115,14 @@ func (s *Sealer) ring(provider []byte) *Ring {
 }
 
 // Seal returns what to store for value under key: value itself if the rule writes plaintext, new
-// bytes otherwise. It retains neither argument. The error is an [*Error]. With a context that has
-// ended it does what needs no KMS call, and does not count an error.
+// bytes otherwise. It retains neither argument. The error is a [*keyring.Error]. With a context
+// that has ended it does what needs no KMS call, and does not count an error.
 func (s *Sealer) Seal(ctx context.Context, key, value []byte) ([]byte, error) {
 	return s.seal(ctx, key, value, false)
 }
 
-// TrySeal is Seal that does not wait: the error is [ErrWouldBlock] if the first seed is not there
-// yet.
+// TrySeal is Seal that does not wait: the error is [keyring.ErrWouldBlock] if the first seed is not
+// there yet.
 func (s *Sealer) TrySeal(key, value []byte) ([]byte, error) {
 	return s.seal(context.Background(), key, value, true)
 }
@@ -124,19 +130,19 @@ func (s *Sealer) TrySeal(key, value []byte) ([]byte, error) {
 func (s *Sealer) seal(ctx context.Context, key, value []byte, try bool) ([]byte, error) {
 	if s.cfg.Write == nil {
 		if owner := s.owner(value); owner != "" {
-			return nil, s.failSeal(&Error{Kind: Refused, Text: fmt.Sprintf(
+			return nil, s.failSeal(&keyring.Error{Kind: keyring.Refused, Text: fmt.Sprintf(
 				"the value for etcd key %q begins like a value encrypted by %s, and would be read as such: the rule writes plaintext and reads that provider",
-				clip(key), owner)})
+				keyring.Clip(key), owner)})
 		}
 		s.cfg.Observer.Sealed(s.cfg.Prefix, OutcomePlaintext)
 		return value, nil
 	}
-	sealed, err := s.cfg.Write.seal(ctx, key, value, try)
+	sealed, err := s.cfg.Write.Seal(ctx, key, value, try)
 	switch {
-	case err == errWouldBlock:
-		return nil, ErrWouldBlock
+	case err == keyring.ErrWouldBlock:
+		return nil, err
 	case err != nil && ctx.Err() != nil:
-		return nil, s.named(err)
+		return nil, err.InRule(s.cfg.Prefix)
 	case err != nil:
 		return nil, s.failSeal(err)
 	}
@@ -159,68 +165,42 @@ func (s *Sealer) owner(value []byte) string {
 	return ""
 }
 
-func (s *Sealer) failSeal(err *Error) *Error {
+func (s *Sealer) failSeal(err *keyring.Error) *keyring.Error {
 	s.cfg.Observer.Sealed(s.cfg.Prefix, outcomeOf(err))
-	return s.named(err)
-}
-
-// named returns err with the rule's name before its text.
-func (s *Sealer) named(err *Error) *Error {
-	return &Error{Kind: err.Kind, Text: fmt.Sprintf("rule %q: %s", s.cfg.Prefix, err.Text), Err: err.Err, silent: err.silent, answered: err.answered, seed: err.seed}
+	return err.InRule(s.cfg.Prefix)
 }
 
 // Open returns the value of stored, the bytes that etcd has under key: stored itself if the rule
 // returns it as stored, otherwise new bytes or a part of stored, which it may overwrite. It retains
-// neither argument. The error is an [*Error]. With a context that has ended it does what needs no
-// KMS call, and does not count an error.
+// neither argument. The error is a [*keyring.Error]. With a context that has ended it does what
+// needs no KMS call, and does not count an error.
 func (s *Sealer) Open(ctx context.Context, key, stored []byte) ([]byte, error) {
 	return s.openByRule(ctx, key, stored, false)
 }
 
-// TryOpen is Open that does not wait: the error is [ErrWouldBlock], and stored is unchanged, if the
-// value needs a KMS call.
+// TryOpen is Open that does not wait: the error is [keyring.ErrWouldBlock], and stored is
+// unchanged, if the value needs a KMS call.
 func (s *Sealer) TryOpen(key, stored []byte) ([]byte, error) {
 	return s.openByRule(context.Background(), key, stored, true)
-}
-
-// Ready reports whether TryOpen of stored would not block. It is false for a seed that has not
-// decrypted a value yet, since the KMS is called again if it does not decrypt this one. Between
-// Ready and TryOpen a seed may be evicted or revoked.
-func (s *Sealer) Ready(stored []byte) bool {
-	provider, object, ok := envelope.Split(stored)
-	if !ok {
-		return true
-	}
-	r := s.ring(provider)
-	if r == nil {
-		return true
-	}
-	if st := r.p.state.Load(); st.revoked != nil && !kmsclient.ReasonOf(st.revoked).Gone() {
-		return true // for an error
-	}
-	e, _, err := r.seeds.lookup(object, s.helpers, time.Now())
-	return err != nil || e != nil && e.verified.Load()
 }
 
 // openByRule is open with the rule's policies.
 func (s *Sealer) openByRule(ctx context.Context, key, stored []byte, try bool) ([]byte, error) {
 	// With Passthrough, a value that is not decrypted must stay as it is.
-	plaintext, _, outcome, err := s.open(ctx, key, stored, openMode{inPlace: !s.cfg.Passthrough, try: try})
-	if err == errWouldBlock {
-		return nil, ErrWouldBlock
+	plaintext, _, outcome, err := s.open(ctx, key, stored, keyring.Mode{InPlace: !s.cfg.Passthrough, Try: try})
+	if err == keyring.ErrWouldBlock {
+		return nil, err
 	}
 	if err != nil {
-		if s.cfg.Passthrough && (err.Kind == Corrupt || err.lost != nil) {
-			if err.lost != nil {
-				err.lost.noteLost(err)
-			}
+		if s.cfg.Passthrough && err.IsFinal() {
+			err.NoteReturned()
 			s.cfg.Observer.Opened(s.cfg.Prefix, OutcomePassthrough)
 			return stored, nil
 		}
 		if ctx.Err() == nil {
 			s.cfg.Observer.Opened(s.cfg.Prefix, outcomeOf(err))
 		}
-		return nil, s.named(err)
+		return nil, err.InRule(s.cfg.Prefix)
 	}
 	if outcome != OutcomeOK && !s.cfg.AllowPlaintextReads {
 		what := "is plaintext"
@@ -230,7 +210,8 @@ func (s *Sealer) openByRule(ctx context.Context, key, stored []byte, try bool) (
 		if ctx.Err() == nil {
 			s.cfg.Observer.Opened(s.cfg.Prefix, OutcomeStrict)
 		}
-		return nil, s.named(&Error{Kind: Plaintext, Text: fmt.Sprintf("the stored value of etcd key %q %s, and the rule allows encrypted values only", clip(key), what)})
+		err := &keyring.Error{Kind: keyring.Plaintext, Text: fmt.Sprintf("the stored value of etcd key %q %s, and the rule allows encrypted values only", keyring.Clip(key), what)}
+		return nil, err.InRule(s.cfg.Prefix)
 	}
 	s.cfg.Observer.Opened(s.cfg.Prefix, outcome)
 	return plaintext, nil
@@ -238,42 +219,27 @@ func (s *Sealer) openByRule(ctx context.Context, key, stored []byte, try bool) (
 
 // open returns what stored is, without the rule's policies: OutcomeOK and its plaintext, or
 // OutcomePlaintext or OutcomeForeign and stored.
-func (s *Sealer) open(ctx context.Context, key, stored []byte, mode openMode) ([]byte, *entry, Outcome, *Error) {
+func (s *Sealer) open(ctx context.Context, key, stored []byte, mode keyring.Mode) ([]byte, keyring.UsedSeed, Outcome, *keyring.Error) {
+	var none keyring.UsedSeed
 	if !bytes.HasPrefix(stored, []byte(envelope.Root)) {
-		return stored, nil, OutcomePlaintext, nil
+		return stored, none, OutcomePlaintext, nil
 	}
-	provider, object, ok := envelope.Split(stored)
-	if ok {
+	if provider, object, ok := envelope.Split(stored); ok {
 		if r := s.ring(provider); r != nil {
-			plaintext, e, err := r.seeds.open(ctx, key, object, mode, s.helpers)
-			if err != nil && err != errWouldBlock {
-				switch {
-				case err.Answered():
-					// in a copy, since callers that waited for one unwrap share its error
-					named := *err
-					named.seed = err.Text
-					named.Text = fmt.Sprintf("the stored value of etcd key %q was not decrypted: %s", clip(key), err.Text)
-					err = &named
-				case err.Kind == Corrupt:
-					err = &Error{Kind: Corrupt, Err: err.Err, Text: fmt.Sprintf("the stored value of etcd key %q is corrupt: %s", clip(key), err.Text)}
-				}
-			}
-			if err != nil {
-				return nil, e, "", err
-			}
-			return plaintext, e, OutcomeOK, nil
+			plaintext, used, err := r.Open(ctx, key, object, mode, s.helpers)
+			return plaintext, used, OutcomeOK, err
 		}
 	}
 	if plaintext, err, ok := s.openLegacy(key, stored); err != nil {
-		return nil, nil, "", err
+		return nil, none, "", err
 	} else if ok {
-		return plaintext, nil, OutcomeOK, nil
+		return plaintext, none, OutcomeOK, nil
 	}
 	// Under a rule that writes plaintext, a client may have written a part of a marker.
 	if s.cfg.Write != nil && s.endsWithinMarker(stored) {
-		return nil, nil, "", &Error{Kind: Corrupt, Text: fmt.Sprintf("the stored value of etcd key %q is corrupt: it ends within the marker of an encrypted value", clip(key))}
+		return nil, none, "", &keyring.Error{Kind: keyring.Corrupt, Text: fmt.Sprintf("the stored value of etcd key %q is corrupt: it ends within the marker of an encrypted value", keyring.Clip(key))}
 	}
-	return stored, nil, OutcomeForeign, nil
+	return stored, none, OutcomeForeign, nil
 }
 
 // Sealed reports whether stored begins like a value encrypted by a provider, or in a format, that
@@ -291,7 +257,7 @@ func (s *Sealer) Health() error {
 		st := r.State()
 		switch {
 		case r == s.cfg.Write && !st.CanSeal:
-			why = append(why, r.cannotSeal(r.p.state.Load()).Text)
+			why = append(why, st.SealReason)
 		case st.Revoked, st.LastGood.IsZero():
 			why = append(why, fmt.Sprintf("KMS provider %q: %s", st.Provider, st.Reason))
 		}
