@@ -73,9 +73,11 @@ func newRoot() *cobra.Command {
 		command.Group("audit", "work with audit logs", newAuditVerify()),
 		newHealthcheck(), newSetup(), newKubeadm(), newVersion())
 	root.PersistentPreRunE = func(*cobra.Command, []string) error { return refuseEnvironment() }
-	root.Long = `etcd-kms-proxy sits between etcd's clients and etcd. It encrypts the values of selected keys with a key management service (KMS),
-in the format of Kubernetes' KMS v2, and passes everything else unchanged.`
+	root.Long = `etcd-kms-proxy sits between etcd's clients and etcd. It encrypts the values of selected keys with a
+key management service (KMS), in the format of Kubernetes' KMS v2, and passes everything else
+unchanged.`
 	root.SilenceErrors, root.SilenceUsage = true, true
+	root.SetUsageTemplate(strings.ReplaceAll(root.UsageTemplate(), "Flags.FlagUsages ", "Flags.FlagUsagesWrapped 100 "))
 	return root
 }
 

@@ -23,6 +23,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/kubelegacy"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/rule"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/filewatch"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
@@ -68,7 +69,7 @@ type Keys struct {
 // RuleSet is the sealers of all rules. It does not change.
 type RuleSet struct {
 	config     []config.Rule
-	sealers    []*keyring.Sealer
+	sealers    []*rule.Sealer
 	audit      *auditlog.Recorder
 	generation uint64 // differs between the sets of a process
 	stored     *inventory.Rules
@@ -81,7 +82,7 @@ func (s *RuleSet) Stored() *inventory.Rules { return s.stored }
 func (s *RuleSet) Config() []config.Rule { return s.config }
 
 // Sealers returns the sealers, in the order of the rules.
-func (s *RuleSet) Sealers() []*keyring.Sealer { return s.sealers }
+func (s *RuleSet) Sealers() []*rule.Sealer { return s.sealers }
 
 // Follower follows changes of the rules.
 type Follower struct {
@@ -147,9 +148,10 @@ func (k *Keys) add(p config.KMS, cache *keyring.Cache) error {
 	}
 	if b.Reader != nil {
 		k.readers[p.Name] = b.Reader
-		f := &readerFile{provider: p, seen: seen, keys: k}
-		k.files = append(k.files, fileCheck{"key file of " + p.Name, f.check})
-		k.runs = append(k.runs, f.watch)
+		k.keep(&keptFile{
+			provider: p.Name, path: p.Kubernetes.KeyFile, what: "key file", keys: "keys", seen: seen,
+			load: func() ([]any, error) { return nil, k.reloadReader(p) },
+		})
 		return nil
 	}
 	k.closers = append(k.closers, b.Close)
@@ -157,9 +159,9 @@ func (k *Keys) add(p config.KMS, cache *keyring.Cache) error {
 	if err != nil {
 		return err
 	}
-	writes := slices.ContainsFunc(k.Config.Config.Rules, func(r config.Rule) bool { return r.WriteWith == p.Name })
 	ring, err := keyring.New(keyring.RingConfig{
-		Provider: p.Name, KMS: AuditedService(k.Audit, p.Name, client), Cache: cache, KeyOf: b.KeyOf(), ReadOnly: !writes || k.InspectOnly,
+		Provider: p.Name, KMS: AuditedService(k.Audit, p.Name, client), Cache: cache, KeyOf: b.KeyOf(),
+		ReadOnly:     true, // until a rule writes with it
 		PollInterval: p.PollInterval, RevokeWithin: k.Config.Config.Cache.RevokeWithin, SealUnreachableFor: k.Config.Config.Cache.SealUnreachableFor,
 		MaxAge: p.SeedMaxAge, MaxSeals: uint64(p.SeedMaxSeals), //nolint:gosec // checked to be positive
 		Observer: k.metrics.forProvider(p.Name), Logger: k.Logger,
@@ -177,7 +179,7 @@ func (k *Keys) add(p config.KMS, cache *keyring.Cache) error {
 	watch := provider.NewWatch(provider.WatchConfig{
 		Provider: p.Name, Describe: k.auditedDescribe(p.Name, b.Describe()), Expire: b.CredentialsExpire(), Late: b.LateCredentials, Logger: k.Logger,
 		// A key file can be backed up, and a key that nothing is written with gets no new copies.
-		Recovery: func() bool { return b.Kind == "local" || !writes || len(ring.Recovery()) > 0 },
+		Recovery: func() bool { return b.Kind == "local" || ring.ReadOnly() || len(ring.Recovery()) > 0 },
 		Healthy:  func() bool { return ring.State().Healthy },
 		Flapped:  func() time.Time { return ring.State().Flapped },
 	})
@@ -274,7 +276,26 @@ func (k *Keys) setRules(rules []config.Rule) error {
 			return err
 		}
 	}
-	return k.setRecovery(rules)
+	for _, ring := range k.rings {
+		if err := k.setRecovery(ring, rules); err != nil {
+			return err
+		}
+	}
+	k.metrics.expectRecoveries(k, rules)
+	return nil
+}
+
+// startWriting makes a ring generate DEK seeds, with the recovery copies that rules name, if it has
+// not written before. ring may be nil.
+func (k *Keys) startWriting(ring *keyring.Ring, rules []config.Rule) error {
+	if ring == nil || k.InspectOnly || !ring.ReadOnly() {
+		return nil
+	}
+	if err := k.setRecovery(ring, rules); err != nil {
+		return err
+	}
+	ring.StartWriting()
+	return nil
 }
 
 // newRuleSet makes the sealers of rules from the present rings. mu is held.
@@ -282,7 +303,7 @@ func (k *Keys) newRuleSet(rules []config.Rule) (*RuleSet, error) {
 	set := &RuleSet{config: rules, audit: k.Audit}
 	var stored []inventory.Rule
 	for i, r := range rules {
-		sc := keyring.SealerConfig{
+		sc := rule.Config{
 			Prefix: r.Prefix, InspectOnly: k.InspectOnly, AllowPlaintextReads: r.AllowPlaintextReads, Passthrough: r.OnUndecryptable == "passthrough",
 			Observer: k.metrics.forRule(r.Prefix),
 		}
@@ -296,6 +317,9 @@ func (k *Keys) newRuleSet(rules []config.Rule) (*RuleSet, error) {
 		}
 		if r.WriteWith != config.Plaintext {
 			sc.Write = ring(r.WriteWith)
+			if err := k.startWriting(sc.Write, rules); err != nil {
+				return nil, fmt.Errorf("rules[%d]: %w", i, err)
+			}
 		}
 		var keyNames []string
 		for _, name := range r.ReadWith {
@@ -314,7 +338,7 @@ func (k *Keys) newRuleSet(rules []config.Rule) (*RuleSet, error) {
 		if len(missing) > 0 {
 			return nil, fmt.Errorf("rules[%d]: no KMS provider %q is running", i, missing)
 		}
-		s, err := keyring.NewSealer(sc)
+		s, err := rule.New(sc)
 		if err != nil {
 			return nil, fmt.Errorf("rules[%d]: %w", i, err)
 		}

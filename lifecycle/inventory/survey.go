@@ -44,7 +44,7 @@ func (c *Count) add(kv *mvccpb.KeyValue) {
 
 // KeyCount counts the values of one state that one KMS key has encrypted, or that are plaintext.
 type KeyCount struct {
-	State keyring.ValueState `json:"standing"`
+	State keyring.ValueState `json:"state"`
 	// or aescbc, aesgcm, secretbox; [Plaintext] for plaintext; "", like KeyID, beyond a thousand of
 	// a rule
 	Provider string `json:"provider"`
@@ -58,7 +58,7 @@ type RuleCount struct {
 	Prefix    string                        `json:"prefix"`
 	WriteWith string                        `json:"writeWith"`
 	All       Count                         `json:"all"`
-	States    map[keyring.ValueState]*Count `json:"standings"`
+	States    map[keyring.ValueState]*Count `json:"states"`
 	// by state, in their order, provider and key ID
 	Keys []KeyCount `json:"keys"`
 }

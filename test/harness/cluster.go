@@ -32,6 +32,8 @@ type Member struct {
 	env  *Env
 	name string
 	args []string
+	// Version is the version of etcd, one of [Versions]. It takes effect at the next start.
+	Version string
 	// Address is host:port, URL the same with its scheme.
 	Address, URL string
 	DataDir      string
@@ -77,13 +79,12 @@ func (e *Env) StartCluster(members int, cfg EtcdConfig) *Cluster {
 func (c *Cluster) begin(listen, peer, state string) *Member {
 	e, n := c.env, len(c.Members)
 	member, _, _ := strings.Cut(c.initial[n], "=")
-	m := &Member{env: e, name: fmt.Sprintf("%s-%d", c.cfg.Name, n), Address: FreeAddress(e.TB), DataDir: filepath.Join(e.Dir, member)}
+	m := &Member{env: e, name: fmt.Sprintf("%s-%d", c.cfg.Name, n), Version: c.cfg.Version, Address: FreeAddress(e.TB), DataDir: filepath.Join(e.Dir, member)}
 	m.URL = "http://" + m.Address
 	m.args = append([]string{
-		Bin(e.TB, "etcd-"+c.cfg.Version),
 		"--name", member, "--data-dir", m.DataDir, "--log-level", "info", "--logger", "zap", "--unsafe-no-fsync", "--max-wals", "0",
 		"--listen-peer-urls", listen, "--initial-advertise-peer-urls", peer, "--initial-cluster", strings.Join(c.initial, ","), "--initial-cluster-token", c.token,
-		"--initial-cluster-state", state, "--listen-client-urls", m.URL, "--advertise-client-urls", m.URL,
+		stateFlag, state, "--listen-client-urls", m.URL, "--advertise-client-urls", m.URL,
 	}, c.cfg.Flags...)
 	if !c.cfg.Bare {
 		e.addDataDir(m.DataDir)
@@ -112,9 +113,11 @@ func (c *Cluster) AddLearner() *Member {
 	return m
 }
 
+const stateFlag = "--initial-cluster-state"
+
 // Begin is Start without the wait, for a member that responds only when others do.
 func (m *Member) Begin() {
-	m.Process = m.env.spawn(m.name, m.args[0], append(slices.Clone(m.args[1:]), m.Flags...)...)
+	m.Process = m.env.spawn(m.name, Bin(m.env.TB, "etcd-"+m.Version), append(slices.Clone(m.args), m.Flags...)...)
 }
 
 // Start starts the member again on its data, after [Process.Kill] or [Process.Stop], and waits
