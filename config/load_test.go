@@ -166,7 +166,7 @@ rules:
 `))
 	want := `line 1: apiVersion: is "etcd-kms-proxy.io/v1", which this version does not read (write etcd-kms-proxy.io/v1alpha1)
 line 3: listners: unknown field (did you mean listeners?)
-line 5: listeners[0]: other machines reach 10.0.0.1:2379, and every value would cross the network in the clear (add tls with clientCAFile, listen on 127.0.0.1 or a unix socket, or write insecurePlaintext: true)
+line 5: listeners[0]: other machines reach 10.0.0.1:2379, and every value would cross the network in plaintext (add tls with clientCAFile, listen on 127.0.0.1 or a unix socket, or write insecurePlaintext: true)
 line 7: etcd.endpoints[0]: "10.0.0.1:2379" is not the URL of an etcd member (write https://host:port, http://host:port or unix:///path)
 line 8: etcd.maxRequestBytes: "many" is not a whole number that fits
 line 10: kms[0].name: "a:b" has a colon, which ends the name in every stored value (choose a name without one)

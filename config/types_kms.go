@@ -132,7 +132,7 @@ type Local struct {
 	// KeyFile is the file. It is refused unless it belongs to root or the proxy's user and no other
 	// user can use it: mode `0600` or `0400`, or `0640` or `0440` with a group that only the
 	// proxy's user has, as in a Secret volume of a Pod with `fsGroup`.
-	KeyFile string `yaml:"keyFile" required:"true" file:"true"`
+	KeyFile string `yaml:"keyFile" required:"true" file:"true" create:"etcd-kms-proxy kms new-local-key"`
 }
 
 // Kubernetes contains the keys of one of kube-apiserver's own providers that are not KMS, to

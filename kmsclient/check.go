@@ -1,6 +1,7 @@
 package kmsclient
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -93,8 +94,7 @@ func quoted(text string) string {
 // noteDown remembers why the KMS is unavailable, for the errors of calls that are not made while
 // the circuit is open.
 func (c *circuit) noteDown(err error) {
-	var e *Error
-	if errors.As(err, &e) && isSilent(err) && !errors.Is(err, context.Canceled) {
+	if e := asError(err); e != nil && isSilent(err) && !errors.Is(err, context.Canceled) {
 		c.down.Store(e)
 	}
 }
@@ -112,10 +112,9 @@ func (c *Client) notCalled(op, keyID string, last *Error) *Error {
 	return e
 }
 
-// asError returns the *Error in err, which safe has made.
+// asError returns the *Error in err, or nil.
 func asError(err error) *Error {
-	var e *Error
-	errors.As(err, &e)
+	e, _ := errors.AsType[*Error](err)
 	return e
 }
 
@@ -129,12 +128,10 @@ func (c *Client) safe(ctx context.Context, op, keyID string, err error) error {
 	if cause == nil && errors.Is(err, context.DeadlineExceeded) {
 		cause = context.DeadlineExceeded // of the attempt
 	}
-	var e *Error
-	if errors.As(err, &e) {
+	if e := asError(err); e != nil {
 		own := *e
-		own.Op, own.Provider = op, c.cfg.Name
-		def(&own.KeyID, keyID)
-		return withCause(&own, cause)
+		own.Op, own.Provider, own.KeyID = op, c.cfg.Name, cmp.Or(e.KeyID, keyID)
+		return WithCause(&own, cause)
 	}
 	detail := "the call failed for a reason that is not shown, since it may hold a secret"
 	if errors.Is(err, context.DeadlineExceeded) {
@@ -142,7 +139,7 @@ func (c *Client) safe(ctx context.Context, op, keyID string, err error) error {
 	} else if errors.Is(err, context.Canceled) {
 		detail = "the caller canceled"
 	}
-	return withCause(c.fault(op, keyID, Unreachable, detail), cause)
+	return WithCause(c.fault(op, keyID, Unreachable, detail), cause)
 }
 
 // caused is an *Error with a cause that errors.Is finds. Its text is that of the *Error.
@@ -154,7 +151,8 @@ type caused struct {
 func (c caused) Error() string   { return c.what.Error() }
 func (c caused) Unwrap() []error { return []error{c.what, c.cause} }
 
-func withCause(e *Error, cause error) error {
+// WithCause returns e, or an error with the text of e that wraps e and the cause, if there is one.
+func WithCause(e *Error, cause error) error {
 	if cause == nil {
 		return e
 	}

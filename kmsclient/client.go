@@ -1,6 +1,7 @@
 package kmsclient
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -77,11 +78,11 @@ func New(cfg Config) (*Client, error) {
 	if cfg.Timeout < 0 || cfg.MaxAttempts < 0 || cfg.MinBackoff < 0 || cfg.BreakAfter < 0 || cfg.ProbeAfter < 0 {
 		return nil, fmt.Errorf("kms %q: timeouts and limits must not be negative", cfg.Name)
 	}
-	def(&cfg.Timeout, 3*time.Second)
-	def(&cfg.MaxAttempts, 3)
-	def(&cfg.MinBackoff, 100*time.Millisecond)
-	def(&cfg.BreakAfter, 5)
-	def(&cfg.ProbeAfter, 5*time.Second)
+	cfg.Timeout = cmp.Or(cfg.Timeout, 3*time.Second)
+	cfg.MaxAttempts = cmp.Or(cfg.MaxAttempts, 3)
+	cfg.MinBackoff = cmp.Or(cfg.MinBackoff, 100*time.Millisecond)
+	cfg.BreakAfter = cmp.Or(cfg.BreakAfter, 5)
+	cfg.ProbeAfter = cmp.Or(cfg.ProbeAfter, 5*time.Second)
 	if cfg.Observer == nil {
 		cfg.Observer = func(Call) {}
 	}
@@ -110,13 +111,6 @@ func (c *Client) circuit(op string) *circuit {
 		return &c.status
 	}
 	return &c.use
-}
-
-func def[T comparable](v *T, d T) {
-	var zero T
-	if *v == zero {
-		*v = d
-	}
 }
 
 // Encrypt implements [Service]. data is 1 to 6,144 bytes.
@@ -209,15 +203,15 @@ func attempt[T any](ctx context.Context, c *Client, op, keyID string, call func(
 	res, err := backoff.Retry(ctx, func() (T, error) {
 		res, err := once(ctx, c, op, keyID, call)
 		tries++
-		errors.As(err, &last)
+		last = asError(err)
 		if err != nil && (single || ClassOf(err) != ClassUnavailable || !isSilent(err) && tries > 1 || errors.Is(err, errCircuitOpen) || ctx.Err() != nil) {
 			err = backoff.Permanent(err)
 		}
 		return res, err
 	}, backoff.WithBackOff(&wait), backoff.WithMaxTries(uint(c.cfg.MaxAttempts)), backoff.WithMaxElapsedTime(0))
-	if e := (*Error)(nil); err != nil && !errors.As(err, &e) {
+	if err != nil && asError(err) == nil {
 		// the context ended between two attempts; its cause may be anything
-		err = withCause(last, ctx.Err())
+		err = WithCause(last, ctx.Err())
 	}
 	return res, err
 }
@@ -235,7 +229,7 @@ func once[T any](ctx context.Context, c *Client, op, keyID string, call func(con
 			}
 		}, nil
 	default:
-		return res, withCause(c.notCalled(op, keyID, line.down.Load()), errCircuitOpen)
+		return res, WithCause(c.notCalled(op, keyID, line.down.Load()), errCircuitOpen)
 	}
 	start := time.Now()
 	noting, id := withRequestID(ctx)
@@ -256,10 +250,8 @@ func once[T any](ctx context.Context, c *Client, op, keyID string, call func(con
 	}()
 	limited, cancel := context.WithTimeout(noting, c.cfg.Timeout)
 	defer cancel()
-	var used string
-	res, used, err = call(limited)
-	def(&used, keyID)
-	keyID = used
+	res, used, err := call(limited)
+	keyID = cmp.Or(used, keyID)
 	return res, err
 }
 
@@ -267,12 +259,8 @@ func once[T any](ctx context.Context, c *Client, op, keyID string, call func(con
 // takes precedence.
 func observed(provider, op, keyID, noted string, start time.Time, err error) Call {
 	call := Call{Provider: provider, Op: op, KeyID: keyID, RequestID: noted, Class: "ok", Time: start, Duration: time.Since(start)}
-	var e *Error
-	if errors.As(err, &e) {
-		call.Class = string(e.Class())
-		if e.RequestID != "" {
-			call.RequestID = e.RequestID
-		}
+	if e := asError(err); e != nil {
+		call.Class, call.RequestID = string(e.Class()), cmp.Or(e.RequestID, noted)
 	}
 	return call
 }

@@ -52,7 +52,7 @@ func checkExpected(ctx context.Context, plaintext []byte) error {
 		}
 	}
 	if want, ok := ctx.Value(expectKey{}).([sha256.Size]byte); ok && sha256.Sum256(plaintext) != want {
-		return withCause(contract("another secret than it wrapped"), ErrOtherSecret)
+		return WithCause(contract("another secret than it wrapped"), ErrOtherSecret)
 	}
 	return nil
 }

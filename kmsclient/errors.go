@@ -39,12 +39,14 @@ const (
 	// BrokenContract: the answer breaks the interface's contract: an empty key ID, an oversized
 	// ciphertext, an unknown refusal.
 	BrokenContract
+	// Prevented: the KMS was not called, for a reason in Detail that is not its own.
+	Prevented
 )
 
 // String returns the reason in snake case.
 func (r Reason) String() string {
 	names := [...]string{
-		"unreachable", "failing", "unhealthy", "denied", "key_disabled", "key_gone", "key_not_found", "alias_not_found", "invalid", "broken_contract",
+		"unreachable", "failing", "unhealthy", "denied", "key_disabled", "key_gone", "key_not_found", "alias_not_found", "invalid", "broken_contract", "prevented",
 	}
 	if r < 0 || int(r) >= len(names) {
 		return fmt.Sprintf("reason(%d)", int(r))
@@ -115,20 +117,52 @@ func (e *Error) Class() Class { return e.Reason.Class() }
 
 // Error implements error.
 func (e *Error) Error() string {
-	var b strings.Builder
-	fmt.Fprintf(&b, "kms %s: %s", e.Op, strings.ReplaceAll(string(e.Class()), "_", " "))
-	for _, f := range []struct{ name, value string }{
-		{"provider", e.Provider}, {"code", e.Code}, {"key ID", e.KeyID}, {"request ID", e.RequestID},
-	} {
+	text := fmt.Sprintf("kms %s: %s", e.Op, strings.ReplaceAll(string(e.Class()), "_", " "))
+	if e.Provider != "" {
+		text += fmt.Sprintf(", provider %q", e.Provider)
+	}
+	return e.withDetail(text + e.fields())
+}
+
+// Explain returns the error as a sentence for those who know the provider, such as the text of an
+// error that a client of the proxy gets.
+func (e *Error) Explain() string {
+	if e.Reason == Prevented {
+		return "the KMS was not called: " + e.Detail
+	}
+	text := "the KMS is unreachable, throttling or failing"
+	switch {
+	case e.Class() == ClassKeyUnusable:
+		text = "the KMS key is disabled, pending deletion or gone"
+	case e.Class() == ClassDenied:
+		text = "the KMS denies access"
+	case e.Class() == ClassInvalid:
+		text = "the KMS does not accept the request"
+	case e.Class() == ClassContract:
+		text = "the response of the KMS is wrong"
+	case e.Reason.Answered():
+		text = "the KMS answers with a failure"
+	}
+	return e.withDetail(text + " (" + e.Op + e.fields() + ")")
+}
+
+// fields returns what identifies the failed request, each field after a comma.
+func (e *Error) fields() string {
+	text := ""
+	for _, f := range []struct{ name, value string }{{"code", e.Code}, {"key ID", e.KeyID}, {"request ID", e.RequestID}} {
 		if f.value != "" {
-			fmt.Fprintf(&b, ", %s %q", f.name, f.value)
+			text += fmt.Sprintf(", %s %q", f.name, f.value)
 		}
 	}
 	if e.HTTPStatus != 0 {
-		fmt.Fprintf(&b, ", HTTP %d", e.HTTPStatus)
+		text += fmt.Sprintf(", HTTP %d", e.HTTPStatus)
 	}
-	if e.Detail != "" {
-		b.WriteString(": " + e.Detail)
+	return text
+}
+
+func (e *Error) withDetail(text string) string {
+	if e.Detail == "" {
+		return text
 	}
-	return b.String()
+	return text + ": " + e.Detail
 }

@@ -47,7 +47,7 @@ func TestJitter(t *testing.T) {
 // TestReasons: each reason has a name, and a class that metrics and the audit log know.
 func TestReasons(t *testing.T) {
 	names := map[string]bool{}
-	for r := kmsclient.Unreachable; r <= kmsclient.BrokenContract; r++ {
+	for r := kmsclient.Unreachable; r <= kmsclient.Prevented; r++ {
 		names[r.String()] = true
 		want := kmsclient.ClassUnavailable
 		switch r {
@@ -64,7 +64,7 @@ func TestReasons(t *testing.T) {
 			t.Errorf("%v: class %q, gone %v, answered %v", r, r.Class(), r.Gone(), r.Answered())
 		}
 	}
-	if len(names) != 10 || (kmsclient.BrokenContract+1).String() != "reason(10)" {
+	if len(names) != 11 || (kmsclient.Prevented+1).String() != "reason(11)" {
 		t.Errorf("%v", names)
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"time"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/readiness"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/tlsfiles"
 )
 
@@ -47,10 +48,10 @@ func (p *Proxy) watchFiles(ctx context.Context) {
 }
 
 // fileChecks are the lines of the readiness report about TLS files.
-func (p *Proxy) fileChecks() []Check {
-	var checks []Check
+func (p *Proxy) fileChecks() []readiness.Check {
+	var checks []readiness.Check
 	for _, f := range p.tlsFiles() {
-		c := Check{Name: "TLS files of " + f.What(), OK: true}
+		c := readiness.Check{Name: "TLS files of " + f.What(), OK: true}
 		if err := f.Problem(); err != nil {
 			c.OK, c.Detail = false, "the old ones stay in use: "+err.Error()
 		}

@@ -13,6 +13,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/readiness"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/gateway"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
@@ -265,9 +266,9 @@ func (p *Proxy) Close() {
 
 // Ready reports whether the proxy serves, and whether etcd answers. Only the former decides: while
 // etcd is away its clients are to see that from the answers, not from a proxy that goes away too.
-func (p *Proxy) Ready() ReadyReport {
+func (p *Proxy) Ready() readiness.Report {
 	up := p.serving.Load() && int(p.listenersUp.Load()) == len(p.listeners)
-	report := ReadyReport{Ready: up, Checks: []Check{{Name: "listeners", OK: up}, {Name: "etcd", OK: p.upstream.Connected.Load()}}}
+	report := readiness.Report{Ready: up, Checks: []readiness.Check{{Name: "listeners", OK: up}, {Name: "etcd", OK: p.upstream.Connected.Load()}}}
 	if !up {
 		report.Checks[0].Detail = "not serving"
 	}

@@ -4,15 +4,16 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
@@ -258,7 +259,7 @@ func TestUpstreamTLS(t *testing.T) {
 	}
 }
 
-func TestAdminAndMetrics(t *testing.T) {
+func TestMetricsOfCalls(t *testing.T) {
 	reg := prometheus.NewRegistry()
 	p := startProxy(t, proxytest.ServeFake(t, proxytest.EchoEtcd()), everything, func(c *Config) { c.Registerer = reg })
 	conn := p.dial(t)
@@ -268,48 +269,12 @@ func TestAdminAndMetrics(t *testing.T) {
 	for _, m := range []string{"/etcdserverpb.KV/X1", "/etcdserverpb.KV/X2", "/etcdserverpb.Lease/LeaseLeases"} {
 		_, _ = proxytest.RawCall(proxytest.TestContext(t), conn, m, nil) // unimplemented, all three
 	}
-	ready := ReadyReport{Ready: true, Checks: []Check{{Name: "listeners", OK: true}, {Name: "rule /registry/secrets/", Detail: "KMS ack is unavailable"}}}
-	admin, err := NewAdmin(AdminConfig{Address: "127.0.0.1:0", Gatherer: reg, Ready: func() ReadyReport { return ready }})
-	if err != nil {
-		t.Fatal(err)
+	scrape := func() string {
+		w := httptest.NewRecorder()
+		promhttp.HandlerFor(reg, promhttp.HandlerOpts{}).ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+		return w.Body.String()
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	ended := make(chan error, 1)
-	go func() { ended <- admin.Run(ctx) }()
-	defer func() {
-		http.DefaultClient.CloseIdleConnections()
-		cancel()
-		if err := <-ended; err != nil {
-			t.Error(err)
-		}
-	}()
-	fetch := func(path string) (int, string) {
-		r, err := http.Get("http://" + admin.Addr().String() + path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer r.Body.Close()
-		body, err := io.ReadAll(r.Body)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return r.StatusCode, string(body)
-	}
-	if code, body := fetch("/livez"); code != 200 || body != "ok\n" {
-		t.Errorf("/livez: %d %q", code, body)
-	}
-	want := "[+]listeners ok\n[-]rule /registry/secrets/: KMS ack is unavailable\nreadyz check passed\n"
-	if code, body := fetch("/readyz"); code != 200 || body != want {
-		t.Errorf("/readyz: %d %q", code, body)
-	}
-	ready.Ready = false
-	if code, _ := fetch("/readyz"); code != 503 {
-		t.Errorf("/readyz: %d", code)
-	}
-	if code, _ := fetch("/debug/pprof/"); code != 404 {
-		t.Errorf("/debug/pprof/: %d without being asked for", code)
-	}
-	_, body := fetch("/metrics")
+	body := scrape()
 	for _, line := range []string{
 		`etcd_kms_proxy_requests_total{code="OK",method="/etcdserverpb.KV/Range"} 1`,
 		`etcd_kms_proxy_requests_total{code="Unimplemented",method="unknown"} 2`,
@@ -328,8 +293,7 @@ func TestAdminAndMetrics(t *testing.T) {
 	}
 	conn.Close()
 	proxytest.Eventually(t, "the connection is gone from the gauge", func() bool {
-		_, body := fetch("/metrics")
-		return strings.Contains(body, `etcd_kms_proxy_connections{listener="127.0.0.1:0"} 0`)
+		return strings.Contains(scrape(), `etcd_kms_proxy_connections{listener="127.0.0.1:0"} 0`)
 	})
 }
 

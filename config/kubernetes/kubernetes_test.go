@@ -268,7 +268,7 @@ func TestProblems(t *testing.T) {
 		"a long socket":     {one("{kms: {apiVersion: v2, name: a, endpoint: 'unix:///" + strings.Repeat("a", 107) + "'}}"), 5, "is not a unix socket"},
 		"timeout":           {one("{kms: {apiVersion: v2, name: a, endpoint: unix:///a, timeout: 3}}"), 5, "timeout"},
 		"timeout of 0":      {one("{kms: {apiVersion: v2, name: a, endpoint: unix:///a, timeout: 0s}}"), 5, "is not a duration"},
-		"kms twice":         {head + entry("secrets", acme) + entry("pods", acme), 7, `called "acme" stands on line 5 too`},
+		"kms twice":         {head + entry("secrets", acme) + entry("pods", acme), 7, `called "acme" is on line 5 too`},
 		"star":              {head + entry("'*'", identity), 4, "ambiguous"},
 		"all groups":        {head + entry("'secrets.*'", identity), 4, "of all groups"},
 		"capital":           {head + entry("Secrets", identity), 4, "is not a resource"},

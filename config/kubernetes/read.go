@@ -275,7 +275,7 @@ func (r *reader) uniqueNames(c *Configuration) {
 				continue
 			}
 			if first := seen[p.Name]; first != 0 {
-				r.report(p.line, "", "list all of its resources in one entry", "a KMS provider called %q stands on line %d too", p.Name, first)
+				r.report(p.line, "", "list all of its resources in one entry", "a KMS provider called %q is on line %d too", p.Name, first)
 				continue
 			}
 			seen[p.Name] = p.line

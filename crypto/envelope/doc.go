@@ -18,6 +18,6 @@
 // was written to.
 //
 // The package is pure: no I/O, no clock, no KMS. Randomness comes from crypto/rand. It converts a
-// seed and a plaintext to stored bytes and back; crypto/keyring, its only caller in the data path,
+// seed and a plaintext to stored bytes and back; crypto/keyring, its main caller in the data path,
 // selects the seed and decides whether it may be used.
 package envelope

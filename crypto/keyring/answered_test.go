@@ -1,4 +1,4 @@
-package keyring
+package keyring_test
 
 import (
 	"bytes"
@@ -10,6 +10,9 @@ import (
 	"time"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/rule"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/ringtest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
@@ -18,8 +21,8 @@ import (
 func TestAnswered(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		unknown := &kmsclient.Error{Op: "Decrypt", Reason: kmsclient.Failing, Code: "Unknown"}
-		silent, invalid := kmsError("Decrypt", kmsclient.Unreachable), kmsError("Decrypt", kmsclient.Invalid)
-		contract, denied, gone := kmsError("Decrypt", kmsclient.BrokenContract), kmsError("Decrypt", kmsclient.Denied), goneError("Decrypt")
+		silent, invalid := ringtest.KMSError("Decrypt", kmsclient.Unreachable), ringtest.KMSError("Decrypt", kmsclient.Invalid)
+		contract, denied, gone := ringtest.KMSError("Decrypt", kmsclient.BrokenContract), ringtest.KMSError("Decrypt", kmsclient.Denied), ringtest.GoneError("Decrypt")
 		for i, c := range []struct {
 			ack, dr error
 			alone   bool // without a recovery copy
@@ -41,24 +44,24 @@ func TestAnswered(t *testing.T) {
 			{ack: invalid, dr: silent},
 			{ack: gone, dr: silent},
 		} {
-			ack, dr := newKMS(t, "ack"), newKMS(t, "dr")
-			stored := newSite(t, ack, dr, false, nil).start(t).ack.mustSeal(t, "/s/k", "v")
+			ack, dr := ringtest.NewKMS(t, "ack"), ringtest.NewKMS(t, "dr")
+			stored := ringtest.NewSite(t, ack, dr, false, nil).Start(t).Ack.MustWrite(t, "/s/k", "v")
 			if c.alone {
-				stored = ack.sealed(t, "/s/k", "v")
+				stored = ack.Encrypted(t, "/s/k", "v")
 			}
-			s := newSite(t, ack, dr, false, nil).start(t)
-			s.sealer = rule(t, SealerConfig{Write: s.ack.Ring, Recovery: []*Ring{s.dr.Ring}})
-			ack.set(func() { ack.opErr["Decrypt"] = c.ack })
-			dr.set(func() { dr.opErr["Decrypt"] = c.dr })
-			_, err := openBy(s.sealer, "/s/k", stored)
-			e, ok := errors.AsType[*Error](err)
+			s := ringtest.NewSite(t, ack, dr, false, nil).Start(t)
+			s.Sealer = ringtest.NewRule(t, rule.Config{Write: s.Ack.Ring, Recovery: []*keyring.Ring{s.DR.Ring}})
+			ack.Set(func() { ack.OpErr["Decrypt"] = c.ack })
+			dr.Set(func() { dr.OpErr["Decrypt"] = c.dr })
+			_, err := ringtest.OpenBy(s.Sealer, "/s/k", stored)
+			e, ok := errors.AsType[*keyring.Error](err)
 			if !ok || e.Answered() != c.want {
 				t.Errorf("%d: answered is not %v: %v", i, c.want, err)
 			}
 			if ok && c.want && (!strings.Contains(e.Text, `"/s/k"`) || strings.Contains(e.OfSeed(), "/s/k")) {
 				t.Errorf("%d: the text names no key, or that of the seed does: %s; %s", i, e.Text, e.OfSeed())
 			}
-			s.stop()
+			s.Stop()
 		}
 	})
 }
@@ -66,14 +69,14 @@ func TestAnswered(t *testing.T) {
 // TestAnsweredCopyOpens: where a seed is refused, its recovery copy opens the value.
 func TestAnsweredCopyOpens(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		ack, dr := newKMS(t, "ack"), newKMS(t, "dr")
-		stored := newSite(t, ack, dr, false, nil).start(t).ack.mustSeal(t, "k", "v")
-		s := newSite(t, ack, dr, false, nil).start(t)
-		s.sealer = rule(t, SealerConfig{Write: s.ack.Ring, Recovery: []*Ring{s.dr.Ring}})
-		ack.set(func() {
-			ack.opErr["Decrypt"] = &kmsclient.Error{Op: "Decrypt", Reason: kmsclient.Failing, Code: "Unknown"}
+		ack, dr := ringtest.NewKMS(t, "ack"), ringtest.NewKMS(t, "dr")
+		stored := ringtest.NewSite(t, ack, dr, false, nil).Start(t).Ack.MustWrite(t, "k", "v")
+		s := ringtest.NewSite(t, ack, dr, false, nil).Start(t)
+		s.Sealer = ringtest.NewRule(t, rule.Config{Write: s.Ack.Ring, Recovery: []*keyring.Ring{s.DR.Ring}})
+		ack.Set(func() {
+			ack.OpErr["Decrypt"] = &kmsclient.Error{Op: "Decrypt", Reason: kmsclient.Failing, Code: "Unknown"}
 		})
-		if got, err := openBy(s.sealer, "k", stored); err != nil || got != "v" {
+		if got, err := ringtest.OpenBy(s.Sealer, "k", stored); err != nil || got != "v" {
 			t.Errorf("%q, %v", got, err)
 		}
 	})
@@ -82,14 +85,14 @@ func TestAnsweredCopyOpens(t *testing.T) {
 // TestWrongLength: a KMS that unwraps a seed to something of another length has answered.
 func TestWrongLength(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		kms := newKMS(t, "ack")
-		g := newRing(t, kms, nil)
-		stored := kms.sealed(t, "k", "v")
-		g.start(t)
-		g.mustSeal(t, "other", "v")
-		kms.set(func() { kms.result = func(b []byte) []byte { return b[:len(b)-2] } })
-		_, err := g.open("k", stored)
-		if e, ok := errors.AsType[*Error](err); !ok || !e.Answered() {
+		kms := ringtest.NewKMS(t, "ack")
+		g := ringtest.NewRig(t, kms, nil)
+		stored := kms.Encrypted(t, "k", "v")
+		g.Start(t)
+		g.MustWrite(t, "other", "v")
+		kms.Set(func() { kms.Result = func(b []byte) []byte { return b[:len(b)-2] } })
+		_, err := g.Read("k", stored)
+		if e, ok := errors.AsType[*keyring.Error](err); !ok || !e.Answered() {
 			t.Errorf("not answered: %v", err)
 		}
 	})
@@ -99,23 +102,23 @@ func TestWrongLength(t *testing.T) {
 // value of no provider it knows nothing.
 func TestRecheck(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		g := newRing(t, newKMS(t, "ack"), nil).start(t)
-		stored := g.mustSeal(t, "k", "v")
+		g := ringtest.NewRig(t, ringtest.NewKMS(t, "ack"), nil).Start(t)
+		stored := g.MustWrite(t, "k", "v")
 		time.Sleep(5 * time.Second)
 		asked := time.Now()
-		if st, ok := g.sealer.Recheck(stored); !ok || st.LastGood.After(asked) {
+		if st, ok := g.Sealer.Recheck(stored); !ok || st.LastGood.After(asked) {
 			t.Errorf("%+v, %v", st, ok)
 		}
 		time.Sleep(2 * time.Second) // of a poll interval of a minute
-		if st, ok := g.sealer.Recheck(stored); !ok || st.LastGood.Before(asked) || !st.Healthy {
+		if st, ok := g.Sealer.Recheck(stored); !ok || st.LastGood.Before(asked) || !st.Healthy {
 			t.Errorf("%+v, %v", st, ok)
 		}
 		for _, none := range [][]byte{nil, []byte("plain"), bytes.Replace(stored, []byte(":ack:"), []byte(":other:"), 1), []byte(envelope.Root)} {
-			if _, ok := g.sealer.Recheck(none); ok {
+			if _, ok := g.Sealer.Recheck(none); ok {
 				t.Errorf("%q has a KMS", none)
 			}
 		}
-		if _, err := g.sealer.Open(context.Background(), []byte("k"), stored); err != nil {
+		if _, err := g.Sealer.Open(context.Background(), []byte("k"), stored); err != nil {
 			t.Error(err)
 		}
 	})

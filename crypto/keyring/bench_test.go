@@ -1,4 +1,4 @@
-package keyring
+package keyring_test
 
 import (
 	"bytes"
@@ -9,11 +9,13 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"k8s.io/kms/pkg/service"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/rule"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/ringtest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
@@ -33,12 +35,12 @@ func (k *plainKMS) Status(context.Context) (*service.StatusResponse, error) {
 	return &service.StatusResponse{Version: "v2", Healthz: "ok", KeyID: "key-1/version-1"}, nil
 }
 
-func benchSealer(b *testing.B) *Sealer {
-	cache, err := NewCache(CacheConfig{})
+func benchSealer(b *testing.B) (*rule.Sealer, *keyring.Ring) {
+	cache, err := keyring.NewCache(keyring.CacheConfig{})
 	if err != nil {
 		b.Fatal(err)
 	}
-	r, err := New(RingConfig{Provider: "ack", KMS: &plainKMS{}, Cache: cache, Logger: slog.New(slog.NewTextHandler(io.Discard, nil))})
+	r, err := keyring.New(keyring.RingConfig{Provider: "ack", KMS: &plainKMS{}, Cache: cache, Logger: slog.New(slog.NewTextHandler(io.Discard, nil))})
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -46,39 +48,39 @@ func benchSealer(b *testing.B) *Sealer {
 	done := make(chan error)
 	go func() { done <- r.Run(ctx) }()
 	b.Cleanup(func() { cancel(); <-done })
-	s, err := NewSealer(SealerConfig{Write: r})
+	s, err := rule.New(rule.Config{Write: r})
 	if err != nil {
 		b.Fatal(err)
 	}
-	return s
+	return s, r
 }
 
 // lostKMS has lost its key.
 type lostKMS struct{ plainKMS }
 
 func (k *lostKMS) Decrypt(context.Context, string, *service.DecryptRequest) ([]byte, error) {
-	return nil, goneError("Decrypt")
+	return nil, ringtest.GoneError("Decrypt")
 }
 
 func (k *lostKMS) Status(context.Context) (*service.StatusResponse, error) {
-	return nil, goneError("Status")
+	return nil, ringtest.GoneError("Status")
 }
 
 // benchRule is a rule whose seeds are copied by another KMS.
-func benchRule(b *testing.B, kms, copies kmsclient.Service) *Sealer {
-	cache, err := NewCache(CacheConfig{})
+func benchRule(b *testing.B, kms, copies kmsclient.Service) *rule.Sealer {
+	cache, err := keyring.NewCache(keyring.CacheConfig{})
 	if err != nil {
 		b.Fatal(err)
 	}
-	var rings []*Ring
+	var rings []*keyring.Ring
 	for name, k := range map[string]kmsclient.Service{"ack": kms, "dr": copies} {
-		r, err := New(RingConfig{Provider: name, KMS: k, Cache: cache, ReadOnly: name == "dr", Logger: quiet})
+		r, err := keyring.New(keyring.RingConfig{Provider: name, KMS: k, Cache: cache, ReadOnly: name == "dr", Logger: ringtest.Quiet})
 		if err != nil {
 			b.Fatal(err)
 		}
 		rings = append(rings, r)
 	}
-	slices.SortFunc(rings, func(a, b *Ring) int { return strings.Compare(a.Provider(), b.Provider()) })
+	slices.SortFunc(rings, func(a, b *keyring.Ring) int { return strings.Compare(a.Provider(), b.Provider()) })
 	if err := rings[0].SetRecovery(rings[1:], false); err != nil {
 		b.Fatal(err)
 	}
@@ -88,7 +90,7 @@ func benchRule(b *testing.B, kms, copies kmsclient.Service) *Sealer {
 		running.Go(func() { _ = r.Run(ctx) })
 	}
 	b.Cleanup(func() { cancel(); running.Wait() })
-	s, err := NewSealer(SealerConfig{Write: rings[0], Recovery: rings[1:]})
+	s, err := rule.New(rule.Config{Write: rings[0], Recovery: rings[1:]})
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -96,7 +98,7 @@ func benchRule(b *testing.B, kms, copies kmsclient.Service) *Sealer {
 }
 
 func BenchmarkSeal(b *testing.B) {
-	s := benchSealer(b)
+	s, _ := benchSealer(b)
 	ctx, key, value := context.Background(), []byte("/registry/secrets/default/s1"), make([]byte, 1024)
 	b.ReportAllocs()
 	for b.Loop() {
@@ -107,7 +109,7 @@ func BenchmarkSeal(b *testing.B) {
 }
 
 func BenchmarkOpen(b *testing.B) {
-	s := benchSealer(b)
+	s, _ := benchSealer(b)
 	ctx, key := context.Background(), []byte("/registry/secrets/default/s1")
 	stored, err := s.Seal(ctx, key, make([]byte, 1024))
 	if err != nil {
@@ -161,7 +163,7 @@ func BenchmarkOpenRecovered(b *testing.B) {
 // BenchmarkSeedHit is the way from a stored value to its unwrapped seed, without opening it: what
 // every read pays for the cache.
 func BenchmarkSeedHit(b *testing.B) {
-	s := benchSealer(b)
+	s, r := benchSealer(b)
 	ctx, key := context.Background(), []byte("/registry/secrets/default/s1")
 	stored, err := s.Seal(ctx, key, make([]byte, 1024))
 	if err != nil {
@@ -170,18 +172,13 @@ func BenchmarkSeedHit(b *testing.B) {
 	if _, err := s.Open(ctx, key, bytes.Clone(stored)); err != nil {
 		b.Fatal(err)
 	}
-	r := s.rings[0]
 	b.ReportAllocs()
 	b.RunParallel(func(pb *testing.PB) {
 		for pb.Next() {
-			provider, object, _ := envelope.Split(stored)
-			_, rest, cut := envelope.Cut(object)
-			e, now := r.seeds.hot.get(rest), time.Now()
-			if !cut || s.ring(provider) != r || e == nil || r.p.cfg.Cache.ageOf(e, now) != fresh {
+			if _, object, _ := envelope.Split(stored); !r.HasHot(object) {
 				b.Error("the seed is not at hand")
 				return
 			}
-			r.p.cfg.Cache.touch(e, now)
 		}
 	})
 }

@@ -2,9 +2,9 @@ package keyring
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"maps"
@@ -84,7 +84,7 @@ func (c *caller) status(ctx context.Context) (*service.StatusResponse, error) {
 func (c *caller) dataKey(ctx context.Context) (*kmsclient.DataKey, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.p.cfg.Timeout)
 	defer cancel()
-	uid := newUID()
+	uid := rand.Text()
 	if g, ok := c.p.cfg.KMS.(kmsclient.DataKeyGenerator); ok {
 		k, err := g.GenerateDataKey(ctx, uid)
 		if err == nil && k == nil {
@@ -123,7 +123,7 @@ func (c *caller) wrapCopy(ctx context.Context, seed []byte) (copyID, map[string]
 	ctx, cancel := context.WithTimeout(ctx, c.p.cfg.Timeout)
 	defer cancel()
 	defer context.AfterFunc(c.base, cancel)()
-	answer, err := c.p.cfg.KMS.Encrypt(ctx, newUID(), bytes.Clone(seed))
+	answer, err := c.p.cfg.KMS.Encrypt(ctx, rand.Text(), bytes.Clone(seed))
 	switch {
 	case err != nil:
 		if refuses(err) {
@@ -140,10 +140,7 @@ func (c *caller) wrapCopy(ctx context.Context, seed []byte) (copyID, map[string]
 	if err != nil {
 		return copyID{}, nil, brokenContract("Encrypt", err.Error())
 	}
-	id := copyID{provider: c.p.cfg.Provider, keyID: wrapped.KeyID, statusID: st.keyID}
-	if id.statusID == "" {
-		id.statusID = wrapped.KeyID
-	}
+	id := copyID{provider: c.p.cfg.Provider, keyID: wrapped.KeyID, statusID: cmp.Or(st.keyID, wrapped.KeyID)}
 	return id, map[string][]byte{c.p.copyName: encoded}, nil
 }
 
@@ -158,7 +155,7 @@ func (c *caller) unwrap(ctx context.Context, h *envelope.Header) ([]byte, error)
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.p.cfg.Timeout)
 	defer cancel()
-	plain, err := c.p.cfg.KMS.Decrypt(ctx, newUID(), &service.DecryptRequest{Ciphertext: h.Source, KeyID: h.KeyID, Annotations: h.Own()})
+	plain, err := c.p.cfg.KMS.Decrypt(ctx, rand.Text(), &service.DecryptRequest{Ciphertext: h.Source, KeyID: h.KeyID, Annotations: h.Own()})
 	if err == nil && len(plain) == 0 {
 		err = brokenContract("Decrypt", "the response is empty")
 	}
@@ -199,16 +196,4 @@ func (c *caller) keepDenials(keep func(key string) bool) {
 func (c *caller) unwrapsOthers(since time.Time) bool {
 	last := time.Unix(0, c.unwrapped.Load())
 	return last.After(since) && time.Since(last) <= 2*max(c.p.cfg.PollInterval, c.p.cfg.FailingPollInterval)
-}
-
-func newUID() string {
-	var b [16]byte
-	_, _ = rand.Read(b[:]) // does not fail: crypto/rand ends the process instead
-	return hex.EncodeToString(b[:])
-}
-
-// expectSeed returns a context with which a Decrypt whose plaintext cannot be a seed of the type is
-// counted as a broken contract.
-func expectSeed(ctx context.Context, typ envelope.Type) context.Context {
-	return kmsclient.ExpectLength(ctx, func(n int) error { return envelope.CheckSeedLength(typ, n) })
 }

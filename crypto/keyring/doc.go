@@ -2,17 +2,16 @@
 // the current one, unwraps and caches those of stored values, rotates when the KMS names a new key
 // ID, and evicts them when the key may not be used any more.
 //
-// A [Ring] is one KMS provider, a [Cache] holds the unwrapped seeds of all rings, and a [Sealer] is
-// one rule of the proxy: which ring encrypts, which ones decrypt, and what happens to other values.
-// The stored bytes are those of crypto/envelope; calls, retries and the circuit breaker are those
-// of kmsclient. The package knows nothing of etcd's API, of the configuration or of metrics' names.
-// docs/glossary.md explains the terms.
+// A [Ring] is one KMS provider, and a [Cache] holds the unwrapped seeds of all rings. crypto/rule
+// decides which ring encrypts a value; the stored bytes are those of crypto/envelope; calls,
+// retries and the circuit breaker are those of kmsclient. The package knows nothing of etcd's API,
+// of the configuration or of metrics' names. docs/glossary.md explains the terms.
 //
 // # Parts of a ring
 //
 //	monitor     health checks: Status, rotation, revocation, probes of old keys (monitor.go, settle.go, probe.go)
 //	generator   generates and verifies DEK seeds (generator.go)
-//	seeds       finds a value's seed in the cache or by the KMS, and decrypts (seeds.go, unwrap.go, cache.go, hot.go)
+//	seeds       finds a value's seed in the cache or by the KMS, and decrypts (seeds.go, unwrap.go, cache.go)
 //	copyWriter  has recovery copies of new seeds wrapped (recovery_write.go)
 //	copyReader  unwraps recovery copies of stored values (recovery_read.go)
 //	OfflineKey  wraps and unwraps copies for rings that have no KMS (offline.go)
@@ -58,7 +57,5 @@
 //
 // # Memory
 //
-// To evict a seed is to remove every reference to it. Go offers no way to wipe what the runtime and
-// the ciphers may have copied, so that a dump of the process' memory can hold seeds that are no
-// longer in use.
+// To evict a seed is to remove every reference to it. [envelope.Seed] says what stays in memory.
 package keyring

@@ -3,7 +3,6 @@ package keyring
 import (
 	"errors"
 	"fmt"
-	"strings"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
@@ -18,11 +17,10 @@ const (
 	Unavailable Kind = iota + 1
 	// SeedRefused: the KMS unwraps other seeds, but not that of this value, and does not say why:
 	// the value is damaged, or its key is disabled, gone or of another KMS. Most plugins answer so
-	// whatever the reason is. An operator has to act. If the refusal lasts,
-	// [SealerConfig.Passthrough] applies.
+	// whatever the reason is. An operator has to act. If the refusal lasts, see [Error.IsFinal].
 	SeedRefused
 	// KeyUnusable: the KMS key is disabled, pending deletion or gone, or the KMS refuses the proxy.
-	// An operator has to act. If the key is gone for good, [SealerConfig.Passthrough] applies.
+	// An operator has to act. If the key is gone for good, see [Error.IsFinal].
 	KeyUnusable
 	// Corrupt: the stored value is damaged, truncated, of another etcd key, or of another KMS key.
 	// It cannot be decrypted later either.
@@ -30,27 +28,19 @@ const (
 	// Plaintext: a stored value is plaintext or of a provider that the rule does not read, and the
 	// rule is strict.
 	Plaintext
-	// Refused: the value cannot be written under this rule. See [SealerConfig.Write].
+	// Refused: the value cannot be written under this rule.
 	Refused
 )
 
 // String returns the kind as metrics and logs spell it.
 func (k Kind) String() string {
-	switch k {
-	case Unavailable:
-		return "unavailable"
-	case SeedRefused:
-		return "seed_refused"
-	case KeyUnusable:
-		return "key_unusable"
-	case Corrupt:
-		return "corrupt"
-	case Plaintext:
-		return "plaintext"
-	case Refused:
-		return "refused"
+	names := [...]string{
+		Unavailable: "unavailable", SeedRefused: "seed_refused", KeyUnusable: "key_unusable", Corrupt: "corrupt", Plaintext: "plaintext", Refused: "refused",
 	}
-	return fmt.Sprintf("kind(%d)", int(k))
+	if k < Unavailable || int(k) >= len(names) {
+		return fmt.Sprintf("kind(%d)", int(k))
+	}
+	return names[k]
 }
 
 // Error is a failed Seal or Open. Text may be shown to the client: it names the rule, the provider,
@@ -71,12 +61,9 @@ type Error struct {
 	seed string
 }
 
-// ErrWouldBlock is returned by [Sealer.TrySeal] and [Sealer.TryOpen] when the value needs a KMS
-// call, or has to wait for one.
-var ErrWouldBlock = errors.New("a KMS call is needed")
-
-// errWouldBlock is ErrWouldBlock inside of the package.
-var errWouldBlock = &Error{Kind: Unavailable, Text: ErrWouldBlock.Error(), Err: ErrWouldBlock}
+// ErrWouldBlock is the error of a value that needs a KMS call, or has to wait for one, where that
+// is not allowed. See [Mode].
+var ErrWouldBlock = &Error{Kind: Unavailable, Text: "a KMS call is needed"}
 
 // Error implements error.
 func (e *Error) Error() string { return e.Text }
@@ -86,8 +73,8 @@ func (e *Error) Unwrap() error { return e.Err }
 
 // Answered reports whether every KMS that could unwrap the value's DEK seed answered the call with
 // a failure that it did not explain. Many KMS plugins answer so for a damaged or foreign seed, and
-// also while their own KMS is unreachable: [Sealer.Recheck] distinguishes the two. It is false for
-// an error with a reason, and while a KMS does not answer.
+// also while their own KMS is unreachable: another health check distinguishes the two. It is false
+// for an error with a reason, and while a KMS does not answer.
 func (e *Error) Answered() bool {
 	switch e.Kind {
 	case KeyUnusable, Corrupt, Plaintext, Refused:
@@ -98,6 +85,38 @@ func (e *Error) Answered() bool {
 		return !e.silent
 	}
 	return true // of a kind that is about the seed
+}
+
+// IsFinal reports whether the value cannot be decrypted later either: it is corrupt, or its key is
+// gone or has refused its seed for long, and no recovery copy decrypts it.
+func (e *Error) IsFinal() bool { return e.Kind == Corrupt || e.lost != nil }
+
+// NoteReturned logs as an error that a value was returned as stored although its key is gone or has
+// refused its seed for long. It logs this at most once an hour, and not for a corrupt value.
+func (e *Error) NoteReturned() {
+	if e.lost != nil {
+		e.lost.noteLost(e)
+	}
+}
+
+// InRule returns the error with the rule's prefix before its text.
+func (e *Error) InRule(prefix string) *Error {
+	named := *e
+	named.Text = fmt.Sprintf("rule %q: %s", prefix, e.Text)
+	return &named
+}
+
+// ofValue returns the error with the value's etcd key in its text, where that matters.
+func (e *Error) ofValue(etcdKey []byte) *Error {
+	named := *e // callers that waited for one unwrap share the error
+	switch {
+	case e.Answered():
+		named.seed = e.Text
+		named.Text = fmt.Sprintf("the stored value of etcd key %q was not decrypted: %s", Clip(etcdKey), e.Text)
+	case e.Kind == Corrupt:
+		named.Text = fmt.Sprintf("the stored value of etcd key %q is corrupt: %s", Clip(etcdKey), e.Text)
+	}
+	return &named
 }
 
 // OfSeed returns the text without the etcd key, so that it is true of every value of the same DEK
@@ -129,50 +148,19 @@ func kindOf(err error) Kind {
 	}
 }
 
-// describe returns a text about a failed KMS call that is safe to show. The text of an error that
-// is not a [kmsclient.Error] could hold a request.
+// describe returns a text about a failed KMS call that is safe to show. The text of an error of
+// another package than kmsclient and this one could hold a request.
 func describe(err error) string {
-	e, ok := errors.AsType[*kmsclient.Error](err)
-	if !ok {
-		if own, ok := errors.AsType[*recoveryError](err); ok {
-			return own.Error()
-		}
-		if own, ok := errors.AsType[*offlineError](err); ok {
-			return own.Error()
-		}
-		return "the KMS call failed"
+	if e, ok := errors.AsType[*kmsclient.Error](err); ok {
+		return e.Explain()
 	}
-	var b strings.Builder
-	switch e.Class() {
-	case kmsclient.ClassKeyUnusable:
-		b.WriteString("the KMS key is disabled, pending deletion or gone")
-	case kmsclient.ClassDenied:
-		b.WriteString("the KMS denies access")
-	case kmsclient.ClassInvalid:
-		b.WriteString("the KMS does not accept the request")
-	case kmsclient.ClassContract:
-		b.WriteString("the response of the KMS is wrong")
-	default:
-		b.WriteString("the KMS is unreachable, throttling or failing")
-		if e.Reason.Answered() {
-			b.Reset()
-			b.WriteString("the KMS answers with a failure")
-		}
+	if own, ok := errors.AsType[*recoveryError](err); ok {
+		return own.Error()
 	}
-	fmt.Fprintf(&b, " (%s", e.Op)
-	for _, f := range []struct{ name, value string }{{"code", e.Code}, {"key ID", e.KeyID}, {"request ID", e.RequestID}} {
-		if f.value != "" {
-			fmt.Fprintf(&b, ", %s %q", f.name, f.value)
-		}
+	if own, ok := errors.AsType[*offlineError](err); ok {
+		return own.Error()
 	}
-	if e.HTTPStatus != 0 {
-		fmt.Fprintf(&b, ", HTTP %d", e.HTTPStatus)
-	}
-	b.WriteString(")")
-	if e.Detail != "" {
-		b.WriteString(": " + e.Detail)
-	}
-	return b.String()
+	return "the KMS call failed"
 }
 
 // brokenContract returns the error for a response in which this package found a broken contract.
@@ -191,8 +179,8 @@ func (e *recoveryError) Error() string {
 	return fmt.Sprintf("recovery provider %q, whose copy of the DEK seed is required, did not wrap it: %s", e.provider, describe(e.cause))
 }
 
-// clip shortens a part of a stored value or a request for an error's text.
-func clip[T string | []byte](s T) string {
+// Clip shortens a part of a stored value or a request for an error's text.
+func Clip[T string | []byte](s T) string {
 	if len(s) > 256 {
 		return string(s[:256]) + "…"
 	}

@@ -70,7 +70,7 @@ func (g *generator) use(ctx context.Context, keyID string) (*writer, error) {
 
 // due reports whether a new seed is needed now that Status said keyID.
 func (g *generator) due(ctx context.Context, keyID string) bool {
-	if g.p.cfg.ReadOnly {
+	if g.p.readOnly.Load() {
 		return false
 	}
 	w := g.p.state.Load().writer
@@ -101,17 +101,19 @@ func (g *generator) generate(ctx context.Context, statusID string) (*writer, err
 		return nil, fmt.Errorf("generate DEK seed: %w", err)
 	}
 	h := envelope.Header{Type: envelope.TypeSeed, KeyID: k.KeyID, Source: k.Ciphertext, Annotations: k.Annotations}
-	if len(k.Plaintext) != envelope.SeedSize {
-		return nil, brokenContract("GenerateDataKey", fmt.Sprintf("the data key has %d bytes, not %d", len(k.Plaintext), envelope.SeedSize))
+	broken := ""
+	switch err := h.Validate(); {
+	case len(k.Plaintext) != envelope.SeedSize:
+		broken = fmt.Sprintf("the data key has %d bytes, not %d", len(k.Plaintext), envelope.SeedSize)
+	case bytes.Contains(k.Ciphertext, k.Plaintext):
+		broken = "the wrapped data key holds the data key itself"
+	case err != nil:
+		broken = err.Error()
+	case h.HasCopies():
+		broken = "an annotation has a name that is reserved for recovery copies"
 	}
-	if bytes.Contains(k.Ciphertext, k.Plaintext) {
-		return nil, brokenContract("GenerateDataKey", "the wrapped data key holds the data key itself")
-	}
-	if err := h.Validate(); err != nil {
-		return nil, brokenContract("GenerateDataKey", err.Error())
-	}
-	if h.HasCopies() {
-		return nil, brokenContract("GenerateDataKey", "an annotation has a name that is reserved for recovery copies")
+	if broken != "" {
+		return nil, brokenContract("GenerateDataKey", broken)
 	}
 	w.header, w.sum = cloneHeader(&h), sha256.Sum256(k.Plaintext)
 	if err := g.verify(ctx, w); err != nil {

@@ -1,4 +1,4 @@
-package keyring
+package keyring_test
 
 import (
 	"context"
@@ -7,35 +7,37 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/ringtest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
 func TestNewKeyIDMintsOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		kms := newKMS(t, "ack")
-		g := newRing(t, kms, nil).start(t)
-		old := g.mustSeal(t, "k", "v")
-		if _, s, err := g.sealer.Inspect(context.Background(), []byte("k"), old); s != Current || err != nil {
+		kms := ringtest.NewKMS(t, "ack")
+		g := ringtest.NewRig(t, kms, nil).Start(t)
+		old := g.MustWrite(t, "k", "v")
+		if _, s, err := g.Sealer.Inspect(context.Background(), []byte("k"), old); s != keyring.Current || err != nil {
 			t.Errorf("Inspect = %v, %v", s, err)
 		}
-		kms.rotate("key-2")
+		kms.Rotate("key-2")
 		time.Sleep(time.Minute)
 		synctest.Wait()
-		stored := g.mustSeal(t, "k", "v")
-		if id := keyIDOf(t, stored); id != "key-2" {
+		stored := g.MustWrite(t, "k", "v")
+		if id := ringtest.KeyIDOf(t, stored); id != "key-2" {
 			t.Errorf("sealed under %q after the rotation", id)
 		}
-		if n := kms.count("Encrypt"); n != 2 {
+		if n := kms.Count("Encrypt"); n != 2 {
 			t.Errorf("%d DEK seeds generated", n)
 		}
-		g.mustOpen(t, "k", old, "v")
-		for want, v := range map[ValueState][]byte{Current: stored, Stale: old} {
-			if _, s, err := g.sealer.Inspect(context.Background(), []byte("k"), v); s != want || err != nil {
+		g.MustRead(t, "k", old, "v")
+		for want, v := range map[keyring.ValueState][]byte{keyring.Current: stored, keyring.Stale: old} {
+			if _, s, err := g.Sealer.Inspect(context.Background(), []byte("k"), v); s != want || err != nil {
 				t.Errorf("Inspect = %v, %v, want %v", s, err, want)
 			}
 		}
 		time.Sleep(time.Hour)
-		if n := kms.count("Encrypt"); n != 2 {
+		if n := kms.Count("Encrypt"); n != 2 {
 			t.Errorf("%d DEK seeds generated an hour later", n)
 		}
 	})
@@ -43,38 +45,38 @@ func TestNewKeyIDMintsOnce(t *testing.T) {
 
 func TestStatusAndEncryptDisagree(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		kms := newKMS(t, "ack")
-		kms.statusID = "key-0" // for ever
-		g := newRing(t, kms, nil).start(t)
-		stored := g.mustSeal(t, "k", "v")
-		if id := keyIDOf(t, stored); id != "key-1" {
+		kms := ringtest.NewKMS(t, "ack")
+		kms.StatusID = "key-0" // for ever
+		g := ringtest.NewRig(t, kms, nil).Start(t)
+		stored := g.MustWrite(t, "k", "v")
+		if id := ringtest.KeyIDOf(t, stored); id != "key-1" {
 			t.Errorf("sealed under %q, not what Encrypt answered", id)
 		}
-		if _, s, _ := g.sealer.Inspect(context.Background(), []byte("k"), stored); s != Stale {
+		if _, s, _ := g.Sealer.Inspect(context.Background(), []byte("k"), stored); s != keyring.Stale {
 			t.Errorf("a value not under Status' key ID is %v", s)
 		}
 		time.Sleep(24 * time.Hour)
-		if n := kms.count("Encrypt"); n < 10 || n > 50 {
+		if n := kms.Count("Encrypt"); n < 10 || n > 50 {
 			t.Errorf("%d DEK seeds generated in a day of disagreement", n)
 		}
-		g.mustOpen(t, "k", stored, "v")
+		g.MustRead(t, "k", stored, "v")
 		// Status catches up: nothing is left to do.
-		kms.set(func() { kms.statusID = ""; kms.calls = map[string]int{} })
+		kms.Set(func() { kms.StatusID = ""; kms.Calls = map[string]int{} })
 		time.Sleep(24 * time.Hour)
-		if n := kms.count("Encrypt"); n > 1 {
+		if n := kms.Count("Encrypt"); n > 1 {
 			t.Errorf("%d DEK seeds generated in a day of agreement", n)
 		}
 	})
 	synctest.Test(t, func(t *testing.T) { // a rotation that Encrypt sees later than Status
-		kms := newKMS(t, "ack")
-		g := newRing(t, kms, nil).start(t)
-		g.mustSeal(t, "k", "v")
-		kms.set(func() { kms.statusID = "key-2" })
+		kms := ringtest.NewKMS(t, "ack")
+		g := ringtest.NewRig(t, kms, nil).Start(t)
+		g.MustWrite(t, "k", "v")
+		kms.Set(func() { kms.StatusID = "key-2" })
 		time.Sleep(time.Minute)
 		synctest.Wait()
-		kms.rotate("key-2")
+		kms.Rotate("key-2")
 		time.Sleep(2 * time.Minute)
-		if id := keyIDOf(t, g.mustSeal(t, "k", "v")); id != "key-2" {
+		if id := ringtest.KeyIDOf(t, g.MustWrite(t, "k", "v")); id != "key-2" {
 			t.Errorf("still sealed under %q", id)
 		}
 	})
@@ -82,29 +84,29 @@ func TestStatusAndEncryptDisagree(t *testing.T) {
 
 func TestMintOnAgeAndOnCount(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		kms := newKMS(t, "ack")
-		g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.MaxAge = 24 * time.Hour }).start(t)
-		first := g.mustSeal(t, "k", "v")
+		kms := ringtest.NewKMS(t, "ack")
+		g := ringtest.NewRig(t, kms, func(c *keyring.RingConfig, _ *keyring.CacheConfig) { c.MaxAge = 24 * time.Hour }).Start(t)
+		first := g.MustWrite(t, "k", "v")
 		time.Sleep(10*24*time.Hour + time.Minute)
-		if n := kms.count("Encrypt"); n != 11 {
+		if n := kms.Count("Encrypt"); n != 11 {
 			t.Errorf("%d DEK seeds generated in ten days", n)
 		}
-		g.mustOpen(t, "k", first, "v")
-		kms.set(func() { kms.opErr["Encrypt"] = kmsError("Encrypt", kmsclient.Unreachable) })
+		g.MustRead(t, "k", first, "v")
+		kms.Set(func() { kms.OpErr["Encrypt"] = ringtest.KMSError("Encrypt", kmsclient.Unreachable) })
 		time.Sleep(24*time.Hour + 30*time.Minute)
-		g.mustSeal(t, "k", "v") // the old seed, as long as SealUnreachableFor says
+		g.MustWrite(t, "k", "v") // the old seed, as long as SealUnreachableFor says
 		time.Sleep(time.Hour)
-		_, err := g.seal("k", "v")
-		wantKind(t, err, Unavailable)
+		_, err := g.Write("k", "v")
+		ringtest.WantKind(t, err, keyring.Unavailable)
 	})
 	synctest.Test(t, func(t *testing.T) {
-		kms := newKMS(t, "ack")
-		g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.MaxSeals = 10 }).start(t)
+		kms := ringtest.NewKMS(t, "ack")
+		g := ringtest.NewRig(t, kms, func(c *keyring.RingConfig, _ *keyring.CacheConfig) { c.MaxSeals = 10 }).Start(t)
 		for range 35 {
-			g.mustSeal(t, "k", "v")
+			g.MustWrite(t, "k", "v")
 			time.Sleep(2 * time.Second)
 		}
-		if n := kms.count("Encrypt"); n < 3 || n > 5 {
+		if n := kms.Count("Encrypt"); n < 3 || n > 5 {
 			t.Errorf("%d DEK seeds generated for 35 values at 10 each", n)
 		}
 	})
@@ -114,15 +116,15 @@ func TestMintOnAgeAndOnCount(t *testing.T) {
 // generated; nothing is sealed under the first.
 func TestGenerationThatIsLost(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		kms := newKMS(t, "ack")
-		kms.lost = kmsError("GenerateDataKey", kmsclient.Unreachable)
-		g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.KMS = &keyMaker{fakeKMS: kms} }).start(t)
+		kms := ringtest.NewKMS(t, "ack")
+		kms.Lost = ringtest.KMSError("GenerateDataKey", kmsclient.Unreachable)
+		g := ringtest.NewRig(t, kms, func(c *keyring.RingConfig, _ *keyring.CacheConfig) { c.KMS = &ringtest.KeyMaker{KMS: kms} }).Start(t)
 		synctest.Wait()
-		_, err := g.seal("k", "v")
-		wantKind(t, err, Unavailable)
-		kms.set(func() { kms.lost = nil })
+		_, err := g.Write("k", "v")
+		ringtest.WantKind(t, err, keyring.Unavailable)
+		kms.Set(func() { kms.Lost = nil })
 		time.Sleep(10 * time.Second)
-		g.mustOpen(t, "k", g.mustSeal(t, "k", "v"), "v")
+		g.MustRead(t, "k", g.MustWrite(t, "k", "v"), "v")
 	})
 }
 
@@ -139,11 +141,13 @@ func TestMintGarbage(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				kms := newKMS(t, "ack")
-				g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.KMS = &keyMaker{kms, change} }).start(t)
+				kms := ringtest.NewKMS(t, "ack")
+				g := ringtest.NewRig(t, kms, func(c *keyring.RingConfig, _ *keyring.CacheConfig) {
+					c.KMS = &ringtest.KeyMaker{KMS: kms, Change: change}
+				}).Start(t)
 				synctest.Wait()
-				_, err := g.seal("k", "v")
-				wantKind(t, err, Unavailable)
+				_, err := g.Write("k", "v")
+				ringtest.WantKind(t, err, keyring.Unavailable)
 				if !strings.Contains(err.Error(), "the response of the KMS is wrong") {
 					t.Error(err)
 				}
@@ -154,11 +158,11 @@ func TestMintGarbage(t *testing.T) {
 
 func TestStatusGarbage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		kms := newKMS(t, "ack")
-		kms.statusID = strings.Repeat("k", 1025)
-		g := newRing(t, kms, nil).start(t)
+		kms := ringtest.NewKMS(t, "ack")
+		kms.StatusID = strings.Repeat("k", 1025)
+		g := ringtest.NewRig(t, kms, nil).Start(t)
 		synctest.Wait()
-		_, err := g.seal("k", "v")
-		wantKind(t, err, Unavailable)
+		_, err := g.Write("k", "v")
+		ringtest.WantKind(t, err, keyring.Unavailable)
 	})
 }

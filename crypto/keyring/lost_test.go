@@ -1,4 +1,4 @@
-package keyring
+package keyring_test
 
 import (
 	"bytes"
@@ -9,6 +9,9 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/rule"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/ringtest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
@@ -18,69 +21,69 @@ func missingError(op, keyID string) error {
 
 // TestLostIsHandedOn: only what nothing and nobody can bring back is handed on as stored.
 func TestLostIsHandedOn(t *testing.T) {
-	denied, unusable, silent := kmsError("Status", kmsclient.Denied), kmsError("Status", kmsclient.KeyDisabled), kmsError("Decrypt", kmsclient.Unreachable)
+	denied, unusable, silent := ringtest.KMSError("Status", kmsclient.Denied), ringtest.KMSError("Status", kmsclient.KeyDisabled), ringtest.KMSError("Decrypt", kmsclient.Unreachable)
 	for name, c := range map[string]struct {
-		status, decrypt error // of the key
-		want            Kind  // 0: it is handed on
+		status, decrypt error        // of the key
+		want            keyring.Kind // 0: it is handed on
 		calls           int
 	}{
 		"the key":                            {missingError("Status", "key/1"), missingError("Decrypt", "key/1"), 0, 0},
 		"the key, by its bare ID":            {missingError("Status", "key"), missingError("Decrypt", "key/1"), 0, 0},
 		"an old key":                         {nil, missingError("Decrypt", "key/1"), 0, 1},
-		"the key in the configuration alone": {missingError("Status", "another"), nil, KeyUnusable, 0},
-		"pending deletion":                   {goneError("Status"), goneError("Decrypt"), KeyUnusable, 0},
-		"an old one pending deletion":        {nil, goneError("Decrypt"), KeyUnusable, 1},
-		"disabled":                           {unusable, unusable, KeyUnusable, 0},
-		"denied":                             {denied, denied, KeyUnusable, 0},
-		"silent":                             {silent, silent, Unavailable, 100},
+		"the key in the configuration alone": {missingError("Status", "another"), nil, keyring.KeyUnusable, 0},
+		"pending deletion":                   {ringtest.GoneError("Status"), ringtest.GoneError("Decrypt"), keyring.KeyUnusable, 0},
+		"an old one pending deletion":        {nil, ringtest.GoneError("Decrypt"), keyring.KeyUnusable, 1},
+		"disabled":                           {unusable, unusable, keyring.KeyUnusable, 0},
+		"denied":                             {denied, denied, keyring.KeyUnusable, 0},
+		"silent":                             {silent, silent, keyring.Unavailable, 100},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				kms, log := newKMS(t, "ack"), new(logBuffer)
-				kms.rotate("key/1")
-				stored := kms.sealed(t, "k", "v")
-				kms.rotate("other/1")
-				g := newRing(t, kms, func(c *RingConfig, cc *CacheConfig) {
+				kms, log := ringtest.NewKMS(t, "ack"), new(ringtest.LogBuffer)
+				kms.Rotate("key/1")
+				stored := kms.Encrypted(t, "k", "v")
+				kms.Rotate("other/1")
+				g := ringtest.NewRig(t, kms, func(c *keyring.RingConfig, cc *keyring.CacheConfig) {
 					versions(c, cc)
 					c.Logger = slog.New(slog.NewTextHandler(log, nil))
-				}).start(t)
-				pass := rule(t, SealerConfig{Write: g.Ring, Passthrough: true})
-				kms.set(func() {
+				}).Start(t)
+				pass := ringtest.NewRule(t, rule.Config{Write: g.Ring, Passthrough: true})
+				kms.Set(func() {
 					if c.status != nil {
-						kms.opErr["Status"] = c.status
+						kms.OpErr["Status"] = c.status
 					}
 					if c.decrypt != nil {
-						kms.keyErr["key/1"] = c.decrypt
+						kms.KeyErr["key/1"] = c.decrypt
 					}
 				})
 				time.Sleep(2*time.Minute + time.Second)
 				synctest.Wait()
-				kms.set(func() { kms.calls = map[string]int{} })
+				kms.Set(func() { kms.Calls = map[string]int{} })
 				for range 100 {
-					got, err := openBy(pass, "k", stored)
+					got, err := ringtest.OpenBy(pass, "k", stored)
 					if c.want != 0 {
-						wantKind(t, err, c.want)
+						ringtest.WantKind(t, err, c.want)
 					} else if err != nil || got != string(stored) {
 						t.Fatalf("%q, %v", got, err)
 					}
 				}
-				if n := kms.count("Decrypt"); n != c.calls {
+				if n := kms.Count("Decrypt"); n != c.calls {
 					t.Errorf("%d Decrypt calls for 100 reads, want %d", n, c.calls)
 				}
 				if n := strings.Count(log.String(), "values are returned as stored"); n != map[bool]int{true: 1}[c.want == 0] {
 					t.Errorf("the log says so %d times:\n%s", n, log)
 				}
 				if c.want == 0 { // the policy is to hand on, and else it is an error
-					_, err := g.open("k", stored)
-					wantKind(t, err, KeyUnusable)
-					if _, s, _ := g.sealer.Inspect(context.Background(), []byte("k"), stored); s != Undecryptable {
+					_, err := g.Read("k", stored)
+					ringtest.WantKind(t, err, keyring.KeyUnusable)
+					if _, s, _ := g.Sealer.Inspect(context.Background(), []byte("k"), stored); s != keyring.Undecryptable {
 						t.Errorf("it is %v", s)
 					}
 				}
-				kms.set(func() { kms.opErr, kms.keyErr = map[string]error{}, map[string]error{} })
+				kms.Set(func() { kms.OpErr, kms.KeyErr = map[string]error{}, map[string]error{} })
 				time.Sleep(10 * time.Second)
 				synctest.Wait()
-				if got, err := openBy(pass, "k", stored); err != nil || got != "v" {
+				if got, err := ringtest.OpenBy(pass, "k", stored); err != nil || got != "v" {
 					t.Errorf("it is back: %q, %v", got, err)
 				}
 			})
@@ -91,9 +94,9 @@ func TestLostIsHandedOn(t *testing.T) {
 // TestLostWithCopies: as long as a copy may open it, it is not lost.
 func TestLostWithCopies(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		ack, dr := newKMS(t, "ack"), newKMS(t, "dr")
-		stored := newSite(t, ack, dr, false, nil).start(t).ack.mustSeal(t, "k", "v")
-		missing, invalid := missingError("Decrypt", "key-1"), kmsError("Decrypt", kmsclient.Invalid)
+		ack, dr := ringtest.NewKMS(t, "ack"), ringtest.NewKMS(t, "dr")
+		stored := ringtest.NewSite(t, ack, dr, false, nil).Start(t).Ack.MustWrite(t, "k", "v")
+		missing, invalid := missingError("Decrypt", "key-1"), ringtest.KMSError("Decrypt", kmsclient.Invalid)
 		for i, c := range []struct {
 			ack, dr  error
 			unnamed  bool // the rule does not name the copy's provider
@@ -102,26 +105,26 @@ func TestLostWithCopies(t *testing.T) {
 			{missing, missing, false, true},
 			{missing, invalid, false, true},
 			{invalid, missing, false, true},
-			{missing, goneError("Decrypt"), false, false},
-			{missing, kmsError("Decrypt", kmsclient.KeyDisabled), false, false},
-			{missing, kmsError("Decrypt", kmsclient.Unreachable), false, false},
-			{kmsError("Decrypt", kmsclient.Unreachable), missing, false, false},
+			{missing, ringtest.GoneError("Decrypt"), false, false},
+			{missing, ringtest.KMSError("Decrypt", kmsclient.KeyDisabled), false, false},
+			{missing, ringtest.KMSError("Decrypt", kmsclient.Unreachable), false, false},
+			{ringtest.KMSError("Decrypt", kmsclient.Unreachable), missing, false, false},
 			{missing, missing, true, false},
 		} {
-			ack.set(func() { ack.opErr = map[string]error{}; dr.opErr = map[string]error{} })
-			s := newSite(t, ack, dr, false, nil).start(t)
-			config := SealerConfig{Write: s.ack.Ring, Recovery: []*Ring{s.dr.Ring}, Passthrough: true}
+			ack.Set(func() { ack.OpErr = map[string]error{}; dr.OpErr = map[string]error{} })
+			s := ringtest.NewSite(t, ack, dr, false, nil).Start(t)
+			config := rule.Config{Write: s.Ack.Ring, Recovery: []*keyring.Ring{s.DR.Ring}, Passthrough: true}
 			if c.unnamed {
 				config.Recovery = nil
 			}
-			pass := rule(t, config)
-			ack.set(func() { ack.opErr["Decrypt"] = c.ack })
-			dr.set(func() { dr.opErr["Decrypt"] = c.dr })
+			pass := ringtest.NewRule(t, config)
+			ack.Set(func() { ack.OpErr["Decrypt"] = c.ack })
+			dr.Set(func() { dr.OpErr["Decrypt"] = c.dr })
 			got, err := pass.Open(context.Background(), []byte("k"), bytes.Clone(stored))
 			if handedOn := err == nil && bytes.Equal(got, stored); handedOn != c.handedOn || !handedOn && err == nil {
 				t.Errorf("%d: handed on is %v, %v", i, handedOn, err)
 			}
-			s.stop()
+			s.Stop()
 		}
 	})
 }

@@ -162,7 +162,7 @@ func (m *monitor) statusKeyID(ctx context.Context) (string, error) {
 		return "", err
 	}
 	switch last := m.p.state.Load().keyID; {
-	case last == status.KeyID, last == "" && !m.p.cfg.ReadOnly, m.settled.waits(status.KeyID):
+	case last == status.KeyID, last == "" && !m.p.readOnly.Load(), m.settled.waits(status.KeyID):
 		return status.KeyID, nil
 	}
 	if again, err := m.calls.status(ctx); err == nil {
@@ -176,7 +176,7 @@ func (m *monitor) noteGood(keyID string, w *writer, status error) {
 	m.deniedSince, m.generator.used = time.Time{}, time.Now()
 	was := m.p.state.Load()
 	if !was.works {
-		m.refusals.clear() // they may have been part of an outage that is over
+		m.refusals.lru.Purge() // they may have been part of an outage that is over
 	}
 	m.p.endCheck(func(st *state) {
 		st.writer, st.keyID, st.healthy, st.lastGood, st.err, st.revoked, st.works = w, keyID, status == nil, time.Now(), status, nil, true
@@ -232,18 +232,15 @@ func (m *monitor) noteBad(ctx context.Context, keyID string, err error) {
 			st.writer = nil
 		}
 	}
-	evicted := 0
-	// Seeds from recovery copies stay if the key is gone, and not if an operator has disabled it.
-	gone := kmsclient.ReasonOf(err).Gone()
-	mine := func(e *entry) bool { return e.by == m.ring || e.ring == m.ring && !gone && !e.by.overrides() }
+	evicted, all := 0, func(string) bool { return true }
 	if revoke {
 		m.p.countRevocation()
-		evicted = m.seeds.evict(mine) // before the revocation is published
+		evicted = m.seeds.evictUnder(all, err) // before the revocation is published
 	}
 	m.p.endCheck(change)
 	m.logBad(was, err)
 	if revoke {
-		evicted += m.seeds.evict(mine) // that were cached since
+		evicted += m.seeds.evictUnder(all, err) // that were cached since
 		if was.revoked == nil {
 			m.p.cfg.Observer.Seed(m.p.cfg.Provider, EventRevoked)
 			m.p.cfg.Logger.Error("KMS key may not be used: its DEK seeds are evicted", "provider", m.p.cfg.Provider, "reason", describe(err), "seeds", evicted)

@@ -1,24 +1,5 @@
 package keyring
 
-// Outcome is the result of a Seal or an Open of a value.
-type Outcome string
-
-// The outcomes. Those of failures are spelled like their [Kind].
-const (
-	OutcomeOK        Outcome = "ok"        // encrypted, or decrypted
-	OutcomePlaintext Outcome = "plaintext" // stored, or returned, as plaintext
-	// OutcomeForeign: returned as stored: of a provider that the rule does not read
-	OutcomeForeign Outcome = "foreign"
-	// OutcomePassthrough: returned as stored although it is corrupt, by the rule's policy
-	OutcomePassthrough Outcome = "passthrough"
-	OutcomeUnavailable Outcome = "unavailable"
-	OutcomeSeedRefused Outcome = "seed_refused"
-	OutcomeKeyUnusable Outcome = "key_unusable"
-	OutcomeCorrupt     Outcome = "corrupt"
-	OutcomeStrict      Outcome = "strict"  // refused: plaintext or foreign under a strict rule
-	OutcomeRefused     Outcome = "refused" // not written; see [Refused]
-)
-
 // Event is an event of a ring's DEK seeds.
 type Event string
 
@@ -40,14 +21,10 @@ const (
 // Observer counts and logs what happens. Its methods are called on the data path, concurrently:
 // they must be quick and must not block.
 type Observer interface {
-	// Sealed is called for each value that is written under the rule of this prefix.
-	Sealed(rule string, outcome Outcome)
-	// Opened is called for each stored value that is read under the rule of this prefix.
-	Opened(rule string, outcome Outcome)
 	// Seed is called for each event of a provider's seeds.
 	Seed(provider string, event Event)
 	// Recovered is called for each value of a provider that was decrypted with a seed from a
-	// recovery copy, in addition to Opened.
+	// recovery copy.
 	Recovered(provider, by string)
 	// CopyUnwrapped is called once for each seed of a provider that the KMS of by unwrapped from
 	// its recovery copy, under keyID, before a value is decrypted with it. why is how the
@@ -58,17 +35,6 @@ type Observer interface {
 // silent is the Observer of a config without one.
 type silent struct{}
 
-func (silent) Sealed(string, Outcome)          {}
-func (silent) Opened(string, Outcome)          {}
 func (silent) Seed(string, Event)              {}
 func (silent) Recovered(string, string)        {}
 func (silent) CopyUnwrapped(_, _, _, _ string) {}
-
-func outcomeOf(err *Error) Outcome {
-	switch err.Kind {
-	case Plaintext:
-		return OutcomeStrict
-	default:
-		return Outcome(err.Kind.String())
-	}
-}

@@ -1,9 +1,7 @@
 package keyring
 
 import (
-	"context"
 	"errors"
-	"slices"
 	"time"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
@@ -28,12 +26,12 @@ type OfflineKey interface {
 // nothing can revoke a public key. It wraps and unwraps recovery copies, and encrypts and decrypts
 // no values of its own.
 
-// isOffline reports whether the ring has an [OfflineKey].
-func (r *Ring) isOffline() bool { return r.p.cfg.Offline != nil }
+// IsOffline reports whether the ring has an [OfflineKey].
+func (r *Ring) IsOffline() bool { return r.p.cfg.Offline != nil }
 
 // overrides reports whether the ring's copies decrypt values whose key is disabled: an operator has
 // handed a command the private keys for that purpose.
-func (r *Ring) overrides() bool { return r.isOffline() && r.p.cfg.Offline.CanUnwrap() }
+func (r *Ring) overrides() bool { return r.IsOffline() && r.p.cfg.Offline.CanUnwrap() }
 
 // readOfflineID publishes the ID of the public keys.
 func (r *Ring) readOfflineID() {
@@ -41,12 +39,6 @@ func (r *Ring) readOfflineID() {
 		st.keyID, st.healthy, st.works, st.lastGood = r.p.cfg.Offline.ID(), true, true, time.Now()
 		st.pending = nil
 	})
-}
-
-// runOffline is Run of an offline ring.
-func (r *Ring) runOffline(ctx context.Context) {
-	<-ctx.Done()
-	r.calls.close()
 }
 
 // wrapOffline is wrapCopy of an offline ring.
@@ -82,14 +74,3 @@ type offlineError struct{ cause error }
 func (e *offlineError) Error() string { return e.cause.Error() }
 
 func (e *offlineError) Unwrap() error { return e.cause }
-
-// overriding returns those copies that may be used although the value's own key is disabled.
-func overriding(found []recoveryCopy) []recoveryCopy {
-	return slices.DeleteFunc(slices.Clone(found), func(s recoveryCopy) bool { return !s.by.overrides() })
-}
-
-// overridden reports whether the copies of one of rings may be used although a value's own key is
-// disabled.
-func overridden(rings []*Ring) bool {
-	return slices.ContainsFunc(rings, (*Ring).overrides)
-}

@@ -1,4 +1,4 @@
-package keyring
+package keyring_test
 
 import (
 	"bytes"
@@ -9,6 +9,9 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/rule"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/ringtest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
@@ -28,7 +31,7 @@ type fakeOffline struct {
 	calls   int   // of Unwrap
 }
 
-var _ OfflineKey = (*fakeOffline)(nil)
+var _ keyring.OfflineKey = (*fakeOffline)(nil)
 
 func (k *fakeOffline) set(change func()) {
 	k.mu.Lock()
@@ -72,52 +75,52 @@ func inverted(b []byte) []byte {
 
 // offlineSite is a site whose only recovery provider is offline.
 type offlineSite struct {
-	*site
+	*ringtest.Site
 	key  *fakeOffline
-	safe *Ring
-	lax  *Sealer // with Passthrough
+	safe *keyring.Ring
+	lax  *rule.Sealer // with Passthrough
 }
 
-func newOfflineSite(t *testing.T, ack *fakeKMS) *offlineSite {
+func newOfflineSite(t *testing.T, ack *ringtest.KMS) *offlineSite {
 	t.Helper()
-	s := &offlineSite{site: newSite(t, ack, newKMS(t, "dr"), false, nil), key: &fakeOffline{id: "age-1"}}
+	s := &offlineSite{Site: ringtest.NewSite(t, ack, ringtest.NewKMS(t, "dr"), false, nil), key: &fakeOffline{id: "age-1"}}
 	var err error
-	if s.safe, err = New(RingConfig{Provider: "safe", Offline: s.key, Cache: s.ack.cache}); err != nil {
+	if s.safe, err = keyring.New(keyring.RingConfig{Provider: "safe", Offline: s.key, Cache: s.Ack.Cache}); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.ack.SetRecovery([]*Ring{s.safe}, true); err != nil {
+	if err := s.Ack.SetRecovery([]*keyring.Ring{s.safe}, true); err != nil {
 		t.Fatal(err)
 	}
-	s.sealer = rule(t, SealerConfig{Write: s.ack.Ring, Recovery: []*Ring{s.safe}, Observer: s.events})
-	s.lax = rule(t, SealerConfig{Write: s.ack.Ring, Recovery: []*Ring{s.safe}, Passthrough: true})
-	s.ack.sealer = s.sealer
-	s.ack.start(t)
+	s.Sealer = ringtest.NewRule(t, rule.Config{Write: s.Ack.Ring, Recovery: []*keyring.Ring{s.safe}, Observer: s.Events})
+	s.lax = ringtest.NewRule(t, rule.Config{Write: s.Ack.Ring, Recovery: []*keyring.Ring{s.safe}, Passthrough: true})
+	s.Ack.Sealer = s.Sealer
+	s.Ack.Start(t)
 	synctest.Wait()
 	return s
 }
 
 // lose has the KMS fail for a reason, and forgets the seeds.
-func (s *offlineSite) lose(kms *fakeKMS, reason kmsclient.Reason) {
-	kms.set(func() {
-		kms.down = kmsError("Status", reason)
-		kms.opErr = map[string]error{"Decrypt": kmsError("Decrypt", reason), "Encrypt": kmsError("Encrypt", reason)}
+func (s *offlineSite) lose(kms *ringtest.KMS, reason kmsclient.Reason) {
+	kms.Set(func() {
+		kms.Down = ringtest.KMSError("Status", reason)
+		kms.OpErr = map[string]error{"Decrypt": ringtest.KMSError("Decrypt", reason), "Encrypt": ringtest.KMSError("Encrypt", reason)}
 	})
 	time.Sleep(2 * time.Minute)
 	synctest.Wait()
-	s.ack.seeds.evict(func(*entry) bool { return true })
+	s.Ack.EvictAll()
 }
 
 // TestOfflineCopyIsWritten checks what is stored, and that a change of the public keys makes values
 // stale.
 func TestOfflineCopyIsWritten(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := newOfflineSite(t, newKMS(t, "ack"))
-		stored := s.ack.mustSeal(t, "k", "v")
-		h := headerOf(t, stored)
+		s := newOfflineSite(t, ringtest.NewKMS(t, "ack"))
+		stored := s.Ack.MustWrite(t, "k", "v")
+		h := ringtest.HeaderOf(t, stored)
 		if !bytes.HasPrefix(h.Annotations[offlineCopy], []byte(fakeMagic)) || len(h.Annotations[offlineCopy]) != len(fakeMagic)+32 || string(h.Annotations[offlineCopyN]) != "age-1" {
 			t.Errorf("the annotations are %q", h.Annotations)
 		}
-		if got := standing(t, s.sealer, "k", stored); got != Current {
+		if got := ringtest.StateOf(t, s.Sealer, "k", stored); got != keyring.Current {
 			t.Errorf("a new value is %v", got)
 		}
 		if st := s.safe.State(); !st.Healthy || st.Revoked || st.CanSeal || st.KeyID != "age-1" || st.Reason != "" {
@@ -125,16 +128,16 @@ func TestOfflineCopyIsWritten(t *testing.T) {
 		}
 		s.key.set(func() { s.key.id = "age-2" })
 		s.safe.Check()
-		s.ack.Check()
+		s.Ack.Check()
 		time.Sleep(2 * time.Second)
 		synctest.Wait()
-		if got := standing(t, s.sealer, "k", stored); got != Stale {
+		if got := ringtest.StateOf(t, s.Sealer, "k", stored); got != keyring.Stale {
 			t.Errorf("a value for other recipients is %v", got)
 		}
-		if again := s.ack.mustSeal(t, "k", "v"); standing(t, s.sealer, "k", again) != Current || string(headerOf(t, again).Annotations[offlineCopyN]) != "age-2" {
+		if again := s.Ack.MustWrite(t, "k", "v"); ringtest.StateOf(t, s.Sealer, "k", again) != keyring.Current || string(ringtest.HeaderOf(t, again).Annotations[offlineCopyN]) != "age-2" {
 			t.Error("new values are not for the new recipients")
 		}
-		s.ack.mustOpen(t, "k", stored, "v")
+		s.Ack.MustRead(t, "k", stored, "v")
 		if s.key.calls > 0 {
 			t.Error("a copy was unwrapped")
 		}
@@ -148,40 +151,40 @@ func TestOfflineCopyIsRead(t *testing.T) {
 	for _, reason := range []kmsclient.Reason{kmsclient.KeyGone, kmsclient.KeyNotFound, kmsclient.KeyDisabled, kmsclient.Denied, kmsclient.Unreachable} {
 		t.Run(reason.String(), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				ack := newKMS(t, "ack")
+				ack := ringtest.NewKMS(t, "ack")
 				s := newOfflineSite(t, ack)
-				stored := s.ack.mustSeal(t, "k", "v")
+				stored := s.Ack.MustWrite(t, "k", "v")
 				s.lose(ack, reason)
-				_, err := openBy(s.sealer, "k", stored)
+				_, err := ringtest.OpenBy(s.Sealer, "k", stored)
 				if reason == kmsclient.Unreachable {
-					wantKind(t, err, Unavailable)
+					ringtest.WantKind(t, err, keyring.Unavailable)
 				} else {
-					wantKind(t, err, KeyUnusable)
+					ringtest.WantKind(t, err, keyring.KeyUnusable)
 				}
 				if override := reason == kmsclient.KeyDisabled || reason == kmsclient.Denied; !override && !strings.Contains(err.Error(), "--identity") {
 					t.Errorf("the error does not say what decrypts the value: %v", err)
 				}
-				if got, err := openBy(s.lax, "k", stored); err == nil {
+				if got, err := ringtest.OpenBy(s.lax, "k", stored); err == nil {
 					t.Errorf("a value that an identity decrypts is returned as stored: %q", got)
 				}
 				s.key.set(func() { s.key.private = true })
 				time.Sleep(time.Hour) // past every pause
 				for range 10 {
 					time.Sleep(time.Minute)
-					if got, err := openBy(s.sealer, "k", stored); err != nil || got != "v" {
+					if got, err := ringtest.OpenBy(s.Sealer, "k", stored); err != nil || got != "v" {
 						t.Fatalf("%q, %v", got, err)
 					}
 				}
-				if got := standing(t, s.sealer, "k", stored); got != Stale {
+				if got := ringtest.StateOf(t, s.Sealer, "k", stored); got != keyring.Stale {
 					t.Errorf("the value is %v", got)
 				}
 				if s.key.calls != 1 {
 					t.Errorf("the copy was unwrapped %d times", s.key.calls)
 				}
-				if !strings.Contains(s.log.String(), "decrypted by recovery copies") {
+				if !strings.Contains(s.Log.String(), "decrypted by recovery copies") {
 					t.Error("the log does not say so")
 				}
-				if _, err := s.ack.seal("k", "v"); err == nil && reason != kmsclient.Unreachable {
+				if _, err := s.Ack.Write("k", "v"); err == nil && reason != kmsclient.Unreachable {
 					t.Error("values are encrypted under the lost key")
 				}
 			})
@@ -193,15 +196,15 @@ func TestOfflineCopyIsRead(t *testing.T) {
 // the value is not lost.
 func TestOfflineCopyOfOthers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		ack := newKMS(t, "ack")
+		ack := ringtest.NewKMS(t, "ack")
 		s := newOfflineSite(t, ack)
-		stored := s.ack.mustSeal(t, "k", "v")
+		stored := s.Ack.MustWrite(t, "k", "v")
 		s.lose(ack, kmsclient.KeyNotFound)
 		s.key.set(func() { s.key.private, s.key.err = true, errors.New("made for others") })
 		for range 100 {
-			for _, sealer := range []*Sealer{s.sealer, s.lax} {
-				_, err := openBy(sealer, "k", stored)
-				wantKind(t, err, KeyUnusable)
+			for _, sealer := range []*rule.Sealer{s.Sealer, s.lax} {
+				_, err := ringtest.OpenBy(sealer, "k", stored)
+				ringtest.WantKind(t, err, keyring.KeyUnusable)
 				if !strings.Contains(err.Error(), "made for others") {
 					t.Fatal(err)
 				}
@@ -217,28 +220,28 @@ func TestOfflineCopyOfOthers(t *testing.T) {
 // though private keys are there, and that a copy of the wrong kind is not used.
 func TestOfflineCopiesAndOthers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		ack, dr := newKMS(t, "ack"), newKMS(t, "dr")
-		s := newSite(t, ack, dr, false, nil).start(t)
-		stored := s.ack.mustSeal(t, "k", "v") // with a copy by dr only
-		safe, err := New(RingConfig{Provider: "safe", Offline: &fakeOffline{id: "age-1", private: true}, Cache: s.ack.cache})
+		ack, dr := ringtest.NewKMS(t, "ack"), ringtest.NewKMS(t, "dr")
+		s := ringtest.NewSite(t, ack, dr, false, nil).Start(t)
+		stored := s.Ack.MustWrite(t, "k", "v") // with a copy by dr only
+		safe, err := keyring.New(keyring.RingConfig{Provider: "safe", Offline: &fakeOffline{id: "age-1", private: true}, Cache: s.Ack.Cache})
 		if err != nil {
 			t.Fatal(err)
 		}
 		// dr is offline now, and its old copies are not.
-		other, err := New(RingConfig{Provider: "dr", Offline: &fakeOffline{id: "age-1", private: true}, Cache: s.ack.cache})
+		other, err := keyring.New(keyring.RingConfig{Provider: "dr", Offline: &fakeOffline{id: "age-1", private: true}, Cache: s.Ack.Cache})
 		if err != nil {
 			t.Fatal(err)
 		}
-		ack.set(func() { ack.down = kmsError("Status", kmsclient.KeyDisabled) })
+		ack.Set(func() { ack.Down = ringtest.KMSError("Status", kmsclient.KeyDisabled) })
 		time.Sleep(2 * time.Minute)
 		synctest.Wait()
-		_, err = openBy(rule(t, SealerConfig{Write: s.ack.Ring, Recovery: []*Ring{s.dr.Ring, safe}}), "k", stored)
-		wantKind(t, err, KeyUnusable)
-		if n := dr.count("Decrypt"); n > 0 {
+		_, err = ringtest.OpenBy(ringtest.NewRule(t, rule.Config{Write: s.Ack.Ring, Recovery: []*keyring.Ring{s.DR.Ring, safe}}), "k", stored)
+		ringtest.WantKind(t, err, keyring.KeyUnusable)
+		if n := dr.Count("Decrypt"); n > 0 {
 			t.Errorf("dr unwrapped %d copies of a disabled key", n)
 		}
-		_, err = openBy(rule(t, SealerConfig{Write: s.ack.Ring, Recovery: []*Ring{other}}), "k", stored)
-		wantKind(t, err, KeyUnusable)
+		_, err = ringtest.OpenBy(ringtest.NewRule(t, rule.Config{Write: s.Ack.Ring, Recovery: []*keyring.Ring{other}}), "k", stored)
+		ringtest.WantKind(t, err, keyring.KeyUnusable)
 		if !strings.Contains(err.Error(), "not an age file") {
 			t.Error(err)
 		}
@@ -247,23 +250,23 @@ func TestOfflineCopiesAndOthers(t *testing.T) {
 
 // TestOfflineRingOnlyCopies refuses rules that would encrypt or decrypt with an offline key.
 func TestOfflineRingOnlyCopies(t *testing.T) {
-	cache, err := NewCache(CacheConfig{})
+	cache, err := keyring.NewCache(keyring.CacheConfig{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	safe, err := New(RingConfig{Provider: "safe", Offline: &fakeOffline{id: "age-1"}, Cache: cache})
+	safe, err := keyring.New(keyring.RingConfig{Provider: "safe", Offline: &fakeOffline{id: "age-1"}, Cache: cache})
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, c := range []SealerConfig{
+	for _, c := range []rule.Config{
 		{Write: safe, InspectOnly: true, AllowPlaintextReads: true},
-		{Read: []*Ring{safe}, AllowPlaintextReads: true},
+		{Read: []*keyring.Ring{safe}, AllowPlaintextReads: true},
 	} {
-		if _, err := NewSealer(c); err == nil || !strings.Contains(err.Error(), "wraps recovery copies only") {
+		if _, err := rule.New(c); err == nil || !strings.Contains(err.Error(), "wraps recovery copies only") {
 			t.Errorf("%v", err)
 		}
 	}
-	if _, err := New(RingConfig{Provider: "safe", Offline: &fakeOffline{}, KMS: newKMS(t, "a"), Cache: cache}); err == nil {
+	if _, err := keyring.New(keyring.RingConfig{Provider: "safe", Offline: &fakeOffline{}, KMS: ringtest.NewKMS(t, "a"), Cache: cache}); err == nil {
 		t.Error("an offline ring with a KMS")
 	}
 }

@@ -1,4 +1,4 @@
-package keyring
+package keyring_test
 
 import (
 	"bytes"
@@ -11,6 +11,9 @@ import (
 	"time"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/rule"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/ringtest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/kmstest"
 )
@@ -18,18 +21,18 @@ import (
 // pluginRig is a ring over a public plugin as it behaves, through the client that the proxy calls
 // it with.
 type pluginRig struct {
-	*rig
+	*ringtest.Rig
 	plugin *kmstest.Persona
 }
 
-func newPluginRig(t *testing.T, plugin *kmstest.Persona, change func(*RingConfig, *CacheConfig)) *pluginRig {
+func newPluginRig(t *testing.T, plugin *kmstest.Persona, change func(*keyring.RingConfig, *keyring.CacheConfig)) *pluginRig {
 	t.Helper()
 	client, err := kmsclient.New(kmsclient.Config{Name: "p", Backend: plugin})
 	if err != nil {
 		t.Fatal(err)
 	}
-	kms := &fakeKMS{name: "p"}
-	return &pluginRig{plugin: plugin, rig: newRing(t, kms, func(rc *RingConfig, cc *CacheConfig) {
+	kms := &ringtest.KMS{Name: "p"}
+	return &pluginRig{plugin: plugin, Rig: ringtest.NewRig(t, kms, func(rc *keyring.RingConfig, cc *keyring.CacheConfig) {
 		rc.KMS = client
 		rc.SealUnreachableFor = 0 // writers need the KMS
 		if change != nil {
@@ -95,21 +98,21 @@ func TestReaderOfARefusedValue(t *testing.T) {
 	usable(t, func(t *testing.T, p kmstest.Personality) {
 		g := newPluginRig(t, kmstest.NewPersona(p), nil)
 		bad, good := g.damaged(t, "bad"), g.stored(t, "good", "v")
-		g.start(t)
+		g.Start(t)
 		synctest.Wait()
 		decrypts, polls := g.plugin.Calls("Decrypt"), g.plugin.Calls("Status")
 		for minute := range 10 {
 			for range 60 {
 				for range 10 {
-					_, err := g.open("bad", bad)
+					_, err := g.Read("bad", bad)
 					if p.Garbage {
-						wantKind(t, err, Corrupt)
+						ringtest.WantKind(t, err, keyring.Corrupt)
 					} else {
-						wantKind(t, err, SeedRefused)
+						ringtest.WantKind(t, err, keyring.SeedRefused)
 					}
 				}
-				g.mustSeal(t, "k", "v")
-				g.mustOpen(t, "good", good, "v")
+				g.MustWrite(t, "k", "v")
+				g.MustRead(t, "good", good, "v")
 				time.Sleep(time.Second)
 			}
 			if n := g.plugin.Refused(); n > 5+minute {
@@ -136,17 +139,17 @@ func TestReaderAtTheStart(t *testing.T) {
 		}
 		// the plugin says that it is not healthy from before the start, and stays so
 		for _, v := range refused {
-			_, _ = g.open("bad", v)
+			_, _ = g.Read("bad", v)
 		}
-		g.start(t)
+		g.Start(t)
 		for i := range 120 {
-			_, _ = g.open("bad", refused[i%len(refused)])
+			_, _ = g.Read("bad", refused[i%len(refused)])
 			time.Sleep(500 * time.Millisecond)
 		}
-		g.mustSeal(t, "k", "v")
+		g.MustWrite(t, "k", "v")
 		for i := range 1200 {
-			_, _ = g.open("bad", refused[i%len(refused)])
-			g.mustSeal(t, "k", "v")
+			_, _ = g.Read("bad", refused[i%len(refused)])
+			g.MustWrite(t, "k", "v")
 			time.Sleep(500 * time.Millisecond)
 		}
 	})
@@ -163,21 +166,21 @@ func TestSlowRefusals(t *testing.T) {
 		g := newPluginRig(t, plugin, nil)
 		bad := g.damaged(t, "bad")
 		plugin.SetSlowRefusals(10 * time.Second)
-		g.start(t)
+		g.Start(t)
 		synctest.Wait()
-		g.mustSeal(t, "k", "v")
+		g.MustWrite(t, "k", "v")
 		for range 5 {
-			_, _ = g.open("bad", bad)
+			_, _ = g.Read("bad", bad)
 			time.Sleep(6 * time.Second)
-			g.mustSeal(t, "k", "v")
+			g.MustWrite(t, "k", "v")
 		}
-		_, err := g.open("bad", bad)
-		wantKind(t, err, SeedRefused)
+		_, err := g.Read("bad", bad)
+		ringtest.WantKind(t, err, keyring.SeedRefused)
 		plugin.Rotate()
 		plugin.Restart()
 		time.Sleep(time.Minute)
-		_, _ = g.open("bad", bad)
-		if v := g.mustSeal(t, "k", "v"); keyIDOf(t, v) == keyIDOf(t, bad) {
+		_, _ = g.Read("bad", bad)
+		if v := g.MustWrite(t, "k", "v"); ringtest.KeyIDOf(t, v) == ringtest.KeyIDOf(t, bad) {
 			t.Error("no seed under the new key version")
 		}
 	})
@@ -191,8 +194,8 @@ func TestOutageBehindPlugins(t *testing.T) {
 	}
 	usable(t, func(t *testing.T, p kmstest.Personality) {
 		plugin := kmstest.NewPersona(p)
-		g := newPluginRig(t, plugin, func(c *RingConfig, _ *CacheConfig) { c.SealUnreachableFor = time.Hour }).start(t)
-		g.mustSeal(t, "k", "v")
+		g := newPluginRig(t, plugin, func(c *keyring.RingConfig, _ *keyring.CacheConfig) { c.SealUnreachableFor = time.Hour }).Start(t)
+		g.MustWrite(t, "k", "v")
 		time.Sleep(5*time.Minute + 10*time.Second)
 		synctest.Wait()
 		plugin.SetOutage(true)
@@ -216,7 +219,7 @@ func TestOutageBehindPlugins(t *testing.T) {
 		if most, ok := apiServer[p.Name]; ok && most > 0 && vendor > most+10 {
 			t.Errorf("%d calls at the vendor; kube-apiserver makes %d", vendor, most)
 		}
-		g.mustSeal(t, "k", "v")
+		g.MustWrite(t, "k", "v")
 		plugin.SetOutage(false)
 		time.Sleep(45 * time.Second)
 		synctest.Wait()
@@ -233,13 +236,13 @@ func TestOldKeyIsRefused(t *testing.T) {
 		t.Run(poll.String(), func(t *testing.T) {
 			usable(t, func(t *testing.T, p kmstest.Personality) {
 				plugin := kmstest.NewPersona(p)
-				g := newPluginRig(t, plugin, func(c *RingConfig, _ *CacheConfig) { c.PollInterval = poll })
+				g := newPluginRig(t, plugin, func(c *keyring.RingConfig, _ *keyring.CacheConfig) { c.PollInterval = poll })
 				old := g.stored(t, "old", "v")
-				g.start(t)
-				g.mustOpen(t, "old", old, "v")
+				g.Start(t)
+				g.MustRead(t, "old", old, "v")
 				plugin.Rotate()
 				time.Sleep(2 * time.Minute)
-				plugin.Disable(keyIDOf(t, old))
+				plugin.Disable(ringtest.KeyIDOf(t, old))
 				time.Sleep(time.Minute)
 				plugin.SetOutage(true)
 				time.Sleep(2 * time.Minute)
@@ -249,9 +252,9 @@ func TestOldKeyIsRefused(t *testing.T) {
 				before := plugin.Calls("Decrypt")
 				healthy, polls := 0, plugin.Calls("Status")
 				for range 600 {
-					g.mustSeal(t, "k", "v")
+					g.MustWrite(t, "k", "v")
 					// which the cache allows: no plugin says that the key is disabled
-					g.mustOpen(t, "old", old, "v")
+					g.MustRead(t, "old", old, "v")
 					if g.State().Healthy {
 						healthy++
 					}
@@ -274,37 +277,37 @@ func TestOldKeyIsRefused(t *testing.T) {
 func TestStatusLagsBehind(t *testing.T) {
 	usable(t, func(t *testing.T, p kmstest.Personality) {
 		plugin := kmstest.NewPersona(p)
-		g := newPluginRig(t, plugin, nil).start(t)
-		v := g.mustSeal(t, "k", "v")
+		g := newPluginRig(t, plugin, nil).Start(t)
+		v := g.MustWrite(t, "k", "v")
 		for range 3 {
 			plugin.Restart()
 			time.Sleep(3 * time.Minute)
 			synctest.Wait()
-			if got := standing(t, g.sealer, "k", v); got != Current {
+			if got := ringtest.StateOf(t, g.Sealer, "k", v); got != keyring.Current {
 				t.Errorf("the value is %v", got)
 			}
 		}
-		if n := g.events.get("p " + string(EventGenerated)); n != 1 {
+		if n := g.Events.Get("p " + string(keyring.EventGenerated)); n != 1 {
 			t.Errorf("%d seeds", n)
 		}
 		// A command that only looks, just after a restart.
 		plugin.Restart()
-		look := newPluginRig(t, plugin, func(c *RingConfig, _ *CacheConfig) { c.ReadOnly = true })
-		sealer, err := NewSealer(SealerConfig{Prefix: "/s/", Write: look.Ring, AllowPlaintextReads: true, InspectOnly: true})
+		look := newPluginRig(t, plugin, func(c *keyring.RingConfig, _ *keyring.CacheConfig) { c.ReadOnly = true })
+		sealer, err := rule.New(rule.Config{Prefix: "/s/", Write: look.Ring, AllowPlaintextReads: true, InspectOnly: true})
 		if err != nil {
 			t.Fatal(err)
 		}
-		look.start(t)
+		look.Start(t)
 		if err := look.WaitForCheck(context.Background()); err != nil {
 			t.Fatal(err)
 		}
-		if got := standing(t, sealer, "k", v); got != Current {
+		if got := ringtest.StateOf(t, sealer, "k", v); got != keyring.Current {
 			t.Errorf("to a command, the value is %v", got)
 		}
 		id := plugin.Rotate()
 		time.Sleep(2*time.Minute + time.Second)
 		synctest.Wait()
-		if got := keyIDOf(t, g.mustSeal(t, "k", "v")); got != id {
+		if got := ringtest.KeyIDOf(t, g.MustWrite(t, "k", "v")); got != id {
 			t.Errorf("two polls after a rotation to %s, values are under %s", id, got)
 		}
 	})
@@ -314,15 +317,17 @@ func TestStatusLagsBehind(t *testing.T) {
 // and not before, nor in an outage.
 func TestLastingRefusal(t *testing.T) {
 	usable(t, func(t *testing.T, p kmstest.Personality) {
-		plugin, log := kmstest.NewPersona(p), new(logBuffer)
-		g := newPluginRig(t, plugin, func(c *RingConfig, _ *CacheConfig) { c.Logger = slog.New(slog.NewTextHandler(log, nil)) })
+		plugin, log := kmstest.NewPersona(p), new(ringtest.LogBuffer)
+		g := newPluginRig(t, plugin, func(c *keyring.RingConfig, _ *keyring.CacheConfig) {
+			c.Logger = slog.New(slog.NewTextHandler(log, nil))
+		})
 		bad, good := g.damaged(t, "bad"), g.stored(t, "good", "v")
-		pass := rule(t, SealerConfig{Write: g.Ring, Passthrough: true})
-		g.start(t)
+		pass := ringtest.NewRule(t, rule.Config{Write: g.Ring, Passthrough: true})
+		g.Start(t)
 		synctest.Wait()
 		read := func(for_ time.Duration, key string, v []byte) (handedOn int) {
 			for end := time.Now().Add(for_); time.Now().Before(end); time.Sleep(time.Second) {
-				if got, err := openBy(pass, key, v); err == nil && got == string(v) {
+				if got, err := ringtest.OpenBy(pass, key, v); err == nil && got == string(v) {
 					handedOn++
 				}
 			}
@@ -332,7 +337,7 @@ func TestLastingRefusal(t *testing.T) {
 			t.Errorf("handed on %d times in four minutes", n)
 		}
 		read(3*time.Minute, "bad", bad)
-		if got, err := openBy(pass, "bad", bad); err != nil || got != string(bad) {
+		if got, err := ringtest.OpenBy(pass, "bad", bad); err != nil || got != string(bad) {
 			t.Errorf("not handed on after seven minutes: %v", err)
 		}
 		if p.Garbage {
@@ -348,7 +353,7 @@ func TestLastingRefusal(t *testing.T) {
 		}
 		plugin.SetOutage(false)
 		time.Sleep(time.Minute)
-		if got, err := openBy(pass, "good", good); err != nil || got != "v" {
+		if got, err := ringtest.OpenBy(pass, "good", good); err != nil || got != "v" {
 			t.Errorf("after the outage: %v", err)
 		}
 	})
@@ -359,20 +364,20 @@ func TestLastingRefusal(t *testing.T) {
 func TestNothingIsHandedOnWithoutEvidence(t *testing.T) {
 	usable(t, func(t *testing.T, p kmstest.Personality) {
 		plugin := kmstest.NewPersona(p)
-		g := newPluginRig(t, plugin, func(c *RingConfig, _ *CacheConfig) { c.ReadOnly = true })
+		g := newPluginRig(t, plugin, func(c *keyring.RingConfig, _ *keyring.CacheConfig) { c.ReadOnly = true })
 		good := g.stored(t, "good", "v")
-		pass := rule(t, SealerConfig{Read: []*Ring{g.Ring}, AllowPlaintextReads: true, Passthrough: true})
+		pass := ringtest.NewRule(t, rule.Config{Read: []*keyring.Ring{g.Ring}, AllowPlaintextReads: true, Passthrough: true})
 		plugin.SetOutage(true)
-		g.start(t)
+		g.Start(t)
 		for range 20 * 60 {
-			if got, err := openBy(pass, "good", good); err == nil {
+			if got, err := ringtest.OpenBy(pass, "good", good); err == nil {
 				t.Fatalf("handed on in an outage: %d bytes", len(got))
 			}
 			time.Sleep(time.Second)
 		}
 		plugin.SetOutage(false)
 		time.Sleep(2 * time.Minute)
-		if got, err := openBy(pass, "good", good); err != nil || got != "v" {
+		if got, err := ringtest.OpenBy(pass, "good", good); err != nil || got != "v" {
 			t.Errorf("after the outage: %v", err)
 		}
 	})
@@ -386,9 +391,9 @@ func TestUnusablePlugins(t *testing.T) {
 			continue
 		}
 		synctest.Test(t, func(t *testing.T) {
-			g := newPluginRig(t, kmstest.NewPersona(p), nil).start(t)
-			_, err := g.seal("k", "v")
-			wantKind(t, err, Unavailable)
+			g := newPluginRig(t, kmstest.NewPersona(p), nil).Start(t)
+			_, err := g.Write("k", "v")
+			ringtest.WantKind(t, err, keyring.Unavailable)
 			if st := g.State(); st.CanSeal || !strings.Contains(st.Reason, "the response of the KMS is wrong") {
 				t.Errorf("%s: %+v", p.Name, st)
 			}
@@ -400,25 +405,27 @@ func TestUnusablePlugins(t *testing.T) {
 // change alone, and says so.
 func TestFlappingKeyID(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		kms, log := newKMS(t, "ack"), new(logBuffer)
-		g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.Logger = slog.New(slog.NewTextHandler(log, nil)) }).start(t)
-		g.mustSeal(t, "k", "v")
+		kms, log := ringtest.NewKMS(t, "ack"), new(ringtest.LogBuffer)
+		g := ringtest.NewRig(t, kms, func(c *keyring.RingConfig, _ *keyring.CacheConfig) {
+			c.Logger = slog.New(slog.NewTextHandler(log, nil))
+		}).Start(t)
+		g.MustWrite(t, "k", "v")
 		ids := []string{"key-1", "key-2"}
-		kms.rotate("key-2")
+		kms.Rotate("key-2")
 		minute := func(id string) {
-			kms.set(func() { kms.current = id })
+			kms.Set(func() { kms.Current = id })
 			time.Sleep(time.Minute)
 			synctest.Wait()
 		}
 		minute("key-2")
-		now := g.mustSeal(t, "k", "v")
+		now := g.MustWrite(t, "k", "v")
 		for i := range 100 {
 			minute(ids[i%2])
-			if got := standing(t, g.sealer, "k", now); got != Current {
+			if got := ringtest.StateOf(t, g.Sealer, "k", now); got != keyring.Current {
 				t.Fatalf("after %d changes the value is %v", i, got)
 			}
 		}
-		if n := g.events.get("ack " + string(EventGenerated)); n > 2 {
+		if n := g.Events.Get("ack " + string(keyring.EventGenerated)); n > 2 {
 			t.Errorf("%d seeds", n)
 		}
 		if n := strings.Count(log.String(), "KMS key ID alternates"); n < 1 || n > 3 || g.State().Flapped.IsZero() {
@@ -428,23 +435,23 @@ func TestFlappingKeyID(t *testing.T) {
 		for range 62 {
 			minute("key-1")
 		}
-		if got := keyIDOf(t, g.mustSeal(t, "k", "v")); got != "key-1" {
+		if got := ringtest.KeyIDOf(t, g.MustWrite(t, "k", "v")); got != "key-1" {
 			t.Errorf("sealed under %s", got)
 		}
 		// A key ID that was never left counts at once, and a refusal of the one in use does not
 		// wait.
-		kms.rotate("key-3")
+		kms.Rotate("key-3")
 		minute("key-3")
-		if got := keyIDOf(t, g.mustSeal(t, "k", "v")); got != "key-3" {
+		if got := ringtest.KeyIDOf(t, g.MustWrite(t, "k", "v")); got != "key-3" {
 			t.Errorf("sealed under %s", got)
 		}
-		for i, err := range []error{kmsError("Decrypt", kmsclient.KeyDisabled), &kmsclient.Error{Op: "Decrypt", Reason: kmsclient.Failing}} {
+		for i, err := range []error{ringtest.KMSError("Decrypt", kmsclient.KeyDisabled), &kmsclient.Error{Op: "Decrypt", Reason: kmsclient.Failing}} {
 			id := []string{"key-3", "key-4"}[i]
-			kms.rotate(id)
+			kms.Rotate(id)
 			minute(id)
-			kms.set(func() { kms.keyErr[id] = err })
+			kms.Set(func() { kms.KeyErr[id] = err })
 			minute("key-1")
-			if got := keyIDOf(t, g.mustSeal(t, "k", "v")); got != "key-1" {
+			if got := ringtest.KeyIDOf(t, g.MustWrite(t, "k", "v")); got != "key-1" {
 				t.Errorf("sealed under %s, which the KMS refuses", got)
 			}
 		}
@@ -455,16 +462,16 @@ func TestFlappingKeyID(t *testing.T) {
 // however many there were: it opens as soon as the KMS is back.
 func TestNoConnectionIsNoRefusal(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		kms := newKMS(t, "ack")
-		stored := kms.sealed(t, "k", "v")
-		g := newRing(t, kms, nil).start(t)
+		kms := ringtest.NewKMS(t, "ack")
+		stored := kms.Encrypted(t, "k", "v")
+		g := ringtest.NewRig(t, kms, nil).Start(t)
 		synctest.Wait()
-		kms.set(func() { kms.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.Unreachable) })
+		kms.Set(func() { kms.OpErr["Decrypt"] = ringtest.KMSError("Decrypt", kmsclient.Unreachable) })
 		for range 10 {
-			_, err := g.open("k", stored)
-			wantKind(t, err, Unavailable)
+			_, err := g.Read("k", stored)
+			ringtest.WantKind(t, err, keyring.Unavailable)
 		}
-		kms.set(func() { kms.opErr = map[string]error{} })
-		g.mustOpen(t, "k", stored, "v")
+		kms.Set(func() { kms.OpErr = map[string]error{} })
+		g.MustRead(t, "k", stored, "v")
 	})
 }

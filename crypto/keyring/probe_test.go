@@ -1,4 +1,4 @@
-package keyring
+package keyring_test
 
 import (
 	"fmt"
@@ -7,11 +7,13 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/ringtest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
 // versions makes the ring take all of "key/version" for one key.
-func versions(c *RingConfig, _ *CacheConfig) {
+func versions(c *keyring.RingConfig, _ *keyring.CacheConfig) {
 	c.KeyOf = func(id string) string { key, _, _ := strings.Cut(id, "/"); return key }
 }
 
@@ -19,28 +21,28 @@ func versions(c *RingConfig, _ *CacheConfig) {
 // of it are in the cache, with the default intervals.
 func TestIdleCalls(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		kms := newKMS(t, "ack")
-		g := newRing(t, kms, versions).start(t)
-		g.mustSeal(t, "k", "v")
+		kms := ringtest.NewKMS(t, "ack")
+		g := ringtest.NewRig(t, kms, versions).Start(t)
+		g.MustWrite(t, "k", "v")
 		for _, key := range []string{"old", "now"} {
 			for v := range 10 {
-				kms.rotate(fmt.Sprintf("%s/%d", key, v))
+				kms.Rotate(fmt.Sprintf("%s/%d", key, v))
 				time.Sleep(time.Minute)
 				synctest.Wait()
-				g.mustOpen(t, "k", g.mustSeal(t, "k", "v"), "v")
+				g.MustRead(t, "k", g.MustWrite(t, "k", "v"), "v")
 			}
 		}
-		kms.set(func() { kms.calls = map[string]int{} })
+		kms.Set(func() { kms.Calls = map[string]int{} })
 		time.Sleep(10 * time.Minute)
 		synctest.Wait()
-		status, probes := kms.count("Status"), kms.count("Probe")
+		status, probes := kms.Count("Status"), kms.Count("Probe")
 		if status < 10 || status > 12 {
 			t.Errorf("%d Status calls in ten minutes", status)
 		}
 		if want := 3 * status; probes != want { // of key-1, old and now
 			t.Errorf("%d Decrypt calls in %d polls, want %d", probes, status, want)
 		}
-		if n := kms.count("Encrypt") + kms.count("Decrypt"); n != 0 {
+		if n := kms.Count("Encrypt") + kms.Count("Decrypt"); n != 0 {
 			t.Errorf("%d calls that nobody asked for", n)
 		}
 	})
@@ -49,28 +51,28 @@ func TestIdleCalls(t *testing.T) {
 // TestOldKeyOfManyIsRevoked: every key ID in the cache has its turn, though there are more than one
 // poll asks about.
 func TestOldKeyOfManyIsRevoked(t *testing.T) {
-	for _, which := range []int{0, 1, maxProbes - 1, maxProbes, 2*maxProbes + 2} {
+	for _, which := range []int{0, 1, keyring.MaxProbes - 1, keyring.MaxProbes, 2*keyring.MaxProbes + 2} {
 		for _, reason := range []kmsclient.Reason{kmsclient.KeyDisabled, kmsclient.Denied} {
 			t.Run(fmt.Sprintf("%v of number %d", reason, which), func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
-					kms := newKMS(t, "ack")
-					g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.RevokeWithin = 10 * time.Second }).start(t)
+					kms := ringtest.NewKMS(t, "ack")
+					g := ringtest.NewRig(t, kms, func(c *keyring.RingConfig, _ *keyring.CacheConfig) { c.RevokeWithin = 10 * time.Second }).Start(t)
 					var stored [][]byte
-					for i := range 2*maxProbes + 3 {
-						kms.rotate(fmt.Sprintf("old-%03d", i))
-						v := kms.sealed(t, "k", "v")
-						g.mustOpen(t, "k", v, "v")
+					for i := range 2*keyring.MaxProbes + 3 {
+						kms.Rotate(fmt.Sprintf("old-%03d", i))
+						v := kms.Encrypted(t, "k", "v")
+						g.MustRead(t, "k", v, "v")
 						stored = append(stored, v)
 					}
-					kms.rotate("now")
+					kms.Rotate("now")
 					time.Sleep(10 * time.Second)
-					own := g.mustSeal(t, "k", "own")
+					own := g.MustWrite(t, "k", "own")
 					id := fmt.Sprintf("old-%03d", which)
-					kms.set(func() {
-						kms.keyErr[id] = kmsError("Decrypt", reason)
+					kms.Set(func() {
+						kms.KeyErr[id] = ringtest.KMSError("Decrypt", reason)
 						// that is no reason to leave the others for later
-						for odd := 5; odd < 2*maxProbes; odd += 10 {
-							kms.keyErr[fmt.Sprintf("old-%03d", odd)] = &kmsclient.Error{Op: "Decrypt", Reason: kmsclient.Failing}
+						for odd := 5; odd < 2*keyring.MaxProbes; odd += 10 {
+							kms.KeyErr[fmt.Sprintf("old-%03d", odd)] = &kmsclient.Error{Op: "Decrypt", Reason: kmsclient.Failing}
 						}
 					})
 					time.Sleep(3 * 10 * time.Second) // a third of the keys each
@@ -79,15 +81,15 @@ func TestOldKeyOfManyIsRevoked(t *testing.T) {
 					}
 					synctest.Wait()
 					for i, v := range stored {
-						_, err := g.open("k", v)
+						_, err := g.Read("k", v)
 						if i == which {
-							wantKind(t, err, KeyUnusable)
+							ringtest.WantKind(t, err, keyring.KeyUnusable)
 						} else if err != nil {
 							t.Fatal(err)
 						}
 					}
-					g.mustOpen(t, "k", own, "own")
-					g.mustSeal(t, "k", "v")
+					g.MustRead(t, "k", own, "own")
+					g.MustWrite(t, "k", "v")
 				})
 			})
 		}
@@ -97,34 +99,34 @@ func TestOldKeyOfManyIsRevoked(t *testing.T) {
 // TestOldKeyGoesWithAllVersions: one seed is asked about, and all of the key's go.
 func TestOldKeyGoesWithAllVersions(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		kms := newKMS(t, "ack")
-		g := newRing(t, kms, versions).start(t)
+		kms := ringtest.NewKMS(t, "ack")
+		g := ringtest.NewRig(t, kms, versions).Start(t)
 		var stored [][]byte
 		for v := range 5 {
-			kms.rotate(fmt.Sprintf("old/%d", v))
+			kms.Rotate(fmt.Sprintf("old/%d", v))
 			time.Sleep(time.Minute)
 			synctest.Wait()
-			stored = append(stored, g.mustSeal(t, "k", "v"))
+			stored = append(stored, g.MustWrite(t, "k", "v"))
 		}
-		kms.rotate("now/1")
+		kms.Rotate("now/1")
 		time.Sleep(time.Minute)
 		synctest.Wait()
-		own := g.mustSeal(t, "k", "own")
-		kms.set(func() {
+		own := g.MustWrite(t, "k", "own")
+		kms.Set(func() {
 			for v := range 5 {
-				kms.keyErr[fmt.Sprintf("old/%d", v)] = kmsError("Decrypt", kmsclient.KeyDisabled)
+				kms.KeyErr[fmt.Sprintf("old/%d", v)] = ringtest.KMSError("Decrypt", kmsclient.KeyDisabled)
 			}
 		})
 		time.Sleep(time.Minute)
 		synctest.Wait()
 		// what opens now is cached
-		kms.set(func() { kms.down = kmsError("Decrypt", kmsclient.Unreachable) })
+		kms.Set(func() { kms.Down = ringtest.KMSError("Decrypt", kmsclient.Unreachable) })
 		for _, v := range stored {
-			if _, err := g.open("k", v); err == nil {
-				t.Errorf("a value under %s opens", keyIDOf(t, v))
+			if _, err := g.Read("k", v); err == nil {
+				t.Errorf("a value under %s opens", ringtest.KeyIDOf(t, v))
 			}
 		}
-		g.mustOpen(t, "k", own, "own")
+		g.MustRead(t, "k", own, "own")
 	})
 }
 
@@ -135,34 +137,36 @@ func TestRefusalBesideAnotherFault(t *testing.T) {
 		for _, reason := range []kmsclient.Reason{kmsclient.KeyDisabled, kmsclient.Denied} {
 			t.Run(fmt.Sprintf("%s, %v", name, reason), func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
-					kms := newKMS(t, "ack")
-					g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.MaxAge, c.SealUnreachableFor = time.Hour, 24*time.Hour }).start(t)
-					old := g.mustSeal(t, "k", "v")
-					kms.rotate("key-2")
+					kms := ringtest.NewKMS(t, "ack")
+					g := ringtest.NewRig(t, kms, func(c *keyring.RingConfig, _ *keyring.CacheConfig) {
+						c.MaxAge, c.SealUnreachableFor = time.Hour, 24*time.Hour
+					}).Start(t)
+					old := g.MustWrite(t, "k", "v")
+					kms.Rotate("key-2")
 					time.Sleep(time.Minute)
 					synctest.Wait()
-					now := g.mustSeal(t, "k", "v")
-					kms.set(func() { kms.opErr[op] = kmsError(op, kmsclient.Unreachable) })
+					now := g.MustWrite(t, "k", "v")
+					kms.Set(func() { kms.OpErr[op] = ringtest.KMSError(op, kmsclient.Unreachable) })
 					time.Sleep(time.Hour)
-					g.mustSeal(t, "k", "v")
-					g.mustOpen(t, "k", old, "v")
-					kms.set(func() { kms.keyErr["key-1"] = kmsError("Decrypt", reason) })
+					g.MustWrite(t, "k", "v")
+					g.MustRead(t, "k", old, "v")
+					kms.Set(func() { kms.KeyErr["key-1"] = ringtest.KMSError("Decrypt", reason) })
 					time.Sleep(3*time.Minute + 10*time.Second) // two polls or three
-					_, err := g.open("k", old)
+					_, err := g.Read("k", old)
 					if op == "Status" {
 						if err != nil {
 							t.Errorf("an old key was asked about while Status was not good: %v", err)
 						}
 					} else {
-						wantKind(t, err, KeyUnusable)
+						ringtest.WantKind(t, err, keyring.KeyUnusable)
 					}
-					g.mustOpen(t, "k", now, "v")
-					kms.set(func() { kms.keyErr["key-2"] = kmsError("Decrypt", reason) })
+					g.MustRead(t, "k", now, "v")
+					kms.Set(func() { kms.KeyErr["key-2"] = ringtest.KMSError("Decrypt", reason) })
 					time.Sleep(2*time.Minute + 10*time.Second)
-					_, err = g.open("k", now)
-					wantKind(t, err, KeyUnusable)
-					_, err = g.seal("k", "v")
-					wantKind(t, err, KeyUnusable)
+					_, err = g.Read("k", now)
+					ringtest.WantKind(t, err, keyring.KeyUnusable)
+					_, err = g.Write("k", "v")
+					ringtest.WantKind(t, err, keyring.KeyUnusable)
 				})
 			})
 		}
@@ -174,37 +178,37 @@ func TestRefusalBesideAnotherFault(t *testing.T) {
 func TestAliasLeadsNowhere(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		nowhere := &kmsclient.Error{Op: "Status", Reason: kmsclient.AliasNotFound, Code: "Forbidden.AliasNotFound"}
-		kms := newKMS(t, "ack")
-		cold, late := kms.sealed(t, "k", "cold"), kms.sealed(t, "k", "late")
-		g := newRing(t, kms, nil).start(t)
-		stored := g.mustSeal(t, "k", "v")
-		kms.set(func() { kms.opErr["Status"] = nowhere })
+		kms := ringtest.NewKMS(t, "ack")
+		cold, late := kms.Encrypted(t, "k", "cold"), kms.Encrypted(t, "k", "late")
+		g := ringtest.NewRig(t, kms, nil).Start(t)
+		stored := g.MustWrite(t, "k", "v")
+		kms.Set(func() { kms.OpErr["Status"] = nowhere })
 		time.Sleep(time.Minute)
 		synctest.Wait()
 		for range 10 {
-			_, err := g.seal("k", "v")
-			wantKind(t, err, KeyUnusable)
+			_, err := g.Write("k", "v")
+			ringtest.WantKind(t, err, keyring.KeyUnusable)
 			if !strings.Contains(err.Error(), "Forbidden.AliasNotFound") {
 				t.Error(err)
 			}
-			g.mustOpen(t, "k", stored, "v")
-			g.mustOpen(t, "k", cold, "cold")
+			g.MustRead(t, "k", stored, "v")
+			g.MustRead(t, "k", cold, "cold")
 			time.Sleep(time.Minute)
 		}
-		if g.State().Revoked || g.State().CanSeal || g.sealer.Health() == nil {
+		if g.State().Revoked || g.State().CanSeal || g.Sealer.Health() == nil {
 			t.Errorf("%+v", g.State())
 		}
-		kms.set(func() { kms.keyErr["key-1"] = kmsError("Decrypt", kmsclient.KeyDisabled) })
+		kms.Set(func() { kms.KeyErr["key-1"] = ringtest.KMSError("Decrypt", kmsclient.KeyDisabled) })
 		time.Sleep(time.Minute)
 		synctest.Wait()
 		for _, v := range [][]byte{stored, cold, late} {
-			_, err := g.open("k", v)
-			wantKind(t, err, KeyUnusable)
+			_, err := g.Read("k", v)
+			ringtest.WantKind(t, err, keyring.KeyUnusable)
 		}
-		kms.set(func() { kms.opErr, kms.keyErr = map[string]error{}, map[string]error{} })
+		kms.Set(func() { kms.OpErr, kms.KeyErr = map[string]error{}, map[string]error{} })
 		time.Sleep(10 * time.Second)
 		synctest.Wait()
-		g.mustSeal(t, "k", "v")
-		g.mustOpen(t, "k", late, "late")
+		g.MustWrite(t, "k", "v")
+		g.MustRead(t, "k", late, "late")
 	})
 }

@@ -7,6 +7,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
@@ -20,9 +22,10 @@ type provider struct {
 	poller   *kmsclient.Poller
 
 	running   atomic.Bool
-	suspected atomic.Int64 // when a stored value last caused a health check, in Unix nanoseconds
-	// when the log said that values are returned as stored whose key is gone, in Unix seconds
-	lostLogged atomic.Int64
+	readOnly  atomic.Bool    // no seed is generated
+	suspected rate.Sometimes // limits the health checks that stored values cause
+	// limits how often the log says that values are returned as stored whose key is gone
+	lostLogged rate.Sometimes
 
 	mu      sync.Mutex // of writes of state too
 	stopped bool       // no call may begin
@@ -75,17 +78,9 @@ func (p *provider) endCheck(change func(*state)) {
 	}
 }
 
-// wake has the next health check made at once.
-func (p *provider) wake() { p.poller.Wake() }
-
 // suspect has the key checked at once, but not for every stored value that the KMS refuses to
 // unwrap.
-func (p *provider) suspect() {
-	now := time.Now().UnixNano()
-	if last := p.suspected.Load(); now-last >= int64(p.cfg.FailingPollInterval) && p.suspected.CompareAndSwap(last, now) {
-		p.wake()
-	}
-}
+func (p *provider) suspect() { p.suspected.Do(p.poller.Wake) }
 
 // works reports whether the last use of the KMS key in use succeeded. If so, a refusal is about the
 // seed that was refused, and is no outage.
@@ -128,10 +123,6 @@ func (p *provider) errorf(kind Kind, cause error, format string, args ...any) *E
 	return &Error{Kind: kind, Text: text + ": " + fmt.Sprintf(format, args...), Err: cause}
 }
 
-// lostNotice is how often the log says that values are returned as stored because their key is
-// gone.
-const lostNotice = time.Hour
-
 // markLost marks a value's error if the KMS said that it does not have the value's own key. What
 // the KMS says of the configured key counts only if the value has the same key.
 func (p *provider) markLost(err *Error, h *envelope.Header, cause error) *Error {
@@ -149,11 +140,8 @@ func notLost(err *Error) *Error {
 // noteLost logs as an error that a value was returned as stored, because its key is gone or its
 // seed has been refused for long.
 func (p *provider) noteLost(err *Error) {
-	now := time.Now()
-	last := p.lostLogged.Load()
-	if last != 0 && now.Sub(time.Unix(last, 0)) < lostNotice || !p.lostLogged.CompareAndSwap(last, now.Unix()) {
-		return
-	}
-	p.cfg.Logger.Error("values are returned as stored, by their rule's policy: their KMS key is gone or has refused their DEK seeds for long; restore or delete them",
-		"provider", p.cfg.Provider, "reason", err.Text)
+	p.lostLogged.Do(func() {
+		p.cfg.Logger.Error("values are returned as stored, by their rule's policy: their KMS key is gone or has refused their DEK seeds for long; restore or delete them",
+			"provider", p.cfg.Provider, "reason", err.Text)
+	})
 }

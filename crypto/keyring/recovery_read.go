@@ -11,6 +11,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
@@ -23,18 +25,14 @@ type copyReader struct {
 	calls *caller
 	seeds *seeds
 
-	mu   sync.Mutex
-	uses map[*Ring]*copyUse // by whose copies values were decrypted
+	uses sync.Map // by whose copies values were decrypted: of *Ring, *copyUse
 }
 
 // copyUse records that values of a ring are decrypted by copies that another ring unwraps.
 type copyUse struct {
-	last   atomic.Int64 // when, in Unix seconds
-	logged atomic.Int64 // when the log said so
+	last   atomic.Int64   // when, in Unix seconds
+	logged rate.Sometimes // limits how often the log says so
 }
-
-// copyNotice is how often the log says that values are decrypted by recovery copies.
-const copyNotice = time.Hour
 
 // recoveryCopy is a recovery copy that a ring of the rule can unwrap. Its seed is cached under a
 // digest of its own, so that rules which do not name that ring do not find it.
@@ -65,11 +63,11 @@ func (c *copyReader) find(d digest, h *envelope.Header, rings []*Ring) []recover
 func copyHeader(by *Ring, h *envelope.Header, encoded []byte) (*envelope.Header, error) {
 	offline, ok := h.OfflineCopyBy(by.Provider())
 	switch {
-	case ok && by.isOffline():
+	case ok && by.IsOffline():
 		return &envelope.Header{Type: h.Type, KeyID: offline.Recipients, Source: offline.File}, nil
 	case ok:
 		return nil, errors.New("the copy is an age file, and the provider has a KMS")
-	case by.isOffline():
+	case by.IsOffline():
 		return nil, errors.New("the copy is not an age file, and the provider has no KMS")
 	}
 	c, err := envelope.ParseCopy(encoded)
@@ -107,7 +105,7 @@ func (c *copyReader) cached(d digest, h *envelope.Header, rings []*Ring, now tim
 		// used.
 		if last := e.retry.Load(); last != 0 && now.UnixNano() >= last && c.p.state.Load().healthy &&
 			e.retry.CompareAndSwap(last, now.Add(c.p.cfg.PollInterval).UnixNano()) {
-			c.seeds.flight(d, cloneHeader(h))
+			c.seeds.unwrapping(d, cloneHeader(h))
 		}
 		return e
 	}
@@ -129,7 +127,7 @@ func (c *copyReader) allowed(err *Error) bool {
 // did not unwrap it.
 func (c *copyReader) fetch(ctx context.Context, h *envelope.Header, found []recoveryCopy, first *Error) (*entry, *Error) {
 	if !c.allowed(first) {
-		if found = overriding(found); len(found) == 0 || errors.Is(first, errStopped) {
+		if found = slices.DeleteFunc(found, func(s recoveryCopy) bool { return !s.by.overrides() }); len(found) == 0 || errors.Is(first, errStopped) {
 			return nil, notLost(first)
 		}
 	}
@@ -145,7 +143,7 @@ func (c *copyReader) fetch(ctx context.Context, h *envelope.Header, found []reco
 	all.silent, all.answered = first.Kind == Unavailable && !first.Answered(), first.Answered()
 	lost := len(found) == len(copiesIn(h)) // no other copy might be unwrapped
 	for _, s := range found {
-		e, err := c.fetchBy(ctx, h, s, first)
+		e, err := c.seeds.await(ctx, c.seeds.flight(string(s.digest[:]), func() (*entry, *Error) { return c.unwrap(h, s, first) }), "a recovery copy was unwrapped")
 		if err == nil {
 			return e, nil
 		}
@@ -174,35 +172,11 @@ func providersIn(h *envelope.Header) string {
 		}
 	}
 	slices.Sort(names)
-	return clip(strings.Join(names, ", "))
-}
-
-// fetchBy returns the seed of one copy. Concurrent callers share one KMS call.
-func (c *copyReader) fetchBy(ctx context.Context, h *envelope.Header, s recoveryCopy, first *Error) (*entry, *Error) {
-	answer := c.seeds.flights.DoChan(string(s.digest[:]), func() (any, error) {
-		e, err := c.unwrap(h, s, first)
-		if err != nil {
-			return nil, err
-		}
-		return e, nil
-	})
-	select {
-	case <-ctx.Done():
-		return nil, c.p.errorf(Unavailable, context.Cause(ctx), "the caller canceled while a recovery copy was unwrapped")
-	case a := <-answer:
-		if a.Err == nil {
-			return a.Val.(*entry), nil
-		}
-		err, ok := errors.AsType[*Error](a.Err)
-		if !ok {
-			err = s.by.p.errorf(Unavailable, a.Err, "the copy was not unwrapped")
-		}
-		return nil, err
-	}
+	return Clip(strings.Join(names, ", "))
 }
 
 // unwrap has the copy's KMS unwrap it, and caches the seed.
-func (c *copyReader) unwrap(h *envelope.Header, s recoveryCopy, first *Error) (*entry, error) {
+func (c *copyReader) unwrap(h *envelope.Header, s recoveryCopy, first *Error) (*entry, *Error) {
 	old := c.p.cfg.Cache.get(s.digest)
 	if old != nil && c.p.cfg.Cache.ageOf(old, time.Now()) == fresh {
 		return old, nil // unwrapped since the caller looked it up
@@ -224,17 +198,12 @@ func (c *copyReader) unwrap(h *envelope.Header, s recoveryCopy, first *Error) (*
 	ctx, cancel := context.WithCancel(s.by.seeds.attempts(s.digest))
 	defer cancel()
 	defer context.AfterFunc(c.calls.base, cancel)()
-	plain, err := s.by.seeds.decrypt(expectSeed(ctx, h.Type), s.header)
+	seed, sum, err := s.by.seeds.secret(ctx, "copy", s.digest, s.header)
 	if err != nil {
-		return nil, s.by.refusals.failure("copy", s.header, s.by.refusals.note(s.digest, err))
+		return nil, err
 	}
-	seed, err := envelope.NewSeed(h.Type, plain)
-	if err != nil {
-		return nil, s.by.refusals.failure("copy", s.header, s.by.refusals.note(s.digest, brokenContract("Decrypt", err.Error())))
-	}
-	s.by.refusals.forget(s.digest)
 	e := c.seeds.newEntry(s.digest, h, seed)
-	e.sum = sha256.Sum256(plain)
+	e.sum = sum
 	e.by, e.byKeyID, e.header, e.copyUse = s.by, s.header.KeyID, keep(s.header), c.useOf(s.by)
 	e.why = first.Text
 	if first.Kind == Unavailable || first.Kind == SeedRefused {
@@ -256,24 +225,20 @@ func (c *copyReader) unwrap(h *envelope.Header, s recoveryCopy, first *Error) (*
 
 // useOf returns the record of the use of copies that a ring unwraps.
 func (c *copyReader) useOf(by *Ring) *copyUse {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.uses[by] == nil {
-		c.uses[by] = new(copyUse)
-	}
-	return c.uses[by]
+	use, _ := c.uses.LoadOrStore(by, &copyUse{logged: rate.Sometimes{Interval: time.Hour}})
+	return use.(*copyUse) // nothing else is stored
 }
 
 // noteUse logs as an error that a value was decrypted with a seed from a recovery copy.
 func (c *copyReader) noteUse(e *entry, now time.Time) {
 	c.p.cfg.Observer.Recovered(c.p.cfg.Provider, e.by.p.cfg.Provider)
-	if s := now.Unix(); e.copyUse.last.Load() != s {
-		e.copyUse.last.Store(s)
+	s := now.Unix()
+	if e.copyUse.last.Load() == s {
+		return // once a second is enough for what follows
 	}
-	last := e.copyUse.logged.Load()
-	if last != 0 && now.Sub(time.Unix(last, 0)) < copyNotice || !e.copyUse.logged.CompareAndSwap(last, now.Unix()) {
-		return
-	}
-	c.p.cfg.Logger.Error("values are decrypted by recovery copies of their DEK seeds; if the key is gone for good, move their rule to another provider and re-encrypt them",
-		"provider", c.p.cfg.Provider, "recoveryProvider", e.by.p.cfg.Provider, "reason", e.why)
+	e.copyUse.last.Store(s)
+	e.copyUse.logged.Do(func() {
+		c.p.cfg.Logger.Error("values are decrypted by recovery copies of their DEK seeds; if the key is gone for good, move their rule to another provider and re-encrypt them",
+			"provider", c.p.cfg.Provider, "recoveryProvider", e.by.p.cfg.Provider, "reason", e.why)
+	})
 }

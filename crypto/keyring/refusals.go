@@ -81,15 +81,6 @@ func (rf *refusals) current(d digest) *refusal {
 	return nil
 }
 
-// has reports whether the KMS has refused a seed before. One more attempt is enough then.
-func (rf *refusals) has(d digest) bool { return rf.lru.Contains(d) }
-
-// forget removes what is remembered of a seed that was unwrapped.
-func (rf *refusals) forget(d digest) { rf.lru.Remove(d) }
-
-// clear forgets all refusals: an outage may have caused them.
-func (rf *refusals) clear() { rf.lru.Purge() }
-
 // failure returns what a refusal means for the values of a seed now. what is "seed", or "copy" for
 // a recovery copy.
 func (rf *refusals) failure(what string, h *envelope.Header, last *refusal) *Error {
@@ -98,18 +89,18 @@ func (rf *refusals) failure(what string, h *envelope.Header, last *refusal) *Err
 		return rf.p.errorf(KeyUnusable, own, "the copy was not decrypted: %v", own)
 	}
 	if kmsclient.ClassOf(last.cause) == kmsclient.ClassInvalid {
-		return rf.p.errorf(Corrupt, last.cause, "the %s under KMS key ID %q cannot be unwrapped: %s", what, clip(h.KeyID), describe(last.cause))
+		return rf.p.errorf(Corrupt, last.cause, "the %s under KMS key ID %q cannot be unwrapped: %s", what, Clip(h.KeyID), describe(last.cause))
 	}
 	kind := kindOf(last.cause)
 	if kind == Unavailable && rf.p.works() && (!isSilence(last.cause) || last.calls >= silentCalls) {
 		err := rf.p.errorf(SeedRefused, last.cause, "the %s under KMS key ID %q is refused, while the KMS unwraps others: it is damaged, or its key is disabled, gone or "+
-			"not this KMS': %s", what, clip(h.KeyID), describe(last.cause))
+			"not this KMS': %s", what, Clip(h.KeyID), describe(last.cause))
 		if last.calls > 1 && !isSilence(last.cause) && time.Since(last.since) >= lastingRefusal && rf.calls.unwrapsOthers(last.since) {
 			err.lost = rf.p
 		}
 		return err
 	}
-	return rf.p.markLost(rf.p.errorf(kind, last.cause, "the %s under KMS key ID %q was not unwrapped: %s", what, clip(h.KeyID), describe(last.cause)), h, last.cause)
+	return rf.p.markLost(rf.p.errorf(kind, last.cause, "the %s under KMS key ID %q was not unwrapped: %s", what, Clip(h.KeyID), describe(last.cause)), h, last.cause)
 }
 
 // isSilence reports whether a failed call for a seed had no answer.

@@ -1,4 +1,4 @@
-package keyring
+package keyring_test
 
 import (
 	"bytes"
@@ -9,58 +9,63 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/rule"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/ringtest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
 func TestUnusableKeyRevokesWithinTheInterval(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		kms := newKMS(t, "ack")
-		foreign := kms.sealed(t, "k", "v")
-		g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.PollInterval, c.RevokeWithin = time.Hour, 5*time.Second }).start(t)
-		stored := g.mustSeal(t, "k", "v")
-		g.mustOpen(t, "k", foreign, "v")
-		kms.set(func() { kms.down = kmsError("Status", kmsclient.KeyDisabled) })
+		kms := ringtest.NewKMS(t, "ack")
+		foreign := kms.Encrypted(t, "k", "v")
+		g := ringtest.NewRig(t, kms, func(c *keyring.RingConfig, _ *keyring.CacheConfig) {
+			c.PollInterval, c.RevokeWithin = time.Hour, 5*time.Second
+		}).Start(t)
+		stored := g.MustWrite(t, "k", "v")
+		g.MustRead(t, "k", foreign, "v")
+		kms.Set(func() { kms.Down = ringtest.KMSError("Status", kmsclient.KeyDisabled) })
 		time.Sleep(5 * time.Second)
 		synctest.Wait()
 		for range 3 { // and so it stays
-			_, err := g.seal("k", "v")
-			wantKind(t, err, KeyUnusable)
+			_, err := g.Write("k", "v")
+			ringtest.WantKind(t, err, keyring.KeyUnusable)
 			for _, part := range []string{`"/s/"`, `"ack"`, `"key-1"`, `"req-7"`, "disabled"} {
 				if !strings.Contains(err.Error(), part) {
 					t.Errorf("the text does not hold %s: %v", part, err)
 				}
 			}
 			for _, v := range [][]byte{stored, foreign} {
-				_, err = g.open("k", v)
-				wantKind(t, err, KeyUnusable)
+				_, err = g.Read("k", v)
+				ringtest.WantKind(t, err, keyring.KeyUnusable)
 			}
 			time.Sleep(time.Minute)
 		}
-		if n := g.cache.Len(); n != 0 {
+		if n := g.Cache.Len(); n != 0 {
 			t.Errorf("%d seeds are left in the cache", n)
 		}
-		if n := kms.count("Decrypt"); n != 1 {
+		if n := kms.Count("Decrypt"); n != 1 {
 			t.Errorf("%d Decrypt calls: a revoked provider is not asked for values", n)
 		}
-		if st := g.State(); !st.Revoked || st.CanSeal || st.Healthy || g.sealer.Health() == nil {
+		if st := g.State(); !st.Revoked || st.CanSeal || st.Healthy || g.Sealer.Health() == nil {
 			t.Errorf("State = %+v", st)
 		}
-		if g.events.get("ack revoked") != 1 {
-			t.Errorf("%d revocations were reported", g.events.get("ack revoked"))
+		if g.Events.Get("ack revoked") != 1 {
+			t.Errorf("%d revocations were reported", g.Events.Get("ack revoked"))
 		}
 		// An outage on top does not lift it.
-		kms.set(func() { kms.down = kmsError("Status", kmsclient.Unreachable) })
+		kms.Set(func() { kms.Down = ringtest.KMSError("Status", kmsclient.Unreachable) })
 		time.Sleep(time.Minute)
-		_, err := g.open("k", stored)
-		wantKind(t, err, KeyUnusable)
+		_, err := g.Read("k", stored)
+		ringtest.WantKind(t, err, keyring.KeyUnusable)
 		// A good status does.
-		kms.set(func() { kms.down = nil })
+		kms.Set(func() { kms.Down = nil })
 		time.Sleep(5 * time.Second)
 		synctest.Wait()
-		g.mustOpen(t, "k", stored, "v")
-		g.mustOpen(t, "k", foreign, "v")
-		g.mustOpen(t, "k", g.mustSeal(t, "k", "w"), "w")
-		if n := kms.count("Encrypt"); n != 2 {
+		g.MustRead(t, "k", stored, "v")
+		g.MustRead(t, "k", foreign, "v")
+		g.MustRead(t, "k", g.MustWrite(t, "k", "w"), "w")
+		if n := kms.Count("Encrypt"); n != 2 {
 			t.Errorf("%d DEK seeds generated: after a revocation comes a new seed", n)
 		}
 	})
@@ -69,13 +74,13 @@ func TestUnusableKeyRevokesWithinTheInterval(t *testing.T) {
 // whenBad is an Observer that does something as soon as a contact is said to have been bad, after
 // which everybody sees it.
 type whenBad struct {
-	*events
+	*ringtest.Events
 	do func()
 }
 
-func (w *whenBad) Seed(provider string, event Event) {
-	w.events.Seed(provider, event)
-	if event == EventBad {
+func (w *whenBad) Seed(provider string, event keyring.Event) {
+	w.Events.Seed(provider, event)
+	if event == keyring.EventBad {
 		w.do()
 	}
 }
@@ -83,12 +88,14 @@ func (w *whenBad) Seed(provider string, event Event) {
 // TestNothingOpensOnceRevoked: from when a ring is said to be revoked its seeds are gone, and not a
 // moment later, also where the key is.
 func TestNothingOpensOnceRevoked(t *testing.T) {
-	for name, cause := range map[string]error{"disabled": kmsError("Status", kmsclient.KeyDisabled), "gone": goneError("Status")} {
+	for name, cause := range map[string]error{"disabled": ringtest.KMSError("Status", kmsclient.KeyDisabled), "gone": ringtest.GoneError("Status")} {
 		synctest.Test(t, func(t *testing.T) {
-			kms := newKMS(t, "ack")
-			foreign := kms.sealed(t, "k", "v")
+			kms := ringtest.NewKMS(t, "ack")
+			foreign := kms.Encrypted(t, "k", "v")
 			w := &whenBad{}
-			g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { w.events, c.Observer = c.Observer.(*events), w })
+			g := ringtest.NewRig(t, kms, func(c *keyring.RingConfig, _ *keyring.CacheConfig) {
+				w.Events, c.Observer = c.Observer.(*ringtest.Events), w
+			})
 			var all [][]byte
 			bad := 0
 			ended, cancel := context.WithCancel(t.Context())
@@ -96,17 +103,17 @@ func TestNothingOpensOnceRevoked(t *testing.T) {
 			w.do = func() {
 				bad++
 				for _, stored := range all {
-					if _, err := g.sealer.Open(ended, []byte("k"), bytes.Clone(stored)); err == nil {
+					if _, err := g.Sealer.Open(ended, []byte("k"), bytes.Clone(stored)); err == nil {
 						t.Errorf("%s: a value opens of a key that may not be used, revoked is %t", name, g.State().Revoked)
 					}
 				}
 			}
-			g.start(t)
-			all = [][]byte{g.mustSeal(t, "k", "v"), foreign}
+			g.Start(t)
+			all = [][]byte{g.MustWrite(t, "k", "v"), foreign}
 			for _, stored := range all {
-				g.mustOpen(t, "k", stored, "v")
+				g.MustRead(t, "k", stored, "v")
 			}
-			kms.set(func() { kms.down = cause })
+			kms.Set(func() { kms.Down = cause })
 			time.Sleep(5 * time.Minute)
 			synctest.Wait()
 			if bad != 1 || !g.State().Revoked {
@@ -118,42 +125,42 @@ func TestNothingOpensOnceRevoked(t *testing.T) {
 
 func TestDenialRevokesAfterRevokeWithin(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		kms := newKMS(t, "ack")
-		g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.RevokeWithin = 5 * time.Minute }).start(t)
-		stored := g.mustSeal(t, "k", "v")
-		kms.set(func() { kms.down = kmsError("Status", kmsclient.Denied) })
+		kms := ringtest.NewKMS(t, "ack")
+		g := ringtest.NewRig(t, kms, func(c *keyring.RingConfig, _ *keyring.CacheConfig) { c.RevokeWithin = 5 * time.Minute }).Start(t)
+		stored := g.MustWrite(t, "k", "v")
+		kms.Set(func() { kms.Down = ringtest.KMSError("Status", kmsclient.Denied) })
 		time.Sleep(3 * time.Minute)
-		g.mustOpen(t, "k", stored, "v")
-		g.mustSeal(t, "k", "v")
-		kms.set(func() { kms.down = nil }) // it passes
+		g.MustRead(t, "k", stored, "v")
+		g.MustWrite(t, "k", "v")
+		kms.Set(func() { kms.Down = nil }) // it passes
 		time.Sleep(2 * time.Minute)
-		kms.set(func() { kms.down = kmsError("Status", kmsclient.Denied) })
+		kms.Set(func() { kms.Down = ringtest.KMSError("Status", kmsclient.Denied) })
 		time.Sleep(4 * time.Minute)
-		g.mustOpen(t, "k", stored, "v")
+		g.MustRead(t, "k", stored, "v")
 		time.Sleep(2*time.Minute + time.Second)
-		_, err := g.open("k", stored)
-		wantKind(t, err, KeyUnusable)
-		_, err = g.seal("k", "v")
-		wantKind(t, err, KeyUnusable)
+		_, err := g.Read("k", stored)
+		ringtest.WantKind(t, err, keyring.KeyUnusable)
+		_, err = g.Write("k", "v")
+		ringtest.WantKind(t, err, keyring.KeyUnusable)
 		if !strings.Contains(err.Error(), "denies") {
 			t.Error(err)
 		}
-		kms.set(func() { kms.down = nil })
+		kms.Set(func() { kms.Down = nil })
 		time.Sleep(10 * time.Second)
-		g.mustOpen(t, "k", stored, "v")
-		g.mustSeal(t, "k", "v")
+		g.MustRead(t, "k", stored, "v")
+		g.MustWrite(t, "k", "v")
 	})
 }
 
 // TestDenialAtStart: there is no seed to lose, and the client hears that an operator has to act.
 func TestDenialAtStart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		kms := newKMS(t, "ack")
-		kms.down = kmsError("Status", kmsclient.Denied)
-		g := newRing(t, kms, nil).start(t)
+		kms := ringtest.NewKMS(t, "ack")
+		kms.Down = ringtest.KMSError("Status", kmsclient.Denied)
+		g := ringtest.NewRig(t, kms, nil).Start(t)
 		synctest.Wait()
-		_, err := g.seal("k", "v")
-		wantKind(t, err, KeyUnusable)
+		_, err := g.Write("k", "v")
+		ringtest.WantKind(t, err, keyring.KeyUnusable)
 	})
 }
 
@@ -164,45 +171,47 @@ func TestStatusSaysNothingOfTheKey(t *testing.T) {
 		for name, ops := range map[string][]string{"all": {"Encrypt", "Decrypt"}, "Decrypt alone": {"Decrypt"}} {
 			t.Run(fmt.Sprintf("%v %s", reason, name), func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
-					kms := newKMS(t, "ack")
-					foreign := kms.sealed(t, "k", "v")
-					g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.PollInterval, c.RevokeWithin = time.Hour, 5*time.Second }).start(t)
-					stored := g.mustSeal(t, "k", "v")
-					g.mustOpen(t, "k", foreign, "v")
+					kms := ringtest.NewKMS(t, "ack")
+					foreign := kms.Encrypted(t, "k", "v")
+					g := ringtest.NewRig(t, kms, func(c *keyring.RingConfig, _ *keyring.CacheConfig) {
+						c.PollInterval, c.RevokeWithin = time.Hour, 5*time.Second
+					}).Start(t)
+					stored := g.MustWrite(t, "k", "v")
+					g.MustRead(t, "k", foreign, "v")
 					refuse := func() {
 						for _, op := range ops {
-							kms.opErr[op] = kmsError(op, reason)
+							kms.OpErr[op] = ringtest.KMSError(op, reason)
 						}
 					}
-					kms.set(refuse)
+					kms.Set(refuse)
 					if reason == kmsclient.Denied { // it may pass
 						time.Sleep(5 * time.Second)
-						g.mustOpen(t, "k", stored, "v")
-						g.mustSeal(t, "k", "v")
-						kms.set(func() { kms.opErr = map[string]error{} })
+						g.MustRead(t, "k", stored, "v")
+						g.MustWrite(t, "k", "v")
+						kms.Set(func() { kms.OpErr = map[string]error{} })
 						time.Sleep(10 * time.Second)
-						kms.set(refuse)
+						kms.Set(refuse)
 						time.Sleep(5 * time.Second)
 					}
 					time.Sleep(5 * time.Second)
 					synctest.Wait()
 					for range 3 { // and so it stays
-						_, err := g.seal("k", "v")
-						wantKind(t, err, KeyUnusable)
+						_, err := g.Write("k", "v")
+						ringtest.WantKind(t, err, keyring.KeyUnusable)
 						for _, v := range [][]byte{stored, foreign} {
-							_, err = g.open("k", v)
-							wantKind(t, err, KeyUnusable)
+							_, err = g.Read("k", v)
+							ringtest.WantKind(t, err, keyring.KeyUnusable)
 						}
 						time.Sleep(time.Minute)
 					}
-					if n := g.cache.Len(); n != 0 || !g.State().Revoked || g.sealer.Health() == nil {
-						t.Errorf("%d seeds are left, %+v, ready: %v", n, g.State(), g.sealer.Health())
+					if n := g.Cache.Len(); n != 0 || !g.State().Revoked || g.Sealer.Health() == nil {
+						t.Errorf("%d seeds are left, %+v, ready: %v", n, g.State(), g.Sealer.Health())
 					}
-					kms.set(func() { kms.opErr = map[string]error{} })
+					kms.Set(func() { kms.OpErr = map[string]error{} })
 					time.Sleep(5 * time.Second)
 					synctest.Wait()
-					g.mustOpen(t, "k", stored, "v")
-					g.mustOpen(t, "k", g.mustSeal(t, "k", "w"), "w")
+					g.MustRead(t, "k", stored, "v")
+					g.MustRead(t, "k", g.MustWrite(t, "k", "w"), "w")
 				})
 			})
 		}
@@ -213,59 +222,59 @@ func TestStatusSaysNothingOfTheKey(t *testing.T) {
 // was from the start, or it begins at the next seed.
 func TestNothingIsSealedThatDoesNotOpen(t *testing.T) {
 	for name, c := range map[string]struct {
-		fault func(*fakeKMS)
-		want  Kind
+		fault func(*ringtest.KMS)
+		want  keyring.Kind
 	}{
-		"denied":      {func(k *fakeKMS) { k.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.Denied) }, KeyUnusable},
-		"unavailable": {func(k *fakeKMS) { k.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.Unreachable) }, Unavailable},
-		"invalid":     {func(k *fakeKMS) { k.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.Invalid) }, Unavailable},
-		"another":     {func(k *fakeKMS) { k.result = func(b []byte) []byte { return bytes.Repeat([]byte{1}, 32) } }, Unavailable},
+		"denied":      {func(k *ringtest.KMS) { k.OpErr["Decrypt"] = ringtest.KMSError("Decrypt", kmsclient.Denied) }, keyring.KeyUnusable},
+		"unavailable": {func(k *ringtest.KMS) { k.OpErr["Decrypt"] = ringtest.KMSError("Decrypt", kmsclient.Unreachable) }, keyring.Unavailable},
+		"invalid":     {func(k *ringtest.KMS) { k.OpErr["Decrypt"] = ringtest.KMSError("Decrypt", kmsclient.Invalid) }, keyring.Unavailable},
+		"another":     {func(k *ringtest.KMS) { k.Result = func(b []byte) []byte { return bytes.Repeat([]byte{1}, 32) } }, keyring.Unavailable},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				kms := newKMS(t, "ack")
+				kms := ringtest.NewKMS(t, "ack")
 				c.fault(kms)
-				g := newRing(t, kms, nil).start(t)
+				g := ringtest.NewRig(t, kms, nil).Start(t)
 				synctest.Wait()
-				_, err := g.seal("k", "v")
-				wantKind(t, err, c.want)
-				if g.sealer.Health() == nil || g.State().CanSeal {
+				_, err := g.Write("k", "v")
+				ringtest.WantKind(t, err, c.want)
+				if g.Sealer.Health() == nil || g.State().CanSeal {
 					t.Errorf("ready, %+v", g.State())
 				}
-				kms.set(func() { kms.opErr, kms.result = map[string]error{}, nil })
+				kms.Set(func() { kms.OpErr, kms.Result = map[string]error{}, nil })
 				time.Sleep(10 * time.Second)
-				g.mustOpen(t, "k", g.mustSeal(t, "k", "v"), "v")
+				g.MustRead(t, "k", g.MustWrite(t, "k", "v"), "v")
 			})
 		})
 	}
 	synctest.Test(t, func(t *testing.T) {
-		kms := newKMS(t, "ack")
-		g := newRing(t, kms, nil).start(t)
-		first := keyIDOf(t, g.mustSeal(t, "k", "v"))
+		kms := ringtest.NewKMS(t, "ack")
+		g := ringtest.NewRig(t, kms, nil).Start(t)
+		first := ringtest.KeyIDOf(t, g.MustWrite(t, "k", "v"))
 		// The key behind the ID is another one: the next seed is of that.
-		kms.rotate(first)
+		kms.Rotate(first)
 		time.Sleep(time.Minute)
 		synctest.Wait()
-		stored := g.mustSeal(t, "k", "v")
-		if n := kms.count("Encrypt"); n != 2 {
+		stored := g.MustWrite(t, "k", "v")
+		if n := kms.Count("Encrypt"); n != 2 {
 			t.Errorf("%d DEK seeds generated", n)
 		}
-		newRing(t, kms, nil).start(t).mustOpen(t, "k", stored, "v")
+		ringtest.NewRig(t, kms, nil).Start(t).MustRead(t, "k", stored, "v")
 		// It breaks: the seed in use is one that will not open, and there is no other.
 		for _, fault := range []func(){
-			func() { kms.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.Invalid) },
-			func() { kms.result = func(b []byte) []byte { return bytes.Repeat([]byte{1}, len(b)) } },
+			func() { kms.OpErr["Decrypt"] = ringtest.KMSError("Decrypt", kmsclient.Invalid) },
+			func() { kms.Result = func(b []byte) []byte { return bytes.Repeat([]byte{1}, len(b)) } },
 		} {
-			kms.set(fault)
+			kms.Set(fault)
 			time.Sleep(time.Minute)
 			synctest.Wait()
-			_, err := g.seal("k", "v")
-			wantKind(t, err, Unavailable)
-			g.mustOpen(t, "k", stored, "v")
-			kms.set(func() { kms.opErr, kms.result = map[string]error{}, nil })
+			_, err := g.Write("k", "v")
+			ringtest.WantKind(t, err, keyring.Unavailable)
+			g.MustRead(t, "k", stored, "v")
+			kms.Set(func() { kms.OpErr, kms.Result = map[string]error{}, nil })
 			time.Sleep(10 * time.Second)
 			synctest.Wait()
-			g.mustSeal(t, "k", "v")
+			g.MustWrite(t, "k", "v")
 		}
 	})
 }
@@ -274,28 +283,28 @@ func TestNothingIsSealedThatDoesNotOpen(t *testing.T) {
 // take the provider down nor make it call the KMS without end.
 func TestStoredValuesCannotRevoke(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		kms := newKMS(t, "ack")
-		good := kms.sealed(t, "k", "v")
-		kms.rotate("key-gone")
-		bad := kms.sealed(t, "k", "v")
-		kms.rotate("key-now")
-		kms.set(func() { delete(kms.keys, "key-gone") })
-		g := newRing(t, kms, nil).start(t)
-		own := g.mustSeal(t, "k", "own")
-		g.mustOpen(t, "k", good, "v")
-		kms.set(func() { kms.calls = map[string]int{} })
+		kms := ringtest.NewKMS(t, "ack")
+		good := kms.Encrypted(t, "k", "v")
+		kms.Rotate("key-gone")
+		bad := kms.Encrypted(t, "k", "v")
+		kms.Rotate("key-now")
+		kms.Set(func() { delete(kms.Keys, "key-gone") })
+		g := ringtest.NewRig(t, kms, nil).Start(t)
+		own := g.MustWrite(t, "k", "own")
+		g.MustRead(t, "k", good, "v")
+		kms.Set(func() { kms.Calls = map[string]int{} })
 		for range 600 {
-			_, err := g.open("k", bad)
-			wantKind(t, err, KeyUnusable)
-			g.mustOpen(t, "k", good, "v")
-			g.mustOpen(t, "k", own, "own")
-			g.mustSeal(t, "k", "v")
+			_, err := g.Read("k", bad)
+			ringtest.WantKind(t, err, keyring.KeyUnusable)
+			g.MustRead(t, "k", good, "v")
+			g.MustRead(t, "k", own, "own")
+			g.MustWrite(t, "k", "v")
 			time.Sleep(time.Second)
 		}
-		if n := kms.count("Status"); n > 75 {
+		if n := kms.Count("Status"); n > 75 {
 			t.Errorf("%d Status calls in ten minutes", n)
 		}
-		if n := kms.count("Encrypt"); n != 0 {
+		if n := kms.Count("Encrypt"); n != 0 {
 			t.Errorf("%d DEK seeds generated in ten minutes", n)
 		}
 	})
@@ -307,27 +316,27 @@ func TestOldKeyIsRevoked(t *testing.T) {
 	for _, reason := range []kmsclient.Reason{kmsclient.KeyDisabled, kmsclient.Denied} {
 		t.Run(fmt.Sprint(reason), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				kms := newKMS(t, "ack")
-				g := newRing(t, kms, nil).start(t)
-				old := g.mustSeal(t, "k", "old")
-				kms.rotate("key-2")
+				kms := ringtest.NewKMS(t, "ack")
+				g := ringtest.NewRig(t, kms, nil).Start(t)
+				old := g.MustWrite(t, "k", "old")
+				kms.Rotate("key-2")
 				time.Sleep(time.Minute)
 				synctest.Wait()
-				now := g.mustSeal(t, "k", "now")
-				kms.set(func() { kms.keyErr["key-1"] = kmsError("Decrypt", reason) })
+				now := g.MustWrite(t, "k", "now")
+				kms.Set(func() { kms.KeyErr["key-1"] = ringtest.KMSError("Decrypt", reason) })
 				time.Sleep(time.Minute)
 				if reason == kmsclient.Denied {
-					g.mustOpen(t, "k", old, "old")
+					g.MustRead(t, "k", old, "old")
 					time.Sleep(2 * time.Minute)
 				}
 				synctest.Wait()
-				_, err := g.open("k", old)
-				wantKind(t, err, KeyUnusable)
-				g.mustOpen(t, "k", now, "now")
-				g.mustSeal(t, "k", "v")
-				kms.set(func() { kms.keyErr = map[string]error{} })
+				_, err := g.Read("k", old)
+				ringtest.WantKind(t, err, keyring.KeyUnusable)
+				g.MustRead(t, "k", now, "now")
+				g.MustWrite(t, "k", "v")
+				kms.Set(func() { kms.KeyErr = map[string]error{} })
 				time.Sleep(5 * time.Second) // the refusal is remembered
-				g.mustOpen(t, "k", old, "old")
+				g.MustRead(t, "k", old, "old")
 			})
 		})
 	}
@@ -337,22 +346,22 @@ func TestOldKeyIsRevoked(t *testing.T) {
 // cache after it.
 func TestUnwrapDuringRevocation(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		kms := newKMS(t, "ack")
-		stored := kms.sealed(t, "k", "v")
-		slow := &slowDecrypt{fakeKMS: kms, release: make(chan struct{})}
-		g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.KMS, c.Timeout = slow, time.Hour }).start(t)
+		kms := ringtest.NewKMS(t, "ack")
+		stored := kms.Encrypted(t, "k", "v")
+		slow := &slowDecrypt{KMS: kms, release: make(chan struct{})}
+		g := ringtest.NewRig(t, kms, func(c *keyring.RingConfig, _ *keyring.CacheConfig) { c.KMS, c.Timeout = slow, time.Hour }).Start(t)
 		synctest.Wait()
 		done := make(chan error)
-		go func() { _, err := g.open("k", stored); done <- err }()
+		go func() { _, err := g.Read("k", stored); done <- err }()
 		synctest.Wait()
-		kms.set(func() { kms.opErr["Status"] = kmsError("Status", kmsclient.KeyDisabled) })
+		kms.Set(func() { kms.OpErr["Status"] = ringtest.KMSError("Status", kmsclient.KeyDisabled) })
 		time.Sleep(time.Minute)
 		synctest.Wait()
 		close(slow.release)
 		if err := <-done; err == nil {
 			t.Error("opened with an answer from before the revocation")
 		}
-		if n := g.cache.Len(); n != 0 {
+		if n := g.Cache.Len(); n != 0 {
 			t.Errorf("%d seeds in the cache of a revoked provider", n)
 		}
 	})
@@ -361,64 +370,64 @@ func TestUnwrapDuringRevocation(t *testing.T) {
 // TestReadOnlyRing never generates a DEK seed; it decrypts, and is revoked like any other.
 func TestReadOnlyRing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		kms := newKMS(t, "old")
-		kms.opErr["Encrypt"] = kmsError("Encrypt", kmsclient.Denied)
-		stored := kms.sealed(t, "k", "v")
-		g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.ReadOnly = true }).start(t)
-		g.mustOpen(t, "k", stored, "v")
+		kms := ringtest.NewKMS(t, "old")
+		kms.OpErr["Encrypt"] = ringtest.KMSError("Encrypt", kmsclient.Denied)
+		stored := kms.Encrypted(t, "k", "v")
+		g := ringtest.NewRig(t, kms, func(c *keyring.RingConfig, _ *keyring.CacheConfig) { c.ReadOnly = true }).Start(t)
+		g.MustRead(t, "k", stored, "v")
 		time.Sleep(time.Hour)
-		if n := kms.count("Encrypt"); n != 0 || !g.State().Healthy || g.sealer.Health() != nil {
-			t.Errorf("%d DEK seeds generated, %+v, %v", n, g.State(), g.sealer.Health())
+		if n := kms.Count("Encrypt"); n != 0 || !g.State().Healthy || g.Sealer.Health() != nil {
+			t.Errorf("%d DEK seeds generated, %+v, %v", n, g.State(), g.Sealer.Health())
 		}
 		// Status is answered as ever
-		kms.set(func() { kms.opErr["Decrypt"] = kmsError("Decrypt", kmsclient.Denied) })
+		kms.Set(func() { kms.OpErr["Decrypt"] = ringtest.KMSError("Decrypt", kmsclient.Denied) })
 		time.Sleep(2 * time.Minute)
 		for range 3 { // with the last seed gone from the cache
-			_, err := g.open("k", stored)
-			wantKind(t, err, KeyUnusable)
-			if !g.State().Revoked || g.sealer.Health() == nil {
+			_, err := g.Read("k", stored)
+			ringtest.WantKind(t, err, keyring.KeyUnusable)
+			if !g.State().Revoked || g.Sealer.Health() == nil {
 				t.Errorf("%+v", g.State())
 			}
 			time.Sleep(time.Minute)
 		}
-		kms.set(func() { delete(kms.opErr, "Decrypt") })
+		kms.Set(func() { delete(kms.OpErr, "Decrypt") })
 		time.Sleep(10 * time.Second)
-		g.mustOpen(t, "k", stored, "v")
-		if _, err := NewSealer(SealerConfig{Write: g.Ring}); err == nil {
+		g.MustRead(t, "k", stored, "v")
+		if _, err := rule.New(rule.Config{Write: g.Ring}); err == nil {
 			t.Error("a read-only ring was taken for writing")
 		}
-		kms.set(func() { kms.down = kmsError("Status", kmsclient.KeyDisabled) })
+		kms.Set(func() { kms.Down = ringtest.KMSError("Status", kmsclient.KeyDisabled) })
 		time.Sleep(time.Minute)
-		_, err := g.open("k", stored)
-		wantKind(t, err, KeyUnusable)
-		if g.sealer.Health() == nil {
+		_, err := g.Read("k", stored)
+		ringtest.WantKind(t, err, keyring.KeyUnusable)
+		if g.Sealer.Health() == nil {
 			t.Error("ready although the provider is revoked")
 		}
-		kms.set(func() { kms.down = nil })
+		kms.Set(func() { kms.Down = nil })
 		time.Sleep(10 * time.Second)
-		g.mustOpen(t, "k", stored, "v")
+		g.MustRead(t, "k", stored, "v")
 	})
 }
 
 // TestOneProviderDown does not touch another.
 func TestOneProviderDown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a, b := newKMS(t, "a"), newKMS(t, "b")
-		ga := newRing(t, a, nil).start(t)
-		gb := newRing(t, b, func(c *RingConfig, _ *CacheConfig) { c.Cache = ga.cache }).start(t)
-		both, err := NewSealer(SealerConfig{Prefix: "/", Write: ga.Ring, Read: []*Ring{gb.Ring, ga.Ring}, AllowPlaintextReads: true})
+		a, b := ringtest.NewKMS(t, "a"), ringtest.NewKMS(t, "b")
+		ga := ringtest.NewRig(t, a, nil).Start(t)
+		gb := ringtest.NewRig(t, b, func(c *keyring.RingConfig, _ *keyring.CacheConfig) { c.Cache = ga.Cache }).Start(t)
+		both, err := rule.New(rule.Config{Prefix: "/", Write: ga.Ring, Read: []*keyring.Ring{gb.Ring, ga.Ring}, AllowPlaintextReads: true})
 		if err != nil {
 			t.Fatal(err)
 		}
-		va, vb := ga.mustSeal(t, "k", "va"), gb.mustSeal(t, "k", "vb")
-		b.set(func() { b.down = kmsError("Status", kmsclient.KeyDisabled) })
+		va, vb := ga.MustWrite(t, "k", "va"), gb.MustWrite(t, "k", "vb")
+		b.Set(func() { b.Down = ringtest.KMSError("Status", kmsclient.KeyDisabled) })
 		time.Sleep(time.Minute)
 		if got, err := both.Open(context.Background(), []byte("k"), bytes.Clone(va)); err != nil || string(got) != "va" {
 			t.Errorf("%q, %v", got, err)
 		}
 		_, err = both.Open(context.Background(), []byte("k"), bytes.Clone(vb))
-		wantKind(t, err, KeyUnusable)
-		if n := ga.cache.Len(); n != 1 {
+		ringtest.WantKind(t, err, keyring.KeyUnusable)
+		if n := ga.Cache.Len(); n != 1 {
 			t.Errorf("%d seeds are left, want a's own", n)
 		}
 	})

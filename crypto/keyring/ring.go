@@ -1,14 +1,17 @@
 package keyring
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"log/slog"
 	"slices"
 	"time"
 
 	lru "github.com/hashicorp/golang-lru/v2"
+	"golang.org/x/time/rate"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
@@ -74,32 +77,18 @@ func (c *RingConfig) check() error {
 	if c.Cache == nil {
 		errs = append(errs, errors.New("cache is missing"))
 	}
-	if c.PollInterval == 0 {
-		c.PollInterval = time.Minute
-	}
-	if c.FailingPollInterval == 0 {
-		c.FailingPollInterval = min(10*time.Second, c.PollInterval)
-	}
-	if c.RevokeWithin == 0 {
-		c.RevokeWithin = time.Minute
-	}
-	if c.MaxAge == 0 {
-		c.MaxAge = 7 * 24 * time.Hour
-	}
-	if c.MaxSeals == 0 {
-		c.MaxSeals = 1 << 32
-	}
-	if c.Timeout == 0 {
-		c.Timeout = 20 * time.Second
-	}
+	c.PollInterval = cmp.Or(c.PollInterval, time.Minute)
+	c.FailingPollInterval = cmp.Or(c.FailingPollInterval, min(10*time.Second, c.PollInterval))
+	c.RevokeWithin = cmp.Or(c.RevokeWithin, time.Minute)
+	c.MaxAge = cmp.Or(c.MaxAge, 7*24*time.Hour)
+	c.MaxSeals = cmp.Or(c.MaxSeals, 1<<32)
+	c.Timeout = cmp.Or(c.Timeout, 20*time.Second)
+	c.Logger = cmp.Or(c.Logger, slog.Default())
 	if min(c.PollInterval, c.FailingPollInterval, c.RevokeWithin, c.MaxAge, c.Timeout) < 0 || c.SealUnreachableFor < 0 {
 		errs = append(errs, errors.New("a duration is negative"))
 	}
 	if c.Observer == nil {
 		c.Observer = silent{}
-	}
-	if c.Logger == nil {
-		c.Logger = slog.Default()
 	}
 	return errors.Join(errs...)
 }
@@ -128,15 +117,17 @@ func New(c RingConfig) (*Ring, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make key ring of provider %q: %w", c.Provider, err)
 	}
-	r := &Ring{p: &provider{cfg: c}}
+	r := &Ring{p: &provider{
+		cfg: c, suspected: rate.Sometimes{Interval: c.FailingPollInterval}, lostLogged: rate.Sometimes{Interval: time.Hour},
+	}}
 	r.p.copyName, _ = envelope.RecoveryAnnotation(c.Provider)
+	r.p.readOnly.Store(c.ReadOnly)
 	r.p.state.Store(&state{pending: make(chan struct{})})
 	r.calls = &caller{p: r.p, denied: make(map[string]time.Time)}
 	r.calls.base, r.calls.stop = context.WithCancelCause(context.Background())
 	r.refusals = &refusals{p: r.p, calls: r.calls, lru: refused}
-	r.seeds = &seeds{ring: r, p: r.p, calls: r.calls, refusals: r.refusals}
-	r.seeds.hot.init()
-	r.copies = &copyReader{ring: r, p: r.p, calls: r.calls, seeds: r.seeds, uses: make(map[*Ring]*copyUse)}
+	r.seeds = &seeds{ring: r, p: r.p, calls: r.calls, refusals: r.refusals, hot: hotTable{seed: maphash.MakeSeed()}}
+	r.copies = &copyReader{ring: r, p: r.p, calls: r.calls, seeds: r.seeds}
 	r.seeds.copies = r.copies
 	r.copier = &copyWriter{p: r.p}
 	r.copier.set.Store(new(copySet))
@@ -146,7 +137,7 @@ func New(c RingConfig) (*Ring, error) {
 		probePauses: make(map[string]*probePause), settled: settling{left: make(map[string]time.Time)},
 	}
 	r.p.poller = kmsclient.NewPoller(r.monitor.check, r.monitor.pause)
-	if r.isOffline() {
+	if r.IsOffline() {
 		r.readOfflineID()
 	}
 	return r, nil
@@ -159,11 +150,11 @@ func (r *Ring) Run(ctx context.Context) error {
 	if !r.p.running.CompareAndSwap(false, true) {
 		return fmt.Errorf("run key ring of provider %q: it was run before", r.p.cfg.Provider)
 	}
-	if r.isOffline() {
-		r.runOffline(ctx)
+	defer r.calls.close()
+	if r.IsOffline() {
+		<-ctx.Done()
 		return nil
 	}
-	defer r.calls.close()
 	r.p.poller.Run(ctx)
 	return nil
 }
@@ -196,11 +187,11 @@ func (r *Ring) Provider() string { return r.p.cfg.Provider }
 // Check has the next health check made at once. It does not wait for it, and several calls within a
 // second are one. Of an offline ring it reads the ID of the public keys again.
 func (r *Ring) Check() {
-	if r.isOffline() {
+	if r.IsOffline() {
 		r.readOfflineID()
 		return
 	}
-	r.p.wake()
+	r.p.poller.Wake()
 }
 
 // SetRecovery has the KMSs of rings wrap recovery copies of each seed that is generated from now
@@ -236,13 +227,30 @@ func (r *Ring) SetRecovery(rings []*Ring, required bool) error {
 			st.pending = make(chan struct{})
 		}
 	})
-	r.p.wake()
+	r.p.poller.Wake()
 	return nil
 }
 
-// seal encrypts plaintext with the current seed. If there is none yet, it waits for the first
-// health check or, with try, returns [ErrWouldBlock].
-func (r *Ring) seal(ctx context.Context, etcdKey, plaintext []byte, try bool) ([]byte, *Error) {
+// ReadOnly reports whether the ring only decrypts.
+func (r *Ring) ReadOnly() bool { return r.p.readOnly.Load() }
+
+// StartWriting makes a ring that only decrypts generate seeds too. Values to encrypt wait for the
+// health check that generates the first one. It does nothing to a ring of an offline key.
+func (r *Ring) StartWriting() {
+	if r.IsOffline() || !r.p.readOnly.Swap(false) {
+		return
+	}
+	r.p.update(func(st *state) {
+		if st.pending == nil && !r.p.stopped {
+			st.pending = make(chan struct{})
+		}
+	})
+	r.p.poller.Wake()
+}
+
+// Seal encrypts plaintext with the current seed, for etcdKey. If there is none yet, it waits for
+// the first health check or, with try, returns [ErrWouldBlock]. It retains neither argument.
+func (r *Ring) Seal(ctx context.Context, etcdKey, plaintext []byte, try bool) ([]byte, *Error) {
 	for waited := false; ; waited = true {
 		st := r.p.state.Load()
 		if st.revoked != nil {
@@ -250,7 +258,7 @@ func (r *Ring) seal(ctx context.Context, etcdKey, plaintext []byte, try bool) ([
 		}
 		if r.maySeal(st) {
 			if st.writer.seals.Add(1) == r.p.cfg.MaxSeals {
-				r.p.wake()
+				r.p.poller.Wake()
 			}
 			sealed, err := st.writer.frame.Seal(etcdKey, plaintext)
 			if err != nil {
@@ -259,11 +267,11 @@ func (r *Ring) seal(ctx context.Context, etcdKey, plaintext []byte, try bool) ([
 			return sealed, nil
 		}
 		if waited || st.pending == nil {
-			r.p.wake()
+			r.p.poller.Wake()
 			return nil, r.cannotSeal(st)
 		}
 		if try {
-			return nil, errWouldBlock
+			return nil, ErrWouldBlock
 		}
 		select {
 		case <-st.pending:
@@ -271,6 +279,33 @@ func (r *Ring) seal(ctx context.Context, etcdKey, plaintext []byte, try bool) ([
 			return nil, r.p.errorf(Unavailable, context.Cause(ctx), "the caller canceled while the first DEK seed was generated")
 		}
 	}
+}
+
+// Mode says how an object is decrypted.
+type Mode struct {
+	InPlace bool // the plaintext is written over the object
+	// without a KMS call, or else the error is [ErrWouldBlock] and the object is unchanged
+	Try bool
+}
+
+// Open decrypts an object of this provider that is stored under etcdKey, if need be with a recovery
+// copy that one of rings unwraps. It returns the seed that was used.
+func (r *Ring) Open(ctx context.Context, etcdKey, object []byte, mode Mode, rings []*Ring) ([]byte, UsedSeed, *Error) {
+	plaintext, e, err := r.seeds.open(ctx, etcdKey, object, mode, rings)
+	if err != nil && err != ErrWouldBlock {
+		err = err.ofValue(etcdKey)
+	}
+	return plaintext, UsedSeed{e}, err
+}
+
+// UsedSeed is the seed that decrypted a value; the zero value is none.
+type UsedSeed struct{ entry *entry }
+
+// IsCurrent reports whether write would encrypt a value with the same KMS key and recovery copies,
+// as far as it knows from the last Status.
+func (u UsedSeed) IsCurrent(write *Ring) bool {
+	e := u.entry
+	return e != nil && e.ring == write && e.by == write && e.typ == envelope.TypeSeed && e.keyID == write.p.state.Load().keyID && write.copier.current(e.copies)
 }
 
 // maySeal reports whether values may be encrypted.
@@ -282,7 +317,7 @@ func (r *Ring) maySeal(st *state) bool {
 // cannotSeal returns why values may not be encrypted, for a state in which maySeal is false.
 func (r *Ring) cannotSeal(st *state) *Error {
 	switch {
-	case r.p.cfg.ReadOnly:
+	case r.p.readOnly.Load():
 		return r.p.errorf(Refused, nil, "no rule writes with the provider")
 	case st.revoked != nil:
 		return r.p.errorf(KeyUnusable, st.revoked, "%s", describe(st.revoked))

@@ -1,4 +1,4 @@
-package keyring
+package keyring_test
 
 import (
 	"context"
@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/ringtest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
@@ -16,31 +18,31 @@ func TestMintOnceThenSealAndOpen(t *testing.T) {
 	for name, gen := range map[string]bool{"Encrypt": false, "GenerateDataKey": true} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				kms := newKMS(t, "ack")
-				g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) {
+				kms := ringtest.NewKMS(t, "ack")
+				g := ringtest.NewRig(t, kms, func(c *keyring.RingConfig, _ *keyring.CacheConfig) {
 					if gen {
-						c.KMS = &keyMaker{fakeKMS: kms}
+						c.KMS = &ringtest.KeyMaker{KMS: kms}
 					}
-				}).start(t)
+				}).Start(t)
 				for range 100 {
-					stored := g.mustSeal(t, "/s/a", "value")
+					stored := g.MustWrite(t, "/s/a", "value")
 					if !strings.HasPrefix(string(stored), "k8s:enc:kms:v2:ack:") || strings.Contains(string(stored), "value") {
 						t.Fatalf("stored %q", stored)
 					}
-					g.mustOpen(t, "/s/a", stored, "value")
+					g.MustRead(t, "/s/a", stored, "value")
 				}
-				if n := kms.count(name); n != 1 {
+				if n := kms.Count(name); n != 1 {
 					t.Errorf("%d calls of %s for one DEK seed", n, name)
 				}
-				if n := kms.count("Decrypt"); n != 0 {
+				if n := kms.Count("Decrypt"); n != 0 {
 					t.Errorf("own values cost %d Decrypt calls", n)
 				}
 				synctest.Wait()
-				want := State{Provider: "ack", Healthy: true, CanSeal: true, KeyID: "key-1", SealedBy: "key-1", LastGood: time.Now(), Seeded: time.Now()}
+				want := keyring.State{Provider: "ack", Healthy: true, CanSeal: true, KeyID: "key-1", SealedBy: "key-1", LastGood: time.Now(), Seeded: time.Now()}
 				if got := g.State(); got != want {
 					t.Errorf("State = %+v, want %+v", got, want)
 				}
-				if err := g.sealer.Health(); err != nil {
+				if err := g.Sealer.Health(); err != nil {
 					t.Error(err)
 				}
 			})
@@ -50,27 +52,27 @@ func TestMintOnceThenSealAndOpen(t *testing.T) {
 
 func TestSealWaitsForTheFirstMint(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		kms := newKMS(t, "ack")
-		kms.delay = 2 * time.Second
-		g := newRing(t, kms, nil)
+		kms := ringtest.NewKMS(t, "ack")
+		kms.Delay = 2 * time.Second
+		g := ringtest.NewRig(t, kms, nil)
 		errs := make(chan error, 100)
 		for range cap(errs) { // before Run has begun
-			go func() { _, err := g.seal("k", "v"); errs <- err }()
+			go func() { _, err := g.Write("k", "v"); errs <- err }()
 		}
 		ctx, cancel := context.WithTimeoutCause(context.Background(), time.Second, errors.New("enough"))
 		defer cancel()
-		g.start(t)
-		if _, err := g.sealer.Seal(ctx, []byte("k"), nil); !strings.Contains(errors.Unwrap(err).Error(), "enough") {
+		g.Start(t)
+		if _, err := g.Sealer.Seal(ctx, []byte("k"), nil); !strings.Contains(errors.Unwrap(err).Error(), "enough") {
 			t.Errorf("the caller's own deadline: %v", err)
 		} else {
-			wantKind(t, err, Unavailable)
+			ringtest.WantKind(t, err, keyring.Unavailable)
 		}
 		for range cap(errs) {
 			if err := <-errs; err != nil {
 				t.Error(err)
 			}
 		}
-		if n := kms.count("Encrypt"); n != 1 {
+		if n := kms.Count("Encrypt"); n != 1 {
 			t.Errorf("%d DEK seeds generated", n)
 		}
 	})
@@ -78,68 +80,70 @@ func TestSealWaitsForTheFirstMint(t *testing.T) {
 
 func TestStartsWithTheKMSDown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		kms := newKMS(t, "ack")
-		kms.down = kmsError("Status", kmsclient.Unreachable)
-		old := kms.sealed(t, "k", "old")
-		g := newRing(t, kms, nil).start(t)
+		kms := ringtest.NewKMS(t, "ack")
+		kms.Down = ringtest.KMSError("Status", kmsclient.Unreachable)
+		old := kms.Encrypted(t, "k", "old")
+		g := ringtest.NewRig(t, kms, nil).Start(t)
 		synctest.Wait()
 		before := time.Now()
-		_, err := g.seal("k", "v")
-		wantKind(t, err, Unavailable)
+		_, err := g.Write("k", "v")
+		ringtest.WantKind(t, err, keyring.Unavailable)
 		for _, part := range []string{`rule "/s/"`, `"ack"`, "unreachable", `"req-7"`, `"key-1"`} {
 			if !strings.Contains(err.Error(), part) {
 				t.Errorf("the text does not hold %s: %v", part, err)
 			}
 		}
-		_, err = g.open("k", old)
-		wantKind(t, err, Unavailable)
+		_, err = g.Read("k", old)
+		ringtest.WantKind(t, err, keyring.Unavailable)
 		if waited := time.Since(before); waited > 0 {
 			t.Errorf("it took %v to say so", waited)
 		}
 		if st := g.State(); st.Healthy || st.CanSeal || st.Reason == "" {
 			t.Errorf("State = %+v", st)
 		}
-		if g.sealer.Health() == nil {
+		if g.Sealer.Health() == nil {
 			t.Error("ready without a seed")
 		}
 		// Plaintext is none of the KMS' business.
-		g.mustOpen(t, "k", []byte("plain"), "plain")
-		kms.set(func() { kms.down = nil })
+		g.MustRead(t, "k", []byte("plain"), "plain")
+		kms.Set(func() { kms.Down = nil })
 		time.Sleep(10 * time.Second)
 		synctest.Wait()
-		g.mustOpen(t, "k", g.mustSeal(t, "k", "v"), "v")
-		g.mustOpen(t, "k", old, "old")
+		g.MustRead(t, "k", g.MustWrite(t, "k", "v"), "v")
+		g.MustRead(t, "k", old, "old")
 	})
 }
 
 func TestSealPokesASilentRing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		kms := newKMS(t, "ack")
-		kms.down = kmsError("Status", kmsclient.Unreachable)
-		g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.FailingPollInterval, c.RevokeWithin = time.Hour, time.Hour }).start(t)
+		kms := ringtest.NewKMS(t, "ack")
+		kms.Down = ringtest.KMSError("Status", kmsclient.Unreachable)
+		g := ringtest.NewRig(t, kms, func(c *keyring.RingConfig, _ *keyring.CacheConfig) {
+			c.FailingPollInterval, c.RevokeWithin = time.Hour, time.Hour
+		}).Start(t)
 		synctest.Wait()
-		kms.set(func() { kms.down = nil })
-		if _, err := g.seal("k", "v"); err == nil {
+		kms.Set(func() { kms.Down = nil })
+		if _, err := g.Write("k", "v"); err == nil {
 			t.Fatal("sealed before the next contact")
 		}
 		time.Sleep(time.Second + time.Millisecond)
-		g.mustSeal(t, "k", "v")
+		g.MustWrite(t, "k", "v")
 	})
 }
 
 // TestPokesAreBounded: however many want to seal, the KMS is asked once a second at most.
 func TestPokesAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		kms := newKMS(t, "ack")
-		kms.down = kmsError("Status", kmsclient.Unreachable)
-		g := newRing(t, kms, nil).start(t)
+		kms := ringtest.NewKMS(t, "ack")
+		kms.Down = ringtest.KMSError("Status", kmsclient.Unreachable)
+		g := ringtest.NewRig(t, kms, nil).Start(t)
 		end := time.Now().Add(30 * time.Second)
 		for time.Now().Before(end) {
-			_, err := g.seal("k", "v")
-			wantKind(t, err, Unavailable)
+			_, err := g.Write("k", "v")
+			ringtest.WantKind(t, err, keyring.Unavailable)
 			time.Sleep(10 * time.Millisecond)
 		}
-		if n := kms.count("Status"); n > 31 {
+		if n := kms.Count("Status"); n > 31 {
 			t.Errorf("%d Status calls in 30 s", n)
 		}
 	})
@@ -147,30 +151,30 @@ func TestPokesAreBounded(t *testing.T) {
 
 func TestPollIntervals(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		kms := newKMS(t, "ack")
-		g := newRing(t, kms, nil).start(t)
+		kms := ringtest.NewKMS(t, "ack")
+		g := ringtest.NewRig(t, kms, nil).Start(t)
 		synctest.Wait()
 		time.Sleep(time.Hour)
-		if n := kms.count("Status"); n < 60 || n > 70 {
+		if n := kms.Count("Status"); n < 60 || n > 70 {
 			t.Errorf("%d Status calls in a healthy hour", n)
 		}
-		kms.set(func() { kms.health = "poorly"; kms.calls = map[string]int{} })
+		kms.Set(func() { kms.Health = "poorly"; kms.Calls = map[string]int{} })
 		time.Sleep(time.Hour)
-		if n := kms.count("Status"); n < 350 || n > 400 {
+		if n := kms.Count("Status"); n < 350 || n > 400 {
 			t.Errorf("%d Status calls in a failing hour", n)
 		}
 		if st := g.State(); st.Healthy || !strings.Contains(st.Reason, "health is not ok") {
 			t.Errorf("State = %+v", st)
 		}
-		if n := kms.count("Encrypt"); n != 0 {
+		if n := kms.Count("Encrypt"); n != 0 {
 			t.Errorf("%d DEK seeds generated", n)
 		}
 	})
 	synctest.Test(t, func(t *testing.T) { // RevokeWithin shortens it
-		kms := newKMS(t, "ack")
-		newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.RevokeWithin = time.Second }).start(t)
+		kms := ringtest.NewKMS(t, "ack")
+		ringtest.NewRig(t, kms, func(c *keyring.RingConfig, _ *keyring.CacheConfig) { c.RevokeWithin = time.Second }).Start(t)
 		time.Sleep(time.Minute)
-		if n := kms.count("Status"); n < 60 {
+		if n := kms.Count("Status"); n < 60 {
 			t.Errorf("%d Status calls in a minute", n)
 		}
 	})
@@ -178,64 +182,64 @@ func TestPollIntervals(t *testing.T) {
 
 func TestSealUnreachableFor(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		kms := newKMS(t, "ack")
-		g := newRing(t, kms, nil).start(t)
-		g.mustSeal(t, "k", "v")
-		kms.set(func() { kms.down = kmsError("Status", kmsclient.Unreachable) })
+		kms := ringtest.NewKMS(t, "ack")
+		g := ringtest.NewRig(t, kms, nil).Start(t)
+		g.MustWrite(t, "k", "v")
+		kms.Set(func() { kms.Down = ringtest.KMSError("Status", kmsclient.Unreachable) })
 		time.Sleep(58 * time.Minute)
-		stored := g.mustSeal(t, "k", "v")
-		if st := g.State(); st.Healthy || !st.CanSeal || g.sealer.Health() != nil {
-			t.Errorf("State = %+v, Ready = %v", st, g.sealer.Health())
+		stored := g.MustWrite(t, "k", "v")
+		if st := g.State(); st.Healthy || !st.CanSeal || g.Sealer.Health() != nil {
+			t.Errorf("State = %+v, Ready = %v", st, g.Sealer.Health())
 		}
 		time.Sleep(5 * time.Minute)
-		_, err := g.seal("k", "v")
-		wantKind(t, err, Unavailable)
+		_, err := g.Write("k", "v")
+		ringtest.WantKind(t, err, keyring.Unavailable)
 		if !strings.Contains(err.Error(), "1h0m0s only") {
 			t.Errorf("text: %v", err)
 		}
-		if g.State().CanSeal || g.sealer.Health() == nil {
+		if g.State().CanSeal || g.Sealer.Health() == nil {
 			t.Error("ready although it cannot seal")
 		}
-		g.mustOpen(t, "k", stored, "v") // reading has its own rule
-		kms.set(func() { kms.down = nil })
+		g.MustRead(t, "k", stored, "v") // reading has its own rule
+		kms.Set(func() { kms.Down = nil })
 		time.Sleep(10 * time.Second)
-		g.mustSeal(t, "k", "v")
-		if n := kms.count("Encrypt"); n != 1 {
+		g.MustWrite(t, "k", "v")
+		if n := kms.Count("Encrypt"); n != 1 {
 			t.Errorf("%d DEK seeds generated: an outage is no reason for a new seed", n)
 		}
 	})
 	synctest.Test(t, func(t *testing.T) { // not at all
-		kms := newKMS(t, "ack")
-		g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.SealUnreachableFor = 0 }).start(t)
-		g.mustSeal(t, "k", "v")
-		kms.set(func() { kms.down = kmsError("Status", kmsclient.Unreachable) })
+		kms := ringtest.NewKMS(t, "ack")
+		g := ringtest.NewRig(t, kms, func(c *keyring.RingConfig, _ *keyring.CacheConfig) { c.SealUnreachableFor = 0 }).Start(t)
+		g.MustWrite(t, "k", "v")
+		kms.Set(func() { kms.Down = ringtest.KMSError("Status", kmsclient.Unreachable) })
 		time.Sleep(time.Minute)
 		synctest.Wait()
-		_, err := g.seal("k", "v")
-		wantKind(t, err, Unavailable)
+		_, err := g.Write("k", "v")
+		ringtest.WantKind(t, err, keyring.Unavailable)
 	})
 }
 
 func TestRunEndsEverything(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		kms := newKMS(t, "ack")
-		stored := kms.sealed(t, "k", "v")
-		kms.delay = time.Hour
-		g := newRing(t, kms, func(c *RingConfig, _ *CacheConfig) { c.Timeout = 2 * time.Hour }).start(t)
+		kms := ringtest.NewKMS(t, "ack")
+		stored := kms.Encrypted(t, "k", "v")
+		kms.Delay = time.Hour
+		g := ringtest.NewRig(t, kms, func(c *keyring.RingConfig, _ *keyring.CacheConfig) { c.Timeout = 2 * time.Hour }).Start(t)
 		errs := make(chan error, 2)
-		go func() { _, err := g.seal("k", "v"); errs <- err }()
-		go func() { _, err := g.open("k", stored); errs <- err }()
+		go func() { _, err := g.Write("k", "v"); errs <- err }()
+		go func() { _, err := g.Read("k", stored); errs <- err }()
 		synctest.Wait()
 		began := time.Now()
-		g.stop()
+		g.Stop()
 		for range 2 {
-			wantKind(t, <-errs, Unavailable)
+			ringtest.WantKind(t, <-errs, keyring.Unavailable)
 		}
 		if d := time.Since(began); d > 0 {
 			t.Errorf("it took %v to end", d)
 		}
-		_, err := g.open("k", stored)
-		wantKind(t, err, Unavailable)
+		_, err := g.Read("k", stored)
+		ringtest.WantKind(t, err, keyring.Unavailable)
 		if err := g.Run(context.Background()); err == nil {
 			t.Error("ran twice")
 		}
@@ -243,22 +247,22 @@ func TestRunEndsEverything(t *testing.T) {
 }
 
 func TestNewChecks(t *testing.T) {
-	kms := newKMS(t, "ack")
-	cache, err := NewCache(CacheConfig{})
+	kms := ringtest.NewKMS(t, "ack")
+	cache, err := keyring.NewCache(keyring.CacheConfig{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, c := range map[string]RingConfig{
+	for name, c := range map[string]keyring.RingConfig{
 		"no provider": {KMS: kms, Cache: cache}, "colon": {Provider: "a:b", KMS: kms, Cache: cache}, "no KMS": {Provider: "a", Cache: cache},
 		"no cache": {Provider: "a", KMS: kms}, "negative": {Provider: "a", KMS: kms, Cache: cache, MaxAge: -1},
 		"negative limit": {Provider: "a", KMS: kms, Cache: cache, SealUnreachableFor: -1},
 	} {
-		if _, err := New(c); err == nil {
+		if _, err := keyring.New(c); err == nil {
 			t.Errorf("%s: no error", name)
 		}
 	}
-	for _, c := range []CacheConfig{{Seeds: -1}, {TTL: -1}, {ServeUnreachableFor: -1}} {
-		if _, err := NewCache(c); err == nil {
+	for _, c := range []keyring.CacheConfig{{Seeds: -1}, {TTL: -1}, {ServeUnreachableFor: -1}} {
+		if _, err := keyring.NewCache(c); err == nil {
 			t.Errorf("%+v: no error", c)
 		}
 	}
@@ -268,17 +272,17 @@ func TestNewChecks(t *testing.T) {
 // stored bytes alone.
 func TestAnnotationsComeBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		kms := newKMS(t, "ack")
-		kms.annotate = map[string][]byte{"a.example.com": []byte("x"), "b.example.com": []byte("\x00\xff")}
-		g := newRing(t, kms, nil).start(t)
-		stored := g.mustSeal(t, "k", "v")
-		other := newRing(t, kms, nil).start(t)
-		other.mustOpen(t, "k", stored, "v")
+		kms := ringtest.NewKMS(t, "ack")
+		kms.Annotate = map[string][]byte{"a.example.com": []byte("x"), "b.example.com": []byte("\x00\xff")}
+		g := ringtest.NewRig(t, kms, nil).Start(t)
+		stored := g.MustWrite(t, "k", "v")
+		other := ringtest.NewRig(t, kms, nil).Start(t)
+		other.MustRead(t, "k", stored, "v")
 		_, object, _ := envelope.Split(stored)
 		if o, err := envelope.Parse(object); err != nil || len(o.Annotations) != 2 {
 			t.Errorf("%+v, %v", o.Header, err)
 		}
-		if n := kms.count("Decrypt"); n != 1 {
+		if n := kms.Count("Decrypt"); n != 1 {
 			t.Errorf("%d Decrypt calls", n)
 		}
 	})

@@ -26,17 +26,10 @@ type seeds struct {
 	recent  envelope.Recent
 }
 
-// openMode says how an object is decrypted.
-type openMode struct {
-	inPlace bool // the plaintext is written over the object
-	// without a KMS call, or else the error is [ErrWouldBlock] and the object is unchanged
-	try bool
-}
-
 // open decrypts an object of this provider, if need be with a recovery copy that one of rings
 // unwraps. e is the seed that was used; it is nil if there was none.
-func (s *seeds) open(ctx context.Context, etcdKey, object []byte, mode openMode, rings []*Ring) (plaintext []byte, e *entry, err *Error) {
-	if st := s.p.state.Load(); st.revoked != nil && !kmsclient.ReasonOf(st.revoked).Gone() && !overridden(rings) {
+func (s *seeds) open(ctx context.Context, etcdKey, object []byte, mode Mode, rings []*Ring) (plaintext []byte, e *entry, err *Error) {
+	if st := s.p.state.Load(); st.revoked != nil && !kmsclient.ReasonOf(st.revoked).Gone() && !slices.ContainsFunc(rings, (*Ring).overrides) {
 		return nil, nil, s.p.errorf(KeyUnusable, st.revoked, "%s", describe(st.revoked))
 	}
 	now := time.Now()
@@ -46,8 +39,8 @@ func (s *seeds) open(ctx context.Context, etcdKey, object []byte, mode openMode,
 		return nil, nil, err
 	case e != nil:
 		s.p.cfg.Observer.Seed(s.p.cfg.Provider, l.event)
-	case mode.try:
-		return nil, nil, errWouldBlock
+	case mode.Try:
+		return nil, nil, ErrWouldBlock
 	default:
 		if e, err = s.fetch(ctx, &l, rings); err != nil {
 			return nil, nil, err
@@ -56,14 +49,14 @@ func (s *seeds) open(ctx context.Context, etcdKey, object []byte, mode openMode,
 	}
 	verified := e.verified.Load()
 	var oerr error
-	if mode.inPlace && verified { // otherwise the object may be needed again
+	if mode.InPlace && verified { // otherwise the object may be needed again
 		plaintext, oerr = e.seed.OpenInPlace(&s.recent, etcdKey, l.data)
 	} else {
 		plaintext, oerr = e.seed.Open(nil, etcdKey, l.data)
 	}
 	if oerr != nil {
 		if !verified {
-			if plaintext, err = s.openAgain(ctx, e, etcdKey, object, mode.try); err == nil || err.Kind != Corrupt {
+			if plaintext, err = s.openAgain(ctx, e, etcdKey, object, mode.Try); err == nil || err.Kind != Corrupt {
 				return plaintext, e, err
 			}
 		}
@@ -135,7 +128,7 @@ func (s *seeds) cached(l *lookup, rings []*Ring, now time.Time) *entry {
 	if st := s.p.state.Load(); !st.healthy && st.revoked == nil && s.refusals.current(l.digest) == nil {
 		// The KMS did not answer the last health check, so that no caller waits for it. If it
 		// answers this call, the seed is renewed.
-		s.flight(l.digest, cloneHeader(l.header))
+		s.unwrapping(l.digest, cloneHeader(l.header))
 		return l.stale
 	}
 	return nil
@@ -170,15 +163,19 @@ func (s *seeds) evict(match func(*entry) bool) int {
 	return n
 }
 
-// evictKeys evicts the seeds under key IDs, after the KMS refused keyID. Those that the KMS still
-// unwraps are unwrapped again at their next use. If the key is gone, seeds from recovery copies
-// stay.
-func (s *seeds) evictKeys(under func(keyID string) bool, keyID string, cause error) {
+// evictUnder evicts the seeds under key IDs that the KMS refuses. Those from recovery copies stay if
+// the key is gone, and not if an operator has disabled it.
+func (s *seeds) evictUnder(under func(keyID string) bool, cause error) int {
 	gone := kmsclient.ReasonOf(cause).Gone()
-	match := func(e *entry) bool {
+	return s.evict(func(e *entry) bool {
 		return e.by == s.ring && under(e.byKeyID) || e.ring == s.ring && under(e.keyID) && !gone && !e.by.overrides()
-	}
-	if n := s.evict(match); n > 0 {
+	})
+}
+
+// evictKeys evicts the seeds under key IDs, after the KMS refused keyID. Those that the KMS still
+// unwraps are unwrapped again at their next use.
+func (s *seeds) evictKeys(under func(keyID string) bool, keyID string, cause error) {
+	if n := s.evictUnder(under, cause); n > 0 {
 		s.p.cfg.Observer.Seed(s.p.cfg.Provider, EventRevoked)
 		s.p.cfg.Logger.Warn("DEK seeds of a KMS key are evicted", "provider", s.p.cfg.Provider, "keyID", keyID, "reason", describe(cause), "seeds", n)
 	}

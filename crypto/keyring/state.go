@@ -12,13 +12,14 @@ type State struct {
 	Provider string
 	Healthy  bool // the last health check was good
 	// values can be encrypted now, which may be so although the last health check failed
-	CanSeal  bool
-	Revoked  bool      // the KMS key may not be used
-	KeyID    string    // the current KMS key, from the last Status; "" before
-	SealedBy string    // the key ID in values that are encrypted now; "" when there is no seed
-	Reason   string    // why the last health check failed; safe to show
-	LastGood time.Time // when the last good health check ended; zero before
-	Seeded   time.Time // when the seed in use was generated; zero when there is none
+	CanSeal    bool
+	SealReason string    // why not; safe to show
+	Revoked    bool      // the KMS key may not be used
+	KeyID      string    // the current KMS key, from the last Status; "" before
+	SealedBy   string    // the key ID in values that are encrypted now; "" when there is no seed
+	Reason     string    // why the last health check failed; safe to show
+	LastGood   time.Time // when the last good health check ended; zero before
+	Seeded     time.Time // when the seed in use was generated; zero when there is none
 	// when Status last went back to a key ID that was in use within a day; zero if it never did
 	Flapped time.Time
 }
@@ -29,6 +30,9 @@ func (r *Ring) State() State {
 	s := State{
 		Provider: r.p.cfg.Provider, Healthy: st.healthy, CanSeal: r.maySeal(st), Revoked: st.revoked != nil,
 		KeyID: st.keyID, LastGood: st.lastGood,
+	}
+	if !s.CanSeal {
+		s.SealReason = r.cannotSeal(st).Text
 	}
 	if at := r.monitor.flapped.Load(); at != 0 {
 		s.Flapped = time.Unix(at, 0)
@@ -75,9 +79,8 @@ func (r *Ring) Recovery() []RecoveryState {
 		}
 		states = append(states, s)
 	}
-	r.copies.mu.Lock()
-	defer r.copies.mu.Unlock()
-	for by, u := range r.copies.uses {
+	for by, u := range r.copies.uses.Range {
+		by, u := by.(*Ring), u.(*copyUse) // nothing else is stored
 		i := slices.IndexFunc(states, func(s RecoveryState) bool { return s.Provider == by.Provider() })
 		if i < 0 {
 			i, states = len(states), append(states, RecoveryState{Provider: by.Provider()})
@@ -89,3 +92,18 @@ func (r *Ring) Recovery() []RecoveryState {
 	slices.SortFunc(states, func(a, b RecoveryState) int { return strings.Compare(a.Provider, b.Provider) })
 	return states
 }
+
+// ValueState compares a stored value with what its rule writes.
+type ValueState string
+
+// The states. A stale value is decrypted by a recovery copy, or is of another key ID, provider,
+// type, format or set of recovery copies than a new one.
+const (
+	Current ValueState = "current" // as the rule writes it now
+	Stale   ValueState = "stale"   // encrypted, but not as the rule writes it now
+	// Unencrypted: plaintext; if the rule writes plaintext, that is Current
+	Unencrypted ValueState = "plaintext"
+	// Foreign: encrypted by a provider that the rule does not read
+	Foreign       ValueState = "foreign"
+	Undecryptable ValueState = "undecryptable" // cannot be decrypted; the error says why
+)

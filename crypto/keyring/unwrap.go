@@ -3,7 +3,6 @@ package keyring
 import (
 	"context"
 	"crypto/sha256"
-	"errors"
 	"time"
 
 	"golang.org/x/sync/singleflight"
@@ -27,50 +26,53 @@ func (s *seeds) fetch(ctx context.Context, l *lookup, rings []*Ring) (*entry, *E
 	return s.copies.fetch(ctx, h, s.copies.find(l.digest, h, rings), err)
 }
 
-// flight returns the result of unwrapping a seed. Concurrent callers share one KMS call.
-func (s *seeds) flight(d digest, h *envelope.Header) <-chan singleflight.Result {
-	return s.flights.DoChan(string(d[:]), func() (any, error) {
-		e, err := s.unwrap(d, h)
-		if err != nil {
-			return nil, err
-		}
-		return e, nil
+// result is what a flight returns.
+type result struct {
+	entry *entry
+	err   *Error
+}
+
+// flight has call make a KMS call for a seed. Concurrent callers with one id share a call.
+func (s *seeds) flight(id string, call func() (*entry, *Error)) <-chan singleflight.Result {
+	return s.flights.DoChan(id, func() (any, error) {
+		e, err := call()
+		return result{e, err}, nil
 	})
+}
+
+// await returns the result of a flight, or an error once ctx has ended.
+func (s *seeds) await(ctx context.Context, flight <-chan singleflight.Result, what string) (*entry, *Error) {
+	select {
+	case <-ctx.Done():
+		return nil, s.p.errorf(Unavailable, context.Cause(ctx), "the caller canceled while %s", what)
+	case a := <-flight:
+		r := a.Val.(result) // flight returns nothing else
+		return r.entry, r.err
+	}
+}
+
+// unwrapping is the flight that has the ring's own KMS unwrap a seed.
+func (s *seeds) unwrapping(d digest, h *envelope.Header) <-chan singleflight.Result {
+	return s.flight(string(d[:]), func() (*entry, *Error) { return s.unwrap(d, h) })
 }
 
 // fromKMS returns the seed as the ring's own KMS unwraps it, or stale, the cached seed past its
 // TTL, if that may be used.
-func (s *seeds) fromKMS(ctx context.Context, d digest, h *envelope.Header, stale *entry) (*entry, *Error) {
+func (s *seeds) fromKMS(ctx context.Context, d digest, h *envelope.Header, stale *entry) (e *entry, err *Error) {
 	if revoked := s.p.state.Load().revoked; revoked != nil {
 		// no call with a revoked key
 		return nil, s.p.markLost(s.p.errorf(KeyUnusable, revoked, "%s", describe(revoked)), h, revoked)
 	}
 	if last := s.refusals.current(d); last != nil {
-		err := s.refusals.failure("seed", h, last)
-		if stale != nil && !stale.evicted.Load() && s.mayServe(stale, err) {
-			s.p.cfg.Observer.Seed(s.p.cfg.Provider, EventStale)
-			return stale, nil
-		}
-		return nil, err
+		err = s.refusals.failure("seed", h, last)
+	} else if e, err = s.await(ctx, s.unwrapping(d, h), "its seed was unwrapped"); err == nil || ctx.Err() != nil {
+		return e, err
 	}
-	answer := s.flight(d, h)
-	select {
-	case <-ctx.Done():
-		return nil, s.p.errorf(Unavailable, context.Cause(ctx), "the caller canceled while its seed was unwrapped")
-	case a := <-answer:
-		if a.Err == nil {
-			return a.Val.(*entry), nil
-		}
-		err, ok := errors.AsType[*Error](a.Err)
-		if !ok {
-			err = s.p.errorf(Unavailable, a.Err, "the seed was not unwrapped")
-		}
-		if stale != nil && !stale.evicted.Load() && s.mayServe(stale, err) {
-			s.p.cfg.Observer.Seed(s.p.cfg.Provider, EventStale)
-			return stale, nil
-		}
-		return nil, err
+	if stale != nil && !stale.evicted.Load() && s.mayServe(stale, err) {
+		s.p.cfg.Observer.Seed(s.p.cfg.Provider, EventStale)
+		return stale, nil
 	}
+	return nil, err
 }
 
 // mayServe reports whether a seed past its TTL may still decrypt values although unwrapping it has
@@ -89,7 +91,7 @@ func (s *seeds) mayServe(stale *entry, err *Error) bool {
 }
 
 // unwrap has the KMS unwrap a seed, and caches it.
-func (s *seeds) unwrap(d digest, h *envelope.Header) (*entry, error) {
+func (s *seeds) unwrap(d digest, h *envelope.Header) (*entry, *Error) {
 	old := s.p.cfg.Cache.get(d)
 	if old != nil && s.p.cfg.Cache.ageOf(old, time.Now()) == fresh {
 		return old, nil // unwrapped since the caller looked it up
@@ -98,23 +100,18 @@ func (s *seeds) unwrap(d digest, h *envelope.Header) (*entry, error) {
 		return nil, s.refusals.failure("seed", h, last)
 	}
 	gen := s.p.revocations()
-	plain, err := s.decrypt(expectSeed(s.attempts(d), h.Type), h)
+	seed, sum, err := s.secret(s.attempts(d), "seed", d, h)
 	if err != nil {
 		if old != nil {
 			old.retry.Store(time.Now().Add(s.p.cfg.FailingPollInterval).UnixNano())
-			if kmsclient.ClassOf(err) == kmsclient.ClassInvalid {
+			if kmsclient.ClassOf(err.Err) == kmsclient.ClassInvalid {
 				s.p.cfg.Cache.evict(old)
 			}
 		}
-		return nil, s.refusals.failure("seed", h, s.refusals.note(d, err))
+		return nil, err
 	}
-	seed, err := envelope.NewSeed(h.Type, plain)
-	if err != nil { // no seed has this length: the response is wrong, not the value
-		return nil, s.refusals.failure("seed", h, s.refusals.note(d, brokenContract("Decrypt", err.Error())))
-	}
-	s.refusals.forget(d)
 	e := s.newEntry(d, h, seed)
-	e.sum = sha256.Sum256(plain)
+	e.sum = sum
 	if old != nil {
 		e.verified.Store(old.verified.Load())
 	}
@@ -129,9 +126,27 @@ func (s *seeds) unwrap(d digest, h *envelope.Header) (*entry, error) {
 	return e, nil
 }
 
+// secret has the KMS unwrap a header, and returns the seed and the digest of its secret. what is
+// "seed", or "copy" for a recovery copy; d identifies it among the refusals.
+func (s *seeds) secret(ctx context.Context, what string, d digest, h *envelope.Header) (seed *envelope.Seed, sum [sha256.Size]byte, _ *Error) {
+	// a plaintext that cannot be a seed counts as a broken contract
+	ctx = kmsclient.ExpectLength(ctx, func(n int) error { return envelope.CheckSeedLength(h.Type, n) })
+	plain, err := s.decrypt(ctx, h)
+	if err == nil {
+		if seed, err = envelope.NewSeed(h.Type, plain); err != nil {
+			err = brokenContract("Decrypt", err.Error())
+		}
+	}
+	if err != nil {
+		return nil, sum, s.refusals.failure(what, h, s.refusals.note(d, err))
+	}
+	s.refusals.lru.Remove(d)
+	return seed, sha256.Sum256(plain), nil
+}
+
 // attempts returns the context of the calls for a seed.
 func (s *seeds) attempts(d digest) context.Context {
-	if s.refusals.has(d) {
+	if s.refusals.lru.Contains(d) { // one more attempt is enough for a seed that was refused before
 		return kmsclient.OneAttempt(s.calls.base)
 	}
 	return s.calls.base
@@ -172,7 +187,7 @@ func (s *seeds) openAgain(ctx context.Context, e *entry, etcdKey, object []byte,
 		return nil, s.notOpened(e, last)
 	}
 	if try {
-		return nil, errWouldBlock
+		return nil, ErrWouldBlock
 	}
 	if ctx.Err() != nil {
 		return nil, s.p.errorf(Unavailable, context.Cause(ctx), "the caller canceled before the DEK seed of a value that does not decrypt was unwrapped again")
@@ -187,27 +202,17 @@ func (s *seeds) openAgain(ctx context.Context, e *entry, etcdKey, object []byte,
 		s.p.cfg.Cache.evict(e)
 		return nil, s.p.errorf(Unavailable, nil, "the data does not decrypt, and the annotations of its DEK seed are too large to keep for unwrapping it again")
 	}
-	answer := s.flights.DoChan("again"+string(e.digest[:]), func() (any, error) {
-		return s.unwrapAgain(e, h)
-	})
-	select {
-	case <-ctx.Done():
-		return nil, s.p.errorf(Unavailable, context.Cause(ctx), "the caller canceled while a seed was unwrapped again")
-	case a := <-answer:
-		if err, ok := errors.AsType[*Error](a.Err); ok {
-			return nil, err
-		} else if a.Err != nil {
-			return nil, s.p.errorf(Unavailable, a.Err, "the seed was not unwrapped again")
-		}
-		now := a.Val.(*entry)
-		if o, err := envelope.Parse(object); now != e && err == nil {
-			if plaintext, err := now.seed.Open(nil, etcdKey, o.Data); err == nil {
-				now.verified.Store(true)
-				return plaintext, nil
-			}
-		}
-		return nil, s.notOpened(now, now.recheck.Load())
+	now, err := s.await(ctx, s.flight("again"+string(e.digest[:]), func() (*entry, *Error) { return s.unwrapAgain(e, h) }), "a seed was unwrapped again")
+	if err != nil {
+		return nil, err
 	}
+	if o, err := envelope.Parse(object); now != e && err == nil {
+		if plaintext, err := now.seed.Open(nil, etcdKey, o.Data); err == nil {
+			now.verified.Store(true)
+			return plaintext, nil
+		}
+	}
+	return nil, s.notOpened(now, now.recheck.Load())
 }
 
 // notOpened returns the error of a value that a seed does not decrypt.
@@ -216,12 +221,12 @@ func (s *seeds) notOpened(e *entry, d *recheck) *Error {
 		return s.p.errorf(Corrupt, nil, "the data does not decrypt")
 	}
 	cause := brokenContract("Decrypt", "two different seeds for one wrapped seed")
-	return s.p.errorf(SeedRefused, cause, "the seed under KMS key ID %q: %s", clip(e.keyID), describe(cause))
+	return s.p.errorf(SeedRefused, cause, "the seed under KMS key ID %q: %s", Clip(e.keyID), describe(cause))
 }
 
 // unwrapAgain has the KMS unwrap the seed of e again, and returns the entry that is cached now: e,
 // or one with the other seed that the KMS returned.
-func (s *seeds) unwrapAgain(e *entry, h *envelope.Header) (*entry, error) {
+func (s *seeds) unwrapAgain(e *entry, h *envelope.Header) (*entry, *Error) {
 	last := e.recheck.Load()
 	if e.verified.Load() || last != nil && time.Now().Before(last.until) {
 		return e, nil // by another caller
@@ -230,12 +235,12 @@ func (s *seeds) unwrapAgain(e *entry, h *envelope.Header) (*entry, error) {
 	defer cancel()
 	defer context.AfterFunc(s.calls.base, cancel)()
 	gen := e.by.p.revocations()
-	plain, err := e.by.seeds.decrypt(calls, h)
+	seed, sum, err := e.by.seeds.secret(calls, "seed", e.digest, h)
 	if err != nil {
 		s.p.cfg.Cache.evict(e)
-		return nil, e.by.refusals.failure("seed", h, e.by.refusals.note(e.digest, err))
+		return nil, err
 	}
-	next := &recheck{same: sha256.Sum256(plain) == e.sum, calls: 1}
+	next := &recheck{same: sum == e.sum, calls: 1}
 	if last != nil {
 		next.calls += last.calls
 	}
@@ -245,12 +250,8 @@ func (s *seeds) unwrapAgain(e *entry, h *envelope.Header) (*entry, error) {
 		return e, nil
 	}
 	s.p.cfg.Cache.evict(e)
-	seed, err := envelope.NewSeed(h.Type, plain)
-	if err != nil {
-		return nil, e.by.refusals.failure("seed", h, e.by.refusals.note(e.digest, brokenContract("Decrypt", err.Error())))
-	}
 	other := &entry{
-		ring: e.ring, digest: e.digest, seed: seed, typ: e.typ, keyID: e.keyID, copies: e.copies, by: e.by, byKeyID: e.byKeyID, sum: sha256.Sum256(plain), header: e.header,
+		ring: e.ring, digest: e.digest, seed: seed, typ: e.typ, keyID: e.keyID, copies: e.copies, by: e.by, byKeyID: e.byKeyID, sum: sum, header: e.header,
 		fetched: time.Now(), copyUse: e.copyUse, why: e.why,
 	}
 	other.recheck.Store(next)

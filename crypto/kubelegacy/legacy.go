@@ -1,7 +1,7 @@
 // Package kubelegacy decrypts the values that kube-apiserver stored with its own providers aescbc,
 // aesgcm and secretbox, so that a cluster can be migrated from them. It never encrypts, and does no
 // I/O: the caller passes the keys. The server makes a [Reader] for each such provider, and
-// crypto/keyring calls it.
+// crypto/rule calls it.
 //
 // # Stored bytes
 //

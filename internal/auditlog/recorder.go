@@ -7,7 +7,7 @@ import (
 )
 
 // ErrUnwritable is returned for an action that was refused because it could not be recorded.
-var ErrUnwritable = errors.New("the audit log cannot be written, and audit.required refuses to continue without it")
+var ErrUnwritable = errors.New("the audit log cannot be written, and audit.required is set")
 
 // Recorder records events in a log that may be required. A nil Recorder, of a configuration without
 // an audit log, records nothing and refuses nothing. It is safe for concurrent use.

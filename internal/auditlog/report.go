@@ -1,10 +1,5 @@
 package auditlog
 
-import (
-	"strings"
-	"unicode"
-)
-
 // The kinds of a [Finding].
 const (
 	KindAltered   = "altered"   // a record does not have the hash that it should
@@ -53,13 +48,3 @@ type Report struct {
 }
 
 const maxFindings = 1000
-
-// printable keeps text that was written into a log from controlling the terminal of its reader.
-func printable(s string) string {
-	return strings.Map(func(r rune) rune {
-		if !unicode.IsPrint(r) {
-			return unicode.ReplacementChar
-		}
-		return r
-	}, s)
-}

@@ -7,6 +7,8 @@ import (
 	"io"
 	"os"
 	"slices"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
 )
 
 // VerifyOptions say what is expected of a log.
@@ -145,7 +147,7 @@ func (v *verifier) note(kind, format string, args ...any) {
 }
 
 func (v *verifier) finding(kind, format string, args ...any) Finding {
-	return Finding{File: v.name, Line: v.line, Seq: v.seq, Kind: kind, Text: printable(fmt.Sprintf(format, args...))}
+	return Finding{File: v.name, Line: v.line, Seq: v.seq, Kind: kind, Text: printable.Sprintf(format, args...)}
 }
 
 // file checks one file, after those before it.
@@ -177,7 +179,7 @@ func (v *verifier) file(in Input) error {
 		}
 		v.seq = w.Seq
 		if v.chain.key == nil && !v.started && w.ChainKey != "" {
-			return fmt.Errorf("verify audit log: %s: %w (key %s)", in.Name, ErrKeyed, printable(clip(w.ChainKey, 64)))
+			return fmt.Errorf("verify audit log: %s: %w (key %s)", in.Name, ErrKeyed, printable.Text(clip(w.ChainKey, 64)))
 		}
 		v.odd(odd, &w)
 		odd = nil
@@ -208,11 +210,11 @@ func (v *verifier) odd(o *oddLines, next *written) {
 	case next == nil && o.lines == 1 && !o.ended:
 		v.find(KindTorn, "the last line is truncated, by a crash or a user; no record reports it yet")
 	case next == nil || next.Event != eventTorn || !o.is(next.TornBytes, next.TornHash):
-		v.find(KindForeign, "%d line(s) from here on are not records of an audit log, or no longer", o.lines)
+		v.find(KindForeign, "from here on, %s of an audit log, or not any more", printable.Count(o.lines, "line is no record", "lines are no records"))
 	case o.lines == 1 && o.bytes == next.TornBytes+1:
 		v.note(KindTorn, "torn: a crash cut this line short, as record %d says", next.Seq)
 	default:
-		v.find(KindDamaged, "%d line(s) from here on were damaged before record %d was written, as it says", o.lines, next.Seq)
+		v.find(KindDamaged, "from here on, %s damaged before record %d was written, as it says", printable.Count(o.lines, "line was", "lines were"), next.Seq)
 	}
 }
 
@@ -247,7 +249,7 @@ func (v *verifier) record(w *written, first bool) {
 	}
 	if w.Event == eventLost {
 		r.Lost += w.Lost
-		v.note(string(eventLost), "%d record(s) could not be written since %s", w.Lost, clip(w.Since, 64))
+		v.note(string(eventLost), "%s could not be written since %s", printable.Count(w.Lost, "record", "records"), clip(w.Since, 64))
 	}
 	v.started, v.last, v.previous = true, w.Seq, w.hash
 	v.match(w)

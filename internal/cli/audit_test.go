@@ -55,7 +55,7 @@ func TestAuditOfServe(t *testing.T) {
 	find("event", "kms", "provider", "dev", "operation", "Encrypt", "keyID", "1", "class", "ok")
 	find("event", "reload", "trigger", "changed file", "outcome", "refused",
 		"reason", `keys below "/registry/secrets/" would be written as plaintext: their values were encrypted with "dev"`)
-	find("event", "reload", "outcome", "failed", "reason", "1 problem(s), the first on line 11")
+	find("event", "reload", "outcome", "failed", "reason", "1 problem, the first on line 11")
 	find("event", "reload", "trigger", "SIGHUP", "outcome", "applied")
 	for _, r := range records {
 		if strings.Contains(strings.ToLower(r["hash"].(string)), "canary") || r["reason"] != nil && strings.Contains(r["reason"].(string), "canary") {

@@ -16,13 +16,16 @@ func newAuditVerify() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "verify FILE...",
 		Short: "find alterations of an audit log",
-		Long: `verify checks the chain of an audit log and names each line that was altered, inserted, repeated or moved, and where lines are missing.
-The files of one log may be given in any order, for example as audit.jsonl*: they are sorted by their first records.
+		Long: `verify checks the chain of an audit log and names each line that was altered, inserted, repeated or
+moved, and where lines are missing. The files of one log may be given in any order, for example as
+audit.jsonl*: they are sorted by their first records.
 
-Nobody can see that the end of a log was removed, and anyone who may write a log without a key can rewrite it. verify prints the last
-hash: keep it elsewhere, and a later check with --expect-last finds whether the log still has that record. Records may follow it.
+Nobody can see that the end of a log was removed, and anyone who may write a log without a key can
+rewrite it. verify prints the last hash: keep it elsewhere, and a later check with --expect-last
+finds whether the log still has that record. Records may follow it.
 
-A line that a crash has cut short is not tampering. It is a finding while it is the last line, and a note once the log continues after it.`,
+A line that a crash has cut short is not tampering. It is a finding while it is the last line, and a
+note once the log continues after it.`,
 		Args: command.SomeArgs("FILE"),
 	}
 	keyFile := cmd.Flags().String("key-file", "", "`FILE` with the key of the chain (audit.keyFile)")
@@ -70,7 +73,7 @@ func printAuditReport(w io.Writer, r *auditlog.Report) {
 	if r.OK {
 		printable.Fprintf(w, "ok\n")
 	} else {
-		printable.Fprintf(w, "%d finding(s)\n", len(r.Findings)+r.More)
+		printable.Fprintf(w, "%s\n", printable.Count(len(r.Findings)+r.More, "finding", "findings"))
 	}
 	lines(r.Findings)
 	if r.More > 0 {
@@ -84,13 +87,13 @@ func printAuditReport(w io.Writer, r *auditlog.Report) {
 	if r.Keyed {
 		chain = "keyed"
 	}
-	printable.Fprintf(w, "records    %d, from %d to %d, in %d file(s)\n", r.Records, r.FirstSeq, r.LastSeq, len(r.Files))
+	printable.Fprintf(w, "records    %d, from %d to %d, in %s\n", r.Records, r.FirstSeq, r.LastSeq, printable.Count(len(r.Files), "file", "files"))
 	printable.Fprintf(w, "chain      %s\n", chain)
 	if r.Since != nil {
-		printable.Fprintf(w, "expected   found, with %d record(s) after it\n", *r.Since)
+		printable.Fprintf(w, "expected   found, with %s after it\n", printable.Count(*r.Since, "record", "records"))
 	}
 	if r.Lost > 0 {
-		printable.Fprintf(w, "lost       %d record(s) could not be written\n", r.Lost)
+		printable.Fprintf(w, "lost       %s could not be written\n", printable.Count(r.Lost, "record", "records"))
 	}
 	printable.Fprintf(w, "last hash  %s\n", r.LastHash)
 }

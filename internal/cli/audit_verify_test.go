@@ -35,7 +35,7 @@ func TestAuditVerify(t *testing.T) {
 	}
 	r := execute(t, "audit", "verify", d.Path("a"))
 	r.want(t, 1)
-	for _, text := range []string{"2 finding(s)\n", d.Path("a") + ":2: altered: record 2 ", d.Path("a") + ":4: missing: record 4 is "} {
+	for _, text := range []string{"2 findings\n", d.Path("a") + ":2: altered: record 2 ", d.Path("a") + ":4: missing: record 4 is "} {
 		if !strings.Contains(r.stdout, text) {
 			t.Errorf("no %q in\n%s", text, r.stdout)
 		}

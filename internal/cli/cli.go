@@ -67,15 +67,17 @@ func run(args []string, stdout, stderr io.Writer) int {
 
 func newRoot() *cobra.Command {
 	root := command.Group("etcd-kms-proxy", "a transparent proxy in front of etcd that encrypts values with keys from a KMS",
-		newServe(), stored.NewStatus(), stored.NewReencrypt(), stored.NewPurge(), stored.NewVerify(), stored.NewDecrypt(),
+		newServe(), stored.NewStatus(), stored.NewReencrypt(), stored.NewPurge(), stored.NewVerify(), stored.NewDecrypt(), stored.NewDrill(),
 		command.Group("config", "work with configuration files", newConfigCheck(), newConfigFromKubernetes()),
 		command.Group("kms", "work with the configured key management services", newKMSCheck(), newKMSNewLocalKey(), newKMSServePlugin()),
 		command.Group("audit", "work with audit logs", newAuditVerify()),
 		newHealthcheck(), newSetup(), newKubeadm(), newVersion())
 	root.PersistentPreRunE = func(*cobra.Command, []string) error { return refuseEnvironment() }
-	root.Long = `etcd-kms-proxy sits between etcd's clients and etcd. It encrypts the values of selected keys with a key management service (KMS),
-in the format of Kubernetes' KMS v2, and passes everything else unchanged.`
+	root.Long = `etcd-kms-proxy sits between etcd's clients and etcd. It encrypts the values of selected keys with a
+key management service (KMS), in the format of Kubernetes' KMS v2, and passes everything else
+unchanged.`
 	root.SilenceErrors, root.SilenceUsage = true, true
+	root.SetUsageTemplate(strings.ReplaceAll(root.UsageTemplate(), "Flags.FlagUsages ", "Flags.FlagUsagesWrapped 100 "))
 	return root
 }
 

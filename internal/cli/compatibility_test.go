@@ -21,7 +21,7 @@ import (
 	"k8s.io/kms/pkg/service"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/rule"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/encryption"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/server"
@@ -125,7 +125,7 @@ func openReleased(t *testing.T, primary bool) *encryption.Keys {
 }
 
 // sealerOf is the rule's of a key.
-func sealerOf(t *testing.T, a *encryption.Keys, key []byte) *keyring.Sealer {
+func sealerOf(t *testing.T, a *encryption.Keys, key []byte) *rule.Sealer {
 	t.Helper()
 	rules := a.Rules()
 	for i, rule := range rules.Config() {

@@ -30,8 +30,9 @@ func newConfigCheck() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "check",
 		Short: "report every problem of a configuration file",
-		Long: `check reads a configuration file and every file that it names, and reports all problems at once, each with its path, its line and a hint.
-It connects to nothing, and prints nothing about a file without problems and warnings.`,
+		Long: `check reads a configuration file and every file that it names, and reports all problems at once,
+each with its path, its line and a hint. It connects to nothing, and prints nothing about a file
+without problems and warnings.`,
 		Args: command.NoArgs,
 	}
 	path, out := command.ConfigFlag(cmd), command.OutputFlag(cmd)

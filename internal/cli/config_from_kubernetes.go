@@ -31,18 +31,23 @@ func newConfigFromKubernetes() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "from-kubernetes FILE",
 		Short: "convert kube-apiserver's EncryptionConfiguration",
-		Long: `from-kubernetes reads the file of kube-apiserver's --encryption-provider-config and prints a configuration of the proxy that can read
-the values of the API server, and encrypts the same resources:
+		Long: `from-kubernetes reads the file of kube-apiserver's --encryption-provider-config and prints a
+configuration of the proxy that can read the values of the API server, and encrypts the same
+resources:
 
   kms (v2)                      becomes a plugin of the same name, which is part of every value
-  aescbc, aesgcm, secretbox     become providers for reading only; their keys are written to files in --key-dir, mode 0600
-  identity                      becomes writeWith: plaintext if it is the first provider, and allowPlaintextReads: true in any case
+  aescbc, aesgcm, secretbox     become providers for reading only; their keys are written to files
+                                in --key-dir, mode 0600
+  identity                      becomes writeWith: plaintext if it is the first provider, and
+                                allowPlaintextReads: true in any case
 
-Resources become the prefixes under which the API server stores them; the more precise wildcard has precedence, as in the API server.
-What cannot be converted exactly is a warning, and a comment in the result. Listeners and etcd are placeholders.
+Resources become the prefixes under which the API server stores them; the more precise wildcard has
+precedence, as in the API server. What cannot be converted exactly is a warning, and a comment in
+the result. Listeners and etcd are placeholders.
 
-If aescbc, aesgcm or secretbox is the first provider, the rule encrypts new values with a KMS provider of the same resources, or with a
-placeholder that you must fill in: then the command exits with 1. --write-with selects the provider. No file is overwritten.`,
+If aescbc, aesgcm or secretbox is the first provider, the rule encrypts new values with a KMS
+provider of the same resources, or with a placeholder that you must fill in: then the command exits
+with 1. --write-with selects the provider. No file is overwritten.`,
 		Args: command.OneArg("FILE"),
 	}
 	cmd.Flags().StringVar(&f.etcdPrefix, "etcd-prefix", "/registry", "the API server's --etcd-prefix")

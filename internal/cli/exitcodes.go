@@ -17,6 +17,7 @@ var findings = map[string]string{
 	" purge":                  "something is left for you to do",
 	" verify":                 "a value can be read without the KMS",
 	" decrypt":                "one of several values could not be decrypted",
+	" drill":                  "a value would be missing",
 	" kms check":              "a KMS cannot do what the rules need; with --strict, also if there is a warning",
 	" audit verify":           "the log was altered, or is incomplete",
 	" kubeadm status":         "the node is not set up correctly, or is not ready",

@@ -26,10 +26,12 @@ func newHealthcheck() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "healthcheck",
 		Short: "check whether a running proxy is ready",
-		Long: `healthcheck requests /readyz from the proxy on this machine, at the admin address of its configuration. It is the health check of the
-container image, which has no shell and no HTTP client. It prints the checks that failed, and nothing if there are none.
+		Long: `healthcheck requests /readyz from the proxy on this machine, at the admin address of its
+configuration. It is the health check of the container image, which has no shell and no HTTP client.
+It prints the checks that failed, and nothing if there are none.
 
-A proxy stays ready while a KMS or etcd is down, because it serves the rest: the failed check is printed and the exit code is 0.`,
+A proxy stays ready while a KMS or etcd is down, because it serves the rest: the failed check is
+printed and the exit code is 0.`,
 		Args: command.NoArgs,
 	}
 	path := command.ConfigFlag(cmd)

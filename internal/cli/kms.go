@@ -22,10 +22,12 @@ func newKMSNewLocalKey() *cobra.Command {
 	return &cobra.Command{
 		Use:   "new-local-key FILE",
 		Short: "create a key file, or add a version to one",
-		Long: `new-local-key creates a key file for a provider of kind local, readable by its owner only. If FILE exists, it adds a version: a running
-proxy encrypts new values with it and decrypts existing ones with the earlier versions, so keep these as long as values need them.
+		Long: `new-local-key creates a key file for a provider of kind local, readable by its owner only. If FILE
+exists, it adds a version: a running proxy encrypts new values with it and decrypts existing ones
+with the earlier versions, so keep these as long as values need them.
 
-Anyone with the file can decrypt every value: keep it off the machines and backups that hold etcd's data.`,
+Anyone with the file can decrypt every value: keep it off the machines and backups that hold etcd's
+data.`,
 		Args: command.OneArg("FILE"),
 		RunE: command.Run(func(_ *cobra.Command, args []string) error {
 			err := local.NewKeyFile(args[0])
@@ -41,19 +43,22 @@ func newKMSServePlugin() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "serve-plugin --name PROVIDER --socket PATH",
 		Short: "serve a provider as a Kubernetes KMS v2 plugin",
-		Long: `serve-plugin serves a configured provider of any kind as a Kubernetes KMS v2 plugin on a unix socket, for the API server's own encryption
-(--encryption-provider-config). An API server with a provider of the same name and the proxy can read each other's values.
+		Long: `serve-plugin serves a configured provider of any kind as a Kubernetes KMS v2 plugin on a unix
+socket, for the API server's own encryption (--encryption-provider-config). An API server with a
+provider of the same name and the proxy can read each other's values.
 
-It uses the blocks kms, log and admin of the configuration, revokeWithin and sealUnreachableFor of cache, and audit. It serves no metrics
-and health if the admin address is in use, for example by a proxy with the same configuration. Its audit log is next to that of the
-proxy: for audit.jsonl it is audit.plugin-PROVIDER.jsonl. It reloads key files and credential files, but not the configuration.
+It uses the blocks kms, log and admin of the configuration, revokeWithin and sealUnreachableFor of
+cache, and audit. It serves no metrics and health if the admin address is in use, for example by a
+proxy with the same configuration. Its audit log is next to that of the proxy: for audit.jsonl it is
+audit.plugin-PROVIDER.jsonl. It reloads key files and credential files, but not the configuration.
 
-The socket's folder must exist. Only the user of this command can connect (mode 0600): that must be the API server's user. A socket
-that no process serves is replaced; anything else at PATH is an error.
+The socket's folder must exist. Only the user of this command can connect (mode 0600): that must be
+the API server's user. A socket that no process serves is replaced; anything else at PATH is an
+error.
 
-SIGTERM or SIGINT removes the socket, finishes calls under way, and exits with 0; calls that are left after --drain-timeout are canceled.
-A second signal, half a second later or more, exits at once, with code 3. Logs go to standard error. On Linux, core dumps of the process
-are turned off.`,
+SIGTERM or SIGINT removes the socket, finishes calls under way, and exits with 0; calls that are
+left after --drain-timeout are canceled. A second signal, half a second later or more, exits at
+once, with code 3. Logs go to standard error. On Linux, core dumps of the process are turned off.`,
 		Args: command.NoArgs,
 	}
 	path := command.ConfigFlag(cmd)

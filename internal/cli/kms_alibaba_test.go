@@ -56,7 +56,7 @@ func TestKMSCheckAlibaba(t *testing.T) {
 	}
 	execute(t, "kms", "check", "--config", config, "--strict").want(t, 1)
 	double.SetState(kmsdouble.DefaultKeyID, kmsdouble.Disabled)
-	if r, text := check(1); r.Key == nil || r.Key.State != "Disabled" || !strings.Contains(text, "key unusable") {
+	if r, text := check(1); r.Key == nil || r.Key.State != "Disabled" || !strings.Contains(text, "state: the KMS key is disabled, pending deletion or gone (Status, ") {
 		t.Errorf("a disabled key: %+v\n%s", r, text)
 	}
 	double.SetState(kmsdouble.DefaultKeyID, kmsdouble.PendingDeletion)

@@ -36,6 +36,9 @@ type providerReport struct {
 	CredentialsExpire *time.Time `json:"credentialsExpire,omitempty"`
 	// Recipients are the public keys of a provider of kind age.
 	Recipients []string `json:"recipients,omitempty"`
+	// LastTested is when an identity of a provider of kind age was last tested, now or, as the
+	// audit log says, before.
+	LastTested *time.Time `json:"lastTested,omitempty"`
 }
 
 // keyDetails is the description of a key by the KMS.
@@ -57,18 +60,22 @@ func newKMSCheck() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "check",
 		Short: "test every configured KMS: key state, permissions, a round trip",
-		Long: `check gets the state of the key from every configured KMS and tests what the rules need. With a provider that rules write with, it
-generates a DEK seed and unwraps it. With a recovery provider, it wraps a key and unwraps it. Of a provider that rules only read
-with, it can test the state only. It connects neither to etcd nor to a running proxy.
+		Long: `check gets the state of the key from every configured KMS and tests what the rules need. With a
+provider that rules write with, it generates a DEK seed and unwraps it. With a recovery provider, it
+wraps a key and unwraps it. Of a provider that rules only read with, it can test the state only. It
+connects neither to etcd nor to a running proxy.
 
-A provider of kind age has no KMS: check wraps a key for its recipients and checks the structure of the result. With --identity, it also
-unwraps the result, and records the test in the audit log if there is one.
+A provider of kind age has no KMS: check wraps a key for its recipients and checks the structure of
+the result. With --identity, it also unwraps the result, and records the test in the audit log if
+there is one.
 
-It warns about a key that will be deleted or expire, that is not protected from deletion or not rotated, or that has no recovery key.
-Warnings do not change the exit code, so that monitoring can tell a key that works from one that does not; with --strict they do.
+It warns about a key that will be deleted or expire, that is not protected from deletion or not
+rotated, or that has no recovery key. Warnings do not change the exit code, so that monitoring can
+tell a key that works from one that does not; with --strict they do.
 
-With --policy it tests nothing, and prints the least privileges that the proxy needs on all keys of Alibaba Cloud KMS, as a RAM policy in
-JSON. It then connects to the KMS only for keys that the configuration names by an alias.`,
+With --policy it tests nothing, and prints the least privileges that the proxy needs on all keys of
+Alibaba Cloud KMS, as a RAM policy in JSON. It then connects to the KMS only for keys that the
+configuration names by an alias.`,
 		Args: command.NoArgs,
 	}
 	path, out := command.ConfigFlag(cmd), command.OutputFlag(cmd)
@@ -109,6 +116,7 @@ JSON. It then connects to the KMS only for keys that the configuration names by 
 		if err := recordTests(c, cmd.ErrOrStderr(), reports, ids != nil); err != nil {
 			return err
 		}
+		addLastTests(c, cmd.ErrOrStderr(), reports)
 		for _, r := range reports {
 			ok = ok && r.OK && (!*strict || len(r.Warnings) == 0)
 		}
@@ -189,7 +197,7 @@ func checkBackend(ctx context.Context, name string, b *provider.Provider, u uses
 	}
 	status, err := client.Status(ctx)
 	if err != nil {
-		r.found("state: %v", err)
+		r.found("state: %s", described(err))
 		return r
 	}
 	r.KeyID = status.KeyID

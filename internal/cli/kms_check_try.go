@@ -44,12 +44,20 @@ func (r *providerReport) found(format string, args ...any) {
 	r.Findings = append(r.Findings, fmt.Sprintf(format, args...))
 }
 
+// described says what an error of a KMS means, in the words of the log and of /readyz.
+func described(err error) string {
+	if e, ok := errors.AsType[*kmsclient.Error](err); ok {
+		return e.Explain()
+	}
+	return err.Error()
+}
+
 // trySeed generates a DEK seed and unwraps it, as a proxy does that encrypts with the key.
 func (r *providerReport) trySeed(ctx context.Context, client *kmsclient.Client) {
 	key, err := client.GenerateDataKey(ctx, newUID())
 	r.tried("generate")
 	if err != nil {
-		r.found("generate a DEK seed: %v", err)
+		r.found("generate a DEK seed: %s", described(err))
 		if r.Key != nil && r.Key.ofService {
 			r.found("the key was created by %q and not by an account: default keys of cloud products are for those products only; use your own key", r.Key.Creator)
 		}
@@ -68,7 +76,7 @@ func (r *providerReport) tryCopy(ctx context.Context, client *kmsclient.Client) 
 	response, err := client.Encrypt(ctx, newUID(), bytes.Clone(seed))
 	r.tried("encrypt")
 	if err != nil {
-		r.found("wrap a recovery copy: %v", err)
+		r.found("wrap a recovery copy: %s", described(err))
 		return
 	}
 	r.tryUnwrap(ctx, client, "recovery copy", &kmsclient.DataKey{Plaintext: seed, Ciphertext: response.Ciphertext, KeyID: response.KeyID, Annotations: response.Annotations})
@@ -91,7 +99,7 @@ func (r *providerReport) tryUnwrap(ctx context.Context, client *kmsclient.Client
 	case errors.Is(err, kmsclient.ErrOtherSecret):
 		r.found("unwrap the %s: the KMS returned another key than was wrapped", what)
 	case err != nil:
-		r.found("unwrap the %s: %v", what, err)
+		r.found("unwrap the %s: %s", what, described(err))
 	}
 }
 

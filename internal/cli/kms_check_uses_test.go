@@ -39,8 +39,8 @@ func TestKMSCheckUses(t *testing.T) {
 		tried                  []string
 	}{
 		"writes":                         {writes, "Encrypt", "", []string{"generate", "decrypt"}},
-		"writes, without the permission": {writes, "GenerateDataKey", "generate a DEK seed: ", []string{"generate"}},
-		"writes, cannot be read":         {writes, "Decrypt", "unwrap the DEK seed: ", []string{"generate", "decrypt"}},
+		"writes, without the permission": {writes, "GenerateDataKey", "generate a DEK seed: the KMS denies access (GenerateDataKey, code ", []string{"generate"}},
+		"writes, cannot be read":         {writes, "Decrypt", "unwrap the DEK seed: the KMS denies access (Decrypt, code ", []string{"generate", "decrypt"}},
 		"recovery":                       {recover, "GenerateDataKey", "", []string{"encrypt", "decrypt"}},
 		"recovery, cannot wrap":          {recover, "Encrypt", "wrap a recovery copy: ", []string{"encrypt"}},
 		"recovery, cannot unwrap":        {recover, "Decrypt", "unwrap the recovery copy: ", []string{"encrypt", "decrypt"}},

@@ -19,13 +19,14 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/provider"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/kmsdouble"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/kmstest"
 )
 
 // TestServePluginAlibaba serves a cloud key: through its rotation, an outage of its state, and with
 // the KMS' request IDs.
 func TestServePluginAlibaba(t *testing.T) {
 	double := clitest.NewDouble(t, kmsdouble.Config{})
-	d, path := clitest.NewDir(t), filepath.Join(socketDir(t), "kms.sock")
+	d, path := clitest.NewDir(t), filepath.Join(kmstest.SocketDir(t), "kms.sock")
 	for name, secret := range map[string]string{"id": kmsdouble.DefaultAccessKeyID, "secret": kmsdouble.DefaultAccessKeySecret} {
 		if err := os.WriteFile(d.Path(name), []byte(secret+"\n"), 0o600); err != nil {
 			t.Fatal(err)
@@ -118,7 +119,7 @@ func silentKMS(t *testing.T, path string) (arrived chan string) {
 
 // TestServePluginDrain cuts a call that does not end, and a second signal ends the process at once.
 func TestServePluginDrain(t *testing.T) {
-	d, dir := clitest.NewDir(t), socketDir(t)
+	d, dir := clitest.NewDir(t), kmstest.SocketDir(t)
 	silent := filepath.Join(dir, "silent.sock")
 	arrived := silentKMS(t, silent)
 	config := d.Config(t, "local: {keyFile: key.yaml}", "plugin: {endpoint: 'unix://"+silent+"', timeout: 1m}", "admin: {address: \"127.0.0.1:0\"}\n", "")

@@ -14,20 +14,10 @@ import (
 	"k8s.io/kms/pkg/service"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/kmstest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/local"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/plugin"
 )
-
-// socketDir is a folder for the test's own user whose path leaves room for a socket's name.
-func socketDir(t *testing.T) string {
-	t.Helper()
-	dir, err := os.MkdirTemp("", "ekp")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	return dir
-}
 
 // seedText is what the tests have wrapped; no command may print it.
 const seedText = "Seed-of-the-tests-of-serve-plugin"
@@ -67,7 +57,7 @@ func runServer(t *testing.T, args ...string) *running {
 
 func pluginClient(t *testing.T, socket string) *plugin.KMS {
 	t.Helper()
-	k, err := plugin.New(plugin.Config{Endpoint: "unix://" + strings.TrimPrefix(socket, "unix://"), Timeout: clitest.Deadline})
+	k, err := plugin.New(plugin.Config{Endpoint: "unix://" + strings.TrimPrefix(socket, "unix://")})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -79,7 +69,7 @@ func pluginClient(t *testing.T, socket string) *plugin.KMS {
 func TestServePlugin(t *testing.T) {
 	for form, sig := range map[string]syscall.Signal{"": syscall.SIGTERM, "unix://": syscall.SIGINT} {
 		t.Run(sig.String(), func(t *testing.T) {
-			d, dir := clitest.NewDir(t), socketDir(t)
+			d, dir := clitest.NewDir(t), kmstest.SocketDir(t)
 			path := filepath.Join(dir, "kms.sock")
 			s := servePluginOn(t, d.Config(t), "dev", form+path)
 			if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o600 {
@@ -134,7 +124,7 @@ func TestServePlugin(t *testing.T) {
 
 // TestServePluginErrors says what is wrong with a command line, a file or a socket, and what to do.
 func TestServePluginErrors(t *testing.T) {
-	d, dir := clitest.NewDir(t), socketDir(t)
+	d, dir := clitest.NewDir(t), kmstest.SocketDir(t)
 	good, path := d.Config(t), filepath.Join(dir, "kms.sock")
 	file := filepath.Join(dir, "file")
 	if err := os.WriteFile(file, []byte("precious"), 0o600); err != nil {
@@ -172,7 +162,7 @@ func TestServePluginErrors(t *testing.T) {
 // TestServePluginTwice: a second server on one socket refuses; one that comes after a crash takes
 // over, and the clients with it.
 func TestServePluginTwice(t *testing.T) {
-	d, path := clitest.NewDir(t), filepath.Join(socketDir(t), "kms.sock")
+	d, path := clitest.NewDir(t), filepath.Join(kmstest.SocketDir(t), "kms.sock")
 	config := d.Config(t)
 	first := servePluginOn(t, config, "dev", path)
 	executeAlone(t, "kms", "serve-plugin", "--config", config, "--name", "dev", "--socket", path).want(t, 3, "another process answers on it", "hint: ")
@@ -198,7 +188,7 @@ func TestServePluginTwice(t *testing.T) {
 
 // TestServePluginBesideProxy shares a configuration, whose admin address the proxy has.
 func TestServePluginBesideProxy(t *testing.T) {
-	d, path := clitest.NewDir(t), filepath.Join(socketDir(t), "kms.sock")
+	d, path := clitest.NewDir(t), filepath.Join(kmstest.SocketDir(t), "kms.sock")
 	s := servePluginOn(t, d.Config(t, `"127.0.0.1:0"`, clitest.Occupy(t)), "dev", path)
 	s.logged("the admin address is in use")
 	if _, err := pluginClient(t, path).Status(t.Context()); err != nil {
@@ -216,7 +206,7 @@ func TestServePluginBesideProxy(t *testing.T) {
 func TestServePluginWarnsOfItsFolder(t *testing.T) {
 	d := clitest.NewDir(t)
 	for mode, want := range map[os.FileMode]bool{0o777: true, 0o720: true, 0o777 | os.ModeSticky: false, 0o755: false} {
-		dir := socketDir(t)
+		dir := kmstest.SocketDir(t)
 		if err := os.Chmod(dir, mode); err != nil {
 			t.Fatal(err)
 		}
@@ -232,7 +222,7 @@ func TestServePluginWarnsOfItsFolder(t *testing.T) {
 // TestServePluginAudit: the plugin's KMS calls are in the audit log of its configuration, and what
 // must be recorded does not happen without it.
 func TestServePluginAudit(t *testing.T) {
-	d, path := clitest.NewDir(t), filepath.Join(socketDir(t), "kms.sock")
+	d, path := clitest.NewDir(t), filepath.Join(kmstest.SocketDir(t), "kms.sock")
 	const log = "audit.plugin-dev.jsonl" // audit.jsonl is the proxy's
 	config := d.Config(t, "kind: ", "audit: {path: audit.jsonl, required: true}\nkind: ")
 	s := servePluginOn(t, config, "dev", path)

@@ -20,8 +20,8 @@ import (
 func newKubeadm() *cobra.Command {
 	cmd := command.Group("kubeadm", "enable or disable the proxy on a kubeadm control-plane node",
 		newKubeadmEnable(), newKubeadmDisable(), newKubeadmStatus())
-	cmd.Long = `The kubeadm commands work on one control-plane node that kubeadm has set up. Run them there as root. docs/deploy/kubeadm.md
-describes clusters of one and of three nodes.`
+	cmd.Long = `The kubeadm commands work on one control-plane node that kubeadm has set up. Run them there as root.
+docs/deploy/kubeadm.md describes clusters of one and of three nodes.`
 	return cmd
 }
 

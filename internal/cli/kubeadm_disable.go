@@ -21,11 +21,13 @@ func newKubeadmDisable() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "disable",
 		Short: "make the API server of this node use etcd without the proxy",
-		Long: `disable restores the API server's --etcd-servers from the proxy's configuration, waits until the API server is ready without the proxy, and removes the
-proxy's static Pod. It keeps the configuration and the keys. If the API server is not ready within --timeout, it restores the manifest.
+		Long: `disable restores the API server's --etcd-servers from the proxy's configuration, waits until the API
+server is ready without the proxy, and removes the proxy's static Pod. It keeps the configuration
+and the keys. If the API server is not ready within --timeout, it restores the manifest.
 
-It fails while etcd holds encrypted values, which the API server cannot read without the proxy, and while a rule encrypts new values. To decrypt them, run
-enable with --decrypt-only --allow-weakening on every node, then reencrypt, and then disable on every node. --force skips both checks.`,
+It fails while etcd holds encrypted values, which the API server cannot read without the proxy, and
+while a rule encrypts new values. To decrypt them, run enable with --decrypt-only --allow-weakening
+on every node, then reencrypt, and then disable on every node. --force skips both checks.`,
 		Args: command.NoArgs,
 	}
 	f.add(cmd, kubeadm.DefaultPaths.Config, 5*time.Minute)
@@ -79,7 +81,7 @@ func nothingEncrypted(cmd *cobra.Command, path string) error {
 	}
 	n, prefix, err := stored.CountEncrypted(cmd, c)
 	if err == nil && n > 0 {
-		err = problem.New(hintDecrypt, "%d values under %q are encrypted, and the API server cannot read them without the proxy", n, prefix)
+		err = problem.New(hintDecrypt, "etcd holds %s under %q, which the API server cannot read without the proxy", printable.Count(n, "encrypted value", "encrypted values"), prefix)
 	}
 	return err
 }

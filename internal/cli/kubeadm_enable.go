@@ -34,22 +34,29 @@ type kubeadmEnable struct {
 func newKubeadmEnable() *cobra.Command {
 	var e kubeadmEnable
 	cmd := &cobra.Command{
-		Use:   "enable --image IMAGE (--local-key FILE | --plugin URL | --alibaba-region R --alibaba-key ID | --config FILE)",
+		Use:   "enable --image IMAGE (--local-key FILE | --plugin URL | ...)",
 		Short: "put the proxy between the API server of this node and etcd",
 		Long: `enable makes the API server of a kubeadm control-plane node use the proxy:
 
-  1. it writes the proxy's configuration, /etc/etcd-kms-proxy/config.yaml, from the flags and from the API server's own flags,
-  2. it writes the proxy's static Pod into /etc/kubernetes/manifests, and waits until the proxy is ready,
-  3. it changes --etcd-servers in kube-apiserver.yaml, one line, and waits until the API server is ready and uses the proxy.
+  1. it writes the proxy's configuration, /etc/etcd-kms-proxy/config.yaml, from the flags and from
+     the API server's own flags,
+  2. it writes the proxy's static Pod into /etc/kubernetes/manifests, and waits until the proxy is
+     ready,
+  3. it changes --etcd-servers in kube-apiserver.yaml, one line, and waits until the API server is
+     ready and uses the proxy.
 
-If the proxy or the API server is not ready within --timeout, or on an interrupt, it restores all files and waits until the API server is ready without the
-proxy. Backups of the files are in /etc/etcd-kms-proxy/backup. It refuses a manifest that does not have the form that kubeadm writes. If you run
-it again, it changes only what is different: a newer --image, for example, or rules that encrypt after --decrypt-only.
+If the proxy or the API server is not ready within --timeout, or on an interrupt, it restores all
+files and waits until the API server is ready without the proxy. Backups of the files are in
+/etc/etcd-kms-proxy/backup. It refuses a manifest that does not have the form that kubeadm writes.
+If you run it again, it changes only what is different: a newer --image, for example, or rules that
+encrypt after --decrypt-only.
 
-On a cluster with several control-plane nodes, first run it with --decrypt-only on every node, and then without it on every node: an API server without the
-proxy cannot read values that the others encrypt.
+On a cluster with several control-plane nodes, first run it with --decrypt-only on every node, and
+then without it on every node: an API server without the proxy cannot read values that the others
+encrypt.
 
-The Pod runs as root, without capabilities, because only root can read the keys in /etc/kubernetes/pki.`,
+The Pod runs as root, without capabilities, because only root can read the keys in
+/etc/kubernetes/pki.`,
 		Args: command.NoArgs,
 	}
 	f := cmd.Flags()

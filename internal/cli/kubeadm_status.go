@@ -18,8 +18,9 @@ func newKubeadmStatus() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "status",
 		Short: "show whether the API server of this control-plane node uses the proxy",
-		Long: `status shows whether the API server of this node uses the proxy, for all resources or for Secrets only, and whether both are ready. It changes nothing. For
-the values in etcd, run etcd-kms-proxy status.`,
+		Long: `status shows whether the API server of this node uses the proxy, for all resources or for Secrets
+only, and whether both are ready. It changes nothing. For the values in etcd, run etcd-kms-proxy
+status.`,
 		Args: command.NoArgs,
 	}
 	f.add(cmd, kubeadm.DefaultPaths.Config, 10*time.Second)
@@ -58,7 +59,7 @@ func printNode(w io.Writer, s *kubeadm.Status) {
 	printable.Fprintf(t, "--etcd-servers\t%s\n", strings.Join(s.Servers, ","))
 	printable.Fprintf(t, "API server\t%s\n", ready(s.APIServer))
 	if s.Pod || s.Mode != kubeadm.Off {
-		printable.Fprintf(t, "proxy\t%s, %d connections\n", ready(s.Proxy), s.Connections)
+		printable.Fprintf(t, "proxy\t%s, %s\n", ready(s.Proxy), printable.Count(s.Connections, "connection", "connections"))
 	}
 	_ = t.Flush()
 	for _, p := range s.Problems {

@@ -3,45 +3,15 @@ package cli
 import (
 	"encoding/json"
 	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/keyfile"
 )
 
-// kubernetesValue is a value that kube-apiserver's own code stored.
-type kubernetesValue struct {
-	Name, Type, KeyName                string
-	Secret, EtcdKey, Plaintext, Stored []byte
-}
-
-func kubernetesValues(t *testing.T) []kubernetesValue {
-	t.Helper()
-	b, err := os.ReadFile(filepath.Join("..", "..", "crypto", "kubelegacy", "testdata", "kubernetes-vectors.json"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	var vs []kubernetesValue
-	if err := json.Unmarshal(b, &vs); err != nil || len(vs) == 0 {
-		t.Fatal(len(vs), err)
-	}
-	return vs
-}
-
-// keyFile makes the file of a kubernetes provider.
-func (v *kubernetesValue) keyFile(t *testing.T, path, name string) {
-	t.Helper()
-	form := keyfile.Form{ID: "name"}
-	if err := os.WriteFile(path, []byte("keys:\n"+form.Line(keyfile.Key{ID: name, Secret: v.Secret})), 0o600); err != nil {
-		t.Fatal(err)
-	}
-}
-
 func TestKubernetesCommands(t *testing.T) {
-	v, d := kubernetesValues(t)[0], clitest.NewDir(t)
-	v.keyFile(t, d.Path("old.yaml"), "key1")
+	v, d := clitest.KubernetesValues(t)[0], clitest.NewDir(t)
+	v.KeyFile(t, d.Path("old.yaml"), "key1")
 	config := d.Config(t, "rules:", "- {name: old, kubernetes: {type: aescbc, keyFile: old.yaml}}\nrules:", "writeWith: dev", "writeWith: dev\n  readWith: [old]")
 	if r := execute(t, "config", "check", "--config", config); r != (result{}) {
 		t.Errorf("config check: %+v", r)

@@ -7,6 +7,7 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"unicode/utf8"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -25,6 +26,18 @@ func TestReference(t *testing.T) {
 	}
 	if got, err := os.ReadFile(file); err != nil || string(got) != want {
 		t.Errorf("%s is not what `make docs` writes: %v", file, err)
+	}
+}
+
+// TestHelpWidth: the help of each command fits a terminal of 100 columns.
+func TestHelpWidth(t *testing.T) {
+	for cmd := range everyCommand(newRoot()) {
+		path := strings.Fields(cmd.CommandPath())[1:]
+		for line := range strings.Lines(execute(t, append(path, "--help")...).stdout) {
+			if n := utf8.RuneCountInString(strings.TrimRight(line, "\n")); n > 100 {
+				t.Errorf("%s: %d columns: %s", cmd.CommandPath(), n, line)
+			}
+		}
 	}
 }
 

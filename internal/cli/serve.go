@@ -15,18 +15,21 @@ func newServe() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "serve",
 		Short: "run the proxy",
-		Long: `serve runs the proxy until SIGTERM or SIGINT. It starts while etcd or the KMS is unreachable, keeps trying, and serves what it can.
+		Long: `serve runs the proxy until SIGTERM or SIGINT. It starts while etcd or the KMS is unreachable, keeps
+trying, and serves what it can.
 
-The first SIGTERM or SIGINT begins the drain: the proxy accepts no more connections, finishes calls under way, and ends watches so that
-their clients reconnect to another proxy. Calls that are left after --drain-timeout are canceled. A second signal, half a second later or
-more, exits at once, with code 3.
+The first SIGTERM or SIGINT begins the drain: the proxy accepts no more connections, finishes calls
+under way, and ends watches so that their clients reconnect to another proxy. Calls that are left
+after --drain-timeout are canceled. A second signal, half a second later or more, exits at once,
+with code 3.
 
-SIGHUP, or a change of the file, reloads the rules, the log level, and the allowedClients and ciphertextClients of listeners. Other changes
-are logged and need a restart. A reload that would protect keys less than before is refused without --allow-weakening. SIGHUP also polls
-every KMS at once, and a change of a local key file polls that provider: it uses a new version from then on.
+SIGHUP, or a change of the file, reloads the rules, the log level, and the allowedClients and
+ciphertextClients of listeners. Other changes are logged and need a restart. A reload that would
+protect keys less than before is refused without --allow-weakening. SIGHUP also polls every KMS at
+once, and a change of a local key file polls that provider: it uses a new version from then on.
 
-Under systemd, a listener with the address systemd://NAME uses the sockets of a socket unit. The proxy notifies systemd of readiness,
-draining and the watchdog (Type=notify, WatchdogSec=).
+Under systemd, a listener with the address systemd://NAME uses the sockets of a socket unit. The
+proxy notifies systemd of readiness, draining and the watchdog (Type=notify, WatchdogSec=).
 
 Logs go to standard error.`,
 		Args: command.NoArgs,

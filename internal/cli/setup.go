@@ -23,12 +23,14 @@ func newSetupCompose() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "compose",
 		Short: "create certificates, a local key and the configuration for docker-compose.yml",
-		Long: `setup compose is the job "setup" of the project's docker-compose.yml. Below DIR, where the file mounts a volume for each reader, it creates
-three certificate authorities and the certificates of etcd, the proxies, kube-apiserver and the clients, a local key file, and the
-configuration of the proxies.
+		Long: `setup compose is the job "setup" of the project's docker-compose.yml. Below DIR, where the file
+mounts a volume for each reader, it creates three certificate authorities and the certificates of
+etcd, the proxies, kube-apiserver and the clients, a local key file, and the configuration of the
+proxies.
 
-It can run repeatedly: valid files are kept, certificates in the last third of their lifetime are replaced, and a key file is never
-replaced. The configuration is written from the environment each time:
+It can run repeatedly: valid files are kept, certificates in the last third of their lifetime are
+replaced, and a key file is never replaced. The configuration is written from the environment each
+time:
 
   KMS                        local (the default) or alibaba
   ALIBABA_KMS_REGION         the key's region, for example cn-hangzhou
@@ -36,8 +38,8 @@ replaced. The configuration is written from the environment each time:
   ALIBABA_KMS_ENDPOINT       host or host:port of the KMS; empty: the region's public one
   ALIBABA_KMS_CREDENTIALS    accessKey (the default), sts or ecsRAMRole
 
-With alibaba, values that were written with the local key stay readable. To go back to local, change the rules of the proxies by hand:
-the command refuses it.`,
+With alibaba, values that were written with the local key stay readable. To go back to local, change
+the rules of the proxies by hand: the command refuses it.`,
 		Args: command.NoArgs,
 	}
 	dir := cmd.Flags().String("dir", "/setup", "`DIR` with a folder for each reader")

@@ -58,12 +58,6 @@ func (k *Keys) observeCall(c kmsclient.Call) {
 	k.record(CallRecord(c))
 }
 
-// recovered is called for every DEK seed that was unwrapped from a recovery copy. The values that
-// it decrypts are counted by a metric.
-func (k *Keys) recovered(provider, by, keyID, why string) {
-	k.record(auditlog.Record{Event: auditlog.EventRecovery, Primary: provider, Provider: by, KeyID: keyID, Reason: why})
-}
-
 // auditedDescribe has each call of describe counted and recorded as any other KMS call, and made
 // only while it can be recorded. It returns nil for nil.
 func (k *Keys) auditedDescribe(name string, describe provider.Describe) provider.Describe {
@@ -104,7 +98,7 @@ func AuditedService(audit *auditlog.Recorder, provider string, c *kmsclient.Clie
 func auditedCall[T any](k auditedKMS, op string, f func() (T, error)) (out T, err error) {
 	err = k.audit.Do(func() error { out, err = f(); return err })
 	if errors.Is(err, auditlog.ErrUnwritable) {
-		err = &kmsclient.Error{Op: op, Provider: k.provider, Reason: kmsclient.Unreachable, Detail: auditlog.ErrUnwritable.Error()}
+		err = &kmsclient.Error{Op: op, Provider: k.provider, Reason: kmsclient.Prevented, Detail: auditlog.ErrUnwritable.Error()}
 	}
 	if err != nil {
 		var zero T

@@ -23,6 +23,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/kubelegacy"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/rule"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/filewatch"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
@@ -37,7 +38,9 @@ import (
 type Config struct {
 	Config *config.Config
 	// private keys of age recipients, for commands only; may be nil
-	Identities  *age.Identities
+	Identities *age.Identities
+	// providers whose keys are treated as lost, with InspectOnly: nothing of them is read or called
+	Lost        []string
 	InspectOnly bool                  // values are read only, and no DEK seed is generated
 	Audit       *auditlog.Recorder    // of KMS calls and of the use of recovery copies; may be nil
 	Record      func(auditlog.Record) // the same for a command; may be nil
@@ -66,7 +69,7 @@ type Keys struct {
 // RuleSet is the sealers of all rules. It does not change.
 type RuleSet struct {
 	config     []config.Rule
-	sealers    []*keyring.Sealer
+	sealers    []*rule.Sealer
 	audit      *auditlog.Recorder
 	generation uint64 // differs between the sets of a process
 	stored     *inventory.Rules
@@ -79,7 +82,7 @@ func (s *RuleSet) Stored() *inventory.Rules { return s.stored }
 func (s *RuleSet) Config() []config.Rule { return s.config }
 
 // Sealers returns the sealers, in the order of the rules.
-func (s *RuleSet) Sealers() []*keyring.Sealer { return s.sealers }
+func (s *RuleSet) Sealers() []*rule.Sealer { return s.sealers }
 
 // Follower follows changes of the rules.
 type Follower struct {
@@ -126,6 +129,9 @@ func New(c Config) (*Keys, error) {
 
 // add makes the backend, the client and the ring of one provider, or its reader.
 func (k *Keys) add(p config.KMS, cache *keyring.Cache) error {
+	if slices.Contains(k.Lost, p.Name) {
+		return k.addLost(p, cache)
+	}
 	var seen [sha256.Size]byte // digest of the key file, before it is read
 	switch {
 	case p.Kubernetes != nil:
@@ -142,9 +148,10 @@ func (k *Keys) add(p config.KMS, cache *keyring.Cache) error {
 	}
 	if b.Reader != nil {
 		k.readers[p.Name] = b.Reader
-		f := &readerFile{provider: p, seen: seen, keys: k}
-		k.files = append(k.files, fileCheck{"key file of " + p.Name, f.check})
-		k.runs = append(k.runs, f.watch)
+		k.keep(&keptFile{
+			provider: p.Name, path: p.Kubernetes.KeyFile, what: "key file", keys: "keys", seen: seen,
+			load: func() ([]any, error) { return nil, k.reloadReader(p) },
+		})
 		return nil
 	}
 	k.closers = append(k.closers, b.Close)
@@ -152,9 +159,9 @@ func (k *Keys) add(p config.KMS, cache *keyring.Cache) error {
 	if err != nil {
 		return err
 	}
-	writes := slices.ContainsFunc(k.Config.Config.Rules, func(r config.Rule) bool { return r.WriteWith == p.Name })
 	ring, err := keyring.New(keyring.RingConfig{
-		Provider: p.Name, KMS: AuditedService(k.Audit, p.Name, client), Cache: cache, KeyOf: b.KeyOf(), ReadOnly: !writes || k.InspectOnly,
+		Provider: p.Name, KMS: AuditedService(k.Audit, p.Name, client), Cache: cache, KeyOf: b.KeyOf(),
+		ReadOnly:     true, // until a rule writes with it
 		PollInterval: p.PollInterval, RevokeWithin: k.Config.Config.Cache.RevokeWithin, SealUnreachableFor: k.Config.Config.Cache.SealUnreachableFor,
 		MaxAge: p.SeedMaxAge, MaxSeals: uint64(p.SeedMaxSeals), //nolint:gosec // checked to be positive
 		Observer: k.metrics.forProvider(p.Name), Logger: k.Logger,
@@ -172,7 +179,7 @@ func (k *Keys) add(p config.KMS, cache *keyring.Cache) error {
 	watch := provider.NewWatch(provider.WatchConfig{
 		Provider: p.Name, Describe: k.auditedDescribe(p.Name, b.Describe()), Expire: b.CredentialsExpire(), Late: b.LateCredentials, Logger: k.Logger,
 		// A key file can be backed up, and a key that nothing is written with gets no new copies.
-		Recovery: func() bool { return b.Kind == "local" || !writes || len(ring.Recovery()) > 0 },
+		Recovery: func() bool { return b.Kind == "local" || ring.ReadOnly() || len(ring.Recovery()) > 0 },
 		Healthy:  func() bool { return ring.State().Healthy },
 		Flapped:  func() time.Time { return ring.State().Flapped },
 	})
@@ -269,7 +276,26 @@ func (k *Keys) setRules(rules []config.Rule) error {
 			return err
 		}
 	}
-	return k.setRecovery(rules)
+	for _, ring := range k.rings {
+		if err := k.setRecovery(ring, rules); err != nil {
+			return err
+		}
+	}
+	k.metrics.expectRecoveries(k, rules)
+	return nil
+}
+
+// startWriting makes a ring generate DEK seeds, with the recovery copies that rules name, if it has
+// not written before. ring may be nil.
+func (k *Keys) startWriting(ring *keyring.Ring, rules []config.Rule) error {
+	if ring == nil || k.InspectOnly || !ring.ReadOnly() {
+		return nil
+	}
+	if err := k.setRecovery(ring, rules); err != nil {
+		return err
+	}
+	ring.StartWriting()
+	return nil
 }
 
 // newRuleSet makes the sealers of rules from the present rings. mu is held.
@@ -277,7 +303,7 @@ func (k *Keys) newRuleSet(rules []config.Rule) (*RuleSet, error) {
 	set := &RuleSet{config: rules, audit: k.Audit}
 	var stored []inventory.Rule
 	for i, r := range rules {
-		sc := keyring.SealerConfig{
+		sc := rule.Config{
 			Prefix: r.Prefix, InspectOnly: k.InspectOnly, AllowPlaintextReads: r.AllowPlaintextReads, Passthrough: r.OnUndecryptable == "passthrough",
 			Observer: k.metrics.forRule(r.Prefix),
 		}
@@ -291,12 +317,18 @@ func (k *Keys) newRuleSet(rules []config.Rule) (*RuleSet, error) {
 		}
 		if r.WriteWith != config.Plaintext {
 			sc.Write = ring(r.WriteWith)
+			if err := k.startWriting(sc.Write, rules); err != nil {
+				return nil, fmt.Errorf("rules[%d]: %w", i, err)
+			}
 		}
 		var keyNames []string
 		for _, name := range r.ReadWith {
-			if reader := k.readers[name]; reader != nil {
+			reader := k.readers[name]
+			switch {
+			case reader != nil:
 				sc.Legacy, keyNames = append(sc.Legacy, reader), append(keyNames, reader.Names()...)
-			} else {
+			case k.ring(name) == nil && slices.Contains(k.Lost, name): // of kind kubernetes
+			default:
 				sc.Read = append(sc.Read, ring(name))
 			}
 		}
@@ -306,7 +338,7 @@ func (k *Keys) newRuleSet(rules []config.Rule) (*RuleSet, error) {
 		if len(missing) > 0 {
 			return nil, fmt.Errorf("rules[%d]: no KMS provider %q is running", i, missing)
 		}
-		s, err := keyring.NewSealer(sc)
+		s, err := rule.New(sc)
 		if err != nil {
 			return nil, fmt.Errorf("rules[%d]: %w", i, err)
 		}

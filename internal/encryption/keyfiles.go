@@ -5,7 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"log/slog"
-	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
@@ -50,38 +50,36 @@ func watchKeyFile(path string, seen [sha256.Size]byte, ring *keyring.Ring, log *
 	}
 }
 
-// readerFile follows the key file of a provider of kind kubernetes.
-type readerFile struct {
-	provider config.KMS
-	seen     [sha256.Size]byte // digest of the file before its keys were first used
-	keys     *Keys
+// keptFile is a file whose keys are loaded again when it changes. While the new ones cannot be used,
+// the old ones stay in use.
+type keptFile struct {
+	provider, path string
+	what, keys     string            // what the log calls the file and its keys
+	seen           [sha256.Size]byte // digest of the file before its keys were first used
+	load           func() (attrs []any, err error)
 
-	mu      sync.Mutex
-	problem error // why the newest file is not in use
+	problem atomic.Pointer[error] // why the newest file is not in use; nil before the first change
 }
 
-func (f *readerFile) check() error {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.problem
-}
-
-// watch reloads the keys when the file changes, until ctx ends.
-func (f *readerFile) watch(ctx context.Context) {
-	filewatch.Watch(ctx, f.provider.Kubernetes.KeyFile, f.seen, f.reload)
-}
-
-// reload replaces the reader by one with the keys of the newest file, in all rules.
-func (f *readerFile) reload() {
-	err := f.keys.reloadReader(f.provider)
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.problem = err
-	if err != nil {
-		f.keys.Logger.Error("changed key file cannot be used; the old keys stay in use", "provider", f.provider.Name, "error", err)
-		return
-	}
-	f.keys.Logger.Info("key file reloaded", "provider", f.provider.Name, "file", f.provider.Kubernetes.KeyFile)
+// keep follows a file from [Keys.Run] on.
+func (k *Keys) keep(f *keptFile) {
+	k.files = append(k.files, fileCheck{f.what + " of " + f.provider, func() error {
+		if err := f.problem.Load(); err != nil {
+			return *err
+		}
+		return nil
+	}})
+	k.runs = append(k.runs, func(ctx context.Context) {
+		filewatch.Watch(ctx, f.path, f.seen, func() {
+			attrs, err := f.load()
+			f.problem.Store(&err)
+			if err != nil {
+				k.Logger.Error("changed "+f.what+" cannot be used; the old "+f.keys+" stay in use", "provider", f.provider, "error", err)
+				return
+			}
+			k.Logger.Info(f.what+" reloaded", append([]any{"provider", f.provider, "file", f.path}, attrs...)...)
+		})
+	})
 }
 
 // reloadReader reads the keys of p again. On an error the old ones stay.

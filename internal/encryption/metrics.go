@@ -7,6 +7,8 @@ import (
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/rule"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/provider"
 )
@@ -34,7 +36,7 @@ func newMetrics(reg prometheus.Registerer, k *Keys, cache *keyring.Cache) *metri
 	cached := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "etcd_kms_proxy_seed_cache_entries", Help: "Unwrapped DEK seeds in the cache.",
 	}, func() float64 { return float64(cache.Len()) })
-	reg.MustRegister(m.encrypted, m.decrypted, m.seeds, m.recoveries, cached, keyStates{k}, provider.States(k.providerStates),
+	reg.MustRegister(m.encrypted, m.decrypted, m.seeds, m.recoveries, cached, keyStates{k}, provider.States(m.providerStates),
 		provider.Watches(func() []*provider.Watch { return k.watches }))
 	return m
 }
@@ -54,39 +56,41 @@ func (m *metrics) expectRecoveries(k *Keys, rules []config.Rule) {
 	}
 }
 
-// counters are those of one rule or provider. They are looked up in advance, because a look-up by
-// label on the data path would cost more than the encryption.
-type counters struct {
-	encrypted, decrypted map[keyring.Outcome]prometheus.Counter
-	seeds                map[keyring.Event]prometheus.Counter
-	all                  *metrics
+// ruleCounters are those of one rule. They are looked up in advance, because a look-up by label on
+// the data path would cost more than the encryption.
+type ruleCounters struct {
+	encrypted, decrypted map[rule.Outcome]prometheus.Counter
 }
 
-var _ keyring.Observer = (*counters)(nil)
+// Sealed implements [rule.Observer].
+func (c *ruleCounters) Sealed(_ string, o rule.Outcome) { c.encrypted[o].Inc() }
 
-// Sealed implements [keyring.Observer].
-func (c *counters) Sealed(_ string, o keyring.Outcome) { c.encrypted[o].Inc() }
+// Opened implements [rule.Observer].
+func (c *ruleCounters) Opened(_ string, o rule.Outcome) { c.decrypted[o].Inc() }
 
-// Opened implements [keyring.Observer].
-func (c *counters) Opened(_ string, o keyring.Outcome) { c.decrypted[o].Inc() }
+// seedCounters are those of one provider.
+type seedCounters struct {
+	events map[keyring.Event]prometheus.Counter
+	all    *metrics
+}
 
 // Seed implements [keyring.Observer].
-func (c *counters) Seed(_ string, e keyring.Event) { c.seeds[e].Inc() }
+func (c *seedCounters) Seed(_ string, e keyring.Event) { c.events[e].Inc() }
 
 // Recovered implements [keyring.Observer]. It is called only while a key is lost.
-func (c *counters) Recovered(provider, by string) {
+func (c *seedCounters) Recovered(provider, by string) {
 	c.all.recoveries.WithLabelValues(provider, by).Inc()
 }
 
-// CopyUnwrapped implements [keyring.Observer].
-func (c *counters) CopyUnwrapped(provider, by, keyID, why string) {
-	c.all.keys.recovered(provider, by, keyID, why)
+// CopyUnwrapped implements [keyring.Observer]. A metric counts the values that the seed decrypts.
+func (c *seedCounters) CopyUnwrapped(provider, by, keyID, why string) {
+	c.all.keys.record(auditlog.Record{Event: auditlog.EventRecovery, Primary: provider, Provider: by, KeyID: keyID, Reason: why})
 }
 
 var (
-	outcomes = []keyring.Outcome{
-		keyring.OutcomeOK, keyring.OutcomePlaintext, keyring.OutcomeForeign, keyring.OutcomePassthrough, keyring.OutcomeUnavailable,
-		keyring.OutcomeSeedRefused, keyring.OutcomeKeyUnusable, keyring.OutcomeCorrupt, keyring.OutcomeStrict, keyring.OutcomeRefused,
+	outcomes = []rule.Outcome{
+		rule.OutcomeOK, rule.OutcomePlaintext, rule.OutcomeForeign, rule.OutcomePassthrough, rule.OutcomeUnavailable,
+		rule.OutcomeSeedRefused, rule.OutcomeKeyUnusable, rule.OutcomeCorrupt, rule.OutcomeStrict, rule.OutcomeRefused,
 	}
 	events = []keyring.Event{
 		keyring.EventHit, keyring.EventMiss, keyring.EventStale, keyring.EventGenerated, keyring.EventRevoked, keyring.EventGood, keyring.EventBad,
@@ -94,8 +98,8 @@ var (
 )
 
 // forRule returns the observer of a rule's sealer.
-func (m *metrics) forRule(prefix string) keyring.Observer {
-	c := &counters{encrypted: make(map[keyring.Outcome]prometheus.Counter), decrypted: make(map[keyring.Outcome]prometheus.Counter)}
+func (m *metrics) forRule(prefix string) *ruleCounters {
+	c := &ruleCounters{encrypted: make(map[rule.Outcome]prometheus.Counter), decrypted: make(map[rule.Outcome]prometheus.Counter)}
 	for _, o := range outcomes {
 		c.encrypted[o] = m.encrypted.WithLabelValues(printable.UTF8(prefix), string(o))
 		c.decrypted[o] = m.decrypted.WithLabelValues(printable.UTF8(prefix), string(o))
@@ -104,17 +108,17 @@ func (m *metrics) forRule(prefix string) keyring.Observer {
 }
 
 // forProvider returns the observer of a provider's ring.
-func (m *metrics) forProvider(name string) keyring.Observer {
-	c := &counters{seeds: make(map[keyring.Event]prometheus.Counter), all: m}
+func (m *metrics) forProvider(name string) *seedCounters {
+	c := &seedCounters{events: make(map[keyring.Event]prometheus.Counter), all: m}
 	for _, e := range events {
-		c.seeds[e] = m.seeds.WithLabelValues(name, string(e))
+		c.events[e] = m.seeds.WithLabelValues(name, string(e))
 	}
 	return c
 }
 
-func (k *Keys) providerStates() []provider.State {
+func (m *metrics) providerStates() []provider.State {
 	var states []provider.State
-	for _, r := range k.rings {
+	for _, r := range m.keys.rings {
 		s := r.State()
 		states = append(states, provider.State{Provider: s.Provider, Healthy: s.Healthy, LastSuccess: s.LastGood, KeyID: s.KeyID})
 	}

@@ -1,8 +1,6 @@
 package encryption
 
 import (
-	"context"
-
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/filewatch"
@@ -27,22 +25,17 @@ func (k *Keys) addOffline(p config.KMS, key *provider.AgeKey, cache *keyring.Cac
 		if err := key.Reload(); err != nil { // it may have changed before its digest was taken
 			return err
 		}
-		k.files = append(k.files, fileCheck{"recipients file of " + p.Name, key.CheckFiles})
-		k.runs = append(k.runs, func(ctx context.Context) {
-			filewatch.Watch(ctx, file, seen, func() { k.reloadRecipients(ring, key, file) })
+		k.keep(&keptFile{
+			provider: p.Name, path: file, what: "recipients file", keys: "recipients", seen: seen,
+			load: func() ([]any, error) {
+				if err := key.Reload(); err != nil {
+					return nil, err
+				}
+				ring.Check()
+				k.CheckNow() // each ring generates a DEK seed with a copy for the new recipients
+				return []any{"recipients", key.ID()}, nil
+			},
 		})
 	}
 	return nil
-}
-
-// reloadRecipients uses the recipients of a changed file: the next poll of each ring generates a
-// DEK seed with a copy for them.
-func (k *Keys) reloadRecipients(ring *keyring.Ring, key *provider.AgeKey, file string) {
-	if err := key.Reload(); err != nil {
-		k.Logger.Error("changed recipients file cannot be used; the old recipients stay in use", "provider", ring.Provider(), "error", err)
-		return
-	}
-	k.Logger.Info("recipients file reloaded", "provider", ring.Provider(), "file", file, "recipients", key.ID())
-	ring.Check()
-	k.CheckNow()
 }

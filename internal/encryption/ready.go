@@ -3,48 +3,39 @@ package encryption
 import (
 	"cmp"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/readiness"
 )
 
 // recoveryNotice is how long /readyz shows that a recovery copy was used.
 const recoveryNotice = time.Hour
 
-// setRecovery gives each ring the rings that wrap copies of its DEK seeds. Rules that write with
-// the same provider have the same recovery providers, which config checks. mu is held.
-func (k *Keys) setRecovery(rules []config.Rule) error {
-	for _, ring := range k.rings {
-		var by []*keyring.Ring
-		required := false
-		for _, r := range rules {
-			if r.WriteWith != ring.Provider() {
-				continue
-			}
-			for _, name := range r.Recovery {
-				by = append(by, k.ring(name))
-			}
-			required = r.RecoveryRequired
-			break
-		}
-		if err := ring.SetRecovery(by, required); err != nil {
-			return err
-		}
+// setRecovery gives a ring the rings that wrap copies of its DEK seeds. Rules that write with the
+// same provider have the same recovery providers, which config checks. mu is held.
+func (k *Keys) setRecovery(ring *keyring.Ring, rules []config.Rule) error {
+	i := slices.IndexFunc(rules, func(r config.Rule) bool { return r.WriteWith == ring.Provider() })
+	if i < 0 {
+		return ring.SetRecovery(nil, false)
 	}
-	k.metrics.expectRecoveries(k, rules)
-	return nil
+	var by []*keyring.Ring
+	for _, name := range rules[i].Recovery {
+		by = append(by, k.ring(name))
+	}
+	return ring.SetRecovery(by, rules[i].RecoveryRequired)
 }
 
 // ProviderChecks returns the lines of the readiness report about the providers, their files and
 // their recovery copies.
-func (k *Keys) ProviderChecks() []proxy.Check {
-	var checks []proxy.Check
+func (k *Keys) ProviderChecks() []readiness.Check {
+	var checks []readiness.Check
 	for _, r := range k.rings {
 		s := r.State()
-		checks = append(checks, proxy.Check{Name: "kms " + s.Provider, OK: s.Healthy, Detail: s.Reason})
+		checks = append(checks, readiness.Check{Name: "kms " + s.Provider, OK: s.Healthy, Detail: s.Reason})
 	}
 	for _, f := range k.files {
 		checks = append(checks, FileCheck(f.name, f.check()))
@@ -62,7 +53,7 @@ func (k *Keys) ProviderChecks() []proxy.Check {
 			case s.Lacking != "":
 				problems = append(problems, "values are encrypted without it: "+s.Lacking)
 			}
-			checks = append(checks, proxy.Check{
+			checks = append(checks, readiness.Check{
 				Name: fmt.Sprintf("recovery of %s by %s", r.Provider(), s.Provider), OK: len(problems) == 0, Detail: strings.Join(problems, "; "),
 			})
 		}
@@ -71,19 +62,19 @@ func (k *Keys) ProviderChecks() []proxy.Check {
 }
 
 // FileCheck is the line of the readiness report about files. err is why the newest are not in use.
-func FileCheck(name string, err error) proxy.Check {
+func FileCheck(name string, err error) readiness.Check {
 	if err != nil {
-		return proxy.Check{Name: name, Detail: "the old one stays in use: " + err.Error()}
+		return readiness.Check{Name: name, Detail: "the old one stays in use: " + err.Error()}
 	}
-	return proxy.Check{Name: name, OK: true}
+	return readiness.Check{Name: name, OK: true}
 }
 
 // RuleChecks returns the lines of the readiness report about the rules.
-func (k *Keys) RuleChecks() []proxy.Check {
-	var checks []proxy.Check
+func (k *Keys) RuleChecks() []readiness.Check {
+	var checks []readiness.Check
 	set := k.Rules()
 	for i, s := range set.sealers {
-		check := proxy.Check{Name: fmt.Sprintf("rule %q", set.config[i].Prefix), OK: true}
+		check := readiness.Check{Name: fmt.Sprintf("rule %q", set.config[i].Prefix), OK: true}
 		if err := cmp.Or(k.Audit.Refusal(), s.Health()); err != nil {
 			check.OK, check.Detail = false, err.Error()
 		}

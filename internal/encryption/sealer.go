@@ -7,6 +7,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/rule"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
 )
@@ -21,7 +22,7 @@ func (s *RuleSet) ForProxy() []proxy.Rule {
 }
 
 // sealer turns the errors of a keyring's sealer into those that the proxy returns to clients.
-type sealer struct{ *keyring.Sealer }
+type sealer struct{ *rule.Sealer }
 
 var _ proxy.Sealer = sealer{}
 

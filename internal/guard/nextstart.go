@@ -10,7 +10,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/etcdclient"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/readiness"
 )
 
 // NextStart checks, while the proxy serves, whether it could start again: that the guard may read
@@ -75,8 +75,8 @@ func (n *NextStart) note(err error) {
 }
 
 // Check returns the line of the readiness report.
-func (n *NextStart) Check() proxy.Check {
-	check := proxy.Check{Name: "guard", OK: !n.refused.Load()}
+func (n *NextStart) Check() readiness.Check {
+	check := readiness.Check{Name: "guard", OK: !n.refused.Load()}
 	if !check.OK {
 		check.Detail = unreadable + "; " + deniedHint
 	}

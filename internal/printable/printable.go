@@ -71,6 +71,14 @@ func Text(text string) string {
 
 func unprintable(r rune) bool { return !strconv.IsPrint(r) }
 
+// Count returns a number with the words for one or for several, as in "1 value" and "3 values".
+func Count[N int | int64 | uint64](n N, one, several string) string {
+	if n == 1 {
+		return "1 " + one
+	}
+	return fmt.Sprintf("%d %s", n, several)
+}
+
 // Fprintf is [fmt.Fprintf] for text that people read: each argument is printed as [Text] has it,
 // and only format ends lines. It returns no error: reports are written to a buffer first, and a
 // closed standard error ends the command.

@@ -6,7 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"sync"
+	"sync/atomic"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
@@ -28,20 +28,17 @@ const maxRecipientsFile = 1 << 20
 type AgeKey struct {
 	config     *config.Age
 	identities *age.Identities // nil unless SetIdentities was called
-
-	mu         sync.Mutex
-	recipients *age.Recipients
-	problem    error // why the newest recipients file is not in use
+	recipients atomic.Pointer[age.Recipients]
 }
 
 var _ keyring.OfflineKey = (*AgeKey)(nil)
 
 func newAgeKey(c *config.Age) (*AgeKey, error) {
-	recipients, err := ageRecipients(c)
-	if err != nil {
+	k := &AgeKey{config: c}
+	if err := k.Reload(); err != nil {
 		return nil, err
 	}
-	return &AgeKey{config: c, recipients: recipients}, nil
+	return k, nil
 }
 
 // ageRecipients returns the recipients of c and those in its file.
@@ -101,27 +98,14 @@ func (k *AgeKey) SetIdentities(ids *age.Identities) { k.identities = ids }
 // Reload reads the recipients file again. On an error, the old recipients stay in use.
 func (k *AgeKey) Reload() error {
 	recipients, err := ageRecipients(k.config)
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if k.problem = err; err == nil {
-		k.recipients = recipients
+	if err == nil {
+		k.recipients.Store(recipients)
 	}
 	return err
 }
 
-// CheckFiles returns why the newest recipients file is not in use, or nil.
-func (k *AgeKey) CheckFiles() error {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	return k.problem
-}
-
 // Recipients returns the recipients in use.
-func (k *AgeKey) Recipients() *age.Recipients {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	return k.recipients
-}
+func (k *AgeKey) Recipients() *age.Recipients { return k.recipients.Load() }
 
 // ID implements [keyring.OfflineKey].
 func (k *AgeKey) ID() string { return k.Recipients().ID() }

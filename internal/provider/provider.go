@@ -42,7 +42,6 @@ func New(k config.KMS, log *slog.Logger) (*Provider, error) {
 		}
 		return &Provider{Kind: "alibaba", Service: b}, nil
 	case k.Plugin != nil:
-		// the client limits the time
 		b, err := plugin.New(plugin.Config{Endpoint: k.Plugin.Endpoint})
 		if err != nil {
 			return &Provider{Kind: "plugin"}, problem.In("plugin.endpoint", "write unix:///path/to/socket", err)

@@ -12,8 +12,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/logonce"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/readiness"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
 )
 
 // bypasses counts values that were written in plaintext past the proxies, and reports each key
@@ -79,8 +79,8 @@ func bypassHint(rule *inventory.Rule) string {
 	return "find out who wrote it; reads return it unchanged, and reencrypt encrypts it unchanged: delete it first if it is not genuine"
 }
 
-func (b *bypasses) ready(now time.Time) proxy.Check {
-	check := proxy.Check{Name: "bypass", OK: true}
+func (b *bypasses) ready(now time.Time) readiness.Check {
+	check := readiness.Check{Name: "bypass", OK: true}
 	if last := time.Unix(b.last.Load(), 0); now.Sub(last) < bypassNotice {
 		check.OK, check.Detail = false, "a value was written in plaintext past the proxies, last at "+last.UTC().Format(time.RFC3339)
 	}

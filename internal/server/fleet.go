@@ -17,15 +17,15 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/rule"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/buildinfo"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/encryption"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/etcdclient"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/guard"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/readiness"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
 )
 
 // fleet is what a proxy does in etcd for itself: the guard of the start, and with coordination on
@@ -78,7 +78,7 @@ func (f *fleet) coordinate(keys *encryption.Keys, audit *auditlog.Recorder, reg 
 	provers := make(map[string]inventory.Sealer)
 	for _, ring := range keys.Rings() {
 		// InspectOnly: a ring that nothing is written with verifies what it encrypted earlier.
-		s, err := keyring.NewSealer(keyring.SealerConfig{Prefix: c.Coordination.Prefix, Write: ring, Recovery: keys.Rings(), InspectOnly: true})
+		s, err := rule.New(rule.Config{Prefix: c.Coordination.Prefix, Write: ring, Recovery: keys.Rings(), InspectOnly: true})
 		if err != nil {
 			return fmt.Errorf("coordination: %w", err)
 		}
@@ -179,8 +179,8 @@ func (f *fleet) setRules(rules []config.Rule) {
 	}
 }
 
-func (f *fleet) ready() []proxy.Check {
-	check := proxy.Check{Name: "agreement", OK: true}
+func (f *fleet) ready() []readiness.Check {
+	check := readiness.Check{Name: "agreement", OK: true}
 	select {
 	case <-f.gate:
 	default:
@@ -191,10 +191,10 @@ func (f *fleet) ready() []proxy.Check {
 		default:
 		}
 	}
-	checks := []proxy.Check{check, f.next.Check()}
+	checks := []readiness.Check{check, f.next.Check()}
 	if f.Fleet == nil {
 		// With coordination off, only problems are shown.
-		return slices.DeleteFunc(checks, func(c proxy.Check) bool { return c.OK })
+		return slices.DeleteFunc(checks, func(c readiness.Check) bool { return c.OK })
 	}
 	return append(checks, f.bypasses.ready(time.Now()))
 }

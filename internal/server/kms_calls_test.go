@@ -14,6 +14,7 @@ import (
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/rule"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/kmsdouble"
 )
@@ -132,7 +133,7 @@ func TestEverythingChanges(t *testing.T) {
 	a, r := newRunningIn(t, d, edits...)
 	stop := runRings(t, a)
 	defer stop()
-	rule := func() *keyring.Sealer { return a.keys.Rules().Sealers()[0] }
+	rule := func() *rule.Sealer { return a.keys.Rules().Sealers()[0] }
 	clitest.Eventually(t, "first seed", func() bool { return a.keys.Rings()[0].State().CanSeal })
 
 	ctx, cancel := context.WithCancel(t.Context())

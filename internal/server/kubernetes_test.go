@@ -2,9 +2,7 @@ package server
 
 import (
 	"bytes"
-	"encoding/json"
 	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 
@@ -12,44 +10,15 @@ import (
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/keyfile"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
 )
-
-// kubernetesValue is a value that kube-apiserver's own code stored.
-type kubernetesValue struct {
-	Name, Type, KeyName                string
-	Secret, EtcdKey, Plaintext, Stored []byte
-}
-
-func kubernetesValues(t *testing.T) []kubernetesValue {
-	t.Helper()
-	b, err := os.ReadFile(filepath.Join("..", "..", "crypto", "kubelegacy", "testdata", "kubernetes-vectors.json"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	var vs []kubernetesValue
-	if err := json.Unmarshal(b, &vs); err != nil || len(vs) == 0 {
-		t.Fatal(len(vs), err)
-	}
-	return vs
-}
-
-// keyFile makes the file of a kubernetes provider.
-func (v *kubernetesValue) keyFile(t *testing.T, path, name string) {
-	t.Helper()
-	form := keyfile.Form{ID: "name"}
-	if err := os.WriteFile(path, []byte("keys:\n"+form.Line(keyfile.Key{ID: name, Secret: v.Secret})), 0o600); err != nil {
-		t.Fatal(err)
-	}
-}
 
 // TestKubernetesProvider: a strict rule opens what kube-apiserver's own providers stored, and says
 // which key it lacks.
 func TestKubernetesProvider(t *testing.T) {
-	for _, v := range kubernetesValues(t) {
+	for _, v := range clitest.KubernetesValues(t) {
 		d := clitest.NewDir(t)
-		v.keyFile(t, d.Path("old.yaml"), v.KeyName)
+		v.KeyFile(t, d.Path("old.yaml"), v.KeyName)
 		edits := []string{
 			"rules:", "- {name: old, kubernetes: {type: " + v.Type + ", keyFile: old.yaml}}\nrules:",
 			"writeWith: dev", "writeWith: dev\n  readWith: [old]\n  allowPlaintextReads: false",
@@ -64,7 +33,7 @@ func TestKubernetesProvider(t *testing.T) {
 		}
 
 		// Another key: what is missing is said, and an operator can cure it.
-		v.keyFile(t, d.Path("old.yaml"), "another")
+		v.KeyFile(t, d.Path("old.yaml"), "another")
 		a, _ = newRunningIn(t, d, edits...)
 		_, err := a.keys.Rules().ForProxy()[0].Sealer.Open(t.Context(), v.EtcdKey, v.Stored)
 		if e, ok := err.(*proxy.SealError); !ok || e.Code != codes.FailedPrecondition || !strings.Contains(e.Text, d.Path("old.yaml")) { //nolint:errorlint // the very type
@@ -76,8 +45,8 @@ func TestKubernetesProvider(t *testing.T) {
 // TestKubernetesKeysReload puts another key file in the place of a provider's: what the rules open
 // changes with it, and a bad file leaves the keys as they are, with a line in /readyz.
 func TestKubernetesKeysReload(t *testing.T) {
-	v, d := kubernetesValues(t)[0], clitest.NewDir(t)
-	v.keyFile(t, d.Path("old.yaml"), "another")
+	v, d := clitest.KubernetesValues(t)[0], clitest.NewDir(t)
+	v.KeyFile(t, d.Path("old.yaml"), "another")
 	a, r := newRunningIn(t, d, "rules:", "- {name: old, kubernetes: {type: "+v.Type+", keyFile: old.yaml}}\nrules:",
 		"writeWith: dev", "writeWith: dev\n  readWith: [old]\n  allowPlaintextReads: false")
 	opens := func() bool {
@@ -89,7 +58,7 @@ func TestKubernetesKeysReload(t *testing.T) {
 	}
 	runRings(t, a)
 	check := func() string { return checkOf(t, a, "key file of old") }
-	v.keyFile(t, d.Path("old.yaml"), v.KeyName)
+	v.KeyFile(t, d.Path("old.yaml"), v.KeyName)
 	clitest.Eventually(t, "use of its key", opens)
 	if err := os.WriteFile(d.Path("old.yaml"), []byte("keys: [{name: key1, sec"), 0o600); err != nil {
 		t.Fatal(err)
@@ -99,7 +68,7 @@ func TestKubernetesKeysReload(t *testing.T) {
 	if !opens() {
 		t.Error("half a file, or a reload of the configuration, loses the keys")
 	}
-	v.keyFile(t, d.Path("old.yaml"), "another")
+	v.KeyFile(t, d.Path("old.yaml"), "another")
 	clitest.Eventually(t, "end of the report", func() bool { return check() == "ok" })
 	if opens() {
 		t.Error("it opens with another key")

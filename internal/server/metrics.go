@@ -6,7 +6,7 @@ import (
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/buildinfo"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/readiness"
 )
 
 // newRegistry returns a registry with the metrics of the process.
@@ -42,13 +42,13 @@ func registerAudit(reg prometheus.Registerer, audit *auditlog.Recorder) {
 }
 
 // auditChecks returns the line of the readiness report about the audit log, if there is one.
-func auditChecks(audit *auditlog.Recorder) []proxy.Check {
+func auditChecks(audit *auditlog.Recorder) []readiness.Check {
 	if audit == nil {
 		return nil
 	}
-	c := proxy.Check{Name: "audit", OK: true}
+	c := readiness.Check{Name: "audit", OK: true}
 	if err := audit.Check(); err != nil {
 		c.OK, c.Detail = false, err.Error()
 	}
-	return []proxy.Check{c}
+	return []readiness.Check{c}
 }

@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/adminhttp"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/buildinfo"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/coredump"
@@ -26,9 +27,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/provider"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/readiness"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/pluginserver"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
 )
 
 // PluginOptions are what the command line of kms serve-plugin says.
@@ -44,7 +45,7 @@ type pluginServer struct {
 	log      *slog.Logger
 	server   *pluginserver.Server
 	registry *prometheus.Registry
-	admin    *proxy.Admin       // nil if there is none
+	admin    *adminhttp.Server  // nil if there is none
 	audit    *auditlog.Recorder // nil if there is none
 }
 
@@ -174,7 +175,7 @@ func (p *pluginServer) bindAdmin(c *config.Admin) error {
 	if c == nil {
 		return nil
 	}
-	admin, err := proxy.NewAdmin(proxy.AdminConfig{Address: c.Address, Gatherer: p.registry, Ready: p.ready, Pprof: c.Pprof, Logger: p.log})
+	admin, err := adminhttp.New(adminhttp.Config{Address: c.Address, Gatherer: p.registry, Ready: p.ready, Pprof: c.Pprof, Logger: p.log})
 	if errors.Is(err, syscall.EADDRINUSE) {
 		p.log.Warn("no metrics and health of this plugin: the admin address is in use, perhaps by a proxy with the same configuration", "address", c.Address)
 		return nil
@@ -189,10 +190,10 @@ func (p *pluginServer) bindAdmin(c *config.Admin) error {
 
 // ready reports that the plugin serves, whether its KMS responds, and whether the audit log can be
 // written.
-func (p *pluginServer) ready() proxy.ReadyReport {
+func (p *pluginServer) ready() readiness.Report {
 	s := p.server.State()
-	checks := []proxy.Check{{Name: "kms " + s.Provider, OK: s.Healthy, Detail: s.Reason}}
-	return proxy.ReadyReport{Ready: true, Checks: append(checks, auditChecks(p.audit)...)}
+	checks := []readiness.Check{{Name: "kms " + s.Provider, OK: s.Healthy, Detail: s.Reason}}
+	return readiness.Report{Ready: true, Checks: append(checks, auditChecks(p.audit)...)}
 }
 
 // CheckPlugin returns a problem if k cannot be served on socket.

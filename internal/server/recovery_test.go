@@ -16,6 +16,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/rule"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
 )
 
@@ -35,7 +36,7 @@ func runRings(t *testing.T, s *Server) func() {
 }
 
 // rulesOf starts an app on the folder's configuration with some edits and returns its first rule.
-func rulesOf(t *testing.T, d clitest.Dir, edits ...string) (*Server, *keyring.Sealer, func()) {
+func rulesOf(t *testing.T, d clitest.Dir, edits ...string) (*Server, *rule.Sealer, func()) {
 	t.Helper()
 	a, _ := newRunningIn(t, d, edits...)
 	stop := runRings(t, a)

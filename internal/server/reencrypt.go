@@ -14,6 +14,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/encryption"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/etcdclient"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/logonce"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/reencrypt"
 )
@@ -81,7 +82,7 @@ func (r *reencryptor) begin() error {
 
 func (r *reencryptor) paused(what, why string) {
 	if why == "" {
-		r.log.Info("re-encrypting goes on", "waitedFor", what)
+		r.log.Info("re-encrypting continues", "waitedFor", what)
 	} else {
 		r.log.Warn("re-encrypting waits", "for", what, "reason", why)
 	}
@@ -102,7 +103,7 @@ func (r *reencryptor) ended(done reencrypt.Result, err error) {
 		r.at.SetToCurrentTime()
 		r.left.Set(float64(done.Unfinished()))
 		if n := done.Unfinished(); n > 0 {
-			outcome, reason = "failed", fmt.Sprintf("%d values could not be rewritten", n)
+			outcome, reason = "failed", printable.Count(n, "value", "values")+" could not be rewritten"
 		}
 	}
 	if r.logged.Changed(reason) && reason != "" {

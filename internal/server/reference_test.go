@@ -15,6 +15,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/cli/stored"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/provider"
 )
@@ -22,7 +23,7 @@ import (
 var updateDocs = flag.Bool("update-docs", false, "write docs/reference/metrics.md from the registry")
 
 // TestReference compares docs/reference/metrics.md with the metrics that a proxy with all its
-// parts, and the plugin, register.
+// parts, the plugin and the command drill register.
 func TestReference(t *testing.T) {
 	path := clitest.NewDir(t).Config(t, "kind: ", "audit: {path: audit.jsonl}\nkind: ")
 	c, err := config.Load(path)
@@ -42,8 +43,10 @@ func TestReference(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	drill := prometheus.NewRegistry()
+	stored.RegisterDrillMetrics(drill)
 	metrics, types := map[string]metric{}, map[string]string{}
-	for _, r := range []*prometheus.Registry{p.registry, s.Registry()} {
+	for _, r := range []*prometheus.Registry{p.registry, drill, s.Registry()} {
 		for _, m := range described(t, r) {
 			metrics[m.name] = m
 		}
@@ -134,6 +137,7 @@ are classic and native. A timestamp is missing while there is none. Metrics name
 		{"Calls and connections", `requests_|added_|.*connect`},
 		{"Configuration, files and process", `certificate_|config_|guard_|audit_|build_|memory_|cgroup_`},
 		{"Plugin", `plugin_`},
+		{"Drill", `drill_`},
 		{"gRPC", ``},
 	} {
 		in := regexp.MustCompile(`^etcd_kms_proxy_(` + s.names + `)`)
@@ -143,6 +147,9 @@ are classic and native. A timestamp is missing while there is none. Metrics name
 		fmt.Fprintf(&b, "\n## %s\n\n", s.title)
 		if s.title == "Plugin" {
 			b.WriteString("`kms serve-plugin` serves this metric, and those of the KMS' health and calls.\n\n")
+		}
+		if s.title == "Drill" {
+			b.WriteString("`drill --metrics-file` writes these metrics to a file, for the textfile collector of node_exporter. The\nproxy does not serve them.\n\n")
 		}
 		b.WriteString("| metric | type | labels | meaning |\n|---|---|---|---|\n")
 		for _, name := range slices.Sorted(maps.Keys(left)) {

@@ -18,6 +18,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/filewatch"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
 )
 
 // The outcomes of a reload, as metrics spell them.
@@ -128,7 +129,7 @@ func (r *reloader) apply(trigger string) (outcome, reason string) {
 				"file", r.path, "line", p.Line, "path", p.Path, "problem", p.Text, "hint", p.Hint, "trigger", trigger)
 		}
 		// Without the text, which quotes the file.
-		return reloadFailed, fmt.Sprintf("%d problem(s), the first on line %d", len(ps), ps[0].Line)
+		return reloadFailed, fmt.Sprintf("%s, the first on line %d", printable.Count(len(ps), "problem", "problems"), ps[0].Line)
 	}
 	if err != nil {
 		return failed(err)

@@ -11,14 +11,13 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
-	"runtime/debug"
-	"strings"
 	"syscall"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/adminhttp"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/buildinfo"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/encryption"
@@ -27,6 +26,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/memlimit"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/readiness"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy"
 )
 
@@ -52,7 +52,7 @@ type Server struct {
 	scanner   *scanner     // nil without --scan-interval
 	reencrypt *reencryptor // nil without --reencrypt
 	proxy     *proxy.Proxy
-	admin     *proxy.Admin // nil without an admin block
+	admin     *adminhttp.Server // nil without an admin block
 	reloader  *reloader
 	drain     time.Duration
 }
@@ -74,7 +74,6 @@ func Serve(ctx context.Context, path string, load Load, stderr io.Writer, o Opti
 	level.Set(logLevel(c.Log.Level))
 	log := printable.NewLogger(stderr, c.Log.Format, level)
 	logWarnings(log, path, warnings)
-	relaxGC()
 	if limit := memlimit.Set(); limit > 0 {
 		log.Info("memory limit set from the cgroup", "bytes", limit)
 	}
@@ -104,16 +103,6 @@ func notify(which ...os.Signal) (signals <-chan os.Signal, release func()) {
 	signal.Notify(c, which...)
 	signal.Ignore(syscall.SIGPIPE)
 	return c, func() { signal.Stop(c) }
-}
-
-// relaxGC lets the heap grow to four times its live size between collections; Go's default is
-// twice. Nearly all allocations of the proxy live for one call, over a small heap that would be
-// collected many times a second: this takes a fifth less CPU time for half as much memory again.
-// The environment variable GOGC has precedence.
-func relaxGC() {
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(300)
-	}
 }
 
 // New makes the server of a configuration and binds its addresses. It starts nothing. path and
@@ -146,7 +135,7 @@ func New(c *config.Config, path string, loaded [32]byte, log *slog.Logger, level
 	s.keys.Follow(encryption.Follower{Revision: s.fleet.revision, Apply: s.apply})
 	s.reloader = newReloader(s, c, path, loaded, level, o.AllowWeakening)
 	if c.Admin != nil {
-		s.admin, err = proxy.NewAdmin(proxy.AdminConfig{Address: c.Admin.Address, Gatherer: s.registry, Ready: s.ready, Pprof: c.Admin.Pprof, Logger: log})
+		s.admin, err = adminhttp.New(adminhttp.Config{Address: c.Admin.Address, Gatherer: s.registry, Ready: s.ready, Pprof: c.Admin.Pprof, Logger: log})
 		if err != nil {
 			return nil, err
 		}
@@ -238,31 +227,22 @@ func (s *Server) Close() {
 
 // ready reports whether the proxy serves, and which providers and rules do not work. The proxy
 // stays ready for the rest.
-func (s *Server) ready() proxy.ReadyReport {
+func (s *Server) ready() readiness.Report {
 	report := s.proxy.Ready()
-	for _, checks := range [][]proxy.Check{s.keys.ProviderChecks(), s.fileChecks(), auditChecks(s.audit), s.fleet.ready(), s.keys.RuleChecks()} {
+	for _, checks := range [][]readiness.Check{s.keys.ProviderChecks(), s.fileChecks(), auditChecks(s.audit), s.fleet.ready(), s.keys.RuleChecks()} {
 		report.Checks = append(report.Checks, checks...)
 	}
-	return printableReport(report)
+	return report
 }
 
 // fileChecks returns the lines about files that are not those of providers.
-func (s *Server) fileChecks() []proxy.Check {
-	checks := []proxy.Check{encryption.FileCheck("configuration", s.reloader.problem())}
+func (s *Server) fileChecks() []readiness.Check {
+	checks := []readiness.Check{encryption.FileCheck("configuration", s.reloader.problem())}
 	if s.fleet.password != nil {
 		s.fleet.password.Get()
 		checks = append(checks, encryption.FileCheck("etcd.passwordFile", s.fleet.password.Problem()))
 	}
 	return checks
-}
-
-// printableReport puts each check of r on one printable line: operators read /readyz on a terminal.
-func printableReport(r proxy.ReadyReport) proxy.ReadyReport {
-	for i := range r.Checks {
-		c := &r.Checks[i]
-		c.Name, c.Detail = printable.Text(c.Name), printable.Text(strings.ReplaceAll(c.Detail, "\n", "; "))
-	}
-	return r
 }
 
 func proxyConfig(c *config.Config, o Options) proxy.Config {

@@ -4,8 +4,8 @@
 package unixsocket
 
 import (
+	"cmp"
 	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -95,11 +95,9 @@ func vacant(path string) error {
 // to path. So at no time a stranger can open it, and a client finds either the old socket or the
 // new one.
 func place(path string, mode fs.FileMode) (_ net.Listener, err error) {
-	var random [2]byte
-	_, _ = rand.Read(random[:]) // never fails
 	// As short as can be: a folder that leaves room for the socket's own name should leave room for
 	// this.
-	private := filepath.Join(filepath.Dir(path), ".k"+hex.EncodeToString(random[:]))
+	private := filepath.Join(filepath.Dir(path), ".k"+rand.Text()[:4])
 	if err := os.Mkdir(private, 0o700); err != nil {
 		return nil, fmt.Errorf("make a folder in %s to bind it in: %w", filepath.Dir(path), nameless(err))
 	}
@@ -135,18 +133,7 @@ func place(path string, mode fs.FileMode) (_ net.Listener, err error) {
 
 // nameless returns the cause of a failed operation on a file, without the name that the socket has
 // for a moment only.
-func nameless(err error) error {
-	if e, ok := errors.AsType[*fs.PathError](err); ok {
-		return e.Err
-	}
-	if e, ok := errors.AsType[*os.LinkError](err); ok {
-		return e.Err
-	}
-	if e, ok := errors.AsType[*net.OpError](err); ok {
-		return e.Err
-	}
-	return err
-}
+func nameless(err error) error { return cmp.Or(errors.Unwrap(err), err) }
 
 // socketListener removes its socket when it closes.
 type socketListener struct {

@@ -27,7 +27,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -149,7 +151,7 @@ func New(cfg Config) (*Backend, error) {
 	}
 	warmEndpointMap()
 	return &Backend{
-		remote: remote{name: "the KMS", caField: "caFile", region: cfg.Region, endpoint: endpoint, keyID: cfg.KeyID, pool: pool, hidden: contextValues(cfg.EncryptionContext)},
+		remote: remote{name: "the KMS", caField: "caFile", region: cfg.Region, endpoint: endpoint, keyID: cfg.KeyID, pool: pool, hidden: slices.Collect(maps.Values(cfg.EncryptionContext))},
 		realID: realID(cfg.KeyID), encryptionContext: encryptionContext, creds: creds,
 	}, nil
 }
@@ -265,8 +267,7 @@ func (b *Backend) Decrypt(ctx context.Context, _ string, req *service.DecryptReq
 		return err
 	})
 	if err != nil {
-		var e *kmsclient.Error
-		if errors.As(err, &e) {
+		if e, ok := errors.AsType[*kmsclient.Error](err); ok {
 			// the key that matters here is the one of the value, not the one configured
 			e.KeyID = req.KeyID
 		}
@@ -306,5 +307,5 @@ func (*Backend) KeyOf(keyID string) string {
 
 // isBlob reports whether s can be a CiphertextBlob: 1 to limit printable ASCII characters.
 func isBlob(s string, limit int) bool {
-	return len(s) > 0 && len(s) <= limit && strings.IndexFunc(s, func(r rune) bool { return r <= ' ' || r > '~' }) < 0
+	return len(s) > 0 && len(s) <= limit && isVisible(s)
 }

@@ -35,19 +35,25 @@ func (b *Backend) call(ctx context.Context, op string, do func(*kms.Client) erro
 	if err != nil {
 		return b.credentialFailure(ctx, op, err)
 	}
-	f := b.request(ctx, op, cred, do)
-	if f != nil && f.rejected {
-		// A signature is made from two or three files, which do not change in one instant; and a
-		// token may just have run out.
-		renewed, err := b.creds.renew(ctx, cred)
-		if err == nil && renewed != cred {
-			f = b.request(ctx, op, renewed, do)
-		}
+	if f := b.signed(ctx, op, b.creds, cred, do); f != nil {
+		return f.withContext(ctx)
 	}
-	if f == nil {
-		return nil
+	return nil
+}
+
+// signed runs do with cred, and once more if source has other credentials when these are rejected:
+// a signature is made from two or three files, which do not change in one instant, and a token may
+// just have run out.
+func (r *remote) signed(ctx context.Context, op string, source credentialSource, cred credential, do func(*kms.Client) error) *failure {
+	f := r.request(ctx, op, cred, do)
+	if f == nil || !f.rejected {
+		return f
 	}
-	return f.withContext(ctx)
+	renewed, err := source.renew(ctx, cred)
+	if err != nil || renewed == cred {
+		return f
+	}
+	return r.request(ctx, op, renewed, do)
 }
 
 // request runs do once, and once more if it met a connection that was dead.
@@ -84,7 +90,7 @@ func (r *remote) attempt(ctx context.Context, op string, cred credential, do fun
 func (r *remote) withClient(cred credential, t *callTransport, do func(*kms.Client) error) error {
 	config := sdk.NewConfig().WithScheme("HTTPS").WithAutoRetry(false).WithUserAgent(userAgent)
 	config.Transport = t
-	client, err := kms.NewClientWithOptions(r.region, config, cred.provider())
+	client, err := kms.NewClientWithOptions(r.region, config, provider{cred})
 	if err != nil {
 		return err
 	}
@@ -103,7 +109,7 @@ func (r *remote) withClient(cred credential, t *callTransport, do func(*kms.Clie
 // service that should have given them, or of the context that ended while it was waited for.
 func (b *Backend) credentialFailure(ctx context.Context, op string, err error) error {
 	e := &kmsclient.Error{Reason: kmsclient.Unreachable}
-	if known := (*kmsclient.Error)(nil); errors.As(err, &known) {
+	if known, ok := errors.AsType[*kmsclient.Error](err); ok {
 		copied := *known // others get the same one
 		e = &copied
 		e.Detail = "no credentials: " + known.Detail

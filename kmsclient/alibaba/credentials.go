@@ -99,9 +99,6 @@ func (c credential) scrub(text string) string {
 	return text
 }
 
-// provider hands the credential to the SDK.
-func (c credential) provider() credentials.CredentialsProvider { return provider{c} }
-
 // provider is the SDK's view of one credential. The SDK's own providers are not used: they have no
 // locks, refresh on the request path, and its default chain, used when there is none, can stick to
 // the wrong one.

@@ -87,11 +87,8 @@ func (m *instanceSource) fetch(ctx context.Context) (session, error) {
 		return session{}, err
 	}
 	var answer struct {
-		Code       string `json:"Code"`
-		ID         string `json:"AccessKeyId"`
-		Secret     string `json:"AccessKeySecret"`
-		Token      string `json:"SecurityToken"`
-		Expiration string `json:"Expiration"`
+		Code string
+		sessionAnswer
 	}
 	if err := json.Unmarshal(body, &answer); err != nil {
 		return session{}, m.fault(kmsclient.BrokenContract, http.StatusOK, "the answer is not JSON of the expected form")
@@ -101,7 +98,7 @@ func (m *instanceSource) fetch(ctx context.Context) (session, error) {
 		e.Code = safeCode(answer.Code)
 		return session{}, e
 	}
-	s, err := newSession("ecs_ram_role", answer.ID, answer.Secret, answer.Token, answer.Expiration)
+	s, err := answer.session("ecs_ram_role")
 	if err != nil {
 		return session{}, m.fault(kmsclient.BrokenContract, http.StatusOK, err.Error())
 	}

@@ -151,13 +151,7 @@ func (r *roleSource) assume(ctx context.Context) (session, error) {
 	if err != nil {
 		return session{}, r.denied(op, err)
 	}
-	f := r.sts.request(ctx, op, cred, call)
-	if f != nil && f.rejected { // the files may have been replaced one by one
-		if renewed, err := r.base.renew(ctx, cred); err == nil && renewed != cred {
-			f = r.sts.request(ctx, op, renewed, call)
-		}
-	}
-	if f != nil {
+	if f := r.sts.signed(ctx, op, r.base, cred, call); f != nil {
 		return session{}, r.explained(ctx, f)
 	}
 	return r.session(op, "ram_role_arn", body)
@@ -213,19 +207,13 @@ func (r *roleSource) post(t *callTransport, query, form url.Values) ([]byte, err
 func (r *roleSource) session(op, source string, body []byte) (session, error) {
 	var answer struct {
 		RequestID   string `json:"RequestId"`
-		Credentials struct {
-			ID         string `json:"AccessKeyId"`
-			Secret     string `json:"AccessKeySecret"`
-			Token      string `json:"SecurityToken"`
-			Expiration string `json:"Expiration"`
-		}
+		Credentials sessionAnswer
 	}
 	if err := json.Unmarshal(body, &answer); err != nil {
 		detail := r.at(op) + "the answer is not JSON of the expected form: something other than STS may have given it"
 		return session{}, &kmsclient.Error{Op: op, Reason: kmsclient.Unreachable, HTTPStatus: http.StatusOK, Detail: detail}
 	}
-	c := answer.Credentials
-	s, err := newSession(source, c.ID, c.Secret, c.Token, c.Expiration)
+	s, err := answer.Credentials.session(source)
 	if err != nil {
 		return session{}, contractError(op, answer.RequestID, "", r.at(op)+err.Error())
 	}

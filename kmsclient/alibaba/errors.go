@@ -38,17 +38,8 @@ func (f *failure) withContext(ctx context.Context) error {
 			f.err.Detail = "no credentials came in time"
 		}
 	}
-	return &contextError{kms: f.err, cause: cause}
+	return kmsclient.WithCause(f.err, cause)
 }
-
-// contextError is a KMS error that is due to the caller's context.
-type contextError struct {
-	kms   *kmsclient.Error
-	cause error
-}
-
-func (e *contextError) Error() string   { return e.kms.Error() }
-func (e *contextError) Unwrap() []error { return []error{e.kms, e.cause} }
 
 // contractError is the error for an answer that says success and does not hold what it must.
 func contractError(op, requestID, keyID, detail string) *kmsclient.Error {
@@ -72,8 +63,8 @@ func (r *remote) panicked(op string, t *callTransport) *failure {
 func (r *remote) failed(op string, cred credential, t *callTransport, err error) *failure {
 	e := &kmsclient.Error{Op: op, KeyID: r.keyID, HTTPStatus: int(t.status.Load())}
 	f := &failure{err: e}
-	var server *sdkerrors.ServerError
-	if !errors.As(err, &server) {
+	server, ok := errors.AsType[*sdkerrors.ServerError](err)
+	if !ok {
 		e.Detail = r.explain(err)
 		switch {
 		case errors.Is(err, errTooLarge):
@@ -108,6 +99,11 @@ func (r *remote) failed(op string, cred credential, t *callTransport, err error)
 
 // explain describes in words of this package why there was no response.
 func (r *remote) explain(err error) string {
+	for _, known := range []error{errRedirect, errTooLarge, errForeign} {
+		if errors.Is(err, known) {
+			return known.Error()
+		}
+	}
 	var (
 		unknown   x509.UnknownAuthorityError
 		hostname  x509.HostnameError
@@ -116,12 +112,6 @@ func (r *remote) explain(err error) string {
 		operation *net.OpError
 	)
 	switch {
-	case errors.Is(err, errRedirect), errors.Is(err, errTooLarge), errors.Is(err, errForeign):
-		for _, known := range []error{errRedirect, errTooLarge, errForeign} {
-			if errors.Is(err, known) {
-				return known.Error()
-			}
-		}
 	case errors.As(err, &unknown):
 		return fmt.Sprintf("the certificate of %s is signed by an unknown authority (see %s)", r.endpoint, r.caField)
 	case errors.As(err, &hostname):
@@ -137,8 +127,8 @@ func (r *remote) explain(err error) string {
 }
 
 func isNotJSON(err error) bool {
-	var client *sdkerrors.ClientError
-	return errors.As(err, &client) && client.ErrorCode() == sdkerrors.JsonUnmarshalErrorCode
+	client, ok := errors.AsType[*sdkerrors.ClientError](err)
+	return ok && client.ErrorCode() == sdkerrors.JsonUnmarshalErrorCode
 }
 
 // reasonOfStatus is for answers without one of the vendor's codes, which the KMS itself may never

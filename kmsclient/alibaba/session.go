@@ -208,16 +208,24 @@ func stampOf(files []string) string {
 	return b.String()
 }
 
-// newSession checks what a service gave as a session. The error does not quote it.
-func newSession(source, id, secret, token, expiration string) (session, error) {
-	for _, value := range []string{id, secret, token} {
+// sessionAnswer is what a service gives as a session.
+type sessionAnswer struct {
+	ID         string `json:"AccessKeyId"`
+	Secret     string `json:"AccessKeySecret"`
+	Token      string `json:"SecurityToken"`
+	Expiration string
+}
+
+// session checks the answer. The error does not quote it.
+func (a sessionAnswer) session(source string) (session, error) {
+	for _, value := range []string{a.ID, a.Secret, a.Token} {
 		if value == "" || len(value) > maxCredentialFile || !isVisible(value) {
 			return session{}, errors.New("the answer lacks a part of the credentials, or one is malformed")
 		}
 	}
-	expires := parseTime(expiration)
+	expires := parseTime(a.Expiration)
 	if expires.IsZero() {
 		return session{}, errors.New("the answer does not say when the credentials expire")
 	}
-	return session{cred: credential{id: id, secret: secret, token: token, source: source}, expires: expires}, nil
+	return session{cred: credential{id: a.ID, secret: a.Secret, token: a.Token, source: source}, expires: expires}, nil
 }

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
 	"net/url"
 	"os"
 	"slices"
@@ -45,9 +44,6 @@ func marshalContext(m map[string]string) (string, error) {
 	}
 	return string(text), nil
 }
-
-// contextValues returns what the context holds.
-func contextValues(m map[string]string) []string { return slices.Collect(maps.Values(m)) }
 
 // checkARN refuses an ARN of another region than the one that is called, which could only answer
 // that it knows no such key.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 
@@ -20,27 +21,17 @@ import (
 func (b *Backend) Status(ctx context.Context) (*service.StatusResponse, error) {
 	const op = "Status"
 	info, err := b.describe(ctx, op)
-	if isUnsupported(err) {
-		key, err := b.GenerateDataKey(ctx, "")
-		if err != nil {
-			var e *kmsclient.Error
-			if errors.As(err, &e) {
-				e.Op = op
-			}
-			return nil, err
-		}
-		clear(key.Plaintext)
-		return &service.StatusResponse{Version: "v2", Healthz: "ok", KeyID: key.KeyID}, nil
-	}
-	if isThrottled(err) {
+	if isUnsupported(err) || isThrottled(err) {
 		key, gerr := b.GenerateDataKey(ctx, "")
-		if e := (*kmsclient.Error)(nil); errors.As(gerr, &e) && e.Class() == kmsclient.ClassKeyUnusable {
-			e.Op = op
-			return nil, gerr
-		}
-		if gerr == nil { // a caller that may only read is not allowed to
+		if gerr == nil {
 			clear(key.Plaintext)
 			return &service.StatusResponse{Version: "v2", Healthz: "ok", KeyID: key.KeyID}, nil
+		}
+		// a caller that may only read is not allowed to, which says nothing of a key whose
+		// description is throttled
+		if e, ok := errors.AsType[*kmsclient.Error](gerr); ok && (isUnsupported(err) || e.Class() == kmsclient.ClassKeyUnusable) {
+			e.Op = op
+			return nil, gerr
 		}
 	}
 	if err != nil {
@@ -113,31 +104,19 @@ func checkState(op string, info *kmsclient.KeyInfo) error {
 
 // isUnsupported reports whether err says that the endpoint has no such operation.
 func isUnsupported(err error) bool {
-	var e *kmsclient.Error
-	if !errors.As(err, &e) {
-		return false
-	}
-	switch e.Code {
-	case "UnsupportedOperation", "InvalidAction", "InvalidAction.NotFound", "InvalidApi.NotFound":
-		return true
-	}
-	return false
+	e, ok := errors.AsType[*kmsclient.Error](err)
+	return ok && slices.Contains([]string{"UnsupportedOperation", "InvalidAction", "InvalidAction.NotFound", "InvalidApi.NotFound"}, e.Code)
 }
 
 // isThrottled reports whether err says that there were too many calls.
 func isThrottled(err error) bool {
-	var e *kmsclient.Error
-	if !errors.As(err, &e) || e.Class() != kmsclient.ClassUnavailable {
-		return false
-	}
-	return e.HTTPStatus == http.StatusTooManyRequests || e.Code == "Rejected.Throttling" || strings.HasPrefix(e.Code, "Throttling")
+	e, ok := errors.AsType[*kmsclient.Error](err)
+	return ok && e.Class() == kmsclient.ClassUnavailable &&
+		(e.HTTPStatus == http.StatusTooManyRequests || e.Code == "Rejected.Throttling" || strings.HasPrefix(e.Code, "Throttling"))
 }
 
 // parseTime reads one of the KMS' times (UTC, "2006-01-02T15:04:05Z"); what it cannot read is zero.
 func parseTime(s string) time.Time {
-	t, err := time.Parse(time.RFC3339, s)
-	if err != nil {
-		return time.Time{}
-	}
+	t, _ := time.Parse(time.RFC3339, s) // zero with an error
 	return t
 }

@@ -121,7 +121,9 @@ type callTransport struct {
 // RoundTrip implements [http.RoundTripper].
 func (t *callTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	if req.URL.Scheme != "https" || req.URL.Host != t.host {
-		closeBody(req)
+		if req.Body != nil { // which a RoundTripper closes in any case
+			_ = req.Body.Close()
+		}
 		return nil, errForeign
 	}
 	ctx, release := joinContexts(t.ctx, req.Context())
@@ -189,11 +191,4 @@ func (b *cappedBody) Close() error {
 	err := b.body.Close()
 	b.once.Do(b.release)
 	return err
-}
-
-// closeBody does what a RoundTripper owes to a request that it does not send.
-func closeBody(req *http.Request) {
-	if req.Body != nil {
-		_ = req.Body.Close()
-	}
 }

@@ -20,6 +20,18 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
+// SocketDir makes a folder for a socket, which is removed when the test ends. A socket's path has at
+// most 107 bytes, which the test's own folder may exceed.
+func SocketDir(tb testing.TB) string {
+	tb.Helper()
+	dir, err := os.MkdirTemp("", "kms")
+	if err != nil {
+		tb.Fatalf("make folder of a socket: %v", err)
+	}
+	tb.Cleanup(func() { _ = os.RemoveAll(dir) })
+	return dir
+}
+
 // PluginServer serves a service as a Kubernetes KMS v2 plugin on a unix socket until the test ends,
 // and returns its endpoint.
 func PluginServer(tb testing.TB, s kmsclient.Service) (endpoint string) {
@@ -49,13 +61,7 @@ type Plugin struct {
 func NewPlugin(tb testing.TB, endpoint string, s kmsclient.Service) *Plugin {
 	tb.Helper()
 	if endpoint == "" {
-		// a socket's path has at most 107 bytes, which the test's own folder may exceed
-		dir, err := os.MkdirTemp("", "kms")
-		if err != nil {
-			tb.Fatalf("make folder of the plugin's socket: %v", err)
-		}
-		tb.Cleanup(func() { _ = os.RemoveAll(dir) })
-		endpoint = "unix://" + filepath.Join(dir, "plugin.sock")
+		endpoint = "unix://" + filepath.Join(SocketDir(tb), "plugin.sock")
 	}
 	address := strings.TrimPrefix(endpoint, "unix://")
 	if strings.HasPrefix(address, "/@") {

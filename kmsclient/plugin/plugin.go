@@ -3,7 +3,6 @@ package plugin
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"strings"
 	"sync/atomic"
@@ -22,8 +21,7 @@ import (
 
 // Config says where the plugin listens.
 type Config struct {
-	Endpoint string        // unix:///path, or unix:///@name for an abstract socket
-	Timeout  time.Duration // of one call; 0: only the caller's
+	Endpoint string // unix:///path, or unix:///@name for an abstract socket
 }
 
 // KMS is a client of one plugin. It is safe for concurrent use. It connects at the first call and
@@ -33,7 +31,6 @@ type KMS struct {
 	dialed  atomic.Pointer[dialResult]
 	conn    *grpc.ClientConn
 	api     kmsapi.KeyManagementServiceClient
-	timeout time.Duration
 }
 
 var _ kmsclient.Service = (*KMS)(nil)
@@ -44,7 +41,7 @@ func New(cfg Config) (*KMS, error) {
 	if !ok || !strings.HasPrefix(path, "/") || path == "/" || path == "/@" {
 		return nil, fmt.Errorf("plugin endpoint %q: must be unix:///path/to/socket", cfg.Endpoint)
 	}
-	k := &KMS{address: path, timeout: cfg.Timeout}
+	k := &KMS{address: path}
 	target := "unix://" + path
 	if name, abstract := strings.CutPrefix(path, "/@"); abstract {
 		target, k.address = "unix-abstract:"+name, "@"+name
@@ -67,17 +64,8 @@ func New(cfg Config) (*KMS, error) {
 // Close ends the connection and every call on it.
 func (k *KMS) Close() error { return k.conn.Close() }
 
-func (k *KMS) limit(ctx context.Context) (context.Context, context.CancelFunc) {
-	if k.timeout <= 0 {
-		return context.WithCancel(ctx)
-	}
-	return context.WithTimeout(ctx, k.timeout)
-}
-
 // Encrypt implements [kmsclient.Service].
 func (k *KMS) Encrypt(ctx context.Context, uid string, data []byte) (*service.EncryptResponse, error) {
-	ctx, cancel := k.limit(ctx)
-	defer cancel()
 	res, err := k.api.Encrypt(ctx, &kmsapi.EncryptRequest{Uid: uid, Plaintext: data})
 	if err != nil {
 		return nil, k.safe(ctx, "Encrypt", "", err)
@@ -87,8 +75,6 @@ func (k *KMS) Encrypt(ctx context.Context, uid string, data []byte) (*service.En
 
 // Decrypt implements [kmsclient.Service].
 func (k *KMS) Decrypt(ctx context.Context, uid string, req *service.DecryptRequest) ([]byte, error) {
-	ctx, cancel := k.limit(ctx)
-	defer cancel()
 	res, err := k.api.Decrypt(ctx, &kmsapi.DecryptRequest{Uid: uid, Ciphertext: req.Ciphertext, KeyId: req.KeyID, Annotations: req.Annotations})
 	if err != nil {
 		return nil, k.safe(ctx, "Decrypt", req.KeyID, err)
@@ -98,8 +84,6 @@ func (k *KMS) Decrypt(ctx context.Context, uid string, req *service.DecryptReque
 
 // Status implements [kmsclient.Service].
 func (k *KMS) Status(ctx context.Context) (*service.StatusResponse, error) {
-	ctx, cancel := k.limit(ctx)
-	defer cancel()
 	res, err := k.api.Status(ctx, &kmsapi.StatusRequest{})
 	if err != nil {
 		return nil, k.safe(ctx, "Status", "", err)
@@ -116,10 +100,7 @@ func (k *KMS) safe(ctx context.Context, op, keyID string, err error) error {
 		// the plugin gets the deadline and may respond just before it
 		cause = context.DeadlineExceeded
 	}
-	if cause != nil {
-		return errors.Join(e, cause)
-	}
-	return e
+	return kmsclient.WithCause(e, cause)
 }
 
 // detail says what the operator should check.

@@ -168,19 +168,20 @@ func TestCodes(t *testing.T) {
 	}
 }
 
-// TestContexts ends a call of a plugin that hangs with the caller's context, or with the configured
-// timeout.
+// TestContexts ends a call of a plugin that hangs with the caller's context, or with its deadline.
 func TestContexts(t *testing.T) {
 	f := kmstest.NewFault(kmstest.NewMemory())
 	endpoint := kmstest.PluginServer(t, f.Service())
 	f.SetFault(func(string, int) *kmstest.Failure { return &kmstest.Failure{Hang: true} })
-	for op, err := range callAll(t.Context(), newClient(t, Config{Endpoint: endpoint, Timeout: 20 * time.Millisecond})) {
+	k := newClient(t, Config{Endpoint: endpoint})
+	short, end := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer end()
+	for op, err := range callAll(short, k) {
 		if e := asError(t, err); !errors.Is(err, context.DeadlineExceeded) || e.Class() != kmsclient.ClassUnavailable {
 			t.Errorf("%s, timeout: %v", op, err)
 		}
 	}
 
-	k := newClient(t, Config{Endpoint: endpoint})
 	ctx, cancel := context.WithCancel(t.Context())
 	f.SetFault(func(string, int) *kmstest.Failure { cancel(); return &kmstest.Failure{Hang: true} })
 	_, err := k.Encrypt(ctx, "uid", []byte(canary))

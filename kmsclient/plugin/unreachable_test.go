@@ -18,17 +18,6 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/kmstest"
 )
 
-// socketDir returns a folder whose name is short enough for a socket in it.
-func socketDir(t *testing.T) string {
-	t.Helper()
-	dir, err := os.MkdirTemp("", "kms")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	return dir
-}
-
 // TestWhyThereIsNoPlugin: each thing that may be where a plugin's socket should be has a text of
 // its own, which names it.
 func TestWhyThereIsNoPlugin(t *testing.T) {
@@ -55,7 +44,7 @@ func TestWhyThereIsNoPlugin(t *testing.T) {
 		}, "is of another kind than a plugin's"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			path := filepath.Join(socketDir(t), "s")
+			path := filepath.Join(kmstest.SocketDir(t), "s")
 			c.place(t, path)
 			for op, err := range callAll(t.Context(), newClient(t, Config{Endpoint: "unix://" + path})) {
 				e := asError(t, err)
@@ -74,7 +63,7 @@ func TestWhyThereIsNoPlugin(t *testing.T) {
 	})
 	// root, as whom tests may run, is permitted everything
 	t.Run("not permitted", func(t *testing.T) {
-		path := filepath.Join(socketDir(t), "s")
+		path := filepath.Join(kmstest.SocketDir(t), "s")
 		l, err := net.Listen("unix", path)
 		must(t, err)
 		defer l.Close()
@@ -109,7 +98,7 @@ func serveOld(_ any, stream grpc.ServerStream) error {
 func TestOldPlugin(t *testing.T) {
 	for name, want := range map[string]string{"v1": "serves KMS v1 only", "neither": "does not serve this method of KMS v2"} {
 		t.Run(name, func(t *testing.T) {
-			path := filepath.Join(socketDir(t), "s")
+			path := filepath.Join(kmstest.SocketDir(t), "s")
 			l, err := net.Listen("unix", path)
 			must(t, err)
 			server := grpc.NewServer()

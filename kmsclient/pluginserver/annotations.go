@@ -23,24 +23,15 @@ func annotated(given map[string][]byte, requestID string) map[string][]byte {
 	if total > envelope.MaxAnnotations {
 		return given
 	}
-	all := make(map[string][]byte, len(given)+1)
+	all := map[string][]byte{requestIDAnnotation: []byte(requestID)}
 	maps.Copy(all, given)
-	all[requestIDAnnotation] = []byte(requestID)
 	return all
 }
 
 // bare returns those annotations of a value that are the KMS' own: a KMS may refuse others. The
 // rest are the request ID and the recovery copies in a value that the proxy wrote.
 func bare(all map[string][]byte) map[string][]byte {
-	var own map[string][]byte
-	for k, v := range all {
-		if envelope.IsReserved(k) || k == requestIDAnnotation {
-			continue
-		}
-		if own == nil {
-			own = make(map[string][]byte, len(all))
-		}
-		own[k] = v
-	}
+	own := maps.Clone(all)
+	maps.DeleteFunc(own, func(k string, _ []byte) bool { return envelope.IsReserved(k) || k == requestIDAnnotation })
 	return own
 }

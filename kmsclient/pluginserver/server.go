@@ -3,6 +3,7 @@
 package pluginserver
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -80,17 +81,10 @@ func New(cfg Config) (*Server, error) {
 	if cfg.PollInterval < 0 || cfg.FailingPollInterval < 0 || cfg.SealUnreachableFor < 0 || cfg.DrainTimeout < 0 {
 		return nil, fmt.Errorf("plugin server of %q: durations must not be negative", cfg.Provider)
 	}
-	for _, d := range []struct {
-		field *time.Duration
-		value time.Duration
-	}{{&cfg.PollInterval, time.Minute}, {&cfg.FailingPollInterval, 10 * time.Second}, {&cfg.DrainTimeout, DefaultDrainTimeout}} {
-		if *d.field == 0 {
-			*d.field = d.value
-		}
-	}
-	if cfg.Logger == nil {
-		cfg.Logger = slog.New(slog.DiscardHandler)
-	}
+	cfg.PollInterval = cmp.Or(cfg.PollInterval, time.Minute)
+	cfg.FailingPollInterval = cmp.Or(cfg.FailingPollInterval, 10*time.Second)
+	cfg.DrainTimeout = cmp.Or(cfg.DrainTimeout, DefaultDrainTimeout)
+	cfg.Logger = cmp.Or(cfg.Logger, slog.New(slog.DiscardHandler))
 	if cfg.Observer == nil {
 		cfg.Observer = func(string, codes.Code) {}
 	}

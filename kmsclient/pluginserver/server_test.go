@@ -79,7 +79,7 @@ type running struct {
 // serve serves until the test ends.
 func serve(t *testing.T, server *Server) *running {
 	t.Helper()
-	path := filepath.Join(shortDir(t), "kms.sock")
+	path := filepath.Join(kmstest.SocketDir(t), "kms.sock")
 	l, err := Listen(path)
 	if err != nil {
 		t.Fatal(err)
@@ -234,7 +234,7 @@ func TestServerCuts(t *testing.T) {
 }
 
 func TestServeFails(t *testing.T) {
-	l, err := net.Listen("unix", filepath.Join(shortDir(t), "s"))
+	l, err := net.Listen("unix", filepath.Join(kmstest.SocketDir(t), "s"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -243,7 +243,7 @@ func TestServeFails(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	// One that is told to end before it begins does not.
-	l, err = Listen(filepath.Join(shortDir(t), "s"))
+	l, err = Listen(filepath.Join(kmstest.SocketDir(t), "s"))
 	if err != nil {
 		t.Fatal(err)
 	}

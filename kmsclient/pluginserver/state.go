@@ -3,7 +3,6 @@ package pluginserver
 import (
 	"context"
 	"crypto/rand"
-	"encoding/hex"
 	"sync"
 	"time"
 
@@ -171,10 +170,9 @@ func (s *keyState) tryEncrypt(ctx context.Context) {
 	if time.Now().Before(s.trials.next) {
 		return
 	}
-	data, uid := make([]byte, 32), make([]byte, 8)
+	data := make([]byte, 32)
 	_, _ = rand.Read(data) // never fails
-	_, _ = rand.Read(uid)
-	res, err := s.cfg.KMS.Encrypt(ctx, "check-"+hex.EncodeToString(uid), data)
+	res, err := s.cfg.KMS.Encrypt(ctx, "check-"+rand.Text(), data)
 	if err == nil {
 		s.encrypted(k.changes, res.KeyID, nil)
 	}

@@ -13,7 +13,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/prefix"
 )
 
-// Sealer encrypts and decrypts the values of one rule. [keyring.Sealer] implements it.
+// Sealer encrypts and decrypts the values of one rule. crypto/rule implements it.
 type Sealer interface {
 	// Seal returns the bytes to store for value under key. The error is a [*keyring.Error].
 	Seal(ctx context.Context, key, value []byte) ([]byte, error)
@@ -45,8 +45,6 @@ type Rule struct {
 
 // Plaintext is the WriteWith of a rule that does not encrypt.
 const Plaintext = "plaintext"
-
-var _ Sealer = (*keyring.Sealer)(nil)
 
 // Rules are the rules of a configuration. The rule with the longest matching prefix applies. Rules
 // are immutable and safe for concurrent use.

@@ -44,7 +44,7 @@ func (c *Count) add(kv *mvccpb.KeyValue) {
 
 // KeyCount counts the values of one state that one KMS key has encrypted, or that are plaintext.
 type KeyCount struct {
-	State keyring.ValueState `json:"standing"`
+	State keyring.ValueState `json:"state"`
 	// or aescbc, aesgcm, secretbox; [Plaintext] for plaintext; "", like KeyID, beyond a thousand of
 	// a rule
 	Provider string `json:"provider"`
@@ -58,7 +58,7 @@ type RuleCount struct {
 	Prefix    string                        `json:"prefix"`
 	WriteWith string                        `json:"writeWith"`
 	All       Count                         `json:"all"`
-	States    map[keyring.ValueState]*Count `json:"standings"`
+	States    map[keyring.ValueState]*Count `json:"states"`
 	// by state, in their order, provider and key ID
 	Keys []KeyCount `json:"keys"`
 }
@@ -89,7 +89,7 @@ type Visitor func(rule *Rule, kv *mvccpb.KeyValue, state keyring.ValueState, err
 // visit may be nil. Survey needs memory for one page. It continues after values that cannot be
 // decrypted.
 func Survey(ctx context.Context, kv clientv3.KV, rules *Rules, visit Visitor) ([]RuleCount, Span, error) {
-	counts, memo := make(map[*Rule]*tally), newSeedMemo()
+	counts, inspector := make(map[*Rule]*tally), NewInspector()
 	for i := range rules.list {
 		counts[&rules.list[i]] = newTally(rules.list[i].KeyNames)
 	}
@@ -98,7 +98,7 @@ func Survey(ctx context.Context, kv clientv3.KV, rules *Rules, visit Visitor) ([
 		if rule == nil {
 			return nil
 		}
-		state, err := memo.inspect(ctx, rule, kv)
+		state, err := inspector.Inspect(ctx, rule, kv)
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
@@ -128,9 +128,10 @@ func inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (keyring.Valu
 	return state, err
 }
 
-// seedMemo caches for a short time which DEK seeds could not be unwrapped, so that a slow KMS is
-// not called for each of their values.
-type seedMemo struct{ failed map[SeedID]seedFailure }
+// Inspector returns the states of values. It remembers for a short time which DEK seeds could not
+// be unwrapped, so that a slow KMS is not called for each of their values. It is not safe for
+// concurrent use.
+type Inspector struct{ failed map[SeedID]seedFailure }
 
 type seedFailure struct {
 	err   error
@@ -142,10 +143,12 @@ const (
 	maxSeedMemo = 1000
 )
 
-func newSeedMemo() *seedMemo { return &seedMemo{failed: make(map[SeedID]seedFailure)} }
+// NewInspector returns an Inspector that remembers nothing yet.
+func NewInspector() *Inspector { return &Inspector{failed: make(map[SeedID]seedFailure)} }
 
-// inspect returns the state of a value under its rule.
-func (m *seedMemo) inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (keyring.ValueState, error) {
+// Inspect returns the state of a value under its rule, and the reason for
+// [keyring.Undecryptable] and [Unavailable].
+func (m *Inspector) Inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (keyring.ValueState, error) {
 	if len(m.failed) > 0 {
 		seed, _, _ := SeedOf(rule, kv.Value)
 		if f, ok := m.failed[seed]; ok && time.Now().Before(f.until) {
@@ -197,7 +200,7 @@ func (t *tally) add(kv *mvccpb.KeyValue, state keyring.ValueState) {
 		if len(provider) > maxProvider {
 			by = encryptedBy{state: state}
 		}
-	} else if kind, name, ok := kubernetesKey(kv.Value, t.names); ok && state != keyring.Unencrypted {
+	} else if kind, name, ok := KubernetesKey(kv.Value, t.names); ok && state != keyring.Unencrypted {
 		by.provider, by.keyID = kind, name
 	}
 	c := t.keys[by]
@@ -212,9 +215,9 @@ func (t *tally) add(kv *mvccpb.KeyValue, state keyring.ValueState) {
 	c.add(kv)
 }
 
-// kubernetesKey returns the provider and the key name of a value that the API server encrypted
+// KubernetesKey returns the provider and the key name of a value that the API server encrypted
 // itself: k8s:enc:<kind>:v1:<key name>:<payload>.
-func kubernetesKey(value []byte, known []string) (kind, name string, ok bool) {
+func KubernetesKey(value []byte, known []string) (kind, name string, ok bool) {
 	if t, name, ok := kubelegacy.KeyName(value, known); ok {
 		return string(t), name, true
 	}

@@ -119,7 +119,7 @@ func (s *simulation) check(members []Member, err error) {
 	for i := range 3 {
 		clean := err == nil
 		for _, m := range members {
-			if m.Name == fmt.Sprint("m", i) && m.Unproven != "" {
+			if m.Name == fmt.Sprint("m", i) && m.Unconfirmed != "" {
 				clean = false
 			}
 		}
@@ -234,7 +234,7 @@ func TestSlowCompaction(t *testing.T) {
 			t.Fatalf("%+v, %v", h, err)
 		}
 		for i, m := range members {
-			if !strings.Contains(m.Unproven, "within 1m0s") || s.cluster.Member(i).Defragmented() != 0 {
+			if !strings.Contains(m.Unconfirmed, "within 1m0s") || s.cluster.Member(i).Defragmented() != 0 {
 				t.Errorf("%+v", m)
 			}
 		}

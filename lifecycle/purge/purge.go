@@ -153,7 +153,7 @@ func (h *History) settle(ctx context.Context, c *clientv3.Client, m *Member) err
 
 // Remove compacts the history past everything that h found, waits for each member to carry that out
 // in its own file, for at most settle each, and defragments those that have, one after the other.
-// [Member.Unproven] is set for the others. defragmented is called after each member, with its size
+// [Member.Unconfirmed] is set for the others. defragmented is called after each member, with its size
 // before.
 func (h *History) Remove(
 	ctx context.Context, c *clientv3.Client, members []Member, settle time.Duration, defragmented func(m *Member, before int64, took time.Duration),
@@ -171,12 +171,12 @@ func (h *History) Remove(
 			return ctx.Err()
 		}
 		if err != nil {
-			m.Unproven = fmt.Sprintf("it has not said within %s that its compaction is done: %v", settle, err)
+			m.Unconfirmed = fmt.Sprintf("it has not said within %s that its compaction is done: %v", settle, err)
 		}
 	}
 	for i := range members {
 		m := &members[i]
-		if m.Unproven != "" {
+		if m.Unconfirmed != "" {
 			continue
 		}
 		before, begun := m.DBSize, time.Now()
@@ -199,8 +199,8 @@ type Member struct {
 	InUse    int64  `json:"dbSizeInUse"`
 	Applied  uint64 `json:"raftAppliedIndex"`
 	Why      string `json:"why,omitempty"` // no endpoint answers
-	// Unproven is the reason why the member may still hold old values, and was not defragmented.
-	Unproven string `json:"unproven,omitempty"`
+	// Unconfirmed is the reason why the member may still hold old values, and was not defragmented.
+	Unconfirmed string `json:"unconfirmed,omitempty"`
 }
 
 const memberTimeout = 5 * time.Second

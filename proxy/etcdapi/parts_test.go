@@ -137,7 +137,7 @@ func TestReplacePartsOfDamage(t *testing.T) {
 		if errParts == nil && errWhole == nil && !bytes.Equal(inParts.Data.Materialize(), whole.Data.Materialize()) {
 			t.Error("the results differ")
 		}
-		if errParts == nil && errWhole != nil && !bytes.Contains([]byte(errWhole.Error()), []byte("stands there twice")) {
+		if errParts == nil && errWhole != nil && !bytes.Contains([]byte(errWhole.Error()), []byte("occurs twice")) {
 			t.Errorf("in parts it passes: %v", errWhole)
 		}
 		inParts.Free()

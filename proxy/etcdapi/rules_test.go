@@ -24,7 +24,6 @@ func (s tagger) Seal(context.Context, []byte, []byte) ([]byte, error) { return [
 func (s tagger) Open(context.Context, []byte, []byte) ([]byte, error) { return []byte(s), nil }
 func (s tagger) TrySeal(_, _ []byte) ([]byte, error)                  { return []byte(s), nil }
 func (s tagger) TryOpen(_, _ []byte) ([]byte, error)                  { return []byte(s), nil }
-func (tagger) Ready([]byte) bool                                      { return true }
 
 func rulesOf(t testing.TB, prefixes ...string) *RuleSet {
 	t.Helper()

@@ -25,10 +25,6 @@ type Sealer interface {
 	TrySeal(key, value []byte) ([]byte, error)
 	// TryOpen is Open that never waits. If the error wraps [ErrWouldBlock], stored is unchanged.
 	TryOpen(key, stored []byte) ([]byte, error)
-	// Ready reports whether TryOpen of stored would not block. It leaves stored as it is. In the
-	// meantime the value's DEK seed can be evicted from the cache, so that TryOpen may return
-	// [ErrWouldBlock] nevertheless.
-	Ready(stored []byte) bool
 }
 
 // ErrWouldBlock is what TrySeal and TryOpen of a [Sealer] return for a value that needs a KMS call.

@@ -133,7 +133,7 @@ func (s *scanner) next() bool {
 		case s.schema.bytes&bit != 0 && typ != protowire.BytesType, s.schema.varint&bit != 0 && typ != protowire.VarintType:
 			s.err = s.schema.malformed("has the wrong wire type", num)
 		case s.schema.once&bit != 0 && s.seen&bit != 0:
-			s.err = s.schema.malformed("stands there twice", num)
+			s.err = s.schema.malformed("occurs twice", num)
 		case s.schema.arms&bit != 0 && s.seen&s.schema.arms != 0:
 			s.err = s.schema.malformed("is a second arm of a oneof", num)
 		}

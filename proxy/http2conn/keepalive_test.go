@@ -241,6 +241,7 @@ func TestPingsThatAreExcused(t *testing.T) {
 				}
 				for range 3 {
 					p.WritePing(false, [8]byte{'x'})
+					time.Sleep(ackDelay)
 					p.expect(t, `PING ack "x"`)
 				}
 			}
@@ -256,7 +257,57 @@ func TestPingsOfAServer(t *testing.T) {
 		p.says(t)
 		for range 10 {
 			p.WritePing(false, [8]byte{'x'})
+			time.Sleep(ackDelay)
 			p.expect(t, `PING ack "x"`)
+		}
+	})
+}
+
+// TestAcknowledgementsThatWait: the acknowledgement of a ping soon after another one leaves with
+// the next frames, or after ackDelay. Many pings are acknowledged at once.
+func TestAcknowledgementsThatWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := &handler{}
+		p := serveOne(t, h, Config{})
+		s := p.begin(t, h, 1, true)
+		time.Sleep(ackDelay)
+		ping := func(n int, want ...string) {
+			t.Helper()
+			for range n {
+				p.WritePing(false, [8]byte{'x'})
+			}
+			p.expect(t, want...)
+		}
+		const ack = `PING ack "x"`
+		ping(1, ack)
+		ping(1)
+		s.Headers(okTrailer, false)
+		h.conn.Flush()
+		p.expect(t, ack, "HEADERS 1 grpc-status=0")
+		ping(2)
+		begun := time.Now()
+		time.Sleep(ackDelay - 1)
+		p.expect(t)
+		time.Sleep(time.Nanosecond)
+		p.expect(t, ack, ack)
+		if got := time.Since(begun); got != ackDelay {
+			t.Errorf("they were acknowledged after %v", got)
+		}
+		ping(1, ack)
+		ping(1)
+		s.Headers(okTrailer, true)
+		h.conn.Flush()
+		p.expect(t, ack, "HEADERS 1 grpc-status=0 end")
+		ping(1)
+		h.conn.GracefulShutdown() // the last acknowledgement is not lost
+		h.conn.Flush()
+		p.expect(t, ack, `GOAWAY 2147483647 NO_ERROR "graceful_stop"`, `PING "leaving?"`)
+		const many = minWriteSize / (frameHeaderSize + 8)
+		for range many {
+			p.WritePing(false, [8]byte{'x'})
+		}
+		if got := p.says(t); len(got) < many/2 {
+			t.Errorf("%d pings were acknowledged at once, of %d", len(got), many)
 		}
 	})
 }

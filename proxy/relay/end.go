@@ -85,8 +85,12 @@ func (st *clientStream) reset(code http2.ErrCode) {
 	}
 }
 
-// upstreamLost ends the call after the connection to etcd has ended.
-func (st *clientStream) upstreamLost(why error) {
+// upstreamLost ends the call after the connection to etcd has ended. It reports false if the client
+// was sent a part of a message: no status would reach it then, see [session.serveUp].
+func (st *clientStream) upstreamLost(why error) bool {
+	if st.partial.Load() && st.finish(codes.Unavailable) {
+		return false
+	}
 	if errno := syscall.Errno(0); errors.As(why, &errno) {
 		why = errno // clients are told what, as by etcd, and not where etcd is
 	}
@@ -98,4 +102,5 @@ func (st *clientStream) upstreamLost(why error) {
 		err = rpc.Error(codes.Unavailable, "etcd is unreachable: "+status.Convert(err).Message())
 	}
 	st.fail(err)
+	return true
 }

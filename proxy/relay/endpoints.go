@@ -15,6 +15,7 @@ import (
 // endpointState is an endpoint of etcd, as one session sees it. The session's mu guards it.
 type endpointState struct {
 	url           string
+	index         int             // in endpoints
 	conn          *http2conn.Conn // nil while there is none
 	dialing       bool
 	pause         time.Duration // after the last failure
@@ -160,7 +161,10 @@ func (s *session) serveEndpoint(h *endpointState, conn net.Conn, outlet *http2co
 	s.serveUp(up)
 }
 
-// serveUp serves a connection to etcd, and ends the calls that it carried.
+// serveUp serves a connection to etcd, and ends the calls that it carried. If a client has received
+// a part of a message, its own connection ends, too, as it would without the proxy: gRPC reports
+// such a call as Unavailable, and clients repeat it. A message that is cut off by a trailer or by
+// RST_STREAM is Internal to some clients, whatever the status, and they do not repeat the call.
 func (s *session) serveUp(up *upstreamConn) {
 	c := up.conn
 	why := c.Serve()
@@ -169,10 +173,14 @@ func (s *session) serveUp(up *upstreamConn) {
 	all := slices.DeleteFunc(slices.Clone(*s.conns.Load()), func(o *http2conn.Conn) bool { return o == c })
 	s.conns.Store(&all)
 	s.mu.Unlock()
+	whole := true
 	for _, stream := range c.Streams() {
 		if st, ok := stream.Value().(*clientStream); ok {
-			st.upstreamLost(why)
+			whole = st.upstreamLost(why) && whole
 		}
 	}
 	s.flush()
+	if !whole {
+		s.client.Close()
+	}
 }

@@ -42,14 +42,18 @@ type responseMessages struct {
 // fromUpstream takes what etcd sends.
 func (st *clientStream) fromUpstream(p upstreamData) {
 	st.watch.Start()
-	st.mu.Lock()
-	if st.responses.detached {
-		p.data = bytes.Clone(p.data)
-		st.responses.backlog = append(st.responses.backlog, p)
+	if st.responses.detached.Load() {
+		st.mu.Lock()
+		detached := st.responses.detached.Load()
+		if detached {
+			p.data = bytes.Clone(p.data)
+			st.responses.backlog = append(st.responses.backlog, p)
+		}
 		st.mu.Unlock()
-		return
+		if detached {
+			return
+		}
 	}
-	st.mu.Unlock()
 	st.response.answer(etcdapi.NonBlocking, p)
 }
 
@@ -134,7 +138,7 @@ func (a *responseMessages) splitMessages(m etcdapi.Mode, data []byte) (rest []by
 			if data = data[n:]; len(a.head) < rpc.HeaderLength {
 				break
 			}
-			if a.message(len(data)); st.ended.Load() {
+			if a.message(); st.ended.Load() {
 				break
 			}
 		}
@@ -152,6 +156,9 @@ func (a *responseMessages) splitMessages(m etcdapi.Mode, data []byte) (rest []by
 			}
 		case n > 0 || a.left == 0:
 			a.left -= n
+			if partial := a.left > 0; partial != st.partial.Load() {
+				st.partial.Store(partial)
+			}
 			st.client.Data(false, a.unsent, data[:n])
 			a.unsent = nil
 		}
@@ -170,11 +177,9 @@ func (a *responseMessages) messageEnd() {
 	}
 }
 
-// message begins with the message whose head has arrived, with so many bytes after it. The answer
-// of a unary call is gathered also where nobody inspects it: if etcd is lost in the middle, the
-// client is to be told so. Once it has the front of a message it says Internal, whatever the
-// status, and does not try again.
-func (a *responseMessages) message(come int) {
+// message begins with the message whose head has arrived. A message that is not inspected is passed
+// as it arrives.
+func (a *responseMessages) message() {
 	st := a.stream
 	if a.head[0] != 0 {
 		st.fail(rpc.Error(codes.Internal, "etcd's answer is compressed, which nobody asked for"))
@@ -182,7 +187,7 @@ func (a *responseMessages) message(come int) {
 	}
 	a.left = int(binary.BigEndian.Uint32(a.head[1:]))
 	a.scans = st.call != nil && a.left > 0 && st.call.Scans()
-	if a.edits = a.scans || a.left > 0 && st.splits() || st.method.Shape == etcdapi.ShapeUnary && a.left > come; a.edits {
+	if a.edits = a.scans || a.left > 0 && st.splits(); a.edits {
 		a.own, a.n = rpc.Buffers.Get(min(a.left, rpc.PartSize)), 0
 	} else {
 		a.unsent = a.head

@@ -97,6 +97,24 @@ func inSource(source, text string) bool {
 	return true
 }
 
+// TestProgramTexts requires plain words in what the program prints, logs and names in JSON reports.
+func TestProgramTexts(t *testing.T) {
+	t.Parallel()
+	texts := literals(t)
+	for _, r := range append(slices.Clone(replacements), []struct{ old, plain string }{
+		{`standing`, "state"}, {`unopened`, "not decrypted"}, {`looked ?at`, "checked"}, {`unproven`, "unconfirmed"},
+		{`[a-z]+\(s\)`, "use printable.Count"},
+		{`1 [a-z]+s (is|are|was|were|left)`, "use printable.Count"},
+	}...) {
+		for _, text := range regexp.MustCompile(`(?i)[^\x00]*\b`+r.old+`(\W[^\x00]*|\x00)`).FindAllString(texts, -1) {
+			t.Errorf("%q: write plainly: %s", strings.Trim(text, "\x00"), r.plain)
+		}
+	}
+}
+
+// notProduct are folders of tests and of doubles for tests.
+var notProduct = []string{"test", "findings", "internal/testing", "internal/clitest", "proxy/internal/proxytest", "kmsclient/kmstest"}
+
 // literals returns the string literals of the product's source. Verbs of fmt separate texts.
 func literals(t *testing.T) string {
 	t.Helper()
@@ -107,7 +125,7 @@ func literals(t *testing.T) string {
 		switch {
 		case err != nil:
 			return err
-		case entry.IsDir() && (below == "test" || below == "findings" || path != root && strings.HasPrefix(entry.Name(), ".")):
+		case entry.IsDir() && (slices.Contains(notProduct, below) || path != root && strings.HasPrefix(entry.Name(), ".")):
 			return filepath.SkipDir
 		case filepath.Ext(path) != ".go" || strings.HasSuffix(path, "_test.go"):
 			return nil

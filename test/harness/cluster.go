@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -30,6 +32,8 @@ type Member struct {
 	env  *Env
 	name string
 	args []string
+	// Version is the version of etcd, one of [Versions]. It takes effect at the next start.
+	Version string
 	// Address is host:port, URL the same with its scheme.
 	Address, URL string
 	DataDir      string
@@ -75,13 +79,12 @@ func (e *Env) StartCluster(members int, cfg EtcdConfig) *Cluster {
 func (c *Cluster) begin(listen, peer, state string) *Member {
 	e, n := c.env, len(c.Members)
 	member, _, _ := strings.Cut(c.initial[n], "=")
-	m := &Member{env: e, name: fmt.Sprintf("%s-%d", c.cfg.Name, n), Address: FreeAddress(e.TB), DataDir: filepath.Join(e.Dir, member)}
+	m := &Member{env: e, name: fmt.Sprintf("%s-%d", c.cfg.Name, n), Version: c.cfg.Version, Address: FreeAddress(e.TB), DataDir: filepath.Join(e.Dir, member)}
 	m.URL = "http://" + m.Address
 	m.args = append([]string{
-		Bin(e.TB, "etcd-"+c.cfg.Version),
 		"--name", member, "--data-dir", m.DataDir, "--log-level", "info", "--logger", "zap", "--unsafe-no-fsync", "--max-wals", "0",
 		"--listen-peer-urls", listen, "--initial-advertise-peer-urls", peer, "--initial-cluster", strings.Join(c.initial, ","), "--initial-cluster-token", c.token,
-		"--initial-cluster-state", state, "--listen-client-urls", m.URL, "--advertise-client-urls", m.URL,
+		stateFlag, state, "--listen-client-urls", m.URL, "--advertise-client-urls", m.URL,
 	}, c.cfg.Flags...)
 	if !c.cfg.Bare {
 		e.addDataDir(m.DataDir)
@@ -110,9 +113,11 @@ func (c *Cluster) AddLearner() *Member {
 	return m
 }
 
+const stateFlag = "--initial-cluster-state"
+
 // Begin is Start without the wait, for a member that responds only when others do.
 func (m *Member) Begin() {
-	m.Process = m.env.spawn(m.name, m.args[0], append(slices.Clone(m.args[1:]), m.Flags...)...)
+	m.Process = m.env.spawn(m.name, Bin(m.env.TB, "etcd-"+m.Version), append(slices.Clone(m.args), m.Flags...)...)
 }
 
 // Start starts the member again on its data, after [Process.Kill] or [Process.Stop], and waits
@@ -164,6 +169,39 @@ func (c *Cluster) LoseMajority() {
 func (c *Cluster) RegainMajority() {
 	c.env.TB.Helper()
 	for _, m := range c.Members[1:] {
+		m.Begin()
+	}
+	for _, m := range c.Members {
+		m.WaitReady()
+	}
+}
+
+// Lose kills all members and removes their data.
+func (c *Cluster) Lose() {
+	c.env.TB.Helper()
+	for _, m := range c.Members {
+		m.Kill()
+	}
+	for _, m := range c.Members {
+		if err := os.RemoveAll(m.DataDir); err != nil {
+			c.env.TB.Fatal(err)
+		}
+	}
+}
+
+// Restore restores a snapshot for each member, as on its host, after [Cluster.Lose], and starts all
+// of them.
+func (c *Cluster) Restore(snapshot string) {
+	c.env.TB.Helper()
+	for i, m := range c.Members {
+		name, peer, _ := strings.Cut(c.initial[i], "=")
+		cmd := exec.Command(Bin(c.env.TB, "etcdutl-"+c.cfg.Version), "snapshot", "restore", snapshot, "--data-dir", m.DataDir, "--name", name,
+			"--initial-cluster", strings.Join(c.initial, ","), "--initial-cluster-token", c.token, "--initial-advertise-peer-urls", peer)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			c.env.TB.Fatalf("restore the data of %s: %v\n%s", m.name, err, out)
+		}
+	}
+	for _, m := range c.Members {
 		m.Begin()
 	}
 	for _, m := range c.Members {

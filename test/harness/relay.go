@@ -33,6 +33,7 @@ type Relay struct {
 	link     Link
 	ended    bool
 	conns    map[*net.TCPConn]bool
+	capture  *Capture
 }
 
 // StartRelay starts a relay to an address, which need not be in use yet. The link is whole.
@@ -58,6 +59,19 @@ func (r *Relay) Set(link Link) {
 		r.reset()
 	}
 	r.changed.Broadcast()
+}
+
+// Capture searches everything that the relay gets from now on, in both directions.
+func (r *Relay) Capture(c *Capture) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.capture = c
+}
+
+func (r *Relay) captured() *Capture {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.capture
 }
 
 // reset ends every connection so that both sides notice it at once. Held-back bytes are lost.
@@ -117,8 +131,12 @@ func (r *Relay) join(down *net.TCPConn) {
 func (r *Relay) copy(to, from *net.TCPConn, back bool) {
 	defer to.Close()
 	defer from.Close()
+	var rest []byte // of what was searched
 	for buffer := make([]byte, 32<<10); ; {
 		n, err := from.Read(buffer)
+		if c := r.captured(); c != nil {
+			rest = c.search(from.RemoteAddr().String()+" to "+to.RemoteAddr().String(), rest, buffer[:n])
+		}
 		r.wait(back) // also before an end is forwarded
 		if n > 0 {
 			if _, err := to.Write(buffer[:n]); err != nil {

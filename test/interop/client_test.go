@@ -11,7 +11,7 @@ import (
 // newClient returns the product's client of a plugin, inside the wrapper that all backends share.
 func newClient(tb testing.TB, p *plugin, provider string) kmsclient.Service {
 	tb.Helper()
-	backend, err := kmsplugin.New(kmsplugin.Config{Endpoint: p.endpoint, Timeout: 10 * time.Second})
+	backend, err := kmsplugin.New(kmsplugin.Config{Endpoint: p.endpoint})
 	if err != nil {
 		tb.Fatal(err)
 	}

@@ -15,8 +15,8 @@ import (
 	aestransformer "k8s.io/apiserver/pkg/storage/value/encrypt/aes"
 	"k8s.io/apiserver/pkg/storage/value/encrypt/secretbox"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/kubelegacy"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/rule"
 )
 
 // legacyVectorFile contains what k8s.io/apiserver's aescbc, aesgcm and secretbox transformers
@@ -126,7 +126,7 @@ func (o *ours) reading(tb testing.TB, typ kubelegacy.Type, keyName string, secre
 	if err != nil {
 		tb.Fatal(err)
 	}
-	s, err := keyring.NewSealer(keyring.SealerConfig{Prefix: "/registry/", Write: o.ring, Legacy: []keyring.LegacyReader{reader}})
+	s, err := rule.New(rule.Config{Prefix: "/registry/", Write: o.ring, Legacy: []rule.LegacyReader{reader}})
 	if err != nil {
 		tb.Fatal(err)
 	}

@@ -18,6 +18,7 @@ import (
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/rule"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/kmstest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/pluginserver"
@@ -88,7 +89,7 @@ func newDirect(tb testing.TB, backend kmsclient.Service) *ours {
 	if err != nil {
 		tb.Fatal(err)
 	}
-	if o.Sealer, err = keyring.NewSealer(keyring.SealerConfig{Prefix: "/registry/", Write: o.ring}); err != nil {
+	if o.Sealer, err = rule.New(rule.Config{Prefix: "/registry/", Write: o.ring}); err != nil {
 		tb.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())

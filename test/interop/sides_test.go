@@ -17,6 +17,7 @@ import (
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/rule"
 )
 
 // kube is kube-apiserver's side: its KMS v2 transformer with the marker in front, as in its
@@ -82,7 +83,7 @@ func (k *kube) open(key, stored []byte) (plaintext []byte, stale bool, err error
 // ours is this project's side: a rule that encrypts and reads with one provider, and accepts only
 // encrypted values.
 type ours struct {
-	*keyring.Sealer
+	*rule.Sealer
 	ring *keyring.Ring
 }
 
@@ -107,7 +108,7 @@ func newOursPolling(tb testing.TB, p *plugin, provider string, interval time.Dur
 	if err != nil {
 		tb.Fatal(err)
 	}
-	o.Sealer, err = keyring.NewSealer(keyring.SealerConfig{Prefix: "/registry/", Write: o.ring})
+	o.Sealer, err = rule.New(rule.Config{Prefix: "/registry/", Write: o.ring})
 	if err != nil {
 		tb.Fatal(err)
 	}

@@ -6,9 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -25,7 +23,6 @@ type machine struct {
 	root    string
 	pid     int // of its first process
 	cgroup  string
-	stop    func()
 }
 
 // network is an Ethernet switch in a network namespace. The test process is at its first address.
@@ -243,35 +240,13 @@ func (m *machine) start() {
 	}
 	cmd := exec.Command("/bin/sh", "-c", firstProcess, "machine", m.root, m.name, m.cgroup)
 	cmd.Stdout, cmd.Stderr = log, log
-	cmd.SysProcAttr = &syscall.SysProcAttr{
-		Cloneflags: syscall.CLONE_NEWPID | syscall.CLONE_NEWNET | syscall.CLONE_NEWUTS | syscall.CLONE_NEWIPC,
-		// This one also makes the mounts private, before the process runs.
-		Unshareflags: syscall.CLONE_NEWNS,
-		Pdeathsig:    syscall.SIGKILL,
-	}
-	started, stop, done := make(chan error), make(chan struct{}), make(chan struct{})
-	go func() {
-		defer close(done)
-		runtime.LockOSThread() // the kernel kills the process when the thread that started it ends
-		err := cmd.Start()
-		started <- err
-		if err != nil {
-			return
-		}
-		<-stop
-		_ = cmd.Process.Kill()
-		_ = cmd.Wait()
-	}()
-	if err := <-started; err != nil {
+	stop, err := harness.StartInNamespaces(cmd)
+	if err != nil {
 		m.t.Fatalf("start machine %s: %v", m.name, err)
 	}
 	log.Close()
 	m.pid = cmd.Process.Pid
-	m.stop = func() {
-		close(stop)
-		<-done
-	}
-	m.t.Cleanup(m.stop)
+	m.t.Cleanup(stop)
 }
 
 // command is a program on the machine.

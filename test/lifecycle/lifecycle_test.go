@@ -104,12 +104,12 @@ func files(t *testing.T, dir, what string) []string {
 
 // verified is the output of verify with --output json.
 type verified struct {
-	OK       bool
-	Findings int
-	Unopened int
-	// NotLookedAt is what verify reports as not searched.
-	NotLookedAt []string
-	List        []struct {
+	OK          bool
+	Findings    int
+	Undecrypted int
+	// NotChecked is what verify reports as not searched.
+	NotChecked []string
+	List       []struct {
 		File, Place, Key, Why string
 	}
 }
@@ -346,8 +346,8 @@ func TestStatus(t *testing.T) {
 		t.Errorf("listed: %v", report["keys"])
 	}
 	out := strings.Join(strings.Fields(s.run(t, 1, "status")), " ")
-	for standing, by := range map[string]string{"current": "dev 1", "plaintext": "none none", "foreign": "other none", "undecryptable": "dev none"} {
-		row := regexp.MustCompile(`"` + prefix + `" ` + standing + " " + by + ` 1 \d+ B \d+ to \d+`)
+	for state, by := range map[string]string{"current": "dev 1", "plaintext": "none none", "foreign": "other none", "undecryptable": "dev none"} {
+		row := regexp.MustCompile(`"` + prefix + `" ` + state + " " + by + ` 1 \d+ B \d+ to \d+`)
 		if !row.MatchString(out) {
 			t.Errorf("no row %s in %s", row, out)
 		}

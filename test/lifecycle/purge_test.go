@@ -215,7 +215,7 @@ func TestPurgeWithALearner(t *testing.T) {
 		}
 		return nil
 	})
-	out := s.run(t, 1, "purge --yes", "1 old plaintext values removed", learner.URL+" may still have the old values", "learner")
+	out := s.run(t, 1, "purge --yes", "1 old plaintext value removed", learner.URL+" may still have the old values", "learner")
 	if strings.Contains(out, voter.URL+" may still have") {
 		t.Errorf("the voter is not purged:\n%s", out)
 	}

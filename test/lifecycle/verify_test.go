@@ -70,10 +70,10 @@ func TestVerifyOpens(t *testing.T) {
 	}
 	kms.Disable(false)
 	kms.Stop()
-	if v, _ := both(3, "--timeout 1s"); v.Unopened == 0 {
-		t.Error("none is unopened")
+	if v, _ := both(3, "--timeout 1s"); v.Undecrypted == 0 {
+		t.Error("none counts as undecrypted")
 	}
-	s.run(t, 3, "verify --timeout 1s", "1 values could not be decrypted", "whether 1 well-formed values can be decrypted")
+	s.run(t, 3, "verify --timeout 1s", "1 value could not be decrypted", "whether 1 well-formed value can be decrypted")
 	s.run(t, 0, "verify --offline --snapshot "+s.etcd.Snapshot("snap/saved.db"), "whether encrypted values can be decrypted, since --offline calls no KMS")
 	kms.Start()
 }
@@ -97,8 +97,8 @@ func TestVerifyBadFiles(t *testing.T) {
 	} {
 		file := s.File(name, content)
 		v, _ := s.verify(t, 3, "--snapshot "+file+" --canary "+mark)
-		if !strings.Contains(strings.Join(v.NotLookedAt, "; "), "what could not be decoded of "+file) {
-			t.Errorf("%s: not looked at: %v", name, v.NotLookedAt)
+		if !strings.Contains(strings.Join(v.NotChecked, "; "), "what could not be decoded of "+file) {
+			t.Errorf("%s: not checked: %v", name, v.NotChecked)
 		}
 		if !strings.HasSuffix(name, ".wal") {
 			s.run(t, 3, "decrypt --yes --snapshot "+file+" "+prefix+"none")
@@ -240,14 +240,14 @@ func TestVerifyObjects(t *testing.T) {
 	}
 	put(t, s.raw, "/other/node", object("Node"))
 	v, _ := s.verify(t, 0, "--snapshot "+s.etcd.Snapshot("snap/saved.db"))
-	if told := strings.Join(v.NotLookedAt, "; "); !strings.Contains(told, `objects below "/registry/example.com/widgets/"`) || strings.Contains(told, "/pods/") {
-		t.Errorf("not looked at: %s", told)
+	if told := strings.Join(v.NotChecked, "; "); !strings.Contains(told, `objects below "/registry/example.com/widgets/"`) || strings.Contains(told, "/pods/") {
+		t.Errorf("not checked: %s", told)
 	}
 	put(t, s.raw, "/other/pod", object("Pod"))
 	_, places := s.verify(t, 1, "--snapshot "+s.etcd.Snapshot("snap/saved.db"))
 	needs(t, places, "snap object Pod")
 	v, _ = s.verify(t, 0, "--kind Secret --snapshot "+s.etcd.Snapshot("snap/saved.db"))
-	if told := strings.Join(v.NotLookedAt, "; "); !strings.Contains(told, `objects below "/registry/pods/"`) {
-		t.Errorf("not looked at: %s", told)
+	if told := strings.Join(v.NotChecked, "; "); !strings.Contains(told, `objects below "/registry/pods/"`) {
+		t.Errorf("not checked: %s", told)
 	}
 }

@@ -121,7 +121,7 @@ func testRefusedSeeds(t *testing.T, grudge time.Duration) {
 		answered = 3
 	}
 	out, code := s.Run("status", "--config", config, "--list")
-	if code != 1 || !strings.Contains(out, fmt.Sprintf(`%d values under "/sealed/" are unavailable although their KMS responds`, answered)) {
+	if code != 1 || !strings.Contains(out, fmt.Sprintf(`under "/sealed/", %d values are unavailable although the KMS responds`, answered)) {
 		t.Errorf("status: exit code %d: %s", code, out)
 	}
 	for _, key := range refused {
@@ -143,15 +143,15 @@ func testRefusedSeeds(t *testing.T, grudge time.Duration) {
 	opened := 0
 	for line := range strings.Lines(out) {
 		var v struct {
-			Key, Standing, Error string
-			Value                []byte
+			Key, State, Error string
+			Value             []byte
 		}
 		if json.Unmarshal([]byte(line), &v) != nil {
 			continue
 		}
 		if want, ok := values[v.Key]; ok && bytes.Equal(v.Value, want) {
 			opened++
-		} else if !slices.Contains(refused, v.Key) || v.Standing != "unavailable" || v.Error == "" || v.Value != nil {
+		} else if !slices.Contains(refused, v.Key) || v.State != "unavailable" || v.Error == "" || v.Value != nil {
 			t.Errorf("decrypt: %s", line)
 		}
 	}

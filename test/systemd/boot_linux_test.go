@@ -7,11 +7,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -111,26 +109,8 @@ func boot(t *testing.T) *booted {
 	cmd := exec.Command("/bin/sh", args...)
 	cmd.Env = append(os.Environ(), "script="+firstProcess, "root="+m.root)
 	cmd.Stdout, cmd.Stderr = log, log
-	cmd.SysProcAttr = &syscall.SysProcAttr{
-		Cloneflags: syscall.CLONE_NEWPID | syscall.CLONE_NEWNET | syscall.CLONE_NEWUTS | syscall.CLONE_NEWIPC,
-		// This one also makes the mounts private, before the process runs.
-		Unshareflags: syscall.CLONE_NEWNS,
-		Pdeathsig:    syscall.SIGKILL,
-	}
-	started, stop, done := make(chan error), make(chan struct{}), make(chan struct{})
-	go func() {
-		defer close(done)
-		runtime.LockOSThread() // the kernel kills the process when the thread that started it ends
-		err := cmd.Start()
-		started <- err
-		if err != nil {
-			return
-		}
-		<-stop
-		_ = cmd.Process.Kill() // and with it all others
-		_ = cmd.Wait()
-	}()
-	if err := <-started; err != nil {
+	stop, err := harness.StartInNamespaces(cmd)
+	if err != nil {
 		t.Skipf("namespaces cannot be made here: %v", err)
 	}
 	m.pid = cmd.Process.Pid
@@ -140,8 +120,7 @@ func boot(t *testing.T) *booted {
 			console, _ := os.ReadFile(log.Name())
 			t.Logf("%s\n%s", out, console)
 		}
-		close(stop)
-		<-done
+		stop()
 		log.Close()
 	})
 	harness.Eventually(t, time.Minute, "systemd to have booted", func() error {

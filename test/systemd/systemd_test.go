@@ -270,7 +270,7 @@ func TestSockets(t *testing.T) {
 		{"none is passed", "systemd://etcd", "", "", []string{"systemd passes no socket of this name, or any other", "hint: start the socket unit"}},
 		{"another name", "systemd://other", "tcp", "127.0.0.1:0", []string{"systemd passes no socket of this name: it passes etcd", "FileDescriptorName=other"}},
 		{"nobody takes it", "127.0.0.1:0", "tcp", "127.0.0.1:0", []string{`systemd passes the socket "etcd", and no listener uses it`, "systemd://etcd"}},
-		{"in the clear", "systemd://etcd", "tcp", "0.0.0.0:0", []string{"every value would cross the network in the clear", "hint: add tls with clientCAFile"}},
+		{"in the clear", "systemd://etcd", "tcp", "0.0.0.0:0", []string{"every value would cross the network in plaintext", "hint: add tls with clientCAFile"}},
 		{"a datagram socket", "systemd://etcd", "udp", "127.0.0.1:0", []string{"does not accept connections", "hint: write ListenStream="}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

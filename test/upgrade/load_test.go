@@ -5,7 +5,9 @@ package upgrade
 import (
 	"context"
 	"fmt"
+	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -22,11 +24,25 @@ const (
 	within   = 60 * time.Second
 	patience = 20 * time.Second // for one request
 	clients  = 8
-	workers  = 6    // of a client
-	wanted   = 2000 // requests per second, of all workers; a slow machine reaches fewer
+	workers  = 6 // of a client
 	watchers = 4
 	prefix   = "/s/load/"
 )
+
+// wanted returns how many requests all workers should send per second: RESTART_RATE, or 2000. A slow
+// machine reaches fewer.
+func wanted(t *testing.T) int {
+	t.Helper()
+	text := os.Getenv("RESTART_RATE")
+	if text == "" {
+		return 2000
+	}
+	n, err := strconv.Atoi(text)
+	if err != nil || n < 1 {
+		t.Fatalf("RESTART_RATE: %q is not a number of requests", text)
+	}
+	return n
+}
 
 // written is what a client learned of a write that succeeded.
 type written struct {
@@ -45,6 +61,7 @@ type load struct {
 	endpoints []string
 	clients   []*clientv3.Client // the workers', then one for each watch
 	requests  atomic.Int64
+	pace      time.Duration // between two requests of a worker
 	started   time.Time
 
 	mu       sync.Mutex
@@ -54,7 +71,7 @@ type load struct {
 }
 
 func newLoad(t *testing.T, e *harness.Env, proxies []*harness.Proxy) *load {
-	l := &load{t: t, marker: e.Sealed.Value("load"), failures: make(map[string]int)}
+	l := &load{t: t, marker: e.Sealed.Value("load"), failures: make(map[string]int), pace: clients * workers * time.Second / time.Duration(wanted(t))}
 	for _, p := range proxies {
 		l.endpoints = append(l.endpoints, p.URL())
 	}
@@ -126,7 +143,7 @@ func (l *load) watch(ctx context.Context) (wait func()) {
 
 // work puts, gets, and writes in transactions, one request after the other.
 func (l *load) work(ctx context.Context, c *clientv3.Client, key string) {
-	pace := time.NewTicker(clients * workers * time.Second / wanted)
+	pace := time.NewTicker(l.pace)
 	defer pace.Stop()
 	last, revision := "", int64(0)
 	for i := 0; ; i++ {

@@ -20,9 +20,9 @@ import (
 // auditWait is how long a command waits for another one that writes the log.
 const auditWait = 5 * time.Second
 
-// auditPath returns the log of the commands next to that of a proxy: audit.commands.jsonl for
+// AuditPath returns the log of the commands next to that of a proxy: audit.commands.jsonl for
 // audit.jsonl.
-func auditPath(path string) string { return encryption.AuditPath(path, "commands") }
+func AuditPath(path string) string { return encryption.AuditPath(path, "commands") }
 
 // Record records in the log of the commands that a command began or ended. If audit.required is
 // set, the error says that the command must not continue; otherwise a failure is a warning on
@@ -34,8 +34,8 @@ func Record(c *config.Config, stderr io.Writer, r auditlog.Record) error {
 	case err == nil:
 		return nil
 	case c.Audit.Required:
-		return problem.New("commands write next to the proxy's own file, to "+auditPath(c.Audit.Path),
-			"%s is not recorded, and audit.required refuses to continue without it: %w", r.Command, err)
+		return problem.New("commands write next to the proxy's own file, to "+AuditPath(c.Audit.Path),
+			"%s cannot be recorded, and audit.required is set: %w", r.Command, err)
 	}
 	printable.Fprintf(stderr, "warning: %s is not in the audit log: %v\n", r.Command, err)
 	return nil
@@ -48,7 +48,7 @@ func record(c *config.Audit, r auditlog.Record) error {
 		return nil
 	}
 	own := *c
-	own.Path = auditPath(own.Path)
+	own.Path = AuditPath(own.Path)
 	deadline := time.Now().Add(auditWait)
 	a, err := encryption.OpenAudit(&own, nil)
 	for errors.Is(err, auditlog.ErrInUse) && time.Now().Before(deadline) {
@@ -61,9 +61,28 @@ func record(c *config.Audit, r auditlog.Record) error {
 	a.Record(r)
 	lost := a.Check()
 	if n := a.Lost(); lost == nil && n > 0 {
-		lost = fmt.Errorf("%d records are lost", n)
+		lost = errors.New(printable.Count(n, "record is", "records are") + " lost")
 	}
 	return errors.Join(lost, a.Close())
+}
+
+// LastTest returns when the log of the commands last recorded that an identity unwrapped a recovery
+// copy for the recipients keyID of a provider of kind age. It returns nil if there is no such
+// record, and prints a warning if the log cannot be read.
+func LastTest(c *config.Config, stderr io.Writer, provider, keyID string) *time.Time {
+	if c.Audit == nil {
+		return nil
+	}
+	at, err := auditlog.Last(AuditPath(c.Audit.Path), func(r auditlog.Record) bool {
+		return r.Event == auditlog.EventCommand && r.Outcome == "ok" && r.Provider == provider && r.KeyID == keyID
+	})
+	if err != nil {
+		printable.Fprintf(stderr, "warning: when the offline key %s was last tested is not known: %v\n", printable.Name(provider), err)
+	}
+	if err != nil || at.IsZero() {
+		return nil
+	}
+	return &at
 }
 
 // CallLog records the KMS calls of a command, and its uses of recovery copies, in the log of the

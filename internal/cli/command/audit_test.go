@@ -36,7 +36,7 @@ func TestCommandAudit(t *testing.T) {
 	}
 
 	c.Audit.Path = filepath.Join(dir, "none", "audit.log")
-	if err := Record(c, io.Discard, auditlog.Record{Command: "purge"}); err == nil || !strings.Contains(err.Error(), "purge is not recorded") {
+	if err := Record(c, io.Discard, auditlog.Record{Command: "purge"}); err == nil || !strings.Contains(err.Error(), "purge cannot be recorded") {
 		t.Errorf("without a folder: %v", err)
 	}
 	c.Audit.Required = false
@@ -51,7 +51,7 @@ func TestCommandAudit(t *testing.T) {
 
 func TestCommandAuditPath(t *testing.T) {
 	for path, want := range map[string]string{"/var/audit.log": "/var/audit.commands.log", "/var/a.b/audit": "/var/a.b/audit.commands"} {
-		if got := auditPath(path); got != want {
+		if got := AuditPath(path); got != want {
 			t.Errorf("%s: %s, want %s", path, got, want)
 		}
 	}

@@ -38,6 +38,8 @@ type cluster struct {
 	etcd   *clientv3.Client // nil with noEtcd
 	rules  *inventory.Rules
 	log    *slog.Logger
+	// files of private keys
+	identities []string
 
 	stop func()
 	ends sync.WaitGroup // of the rings
@@ -45,11 +47,13 @@ type cluster struct {
 
 // clusterOptions are what commands differ in.
 type clusterOptions struct {
-	inspectOnly bool          // nothing can be encrypted, and no DEK seed is generated
-	noEtcd      bool          // the cluster has no client, for commands that read files
-	noKMS       bool          // no KMS is called
-	identities  []string      // files of private keys that decrypt recovery copies
-	wait        time.Duration // how long to wait for etcd and the KMS
+	inspectOnly bool     // nothing can be encrypted, and no DEK seed is generated
+	noEtcd      bool     // the cluster has no client, for commands that read files
+	noKMS       bool     // no KMS is called
+	identities  []string // files of private keys that decrypt recovery copies
+	// providers whose keys are treated as lost. What cannot be used is expected, and not logged
+	lost []string
+	wait time.Duration // how long to wait for etcd and the KMS
 }
 
 // timeoutFlag adds --timeout.
@@ -79,9 +83,12 @@ func openCluster(cmd *cobra.Command, c *config.Config, o clusterOptions) (_ *clu
 		return nil, err
 	}
 	// Errors only: what a KMS cannot do is in the report.
-	cl := &cluster{config: c, log: printable.NewLogger(cmd.ErrOrStderr(), "text", slog.LevelError)}
+	cl := &cluster{config: c, log: printable.NewLogger(cmd.ErrOrStderr(), "text", slog.LevelError), identities: o.identities}
+	if len(o.lost) > 0 {
+		cl.log = slog.New(slog.DiscardHandler)
+	}
 	cl.keys, err = encryption.New(encryption.Config{
-		Config: c, Identities: identities, InspectOnly: o.inspectOnly, Record: command.NewCallLog(c, cmd.ErrOrStderr()).Record,
+		Config: c, Identities: identities, InspectOnly: o.inspectOnly, Lost: o.lost, Record: command.NewCallLog(c, cmd.ErrOrStderr()).Record,
 		Registry: prometheus.NewRegistry(), Logger: cl.log,
 	})
 	if err != nil {

@@ -33,12 +33,14 @@ func NewDecrypt() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "decrypt KEY",
 		Short: "decrypt stored values from etcd or a snapshot file, in an emergency",
-		Long: `decrypt decrypts the value of KEY, an etcd key, or with --prefix the values of all keys that begin with it. It does so as a proxy with this
-configuration would, also with recovery copies. It needs the KMS but no proxy; with --snapshot, it does not need etcd either. With
---identity it needs no KMS: the private keys decrypt the recovery copies of a provider of kind age.
+		Long: `decrypt decrypts the value of KEY, an etcd key, or with --prefix the values of all keys that begin
+with it. It does so as a proxy with this configuration would, also with recovery copies. It needs
+the KMS but no proxy; with --snapshot, it does not need etcd either. With --identity it needs no
+KMS: the private keys decrypt the recovery copies of a provider of kind age.
 
-It asks for confirmation, and records the user in the audit log, which must be configured (or named with --audit-file). One value is
-printed unchanged; with --prefix, or with --output json, each is a JSON object on a line, its value in base64.`,
+It asks for confirmation, and records the user in the audit log, which must be configured (or named
+with --audit-file). One value is printed unchanged; with --prefix, or with --output json, each is a
+JSON object on a line, its value in base64.`,
 		Args: command.OneArg("KEY"),
 	}
 	path, out := command.ConfigFlag(cmd), command.OutputFlag(cmd)
@@ -46,7 +48,7 @@ printed unchanged; with --prefix, or with --output json, each is a JSON object o
 	cmd.Flags().BoolVar(&o.prefix, "prefix", false, "every key that begins with KEY")
 	cmd.Flags().StringVar(&o.snapshot, "snapshot", "", "read the snapshot `FILE` of etcdctl snapshot save, or the database file of a stopped member, instead of etcd")
 	cmd.Flags().StringVar(&o.file, "output-file", "", "write to a new `FILE`, mode 0600, instead of standard output")
-	cmd.Flags().StringVar(&o.audit, "audit-file", "", "audit log `FILE` of the proxy, if the configuration has none: the record is written next to it, to NAME.commands.jsonl for NAME.jsonl")
+	cmd.Flags().StringVar(&o.audit, "audit-file", "", "if the configuration has no audit log, record next to `FILE`, as commands do next to the log of a proxy: in NAME.commands.jsonl for NAME.jsonl")
 	yes := cmd.Flags().Bool("yes", false, "do not ask for confirmation")
 	wait, identities := timeoutFlag(cmd), identityFlag(cmd)
 	cmd.RunE = command.Run(func(cmd *cobra.Command, args []string) error {
@@ -70,7 +72,7 @@ printed unchanged; with --prefix, or with --output json, each is a JSON object o
 		if o.prefix {
 			what = fmt.Sprintf("the values of all keys that begin with %q", o.key)
 		}
-		if err := confirm(cmd, *yes, "Decrypt "+what+"? It is recorded."); err != nil {
+		if err := confirm(cmd, *yes, "Decrypt "+what+"? It is recorded in "+command.AuditPath(c.Audit.Path)+"."); err != nil {
 			return err
 		}
 		cl, err := openCluster(cmd, c, clusterOptions{inspectOnly: true, identities: *identities, wait: *wait, noEtcd: o.snapshot != ""})
@@ -94,7 +96,7 @@ type decryptedValue struct {
 	Key      string `json:"key"`
 	KeyBytes []byte `json:"keyBytes,omitempty"` // Key where that is not valid UTF-8
 	Revision int64  `json:"revision"`
-	State    string `json:"standing"`
+	State    string `json:"state"`
 	Value    []byte `json:"value,omitempty"`
 	Error    string `json:"error,omitempty"`
 }

@@ -28,14 +28,16 @@ func NewPurge() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "purge",
 		Short: "remove old plaintext from etcd's history and database files",
-		Long: `purge removes the old plaintext that remains after reencrypt, in etcd's history and in the freed pages of its database files. It refuses
-to run while status finds anything: a value that is not current, a KMS that does not respond, or a proxy with other rules, which may be
-writing plaintext. It finds the last plaintext under the rules in the history, compacts etcd past it, and waits until each member has
-finished the compaction. Then it defragments one member after the other, the leader last, each only while all others are healthy. A
-member does not respond while it is defragmented.
+		Long: `purge removes the old plaintext that remains after reencrypt, in etcd's history and in the freed
+pages of its database files. It refuses to run while status finds anything: a value that is not
+current, a KMS that does not respond, or a proxy with other rules, which may be writing plaintext.
+It finds the last plaintext under the rules in the history, compacts etcd past it, and waits until
+each member has finished the compaction. Then it defragments one member after the other, the leader
+last, each only while all others are healthy. A member does not respond while it is defragmented.
 
-The report names what purge cannot reach: write-ahead logs and snapshot files, which etcd replaces over time, old backups, copies of
-disks, and members that do not finish the compaction, which are not defragmented.`,
+The report names what purge cannot reach: write-ahead logs and snapshot files, which etcd replaces
+over time, old backups, copies of disks, and members that do not finish the compaction, which are
+not defragmented.`,
 		Args: command.NoArgs,
 	}
 	path, out := command.ConfigFlag(cmd), command.OutputFlag(cmd)
@@ -103,11 +105,11 @@ func (cl *cluster) purge(cmd *cobra.Command, o purgeOptions) (*purgeReport, erro
 	r := &purgeReport{DryRun: o.dryRun, Left: []string{}, Verified: "etcd-kms-proxy verify --data-dir DIR, on the host of each member while it is stopped, verifies the result"}
 	// Compaction removes no present value, so all values that are not verified to be encrypted
 	// count as plaintext.
-	unopened := newDoubts(cl.rules)
-	judge := cl.judge(ctx, false, unopened)
+	undecrypted := newDoubts(cl.rules)
+	judge := cl.judge(ctx, false, undecrypted)
 	readable := func(old *mvccpb.KeyValue) bool {
-		before := unopened.beyond
-		return judge(old.Key, old.Value, true) != "" || unopened.beyond > before
+		before := undecrypted.beyond
+		return judge(old.Key, old.Value, true) != "" || undecrypted.beyond > before
 	}
 	if r.History, err = purge.ReadHistory(ctx, cl.etcd, cl.rules, readable); err != nil {
 		return nil, err
@@ -141,8 +143,8 @@ func (cl *cluster) purge(cmd *cobra.Command, o purgeOptions) (*purgeReport, erro
 	err = cl.rewrite(ctx, r, o.settle, stderr)
 	outcome, reason := "ok", ""
 	for _, m := range r.Members {
-		if m.Unproven != "" {
-			outcome, reason = "failed", fmt.Sprintf("member %x: %s", m.ID, m.Unproven)
+		if m.Unconfirmed != "" {
+			outcome, reason = "failed", fmt.Sprintf("member %x: %s", m.ID, m.Unconfirmed)
 		}
 	}
 	if err != nil {
@@ -155,7 +157,7 @@ func (cl *cluster) purge(cmd *cobra.Command, o purgeOptions) (*purgeReport, erro
 func (r *statusReport) beforePurge() error {
 	for _, c := range r.Rules {
 		if c.Current != c.Keys {
-			return problem.New(c.beforePurge(), "of %d values under %q, only %d are current: purging now would leave the others", c.Keys, c.Prefix, c.Current)
+			return problem.New(c.beforePurge(), "under %q, %d of %s not current: purging now would leave them", c.Prefix, c.Keys-c.Current, printable.Count(c.Keys, "value is", "values are"))
 		}
 	}
 	for _, k := range r.KMS {
@@ -178,8 +180,8 @@ func (cl *cluster) checkProxies(ctx context.Context, o purgeOptions) error {
 func (r *purgeReport) plan(w io.Writer) {
 	h := r.History
 	if h.CompactAt > 0 {
-		printable.Fprintf(w, "the history from revision %d to %d holds %d plaintext values: it is compacted at revision %d; watches from earlier revisions must start again\n",
-			h.Compacted+1, h.Present, h.Plaintext, h.CompactAt)
+		printable.Fprintf(w, "the history from revision %d to %d holds %s: it is compacted at revision %d; watches from earlier revisions must start again\n",
+			h.Compacted+1, h.Present, printable.Count(h.Plaintext, "plaintext value", "plaintext values"), h.CompactAt)
 	} else {
 		printable.Fprintf(w, "the history from revision %d to %d holds no plaintext\n", h.Compacted+1, h.Present)
 	}
@@ -199,8 +201,8 @@ func (cl *cluster) rewrite(ctx context.Context, r *purgeReport, settle time.Dura
 		printable.Fprintf(stderr, "member %x at %s: %s, %.1f s\n", m.ID, m.Endpoint, size(m.DBSize), took.Seconds())
 	})
 	for _, m := range r.Members {
-		if m.Unproven != "" {
-			r.Left = append(r.Left, fmt.Sprintf("member %x at %s may still have the old values, and is not defragmented: %s; run purge again", m.ID, m.Endpoint, m.Unproven))
+		if m.Unconfirmed != "" {
+			r.Left = append(r.Left, fmt.Sprintf("member %x at %s may still have the old values, and is not defragmented: %s; run purge again", m.ID, m.Endpoint, m.Unconfirmed))
 		}
 	}
 	if err != nil {
@@ -219,7 +221,7 @@ func (r *purgeReport) text(w io.Writer) {
 		printable.Fprintf(w, "dry run: nothing was changed\n")
 		return
 	}
-	printable.Fprintf(w, "%d old plaintext values removed from the history; database files: %s before, %s now\n", r.History.Plaintext, size(r.Before), size(r.After))
+	printable.Fprintf(w, "%s removed from the history; database files: %s before, %s now\n", printable.Count(r.History.Plaintext, "old plaintext value", "old plaintext values"), size(r.Before), size(r.After))
 	if len(r.Left) > 0 {
 		printable.Fprintf(w, "left to do:\n")
 	}

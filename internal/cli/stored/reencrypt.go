@@ -3,7 +3,6 @@ package stored
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"os/signal"
 	"syscall"
@@ -15,6 +14,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/cli/command"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/etcdclient"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
@@ -26,23 +26,26 @@ func NewReencrypt() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "reencrypt",
 		Short: "rewrite every value in etcd that is not encrypted as its rule says",
-		Long: `reencrypt rewrites every value that is not encrypted as its rule says: plaintext, and values under an old key or of another provider.
-With writeWith: plaintext it decrypts values, which is how encryption is switched off. It connects to etcd directly, past the proxy, and is
-safe to run on a live cluster: concurrent writes always win, leases are kept, and an interrupted run leaves no value half done. Run it
-again to continue.
+		Long: `reencrypt rewrites every value that is not encrypted as its rule says: plaintext, and values under
+an old key or of another provider. With writeWith: plaintext it decrypts values, which is how
+encryption is switched off. It connects to etcd directly, past the proxy, and is safe to run on a
+live cluster: concurrent writes always win, leases are kept, and an interrupted run leaves no value
+half done. Run it again to continue.
 
-Under a rule with allowPlaintextReads: false, plaintext is reported and not rewritten: it was written past the proxies, reads of it are
-refused, and encrypting it would make it a genuine value. --encrypt-plaintext encrypts it nevertheless; check the values first
-(status --list names them). Values of providers that a rule does not read are never rewritten, since they cannot be decrypted.
+Under a rule with allowPlaintextReads: false, plaintext is reported and not rewritten: it was
+written past the proxies, reads of it are refused, and encrypting it would make it a genuine value.
+--encrypt-plaintext encrypts it nevertheless; check the values first (status --list names them).
+Values of providers that a rule does not read are never rewritten, since they cannot be decrypted.
 
-If the key of the values is gone, --identity decrypts them by the recovery copies of a provider of kind age. These copies are not
-authenticated: anyone who knows the recipients can make one. If other software than the proxies could write to etcd, check the values first.
+If the key of the values is gone, --identity decrypts them by the recovery copies of a provider of
+kind age. These copies are not authenticated: anyone who knows the recipients can make one. If other
+software than the proxies could write to etcd, check the values first.
 
-Each rewritten value is a revision in etcd's history until etcd is compacted, and an event for its watchers. The number is printed before
-the first write. --dry-run stops there.
+Each rewritten value is a revision in etcd's history until etcd is compacted, and an event for its
+watchers. The number is printed before the first write. --dry-run stops there.
 
-If several runs are started, one works and the others wait. A proxy that announced other rules than those of this configuration stops the
-run, since it might not be able to read the values.
+If several runs are started, one works and the others wait. A proxy that announced other rules than
+those of this configuration stops the run, since it might not be able to read the values.
 
 The report lists the values that could not be rewritten. An interrupted run exits with 3.`,
 		Args: command.NoArgs,
@@ -211,7 +214,7 @@ func (j *reencryption) ended(report *reencryptReport, err error) error {
 	case err != nil:
 		outcome, reason = "failed", err.Error()
 	case !report.OK:
-		outcome, reason = "failed", fmt.Sprintf("%d values could not be rewritten", report.Unfinished())
+		outcome, reason = "failed", printable.Count(report.Unfinished(), "value", "values")+" could not be rewritten"
 	}
 	return j.record(outcome, reason, report.Rewritten)
 }

@@ -28,8 +28,9 @@ func (r *reencryptReport) text(w io.Writer) {
 	if r.DryRun {
 		verb = "to rewrite"
 	}
-	printable.Fprintf(w, "%d keys: %d %s in %d transactions, %d already current, %d times a concurrent write won, %d left; revisions %d to %d, %.1f s\n",
-		r.Keys, r.Rewritten, verb, r.Transactions, r.Current, r.Raced, r.Unfinished(), r.Revisions.First, r.Revisions.Last, r.Seconds)
+	printable.Fprintf(w, "%s: %d %s in %s, %d already current, a concurrent write won %s, %d left; revisions %d to %d, %.1f s\n",
+		printable.Count(r.Keys, "key", "keys"), r.Rewritten, verb, printable.Count(r.Transactions, "transaction", "transactions"), r.Current,
+		printable.Count(r.Raced, "time", "times"), r.Unfinished(), r.Revisions.First, r.Revisions.Last, r.Seconds)
 	if r.Rewritten > 0 && !r.DryRun {
 		printable.Fprintf(w, "the old values are still in etcd's history and files: see purge\n")
 	}

@@ -131,8 +131,8 @@ func (v *reencryptView) cost(p reencrypt.Result, members []*clientv3.StatusRespo
 	if p.Rewritten == 0 {
 		return
 	}
-	v.say("%d of %d values will be rewritten: %d revisions, an event for the watchers of each value, and at least %s in etcd's database until it is compacted and defragmented",
-		p.Rewritten, p.Keys, p.Transactions, size(p.Bytes))
+	v.say("%d of %s will be rewritten: %s, an event for the watchers of each value, and at least %s in etcd's database until it is compacted and defragmented",
+		p.Rewritten, printable.Count(p.Keys, "value", "values"), printable.Count(p.Transactions, "revision", "revisions"), size(p.Bytes))
 	for _, m := range members {
 		// Without a compaction meanwhile, the database grows by all of it.
 		if m.DbSizeQuota > 0 && m.DbSizeInUse+p.Bytes > m.DbSizeQuota*8/10 {

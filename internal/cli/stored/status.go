@@ -24,12 +24,14 @@ func NewStatus() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "status",
 		Short: "show which values in etcd are encrypted, and with which keys",
-		Long: `status reads every value under the rules from etcd directly, past the proxy. For each rule, it counts the values that are encrypted with the
-current key of the rule, those that are encrypted with another key, and those that are plaintext or undecryptable. It also shows which
-proxies serve this etcd, and whether they have the rules of this configuration. It changes nothing.
+		Long: `status reads every value under the rules from etcd directly, past the proxy. For each rule, it
+counts the values that are encrypted with the current key of the rule, those that are encrypted with
+another key, and those that are plaintext or undecryptable. It also shows which proxies serve this
+etcd, and whether they have the rules of this configuration. It changes nothing.
 
-reencrypt rewrites values that are stale or plaintext. Plaintext under a rule with allowPlaintextReads: false is an exception: it was
-written past the proxies, reads of it are refused, and reencrypt skips it. Find out who wrote it.`,
+reencrypt rewrites values that are stale or plaintext. Plaintext under a rule with
+allowPlaintextReads: false is an exception: it was written past the proxies, reads of it are
+refused, and reencrypt skips it. Find out who wrote it.`,
 		Args: command.NoArgs,
 	}
 	path, out := command.ConfigFlag(cmd), command.OutputFlag(cmd)
@@ -97,6 +99,8 @@ type statusKMS struct {
 	Reason  string `json:"reason,omitempty"`
 	// of kind age: it cannot be polled, and KeyID identifies the recipients
 	Offline bool `json:"offline,omitempty"`
+	// of kind age: when the audit log last recorded that an identity unwrapped a recovery copy
+	LastTested *time.Time `json:"lastTested,omitempty"`
 }
 
 type statusProxy struct {
@@ -107,7 +111,7 @@ type statusProxy struct {
 type statusKey struct {
 	Key      string             `json:"key"`
 	KeyBytes []byte             `json:"keyBytes,omitempty"` // Key where that is not valid UTF-8
-	State    keyring.ValueState `json:"standing"`
+	State    keyring.ValueState `json:"state"`
 	Revision int64              `json:"revision"`
 	Why      string             `json:"why,omitempty"`
 }
@@ -170,7 +174,10 @@ func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) 
 		report.OK = report.OK && s.Healthy
 	}
 	for _, r := range cl.keys.Offline() {
-		report.KMS = append(report.KMS, statusKMS{Name: r.Provider(), OK: true, KeyID: r.State().KeyID, Offline: true})
+		id := r.State().KeyID
+		report.KMS = append(report.KMS, statusKMS{
+			Name: r.Provider(), OK: true, KeyID: id, Offline: true, LastTested: command.LastTest(cl.config, cmd.ErrOrStderr(), r.Provider(), id),
+		})
 	}
 	return report, nil
 }
@@ -212,8 +219,8 @@ func (r *statusReport) text(w io.Writer) {
 			printable.Fprintf(w, "%s\n\n", injected)
 		}
 		if c.Refused > 0 {
-			printable.Fprintf(w, "%d values under %q are unavailable although their KMS responds: it does not unwrap their DEK seeds. If the KMS is healthy otherwise, they are damaged or "+
-				"encrypted under a key that it does not have; status --list names them\n\n", c.Refused, c.Prefix)
+			printable.Fprintf(w, "under %q, %s unavailable although the KMS responds: it does not unwrap the DEK seeds. If the KMS is healthy otherwise, the values are damaged or "+
+				"encrypted under a key that it does not have; status --list names them\n\n", c.Prefix, printable.Count(c.Refused, "value is", "values are"))
 		}
 	}
 	t = tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
@@ -221,6 +228,8 @@ func (r *statusReport) text(w io.Writer) {
 	for _, k := range r.KMS {
 		state := "ok"
 		switch {
+		case k.Offline && k.LastTested != nil:
+			state = "offline, last tested with an identity at " + k.LastTested.Format(time.RFC3339)
 		case k.Offline:
 			state = "offline, not polled: kms check --identity tests it"
 		case k.Revoked:
@@ -257,8 +266,9 @@ func (r *statusRule) injected() string {
 	if !r.Strict || r.Plaintext+r.Foreign == 0 {
 		return ""
 	}
-	return fmt.Sprintf("%d values under %q are plaintext and %d are of providers that the rule does not read: they were written past the proxies, reads of them are refused "+
-		"(allowPlaintextReads: false), and reencrypt skips them. Find out who wrote them, then delete them or write them again through a proxy", r.Plaintext, r.Prefix, r.Foreign)
+	return fmt.Sprintf("%s under %q, and %s of providers that the rule does not read: these were written past the proxies, reads of them are refused "+
+		"(allowPlaintextReads: false), and reencrypt skips them. Find out who wrote them, then delete them or write them again through a proxy",
+		printable.Count(r.Plaintext, "plaintext value", "plaintext values"), r.Prefix, printable.Count(r.Foreign, "value", "values"))
 }
 
 // beforePurge is the hint for a rule with values that are not current.

@@ -20,6 +20,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/cli/command"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/etcdfile"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
@@ -31,14 +32,17 @@ func NewVerify() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "verify",
 		Short: "verify that no value under a rule is readable without the KMS",
-		Long: `verify searches for values under the rules that can be read without the KMS, and reports what it did not check. Without a flag it reads
-etcd: every present value, and the history back to the last compaction. With --snapshot or --data-dir it reads files, and needs no etcd:
-every revision in the database, freed pages and other remains, the write-ahead log, and all other bytes. Files that are compressed with
-gzip, zip or bzip2 are searched without writing anything to disk; other compressed files are reported as not checked.
+		Long: `verify searches for values under the rules that can be read without the KMS, and reports what it did
+not check. Without a flag it reads etcd: every present value, and the history back to the last
+compaction. With --snapshot or --data-dir it reads files, and needs no etcd: every revision in the
+database, freed pages and other remains, the write-ahead log, and all other bytes. Files that are
+compressed with gzip, zip or bzip2 are searched without writing anything to disk; other compressed
+files are reported as not checked.
 
-It recognizes plaintext by its key, by the form of Kubernetes objects, and by the --canary strings that you have put into values. A value
-that looks encrypted must decrypt, or with --offline be well-formed. A value whose DEK seed the KMS refuses to unwrap, while it unwraps
-others, is a finding too. verify changes nothing, and prints no value. If nothing was found but not everything could be
+It recognizes plaintext by its key, by the form of Kubernetes objects, and by the --canary strings
+that you have put into values. A value that looks encrypted must decrypt, or with --offline be
+well-formed. A value whose DEK seed the KMS refuses to unwrap, while it unwraps others, is a finding
+too. verify changes nothing, and prints no value. If nothing was found but not everything could be
 checked, the exit code is 3.`,
 		Args: command.NoArgs,
 	}
@@ -92,10 +96,10 @@ checked, the exit code is 3.`,
 			return err
 		}
 		report.decide(ctx)
-		if report.Unopened > 0 {
-			report.Unseen = append(report.Unseen, fmt.Sprintf("whether %d well-formed values can be decrypted: their KMS does not respond, or decrypts no value", report.Unopened))
+		if report.Undecrypted > 0 {
+			report.NotChecked = append(report.NotChecked, "whether "+printable.Count(report.Undecrypted, "well-formed value", "well-formed values")+" can be decrypted: the KMS does not respond, or decrypts no value")
 		}
-		report.OK = report.Count == 0 && report.Unopened == 0 && report.Damaged == 0
+		report.OK = report.Count == 0 && report.Undecrypted == 0 && report.Damaged == 0
 		if err := out.Write(cmd.OutOrStdout(), report, func(w io.Writer) { report.text(w, o.all) }); err != nil {
 			return err
 		}
@@ -103,9 +107,9 @@ checked, the exit code is 3.`,
 		case report.Count > 0:
 			return command.ErrFindings
 		case report.Damaged > 0:
-			return problem.New("see NOTES in the report", "%d files could not be decoded: nothing was found, but not everything was checked", report.Damaged)
-		case report.Unopened > 0:
-			return problem.New("check their KMS; see status", "%d values could not be decrypted, so that they may not be encrypted", report.Unopened)
+			return problem.New("see NOTES in the report", "%s could not be decoded: nothing was found, but not everything was checked", printable.Count(report.Damaged, "file", "files"))
+		case report.Undecrypted > 0:
+			return problem.New("check their KMS; see status", "%s could not be decrypted, and may not be encrypted", printable.Count(report.Undecrypted, "value", "values"))
 		}
 		return nil
 	})
@@ -187,13 +191,13 @@ func (cl *cluster) verifyEtcd(ctx context.Context, r *verifyReport) error {
 	if err != nil {
 		return err
 	}
-	r.Unseen = []string{
+	r.NotChecked = []string{
 		fmt.Sprintf("values that etcd removed at or before revision %d, its last compaction: they may remain in freed pages of the database files", h.Compacted),
 		"etcd's files: freed pages, write-ahead logs, snapshots. --data-dir checks those of a stopped member, --snapshot a snapshot",
 		"backups, and other copies of etcd's disks",
 	}
 	if span.First != span.Last {
-		r.Unseen = append(r.Unseen, fmt.Sprintf("etcd was compacted meanwhile: present values were read at revisions %d to %d", span.First, span.Last))
+		r.NotChecked = append(r.NotChecked, fmt.Sprintf("etcd was compacted meanwhile: present values were read at revisions %d to %d", span.First, span.Last))
 	}
 	return nil
 }
@@ -237,22 +241,22 @@ func (cl *cluster) verifyFiles(ctx context.Context, o verifyOptions, r *verifyRe
 		r.addFile(f, o.snapshot != "")
 	}
 	for _, name := range passed {
-		r.Unseen = append(r.Unseen, name+", which is not a regular file")
+		r.NotChecked = append(r.NotChecked, name+", which is not a regular file")
 	}
-	r.Unseen = append(r.Unseen,
+	r.NotChecked = append(r.NotChecked,
 		"other members' files, and backups: run verify on each",
 		"free space of the file system, swap, and the memory of etcd")
 	if len(c.Canaries) == 0 {
-		r.Unseen = append(r.Unseen, "values whose first bytes are lost: only a --canary finds them")
+		r.NotChecked = append(r.NotChecked, "values whose first bytes are lost: only a --canary finds them")
 	}
 	if slices.Contains(c.Prefixes, "") {
-		r.Unseen = append(r.Unseen, "remains of values by their keys, since a rule covers every key")
+		r.NotChecked = append(r.NotChecked, "remains of values by their keys, since a rule covers every key")
 	}
 	for _, p := range shapeless {
-		r.Unseen = append(r.Unseen, fmt.Sprintf("Kubernetes objects below %q by their form, or some of them: their kind is not known, or not among those of --kind", p))
+		r.NotChecked = append(r.NotChecked, fmt.Sprintf("Kubernetes objects below %q by their form, or some of them: their kind is not known, or not among those of --kind", p))
 	}
 	if o.offline {
-		r.Unseen = append(r.Unseen, "whether encrypted values can be decrypted, since --offline calls no KMS")
+		r.NotChecked = append(r.NotChecked, "whether encrypted values can be decrypted, since --offline calls no KMS")
 	}
 	return nil
 }

@@ -34,8 +34,8 @@ type doubt struct {
 }
 
 const (
-	maxDoubts   = 1000 // reasons of which a value is kept
-	maxUnopened = 100  // values listed for each
+	maxDoubts      = 1000 // reasons of which a value is kept
+	maxUndecrypted = 100  // values listed for each
 	// doubtWait: for each KMS to be healthy: some plugins report an error for half a minute after a
 	// failed call
 	doubtWait = 45 * time.Second
@@ -72,20 +72,20 @@ func (d *doubts) take(f etcdfile.Finding) bool {
 	if in == nil {
 		return false
 	}
-	if in.count++; len(in.findings) < maxUnopened {
+	if in.count++; len(in.findings) < maxUndecrypted {
 		in.findings = append(in.findings, f)
 	}
 	return true
 }
 
 // decide waits until the KMS of each doubt is healthy, tries one of its values again, and calls
-// found or unopened for those that are not decrypted.
-func (d *doubts) decide(ctx context.Context, found, unopened func(f etcdfile.Finding, count int64)) {
+// found or undecrypted for those that are not decrypted.
+func (d *doubts) decide(ctx context.Context, found, undecrypted func(f etcdfile.Finding, count int64)) {
 	ctx, cancel := context.WithTimeout(ctx, doubtWait)
 	defer cancel()
 	for _, why := range slices.Sorted(maps.Keys(d.open)) {
 		in := d.open[why]
-		report := unopened
+		report := undecrypted
 		healthy := in.answered && d.opened[providerOf(in.value)] && d.healthy(ctx, in)
 		if rule := d.rules.Of(in.key); healthy && rule != nil {
 			_, _, err := rule.Sealer.Inspect(ctx, in.key, in.value)
@@ -107,7 +107,7 @@ func (d *doubts) decide(ctx context.Context, found, unopened func(f etcdfile.Fin
 		}
 	}
 	if d.beyond > 0 {
-		unopened(etcdfile.Finding{Offset: -1, Why: "its KMS does not unwrap its DEK seed, for one reason of too many"}, d.beyond)
+		undecrypted(etcdfile.Finding{Offset: -1, Why: "its KMS does not unwrap its DEK seed, for one reason of too many"}, d.beyond)
 	}
 }
 

@@ -18,11 +18,11 @@ type verifyReport struct {
 	Count   int64           `json:"findings"`
 	Damaged int64           `json:"damaged"` // files that could not be decoded completely
 	// values that look encrypted, and whose KMS does not respond
-	Unopened int64              `json:"unopened"`
-	Findings []etcdfile.Finding `json:"list"` // the first maxFindings
-	Unseen   []string           `json:"notLookedAt"`
-	// Unsure has the first of the values that Unopened counts.
-	Unsure []etcdfile.Finding `json:"unopenedList,omitempty"`
+	Undecrypted int64              `json:"undecrypted"`
+	Findings    []etcdfile.Finding `json:"list"` // the first maxFindings
+	NotChecked  []string           `json:"notChecked"`
+	// UndecryptedList has the first of the values that Undecrypted counts.
+	UndecryptedList []etcdfile.Finding `json:"undecryptedList,omitempty"`
 
 	doubts *doubts
 }
@@ -50,9 +50,9 @@ func (r *verifyReport) decide(ctx context.Context) {
 			r.Findings = append(r.Findings, f)
 		}
 	}, func(f etcdfile.Finding, n int64) {
-		r.Unopened += n
-		if len(r.Unsure) < maxUnopened {
-			r.Unsure = append(r.Unsure, f)
+		r.Undecrypted += n
+		if len(r.UndecryptedList) < maxUndecrypted {
+			r.UndecryptedList = append(r.UndecryptedList, f)
 		}
 	})
 }
@@ -70,13 +70,13 @@ func (r *verifyReport) addFile(f etcdfile.File, alone bool) {
 	r.Files = append(r.Files, f)
 	if f.Damaged {
 		r.Damaged++
-		r.Unseen = append(r.Unseen, "what could not be decoded of "+f.Path+": "+strings.Join(f.Notes, "; "))
+		r.NotChecked = append(r.NotChecked, "what could not be decoded of "+f.Path+": "+strings.Join(f.Notes, "; "))
 	}
 }
 
 // text prints the report for people.
 func (r *verifyReport) text(w io.Writer, all bool) {
-	for _, f := range r.Unsure {
+	for _, f := range r.UndecryptedList {
 		printable.Fprintf(w, "%s: %s %q was not decrypted: %s\n", f.File, f.Place, f.Key, f.Why)
 	}
 	shown := make(map[string]int)
@@ -108,8 +108,8 @@ func (r *verifyReport) text(w io.Writer, all bool) {
 		}
 		_ = t.Flush()
 	}
-	printable.Fprintf(w, "%d values were checked, %d findings\nnot checked:\n", r.Values, r.Count)
-	for _, u := range r.Unseen {
+	printable.Fprintf(w, "%s checked, %s\nnot checked:\n", printable.Count(r.Values, "value was", "values were"), printable.Count(r.Count, "finding", "findings"))
+	for _, u := range r.NotChecked {
 		printable.Fprintf(w, "  - %s\n", u)
 	}
 }

@@ -50,8 +50,6 @@ func (r Reverser) TryOpen(key, stored []byte) ([]byte, error) {
 	return r.Open(context.Background(), key, stored)
 }
 
-func (Reverser) Ready([]byte) bool { return true }
-
 // Sealed is what etcd holds for value.
 func Sealed(key, value string) []byte {
 	out, _ := Reverser{}.Seal(context.Background(), []byte(key), []byte(value))

@@ -66,21 +66,21 @@ func (s *slowKMS) Open(ctx context.Context, key, stored []byte) ([]byte, error) 
 }
 
 func (s *slowKMS) TrySeal(key, value []byte) ([]byte, error) {
-	if !s.Ready(key) {
+	if !s.ready(key) {
 		return nil, etcdwire.ErrWouldBlock
 	}
 	return s.Seal(context.Background(), key, value)
 }
 
 func (s *slowKMS) TryOpen(key, stored []byte) ([]byte, error) {
-	if !s.Ready(key) {
+	if !s.ready(key) {
 		return nil, etcdwire.ErrWouldBlock
 	}
 	return s.Open(context.Background(), key, stored)
 }
 
-// Ready finds the key in what reverser stores.
-func (s *slowKMS) Ready(stored []byte) bool {
+// ready finds the key in what reverser stores.
+func (s *slowKMS) ready(stored []byte) bool {
 	select {
 	case <-s.Release:
 		return true
@@ -163,5 +163,3 @@ func (Unhurried) Open(ctx context.Context, key, stored []byte) ([]byte, error) {
 func (Unhurried) TrySeal(_, _ []byte) ([]byte, error) { return nil, etcdwire.ErrWouldBlock }
 
 func (Unhurried) TryOpen(_, _ []byte) ([]byte, error) { return nil, etcdwire.ErrWouldBlock }
-
-func (Unhurried) Ready([]byte) bool { return false }

@@ -47,8 +47,6 @@ func (s scrambler) TryOpen(key, stored []byte) ([]byte, error) {
 	return s.Open(context.Background(), key, stored)
 }
 
-func (scrambler) Ready([]byte) bool { return true }
-
 func (s scrambler) sum(number, key, value []byte) uint32 {
 	return crc32.ChecksumIEEE(slices.Concat(number, key, []byte{s.mark}, value))
 }

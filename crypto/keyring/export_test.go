@@ -1,0 +1,31 @@
+package keyring
+
+import (
+	"time"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
+)
+
+// MaxProbes is how many keys one health check probes.
+const MaxProbes = maxProbes
+
+// SetKMS replaces the KMS of a ring that does not run.
+func (r *Ring) SetKMS(kms kmsclient.Service) { r.p.cfg.KMS = kms }
+
+// EvictAll evicts all seeds of the ring.
+func (r *Ring) EvictAll() { r.seeds.evict(func(*entry) bool { return true }) }
+
+// RecoverySetting identifies the setting of SetRecovery: another one is another value.
+func (r *Ring) RecoverySetting() any { return r.copier.set.Load() }
+
+// HasHot reports whether the fast path finds the seed of an object, and uses it.
+func (r *Ring) HasHot(object []byte) bool {
+	_, rest, cut := envelope.Cut(object)
+	e, now := r.seeds.hot.get(rest), time.Now()
+	if !cut || e == nil || r.p.cfg.Cache.ageOf(e, now) != fresh {
+		return false
+	}
+	r.p.cfg.Cache.touch(e, now)
+	return true
+}
