@@ -36,6 +36,9 @@ func (e *Env) spawn(name, bin string, args ...string) *Process {
 	p.cmd = exec.Command(bin, args...)
 	p.cmd.Stdout, p.cmd.Stderr = output, output
 	p.cmd.Dir = e.Dir
+	if filepath.Base(bin) == "etcd-kms-proxy" {
+		p.cmd.Env = append(os.Environ(), e.ProxyEnv...)
+	}
 	p.cmd.SysProcAttr = endWithParent()
 	if err := p.cmd.Start(); err != nil {
 		e.TB.Fatalf("start %s: %v", name, err)
