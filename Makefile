@@ -5,6 +5,7 @@ LDFLAGS  := -s -w -X main.version=$(VERSION)
 KUBE     := 1.37.2
 TOOLFLAGS := -mod=readonly -trimpath
 ETCDS    := 3.5 3.6 3.7 3.8
+ETCDUTLS := 3.5 3.6 3.7
 FUZZTIME ?= 1m
 export ETCD_KMS_PROXY_BIN := $(BIN)
 # The version is from git describe above. Go's own version stamp fails in a checkout that belongs to
@@ -20,7 +21,7 @@ EPOCH    := $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
 IMAGEFLAGS ?=
 COMPOSETESTFLAGS ?=
 
-.PHONY: image image-offline clean-image-offline compose-test kubeadm-test help build run test unit interop e2e soak reliability scoreboard compatibility bench bench-kubernetes profile fuzz lint vuln docs tools tools-etcd tools-etcd-3.4 tools-kube clean
+.PHONY: image image-offline clean-image-offline compose-test kubeadm-test plugins-test help build run test unit interop e2e soak reliability scoreboard scoreboard-kubernetes compatibility bench bench-kubernetes profile fuzz lint vuln docs tools tools-etcd tools-etcd-3.4 tools-kube clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -72,6 +73,7 @@ soak: build tools ## hours: load while the KMS fails, memory over an hour, 10,00
 	cd test && SOAK=60m go test -count=1 -v -timeout 70m -run Growth ./soak
 	cd test && SCALE_CONNECTIONS=10000 SCALE_TIME=10m SCALE_VALUES=1000000 SCALE_PROXIES=100 go test -count=1 -timeout 60m ./scale
 	cd test && RESTART_RATE=5000 go test -count=1 -timeout 20m -run Restart ./upgrade
+	cd test && SOAK=10m go test -count=1 -timeout 30m -run 'Calls$$' ./plugins
 	cd test && LIMITS_ANSWER_MB=1000 go test -count=1 -timeout 20m -run LargeAnswers ./limits
 	cd test && LINEAR_ROUNDS=60 go test -count=1 -timeout 60m ./linear
 	cd test && DIFFERENTIAL_SEQUENCES=20000 go test -count=1 -timeout 5h -run 'RandomSequences|Model$$' ./differential
@@ -82,14 +84,21 @@ RELIABILITY ?= 3h
 reliability: build tools-etcd ## faults of processes, networks, disks and clocks for RELIABILITY (3h), and the figures in docs/design/reliability.md; full disks need root
 	cd test && RELIABILITY=$(RELIABILITY) RELIABILITY_RESULTS=$(BIN)/reliability.json RELIABILITY_PAGE=$(CURDIR)/docs/design/reliability.md go test -count=1 -v -timeout 24h -run Reliability ./reliability
 
-scoreboard: build ## etcd's own client tests, with a proxy that encrypts every key in front of each member (16 minutes)
-	cd test/scoreboard && go test -count=1 -v -timeout 60m .
+scoreboard: build $(BIN)/etcd-3.7 $(BIN)/etcd-3.6 $(BIN)/etcdctl-3.7 $(BIN)/etcdutl-3.7 ## etcd's own client tests, with a proxy that encrypts every key in front of each member (30 minutes); SCOREBOARD_RUN, SCOREBOARD_SHARD=1/3
+	cd test/scoreboard && go test -count=1 -v -timeout 170m .
+
+scoreboard-kubernetes: build ## Kubernetes' storage tests, with a proxy that encrypts every key in front of each etcd; the same variables
+	cd test/scoreboard && go test -count=1 -v -timeout 90m ./kubernetes
 
 compose-test: image-offline build $(BIN)/docker-compose-v2 ## docker-compose.yml on a real engine, with failures; needs Docker
 	cd test && COMPOSE_TEST=1 DOCKER=$(DOCKER) go test -count=1 -timeout 25m $(COMPOSETESTFLAGS) ./compose
 
 kubeadm-test: build tools-kube $(BIN)/kubelet $(BIN)/kube-controller-manager $(BIN)/kube-scheduler $(BIN)/etcd-3.7 $(BIN)/etcdctl-3.7 ## whole kubeadm clusters, with kubelet and containerd, on this machine; needs root and Debian's containerd (a quarter of an hour, and more the first time)
 	cd test && KUBEADM_INIT=1 go test -count=1 -v -timeout 60m -run 'Init|Cluster' ./kubeadm
+
+plugins-test: build $(BIN)/etcd-3.7 ## public KMS v2 plugins behind the proxy, built from their own repositories; needs a C compiler, softhsm2 and opensc (five minutes)
+	sh test/plugins/build.sh $(BIN)
+	cd test && unshare --net --map-root-user sh -c 'ip link set lo up && go test -count=1 -v -timeout 20m -run TestPlugins ./plugins'
 
 bench: build $(BIN)/etcd-3.7 ## CPU and throughput compared with etcd, its grpc-proxy and a TCP relay; encryption compared with kube-apiserver; reencrypt compared with a loop
 	cd test/bench && go run . $(BENCHFLAGS)
@@ -133,7 +142,7 @@ docs: ## regenerate the pages of docs/reference that come from the code: configu
 
 tools: tools-etcd tools-kube $(BIN)/kine $(BIN)/h2spec $(BIN)/nfpm $(BIN)/cyclonedx-gomod $(if $(shell command -v npm 2>/dev/null),$(BIN)/node) ## the etcds, kube-apiserver and other programs that the tests start
 
-tools-etcd: $(ETCDS:%=$(BIN)/etcd-%) $(ETCDS:%=$(BIN)/etcdctl-%) $(BIN)/etcdutl-3.7
+tools-etcd: $(ETCDS:%=$(BIN)/etcd-%) $(ETCDS:%=$(BIN)/etcdctl-%) $(ETCDUTLS:%=$(BIN)/etcdutl-%)
 
 tools-kube: $(BIN)/kube-apiserver $(BIN)/kubectl $(BIN)/kubeadm
 
@@ -153,6 +162,10 @@ $(BIN)/etcd-3.4:
 $(BIN)/etcdctl-%: test/tools/etcd-%/go.sum
 	@mkdir -p $(BIN); echo "building etcdctl $* from Go modules"
 	cd test/tools/etcd-$* && CGO_ENABLED=0 go build $(TOOLFLAGS) -ldflags "-s -w" -o $@ go.etcd.io/etcd/etcdctl/v3
+
+$(BIN)/etcdutl-%: test/tools/etcd-%/go.sum
+	@mkdir -p $(BIN); echo "building etcdutl $* from Go modules"
+	cd test/tools/etcd-$* && CGO_ENABLED=0 go build $(TOOLFLAGS) -ldflags "-s -w" -o $@ go.etcd.io/etcd/etcdutl/v3
 
 $(BIN)/kube%: test/tools/kube-apiserver/go.sum
 	@mkdir -p $(BIN); echo "building kube$* $(KUBE) from Go modules (kube-apiserver: four to twenty minutes the first time)"
@@ -175,10 +188,6 @@ $(BIN)/node: test/tools/node/package-lock.json test/tools/node/package.json
 $(BIN)/docker-compose-v2: test/tools/compose/go.sum
 	@mkdir -p $(BIN); echo "building Docker Compose v2 from Go modules"
 	cd test/tools/compose && CGO_ENABLED=0 go build $(TOOLFLAGS) -ldflags "-s -w -X github.com/docker/compose/v2/internal.Version=$$(go list -m -f '{{.Version}}' github.com/docker/compose/v2)" -o $@ github.com/docker/compose/v2/cmd
-
-$(BIN)/etcdutl-%: test/tools/etcd-%/go.sum
-	@mkdir -p $(BIN); echo "building etcdutl $* from Go modules"
-	cd test/tools/etcd-$* && CGO_ENABLED=0 go build $(TOOLFLAGS) -ldflags "-s -w" -o $@ go.etcd.io/etcd/etcdutl/v3
 
 $(BIN)/golangci-lint: test/tools/lint/go.sum
 	@mkdir -p $(BIN)

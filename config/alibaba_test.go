@@ -33,7 +33,7 @@ func TestAlibabaCredentials(t *testing.T) {
 		},
 	} {
 		file := minimal + "kms: [{name: a, alibaba: {region: r, keyID: 'acs:kms:r:1:key/k', credentials: " + yaml + "}}]\n"
-		c, err := parse([]byte(file), dir, readFile)
+		c, err := parse([]byte(file), dir, readFile, Checks{})
 		if err != nil {
 			t.Errorf("%s: %v", yaml, err)
 			continue

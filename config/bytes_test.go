@@ -36,7 +36,7 @@ func TestPrefixBytes(t *testing.T) {
 		"binary, text inside": {rule(`!!binary L2Ev`), "/a/", "", ""},
 	} {
 		var warnings []Problem
-		cfg, err := parseChecked([]byte(head+c.rules), t.TempDir(), os.ReadFile, Checks{Warn: func(p Problem) { warnings = append(warnings, p) }})
+		cfg, err := parse([]byte(head+c.rules), t.TempDir(), os.ReadFile, Checks{Warn: func(p Problem) { warnings = append(warnings, p) }})
 		if err != nil || cfg.Rules[0].Prefix != c.prefix {
 			t.Errorf("%s: %+v, %v", name, cfg, err)
 			continue
@@ -53,7 +53,7 @@ func TestPrefixBytes(t *testing.T) {
 		rule("!!binary '%'"):                          "line 7: rules[0].prefix: has the tag !!binary and is not base64",
 		rule("a") + "log: {level: !!binary aW5mbw==}": "is binary to YAML, not a string",
 	} {
-		if _, err := parse([]byte(head+text), t.TempDir(), os.ReadFile); err == nil || !strings.Contains(err.Error(), want) {
+		if _, err := parse([]byte(head+text), t.TempDir(), os.ReadFile, Checks{}); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: %v, want %q", text, err, want)
 		}
 	}
@@ -66,7 +66,7 @@ func TestTrailingDocument(t *testing.T) {
 		"": true, "---": true, "---\n": true, "---\n# a comment\n": true, "---\n---\n": true, "...\n": true, "---\n...\n": true,
 		"---\na: b\n": false, "---\n---\n[]\n": false, "---\n''\n": false, "---\n\t\n": false,
 	} {
-		if _, err := parse([]byte(text+end), t.TempDir(), os.ReadFile); (err == nil) != good {
+		if _, err := parse([]byte(text+end), t.TempDir(), os.ReadFile, Checks{}); (err == nil) != good {
 			t.Errorf("%q: %v", end, err)
 		}
 	}

@@ -39,7 +39,7 @@ func TestConfigurationsOfReleases(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		c, err := parse(data, folder, read)
+		c, err := parse(data, folder, read, Checks{})
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
 			continue

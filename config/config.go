@@ -69,21 +69,18 @@ func LoadChecked(path string, checks Checks) (*Config, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read configuration: %w", err)
 	}
-	return parseChecked(data, dir, readFile, checks)
+	return parse(data, dir, readFile, checks)
 }
 
 // parse checks and completes the bytes of a file in folder dir. The files that it names are read
 // with read.
-func parse(data []byte, dir string, read func(path string) ([]byte, error)) (*Config, error) {
-	return parseChecked(data, dir, read, Checks{})
-}
-
-func parseChecked(data []byte, dir string, read func(path string) ([]byte, error), checks Checks) (*Config, error) {
+func parse(data []byte, dir string, read func(path string) ([]byte, error), checks Checks) (*Config, error) {
 	c := new(Config)
-	d := &decoder{dir: dir, read: read, lines: map[string]int{"": 1}, bad: map[string]bool{}, kmsFilesMayMiss: checks.KMSFilesMayMiss}
-	if d.document(data, c) {
-		d.validate(c)
-		d.further(c, checks)
+	d := &decoder{checker: newChecker(dir, read), data: data, kmsFilesMayMiss: checks.KMSFilesMayMiss}
+	if d.document(c) {
+		v := &validator{d.checker}
+		v.validate(c)
+		v.further(c, checks)
 	}
 	if checks.Warn != nil {
 		for _, p := range d.warnings {

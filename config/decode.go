@@ -21,61 +21,26 @@ import (
 )
 
 // decoder fills the types from YAML nodes. yaml.v3's own strict mode stops at the first problems
-// and knows no paths; this one goes on, and remembers the line of every field for the checks that
+// and knows no paths; this one continues, and remembers the line of every field for the checks that
 // follow.
 //
 // Struct tags: yaml is the field's name. default is its value when absent, written as in YAML.
 // required "true" is neither absent nor empty, "present" is not absent. file "true" names a file,
-// which must be readable, and create the command that makes it.
-// binary "true" may also have the tag !!binary and be base64.
+// which must be readable, and create the command that makes it. binary "true" may also have the tag
+// !!binary and be base64.
 type decoder struct {
-	dir      string                            // that relative file names count from
-	read     func(path string) ([]byte, error) // reads files that are named
-	data     []byte                            // the file
-	lines    map[string]int                    // line of each path that is present; "" is the file
-	bad      map[string]bool                   // paths that a problem was reported for
-	problems Problems
-	warnings Problems
+	checker
+	data []byte // the file
 
 	kmsFilesMayMiss bool // see [Checks]
 }
-
-// report adds a problem, unless its path has one already: what follows from a first mistake helps
-// nobody.
-func (d *decoder) report(path, hint, format string, args ...any) {
-	if d.bad[path] && path != "" {
-		return
-	}
-	d.bad[path] = true
-	d.problems = append(d.problems, Problem{Path: path, Line: d.line(path), Text: fmt.Sprintf(format, args...), Hint: hint})
-}
-
-// warn adds a warning.
-func (d *decoder) warn(path, hint, format string, args ...any) {
-	d.warnings = append(d.warnings, Problem{Path: path, Line: d.line(path), Text: fmt.Sprintf(format, args...), Hint: hint})
-}
-
-// line returns the line of path, or of the nearest part of the file that would hold it.
-func (d *decoder) line(path string) int {
-	for path != "" {
-		if n, ok := d.lines[path]; ok {
-			return n
-		}
-		path = path[:max(0, strings.LastIndexAny(path, ".["))]
-	}
-	return d.lines[""]
-}
-
-// present reports whether the file gives path.
-func (d *decoder) present(path string) bool { _, ok := d.lines[path]; return ok }
 
 var yamlLine = regexp.MustCompile(`^yaml: (?:line (\d+): )?`)
 
 // document decodes data into c. It reports false if there is nothing that further checks could look
 // at.
-func (d *decoder) document(data []byte, c *Config) bool {
-	d.data = data
-	dec := yaml.NewDecoder(bytes.NewReader(data))
+func (d *decoder) document(c *Config) bool {
+	dec := yaml.NewDecoder(bytes.NewReader(d.data))
 	var doc yaml.Node
 	err := dec.Decode(&doc)
 	if errors.Is(err, io.EOF) || err == nil && len(doc.Content) == 0 {
@@ -302,12 +267,6 @@ func (d *decoder) stringMap(n *yaml.Node, v reflect.Value, path string) {
 		d.value(value, s, at, "")
 		v.SetMapIndex(reflect.ValueOf(key.Value), s)
 	}
-}
-
-// reportAt reports a problem on a line of its own, whatever else is wrong with path.
-func (d *decoder) reportAt(line int, path, hint, format string, args ...any) {
-	d.bad[path] = true
-	d.problems = append(d.problems, Problem{Path: path, Line: line, Text: fmt.Sprintf(format, args...), Hint: hint})
 }
 
 // setDefaults fills the fields of a struct from their tags, and those of the structs in it. What a

@@ -254,13 +254,11 @@ func TestReachAllows(t *testing.T) {
 // TestUnreadableFile needs a user whom permissions bind.
 func TestUnreadableFile(t *testing.T) {
 	key := filepath.Join(t.TempDir(), "key")
-	d := &decoder{lines: map[string]int{"": 1}, bad: map[string]bool{}, read: func(path string) ([]byte, error) {
+	_, err := parse([]byte(minimal+"kms: [{name: a, local: {keyFile: key}}]\n"), filepath.Dir(key), func(path string) ([]byte, error) {
 		return nil, &os.PathError{Op: "open", Path: path, Err: os.ErrPermission}
-	}, dir: filepath.Dir(key)}
-	var c Config
-	d.document([]byte(minimal+"kms: [{name: a, local: {keyFile: key}}]\n"), &c)
-	if len(d.problems) != 1 || !strings.Contains(d.problems[0].Text, key+": permission denied") {
-		t.Errorf("problems = %v, want one that says permission denied", d.problems)
+	}, Checks{})
+	if ps, ok := errors.AsType[Problems](err); !ok || len(ps) != 1 || !strings.Contains(ps[0].Text, key+": permission denied") {
+		t.Errorf("%v, want one problem that says permission denied", err)
 	}
 }
 
@@ -285,7 +283,7 @@ func FuzzLoad(f *testing.F) {
 		f.Add([]byte(seed))
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
-		c, err := parse(data, "/etc", func(string) ([]byte, error) { return nil, os.ErrNotExist })
+		c, err := parse(data, "/etc", func(string) ([]byte, error) { return nil, os.ErrNotExist }, Checks{})
 		if (c == nil) == (err == nil) {
 			t.Fatalf("parse = %v, %v", c, err)
 		}

@@ -38,22 +38,22 @@ var (
 	ramSessionName  = regexp.MustCompile(`^[A-Za-z0-9.@_-]{2,64}$`)
 )
 
-func (d *decoder) alibabaCredentials(at string, c *AlibabaCredentials) {
+func (v *validator) alibabaCredentials(at string, c *AlibabaCredentials) {
 	known := []string{"accessKey", "sts", "ecsRAMRole", "oidc", "assumeRole"}
 	if !slices.Contains(known, c.Type) {
-		d.oneOf(at+".type", c.Type, known...)
+		v.oneOf(at+".type", c.Type, known...)
 		return
 	}
 	for _, f := range credentialFields {
-		if d.present(at+"."+f.name) && !slices.Contains(f.types, c.Type) {
-			d.report(at+"."+f.name, "write type: "+strings.Join(f.types, " or ")+", or remove it", "has no effect with type %s", c.Type)
+		if v.present(at+"."+f.name) && !slices.Contains(f.types, c.Type) {
+			v.report(at+"."+f.name, "write type: "+strings.Join(f.types, " or ")+", or remove it", "has no effect with type %s", c.Type)
 		}
 	}
 	if c.Base != "" {
-		d.oneOf(at+".base", c.Base, "accessKey", "sts")
+		v.oneOf(at+".base", c.Base, "accessKey", "sts")
 	}
 	if c.Type == "assumeRole" && c.Base != "sts" && c.SecurityTokenFile != "" {
-		d.report(at+".securityTokenFile", "write base: sts, or remove it", "has no effect with base accessKey")
+		v.report(at+".securityTokenFile", "write base: sts, or remove it", "has no effect with base accessKey")
 	}
 	for _, f := range []struct {
 		name, value string
@@ -66,22 +66,15 @@ func (d *decoder) alibabaCredentials(at string, c *AlibabaCredentials) {
 		{"sessionName", c.SessionName, ramSessionName, "use 2 to 64 letters, digits, . @ _ and -"},
 	} {
 		if f.value != "" && !f.pattern.MatchString(f.value) {
-			d.report(at+"."+f.name, f.hint, "%q is not of the form that RAM takes", f.value)
+			v.report(at+"."+f.name, f.hint, "%q is not of the form that RAM takes", f.value)
 		}
 	}
 	if c.Policy != "" && (len(c.Policy) > 2048 || !json.Valid([]byte(c.Policy))) {
-		d.report(at+".policy", "", "is not JSON of at most 2048 characters")
+		v.report(at+".policy", "", "is not JSON of at most 2048 characters")
 	}
 	if c.Duration != 0 && (c.Duration < 15*time.Minute || c.Duration > 12*time.Hour || c.Duration%time.Second != 0) {
-		d.report(at+".duration", "the role's own limit is an hour unless it was raised", "%v is not whole seconds from 15m to 12h", c.Duration)
+		v.report(at+".duration", "the role's own limit is an hour unless it was raised", "%v is not whole seconds from 15m to 12h", c.Duration)
 	}
-	d.httpsHost(at+".stsEndpoint", c.STSEndpoint)
-	d.certPool(at+".stsCAFile", c.STSCAFile)
-}
-
-// httpsHost checks the host, or host and port, of a service that is only reached over HTTPS.
-func (d *decoder) httpsHost(path, host string) {
-	if strings.Contains(host, "://") || strings.ContainsAny(host, "/?#@ ") {
-		d.report(path, "write host or host:port; the proxy always uses HTTPS", "%q is not a host", redactURL(host))
-	}
+	v.httpsHost(at+".stsEndpoint", c.STSEndpoint)
+	v.certPool(at+".stsCAFile", c.STSCAFile)
 }

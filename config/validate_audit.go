@@ -7,30 +7,30 @@ import (
 
 // audit checks where the audit log is to be, if there is one, and makes its path absolute. Whether
 // it can be written shows when it is opened.
-func (d *decoder) audit(a *Audit) {
+func (v *validator) audit(a *Audit) {
 	if a == nil {
 		return
 	}
 	if a.Path != "" {
 		if !filepath.IsAbs(a.Path) {
-			a.Path = filepath.Join(d.dir, a.Path)
+			a.Path = filepath.Join(v.dir, a.Path)
 		}
 		info, err := os.Stat(filepath.Dir(a.Path))
 		switch {
 		case err != nil:
-			d.report("audit.path", "make the folder, for the user the proxy runs as", "its folder cannot be used: %s", fileError(err))
+			v.report("audit.path", "make the folder, for the user the proxy runs as", "its folder cannot be used: %s", fileError(err))
 		case !info.IsDir():
-			d.report("audit.path", "correct the path", "%s is not a folder", filepath.Dir(a.Path))
+			v.report("audit.path", "correct the path", "%s is not a folder", filepath.Dir(a.Path))
 		default:
 			if info, err := os.Lstat(a.Path); err == nil && !info.Mode().IsRegular() {
-				d.report("audit.path", "name a file in a folder of its own", "%s is there, and is no regular file", a.Path)
+				v.report("audit.path", "name a file in a folder of its own", "%s is there, and is no regular file", a.Path)
 			}
 		}
 	}
 	if a.MaxSizeMiB < 1 || a.MaxSizeMiB > 1<<20 {
-		d.report("audit.maxSizeMiB", "the default is 100", "%d is not between 1 and %d", a.MaxSizeMiB, 1<<20)
+		v.report("audit.maxSizeMiB", "the default is 100", "%d is not between 1 and %d", a.MaxSizeMiB, 1<<20)
 	}
 	if a.MaxFiles < 2 || a.MaxFiles > 10_000 {
-		d.report("audit.maxFiles", "the default is 10", "%d is not between 2 and 10000", a.MaxFiles)
+		v.report("audit.maxFiles", "the default is 10", "%d is not between 2 and 10000", a.MaxFiles)
 	}
 }

@@ -25,26 +25,26 @@ func CheckProviderName(name string) (text, hint string) {
 	return "", ""
 }
 
-func (d *decoder) kms(providers []KMS) {
+func (v *validator) kms(providers []KMS) {
 	seen := make(map[string]int)
 	for i, k := range providers {
 		at := fmt.Sprintf("kms[%d]", i)
 		first, twice := seen[k.Name]
 		if text, hint := CheckProviderName(k.Name); text != "" {
-			d.report(at+".name", hint, "%s", text)
+			v.report(at+".name", hint, "%s", text)
 		} else if twice {
-			d.report(at+".name", "give each provider a name of its own", "%q is the name of kms[%d] too", k.Name, first)
+			v.report(at+".name", "give each provider a name of its own", "%q is the name of kms[%d] too", k.Name, first)
 		} else {
 			seen[k.Name] = i
 		}
-		d.duration(at+".pollInterval", k.PollInterval, time.Second)
-		d.duration(at+".seedMaxAge", k.SeedMaxAge, time.Minute)
+		v.duration(at+".pollInterval", k.PollInterval, time.Second)
+		v.duration(at+".seedMaxAge", k.SeedMaxAge, time.Minute)
 		if k.SeedMaxSeals < 1 {
-			d.report(at+".seedMaxSeals", "the default is 4294967296", "%d is less than 1", k.SeedMaxSeals)
+			v.report(at+".seedMaxSeals", "the default is 4294967296", "%d is less than 1", k.SeedMaxSeals)
 		}
 		var backends []string
 		for _, b := range []string{"alibaba", "plugin", "local", "kubernetes", "age"} {
-			if d.present(at + "." + b) {
+			if v.present(at + "." + b) {
 				backends = append(backends, b)
 			}
 		}
@@ -53,71 +53,71 @@ func (d *decoder) kms(providers []KMS) {
 			if len(backends) > 1 {
 				text = "has more than one backend: " + strings.Join(backends, " and ")
 			}
-			d.report(at, "give it exactly one of alibaba, plugin, local, kubernetes and age", "%s", text)
+			v.report(at, "give it exactly one of alibaba, plugin, local, kubernetes and age", "%s", text)
 		}
 		if k.Plugin != nil && k.Plugin.Endpoint != "" {
-			d.socket(at+".plugin.endpoint", k.Plugin.Endpoint)
-			d.duration(at+".plugin.timeout", k.Plugin.Timeout, time.Millisecond)
+			v.socket(at+".plugin.endpoint", k.Plugin.Endpoint)
+			v.duration(at+".plugin.timeout", k.Plugin.Timeout, time.Millisecond)
 		}
 		if k.Alibaba != nil {
-			d.alibaba(at+".alibaba", k.Alibaba)
+			v.alibaba(at+".alibaba", k.Alibaba)
 		}
 		if k.Kubernetes != nil {
-			d.kubernetes(at, k.Kubernetes)
+			v.kubernetes(at, k.Kubernetes)
 		}
 		if k.Age != nil {
-			d.age(at, k)
+			v.age(at, k)
 		}
 	}
 }
 
-func (d *decoder) alibaba(at string, a *Alibaba) {
-	d.certPool(at+".caFile", a.CAFile)
-	d.httpsHost(at+".endpoint", a.Endpoint)
+func (v *validator) alibaba(at string, a *Alibaba) {
+	v.certPool(at+".caFile", a.CAFile)
+	v.httpsHost(at+".endpoint", a.Endpoint)
 	if arn, ok := strings.CutPrefix(a.KeyID, "acs:kms:"); ok && !strings.HasPrefix(arn, a.Region+":") && a.Region != "" {
-		d.report(at+".keyID", "write the key's own region in region", "%q is not of region %q", a.KeyID, a.Region)
+		v.report(at+".keyID", "write the key's own region in region", "%q is not of region %q", a.KeyID, a.Region)
 	}
-	d.alibabaCredentials(at+".credentials", &a.Credentials)
+	v.alibabaCredentials(at+".credentials", &a.Credentials)
 }
 
 // kubernetes checks kms[i] of that kind, at.
-func (d *decoder) kubernetes(at string, k *Kubernetes) {
+func (v *validator) kubernetes(at string, k *Kubernetes) {
 	if k.Type != "" {
-		d.oneOf(at+".kubernetes.type", k.Type, "aescbc", "aesgcm", "secretbox")
+		v.oneOf(at+".kubernetes.type", k.Type, "aescbc", "aesgcm", "secretbox")
 	}
-	d.seedless(at, "kubernetes, whose keys are used as they are")
+	v.seedless(at, "kubernetes, whose keys are used as they are")
 }
 
 // seedless refuses the fields of kms[i], at, that are about a KMS and its DEK seeds.
-func (d *decoder) seedless(at, kind string) {
+func (v *validator) seedless(at, kind string) {
 	for _, f := range []string{"pollInterval", "seedMaxAge", "seedMaxSeals"} {
-		if d.present(at + "." + f) {
-			d.report(at+"."+f, "remove it", "has no effect with %s", kind)
+		if v.present(at + "." + f) {
+			v.report(at+"."+f, "remove it", "has no effect with %s", kind)
 		}
 	}
 }
 
 // age checks kms[i] of that kind, at. What is no recipient is found by what uses them.
-func (d *decoder) age(at string, k KMS) {
+func (v *validator) age(at string, k KMS) {
 	if len(k.Age.Recipients) == 0 && k.Age.RecipientsFile == "" {
-		d.report(at+".age", "write recipients: [age1…], which age-keygen prints, or name a recipientsFile", "has no recipients")
+		v.report(at+".age", "write recipients: [age1…], which age-keygen prints, or name a recipientsFile", "has no recipients")
 	}
 	if k.Name != "" && !copyName.MatchString(k.Name) {
-		d.report(at+".name", copyNameHint, copyNameText, k.Name)
+		v.report(at+".name", copyNameHint, copyNameText, k.Name)
 	}
-	d.seedless(at, "age, which has no KMS")
+	v.seedless(at, "age, which has no KMS")
 }
 
 // writers refuses providers that are for reading only where r writes with them.
-func (d *decoder) writers(at string, r Rule, providers []KMS) {
+func (v *validator) writers(at string, r Rule, providers []KMS) {
 	for _, k := range providers {
 		if k.Age != nil {
 			const text, hint = "provider %q is of kind age, whose private keys are offline: it only wraps recovery copies", "name it in recovery"
 			if k.Name == r.WriteWith {
-				d.report(at+".writeWith", hint+", and in writeWith a provider with a key", text, k.Name)
+				v.report(at+".writeWith", hint+", and in writeWith a provider with a key", text, k.Name)
 			}
 			if i := slices.Index(r.ReadWith, k.Name); i >= 0 {
-				d.report(fmt.Sprintf("%s.readWith[%d]", at, i), hint, text, k.Name)
+				v.report(fmt.Sprintf("%s.readWith[%d]", at, i), hint, text, k.Name)
 			}
 		}
 		if k.Kubernetes == nil {
@@ -125,10 +125,10 @@ func (d *decoder) writers(at string, r Rule, providers []KMS) {
 		}
 		const text = "provider %q is of kind kubernetes, which only decrypts values"
 		if k.Name == r.WriteWith {
-			d.report(at+".writeWith", "name it in readWith, and in writeWith another provider, for new values and for reencrypt", text, k.Name)
+			v.report(at+".writeWith", "name it in readWith, and in writeWith another provider, for new values and for reencrypt", text, k.Name)
 		}
 		if i := slices.Index(r.Recovery, k.Name); i >= 0 {
-			d.report(fmt.Sprintf("%s.recovery[%d]", at, i), "name it in readWith", text, k.Name)
+			v.report(fmt.Sprintf("%s.recovery[%d]", at, i), "name it in readWith", text, k.Name)
 		}
 	}
 }

@@ -15,7 +15,7 @@ import (
 	"strings"
 )
 
-func (d *decoder) listeners(listeners []Listener, endpoints []string) {
+func (v *validator) listeners(listeners []Listener, endpoints []string) {
 	seen := make(map[string]int)
 	for i, l := range listeners {
 		at := fmt.Sprintf("listeners[%d]", i)
@@ -24,61 +24,61 @@ func (d *decoder) listeners(listeners []Listener, endpoints []string) {
 		}
 		first, twice := seen[l.Address]
 		if twice && !strings.HasSuffix(l.Address, ":0") {
-			d.report(at+".address", "give each listener an address of its own", "is the address of listeners[%d] too", first)
+			v.report(at+".address", "give each listener an address of its own", "is the address of listeners[%d] too", first)
 		}
 		seen[l.Address] = i
-		d.reach(at, l)
+		v.reach(at, l)
 		if l.TLS != nil {
-			d.listenerTLS(at+".tls", l.TLS)
+			v.listenerTLS(at+".tls", l.TLS)
 		}
-		d.clients(at, l)
+		v.clients(at, l)
 		for n, u := range l.AdvertiseClientURLs {
 			parsed, err := url.Parse(u)
 			if path := fmt.Sprintf("%s.advertiseClientURLs[%d]", at, n); err != nil || parsed.Hostname() == "" || parsed.Port() == "" || parsed.Path != "" || parsed.User != nil || parsed.RawQuery != "" {
-				d.report(path, "write https://host:port", "%q is not the URL of a host and port", u)
+				v.report(path, "write https://host:port", "%q is not the URL of a host and port", u)
 			} else if want := map[bool]string{true: "https", false: "http"}[l.TLS != nil]; parsed.Scheme != want {
-				d.report(path, "", "begins with %s://, but the listener speaks %s://", parsed.Scheme, want)
+				v.report(path, "", "begins with %s://, but the listener speaks %s://", parsed.Scheme, want)
 			}
 		}
 		if l.Endpoint != "" && !slices.Contains(endpoints, l.Endpoint) {
-			d.report(at+".endpoint", "copy it from etcd.endpoints", "is not one of etcd.endpoints")
+			v.report(at+".endpoint", "copy it from etcd.endpoints", "is not one of etcd.endpoints")
 		}
 	}
 }
 
 // reach checks a listener's address against who can reach it.
-func (d *decoder) reach(at string, l Listener) {
+func (v *validator) reach(at string, l Listener) {
 	if strings.HasPrefix(l.Address, "unix:") {
-		d.socket(at+".address", l.Address)
+		v.socket(at+".address", l.Address)
 		if _, err := parseMode(l.Mode); err != nil {
-			d.report(at+".mode", `write an octal number such as "0600" or "0660"`, "%v", err)
+			v.report(at+".mode", `write an octal number such as "0600" or "0660"`, "%v", err)
 		}
 		return
 	}
 	name, fromSystemd := l.SystemdName()
-	if d.present(at + ".mode") {
+	if v.present(at + ".mode") {
 		if fromSystemd {
-			d.report(at+".mode", "set SocketMode= in the socket unit, and remove it here", "systemd makes the socket")
+			v.report(at+".mode", "set SocketMode= in the socket unit, and remove it here", "systemd makes the socket")
 		} else {
-			d.report(at+".mode", "remove it", "only unix sockets have a mode")
+			v.report(at+".mode", "remove it", "only unix sockets have a mode")
 		}
 	}
 	contradicts := l.TLS != nil && l.InsecurePlaintext
 	if contradicts {
-		d.report(at+".insecurePlaintext", "remove it, or the tls block", "contradicts tls")
+		v.report(at+".insecurePlaintext", "remove it, or the tls block", "contradicts tls")
 	}
 	if fromSystemd { // its address is known at the start
 		if !systemdName(name) {
-			d.report(at+".address", "write systemd://NAME, with the FileDescriptorName= of the socket unit", "%q is not a name of a socket", name)
+			v.report(at+".address", "write systemd://NAME, with the FileDescriptorName= of the socket unit", "%q is not a name of a socket", name)
 		}
 		return
 	}
-	host, _, ok := d.hostPort(at+".address", l.Address)
+	host, _, ok := v.hostPort(at+".address", l.Address)
 	if !ok || contradicts {
 		return
 	}
 	if text, field, hint := l.unprotected(host, l.Address); text != "" {
-		d.report(at+field, hint, "%s", text)
+		v.report(at+field, hint, "%s", text)
 	}
 }
 
@@ -125,40 +125,40 @@ func systemdName(name string) bool {
 }
 
 // clients checks the lists of client names.
-func (d *decoder) clients(at string, l Listener) {
+func (v *validator) clients(at string, l Listener) {
 	for _, list := range []struct {
 		name  string
 		names []string
 	}{{"allowedClients", l.AllowedClients}, {"ciphertextClients", l.CiphertextClients}} {
 		at := at + "." + list.name
 		if len(list.names) > 0 && (l.TLS == nil || l.TLS.ClientCAFile == "") {
-			d.report(at, "add tls with clientCAFile", "clients have no names without client certificates")
+			v.report(at, "add tls with clientCAFile", "clients have no names without client certificates")
 		}
 		for j, name := range list.names {
 			if name == "" {
-				d.report(fmt.Sprintf("%s[%d]", at, j), "", "is empty")
+				v.report(fmt.Sprintf("%s[%d]", at, j), "", "is empty")
 			} else if slices.Contains(list.names[:j], name) {
-				d.report(fmt.Sprintf("%s[%d]", at, j), "remove one of them", "%q is in the list twice", name)
+				v.report(fmt.Sprintf("%s[%d]", at, j), "remove one of them", "%q is in the list twice", name)
 			}
 		}
 	}
 }
 
-func (d *decoder) listenerTLS(at string, t *ListenerTLS) {
-	d.keyPair(at, t.CertFile, t.KeyFile)
-	d.certPool(at+".clientCAFile", t.ClientCAFile)
-	d.oneOf(at+".minVersion", t.MinVersion, "1.2", "1.3")
+func (v *validator) listenerTLS(at string, t *ListenerTLS) {
+	v.keyPair(at, t.CertFile, t.KeyFile)
+	v.certPool(at+".clientCAFile", t.ClientCAFile)
+	v.oneOf(at+".minVersion", t.MinVersion, "1.2", "1.3")
 	if t.ClientCRLFile != "" {
 		if t.ClientCAFile == "" {
-			d.report(at+".clientCRLFile", "add clientCAFile", "has no effect without clientCAFile")
-		} else if data, err := d.read(t.ClientCRLFile); err == nil {
+			v.report(at+".clientCRLFile", "add clientCAFile", "has no effect without clientCAFile")
+		} else if data, err := v.read(t.ClientCRLFile); err == nil {
 			if err := checkCRL(data); err != nil {
-				d.report(at+".clientCRLFile", "", "%s: %v", t.ClientCRLFile, err)
+				v.report(at+".clientCRLFile", "", "%s: %v", t.ClientCRLFile, err)
 			}
 		}
 	}
 	if len(t.CipherSuites) > 0 && t.MinVersion == "1.3" {
-		d.report(at+".cipherSuites", "remove it", "the suites of TLS 1.3 cannot be chosen")
+		v.report(at+".cipherSuites", "remove it", "the suites of TLS 1.3 cannot be chosen")
 		return
 	}
 	for i, name := range t.CipherSuites {
@@ -166,65 +166,13 @@ func (d *decoder) listenerTLS(at string, t *ListenerTLS) {
 		named := func(s *tls.CipherSuite) bool { return s.Name == name }
 		if j := slices.IndexFunc(tls.CipherSuites(), named); j >= 0 {
 			if !slices.Contains(tls.CipherSuites()[j].SupportedVersions, tls.VersionTLS12) {
-				d.report(at, "remove it", "%s is of TLS 1.3, whose suites cannot be chosen", name)
+				v.report(at, "remove it", "%s is of TLS 1.3, whose suites cannot be chosen", name)
 			}
 		} else if slices.ContainsFunc(tls.InsecureCipherSuites(), named) {
-			d.report(at, "remove it", "%s has known weaknesses", name)
+			v.report(at, "remove it", "%s has known weaknesses", name)
 		} else {
-			d.report(at, "use IANA names such as TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256", "%q is not a cipher suite", name)
+			v.report(at, "use IANA names such as TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256", "%q is not a cipher suite", name)
 		}
-	}
-}
-
-// certPool checks a file of certificates. A file that cannot be read was reported when it was
-// decoded.
-func (d *decoder) certPool(path, file string) {
-	if file == "" {
-		return
-	}
-	data, err := d.read(file)
-	if err != nil {
-		return
-	}
-	n := 0
-	for block, rest := pem.Decode(data); block != nil; block, rest = pem.Decode(rest) {
-		if block.Type != "CERTIFICATE" {
-			continue
-		}
-		if _, err := x509.ParseCertificate(block.Bytes); err != nil {
-			d.report(path, "replace the file", "%s: certificate %d cannot be parsed", file, n+1)
-			return
-		}
-		n++
-	}
-	if n == 0 {
-		d.report(path, "it needs at least one block that begins -----BEGIN CERTIFICATE-----", "%s holds no PEM certificate", file)
-	}
-}
-
-// keyPair checks a certificate and its key. The texts of crypto/tls name what is wrong and quote
-// nothing of the key.
-func (d *decoder) keyPair(at, certFile, keyFile string) {
-	if certFile == "" && keyFile == "" {
-		return
-	}
-	if certFile == "" || keyFile == "" {
-		if !d.bad[at+".certFile"] && !d.bad[at+".keyFile"] {
-			d.report(at, "give both, or neither", "has one of certFile and keyFile")
-		}
-		return
-	}
-	cert, err := d.read(certFile)
-	if err != nil {
-		return
-	}
-	key, err := d.read(keyFile)
-	if err != nil {
-		return
-	}
-	if _, err := tls.X509KeyPair(cert, key); err != nil {
-		d.report(at+".certFile", "check that both are PEM and belong together", "%s and %s are not a certificate and its key: %s",
-			certFile, keyFile, strings.TrimPrefix(err.Error(), "tls: "))
 	}
 }
 

@@ -16,28 +16,28 @@ const (
 )
 
 // recovery checks the recovery providers of rules[i].
-func (d *decoder) recovery(at string, i int, rules []Rule, defined []string) {
+func (v *validator) recovery(at string, i int, rules []Rule, defined []string) {
 	r := &rules[i]
 	if r.RecoveryRequired && len(r.Recovery) == 0 {
-		d.report(at+".recoveryRequired", "name providers in recovery, or remove it", "has no effect without recovery")
+		v.report(at+".recoveryRequired", "name providers in recovery, or remove it", "has no effect without recovery")
 	}
 	if len(r.Recovery) > 0 && r.WriteWith == Plaintext {
-		d.report(at+".recovery", "name them in readWith, whose providers open recovery copies too", "has no effect with writeWith: plaintext, since there are no seeds to copy")
+		v.report(at+".recovery", "name them in readWith, whose providers open recovery copies too", "has no effect with writeWith: plaintext, since there are no seeds to copy")
 		return
 	}
 	for j, name := range r.Recovery {
 		at := fmt.Sprintf("%s.recovery[%d]", at, j)
 		switch {
 		case name == Plaintext:
-			d.report(at, undefined(defined[1:]), "%q is not a KMS provider", name)
+			v.report(at, undefined(defined[1:]), "%q is not a KMS provider", name)
 		case !slices.Contains(defined, name):
-			d.report(at, undefined(defined[1:]), "no KMS provider is called %q", name)
+			v.report(at, undefined(defined[1:]), "no KMS provider is called %q", name)
 		case name == r.WriteWith:
-			d.report(at, "name another provider, with another key", "%q is the provider of writeWith itself", name)
+			v.report(at, "name another provider, with another key", "%q is the provider of writeWith itself", name)
 		case slices.Contains(r.Recovery[:j], name):
-			d.report(at, "remove one of them", "%q is in the list twice", name)
+			v.report(at, "remove one of them", "%q is in the list twice", name)
 		case !copyName.MatchString(name):
-			d.report(at, copyNameHint+"; a second entry under kms may name the same key", copyNameText, name)
+			v.report(at, copyNameHint+"; a second entry under kms may name the same key", copyNameText, name)
 		}
 	}
 	for first := range rules[:i] {
@@ -46,7 +46,7 @@ func (d *decoder) recovery(at string, i int, rules []Rule, defined []string) {
 			continue
 		}
 		if !slices.Equal(slices.Sorted(slices.Values(o.Recovery)), slices.Sorted(slices.Values(r.Recovery))) || o.RecoveryRequired != r.RecoveryRequired {
-			d.report(at, "give both the same recovery and recoveryRequired, or a second entry under kms to one of them",
+			v.report(at, "give both the same recovery and recoveryRequired, or a second entry under kms to one of them",
 				"writes with %q as rules[%d] does, and has another recovery: the seeds are the same", r.WriteWith, first)
 		}
 		break

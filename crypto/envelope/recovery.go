@@ -2,6 +2,7 @@ package envelope
 
 import (
 	"bytes"
+	"maps"
 	"strings"
 	"unicode/utf8"
 )
@@ -135,15 +136,10 @@ func (h *Header) Own() map[string][]byte {
 	if !h.HasCopies() {
 		return h.Annotations
 	}
-	var own map[string][]byte
-	for k, v := range h.Annotations {
-		if IsReserved(k) {
-			continue
-		}
-		if own == nil {
-			own = make(map[string][]byte, len(h.Annotations))
-		}
-		own[k] = v
+	own := maps.Clone(h.Annotations)
+	maps.DeleteFunc(own, func(k string, _ []byte) bool { return IsReserved(k) })
+	if len(own) == 0 {
+		return nil
 	}
 	return own
 }

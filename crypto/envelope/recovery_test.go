@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -129,15 +130,15 @@ func TestEveryByteOfACopyCorruptedAndEveryTruncation(t *testing.T) {
 			switch {
 			case err != nil && !errors.Is(err, ErrMalformed):
 				t.Fatalf("%s: %s %d: %v", v.Name, what, at, err)
-			case err == nil && cmp.Equal(c, v.Copy):
+			case err == nil && c.KeyID == v.Copy.KeyID && bytes.Equal(c.Source, v.Copy.Source) && maps.EqualFunc(c.Annotations, v.Copy.Annotations, bytes.Equal):
 				t.Fatalf("%s: %s %d changes nothing", v.Name, what, at)
 			}
 		}
 		for i := range v.Encoded {
 			for bit := range 8 {
-				b := bytes.Clone(v.Encoded)
-				b[i] ^= 1 << bit
-				differs(b, "byte", i)
+				v.Encoded[i] ^= 1 << bit
+				differs(v.Encoded, "byte", i)
+				v.Encoded[i] ^= 1 << bit
 			}
 		}
 		for n := range v.Encoded {

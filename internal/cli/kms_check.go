@@ -36,6 +36,9 @@ type providerReport struct {
 	CredentialsExpire *time.Time `json:"credentialsExpire,omitempty"`
 	// Recipients are the public keys of a provider of kind age.
 	Recipients []string `json:"recipients,omitempty"`
+	// LastTested is when an identity of a provider of kind age was last tested, now or, as the
+	// audit log says, before.
+	LastTested *time.Time `json:"lastTested,omitempty"`
 }
 
 // keyDetails is the description of a key by the KMS.
@@ -113,6 +116,7 @@ configuration names by an alias.`,
 		if err := recordTests(c, cmd.ErrOrStderr(), reports, ids != nil); err != nil {
 			return err
 		}
+		addLastTests(c, cmd.ErrOrStderr(), reports)
 		for _, r := range reports {
 			ok = ok && r.OK && (!*strict || len(r.Warnings) == 0)
 		}

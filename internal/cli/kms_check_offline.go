@@ -2,6 +2,7 @@ package cli
 
 import (
 	"io"
+	"time"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
@@ -34,10 +35,25 @@ func (r *providerReport) tryOffline(key *provider.AgeKey, ids *age.Identities) {
 // textOffline prints what is special about such a provider.
 func (r *providerReport) textOffline(w io.Writer) {
 	tested := "not tested with an identity: use --identity"
-	if len(r.Tried) > 1 {
+	switch {
+	case len(r.Tried) > 1:
 		tested = "an identity unwrapped a recovery copy"
+	case r.LastTested != nil:
+		tested = "last with an identity at " + r.LastTested.Format(time.RFC3339)
 	}
 	printable.Fprintf(w, "  recipients  %d, %s\n  tested      %s\n", len(r.Recipients), printable.Name(r.KeyID), tested)
+}
+
+// addLastTests adds to the reports of offline keys when each was tested last.
+func addLastTests(c *config.Config, stderr io.Writer, reports []providerReport) {
+	for i := range reports {
+		if r := &reports[i]; r.Backend == offlineKind && r.OK {
+			r.LastTested = command.LastTest(c, stderr, r.Name, r.KeyID)
+			if len(r.Tried) > 1 && r.LastTested == nil { // without an audit log
+				r.LastTested = when(time.Now().UTC())
+			}
+		}
+	}
 }
 
 // recordTests records which offline keys were tested with an identity, so that the audit log says

@@ -71,6 +71,10 @@ func TestKMSCheckOffline(t *testing.T) {
 			if got := strings.Contains(string(records), `"kms check"`); got != (test.outcome != "") || !strings.Contains(string(records), test.outcome) {
 				t.Errorf("the audit log:\n%s", records)
 			}
+			again := execute(t, "kms", "check", "--config", path)
+			if got := strings.Contains(again.stdout, "last with an identity at 20"); got != (test.code == 0 && test.args != nil) {
+				t.Errorf("afterwards, without an identity:\n%s", again.stdout)
+			}
 		})
 	}
 }

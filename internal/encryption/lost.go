@@ -74,8 +74,8 @@ func (lostIdentity) ID() string { return "lost" }
 // Wrap implements [keyring.OfflineKey].
 func (lostIdentity) Wrap([]byte) (file []byte, id string, err error) { return nil, "", errLostIdentity }
 
-// CanUnwrap implements [keyring.OfflineKey].
-func (lostIdentity) CanUnwrap() bool { return false }
+// CanUnwrap implements [keyring.OfflineKey]. It lets Unwrap say why it fails.
+func (lostIdentity) CanUnwrap() bool { return true }
 
 // Unwrap implements [keyring.OfflineKey].
 func (lostIdentity) Unwrap([]byte) ([]byte, error) { return nil, errLostIdentity }

@@ -138,7 +138,10 @@ func TestMetadataFaults(t *testing.T) {
 	answer := func(code, id, expiration string) http.HandlerFunc {
 		return after(text(200, `{"Code":"`+code+`","AccessKeyId":"`+id+`","AccessKeySecret":"CANARYsecret","SecurityToken":"CANARYtoken","Expiration":"`+expiration+`"}`))
 	}
-	hang := func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }
+	hang := func(_ http.ResponseWriter, r *http.Request) {
+		<-r.Context().Done()
+		panic(http.ErrAbortHandler) // else the response could still reach the client
+	}
 	for name, tc := range map[string]struct {
 		fault  http.HandlerFunc
 		class  kmsclient.Class

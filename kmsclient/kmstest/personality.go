@@ -61,7 +61,7 @@ func Personalities() []Personality {
 			Name: "aws-encryption-provider", keyID: named("arn:aws:kms:eu-central-1:111122223333:key/00000000-0000-0000-0000-%012d"),
 			beta: true, unhealthyFor: 30 * time.Second, statusCalls: 2, failingCalls: 2,
 		},
-		{Name: "vault-kubernetes-kms", keyID: named("1700000000:%d"), statusCalls: 4, failingCalls: 2},
+		{Name: "vault-kubernetes-kms", keyID: named("%d"), statusCalls: 4, failingCalls: 2},
 		{
 			Name: "k8s-cloudkms-plugin", keyID: named("projects/p/locations/global/keyRings/r/cryptoKeys/k/cryptoKeyVersions/%d"),
 			statusKeyID: func(int) string { return "projects/p/locations/global/keyRings/r/cryptoKeys/k" }, statusCalls: 1, failingCalls: 1,
@@ -71,21 +71,14 @@ func Personalities() []Personality {
 			annotations: map[string][]byte{"date.azure.akv.io": {}, "version.azure.akv.io": []byte("1"), "algorithm.azure.akv.io": []byte("RSA-OAEP-256")},
 		},
 		{Name: "barbican-kms-plugin", keyID: named("5d8a7a8e-0000-0000-0000-%012d"), Garbage: true},
-		{Name: "okms", keyID: named("urn:okms:%d"), statusCalls: 1, failingCalls: 5, ignoresDeadline: true},
+		{Name: "okms", keyID: named("0d9b7a64-0000-0000-0000-%012d"), statusCalls: 1, failingCalls: 5, ignoresDeadline: true},
 		{Name: "pkcs11-mock", keyID: named("kms-test-%d"), statusCalls: 1, failingCalls: 1},
-		{Name: "k8s-hsm-kmsv2", keyID: named("slot:0/kek-%d"), statusCalls: 1, failingCalls: 1},
+		{
+			Name: "k8s-hsm-kmsv2", keyID: func(version int) string { return hashed(version)[:16] }, OneVersion: true,
+			statusCalls: 1, failingCalls: 1,
+		},
 		{Name: "kleidi", keyID: named("kleidi/%d"), statusCalls: 1, failingCalls: 1},
 		{Name: "age-kms-plugin", keyID: named("age1-%d"), pad: 1310, Unusable: "with twelve recipients a wrapped seed has 1,310 bytes, and 1,024 can be stored"},
 		{Name: "stackit", keyID: named("stackit/%d"), lose: 2, Unusable: "it loses the last 2 of 32 bytes"},
 	}
-}
-
-// PersonalityOf returns the one of that name. It panics if there is none.
-func PersonalityOf(name string) Personality {
-	for _, p := range Personalities() {
-		if p.Name == name {
-			return p
-		}
-	}
-	panic("no personality " + name)
 }

@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"sync"
@@ -77,6 +78,7 @@ type Fleet struct {
 	mu      sync.Mutex
 	policy  Policy
 	leading bool
+	members int    // announced proxies
 	logged  string // the trouble that was logged
 }
 
@@ -91,6 +93,10 @@ const (
 	fleetRetry   = 5 * time.Second
 	fleetCheck   = time.Minute
 	fleetTimeout = 10 * time.Second
+	// fleetSpread is how long a proxy waits after a change of the announcements, at most, per
+	// announced proxy. Each proxy reads all announcements after a change. When many start at once,
+	// each of them would otherwise cause as many reads as there are proxies.
+	fleetSpread = 50 * time.Millisecond
 )
 
 // SetPolicy sets the policy of this proxy.
@@ -122,6 +128,13 @@ func (f *Fleet) setLeading(leading bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.leading = leading
+}
+
+// delay returns how long to wait for further changes, after a change of the announcements.
+func (f *Fleet) delay() time.Duration {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return rand.N(fleetSpread * time.Duration(max(1, f.members)))
 }
 
 // Members returns the announced proxies, the oldest announcement first.
@@ -196,6 +209,10 @@ func (f *Fleet) announce(ctx context.Context) error {
 	others := c.Watch(alive, f.cfg.Prefix, clientv3.WithPrefix())
 	tick := time.NewTicker(fleetCheck)
 	defer tick.Stop()
+	select {
+	case <-f.changed: // the announcement has this policy already
+	default:
+	}
 	if err := f.put(ctx, lease.ID); err != nil {
 		return err
 	}
@@ -205,6 +222,7 @@ func (f *Fleet) announce(ctx context.Context) error {
 			return nil
 		}
 		f.logProblem(err)
+		var settled <-chan time.Time // after a change
 		for idle := true; idle; {
 			select {
 			case <-ctx.Done():
@@ -218,6 +236,11 @@ func (f *Fleet) announce(ctx context.Context) error {
 				if !ok {
 					return nil
 				}
+				if settled == nil {
+					settled = time.After(f.delay())
+				}
+				continue
+			case <-settled:
 			case <-f.changed:
 				if err := f.put(ctx, lease.ID); err != nil {
 					return err
@@ -263,6 +286,9 @@ func (f *Fleet) reconcile(ctx context.Context) error {
 		return errAnnouncementGone
 	}
 	f.setLeading(members[0].ID == f.cfg.Self.ID)
+	f.mu.Lock()
+	f.members = len(members)
+	f.mu.Unlock()
 	policy := f.current()
 	if slices.ContainsFunc(members, func(m Member) bool { return m.Record != PolicyDigest(policy.Record) }) {
 		return nil

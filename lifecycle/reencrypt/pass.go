@@ -2,8 +2,6 @@ package reencrypt
 
 import (
 	"context"
-	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -24,14 +22,9 @@ type run struct {
 
 	begin    sync.Once
 	beginErr error
-
-	mu       sync.Mutex
-	done     Progress
-	left     []Skipped
-	span     inventory.Span
-	todo     bool // this pass found something to do
-	waits    map[string]*waiting
 	deferred *deferredList
+	tally
+	waits
 }
 
 func newRun(c Config) *run {
@@ -40,7 +33,7 @@ func newRun(c Config) *run {
 			*field = fallback
 		}
 	}
-	r := &run{cfg: c, waits: make(map[string]*waiting), deferred: newDeferredList()}
+	r := &run{cfg: c, waits: newWaits(c.Paused), deferred: newDeferredList()}
 	r.limits.set(c.TxnKeys, c.MaxBytes)
 	r.pace = newPace(c.Rate, c.TxnKeys, func(slow bool) {
 		if slow {
@@ -52,68 +45,15 @@ func newRun(c Config) *run {
 	return r
 }
 
-// progress returns the counts so far.
-func (r *run) progress() Progress {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.done
-}
-
-func (r *run) result() Result {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	left := slices.SortedFunc(slices.Values(r.left), func(a, b Skipped) int { return strings.Compare(a.Key, b.Key) })
-	if left == nil {
-		left = []Skipped{} // as JSON has it
-	}
-	return Result{Progress: r.done, Skipped: left, Revisions: r.span}
-}
-
-// count changes the counts.
-func (r *run) count(change func(p *Progress)) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	change(&r.done)
-}
-
 func (r *run) report() {
 	if r.cfg.Progress != nil {
 		r.cfg.Progress(r.progress())
 	}
 }
 
-// skip skips a key.
-func (r *run) skip(counter func(p *Progress) *int64, key []byte, why string) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	*counter(&r.done)++
-	if len(r.left) < MaxSkipped {
-		r.left = append(r.left, Skipped{Key: string(key), KeyBytes: inventory.KeyBytes(string(key)), Why: why})
-	}
-}
-
-// skippedForeign and the functions that follow return the counters of skipped values.
-func skippedForeign(p *Progress) *int64       { return &p.Foreign }
-func skippedPlaintext(p *Progress) *int64     { return &p.Plaintext }
-func skippedUndecryptable(p *Progress) *int64 { return &p.Undecryptable }
-func skippedRefused(p *Progress) *int64       { return &p.Refused }
-func skippedFailed(p *Progress) *int64        { return &p.Failed }
-
-// foundWork records that this pass found something to do, so that another pass must confirm that
-// nothing is left.
-func (r *run) foundWork() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.todo = true
-}
-
 // pass makes one pass over all keys, and reports whether it found anything to do.
 func (r *run) pass(ctx context.Context) (again bool, err error) {
-	r.count(func(p *Progress) {
-		p.Pass++
-		p.Keys, p.Foreign, p.Plaintext, p.Undecryptable, p.Refused, p.Failed = 0, 0, 0, 0, 0, 0
-		r.left, r.todo = r.left[:0], false
-	})
+	r.beginPass()
 	group, working := errgroup.WithContext(ctx)
 	feed := make(chan *mvccpb.KeyValue)
 	for range r.cfg.Workers {
@@ -122,12 +62,7 @@ func (r *run) pass(ctx context.Context) (again bool, err error) {
 	group.Go(func() error {
 		defer close(feed)
 		span, err := r.scan(working, feed)
-		r.count(func(*Progress) {
-			if r.span.First == 0 {
-				r.span.First = span.First
-			}
-			r.span.Last = max(r.span.Last, span.Last)
-		})
+		r.hasRead(span)
 		return err
 	})
 	if err = group.Wait(); err == nil {
@@ -137,9 +72,7 @@ func (r *run) pass(ctx context.Context) (again bool, err error) {
 	if cause := context.Cause(ctx); cause != nil {
 		return false, cause
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.todo, err
+	return r.needsAnother(), err
 }
 
 // scan reads all keys and hands them to the workers.

@@ -108,18 +108,6 @@ func (r *run) refused(ctx context.Context, i *item, err error) error {
 	return nil
 }
 
-// wrote counts the items of one transaction, applied at a revision.
-func (r *run) wrote(items []*item, revision int64) {
-	r.count(func(p *Progress) {
-		for _, i := range items {
-			p.Bytes += int64(len(i.key) + len(i.value))
-		}
-		p.Rewritten += int64(len(items))
-		p.Transactions++
-		r.span.Last = max(r.span.Last, revision)
-	})
-}
-
 // commit sends one transaction that writes items if none of their keys was written since it was
 // read, and reads them otherwise. It waits while etcd is unavailable or has no space. If a response
 // was lost, the transaction may have been applied: then the compare fails the next time, and the

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
@@ -32,42 +33,56 @@ type waiting struct {
 	why string
 }
 
-// pause reports why the run waits for something, if that has changed. Each pause is followed by one
-// resume.
-func (r *run) pause(what, why string) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	w := r.waits[what]
-	if w == nil {
-		w = &waiting{}
-		r.waits[what] = w
-	}
-	w.by++
-	r.because(what, w, why)
+// waits are the things that goroutines of a run wait for. They are safe for concurrent use.
+type waits struct {
+	paused func(what, why string) // may be nil
+	lock   sync.Mutex
+	of     map[string]*waiting
 }
 
-// because reports a reason that differs from the last one. mu is held.
-func (r *run) because(what string, w *waiting, why string) {
-	if w.why != why && r.cfg.Paused != nil {
-		r.cfg.Paused(what, why)
+func newWaits(paused func(what, why string)) waits {
+	if paused == nil {
+		paused = func(string, string) {}
 	}
-	w.why = why
+	return waits{paused: paused, of: make(map[string]*waiting)}
+}
+
+// pause reports why the run waits for something, if that has changed. Each pause is followed by one
+// resume.
+func (w *waits) pause(what, why string) { w.await(what, why, true) }
+
+// await is pause, or without begin it reports a new reason for a pause that has begun.
+func (w *waits) await(what, why string, begin bool) {
+	w.lock.Lock()
+	defer w.lock.Unlock()
+	one := w.of[what]
+	if one == nil {
+		if !begin {
+			return
+		}
+		one = &waiting{}
+		w.of[what] = one
+	}
+	if begin {
+		one.by++
+	}
+	if one.why != why {
+		w.paused(what, why)
+	}
+	one.why = why
 }
 
 // resume ends one pause. After the last one, it reports that the run continues.
-func (r *run) resume(what string) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	w := r.waits[what]
-	if w == nil {
+func (w *waits) resume(what string) {
+	w.lock.Lock()
+	defer w.lock.Unlock()
+	one := w.of[what]
+	if one == nil {
 		return
 	}
-	if w.by--; w.by > 0 {
-		return
-	}
-	delete(r.waits, what)
-	if r.cfg.Paused != nil {
-		r.cfg.Paused(what, "")
+	if one.by--; one.by == 0 {
+		delete(w.of, what)
+		w.paused(what, "")
 	}
 }
 
@@ -108,19 +123,6 @@ func (r *run) retry(ctx context.Context, what string, f func() error) error {
 		if err != nil {
 			return err
 		}
-	}
-}
-
-// await is pause, or reports a new reason for a pause that has begun.
-func (r *run) await(what, why string, begin bool) {
-	if begin {
-		r.pause(what, why)
-		return
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if w := r.waits[what]; w != nil {
-		r.because(what, w, why)
 	}
 }
 

@@ -63,9 +63,12 @@ func (a *API) Stop() {
 	a.coordination.Close()
 }
 
+// Method returns the method at a path, or nil.
+func (a *API) Method(path string) *Method { return a.methods[path] }
+
 // Lookup returns the method at a path. A method outside the table is answered with etcd's own text.
 func (a *API) Lookup(path string) (*Method, error) {
-	if m := a.methods[path]; m != nil {
+	if m := a.Method(path); m != nil {
 		return m, nil
 	}
 	rest, ok := strings.CutPrefix(path, "/")

@@ -79,11 +79,17 @@ type headerEncoder struct {
 	memo  blockMemo[[]hpack.HeaderField]
 }
 
-// encode returns the block of a header list, which is valid until the next call.
+// sameFields reports whether two lists are equal. Most are the same slice.
+func sameFields(a, b []hpack.HeaderField) bool {
+	return len(a) == len(b) && (len(a) == 0 || &a[0] == &b[0] || slices.Equal(a, b))
+}
+
+// encode returns the block of a header list, which is valid until the next call. It keeps the list,
+// which must not change.
 func (e *headerEncoder) encode(fields []hpack.HeaderField) []byte {
 	if len(fields) <= maxMemoBlock {
 		for i := range e.memo.entries {
-			if known := &e.memo.entries[i]; slices.Equal(known.value, fields) {
+			if known := &e.memo.entries[i]; sameFields(known.value, fields) {
 				return known.block
 			}
 		}
@@ -96,7 +102,7 @@ func (e *headerEncoder) encode(fields []hpack.HeaderField) []byte {
 	}
 	block := e.block.Bytes()
 	if indexedOnly(block) {
-		e.memo.add(block, slices.Clone(fields))
+		e.memo.add(block, fields)
 	} else {
 		e.memo.clear()
 	}

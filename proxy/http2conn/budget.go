@@ -41,8 +41,10 @@ type Budget struct {
 // NewBudget returns a budget of limit bytes.
 func NewBudget(limit int64) *Budget { return &Budget{limit: limit} }
 
-// held counts what the streams of a connection hold.
-type held struct {
+// limits counts what the streams of a connection hold.
+type limits struct {
+	out     *output
+	budget  *Budget // or nil
 	bytes   int
 	granted int       // streams whose message fits by [Stream.Expect]
 	exempt  int       // bytes of the one message that always fits
@@ -56,32 +58,33 @@ type queued struct {
 }
 
 // hold adds n bytes, which may be negative. The caller holds mu.
-func (c *Conn) hold(n int) {
-	c.held.bytes += n
-	if c.cfg.Budget != nil {
-		c.cfg.Budget.used.Add(int64(n))
+func (h *limits) hold(n int) {
+	h.bytes += n
+	if h.budget != nil {
+		h.budget.used.Add(int64(n))
 	}
 }
 
 // fits reports whether n more bytes are within the limits, divided by share.
-func (c *Conn) fits(n, share int) bool {
-	all := c.held.bytes + n
-	b := c.cfg.Budget
+func (h *limits) fits(n, share int) bool {
+	all := h.bytes + n
+	b := h.budget
 	return all <= maxHeld/share &&
-		(b == nil || all-c.held.exempt <= minHeld || b.used.Load()+int64(n) <= b.limit/int64(share))
+		(b == nil || all-h.exempt <= minHeld || b.used.Load()+int64(n) <= b.limit/int64(share))
 }
 
 // accept returns a new stream of a client with a header list of a size, or nil if it would exceed a
 // limit. The caller holds mu.
 func (c *Conn) accept(id uint32, headerSize int) *Stream {
 	size := streamOverhead + headerSize
-	if len(c.streams) >= MaxConcurrentStreams || !c.fits(size, 1) ||
-		c.queued.bytes > maxQueued && c.queued.streams >= maxQueuedStreams {
+	if len(c.streams) >= MaxConcurrentStreams || !c.limits.fits(size, 1) ||
+		c.send.queued.bytes > maxQueued && c.send.queued.streams >= maxQueuedStreams {
 		return nil
 	}
-	s := c.newStream(id, nil)
+	s := c.cfg.NewStream()
+	s.begin(c, id)
 	s.overhead = size
-	c.hold(size)
+	c.limits.hold(size)
 	return s
 }
 
@@ -94,8 +97,8 @@ func (s *Stream) receive(n int) bool {
 	reserved := min(n, s.reserved)
 	s.reserved -= reserved
 	s.held += n
-	s.conn.hold(n - reserved)
-	return s.granted || s.conn.fits(0, 1)
+	s.conn.limits.hold(n - reserved)
+	return s.granted || s.conn.limits.fits(0, 1)
 }
 
 // Expect opens the flow-control window of a client's stream so that the rest of a message, n bytes,
@@ -105,21 +108,20 @@ func (s *Stream) Expect(n int) {
 	c := s.conn
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if s.expected = n - s.recvWindow; s.expected <= 0 || c.closed || s.ended || s.granted {
+	if s.expected = n - s.recvWindow; s.expected <= 0 || c.closed || s.ended.Load() || s.granted {
 		return
 	}
-	c.held.waiting = append(c.held.waiting, s)
-	c.grant()
+	c.limits.waiting = append(c.limits.waiting, s)
+	c.limits.grant()
 }
 
 // grant opens the windows of waiting streams, in order, as far as they fit. The caller holds mu.
-func (c *Conn) grant() {
-	h := &c.held
+func (h *limits) grant() {
 	for len(h.waiting) > 0 {
 		s := h.waiting[0]
-		if !s.ended {
+		if !s.ended.Load() {
 			n := s.recvWindow + s.expected // the window that is there may be used, too
-			if h.granted > 0 && !c.fits(n, grantShare) {
+			if h.granted > 0 && !h.fits(n, grantShare) {
 				return
 			}
 			if h.granted == 0 {
@@ -127,8 +129,8 @@ func (c *Conn) grant() {
 			}
 			h.granted++
 			s.granted, s.reserved = true, n
-			c.hold(n)
-			_ = c.write.WriteWindowUpdate(s.id, uint32(s.expected)) //nolint:gosec // less than a message
+			h.hold(n)
+			_ = h.out.framer.WriteWindowUpdate(s.id, uint32(s.expected)) //nolint:gosec // less than a message
 			s.recvWindow += s.expected
 			s.extra += s.expected
 		}
@@ -141,29 +143,29 @@ func (c *Conn) grant() {
 // release gives back what a stream held that has ended. The caller holds conn.mu.
 func (s *Stream) release() {
 	c := s.conn
-	c.hold(-s.held - s.reserved - s.overhead)
+	c.limits.hold(-s.held - s.reserved - s.overhead)
 	s.held, s.reserved, s.overhead = 0, 0, 0
 	s.endGrant()
 	// else they are few, or most have not ended
-	if h := &c.held; len(h.waiting) > 2*len(c.streams)+16 {
-		h.waiting = slices.DeleteFunc(h.waiting, func(s *Stream) bool { return s.ended })
+	if h := &c.limits; len(h.waiting) > 2*len(c.streams)+16 {
+		h.waiting = slices.DeleteFunc(h.waiting, func(s *Stream) bool { return s.ended.Load() })
 	}
-	c.grant()
+	c.limits.grant()
 }
 
 func (s *Stream) endGrant() {
 	if s.granted {
 		s.granted = false
-		s.conn.held.granted--
+		s.conn.limits.granted--
 	}
 	if s.exempt {
 		s.exempt = false
-		s.conn.held.exempt = 0
+		s.conn.limits.exempt = 0
 	}
 }
 
 // releaseAll gives everything back. The caller holds mu.
-func (c *Conn) releaseAll() {
-	c.hold(-c.held.bytes)
-	c.held = held{}
+func (h *limits) releaseAll() {
+	h.hold(-h.bytes)
+	h.granted, h.exempt, h.waiting = 0, 0, nil
 }

@@ -83,8 +83,8 @@ func TestMessagesWaitForTheLimit(t *testing.T) {
 		for _, s := range all {
 			s.Reset(http2.ErrCodeCancel)
 		}
-		if got := budget.used.Load(); got != 0 || h.conn.held.granted != 0 || len(h.conn.held.waiting) != 0 {
-			t.Errorf("after all: %d bytes, %+v", got, h.conn.held)
+		if got := budget.used.Load(); got != 0 || h.conn.limits.granted != 0 || len(h.conn.limits.waiting) != 0 {
+			t.Errorf("after all: %d bytes, %+v", got, h.conn.limits)
 		}
 	})
 }

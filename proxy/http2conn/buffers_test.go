@@ -99,7 +99,7 @@ func TestNothingGathersAfterClose(t *testing.T) {
 			p.begin(t, h, 1, false)
 			h.data = func(s *Stream, _ []byte, _ bool) {
 				h.conn.Close() // and more has been read
-				h.conn.unannounced = connWindow / 2
+				h.conn.recv.unannounced = connWindow / 2
 				s.Data(false, nil, pattern(100))
 				s.Consumed(defaultWindow)
 			}

@@ -10,7 +10,6 @@ package http2conn
 
 import (
 	"errors"
-	"io"
 	"math"
 	"net"
 	"sync"
@@ -75,6 +74,8 @@ type Config struct {
 	WriteBuffer *WriteBuffer
 	// Plaintext is set without TLS: long data is then written from where it is, without a copy.
 	Plaintext bool
+	// NewStream, if not nil, returns the memory for the next stream of a client, with its value.
+	NewStream func() *Stream
 	// Budget limits what all servers of the process hold. Nil: only the limits of one connection
 	// apply.
 	Budget *Budget
@@ -100,72 +101,53 @@ type Config struct {
 	IdleTimeout time.Duration
 }
 
-// Conn is one connection. [Conn.Serve] reads it; all other methods are safe for concurrent use.
+// Conn is one connection. [Conn.Serve] reads it; all other methods are safe for concurrent use. Its
+// parts are what the reading goroutine knows, what is to be written, the flow control of what is
+// sent, the limits of what a client makes the process hold, and keepalive.
 type Conn struct {
 	cfg         Config
 	conn        net.Conn
 	writeBuffer *WriteBuffer
 	server      bool // the peer opens the streams
-
-	// Used by the goroutine of Serve only.
-	in            input
-	framer        *http2.Framer
-	decoder       *headerDecoder
-	useFramer     bool              // framer must read the next frame
-	frameHeader   http2.FrameHeader // of the last frame
-	lastStreamID  uint32            // the highest that the peer has opened
-	bytesRead     int64
-	windowChanges int64 // of streams, by SETTINGS frames
-	unannounced   int   // bytes received since the last WINDOW_UPDATE frame of the connection
-	turn          int   // requests since other connections had their turn
-	pings         pings
+	recvWindow  int  // initial flow-control window of the streams that the peer sends on
+	recv        receiver
+	keepalive   keepalive
 
 	closeWhenIdle atomic.Bool  // closes after the last stream
 	detaching     atomic.Bool  // Detach was called
 	reading       atomic.Bool  // waits for the peer
 	reads         atomic.Int64 // completed
-	dirty         atomic.Bool  // there may be something to flush
+	flushing      atomic.Bool  // former pending bytes are being written
 	flushMu       sync.Mutex   // held while writing to conn; locked before mu
 
 	// mu guards everything below, and the streams.
-	mu                sync.Mutex
-	pending           *[]byte        // frames to be written; nil or of cfg.Pool
-	external          externalChunks // data to be written between the bytes of pending
-	flushing          bool           // former pending bytes are being written
-	write             *http2.Framer  // to pending
-	encoder           headerEncoder
-	streams           map[uint32]*Stream
-	recentlyEnded     endedStreams // of a server
-	nextStreamID      uint32       // of a client
-	sendWindow        int64        // of the connection
-	peerInitialWindow int64        // of a new stream
-	peerMaxFrame      int
-	peerMaxStreams    uint32
-	ready             []*Stream // with queued data and an open flow-control window
-	writable          []*Stream // that Writable is to be called for
-	queued            queued    // data of all streams
-	held              held      // what streams of a server hold
-	goAwaySent        bool      // the client knows why the connection ends
-	draining          bool      // there will be no new streams
-	lastServedID      uint32    // streams above it are not served; set during a graceful shutdown
-	closed            bool
-	err               error // why it was closed
-	keepaliveTimer    *time.Timer
-	idleTimer         *time.Timer
-	shutdownTimer     *time.Timer // until the client must have seen the first GOAWAY frame
-	stallTimer        *time.Timer // until the peer must open the connection's window
+	mu             sync.Mutex
+	out            output
+	send           sender
+	limits         limits
+	streams        map[uint32]*Stream
+	recentlyEnded  endedStreams // of a server
+	lastStreamID   uint32       // the highest that the peer has opened
+	nextStreamID   uint32       // of a client
+	peerMaxStreams uint32
+	goAwaySent     bool   // the client knows why the connection ends
+	draining       bool   // there will be no new streams
+	lastServedID   uint32 // streams above it are not served; set during a graceful shutdown
+	closed         bool
+	err            error       // why it was closed
+	shutdownTimer  *time.Timer // until the client must have seen the first GOAWAY frame
 }
 
 // NewServer returns the server side of a connection. It reads nothing before [Conn.Serve].
 func NewServer(conn net.Conn, cfg Config) *Conn {
 	c := newConn(conn, cfg, MaxHeaderListSize)
-	c.server, c.lastServedID = true, math.MaxInt32
-	c.decoder.strict = cfg.Strict
-	_ = c.write.WriteSettings(
+	c.server, c.lastServedID, c.recvWindow = true, math.MaxInt32, defaultWindow
+	c.recv.decoder.strict = cfg.Strict
+	_ = c.out.framer.WriteSettings(
 		http2.Setting{ID: http2.SettingMaxConcurrentStreams, Val: MaxConcurrentStreams},
 		http2.Setting{ID: http2.SettingMaxHeaderListSize, Val: MaxHeaderListSize},
 	)
-	_ = c.write.WriteWindowUpdate(0, connWindow-defaultWindow)
+	_ = c.out.framer.WriteWindowUpdate(0, connWindow-defaultWindow)
 	return c
 }
 
@@ -173,43 +155,39 @@ func NewServer(conn net.Conn, cfg Config) *Conn {
 func NewClient(conn net.Conn, cfg Config) *Conn {
 	c := newConn(conn, cfg, maxResponseHeader)
 	c.nextStreamID = 1
-	c.append([]byte(http2.ClientPreface))
-	_ = c.write.WriteSettings(
+	c.out.append([]byte(http2.ClientPreface))
+	_ = c.out.framer.WriteSettings(
 		http2.Setting{ID: http2.SettingEnablePush, Val: 0},
 		http2.Setting{ID: http2.SettingInitialWindowSize, Val: clientWindow},
 	)
-	_ = c.write.WriteWindowUpdate(0, connWindow-defaultWindow)
+	_ = c.out.framer.WriteWindowUpdate(0, connWindow-defaultWindow)
 	return c
 }
 
 func newConn(conn net.Conn, cfg Config, maxHeaderList uint32) *Conn {
-	c := &Conn{
-		cfg: cfg, conn: conn, streams: make(map[uint32]*Stream), sendWindow: defaultWindow,
-		peerInitialWindow: defaultWindow, peerMaxFrame: maxFrameSize, peerMaxStreams: math.MaxUint32,
-	}
+	c := &Conn{cfg: cfg, conn: conn, streams: make(map[uint32]*Stream), peerMaxStreams: math.MaxUint32, recvWindow: clientWindow}
+	c.recv.Conn, c.keepalive.conn = c, c
+	c.send = sender{conn: c, out: &c.out, window: defaultWindow, initialWindow: defaultWindow, maxFrame: maxFrameSize}
+	c.limits = limits{out: &c.out, budget: cfg.Budget}
+	c.out = output{pool: cfg.Pool, plaintext: cfg.Plaintext}
 	if c.writeBuffer = cfg.WriteBuffer; c.writeBuffer == nil {
 		c.writeBuffer = NewWriteBuffer(conn)
 		c.conn = c.writeBuffer
 	}
-	c.writeBuffer.use(cfg.Pool, c.writeBufferEmpty)
-	c.in = input{read: c.read, pool: cfg.Pool}
-	c.framer = http2.NewFramer(nil, &c.in)
-	c.framer.SetReuseFrames()
-	c.framer.SetMaxReadFrameSize(maxFrameSize)
-	c.framer.MaxHeaderListSize = maxHeaderList
-	c.decoder, c.useFramer = newHeaderDecoder(maxHeaderList), true
-	c.framer.ReadMetaHeaders = c.decoder.hpack
-	c.write = http2.NewFramer((*frameSink)(c), nil)
-	c.encoder.hpack = hpack.NewEncoder(&c.encoder.block)
-	return c
-}
-
-// recvWindow is the initial flow-control window of the streams that the peer sends on.
-func (c *Conn) recvWindow() int {
-	if c.server {
-		return defaultWindow
+	if c.cfg.NewStream == nil {
+		c.cfg.NewStream = func() *Stream { return new(Stream) }
 	}
-	return clientWindow
+	c.writeBuffer.use(cfg.Pool, c.writeBufferEmpty)
+	c.recv.in = input{read: c.recv.read, pool: cfg.Pool}
+	c.recv.framer = http2.NewFramer(nil, &c.recv.in)
+	c.recv.framer.SetReuseFrames()
+	c.recv.framer.SetMaxReadFrameSize(maxFrameSize)
+	c.recv.framer.MaxHeaderListSize = maxHeaderList
+	c.recv.decoder, c.recv.useFramer = newHeaderDecoder(maxHeaderList), true
+	c.recv.framer.ReadMetaHeaders = c.recv.decoder.hpack
+	c.out.framer = http2.NewFramer(&c.out, nil)
+	c.out.encoder.hpack = hpack.NewEncoder(&c.out.encoder.block)
+	return c
 }
 
 // Close closes the connection at once. It may be called more than once.
@@ -225,17 +203,17 @@ func (c *Conn) fail(err error) {
 	lingers := first && c.server && (c.goAwaySent || errors.Is(err, errDrained))
 	if first {
 		c.closed, c.err = true, err
-		for _, t := range []*time.Timer{c.keepaliveTimer, c.idleTimer, c.shutdownTimer, c.stallTimer, c.pings.timer} {
+		for _, t := range []*time.Timer{c.keepalive.timer, c.keepalive.idleTimer, c.shutdownTimer, c.send.stallTimer, c.keepalive.ackTimer} {
 			if t != nil {
 				t.Stop()
 			}
 		}
-		c.dropPending()
+		c.out.close()
 		for _, s := range c.streams {
 			s.free()
 		}
-		c.releaseAll()
-		c.ready, c.writable = nil, nil
+		c.limits.releaseAll()
+		c.send.ready, c.send.writable = nil, nil
 	}
 	c.mu.Unlock()
 	switch {
@@ -283,12 +261,10 @@ func (c *Conn) closeIfDone() {
 		return
 	}
 	c.mu.Lock()
-	done := len(c.streams) == 0 && c.pending == nil && !c.flushing && !c.writeBuffer.full.Load() &&
+	done := len(c.streams) == 0 && c.out.pending == nil && !c.flushing.Load() && !c.writeBuffer.full.Load() &&
 		(!c.server || c.lastServedID != math.MaxInt32)
 	c.mu.Unlock()
 	if done {
 		c.fail(errDrained)
 	}
 }
-
-var _ io.Writer = (*frameSink)(nil)

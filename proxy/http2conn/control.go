@@ -8,42 +8,42 @@ import (
 )
 
 // priority ignores a priority, unless it is impossible.
-func (c *Conn) priority(id uint32, p http2.PriorityParam) error {
-	if p.StreamDep != id || !c.server {
+func (r *receiver) priority(id uint32, p http2.PriorityParam) error {
+	if p.StreamDep != id || !r.server {
 		return nil
 	}
-	c.mu.Lock()
-	s := c.streams[id]
-	c.mu.Unlock()
+	r.mu.Lock()
+	s := r.streams[id]
+	r.mu.Unlock()
 	if s == nil {
 		return &violation{http2.ErrCodeProtocol, textItself}
 	}
-	c.resetStream(id, http2.ErrCodeProtocol)
+	r.resetStream(id, http2.ErrCodeProtocol)
 	return nil
 }
 
 // reset handles a RST_STREAM frame.
-func (c *Conn) reset(f *http2.RSTStreamFrame) error {
-	if c.idleStream(f.StreamID) {
+func (r *receiver) reset(f *http2.RSTStreamFrame) error {
+	if r.idleStream(f.StreamID) {
 		return &violation{http2.ErrCodeProtocol, textIdle}
 	}
-	c.mu.Lock()
-	s := c.streams[f.StreamID]
+	r.mu.Lock()
+	s := r.streams[f.StreamID]
 	// After its END_STREAM a server may reset the stream to say that it ignores the rest of the
 	// request.
-	reset := s != nil && (c.server || !s.remoteEnd)
+	reset := s != nil && (r.server || !s.remoteEnd)
 	if s != nil {
-		s.remoteEnd = s.remoteEnd || c.server
+		s.remoteEnd = s.remoteEnd || r.server
 		s.end()
-	} else if c.server { // it ended before, but the client sends nothing on it any more
-		c.recentlyEnded.take(f.StreamID)
-		c.recentlyEnded.add(f.StreamID)
+	} else if r.server { // it ended before, but the client sends nothing on it any more
+		r.recentlyEnded.take(f.StreamID)
+		r.recentlyEnded.add(f.StreamID)
 	}
-	c.mu.Unlock()
+	r.mu.Unlock()
 	if reset {
-		c.cfg.Handler.Reset(s, f.ErrCode)
+		r.cfg.Handler.Reset(s, f.ErrCode)
 	}
-	c.closeIfDone()
+	r.closeIfDone()
 	return nil
 }
 
@@ -56,7 +56,7 @@ func (c *Conn) resetStream(id uint32, code http2.ErrCode) {
 	}
 	c.recentlyEnded.take(id) // the client gets its one answer now
 	if !c.closed {
-		_ = c.write.WriteRSTStream(id, code)
+		_ = c.out.framer.WriteRSTStream(id, code)
 	}
 	c.mu.Unlock()
 	if s != nil {
@@ -65,26 +65,26 @@ func (c *Conn) resetStream(id uint32, code http2.ErrCode) {
 }
 
 // goAway handles a GOAWAY frame.
-func (c *Conn) goAway(f *http2.GoAwayFrame) {
-	if c.server {
+func (r *receiver) goAway(f *http2.GoAwayFrame) {
+	if r.server {
 		return // the client opens no more streams, and those that are open continue
 	}
-	c.closeWhenIdle.Store(true)
-	c.mu.Lock()
-	c.draining = true
+	r.closeWhenIdle.Store(true)
+	r.mu.Lock()
+	r.draining = true
 	var refused []*Stream
-	for id, s := range c.streams {
+	for id, s := range r.streams {
 		if id > f.LastStreamID {
 			s.end()
 			refused = append(refused, s)
 		}
 	}
-	c.mu.Unlock()
+	r.mu.Unlock()
 	for _, s := range refused {
-		c.cfg.Handler.Reset(s, http2.ErrCodeRefusedStream)
+		r.cfg.Handler.Reset(s, http2.ErrCodeRefusedStream)
 	}
-	c.cfg.Handler.GoAwayReceived()
-	c.closeIfDone()
+	r.cfg.Handler.GoAwayReceived()
+	r.closeIfDone()
 }
 
 // shutdownPingTimeout is how long a client may take to answer the ping of a graceful shutdown.
@@ -106,8 +106,8 @@ func (c *Conn) GracefulShutdown() {
 		return
 	}
 	c.draining = true
-	_ = c.write.WriteGoAway(math.MaxInt32, http2.ErrCodeNo, []byte(textShutdown))
-	_ = c.write.WritePing(false, shutdownPing)
+	_ = c.out.framer.WriteGoAway(math.MaxInt32, http2.ErrCodeNo, []byte(textShutdown))
+	_ = c.out.framer.WritePing(false, shutdownPing)
 	c.shutdownTimer = time.AfterFunc(shutdownPingTimeout, func() {
 		c.finishShutdown()
 		c.cfg.Handler.FlushNeeded()
@@ -120,6 +120,6 @@ func (c *Conn) finishShutdown() {
 	defer c.mu.Unlock()
 	if c.draining && c.lastServedID == math.MaxInt32 && !c.closed {
 		c.lastServedID = c.lastStreamID
-		_ = c.write.WriteGoAway(c.lastStreamID, http2.ErrCodeNo, []byte(textShutdown))
+		_ = c.out.framer.WriteGoAway(c.lastStreamID, http2.ErrCodeNo, []byte(textShutdown))
 	}
 }

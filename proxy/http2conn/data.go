@@ -13,59 +13,63 @@ import (
 const stallTimeout = time.Minute
 
 // data handles a DATA frame, of which left bytes are still to be read.
-func (c *Conn) data(f http2.FrameHeader, data []byte, left int) error {
-	if c.idleStream(f.StreamID) {
+func (r *receiver) data(f http2.FrameHeader, data []byte, left int) error {
+	if r.idleStream(f.StreamID) {
 		return &violation{http2.ErrCodeProtocol, textIdle}
 	}
 	n := int(f.Length) // with the padding
 	end := f.Flags.Has(http2.FlagDataEndStream)
-	s := c.receive(f.StreamID, n, len(data)+left, end)
+	// Until a frame has arrived as a whole, the stream counts as one that the peer has not ended.
+	whole := left <= r.in.buffered()
+	s := r.receive(f.StreamID, n, len(data)+left, end, whole)
 	if padding := n - len(data) - left; s != nil && padding > 0 {
 		s.Consumed(padding)
 	}
 	for left > 0 {
-		next, err := c.in.next(left)
+		next, err := r.in.next(left)
 		if err != nil {
 			return err
 		}
 		if left -= len(next); left > 0 && s != nil {
-			c.cfg.Handler.Data(s, next, false)
+			r.cfg.Handler.Data(s, next, false)
 		}
 		data = next
 	}
 	if s != nil {
-		if end {
-			c.mu.Lock()
+		if end && !whole {
+			r.mu.Lock()
 			s.remoteEnd = true
-			c.mu.Unlock()
+			r.mu.Unlock()
 		}
-		c.cfg.Handler.Data(s, data, end)
+		r.cfg.Handler.Data(s, data, end)
 	}
-	c.closeIfDone()
+	r.closeIfDone()
 	return nil
 }
 
-// receive counts a DATA frame of n bytes, of which length are data. It returns its stream, or nil
+// receive counts a DATA frame of n bytes, of which length are data; whole has it end the stream. It
+// returns its stream, or nil
 // if the data is to be ignored: this side has ended the stream, or the peer breaks a rule or a
 // limit.
-func (c *Conn) receive(id uint32, n, length int, end bool) *Stream {
-	c.unannounced += n
+func (r *receiver) receive(id uint32, n, length int, end, whole bool) *Stream {
+	r.unannounced += n
 	code := http2.ErrCodeNo
-	c.mu.Lock()
-	if c.unannounced >= connWindow/2 {
-		_ = c.write.WriteWindowUpdate(0, uint32(c.unannounced)) //nolint:gosec // less than two windows
-		c.unannounced = 0
+	r.mu.Lock()
+	if r.unannounced >= connWindow/2 {
+		_ = r.out.framer.WriteWindowUpdate(0, uint32(r.unannounced)) //nolint:gosec // less than two windows
+		r.unannounced = 0
 	}
-	s := c.streams[id]
+	s := r.streams[id]
 	switch {
 	case s != nil:
 		code = s.check(n, length, end)
-	case c.recentlyEnded.take(id):
+		s.remoteEnd = s.remoteEnd || end && whole
+	case r.recentlyEnded.take(id):
 		code = http2.ErrCodeStreamClosed
 	}
-	c.mu.Unlock()
+	r.mu.Unlock()
 	if code != http2.ErrCodeNo {
-		c.resetStream(id, code)
+		r.resetStream(id, code)
 		return nil
 	}
 	return s
@@ -93,76 +97,82 @@ func (s *Stream) check(n, length int, end bool) http2.ErrCode {
 // Consumed returns n received bytes to the flow-control window of the stream.
 func (s *Stream) Consumed(n int) {
 	c := s.conn
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.closed || s.ended {
+	due := int64(c.recvWindow / 4)
+	if s.ended.Load() || !c.server && s.consumed.Add(int64(n)) < due {
 		return
 	}
-	if c.server && n > 0 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed || s.ended.Load() {
+		return
+	}
+	if c.server {
 		s.held -= n
-		c.hold(-n)
+		c.limits.hold(-n)
 		if s.held+s.reserved == 0 {
 			s.endGrant()
 		}
-		c.grant()
+		c.limits.grant()
+		extra := min(n, s.extra)
+		s.extra -= extra
+		s.consumed.Add(int64(n - extra))
 	}
-	extra := min(n, s.extra)
-	s.extra -= extra
-	if s.consumed += n - extra; s.consumed < c.recvWindow()/4 || s.remoteEnd {
+	all := s.consumed.Load()
+	if all < due || s.remoteEnd {
 		return
 	}
-	_ = c.write.WriteWindowUpdate(s.id, uint32(s.consumed)) //nolint:gosec // at most a window
-	s.recvWindow += s.consumed
-	s.consumed = 0
+	_ = c.out.framer.WriteWindowUpdate(s.id, uint32(all)) //nolint:gosec // at most a window
+	s.recvWindow += int(all)
+	s.consumed.Add(-all)
 }
 
 // windowUpdate handles a WINDOW_UPDATE frame.
-func (c *Conn) windowUpdate(id, increment uint32) error {
-	if id != 0 && c.idleStream(id) {
+func (r *receiver) windowUpdate(id, increment uint32) error {
+	if id != 0 && r.idleStream(id) {
 		return &violation{http2.ErrCodeProtocol, textIdle}
 	}
-	c.mu.Lock()
-	s, over := c.streams[id], false
+	r.mu.Lock()
+	s, over := r.streams[id], false
 	switch {
 	case id == 0:
-		if c.sendWindow += int64(increment); c.sendWindow > math.MaxInt32 {
-			c.mu.Unlock()
+		if r.send.window += int64(increment); r.send.window > math.MaxInt32 {
+			r.mu.Unlock()
 			return &violation{http2.ErrCodeFlowControl, textWindow}
 		}
 	case s != nil:
 		s.sendWindow += int64(increment)
 		if over = s.sendWindow > math.MaxInt32; !over {
-			c.enqueue(s)
+			r.send.enqueue(s)
 		}
 	}
-	c.pump()
-	c.mu.Unlock()
+	r.send.pump()
+	r.mu.Unlock()
 	if over {
-		c.resetStream(s.id, http2.ErrCodeFlowControl)
+		r.resetStream(s.id, http2.ErrCodeFlowControl)
 	}
 	return nil
 }
 
 // watchStall closes the connection if data waits for the connection's window for stallTimeout. The
 // caller holds mu.
-func (c *Conn) watchStall() {
-	stalled := len(c.ready) > 0 && c.sendWindow <= 0 && !c.closed
+func (d *sender) watchStall() {
+	stalled := len(d.ready) > 0 && d.window <= 0 && !d.conn.closed
 	switch {
-	case stalled && c.stallTimer == nil:
-		c.stallTimer = time.AfterFunc(stallTimeout, c.closeStalled)
-	case !stalled && c.stallTimer != nil:
-		c.stallTimer.Stop()
-		c.stallTimer = nil
+	case stalled && d.stallTimer == nil:
+		d.stallTimer = time.AfterFunc(stallTimeout, d.closeStalled)
+	case !stalled && d.stallTimer != nil:
+		d.stallTimer.Stop()
+		d.stallTimer = nil
 	}
 }
 
 // closeStalled closes the connection, unless the streams whose data has waited were reset.
-func (c *Conn) closeStalled() {
-	c.mu.Lock()
-	waits := slices.ContainsFunc(c.ready, func(s *Stream) bool { return !s.ended && len(s.queue) > 0 })
-	c.stallTimer = nil
-	c.mu.Unlock()
+func (d *sender) closeStalled() {
+	d.conn.mu.Lock()
+	waits := slices.ContainsFunc(d.ready, func(s *Stream) bool { return !s.ended.Load() && len(s.queue) > 0 })
+	d.stallTimer = nil
+	d.conn.mu.Unlock()
 	if waits {
-		c.fail(errStalled)
+		d.conn.fail(errStalled)
 	}
 }

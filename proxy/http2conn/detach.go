@@ -41,12 +41,12 @@ func (c *Conn) setReadDeadline(t time.Time) error {
 // detach detaches the socket, and reports whether it could: not while streams are open or frames
 // wait to be written.
 func (c *Conn) detach() bool {
-	c.flushAcks()
+	c.keepalive.flushAcks()
 	c.mu.Lock()
-	idle := !c.closed && len(c.streams) == 0 && c.pending == nil && !c.flushing
+	idle := !c.closed && len(c.streams) == 0 && c.out.pending == nil && !c.flushing.Load()
 	detached := idle && c.writeBuffer.detach()
 	if detached {
-		_ = c.write.WriteGoAway(c.lastStreamID, http2.ErrCodeNo, []byte(textShutdown))
+		_ = c.out.framer.WriteGoAway(c.lastStreamID, http2.ErrCodeNo, []byte(textShutdown))
 	}
 	c.mu.Unlock()
 	c.Flush()

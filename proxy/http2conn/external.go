@@ -1,6 +1,10 @@
 package http2conn
 
-import "google.golang.org/grpc/mem"
+import (
+	"net"
+
+	"google.golang.org/grpc/mem"
+)
 
 // minExternal is the length from which data is written from its own buffer, without a copy.
 const minExternal = 4 << 10
@@ -26,24 +30,25 @@ func (e *externalChunks) free() {
 
 // appendBuffer appends b, a part of a buffer, to what is to be written. The frame header is
 // pending.
-func (c *Conn) appendBuffer(of mem.Buffer, b []byte) {
-	if !c.cfg.Plaintext || len(b) < minExternal {
-		c.append(b)
+func (o *output) appendBuffer(of mem.Buffer, b []byte) {
+	if !o.plaintext || len(b) < minExternal {
+		o.append(b)
 		return
 	}
 	of.Ref()
-	c.external.all = append(c.external.all, externalChunk{at: len(*c.pending), data: b, of: of})
-	c.external.size += len(b)
+	o.external.all = append(o.external.all, externalChunk{at: len(*o.pending), data: b, of: of})
+	o.external.size += len(b)
 }
 
-// writeOut writes pending bytes, with the external chunks between them.
-func (c *Conn) writeOut(pending []byte, external externalChunks) error {
+// write writes former pending bytes, with the external chunks between them, to w, or to conn over
+// TLS. The caller need not hold mu.
+func (o *output) write(conn net.Conn, w *WriteBuffer, pending []byte, external externalChunks) error {
 	switch {
-	case !c.cfg.Plaintext:
-		_, err := c.conn.Write(pending)
+	case !o.plaintext:
+		_, err := conn.Write(pending)
 		return err
 	case len(external.all) == 0:
-		_, err := c.writeBuffer.Write(pending)
+		_, err := w.Write(pending)
 		return err
 	}
 	vectors := make([][]byte, 0, 2*len(external.all)+1)
@@ -52,5 +57,5 @@ func (c *Conn) writeOut(pending []byte, external externalChunks) error {
 		vectors = append(vectors, pending[at:chunk.at], chunk.data)
 		at = chunk.at
 	}
-	return c.writeBuffer.writeAll(append(vectors, pending[at:]))
+	return w.writeAll(append(vectors, pending[at:]))
 }

@@ -1,59 +1,90 @@
 package http2conn
 
-// frameSink receives the frames of the http2.Framer that writes.
-type frameSink Conn
+import (
+	"io"
+	"sync/atomic"
 
-// Write implements io.Writer.
-func (f *frameSink) Write(b []byte) (int, error) {
-	(*Conn)(f).append(b)
+	"golang.org/x/net/http2"
+	"google.golang.org/grpc/mem"
+)
+
+// output are the frames that are to be written, in order.
+type output struct {
+	pool      mem.BufferPool
+	plaintext bool           // long data is written from where it is
+	pending   *[]byte        // nil or of pool
+	external  externalChunks // data to be written between the bytes of pending
+	framer    *http2.Framer  // appends frames that are rare
+	encoder   headerEncoder
+	closed    bool
+	dirty     atomic.Bool // there may be something to flush; set by holders of mu
+}
+
+var _ io.Writer = (*output)(nil)
+
+// Write implements io.Writer, for framer.
+func (o *output) Write(b []byte) (int, error) {
+	o.append(b)
 	return len(b), nil
 }
 
-// append appends b to the pending bytes, unless the connection is closed. The caller holds mu.
-func (c *Conn) append(b []byte) {
-	if c.closed {
+// append appends b to the pending bytes, unless the connection is closed.
+func (o *output) append(b []byte) {
+	if o.closed {
 		return
 	}
-	c.dirty.Store(true)
-	have := c.pending
-	need := len(b)
-	if have != nil {
-		need += len(*have)
+	if !o.dirty.Load() { // a store costs more
+		o.dirty.Store(true)
 	}
-	if have == nil || need > cap(*have) {
-		size := max(need, minWriteSize)
-		if have != nil {
-			size = max(need, 2*cap(*have))
-		}
-		c.pending = c.cfg.Pool.Get(size)
-		*c.pending = (*c.pending)[:0]
-		if have != nil {
-			*c.pending = append(*c.pending, *have...)
-			c.cfg.Pool.Put(have)
-		}
+	if o.pending == nil || len(*o.pending)+len(b) > cap(*o.pending) {
+		o.grow(len(b))
 	}
-	*c.pending = append(*c.pending, b...)
+	*o.pending = append(*o.pending, b...)
 }
 
-// pendingBytes is how many bytes the next flush writes.
-func (c *Conn) pendingBytes() int {
-	if c.pending == nil {
+// grow makes room for n more pending bytes.
+func (o *output) grow(n int) {
+	have := o.pending
+	if have == nil {
+		o.pending = o.pool.Get(max(n, minWriteSize))
+		*o.pending = (*o.pending)[:0]
+		return
+	}
+	o.pending = o.pool.Get(max(len(*have)+n, 2*cap(*have)))
+	*o.pending = append((*o.pending)[:0], *have...)
+	o.pool.Put(have)
+}
+
+// frameHeader appends the header of a frame of n bytes, which the caller appends. http2.Framer
+// would copy the frame once more.
+func (o *output) frameHeader(n int, kind http2.FrameType, flags http2.Flags, id uint32) {
+	head := [frameHeaderSize]byte{
+		byte(n >> 16), byte(n >> 8), byte(n), byte(kind), byte(flags), //nolint:gosec // a frame has at most 16 MiB
+		byte(id >> 24), byte(id >> 16), byte(id >> 8), byte(id), //nolint:gosec // the bytes of a number
+	}
+	o.append(head[:])
+}
+
+// size is how many bytes the next flush writes.
+func (o *output) size() int {
+	if o.pending == nil {
 		return 0
 	}
-	return len(*c.pending) + c.external.size
+	return len(*o.pending) + o.external.size
 }
 
-// dropPending gives the buffers back.
-func (c *Conn) dropPending() {
-	if c.pending != nil {
-		c.cfg.Pool.Put(c.pending)
-		c.pending = nil
+// close gives the buffers back, and takes nothing more.
+func (o *output) close() {
+	o.closed = true
+	if o.pending != nil {
+		o.pool.Put(o.pending)
+		o.pending = nil
 	}
-	c.external.free()
+	o.external.free()
 }
 
 // NeedsFlush reports whether there may be something to flush, and the peer reads.
-func (c *Conn) NeedsFlush() bool { return c.dirty.Load() && !c.writeBuffer.full.Load() }
+func (c *Conn) NeedsFlush() bool { return c.out.dirty.Load() && !c.writeBuffer.full.Load() }
 
 // Flush writes the pending frames without waiting for the peer: while the peer does not read,
 // frames stay pending, and [Handler] is told by FlushNeeded when it reads again. A write error ends
@@ -70,14 +101,18 @@ func (c *Conn) Flush() {
 			writable = done
 			break
 		}
-		err := c.writeOut(*pending, external)
+		err := c.out.write(c.conn, c.writeBuffer, *pending, external)
 		c.cfg.Pool.Put(pending)
 		external.free()
 		if err != nil {
 			c.fail(err)
 			break
 		}
+		if !c.out.dirty.Load() {
+			break
+		}
 	}
+	c.flushing.Store(false)
 	c.flushMu.Unlock()
 	for _, s := range writable {
 		c.cfg.Handler.Writable(s)
@@ -91,22 +126,22 @@ func (c *Conn) takePending() (pending *[]byte, external externalChunks, writable
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.writeBuffer.full.Load() {
-		c.flushing = false
 		return nil, externalChunks{}, nil
 	}
-	c.pump()
-	if c.pending != nil {
-		pending, external = c.pending, c.external
-		c.pending, c.external = nil, externalChunks{}
-		c.flushing = true
+	c.send.pump()
+	if c.out.pending != nil {
+		pending, external = c.out.pending, c.out.external
+		c.out.pending, c.out.external = nil, externalChunks{}
+		c.flushing.Store(true)
+		c.out.dirty.Store(len(c.send.ready) > 0 || len(c.send.writable) > 0)
 		return pending, external, nil
 	}
-	for _, s := range c.writable {
+	for _, s := range c.send.writable {
 		if len(s.queue) == 0 { // else there is new data, and Writable is called after that
 			writable = append(writable, s)
 		}
 	}
-	c.writable, c.flushing = nil, false
-	c.dirty.Store(false)
+	c.send.writable = nil
+	c.out.dirty.Store(false)
 	return nil, externalChunks{}, writable
 }

@@ -17,44 +17,46 @@ const maxText = 4 << 10
 const turnRequests = 16
 
 // headers handles a header block: a new request, a response header, or a trailer.
-func (c *Conn) headers(f *headerFrame) error {
-	if c.server {
-		return c.request(f)
+func (r *receiver) headers(f *headerFrame) error {
+	if r.server {
+		return r.request(f)
 	}
 	if f.truncated {
-		c.resetStream(f.StreamID, http2.ErrCodeFrameSize)
+		r.resetStream(f.StreamID, http2.ErrCodeFrameSize)
 		return nil
 	}
-	c.mu.Lock()
-	s := c.streams[f.StreamID]
+	r.mu.Lock()
+	s := r.streams[f.StreamID]
 	ended := s != nil && s.remoteEnd
-	if s != nil && f.ends() {
-		s.remoteEnd = true
+	if s != nil && f.ends() && !ended {
+		if s.remoteEnd = true; s.localEnd {
+			s.end() // the handler need not finish it
+		}
 	}
-	c.mu.Unlock()
+	r.mu.Unlock()
 	switch {
 	case s == nil: // this side has ended it
 	case ended:
-		c.resetStream(s.id, http2.ErrCodeStreamClosed)
+		r.resetStream(s.id, http2.ErrCodeStreamClosed)
 	default:
-		c.cfg.Handler.Headers(s, f.fields, f.ends())
+		r.cfg.Handler.Headers(s, f.fields, f.ends())
 	}
 	return nil
 }
 
 // request begins a stream of a client, or ends one by a trailer.
-func (c *Conn) request(f *headerFrame) error {
+func (r *receiver) request(f *headerFrame) error {
 	id := f.StreamID
-	if id <= c.lastStreamID {
-		c.mu.Lock()
-		s := c.streams[id]
-		c.mu.Unlock()
+	if id <= r.lastStreamID {
+		r.mu.Lock()
+		s := r.streams[id]
+		r.mu.Unlock()
 		if s != nil {
-			c.trailer(s, f)
+			r.trailer(s, f)
 			return nil
 		}
 	}
-	if id%2 != 1 || id <= c.lastStreamID {
+	if id%2 != 1 || id <= r.lastStreamID {
 		// as grpc-go
 		text := fmt.Sprintf("received an illegal stream id: %v. headers frame: %+v", id, f.FrameHeader)
 		return &violation{http2.ErrCodeProtocol, text[:min(len(text), maxText)]}
@@ -63,33 +65,33 @@ func (c *Conn) request(f *headerFrame) error {
 	if f.malformed || f.ends() && f.declared > 0 || f.onItself {
 		code = http2.ErrCodeProtocol
 	}
-	c.mu.Lock()
-	c.lastStreamID = id
+	r.mu.Lock()
+	r.lastStreamID = id
 	var s *Stream
-	served := id <= c.lastServedID // else the client was told that it is not
+	served := id <= r.lastServedID // else the client was told that it is not
 	if served && code == http2.ErrCodeNo {
-		if s = c.accept(id, f.size); s == nil {
+		if s = r.accept(id, f.size); s == nil {
 			code = http2.ErrCodeRefusedStream
 		}
 	}
 	if s != nil {
 		s.remoteEnd, s.declared = f.ends(), f.declared
 		if f.truncated {
-			c.writeHeaderBlock(s, headerListTooLarge(f.fields), true)
+			r.send.headerBlock(s, headerListTooLarge(f.fields), true)
 		}
 	}
-	c.mu.Unlock()
+	r.mu.Unlock()
 	switch {
 	case code != http2.ErrCodeNo:
-		c.resetStream(id, code)
+		r.resetStream(id, code)
 		return nil
 	case !served || f.truncated:
 		return nil
 	}
-	c.cfg.Handler.Headers(s, f.fields, f.ends())
-	c.closeIfDone()
-	if c.turn++; c.turn >= turnRequests {
-		c.turn = 0
+	r.cfg.Handler.Headers(s, f.fields, f.ends())
+	r.closeIfDone()
+	if r.turn++; r.turn >= turnRequests {
+		r.turn = 0
 		runtime.Gosched()
 	}
 	return nil
@@ -112,8 +114,8 @@ func headerListTooLarge(fields []hpack.HeaderField) []hpack.HeaderField {
 }
 
 // trailer ends a request with header fields, which gRPC does not use.
-func (c *Conn) trailer(s *Stream, f *headerFrame) {
-	c.mu.Lock()
+func (r *receiver) trailer(s *Stream, f *headerFrame) {
+	r.mu.Lock()
 	code := http2.ErrCodeNo
 	switch {
 	case s.remoteEnd:
@@ -125,11 +127,11 @@ func (c *Conn) trailer(s *Stream, f *headerFrame) {
 	default:
 		s.remoteEnd = true
 	}
-	c.mu.Unlock()
+	r.mu.Unlock()
 	if code != http2.ErrCodeNo {
-		c.resetStream(s.id, code)
+		r.resetStream(s.id, code)
 		return
 	}
-	c.cfg.Handler.Data(s, nil, true)
-	c.closeIfDone()
+	r.cfg.Handler.Data(s, nil, true)
+	r.closeIfDone()
 }

@@ -214,7 +214,7 @@ func TestTableSize(t *testing.T) {
 				h.conn.Flush()
 				p.expect(t, fmt.Sprint("HEADERS ", id, " grpc-status=0 end"))
 			}
-			if got := h.conn.encoder.hpack.MaxDynamicTableSize(); got != min(size, 4096) {
+			if got := h.conn.out.encoder.hpack.MaxDynamicTableSize(); got != min(size, 4096) {
 				t.Errorf("the table has %d bytes, want %d", got, size)
 			}
 		})

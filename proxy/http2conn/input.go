@@ -94,6 +94,9 @@ func (in *input) gather(n int) ([]byte, error) {
 	return (*in.buf)[in.r:in.w], nil
 }
 
+// buffered is how many bytes were read and not returned.
+func (in *input) buffered() int { return in.w - in.r }
+
 // resize replaces the empty buffer.
 func (in *input) resize(size int) {
 	in.free()

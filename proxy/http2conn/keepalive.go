@@ -12,65 +12,75 @@ var (
 	errStalled   = errors.New("the peer takes no data")
 )
 
-// keepAlive sends a ping when the peer has been idle for KeepaliveTime. A timer compares counters,
+// keepalive sends pings to the peer and acknowledges those of the peer. The mu of the connection
+// guards the timers.
+type keepalive struct {
+	conn      *Conn
+	timer     *time.Timer
+	idleTimer *time.Timer
+	ackTimer  *time.Timer // flushes acknowledgements that wait
+	ackArmed  bool
+}
+
+// start sends a ping when the peer has been idle for KeepaliveTime. A timer compares counters,
 // so that reading costs nothing.
-func (c *Conn) keepAlive() {
-	if c.cfg.KeepaliveTime == 0 {
+func (k *keepalive) start() {
+	if k.conn.cfg.KeepaliveTime == 0 {
 		return
 	}
-	reads, pinged := c.reads.Load(), false
+	reads, pinged := k.conn.reads.Load(), false
 	var check func()
 	check = func() {
-		next := c.cfg.KeepaliveTime
-		now, reading := c.reads.Load(), c.reading.Load()
-		c.mu.Lock()
-		permitted := len(c.streams) > 0 || c.cfg.PermitWithoutStream
-		c.mu.Unlock()
+		next := k.conn.cfg.KeepaliveTime
+		now, reading := k.conn.reads.Load(), k.conn.reading.Load()
+		k.conn.mu.Lock()
+		permitted := len(k.conn.streams) > 0 || k.conn.cfg.PermitWithoutStream
+		k.conn.mu.Unlock()
 		switch {
 		case now != reads || !reading:
 			// while this side does not read, the peer may have sent something
 			reads, pinged = now, false
 		case pinged:
-			c.fail(errKeepalive)
+			k.conn.fail(errKeepalive)
 			return
 		case permitted:
-			pinged, next = true, c.cfg.KeepaliveTimeout
-			c.mu.Lock()
-			if !c.closed {
-				_ = c.write.WritePing(false, [8]byte{})
+			pinged, next = true, k.conn.cfg.KeepaliveTimeout
+			k.conn.mu.Lock()
+			if !k.conn.closed {
+				_ = k.conn.out.framer.WritePing(false, [8]byte{})
 			}
-			c.mu.Unlock()
-			c.cfg.Handler.FlushNeeded()
+			k.conn.mu.Unlock()
+			k.conn.cfg.Handler.FlushNeeded()
 		}
-		c.setKeepaliveTimer(next, check)
+		k.setTimer(next, check)
 	}
-	c.setKeepaliveTimer(c.cfg.KeepaliveTime, check)
+	k.setTimer(k.conn.cfg.KeepaliveTime, check)
 }
 
-func (c *Conn) setKeepaliveTimer(d time.Duration, check func()) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if !c.closed {
-		c.keepaliveTimer = time.AfterFunc(d, check)
+func (k *keepalive) setTimer(d time.Duration, check func()) {
+	k.conn.mu.Lock()
+	defer k.conn.mu.Unlock()
+	if !k.conn.closed {
+		k.timer = time.AfterFunc(d, check)
 	}
 }
 
 // startIdleTimer has a client close a connection that stays without streams. The caller holds mu.
-func (c *Conn) startIdleTimer() {
-	if c.cfg.IdleTimeout == 0 || c.closed || len(c.streams) > 0 {
+func (k *keepalive) startIdleTimer() {
+	if k.conn.cfg.IdleTimeout == 0 || k.conn.closed || len(k.conn.streams) > 0 {
 		return
 	}
-	if c.idleTimer != nil {
-		c.idleTimer.Stop()
+	if k.idleTimer != nil {
+		k.idleTimer.Stop()
 	}
-	c.idleTimer = time.AfterFunc(c.cfg.IdleTimeout, func() {
-		c.mu.Lock()
-		c.draining = c.draining || len(c.streams) == 0
-		draining := c.draining
-		c.mu.Unlock()
+	k.idleTimer = time.AfterFunc(k.conn.cfg.IdleTimeout, func() {
+		k.conn.mu.Lock()
+		k.conn.draining = k.conn.draining || len(k.conn.streams) == 0
+		draining := k.conn.draining
+		k.conn.mu.Unlock()
 		if draining {
-			c.closeWhenIdle.Store(true)
-			c.closeIfDone()
+			k.conn.closeWhenIdle.Store(true)
+			k.conn.closeIfDone()
 		}
 	})
 }
@@ -79,11 +89,6 @@ func (c *Conn) startIdleTimer() {
 type pings struct {
 	last    time.Time
 	strikes int
-	reset   bool // this side has sent headers or data since the last ping
-
-	// Guarded by conn.mu.
-	timer *time.Timer // flushes acknowledgements that wait
-	armed bool
 }
 
 // ackDelay is how long the acknowledgement of a ping waits for frames that it can leave with. A
@@ -92,37 +97,40 @@ type pings struct {
 // within the same time is delayed, so that a connection with few calls needs no timer.
 const ackDelay = 5 * time.Millisecond
 
-// acknowledge writes the acknowledgement of a ping. The caller holds mu.
-func (c *Conn) acknowledge(data [8]byte, now time.Time) {
+// acknowledge writes the acknowledgement of a ping, which may wait if the ping has come soon after
+// another one. The caller holds mu.
+func (k *keepalive) acknowledge(data [8]byte, soon bool) {
+	out := &k.conn.out
 	// Serve flushes before it detaches, and a peer that only sends pings gets its answers in time.
-	waits := now.Sub(c.pings.last) < ackDelay && c.pendingBytes() < minWriteSize/2 && !c.dirty.Load() && !c.detaching.Load()
-	_ = c.write.WritePing(true, data)
+	waits := soon && out.size() < minWriteSize/2 && !out.dirty.Load() && !k.conn.detaching.Load()
+	out.frameHeader(len(data), http2.FramePing, http2.FlagPingAck, 0)
+	out.append(data[:])
 	if !waits {
 		return
 	}
-	c.dirty.Store(false)
+	out.dirty.Store(false)
 	switch {
-	case c.pings.armed || c.closed:
+	case k.ackArmed || k.conn.closed:
 		return
-	case c.pings.timer == nil:
-		c.pings.timer = time.AfterFunc(ackDelay, c.flushAcks)
+	case k.ackTimer == nil:
+		k.ackTimer = time.AfterFunc(ackDelay, k.flushAcks)
 	default:
-		c.pings.timer.Reset(ackDelay)
+		k.ackTimer.Reset(ackDelay)
 	}
-	c.pings.armed = true
+	k.ackArmed = true
 }
 
 // flushAcks has the acknowledgements flushed that still wait.
-func (c *Conn) flushAcks() {
-	c.mu.Lock()
-	c.pings.armed = false
-	waits := c.pending != nil
+func (k *keepalive) flushAcks() {
+	k.conn.mu.Lock()
+	k.ackArmed = false
+	waits := k.conn.out.pending != nil
 	if waits {
-		c.dirty.Store(true)
+		k.conn.out.dirty.Store(true)
 	}
-	c.mu.Unlock()
+	k.conn.mu.Unlock()
 	if waits {
-		c.cfg.Handler.FlushNeeded()
+		k.conn.cfg.Handler.FlushNeeded()
 	}
 }
 
@@ -134,36 +142,36 @@ const (
 )
 
 // ping handles a PING frame.
-func (c *Conn) ping(ack bool, data [8]byte) error {
+func (r *receiver) ping(ack bool, data [8]byte) error {
 	if ack {
-		if c.server && data == shutdownPing {
-			c.finishShutdown()
+		if r.server && data == shutdownPing {
+			r.finishShutdown()
 		}
 		return nil
 	}
 	now := time.Now()
-	c.mu.Lock()
-	c.acknowledge(data, now)
-	streams := len(c.streams)
-	reset := c.pings.reset
-	c.pings.reset = false
-	c.mu.Unlock()
-	since := now.Sub(c.pings.last)
-	c.pings.last = now
-	if !c.server || c.cfg.MinPingInterval == 0 {
+	since := now.Sub(r.pings.last)
+	r.pings.last = now
+	r.mu.Lock()
+	r.keepalive.acknowledge(data, since < ackDelay)
+	streams := len(r.streams)
+	active := r.send.active
+	r.send.active = false
+	r.mu.Unlock()
+	if !r.server || r.cfg.MinPingInterval == 0 {
 		return nil
 	}
-	interval := c.cfg.MinPingInterval
+	interval := r.cfg.MinPingInterval
 	if streams == 0 {
 		interval = idleMinInterval
 	}
 	switch {
-	case reset:
-		c.pings.strikes = 0
+	case active:
+		r.pings.strikes = 0
 	case since < interval:
-		c.pings.strikes++
+		r.pings.strikes++
 	}
-	if c.pings.strikes > maxPingStrikes {
+	if r.pings.strikes > maxPingStrikes {
 		return &violation{http2.ErrCodeEnhanceYourCalm, "too_many_pings"}
 	}
 	return nil

@@ -143,7 +143,7 @@ func TestHeadersAfterTheEnd(t *testing.T) {
 			reset:   func(s *Stream, code http2.ErrCode) { got = append(got, fmt.Sprint("reset ", s.id, code)) },
 		}
 		p := dialOne(t, h, Config{})
-		h.conn.Open(nil, request, true)
+		h.conn.Open(nil, request, false)
 		h.conn.Open(nil, request, true).Reset(http2.ErrCodeCancel)
 		h.conn.Flush()
 		p.says(t)

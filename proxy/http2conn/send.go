@@ -1,6 +1,8 @@
 package http2conn
 
 import (
+	"time"
+
 	"golang.org/x/net/http2"
 	"google.golang.org/grpc/mem"
 )
@@ -11,7 +13,7 @@ func (s *Stream) Data(end bool, head, body []byte) bool {
 	c := s.conn
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.closed || s.ended || s.localEnd || s.endQueued {
+	if c.closed || s.ended.Load() || s.localEnd || s.endQueued {
 		return true
 	}
 	return s.data(end, head, body)
@@ -22,15 +24,15 @@ func (s *Stream) data(end bool, head, body []byte) bool {
 	c := s.conn
 	for len(s.queue) == 0 {
 		all := len(head) + len(body)
-		n := min(all, c.sendRoom(s))
+		n := min(all, c.send.room(s))
 		if n == 0 && (all > 0 || !end) {
 			break
 		}
 		h := min(n, len(head))
-		c.appendDataHeader(s, n, end && n == all)
-		c.append(head[:h])
-		c.append(body[:n-h])
-		c.dataSent(s, n, end && n == all)
+		c.out.dataHeader(s, n, end && n == all)
+		c.out.append(head[:h])
+		c.out.append(body[:n-h])
+		c.send.sent(s, n, end && n == all)
 		if head, body = head[h:], body[n-h:]; n == all {
 			return true
 		}
@@ -49,7 +51,7 @@ func (s *Stream) Buffers(end bool, head []byte, body mem.BufferSlice) bool {
 	c := s.conn
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.closed || s.ended || s.localEnd || s.endQueued {
+	if c.closed || s.ended.Load() || s.localEnd || s.endQueued {
 		body.Free()
 		return true
 	}
@@ -63,8 +65,8 @@ func (s *Stream) Buffers(end bool, head []byte, body mem.BufferSlice) bool {
 	s.queue = append(s.queue, body...)
 	s.countQueued(len(head) + body.Len())
 	s.endQueued = end
-	c.enqueue(s)
-	c.pump()
+	c.send.enqueue(s)
+	c.send.pump()
 	return s.queueEnd(end)
 }
 
@@ -74,93 +76,106 @@ func (s *Stream) queueEnd(end bool) bool {
 		return true
 	}
 	s.endQueued = s.endQueued || end
-	s.conn.enqueue(s)
-	s.conn.watchStall()
+	s.conn.send.enqueue(s)
+	s.conn.send.watchStall()
 	return false
 }
 
 // countQueued adds n bytes, which may be negative, to what is queued.
 func (s *Stream) countQueued(n int) {
-	q, before := &s.conn.queued, s.queuedBytes
-	s.queuedBytes += n
+	if n == 0 {
+		return
+	}
+	q, now := &s.conn.send.queued, int(s.queuedBytes.Add(int64(n)))
 	q.bytes += n
-	switch {
-	case before == 0 && s.queuedBytes > 0:
+	switch now {
+	case n:
 		q.streams++
-	case before > 0 && s.queuedBytes == 0:
+	case 0:
 		q.streams--
 	}
 }
 
-// sendRoom is how many bytes of a stream the next DATA frame may have.
-func (c *Conn) sendRoom(s *Stream) int {
-	return int(max(0, min(s.sendWindow, c.sendWindow, int64(c.peerMaxFrame), int64(flushLimit-c.pendingBytes()))))
+// sender is the flow control of what is sent: it knows the windows of the peer, and which streams
+// have data that waits for them. The mu of the connection guards it.
+type sender struct {
+	conn          *Conn
+	out           *output
+	window        int64 // of the connection
+	initialWindow int64 // of a new stream
+	maxFrame      int
+	ready         []*Stream   // with queued data and an open flow-control window
+	writable      []*Stream   // that Writable is to be called for
+	queued        queued      // data of all streams
+	stallTimer    *time.Timer // until the peer must open the connection's window
+	active        bool        // headers or data were sent since the last ping
 }
 
-// appendDataHeader writes the header of a DATA frame of n bytes, which the caller appends.
-// http2.Framer would copy the data once more.
-func (c *Conn) appendDataHeader(s *Stream, n int, end bool) {
-	flags := byte(0)
+// room is how many bytes of a stream the next DATA frame may have.
+func (d *sender) room(s *Stream) int {
+	return int(max(0, min(s.sendWindow, d.window, int64(d.maxFrame), int64(flushLimit-d.out.size()))))
+}
+
+// dataHeader writes the header of a DATA frame of n bytes, which the caller appends.
+func (o *output) dataHeader(s *Stream, n int, end bool) {
+	flags := http2.Flags(0)
 	if end {
-		flags = byte(http2.FlagDataEndStream)
+		flags = http2.FlagDataEndStream
 	}
-	c.append([]byte{
-		byte(n >> 16), byte(n >> 8), byte(n), byte(http2.FrameData), flags, //nolint:gosec // a frame has at most 16 MiB
-		byte(s.id >> 24), byte(s.id >> 16), byte(s.id >> 8), byte(s.id), //nolint:gosec // the bytes of a number
-	})
+	o.frameHeader(n, http2.FrameData, flags, s.id)
 }
 
-// dataSent counts a DATA frame of n bytes.
-func (c *Conn) dataSent(s *Stream, n int, end bool) {
+// sent counts a DATA frame of n bytes.
+func (d *sender) sent(s *Stream, n int, end bool) {
 	s.sendWindow -= int64(n)
-	c.sendWindow -= int64(n)
-	c.pings.reset = true
+	d.window -= int64(n)
+	d.active = true
 	if end {
-		c.endSent(s)
+		d.endSent(s)
 	}
 }
 
 // enqueue has pump send from a stream, if it has queued data and its window is open.
-func (c *Conn) enqueue(s *Stream) {
-	if !s.inReady && !s.ended && len(s.queue) > 0 && s.sendWindow > 0 {
+func (d *sender) enqueue(s *Stream) {
+	if !s.inReady && !s.ended.Load() && len(s.queue) > 0 && s.sendWindow > 0 {
 		s.inReady = true
-		c.ready = append(c.ready, s)
+		d.ready = append(d.ready, s)
 	}
 }
 
 // pump moves queued data to the pending bytes, one frame of each stream in turn.
-func (c *Conn) pump() {
-	for len(c.ready) > 0 && c.sendWindow > 0 && c.pendingBytes() < flushLimit && !c.closed {
-		s := c.ready[0]
-		c.ready[0] = nil
-		c.ready = c.ready[1:]
+func (d *sender) pump() {
+	for len(d.ready) > 0 && d.window > 0 && d.out.size() < flushLimit && !d.conn.closed {
+		s := d.ready[0]
+		d.ready[0] = nil
+		d.ready = d.ready[1:]
 		s.inReady = false
-		if s.ended || len(s.queue) == 0 {
+		if s.ended.Load() || len(s.queue) == 0 {
 			continue
 		}
-		c.sendQueued(s)
-		c.enqueue(s)
+		d.sendQueued(s)
+		d.enqueue(s)
 	}
-	if len(c.ready) == 0 {
-		c.ready = nil
+	if len(d.ready) == 0 {
+		d.ready = nil
 	}
-	c.watchStall()
+	d.watchStall()
 }
 
 // sendQueued sends one frame of the queued data of a stream, and the trailer after the last.
-func (c *Conn) sendQueued(s *Stream) {
-	queued := s.queuedBytes
-	n := min(queued, c.sendRoom(s))
+func (d *sender) sendQueued(s *Stream) {
+	queued := int(s.queuedBytes.Load())
+	n := min(queued, d.room(s))
 	if n == 0 && queued > 0 {
 		return
 	}
 	end := n == queued && s.endQueued && s.trailer == nil
 	if n > 0 || end {
-		c.appendDataHeader(s, n, end)
+		d.out.dataHeader(s, n, end)
 		for left := n; left > 0; {
 			b := s.queue[0].ReadOnlyData()[s.offset:]
 			b = b[:min(left, len(b))]
-			c.appendBuffer(s.queue[0], b)
+			d.out.appendBuffer(s.queue[0], b)
 			left -= len(b)
 			if s.offset += len(b); s.offset == s.queue[0].Len() {
 				s.queue[0].Free()
@@ -169,17 +184,17 @@ func (c *Conn) sendQueued(s *Stream) {
 			}
 		}
 		s.countQueued(-n)
-		c.dataSent(s, n, end)
+		d.sent(s, n, end)
 	}
-	if n < queued || s.ended {
+	if n < queued || s.ended.Load() {
 		return
 	}
 	s.free()
 	if trailer := s.trailer; trailer != nil {
 		s.trailer = nil
-		c.writeHeaderBlock(s, trailer, s.endQueued)
+		d.headerBlock(s, trailer, s.endQueued)
 	}
-	if !s.ended {
-		c.writable = append(c.writable, s)
+	if !s.ended.Load() {
+		d.writable = append(d.writable, s)
 	}
 }

@@ -123,7 +123,7 @@ func TestSentOfMuch(t *testing.T) {
 			t.Error("more is gathered than the limit")
 		}
 		s.Headers(okTrailer, true)
-		if got := len(*h.conn.pending); got > flushLimit+maxFrameSize {
+		if got := len(*h.conn.out.pending); got > flushLimit+maxFrameSize {
 			t.Errorf("%d bytes were gathered", got)
 		}
 		h.conn.Flush()

@@ -12,23 +12,39 @@ import (
 	"golang.org/x/net/http2"
 )
 
+// receiver is what the goroutine of [Conn.Serve] alone uses: it reads and handles the frames of the
+// peer.
+type receiver struct {
+	*Conn
+	in            input
+	framer        *http2.Framer
+	decoder       *headerDecoder
+	useFramer     bool              // framer must read the next frame
+	frameHeader   http2.FrameHeader // of the last frame
+	bytesRead     int64
+	windowChanges int64 // of streams, by SETTINGS frames
+	unannounced   int   // bytes received since the last WINDOW_UPDATE frame of the connection
+	turn          int   // requests since other connections had their turn
+	pings         pings
+}
+
 // errDrained closes a connection after its last stream.
 var errDrained = errors.New("the connection was drained")
 
 // Serve reads the connection until it ends, closes it and returns the reason. Afterwards
 // [Conn.Streams] returns the streams that had not ended.
 func (c *Conn) Serve() error {
-	err := c.serve()
+	err := c.recv.serve()
 	detaching := c.detaching.Load() && errors.Is(err, os.ErrDeadlineExceeded)
 	detached := detaching && c.detach()
 	if detaching && !detached {
 		c.sendGoAway(http2.ErrCodeNo, textShutdown)
-	} else if v := c.connectionError(err); v != nil && c.server { // a client just closes
-		c.noteOpened()
+	} else if v := c.recv.connectionError(err); v != nil && c.server { // a client just closes
+		c.recv.noteOpened()
 		c.sendGoAway(v.code, v.text)
 	}
 	c.fail(err)
-	c.in.free()
+	c.recv.in.free()
 	if !detached {
 		_, _ = io.Copy(io.Discard, c.conn) // it ends at once, unless the connection lingers
 	}
@@ -39,30 +55,30 @@ func (c *Conn) Serve() error {
 	return c.err
 }
 
-func (c *Conn) serve() error {
-	if c.cfg.HandshakeTimeout > 0 {
-		if err := c.setReadDeadline(time.Now().Add(c.cfg.HandshakeTimeout)); err != nil {
+func (r *receiver) serve() error {
+	if r.cfg.HandshakeTimeout > 0 {
+		if err := r.setReadDeadline(time.Now().Add(r.cfg.HandshakeTimeout)); err != nil {
 			return err
 		}
 	}
-	if c.server {
-		if err := c.readPreface(); err != nil {
+	if r.server {
+		if err := r.readPreface(); err != nil {
 			return err
 		}
 	}
-	c.keepAlive()
-	c.mu.Lock()
-	c.startIdleTimer()
-	c.mu.Unlock()
-	if err := c.firstFrame(); err != nil {
+	r.keepalive.start()
+	r.mu.Lock()
+	r.keepalive.startIdleTimer()
+	r.mu.Unlock()
+	if err := r.firstFrame(); err != nil {
 		return err
 	}
-	c.cfg.Handler.SettingsReceived()
+	r.cfg.Handler.SettingsReceived()
 	for {
-		if err := c.nextFrame(); err != nil {
+		if err := r.nextFrame(); err != nil {
 			// the whole frame was read, and only its stream is wrong
 			if bad, ok := errors.AsType[http2.StreamError](err); ok {
-				err = c.resetMalformed(bad)
+				err = r.resetMalformed(bad)
 			}
 			if err != nil {
 				return err
@@ -72,38 +88,38 @@ func (c *Conn) serve() error {
 }
 
 // firstFrame reads the frame with which each peer begins.
-func (c *Conn) firstFrame() error {
-	f, err := c.readFrame()
+func (r *receiver) firstFrame() error {
+	f, err := r.readFrame()
 	if err == nil {
-		err = c.setReadDeadline(time.Time{})
+		err = r.setReadDeadline(time.Time{})
 	}
 	_, bad := errors.AsType[http2.StreamError](err)
 	if _, ok := f.(*http2.SettingsFrame); !ok && (err == nil || bad) {
 		return &violation{http2.ErrCodeProtocol, textFirst}
 	}
 	switch {
-	case c.lingers():
+	case r.lingers():
 		return errDrained
 	case err != nil:
 		return err
 	}
-	return c.handle(f)
+	return r.handle(f)
 }
 
 // lingers reports whether the connection only waits for the client to close it.
-func (c *Conn) lingers() bool {
-	if !c.closeWhenIdle.Load() {
+func (r *receiver) lingers() bool {
+	if !r.closeWhenIdle.Load() {
 		return false
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.closed
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.closed
 }
 
-func (c *Conn) readPreface() error {
+func (r *receiver) readPreface() error {
 	var got [len(http2.ClientPreface)]byte
-	c.cfg.Handler.FlushNeeded()
-	if _, err := io.ReadFull(c.conn, got[:]); err != nil {
+	r.cfg.Handler.FlushNeeded()
+	if _, err := io.ReadFull(r.conn, got[:]); err != nil {
 		return fmt.Errorf("read the preface: %w", err)
 	}
 	if string(got[:]) != http2.ClientPreface {
@@ -116,7 +132,7 @@ func (c *Conn) readPreface() error {
 func (c *Conn) sendGoAway(code http2.ErrCode, text string) {
 	c.mu.Lock()
 	if !c.closed {
-		_ = c.write.WriteGoAway(c.lastStreamID, code, []byte(text))
+		_ = c.out.framer.WriteGoAway(c.lastStreamID, code, []byte(text))
 		c.goAwaySent = true
 	}
 	c.mu.Unlock()
@@ -125,34 +141,34 @@ func (c *Conn) sendGoAway(code http2.ErrCode, text string) {
 }
 
 // read reads from the connection after a flush: the peer may wait for what is pending.
-func (c *Conn) read(b []byte) (int, error) {
-	c.cfg.Handler.FlushNeeded()
-	if c.cfg.BeforeRead != nil {
-		c.cfg.BeforeRead()
+func (r *receiver) read(b []byte) (int, error) {
+	r.cfg.Handler.FlushNeeded()
+	if r.cfg.BeforeRead != nil {
+		r.cfg.BeforeRead()
 	}
-	c.reading.Store(true)
-	c.waitForWriter()
-	n, err := c.conn.Read(b)
-	c.reading.Store(false)
-	c.reads.Add(1)
-	c.bytesRead += int64(n)
+	r.reading.Store(true)
+	r.waitForWriter()
+	n, err := r.conn.Read(b)
+	r.reading.Store(false)
+	r.reads.Add(1)
+	r.bytesRead += int64(n)
 	return n, err
 }
 
 // waitForWriter pauses reading from a peer that sends but does not read, or responses to it would
 // collect without limit. For the keepalive timer such a peer is idle.
-func (c *Conn) waitForWriter() {
-	for c.writeBuffer.full.Load() {
-		c.mu.Lock()
-		waiting := c.pendingBytes()
-		if c.server {
-			waiting += c.queued.bytes
+func (r *receiver) waitForWriter() {
+	for r.writeBuffer.full.Load() {
+		r.mu.Lock()
+		waiting := r.out.size()
+		if r.server {
+			waiting += r.send.queued.bytes
 		}
-		c.mu.Unlock()
-		if waiting+c.writeBuffer.size() < readPauseLimit {
+		r.mu.Unlock()
+		if waiting+r.writeBuffer.size() < readPauseLimit {
 			return
 		}
-		c.writeBuffer.wait()
+		r.writeBuffer.wait()
 	}
 }
 
@@ -167,20 +183,20 @@ func (c *Conn) writeBufferEmpty(err error) {
 }
 
 // nextFrame reads and handles a frame.
-func (c *Conn) nextFrame() error {
-	if !c.useFramer {
-		if handled, err := c.frequentFrame(); handled || err != nil {
+func (r *receiver) nextFrame() error {
+	if !r.useFramer {
+		if handled, err := r.frequentFrame(); handled || err != nil {
 			return err
 		}
 	}
-	f, err := c.readFrame()
+	f, err := r.readFrame()
 	switch {
-	case c.lingers():
+	case r.lingers():
 		return errDrained
 	case err != nil || f == nil:
 		return err
 	}
-	return c.handle(f)
+	return r.handle(f)
 }
 
 // frameHeaderSize is the length of a frame's header in bytes.
@@ -189,8 +205,8 @@ const frameHeaderSize = 9
 // frequentFrame reads and handles a frame of the kinds that calls consist of, from the read buffer
 // and without an allocation. It reports false if it has left the frame for http2.Framer: frames of
 // other kinds, frames that are longer than the read buffer, and frames that are malformed.
-func (c *Conn) frequentFrame() (handled bool, err error) {
-	in := &c.in
+func (r *receiver) frequentFrame() (handled bool, err error) {
+	in := &r.in
 	b, err := in.gather(frameHeaderSize)
 	if err != nil {
 		return false, err
@@ -217,93 +233,93 @@ func (c *Conn) frequentFrame() (handled bool, err error) {
 			return false, nil
 		}
 		in.r += frameHeaderSize
-		c.frameHeader = head
-		return true, c.data(head, nil, int(head.Length))
+		r.frameHeader = head
+		return true, r.data(head, nil, int(head.Length))
 	case http2.FrameHeaders:
-		if head.StreamID == 0 || head.Flags&otherHeaders != 0 || !head.Flags.Has(http2.FlagHeadersEndHeaders) || c.lingers() {
+		if head.StreamID == 0 || head.Flags&otherHeaders != 0 || !head.Flags.Has(http2.FlagHeadersEndHeaders) || r.lingers() {
 			return false, nil
 		}
 		in.r += n
-		c.frameHeader = head
-		list, err := c.decoder.decode(head.StreamID, b[frameHeaderSize:n])
+		r.frameHeader = head
+		list, err := r.decoder.decode(head.StreamID, b[frameHeaderSize:n])
 		if err != nil {
 			return true, err
 		}
-		return true, c.headers(&headerFrame{FrameHeader: head, headerList: list})
+		return true, r.headers(&headerFrame{FrameHeader: head, headerList: list})
 	case http2.FrameWindowUpdate:
 		const size = 4
 		increment := uint32(0)
 		if head.Length == size {
 			increment = binary.BigEndian.Uint32(b[frameHeaderSize:]) & math.MaxInt32
 		}
-		if increment == 0 || c.lingers() {
+		if increment == 0 || r.lingers() {
 			return false, nil
 		}
 		in.r += n
-		c.frameHeader = head
-		return true, c.windowUpdate(head.StreamID, increment)
+		r.frameHeader = head
+		return true, r.windowUpdate(head.StreamID, increment)
 	case http2.FramePing:
 		var data [8]byte
-		if head.Length != uint32(len(data)) || head.StreamID != 0 || c.lingers() {
+		if head.Length != uint32(len(data)) || head.StreamID != 0 || r.lingers() {
 			return false, nil
 		}
 		in.r += n
-		c.frameHeader = head
+		r.frameHeader = head
 		copy(data[:], b[frameHeaderSize:])
-		return true, c.ping(head.Flags.Has(http2.FlagPingAck), data)
+		return true, r.ping(head.Flags.Has(http2.FlagPingAck), data)
 	}
 	return false, nil
 }
 
 // readFrame reads a frame by http2.Framer. It returns nil for DATA frames without padding: those
 // are handled from the read buffer, where http2.Framer would copy them.
-func (c *Conn) readFrame() (http2.Frame, error) {
-	head, err := c.framer.ReadFrameHeader()
+func (r *receiver) readFrame() (http2.Frame, error) {
+	head, err := r.framer.ReadFrameHeader()
 	if err != nil {
 		return nil, err
 	}
-	c.frameHeader = head
-	c.useFramer = false
+	r.frameHeader = head
+	r.useFramer = false
 	switch head.Type {
 	case http2.FrameData:
 		if head.StreamID != 0 && !head.Flags.Has(http2.FlagDataPadded) {
-			return nil, c.data(head, nil, int(head.Length))
+			return nil, r.data(head, nil, int(head.Length))
 		}
 	case http2.FrameHeaders, http2.FrameContinuation:
-		c.decoder.memo.clear()
+		r.decoder.memo.clear()
 		// If it is malformed, http2.Framer expects the rest of the block next.
-		c.useFramer = !head.Flags.Has(http2.FlagHeadersEndHeaders)
+		r.useFramer = !head.Flags.Has(http2.FlagHeadersEndHeaders)
 	}
-	return c.framer.ReadFrameForHeader(head)
+	return r.framer.ReadFrameForHeader(head)
 }
 
 // handle handles a frame. An error ends the connection. Where etcd's server just closes the
 // connection, the client is told why; otherwise clients see the behavior of etcd.
-func (c *Conn) handle(f http2.Frame) error {
+func (r *receiver) handle(f http2.Frame) error {
 	switch f := f.(type) {
 	case *http2.DataFrame:
-		return c.data(f.FrameHeader, f.Data(), 0)
+		return r.data(f.FrameHeader, f.Data(), 0)
 	case *http2.MetaHeadersFrame:
 		list := headerList{fields: f.Fields, truncated: f.Truncated}
-		list.inspect(c.decoder.strict)
+		list.inspect(r.decoder.strict)
 		onItself := f.HasPriority() && f.Priority.StreamDep == f.StreamID
-		return c.headers(&headerFrame{f.FrameHeader, list, onItself})
+		return r.headers(&headerFrame{f.FrameHeader, list, onItself})
 	case *http2.WindowUpdateFrame:
-		return c.windowUpdate(f.StreamID, f.Increment)
+		return r.windowUpdate(f.StreamID, f.Increment)
 	case *http2.PingFrame:
-		return c.ping(f.IsAck(), f.Data)
+		return r.ping(f.IsAck(), f.Data)
 	case *http2.SettingsFrame:
-		return c.settings(f)
+		return r.settings(f)
 	case *http2.RSTStreamFrame:
-		return c.reset(f)
+		return r.reset(f)
 	case *http2.PriorityFrame:
-		return c.priority(f.StreamID, f.PriorityParam)
+		return r.priority(f.StreamID, f.PriorityParam)
 	case *http2.PushPromiseFrame:
-		if c.server {
+		if r.server {
 			return &violation{http2.ErrCodeProtocol, textPush}
 		}
 	case *http2.GoAwayFrame:
-		c.goAway(f)
+		r.goAway(f)
 	}
 	return nil // frames of unknown types are ignored
 }

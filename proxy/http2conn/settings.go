@@ -12,13 +12,13 @@ const settingsWork = 1 << 20
 
 // settings applies a SETTINGS frame. Of a value that is given more than once only the last one
 // counts (RFC 9113, section 6.5.3), so that the windows of all streams change once at most.
-func (c *Conn) settings(f *http2.SettingsFrame) error {
+func (r *receiver) settings(f *http2.SettingsFrame) error {
 	if f.IsAck() {
 		return nil
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	initial := c.peerInitialWindow
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	initial := r.send.initialWindow
 	err := f.ForeachSetting(func(s http2.Setting) error {
 		if err := s.Valid(); err != nil {
 			return err
@@ -27,39 +27,43 @@ func (c *Conn) settings(f *http2.SettingsFrame) error {
 		case http2.SettingInitialWindowSize:
 			initial = int64(s.Val)
 		case http2.SettingMaxFrameSize:
-			c.peerMaxFrame = min(max(int(s.Val), maxFrameSize), flushLimit/2)
+			r.send.maxFrame = min(max(int(s.Val), maxFrameSize), flushLimit/2)
 		case http2.SettingMaxConcurrentStreams:
-			c.peerMaxStreams = s.Val
+			r.peerMaxStreams = s.Val
 		case http2.SettingHeaderTableSize:
-			c.encoder.setTableSize(min(s.Val, tableSize))
+			r.out.encoder.setTableSize(min(s.Val, tableSize))
 		}
 		return nil
 	})
 	if err != nil {
 		return err
 	}
-	if err := c.moveWindows(initial - c.peerInitialWindow); err != nil {
+	delta := initial - r.send.initialWindow
+	if delta != 0 {
+		r.windowChanges += int64(len(r.streams))
+	}
+	if r.server && r.windowChanges > settingsWork+r.bytesRead {
+		return &violation{http2.ErrCodeEnhanceYourCalm, textSettings}
+	}
+	if err := r.send.moveWindows(delta); err != nil {
 		return err
 	}
-	c.peerInitialWindow = initial
-	_ = c.write.WriteSettingsAck()
-	c.pump()
+	r.send.initialWindow = initial
+	_ = r.out.framer.WriteSettingsAck()
+	r.send.pump()
 	return nil
 }
 
 // moveWindows changes the windows of all streams. The caller holds mu.
-func (c *Conn) moveWindows(delta int64) error {
+func (d *sender) moveWindows(delta int64) error {
 	if delta == 0 {
 		return nil
 	}
-	if c.windowChanges += int64(len(c.streams)); c.server && c.windowChanges > settingsWork+c.bytesRead {
-		return &violation{http2.ErrCodeEnhanceYourCalm, textSettings}
-	}
-	for _, s := range c.streams {
+	for _, s := range d.conn.streams {
 		if s.sendWindow += delta; s.sendWindow > math.MaxInt32 {
 			return &violation{http2.ErrCodeFlowControl, textWindow}
 		}
-		c.enqueue(s)
+		d.enqueue(s)
 	}
 	return nil
 }

@@ -37,7 +37,7 @@ const (
 
 // connectionError returns the violation behind an error of the reader, or nil if the peer did
 // nothing wrong: the connection broke, or was drained.
-func (c *Conn) connectionError(err error) *violation {
+func (r *receiver) connectionError(err error) *violation {
 	if v, ok := errors.AsType[*violation](err); ok {
 		return v
 	}
@@ -49,10 +49,10 @@ func (c *Conn) connectionError(err error) *violation {
 		return nil
 	}
 	v := &violation{code: http2.ErrCode(code)}
-	switch detail := c.framer.ErrorDetail(); {
+	switch detail := r.framer.ErrorDetail(); {
 	case detail != nil:
 		v.text = detail.Error()
-	case c.frameHeader.Type == http2.FrameHeaders:
+	case r.frameHeader.Type == http2.FrameHeaders:
 		v.text = textHeaders
 	}
 	return v
@@ -60,25 +60,25 @@ func (c *Conn) connectionError(err error) *violation {
 
 // idleStream reports whether a client has not opened the stream yet. Of the streams that this side
 // opens it reports false: a server may still send on those that have ended here.
-func (c *Conn) idleStream(id uint32) bool { return c.server && (id%2 == 0 || id > c.lastStreamID) }
+func (r *receiver) idleStream(id uint32) bool { return r.server && (id%2 == 0 || id > r.lastStreamID) }
 
 // noteOpened counts the stream of a malformed HEADERS frame as opened and refused, so that its
 // client does not take it for one that was not processed.
-func (c *Conn) noteOpened() {
-	if c.server && c.frameHeader.Type == http2.FrameHeaders && c.frameHeader.StreamID%2 == 1 {
-		c.mu.Lock()
-		c.lastStreamID = max(c.lastStreamID, c.frameHeader.StreamID)
-		c.mu.Unlock()
+func (r *receiver) noteOpened() {
+	if r.server && r.frameHeader.Type == http2.FrameHeaders && r.frameHeader.StreamID%2 == 1 {
+		r.mu.Lock()
+		r.lastStreamID = max(r.lastStreamID, r.frameHeader.StreamID)
+		r.mu.Unlock()
 	}
 }
 
 // resetMalformed resets the stream of a malformed frame that was read to its end.
-func (c *Conn) resetMalformed(bad http2.StreamError) error {
-	c.noteOpened()
-	if c.idleStream(bad.StreamID) {
+func (r *receiver) resetMalformed(bad http2.StreamError) error {
+	r.noteOpened()
+	if r.idleStream(bad.StreamID) {
 		return &violation{bad.Code, textIdle}
 	}
-	c.resetStream(bad.StreamID, bad.Code)
+	r.resetStream(bad.StreamID, bad.Code)
 	return nil
 }
 

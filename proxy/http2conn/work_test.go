@@ -30,13 +30,13 @@ func TestSettingsChangeOnce(t *testing.T) {
 		}
 		p.WriteSettings(flapping(defaultWindow)...)
 		p.expect(t, "SETTINGS ack")
-		if h.conn.windowChanges != 0 {
-			t.Errorf("nothing has changed, and %d windows were", h.conn.windowChanges)
+		if h.conn.recv.windowChanges != 0 {
+			t.Errorf("nothing has changed, and %d windows were", h.conn.recv.windowChanges)
 		}
 		p.WriteSettings(flapping(10)...)
 		p.expect(t, "SETTINGS ack")
-		if h.conn.windowChanges != streams {
-			t.Errorf("%d windows were changed, want one of each of %d streams", h.conn.windowChanges, streams)
+		if h.conn.recv.windowChanges != streams {
+			t.Errorf("%d windows were changed, want one of each of %d streams", h.conn.recv.windowChanges, streams)
 		}
 		all[0].Data(false, nil, pattern(11))
 		h.conn.Flush()
@@ -70,8 +70,8 @@ func TestSettingsWithoutEnd(t *testing.T) {
 		if least := settingsWork / streams; frames < least {
 			t.Errorf("the client was let go after %d frames, and may send %d", frames, least)
 		}
-		if most := settingsWork + h.conn.bytesRead + streams; h.conn.windowChanges > most {
-			t.Errorf("%d windows were changed for %d bytes", h.conn.windowChanges, h.conn.bytesRead)
+		if most := settingsWork + h.conn.recv.bytesRead + streams; h.conn.recv.windowChanges > most {
+			t.Errorf("%d windows were changed for %d bytes", h.conn.recv.windowChanges, h.conn.recv.bytesRead)
 		}
 		time.Sleep(lingerTimeout)
 		p.expect(t, "closed")

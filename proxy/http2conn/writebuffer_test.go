@@ -101,7 +101,7 @@ func TestPeerThatOnlySends(t *testing.T) {
 		synctest.Wait() // it cannot write any more
 		close(stop)
 		h.conn.mu.Lock()
-		waits := h.conn.pendingBytes() + h.conn.writeBuffer.size()
+		waits := h.conn.out.size() + h.conn.writeBuffer.size()
 		h.conn.mu.Unlock()
 		if waits < readPauseLimit || waits > readPauseLimit+maxInput {
 			t.Errorf("%d bytes wait, want a few more than %d", waits, readPauseLimit)

@@ -27,9 +27,9 @@ type admission struct {
 	all *atomic.Int64 // calls of all sessions
 
 	mu       sync.Mutex
-	calls    int             // of this session
+	calls    atomic.Int64    // of this session
 	waiting  []*clientStream // in this order
-	live     int             // of waiting, that have not ended
+	live     atomic.Int64    // of waiting, that have not ended; written under mu
 	draining bool            // a goroutine sends what waits
 	resume   chan struct{}
 	closed   bool
@@ -38,9 +38,15 @@ type admission struct {
 // admit reports whether a call with the request raw may be sent now. Otherwise its stream waits,
 // and is forwarded when another call of the session is answered or ends.
 func (a *admission) admit(st *clientStream, raw []byte) bool {
+	if a.live.Load() == 0 && a.free() {
+		a.take(st)
+		return true
+	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if len(a.waiting) == 0 && a.free() {
+	a.live.Add(1)
+	if a.live.Load() == 1 && a.free() { // a call has ended before it could see this one
+		a.live.Add(-1)
 		a.take(st)
 		return true
 	}
@@ -48,20 +54,30 @@ func (a *admission) admit(st *clientStream, raw []byte) bool {
 		st.pending = bytes.Clone(raw)
 	}
 	st.watch.Discard() // it waits for etcd
-	st.admission = admissionWaits
-	if a.live++; len(a.waiting) > 2*a.live {
-		a.waiting = slices.DeleteFunc(a.waiting, func(st *clientStream) bool { return st.admission != admissionWaits })
+	st.admission.Store(admissionWaits)
+	if len(a.waiting) > 2*int(a.live.Load()) {
+		a.waiting = slices.DeleteFunc(a.waiting, func(st *clientStream) bool { return st.admission.Load() != admissionWaits })
 	}
 	a.waiting = append(a.waiting, st)
 	return false
 }
 
-func (a *admission) free() bool { return a.calls < clientCall || a.all.Load() < mostCalls }
+func (a *admission) free() bool { return a.calls.Load() < clientCall || a.all.Load() < mostCalls }
 
 func (a *admission) take(st *clientStream) {
-	st.admission = admissionTaken
-	a.calls++
+	st.admission.Store(admissionTaken)
+	a.calls.Add(1)
 	a.all.Add(1)
+}
+
+// give is the opposite of take. It reports whether the call was taken.
+func (a *admission) give(st *clientStream) bool {
+	taken := st.admission.CompareAndSwap(admissionTaken, admissionNone)
+	if taken {
+		a.calls.Add(-1)
+		a.all.Add(-1)
+	}
+	return taken
 }
 
 // States of a call, see [clientStream].
@@ -73,18 +89,16 @@ const (
 
 // release is called when a call was answered, or has ended. It forwards calls that wait.
 func (a *admission) release(st *clientStream) {
+	if st.admission.Load() == admissionNone || a.give(st) && a.live.Load() == 0 {
+		return
+	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	switch st.admission {
-	case admissionNone:
-		return
-	case admissionWaits:
-		a.live--
-	case admissionTaken:
-		a.calls--
-		a.all.Add(-1)
+	if st.admission.CompareAndSwap(admissionWaits, admissionNone) {
+		a.live.Add(-1)
+	} else {
+		a.give(st) // it was taken meanwhile
 	}
-	st.admission = admissionNone
 	if a.draining {
 		return
 	}
@@ -92,17 +106,17 @@ func (a *admission) release(st *clientStream) {
 	for len(a.waiting) > 0 && !a.closed && a.free() {
 		next := a.waiting[0]
 		a.waiting[0] = nil
-		if a.waiting = a.waiting[1:]; next.admission != admissionWaits {
+		if a.waiting = a.waiting[1:]; next.admission.Load() != admissionWaits {
 			continue
 		}
-		a.live--
+		a.live.Add(-1)
 		a.take(next)
 		a.mu.Unlock()
 		next.forward(etcdapi.NonBlocking, next.pending)
 		a.mu.Lock()
 	}
 	a.draining = false
-	if a.resume != nil && a.live < waitingMax {
+	if a.resume != nil && a.live.Load() < waitingMax {
 		close(a.resume)
 		a.resume = nil
 	}
@@ -110,8 +124,11 @@ func (a *admission) release(st *clientStream) {
 
 // pause waits while many calls wait.
 func (a *admission) pause() {
+	if a.live.Load() < waitingMax {
+		return
+	}
 	a.mu.Lock()
-	if a.live < waitingMax || a.closed {
+	if a.live.Load() < waitingMax || a.closed {
 		a.mu.Unlock()
 		return
 	}

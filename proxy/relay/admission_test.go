@@ -64,7 +64,7 @@ func TestCallsTakeTurns(t *testing.T) {
 		defer e.mu.Unlock()
 		for s := range e.sessions {
 			s.admission.mu.Lock()
-			sum += s.admission.live
+			sum += int(s.admission.live.Load())
 			s.admission.mu.Unlock()
 		}
 		return sum

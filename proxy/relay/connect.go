@@ -5,9 +5,12 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 )
 
-// connect opens the stream to etcd. wouldBlock is true in non-blocking mode if there is no
-// connection yet. Streams also wait for an endpoint that is down.
-func (st *clientStream) connect(m etcdapi.Mode) (ok, wouldBlock bool) {
+// unaryRequest is the whole message of a request.
+type unaryRequest struct{ head, body []byte }
+
+// connect opens the stream to etcd, with the whole request unless that is nil. wouldBlock is true in
+// non-blocking mode if there is no connection yet. Streams also wait for an endpoint that is down.
+func (st *clientStream) connect(m etcdapi.Mode, r *unaryRequest) (ok, wouldBlock bool) {
 	lasts := st.method.Shape != etcdapi.ShapeUnary
 	conn, h, hope := st.session.pick()
 	if conn == nil && (hope == endpointsDialing || hope == endpointsDown && lasts) {
@@ -17,21 +20,37 @@ func (st *clientStream) connect(m etcdapi.Mode) (ok, wouldBlock bool) {
 		st.watch.Discard() // it waits for etcd
 		conn, h = st.session.await(m.Ctx, lasts)
 	}
-	return conn != nil && st.open(conn, h), false
+	return conn != nil && st.open(conn, h, r), false
 }
 
 // open opens a stream with the client's header fields, if the client is still there. It reports
 // false if the connection takes none.
-func (st *clientStream) open(conn *http2conn.Conn, h *endpointState) bool {
+func (st *clientStream) open(conn *http2conn.Conn, h *endpointState, r *unaryRequest) bool {
+	fields := st.upstreamFields(h)
 	st.mu.Lock()
-	defer st.mu.Unlock()
-	if st.ended.Load() {
+	opened, sent := st.ended.Load(), false
+	if opened { // the client has left meanwhile
+		st.mu.Unlock()
 		return true
 	}
-	scheme, authority := st.session.id.Upstream.Origin(h.url)
-	if st.up = conn.Open(st, st.upstreamFields(scheme, authority), false); st.up == nil {
+	if st.upMemory.SetValue(st); r == nil {
+		opened = conn.OpenOn(&st.upMemory, fields)
+	} else {
+		opened, sent = conn.Request(&st.upMemory, fields, r.head, r.body)
+	}
+	if opened {
+		st.up = &st.upMemory
+	}
+	st.mu.Unlock()
+	if !opened {
 		return false
 	}
 	st.method.Metrics.Started.Inc()
+	if r != nil {
+		st.method.Metrics.Received.Inc()
+	}
+	if sent {
+		st.consumedFromClient()
+	}
 	return true
 }

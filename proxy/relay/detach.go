@@ -2,6 +2,7 @@ package relay
 
 import (
 	"context"
+	"sync/atomic"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
 )
@@ -9,7 +10,7 @@ import (
 // direction is one direction of a call: its requests or its responses. The mutex of the stream
 // guards it.
 type direction struct {
-	detached bool
+	detached atomic.Bool             // written under the mutex
 	backlog  []upstreamData          // what has arrived while it is detached
 	cancel   context.CancelCauseFunc // of the last goroutine; or nil
 }
@@ -23,7 +24,8 @@ func (st *clientStream) detach(p *direction, work func(m etcdapi.Mode)) {
 		return
 	}
 	ctx, cancel := context.WithCancelCause(st.session.engine.base)
-	p.detached, p.cancel = true, cancel
+	p.cancel = cancel
+	p.detached.Store(true)
 	st.session.work.Go(func() {
 		defer cancel(nil)
 		ctx := ctx
@@ -45,7 +47,8 @@ func (st *clientStream) detach(p *direction, work func(m etcdapi.Mode)) {
 			all := p.backlog
 			p.backlog = nil
 			if len(all) == 0 || st.ended.Load() {
-				p.detached, p.backlog = false, nil
+				p.backlog = nil
+				p.detached.Store(false)
 				st.mu.Unlock()
 				return
 			}

@@ -6,7 +6,7 @@ import "testing"
 // frame: a client may send empty ones without end.
 func TestFramesForWhoWaits(t *testing.T) {
 	st := new(clientStream)
-	st.requests.detached = true
+	st.requests.detached.Store(true)
 	for _, data := range []string{"", "a", "", "", "b", ""} {
 		st.fromClient([]byte(data), false)
 	}

@@ -15,6 +15,7 @@ import (
 // endpointState is an endpoint of etcd, as one session sees it. The session's mu guards it.
 type endpointState struct {
 	url           string
+	index         int             // in endpoints
 	conn          *http2conn.Conn // nil while there is none
 	dialing       bool
 	pause         time.Duration // after the last failure

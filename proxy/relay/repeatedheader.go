@@ -4,6 +4,8 @@ import (
 	"sync/atomic"
 
 	"golang.org/x/net/http2/hpack"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
 )
 
 // maxRepeated is how many header lists of a client's connection are remembered.
@@ -13,13 +15,8 @@ const maxRepeated = 8
 type repeatedHeader struct {
 	fields   []hpack.HeaderField
 	head     requestHead
-	upstream atomic.Pointer[upstreamHeader]
-}
-
-// upstreamHeader is a header list for etcd, see [upstreamFields].
-type upstreamHeader struct {
-	scheme, authority string
-	fields            []hpack.HeaderField
+	method   *etcdapi.Method                       // nil if it is unknown
+	upstream []atomic.Pointer[[]hpack.HeaderField] // for each endpoint, see [upstreamFields]
 }
 
 // repeatedHeaders are the last header lists that a client has repeated. http2conn returns the same
@@ -32,8 +29,9 @@ type repeatedHeaders struct {
 	nextOnce uint8
 }
 
-// find returns what is known of a header list, or nil when it comes for the first time.
-func (r *repeatedHeaders) find(fields []hpack.HeaderField) *repeatedHeader {
+// repeated returns what is known of a header list, or nil when it comes for the first time.
+func (s *session) repeated(fields []hpack.HeaderField) *repeatedHeader {
+	r := &s.headers
 	if len(fields) == 0 {
 		return nil
 	}
@@ -47,7 +45,10 @@ func (r *repeatedHeaders) find(fields []hpack.HeaderField) *repeatedHeader {
 		if once != first {
 			continue
 		}
-		k := &repeatedHeader{fields: fields, head: readRequestHead(fields)}
+		k := &repeatedHeader{
+			fields: fields, head: readRequestHead(fields), upstream: make([]atomic.Pointer[[]hpack.HeaderField], len(s.endpoints)),
+		}
+		k.method = s.engine.api.Method(k.head.path)
 		r.once[i] = nil
 		r.known[r.nextSlot] = k
 		r.nextSlot = (r.nextSlot + 1) % maxRepeated
@@ -58,15 +59,17 @@ func (r *repeatedHeaders) find(fields []hpack.HeaderField) *repeatedHeader {
 	return nil
 }
 
-// upstreamFields returns the header fields of the call for etcd.
-func (st *clientStream) upstreamFields(scheme, authority string) []hpack.HeaderField {
-	if st.repeated == nil {
-		return upstreamFields(st.fields, scheme, authority)
+// upstreamFields returns the header fields of the call for an endpoint of etcd.
+func (st *clientStream) upstreamFields(h *endpointState) []hpack.HeaderField {
+	if st.repeated != nil {
+		if fields := st.repeated.upstream[h.index].Load(); fields != nil {
+			return *fields
+		}
 	}
-	u := st.repeated.upstream.Load()
-	if u == nil || u.scheme != scheme || u.authority != authority {
-		u = &upstreamHeader{scheme, authority, upstreamFields(st.fields, scheme, authority)}
-		st.repeated.upstream.Store(u)
+	scheme, authority := st.session.id.Upstream.Origin(h.url)
+	fields := upstreamFields(st.fields, scheme, authority)
+	if st.repeated != nil {
+		st.repeated.upstream[h.index].Store(&fields)
 	}
-	return u.fields
+	return fields
 }

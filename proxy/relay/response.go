@@ -42,14 +42,18 @@ type responseMessages struct {
 // fromUpstream takes what etcd sends.
 func (st *clientStream) fromUpstream(p upstreamData) {
 	st.watch.Start()
-	st.mu.Lock()
-	if st.responses.detached {
-		p.data = bytes.Clone(p.data)
-		st.responses.backlog = append(st.responses.backlog, p)
+	if st.responses.detached.Load() {
+		st.mu.Lock()
+		detached := st.responses.detached.Load()
+		if detached {
+			p.data = bytes.Clone(p.data)
+			st.responses.backlog = append(st.responses.backlog, p)
+		}
 		st.mu.Unlock()
-		return
+		if detached {
+			return
+		}
 	}
-	st.mu.Unlock()
 	st.response.receive(etcdapi.NonBlocking, p)
 }
 

@@ -49,7 +49,7 @@ func newSession(e *Engine, conn *listener.Conn) *session {
 	s := &session{engine: e, id: conn.Identity, secure: !conn.Plaintext, changed: make(chan struct{})}
 	s.admission.all = &e.calls
 	cfg := http2conn.Config{
-		Handler: s, Pool: rpc.Buffers, WriteBuffer: conn.WriteBuffer, Plaintext: conn.Plaintext, HandshakeTimeout: listener.HandshakeTimeout, KeepaliveTime: 2 * time.Hour, KeepaliveTimeout: 20 * time.Second, PermitWithoutStream: true, Budget: e.budget, BeforeRead: s.admission.pause,
+		Handler: s, Pool: rpc.Buffers, WriteBuffer: conn.WriteBuffer, Plaintext: conn.Plaintext, HandshakeTimeout: listener.HandshakeTimeout, KeepaliveTime: 2 * time.Hour, KeepaliveTimeout: 20 * time.Second, PermitWithoutStream: true, Budget: e.budget, BeforeRead: s.admission.pause, NewStream: s.newStream,
 	}
 	// etcd serves gRPC over TLS by net/http, and without TLS by grpc-go.
 	if conn.Plaintext {
@@ -59,8 +59,8 @@ func newSession(e *Engine, conn *listener.Conn) *session {
 	}
 	s.client = http2conn.NewServer(conn, cfg)
 	s.conns.Store(&[]*http2conn.Conn{s.client})
-	for _, endpoint := range s.id.Upstream.Endpoints {
-		s.endpoints = append(s.endpoints, &endpointState{url: endpoint})
+	for i, endpoint := range s.id.Upstream.Endpoints {
+		s.endpoints = append(s.endpoints, &endpointState{url: endpoint, index: i})
 	}
 	return s
 }
@@ -121,20 +121,27 @@ func (s *session) drain() {
 	s.flush()
 }
 
+// newStream makes the next stream of the client.
+func (s *session) newStream() *http2conn.Stream {
+	st := &clientStream{session: s}
+	st.client = &st.clientMemory
+	st.client.SetValue(st)
+	return st.client
+}
+
 // Headers implements [http2conn.Handler]. A client that is not allowed is answered here, from its
 // header fields alone.
 func (s *session) Headers(stream *http2conn.Stream, fields []hpack.HeaderField, end bool) {
 	var h requestHead
-	repeated := s.headers.find(fields)
+	repeated := s.repeated(fields)
 	if repeated != nil {
 		h = repeated.head
 	} else {
 		h = readRequestHead(fields)
 	}
-	st := new(clientStream)
-	st.session, st.client, st.fields, st.repeated, st.responseType = s, stream, fields, repeated, h.responseType()
+	st := stream.Value().(*clientStream)
+	st.fields, st.repeated, st.responseType = fields, repeated, h.responseType()
 	st.response.stream = st
-	stream.SetValue(st)
 	if s.secure && !h.grpcLike {
 		serveWeb(st, end)
 		return
@@ -149,7 +156,13 @@ func (s *session) Headers(stream *http2conn.Stream, fields []hpack.HeaderField, 
 		st.refuse(httpStatus, err)
 		return
 	}
-	if st.method, err = s.engine.api.Lookup(h.path); err == nil {
+	if repeated != nil {
+		st.method = repeated.method
+	}
+	if st.method == nil {
+		st.method, err = s.engine.api.Lookup(h.path)
+	}
+	if err == nil {
 		err = s.engine.api.Authorize(s.id, st.method)
 	}
 	if err == nil && h.fromProxy {

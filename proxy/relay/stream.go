@@ -26,7 +26,9 @@ type clientStream struct {
 	method  *etcdapi.Method // nil for a web request and for an unknown method
 	call    etcdapi.Call    // nil if the method's messages pass unchanged
 	client  *http2conn.Stream
-	fields  []hpack.HeaderField // the client's
+	// the memory of client and of up: one allocation for a call
+	clientMemory, upMemory http2conn.Stream
+	fields                 []hpack.HeaderField // the client's
 	// what was made of fields; nil if the client has not repeated them
 	repeated     *repeatedHeader
 	responseType string
@@ -35,8 +37,9 @@ type clientStream struct {
 	pending []byte
 	// the only message of a call has arrived, and was or will be forwarded
 	forwarded bool
-	admission uint8       // under the mu of the session's admission
-	ended     atomic.Bool // the end was sent to the client, or the client has left
+	admission atomic.Uint32 // its state in the session's admission
+	ended     atomic.Bool   // the end was sent to the client, or the client has left
+	handled   atomic.Bool   // served is not nil
 
 	// the client was sent a part of a message, and not the rest
 	partial atomic.Bool
@@ -65,6 +68,9 @@ type streamHandler interface {
 
 // handler returns what serves the stream, and nil for a relayed call.
 func (st *clientStream) handler() streamHandler {
+	if !st.handled.Load() {
+		return nil
+	}
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	return st.served
@@ -78,6 +84,7 @@ func (st *clientStream) moveTo(h streamHandler) bool {
 		return false
 	}
 	st.served = h
+	st.handled.Store(true)
 	return true
 }
 
@@ -89,9 +96,9 @@ func (st *clientStream) begin(end bool) {
 	}
 	st.call = st.method.NewCall(st.session.id, &st.session.calls)
 	if st.method.Shape == etcdapi.ShapeBidiStream {
-		if ok, wouldBlock := st.connect(etcdapi.NonBlocking); wouldBlock {
+		if ok, wouldBlock := st.connect(etcdapi.NonBlocking, nil); wouldBlock {
 			st.detach(&st.requests, func(m etcdapi.Mode) {
-				if ok, _ := st.connect(m); !ok {
+				if ok, _ := st.connect(m, nil); !ok {
 					st.handOver(nil, false)
 				}
 			})
@@ -106,19 +113,26 @@ func (st *clientStream) begin(end bool) {
 
 // fromClient is what the client sends.
 func (st *clientStream) fromClient(data []byte, end bool) {
-	st.mu.Lock()
-	if st.requests.detached {
-		if len(st.requests.backlog) == 0 {
-			st.requests.backlog = append(st.requests.backlog, upstreamData{})
-		}
-		// one, since what makes a frame is not in the client's window
-		all := &st.requests.backlog[0]
-		all.data, all.end = append(all.data, data...), end
-		st.mu.Unlock()
+	if st.requests.detached.Load() && st.backlogged(data, end) {
 		return
 	}
-	st.mu.Unlock()
 	st.request(etcdapi.NonBlocking, data, end)
+}
+
+// backlogged adds what the client sends to the backlog, if the direction is still detached.
+func (st *clientStream) backlogged(data []byte, end bool) bool {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if !st.requests.detached.Load() {
+		return false
+	}
+	if len(st.requests.backlog) == 0 {
+		st.requests.backlog = append(st.requests.backlog, upstreamData{})
+	}
+	// one, since what makes a frame is not in the client's window
+	all := &st.requests.backlog[0]
+	all.data, all.end = append(all.data, data...), end
+	return true
 }
 
 // handOver has the method's handler serve a call that cannot be relayed. raw is what the client has
@@ -229,7 +243,8 @@ func (st *clientStream) forward(m etcdapi.Mode, raw []byte) {
 			return
 		}
 	}
-	ok, wouldBlock := st.connect(m)
+	st.watch.Stop()
+	ok, wouldBlock := st.connect(m, &unaryRequest{rpc.Header(len(edited)), edited})
 	switch {
 	case wouldBlock:
 		st.forwardLater(raw)
@@ -237,14 +252,6 @@ func (st *clientStream) forward(m etcdapi.Mode, raw []byte) {
 	case !ok:
 		st.handOver(raw, true)
 		return
-	}
-	if st.up == nil { // the client has left meanwhile
-		return
-	}
-	st.method.Metrics.Received.Inc()
-	st.watch.Stop()
-	if st.up.Data(true, rpc.Header(len(edited)), edited) {
-		st.consumedFromClient()
 	}
 	st.pending = nil
 }

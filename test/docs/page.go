@@ -3,8 +3,8 @@
 // and error texts of all pages.
 //
 // The test of a page prepares the state that the page describes, and runs the blocks by their
-// number. In a block, a shell runs each line `$ COMMAND`, with the programs etcd-kms-proxy and
-// etcdctl. The lines up to the next command are the expected output:
+// number. In a block, a shell runs each line `$ COMMAND`, with the programs etcd-kms-proxy,
+// etcdctl, etcdutl and etcd. The lines up to the next command are the expected output:
 //
 //   - numbers, sizes, times, IDs and the width of columns may differ;
 //   - "…" matches anything within a line, and on a line of its own any lines;
@@ -64,7 +64,7 @@ func open(t *testing.T, env *harness.Env, name string) *page {
 	if err := os.Mkdir(p.bin, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	for program, at := range map[string]string{"etcd-kms-proxy": "etcd-kms-proxy", "etcdctl": "etcdctl-3.7"} {
+	for program, at := range map[string]string{"etcd-kms-proxy": "etcd-kms-proxy", "etcdctl": "etcdctl-3.7", "etcdutl": "etcdutl-3.7", "etcd": "etcd-3.7"} {
 		if err := os.Symlink(harness.Bin(t, at), filepath.Join(p.bin, program)); err != nil {
 			t.Fatal(err)
 		}
@@ -152,7 +152,7 @@ func (p *page) run(n int, leaveOut ...string) {
 }
 
 // takesConfig matches the commands that read the configuration.
-var takesConfig = regexp.MustCompile(`^etcd-kms-proxy (serve|status|reencrypt|purge|verify|decrypt|kms check|config check)\b`)
+var takesConfig = regexp.MustCompile(`^etcd-kms-proxy (serve|status|reencrypt|purge|verify|decrypt|drill|kms check|config check)\b`)
 
 // shell runs a line of the page for at most a minute. It returns what the line prints on both
 // outputs, without log lines in JSON, in the words of the page.

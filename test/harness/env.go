@@ -34,6 +34,8 @@ type Env struct {
 	Sealed *canary.Set
 	// Clear are the values without a rule: never in a log or a metric, but unchanged in etcd.
 	Clear *canary.Set
+	// ProxyEnv are further environment variables of etcd-kms-proxy, as NAME=VALUE.
+	ProxyEnv []string
 
 	mu       sync.Mutex
 	logs     []string

@@ -37,6 +37,9 @@ type EtcdConfig struct {
 	Address string
 	// Relayed puts a [Relay] in front of the peer address of each member of a cluster.
 	Relayed bool
+	// Restored is a data directory that `etcdutl snapshot restore` made without further flags; empty
+	// for a new one.
+	Restored string
 	// Flags are appended to the command line.
 	Flags []string
 }
@@ -84,7 +87,11 @@ func (e *Env) StartEtcd(cfg EtcdConfig) *Etcd {
 		cfg.Name = "etcd"
 	}
 	member := fmt.Sprintf("%s-%016x", cfg.Name, rand.Uint64())
-	s := &Etcd{env: e, name: cfg.Name, member: member, bin: Bin(e.TB, "etcd-"+cfg.Version), Address: cfg.Address, DataDir: filepath.Join(e.Dir, member)}
+	dataDir := filepath.Join(e.Dir, member)
+	if cfg.Restored != "" {
+		member, dataDir = "default", cfg.Restored
+	}
+	s := &Etcd{env: e, name: cfg.Name, member: member, bin: Bin(e.TB, "etcd-"+cfg.Version), Address: cfg.Address, DataDir: dataDir}
 	if s.Address == "" {
 		s.Address = FreeAddress(e.TB)
 	}

@@ -36,6 +36,9 @@ func (e *Env) spawn(name, bin string, args ...string) *Process {
 	p.cmd = exec.Command(bin, args...)
 	p.cmd.Stdout, p.cmd.Stderr = output, output
 	p.cmd.Dir = e.Dir
+	if filepath.Base(bin) == "etcd-kms-proxy" {
+		p.cmd.Env = append(os.Environ(), e.ProxyEnv...)
+	}
 	p.cmd.SysProcAttr = endWithParent()
 	if err := p.cmd.Start(); err != nil {
 		e.TB.Fatalf("start %s: %v", name, err)
@@ -44,6 +47,15 @@ func (e *Env) spawn(name, bin string, args ...string) *Process {
 		p.err = p.cmd.Wait()
 		close(p.done)
 	}()
+	return p
+}
+
+// StartProcess starts a program that is not one of the harness' own, and kills it at the end of the
+// test. The program runs in the temporary folder, and its output is searched for secrets.
+func (e *Env) StartProcess(name, bin string, args ...string) *Process {
+	e.TB.Helper()
+	p := e.spawn(name, bin, args...)
+	e.TB.Cleanup(p.Kill)
 	return p
 }
 

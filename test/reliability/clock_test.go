@@ -105,13 +105,13 @@ func (s *site) buildClock() string {
 	}
 	s.t.Logf("built a proxy with a clock that can be moved within %v", time.Since(begun).Round(time.Second))
 	s.clockFile = s.File("clock", []byte("0\n"))
-	s.t.Setenv(clockVariable, s.clockFile)
+	s.ProxyEnv = append(s.ProxyEnv, clockVariable+"="+s.clockFile)
 	return binary
 }
 
 func clocks(s *site) string {
 	if s.clockFile == "" {
-		return "the build of the standard library takes minutes, which the short form has not"
+		return "they need a build of the standard library, which takes minutes, and which only RELIABILITY asks for"
 	}
 	return ""
 }

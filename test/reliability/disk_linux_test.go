@@ -1,6 +1,7 @@
 package reliability
 
 import (
+	"context"
 	"errors"
 	"math/rand/v2"
 	"os"
@@ -8,6 +9,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
@@ -97,18 +100,29 @@ func (s *site) fill(dir string) func() {
 	}
 }
 
-// fillMember fills the disk of a member, which ends if it cannot write.
+// fillMember fills the disk of a member, which ends if it cannot write, perhaps only after a while.
 func (s *site) fillMember() func() {
 	s.t.Helper()
 	m := s.anyMember()
 	free := s.fill(m.DataDir)
 	return func() {
 		free()
-		if m.Alive() != nil {
-			s.report.note("members of etcd that ended because of a full disk")
-			m.Begin()
-		}
-		m.WaitReady()
+		ends := 0
+		conn := harness.Dial(s.t, m.Address, nil)
+		defer conn.Close()
+		harness.Eventually(s.t, within, "the member to be back", func() error {
+			if err := m.Alive(); err != nil {
+				if ends++; ends > 2 { // the first time may be after the space was freed
+					return err
+				}
+				s.report.note("members of etcd that ended because of a full disk")
+				m.Begin()
+			}
+			ctx, cancel := context.WithTimeout(s.t.Context(), patience)
+			defer cancel()
+			_, err := pb.NewKVClient(conn).Range(ctx, &pb.RangeRequest{Key: []byte("\x00"), CountOnly: true})
+			return err
+		})
 	}
 }
 

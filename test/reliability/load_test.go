@@ -36,6 +36,8 @@ type load struct {
 	clients []*client
 	working sync.WaitGroup
 	ending  atomic.Bool
+	// patience is how long the last events may take.
+	patience time.Duration
 
 	mu       sync.Mutex
 	counters [2]increments
@@ -63,7 +65,7 @@ type watch struct {
 }
 
 func newLoad(s *site, base string) *load {
-	l := &load{s: s, base: base, history: newHistory(), once: make(map[string]string), acked: make(map[string]bool)}
+	l := &load{s: s, base: base, patience: within, history: newHistory(), once: make(map[string]string), acked: make(map[string]bool)}
 	for id := range clients {
 		conn := harness.Dial(s.t, s.clientLinks[id%2].Address, nil)
 		l.clients = append(l.clients, &client{load: l, id: id, kv: pb.NewKVClient(conn), known: make(map[string]string)})
@@ -382,7 +384,7 @@ func (l *load) check(cancel func()) string {
 // may take.
 func (l *load) await() {
 	time.Sleep(patience) // of the last requests
-	for end := time.Now().Add(within); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+	for end := time.Now().Add(l.patience); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
 		l.mu.Lock()
 		missing := 0
 		for key := range l.acked {

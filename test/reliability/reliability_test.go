@@ -3,15 +3,15 @@
 //
 // Clients write and read through both proxies, with every value under a rule. Meanwhile processes
 // are killed and frozen, networks cut, disks filled, clocks moved; etcd is upgraded and downgraded,
-// its members are replaced, and a snapshot is restored. Afterwards, the test checks that no write is
-// lost or was applied twice, that every value that a client read was one that it could read
-// (porcupine), that watches got every event once, and that no plaintext is in any file, log, metric,
-// core dump, or in the traffic behind the proxies.
+// its members are replaced, and a snapshot is restored. Afterwards, the test checks that no write
+// is lost or was applied twice, that every value that a client read was one that it could read
+// (porcupine), that watches got every event once, and that no plaintext is in any file, log,
+// metric, core dump, or in the traffic behind the proxies.
 //
 // RELIABILITY is the duration, as Go writes durations. Without it, the test takes some minutes, and
 // with -short less than one. RELIABILITY_FAULTS is a regular expression for the names of the faults
-// to make, and RELIABILITY_CHANGES=none leaves out the changes. RELIABILITY_RESULTS is a file for the figures as JSON, and
-// RELIABILITY_PAGE a page whose end is replaced by the tables.
+// to make, and RELIABILITY_CHANGES=none leaves out the changes. RELIABILITY_RESULTS is a file for
+// the figures as JSON, and RELIABILITY_PAGE a page whose end is replaced by the tables.
 package reliability
 
 import (
@@ -63,7 +63,7 @@ func TestReliability(t *testing.T) {
 		}
 		changing = os.Getenv("RELIABILITY_CHANGES") != "none"
 	}
-	s := newSite(t, !testing.Short())
+	s := newSite(t, os.Getenv("RELIABILITY") != "")
 	s.only = regexp.MustCompile(os.Getenv("RELIABILITY_FAULTS"))
 	end := s.report.Started.Add(length)
 	for round := 1; ; round++ {
@@ -185,7 +185,7 @@ func upgrade(version string) func(*site, func(string)) {
 			settled("a member of etcd restarted with another version")
 		}
 		s.agreed(version)
-		s.advance(2 * snapshotCount) // a version may not read the log of the one before the last
+		s.advance(2 * snapshotCount) // so that a snapshot of this version replaces the log of the last one
 	}
 }
 

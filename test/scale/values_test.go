@@ -15,9 +15,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestValues writes many values, and reads all of them: by a watch from the first revision, by pages
-// of 10,000 as Kubernetes does, in one response, and with status. Each value must come once, and
-// the memory of the proxy must not depend on the number, except for the one response, which it
+// TestValues writes many values, and reads all of them: by a watch from the first revision, by
+// pages of 10,000 as Kubernetes does, in one response, and with status. Each value must come once,
+// and the memory of the proxy must not depend on the number, except for the one response, which it
 // holds until it is complete.
 func TestValues(t *testing.T) {
 	n := size(t, "SCALE_VALUES", 50_000, 10_000)

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"slices"
@@ -284,10 +285,16 @@ func (o *drillOptions) explain(err error) error {
 		return problem.WithHint(err, "use a --work-dir with a shorter path")
 	case isDenied(err):
 		return problem.WithHint(err, "the snapshot has etcd's authentication turned on: set etcd.username and etcd.passwordFile to a user that could read the values when it was taken")
-	case strings.Contains(err.Error(), "executable file not found"):
+	case isMissingProgram(err):
 		return problem.WithHint(err, "name the programs with --etcd and --etcdutl")
 	}
 	return err
+}
+
+// isMissingProgram reports whether a program was not found or cannot be run.
+func isMissingProgram(err error) bool {
+	_, missing := errors.AsType[*exec.Error](err)
+	return missing
 }
 
 // addUnreadable adds a value that was not decrypted to the list.

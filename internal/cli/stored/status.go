@@ -99,6 +99,8 @@ type statusKMS struct {
 	Reason  string `json:"reason,omitempty"`
 	// of kind age: it cannot be polled, and KeyID identifies the recipients
 	Offline bool `json:"offline,omitempty"`
+	// of kind age: when the audit log last recorded that an identity unwrapped a recovery copy
+	LastTested *time.Time `json:"lastTested,omitempty"`
 }
 
 type statusProxy struct {
@@ -172,7 +174,10 @@ func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) 
 		report.OK = report.OK && s.Healthy
 	}
 	for _, r := range cl.keys.Offline() {
-		report.KMS = append(report.KMS, statusKMS{Name: r.Provider(), OK: true, KeyID: r.State().KeyID, Offline: true})
+		id := r.State().KeyID
+		report.KMS = append(report.KMS, statusKMS{
+			Name: r.Provider(), OK: true, KeyID: id, Offline: true, LastTested: command.LastTest(cl.config, cmd.ErrOrStderr(), r.Provider(), id),
+		})
 	}
 	return report, nil
 }
@@ -223,6 +228,8 @@ func (r *statusReport) text(w io.Writer) {
 	for _, k := range r.KMS {
 		state := "ok"
 		switch {
+		case k.Offline && k.LastTested != nil:
+			state = "offline, last tested with an identity at " + k.LastTested.Format(time.RFC3339)
 		case k.Offline:
 			state = "offline, not polled: kms check --identity tests it"
 		case k.Revoked:

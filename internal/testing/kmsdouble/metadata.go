@@ -39,14 +39,13 @@ type Metadata struct {
 	calls  map[string]int       // by method and path
 	fault  http.HandlerFunc
 	role   string
-	life   time.Duration
 	last   AccessKey
 }
 
 // NewMetadata starts a metadata double that ends with the test, which fails if a client misused it.
 func NewMetadata(tb TB, cfg MetadataConfig) *Metadata {
 	tb.Helper()
-	m := &Metadata{cfg: cfg, tokens: map[string]time.Time{}, calls: map[string]int{}, role: cmp.Or(cfg.Role, DefaultInstanceRole), life: cfg.Lifetime}
+	m := &Metadata{cfg: cfg, tokens: map[string]time.Time{}, calls: map[string]int{}, role: cmp.Or(cfg.Role, DefaultInstanceRole)}
 	if cfg.Now == nil {
 		m.cfg.Now = time.Now
 	}
@@ -74,13 +73,6 @@ func (m *Metadata) SetRole(name string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.role = name
-}
-
-// SetLifetime changes the life of the sessions to come.
-func (m *Metadata) SetLifetime(d time.Duration) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.life = d
 }
 
 // Calls returns how many requests of "PUT token", "GET role" (the name) or "GET credentials" came.
@@ -154,7 +146,7 @@ func (m *Metadata) give(w http.ResponseWriter, r *http.Request, name string) {
 		_, _ = w.Write([]byte(m.role))
 		return
 	}
-	k := newSession(now.Add(cmp.Or(m.life, 6*time.Hour)))
+	k := newSession(now.Add(cmp.Or(m.cfg.Lifetime, 6*time.Hour)))
 	m.last = k
 	m.cfg.Register(k)
 	writeJSON(w, http.StatusOK, map[string]any{

@@ -25,7 +25,7 @@ func (r *RawEtcd) GoAwayReceived()                        {}
 func (r *RawEtcd) FlushNeeded()                           { r.Conn.Flush() }
 
 // ServeH2 serves what handler makes of a rawEtcd, on loopback.
-func ServeH2(t *testing.T, handler func(*RawEtcd) http2conn.Handler) (address string) {
+func ServeH2(t testing.TB, handler func(*RawEtcd) http2conn.Handler) (address string) {
 	t.Helper()
 	l := ListenLoopback(t)
 	t.Cleanup(func() { l.Close() })
