@@ -246,7 +246,7 @@ func (o *drillOptions) takeSnapshot(ctx context.Context, cl *cluster, file strin
 	}
 	in, err := real.etcd.Snapshot(ctx)
 	if err != nil {
-		return fmt.Errorf("take a snapshot of etcd: %w", err)
+		return explainSnapshot(err)
 	}
 	defer func() { _ = in.Close() }()                                     // it was read to its end, or there is an error
 	f, err := os.OpenFile(file, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600) //nolint:gosec // in a folder of this process
@@ -255,9 +255,18 @@ func (o *drillOptions) takeSnapshot(ctx context.Context, cl *cluster, file strin
 	}
 	_, err = io.Copy(f, in)
 	if err = errors.Join(err, f.Close()); err != nil {
-		return fmt.Errorf("take a snapshot of etcd: %w", err)
+		return explainSnapshot(err)
 	}
 	return nil
+}
+
+// explainSnapshot adds a hint to the error of a snapshot that was not taken.
+func explainSnapshot(err error) error {
+	denied := isDenied(err)
+	if err = fmt.Errorf("take a snapshot of etcd: %w", err); denied {
+		return problem.WithHint(err, "set etcd.username and etcd.passwordFile to a user with the role root, or use --snapshot")
+	}
+	return err
 }
 
 // useThrowAway connects to the throw-away etcd, and returns an error until that responds.
