@@ -4,8 +4,6 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
-	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -183,29 +181,7 @@ func (c *Cluster) Lose() {
 		m.Kill()
 	}
 	for _, m := range c.Members {
-		if err := os.RemoveAll(m.DataDir); err != nil {
-			c.env.TB.Fatal(err)
-		}
-	}
-}
-
-// Restore restores a snapshot for each member, as on its host, after [Cluster.Lose], and starts all
-// of them.
-func (c *Cluster) Restore(snapshot string) {
-	c.env.TB.Helper()
-	for i, m := range c.Members {
-		name, peer, _ := strings.Cut(c.initial[i], "=")
-		cmd := exec.Command(Bin(c.env.TB, "etcdutl-"+c.cfg.Version), "snapshot", "restore", snapshot, "--data-dir", m.DataDir, "--name", name,
-			"--initial-cluster", strings.Join(c.initial, ","), "--initial-cluster-token", c.token, "--initial-advertise-peer-urls", peer)
-		if out, err := cmd.CombinedOutput(); err != nil {
-			c.env.TB.Fatalf("restore the data of %s: %v\n%s", m.name, err, out)
-		}
-	}
-	for _, m := range c.Members {
-		m.Begin()
-	}
-	for _, m := range c.Members {
-		m.WaitReady()
+		m.empty()
 	}
 }
 
