@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -181,7 +182,9 @@ func (c *Cluster) Lose() {
 		m.Kill()
 	}
 	for _, m := range c.Members {
-		m.empty()
+		if err := os.RemoveAll(m.DataDir); err != nil {
+			c.env.TB.Fatal(err)
+		}
 	}
 }
 

@@ -106,10 +106,8 @@ func (f *memberFront) start(err error) error {
 	if f.proxy, err = front.Start(c); err != nil {
 		return err
 	}
-	for _, l := range c.Listeners {
-		if err := f.proxy.Serves(l.Network, l.Address); err != nil {
-			return err
-		}
+	if err := f.proxy.Serves(); err != nil {
+		return err
 	}
 	if f.both {
 		return f.sniff(address, plain.Address, secure.Address)

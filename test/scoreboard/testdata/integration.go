@@ -62,7 +62,7 @@ func (m *Member) newFront() (*memberFront, error) {
 	}
 	// The member does not wait for its proxy: its peers would wait for it.
 	go func() {
-		err := f.proxy.Serves(l.Network, l.Address)
+		err := f.proxy.Serves()
 		if err == nil {
 			f.accept(l.Address)
 		} else if !f.closing.Load() {
