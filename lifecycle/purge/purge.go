@@ -153,8 +153,8 @@ func (h *History) settle(ctx context.Context, c *clientv3.Client, m *Member) err
 
 // Remove compacts the history past everything that h found, waits for each member to carry that out
 // in its own file, for at most settle each, and defragments those that have, one after the other.
-// [Member.Unconfirmed] is set for the others. defragmented is called after each member, with its size
-// before.
+// [Member.Unconfirmed] is set for the others. defragmented is called after each member, with its
+// size before.
 func (h *History) Remove(
 	ctx context.Context, c *clientv3.Client, members []Member, settle time.Duration, defragmented func(m *Member, before int64, took time.Duration),
 ) error {
