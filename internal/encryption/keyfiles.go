@@ -50,8 +50,8 @@ func watchKeyFile(path string, seen [sha256.Size]byte, ring *keyring.Ring, log *
 	}
 }
 
-// keptFile is a file whose keys are loaded again when it changes. While the new ones cannot be used,
-// the old ones stay in use.
+// keptFile is a file whose keys are loaded again when it changes. While the new ones cannot be
+// used, the old ones stay in use.
 type keptFile struct {
 	provider, path string
 	what, keys     string            // what the log calls the file and its keys
