@@ -1,8 +1,6 @@
 package recovery
 
 import (
-	"errors"
-	"io"
 	"strings"
 	"testing"
 
@@ -41,7 +39,7 @@ func TestEverythingIsLost(t *testing.T) {
 	}, metav1.CreateOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	snapshot := s.env.File("saved.db", snapshotOf(t, cluster.Members[0].Address))
+	snapshot := cluster.Snapshot(0, "saved.db")
 
 	api.Kill()
 	proxy.Kill()
@@ -81,20 +79,4 @@ func TestEverythingIsLost(t *testing.T) {
 	if out, code := s.env.Run("audit", "verify", s.commandsPath()); code != 0 {
 		t.Errorf("exit code %d: %s", code, out)
 	}
-}
-
-// snapshotOf returns a snapshot of the member at an address.
-func snapshotOf(t *testing.T, address string) (data []byte) {
-	t.Helper()
-	stream, err := pb.NewMaintenanceClient(harness.Dial(t, address, nil)).Snapshot(t.Context(), &pb.SnapshotRequest{})
-	for err == nil {
-		var r *pb.SnapshotResponse
-		if r, err = stream.Recv(); err == nil {
-			data = append(data, r.Blob...)
-		}
-	}
-	if !errors.Is(err, io.EOF) {
-		t.Fatal(err)
-	}
-	return data
 }
