@@ -134,7 +134,7 @@ func (f *Fleet) setLeading(leading bool) {
 func (f *Fleet) delay() time.Duration {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return rand.N(fleetSpread * time.Duration(max(1, f.members)))
+	return rand.N(fleetSpread * time.Duration(max(1, f.members))) //nolint:gosec // spreads calls, and protects nothing
 }
 
 // Members returns the announced proxies, the oldest announcement first.
