@@ -21,7 +21,7 @@ EPOCH    := $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
 IMAGEFLAGS ?=
 COMPOSETESTFLAGS ?=
 
-.PHONY: image image-offline clean-image-offline compose-test kubeadm-test help build run test unit interop e2e soak reliability scoreboard scoreboard-kubernetes compatibility bench bench-kubernetes profile fuzz lint vuln docs tools tools-etcd tools-etcd-3.4 tools-kube clean
+.PHONY: image image-offline clean-image-offline compose-test kubeadm-test plugins-test help build run test unit interop e2e soak reliability scoreboard scoreboard-kubernetes compatibility bench bench-kubernetes profile fuzz lint vuln docs tools tools-etcd tools-etcd-3.4 tools-kube clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -95,6 +95,10 @@ compose-test: image-offline build $(BIN)/docker-compose-v2 ## docker-compose.yml
 
 kubeadm-test: build tools-kube $(BIN)/kubelet $(BIN)/kube-controller-manager $(BIN)/kube-scheduler $(BIN)/etcd-3.7 $(BIN)/etcdctl-3.7 ## whole kubeadm clusters, with kubelet and containerd, on this machine; needs root and Debian's containerd (a quarter of an hour, and more the first time)
 	cd test && KUBEADM_INIT=1 go test -count=1 -v -timeout 60m -run 'Init|Cluster' ./kubeadm
+
+plugins-test: build $(BIN)/etcd-3.7 ## public KMS v2 plugins behind the proxy, built from their own repositories; needs a C compiler, softhsm2 and opensc (five minutes)
+	sh test/plugins/build.sh $(BIN)
+	cd test && unshare --net --map-root-user sh -c 'ip link set lo up && go test -count=1 -v -timeout 20m -run TestPlugins ./plugins'
 
 bench: build $(BIN)/etcd-3.7 ## CPU and throughput compared with etcd, its grpc-proxy and a TCP relay; encryption compared with kube-apiserver; reencrypt compared with a loop
 	cd test/bench && go run . $(BENCHFLAGS)

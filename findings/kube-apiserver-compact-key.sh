@@ -40,7 +40,7 @@ import (
 func main() {
 	cfg := embed.NewConfig()
 	cfg.Dir = "data"
-	cfg.LogLevel = "error"
+	cfg.LogLevel = "fatal"
 	dir, err := os.Getwd()
 	check(err)
 	cfg.ListenClientUrls = []url.URL{{Scheme: "unix", Path: dir + "/client"}}

@@ -11,7 +11,7 @@
 //
 //	monitor     health checks: Status, rotation, revocation, probes of old keys (monitor.go, settle.go, probe.go)
 //	generator   generates and verifies DEK seeds (generator.go)
-//	seeds       finds a value's seed in the cache or by the KMS, and decrypts (seeds.go, unwrap.go, cache.go, hot.go)
+//	seeds       finds a value's seed in the cache or by the KMS, and decrypts (seeds.go, unwrap.go, cache.go)
 //	copyWriter  has recovery copies of new seeds wrapped (recovery_write.go)
 //	copyReader  unwraps recovery copies of stored values (recovery_read.go)
 //	OfflineKey  wraps and unwraps copies for rings that have no KMS (offline.go)

@@ -70,7 +70,7 @@ func (g *generator) use(ctx context.Context, keyID string) (*writer, error) {
 
 // due reports whether a new seed is needed now that Status said keyID.
 func (g *generator) due(ctx context.Context, keyID string) bool {
-	if g.p.cfg.ReadOnly {
+	if g.p.readOnly.Load() {
 		return false
 	}
 	w := g.p.state.Load().writer

@@ -162,7 +162,7 @@ func (m *monitor) statusKeyID(ctx context.Context) (string, error) {
 		return "", err
 	}
 	switch last := m.p.state.Load().keyID; {
-	case last == status.KeyID, last == "" && !m.p.cfg.ReadOnly, m.settled.waits(status.KeyID):
+	case last == status.KeyID, last == "" && !m.p.readOnly.Load(), m.settled.waits(status.KeyID):
 		return status.KeyID, nil
 	}
 	if again, err := m.calls.status(ctx); err == nil {

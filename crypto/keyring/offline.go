@@ -66,7 +66,7 @@ func (c *caller) unwrapOffline(h *envelope.Header) ([]byte, error) {
 	return seed, nil
 }
 
-var errNoPrivateKey = errors.New("its private keys are offline; the commands decrypt, verify, status and reencrypt take them with --identity")
+var errNoPrivateKey = errors.New("its private keys are offline; the commands decrypt, verify, status, reencrypt and drill take them with --identity")
 
 // offlineError is the failure of an [OfflineKey]. Its text is safe to show.
 type offlineError struct{ cause error }

@@ -22,6 +22,7 @@ type provider struct {
 	poller   *kmsclient.Poller
 
 	running   atomic.Bool
+	readOnly  atomic.Bool    // no seed is generated
 	suspected rate.Sometimes // limits the health checks that stored values cause
 	// limits how often the log says that values are returned as stored whose key is gone
 	lostLogged rate.Sometimes

@@ -121,6 +121,7 @@ func New(c RingConfig) (*Ring, error) {
 		cfg: c, suspected: rate.Sometimes{Interval: c.FailingPollInterval}, lostLogged: rate.Sometimes{Interval: time.Hour},
 	}}
 	r.p.copyName, _ = envelope.RecoveryAnnotation(c.Provider)
+	r.p.readOnly.Store(c.ReadOnly)
 	r.p.state.Store(&state{pending: make(chan struct{})})
 	r.calls = &caller{p: r.p, denied: make(map[string]time.Time)}
 	r.calls.base, r.calls.stop = context.WithCancelCause(context.Background())
@@ -231,7 +232,21 @@ func (r *Ring) SetRecovery(rings []*Ring, required bool) error {
 }
 
 // ReadOnly reports whether the ring only decrypts.
-func (r *Ring) ReadOnly() bool { return r.p.cfg.ReadOnly }
+func (r *Ring) ReadOnly() bool { return r.p.readOnly.Load() }
+
+// StartWriting makes a ring that only decrypts generate seeds too. Values to encrypt wait for the
+// health check that generates the first one. It does nothing to a ring of an offline key.
+func (r *Ring) StartWriting() {
+	if r.IsOffline() || !r.p.readOnly.Swap(false) {
+		return
+	}
+	r.p.update(func(st *state) {
+		if st.pending == nil && !r.p.stopped {
+			st.pending = make(chan struct{})
+		}
+	})
+	r.p.poller.Wake()
+}
 
 // Seal encrypts plaintext with the current seed, for etcdKey. If there is none yet, it waits for
 // the first health check or, with try, returns [ErrWouldBlock]. It retains neither argument.
@@ -302,7 +317,7 @@ func (r *Ring) maySeal(st *state) bool {
 // cannotSeal returns why values may not be encrypted, for a state in which maySeal is false.
 func (r *Ring) cannotSeal(st *state) *Error {
 	switch {
-	case r.p.cfg.ReadOnly:
+	case r.p.readOnly.Load():
 		return r.p.errorf(Refused, nil, "no rule writes with the provider")
 	case st.revoked != nil:
 		return r.p.errorf(KeyUnusable, st.revoked, "%s", describe(st.revoked))

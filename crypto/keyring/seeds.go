@@ -163,8 +163,8 @@ func (s *seeds) evict(match func(*entry) bool) int {
 	return n
 }
 
-// evictUnder evicts the seeds under key IDs that the KMS refuses. Those from recovery copies stay if
-// the key is gone, and not if an operator has disabled it.
+// evictUnder evicts the seeds under key IDs that the KMS refuses. Those from recovery copies stay
+// if the key is gone, and not if an operator has disabled it.
 func (s *seeds) evictUnder(under func(keyID string) bool, cause error) int {
 	gone := kmsclient.ReasonOf(cause).Gone()
 	return s.evict(func(e *entry) bool {

@@ -58,12 +58,6 @@ func (k *Keys) observeCall(c kmsclient.Call) {
 	k.record(CallRecord(c))
 }
 
-// recovered is called for every DEK seed that was unwrapped from a recovery copy. The values that
-// it decrypts are counted by a metric.
-func (k *Keys) recovered(provider, by, keyID, why string) {
-	k.record(auditlog.Record{Event: auditlog.EventRecovery, Primary: provider, Provider: by, KeyID: keyID, Reason: why})
-}
-
 // auditedDescribe has each call of describe counted and recorded as any other KMS call, and made
 // only while it can be recorded. It returns nil for nil.
 func (k *Keys) auditedDescribe(name string, describe provider.Describe) provider.Describe {

@@ -149,7 +149,8 @@ func (k *Keys) add(p config.KMS, cache *keyring.Cache) error {
 	if b.Reader != nil {
 		k.readers[p.Name] = b.Reader
 		k.keep(&keptFile{
-			provider: p.Name, path: p.Kubernetes.KeyFile, what: "key file", keys: "keys", seen: seen,
+			provider: p.Name, path: p.Kubernetes.KeyFile, name: "key file of " + p.Name, seen: seen,
+			good: "key file reloaded", bad: "changed key file cannot be used; the old keys stay in use",
 			load: func() ([]any, error) { return nil, k.reloadReader(p) },
 		})
 		return nil
@@ -159,9 +160,9 @@ func (k *Keys) add(p config.KMS, cache *keyring.Cache) error {
 	if err != nil {
 		return err
 	}
-	writes := slices.ContainsFunc(k.Config.Config.Rules, func(r config.Rule) bool { return r.WriteWith == p.Name })
 	ring, err := keyring.New(keyring.RingConfig{
-		Provider: p.Name, KMS: AuditedService(k.Audit, p.Name, client), Cache: cache, KeyOf: b.KeyOf(), ReadOnly: !writes || k.InspectOnly,
+		Provider: p.Name, KMS: AuditedService(k.Audit, p.Name, client), Cache: cache, KeyOf: b.KeyOf(),
+		ReadOnly:     true, // until a rule writes with it
 		PollInterval: p.PollInterval, RevokeWithin: k.Config.Config.Cache.RevokeWithin, SealUnreachableFor: k.Config.Config.Cache.SealUnreachableFor,
 		MaxAge: p.SeedMaxAge, MaxSeals: uint64(p.SeedMaxSeals), //nolint:gosec // checked to be positive
 		Observer: k.metrics.forProvider(p.Name), Logger: k.Logger,
@@ -179,7 +180,7 @@ func (k *Keys) add(p config.KMS, cache *keyring.Cache) error {
 	watch := provider.NewWatch(provider.WatchConfig{
 		Provider: p.Name, Describe: k.auditedDescribe(p.Name, b.Describe()), Expire: b.CredentialsExpire(), Late: b.LateCredentials, Logger: k.Logger,
 		// A key file can be backed up, and a key that nothing is written with gets no new copies.
-		Recovery: func() bool { return b.Kind == "local" || !writes || len(ring.Recovery()) > 0 },
+		Recovery: func() bool { return b.Kind == "local" || ring.ReadOnly() || len(ring.Recovery()) > 0 },
 		Healthy:  func() bool { return ring.State().Healthy },
 		Flapped:  func() time.Time { return ring.State().Flapped },
 	})
@@ -276,7 +277,26 @@ func (k *Keys) setRules(rules []config.Rule) error {
 			return err
 		}
 	}
-	return k.setRecovery(rules)
+	for _, ring := range k.rings {
+		if err := k.setRecovery(ring, rules); err != nil {
+			return err
+		}
+	}
+	k.metrics.expectRecoveries(k, rules)
+	return nil
+}
+
+// startWriting makes a ring generate DEK seeds, with the recovery copies that rules name, if it has
+// not written before. ring may be nil.
+func (k *Keys) startWriting(ring *keyring.Ring, rules []config.Rule) error {
+	if ring == nil || k.InspectOnly || !ring.ReadOnly() {
+		return nil
+	}
+	if err := k.setRecovery(ring, rules); err != nil {
+		return err
+	}
+	ring.StartWriting()
+	return nil
 }
 
 // newRuleSet makes the sealers of rules from the present rings. mu is held.
@@ -298,6 +318,9 @@ func (k *Keys) newRuleSet(rules []config.Rule) (*RuleSet, error) {
 		}
 		if r.WriteWith != config.Plaintext {
 			sc.Write = ring(r.WriteWith)
+			if err := k.startWriting(sc.Write, rules); err != nil {
+				return nil, fmt.Errorf("rules[%d]: %w", i, err)
+			}
 		}
 		var keyNames []string
 		for _, name := range r.ReadWith {

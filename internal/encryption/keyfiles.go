@@ -50,11 +50,12 @@ func watchKeyFile(path string, seen [sha256.Size]byte, ring *keyring.Ring, log *
 	}
 }
 
-// keptFile is a file whose keys are loaded again when it changes. While the new ones cannot be used,
-// the old ones stay in use.
+// keptFile is a file whose keys are loaded again when it changes. While the new ones cannot be
+// used, the old ones stay in use.
 type keptFile struct {
 	provider, path string
-	what, keys     string            // what the log calls the file and its keys
+	name           string            // of its line in /readyz
+	good, bad      string            // what the log says of new keys that are used, or cannot be
 	seen           [sha256.Size]byte // digest of the file before its keys were first used
 	load           func() (attrs []any, err error)
 
@@ -63,7 +64,7 @@ type keptFile struct {
 
 // keep follows a file from [Keys.Run] on.
 func (k *Keys) keep(f *keptFile) {
-	k.files = append(k.files, fileCheck{f.what + " of " + f.provider, func() error {
+	k.files = append(k.files, fileCheck{f.name, func() error {
 		if err := f.problem.Load(); err != nil {
 			return *err
 		}
@@ -74,10 +75,10 @@ func (k *Keys) keep(f *keptFile) {
 			attrs, err := f.load()
 			f.problem.Store(&err)
 			if err != nil {
-				k.Logger.Error("changed "+f.what+" cannot be used; the old "+f.keys+" stay in use", "provider", f.provider, "error", err)
+				k.Logger.Error(f.bad, "provider", f.provider, "error", err)
 				return
 			}
-			k.Logger.Info(f.what+" reloaded", append([]any{"provider", f.provider, "file", f.path}, attrs...)...)
+			k.Logger.Info(f.good, append([]any{"provider", f.provider, "file", f.path}, attrs...)...)
 		})
 	})
 }

@@ -8,6 +8,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/rule"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/provider"
 )
@@ -35,7 +36,7 @@ func newMetrics(reg prometheus.Registerer, k *Keys, cache *keyring.Cache) *metri
 	cached := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "etcd_kms_proxy_seed_cache_entries", Help: "Unwrapped DEK seeds in the cache.",
 	}, func() float64 { return float64(cache.Len()) })
-	reg.MustRegister(m.encrypted, m.decrypted, m.seeds, m.recoveries, cached, keyStates{k}, provider.States(k.providerStates),
+	reg.MustRegister(m.encrypted, m.decrypted, m.seeds, m.recoveries, cached, keyStates{k}, provider.States(m.providerStates),
 		provider.Watches(func() []*provider.Watch { return k.watches }))
 	return m
 }
@@ -81,9 +82,9 @@ func (c *seedCounters) Recovered(provider, by string) {
 	c.all.recoveries.WithLabelValues(provider, by).Inc()
 }
 
-// CopyUnwrapped implements [keyring.Observer].
+// CopyUnwrapped implements [keyring.Observer]. A metric counts the values that the seed decrypts.
 func (c *seedCounters) CopyUnwrapped(provider, by, keyID, why string) {
-	c.all.keys.recovered(provider, by, keyID, why)
+	c.all.keys.record(auditlog.Record{Event: auditlog.EventRecovery, Primary: provider, Provider: by, KeyID: keyID, Reason: why})
 }
 
 var (
@@ -115,9 +116,9 @@ func (m *metrics) forProvider(name string) *seedCounters {
 	return c
 }
 
-func (k *Keys) providerStates() []provider.State {
+func (m *metrics) providerStates() []provider.State {
 	var states []provider.State
-	for _, r := range k.rings {
+	for _, r := range m.keys.rings {
 		s := r.State()
 		states = append(states, provider.State{Provider: s.Provider, Healthy: s.Healthy, LastSuccess: s.LastGood, KeyID: s.KeyID})
 	}

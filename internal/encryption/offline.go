@@ -26,7 +26,8 @@ func (k *Keys) addOffline(p config.KMS, key *provider.AgeKey, cache *keyring.Cac
 			return err
 		}
 		k.keep(&keptFile{
-			provider: p.Name, path: file, what: "recipients file", keys: "recipients", seen: seen,
+			provider: p.Name, path: file, name: "recipients file of " + p.Name, seen: seen,
+			good: "recipients file reloaded", bad: "changed recipients file cannot be used; the old recipients stay in use",
 			load: func() ([]any, error) {
 				if err := key.Reload(); err != nil {
 					return nil, err

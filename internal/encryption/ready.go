@@ -3,6 +3,7 @@ package encryption
 import (
 	"cmp"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -14,28 +15,18 @@ import (
 // recoveryNotice is how long /readyz shows that a recovery copy was used.
 const recoveryNotice = time.Hour
 
-// setRecovery gives each ring the rings that wrap copies of its DEK seeds. Rules that write with
-// the same provider have the same recovery providers, which config checks. mu is held.
-func (k *Keys) setRecovery(rules []config.Rule) error {
-	for _, ring := range k.rings {
-		var by []*keyring.Ring
-		required := false
-		for _, r := range rules {
-			if r.WriteWith != ring.Provider() {
-				continue
-			}
-			for _, name := range r.Recovery {
-				by = append(by, k.ring(name))
-			}
-			required = r.RecoveryRequired
-			break
-		}
-		if err := ring.SetRecovery(by, required); err != nil {
-			return err
-		}
+// setRecovery gives a ring the rings that wrap copies of its DEK seeds. Rules that write with the
+// same provider have the same recovery providers, which config checks. mu is held.
+func (k *Keys) setRecovery(ring *keyring.Ring, rules []config.Rule) error {
+	i := slices.IndexFunc(rules, func(r config.Rule) bool { return r.WriteWith == ring.Provider() })
+	if i < 0 {
+		return ring.SetRecovery(nil, false)
 	}
-	k.metrics.expectRecoveries(k, rules)
-	return nil
+	var by []*keyring.Ring
+	for _, name := range rules[i].Recovery {
+		by = append(by, k.ring(name))
+	}
+	return ring.SetRecovery(by, rules[i].RecoveryRequired)
 }
 
 // ProviderChecks returns the lines of the readiness report about the providers, their files and

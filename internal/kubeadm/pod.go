@@ -17,8 +17,7 @@ import (
 const program = "/usr/local/bin/etcd-kms-proxy"
 
 // configAnnotation holds a digest of the configuration, so that kubelet restarts the Pod when the
-// configuration changes. The proxy reloads some changes without a restart, but a KMS that was for
-// reading only does not become one for writing.
+// configuration changes: a reload does not apply all changes.
 const configAnnotation = "etcd-kms-proxy.io/config-sha256"
 
 // podSettings are the inputs of the proxy's static Pod.

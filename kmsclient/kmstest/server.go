@@ -20,8 +20,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
-// SocketDir makes a folder for a socket, which is removed when the test ends. A socket's path has at
-// most 107 bytes, which the test's own folder may exceed.
+// SocketDir makes a folder for a socket, which is removed when the test ends. A socket's path has
+// at most 107 bytes, which the test's own folder may exceed.
 func SocketDir(tb testing.TB) string {
 	tb.Helper()
 	dir, err := os.MkdirTemp("", "kms")

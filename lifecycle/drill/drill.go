@@ -43,11 +43,11 @@ type Etcd struct {
 }
 
 const (
-	// the name of the member, and a peer URL that nothing listens on: one member has no peers
 	memberName = "drill"
-	peerURL    = "http://127.0.0.1:1"
+	// peerURL is one that nothing listens on: a single member has no peers.
+	peerURL = "http://127.0.0.1:1"
 	// Every etcd requires host:port in the URL of a unix socket, and takes both as the name of the
-	// file, relative to its working directory.
+	// file, relative to its working directory: see findings/etcd-unix-socket-url.sh.
 	clientSocket, peerSocket = "client.sock:0", "peer.sock:0"
 	// maxSocketPath is the longest path of a unix socket on Linux, in bytes.
 	maxSocketPath = 107

@@ -16,7 +16,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/valuetxn"
 )
 
-// Core is what every engine shares: the rules of the moment and the limits.
+// Core is what all calls share: the current rules and the limits.
 type Core struct {
 	Rules      atomic.Pointer[RuleSet]
 	MaxRequest int             // bytes; etcd's --max-request-bytes
@@ -40,12 +40,11 @@ func NewCore(rules *RuleSet, maxRequest int, log *slog.Logger) *Core {
 // lostKeys is how many errors about lost values are remembered.
 const lostKeys = 1024
 
-// Call rewrites the messages of one call. An engine hands it every request message, then every
-// response message for which scans is true. Messages come whole, without gRPC's header; a result is
-// the argument itself where nothing changes. A response may be overwritten, a request not, and a
-// new response stands at the front of the old or in bytes of its own. One request and one response
-// may be in progress at the same time, never two of a kind. Errors are statuses for the client, or
-// [ErrWouldBlock].
+// Call rewrites the messages of one call: every request message, and then every response message
+// for which Scans is true. Messages are complete, without gRPC's header; a result is the argument
+// itself where nothing changes. A response may be overwritten, a request not, and a new response is
+// at the front of the old or in bytes of its own. One request and one response may be in progress
+// at the same time, never two of a kind. Errors are statuses for the client, or [ErrWouldBlock].
 type Call interface {
 	Request(m Mode, msg []byte) ([]byte, error)
 	Scans() bool
@@ -55,9 +54,9 @@ type Call interface {
 	Response(m Mode, msg []byte) ([]byte, error)
 }
 
-// Splitter is a call whose responses may have to be cut into several: while cuts is true it sees
-// each response as the client gets it, in one piece, which it does not change or keep. cut returns
-// nil for one that stays whole.
+// Splitter is a call whose responses may have to be split: while Splits is true, Split gets each
+// complete response, as the client gets it. It does not change or keep it, and returns nil for one
+// that is not split.
 type Splitter interface {
 	Splits() bool
 	Split(msg []byte) ([][]byte, error)
@@ -72,12 +71,12 @@ func (whole) Parts() bool { return false }
 
 // kvCall is what the calls of etcdserverpb.KV have in common. The rules may be swapped while a call
 // is in flight: another client may then already have written under a new rule, so from then on
-// every answer is inspected.
+// every response is inspected.
 type kvCall struct {
 	core    *Core
 	id      *listener.Identity
 	at      *RuleSet // the rules when the request came
-	touches bool     // an answer may hold an encrypted value
+	touches bool     // a response may hold an encrypted value
 }
 
 func (c *kvCall) Scans() bool {

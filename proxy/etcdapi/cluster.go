@@ -10,7 +10,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 )
 
-// memberCall is a call whose answer names members. A client that goes to their own URLs, as
+// memberCall is a call whose response names members. A client that goes to their own URLs, as
 // AutoSync has it do, would go round the proxy: so it is told of URLs that lead here.
 type memberCall struct {
 	whole
@@ -19,13 +19,13 @@ type memberCall struct {
 	into func() membersOf
 }
 
-// membersOf is an answer that names members.
+// membersOf is a response that names members.
 type membersOf interface {
 	proto.Message
 	GetMembers() []*pb.Member
 }
 
-// members makes the call for one kind of answer.
+// members makes the call for one kind of response.
 func members[M membersOf]() newCall {
 	return func(c *Core, id *listener.Identity, _ *Calls) Call {
 		return &memberCall{core: c, id: id, into: func() membersOf {
@@ -41,12 +41,12 @@ func (*memberCall) Request(_ Mode, msg []byte) ([]byte, error) { return msg, nil
 func (c *memberCall) Scans() bool { return len(c.id.AdvertiseClientURLs) > 0 }
 
 func (c *memberCall) Response(_ Mode, msg []byte) ([]byte, error) {
-	answer := c.into()
-	if err := rpc.Unmarshal(msg, answer); err != nil {
+	response := c.into()
+	if err := rpc.Unmarshal(msg, response); err != nil {
 		return nil, c.core.status(err, true)
 	}
-	all := answer.GetMembers()
-	if added, ok := answer.(*pb.MemberAddResponse); ok && added.GetMember() != nil {
+	all := response.GetMembers()
+	if added, ok := response.(*pb.MemberAddResponse); ok && added.GetMember() != nil {
 		all = append(slices.Clone(all), added.GetMember())
 	}
 	for _, m := range all {
@@ -54,7 +54,7 @@ func (c *memberCall) Response(_ Mode, msg []byte) ([]byte, error) {
 			m.ClientURLs = c.core.urlsOf(m, c.id)
 		}
 	}
-	out, err := rpc.Marshal(answer)
+	out, err := rpc.Marshal(response)
 	return out, c.core.status(err, true)
 }
 

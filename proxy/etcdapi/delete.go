@@ -48,30 +48,30 @@ func (c *deleteCall) Response(m Mode, msg []byte) ([]byte, error) {
 
 func (c *deleteCall) Exchanges() bool { return c.over }
 
-// exchange implements exchanger.
-func (c *deleteCall) exchange(ctx context.Context, msg []byte, ask sendFunc) ([]byte, error) {
-	asked := new(pb.DeleteRangeRequest)
-	if err := rpc.Unmarshal(msg, asked); err != nil {
+// exchange implements Exchanger.
+func (c *deleteCall) exchange(ctx context.Context, msg []byte, send sendFunc) ([]byte, error) {
+	request := new(pb.DeleteRangeRequest)
+	if err := rpc.Unmarshal(msg, request); err != nil {
 		return nil, c.core.status(err, false)
 	}
-	answer, err := store{&c.kvCall, ask}.Txn(ctx, &pb.TxnRequest{Success: c.at.Own.parts(asked)}, math.MaxInt32)
+	response, err := store{&c.kvCall, send}.Txn(ctx, &pb.TxnRequest{Success: c.at.Own.parts(request)}, math.MaxInt32)
 	if err != nil {
 		return nil, err
 	}
-	all, err := joinedDeletes(answer.GetResponses())
+	all, err := joinedDeletes(response.GetResponses())
 	if err != nil {
 		return nil, c.core.status(err, true)
 	}
-	all.Header = answer.GetHeader()
+	all.Header = response.GetHeader()
 	out, err := rpc.Marshal(all)
 	return out, c.core.status(err, true)
 }
 
-// joinedDeletes makes one answer of those to parts. Its header is that of the last, which has the
+// joinedDeletes makes one response of those to parts. Its header is that of the last, which has the
 // revision after all of them.
-func joinedDeletes(answers []*pb.ResponseOp) (*pb.DeleteRangeResponse, error) {
+func joinedDeletes(responses []*pb.ResponseOp) (*pb.DeleteRangeResponse, error) {
 	all := new(pb.DeleteRangeResponse)
-	for _, part := range answers {
+	for _, part := range responses {
 		one := part.GetResponseDeleteRange()
 		if one == nil {
 			return nil, fmt.Errorf("%w: it is about something else than deletes", etcdwire.ErrMalformed)

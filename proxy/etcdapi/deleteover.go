@@ -12,7 +12,7 @@ import (
 
 // A delete of a range that reaches over keys of the proxies' own, as one of everything does, leaves
 // these alone: etcd is asked to delete what is before and after them, in one transaction. The
-// client sees the answer of one delete. In a transaction of the client's, they stand where the
+// client sees the response of one delete. In a transaction of the client's, they stand where the
 // delete was: not in a nested one, since etcd does not compare what siblings write.
 
 // parts are the deletes that are sent for one that reaches over own keys.
@@ -52,11 +52,11 @@ func (o ownKeys) leaveOut(txn *pb.TxnRequest) {
 	}
 }
 
-// putBack undoes leaveOut in the answer to a transaction that a client requested.
-func (o ownKeys) putBack(asked *pb.TxnRequest, answer *pb.TxnResponse) error {
+// putBack undoes leaveOut in the response to a transaction that a client requested.
+func (o ownKeys) putBack(request *pb.TxnRequest, response *pb.TxnResponse) error {
 	var all []*pb.ResponseOp
-	rest := answer.GetResponses()
-	for _, op := range valuetxn.Branch(asked, answer.GetSucceeded()) {
+	rest := response.GetResponses()
+	for _, op := range valuetxn.Branch(request, response.GetSucceeded()) {
 		d, n := o.over(op), 1
 		if d != nil {
 			n = len(o.without(d.GetKey(), d.GetRangeEnd()))
@@ -78,8 +78,8 @@ func (o ownKeys) putBack(asked *pb.TxnRequest, answer *pb.TxnResponse) error {
 		}
 		all, rest = append(all, one), rest[n:]
 	}
-	if answer != nil {
-		answer.Responses = all
+	if response != nil {
+		response.Responses = all
 	}
 	return nil
 }

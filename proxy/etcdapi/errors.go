@@ -20,13 +20,13 @@ var (
 	errSortedStream = rpc.Error(codes.Unimplemented, "a RangeStream does not sort by values under a rule: use Range")
 	// ErrShuttingDown ends calls when the proxy drains.
 	ErrShuttingDown = rpc.Error(codes.Unavailable, "shutting down")
-	// errRequestTooLarge is etcd's own answer, code and text.
+	// errRequestTooLarge is etcd's own response, code and text.
 	errRequestTooLarge = status.Error(codes.InvalidArgument, "etcdserver: request is too large")
 )
 
-// sealStatus maps what a Sealer or the rewriter said to the client's status. known is false if the
-// cause is not one that a client should read: the status is then Internal with a fixed text, and
-// the caller logs err.
+// sealStatus maps the error of a Sealer or of the rewriter to the client's status. known is false if
+// the cause is not one that a client should read: the status is then Internal with a fixed text,
+// and the caller logs err.
 func sealStatus(err error, fromEtcd bool) (st error, known bool) {
 	var seal *SealError
 	if errors.As(err, &seal) && seal.Code != codes.OK {

@@ -19,22 +19,22 @@ const (
 	methodLeaseTimeToLive = "/etcdserverpb.Lease/LeaseTimeToLive"
 )
 
-// sendFunc sends one request to etcd, with the client's metadata, and returns the answer, which is
-// the caller's. An answer longer than limit is ResourceExhausted.
+// sendFunc sends one request to etcd, with the client's metadata, and returns the response, which
+// is the caller's. A response longer than limit is ResourceExhausted.
 type sendFunc func(ctx context.Context, method string, msg []byte, limit int) ([]byte, error)
 
-// Exchanger is a call that has more to do than to rewrite one request and its answer: if exchanges
-// is true after the request was seen, exchange does it all. msg is the client's message, which it
-// does not change; the answer is for the client.
+// Exchanger is a call that may need several requests to etcd for one of the client: if Exchanges is
+// true after Request, exchange sends them and returns the response for the client. It does not
+// change msg, the client's request.
 type Exchanger interface {
 	Exchanges() bool
-	exchange(ctx context.Context, msg []byte, ask sendFunc) ([]byte, error)
+	exchange(ctx context.Context, msg []byte, send sendFunc) ([]byte, error)
 }
 
-// streamExchanger is an exchanger with more than one answer, which it sends.
+// streamExchanger is an Exchanger with more than one response, which exchangeStream sends.
 type streamExchanger interface {
 	Exchanger
-	exchangeStream(ctx context.Context, msg []byte, ask sendFunc, send func([]byte) error) error
+	exchangeStream(ctx context.Context, msg []byte, send sendFunc, reply func([]byte) error) error
 }
 
 // requested returns the request that goes to etcd for msg: what c makes of it, or msg itself if c
@@ -57,7 +57,7 @@ var (
 // store is etcd with plaintext values, as one call sees it. Its errors are statuses for the client.
 type store struct {
 	*kvCall
-	ask sendFunc
+	send sendFunc
 }
 
 var _ valuetxn.Store = store{}
@@ -75,16 +75,16 @@ func (s store) Range(ctx context.Context, r *pb.RangeRequest) (*pb.RangeResponse
 	if err != nil {
 		return nil, s.core.status(err, false)
 	}
-	answer, err := s.ask(ctx, methodRange, msg, valuetxn.MaxResponseBytes)
+	response, err := s.send(ctx, methodRange, msg, valuetxn.MaxResponseBytes)
 	if err != nil {
 		return nil, err
 	}
-	answer, err = etcdwire.RangeResponse(answer, Blocking(ctx).Rules(s.core.Rules.Load()), shape)
+	response, err = etcdwire.RangeResponse(response, Blocking(ctx).Rules(s.core.Rules.Load()), shape)
 	if err != nil {
 		return nil, s.core.status(err, true)
 	}
 	out := new(pb.RangeResponse)
-	return out, s.core.status(rpc.Unmarshal(answer, out), true)
+	return out, s.core.status(rpc.Unmarshal(response, out), true)
 }
 
 // Txn implements valuetxn.Store.
@@ -97,14 +97,14 @@ func (s store) Txn(ctx context.Context, t *pb.TxnRequest, limit int) (*pb.TxnRes
 	if err != nil {
 		return nil, s.core.status(err, false)
 	}
-	answer, err := s.ask(ctx, methodTxn, msg, limit)
+	response, err := s.send(ctx, methodTxn, msg, limit)
 	if err != nil {
 		return nil, err
 	}
-	answer, err = etcdwire.TxnResponse(answer, Blocking(ctx).Rules(s.core.Rules.Load()), shape)
+	response, err = etcdwire.TxnResponse(response, Blocking(ctx).Rules(s.core.Rules.Load()), shape)
 	if err != nil {
 		return nil, s.core.status(err, true)
 	}
 	out := new(pb.TxnResponse)
-	return out, s.core.status(rpc.Unmarshal(answer, out), true)
+	return out, s.core.status(rpc.Unmarshal(response, out), true)
 }

@@ -45,19 +45,19 @@ func (*revokeCall) Response(_ Mode, msg []byte) ([]byte, error) { return msg, ni
 
 func (c *revokeCall) Exchanges() bool { return c.asks }
 
-// exchange implements exchanger. A key that the proxies attach between the two requests is of a
+// exchange implements Exchanger. A key that the proxies attach between the two requests is of a
 // proxy that has just begun, and tries again.
-func (c *revokeCall) exchange(ctx context.Context, msg []byte, ask sendFunc) ([]byte, error) {
-	asked, err := rpc.Marshal(&pb.LeaseTimeToLiveRequest{ID: c.lease, Keys: true})
+func (c *revokeCall) exchange(ctx context.Context, msg []byte, send sendFunc) ([]byte, error) {
+	request, err := rpc.Marshal(&pb.LeaseTimeToLiveRequest{ID: c.lease, Keys: true})
 	if err != nil {
 		return nil, c.core.status(err, false)
 	}
-	said, err := ask(ctx, methodLeaseTimeToLive, asked, valuetxn.MaxResponseBytes)
+	response, err := send(ctx, methodLeaseTimeToLive, request, valuetxn.MaxResponseBytes)
 	if err != nil {
 		return nil, err
 	}
 	lease := new(pb.LeaseTimeToLiveResponse)
-	if err := rpc.Unmarshal(said, lease); err != nil {
+	if err := rpc.Unmarshal(response, lease); err != nil {
 		return nil, c.core.status(err, true)
 	}
 	own := c.core.Rules.Load().Own
@@ -66,5 +66,5 @@ func (c *revokeCall) exchange(ctx context.Context, msg []byte, ask sendFunc) ([]
 			return nil, errOwnLease
 		}
 	}
-	return ask(ctx, methodLeaseRevoke, msg, valuetxn.MaxResponseBytes)
+	return send(ctx, methodLeaseRevoke, msg, valuetxn.MaxResponseBytes)
 }

@@ -14,7 +14,7 @@ type class string
 const (
 	classPass    class = "pass"    // carries no value: forwarded untouched
 	classRewrite class = "rewrite" // may carry values: sealed and opened under the rules
-	// classMembers: the answer names the URLs of members, which listeners may put theirs in place
+	// classMembers: the response names the URLs of members, which listeners may put theirs in place
 	// of
 	classMembers class = "members"
 	// classCheck: carries no value: forwarded untouched, unless this client may not send it

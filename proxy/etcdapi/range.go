@@ -57,7 +57,7 @@ func (c *rangeCall) Request(_ Mode, msg []byte) ([]byte, error) {
 	return msg, nil
 }
 
-// Parts implements call. A chunk of a stream is one field.
+// Parts implements Call. A chunk of a stream is one field.
 func (c *rangeCall) Parts() bool { return !c.stream }
 
 func (c *rangeCall) Response(m Mode, msg []byte) ([]byte, error) {
@@ -75,55 +75,55 @@ func (c *rangeCall) Response(m Mode, msg []byte) ([]byte, error) {
 func (c *rangeCall) Exchanges() bool { return c.byValue }
 
 // exchange sorts a range by its decrypted values.
-func (c *rangeCall) exchange(ctx context.Context, msg []byte, ask sendFunc) ([]byte, error) {
-	asked := new(pb.RangeRequest)
-	if err := rpc.Unmarshal(msg, asked); err != nil {
+func (c *rangeCall) exchange(ctx context.Context, msg []byte, send sendFunc) ([]byte, error) {
+	request := new(pb.RangeRequest)
+	if err := rpc.Unmarshal(msg, request); err != nil {
 		return nil, c.core.status(err, false)
 	}
-	answer, err := valuetxn.Range(ctx, store{&c.kvCall, ask}, asked)
+	response, err := valuetxn.Range(ctx, store{&c.kvCall, send}, request)
 	if err != nil {
 		return nil, err
 	}
-	out, err := rpc.Marshal(answer)
+	out, err := rpc.Marshal(response)
 	return out, c.core.status(err, true)
 }
 
 // exchangeStream implements streamExchanger.
-func (c *rangeCall) exchangeStream(ctx context.Context, msg []byte, ask sendFunc, send func([]byte) error) error {
-	asked := new(pb.RangeRequest)
-	if err := rpc.Unmarshal(msg, asked); err != nil {
+func (c *rangeCall) exchangeStream(ctx context.Context, msg []byte, send sendFunc, reply func([]byte) error) error {
+	request := new(pb.RangeRequest)
+	if err := rpc.Unmarshal(msg, request); err != nil {
 		return c.core.status(err, false)
 	}
-	header, err := c.pin(ctx, asked, ask)
+	header, err := c.pin(ctx, request, send)
 	if err != nil {
 		return err
 	}
-	return valuetxn.RangeStream(ctx, store{&c.kvCall, ask}, asked, header, c.core.MaxRequest, func(r *pb.RangeStreamResponse) error {
-		answer, err := rpc.Marshal(r)
+	return valuetxn.RangeStream(ctx, store{&c.kvCall, send}, request, header, c.core.MaxRequest, func(r *pb.RangeStreamResponse) error {
+		response, err := rpc.Marshal(r)
 		if err != nil {
 			return c.core.status(err, true)
 		}
-		return send(answer)
+		return reply(response)
 	})
 }
 
 // pin asks for the number of keys as a stream, so that etcd says whether it has the method, and the
 // client the permission. It returns the header, with the revision to read at.
-func (c *rangeCall) pin(ctx context.Context, asked *pb.RangeRequest, ask sendFunc) (*pb.ResponseHeader, error) {
-	count, _ := proto.Clone(asked).(*pb.RangeRequest)
+func (c *rangeCall) pin(ctx context.Context, request *pb.RangeRequest, send sendFunc) (*pb.ResponseHeader, error) {
+	count, _ := proto.Clone(request).(*pb.RangeRequest)
 	count.CountOnly, count.SortTarget = true, pb.RangeRequest_KEY
 	msg, err := rpc.Marshal(count)
 	if err != nil {
 		return nil, c.core.status(err, false)
 	}
-	if msg, err = ask(ctx, methodRangeStream, msg, valuetxn.MaxResponseBytes); err != nil {
+	if msg, err = send(ctx, methodRangeStream, msg, valuetxn.MaxResponseBytes); err != nil {
 		return nil, err
 	}
-	answer := new(pb.RangeStreamResponse)
-	if err := rpc.Unmarshal(msg, answer); err != nil {
+	response := new(pb.RangeStreamResponse)
+	if err := rpc.Unmarshal(msg, response); err != nil {
 		return nil, c.core.status(err, true)
 	}
-	return answer.GetRangeResponse().GetHeader(), nil
+	return response.GetRangeResponse().GetHeader(), nil
 }
 
 // decideStream decides who serves a stream that may meet a rule.

@@ -57,11 +57,11 @@ func (m *Method) handleStream(id *listener.Identity, ss grpc.ServerStream) error
 	} else {
 		m.api.Running.Go(func() { m.pump(ctx, cancel, ss, cs, c) })
 	}
-	return m.answers(ctx, ss, cs, c)
+	return m.receive(ctx, ss, cs, c)
 }
 
-// answers moves what etcd sends.
-func (m *Method) answers(ctx context.Context, ss grpc.ServerStream, cs grpc.ClientStream, c Call) error {
+// receive moves what etcd sends.
+func (m *Method) receive(ctx context.Context, ss grpc.ServerStream, cs grpc.ClientStream, c Call) error {
 	header, err := cs.Header()
 	if err == nil && header != nil {
 		if err := ss.SendHeader(header); err != nil {

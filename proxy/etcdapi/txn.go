@@ -92,25 +92,25 @@ func (c *txnCall) Exchanges() bool { return c.byValue || c.over }
 
 // exchange serves a transaction that compares or sorts by value, or deletes a range with own keys
 // in it.
-func (c *txnCall) exchange(ctx context.Context, msg []byte, ask sendFunc) ([]byte, error) {
+func (c *txnCall) exchange(ctx context.Context, msg []byte, send sendFunc) ([]byte, error) {
 	client := new(pb.TxnRequest)
 	if err := rpc.Unmarshal(msg, client); err != nil {
 		return nil, c.core.status(err, false)
 	}
-	asked := client
+	request := client
 	if c.over {
-		asked, _ = proto.Clone(client).(*pb.TxnRequest)
-		c.at.Own.leaveOut(asked)
+		request, _ = proto.Clone(client).(*pb.TxnRequest)
+		c.at.Own.leaveOut(request)
 	}
-	answer, err := valuetxn.NewTxn(store{&c.kvCall, ask}, c.core.Turns, asked).Serve(ctx)
+	response, err := valuetxn.NewTxn(store{&c.kvCall, send}, c.core.Turns, request).Serve(ctx)
 	if err != nil {
 		return nil, err
 	}
 	if c.over {
-		if err := c.at.Own.putBack(client, answer); err != nil {
+		if err := c.at.Own.putBack(client, response); err != nil {
 			return nil, c.core.status(err, true)
 		}
 	}
-	out, err := rpc.Marshal(answer)
+	out, err := rpc.Marshal(response)
 	return out, c.core.status(err, true)
 }

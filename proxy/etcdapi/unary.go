@@ -139,17 +139,17 @@ func (m *Method) forward(ss grpc.ServerStream, id *listener.Identity, in *rpc.Me
 // of the last one, or of the last one that failed.
 func (m *Method) exchange(ctx context.Context, ss grpc.ServerStream, to *upstream.Cluster, in *rpc.Message, x Exchanger) (*rpc.Message, error) {
 	a := &sender{ctx: ctx, to: to}
-	answer, err := x.exchange(ctx, in.Data.Materialize(), a.send)
+	response, err := x.exchange(ctx, in.Data.Materialize(), a.send)
 	if serr := a.last(err).set(ss); err == nil {
 		err = serr
 	}
 	if err != nil {
 		return nil, err
 	}
-	return rpc.NewMessage(answer), nil
+	return rpc.NewMessage(response), nil
 }
 
-// sender sends the requests that a call needs, and keeps what came around their answers.
+// sender sends the requests that a call needs, and keeps what came around their responses.
 type sender struct {
 	ctx       context.Context // the client's
 	to        *upstream.Cluster
@@ -172,7 +172,7 @@ func (a responseMetadata) set(ss grpc.ServerStream) error {
 	return nil
 }
 
-// send is an asker.
+// send is a sendFunc.
 func (a *sender) send(ctx context.Context, method string, msg []byte, limit int) ([]byte, error) {
 	var met responseMetadata
 	out := new(rpc.Message)
@@ -188,7 +188,7 @@ func (a *sender) send(ctx context.Context, method string, msg []byte, limit int)
 	return out.Data.Materialize(), nil
 }
 
-// last is what came around the last answer, or around the last one that failed.
+// last is what came around the last response, or around the last one that failed.
 func (a *sender) last(err error) responseMetadata {
 	if err != nil {
 		return a.bad

@@ -30,7 +30,7 @@ func (c *watchCall) Request(_ Mode, msg []byte) ([]byte, error) {
 	rules := c.core.Rules.Load()
 	w, err := etcdwire.WatchRequest(msg, tryRules{rules})
 	if err == nil && w.Creates {
-		c.fragments.asked(w.Fragments)
+		c.fragments.requested(w.Fragments)
 	}
 	if rules.empty() {
 		return msg, nil
@@ -50,10 +50,10 @@ func (c *watchCall) Response(m Mode, msg []byte) ([]byte, error) {
 	return out, c.core.status(err, true)
 }
 
-// Splits implements cutter.
+// Splits implements Splitter.
 func (c *watchCall) Splits() bool { return c.fragments.attentive.Load() }
 
-// Split implements cutter.
+// Split implements Splitter.
 func (c *watchCall) Split(msg []byte) ([][]byte, error) {
 	fragment, err := c.fragments.answered(msg)
 	if err != nil || !fragment {
@@ -67,7 +67,7 @@ func (c *watchCall) Split(msg []byte) ([][]byte, error) {
 // by its own limit on requests, which has to be higher behind the proxy, since encrypted values are
 // longer: what is too long by the limit that clients know of is cut once more.
 //
-// etcd answers the requests to create watches in their order, and names the watch in the answer.
+// etcd answers the requests to create watches in their order, and names the watch in the response.
 type fragments struct {
 	attentive atomic.Bool // there is something in what follows
 
@@ -77,8 +77,8 @@ type fragments struct {
 	watches map[int64]struct{} // those that get them
 }
 
-// asked notes a request to create a watch.
-func (f *fragments) asked(fragment bool) {
+// requested notes a request to create a watch.
+func (f *fragments) requested(fragment bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.pending = append(f.pending, fragment)

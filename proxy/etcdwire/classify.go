@@ -92,7 +92,7 @@ func operation(src []byte, f field, depth int, to Operations) error {
 }
 
 // unknownOperation is the error for an operation of a newer etcd: it could write a value that
-// nobody would encrypt.
+// would not be encrypted.
 func unknownOperation(f field) error {
 	return fmt.Errorf("operation %d of a transaction is unknown: %w", f.num, ErrUnsupported)
 }

@@ -2,8 +2,7 @@
 //
 // It edits bytes and never rebuilds a message: unknown fields and everything outside a changed
 // value stay as they came, and a message without a change is returned as the very slice that was
-// passed in. It does no I/O and knows nothing of gRPC, rules or keys: it asks a [Rules]. The
-// proxy's engines are its callers.
+// passed in. It does no I/O and knows nothing of gRPC, rules or keys: it calls a [Rules].
 //
 // Requests are read only. Responses belong to the functions that open them: decrypted values are
 // shorter than stored ones, so the result is made where the message stood, without a second buffer.

@@ -24,9 +24,9 @@ const (
 	compareToValue = 3
 )
 
-// RangeShape is what the answer to a range does not say about itself.
+// RangeShape is what the response to a range does not say about itself.
 type RangeShape struct {
-	KeysOnly bool // the answer carries no values, so an absent one is not an empty one
+	KeysOnly bool // the response carries no values, so an absent one is not an empty one
 }
 
 // TxnShape is the RangeShape of every range in a transaction. A nil *TxnShape means that none is
@@ -99,9 +99,10 @@ func (r *rewriter) putInTxn(f field) error {
 	return nil
 }
 
-// RangeRequest checks a RangeRequest and returns what its answer's rewriter needs, and whether it
-// can meet a key under a rule. The error wraps [ErrMalformed], or [ErrByValue] for a sort by value
-// that meets a rule: etcd would sort ciphertexts. The other results are good with the latter, too.
+// RangeRequest checks a RangeRequest and returns what the rewriter of its response needs, and
+// whether it can meet a key under a rule. The error wraps [ErrMalformed], or [ErrByValue] for a
+// sort by value that meets a rule: etcd would sort ciphertexts. The other results are good with the
+// latter, too.
 func RangeRequest(msg []byte, rules Rules) (shape RangeShape, touches bool, err error) {
 	return rangeShape(msg, 0, len(msg), rules)
 }

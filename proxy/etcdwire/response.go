@@ -63,13 +63,13 @@ func (r *rewriter) pairs(sc *schema, at, end int, num int32) error {
 	return s.err
 }
 
-// TxnResponse decrypts the values in all answers of a TxnResponse. shape is what TxnRequest
+// TxnResponse decrypts the values in all responses of a TxnResponse. shape is what TxnRequest
 // returned.
 func TxnResponse(msg []byte, rules Rules, shape *TxnShape) ([]byte, error) {
-	return rewrite(msg, rules, true, func(r *rewriter) error { return r.answers(0, len(msg), shape, 1) })
+	return rewrite(msg, rules, true, func(r *rewriter) error { return r.responses(0, len(msg), shape, 1) })
 }
 
-func (r *rewriter) answers(at, end int, shape *TxnShape, depth int) error {
+func (r *rewriter) responses(at, end int, shape *TxnShape, depth int) error {
 	if depth > maxTxnDepth {
 		return txnResponse.malformed("is nested too deep", 3)
 	}
@@ -91,14 +91,14 @@ func (r *rewriter) answers(at, end int, shape *TxnShape, depth int) error {
 		}
 		op := taken.at(index)
 		index++
-		if err := r.within(s.field, func(r *rewriter, f field) error { return r.answer(f, op, depth) }); err != nil {
+		if err := r.within(s.field, func(r *rewriter, f field) error { return r.response(f, op, depth) }); err != nil {
 			return err
 		}
 	}
 	return s.err
 }
 
-func (r *rewriter) answer(f field, op opShape, depth int) error {
+func (r *rewriter) response(f field, op opShape, depth int) error {
 	s := scan(&responseOp, r.src, f.body, f.end)
 	for s.next() {
 		var err error
@@ -110,7 +110,7 @@ func (r *rewriter) answer(f field, op opShape, depth int) error {
 		case 3:
 			err = r.within(s.field, func(r *rewriter, f field) error { return r.pairs(&deleteResponse, f.body, f.end, 3) })
 		case 4:
-			err = r.within(s.field, func(r *rewriter, f field) error { return r.answers(f.body, f.end, op.txn, depth+1) })
+			err = r.within(s.field, func(r *rewriter, f field) error { return r.responses(f.body, f.end, op.txn, depth+1) })
 		}
 		if err != nil {
 			return err
@@ -168,7 +168,7 @@ func openEvent(r *rewriter, f field) error {
 // delete with the pair of its tombstone, which has neither.
 func openPair(r *rewriter, f field) error { return r.open(f, true) }
 
-// openPresent decrypts the value of a KeyValue that may have been left out of the answer.
+// openPresent decrypts the value of a KeyValue that may have been left out of the response.
 func openPresent(r *rewriter, f field) error { return r.open(f, false) }
 
 func (r *rewriter) open(f field, absentToo bool) error {

@@ -12,8 +12,8 @@ var (
 	errStalled   = errors.New("the peer takes no data")
 )
 
-// keepalive sends pings to the peer and acknowledges those of the peer. The timers are guarded by the
-// connection's mu.
+// keepalive sends pings to the peer and acknowledges those of the peer. The mu of the connection
+// guards the timers.
 type keepalive struct {
 	conn      *Conn
 	timer     *time.Timer

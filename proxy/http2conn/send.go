@@ -88,10 +88,10 @@ func (s *Stream) countQueued(n int) {
 	}
 	q, now := &s.conn.send.queued, int(s.queuedBytes.Add(int64(n)))
 	q.bytes += n
-	switch {
-	case now == n:
+	switch now {
+	case n:
 		q.streams++
-	case now == 0:
+	case 0:
 		q.streams--
 	}
 }

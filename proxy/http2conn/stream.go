@@ -91,8 +91,8 @@ func (c *Conn) open(s *Stream, fields []hpack.HeaderField, end bool) bool {
 	return true
 }
 
-// Headers sends header fields, which must not change any more, after the queued data. The second ones of a server are the trailer,
-// and have the end.
+// Headers sends header fields, which must not change any more, after the queued data. The second
+// ones of a server are the trailer, and have the end.
 func (s *Stream) Headers(fields []hpack.HeaderField, end bool) {
 	c := s.conn
 	c.mu.Lock()

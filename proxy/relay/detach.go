@@ -57,7 +57,7 @@ func (st *clientStream) detach(p *direction, work func(m etcdapi.Mode)) {
 				if p == &st.requests {
 					st.request(m, next.data, next.end)
 				} else {
-					st.response.answer(m, next)
+					st.response.receive(m, next)
 				}
 			}
 		}

@@ -54,11 +54,11 @@ func (st *clientStream) fromUpstream(p upstreamData) {
 			return
 		}
 	}
-	st.response.answer(etcdapi.NonBlocking, p)
+	st.response.receive(etcdapi.NonBlocking, p)
 }
 
-// answer handles what etcd sends. In non-blocking mode it may detach the direction.
-func (a *responseMessages) answer(m etcdapi.Mode, p upstreamData) {
+// receive handles what etcd sends. In non-blocking mode it may detach the direction.
+func (a *responseMessages) receive(m etcdapi.Mode, p upstreamData) {
 	st := a.stream
 	if p.fields == nil {
 		st.heldFromUpstream.Add(int64(len(p.data)))
@@ -182,7 +182,7 @@ func (a *responseMessages) messageEnd() {
 func (a *responseMessages) message() {
 	st := a.stream
 	if a.head[0] != 0 {
-		st.fail(rpc.Error(codes.Internal, "etcd's answer is compressed, which nobody asked for"))
+		st.fail(rpc.Error(codes.Internal, "etcd has compressed a response, which was not requested"))
 		return
 	}
 	a.left = int(binary.BigEndian.Uint32(a.head[1:]))
@@ -246,8 +246,8 @@ func (a *responseMessages) rewrite(m etcdapi.Mode) *etcdwire.Blocked {
 	return nil
 }
 
-// copied is up to what length an answer is copied into what is written next, in bytes. A longer one
-// is kept until the client takes it.
+// copied is the length in bytes up to which a response is copied into the pending bytes. The buffers
+// of a longer one are kept until the client takes them.
 const copied = 32 << 10
 
 // deliver hands a message on that was inspected.

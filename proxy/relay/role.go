@@ -16,9 +16,9 @@ import (
 // roleCheck checks whether one member is a learner, on the connection that calls use. A voting
 // member never becomes a learner, so the result holds as long as the connection.
 type roleCheck struct {
-	side   *upstreamConn
-	was    bool // a learner, when it was asked
-	answer sync.Once
+	side *upstreamConn
+	was  bool // a learner, at the last check
+	once sync.Once
 }
 
 // askRole starts a check of the member. was is the result of the last one. Calls may use the
@@ -45,7 +45,7 @@ func (u *upstreamConn) askRole(was bool) {
 
 // end takes the result. Only the first counts.
 func (c *roleCheck) end(learner bool) {
-	c.answer.Do(func() { c.side.offer(learner) })
+	c.once.Do(func() { c.side.offer(learner) })
 }
 
 // headers takes the response of the member.

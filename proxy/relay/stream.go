@@ -51,7 +51,7 @@ type clientStream struct {
 
 	mu                  sync.Mutex
 	served              streamHandler     // nil for a relayed call
-	begun               bool              // the client was sent the header of the answer
+	begun               bool              // the client was sent the header of the response
 	up                  *http2conn.Stream // to etcd; nil before the call is forwarded
 	requests, responses direction
 }
@@ -179,7 +179,7 @@ func (st *clientStream) consumedFromUpstream() {
 
 // unary gathers the one message of a call and sends it on when it is whole. Like etcd, a unary call
 // does not wait for the client to half-close the stream, and ignores what comes after its message;
-// a call whose answer is a stream waits. The handler answers a request that is not just
+// a call whose response is a stream waits. The handler serves a request that is not just
 // one message.
 func (st *clientStream) unary(m etcdapi.Mode, data []byte, end bool) {
 	raw := data

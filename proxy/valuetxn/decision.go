@@ -183,17 +183,17 @@ func (d *decision) readKeys(ctx context.Context, keys [][]*pb.Compare) error {
 		}
 		reads.Success = append(reads.Success, &pb.RequestOp{Request: &pb.RequestOp_RequestRange{RequestRange: r}})
 	}
-	answer, err := d.store.Txn(ctx, reads, MaxResponseBytes)
+	response, err := d.store.Txn(ctx, reads, MaxResponseBytes)
 	if err != nil {
 		return err
 	}
-	if len(answer.GetResponses()) != len(keys) {
+	if len(response.GetResponses()) != len(keys) {
 		return rpc.Error(codes.Internal, "etcd's answer: malformed message: another number of reads")
 	}
-	d.revision = cmp.Or(d.revision, answer.GetHeader().GetRevision())
+	d.revision = cmp.Or(d.revision, response.GetHeader().GetRevision())
 	for i, about := range keys {
 		for _, c := range about {
-			d.seen[c] = d.evaluate(c, answer.GetResponses()[i].GetResponseRange().GetKvs())
+			d.seen[c] = d.evaluate(c, response.GetResponses()[i].GetResponseRange().GetKvs())
 		}
 	}
 	return nil

@@ -12,20 +12,20 @@ import (
 )
 
 // Range serves a range that sorts by values under a rule.
-func Range(ctx context.Context, store Store, asked *pb.RangeRequest) (*pb.RangeResponse, error) {
-	sent, sorts := unsorted(store, asked)
-	answer, err := store.Range(ctx, sent)
+func Range(ctx context.Context, store Store, request *pb.RangeRequest) (*pb.RangeResponse, error) {
+	sent, sorts := unsorted(store, request)
+	response, err := store.Range(ctx, sent)
 	if err != nil {
 		return nil, explainTooLong(err)
 	}
 	if sorts {
-		sortByValue(asked, answer)
+		sortByValue(request, response)
 	}
-	return answer, nil
+	return response, nil
 }
 
 // unsorted returns the range that etcd is requested in place of one that it cannot sort, and
-// whether the answer is to be sorted.
+// whether the response is to be sorted.
 //
 // etcd's own way is kept: with an order, and with filters by revision, it sorts everything and cuts
 // to the limit afterwards; without either it takes the first keys up to the limit, and one to see
@@ -57,26 +57,26 @@ func (s valueOrder) Len() int           { return len(s) }
 func (s valueOrder) Swap(i, j int)      { s[i], s[j] = s[j], s[i] }
 func (s valueOrder) Less(i, j int) bool { return bytes.Compare(s[i].GetValue(), s[j].GetValue()) < 0 }
 
-// sortByValue makes of an unsorted answer the one that was requested.
-func sortByValue(asked *pb.RangeRequest, answer *pb.RangeResponse) {
-	if asked.GetSortOrder() == pb.RangeRequest_DESCEND {
-		sort.Sort(sort.Reverse(valueOrder(answer.Kvs)))
+// sortByValue makes of an unsorted response the one that was requested.
+func sortByValue(request *pb.RangeRequest, response *pb.RangeResponse) {
+	if request.GetSortOrder() == pb.RangeRequest_DESCEND {
+		sort.Sort(sort.Reverse(valueOrder(response.Kvs)))
 	} else {
-		sort.Sort(valueOrder(answer.Kvs))
+		sort.Sort(valueOrder(response.Kvs))
 	}
-	answer.More = asked.GetLimit() > 0 && int64(len(answer.Kvs)) > asked.GetLimit()
-	if answer.More {
-		answer.Kvs = answer.Kvs[:asked.GetLimit()]
+	response.More = request.GetLimit() > 0 && int64(len(response.Kvs)) > request.GetLimit()
+	if response.More {
+		response.Kvs = response.Kvs[:request.GetLimit()]
 	}
-	if asked.GetKeysOnly() {
-		for _, kv := range answer.Kvs {
+	if request.GetKeysOnly() {
+		for _, kv := range response.Kvs {
 			kv.Value = nil
 		}
 	}
 }
 
 // unsortedOps does what unsorted does for every range in the operations of a transaction, in place.
-// It reports whether any answer is to be sorted.
+// It reports whether any response is to be sorted.
 func unsortedOps(s Store, ops []*pb.RequestOp) (sorts bool) {
 	for _, op := range ops {
 		switch o := op.GetRequest().(type) {
@@ -93,22 +93,22 @@ func unsortedOps(s Store, ops []*pb.RequestOp) (sorts bool) {
 	return sorts
 }
 
-// sortOps sorts the answers to the operations of a transaction, as they were requested.
-func sortOps(s Store, asked []*pb.RequestOp, answers []*pb.ResponseOp) {
-	for i, op := range asked {
-		if i >= len(answers) {
+// sortOps sorts the responses to the operations of a transaction, as they were requested.
+func sortOps(s Store, request []*pb.RequestOp, responses []*pb.ResponseOp) {
+	for i, op := range request {
+		if i >= len(responses) {
 			return
 		}
 		switch o := op.GetRequest().(type) {
 		case *pb.RequestOp_RequestRange:
-			if answer := answers[i].GetResponseRange(); answer != nil {
+			if response := responses[i].GetResponseRange(); response != nil {
 				if _, sorts := unsorted(s, o.RequestRange); sorts {
-					sortByValue(o.RequestRange, answer)
+					sortByValue(o.RequestRange, response)
 				}
 			}
 		case *pb.RequestOp_RequestTxn:
-			if answer := answers[i].GetResponseTxn(); answer != nil {
-				sortOps(s, Branch(o.RequestTxn, answer.GetSucceeded()), answer.GetResponses())
+			if response := responses[i].GetResponseTxn(); response != nil {
+				sortOps(s, Branch(o.RequestTxn, response.GetSucceeded()), response.GetResponses())
 			}
 		}
 	}

@@ -20,12 +20,12 @@ const firstChunkKeys = 10
 
 // RangeStream sends the chunks of a stream. header is that of the response, with the revision to
 // read at, and target the size of a chunk, in bytes.
-func RangeStream(ctx context.Context, store Store, asked *pb.RangeRequest, header *pb.ResponseHeader, target int, send func(*pb.RangeStreamResponse) error) error {
-	total := asked.GetLimit()
+func RangeStream(ctx context.Context, store Store, request *pb.RangeRequest, header *pb.ResponseHeader, target int, send func(*pb.RangeStreamResponse) error) error {
+	total := request.GetLimit()
 	if total == 0 {
 		total = math.MaxInt64
 	}
-	r, _ := proto.Clone(asked).(*pb.RangeRequest)
+	r, _ := proto.Clone(request).(*pb.RangeRequest)
 	if r.Limit = min(firstChunkKeys, total); r.GetRevision() == 0 {
 		r.Revision = header.GetRevision()
 	}

@@ -28,7 +28,7 @@ type Store interface {
 // MaxResponseBytes bounds a response that is decoded and sorted as a whole, in bytes.
 const MaxResponseBytes = 64 << 20
 
-// explainTooLong tells a client what to do about an answer that is too long to be sorted or
+// explainTooLong tells a client what to do about a response that is too long to be sorted or
 // compared.
 func explainTooLong(err error) error {
 	if !isTooLong(err) {
@@ -38,7 +38,7 @@ func explainTooLong(err error) error {
 		"values under a rule are compared and sorted here, and that is done for answers of %d MiB at most: ask for fewer keys (etcd: %s)", MaxResponseBytes>>20, status.Convert(err).Message()))
 }
 
-// isTooLong says that gRPC would not take the answer. etcd has the same code for what it lacks
+// isTooLong says that gRPC would not take the response. etcd has the same code for what it lacks
 // itself, space among it.
 func isTooLong(err error) bool {
 	st := status.Convert(err)

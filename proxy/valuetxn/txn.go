@@ -75,11 +75,11 @@ func (t *Turns) Take(ctx context.Context, key []byte) (done func(), err error) {
 }
 
 // NewTxn makes the work on a transaction, which it may change.
-func NewTxn(s Store, t *Turns, asked *pb.TxnRequest) *Txn {
-	return &Txn{store: s, turns: t, request: asked}
+func NewTxn(s Store, t *Turns, request *pb.TxnRequest) *Txn {
+	return &Txn{store: s, turns: t, request: request}
 }
 
-// Serve returns the answer to the transaction.
+// Serve returns the response to the transaction.
 func (t *Txn) Serve(ctx context.Context) (*pb.TxnResponse, error) {
 	t.strip(t.request)
 	if !t.byValue(t.request) {
@@ -90,12 +90,12 @@ func (t *Txn) Serve(ctx context.Context) (*pb.TxnResponse, error) {
 	}
 	t.serializable = serializable(t.request)
 	for attempt := range maxAttempts {
-		answer, err := t.attempt(ctx)
+		response, err := t.attempt(ctx)
 		if status.Code(err) == codes.InvalidArgument {
 			err = t.Explain(ctx, err)
 		}
-		if answer != nil || err != nil {
-			return answer, err
+		if response != nil || err != nil {
+			return response, err
 		}
 		if attempt == 0 {
 			done, err := t.turns.Take(ctx, t.compared)
@@ -226,7 +226,7 @@ func (t *Txn) attempt(ctx context.Context) (*pb.TxnResponse, error) {
 		check := t.checkOnly(t.pad(nil, 1, false), other)
 		switch {
 		case t.serializable:
-			// a nested transaction is not; these may be taken, and their answers are thrown away
+			// a nested transaction is not; these may be taken, and their responses are thrown away
 			for _, op := range check.GetSuccess() {
 				op.GetRequestRange().Revision, op.GetRequestRange().CountOnly = 0, true
 			}
@@ -240,13 +240,13 @@ func (t *Txn) attempt(ctx context.Context) (*pb.TxnResponse, error) {
 			}
 		}
 	}
-	answer, err := t.send(ctx, sent, !holds)
+	response, err := t.send(ctx, sent, !holds)
 	if err != nil && len(sent.GetFailure()) > 0 && !t.serializable && isTooManyOps(err) {
 		// The nesting is what made it too much, perhaps.
 		t.separate = true
 		return nil, nil
 	}
-	return answer, err
+	return response, err
 }
 
 // Explain returns the error that etcd has for the transaction as it was requested, where it refused
@@ -316,8 +316,8 @@ func (t *Txn) neutralize(txn *pb.TxnRequest) {
 	}
 }
 
-// send sends a transaction under guards, and returns the answer as the client is to see it: nil if
-// the guards did not hold. failed says that the branch is the one that was requested in case of
+// send sends a transaction under guards, and returns the response as the client is to see it: nil
+// if the guards did not hold. failed says that the branch is the one that was requested in case of
 // failure. A transaction of the client's own, which only sorts by value, has no guards.
 func (t *Txn) send(ctx context.Context, sent *pb.TxnRequest, failed bool) (*pb.TxnResponse, error) {
 	guarded := sent != t.request

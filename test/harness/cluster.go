@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -171,6 +172,19 @@ func (c *Cluster) RegainMajority() {
 	}
 	for _, m := range c.Members {
 		m.WaitReady()
+	}
+}
+
+// Lose kills all members and removes their data.
+func (c *Cluster) Lose() {
+	c.env.TB.Helper()
+	for _, m := range c.Members {
+		m.Kill()
+	}
+	for _, m := range c.Members {
+		if err := os.RemoveAll(m.DataDir); err != nil {
+			c.env.TB.Fatal(err)
+		}
 	}
 }
 

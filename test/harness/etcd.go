@@ -37,8 +37,8 @@ type EtcdConfig struct {
 	Address string
 	// Relayed puts a [Relay] in front of the peer address of each member of a cluster.
 	Relayed bool
-	// Restored is a data directory that `etcdutl snapshot restore` made without further flags; empty
-	// for a new one.
+	// Restored is a data directory that `etcdutl snapshot restore` made without further flags.
+	// Empty is a new one.
 	Restored string
 	// Flags are appended to the command line.
 	Flags []string

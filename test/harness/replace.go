@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -86,6 +87,9 @@ func (c *Cluster) Replace(n int) {
 func (m *Member) empty() {
 	m.env.TB.Helper()
 	entries, err := os.ReadDir(m.DataDir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return
+	}
 	for _, entry := range entries {
 		err = errors.Join(err, os.RemoveAll(filepath.Join(m.DataDir, entry.Name())))
 	}
@@ -106,13 +110,15 @@ func (c *Cluster) Snapshot(n int, name string) string {
 	return path
 }
 
-// Restore stops all members, replaces their data with a snapshot, with etcdutl 3.7, and starts
-// them.
+// Restore stops the members that run, replaces their data with a snapshot, with etcdutl 3.7, and
+// starts them.
 func (c *Cluster) Restore(snapshot string) {
 	e := c.env
 	e.TB.Helper()
 	for _, m := range c.Members {
-		m.Stop(10 * time.Second)
+		if m.Alive() == nil {
+			m.Stop(10 * time.Second)
+		}
 	}
 	for n, m := range c.Members {
 		m.empty()

@@ -71,7 +71,9 @@ func TestCalls(t *testing.T) {
 	}
 	cfg.Etcd = harness.Upstream{Endpoints: []string{etcd.URL}}
 	proxy := env.StartProxy("proxy", cfg)
-	api := env.StartAPIServer(harness.APIServerConfig{EtcdServers: etcd.URL, EncryptionConfig: env.File("encryption.yaml", []byte(encryption))})
+	api := env.NewAPIServer(harness.APIServerConfig{EtcdServers: etcd.URL, EncryptionConfig: env.File("encryption.yaml", []byte(encryption))})
+	api.Start()
+	api.WaitReady(3 * time.Minute) // it creates its first objects with nine plugins
 	proxy.WaitReady(time.Minute)
 
 	ctx, stop := context.WithCancel(t.Context())

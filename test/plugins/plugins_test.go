@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/tls"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -39,6 +40,43 @@ func serveTLS(t *testing.T, ca *harness.CA, handler http.HandlerFunc) string {
 	server.StartTLS()
 	t.Cleanup(server.Close)
 	return server.URL
+}
+
+// serveForward serves a forward proxy on loopback, which connects every CONNECT request to handler
+// with the certificate of pair. It returns the proxy's URL.
+func serveForward(t *testing.T, pair harness.Pair, handler http.HandlerFunc) string {
+	t.Helper()
+	cert, err := tls.LoadX509KeyPair(pair.CertFile, pair.KeyFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	vendor := httptest.NewUnstartedServer(handler)
+	vendor.TLS = &tls.Config{Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS12}
+	vendor.StartTLS()
+	t.Cleanup(vendor.Close)
+	return serve(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.Method != http.MethodConnect {
+			w.WriteHeader(http.StatusMethodNotAllowed)
+			return
+		}
+		up, err := net.Dial("tcp", vendor.Listener.Addr().String())
+		if err != nil {
+			w.WriteHeader(http.StatusBadGateway)
+			return
+		}
+		defer up.Close()
+		down, buffered, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			return
+		}
+		defer down.Close()
+		io.WriteString(down, "HTTP/1.1 200 OK\r\n\r\n")
+		go func() {
+			io.Copy(up, buffered)
+			up.Close()
+		}()
+		io.Copy(down, up)
+	})
 }
 
 // onlyLoopback reports whether this machine, or this network namespace, has no address that others
@@ -92,6 +130,10 @@ func testPlugin(t *testing.T, s subject) {
 		KMS:   []harness.KMSConfig{{Name: provider, PollInterval: "1s", Plugin: &harness.PluginKMS{Endpoint: "unix://" + k.socket, Timeout: "3s"}}},
 		Rules: []harness.Rule{{Prefix: prefix, WriteWith: provider, AllowPlaintextReads: new(bool)}},
 	})
+	if s.unusable != "" {
+		k.testUnusable(s.unusable)
+		return
+	}
 	var report string
 	harness.Eventually(t, time.Minute, "kms check to succeed", func() error {
 		out, code := env.Run("kms", "check", "--config", k.proxy.ConfigFile)
@@ -102,7 +144,7 @@ func testPlugin(t *testing.T, s subject) {
 		return nil
 	})
 	t.Logf("kms check:\n%s", report)
-	k.proxy.Start()
+	k.start()
 	k.proxy.WaitReady(time.Minute)
 
 	first := k.put("first")
@@ -124,6 +166,27 @@ func testPlugin(t *testing.T, s subject) {
 	}
 	if k.outage != nil {
 		k.testRefusal("an outage", k.outage, "")
+	}
+}
+
+// testUnusable: kms check says what is wrong, and a proxy stores nothing.
+func (k *site) testUnusable(want string) {
+	harness.Eventually(k.t, time.Minute, "kms check to find the fault", func() error {
+		out, code := k.env.Run("kms", "check", "--config", k.proxy.ConfigFile)
+		if code == 0 || !strings.Contains(out, want) {
+			return fmt.Errorf("exit code %d: %s", code, out)
+		}
+		k.t.Logf("kms check:\n%s", out)
+		return nil
+	})
+	k.start()
+	_, err := pb.NewKVClient(harness.Dial(k.t, k.proxy.Address, nil)).Put(k.t.Context(), &pb.PutRequest{Key: []byte(prefix + "none"), Value: []byte(k.env.Sealed.Value("none"))})
+	if status.Code(err) != codes.Unavailable {
+		k.t.Errorf("a put: %v; want Unavailable", err)
+	}
+	res, err := k.raw.Range(k.t.Context(), &pb.RangeRequest{Key: []byte(prefix + "none")})
+	if err != nil || len(res.Kvs) != 0 {
+		k.t.Errorf("%d values are stored, %v", len(res.Kvs), err)
 	}
 }
 
@@ -191,6 +254,12 @@ func (k *site) restart() {
 	if !k.proxy.Stop(20 * time.Second) {
 		k.t.Error("the proxy did not end within 20 s")
 	}
+	k.start()
+}
+
+// start starts the proxy, and waits until it answers for what it has.
+func (k *site) start() {
+	k.t.Helper()
 	k.proxy.Start()
 	// It refuses every call until it has compared its rules with those of the other proxies.
 	harness.Eventually(k.t, 30*time.Second, "the rules to be compared", func() error {

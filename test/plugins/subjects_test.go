@@ -31,6 +31,8 @@ type subject struct {
 	everyAddress bool
 	// code is the gRPC code of Decrypt with a disabled key.
 	code string
+	// unusable is what kms check says, because nothing can be encrypted; "" if the plugin works.
+	unusable string
 
 	start func(t *testing.T, env *harness.Env) *running
 }
@@ -113,6 +115,7 @@ func subjects() []subject {
 		{name: "hsm", page: "pkcs11.md", keyID: `[0-9a-f]{16}`, rotation: restart, start: startHSM},
 		{name: "mock", page: "pkcs11.md", keyID: "kms-test", start: startMock},
 		{name: "ovh", page: "ovh.md", keyID: otherUUID, rotation: hidden, rotatedReads: true, code: "Unknown", start: startOVH},
+		{name: "stackit", unusable: "the KMS returned another key than was wrapped", start: startStackit},
 		{name: "vault", page: "vault.md", keyID: `[0-9]+`, rotation: seen, rotatedReads: true, code: "Unknown", everyAddress: true, start: startVault},
 	}
 }
@@ -177,6 +180,20 @@ func startOVH(t *testing.T, env *harness.Env) *running {
 	at := serveTLS(t, ca, v.ovh(someUUID, otherUUID))
 	p := run(t, env, "ovh", "--protocol", "rest", "--serv-addr", at, "--okms-id", someUUID, "--encryption-key-id", otherUUID,
 		"--client-cert", client.CertFile, "--client-key", client.KeyFile, "--ca", ca.File, "--sock", "SOCKET")
+	return p.http(t, v)
+}
+
+// startStackit has the plugin connect to its vendor's fixed address through a forward proxy of the
+// test, which answers in the vendor's place.
+func startStackit(t *testing.T, env *harness.Env) *running {
+	v := newVendor(t)
+	ca := env.NewCA("stackit")
+	pair := ca.Server("vendor", "kms.api.eu01.qa.stackit.cloud")
+	t.Setenv("SSL_CERT_FILE", ca.File)
+	t.Setenv("HTTPS_PROXY", serveForward(t, pair, v.stackit))
+	t.Setenv("STACKIT_SERVICE_ACCOUNT_TOKEN", "token")
+	t.Setenv("STACKIT_REGION", "eu01")
+	p := run(t, env, "stackit", "-listen", "SOCKET", "-key", "project/ring/key/1")
 	return p.http(t, v)
 }
 

@@ -300,6 +300,29 @@ func (v *vendor) openstack(base func() string, secretID string, secret []byte) h
 	}
 }
 
+// stackit is the part of STACKIT's KMS that encrypts and decrypts. Its data is base64 without
+// padding, within the base64 of JSON.
+func (v *vendor) stackit(w http.ResponseWriter, r *http.Request) {
+	var in struct{ Data []byte }
+	err := json.NewDecoder(r.Body).Decode(&in)
+	var data []byte
+	if err == nil {
+		data, err = base64.RawStdEncoding.DecodeString(string(in.Data))
+	}
+	switch {
+	case err != nil:
+	case strings.HasSuffix(r.URL.Path, "/encrypt"):
+		data, err = v.encrypt(data, 0)
+	default:
+		data, err = v.decrypt(data)
+	}
+	if err != nil {
+		reply(w, http.StatusBadRequest, object{"message": "refused"})
+		return
+	}
+	reply(w, http.StatusOK, object{"data": []byte(base64.RawStdEncoding.EncodeToString(data))})
+}
+
 // ovh is the part of OVHcloud's KMS that describes, encrypts with and decrypts with one key.
 func (v *vendor) ovh(domain, key string) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {

@@ -65,9 +65,9 @@ func (s *site) drill(t *testing.T, code int, config string, args ...string) (r d
 	return r, output
 }
 
-// TestDrill rehearses the loss of a cloud key, from a live etcd and a snapshot: with a recovery KMS,
-// with an offline key, without either, and with a recovery KMS that does not respond. No call
-// reaches the KMS that is treated as lost.
+// TestDrill rehearses the loss of a cloud key, from a live etcd and a snapshot. A recovery KMS is
+// left, or an offline key, or neither, or a recovery KMS that does not respond. No call reaches the
+// KMS that is treated as lost.
 func TestDrill(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)

@@ -56,7 +56,7 @@ func TestEndToEnd(t *testing.T) {
 			{File: process, Old: "\tep.cfg.lg.Info(\"stopped server.\"", New: "\tep.front.check()\n\tep.cfg.lg.Info(\"stopped server.\""},
 			{File: process, Old: "\tep.cfg.lg.Info(\"closing server...\"", New: "\tep.front.stop()\n\tep.cfg.lg.Info(\"closing server...\""},
 			{File: process, Old: "\tep.cfg.lg.Info(\"killing server...\"", New: "\tep.front.kill()\n\tep.cfg.lg.Info(\"killing server...\""},
-			// The proxy does not serve these paths: they are for operators of etcd, at etcd's own address.
+			// The proxy does not serve /debug: it is for operators, at etcd's own address.
 			{File: "e2e/cmux_test.go", Old: "assert.NoError(t, fetchDebugVars(httpEndpoint, httpVersion, connType))", New: "_ = fetchDebugVars"},
 		},
 		Files: map[string]string{

@@ -33,21 +33,26 @@ import (
 func NewDrill() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "drill",
-		Short: "rehearse the loss of the KMS keys: restore a snapshot, and decrypt it with what is left",
-		Long: `drill restores a snapshot into a throw-away etcd, decrypts its values with the keys that are left after a disaster, and reports what would be
-readable, what would be missing and why, and how long it takes. It changes nothing: it takes the snapshot from etcd itself, or reads that of
---snapshot, and it never writes to the real etcd.
+		Short: "rehearse the loss of the KMS keys: restore a snapshot, decrypt it with what is left",
+		Long: `drill restores a snapshot into a throw-away etcd, decrypts its values with the keys that are left
+after a disaster, and reports what would be readable, what would be missing and why, and how long it
+takes. It changes nothing: it takes the snapshot from etcd itself, or reads that of --snapshot, and
+it never writes to the real etcd.
 
-By default, every provider is treated as lost that is in no rule's recovery: nothing of it is read or called, neither its KMS nor its key
-file. --lost names the providers that are lost instead, for another disaster. --identity adds the private keys of providers of kind age.
+By default, every provider is treated as lost that is in no rule's recovery: nothing of it is read
+or called, neither its KMS nor its key file. --lost names the providers that are lost instead, for
+another disaster. --identity adds the private keys of providers of kind age.
 
-drill needs the programs etcd and etcdutl (or an etcdctl older than 3.6) of the version that a restore would use. The throw-away etcd listens
-on a unix socket in a folder that only this user can enter, and on no network. The folder is removed at the end, also after Ctrl-C. It
-needs about twice the space of the snapshot, and 128 MiB.
+drill needs the programs etcd and etcdutl (or an etcdctl older than 3.6) of the version that a
+restore would use. The throw-away etcd listens on a unix socket in a folder that only this user can
+enter, and on no network. The folder is removed at the end, also after Ctrl-C. It needs about twice
+the space of the snapshot, and 128 MiB.
 
---metrics-file writes the result for the textfile collector of Prometheus' node_exporter, so that an alert can say that the last drill failed,
-or that the last good one was long ago. With an audit block in the configuration, the drill is recorded, and status and kms check say when
-each recovery key was last tested. If the KMS that is left does not respond, or there is no value to decrypt, the exit code is 3.`,
+--metrics-file writes the result for the textfile collector of Prometheus' node_exporter, so that an
+alert can say that the last drill failed, or that the last good one was long ago. With an audit
+block in the configuration, the drill is recorded, and status and kms check say when each recovery
+key was last tested. If the KMS that is left does not respond, or there is no value to decrypt, the
+exit code is 3.`,
 		Args: command.NoArgs,
 	}
 	path, out := command.ConfigFlag(cmd), command.OutputFlag(cmd)
@@ -246,7 +251,7 @@ func (o *drillOptions) takeSnapshot(ctx context.Context, cl *cluster, file strin
 	}
 	in, err := real.etcd.Snapshot(ctx)
 	if err != nil {
-		return fmt.Errorf("take a snapshot of etcd: %w", err)
+		return explainSnapshot(err)
 	}
 	defer func() { _ = in.Close() }()                                     // it was read to its end, or there is an error
 	f, err := os.OpenFile(file, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600) //nolint:gosec // in a folder of this process
@@ -255,9 +260,18 @@ func (o *drillOptions) takeSnapshot(ctx context.Context, cl *cluster, file strin
 	}
 	_, err = io.Copy(f, in)
 	if err = errors.Join(err, f.Close()); err != nil {
-		return fmt.Errorf("take a snapshot of etcd: %w", err)
+		return explainSnapshot(err)
 	}
 	return nil
+}
+
+// explainSnapshot adds a hint to the error of a snapshot that was not taken.
+func explainSnapshot(err error) error {
+	denied := isDenied(err)
+	if err = fmt.Errorf("take a snapshot of etcd: %w", err); denied {
+		return problem.WithHint(err, "set etcd.username and etcd.passwordFile to a user with the role root, or use --snapshot")
+	}
+	return err
 }
 
 // useThrowAway connects to the throw-away etcd, and returns an error until that responds.

@@ -1,8 +1,8 @@
 // Package suite runs the tests of another project with a proxy in front of each of its etcds.
 //
-// The tests run from a copy of their module, in which the framework that starts etcd starts a proxy
-// that encrypts every key as well, and the tests' clients connect to the proxy. The copy is made for
-// each run: this repository has only the edits.
+// The tests run from a copy of their module, in which the framework that starts etcd starts a
+// proxy that encrypts every key as well, and the tests' clients connect to the proxy. The copy is
+// made for each run: this repository has only the edits.
 package suite
 
 import (
@@ -50,11 +50,12 @@ type Edit struct{ File, Old, New string }
 
 const (
 	timeout = "80m" // of one test program
+	rounds  = 5     // of tests that did not run because of others
 	repeats = 2     // of a test that failed
 )
 
-// Run runs the tests. One that fails with the proxy, also when it is repeated, passes without it, and
-// has no known reason, is an error.
+// Run runs the tests. One that fails with the proxy, also when it is repeated alone, passes
+// without the proxy, and has no known reason, is an error.
 func Run(t *testing.T, s Suite) {
 	t.Helper()
 	if testing.Short() {
@@ -62,10 +63,10 @@ func Run(t *testing.T, s Suite) {
 	}
 	start := time.Now()
 	known, leftOut := readReasons(t, s.Known), readReasons(t, s.LeftOut)
-	r := newRun(t, s, os.Getenv("SCOREBOARD_BARE") != "")
-	choice, whole := r.choose(t, leftOut)
-	got := r.test(t, choice)
-	again := r.repeat(t, got, known, choice.skip)
+	packages, whole := s.choose(t)
+	r := newRun(t, s, packages, os.Getenv("SCOREBOARD_BARE") != "")
+	got := r.runAll(t, packages, known, leftOut)
+	again := r.repeat(t, got, known, leftOut)
 	encrypted := r.report(t, got, known, leftOut, again, time.Since(start))
 	if !whole || r.bare {
 		return
@@ -83,146 +84,172 @@ func Run(t *testing.T, s Suite) {
 	}
 }
 
-// run is a copy of the module, with or without proxies.
-type run struct {
-	Suite
-	dir, modfile string
-	bare         bool
-	key          string // of the proxies
+// choose returns the packages that run, and whether the whole suite does.
+func (s *Suite) choose(t *testing.T) (packages []string, whole bool) {
+	t.Helper()
+	chosen := strings.Fields(os.Getenv("SCOREBOARD_PACKAGES"))
+	for _, p := range s.Packages {
+		if len(chosen) == 0 || slices.Contains(chosen, p) {
+			packages = append(packages, p)
+		}
+	}
+	if len(packages) == 0 {
+		t.Skipf("SCOREBOARD_PACKAGES names no package of %s", s.Name)
+	}
+	return packages, len(chosen) == 0 && os.Getenv("SCOREBOARD_RUN") == "" && os.Getenv("SCOREBOARD_SHARD") == ""
 }
 
-func newRun(t *testing.T, s Suite, bare bool) *run {
+// run is a copy of the module, with or without proxies, and its test programs.
+type run struct {
+	Suite
+	dir  string
+	bare bool
+	key  string // of the proxies
+
+	test2json string // the program of that name
+}
+
+func newRun(t *testing.T, s Suite, packages []string, bare bool) *run {
 	t.Helper()
-	r := &run{Suite: s, dir: t.TempDir(), bare: bare}
-	r.copyModule(t)
+	r := &run{Suite: s, dir: t.TempDir(), bare: bare, test2json: command(t, "go", "tool", "-n", "test2json")}
+	modfile := r.copyModule(t)
 	if !bare {
 		r.key = newKey(t, r.dir)
 	}
+	args := append([]string{"test", "-c", "-vet=off", "-modfile", modfile, "-o", r.dir + "/bin/"}, r.Args...)
+	for _, p := range packages {
+		args = append(args, r.Module+"/"+p)
+	}
+	command(t, "env", append([]string{"GOFLAGS=", "go"}, args...)...)
 	return r
 }
 
-// choice is what go test runs: patterns for the tests, and packages.
-type choice struct {
-	run, skip string
-	packages  []string
+func (r *run) program(pkg string) string {
+	return filepath.Join(r.dir, "bin", path.Base(pkg)+".test")
 }
 
-func (r *run) args(c choice) []string {
-	args := append([]string{"test", "-modfile", r.modfile}, r.Args...)
-	args = append(args, "-json", "-vet=off", "-count=1", "-p=1", "-timeout="+timeout)
-	if c.run != "" {
-		args = append(args, "-run", c.run)
-	}
-	if c.skip != "" {
-		args = append(args, "-skip", c.skip)
-	}
-	for _, p := range c.packages {
-		args = append(args, r.Module+"/"+p)
-	}
-	if len(r.TestArgs) > 0 {
-		args = append(append(args, "-args"), r.TestArgs...)
-	}
-	return args
-}
-
-// choose returns what runs, and whether that is the whole suite.
-func (r *run) choose(t *testing.T, leftOut map[string]string) (c choice, whole bool) {
+// runAll runs the tests of each package in one process. Tests that did not run, because the
+// process ended early or a test before them left goroutines, run in another one. So do those that
+// fail for a known reason: they leave goroutines.
+func (r *run) runAll(t *testing.T, packages []string, known, leftOut map[string]string) *results {
 	t.Helper()
-	chosen := strings.Fields(os.Getenv("SCOREBOARD_PACKAGES"))
-	shard := os.Getenv("SCOREBOARD_SHARD")
-	c.run, c.skip = os.Getenv("SCOREBOARD_RUN"), skipPattern(leftOut)
-	for _, p := range r.Packages {
-		if len(chosen) == 0 || slices.Contains(chosen, p) {
-			c.packages = append(c.packages, p)
-		}
-	}
-	if len(c.packages) == 0 {
-		t.Skipf("SCOREBOARD_PACKAGES names no package of %s", r.Name)
-	}
-	whole = len(chosen) == 0 && c.run == "" && shard == ""
-	if shard != "" {
-		c.run = r.shard(t, shard, c)
-	}
-	return c, whole
-}
-
-// repeat runs tests again that failed, as a machine with other work fails tests with short
-// timeouts. It returns why a failure counts no longer.
-func (r *run) repeat(t *testing.T, got *results, known map[string]string, skip string) map[string]string {
-	t.Helper()
-	again := make(map[string]string)
-	for i := range repeats {
-		for _, name := range r.test(t, got.toRepeat(known, again, skip)).passed() {
-			again[name] = fmt.Sprintf("passes in repetition %d", i+1)
-		}
-	}
-	if c := got.toRepeat(known, again, skip); len(c.packages) > 0 && !r.bare {
-		for name, result := range newRun(t, r.Suite, true).test(t, c).result {
-			if result == "fail" {
-				again[name] = "fails without the proxy too"
+	got := newResults()
+	shard, want := parseShard(t), parsePattern(t)
+	for _, pkg := range packages {
+		var tests, knownTests []string
+		for i, test := range r.list(t, pkg) {
+			switch name := pkg + "." + test; {
+			case !want.MatchString(test) || i%shard.of != shard.part-1 || leftOut[name] != "":
+			case known[name] != "":
+				knownTests = append(knownTests, test)
+			default:
+				tests = append(tests, test)
 			}
 		}
+		for range rounds {
+			r.test(t, got, pkg, tests, leftOut)
+			tests = slices.DeleteFunc(tests, func(test string) bool {
+				result := got.result[pkg+"."+test]
+				return result != "" && result != leaked
+			})
+		}
+		for _, test := range tests {
+			got.result[pkg+"."+test] = "fail"
+		}
+		for _, test := range knownTests {
+			r.test(t, got, pkg, []string{test}, leftOut)
+		}
+	}
+	if len(got.result) == 0 {
+		t.Fatal("no test ran")
+	}
+	return got
+}
+
+// list returns the names of a package's tests.
+func (r *run) list(t *testing.T, pkg string) []string {
+	t.Helper()
+	var names []string
+	cmd := exec.CommandContext(t.Context(), r.program(pkg), append([]string{"-test.list=^(Test|Example)"}, r.TestArgs...)...)
+	cmd.Dir = filepath.Join(r.dir, "m", pkg)
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("list the tests of %s: %v", pkg, err)
+	}
+	for name := range strings.Lines(string(out)) {
+		if name = strings.TrimSpace(name); strings.HasPrefix(name, "Test") || strings.HasPrefix(name, "Example") {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+// repeat runs tests again that failed, each alone, because a machine with other work fails tests
+// with short timeouts. It returns why a failure does not count.
+func (r *run) repeat(t *testing.T, got *results, known, leftOut map[string]string) map[string]string {
+	t.Helper()
+	again := make(map[string]string)
+	try := func(r *run, name, result, why string) {
+		pkg, test, _ := strings.Cut(name, ".")
+		if g := newResults(); known[name] == "" && again[name] == "" && r.test(t, g, pkg, []string{test}, leftOut) && g.result[name] == result {
+			again[name] = why
+		}
+	}
+	failed := got.with("fail")
+	for i := range repeats {
+		for _, name := range failed {
+			try(r, name, "pass", fmt.Sprintf("passes in repetition %d", i+1))
+		}
+	}
+	failed = slices.DeleteFunc(failed, func(name string) bool { return known[name] != "" || again[name] != "" })
+	if len(failed) == 0 || r.bare {
+		return again
+	}
+	var packages []string
+	for _, name := range failed {
+		pkg, _, _ := strings.Cut(name, ".")
+		packages = append(packages, pkg)
+	}
+	slices.Sort(packages)
+	bare := newRun(t, r.Suite, slices.Compact(packages), true)
+	for _, name := range failed {
+		try(bare, name, "fail", "fails without the proxy too")
 	}
 	return again
 }
 
-// toRepeat chooses the tests that failed for no known reason.
-func (r *results) toRepeat(known, again map[string]string, skip string) choice {
-	c := choice{skip: skip}
-	var tests []string
-	for _, name := range slices.Sorted(maps.Keys(r.result)) {
-		pkg, test, _ := strings.Cut(name, ".")
-		if r.result[name] != "fail" || test == "" || known[name] != "" || again[name] != "" {
-			continue
-		}
-		if !slices.Contains(c.packages, pkg) {
-			c.packages = append(c.packages, pkg)
-		}
-		tests = append(tests, test)
-	}
-	c.run = "^(" + strings.Join(tests, "|") + ")$"
-	return c
-}
+type shard struct{ part, of int }
 
-// shard returns a pattern for the tests of one part of several, for example of 2/3. Tests of one
-// name are in the same part.
-func (r *run) shard(t *testing.T, shard string, c choice) string {
+// parseShard reads SCOREBOARD_SHARD: 2/3 is the second of three parts.
+func parseShard(t *testing.T) shard {
 	t.Helper()
-	var part, of int
-	if n, err := fmt.Sscanf(shard, "%d/%d", &part, &of); n != 2 || err != nil || part < 1 || part > of {
-		t.Fatalf("SCOREBOARD_SHARD=%s is not like 2/3", shard)
-	}
-	want, err := regexp.Compile(c.run)
-	if err != nil {
-		t.Fatal(err)
-	}
-	list := append([]string{"test", "-modfile", r.modfile}, r.Args...)
-	list = append(list, "-list", ".")
-	for _, p := range c.packages {
-		list = append(list, r.Module+"/"+p)
-	}
-	names := make(map[string]bool)
-	for name := range strings.Lines(command(t, "go", list...)) {
-		name = strings.TrimSpace(name)
-		if (strings.HasPrefix(name, "Test") || strings.HasPrefix(name, "Example")) && want.MatchString(name) {
-			names[name] = true
+	s := shard{1, 1}
+	if text := os.Getenv("SCOREBOARD_SHARD"); text != "" {
+		if n, err := fmt.Sscanf(text, "%d/%d", &s.part, &s.of); n != 2 || err != nil || s.part < 1 || s.part > s.of {
+			t.Fatalf("SCOREBOARD_SHARD=%s is not like 2/3", text)
 		}
 	}
-	var chosen []string
-	for i, name := range slices.Sorted(maps.Keys(names)) {
-		if i%of == part-1 {
-			chosen = append(chosen, name)
-		}
-	}
-	return "^(" + strings.Join(chosen, "|") + ")$"
+	return s
 }
 
-// skipPattern is for go test -skip. The names are without their packages, because go test has one
-// pattern for all.
-func skipPattern(leftOut map[string]string) string {
+func parsePattern(t *testing.T) *regexp.Regexp {
+	t.Helper()
+	want, err := regexp.Compile(os.Getenv("SCOREBOARD_RUN"))
+	if err != nil {
+		t.Fatalf("SCOREBOARD_RUN: %v", err)
+	}
+	return want
+}
+
+// skipPattern is for -test.skip: the tests of a package that are left out, of which some are
+// subtests.
+func skipPattern(pkg string, leftOut map[string]string) string {
 	var patterns []string
 	for _, name := range slices.Sorted(maps.Keys(leftOut)) {
-		_, test, _ := strings.Cut(name, ".")
+		p, test, _ := strings.Cut(name, ".")
+		if p != pkg {
+			continue
+		}
 		var levels []string
 		for level := range strings.SplitSeq(test, "/") {
 			levels = append(levels, "^"+regexp.QuoteMeta(level)+"$")
@@ -232,18 +259,21 @@ func skipPattern(leftOut map[string]string) string {
 	return strings.Join(patterns, "|")
 }
 
-// test runs the tests of a choice, which may be none.
-func (r *run) test(t *testing.T, c choice) *results {
+// test runs tests of a package in one process, and reports whether there were any.
+func (r *run) test(t *testing.T, got *results, pkg string, tests []string, leftOut map[string]string) bool {
 	t.Helper()
-	got := &results{result: make(map[string]string), output: make(map[string]string), logging: make(map[string]bool)}
-	if len(c.packages) == 0 {
-		return got
+	if len(tests) == 0 {
+		return false
 	}
-	args := r.args(c)
-	cmd := exec.CommandContext(t.Context(), "go", args...)
+	args := []string{
+		"-t", "-p", pkg, r.program(pkg), "-test.v=test2json", "-test.count=1", "-test.timeout=" + timeout,
+		"-test.run=^(" + strings.Join(tests, "|") + ")$", "-test.skip=" + skipPattern(pkg, leftOut),
+	}
+	cmd := exec.CommandContext(t.Context(), r.test2json, append(args, r.TestArgs...)...)
+	cmd.Dir = filepath.Join(r.dir, "m", pkg)
 	// A test creates its sockets, whose paths must be short, in its folder. Files that it leaves
 	// are removed with the copy.
-	cmd.Env = append(os.Environ(), "GOFLAGS=", "TMPDIR="+r.dir, "SCOREBOARD_RECORD="+r.record())
+	cmd.Env = append(os.Environ(), "TMPDIR="+r.dir, "SCOREBOARD_RECORD="+r.record())
 	if !r.bare {
 		cmd.Env = append(cmd.Env, "SCOREBOARD_PROXY="+proxyBinary(t), "SCOREBOARD_KEY="+r.key)
 	}
@@ -259,23 +289,19 @@ func (r *run) test(t *testing.T, c choice) *results {
 	lines := bufio.NewScanner(io.TeeReader(out, r.all(t)))
 	lines.Buffer(nil, 16<<20)
 	for lines.Scan() {
-		var e struct{ Action, Package, ImportPath, Test, Output string }
-		if json.Unmarshal(lines.Bytes(), &e) != nil {
-			continue
+		var e struct{ Action, Test, Output string }
+		if json.Unmarshal(lines.Bytes(), &e) == nil && e.Test != "" {
+			got.note(pkg, e.Test, e.Action, e.Output)
 		}
-		if e.Action == "build-output" {
-			errs.WriteString(e.Output)
-		}
-		got.note(strings.TrimPrefix(e.Package, r.Module+"/"), e.Test, e.Action, e.Output)
 	}
 	err = cmd.Wait()
-	if _, exited := errors.AsType[*exec.ExitError](err); err != nil && !exited || len(got.result) == 0 {
-		t.Fatalf("go %q: %v\n%s", args, err, errs.Bytes())
+	if _, exited := errors.AsType[*exec.ExitError](err); err != nil && !exited {
+		t.Fatalf("%s: %v\n%s", pkg, err, errs.Bytes())
 	}
 	if errs.Len() > 0 {
-		t.Logf("%s", errs.Bytes())
+		t.Logf("%s: %s", pkg, errs.Bytes())
 	}
-	return got
+	return true
 }
 
 // all is where the complete output goes.
@@ -306,8 +332,15 @@ type results struct {
 	logging map[string]bool // a test is in the middle of a log record
 }
 
-// note counts a top-level test by its own result. A package that fails without a failed test, for
-// example because it does not build, counts as one.
+func newResults() *results {
+	return &results{result: make(map[string]string), output: make(map[string]string), logging: make(map[string]bool)}
+}
+
+// leaked is the result of a test that etcd's framework skipped, because a test before it has left
+// goroutines.
+const leaked = "leaked"
+
+// note records a top-level test by its own result.
 func (r *results) note(pkg, test, action, output string) {
 	name := pkg + "." + test
 	switch action {
@@ -320,20 +353,31 @@ func (r *results) note(pkg, test, action, output string) {
 		o := r.output[name] + output
 		r.output[name] = o[max(0, len(o)-keep):]
 	case "pass", "fail", "skip":
-		// etcd's framework skips all tests after one that has left goroutines.
 		if action == "skip" && strings.Contains(r.output[name], "Found leaked goroutin") {
-			action = "fail"
+			action = leaked
 		}
-		if action == "pass" {
+		if action == "pass" || action == leaked {
 			delete(r.output, name)
 		}
-		if action == "fail" && test != "" {
+		if action == "fail" {
 			r.failed = append(r.failed, name)
 		}
-		if !strings.Contains(test, "/") && (test != "" || action == "fail" && !r.failedIn(pkg)) {
+		if !strings.Contains(test, "/") {
 			r.result[name] = action
 		}
 	}
+}
+
+// with returns the names of the tests with a result.
+func (r *results) with(result string) []string {
+	var names []string
+	for name, got := range r.result {
+		if got == result {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return names
 }
 
 // outputOf is the output of a test that failed: its own, and that of its subtests that failed.
@@ -347,27 +391,8 @@ func (r *results) outputOf(name string) string {
 	return text
 }
 
-func (r *results) failedIn(pkg string) bool {
-	for name, result := range r.result {
-		if result == "fail" && strings.HasPrefix(name, pkg+".") {
-			return true
-		}
-	}
-	return false
-}
-
-func (r *results) passed() []string {
-	var names []string
-	for name, result := range r.result {
-		if result == "pass" {
-			names = append(names, name)
-		}
-	}
-	return names
-}
-
-// report prints the counts, and reports failures and plaintext. It returns how many encrypted values
-// the etcds stored.
+// report prints the counts, and reports failures and plaintext. It returns how many encrypted
+// values the etcds stored.
 func (r *run) report(t *testing.T, got *results, known, leftOut, again map[string]string, took time.Duration) (encrypted int) {
 	t.Helper()
 	counts := make(map[string]int)
@@ -432,9 +457,9 @@ func (r *run) readRecord(t *testing.T) (proxies, encrypted int, plaintext []stri
 	return proxies, encrypted, plaintext
 }
 
-// copyModule copies the tests, with a proxy in front of each etcd unless bare, and makes a go.mod
-// that uses the copy.
-func (r *run) copyModule(t *testing.T) {
+// copyModule copies the tests, with a proxy in front of each etcd unless bare, and returns a
+// go.mod that uses the copy.
+func (r *run) copyModule(t *testing.T) (modfile string) {
 	t.Helper()
 	from := command(t, "go", "list", "-m", "-f", "{{.Dir}}", r.Module)
 	to := filepath.Join(r.dir, "m")
@@ -466,9 +491,10 @@ func (r *run) copyModule(t *testing.T) {
 		write(t, file, strings.Replace(text, e.Old, e.New, 1))
 	}
 	gomod := command(t, "go", "env", "GOMOD")
-	r.modfile = filepath.Join(r.dir, "go.mod")
-	write(t, r.modfile, read(t, gomod)+fmt.Sprintf("\nreplace %s => %s\n", r.Module, to))
+	modfile = filepath.Join(r.dir, "go.mod")
+	write(t, modfile, read(t, gomod)+fmt.Sprintf("\nreplace %s => %s\n", r.Module, to))
 	write(t, filepath.Join(r.dir, "go.sum"), read(t, path.Join(path.Dir(gomod), "go.sum")))
+	return modfile
 }
 
 // readReasons reads lines with the name of a test, and the reason why it is in the file.

@@ -17,8 +17,8 @@ import (
 	"go.uber.org/zap"
 )
 
-// memberFront puts a proxy in front of a member's process: the proxy listens on the client URL that
-// the tests know, and that the member advertises. The member listens on sockets instead.
+// memberFront puts a proxy in front of a member's process: the proxy listens on the client URL
+// that the tests know, and that the member advertises. The member listens on sockets instead.
 type memberFront struct {
 	cfg     *EtcdServerProcessConfig
 	sockets string // the folder of etcd's sockets
@@ -106,10 +106,8 @@ func (f *memberFront) start(err error) error {
 	if f.proxy, err = front.Start(c); err != nil {
 		return err
 	}
-	for _, l := range c.Listeners {
-		if err := f.proxy.Serves(l.Network, l.Address); err != nil {
-			return err
-		}
+	if err := f.proxy.Serves(); err != nil {
+		return err
 	}
 	if f.both {
 		return f.sniff(address, plain.Address, secure.Address)

@@ -21,9 +21,9 @@ func withRoom(c config.ServerConfig) config.ServerConfig {
 	return c
 }
 
-// front puts a proxy between the member's clients and its gRPC server. Connections to the member's
-// listener are passed to the proxy, and the proxy connects to the listener that is returned. Closing
-// that one ends the proxy as a supervisor does.
+// front puts a proxy between the member's clients and its gRPC server. Connections to the
+// member's listener are passed to the proxy, and the proxy connects to the listener that is
+// returned. Closing that one ends the proxy as a supervisor does.
 func (m *Member) front() net.Listener {
 	f, err := m.newFront()
 	if err != nil {
@@ -62,7 +62,7 @@ func (m *Member) newFront() (*memberFront, error) {
 	}
 	// The member does not wait for its proxy: its peers would wait for it.
 	go func() {
-		err := f.proxy.Serves(l.Network, l.Address)
+		err := f.proxy.Serves()
 		if err == nil {
 			f.accept(l.Address)
 		} else if !f.closing.Load() {

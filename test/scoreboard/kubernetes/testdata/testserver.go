@@ -38,7 +38,7 @@ func putInFront(t testing.TB, cfg *embed.Config) func() {
 			t.Fatal(err)
 		}
 		t.Cleanup(proxy.Stop)
-		if err := proxy.Serves(l.Network, l.Address); err != nil {
+		if err := proxy.Serves(); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -1,7 +1,7 @@
 // Package front starts an etcd-kms-proxy that encrypts every key in front of an etcd of a test.
-// SCOREBOARD_PROXY is the program, and SCOREBOARD_KEY the file with its key. SCOREBOARD_RECORD is a
-// file with a line for each proxy, and for each member whose file was read. SCOREBOARD_LOG shows the
-// proxies' logs.
+// SCOREBOARD_PROXY is the program, and SCOREBOARD_KEY the file with its key. SCOREBOARD_RECORD is
+// a file with a line for each proxy, and for each member whose file was read. SCOREBOARD_LOG
+// shows the proxies' logs.
 package front
 
 import (
@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -56,6 +55,8 @@ type Proxy struct {
 	cmd   *exec.Cmd
 	once  sync.Once
 	ended chan struct{}
+
+	listeners int
 }
 
 // Start starts a proxy. Its listeners may not serve yet.
@@ -78,7 +79,7 @@ func Start(c Config) (*Proxy, error) {
 		log.Close()
 		return nil, err
 	}
-	p := &Proxy{dir: c.Dir, cmd: cmd, ended: make(chan struct{})}
+	p := &Proxy{dir: c.Dir, cmd: cmd, ended: make(chan struct{}), listeners: len(c.Listeners)}
 	go func() {
 		_ = cmd.Wait()
 		log.Close()
@@ -88,25 +89,23 @@ func Start(c Config) (*Proxy, error) {
 	return p, nil
 }
 
-// Serves waits until the address accepts connections, or returns an error when the proxy has ended.
-func (p *Proxy) Serves(network, address string) error {
+// Serves waits until the proxy listens at all its addresses. It returns an error when the proxy has
+// ended. Another process may accept connections at an address that the proxy cannot get.
+func (p *Proxy) Serves() error {
 	for {
-		select {
-		case <-p.ended:
-			return errors.New("the proxy ended: " + p.log())
-		default:
-		}
-		conn, err := net.Dial(network, address)
-		if err == nil {
-			conn.Close()
+		if strings.Count(p.log(), serving) >= p.listeners {
 			return nil
 		}
 		select {
 		case <-p.ended:
+			return errors.New("the proxy ended: " + p.log())
 		case <-time.After(5 * time.Millisecond):
 		}
 	}
 }
+
+// serving is in the log of the proxy once for each listener.
+const serving = `"msg":"serving"`
 
 // Stop drains the proxy, as etcd drains, and kills it when that takes too long.
 func (p *Proxy) Stop() {
@@ -169,7 +168,7 @@ func (c Config) text() []byte {
 		"kms":          []object{{"name": "test", "local": object{"keyFile": os.Getenv("SCOREBOARD_KEY")}}},
 		"rules":        []object{{"prefix": "", "writeWith": "test"}},
 		"coordination": object{"enabled": false},
-		"log":          object{"level": "warn"},
+		"log":          object{"level": "info"},
 	})
 	if err != nil {
 		panic(err)
