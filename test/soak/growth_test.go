@@ -17,8 +17,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
-// TestGrowth puts gets, puts, transactions, lists and watches on the proxy for as long as SOAK says,
-// while nothing fails. Memory, goroutines and open files must not grow after the first part: it
+// TestGrowth puts gets, puts, transactions, lists and watches on the proxy for as long as SOAK
+// says, while nothing fails. Memory, goroutines and open files must not grow after the first part: it
 // fits a line to each of them, and limits its slope.
 func TestGrowth(t *testing.T) {
 	const (
@@ -129,8 +129,8 @@ func TestGrowth(t *testing.T) {
 		name string
 		line *line
 		unit float64
-		// most is how much the line may rise from there to the end, in percent of its mean, and what
-		// is added to that in units: samples vary.
+		// most is how much the line may rise from there to the end, in percent of its mean, and
+		// what is added to that in units: samples vary.
 		percent, more float64
 	}{
 		{"resident MiB", &memory, 1 << 20, 5, heap},

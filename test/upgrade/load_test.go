@@ -29,8 +29,8 @@ const (
 	prefix   = "/s/load/"
 )
 
-// wanted returns how many requests all workers should send per second: RESTART_RATE, or 2000. A slow
-// machine reaches fewer.
+// wanted returns how many requests all workers should send per second: RESTART_RATE, or 2000. A
+// slow machine reaches fewer.
 func wanted(t *testing.T) int {
 	t.Helper()
 	text := os.Getenv("RESTART_RATE")
