@@ -54,8 +54,4 @@
 // has the current key checked at once: a stored value can name any key, and must not take the
 // provider down. Each health check also unwraps one cached seed of every other key, so that the
 // revocation of an old key is noticed.
-//
-// # Memory
-//
-// To evict a seed is to remove every reference to it. [envelope.Seed] says what stays in memory.
 package keyring

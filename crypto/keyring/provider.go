@@ -82,10 +82,6 @@ func (p *provider) endCheck(change func(*state)) {
 // unwrap.
 func (p *provider) suspect() { p.suspected.Do(p.poller.Wake) }
 
-// works reports whether the last use of the KMS key in use succeeded. If so, a refusal is about the
-// seed that was refused, and is no outage.
-func (p *provider) works() bool { return p.state.Load().works }
-
 // isDisabled reports whether the key was revoked on purpose, and not because it is gone.
 func (p *provider) isDisabled() bool {
 	revoked := p.state.Load().revoked

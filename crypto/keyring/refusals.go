@@ -57,7 +57,7 @@ func (rf *refusals) note(d digest, cause error) *refusal {
 	next.calls++
 	wait := next.calls
 	if isSilence(cause) {
-		if wait = 0; rf.p.works() {
+		if wait = 0; rf.p.state.Load().works {
 			wait = next.calls - silentCalls + 1
 		}
 	}
@@ -92,7 +92,7 @@ func (rf *refusals) failure(what string, h *envelope.Header, last *refusal) *Err
 		return rf.p.errorf(Corrupt, last.cause, "the %s under KMS key ID %q cannot be unwrapped: %s", what, Clip(h.KeyID), describe(last.cause))
 	}
 	kind := kindOf(last.cause)
-	if kind == Unavailable && rf.p.works() && (!isSilence(last.cause) || last.calls >= silentCalls) {
+	if kind == Unavailable && rf.p.state.Load().works && (!isSilence(last.cause) || last.calls >= silentCalls) {
 		err := rf.p.errorf(SeedRefused, last.cause, "the %s under KMS key ID %q is refused, while the KMS unwraps others: it is damaged, or its key is disabled, gone or "+
 			"not this KMS': %s", what, Clip(h.KeyID), describe(last.cause))
 		if last.calls > 1 && !isSilence(last.cause) && time.Since(last.since) >= lastingRefusal && rf.calls.unwrapsOthers(last.since) {
