@@ -24,8 +24,8 @@ var (
 	errRequestTooLarge = status.Error(codes.InvalidArgument, "etcdserver: request is too large")
 )
 
-// sealStatus maps the error of a Sealer or of the rewriter to the client's status. known is false if
-// the cause is not one that a client should read: the status is then Internal with a fixed text,
+// sealStatus maps the error of a Sealer or of the rewriter to the client's status. known is false
+// if the cause is not one that a client should read: the status is then Internal with a fixed text,
 // and the caller logs err.
 func sealStatus(err error, fromEtcd bool) (st error, known bool) {
 	var seal *SealError

@@ -246,8 +246,8 @@ func (a *responseMessages) rewrite(m etcdapi.Mode) *etcdwire.Blocked {
 	return nil
 }
 
-// copied is the length in bytes up to which a response is copied into the pending bytes. The buffers
-// of a longer one are kept until the client takes them.
+// copied is the length in bytes up to which a response is copied into the pending bytes. The
+// buffers of a longer one are kept until the client takes them.
 const copied = 32 << 10
 
 // deliver hands a message on that was inspected.
