@@ -9,8 +9,8 @@ import (
 type unaryRequest struct{ head, body []byte }
 
 // connect opens the stream to etcd, with the whole request unless that is nil. wouldBlock is true
-// in non-blocking mode if there is no connection yet. Streams also wait for an endpoint that is
-// down.
+// in non-blocking mode if there is no connection yet. Streams also wait for an endpoint
+// that is down.
 func (st *clientStream) connect(m etcdapi.Mode, r *unaryRequest) (ok, wouldBlock bool) {
 	lasts := st.method.Shape != etcdapi.ShapeUnary
 	conn, h, hope := st.session.pick()
