@@ -9,6 +9,7 @@ import (
 	"net/http/httptest"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -97,6 +98,46 @@ func TestDrain(t *testing.T) {
 	if err := proxytest.Wait(t, stopped, "end of Run"); err != nil {
 		t.Error(err)
 	}
+}
+
+// TestDrainWhileWatchesBegin: a watch that begins while the proxy drains ends too, whichever of the
+// two comes first.
+func TestDrainWhileWatchesBegin(t *testing.T) {
+	etcd := proxytest.ServeFake(t, &proxytest.FakeEtcd{
+		WatchFn: func(s grpc.BidiStreamingServer[pb.WatchRequest, pb.WatchResponse]) error {
+			<-s.Context().Done()
+			return nil
+		},
+	})
+	p := startProxy(t, etcd, nil, nil)
+	var all sync.WaitGroup
+	begun := make(chan struct{}, 8)
+	for range cap(begun) {
+		watch := pb.NewWatchClient(p.dial(t))
+		all.Go(func() {
+			for n := 0; ; n++ {
+				w, err := watch.Watch(proxytest.TestContext(t))
+				if n == 20 {
+					begun <- struct{}{}
+				}
+				if err != nil {
+					return
+				}
+				all.Go(func() {
+					if _, err := w.Recv(); status.Code(err) != codes.Unavailable {
+						t.Errorf("the watch ended with %v", err)
+					}
+				})
+			}
+		})
+	}
+	for range cap(begun) {
+		proxytest.Wait(t, begun, "watches")
+	}
+	if err := p.stop(); err != nil {
+		t.Error(err)
+	}
+	all.Wait()
 }
 
 func TestDrainTimeout(t *testing.T) {

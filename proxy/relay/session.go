@@ -114,7 +114,7 @@ func (s *session) flush() {
 func (s *session) drain() {
 	s.client.GracefulShutdown()
 	for _, stream := range s.client.Streams() {
-		if st, ok := stream.Value().(*clientStream); ok && st.method != nil && st.method.Indefinite && st.handler() == nil {
+		if st, ok := stream.Value().(*clientStream); ok && st.indefinite.Load() && st.handler() == nil {
 			st.fail(etcdapi.ErrShuttingDown)
 		}
 	}

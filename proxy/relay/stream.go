@@ -40,6 +40,8 @@ type clientStream struct {
 	admission atomic.Uint32 // its state in the session's admission
 	ended     atomic.Bool   // the end was sent to the client, or the client has left
 	handled   atomic.Bool   // served is not nil
+	// it was relayed and waits for events; a drain on another goroutine may read method then
+	indefinite atomic.Bool
 
 	// the client was sent a part of a message, and not the rest
 	partial atomic.Bool
@@ -90,9 +92,12 @@ func (st *clientStream) moveTo(h streamHandler) bool {
 
 // begin is the client's headers.
 func (st *clientStream) begin(end bool) {
-	if st.method.Indefinite && st.session.engine.draining.Load() {
-		st.fail(etcdapi.ErrShuttingDown)
-		return
+	if st.method.Indefinite {
+		st.indefinite.Store(true) // before the load: a drain sees the one or this the other
+		if st.session.engine.draining.Load() {
+			st.fail(etcdapi.ErrShuttingDown)
+			return
+		}
 	}
 	st.call = st.method.NewCall(st.session.id, &st.session.calls)
 	if st.method.Shape == etcdapi.ShapeBidiStream {

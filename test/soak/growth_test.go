@@ -18,8 +18,8 @@ import (
 )
 
 // TestGrowth puts gets, puts, transactions, lists and watches on the proxy for as long as SOAK
-// says, while nothing fails. Memory, goroutines and open files must not grow after the first part: it
-// fits a line to each of them, and limits its slope.
+// says, while nothing fails. Memory, goroutines and open files must not grow after the first part:
+// it fits a line to each of them, and limits its slope.
 func TestGrowth(t *testing.T) {
 	const (
 		clients = 64
