@@ -149,7 +149,7 @@ type Kubernetes struct {
 	KeyFile string `yaml:"keyFile" required:"true" file:"true"`
 }
 
-// Age is public keys of age (https://age-encryption.org), the recipients of recovery copies. Any
+// Age has public keys of age (https://age-encryption.org), the recipients of recovery copies. Any
 // one of their private keys, the identities, decrypts a copy. The identities stay offline: only the
 // commands decrypt, verify, status, reencrypt, drill and kms check take them, with --identity.
 // There is no KMS, so that pollInterval, seedMaxAge and seedMaxSeals have no effect. The recipients
