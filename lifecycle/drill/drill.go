@@ -23,8 +23,8 @@ type Config struct {
 	Etcd, Etcdutl string
 	// Snapshot is the file to restore.
 	Snapshot string
-	// Folder is an empty folder that only the user of this process can enter. Its path is short
-	// enough for a unix socket in it. Restore fills it, and the caller removes it.
+	// Folder is an empty folder that only the user of this process can enter. Its absolute path is
+	// short enough for a unix socket in it. Restore fills it, and the caller removes it.
 	Folder string
 	// Ready returns nil once the etcd at an endpoint responds. It is called until then.
 	Ready func(ctx context.Context, endpoint string) error
@@ -59,10 +59,18 @@ const (
 // ErrLongPath says that the path of the folder is too long for a unix socket in it.
 var ErrLongPath = errors.New("the path of the folder is too long for a unix socket in it")
 
+// ErrRestore says that Etcdutl did not restore the snapshot.
+var ErrRestore = errors.New("restore the snapshot")
+
 // Restore restores the snapshot and starts an etcd on the result. Both programs run without the
 // variables of this process' environment, which they would take for settings. [Etcd.Close] must
 // follow.
 func Restore(ctx context.Context, c Config) (*Etcd, error) {
+	folder, err := filepath.Abs(c.Folder)
+	if err != nil {
+		return nil, err
+	}
+	c.Folder = folder // the programs run in it, where a relative path would be that of another folder
 	if len(filepath.Join(c.Folder, clientSocket)) > maxSocketPath {
 		return nil, ErrLongPath
 	}
@@ -85,7 +93,10 @@ func Restore(ctx context.Context, c Config) (*Etcd, error) {
 	data, begin := filepath.Join(c.Folder, "data"), time.Now()
 	if err := run(ctx, c.Folder, c.Etcdutl, "snapshot", "restore", snapshot, "--data-dir", data,
 		"--name", memberName, "--initial-cluster", memberName+"="+peerURL, "--initial-advertise-peer-urls", peerURL); err != nil {
-		return nil, fmt.Errorf("restore the snapshot: %w", err)
+		return nil, fmt.Errorf("%w: %w", ErrRestore, err)
+	}
+	if _, err := os.Stat(filepath.Join(data, "member")); err != nil { // etcd would start without any data
+		return nil, fmt.Errorf("%w: %s made no data directory", ErrRestore, filepath.Base(c.Etcdutl))
 	}
 	e.Restored = time.Since(begin)
 	begin = time.Now()

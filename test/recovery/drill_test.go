@@ -226,9 +226,16 @@ func TestDrillUsage(t *testing.T) {
 		t.Error(out)
 	}
 	damaged := s.env.File("damaged.db", []byte(strings.Repeat("not a snapshot ", 1000)))
-	if _, out := s.drill(t, 3, config, "--snapshot", damaged); !strings.Contains(out, "restore the snapshot: etcdutl-3.7: ") {
+	if _, out := s.drill(t, 3, config, "--snapshot", damaged); !strings.Contains(out, "restore the snapshot: etcdutl-3.7: ") || !strings.Contains(out, "hint: ") {
 		t.Error(out)
 	}
+	if _, out := s.drill(t, 3, config, "--snapshot", damaged+".none"); !strings.Contains(out, "damaged.db.none") || !strings.Contains(out, "hint: ") {
+		t.Error(out)
+	}
+	if _, out := s.drill(t, 3, config, "--etcd", harness.Bin(t, "etcd-3.7"), "--etcdutl", "/bin/true"); !strings.Contains(out, "true made no data directory") {
+		t.Error(out)
+	}
+	s.drillInRelativeFolder(t, config)
 	if _, out := s.drill(t, 2, config, "--metrics-file", "drill.txt"); !strings.Contains(out, ".prom") {
 		t.Error(out)
 	}
@@ -238,6 +245,27 @@ func TestDrillUsage(t *testing.T) {
 	}
 	if _, out := s.drill(t, 3, config, "--work-dir", long); !strings.Contains(out, "too long") || !strings.Contains(out, "--work-dir") {
 		t.Error(out)
+	}
+}
+
+// drillInRelativeFolder checks that a --work-dir next to the working directory is empty afterwards.
+func (s *site) drillInRelativeFolder(t *testing.T, config string) {
+	t.Helper()
+	here, work := filepath.Join(s.env.Dir, "here"), filepath.Join(s.env.Dir, "next")
+	for _, dir := range []string{here, work} {
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cmd := exec.Command(harness.Bin(t, "etcd-kms-proxy"), "drill", "--config", config, "--work-dir", filepath.Join("..", "next"), "--etcd", harness.Bin(t, "etcd-3.7"), "--etcdutl", harness.Bin(t, "etcdutl-3.7"))
+	cmd.Dir = here
+	if out, _ := cmd.CombinedOutput(); !strings.Contains(string(out), "FAILED: there is no value under a rule") {
+		t.Errorf("%s", out)
+	}
+	for _, dir := range []string{here, work} {
+		if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+			t.Errorf("%v, %v is left in %s", err, left, dir)
+		}
 	}
 }
 
@@ -261,6 +289,8 @@ func TestDrillIsInterrupted(t *testing.T) {
 		t.Fatal(err)
 	}
 	cmd := exec.Command(harness.Bin(t, "etcd-kms-proxy"), "drill", "--config", s.proxy.ConfigFile, "--work-dir", work, "--etcd", slow, "--etcdutl", harness.Bin(t, "etcdutl-3.7"))
+	var out strings.Builder
+	cmd.Stderr = &out
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -291,6 +321,9 @@ func TestDrillIsInterrupted(t *testing.T) {
 	var exit *exec.ExitError
 	if err := cmd.Wait(); !errors.As(err, &exit) || exit.ExitCode() != 3 {
 		t.Errorf("it ends with %v", err)
+	}
+	if got := out.String(); got != "error: the drill was stopped: interrupt signal received\n" {
+		t.Errorf("it says %q", got)
 	}
 	if err := syscall.Kill(etcd, 0); !errors.Is(err, syscall.ESRCH) {
 		t.Errorf("etcd still runs: %v", err)

@@ -200,6 +200,11 @@ func (o *drillOptions) rehearse(cmd *cobra.Command, c *config.Config) (_ *drillR
 			err = errors.Join(err, fmt.Errorf("remove the temporary folder: %w", rerr))
 		}
 	}()
+	defer func() {
+		if err != nil && ctx.Err() != nil { // what failed is a consequence
+			err = fmt.Errorf("the drill was stopped: %w", context.Cause(ctx))
+		}
+	}()
 	file := o.snapshot
 	if file == "" {
 		file = filepath.Join(folder, "snapshot.db")
@@ -210,7 +215,7 @@ func (o *drillOptions) rehearse(cmd *cobra.Command, c *config.Config) (_ *drillR
 	}
 	info, err := os.Stat(file)
 	if err != nil {
-		return nil, err
+		return nil, problem.WithHint(err, "name a file of etcdctl snapshot save with --snapshot")
 	}
 	report.Snapshot.Bytes = info.Size()
 	if o.snapshot != "" {
@@ -301,6 +306,10 @@ func (o *drillOptions) explain(err error) error {
 		return problem.WithHint(err, "the snapshot has etcd's authentication turned on: set etcd.username and etcd.passwordFile to a user that could read the values when it was taken")
 	case isMissingProgram(err):
 		return problem.WithHint(err, "name the programs with --etcd and --etcdutl")
+	case strings.Contains(err.Error(), "no space left on device"):
+		return problem.WithHint(err, "name a folder with enough space with --work-dir")
+	case errors.Is(err, drill.ErrRestore):
+		return problem.WithHint(err, "check that --etcdutl names etcdutl, or an etcdctl older than 3.6; if it does, the file is incomplete or damaged, or is not of etcdctl snapshot save: use another one")
 	}
 	return err
 }

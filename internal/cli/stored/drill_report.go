@@ -93,6 +93,19 @@ func (r *drillReport) addKeys(cl *cluster) {
 	}
 }
 
+// missesCopiesOf reports whether values are missing although some like them have copies by a
+// provider.
+func (r *drillReport) missesCopiesOf(provider string) bool {
+	for _, rule := range r.Rules {
+		for _, g := range rule.Groups {
+			if g.Missing > 0 && g.Copies[provider] > 0 {
+				return true
+			}
+		}
+	}
+	return false
+}
+
 // conclude sums up the rules. The error says why the drill shows nothing, or not enough.
 func (r *drillReport) conclude() error {
 	for _, rule := range r.Rules {
@@ -171,6 +184,8 @@ func (r *drillReport) text(w io.Writer) {
 			state = "cannot be used: " + k.Reason
 		case k.Opened:
 			state = "unwrapped recovery copies"
+		case r.missesCopiesOf(k.Name):
+			state = "unwrapped no recovery copy"
 		}
 		printable.Fprintf(t, "%s\t%s\t%s\n", printable.Name(k.Name), state, printable.NameOrNone(k.KeyID))
 	}
@@ -184,6 +199,8 @@ func (r *drillReport) text(w io.Writer) {
 		printable.Fprintf(w, "passed: each of %d values that were tried is readable, of %d\n", tried, r.Values)
 	case r.OK:
 		printable.Fprintf(w, "passed: each of %d values is readable\n", tried)
+	case r.Values == 0:
+		printable.Fprintf(w, "FAILED: there is no value under a rule\n")
 	default:
 		printable.Fprintf(w, "FAILED: of %d values that were tried, %d are readable, %d would be missing, and %d are unavailable\n", tried, r.Readable, r.Missing, r.Unavailable)
 	}
