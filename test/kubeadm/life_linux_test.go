@@ -80,7 +80,7 @@ func TestLife(t *testing.T) {
 	n.run(3, "encrypts new values", "kubeadm", "disable")
 	n.run(3, "--allow-weakening", n.enable("--local-key", keyFile, "--decrypt-only")...)
 	n.run(0, "uses the proxy", n.enable("--local-key", keyFile, "--decrypt-only", "--allow-weakening")...)
-	n.run(3, "are encrypted", "kubeadm", "disable")
+	n.run(3, "encrypted values under", "kubeadm", "disable")
 	n.run(0, "", "reencrypt")
 	n.run(0, "--- ", "kubeadm", "disable", "--dry-run")
 	n.run(0, "without the proxy", "kubeadm", "disable", "--timeout", "90s")

@@ -76,9 +76,10 @@ func render(types []string, example string) ([]byte, error) {
 // reload is the part of the page that belongs to no type.
 const reload = `## Reload
 
-` + "`serve`" + ` reads the file again when it changes and on SIGHUP. Rules and the log level apply at once.
-The log names other changes, which need a restart. A file with a problem changes nothing.
-Certificates, keys and credentials are read again when their files change.
+` + "`serve`" + ` reads the file again when it changes and on SIGHUP. Rules, the log
+level, and the allowedClients and ciphertextClients of listeners apply at once. The log names other
+changes, which need a restart. A file with a problem changes nothing. Certificates, keys and
+credentials are read again when their files change.
 
 A reload that would protect keys less is refused as a whole: a rule removed or narrowed,
 ` + "`writeWith: plaintext`" + ` where values were encrypted, or ` + "`allowPlaintextReads`" + ` back on. The log
