@@ -95,9 +95,10 @@ func TestRestoreFails(t *testing.T) {
 		}
 		return path
 	}
-	good := program("etcdutl", `[ -z "$ETCD_DATA_DIR" ]`)
+	good := program("etcdutl", `[ -z "$ETCD_DATA_DIR" ] && [ "$1" = snapshot ] && mkdir -p "$5/member"`)
 	for want, c := range map[string]Config{
 		"restore the snapshot: broken: exit status 4: the reason": {Etcd: good, Etcdutl: program("broken", "echo a line; echo the reason >&2; exit 4")},
+		"restore the snapshot: idle made no data directory":       {Etcd: good, Etcdutl: program("idle", "exit 0")},
 		"start etcd: etcd: exit status 5: no disk":                {Etcd: program("etcd", "echo no disk; exit 5"), Etcdutl: good},
 		"start etcd: etcd: it ended":                              {Etcd: program("etcd", "exit 0"), Etcdutl: good},
 	} {
