@@ -242,7 +242,8 @@ func (g *Guard) judge(err error) error {
 		// Mostly the key is another one. With --allow-weakening the proxy would encrypt under a key
 		// that decrypts nothing of what is stored.
 		hint = "restore the key file, or the KMS key, that the values were encrypted with: etcd-kms-proxy status tells whether this one decrypts them. " +
-			"If it does, the record was changed by someone else: see \"How the record is checked\" in docs/guides/restrict-settings.md"
+			"If it does since you moved the values from a lost key to this one, see docs/guides/worst-day.md. " +
+			"Otherwise the record was changed by someone else: see \"How the record is checked\" in docs/guides/restrict-settings.md"
 	}
 	return problem.WithHint(err, hint)
 }

@@ -61,7 +61,7 @@ func TestVerifyOpens(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.verify(t, 1, "") // the history
-	s.run(t, 1, "purge --yes", "2 old plaintext values removed")
+	s.run(t, 1, "purge --yes", "2 old values that were not decrypted removed")
 	both(0, "")
 
 	kms.Disable(true)

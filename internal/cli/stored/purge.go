@@ -16,6 +16,7 @@ import (
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"golang.org/x/term"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/cli/command"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
@@ -80,13 +81,15 @@ type purgeOptions struct {
 
 // purgeReport is the result of purge.
 type purgeReport struct {
-	DryRun   bool           `json:"dryRun,omitempty"`
-	History  purge.History  `json:"history"`
-	Members  []purge.Member `json:"members"` // after purge
-	Before   int64          `json:"bytesBefore"`
-	After    int64          `json:"bytesAfter"` // of all members' database files
-	Left     []string       `json:"left"`       // for the operator to do
-	Verified string         `json:"next"`
+	DryRun  bool          `json:"dryRun,omitempty"`
+	History purge.History `json:"history"`
+	// Undecrypted is how many of History.Plaintext look encrypted, and were not decrypted.
+	Undecrypted int64          `json:"undecrypted"`
+	Members     []purge.Member `json:"members"` // after purge
+	Before      int64          `json:"bytesBefore"`
+	After       int64          `json:"bytesAfter"` // of all members' database files
+	Left        []string       `json:"left"`       // for the operator to do
+	Verified    string         `json:"next"`
 }
 
 // purge does the work. The report is nil if nothing was begun.
@@ -109,7 +112,13 @@ func (cl *cluster) purge(cmd *cobra.Command, o purgeOptions) (*purgeReport, erro
 	judge := cl.judge(ctx, false, undecrypted)
 	readable := func(old *mvccpb.KeyValue) bool {
 		before := undecrypted.beyond
-		return judge(old.Key, old.Value, true) != "" || undecrypted.beyond > before
+		if judge(old.Key, old.Value, true) == "" && undecrypted.beyond == before {
+			return false
+		}
+		if _, _, encrypted := envelope.Split(old.Value); encrypted {
+			r.Undecrypted++
+		}
+		return true
 	}
 	if r.History, err = purge.ReadHistory(ctx, cl.etcd, cl.rules, readable); err != nil {
 		return nil, err
@@ -181,7 +190,7 @@ func (r *purgeReport) plan(w io.Writer) {
 	h := r.History
 	if h.CompactAt > 0 {
 		printable.Fprintf(w, "the history from revision %d to %d holds %s: it is compacted at revision %d; watches from earlier revisions must start again\n",
-			h.Compacted+1, h.Present, printable.Count(h.Plaintext, "plaintext value", "plaintext values"), h.CompactAt)
+			h.Compacted+1, h.Present, r.found(""), h.CompactAt)
 	} else {
 		printable.Fprintf(w, "the history from revision %d to %d holds no plaintext\n", h.Compacted+1, h.Present)
 	}
@@ -215,13 +224,26 @@ func (cl *cluster) rewrite(ctx context.Context, r *purgeReport, settle time.Dura
 	return nil
 }
 
+// found says how many values purge removes from the history. A value that looks encrypted and does
+// not decrypt, for example because its key is lost, is removed too, but is not called plaintext.
+func (r *purgeReport) found(old string) string {
+	var parts []string
+	if plaintext := r.History.Plaintext - r.Undecrypted; plaintext > 0 || r.Undecrypted == 0 {
+		parts = append(parts, printable.Count(plaintext, old+"plaintext value", old+"plaintext values"))
+	}
+	if r.Undecrypted > 0 {
+		parts = append(parts, printable.Count(r.Undecrypted, old+"value that was not decrypted", old+"values that were not decrypted"))
+	}
+	return strings.Join(parts, " and ")
+}
+
 // text prints the report for people.
 func (r *purgeReport) text(w io.Writer) {
 	if r.DryRun {
 		printable.Fprintf(w, "dry run: nothing was changed\n")
 		return
 	}
-	printable.Fprintf(w, "%s removed from the history; database files: %s before, %s now\n", printable.Count(r.History.Plaintext, "old plaintext value", "old plaintext values"), size(r.Before), size(r.After))
+	printable.Fprintf(w, "%s removed from the history; database files: %s before, %s now\n", r.found("old "), size(r.Before), size(r.After))
 	if len(r.Left) > 0 {
 		printable.Fprintf(w, "left to do:\n")
 	}
