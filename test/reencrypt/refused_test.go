@@ -225,7 +225,7 @@ func TestManyOfARefusedSeed(t *testing.T) {
 	}
 	if _, before = s.kms.Calls(); before > 0 {
 		out, code := s.Run("status", "--config", config)
-		if _, after = s.kms.Calls(); code != 1 || after-before > 100 || !strings.Contains(out, "1500 values under \"/sealed/\" are unavailable") {
+		if _, after = s.kms.Calls(); code != 1 || after-before > 100 || !strings.Contains(out, "under \"/sealed/\", 1500 values are unavailable") {
 			t.Errorf("status: exit code %d, %d calls: %s", code, after-before, out)
 		}
 	}
