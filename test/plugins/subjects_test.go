@@ -42,7 +42,7 @@ type rotation string
 const (
 	seen    rotation = "seen"    // a new key ID, without a restart of the plugin
 	hidden  rotation = "hidden"  // the vendor uses a new version, and the key ID stays
-	restart rotation = "restart" // a new key ID, with the plugin started anew
+	restart rotation = "restart" // a new key ID, with the plugin started again
 )
 
 // running is a plugin with the vendor's side of it.
