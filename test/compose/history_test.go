@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"github.com/anishathalye/porcupine"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/settle"
 )
 
 // The operations on a register, with their results.
@@ -63,34 +65,22 @@ func (h *history) add(r record) {
 	h.records = append(h.records, r)
 }
 
+// settling returns a record as package settle takes it.
+func settling(r record) settle.Record {
+	return settle.Record{
+		Operation: porcupine.Operation{ClientId: r.client, Input: r.in, Call: r.call, Return: r.ret},
+		Key:       r.key, Wrote: r.wrote, Saw: r.saw, Unknown: r.unknown,
+	}
+}
+
 // check fails the test if no sequential order of the operations explains their results.
-//
-// If there was no response to a write, but some client read its value, it was applied before that
-// client had its response. If no client read it, it makes no difference: a history has an order
-// with the write exactly if it has one without it. So no operation without an end remains, which
-// porcupine could not check in reasonable time.
 func (h *history) check(t *testing.T) {
 	t.Helper()
-	type place struct{ key, value string }
-	seen := make(map[place]int64)
-	for _, r := range h.records {
-		if at := (place{r.key, r.saw}); !r.unknown && r.saw != "" {
-			if first, ok := seen[at]; !ok || r.ret < first {
-				seen[at] = r.ret
-			}
-		}
-	}
-	parts, unknown := make(map[string][]porcupine.Operation), 0
+	parts, unknown := settle.Operations(h.records, settling), 0
 	for _, r := range h.records {
 		if r.unknown {
 			unknown++
-			first, ok := seen[place{r.key, r.wrote}]
-			if !ok || r.wrote == "" {
-				continue
-			}
-			r.ret = max(first, r.call)
 		}
-		parts[r.key] = append(parts[r.key], porcupine.Operation{ClientId: r.client, Input: r.in, Call: r.call, Return: r.ret})
 	}
 	for key, part := range parts {
 		if result := porcupine.CheckOperationsTimeout(register, part, time.Minute); result != porcupine.Ok {

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/anishathalye/porcupine"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/settle"
 )
 
 // record is one operation of a client.
@@ -64,37 +66,19 @@ func (h *history) answers() map[int]int {
 	return maps.Clone(h.counts)
 }
 
+// settling returns a record as package settle takes it.
+func settling(r record) settle.Record {
+	return settle.Record{
+		Operation: porcupine.Operation{ClientId: r.client, Input: r.in, Call: r.call, Return: r.ret},
+		Key:       r.key, Wrote: r.wrote, Saw: r.saw, Unknown: r.unknown,
+	}
+}
+
 // settled returns the operations on each key, none of them unknown.
-//
-// If there was no response to a write, but a client read its value, it was applied before that
-// client had its response. If no client read it, it makes no difference: the result of every
-// operation that depends on the state shows what it read. So an order exists with the write if, and
-// only if, one exists without it, and porcupine need not try every moment for it, which takes too
-// long.
 func (h *history) settled() map[string][]porcupine.Operation {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	type place struct{ key, value string }
-	seen := make(map[place]int64)
-	for _, r := range h.records {
-		at := place{r.key, r.saw}
-		if first, ok := seen[at]; !r.unknown && r.saw != "" && (!ok || r.ret < first) {
-			seen[at] = r.ret
-		}
-	}
-	parts := make(map[string][]porcupine.Operation)
-	for _, r := range h.records {
-		if r.unknown {
-			var ok bool
-			if r.ret, ok = seen[place{r.key, r.wrote}]; !ok || r.wrote == "" {
-				continue
-			}
-			// a value that is read before it was written fits nowhere, and porcupine reports it
-			r.ret = max(r.ret, r.call)
-		}
-		parts[r.key] = append(parts[r.key], porcupine.Operation{ClientId: r.client, Input: r.in, Call: r.call, Return: r.ret})
-	}
-	return parts
+	return settle.Operations(h.records, settling)
 }
 
 // check fails the test if no order explains the results, or if none is found in time.

@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"github.com/anishathalye/porcupine"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/settle"
 )
 
 // The operations on a register, with their results.
@@ -76,32 +78,19 @@ func (h *history) failed() {
 	h.errors++
 }
 
-// settled returns the operations on each key, none of them unknown. A write without a response was
-// applied before the first client that read its value had its response. If no client read it, it
-// makes no difference, because every result shows what it read.
+// settling returns a record as package settle takes it.
+func settling(r record) settle.Record {
+	return settle.Record{
+		Operation: porcupine.Operation{ClientId: r.client, Input: r.in, Call: r.call, Return: r.ret},
+		Key:       r.key, Wrote: r.wrote, Saw: r.saw, Unknown: r.unknown,
+	}
+}
+
+// settled returns the operations on each key, none of them unknown.
 func (h *history) settled() map[string][]porcupine.Operation {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	type place struct{ key, value string }
-	seen := make(map[place]int64)
-	for _, r := range h.records {
-		at := place{r.key, r.saw}
-		if first, ok := seen[at]; !r.unknown && r.saw != "" && (!ok || r.ret < first) {
-			seen[at] = r.ret
-		}
-	}
-	parts := make(map[string][]porcupine.Operation)
-	for _, r := range h.records {
-		if r.unknown {
-			var ok bool
-			if r.ret, ok = seen[place{r.key, r.wrote}]; !ok || r.wrote == "" {
-				continue
-			}
-			r.ret = max(r.ret, r.call)
-		}
-		parts[r.key] = append(parts[r.key], porcupine.Operation{ClientId: r.client, Input: r.in, Call: r.call, Return: r.ret})
-	}
-	return parts
+	return settle.Operations(h.records, settling)
 }
 
 // check returns how many operations of how many registers were checked.
