@@ -75,7 +75,9 @@ func (c *caller) FlushNeeded() { c.conn.Flush() }
 type cutting struct{ proxytest.Reverser }
 
 // TryOpen implements etcdapi.Sealer.
-func (cutting) TryOpen(_, stored []byte) ([]byte, error) { return stored[1:], nil }
+func (cutting) TryOpen(dst, _, stored []byte) ([]byte, error) {
+	return append(dst, stored[1:]...), nil
+}
 
 // TestAllocationsOfRelayedCalls counts what a relayed Range allocates in the client, the proxy and
 // etcd together, with a value that passes and with one that is decrypted. The streams of the client
