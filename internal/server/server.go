@@ -169,10 +169,11 @@ func (s *Server) apply(set *encryption.RuleSet) error {
 	return nil
 }
 
-// logStart says where the proxy serves, and what is unsafe.
+// logStart says where the proxy listens, and what is unsafe. Whether it serves is for the guard to
+// decide.
 func (s *Server) logStart(c *config.Config) {
 	for i, addr := range s.proxy.Addrs() {
-		s.log.Info("serving", "listener", c.Listeners[i].Address, "address", addr.String(), "tls", c.Listeners[i].TLS != nil)
+		s.log.Info("listening", "listener", c.Listeners[i].Address, "address", addr.String(), "tls", c.Listeners[i].TLS != nil)
 		if c.Listeners[i].InsecurePlaintext {
 			s.log.Warn("insecurePlaintext: connections of this listener are not encrypted", "listener", c.Listeners[i].Address)
 		}
