@@ -42,6 +42,23 @@ type Options struct {
 	sockets sockets // from systemd
 }
 
+// The jobs that one of the proxies does for all.
+const (
+	jobScan      = "scan"
+	jobReencrypt = "reencrypt"
+)
+
+// jobs returns the jobs that this proxy does if it is elected.
+func (o *Options) jobs() (jobs []string) {
+	if o.ScanInterval > 0 {
+		jobs = append(jobs, jobScan)
+	}
+	if o.ReencryptInterval > 0 {
+		jobs = append(jobs, jobReencrypt)
+	}
+	return jobs
+}
+
 // Server is a proxy with everything that it needs.
 type Server struct {
 	log       *slog.Logger
@@ -123,7 +140,7 @@ func New(c *config.Config, path string, loaded [32]byte, log *slog.Logger, level
 	if err != nil {
 		return nil, err
 	}
-	if s.fleet, err = newFleet(c, s.keys, s.audit, s.registry, log, o.AllowWeakening); err != nil {
+	if s.fleet, err = newFleet(c, s.keys, s.audit, s.registry, log, o); err != nil {
 		return nil, err
 	}
 	pc := proxyConfig(c, o)
