@@ -29,7 +29,7 @@ import (
 )
 
 // fleet is what a proxy does in etcd for itself: the guard of the start, and with coordination on
-// the agreement with other proxies and the watch for plaintext that is written past them.
+// the agreement with other proxies and the watch for plaintext that is written to etcd directly.
 type fleet struct {
 	*coordination.Fleet // nil with coordination off
 	config              *config.Config
