@@ -88,7 +88,7 @@ func (r *verifyReport) addFile(f etcdfile.File, alone bool) {
 func (r *verifyReport) text(w io.Writer, all bool) {
 	if all {
 		for _, f := range r.UndecryptedList {
-			printable.Fprintf(w, "%s: %s was not decrypted: %s\n", f.File, place(f), f.Why)
+			printable.Fprintf(w, "%s: %s %q was not decrypted: %s\n", f.File, f.Place, f.Key, f.Why)
 		}
 		for _, f := range r.Findings {
 			printable.Fprintf(w, "%s: %s: %s\n", f.File, place(f), f.Why)
