@@ -1,6 +1,7 @@
 package limits
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"testing"
@@ -46,6 +47,36 @@ func TestLongWebsocketMessage(t *testing.T) {
 				t.Logf("it ends with %v", err)
 				if e, ok := errors.AsType[*websocket.CloseError](err); ok && e.Code != websocket.CloseMessageTooBig || err == nil {
 					t.Errorf("it is answered with %v", err)
+				}
+			})
+		})
+	}
+}
+
+// TestBlankWebsocketMessages: what is between two JSON values is not kept, in however many messages.
+func TestBlankWebsocketMessages(t *testing.T) {
+	for name, message := range map[string][]byte{"spaces": bytes.Repeat([]byte(" \r\n\t"), 256<<10), "empty": nil} {
+		t.Run(name, func(t *testing.T) {
+			m := newMemorySite(t)
+			m.grows(t, 16, func() {}, func() {
+				conn, _, err := websocket.DefaultDialer.DialContext(t.Context(), "ws://"+m.plain+"/v3/watch", nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer conn.Close()
+				for range 100 {
+					if err := conn.WriteMessage(websocket.TextMessage, message); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if err := conn.WriteMessage(websocket.TextMessage, []byte(`{"create_request":{"key":"aw=="}}`)); err != nil {
+					t.Fatal(err)
+				}
+				if err := conn.SetReadDeadline(time.Now().Add(witnessPatience)); err != nil {
+					t.Fatal(err)
+				}
+				if _, said, err := conn.ReadMessage(); err != nil || !bytes.Contains(said, []byte(`"created":true`)) {
+					t.Errorf("a watch behind them: %s, %v", said, err)
 				}
 			})
 		})
