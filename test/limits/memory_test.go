@@ -197,24 +197,57 @@ func TestMemoryOfUnfinishedMessages(t *testing.T) {
 			m.grows(t, mib, func() {}, func() {
 				k := m.greetAs(t, name)
 				defer k.Close()
-				sent := k.unfinished(t, 100, 1_900_000, 3*time.Second)
+				sent := k.unfinished(t, 100, unfinishedMessage(1_900_000), 3*time.Second)
+				t.Logf("the proxy took %d MiB", sent>>20)
+			})
+		})
+	}
+	// The JSON gateway takes longer bodies, and decodes them in buffers that double.
+	for name, mib := range map[string]int64{"allowed, JSON": 260, "not allowed, JSON": 8} {
+		t.Run(name, func(t *testing.T) {
+			m := newMemorySite(t)
+			m.grows(t, mib, func() {}, func() {
+				config := m.allowed
+				if name != "allowed, JSON" {
+					config = m.denied
+				}
+				k := m.greetTLS(t, config)
+				defer k.Close()
+				sent := k.unfinished(t, 100, unfinishedJSON(3_800_000), 3*time.Second)
 				t.Logf("the proxy took %d MiB", sent>>20)
 			})
 		})
 	}
 }
 
-// unfinished starts n calls and sends all but the last byte of a message of size bytes on each, as
-// far as the windows allow, until nothing has moved for the time given. It returns how many bytes
-// were sent.
-func (k *talker) unfinished(t *testing.T, n, size int, quiet time.Duration) (sent int) {
+// unfinishedRequest is a request without the end of its body.
+type unfinishedRequest struct {
+	header []string
+	front  []byte // of the body
+	size   int    // of the body, filled up with 'A'
+}
+
+// unfinishedMessage is all but the last byte of a gRPC message of size bytes.
+func unfinishedMessage(size int) unfinishedRequest {
+	return unfinishedRequest{call("/etcdserverpb.KV/Put"), binary.BigEndian.AppendUint32([]byte{0}, uint32(size)), headLength + size - 1}
+}
+
+// unfinishedJSON is a Put of the JSON gateway that lacks the end of its value.
+func unfinishedJSON(size int) unfinishedRequest {
+	header := []string{":method", "POST", ":scheme", "https", ":path", "/v3/kv/put", ":authority", "localhost", "content-type", "application/json"}
+	return unfinishedRequest{header, []byte(`{"key":"L3dpdG5lc3M=","value":"`), size}
+}
+
+// unfinished sends a request n times, as far as the windows allow, until nothing has moved for the
+// time given. It returns how many bytes were sent.
+func (k *talker) unfinished(t *testing.T, n int, request unfinishedRequest, quiet time.Duration) (sent int) {
 	t.Helper()
 	var mu sync.Mutex
 	conn, initial := 65535, 65535
 	windows, left := make([]int, n), make([]int, n)
 	wake, closed := make(chan struct{}, 1), make(chan struct{})
 	for i := range n {
-		windows[i], left[i] = initial, headLength+size-1
+		windows[i], left[i] = initial, request.size
 	}
 	go func() {
 		defer close(closed)
@@ -253,10 +286,9 @@ func (k *talker) unfinished(t *testing.T, n, size int, quiet time.Duration) (sen
 		}
 	}()
 	for i := range n {
-		k.begin(uint32(2*i+1), nil, call("/etcdserverpb.KV/Put")...)
+		k.begin(uint32(2*i+1), nil, request.header...)
 	}
-	head := binary.BigEndian.AppendUint32([]byte{0}, uint32(size))
-	payload := make([]byte, 16<<10)
+	payload := bytes.Repeat([]byte("A"), 16<<10)
 	idle := time.NewTimer(quiet)
 	for {
 		moved := false
@@ -267,14 +299,14 @@ func (k *talker) unfinished(t *testing.T, n, size int, quiet time.Duration) (sen
 				conn, windows[i] = conn-part, windows[i]-part
 				left[i] -= part
 			}
-			first := left[i]+part == headLength+size-1
+			first := left[i]+part == request.size
 			mu.Unlock()
 			if part <= 0 {
 				continue
 			}
 			data := payload[:part]
 			if first {
-				data = append(slices.Clone(head), make([]byte, part-headLength)...)
+				data = append(slices.Clone(request.front), payload[:part-len(request.front)]...)
 			}
 			if k.WriteData(uint32(2*i+1), false, data) != nil {
 				return sent
