@@ -59,13 +59,19 @@ const (
 	lateWait = 500 * time.Millisecond
 )
 
+// consumed gives bytes from the client back to the window.
+func (w *webStream) consumed(n int) {
+	w.stream.client.Consumed(n)
+	w.stream.session.flush()
+}
+
 // serveWeb has the web handler serve the stream. A client that is not allowed is answered at once.
 func serveWeb(st *clientStream, end bool) {
 	ctx, cancel := context.WithCancel(listener.WithIdentity(st.session.engine.base, st.session.id))
 	w := &webStream{
-		stream: st, in: newStreamInput(st.consumed, nil, end), writable: make(chan struct{}, 1),
-		ctx: ctx, cancel: cancel, header: make(http.Header),
+		stream: st, writable: make(chan struct{}, 1), ctx: ctx, cancel: cancel, header: make(http.Header),
 	}
+	w.in = newStreamInput(w.consumed, nil, end)
 	var err error
 	if w.request, err = webRequest(ctx, st.fields, st.session.id.Remote); err != nil {
 		cancel()
