@@ -189,7 +189,7 @@ func (a *responseMessages) message() {
 	}
 	a.left = int(binary.BigEndian.Uint32(a.head[1:]))
 	a.scans = st.call != nil && a.left > 0 && st.call.Scans()
-	if a.edits = a.scans || a.left > 0 && st.splits(); a.edits {
+	if a.edits = a.scans || a.left > 0 && a.splits(); a.edits {
 		a.own, a.n = rpc.Buffers.Get(min(a.left, rpc.PartSize)), 0
 	} else {
 		a.unsent = a.head
@@ -237,7 +237,7 @@ func (a *responseMessages) rewrite(m etcdapi.Mode) *etcdwire.Blocked {
 		a.own = rpc.Buffers.Get(min(max(rpc.PartSize, len(begun)+1), len(begun)+a.left))
 		a.n = copy(*a.own, begun)
 	}
-	if a.left == 0 && len(a.parts) == 0 && len(out) <= copied && !a.stream.splits() {
+	if a.left == 0 && len(a.parts) == 0 && len(out) <= copied && !a.splits() {
 		a.stream.client.Data(false, rpc.Header(len(out)), out)
 		rpc.Buffers.Put(own)
 		return nil
@@ -257,7 +257,7 @@ func (a *responseMessages) deliver() {
 	st := a.stream
 	made := a.parts
 	a.parts = nil
-	if st.splits() {
+	if a.splits() {
 		all, err := st.call.(etcdapi.Splitter).Split(made.Materialize())
 		if err != nil {
 			made.Free()
@@ -284,8 +284,8 @@ func (a *responseMessages) deliver() {
 }
 
 // splits reports whether the call must see whole responses, to split them.
-func (st *clientStream) splits() bool {
-	x, ok := st.call.(etcdapi.Splitter)
+func (a *responseMessages) splits() bool {
+	x, ok := a.stream.call.(etcdapi.Splitter)
 	return ok && x.Splits()
 }
 
