@@ -15,7 +15,9 @@ import (
 type cutting struct{ proxytest.Reverser }
 
 // TryOpen implements etcdapi.Sealer.
-func (cutting) TryOpen(_, stored []byte) ([]byte, error) { return stored[1:], nil }
+func (cutting) TryOpen(dst, _, stored []byte) ([]byte, error) {
+	return append(dst, stored[1:]...), nil
+}
 
 // relayedCalls are gets and puts of a key with a value of 300 bytes, without a rule and, for gets,
 // with one or with deadlines. Encryption allocates what it returns.
