@@ -103,8 +103,8 @@ func (f *fleet) coordinate(keys *encryption.Keys, audit *auditlog.Recorder, reg 
 	return nil
 }
 
-// run guards the start, and then announces this proxy until ctx ends. It returns an error if the
-// proxy must not serve.
+// run waits for the guard of the start, and then announces this proxy until ctx ends. It returns an
+// error if the proxy must not serve.
 func (f *fleet) run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
 	opened := func(run part) {
@@ -117,7 +117,6 @@ func (f *fleet) run(ctx context.Context) error {
 			}
 		})
 	}
-	group.Go(func() error { return f.guard.Run(ctx) })
 	opened(func(ctx context.Context) error { return f.next.Run(ctx, f.guard) })
 	if f.Fleet != nil {
 		opened(always(f.Run))
