@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/gorilla/websocket"
@@ -35,6 +36,8 @@ type Gateway struct {
 	Handler http.Handler // of HTTP/2, too
 	sockets *websockets
 	conns   *connQueue
+
+	draining atomic.Bool
 }
 
 const (
@@ -42,6 +45,11 @@ const (
 	// how long it may be silent between two.
 	headerTimeout = time.Minute
 	idleTimeout   = 5 * time.Minute
+	// lateRequest is how long a connection that has no request is kept during a drain. A client
+	// that uses it all the time then learns from a response that the connection closes. If the
+	// proxy closed it at once, a request might be on the way, and no client can tell whether that
+	// was served.
+	lateRequest = 250 * time.Millisecond
 )
 
 // New makes the gateway to an API.
@@ -62,7 +70,7 @@ func New(a *etcdapi.API) (*Gateway, error) {
 	}
 	g.Handler = acceptBeta(guardOrigin(authorize(a, mux)))
 	g.server = &http.Server{
-		Handler: g.Handler, ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout,
+		Handler: g.closing(g.Handler), ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout,
 		ErrorLog: log.New(io.Discard, "", 0), // it tells of what clients do wrong
 		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
 			c, _ := conn.(*listener.Conn)
@@ -136,6 +144,16 @@ func authorize(a *etcdapi.API, next http.Handler) http.Handler {
 	})
 }
 
+// closing has responses close their connections during a drain.
+func (g *Gateway) closing(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if g.draining.Load() {
+			w.Header().Set("Connection", "close")
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
 // Serve takes over conn and returns once a shutdown would wait for it.
 func (g *Gateway) Serve(conn *listener.Conn) { g.conns.put(conn) }
 
@@ -152,7 +170,8 @@ func (g *Gateway) Run(ctx context.Context, drainTimeout time.Duration) {
 	var sockets sync.WaitGroup
 	sockets.Go(func() { g.sockets.Close(limited) })
 	// Shutdown comes last: it drops a request that has just arrived.
-	g.server.SetKeepAlivesEnabled(false)
+	g.draining.Store(true)
+	defer time.AfterFunc(lateRequest, func() { g.server.SetKeepAlivesEnabled(false) }).Stop()
 	g.conns.drain(limited)
 	_ = g.server.Close()
 	sockets.Wait()
