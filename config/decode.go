@@ -374,7 +374,7 @@ func typeName(t reflect.Type) string {
 
 // suggest names the field that was probably meant, or all there are.
 func suggest(got string, known []string) string {
-	best, least := "", 3
+	best, least := "", min(3, (len(got)+1)/2) // fewer than half of the letters differ
 	for _, k := range known {
 		if n := distance(strings.ToLower(got), strings.ToLower(k)); n < least {
 			best, least = k, n

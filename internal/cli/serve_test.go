@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
 )
 
@@ -158,6 +159,17 @@ func TestPortInUse(t *testing.T) {
 		want(t, 3, "error: listener "+taken, "address already in use", "hint: another process listens there")
 	execute(t, "serve", "--config", d.Config(t, `"127.0.0.1:0"`, taken)).
 		want(t, 3, "error: admin: ", "address already in use", "hint: another process listens there")
+}
+
+func TestAuditLogInUse(t *testing.T) {
+	d := clitest.NewDir(t)
+	l, err := auditlog.Open(auditlog.Config{Path: d.Path("audit.jsonl")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	execute(t, "serve", "--config", d.Config(t, "kind: ", "audit: {path: audit.jsonl}\nkind: ")).
+		want(t, 3, "error: audit log ", "another process writes it", "hint: is a proxy with this configuration running?")
 }
 
 // TestOpenAdmin: an admin server that other machines reach is said at the start, and that of the

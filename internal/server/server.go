@@ -133,7 +133,7 @@ func New(c *config.Config, path string, loaded [32]byte, log *slog.Logger, level
 		}
 	}()
 	if s.audit, err = encryption.OpenAudit(c.Audit, log); err != nil {
-		return nil, err
+		return nil, startProblem(err)
 	}
 	registerAudit(s.registry, s.audit)
 	s.keys, err = encryption.New(encryption.Config{Config: c, Audit: s.audit, Registry: s.registry, Logger: log})
@@ -300,6 +300,8 @@ func startProblem(err error) error {
 		return problem.WithHint(err, "this machine has no such address: choose another under listeners or admin")
 	case errors.Is(err, proxy.ErrNoFolder):
 		return problem.WithHint(err, "create it for the user of the proxy, also at each boot if it is below /run (systemd: RuntimeDirectory=); or choose another address under listeners")
+	case errors.Is(err, auditlog.ErrInUse):
+		return problem.WithHint(err, "is a proxy with this configuration running? a second one needs another audit.path")
 	case errors.Is(err, os.ErrPermission):
 		return problem.WithHint(err, "check that the user of the proxy may use this file, folder or port")
 	}

@@ -54,7 +54,7 @@ func PolicyDigest(policy []byte) string {
 type Policy struct {
 	Rules     []byte   // in canonical form
 	Record    []byte   // the rules, and what else must not be weakened, in canonical JSON
-	Providers []string // that the rules seal with
+	Providers []string // that the rules encrypt with
 }
 
 // FleetConfig configures a Fleet.

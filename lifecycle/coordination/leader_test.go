@@ -26,8 +26,8 @@ func TestLeader(t *testing.T) {
 	}
 }
 
-// TestLeaderHasTheJob checks that proxies elect one that has a job, also if the oldest has none, and
-// that a job ends with the announcement.
+// TestLeaderHasTheJob checks that proxies elect one that has a job, also if the oldest has none,
+// and that a job ends with the announcement.
 func TestLeaderHasTheJob(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

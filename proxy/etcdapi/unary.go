@@ -98,7 +98,7 @@ func (m *Method) forward(ss grpc.ServerStream, id *listener.Identity, in *rpc.Me
 	if err := m.pass(ctx, id.Upstream, in); err != nil {
 		return nil, err
 	}
-	c := m.NewCall(id, new(Calls))
+	c := m.NewCall(id, new(CallMemory))
 	if c != nil {
 		if err := in.Edit(func(msg []byte) ([]byte, error) { return requested(ctx, c, msg) }); err != nil {
 			return nil, err

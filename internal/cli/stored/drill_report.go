@@ -170,13 +170,17 @@ func (r *drillReport) text(w io.Writer) {
 	for _, rule := range r.Rules {
 		for _, g := range rule.Groups {
 			for _, why := range g.Reasons {
-				printable.Fprintf(w, "\n%d values under %q, for example %s: %s\n", why.Values, rule.Prefix, printable.Name(why.Example), why.Text)
+				printable.Fprintf(w, "\n%s under %q, for example %s: %s\n", printable.Count(why.Values, "value", "values"), rule.Prefix, printable.Name(why.Example), why.Text)
 			}
 		}
 	}
 	printable.Fprintf(w, "\n")
 	t = tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	printable.Fprintf(t, "LEFT\tSTATE\tKEY ID\n")
+	if len(r.Left) > 0 {
+		printable.Fprintf(t, "LEFT\tSTATE\tKEY ID\n")
+	} else {
+		printable.Fprintf(t, "no provider is left\n")
+	}
 	for _, k := range r.Left {
 		state := "not needed"
 		switch {
@@ -196,12 +200,12 @@ func (r *drillReport) text(w io.Writer) {
 	tried := r.Values - r.Untried
 	switch {
 	case r.OK && r.Untried > 0:
-		printable.Fprintf(w, "passed: each of %d values that were tried is readable, of %d\n", tried, r.Values)
+		printable.Fprintf(w, "passed: each of %s tried is readable, of %d\n", printable.Count(tried, "value that was", "values that were"), r.Values)
 	case r.OK:
-		printable.Fprintf(w, "passed: each of %d values is readable\n", tried)
+		printable.Fprintf(w, "passed: each of %s is readable\n", printable.Count(tried, "value", "values"))
 	case r.Values == 0:
 		printable.Fprintf(w, "FAILED: there is no value under a rule\n")
 	default:
-		printable.Fprintf(w, "FAILED: of %d values that were tried, %d are readable, %d would be missing, and %d are unavailable\n", tried, r.Readable, r.Missing, r.Unavailable)
+		printable.Fprintf(w, "FAILED: of %s tried, %d are readable, %d would be missing, and %d are unavailable\n", printable.Count(tried, "value that was", "values that were"), r.Readable, r.Missing, r.Unavailable)
 	}
 }

@@ -7,11 +7,9 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 
 	"github.com/spf13/cobra"
 	"go.etcd.io/etcd/api/v3/mvccpb"
@@ -57,7 +55,7 @@ checked, the exit code is 3.`,
 	cmd.Flags().BoolVar(&o.offline, "offline", false, "call no KMS: encrypted values must be well-formed, and are not decrypted; for files only")
 	cmd.Flags().BoolVar(&o.all, "list", false, "print every finding, not only a few of each file and reason")
 	wait, identities := timeoutFlag(cmd), identityFlag(cmd)
-	cmd.RunE = command.Run(func(cmd *cobra.Command, _ []string) error {
+	cmd.RunE = command.RunUntilSignal(func(cmd *cobra.Command, _ []string) error {
 		if o.snapshot != "" && o.dataDir != "" {
 			return command.Usage("", "--snapshot and --data-dir cannot be used together")
 		}
@@ -75,9 +73,7 @@ checked, the exit code is 3.`,
 		if err != nil {
 			return err
 		}
-		ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
-		defer stop()
-		cmd.SetContext(ctx)
+		ctx := cmd.Context()
 		cl, err := openCluster(cmd, c, clusterOptions{inspectOnly: true, identities: *identities, wait: *wait, noEtcd: files != "", noKMS: o.offline})
 		if err != nil {
 			return err

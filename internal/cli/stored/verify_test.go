@@ -46,7 +46,7 @@ func TestKindsOf(t *testing.T) {
 	}
 }
 
-// TestVerifyText checks that a reason is printed once for all values that have it, with their count,
+// TestVerifyText checks that a reason is printed once for all values that have it, with the count,
 // and that --list prints each value.
 func TestVerifyText(t *testing.T) {
 	t.Parallel()
