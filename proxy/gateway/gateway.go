@@ -7,6 +7,7 @@ import (
 	"log"
 	"net"
 	"net/http"
+	goruntime "runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -62,7 +63,7 @@ func New(a *etcdapi.API) (*Gateway, error) {
 	mux := http.NewServeMux()
 	// In JSON, bytes are a third longer; what is too long then is refused as gRPC refuses it.
 	limit := 2 * int64(a.Core.MaxRequest+etcdapi.GrpcOverhead)
-	g.sockets = newWebsockets(api, limit)
+	g.sockets = newWebsockets(takeTurns(api), limit)
 	mux.Handle("/v3/", http.MaxBytesHandler(g.sockets, limit))
 	own := etcdProxy()
 	for _, path := range []string{"/health", "/livez", "/livez/", "/readyz", "/readyz/", "/version", "/metrics"} {
@@ -109,6 +110,40 @@ func newJSON(a *etcdapi.API) (http.Handler, error) {
 		electiongw.RegisterElectionHandlerClient(ctx, mux, v3electionpb.NewElectionClient(way)),
 	)
 	return mux, err
+}
+
+// takeTurns has the decoder of a long body let other goroutines run every now and then. It would
+// otherwise compute until the runtime preempts it, and the clients of all other connections would
+// wait for each of many such bodies.
+func takeTurns(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Body != nil && r.Body != http.NoBody {
+			turns := *r
+			turns.Body = &turnsBody{ReadCloser: r.Body}
+			r = &turns
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// bodyTurn is how many bytes of a body are decoded in one turn.
+const bodyTurn = 16 << 10
+
+// turnsBody is a body that is read in turns.
+type turnsBody struct {
+	io.ReadCloser
+	read int // in this turn
+}
+
+// Read implements io.Reader.
+func (b *turnsBody) Read(p []byte) (int, error) {
+	if b.read >= bodyTurn {
+		b.read = 0
+		goruntime.Gosched()
+	}
+	n, err := b.ReadCloser.Read(p[:min(len(p), bodyTurn-b.read)])
+	b.read += n
+	return n, err
 }
 
 // acceptBeta takes /v3beta/, the name of before etcd 3.4 that clients still ask for, for /v3/, as
