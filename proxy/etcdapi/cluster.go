@@ -27,7 +27,7 @@ type membersOf interface {
 
 // members makes the call for one kind of response.
 func members[M membersOf]() newCall {
-	return func(c *Core, id *listener.Identity, _ *Calls) Call {
+	return func(c *Core, id *listener.Identity, _ *CallMemory) Call {
 		return &memberCall{core: c, id: id, into: func() membersOf {
 			var none M
 			m, _ := none.ProtoReflect().New().Interface().(membersOf)

@@ -18,10 +18,9 @@ type deleteCall struct {
 	over bool // its range reaches over keys of the proxies' own, which it leaves alone
 }
 
-func newDeleteCall(c *Core, id *listener.Identity, unused *Calls) Call {
-	call := unused.deletes.New()
-	call.core, call.id = c, id
-	return call
+func newDeleteCall(c *Core, id *listener.Identity, memory *CallMemory) Call {
+	memory.deleteCall = deleteCall{kvCall: kvCall{core: c, id: id}}
+	return &memory.deleteCall
 }
 
 func (c *deleteCall) Request(_ Mode, msg []byte) ([]byte, error) {

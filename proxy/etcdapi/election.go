@@ -20,7 +20,7 @@ type electionCall struct {
 }
 
 func electing(about func([]byte) (span, error), a access) newCall {
-	return func(c *Core, id *listener.Identity, _ *Calls) Call {
+	return func(c *Core, id *listener.Identity, _ *CallMemory) Call {
 		return &electionCall{core: c, id: id, about: about, writes: a == writes}
 	}
 }

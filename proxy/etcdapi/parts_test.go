@@ -74,7 +74,7 @@ func newRange(t *testing.T) Call {
 		t.Fatal(err)
 	}
 	c := NewCore(set, 1<<20, slog.New(slog.DiscardHandler))
-	call := newRangeCall(c, new(listener.Identity), new(Calls))
+	call := newRangeCall(c, new(listener.Identity), new(CallMemory))
 	if _, err := call.Request(NonBlocking, []byte("\x0a\x01\x00\x12\x01\x00")); err != nil {
 		t.Fatal(err)
 	}

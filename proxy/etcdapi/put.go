@@ -18,10 +18,9 @@ type putCall struct {
 	kvCall
 }
 
-func newPutCall(c *Core, id *listener.Identity, unused *Calls) Call {
-	call := unused.puts.New()
-	call.core, call.id = c, id
-	return call
+func newPutCall(c *Core, id *listener.Identity, memory *CallMemory) Call {
+	memory.putCall = putCall{kvCall: kvCall{core: c, id: id}}
+	return &memory.putCall
 }
 
 func (c *putCall) Request(m Mode, msg []byte) ([]byte, error) {

@@ -24,13 +24,12 @@ type rangeCall struct {
 	refused bool // etcd is to refuse it
 }
 
-func newRangeCall(c *Core, id *listener.Identity, unused *Calls) Call {
-	r := unused.ranges.New()
-	r.core, r.id = c, id
-	return r
+func newRangeCall(c *Core, id *listener.Identity, memory *CallMemory) Call {
+	memory.rangeCall = rangeCall{kvCall: kvCall{core: c, id: id}}
+	return &memory.rangeCall
 }
 
-func newRangeStreamCall(c *Core, id *listener.Identity, _ *Calls) Call {
+func newRangeStreamCall(c *Core, id *listener.Identity, _ *CallMemory) Call {
 	return &rangeCall{kvCall: kvCall{core: c, id: id}, stream: true}
 }
 

@@ -21,7 +21,7 @@ func (m *Method) handleStream(id *listener.Identity, ss grpc.ServerStream) error
 	if err := m.pass(ctx, id.Upstream, nil); err != nil {
 		return err
 	}
-	c := m.NewCall(id, new(Calls))
+	c := m.NewCall(id, new(CallMemory))
 	var first *rpc.Message
 	if m.Shape == ShapeServerStream {
 		first = new(rpc.Message)

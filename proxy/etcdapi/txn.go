@@ -41,10 +41,9 @@ func (c *txnCall) Delete(key, end []byte) {
 	c.touches = c.touches || c.at.Overlaps(key, end)
 }
 
-func newTxnCall(c *Core, id *listener.Identity, unused *Calls) Call {
-	call := unused.txns.New()
-	call.core, call.id = c, id
-	return call
+func newTxnCall(c *Core, id *listener.Identity, memory *CallMemory) Call {
+	memory.txnCall = txnCall{kvCall: kvCall{core: c, id: id}}
+	return &memory.txnCall
 }
 
 func (c *txnCall) Request(m Mode, msg []byte) ([]byte, error) {

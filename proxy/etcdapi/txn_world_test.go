@@ -43,7 +43,7 @@ func (w *callWorld) through(ctx context.Context, name string, request proto.Mess
 	var c Call = &compactCall{}
 	for _, row := range MethodTable() {
 		if row.service == "etcdserverpb.KV" && row.name == name && row.call != nil {
-			c = row.call(w.core, &listener.Identity{}, new(Calls))
+			c = row.call(w.core, &listener.Identity{}, new(CallMemory))
 		}
 	}
 	msg, err := proto.MarshalOptions{Deterministic: true}.Marshal(request)

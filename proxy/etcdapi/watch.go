@@ -19,7 +19,7 @@ type watchCall struct {
 	fragments fragments
 }
 
-func newWatchCall(c *Core, id *listener.Identity, _ *Calls) Call {
+func newWatchCall(c *Core, id *listener.Identity, _ *CallMemory) Call {
 	return &watchCall{core: c, id: id, at: c.Rules.Load()}
 }
 

@@ -68,6 +68,7 @@ func New(a *etcdapi.API) (*Gateway, error) {
 			c, _ := conn.(*listener.Conn)
 			return listener.WithIdentity(ctx, c.Identity)
 		},
+		ConnState: g.conns.state,
 		Protocols: new(http.Protocols),
 	}
 	g.server.Protocols.SetHTTP1(true)
@@ -135,48 +136,8 @@ func authorize(a *etcdapi.API, next http.Handler) http.Handler {
 	})
 }
 
-// Serve takes over conn and returns at once.
+// Serve takes over conn and returns once a shutdown would wait for it.
 func (g *Gateway) Serve(conn *listener.Conn) { g.conns.put(conn) }
-
-// connQueue hands identified connections to net/http.
-type connQueue struct {
-	conns chan *listener.Conn
-	done  chan struct{}
-	once  sync.Once
-}
-
-var _ net.Listener = (*connQueue)(nil)
-
-func newConnQueue() *connQueue {
-	return &connQueue{conns: make(chan *listener.Conn), done: make(chan struct{})}
-}
-
-func (q *connQueue) put(conn *listener.Conn) {
-	select {
-	case q.conns <- conn:
-	case <-q.done:
-		_ = conn.Close()
-	}
-}
-
-// Accept implements net.Listener.
-func (q *connQueue) Accept() (net.Conn, error) {
-	select {
-	case conn := <-q.conns:
-		return conn, nil
-	case <-q.done:
-		return nil, net.ErrClosed
-	}
-}
-
-// Close implements net.Listener.
-func (q *connQueue) Close() error {
-	q.once.Do(func() { close(q.done) })
-	return nil
-}
-
-// Addr implements net.Listener.
-func (q *connQueue) Addr() net.Addr { return &net.UnixAddr{Name: "proxy", Net: "unix"} }
 
 // Run serves until ctx ends, and lets requests finish for as long as the engine does.
 func (g *Gateway) Run(ctx context.Context, drainTimeout time.Duration) {
@@ -190,9 +151,10 @@ func (g *Gateway) Run(ctx context.Context, drainTimeout time.Duration) {
 	defer cancel()
 	var sockets sync.WaitGroup
 	sockets.Go(func() { g.sockets.Close(limited) })
-	if g.server.Shutdown(limited) != nil {
-		_ = g.server.Close() // what is left is cut
-	}
+	// Shutdown comes last: it drops a request that has just arrived.
+	g.server.SetKeepAlivesEnabled(false)
+	g.conns.drain(limited)
+	_ = g.server.Close()
 	sockets.Wait()
 	<-served
 }

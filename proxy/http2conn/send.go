@@ -86,6 +86,7 @@ func (s *Stream) countQueued(n int) {
 	if n == 0 {
 		return
 	}
+	s.shared = true
 	q, now := &s.conn.send.queued, int(s.queuedBytes.Add(int64(n)))
 	q.bytes += n
 	switch now {

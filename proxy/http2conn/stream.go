@@ -37,6 +37,7 @@ type Stream struct {
 	exempt    bool                // it is conn.held.exempt
 	endQueued bool                // the end follows the queue
 	inReady   bool                // it is in conn.ready
+	shared    bool                // it was in a list of the connection's, and may be in copies of it
 	localEnd  bool                // the end was sent
 	remoteEnd bool                // the end was received
 }
@@ -65,7 +66,7 @@ func (c *Conn) Open(value any, fields []hpack.HeaderField, end bool) *Stream {
 	return s
 }
 
-// OpenOn is Open for memory of the caller's that was no stream before. It reports whether the
+// OpenOn is Open for memory of the caller's that is no stream, or an unused one. It reports whether the
 // server accepts the stream.
 func (c *Conn) OpenOn(s *Stream, fields []hpack.HeaderField) bool {
 	c.mu.Lock()
@@ -168,6 +169,10 @@ func (s *Stream) Finish() {
 	}
 	c.closeIfDone()
 }
+
+// Unused reports whether the stream has ended and the connection has no reference to it, except for
+// what handles a frame of the peer: then its memory may be used for another stream.
+func (s *Stream) Unused() bool { return s.ended.Load() && !s.shared }
 
 // HasQueued reports whether data waits for a flow-control window.
 func (s *Stream) HasQueued() bool { return s.queuedBytes.Load() > 0 }

@@ -25,6 +25,7 @@ func (st *clientStream) detach(p *direction, work func(m etcdapi.Mode)) {
 	}
 	ctx, cancel := context.WithCancelCause(st.session.engine.base)
 	p.cancel = cancel
+	st.shared.Store(true)
 	p.detached.Store(true)
 	st.session.work.Go(func() {
 		defer cancel(nil)

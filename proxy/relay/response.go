@@ -66,8 +66,7 @@ func (a *responseMessages) receive(m etcdapi.Mode, p upstreamData) {
 		return
 	}
 	st.session.admission.release(st)
-	switch {
-	case !p.end:
+	if !p.end {
 		st.mu.Lock()
 		defer st.mu.Unlock()
 		if !st.ended.Load() { // or what ends it has been sent, or will be
@@ -75,14 +74,17 @@ func (a *responseMessages) receive(m etcdapi.Mode, p upstreamData) {
 			st.client.Headers(p.fields, false)
 		}
 		return
-	case st.finish(codeOf(p.fields)):
+	}
+	finished := st.finish(codeOf(p.fields))
+	if finished {
 		st.client.Headers(p.fields, true)
-		if st.method != nil {
-			st.watch.Observe(st.method.Metrics.Added)
-		}
+		st.watch.Observe(st.method.Metrics.Added)
 	}
 	a.free()
 	p.stream.Finish()
+	if finished {
+		st.session.memory.put(st)
+	}
 }
 
 // codeOf is the status in a trailer.

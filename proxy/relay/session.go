@@ -33,7 +33,7 @@ type session struct {
 	// Of the goroutine that reads from the client.
 	unary   uint64 // calls so far
 	headers repeatedHeaders
-	calls   etcdapi.Calls
+	memory  streamMemory
 
 	mu        sync.Mutex
 	endpoints []*endpointState
@@ -119,14 +119,6 @@ func (s *session) drain() {
 		}
 	}
 	s.flush()
-}
-
-// newStream makes the next stream of the client.
-func (s *session) newStream() *http2conn.Stream {
-	st := &clientStream{session: s}
-	st.client = &st.clientMemory
-	st.client.SetValue(st)
-	return st.client
 }
 
 // Headers implements [http2conn.Handler]. A client that is not allowed is answered here, from its

@@ -26,8 +26,9 @@ type clientStream struct {
 	method  *etcdapi.Method // nil for a web request and for an unknown method
 	call    etcdapi.Call    // nil if the method's messages pass unchanged
 	client  *http2conn.Stream
-	// the memory of client and of up: one allocation for a call
+	// the memory of client, up and call: one object for a call, which other calls use after it
 	clientMemory, upMemory http2conn.Stream
+	callMemory             etcdapi.CallMemory
 	fields                 []hpack.HeaderField // the client's
 	// what was made of fields; nil if the client has not repeated them
 	repeated     *repeatedHeader
@@ -45,6 +46,8 @@ type clientStream struct {
 
 	// the client was sent a part of a message, and not the rest
 	partial atomic.Bool
+	// others than the goroutines that read the two connections may refer to it
+	shared atomic.Bool
 
 	watch metrics.Stopwatch // of a unary call: the time that it spends here
 
@@ -86,6 +89,7 @@ func (st *clientStream) moveTo(h streamHandler) bool {
 		return false
 	}
 	st.served = h
+	st.shared.Store(true)
 	st.handled.Store(true)
 	return true
 }
@@ -99,7 +103,7 @@ func (st *clientStream) begin(end bool) {
 			return
 		}
 	}
-	st.call = st.method.NewCall(st.session.id, &st.session.calls)
+	st.call = st.method.NewCall(st.session.id, &st.callMemory)
 	if st.method.Shape == etcdapi.ShapeBidiStream {
 		if ok, wouldBlock := st.connect(etcdapi.NonBlocking, nil); wouldBlock {
 			st.detach(&st.requests, func(m etcdapi.Mode) {

@@ -75,9 +75,10 @@ func (c *curl) command(ctx context.Context, base, path string, args ...string) *
 	if c.ca != nil {
 		all = append(all, "--cacert", c.ca.File, "--cert", c.client.CertFile, "--key", c.client.KeyFile)
 	}
-	for _, a := range append(args, base+path) {
+	for _, a := range args {
 		all = append(all, c.expand(a))
 	}
+	all = append(all, base+path) // not to args, which two servers are asked with at the same time
 	cmd := exec.CommandContext(ctx, "curl", all...)
 	cmd.Dir = c.dir
 	return cmd

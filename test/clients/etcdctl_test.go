@@ -80,9 +80,10 @@ func clean(s, dir string) string {
 
 func run(t *testing.T, version, endpoint, dir, stdin string, args ...string) told {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), within)
+	// etcdctl's own limit is 5 s, which a busy machine may need for a password alone.
+	ctx, cancel := context.WithTimeout(t.Context(), 2*within)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, harness.Bin(t, "etcdctl-"+version), append([]string{"--endpoints", endpoint}, args...)...)
+	cmd := exec.CommandContext(ctx, harness.Bin(t, "etcdctl-"+version), append([]string{"--endpoints", endpoint, "--command-timeout", within.String()}, args...)...)
 	cmd.Env, cmd.Dir, cmd.Stdin = []string{"HOME=" + dir}, dir, strings.NewReader(stdin)
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs

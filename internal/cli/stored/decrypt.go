@@ -143,7 +143,7 @@ func (cl *cluster) decrypt(ctx context.Context, o decryptOptions, stdout, stderr
 		case v.State == string(keyring.Foreign):
 			ierr, foreign = errors.New("it is encrypted by a provider that its rule does not read"), foreign+1
 		case rule != nil && rule.Strict && v.State == string(keyring.Unencrypted):
-			ierr, foreign = errors.New("it is plaintext, which its rule refuses to read (allowPlaintextReads: false): it was written past the proxies"), foreign+1
+			ierr, foreign = errors.New("it is plaintext, which its rule refuses to read (allowPlaintextReads: false): it was written to etcd directly"), foreign+1
 		case rule == nil && strings.HasPrefix(string(kv.Value), envelope.Root):
 			ierr, foreign = errors.New("it is encrypted, and no rule covers its key"), foreign+1
 		}

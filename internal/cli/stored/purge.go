@@ -27,7 +27,7 @@ func NewPurge() *cobra.Command {
 		Long: `purge removes the old plaintext that remains after reencrypt, in etcd's history and in the freed
 pages of its database files. It refuses to run while status finds anything: a value that is not
 current, a KMS that does not respond, or a proxy with other rules, which may be writing plaintext.
-It finds the last plaintext under the rules in the history, compacts etcd past it, and waits until
+It finds the last plaintext under the rules in the history, compacts etcd after it, and waits until
 each member has finished the compaction. Then it defragments one member after the other, the leader
 last, each only while all others are healthy. A member does not respond while it is defragmented.
 

@@ -16,7 +16,9 @@ func TestReportsQuote(t *testing.T) {
 	clitest.CheckReport(t, "reencrypt", reencrypt, reencrypt.text)
 	clitest.CheckReport(t, "purge", purge, purge.text)
 	clitest.CheckReport(t, "purge plan", purge, purge.plan)
-	clitest.CheckReport(t, "verify", verify, func(w io.Writer) { verify.text(w, true) })
+	for _, all := range []bool{false, true} {
+		clitest.CheckReport(t, "verify", verify, func(w io.Writer) { verify.text(w, all) })
+	}
 	clitest.CheckReport(t, "value", value, func(w io.Writer) { _ = value.print(io.Discard, w, false) })
 	planned := new(reencrypt.Result)
 	clitest.CheckReport(t, "view", planned, func(w io.Writer) {
