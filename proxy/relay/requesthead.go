@@ -146,7 +146,7 @@ func incomingMetadata(fields []hpack.HeaderField) metadata.MD {
 		if rpc.IsBinaryName(f.Name) {
 			b, err := rpc.DecodeBinary(v)
 			if err != nil {
-				continue // readHead has refused it
+				continue // readRequestHead has refused it
 			}
 			v = string(b)
 		}
