@@ -131,9 +131,9 @@ func (r *run) program(pkg string) string {
 	return filepath.Join(r.dir, "bin", path.Base(pkg)+".test")
 }
 
-// runAll runs the tests of each package, several in one process. Tests that did not run, because the
-// process ended early or a test before them left goroutines, run in another one. So do those that
-// fail for a known reason: they leave goroutines.
+// runAll runs the tests of each package, several in one process. Tests that did not run, because
+// the process ended early or a test before them left goroutines, run in another one. So do those
+// that fail for a known reason: they leave goroutines.
 func (r *run) runAll(t *testing.T, packages []string, known, leftOut map[string]string) *results {
 	t.Helper()
 	got := newResults()
@@ -310,8 +310,8 @@ func (r *run) test(t *testing.T, got *results, pkg string, tests []string, leftO
 	return true
 }
 
-// killLeft ends the processes that tests have left behind: a test that fails does not stop its etcds,
-// and the next ones need their ports. All have the folder of the run in their arguments.
+// killLeft ends the processes that tests have left behind: a test that fails does not stop its
+// etcds, and the next ones need their ports. All have the folder of the run in their arguments.
 func (r *run) killLeft() {
 	files, _ := filepath.Glob("/proc/[0-9]*/cmdline")
 	for _, file := range files {
