@@ -188,7 +188,7 @@ func (a *responseMessages) message() {
 	}
 	a.left = int(binary.BigEndian.Uint32(a.head[1:]))
 	a.scans = st.call != nil && a.left > 0 && st.call.Scans()
-	if a.edits = a.scans || a.left > 0 && st.splits(); a.edits {
+	if a.edits = a.scans || a.left > 0 && a.splits(); a.edits {
 		a.parts.Begin(a.left, !a.scans || !st.call.Parts())
 	} else {
 		a.unsent = a.head
@@ -203,7 +203,7 @@ const copied = 32 << 10
 func (a *responseMessages) deliver() {
 	st := a.stream
 	msg, single := a.parts.Single()
-	if st.splits() { // of a call whose responses do not come in parts
+	if a.splits() { // of a call whose responses do not come in parts
 		all, err := st.call.(etcdapi.Splitter).Split(msg)
 		if err != nil || len(all) > 0 {
 			a.parts.Free()
@@ -232,7 +232,7 @@ func (a *responseMessages) deliver() {
 }
 
 // splits reports whether the call must see whole responses, to split them.
-func (st *clientStream) splits() bool {
-	x, ok := st.call.(etcdapi.Splitter)
+func (a *responseMessages) splits() bool {
+	x, ok := a.stream.call.(etcdapi.Splitter)
 	return ok && x.Splits()
 }
