@@ -189,6 +189,38 @@ func TestMemoryOfHeaderFields(t *testing.T) {
 	}
 }
 
+// TestMemoryOfHTTPHeaders: 40 connections over HTTP/1 with a header of 1 MB that does not end.
+func TestMemoryOfHTTPHeaders(t *testing.T) {
+	for name, mib := range map[string]int64{"allowed": 24, "not allowed": 8} {
+		t.Run(name, func(t *testing.T) {
+			m := newMemorySite(t)
+			m.allowed.NextProtos, m.denied.NextProtos = []string{"http/1.1"}, []string{"http/1.1"}
+			config := m.allowed
+			if name != "allowed" {
+				config = m.denied
+			}
+			send := func(n, size int) {
+				header := "GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + strings.Repeat("x", size)
+				var all sync.WaitGroup
+				for range n {
+					conn, err := tls.Dial("tcp", m.secure, config)
+					if err != nil {
+						t.Fatal(err)
+					}
+					t.Cleanup(func() { conn.Close() })
+					all.Go(func() {
+						_ = conn.SetDeadline(time.Now().Add(2 * time.Second))
+						_, _ = io.WriteString(conn, header)
+						_, _ = conn.Read(make([]byte, 1)) // what the proxy has to say, if anything
+					})
+				}
+				all.Wait()
+			}
+			m.grows(t, mib, func() { send(40, 10) }, func() { send(40, 1_000_000) })
+		})
+	}
+}
+
 // TestMemoryOfUnfinishedMessages: 100 streams on one connection, each with 1.9 MB of a message of
 // 1.9 MB and a bit. The client respects the flow-control windows.
 func TestMemoryOfUnfinishedMessages(t *testing.T) {
