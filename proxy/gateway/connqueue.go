@@ -4,6 +4,7 @@ import (
 	"context"
 	"net"
 	"net/http"
+	"slices"
 	"sync"
 	"time"
 
@@ -21,7 +22,12 @@ type connQueue struct {
 	open    sync.WaitGroup
 	mu      sync.Mutex
 	fresh   map[net.Conn]struct{} // open and without a request so far
+	denied  []*listener.Conn      // open, of clients that are not allowed; the oldest first
 }
+
+// maxDenied is how many connections of clients that are not allowed are open at a time. The oldest
+// is closed for a new one. Clients of HTTP/1 do not connect again before their next request.
+const maxDenied = 64
 
 var _ net.Listener = (*connQueue)(nil)
 
@@ -49,6 +55,9 @@ func (q *connQueue) state(conn net.Conn, s http.ConnState) {
 	} else {
 		delete(q.fresh, conn)
 	}
+	if c, ok := conn.(*listener.Conn); ok && c.Identity.Denied {
+		q.limitDenied(c, s)
+	}
 	q.mu.Unlock()
 	switch s {
 	case http.StateNew:
@@ -56,6 +65,21 @@ func (q *connQueue) state(conn net.Conn, s http.ConnState) {
 		q.taken <- struct{}{}
 	case http.StateHijacked, http.StateClosed:
 		q.open.Done()
+	}
+}
+
+// limitDenied keeps account of a connection of a client that is not allowed. The caller holds mu.
+func (q *connQueue) limitDenied(conn *listener.Conn, s http.ConnState) {
+	switch s {
+	case http.StateNew:
+		if len(q.denied) == maxDenied {
+			// the connection below TLS: to send close_notify may block
+			_ = q.denied[0].WriteBuffer.Close()
+			q.denied = slices.Delete(q.denied, 0, 1)
+		}
+		q.denied = append(q.denied, conn)
+	case http.StateHijacked, http.StateClosed:
+		q.denied = slices.DeleteFunc(q.denied, func(other *listener.Conn) bool { return other == conn })
 	}
 }
 

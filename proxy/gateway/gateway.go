@@ -25,6 +25,7 @@ import (
 	"google.golang.org/protobuf/encoding/protojson"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
 )
 
@@ -71,7 +72,7 @@ func New(a *etcdapi.API) (*Gateway, error) {
 	}
 	g.Handler = acceptBeta(guardOrigin(authorize(a, mux)))
 	g.server = &http.Server{
-		Handler: g.closing(g.Handler), ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout,
+		Handler: g.closing(g.Handler), ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout, MaxHeaderBytes: http2conn.MaxHeaderListSize,
 		ErrorLog: log.New(io.Discard, "", 0), // it tells of what clients do wrong
 		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
 			c, _ := conn.(*listener.Conn)

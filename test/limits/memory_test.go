@@ -7,6 +7,7 @@ import (
 	"crypto/tls"
 	"encoding/binary"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"runtime"
@@ -184,6 +185,38 @@ func TestMemoryOfHeaderFields(t *testing.T) {
 				}
 			}
 			m.grows(t, mib, func() { streams(40, 10) }, func() { streams(40, 400_000) })
+		})
+	}
+}
+
+// TestMemoryOfHTTPHeaders: 40 connections over HTTP/1 with a header of 1 MB that does not end.
+func TestMemoryOfHTTPHeaders(t *testing.T) {
+	for name, mib := range map[string]int64{"allowed": 24, "not allowed": 8} {
+		t.Run(name, func(t *testing.T) {
+			m := newMemorySite(t)
+			m.allowed.NextProtos, m.denied.NextProtos = []string{"http/1.1"}, []string{"http/1.1"}
+			config := m.allowed
+			if name != "allowed" {
+				config = m.denied
+			}
+			send := func(n, size int) {
+				header := "GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + strings.Repeat("x", size)
+				var all sync.WaitGroup
+				for range n {
+					conn, err := tls.Dial("tcp", m.secure, config)
+					if err != nil {
+						t.Fatal(err)
+					}
+					t.Cleanup(func() { conn.Close() })
+					all.Go(func() {
+						_ = conn.SetDeadline(time.Now().Add(2 * time.Second))
+						_, _ = io.WriteString(conn, header)
+						_, _ = conn.Read(make([]byte, 1)) // what the proxy has to say, if anything
+					})
+				}
+				all.Wait()
+			}
+			m.grows(t, mib, func() { send(40, 10) }, func() { send(40, 1_000_000) })
 		})
 	}
 }
@@ -381,6 +414,45 @@ func TestMemoryOfConnections(t *testing.T) {
 			m.grows(t, 16, func() { refused(80) }, func() { refused(1000) })
 		})
 	}
+	// Neither a connection over which requests of HTTP/1 are refused costs more, nor one over which
+	// nothing is requested.
+	for name, try := range map[string]struct{ protocol, says, hears string }{
+		"not allowed, HTTP/1":           {"http/1.1", "POST /v3/kv/range HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}", "HTTP/1.1 403 Forbidden\r\n"},
+		"not allowed, HTTP/1, silent":   {"http/1.1", "", ""},
+		"not allowed, HTTP/2, silent":   {"h2", "", ""},
+		"not allowed, HTTP/2, settings": {"h2", http2.ClientPreface + "\x00\x00\x00\x04\x00\x00\x00\x00\x00", "\x00\x00\x0c\x04"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := newMemorySite(t)
+			m.denied.ClientSessionCache, m.denied.NextProtos = nil, []string{try.protocol}
+			connected := func(n int) {
+				var all sync.WaitGroup
+				for range 8 {
+					all.Go(func() {
+						for range n / 8 {
+							conn, err := tls.Dial("tcp", m.secure, m.denied)
+							if err != nil {
+								t.Error(err)
+								return
+							}
+							t.Cleanup(func() { conn.Close() })
+							_ = conn.SetDeadline(time.Now().Add(20 * time.Second))
+							heard := make([]byte, len(try.hears))
+							_, err = io.WriteString(conn, try.says)
+							if err == nil {
+								_, err = io.ReadFull(conn, heard)
+							}
+							if err != nil || string(heard) != try.hears {
+								t.Errorf("heard %q, %v", heard, err)
+							}
+						}
+					})
+				}
+				all.Wait()
+			}
+			m.grows(t, 16, func() { connected(80) }, func() { connected(1000) })
+		})
+	}
 	t.Run("idle", func(t *testing.T) {
 		m := newMemorySite(t)
 		idle := func(n int) {
@@ -502,7 +574,7 @@ func (m *memorySite) callsBesideSenders(t *testing.T, connect func() *talker, al
 		ended.Go(func() {
 			defer k.Close()
 			_ = k.SetWriteDeadline(time.Now().Add(5 * time.Second))
-			_, _ = k.Conn.Write(all)
+			_, _ = k.Write(all)
 			<-ctx.Done() // it stays connected
 		})
 	}

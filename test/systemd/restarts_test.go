@@ -194,9 +194,8 @@ func (s *restartSite) putters(t *testing.T) []*putter {
 }
 
 // TestRandomRestarts restarts a proxy at random moments, also within its first 50 ms, while clients
-// of all kinds put. Sometimes the next proxy starts before the last one ends. Their sockets
-// outlive them, so nothing forces them to refuse a call: none may fail, and none may be lost or done
-// twice.
+// of all kinds put. Sometimes the next proxy starts before the last one ends. Their sockets outlive
+// them, so nothing forces them to refuse a call: none may fail, be lost, or be done twice.
 func TestRandomRestarts(t *testing.T) {
 	restarts := 30
 	if testing.Short() {
