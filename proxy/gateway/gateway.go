@@ -63,7 +63,7 @@ func New(a *etcdapi.API) (*Gateway, error) {
 	g.Handler = acceptBeta(guardOrigin(authorize(a, mux)))
 	g.server = &http.Server{
 		Handler: g.Handler, ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout,
-		ErrorLog: log.New(io.Discard, "", 0), // it tells of what clients do wrong
+		ErrorLog: log.New(io.Discard, "", 0), // it reports what clients do wrong
 		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
 			c, _ := conn.(*listener.Conn)
 			return listener.WithIdentity(ctx, c.Identity)
