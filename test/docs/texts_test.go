@@ -112,8 +112,8 @@ func TestProgramTexts(t *testing.T) {
 	}
 }
 
-// TestProgramComments requires plain words in the comments of the product. The AEAD level has methods
-// such as Seal, and etcd's ranges have a first key.
+// TestProgramComments requires plain words in the comments of the product. The AEAD level has
+// methods such as Seal, and etcd's ranges have a first key.
 func TestProgramComments(t *testing.T) {
 	t.Parallel()
 	allowed := regexp.MustCompile(`\b(Try)?Seal(s|ed)?\b|^seal\b`)
