@@ -185,7 +185,7 @@ func (r *drillReport) text(w io.Writer) {
 		state := "not needed"
 		switch {
 		case !k.OK:
-			state = "cannot be used: " + k.Reason
+			state = "cannot be used"
 		case k.Opened:
 			state = "unwrapped recovery copies"
 		case r.missesCopiesOf(k.Name):
@@ -194,6 +194,11 @@ func (r *drillReport) text(w io.Writer) {
 		printable.Fprintf(t, "%s\t%s\t%s\n", printable.Name(k.Name), state, printable.NameOrNone(k.KeyID))
 	}
 	_ = t.Flush()
+	for _, k := range r.Left { // too long for the table
+		if !k.OK {
+			printable.Fprintf(w, "%s: %s\n", printable.Name(k.Name), k.Reason)
+		}
+	}
 	s := r.Seconds
 	printable.Fprintf(w, "\nseconds: snapshot %.1f, restore %.1f, start %.1f, decrypt %.1f, total %.1f; etcdutl %s, etcd %s\n", s.Snapshot, s.Restore, s.Start, s.Decrypt, s.Total,
 		printable.NameOrNone(r.Etcdutl), printable.NameOrNone(r.Etcd))

@@ -233,13 +233,18 @@ func (r *statusReport) text(w io.Writer) {
 		case k.Offline:
 			state = "offline, not polled: kms check --identity tests it"
 		case k.Revoked:
-			state = "key may not be used: " + k.Reason
+			state = "key may not be used"
 		case !k.OK:
-			state = "does not respond: " + k.Reason
+			state = "does not respond"
 		}
 		printable.Fprintf(t, "%s\t%s\t%s\n", printable.Name(k.Name), state, printable.NameOrNone(k.KeyID))
 	}
 	_ = t.Flush()
+	for _, k := range r.KMS { // too long for the table
+		if !k.Offline && (k.Revoked || !k.OK) {
+			printable.Fprintf(w, "%s: %s\n", printable.Name(k.Name), k.Reason)
+		}
+	}
 	if len(r.Proxies) > 0 {
 		printable.Fprintf(w, "\n")
 		t = tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
