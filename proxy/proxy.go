@@ -42,7 +42,7 @@ type Config struct {
 	// and are then Unavailable. Nil: nothing is held back.
 	Gate <-chan struct{}
 	// LearnerGate, if it is closed while Gate is not, lets those calls go on that a learner of etcd
-	// serves. They carry no write. Nil: nothing goes on before Gate is closed.
+	// serves. They carry no write. Nil: nothing is served before Gate is closed.
 	LearnerGate <-chan struct{}
 	// OnDenied is told of a denied client whenever the log is: by the listener's address as
 	// configured, the client's name and its address. It is called on the call's goroutine. May be
@@ -173,7 +173,7 @@ func (p *Proxy) Addrs() []net.Addr {
 }
 
 // SetRules puts rules in place of the ones in use, all at once. Calls in flight keep what they have
-// sealed and open their answers under the new rules. On an error the old ones stay.
+// encrypted, and decrypt their responses under the new rules. On an error the old ones stay.
 func (p *Proxy) SetRules(rules []etcdapi.Rule) error {
 	set, err := etcdapi.NewRuleSet(rules)
 	if err != nil {

@@ -42,8 +42,8 @@ type Seed struct {
 	aead cipher.AEAD // TypeKey only
 
 	// prfs holds *prf, for TypeSeed. An HMAC object with its key's inner and outer state computed
-	// beforehand makes a derivation three hash blocks; setting one up costs as much as sealing 1
-	// KiB.
+	// beforehand makes a derivation three hash blocks; setting one up costs as much as
+	// encrypting 1 KiB.
 	prfs   sync.Pool
 	secret []byte // TypeSeed only; what a new prf is made from
 }

@@ -114,7 +114,7 @@ func (c *copyReader) cached(d digest, h *envelope.Header, rings []*Ring, now tim
 
 // allowed reports whether recovery copies may be used after the value's own KMS failed with err.
 // They may if the key is gone, if the KMS is unreachable, and if it does not unwrap what it
-// wrapped. They may not if somebody has disabled the key or withdrawn the permission: that must
+// wrapped. They may not if someone has disabled the key or withdrawn the permission: that must
 // remain a way to end the use of a key.
 func (c *copyReader) allowed(err *Error) bool {
 	if errors.Is(err, errStopped) || c.p.isDisabled() {

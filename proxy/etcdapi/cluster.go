@@ -11,7 +11,7 @@ import (
 )
 
 // memberCall is a call whose response names members. A client that goes to their own URLs, as
-// AutoSync has it do, would go round the proxy: so it is told of URLs that lead here.
+// AutoSync has it do, would not use the proxy: so it is told of URLs that lead here.
 type memberCall struct {
 	whole
 	core *Core

@@ -34,7 +34,7 @@ func (c *electionCall) Request(_ Mode, msg []byte) ([]byte, error) {
 	if err != nil {
 		return nil, c.core.status(err, false)
 	}
-	// What is written is the one key, or one that goes on with the lease's ID: in hexadecimal
+	// What is written is the one key, or one that continues with the lease's ID: in hexadecimal
 	// digits, so it is an own key only if what it begins with is.
 	if c.writes && rules.Own.reach(keys.key, nil) == reachesOwn {
 		return nil, errOwnKey

@@ -13,7 +13,7 @@ type class string
 // The classes. A method without one is answered as etcd answers a method it does not know.
 const (
 	classPass    class = "pass"    // carries no value: forwarded untouched
-	classRewrite class = "rewrite" // may carry values: sealed and opened under the rules
+	classRewrite class = "rewrite" // may carry values: encrypted and decrypted under the rules
 	// classMembers: the response names the URLs of members, which listeners may put theirs in place
 	// of
 	classMembers class = "members"

@@ -44,7 +44,7 @@ func (m *Method) pass(ctx context.Context, to *upstream.Cluster, in *rpc.Message
 	}
 	timer := time.NewTimer(upstream.ConnectWait)
 	defer timer.Stop()
-	var ending <-chan struct{} // only of a call that does not end by itself
+	var ending <-chan struct{} // only of a call that waits for events
 	if m.Indefinite {
 		ending = m.api.draining.Done()
 	}

@@ -133,7 +133,7 @@ func rangeShape(src []byte, at, end int, rules Rules) (shape RangeShape, touches
 }
 
 // TxnRequest encrypts the values of all puts of a TxnRequest, in both branches and in nested
-// transactions. A put that is to keep its value and has one goes on with another: etcd refuses it.
+// transactions. A put that is to keep its value and has one is sent with another: etcd refuses it.
 // It returns msg itself if nothing changed, and the shape that TxnResponse needs. The error wraps
 // [ErrMalformed], or [ErrByValue] for a compare or a sort by value that meets a rule, or
 // [ErrUnsupported], or is the error of rules.Seal.
@@ -196,8 +196,8 @@ func (r *rewriter) compare(at, end int) error {
 			rangeEnd = s.body()
 		}
 	}
-	// A range that ends before it begins covers no key, but its operand would stand in etcd's log
-	// all the same: so the key counts by itself.
+	// A range that ends before it begins covers no key, but its operand would be in etcd's log all
+	// the same: so the key counts alone.
 	if s.err == nil && byValue && (r.rules.Overlaps(key, rangeEnd) || r.rules.Overlaps(key, nil)) {
 		return fmt.Errorf("compare %w", ErrByValue)
 	}

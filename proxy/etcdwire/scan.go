@@ -17,7 +17,7 @@ type schema struct {
 	bytes  uint64 // length-delimited fields
 	varint uint64
 	once   uint64 // fields that are not repeated
-	arms   uint64 // the fields of a oneof: at most one of them may stand there
+	arms   uint64 // the fields of a oneof: at most one of them may be present
 }
 
 func bits(fields ...int) uint64 {

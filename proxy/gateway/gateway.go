@@ -72,8 +72,9 @@ func New(a *etcdapi.API) (*Gateway, error) {
 	}
 	g.Handler = acceptBeta(guardOrigin(authorize(a, mux)))
 	g.server = &http.Server{
-		Handler: g.closing(g.Handler), ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout, MaxHeaderBytes: http2conn.MaxHeaderListSize,
-		ErrorLog: log.New(io.Discard, "", 0), // it tells of what clients do wrong
+		Handler: g.closing(g.Handler), ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout,
+		MaxHeaderBytes: http2conn.MaxHeaderListSize,
+		ErrorLog:       log.New(io.Discard, "", 0), // it reports what clients do wrong
 		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
 			c, _ := conn.(*listener.Conn)
 			return listener.WithIdentity(ctx, c.Identity)

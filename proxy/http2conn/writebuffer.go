@@ -14,7 +14,7 @@ import (
 
 // WriteBuffer is a network connection whose writes do not block, once a [Conn] writes to it,
 // directly or through TLS. It keeps what the peer does not read, and a goroutine writes that; it
-// runs only as long. So the proxy goes on reading from a peer that it cannot write to, and two
+// runs only as long. So the proxy continues to read from a peer that it cannot write to, and two
 // peers that are both busy writing cannot block each other. It is safe for concurrent use.
 type WriteBuffer struct {
 	net.Conn
@@ -29,7 +29,7 @@ type WriteBuffer struct {
 	mu       sync.Mutex
 	kept     []*[]byte // in this order
 	keptSize int       // of kept, and of the rest of what is being written
-	deadline bool      // somebody else has set a deadline for writes
+	deadline bool      // another caller has set a deadline for writes
 	err      error     // of a write; nothing is written after it
 	detached bool      // writes are appended to last, and Conn stays open
 	last     []byte

@@ -56,7 +56,7 @@ func (id *Identity) identify(cert *x509.Certificate) {
 	}
 }
 
-// authorise applies a listener's lists; nil are empty ones. A client that stands in both gets
+// authorise applies a listener's lists; nil are empty ones. A client that is in both gets
 // stored bytes. With an empty list of allowed clients any certificate of the CA may enter.
 func (id *Identity) authorise(lists *clientLists) {
 	if lists == nil {

@@ -14,7 +14,7 @@ import (
 )
 
 // lateAuth has etcd's client library ask for a user's token with its first call, within that call's
-// time. By itself the library does so in its constructor, which does not come back before etcd
+// time. The library alone does so in its constructor, which does not come back before etcd
 // answers: a proxy with a user would neither serve nor stop while etcd is down, and a command would
 // outstay its --timeout.
 type lateAuth struct {
@@ -35,7 +35,7 @@ func (a *lateAuth) options() []grpc.DialOption {
 	return []grpc.DialOption{grpc.WithChainUnaryInterceptor(a.unary)}
 }
 
-// unary stands behind the library's own interceptor. What that one does when etcd says that a call
+// unary is called by the library's own interceptor. What that one does when etcd says that a call
 // has no user is to fetch a token and to call again.
 func (a *lateAuth) unary(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 	isAuth := method == etcdserverpb.Auth_Authenticate_FullMethodName

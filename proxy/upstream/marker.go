@@ -92,7 +92,7 @@ func FindProxy(ctx context.Context, cfg Config, log *slog.Logger) (string, error
 		}
 		all.Go(func() {
 			defer client.Close() //nolint:errcheck // it reports the end of its own context
-			// Every member answers a serializable read by itself.
+			// Every member answers a serializable read alone.
 			_, err := client.Get(ctx, key, clientv3.WithSerializable(), clientv3.WithCountOnly())
 			found[i] = IsChained(err)
 		})

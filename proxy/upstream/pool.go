@@ -137,7 +137,7 @@ func (c *settingsConn) Read(b []byte) (int, error) {
 }
 
 // streamLimit returns SETTINGS_MAX_CONCURRENT_STREAMS of a frame of settings at the front of b:
-// MaxUint32, which is no limit, if it does not say. done is false if the frame goes on.
+// MaxUint32, which is no limit, if it does not say. done is false if the frame continues.
 func streamLimit(b []byte) (limit uint32, done bool) {
 	const head, settings, ack, setting, maxConcurrentStreams, maxFrame = 9, 4, 1, 6, 3, 16 << 10
 	if len(b) < head {

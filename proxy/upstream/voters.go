@@ -89,7 +89,7 @@ func (v *voters) avoidLearners(ctx context.Context) bool {
 	return v.hasVoter
 }
 
-// followRoles asks the endpoints, and goes on to ask them now and then while one of them is a
+// followRoles asks the endpoints, and continues to ask them now and then while one of them is a
 // learner. It ends with the client.
 func (v *voters) followRoles(client *clientv3.Client) {
 	for {

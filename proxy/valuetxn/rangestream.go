@@ -11,7 +11,7 @@ import (
 
 // A RangeStream that sorts by something else than keys, under a rule. etcd refuses one with an
 // order, or with one of the filters by revision, and that is left to it. One without an order it
-// answers in chunks, each of which it sorts by itself, and goes on after the last key of a sorted
+// answers in chunks, each of which it sorts alone, and continues after the last key of a sorted
 // chunk: so keys may come twice or not at all. Which ones depends on the order of the values and on
 // the size of the chunks, and a client is to see what etcd has for the plaintexts: so the chunks
 // are made here, of etcd's ranges, by etcd's rules.

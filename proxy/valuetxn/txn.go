@@ -290,7 +290,7 @@ func (t *Txn) checkOnly(compares []*pb.Compare, ops []*pb.RequestOp) *pb.TxnRequ
 }
 
 // pad adds compares that hold, or do not, until there are n. The more a transaction has of
-// anything, the less etcd lets those within it have: where a part of it is sent by itself, that
+// anything, the less etcd lets those within it have: where a part of it is sent alone, that
 // must not become more.
 func (t *Txn) pad(compares []*pb.Compare, n int, holds bool) []*pb.Compare {
 	for len(compares) < n {

@@ -32,7 +32,7 @@ func TestErrorTexts(t *testing.T) {
 				}
 				checked++
 				for _, part := range variable.Split(text, -1) {
-					if part = strings.Trim(part, " :;,.()'"); !inSource(source, part) {
+					if part = strings.Trim(part, " :;,.()'"); !isText(source, part) {
 						t.Errorf("%s: %q: no text of the program has %q", name, text, part)
 					}
 				}
@@ -77,9 +77,9 @@ func messages(page string) (cells []string) {
 	return cells
 }
 
-// inSource tells whether a text is made of at most two runs of words that literals have. A run has
+// isText tells whether a text is made of at most two runs of words that literals have. A run has
 // three words or more, unless the text is shorter.
-func inSource(source, text string) bool {
+func isText(source, text string) bool {
 	words := strings.Fields(text)
 	if len(words) <= 3 {
 		return strings.Contains(source, text)
@@ -112,14 +112,35 @@ func TestProgramTexts(t *testing.T) {
 	}
 }
 
+// TestProgramComments requires plain words in the comments of the product. The AEAD level has
+// methods such as Seal, and etcd's ranges have a first key.
+func TestProgramComments(t *testing.T) {
+	t.Parallel()
+	allowed := regexp.MustCompile(`\b(Try)?Seal(s|ed)?\b|^seal\b`)
+	plain := make(map[*regexp.Regexp]string)
+	for _, r := range replacements {
+		if r.plain != "primary key" {
+			plain[regexp.MustCompile(`(?i)\b`+r.old+`\b`)] = r.plain
+		}
+	}
+	inSource(t, func(path string, set *token.FileSet, file *ast.File) {
+		for _, group := range file.Comments {
+			text := allowed.ReplaceAllString(strings.Join(strings.Fields(group.Text()), " "), "")
+			for old, plainly := range plain {
+				for _, word := range old.FindAllString(text, -1) {
+					t.Errorf("%s:%d: %q: write plainly: %s", path, set.Position(group.Pos()).Line, word, plainly)
+				}
+			}
+		}
+	})
+}
+
 // notProduct are folders of tests and of doubles for tests.
 var notProduct = []string{"test", "findings", "internal/testing", "internal/clitest", "proxy/internal/proxytest", "kmsclient/kmstest"}
 
-// literals returns the string literals of the product's source. Verbs of fmt separate texts.
-func literals(t *testing.T) string {
+// inSource visits the product's source. Paths are relative to the root.
+func inSource(t *testing.T, visit func(path string, set *token.FileSet, file *ast.File)) {
 	t.Helper()
-	var out strings.Builder
-	verbs := regexp.MustCompile(`%[-+# 0]*\d*(\.\d+)?[a-zA-Z]`)
 	err := filepath.WalkDir(root, func(path string, entry fs.DirEntry, err error) error {
 		below, _ := filepath.Rel(root, path)
 		switch {
@@ -130,10 +151,24 @@ func literals(t *testing.T) string {
 		case filepath.Ext(path) != ".go" || strings.HasSuffix(path, "_test.go"):
 			return nil
 		}
-		file, err := parser.ParseFile(token.NewFileSet(), path, nil, parser.SkipObjectResolution)
-		if err != nil {
-			return err
+		set := token.NewFileSet()
+		file, err := parser.ParseFile(set, path, nil, parser.ParseComments|parser.SkipObjectResolution)
+		if err == nil {
+			visit(below, set, file)
 		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// literals returns the string literals of the product's source. Verbs of fmt separate texts.
+func literals(t *testing.T) string {
+	t.Helper()
+	var out strings.Builder
+	verbs := regexp.MustCompile(`%[-+# 0]*\d*(\.\d+)?[a-zA-Z]`)
+	inSource(t, func(_ string, _ *token.FileSet, file *ast.File) {
 		ast.Inspect(file, func(n ast.Node) bool {
 			e, ok := n.(ast.Expr)
 			if !ok {
@@ -145,11 +180,7 @@ func literals(t *testing.T) string {
 			}
 			return !constant
 		})
-		return nil
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
 	return out.String()
 }
 
