@@ -3,6 +3,7 @@ package proxy
 import (
 	"context"
 	"errors"
+	"io"
 	"net"
 	"net/http"
 	"strings"
@@ -126,5 +127,36 @@ func TestDrainWhileClientsConnect(t *testing.T) {
 				t.Error(err)
 			}
 		})
+	}
+}
+
+// TestDrainClosesHTTPConnections: a client that sends one request after the other over HTTP/1 is
+// told by a response that its connection closes. No request is lost.
+func TestDrainClosesHTTPConnections(t *testing.T) {
+	p := startProxy(t, putEtcd(t), nil, nil)
+	proxytest.Eventually(t, "a connection to etcd", p.upstream.Connected.Load)
+	transport := &http.Transport{}
+	defer transport.CloseIdleConnections()
+	ctx, address := proxytest.TestContext(t), p.Addrs()[0].String()
+	for i := 0; ; i++ {
+		r, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://"+address+"/v3/kv/put", strings.NewReader(`{"key":"aw=="}`))
+		if err != nil {
+			t.Fatal(err)
+		}
+		response, err := transport.RoundTrip(r)
+		if err != nil {
+			t.Fatalf("request %d: %v", i, err)
+		}
+		_, _ = io.Copy(io.Discard, response.Body)
+		_ = response.Body.Close()
+		if response.StatusCode != http.StatusOK {
+			t.Fatalf("request %d: %s", i, response.Status)
+		}
+		if response.Close {
+			return
+		}
+		if i == 10 {
+			go func() { _ = p.stop() }()
+		}
 	}
 }

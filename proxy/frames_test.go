@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"io"
 	"net"
+	"strconv"
 	"sync/atomic"
 	"testing"
 
@@ -166,6 +167,9 @@ type frameClient struct {
 	*framePeer
 	request     []byte // with gRPC's header
 	first, then []byte // header blocks
+	block       bytes.Buffer
+	encoder     *hpack.Encoder // of calls with a timeout, which differs for each; or nil
+	header      []hpack.HeaderField
 	id          uint32 // of the last stream
 	calls       []byte // frames
 	open        atomic.Int64
@@ -179,12 +183,13 @@ func newFrameClient(t testing.TB, address, path string, message []byte) *frameCl
 	if err != nil {
 		t.Fatal(err)
 	}
-	first, then := blocks([]hpack.HeaderField{
+	header := []hpack.HeaderField{
 		{Name: ":method", Value: "POST"}, {Name: ":scheme", Value: "http"}, {Name: ":path", Value: path},
 		{Name: ":authority", Value: "etcd"}, {Name: "content-type", Value: rpc.ContentType}, {Name: "te", Value: "trailers"},
-	})
+	}
+	first, then := blocks(header)
 	c := &frameClient{
-		framePeer: newFramePeer(conn), request: append(rpc.Header(len(message)), message...), first: first[0], then: then[0],
+		framePeer: newFramePeer(conn), header: header, request: append(rpc.Header(len(message)), message...), first: first[0], then: then[0],
 		done: make(chan struct{}, 1), served: make(chan struct{}),
 	}
 	c.handle = func(f frame) {
@@ -220,13 +225,26 @@ func (c *frameClient) start(t testing.TB) {
 
 // nextHeader returns the header block of the next call, and counts its stream.
 func (c *frameClient) nextHeader() []byte {
-	if c.id == 0 {
+	first := c.id == 0
+	if c.id += 2; first {
 		c.id = 1
+	}
+	switch {
+	case c.encoder != nil:
+		c.block.Reset()
+		for _, f := range c.header {
+			_ = c.encoder.WriteField(f)
+		}
+		_ = c.encoder.WriteField(hpack.HeaderField{Name: "grpc-timeout", Value: strconv.Itoa(29_000_000+int(c.id%1_000_000)) + "u"})
+		return c.block.Bytes()
+	case first:
 		return c.first
 	}
-	c.id += 2
 	return c.then
 }
+
+// setTimeouts has each call have another timeout.
+func (c *frameClient) setTimeouts() { c.encoder = hpack.NewEncoder(&c.block) }
 
 // batch makes n calls at the same time, and waits for their ends.
 func (c *frameClient) batch(t testing.TB, n int) {

@@ -25,6 +25,9 @@ func BenchmarkRelayedCalls(b *testing.B) {
 		b.Run(call.name, func(b *testing.B) {
 			r := startRelaying(b, serveFrames(b, call.response), call.rules, nil, true)
 			c := newFrameClient(b, r.Addrs()[0].String(), call.path, call.request)
+			if call.timeouts {
+				c.setTimeouts()
+			}
 			c.start(b)
 			const batch = 8
 			c.batch(b, 1)
@@ -44,4 +47,5 @@ type relayedCall struct {
 	name, path        string
 	request, response []byte
 	rules             []etcdapi.Rule
+	timeouts          bool // another one for each call
 }

@@ -15,7 +15,7 @@ type Options struct {
 	Source string
 	// EtcdPrefix is kube-apiserver's --etcd-prefix. "" is its default, /registry.
 	EtcdPrefix string
-	// WriteWith is the provider to encrypt with where the first provider of an entry is one that the
+	// WriteWith is the provider that encrypts where the first provider of an entry is one that the
 	// proxy does not write: a kms provider of the file, or the name of one to be filled in. "" is
 	// the first kms provider of the same resources, and where there is none, a provider called main
 	// to be filled in.
@@ -237,9 +237,9 @@ func unused(base string, taken func(string) bool) string {
 	return name
 }
 
-// static returns the names of the providers that decrypt what p encrypted. Equal keys are one provider,
-// however often the file has them. It is more than one if p has several keys of one name, which
-// kube-apiserver tries in turn.
+// static returns the names of the providers that decrypt what p encrypted. Equal keys are one
+// provider, however often the file has them. It is more than one if p has several keys of one name,
+// which kube-apiserver tries in turn.
 func (v *conversion) static(p Provider) []string {
 	var layers [][]Key
 	for _, k := range p.Keys {

@@ -40,8 +40,8 @@ func (c *deleteCall) Request(_ Mode, msg []byte) ([]byte, error) {
 	return msg, nil
 }
 
-func (c *deleteCall) Response(m Mode, msg []byte) ([]byte, error) {
-	out, err := etcdwire.DeleteRangeResponse(msg, m.Rules(c.core.Rules.Load()))
+func (c *deleteCall) Response(m Mode, dst, msg []byte) ([]byte, error) {
+	out, err := etcdwire.DeleteRangeResponse(dst, msg, m.Rules(c.core.Rules.Load()))
 	return out, c.core.status(err, true)
 }
 

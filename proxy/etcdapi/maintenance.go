@@ -29,4 +29,4 @@ func (c *alarmCall) Request(_ Mode, msg []byte) ([]byte, error) {
 
 func (*alarmCall) Scans() bool { return false }
 
-func (*alarmCall) Response(_ Mode, msg []byte) ([]byte, error) { return msg, nil }
+func (*alarmCall) Response(_ Mode, dst, msg []byte) ([]byte, error) { return append(dst, msg...), nil }

@@ -47,8 +47,8 @@ func (c *putCall) Request(m Mode, msg []byte) ([]byte, error) {
 
 // Response decrypts the previous value. When that fails the client gets the error although the put
 // was applied, as it does when the response of a write is lost on its way.
-func (c *putCall) Response(m Mode, msg []byte) ([]byte, error) {
-	out, err := etcdwire.PutResponse(msg, m.Rules(c.core.Rules.Load()))
+func (c *putCall) Response(m Mode, dst, msg []byte) ([]byte, error) {
+	out, err := etcdwire.PutResponse(dst, msg, m.Rules(c.core.Rules.Load()))
 	return out, c.core.status(err, true)
 }
 

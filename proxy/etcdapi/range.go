@@ -59,7 +59,7 @@ func (c *rangeCall) Request(_ Mode, msg []byte) ([]byte, error) {
 // Parts implements Call. A chunk of a stream is one field.
 func (c *rangeCall) Parts() bool { return !c.stream }
 
-func (c *rangeCall) Response(m Mode, msg []byte) ([]byte, error) {
+func (c *rangeCall) Response(m Mode, dst, msg []byte) ([]byte, error) {
 	if c.refused { // it has sorted ciphertexts
 		return nil, errSortedStream
 	}
@@ -67,7 +67,7 @@ func (c *rangeCall) Response(m Mode, msg []byte) ([]byte, error) {
 	if c.stream {
 		rewrite = etcdwire.RangeStreamResponse
 	}
-	out, err := rewrite(msg, m.Rules(c.core.Rules.Load()), c.shape)
+	out, err := rewrite(dst, msg, m.Rules(c.core.Rules.Load()), c.shape)
 	return out, c.core.status(err, true)
 }
 

@@ -82,8 +82,8 @@ func (c *txnCall) Request(m Mode, msg []byte) ([]byte, error) {
 	return out, c.core.status(err, false)
 }
 
-func (c *txnCall) Response(m Mode, msg []byte) ([]byte, error) {
-	out, err := etcdwire.TxnResponse(msg, m.Rules(c.core.Rules.Load()), c.shape)
+func (c *txnCall) Response(m Mode, dst, msg []byte) ([]byte, error) {
+	out, err := etcdwire.TxnResponse(dst, msg, m.Rules(c.core.Rules.Load()), c.shape)
 	return out, c.core.status(err, true)
 }
 

@@ -127,12 +127,7 @@ func (m *Method) forward(ss grpc.ServerStream, id *listener.Identity, in *rpc.Me
 		return nil, ended(ctx, err, met)
 	}
 	if c != nil && c.Scans() {
-		replace := out.Replace
-		if c.Parts() {
-			replace = out.ReplaceParts
-		}
-		if err := replace(func(msg []byte) ([]byte, error) { return c.Response(Blocking(ctx), msg) }); err != nil {
-			out.Free()
+		if err := out.Replace(!c.Parts(), func(dst, msg []byte) ([]byte, error) { return c.Response(Blocking(ctx), dst, msg) }); err != nil {
 			return nil, err
 		}
 	}

@@ -4,6 +4,7 @@ import (
 	"time"
 
 	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
 	"google.golang.org/grpc/mem"
 )
 
@@ -193,7 +194,7 @@ func (d *sender) sendQueued(s *Stream) {
 	s.free()
 	if trailer := s.trailer; trailer != nil {
 		s.trailer = nil
-		d.headerBlock(s, trailer, s.endQueued)
+		d.headerBlock(s, trailer, hpack.HeaderField{}, s.endQueued)
 	}
 	if !s.ended.Load() {
 		d.writable = append(d.writable, s)

@@ -60,35 +60,36 @@ func (c *Conn) Open(value any, fields []hpack.HeaderField, end bool) *Stream {
 	s := &Stream{value: value}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if !c.open(s, fields, end) {
+	if !c.open(s, fields, hpack.HeaderField{}, end) {
 		return nil
 	}
 	return s
 }
 
 // OpenOn is Open for memory of the caller's that is no stream, or an unused one. It reports whether the
-// server accepts the stream.
-func (c *Conn) OpenOn(s *Stream, fields []hpack.HeaderField) bool {
+// server accepts the stream. last is one more field, with a value that differs for each stream, if it
+// has a name.
+func (c *Conn) OpenOn(s *Stream, fields []hpack.HeaderField, last hpack.HeaderField) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.open(s, fields, false)
+	return c.open(s, fields, last, false)
 }
 
 // Request is OpenOn with the whole body of the request, as by [Stream.Data].
-func (c *Conn) Request(s *Stream, fields []hpack.HeaderField, head, body []byte) (opened, sent bool) {
+func (c *Conn) Request(s *Stream, fields []hpack.HeaderField, last hpack.HeaderField, head, body []byte) (opened, sent bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	opened = c.open(s, fields, false)
+	opened = c.open(s, fields, last, false)
 	return opened, opened && s.data(true, head, body)
 }
 
-func (c *Conn) open(s *Stream, fields []hpack.HeaderField, end bool) bool {
+func (c *Conn) open(s *Stream, fields []hpack.HeaderField, last hpack.HeaderField, end bool) bool {
 	if !c.canOpen() {
 		return false
 	}
 	s.begin(c, c.nextStreamID)
 	c.nextStreamID += 2
-	c.send.headerBlock(s, fields, end)
+	c.send.headerBlock(s, fields, last, end)
 	return true
 }
 
@@ -103,13 +104,13 @@ func (s *Stream) Headers(fields []hpack.HeaderField, end bool) {
 	case len(s.queue) > 0:
 		s.trailer, s.endQueued = fields, end
 	default:
-		c.send.headerBlock(s, fields, end)
+		c.send.headerBlock(s, fields, hpack.HeaderField{}, end)
 	}
 }
 
-// headerBlock writes header fields in as many frames as necessary.
-func (d *sender) headerBlock(s *Stream, fields []hpack.HeaderField, end bool) {
-	block := d.out.encoder.encode(fields)
+// headerBlock writes header fields, and last if it has a name, in as many frames as necessary.
+func (d *sender) headerBlock(s *Stream, fields []hpack.HeaderField, last hpack.HeaderField, end bool) {
+	block := d.out.encoder.encode(fields, last)
 	kind, flags := http2.FrameHeaders, http2.Flags(0)
 	if end {
 		flags = http2.FlagHeadersEndStream

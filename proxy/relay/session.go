@@ -124,15 +124,10 @@ func (s *session) drain() {
 // Headers implements [http2conn.Handler]. A client that is not allowed is answered here, from its
 // header fields alone.
 func (s *session) Headers(stream *http2conn.Stream, fields []hpack.HeaderField, end bool) {
-	var h requestHead
-	repeated := s.repeated(fields)
-	if repeated != nil {
-		h = repeated.head
-	} else {
-		h = readRequestHead(fields)
-	}
+	repeated, h := s.requestHead(fields)
 	st := stream.Value().(*clientStream)
 	st.fields, st.repeated, st.responseType = fields, repeated, h.responseType()
+	st.timeout = h.timeoutField
 	st.response.stream = st
 	if s.secure && !h.grpcLike {
 		serveWeb(st, end)

@@ -33,6 +33,7 @@ type clientStream struct {
 	// what was made of fields; nil if the client has not repeated them
 	repeated     *repeatedHeader
 	responseType string
+	timeout      string           // the value of grpc-timeout; "" for none
 	response     responseMessages // what comes back
 	// what the client has sent, with gRPC's message headers, and was not forwarded
 	pending []byte
@@ -198,7 +199,7 @@ func (st *clientStream) unary(m etcdapi.Mode, data []byte, end bool) {
 	}
 	n, odd := -1, false // of the head and the message
 	if len(raw) >= rpc.HeaderLength {
-		n = rpc.HeaderLength + st.length(raw)
+		n = rpc.HeaderLength + messageLength(raw)
 		odd = rpc.CheckMessage(raw[0], n-rpc.HeaderLength, st.session.engine.maxMessage, false) != nil
 	}
 	isUnary := st.method.Shape == etcdapi.ShapeUnary
@@ -228,8 +229,8 @@ func (st *clientStream) keep(raw []byte, n int) {
 	}
 }
 
-// length is that of the message at the front of raw.
-func (*clientStream) length(raw []byte) int {
+// messageLength is that of the message at the front of raw.
+func messageLength(raw []byte) int {
 	return int(binary.BigEndian.Uint32(raw[1:rpc.HeaderLength]))
 }
 
@@ -281,7 +282,7 @@ func (st *clientStream) messages(data []byte, end bool) {
 	st.heldFromClient.Add(int64(len(data)))
 	all, begun := true, len(raw)
 	for len(raw) >= rpc.HeaderLength {
-		n := st.length(raw)
+		n := messageLength(raw)
 		if err := rpc.CheckMessage(raw[0], n, st.session.engine.maxMessage, false); err != nil {
 			st.fail(err)
 			return
@@ -314,7 +315,7 @@ func (st *clientStream) messages(data []byte, end bool) {
 	}
 	n := -1
 	if len(raw) >= rpc.HeaderLength {
-		n = rpc.HeaderLength + st.length(raw)
+		n = rpc.HeaderLength + messageLength(raw)
 	}
 	st.keep(raw, n)
 	if end {

@@ -35,7 +35,7 @@ func (m *streamMemory) put(st *clientStream) {
 	if st.shared.Load() || !st.client.Unused() || !st.upMemory.Unused() {
 		return
 	}
-	st.fields, st.repeated, st.call = nil, nil, nil
+	st.fields, st.repeated, st.timeout, st.call = nil, nil, "", nil
 	st.callMemory = etcdapi.CallMemory{}
 	m.mu.Lock()
 	defer m.mu.Unlock()

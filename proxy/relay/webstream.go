@@ -64,6 +64,12 @@ const (
 	lateWait = 500 * time.Millisecond
 )
 
+// release gives bytes from the client back to the window.
+func (w *webStream) release(n int) {
+	w.stream.client.Consumed(n)
+	w.stream.session.flush()
+}
+
 // serveWeb has the web handler serve the stream. A client that is not allowed is answered at once.
 func serveWeb(st *clientStream, end bool) {
 	ctx, cancel := context.WithCancel(listener.WithIdentity(st.session.engine.base, st.session.id))
@@ -165,7 +171,7 @@ func (w *webStream) finish() {
 		limited, cancel := context.WithTimeout(w.ctx, lateWait)
 		if w.body.kept { // no longer
 			w.body.kept = false
-			w.stream.consumed(w.body.read)
+			w.release(w.body.read)
 		}
 		// whatever comes
 		_, _ = io.CopyN(io.Discard, readerFunc(func(b []byte) (int, error) { return w.in.read(limited, b) }), lateBody)
@@ -387,7 +393,7 @@ type webBody struct {
 // consumed is called with how many bytes were read of the body.
 func (w *webStream) consumed(n int) {
 	if w.body.read += n; !w.body.kept {
-		w.stream.consumed(n)
+		w.release(n)
 	}
 }
 

@@ -438,13 +438,33 @@ func TestMemoryOfClientsThatOnlySend(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			m := newMemorySite(t)
 			m.grows(t, 300, func() {}, func() {
-				waits := m.callsBesideSenders(t, send)
-				t.Logf("%d calls: the longest %v, %v in etcd alone, %v in the proxy", waits.calls, waits.longest, waits.etcd, waits.proxy)
-				if waits.proxy > longestWait {
-					t.Errorf("a call took %v in the proxy, limit %v", waits.proxy, longestWait)
+				var all bytes.Buffer // that each of them sends: this process must not be what is slow
+				k := talk(nil)
+				k.Framer = http2.NewFramer(&all, nil)
+				for i := range uint32(20_000) {
+					send(k, i)
 				}
+				m.serveBeside(t, func() *talker { return greet(t, m.plain) }, all.Bytes())
 			})
 		})
+	}
+	t.Run("bodies of HTTP requests", func(t *testing.T) {
+		m := newMemorySite(t)
+		request := unfinishedJSON(3_900_000)
+		body := slices.Concat(request.front, bytes.Repeat([]byte("A"), request.size-len(request.front)))
+		head := fmt.Sprintf("POST /v3/kv/put HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n", len(body)+2)
+		m.serveBeside(t, func() *talker { return connect(t, m.plain) }, append([]byte(head), body...))
+	})
+}
+
+// serveBeside fails if a call waits in the proxy for more than longestWait beside 200 clients that
+// connect and send all.
+func (m *memorySite) serveBeside(t *testing.T, connect func() *talker, all []byte) {
+	t.Helper()
+	waits := m.callsBesideSenders(t, connect, all)
+	t.Logf("%d calls: the longest %v, %v in etcd alone, %v in the proxy", waits.calls, waits.longest, waits.etcd, waits.proxy)
+	if waits.proxy > longestWait {
+		t.Errorf("a call took %v in the proxy, limit %v", waits.proxy, longestWait)
 	}
 }
 
@@ -456,22 +476,16 @@ type waits struct {
 	proxy   time.Duration // of a call, what of it the proxy makes
 }
 
-// callsBesideSenders measures the calls of an honest client while 200 others only send. The machine
+// callsBesideSenders measures the calls of an honest client while 200 others send all. The machine
 // is busy with the senders, etcd and perhaps with others, which no proxy can help, and its calls
 // wait in etcd as well. So what counts as the proxy's part of a call is the time that the proxy's
 // process has computed meanwhile, as if it had all cores, and no more than what the call takes
 // longer than the longest that is sent to the same etcd directly.
-func (m *memorySite) callsBesideSenders(t *testing.T, send func(k *talker, i uint32)) (w waits) {
+func (m *memorySite) callsBesideSenders(t *testing.T, connect func() *talker, all []byte) (w waits) {
 	t.Helper()
-	var all bytes.Buffer // that each of them sends: this process must not be what is slow
-	k := talk(nil)
-	k.Framer = http2.NewFramer(&all, nil)
-	for i := range uint32(20_000) {
-		send(k, i)
-	}
 	senders := make([]*talker, 200)
 	for i := range senders {
-		senders[i] = greet(t, m.plain)
+		senders[i] = connect()
 	}
 	through, direct := pb.NewKVClient(harness.Dial(t, m.plain, nil)), pb.NewKVClient(harness.Dial(t, m.behind.Address, nil))
 	value := m.env.Sealed.Value("witness")
@@ -488,7 +502,7 @@ func (m *memorySite) callsBesideSenders(t *testing.T, send func(k *talker, i uin
 		ended.Go(func() {
 			defer k.Close()
 			_ = k.SetWriteDeadline(time.Now().Add(5 * time.Second))
-			_, _ = k.Write(all.Bytes())
+			_, _ = k.Conn.Write(all)
 			<-ctx.Done() // it stays connected
 		})
 	}

@@ -53,7 +53,8 @@ func TestLongWebsocketMessage(t *testing.T) {
 	}
 }
 
-// TestBlankWebsocketMessages: what is between two JSON values is not kept, in however many messages.
+// TestBlankWebsocketMessages: what is between two JSON values is not kept, in however many
+// messages.
 func TestBlankWebsocketMessages(t *testing.T) {
 	for name, message := range map[string][]byte{"spaces": bytes.Repeat([]byte(" \r\n\t"), 256<<10), "empty": nil} {
 		t.Run(name, func(t *testing.T) {
