@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -173,6 +174,35 @@ func TestRemains(t *testing.T) {
 	}
 	if _, found := inspect(t, "other", []byte("the key "+ruled+"x in a text"), Config{}); len(found) != 0 {
 		t.Errorf("a text: %v", found)
+	}
+}
+
+// TestCiphertextLikeAKey: the ciphertext of a value in a freed page may begin like a key under a
+// short prefix. The same bytes without the marker of an encrypted value are a finding, and so is
+// the plaintext after such a value.
+func TestCiphertextLikeAKey(t *testing.T) {
+	for _, length := range []int{20, 300} { // a length of one and of two bytes
+		object := bytesField(nil, 1, append([]byte("/"), bytes.Repeat([]byte{0xa5}, length)...))
+		object = bytesField(object, 2, []byte("key-1"))
+		plain := putRequest("/plain", "plain")
+		for before, want := range map[string]int{
+			"k8s:enc:kms:v2:main:": 1, "": 2, "k8s:enc:kms:v2:main:x": 2, "k8s:enc:kms:v2:main": 2, "k8s:enc:kms:v2:a:b:": 2, "main:": 2,
+		} {
+			for _, at := range []int{100, window - 10, window + 10} {
+				content := make([]byte, window+2000)
+				copy(content[at:], slices.Concat([]byte(before), object, plain))
+				found := 0
+				l := inspection{file: &File{Bytes: int64(len(content))}, Config: Config{
+					Judge: func(_, _ []byte, _ bool) string { return "readable" }, Prefixes: []string{"/"}, Found: func(Finding) { found++ },
+				}}
+				if err := l.search(t.Context(), bytes.NewReader(content), int64(len(content)), nil); err != nil {
+					t.Fatal(err)
+				}
+				if found != want {
+					t.Errorf("%d bytes after %q at %d: %d findings, want %d", length, before, at, found, want)
+				}
+			}
+		}
 	}
 }
 

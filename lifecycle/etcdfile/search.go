@@ -12,16 +12,23 @@ import (
 )
 
 // Files are searched in windows. A match begins within a window and may end in the overlap after
-// it. The tag and the length of its key are in the bytes before it.
+// it. The tag and the length of its key are in the bytes before it, and the marker of an encrypted
+// value before these.
 const (
 	window  = 8 << 20
 	overlap = 4 << 20
-	before  = 1 + maxKeyLength
+	before  = maxMarker + 1 + maxKeyLength
 	// maxKeyLength is the maximum size of the length of a key.
 	maxKeyLength = 3
 	// minValueBytes is the minimum size of the beginning of a value that can be judged.
 	minValueBytes = 4
+	// maxMarker is the maximum size of the marker of an encrypted value.
+	maxMarker = 512
 )
+
+// scheme is the beginning of the marker of an encrypted value, which the name of its provider and a
+// colon end.
+var scheme = []byte("k8s:enc:kms:v2:")
 
 // magic is the prefix of Kubernetes objects in protobuf.
 var magic = []byte("k8s\x00")
@@ -142,11 +149,20 @@ func keyAt(b []byte, i int) (key, rest []byte, ok bool) {
 			continue
 		}
 		n, used := protowire.ConsumeVarint(b[start+1 : i])
-		if used == size && n > 0 && n <= uint64(len(b)-i) { //nolint:gosec // i is within b
+		if used == size && n > 0 && n <= uint64(len(b)-i) && !endsWithMarker(b[:start]) { //nolint:gosec // i is within b
 			return b[i : i+int(n)], b[i+int(n):], true //nolint:gosec // not more than len(b)
 		}
 	}
 	return nil, nil, false
+}
+
+// endsWithMarker reports whether b ends with the marker of an encrypted value. Field 1 after it is
+// ciphertext, which may begin like a short prefix by chance. No key follows a marker: the length of
+// its message, or the revision as the key of a database, is in between.
+func endsWithMarker(b []byte) bool {
+	b, ok := bytes.CutSuffix(b[max(0, len(b)-maxMarker):], []byte{':'})
+	i := bytes.LastIndex(b, scheme)
+	return ok && i >= 0 && !bytes.Contains(b[i+len(scheme):], []byte{':'})
 }
 
 // valueAfter reads the fields after a key up to the value: field 5 of a KeyValue, after the
