@@ -63,7 +63,7 @@ func (c *checker) hostPort(path, address string) (host, port string, ok bool) {
 }
 
 // socket checks a unix:///path and returns the path.
-func (c *checker) socket(path, address string) (string, bool) {
+func (c *checker) socket(path, address string) bool {
 	name, ok := strings.CutPrefix(address, "unix://")
 	switch {
 	case !ok || !filepath.IsAbs(name) || filepath.Clean(name) != name:
@@ -73,15 +73,15 @@ func (c *checker) socket(path, address string) (string, bool) {
 	case strings.ContainsAny(name, "\x00?#%"):
 		c.report(path, "use a plain path", "%q has a character that clients cannot write in a URL", address)
 	default:
-		return name, true
+		return true
 	}
-	return "", false
+	return false
 }
 
 // clientURL checks a URL of an etcd member and returns its scheme.
 func (c *checker) clientURL(path, text string) string {
 	if strings.HasPrefix(text, "unix:") {
-		if _, ok := c.socket(path, text); !ok {
+		if !c.socket(path, text) {
 			return ""
 		}
 		return "unix"

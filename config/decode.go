@@ -166,6 +166,9 @@ func (d *decoder) value(n *yaml.Node, v reflect.Value, path string, tag reflect.
 	}
 }
 
+// byteEscape matches a double-quoted string up to its first escape such as \xff that is not ASCII.
+var byteEscape = regexp.MustCompile(`(?s)^"(?:[^"\\]|\\[^x]|\\x[0-7][0-9A-Fa-f])*\\x([89A-Fa-f][0-9A-Fa-f])`)
+
 // escapedBytes warns of a string that was written with escapes such as "\xff": YAML takes them for
 // the characters of those numbers, which are two bytes each in UTF-8.
 func (d *decoder) escapedBytes(n *yaml.Node, path string) {
@@ -176,29 +179,21 @@ func (d *decoder) escapedBytes(n *yaml.Node, path string) {
 	if n.Line > len(lines) || n.Column > len(lines[n.Line-1]) {
 		return
 	}
-	source := bytes.Join(lines[n.Line-1:], nil)[n.Column-1:]
-	for i := 1; i+3 < len(source) && source[i] != '"'; i++ {
-		if source[i] != '\\' {
-			continue
-		}
-		i++
-		if source[i] != 'x' {
-			continue
-		}
-		if b, err := strconv.ParseUint(string(source[i+1:i+3]), 16, 8); err == nil && b >= 0x80 {
-			meant := make([]byte, 0, len(n.Value))
-			for _, r := range n.Value {
-				if r >= 0x80 && r <= 0xff {
-					meant = append(meant, byte(r))
-				} else {
-					meant = utf8.AppendRune(meant, r)
-				}
-			}
-			d.warn(path, "to mean the byte, write "+path[strings.LastIndexByte(path, '.')+1:]+": !!binary "+base64.StdEncoding.EncodeToString(meant),
-				"\\x%02x is the character U+%04X to YAML, of the bytes % X in UTF-8, and not the byte %02X", b, b, []byte(string(rune(b))), b)
-			return
+	m := byteEscape.FindSubmatch(bytes.Join(lines[n.Line-1:], nil)[n.Column-1:])
+	if m == nil {
+		return
+	}
+	b, _ := strconv.ParseUint(string(m[1]), 16, 8) // two hexadecimal digits
+	meant := make([]byte, 0, len(n.Value))
+	for _, r := range n.Value {
+		if r >= 0x80 && r <= 0xff {
+			meant = append(meant, byte(r))
+		} else {
+			meant = utf8.AppendRune(meant, r)
 		}
 	}
+	d.warn(path, "to mean the byte, write "+path[strings.LastIndexByte(path, '.')+1:]+": !!binary "+base64.StdEncoding.EncodeToString(meant),
+		"\\x%02x is the character U+%04X to YAML, of the bytes % X in UTF-8, and not the byte %02X", b, b, []byte(string(rune(b))), b)
 }
 
 // object decodes a mapping into the fields of a struct.
@@ -374,7 +369,7 @@ func typeName(t reflect.Type) string {
 
 // suggest names the field that was probably meant, or all there are.
 func suggest(got string, known []string) string {
-	best, least := "", 3
+	best, least := "", min(3, (len(got)+1)/2) // fewer than half of the letters differ
 	for _, k := range known {
 		if n := distance(strings.ToLower(got), strings.ToLower(k)); n < least {
 			best, least = k, n

@@ -57,6 +57,7 @@ func TestProblems(t *testing.T) {
 		"tab":                     {minimal + "\tlog: {}\n", "", 7, "not YAML"},
 		"unknown field":           {minimal + "rule: []\n", "rule", 7, "did you mean rules?"},
 		"unknown, nothing near":   {minimal + "zzzzzzzzz: []\n", "zzzzzzzzz", 7, "the fields here are"},
+		"unknown, like nothing":   {minimal + "foo: []\n", "foo", 7, "the fields here are "},
 		"unknown, nested":         {with("http://127.0.0.1:2379]", "http://127.0.0.1:2379]\n  endpoint: x"), "etcd.endpoint", 7, "did you mean endpoints?"},
 		"wrong case":              {minimal + kmsDev + "rules: [{prefix: a, writewith: dev, writeWith: dev}]\n", "rules[0].writewith", 8, "did you mean writeWith?"},
 		"newline in a name":       {minimal + "\"a\\nb\": 1\n", `"a\nb"`, 7, "unknown field"},

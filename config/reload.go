@@ -61,7 +61,7 @@ func withClients(running, next []Listener) []Listener {
 }
 
 // Weakens says how the rules of next protect keys less than those of running do, a sentence each:
-// where values that were sealed would be written as plaintext, where they could not be read any
+// where values that were encrypted would be written as plaintext, where they could not be read any
 // more, and where plaintext that was refused would be handed on. The answer is empty if they
 // protect them at least as well.
 func Weakens(running, next []Rule) []string {

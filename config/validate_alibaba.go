@@ -8,8 +8,8 @@ import (
 	"time"
 )
 
-// credentialFields are the fields of AlibabaCredentials beside type, and the types that they belong
-// to.
+// credentialFields are the fields of AlibabaCredentials other than type, and the types that they
+// belong to.
 var credentialFields = []struct {
 	name  string
 	types []string

@@ -21,7 +21,9 @@ type breaking struct {
 
 func (b *breaking) Data(s *http2conn.Stream, _ []byte, end bool) {
 	if end {
-		s.Data(false, rpc.Header(20_000), make([]byte, 10_000))
+		part := make([]byte, 10_000)
+		copy(part, "\x12\x9c\x9c\x01") // a key of 19,996 bytes, with its value
+		s.Data(false, rpc.Header(20_000), part)
 		b.gone = true
 	}
 }

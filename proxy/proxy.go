@@ -192,9 +192,10 @@ func (p *Proxy) SetClients(i int, allowed, ciphertext []string) error {
 	return p.listeners[i].SetClients(allowed, ciphertext)
 }
 
-// Run serves until ctx ends, and then drains: it stops accepting, asks clients to go elsewhere,
-// ends watches and other calls that wait for events with Unavailable, lets the others finish, and
-// ends what is left when Config.DrainTimeout is over. It returns nil after a drain, and may be
+// Run serves until ctx ends, and then drains: it stops accepting, gives the connections that it has
+// accepted up to [listener.LateHandshake] to say who they are, asks clients to go elsewhere, ends
+// watches and other calls that wait for events with Unavailable, lets the others finish, and ends
+// what is left when Config.DrainTimeout is over. It returns nil after a drain, and may be
 // called once.
 func (p *Proxy) Run(ctx context.Context) error {
 	if p.ran.Swap(true) {
@@ -211,9 +212,10 @@ func (p *Proxy) Run(ctx context.Context) error {
 
 	accepting, stopAccepting := context.WithCancel(ctx)
 	defer stopAccepting()
+	var listening sync.WaitGroup
 	for _, l := range p.listeners {
 		p.listenersUp.Add(1)
-		all.Go(func() {
+		listening.Go(func() {
 			defer p.listenersUp.Add(-1)
 			l.Run(accepting, p.serve)
 		})
@@ -224,9 +226,13 @@ func (p *Proxy) Run(ctx context.Context) error {
 	defer context.AfterFunc(ctx, p.closeListeners)()
 	p.serving.Store(true)
 	defer p.serving.Store(false)
+	handling, stopHandling := context.WithCancel(lasting)
+	defer stopHandling()
 	var draining sync.WaitGroup
-	draining.Go(func() { p.gateway.Run(ctx, p.drain) })
+	draining.Go(func() { p.gateway.Run(handling, p.drain) })
 	<-ctx.Done()
+	listening.Wait() // for the connections that were accepted before: their calls are served, too
+	stopHandling()
 	p.engine.Drain()
 	draining.Wait()
 	return nil

@@ -1,36 +1,12 @@
 package proxy
 
 import (
-	"bytes"
-	"net"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
-	"golang.org/x/net/http2/hpack"
-
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 )
-
-// batchCaller is a client that makes calls of a batch at the same time.
-type batchCaller struct {
-	caller
-	open atomic.Int64
-}
-
-// Headers implements http2conn.Handler.
-func (c *batchCaller) Headers(s *http2conn.Stream, _ []hpack.HeaderField, end bool) {
-	if end {
-		s.Finish()
-		if c.open.Add(-1) == 0 {
-			c.done <- struct{}{}
-		}
-	}
-}
 
 // cpuTime is the CPU time of the process. Unlike the time of a benchmark, it says something on a
 // machine that has other work.
@@ -42,42 +18,34 @@ func cpuTime(b *testing.B) time.Duration {
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
-// BenchmarkRelayedCalls measures batches of 8 Range calls at the same time, in the client, the
-// proxy and etcd together.
+// BenchmarkRelayedCalls measures batches of 8 calls at the same time, in the client, the proxy and
+// etcd together. The client and etcd send prepared frames.
 func BenchmarkRelayedCalls(b *testing.B) {
-	value := append(append([]byte{0x0a, 1, 'k'}, 0x2a, 0xac, 0x02), bytes.Repeat([]byte("v"), 300)...)
-	request, response := []byte{0x0a, 1, 'k'}, append([]byte{0x12, 0xb2, 0x02}, value...)
-	for name, rules := range map[string][]etcdapi.Rule{"passing": nil, "a rule": {{Sealer: cutting{}}}} {
-		b.Run(name, func(b *testing.B) {
-			address := proxytest.ServeH2(b, func(r *proxytest.RawEtcd) http2conn.Handler { return &oneKey{r, response} })
-			r := startRelaying(b, address, rules, nil, true)
-			c := &batchCaller{caller: caller{done: make(chan struct{}, 1)}}
-			conn, err := net.Dial("tcp", r.Addrs()[0].String())
-			if err != nil {
-				b.Fatal(err)
+	for _, call := range relayedCalls() {
+		b.Run(call.name, func(b *testing.B) {
+			r := startRelaying(b, serveFrames(b, call.response), call.rules, nil, true)
+			c := newFrameClient(b, r.Addrs()[0].String(), call.path, call.request)
+			if call.timeouts {
+				c.setTimeouts()
 			}
-			c.conn = http2conn.NewClient(conn, http2conn.Config{Handler: c, Pool: rpc.Buffers})
-			served := make(chan error, 1)
-			go func() { served <- c.conn.Serve() }()
-			header := []hpack.HeaderField{
-				{Name: ":method", Value: "POST"}, {Name: ":scheme", Value: "http"}, {Name: ":path", Value: "/etcdserverpb.KV/Range"},
-				{Name: ":authority", Value: "etcd"}, {Name: "content-type", Value: rpc.ContentType}, {Name: "te", Value: "trailers"},
-			}
+			c.start(b)
 			const batch = 8
+			c.batch(b, 1)
 			b.ReportAllocs()
 			before := cpuTime(b)
 			for b.Loop() {
-				c.open.Store(batch)
-				for range batch {
-					c.conn.Open(nil, header, false).Data(true, rpc.Header(len(request)), request)
-				}
-				c.conn.Flush()
-				<-c.done
+				c.batch(b, batch)
 			}
 			b.StopTimer()
 			b.ReportMetric(float64(cpuTime(b)-before)/float64(b.N*batch), "cpu-ns/call")
-			c.conn.Close()
-			<-served
 		})
 	}
+}
+
+// relayedCall is a call that is relayed.
+type relayedCall struct {
+	name, path        string
+	request, response []byte
+	rules             []etcdapi.Rule
+	timeouts          bool // another one for each call
 }

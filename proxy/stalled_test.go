@@ -97,8 +97,8 @@ func TestMemberThatTakesNothing(t *testing.T) {
 			})
 			return done
 		}
-		// One message at a time, because endpoints take turns: the only call that does not end is the
-		// one to the deaf member. Its message is larger than all buffers on the way.
+		// One message at a time, because endpoints take turns: the only call that does not end
+		// is the one to the deaf member. Its message is larger than all buffers on the way.
 		const size = 1 << 20
 		stuck := put(size)
 		proxytest.Eventually(t, "full buffers", func() bool {

@@ -15,7 +15,7 @@ type Options struct {
 	Source string
 	// EtcdPrefix is kube-apiserver's --etcd-prefix. "" is its default, /registry.
 	EtcdPrefix string
-	// WriteWith is the provider to seal with where the first provider of an entry is one that the
+	// WriteWith is the provider that encrypts where the first provider of an entry is one that the
 	// proxy does not write: a kms provider of the file, or the name of one to be filled in. "" is
 	// the first kms provider of the same resources, and where there is none, a provider called main
 	// to be filled in.
@@ -31,10 +31,10 @@ type Result struct {
 	Text []byte
 	// KeyFiles are what must stand at the paths that Text names.
 	KeyFiles []KeyFile
-	// Notes say where Text is not, or not exactly, what kube-apiserver does. They stand in Text
-	// too, as comments.
+	// Notes say where Text is not, or not exactly, what kube-apiserver does. They are in
+	// Text too, as comments.
 	Notes []string
-	// Unfinished is the provider that Text seals with and that must be filled in, or "".
+	// Unfinished is the provider that Text encrypts with and that must be filled in, or "".
 	Unfinished string
 }
 
@@ -114,7 +114,7 @@ func (c *Configuration) Convert(o Options) (*Result, error) {
 }
 
 // effective returns the resources in order of appearance, and the providers of each. Those of a
-// resource that stands in several entries add up.
+// resource with several entries add up.
 func (c *Configuration) effective() ([]groupResource, map[groupResource][]Provider) {
 	var order []groupResource
 	providers := map[groupResource][]Provider{}
@@ -202,7 +202,7 @@ func (v *conversion) rule(g groupResource, providers []Provider) (r rule) {
 	return r
 }
 
-// writer returns the provider that seals in place of one that the proxy does not write.
+// writer returns the provider that encrypts in place of one that the proxy does not write.
 func (v *conversion) writer(providers []Provider) string {
 	if v.WriteWith == "" {
 		for _, p := range providers {
@@ -237,9 +237,9 @@ func unused(base string, taken func(string) bool) string {
 	return name
 }
 
-// static returns the names of the providers that open what p sealed. Equal keys are one provider,
-// however often the file has them. It is more than one if p has several keys of one name, which
-// kube-apiserver tries in turn.
+// static returns the names of the providers that decrypt what p encrypted. Equal keys are one
+// provider, however often the file has them. It is more than one if p has several keys of one name,
+// which kube-apiserver tries in turn.
 func (v *conversion) static(p Provider) []string {
 	var layers [][]Key
 	for _, k := range p.Keys {

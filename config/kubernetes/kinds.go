@@ -8,8 +8,8 @@ import (
 
 // kinds are those of the resources of builtin, by where they are stored. Left out is what is not
 // told by its kind in protobuf: what is stored as JSON (custom resources, their definitions and API
-// services), and Endpoints, of which the API server keeps some that are never encrypted, beside
-// resources.
+// services), and Endpoints, of which the API server keeps some that are never encrypted, in
+// addition to resources.
 var kinds = map[string]string{
 	"certificatesigningrequests": "CertificateSigningRequest", "clusterrolebindings": "ClusterRoleBinding", "clusterroles": "ClusterRole",
 	"clustertrustbundles": "ClusterTrustBundle", "compositepodgroups": "CompositePodGroup", "configmaps": "ConfigMap", "controllerrevisions": "ControllerRevision",

@@ -28,7 +28,7 @@ func (g groupResource) String() string {
 var (
 	resourceName = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
 	groupName    = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$`)
-	// unnamed are what the API server stores beside resources, and never encrypts.
+	// unnamed are what the API server stores in addition to resources, and never encrypts.
 	unnamed = []string{"apiserveripinfo", "serviceipallocations", "servicenodeportallocations"}
 )
 
@@ -96,8 +96,8 @@ var exceptions = map[groupResource]string{
 	{"policy", "podsecuritypolicies"}:  "podsecuritypolicy", // until 1.24
 }
 
-// neverEncrypted are the places of what kube-apiserver stores beside resources and never encrypts,
-// with '*.*' neither.
+// neverEncrypted are the places of what kube-apiserver stores in addition to resources and never
+// encrypts, with '*.*' neither.
 var neverEncrypted = []string{"masterleases/", "peerserverleases/", "ranges/"}
 
 // grouped are the groups of kube-apiserver that are stored like custom resources, below the group's

@@ -133,16 +133,11 @@ func (s *Seed) seal(dst, etcdKey, plaintext []byte) ([]byte, error) {
 // Open appends the plaintext of data, an object's encrypted data, to dst. It retains no argument;
 // dst must not overlap data. The error is [ErrOpen].
 func (s *Seed) Open(dst, etcdKey, data []byte) ([]byte, error) {
-	return s.open(dst, false, nil, etcdKey, data)
+	return s.OpenRecent(nil, dst, etcdKey, data)
 }
 
-// OpenInPlace is Open that writes the plaintext over data and returns that part of it. After an
-// error, the content of data is undefined. recent may be nil.
-func (s *Seed) OpenInPlace(recent *Recent, etcdKey, data []byte) ([]byte, error) {
-	return s.open(nil, true, recent, etcdKey, data)
-}
-
-func (s *Seed) open(dst []byte, inPlace bool, recent *Recent, etcdKey, data []byte) ([]byte, error) {
+// OpenRecent is Open that caches the cipher in recent, which may be nil.
+func (s *Seed) OpenRecent(recent *Recent, dst, etcdKey, data []byte) ([]byte, error) {
 	aead, info, sealed := s.aead, []byte(nil), data
 	kept := s.typ == TypeKey // its one cipher needs no keeping
 	if s.typ == TypeSeed {
@@ -158,9 +153,6 @@ func (s *Seed) open(dst []byte, inPlace bool, recent *Recent, etcdKey, data []by
 				return nil, err
 			}
 		}
-	}
-	if inPlace {
-		dst = sealed[:0]
 	}
 	out, err := aead.Open(dst, nil, sealed, etcdKey)
 	if err != nil {

@@ -118,7 +118,7 @@ func TestRecheck(t *testing.T) {
 				t.Errorf("%q has a KMS", none)
 			}
 		}
-		if _, err := g.Sealer.Open(context.Background(), []byte("k"), stored); err != nil {
+		if _, err := g.Sealer.Open(context.Background(), nil, []byte("k"), stored); err != nil {
 			t.Error(err)
 		}
 	})

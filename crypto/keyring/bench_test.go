@@ -120,7 +120,7 @@ func BenchmarkOpen(b *testing.B) {
 		message := make([]byte, len(stored))
 		for b.Loop() {
 			copy(message, stored) // it is opened where it stands
-			if _, err := s.Open(ctx, key, message); err != nil {
+			if _, err := s.Open(ctx, nil, key, message); err != nil {
 				b.Fatal(err)
 			}
 		}
@@ -130,7 +130,7 @@ func BenchmarkOpen(b *testing.B) {
 			message := make([]byte, len(stored))
 			for pb.Next() {
 				copy(message, stored)
-				if _, err := s.Open(ctx, key, message); err != nil {
+				if _, err := s.Open(ctx, nil, key, message); err != nil {
 					b.Error(err)
 					return
 				}
@@ -154,7 +154,7 @@ func BenchmarkOpenRecovered(b *testing.B) {
 	message := bytes.Clone(stored)
 	for b.Loop() {
 		copy(message, stored)
-		if _, err := lost.Open(ctx, key, message); err != nil {
+		if _, err := lost.Open(ctx, nil, key, message); err != nil {
 			b.Fatal(err)
 		}
 	}
@@ -169,7 +169,7 @@ func BenchmarkSeedHit(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	if _, err := s.Open(ctx, key, bytes.Clone(stored)); err != nil {
+	if _, err := s.Open(ctx, nil, key, bytes.Clone(stored)); err != nil {
 		b.Fatal(err)
 	}
 	b.ReportAllocs()

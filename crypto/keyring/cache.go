@@ -108,8 +108,8 @@ type entry struct {
 	recheck atomic.Pointer[recheck]
 	// evicted is set when the entry was evicted; the rings' fast paths may still hold it.
 	evicted atomic.Bool
-	// touched is when the entry was last moved up in the LRU, in Unix seconds. The fast path does
-	// that at most once a second.
+	// touched is when the entry was last moved up in the LRU, in seconds after it was fetched. The
+	// fast path does that at most once a second.
 	touched atomic.Int64
 	// retry is when the KMS is called again for a seed past its TTL or from a recovery copy, in
 	// Unix nanoseconds.
@@ -125,8 +125,11 @@ const (
 	expired            // unwrap it again
 )
 
-func (c *Cache) ageOf(e *entry, now time.Time) age {
-	switch old := now.Sub(e.fetched); {
+func (c *Cache) ageOf(e *entry, now time.Time) age { return c.ageAfter(e, now.Sub(e.fetched)) }
+
+// ageAfter is ageOf for an entry that was fetched so long ago.
+func (c *Cache) ageAfter(e *entry, old time.Duration) age {
+	switch {
 	case e.evicted.Load():
 		return expired
 	case old < c.ttl:
@@ -145,9 +148,9 @@ func (c *Cache) get(d digest) *entry {
 	return e
 }
 
-// touch keeps an entry that only the fast path uses from looking unused.
-func (c *Cache) touch(e *entry, now time.Time) {
-	s := now.Unix()
+// touch keeps an entry, fetched so long ago, that only the fast path uses from looking unused.
+func (c *Cache) touch(e *entry, old time.Duration) {
+	s := int64(old / time.Second)
 	if last := e.touched.Load(); last != s && e.touched.CompareAndSwap(last, s) {
 		c.lru.Get(e.digest)
 	}

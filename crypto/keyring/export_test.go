@@ -22,10 +22,14 @@ func (r *Ring) RecoverySetting() any { return r.copier.set.Load() }
 // HasHot reports whether the fast path finds the seed of an object, and uses it.
 func (r *Ring) HasHot(object []byte) bool {
 	_, rest, cut := envelope.Cut(object)
-	e, now := r.seeds.hot.get(rest), time.Now()
-	if !cut || e == nil || r.p.cfg.Cache.ageOf(e, now) != fresh {
+	e := r.seeds.hot.get(rest)
+	if !cut || e == nil {
 		return false
 	}
-	r.p.cfg.Cache.touch(e, now)
+	old := time.Since(e.fetched)
+	if r.p.cfg.Cache.ageAfter(e, old) != fresh {
+		return false
+	}
+	r.p.cfg.Cache.touch(e, old)
 	return true
 }

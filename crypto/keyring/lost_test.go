@@ -120,7 +120,7 @@ func TestLostWithCopies(t *testing.T) {
 			pass := ringtest.NewRule(t, config)
 			ack.Set(func() { ack.OpErr["Decrypt"] = c.ack })
 			dr.Set(func() { dr.OpErr["Decrypt"] = c.dr })
-			got, err := pass.Open(context.Background(), []byte("k"), bytes.Clone(stored))
+			got, err := pass.Open(context.Background(), nil, []byte("k"), bytes.Clone(stored))
 			if handedOn := err == nil && bytes.Equal(got, stored); handedOn != c.handedOn || !handedOn && err == nil {
 				t.Errorf("%d: handed on is %v, %v", i, handedOn, err)
 			}

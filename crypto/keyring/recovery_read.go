@@ -230,9 +230,9 @@ func (c *copyReader) useOf(by *Ring) *copyUse {
 }
 
 // noteUse logs as an error that a value was decrypted with a seed from a recovery copy.
-func (c *copyReader) noteUse(e *entry, now time.Time) {
+func (c *copyReader) noteUse(e *entry) {
 	c.p.cfg.Observer.Recovered(c.p.cfg.Provider, e.by.p.cfg.Provider)
-	s := now.Unix()
+	s := time.Now().Unix()
 	if e.copyUse.last.Load() == s {
 		return // once a second is enough for what follows
 	}

@@ -217,7 +217,7 @@ func TestNonBlockingDecidesNothing(t *testing.T) {
 		for _, pass := range []bool{false, true} {
 			counts := &ringtest.Events{}
 			sealer := ringtest.NewRule(t, rule.Config{Write: s.Ack.Ring, Recovery: []*keyring.Ring{s.DR.Ring}, Passthrough: pass, Observer: counts})
-			got, err := sealer.Open(ended, []byte("k"), bytes.Clone(stored))
+			got, err := sealer.Open(ended, nil, []byte("k"), bytes.Clone(stored))
 			if got != nil {
 				t.Errorf("passthrough %t: %d bytes were handed on", pass, len(got))
 			}
@@ -228,7 +228,7 @@ func TestNonBlockingDecidesNothing(t *testing.T) {
 		}
 		// With time, the copy opens it; from then on it takes none.
 		for _, ctx := range []context.Context{t.Context(), ended} {
-			got, err := s.Sealer.Open(ctx, []byte("k"), bytes.Clone(stored))
+			got, err := s.Sealer.Open(ctx, nil, []byte("k"), bytes.Clone(stored))
 			if err != nil || string(got) != "v" {
 				t.Errorf("%q, %v", got, err)
 			}

@@ -103,7 +103,7 @@ func TestNothingOpensOnceRevoked(t *testing.T) {
 			w.do = func() {
 				bad++
 				for _, stored := range all {
-					if _, err := g.Sealer.Open(ended, []byte("k"), bytes.Clone(stored)); err == nil {
+					if _, err := g.Sealer.Open(ended, nil, []byte("k"), bytes.Clone(stored)); err == nil {
 						t.Errorf("%s: a value opens of a key that may not be used, revoked is %t", name, g.State().Revoked)
 					}
 				}
@@ -422,10 +422,10 @@ func TestOneProviderDown(t *testing.T) {
 		va, vb := ga.MustWrite(t, "k", "va"), gb.MustWrite(t, "k", "vb")
 		b.Set(func() { b.Down = ringtest.KMSError("Status", kmsclient.KeyDisabled) })
 		time.Sleep(time.Minute)
-		if got, err := both.Open(context.Background(), []byte("k"), bytes.Clone(va)); err != nil || string(got) != "va" {
+		if got, err := both.Open(context.Background(), nil, []byte("k"), bytes.Clone(va)); err != nil || string(got) != "va" {
 			t.Errorf("%q, %v", got, err)
 		}
-		_, err = both.Open(context.Background(), []byte("k"), bytes.Clone(vb))
+		_, err = both.Open(context.Background(), nil, []byte("k"), bytes.Clone(vb))
 		ringtest.WantKind(t, err, keyring.KeyUnusable)
 		if n := ga.Cache.Len(); n != 1 {
 			t.Errorf("%d seeds are left, want a's own", n)

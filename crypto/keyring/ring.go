@@ -283,13 +283,13 @@ func (r *Ring) Seal(ctx context.Context, etcdKey, plaintext []byte, try bool) ([
 
 // Mode says how an object is decrypted.
 type Mode struct {
-	InPlace bool // the plaintext is written over the object
-	// without a KMS call, or else the error is [ErrWouldBlock] and the object is unchanged
-	Try bool
+	Dst []byte // the plaintext is appended to it; it must not overlap the object
+	Try bool   // without a KMS call, or else the error is [ErrWouldBlock]
 }
 
 // Open decrypts an object of this provider that is stored under etcdKey, if need be with a recovery
-// copy that one of rings unwraps. It returns the seed that was used.
+// copy that one of rings unwraps. It returns mode.Dst with the plaintext, and the seed that was
+// used.
 func (r *Ring) Open(ctx context.Context, etcdKey, object []byte, mode Mode, rings []*Ring) ([]byte, UsedSeed, *Error) {
 	plaintext, e, err := r.seeds.open(ctx, etcdKey, object, mode, rings)
 	if err != nil && err != ErrWouldBlock {

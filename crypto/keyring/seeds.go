@@ -27,13 +27,13 @@ type seeds struct {
 }
 
 // open decrypts an object of this provider, if need be with a recovery copy that one of rings
-// unwraps. e is the seed that was used; it is nil if there was none.
+// unwraps. It appends the plaintext to mode.Dst. e is the seed that was used; it is nil if there
+// was none.
 func (s *seeds) open(ctx context.Context, etcdKey, object []byte, mode Mode, rings []*Ring) (plaintext []byte, e *entry, err *Error) {
 	if st := s.p.state.Load(); st.revoked != nil && !kmsclient.ReasonOf(st.revoked).Gone() && !slices.ContainsFunc(rings, (*Ring).overrides) {
 		return nil, nil, s.p.errorf(KeyUnusable, st.revoked, "%s", describe(st.revoked))
 	}
-	now := time.Now()
-	e, l, err := s.lookup(object, rings, now)
+	e, l, err := s.lookup(object, rings)
 	switch {
 	case err != nil:
 		return nil, nil, err
@@ -48,15 +48,10 @@ func (s *seeds) open(ctx context.Context, etcdKey, object []byte, mode Mode, rin
 		s.remember(&l, e)
 	}
 	verified := e.verified.Load()
-	var oerr error
-	if mode.InPlace && verified { // otherwise the object may be needed again
-		plaintext, oerr = e.seed.OpenInPlace(&s.recent, etcdKey, l.data)
-	} else {
-		plaintext, oerr = e.seed.Open(nil, etcdKey, l.data)
-	}
+	plaintext, oerr := e.seed.OpenRecent(&s.recent, mode.Dst, etcdKey, l.data)
 	if oerr != nil {
 		if !verified {
-			if plaintext, err = s.openAgain(ctx, e, etcdKey, object, mode.Try); err == nil || err.Kind != Corrupt {
+			if plaintext, err = s.openAgain(ctx, e, etcdKey, object, mode); err == nil || err.Kind != Corrupt {
 				return plaintext, e, err
 			}
 		}
@@ -66,7 +61,7 @@ func (s *seeds) open(ctx context.Context, etcdKey, object []byte, mode Mode, rin
 		e.verified.Store(true)
 	}
 	if e.copyUse != nil {
-		s.copies.noteUse(e, now)
+		s.copies.noteUse(e)
 	}
 	return plaintext, e, nil
 }
@@ -82,12 +77,15 @@ type lookup struct {
 }
 
 // lookup returns the seed of an object that may be used without waiting for a KMS, or nil.
-func (s *seeds) lookup(object []byte, rings []*Ring, now time.Time) (e *entry, l lookup, err *Error) {
+func (s *seeds) lookup(object []byte, rings []*Ring) (e *entry, l lookup, err *Error) {
 	data, rest, cut := envelope.Cut(object)
 	if cut {
-		if e := s.hot.get(rest); e != nil && s.p.cfg.Cache.ageOf(e, now) == fresh {
-			s.p.cfg.Cache.touch(e, now)
-			return e, lookup{data: data, event: EventHit}, nil
+		if e := s.hot.get(rest); e != nil {
+			old := time.Since(e.fetched) // half the cost of time.Now
+			if s.p.cfg.Cache.ageAfter(e, old) == fresh {
+				s.p.cfg.Cache.touch(e, old)
+				return e, lookup{data: data, event: EventHit}, nil
+			}
 		}
 	}
 	o, perr := envelope.Parse(object)
@@ -99,7 +97,7 @@ func (s *seeds) lookup(object []byte, rings []*Ring, now time.Time) (e *entry, l
 	if cut && len(data) == len(o.Data) && &data[0] == &o.Data[0] {
 		l.rest = rest
 	}
-	if e = s.cached(&l, rings, now); e != nil {
+	if e = s.cached(&l, rings, time.Now()); e != nil {
 		s.remember(&l, e)
 	}
 	return e, l, nil

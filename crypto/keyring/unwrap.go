@@ -180,13 +180,13 @@ type recheck struct {
 
 // openAgain decrypts a value that an unverified seed has not decrypted. A wrong response of the KMS
 // must not make a value look damaged, so the seed is unwrapped once more, and then less and less
-// often. The error is of kind Corrupt if the KMS returned the same seed, and [ErrWouldBlock] if try
-// says that the KMS must not be called.
-func (s *seeds) openAgain(ctx context.Context, e *entry, etcdKey, object []byte, try bool) ([]byte, *Error) {
+// often. The error is of kind Corrupt if the KMS returned the same seed, and [ErrWouldBlock] if
+// mode says that the KMS must not be called.
+func (s *seeds) openAgain(ctx context.Context, e *entry, etcdKey, object []byte, mode Mode) ([]byte, *Error) {
 	if last := e.recheck.Load(); last != nil && time.Now().Before(last.until) {
 		return nil, s.notOpened(e, last)
 	}
-	if try {
+	if mode.Try {
 		return nil, ErrWouldBlock
 	}
 	if ctx.Err() != nil {
@@ -207,7 +207,7 @@ func (s *seeds) openAgain(ctx context.Context, e *entry, etcdKey, object []byte,
 		return nil, err
 	}
 	if o, err := envelope.Parse(object); now != e && err == nil {
-		if plaintext, err := now.seed.Open(nil, etcdKey, o.Data); err == nil {
+		if plaintext, err := now.seed.Open(mode.Dst, etcdKey, o.Data); err == nil {
 			now.verified.Store(true)
 			return plaintext, nil
 		}

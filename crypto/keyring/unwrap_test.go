@@ -88,7 +88,7 @@ func TestEachWaiterHonoursItsOwnContext(t *testing.T) {
 		first, cancel := context.WithCancelCause(context.Background())
 		done := make(chan error)
 		go func() {
-			_, err := g.Sealer.Open(first, []byte("k"), bytes.Clone(stored))
+			_, err := g.Sealer.Open(first, nil, []byte("k"), bytes.Clone(stored))
 			done <- err
 		}()
 		second := make(chan error)
@@ -123,13 +123,13 @@ func TestMessageBufferIsReused(t *testing.T) {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Millisecond)
 		defer cancel()
 		message := bytes.Clone(stored)
-		_, err := g.Sealer.Open(ctx, []byte("k"), message)
+		_, err := g.Sealer.Open(ctx, nil, []byte("k"), message)
 		ringtest.WantKind(t, err, keyring.Unavailable)
 		clear(message)
 		time.Sleep(2 * time.Second)
 		g.MustRead(t, "k", stored, "v")
 		message = bytes.Clone(stored)
-		if got, err := g.Sealer.Open(context.Background(), []byte("k"), message); err != nil || string(got) != "v" {
+		if got, err := g.Sealer.Open(context.Background(), nil, []byte("k"), message); err != nil || string(got) != "v" {
 			t.Fatalf("open = %q, %v", got, err)
 		}
 		clear(message)
@@ -345,7 +345,7 @@ func TestGarbageIsNotHandedOn(t *testing.T) {
 				}
 				synctest.Wait()
 				kms.Set(func() { kms.Result, kms.Calls = c.result, map[string]int{} })
-				got, err := rule.Open(t.Context(), []byte("k"), bytes.Clone(stored))
+				got, err := rule.Open(t.Context(), nil, []byte("k"), bytes.Clone(stored))
 				switch {
 				case c.want == "":
 					ringtest.WantKind(t, err, keyring.SeedRefused)

@@ -32,7 +32,7 @@ func Example() {
 	key := []byte("/registry/secrets/a/b")
 	stored, err := sealer.Seal(ctx, key, []byte("value")) // waits for the first health check
 	fmt.Println(sealer.Sealed(stored), err)
-	value, err := sealer.TryOpen(key, stored)
+	value, err := sealer.TryOpen(nil, key, stored)
 	fmt.Printf("%s %v\n", value, err)
 	cancel()
 	<-stopped

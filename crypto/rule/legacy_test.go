@@ -86,7 +86,7 @@ func TestLegacyReaders(t *testing.T) {
 					if standing != c.standing || (err != nil) != (c.standing == keyring.Undecryptable) || !bytes.Equal(stored, c.stored) {
 						t.Errorf("%s, %s: Inspect says %s, %v", v.Name, c.what, standing, err)
 					}
-					got, err := s.Open(ctx, v.EtcdKey, stored)
+					got, err := s.Open(ctx, nil, v.EtcdKey, stored)
 					switch {
 					case c.want == 0:
 						if err != nil || !bytes.Equal(got, v.Plaintext) || obs.Get("opened /r/ ok") != 1 {
@@ -138,7 +138,7 @@ func TestLegacyOneAnswer(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				_, err = s.Open(context.Background(), c.key, bytes.Clone(c.stored))
+				_, err = s.Open(context.Background(), nil, c.key, bytes.Clone(c.stored))
 				ringtest.WantKind(t, err, keyring.Corrupt)
 				if obs.Get("opened /r/ corrupt") != 1 || len(obs.Counts) != 1 {
 					t.Errorf("%s, %s: counted %v", v.Name, what, obs.Counts)
@@ -169,7 +169,7 @@ func TestLegacyWritingPlaintext(t *testing.T) {
 		if got, err := s.Seal(context.Background(), v.EtcdKey, within); err != nil || !bytes.Equal(got, within) {
 			t.Errorf("%q, %v", got, err)
 		}
-		if got, err := s.Open(context.Background(), v.EtcdKey, within); err != nil || !bytes.Equal(got, within) {
+		if got, err := s.Open(context.Background(), nil, v.EtcdKey, within); err != nil || !bytes.Equal(got, within) {
 			t.Errorf("%q, %v", got, err)
 		}
 		if err := s.Health(); err != nil {

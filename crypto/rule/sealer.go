@@ -170,24 +170,23 @@ func (s *Sealer) failSeal(err *keyring.Error) *keyring.Error {
 	return err.InRule(s.cfg.Prefix)
 }
 
-// Open returns the value of stored, the bytes that etcd has under key: stored itself if the rule
-// returns it as stored, otherwise new bytes or a part of stored, which it may overwrite. It retains
-// neither argument. The error is a [*keyring.Error]. With a context that has ended it does what
-// needs no KMS call, and does not count an error.
-func (s *Sealer) Open(ctx context.Context, key, stored []byte) ([]byte, error) {
-	return s.openByRule(ctx, key, stored, false)
+// Open appends to dst the value of stored, the bytes that etcd has under key, or stored itself if
+// the rule returns it as stored. It retains no argument, and dst must not overlap stored. The error
+// is a [*keyring.Error]. With a context that has ended it does what needs no KMS call, and does not
+// count an error.
+func (s *Sealer) Open(ctx context.Context, dst, key, stored []byte) ([]byte, error) {
+	return s.openByRule(ctx, key, stored, keyring.Mode{Dst: dst})
 }
 
-// TryOpen is Open that does not wait: the error is [keyring.ErrWouldBlock], and stored is
-// unchanged, if the value needs a KMS call.
-func (s *Sealer) TryOpen(key, stored []byte) ([]byte, error) {
-	return s.openByRule(context.Background(), key, stored, true)
+// TryOpen is Open that does not wait: the error is [keyring.ErrWouldBlock] if the value needs a KMS
+// call.
+func (s *Sealer) TryOpen(dst, key, stored []byte) ([]byte, error) {
+	return s.openByRule(context.Background(), key, stored, keyring.Mode{Dst: dst, Try: true})
 }
 
 // openByRule is open with the rule's policies.
-func (s *Sealer) openByRule(ctx context.Context, key, stored []byte, try bool) ([]byte, error) {
-	// With Passthrough, a value that is not decrypted must stay as it is.
-	plaintext, _, outcome, err := s.open(ctx, key, stored, keyring.Mode{InPlace: !s.cfg.Passthrough, Try: try})
+func (s *Sealer) openByRule(ctx context.Context, key, stored []byte, mode keyring.Mode) ([]byte, error) {
+	plaintext, _, outcome, err := s.open(ctx, key, stored, mode)
 	if err == keyring.ErrWouldBlock {
 		return nil, err
 	}
@@ -195,7 +194,7 @@ func (s *Sealer) openByRule(ctx context.Context, key, stored []byte, try bool) (
 		if s.cfg.Passthrough && err.IsFinal() {
 			err.NoteReturned()
 			s.cfg.Observer.Opened(s.cfg.Prefix, OutcomePassthrough)
-			return stored, nil
+			return append(mode.Dst, stored...), nil
 		}
 		if ctx.Err() == nil {
 			s.cfg.Observer.Opened(s.cfg.Prefix, outcomeOf(err))
@@ -214,11 +213,14 @@ func (s *Sealer) openByRule(ctx context.Context, key, stored []byte, try bool) (
 		return nil, err.InRule(s.cfg.Prefix)
 	}
 	s.cfg.Observer.Opened(s.cfg.Prefix, outcome)
+	if outcome != OutcomeOK {
+		return append(mode.Dst, stored...), nil
+	}
 	return plaintext, nil
 }
 
-// open returns what stored is, without the rule's policies: OutcomeOK and its plaintext, or
-// OutcomePlaintext or OutcomeForeign and stored.
+// open returns what stored is, without the rule's policies: OutcomeOK and mode.Dst with its
+// plaintext, or OutcomePlaintext or OutcomeForeign and stored.
 func (s *Sealer) open(ctx context.Context, key, stored []byte, mode keyring.Mode) ([]byte, keyring.UsedSeed, Outcome, *keyring.Error) {
 	var none keyring.UsedSeed
 	if !bytes.HasPrefix(stored, []byte(envelope.Root)) {
@@ -233,7 +235,7 @@ func (s *Sealer) open(ctx context.Context, key, stored []byte, mode keyring.Mode
 	if plaintext, err, ok := s.openLegacy(key, stored); err != nil {
 		return nil, none, "", err
 	} else if ok {
-		return plaintext, none, OutcomeOK, nil
+		return append(mode.Dst, plaintext...), none, OutcomeOK, nil
 	}
 	// Under a rule that writes plaintext, a client may have written a part of a marker.
 	if s.cfg.Write != nil && s.endsWithinMarker(stored) {

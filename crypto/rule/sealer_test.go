@@ -59,14 +59,18 @@ func TestPolicies(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				got, err := s.Open(context.Background(), []byte("k"), bytes.Clone(c.stored))
+				got, err := s.Open(context.Background(), []byte("dst"), []byte("k"), bytes.Clone(c.stored))
+				got, begins := bytes.CutPrefix(got, []byte("dst"))
+				if err == nil && !begins {
+					t.Errorf("%s, %d: not appended", c.name, i)
+				}
 				switch want {
 				case "open":
 					if err != nil || string(got) != "value" {
 						t.Errorf("%s, %d: %q, %v", c.name, i, got, err)
 					}
 				case "stored":
-					if err != nil || !bytes.Equal(got, c.stored) || (got == nil) != (c.stored == nil) {
+					if err != nil || !bytes.Equal(got, c.stored) {
 						t.Errorf("%s, %d: %q, %v", c.name, i, got, err)
 					}
 				default:
@@ -93,7 +97,7 @@ func TestPolicies(t *testing.T) {
 		for reason, kind := range map[kmsclient.Reason]keyring.Kind{kmsclient.Unreachable: keyring.Unavailable, kmsclient.Denied: keyring.KeyUnusable, kmsclient.KeyDisabled: keyring.KeyUnusable} {
 			old.Set(func() { old.KeyErr["key-1"] = ringtest.KMSError("Decrypt", reason) })
 			time.Sleep(time.Minute) // what was answered before is remembered
-			_, err := s.Open(context.Background(), []byte("k"), bytes.Clone(gone))
+			_, err := s.Open(context.Background(), nil, []byte("k"), bytes.Clone(gone))
 			ringtest.WantKind(t, err, kind)
 		}
 	})
@@ -128,7 +132,7 @@ func TestWritingPlaintext(t *testing.T) {
 			if err != nil || string(stored) != v {
 				t.Fatalf("Seal(%q) = %q, %v", v, stored, err)
 			}
-			got, err := s.Open(ctx, []byte("k"), bytes.Clone(stored))
+			got, err := s.Open(ctx, nil, []byte("k"), bytes.Clone(stored))
 			if err != nil || string(got) != v {
 				t.Fatalf("Open(%q) = %q, %v", v, got, err)
 			}
@@ -140,7 +144,7 @@ func TestWritingPlaintext(t *testing.T) {
 				t.Errorf("the text holds the value: %v", err)
 			}
 		}
-		if got, err := s.Open(ctx, []byte("k"), bytes.Clone(sealed)); err != nil || string(got) != "value" {
+		if got, err := s.Open(ctx, nil, []byte("k"), bytes.Clone(sealed)); err != nil || string(got) != "value" {
 			t.Errorf("Open = %q, %v", got, err)
 		}
 		for want, v := range map[keyring.ValueState][]byte{keyring.Current: []byte("hello"), keyring.Stale: sealed, keyring.Foreign: []byte("k8s:enc:kms:v2:other:x")} {
@@ -179,10 +183,10 @@ func TestCorruptionOfStoredValues(t *testing.T) {
 				t.Errorf("%s: inspected as %s", what, standing)
 			}
 			// A rule that hands on what is corrupt hands it on whole.
-			if got, err := lenient.Open(context.Background(), []byte("/s/key"), given); err == nil && !bytes.Equal(got, before) {
+			if got, err := lenient.Open(context.Background(), nil, []byte("/s/key"), given); err == nil && !bytes.Equal(got, before) {
 				t.Errorf("%s: handed on as %q", what, got)
 			}
-			got, err := s.Open(context.Background(), []byte("/s/key"), bytes.Clone(b))
+			got, err := s.Open(context.Background(), nil, []byte("/s/key"), bytes.Clone(b))
 			if err == nil {
 				t.Errorf("%s: opens as %q", what, got)
 			} else if e, ok := err.(*keyring.Error); !ok || e.Kind == keyring.Unavailable { //nolint:errorlint // the concrete type is what is promised
@@ -200,7 +204,7 @@ func TestCorruptionOfStoredValues(t *testing.T) {
 			try(fmt.Sprintf("byte %d of %d", i, len(stored)), b)
 			try(fmt.Sprintf("cut to %d of %d", i, len(stored)), stored[:i])
 		}
-		_, err = s.Open(context.Background(), []byte("/s/key2"), bytes.Clone(stored))
+		_, err = s.Open(context.Background(), nil, []byte("/s/key2"), bytes.Clone(stored))
 		ringtest.WantKind(t, err, keyring.Corrupt)
 		g.MustRead(t, "/s/key", stored, "a plaintext")
 	})

@@ -7,10 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"os"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/secretfile"
 )
 
@@ -38,24 +35,9 @@ const (
 // LoadKey reads the key of a chain: all bytes of a file, 32 to 4,096, that no other user can read.
 // The key is for [Config] or [VerifyOptions].
 func LoadKey(path string) ([]byte, error) {
-	f, err := os.Open(path) //nolint:gosec // the operator names the file
+	key, _, err := secretfile.Read("audit key", path, maxKey+1) // checkKey names both limits
 	if err != nil {
-		return nil, fmt.Errorf("read audit key: %w", err)
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, fmt.Errorf("read audit key: %w", err)
-	}
-	if !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("audit key %s: not a regular file", path)
-	}
-	if why, fix := secretfile.Check(path, info); why != "" {
-		return nil, problem.New("run "+fix+" "+path+", and replace the key if another user has read it", "audit key %s: %s", path, why)
-	}
-	key, err := io.ReadAll(io.LimitReader(f, maxKey+1))
-	if err != nil {
-		return nil, fmt.Errorf("read audit key: %w", err)
+		return nil, err
 	}
 	if err := checkKey(key); err != nil {
 		return nil, fmt.Errorf("audit key %s: %w", path, err)

@@ -21,7 +21,7 @@ const (
 	EventRecovery Event = "recovery" // a seed was unwrapped from a recovery copy: Primary could not
 	// EventGuard: rules that protect keys less than what the proxies agreed on: refused or allowed
 	EventGuard   Event = "guard"
-	EventBypass  Event = "bypass"  // plaintext was written under a rule, past the proxies
+	EventBypass  Event = "bypass"  // plaintext was written under a rule, to etcd directly
 	EventCommand Event = "command" // a command that works on etcd itself began or ended
 )
 

@@ -23,6 +23,7 @@ type VerifyOptions struct {
 var (
 	ErrKeyed    = errors.New("the chain is keyed, and can be checked with its key only")
 	ErrExpected = errors.New("the expected hash is not 64 hexadecimal digits in lower case")
+	ErrSeveral  = errors.New("each of them begins with record 1: they are not files of one log")
 )
 
 // Input is a file of a log.
@@ -62,7 +63,7 @@ func Verify(o VerifyOptions, files ...Input) (*Report, error) {
 }
 
 // VerifyFiles is Verify for files by name, in any order: it puts them in the order of their first
-// records.
+// records. It returns [ErrSeveral] if two of them are the beginning of a log.
 func VerifyFiles(o VerifyOptions, names ...string) (*Report, error) {
 	type opened struct {
 		name string
@@ -89,6 +90,9 @@ func VerifyFiles(o VerifyOptions, names ...string) (*Report, error) {
 		}
 	}
 	slices.SortStableFunc(all, func(a, b opened) int { return cmp.Compare(a.seq, b.seq) })
+	if len(all) > 1 && all[0].seq == 1 && all[1].seq == 1 {
+		return nil, fmt.Errorf("%s and %s: %w", printable.Name(all[0].name), printable.Name(all[1].name), ErrSeveral)
+	}
 	inputs := make([]Input, len(all))
 	for i, o := range all {
 		inputs[i] = Input{Name: o.name, Reader: o.f}

@@ -16,7 +16,7 @@ func TestAuditOfServe(t *testing.T) {
 	d.AuditKey(t)
 	const block = "audit: {path: audit.jsonl, keyFile: audit.key}\nkind: "
 	s := start(t, d.Config(t, "kind: ", block))
-	addressOf(t, s, "serving")
+	addressOf(t, s, "listening")
 	clitest.Eventually(t, "report of the rule", func() bool {
 		_, page := get(t, s, "/readyz")
 		return strings.Contains(page, `[+]rule "/registry/secrets/" ok`) && strings.Contains(page, "[+]audit ok")
@@ -75,7 +75,7 @@ func TestAuditOfServe(t *testing.T) {
 
 	// A second run goes on in the same chain.
 	s = start(t, d.Config(t, "kind: ", block))
-	addressOf(t, s, "serving")
+	addressOf(t, s, "listening")
 	s.signal(syscall.SIGTERM)
 	s.exited(0)
 	r = execute(t, "audit", "verify", d.Path("audit.jsonl"), "--key-file", d.Path("audit.key"), "--expect-last", last)
@@ -102,7 +102,7 @@ func TestAuditBadInput(t *testing.T) {
 func TestAuditNotRequired(t *testing.T) {
 	d := clitest.NewDir(t)
 	s := start(t, d.Config(t, "kind: ", "audit: {path: audit.jsonl}\nkind: "))
-	addressOf(t, s, "serving")
+	addressOf(t, s, "listening")
 	unblock := d.Block(t)
 	s.signal(syscall.SIGHUP)
 	s.signal(syscall.SIGHUP)

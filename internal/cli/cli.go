@@ -46,6 +46,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 	// when it is created.
 	root.InitDefaultCompletionCmd("completion")
 	if completion, _, err := root.Find([]string{"completion"}); err == nil {
+		completion.Use, completion.Short = "completion COMMAND", "print a completion script for a shell"
 		completion.Args, completion.RunE = cobra.NoArgs, command.NeedsCommand
 	}
 	documentExitCodes(root)
@@ -77,7 +78,13 @@ func newRoot() *cobra.Command {
 key management service (KMS), in the format of Kubernetes' KMS v2, and passes everything else
 unchanged.`
 	root.SilenceErrors, root.SilenceUsage = true, true
-	root.SetUsageTemplate(strings.ReplaceAll(root.UsageTemplate(), "Flags.FlagUsages ", "Flags.FlagUsagesWrapped 100 "))
+	b := buildinfo.Read()
+	root.Version = b.Version // so that cobra handles the flag
+	root.SetVersionTemplate(printable.Sprintf(versionFormat, b.Version, b.Go, b.Platform))
+	root.Flags().Bool("version", false, "print the version of this binary")
+	// Groups have COMMAND in their use, so cobra's second line for them says nothing more.
+	root.SetUsageTemplate(strings.NewReplacer("Flags.FlagUsages ", "Flags.FlagUsagesWrapped 100 ",
+		"{{if .HasAvailableSubCommands}}\n  {{.CommandPath}} [command]{{end}}", "", "[command]", "COMMAND").Replace(root.UsageTemplate()))
 	return root
 }
 

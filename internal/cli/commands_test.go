@@ -32,6 +32,15 @@ func TestHelp(t *testing.T) {
 			t.Errorf("--help has no %q", text)
 		}
 	}
+	if strings.Count(help, "etcd-kms-proxy COMMAND") != 2 || strings.Contains(help, "[command]") {
+		t.Errorf("--help shows the use of the program twice: %s", help)
+	}
+	if flag, command := execute(t, "--version").stdout, execute(t, "version").stdout; flag != command || !strings.HasPrefix(flag, "etcd-kms-proxy ") {
+		t.Errorf("--version prints %q, and version %q", flag, command)
+	}
+	execute(t, "stattus").want(t, 2, `error: unknown command "stattus"`, "hint: did you mean status?")
+	execute(t, "kms", "chek").want(t, 2, "hint: did you mean check?")
+	execute(t, "frobnicate").want(t, 2, "hint: etcd-kms-proxy --help lists the commands")
 }
 
 // TestHelpListsExitCodes: the help of every command lists the codes that it exits with, and says

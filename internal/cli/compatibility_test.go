@@ -169,7 +169,7 @@ func TestStoredValuesOfReleases(t *testing.T) {
 	names := make(map[string]bool)
 	for _, v := range values {
 		names[v.Name] = true
-		if got, err := sealerOf(t, a, v.EtcdKey).Open(t.Context(), v.EtcdKey, bytes.Clone(v.Stored)); err != nil || !bytes.Equal(got, v.Plaintext) {
+		if got, err := sealerOf(t, a, v.EtcdKey).Open(t.Context(), nil, v.EtcdKey, bytes.Clone(v.Stored)); err != nil || !bytes.Equal(got, v.Plaintext) {
 			t.Errorf("%s: %q, %v", v.Name, got, err)
 		}
 	}
@@ -183,7 +183,7 @@ func TestStoredValuesOfReleases(t *testing.T) {
 		if bytes.HasPrefix(v.EtcdKey, []byte("/registry/")) {
 			continue // without recovery copies
 		}
-		if got, err := sealerOf(t, rescue, v.EtcdKey).Open(t.Context(), v.EtcdKey, bytes.Clone(v.Stored)); err != nil || !bytes.Equal(got, v.Plaintext) {
+		if got, err := sealerOf(t, rescue, v.EtcdKey).Open(t.Context(), nil, v.EtcdKey, bytes.Clone(v.Stored)); err != nil || !bytes.Equal(got, v.Plaintext) {
 			t.Errorf("%s, by its recovery copy: %q, %v", v.Name, got, err)
 		}
 	}

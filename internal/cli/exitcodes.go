@@ -23,14 +23,25 @@ var findings = map[string]string{
 	" kubeadm status":         "the node is not set up correctly, or is not ready",
 }
 
+// exitCode is a code that a command exits with, and what it means.
+type exitCode struct{ code, meaning string }
+
+// exitCodes returns those of a command.
+func exitCodes(cmd *cobra.Command) []exitCode {
+	codes := []exitCode{{"0", "all is well"}}
+	if text, ok := findings[strings.TrimPrefix(cmd.CommandPath(), cmd.Root().Name())]; ok {
+		codes = append(codes, exitCode{"1", text})
+	}
+	return append(codes, exitCode{"2", "the command line is wrong"}, exitCode{"3", "the command failed"})
+}
+
 // documentExitCodes adds the exit codes to the help of cmd and of all commands below it.
 func documentExitCodes(cmd *cobra.Command) {
 	var b strings.Builder
-	b.WriteString("\n\nExit codes:\n  0  all is well\n")
-	if text, ok := findings[strings.TrimPrefix(cmd.CommandPath(), cmd.Root().Name())]; ok {
-		b.WriteString("  1  " + text + "\n")
+	b.WriteString("\n\nExit codes:")
+	for _, c := range exitCodes(cmd) {
+		b.WriteString("\n  " + c.code + "  " + c.meaning)
 	}
-	b.WriteString("  2  the command line is wrong\n  3  the command failed")
 	if cmd.Long == "" {
 		cmd.Long = cmd.Short
 	}

@@ -34,6 +34,9 @@ data.`,
 			if errors.Is(err, fs.ErrExist) {
 				err = local.AddVersion(args[0])
 			}
+			if errors.Is(err, fs.ErrNotExist) {
+				err = problem.WithHint(err, "create the folder first")
+			}
 			return err
 		}),
 	}

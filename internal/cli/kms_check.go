@@ -2,8 +2,10 @@ package cli
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"log/slog"
+	"strings"
 	"sync"
 	"time"
 
@@ -70,7 +72,7 @@ the result. With --identity, it also unwraps the result, and records the test in
 there is one.
 
 It warns about a key that will be deleted or expire, that is not protected from deletion or not
-rotated, or that has no recovery key. Warnings do not change the exit code, so that monitoring can
+rotated, or that has no recovery key, and about a plugin whose key IDs are only numbers. Warnings do not change the exit code, so that monitoring can
 tell a key that works from one that does not; with --strict they do.
 
 With --policy it tests nothing, and prints the least privileges that the proxy needs on all keys of
@@ -203,6 +205,9 @@ func checkBackend(ctx context.Context, name string, b *provider.Provider, u uses
 	r.KeyID = status.KeyID
 	if status.Healthz != "ok" {
 		r.found("state: the KMS reports that it is not healthy")
+	}
+	if b.Kind == "plugin" && strings.Trim(r.KeyID, "0123456789") == "" {
+		r.Warnings = append(r.Warnings, fmt.Sprintf("the key ID %s is only a number, which another key may have too: the proxy would not notice that the key was replaced, and values of the old key would be lost", r.KeyID))
 	}
 	start, before := time.Now(), len(r.Findings)
 	if u.encrypts {

@@ -72,3 +72,21 @@ func TestKMSCheckShowsThePluginsText(t *testing.T) {
 		}
 	}
 }
+
+// numbered has key IDs that are only numbers, as Vault's transit engine has.
+type numbered struct{ ailing }
+
+func (numbered) Status(context.Context) (*service.StatusResponse, error) {
+	return &service.StatusResponse{Version: "v2", Healthz: "ok", KeyID: "12"}, nil
+}
+
+// TestKMSCheckWarnsOfNumbers: a key ID that another key could have is a warning.
+func TestKMSCheckWarnsOfNumbers(t *testing.T) {
+	const text = "the key ID 12 is only a number"
+	if r, _, _ := checked(numbered{ailing{Memory: kmstest.NewMemory()}}); len(r.Warnings) != 1 || !strings.HasPrefix(r.Warnings[0], text) {
+		t.Errorf("%q", r.Warnings)
+	}
+	if r, _, _ := checked(ailing{kmstest.NewMemory(), "ok"}); len(r.Warnings) != 0 {
+		t.Errorf("%q", r.Warnings)
+	}
+}

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"cmp"
 	"flag"
 	"os"
 	"path/filepath"
@@ -27,6 +28,14 @@ func TestManPages(t *testing.T) {
 	}
 	root := newRoot()
 	disableAutoGenTag(root)
+	for cmd := range everyCommand(root) {
+		var b strings.Builder
+		b.WriteString(cmp.Or(cmd.Long, cmd.Short) + "\n\n# EXIT STATUS\n")
+		for _, c := range exitCodes(cmd) {
+			b.WriteString("**" + c.code + "**\n: " + c.meaning + "\n\n")
+		}
+		cmd.Long = b.String() // the library copies it into the page
+	}
 	epoch, _ := strconv.ParseInt(os.Getenv("SOURCE_DATE_EPOCH"), 10, 64)
 	date := time.Unix(epoch, 0).UTC()
 	header := &doc.GenManHeader{Section: "1", Date: &date, Source: "etcd-kms-proxy", Manual: "etcd-kms-proxy"}
@@ -42,6 +51,11 @@ func TestManPages(t *testing.T) {
 		}
 		if text := strings.ReplaceAll(string(page), `\`, ""); !strings.Contains(text, cmd.Short) {
 			t.Errorf("%s does not say %q", name, cmd.Short)
+		}
+		for _, c := range exitCodes(cmd) {
+			if _, status, _ := strings.Cut(string(page), ".SH EXIT STATUS"); !strings.Contains(status, c.code) || !strings.Contains(status, c.meaning) {
+				t.Errorf("%s does not explain exit code %s", name, c.code)
+			}
 		}
 	}
 }

@@ -39,8 +39,8 @@ Logs go to standard error.`,
 	f := cmd.Flags()
 	f.DurationVar(&o.Drain, "drain-timeout", proxy.DefaultDrainTimeout, "how long calls under way may take after the first SIGTERM or SIGINT")
 	f.BoolVar(&o.AllowWeakening, "allow-weakening", false, "permit the start and reloads to remove or narrow rules, write plaintext, allow plaintext reads or make encrypted values unreadable")
-	f.DurationVar(&o.ScanInterval, "scan-interval", 0, "count the values in etcd at this interval, for metrics; 0s: never. Set it on all proxies: one of them does it")
-	renew := f.Bool("reencrypt", false, "re-encrypt the values in etcd, at the start and after each rotation. Set it on all proxies: one of them does it")
+	f.DurationVar(&o.ScanInterval, "scan-interval", 0, "count the values in etcd at this interval, for metrics; 0s: never. One of the proxies with the flag does it: set it on all")
+	renew := f.Bool("reencrypt", false, "re-encrypt the values in etcd, at the start and after each rotation. One of the proxies with the flag does it: set it on all")
 	f.DurationVar(&o.ReencryptInterval, "reencrypt-interval", time.Hour, "with --reencrypt, the time between two runs without another reason")
 	f.Float64Var(&o.ReencryptRate, "reencrypt-rate", 0, "with --reencrypt, the maximum of values per second; 0: no limit")
 	cmd.RunE = command.Run(func(cmd *cobra.Command, _ []string) error {

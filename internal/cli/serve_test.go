@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
 )
 
@@ -83,7 +84,7 @@ func silentEtcd(t *testing.T) (address string, arrived chan struct{}) {
 // hang makes a call through the proxy that does not end, and returns a channel with its error.
 func hang(t *testing.T, s *running, arrived <-chan struct{}) <-chan error {
 	t.Helper()
-	conn, err := grpc.NewClient(addressOf(t, s, "serving"), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	conn, err := grpc.NewClient(addressOf(t, s, "listening"), grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -109,12 +110,15 @@ func TestServeDrains(t *testing.T) {
 	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT} {
 		t.Run(sig.String(), func(t *testing.T) {
 			s := start(t, clitest.NewDir(t).Config(t))
-			addressOf(t, s, "serving")
+			addressOf(t, s, "listening")
 			addressOf(t, s, "admin serving")
 			s.signal(sig)
 			s.logged(`"msg":"draining`)
 			s.exited(0)
 			s.logged(`"msg":"stopped"`)
+			if strings.Contains(s.text(), `"msg":"serving"`) {
+				t.Error("without etcd, no rules were compared, and it says that it serves")
+			}
 		})
 	}
 }
@@ -123,6 +127,7 @@ func TestDrainTimeoutCutsWhatIsLeft(t *testing.T) {
 	etcd, arrived := silentEtcd(t)
 	s := start(t, clitest.NewDir(t).Config(t, "127.0.0.1:1]", etcd+"]\ncoordination: {enabled: false}"), "--drain-timeout", "300ms")
 	call := hang(t, s, arrived)
+	s.logged(`"msg":"serving"`)
 	s.signal(syscall.SIGTERM)
 	s.signal(syscall.SIGINT) // an echo of the first
 	s.exited(0)
@@ -154,6 +159,17 @@ func TestPortInUse(t *testing.T) {
 		want(t, 3, "error: listener "+taken, "address already in use", "hint: another process listens there")
 	execute(t, "serve", "--config", d.Config(t, `"127.0.0.1:0"`, taken)).
 		want(t, 3, "error: admin: ", "address already in use", "hint: another process listens there")
+}
+
+func TestAuditLogInUse(t *testing.T) {
+	d := clitest.NewDir(t)
+	l, err := auditlog.Open(auditlog.Config{Path: d.Path("audit.jsonl")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	execute(t, "serve", "--config", d.Config(t, "kind: ", "audit: {path: audit.jsonl}\nkind: ")).
+		want(t, 3, "error: audit log ", "another process writes it", "hint: is a proxy with this configuration running?")
 }
 
 // TestOpenAdmin: an admin server that other machines reach is said at the start, and that of the
@@ -241,7 +257,7 @@ func TestNoCoreDumps(t *testing.T) {
 		t.Skip("needs Linux' /proc")
 	}
 	s := start(t, clitest.NewDir(t).Config(t))
-	addressOf(t, s, "serving")
+	addressOf(t, s, "listening")
 	limits, err := os.ReadFile(fmt.Sprintf("/proc/%d/limits", s.cmd.Process.Pid))
 	if err != nil {
 		t.Fatal(err)
@@ -260,7 +276,7 @@ func TestReload(t *testing.T) {
 	d := clitest.NewDir(t)
 	config := d.Config(t)
 	s := start(t, config)
-	addressOf(t, s, "serving")
+	addressOf(t, s, "listening")
 	rules := func() string {
 		_, page := get(t, s, "/readyz")
 		return page
@@ -307,7 +323,7 @@ func TestReload(t *testing.T) {
 func TestReloadMayWeakenWhenAllowed(t *testing.T) {
 	d := clitest.NewDir(t)
 	s := start(t, d.Config(t), "--allow-weakening")
-	addressOf(t, s, "serving")
+	addressOf(t, s, "listening")
 	d.Config(t, "writeWith: dev", "writeWith: plaintext")
 	s.logged("protects keys less than before", `would be written as plaintext`)
 	s.logged("configuration reloaded", `"rules":1`)
@@ -318,7 +334,7 @@ func TestReloadMayWeakenWhenAllowed(t *testing.T) {
 func TestTextLogAndWarnings(t *testing.T) {
 	s := start(t, clitest.NewDir(t).Config(t, "level: debug", "format: text", "rules:\n- prefix: /registry/secrets/\n  writeWith: dev\n", "",
 		"address: 127.0.0.1:0\netcd", "address: 0.0.0.0:0\n  insecurePlaintext: true\netcd"))
-	s.logged("level=INFO", "msg=serving")
+	s.logged("level=INFO", "msg=listening")
 	s.logged("level=WARN", "there are no rules")
 	s.logged("level=WARN", "insecurePlaintext")
 	s.signal(syscall.SIGTERM)

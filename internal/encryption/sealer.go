@@ -33,8 +33,8 @@ func (s sealer) Seal(ctx context.Context, key, value []byte) ([]byte, error) {
 }
 
 // Open implements [proxy.Sealer].
-func (s sealer) Open(ctx context.Context, key, stored []byte) ([]byte, error) {
-	out, err := s.Sealer.Open(ctx, key, stored)
+func (s sealer) Open(ctx context.Context, dst, key, stored []byte) ([]byte, error) {
+	out, err := s.Sealer.Open(ctx, dst, key, stored)
 	return out, sealError(ctx, err)
 }
 
@@ -45,8 +45,8 @@ func (s sealer) TrySeal(key, value []byte) ([]byte, error) {
 }
 
 // TryOpen implements [proxy.Sealer].
-func (s sealer) TryOpen(key, stored []byte) ([]byte, error) {
-	out, err := s.Sealer.TryOpen(key, stored)
+func (s sealer) TryOpen(dst, key, stored []byte) ([]byte, error) {
+	out, err := s.Sealer.TryOpen(dst, key, stored)
 	return out, sealError(context.Background(), err)
 }
 
@@ -101,8 +101,8 @@ func (s requiredAudit) Seal(ctx context.Context, key, value []byte) (out []byte,
 }
 
 // Open implements [proxy.Sealer].
-func (s requiredAudit) Open(ctx context.Context, key, stored []byte) (out []byte, err error) {
-	err = s.audit.Do(func() error { out, err = s.Sealer.Open(ctx, key, stored); return err })
+func (s requiredAudit) Open(ctx context.Context, dst, key, stored []byte) (out []byte, err error) {
+	err = s.audit.Do(func() error { out, err = s.Sealer.Open(ctx, dst, key, stored); return err })
 	return forClient(out, err)
 }
 
@@ -113,8 +113,8 @@ func (s requiredAudit) TrySeal(key, value []byte) (out []byte, err error) {
 }
 
 // TryOpen implements [proxy.Sealer].
-func (s requiredAudit) TryOpen(key, stored []byte) (out []byte, err error) {
-	err = s.audit.Do(func() error { out, err = s.Sealer.TryOpen(key, stored); return err })
+func (s requiredAudit) TryOpen(dst, key, stored []byte) (out []byte, err error) {
+	err = s.audit.Do(func() error { out, err = s.Sealer.TryOpen(dst, key, stored); return err })
 	return forClient(out, err)
 }
 

@@ -1,19 +1,50 @@
 // Package secretfile checks that only the user of the process and root can read and write a file
-// that holds a secret. The key files of providers and the key of the audit log are checked by it.
-// It opens nothing.
+// that holds a secret, and reads it: the key files of providers and the key of the audit log.
 package secretfile
 
 import (
 	"bufio"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 )
+
+// Read reads the file at path, of at most limit bytes, and returns its metadata. A file that others
+// can use is an error. what names the file in errors.
+func Read(what, path string, limit int64) ([]byte, fs.FileInfo, error) {
+	f, err := os.Open(path) //nolint:gosec // the operator names the file
+	if err != nil {
+		return nil, nil, fmt.Errorf("read %s: %w", what, err)
+	}
+	defer func() { _ = f.Close() }() // it was only read
+	info, err := f.Stat()
+	if err != nil {
+		return nil, nil, fmt.Errorf("read %s: %w", what, err)
+	}
+	if !info.Mode().IsRegular() {
+		return nil, nil, fmt.Errorf("%s %s: not a regular file", what, path)
+	}
+	if why, fix := Check(path, info); why != "" {
+		return nil, nil, problem.New("run "+fix+" "+path+", and replace what it holds if another user has read it", "%s %s: %s", what, path, why)
+	}
+	data, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err == nil && int64(len(data)) <= limit {
+		return data, info, nil
+	}
+	clear(data)
+	if err != nil {
+		return nil, nil, fmt.Errorf("read %s: %w", what, err)
+	}
+	return nil, nil, fmt.Errorf("%s %s: larger than %d bytes", what, path, limit)
+}
 
 // Check returns what is wrong with the open file of path, which holds a secret, and the command
 // that corrects it, without the file's name. problem is empty if only root and the user of this

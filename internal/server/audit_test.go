@@ -54,7 +54,7 @@ func TestAuditRequired(t *testing.T) {
 	a.denied("listener", "client", "remote") // lost
 	out, err := rule.Seal(ctx, []byte("k"), []byte("v"))
 	refused("seal", out, err)
-	out, err = rule.Open(ctx, []byte("k"), bytes.Clone(stored))
+	out, err = rule.Open(ctx, nil, []byte("k"), bytes.Clone(stored))
 	refused("open", out, err)
 	report := a.ready().String()
 	for _, text := range []string{"[-]audit: the audit log cannot be written: ", `[-]rule "/registry/secrets/": the audit log`} {
@@ -71,7 +71,7 @@ func TestAuditRequired(t *testing.T) {
 		}
 	}
 	unblock()
-	if out, err = rule.Open(ctx, []byte("k"), bytes.Clone(stored)); err != nil || string(out) != "v" {
+	if out, err = rule.Open(ctx, nil, []byte("k"), bytes.Clone(stored)); err != nil || string(out) != "v" {
 		t.Errorf("after: %q, %v", out, err)
 	}
 	if report := a.ready().String(); !strings.Contains(report, "[+]audit ok") || strings.Contains(report, "[-]rule") {

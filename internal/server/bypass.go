@@ -16,7 +16,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 )
 
-// bypasses counts values that were written in plaintext past the proxies, and reports each key
+// bypasses counts values that were written in plaintext to etcd directly, and reports each key
 // once.
 type bypasses struct {
 	audit    *auditlog.Recorder
@@ -37,7 +37,7 @@ func newBypasses(audit *auditlog.Recorder, reg prometheus.Registerer, log *slog.
 	b := &bypasses{
 		audit: audit, log: log, reported: logonce.NewKeys(bypassKeys), logged: rate.Sometimes{Interval: bypassLogInterval},
 		count: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "etcd_kms_proxy_plaintext_writes_seen_total", Help: "Values that were written in plaintext past the proxies, under a rule that encrypts.",
+			Name: "etcd_kms_proxy_plaintext_writes_seen_total", Help: "Values that were written in plaintext to etcd directly, under a rule that encrypts.",
 		}, []string{"rule"}),
 	}
 	reg.MustRegister(b.count)
@@ -65,12 +65,12 @@ func (b *bypasses) found(rule *inventory.Rule, key string, revision int64) {
 	b.audit.Record(auditlog.Record{Event: auditlog.EventBypass, Rule: prefix, Key: name, KeyBytes: inventory.KeyBytes(key), Revision: revision})
 	// The audit log has all of them; many writes do not fill the log of the process.
 	b.logged.Do(func() {
-		b.log.Error("a value was written in plaintext past the proxies, under a rule that encrypts", "rule", prefix, "key", name,
+		b.log.Error("a value was written in plaintext to etcd directly, under a rule that encrypts", "rule", prefix, "key", name,
 			"revision", revision, "hint", bypassHint(rule))
 	})
 }
 
-// bypassHint says what to do about a value that was written past the proxies. Nothing encrypts a
+// bypassHint says what to do about a value that was written to etcd directly. Nothing encrypts a
 // value that clients may not read, except on request.
 func bypassHint(rule *inventory.Rule) string {
 	if rule.Strict {
@@ -82,7 +82,7 @@ func bypassHint(rule *inventory.Rule) string {
 func (b *bypasses) ready(now time.Time) readiness.Check {
 	check := readiness.Check{Name: "bypass", OK: true}
 	if last := time.Unix(b.last.Load(), 0); now.Sub(last) < bypassNotice {
-		check.OK, check.Detail = false, "a value was written in plaintext past the proxies, last at "+last.UTC().Format(time.RFC3339)
+		check.OK, check.Detail = false, "a value was written in plaintext to etcd directly, last at "+last.UTC().Format(time.RFC3339)
 	}
 	return check
 }

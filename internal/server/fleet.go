@@ -29,7 +29,7 @@ import (
 )
 
 // fleet is what a proxy does in etcd for itself: the guard of the start, and with coordination on
-// the agreement with other proxies and the watch for plaintext that is written past them.
+// the agreement with other proxies and the watch for plaintext that is written to etcd directly.
 type fleet struct {
 	*coordination.Fleet // nil with coordination off
 	config              *config.Config
@@ -46,9 +46,7 @@ type fleet struct {
 }
 
 // newFleet makes the fleet of c. It starts nothing; close must follow.
-func newFleet(
-	c *config.Config, keys *encryption.Keys, audit *auditlog.Recorder, reg prometheus.Registerer, log *slog.Logger, allowWeakening bool,
-) (*fleet, error) {
+func newFleet(c *config.Config, keys *encryption.Keys, audit *auditlog.Recorder, reg prometheus.Registerer, log *slog.Logger, o Options) (*fleet, error) {
 	client, password, err := etcdclient.New(c, log)
 	if err != nil {
 		return nil, err
@@ -58,20 +56,20 @@ func newFleet(
 		next: guard.NewNextStart(reg, log), stored: func() *inventory.Rules { return keys.Rules().Stored() },
 	}
 	if c.Coordination.Enabled {
-		if err := f.coordinate(keys, audit, reg, log); err != nil {
+		if err := f.coordinate(keys, audit, reg, log, o.jobs()); err != nil {
 			f.close()
 			return nil, err
 		}
 	}
 	f.guard = &guard.Guard{
-		Fleet: f.Fleet, Client: client, Config: c, AllowWeakening: allowWeakening, Audit: audit, Logger: log,
+		Fleet: f.Fleet, Client: client, Config: c, AllowWeakening: o.AllowWeakening, Audit: audit, Logger: log,
 		Open: sync.OnceFunc(func() { close(f.gate) }), OpenLearner: sync.OnceFunc(func() { close(f.learnerGate) }),
 	}
 	return f, nil
 }
 
 // coordinate adds what is on with coordination.
-func (f *fleet) coordinate(keys *encryption.Keys, audit *auditlog.Recorder, reg prometheus.Registerer, log *slog.Logger) error {
+func (f *fleet) coordinate(keys *encryption.Keys, audit *auditlog.Recorder, reg prometheus.Registerer, log *slog.Logger, jobs []string) error {
 	c := f.config
 	f.bypasses = newBypasses(audit, reg, log)
 	f.bypasses.expect(c.Rules)
@@ -95,7 +93,7 @@ func (f *fleet) coordinate(keys *encryption.Keys, audit *auditlog.Recorder, reg 
 		Client: f.client, Prefix: c.Coordination.Prefix, ProofSealers: provers, Restored: restored, Logger: log,
 		Self: coordination.Member{
 			ID: host + "-" + hex.EncodeToString(id[:]), Host: host, PID: os.Getpid(), Version: buildinfo.Read().Version,
-			Started: time.Now().UTC().Truncate(time.Second),
+			Started: time.Now().UTC().Truncate(time.Second), Jobs: jobs,
 		},
 	})
 	f.SetPolicy(guard.PolicyOf(c.Rules, c.Audit))
@@ -105,8 +103,8 @@ func (f *fleet) coordinate(keys *encryption.Keys, audit *auditlog.Recorder, reg 
 	return nil
 }
 
-// run guards the start, and then announces this proxy until ctx ends. It returns an error if the
-// proxy must not serve.
+// run waits for the guard of the start, and then announces this proxy until ctx ends. It returns an
+// error if the proxy must not serve.
 func (f *fleet) run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
 	opened := func(run part) {
@@ -119,7 +117,6 @@ func (f *fleet) run(ctx context.Context) error {
 			}
 		})
 	}
-	group.Go(func() error { return f.guard.Run(ctx) })
 	opened(func(ctx context.Context) error { return f.next.Run(ctx, f.guard) })
 	if f.Fleet != nil {
 		opened(always(f.Run))

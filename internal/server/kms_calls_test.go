@@ -43,7 +43,7 @@ func TestKMSCalls(t *testing.T) {
 		}
 	}
 	for i, v := range stored {
-		if got, err := rule.Open(ctx, key(i), bytes.Clone(v)); err != nil || string(got) != fmt.Sprintf("value %d", i) {
+		if got, err := rule.Open(ctx, nil, key(i), bytes.Clone(v)); err != nil || string(got) != fmt.Sprintf("value %d", i) {
 			t.Fatalf("value %d: %q, %v", i, got, err)
 		}
 	}
@@ -76,7 +76,7 @@ func TestKMSCalls(t *testing.T) {
 	for w := range 16 {
 		all.Go(func() {
 			for i := w; i < len(stored); i += 16 {
-				if got, err := rule.Open(ctx, key(i), bytes.Clone(stored[i])); err != nil || string(got) != fmt.Sprintf("value %d", i) {
+				if got, err := rule.Open(ctx, nil, key(i), bytes.Clone(stored[i])); err != nil || string(got) != fmt.Sprintf("value %d", i) {
 					t.Errorf("value %d after a restart: %q, %v", i, got, err)
 				}
 			}
@@ -110,7 +110,7 @@ func TestBurstAtTheKMS(t *testing.T) {
 	var all sync.WaitGroup
 	for range 5000 {
 		all.Go(func() {
-			if got, err := rule.Open(ctx, []byte("k"), bytes.Clone(stored)); err != nil || string(got) != "v" {
+			if got, err := rule.Open(ctx, nil, []byte("k"), bytes.Clone(stored)); err != nil || string(got) != "v" {
 				t.Errorf("%q, %v", got, err)
 			}
 		})
@@ -174,7 +174,7 @@ func TestEverythingChanges(t *testing.T) {
 					s = kept[rand.IntN(len(kept))]
 					mu.Unlock()
 					var got []byte
-					if got, err = rule().Open(t.Context(), s.key, bytes.Clone(s.stored)); err == nil && !bytes.Equal(got, s.value) {
+					if got, err = rule().Open(t.Context(), nil, s.key, bytes.Clone(s.stored)); err == nil && !bytes.Equal(got, s.value) {
 						t.Errorf("%s opened as %q", s.key, got)
 					}
 				}
@@ -233,7 +233,7 @@ func TestEverythingChanges(t *testing.T) {
 		var got []byte
 		clitest.Eventually(t, "every value to open", func() bool {
 			var err error
-			got, err = rule().Open(t.Context(), s.key, bytes.Clone(s.stored))
+			got, err = rule().Open(t.Context(), nil, s.key, bytes.Clone(s.stored))
 			return err == nil
 		})
 		if !bytes.Equal(got, s.value) {

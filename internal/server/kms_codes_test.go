@@ -50,7 +50,7 @@ func TestRefusalOfACallIsNoDamage(t *testing.T) {
 	} {
 		end := fresh()
 		double.SetFault(faultOn(kmsdouble.FaultSpec{Kind: kmsdouble.ErrorCode, Status: status, Code: code}, "Decrypt"))
-		got, err := rule.Open(ctx, key, bytes.Clone(stored))
+		got, err := rule.Open(ctx, nil, key, bytes.Clone(stored))
 		if e, ok := errors.AsType[*keyring.Error](err); !ok || e.Kind != keyring.Unavailable && e.Kind != keyring.SeedRefused {
 			t.Errorf("%s: %q, %v", code, got, err)
 		}
@@ -60,12 +60,12 @@ func TestRefusalOfACallIsNoDamage(t *testing.T) {
 	defer fresh()()
 	double.SetFault(faultOn(kmsdouble.FaultSpec{Kind: kmsdouble.ErrorCode, Status: 400, Code: "InvalidParameter"}, "Decrypt"))
 	clitest.Eventually(t, "a value that is damaged, as the KMS says", func() bool {
-		got, err := rule.Open(ctx, key, bytes.Clone(stored))
+		got, err := rule.Open(ctx, nil, key, bytes.Clone(stored))
 		return err == nil && bytes.Equal(got, stored)
 	})
 	double.ClearFaults()
 	clitest.Eventually(t, "the value", func() bool {
-		got, err := rule.Open(ctx, key, bytes.Clone(stored))
+		got, err := rule.Open(ctx, nil, key, bytes.Clone(stored))
 		return err == nil && bytes.Equal(got, value)
 	})
 }
@@ -88,7 +88,7 @@ func TestPermissionTakenAway(t *testing.T) {
 		return ok && e.Kind == keyring.KeyUnusable
 	}
 	clitest.Eventually(t, "the end of reads and writes", func() bool {
-		_, oerr := rule.Open(ctx, key, bytes.Clone(stored))
+		_, oerr := rule.Open(ctx, nil, key, bytes.Clone(stored))
 		_, serr := rule.Seal(ctx, key, []byte("v"))
 		return refused(oerr) && refused(serr)
 	})
@@ -97,7 +97,7 @@ func TestPermissionTakenAway(t *testing.T) {
 	}
 	double.PermitAll(kmsdouble.DefaultAccessKeyID)
 	clitest.Eventually(t, "the value", func() bool {
-		got, err := rule.Open(ctx, key, bytes.Clone(stored))
+		got, err := rule.Open(ctx, nil, key, bytes.Clone(stored))
 		return err == nil && string(got) == "v" && a.keys.Rings()[0].State().CanSeal
 	})
 }
@@ -129,12 +129,12 @@ func TestMaterialExpires(t *testing.T) {
 	}
 	double.ImportMaterial(kmsdouble.DefaultKeyID, time.Now())
 	clitest.Eventually(t, "revocation", func() bool { return a.keys.Rings()[0].State().Revoked })
-	if _, err := rule.Open(ctx, []byte("k"), bytes.Clone(stored)); err == nil || !strings.Contains(err.Error(), "Rejected.PendingImport") {
+	if _, err := rule.Open(ctx, nil, []byte("k"), bytes.Clone(stored)); err == nil || !strings.Contains(err.Error(), "Rejected.PendingImport") {
 		t.Errorf("read: %v", err)
 	}
 	double.ImportMaterial(kmsdouble.DefaultKeyID, time.Now().Add(time.Hour))
 	clitest.Eventually(t, "the value", func() bool {
-		got, err := rule.Open(ctx, []byte("k"), bytes.Clone(stored))
+		got, err := rule.Open(ctx, nil, []byte("k"), bytes.Clone(stored))
 		return err == nil && string(got) == "v"
 	})
 }
@@ -164,7 +164,7 @@ func TestDescribeKeyIsThrottled(t *testing.T) {
 	a, rule, stop = rulesOf(t, d, edits...)
 	defer stop()
 	for i, v := range stored {
-		if got, err := rule.Open(ctx, key, bytes.Clone(v)); err != nil || string(got) != "v" {
+		if got, err := rule.Open(ctx, nil, key, bytes.Clone(v)); err != nil || string(got) != "v" {
 			t.Errorf("value %d: %q, %v", i, got, err)
 		}
 	}
@@ -188,12 +188,12 @@ func TestAliasIsRemoved(t *testing.T) {
 	}
 	double.RemoveAlias(kmsdouble.DefaultAlias)
 	clitest.Eventually(t, "the end of writes", func() bool { return !a.keys.Rings()[0].State().CanSeal })
-	if got, err := rule.Open(ctx, []byte("k"), bytes.Clone(stored)); err != nil || string(got) != "v" {
+	if got, err := rule.Open(ctx, nil, []byte("k"), bytes.Clone(stored)); err != nil || string(got) != "v" {
 		t.Errorf("%q, %v", got, err)
 	}
 	double.SetState(kmsdouble.DefaultKeyID, kmsdouble.Disabled)
 	clitest.Eventually(t, "the end of reads", func() bool {
-		_, err := rule.Open(ctx, []byte("k"), bytes.Clone(stored))
+		_, err := rule.Open(ctx, nil, []byte("k"), bytes.Clone(stored))
 		e, ok := errors.AsType[*keyring.Error](err)
 		return ok && e.Kind == keyring.KeyUnusable
 	})
@@ -215,12 +215,12 @@ func TestKeyIsGoneForGood(t *testing.T) {
 	}
 	double.SetState(kmsdouble.DefaultKeyID, kmsdouble.PendingDeletion)
 	clitest.Eventually(t, "revocation", func() bool { return a.keys.Rings()[0].State().Revoked })
-	if got, err := rule.Open(ctx, key, bytes.Clone(stored)); err == nil {
+	if got, err := rule.Open(ctx, nil, key, bytes.Clone(stored)); err == nil {
 		t.Errorf("handed on while its key can come back: %q", got)
 	}
 	double.RemoveKey(kmsdouble.DefaultKeyID)
 	clitest.Eventually(t, "stored bytes", func() bool {
-		got, err := rule.Open(ctx, key, bytes.Clone(stored))
+		got, err := rule.Open(ctx, nil, key, bytes.Clone(stored))
 		return err == nil && bytes.Equal(got, stored)
 	})
 	if !strings.Contains(metricsOf(t, a), `etcd_kms_proxy_values_decrypted_total{outcome="passthrough"`) {

@@ -25,7 +25,7 @@ func TestKubernetesProvider(t *testing.T) {
 		}
 		a, _ := newRunningIn(t, d, edits...)
 		rule, s := a.keys.Rules().Sealers()[0], a.keys.Rules().ForProxy()[0].Sealer
-		if got, err := s.Open(t.Context(), v.EtcdKey, v.Stored); err != nil || string(got) != string(v.Plaintext) {
+		if got, err := s.Open(t.Context(), nil, v.EtcdKey, v.Stored); err != nil || string(got) != string(v.Plaintext) {
 			t.Errorf("%s: %q, %v", v.Name, got, err)
 		}
 		if _, state, err := rule.Inspect(t.Context(), v.EtcdKey, v.Stored); state != keyring.Stale {
@@ -35,7 +35,7 @@ func TestKubernetesProvider(t *testing.T) {
 		// Another key: what is missing is said, and an operator can cure it.
 		v.KeyFile(t, d.Path("old.yaml"), "another")
 		a, _ = newRunningIn(t, d, edits...)
-		_, err := a.keys.Rules().ForProxy()[0].Sealer.Open(t.Context(), v.EtcdKey, v.Stored)
+		_, err := a.keys.Rules().ForProxy()[0].Sealer.Open(t.Context(), nil, v.EtcdKey, v.Stored)
 		if e, ok := err.(*proxy.SealError); !ok || e.Code != codes.FailedPrecondition || !strings.Contains(e.Text, d.Path("old.yaml")) { //nolint:errorlint // the very type
 			t.Errorf("%s, another key: %v", v.Name, err)
 		}
@@ -50,7 +50,7 @@ func TestKubernetesKeysReload(t *testing.T) {
 	a, r := newRunningIn(t, d, "rules:", "- {name: old, kubernetes: {type: "+v.Type+", keyFile: old.yaml}}\nrules:",
 		"writeWith: dev", "writeWith: dev\n  readWith: [old]\n  allowPlaintextReads: false")
 	opens := func() bool {
-		got, err := a.keys.Rules().Sealers()[0].Open(t.Context(), v.EtcdKey, bytes.Clone(v.Stored))
+		got, err := a.keys.Rules().Sealers()[0].Open(t.Context(), nil, v.EtcdKey, bytes.Clone(v.Stored))
 		return err == nil && string(got) == string(v.Plaintext)
 	}
 	if opens() {

@@ -50,7 +50,7 @@ func newReencryptor(
 	}
 	reg.MustRegister(r.rewritten, r.left, r.at, r.failures)
 	r.Loop = reencrypt.Loop{
-		Interval: o.ReencryptInterval, Leader: f.Leader, Ended: r.ended,
+		Interval: o.ReencryptInterval, Leader: func() bool { return f.Leads(jobReencrypt) }, Ended: r.ended,
 		// The loop also checks for a restore itself, but only every few seconds. The fleet and the
 		// watch see each revision, so they notice one that the loop cannot.
 		Keys: func() string { return fmt.Sprint(f.restores.Load(), "\x00", keys.Version()) },

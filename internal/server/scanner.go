@@ -74,7 +74,7 @@ func (s *scanner) run(ctx context.Context) {
 	defer tick.Stop()
 	for {
 		switch {
-		case !s.fleet.Leader():
+		case !s.fleet.Leads(jobScan):
 			s.reset()
 			s.at.Set(0)
 			last = time.Time{}

@@ -42,6 +42,23 @@ type Options struct {
 	sockets sockets // from systemd
 }
 
+// The jobs that one of the proxies does for all.
+const (
+	jobScan      = "scan"
+	jobReencrypt = "reencrypt"
+)
+
+// jobs returns the jobs that this proxy does if it is elected.
+func (o *Options) jobs() (jobs []string) {
+	if o.ScanInterval > 0 {
+		jobs = append(jobs, jobScan)
+	}
+	if o.ReencryptInterval > 0 {
+		jobs = append(jobs, jobReencrypt)
+	}
+	return jobs
+}
+
 // Server is a proxy with everything that it needs.
 type Server struct {
 	log       *slog.Logger
@@ -116,14 +133,14 @@ func New(c *config.Config, path string, loaded [32]byte, log *slog.Logger, level
 		}
 	}()
 	if s.audit, err = encryption.OpenAudit(c.Audit, log); err != nil {
-		return nil, err
+		return nil, startProblem(err)
 	}
 	registerAudit(s.registry, s.audit)
 	s.keys, err = encryption.New(encryption.Config{Config: c, Audit: s.audit, Registry: s.registry, Logger: log})
 	if err != nil {
 		return nil, err
 	}
-	if s.fleet, err = newFleet(c, s.keys, s.audit, s.registry, log, o.AllowWeakening); err != nil {
+	if s.fleet, err = newFleet(c, s.keys, s.audit, s.registry, log, o); err != nil {
 		return nil, err
 	}
 	pc := proxyConfig(c, o)
@@ -169,10 +186,11 @@ func (s *Server) apply(set *encryption.RuleSet) error {
 	return nil
 }
 
-// logStart says where the proxy serves, and what is unsafe.
+// logStart says where the proxy listens, and what is unsafe. Whether it serves is for the guard to
+// decide.
 func (s *Server) logStart(c *config.Config) {
 	for i, addr := range s.proxy.Addrs() {
-		s.log.Info("serving", "listener", c.Listeners[i].Address, "address", addr.String(), "tls", c.Listeners[i].TLS != nil)
+		s.log.Info("listening", "listener", c.Listeners[i].Address, "address", addr.String(), "tls", c.Listeners[i].TLS != nil)
 		if c.Listeners[i].InsecurePlaintext {
 			s.log.Warn("insecurePlaintext: connections of this listener are not encrypted", "listener", c.Listeners[i].Address)
 		}
@@ -194,7 +212,7 @@ func (s *Server) Run(ctx context.Context, signals <-chan os.Signal) error {
 		log: s.log, audit: s.audit, signals: signals, drain: s.drain, draining: "draining; a second signal exits at once",
 		hangup: func() { s.keys.CheckNow(); s.reloader.reload("SIGHUP") },
 	}
-	lasting := []part{s.keys.Run, always(s.fleet.watchPassword), always(func(ctx context.Context) { notifier{s.log}.watch(ctx, func() { s.ready() }) })}
+	lasting := []part{s.keys.Run, s.fleet.guard.Run, always(s.fleet.watchPassword), always(func(ctx context.Context) { notifier{s.log}.watch(ctx, func() { s.ready() }) })}
 	serving := []part{s.fleet.run, always(s.reloader.watch), always(s.reloader.retry), always(s.announce)}
 	if s.admin != nil {
 		lasting = append(lasting, s.admin.Run)
@@ -282,6 +300,8 @@ func startProblem(err error) error {
 		return problem.WithHint(err, "this machine has no such address: choose another under listeners or admin")
 	case errors.Is(err, proxy.ErrNoFolder):
 		return problem.WithHint(err, "create it for the user of the proxy, also at each boot if it is below /run (systemd: RuntimeDirectory=); or choose another address under listeners")
+	case errors.Is(err, auditlog.ErrInUse):
+		return problem.WithHint(err, "is a proxy with this configuration running? a second one needs another audit.path")
 	case errors.Is(err, os.ErrPermission):
 		return problem.WithHint(err, "check that the user of the proxy may use this file, folder or port")
 	}

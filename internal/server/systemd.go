@@ -123,7 +123,7 @@ func (n notifier) watch(ctx context.Context, alive func()) {
 	}
 }
 
-// announce tells systemd when the proxy accepts connections and when it drains.
+// announce tells systemd when the proxy accepts connections, when it serves and when it drains.
 func (s *Server) announce(serving context.Context) {
 	n := notifier{s.log}
 	for serving.Err() == nil && !s.proxy.Ready().Ready {
@@ -133,8 +133,14 @@ func (s *Server) announce(serving context.Context) {
 		}
 	}
 	if serving.Err() == nil {
-		n.send(daemon.SdNotifyReady + "\nSTATUS=serving")
-		<-serving.Done()
+		n.send(daemon.SdNotifyReady + "\nSTATUS=listening")
+		select {
+		case <-s.fleet.gate:
+			s.log.Info("serving")
+			n.send("STATUS=serving")
+			<-serving.Done()
+		case <-serving.Done():
+		}
 	}
 	n.send(daemon.SdNotifyStopping + "\nSTATUS=draining")
 }

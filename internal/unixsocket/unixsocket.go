@@ -92,7 +92,7 @@ func vacant(path string) error {
 }
 
 // place binds a socket within a folder that nobody else may enter, gives it its mode and moves it
-// to path. So at no time a stranger can open it, and a client finds either the old socket or the
+// to path. So at no time another user can open it, and a client finds either the old socket or the
 // new one.
 func place(path string, mode fs.FileMode) (_ net.Listener, err error) {
 	// As short as can be: a folder that leaves room for the socket's own name should leave room for

@@ -23,7 +23,6 @@ import (
 
 	"go.yaml.in/yaml/v3"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/secretfile"
 )
 
@@ -51,27 +50,9 @@ type Key struct {
 // Read reads and checks the file at path, and returns the file's metadata. A file
 // that others can use is an error.
 func Read(path string, form Form) ([]Key, fs.FileInfo, error) {
-	f, err := os.Open(path) //nolint:gosec // the operator names the file
+	data, info, err := secretfile.Read("key file", path, maxFileSize)
 	if err != nil {
-		return nil, nil, fmt.Errorf("read key file: %w", err)
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, nil, fmt.Errorf("read key file: %w", err)
-	}
-	if !info.Mode().IsRegular() {
-		return nil, nil, fmt.Errorf("key file %s: not a regular file", path)
-	}
-	if why, fix := secretfile.Check(path, info); why != "" {
-		return nil, nil, problem.New("run "+fix+" "+path+", and replace its keys if another user has read it", "key file %s: %s", path, why)
-	}
-	data, err := io.ReadAll(io.LimitReader(f, maxFileSize+1))
-	if err != nil {
-		return nil, nil, fmt.Errorf("read key file: %w", err)
-	}
-	if len(data) > maxFileSize {
-		return nil, nil, fmt.Errorf("key file %s: larger than %d bytes", path, maxFileSize)
+		return nil, nil, err
 	}
 	keys, err := Parse(data, form)
 	clear(data)

@@ -78,7 +78,7 @@ func (k *KMS) unimplemented(ctx context.Context) string {
 	ctx, cancel := context.WithTimeout(ctx, versionTimeout)
 	defer cancel()
 	// The API of KMS v1 is deprecated. Its Version takes and returns messages that those of Status
-	// can stand in for.
+	// can replace.
 	err := k.conn.Invoke(ctx, "/v1beta1.KeyManagementService/Version", &kmsapi.StatusRequest{}, &kmsapi.StatusResponse{})
 	if err == nil {
 		return "the plugin serves KMS v1 only: update it to one that serves KMS v2"

@@ -77,7 +77,7 @@ func readAgreement(ctx context.Context, kv clientv3.KV, prefix string, opts ...c
 // made with an outdated key and should be renewed.
 func (f *Fleet) Verify(ctx context.Context, a *Agreement, providers []string) (stale bool, err error) {
 	if len(providers) == 0 {
-		return false, nil // rules that seal nothing protect nothing
+		return false, nil // rules that encrypt nothing protect nothing
 	}
 	sum := sha256.Sum256(a.Policy)
 	verified := false

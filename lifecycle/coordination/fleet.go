@@ -37,6 +37,9 @@ type Member struct {
 	Started time.Time `json:"started"`
 	Policy  string    `json:"policy"` // digest of its rules, see [PolicyDigest]
 	Record  string    `json:"record"` // digest of all that it would have on record
+	// Jobs are what it does for all proxies if it is elected. Nil in the announcements of versions
+	// that do not say it.
+	Jobs []string `json:"jobs"`
 
 	created int64 // revision
 }
@@ -51,7 +54,7 @@ func PolicyDigest(policy []byte) string {
 type Policy struct {
 	Rules     []byte   // in canonical form
 	Record    []byte   // the rules, and what else must not be weakened, in canonical JSON
-	Providers []string // that the rules seal with
+	Providers []string // that the rules encrypt with
 }
 
 // FleetConfig configures a Fleet.
@@ -77,9 +80,9 @@ type Fleet struct {
 
 	mu      sync.Mutex
 	policy  Policy
-	leading bool
-	members int    // announced proxies
-	logged  string // the trouble that was logged
+	leads   []string // jobs
+	members int      // announced proxies
+	logged  string   // the trouble that was logged
 }
 
 // NewFleet returns a Fleet. It does nothing until [Fleet.Run].
@@ -116,18 +119,36 @@ func (f *Fleet) current() Policy {
 	return f.policy
 }
 
-// Leader reports whether this proxy does what only one of them must do. The leader is the proxy
-// with the oldest announcement. For a moment after a change, two proxies may both be it.
-func (f *Fleet) Leader() bool {
+// Leads reports whether this proxy does a job of [Member.Jobs] that only one of them must do. For a
+// moment after a change, two proxies may both do it.
+func (f *Fleet) Leads(job string) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.leading
+	return slices.Contains(f.leads, job)
 }
 
-func (f *Fleet) setLeading(leading bool) {
+// leader returns the ID of the member that does a job: the first announced one that has it. The
+// first of all does it too if its version does not announce jobs.
+func leader(members []Member, job string) string {
+	for i, m := range members {
+		if i == 0 && m.Jobs == nil || slices.Contains(m.Jobs, job) {
+			return m.ID
+		}
+	}
+	return ""
+}
+
+// setMembers takes over who is announced, the oldest first.
+func (f *Fleet) setMembers(members []Member) {
+	var leads []string
+	for _, job := range f.cfg.Self.Jobs {
+		if leader(members, job) == f.cfg.Self.ID {
+			leads = append(leads, job)
+		}
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.leading = leading
+	f.leads, f.members = leads, len(members)
 }
 
 // delay returns how long to wait for further changes, after a change of the announcements.
@@ -149,7 +170,7 @@ func (f *Fleet) Members(ctx context.Context) ([]Member, error) {
 		if err := json.Unmarshal(kv.Value, &m); err != nil {
 			// An announcement that cannot be decoded was written by another program. It must not
 			// hide the others.
-			m = Member{ID: string(kv.Key[len(f.cfg.Prefix+"proxies/"):])}
+			m = Member{ID: string(kv.Key[len(f.cfg.Prefix+"proxies/"):]), Jobs: []string{}}
 		}
 		m.created = kv.CreateRevision
 		members = append(members, m)
@@ -163,7 +184,7 @@ func (f *Fleet) Members(ctx context.Context) ([]Member, error) {
 func (f *Fleet) Run(ctx context.Context) {
 	for ctx.Err() == nil {
 		f.logProblem(f.announce(ctx))
-		f.setLeading(false)
+		f.setMembers(nil)
 		select {
 		case <-ctx.Done():
 		case <-time.After(fleetRetry):
@@ -257,7 +278,7 @@ func (f *Fleet) put(ctx context.Context, lease clientv3.LeaseID) error {
 	defer cancel()
 	m := f.cfg.Self
 	policy := f.current()
-	m.Policy, m.Record = PolicyDigest(policy.Rules), PolicyDigest(policy.Record)
+	m.Policy, m.Record, m.Jobs = PolicyDigest(policy.Rules), PolicyDigest(policy.Record), append([]string{}, m.Jobs...)
 	value, err := json.Marshal(m)
 	if err != nil {
 		return err
@@ -285,10 +306,7 @@ func (f *Fleet) reconcile(ctx context.Context) error {
 	if !slices.ContainsFunc(members, func(m Member) bool { return m.ID == f.cfg.Self.ID }) {
 		return errAnnouncementGone
 	}
-	f.setLeading(members[0].ID == f.cfg.Self.ID)
-	f.mu.Lock()
-	f.members = len(members)
-	f.mu.Unlock()
+	f.setMembers(members)
 	policy := f.current()
 	if slices.ContainsFunc(members, func(m Member) bool { return m.Record != PolicyDigest(policy.Record) }) {
 		return nil

@@ -150,8 +150,13 @@ func (s *fleetSimulation) sealer() etcdtest.Sealer {
 
 // start starts a proxy.
 func (s *fleetSimulation) start(id, rules string) *Fleet {
+	return s.startWith(Member{ID: id, Jobs: []string{"work"}}, rules)
+}
+
+func (s *fleetSimulation) startWith(self Member, rules string) *Fleet {
+	id := self.ID
 	f := NewFleet(FleetConfig{
-		Client: s.cluster.Client(s.t, id), Prefix: s.prefix, Self: Member{ID: id}, ProofSealers: map[string]inventory.Sealer{"main": s.sealer()}, Logger: slog.New(&restores{Handler: slog.DiscardHandler, count: func() { s.mu.Lock(); s.restored[id]++; s.mu.Unlock() }}),
+		Client: s.cluster.Client(s.t, id), Prefix: s.prefix, Self: self, ProofSealers: map[string]inventory.Sealer{"main": s.sealer()}, Logger: slog.New(&restores{Handler: slog.DiscardHandler, count: func() { s.mu.Lock(); s.restored[id]++; s.mu.Unlock() }}),
 	})
 	f.SetPolicy(rulesOf(rules))
 	ctx, cancel := context.WithCancel(s.t.Context())
@@ -199,7 +204,7 @@ func (s *fleetSimulation) check(rules string, alive ...string) {
 		s.t.Errorf("the record: old %v, %v", old, err)
 	}
 	for _, id := range alive {
-		if leads := s.fleets[id].Leader(); leads != (members[0].ID == id) {
+		if leads := s.fleets[id].Leads("work"); leads != (members[0].ID == id) {
 			s.t.Errorf("%s leads: %v, the oldest is %s", id, leads, members[0].ID)
 		}
 	}

@@ -213,7 +213,7 @@ func (b *BypassWatcher) fails(ctx context.Context, err error) {
 		return
 	}
 	b.failing = true
-	b.Logger.Warn("the watch for writes past the proxies is interrupted", "error", err)
+	b.Logger.Warn("the watch for writes to etcd directly is interrupted", "error", err)
 }
 
 // handle processes a response of the watch of a prefix. It returns false if the watch has ended.

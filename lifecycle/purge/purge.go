@@ -23,7 +23,7 @@ import (
 type History struct {
 	Compacted int64 `json:"compacted"` // revision of the last compaction; 0 if there was none
 	Present   int64 `json:"present"`   // the last revision that was searched
-	Plaintext int64 `json:"plaintext"` // old values under rules that seal which are readable, or may be
+	Plaintext int64 `json:"plaintext"` // old values under rules that encrypt, which are readable or may be
 	// CompactAt is the lowest revision whose compaction removes all of them; 0 if there are none.
 	CompactAt int64 `json:"compactAt"`
 

@@ -94,7 +94,7 @@ func (e *notUnwrappedError) Error() string { return e.cause.Error() }
 func (e *notUnwrappedError) Unwrap() error { return e.cause }
 
 // whyPlaintext is the reason for skipping plaintext under a strict rule.
-const whyPlaintext = "it is plaintext, and the rule refuses to read plaintext (allowPlaintextReads: false): it was written past the proxies. " +
+const whyPlaintext = "it is plaintext, and the rule refuses to read plaintext (allowPlaintextReads: false): it was written to etcd directly. " +
 	"Find out which client wrote it; then delete it, write it again through a proxy, or encrypt it unchanged with reencrypt --encrypt-plaintext"
 
 // renewBy is one attempt of renew. An error is temporary.

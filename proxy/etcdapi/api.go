@@ -13,7 +13,6 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/slab"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/metrics"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
@@ -135,20 +134,20 @@ func statusError(err error) error {
 }
 
 // newCall makes the rewriter of a call.
-type newCall func(c *Core, id *listener.Identity, unused *Calls) Call
+type newCall func(c *Core, id *listener.Identity, memory *CallMemory) Call
 
-// Calls has the memory for rewriters of the most frequent calls. It is not safe for concurrent use.
-type Calls struct {
-	ranges  slab.Slab[rangeCall]
-	puts    slab.Slab[putCall]
-	deletes slab.Slab[deleteCall]
-	txns    slab.Slab[txnCall]
+// CallMemory is the memory for the rewriter of one call, if it is one of the most frequent methods.
+type CallMemory struct {
+	rangeCall  rangeCall
+	putCall    putCall
+	deleteCall deleteCall
+	txnCall    txnCall
 }
 
-// NewCall makes the call's rewriter, nil if it has none.
-func (m *Method) NewCall(id *listener.Identity, unused *Calls) Call {
+// NewCall makes the call's rewriter, nil if it has none. The rewriter may be a part of memory.
+func (m *Method) NewCall(id *listener.Identity, memory *CallMemory) Call {
 	if m.call == nil {
 		return nil
 	}
-	return m.call(m.api.Core, id, unused)
+	return m.call(m.api.Core, id, memory)
 }

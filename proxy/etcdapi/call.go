@@ -41,17 +41,19 @@ func NewCore(rules *RuleSet, maxRequest int, log *slog.Logger) *Core {
 const lostKeys = 1024
 
 // Call rewrites the messages of one call: every request message, and then every response message
-// for which Scans is true. Messages are complete, without gRPC's header; a result is the argument
-// itself where nothing changes. A response may be overwritten, a request not, and a new response is
-// at the front of the old or in bytes of its own. One request and one response may be in progress
-// at the same time, never two of a kind. Errors are statuses for the client, or [ErrWouldBlock].
+// for which Scans is true. Messages are complete, without gRPC's header, and are not changed. One
+// request and one response may be in progress at the same time, never two of a kind. Errors are
+// statuses for the client, or [ErrWouldBlock]: then the same message is to be rewritten again.
 type Call interface {
+	// Request returns msg itself where nothing changes.
 	Request(m Mode, msg []byte) ([]byte, error)
 	Scans() bool
 	// Parts says that a response may come in parts, each of whole fields: a long list needs no
 	// buffer of its whole length.
 	Parts() bool
-	Response(m Mode, msg []byte) ([]byte, error)
+	// Response appends the message for the client to dst, which does not overlap msg and has room
+	// for as many bytes.
+	Response(m Mode, dst, msg []byte) ([]byte, error)
 }
 
 // Splitter is a call whose responses may have to be split: while Splits is true, Split gets each

@@ -27,7 +27,7 @@ type membersOf interface {
 
 // members makes the call for one kind of response.
 func members[M membersOf]() newCall {
-	return func(c *Core, id *listener.Identity, _ *Calls) Call {
+	return func(c *Core, id *listener.Identity, _ *CallMemory) Call {
 		return &memberCall{core: c, id: id, into: func() membersOf {
 			var none M
 			m, _ := none.ProtoReflect().New().Interface().(membersOf)
@@ -40,7 +40,7 @@ func (*memberCall) Request(_ Mode, msg []byte) ([]byte, error) { return msg, nil
 
 func (c *memberCall) Scans() bool { return len(c.id.AdvertiseClientURLs) > 0 }
 
-func (c *memberCall) Response(_ Mode, msg []byte) ([]byte, error) {
+func (c *memberCall) Response(_ Mode, dst, msg []byte) ([]byte, error) {
 	response := c.into()
 	if err := rpc.Unmarshal(msg, response); err != nil {
 		return nil, c.core.status(err, true)
@@ -55,7 +55,7 @@ func (c *memberCall) Response(_ Mode, msg []byte) ([]byte, error) {
 		}
 	}
 	out, err := rpc.Marshal(response)
-	return out, c.core.status(err, true)
+	return append(dst, out...), c.core.status(err, true)
 }
 
 // urlsOf are the URLs of the listener that leads to a member, and else those of the listener that

@@ -18,10 +18,9 @@ type deleteCall struct {
 	over bool // its range reaches over keys of the proxies' own, which it leaves alone
 }
 
-func newDeleteCall(c *Core, id *listener.Identity, unused *Calls) Call {
-	call := unused.deletes.New()
-	call.core, call.id = c, id
-	return call
+func newDeleteCall(c *Core, id *listener.Identity, memory *CallMemory) Call {
+	memory.deleteCall = deleteCall{kvCall: kvCall{core: c, id: id}}
+	return &memory.deleteCall
 }
 
 func (c *deleteCall) Request(_ Mode, msg []byte) ([]byte, error) {
@@ -41,8 +40,8 @@ func (c *deleteCall) Request(_ Mode, msg []byte) ([]byte, error) {
 	return msg, nil
 }
 
-func (c *deleteCall) Response(m Mode, msg []byte) ([]byte, error) {
-	out, err := etcdwire.DeleteRangeResponse(msg, m.Rules(c.core.Rules.Load()))
+func (c *deleteCall) Response(m Mode, dst, msg []byte) ([]byte, error) {
+	out, err := etcdwire.DeleteRangeResponse(dst, msg, m.Rules(c.core.Rules.Load()))
 	return out, c.core.status(err, true)
 }
 

@@ -20,7 +20,7 @@ type electionCall struct {
 }
 
 func electing(about func([]byte) (span, error), a access) newCall {
-	return func(c *Core, id *listener.Identity, _ *Calls) Call {
+	return func(c *Core, id *listener.Identity, _ *CallMemory) Call {
 		return &electionCall{core: c, id: id, about: about, writes: a == writes}
 	}
 }
@@ -46,7 +46,9 @@ func (c *electionCall) Request(_ Mode, msg []byte) ([]byte, error) {
 
 func (*electionCall) Scans() bool { return false }
 
-func (*electionCall) Response(_ Mode, msg []byte) ([]byte, error) { return msg, nil }
+func (*electionCall) Response(_ Mode, dst, msg []byte) ([]byte, error) {
+	return append(dst, msg...), nil
+}
 
 // namedKeys are the keys of an election or lock: all that begin with its name and a slash.
 func namedKeys(msg []byte) (span, error) {

@@ -47,7 +47,7 @@ func TestElectionsAndLocks(t *testing.T) {
 		{"Resign", leader("/r/other/1"), false},
 	} {
 		for _, ciphertext := range []bool{false, true} {
-			own, _ := table[tt.Method].call(c, &listener.Identity{Ciphertext: ciphertext}, new(Calls)).(*electionCall)
+			own, _ := table[tt.Method].call(c, &listener.Identity{Ciphertext: ciphertext}, new(CallMemory)).(*electionCall)
 			out, err := own.Request(NonBlocking, tt.msg)
 			if err != nil || !bytes.Equal(out, tt.msg) || own.hosted != (tt.hosted && !ciphertext) {
 				t.Errorf("%s %q, ciphertext %t: hosted %t, %q, %v", tt.Method, tt.msg, ciphertext, own.hosted, out, err)

@@ -79,7 +79,7 @@ func (s store) Range(ctx context.Context, r *pb.RangeRequest) (*pb.RangeResponse
 	if err != nil {
 		return nil, err
 	}
-	response, err = etcdwire.RangeResponse(response, Blocking(ctx).Rules(s.core.Rules.Load()), shape)
+	response, err = etcdwire.RangeResponse(make([]byte, 0, len(response)), response, Blocking(ctx).Rules(s.core.Rules.Load()), shape)
 	if err != nil {
 		return nil, s.core.status(err, true)
 	}
@@ -101,7 +101,7 @@ func (s store) Txn(ctx context.Context, t *pb.TxnRequest, limit int) (*pb.TxnRes
 	if err != nil {
 		return nil, err
 	}
-	response, err = etcdwire.TxnResponse(response, Blocking(ctx).Rules(s.core.Rules.Load()), shape)
+	response, err = etcdwire.TxnResponse(make([]byte, 0, len(response)), response, Blocking(ctx).Rules(s.core.Rules.Load()), shape)
 	if err != nil {
 		return nil, s.core.status(err, true)
 	}

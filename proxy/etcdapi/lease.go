@@ -25,7 +25,7 @@ type revokeCall struct {
 	lease int64
 }
 
-func newRevokeCall(c *Core, _ *listener.Identity, _ *Calls) Call { return &revokeCall{core: c} }
+func newRevokeCall(c *Core, _ *listener.Identity, _ *CallMemory) Call { return &revokeCall{core: c} }
 
 func (c *revokeCall) Request(_ Mode, msg []byte) ([]byte, error) {
 	if c.core.Rules.Load().Own.empty() {
@@ -41,7 +41,7 @@ func (c *revokeCall) Request(_ Mode, msg []byte) ([]byte, error) {
 
 func (*revokeCall) Scans() bool { return false }
 
-func (*revokeCall) Response(_ Mode, msg []byte) ([]byte, error) { return msg, nil }
+func (*revokeCall) Response(_ Mode, dst, msg []byte) ([]byte, error) { return append(dst, msg...), nil }
 
 func (c *revokeCall) Exchanges() bool { return c.asks }
 

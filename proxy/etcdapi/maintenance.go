@@ -13,7 +13,7 @@ type alarmCall struct {
 	id *listener.Identity
 }
 
-func newAlarmCall(_ *Core, id *listener.Identity, _ *Calls) Call { return &alarmCall{id: id} }
+func newAlarmCall(_ *Core, id *listener.Identity, _ *CallMemory) Call { return &alarmCall{id: id} }
 
 func (c *alarmCall) Request(_ Mode, msg []byte) ([]byte, error) {
 	if !c.id.ReadOnly() {
@@ -29,4 +29,4 @@ func (c *alarmCall) Request(_ Mode, msg []byte) ([]byte, error) {
 
 func (*alarmCall) Scans() bool { return false }
 
-func (*alarmCall) Response(_ Mode, msg []byte) ([]byte, error) { return msg, nil }
+func (*alarmCall) Response(_ Mode, dst, msg []byte) ([]byte, error) { return append(dst, msg...), nil }

@@ -10,8 +10,6 @@ import (
 // value that needs the KMS is the error [ErrWouldBlock].
 type Mode struct {
 	Ctx context.Context // of a caller that waits; nil: it must not wait
-	// how far a response was rewritten when it would have had to wait; or nil
-	Blocked *etcdwire.Blocked
 }
 
 // NonBlocking is the mode of a goroutine that others depend on.
@@ -25,11 +23,7 @@ func (m Mode) Rules(set *RuleSet) etcdwire.Rules {
 	if m.Ctx == nil {
 		return tryRules{set}
 	}
-	var rules etcdwire.Rules = &waitRules{set, m.Ctx}
-	if m.Blocked != nil {
-		rules = m.Blocked.Resume(rules)
-	}
-	return rules
+	return &waitRules{set, m.Ctx}
 }
 
 // waitRules encrypt and decrypt within the time of ctx.
@@ -44,8 +38,8 @@ func (r *waitRules) Seal(key, value []byte) ([]byte, error) {
 }
 
 // Open implements etcdwire.Rules.
-func (r *waitRules) Open(key, stored []byte) ([]byte, error) {
-	return r.RuleSet.Open(r.ctx, key, stored)
+func (r *waitRules) Open(dst, key, stored []byte) ([]byte, error) {
+	return r.RuleSet.Open(r.ctx, dst, key, stored)
 }
 
 // tryRules never wait.
@@ -63,12 +57,9 @@ func (r tryRules) Seal(key, value []byte) ([]byte, error) {
 }
 
 // Open implements etcdwire.Rules.
-func (r tryRules) Open(key, stored []byte) ([]byte, error) {
-	if r.Own.has(key) {
-		return stored, nil
+func (r tryRules) Open(dst, key, stored []byte) ([]byte, error) {
+	if sealer, ok := r.Lookup(key); ok && !r.Own.has(key) {
+		return sealer.TryOpen(dst, key, stored)
 	}
-	if sealer, ok := r.Lookup(key); ok {
-		return sealer.TryOpen(key, stored)
-	}
-	return stored, nil
+	return append(dst, stored...), nil
 }

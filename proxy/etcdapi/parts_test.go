@@ -74,7 +74,7 @@ func newRange(t *testing.T) Call {
 		t.Fatal(err)
 	}
 	c := NewCore(set, 1<<20, slog.New(slog.DiscardHandler))
-	call := newRangeCall(c, new(listener.Identity), new(Calls))
+	call := newRangeCall(c, new(listener.Identity), new(CallMemory))
 	if _, err := call.Request(NonBlocking, []byte("\x0a\x01\x00\x12\x01\x00")); err != nil {
 		t.Fatal(err)
 	}
@@ -90,9 +90,9 @@ func TestReplaceParts(t *testing.T) {
 		c := newRange(t)
 		parts := 0
 		f := framed(stored, 1+r.IntN(40000))
-		err := f.ReplaceParts(func(b []byte) ([]byte, error) {
+		err := f.Replace(!c.Parts(), func(dst, b []byte) ([]byte, error) {
 			parts++
-			return c.Response(NonBlocking, b)
+			return c.Response(NonBlocking, dst, b)
 		})
 		if err != nil {
 			t.Fatal(err)
@@ -128,8 +128,8 @@ func TestReplacePartsOfDamage(t *testing.T) {
 		}
 		c := newRange(t)
 		inParts, whole := framed(bad, 16<<10), framed(bad, 16<<10)
-		respond := func(b []byte) ([]byte, error) { return c.Response(NonBlocking, b) }
-		errParts, errWhole := inParts.ReplaceParts(respond), whole.Replace(respond)
+		respond := func(dst, b []byte) ([]byte, error) { return c.Response(NonBlocking, dst, b) }
+		errParts, errWhole := inParts.Replace(false, respond), whole.Replace(true, respond)
 		// A field that may stand there once is looked for in each part only.
 		if errParts != nil && errWhole == nil {
 			t.Errorf("an error in parts only: %v", errParts)

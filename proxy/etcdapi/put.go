@@ -18,10 +18,9 @@ type putCall struct {
 	kvCall
 }
 
-func newPutCall(c *Core, id *listener.Identity, unused *Calls) Call {
-	call := unused.puts.New()
-	call.core, call.id = c, id
-	return call
+func newPutCall(c *Core, id *listener.Identity, memory *CallMemory) Call {
+	memory.putCall = putCall{kvCall: kvCall{core: c, id: id}}
+	return &memory.putCall
 }
 
 func (c *putCall) Request(m Mode, msg []byte) ([]byte, error) {
@@ -48,8 +47,8 @@ func (c *putCall) Request(m Mode, msg []byte) ([]byte, error) {
 
 // Response decrypts the previous value. When that fails the client gets the error although the put
 // was applied, as it does when the response of a write is lost on its way.
-func (c *putCall) Response(m Mode, msg []byte) ([]byte, error) {
-	out, err := etcdwire.PutResponse(msg, m.Rules(c.core.Rules.Load()))
+func (c *putCall) Response(m Mode, dst, msg []byte) ([]byte, error) {
+	out, err := etcdwire.PutResponse(dst, msg, m.Rules(c.core.Rules.Load()))
 	return out, c.core.status(err, true)
 }
 

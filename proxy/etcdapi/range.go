@@ -24,13 +24,12 @@ type rangeCall struct {
 	refused bool // etcd is to refuse it
 }
 
-func newRangeCall(c *Core, id *listener.Identity, unused *Calls) Call {
-	r := unused.ranges.New()
-	r.core, r.id = c, id
-	return r
+func newRangeCall(c *Core, id *listener.Identity, memory *CallMemory) Call {
+	memory.rangeCall = rangeCall{kvCall: kvCall{core: c, id: id}}
+	return &memory.rangeCall
 }
 
-func newRangeStreamCall(c *Core, id *listener.Identity, _ *Calls) Call {
+func newRangeStreamCall(c *Core, id *listener.Identity, _ *CallMemory) Call {
 	return &rangeCall{kvCall: kvCall{core: c, id: id}, stream: true}
 }
 
@@ -60,7 +59,7 @@ func (c *rangeCall) Request(_ Mode, msg []byte) ([]byte, error) {
 // Parts implements Call. A chunk of a stream is one field.
 func (c *rangeCall) Parts() bool { return !c.stream }
 
-func (c *rangeCall) Response(m Mode, msg []byte) ([]byte, error) {
+func (c *rangeCall) Response(m Mode, dst, msg []byte) ([]byte, error) {
 	if c.refused { // it has sorted ciphertexts
 		return nil, errSortedStream
 	}
@@ -68,7 +67,7 @@ func (c *rangeCall) Response(m Mode, msg []byte) ([]byte, error) {
 	if c.stream {
 		rewrite = etcdwire.RangeStreamResponse
 	}
-	out, err := rewrite(msg, m.Rules(c.core.Rules.Load()), c.shape)
+	out, err := rewrite(dst, msg, m.Rules(c.core.Rules.Load()), c.shape)
 	return out, c.core.status(err, true)
 }
 

@@ -66,15 +66,12 @@ func (s *RuleSet) Seal(ctx context.Context, key, value []byte) ([]byte, error) {
 	return value, nil
 }
 
-// Open decrypts a value.
-func (s *RuleSet) Open(ctx context.Context, key, stored []byte) ([]byte, error) {
-	if s.Own.has(key) {
-		return stored, nil
+// Open decrypts a value and appends it to dst.
+func (s *RuleSet) Open(ctx context.Context, dst, key, stored []byte) ([]byte, error) {
+	if sealer, ok := s.Lookup(key); ok && !s.Own.has(key) {
+		return sealer.Open(ctx, dst, key, stored)
 	}
-	if sealer, ok := s.Lookup(key); ok {
-		return sealer.Open(ctx, key, stored)
-	}
-	return stored, nil
+	return append(dst, stored...), nil
 }
 
 // storedRules are the rules as a read-only client sees them: it reads everything as etcd holds it,
@@ -91,4 +88,4 @@ func (storedRules) Overlaps(_, _ []byte) bool { return false }
 func (storedRules) Seal(_, _ []byte) ([]byte, error) { return nil, errReadOnly }
 
 // Open implements etcdwire.Rules.
-func (storedRules) Open(_, stored []byte) ([]byte, error) { return stored, nil }
+func (storedRules) Open(dst, _, stored []byte) ([]byte, error) { return append(dst, stored...), nil }

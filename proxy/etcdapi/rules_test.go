@@ -21,9 +21,11 @@ import (
 type tagger string
 
 func (s tagger) Seal(context.Context, []byte, []byte) ([]byte, error) { return []byte(s), nil }
-func (s tagger) Open(context.Context, []byte, []byte) ([]byte, error) { return []byte(s), nil }
 func (s tagger) TrySeal(_, _ []byte) ([]byte, error)                  { return []byte(s), nil }
-func (s tagger) TryOpen(_, _ []byte) ([]byte, error)                  { return []byte(s), nil }
+func (s tagger) TryOpen(dst, _, _ []byte) ([]byte, error)             { return append(dst, s...), nil }
+func (s tagger) Open(_ context.Context, dst, _, _ []byte) ([]byte, error) {
+	return append(dst, s...), nil
+}
 
 func rulesOf(t testing.TB, prefixes ...string) *RuleSet {
 	t.Helper()
@@ -43,7 +45,7 @@ func TestLongestPrefixIsAsked(t *testing.T) {
 	set := rulesOf(t, "a", "ab", "b/")
 	for key, want := range map[string]string{"a": "<a>", "aa": "<a>", "abc": "<ab>", "b": "plain", "b/": "<b/>", "c": "plain"} {
 		sealed, err := set.Seal(t.Context(), []byte(key), []byte("plain"))
-		opened, oerr := set.Open(t.Context(), []byte(key), []byte("plain"))
+		opened, oerr := set.Open(t.Context(), nil, []byte(key), []byte("plain"))
 		if string(sealed) != want || string(opened) != want || err != nil || oerr != nil {
 			t.Errorf("key %q: sealed by %q and opened by %q, want %q (%v, %v)", key, sealed, opened, want, err, oerr)
 		}
@@ -61,7 +63,7 @@ func TestOwnKeys(t *testing.T) {
 		if _, err := set.Seal(t.Context(), key, []byte("v")); status.Code(err) != codes.PermissionDenied {
 			t.Errorf("%s: a put: %v", name, err)
 		}
-		if got, err := set.Open(t.Context(), key, []byte("v")); string(got) != "v" || err != nil {
+		if got, err := set.Open(t.Context(), nil, key, []byte("v")); string(got) != "v" || err != nil {
 			t.Errorf("%s: a read: %q, %v", name, got, err)
 		}
 		if set.covers(key) || set.Own.reach(key, nil) != reachesOwn || set.empty() || set.covers([]byte("/own")) != (rules != nil) {

@@ -9,22 +9,23 @@ import (
 )
 
 // Sealer turns values of one rule into what etcd stores, and back. It is safe for concurrent use
-// and retains neither argument. key is the whole etcd key as the server stores it. An error that
+// and retains no argument. key is the whole etcd key as the server stores it. An error that
 // wraps [*SealError] decides the client's status; any other is answered as Internal with a fixed
 // text.
 type Sealer interface {
 	// Seal returns the bytes to store in place of value, which it leaves as it is. The result is
 	// value itself where the rule writes plaintext.
 	Seal(ctx context.Context, key, value []byte) ([]byte, error)
-	// Open returns the value behind stored, the bytes etcd holds. The result is stored itself where
-	// the rule hands it on. It may overwrite stored, and return a part of it.
-	Open(ctx context.Context, key, stored []byte) ([]byte, error)
+	// Open appends to dst the value behind stored, the bytes etcd holds, or stored itself where the
+	// rule hands it on. dst does not overlap stored. A value is not longer than what is stored.
+	Open(ctx context.Context, dst, key, stored []byte) ([]byte, error)
 
 	// TrySeal is Seal that never waits. The error wraps [ErrWouldBlock] if the value needs a KMS
 	// call; any other error is final, as Seal's is.
 	TrySeal(key, value []byte) ([]byte, error)
-	// TryOpen is Open that never waits. If the error wraps [ErrWouldBlock], stored is unchanged.
-	TryOpen(key, stored []byte) ([]byte, error)
+	// TryOpen is Open that never waits. The error wraps [ErrWouldBlock] if the value needs a KMS
+	// call.
+	TryOpen(dst, key, stored []byte) ([]byte, error)
 }
 
 // ErrWouldBlock is what TrySeal and TryOpen of a [Sealer] return for a value that needs a KMS call.

@@ -21,7 +21,7 @@ func (m *Method) handleStream(id *listener.Identity, ss grpc.ServerStream) error
 	if err := m.pass(ctx, id.Upstream, nil); err != nil {
 		return err
 	}
-	c := m.NewCall(id, new(Calls))
+	c := m.NewCall(id, new(CallMemory))
 	var first *rpc.Message
 	if m.Shape == ShapeServerStream {
 		first = new(rpc.Message)
@@ -80,7 +80,7 @@ func (m *Method) receive(ctx context.Context, ss grpc.ServerStream, cs grpc.Clie
 			return ended(ctx, err, responseMetadata{header, trailer})
 		}
 		if c != nil && c.Scans() {
-			if err := out.Replace(func(msg []byte) ([]byte, error) { return c.Response(Blocking(ctx), msg) }); err != nil {
+			if err := out.Replace(!c.Parts(), func(dst, msg []byte) ([]byte, error) { return c.Response(Blocking(ctx), dst, msg) }); err != nil {
 				return err
 			}
 		}

@@ -41,10 +41,9 @@ func (c *txnCall) Delete(key, end []byte) {
 	c.touches = c.touches || c.at.Overlaps(key, end)
 }
 
-func newTxnCall(c *Core, id *listener.Identity, unused *Calls) Call {
-	call := unused.txns.New()
-	call.core, call.id = c, id
-	return call
+func newTxnCall(c *Core, id *listener.Identity, memory *CallMemory) Call {
+	memory.txnCall = txnCall{kvCall: kvCall{core: c, id: id}}
+	return &memory.txnCall
 }
 
 func (c *txnCall) Request(m Mode, msg []byte) ([]byte, error) {
@@ -83,8 +82,8 @@ func (c *txnCall) Request(m Mode, msg []byte) ([]byte, error) {
 	return out, c.core.status(err, false)
 }
 
-func (c *txnCall) Response(m Mode, msg []byte) ([]byte, error) {
-	out, err := etcdwire.TxnResponse(msg, m.Rules(c.core.Rules.Load()), c.shape)
+func (c *txnCall) Response(m Mode, dst, msg []byte) ([]byte, error) {
+	out, err := etcdwire.TxnResponse(dst, msg, m.Rules(c.core.Rules.Load()), c.shape)
 	return out, c.core.status(err, true)
 }
 

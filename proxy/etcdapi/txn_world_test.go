@@ -43,7 +43,7 @@ func (w *callWorld) through(ctx context.Context, name string, request proto.Mess
 	var c Call = &compactCall{}
 	for _, row := range MethodTable() {
 		if row.service == "etcdserverpb.KV" && row.name == name && row.call != nil {
-			c = row.call(w.core, &listener.Identity{}, new(Calls))
+			c = row.call(w.core, &listener.Identity{}, new(CallMemory))
 		}
 	}
 	msg, err := proto.MarshalOptions{Deterministic: true}.Marshal(request)
@@ -59,7 +59,7 @@ func (w *callWorld) through(ctx context.Context, name string, request proto.Mess
 	if x, ok := c.(Exchanger); ok && x.Exchanges() {
 		answer, err = x.exchange(ctx, msg, w.Ask)
 	} else if answer, err = w.Ask(ctx, "/etcdserverpb.KV/"+name, out, 0); err == nil && c.Scans() {
-		answer, err = c.Response(Blocking(ctx), answer)
+		answer, err = c.Response(Blocking(ctx), nil, answer)
 	}
 	if !bytes.Equal(msg, before) {
 		w.Tb.Fatal("the client's message was changed")

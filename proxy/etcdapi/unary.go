@@ -44,6 +44,10 @@ func (m *Method) pass(ctx context.Context, to *upstream.Cluster, in *rpc.Message
 	}
 	timer := time.NewTimer(upstream.ConnectWait)
 	defer timer.Stop()
+	var ending <-chan struct{} // only of a call that does not end by itself
+	if m.Indefinite {
+		ending = m.api.draining.Done()
+	}
 	for learner := m.api.Core.LearnerGate; ; learner = nil {
 		select {
 		case <-m.api.Core.Gate:
@@ -58,7 +62,7 @@ func (m *Method) pass(ctx context.Context, to *upstream.Cluster, in *rpc.Message
 			continue // it was promoted just now, and the gate opens soon
 		case <-ctx.Done():
 			return status.FromContextError(ctx.Err()).Err()
-		case <-m.api.draining.Done():
+		case <-ending:
 			return ErrShuttingDown
 		case <-timer.C:
 		}
@@ -94,7 +98,7 @@ func (m *Method) forward(ss grpc.ServerStream, id *listener.Identity, in *rpc.Me
 	if err := m.pass(ctx, id.Upstream, in); err != nil {
 		return nil, err
 	}
-	c := m.NewCall(id, new(Calls))
+	c := m.NewCall(id, new(CallMemory))
 	if c != nil {
 		if err := in.Edit(func(msg []byte) ([]byte, error) { return requested(ctx, c, msg) }); err != nil {
 			return nil, err
@@ -123,12 +127,7 @@ func (m *Method) forward(ss grpc.ServerStream, id *listener.Identity, in *rpc.Me
 		return nil, ended(ctx, err, met)
 	}
 	if c != nil && c.Scans() {
-		replace := out.Replace
-		if c.Parts() {
-			replace = out.ReplaceParts
-		}
-		if err := replace(func(msg []byte) ([]byte, error) { return c.Response(Blocking(ctx), msg) }); err != nil {
-			out.Free()
+		if err := out.Replace(!c.Parts(), func(dst, msg []byte) ([]byte, error) { return c.Response(Blocking(ctx), dst, msg) }); err != nil {
 			return nil, err
 		}
 	}

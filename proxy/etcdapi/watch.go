@@ -19,7 +19,7 @@ type watchCall struct {
 	fragments fragments
 }
 
-func newWatchCall(c *Core, id *listener.Identity, _ *Calls) Call {
+func newWatchCall(c *Core, id *listener.Identity, _ *CallMemory) Call {
 	return &watchCall{core: c, id: id, at: c.Rules.Load()}
 }
 
@@ -45,8 +45,8 @@ func (c *watchCall) Scans() bool {
 	return !c.id.Ciphertext && (c.touches.Load() || c.core.Rules.Load() != c.at)
 }
 
-func (c *watchCall) Response(m Mode, msg []byte) ([]byte, error) {
-	out, err := etcdwire.WatchResponse(msg, m.Rules(c.core.Rules.Load()))
+func (c *watchCall) Response(m Mode, dst, msg []byte) ([]byte, error) {
+	out, err := etcdwire.WatchResponse(dst, msg, m.Rules(c.core.Rules.Load()))
 	return out, c.core.status(err, true)
 }
 

@@ -1,11 +1,9 @@
 // Package etcdwire rewrites the values inside etcdserverpb messages on the wire.
 //
 // It edits bytes and never rebuilds a message: unknown fields and everything outside a changed
-// value stay as they came, and a message without a change is returned as the very slice that was
-// passed in. It does no I/O and knows nothing of gRPC, rules or keys: it calls a [Rules].
-//
-// Requests are read only. Responses belong to the functions that open them: decrypted values are
-// shorter than stored ones, so the result is made where the message stood, without a second buffer.
+// value stay as they came. It does no I/O and knows nothing of gRPC, rules or keys: it calls a
+// [Rules]. Messages are read only. A request without a change is returned as the very slice that
+// was passed in; a response is written to the end of a buffer of the caller.
 package etcdwire
 
 import "errors"
@@ -18,10 +16,9 @@ type Rules interface {
 	Overlaps(key, rangeEnd []byte) bool
 	// Seal returns the bytes to store for value. For a key under no rule it returns value itself.
 	Seal(key, value []byte) ([]byte, error)
-	// Open returns the value behind the stored bytes. For a key under no rule it returns stored
-	// itself. It may overwrite stored, and return a part of it; it leaves it as it is if the error
-	// wraps [ErrWouldBlock].
-	Open(key, stored []byte) ([]byte, error)
+	// Open appends to dst the value behind the stored bytes. For a key under no rule it appends
+	// stored itself. dst does not overlap stored.
+	Open(dst, key, stored []byte) ([]byte, error)
 }
 
 var (

@@ -131,7 +131,7 @@ func (o *operations) of(txn *pb.TxnRequest) {
 type unsealing struct{ brackets }
 
 func (o unsealing) Seal(key, stored []byte) ([]byte, error) {
-	return o.Open(key, bytes.Clone(stored))
+	return o.Open(nil, key, stored)
 }
 
 // FuzzRequestInverse seals a request and opens it again: the message must say what it said.

@@ -15,7 +15,7 @@ func check(t *testing.T, m method, msg []byte) {
 
 	// An edit that changes nothing gives the very same bytes.
 	out, err := m.rewrite(msg, new(untouched))
-	if err == nil && !same(out, msg) {
+	if err == nil && (!bytes.Equal(out, msg) || !m.answer && !same(out, msg)) {
 		t.Fatalf("%s: an identity edit copied the message", m.name)
 	}
 	if err != nil && !errors.Is(err, ErrMalformed) && !errors.Is(err, ErrUnsupported) && !errors.Is(err, ErrByValue) {
@@ -30,10 +30,8 @@ func check(t *testing.T, m method, msg []byte) {
 	// Whatever is accepted decodes to what the model makes of it.
 	rules := brackets{"s/"}
 	got, err := m.rewrite(msg, rules)
-	if changed := !bytes.Equal(msg, original); changed && !m.answer {
+	if !bytes.Equal(msg, original) {
 		t.Fatalf("%s: the rewriter wrote into its input", m.name)
-	} else if changed {
-		msg = original
 	}
 	if err != nil {
 		return
@@ -53,8 +51,9 @@ func check(t *testing.T, m method, msg []byte) {
 // reversed puts the brackets back on where an answer's rewriter takes them off.
 type reversed struct{ brackets }
 
-func (r reversed) Open(key, value []byte) ([]byte, error) {
-	return r.Seal(key, value)
+func (r reversed) Open(dst, key, value []byte) ([]byte, error) {
+	sealed, err := r.Seal(key, value)
+	return append(dst, sealed...), err
 }
 
 func FuzzRewrite(f *testing.F) {
@@ -77,12 +76,11 @@ func FuzzInverse(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, msg []byte) {
 		for _, m := range methods {
-			own := bytes.Clone(msg)
 			if !m.answer {
 				continue
 			}
-			opened, err := m.rewrite(own, brackets{"s/"})
-			if err != nil || same(opened, own) || !canonical(m, msg) {
+			opened, err := m.rewrite(msg, brackets{"s/"})
+			if err != nil || bytes.Equal(opened, msg) || !canonical(m, msg) {
 				continue
 			}
 			sealed, err := m.rewrite(opened, reversed{brackets{"s/"}})

@@ -33,20 +33,15 @@ func (b brackets) Seal(key, value []byte) ([]byte, error) {
 	return bytes.Join([][]byte{{'['}, key, {'|'}, value, {']'}}, nil), nil
 }
 
-func (b brackets) Open(key, stored []byte) ([]byte, error) {
+func (b brackets) Open(dst, key, stored []byte) ([]byte, error) {
 	if !b.covers(key) {
-		return stored, nil
+		return append(dst, stored...), nil
 	}
 	head := append(append([]byte{'['}, key...), '|')
 	if !bytes.HasPrefix(stored, head) || !bytes.HasSuffix(stored, []byte("]")) {
 		return nil, errOpen
 	}
-	// Nobody may count on what stood there.
-	for i := range head {
-		stored[i] = '!'
-	}
-	stored[len(stored)-1] = '!'
-	return stored[len(head) : len(stored)-1], nil
+	return append(dst, stored[len(head):len(stored)-1]...), nil
 }
 
 // untouched changes nothing and counts what it is asked.
@@ -59,9 +54,9 @@ func (u *untouched) Seal(_, value []byte) ([]byte, error) {
 	return value, nil
 }
 
-func (u *untouched) Open(_, stored []byte) ([]byte, error) {
+func (u *untouched) Open(dst, _, stored []byte) ([]byte, error) {
 	u.opens++
-	return stored, nil
+	return append(dst, stored...), nil
 }
 
 func wire(t testing.TB, m proto.Message) []byte {

@@ -18,7 +18,7 @@ func sealing(r Rules) modelEdit {
 }
 
 func opening(r Rules) modelEdit {
-	return func(k, v []byte) ([]byte, error) { return r.Open(k, v) }
+	return func(k, v []byte) ([]byte, error) { return r.Open(nil, k, v) }
 }
 
 func modelPut(p *pb.PutRequest, edit modelEdit) (err error) {
@@ -79,26 +79,30 @@ var methods = []method{
 		func(b []byte, r Rules) ([]byte, error) { out, _, err := TxnRequest(b, r); return out, err },
 		func(m proto.Message, r Rules) error { return modelTxn(m.(*pb.TxnRequest), sealing(r)) }, false},
 	{"RangeResponse", func() proto.Message { return new(pb.RangeResponse) },
-		func(b []byte, r Rules) ([]byte, error) { return RangeResponse(b, r, RangeShape{}) },
+		func(b []byte, r Rules) ([]byte, error) {
+			return RangeResponse(make([]byte, 0, len(b)), b, r, RangeShape{})
+		},
 		func(m proto.Message, r Rules) error { return modelKVs(opening(r), m.(*pb.RangeResponse).Kvs...) }, true},
 	{"RangeStreamResponse", func() proto.Message { return new(pb.RangeStreamResponse) },
-		func(b []byte, r Rules) ([]byte, error) { return RangeStreamResponse(b, r, RangeShape{}) },
+		func(b []byte, r Rules) ([]byte, error) {
+			return RangeStreamResponse(make([]byte, 0, len(b)), b, r, RangeShape{})
+		},
 		func(m proto.Message, r Rules) error {
 			return modelKVs(opening(r), m.(*pb.RangeStreamResponse).GetRangeResponse().GetKvs()...)
 		}, true},
 	{"PutResponse", func() proto.Message { return new(pb.PutResponse) },
-		func(b []byte, r Rules) ([]byte, error) { return PutResponse(b, r) },
+		func(b []byte, r Rules) ([]byte, error) { return PutResponse(make([]byte, 0, len(b)), b, r) },
 		func(m proto.Message, r Rules) error { return modelKVs(opening(r), m.(*pb.PutResponse).PrevKv) }, true},
 	{"DeleteRangeResponse", func() proto.Message { return new(pb.DeleteRangeResponse) },
-		func(b []byte, r Rules) ([]byte, error) { return DeleteRangeResponse(b, r) },
+		func(b []byte, r Rules) ([]byte, error) { return DeleteRangeResponse(make([]byte, 0, len(b)), b, r) },
 		func(m proto.Message, r Rules) error {
 			return modelKVs(opening(r), m.(*pb.DeleteRangeResponse).PrevKvs...)
 		}, true},
 	{"TxnResponse", func() proto.Message { return new(pb.TxnResponse) },
-		func(b []byte, r Rules) ([]byte, error) { return TxnResponse(b, r, nil) },
+		func(b []byte, r Rules) ([]byte, error) { return TxnResponse(make([]byte, 0, len(b)), b, r, nil) },
 		func(m proto.Message, r Rules) error { return modelAnswers(m.(*pb.TxnResponse), opening(r)) }, true},
 	{"WatchResponse", func() proto.Message { return new(pb.WatchResponse) },
-		func(b []byte, r Rules) ([]byte, error) { return WatchResponse(b, r) },
+		func(b []byte, r Rules) ([]byte, error) { return WatchResponse(make([]byte, 0, len(b)), b, r) },
 		func(m proto.Message, r Rules) error {
 			for _, e := range m.(*pb.WatchResponse).Events {
 				if e.Type == mvccpb.Event_PUT || len(e.GetKv().GetValue()) > 0 {

@@ -61,7 +61,7 @@ func (b *branch) set(i int, s opShape) {
 // passes as it is, if it has no value. It returns msg itself if nothing changed; the error wraps
 // [ErrMalformed] or [ErrValueProvided] or is the error of rules.Seal.
 func PutRequest(msg []byte, rules Rules) ([]byte, error) {
-	return rewrite(msg, rules, false, func(r *rewriter) error { return r.put(0, len(msg)) })
+	return rewrite(msg, rules, func(r *rewriter) error { return r.put(0, len(msg)) })
 }
 
 // put returns ErrValueProvided for a put that keeps its value and has one. The caller may go on:
@@ -139,7 +139,7 @@ func rangeShape(src []byte, at, end int, rules Rules) (shape RangeShape, touches
 // [ErrUnsupported], or is the error of rules.Seal.
 func TxnRequest(msg []byte, rules Rules) ([]byte, *TxnShape, error) {
 	var shape *TxnShape
-	out, err := rewrite(msg, rules, false, func(r *rewriter) (err error) {
+	out, err := rewrite(msg, rules, func(r *rewriter) (err error) {
 		shape, err = r.txn(0, len(msg), 1)
 		return err
 	})

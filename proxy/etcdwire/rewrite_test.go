@@ -31,7 +31,7 @@ func TestAgreesWithModel(t *testing.T) {
 					if !bytes.Equal(got, wire(t, want)) {
 						t.Errorf("sample %d, rule %q:\n got %v\nwant %v", i, prefix, decode(t, got, m.message()), want)
 					}
-					if prefix == "nothing/" && !same(got, msg) {
+					if prefix == "nothing/" && !m.answer && !same(got, msg) {
 						t.Errorf("sample %d: a message without a change was copied", i)
 					}
 				}
@@ -47,7 +47,7 @@ func TestUnknownFieldsStay(t *testing.T) {
 	inKV := append(wire(t, kv("s/a", "[s/a|one]")), unknown...)
 	msg := protowire.AppendBytes(protowire.AppendTag(nil, 2, protowire.BytesType), inKV)
 	msg = append(msg, unknown...)
-	got, err := RangeResponse(msg, brackets{"s/"}, RangeShape{})
+	got, err := RangeResponse(nil, msg, brackets{"s/"}, RangeShape{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -84,21 +84,21 @@ func TestLongLengths(t *testing.T) {
 		if string(deep.Value) != "[s/a|"+value+"]" || deep.Lease != 9 || !deep.PrevKv {
 			t.Errorf("size %d: wrong put after rewriting", n)
 		}
-		// Opened where they stand, the second behind the first.
 		res := &pb.RangeStreamResponse{RangeResponse: &pb.RangeResponse{
 			Kvs: []*mvccpb.KeyValue{kv("s/a", "[s/a|"+value+"]"), kv("s/b", "[s/b|"+value+"]"), kv("p/c", value)}, Count: 3,
 		}}
 		msg := wire(t, res)
-		got, err = RangeStreamResponse(msg, brackets{"s/"}, RangeShape{})
+		dst := make([]byte, 3, 3+len(msg)) // room for as much as there is
+		got, err = RangeStreamResponse(dst, msg, brackets{"s/"}, RangeShape{})
 		if err != nil {
 			t.Fatal(err)
 		}
 		res.RangeResponse.Kvs[0].Value, res.RangeResponse.Kvs[1].Value = []byte(value), []byte(value)
-		if have := decode(t, got, new(pb.RangeStreamResponse)); !proto.Equal(have, res) {
+		if have := decode(t, got[3:], new(pb.RangeStreamResponse)); !proto.Equal(have, res) {
 			t.Errorf("size %d: wrong answer after opening", n)
 		}
-		if &got[0] != &msg[0] {
-			t.Errorf("size %d: the answer was copied", n)
+		if &got[0] != &dst[0] {
+			t.Errorf("size %d: the room was not enough", n)
 		}
 	}
 }
@@ -107,15 +107,15 @@ func TestLongLengths(t *testing.T) {
 func TestKeysOnly(t *testing.T) {
 	bare := &mvccpb.KeyValue{Key: []byte("s/a"), ModRevision: 4, Version: 1}
 	msg := wire(t, &pb.RangeResponse{Kvs: []*mvccpb.KeyValue{bare}})
-	if _, err := RangeResponse(msg, brackets{"s/"}, RangeShape{}); !errors.Is(err, errOpen) {
+	if _, err := RangeResponse(nil, msg, brackets{"s/"}, RangeShape{}); !errors.Is(err, errOpen) {
 		t.Errorf("an empty stored value was not opened: %v", err)
 	}
-	if got, err := RangeResponse(msg, brackets{"s/"}, RangeShape{KeysOnly: true}); err != nil || !same(got, msg) {
+	if got, err := RangeResponse(nil, msg, brackets{"s/"}, RangeShape{KeysOnly: true}); err != nil || !bytes.Equal(got, msg) {
 		t.Errorf("keys_only: %v", err)
 	}
 
 	tombstone := wire(t, &pb.DeleteRangeResponse{PrevKvs: []*mvccpb.KeyValue{{Key: []byte("s/a"), ModRevision: 4}}})
-	if got, err := DeleteRangeResponse(tombstone, brackets{"s/"}); err != nil || !same(got, tombstone) {
+	if got, err := DeleteRangeResponse(nil, tombstone, brackets{"s/"}); err != nil || !bytes.Equal(got, tombstone) {
 		t.Errorf("a tombstone: %v", err)
 	}
 
@@ -140,7 +140,7 @@ func TestKeysOnly(t *testing.T) {
 		{"no value where one was asked for", answers(true, ranged(bare), ranged(bare), inner), errOpen},
 		{"the other branch", answers(false, ranged(bare)), errOpen},
 	} {
-		if _, err := TxnResponse(wire(t, c.res), brackets{"s/"}, shape); !errors.Is(err, c.want) {
+		if _, err := TxnResponse(nil, wire(t, c.res), brackets{"s/"}, shape); !errors.Is(err, c.want) {
 			t.Errorf("%s: got %v, want %v", c.name, err, c.want)
 		}
 	}
@@ -158,11 +158,10 @@ func BenchmarkPutRequest(b *testing.B) {
 
 func BenchmarkWatchResponse(b *testing.B) {
 	msg := wire(b, &pb.WatchResponse{Header: &pb.ResponseHeader{Revision: 5}, Events: []*mvccpb.Event{{Kv: kv("s/a", "[s/a|"+strings.Repeat("v", 1024)+"]")}}})
-	own := make([]byte, len(msg))
+	dst := make([]byte, 0, len(msg))
 	b.ReportAllocs()
 	for b.Loop() {
-		copy(own, msg)
-		if _, err := WatchResponse(own, brackets{"s/"}); err != nil {
+		if _, err := WatchResponse(dst, msg, brackets{"s/"}); err != nil {
 			b.Fatal(err)
 		}
 	}
@@ -178,10 +177,9 @@ func BenchmarkRangeResponse(b *testing.B) {
 			msg := wire(b, res)
 			b.SetBytes(int64(len(msg)))
 			b.ReportAllocs()
-			own := make([]byte, len(msg))
+			dst := make([]byte, 0, len(msg))
 			for b.Loop() {
-				copy(own, msg)
-				if _, err := RangeResponse(own, rules, RangeShape{}); err != nil {
+				if _, err := RangeResponse(dst, msg, rules, RangeShape{}); err != nil {
 					b.Fatal(err)
 				}
 			}

@@ -1,7 +1,6 @@
 package etcdwire
 
 import (
-	"errors"
 	"sync"
 
 	"google.golang.org/protobuf/encoding/protowire"
@@ -13,21 +12,14 @@ type edit struct {
 	tag      byte // 0: none
 	length   int  // -1: none
 	with     []byte
-	opened   bool // with was made of a value of the message
 }
 
-// rewriter gathers the edits of a message, in the order of their offsets. Until all are there
-// nothing of the message but decrypted values is overwritten, so that a rewrite that would have to
-// wait can be continued, see [Blocked].
+// rewriter gathers the edits of a request, in the order of their offsets.
 type rewriter struct {
 	rules Rules
 	src   []byte
 	edits []edit
-	grow  int  // by how much the edits lengthen the message
-	grown bool // some edit lengthens it
-
-	// values that an earlier rewrite of the message has opened, and that are to come
-	resumed []opened
+	grow  int // by how much the edits lengthen the message
 }
 
 var rewriters = sync.Pool{New: func() any { return new(rewriter) }}
@@ -36,16 +28,13 @@ var rewriters = sync.Pool{New: func() any { return new(rewriter) }}
 const keptEdits = 4096
 
 // rewrite runs walk over msg and returns msg with the edits that walk requested: msg itself if
-// there were none. With inPlace it may write the result over msg.
-func rewrite(msg []byte, rules Rules, inPlace bool, walk func(*rewriter) error) ([]byte, error) {
+// there were none.
+func rewrite(msg []byte, rules Rules, walk func(*rewriter) error) ([]byte, error) {
 	r, ok := rewriters.Get().(*rewriter)
 	if !ok {
 		r = new(rewriter)
 	}
 	r.rules, r.src = rules, msg
-	if again, ok := rules.(*resumed); ok {
-		r.rules, r.resumed = again.Rules, again.opened
-	}
 	defer func() {
 		clear(r.edits) // the pool must not keep values alive
 		if cap(r.edits) > keptEdits {
@@ -55,18 +44,12 @@ func rewrite(msg []byte, rules Rules, inPlace bool, walk func(*rewriter) error) 
 		rewriters.Put(r)
 	}()
 	if err := walk(r); err != nil {
-		if inPlace && errors.Is(err, ErrWouldBlock) {
-			return nil, r.blocked(err)
-		}
 		return nil, err
 	}
 	if len(r.edits) == 0 {
 		return msg, nil
 	}
-	out := msg[:0]
-	if !inPlace || r.grown { // else nothing is written ahead of what is still to be read
-		out = make([]byte, 0, len(msg)+r.grow)
-	}
+	out := make([]byte, 0, len(msg)+r.grow)
 	at := 0
 	for _, e := range r.edits {
 		out = append(out, msg[at:e.from]...)
@@ -82,43 +65,6 @@ func rewrite(msg []byte, rules Rules, inPlace bool, walk func(*rewriter) error) 
 	return append(out, msg[at:]...), nil
 }
 
-// Blocked is the error of the functions that open a response if one of its values would have to
-// wait. The message is as it was, but for the values that were opened: [Blocked.Resume] has them.
-type Blocked struct {
-	opened []opened
-	err    error
-}
-
-type opened struct {
-	end   int // of the stored value, in the message
-	value []byte
-}
-
-// Error implements error.
-func (b *Blocked) Error() string { return b.err.Error() }
-
-// Unwrap returns the error of the Rules, which wraps [ErrWouldBlock].
-func (b *Blocked) Unwrap() error { return b.err }
-
-// Resume returns rules for another rewrite of the message, by the same function: it opens the
-// values that are left.
-func (b *Blocked) Resume(rules Rules) Rules { return &resumed{rules, b.opened} }
-
-type resumed struct {
-	Rules
-	opened []opened
-}
-
-func (r *rewriter) blocked(err error) *Blocked {
-	b := &Blocked{err: err}
-	for _, e := range r.edits {
-		if e.opened {
-			b.opened = append(b.opened, opened{e.to, e.with})
-		}
-	}
-	return b
-}
-
 func (r *rewriter) add(e edit) {
 	by := len(e.with) - (e.to - e.from)
 	if e.tag != 0 {
@@ -128,7 +74,6 @@ func (r *rewriter) add(e edit) {
 		by += protowire.SizeVarint(uint64(e.length))
 	}
 	r.grow += by
-	r.grown = r.grown || by > 0
 	r.edits = append(r.edits, e)
 }
 
@@ -150,7 +95,6 @@ func (r *rewriter) within(f field, walk func(r *rewriter, f field) error) error 
 	r.edits[index].length = length
 	by := protowire.SizeVarint(uint64(length)) - (f.body - f.val) //nolint:gosec // not negative
 	r.grow += by
-	r.grown = r.grown || by > 0
 	return nil
 }
 
@@ -167,9 +111,9 @@ type value struct {
 func (r *rewriter) set(v value, with []byte) {
 	switch {
 	case v.present && len(with) == 0:
-		r.add(edit{from: v.field.start, to: v.field.end, length: -1, opened: true})
+		r.add(edit{from: v.field.start, to: v.field.end, length: -1})
 	case v.present:
-		r.add(edit{from: v.field.val, to: v.field.end, length: len(with), with: with, opened: true})
+		r.add(edit{from: v.field.val, to: v.field.end, length: len(with), with: with})
 	default:
 		r.add(edit{from: v.at, to: v.at, tag: v.tag, length: len(with), with: with})
 	}
@@ -190,11 +134,6 @@ type pair struct {
 func (r *rewriter) edit(p pair, f func(key, value []byte) ([]byte, error)) error {
 	var old []byte
 	if p.value.present {
-		if len(r.resumed) > 0 && r.resumed[0].end == p.value.field.end {
-			r.set(p.value, r.resumed[0].value)
-			r.resumed = r.resumed[1:]
-			return nil
-		}
 		old = r.src[p.value.field.body:p.value.field.end:p.value.field.end]
 	}
 	changed, err := f(p.key, old)

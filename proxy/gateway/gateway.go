@@ -7,8 +7,10 @@ import (
 	"log"
 	"net"
 	"net/http"
+	goruntime "runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/gorilla/websocket"
@@ -35,6 +37,8 @@ type Gateway struct {
 	Handler http.Handler // of HTTP/2, too
 	sockets *websockets
 	conns   *connQueue
+
+	draining atomic.Bool
 }
 
 const (
@@ -42,6 +46,11 @@ const (
 	// how long it may be silent between two.
 	headerTimeout = time.Minute
 	idleTimeout   = 5 * time.Minute
+	// lateRequest is how long a connection that has no request is kept during a drain. A client
+	// that uses it all the time then learns from a response that the connection closes. If the
+	// proxy closed it at once, a request might be on the way, and no client can tell whether that
+	// was served.
+	lateRequest = 250 * time.Millisecond
 )
 
 // New makes the gateway to an API.
@@ -54,7 +63,7 @@ func New(a *etcdapi.API) (*Gateway, error) {
 	mux := http.NewServeMux()
 	// In JSON, bytes are a third longer; what is too long then is refused as gRPC refuses it.
 	limit := 2 * int64(a.Core.MaxRequest+etcdapi.GrpcOverhead)
-	g.sockets = newWebsockets(api, limit)
+	g.sockets = newWebsockets(takeTurns(api), limit)
 	mux.Handle("/v3/", http.MaxBytesHandler(g.sockets, limit))
 	own := etcdProxy()
 	for _, path := range []string{"/health", "/livez", "/livez/", "/readyz", "/readyz/", "/version", "/metrics"} {
@@ -62,12 +71,13 @@ func New(a *etcdapi.API) (*Gateway, error) {
 	}
 	g.Handler = acceptBeta(guardOrigin(authorize(a, mux)))
 	g.server = &http.Server{
-		Handler: g.Handler, ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout,
+		Handler: g.closing(g.Handler), ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout,
 		ErrorLog: log.New(io.Discard, "", 0), // it tells of what clients do wrong
 		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
 			c, _ := conn.(*listener.Conn)
 			return listener.WithIdentity(ctx, c.Identity)
 		},
+		ConnState: g.conns.state,
 		Protocols: new(http.Protocols),
 	}
 	g.server.Protocols.SetHTTP1(true)
@@ -100,6 +110,40 @@ func newJSON(a *etcdapi.API) (http.Handler, error) {
 		electiongw.RegisterElectionHandlerClient(ctx, mux, v3electionpb.NewElectionClient(way)),
 	)
 	return mux, err
+}
+
+// takeTurns has the decoder of a long body let other goroutines run every now and then. It would
+// otherwise compute until the runtime preempts it, and the clients of all other connections would
+// wait for each of many such bodies.
+func takeTurns(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Body != nil && r.Body != http.NoBody {
+			turns := *r
+			turns.Body = &turnsBody{ReadCloser: r.Body}
+			r = &turns
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// bodyTurn is how many bytes of a body are decoded in one turn.
+const bodyTurn = 16 << 10
+
+// turnsBody is a body that is read in turns.
+type turnsBody struct {
+	io.ReadCloser
+	read int // in this turn
+}
+
+// Read implements io.Reader.
+func (b *turnsBody) Read(p []byte) (int, error) {
+	if b.read >= bodyTurn {
+		b.read = 0
+		goruntime.Gosched()
+	}
+	n, err := b.ReadCloser.Read(p[:min(len(p), bodyTurn-b.read)])
+	b.read += n
+	return n, err
 }
 
 // acceptBeta takes /v3beta/, the name of before etcd 3.4 that clients still ask for, for /v3/, as
@@ -135,48 +179,18 @@ func authorize(a *etcdapi.API, next http.Handler) http.Handler {
 	})
 }
 
-// Serve takes over conn and returns at once.
+// closing has responses close their connections during a drain.
+func (g *Gateway) closing(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if g.draining.Load() {
+			w.Header().Set("Connection", "close")
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// Serve takes over conn and returns once a shutdown would wait for it.
 func (g *Gateway) Serve(conn *listener.Conn) { g.conns.put(conn) }
-
-// connQueue hands identified connections to net/http.
-type connQueue struct {
-	conns chan *listener.Conn
-	done  chan struct{}
-	once  sync.Once
-}
-
-var _ net.Listener = (*connQueue)(nil)
-
-func newConnQueue() *connQueue {
-	return &connQueue{conns: make(chan *listener.Conn), done: make(chan struct{})}
-}
-
-func (q *connQueue) put(conn *listener.Conn) {
-	select {
-	case q.conns <- conn:
-	case <-q.done:
-		_ = conn.Close()
-	}
-}
-
-// Accept implements net.Listener.
-func (q *connQueue) Accept() (net.Conn, error) {
-	select {
-	case conn := <-q.conns:
-		return conn, nil
-	case <-q.done:
-		return nil, net.ErrClosed
-	}
-}
-
-// Close implements net.Listener.
-func (q *connQueue) Close() error {
-	q.once.Do(func() { close(q.done) })
-	return nil
-}
-
-// Addr implements net.Listener.
-func (q *connQueue) Addr() net.Addr { return &net.UnixAddr{Name: "proxy", Net: "unix"} }
 
 // Run serves until ctx ends, and lets requests finish for as long as the engine does.
 func (g *Gateway) Run(ctx context.Context, drainTimeout time.Duration) {
@@ -190,9 +204,11 @@ func (g *Gateway) Run(ctx context.Context, drainTimeout time.Duration) {
 	defer cancel()
 	var sockets sync.WaitGroup
 	sockets.Go(func() { g.sockets.Close(limited) })
-	if g.server.Shutdown(limited) != nil {
-		_ = g.server.Close() // what is left is cut
-	}
+	// Shutdown comes last: it drops a request that has just arrived.
+	g.draining.Store(true)
+	defer time.AfterFunc(lateRequest, func() { g.server.SetKeepAlivesEnabled(false) }).Stop()
+	g.conns.drain(limited)
+	_ = g.server.Close()
 	sockets.Wait()
 	<-served
 }

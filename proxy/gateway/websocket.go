@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -191,6 +192,10 @@ func (ws *websockets) read(s *socket, said io.Writer) error {
 			return io.EOF
 		}
 		message, err := mem.ReadAll(r, rpc.Buffers)
+		if err == nil && value.n == 0 && isBlank(message) {
+			message.Free() // the decoder would keep it until the next value
+			continue
+		}
 		if err == nil {
 			ws.mu.Lock()
 			s.used = true
@@ -216,6 +221,11 @@ func (ws *websockets) read(s *socket, said io.Writer) error {
 			return io.EOF
 		}
 	}
+}
+
+// isBlank reports whether a message has nothing but JSON's white space.
+func isBlank(message mem.BufferSlice) bool {
+	return !slices.ContainsFunc(message, func(b mem.Buffer) bool { return len(bytes.TrimLeft(b.ReadOnlyData(), " \t\r\n")) > 0 })
 }
 
 // jsonSize measures the JSON value that is not at its end: what decodes it keeps all of it.

@@ -84,9 +84,22 @@ func sameFields(a, b []hpack.HeaderField) bool {
 	return len(a) == len(b) && (len(a) == 0 || &a[0] == &b[0] || slices.Equal(a, b))
 }
 
-// encode returns the block of a header list, which is valid until the next call. It keeps the list,
-// which must not change.
-func (e *headerEncoder) encode(fields []hpack.HeaderField) []byte {
+// encode returns the block of a header list and, unless it has no name, of last. The block is valid
+// until the next call. last is not indexed, so that its value, which differs for each stream, leaves
+// what is remembered valid. encode keeps the list, which must not change.
+func (e *headerEncoder) encode(fields []hpack.HeaderField, last hpack.HeaderField) []byte {
+	block := e.encodeList(fields)
+	if last.Name == "" {
+		return block
+	}
+	e.block.Reset()
+	e.block.Write(block) // which may be what was there
+	last.Sensitive = true
+	_ = e.hpack.WriteField(last)
+	return e.block.Bytes()
+}
+
+func (e *headerEncoder) encodeList(fields []hpack.HeaderField) []byte {
 	if len(fields) <= maxMemoBlock {
 		for i := range e.memo.entries {
 			if known := &e.memo.entries[i]; sameFields(known.value, fields) {

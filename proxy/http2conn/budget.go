@@ -111,6 +111,7 @@ func (s *Stream) Expect(n int) {
 	if s.expected = n - s.recvWindow; s.expected <= 0 || c.closed || s.ended.Load() || s.granted {
 		return
 	}
+	s.shared = true
 	c.limits.waiting = append(c.limits.waiting, s)
 	c.limits.grant()
 }

@@ -136,7 +136,8 @@ func TestHeaderDecoderAgrees(t *testing.T) {
 	}
 }
 
-// TestHeaderEncoderAgrees: what the encoder encodes, a decoder decodes to the same fields.
+// TestHeaderEncoderAgrees: what the encoder encodes, a decoder decodes to the same fields. The last
+// one does not have it forget the others.
 func TestHeaderEncoderAgrees(t *testing.T) {
 	r := rand.New(rand.NewPCG(3, 4))
 	var e headerEncoder
@@ -152,9 +153,14 @@ func TestHeaderEncoderAgrees(t *testing.T) {
 			list = append(list, hpack.HeaderField{Name: "grpc-timeout", Value: strings.Repeat("1", r.IntN(300)), Sensitive: r.IntN(4) == 0})
 		}
 		entries := len(e.memo.entries)
-		got, err := d.DecodeFull(e.encode(list))
-		if err != nil || !slices.Equal(got, list) {
-			t.Fatalf("list %d: got %v, want %v: %v", i, got, list, err)
+		want, last := list, hpack.HeaderField{}
+		if r.IntN(2) == 0 {
+			last = hpack.HeaderField{Name: "grpc-timeout", Value: strings.Repeat("2", 1+r.IntN(9))}
+			want = append(slices.Clone(list), hpack.HeaderField{Name: last.Name, Value: last.Value, Sensitive: true})
+		}
+		got, err := d.DecodeFull(e.encode(list, last))
+		if err != nil || !slices.Equal(got, want) {
+			t.Fatalf("list %d: got %v, want %v: %v", i, got, want, err)
 		}
 		if entries > 0 && len(e.memo.entries) == entries {
 			known++

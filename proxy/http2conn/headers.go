@@ -77,7 +77,7 @@ func (r *receiver) request(f *headerFrame) error {
 	if s != nil {
 		s.remoteEnd, s.declared = f.ends(), f.declared
 		if f.truncated {
-			r.send.headerBlock(s, headerListTooLarge(f.fields), true)
+			r.send.headerBlock(s, headerListTooLarge(f.fields), hpack.HeaderField{}, true)
 		}
 	}
 	r.mu.Unlock()

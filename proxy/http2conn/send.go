@@ -4,6 +4,7 @@ import (
 	"time"
 
 	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
 	"google.golang.org/grpc/mem"
 )
 
@@ -86,6 +87,7 @@ func (s *Stream) countQueued(n int) {
 	if n == 0 {
 		return
 	}
+	s.shared = true
 	q, now := &s.conn.send.queued, int(s.queuedBytes.Add(int64(n)))
 	q.bytes += n
 	switch now {
@@ -192,7 +194,7 @@ func (d *sender) sendQueued(s *Stream) {
 	s.free()
 	if trailer := s.trailer; trailer != nil {
 		s.trailer = nil
-		d.headerBlock(s, trailer, s.endQueued)
+		d.headerBlock(s, trailer, hpack.HeaderField{}, s.endQueued)
 	}
 	if !s.ended.Load() {
 		d.writable = append(d.writable, s)

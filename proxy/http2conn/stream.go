@@ -37,6 +37,7 @@ type Stream struct {
 	exempt    bool                // it is conn.held.exempt
 	endQueued bool                // the end follows the queue
 	inReady   bool                // it is in conn.ready
+	shared    bool                // it was in a list of the connection's, and may be in copies of it
 	localEnd  bool                // the end was sent
 	remoteEnd bool                // the end was received
 }
@@ -59,35 +60,36 @@ func (c *Conn) Open(value any, fields []hpack.HeaderField, end bool) *Stream {
 	s := &Stream{value: value}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if !c.open(s, fields, end) {
+	if !c.open(s, fields, hpack.HeaderField{}, end) {
 		return nil
 	}
 	return s
 }
 
-// OpenOn is Open for memory of the caller's that was no stream before. It reports whether the
-// server accepts the stream.
-func (c *Conn) OpenOn(s *Stream, fields []hpack.HeaderField) bool {
+// OpenOn is Open for memory of the caller's that is no stream, or an unused one. It reports whether the
+// server accepts the stream. last is one more field, with a value that differs for each stream, if it
+// has a name.
+func (c *Conn) OpenOn(s *Stream, fields []hpack.HeaderField, last hpack.HeaderField) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.open(s, fields, false)
+	return c.open(s, fields, last, false)
 }
 
 // Request is OpenOn with the whole body of the request, as by [Stream.Data].
-func (c *Conn) Request(s *Stream, fields []hpack.HeaderField, head, body []byte) (opened, sent bool) {
+func (c *Conn) Request(s *Stream, fields []hpack.HeaderField, last hpack.HeaderField, head, body []byte) (opened, sent bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	opened = c.open(s, fields, false)
+	opened = c.open(s, fields, last, false)
 	return opened, opened && s.data(true, head, body)
 }
 
-func (c *Conn) open(s *Stream, fields []hpack.HeaderField, end bool) bool {
+func (c *Conn) open(s *Stream, fields []hpack.HeaderField, last hpack.HeaderField, end bool) bool {
 	if !c.canOpen() {
 		return false
 	}
 	s.begin(c, c.nextStreamID)
 	c.nextStreamID += 2
-	c.send.headerBlock(s, fields, end)
+	c.send.headerBlock(s, fields, last, end)
 	return true
 }
 
@@ -102,13 +104,13 @@ func (s *Stream) Headers(fields []hpack.HeaderField, end bool) {
 	case len(s.queue) > 0:
 		s.trailer, s.endQueued = fields, end
 	default:
-		c.send.headerBlock(s, fields, end)
+		c.send.headerBlock(s, fields, hpack.HeaderField{}, end)
 	}
 }
 
-// headerBlock writes header fields in as many frames as necessary.
-func (d *sender) headerBlock(s *Stream, fields []hpack.HeaderField, end bool) {
-	block := d.out.encoder.encode(fields)
+// headerBlock writes header fields, and last if it has a name, in as many frames as necessary.
+func (d *sender) headerBlock(s *Stream, fields []hpack.HeaderField, last hpack.HeaderField, end bool) {
+	block := d.out.encoder.encode(fields, last)
 	kind, flags := http2.FrameHeaders, http2.Flags(0)
 	if end {
 		flags = http2.FlagHeadersEndStream
@@ -168,6 +170,10 @@ func (s *Stream) Finish() {
 	}
 	c.closeIfDone()
 }
+
+// Unused reports whether the stream has ended and the connection has no reference to it, except for
+// what handles a frame of the peer: then its memory may be used for another stream.
+func (s *Stream) Unused() bool { return s.ended.Load() && !s.shared }
 
 // HasQueued reports whether data waits for a flow-control window.
 func (s *Stream) HasQueued() bool { return s.queuedBytes.Load() > 0 }

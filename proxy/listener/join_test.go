@@ -68,3 +68,59 @@ func TestJoinedListener(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// signallingSocket tells of each connection that was accepted.
+type signallingSocket struct {
+	net.Listener
+	accepted chan struct{}
+}
+
+func (s signallingSocket) Accept() (net.Conn, error) {
+	conn, err := s.Listener.Accept()
+	if err == nil {
+		s.accepted <- struct{}{}
+	}
+	return conn, err
+}
+
+// TestJoinedListenerCloses: what a socket has accepted before Close is returned after it.
+func TestJoinedListenerCloses(t *testing.T) {
+	accepted := make(chan struct{}, 2)
+	var sockets []net.Listener
+	for range 2 {
+		s, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		sockets = append(sockets, signallingSocket{s, accepted})
+	}
+	l := joinListeners(sockets)
+	for _, s := range sockets {
+		conn, err := net.Dial("tcp", s.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+	}
+	first, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer first.Close()
+	<-accepted
+	<-accepted
+	closed := make(chan error, 1)
+	go func() { closed <- l.Close() }()
+	<-l.(*joinedListener).closing
+	second, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer second.Close()
+	if err := <-closed; err != nil {
+		t.Error(err)
+	}
+	if _, err := l.Accept(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("an Accept after the last connection ends with %v", err)
+	}
+}

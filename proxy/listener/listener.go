@@ -53,6 +53,10 @@ type Config struct {
 // HandshakeTimeout bounds how long a client may take to identify itself.
 const HandshakeTimeout = 10 * time.Second
 
+// LateHandshake is how long a client may still take when its listener is about to close: enough for
+// one that does connect, so that its first calls are not lost.
+const LateHandshake = time.Second
+
 // Listener accepts connections, finds out who is there and hands them on.
 type Listener struct {
 	Config Config
@@ -131,8 +135,12 @@ func set(names []string) map[string]bool {
 var ErrNoFolder = unixsocket.ErrNoFolder
 
 // Run accepts until the listener is closed, and returns once every connection is handed on or gone.
-// ctx bounds the handshakes.
+// Connections that have not identified themselves by [LateHandshake] after the end of ctx are
+// closed.
 func (l *Listener) Run(ctx context.Context, serve func(*Conn)) {
+	identifying, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
+	defer context.AfterFunc(ctx, func() { time.AfterFunc(LateHandshake, cancel) })()
 	var handshakes sync.WaitGroup
 	defer handshakes.Wait()
 	pause := time.Duration(0)
@@ -154,7 +162,7 @@ func (l *Listener) Run(ctx context.Context, serve func(*Conn)) {
 		}
 		pause = 0
 		handshakes.Go(func() {
-			if c, err := l.identify(ctx, conn); err != nil {
+			if c, err := l.identify(identifying, conn); err != nil {
 				_ = conn.Close()
 				if !errors.Is(err, errNothingSent) && ctx.Err() == nil {
 					l.handshakeFailed(conn, err)

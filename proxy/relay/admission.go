@@ -54,6 +54,7 @@ func (a *admission) admit(st *clientStream, raw []byte) bool {
 		st.pending = bytes.Clone(raw)
 	}
 	st.watch.Discard() // it waits for etcd
+	st.shared.Store(true)
 	st.admission.Store(admissionWaits)
 	if len(a.waiting) > 2*int(a.live.Load()) {
 		a.waiting = slices.DeleteFunc(a.waiting, func(st *clientStream) bool { return st.admission.Load() != admissionWaits })

@@ -1,6 +1,8 @@
 package relay
 
 import (
+	"golang.org/x/net/http2/hpack"
+
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 )
@@ -27,7 +29,10 @@ func (st *clientStream) connect(m etcdapi.Mode, r *unaryRequest) (ok, wouldBlock
 // open opens a stream with the client's header fields, if the client is still there. It reports
 // false if the connection takes none.
 func (st *clientStream) open(conn *http2conn.Conn, h *endpointState, r *unaryRequest) bool {
-	fields := st.upstreamFields(h)
+	fields, last := h.fieldsOf(st), hpack.HeaderField{}
+	if st.timeout != "" {
+		last = hpack.HeaderField{Name: timeoutName, Value: st.timeout}
+	}
 	st.mu.Lock()
 	opened, sent := st.ended.Load(), false
 	if opened { // the client has left meanwhile
@@ -35,9 +40,9 @@ func (st *clientStream) open(conn *http2conn.Conn, h *endpointState, r *unaryReq
 		return true
 	}
 	if st.upMemory.SetValue(st); r == nil {
-		opened = conn.OpenOn(&st.upMemory, fields)
+		opened = conn.OpenOn(&st.upMemory, fields, last)
 	} else {
-		opened, sent = conn.Request(&st.upMemory, fields, r.head, r.body)
+		opened, sent = conn.Request(&st.upMemory, fields, last, r.head, r.body)
 	}
 	if opened {
 		st.up = &st.upMemory

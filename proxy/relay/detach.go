@@ -25,19 +25,15 @@ func (st *clientStream) detach(p *direction, work func(m etcdapi.Mode)) {
 	}
 	ctx, cancel := context.WithCancelCause(st.session.engine.base)
 	p.cancel = cancel
+	st.shared.Store(true)
 	p.detached.Store(true)
 	st.session.work.Go(func() {
 		defer cancel(nil)
 		ctx := ctx
-		for _, f := range st.fields {
-			if f.Name != "grpc-timeout" {
-				continue
-			}
-			if d, err := timeoutOf(f.Value); err == nil {
-				var stop context.CancelFunc
-				ctx, stop = context.WithTimeout(ctx, d)
-				defer stop()
-			}
+		if d, err := timeoutOf(st.timeout); err == nil {
+			var stop context.CancelFunc
+			ctx, stop = context.WithTimeout(ctx, d)
+			defer stop()
 		}
 		m := etcdapi.Blocking(ctx)
 		work(m)

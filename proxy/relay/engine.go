@@ -128,7 +128,7 @@ func (e *Engine) Close() {
 }
 
 // upstreamFields makes of a client's header fields those for etcd. What belongs to the connection
-// stays behind.
+// stays behind, and so does grpc-timeout, which is sent separately.
 func upstreamFields(fields []hpack.HeaderField, scheme, authority string) []hpack.HeaderField {
 	kept := make([]hpack.HeaderField, 0, len(fields)+1)
 	for _, f := range fields {
@@ -137,7 +137,7 @@ func upstreamFields(fields []hpack.HeaderField, scheme, authority string) []hpac
 			f.Value = scheme
 		case ":authority":
 			f.Value = authority
-		case "grpc-encoding", "grpc-accept-encoding", "accept-encoding", "host", "content-length":
+		case timeoutName, "grpc-encoding", "grpc-accept-encoding", "accept-encoding", "host", "content-length":
 			continue
 		}
 		kept = append(kept, f)

@@ -118,7 +118,7 @@ func handle(st *clientStream, h *requestHead, raw []byte, end bool) {
 		return
 	}
 	ctx, cancel := st.session.engine.base, context.CancelFunc(nil)
-	if h.timed {
+	if h.timeoutField != "" {
 		ctx, cancel = context.WithTimeout(ctx, h.timeout)
 	} else {
 		ctx, cancel = context.WithCancel(ctx)
@@ -137,12 +137,6 @@ func handle(st *clientStream, h *requestHead, raw []byte, end bool) {
 		defer cancel()
 		c.finish(st.method.Handle(st.session.id, c))
 	})
-}
-
-// consumed gives bytes from the client back to the window.
-func (st *clientStream) consumed(n int) {
-	st.client.Consumed(n)
-	st.session.flush()
 }
 
 // data implements streamHandler.
@@ -309,7 +303,8 @@ func (c *handledCall) receive() (*rpc.Message, error) {
 		}
 	}
 	if c.stream.method.Shape != etcdapi.ShapeUnary { // else the message counts until the call ends
-		c.stream.consumed(c.received)
+		c.stream.client.Consumed(c.received)
+		c.stream.session.flush()
 		c.received = 0
 	}
 	return f, nil

@@ -26,7 +26,7 @@ type requestHead struct {
 	subtype      string // what follows gRPC's content type
 	otherType    string // a content type that is not gRPC's
 	encoding     string // of compressed messages
-	timed        bool   // there is a timeout
+	timeoutField string // the value of grpc-timeout; "" for none
 	timeout      time.Duration
 	authorities  int
 	hosts        int
@@ -34,6 +34,10 @@ type requestHead struct {
 	fromProxy    bool  // another proxy or a command has sent it
 	malformed    error // of a header field's value
 }
+
+// timeoutName is the header field with the time that a call may take. Its value differs for each call
+// of a client that sets deadlines.
+const timeoutName = "grpc-timeout"
 
 func readRequestHead(fields []hpack.HeaderField) requestHead {
 	var h requestHead
@@ -58,12 +62,8 @@ func readRequestHead(fields []hpack.HeaderField) requestHead {
 			}
 		case "grpc-encoding":
 			h.encoding = f.Value
-		case "grpc-timeout":
-			var err error
-			h.timed = true
-			if h.timeout, err = timeoutOf(f.Value); err != nil {
-				h.malformed = status.Errorf(codes.Internal, "malformed grpc-timeout: %v", err)
-			}
+		case timeoutName:
+			h.setTimeout(f.Value)
 		case "connection":
 			h.connection = true
 		case upstream.MarkHeader:
@@ -80,6 +80,15 @@ func readRequestHead(fields []hpack.HeaderField) requestHead {
 	return h
 }
 
+// setTimeout takes the value of grpc-timeout.
+func (h *requestHead) setTimeout(field string) {
+	var err error
+	h.timeoutField = field
+	if h.timeout, err = timeoutOf(field); err != nil {
+		h.malformed = status.Errorf(codes.Internal, "malformed grpc-timeout: %v", err)
+	}
+}
+
 // invalid returns the error for a request that grpc-go's server does not serve, and the status of
 // HTTP that comes with it.
 func (h *requestHead) invalid() (httpStatus int, err error) {
@@ -94,7 +103,7 @@ func (h *requestHead) invalid() (httpStatus int, err error) {
 		return http.StatusBadRequest, status.Error(codes.Internal, "no host or :authority header present")
 	case h.method != http.MethodPost:
 		return http.StatusMethodNotAllowed, status.Errorf(codes.Internal, "Received a HEADERS frame with :method %q which should be POST", h.method)
-	case h.timed && h.timeout <= 0:
+	case h.timeoutField != "" && h.timeout <= 0:
 		return http.StatusOK, status.Error(codes.DeadlineExceeded, "context deadline exceeded")
 	}
 	return 0, nil
@@ -137,7 +146,7 @@ func incomingMetadata(fields []hpack.HeaderField) metadata.MD {
 		if rpc.IsBinaryName(f.Name) {
 			b, err := rpc.DecodeBinary(v)
 			if err != nil {
-				continue // readHead has refused it
+				continue // readRequestHead has refused it
 			}
 			v = string(b)
 		}

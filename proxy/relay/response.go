@@ -8,10 +8,8 @@ import (
 
 	"golang.org/x/net/http2/hpack"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/mem"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdwire"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 )
@@ -34,9 +32,7 @@ type responseMessages struct {
 	left   int                    // bytes of the message that have not arrived
 	scans  bool                   // its values are decrypted
 	edits  bool                   // it is buffered: to be rewritten, split or sent as a whole
-	own    *[]byte                // the buffered part, from rpc.Buffers
-	n      int                    // bytes in own
-	parts  mem.BufferSlice        // the rewritten parts
+	parts  rpc.Parts              // what is buffered
 }
 
 // fromUpstream takes what etcd sends.
@@ -66,8 +62,7 @@ func (a *responseMessages) receive(m etcdapi.Mode, p upstreamData) {
 		return
 	}
 	st.session.admission.release(st)
-	switch {
-	case !p.end:
+	if !p.end {
 		st.mu.Lock()
 		defer st.mu.Unlock()
 		if !st.ended.Load() { // or what ends it has been sent, or will be
@@ -75,14 +70,17 @@ func (a *responseMessages) receive(m etcdapi.Mode, p upstreamData) {
 			st.client.Headers(p.fields, false)
 		}
 		return
-	case st.finish(codeOf(p.fields)):
-		st.client.Headers(p.fields, true)
-		if st.method != nil {
-			st.watch.Observe(st.method.Metrics.Added)
-		}
 	}
-	a.free()
+	finished := st.finish(codeOf(p.fields))
+	if finished {
+		st.client.Headers(p.fields, true)
+		st.watch.Observe(st.method.Metrics.Added)
+	}
+	a.parts.Free()
 	p.stream.Finish()
+	if finished {
+		st.session.memory.put(st)
+	}
 }
 
 // codeOf is the status in a trailer.
@@ -101,14 +99,9 @@ func codeOf(trailer []hpack.HeaderField) codes.Code {
 func (a *responseMessages) carryData(m etcdapi.Mode, p upstreamData) {
 	st := a.stream
 	if !st.ended.Load() {
-		if rest, blocked := a.splitMessages(m, p.data); blocked != nil {
+		if rest, wouldBlock := a.splitMessages(m, p.data); wouldBlock {
 			p.data = bytes.Clone(rest)
-			st.detach(&st.responses, func(m etcdapi.Mode) {
-				// it does not block any more
-				_ = a.rewrite(etcdapi.Mode{Ctx: m.Ctx, Blocked: blocked})
-				a.messageEnd()
-				a.carryData(m, p)
-			})
+			st.detach(&st.responses, func(m etcdapi.Mode) { a.carryData(m, p) })
 			return
 		}
 	}
@@ -124,9 +117,9 @@ func (a *responseMessages) carryData(m etcdapi.Mode, p upstreamData) {
 }
 
 // splitMessages finds the messages in data, passes those that are not rewritten, and rewrites the
-// others when they are whole, or a part of theirs is. If that would block it returns how far it
-// came, and rest is what follows in data.
-func (a *responseMessages) splitMessages(m etcdapi.Mode, data []byte) (rest []byte, blocked *etcdwire.Blocked) {
+// others when they are whole, or a part of theirs is. If that would block, rest is what it has not
+// handled of data.
+func (a *responseMessages) splitMessages(m etcdapi.Mode, data []byte) (rest []byte, wouldBlock bool) {
 	st := a.stream
 	for len(data) > 0 && !st.ended.Load() {
 		if len(a.head) < rpc.HeaderLength {
@@ -145,14 +138,22 @@ func (a *responseMessages) splitMessages(m etcdapi.Mode, data []byte) (rest []by
 		n := min(a.left, len(data))
 		switch {
 		case a.edits:
-			n = copy((*a.own)[a.n:], data[:n])
-			a.n += n
+			var err error
+			n, err = a.parts.Take(data[:n], func(dst, part []byte) ([]byte, error) {
+				if !a.scans {
+					return append(dst, part...), nil
+				}
+				return st.call.Response(m, dst, part)
+			})
 			a.left -= n
-			if a.left > 0 && a.n < len(*a.own) {
-				return nil, nil
-			}
-			if blocked := a.rewrite(m); blocked != nil {
-				return data[n:], blocked
+			switch {
+			case errors.Is(err, etcdapi.ErrWouldBlock):
+				return data[n:], true
+			case err != nil:
+				a.parts.Free()
+				st.fail(err)
+			case a.left == 0:
+				a.deliver()
 			}
 		case n > 0 || a.left == 0:
 			a.left -= n
@@ -165,7 +166,7 @@ func (a *responseMessages) splitMessages(m etcdapi.Mode, data []byte) (rest []by
 		data = data[n:]
 		a.messageEnd()
 	}
-	return nil, nil
+	return nil, false
 }
 
 // messageEnd starts again after a whole message.
@@ -187,63 +188,11 @@ func (a *responseMessages) message() {
 	}
 	a.left = int(binary.BigEndian.Uint32(a.head[1:]))
 	a.scans = st.call != nil && a.left > 0 && st.call.Scans()
-	if a.edits = a.scans || a.left > 0 && st.splits(); a.edits {
-		a.own, a.n = rpc.Buffers.Get(min(a.left, rpc.PartSize)), 0
+	if a.edits = a.scans || a.left > 0 && a.splits(); a.edits {
+		a.parts.Begin(a.left, !a.scans || !st.call.Parts())
 	} else {
 		a.unsent = a.head
 	}
-}
-
-// rewrite rewrites what has arrived of a message, and hands it on when that is all. If that would
-// block it returns how far it came, and is to be called again with that.
-func (a *responseMessages) rewrite(m etcdapi.Mode) *etcdwire.Blocked {
-	st := a.stream
-	own, n, whole := a.own, a.n, a.n
-	if a.left > 0 {
-		next := 0
-		switch {
-		case !a.scans: // it is not inspected before it is put together again
-		case !st.call.Parts():
-			whole = 0
-		default:
-			if whole, next = etcdwire.WholeFields((*own)[:n]); next < 0 {
-				whole = n // what is wrong with it is for the call to say
-			}
-		}
-		if whole == 0 {
-			a.own = rpc.Buffers.Get(min(max(2*n, next), n+a.left))
-			copy(*a.own, (*own)[:n])
-			rpc.Buffers.Put(own)
-			return nil
-		}
-	}
-	out := (*own)[:whole:whole]
-	if a.scans {
-		var err error
-		if out, err = st.call.Response(m, out); err != nil {
-			if blocked, ok := errors.AsType[*etcdwire.Blocked](err); ok {
-				return blocked
-			}
-			a.drop()
-			st.fail(err)
-			return nil
-		}
-	}
-	a.own, a.n = nil, 0
-	if a.left > 0 {
-		begun := (*own)[whole:n]
-		a.own = rpc.Buffers.Get(min(max(rpc.PartSize, len(begun)+1), len(begun)+a.left))
-		a.n = copy(*a.own, begun)
-	}
-	if a.left == 0 && len(a.parts) == 0 && len(out) <= copied && !a.stream.splits() {
-		a.stream.client.Data(false, rpc.Header(len(out)), out)
-		rpc.Buffers.Put(own)
-		return nil
-	}
-	if a.parts = append(a.parts, rpc.BufferOf(own, out)); a.left == 0 {
-		a.deliver()
-	}
-	return nil
 }
 
 // copied is the length in bytes up to which a response is copied into the pending bytes. The
@@ -253,51 +202,37 @@ const copied = 32 << 10
 // deliver hands a message on that was inspected.
 func (a *responseMessages) deliver() {
 	st := a.stream
-	made := a.parts
-	a.parts = nil
-	if st.splits() {
-		all, err := st.call.(etcdapi.Splitter).Split(made.Materialize())
+	msg, single := a.parts.Single()
+	if a.splits() { // of a call whose responses do not come in parts
+		all, err := st.call.(etcdapi.Splitter).Split(msg)
+		if err != nil || len(all) > 0 {
+			a.parts.Free()
+		}
 		if err != nil {
-			made.Free()
 			st.fail(err)
 			return
 		}
-		if len(all) > 0 {
-			made.Free()
-			for i, msg := range all {
-				st.client.Data(false, rpc.Header(len(msg)), msg)
-				if i > 0 {
-					st.method.Metrics.Sent.Inc()
-				}
+		for i, msg := range all {
+			st.client.Data(false, rpc.Header(len(msg)), msg)
+			if i > 0 {
+				st.method.Metrics.Sent.Inc()
 			}
+		}
+		if len(all) > 0 {
 			return
 		}
 	}
-	if n := made.Len(); len(made) > 1 || n > copied {
-		st.client.Buffers(false, rpc.Header(n), made)
+	if single && len(msg) <= copied {
+		st.client.Data(false, rpc.Header(len(msg)), msg)
+		a.parts.Free()
 		return
 	}
-	st.client.Data(false, rpc.Header(made.Len()), made[0].ReadOnlyData())
-	made.Free()
+	made := a.parts.Result()
+	st.client.Buffers(false, rpc.Header(made.Len()), made)
 }
 
 // splits reports whether the call must see whole responses, to split them.
-func (st *clientStream) splits() bool {
-	x, ok := st.call.(etcdapi.Splitter)
+func (a *responseMessages) splits() bool {
+	x, ok := a.stream.call.(etcdapi.Splitter)
 	return ok && x.Splits()
-}
-
-// drop gives back what was gathered.
-func (a *responseMessages) drop() {
-	if a.own != nil {
-		rpc.Buffers.Put(a.own)
-		a.own, a.n = nil, 0
-	}
-}
-
-// free gives everything back.
-func (a *responseMessages) free() {
-	a.drop()
-	a.parts.Free()
-	a.parts = nil
 }

@@ -33,7 +33,7 @@ type session struct {
 	// Of the goroutine that reads from the client.
 	unary   uint64 // calls so far
 	headers repeatedHeaders
-	calls   etcdapi.Calls
+	memory  streamMemory
 
 	mu        sync.Mutex
 	endpoints []*endpointState
@@ -121,26 +121,13 @@ func (s *session) drain() {
 	s.flush()
 }
 
-// newStream makes the next stream of the client.
-func (s *session) newStream() *http2conn.Stream {
-	st := &clientStream{session: s}
-	st.client = &st.clientMemory
-	st.client.SetValue(st)
-	return st.client
-}
-
 // Headers implements [http2conn.Handler]. A client that is not allowed is answered here, from its
 // header fields alone.
 func (s *session) Headers(stream *http2conn.Stream, fields []hpack.HeaderField, end bool) {
-	var h requestHead
-	repeated := s.repeated(fields)
-	if repeated != nil {
-		h = repeated.head
-	} else {
-		h = readRequestHead(fields)
-	}
+	repeated, h := s.requestHead(fields)
 	st := stream.Value().(*clientStream)
 	st.fields, st.repeated, st.responseType = fields, repeated, h.responseType()
+	st.timeout = h.timeoutField
 	st.response.stream = st
 	if s.secure && !h.grpcLike {
 		serveWeb(st, end)

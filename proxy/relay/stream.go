@@ -26,12 +26,14 @@ type clientStream struct {
 	method  *etcdapi.Method // nil for a web request and for an unknown method
 	call    etcdapi.Call    // nil if the method's messages pass unchanged
 	client  *http2conn.Stream
-	// the memory of client and of up: one allocation for a call
+	// the memory of client, up and call: one object for a call, which other calls use after it
 	clientMemory, upMemory http2conn.Stream
+	callMemory             etcdapi.CallMemory
 	fields                 []hpack.HeaderField // the client's
 	// what was made of fields; nil if the client has not repeated them
 	repeated     *repeatedHeader
 	responseType string
+	timeout      string           // the value of grpc-timeout; "" for none
 	response     responseMessages // what comes back
 	// what the client has sent, with gRPC's message headers, and was not forwarded
 	pending []byte
@@ -45,6 +47,8 @@ type clientStream struct {
 
 	// the client was sent a part of a message, and not the rest
 	partial atomic.Bool
+	// others than the goroutines that read the two connections may refer to it
+	shared atomic.Bool
 
 	watch metrics.Stopwatch // of a unary call: the time that it spends here
 
@@ -86,6 +90,7 @@ func (st *clientStream) moveTo(h streamHandler) bool {
 		return false
 	}
 	st.served = h
+	st.shared.Store(true)
 	st.handled.Store(true)
 	return true
 }
@@ -99,7 +104,7 @@ func (st *clientStream) begin(end bool) {
 			return
 		}
 	}
-	st.call = st.method.NewCall(st.session.id, &st.session.calls)
+	st.call = st.method.NewCall(st.session.id, &st.callMemory)
 	if st.method.Shape == etcdapi.ShapeBidiStream {
 		if ok, wouldBlock := st.connect(etcdapi.NonBlocking, nil); wouldBlock {
 			st.detach(&st.requests, func(m etcdapi.Mode) {
@@ -194,7 +199,7 @@ func (st *clientStream) unary(m etcdapi.Mode, data []byte, end bool) {
 	}
 	n, odd := -1, false // of the head and the message
 	if len(raw) >= rpc.HeaderLength {
-		n = rpc.HeaderLength + st.length(raw)
+		n = rpc.HeaderLength + messageLength(raw)
 		odd = rpc.CheckMessage(raw[0], n-rpc.HeaderLength, st.session.engine.maxMessage, false) != nil
 	}
 	isUnary := st.method.Shape == etcdapi.ShapeUnary
@@ -224,8 +229,8 @@ func (st *clientStream) keep(raw []byte, n int) {
 	}
 }
 
-// length is that of the message at the front of raw.
-func (*clientStream) length(raw []byte) int {
+// messageLength is that of the message at the front of raw.
+func messageLength(raw []byte) int {
 	return int(binary.BigEndian.Uint32(raw[1:rpc.HeaderLength]))
 }
 
@@ -277,7 +282,7 @@ func (st *clientStream) messages(data []byte, end bool) {
 	st.heldFromClient.Add(int64(len(data)))
 	all, begun := true, len(raw)
 	for len(raw) >= rpc.HeaderLength {
-		n := st.length(raw)
+		n := messageLength(raw)
 		if err := rpc.CheckMessage(raw[0], n, st.session.engine.maxMessage, false); err != nil {
 			st.fail(err)
 			return
@@ -310,7 +315,7 @@ func (st *clientStream) messages(data []byte, end bool) {
 	}
 	n := -1
 	if len(raw) >= rpc.HeaderLength {
-		n = rpc.HeaderLength + st.length(raw)
+		n = rpc.HeaderLength + messageLength(raw)
 	}
 	st.keep(raw, n)
 	if end {

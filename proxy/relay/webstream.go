@@ -33,6 +33,7 @@ type webStream struct {
 	ctx      context.Context
 	cancel   context.CancelFunc
 	expects  bool // the client waits for status 100 before it sends the body
+	body     webBody
 
 	header  http.Header
 	status  int // 0 before WriteHeader
@@ -51,6 +52,10 @@ var (
 // length.
 const webBuffer = 4 << 10
 
+// unknownBody is how many bytes of a body without a length are read before room is made for the
+// longest body.
+const unknownBody = 32 << 10
+
 // What a client still sends after the response is read up to these, so that it is not reset in the
 // middle of it: some clients report an error then, and not the response. For HTTP/1.1 net/http does
 // the same.
@@ -59,13 +64,20 @@ const (
 	lateWait = 500 * time.Millisecond
 )
 
+// release gives bytes from the client back to the window.
+func (w *webStream) release(n int) {
+	w.stream.client.Consumed(n)
+	w.stream.session.flush()
+}
+
 // serveWeb has the web handler serve the stream. A client that is not allowed is answered at once.
 func serveWeb(st *clientStream, end bool) {
 	ctx, cancel := context.WithCancel(listener.WithIdentity(st.session.engine.base, st.session.id))
 	w := &webStream{
-		stream: st, in: newStreamInput(st.consumed, nil, end), writable: make(chan struct{}, 1),
+		stream: st, writable: make(chan struct{}, 1),
 		ctx: ctx, cancel: cancel, header: make(http.Header),
 	}
+	w.in = newStreamInput(w.consumed, nil, end)
 	var err error
 	if w.request, err = webRequest(ctx, st.fields, st.session.id.Remote); err != nil {
 		cancel()
@@ -76,6 +88,7 @@ func serveWeb(st *clientStream, end bool) {
 	if w.request.Body = w; end {
 		w.request.Body = http.NoBody
 	}
+	w.body.kept = strings.HasPrefix(w.request.URL.Path, "/v3")
 	w.expects = strings.EqualFold(w.request.Header.Get("Expect"), "100-continue")
 	if !st.moveTo(w) {
 		cancel()
@@ -156,6 +169,10 @@ func (w *webStream) abort() {
 func (w *webStream) finish() {
 	if w.request.Body != http.NoBody && !w.expects {
 		limited, cancel := context.WithTimeout(w.ctx, lateWait)
+		if w.body.kept { // no longer
+			w.body.kept = false
+			w.release(w.body.read)
+		}
 		// whatever comes
 		_, _ = io.CopyN(io.Discard, readerFunc(func(b []byte) (int, error) { return w.in.read(limited, b) }), lateBody)
 		cancel()
@@ -356,11 +373,50 @@ func (w *webStream) Read(b []byte) (int, error) {
 			w.stream.session.flush()
 		}
 	}
+	w.expect()
 	n, err := w.in.read(w.ctx, b)
 	if err != nil && !errors.Is(err, io.EOF) {
 		return n, errBodyEnded
 	}
 	return n, err
+}
+
+// webBody is how much of a request's body was read. The JSON gateway keeps a body until it has
+// decoded it, like a message of gRPC: until the handler returns, it counts as received by the
+// stream. All other handlers pass it on at once. Only the goroutine of the handler uses it.
+type webBody struct {
+	kept     bool
+	read     int
+	expected bool // Expect was called
+}
+
+// consumed is called with how many bytes were read of the body.
+func (w *webStream) consumed(n int) {
+	if w.body.read += n; !w.body.kept {
+		w.release(n)
+	}
+}
+
+// expect opens the flow-control window for the rest of a body that is kept: for as much as its
+// header says, or for the longest that the gateway takes.
+func (w *webStream) expect() {
+	b := &w.body
+	if !b.kept || b.expected {
+		return
+	}
+	longest := 2*w.stream.session.engine.maxMessage + webBuffer // so that one byte too many can come
+	rest := longest - b.read - w.in.buffered()
+	switch length := w.request.ContentLength; {
+	case length >= 0:
+		rest -= longest - int(min(int64(longest), length))
+	case b.read < unknownBody:
+		return // most end before
+	}
+	b.expected = true
+	if rest > 0 {
+		w.stream.client.Expect(rest)
+		w.stream.session.flush()
+	}
 }
 
 var errBodyEnded = errors.New("the client has left")

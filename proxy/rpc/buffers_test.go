@@ -37,24 +37,23 @@ func TestWipingPool(t *testing.T) {
 	}
 }
 
-// TestReplace covers what a rewriter may return: the message itself, its front, nothing, or new
-// bytes.
+// TestReplace covers what a rewriter may make of a message: the same, less, nothing, or more.
 func TestReplace(t *testing.T) {
 	for _, size := range []int{10, 3000} {
 		msg := make([]byte, size)
 		for i := range msg {
 			msg[i] = byte(i)
 		}
-		for name, edit := range map[string]func([]byte) []byte{
-			"the same": func(b []byte) []byte { return b },
-			"front":    func(b []byte) []byte { b[0] = 0xff; return b[:size/2] },
-			"nothing":  func(b []byte) []byte { return b[:0] },
-			"new":      func(b []byte) []byte { return append([]byte("new"), b...) },
+		for name, edit := range map[string]func(dst, b []byte) []byte{
+			"the same": func(dst, b []byte) []byte { return append(dst, b...) },
+			"front":    func(dst, b []byte) []byte { return append(dst, b[:size/2]...) },
+			"nothing":  func(dst, _ []byte) []byte { return dst },
+			"more":     func(dst, b []byte) []byte { return append(append(dst, "more"...), b...) },
 		} {
 			half := size / 2
 			f := &Message{Data: mem.BufferSlice{mem.SliceBuffer(msg[:half]), mem.SliceBuffer(msg[half:])}}
-			want := string(edit(append([]byte{}, msg...)))
-			if err := f.Replace(func(b []byte) ([]byte, error) { return edit(b), nil }); err != nil {
+			want := string(edit(nil, msg))
+			if err := f.Replace(true, func(dst, b []byte) ([]byte, error) { return edit(dst, b), nil }); err != nil {
 				t.Fatal(err)
 			}
 			if got := string(f.Data.Materialize()); got != want {
@@ -66,7 +65,7 @@ func TestReplace(t *testing.T) {
 			f.Free()
 		}
 		f := &Message{Data: mem.BufferSlice{mem.SliceBuffer(msg)}}
-		if err := f.Replace(func([]byte) ([]byte, error) { return nil, io.ErrUnexpectedEOF }); !errors.Is(err, io.ErrUnexpectedEOF) || f.Data.Len() != 0 {
+		if err := f.Replace(true, func(_, _ []byte) ([]byte, error) { return nil, io.ErrUnexpectedEOF }); !errors.Is(err, io.ErrUnexpectedEOF) || f.Data.Len() != 0 {
 			t.Errorf("got %v and %d bytes", err, f.Data.Len())
 		}
 	}

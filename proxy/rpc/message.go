@@ -46,81 +46,21 @@ func (f *Message) Edit(fn func([]byte) ([]byte, error)) error {
 	return nil
 }
 
-// Replace is edit with an fn that may overwrite the message and return the front of it, or new
-// bytes. After an error the frame is empty.
-func (f *Message) Replace(fn func([]byte) ([]byte, error)) error {
-	// The buffers that grpc hands out are not ours to write to.
-	own := Buffers.Get(f.Data.Len())
-	f.Data.CopyTo(*own)
-	f.Free()
-	out, err := replaced(own, len(*own), fn)
-	if err == nil {
-		f.Data = mem.BufferSlice{out}
-	}
-	return err
-}
-
-// replaced returns what fn makes of the first n bytes of own, which it takes over.
-func replaced(own *[]byte, n int, fn func([]byte) ([]byte, error)) (mem.Buffer, error) {
-	out, err := fn((*own)[:n:n])
-	if err != nil {
-		Buffers.Put(own)
-		return nil, err
-	}
-	return BufferOf(own, out), nil
-}
-
-// BufferOf returns a buffer of out, which is the front of own or bytes of its own. It takes own
-// over.
-func BufferOf(own *[]byte, out []byte) mem.Buffer {
-	if len(out) > 0 && &out[0] != &(*own)[0] {
-		Buffers.Put(own)
-		return mem.SliceBuffer(out)
-	}
-	// The whole goes back to the pool, to be cleared, when its front has been sent.
-	whole := mem.NewBuffer(own, Buffers)
-	defer whole.Free()
-	return whole.Slice(0, len(out))
-}
-
-// PartSize is about how many bytes of a long message are replaced at a time: few enough to stay in
-// the processor's cache until they are done with.
-const PartSize = 64 << 10
-
-// ReplaceParts is replace for an fn that takes a message in parts, each of whole fields: protobuf's
-// messages can be cut between two fields and put together again.
-func (f *Message) ReplaceParts(fn func([]byte) ([]byte, error)) error {
-	if f.Data.Len() <= 2*PartSize {
-		return f.Replace(fn)
-	}
-	in := f.Data.Reader()
-	defer in.Close() //nolint:errcheck // never fails
-	f.Free()         // the reader has references of its own, and drops each when it is read
-	var out mem.BufferSlice
-	var begun []byte // the front of a field whose rest is still to be read
-	for size := PartSize; len(begun) > 0 || in.Remaining() > 0; {
-		size = max(size, len(begun))
-		own := Buffers.Get(min(size, len(begun)+in.Remaining()))
-		n := copy(*own, begun)
-		_, _ = in.Read((*own)[n:]) // never fails: so much is there
-		whole, next := etcdwire.WholeFields(*own)
-		if in.Remaining() == 0 || next < 0 {
-			whole = len(*own) // what is wrong with it is for fn to say
-		}
-		if begun = append(begun[:0], (*own)[whole:]...); whole == 0 {
-			Buffers.Put(own)
-			size = max(2*size, next) // a field that is longer than the part
-			continue
-		}
-		size = PartSize
-		part, err := replaced(own, whole, fn)
-		if err != nil {
-			out.Free()
+// Replace replaces the message by what rewrite makes of it, see [Parts]. After an error the frame
+// is empty.
+func (f *Message) Replace(whole bool, rewrite Rewrite) error {
+	var p Parts
+	p.Begin(f.Data.Len(), whole)
+	for len(f.Data) > 0 {
+		if _, err := p.Take(f.Data[0].ReadOnlyData(), rewrite); err != nil {
+			p.Free()
+			f.Free()
 			return err
 		}
-		out = append(out, part)
+		f.Data[0].Free()
+		f.Data = f.Data[1:]
 	}
-	f.Data = out
+	f.Data = p.Result()
 	return nil
 }
 

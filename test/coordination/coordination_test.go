@@ -391,7 +391,7 @@ func TestBypass(t *testing.T) {
 	if n := strings.Count(string(data), `"event":"bypass"`); n != 2 {
 		t.Errorf("%d records of two keys", n)
 	}
-	if n := strings.Count(p.Log(), "a value was written in plaintext past the proxies"); n != 1 {
+	if n := strings.Count(p.Log(), "a value was written in plaintext to etcd directly"); n != 1 {
 		t.Errorf("%d log lines in a minute", n)
 	}
 }

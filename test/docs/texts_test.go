@@ -48,7 +48,7 @@ func TestErrorTexts(t *testing.T) {
 // words.
 var foreign = []string{
 	"address already in use", "bad certificate", "cannot assign requested address", "certificate has expired", "certificate required",
-	"connection refused", "didn't provide a certificate", "error reading server preface", "no space left on device", "no such file",
+	"authentication handshake failed", "connection refused", "didn't provide a certificate", "error reading server preface", "no space left on device", "no such file",
 	"permission denied", "database space exceeded", "docker", "PROXY_1_ADDRESS", "no access key ID", "systemd-analyze", "Failed to set up credentials", "signed by unknown authority", "cannot be pulled",
 }
 

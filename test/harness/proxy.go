@@ -249,8 +249,9 @@ func (p *Proxy) Start() {
 		if err := p.Alive(); err != nil {
 			return err
 		}
-		if !strings.Contains(p.Log()[len(before):], `"msg":"serving"`) {
-			return fmt.Errorf("the log has no line with \"msg\":\"serving\" yet")
+		// Version 0.1.0 says serving instead of listening.
+		if log := p.Log()[len(before):]; !strings.Contains(log, `"msg":"listening"`) && !strings.Contains(log, `"msg":"serving"`) {
+			return fmt.Errorf("the log has no line with \"msg\":\"listening\" yet")
 		}
 		status, body, err := p.get("/livez")
 		if err == nil && status != http.StatusOK {

@@ -57,7 +57,7 @@ func BenchmarkBeside(b *testing.B) {
 			}},
 			{"open", func(i, turn int) error {
 				own = append(own[:0], pick(i, turn)...) // decrypted in place
-				_, err := we.Open(ctx, keys[i], own)
+				_, err := we.Open(ctx, nil, keys[i], own)
 				return err
 			}, func(i, turn int) error {
 				_, _, err := they.transformer.TransformFromStorage(ctx, pick(i, turn), keyContext(keys[i]))
@@ -65,7 +65,7 @@ func BenchmarkBeside(b *testing.B) {
 			}},
 			{"reopen", func(i, _ int) error {
 				own = append(own[:0], stored[i]...)
-				_, err := we.Open(ctx, keys[i], own)
+				_, err := we.Open(ctx, nil, keys[i], own)
 				return err
 			}, func(i, _ int) error {
 				_, _, err := they.transformer.TransformFromStorage(ctx, stored[i], keyContext(keys[i]))

@@ -135,7 +135,7 @@ func (o *ours) seal(tb testing.TB, key, plaintext []byte) []byte {
 
 // open decrypts stored as the rule does, and reports whether it is stale.
 func (o *ours) open(key, stored []byte) (plaintext []byte, stale bool, err error) {
-	plaintext, err = o.Open(context.Background(), key, bytes.Clone(stored)) // decrypted in place
+	plaintext, err = o.Open(context.Background(), nil, key, bytes.Clone(stored)) // decrypted in place
 	if err != nil {
 		return nil, false, err
 	}

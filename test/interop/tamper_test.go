@@ -67,7 +67,7 @@ func TestOtherEtcdKey(t *testing.T) {
 		for _, key := range []string{"/registry/secrets/default/s2", "/registry/secrets/default/s", "/registry/secrets/default/s1/", "x"} {
 			s.refused(t, writer+" moved to "+key, []byte(key), stored)
 		}
-		_, err := s.we.Open(context.Background(), []byte("/registry/secrets/default/s2"), bytes.Clone(stored))
+		_, err := s.we.Open(context.Background(), nil, []byte("/registry/secrets/default/s2"), bytes.Clone(stored))
 		if e, ok := errors.AsType[*keyring.Error](err); !ok || e.Kind != keyring.Corrupt {
 			t.Errorf("%s moved: %v is not corrupt", writer, err)
 		}
@@ -79,7 +79,7 @@ func TestOtherProvider(t *testing.T) {
 	s := newPair(t)
 	we, they := newOurs(t, s.plugin, "other"), newKube(t, s.plugin, "other", envelope.TypeSeed)
 	for writer, stored := range s.stored {
-		if _, err := we.Open(context.Background(), s.key, bytes.Clone(stored)); err == nil {
+		if _, err := we.Open(context.Background(), nil, s.key, bytes.Clone(stored)); err == nil {
 			t.Errorf("%s: we open another provider's value", writer)
 		}
 		if _, _, err := they.open(s.key, bytes.Clone(stored)); err == nil {
@@ -108,7 +108,7 @@ func TestWrongKMSKey(t *testing.T) {
 			fresh.we, fresh.they = newOurs(t, s.plugin, provider), newKube(t, s.plugin, provider, envelope.TypeSeed)
 			for writer, stored := range s.stored {
 				fresh.refused(t, writer, s.key, bytes.Clone(stored))
-				_, err := fresh.we.Open(context.Background(), s.key, bytes.Clone(stored))
+				_, err := fresh.we.Open(context.Background(), nil, s.key, bytes.Clone(stored))
 				if e, ok := errors.AsType[*keyring.Error](err); !ok || e.Kind != c.kind {
 					t.Errorf("%s: %v is not of kind %v", writer, err, c.kind)
 				}

@@ -1,6 +1,7 @@
 package limits
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"testing"
@@ -12,43 +13,73 @@ import (
 // TestLongWebsocketMessage: a message of 100 MiB over a websocket, in one frame or in many, is
 // refused with the code for it, and none of it is kept.
 func TestLongWebsocketMessage(t *testing.T) {
-	t.Parallel()
-	s := newSite(t, 0, nil)
-	defer s.witness(t)()
-	const total = 100 << 20
-	for name, frame := range map[string]int{"one frame": total, "many frames": 64 << 10} {
-		conn, _, err := websocket.DefaultDialer.DialContext(t.Context(), "ws://"+s.proxy.Address+"/v3/watch", nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer conn.Close()
-		before := s.usage(t)
-		piece := make([]byte, 64<<10)
-		for sent := 0; sent < total && err == nil; sent += len(piece) {
-			if sent%frame == 0 {
-				head := []byte{0, 0x80 | 127} // masked, with zeros
-				if sent == 0 {
-					head[0] = websocket.TextMessage
+	for name, frame := range map[string]int{"one frame": 100 << 20, "many frames": 64 << 10} {
+		t.Run(name, func(t *testing.T) {
+			m := newMemorySite(t)
+			send := func(total, frame int) *websocket.Conn {
+				conn, _, err := websocket.DefaultDialer.DialContext(t.Context(), "ws://"+m.plain+"/v3/watch", nil)
+				if err != nil {
+					t.Fatal(err)
 				}
-				_, err = conn.NetConn().Write(append(binary.BigEndian.AppendUint64(head, uint64(frame)), 0, 0, 0, 0))
+				t.Cleanup(func() { conn.Close() })
+				piece := make([]byte, min(frame, 64<<10))
+				for sent := 0; sent < total && err == nil; sent += len(piece) {
+					if sent%frame == 0 {
+						head := []byte{0, 0x80 | 127} // masked, with zeros
+						if sent == 0 {
+							head[0] = websocket.TextMessage
+						}
+						_, err = conn.NetConn().Write(append(binary.BigEndian.AppendUint64(head, uint64(frame)), 0, 0, 0, 0))
+					}
+					if err == nil {
+						_, err = conn.NetConn().Write(piece) // it fails once the proxy has left
+					}
+				}
+				return conn
 			}
-			if err == nil {
-				_, err = conn.NetConn().Write(piece) // it fails once the proxy has left
-			}
-		}
-		if err := conn.SetReadDeadline(time.Now().Add(witnessPatience)); err != nil {
-			t.Fatal(err)
-		}
-		_, _, err = conn.ReadMessage()
-		if e, ok := errors.AsType[*websocket.CloseError](err); ok && e.Code != websocket.CloseMessageTooBig {
-			t.Errorf("%s: %v", name, err)
-		} else if err == nil {
-			t.Errorf("%s: it is answered", name)
-		}
-		after := s.usage(t)
-		t.Logf("%s: %v, then %v; %v", name, before, after, err)
-		if grown := after.peak - before.peak; grown > 16<<20 {
-			t.Errorf("%s: memory has grown by %d MiB", name, grown>>20)
-		}
+			defer m.witness(t)()
+			m.grows(t, 16, func() { send(10, 10) }, func() {
+				conn := send(100<<20, frame)
+				if err := conn.SetReadDeadline(time.Now().Add(witnessPatience)); err != nil {
+					t.Fatal(err)
+				}
+				_, _, err := conn.ReadMessage()
+				t.Logf("it ends with %v", err)
+				if e, ok := errors.AsType[*websocket.CloseError](err); ok && e.Code != websocket.CloseMessageTooBig || err == nil {
+					t.Errorf("it is answered with %v", err)
+				}
+			})
+		})
+	}
+}
+
+// TestBlankWebsocketMessages: what is between two JSON values is not kept, in however many
+// messages.
+func TestBlankWebsocketMessages(t *testing.T) {
+	for name, message := range map[string][]byte{"spaces": bytes.Repeat([]byte(" \r\n\t"), 256<<10), "empty": nil} {
+		t.Run(name, func(t *testing.T) {
+			m := newMemorySite(t)
+			m.grows(t, 16, func() {}, func() {
+				conn, _, err := websocket.DefaultDialer.DialContext(t.Context(), "ws://"+m.plain+"/v3/watch", nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer conn.Close()
+				for range 100 {
+					if err := conn.WriteMessage(websocket.TextMessage, message); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if err := conn.WriteMessage(websocket.TextMessage, []byte(`{"create_request":{"key":"aw=="}}`)); err != nil {
+					t.Fatal(err)
+				}
+				if err := conn.SetReadDeadline(time.Now().Add(witnessPatience)); err != nil {
+					t.Fatal(err)
+				}
+				if _, said, err := conn.ReadMessage(); err != nil || !bytes.Contains(said, []byte(`"created":true`)) {
+					t.Errorf("a watch behind them: %s, %v", said, err)
+				}
+			})
+		})
 	}
 }

@@ -16,9 +16,22 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/test/harness"
 )
 
+// ctrlC is what a terminal turns into SIGINT.
+const ctrlC = "\x03"
+
 // onTerminal runs a command of the proxy on a terminal of its own, types the passphrase when the
 // command asks for it, and returns what the terminal shows.
 func (s *site) onTerminal(t *testing.T, passphrase string, args ...string) string {
+	t.Helper()
+	shown, _ := s.typeOn(t, "passphrase of ", passphrase+"\n", args...)
+	return shown
+}
+
+// typeOn runs a command of the proxy on a terminal of its own, and types text when the command asks
+// a question that contains this one. It returns what the terminal shows and the exit code. A
+// question for a passphrase must turn the echo of the terminal off, and each end of a command must
+// leave it on.
+func (s *site) typeOn(t *testing.T, question, text string, args ...string) (string, int) {
 	t.Helper()
 	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
 	if err != nil {
@@ -64,16 +77,17 @@ func (s *site) onTerminal(t *testing.T, passphrase string, args ...string) strin
 		select {
 		case c := <-chunks:
 			shown.Write(c.data)
-			if !typed && strings.Contains(shown.String(), "passphrase of ") && strings.HasSuffix(shown.String(), ": ") {
+			if _, asked, ok := strings.Cut(shown.String(), question); !typed && ok && strings.HasSuffix(asked, " ") {
 				typed = true
-				harness.Eventually(t, within, "the terminal to show nothing that is typed", func() error {
-					settings, err := unix.IoctlGetTermios(int(master.Fd()), unix.TCGETS)
-					if err == nil && settings.Lflag&unix.ECHO != 0 {
-						err = errors.New("it does")
-					}
-					return err
-				})
-				if _, err := master.WriteString(passphrase + "\n"); err != nil {
+				if strings.HasPrefix(question, "passphrase") {
+					harness.Eventually(t, within, "the terminal to show nothing that is typed", func() error {
+						if echoes(t, master) {
+							return errors.New("it does")
+						}
+						return nil
+					})
+				}
+				if _, err := master.WriteString(text); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -87,10 +101,46 @@ func (s *site) onTerminal(t *testing.T, passphrase string, args ...string) strin
 			if found := s.env.Sealed.Search("terminal", shown.Bytes()); len(found) > 0 {
 				t.Errorf("the terminal shows secrets: %v", found)
 			}
-			return shown.String()
+			if !echoes(t, master) {
+				t.Error("the terminal does not show what is typed any more")
+			}
+			return shown.String(), cmd.ProcessState.ExitCode()
 		case <-timeout:
 			_ = cmd.Process.Kill()
 			t.Fatalf("the command does not end: %s", &shown)
 		}
 	}
+}
+
+// echoes reports whether a terminal shows what is typed.
+func echoes(t *testing.T, master *os.File) bool {
+	t.Helper()
+	settings, err := unix.IoctlGetTermios(int(master.Fd()), unix.TCGETS)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return settings.Lflag&unix.ECHO != 0
+}
+
+// TestCtrlC interrupts commands that wait for an answer, and one that waits for etcd. decrypt
+// handles the signal itself, kms check does not.
+func TestCtrlC(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	safe := newOffline(t, s, "safe")
+	protected, _ := s.protectedFile(t, safe)
+	s.run(t, harness.Rule{WriteWith: "local", Recovery: []string{"offline"}}, s.env.LocalKey("local", 1), offlineKMS(safe))
+	s.fill(t, "value", 1)
+	config := []string{"--config", s.proxy.ConfigFile}
+	interrupt := func(question string, args ...string) {
+		t.Helper()
+		out, code := s.typeOn(t, question, ctrlC, append(args, config...)...)
+		if code != 3 || !strings.HasSuffix(strings.TrimSpace(out), "error: interrupted") {
+			t.Errorf("%q: exit code %d, shows %q", args, code, out)
+		}
+	}
+	interrupt("[y/N]", "decrypt", prefix+"value0")
+	interrupt("[y/N]", "purge")
+	interrupt("passphrase of ", "decrypt", "--yes", prefix+"value0", "--identity", protected)
+	interrupt("passphrase of ", "kms", "check", "--identity", protected)
 }

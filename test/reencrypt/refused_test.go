@@ -130,7 +130,7 @@ func testRefusedSeeds(t *testing.T, grudge time.Duration) {
 		}
 	}
 	// verify knows nothing of the value without an answer; the others are findings.
-	out, code = s.Run("verify", "--config", config)
+	out, code = s.Run("verify", "--config", config, "--list")
 	if code != 1 || strings.Contains(out, fmt.Sprintf("%q was not decrypted", refused[3])) != (grudge == 0) {
 		t.Errorf("verify: exit code %d: %s", code, out)
 	}
@@ -186,7 +186,7 @@ func TestAnsweredOutage(t *testing.T) {
 
 	// verify must not report an outage as findings either.
 	s.kms.Down(true)
-	out, _ := s.Run("verify", "--config", config, "--timeout", "2s")
+	out, _ := s.Run("verify", "--config", config, "--timeout", "2s", "--list")
 	for line := range strings.Lines(out) { // the plaintext in the history is a finding
 		if strings.Contains(line, "etcd: live") && !strings.Contains(line, "was not decrypted") {
 			t.Error(line)

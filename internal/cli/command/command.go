@@ -96,9 +96,23 @@ func Run(f func(cmd *cobra.Command, args []string) error) func(*cobra.Command, [
 
 // Group returns a command that only groups others.
 func Group(name, short string, commands ...*cobra.Command) *cobra.Command {
-	cmd := &cobra.Command{Use: name + " COMMAND", Short: short, Args: cobra.NoArgs, RunE: NeedsCommand}
+	cmd := &cobra.Command{Use: name + " COMMAND", Short: short, Args: knownCommand, RunE: NeedsCommand, SuggestionsMinimumDistance: 2}
 	cmd.AddCommand(commands...)
 	return cmd
+}
+
+// knownCommand is the Args of a command that only groups others: an argument is a command that it
+// does not have.
+func knownCommand(cmd *cobra.Command, args []string) error {
+	err := cobra.NoArgs(cmd, args)
+	if err == nil {
+		return nil
+	}
+	hint := UsageOf(cmd)
+	if near := cmd.SuggestionsFor(args[0]); len(near) > 0 {
+		hint = "did you mean " + strings.Join(near, " or ") + "?"
+	}
+	return Usage(hint, "%w", err)
 }
 
 // NeedsCommand is the RunE of a command that only groups others.

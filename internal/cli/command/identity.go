@@ -52,6 +52,9 @@ func ReadIdentities(cmd *cobra.Command, c *config.Config, files []string) (*age.
 	var all []*age.Identities
 	for _, name := range files {
 		ids, err := age.ReadIdentities(name, ask)
+		if errors.Is(err, errInterrupted) {
+			return nil, errInterrupted
+		}
 		if err != nil {
 			if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) {
 				hint = "name a file that exists and that you may read"
@@ -76,10 +79,12 @@ func terminal(cmd *cobra.Command) *os.File {
 
 // askPassphrase asks for the passphrase of a file on the terminal, without an echo.
 func askPassphrase(cmd *cobra.Command, tty *os.File, file string) ([]byte, error) {
-	printable.Fprintf(cmd.ErrOrStderr(), "passphrase of %s: ", printable.Name(file))
-	passphrase, err := term.ReadPassword(int(tty.Fd()))
-	printable.Fprintf(cmd.ErrOrStderr(), "\n")
-	return passphrase, err
+	question := printable.Sprintf("passphrase of %s: ", printable.Name(file))
+	return ask(cmd, tty, question, func() ([]byte, error) {
+		passphrase, err := term.ReadPassword(int(tty.Fd()))
+		printable.Fprintf(cmd.ErrOrStderr(), "\n")
+		return passphrase, err
+	})
 }
 
 // WithIdentity adds to the reason of an audit record that private keys were given.

@@ -1,5 +1,5 @@
 // Package stored has the commands that work on the values in etcd, and on its files: status,
-// reencrypt, purge, verify and decrypt. They connect to etcd directly, past the proxies, and use
+// reencrypt, purge, verify and decrypt. They connect to etcd directly, and use
 // the keys and rules of the configuration.
 package stored
 
@@ -146,7 +146,7 @@ func (cl *cluster) reach(ctx context.Context) error {
 	if why := upstream.WhyUnreachable(context.WithoutCancel(ctx), cl.etcd); why != "" {
 		err = errors.New(why)
 	}
-	return problem.New("check etcd.endpoints and etcd.tls; the command connects to etcd directly, past the proxy",
+	return problem.New("check etcd.endpoints and etcd.tls; the command connects to etcd directly, not through the proxy",
 		"etcd is unreachable at %s: %w", strings.Join(cl.config.Etcd.Endpoints, ", "), err)
 }
 

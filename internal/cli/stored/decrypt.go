@@ -8,10 +8,8 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/signal"
 	"strconv"
 	"strings"
-	"syscall"
 
 	"github.com/spf13/cobra"
 	"go.etcd.io/etcd/api/v3/mvccpb"
@@ -51,7 +49,7 @@ JSON object on a line, its value in base64.`,
 	cmd.Flags().StringVar(&o.audit, "audit-file", "", "if the configuration has no audit log, record next to `FILE`, as commands do next to the log of a proxy: in NAME.commands.jsonl for NAME.jsonl")
 	yes := cmd.Flags().Bool("yes", false, "do not ask for confirmation")
 	wait, identities := timeoutFlag(cmd), identityFlag(cmd)
-	cmd.RunE = command.Run(func(cmd *cobra.Command, args []string) error {
+	cmd.RunE = command.RunUntilSignal(func(cmd *cobra.Command, args []string) error {
 		c, err := command.LoadConfig(cmd, *path, command.Checks(nil))
 		if err != nil {
 			return err
@@ -65,14 +63,11 @@ JSON object on a line, its value in base64.`,
 		c.Audit.Required = true
 		o.identities = *identities
 		o.key, o.json = args[0], *out == "json" || o.prefix
-		ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
-		defer stop()
-		cmd.SetContext(ctx)
 		what := fmt.Sprintf("the value of %q", o.key)
 		if o.prefix {
 			what = fmt.Sprintf("the values of all keys that begin with %q", o.key)
 		}
-		if err := confirm(cmd, *yes, "Decrypt "+what+"? It is recorded in "+command.AuditPath(c.Audit.Path)+"."); err != nil {
+		if err := command.Confirm(cmd, *yes, "Decrypt "+what+"? It is recorded in "+command.AuditPath(c.Audit.Path)+"."); err != nil {
 			return err
 		}
 		cl, err := openCluster(cmd, c, clusterOptions{inspectOnly: true, identities: *identities, wait: *wait, noEtcd: o.snapshot != ""})
@@ -80,7 +75,7 @@ JSON object on a line, its value in base64.`,
 			return err
 		}
 		defer cl.close()
-		return cl.decrypt(ctx, o, cmd.OutOrStdout(), cmd.ErrOrStderr())
+		return cl.decrypt(cmd.Context(), o, cmd.OutOrStdout(), cmd.ErrOrStderr())
 	})
 	return cmd
 }
@@ -148,7 +143,7 @@ func (cl *cluster) decrypt(ctx context.Context, o decryptOptions, stdout, stderr
 		case v.State == string(keyring.Foreign):
 			ierr, foreign = errors.New("it is encrypted by a provider that its rule does not read"), foreign+1
 		case rule != nil && rule.Strict && v.State == string(keyring.Unencrypted):
-			ierr, foreign = errors.New("it is plaintext, which its rule refuses to read (allowPlaintextReads: false): it was written past the proxies"), foreign+1
+			ierr, foreign = errors.New("it is plaintext, which its rule refuses to read (allowPlaintextReads: false): it was written to etcd directly"), foreign+1
 		case rule == nil && strings.HasPrefix(string(kv.Value), envelope.Root):
 			ierr, foreign = errors.New("it is encrypted, and no rule covers its key"), foreign+1
 		}

@@ -106,6 +106,11 @@ func (o *drillOptions) check() error {
 	case o.metrics != "" && filepath.Ext(o.metrics) != ".prom":
 		return command.Usage("name it etcd_kms_proxy_drill.prom, in the folder of --collector.textfile.directory", "--metrics-file %q: node_exporter reads only files that end in .prom", o.metrics)
 	}
+	if o.metrics != "" {
+		if err := checkMetricsFile(o.metrics); err != nil {
+			return problem.New("create the folder for the user of this command, or name another", "--metrics-file: %w", err)
+		}
+	}
 	return command.Positive("--timeout", o.wait)
 }
 

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
@@ -78,6 +79,18 @@ func writeDrillMetrics(file string, report *drillReport, passed bool, now time.T
 		}
 	}
 	return prometheus.WriteToTextfile(file, registry) // a reader finds the old file or the new one
+}
+
+// checkMetricsFile returns an error if the file could not be replaced after the drill.
+func checkMetricsFile(file string) error {
+	if _, err := lastDrill(file); err != nil {
+		return err
+	}
+	f, err := os.CreateTemp(filepath.Dir(file), "."+filepath.Base(file))
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Close(), os.Remove(f.Name()))
 }
 
 // lastDrill returns the time of the last success in the file, or 0.

@@ -170,18 +170,22 @@ func (r *drillReport) text(w io.Writer) {
 	for _, rule := range r.Rules {
 		for _, g := range rule.Groups {
 			for _, why := range g.Reasons {
-				printable.Fprintf(w, "\n%d values under %q, for example %s: %s\n", why.Values, rule.Prefix, printable.Name(why.Example), why.Text)
+				printable.Fprintf(w, "\n%s under %q, for example %s: %s\n", printable.Count(why.Values, "value", "values"), rule.Prefix, printable.Name(why.Example), why.Text)
 			}
 		}
 	}
 	printable.Fprintf(w, "\n")
 	t = tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	printable.Fprintf(t, "LEFT\tSTATE\tKEY ID\n")
+	if len(r.Left) > 0 {
+		printable.Fprintf(t, "LEFT\tSTATE\tKEY ID\n")
+	} else {
+		printable.Fprintf(t, "no provider is left\n")
+	}
 	for _, k := range r.Left {
 		state := "not needed"
 		switch {
 		case !k.OK:
-			state = "cannot be used: " + k.Reason
+			state = "cannot be used"
 		case k.Opened:
 			state = "unwrapped recovery copies"
 		case r.missesCopiesOf(k.Name):
@@ -190,18 +194,23 @@ func (r *drillReport) text(w io.Writer) {
 		printable.Fprintf(t, "%s\t%s\t%s\n", printable.Name(k.Name), state, printable.NameOrNone(k.KeyID))
 	}
 	_ = t.Flush()
+	for _, k := range r.Left { // too long for the table
+		if !k.OK {
+			printable.Fprintf(w, "%s: %s\n", printable.Name(k.Name), k.Reason)
+		}
+	}
 	s := r.Seconds
 	printable.Fprintf(w, "\nseconds: snapshot %.1f, restore %.1f, start %.1f, decrypt %.1f, total %.1f; etcdutl %s, etcd %s\n", s.Snapshot, s.Restore, s.Start, s.Decrypt, s.Total,
 		printable.NameOrNone(r.Etcdutl), printable.NameOrNone(r.Etcd))
 	tried := r.Values - r.Untried
 	switch {
 	case r.OK && r.Untried > 0:
-		printable.Fprintf(w, "passed: each of %d values that were tried is readable, of %d\n", tried, r.Values)
+		printable.Fprintf(w, "passed: each of %s tried is readable, of %d\n", printable.Count(tried, "value that was", "values that were"), r.Values)
 	case r.OK:
-		printable.Fprintf(w, "passed: each of %d values is readable\n", tried)
+		printable.Fprintf(w, "passed: each of %s is readable\n", printable.Count(tried, "value", "values"))
 	case r.Values == 0:
 		printable.Fprintf(w, "FAILED: there is no value under a rule\n")
 	default:
-		printable.Fprintf(w, "FAILED: of %d values that were tried, %d are readable, %d would be missing, and %d are unavailable\n", tried, r.Readable, r.Missing, r.Unavailable)
+		printable.Fprintf(w, "FAILED: of %s tried, %d are readable, %d would be missing, and %d are unavailable\n", printable.Count(tried, "value that was", "values that were"), r.Readable, r.Missing, r.Unavailable)
 	}
 }

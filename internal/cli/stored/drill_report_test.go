@@ -32,3 +32,17 @@ func TestDrillReportState(t *testing.T) {
 		}
 	}
 }
+
+// TestDrillReportOfOneValue checks the report about one value, of whose keys none is left.
+func TestDrillReportOfOneValue(t *testing.T) {
+	t.Parallel()
+	lost := drill.Count{Values: 1, Missing: 1}
+	reasons := []drill.Reason{{Values: 1, Example: "/a/b", Text: "gone"}}
+	var out bytes.Buffer
+	(&drillReport{Count: lost, Rules: []drill.Rule{{Prefix: "/a/", Groups: []drill.Group{{Count: lost, Reasons: reasons}}}}}).text(&out)
+	for _, want := range []string{"\n1 value under \"/a/\", for example /a/b: gone\n", "\nno provider is left\n", "\nFAILED: of 1 value that was tried, 0 are readable"} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("no %q in %s", want, &out)
+		}
+	}
+}

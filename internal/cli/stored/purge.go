@@ -1,20 +1,15 @@
 package stored
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
 	"io"
-	"os"
-	"os/signal"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
 	"go.etcd.io/etcd/api/v3/mvccpb"
-	"golang.org/x/term"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
@@ -32,7 +27,7 @@ func NewPurge() *cobra.Command {
 		Long: `purge removes the old plaintext that remains after reencrypt, in etcd's history and in the freed
 pages of its database files. It refuses to run while status finds anything: a value that is not
 current, a KMS that does not respond, or a proxy with other rules, which may be writing plaintext.
-It finds the last plaintext under the rules in the history, compacts etcd past it, and waits until
+It finds the last plaintext under the rules in the history, compacts etcd after it, and waits until
 each member has finished the compaction. Then it defragments one member after the other, the leader
 last, each only while all others are healthy. A member does not respond while it is defragmented.
 
@@ -47,14 +42,11 @@ not defragmented.`,
 	ignoreProxies := cmd.Flags().Bool("ignore-proxies", false, "do not check whether the proxies have the rules of this configuration")
 	wait := timeoutFlag(cmd)
 	settle := cmd.Flags().Duration("compact-timeout", 10*time.Minute, "how long to wait for each member to finish the compaction")
-	cmd.RunE = command.Run(func(cmd *cobra.Command, _ []string) error {
+	cmd.RunE = command.RunUntilSignal(func(cmd *cobra.Command, _ []string) error {
 		c, err := command.LoadConfig(cmd, *path, command.Checks(nil))
 		if err != nil {
 			return err
 		}
-		ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
-		defer stop()
-		cmd.SetContext(ctx)
 		cl, err := openCluster(cmd, c, clusterOptions{inspectOnly: true, wait: *wait})
 		if err != nil {
 			return err
@@ -137,7 +129,7 @@ func (cl *cluster) purge(cmd *cobra.Command, o purgeOptions) (*purgeReport, erro
 	if o.dryRun {
 		return r, nil
 	}
-	if err := confirm(cmd, o.yes, "Continue?"); err != nil {
+	if err := command.Confirm(cmd, o.yes, "Continue?"); err != nil {
 		return nil, err
 	}
 	if err := cl.checkProxies(ctx, o); err != nil { // some time has passed
@@ -251,24 +243,4 @@ func (r *purgeReport) text(w io.Writer) {
 		printable.Fprintf(w, "  - %s\n", l)
 	}
 	printable.Fprintf(w, "%s\n", r.Verified)
-}
-
-// confirm asks for confirmation on the terminal. Without a terminal, --yes is required.
-func confirm(cmd *cobra.Command, yes bool, question string) error {
-	if yes {
-		return nil
-	}
-	in, ok := cmd.InOrStdin().(*os.File)
-	if !ok || !term.IsTerminal(int(in.Fd())) {
-		return command.Usage("--yes continues without confirmation", "there is no terminal to confirm on")
-	}
-	printable.Fprintf(cmd.ErrOrStderr(), "%s [y/N] ", question)
-	answer, err := bufio.NewReader(in).ReadString('\n')
-	if err != nil && !errors.Is(err, io.EOF) {
-		return err
-	}
-	if a := strings.ToLower(strings.TrimSpace(answer)); a != "y" && a != "yes" {
-		return problem.New("", "not confirmed: nothing was done")
-	}
-	return nil
 }

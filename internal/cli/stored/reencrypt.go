@@ -28,12 +28,12 @@ func NewReencrypt() *cobra.Command {
 		Short: "rewrite every value in etcd that is not encrypted as its rule says",
 		Long: `reencrypt rewrites every value that is not encrypted as its rule says: plaintext, and values under
 an old key or of another provider. With writeWith: plaintext it decrypts values, which is how
-encryption is switched off. It connects to etcd directly, past the proxy, and is safe to run on a
+encryption is turned off. It connects to etcd directly, and is safe to run on a
 live cluster: concurrent writes always win, leases are kept, and an interrupted run leaves no value
 half done. Run it again to continue.
 
 Under a rule with allowPlaintextReads: false, plaintext is reported and not rewritten: it was
-written past the proxies, reads of it are refused, and encrypting it would make it a genuine value.
+written to etcd directly, reads of it are refused, and encrypting it would make it a genuine value.
 --encrypt-plaintext encrypts it nevertheless; check the values first (status --list names them).
 Values of providers that a rule does not read are never rewritten, since they cannot be decrypted.
 
@@ -111,7 +111,7 @@ func (o *reencryptOptions) flags(cmd *cobra.Command) {
 	f.IntVar(&o.txnKeys, "txn-keys", 1, "maximum of values in one transaction. More than 1 is faster, and not for the etcd of kube-apiserver: the watches of its clients can miss such changes")
 	f.IntVar(&o.passes, "passes", 5, "maximum of passes over all keys until nothing is left to do")
 	f.BoolVar(&o.dryRun, "dry-run", false, "print what would be rewritten, and what it costs; write nothing")
-	f.BoolVar(&o.encryptPlaintext, "encrypt-plaintext", false, "encrypt plaintext also under rules with allowPlaintextReads: false, which makes values that were written past the proxies genuine")
+	f.BoolVar(&o.encryptPlaintext, "encrypt-plaintext", false, "encrypt plaintext also under rules with allowPlaintextReads: false, which makes values that were written to etcd directly genuine")
 	f.BoolVar(&o.noWait, "no-wait", false, "fail if another reencrypt is at work")
 	f.BoolVar(&o.watch, "watch", false, "keep running, and re-encrypt after each rotation, until a signal")
 	f.DurationVar(&o.interval, "interval", time.Hour, "with --watch, the time between two runs without another reason")
@@ -128,7 +128,7 @@ func (o *reencryptOptions) check() error {
 	case o.watch && (o.dryRun || o.noWait):
 		text = "--watch cannot be used with --dry-run or --no-wait"
 	case o.watch && o.encryptPlaintext:
-		text = "--watch cannot be used with --encrypt-plaintext: it would encrypt everything that is written past the proxies"
+		text = "--watch cannot be used with --encrypt-plaintext: it would encrypt everything that is written to etcd directly"
 	case o.watch && len(o.identities) > 0:
 		text = "--watch cannot be used with --identity: private keys of a recovery do not belong into a process that keeps running"
 	case o.interval < time.Second:

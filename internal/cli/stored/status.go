@@ -24,13 +24,13 @@ func NewStatus() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "status",
 		Short: "show which values in etcd are encrypted, and with which keys",
-		Long: `status reads every value under the rules from etcd directly, past the proxy. For each rule, it
+		Long: `status reads every value under the rules from etcd directly. For each rule, it
 counts the values that are encrypted with the current key of the rule, those that are encrypted with
 another key, and those that are plaintext or undecryptable. It also shows which proxies serve this
 etcd, and whether they have the rules of this configuration. It changes nothing.
 
 reencrypt rewrites values that are stale or plaintext. Plaintext under a rule with
-allowPlaintextReads: false is an exception: it was written past the proxies, reads of it are
+allowPlaintextReads: false is an exception: it was written to etcd directly, reads of it are
 refused, and reencrypt skips it. Find out who wrote it.`,
 		Args: command.NoArgs,
 	}
@@ -233,13 +233,18 @@ func (r *statusReport) text(w io.Writer) {
 		case k.Offline:
 			state = "offline, not polled: kms check --identity tests it"
 		case k.Revoked:
-			state = "key may not be used: " + k.Reason
+			state = "key may not be used"
 		case !k.OK:
-			state = "does not respond: " + k.Reason
+			state = "does not respond"
 		}
 		printable.Fprintf(t, "%s\t%s\t%s\n", printable.Name(k.Name), state, printable.NameOrNone(k.KeyID))
 	}
 	_ = t.Flush()
+	for _, k := range r.KMS { // too long for the table
+		if !k.Offline && (k.Revoked || !k.OK) {
+			printable.Fprintf(w, "%s: %s\n", printable.Name(k.Name), k.Reason)
+		}
+	}
 	if len(r.Proxies) > 0 {
 		printable.Fprintf(w, "\n")
 		t = tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
@@ -266,7 +271,7 @@ func (r *statusRule) injected() string {
 	if !r.Strict || r.Plaintext+r.Foreign == 0 {
 		return ""
 	}
-	return fmt.Sprintf("%s under %q, and %s of providers that the rule does not read: these were written past the proxies, reads of them are refused "+
+	return fmt.Sprintf("%s under %q, and %s of providers that the rule does not read: these were written to etcd directly, reads of them are refused "+
 		"(allowPlaintextReads: false), and reencrypt skips them. Find out who wrote them, then delete them or write them again through a proxy",
 		printable.Count(r.Plaintext, "plaintext value", "plaintext values"), r.Prefix, printable.Count(r.Foreign, "value", "values"))
 }

@@ -7,11 +7,9 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 
 	"github.com/spf13/cobra"
 	"go.etcd.io/etcd/api/v3/mvccpb"
@@ -55,9 +53,9 @@ checked, the exit code is 3.`,
 	cmd.Flags().StringVar(&o.canaryFile, "canary-file", "", "a `FILE` with such strings, one a line")
 	cmd.Flags().StringArrayVar(&o.kinds, "kind", nil, "a `KIND` of Kubernetes objects that must not be found in plaintext, for example Secret; by default the kinds of the rules' resources")
 	cmd.Flags().BoolVar(&o.offline, "offline", false, "call no KMS: encrypted values must be well-formed, and are not decrypted; for files only")
-	cmd.Flags().BoolVar(&o.all, "list", false, "print every finding, not only the first 20 of each file")
+	cmd.Flags().BoolVar(&o.all, "list", false, "print every finding, not only a few of each file and reason")
 	wait, identities := timeoutFlag(cmd), identityFlag(cmd)
-	cmd.RunE = command.Run(func(cmd *cobra.Command, _ []string) error {
+	cmd.RunE = command.RunUntilSignal(func(cmd *cobra.Command, _ []string) error {
 		if o.snapshot != "" && o.dataDir != "" {
 			return command.Usage("", "--snapshot and --data-dir cannot be used together")
 		}
@@ -75,15 +73,13 @@ checked, the exit code is 3.`,
 		if err != nil {
 			return err
 		}
-		ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
-		defer stop()
-		cmd.SetContext(ctx)
+		ctx := cmd.Context()
 		cl, err := openCluster(cmd, c, clusterOptions{inspectOnly: true, identities: *identities, wait: *wait, noEtcd: files != "", noKMS: o.offline})
 		if err != nil {
 			return err
 		}
 		defer cl.close()
-		report := &verifyReport{Files: []etcdfile.File{}, Findings: []etcdfile.Finding{}, doubts: newDoubts(cl.rules)}
+		report := newVerifyReport(newDoubts(cl.rules))
 		if files == "" {
 			err = cl.verifyEtcd(ctx, report)
 		} else {
@@ -95,7 +91,7 @@ checked, the exit code is 3.`,
 		if err != nil {
 			return err
 		}
-		report.decide(ctx)
+		report.doubts.decide(ctx, report.addFinding, report.addUndecrypted)
 		if report.Undecrypted > 0 {
 			report.NotChecked = append(report.NotChecked, "whether "+printable.Count(report.Undecrypted, "well-formed value", "well-formed values")+" can be decrypted: the KMS does not respond, or decrypts no value")
 		}

@@ -107,7 +107,7 @@ func (d *doubts) decide(ctx context.Context, found, undecrypted func(f etcdfile.
 		}
 	}
 	if d.beyond > 0 {
-		undecrypted(etcdfile.Finding{Offset: -1, Why: "its KMS does not unwrap its DEK seed, for one reason of too many"}, d.beyond)
+		undecrypted(etcdfile.Finding{File: "other values", Offset: -1, Why: "its KMS does not unwrap its DEK seed, for one reason of too many"}, d.beyond)
 	}
 }
 

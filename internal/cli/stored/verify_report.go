@@ -1,8 +1,10 @@
 package stored
 
 import (
-	"context"
+	"fmt"
 	"io"
+	"maps"
+	"slices"
 	"strings"
 	"text/tabwriter"
 
@@ -25,36 +27,44 @@ type verifyReport struct {
 	UndecryptedList []etcdfile.Finding `json:"undecryptedList,omitempty"`
 
 	doubts *doubts
+	counts map[reason]int64 // of both lists, and of what was beyond their limits
 }
+
+// reason is what the text of the report groups findings by.
+type reason struct{ file, why string }
 
 const (
 	maxFindings  = 100_000
-	textFindings = 20
+	textReasons  = 20 // of each file
+	textExamples = 3  // of each reason
 )
 
+func newVerifyReport(d *doubts) *verifyReport {
+	return &verifyReport{Files: []etcdfile.File{}, Findings: []etcdfile.Finding{}, doubts: d, counts: make(map[reason]int64)}
+}
+
 func (r *verifyReport) found(f etcdfile.Finding) {
-	if r.doubts.take(f) {
-		return
+	if !r.doubts.take(f) {
+		r.addFinding(f, 1)
 	}
-	r.Count++
+}
+
+// addFinding adds a finding that stands for n.
+func (r *verifyReport) addFinding(f etcdfile.Finding, n int64) {
+	r.Count += n
+	r.counts[reason{f.File, f.Why}] += n
 	if len(r.Findings) < maxFindings {
 		r.Findings = append(r.Findings, f)
 	}
 }
 
-// decide turns the doubts into findings, or into values that count as not decrypted.
-func (r *verifyReport) decide(ctx context.Context) {
-	r.doubts.decide(ctx, func(f etcdfile.Finding, n int64) {
-		r.Count += n
-		if len(r.Findings) < maxFindings {
-			r.Findings = append(r.Findings, f)
-		}
-	}, func(f etcdfile.Finding, n int64) {
-		r.Undecrypted += n
-		if len(r.UndecryptedList) < maxUndecrypted {
-			r.UndecryptedList = append(r.UndecryptedList, f)
-		}
-	})
+// addUndecrypted adds a value that was not decrypted and stands for n.
+func (r *verifyReport) addUndecrypted(f etcdfile.Finding, n int64) {
+	r.Undecrypted += n
+	r.counts[reason{f.File, f.Why}] += n
+	if len(r.UndecryptedList) < maxUndecrypted {
+		r.UndecryptedList = append(r.UndecryptedList, f)
+	}
 }
 
 // addFile adds the result of a file. alone says that it is the only one, which must have values for
@@ -76,29 +86,16 @@ func (r *verifyReport) addFile(f etcdfile.File, alone bool) {
 
 // text prints the report for people.
 func (r *verifyReport) text(w io.Writer, all bool) {
-	for _, f := range r.UndecryptedList {
-		printable.Fprintf(w, "%s: %s %q was not decrypted: %s\n", f.File, f.Place, f.Key, f.Why)
-	}
-	shown := make(map[string]int)
-	for _, f := range r.Findings {
-		shown[f.File]++
-		if n := shown[f.File]; !all && n > textFindings {
-			if n == textFindings+1 {
-				printable.Fprintf(w, "%s: more, see --list\n", f.File)
-			}
-			continue
+	if all {
+		for _, f := range r.UndecryptedList {
+			printable.Fprintf(w, "%s: %s %q was not decrypted: %s\n", f.File, f.Place, f.Key, f.Why)
 		}
-		printable.Fprintf(w, "%s: %s", f.File, f.Place)
-		if f.Key != "" {
-			printable.Fprintf(w, " %q", f.Key)
+		for _, f := range r.Findings {
+			printable.Fprintf(w, "%s: %s: %s\n", f.File, place(f), f.Why)
 		}
-		if f.Revision != 0 {
-			printable.Fprintf(w, " revision %d", f.Revision)
-		}
-		if f.Offset >= 0 {
-			printable.Fprintf(w, " byte %d", f.Offset)
-		}
-		printable.Fprintf(w, ": %s\n", f.Why)
+	} else {
+		r.textReasons(w, r.UndecryptedList, "value was not decrypted", "values were not decrypted")
+		r.textReasons(w, r.Findings, "finding", "findings")
 	}
 	if len(r.Files) > 0 {
 		t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
@@ -112,4 +109,53 @@ func (r *verifyReport) text(w io.Writer, all bool) {
 	for _, u := range r.NotChecked {
 		printable.Fprintf(w, "  - %s\n", u)
 	}
+}
+
+// textReasons prints each reason with its count and a few examples. The nouns say what is counted.
+func (r *verifyReport) textReasons(w io.Writer, findings []etcdfile.Finding, one, many string) {
+	var order []reason
+	examples := make(map[reason][]etcdfile.Finding)
+	for _, f := range findings {
+		why := reason{f.File, f.Why}
+		if len(examples[why]) == 0 {
+			order = append(order, why)
+		}
+		if len(examples[why]) < textExamples {
+			examples[why] = append(examples[why], f)
+		}
+	}
+	shown := make(map[string]int)
+	for _, why := range order {
+		if shown[why.file]++; shown[why.file] > textReasons {
+			continue
+		}
+		n := r.counts[why]
+		printable.Fprintf(w, "%s: %s: %s\n", why.file, printable.Count(n, one, many), why.why)
+		for _, f := range examples[why] {
+			printable.Fprintf(w, "  %s\n", place(f))
+		}
+		if more := n - int64(len(examples[why])); more > 0 {
+			printable.Fprintf(w, "  and %d more, see --list\n", more)
+		}
+	}
+	for _, file := range slices.Sorted(maps.Keys(shown)) {
+		if more := shown[file] - textReasons; more > 0 {
+			printable.Fprintf(w, "%s: %s, see --list\n", file, printable.Count(more, "more reason", "more reasons"))
+		}
+	}
+}
+
+// place returns where a finding is.
+func place(f etcdfile.Finding) string {
+	text := string(f.Place)
+	if f.Key != "" {
+		text += fmt.Sprintf(" %q", f.Key)
+	}
+	if f.Revision != 0 {
+		text += fmt.Sprintf(" revision %d", f.Revision)
+	}
+	if f.Offset >= 0 {
+		text += fmt.Sprintf(" byte %d", f.Offset)
+	}
+	return text
 }

@@ -109,7 +109,7 @@ func (g *Rig) Write(key, value string) ([]byte, error) {
 }
 
 func (g *Rig) Read(key string, stored []byte) (string, error) {
-	b, err := g.Sealer.Open(context.Background(), []byte(key), bytes.Clone(stored))
+	b, err := g.Sealer.Open(context.Background(), nil, []byte(key), bytes.Clone(stored))
 	return string(b), err
 }
 

@@ -91,7 +91,7 @@ func NewRule(t *testing.T, c rule.Config) *rule.Sealer {
 }
 
 func OpenBy(s *rule.Sealer, key string, stored []byte) (string, error) {
-	b, err := s.Open(context.Background(), []byte(key), bytes.Clone(stored))
+	b, err := s.Open(context.Background(), nil, []byte(key), bytes.Clone(stored))
 	return string(b), err
 }
 

@@ -29,7 +29,7 @@ func (r Reverser) Seal(_ context.Context, key, value []byte) ([]byte, error) {
 	return append(out, back...), nil
 }
 
-func (r Reverser) Open(_ context.Context, key, stored []byte) ([]byte, error) {
+func (r Reverser) Open(_ context.Context, dst, key, stored []byte) ([]byte, error) {
 	if r.OpenErr != nil {
 		return nil, r.OpenErr
 	}
@@ -37,8 +37,8 @@ func (r Reverser) Open(_ context.Context, key, stored []byte) ([]byte, error) {
 	if !ok {
 		return nil, errors.New("not what Seal wrote")
 	}
-	out := bytes.Clone(rest)
-	slices.Reverse(out)
+	out := append(dst, rest...)
+	slices.Reverse(out[len(dst):])
 	return out, nil
 }
 
@@ -46,8 +46,8 @@ func (r Reverser) TrySeal(key, value []byte) ([]byte, error) {
 	return r.Seal(context.Background(), key, value)
 }
 
-func (r Reverser) TryOpen(key, stored []byte) ([]byte, error) {
-	return r.Open(context.Background(), key, stored)
+func (r Reverser) TryOpen(dst, key, stored []byte) ([]byte, error) {
+	return r.Open(context.Background(), dst, key, stored)
 }
 
 // Sealed is what etcd holds for value.

@@ -12,8 +12,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdwire"
 )
 
-// slowKMS is a Sealer whose keys with "slow" in them wait for a KMS. It opens where a value stands,
-// as the real one does, so that what is tried in haste and given up is damaged.
+// slowKMS is a Sealer whose keys with "slow" in them wait for a KMS.
 type slowKMS struct {
 	Release chan struct{} // closed when the KMS answers
 	Waiting chan string   // the keys of those who begin to wait
@@ -53,16 +52,11 @@ func (s *slowKMS) Seal(ctx context.Context, key, value []byte) ([]byte, error) {
 	return Reverser{}.Seal(ctx, key, value)
 }
 
-func (s *slowKMS) Open(ctx context.Context, key, stored []byte) ([]byte, error) {
+func (s *slowKMS) Open(ctx context.Context, dst, key, stored []byte) ([]byte, error) {
 	if err := s.wait(ctx, key); err != nil {
 		return nil, err
 	}
-	value, err := Reverser{}.Open(ctx, key, stored)
-	if err != nil {
-		return nil, err
-	}
-	clear(stored)
-	return stored[:copy(stored, value)], nil
+	return Reverser{}.Open(ctx, dst, key, stored)
 }
 
 func (s *slowKMS) TrySeal(key, value []byte) ([]byte, error) {
@@ -72,11 +66,11 @@ func (s *slowKMS) TrySeal(key, value []byte) ([]byte, error) {
 	return s.Seal(context.Background(), key, value)
 }
 
-func (s *slowKMS) TryOpen(key, stored []byte) ([]byte, error) {
+func (s *slowKMS) TryOpen(dst, key, stored []byte) ([]byte, error) {
 	if !s.ready(key) {
 		return nil, etcdwire.ErrWouldBlock
 	}
-	return s.Open(context.Background(), key, stored)
+	return s.Open(context.Background(), dst, key, stored)
 }
 
 // ready finds the key in what reverser stores.
@@ -153,13 +147,13 @@ func (Unhurried) Seal(ctx context.Context, key, value []byte) ([]byte, error) {
 	return Reverser{}.Seal(ctx, key, value)
 }
 
-func (Unhurried) Open(ctx context.Context, key, stored []byte) ([]byte, error) {
+func (Unhurried) Open(ctx context.Context, dst, key, stored []byte) ([]byte, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	return Reverser{}.Open(ctx, key, stored)
+	return Reverser{}.Open(ctx, dst, key, stored)
 }
 
 func (Unhurried) TrySeal(_, _ []byte) ([]byte, error) { return nil, etcdwire.ErrWouldBlock }
 
-func (Unhurried) TryOpen(_, _ []byte) ([]byte, error) { return nil, etcdwire.ErrWouldBlock }
+func (Unhurried) TryOpen(_, _, _ []byte) ([]byte, error) { return nil, etcdwire.ErrWouldBlock }

@@ -28,7 +28,7 @@ func (s scrambler) Seal(_ context.Context, key, value []byte) ([]byte, error) {
 	return append(out, s.mixed(out[1:5], value)...), nil
 }
 
-func (s scrambler) Open(_ context.Context, key, stored []byte) ([]byte, error) {
+func (s scrambler) Open(_ context.Context, dst, key, stored []byte) ([]byte, error) {
 	if len(stored) < scrambled || stored[0] != s.mark {
 		return nil, errors.New("not what Seal wrote")
 	}
@@ -36,15 +36,15 @@ func (s scrambler) Open(_ context.Context, key, stored []byte) ([]byte, error) {
 	if s.sum(stored[1:5], key, value) != binary.BigEndian.Uint32(stored[5:]) {
 		return nil, errors.New("not what Seal wrote for this key")
 	}
-	return value, nil
+	return append(dst, value...), nil
 }
 
 func (s scrambler) TrySeal(key, value []byte) ([]byte, error) {
 	return s.Seal(context.Background(), key, value)
 }
 
-func (s scrambler) TryOpen(key, stored []byte) ([]byte, error) {
-	return s.Open(context.Background(), key, stored)
+func (s scrambler) TryOpen(dst, key, stored []byte) ([]byte, error) {
+	return s.Open(context.Background(), dst, key, stored)
 }
 
 func (s scrambler) sum(number, key, value []byte) uint32 {

@@ -43,7 +43,7 @@ var WorldsOwn = []string{"own/", "s/own/"}
 // rulesOfProxy are those of a proxy's.
 type rulesOfProxy interface {
 	Seal(ctx context.Context, key, value []byte) ([]byte, error)
-	Open(ctx context.Context, key, stored []byte) ([]byte, error)
+	Open(ctx context.Context, dst, key, stored []byte) ([]byte, error)
 	Overlaps(key, rangeEnd []byte) bool
 }
 
@@ -102,7 +102,7 @@ func (w *World) others(ctx context.Context, request proto.Message) {
 func CheckSealed(rules rulesOfProxy, request proto.Message) error {
 	switch r := request.(type) {
 	case *pb.PutRequest:
-		if _, err := rules.Open(context.Background(), r.GetKey(), r.GetValue()); err != nil && !r.GetIgnoreValue() {
+		if _, err := rules.Open(context.Background(), nil, r.GetKey(), r.GetValue()); err != nil && !r.GetIgnoreValue() {
 			return fmt.Errorf("a value reaches etcd that is not sealed: %v", r)
 		}
 	case *pb.RangeRequest:
@@ -211,7 +211,7 @@ func SameStored(tb testing.TB, rules rulesOfProxy, bare, behind *etcdmodel.Store
 	}
 	got, _ := stored.(*pb.RangeResponse)
 	for _, kv := range got.GetKvs() {
-		if kv.Value, err = rules.Open(context.Background(), kv.GetKey(), kv.GetValue()); err != nil {
+		if kv.Value, err = rules.Open(context.Background(), nil, kv.GetKey(), kv.GetValue()); err != nil {
 			tb.Fatalf("stored: %v: %v", kv, err)
 		}
 	}

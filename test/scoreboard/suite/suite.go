@@ -19,7 +19,9 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -49,9 +51,10 @@ type Suite struct {
 type Edit struct{ File, Old, New string }
 
 const (
-	timeout = "80m" // of one test program
-	rounds  = 5     // of tests that did not run because of others
-	repeats = 2     // of a test that failed
+	timeout  = "80m" // of one test program
+	together = 25    // tests in one process
+	rounds   = 5     // of tests that did not run because of others
+	repeats  = 2     // of a test that failed
 )
 
 // Run runs the tests. One that fails with the proxy, also when it is repeated alone, passes
@@ -128,9 +131,9 @@ func (r *run) program(pkg string) string {
 	return filepath.Join(r.dir, "bin", path.Base(pkg)+".test")
 }
 
-// runAll runs the tests of each package in one process. Tests that did not run, because the
-// process ended early or a test before them left goroutines, run in another one. So do those that
-// fail for a known reason: they leave goroutines.
+// runAll runs the tests of each package, several in one process. Tests that did not run, because
+// the process ended early or a test before them left goroutines, run in another one. So do those
+// that fail for a known reason: they leave goroutines.
 func (r *run) runAll(t *testing.T, packages []string, known, leftOut map[string]string) *results {
 	t.Helper()
 	got := newResults()
@@ -147,7 +150,9 @@ func (r *run) runAll(t *testing.T, packages []string, known, leftOut map[string]
 			}
 		}
 		for range rounds {
-			r.test(t, got, pkg, tests, leftOut)
+			for some := range slices.Chunk(tests, together) {
+				r.test(t, got, pkg, some, leftOut)
+			}
 			tests = slices.DeleteFunc(tests, func(test string) bool {
 				result := got.result[pkg+"."+test]
 				return result != "" && result != leaked
@@ -295,6 +300,7 @@ func (r *run) test(t *testing.T, got *results, pkg string, tests []string, leftO
 		}
 	}
 	err = cmd.Wait()
+	r.killLeft()
 	if _, exited := errors.AsType[*exec.ExitError](err); err != nil && !exited {
 		t.Fatalf("%s: %v\n%s", pkg, err, errs.Bytes())
 	}
@@ -302,6 +308,18 @@ func (r *run) test(t *testing.T, got *results, pkg string, tests []string, leftO
 		t.Logf("%s: %s", pkg, errs.Bytes())
 	}
 	return true
+}
+
+// killLeft ends the processes that tests have left behind: a test that fails does not stop its
+// etcds, and the next ones need their ports. All have the folder of the run in their arguments.
+func (r *run) killLeft() {
+	files, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+	for _, file := range files {
+		args, _ := os.ReadFile(file)
+		if pid, err := strconv.Atoi(filepath.Base(filepath.Dir(file))); err == nil && bytes.Contains(args, []byte(r.dir)) {
+			_ = syscall.Kill(pid, syscall.SIGKILL)
+		}
+	}
 }
 
 // all is where the complete output goes.
