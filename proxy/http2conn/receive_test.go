@@ -12,11 +12,13 @@ import (
 	"golang.org/x/net/http2/hpack"
 )
 
-// send sends n bytes on a stream, in frames of the largest size.
+// send sends n bytes on a stream, in frames of the largest size, and waits until the Conn has
+// counted them: the pipe is empty when they are read, which is earlier.
 func (p *peer) send(id uint32, n int) {
 	for ; n > 0; n -= maxFrameSize {
 		p.WriteData(id, false, make([]byte, min(n, maxFrameSize)))
 	}
+	synctest.Wait()
 }
 
 // TestCredit is given for what the handler has given back, when it is worth a frame, and for

@@ -71,7 +71,7 @@ func (c *curl) expand(s string) string {
 
 // command sends a request for path to base.
 func (c *curl) command(ctx context.Context, base, path string, args ...string) *exec.Cmd {
-	all := []string{"-q", "-sS", "--max-time", "20", "-i", "--http1.1"}
+	all := []string{"-q", "-sS", "--max-time", "60", "-i", "--http1.1"}
 	if c.ca != nil {
 		all = append(all, "--cacert", c.ca.File, "--cert", c.client.CertFile, "--key", c.client.KeyFile)
 	}
