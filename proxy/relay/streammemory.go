@@ -29,8 +29,9 @@ type streamMemory struct {
 }
 
 // put has a stream be used again that has ended with etcd's trailer. It drops what the stream holds
-// of its request. The caller, which reads from etcd, does not use the stream any more. The goroutine
-// that reads from the client may: it does not use what is dropped here once the request was sent.
+// of its request. The caller, which reads from etcd, does not use the stream any more. The
+// goroutine that reads from the client may: it does not use what is dropped here once the request
+// was sent.
 func (m *streamMemory) put(st *clientStream) {
 	if st.shared.Load() || !st.client.Unused() || !st.upMemory.Unused() {
 		return
