@@ -85,8 +85,8 @@ func sameFields(a, b []hpack.HeaderField) bool {
 }
 
 // encode returns the block of a header list and, unless it has no name, of last. The block is valid
-// until the next call. last is not indexed, so that its value, which differs for each stream, leaves
-// what is remembered valid. encode keeps the list, which must not change.
+// until the next call. last is not indexed: its value differs for each stream, and what is
+// remembered stays valid. encode keeps the list, which must not change.
 func (e *headerEncoder) encode(fields []hpack.HeaderField, last hpack.HeaderField) []byte {
 	block := e.encodeList(fields)
 	if last.Name == "" {

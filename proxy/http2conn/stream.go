@@ -66,9 +66,9 @@ func (c *Conn) Open(value any, fields []hpack.HeaderField, end bool) *Stream {
 	return s
 }
 
-// OpenOn is Open for memory of the caller's that is no stream, or an unused one. It reports whether the
-// server accepts the stream. last is one more field, with a value that differs for each stream, if it
-// has a name.
+// OpenOn is Open for memory of the caller's that is no stream, or an unused one. It reports whether
+// the server accepts the stream. last is one more field, with a value that differs for each stream,
+// if it has a name.
 func (c *Conn) OpenOn(s *Stream, fields []hpack.HeaderField, last hpack.HeaderField) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()

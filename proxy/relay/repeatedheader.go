@@ -24,10 +24,10 @@ type repeatedHeader struct {
 	upstream []atomic.Pointer[[]hpack.HeaderField] // for each endpoint, see [upstreamFields]
 }
 
-// repeatedHeaders are the last header lists that a client has repeated, and the last with a timeout.
-// http2conn returns the same slice for a header block that it remembers, so lists are compared by
-// their addresses. Lists with a timeout, which differs for each call, are compared without it. Only
-// the goroutine that reads from the client uses it.
+// repeatedHeaders are the last header lists that a client has repeated, and the last ones with a
+// timeout. http2conn returns the same slice for a header block that it remembers, so lists are
+// compared by their addresses. Lists with a timeout, which differs for each call, are compared
+// without it. Only the goroutine that reads from the client uses it.
 type repeatedHeaders struct {
 	known, timed [maxRepeated]*repeatedHeader
 	once         [maxRepeated]*hpack.HeaderField // the first fields of lists that came once

@@ -35,8 +35,8 @@ type requestHead struct {
 	malformed    error // of a header field's value
 }
 
-// timeoutName is the header field with the time that a call may take. Its value differs for each call
-// of a client that sets deadlines.
+// timeoutName is the header field with the time that a call may take. Its value differs for each
+// call of a client that sets deadlines.
 const timeoutName = "grpc-timeout"
 
 func readRequestHead(fields []hpack.HeaderField) requestHead {
