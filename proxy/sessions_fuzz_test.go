@@ -25,10 +25,10 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/testing/etcdmodel"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/writebuffer"
 )
 
 // sessionArena is an engine with a model of etcd behind it, which sessions are run against.
@@ -188,7 +188,7 @@ func (a *sessionArena) Run(tb testing.TB, program []byte) {
 // accept hands a connection to the engine, as a listener does.
 func (a *sessionArena) accept(conn net.Conn, secure, denied bool) (closed <-chan struct{}) {
 	l := a.proxy.listeners[0]
-	w := http2conn.NewWriteBuffer(conn)
+	w := writebuffer.New(conn)
 	done := make(chan struct{})
 	a.proxy.engine.Serve(&listener.Conn{
 		Conn: w, WriteBuffer: w, Plaintext: !secure, OnClose: sync.OnceFunc(func() { close(done) }),

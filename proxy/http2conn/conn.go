@@ -19,6 +19,8 @@ import (
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 	"google.golang.org/grpc/mem"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/writebuffer"
 )
 
 // Sizes in bytes.
@@ -71,7 +73,7 @@ type Config struct {
 	Pool    mem.BufferPool // of all buffers; it clears what it is given back
 	// WriteBuffer is what the connection writes to: itself, or what is below TLS. Nil: [NewServer]
 	// and [NewClient] wrap the connection in one.
-	WriteBuffer *WriteBuffer
+	WriteBuffer *writebuffer.Buffer
 	// Plaintext is set without TLS: long data is then written from where it is, without a copy.
 	Plaintext bool
 	// NewStream, if not nil, returns the memory for the next stream of a client, with its value.
@@ -107,7 +109,7 @@ type Config struct {
 type Conn struct {
 	cfg         Config
 	conn        net.Conn
-	writeBuffer *WriteBuffer
+	writeBuffer *writebuffer.Buffer
 	server      bool // the peer opens the streams
 	recvWindow  int  // initial flow-control window of the streams that the peer sends on
 	recv        receiver
@@ -171,13 +173,13 @@ func newConn(conn net.Conn, cfg Config, maxHeaderList uint32) *Conn {
 	c.limits = limits{out: &c.out, budget: cfg.Budget}
 	c.out = output{pool: cfg.Pool, plaintext: cfg.Plaintext}
 	if c.writeBuffer = cfg.WriteBuffer; c.writeBuffer == nil {
-		c.writeBuffer = NewWriteBuffer(conn)
+		c.writeBuffer = writebuffer.New(conn)
 		c.conn = c.writeBuffer
 	}
 	if c.cfg.NewStream == nil {
 		c.cfg.NewStream = func() *Stream { return new(Stream) }
 	}
-	c.writeBuffer.use(cfg.Pool, c.writeBufferEmpty)
+	c.writeBuffer.Use(cfg.Pool, c.writeBufferEmpty)
 	c.recv.in = input{read: c.recv.read, pool: cfg.Pool}
 	c.recv.framer = http2.NewFramer(nil, &c.recv.in)
 	c.recv.framer.SetReuseFrames()
@@ -261,7 +263,7 @@ func (c *Conn) closeIfDone() {
 		return
 	}
 	c.mu.Lock()
-	done := len(c.streams) == 0 && c.out.pending == nil && !c.flushing.Load() && !c.writeBuffer.full.Load() &&
+	done := len(c.streams) == 0 && c.out.pending == nil && !c.flushing.Load() && !c.writeBuffer.Full() &&
 		(!c.server || c.lastServedID != math.MaxInt32)
 	c.mu.Unlock()
 	if done {

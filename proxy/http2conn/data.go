@@ -6,11 +6,13 @@ import (
 	"time"
 
 	"golang.org/x/net/http2"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/writebuffer"
 )
 
 // stallTimeout is how long a peer may keep the connection's flow-control window closed while data
 // waits for it. The write buffer closes connections that TCP is not read from for as long.
-const stallTimeout = time.Minute
+const stallTimeout = writebuffer.StallTimeout
 
 // data handles a DATA frame, of which left bytes are still to be read.
 func (r *receiver) data(f http2.FrameHeader, data []byte, left int) error {
@@ -173,6 +175,6 @@ func (d *sender) closeStalled() {
 	d.stallTimer = nil
 	d.conn.mu.Unlock()
 	if waits {
-		d.conn.fail(errStalled)
+		d.conn.fail(writebuffer.ErrStalled)
 	}
 }

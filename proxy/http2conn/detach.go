@@ -44,7 +44,7 @@ func (c *Conn) detach() bool {
 	c.keepalive.flushAcks()
 	c.mu.Lock()
 	idle := !c.closed && len(c.streams) == 0 && c.out.pending == nil && !c.flushing.Load()
-	detached := idle && c.writeBuffer.detach()
+	detached := idle && c.writeBuffer.Detach()
 	if detached {
 		_ = c.out.framer.WriteGoAway(c.lastStreamID, http2.ErrCodeNo, []byte(textShutdown))
 	}
@@ -56,14 +56,12 @@ func (c *Conn) detach() bool {
 // Detached returns the socket if the connection was detached, and else nil. It is called after
 // [Conn.Serve] has returned.
 func (c *Conn) Detached() *Detached {
-	w := c.writeBuffer
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if !w.detached {
+	conn, last := c.writeBuffer.Detached()
+	if conn == nil {
 		return nil
 	}
-	_ = w.SetReadDeadline(time.Time{})
-	return &Detached{conn: w.Conn, last: w.last}
+	_ = conn.SetReadDeadline(time.Time{})
+	return &Detached{conn: conn, last: last}
 }
 
 // Wait waits until the client sends something or closes the connection, or until [Detached.End].
@@ -87,11 +85,3 @@ func (d *Detached) Wait() {
 
 // End has Wait return.
 func (d *Detached) End() { _ = d.conn.SetReadDeadline(past) }
-
-// detach has writes collect for [Detached] from now on, unless there is something to write before.
-func (w *WriteBuffer) detach() bool {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.detached = !w.full.Load() && w.err == nil
-	return w.detached
-}

@@ -4,6 +4,8 @@ import (
 	"net"
 
 	"google.golang.org/grpc/mem"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/writebuffer"
 )
 
 // minExternal is the length from which data is written from its own buffer, without a copy.
@@ -42,7 +44,7 @@ func (o *output) appendBuffer(of mem.Buffer, b []byte) {
 
 // write writes former pending bytes, with the external chunks between them, to w, or to conn over
 // TLS. The caller need not hold mu.
-func (o *output) write(conn net.Conn, w *WriteBuffer, pending []byte, external externalChunks) error {
+func (o *output) write(conn net.Conn, w *writebuffer.Buffer, pending []byte, external externalChunks) error {
 	switch {
 	case !o.plaintext:
 		_, err := conn.Write(pending)
@@ -57,5 +59,5 @@ func (o *output) write(conn net.Conn, w *WriteBuffer, pending []byte, external e
 		vectors = append(vectors, pending[at:chunk.at], chunk.data)
 		at = chunk.at
 	}
-	return w.writeAll(append(vectors, pending[at:]))
+	return w.WriteAll(append(vectors, pending[at:]))
 }

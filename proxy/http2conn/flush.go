@@ -84,7 +84,7 @@ func (o *output) close() {
 }
 
 // NeedsFlush reports whether there may be something to flush, and the peer reads.
-func (c *Conn) NeedsFlush() bool { return c.out.dirty.Load() && !c.writeBuffer.full.Load() }
+func (c *Conn) NeedsFlush() bool { return c.out.dirty.Load() && !c.writeBuffer.Full() }
 
 // Flush writes the pending frames without waiting for the peer: while the peer does not read,
 // frames stay pending, and [Handler] is told by FlushNeeded when it reads again. A write error ends
@@ -125,7 +125,7 @@ func (c *Conn) Flush() {
 func (c *Conn) takePending() (pending *[]byte, external externalChunks, writable []*Stream) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.writeBuffer.full.Load() {
+	if c.writeBuffer.Full() {
 		return nil, externalChunks{}, nil
 	}
 	c.send.pump()

@@ -9,7 +9,6 @@ import (
 
 var (
 	errKeepalive = errors.New("the peer did not answer a ping in time")
-	errStalled   = errors.New("the peer takes no data")
 )
 
 // keepalive sends pings to the peer and acknowledges those of the peer. The mu of the connection

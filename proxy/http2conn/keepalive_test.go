@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/net/http2"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/writebuffer"
 )
 
 const asksLife = `PING ""`
@@ -132,7 +134,7 @@ func TestPeerThatReadsNothing(t *testing.T) {
 		defer p.pause()()
 		begun := time.Now()
 		p.WriteData(1, false, []byte("x"))
-		if err := <-p.served; !errors.Is(err, errStalled) {
+		if err := <-p.served; !errors.Is(err, writebuffer.ErrStalled) {
 			t.Errorf("Serve says %v", err)
 		}
 		if got := time.Since(begun); got != 2*stallTimeout { // it has read the header of the frame
@@ -159,7 +161,7 @@ func TestPeerThatOpensNoWindow(t *testing.T) {
 		s.Data(false, nil, pattern(1))
 		h.conn.Flush()
 		begun := time.Now()
-		if err := <-p.served; !errors.Is(err, errStalled) || time.Since(begun) != stallTimeout {
+		if err := <-p.served; !errors.Is(err, writebuffer.ErrStalled) || time.Since(begun) != stallTimeout {
 			t.Errorf("Serve says %v after %v", err, time.Since(begun))
 		}
 	})

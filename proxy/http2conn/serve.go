@@ -49,7 +49,7 @@ func (c *Conn) Serve() error {
 		_, _ = io.Copy(io.Discard, c.conn) // it ends at once, unless the connection lingers
 	}
 	_ = c.conn.Close()
-	c.writeBuffer.writer.Wait()
+	c.writeBuffer.WaitWriter()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.err
@@ -158,17 +158,17 @@ func (r *receiver) read(b []byte) (int, error) {
 // waitForWriter pauses reading from a peer that sends but does not read, or responses to it would
 // collect without limit. For the keepalive timer such a peer is idle.
 func (r *receiver) waitForWriter() {
-	for r.writeBuffer.full.Load() {
+	for r.writeBuffer.Full() {
 		r.mu.Lock()
 		waiting := r.out.size()
 		if r.server {
 			waiting += r.send.queued.bytes
 		}
 		r.mu.Unlock()
-		if waiting+r.writeBuffer.size() < readPauseLimit {
+		if waiting+r.writeBuffer.Size() < readPauseLimit {
 			return
 		}
-		r.writeBuffer.wait()
+		r.writeBuffer.Wait()
 	}
 }
 

@@ -11,6 +11,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/writebuffer"
 )
 
 // sockets returns both ends of a connection whose buffers are small.
@@ -29,7 +31,7 @@ func TestPairOfSmallBuffers(t *testing.T) {
 		"plain":               func(conn net.Conn, _ bool) (net.Conn, Config) { return conn, Config{Plaintext: true} },
 		"plain, in one piece": func(conn net.Conn, _ bool) (net.Conn, Config) { return conn, Config{} },
 		"TLS": func(conn net.Conn, server bool) (net.Conn, Config) {
-			outlet := NewWriteBuffer(conn)
+			outlet := writebuffer.New(conn)
 			if server {
 				return tls.Server(outlet, certified.TLS), Config{WriteBuffer: outlet}
 			}
@@ -101,7 +103,7 @@ func TestPeerThatOnlySends(t *testing.T) {
 		synctest.Wait() // it cannot write any more
 		close(stop)
 		h.conn.mu.Lock()
-		waits := h.conn.out.size() + h.conn.writeBuffer.size()
+		waits := h.conn.out.size() + h.conn.writeBuffer.Size()
 		h.conn.mu.Unlock()
 		if waits < readPauseLimit || waits > readPauseLimit+maxInput {
 			t.Errorf("%d bytes wait, want a few more than %d", waits, readPauseLimit)
@@ -118,29 +120,29 @@ func TestPeerThatOnlySends(t *testing.T) {
 // TestOutletFails: what is kept for a peer that goes is lost, given back, and said to be so;
 // nothing is written after it.
 func TestOutletFails(t *testing.T) {
-	for name, end := range map[string]func(o *WriteBuffer, far net.Conn){
-		"the peer closes": func(_ *WriteBuffer, far net.Conn) { far.Close() },
-		"it is closed":    func(o *WriteBuffer, _ net.Conn) { o.Close() },
+	for name, end := range map[string]func(o *writebuffer.Buffer, far net.Conn){
+		"the peer closes": func(_ *writebuffer.Buffer, far net.Conn) { far.Close() },
+		"it is closed":    func(o *writebuffer.Buffer, _ net.Conn) { o.Close() },
 	} {
 		near, far := sockets(t)
 		defer near.Close()
 		defer far.Close()
-		o, pool, freed := NewWriteBuffer(near), new(ledger), make(chan error, 1)
-		o.use(pool, func(err error) { freed <- err })
-		for !o.full.Load() {
+		o, pool, freed := writebuffer.New(near), new(ledger), make(chan error, 1)
+		o.Use(pool, func(err error) { freed <- err })
+		for !o.Full() {
 			if _, err := o.Write(pattern(flushLimit)); err != nil {
 				t.Fatalf("%s: %v", name, err)
 			}
 		}
 		// it is kept, too
-		if err := o.writeAll([][]byte{pattern(3), pattern(maxFrameSize)}); err != nil {
+		if err := o.WriteAll([][]byte{pattern(3), pattern(maxFrameSize)}); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
 		end(o, far)
 		if err := wait(t, freed, "end"); err == nil {
 			t.Errorf("%s: nothing is said", name)
 		}
-		o.writer.Wait()
+		o.WaitWriter()
 		pool.check(t)
 		if n, err := o.Write([]byte("x")); err == nil || n > 0 {
 			t.Errorf("%s: wrote %d bytes, %v", name, n, err)

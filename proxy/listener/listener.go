@@ -16,10 +16,10 @@ import (
 	"time"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/unixsocket"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/metrics"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/tlsfiles"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/writebuffer"
 )
 
 // Config is one address that clients connect to.
@@ -77,8 +77,8 @@ type Listener struct {
 // Conn is a connection that has been identified.
 type Conn struct {
 	net.Conn
-	WriteBuffer *http2conn.WriteBuffer // what Conn writes to; nil within the process
-	Plaintext   bool                   // and not over TLS
+	WriteBuffer *writebuffer.Buffer // what Conn writes to; nil within the process
+	Plaintext   bool                // and not over TLS
 	Identity    *Identity
 	HTTP1       bool // and not HTTP/2
 	once        sync.Once
@@ -195,7 +195,7 @@ func (c *readConn) Read(b []byte) (int, error) {
 // identify does the TLS handshake, if any, says who is there, and finds out what they speak.
 func (l *Listener) identify(ctx context.Context, conn net.Conn) (*Conn, error) {
 	id := &Identity{Listener: l.Config.Address, Remote: conn.RemoteAddr().String(), Upstream: l.Upstream, AdvertiseClientURLs: l.Config.AdvertiseClientURLs, HostPolicy: l.hostPolicy}
-	outlet, protocol := http2conn.NewWriteBuffer(conn), ""
+	outlet, protocol := writebuffer.New(conn), ""
 	conn = outlet
 	c := &Conn{WriteBuffer: outlet, Plaintext: l.TLS == nil, Identity: id}
 	by := l.criteria()

@@ -13,12 +13,12 @@ import (
 	"google.golang.org/grpc/mem"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdapi"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/metrics"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/writebuffer"
 )
 
 // TestCallsTakeTurns: while all clients have many calls in etcd, one connection sends no more than
@@ -106,7 +106,7 @@ func startEngine(t *testing.T, etcd string) (*Engine, *grpc.ClientConn) {
 			if err != nil {
 				return
 			}
-			w := http2conn.NewWriteBuffer(conn)
+			w := writebuffer.New(conn)
 			e.Serve(&listener.Conn{Conn: w, WriteBuffer: w, Plaintext: true, Identity: &listener.Identity{Upstream: u}, OnClose: func() {}})
 		}
 	})

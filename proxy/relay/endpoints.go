@@ -10,6 +10,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/tlsfiles"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/writebuffer"
 )
 
 // endpointState is an endpoint of etcd, as one session sees it. The session's mu guards it.
@@ -143,7 +144,7 @@ func (h *endpointState) failed() {
 
 // serveEndpoint serves a connection to etcd until it ends. Calls use it after etcd's SETTINGS and,
 // if there are several members, after the role check.
-func (s *session) serveEndpoint(h *endpointState, conn net.Conn, outlet *http2conn.WriteBuffer) {
+func (s *session) serveEndpoint(h *endpointState, conn net.Conn, outlet *writebuffer.Buffer) {
 	up := &upstreamConn{session: s, endpoint: h}
 	up.conn = http2conn.NewClient(conn, http2conn.Config{
 		Handler: up, Pool: rpc.Buffers, WriteBuffer: outlet, Plaintext: s.id.Upstream.TLS == nil, HandshakeTimeout: upstream.ConnectParams.MinConnectTimeout, KeepaliveTime: keepaliveTime, KeepaliveTimeout: keepaliveTimeout,

@@ -9,7 +9,7 @@ import (
 	"path"
 	"strings"
 
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/http2conn"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/writebuffer"
 )
 
 // address splits an endpoint into what package net dials.
@@ -29,19 +29,19 @@ var errProtocol = errors.New("another protocol")
 
 // DialEndpoint connects to an endpoint, over TLS where the endpoints have that, to speak protocol.
 // What conn writes to is outlet.
-func (u *Cluster) DialEndpoint(ctx context.Context, endpoint, protocol string) (conn net.Conn, outlet *http2conn.WriteBuffer, err error) {
+func (u *Cluster) DialEndpoint(ctx context.Context, endpoint, protocol string) (conn net.Conn, outlet *writebuffer.Buffer, err error) {
 	return dialEndpoint(ctx, endpoint, u.TLS, protocol)
 }
 
 // dialEndpoint connects to an endpoint, over TLS unless creds is nil.
-func dialEndpoint(ctx context.Context, endpoint string, creds *Credentials, protocol string) (conn net.Conn, outlet *http2conn.WriteBuffer, err error) {
+func dialEndpoint(ctx context.Context, endpoint string, creds *Credentials, protocol string) (conn net.Conn, outlet *writebuffer.Buffer, err error) {
 	network, addr := address(endpoint)
 	var dialer net.Dialer
 	bare, err := dialer.DialContext(ctx, network, addr)
 	if err != nil {
 		return nil, nil, err
 	}
-	outlet = http2conn.NewWriteBuffer(bare)
+	outlet = writebuffer.New(bare)
 	if creds == nil {
 		return outlet, outlet, nil
 	}

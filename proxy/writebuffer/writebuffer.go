@@ -1,4 +1,6 @@
-package http2conn
+// Package writebuffer makes the writes of a network connection non-blocking. An HTTP/2 connection
+// writes to such a [Buffer], directly or through TLS.
+package writebuffer
 
 import (
 	"errors"
@@ -12,11 +14,17 @@ import (
 	"google.golang.org/grpc/mem"
 )
 
-// WriteBuffer is a network connection whose writes do not block, once a [Conn] writes to it,
-// directly or through TLS. It keeps what the peer does not read, and a goroutine writes that; it
-// runs only as long. So the proxy continues to read from a peer that it cannot write to, and two
-// peers that are both busy writing cannot block each other. It is safe for concurrent use.
-type WriteBuffer struct {
+// ErrStalled is of a peer that has read nothing for [StallTimeout].
+var ErrStalled = errors.New("the peer takes no data")
+
+// StallTimeout is how long a peer may read nothing while data waits for it.
+const StallTimeout = time.Minute
+
+// Buffer is a network connection whose writes do not block after [Buffer.Use]. It keeps what the
+// peer does not read, and a goroutine writes that; it runs only as long. So the proxy continues to
+// read from a peer that it cannot write to, and two peers that are both busy writing cannot block
+// each other. It is safe for concurrent use.
+type Buffer struct {
 	net.Conn
 	// nil where non-blocking writes are not possible: the goroutine writes all
 	raw    syscall.RawConn
@@ -41,18 +49,19 @@ type WriteBuffer struct {
 	fail error
 }
 
-// NewWriteBuffer returns a WriteBuffer for a connection.
-func NewWriteBuffer(conn net.Conn) *WriteBuffer {
-	w := &WriteBuffer{Conn: conn, raw: rawConn(conn)}
+// New returns a Buffer for a connection, which it owns.
+func New(conn net.Conn) *Buffer {
+	w := &Buffer{Conn: conn, raw: rawConn(conn)}
 	w.written, w.try = sync.NewCond(&w.mu), w.tryWrite
 	return w
 }
 
-// use makes writes non-blocking from now on.
-func (w *WriteBuffer) use(pool mem.BufferPool, empty func(error)) { w.pool, w.empty = pool, empty }
+// Use makes writes non-blocking from now on. Kept bytes are in buffers of pool. empty is called
+// when they were written, or with the error of that, on a goroutine of the Buffer's.
+func (w *Buffer) Use(pool mem.BufferPool, empty func(error)) { w.pool, w.empty = pool, empty }
 
 // Write implements net.Conn.
-func (w *WriteBuffer) Write(b []byte) (int, error) {
+func (w *Buffer) Write(b []byte) (int, error) {
 	if w.pool == nil {
 		return w.Conn.Write(b)
 	}
@@ -67,14 +76,14 @@ func (w *WriteBuffer) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// writeAll is Write for several slices.
-func (w *WriteBuffer) writeAll(all [][]byte) error {
+// WriteAll is Write for several slices, in place of which it changes all.
+func (w *Buffer) WriteAll(all [][]byte) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.take(all)
 }
 
-func (w *WriteBuffer) take(all [][]byte) error {
+func (w *Buffer) take(all [][]byte) error {
 	if w.detached {
 		for _, b := range all {
 			w.last = append(w.last, b...)
@@ -122,7 +131,7 @@ func after(all [][]byte, n int) [][]byte {
 }
 
 // writeKept writes what is kept.
-func (w *WriteBuffer) writeKept() {
+func (w *Buffer) writeKept() {
 	w.mu.Lock()
 	for w.err == nil && len(w.kept) > 0 {
 		next := w.kept[0]
@@ -150,13 +159,13 @@ func (w *WriteBuffer) writeKept() {
 	w.empty(err)
 }
 
-// writeSlowly writes b. It fails when the peer reads nothing for stallTimeout.
-func (w *WriteBuffer) writeSlowly(b []byte) error {
+// writeSlowly writes b. It fails when the peer reads nothing for StallTimeout.
+func (w *Buffer) writeSlowly(b []byte) error {
 	for {
 		w.mu.Lock()
 		ours := !w.deadline
 		if ours {
-			_ = w.Conn.SetWriteDeadline(time.Now().Add(stallTimeout)) // the write fails, too
+			_ = w.Conn.SetWriteDeadline(time.Now().Add(StallTimeout)) // the write fails, too
 		}
 		w.mu.Unlock()
 		n, err := w.Conn.Write(b)
@@ -166,13 +175,13 @@ func (w *WriteBuffer) writeSlowly(b []byte) error {
 		case !ours || !errors.Is(err, os.ErrDeadlineExceeded):
 			return err
 		case n == 0:
-			return errStalled
+			return ErrStalled
 		}
 	}
 }
 
 // SetWriteDeadline implements net.Conn.
-func (w *WriteBuffer) SetWriteDeadline(t time.Time) error {
+func (w *Buffer) SetWriteDeadline(t time.Time) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.deadline = !t.IsZero()
@@ -180,7 +189,7 @@ func (w *WriteBuffer) SetWriteDeadline(t time.Time) error {
 }
 
 // SetDeadline implements net.Conn.
-func (w *WriteBuffer) SetDeadline(t time.Time) error {
+func (w *Buffer) SetDeadline(t time.Time) error {
 	if err := w.SetWriteDeadline(t); err != nil {
 		return err
 	}
@@ -188,7 +197,7 @@ func (w *WriteBuffer) SetDeadline(t time.Time) error {
 }
 
 // Close implements net.Conn. What is kept is lost.
-func (w *WriteBuffer) Close() error {
+func (w *Buffer) Close() error {
 	w.mu.Lock()
 	if w.err == nil {
 		w.err = net.ErrClosed
@@ -201,18 +210,44 @@ func (w *WriteBuffer) Close() error {
 	return w.Conn.Close()
 }
 
-// size is how many bytes are kept.
-func (w *WriteBuffer) size() int {
+// Full reports whether something is kept.
+func (w *Buffer) Full() bool { return w.full.Load() }
+
+// Size is how many bytes are kept.
+func (w *Buffer) Size() int {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.keptSize
 }
 
-// wait waits until nothing is kept.
-func (w *WriteBuffer) wait() {
+// Wait waits until nothing is kept.
+func (w *Buffer) Wait() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for w.full.Load() {
 		w.written.Wait()
 	}
+}
+
+// WaitWriter waits until no goroutine of the Buffer's runs. Nothing may be written meanwhile.
+func (w *Buffer) WaitWriter() { w.writer.Wait() }
+
+// Detach has writes collect for [Buffer.Detached] from now on, and keeps the connection open after
+// Close. It reports false, and does nothing, if there is something to write before.
+func (w *Buffer) Detach() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.detached = !w.full.Load() && w.err == nil
+	return w.detached
+}
+
+// Detached returns the connection and what was written since [Buffer.Detach]. The caller owns both.
+// It returns nil without Detach.
+func (w *Buffer) Detached() (conn net.Conn, written []byte) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.detached {
+		return nil, nil
+	}
+	return w.Conn, w.last
 }

@@ -1,4 +1,4 @@
-package http2conn
+package writebuffer
 
 import (
 	"errors"
@@ -21,7 +21,7 @@ func rawConn(conn net.Conn) syscall.RawConn {
 
 // tryWrite writes as much of w.all as the system takes at once: sockets of package net do not
 // block.
-func (w *WriteBuffer) tryWrite(fd uintptr) bool {
+func (w *Buffer) tryWrite(fd uintptr) bool {
 	for {
 		var err error
 		if len(w.all) == 1 {

@@ -1,6 +1,6 @@
 //go:build !linux
 
-package http2conn
+package writebuffer
 
 import (
 	"net"
@@ -9,4 +9,4 @@ import (
 
 func rawConn(net.Conn) syscall.RawConn { return nil }
 
-func (w *WriteBuffer) tryWrite(uintptr) bool { return true }
+func (w *Buffer) tryWrite(uintptr) bool { return true }
