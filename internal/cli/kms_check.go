@@ -72,8 +72,9 @@ the result. With --identity, it also unwraps the result, and records the test in
 there is one.
 
 It warns about a key that will be deleted or expire, that is not protected from deletion or not
-rotated, or that has no recovery key, and about a plugin whose key IDs are only numbers. Warnings do not change the exit code, so that monitoring can
-tell a key that works from one that does not; with --strict they do.
+rotated, or that has no recovery key, and about a plugin whose key IDs are only numbers. Warnings do
+not change the exit code, so that monitoring can tell a key that works from one that does not; with
+--strict they do.
 
 With --policy it tests nothing, and prints the least privileges that the proxy needs on all keys of
 Alibaba Cloud KMS, as a RAM policy in JSON. It then connects to the KMS only for keys that the
