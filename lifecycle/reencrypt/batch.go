@@ -11,6 +11,7 @@ type item struct {
 	revision int64  // of the old value
 	lease    int64  // of the key at that revision
 	attempts int    // that lost against a write of another client
+	decrypts bool   // value is plaintext, by its rule
 }
 
 // opOverhead is the size of a compare, a put and a get in a transaction without keys and value:

@@ -64,6 +64,8 @@ type Progress struct {
 	Keys      int64 `json:"keys"`      // examined in this pass
 	Current   int64 `json:"current"`   // stored as their rules require, in the first pass
 	Rewritten int64 `json:"rewritten"` // with DryRun: would be
+	// of these, under rules that write plaintext
+	Decrypted int64 `json:"decrypted"`
 	// of their keys and new values: the minimum growth of the database
 	Bytes        int64 `json:"bytes"`
 	Transactions int64 `json:"transactions"` // that is, revisions of etcd

@@ -130,7 +130,7 @@ func (r *run) renewBy(ctx context.Context, rule *inventory.Rule, kv *mvccpb.KeyV
 		r.skip(skippedFailed, kv.Key, err.Error())
 		return nil, isSkipped, nil
 	}
-	return &item{key: string(kv.Key), value: value, revision: kv.ModRevision, lease: kv.Lease}, isToWrite, nil
+	return &item{key: string(kv.Key), value: value, revision: kv.ModRevision, lease: kv.Lease, decrypts: !rule.Seals()}, isToWrite, nil
 }
 
 // verify decrypts the replacement of a value, so that an encryption error loses no data. It returns

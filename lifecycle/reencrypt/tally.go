@@ -71,6 +71,9 @@ func (t *tally) wrote(items []*item, revision int64) {
 	t.count(func(p *Progress) {
 		for _, i := range items {
 			p.Bytes += int64(len(i.key) + len(i.value))
+			if i.decrypts {
+				p.Decrypted++
+			}
 		}
 		p.Rewritten += int64(len(items))
 		p.Transactions++

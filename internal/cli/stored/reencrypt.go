@@ -221,7 +221,7 @@ func (j *reencryption) ended(report *reencryptReport, err error) error {
 
 // report returns the report of a run that ended with err, and the error of the command.
 func (j *reencryption) report(ctx context.Context, done reencrypt.Result, err error) (*reencryptReport, error) {
-	r := &reencryptReport{OK: err == nil && done.Unfinished() == 0, DryRun: j.options.dryRun, Result: done, Seconds: done.Duration.Seconds()}
+	r := &reencryptReport{OK: err == nil && done.Unfinished() == 0, DryRun: j.options.dryRun, Result: done, Seconds: done.Duration.Seconds(), partial: err != nil}
 	switch {
 	case err == nil:
 		return r, nil

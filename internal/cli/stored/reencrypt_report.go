@@ -14,6 +14,8 @@ type reencryptReport struct {
 	Interrupted bool `json:"interrupted,omitempty"`
 	reencrypt.Result
 	Seconds float64 `json:"seconds"`
+	// partial is set if the run ended before it had examined all keys
+	partial bool
 }
 
 // text prints the report for people.
@@ -28,10 +30,14 @@ func (r *reencryptReport) text(w io.Writer) {
 	if r.DryRun {
 		verb = "to rewrite"
 	}
-	printable.Fprintf(w, "%s: %d %s in %s, %d already current, a concurrent write won %s, %d left; revisions %d to %d, %.1f s\n",
+	left := printable.Sprintf("%d left", r.Unfinished())
+	if r.partial {
+		left = "and it is not known how many are left"
+	}
+	printable.Fprintf(w, "%s: %d %s in %s, %d already current, a concurrent write won %s, %s; revisions %d to %d, %.1f s\n",
 		printable.Count(r.Keys, "key", "keys"), r.Rewritten, verb, printable.Count(r.Transactions, "transaction", "transactions"), r.Current,
-		printable.Count(r.Raced, "time", "times"), r.Unfinished(), r.Revisions.First, r.Revisions.Last, r.Seconds)
-	if r.Rewritten > 0 && !r.DryRun {
+		printable.Count(r.Raced, "time", "times"), left, r.Revisions.First, r.Revisions.Last, r.Seconds)
+	if r.Rewritten > r.Decrypted && !r.DryRun { // after decryption there is nothing to purge
 		printable.Fprintf(w, "the old values are still in etcd's history and files: see purge\n")
 	}
 }

@@ -2,18 +2,20 @@ package stored
 
 import (
 	"bytes"
+	"context"
 	"io"
 	"strings"
 	"testing"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/clitest"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/reencrypt"
 )
 
 // TestReportsQuote: whatever the strings of a report hold, its text is printable.
 func TestReportsQuote(t *testing.T) {
-	status, reencrypt, purge, verify, value := new(statusReport), new(reencryptReport), new(purgeReport), new(verifyReport), new(decryptedValue)
+	status, rewritten, purge, verify, value := new(statusReport), new(reencryptReport), new(purgeReport), new(verifyReport), new(decryptedValue)
 	clitest.CheckReport(t, "status", status, status.text)
-	clitest.CheckReport(t, "reencrypt", reencrypt, reencrypt.text)
+	clitest.CheckReport(t, "reencrypt", rewritten, rewritten.text)
 	clitest.CheckReport(t, "purge", purge, purge.text)
 	clitest.CheckReport(t, "purge plan", purge, purge.plan)
 	for _, all := range []bool{false, true} {
@@ -27,6 +29,44 @@ func TestReportsQuote(t *testing.T) {
 		v.paused(clitest.Hostile, clitest.Hostile)
 		v.cost(*planned, nil)
 	})
+}
+
+// TestReencryptReport checks what is said about the values that are left, and when purge is named.
+func TestReencryptReport(t *testing.T) {
+	t.Parallel()
+	const purge, unknown = "see purge", "it is not known how many are left"
+	for name, test := range map[string]struct {
+		rewritten, decrypted int64
+		dry                  bool
+		err                  error
+		said, not            []string
+	}{
+		"encrypted":     {rewritten: 2, said: []string{purge, ", 0 left;"}, not: []string{unknown}},
+		"decrypted":     {rewritten: 2, decrypted: 2, said: []string{", 0 left;"}, not: []string{purge, unknown}},
+		"some of each":  {rewritten: 2, decrypted: 1, said: []string{purge}, not: []string{unknown}},
+		"dry run":       {rewritten: 2, dry: true, said: []string{", 0 left;"}, not: []string{purge, unknown}},
+		"ended early":   {rewritten: 2, err: context.Canceled, said: []string{purge, unknown}, not: []string{"0 left"}},
+		"nothing to do": {said: []string{", 0 left;"}, not: []string{purge, unknown}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			job := &reencryption{options: reencryptOptions{dryRun: test.dry}}
+			done := reencrypt.Result{Progress: reencrypt.Progress{Keys: 3, Rewritten: test.rewritten, Decrypted: test.decrypted}}
+			report, _ := job.report(t.Context(), done, test.err) // the error is of the command
+			var out strings.Builder
+			report.text(&out)
+			for _, s := range test.said {
+				if !strings.Contains(out.String(), s) {
+					t.Errorf("no %q in %s", s, out.String())
+				}
+			}
+			for _, s := range test.not {
+				if strings.Contains(out.String(), s) {
+					t.Errorf("%q in %s", s, out.String())
+				}
+			}
+		})
+	}
 }
 
 // TestReasonsAreBelowTables: a long reason does not make a table wide.
