@@ -443,3 +443,45 @@ func TestScan(t *testing.T) {
 	proxies[0].Stop(within)
 	shows(proxies[1])
 }
+
+// TestJobs checks that a proxy without the flags of the jobs does not keep a younger one from them:
+// the younger proxy counts the values and re-encrypts.
+func TestJobs(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	var proxies []*harness.Proxy
+	for i, args := range [][]string{nil, {"--scan-interval", "1s", "--reencrypt", "--reencrypt-interval", "2s"}} {
+		name := fmt.Sprintf("proxy-%d", i)
+		p := s.NewProxy(name, s.cfg)
+		p.Args = args
+		p.Start()
+		p.WaitReady(within)
+		harness.Eventually(t, within, name+" to be announced", func() error {
+			if out, _ := s.Run("status", "--config", p.ConfigFile); strings.Count(out, "as here") != i+1 {
+				return fmt.Errorf("%s", out)
+			}
+			return nil
+		})
+		proxies = append(proxies, p)
+	}
+	older, younger := proxies[0], proxies[1]
+	const key = prefix + "a"
+	if _, err := s.kv.Put(t.Context(), &pb.PutRequest{Key: []byte(key), Value: []byte("in the clear")}); err != nil {
+		t.Fatal(err)
+	}
+	harness.Eventually(t, within, "the younger proxy to do the jobs", func() error {
+		m := younger.Scrape()
+		for _, line := range []string{"etcd_kms_proxy_reencrypted_values_total 1\n", `etcd_kms_proxy_stored_values{rule="/sealed/",state="current"} 1`} {
+			if !strings.Contains(m, line) {
+				return fmt.Errorf("no line %s", line)
+			}
+		}
+		return nil
+	})
+	if got := s.get(t, key); !strings.HasPrefix(got, "k8s:enc:kms:v2:dev:") {
+		t.Error("the value is not encrypted")
+	}
+	if strings.Contains(older.Scrape(), "etcd_kms_proxy_stored_values{") {
+		t.Error("the older proxy shows figures, and has no --scan-interval")
+	}
+}
