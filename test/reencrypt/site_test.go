@@ -102,6 +102,7 @@ func all(t testing.TB, kv pb.KVClient) []*mvccpb.KeyValue {
 type report struct {
 	OK, Interrupted                                       bool
 	Passes, Keys, Current, Rewritten, Transactions, Raced int64
+	Decrypted                                             int64
 	Foreign, Plaintext, Undecryptable, Refused, Failed    int64
 	Left                                                  []struct{ Key, Why string }
 	Revisions                                             struct{ First, Last int64 }

@@ -124,10 +124,10 @@ func testValues(t *testing.T, version, txnKeys string) {
 
 	// After a rotation, and back to plaintext.
 	s.kms.Rotate()
-	if r, out = s.reencrypt(config, 0, "--txn-keys", txnKeys, "--workers", "4"); r.Rewritten != total {
+	if r, out = s.reencrypt(config, 0, "--txn-keys", txnKeys, "--workers", "4"); r.Rewritten != total || r.Decrypted != 0 {
 		t.Errorf("after a rotation: %s", out)
 	}
-	if r, out = s.reencrypt(s.config("off", s.plaintextRule()), 0, "--txn-keys", txnKeys, "--ignore-proxies"); r.Rewritten != total {
+	if r, out = s.reencrypt(s.config("off", s.plaintextRule()), 0, "--txn-keys", txnKeys, "--ignore-proxies"); r.Rewritten != total || r.Decrypted != total {
 		t.Errorf("off: %s", out)
 	}
 	for _, kv := range all(t, s.kv) {
