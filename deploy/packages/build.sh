@@ -20,7 +20,7 @@ for arch in "$@"; do
 	mkdir -p "$root"
 	GOOS=linux GOARCH=$arch go build -trimpath -ldflags "-s -w -X main.version=$version" \
 		-o "$root/etcd-kms-proxy" ./cmd/etcd-kms-proxy
-	cp -R "$stage/man" "$stage/completion" LICENSE README.md CHANGELOG.md deploy/systemd "$root"
+	cp -R "$stage/man" "$stage/completion" LICENSE README.md CHANGELOG.md docs deploy/systemd "$root"
 	chmod -R u=rwX,go=rX "$root"
 	tar -C "$stage" --sort=name --mtime="@$epoch" --owner=0 --group=0 --numeric-owner -cf - "$name" |
 		gzip -9n >"$dist/$name.tar.gz"

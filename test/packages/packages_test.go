@@ -67,6 +67,9 @@ func testDeb(t *testing.T, old, next string) {
 		"/usr/share/man/man1/etcd-kms-proxy-serve.1.gz":         0o644,
 		"/usr/share/bash-completion/completions/etcd-kms-proxy": 0o644,
 		"/usr/share/doc/etcd-kms-proxy/copyright":               0o644,
+		// named by hints
+		"/usr/share/doc/etcd-kms-proxy/docs/reference/configuration.md": 0o644,
+		"/usr/share/doc/etcd-kms-proxy/docs/guides/kubernetes.md":       0o644,
 	} {
 		if info, err := os.Stat(path); err != nil {
 			t.Error(err)
