@@ -128,7 +128,7 @@ func (e *Error) OfSeed() string {
 	return e.Text
 }
 
-// answered reports whether the KMS answered a failed call without a reason, or with a broken
+// responded reports whether the KMS answered a failed call without a reason, or with a broken
 // contract.
 func responded(err error) bool {
 	r := kmsclient.ReasonOf(err)

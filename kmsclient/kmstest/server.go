@@ -100,7 +100,7 @@ func (p *Plugin) Stop() {
 	p.server = nil
 }
 
-// answer gives a handler's error the code that a careful plugin would, and survives its panic.
+// response gives a handler's error the code that a careful plugin would, and survives its panic.
 func response(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (res any, err error) {
 	defer func() {
 		if r := recover(); r != nil {

@@ -85,7 +85,7 @@ func (f *fragments) requested(fragment bool) {
 	f.attentive.Store(true)
 }
 
-// answered sees a response, and says whether it may come in fragments.
+// accepts sees a response, and reports whether it may come in fragments.
 func (f *fragments) accepts(msg []byte) (bool, error) {
 	w, err := etcdwire.WatchedBy(msg)
 	if err != nil {

@@ -77,7 +77,7 @@ func terminal(cmd *cobra.Command) *os.File {
 	return nil
 }
 
-// askPassphrase asks for the passphrase of a file on the terminal, without an echo.
+// promptPassphrase asks for the passphrase of a file on the terminal, without an echo.
 func promptPassphrase(cmd *cobra.Command, tty *os.File, file string) ([]byte, error) {
 	question := printable.Sprintf("passphrase of %s: ", printable.Name(file))
 	return prompt(cmd, tty, question, func() ([]byte, error) {
