@@ -60,9 +60,9 @@ func Confirm(cmd *cobra.Command, yes bool, question string) error {
 	return nil
 }
 
-// prompt prints a question and returns what read reads from the terminal tty. SIGINT and SIGTERM end
-// it, although a command may handle them, and although they do not end a read. The terminal is then
-// as before: read may have turned its echo off.
+// prompt prints a question and returns what read reads from the terminal tty. SIGINT and SIGTERM
+// end it, although a command may handle them, and although they do not end a read. The terminal is
+// then as before: read may have turned its echo off.
 func prompt[T any](cmd *cobra.Command, tty *os.File, question string, read func() (T, error)) (T, error) {
 	type input struct {
 		text T
