@@ -91,8 +91,8 @@ func TestServices(t *testing.T) {
 		s.compare(t, fmt.Sprintf("metadata of %d KiB", kib), func(conn *grpc.ClientConn) string { return largeMetadata(conn, kib) })
 	}
 	// The proxy accepts header lists of 64 KiB, and etcd of 16 MiB over HTTP/2 and of 1 MiB over
-	// HTTP/1. grpc-go obeys the limit that a server advertises, and does not send a call that exceeds
-	// it.
+	// HTTP/1. grpc-go obeys the limit that a server advertises: it does not send a call that
+	// exceeds it.
 	for _, kib := range []int{70, 15_000, 17_000} {
 		const want = `Internal "header list size to send violates the maximum size (65536 bytes) set by server"`
 		if got := largeMetadata(dial(t, s.proxy.Address), kib); got != want {
