@@ -69,8 +69,8 @@ func (r Reason) Class() Class {
 	return ClassUnavailable
 }
 
-// Answered reports whether the KMS is unavailable although it answered.
-func (r Reason) Answered() bool { return r == Failing || r == Unhealthy }
+// Responded reports whether the KMS is unavailable although it answered.
+func (r Reason) Responded() bool { return r == Failing || r == Unhealthy }
 
 // Gone reports whether the key cannot be used because it is not there, or will not be, and not
 // because an operator has disabled it.
@@ -140,7 +140,7 @@ func (e *Error) Explain() string {
 		text = "the KMS does not accept the request"
 	case e.Class() == ClassContract:
 		text = "the response of the KMS is wrong"
-	case e.Reason.Answered():
+	case e.Reason.Responded():
 		text = "the KMS answers with a failure"
 	}
 	return e.withDetail(text + " (" + e.Op + e.fields() + ")")

@@ -60,8 +60,8 @@ func TestReasons(t *testing.T) {
 		case kmsclient.BrokenContract:
 			want = kmsclient.ClassContract
 		}
-		if r.Class() != want || r.Gone() && want != kmsclient.ClassKeyUnusable || r.Answered() && want != kmsclient.ClassUnavailable {
-			t.Errorf("%v: class %q, gone %v, answered %v", r, r.Class(), r.Gone(), r.Answered())
+		if r.Class() != want || r.Gone() && want != kmsclient.ClassKeyUnusable || r.Responded() && want != kmsclient.ClassUnavailable {
+			t.Errorf("%v: class %q, gone %v, answered %v", r, r.Class(), r.Gone(), r.Responded())
 		}
 	}
 	if len(names) != 11 || (kmsclient.Prevented+1).String() != "reason(11)" {

@@ -95,14 +95,14 @@ func (c *caller) dataKey(ctx context.Context) (*kmsclient.DataKey, error) {
 	seed := make([]byte, envelope.SeedSize)
 	_, _ = rand.Read(seed) // does not fail: crypto/rand ends the process instead
 	// The backend gets a copy: what it does with its argument cannot become the seed.
-	answer, err := c.p.cfg.KMS.Encrypt(ctx, uid, bytes.Clone(seed))
+	response, err := c.p.cfg.KMS.Encrypt(ctx, uid, bytes.Clone(seed))
 	if err != nil {
 		return nil, err
 	}
-	if answer == nil {
+	if response == nil {
 		return nil, brokenContract("Encrypt", "the response is empty")
 	}
-	return &kmsclient.DataKey{Plaintext: seed, Ciphertext: answer.Ciphertext, KeyID: answer.KeyID, Annotations: answer.Annotations}, nil
+	return &kmsclient.DataKey{Plaintext: seed, Ciphertext: response.Ciphertext, KeyID: response.KeyID, Annotations: response.Annotations}, nil
 }
 
 // wrapCopy has this ring's KMS wrap another ring's seed, and returns the annotations that hold the
@@ -123,19 +123,19 @@ func (c *caller) wrapCopy(ctx context.Context, seed []byte) (copyID, map[string]
 	ctx, cancel := context.WithTimeout(ctx, c.p.cfg.Timeout)
 	defer cancel()
 	defer context.AfterFunc(c.base, cancel)()
-	answer, err := c.p.cfg.KMS.Encrypt(ctx, rand.Text(), bytes.Clone(seed))
+	response, err := c.p.cfg.KMS.Encrypt(ctx, rand.Text(), bytes.Clone(seed))
 	switch {
 	case err != nil:
 		if refuses(err) {
 			c.p.suspect()
 		}
 		return copyID{}, nil, fmt.Errorf("wrap recovery copy: %w", err)
-	case answer == nil:
+	case response == nil:
 		return copyID{}, nil, brokenContract("Encrypt", "the response is empty")
-	case bytes.Contains(answer.Ciphertext, seed):
+	case bytes.Contains(response.Ciphertext, seed):
 		return copyID{}, nil, brokenContract("Encrypt", "the wrapped data key holds the data key itself")
 	}
-	wrapped := envelope.Copy{KeyID: answer.KeyID, Source: answer.Ciphertext, Annotations: answer.Annotations}
+	wrapped := envelope.Copy{KeyID: response.KeyID, Source: response.Ciphertext, Annotations: response.Annotations}
 	encoded, err := wrapped.Append(nil)
 	if err != nil {
 		return copyID{}, nil, brokenContract("Encrypt", err.Error())

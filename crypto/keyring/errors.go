@@ -54,8 +54,8 @@ type Error struct {
 	// Corrupt: its key is gone or has refused its seed for long, and there is no recovery copy.
 	lost *provider
 	// Of a seed with recovery copies, silent says that a KMS which might unwrap one did not answer,
-	// and answered that one did. See [Error.Answered].
-	silent, answered bool
+	// and answered that one did. See [Error.Responded].
+	silent, responded bool
 	// seed is Text without the etcd key, as it is true of every value of the same DEK seed. "" if
 	// that is Text.
 	seed string
@@ -71,16 +71,16 @@ func (e *Error) Error() string { return e.Text }
 // Unwrap returns the cause.
 func (e *Error) Unwrap() error { return e.Err }
 
-// Answered reports whether every KMS that could unwrap the value's DEK seed answered the call with
+// Responded reports whether every KMS that could unwrap the value's DEK seed answered the call with
 // a failure that it did not explain. Many KMS plugins answer so for a damaged or foreign seed, and
 // also while their own KMS is unreachable: another health check distinguishes the two. It is false
 // for an error with a reason, and while a KMS does not answer.
-func (e *Error) Answered() bool {
+func (e *Error) Responded() bool {
 	switch e.Kind {
 	case KeyUnusable, Corrupt, Plaintext, Refused:
 		return false
 	case Unavailable:
-		return !e.silent && (e.answered || answered(e.Err))
+		return !e.silent && (e.responded || responded(e.Err))
 	case SeedRefused: // a call without an answer has become one about the seed
 		return !e.silent
 	}
@@ -110,7 +110,7 @@ func (e *Error) InRule(prefix string) *Error {
 func (e *Error) ofValue(etcdKey []byte) *Error {
 	named := *e // callers that waited for one unwrap share the error
 	switch {
-	case e.Answered():
+	case e.Responded():
 		named.seed = e.Text
 		named.Text = fmt.Sprintf("the stored value of etcd key %q was not decrypted: %s", Clip(etcdKey), e.Text)
 	case e.Kind == Corrupt:
@@ -128,11 +128,11 @@ func (e *Error) OfSeed() string {
 	return e.Text
 }
 
-// answered reports whether the KMS answered a failed call without a reason, or with a broken
+// responded reports whether the KMS answered a failed call without a reason, or with a broken
 // contract.
-func answered(err error) bool {
+func responded(err error) bool {
 	r := kmsclient.ReasonOf(err)
-	return r == kmsclient.BrokenContract || r.Answered()
+	return r == kmsclient.BrokenContract || r.Responded()
 }
 
 // kindOf returns the kind of a failed KMS call.

@@ -64,12 +64,12 @@ func (m *monitor) check(ctx context.Context) {
 		ctx = kmsclient.OneAttempt(ctx)
 	}
 	m.generator.verified = nil
-	said, err := m.statusKeyID(ctx)
+	reported, err := m.statusKeyID(ctx)
 	if err != nil {
 		m.checkUnhealthy(ctx, err)
 		return
 	}
-	keyID, w, err := m.useSettled(ctx, said)
+	keyID, w, err := m.useSettled(ctx, reported)
 	if err == nil {
 		m.noteGood(keyID, w, nil)
 		m.probe(ctx, m.p.keyOf(keyID))
@@ -131,12 +131,12 @@ func (m *monitor) checkUnhealthy(ctx context.Context, status error) {
 
 // useSettled uses the key, and returns the key ID that counts and the seed to encrypt with. A key
 // ID that Status goes back to counts as soon as the one in use does not work any more.
-func (m *monitor) useSettled(ctx context.Context, said string) (string, *writer, error) {
-	keyID := m.settle(said)
+func (m *monitor) useSettled(ctx context.Context, reported string) (string, *writer, error) {
+	keyID := m.settle(reported)
 	w, err := m.generator.use(ctx, keyID)
-	if err != nil && said != keyID && !isSilence(err) {
-		if other, oerr := m.generator.use(ctx, said); oerr == nil {
-			keyID, w, err = m.adopt(said), other, nil
+	if err != nil && reported != keyID && !isNoResponse(err) {
+		if other, oerr := m.generator.use(ctx, reported); oerr == nil {
+			keyID, w, err = m.adopt(reported), other, nil
 		}
 	}
 	if err == nil && w != nil {

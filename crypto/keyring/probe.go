@@ -75,7 +75,7 @@ func (m *monitor) probeKey(ctx context.Context, key string, e *entry) bool {
 			m.seeds.evictKeys(ofKey, e.byKeyID, err)
 		}
 	case kmsclient.ClassUnavailable:
-		if !kmsclient.ReasonOf(err).Answered() {
+		if !kmsclient.ReasonOf(err).Responded() {
 			return false
 		}
 		b := m.probePauses[key] // this may be about this key alone

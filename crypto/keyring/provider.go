@@ -130,7 +130,7 @@ func (p *provider) markLost(err *Error, h *envelope.Header, cause error) *Error 
 
 // notLost returns err without the mark.
 func notLost(err *Error) *Error {
-	return &Error{Kind: err.Kind, Text: err.Text, Err: err.Err, silent: err.silent, answered: err.answered}
+	return &Error{Kind: err.Kind, Text: err.Text, Err: err.Err, silent: err.silent, responded: err.responded}
 }
 
 // noteLost logs as an error that a value was returned as stored, because its key is gone or its

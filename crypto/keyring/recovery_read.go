@@ -140,7 +140,7 @@ func (c *copyReader) fetch(ctx context.Context, h *envelope.Header, found []reco
 	// A failure that may pass counts before one that needs an operator, and that before a permanent
 	// one: a value is not lost because of an outage of a recovery provider.
 	all := notLost(first)
-	all.silent, all.answered = first.Kind == Unavailable && !first.Answered(), first.Answered()
+	all.silent, all.responded = first.Kind == Unavailable && !first.Responded(), first.Responded()
 	lost := len(found) == len(copiesIn(h)) // no other copy might be unwrapped
 	for _, s := range found {
 		e, err := c.seeds.await(ctx, c.seeds.flight(string(s.digest[:]), func() (*entry, *Error) { return c.unwrap(h, s, first) }), "a recovery copy was unwrapped")
@@ -153,8 +153,8 @@ func (c *copyReader) fetch(ctx context.Context, h *envelope.Header, found []reco
 		}
 		lost = lost && (err.Kind == Corrupt || err.lost != nil)
 		all.Kind = min(all.Kind, err.Kind)
-		all.silent = all.silent || err.Kind == Unavailable && !err.Answered()
-		all.answered = all.answered || err.Answered()
+		all.silent = all.silent || err.Kind == Unavailable && !err.Responded()
+		all.responded = all.responded || err.Responded()
 		all.Text += fmt.Sprintf("; its recovery copy was not used either: %s", err.Text)
 	}
 	if lost && (first.lost != nil || first.Kind == Corrupt) && all.Kind != Corrupt {

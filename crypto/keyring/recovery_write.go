@@ -80,16 +80,16 @@ func (w *writer) copySeed(ctx context.Context, h *envelope.Header, seed []byte) 
 	if len(rings) == 0 {
 		return nil
 	}
-	type answer struct {
+	type result struct {
 		id          copyID
 		annotations map[string][]byte
 		err         error
 	}
-	answers := make([]answer, len(rings))
+	results := make([]result, len(rings))
 	var all sync.WaitGroup
 	for i, by := range rings {
 		all.Go(func() {
-			a := &answers[i]
+			a := &results[i]
 			a.id, a.annotations, a.err = by.calls.wrapCopy(ctx, seed)
 		})
 	}
@@ -102,7 +102,7 @@ func (w *writer) copySeed(ctx context.Context, h *envelope.Header, seed []byte) 
 		h.Annotations = make(map[string][]byte, len(rings))
 	}
 	for i, by := range rings {
-		a := &answers[i]
+		a := &results[i]
 		if a.err == nil {
 			maps.Copy(h.Annotations, a.annotations)
 			if err := h.Validate(); err != nil {

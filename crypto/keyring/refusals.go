@@ -48,15 +48,15 @@ const (
 func (rf *refusals) note(d digest, cause error) *refusal {
 	now := time.Now()
 	next := &refusal{cause: cause, since: now}
-	if rf.calls.base.Err() != nil || isSilence(cause) && (kmsclient.NotCalled(cause) || !errors.Is(cause, context.DeadlineExceeded)) {
+	if rf.calls.base.Err() != nil || isNoResponse(cause) && (kmsclient.NotCalled(cause) || !errors.Is(cause, context.DeadlineExceeded)) {
 		return next // this says nothing about the seed
 	}
-	if last, ok := rf.lru.Get(d); ok && isSilence(last.cause) == isSilence(cause) {
+	if last, ok := rf.lru.Get(d); ok && isNoResponse(last.cause) == isNoResponse(cause) {
 		next.calls, next.since = last.calls, last.since
 	}
 	next.calls++
 	wait := next.calls
-	if isSilence(cause) {
+	if isNoResponse(cause) {
 		if wait = 0; rf.p.state.Load().works {
 			wait = next.calls - silentCalls + 1
 		}
@@ -69,8 +69,8 @@ func (rf *refusals) note(d digest, cause error) *refusal {
 }
 
 // pauseAfter returns the pause before the next call for a seed after so many failed calls in a row.
-func (rf *refusals) pauseAfter(answers int) time.Duration {
-	return min(rf.p.cfg.FailingPollInterval/2<<min(answers-1, 16), max(rf.p.cfg.PollInterval, rf.p.cfg.FailingPollInterval))
+func (rf *refusals) pauseAfter(refused int) time.Duration {
+	return min(rf.p.cfg.FailingPollInterval/2<<min(refused-1, 16), max(rf.p.cfg.PollInterval, rf.p.cfg.FailingPollInterval))
 }
 
 // current returns the last refusal of a seed for which the KMS must not be called yet, or nil.
@@ -92,10 +92,10 @@ func (rf *refusals) failure(what string, h *envelope.Header, last *refusal) *Err
 		return rf.p.errorf(Corrupt, last.cause, "the %s under KMS key ID %q cannot be unwrapped: %s", what, Clip(h.KeyID), describe(last.cause))
 	}
 	kind := kindOf(last.cause)
-	if kind == Unavailable && rf.p.state.Load().works && (!isSilence(last.cause) || last.calls >= silentCalls) {
+	if kind == Unavailable && rf.p.state.Load().works && (!isNoResponse(last.cause) || last.calls >= silentCalls) {
 		err := rf.p.errorf(SeedRefused, last.cause, "the %s under KMS key ID %q is refused, while the KMS unwraps others: it is damaged, or its key is disabled, gone or "+
 			"not this KMS': %s", what, Clip(h.KeyID), describe(last.cause))
-		if last.calls > 1 && !isSilence(last.cause) && time.Since(last.since) >= lastingRefusal && rf.calls.unwrapsOthers(last.since) {
+		if last.calls > 1 && !isNoResponse(last.cause) && time.Since(last.since) >= lastingRefusal && rf.calls.unwrapsOthers(last.since) {
 			err.lost = rf.p
 		}
 		return err
@@ -103,8 +103,8 @@ func (rf *refusals) failure(what string, h *envelope.Header, last *refusal) *Err
 	return rf.p.markLost(rf.p.errorf(kind, last.cause, "the %s under KMS key ID %q was not unwrapped: %s", what, Clip(h.KeyID), describe(last.cause)), h, last.cause)
 }
 
-// isSilence reports whether a failed call for a seed had no answer.
-func isSilence(err error) bool {
+// isNoResponse reports whether a failed call for a seed had no response.
+func isNoResponse(err error) bool {
 	_, own := errors.AsType[*offlineError](err)
 	return !own && kmsclient.ReasonOf(err) == kmsclient.Unreachable
 }

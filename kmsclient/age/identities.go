@@ -40,7 +40,7 @@ type Identities struct {
 // ReadIdentities reads an identity file as age does: lines of AGE-SECRET-KEY-1…,
 // AGE-SECRET-KEY-PQ-1… or AGE-PLUGIN-…, or an age file (binary or armored) that holds such lines
 // and is protected by a passphrase. Its errors never quote the file.
-func ReadIdentities(name string, ask Prompter) (*Identities, error) {
+func ReadIdentities(name string, prompt Prompter) (*Identities, error) {
 	f, err := os.Open(name) //nolint:gosec // the operator names the file
 	if err != nil {
 		return nil, fmt.Errorf("read identity file: %w", err)
@@ -55,14 +55,14 @@ func ReadIdentities(name string, ask Prompter) (*Identities, error) {
 		return nil, fmt.Errorf("read identity file %s: it is larger than %d bytes", name, maxIdentityFile)
 	}
 	if armored := bytes.HasPrefix(bytes.TrimSpace(text), []byte(armor.Header)); armored || IsWrapped(text) {
-		plain, err := openProtected(name, text, armored, ask)
+		plain, err := openProtected(name, text, armored, prompt)
 		if err != nil {
 			return nil, fmt.Errorf("read identity file %s: %w", name, err)
 		}
 		defer clear(plain)
 		text = plain
 	}
-	ids, err := parseIdentities(text, ask)
+	ids, err := parseIdentities(text, prompt)
 	if err != nil {
 		return nil, fmt.Errorf("read identity file %s: %w", name, err)
 	}
@@ -79,11 +79,11 @@ func Join(sets ...*Identities) *Identities {
 }
 
 // openProtected decrypts an identity file that a passphrase protects.
-func openProtected(name string, text []byte, armored bool, ask Prompter) ([]byte, error) {
-	if ask.Passphrase == nil {
+func openProtected(name string, text []byte, armored bool, prompt Prompter) ([]byte, error) {
+	if prompt.Passphrase == nil {
 		return nil, errors.New("it is protected by a passphrase, and there is no terminal to enter it on")
 	}
-	passphrase, err := ask.Passphrase(name)
+	passphrase, err := prompt.Passphrase(name)
 	if err != nil {
 		return nil, fmt.Errorf("read the passphrase: %w", err)
 	}
@@ -109,7 +109,7 @@ func openProtected(name string, text []byte, armored bool, ask Prompter) ([]byte
 	return nil, errors.New("the file is damaged")
 }
 
-func parseIdentities(text []byte, ask Prompter) (*Identities, error) {
+func parseIdentities(text []byte, prompt Prompter) (*Identities, error) {
 	ids := &Identities{}
 	for i, line := range strings.Split(string(text), "\n") {
 		line = strings.TrimSuffix(line, "\r")
@@ -122,10 +122,10 @@ func parseIdentities(text []byte, ask Prompter) (*Identities, error) {
 		case strings.HasPrefix(line, "age1"):
 			return nil, fmt.Errorf("line %d is a recipient, which is public; an identity begins with AGE-SECRET-KEY- or AGE-PLUGIN-", i+1)
 		case strings.HasPrefix(line, "AGE-PLUGIN-"):
-			if ask.Plugin == nil {
+			if prompt.Plugin == nil {
 				return nil, fmt.Errorf("line %d needs a plugin, and there is no terminal for it", i+1)
 			}
-			id, err = plugin.NewIdentity(line, ask.Plugin)
+			id, err = plugin.NewIdentity(line, prompt.Plugin)
 			ids.plugins = true
 		case strings.HasPrefix(line, "AGE-SECRET-KEY-PQ-1"):
 			id, err = age.ParseHybridIdentity(line)

@@ -200,7 +200,7 @@ func (b *Backend) GenerateDataKey(ctx context.Context, _ string) (*kmsclient.Dat
 		return nil, err
 	}
 	kmsclient.NoteRequestID(ctx, safeRequestID(resp.RequestId))
-	keyID, err := b.answeredKey(op, resp.RequestId, resp.KeyId, resp.KeyVersionId)
+	keyID, err := b.reportedKey(op, resp.RequestId, resp.KeyId, resp.KeyVersionId)
 	if err != nil {
 		return nil, err
 	}
@@ -237,7 +237,7 @@ func (b *Backend) Encrypt(ctx context.Context, _ string, data []byte) (*service.
 		return nil, err
 	}
 	kmsclient.NoteRequestID(ctx, safeRequestID(resp.RequestId))
-	keyID, err := b.answeredKey(op, resp.RequestId, resp.KeyId, resp.KeyVersionId)
+	keyID, err := b.reportedKey(op, resp.RequestId, resp.KeyId, resp.KeyVersionId)
 	if err != nil {
 		return nil, err
 	}
@@ -284,8 +284,8 @@ func (b *Backend) Decrypt(ctx context.Context, _ string, req *service.DecryptReq
 	return plaintext, nil
 }
 
-// answeredKey checks the key that an answer names and returns it as stored values spell it.
-func (b *Backend) answeredKey(op, requestID, id, version string) (string, error) {
+// reportedKey checks the key that a response names and returns it as stored values spell it.
+func (b *Backend) reportedKey(op, requestID, id, version string) (string, error) {
 	if !keyIDPattern.MatchString(id) || !keyIDPattern.MatchString(version) {
 		return "", contractError(op, requestID, b.keyID, "the answer names no key ID or no key version")
 	}

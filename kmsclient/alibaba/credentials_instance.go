@@ -86,19 +86,19 @@ func (m *instanceSource) fetch(ctx context.Context) (session, error) {
 	if err != nil {
 		return session{}, err
 	}
-	var answer struct {
+	var response struct {
 		Code string
-		sessionAnswer
+		sessionResponse
 	}
-	if err := json.Unmarshal(body, &answer); err != nil {
+	if err := json.Unmarshal(body, &response); err != nil {
 		return session{}, m.fault(kmsclient.BrokenContract, http.StatusOK, "the answer is not JSON of the expected form")
 	}
-	if answer.Code != "Success" {
+	if response.Code != "Success" {
 		e := m.fault(kmsclient.Unreachable, http.StatusOK, "it does not give the role's credentials now")
-		e.Code = safeCode(answer.Code)
+		e.Code = safeCode(response.Code)
 		return session{}, e
 	}
-	s, err := answer.session("ecs_ram_role")
+	s, err := response.session("ecs_ram_role")
 	if err != nil {
 		return session{}, m.fault(kmsclient.BrokenContract, http.StatusOK, err.Error())
 	}

@@ -205,17 +205,17 @@ func (r *roleSource) post(t *callTransport, query, form url.Values) ([]byte, err
 
 // session reads the answer of either operation.
 func (r *roleSource) session(op, source string, body []byte) (session, error) {
-	var answer struct {
+	var response struct {
 		RequestID   string `json:"RequestId"`
-		Credentials sessionAnswer
+		Credentials sessionResponse
 	}
-	if err := json.Unmarshal(body, &answer); err != nil {
+	if err := json.Unmarshal(body, &response); err != nil {
 		detail := r.at(op) + "the answer is not JSON of the expected form: something other than STS may have given it"
 		return session{}, &kmsclient.Error{Op: op, Reason: kmsclient.Unreachable, HTTPStatus: http.StatusOK, Detail: detail}
 	}
-	s, err := answer.Credentials.session(source)
+	s, err := response.Credentials.session(source)
 	if err != nil {
-		return session{}, contractError(op, answer.RequestID, "", r.at(op)+err.Error())
+		return session{}, contractError(op, response.RequestID, "", r.at(op)+err.Error())
 	}
 	return s, nil
 }
@@ -236,15 +236,15 @@ func (r *roleSource) explained(ctx context.Context, f *failure) error {
 	}
 	switch family, rest, _ := strings.Cut(e.Code, "."); {
 	case family == "NoPermission":
-		e.Detail = "the role may not be assumed: see the role's trust policy, and whether the caller has sts:AssumeRole on it" + f.said
+		e.Detail = "the role may not be assumed: see the role's trust policy, and whether the caller has sts:AssumeRole on it" + f.message
 	case family == "EntityNotExist" && strings.HasPrefix(rest, "Role"):
-		e.Detail = "there is no such role" + f.said
+		e.Detail = "there is no such role" + f.message
 	case family == "EntityNotExist":
-		e.Detail = "there is no such OIDC provider" + f.said
+		e.Detail = "there is no such OIDC provider" + f.message
 	case family == "AuthenticationFail":
-		e.Detail = "the OIDC token was refused: it may have expired, or be of another issuer or for another audience" + f.said
+		e.Detail = "the OIDC token was refused: it may have expired, or be of another issuer or for another audience" + f.message
 	case family == "InvalidParameter":
-		e.Detail = "STS does not accept a parameter: see duration, sessionName and policy" + f.said
+		e.Detail = "STS does not accept a parameter: see duration, sessionName and policy" + f.message
 	case e.Code == "" && errors.Is(ctx.Err(), context.DeadlineExceeded):
 		e.Detail = "STS did not answer in time"
 	case e.Detail == "" && e.Class() == kmsclient.ClassUnavailable:

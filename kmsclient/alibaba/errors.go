@@ -20,7 +20,7 @@ type failure struct {
 	err      *kmsclient.Error
 	stale    bool   // the connection was dead before the request was sent
 	rejected bool   // the KMS did not accept the credentials
-	said     string // the KMS' own words, see say; may be empty
+	message  string // the KMS' own words, see say; may be empty
 
 	noCredentials bool // there was no attempt for lack of credentials
 }
@@ -88,8 +88,8 @@ func (r *remote) failed(op string, cred credential, t *callTransport, err error)
 		e.Reason, e.Detail = kmsclient.AliasNotFound, "the alias leads to no key: nothing is encrypted until it does"
 	}
 	if e.Reason != kmsclient.Unreachable {
-		f.said = cred.scrub(r.say(server.Message()))
-		e.Detail = strings.TrimPrefix(e.Detail+f.said, "; ")
+		f.message = cred.scrub(r.say(server.Message()))
+		e.Detail = strings.TrimPrefix(e.Detail+f.message, "; ")
 	} else if e.HTTPStatus == http.StatusConflict {
 		e.Reason = kmsclient.Failing // the state of one key, or of the call
 	}

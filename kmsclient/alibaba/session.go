@@ -208,8 +208,8 @@ func stampOf(files []string) string {
 	return b.String()
 }
 
-// sessionAnswer is what a service gives as a session.
-type sessionAnswer struct {
+// sessionResponse is what a service gives as a session.
+type sessionResponse struct {
 	ID         string `json:"AccessKeyId"`
 	Secret     string `json:"AccessKeySecret"`
 	Token      string `json:"SecurityToken"`
@@ -217,7 +217,7 @@ type sessionAnswer struct {
 }
 
 // session checks the answer. The error does not quote it.
-func (a sessionAnswer) session(source string) (session, error) {
+func (a sessionResponse) session(source string) (session, error) {
 	for _, value := range []string{a.ID, a.Secret, a.Token} {
 		if value == "" || len(value) > maxCredentialFile || !isVisible(value) {
 			return session{}, errors.New("the answer lacks a part of the credentials, or one is malformed")

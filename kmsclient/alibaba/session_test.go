@@ -118,6 +118,7 @@ func TestRefreshFails(t *testing.T) {
 			time.Sleep(time.Second)
 			synctest.Wait()
 			s.want(t, "while the refresh fails", 1)
+			synctest.Wait() // for the fetch that this has begun
 			if late := i.fetches.Load() > 1; s.late() != late {
 				t.Fatalf("late is %t after %d fetches", s.late(), i.fetches.Load())
 			}
@@ -145,6 +146,7 @@ func TestRefreshFails(t *testing.T) {
 		if c, err := s.get(t.Context()); err != nil || !strings.HasPrefix(c.id, "session-") {
 			t.Errorf("when it is back: %v", err)
 		}
+		synctest.Wait() // for the log
 		if text := logs.String(); strings.Count(text, "\n") != 2 || !strings.Contains(text, "down") || !strings.Contains(text, "refreshed again") {
 			t.Errorf("logged %s", text)
 		}

@@ -67,7 +67,7 @@ func (b *Backend) describe(ctx context.Context, op string) (*kmsclient.KeyInfo, 
 	// A key that still waits for its material has no version to name.
 	keyID := b.keyID
 	if m.PrimaryKeyVersion != "" || m.KeyState == "Enabled" {
-		if keyID, err = b.answeredKey(op, resp.RequestId, m.KeyId, m.PrimaryKeyVersion); err != nil {
+		if keyID, err = b.reportedKey(op, resp.RequestId, m.KeyId, m.PrimaryKeyVersion); err != nil {
 			return nil, err
 		}
 	}

@@ -18,8 +18,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/filewatch"
 )
 
-// maxAnswer limits the bytes of an answer's body; real ones have a few KiB.
-const maxAnswer = 1 << 20
+// maxResponse limits the bytes of a response's body; real ones have a few KiB.
+const maxResponse = 1 << 20
 
 var (
 	errRedirect = errors.New("the endpoint answered with a redirect")
@@ -137,7 +137,7 @@ func (t *callTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 		return nil, err
 	}
 	t.status.Store(int64(resp.StatusCode))
-	resp.Body = &cappedBody{body: resp.Body, left: maxAnswer, release: release}
+	resp.Body = &cappedBody{body: resp.Body, left: maxResponse, release: release}
 	if resp.StatusCode >= 300 && resp.StatusCode < 400 {
 		// Followed, it would repeat the URL, with its token, to whom the answer names.
 		_ = resp.Body.Close()

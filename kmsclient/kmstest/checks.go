@@ -32,7 +32,7 @@ func roundTrips(ctx context.Context, x *subject) error {
 	return nil
 }
 
-func answerLimits(ctx context.Context, x *subject) error {
+func responseLimits(ctx context.Context, x *subject) error {
 	res, err := x.Encrypt(ctx, []byte(canary))
 	if err != nil {
 		return err

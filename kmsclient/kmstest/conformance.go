@@ -83,7 +83,7 @@ type check struct {
 
 var checks = []check{
 	{"round trips", roundTrips},
-	{"limits of answers", answerLimits},
+	{"limits of answers", responseLimits},
 	{"wrapped secrets", wrappedSecrets},
 	{"status", statusAgrees},
 	{"data keys", dataKeys},

@@ -83,7 +83,7 @@ func (p *Plugin) Start() {
 	if err != nil {
 		p.tb.Fatalf("listen for the plugin: %v", err)
 	}
-	server := grpc.NewServer(grpc.UnaryInterceptor(answer), grpc.WaitForHandlers(true))
+	server := grpc.NewServer(grpc.UnaryInterceptor(response), grpc.WaitForHandlers(true))
 	kmsapi.RegisterKeyManagementServiceServer(server, p.service)
 	p.server = server
 	p.serving.Go(func() { _ = server.Serve(listener) })
@@ -100,8 +100,8 @@ func (p *Plugin) Stop() {
 	p.server = nil
 }
 
-// answer gives a handler's error the code that a careful plugin would, and survives its panic.
-func answer(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (res any, err error) {
+// response gives a handler's error the code that a careful plugin would, and survives its panic.
+func response(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (res any, err error) {
 	defer func() {
 		if r := recover(); r != nil {
 			err = status.Errorf(codes.Internal, "panic: %v", r)

@@ -122,7 +122,7 @@ func Survey(ctx context.Context, kv clientv3.KV, rules *Rules, visit Visitor) ([
 // inspect returns the state of a value under its rule.
 func inspect(ctx context.Context, rule *Rule, kv *mvccpb.KeyValue) (keyring.ValueState, error) {
 	_, state, err := rule.Sealer.Inspect(ctx, kv.Key, kv.Value)
-	if e, ok := errors.AsType[*keyring.Error](err); ok && (e.Kind == keyring.Unavailable || e.Answered()) {
+	if e, ok := errors.AsType[*keyring.Error](err); ok && (e.Kind == keyring.Unavailable || e.Responded()) {
 		state = Unavailable
 	}
 	return state, err

@@ -18,7 +18,7 @@ var ErrOldEtcd = errors.New("reading the history needs etcd 3.4.31, 3.5.13, 3.6 
 // these versions either.
 func watchesAreWhole(ctx context.Context, c *clientv3.Client) error {
 	var silent error
-	answers := false
+	responds := false
 	for _, e := range c.Endpoints() {
 		limited, cancel := context.WithTimeout(ctx, memberTimeout)
 		s, err := c.Status(limited, e)
@@ -29,10 +29,10 @@ func watchesAreWhole(ctx context.Context, c *clientv3.Client) error {
 		case !watchIsWhole(s.Version):
 			return fmt.Errorf("etcd at %s is of version %q: %w", e, s.Version, ErrOldEtcd)
 		default:
-			answers = true
+			responds = true
 		}
 	}
-	if !answers {
+	if !responds {
 		return cmp.Or(ctx.Err(), silent, errors.New("there are no endpoints"))
 	}
 	return nil

@@ -67,7 +67,7 @@ func (r *run) renew(ctx context.Context, kv *mvccpb.KeyValue, wait bool) (f foun
 			first = time.Now()
 		}
 		unanswered++
-		if wait && !failed.cause.Answered() {
+		if wait && !failed.cause.Responded() {
 			if state, _ := rule.Sealer.Recheck(kv.Value); unanswered < maxUnanswered || !state.LastGood.After(first) {
 				return err
 			}
@@ -100,7 +100,7 @@ const whyPlaintext = "it is plaintext, and the rule refuses to read plaintext (a
 // renewBy is one attempt of renew. An error is temporary.
 func (r *run) renewBy(ctx context.Context, rule *inventory.Rule, kv *mvccpb.KeyValue) (*item, finding, error) {
 	plaintext, state, err := rule.Sealer.Inspect(ctx, kv.Key, kv.Value)
-	if e, ok := errors.AsType[*keyring.Error](err); ok && (e.Kind == keyring.Unavailable || e.Answered()) {
+	if e, ok := errors.AsType[*keyring.Error](err); ok && (e.Kind == keyring.Unavailable || e.Responded()) {
 		return nil, 0, &notUnwrappedError{e}
 	}
 	switch {

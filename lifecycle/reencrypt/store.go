@@ -51,13 +51,13 @@ func (r *run) store(ctx context.Context, items []*item) error {
 
 // storePart writes items in one transaction, or handles its failure.
 func (r *run) storePart(ctx context.Context, items []*item) error {
-	answer, err := r.commit(ctx, items)
+	response, err := r.commit(ctx, items)
 	switch {
-	case err == nil && answer.Succeeded:
-		r.wrote(items, answer.Header.Revision)
+	case err == nil && response.Succeeded:
+		r.wrote(items, response.Header.Revision)
 		return nil
 	case err == nil:
-		return r.again(ctx, items, answer)
+		return r.again(ctx, items, response)
 	case len(items) > 1 && errors.Is(err, rpctypes.ErrTooManyOps):
 		r.limits.fewerKeys(len(items))
 	case len(items) > 1 && tooLarge(err):
@@ -119,7 +119,7 @@ func (r *run) refused(ctx context.Context, i *item, err error) error {
 // The lease is that of the key at its revision, and therefore the current one. The option to keep
 // the lease of a key would be shorter, but crashes each member of an etcd that has lost this lease.
 // With an explicit lease, etcd responds that the lease does not exist.
-func (r *run) commit(ctx context.Context, items []*item) (answer *clientv3.TxnResponse, err error) {
+func (r *run) commit(ctx context.Context, items []*item) (response *clientv3.TxnResponse, err error) {
 	compares, puts, gets := make([]clientv3.Cmp, len(items)), make([]clientv3.Op, len(items)), make([]clientv3.Op, len(items))
 	for n, i := range items {
 		compares[n] = clientv3.Compare(clientv3.ModRevision(i.key), "=", i.revision)
@@ -140,13 +140,13 @@ func (r *run) commit(ctx context.Context, items []*item) (answer *clientv3.TxnRe
 		sending, done := finishing(ctx)
 		defer done()
 		begun := time.Now()
-		answer, err = r.cfg.Client.Txn(sending).If(compares...).Then(puts...).Else(gets...).Commit()
+		response, err = r.cfg.Client.Txn(sending).If(compares...).Then(puts...).Else(gets...).Commit()
 		if err == nil {
 			r.pace.took(time.Since(begun), len(items))
 		}
 		return err
 	})
-	return answer, err
+	return response, err
 }
 
 // sameHistory returns an error if etcd was restored since the last read of the run, or does not
@@ -174,11 +174,11 @@ func finishing(ctx context.Context) (context.Context, func()) {
 
 // again processes items of a transaction that did not apply, because another client has written at
 // least one of them. It writes the others together.
-func (r *run) again(ctx context.Context, items []*item, answer *clientv3.TxnResponse) error {
+func (r *run) again(ctx context.Context, items []*item, response *clientv3.TxnResponse) error {
 	var same, ours []*item
 	changed := make(map[*item]*mvccpb.KeyValue)
 	for n, i := range items {
-		now := only(answer.Responses[n].GetResponseRange())
+		now := only(response.Responses[n].GetResponseRange())
 		switch {
 		case now == nil: // deleted
 			r.count(func(p *Progress) { p.Raced++ })
@@ -192,7 +192,7 @@ func (r *run) again(ctx context.Context, items []*item, answer *clientv3.TxnResp
 		}
 	}
 	if len(ours) > 0 {
-		r.wrote(ours, answer.Header.Revision)
+		r.wrote(ours, response.Header.Revision)
 	}
 	if err := r.store(ctx, same); err != nil {
 		return err

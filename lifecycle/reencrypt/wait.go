@@ -210,12 +210,12 @@ type retryingKV struct {
 }
 
 // Get implements [clientv3.KV].
-func (p retryingKV) Get(ctx context.Context, key string, opts ...clientv3.OpOption) (answer *clientv3.GetResponse, err error) {
+func (p retryingKV) Get(ctx context.Context, key string, opts ...clientv3.OpOption) (response *clientv3.GetResponse, err error) {
 	err = p.run.retry(ctx, waitRead, func() (err error) {
 		limited, cancel := context.WithTimeout(ctx, txnTimeout)
 		defer cancel()
-		answer, err = p.KV.Get(limited, key, opts...)
+		response, err = p.KV.Get(limited, key, opts...)
 		return err
 	})
-	return answer, err
+	return response, err
 }

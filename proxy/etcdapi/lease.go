@@ -20,9 +20,9 @@ import (
 // not read them is therefore refused by etcd.
 type revokeCall struct {
 	whole
-	core  *Core
-	asks  bool
-	lease int64
+	core    *Core
+	queries bool
+	lease   int64
 }
 
 func newRevokeCall(c *Core, _ *listener.Identity, _ *CallMemory) Call { return &revokeCall{core: c} }
@@ -35,7 +35,7 @@ func (c *revokeCall) Request(_ Mode, msg []byte) ([]byte, error) {
 	if c.lease, err = etcdwire.LeaseID(msg); err != nil {
 		return nil, c.core.status(err, false)
 	}
-	c.asks = true
+	c.queries = true
 	return msg, nil
 }
 
@@ -43,7 +43,7 @@ func (*revokeCall) Scans() bool { return false }
 
 func (*revokeCall) Response(_ Mode, dst, msg []byte) ([]byte, error) { return append(dst, msg...), nil }
 
-func (c *revokeCall) Exchanges() bool { return c.asks }
+func (c *revokeCall) Exchanges() bool { return c.queries }
 
 // exchange implements Exchanger. A key that the proxies attach between the two requests is of a
 // proxy that has just begun, and tries again.

@@ -113,18 +113,18 @@ func (m *Method) forward(ss grpc.ServerStream, id *listener.Identity, in *rpc.Me
 		return m.exchange(ctx, ss, id.Upstream, in, x) // several calls of etcd: not measured
 	}
 	out := new(rpc.Message)
-	var met responseMetadata
+	var metadata responseMetadata
 	conn := id.Upstream.Acquire()
 	defer conn.Release()
-	err := conn.Conn.Invoke(upstream.OutgoingContext(ctx), m.Path, in, out, grpc.Header(&met.header), grpc.Trailer(&met.trailer))
-	if watch.Start(); !met.empty() { // etcd has answered
+	err := conn.Conn.Invoke(upstream.OutgoingContext(ctx), m.Path, in, out, grpc.Header(&metadata.header), grpc.Trailer(&metadata.trailer))
+	if watch.Start(); !metadata.empty() { // etcd has answered
 		defer watch.Observe(m.Metrics.Added)
 	}
-	if serr := met.set(ss); serr != nil {
+	if serr := metadata.set(ss); serr != nil {
 		return nil, serr
 	}
 	if err != nil {
-		return nil, ended(ctx, err, met)
+		return nil, ended(ctx, err, metadata)
 	}
 	if c != nil && c.Scans() {
 		if err := out.Replace(!c.Parts(), func(dst, msg []byte) ([]byte, error) { return c.Response(Blocking(ctx), dst, msg) }); err != nil {
@@ -173,17 +173,17 @@ func (a responseMetadata) set(ss grpc.ServerStream) error {
 
 // send is a sendFunc.
 func (a *sender) send(ctx context.Context, method string, msg []byte, limit int) ([]byte, error) {
-	var met responseMetadata
+	var metadata responseMetadata
 	out := new(rpc.Message)
 	defer out.Free()
 	conn := a.to.Acquire()
 	defer conn.Release()
-	err := conn.Conn.Invoke(upstream.OutgoingContext(ctx), method, rpc.NewMessage(msg), out, grpc.Header(&met.header), grpc.Trailer(&met.trailer), grpc.MaxCallRecvMsgSize(limit))
+	err := conn.Conn.Invoke(upstream.OutgoingContext(ctx), method, rpc.NewMessage(msg), out, grpc.Header(&metadata.header), grpc.Trailer(&metadata.trailer), grpc.MaxCallRecvMsgSize(limit))
 	if err != nil {
-		a.bad = met
-		return nil, ended(a.ctx, err, met)
+		a.bad = metadata
+		return nil, ended(a.ctx, err, metadata)
 	}
-	a.good = met
+	a.good = metadata
 	return out.Data.Materialize(), nil
 }
 
@@ -198,11 +198,11 @@ func (a *sender) last(err error) responseMetadata {
 // ended returns the status for a call that ended with err: the proxy's own if the proxy has ended
 // it or etcd was never reached, and else etcd's, as it came. Whatever etcd answers has headers or
 // trailers, a content type at the least.
-func ended(ctx context.Context, err error, met responseMetadata) error {
+func ended(ctx context.Context, err error, metadata responseMetadata) error {
 	if cause := ownCause(ctx); cause != nil {
 		return cause
 	}
-	if met.empty() {
+	if metadata.empty() {
 		if st := status.Convert(err); st.Code() == codes.Unavailable {
 			return rpc.Error(codes.Unavailable, "etcd is unreachable: "+st.Message())
 		}

@@ -55,7 +55,7 @@ func (c *watchCall) Splits() bool { return c.fragments.attentive.Load() }
 
 // Split implements Splitter.
 func (c *watchCall) Split(msg []byte) ([][]byte, error) {
-	fragment, err := c.fragments.answered(msg)
+	fragment, err := c.fragments.accepts(msg)
 	if err != nil || !fragment {
 		return nil, c.core.status(err, true)
 	}
@@ -85,8 +85,8 @@ func (f *fragments) requested(fragment bool) {
 	f.attentive.Store(true)
 }
 
-// answered sees a response, and says whether it may come in fragments.
-func (f *fragments) answered(msg []byte) (bool, error) {
+// accepts sees a response, and reports whether it may come in fragments.
+func (f *fragments) accepts(msg []byte) (bool, error) {
 	w, err := etcdwire.WatchedBy(msg)
 	if err != nil {
 		return false, err

@@ -69,9 +69,9 @@ func (in *input) fill() error {
 	return err
 }
 
-// gather returns what was read and not returned: n bytes at least, or what there is if n bytes do
+// collect returns what was read and not returned: n bytes at least, or what there is if n bytes do
 // not fit into the buffer. It reads into the rest of the buffer until it has them.
-func (in *input) gather(n int) ([]byte, error) {
+func (in *input) collect(n int) ([]byte, error) {
 	if in.r == in.w {
 		if err := in.fill(); err != nil {
 			return nil, err

@@ -207,7 +207,7 @@ const frameHeaderSize = 9
 // other kinds, frames that are longer than the read buffer, and frames that are malformed.
 func (r *receiver) frequentFrame() (handled bool, err error) {
 	in := &r.in
-	b, err := in.gather(frameHeaderSize)
+	b, err := in.collect(frameHeaderSize)
 	if err != nil {
 		return false, err
 	}
@@ -222,7 +222,7 @@ func (r *receiver) frequentFrame() (handled bool, err error) {
 		return false, nil
 	}
 	if head.Type != http2.FrameData {
-		if b, err = in.gather(n); err != nil || len(b) < n {
+		if b, err = in.collect(n); err != nil || len(b) < n {
 			return false, err
 		}
 	}

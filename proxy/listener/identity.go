@@ -83,9 +83,9 @@ func (id *Identity) in(list map[string]bool) bool {
 
 // Denials logs and tells each denied client once, however often it comes back.
 type Denials struct {
-	log  *slog.Logger
-	tell func(listener, client, remote string) // may be nil
-	told *logonce.Keys
+	log    *slog.Logger
+	tell   func(listener, client, remote string) // may be nil
+	logged *logonce.Keys
 }
 
 // rememberedKeys is how many keys of repeated log messages are remembered: clients choose them.
@@ -93,12 +93,12 @@ const rememberedKeys = 1024
 
 // NewDenials makes one. tell may be nil.
 func NewDenials(log *slog.Logger, tell func(listener, client, remote string)) *Denials {
-	return &Denials{log: log, tell: tell, told: logonce.NewKeys(rememberedKeys)}
+	return &Denials{log: log, tell: tell, logged: logonce.NewKeys(rememberedKeys)}
 }
 
 // Note logs and reports a denied client, unless that was done before.
 func (d *Denials) Note(id *Identity) {
-	if !d.told.First(id.Listener + "\x00" + id.Name()) {
+	if !d.logged.First(id.Listener + "\x00" + id.Name()) {
 		return
 	}
 	d.log.Warn("client denied: it is not in the listener's allowedClients",

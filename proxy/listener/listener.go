@@ -195,9 +195,9 @@ func (c *readConn) Read(b []byte) (int, error) {
 // identify does the TLS handshake, if any, says who is there, and finds out what they speak.
 func (l *Listener) identify(ctx context.Context, conn net.Conn) (*Conn, error) {
 	id := &Identity{Listener: l.Config.Address, Remote: conn.RemoteAddr().String(), Upstream: l.Upstream, AdvertiseClientURLs: l.Config.AdvertiseClientURLs, HostPolicy: l.hostPolicy}
-	outlet, protocol := writebuffer.New(conn), ""
-	conn = outlet
-	c := &Conn{WriteBuffer: outlet, Plaintext: l.TLS == nil, Identity: id}
+	buffer, protocol := writebuffer.New(conn), ""
+	conn = buffer
+	c := &Conn{WriteBuffer: buffer, Plaintext: l.TLS == nil, Identity: id}
 	by := l.criteria()
 	if l.TLS != nil {
 		limited, cancel := context.WithTimeout(ctx, HandshakeTimeout)

@@ -89,7 +89,7 @@ func (s *session) pick() (*http2conn.Conn, *endpointState, availability) {
 
 // await is pick that waits up to upstream.ConnectWait while an endpoint is dialed or, if patient,
 // until one is connected.
-func (s *session) await(ctx context.Context, patient bool) (*http2conn.Conn, *endpointState) {
+func (s *session) await(ctx context.Context, mayWait bool) (*http2conn.Conn, *endpointState) {
 	timer := time.NewTimer(upstream.ConnectWait)
 	defer timer.Stop()
 	again := time.NewTicker(upstream.ConnectParams.Backoff.BaseDelay)
@@ -99,7 +99,7 @@ func (s *session) await(ctx context.Context, patient bool) (*http2conn.Conn, *en
 		changed := s.changed
 		s.mu.Unlock()
 		conn, h, hope := s.pick()
-		if conn != nil || hope == endpointsFull || hope == endpointsDown && !patient {
+		if conn != nil || hope == endpointsFull || hope == endpointsDown && !mayWait {
 			return conn, h
 		}
 		select {
@@ -122,10 +122,10 @@ func (s *session) dial(h *endpointState) {
 	h.dialing = true
 	s.work.Go(func() {
 		ctx, cancel := context.WithTimeout(s.engine.base, upstream.ConnectParams.MinConnectTimeout)
-		conn, outlet, err := s.id.Upstream.DialEndpoint(ctx, h.url, tlsfiles.ProtocolHTTP2)
+		conn, buffer, err := s.id.Upstream.DialEndpoint(ctx, h.url, tlsfiles.ProtocolHTTP2)
 		cancel()
 		if err == nil {
-			s.serveEndpoint(h, conn, outlet)
+			s.serveEndpoint(h, conn, buffer)
 			return
 		}
 		s.mu.Lock()
@@ -144,10 +144,10 @@ func (h *endpointState) failed() {
 
 // serveEndpoint serves a connection to etcd until it ends. Calls use it after etcd's SETTINGS and,
 // if there are several members, after the role check.
-func (s *session) serveEndpoint(h *endpointState, conn net.Conn, outlet *writebuffer.Buffer) {
+func (s *session) serveEndpoint(h *endpointState, conn net.Conn, buffer *writebuffer.Buffer) {
 	up := &upstreamConn{session: s, endpoint: h}
 	up.conn = http2conn.NewClient(conn, http2conn.Config{
-		Handler: up, Pool: rpc.Buffers, WriteBuffer: outlet, Plaintext: s.id.Upstream.TLS == nil, HandshakeTimeout: upstream.ConnectParams.MinConnectTimeout, KeepaliveTime: keepaliveTime, KeepaliveTimeout: keepaliveTimeout,
+		Handler: up, Pool: rpc.Buffers, WriteBuffer: buffer, Plaintext: s.id.Upstream.TLS == nil, HandshakeTimeout: upstream.ConnectParams.MinConnectTimeout, KeepaliveTime: keepaliveTime, KeepaliveTimeout: keepaliveTimeout,
 	})
 	s.mu.Lock()
 	ended := s.ended

@@ -21,9 +21,9 @@ type roleCheck struct {
 	once sync.Once
 }
 
-// askRole starts a check of the member. was is the result of the last one. Calls may use the
+// queryRole starts a check of the member. was is the result of the last one. Calls may use the
 // connection when the check ends, or after upstream.RoleTimeout.
-func (u *upstreamConn) askRole(was bool) {
+func (u *upstreamConn) queryRole(was bool) {
 	check := &roleCheck{side: u, was: was}
 	scheme, authority := u.session.id.Upstream.Origin(u.endpoint.url)
 	stream := u.conn.Open(check, []hpack.HeaderField{
@@ -89,7 +89,7 @@ func (h *endpointState) recheckRole() {
 		return
 	}
 	side.session.work.Go(func() {
-		side.askRole(true)
+		side.queryRole(true)
 		side.session.flush()
 	})
 }

@@ -80,7 +80,7 @@ func (u *upstreamConn) Writable(stream *http2conn.Stream) {
 // SettingsReceived implements [http2conn.Handler].
 func (u *upstreamConn) SettingsReceived() {
 	if len(u.session.endpoints) > 1 {
-		u.askRole(false)
+		u.queryRole(false)
 	} else { // there is no other member to go to
 		u.offer(false)
 	}

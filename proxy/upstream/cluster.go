@@ -227,7 +227,7 @@ func wantsTLS(cfg Config) (bool, error) {
 // Run watches the connection until ctx ends, keeps it up, and says in the log when etcd goes and
 // comes back.
 func (u *Cluster) Run(ctx context.Context) {
-	told := false // that etcd is unreachable
+	logged := false // that etcd is unreachable
 	for {
 		state := u.conn.GetState()
 		u.setConnected(state == connectivity.Ready)
@@ -235,15 +235,15 @@ func (u *Cluster) Run(ctx context.Context) {
 		case connectivity.Idle:
 			u.conn.Connect()
 		case connectivity.Ready:
-			if told {
+			if logged {
 				u.log.Info("etcd is reachable again", "endpoints", u.Endpoints)
 			}
-			told = false
+			logged = false
 		case connectivity.TransientFailure:
-			if !told {
+			if !logged {
 				u.log.Warn("etcd is unreachable; the proxy keeps trying", "endpoints", u.Endpoints, "error", u.whyDown(ctx))
 			}
-			told = true
+			logged = true
 		}
 		if !u.conn.WaitForStateChange(ctx, state) {
 			return

@@ -29,21 +29,21 @@ var errProtocol = errors.New("another protocol")
 
 // DialEndpoint connects to an endpoint, over TLS where the endpoints have that, to speak protocol.
 // What conn writes to is outlet.
-func (u *Cluster) DialEndpoint(ctx context.Context, endpoint, protocol string) (conn net.Conn, outlet *writebuffer.Buffer, err error) {
+func (u *Cluster) DialEndpoint(ctx context.Context, endpoint, protocol string) (conn net.Conn, buffer *writebuffer.Buffer, err error) {
 	return dialEndpoint(ctx, endpoint, u.TLS, protocol)
 }
 
 // dialEndpoint connects to an endpoint, over TLS unless creds is nil.
-func dialEndpoint(ctx context.Context, endpoint string, creds *Credentials, protocol string) (conn net.Conn, outlet *writebuffer.Buffer, err error) {
+func dialEndpoint(ctx context.Context, endpoint string, creds *Credentials, protocol string) (conn net.Conn, buffer *writebuffer.Buffer, err error) {
 	network, addr := address(endpoint)
 	var dialer net.Dialer
 	bare, err := dialer.DialContext(ctx, network, addr)
 	if err != nil {
 		return nil, nil, err
 	}
-	outlet = writebuffer.New(bare)
+	buffer = writebuffer.New(bare)
 	if creds == nil {
-		return outlet, outlet, nil
+		return buffer, buffer, nil
 	}
 	cfg := creds.config().Clone()
 	cfg.NextProtos = []string{protocol}
@@ -53,16 +53,16 @@ func dialEndpoint(ctx context.Context, endpoint string, creds *Credentials, prot
 			cfg.ServerName = host
 		}
 	}
-	over := tls.Client(outlet, cfg)
+	over := tls.Client(buffer, cfg)
 	if err := over.HandshakeContext(ctx); err != nil {
-		_ = outlet.Close()
+		_ = buffer.Close()
 		return nil, nil, err
 	}
 	if got := over.ConnectionState().NegotiatedProtocol; got != protocol && got != "" {
 		_ = over.Close()
 		return nil, nil, fmt.Errorf("%w: %s speaks %q over TLS, and not %q", errProtocol, endpoint, got, protocol)
 	}
-	return over, outlet, nil
+	return over, buffer, nil
 }
 
 // Origin is the scheme and the authority that requests to an endpoint name.

@@ -93,7 +93,7 @@ func (v *voters) avoidLearners(ctx context.Context) bool {
 // learner. It ends with the client.
 func (v *voters) followRoles(client *clientv3.Client) {
 	for {
-		learners, others := v.askRoles(client)
+		learners, others := v.queryRoles(client)
 		ended := client.Ctx().Err() != nil
 		if !ended {
 			v.setEndpoints(client, learners, others)
@@ -116,11 +116,11 @@ func (v *voters) followRoles(client *clientv3.Client) {
 	}
 }
 
-// askRoles asks each endpoint whether it is a learner. others says that one answered and is none.
-func (v *voters) askRoles(client *clientv3.Client) (learners []string, others bool) {
+// queryRoles asks each endpoint whether it is a learner. others says that one answered and is none.
+func (v *voters) queryRoles(client *clientv3.Client) (learners []string, others bool) {
 	ctx, cancel := context.WithTimeout(client.Ctx(), RoleTimeout)
 	defer cancel()
-	answers := make([]error, len(v.endpoints))
+	results := make([]error, len(v.endpoints))
 	var all sync.WaitGroup
 	for i, endpoint := range v.endpoints {
 		all.Go(func() {
@@ -132,11 +132,11 @@ func (v *voters) askRoles(client *clientv3.Client) (learners []string, others bo
 				err = conn.Invoke(metadata.AppendToOutgoingContext(ctx, MarkHeader, MarkValue[0]), healthpb.Health_Check_FullMethodName,
 					new(rpc.Message), out, grpc.ForceCodecV2(rpc.Codec{}), grpc.WaitForReady(true))
 			}
-			answers[i] = err
+			results[i] = err
 		})
 	}
 	all.Wait()
-	for i, err := range answers {
+	for i, err := range results {
 		switch code := status.Code(err); {
 		case refusedByLearner(err):
 			learners = append(learners, v.endpoints[i])

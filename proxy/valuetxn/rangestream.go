@@ -61,11 +61,11 @@ func RangeStream(ctx context.Context, store Store, request *pb.RangeRequest, hea
 // sizeOf is the length of a chunk as etcd measures it, before it takes out what a stream says only
 // at its end.
 func sizeOf(chunk *pb.RangeResponse, revision int64) int {
-	met := int64(len(chunk.GetKvs()))
+	metadata := int64(len(chunk.GetKvs()))
 	if chunk.GetMore() {
-		met++
+		metadata++
 	}
-	return proto.Size(&pb.RangeResponse{Header: &pb.ResponseHeader{Revision: revision}, Kvs: chunk.GetKvs(), More: chunk.GetMore(), Count: met})
+	return proto.Size(&pb.RangeResponse{Header: &pb.ResponseHeader{Revision: revision}, Kvs: chunk.GetKvs(), More: chunk.GetMore(), Count: metadata})
 }
 
 // nextChunkKeys is how many keys a chunk has after one with last keys and size bytes, as etcd

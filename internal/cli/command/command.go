@@ -109,8 +109,8 @@ func knownCommand(cmd *cobra.Command, args []string) error {
 		return nil
 	}
 	hint := UsageOf(cmd)
-	if near := cmd.SuggestionsFor(args[0]); len(near) > 0 {
-		hint = "did you mean " + strings.Join(near, " or ") + "?"
+	if suggestions := cmd.SuggestionsFor(args[0]); len(suggestions) > 0 {
+		hint = "did you mean " + strings.Join(suggestions, " or ") + "?"
 	}
 	return Usage(hint, "%w", err)
 }

@@ -41,17 +41,17 @@ func ReadIdentities(cmd *cobra.Command, c *config.Config, files []string) (*age.
 	}
 	say := func(format string, args ...any) { printable.Fprintf(cmd.ErrOrStderr(), format+"\n", args...) }
 	// The user interface of plugins asks on the terminal, and fails if a plugin asks without one.
-	ask := age.Prompter{Plugin: plugin.NewTerminalUI(say, func(format string, args ...any) { say("warning: "+format, args...) })}
+	prompt := age.Prompter{Plugin: plugin.NewTerminalUI(say, func(format string, args ...any) { say("warning: "+format, args...) })}
 	hint := "name a file that age-keygen -o made, or that of an age plugin"
 	if tty := terminal(cmd); tty != nil {
 		defer tty.Close()
-		ask.Passphrase = func(file string) ([]byte, error) { return askPassphrase(cmd, tty, file) }
+		prompt.Passphrase = func(file string) ([]byte, error) { return promptPassphrase(cmd, tty, file) }
 	} else {
 		hint += "; for one with a passphrase, run the command in a terminal"
 	}
 	var all []*age.Identities
 	for _, name := range files {
-		ids, err := age.ReadIdentities(name, ask)
+		ids, err := age.ReadIdentities(name, prompt)
 		if errors.Is(err, errInterrupted) {
 			return nil, errInterrupted
 		}
@@ -77,10 +77,10 @@ func terminal(cmd *cobra.Command) *os.File {
 	return nil
 }
 
-// askPassphrase asks for the passphrase of a file on the terminal, without an echo.
-func askPassphrase(cmd *cobra.Command, tty *os.File, file string) ([]byte, error) {
+// promptPassphrase asks for the passphrase of a file on the terminal, without an echo.
+func promptPassphrase(cmd *cobra.Command, tty *os.File, file string) ([]byte, error) {
 	question := printable.Sprintf("passphrase of %s: ", printable.Name(file))
-	return ask(cmd, tty, question, func() ([]byte, error) {
+	return prompt(cmd, tty, question, func() ([]byte, error) {
 		passphrase, err := term.ReadPassword(int(tty.Fd()))
 		printable.Fprintf(cmd.ErrOrStderr(), "\n")
 		return passphrase, err

@@ -50,21 +50,21 @@ func Confirm(cmd *cobra.Command, yes bool, question string) error {
 	if !ok || !term.IsTerminal(int(in.Fd())) {
 		return Usage("--yes continues without confirmation", "there is no terminal to confirm on")
 	}
-	answer, err := ask(cmd, in, question+" [y/N] ", func() (string, error) { return bufio.NewReader(in).ReadString('\n') })
+	input, err := prompt(cmd, in, question+" [y/N] ", func() (string, error) { return bufio.NewReader(in).ReadString('\n') })
 	if err != nil && !errors.Is(err, io.EOF) {
 		return err
 	}
-	if a := strings.ToLower(strings.TrimSpace(answer)); a != "y" && a != "yes" {
+	if a := strings.ToLower(strings.TrimSpace(input)); a != "y" && a != "yes" {
 		return problem.New("", "not confirmed: nothing was done")
 	}
 	return nil
 }
 
-// ask prints a question and returns what read reads from the terminal tty. SIGINT and SIGTERM end
-// it, although a command may handle them, and although they do not end a read. The terminal is then
-// as before: read may have turned its echo off.
-func ask[T any](cmd *cobra.Command, tty *os.File, question string, read func() (T, error)) (T, error) {
-	type answer struct {
+// prompt prints a question and returns what read reads from the terminal tty. SIGINT and SIGTERM
+// end it, although a command may handle them, and although they do not end a read. The terminal is
+// then as before: read may have turned its echo off.
+func prompt[T any](cmd *cobra.Command, tty *os.File, question string, read func() (T, error)) (T, error) {
+	type input struct {
 		text T
 		err  error
 	}
@@ -72,13 +72,13 @@ func ask[T any](cmd *cobra.Command, tty *os.File, question string, read func() (
 	defer stop()
 	before, unknown := term.GetState(int(tty.Fd()))
 	printable.Fprintf(cmd.ErrOrStderr(), "%s", question)
-	answers := make(chan answer, 1)
+	inputs := make(chan input, 1)
 	go func() {
 		text, err := read()
-		answers <- answer{text, err}
+		inputs <- input{text, err}
 	}()
 	select {
-	case a := <-answers:
+	case a := <-inputs:
 		return a.text, a.err
 	case <-ctx.Done():
 		if unknown == nil {

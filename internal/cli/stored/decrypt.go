@@ -133,7 +133,7 @@ func (cl *cluster) decrypt(ctx context.Context, o decryptOptions, stdout, stderr
 		if rule != nil {
 			var state keyring.ValueState
 			v.Value, state, ierr = rule.Sealer.Inspect(ctx, kv.Key, kv.Value)
-			if e, ok := errors.AsType[*keyring.Error](ierr); ok && (e.Kind == keyring.Unavailable || e.Answered()) {
+			if e, ok := errors.AsType[*keyring.Error](ierr); ok && (e.Kind == keyring.Unavailable || e.Responded()) {
 				state = inventory.Unavailable
 			}
 			v.State = string(state)

@@ -122,7 +122,7 @@ func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) 
 	refused := make(map[string]int64)
 	visit := func(rule *inventory.Rule, kv *mvccpb.KeyValue, state keyring.ValueState, err error) error {
 		e, ok := errors.AsType[*keyring.Error](err)
-		if ok && state == inventory.Unavailable && e.Answered() {
+		if ok && state == inventory.Unavailable && e.Responded() {
 			refused[rule.Prefix]++
 		}
 		if !list || state == keyring.Current {

@@ -153,7 +153,7 @@ func (cl *cluster) judge(ctx context.Context, offline bool, doubts *doubts) func
 			return ""
 		case !ok:
 			return "it begins like an encrypted value, and cannot be decrypted"
-		case e.Kind == keyring.Unavailable, e.Answered():
+		case e.Kind == keyring.Unavailable, e.Responded():
 			return doubts.inspected(key, value, e)
 		}
 		return "it begins like an encrypted value, and cannot be decrypted: " + e.Text

@@ -28,7 +28,7 @@ type doubts struct {
 type doubt struct {
 	key, value []byte
 	last       time.Time
-	answered   bool
+	responded  bool
 	count      int64
 	findings   []etcdfile.Finding // the first
 }
@@ -62,7 +62,7 @@ func (d *doubts) inspected(key, value []byte, err *keyring.Error) (why string) {
 		}
 		d.open[why] = &doubt{key: bytes.Clone(key), value: bytes.Clone(value)}
 	}
-	d.open[why].last, d.open[why].answered = time.Now(), err.Answered()
+	d.open[why].last, d.open[why].responded = time.Now(), err.Responded()
 	return why
 }
 
@@ -86,14 +86,14 @@ func (d *doubts) decide(ctx context.Context, found, undecrypted func(f etcdfile.
 	for _, why := range slices.Sorted(maps.Keys(d.open)) {
 		in := d.open[why]
 		report := undecrypted
-		healthy := in.answered && d.opened[providerOf(in.value)] && d.healthy(ctx, in)
+		healthy := in.responded && d.opened[providerOf(in.value)] && d.healthy(ctx, in)
 		if rule := d.rules.Of(in.key); healthy && rule != nil {
 			_, _, err := rule.Sealer.Inspect(ctx, in.key, in.value)
 			e, ok := errors.AsType[*keyring.Error](err)
 			switch {
 			case err == nil:
 				continue
-			case ok && e.Kind == keyring.Unavailable && !e.Answered():
+			case ok && e.Kind == keyring.Unavailable && !e.Responded():
 			default:
 				report = found
 			}

@@ -7,14 +7,14 @@ import (
 )
 
 const (
-	maxSaid     = 200 // bytes of a message
-	maxSaidWord = 20  // letters; what is secret in a request is longer
+	maxMessage = 200 // bytes of a message
+	maxWord    = 20  // letters; what is secret in a request is longer
 )
 
 var (
-	saidWord = regexp.MustCompile(`^[("']*[A-Za-z]+([-'][A-Za-z]+)*[)"',.;:!?]*$`)
-	// saidID is the id of a key, which is no secret: "key-…" or a UUID.
-	saidID = regexp.MustCompile(`^["']?(key-[a-z0-9]{8,40}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})["',.;:]*$`)
+	wordPattern = regexp.MustCompile(`^[("']*[A-Za-z]+([-'][A-Za-z]+)*[)"',.;:!?]*$`)
+	// idPattern is the id of a key, which is no secret: "key-…" or a UUID.
+	idPattern = regexp.MustCompile(`^["']?(key-[a-z0-9]{8,40}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})["',.;:]*$`)
 )
 
 // say returns a message of the vendor's, to be added to a sentence, or "" if it could hold anything
@@ -23,14 +23,14 @@ var (
 // Without it, the operator could not find out why the KMS denies a caller a certain key.
 func (r *remote) say(message string) string {
 	message = strings.TrimSpace(message)
-	if message == "" || len(message) > maxSaid {
+	if message == "" || len(message) > maxMessage {
 		return ""
 	}
 	if r.keyID != "" {
 		message = strings.ReplaceAll(message, r.keyID, "(key)")
 	}
 	for _, word := range strings.Fields(message) {
-		if !saidID.MatchString(word) && (len(word) > maxSaidWord || !saidWord.MatchString(word)) {
+		if !idPattern.MatchString(word) && (len(word) > maxWord || !wordPattern.MatchString(word)) {
 			return ""
 		}
 	}

@@ -55,7 +55,7 @@ func TestAnswered(t *testing.T) {
 			dr.Set(func() { dr.OpErr["Decrypt"] = c.dr })
 			_, err := ringtest.OpenBy(s.Sealer, "/s/k", stored)
 			e, ok := errors.AsType[*keyring.Error](err)
-			if !ok || e.Answered() != c.want {
+			if !ok || e.Responded() != c.want {
 				t.Errorf("%d: answered is not %v: %v", i, c.want, err)
 			}
 			if ok && c.want && (!strings.Contains(e.Text, `"/s/k"`) || strings.Contains(e.OfSeed(), "/s/k")) {
@@ -92,7 +92,7 @@ func TestWrongLength(t *testing.T) {
 		g.MustWrite(t, "other", "v")
 		kms.Set(func() { kms.Result = func(b []byte) []byte { return b[:len(b)-2] } })
 		_, err := g.Read("k", stored)
-		if e, ok := errors.AsType[*keyring.Error](err); !ok || !e.Answered() {
+		if e, ok := errors.AsType[*keyring.Error](err); !ok || !e.Responded() {
 			t.Errorf("not answered: %v", err)
 		}
 	})
