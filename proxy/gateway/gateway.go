@@ -64,8 +64,9 @@ func New(a *etcdapi.API) (*Gateway, error) {
 	mux := http.NewServeMux()
 	// In JSON, bytes are a third longer; what is too long then is refused as gRPC refuses it.
 	limit := 2 * int64(a.Core.MaxRequest+etcdapi.GrpcOverhead)
-	g.sockets = newWebsockets(takeTurns(api), limit)
-	mux.Handle("/v3/", http.MaxBytesHandler(g.sockets, limit))
+	budget := newBodyBudget(limit)
+	g.sockets = newWebsockets(takeTurns(api), budget)
+	mux.Handle("/v3/", http.MaxBytesHandler(budget.limit(g.sockets), limit))
 	own := etcdProxy()
 	for _, path := range []string{"/health", "/livez", "/livez/", "/readyz", "/readyz/", "/version", "/metrics"} {
 		mux.Handle(path, own)

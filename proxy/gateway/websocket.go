@@ -23,6 +23,7 @@ import (
 type websockets struct {
 	api      http.Handler
 	limit    int64 // of a message, and of a JSON value that is spread over several, in bytes
+	budget   *bodyBudget
 	upgrader websocket.Upgrader
 
 	mu      sync.Mutex
@@ -40,9 +41,9 @@ type socket struct {
 // controlTimeout bounds how long a close frame may take.
 const controlTimeout = time.Second
 
-func newWebsockets(api http.Handler, limit int64) *websockets {
+func newWebsockets(api http.Handler, budget *bodyBudget) *websockets {
 	return &websockets{
-		api: api, limit: limit, open: make(map[*socket]struct{}),
+		api: api, limit: budget.longest, budget: budget, open: make(map[*socket]struct{}),
 		upgrader: websocket.Upgrader{
 			HandshakeTimeout: listener.HandshakeTimeout, ReadBufferSize: 1 << 10, WriteBufferSize: 1 << 10,
 			CheckOrigin: func(*http.Request) bool { return true }, // guardOrigin has checked it
@@ -166,7 +167,7 @@ func (ws *websockets) bridge(s *socket, r *http.Request, protocols string) {
 	}
 	var reading sync.WaitGroup
 	reading.Go(func() {
-		said.CloseWithError(ws.read(s, said))
+		said.CloseWithError(ws.read(ctx, s, said))
 		cancel()
 		s.linger()
 	})
@@ -183,17 +184,23 @@ func (ws *websockets) bridge(s *socket, r *http.Request, protocols string) {
 
 // read sends on to said what the client sends, a line for each message. It returns io.EOF at the
 // client's end.
-func (ws *websockets) read(s *socket, said io.Writer) error {
+func (ws *websockets) read(ctx context.Context, s *socket, said *io.PipeWriter) error {
 	s.SetReadLimit(ws.limit) // it tells the client
 	var value jsonSize
+	reserved := reservation{budget: ws.budget, expire: func() {
+		_ = said.CloseWithError(errBodyLate) // it never fails
+		s.end(websocket.CloseTryAgainLater)
+	}}
+	defer reserved.release()
 	for {
 		_, r, err := s.NextReader()
 		if err != nil {
 			return io.EOF
 		}
-		message, err := mem.ReadAll(r, rpc.Buffers)
+		message, err := mem.ReadAll(&messageReader{Reader: r, ctx: ctx, unfinished: value.n, limit: ws.limit, reserved: &reserved}, rpc.Buffers)
 		if err == nil && value.n == 0 && isBlank(message) {
 			message.Free() // the decoder would keep it until the next value
+			reserved.release()
 			continue
 		}
 		if err == nil {
@@ -220,7 +227,34 @@ func (ws *websockets) read(s *socket, said io.Writer) error {
 		if err != nil {
 			return io.EOF
 		}
+		if value.n == 0 {
+			reserved.release() // the decoder asks for more only after it has decoded the value
+		}
 	}
+}
+
+// messageReader reads a websocket message. Before it exceeds [freeBody], together with the JSON
+// value that has begun in the messages before, it makes a reservation.
+type messageReader struct {
+	io.Reader
+	ctx        context.Context
+	unfinished int64 // bytes of the value, and of the message so far
+	limit      int64 // of a message, in bytes
+	reserved   *reservation
+}
+
+// Read implements io.Reader.
+func (m *messageReader) Read(p []byte) (int, error) {
+	if m.unfinished+int64(len(p)) > freeBody && !m.reserved.held() {
+		if free := freeBody - m.unfinished; free > 0 {
+			p = p[:free]
+		} else if err := m.reserved.acquire(m.ctx, m.limit); err != nil {
+			return 0, err
+		}
+	}
+	n, err := m.Reader.Read(p)
+	m.unfinished += int64(n)
+	return n, err
 }
 
 // isBlank reports whether a message has nothing but JSON's white space.

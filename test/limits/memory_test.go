@@ -18,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/gorilla/websocket"
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"golang.org/x/net/http2"
 	"golang.org/x/sys/unix"
@@ -529,11 +530,71 @@ func TestMemoryOfClientsThatOnlySend(t *testing.T) {
 	})
 }
 
+// TestMemoryOfUnfinishedBodies: 200 connections send all but the end of a JSON request of 3.9 MB,
+// over HTTP/1 or as a websocket message. Small requests beside them are served, and once the
+// clients have left, so is a long one.
+func TestMemoryOfUnfinishedBodies(t *testing.T) {
+	request := unfinishedJSON(3_900_000)
+	body := slices.Concat(request.front, bytes.Repeat([]byte("A"), request.size-len(request.front)))
+	post := "POST /v3/kv/put HTTP/1.1\r\nHost: localhost\r\n"
+	length := binary.BigEndian.AppendUint64(nil, uint64(len(body)+2))
+	for name, head := range map[string]string{
+		"with a length":     fmt.Sprintf("%sContent-Length: %d\r\n\r\n", post, len(body)+2),
+		"of unknown length": fmt.Sprintf("%sTransfer-Encoding: chunked\r\n\r\n%x\r\n", post, len(body)+2),
+		"websocket":         "\x81\xff" + string(length) + "\x00\x00\x00\x00", // masked, with zeros
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := newMemorySite(t)
+			small := func() {
+				answer := m.put(t, len(`{"key":"L3dpdG5lc3M=","value":"AAAA"}`))
+				if answer != "HTTP/1.1 200 OK" {
+					t.Errorf("a small request: %q", answer)
+				}
+			}
+			m.grows(t, 260, small, func() {
+				m.callsBesideSenders(t, func() *talker {
+					if name != "websocket" {
+						return connect(t, m.plain)
+					}
+					conn, _, err := websocket.DefaultDialer.DialContext(t.Context(), "ws://"+m.plain+"/v3/kv/put", nil)
+					if err != nil {
+						t.Fatal(err)
+					}
+					return talk(conn.NetConn())
+				}, append([]byte(head), body...), small)
+			})
+			if answer := m.put(t, 1_000_000); answer != "HTTP/1.1 200 OK" {
+				t.Errorf("a long request afterwards: %q", answer)
+			}
+		})
+	}
+}
+
+// put sends a Put of the JSON gateway of size bytes over HTTP/1, with Expect: 100-continue, and
+// returns the status line of the final response.
+func (m *memorySite) put(t *testing.T, size int) string {
+	t.Helper()
+	const front, end = `{"key":"L3dpdG5lc3M=","value":"`, `"}`
+	conn := connect(t, m.plain)
+	defer conn.Close()
+	_ = conn.SetDeadline(time.Now().Add(20 * time.Second))
+	_, _ = fmt.Fprintf(conn.Conn, "POST /v3/kv/put HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\nExpect: 100-continue\r\n\r\n", size)
+	lines := bufio.NewReader(conn.Conn)
+	line, _ := lines.ReadString('\n')
+	if line != "HTTP/1.1 100 Continue\r\n" {
+		return strings.TrimSpace(line)
+	}
+	_, _ = lines.ReadString('\n')
+	_, _ = io.WriteString(conn.Conn, front+strings.Repeat("A", (size-len(front+end))/4*4)+end+strings.Repeat(" ", (size-len(front+end))%4))
+	line, _ = lines.ReadString('\n')
+	return strings.TrimSpace(line)
+}
+
 // serveBeside fails if a call waits in the proxy for more than longestWait beside 200 clients that
 // connect and send all.
 func (m *memorySite) serveBeside(t *testing.T, connect func() *talker, all []byte) {
 	t.Helper()
-	waits := m.callsBesideSenders(t, connect, all)
+	waits := m.callsBesideSenders(t, connect, all, func() {})
 	t.Logf("%d calls: the longest %v, %v in etcd alone, %v in the proxy", waits.calls, waits.longest, waits.etcd, waits.proxy)
 	if waits.proxy > longestWait {
 		t.Errorf("a call took %v in the proxy, limit %v", waits.proxy, longestWait)
@@ -552,8 +613,8 @@ type waits struct {
 // is busy with the senders, etcd and perhaps with others, which no proxy can help, and its calls
 // wait in etcd as well. So what counts as the proxy's part of a call is the time that the proxy's
 // process has computed meanwhile, as if it had all cores, and no more than what the call takes
-// longer than the longest that is sent to the same etcd directly.
-func (m *memorySite) callsBesideSenders(t *testing.T, connect func() *talker, all []byte) (w waits) {
+// longer than the longest that is sent to the same etcd directly. also runs once meanwhile.
+func (m *memorySite) callsBesideSenders(t *testing.T, connect func() *talker, all []byte, also func()) (w waits) {
 	t.Helper()
 	senders := make([]*talker, 200)
 	for i := range senders {
@@ -599,6 +660,7 @@ func (m *memorySite) callsBesideSenders(t *testing.T, connect func() *talker, al
 			time.Sleep(2 * time.Millisecond) // it is not the load
 		}
 	})
+	also()
 	var calls []timed
 	for i := 0; ctx.Err() == nil; i++ {
 		calls = append(calls, call(through, "/witness", value, i))
