@@ -242,7 +242,7 @@ func TestReachAllows(t *testing.T) {
 		"address: localhost:2379", "address: '[::1]:2379'", "address: 127.9.9.9:2379", "address: unix:///run/p.sock",
 		"{address: 0.0.0.0:2379, insecurePlaintext: true}",
 		"{address: 0.0.0.0:2379, tls: {certFile: DIR/crt, keyFile: DIR/key, clientCAFile: DIR/crt, clientCRLFile: DIR/crl, " +
-			"cipherSuites: [TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256]}, allowedClients: [a], ciphertextClients: [a, b]}",
+			"cipherSuites: [TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305]}, allowedClients: [a], ciphertextClients: [a, b]}",
 		"{address: 127.0.0.1:2379, tls: {certFile: DIR/crt, keyFile: DIR/key}}",
 		"address: 127.0.0.1:0\n- address: 127.0.0.1:0",
 	} {

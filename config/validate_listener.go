@@ -13,6 +13,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"go.etcd.io/etcd/client/pkg/v3/tlsutil"
 )
 
 func (v *validator) listeners(listeners []Listener, endpoints []string) {
@@ -163,15 +165,15 @@ func (v *validator) listenerTLS(at string, t *ListenerTLS) {
 	}
 	for i, name := range t.CipherSuites {
 		at := fmt.Sprintf("%s.cipherSuites[%d]", at, i)
-		named := func(s *tls.CipherSuite) bool { return s.Name == name }
-		if j := slices.IndexFunc(tls.CipherSuites(), named); j >= 0 {
-			if !slices.Contains(tls.CipherSuites()[j].SupportedVersions, tls.VersionTLS12) {
-				v.report(at, "remove it", "%s is of TLS 1.3, whose suites cannot be chosen", name)
-			}
-		} else if slices.ContainsFunc(tls.InsecureCipherSuites(), named) {
-			v.report(at, "remove it", "%s has known weaknesses", name)
-		} else {
+		id, known := tlsutil.GetCipherSuite(name)
+		i := slices.IndexFunc(tls.CipherSuites(), func(s *tls.CipherSuite) bool { return s.ID == id })
+		switch {
+		case !known:
 			v.report(at, "use IANA names such as TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256", "%q is not a cipher suite", name)
+		case i < 0:
+			v.report(at, "remove it", "%s has known weaknesses", name)
+		case !slices.Contains(tls.CipherSuites()[i].SupportedVersions, tls.VersionTLS12):
+			v.report(at, "remove it", "%s is of TLS 1.3, whose suites cannot be chosen", name)
 		}
 	}
 }

@@ -7,7 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"time"
+
+	"go.etcd.io/etcd/client/pkg/v3/tlsutil"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/filewatch"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/tlsfiles"
@@ -23,7 +26,7 @@ type TLS struct {
 	// PEM or DER; revoked client certificates; every list must be signed by a CA of ClientCAFile
 	ClientCRLFile string
 	MinVersion    string   // "1.2" (the default) or "1.3"
-	CipherSuites  []string // Go's names, for TLS 1.2; empty: Go's choice
+	CipherSuites  []string // for TLS 1.2, by the names that etcd takes; empty: Go's choice
 }
 
 // serverTLS loads a listener's files.
@@ -87,13 +90,8 @@ func tlsVersion(s string) (uint16, error) {
 func cipherSuites(names []string) ([]uint16, error) {
 	var ids []uint16
 	for _, name := range names {
-		id := uint16(0)
-		for _, s := range tls.CipherSuites() {
-			if s.Name == name {
-				id = s.ID
-			}
-		}
-		if id == 0 {
+		id, _ := tlsutil.GetCipherSuite(name)
+		if !slices.ContainsFunc(tls.CipherSuites(), func(s *tls.CipherSuite) bool { return s.ID == id }) {
 			return nil, fmt.Errorf("cipherSuites: %q is not a suite that is known and secure", name)
 		}
 		ids = append(ids, id)

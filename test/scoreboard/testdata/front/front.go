@@ -221,6 +221,9 @@ func Check(name, dataDir string) error {
 			if err := proto.Unmarshal(data, &kv); err != nil {
 				return err
 			}
+			if len(kv.Key) == 0 { // etcdutl snapshot restore --bump-revision writes it; clients cannot
+				return nil
+			}
 			// Tests of etcd's corruption checks change the first byte of each value in the file.
 			if len(kv.Value) > 0 && strings.HasPrefix(string(kv.Value[1:]), Prefix[1:]) {
 				encrypted++
