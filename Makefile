@@ -84,7 +84,7 @@ RELIABILITY ?= 3h
 reliability: build tools-etcd ## faults of processes, networks, disks and clocks for RELIABILITY (3h), and the figures in docs/design/reliability.md; full disks need root
 	cd test && RELIABILITY=$(RELIABILITY) RELIABILITY_RESULTS=$(BIN)/reliability.json RELIABILITY_PAGE=$(CURDIR)/docs/design/reliability.md go test -count=1 -v -timeout 24h -run Reliability ./reliability
 
-scoreboard: build $(BIN)/etcd-3.7 $(BIN)/etcd-3.6 $(BIN)/etcdctl-3.7 $(BIN)/etcdutl-3.7 ## etcd's own client tests, with a proxy that encrypts every key in front of each member (30 to 60 minutes); SCOREBOARD_RUN, SCOREBOARD_SHARD=1/3
+scoreboard: build $(BIN)/etcd-3.7 $(BIN)/etcd-3.6 $(BIN)/etcdctl-3.7 $(BIN)/etcdutl-3.7 ## etcd's own client tests, with a proxy that encrypts every key in front of each member (50 to 70 minutes); SCOREBOARD_RUN, SCOREBOARD_SHARD=1/3
 	cd test/scoreboard && go test -count=1 -v -timeout 170m .
 
 scoreboard-kubernetes: build ## Kubernetes' storage tests, with a proxy that encrypts every key in front of each etcd; the same variables
