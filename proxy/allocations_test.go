@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"bytes"
+	"math"
 	"runtime"
 	"testing"
 
@@ -58,14 +59,19 @@ func TestAllocationsOfRelayedCalls(t *testing.T) {
 				}
 			}
 			calls() // the pools are full then
-			var before, after runtime.MemStats
-			runtime.ReadMemStats(&before)
-			calls()
-			runtime.ReadMemStats(&after)
-			got := float64(after.Mallocs-before.Mallocs) / (n * batch)
-			t.Logf("%.3f allocations for a call", got)
-			if got > 0.02 { // timers, and pools that the garbage collector empties
-				t.Errorf("%.3f allocations for a call, want 0", got)
+			// Timers allocate, and pools that the garbage collector empties: more on a busy machine,
+			// so the least of a few runs counts.
+			const most, runs = 0.02, 3
+			least := math.Inf(1)
+			for range runs {
+				var before, after runtime.MemStats
+				runtime.ReadMemStats(&before)
+				calls()
+				runtime.ReadMemStats(&after)
+				least = min(least, float64(after.Mallocs-before.Mallocs)/(n*batch))
+			}
+			if t.Logf("%.3f allocations for a call", least); least > most {
+				t.Errorf("%.3f allocations for a call, want 0", least)
 			}
 		})
 	}
