@@ -59,8 +59,8 @@ func TestAllocationsOfRelayedCalls(t *testing.T) {
 				}
 			}
 			calls() // the pools are full then
-			// Timers allocate, and pools that the garbage collector empties: more on a busy machine,
-			// so the least of a few runs counts.
+			// Timers allocate, and pools that the garbage collector empties: more on a busy
+			// machine, so the least of a few runs counts.
 			const most, runs = 0.02, 3
 			least := math.Inf(1)
 			for range runs {
