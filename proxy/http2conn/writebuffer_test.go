@@ -116,36 +116,3 @@ func TestPeerThatOnlySends(t *testing.T) {
 		}
 	})
 }
-
-// TestOutletFails: what is kept for a peer that goes is lost, given back, and said to be so;
-// nothing is written after it.
-func TestOutletFails(t *testing.T) {
-	for name, end := range map[string]func(o *writebuffer.Buffer, far net.Conn){
-		"the peer closes": func(_ *writebuffer.Buffer, far net.Conn) { far.Close() },
-		"it is closed":    func(o *writebuffer.Buffer, _ net.Conn) { o.Close() },
-	} {
-		near, far := sockets(t)
-		defer near.Close()
-		defer far.Close()
-		o, pool, freed := writebuffer.New(near), new(ledger), make(chan error, 1)
-		o.Use(pool, func(err error) { freed <- err })
-		for !o.Full() {
-			if _, err := o.Write(pattern(flushLimit)); err != nil {
-				t.Fatalf("%s: %v", name, err)
-			}
-		}
-		// it is kept, too
-		if err := o.WriteAll([][]byte{pattern(3), pattern(maxFrameSize)}); err != nil {
-			t.Errorf("%s: %v", name, err)
-		}
-		end(o, far)
-		if err := wait(t, freed, "end"); err == nil {
-			t.Errorf("%s: nothing is said", name)
-		}
-		o.WaitWriter()
-		pool.check(t)
-		if n, err := o.Write([]byte("x")); err == nil || n > 0 {
-			t.Errorf("%s: wrote %d bytes, %v", name, n, err)
-		}
-	}
-}
