@@ -131,7 +131,7 @@ func TestDrainWhileClientsConnect(t *testing.T) {
 }
 
 // TestDrainClosesHTTPConnections: a client that sends one request after the other over HTTP/1 is
-// told by a response that its connection closes. No request is lost.
+// notified by a response that its connection closes. No request is lost.
 func TestDrainClosesHTTPConnections(t *testing.T) {
 	p := startProxy(t, putEtcd(t), nil, nil)
 	proxytest.Eventually(t, "a connection to etcd", p.upstream.Connected.Load)

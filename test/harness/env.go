@@ -149,15 +149,9 @@ func Bin(tb testing.TB, name string) string {
 	return path
 }
 
-// patience is the least that [Eventually] waits. The tests wait for what must happen, on machines
-// that others work on too, and a test that promises a time measures it.
-const patience = 90 * time.Second
-
-// Eventually polls until try returns nil, for within or for patience, whichever is longer. An error
-// that wraps [ErrStop] ends the wait at once.
+// Eventually polls until try returns nil. An error that wraps [ErrStop] ends the wait at once.
 func Eventually(tb testing.TB, within time.Duration, what string, try func() error) {
 	tb.Helper()
-	within = max(within, patience)
 	deadline := time.Now().Add(within)
 	pause := 5 * time.Millisecond
 	for {

@@ -40,7 +40,7 @@ func (c *clerk) settle() {
 // read returns the Secret. Its number must be the one that this clerk, the only writer, has
 // written, or one more if a response was lost.
 func (c *clerk) read(ctx context.Context) *corev1.Secret {
-	limited, cancel := context.WithTimeout(ctx, within)
+	limited, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	now, err := c.secrets.Get(limited, c.name, metav1.GetOptions{})
 	if err != nil {
