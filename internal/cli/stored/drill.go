@@ -213,7 +213,7 @@ func (o *drillOptions) rehearse(cmd *cobra.Command, c *config.Config) (_ *drillR
 	file := o.snapshot
 	if file == "" {
 		file = filepath.Join(folder, "snapshot.db")
-		if err := o.takeSnapshot(ctx, cl, file); err != nil {
+		if err := o.takeSnapshot(ctx, cl, file, cmd.ErrOrStderr()); err != nil {
 			return nil, err
 		}
 		report.Seconds.Snapshot = time.Since(begin).Seconds()
@@ -248,7 +248,7 @@ func (o *drillOptions) rehearse(cmd *cobra.Command, c *config.Config) (_ *drillR
 }
 
 // takeSnapshot saves a snapshot of the real etcd to a new file. It only reads from etcd.
-func (o *drillOptions) takeSnapshot(ctx context.Context, cl *cluster, file string) (err error) {
+func (o *drillOptions) takeSnapshot(ctx context.Context, cl *cluster, file string, stderr io.Writer) (err error) {
 	real := &cluster{config: cl.config}
 	if real.etcd, _, err = etcdclient.New(cl.config, cl.log); err != nil {
 		return err
@@ -256,7 +256,7 @@ func (o *drillOptions) takeSnapshot(ctx context.Context, cl *cluster, file strin
 	defer func() { _ = real.etcd.Close() }() // it returns the end of its own context
 	limited, cancel := context.WithTimeout(ctx, o.wait)
 	defer cancel()
-	if err := real.reach(limited); err != nil {
+	if err := real.reach(limited, stderr); err != nil {
 		return err
 	}
 	in, err := real.etcd.Snapshot(ctx)
