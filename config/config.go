@@ -30,6 +30,8 @@ const (
 	Kind = "ProxyConfiguration"
 	// Plaintext is the writeWith of a rule that does not encrypt. No provider may have this name.
 	Plaintext = "plaintext"
+	// Placeholder is in an endpoint of a generated configuration that the operator must replace.
+	Placeholder = "REPLACE"
 
 	maxFile = 4 << 20 // bytes of a configuration file
 )
