@@ -42,7 +42,7 @@ type Config struct {
 	// providers whose keys are treated as lost, with InspectOnly: nothing of them is read or called
 	Lost        []string
 	InspectOnly bool                  // values are read only, and no DEK seed is generated
-	Audit       *auditlog.Recorder    // of KMS calls and of the use of recovery copies; may be nil
+	Audit       *auditlog.Log         // of KMS calls and of the use of recovery copies; may be nil
 	Record      func(auditlog.Record) // the same for a command; may be nil
 	Registry    prometheus.Registerer
 	Logger      *slog.Logger
@@ -70,7 +70,7 @@ type Keys struct {
 type RuleSet struct {
 	config     []config.Rule
 	sealers    []*rule.Sealer
-	audit      *auditlog.Recorder
+	audit      *auditlog.Log
 	generation uint64 // differs between the sets of a process
 	stored     *inventory.Rules
 }

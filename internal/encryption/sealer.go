@@ -83,11 +83,11 @@ func sealError(ctx context.Context, err error) error {
 // requiredAudit is a sealer that works only while the audit log can be written.
 type requiredAudit struct {
 	proxy.Sealer
-	audit *auditlog.Recorder
+	audit *auditlog.Log
 }
 
 // auditedSealer returns s, or s behind a required audit log.
-func auditedSealer(audit *auditlog.Recorder, s proxy.Sealer) proxy.Sealer {
+func auditedSealer(audit *auditlog.Log, s proxy.Sealer) proxy.Sealer {
 	if !audit.Required() {
 		return s
 	}

@@ -46,7 +46,7 @@ type fleet struct {
 }
 
 // newFleet makes the fleet of c. It starts nothing; close must follow.
-func newFleet(c *config.Config, keys *encryption.Keys, audit *auditlog.Recorder, reg prometheus.Registerer, log *slog.Logger, o Options) (*fleet, error) {
+func newFleet(c *config.Config, keys *encryption.Keys, audit *auditlog.Log, reg prometheus.Registerer, log *slog.Logger, o Options) (*fleet, error) {
 	client, password, err := etcdclient.New(c, log)
 	if err != nil {
 		return nil, err
@@ -69,7 +69,7 @@ func newFleet(c *config.Config, keys *encryption.Keys, audit *auditlog.Recorder,
 }
 
 // coordinate adds what is on with coordination.
-func (f *fleet) coordinate(keys *encryption.Keys, audit *auditlog.Recorder, reg prometheus.Registerer, log *slog.Logger, jobs []string) error {
+func (f *fleet) coordinate(keys *encryption.Keys, audit *auditlog.Log, reg prometheus.Registerer, log *slog.Logger, jobs []string) error {
 	c := f.config
 	f.bypasses = newBypasses(audit, reg, log)
 	f.bypasses.expect(c.Rules)

@@ -35,7 +35,7 @@ type reloader struct {
 	level      *slog.LevelVar
 	weaken     bool // --allow-weakening
 	log        *slog.Logger
-	audit      *auditlog.Recorder
+	audit      *auditlog.Log
 	count      *prometheus.CounterVec
 	setRules   func([]config.Rule) error
 	setClients func(listener int, allowed, ciphertext []string) error
