@@ -23,6 +23,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/encryption"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/etcdclient"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/guard"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/periodic"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/readiness"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
@@ -130,18 +131,8 @@ func (f *fleet) run(ctx context.Context) error {
 // watchPassword reads the password file from time to time, so that a bad one is logged before it is
 // needed, until ctx ends.
 func (f *fleet) watchPassword(ctx context.Context) {
-	if f.password == nil {
-		return
-	}
-	tick := time.NewTicker(time.Second)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-			f.password.Get()
-		}
+	if f.password != nil {
+		periodic.Run(ctx, time.Second, func() { f.password.Get() })
 	}
 }
 
