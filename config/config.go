@@ -67,6 +67,11 @@ func LoadChecked(path string, checks Checks) (*Config, error) {
 	if len(data) > maxFile {
 		return nil, fmt.Errorf("read configuration: %s is larger than %d MiB", path, maxFile>>20)
 	}
+	return Parse(path, data, checks)
+}
+
+// Parse checks and completes the bytes of a file at path, which it does not read.
+func Parse(path string, data []byte, checks Checks) (*Config, error) {
 	dir, err := filepath.Abs(filepath.Dir(path))
 	if err != nil {
 		return nil, fmt.Errorf("read configuration: %w", err)

@@ -108,7 +108,7 @@ func (e *kubeadmEnable) run(cmd *cobra.Command, _ []string) error {
 		}
 	}
 	if newKey {
-		n.Check = func(path, name string) (kubeadm.Facts, error) { return factsWithoutKey(path, name, kms.Local.KeyFile) }
+		n.Check = kubeadmFacts(config.Checks{KMSFilesMayMiss: true}) // which has the key file only
 	}
 	ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -211,31 +211,4 @@ func (e *kubeadmEnable) keyMissing() (bool, error) {
 		return false, problem.New("copy it from another node, with mode 0600; on the first node of the cluster, create it with --create-key", "the key file %s does not exist", e.localKey)
 	}
 	return true, nil
-}
-
-// factsWithoutKey is kubeadmFacts for a configuration whose key file does not exist yet.
-func factsWithoutKey(path, name, keyFile string) (kubeadm.Facts, error) {
-	text, err := os.ReadFile(path) //nolint:gosec // the configuration to check
-	if err != nil {
-		return kubeadm.Facts{}, err
-	}
-	dir, err := os.MkdirTemp("", "etcd-kms-proxy-")
-	if err != nil {
-		return kubeadm.Facts{}, err
-	}
-	defer os.RemoveAll(dir) //nolint:errcheck // the key in it was never used
-	standIn := filepath.Join(dir, "key.yaml")
-	changed := filepath.Join(dir, "config.yaml")
-	err = errors.Join(local.NewKeyFile(standIn),
-		os.WriteFile(changed, []byte(strings.ReplaceAll(string(text), keyFile, standIn)), 0o600)) //nolint:gosec // in the folder that was just made
-	if err != nil {
-		return kubeadm.Facts{}, err
-	}
-	facts, err := kubeadmFacts(changed, name)
-	for i, f := range facts.Files {
-		if f == standIn {
-			facts.Files[i] = keyFile
-		}
-	}
-	return facts, err
 }
