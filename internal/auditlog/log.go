@@ -124,11 +124,7 @@ func (l *Log) Started(version string, config [32]byte) {
 
 // Stopped records the end of a process. err is the reason, nil after a signal.
 func (l *Log) Stopped(err error) {
-	r := Record{Event: EventStop, Outcome: "ok"}
-	if err != nil {
-		r.Outcome, r.Reason = "failed", err.Error()
-	}
-	l.Record(r)
+	l.Record(Record{Event: EventStop}.Ended(err))
 }
 
 // Check returns nil if the last record was written, or if the log can be written again: it tries.

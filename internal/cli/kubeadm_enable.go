@@ -4,10 +4,8 @@ import (
 	"errors"
 	"io/fs"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -83,7 +81,7 @@ The Pod runs as root, without capabilities, because only root can read the keys 
 	f.StringVar(&e.listenerCert, "listener-cert", "/etc/kubernetes/pki/etcd/server.crt", "`FILE` with the proxy's server certificate")
 	f.StringVar(&e.listenerKey, "listener-key", "/etc/kubernetes/pki/etcd/server.key", "`FILE` with its key")
 	f.StringVar(&e.listenerClientCA, "listener-client-ca", "", "`FILE` with the CA of the API server's client certificate; by default that of --etcd-cafile")
-	cmd.RunE = command.Run(e.run)
+	cmd.RunE = command.RunUntilSignal(e.run)
 	return cmd
 }
 
@@ -110,9 +108,7 @@ func (e *kubeadmEnable) run(cmd *cobra.Command, _ []string) error {
 	if newKey {
 		n.Check = kubeadmFacts(config.Checks{KMSFilesMayMiss: true}) // which has the key file only
 	}
-	ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	plan, err := n.Enable(ctx)
+	plan, err := n.Enable(cmd.Context())
 	if err != nil {
 		return err
 	}
@@ -136,7 +132,7 @@ func (e *kubeadmEnable) run(cmd *cobra.Command, _ []string) error {
 		}
 		printable.Fprintf(cmd.ErrOrStderr(), "created the key %s\n", kms.Local.KeyFile)
 	}
-	if err := n.Apply(ctx, plan); err != nil {
+	if err := n.Apply(cmd.Context(), plan); err != nil {
 		return err
 	}
 	printable.Fprintf(cmd.OutOrStdout(), "the API server of this node uses the proxy\n")

@@ -68,6 +68,15 @@ func identityFlag(cmd *cobra.Command) *[]string {
 	return command.IdentityFlag(cmd, "which decrypts values by the recovery copies of providers of kind age if their KMS does not, also if its key is disabled")
 }
 
+// loadCluster is openCluster with the configuration at path.
+func loadCluster(cmd *cobra.Command, path string, o clusterOptions) (*cluster, error) {
+	c, err := command.LoadConfig(cmd, path, command.Checks(nil))
+	if err != nil {
+		return nil, err
+	}
+	return openCluster(cmd, c, o)
+}
+
 // openCluster connects to etcd and starts the rings. It waits for etcd, and for the first poll of
 // each KMS, which may fail. close must follow.
 func openCluster(cmd *cobra.Command, c *config.Config, o clusterOptions) (_ *cluster, err error) {
