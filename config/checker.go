@@ -38,6 +38,12 @@ func (c *checker) duration(path string, x, least time.Duration) {
 	}
 }
 
+func (c *checker) between(path string, x, least, most int, hint string) {
+	if x < least || x > most {
+		c.report(path, hint, "%d is not between %d and %d", x, least, most)
+	}
+}
+
 func (c *checker) oneOf(path, got string, known ...string) {
 	if !slices.Contains(known, got) {
 		c.report(path, "write "+strings.Join(known, " or "), "%q is unknown", got)

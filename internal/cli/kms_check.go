@@ -179,9 +179,7 @@ func checkBackend(ctx context.Context, name string, b *provider.Provider, u uses
 		for _, w := range provider.Warnings(info, b.LateCredentials(), u.recovered, time.Now()) {
 			r.Warnings = append(r.Warnings, w.Text)
 		}
-		if expire := b.CredentialsExpire(); expire != nil {
-			r.CredentialsExpire = expire()
-		}
+		r.CredentialsExpire = b.CredentialsExpire()
 	}()
 	client, err := kmsclient.New(kmsclient.Config{Name: name, Backend: b.Service, Timeout: b.Timeout, Observer: observe})
 	if err != nil {

@@ -178,7 +178,7 @@ func (k *Keys) add(p config.KMS, cache *keyring.Cache) error {
 		k.runs = append(k.runs, watchKeyFile(p.Local.KeyFile, seen, ring, k.Logger))
 	}
 	watch := provider.NewWatch(provider.WatchConfig{
-		Provider: p.Name, Describe: k.auditedDescribe(p.Name, b.Describe()), Expire: b.CredentialsExpire(), Late: b.LateCredentials, Logger: k.Logger,
+		Provider: p.Name, Describe: k.auditedDescribe(p.Name, b.Describe()), Expire: b.CredentialsExpire, Late: b.LateCredentials, Logger: k.Logger,
 		// A key file can be backed up, and a key that nothing is written with gets no new copies.
 		Recovery: func() bool { return b.Kind == "local" || ring.ReadOnly() || len(ring.Recovery()) > 0 },
 		Healthy:  func() bool { return ring.State().Healthy },
