@@ -197,7 +197,9 @@ func (ws *websockets) read(ctx context.Context, s *socket, said *io.PipeWriter) 
 		if err != nil {
 			return io.EOF
 		}
-		message, err := mem.ReadAll(&messageReader{Reader: r, ctx: ctx, unfinished: value.n, limit: ws.limit, reserved: &reserved}, rpc.Buffers)
+		message, err := mem.ReadAll(&budgetReader{
+			Reader: r, ctx: ctx, free: freeBody, need: ws.limit, unfinished: value.n, reserved: &reserved,
+		}, rpc.Buffers)
 		if err == nil && value.n == 0 && isBlank(message) {
 			message.Free() // the decoder would keep it until the next value
 			reserved.release()
@@ -222,6 +224,7 @@ func (ws *websockets) read(ctx context.Context, s *socket, said *io.PipeWriter) 
 		}
 		message.Free()
 		if err == nil {
+			value.add([]byte("\n"))
 			_, err = said.Write([]byte("\n"))
 		}
 		if err != nil {
@@ -231,30 +234,6 @@ func (ws *websockets) read(ctx context.Context, s *socket, said *io.PipeWriter) 
 			reserved.release() // the decoder asks for more only after it has decoded the value
 		}
 	}
-}
-
-// messageReader reads a websocket message. Before it exceeds [freeBody], together with the JSON
-// value that has begun in the messages before, it makes a reservation.
-type messageReader struct {
-	io.Reader
-	ctx        context.Context
-	unfinished int64 // bytes of the value, and of the message so far
-	limit      int64 // of a message, in bytes
-	reserved   *reservation
-}
-
-// Read implements io.Reader.
-func (m *messageReader) Read(p []byte) (int, error) {
-	if m.unfinished+int64(len(p)) > freeBody && !m.reserved.held() {
-		if free := freeBody - m.unfinished; free > 0 {
-			p = p[:free]
-		} else if err := m.reserved.acquire(m.ctx, m.limit); err != nil {
-			return 0, err
-		}
-	}
-	n, err := m.Reader.Read(p)
-	m.unfinished += int64(n)
-	return n, err
 }
 
 // isBlank reports whether a message has nothing but JSON's white space.
@@ -270,8 +249,7 @@ type jsonSize struct {
 	escaped bool
 }
 
-// add counts data. Outside of objects, arrays and strings it starts again: no value that the
-// gateway takes is longer there.
+// add counts data, and starts again at the end of a value.
 func (j *jsonSize) add(data []byte) {
 	for _, c := range data {
 		j.n++
@@ -287,7 +265,8 @@ func (j *jsonSize) add(data []byte) {
 		case c == '}' || c == ']':
 			j.depth--
 		}
-		if j.depth <= 0 && !j.quoted && !j.escaped {
+		// a number or a word ends with the character after it
+		if j.depth <= 0 && !j.quoted && !j.escaped && strings.IndexByte(" \t\r\n,:}]\"", c) >= 0 {
 			j.n, j.depth = 0, 0
 		}
 	}
