@@ -101,7 +101,7 @@ func (c *txnCall) exchange(ctx context.Context, msg []byte, send sendFunc) ([]by
 		request, _ = proto.Clone(client).(*pb.TxnRequest)
 		c.at.Own.leaveOut(request)
 	}
-	response, err := valuetxn.NewTxn(store{&c.kvCall, send}, c.core.Turns, request).Serve(ctx)
+	response, err := valuetxn.Txn(ctx, store{&c.kvCall, send}, c.core.Turns, request)
 	if err != nil {
 		return nil, err
 	}
