@@ -71,11 +71,11 @@ func MethodTable() []*Method {
 		{service: "etcdserverpb.Lease", name: "LeaseTimeToLive", class: classPass, access: reads},
 		{service: "etcdserverpb.Lease", name: "LeaseLeases", class: classPass, access: reads},
 
-		{service: "etcdserverpb.Cluster", name: "MemberAdd", class: classMembers, call: members[*pb.MemberAddResponse]()},
-		{service: "etcdserverpb.Cluster", name: "MemberRemove", class: classMembers, call: members[*pb.MemberRemoveResponse]()},
-		{service: "etcdserverpb.Cluster", name: "MemberUpdate", class: classMembers, call: members[*pb.MemberUpdateResponse]()},
-		{service: "etcdserverpb.Cluster", name: "MemberList", class: classMembers, access: reads, call: members[*pb.MemberListResponse]()},
-		{service: "etcdserverpb.Cluster", name: "MemberPromote", class: classMembers, call: members[*pb.MemberPromoteResponse]()},
+		{service: "etcdserverpb.Cluster", name: "MemberAdd", class: classMembers, call: members(new(pb.MemberAddResponse))},
+		{service: "etcdserverpb.Cluster", name: "MemberRemove", class: classMembers, call: members(new(pb.MemberRemoveResponse))},
+		{service: "etcdserverpb.Cluster", name: "MemberUpdate", class: classMembers, call: members(new(pb.MemberUpdateResponse))},
+		{service: "etcdserverpb.Cluster", name: "MemberList", class: classMembers, access: reads, call: members(new(pb.MemberListResponse))},
+		{service: "etcdserverpb.Cluster", name: "MemberPromote", class: classMembers, call: members(new(pb.MemberPromoteResponse))},
 
 		// A snapshot and every hash are of what etcd stores: ciphertext.
 		{service: "etcdserverpb.Maintenance", name: "Alarm", class: classCheck, access: either, call: newAlarmCall},

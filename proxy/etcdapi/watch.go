@@ -14,13 +14,13 @@ type watchCall struct {
 	whole
 	core      *Core
 	id        *listener.Identity
-	at        *RuleSet
+	rules     *RuleSet
 	touches   atomic.Bool
 	fragments fragments
 }
 
 func newWatchCall(c *Core, id *listener.Identity, _ *CallMemory) Call {
-	return &watchCall{core: c, id: id, at: c.Rules.Load()}
+	return &watchCall{core: c, id: id, rules: c.Rules.Load()}
 }
 
 func (c *watchCall) Request(_ Mode, msg []byte) ([]byte, error) {
@@ -42,7 +42,7 @@ func (c *watchCall) Request(_ Mode, msg []byte) ([]byte, error) {
 }
 
 func (c *watchCall) Scans() bool {
-	return !c.id.Ciphertext && (c.touches.Load() || c.core.Rules.Load() != c.at)
+	return !c.id.Ciphertext && (c.touches.Load() || c.core.Rules.Load() != c.rules)
 }
 
 func (c *watchCall) Response(m Mode, dst, msg []byte) ([]byte, error) {
