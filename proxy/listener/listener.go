@@ -15,6 +15,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/unixsocket"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/metrics"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/tlsfiles"
@@ -69,9 +71,8 @@ type Listener struct {
 	log        *slog.Logger
 	metrics    *metrics.Metrics
 
-	mu         sync.Mutex
-	lastLog    time.Time // of a failed handshake
-	suppressed int       // since then
+	rejected       atomic.Int64 // connections, since the last one that was logged
+	rejectedLogged rate.Sometimes
 }
 
 // Conn is a connection that has been identified.
@@ -97,7 +98,7 @@ func (c *Conn) Close() error {
 
 // Listen checks cfg and binds its address.
 func Listen(cfg Config, log *slog.Logger, m *metrics.Metrics) (*Listener, error) {
-	l := &Listener{Config: cfg, log: log, metrics: m}
+	l := &Listener{Config: cfg, log: log, metrics: m, rejectedLogged: rate.Sometimes{Interval: time.Second}}
 	l.lists.Store(newClientLists(cfg.AllowedClients, cfg.CiphertextClients))
 	err := cfg.checkLists(cfg.AllowedClients, cfg.CiphertextClients)
 	if err != nil {
@@ -202,10 +203,10 @@ func (l *Listener) identify(ctx context.Context, conn net.Conn) (*Conn, error) {
 	if l.TLS != nil {
 		limited, cancel := context.WithTimeout(ctx, HandshakeTimeout)
 		defer cancel()
-		heard := &readConn{Conn: conn}
-		secure := tls.Server(heard, by.files)
+		client := &readConn{Conn: conn}
+		secure := tls.Server(client, by.files)
 		if err := secure.HandshakeContext(limited); err != nil {
-			if !heard.hasRead {
+			if !client.hasRead {
 				err = errors.Join(errNothingSent, err)
 			}
 			return nil, err
@@ -241,12 +242,8 @@ func (l *Listener) identify(ctx context.Context, conn net.Conn) (*Conn, error) {
 // handshakeFailed logs at most once a second, or a port scan would fill the log.
 func (l *Listener) handshakeFailed(conn net.Conn, err error) {
 	l.metrics.HandshakeFailures.WithLabelValues(l.Config.Address).Inc()
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if now := time.Now(); now.Sub(l.lastLog) < time.Second {
-		l.suppressed++
-	} else {
-		l.log.Warn("connection rejected", "listener", l.Config.Address, "remote", conn.RemoteAddr().String(), "error", err, "notLoggedBefore", l.suppressed)
-		l.lastLog, l.suppressed = now, 0
-	}
+	l.rejected.Add(1)
+	l.rejectedLogged.Do(func() {
+		l.log.Warn("connection rejected", "listener", l.Config.Address, "remote", conn.RemoteAddr().String(), "error", err, "notLoggedBefore", l.rejected.Swap(0)-1)
+	})
 }
