@@ -26,19 +26,24 @@ type remote struct {
 	pool     *pool
 }
 
-// call runs do with a client of its own. Every error it returns is, or wraps, a *kmsclient.Error
-// with a safe text; one that is due to the context wraps the context's error too.
-func (b *Backend) call(ctx context.Context, op string, do func(*kms.Client) error) error {
+// call runs do with a client of its own, and returns its response. Every error it returns is, or
+// wraps, a *kmsclient.Error with a safe text; one that is due to the context wraps the context's
+// error too.
+func call[R any](ctx context.Context, b *Backend, op string, do func(*kms.Client) (R, error)) (response R, err error) {
 	ctx, cancel := context.WithTimeout(ctx, maxCallTime)
 	defer cancel()
 	cred, err := b.creds.get(ctx)
 	if err != nil {
-		return b.credentialFailure(ctx, op, err)
+		return response, b.credentialFailure(ctx, op, err)
 	}
-	if f := b.signed(ctx, op, b.creds, cred, do); f != nil {
-		return f.withContext(ctx)
+	f := b.signed(ctx, op, b.creds, cred, func(c *kms.Client) (err error) {
+		response, err = do(c)
+		return err
+	})
+	if f != nil {
+		return response, f.withContext(ctx)
 	}
-	return nil
+	return response, nil
 }
 
 // signed runs do with cred, and once more if source has other credentials when these are rejected:

@@ -104,26 +104,26 @@ func (r *remote) explain(err error) string {
 			return known.Error()
 		}
 	}
-	var (
-		unknown   x509.UnknownAuthorityError
-		hostname  x509.HostnameError
-		invalid   x509.CertificateInvalidError
-		dns       *net.DNSError
-		operation *net.OpError
-	)
+	operation, _ := errors.AsType[*net.OpError](err)
 	switch {
-	case errors.As(err, &unknown):
+	case isA[x509.UnknownAuthorityError](err):
 		return fmt.Sprintf("the certificate of %s is signed by an unknown authority (see %s)", r.endpoint, r.caField)
-	case errors.As(err, &hostname):
+	case isA[x509.HostnameError](err):
 		return fmt.Sprintf("the certificate of %s is for another name", r.endpoint)
-	case errors.As(err, &invalid):
+	case isA[x509.CertificateInvalidError](err):
 		return fmt.Sprintf("the certificate of %s is not valid (expired, or not for servers)", r.endpoint)
-	case errors.As(err, &dns):
+	case isA[*net.DNSError](err):
 		return fmt.Sprintf("the name of %s was not resolved", r.endpoint)
-	case errors.As(err, &operation) && operation.Op == "dial":
+	case operation != nil && operation.Op == "dial":
 		return fmt.Sprintf("%s cannot be connected to", r.endpoint)
 	}
 	return fmt.Sprintf("the connection to %s failed before a complete answer", r.endpoint)
+}
+
+// isA reports whether err is or wraps an error of a type.
+func isA[E error](err error) bool {
+	_, ok := errors.AsType[E](err)
+	return ok
 }
 
 func isNotJSON(err error) bool {

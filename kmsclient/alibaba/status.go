@@ -49,12 +49,10 @@ func (b *Backend) Describe(ctx context.Context) (*kmsclient.KeyInfo, error) {
 }
 
 func (b *Backend) describe(ctx context.Context, op string) (*kmsclient.KeyInfo, error) {
-	var resp *kms.DescribeKeyResponse
-	err := b.call(ctx, op, func(c *kms.Client) (err error) {
+	resp, err := call(ctx, b, op, func(c *kms.Client) (*kms.DescribeKeyResponse, error) {
 		req := kms.CreateDescribeKeyRequest()
 		req.KeyId = b.keyID
-		resp, err = c.DescribeKey(req)
-		return err
+		return c.DescribeKey(req)
 	})
 	if err != nil {
 		return nil, err
