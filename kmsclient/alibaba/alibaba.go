@@ -266,7 +266,7 @@ func (b *Backend) reportedKey(op, requestID, id, version string) (string, error)
 	return id + "/" + version, nil
 }
 
-// wrappedBy checks the key and the ciphertext of a response. It returns the key as reportedKey does.
+// wrappedBy checks the key and the ciphertext of a response, and returns what reportedKey does.
 func (b *Backend) wrappedBy(op, requestID, id, version, ciphertext string, limit int) (string, error) {
 	keyID, err := b.reportedKey(op, requestID, id, version)
 	if err == nil && !isBlob(ciphertext, limit) {
