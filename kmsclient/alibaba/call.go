@@ -36,7 +36,7 @@ func call[R any](ctx context.Context, b *Backend, op string, do func(*kms.Client
 	if err != nil {
 		return response, b.credentialFailure(ctx, op, err)
 	}
-	f := b.signed(ctx, op, b.creds, cred, func(c *kms.Client) (err error) {
+	f := b.callSigned(ctx, op, b.creds, cred, func(c *kms.Client) (err error) {
 		response, err = do(c)
 		return err
 	})
@@ -46,10 +46,10 @@ func call[R any](ctx context.Context, b *Backend, op string, do func(*kms.Client
 	return response, nil
 }
 
-// signed runs do with cred, and once more if source has other credentials when these are rejected:
-// a signature is made from two or three files, which do not change in one instant, and a token may
-// just have run out.
-func (r *remote) signed(ctx context.Context, op string, source credentialSource, cred credential, do func(*kms.Client) error) *failure {
+// callSigned runs do with cred, and once more if source has other credentials when these are
+// rejected: a signature is made from two or three files, which do not change in one instant, and a
+// token may just have run out.
+func (r *remote) callSigned(ctx context.Context, op string, source credentialSource, cred credential, do func(*kms.Client) error) *failure {
 	f := r.request(ctx, op, cred, do)
 	if f == nil || !f.rejected {
 		return f
@@ -63,11 +63,11 @@ func (r *remote) signed(ctx context.Context, op string, source credentialSource,
 
 // request runs do once, and once more if it met a connection that was dead.
 func (r *remote) request(ctx context.Context, op string, cred credential, do func(*kms.Client) error) *failure {
-	return r.fresh(ctx, op, cred, func(t *callTransport) error { return r.withClient(cred, t, do) })
+	return r.retryStale(ctx, op, cred, func(t *callTransport) error { return r.withClient(cred, t, do) })
 }
 
-// fresh runs do with a transport, and once more if it met a connection that was dead.
-func (r *remote) fresh(ctx context.Context, op string, cred credential, do func(*callTransport) error) *failure {
+// retryStale runs do with a transport, and once more if it met a connection that was dead.
+func (r *remote) retryStale(ctx context.Context, op string, cred credential, do func(*callTransport) error) *failure {
 	f := r.attempt(ctx, op, cred, do)
 	if f != nil && f.stale {
 		r.pool.CloseIdleConnections() // the others have been idle as long

@@ -149,7 +149,7 @@ func (r *roleSource) assume(ctx context.Context) (session, error) {
 	if err != nil {
 		return session{}, r.denied(op, err)
 	}
-	if f := r.sts.signed(ctx, op, r.base, cred, call); f != nil {
+	if f := r.sts.callSigned(ctx, op, r.base, cred, call); f != nil {
 		return session{}, r.explained(ctx, f)
 	}
 	return r.session(op, "ram_role_arn", body)
@@ -168,7 +168,7 @@ func (r *roleSource) assumeWithToken(ctx context.Context) (session, error) {
 		form.Set(name, value)
 	}
 	var body []byte
-	f := r.sts.fresh(ctx, op, credential{token: token}, func(t *callTransport) (err error) {
+	f := r.sts.retryStale(ctx, op, credential{token: token}, func(t *callTransport) (err error) {
 		body, err = r.post(t, url.Values{
 			"Action": {op}, "Version": {stsVersion}, "Format": {"JSON"}, "Timestamp": {time.Now().UTC().Format("2006-01-02T15:04:05Z")},
 		}, form)

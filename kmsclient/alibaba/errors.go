@@ -20,7 +20,7 @@ type failure struct {
 	err      *kmsclient.Error
 	stale    bool   // the connection was dead before the request was sent
 	rejected bool   // the KMS did not accept the credentials
-	message  string // the KMS' own words, see say; may be empty
+	message  string // the KMS' own words, see safeMessage; may be empty
 
 	noCredentials bool // there was no attempt for lack of credentials
 }
@@ -59,7 +59,8 @@ func (r *remote) panicked(op string, t *callTransport) *failure {
 }
 
 // failed turns an error of the SDK into a failure. The error's text is not kept, since the SDK
-// quotes URLs, and the KMS quotes the string that was signed; only what say lets through is.
+// quotes URLs, and the KMS quotes the string that was signed; only what safeMessage lets through
+// is.
 func (r *remote) failed(op string, cred credential, t *callTransport, err error) *failure {
 	e := &kmsclient.Error{Op: op, KeyID: r.keyID, HTTPStatus: int(t.status.Load())}
 	f := &failure{err: e}
@@ -88,7 +89,7 @@ func (r *remote) failed(op string, cred credential, t *callTransport, err error)
 		e.Reason, e.Detail = kmsclient.AliasNotFound, "the alias leads to no key: nothing is encrypted until it does"
 	}
 	if e.Reason != kmsclient.Unreachable {
-		f.message = cred.scrub(r.say(server.Message()))
+		f.message = cred.scrub(r.safeMessage(server.Message()))
 		e.Detail = strings.TrimPrefix(e.Detail+f.message, "; ")
 	} else if e.HTTPStatus == http.StatusConflict {
 		e.Reason = kmsclient.Failing // the state of one key, or of the call

@@ -22,16 +22,16 @@ func (b *Backend) Status(ctx context.Context) (*service.StatusResponse, error) {
 	const op = "Status"
 	info, err := b.describe(ctx, op)
 	if isUnsupported(err) || isThrottled(err) {
-		key, gerr := b.GenerateDataKey(ctx, "")
-		if gerr == nil {
+		key, generateErr := b.GenerateDataKey(ctx, "")
+		if generateErr == nil {
 			clear(key.Plaintext)
 			return &service.StatusResponse{Version: "v2", Healthz: "ok", KeyID: key.KeyID}, nil
 		}
 		// a caller that may only read is not allowed to, which says nothing of a key whose
 		// description is throttled
-		if e, ok := errors.AsType[*kmsclient.Error](gerr); ok && (isUnsupported(err) || e.Class() == kmsclient.ClassKeyUnusable) {
+		if e, ok := errors.AsType[*kmsclient.Error](generateErr); ok && (isUnsupported(err) || e.Class() == kmsclient.ClassKeyUnusable) {
 			e.Op = op
-			return nil, gerr
+			return nil, generateErr
 		}
 	}
 	if err != nil {

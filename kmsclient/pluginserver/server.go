@@ -148,18 +148,18 @@ func (s *Server) Encrypt(ctx context.Context, req *kmsapi.EncryptRequest) (*kmsa
 	noting, requestID := kmsclient.WithRequestID(ctx)
 	res, err := s.cfg.KMS.Encrypt(noting, req.GetUid(), req.GetPlaintext())
 	if err != nil {
-		s.key.encrypted(changes, "", err)
+		s.key.noteEncrypted(changes, "", err)
 		return nil, statusOf(ctx, err)
 	}
-	s.key.encrypted(changes, res.KeyID, nil)
-	return &kmsapi.EncryptResponse{Ciphertext: res.Ciphertext, KeyId: res.KeyID, Annotations: annotated(res.Annotations, requestID())}, nil
+	s.key.noteEncrypted(changes, res.KeyID, nil)
+	return &kmsapi.EncryptResponse{Ciphertext: res.Ciphertext, KeyId: res.KeyID, Annotations: withRequestID(res.Annotations, requestID())}, nil
 }
 
 // Decrypt implements the KMS v2 API. It unwraps what Encrypt returned, what the proxy wrapped by
 // the same KMS, and what the KMS itself wrapped.
 func (s *Server) Decrypt(ctx context.Context, req *kmsapi.DecryptRequest) (*kmsapi.DecryptResponse, error) {
 	data, err := s.cfg.KMS.Decrypt(ctx, req.GetUid(), &service.DecryptRequest{
-		Ciphertext: req.GetCiphertext(), KeyID: req.GetKeyId(), Annotations: bare(req.GetAnnotations()),
+		Ciphertext: req.GetCiphertext(), KeyID: req.GetKeyId(), Annotations: kmsAnnotations(req.GetAnnotations()),
 	})
 	if err != nil {
 		return nil, statusOf(ctx, err)

@@ -243,7 +243,7 @@ func (r *opening) open(ctx context.Context, rule *inventory.Rule, g *tally, kv *
 		g.Missing++
 		why = reasonOf(err)
 	}
-	g.because(why, kv.Key)
+	g.noteReason(why, kv.Key)
 	if r.options.Left != nil {
 		r.options.Left(kv, state, why)
 	}
@@ -259,8 +259,8 @@ func reasonOf(err error) string {
 	return "it was not decrypted"
 }
 
-// because counts a value that was not decrypted.
-func (t *tally) because(why string, key []byte) {
+// noteReason counts a value that was not decrypted.
+func (t *tally) noteReason(why string, key []byte) {
 	i := slices.IndexFunc(t.Reasons, func(r Reason) bool { return r.Text == why })
 	if i < 0 {
 		if len(t.Reasons) == maxReasons {

@@ -37,14 +37,14 @@ type waiting struct {
 type waits struct {
 	paused func(what, why string) // may be nil
 	lock   sync.Mutex
-	of     map[string]*waiting
+	active map[string]*waiting // by what is waited for
 }
 
 func newWaits(paused func(what, why string)) waits {
 	if paused == nil {
 		paused = func(string, string) {}
 	}
-	return waits{paused: paused, of: make(map[string]*waiting)}
+	return waits{paused: paused, active: make(map[string]*waiting)}
 }
 
 // pause is the wait of one goroutine for one thing. It begins with the first report.
@@ -59,10 +59,10 @@ func (p *pause) report(why string) {
 	w := p.waits
 	w.lock.Lock()
 	defer w.lock.Unlock()
-	one := w.of[p.what]
+	one := w.active[p.what]
 	if one == nil {
 		one = &waiting{}
-		w.of[p.what] = one
+		w.active[p.what] = one
 	}
 	if !p.begun {
 		p.begun = true
@@ -83,10 +83,10 @@ func (p *pause) end() {
 	w := p.waits
 	w.lock.Lock()
 	defer w.lock.Unlock()
-	if one := w.of[p.what]; one.by > 1 {
+	if one := w.active[p.what]; one.by > 1 {
 		one.by--
 	} else {
-		delete(w.of, p.what)
+		delete(w.active, p.what)
 		w.paused(p.what, "")
 	}
 }

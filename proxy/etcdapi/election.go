@@ -14,14 +14,14 @@ type electionCall struct {
 	unread
 	core   *Core
 	id     *listener.Identity
-	about  func(msg []byte) (span, error)
+	keysOf func(msg []byte) (span, error)
 	writes bool
 	hosted bool
 }
 
-func electing(about func([]byte) (span, error), a access) newCall {
+func newElectionCall(keysOf func([]byte) (span, error), a access) newCall {
 	return func(c *Core, id *listener.Identity, _ *CallMemory) Call {
-		return &electionCall{core: c, id: id, about: about, writes: a == writes}
+		return &electionCall{core: c, id: id, keysOf: keysOf, writes: a == writes}
 	}
 }
 
@@ -30,7 +30,7 @@ func (c *electionCall) Request(_ Mode, msg []byte) ([]byte, error) {
 	if rules.empty() {
 		return msg, nil
 	}
-	keys, err := c.about(msg)
+	keys, err := c.keysOf(msg)
 	if err != nil {
 		return nil, c.core.status(err, false)
 	}
