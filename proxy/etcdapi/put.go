@@ -34,11 +34,11 @@ func (c *putCall) Request(m Mode, msg []byte) ([]byte, error) {
 	if err != nil {
 		return nil, c.core.status(err, false)
 	}
-	if c.at.Own.has(key) {
+	if c.rules.Own.has(key) {
 		return nil, errOwnKey
 	}
-	c.touches = c.at.covers(key)
-	out, err := etcdwire.PutRequest(msg, m.Rules(c.at))
+	c.touches = c.rules.covers(key)
+	out, err := etcdwire.PutRequest(msg, m.Rules(c.rules))
 	if errors.Is(err, etcdwire.ErrValueProvided) {
 		return nil, c.refusedPut(msg)
 	}
