@@ -1,6 +1,7 @@
 package encryption
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"log/slog"
@@ -134,9 +135,9 @@ func BenchmarkValues(b *testing.B) {
 		b.ReportMetric(float64(took)/float64(n), "cold-ns/op")
 	})
 	list := func(n, size int) []byte {
-		list := header
+		list := bytes.Clone(header)
 		for _, pair := range benchPairs(b, rules, n, size) {
-			list = bytesField(list[:len(list):len(list)], 2, pair)
+			list = bytesField(list, 2, pair)
 		}
 		return list
 	}
