@@ -27,7 +27,7 @@ func TestRecentOpensNoMore(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	stored, err := f.Seal([]byte("k"), []byte("a plaintext"))
+	stored, err := f.Seal(nil, []byte("k"), []byte("a plaintext"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -69,7 +69,7 @@ func TestRecentIsShared(t *testing.T) {
 	var wg sync.WaitGroup
 	var sealed [200][]byte
 	for i := range sealed {
-		stored, err := f.Seal([]byte("k"), []byte{byte(i)})
+		stored, err := f.Seal(nil, []byte("k"), []byte{byte(i)})
 		if err != nil {
 			t.Fatal(err)
 		}

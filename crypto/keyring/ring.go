@@ -249,8 +249,9 @@ func (r *Ring) StartWriting() {
 }
 
 // Seal encrypts plaintext with the current seed, for etcdKey. If there is none yet, it waits for
-// the first health check or, with try, returns [ErrWouldBlock]. It retains neither argument.
-func (r *Ring) Seal(ctx context.Context, etcdKey, plaintext []byte, try bool) ([]byte, *Error) {
+// the first health check or, with mode.Try, returns [ErrWouldBlock]. It returns mode.Dst with the
+// stored value, and retains neither argument.
+func (r *Ring) Seal(ctx context.Context, etcdKey, plaintext []byte, mode Mode) ([]byte, *Error) {
 	for waited := false; ; waited = true {
 		st := r.p.state.Load()
 		if st.revoked != nil {
@@ -260,7 +261,7 @@ func (r *Ring) Seal(ctx context.Context, etcdKey, plaintext []byte, try bool) ([
 			if st.writer.seals.Add(1) == r.p.cfg.MaxSeals {
 				r.p.poller.Wake()
 			}
-			sealed, err := st.writer.frame.Seal(etcdKey, plaintext)
+			sealed, err := st.writer.frame.Seal(mode.Dst, etcdKey, plaintext)
 			if err != nil {
 				return nil, r.p.errorf(Unavailable, err, "the value was not encrypted")
 			}
@@ -270,7 +271,7 @@ func (r *Ring) Seal(ctx context.Context, etcdKey, plaintext []byte, try bool) ([
 			r.p.poller.Wake()
 			return nil, r.cannotSeal(st)
 		}
-		if try {
+		if mode.Try {
 			return nil, ErrWouldBlock
 		}
 		select {
@@ -281,9 +282,9 @@ func (r *Ring) Seal(ctx context.Context, etcdKey, plaintext []byte, try bool) ([
 	}
 }
 
-// Mode says how an object is decrypted.
+// Mode says how a value is encrypted or decrypted.
 type Mode struct {
-	Dst []byte // the plaintext is appended to it; it must not overlap the object
+	Dst []byte // the result is appended to it; it must not overlap the value
 	Try bool   // without a KMS call, or else the error is [ErrWouldBlock]
 }
 

@@ -119,19 +119,19 @@ func TestTrySeal(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		kms := ringtest.NewKMS(t, "ack")
 		g := ringtest.NewRig(t, kms, nil)
-		if _, err := g.Sealer.TrySeal([]byte("k"), []byte("v")); !errors.Is(err, keyring.ErrWouldBlock) {
+		if _, err := g.Sealer.TrySeal(nil, []byte("k"), []byte("v")); !errors.Is(err, keyring.ErrWouldBlock) {
 			t.Errorf("before the first contact: %v", err)
 		}
 		g.Start(t)
 		g.MustWrite(t, "k", "v")
-		stored, err := g.Sealer.TrySeal([]byte("k"), []byte("v"))
+		stored, err := g.Sealer.TrySeal(nil, []byte("k"), []byte("v"))
 		if err != nil {
 			t.Fatal(err)
 		}
 		g.MustRead(t, "k", stored, "v")
 		kms.Set(func() { kms.Down = ringtest.KMSError("Status", kmsclient.KeyDisabled) })
 		time.Sleep(2 * time.Minute)
-		_, err = g.Sealer.TrySeal([]byte("k"), []byte("v"))
+		_, err = g.Sealer.TrySeal(nil, []byte("k"), []byte("v"))
 		ringtest.WantKind(t, err, keyring.KeyUnusable)
 	})
 }

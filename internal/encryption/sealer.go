@@ -27,8 +27,8 @@ type sealer struct{ *rule.Sealer }
 var _ proxy.Sealer = sealer{}
 
 // Seal implements [proxy.Sealer].
-func (s sealer) Seal(ctx context.Context, key, value []byte) ([]byte, error) {
-	out, err := s.Sealer.Seal(ctx, key, value)
+func (s sealer) Seal(ctx context.Context, dst, key, value []byte) ([]byte, error) {
+	out, err := s.SealTo(ctx, dst, key, value)
 	return out, sealError(ctx, err)
 }
 
@@ -39,8 +39,8 @@ func (s sealer) Open(ctx context.Context, dst, key, stored []byte) ([]byte, erro
 }
 
 // TrySeal implements [proxy.Sealer].
-func (s sealer) TrySeal(key, value []byte) ([]byte, error) {
-	out, err := s.Sealer.TrySeal(key, value)
+func (s sealer) TrySeal(dst, key, value []byte) ([]byte, error) {
+	out, err := s.Sealer.TrySeal(dst, key, value)
 	return out, sealError(context.Background(), err)
 }
 
@@ -95,8 +95,8 @@ func auditedSealer(audit *auditlog.Recorder, s proxy.Sealer) proxy.Sealer {
 }
 
 // Seal implements [proxy.Sealer].
-func (s requiredAudit) Seal(ctx context.Context, key, value []byte) (out []byte, err error) {
-	err = s.audit.Do(func() error { out, err = s.Sealer.Seal(ctx, key, value); return err })
+func (s requiredAudit) Seal(ctx context.Context, dst, key, value []byte) (out []byte, err error) {
+	err = s.audit.Do(func() error { out, err = s.Sealer.Seal(ctx, dst, key, value); return err })
 	return forClient(out, err)
 }
 
@@ -107,8 +107,8 @@ func (s requiredAudit) Open(ctx context.Context, dst, key, stored []byte) (out [
 }
 
 // TrySeal implements [proxy.Sealer].
-func (s requiredAudit) TrySeal(key, value []byte) (out []byte, err error) {
-	err = s.audit.Do(func() error { out, err = s.Sealer.TrySeal(key, value); return err })
+func (s requiredAudit) TrySeal(dst, key, value []byte) (out []byte, err error) {
+	err = s.audit.Do(func() error { out, err = s.Sealer.TrySeal(dst, key, value); return err })
 	return forClient(out, err)
 }
 

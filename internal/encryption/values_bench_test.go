@@ -65,7 +65,7 @@ func benchPairs(b *testing.B, rules etcdwire.Rules, n, size int) [][]byte {
 	pairs := make([][]byte, n)
 	for i := range pairs {
 		key := fmt.Appendf(nil, "/registry/secrets/default/secret-%05d", i)
-		stored, err := rules.Seal(key, make([]byte, size))
+		stored, err := rules.Seal([]byte{}, key, make([]byte, size))
 		if err != nil {
 			b.Fatal(err)
 		}
@@ -157,9 +157,10 @@ func BenchmarkValues(b *testing.B) {
 	})
 	b.Run("put", func(b *testing.B) {
 		put := bytesField(bytesField(nil, 1, []byte("/registry/secrets/default/secret-00001")), 2, make([]byte, 256))
+		dst := make([]byte, 0, 1<<10)
 		b.ReportAllocs()
 		for b.Loop() {
-			if _, err := etcdwire.PutRequest(put, rules); err != nil {
+			if _, err := etcdwire.PutRequest(dst, put, rules); err != nil {
 				b.Fatal(err)
 			}
 		}
@@ -167,9 +168,10 @@ func BenchmarkValues(b *testing.B) {
 	b.Run("txn", func(b *testing.B) {
 		put := bytesField(bytesField(nil, 1, []byte("/registry/secrets/default/secret-00001")), 2, make([]byte, 1024))
 		txn := bytesField(nil, 2, bytesField(nil, 2, put))
+		dst := make([]byte, 0, 2<<10)
 		b.ReportAllocs()
 		for b.Loop() {
-			if _, _, err := etcdwire.TxnRequest(txn, rules); err != nil {
+			if _, _, err := etcdwire.TxnRequest(dst, txn, rules); err != nil {
 				b.Fatal(err)
 			}
 		}

@@ -77,6 +77,7 @@ func (whole) Parts() bool { return false }
 type kvCall struct {
 	core    *Core
 	id      *listener.Identity
+	memory  *CallMemory
 	at      *RuleSet // the rules when the request came
 	touches bool     // a response may hold an encrypted value
 }

@@ -93,7 +93,7 @@ func (s store) Txn(ctx context.Context, t *pb.TxnRequest, limit int) (*pb.TxnRes
 	if err != nil {
 		return nil, s.core.status(err, false)
 	}
-	msg, shape, err := etcdwire.TxnRequest(msg, Blocking(ctx).Rules(s.at))
+	msg, shape, err := etcdwire.TxnRequest(nil, msg, Blocking(ctx).Rules(s.at))
 	if err != nil {
 		return nil, s.core.status(err, false)
 	}

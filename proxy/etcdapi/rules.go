@@ -55,15 +55,22 @@ func (s *RuleSet) covers(key []byte) bool {
 	return ok && !s.Own.has(key)
 }
 
-// Seal encrypts a value. Calls refuse a write of an own key before they get here.
-func (s *RuleSet) Seal(ctx context.Context, key, value []byte) ([]byte, error) {
+// Covers implements etcdwire.Rules.
+func (s *RuleSet) Covers(key []byte) bool {
+	_, ok := s.Lookup(key)
+	return ok || s.Own.has(key)
+}
+
+// Seal encrypts a value and appends it to dst. It returns nil for one that stays as it is. Calls
+// refuse a write of an own key before they get here.
+func (s *RuleSet) Seal(ctx context.Context, dst, key, value []byte) ([]byte, error) {
 	if s.Own.has(key) {
 		return nil, errOwnKey
 	}
 	if sealer, ok := s.Lookup(key); ok {
-		return sealer.Seal(ctx, key, value)
+		return sealer.Seal(ctx, dst, key, value)
 	}
-	return value, nil
+	return nil, nil
 }
 
 // Open decrypts a value and appends it to dst.
@@ -84,8 +91,11 @@ var _ etcdwire.Rules = storedRules{}
 // sort them.
 func (storedRules) Overlaps(_, _ []byte) bool { return false }
 
+// Covers implements etcdwire.Rules.
+func (storedRules) Covers([]byte) bool { return true }
+
 // Seal implements etcdwire.Rules.
-func (storedRules) Seal(_, _ []byte) ([]byte, error) { return nil, errReadOnly }
+func (storedRules) Seal(_, _, _ []byte) ([]byte, error) { return nil, errReadOnly }
 
 // Open implements etcdwire.Rules.
 func (storedRules) Open(dst, _, stored []byte) ([]byte, error) { return append(dst, stored...), nil }
