@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"hash/maphash"
 	"log/slog"
 	"slices"
 	"time"
@@ -126,7 +125,7 @@ func New(c RingConfig) (*Ring, error) {
 	r.calls = &caller{p: r.p, denied: make(map[string]time.Time)}
 	r.calls.base, r.calls.stop = context.WithCancelCause(context.Background())
 	r.refusals = &refusals{p: r.p, calls: r.calls, lru: refused}
-	r.seeds = &seeds{ring: r, p: r.p, calls: r.calls, refusals: r.refusals, hot: hotTable{seed: maphash.MakeSeed()}}
+	r.seeds = &seeds{ring: r, p: r.p, calls: r.calls, refusals: r.refusals}
 	r.copies = &copyReader{ring: r, p: r.p, calls: r.calls, seeds: r.seeds}
 	r.seeds.copies = r.copies
 	r.copier = &copyWriter{p: r.p}
@@ -297,6 +296,13 @@ func (r *Ring) Open(ctx context.Context, etcdKey, object []byte, mode Mode, ring
 		err = err.ofValue(etcdKey)
 	}
 	return plaintext, UsedSeed{e}, err
+}
+
+// OpenCached appends to dst the plaintext of an object of this provider, if it can be decrypted at
+// once, with a seed that has decrypted others. Otherwise it returns nil, and [Ring.Open] finds out
+// why. dst does not overlap the object.
+func (r *Ring) OpenCached(dst, etcdKey, object []byte) []byte {
+	return r.seeds.openHot(dst, etcdKey, object)
 }
 
 // UsedSeed is the seed that decrypted a value; the zero value is none.

@@ -58,7 +58,7 @@ func (r tryRules) Seal(dst, key, value []byte) ([]byte, error) {
 
 // Open implements etcdwire.Rules.
 func (r tryRules) Open(dst, key, stored []byte) ([]byte, error) {
-	if sealer, ok := r.Lookup(key); ok && !r.Own.has(key) {
+	if sealer := r.sealer(key); sealer != nil {
 		return sealer.TryOpen(dst, key, stored)
 	}
 	return append(dst, stored...), nil
