@@ -61,7 +61,7 @@ func BenchmarkOpenRecent(b *testing.B) {
 			own := make([]byte, 0, len(data))
 			b.ReportAllocs()
 			for b.Loop() {
-				if _, err := seed.OpenRecent(recent, own, v.EtcdKey, data); err != nil {
+				if _, err := seed.OpenRecent(recent, 0, own, v.EtcdKey, data); err != nil {
 					b.Fatal(err)
 				}
 			}

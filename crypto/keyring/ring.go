@@ -125,7 +125,7 @@ func New(c RingConfig) (*Ring, error) {
 	r.calls = &caller{p: r.p, denied: make(map[string]time.Time)}
 	r.calls.base, r.calls.stop = context.WithCancelCause(context.Background())
 	r.refusals = &refusals{p: r.p, calls: r.calls, lru: refused}
-	r.seeds = &seeds{ring: r, p: r.p, calls: r.calls, refusals: r.refusals}
+	r.seeds = &seeds{begun: time.Now(), ring: r, p: r.p, calls: r.calls, refusals: r.refusals}
 	r.copies = &copyReader{ring: r, p: r.p, calls: r.calls, seeds: r.seeds}
 	r.seeds.copies = r.copies
 	r.copier = &copyWriter{p: r.p}
