@@ -17,13 +17,17 @@ type Recent struct {
 }
 
 // RecentBytes limits the memory of the ciphers in a [Recent]. Its table takes 512 KiB in addition.
-const RecentBytes = 8 << 20
+const RecentBytes = 4 << 20
 
 // Sizes of the table, as powers of two.
 const (
 	setBits  = 12 // sets of four ciphers
 	markBits = 15 // pairs of marks
 )
+
+// replaceAfter is how many seconds a cipher is kept at least. Otherwise the values of a list that is
+// longer than there is room would replace each other, and none would be cached when it is needed.
+const replaceAfter = 5
 
 // cipherBytes is the memory of one cipher: that of AES-GCM in the standard library, and a [derived].
 const cipherBytes = 768 + 64
@@ -130,7 +134,7 @@ func (r *Recent) put(seed *Seed, info []byte, aead cipher.AEAD, now uint32) {
 
 // room returns where a cipher goes: to a free place in the set that has more of them or, if there
 // is none or the limit is reached, to that of the cipher that was not used for the longest time. It
-// returns nil if there is neither. first varies the choice between equals.
+// returns nil if all were used lately. first varies the choice between equals.
 func (t *recentTable) room(p *recentPlace, first int, now uint32) (to *recentSet, way int) {
 	var old *recentSet
 	oldWay, oldest := 0, uint32(0)
@@ -150,10 +154,13 @@ func (t *recentTable) room(p *recentPlace, first int, now uint32) (to *recentSet
 			to, way, most = s, last, free
 		}
 	}
-	if to == nil || t.limit.Load() <= 0 {
+	switch {
+	case to != nil && t.limit.Load() > 0:
+		return to, way
+	case oldest >= replaceAfter:
 		return old, oldWay
 	}
-	return to, way
+	return nil, 0
 }
 
 // Clear removes all ciphers.

@@ -92,9 +92,8 @@ func TestRecentIsShared(t *testing.T) {
 	wg.Wait()
 }
 
-// TestRecentKeepsAList: what is read over and over is kept, nearly all of it, up to ten thousand
-// values; what is read once is not; and more than there is room for does not push out more than its
-// share.
+// TestRecentKeepsAList: what is read repeatedly is kept, nearly all of it, up to 5,000 values, and as
+// many of a longer list; what is read once is not.
 func TestRecentKeepsAList(t *testing.T) {
 	seed, err := NewSeed(TypeSeed, fill(9, 32))
 	if err != nil {
@@ -112,7 +111,7 @@ func TestRecentKeepsAList(t *testing.T) {
 			list[i][j] = byte(random.Uint32())
 		}
 	}
-	for n, least := range map[int]int{100: 100, 10_000: 9500, 30_000: 3500} {
+	for n, least := range map[int]int{100: 100, 5000: 4700, 30_000: 4700} {
 		recent := new(Recent)
 		kept := func() (kept int) {
 			for _, info := range list[:n] {
@@ -211,14 +210,14 @@ func TestRecentIsBounded(t *testing.T) {
 	for i := range 5 * most {
 		binary.LittleEndian.PutUint64(info, random.Uint64())
 		binary.LittleEndian.PutUint64(info[8:], random.Uint64())
-		now := uint32(i / 1000)
+		now := uint32(i / 500)
 		for range 2 {
 			recent.put(seed, info, aead, now)
 		}
 		if i == 0 {
 			copy(inUse, info)
 		}
-		if i%500 == 0 && recent.get(seed, inUse, now) == nil {
+		if i%250 == 0 && recent.get(seed, inUse, now) == nil {
 			t.Fatalf("the cipher that is always in use was replaced after %d others", i)
 		}
 	}
