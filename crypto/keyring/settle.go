@@ -4,6 +4,7 @@ import (
 	"time"
 )
 
+// Limits for key IDs that Status goes back to: see settling.
 const (
 	// flapMemory is how long a former key ID is remembered.
 	flapMemory = 24 * time.Hour
