@@ -121,7 +121,7 @@ type Etcd struct {
 	// HTTPEndpoints are the URLs at which etcd serves HTTP, one for each of endpoints, in the same
 	// order: `https://host:port`, `http://host:port` or `unix:///path`. They are needed if etcd
 	// runs with `--listen-client-http-urls`, which removes HTTP from its client URLs. Without them,
-	// `/health`, `/livez`, `/readyz`, `/version` and `/metrics` on the listeners then fail with
+	// `/health`, `/livez`, `/readyz`, `/version` and `/metrics` on the listeners fail with
 	// 502. The JSON gateway does not need them. When empty, endpoints are used.
 	HTTPEndpoints []string `yaml:"httpEndpoints"`
 	// TLS is how `https://` endpoints are verified and how the proxy identifies itself. Without
@@ -130,15 +130,15 @@ type Etcd struct {
 	// Username is a user of etcd for the requests of the proxy itself and of the commands, if
 	// etcd's authentication is on. It needs to read and write the keys under the rules, below
 	// `coordination.prefix` and below `/etcd-kms-proxy/`. Clients use their own tokens, as without
-	// the proxy. Goes with passwordFile.
+	// the proxy. Needs passwordFile.
 	Username string `yaml:"username"`
 	// PasswordFile contains the user's password. White space at its end is ignored. It is read at
 	// each login. If etcd refuses a changed password, the last accepted one is tried.
 	PasswordFile string `yaml:"passwordFile" file:"true"`
 	// MaxRequestBytes is the value of etcd's flag `--max-request-bytes` before the proxy was added.
 	// Larger requests are refused with etcd's own error, measured before values are encrypted.
-	// Raise etcd's flag above it by a KiB for each put of a transaction, because encrypted values
-	// are longer.
+	// Raise etcd's flag above it by 1 KiB for each put that a transaction can contain, because
+	// encrypted values are longer.
 	MaxRequestBytes int `yaml:"maxRequestBytes" default:"1572864"`
 }
 
@@ -148,10 +148,10 @@ type EtcdTLS struct {
 	// empty, the system's are used.
 	CAFile string `yaml:"caFile" file:"true"`
 	// CertFile contains the proxy's client certificate, as PEM. If etcd's authentication is on, it
-	// should have no common name: otherwise clients without a token become that user. Goes with
+	// should have no common name: otherwise clients without a token become that user. Needs
 	// keyFile.
 	CertFile string `yaml:"certFile" file:"true"`
-	// KeyFile contains the certificate's private key, as PEM. Goes with certFile.
+	// KeyFile contains the certificate's private key, as PEM. Needs certFile.
 	KeyFile string `yaml:"keyFile" file:"true"`
 	// ServerName is verified instead of the endpoint's own name or IP address.
 	ServerName string `yaml:"serverName"`

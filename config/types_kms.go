@@ -137,8 +137,8 @@ type Local struct {
 
 // Kubernetes contains the keys of one of kube-apiserver's own providers that are not KMS, to
 // migrate a cluster. `config from-kubernetes` creates the entry and the file from an
-// EncryptionConfiguration. The other fields of the provider have no effect: no value contains its
-// name, and there is no DEK seed.
+// EncryptionConfiguration. No value contains the name of the provider. There is no DEK seed, so
+// pollInterval, seedMaxAge and seedMaxSeals are refused.
 type Kubernetes struct {
 	// Type is the provider: `aescbc`, `aesgcm` or `secretbox`. A value that was encrypted with
 	// aescbc may have been altered without a trace.
@@ -152,8 +152,8 @@ type Kubernetes struct {
 // Age has public keys of age (https://age-encryption.org), the recipients of recovery copies. Any
 // one of their private keys, the identities, decrypts a copy. The identities stay offline: only the
 // commands decrypt, verify, status, reencrypt, drill and kms check take them, with --identity.
-// There is no KMS, so that pollInterval, seedMaxAge and seedMaxSeals have no effect. The recipients
-// are those of recipients and those of recipientsFile, at least one.
+// There is no KMS, so pollInterval, seedMaxAge and seedMaxSeals are refused. The recipients are those
+// of recipients and those of recipientsFile, at least one.
 type Age struct {
 	// Recipients are public keys as `age-keygen` prints them: `age1…` (X25519) or `age1pq1…`
 	// (post-quantum), or `age1tag1…` and `age1tagpq1…` of a hardware token. Post-quantum recipients

@@ -22,7 +22,7 @@ func (v *validator) recovery(at string, i int, rules []Rule, defined []string) {
 		v.report(at+".recoveryRequired", "name providers in recovery, or remove it", "has no effect without recovery")
 	}
 	if len(r.Recovery) > 0 && r.WriteWith == Plaintext {
-		v.report(at+".recovery", "name them in readWith, whose providers open recovery copies too", "has no effect with writeWith: plaintext, since there are no seeds to copy")
+		v.report(at+".recovery", "name them in readWith, whose providers unwrap recovery copies too", "has no effect with writeWith: plaintext, since there are no seeds to copy")
 		return
 	}
 	for j, name := range r.Recovery {

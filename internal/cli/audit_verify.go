@@ -19,9 +19,9 @@ func newAuditVerify() *cobra.Command {
 		Long: `verify checks the chain of an audit log and names each line that was altered, inserted, repeated or
 moved, and where lines are missing. The files of one log may be given in any order, for example as
 audit.jsonl*: they are sorted by their first records. The commands and the plugins have logs of
-their own, such as audit.commands.jsonl: verify each log alone.
+their own, such as audit.commands.jsonl: verify each log separately.
 
-Nobody can see that the end of a log was removed, and anyone who may write a log without a key can
+A log does not show that its end was removed, and anyone who may write a log without a key can
 rewrite it. verify prints the last hash: keep it elsewhere, and a later check with --expect-last
 finds whether the log still has that record. Records may follow it.
 
@@ -47,7 +47,7 @@ note once the log continues after it.`,
 		case errors.Is(err, auditlog.ErrExpected):
 			return command.Usage("copy it from the output of an earlier check", "%w", err)
 		case errors.Is(err, auditlog.ErrSeveral):
-			return command.Usage("verify each log alone, and name each of its files once", "%w", err)
+			return command.Usage("verify each log separately, and name each of its files once", "%w", err)
 		case err != nil:
 			return err
 		}

@@ -46,7 +46,7 @@ func TestAuditVerify(t *testing.T) {
 	if err := json.Unmarshal([]byte(r.stdout), &report); err != nil || report.OK || len(report.Findings) != 2 || report.Findings[0].Line != 2 || report.LastSeq != 5 {
 		t.Errorf("%v: %+v", err, report)
 	}
-	execute(t, "audit", "verify", d.Path("a"), d.Path("a")).want(t, 2, "each of them begins with record 1", "hint: verify each log alone")
+	execute(t, "audit", "verify", d.Path("a"), d.Path("a")).want(t, 2, "each of them begins with record 1", "hint: verify each log separately")
 	execute(t, "audit", "verify", d.Path("a"), "--expect-last", "xyz").want(t, 2, "64 hexadecimal digits")
 	execute(t, "audit", "verify", d.Path("none")).want(t, 3, "no such file")
 	execute(t, "audit", "verify", d.Path("a"), "--key-file", d.Path("none")).want(t, 3, "read audit key")

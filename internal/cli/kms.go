@@ -59,7 +59,7 @@ The socket's folder must exist. Only the user of this command can connect (mode 
 the API server's user. A socket that no process serves is replaced; anything else at PATH is an
 error.
 
-SIGTERM or SIGINT removes the socket, finishes calls under way, and exits with 0; calls that are
+SIGTERM or SIGINT removes the socket, finishes current calls, and exits with 0; calls that are
 left after --drain-timeout are canceled. A second signal, half a second later or more, exits at
 once, with code 3. Logs go to standard error. On Linux, core dumps of the process are turned off.`,
 		Args: command.NoArgs,
@@ -69,7 +69,7 @@ once, with code 3. Logs go to standard error. On Linux, core dumps of the proces
 	var name string
 	cmd.Flags().StringVar(&name, "name", "", "`PROVIDER` under kms to serve")
 	cmd.Flags().StringVar(&o.Socket, "socket", "", "`PATH` of the socket, as /path or unix:///path")
-	cmd.Flags().DurationVar(&o.Drain, "drain-timeout", pluginserver.DefaultDrainTimeout, "how long calls under way may take after the first SIGTERM or SIGINT")
+	cmd.Flags().DurationVar(&o.Drain, "drain-timeout", pluginserver.DefaultDrainTimeout, "how long current calls may take after the first SIGTERM or SIGINT")
 	cmd.RunE = command.Run(func(cmd *cobra.Command, _ []string) error {
 		if err := command.Positive("--drain-timeout", o.Drain); err != nil {
 			return err

@@ -84,7 +84,7 @@ configuration names by an alias.`,
 	}
 	path, out := command.ConfigFlag(cmd), command.OutputFlag(cmd)
 	timeout := cmd.Flags().Duration("timeout", 30*time.Second, "how long one KMS may take")
-	strict := cmd.Flags().Bool("strict", false, "exit with 1 also if there is a warning")
+	strict := cmd.Flags().Bool("strict", false, "exit with 1 even if there are only warnings")
 	identities := command.IdentityFlag(cmd, "with which recovery copies of providers of kind age are unwrapped as a test")
 	policy := cmd.Flags().Bool("policy", false, "print the RAM policy that the proxy needs in Alibaba Cloud, and test nothing")
 	cmd.RunE = command.Run(func(cmd *cobra.Command, _ []string) error {

@@ -50,7 +50,7 @@ func reference() string {
 # Command line
 
 Every command of ` + "`etcd-kms-proxy`" + `, with its flags. For operators who look up a flag; ` + "`--help`" + ` of a
-command prints the same text. Errors go to standard error as a line ` + "`error: …`" + ` and mostly a line
+command prints the same text. Errors go to standard error as a line ` + "`error: …`" + `, usually with a line
 ` + "`hint: …`" + `.
 
 ## Exit codes

@@ -18,15 +18,16 @@ func newServe() *cobra.Command {
 		Long: `serve runs the proxy until SIGTERM or SIGINT. It starts while etcd or the KMS is unreachable, keeps
 trying, and serves what it can.
 
-The first SIGTERM or SIGINT begins the drain: the proxy accepts no more connections, finishes calls
-under way, and ends watches so that their clients reconnect to another proxy. Calls that are left
-after --drain-timeout are canceled. A second signal, half a second later or more, exits at once,
-with code 3.
+The first SIGTERM or SIGINT begins the drain: the proxy accepts no more connections, finishes
+current calls, and ends watches so that their clients reconnect to another proxy. Calls that are
+left after --drain-timeout are canceled. A second signal, half a second later or more, exits at
+once, with code 3.
 
 SIGHUP, or a change of the file, reloads the rules, the log level, and the allowedClients and
 ciphertextClients of listeners. Other changes are logged and need a restart. A reload that would
-protect keys less than before is refused without --allow-weakening. SIGHUP also polls every KMS at
-once, and a change of a local key file polls that provider: it uses a new version from then on.
+protect keys less than before is refused without --allow-weakening. SIGHUP also causes a health
+check of every KMS at once. A changed local key file causes one of its provider, after which the
+proxy encrypts with a new version.
 
 Under systemd, a listener with the address systemd://NAME uses the sockets of a socket unit. The
 proxy notifies systemd of readiness, draining and the watchdog (Type=notify, WatchdogSec=).
@@ -37,7 +38,7 @@ Logs go to standard error.`,
 	path := command.ConfigFlag(cmd)
 	var o server.Options
 	f := cmd.Flags()
-	f.DurationVar(&o.Drain, "drain-timeout", proxy.DefaultDrainTimeout, "how long calls under way may take after the first SIGTERM or SIGINT")
+	f.DurationVar(&o.Drain, "drain-timeout", proxy.DefaultDrainTimeout, "how long current calls may take after the first SIGTERM or SIGINT")
 	f.BoolVar(&o.AllowWeakening, "allow-weakening", false, "permit the start and reloads to remove or narrow rules, write plaintext, allow plaintext reads or make encrypted values unreadable")
 	f.DurationVar(&o.ScanInterval, "scan-interval", 0, "count the values in etcd at this interval, for metrics; 0s: never. One of the proxies with the flag does it: set it on all")
 	renew := f.Bool("reencrypt", false, "re-encrypt the values in etcd, at the start and after each rotation. One of the proxies with the flag does it: set it on all")

@@ -23,7 +23,7 @@ func newSetupCompose() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "compose",
 		Short: "create certificates, a local key and the configuration for docker-compose.yml",
-		Long: `setup compose is the job "setup" of the project's docker-compose.yml. Below DIR, where the file
+		Long: `setup compose is the service "setup" of the project's docker-compose.yml. Below DIR, where the file
 mounts a volume for each reader, it creates three certificate authorities and the certificates of
 etcd, the proxies, kube-apiserver and the clients, a local key file, and the configuration of the
 proxies.

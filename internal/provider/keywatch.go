@@ -166,8 +166,8 @@ func (w *Watch) warnings() []Warning {
 }
 
 var (
-	warningDesc  = prometheus.NewDesc("etcd_kms_proxy_kms_key_warning", "1 for each present early warning about the KMS key. kinds: state, deletion, material_expiry, deletion_protection_off, rotation_off, no_recovery_key, credentials_expire, key_id_flaps.", []string{"provider", "kind"}, nil)
-	stateDesc    = prometheus.NewDesc("etcd_kms_proxy_kms_key_state", "Always 1; the state of the key in the KMS' words, read every 10 minutes with some jitter.", []string{"provider", "state"}, nil)
+	warningDesc  = prometheus.NewDesc("etcd_kms_proxy_kms_key_warning", "1 while the early warning about the KMS key is present. kind: state, deletion, material_expiry, deletion_protection_off, rotation_off, no_recovery_key, credentials_expire, key_id_flaps.", []string{"provider", "kind"}, nil)
+	stateDesc    = prometheus.NewDesc("etcd_kms_proxy_kms_key_state", "Always 1; the state of the key as the KMS names it, read every 10 minutes with some jitter.", []string{"provider", "state"}, nil)
 	deletionDesc = prometheus.NewDesc("etcd_kms_proxy_kms_key_deletion_timestamp_seconds", "Unix time when the KMS key will be deleted.", []string{"provider"}, nil)
 	materialDesc = prometheus.NewDesc("etcd_kms_proxy_kms_key_material_expiry_timestamp_seconds", "Unix time when the imported material of the KMS key expires.", []string{"provider"}, nil)
 	expiryDesc   = prometheus.NewDesc("etcd_kms_proxy_kms_credentials_expiry_timestamp_seconds", "Unix time when the session for the KMS ends. The next session is fetched when a sixth of its lifetime is left, at least 5 minutes before the end.", []string{"provider"}, nil)

@@ -20,7 +20,7 @@ const JSON Output = "json"
 // OutputFlag adds --output. Cobra refuses values other than text and json.
 func OutputFlag(cmd *cobra.Command) *Output {
 	o := Output("text")
-	cmd.Flags().VarP(&o, "output", "o", "form of the report")
+	cmd.Flags().VarP(&o, "output", "o", "format of the report")
 	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]cobra.Completion{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))
 	return &o
 }

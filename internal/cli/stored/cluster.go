@@ -65,7 +65,7 @@ func timeoutFlag(cmd *cobra.Command) *time.Duration {
 
 // identityFlag adds --identity.
 func identityFlag(cmd *cobra.Command) *[]string {
-	return command.IdentityFlag(cmd, "which decrypts values by the recovery copies of providers of kind age if their KMS does not, also if its key is disabled")
+	return command.IdentityFlag(cmd, "which decrypts values with the recovery copies of providers of kind age if the KMS does not decrypt them, even if its key is disabled")
 }
 
 // loadCluster is openCluster with the configuration at path.

@@ -108,7 +108,7 @@ func (o *reencryptOptions) flags(cmd *cobra.Command) {
 	f.IntVar(&o.passes, "passes", 5, "maximum of passes over all keys until nothing is left to do")
 	f.BoolVar(&o.dryRun, "dry-run", false, "print what would be rewritten, and what it costs; write nothing")
 	f.BoolVar(&o.encryptPlaintext, "encrypt-plaintext", false, "encrypt plaintext also under rules with allowPlaintextReads: false, which makes values that were written to etcd directly genuine")
-	f.BoolVar(&o.noWait, "no-wait", false, "fail if another reencrypt is at work")
+	f.BoolVar(&o.noWait, "no-wait", false, "fail if another reencrypt is running")
 	f.BoolVar(&o.watch, "watch", false, "keep running, and re-encrypt after each rotation, until a signal")
 	f.DurationVar(&o.interval, "interval", time.Hour, "with --watch, the time between two runs without another reason")
 	f.BoolVar(&o.ignoreProxies, "ignore-proxies", false, "do not check whether the proxies have the rules of this configuration")

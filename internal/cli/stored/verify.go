@@ -50,7 +50,7 @@ checked, the exit code is 3.`,
 	cmd.Flags().StringVar(&o.dataDir, "data-dir", "", "check the data directory `DIR` of a stopped member")
 	cmd.Flags().StringVar(&o.walDir, "wal-dir", "", "with --data-dir, check also the write-ahead log in `DIR`, if the member has --wal-dir")
 	cmd.Flags().StringArrayVar(&o.canaries, "canary", nil, "a `STRING` that must not be found, also not in base64; may be repeated")
-	cmd.Flags().StringVar(&o.canaryFile, "canary-file", "", "a `FILE` with such strings, one a line")
+	cmd.Flags().StringVar(&o.canaryFile, "canary-file", "", "a `FILE` with such strings, one per line")
 	cmd.Flags().StringArrayVar(&o.kinds, "kind", nil, "a `KIND` of Kubernetes objects that must not be found in plaintext, for example Secret; by default the kinds of the rules' resources")
 	cmd.Flags().BoolVar(&o.offline, "offline", false, "call no KMS: encrypted values must be well-formed, and are not decrypted; for files only")
 	cmd.Flags().BoolVar(&o.all, "list", false, "print every finding, not only a few of each file and reason")
