@@ -152,8 +152,8 @@ type Kubernetes struct {
 // Age has public keys of age (https://age-encryption.org), the recipients of recovery copies. Any
 // one of their private keys, the identities, decrypts a copy. The identities stay offline: only the
 // commands decrypt, verify, status, reencrypt, drill and kms check take them, with --identity.
-// There is no KMS, so pollInterval, seedMaxAge and seedMaxSeals are refused. The recipients are those
-// of recipients and those of recipientsFile, at least one.
+// There is no KMS, so pollInterval, seedMaxAge and seedMaxSeals are refused. The recipients are
+// those of recipients and those of recipientsFile, at least one.
 type Age struct {
 	// Recipients are public keys as `age-keygen` prints them: `age1…` (X25519) or `age1pq1…`
 	// (post-quantum), or `age1tag1…` and `age1tagpq1…` of a hardware token. Post-quantum recipients

@@ -6,10 +6,10 @@ import (
 	"strings"
 )
 
-// kinds are those of the resources of builtin, by where they are stored. Left out is what is not
-// told by its kind in protobuf: what is stored as JSON (custom resources, their definitions and API
-// services), and Endpoints, of which the API server keeps some that are never encrypted, in
-// addition to resources.
+// kinds maps the folders in which kube-apiserver stores its built-in resources to the kinds of
+// their objects. It leaves out objects that are stored as JSON and so cannot be recognized by their
+// kind in protobuf (custom resources, their definitions and API services), and Endpoints, of which
+// the API server stores some that are no resources and never encrypted.
 var kinds = map[string]string{
 	"certificatesigningrequests": "CertificateSigningRequest", "clusterrolebindings": "ClusterRoleBinding", "clusterroles": "ClusterRole",
 	"clustertrustbundles": "ClusterTrustBundle", "compositepodgroups": "CompositePodGroup", "configmaps": "ConfigMap", "controllerrevisions": "ControllerRevision",

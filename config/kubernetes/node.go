@@ -7,8 +7,8 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// plain reports a node that is an alias or has an anchor: what it stands for would have to be
-// followed.
+// plain reports whether a node is neither an alias nor has an anchor, and adds a problem if it is
+// or does.
 func (r *reader) plain(n *yaml.Node, at string) bool {
 	if n.Kind == yaml.AliasNode || n.Anchor != "" {
 		r.report(n.Line, at, "write the value out", "anchors and aliases are not supported")

@@ -1,4 +1,4 @@
-// Package auditlog writes and checks a log that shows when it was tampered with.
+// Package auditlog writes and verifies a tamper-evident log.
 //
 // A log is a file of JSON lines, in which each record is chained to the one before:
 //

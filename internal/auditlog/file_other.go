@@ -4,7 +4,8 @@ package auditlog
 
 import "os"
 
-// Where files cannot be locked, the operator has to see to it that one process writes a log.
+// On systems where files cannot be locked, the operator must make sure that only one process writes
+// a log.
 const noFollow = 0
 
 func isLink(error) bool { return false }

@@ -10,8 +10,8 @@ import (
 	"strings"
 )
 
-// rotate gives the file a name of its own, the path with the number of its last record, and begins
-// a new one. On an error the old file stays in use at its path. mu is held.
+// rotate renames the file to its path with the number of its last record, and begins a new file. On
+// an error the old file stays in use at its path. mu is held.
 func (l *Log) rotate() error {
 	if err := l.f.Sync(); err != nil {
 		return err

@@ -7,8 +7,8 @@ import (
 	"os"
 )
 
-// lockDir locks nothing where folders cannot be locked: two servers that start in the same instant
-// may then both believe to have the socket.
+// lockDir locks nothing on systems where folders cannot be locked. Two servers that start at the
+// same time may then both assume that the socket is theirs.
 func lockDir(dir string) (unlock func(), err error) {
 	if _, err := os.Stat(dir); err != nil {
 		return nil, fmt.Errorf("open its folder: %w", err)

@@ -1,6 +1,6 @@
-// Package unixsocket makes listening unix sockets that nobody can open with looser permissions than
-// they are given, not even in the moment between bind and chmod. The listeners of the proxy and the
-// KMS plugin server use it. It knows nothing of what is served.
+// Package unixsocket creates listening unix sockets that have their final permissions from the
+// start: there is no moment between bind and chmod in which other users can connect. The listeners
+// of the proxy and the KMS plugin server use it.
 package unixsocket
 
 import (
@@ -17,8 +17,8 @@ import (
 	"time"
 )
 
-// probeTimeout bounds how long a process that holds the socket may take to accept, and how long
-// another one may be at placing its own.
+// probeTimeout limits how long a process that serves the socket may take to accept a connection,
+// and is the unit of time for which another process may hold the lock of the folder.
 const probeTimeout = time.Second
 
 // ErrInUse is in the error of [Listen] when another process serves the socket.

@@ -15,9 +15,10 @@ import (
 )
 
 // Status reports the version that Encrypt would use now. A key that cannot be used is an error of
-// [kmsclient.ClassKeyUnusable]. A dedicated instance's endpoint does not describe keys; there, a
-// data key is generated and discarded, which shows the current version and that the key works. So
-// it is when DescribeKey is throttled, whose small quota the whole account shares.
+// [kmsclient.ClassKeyUnusable]. A dedicated instance's endpoint does not describe keys. With such
+// an endpoint, Status generates a data key and discards it, which shows the current version and
+// that the key works. It does the same if DescribeKey is throttled, because the whole account
+// shares its small quota.
 func (b *Backend) Status(ctx context.Context) (*service.StatusResponse, error) {
 	const op = "Status"
 	info, err := b.describe(ctx, op)

@@ -10,8 +10,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 )
 
-// memberCall is a call whose response names members. A client that goes to their own URLs, as
-// AutoSync has it do, would not use the proxy: so it is told of URLs that lead here.
+// memberCall is a call whose response lists members. A client that connects to the members' own
+// URLs, as one with AutoSync does, would bypass the proxy. So the response gets the client URLs of
+// the proxy, if the listener has any.
 type memberCall struct {
 	whole
 	core *Core

@@ -10,10 +10,11 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/valuetxn"
 )
 
-// A delete of a range that reaches over keys of the proxies' own, as one of everything does, leaves
-// these alone: etcd is asked to delete what is before and after them, in one transaction. The
-// client sees the response of one delete. In a transaction of the client's, they stand where the
-// delete was: not in a nested one, since etcd does not compare what siblings write.
+// This file handles a delete of a range that begins before the proxies' own keys and ends after
+// them, such as a delete of all keys. The own keys stay: the proxy sends etcd one transaction with
+// deletes of the ranges before and after them, and the client gets the response of one delete. If
+// the delete is in a transaction of the client, these deletes take its place in the same list, and
+// not in a nested transaction, because etcd does not compare what siblings write.
 
 // parts are the deletes that are sent for one that reaches over own keys.
 func (o ownKeys) parts(d *pb.DeleteRangeRequest) []*pb.RequestOp {

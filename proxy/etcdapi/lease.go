@@ -11,13 +11,13 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/valuetxn"
 )
 
-// revokeCall is a LeaseRevoke. It does not say which keys go with the lease, so etcd is requested
-// them first: one to which keys of the proxies' own are attached stays. No client attaches them,
-// since a put of such a key is refused; the proxies do, with the leases of their announcements,
-// which LeaseLeases shows.
+// revokeCall is a LeaseRevoke. It deletes the keys of the lease, which the request does not name.
+// So the proxy gets them from etcd first, and refuses to revoke a lease to which keys of the
+// proxies' own are attached. Only proxies attach them, to the leases of their announcements, which
+// clients can see with LeaseLeases.
 //
-// The keys are requested with the client's own token. A client that may write the lease's keys and
-// not read them is therefore refused by etcd.
+// The proxy gets the keys with the client's own token. So etcd refuses a client that may write the
+// keys of the lease but not read them.
 type revokeCall struct {
 	unread
 	core    *Core

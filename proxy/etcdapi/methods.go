@@ -19,9 +19,9 @@ const (
 	classMembers class = "members"
 	// classCheck: carries no value: forwarded untouched, unless this client may not send it
 	classCheck class = "check"
-	// classDelete: deletes keys that it does not name: etcd is asked for them first
+	// classDelete: deletes keys that it does not name: the proxy gets them from etcd first
 	classDelete class = "delete"
-	classHost   class = "host" // served here where a rule covers its keys, and else forwarded
+	classHost   class = "host" // served in the proxy if a rule covers its keys, otherwise forwarded
 )
 
 // Shape says how many messages a method moves.

@@ -7,9 +7,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/prefix"
 )
 
-// The policy for requests that change something, in one place: what clients may do to the proxies'
-// own keys, and which methods are left to the clients that are given stored bytes. Every method
-// asks here, however it is served.
+// This file has the policy for requests that change something: what clients may do to the proxies'
+// own keys, and which methods a client that gets stored bytes (ciphertextClients) may call. Relayed
+// and handled calls of every method apply it.
 
 // access says whether a method only reads. The zero value is a method that a read-only client is
 // refused.

@@ -13,9 +13,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 )
 
-// etcdProxy has etcd respond to a request, whatever its method. The request's body stays behind:
-// etcd reads none on these paths. Header fields that let scripts of other origins read the response
-// stay behind, too.
+// etcdProxy forwards a request to etcd, whatever its method. It does not forward the request's
+// body, because etcd reads none on these paths. It removes header fields of the response that let
+// scripts of other origins read it.
 func etcdProxy() http.Handler {
 	return &httputil.ReverseProxy{
 		Rewrite: func(r *httputil.ProxyRequest) {

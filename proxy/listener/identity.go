@@ -10,8 +10,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
 )
 
-// Identity says who is at the other end of a connection. It is made once, when the connection is
-// accepted, and never changes: a connection whose client would be treated in another way ends.
+// Identity is the client of a connection, and what it may do. It is made once, when the connection
+// is accepted, and never changes: if the client would be treated differently, the connection ends.
 type Identity struct {
 	Listener string // the address of the listener, as configured
 	Remote   string // the peer's address; empty for a unix socket
@@ -57,8 +57,8 @@ func (id *Identity) identify(cert *x509.Certificate) {
 	}
 }
 
-// authorise applies a listener's lists; nil are empty ones. A client that is in both gets
-// stored bytes. With an empty list of allowed clients any certificate of the CA may enter.
+// authorise applies a listener's lists; nil are empty ones. A client that is in both gets stored
+// bytes. With an empty list of allowed clients, every certificate of the CA is allowed.
 func (id *Identity) authorise(lists *clientLists) {
 	if lists == nil {
 		lists = &clientLists{}

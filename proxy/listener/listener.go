@@ -36,8 +36,8 @@ type Config struct {
 	Mode fs.FileMode
 	// TLS is nil for cleartext.
 	TLS *TLS
-	// AllowedClients are the common names and subject alternative names that may enter; empty: any
-	// certificate of the CA. What others ask for is answered with PermissionDenied.
+	// AllowedClients are the common names and subject alternative names of allowed clients; empty:
+	// every certificate of the CA. Requests of others are refused with PermissionDenied.
 	AllowedClients []string
 	// CiphertextClients are given the bytes that etcd stores, and may only read. They need not be
 	// in AllowedClients.

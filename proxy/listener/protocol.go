@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// detectTimeout is how long a client may take to say its first word.
+// detectTimeout is how long a client may take to send its first bytes.
 const detectTimeout = 2 * time.Minute
 
 // preface is how every HTTP/2 connection begins; no method of HTTP/1 does.

@@ -1,4 +1,4 @@
-// Package prefix finds what holds for an etcd key among prefixes, of which the longest wins.
+// Package prefix finds the longest of several prefixes that an etcd key begins with, and its value.
 package prefix
 
 import (

@@ -13,10 +13,10 @@ import (
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 )
 
-// lateAuth has etcd's client library ask for a user's token with its first call, within that call's
-// time. The library alone does so in its constructor, which does not come back before etcd
-// answers: a proxy with a user would neither serve nor stop while etcd is down, and a command would
-// outstay its --timeout.
+// lateAuth makes etcd's client library request a user's token with its first call, within the
+// deadline of that call. By default the library does so in its constructor, which does not return
+// before etcd responds: a proxy with a user would neither serve nor stop while etcd is down, and a
+// command would exceed its --timeout.
 type lateAuth struct {
 	password func() string // the user's, as it is now; nil without a user
 	log      *slog.Logger
@@ -35,8 +35,8 @@ func (a *lateAuth) options() []grpc.DialOption {
 	return []grpc.DialOption{grpc.WithChainUnaryInterceptor(a.unary)}
 }
 
-// unary is called by the library's own interceptor. What that one does when etcd says that a call
-// has no user is to fetch a token and to call again.
+// unary is called by the library's own interceptor. If etcd reports that a call has no user, that
+// interceptor gets a token and calls again.
 func (a *lateAuth) unary(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 	isAuth := method == etcdserverpb.Auth_Authenticate_FullMethodName
 	switch {

@@ -8,17 +8,18 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// A learner of etcd's serves Status, serializable reads and snapshots, and refuses every other
-// call. etcd's client library then tries another of its endpoints. A client of the proxy has one
-// endpoint alone, so the proxy keeps calls off learners while another member is connected.
+// A learner of etcd serves Status, serializable reads and snapshots, and refuses every other call.
+// etcd's client library then tries another of its endpoints. A client of the proxy has only one
+// endpoint, so the proxy sends calls to learners only while no other member is connected.
 //
-// A member is requested its health, which a learner refuses like any other call and before it looks
-// for a user. Status tells more, but needs a token from etcd 3.7 on where authentication is on.
+// To detect a learner, the proxy calls the health service of a member. A learner refuses that call
+// like most others, and before it checks the user. Status would show more, but since etcd 3.7 it
+// needs a token if authentication is on.
 
-// Times of the question whether a member is a learner.
+// Times of the check whether a member is a learner.
 const (
 	RoleTimeout = time.Second // after which a member counts as one that votes
-	// RoleInterval: between two questions to a learner, which may have been promoted
+	// RoleInterval: between two checks of a learner, which may have been promoted
 	RoleInterval = 2 * time.Second
 )
 
@@ -33,8 +34,8 @@ func refusedByLearner(err error) bool {
 	return err != nil && status.Convert(err).Message() == LearnerRefusalText
 }
 
-// LearnerRefusal returns what etcd says to a call that learners refuse, if it is a learner, and
-// otherwise nil. The call is the question for its health.
+// LearnerRefusal returns the error of a learner for a call that learners refuse, and nil if the
+// member is not a learner. The call is that of the health service.
 func (u *Cluster) LearnerRefusal(ctx context.Context) error {
 	if err := u.checkHealth(OutgoingContext(ctx)); refusedByLearner(err) {
 		return err

@@ -19,10 +19,10 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 )
 
-// voters keeps the calls of one client of etcd's library off learners. A call that a learner has
-// refused is made once more on another endpoint: the learner refuses before it inspects a call,
-// so even a write cannot be done twice. With the first refusal the endpoints that are learners are
-// taken out of the client's list, until they are promoted.
+// voters makes a client of etcd's library avoid learners. It repeats a call that a learner has
+// refused on another endpoint. A learner refuses before it inspects a call, so even a write cannot
+// be applied twice. With the first refusal, voters removes the learners from the client's list of
+// endpoints until they are promoted.
 type voters struct {
 	endpoints []string
 	client    atomic.Pointer[clientv3.Client] // nil until it is made

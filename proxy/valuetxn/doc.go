@@ -1,5 +1,6 @@
-// Package valuetxn serves requests that compare or sort by encrypted values, which etcd cannot: it
-// has only ciphertexts. A transaction is decided here and proven to etcd by compares of revisions;
-// a range is sorted here as etcd would sort it. It reaches etcd through a [Store], which encrypts
-// and decrypts, and knows no rules and no KMS.
+// Package valuetxn serves requests that compare or sort by encrypted values. etcd cannot serve
+// them, because it has only ciphertexts. [Txn] evaluates the compares of a transaction, and sends
+// etcd the chosen branch with compares of revisions. [Range] sorts as etcd would sort the
+// plaintexts. The package accesses etcd through a [Store], which encrypts and decrypts. It knows no
+// rules and no KMS.
 package valuetxn

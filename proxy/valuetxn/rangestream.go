@@ -9,12 +9,12 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// A RangeStream that sorts by something else than keys, under a rule. etcd refuses one with an
-// order, or with one of the filters by revision, and that is left to it. One without an order it
-// answers in chunks, each of which it sorts alone, and continues after the last key of a sorted
-// chunk: so keys may come twice or not at all. Which ones depends on the order of the values and on
-// the size of the chunks, and a client is to see what etcd has for the plaintexts: so the chunks
-// are made here, of etcd's ranges, by etcd's rules.
+// This file handles a RangeStream that sorts by something else than keys, under a rule. etcd
+// refuses such a request if it has an order or a filter by revision, and the proxy forwards it.
+// Without an order, etcd sorts each chunk separately and continues after the last key of the sorted
+// chunk, so keys can appear twice or not at all. Which keys depends on the order of the values and
+// the sizes of the chunks. To return what etcd would return for the plaintexts, the proxy makes the
+// chunks itself, from ranges of etcd and by etcd's rules.
 
 const firstChunkKeys = 10
 

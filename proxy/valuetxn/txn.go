@@ -20,16 +20,17 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 )
 
-// A transaction that compares encrypted values is decided here and then proven to etcd. What it
-// compares is read at one revision, decrypted and compared; then etcd is sent the chosen branch
-// alone, under compares of revisions that hold as long as the decision does (the guards). If they
-// do not hold any more, nothing was done, and it starts again.
+// A transaction that compares encrypted values takes these steps. The proxy reads the compared
+// values at one revision, decrypts and compares them, and so chooses a branch. It then sends etcd
+// this branch, with compares of revisions that fail if a compared value has changed (the
+// guards). If they fail, etcd has changed nothing, and the proxy starts again.
 //
-// The other branch goes along where it can never be taken, since etcd checks it, too: keys, limits
-// and permissions.
+// The other branch is sent too, in a place where etcd never executes it, because etcd checks the
+// keys, limits and permissions of both branches.
 //
-// How much is read is bounded: what etcd refuses whatever its keys hold is refused before, and the
-// compares of all nested transactions of one depth are read together.
+// The amount that is read is limited: a transaction that etcd would refuse whatever the values are
+// is refused before any read, and the compares of all nested transactions of one depth are read
+// together.
 
 const (
 	// maxAttempts bounds how often a transaction is started again.
@@ -38,7 +39,7 @@ const (
 	pageKeys = 500
 	// maxCompares bounds the compares of a transaction that are decided here, over all nested ones,
 	// and maxRangeCompares those of ranges, which are read one by one. etcd's own default allows
-	// 128 of a list, and what holds goes into one list of guards.
+	// 128 compares in a list, and all guards are in one list.
 	maxCompares      = 1000
 	maxRangeCompares = 128
 )
@@ -48,8 +49,9 @@ var errManyCompares = rpc.Error(codes.ResourceExhausted, fmt.Sprintf(
 
 var errContended = rpc.Error(codes.Aborted, fmt.Sprintf("a compare by value did not come to an end in %d attempts, since others kept writing what it compares", maxAttempts))
 
-// Turns make those who compare the same key wait for each other, so that not all but one of many
-// fail over and over. Only who has failed once takes a turn.
+// Turns serialize transactions that compare the same key. Without them, of many transactions at
+// once, all but one would fail at each attempt. A transaction takes its turn only after it has
+// failed once.
 type Turns struct {
 	seed  maphash.Seed
 	slots [256]chan struct{}

@@ -15,7 +15,7 @@ import (
 	"google.golang.org/grpc/mem"
 )
 
-// ErrStalled is of a peer that has read nothing for [StallTimeout].
+// ErrStalled is returned for a peer that has read nothing for [StallTimeout].
 var ErrStalled = errors.New("the peer takes no data")
 
 // StallTimeout is how long a peer may read nothing while data waits for it.

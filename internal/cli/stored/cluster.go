@@ -1,6 +1,6 @@
 // Package stored has the commands that work on the values in etcd, and on its files: status,
-// reencrypt, purge, verify and decrypt. They connect to etcd directly, and use
-// the keys and rules of the configuration.
+// reencrypt, purge, verify, decrypt and drill. They connect to etcd directly, and use the keys and
+// rules of the configuration.
 package stored
 
 import (
