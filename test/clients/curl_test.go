@@ -27,7 +27,7 @@ func TestCurl(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			c := &curl{pair: pair(t, "3.7"), dir: t.TempDir()}
-			c.proxy.Tells("curl")
+			c.proxy.RecordTested("curl")
 			c.values(t)
 			c.transports(t)
 			c.streams(t)

@@ -102,7 +102,7 @@ func TestEtcdctl(t *testing.T) {
 		t.Run(version, func(t *testing.T) {
 			t.Parallel()
 			p := newPair(t, version)
-			p.proxy.Tells("etcdctl " + version)
+			p.proxy.RecordTested("etcdctl " + version)
 			dirs := []string{t.TempDir(), t.TempDir()}
 			secret := p.Sealed.Value("etcdctl")
 			both := func(command, stdin string) told {

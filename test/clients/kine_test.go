@@ -24,7 +24,7 @@ func TestKine(t *testing.T) {
 		Rules: []harness.Rule{{Prefix: "/registry/secrets/", WriteWith: "dev", AllowPlaintextReads: new(false)}},
 	})
 	proxy.WaitReady(within)
-	proxy.Tells("kube-apiserver on kine")
+	proxy.RecordTested("kube-apiserver on kine")
 	api := env.StartAPIServer(harness.APIServerConfig{EtcdServers: proxy.URL()})
 	secrets := api.Client.CoreV1().Secrets("default")
 	ctx := t.Context()

@@ -23,7 +23,7 @@ import (
 func TestLibrary(t *testing.T) {
 	t.Parallel()
 	p := newPair(t, "3.7")
-	p.proxy.Tells("etcd's Go client")
+	p.proxy.RecordTested("etcd's Go client")
 	client := func(t *testing.T) *clientv3.Client {
 		t.Helper()
 		c, err := clientv3.New(clientv3.Config{Endpoints: []string{"http://" + p.proxy.Address}, Logger: zap.NewNop(), DialTimeout: within, DialOptions: harness.SearchErrors()})

@@ -66,7 +66,7 @@ func everyWay(t *testing.T, client string, work func(*testing.T, *pair)) {
 		t.Run(version, func(t *testing.T) {
 			t.Parallel()
 			p := newPair(t, version)
-			p.proxy.Tells(client)
+			p.proxy.RecordTested(client)
 			work(t, p)
 		})
 	}

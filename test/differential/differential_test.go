@@ -74,7 +74,7 @@ func newBench(t *testing.T, version string, rules ruleSet, flags ...string) *ben
 // tells records what was tested, for docs/design/compatibility.md.
 func (b *bench) tells(t *testing.T) {
 	b.tested = make(map[string]bool)
-	harness.Tells(t, func() (cells []harness.Tested) {
+	harness.RecordTested(t, func() (cells []harness.Tested) {
 		for row, present := range b.tested {
 			cells = append(cells, harness.Tested{Row: row, Column: "etcd " + b.version, Absent: !present})
 		}

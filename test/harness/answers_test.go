@@ -13,33 +13,33 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// witness is a test that records its failures.
-type witness struct {
+// recordingTest is a test that records its failures.
+type recordingTest struct {
 	testing.TB
 	mu       sync.Mutex
 	failures []string
 }
 
-func (w *witness) Errorf(format string, args ...any) {
+func (w *recordingTest) Errorf(format string, args ...any) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.failures = append(w.failures, format)
 }
 
-func (w *witness) count() int {
+func (w *recordingTest) count() int {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return len(w.failures)
 }
 
-// gossip is a server whose errors contain secrets.
-type gossip struct {
+// secretErrors is a server whose errors contain secrets.
+type secretErrors struct {
 	pb.UnimplementedKVServer
 	pb.UnimplementedWatchServer
 	text, detail string
 }
 
-func (g *gossip) err() error {
+func (g *secretErrors) err() error {
 	s, err := status.New(codes.DataLoss, g.text).WithDetails(&pb.Member{Name: g.detail})
 	if err != nil {
 		return err
@@ -47,16 +47,16 @@ func (g *gossip) err() error {
 	return s.Err()
 }
 
-func (g *gossip) Range(context.Context, *pb.RangeRequest) (*pb.RangeResponse, error) {
+func (g *secretErrors) Range(context.Context, *pb.RangeRequest) (*pb.RangeResponse, error) {
 	return nil, g.err()
 }
 
-func (g *gossip) Watch(pb.Watch_WatchServer) error { return g.err() }
+func (g *secretErrors) Watch(pb.Watch_WatchServer) error { return g.err() }
 
 // TestErrorsAreSearched checks that a secret in the text or details of an error fails the test that
 // it belongs to, whichever test received it, and no other test.
 func TestErrorsAreSearched(t *testing.T) {
-	g := &gossip{}
+	g := &secretErrors{}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -81,7 +81,7 @@ func TestErrorsAreSearched(t *testing.T) {
 		"both at once": {"SECRET", "CLEAR", 2},
 	} {
 		t.Run(name, func(t *testing.T) {
-			w := &witness{TB: t}
+			w := &recordingTest{TB: t}
 			env := New(w)
 			fill := strings.NewReplacer("SECRET", env.Sealed.Value("x"), "CLEAR", env.Clear.Value("y"))
 			g.text, g.detail = fill.Replace(tc.text), fill.Replace(tc.detail)

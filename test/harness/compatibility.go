@@ -19,8 +19,8 @@ type Tested struct {
 	Absent bool `json:"absent,omitempty"`
 }
 
-// Tells records cells when the test ends, if it has passed.
-func Tells(tb testing.TB, cells func() []Tested) {
+// RecordTested records cells when the test ends, if it has passed.
+func RecordTested(tb testing.TB, cells func() []Tested) {
 	tb.Helper()
 	dir := os.Getenv("COMPATIBILITY_RESULTS")
 	if dir == "" {
@@ -32,14 +32,14 @@ func Tells(tb testing.TB, cells func() []Tested) {
 		}
 		file, err := os.CreateTemp(dir, "*.jsonl")
 		if err != nil {
-			tb.Errorf("note what was tested: %v", err)
+			tb.Errorf("record what was tested: %v", err)
 			return
 		}
 		defer file.Close()
 		out := json.NewEncoder(file)
 		for _, c := range cells() {
 			if err := out.Encode(c); err != nil {
-				tb.Errorf("note what was tested: %v", err)
+				tb.Errorf("record what was tested: %v", err)
 			}
 		}
 	})
@@ -47,13 +47,13 @@ func Tells(tb testing.TB, cells func() []Tested) {
 
 var answered = regexp.MustCompile(`(?m)^grpc_server_msg_sent_total\{grpc_method="(\w+)",grpc_service="([\w.]+)",[^}]*\} (\d+)`)
 
-// Tells records, when the test ends, that the proxy has answered for column every method whose
-// responses its metrics count.
-func (p *Proxy) Tells(column string) {
+// RecordTested records, when the test ends, that the proxy has answered every method whose
+// responses its metrics count, for a column.
+func (p *Proxy) RecordTested(column string) {
 	p.env.TB.Helper()
-	Tells(p.env.TB, func() (cells []Tested) {
+	RecordTested(p.env.TB, func() (cells []Tested) {
 		if p.Process == nil || p.Alive() != nil {
-			p.env.TB.Errorf("note what was tested with %s: the proxy has ended", column)
+			p.env.TB.Errorf("record what was tested with %s: the proxy has ended", column)
 			return nil
 		}
 		for _, m := range answered.FindAllStringSubmatch(p.Scrape(), -1) {

@@ -29,17 +29,17 @@ type KMS struct {
 	IDSuffix string
 	path     string
 
-	mu       sync.Mutex
-	server   *grpc.Server
-	versions int
-	encrypts int
-	decrypts int
-	disabled bool
-	plain    bool                // see Plain
-	down     bool                // see Down
-	grudge   time.Duration       // see Grudge
-	grudging time.Time           // until then Status returns err
-	hanging  map[string]struct{} // see Hang
+	mu               sync.Mutex
+	server           *grpc.Server
+	versions         int
+	encrypts         int
+	decrypts         int
+	disabled         bool
+	noReasons        bool                // see OmitReasons
+	down             bool                // see Down
+	statusFailsFor   time.Duration       // see FailStatusAfterErrors
+	statusFailsUntil time.Time           // see FailStatusAfterErrors
+	hanging          map[string]struct{} // see Hang
 }
 
 // NewKMS returns a plugin with one key version; it does not serve before [KMS.Start].
@@ -98,12 +98,12 @@ func (k *KMS) Disable(disabled bool) {
 	k.disabled = disabled
 }
 
-// Plain makes every call that fails return the code Unknown without a reason, like most public
-// plugins.
-func (k *KMS) Plain(plain bool) {
+// OmitReasons makes every call that fails return the code Unknown without a reason, like most
+// public plugins.
+func (k *KMS) OmitReasons(omit bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.plain = plain
+	k.noReasons = omit
 }
 
 // Down makes every call fail as behind a plugin whose own KMS is unreachable, or ends that: the
@@ -114,12 +114,12 @@ func (k *KMS) Down(down bool) {
 	k.down = down
 }
 
-// Grudge makes Status report a fault for this long after each Decrypt that failed, like the plugin
-// for AWS.
-func (k *KMS) Grudge(d time.Duration) {
+// FailStatusAfterErrors makes Status report a fault for this long after each Decrypt that failed,
+// like the plugin for AWS.
+func (k *KMS) FailStatusAfterErrors(d time.Duration) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.grudge = d
+	k.statusFailsFor = d
 }
 
 // Hang makes every Decrypt of a wrapped DEK seed time out.
@@ -139,15 +139,15 @@ func (k *KMS) hangs(source []byte) bool {
 	return ok
 }
 
-// plainly returns the error of a plugin of that kind for a failed call.
-func (k *KMS) plainly(err error) error {
+// failed returns the error of the plugin for a Decrypt that failed with err; nil for nil.
+func (k *KMS) failed(err error) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if err == nil {
 		return nil
 	}
-	k.grudging = time.Now().Add(k.grudge)
-	if k.plain {
+	k.statusFailsUntil = time.Now().Add(k.statusFailsFor)
+	if k.noReasons {
 		return status.Error(codes.Unknown, "failed to decrypt")
 	}
 	return err
@@ -191,9 +191,9 @@ func (k *KMS) Status(context.Context, *kmsapi.StatusRequest) (*kmsapi.StatusResp
 		return nil, err
 	}
 	k.mu.Lock()
-	grudging := time.Now().Before(k.grudging)
+	statusFails := time.Now().Before(k.statusFailsUntil)
 	k.mu.Unlock()
-	if grudging {
+	if statusFails {
 		return &kmsapi.StatusResponse{Version: "v2", Healthz: "err", KeyId: k.KeyID()}, nil
 	}
 	return &kmsapi.StatusResponse{Version: "v2", Healthz: "ok", KeyId: k.KeyID()}, nil
@@ -229,7 +229,7 @@ func (k *KMS) Decrypt(ctx context.Context, request *kmsapi.DecryptRequest) (*kms
 		return nil, ctx.Err()
 	}
 	r, err := k.decrypt(request)
-	return r, k.plainly(err)
+	return r, k.failed(err)
 }
 
 func (k *KMS) decrypt(request *kmsapi.DecryptRequest) (*kmsapi.DecryptResponse, error) {

@@ -16,7 +16,8 @@ const (
 	// Frozen: no bytes are forwarded and none are lost: they are held back until the link is whole
 	// again
 	Frozen
-	Deaf // like Frozen, but only for responses: requests are forwarded
+	// ResponsesFrozen is like Frozen, but only for responses: requests are forwarded
+	ResponsesFrozen
 )
 
 // Relay is a network between two processes: it listens in the place of one of them, and copies
@@ -153,7 +154,7 @@ func (r *Relay) copy(to, from *net.TCPConn, back bool) {
 func (r *Relay) wait(back bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for !r.ended && (r.link == Frozen || r.link == Deaf && back) {
+	for !r.ended && (r.link == Frozen || r.link == ResponsesFrozen && back) {
 		r.changed.Wait()
 	}
 }

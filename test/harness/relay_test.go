@@ -20,7 +20,7 @@ func TestRelay(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer echo.Close()
-	heard := make(chan string, 10)
+	received := make(chan string, 10)
 	go func() {
 		for {
 			c, err := echo.Accept()
@@ -34,7 +34,7 @@ func TestRelay(t *testing.T) {
 					if err != nil {
 						return
 					}
-					heard <- line
+					received <- line
 					_, _ = io.WriteString(c, line)
 				}
 			}()
@@ -50,7 +50,7 @@ func TestRelay(t *testing.T) {
 		t.Cleanup(func() { c.Close() })
 		return c
 	}
-	say := func(c net.Conn, line string) {
+	send := func(c net.Conn, line string) {
 		t.Helper()
 		if _, err := io.WriteString(c, line); err != nil {
 			t.Fatal(err)
@@ -72,27 +72,27 @@ func TestRelay(t *testing.T) {
 		}
 	}
 	c := dial()
-	say(c, "whole\n")
+	send(c, "whole\n")
 	answers(c, "whole\n")
-	<-heard
+	<-received
 
-	r.Set(Deaf)
-	say(c, "deaf\n")
-	if got := <-heard; got != "deaf\n" {
-		t.Errorf("the other side heard %q", got)
+	r.Set(ResponsesFrozen)
+	send(c, "responses frozen\n")
+	if got := <-received; got != "responses frozen\n" {
+		t.Errorf("the other side received %q", got)
 	}
 	silent(c)
 	r.Set(Frozen)
-	say(c, "frozen\n")
+	send(c, "frozen\n")
 	silent(c)
 	other := dial()
-	say(other, "new\n")
+	send(other, "new\n")
 	silent(other)
-	if len(heard) > 0 {
-		t.Errorf("a frozen link let %q through", <-heard)
+	if len(received) > 0 {
+		t.Errorf("a frozen link let %q through", <-received)
 	}
 	r.Set(Whole)
-	answers(c, "deaf\nfrozen\n")
+	answers(c, "responses frozen\nfrozen\n")
 	answers(other, "new\n")
 
 	r.Set(Cut)
@@ -111,6 +111,6 @@ func TestRelay(t *testing.T) {
 	}
 	r.Set(Whole)
 	c = dial()
-	say(c, "again\n")
+	send(c, "again\n")
 	answers(c, "again\n")
 }

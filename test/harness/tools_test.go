@@ -26,8 +26,8 @@ func pinned(t *testing.T, tool string) map[string]string {
 	return versions
 }
 
-// says returns the version that a tool prints.
-func says(t *testing.T, bin string, args ...string) string {
+// printedVersion returns the version that a tool prints.
+func printedVersion(t *testing.T, bin string, args ...string) string {
 	t.Helper()
 	out, err := exec.Command(Bin(t, bin), args...).CombinedOutput()
 	if err != nil {
@@ -42,7 +42,7 @@ func says(t *testing.T, bin string, args ...string) string {
 func TestEtcdVersions(t *testing.T) {
 	for _, minor := range Versions(t) {
 		if minor == "3.4" { // Debian's package
-			if out := says(t, "etcd-3.4", "--version"); !strings.HasPrefix(out, "etcd Version: 3.4.") {
+			if out := printedVersion(t, "etcd-3.4", "--version"); !strings.HasPrefix(out, "etcd Version: 3.4.") {
 				t.Errorf("etcd-3.4 is %q", out)
 			}
 			continue
@@ -58,11 +58,11 @@ func TestEtcdVersions(t *testing.T) {
 			}
 		}
 		plain := strings.TrimPrefix(want, "v")
-		if out := says(t, "etcd-"+minor, "--version"); !strings.HasPrefix(out, "etcd Version: "+plain+"\n") {
-			t.Errorf("etcd-%s says %q, want %s", minor, out, plain)
+		if out := printedVersion(t, "etcd-"+minor, "--version"); !strings.HasPrefix(out, "etcd Version: "+plain+"\n") {
+			t.Errorf("etcd-%s printedVersion %q, want %s", minor, out, plain)
 		}
-		if out := says(t, "etcdctl-"+minor, "version"); !strings.HasPrefix(out, "etcdctl version: "+plain+"\n") {
-			t.Errorf("etcdctl-%s says %q, want %s", minor, out, plain)
+		if out := printedVersion(t, "etcdctl-"+minor, "version"); !strings.HasPrefix(out, "etcdctl version: "+plain+"\n") {
+			t.Errorf("etcdctl-%s printedVersion %q, want %s", minor, out, plain)
 		}
 	}
 }
@@ -90,7 +90,7 @@ func TestToolsAreAsPinned(t *testing.T) {
 			}
 		}
 	}
-	if out, want := says(t, "kube-apiserver", "--version"), pinned(t, "kube-apiserver")["k8s.io/kubernetes"]; out != "Kubernetes "+want+"\n" {
-		t.Errorf("kube-apiserver says %q, want %s", out, want)
+	if out, want := printedVersion(t, "kube-apiserver", "--version"), pinned(t, "kube-apiserver")["k8s.io/kubernetes"]; out != "Kubernetes "+want+"\n" {
+		t.Errorf("kube-apiserver printedVersion %q, want %s", out, want)
 	}
 }

@@ -28,7 +28,7 @@ func TestAPIServer(t *testing.T) {
 			}
 			k := newStack(t, s)
 			k.proxy.WaitReady(60 * time.Second)
-			k.proxy.Tells("kube-apiserver")
+			k.proxy.RecordTested("kube-apiserver")
 			k.start()
 			k.surface(t)
 			if t.Failed() {

@@ -111,7 +111,7 @@ func TestStale(t *testing.T) {
 			Failure: []*pb.RequestOp{read("/s/register")},
 		}
 		before := transactions(t, etcd)
-		link.Set(harness.Deaf)
+		link.Set(harness.ResponsesFrozen)
 		type result struct {
 			*pb.TxnResponse
 			error

@@ -40,17 +40,17 @@ func rewrap(t *testing.T, stored []byte, change func(o *envelope.Object)) []byte
 // each command counts and names them.
 func TestRefusedSeeds(t *testing.T) {
 	t.Parallel()
-	for _, grudge := range []time.Duration{0, 5 * time.Second} {
-		t.Run(grudge.String(), func(t *testing.T) {
+	for _, statusFailsFor := range []time.Duration{0, 5 * time.Second} {
+		t.Run(statusFailsFor.String(), func(t *testing.T) {
 			t.Parallel()
-			testRefusedSeeds(t, grudge)
+			testRefusedSeeds(t, statusFailsFor)
 		})
 	}
 }
 
-func testRefusedSeeds(t *testing.T, grudge time.Duration) {
+func testRefusedSeeds(t *testing.T, statusFailsFor time.Duration) {
 	s, _ := newSite(t, harness.EtcdConfig{})
-	s.kms.Plain(true)
+	s.kms.OmitReasons(true)
 	s.cfg.KMS[0].Plugin.Timeout = "500ms" // for the one without an answer
 	p := s.StartProxy("proxy", s.cfg)
 	p.WaitReady(within)
@@ -74,12 +74,12 @@ func testRefusedSeeds(t *testing.T, grudge time.Duration) {
 	}), 0)
 	s.put(refused[3], rewrap(t, good, func(o *envelope.Object) {
 		o.Source[0] ^= 1
-		if grudge == 0 {
+		if statusFailsFor == 0 {
 			s.kms.Hang(o.Source)
 		}
 	}), 0)
 	s.kms.Rotate()
-	s.kms.Grudge(grudge)
+	s.kms.FailStatusAfterErrors(statusFailsFor)
 
 	config := s.config("run", s.cfg)
 	check := func(r report, out string) {
@@ -117,7 +117,7 @@ func testRefusedSeeds(t *testing.T, grudge time.Duration) {
 	}
 
 	answered := 4
-	if grudge == 0 {
+	if statusFailsFor == 0 {
 		answered = 3
 	}
 	out, code := s.Run("status", "--config", config, "--list")
@@ -131,7 +131,7 @@ func testRefusedSeeds(t *testing.T, grudge time.Duration) {
 	}
 	// verify knows nothing of the value without an answer; the others are findings.
 	out, code = s.Run("verify", "--config", config, "--list")
-	if code != 1 || strings.Contains(out, fmt.Sprintf("%q was not decrypted", refused[3])) != (grudge == 0) {
+	if code != 1 || strings.Contains(out, fmt.Sprintf("%q was not decrypted", refused[3])) != (statusFailsFor == 0) {
 		t.Errorf("verify: exit code %d: %s", code, out)
 	}
 	for _, key := range refused[:answered] {
@@ -165,7 +165,7 @@ func testRefusedSeeds(t *testing.T, grudge time.Duration) {
 func TestAnsweredOutage(t *testing.T) {
 	t.Parallel()
 	s, _ := newSite(t, harness.EtcdConfig{})
-	s.kms.Plain(true)
+	s.kms.OmitReasons(true)
 	values := s.fill(20)
 	config := s.config("run", s.cfg)
 	if r, out := s.reencrypt(config, 0); r.Rewritten != int64(len(values)) {
@@ -204,7 +204,7 @@ func TestAnsweredOutage(t *testing.T) {
 func TestManyOfARefusedSeed(t *testing.T) {
 	t.Parallel()
 	s, _ := newSite(t, harness.EtcdConfig{})
-	s.kms.Plain(true)
+	s.kms.OmitReasons(true)
 	s.put(prefix+"m", []byte("good"), 0)
 	config := s.config("run", s.cfg)
 	s.reencrypt(config, 0)
