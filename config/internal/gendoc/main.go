@@ -88,9 +88,9 @@ names the rule. ` + "`serve --allow-weakening`" + ` allows it. A restart with su
 
 ## Core dumps
 
-` + "`serve`" + ` turns off core dumps of its own process and makes its memory unreadable to other
-processes of the same user (RLIMIT_CORE 0 and PR_SET_DUMPABLE 0, on Linux), because its memory
-contains DEK seeds and values. Turn swap off, or encrypt it.
+On Linux, every command turns off core dumps of its own process and makes its memory unreadable to
+other processes of the same user (RLIMIT_CORE 0 and PR_SET_DUMPABLE 0), because its memory contains
+DEK seeds and values. Turn swap off, or encrypt it.
 `
 
 // page is the Markdown that has been written.
