@@ -36,18 +36,18 @@ func scalars(list []string) string {
 func (v *conversion) render() []byte {
 	var b bytes.Buffer
 	p := func(format string, args ...any) { fmt.Fprintf(&b, format, args...) }
-	p("# Made by etcd-kms-proxy config from-kubernetes from %q. Put in your own where it says REPLACE.\n", v.Source)
+	p("# Generated from %q by etcd-kms-proxy config from-kubernetes.\n# Change each part that is marked REPLACE.\n", v.Source)
 	p("apiVersion: %s\nkind: %s\n\n", config.APIVersion, config.Kind)
-	p("listeners:\n# REPLACE, or keep it and give the API server --etcd-servers=unix:///run/etcd-kms-proxy/etcd.sock\n")
+	p("listeners:\n# REPLACE the address, or keep it and set the API server's flag\n# --etcd-servers=unix:///run/etcd-kms-proxy/etcd.sock\n")
 	p("- address: unix:///run/etcd-kms-proxy/etcd.sock\n\n")
-	p("etcd:\n  # REPLACE with what the API server has in --etcd-servers. For https, add what it has in --etcd-cafile, --etcd-certfile and --etcd-keyfile:\n")
+	p("etcd:\n  # REPLACE the endpoints with those of the API server's flag --etcd-servers. For https, add the files of\n  # its flags --etcd-cafile, --etcd-certfile and --etcd-keyfile:\n")
 	p("  # tls: {caFile: ca.crt, certFile: client.crt, keyFile: client.key}\n  endpoints: [http://127.0.0.1:2379]\n")
 	if len(v.kms)+len(v.keyFiles) > 0 || v.unfinished != "" {
 		p("\nkms:\n")
 	}
 	if v.unfinished != "" {
-		p("# REPLACE plugin with the KMS that new values are encrypted with; alibaba and local are the other kinds. The name becomes part of every value: never change it once\n")
-		p("# values are encrypted with it.\n- name: %s\n  plugin: {endpoint: unix:///run/kmsplugin/%s.sock}\n", scalar(v.unfinished), config.Placeholder)
+		p("# REPLACE the plugin with the KMS that encrypts new values; other kinds are alibaba and local. The\n")
+		p("# name becomes part of every value, so it must not change afterwards.\n- name: %s\n  plugin: {endpoint: unix:///run/kmsplugin/%s.sock}\n", scalar(v.unfinished), config.Placeholder)
 	}
 	for _, k := range v.kms {
 		p("# The API server's KMS v2 provider; values name it: never rename it.\n")
