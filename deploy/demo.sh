@@ -1,6 +1,8 @@
 #!/bin/sh
-# The demo behind `make run`: a real etcd and the proxy on loopback. It writes a Secret through the proxy, shows it from both sides,
-# and keeps serving until Ctrl-C, or until its terminal is closed. Needs the binaries that `make run` builds. Ports and folder can be set from the environment.
+# The demo of `make run`: a real etcd and the proxy on loopback. It writes a value through the
+# proxy, shows what a client reads and what etcd stores, and serves until Ctrl-C or until its
+# terminal is closed. It needs the binaries that `make run` builds. Ports and folder can be set in
+# the environment.
 set -eu
 cd "$(dirname "$0")/.."
 bin=${ETCD_KMS_PROXY_BIN:-.bin}
@@ -31,12 +33,13 @@ stop() {
 }
 trap 'stop $?' EXIT
 trap 'say "stopping"; stop 0' INT TERM
-# The terminal was closed, and nothing can be said any more. The proxy takes this signal for a reload.
+# The terminal was closed, so nothing can be printed. The proxy itself reloads at this signal.
 trap 'stop 0' HUP
 
 mkdir -p "$dir"
 chmod 0700 "$dir"
-# Another demo in the same folder would reload this one's configuration, empty its logs, and wait for its database.
+# A second demo in the same folder would overwrite the configuration and the logs of the first one,
+# and wait for its database.
 if [ -f "$dir/pid" ] && kill -0 "$(cat "$dir/pid")" 2>/dev/null; then
 	die "a demo is running in $dir, as process $(cat "$dir/pid")" "stop it, or set DEMO_DIR and the four ports too; if that process is another one, remove $dir/pid"
 fi
@@ -115,7 +118,7 @@ tty=
 while kill -0 "$etcd_pid" 2>/dev/null && kill -0 "$proxy_pid" 2>/dev/null; do
 	sleep 1 &
 	wait $! || :
-	# A terminal that ran nothing but make tells make alone that it is closed, and make waits for this.
+	# If the terminal ran only make, only make gets the signal that it is closed, and waits for this.
 	[ -z "$tty" ] || [ -t 0 ] || stop 0
 done
-die "a server stopped by itself" "read $dir/proxy.log and $dir/etcd.log"
+die "a server has stopped" "read $dir/proxy.log and $dir/etcd.log"
