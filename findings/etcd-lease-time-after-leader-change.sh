@@ -11,8 +11,8 @@
 #
 # Why it matters: locks, elections and announcements of a process that crashed last longer, by the
 # whole time of the lease for each restart or move of the leader, and for as long as these are more
-# frequent than the time of the lease. A rolling upgrade of etcd is enough. Whoever waits for the
-# end of a lease must not take its time to live for the longest wait.
+# frequent than the time of the lease. A rolling upgrade of etcd is enough. A program that waits for
+# the end of a lease can wait for longer than its time to live.
 set -euo pipefail
 
 tmp=$(mktemp -d)

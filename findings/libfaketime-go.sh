@@ -2,7 +2,7 @@
 # Software: libfaketime 0.9.10 of Debian 12, with Go 1.26.
 #
 # Expected: a dynamically linked program that runs under libfaketime sees the time that was set.
-# For a static one, the library cannot be loaded, and somebody says so.
+# For a static one, the library cannot be loaded, and a message says so.
 #
 # Observed: no Go program sees it, and there is no message. Not even one that is linked with the C
 # library and calls it: Go's own time comes from the kernel's vDSO, so that one process has two
