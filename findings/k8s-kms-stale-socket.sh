@@ -14,8 +14,8 @@
 #     start 3: listen unix kms.sock: bind: address already in use
 #
 # Why it matters: a plugin that is ended by the out-of-memory killer, or by a power failure if its
-# folder is not a tmpfs, stays down until an operator removes a file. Until then the API server writes
-# no Secrets, and a proxy needs its caches. Plugins that remove the socket first (those for age and
+# folder is not a tmpfs, stays down until an operator removes a file. Until then the API server
+# writes no Secrets, and a proxy needs its caches. Plugins that remove the socket first (those for age and
 # for PKCS#11 do) are not affected; in a unit of systemd, ExecStartPre=rm -f does it.
 set -euo pipefail
 
