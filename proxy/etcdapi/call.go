@@ -84,6 +84,7 @@ func (unread) Response(_ Mode, dst, msg []byte) ([]byte, error) { return append(
 type kvCall struct {
 	core    *Core
 	id      *listener.Identity
+	memory  *CallMemory
 	rules   *RuleSet // when the request came
 	touches bool     // a response may hold an encrypted value
 }

@@ -19,7 +19,7 @@ type deleteCall struct {
 }
 
 func newDeleteCall(c *Core, id *listener.Identity, memory *CallMemory) Call {
-	memory.deleteCall = deleteCall{kvCall: kvCall{core: c, id: id}}
+	memory.deleteCall = deleteCall{kvCall: kvCall{core: c, id: id, memory: memory}}
 	return &memory.deleteCall
 }
 

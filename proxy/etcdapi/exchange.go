@@ -98,7 +98,7 @@ func (s store) Txn(ctx context.Context, t *pb.TxnRequest, limit int) (*pb.TxnRes
 	if err != nil {
 		return nil, s.core.status(err, false)
 	}
-	msg, shape, err := etcdwire.TxnRequest(msg, Blocking(ctx).Rules(s.rules))
+	msg, shape, err := etcdwire.TxnRequest(nil, msg, Blocking(ctx).Rules(s.rules))
 	if err != nil {
 		return nil, s.core.status(err, false)
 	}

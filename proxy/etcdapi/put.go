@@ -19,7 +19,7 @@ type putCall struct {
 }
 
 func newPutCall(c *Core, id *listener.Identity, memory *CallMemory) Call {
-	memory.putCall = putCall{kvCall: kvCall{core: c, id: id}}
+	memory.putCall = putCall{kvCall: kvCall{core: c, id: id, memory: memory}}
 	return &memory.putCall
 }
 
@@ -38,7 +38,14 @@ func (c *putCall) Request(m Mode, msg []byte) ([]byte, error) {
 		return nil, errOwnKey
 	}
 	c.touches = c.rules.covers(key)
-	out, err := etcdwire.PutRequest(msg, m.Rules(c.rules))
+	var dst []byte
+	if c.touches {
+		dst = c.memory.requestBuffer(len(msg))
+	}
+	out, err := etcdwire.PutRequest(dst, msg, m.Rules(c.rules))
+	if err != nil {
+		c.memory.freeRequest()
+	}
 	if errors.Is(err, etcdwire.ErrValueProvided) {
 		return nil, c.refusedPut(msg)
 	}

@@ -25,7 +25,7 @@ type rangeCall struct {
 }
 
 func newRangeCall(c *Core, id *listener.Identity, memory *CallMemory) Call {
-	memory.rangeCall = rangeCall{kvCall: kvCall{core: c, id: id}}
+	memory.rangeCall = rangeCall{kvCall: kvCall{core: c, id: id, memory: memory}}
 	return &memory.rangeCall
 }
 

@@ -42,7 +42,7 @@ func (c *txnCall) Delete(key, end []byte) {
 }
 
 func newTxnCall(c *Core, id *listener.Identity, memory *CallMemory) Call {
-	memory.txnCall = txnCall{kvCall: kvCall{core: c, id: id}}
+	memory.txnCall = txnCall{kvCall: kvCall{core: c, id: id, memory: memory}}
 	return &memory.txnCall
 }
 
@@ -64,7 +64,7 @@ func (c *txnCall) Request(m Mode, msg []byte) ([]byte, error) {
 		return nil, errOwnKey
 	}
 	if c.id.ReadOnly() {
-		_, _, err := etcdwire.TxnRequest(msg, storedRules{})
+		_, _, err := etcdwire.TxnRequest(nil, msg, storedRules{})
 		return msg, c.core.status(err, false)
 	}
 	if !ruled {
@@ -73,12 +73,21 @@ func (c *txnCall) Request(m Mode, msg []byte) ([]byte, error) {
 	if malformed != nil {
 		return nil, c.core.status(malformed, false)
 	}
-	out, shape, err := etcdwire.TxnRequest(msg, m.Rules(c.rules))
+	var dst []byte
+	if c.touches && c.changes {
+		dst = c.memory.requestBuffer(len(msg))
+	}
+	out, shape, err := etcdwire.TxnRequest(dst, msg, m.Rules(c.rules))
+	if err != nil || c.over { // it is not sent
+		c.memory.freeRequest()
+	}
 	if errors.Is(err, etcdwire.ErrByValue) {
 		c.byValue, c.touches = true, true
 		return msg, nil
 	}
-	c.shape = shape
+	if c.shape = shape; c.over {
+		out = msg
+	}
 	return out, c.core.status(err, false)
 }
 

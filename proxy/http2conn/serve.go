@@ -143,27 +143,15 @@ func (c *Conn) sendGoAway(code http2.ErrCode, text string) {
 
 // beforeRead flushes before the network is read: the peer may wait for what is pending. Over TLS
 // the records that were read ahead are handled before, and what they cause leaves in one write.
+//
+// It pauses reading from a peer that sends but does not read, or responses to it would collect
+// without limit. For the keepalive timer such a peer is idle.
 func (r *receiver) beforeRead() {
 	r.cfg.Handler.FlushNeeded()
 	if r.cfg.BeforeRead != nil {
 		r.cfg.BeforeRead()
 	}
 	r.reading.Store(true)
-	r.waitForWriter()
-}
-
-// read reads from the connection.
-func (r *receiver) read(b []byte) (int, error) {
-	n, err := r.conn.Read(b)
-	r.reading.Store(false)
-	r.reads.Add(1)
-	r.bytesRead += int64(n)
-	return n, err
-}
-
-// waitForWriter pauses reading from a peer that sends but does not read, or responses to it would
-// collect without limit. For the keepalive timer such a peer is idle.
-func (r *receiver) waitForWriter() {
 	for r.writeBuffer.Full() {
 		r.mu.Lock()
 		waiting := r.out.size()
@@ -176,6 +164,15 @@ func (r *receiver) waitForWriter() {
 		}
 		r.writeBuffer.Wait()
 	}
+}
+
+// read reads from the connection.
+func (r *receiver) read(b []byte) (int, error) {
+	n, err := r.conn.Read(b)
+	r.reading.Store(false)
+	r.reads.Add(1)
+	r.bytesRead += int64(n)
+	return n, err
 }
 
 // writeBufferEmpty continues with pending frames when the peer reads again.
