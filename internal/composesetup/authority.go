@@ -100,7 +100,7 @@ func newAuthority(certFile, keyFile, name string, now time.Time) (*authority, er
 // issue makes a certificate and its key, unless the files hold one of this authority for the same
 // leaf that is not in the last third of its lifetime.
 func (a *authority) issue(certFile, keyFile string, l leaf, now time.Time) error {
-	if a.good(certFile, keyFile, l, now) {
+	if a.isCurrent(certFile, keyFile, l, now) {
 		return nil
 	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -125,9 +125,9 @@ func (a *authority) issue(certFile, keyFile string, l leaf, now time.Time) error
 	return writePair(certFile, certPEM, keyFile, key)
 }
 
-// good reports whether the files hold a certificate that issue need not replace. What cannot be
-// read or parsed is replaced.
-func (a *authority) good(certFile, keyFile string, l leaf, now time.Time) bool {
+// isCurrent reports whether the files hold a certificate that issue need not replace. What cannot
+// be read or parsed is replaced.
+func (a *authority) isCurrent(certFile, keyFile string, l leaf, now time.Time) bool {
 	pair, err := tls.LoadX509KeyPair(certFile, keyFile)
 	if err != nil {
 		return false

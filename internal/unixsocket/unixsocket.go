@@ -56,19 +56,19 @@ func Listen(path string, mode fs.FileMode) (net.Listener, error) {
 		return nil, fmt.Errorf("socket %s: %w", path, err)
 	}
 	defer unlock()
-	if err := vacant(path); err != nil {
+	if err := checkVacant(path); err != nil {
 		return nil, fmt.Errorf("socket %s: %w", path, err)
 	}
-	l, err := place(path, mode)
+	l, err := bind(path, mode)
 	if err != nil {
 		return nil, fmt.Errorf("socket %s: %w", path, err)
 	}
 	return l, nil
 }
 
-// vacant returns an error unless a socket can be placed at path: nothing is there, or a socket that
-// nobody answers on.
-func vacant(path string) error {
+// checkVacant returns an error unless a socket can be placed at path: nothing is there, or a socket
+// that nobody answers on.
+func checkVacant(path string) error {
 	info, err := os.Lstat(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -91,15 +91,15 @@ func vacant(path string) error {
 	return fmt.Errorf("see whether it is in use: %w", err)
 }
 
-// place binds a socket within a folder that nobody else may enter, gives it its mode and moves it
+// bind binds a socket within a folder that nobody else may enter, gives it its mode and moves it
 // to path. So at no time another user can open it, and a client finds either the old socket or the
 // new one.
-func place(path string, mode fs.FileMode) (_ net.Listener, err error) {
+func bind(path string, mode fs.FileMode) (_ net.Listener, err error) {
 	// As short as can be: a folder that leaves room for the socket's own name should leave room for
 	// this.
 	private := filepath.Join(filepath.Dir(path), ".k"+rand.Text()[:4])
 	if err := os.Mkdir(private, 0o700); err != nil {
-		return nil, fmt.Errorf("make a folder in %s to bind it in: %w", filepath.Dir(path), nameless(err))
+		return nil, fmt.Errorf("make a folder in %s to bind it in: %w", filepath.Dir(path), withoutPath(err))
 	}
 	inner := filepath.Join(private, "s")
 	defer func() {
@@ -110,7 +110,7 @@ func place(path string, mode fs.FileMode) (_ net.Listener, err error) {
 	}()
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: inner, Net: "unix"})
 	if err != nil {
-		return nil, fmt.Errorf("bind: %w", nameless(err))
+		return nil, fmt.Errorf("bind: %w", withoutPath(err))
 	}
 	l.SetUnlinkOnClose(false)
 	defer func() {
@@ -119,21 +119,21 @@ func place(path string, mode fs.FileMode) (_ net.Listener, err error) {
 		}
 	}()
 	if err := os.Chmod(inner, mode); err != nil {
-		return nil, fmt.Errorf("set its mode: %w", nameless(err))
+		return nil, fmt.Errorf("set its mode: %w", withoutPath(err))
 	}
 	own, err := os.Lstat(inner)
 	if err != nil {
-		return nil, fmt.Errorf("check it: %w", nameless(err))
+		return nil, fmt.Errorf("check it: %w", withoutPath(err))
 	}
 	if err := os.Rename(inner, path); err != nil {
-		return nil, fmt.Errorf("put it in its place: %w", nameless(err))
+		return nil, fmt.Errorf("put it in its place: %w", withoutPath(err))
 	}
 	return &socketListener{UnixListener: l, path: path, own: own}, nil
 }
 
-// nameless returns the cause of a failed operation on a file, without the name that the socket has
-// for a moment only.
-func nameless(err error) error { return cmp.Or(errors.Unwrap(err), err) }
+// withoutPath returns the cause of a failed operation on a file, without the name that the socket
+// has for a moment only.
+func withoutPath(err error) error { return cmp.Or(errors.Unwrap(err), err) }
 
 // socketListener removes its socket when it closes.
 type socketListener struct {
