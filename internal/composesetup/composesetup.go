@@ -206,21 +206,14 @@ func readSettings(dir string, getenv func(string) string) (*settings, error) {
 // makeCertificates makes the three authorities and all certificates.
 func makeCertificates(dir string, now time.Time) error {
 	at := func(folder, name string) string { return filepath.Join(dir, folder, name) }
-	open := func(name string) (*authority, error) {
-		return openAuthority(at(caDir, name+".crt"), at(caDir, name+".key"), "etcd-kms-proxy compose "+name, now)
+	authorities := make(map[string]*authority)
+	for _, name := range []string{"etcd", "proxy", "kubernetes"} {
+		var err error
+		if authorities[name], err = openAuthority(at(caDir, name+".crt"), at(caDir, name+".key"), "etcd-kms-proxy compose "+name, now); err != nil {
+			return err
+		}
 	}
-	etcd, err := open("etcd")
-	if err != nil {
-		return err
-	}
-	proxy, err := open("proxy")
-	if err != nil {
-		return err
-	}
-	kube, err := open("kubernetes")
-	if err != nil {
-		return err
-	}
+	etcd, proxy, kube := authorities["etcd"], authorities["proxy"], authorities["kubernetes"]
 	serves, calls := x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth
 	for _, c := range []struct {
 		by     *authority

@@ -19,6 +19,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/etcdclient"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/logonce"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/periodic"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
@@ -56,10 +57,7 @@ func (g *Guard) Run(ctx context.Context) error {
 			return g.decide(weaker)
 		}
 		g.OpenLearner()
-		select {
-		case <-ctx.Done():
-		case <-time.After(retryInterval):
-		}
+		_ = periodic.Wait(ctx, retryInterval) // the loop checks ctx
 	}
 	if ctx.Err() != nil {
 		return nil
@@ -126,10 +124,8 @@ func (g *Guard) read(ctx context.Context) (records, error) {
 		if logged.Changed(text) {
 			g.Logger.Warn("the proxy serves nothing until it has read from etcd what rules the proxies agreed on; it keeps trying", "error", text, "hint", hint)
 		}
-		select {
-		case <-ctx.Done():
+		if periodic.Wait(ctx, retryInterval) != nil {
 			return records{}, nil
-		case <-time.After(retryInterval):
 		}
 	}
 }
@@ -299,10 +295,8 @@ func (g *Guard) verify(ctx context.Context, agreed *coordination.Agreement) erro
 			}
 			opened = true
 		}
-		select {
-		case <-ctx.Done():
+		if periodic.Wait(ctx, pause) != nil {
 			return nil
-		case <-time.After(pause):
 		}
 	}
 }

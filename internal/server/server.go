@@ -274,17 +274,11 @@ func proxyConfig(c *config.Config, o Options) proxy.Config {
 	}
 	for _, l := range c.Listeners {
 		lc := proxy.ListenerConfig{
-			Address: l.Address, Mode: l.FileMode(), AllowedClients: l.AllowedClients, CiphertextClients: l.CiphertextClients,
+			Address: l.Address, Mode: l.FileMode(), TLS: (*proxy.ListenerTLS)(l.TLS), AllowedClients: l.AllowedClients, CiphertextClients: l.CiphertextClients,
 			AdvertiseClientURLs: l.AdvertiseClientURLs, Endpoint: l.Endpoint, NoGateway: !l.Gateway,
 		}
 		if name, ok := l.SystemdName(); ok {
 			lc.Sockets = o.sockets[name]
-		}
-		if t := l.TLS; t != nil {
-			lc.TLS = &proxy.ListenerTLS{
-				CertFile: t.CertFile, KeyFile: t.KeyFile, ClientCAFile: t.ClientCAFile, ClientCRLFile: t.ClientCRLFile,
-				MinVersion: t.MinVersion, CipherSuites: t.CipherSuites,
-			}
 		}
 		pc.Listeners = append(pc.Listeners, lc)
 	}

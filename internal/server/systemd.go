@@ -121,10 +121,7 @@ func (n notifier) watch(ctx context.Context, alive func()) {
 func (s *Server) announce(serving context.Context) {
 	n := notifier{s.log}
 	for serving.Err() == nil && !s.proxy.Ready().Ready {
-		select {
-		case <-serving.Done():
-		case <-time.After(5 * time.Millisecond):
-		}
+		_ = periodic.Wait(serving, 5*time.Millisecond) // the loop checks serving
 	}
 	if serving.Err() == nil {
 		n.send(daemon.SdNotifyReady + "\nSTATUS=listening")
