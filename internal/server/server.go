@@ -212,7 +212,7 @@ func (s *Server) Run(ctx context.Context, signals <-chan os.Signal) error {
 		log: s.log, audit: s.audit, signals: signals, drain: s.drain, draining: "draining; a second signal exits at once",
 		hangup: func() { s.keys.CheckNow(); s.reloader.reload("SIGHUP") },
 	}
-	lasting := []part{s.keys.Run, s.fleet.guard.Run, infallible(s.fleet.watchPassword), infallible(func(ctx context.Context) { notifier{s.log}.watch(ctx, func() { s.ready() }) })}
+	lasting := []part{s.keys.Run, s.fleet.guard.Run, infallible(s.fleet.watchPassword), infallible(s.watchdog)}
 	serving := []part{s.fleet.run, infallible(s.reloader.watch), infallible(s.reloader.retry), infallible(s.announce)}
 	if s.admin != nil {
 		lasting = append(lasting, s.admin.Run)

@@ -25,16 +25,7 @@ const probeTimeout = time.Second
 var ErrInUse = fmt.Errorf("another process answers on it: %w", syscall.EADDRINUSE)
 
 // ErrNoFolder is in the error of [Listen] when the folder of the socket does not exist.
-var ErrNoFolder = fmt.Errorf("no folder: %w", fs.ErrNotExist)
-
-// folderError is [ErrNoFolder] of the folder that it names.
-type folderError string
-
-// Error implements error.
-func (e folderError) Error() string { return fmt.Sprintf("its folder %s does not exist", string(e)) }
-
-// Unwrap makes it [ErrNoFolder].
-func (folderError) Unwrap() error { return ErrNoFolder }
+var ErrNoFolder = errors.New("does not exist")
 
 // Listen makes a unix socket at path, which is absolute, with mode from the first moment on,
 // whatever the process' umask is.
@@ -49,7 +40,7 @@ func Listen(path string, mode fs.FileMode) (net.Listener, error) {
 	}
 	dir := filepath.Dir(path)
 	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("socket %s: %w", path, folderError(dir))
+		return nil, fmt.Errorf("socket %s: its folder %s %w", path, dir, ErrNoFolder)
 	}
 	unlock, err := lockDir(dir)
 	if err != nil {
