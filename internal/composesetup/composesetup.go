@@ -119,7 +119,7 @@ func Run(dir string, getenv func(string) string, now time.Time) error {
 		return err
 	}
 	// Last, so that a proxy with a configuration has all files that it names.
-	return writeAtomically(filepath.Join(dir, proxyDir, "config.yaml"), text.Bytes())
+	return writeChanged(filepath.Join(dir, proxyDir, "config.yaml"), text.Bytes())
 }
 
 // refuseLostKey fails if a member of etcd has data: a new key could not decrypt it, and writes with
@@ -249,7 +249,7 @@ func makeCertificates(dir string, now time.Time) error {
 		at(kubernetesDir, "etcd-ca.crt"):   proxy.pem,
 		at(kubernetesDir, "client-ca.crt"): kube.pem,
 	} {
-		if err := writeAtomically(path, data); err != nil {
+		if err := writeChanged(path, data); err != nil {
 			return err
 		}
 	}
