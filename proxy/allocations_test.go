@@ -12,16 +12,21 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/internal/proxytest"
 )
 
-// cutting stores values with a byte before them, and allocates nothing where it reads them.
+// cutting stores values with a byte before them, and allocates nothing.
 type cutting struct{ proxytest.Reverser }
+
+// TrySeal implements etcdapi.Sealer.
+func (cutting) TrySeal(dst, _, value []byte) ([]byte, error) {
+	return append(append(dst, '-'), value...), nil
+}
 
 // TryOpen implements etcdapi.Sealer.
 func (cutting) TryOpen(dst, _, stored []byte) ([]byte, error) {
 	return append(dst, stored[1:]...), nil
 }
 
-// relayedCalls are gets and puts of a key with a value of 300 bytes, without a rule and, for gets,
-// with one or with deadlines. Encryption allocates what it returns.
+// relayedCalls are gets and puts of a key with a value of 300 bytes, without a rule and with one,
+// and gets with deadlines.
 func relayedCalls() []relayedCall {
 	bytesField := func(b []byte, n protowire.Number, value []byte) []byte {
 		return protowire.AppendBytes(protowire.AppendTag(b, n, protowire.BytesType), value)
@@ -34,6 +39,7 @@ func relayedCalls() []relayedCall {
 		{"get", "/etcdserverpb.KV/Range", key, got, nil, false},
 		{"get under a rule", "/etcdserverpb.KV/Range", key, got, rules, false},
 		{"put", "/etcdserverpb.KV/Put", put, bytesField(nil, 1, nil), nil, false},
+		{"put under a rule", "/etcdserverpb.KV/Put", put, bytesField(nil, 1, nil), rules, false},
 		{"get with a deadline", "/etcdserverpb.KV/Range", key, got, nil, true},
 	}
 }

@@ -163,9 +163,12 @@ func (g *gateways) begin(t *testing.T) {
 	bare, behind := etcdmodel.New(128, etcdmodel.Leases...), etcdmodel.New(128, etcdmodel.Leases...)
 	for _, pair := range [][2]string{{"s/a", "beta"}, {"s/b", "alpha"}, {"s/c", ""}, {"t", "theta"}, {"s", "sigma"}, {"s/a", "alpha"}} {
 		key, value := pair[0], pair[1]
-		stored, err := g.core.Rules.Load().Seal(t.Context(), []byte(key), []byte(value))
+		stored, err := g.core.Rules.Load().Seal(t.Context(), []byte{}, []byte(key), []byte(value))
 		if err != nil {
 			t.Fatal(err)
+		}
+		if stored == nil {
+			stored = []byte(value)
 		}
 		if _, err := bare.Do(&pb.PutRequest{Key: []byte(key), Value: []byte(value)}); err != nil {
 			t.Fatal(err)

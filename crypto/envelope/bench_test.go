@@ -17,7 +17,7 @@ func BenchmarkSeal(b *testing.B) {
 			key, plaintext := v.EtcdKey, make([]byte, n)
 			b.ReportAllocs()
 			for b.Loop() {
-				if _, err := f.Seal(key, plaintext); err != nil {
+				if _, err := f.Seal(nil, key, plaintext); err != nil {
 					b.Fatal(err)
 				}
 			}
@@ -31,7 +31,7 @@ func BenchmarkOpen(b *testing.B) {
 	for _, n := range sizes {
 		b.Run(fmt.Sprint(n), func(b *testing.B) {
 			key := v.EtcdKey
-			stored, err := f.Seal(key, make([]byte, n))
+			stored, err := f.Seal(nil, key, make([]byte, n))
 			if err != nil {
 				b.Fatal(err)
 			}
@@ -51,7 +51,7 @@ func BenchmarkOpen(b *testing.B) {
 func BenchmarkOpenRecent(b *testing.B) {
 	v := vectors()[0]
 	f, seed := newFrame(b, &v)
-	stored, err := f.Seal(v.EtcdKey, make([]byte, 1024))
+	stored, err := f.Seal(nil, v.EtcdKey, make([]byte, 1024))
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -61,7 +61,7 @@ func BenchmarkOpenRecent(b *testing.B) {
 			own := make([]byte, 0, len(data))
 			b.ReportAllocs()
 			for b.Loop() {
-				if _, err := seed.OpenRecent(recent, own, v.EtcdKey, data); err != nil {
+				if _, err := seed.OpenRecent(recent, 0, own, v.EtcdKey, data); err != nil {
 					b.Fatal(err)
 				}
 			}

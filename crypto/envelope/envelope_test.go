@@ -49,7 +49,7 @@ func TestFrameSealsWhatTheDescriptionSays(t *testing.T) {
 		f, _ := newFrame(t, &v)
 		for n := range 300 {
 			plaintext := fill(byte(n), n)
-			stored, err := f.Seal(v.EtcdKey, plaintext)
+			stored, err := f.Seal(nil, v.EtcdKey, plaintext)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -76,7 +76,7 @@ func TestSealedTwiceDiffers(t *testing.T) {
 	f, _ := newFrame(t, &v)
 	seen := map[string]bool{}
 	for range 1000 {
-		stored, err := f.Seal([]byte("k"), nil)
+		stored, err := f.Seal(nil, []byte("k"), nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -238,7 +238,7 @@ func TestConcurrentUse(t *testing.T) {
 			for i := range 200 {
 				plaintext := fill(byte(g), i)
 				key := fmt.Appendf(nil, "/k/%d/%d", g, i)
-				stored, err := f.Seal(key, plaintext)
+				stored, err := f.Seal(nil, key, plaintext)
 				if err != nil {
 					t.Error(err)
 					return

@@ -16,7 +16,7 @@ func Example() {
 
 	seed, _ := envelope.NewSeed(envelope.TypeSeed, secret)
 	frame, _ := envelope.NewFrame("main", header, seed)
-	stored, _ := frame.Seal([]byte("/registry/secrets/a/b"), []byte("value"))
+	stored, _ := frame.Seal(nil, []byte("/registry/secrets/a/b"), []byte("value"))
 
 	provider, object, _ := envelope.Split(stored)
 	o, _ := envelope.Parse(object)

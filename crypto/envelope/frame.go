@@ -43,10 +43,13 @@ func (f *Frame) Size(n int) int {
 	return len(f.head) + protowire.SizeBytes(n+Overhead) + len(f.tail)
 }
 
-// Seal returns the stored value for plaintext under etcdKey, in one allocation of exactly its size.
-// It retains no argument.
-func (f *Frame) Seal(etcdKey, plaintext []byte) ([]byte, error) {
-	out := make([]byte, 0, f.Size(len(plaintext)))
+// Seal appends the stored value for plaintext under etcdKey to dst, which must not overlap
+// plaintext. It retains no argument. If dst has no room, the result has exactly its size.
+func (f *Frame) Seal(dst, etcdKey, plaintext []byte) ([]byte, error) {
+	out := dst
+	if size := f.Size(len(plaintext)); cap(dst)-len(dst) < size {
+		out = append(make([]byte, 0, len(dst)+size), dst...)
+	}
 	out = append(out, f.head...)
 	out = protowire.AppendVarint(out, uint64(len(plaintext)+Overhead))
 	out, err := f.seed.seal(out, etcdKey, plaintext)

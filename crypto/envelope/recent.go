@@ -9,11 +9,15 @@ import (
 
 // Recent caches the ciphers of values that were decrypted more than once recently: one event goes
 // to many watchers, and lists are read repeatedly. Deriving a cipher costs more than decrypting 1
-// KiB with it. A value that is decrypted once leaves only a mark. Recent holds at most 16,384
-// ciphers, 25 MiB, and their seeds. It is safe for concurrent use, and the zero value is ready.
+// KiB with it. A value that is decrypted once leaves only a mark. Recent holds at most
+// [RecentBytes] of ciphers, and their seeds. [Recent.Expire] drops those that nobody uses. It is
+// safe for concurrent use, and the zero value is ready.
 type Recent struct {
 	table atomic.Pointer[recentTable] // nil until it is needed
 }
+
+// RecentBytes limits the memory of the ciphers in a [Recent]. Its table takes 512 KiB in addition.
+const RecentBytes = 4 << 20
 
 // Sizes of the table, as powers of two.
 const (
@@ -21,9 +25,23 @@ const (
 	markBits = 15 // pairs of marks
 )
 
+// replaceAfter is how many seconds a cipher is kept at least. Otherwise the values of a list that is
+// longer than there is room would replace each other, and none would be cached when it is needed.
+const replaceAfter = 5
+
+// cipherBytes is the memory of one cipher: that of AES-GCM in the standard library, and a [derived].
+const cipherBytes = 768 + 64
+
 type recentTable struct {
+	limit atomic.Int64                    // how many more ciphers there may be
 	marks [1 << markBits][2]atomic.Uint32 // of the infos seen last, the last one first
 	sets  [1 << setBits]recentSet
+}
+
+func newRecentTable() *recentTable {
+	t := new(recentTable)
+	t.limit.Store(RecentBytes / cipherBytes)
+	return t
 }
 
 // recentSet has the size of a line of the processor's cache. Most lookups miss that cache, so their
@@ -38,6 +56,7 @@ type derived struct {
 	seed *Seed
 	info [infoSize]byte
 	aead cipher.AEAD
+	used atomic.Uint32 // the second of its last use
 }
 
 // recentPlace is where a cipher may be: in one of two sets. info is random, so any of its bytes can
@@ -57,8 +76,8 @@ func (t *recentTable) place(info []byte) recentPlace {
 	}
 }
 
-// get returns nil if r is nil or does not have the cipher.
-func (r *Recent) get(seed *Seed, info []byte) cipher.AEAD {
+// get returns nil if r is nil or does not have the cipher. now is the time in seconds.
+func (r *Recent) get(seed *Seed, info []byte, now uint32) cipher.AEAD {
 	if r == nil {
 		return nil
 	}
@@ -73,6 +92,9 @@ func (r *Recent) get(seed *Seed, info []byte) cipher.AEAD {
 				continue
 			}
 			if d := s.ciphers[i].Load(); d != nil && d.seed == seed && bytes.Equal(d.info[:], info) {
+				if d.used.Load() != now {
+					d.used.Store(now)
+				}
 				return d.aead
 			}
 		}
@@ -81,13 +103,13 @@ func (r *Recent) get(seed *Seed, info []byte) cipher.AEAD {
 }
 
 // put keeps a cipher whose info has left its mark before.
-func (r *Recent) put(seed *Seed, info []byte, aead cipher.AEAD) {
+func (r *Recent) put(seed *Seed, info []byte, aead cipher.AEAD, now uint32) {
 	if r == nil {
 		return
 	}
 	t := r.table.Load()
 	if t == nil {
-		r.table.CompareAndSwap(nil, new(recentTable))
+		r.table.CompareAndSwap(nil, newRecentTable())
 		if t = r.table.Load(); t == nil { // cleared meanwhile
 			return
 		}
@@ -98,24 +120,73 @@ func (r *Recent) put(seed *Seed, info []byte, aead cipher.AEAD) {
 		p.marks[0].Store(p.tag)
 		return
 	}
-	to, way := p.sets[0], int(info[10])%len(p.sets[0].tags) // where no place is free
-	least := len(to.tags)
+	to, way := t.room(&p, int(info[10]), now)
+	if to == nil {
+		return
+	}
+	d := &derived{seed: seed, info: [infoSize]byte(info), aead: aead}
+	d.used.Store(now)
+	if to.ciphers[way].Swap(d) == nil {
+		t.limit.Add(-1)
+	}
+	to.tags[way].Store(p.tag)
+}
+
+// room returns where a cipher goes: to a free place in the set that has more of them or, if there
+// is none or the limit is reached, to that of the cipher that was not used for the longest time. It
+// returns nil if all were used lately. first varies the choice between equals.
+func (t *recentTable) room(p *recentPlace, first int, now uint32) (to *recentSet, way int) {
+	var old *recentSet
+	oldWay, oldest := 0, uint32(0)
+	most := 0
 	for _, s := range p.sets {
-		used, free := 0, 0
-		for i := range s.ciphers {
-			if s.ciphers[i].Load() != nil {
-				used++
-			} else {
-				free = i
+		free, last := 0, 0
+		for n := range s.ciphers {
+			i := (first + n) % len(s.ciphers)
+			d := s.ciphers[i].Load()
+			if d == nil {
+				free, last = free+1, i
+			} else if age := now - d.used.Load(); old == nil || age > oldest {
+				old, oldWay, oldest = s, i, age
 			}
 		}
-		if used < least {
-			to, way, least = s, free, used
+		if free > most {
+			to, way, most = s, last, free
 		}
 	}
-	to.ciphers[way].Store(&derived{seed: seed, info: [infoSize]byte(info), aead: aead})
-	to.tags[way].Store(p.tag)
+	switch {
+	case to != nil && t.limit.Load() > 0:
+		return to, way
+	case oldest >= replaceAfter:
+		return old, oldWay
+	}
+	return nil, 0
 }
 
 // Clear removes all ciphers.
 func (r *Recent) Clear() { r.table.Store(nil) }
+
+// Expire removes the ciphers that were last used before a time in seconds, and all memory if none is
+// left. It returns how many are left.
+func (r *Recent) Expire(before uint32) (left int) {
+	t := r.table.Load()
+	if t == nil {
+		return 0
+	}
+	for i := range t.sets {
+		s := &t.sets[i]
+		for way := range s.ciphers {
+			switch d := s.ciphers[way].Load(); {
+			case d == nil:
+			case int32(before-d.used.Load()) <= 0: //nolint:gosec // times that are less than 68 years apart
+				left++
+			case s.ciphers[way].CompareAndSwap(d, nil):
+				t.limit.Add(1)
+			}
+		}
+	}
+	if left == 0 {
+		r.table.CompareAndSwap(t, nil)
+	}
+	return left
+}

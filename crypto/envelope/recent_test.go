@@ -2,8 +2,10 @@ package envelope
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"math/rand/v2"
+	"runtime"
 	"sync"
 	"testing"
 )
@@ -27,23 +29,23 @@ func TestRecentOpensNoMore(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	stored, err := f.Seal([]byte("k"), []byte("a plaintext"))
+	stored, err := f.Seal(nil, []byte("k"), []byte("a plaintext"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	data, recent := dataOf(t, stored), new(Recent)
 	for range 3 {
-		got, err := seed.OpenRecent(recent, nil, []byte("k"), data)
+		got, err := seed.OpenRecent(recent, 0, nil, []byte("k"), data)
 		if err != nil || string(got) != "a plaintext" {
 			t.Fatalf("open = %q, %v", got, err)
 		}
 	}
-	if recent.get(seed, data[:infoSize]) == nil {
+	if recent.get(seed, data[:infoSize], 0) == nil {
 		t.Error("the cipher is not kept")
 	}
 	refuse := func(what string, s *Seed, key string, data []byte) {
 		t.Helper()
-		if got, err := s.OpenRecent(recent, nil, []byte(key), data); !errors.Is(err, ErrOpen) {
+		if got, err := s.OpenRecent(recent, 0, nil, []byte(key), data); !errors.Is(err, ErrOpen) {
 			t.Errorf("%s: open = %q, %v", what, got, err)
 		}
 	}
@@ -56,7 +58,7 @@ func TestRecentOpensNoMore(t *testing.T) {
 		refuse("truncated", seed, "k", data[:i])
 	}
 	recent.Clear()
-	if recent.get(seed, data[:infoSize]) != nil {
+	if recent.get(seed, data[:infoSize], 0) != nil {
 		t.Error("the cipher is still there")
 	}
 }
@@ -69,7 +71,7 @@ func TestRecentIsShared(t *testing.T) {
 	var wg sync.WaitGroup
 	var sealed [200][]byte
 	for i := range sealed {
-		stored, err := f.Seal([]byte("k"), []byte{byte(i)})
+		stored, err := f.Seal(nil, []byte("k"), []byte{byte(i)})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -79,7 +81,7 @@ func TestRecentIsShared(t *testing.T) {
 		wg.Go(func() {
 			for i := range 2000 {
 				n := (i*7 + w) % len(sealed)
-				got, err := seed.OpenRecent(recent, nil, []byte("k"), sealed[n])
+				got, err := seed.OpenRecent(recent, 0, nil, []byte("k"), sealed[n])
 				if err != nil || len(got) != 1 || got[0] != byte(n) {
 					t.Errorf("value %d: %v, %v", n, got, err)
 					return
@@ -90,9 +92,8 @@ func TestRecentIsShared(t *testing.T) {
 	wg.Wait()
 }
 
-// TestRecentKeepsAList: what is read over and over is kept, nearly all of it, up to ten thousand
-// values; what is read once is not; and more than there is room for does not push out more than its
-// share.
+// TestRecentKeepsAList: what is read repeatedly is kept, nearly all of it, up to 5,000 values, and as
+// many of a longer list; what is read once is not.
 func TestRecentKeepsAList(t *testing.T) {
 	seed, err := NewSeed(TypeSeed, fill(9, 32))
 	if err != nil {
@@ -110,14 +111,14 @@ func TestRecentKeepsAList(t *testing.T) {
 			list[i][j] = byte(random.Uint32())
 		}
 	}
-	for n, least := range map[int]int{100: 100, 10_000: 9500, 30_000: 6000} {
+	for n, least := range map[int]int{100: 100, 5000: 4700, 30_000: 4700} {
 		recent := new(Recent)
 		kept := func() (kept int) {
 			for _, info := range list[:n] {
-				if recent.get(seed, info) != nil {
+				if recent.get(seed, info, 0) != nil {
 					kept++
 				} else {
-					recent.put(seed, info, aead)
+					recent.put(seed, info, aead, 0)
 				}
 			}
 			return kept
@@ -129,5 +130,98 @@ func TestRecentKeepsAList(t *testing.T) {
 		if have := kept(); have < least {
 			t.Errorf("of %d values %d are kept, want %d", n, have, least)
 		}
+	}
+}
+
+// TestRecentExpires: ciphers that are not used go, and the others stay.
+func TestRecentExpires(t *testing.T) {
+	seed, err := NewSeed(TypeSeed, fill(9, 32))
+	if err != nil {
+		t.Fatal(err)
+	}
+	aead, err := newAEAD(fill(1, 32))
+	if err != nil {
+		t.Fatal(err)
+	}
+	info := func(i int) []byte { return bytes.Repeat([]byte{byte(i), byte(i >> 8), 7, 1}, infoSize/4) }
+	recent := new(Recent)
+	const n = 100
+	for i := range n {
+		for range 2 {
+			recent.put(seed, info(i), aead, 10)
+		}
+	}
+	for i := range n / 2 {
+		if recent.get(seed, info(i), 20) == nil {
+			t.Fatalf("cipher %d is not there", i)
+		}
+	}
+	for _, tt := range []struct{ before, left int }{{10, n}, {11, n / 2}, {20, n / 2}} {
+		if left := recent.Expire(uint32(tt.before)); left != tt.left {
+			t.Errorf("before %d: %d are left, want %d", tt.before, left, tt.left)
+		}
+	}
+	for i := range n {
+		if have := recent.get(seed, info(i), 20) != nil; have != (i < n/2) {
+			t.Errorf("cipher %d is there: %t", i, have)
+		}
+	}
+	if left := recent.Expire(21); left != 0 || recent.table.Load() != nil {
+		t.Errorf("%d are left, or their table", left)
+	}
+}
+
+// TestCipherBytes: the limit is right as long as a cipher has the size that is counted.
+func TestCipherBytes(t *testing.T) {
+	const n = 2000
+	kept := make([]*derived, n)
+	var before, after runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	for i := range kept {
+		aead, err := newAEAD(fill(byte(i), 32))
+		if err != nil {
+			t.Fatal(err)
+		}
+		kept[i] = &derived{aead: aead}
+	}
+	runtime.GC()
+	runtime.ReadMemStats(&after)
+	if size := int64(after.HeapAlloc-before.HeapAlloc) / n; size > cipherBytes*11/10 || size < cipherBytes*9/10 {
+		t.Errorf("a cipher takes %d bytes, %d are counted", size, cipherBytes)
+	}
+	runtime.KeepAlive(kept)
+}
+
+// TestRecentIsBounded: more ciphers than there may be replace those that were not used for longest.
+func TestRecentIsBounded(t *testing.T) {
+	seed, err := NewSeed(TypeSeed, fill(9, 32))
+	if err != nil {
+		t.Fatal(err)
+	}
+	aead, err := newAEAD(fill(1, 32))
+	if err != nil {
+		t.Fatal(err)
+	}
+	random := rand.New(rand.NewPCG(3, 4))
+	recent, info := new(Recent), make([]byte, infoSize)
+	inUse := make([]byte, infoSize)
+	const most = RecentBytes / cipherBytes
+	for i := range 5 * most {
+		binary.LittleEndian.PutUint64(info, random.Uint64())
+		binary.LittleEndian.PutUint64(info[8:], random.Uint64())
+		now := uint32(i / 500)
+		for range 2 {
+			recent.put(seed, info, aead, now)
+		}
+		if i == 0 {
+			copy(inUse, info)
+		}
+		if i%250 == 0 && recent.get(seed, inUse, now) == nil {
+			t.Fatalf("the cipher that is always in use was replaced after %d others", i)
+		}
+	}
+	if n := recent.Expire(0); n > most || n < most*9/10 {
+		t.Errorf("%d ciphers, want up to %d", n, most)
 	}
 }

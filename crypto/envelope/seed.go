@@ -133,11 +133,12 @@ func (s *Seed) seal(dst, etcdKey, plaintext []byte) ([]byte, error) {
 // Open appends the plaintext of data, an object's encrypted data, to dst. It retains no argument;
 // dst must not overlap data. The error is [ErrOpen].
 func (s *Seed) Open(dst, etcdKey, data []byte) ([]byte, error) {
-	return s.OpenRecent(nil, dst, etcdKey, data)
+	return s.OpenRecent(nil, 0, dst, etcdKey, data)
 }
 
-// OpenRecent is Open that caches the cipher in recent, which may be nil.
-func (s *Seed) OpenRecent(recent *Recent, dst, etcdKey, data []byte) ([]byte, error) {
+// OpenRecent is Open that caches the cipher in recent, which may be nil. now is the time in
+// seconds, as [Recent.Expire] gets it.
+func (s *Seed) OpenRecent(recent *Recent, now uint32, dst, etcdKey, data []byte) ([]byte, error) {
 	aead, info, sealed := s.aead, []byte(nil), data
 	kept := s.typ == TypeKey // its one cipher needs no keeping
 	if s.typ == TypeSeed {
@@ -145,7 +146,7 @@ func (s *Seed) OpenRecent(recent *Recent, dst, etcdKey, data []byte) ([]byte, er
 			return nil, ErrOpen
 		}
 		info, sealed = data[:infoSize], data[infoSize:]
-		if aead = recent.get(s, info); aead != nil {
+		if aead = recent.get(s, info, now); aead != nil {
 			kept = true
 		} else {
 			var err error
@@ -159,7 +160,7 @@ func (s *Seed) OpenRecent(recent *Recent, dst, etcdKey, data []byte) ([]byte, er
 		return nil, ErrOpen
 	}
 	if !kept {
-		recent.put(s, info, aead)
+		recent.put(s, info, aead, now)
 	}
 	return out, nil
 }

@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"hash"
-	"hash/maphash"
 	"maps"
 	"slices"
 	"sync/atomic"
@@ -85,32 +84,33 @@ func writeField[T string | []byte](d hash.Hash, v T) {
 	d.Write([]byte(v))
 }
 
-// entry is one unwrapped seed. Fields without atomics do not change.
+// entry is one unwrapped seed. Fields without atomics do not change. Those that every value needs
+// come first.
 type entry struct {
-	ring    *Ring // of the values' provider
-	digest  digest
 	seed    *envelope.Seed
-	typ     envelope.Type
-	keyID   string
-	copies  []copyID // that the values hold
-	by      *Ring    // whose KMS unwrapped it: ring, or that of a recovery copy
-	byKeyID string
-	sum     [sha256.Size]byte // SHA-256 of the secret as the KMS unwrapped it
-	header  *envelope.Header  // for by to unwrap it again; nil when that would take too much memory
 	fetched time.Time
+	by      *Ring    // whose KMS unwrapped it: ring, or that of a recovery copy
 	copyUse *copyUse // nil unless a recovery copy was unwrapped
-	why     string   // it was
-
-	// verified is set once the seed has decrypted a value, or was generated here. Until then a
-	// value that does not decrypt may be the fault of what the KMS answered.
-	verified atomic.Bool
-	// recheck is what the KMS returned when an unverified seed was unwrapped again; nil before.
-	recheck atomic.Pointer[recheck]
-	// evicted is set when the entry was evicted; the rings' fast paths may still hold it.
-	evicted atomic.Bool
 	// touched is when the entry was last moved up in the LRU, in seconds after it was fetched. The
 	// fast path does that at most once a second.
 	touched atomic.Int64
+	// verified is set once the seed has decrypted a value, or was generated here. Until then a
+	// value that does not decrypt may be the fault of what the KMS answered.
+	verified atomic.Bool
+	// evicted is set when the entry was evicted; the rings' fast paths may still hold it.
+	evicted atomic.Bool
+
+	ring    *Ring // of the values' provider
+	digest  digest
+	typ     envelope.Type
+	keyID   string
+	copies  []copyID // that the values hold
+	byKeyID string
+	sum     [sha256.Size]byte // SHA-256 of the secret as the KMS unwrapped it
+	header  *envelope.Header  // for by to unwrap it again; nil when that would take too much memory
+	why     string            // a recovery copy was unwrapped
+	// recheck is what the KMS returned when an unverified seed was unwrapped again; nil before.
+	recheck atomic.Pointer[recheck]
 	// retry is when the KMS is called again for a seed past its TTL or from a recovery copy, in
 	// Unix nanoseconds.
 	retry atomic.Int64
@@ -188,7 +188,6 @@ func (c *Cache) evictAll(match func(*entry) bool) int {
 // a value's data, which all values of one seed share. Its few slots are overwritten without order;
 // what is not found here is looked up in the [Cache].
 type hotTable struct {
-	seed  maphash.Seed
 	slots [64]atomic.Pointer[hotSlot]
 }
 
@@ -197,8 +196,15 @@ type hotSlot struct {
 	entry *entry
 }
 
+// slot selects a slot by a few bytes out of the middle and from the end. The wrapped seed, which is
+// different for each seed, takes most of rest, and ends it unless there are annotations.
 func (t *hotTable) slot(rest []byte) *atomic.Pointer[hotSlot] {
-	return &t.slots[maphash.Bytes(t.seed, rest)%uint64(len(t.slots))]
+	h := uint64(len(rest))
+	if n := len(rest); n >= 24 {
+		h += binary.LittleEndian.Uint64(rest[n-16:]) ^ binary.LittleEndian.Uint64(rest[n/2:])
+	}
+	const odd = 0x9e3779b97f4a7c15 // its product with h depends on all bits of h
+	return &t.slots[h*odd>>58]
 }
 
 func (t *hotTable) get(rest []byte) *entry {

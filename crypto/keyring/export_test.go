@@ -33,3 +33,6 @@ func (r *Ring) HasHot(object []byte) bool {
 	r.p.cfg.Cache.touch(e, old)
 	return true
 }
+
+// Ciphers returns how many ciphers of values are cached.
+func (r *Ring) Ciphers() int { return r.seeds.recent.Expire(0) }

@@ -59,6 +59,7 @@ func (m *monitor) check(ctx context.Context) {
 			st.pending = make(chan struct{})
 		}
 	})
+	m.seeds.expire()
 	ctx = kmsclient.PastCircuit(ctx)
 	if m.p.state.Load().err != nil {
 		ctx = kmsclient.OneAttempt(ctx)

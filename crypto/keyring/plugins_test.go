@@ -58,7 +58,7 @@ func (g *pluginRig) stored(t *testing.T, key, value string) []byte {
 	if err != nil {
 		t.Fatal(err)
 	}
-	stored, err := frame.Seal([]byte(key), []byte(value))
+	stored, err := frame.Seal(nil, []byte(key), []byte(value))
 	if err != nil {
 		t.Fatal(err)
 	}

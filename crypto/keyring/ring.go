@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"hash/maphash"
 	"log/slog"
 	"slices"
 	"time"
@@ -126,7 +125,7 @@ func New(c RingConfig) (*Ring, error) {
 	r.calls = &caller{p: r.p, denied: make(map[string]time.Time)}
 	r.calls.base, r.calls.stop = context.WithCancelCause(context.Background())
 	r.refusals = &refusals{p: r.p, calls: r.calls, lru: refused}
-	r.seeds = &seeds{ring: r, p: r.p, calls: r.calls, refusals: r.refusals, hot: hotTable{seed: maphash.MakeSeed()}}
+	r.seeds = &seeds{begun: time.Now(), ring: r, p: r.p, calls: r.calls, refusals: r.refusals}
 	r.copies = &copyReader{ring: r, p: r.p, calls: r.calls, seeds: r.seeds}
 	r.seeds.copies = r.copies
 	r.copier = &copyWriter{p: r.p}
@@ -249,8 +248,9 @@ func (r *Ring) StartWriting() {
 }
 
 // Seal encrypts plaintext with the current seed, for etcdKey. If there is none yet, it waits for
-// the first health check or, with try, returns [ErrWouldBlock]. It retains neither argument.
-func (r *Ring) Seal(ctx context.Context, etcdKey, plaintext []byte, try bool) ([]byte, *Error) {
+// the first health check or, with mode.Try, returns [ErrWouldBlock]. It returns mode.Dst with the
+// stored value, and retains neither argument.
+func (r *Ring) Seal(ctx context.Context, etcdKey, plaintext []byte, mode Mode) ([]byte, *Error) {
 	for waited := false; ; waited = true {
 		st := r.p.state.Load()
 		if st.revoked != nil {
@@ -260,7 +260,7 @@ func (r *Ring) Seal(ctx context.Context, etcdKey, plaintext []byte, try bool) ([
 			if st.writer.seals.Add(1) == r.p.cfg.MaxSeals {
 				r.p.poller.Wake()
 			}
-			sealed, err := st.writer.frame.Seal(etcdKey, plaintext)
+			sealed, err := st.writer.frame.Seal(mode.Dst, etcdKey, plaintext)
 			if err != nil {
 				return nil, r.p.errorf(Unavailable, err, "the value was not encrypted")
 			}
@@ -270,7 +270,7 @@ func (r *Ring) Seal(ctx context.Context, etcdKey, plaintext []byte, try bool) ([
 			r.p.poller.Wake()
 			return nil, r.cannotSeal(st)
 		}
-		if try {
+		if mode.Try {
 			return nil, ErrWouldBlock
 		}
 		select {
@@ -281,9 +281,9 @@ func (r *Ring) Seal(ctx context.Context, etcdKey, plaintext []byte, try bool) ([
 	}
 }
 
-// Mode says how an object is decrypted.
+// Mode says how a value is encrypted or decrypted.
 type Mode struct {
-	Dst []byte // the plaintext is appended to it; it must not overlap the object
+	Dst []byte // the result is appended to it; it must not overlap the value
 	Try bool   // without a KMS call, or else the error is [ErrWouldBlock]
 }
 
@@ -296,6 +296,13 @@ func (r *Ring) Open(ctx context.Context, etcdKey, object []byte, mode Mode, ring
 		err = err.ofValue(etcdKey)
 	}
 	return plaintext, UsedSeed{e}, err
+}
+
+// OpenCached appends to dst the plaintext of an object of this provider, if it can be decrypted at
+// once, with a seed that has decrypted others. Otherwise it returns nil, and [Ring.Open] finds out
+// why. dst does not overlap the object.
+func (r *Ring) OpenCached(dst, etcdKey, object []byte) []byte {
+	return r.seeds.openHot(dst, etcdKey, object)
 }
 
 // UsedSeed is the seed that decrypted a value; the zero value is none.

@@ -3,6 +3,8 @@ package rule_test
 import (
 	"bytes"
 	"errors"
+	"fmt"
+	"reflect"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -64,6 +66,45 @@ func TestTryOpen(t *testing.T) {
 	})
 }
 
+// TestTryOpenAgreesWithOpen: what TryOpen decrypts with a seed at hand, it decrypts, refuses and
+// counts as Open does.
+func TestTryOpenAgreesWithOpen(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		kms := ringtest.NewKMS(t, "ack")
+		g := ringtest.NewRig(t, kms, nil).Start(t)
+		own, foreign := g.MustWrite(t, "k", "own"), kms.Encrypted(t, "k", "foreign")
+		g.MustRead(t, "k", foreign, "foreign")
+		head, tail := bytes.Clone(own), bytes.Clone(own)
+		head[len("k8s:enc:kms:v2:ack:")+10] ^= 1
+		tail[len(tail)-1] = 7 // the type
+		type result struct {
+			value, err string
+			counts     map[string]int
+		}
+		read := func(open func() ([]byte, error)) (r result) {
+			g.Events.Counts = nil
+			value, err := open()
+			return result{string(value), fmt.Sprint(err), g.Events.Counts}
+		}
+		for name, c := range map[string]struct {
+			key    string
+			stored []byte
+		}{
+			"encrypted here": {"k", own}, "with another seed": {"k", foreign}, "an empty value": {"k", g.MustWrite(t, "k", "")},
+			"moved": {"l", own}, "changed data": {"k", head}, "changed header": {"k", tail}, "cut": {"k", own[:len(own)-3]},
+		} {
+			for _, dst := range [][]byte{nil, {}, []byte("before ")} {
+				want := read(func() ([]byte, error) { return g.Sealer.Open(t.Context(), dst, []byte(c.key), c.stored) })
+				for range 3 { // with a cached cipher, too
+					if got := read(func() ([]byte, error) { return g.Sealer.TryOpen(dst, []byte(c.key), c.stored) }); !reflect.DeepEqual(got, want) {
+						t.Errorf("%s, after %q: %+v, want %+v", name, dst, got, want)
+					}
+				}
+			}
+		}
+	})
+}
+
 // TestTryOpenUnverified: a value that does not decrypt with a seed which has decrypted none yet is
 // left for a call that may ask the KMS again.
 func TestTryOpenUnverified(t *testing.T) {
@@ -119,19 +160,19 @@ func TestTrySeal(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		kms := ringtest.NewKMS(t, "ack")
 		g := ringtest.NewRig(t, kms, nil)
-		if _, err := g.Sealer.TrySeal([]byte("k"), []byte("v")); !errors.Is(err, keyring.ErrWouldBlock) {
+		if _, err := g.Sealer.TrySeal(nil, []byte("k"), []byte("v")); !errors.Is(err, keyring.ErrWouldBlock) {
 			t.Errorf("before the first contact: %v", err)
 		}
 		g.Start(t)
 		g.MustWrite(t, "k", "v")
-		stored, err := g.Sealer.TrySeal([]byte("k"), []byte("v"))
+		stored, err := g.Sealer.TrySeal(nil, []byte("k"), []byte("v"))
 		if err != nil {
 			t.Fatal(err)
 		}
 		g.MustRead(t, "k", stored, "v")
 		kms.Set(func() { kms.Down = ringtest.KMSError("Status", kmsclient.KeyDisabled) })
 		time.Sleep(2 * time.Minute)
-		_, err = g.Sealer.TrySeal([]byte("k"), []byte("v"))
+		_, err = g.Sealer.TrySeal(nil, []byte("k"), []byte("v"))
 		ringtest.WantKind(t, err, keyring.KeyUnusable)
 	})
 }

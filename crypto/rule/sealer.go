@@ -118,16 +118,26 @@ func (s *Sealer) ring(provider []byte) *keyring.Ring {
 // bytes otherwise. It retains neither argument. The error is a [*keyring.Error]. With a context
 // that has ended it does what needs no KMS call, and does not count an error.
 func (s *Sealer) Seal(ctx context.Context, key, value []byte) ([]byte, error) {
-	return s.seal(ctx, key, value, false)
+	out, err := s.SealTo(ctx, nil, key, value)
+	if out == nil && err == nil {
+		return value, nil
+	}
+	return out, err
 }
 
-// TrySeal is Seal that does not wait: the error is [keyring.ErrWouldBlock] if the first seed is not
-// there yet.
-func (s *Sealer) TrySeal(key, value []byte) ([]byte, error) {
-	return s.seal(context.Background(), key, value, true)
+// SealTo is Seal that appends to dst, which must not overlap value. It returns nil if the rule
+// writes plaintext.
+func (s *Sealer) SealTo(ctx context.Context, dst, key, value []byte) ([]byte, error) {
+	return s.seal(ctx, key, value, keyring.Mode{Dst: dst})
 }
 
-func (s *Sealer) seal(ctx context.Context, key, value []byte, try bool) ([]byte, error) {
+// TrySeal is SealTo that does not wait: the error is [keyring.ErrWouldBlock] if the first seed is
+// not there yet.
+func (s *Sealer) TrySeal(dst, key, value []byte) ([]byte, error) {
+	return s.seal(context.Background(), key, value, keyring.Mode{Dst: dst, Try: true})
+}
+
+func (s *Sealer) seal(ctx context.Context, key, value []byte, mode keyring.Mode) ([]byte, error) {
 	if s.cfg.Write == nil {
 		if owner := s.owner(value); owner != "" {
 			return nil, s.failSeal(&keyring.Error{Kind: keyring.Refused, Text: fmt.Sprintf(
@@ -135,9 +145,9 @@ func (s *Sealer) seal(ctx context.Context, key, value []byte, try bool) ([]byte,
 				keyring.Clip(key), owner)})
 		}
 		s.cfg.Observer.Sealed(s.cfg.Prefix, OutcomePlaintext)
-		return value, nil
+		return nil, nil
 	}
-	sealed, err := s.cfg.Write.Seal(ctx, key, value, try)
+	sealed, err := s.cfg.Write.Seal(ctx, key, value, mode)
 	switch {
 	case err == keyring.ErrWouldBlock:
 		return nil, err
@@ -181,6 +191,16 @@ func (s *Sealer) Open(ctx context.Context, dst, key, stored []byte) ([]byte, err
 // TryOpen is Open that does not wait: the error is [keyring.ErrWouldBlock] if the value needs a KMS
 // call.
 func (s *Sealer) TryOpen(dst, key, stored []byte) ([]byte, error) {
+	for i, marker := range s.markers {
+		if !bytes.HasPrefix(stored, marker) {
+			continue
+		}
+		if out := s.rings[i].OpenCached(dst, key, stored[len(marker):]); out != nil {
+			s.cfg.Observer.Opened(s.cfg.Prefix, OutcomeOK)
+			return out, nil
+		}
+		break // openByRule finds out why
+	}
 	return s.openByRule(context.Background(), key, stored, keyring.Mode{Dst: dst, Try: true})
 }
 

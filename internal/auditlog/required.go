@@ -16,22 +16,39 @@ func (l *Log) Refusal() error {
 	return ErrUnwritable
 }
 
-// Do calls f if what it does can be recorded. It returns [ErrUnwritable] if it cannot, or if a
-// record was lost meanwhile: the caller must not use the result of f then. An error of f takes
-// precedence.
-func (l *Log) Do(f func() error) error {
+// Action is something that must be recorded if the log is required. The zero value is for a log
+// that is not.
+type Action struct {
+	log  *Log
+	lost uint64 // records at the beginning
+}
+
+// Begin begins an action that is recorded meanwhile. It returns [ErrUnwritable] if it cannot be.
+func (l *Log) Begin() (Action, error) {
 	if !l.Required() {
-		return f()
+		return Action{}, nil
 	}
-	lost := l.Lost()
-	if err := l.Refusal(); err != nil {
+	return Action{l, l.Lost()}, l.Refusal()
+}
+
+// End returns [ErrUnwritable] if a record was lost since [Log.Begin]: the caller must not use the
+// result of the action then.
+func (a Action) End() error {
+	if a.log != nil && a.log.Lost() != a.lost {
+		return ErrUnwritable
+	}
+	return nil
+}
+
+// Do calls f as an action. It returns [ErrUnwritable] if the action cannot be recorded or if a
+// record was lost meanwhile. An error of f takes precedence.
+func (l *Log) Do(f func() error) error {
+	action, err := l.Begin()
+	if err != nil {
 		return err
 	}
 	if err := f(); err != nil {
 		return err
 	}
-	if l.Lost() != lost {
-		return ErrUnwritable
-	}
-	return nil
+	return action.End()
 }

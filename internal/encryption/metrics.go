@@ -59,23 +59,43 @@ func (m *metrics) expectRecoveries(k *Keys, rules []config.Rule) {
 // ruleCounters are those of one rule. They are looked up in advance, because a look-up by label on
 // the data path would cost more than the encryption.
 type ruleCounters struct {
-	encrypted, decrypted map[rule.Outcome]prometheus.Counter
+	encryptedOK, decryptedOK prometheus.Counter // the most frequent ones, without a look-up
+	encrypted, decrypted     map[rule.Outcome]prometheus.Counter
 }
 
 // Sealed implements [rule.Observer].
-func (c *ruleCounters) Sealed(_ string, o rule.Outcome) { c.encrypted[o].Inc() }
+func (c *ruleCounters) Sealed(_ string, o rule.Outcome) {
+	if o == rule.OutcomeOK {
+		c.encryptedOK.Inc()
+		return
+	}
+	c.encrypted[o].Inc()
+}
 
 // Opened implements [rule.Observer].
-func (c *ruleCounters) Opened(_ string, o rule.Outcome) { c.decrypted[o].Inc() }
+func (c *ruleCounters) Opened(_ string, o rule.Outcome) {
+	if o == rule.OutcomeOK {
+		c.decryptedOK.Inc()
+		return
+	}
+	c.decrypted[o].Inc()
+}
 
 // seedCounters are those of one provider.
 type seedCounters struct {
+	hits   prometheus.Counter // the most frequent event, without a look-up
 	events map[keyring.Event]prometheus.Counter
 	all    *metrics
 }
 
 // Seed implements [keyring.Observer].
-func (c *seedCounters) Seed(_ string, e keyring.Event) { c.events[e].Inc() }
+func (c *seedCounters) Seed(_ string, e keyring.Event) {
+	if e == keyring.EventHit {
+		c.hits.Inc()
+		return
+	}
+	c.events[e].Inc()
+}
 
 // Recovered implements [keyring.Observer]. It is called only while a key is lost.
 func (c *seedCounters) Recovered(provider, by string) {
@@ -104,6 +124,7 @@ func (m *metrics) forRule(prefix string) *ruleCounters {
 		c.encrypted[o] = m.encrypted.WithLabelValues(printable.UTF8(prefix), string(o))
 		c.decrypted[o] = m.decrypted.WithLabelValues(printable.UTF8(prefix), string(o))
 	}
+	c.encryptedOK, c.decryptedOK = c.encrypted[rule.OutcomeOK], c.decrypted[rule.OutcomeOK]
 	return c
 }
 
@@ -113,6 +134,7 @@ func (m *metrics) forProvider(name string) *seedCounters {
 	for _, e := range events {
 		c.events[e] = m.seeds.WithLabelValues(name, string(e))
 	}
+	c.hits = c.events[keyring.EventHit]
 	return c
 }
 

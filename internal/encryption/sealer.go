@@ -31,28 +31,46 @@ type sealer struct {
 var _ proxy.Sealer = sealer{}
 
 // Seal implements [proxy.Sealer].
-func (s sealer) Seal(ctx context.Context, key, value []byte) ([]byte, error) {
-	return s.audited(ctx, func() ([]byte, error) { return s.Sealer.Seal(ctx, key, value) })
+func (s sealer) Seal(ctx context.Context, dst, key, value []byte) (out []byte, err error) {
+	action, err := s.audit.Begin()
+	if err == nil {
+		out, err = s.SealTo(ctx, dst, key, value)
+	}
+	return result(ctx, action, out, err)
 }
 
 // Open implements [proxy.Sealer].
-func (s sealer) Open(ctx context.Context, dst, key, stored []byte) ([]byte, error) {
-	return s.audited(ctx, func() ([]byte, error) { return s.Sealer.Open(ctx, dst, key, stored) })
+func (s sealer) Open(ctx context.Context, dst, key, stored []byte) (out []byte, err error) {
+	action, err := s.audit.Begin()
+	if err == nil {
+		out, err = s.Sealer.Open(ctx, dst, key, stored)
+	}
+	return result(ctx, action, out, err)
 }
 
 // TrySeal implements [proxy.Sealer].
-func (s sealer) TrySeal(key, value []byte) ([]byte, error) {
-	return s.audited(context.Background(), func() ([]byte, error) { return s.Sealer.TrySeal(key, value) })
+func (s sealer) TrySeal(dst, key, value []byte) (out []byte, err error) {
+	action, err := s.audit.Begin()
+	if err == nil {
+		out, err = s.Sealer.TrySeal(dst, key, value)
+	}
+	return result(context.Background(), action, out, err)
 }
 
 // TryOpen implements [proxy.Sealer].
-func (s sealer) TryOpen(dst, key, stored []byte) ([]byte, error) {
-	return s.audited(context.Background(), func() ([]byte, error) { return s.Sealer.TryOpen(dst, key, stored) })
+func (s sealer) TryOpen(dst, key, stored []byte) (out []byte, err error) {
+	action, err := s.audit.Begin()
+	if err == nil {
+		out, err = s.Sealer.TryOpen(dst, key, stored)
+	}
+	return result(context.Background(), action, out, err)
 }
 
-// audited returns the result of f, if it may be used.
-func (s sealer) audited(ctx context.Context, f func() ([]byte, error)) (out []byte, err error) {
-	err = s.audit.Do(func() error { out, err = f(); return err })
+// result returns out if it may be used: nothing failed, and no record of the action was lost.
+func result(ctx context.Context, action auditlog.Action, out []byte, err error) ([]byte, error) {
+	if err == nil {
+		err = action.End()
+	}
 	if err != nil {
 		return nil, sealError(ctx, err)
 	}

@@ -39,7 +39,7 @@ func TestAuditRequired(t *testing.T) {
 	a := runServer(t, d, "kind: ", "audit: {path: audit.jsonl, required: true}\nkind: ")
 	ctx := context.Background()
 	rule := a.keys.Rules().ForProxy()[0].Sealer
-	stored, err := rule.Seal(ctx, []byte("k"), []byte("v"))
+	stored, err := rule.Seal(ctx, []byte{}, []byte("k"), []byte("v"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -52,7 +52,7 @@ func TestAuditRequired(t *testing.T) {
 	}
 	unblock := d.Block(t)
 	a.denied("listener", "client", "remote") // lost
-	out, err := rule.Seal(ctx, []byte("k"), []byte("v"))
+	out, err := rule.Seal(ctx, []byte{}, []byte("k"), []byte("v"))
 	refused("seal", out, err)
 	out, err = rule.Open(ctx, nil, []byte("k"), bytes.Clone(stored))
 	refused("open", out, err)

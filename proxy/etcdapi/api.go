@@ -142,6 +142,34 @@ type CallMemory struct {
 	putCall    putCall
 	deleteCall deleteCall
 	txnCall    txnCall
+	request    *[]byte // of [rpc.Buffers], for the request as etcd gets it; nil if it was not needed
+}
+
+// headroom is how much longer a request with encrypted values may be than that of the client
+// without another allocation, in bytes.
+const headroom = 1024
+
+// requestBuffer returns the memory for a request that takes the place of one of n bytes.
+func (m *CallMemory) requestBuffer(n int) []byte {
+	if m.request == nil || len(*m.request) < n+headroom {
+		m.request = rpc.Buffers.Get(n + headroom)
+	}
+	return (*m.request)[:0:len(*m.request)]
+}
+
+// freeRequest gives the memory back of a request that is not sent.
+func (m *CallMemory) freeRequest() {
+	if b := m.TakeRequest(); b != nil {
+		rpc.Buffers.Put(b)
+	}
+}
+
+// TakeRequest hands over the memory that the last result of [Call.Request] is in, for
+// [rpc.Buffers]. It returns nil if the result has none of it.
+func (m *CallMemory) TakeRequest() *[]byte {
+	taken := m.request
+	m.request = nil
+	return taken
 }
 
 // NewCall makes the call's rewriter, nil if it has none. The rewriter may be a part of memory.

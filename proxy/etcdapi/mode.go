@@ -33,8 +33,8 @@ type waitRules struct {
 }
 
 // Seal implements etcdwire.Rules.
-func (r *waitRules) Seal(key, value []byte) ([]byte, error) {
-	return r.RuleSet.Seal(r.ctx, key, value)
+func (r *waitRules) Seal(dst, key, value []byte) ([]byte, error) {
+	return r.RuleSet.Seal(r.ctx, dst, key, value)
 }
 
 // Open implements etcdwire.Rules.
@@ -46,19 +46,19 @@ func (r *waitRules) Open(dst, key, stored []byte) ([]byte, error) {
 type tryRules struct{ *RuleSet }
 
 // Seal implements etcdwire.Rules.
-func (r tryRules) Seal(key, value []byte) ([]byte, error) {
+func (r tryRules) Seal(dst, key, value []byte) ([]byte, error) {
 	if r.Own.has(key) {
 		return nil, errOwnKey
 	}
 	if sealer, ok := r.Lookup(key); ok {
-		return sealer.TrySeal(key, value)
+		return sealer.TrySeal(dst, key, value)
 	}
-	return value, nil
+	return nil, nil
 }
 
 // Open implements etcdwire.Rules.
 func (r tryRules) Open(dst, key, stored []byte) ([]byte, error) {
-	if sealer, ok := r.Lookup(key); ok && !r.Own.has(key) {
+	if sealer := r.sealer(key); sealer != nil {
 		return sealer.TryOpen(dst, key, stored)
 	}
 	return append(dst, stored...), nil

@@ -49,7 +49,7 @@ func longList(t *testing.T, r *rand.Rand) (stored, want []byte) {
 		in := value
 		if i%7 != 0 {
 			var err error
-			if in, err = (proxytest.Reverser{}).Seal(t.Context(), []byte(key), value); err != nil {
+			if in, err = (proxytest.Reverser{}).Seal(t.Context(), nil, []byte(key), value); err != nil {
 				t.Fatal(err)
 			}
 		}

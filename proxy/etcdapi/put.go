@@ -19,7 +19,7 @@ type putCall struct {
 }
 
 func newPutCall(c *Core, id *listener.Identity, memory *CallMemory) Call {
-	memory.putCall = putCall{kvCall: kvCall{core: c, id: id}}
+	memory.putCall = putCall{kvCall: kvCall{core: c, id: id, memory: memory}}
 	return &memory.putCall
 }
 
@@ -34,11 +34,18 @@ func (c *putCall) Request(m Mode, msg []byte) ([]byte, error) {
 	if err != nil {
 		return nil, c.core.status(err, false)
 	}
-	if c.at.Own.has(key) {
+	if c.rules.Own.has(key) {
 		return nil, errOwnKey
 	}
-	c.touches = c.at.covers(key)
-	out, err := etcdwire.PutRequest(msg, m.Rules(c.at))
+	c.touches = c.rules.covers(key)
+	var dst []byte
+	if c.touches {
+		dst = c.memory.requestBuffer(len(msg))
+	}
+	out, err := etcdwire.PutRequest(dst, msg, m.Rules(c.rules))
+	if err != nil {
+		c.memory.freeRequest()
+	}
 	if errors.Is(err, etcdwire.ErrValueProvided) {
 		return nil, c.refusedPut(msg)
 	}

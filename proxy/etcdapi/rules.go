@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdwire"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/prefix"
@@ -13,7 +14,8 @@ import (
 // RuleSet is an immutable set of rules. A reload swaps the whole set.
 type RuleSet struct {
 	*prefix.Set[Sealer]
-	Own ownKeys // of Config.OwnPrefixes
+	Own      ownKeys // of Config.OwnPrefixes
+	ownRuled bool    // some own key begins with the prefix of a rule
 }
 
 // NewRuleSet checks rules, and prefixes of the proxies' own keys. It reports a rule without a
@@ -44,31 +46,49 @@ func NewRuleSet(rules []Rule, own ...string) (*RuleSet, error) {
 	if err := errors.Join(problems...); err != nil {
 		return nil, err
 	}
-	return &RuleSet{Set: prefix.New(entries), Own: newOwnKeys(own)}, nil
+	set := &RuleSet{Set: prefix.New(entries), Own: newOwnKeys(own)}
+	for _, r := range rules {
+		set.ownRuled = set.ownRuled || set.Own.has([]byte(r.Prefix)) ||
+			slices.ContainsFunc(own, func(p string) bool { return strings.HasPrefix(p, r.Prefix) })
+	}
+	return set, nil
+}
+
+// sealer returns the sealer that holds for key, or nil.
+func (s *RuleSet) sealer(key []byte) Sealer {
+	sealer, ok := s.Lookup(key)
+	if !ok || s.ownRuled && s.Own.has(key) {
+		return nil
+	}
+	return sealer
 }
 
 func (s *RuleSet) empty() bool { return s.Len() == 0 && s.Own.empty() }
 
 // covers reports whether a rule holds for key.
-func (s *RuleSet) covers(key []byte) bool {
+func (s *RuleSet) covers(key []byte) bool { return s.sealer(key) != nil }
+
+// Covers implements etcdwire.Rules.
+func (s *RuleSet) Covers(key []byte) bool {
 	_, ok := s.Lookup(key)
-	return ok && !s.Own.has(key)
+	return ok || s.Own.has(key)
 }
 
-// Seal encrypts a value. Calls refuse a write of an own key before they get here.
-func (s *RuleSet) Seal(ctx context.Context, key, value []byte) ([]byte, error) {
+// Seal encrypts a value and appends it to dst. It returns nil for one that stays as it is. Calls
+// refuse a write of an own key before they get here.
+func (s *RuleSet) Seal(ctx context.Context, dst, key, value []byte) ([]byte, error) {
 	if s.Own.has(key) {
 		return nil, errOwnKey
 	}
 	if sealer, ok := s.Lookup(key); ok {
-		return sealer.Seal(ctx, key, value)
+		return sealer.Seal(ctx, dst, key, value)
 	}
-	return value, nil
+	return nil, nil
 }
 
 // Open decrypts a value and appends it to dst.
 func (s *RuleSet) Open(ctx context.Context, dst, key, stored []byte) ([]byte, error) {
-	if sealer, ok := s.Lookup(key); ok && !s.Own.has(key) {
+	if sealer := s.sealer(key); sealer != nil {
 		return sealer.Open(ctx, dst, key, stored)
 	}
 	return append(dst, stored...), nil
@@ -84,8 +104,11 @@ var _ etcdwire.Rules = storedRules{}
 // sort them.
 func (storedRules) Overlaps(_, _ []byte) bool { return false }
 
+// Covers implements etcdwire.Rules.
+func (storedRules) Covers([]byte) bool { return true }
+
 // Seal implements etcdwire.Rules.
-func (storedRules) Seal(_, _ []byte) ([]byte, error) { return nil, errReadOnly }
+func (storedRules) Seal(_, _, _ []byte) ([]byte, error) { return nil, errReadOnly }
 
 // Open implements etcdwire.Rules.
 func (storedRules) Open(dst, _, stored []byte) ([]byte, error) { return append(dst, stored...), nil }

@@ -20,9 +20,11 @@ import (
 // tagger seals to its own name, so that a test sees which rule was asked.
 type tagger string
 
-func (s tagger) Seal(context.Context, []byte, []byte) ([]byte, error) { return []byte(s), nil }
-func (s tagger) TrySeal(_, _ []byte) ([]byte, error)                  { return []byte(s), nil }
-func (s tagger) TryOpen(dst, _, _ []byte) ([]byte, error)             { return append(dst, s...), nil }
+func (s tagger) TrySeal(dst, _, _ []byte) ([]byte, error) { return append(dst, s...), nil }
+func (s tagger) TryOpen(dst, _, _ []byte) ([]byte, error) { return append(dst, s...), nil }
+func (s tagger) Seal(_ context.Context, dst, _, _ []byte) ([]byte, error) {
+	return append(dst, s...), nil
+}
 func (s tagger) Open(_ context.Context, dst, _, _ []byte) ([]byte, error) {
 	return append(dst, s...), nil
 }
@@ -44,7 +46,13 @@ func rulesOf(t testing.TB, prefixes ...string) *RuleSet {
 func TestLongestPrefixIsAsked(t *testing.T) {
 	set := rulesOf(t, "a", "ab", "b/")
 	for key, want := range map[string]string{"a": "<a>", "aa": "<a>", "abc": "<ab>", "b": "plain", "b/": "<b/>", "c": "plain"} {
-		sealed, err := set.Seal(t.Context(), []byte(key), []byte("plain"))
+		sealed, err := set.Seal(t.Context(), []byte{}, []byte(key), []byte("plain"))
+		if covered := sealed != nil; covered != set.Covers([]byte(key)) {
+			t.Errorf("key %q: sealed: %t", key, covered)
+		}
+		if sealed == nil { // it stays as it is
+			sealed = []byte("plain")
+		}
 		opened, oerr := set.Open(t.Context(), nil, []byte(key), []byte("plain"))
 		if string(sealed) != want || string(opened) != want || err != nil || oerr != nil {
 			t.Errorf("key %q: sealed by %q and opened by %q, want %q (%v, %v)", key, sealed, opened, want, err, oerr)
@@ -60,7 +68,7 @@ func TestOwnKeys(t *testing.T) {
 			t.Fatal(err)
 		}
 		key := []byte("/own/k")
-		if _, err := set.Seal(t.Context(), key, []byte("v")); status.Code(err) != codes.PermissionDenied {
+		if _, err := set.Seal(t.Context(), []byte{}, key, []byte("v")); status.Code(err) != codes.PermissionDenied {
 			t.Errorf("%s: a put: %v", name, err)
 		}
 		if got, err := set.Open(t.Context(), nil, key, []byte("v")); string(got) != "v" || err != nil {
@@ -216,7 +224,7 @@ func FuzzReachOfTxn(f *testing.F) {
 	set := rulesOf(f, "k/")
 	set.Own = newOwnKeys([]string{"o/"})
 	f.Fuzz(func(t *testing.T, msg []byte) {
-		got := &txnCall{kvCall: kvCall{at: set}}
+		got := &txnCall{kvCall: kvCall{rules: set}}
 		if etcdwire.EachOperation(msg, got) != nil {
 			return // it is refused
 		}
@@ -224,7 +232,7 @@ func FuzzReachOfTxn(f *testing.F) {
 		if proto.Unmarshal(msg, &txn) != nil {
 			return
 		}
-		want := &txnCall{kvCall: kvCall{at: set}}
+		want := &txnCall{kvCall: kvCall{rules: set}}
 		reachByDecoding(&txn, want)
 		if want.touches != got.touches || want.changes != got.changes || want.own != got.own || want.over != got.over {
 			t.Errorf("got %+v, decoder %+v", got, want)

@@ -13,16 +13,16 @@ import (
 // wraps [*SealError] decides the client's status; any other is answered as Internal with a fixed
 // text.
 type Sealer interface {
-	// Seal returns the bytes to store in place of value, which it leaves as it is. The result is
-	// value itself where the rule writes plaintext.
-	Seal(ctx context.Context, key, value []byte) ([]byte, error)
+	// Seal appends to dst, which is not nil, the bytes to store in place of value. It returns nil
+	// where the rule writes plaintext. dst does not overlap value.
+	Seal(ctx context.Context, dst, key, value []byte) ([]byte, error)
 	// Open appends to dst the value behind stored, the bytes etcd holds, or stored itself where the
 	// rule hands it on. dst does not overlap stored. A value is not longer than what is stored.
 	Open(ctx context.Context, dst, key, stored []byte) ([]byte, error)
 
 	// TrySeal is Seal that never waits. The error wraps [ErrWouldBlock] if the value needs a KMS
 	// call; any other error is final, as Seal's is.
-	TrySeal(key, value []byte) ([]byte, error)
+	TrySeal(dst, key, value []byte) ([]byte, error)
 	// TryOpen is Open that never waits. The error wraps [ErrWouldBlock] if the value needs a KMS
 	// call.
 	TryOpen(dst, key, stored []byte) ([]byte, error)

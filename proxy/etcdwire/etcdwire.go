@@ -3,7 +3,8 @@
 // It edits bytes and never rebuilds a message: unknown fields and everything outside a changed
 // value stay as they came. It does no I/O and knows nothing of gRPC, rules or keys: it calls a
 // [Rules]. Messages are read only. A request without a change is returned as the very slice that
-// was passed in; a response is written to the end of a buffer of the caller.
+// was passed in; any other request, and a response, is written to the end of a buffer of the
+// caller.
 package etcdwire
 
 import "errors"
@@ -14,8 +15,11 @@ type Rules interface {
 	// Overlaps reports whether a rule covers key (rangeEnd empty) or any key of [key, rangeEnd).
 	// rangeEnd "\x00" is every key from key on.
 	Overlaps(key, rangeEnd []byte) bool
-	// Seal returns the bytes to store for value. For a key under no rule it returns value itself.
-	Seal(key, value []byte) ([]byte, error)
+	// Covers reports whether Seal may change the value of key, or refuse it.
+	Covers(key []byte) bool
+	// Seal appends to dst, which is not nil, the bytes to store for value. It returns nil for a
+	// value that stays as it is. dst does not overlap value.
+	Seal(dst, key, value []byte) ([]byte, error)
 	// Open appends to dst the value behind the stored bytes. For a key under no rule it appends
 	// stored itself. dst does not overlap stored.
 	Open(dst, key, stored []byte) ([]byte, error)

@@ -130,8 +130,8 @@ func (o *operations) of(txn *pb.TxnRequest) {
 // unsealing takes the brackets off where a request's rewriter puts them on.
 type unsealing struct{ brackets }
 
-func (o unsealing) Seal(key, stored []byte) ([]byte, error) {
-	return o.Open(nil, key, stored)
+func (o unsealing) Seal(dst, key, stored []byte) ([]byte, error) {
+	return o.Open(dst, key, stored)
 }
 
 // FuzzRequestInverse seals a request and opens it again: the message must say what it said.

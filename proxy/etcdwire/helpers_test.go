@@ -26,11 +26,13 @@ func (b brackets) Overlaps(key, rangeEnd []byte) bool {
 	return bytes.Compare(key, after) < 0 && (fromKey || bytes.Compare(rangeEnd, []byte(b.prefix)) > 0)
 }
 
-func (b brackets) Seal(key, value []byte) ([]byte, error) {
+func (b brackets) Covers(key []byte) bool { return b.covers(key) }
+
+func (b brackets) Seal(dst, key, value []byte) ([]byte, error) {
 	if !b.covers(key) {
-		return value, nil
+		return nil, nil
 	}
-	return bytes.Join([][]byte{{'['}, key, {'|'}, value, {']'}}, nil), nil
+	return append(dst, bytes.Join([][]byte{{'['}, key, {'|'}, value, {']'}}, nil)...), nil
 }
 
 func (b brackets) Open(dst, key, stored []byte) ([]byte, error) {
@@ -49,14 +51,21 @@ type untouched struct{ seals, opens int }
 
 func (*untouched) Overlaps(_, _ []byte) bool { return false }
 
-func (u *untouched) Seal(_, value []byte) ([]byte, error) {
+func (u *untouched) Covers([]byte) bool {
 	u.seals++
-	return value, nil
+	return u.seals%2 == 0 // a rule may cover the key, and leave the value
 }
+
+func (u *untouched) Seal(_, _, _ []byte) ([]byte, error) { return nil, nil }
 
 func (u *untouched) Open(dst, _, stored []byte) ([]byte, error) {
 	u.opens++
 	return append(dst, stored...), nil
+}
+
+// same reports whether b is the very slice a.
+func same(a, b []byte) bool {
+	return len(a) == len(b) && (len(a) == 0 || &a[0] == &b[0])
 }
 
 func wire(t testing.TB, m proto.Message) []byte {

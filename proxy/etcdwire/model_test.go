@@ -14,7 +14,13 @@ import (
 type modelEdit func(key, value []byte) ([]byte, error)
 
 func sealing(r Rules) modelEdit {
-	return func(k, v []byte) ([]byte, error) { return r.Seal(k, v) }
+	return func(k, v []byte) ([]byte, error) {
+		out, err := r.Seal([]byte{}, k, v)
+		if out == nil && err == nil {
+			out = v
+		}
+		return out, err
+	}
 }
 
 func opening(r Rules) modelEdit {
@@ -73,10 +79,10 @@ type method struct {
 
 var methods = []method{
 	{"PutRequest", func() proto.Message { return new(pb.PutRequest) },
-		func(b []byte, r Rules) ([]byte, error) { return PutRequest(b, r) },
+		func(b []byte, r Rules) ([]byte, error) { return PutRequest(nil, b, r) },
 		func(m proto.Message, r Rules) error { return modelPut(m.(*pb.PutRequest), sealing(r)) }, false},
 	{"TxnRequest", func() proto.Message { return new(pb.TxnRequest) },
-		func(b []byte, r Rules) ([]byte, error) { out, _, err := TxnRequest(b, r); return out, err },
+		func(b []byte, r Rules) ([]byte, error) { out, _, err := TxnRequest(nil, b, r); return out, err },
 		func(m proto.Message, r Rules) error { return modelTxn(m.(*pb.TxnRequest), sealing(r)) }, false},
 	{"RangeResponse", func() proto.Message { return new(pb.RangeResponse) },
 		func(b []byte, r Rules) ([]byte, error) {

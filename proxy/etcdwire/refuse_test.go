@@ -35,8 +35,8 @@ func TestAmbiguous(t *testing.T) {
 	// A field number of 2^32+1 is field 1 to a decoder that cuts it to 32 bits.
 	hugeTag := append(protowire.AppendVarint(nil, (1<<32+1)<<3|2), 1, 'x')
 	type request func([]byte) error
-	putReq := func(b []byte) error { _, err := PutRequest(b, brackets{"s/"}); return err }
-	txnReq := func(b []byte) error { _, _, err := TxnRequest(b, brackets{"s/"}); return err }
+	putReq := func(b []byte) error { _, err := PutRequest(nil, b, brackets{"s/"}); return err }
+	txnReq := func(b []byte) error { _, _, err := TxnRequest(nil, b, brackets{"s/"}); return err }
 	rngReq := func(b []byte) error { _, _, err := RangeRequest(b, brackets{"s/"}); return err }
 	for name, c := range map[string]struct {
 		send request
@@ -97,7 +97,7 @@ func TestByValue(t *testing.T) {
 		"key under no rule":                {cmp(pb.Compare_VALUE, "p/a", "", true), nil},
 		"revision of a key under a rule":   {cmp(pb.Compare_MOD, "s/a", "", false), nil},
 	} {
-		if out, _, err := TxnRequest(c.msg, brackets{"s/"}); !errors.Is(err, c.want) || (err == nil && !same(out, c.msg)) {
+		if out, _, err := TxnRequest(nil, c.msg, brackets{"s/"}); !errors.Is(err, c.want) || (err == nil && !same(out, c.msg)) {
 			t.Errorf("compare, %s: got %v, want %v", name, err, c.want)
 		}
 	}
@@ -115,7 +115,7 @@ func TestByValue(t *testing.T) {
 			t.Errorf("sort %s: got %v, want %v", name, err, c.want)
 		}
 		in := wire(t, &pb.TxnRequest{Failure: []*pb.RequestOp{rng(c.req)}})
-		if _, _, err := TxnRequest(in, brackets{"s/"}); !errors.Is(err, c.want) {
+		if _, _, err := TxnRequest(nil, in, brackets{"s/"}); !errors.Is(err, c.want) {
 			t.Errorf("sort %s, in a transaction: got %v, want %v", name, err, c.want)
 		}
 	}

@@ -1,7 +1,6 @@
 package etcdwire
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 
@@ -58,16 +57,29 @@ func (b *branch) set(i int, s opShape) {
 }
 
 // PutRequest encrypts the value of a PutRequest, an absent one too. With ignore_value the message
-// passes as it is, if it has no value. It returns msg itself if nothing changed; the error wraps
+// passes as it is, if it has no value. It returns msg itself if nothing changed, and else appends
+// the new message to dst, for which it allocates memory if dst is nil. The error wraps
 // [ErrMalformed] or [ErrValueProvided] or is the error of rules.Seal.
-func PutRequest(msg []byte, rules Rules) ([]byte, error) {
-	return rewrite(msg, rules, func(r *rewriter) error { return r.put(0, len(msg)) })
+func PutRequest(dst, msg []byte, rules Rules) ([]byte, error) {
+	e := editor{rules: rules, src: msg, out: dst}
+	if err := e.put(0, len(msg)); err != nil {
+		return nil, err
+	}
+	return e.request(), nil
+}
+
+// request returns the new message, or src if nothing changed.
+func (e *editor) request() []byte {
+	if e.edits == 0 {
+		return e.src
+	}
+	return e.rest()
 }
 
 // put returns ErrValueProvided for a put that keeps its value and has one. The caller may go on:
 // the value is replaced.
-func (r *rewriter) put(at, end int) error {
-	s := scan(&putRequest, r.src, at, end)
+func (e *editor) put(at, end int) error {
+	s := scan(&putRequest, e.src, at, end)
 	p, ignoreValue := newPair(&s, putValueTag), false
 	for s.next() {
 		p.see(&s, 2)
@@ -78,24 +90,24 @@ func (r *rewriter) put(at, end int) error {
 	switch {
 	case s.err != nil:
 		return s.err
-	case ignoreValue && p.value.field.end > p.value.field.body && r.rules.Overlaps(p.key, nil):
-		return cmp.Or(r.edit(p, placeholder), ErrValueProvided)
+	case ignoreValue && p.value.end > p.value.body && e.rules.Overlaps(p.key, nil):
+		e.replace(&p)
+		return ErrValueProvided
 	case ignoreValue:
 		return nil
 	}
-	return r.edit(p, r.rules.Seal)
+	return e.seal(&p)
 }
 
-// placeholder stands for the value of a put that etcd refuses because it has one.
-func placeholder([]byte, []byte) ([]byte, error) { return []byte{0}, nil }
-
 // putInTxn leaves it to etcd to refuse a put that is to keep its value and has one, which is sent
-// without the value: of several faults in a transaction etcd tells the first, and which one that is
-// depends on etcd's own flags.
-func (r *rewriter) putInTxn(f field) error {
-	if err := r.put(f.body, f.end); !errors.Is(err, ErrValueProvided) {
+// with another value: of several faults in a transaction etcd tells the first, and which one that
+// is depends on etcd's own flags.
+func (e *editor) putInTxn(f field) error {
+	m := e.enter(f)
+	if err := e.put(f.body, f.end); err != nil && !errors.Is(err, ErrValueProvided) {
 		return err
 	}
+	e.leave(f, m)
 	return nil
 }
 
@@ -134,56 +146,54 @@ func rangeShape(src []byte, at, end int, rules Rules) (shape RangeShape, touches
 
 // TxnRequest encrypts the values of all puts of a TxnRequest, in both branches and in nested
 // transactions. A put that is to keep its value and has one is sent with another: etcd refuses it.
-// It returns msg itself if nothing changed, and the shape that TxnResponse needs. The error wraps
+// It returns msg itself if nothing changed, and else appends the new message to dst, for which it
+// allocates memory if dst is nil. The shape is what TxnResponse needs. The error wraps
 // [ErrMalformed], or [ErrByValue] for a compare or a sort by value that meets a rule, or
 // [ErrUnsupported], or is the error of rules.Seal.
-func TxnRequest(msg []byte, rules Rules) ([]byte, *TxnShape, error) {
-	var shape *TxnShape
-	out, err := rewrite(msg, rules, func(r *rewriter) (err error) {
-		shape, err = r.txn(0, len(msg), 1)
-		return err
-	})
+func TxnRequest(dst, msg []byte, rules Rules) ([]byte, *TxnShape, error) {
+	e := editor{rules: rules, src: msg, out: dst}
+	shape, err := e.txn(0, len(msg), 1)
 	if err != nil {
 		return nil, nil, err
 	}
-	return out, shape, nil
+	return e.request(), shape, nil
 }
 
-func (r *rewriter) txn(at, end, depth int) (*TxnShape, error) {
+func (e *editor) txn(at, end, depth int) (*TxnShape, error) {
 	if depth > maxTxnDepth {
 		return nil, errTooDeep
 	}
-	var shape TxnShape
+	var success, failure branch
 	successes, failures := 0, 0
-	s := scan(&txnRequest, r.src, at, end)
+	s := scan(&txnRequest, e.src, at, end)
 	for s.next() {
 		var err error
 		switch f := s.field; f.num {
 		case 1:
-			err = r.compare(f.body, f.end)
+			err = e.compare(f.body, f.end)
 		case 2:
-			err = r.op(f, depth, &shape.success, successes)
+			err = e.op(f, depth, &success, successes)
 			successes++
 		case 3:
-			err = r.op(f, depth, &shape.failure, failures)
+			err = e.op(f, depth, &failure, failures)
 			failures++
 		}
 		if err != nil {
 			return nil, err
 		}
 	}
-	if s.err != nil || (shape.success == nil && shape.failure == nil) {
+	if s.err != nil || (success == nil && failure == nil) {
 		return nil, s.err
 	}
-	return &shape, nil
+	return &TxnShape{success, failure}, nil
 }
 
 // compare refuses what would compare a plaintext with a ciphertext, and an operand that would reach
 // etcd's log in plaintext even if the target makes the server ignore it.
-func (r *rewriter) compare(at, end int) error {
+func (e *editor) compare(at, end int) error {
 	var key, rangeEnd []byte
 	byValue := false
-	s := scan(&compare, r.src, at, end)
+	s := scan(&compare, e.src, at, end)
 	for s.next() {
 		switch f := s.field; f.num {
 		case 2:
@@ -198,40 +208,42 @@ func (r *rewriter) compare(at, end int) error {
 	}
 	// A range that ends before it begins covers no key, but its operand would be in etcd's log all
 	// the same: so the key counts alone.
-	if s.err == nil && byValue && (r.rules.Overlaps(key, rangeEnd) || r.rules.Overlaps(key, nil)) {
+	if s.err == nil && byValue && (e.rules.Overlaps(key, rangeEnd) || e.rules.Overlaps(key, nil)) {
 		return fmt.Errorf("compare %w", ErrByValue)
 	}
 	return s.err
 }
 
-func (r *rewriter) op(f field, depth int, b *branch, index int) error {
-	return r.within(f, func(r *rewriter, f field) error {
-		s := scan(&requestOp, r.src, f.body, f.end)
-		for s.next() {
-			var err error
-			var shape opShape
-			switch f := s.field; f.num {
-			case 1:
-				shape.rng, _, err = rangeShape(r.src, f.body, f.end, r.rules)
-			case 2:
-				err = r.within(f, (*rewriter).putInTxn)
-			case 3:
-				_, _, err = keyRange(&deleteRequest, r.src, f.body, f.end)
-			case 4:
-				err = r.within(f, func(r *rewriter, f field) (err error) {
-					shape.txn, err = r.txn(f.body, f.end, depth+1)
-					return err
-				})
-			default:
-				err = unknownOperation(f)
+func (e *editor) op(f field, depth int, b *branch, index int) error {
+	m := e.enter(f)
+	s := scan(&requestOp, e.src, f.body, f.end)
+	for s.next() {
+		var err error
+		var shape opShape
+		switch f := s.field; f.num {
+		case 1:
+			shape.rng, _, err = rangeShape(e.src, f.body, f.end, e.rules)
+		case 2:
+			err = e.putInTxn(f)
+		case 3:
+			_, _, err = keyRange(&deleteRequest, e.src, f.body, f.end)
+		case 4:
+			m := e.enter(f)
+			if shape.txn, err = e.txn(f.body, f.end, depth+1); err == nil {
+				e.leave(f, m)
 			}
-			if err != nil {
-				return err
-			}
-			b.set(index, shape)
+		default:
+			err = unknownOperation(f)
 		}
-		return s.err
-	})
+		if err != nil {
+			return err
+		}
+		b.set(index, shape)
+	}
+	if s.err == nil {
+		e.leave(f, m)
+	}
+	return s.err
 }
 
 // Name returns field 1 of a LockRequest, CampaignRequest or LeaderRequest: the name of the lock or

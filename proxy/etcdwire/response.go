@@ -1,106 +1,44 @@
 package etcdwire
 
-import (
-	"sync"
-
-	"google.golang.org/protobuf/encoding/protowire"
-)
-
 // Every function here appends to dst what the client gets for msg. They do not overlap. dst should
 // have room for as many bytes as msg has: values are not longer than what is stored, and a dst that
 // grows leaves plaintext behind. After an error, what follows dst is undefined. The error wraps
 // [ErrMalformed], or is that of rules.Open.
 
-// opener copies a message from src to out, with its values decrypted.
-type opener struct {
-	rules    Rules
-	src, out []byte
-	at       int // in src: what precedes is in out
-}
-
-var openers = sync.Pool{New: func() any { return new(opener) }}
-
-// open runs walk, which decrypts the values, and copies the rest.
-func open(dst, msg []byte, rules Rules, walk func(*opener) error) ([]byte, error) {
-	o, ok := openers.Get().(*opener)
-	if !ok {
-		o = new(opener)
-	}
-	defer func() {
-		*o = opener{} // the pool must not keep values alive
-		openers.Put(o)
-	}()
-	*o = opener{rules: rules, src: msg, out: dst}
-	if err := walk(o); err != nil {
-		return nil, err
-	}
-	o.copyTo(len(msg))
-	return o.out, nil
-}
-
-// copyTo copies up to an offset in src.
-func (o *opener) copyTo(end int) {
-	o.out = append(o.out, o.src[o.at:end]...)
-	o.at = end
-}
-
-// within runs walk over the submessage f and corrects its length prefix.
-func (o *opener) within(f field, walk func(o *opener, f field) error) error {
-	o.copyTo(f.body)
-	start := len(o.out)
-	if err := walk(o, f); err != nil {
-		return err
-	}
-	o.copyTo(f.end)
-	o.setLength(start, f)
-	return nil
-}
-
-// setLength corrects the length prefix of f, whose contents begin at start in out. Contents that
-// have kept their length keep its encoding, too.
-func (o *opener) setLength(start int, f field) {
-	length, was := len(o.out)-start, f.body-f.val
-	if length == f.end-f.body {
-		return
-	}
-	size := protowire.SizeVarint(uint64(length)) //nolint:gosec // not negative
-	if size > was {
-		o.out = append(o.out, make([]byte, size-was)...)
-	}
-	copy(o.out[start-was+size:], o.out[start:start+length])
-	o.out = o.out[:start-was+size+length]
-	protowire.AppendVarint(o.out[:start-was], uint64(length)) //nolint:gosec // not negative
-}
-
 // RangeResponse decrypts the values of a RangeResponse.
 func RangeResponse(dst, msg []byte, rules Rules, shape RangeShape) ([]byte, error) {
-	return open(dst, msg, rules, func(o *opener) error { return o.ranged(0, len(msg), shape) })
+	e := editor{rules: rules, src: msg, out: dst}
+	if err := e.ranged(0, len(msg), shape); err != nil {
+		return nil, err
+	}
+	return e.rest(), nil
 }
 
 // RangeStreamResponse decrypts the values of one chunk of a RangeStream.
 func RangeStreamResponse(dst, msg []byte, rules Rules, shape RangeShape) ([]byte, error) {
-	return open(dst, msg, rules, func(o *opener) error {
-		s := scan(&streamResponse, o.src, 0, len(msg))
-		for s.next() {
-			if s.field.num == 1 {
-				if err := o.within(s.field, func(o *opener, f field) error { return o.ranged(f.body, f.end, shape) }); err != nil {
-					return err
-				}
-			}
+	e := editor{rules: rules, src: msg, out: dst}
+	s := scan(&streamResponse, msg, 0, len(msg))
+	for s.next() {
+		if s.field.num != 1 {
+			continue
 		}
-		return s.err
-	})
+		m := e.enter(s.field)
+		if err := e.ranged(s.field.body, s.field.end, shape); err != nil {
+			return nil, err
+		}
+		e.leave(s.field, m)
+	}
+	if s.err != nil {
+		return nil, s.err
+	}
+	return e.rest(), nil
 }
 
-func (o *opener) ranged(at, end int, shape RangeShape) error {
-	s := scan(&rangeResponse, o.src, at, end)
-	open := openPair
-	if shape.KeysOnly {
-		open = openPresent
-	}
+func (e *editor) ranged(at, end int, shape RangeShape) error {
+	s := scan(&rangeResponse, e.src, at, end)
 	for s.next() {
 		if s.field.num == 2 {
-			if err := o.within(s.field, open); err != nil {
+			if err := e.keyValue(s.field, !shape.KeysOnly); err != nil {
 				return err
 			}
 		}
@@ -110,20 +48,28 @@ func (o *opener) ranged(at, end int, shape RangeShape) error {
 
 // PutResponse decrypts the previous value in a PutResponse.
 func PutResponse(dst, msg []byte, rules Rules) ([]byte, error) {
-	return open(dst, msg, rules, func(o *opener) error { return o.pairs(&putResponse, 0, len(msg), 2) })
+	e := editor{rules: rules, src: msg, out: dst}
+	if err := e.pairs(&putResponse, 0, len(msg), 2); err != nil {
+		return nil, err
+	}
+	return e.rest(), nil
 }
 
 // DeleteRangeResponse decrypts the previous values in a DeleteRangeResponse.
 func DeleteRangeResponse(dst, msg []byte, rules Rules) ([]byte, error) {
-	return open(dst, msg, rules, func(o *opener) error { return o.pairs(&deleteResponse, 0, len(msg), 3) })
+	e := editor{rules: rules, src: msg, out: dst}
+	if err := e.pairs(&deleteResponse, 0, len(msg), 3); err != nil {
+		return nil, err
+	}
+	return e.rest(), nil
 }
 
-// pairs opens the KeyValue in each field num of a message.
-func (o *opener) pairs(sc *schema, at, end int, num int32) error {
-	s := scan(sc, o.src, at, end)
+// pairs decrypts the KeyValue in each field num of a message.
+func (e *editor) pairs(sc *schema, at, end int, num int32) error {
+	s := scan(sc, e.src, at, end)
 	for s.next() {
 		if int32(s.field.num) == num {
-			if err := o.within(s.field, openPair); err != nil {
+			if err := e.keyValue(s.field, true); err != nil {
 				return err
 			}
 		}
@@ -134,17 +80,21 @@ func (o *opener) pairs(sc *schema, at, end int, num int32) error {
 // TxnResponse decrypts the values in all responses of a TxnResponse. shape is what TxnRequest
 // returned.
 func TxnResponse(dst, msg []byte, rules Rules, shape *TxnShape) ([]byte, error) {
-	return open(dst, msg, rules, func(o *opener) error { return o.responses(0, len(msg), shape, 1) })
+	e := editor{rules: rules, src: msg, out: dst}
+	if err := e.responses(0, len(msg), shape, 1); err != nil {
+		return nil, err
+	}
+	return e.rest(), nil
 }
 
-func (o *opener) responses(at, end int, shape *TxnShape, depth int) error {
+func (e *editor) responses(at, end int, shape *TxnShape, depth int) error {
 	if depth > maxTxnDepth {
 		return txnResponse.malformed("is nested too deep", 3)
 	}
 	var taken branch
 	if shape != nil {
 		taken = shape.failure
-		s := scan(&txnResponse, o.src, at, end)
+		s := scan(&txnResponse, e.src, at, end)
 		for s.next() {
 			if s.field.num == 2 && s.field.n != 0 {
 				taken = shape.success
@@ -152,37 +102,43 @@ func (o *opener) responses(at, end int, shape *TxnShape, depth int) error {
 		}
 	}
 	index := 0
-	s := scan(&txnResponse, o.src, at, end)
+	s := scan(&txnResponse, e.src, at, end)
 	for s.next() {
 		if s.field.num != 3 {
 			continue
 		}
 		op := taken.at(index)
 		index++
-		if err := o.within(s.field, func(o *opener, f field) error { return o.response(f, op, depth) }); err != nil {
+		if err := e.response(s.field, op, depth); err != nil {
 			return err
 		}
 	}
 	return s.err
 }
 
-func (o *opener) response(f field, op opShape, depth int) error {
-	s := scan(&responseOp, o.src, f.body, f.end)
+func (e *editor) response(f field, op opShape, depth int) error {
+	m := e.enter(f)
+	s := scan(&responseOp, e.src, f.body, f.end)
 	for s.next() {
+		f, m := s.field, e.enter(s.field)
 		var err error
-		switch s.field.num {
+		switch f.num {
 		case 1:
-			err = o.within(s.field, func(o *opener, f field) error { return o.ranged(f.body, f.end, op.rng) })
+			err = e.ranged(f.body, f.end, op.rng)
 		case 2:
-			err = o.within(s.field, func(o *opener, f field) error { return o.pairs(&putResponse, f.body, f.end, 2) })
+			err = e.pairs(&putResponse, f.body, f.end, 2)
 		case 3:
-			err = o.within(s.field, func(o *opener, f field) error { return o.pairs(&deleteResponse, f.body, f.end, 3) })
+			err = e.pairs(&deleteResponse, f.body, f.end, 3)
 		case 4:
-			err = o.within(s.field, func(o *opener, f field) error { return o.responses(f.body, f.end, op.txn, depth+1) })
+			err = e.responses(f.body, f.end, op.txn, depth+1)
 		}
 		if err != nil {
 			return err
 		}
+		e.leave(f, m)
+	}
+	if s.err == nil {
+		e.leave(f, m)
 	}
 	return s.err
 }
@@ -190,88 +146,94 @@ func (o *opener) response(f field, op opShape, depth int) error {
 // WatchResponse decrypts the values and previous values of a WatchResponse's events. The pair of a
 // DELETE event has no value.
 func WatchResponse(dst, msg []byte, rules Rules) ([]byte, error) {
-	return open(dst, msg, rules, func(o *opener) error {
-		s := scan(&watchResponse, o.src, 0, len(msg))
-		for s.next() {
-			if s.field.num == 11 {
-				if err := o.within(s.field, openEvent); err != nil {
-					return err
-				}
-			}
-		}
-		return s.err
-	})
-}
-
-func openEvent(o *opener, f field) error {
-	// The type decides how to read the pair, and need not stand before it.
-	isPut := true
-	s := scan(&event, o.src, f.body, f.end)
+	e := editor{rules: rules, src: msg, out: dst}
+	s := scan(&watchResponse, msg, 0, len(msg))
 	for s.next() {
-		if s.field.num == 1 {
-			isPut = s.field.int32() == 0
+		if s.field.num == watchEvents {
+			if err := e.event(s.field); err != nil {
+				return nil, err
+			}
 		}
 	}
 	if s.err != nil {
-		return s.err
+		return nil, s.err
 	}
-	s = scan(&event, o.src, f.body, f.end)
+	return e.rest(), nil
+}
+
+// Fields of Event.
+const (
+	eventType = 1
+	eventPair = 2
+	eventPrev = 3
+)
+
+// event decrypts an event.
+func (e *editor) event(f field) error {
+	m := e.enter(f)
+	s := scan(&event, e.src, f.body, f.end)
 	for s.next() {
-		open := openPair
-		switch {
-		case s.field.num != 2 && s.field.num != 3:
+		if s.field.num != eventPair && s.field.num != eventPrev {
 			continue
-		case s.field.num == 2 && !isPut:
-			open = openPresent
 		}
-		if err := o.within(s.field, open); err != nil {
+		p, exists, err := e.pair(s.field)
+		if err != nil {
 			return err
 		}
+		if p.present || exists && (s.field.num == eventPrev || e.isPut(f)) {
+			if err := e.openWithin(s.field, &p); err != nil {
+				return err
+			}
+		}
+	}
+	if s.err == nil {
+		e.leave(f, m)
 	}
 	return s.err
 }
 
-// openPair decrypts the value of a KeyValue. An absent value is an empty one, which a strict rule
-// may refuse, if the key exists: every key that etcd holds has a version from 1 on. kine answers a
-// delete with the pair of its tombstone, which has neither.
-func openPair(o *opener, f field) error { return o.open(f, true) }
+// isPut reports whether an event is a PUT, by its type, which need not stand before its pair.
+func (e *editor) isPut(f field) bool {
+	s := scan(&event, e.src, f.body, f.end)
+	for s.next() {
+		if s.field.num == eventType {
+			return s.field.int32() == 0
+		}
+	}
+	return true
+}
 
-// openPresent decrypts the value of a KeyValue that may have been left out of the response.
-func openPresent(o *opener, f field) error { return o.open(f, false) }
+// keyValue decrypts the value of a KeyValue. An absent value is an empty one, which a strict rule
+// may refuse, if absentToo is true and the key exists. Otherwise it was left out of the response.
+func (e *editor) keyValue(f field, absentToo bool) error {
+	p, exists, err := e.pair(f)
+	if err != nil || (!p.present && (!absentToo || !exists)) {
+		return err
+	}
+	return e.openWithin(f, &p)
+}
 
-func (o *opener) open(f field, absentToo bool) error {
-	s := scan(&keyValue, o.src, f.body, f.end)
-	p := newPair(&s, kvValueTag)
-	exists := false
+// pair returns the pair of a KeyValue, and whether its key exists: every key that etcd holds has a
+// version from 1 on. kine answers a delete with the pair of its tombstone, which has neither a
+// version nor a value.
+func (e *editor) pair(f field) (p pair, exists bool, err error) {
+	s := scan(&keyValue, e.src, f.body, f.end)
+	p = newPair(&s, kvValueTag)
 	for s.next() {
 		p.see(&s, 5)
 		if s.field.num == 4 {
 			exists = s.field.n != 0
 		}
 	}
-	if s.err != nil || (!p.value.present && (!absentToo || !exists)) {
-		return s.err
-	}
-	v := p.value.field
-	var stored []byte
-	if p.value.present {
-		stored = o.src[v.body:v.end:v.end]
-		o.copyTo(v.body)
-		o.at = v.end
-	} else {
-		o.copyTo(p.value.at)
-		o.out = append(o.out, p.value.tag, 0)
-		v = field{val: 1, body: 2, end: 2}
-	}
-	start := len(o.out)
-	out, err := o.rules.Open(o.out, p.key, stored)
-	if err != nil {
+	return p, exists, s.err
+}
+
+// openWithin decrypts the value of a pair, which is the submessage f.
+func (e *editor) openWithin(f field, p *pair) error {
+	m := e.enter(f)
+	if err := e.open(p); err != nil {
 		return err
 	}
-	if o.out = out; len(out) == start && (len(stored) > 0 || !p.value.present) {
-		o.out = out[:start-(v.body-v.start)] // the encoders of etcd leave out an empty value
-		return nil
-	}
-	o.setLength(start, v)
+	e.leave(f, m)
 	return nil
 }

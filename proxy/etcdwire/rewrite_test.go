@@ -62,7 +62,7 @@ func TestUnknownFieldsStay(t *testing.T) {
 func TestKeyAfterValue(t *testing.T) {
 	msg := protowire.AppendBytes(protowire.AppendTag(nil, 2, protowire.BytesType), []byte("v"))
 	msg = protowire.AppendBytes(protowire.AppendTag(msg, 1, protowire.BytesType), []byte("s/a"))
-	got, err := PutRequest(msg, brackets{"s/"})
+	got, err := PutRequest(nil, msg, brackets{"s/"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -76,7 +76,7 @@ func TestLongLengths(t *testing.T) {
 	for _, n := range []int{0, 1, 100, 110, 117, 118, 119, 120, 127, 128, 16200, 16370, 16383, 16384, 1 << 21} {
 		value := strings.Repeat("v", n)
 		req := &pb.TxnRequest{Success: []*pb.RequestOp{nested(&pb.TxnRequest{Failure: []*pb.RequestOp{put("s/a", value)}})}}
-		got, _, err := TxnRequest(wire(t, req), brackets{"s/"})
+		got, _, err := TxnRequest(nil, wire(t, req), brackets{"s/"})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -125,7 +125,7 @@ func TestKeysOnly(t *testing.T) {
 		Success: []*pb.RequestOp{values, keys, nested(&pb.TxnRequest{Failure: []*pb.RequestOp{keys}})},
 		Failure: []*pb.RequestOp{values},
 	})
-	_, shape, err := TxnRequest(req, brackets{"s/"})
+	_, shape, err := TxnRequest(nil, req, brackets{"s/"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -150,7 +150,7 @@ func BenchmarkPutRequest(b *testing.B) {
 	msg := wire(b, &pb.PutRequest{Key: []byte("s/a"), Value: make([]byte, 256)})
 	b.ReportAllocs()
 	for b.Loop() {
-		if _, err := PutRequest(msg, brackets{"s/"}); err != nil {
+		if _, err := PutRequest(nil, msg, brackets{"s/"}); err != nil {
 			b.Fatal(err)
 		}
 	}
@@ -184,5 +184,38 @@ func BenchmarkRangeResponse(b *testing.B) {
 				}
 			}
 		})
+	}
+}
+
+// TestTypeAfterPair: the type of an event counts wherever it stands.
+func TestTypeAfterPair(t *testing.T) {
+	present := wire(t, kv("s/a", "[s/a|one]"))
+	absent := wire(t, &mvccpb.KeyValue{Key: []byte("s/a"), ModRevision: 4, Version: 1})
+	number := func(b []byte, n protowire.Number, v uint64) []byte {
+		return protowire.AppendVarint(protowire.AppendTag(b, n, protowire.VarintType), v)
+	}
+	field := func(b []byte, n protowire.Number, v []byte) []byte {
+		return protowire.AppendBytes(protowire.AppendTag(b, n, protowire.BytesType), v)
+	}
+	for name, tt := range map[string]struct {
+		event []byte
+		want  error // [errOpen] where an absent value is read as an empty one
+	}{
+		"put":                     {field(nil, 2, absent), errOpen},
+		"put, type after pair":    {number(field(nil, 2, absent), 1, 0), errOpen},
+		"delete":                  {field(number(nil, 1, 1), 2, absent), nil},
+		"delete, type after pair": {number(field(nil, 2, absent), 1, 1), nil},
+		"delete, pair in the middle, previous pair": {number(field(field(nil, 3, present), 2, absent), 1, 1), nil},
+		"delete, absent previous value":             {number(field(nil, 3, absent), 1, 1), errOpen},
+		"put with a value, type after pair":         {number(field(nil, 2, present), 1, 0), nil},
+	} {
+		msg := field(nil, 11, tt.event)
+		got, err := WatchResponse(nil, msg, brackets{"s/"})
+		if !errors.Is(err, tt.want) {
+			t.Errorf("%s: %v, want %v", name, err, tt.want)
+		}
+		if err == nil && bytes.Contains(msg, []byte("[s/a|one]")) != bytes.Contains(got, []byte("one")) || bytes.Contains(got, []byte("[s/a|one]")) {
+			t.Errorf("%s: got %q", name, got)
+		}
 	}
 }

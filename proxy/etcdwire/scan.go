@@ -93,15 +93,18 @@ func (s *scanner) next() bool {
 		return false
 	}
 	b := s.src[:s.end]
-	num, typ, n := protowire.ConsumeTag(b[s.at:])
-	if n < 0 {
-		s.err = fmt.Errorf("%w: %s: invalid or truncated tag", ErrMalformed, s.schema.name)
-		return false
+	num, typ, n := protowire.Number(b[s.at]>>3), protowire.Type(b[s.at]&7), 1
+	if b[s.at] >= 0x80 || num == 0 { // a longer tag, or none
+		if num, typ, n = protowire.ConsumeTag(b[s.at:]); n < 0 {
+			s.err = fmt.Errorf("%w: %s: invalid or truncated tag", ErrMalformed, s.schema.name)
+			return false
+		}
 	}
-	f := field{num: num, start: s.at, val: s.at + n}
+	f := &s.field
+	*f = field{num: num, start: s.at, val: s.at + n}
 	switch typ {
 	case protowire.BytesType:
-		length, n := protowire.ConsumeVarint(b[f.val:])
+		length, n := varint(b[f.val:])
 		if n < 0 || length > uint64(s.end-f.val-n) { //nolint:gosec // n bytes were read from within the message
 			s.err = s.schema.malformed("is truncated", num)
 			return false
@@ -109,7 +112,7 @@ func (s *scanner) next() bool {
 		f.body = f.val + n
 		f.end = f.body + int(length) //nolint:gosec // bounded by the line above
 	case protowire.VarintType:
-		v, n := protowire.ConsumeVarint(b[f.val:])
+		v, n := varint(b[f.val:])
 		if n < 0 {
 			s.err = s.schema.malformed("is truncated", num)
 			return false
@@ -142,8 +145,16 @@ func (s *scanner) next() bool {
 		}
 		s.seen |= bit
 	}
-	s.field, s.at = f, f.end
+	s.at = f.end
 	return true
+}
+
+// varint is protowire.ConsumeVarint, with a number of one byte read in place.
+func varint(b []byte) (uint64, int) {
+	if len(b) > 0 && b[0] < 0x80 {
+		return uint64(b[0]), 1
+	}
+	return protowire.ConsumeVarint(b)
 }
 
 // body returns the contents of a length-delimited field.

@@ -1,162 +1,165 @@
 package etcdwire
 
 import (
-	"sync"
+	"slices"
 
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// edit replaces src[from:to] by an optional tag, an optional length prefix and bytes.
-type edit struct {
-	from, to int
-	tag      byte // 0: none
-	length   int  // -1: none
-	with     []byte
+// editor copies a message from src to out, with its values encrypted or decrypted. It copies when
+// it meets a value, so that nothing is copied of a message without one.
+type editor struct {
+	rules    Rules
+	src, out []byte
+	at       int // in src: what precedes is in out
+	edits    int // how many values were replaced
 }
 
-// rewriter gathers the edits of a request, in the order of their offsets.
-type rewriter struct {
-	rules Rules
-	src   []byte
-	edits []edit
-	grow  int // by how much the edits lengthen the message
+// headroom is how much longer than its plaintext a stored value usually is at most, in bytes.
+const headroom = 512
+
+// copyTo copies up to an offset in src.
+func (e *editor) copyTo(end int) {
+	e.out = append(e.out, e.src[e.at:end]...)
+	e.at = end
 }
 
-var rewriters = sync.Pool{New: func() any { return new(rewriter) }}
-
-// keptEdits is how many edits a rewriter has room for when it goes back to the pool.
-const keptEdits = 4096
-
-// rewrite runs walk over msg and returns msg with the edits that walk requested: msg itself if
-// there were none.
-func rewrite(msg []byte, rules Rules, walk func(*rewriter) error) ([]byte, error) {
-	r, ok := rewriters.Get().(*rewriter)
-	if !ok {
-		r = new(rewriter)
-	}
-	r.rules, r.src = rules, msg
-	defer func() {
-		clear(r.edits) // the pool must not keep values alive
-		if cap(r.edits) > keptEdits {
-			r.edits = nil
-		}
-		*r = rewriter{edits: r.edits[:0]}
-		rewriters.Put(r)
-	}()
-	if err := walk(r); err != nil {
-		return nil, err
-	}
-	if len(r.edits) == 0 {
-		return msg, nil
-	}
-	out := make([]byte, 0, len(msg)+r.grow)
-	at := 0
-	for _, e := range r.edits {
-		out = append(out, msg[at:e.from]...)
-		if e.tag != 0 {
-			out = append(out, e.tag)
-		}
-		if e.length >= 0 {
-			out = protowire.AppendVarint(out, uint64(e.length))
-		}
-		out = append(out, e.with...)
-		at = e.to
-	}
-	return append(out, msg[at:]...), nil
+// rest copies the rest of the message, and returns the result.
+func (e *editor) rest() []byte {
+	e.copyTo(len(e.src))
+	return e.out
 }
 
-func (r *rewriter) add(e edit) {
-	by := len(e.with) - (e.to - e.from)
-	if e.tag != 0 {
-		by++
-	}
-	if e.length >= 0 {
-		by += protowire.SizeVarint(uint64(e.length))
-	}
-	r.grow += by
-	r.edits = append(r.edits, e)
-}
+// mark is where the contents of a submessage begin, or will begin, in out, and the edits before.
+type mark struct{ start, edits int }
 
-// within runs walk over the submessage f and corrects its length prefix if walk changed anything in
-// it.
-func (r *rewriter) within(f field, walk func(r *rewriter, f field) error) error {
-	// The prefix stands before what is in it, so its edit is reserved now and filled or dropped
-	// afterwards.
-	index, before := len(r.edits), r.grow
-	r.edits = append(r.edits, edit{from: f.val, to: f.body, length: -1})
-	if err := walk(r, f); err != nil {
-		return err
-	}
-	if len(r.edits) == index+1 {
-		r.edits = r.edits[:index]
-		return nil
-	}
-	length := f.end - f.body + r.grow - before
-	r.edits[index].length = length
-	by := protowire.SizeVarint(uint64(length)) - (f.body - f.val) //nolint:gosec // not negative
-	r.grow += by
-	return nil
-}
+// enter begins with the submessage f.
+func (e *editor) enter(f field) mark { return mark{len(e.out) + f.body - e.at, e.edits} }
 
-// value is the place of a value in its message: the field itself, or where it would stand.
-type value struct {
-	tag     byte
-	present bool
-	field   field
-	at      int // where an absent field belongs: before the first field with a higher number
-}
-
-// set replaces the value by with. A value that becomes empty loses its field, as the encoders of
-// etcd write it.
-func (r *rewriter) set(v value, with []byte) {
-	switch {
-	case v.present && len(with) == 0:
-		r.add(edit{from: v.field.start, to: v.field.end, length: -1})
-	case v.present:
-		r.add(edit{from: v.field.val, to: v.field.end, length: len(with), with: with})
-	default:
-		r.add(edit{from: v.at, to: v.at, tag: v.tag, length: len(with), with: with})
+// leave corrects the length prefix of the submessage f if a value in it was replaced.
+func (e *editor) leave(f field, m mark) {
+	if e.edits != m.edits {
+		e.copyTo(f.end)
+		e.setLength(m.start, f)
 	}
 }
 
-// same reports whether b is the very slice a: how Rules says that nothing changed.
-func same(a, b []byte) bool {
-	return len(a) == len(b) && (len(a) == 0 || &a[0] == &b[0])
+// setLength corrects the length prefix of f, whose contents begin at start in out. Contents that
+// have kept their length keep its encoding, too.
+func (e *editor) setLength(start int, f field) {
+	length, was := len(e.out)-start, f.body-f.val
+	if length == f.end-f.body {
+		return
+	}
+	size := protowire.SizeVarint(uint64(length)) //nolint:gosec // not negative
+	if size > was {
+		e.out = append(e.out, make([]byte, size-was)...)
+	}
+	if size != was {
+		copy(e.out[start-was+size:], e.out[start:start+length])
+		e.out = e.out[:start-was+size+length]
+	}
+	protowire.AppendVarint(e.out[:start-was], uint64(length)) //nolint:gosec // not negative
 }
 
 // pair is a key and the place of its value, in a KeyValue or a PutRequest.
 type pair struct {
-	key   []byte
-	value value
+	tag     byte // of the value
+	present bool // the message has a value
+	key     []byte
+	value   field
+	at      int // where an absent value belongs: before the first field with a higher number
 }
 
-// edit applies f to the pair's value. An absent value is handed over as nil.
-func (r *rewriter) edit(p pair, f func(key, value []byte) ([]byte, error)) error {
-	var old []byte
-	if p.value.present {
-		old = r.src[p.value.field.body:p.value.field.end:p.value.field.end]
-	}
-	changed, err := f(p.key, old)
-	if err != nil {
-		return err
-	}
-	if !same(old, changed) {
-		r.set(p.value, changed)
-	}
-	return nil
-}
+func newPair(s *scanner, tag byte) pair { return pair{tag: tag, at: s.end} }
 
 // see takes note of the scanner's field, of a message whose value has number num.
 func (p *pair) see(s *scanner, num protowire.Number) {
 	switch s.field.num {
 	case num:
-		p.value.present, p.value.field = true, s.field
+		p.present, p.value = true, s.field
 	case 1:
 		p.key = s.body()
 	}
-	if s.field.num > num && p.value.at == s.end {
-		p.value.at = s.field.start
+	if s.field.num > num && p.at == s.end {
+		p.at = s.field.start
 	}
 }
 
-func newPair(s *scanner, tag byte) pair { return pair{value: value{tag: tag, at: s.end}} }
+// stored returns the value of a pair, nil if it is absent.
+func (e *editor) stored(p *pair) []byte {
+	if !p.present {
+		return nil
+	}
+	return e.src[p.value.body:p.value.end:p.value.end]
+}
+
+// begin copies what precedes the value of a pair, with the tag and the prefix of an absent one, and
+// returns the value's field.
+func (e *editor) begin(p *pair) field {
+	if p.present {
+		e.copyTo(p.value.body)
+		e.at = p.value.end
+		return p.value
+	}
+	e.copyTo(p.at)
+	e.out = append(e.out, p.tag, 0)
+	return field{val: 1, body: 2, end: 2}
+}
+
+// finish completes the value of a pair, which begins at start in out. The encoders of etcd leave
+// out an empty value.
+func (e *editor) finish(p *pair, f field, start int) {
+	e.edits++
+	if len(e.out) == start && (!p.present || f.end > f.body) {
+		e.out = e.out[:start-(f.body-f.start)]
+		return
+	}
+	e.setLength(start, f)
+}
+
+// open decrypts the value of a pair.
+func (e *editor) open(p *pair) error {
+	stored := e.stored(p)
+	f := e.begin(p)
+	start := len(e.out)
+	out, err := e.rules.Open(e.out, p.key, stored)
+	if err != nil {
+		return err
+	}
+	e.out = out
+	e.finish(p, f, start)
+	return nil
+}
+
+// seal encrypts the value of a pair, if a rule covers its key.
+func (e *editor) seal(p *pair) error {
+	if !e.rules.Covers(p.key) {
+		return nil
+	}
+	value, at, was := e.stored(p), e.at, len(e.out)
+	if e.out == nil {
+		e.out = make([]byte, 0, len(e.src)+headroom)
+	}
+	f := e.begin(p)
+	start := len(e.out)
+	out, err := e.rules.Seal(e.out, p.key, value)
+	if err != nil {
+		return err
+	}
+	if out == nil { // it stays as it is
+		e.at, e.out = at, e.out[:was]
+		return nil
+	}
+	e.out = out
+	e.finish(p, f, start)
+	return nil
+}
+
+// replace replaces the value of a pair by one byte.
+func (e *editor) replace(p *pair) {
+	e.out = slices.Grow(e.out, len(e.src))
+	f := e.begin(p)
+	e.out = append(e.out, 0)
+	e.finish(p, f, len(e.out)-1)
+}

@@ -51,7 +51,19 @@ func (s *Set[T]) Len() int { return len(s.entries) }
 
 // search returns where key stands, or would stand, among the prefixes.
 func (s *Set[T]) search(key []byte) (int, bool) {
-	return slices.BinarySearchFunc(s.entries, key, func(e entry[T], k []byte) int { return bytes.Compare(e.prefix, k) })
+	from, to := 0, len(s.entries)
+	for from < to {
+		middle := int(uint(from+to) / 2)
+		switch c := bytes.Compare(s.entries[middle].prefix, key); {
+		case c == 0:
+			return middle, true
+		case c < 0:
+			from = middle + 1
+		default:
+			to = middle
+		}
+	}
+	return from, false
 }
 
 // Lookup returns the value of the longest prefix of key. It takes O(log n) and allocates nothing.

@@ -254,7 +254,11 @@ func (st *clientStream) forward(m etcdapi.Mode, raw []byte) {
 		}
 	}
 	st.watch.Stop()
+	memory := st.callMemory.TakeRequest() // the response may end this call before connect returns
 	ok, wouldBlock := st.connect(m, &unaryRequest{rpc.Header(len(edited)), edited})
+	if memory != nil {
+		rpc.Buffers.Put(memory)
+	}
 	switch {
 	case wouldBlock:
 		st.forwardLater(raw)

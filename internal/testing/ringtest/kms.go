@@ -236,7 +236,7 @@ func (k *KMS) Encrypted(t *testing.T, key, value string) []byte {
 	if err != nil {
 		t.Fatal(err)
 	}
-	stored, err := f.Seal([]byte(key), []byte(value))
+	stored, err := f.Seal(nil, []byte(key), []byte(value))
 	if err != nil {
 		t.Fatal(err)
 	}

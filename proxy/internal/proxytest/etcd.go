@@ -18,11 +18,11 @@ type Reverser struct {
 	OpenErr, SealErr error
 }
 
-func (r Reverser) Seal(_ context.Context, key, value []byte) ([]byte, error) {
+func (r Reverser) Seal(_ context.Context, dst, key, value []byte) ([]byte, error) {
 	if r.SealErr != nil {
 		return nil, r.SealErr
 	}
-	out := append([]byte("sealed:"), key...)
+	out := append(append(dst, "sealed:"...), key...)
 	out = append(out, ':')
 	back := bytes.Clone(value)
 	slices.Reverse(back)
@@ -42,8 +42,8 @@ func (r Reverser) Open(_ context.Context, dst, key, stored []byte) ([]byte, erro
 	return out, nil
 }
 
-func (r Reverser) TrySeal(key, value []byte) ([]byte, error) {
-	return r.Seal(context.Background(), key, value)
+func (r Reverser) TrySeal(dst, key, value []byte) ([]byte, error) {
+	return r.Seal(context.Background(), dst, key, value)
 }
 
 func (r Reverser) TryOpen(dst, key, stored []byte) ([]byte, error) {
@@ -52,7 +52,7 @@ func (r Reverser) TryOpen(dst, key, stored []byte) ([]byte, error) {
 
 // Sealed is what etcd holds for value.
 func Sealed(key, value string) []byte {
-	out, _ := Reverser{}.Seal(context.Background(), []byte(key), []byte(value))
+	out, _ := Reverser{}.Seal(context.Background(), nil, []byte(key), []byte(value))
 	return out
 }
 

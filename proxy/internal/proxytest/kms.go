@@ -45,11 +45,11 @@ func (s *slowKMS) wait(ctx context.Context, key []byte) error {
 	}
 }
 
-func (s *slowKMS) Seal(ctx context.Context, key, value []byte) ([]byte, error) {
+func (s *slowKMS) Seal(ctx context.Context, dst, key, value []byte) ([]byte, error) {
 	if err := s.wait(ctx, key); err != nil {
 		return nil, err
 	}
-	return Reverser{}.Seal(ctx, key, value)
+	return Reverser{}.Seal(ctx, dst, key, value)
 }
 
 func (s *slowKMS) Open(ctx context.Context, dst, key, stored []byte) ([]byte, error) {
@@ -59,11 +59,11 @@ func (s *slowKMS) Open(ctx context.Context, dst, key, stored []byte) ([]byte, er
 	return Reverser{}.Open(ctx, dst, key, stored)
 }
 
-func (s *slowKMS) TrySeal(key, value []byte) ([]byte, error) {
+func (s *slowKMS) TrySeal(dst, key, value []byte) ([]byte, error) {
 	if !s.ready(key) {
 		return nil, etcdwire.ErrWouldBlock
 	}
-	return s.Seal(context.Background(), key, value)
+	return s.Seal(context.Background(), dst, key, value)
 }
 
 func (s *slowKMS) TryOpen(dst, key, stored []byte) ([]byte, error) {
@@ -140,11 +140,11 @@ func ServeStore(t *testing.T, list ...string) string {
 // Unhurried opens and seals nothing in haste, and everything for a caller that waits.
 type Unhurried struct{}
 
-func (Unhurried) Seal(ctx context.Context, key, value []byte) ([]byte, error) {
+func (Unhurried) Seal(ctx context.Context, dst, key, value []byte) ([]byte, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	return Reverser{}.Seal(ctx, key, value)
+	return Reverser{}.Seal(ctx, dst, key, value)
 }
 
 func (Unhurried) Open(ctx context.Context, dst, key, stored []byte) ([]byte, error) {
@@ -154,6 +154,6 @@ func (Unhurried) Open(ctx context.Context, dst, key, stored []byte) ([]byte, err
 	return Reverser{}.Open(ctx, dst, key, stored)
 }
 
-func (Unhurried) TrySeal(_, _ []byte) ([]byte, error) { return nil, etcdwire.ErrWouldBlock }
+func (Unhurried) TrySeal(_, _, _ []byte) ([]byte, error) { return nil, etcdwire.ErrWouldBlock }
 
 func (Unhurried) TryOpen(_, _, _ []byte) ([]byte, error) { return nil, etcdwire.ErrWouldBlock }

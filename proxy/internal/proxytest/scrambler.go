@@ -22,10 +22,10 @@ type scrambler struct {
 // checksum of number, key and value.
 const scrambled = 1 + 4 + 4
 
-func (s scrambler) Seal(_ context.Context, key, value []byte) ([]byte, error) {
+func (s scrambler) Seal(_ context.Context, dst, key, value []byte) ([]byte, error) {
 	out := binary.BigEndian.AppendUint32([]byte{s.mark}, bits.Reverse32(s.count.Add(1)))
 	out = binary.BigEndian.AppendUint32(out, s.sum(out[1:5], key, value))
-	return append(out, s.mixed(out[1:5], value)...), nil
+	return append(append(dst, out...), s.mixed(out[1:5], value)...), nil
 }
 
 func (s scrambler) Open(_ context.Context, dst, key, stored []byte) ([]byte, error) {
@@ -39,8 +39,8 @@ func (s scrambler) Open(_ context.Context, dst, key, stored []byte) ([]byte, err
 	return append(dst, value...), nil
 }
 
-func (s scrambler) TrySeal(key, value []byte) ([]byte, error) {
-	return s.Seal(context.Background(), key, value)
+func (s scrambler) TrySeal(dst, key, value []byte) ([]byte, error) {
+	return s.Seal(context.Background(), dst, key, value)
 }
 
 func (s scrambler) TryOpen(dst, key, stored []byte) ([]byte, error) {

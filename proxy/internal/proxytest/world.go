@@ -42,7 +42,7 @@ var WorldsOwn = []string{"own/", "s/own/"}
 
 // rulesOfProxy are those of a proxy's.
 type rulesOfProxy interface {
-	Seal(ctx context.Context, key, value []byte) ([]byte, error)
+	Seal(ctx context.Context, dst, key, value []byte) ([]byte, error)
 	Open(ctx context.Context, dst, key, stored []byte) ([]byte, error)
 	Overlaps(key, rangeEnd []byte) bool
 }
@@ -90,7 +90,10 @@ func (w *World) Ask(ctx context.Context, full string, msg []byte, _ int) ([]byte
 func (w *World) others(ctx context.Context, request proto.Message) {
 	w.written = append(w.written, request)
 	if p, ok := request.(*pb.PutRequest); ok {
-		value, _ := w.Rules.Seal(ctx, p.GetKey(), p.GetValue())
+		value, err := w.Rules.Seal(ctx, []byte{}, p.GetKey(), p.GetValue())
+		if value == nil && err == nil {
+			value = p.GetValue()
+		}
 		request = &pb.PutRequest{Key: p.GetKey(), Value: value, Lease: p.GetLease()}
 	}
 	_, _ = w.Behind.Do(request) // what cannot be written here cannot there
