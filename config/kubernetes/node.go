@@ -17,9 +17,9 @@ func (r *reader) isPlain(n *yaml.Node, at string) bool {
 	return true
 }
 
-// fields returns the fields of a mapping, or nil if it reported that n is none of this kind. A
-// field that is not known is reported without its name, which a slip may have made a secret, and
-// nothing more is said of its mapping.
+// fields returns the fields of a mapping, or nil if it reported that n is not a mapping of known
+// fields. It reports an unknown field without its name, which may be a misplaced secret, and
+// nothing else about the mapping.
 func (r *reader) fields(n *yaml.Node, at string, known ...string) map[string]*yaml.Node {
 	if !r.isPlain(n, at) {
 		return nil

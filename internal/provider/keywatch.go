@@ -135,7 +135,7 @@ func (w *Watch) Run(ctx context.Context) {
 func (w *Watch) update(ctx context.Context) {
 	if w.Describe != nil {
 		limited, cancel := context.WithTimeout(ctx, describeTimeout)
-		// An error is no news: the ring reports that the KMS does not respond, and a dedicated
+		// An error is ignored: the ring reports that the KMS does not respond, and a dedicated
 		// instance describes no keys.
 		if info, err := w.Describe(limited); err == nil {
 			w.info.Store(info)

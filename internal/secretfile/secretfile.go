@@ -84,7 +84,7 @@ func isCredential(path string, mode fs.FileMode) bool {
 	return folder != "" && mode&^0o440 == 0 && filepath.Clean(filepath.Dir(path)) == filepath.Clean(folder)
 }
 
-// process is who reads a file.
+// process is the process that reads a file.
 type process struct {
 	uid           int
 	groups        []int

@@ -1,6 +1,6 @@
-// Package unixsocket makes listening unix sockets that nobody can open with looser permissions than
-// they are given, not even in the moment between bind and chmod. The listeners of the proxy and the
-// KMS plugin server use it. It knows nothing of what is served.
+// Package unixsocket makes listening unix sockets that have their permissions from the start: there
+// is no moment between bind and chmod in which other users can connect. The listeners of the proxy
+// and the KMS plugin server use it. It does not know what is served.
 package unixsocket
 
 import (
@@ -17,8 +17,8 @@ import (
 	"time"
 )
 
-// probeTimeout bounds how long a process that holds the socket may take to accept, and how long
-// another one may be at placing its own.
+// probeTimeout limits how long a process that serves the socket may take to accept. Five of it
+// limit how long another process may take to place its own.
 const probeTimeout = time.Second
 
 // ErrInUse is in the error of [Listen] when another process serves the socket.
@@ -27,13 +27,13 @@ var ErrInUse = fmt.Errorf("another process answers on it: %w", syscall.EADDRINUS
 // ErrNoFolder is in the error of [Listen] when the folder of the socket does not exist.
 var ErrNoFolder = errors.New("does not exist")
 
-// Listen makes a unix socket at path, which is absolute, with mode from the first moment on,
-// whatever the process' umask is.
+// Listen makes a unix socket at path, which is absolute. It has mode from the start, independently
+// of the process' umask.
 //
-// A socket that is there already is replaced if nobody answers on it. Anything else that is there,
-// and a socket that is in use ([ErrInUse]), is an error and stays as it is. Of several processes
-// that start together one gets the socket. The listener's Close removes it, unless another process
-// has put its own there since.
+// An existing socket is replaced if no process accepts connections on it. A socket in use
+// ([ErrInUse]), and any other existing file, is an error and stays unchanged. If several processes
+// start at the same time, one of them gets the socket. The listener's Close removes it, unless
+// another process has replaced it.
 func Listen(path string, mode fs.FileMode) (net.Listener, error) {
 	if !filepath.IsAbs(path) {
 		return nil, fmt.Errorf("socket path %q: must be absolute", path)
@@ -57,8 +57,8 @@ func Listen(path string, mode fs.FileMode) (net.Listener, error) {
 	return l, nil
 }
 
-// checkVacant returns an error unless a socket can be placed at path: nothing is there, or a socket
-// that nobody answers on.
+// checkVacant returns an error unless a socket can be placed at path: there is no file, or a socket
+// on which no process accepts connections.
 func checkVacant(path string) error {
 	info, err := os.Lstat(path)
 	switch {
@@ -82,7 +82,7 @@ func checkVacant(path string) error {
 	return fmt.Errorf("see whether it is in use: %w", err)
 }
 
-// bind binds a socket within a folder that nobody else may enter, gives it its mode and moves it
+// bind binds a socket in a folder that other users cannot enter, gives it its mode and moves it
 // to path. So at no time another user can open it, and a client finds either the old socket or the
 // new one.
 func bind(path string, mode fs.FileMode) (_ net.Listener, err error) {
