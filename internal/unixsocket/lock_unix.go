@@ -11,8 +11,8 @@ import (
 )
 
 // lockDir locks a folder against other processes that place a socket in it, without leaving a file.
-// The lock is held for as long as looking and placing take; who holds it longer than a few probes
-// is not one of us.
+// The lock is held while a socket is placed. A process that holds it for longer than a few probes
+// is not a server of this kind, and the result is an error.
 func lockDir(dir string) (unlock func(), err error) {
 	f, err := os.Open(dir) //nolint:gosec // the operator names the folder
 	if err != nil {
