@@ -25,15 +25,21 @@ const (
 	markBits = 15 // pairs of marks
 )
 
-// replaceAfter is how many seconds a cipher is kept at least. Otherwise the values of a list that is
-// longer than there is room would replace each other, and none would be cached when it is needed.
-const replaceAfter = 5
+// A cipher that was used in the last youngFor seconds is replaced by one in youngTurns attempts only.
+// The values of a list that is longer than there is room would replace each other otherwise, and few
+// would be cached when they are needed. A value that is read often, such as an event with many
+// watchers, takes its place soon.
+const (
+	youngFor   = 5
+	youngTurns = 8
+)
 
 // cipherBytes is the memory of one cipher: that of AES-GCM in the standard library, and a [derived].
 const cipherBytes = 768 + 64
 
 type recentTable struct {
 	limit atomic.Int64                    // how many more ciphers there may be
+	turns atomic.Uint32                   // attempts to replace young ciphers
 	marks [1 << markBits][2]atomic.Uint32 // of the infos seen last, the last one first
 	sets  [1 << setBits]recentSet
 }
@@ -134,7 +140,7 @@ func (r *Recent) put(seed *Seed, info []byte, aead cipher.AEAD, now uint32) {
 
 // room returns where a cipher goes: to a free place in the set that has more of them or, if there
 // is none or the limit is reached, to that of the cipher that was not used for the longest time. It
-// returns nil if all were used lately. first varies the choice between equals.
+// returns nil if that was used lately, but for some attempts. first varies the choice between equals.
 func (t *recentTable) room(p *recentPlace, first int, now uint32) (to *recentSet, way int) {
 	var old *recentSet
 	oldWay, oldest := 0, uint32(0)
@@ -157,7 +163,7 @@ func (t *recentTable) room(p *recentPlace, first int, now uint32) (to *recentSet
 	switch {
 	case to != nil && t.limit.Load() > 0:
 		return to, way
-	case oldest >= replaceAfter:
+	case oldest >= youngFor, t.turns.Add(1)%youngTurns == 0:
 		return old, oldWay
 	}
 	return nil, 0
