@@ -9,20 +9,22 @@ import (
 
 // Recent caches the ciphers of values that were decrypted more than once recently: one event goes
 // to many watchers, and lists are read repeatedly. Deriving a cipher costs more than decrypting 1
-// KiB with it. A value that is decrypted once leaves only a mark. Recent holds at most
-// [RecentBytes] of ciphers, and their seeds. [Recent.Expire] drops those that nobody uses. It is
-// safe for concurrent use, and the zero value is ready.
+// KiB with it. A value that is decrypted once leaves only a mark. Recent holds at most 5,120
+// ciphers, which take [RecentBytes], and their seeds. [Recent.Expire] drops those that nobody uses.
+// It is safe for concurrent use, and the zero value is ready.
 type Recent struct {
 	table atomic.Pointer[recentTable] // nil until it is needed
 }
 
-// RecentBytes limits the memory of the ciphers in a [Recent]. Its table takes 512 KiB in addition.
-const RecentBytes = 4 << 20
+// RecentBytes is the memory of all ciphers that a [Recent] holds, 4 MiB. Its table takes 320 KiB in
+// addition.
+const RecentBytes = ways << setBits * cipherBytes
 
-// Sizes of the table, as powers of two.
+// Sizes of the table: sets and pairs of marks, as powers of two, and ciphers in a set.
 const (
-	setBits  = 12 // sets of four ciphers
-	markBits = 15 // pairs of marks
+	setBits  = 10
+	markBits = 15
+	ways     = 5
 )
 
 // A cipher that was used in the last youngFor seconds is replaced by one in youngTurns attempts only.
@@ -38,24 +40,16 @@ const (
 const cipherBytes = 768 + 64
 
 type recentTable struct {
-	limit atomic.Int64                    // how many more ciphers there may be
 	turns atomic.Uint32                   // attempts to replace young ciphers
 	marks [1 << markBits][2]atomic.Uint32 // of the infos seen last, the last one first
 	sets  [1 << setBits]recentSet
 }
 
-func newRecentTable() *recentTable {
-	t := new(recentTable)
-	t.limit.Store(RecentBytes / cipherBytes)
-	return t
-}
-
 // recentSet has the size of a line of the processor's cache. Most lookups miss that cache, so their
 // cost is the number of lines. A tag is a part of the info of the cipher with the same index.
 type recentSet struct {
-	tags    [4]atomic.Uint32
-	ciphers [4]atomic.Pointer[derived]
-	_       [16]byte
+	tags    [ways]atomic.Uint32
+	ciphers [ways]atomic.Pointer[derived]
 }
 
 type derived struct {
@@ -115,7 +109,7 @@ func (r *Recent) put(seed *Seed, info []byte, aead cipher.AEAD, now uint32) {
 	}
 	t := r.table.Load()
 	if t == nil {
-		r.table.CompareAndSwap(nil, newRecentTable())
+		r.table.CompareAndSwap(nil, new(recentTable))
 		if t = r.table.Load(); t == nil { // cleared meanwhile
 			return
 		}
@@ -132,15 +126,13 @@ func (r *Recent) put(seed *Seed, info []byte, aead cipher.AEAD, now uint32) {
 	}
 	d := &derived{seed: seed, info: [infoSize]byte(info), aead: aead}
 	d.used.Store(now)
-	if to.ciphers[way].Swap(d) == nil {
-		t.limit.Add(-1)
-	}
+	to.ciphers[way].Store(d)
 	to.tags[way].Store(p.tag)
 }
 
 // room returns where a cipher goes: to a free place in the set that has more of them or, if there
-// is none or the limit is reached, to that of the cipher that was not used for the longest time. It
-// returns nil if that was used lately, but for some attempts. first varies the choice between equals.
+// is none, to that of the cipher that was not used for the longest time. It returns nil if that was
+// used lately, but for some attempts. first varies the choice between equals.
 func (t *recentTable) room(p *recentPlace, first int, now uint32) (to *recentSet, way int) {
 	var old *recentSet
 	oldWay, oldest := 0, uint32(0)
@@ -161,7 +153,7 @@ func (t *recentTable) room(p *recentPlace, first int, now uint32) (to *recentSet
 		}
 	}
 	switch {
-	case to != nil && t.limit.Load() > 0:
+	case to != nil:
 		return to, way
 	case oldest >= youngFor, t.turns.Add(1)%youngTurns == 0:
 		return old, oldWay
@@ -186,8 +178,8 @@ func (r *Recent) Expire(before uint32) (left int) {
 			case d == nil:
 			case int32(before-d.used.Load()) <= 0: //nolint:gosec // times that are less than 68 years apart
 				left++
-			case s.ciphers[way].CompareAndSwap(d, nil):
-				t.limit.Add(1)
+			default:
+				s.ciphers[way].CompareAndSwap(d, nil)
 			}
 		}
 	}

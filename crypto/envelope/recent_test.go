@@ -92,7 +92,7 @@ func TestRecentIsShared(t *testing.T) {
 	wg.Wait()
 }
 
-// TestRecentKeepsAList: what is read repeatedly is kept, nearly all of it, up to 5,000 values, and as
+// TestRecentKeepsAList: what is read repeatedly is kept, nearly all of it, up to 4,000 values, and as
 // many of a longer list; what is read once is not.
 func TestRecentKeepsAList(t *testing.T) {
 	seed, err := NewSeed(TypeSeed, fill(9, 32))
@@ -111,7 +111,7 @@ func TestRecentKeepsAList(t *testing.T) {
 			list[i][j] = byte(random.Uint32())
 		}
 	}
-	for n, least := range map[int]int{100: 100, 5000: 4700, 30_000: 3500} {
+	for n, least := range map[int]int{100: 100, 4000: 3900, 30_000: 3500} {
 		recent := new(Recent)
 		kept := func() (kept int) {
 			for _, info := range list[:n] {
