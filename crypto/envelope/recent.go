@@ -9,23 +9,28 @@ import (
 
 // Recent caches the ciphers of values that were decrypted more than once recently: one event goes
 // to many watchers, and lists are read repeatedly. Deriving a cipher costs more than decrypting 1
-// KiB with it. A value that is decrypted once leaves only a mark. Recent holds at most 5,120
-// ciphers, which take [RecentBytes], and their seeds. [Recent.Expire] drops those that nobody uses.
-// It is safe for concurrent use, and the zero value is ready.
+// KiB with it. A value that is decrypted once leaves only a mark. Recent holds at most 10,240
+// ciphers, which take [RecentBytes], and their seeds. It drops those that nobody has used for some
+// seconds as it takes others, and [Recent.Expire] drops the rest. It is safe for concurrent use, and
+// the zero value is ready.
 type Recent struct {
 	table atomic.Pointer[recentTable] // nil until it is needed
 }
 
-// RecentBytes is the memory of all ciphers that a [Recent] holds, 4 MiB. Its table takes 320 KiB in
-// addition.
+// RecentBytes is the memory of all ciphers that a [Recent] holds at most, 8 MiB. Its table takes 384
+// KiB in addition.
 const RecentBytes = ways << setBits * cipherBytes
 
 // Sizes of the table: sets and pairs of marks, as powers of two, and ciphers in a set.
 const (
-	setBits  = 10
+	setBits  = 11
 	markBits = 15
 	ways     = 5
 )
+
+// idleFor is how many seconds a cipher that nobody uses is kept at least while others come. Most
+// values that are read a few times were replaced by others when their ciphers were used last.
+const idleFor = 10
 
 // A cipher that was used in the last youngFor seconds is replaced by one in youngTurns attempts only.
 // The values of a list that is longer than there is room would replace each other otherwise, and few
@@ -41,6 +46,7 @@ const cipherBytes = 768 + 64
 
 type recentTable struct {
 	turns atomic.Uint32                   // attempts to replace young ciphers
+	hand  atomic.Uint32                   // the set that is searched next for idle ciphers
 	marks [1 << markBits][2]atomic.Uint32 // of the infos seen last, the last one first
 	sets  [1 << setBits]recentSet
 }
@@ -58,6 +64,10 @@ type derived struct {
 	aead cipher.AEAD
 	used atomic.Uint32 // the second of its last use
 }
+
+// age is how many seconds before now the cipher was last used. It may be negative: another goroutine
+// may have a later time.
+func (d *derived) age(now uint32) int32 { return int32(now - d.used.Load()) } //nolint:gosec // less than 68 years
 
 // recentPlace is where a cipher may be: in one of two sets. info is random, so any of its bytes can
 // select them.
@@ -120,6 +130,7 @@ func (r *Recent) put(seed *Seed, info []byte, aead cipher.AEAD, now uint32) {
 		p.marks[0].Store(p.tag)
 		return
 	}
+	t.sweep(now)
 	to, way := t.room(&p, int(info[10]), now)
 	if to == nil {
 		return
@@ -130,12 +141,22 @@ func (r *Recent) put(seed *Seed, info []byte, aead cipher.AEAD, now uint32) {
 	to.tags[way].Store(p.tag)
 }
 
+// sweep drops the idle ciphers of one set, in turns.
+func (t *recentTable) sweep(now uint32) {
+	s := &t.sets[t.hand.Add(1)%uint32(len(t.sets))]
+	for i := range s.ciphers {
+		if d := s.ciphers[i].Load(); d != nil && d.age(now) > idleFor {
+			s.ciphers[i].CompareAndSwap(d, nil)
+		}
+	}
+}
+
 // room returns where a cipher goes: to a free place in the set that has more of them or, if there
 // is none, to that of the cipher that was not used for the longest time. It returns nil if that was
 // used lately, but for some attempts. first varies the choice between equals.
 func (t *recentTable) room(p *recentPlace, first int, now uint32) (to *recentSet, way int) {
 	var old *recentSet
-	oldWay, oldest := 0, uint32(0)
+	oldWay, oldest := 0, int32(0)
 	most := 0
 	for _, s := range p.sets {
 		free, last := 0, 0
@@ -144,7 +165,7 @@ func (t *recentTable) room(p *recentPlace, first int, now uint32) (to *recentSet
 			d := s.ciphers[i].Load()
 			if d == nil {
 				free, last = free+1, i
-			} else if age := now - d.used.Load(); old == nil || age > oldest {
+			} else if age := d.age(now); old == nil || age > oldest {
 				old, oldWay, oldest = s, i, age
 			}
 		}
@@ -176,7 +197,7 @@ func (r *Recent) Expire(before uint32) (left int) {
 		for way := range s.ciphers {
 			switch d := s.ciphers[way].Load(); {
 			case d == nil:
-			case int32(before-d.used.Load()) <= 0: //nolint:gosec // times that are less than 68 years apart
+			case d.age(before) <= 0:
 				left++
 			default:
 				s.ciphers[way].CompareAndSwap(d, nil)
