@@ -38,6 +38,12 @@ func (c *checker) duration(path string, x, least time.Duration) {
 	}
 }
 
+func (c *checker) between(path string, x, least, most int, hint string) {
+	if x < least || x > most {
+		c.report(path, hint, "%d is not between %d and %d", x, least, most)
+	}
+}
+
 func (c *checker) oneOf(path, got string, known ...string) {
 	if !slices.Contains(known, got) {
 		c.report(path, "write "+strings.Join(known, " or "), "%q is unknown", got)
@@ -62,10 +68,21 @@ func (c *checker) hostPort(path, address string) (host, port string, ok bool) {
 	return host, port, true
 }
 
-// socket checks a unix:///path and returns the path.
+// filledIn reports whether an endpoint is without the [Placeholder]. If it is not, it reports a
+// problem.
+func (c *checker) filledIn(path, endpoint string) bool {
+	if strings.Contains(endpoint, Placeholder) {
+		c.report(path, "write your own endpoint", "%q still contains the placeholder %s", redactURL(endpoint), Placeholder)
+		return false
+	}
+	return true
+}
+
+// socket reports whether address is a unix:///path. If it is not, it reports a problem.
 func (c *checker) socket(path, address string) bool {
 	name, ok := strings.CutPrefix(address, "unix://")
 	switch {
+	case !c.filledIn(path, address):
 	case !ok || !filepath.IsAbs(name) || filepath.Clean(name) != name:
 		c.report(path, "write unix:///path/to/socket, with three slashes", "%q does not name a socket by its full path", address)
 	case len(name) > 107:
@@ -80,6 +97,9 @@ func (c *checker) socket(path, address string) bool {
 
 // clientURL checks a URL of an etcd member and returns its scheme.
 func (c *checker) clientURL(path, text string) string {
+	if !c.filledIn(path, text) {
+		return ""
+	}
 	if strings.HasPrefix(text, "unix:") {
 		if !c.socket(path, text) {
 			return ""
@@ -106,7 +126,7 @@ func (c *checker) clientURL(path, text string) string {
 
 // httpsHost checks the host, or host and port, of a service that is only reached over HTTPS.
 func (c *checker) httpsHost(path, host string) {
-	if strings.Contains(host, "://") || strings.ContainsAny(host, "/?#@ ") {
+	if c.filledIn(path, host) && (strings.Contains(host, "://") || strings.ContainsAny(host, "/?#@ ")) {
 		c.report(path, "write host or host:port; the proxy always uses HTTPS", "%q is not a host", redactURL(host))
 	}
 }

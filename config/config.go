@@ -30,6 +30,8 @@ const (
 	Kind = "ProxyConfiguration"
 	// Plaintext is the writeWith of a rule that does not encrypt. No provider may have this name.
 	Plaintext = "plaintext"
+	// Placeholder is in an endpoint of a generated configuration that the operator must replace.
+	Placeholder = "REPLACE"
 
 	maxFile = 4 << 20 // bytes of a configuration file
 )
@@ -65,6 +67,11 @@ func LoadChecked(path string, checks Checks) (*Config, error) {
 	if len(data) > maxFile {
 		return nil, fmt.Errorf("read configuration: %s is larger than %d MiB", path, maxFile>>20)
 	}
+	return Parse(path, data, checks)
+}
+
+// Parse checks and completes the bytes of a file at path, which it does not read.
+func Parse(path string, data []byte, checks Checks) (*Config, error) {
 	dir, err := filepath.Abs(filepath.Dir(path))
 	if err != nil {
 		return nil, fmt.Errorf("read configuration: %w", err)

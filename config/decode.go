@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"iter"
 	"maps"
 	"path/filepath"
 	"reflect"
@@ -207,19 +208,8 @@ func (d *decoder) object(n *yaml.Node, v reflect.Value, path string) {
 	for f := range v.Type().Fields() {
 		fields[f.Tag.Get("yaml")] = f
 	}
-	seen := make(map[string]int)
-	for i := 0; i+1 < len(n.Content); i += 2 {
-		key, value := n.Content[i], n.Content[i+1]
-		if key.Kind != yaml.ScalarNode {
-			d.reportAt(key.Line, path, "", "a field's name is %s, not a string", kindOf(key))
-			continue
-		}
+	for key, value := range d.entries(n, path, "a field's name") {
 		at := join(path, key.Value)
-		if first, ok := seen[key.Value]; ok {
-			d.reportAt(key.Line, at, "remove one of them", "is given twice, first on line %d", first)
-			continue
-		}
-		seen[key.Value] = key.Line
 		f, ok := fields[key.Value]
 		if !ok {
 			d.reportAt(key.Line, at, suggest(key.Value, slices.Sorted(maps.Keys(fields))), "unknown field")
@@ -246,21 +236,35 @@ func (d *decoder) stringMap(n *yaml.Node, v reflect.Value, path string) {
 		return
 	}
 	v.Set(reflect.MakeMap(v.Type()))
-	for i := 0; i+1 < len(n.Content); i += 2 {
-		key, value := n.Content[i], n.Content[i+1]
-		if key.Kind != yaml.ScalarNode {
-			d.reportAt(key.Line, path, "", "a name is %s, not a string", kindOf(key))
-			continue
-		}
+	for key, value := range d.entries(n, path, "a name") {
 		at := join(path, key.Value)
-		if v.MapIndex(reflect.ValueOf(key.Value)).IsValid() {
-			d.reportAt(key.Line, at, "remove one of them", "is given twice, first on line %d", d.lines[at])
-			continue
-		}
 		d.lines[at] = key.Line
 		s := reflect.New(v.Type().Elem()).Elem()
 		d.value(value, s, at, "")
 		v.SetMapIndex(reflect.ValueOf(key.Value), s)
+	}
+}
+
+// entries yields the names and values of a mapping. It reports a name that is not a string, which
+// what describes, and a name that is given twice.
+func (d *decoder) entries(n *yaml.Node, path, what string) iter.Seq2[*yaml.Node, *yaml.Node] {
+	return func(yield func(key, value *yaml.Node) bool) {
+		lines := make(map[string]int)
+		for i := 0; i+1 < len(n.Content); i += 2 {
+			key := n.Content[i]
+			if key.Kind != yaml.ScalarNode {
+				d.reportAt(key.Line, path, "", "%s is %s, not a string", what, kindOf(key))
+				continue
+			}
+			if first, twice := lines[key.Value]; twice {
+				d.reportAt(key.Line, join(path, key.Value), "remove one of them", "is given twice, first on line %d", first)
+				continue
+			}
+			lines[key.Value] = key.Line
+			if !yield(key, n.Content[i+1]) {
+				return
+			}
+		}
 	}
 }
 

@@ -55,9 +55,7 @@ func (v *validator) further(c *Config, checks Checks) {
 }
 
 func (v *validator) cache(c *Cache) {
-	if c.Seeds < 1 || c.Seeds > 10_000_000 {
-		v.report("cache.seeds", "the default is 10000", "%d is not between 1 and 10000000", c.Seeds)
-	}
+	v.between("cache.seeds", c.Seeds, 1, 10_000_000, "the default is 10000")
 	v.duration("cache.ttl", c.TTL, time.Second)
 	v.duration("cache.serveUnreachableFor", c.ServeUnreachableFor, 0)
 	v.duration("cache.sealUnreachableFor", c.SealUnreachableFor, 0)
@@ -105,9 +103,7 @@ func (v *validator) etcd(e *Etcd) {
 		}
 	}
 	overTLS := v.httpEndpoints(e)
-	if e.MaxRequestBytes < 1 || e.MaxRequestBytes > 1<<30 {
-		v.report("etcd.maxRequestBytes", "the default is 1572864, as etcd's", "%d is not between 1 and 1073741824", e.MaxRequestBytes)
-	}
+	v.between("etcd.maxRequestBytes", e.MaxRequestBytes, 1, 1<<30, "the default is 1572864, as etcd's")
 	if (e.Username == "") != (e.PasswordFile == "") {
 		v.report("etcd.username", "write both or neither", "username and passwordFile: one needs the other")
 	}

@@ -27,10 +27,6 @@ func (v *validator) audit(a *Audit) {
 			}
 		}
 	}
-	if a.MaxSizeMiB < 1 || a.MaxSizeMiB > 1<<20 {
-		v.report("audit.maxSizeMiB", "the default is 100", "%d is not between 1 and %d", a.MaxSizeMiB, 1<<20)
-	}
-	if a.MaxFiles < 2 || a.MaxFiles > 10_000 {
-		v.report("audit.maxFiles", "the default is 10", "%d is not between 2 and 10000", a.MaxFiles)
-	}
+	v.between("audit.maxSizeMiB", a.MaxSizeMiB, 1, 1<<20, "the default is 100")
+	v.between("audit.maxFiles", a.MaxFiles, 2, 10_000, "the default is 10")
 }

@@ -218,18 +218,18 @@ func attempt[T any](ctx context.Context, c *Client, op, keyID string, call func(
 
 // once makes one attempt. Its error is always an *Error with the provider filled in.
 func once[T any](ctx context.Context, c *Client, op, keyID string, call func(context.Context) (T, string, error)) (res T, err error) {
-	line := c.circuit(op)
-	done, err := line.breaker.Load().Allow()
+	circuit := c.circuit(op)
+	done, err := circuit.breaker.Load().Allow()
 	switch {
 	case err == nil:
 	case isSet(ctx, pastCircuitKey{}):
 		done, err = func(err error) {
 			if err == nil {
-				line.breaker.Store(newBreaker(c.cfg)) // closed: the KMS is there
+				circuit.breaker.Store(newBreaker(c.cfg)) // closed: the KMS is there
 			}
 		}, nil
 	default:
-		return res, WithCause(c.notCalled(op, keyID, line.down.Load()), errCircuitOpen)
+		return res, WithCause(c.notCalled(op, keyID, circuit.down.Load()), errCircuitOpen)
 	}
 	start := time.Now()
 	noting, id := withRequestID(ctx)
@@ -243,7 +243,7 @@ func once[T any](ctx context.Context, c *Client, op, keyID string, call func(con
 			if res, err = zero, c.safe(ctx, op, keyID, err); other {
 				err = caused{asError(err), ErrOtherSecret}
 			}
-			line.noteDown(err)
+			circuit.noteDown(err)
 		}
 		done(err)
 		c.cfg.Observer(observed(c.cfg.Name, op, keyID, id.get(), start, err))

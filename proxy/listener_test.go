@@ -427,7 +427,7 @@ func TestHealthChecks(t *testing.T) {
 	}
 }
 
-func connect(t *testing.T, l net.Listener) net.Conn {
+func connect(t *testing.T, l *listener.Listener) net.Conn {
 	t.Helper()
 	conn, err := net.Dial("tcp", l.Addr().String())
 	if err != nil {

@@ -1,6 +1,7 @@
 package kubernetes
 
 import (
+	"bytes"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -57,6 +58,12 @@ func convert(t *testing.T, text string, o Options) (*Result, *config.Config) {
 		t.Fatal(err)
 	}
 	loaded, err := config.Load(path)
+	if result.Unfinished != "" {
+		if ps, _ := errors.AsType[config.Problems](err); len(ps) != 1 || ps[0].Path != "kms[0].plugin.endpoint" {
+			t.Errorf("with the placeholder: %v", err)
+		}
+		loaded, err = config.Load(filledIn(t, path, result.Text))
+	}
 	if err != nil {
 		t.Fatalf("%v in\n%s", err, result.Text)
 	}
@@ -69,6 +76,15 @@ func convert(t *testing.T, text string, o Options) (*Result, *config.Config) {
 		}
 	}
 	return result, loaded
+}
+
+// filledIn writes a configuration to path, with an endpoint in place of the placeholder.
+func filledIn(t *testing.T, path string, text []byte) string {
+	t.Helper()
+	if err := os.WriteFile(path, bytes.ReplaceAll(text, []byte(config.Placeholder), []byte("kms")), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
 }
 
 // brief prints a rule in a line.
@@ -313,11 +329,7 @@ func FuzzRead(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		path := filepath.Join(t.TempDir(), "config.yaml")
-		if err := os.WriteFile(path, result.Text, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := config.Load(path); err != nil {
+		if _, err := config.Load(filledIn(t, filepath.Join(t.TempDir(), "config.yaml"), result.Text)); err != nil {
 			t.Errorf("%v in\n%s", err, result.Text)
 		}
 	})

@@ -47,7 +47,7 @@ func (v *conversion) render() []byte {
 	}
 	if v.unfinished != "" {
 		p("# REPLACE plugin with the KMS that new values are encrypted with; alibaba and local are the other kinds. The name becomes part of every value: never change it once\n")
-		p("# values are encrypted with it.\n- name: %s\n  plugin: {endpoint: unix:///run/kmsplugin/REPLACE.sock}\n", scalar(v.unfinished))
+		p("# values are encrypted with it.\n- name: %s\n  plugin: {endpoint: unix:///run/kmsplugin/%s.sock}\n", scalar(v.unfinished), config.Placeholder)
 	}
 	for _, k := range v.kms {
 		p("# The API server's KMS v2 provider; values name it: never rename it.\n")

@@ -8,9 +8,9 @@ import (
 	"path/filepath"
 )
 
-// stay checks that f is still the file at the path. It may have been moved or removed, and records
-// in it would be lost. mu is held.
-func (l *Log) stay() error {
+// ensureFile checks that f is still the file at the path. It may have been moved or removed, and
+// records in it would be lost. mu is held.
+func (l *Log) ensureFile() error {
 	if l.f != nil {
 		now, err := os.Lstat(l.cfg.Path)
 		if err == nil && os.SameFile(now, l.info) || err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -33,15 +33,15 @@ func (l *Log) attach() error {
 	if err != nil {
 		return err
 	}
-	if err := l.goOn(f); err != nil {
+	if err := l.continueIn(f); err != nil {
 		_ = f.Close() // nothing was written to it
 		return err
 	}
 	return nil
 }
 
-// goOn is the rest of attach.
-func (l *Log) goOn(f *os.File) error {
+// continueIn is the rest of attach.
+func (l *Log) continueIn(f *os.File) error {
 	info, err := f.Stat()
 	switch {
 	case err != nil:
@@ -74,7 +74,7 @@ func (l *Log) goOn(f *os.File) error {
 	if end.found {
 		l.seq, l.previous = end.seq, end.hash
 	}
-	l.f, l.info, l.size, l.whole, l.torn, l.unended, l.afterFile = f, info, end.size, end.whole, end.torn, end.unended, after
+	l.f, l.info, l.size, l.whole, l.torn, l.unterminated, l.afterFile = f, info, end.size, end.whole, end.torn, end.unterminated, after
 	return nil
 }
 

@@ -95,8 +95,8 @@ func line(body []byte, s sum) []byte {
 	return append(append(out, afterHash...), '\n')
 }
 
-// written is a line of a log as it is read.
-type written struct {
+// parsedRecord is a line of a log as it is read.
+type parsedRecord struct {
 	entry
 	body []byte // shares the line's memory
 	hash sum
@@ -105,7 +105,7 @@ type written struct {
 var errNoRecord = errors.New("not a record of an audit log")
 
 // parse reads a line without its line break. It checks the form and no hash.
-func parse(text []byte) (w written, err error) {
+func parse(text []byte) (w parsedRecord, err error) {
 	end := len(text) - len(afterHash) - 2*len(w.hash)
 	start := end - len(beforeHash)
 	if start < len(lineStart) || len(text) > maxLine || string(text[:len(lineStart)]) != lineStart || string(text[start:end]) != beforeHash ||

@@ -18,14 +18,14 @@ type tornLine struct {
 
 // fileEnd is the state of the end of a file.
 type fileEnd struct {
-	found    bool // there is a record
-	seq      uint64
-	hash     sum
-	chainKey string
-	whole    int64     // bytes up to the end of the last whole record
-	size     int64     // of the file
-	torn     *tornLine // nil if the file ends with a whole record
-	unended  bool      // the last byte is not a line break
+	found        bool // there is a record
+	seq          uint64
+	hash         sum
+	chainKey     string
+	whole        int64     // bytes up to the end of the last whole record
+	size         int64     // of the file
+	torn         *tornLine // nil if the file ends with a whole record
+	unterminated bool      // the last byte is not a line break
 }
 
 // maxDamage is how far back from its end a file is searched for a record.
@@ -47,7 +47,7 @@ func readEnd(f *os.File) (fileEnd, error) {
 	if _, err := f.ReadAt(tail, from); err != nil {
 		return end, fmt.Errorf("read its end: %w", err)
 	}
-	end.unended = tail[len(tail)-1] != '\n'
+	end.unterminated = tail[len(tail)-1] != '\n'
 	// The last line that is a record counts. The last of all may lack no more than its line break.
 	for rest := tail; len(rest) > 0 && !end.found; {
 		text, _ := trimBreak(rest)

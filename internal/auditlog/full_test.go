@@ -153,7 +153,7 @@ func TestPartOfARecord(t *testing.T) {
 			}
 			l.dirty = true
 			l.mu.Unlock()
-			l.lose(syscall.ENOSPC)
+			l.countLost(syscall.ENOSPC)
 			l.Record(call(2))
 			good(t, 3, nil, path) // the first, what was lost, the last
 		})

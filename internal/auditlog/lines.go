@@ -42,9 +42,9 @@ func (l *lines) next() (readLine, error) {
 	return out, nil
 }
 
-// oddLines are lines that are no records, as a record of event torn describes them: with every line
-// break, or all but the last.
-type oddLines struct {
+// invalidLines are lines that are no records, as a record of event torn describes them: with every
+// line break, or all but the last.
+type invalidLines struct {
 	first   int // the number of the first
 	lines   int
 	bytes   int64
@@ -54,9 +54,9 @@ type oddLines struct {
 	inLine  bool
 }
 
-func newOddLines(first int) *oddLines { return &oddLines{first: first, all: sha256.New()} }
+func newInvalidLines(first int) *invalidLines { return &invalidLines{first: first, all: sha256.New()} }
 
-func (o *oddLines) add(l readLine) {
+func (o *invalidLines) add(l readLine) {
 	if !o.inLine {
 		o.lines++
 	}
@@ -72,7 +72,7 @@ func (o *oddLines) add(l readLine) {
 }
 
 // is reports whether size and digest describe the lines.
-func (o *oddLines) is(size int64, digest string) bool {
+func (o *invalidLines) is(size int64, digest string) bool {
 	return size == o.bytes && digest == hex.EncodeToString(o.all.Sum(nil)) || o.ended && size == o.bytes-1 && digest == o.without
 }
 

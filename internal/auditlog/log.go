@@ -1,6 +1,7 @@
 package auditlog
 
 import (
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -19,24 +20,27 @@ type Config struct {
 	MaxSize  int64
 	MaxFiles int // with the one in use; the oldest is removed; default 10
 	// of the chain, 32 to 4,096 bytes; nil is a chain without a key. It is not copied
-	Key    []byte
-	Logger *slog.Logger // nil: nothing is logged
+	Key []byte
+	// Required refuses actions that cannot be recorded; see [Log.Do].
+	Required bool
+	Logger   *slog.Logger // nil: nothing is logged
 }
 
 const (
 	defaultMaxSize  = 100 << 20
 	defaultMaxFiles = 10
 
-	logEvery    = time.Minute      // between two outages that are logged
-	rotateAgain = 10 * time.Second // after a rotation that failed
+	outageLogInterval = time.Minute      // between two outages that are logged
+	rotateRetry       = 10 * time.Second // after a rotation that failed
 )
 
 // ErrInUse is in the error of [Open] when another process writes the log.
 var ErrInUse = errors.New("another process writes it")
 
-// Log is an audit log that is being written. Its methods are safe for concurrent use. A record is
-// in the kernel's page cache when Record returns, and survives the end of the process; it is on the
-// disk only after a rotation or Close, or when the kernel has written it there.
+// Log is an audit log that is being written. Its methods are safe for concurrent use. A nil Log, of
+// a configuration without an audit log, records nothing and refuses nothing. A record is in the
+// kernel's page cache when Record returns, and survives the end of the process; it is on the disk
+// only after a rotation or Close, or when the kernel has written it there.
 type Log struct {
 	cfg   Config
 	chain chain
@@ -45,26 +49,26 @@ type Log struct {
 	lostEver atomic.Uint64
 	failing  atomic.Bool
 
-	mu      sync.Mutex
-	closed  bool
-	f       *os.File    // nil after it was lost, until it can be opened again
-	info    fs.FileInfo // identifies f
-	size    int64       // of f, as far as it is known to be good
-	whole   int64       // bytes of f up to the end of its last whole record
-	dirty   bool        // f may be longer than size: a record was written in part
-	torn    *tornLine   // what follows whole, if it is there to stay
-	unended bool        // f does not end with a line break
+	mu           sync.Mutex
+	closed       bool
+	f            *os.File    // nil after it was lost, until it can be opened again
+	info         fs.FileInfo // identifies f
+	size         int64       // of f, as far as it is known to be good
+	whole        int64       // bytes of f up to the end of its last whole record
+	dirty        bool        // f may be longer than size: a record was written in part
+	torn         *tornLine   // what follows whole, if it is there to stay
+	unterminated bool        // f does not end with a line break
 
 	seq       uint64
 	previous  sum
 	first     bool   // the next record is the first of its file
 	afterFile string // the name that the file before got
 
-	lost      uint64 // lost records that no record reports yet
-	lostSince time.Time
-	logged    bool // the loss was logged
-	loggedAt  time.Time
-	noRotate  time.Time // a rotation failed: none before this
+	lost        uint64 // lost records that no record reports yet
+	lostSince   time.Time
+	logged      bool // the loss was logged
+	loggedAt    time.Time
+	rotateAfter time.Time // a rotation failed: none before this
 }
 
 // Open begins to write the log at cfg.Path, where it ended if it is there. The file is made with
@@ -96,7 +100,7 @@ func Open(cfg Config) (*Log, error) {
 }
 
 // Record appends r. If that fails, the record is lost and counted, and the next one that can be
-// written says so before itself. A nil Log records nothing.
+// written says so before itself.
 func (l *Log) Record(r Record) {
 	if l == nil {
 		return
@@ -109,12 +113,22 @@ func (l *Log) Record(r Record) {
 		err = l.append(e)
 	}
 	if err != nil {
-		l.lose(err)
+		l.countLost(err)
 	}
 }
 
+// Started records the start of a process of this version, with the digest of its configuration.
+func (l *Log) Started(version string, config [32]byte) {
+	l.Record(Record{Event: EventStart, Version: version, Config: hex.EncodeToString(config[:])})
+}
+
+// Stopped records the end of a process. err is the reason, nil after a signal.
+func (l *Log) Stopped(err error) {
+	l.Record(Record{Event: EventStop}.Ended(err))
+}
+
 // Check returns nil if the last record was written, or if the log can be written again: it tries.
-// The error says why records are lost. A nil Log is always well.
+// The error says why records are lost.
 func (l *Log) Check() error {
 	if l == nil || !l.failing.Load() {
 		return nil
@@ -135,7 +149,7 @@ func (l *Log) Lost() uint64 {
 	return l.lostEver.Load()
 }
 
-// Close writes what is left to the disk and lets go of the file. Records that come later are lost.
+// Close writes what is left to the disk and releases the file. Records that come later are lost.
 // It may be called more than once.
 func (l *Log) Close() error {
 	if l == nil {
@@ -158,6 +172,13 @@ func (l *Log) Close() error {
 	return nil
 }
 
+// CloseLogged is Close for a long-running process, which logs the error.
+func (l *Log) CloseLogged(log *slog.Logger) {
+	if err := l.Close(); err != nil {
+		log.Error("the end of the audit log may be missing from the disk", "error", err)
+	}
+}
+
 // recover writes, after records were lost, how many. mu is held.
 func (l *Log) recover() error {
 	if l.lost == 0 {
@@ -176,8 +197,8 @@ func (l *Log) recover() error {
 	return nil
 }
 
-// lose counts a record that could not be written. mu is held.
-func (l *Log) lose(err error) {
+// countLost counts a record that could not be written. mu is held.
+func (l *Log) countLost(err error) {
 	l.lostEver.Add(1)
 	if l.lost == 0 {
 		l.lostSince = time.Now()
@@ -185,7 +206,7 @@ func (l *Log) lose(err error) {
 	l.lost++
 	l.failing.Store(true)
 	// Once for each outage, and not for each moment of a disk that is full by turns.
-	if now := time.Now(); !l.logged && now.Sub(l.loggedAt) >= logEvery {
+	if now := time.Now(); !l.logged && now.Sub(l.loggedAt) >= outageLogInterval {
 		l.logged, l.loggedAt = true, now
 		l.log.Error("the audit log cannot be written: records are lost", "path", l.cfg.Path, "error", err)
 	}
@@ -196,7 +217,7 @@ func (l *Log) append(e entry) error {
 	if l.closed {
 		return errors.New("it is closed")
 	}
-	if err := l.stay(); err != nil {
+	if err := l.ensureFile(); err != nil {
 		return err
 	}
 	if err := l.repair(); err != nil {
@@ -207,10 +228,10 @@ func (l *Log) append(e entry) error {
 		return err
 	}
 	// A file is not left without its last line break, which the next record would have brought.
-	if l.size > 0 && !l.unended && l.size+int64(len(text)) > l.cfg.MaxSize && !time.Now().Before(l.noRotate) {
+	if l.size > 0 && !l.unterminated && l.size+int64(len(text)) > l.cfg.MaxSize && !time.Now().Before(l.rotateAfter) {
 		if err := l.rotate(); err != nil {
 			// A file that is too large is better than a record that is lost.
-			l.noRotate = time.Now().Add(rotateAgain)
+			l.rotateAfter = time.Now().Add(rotateRetry)
 			l.log.Error("the audit log cannot start a new file, and continues the old one", "path", l.cfg.Path, "error", err)
 		} else if text, s, err = l.encode(&e); err != nil {
 			return err
@@ -235,7 +256,7 @@ func (l *Log) encode(e *entry) ([]byte, sum, error) {
 
 // write puts the line of the next record, with hash s, at the end of the file.
 func (l *Log) write(text []byte, s sum) error {
-	if l.unended {
+	if l.unterminated {
 		text = append([]byte{'\n'}, text...)
 	}
 	n, err := l.f.Write(text)
@@ -245,7 +266,7 @@ func (l *Log) write(text []byte, s sum) error {
 	}
 	l.size += int64(n)
 	l.whole = l.size
-	l.seq, l.previous, l.first, l.unended = l.seq+1, s, false, false
+	l.seq, l.previous, l.first, l.unterminated = l.seq+1, s, false, false
 	return nil
 }
 
@@ -261,7 +282,7 @@ func (l *Log) repair() error {
 			if end.whole > l.whole { // the record has all but its line break
 				l.seq, l.previous, l.first = end.seq, end.hash, false
 			}
-			l.size, l.whole, l.torn, l.unended = end.size, end.whole, end.torn, end.unended
+			l.size, l.whole, l.torn, l.unterminated = end.size, end.whole, end.torn, end.unterminated
 		}
 		l.dirty = false
 	}

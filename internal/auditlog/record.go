@@ -70,6 +70,15 @@ type Record struct {
 	Config  string `json:"config,omitempty"`  // SHA-256 of the configuration file, in hexadecimal
 }
 
+// Ended returns the record of the end of a process or command: failed with the reason err, or ok.
+func (r Record) Ended(err error) Record {
+	r.Outcome = "ok"
+	if err != nil {
+		r.Outcome, r.Reason = "failed", err.Error()
+	}
+	return r
+}
+
 // entry is a record as it is written, before its hash. Its field order is that of the line.
 type entry struct {
 	Seq  uint64 `json:"seq"`

@@ -31,7 +31,7 @@ func (l *Log) rotate() error {
 		return errors.Join(err, os.Rename(name, l.cfg.Path))
 	}
 	_ = l.f.Close() // it was synced
-	l.f, l.info, l.size, l.whole, l.unended, l.first, l.afterFile = f, info, 0, 0, false, true, filepath.Base(name)
+	l.f, l.info, l.size, l.whole, l.unterminated, l.first, l.afterFile = f, info, 0, 0, false, true, filepath.Base(name)
 	if err := l.prune(); err != nil {
 		l.log.Warn("old files of the audit log are not removed", "path", l.cfg.Path, "error", err)
 	}

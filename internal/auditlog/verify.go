@@ -160,7 +160,7 @@ func (v *verifier) file(in Input) error {
 	fr := FileReport{File: in.Name}
 	lines, whole := newLines(in.Reader), true // whether the piece before ended its line
 	// lines that are no records, since the last one that is
-	var odd *oddLines
+	var invalid *invalidLines
 	for {
 		l, err := lines.next()
 		if errors.Is(err, io.EOF) {
@@ -175,18 +175,18 @@ func (v *verifier) file(in Input) error {
 		whole = l.ended
 		w, err := parse(l.text)
 		if err != nil || !l.ended || l.cut {
-			if odd == nil {
-				odd = newOddLines(v.line)
+			if invalid == nil {
+				invalid = newInvalidLines(v.line)
 			}
-			odd.add(l)
+			invalid.add(l)
 			continue
 		}
 		v.seq = w.Seq
 		if v.chain.key == nil && !v.started && w.ChainKey != "" {
 			return fmt.Errorf("verify audit log: %s: %w (key %s)", in.Name, ErrKeyed, printable.Text(clip(w.ChainKey, 64)))
 		}
-		v.odd(odd, &w)
-		odd = nil
+		v.invalid(invalid, &w)
+		invalid = nil
 		v.record(&w, fr.Records == 0)
 		if fr.Records++; fr.Records == 1 {
 			fr.FirstSeq = w.Seq
@@ -194,16 +194,17 @@ func (v *verifier) file(in Input) error {
 		fr.LastSeq, fr.LastHash = v.last, v.previous.String()
 	}
 	v.seq = 0
-	v.odd(odd, nil)
-	if fr.Records == 0 && odd == nil {
+	v.invalid(invalid, nil)
+	if fr.Records == 0 && invalid == nil {
 		v.find(KindEmpty, "the file holds no record")
 	}
 	v.report.Files = append(v.report.Files, fr)
 	return nil
 }
 
-// odd judges lines that are no records. next is the record after them; nil at the end of a file.
-func (v *verifier) odd(o *oddLines, next *written) {
+// invalid judges lines that are no records. next is the record after them; nil at the end of a
+// file.
+func (v *verifier) invalid(o *invalidLines, next *parsedRecord) {
 	if o == nil {
 		return
 	}
@@ -223,7 +224,7 @@ func (v *verifier) odd(o *oddLines, next *written) {
 }
 
 // record checks a record against the ones before it.
-func (v *verifier) record(w *written, first bool) {
+func (v *verifier) record(w *parsedRecord, first bool) {
 	r := v.report
 	r.Records++
 	if r.FirstSeq == 0 {
@@ -260,7 +261,7 @@ func (v *verifier) record(w *written, first bool) {
 }
 
 // begin judges where a file begins, and returns the hash before its first record.
-func (v *verifier) begin(w *written) sum {
+func (v *verifier) begin(w *parsedRecord) sum {
 	named, ok := parseSum(w.PreviousHash)
 	switch {
 	case w.Seq == 1 && w.PreviousHash == "":
@@ -282,7 +283,7 @@ func (v *verifier) begin(w *written) sum {
 }
 
 // match searches for the expected hash.
-func (v *verifier) match(w *written) {
+func (v *verifier) match(w *parsedRecord) {
 	switch {
 	case v.since != nil:
 		*v.since++

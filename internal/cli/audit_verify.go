@@ -51,11 +51,7 @@ note once the log continues after it.`,
 		case err != nil:
 			return err
 		}
-		err = out.Write(cmd.OutOrStdout(), r, func(w io.Writer) { printAuditReport(w, r) })
-		if err == nil && !r.OK {
-			return command.ErrFindings
-		}
-		return err
+		return out.Report(cmd, r.OK, r, func(w io.Writer) { printAuditReport(w, r) })
 	})
 	return cmd
 }

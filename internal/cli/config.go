@@ -14,16 +14,9 @@ import (
 type configReport struct {
 	File     string          `json:"file"`
 	OK       bool            `json:"ok"`
-	Problems []configProblem `json:"problems"`
+	Problems config.Problems `json:"problems"`
 	// of settings that may be meant; they do not make the file invalid
-	Warnings []configProblem `json:"warnings"`
-}
-
-type configProblem struct {
-	Path string `json:"path"`
-	Line int    `json:"line,omitempty"`
-	Text string `json:"text"`
-	Hint string `json:"hint,omitempty"`
+	Warnings config.Problems `json:"warnings"`
 }
 
 func newConfigCheck() *cobra.Command {
@@ -37,36 +30,23 @@ without problems and warnings.`,
 	}
 	path, out := command.ConfigFlag(cmd), command.OutputFlag(cmd)
 	cmd.RunE = command.Run(func(cmd *cobra.Command, _ []string) error {
-		var problems, warnings config.Problems
-		_, err := config.LoadChecked(*path, command.Checks(func(p config.Problem) { warnings = append(warnings, p) }))
+		report := configReport{File: *path, Problems: config.Problems{}, Warnings: config.Problems{}}
+		_, err := config.LoadChecked(*path, command.Checks(func(p config.Problem) { report.Warnings = append(report.Warnings, p) }))
 		if err != nil {
 			var ok bool
-			if problems, ok = errors.AsType[config.Problems](err); !ok {
+			if report.Problems, ok = errors.AsType[config.Problems](err); !ok {
 				return command.Unreadable(err)
 			}
 		}
-		report := configReport{File: *path, OK: len(problems) == 0, Problems: reported(problems), Warnings: reported(warnings)}
-		err = out.Write(cmd.OutOrStdout(), report, func(io.Writer) {
-			for _, p := range command.InFile(*path, problems) {
+		report.OK = err == nil
+		return out.Report(cmd, report.OK, report, func(io.Writer) {
+			for _, p := range command.InFile(*path, report.Problems) {
 				command.PrintProblem(cmd.ErrOrStderr(), "error", p)
 			}
-			for _, p := range command.InFile(*path, warnings) {
+			for _, p := range command.InFile(*path, report.Warnings) {
 				command.PrintProblem(cmd.ErrOrStderr(), "warning", p)
 			}
 		})
-		if err == nil && !report.OK {
-			return command.ErrFindings
-		}
-		return err
 	})
 	return cmd
-}
-
-// reported returns problems as a report has them.
-func reported(ps config.Problems) []configProblem {
-	all := []configProblem{}
-	for _, p := range ps {
-		all = append(all, configProblem{Path: p.Path, Line: p.Line, Text: p.Text, Hint: p.Hint})
-	}
-	return all
 }

@@ -113,6 +113,11 @@ func TestFromKubernetesWithoutWriter(t *testing.T) {
 		if err := os.WriteFile(path, []byte(r.stdout), 0o600); err != nil {
 			t.Fatal(err)
 		}
+		execute(t, "config", "check", "--config", path).want(t, 1, `kms[0].plugin.endpoint: "unix:///run/kmsplugin/REPLACE.sock" still contains the placeholder REPLACE`, "hint: write your own endpoint")
+		execute(t, "serve", "--config", path).want(t, 3, `kms[0].plugin.endpoint: "unix:///run/kmsplugin/REPLACE.sock" still contains the placeholder REPLACE`, "hint: write your own endpoint")
+		if err := os.WriteFile(path, []byte(strings.ReplaceAll(r.stdout, "REPLACE.sock", "kms.sock")), 0o600); err != nil {
+			t.Fatal(err)
+		}
 		if r := execute(t, "config", "check", "--config", path); r != (result{}) {
 			t.Errorf("config check: %+v", r)
 		}

@@ -8,7 +8,6 @@ import (
 	"io/fs"
 	"net"
 	"net/http"
-	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -17,6 +16,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/cli/command"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/readiness"
 )
 
 // maxReadyReport bounds what is read of a /readyz response, in bytes.
@@ -85,10 +85,8 @@ func healthcheck(ctx context.Context, w io.Writer, address string) error {
 	if err != nil {
 		return problem.New("", "read %s: %w", req.URL, err)
 	}
-	for line := range strings.Lines(string(body)) {
-		if strings.HasPrefix(line, "[-]") {
-			printable.Fprintf(w, "%s\n", strings.TrimRight(line, "\n"))
-		}
+	for _, line := range readiness.Failed(string(body)) {
+		printable.Fprintf(w, "%s\n", line)
 	}
 	switch res.StatusCode {
 	case http.StatusOK:

@@ -60,7 +60,7 @@ func TestKMSCheckAlibaba(t *testing.T) {
 		t.Errorf("a disabled key: %+v\n%s", r, text)
 	}
 	double.SetState(kmsdouble.DefaultKeyID, kmsdouble.PendingDeletion)
-	if r, text := check(1); r.Key == nil || r.Key.DeleteAt == nil || !strings.Contains(text, "the key will be deleted at ") {
+	if r, text := check(1); r.Key == nil || r.Key.DeleteAt.IsZero() || !strings.Contains(text, "the key will be deleted at ") {
 		t.Errorf("a key that will be deleted: %+v\n%s", r, text)
 	}
 	double.SetState(kmsdouble.DefaultKeyID, kmsdouble.Enabled)

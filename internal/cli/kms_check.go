@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -35,12 +36,12 @@ type providerReport struct {
 	Warnings []string    `json:"warnings"`
 	Key      *keyDetails `json:"key,omitempty"` // if the KMS describes its keys
 	// CredentialsExpire is when the session for the KMS calls ends. The proxy renews it before.
-	CredentialsExpire *time.Time `json:"credentialsExpire,omitempty"`
+	CredentialsExpire time.Time `json:"credentialsExpire,omitzero"`
 	// Recipients are the public keys of a provider of kind age.
 	Recipients []string `json:"recipients,omitempty"`
 	// LastTested is when an identity of a provider of kind age was last tested, now or, as the
 	// audit log says, before.
-	LastTested *time.Time `json:"lastTested,omitempty"`
+	LastTested time.Time `json:"lastTested,omitzero"`
 }
 
 // keyDetails is the description of a key by the KMS.
@@ -49,12 +50,12 @@ type keyDetails struct {
 	Spec            string `json:"spec,omitempty"`
 	ProtectionLevel string `json:"protectionLevel,omitempty"`
 	// an account, or the product whose default key this is
-	Creator            string     `json:"creator,omitempty"`
-	AutomaticRotation  string     `json:"automaticRotation,omitempty"`
-	NextRotation       *time.Time `json:"nextRotation,omitempty"`
-	DeleteAt           *time.Time `json:"deleteAt,omitempty"`
-	MaterialExpiresAt  *time.Time `json:"materialExpiresAt,omitempty"`
-	DeletionProtection bool       `json:"deletionProtection"`
+	Creator            string    `json:"creator,omitempty"`
+	AutomaticRotation  string    `json:"automaticRotation,omitempty"`
+	NextRotation       time.Time `json:"nextRotation,omitzero"`
+	DeleteAt           time.Time `json:"deleteAt,omitzero"`
+	MaterialExpiresAt  time.Time `json:"materialExpiresAt,omitzero"`
+	DeletionProtection bool      `json:"deletionProtection"`
 	ofService          bool
 }
 
@@ -123,15 +124,11 @@ configuration names by an alias.`,
 		for _, r := range reports {
 			ok = ok && r.OK && (!*strict || len(r.Warnings) == 0)
 		}
-		err = out.Write(cmd.OutOrStdout(), map[string]any{"ok": ok, "kms": reports}, func(w io.Writer) {
+		return out.Report(cmd, ok, map[string]any{"ok": ok, "kms": reports}, func(w io.Writer) {
 			for _, r := range reports {
 				r.text(w)
 			}
 		})
-		if err == nil && !ok {
-			return command.ErrFindings
-		}
-		return err
 	})
 	return cmd
 }
@@ -182,9 +179,7 @@ func checkBackend(ctx context.Context, name string, b *provider.Provider, u uses
 		for _, w := range provider.Warnings(info, b.LateCredentials(), u.recovered, time.Now()) {
 			r.Warnings = append(r.Warnings, w.Text)
 		}
-		if expire := b.CredentialsExpire(); expire != nil {
-			r.CredentialsExpire = when(expire())
-		}
+		r.CredentialsExpire = b.CredentialsExpire()
 	}()
 	client, err := kmsclient.New(kmsclient.Config{Name: name, Backend: b.Service, Timeout: b.Timeout, Observer: observe})
 	if err != nil {
@@ -223,18 +218,10 @@ func checkBackend(ctx context.Context, name string, b *provider.Provider, u uses
 	return r
 }
 
-// when returns t for a report, or nil if it is zero.
-func when(t time.Time) *time.Time {
-	if t.IsZero() {
-		return nil
-	}
-	return &t
-}
-
 func details(i *kmsclient.KeyInfo) *keyDetails {
 	return &keyDetails{
 		State: i.State, Spec: i.Spec, ProtectionLevel: i.ProtectionLevel, Creator: i.Creator, AutomaticRotation: i.AutomaticRotation,
-		NextRotation: when(i.NextRotation), DeleteAt: when(i.DeleteAt), MaterialExpiresAt: when(i.MaterialExpiresAt),
+		NextRotation: i.NextRotation, DeleteAt: i.DeleteAt, MaterialExpiresAt: i.MaterialExpiresAt,
 		DeletionProtection: i.DeletionProtection == kmsclient.On, ofService: i.OfService,
 	}
 }
@@ -262,9 +249,9 @@ func (r providerReport) text(w io.Writer) {
 		if k.DeletionProtection {
 			protection = "on"
 		}
-		printable.Fprintf(w, "  key state   %s\n  rotation    %s\n  deletion protection  %s\n", k.State, orNone(k.AutomaticRotation), protection)
+		printable.Fprintf(w, "  key state   %s\n  rotation    %s\n  deletion protection  %s\n", k.State, cmp.Or(k.AutomaticRotation, "none"), protection)
 	}
-	if r.CredentialsExpire != nil {
+	if !r.CredentialsExpire.IsZero() {
 		printable.Fprintf(w, "  credentials expire   %s, and are renewed before\n", r.CredentialsExpire.Format(time.RFC3339))
 	}
 	for _, f := range r.Findings {
@@ -273,11 +260,4 @@ func (r providerReport) text(w io.Writer) {
 	for _, f := range r.Warnings {
 		printable.Fprintf(w, "  - warning: %s\n", f)
 	}
-}
-
-func orNone(s string) string {
-	if s == "" {
-		return "none"
-	}
-	return s
 }

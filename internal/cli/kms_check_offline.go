@@ -38,7 +38,7 @@ func (r *providerReport) textOffline(w io.Writer) {
 	switch {
 	case len(r.Tried) > 1:
 		tested = "an identity unwrapped a recovery copy"
-	case r.LastTested != nil:
+	case !r.LastTested.IsZero():
 		tested = "last with an identity at " + r.LastTested.Format(time.RFC3339)
 	}
 	printable.Fprintf(w, "  recipients  %d, %s\n  tested      %s\n", len(r.Recipients), printable.Name(r.KeyID), tested)
@@ -49,8 +49,8 @@ func addLastTests(c *config.Config, stderr io.Writer, reports []providerReport) 
 	for i := range reports {
 		if r := &reports[i]; r.Backend == offlineKind && r.OK {
 			r.LastTested = command.LastTest(c, stderr, r.Name, r.KeyID)
-			if len(r.Tried) > 1 && r.LastTested == nil { // without an audit log
-				r.LastTested = when(time.Now().UTC())
+			if len(r.Tried) > 1 && r.LastTested.IsZero() { // without an audit log
+				r.LastTested = time.Now().UTC()
 			}
 		}
 	}

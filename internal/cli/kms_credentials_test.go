@@ -137,7 +137,7 @@ func TestKMSCheckCredentials(t *testing.T) {
 				}
 				return report.KMS[0], r.stdout
 			}
-			if r, text := check(0); (r.CredentialsExpire != nil) != tc.session || tc.session && time.Until(*r.CredentialsExpire) < 25*time.Minute {
+			if r, text := check(0); (!r.CredentialsExpire.IsZero()) != tc.session || tc.session && time.Until(r.CredentialsExpire) < 25*time.Minute {
 				t.Errorf("a session: %t, but %s", tc.session, text)
 			}
 			execute(t, "kms", "check", "--config", path).want(t, 0)
@@ -176,7 +176,7 @@ func TestKMSCheckInstanceRole(t *testing.T) {
 		w.checkSecrets(t, text)
 		return r, text
 	}
-	if r, text := check(); !r.OK || r.CredentialsExpire == nil || time.Until(*r.CredentialsExpire) < 5*time.Hour {
+	if r, text := check(); !r.OK || r.CredentialsExpire.IsZero() || time.Until(r.CredentialsExpire) < 5*time.Hour {
 		t.Errorf("%+v\n%s", r, text)
 	}
 	w.metadata.SetRole("-")

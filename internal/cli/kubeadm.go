@@ -50,7 +50,7 @@ func (f *nodeFlags) node(stderr io.Writer) (*kubeadm.Node, error) {
 	n := &kubeadm.Node{
 		Paths: kubeadm.DefaultPaths, Timeout: f.timeout,
 		Settings: kubeadm.Settings{Listen: defaultKubeadmListen, Admin: defaultKubeadmAdmin},
-		Check:    kubeadmFacts,
+		Check:    kubeadmFacts(command.Checks(nil)),
 		Log:      func(format string, args ...any) { printable.Fprintf(stderr, format+"\n", args...) },
 	}
 	if f.config != "" {
@@ -68,21 +68,34 @@ const (
 	defaultKubeadmAdmin  = "127.0.0.1:9379"
 )
 
-// kubeadmFacts checks the configuration file at path and returns the facts that a node needs. The
-// error lists all problems of the file.
-func kubeadmFacts(path, name string) (kubeadm.Facts, error) {
-	var facts kubeadm.Facts
-	c, err := config.LoadChecked(path, command.Checks(nil))
-	if ps, ok := errors.AsType[config.Problems](err); ok {
-		texts := make([]string, len(ps))
-		for i, p := range command.InFile(name, ps) {
-			texts[i] = p.Text
+// kubeadmFacts returns the function that checks a configuration with the given checks and returns
+// the facts that a node needs.
+func kubeadmFacts(checks config.Checks) func(path string, text []byte) (kubeadm.Facts, error) {
+	return func(path string, text []byte) (kubeadm.Facts, error) {
+		var c *config.Config
+		var err error
+		if text != nil {
+			c, err = config.Parse(path, text, checks)
+		} else {
+			c, err = config.LoadChecked(path, checks)
 		}
-		return facts, problem.New(ps[len(ps)-1].Hint, "%s", strings.Join(texts, "\n"))
+		if ps, ok := errors.AsType[config.Problems](err); ok {
+			texts := make([]string, len(ps))
+			for i, p := range command.InFile(path, ps) {
+				texts[i] = p.Text
+			}
+			err = problem.New(ps[len(ps)-1].Hint, "%s", strings.Join(texts, "\n"))
+		}
+		if err != nil {
+			return kubeadm.Facts{}, err
+		}
+		return factsOf(c), nil
 	}
-	if err != nil {
-		return facts, err
-	}
+}
+
+// factsOf returns the facts of a configuration.
+func factsOf(c *config.Config) kubeadm.Facts {
+	facts := kubeadm.Facts{Endpoints: c.Etcd.Endpoints, Files: namedFiles(reflect.ValueOf(c))}
 	for _, l := range c.Listeners {
 		if l.TLS != nil {
 			facts.Listeners = append(facts.Listeners, l.Address)
@@ -97,7 +110,6 @@ func kubeadmFacts(path, name string) (kubeadm.Facts, error) {
 	if c.Audit != nil {
 		facts.WritableFolders = append(facts.WritableFolders, filepath.Dir(c.Audit.Path))
 	}
-	facts.Endpoints = c.Etcd.Endpoints
 	for _, k := range c.KMS {
 		if k.Plugin == nil {
 			continue
@@ -107,8 +119,7 @@ func kubeadmFacts(path, name string) (kubeadm.Facts, error) {
 			facts.Folders = append(facts.Folders, filepath.Dir(socket))
 		}
 	}
-	facts.Files = namedFiles(reflect.ValueOf(c))
-	return facts, nil
+	return facts
 }
 
 // namedFiles returns the files that the configuration names.

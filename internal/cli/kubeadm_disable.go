@@ -1,9 +1,6 @@
 package cli
 
 import (
-	"os"
-	"os/signal"
-	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -33,13 +30,11 @@ on every node, then reencrypt, and then disable on every node. --force skips bot
 	f.add(cmd, kubeadm.DefaultPaths.Config, 5*time.Minute)
 	dryRun := cmd.Flags().Bool("dry-run", false, "print what would change as a diff, and change nothing")
 	force := cmd.Flags().Bool("force", false, "disable even if values are encrypted: the API server will fail to read them")
-	cmd.RunE = command.Run(func(cmd *cobra.Command, _ []string) error {
+	cmd.RunE = command.RunUntilSignal(func(cmd *cobra.Command, _ []string) error {
 		n, err := f.node(cmd.ErrOrStderr())
 		if err != nil {
 			return err
 		}
-		ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
-		defer stop()
 		plan, err := n.Disable()
 		if err != nil {
 			return err
@@ -57,7 +52,7 @@ on every node, then reencrypt, and then disable on every node. --force skips bot
 				return err
 			}
 		}
-		if err := n.Apply(ctx, plan); err != nil {
+		if err := n.Apply(cmd.Context(), plan); err != nil {
 			return err
 		}
 		printable.Fprintf(cmd.OutOrStdout(), "the API server of this node uses etcd without the proxy\n")

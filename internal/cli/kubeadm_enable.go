@@ -4,10 +4,8 @@ import (
 	"errors"
 	"io/fs"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -83,7 +81,7 @@ The Pod runs as root, without capabilities, because only root can read the keys 
 	f.StringVar(&e.listenerCert, "listener-cert", "/etc/kubernetes/pki/etcd/server.crt", "`FILE` with the proxy's server certificate")
 	f.StringVar(&e.listenerKey, "listener-key", "/etc/kubernetes/pki/etcd/server.key", "`FILE` with its key")
 	f.StringVar(&e.listenerClientCA, "listener-client-ca", "", "`FILE` with the CA of the API server's client certificate; by default that of --etcd-cafile")
-	cmd.RunE = command.Run(e.run)
+	cmd.RunE = command.RunUntilSignal(e.run)
 	return cmd
 }
 
@@ -108,11 +106,9 @@ func (e *kubeadmEnable) run(cmd *cobra.Command, _ []string) error {
 		}
 	}
 	if newKey {
-		n.Check = func(path, name string) (kubeadm.Facts, error) { return factsWithoutKey(path, name, kms.Local.KeyFile) }
+		n.Check = kubeadmFacts(config.Checks{KMSFilesMayMiss: true}) // which has the key file only
 	}
-	ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	plan, err := n.Enable(ctx)
+	plan, err := n.Enable(cmd.Context())
 	if err != nil {
 		return err
 	}
@@ -136,7 +132,7 @@ func (e *kubeadmEnable) run(cmd *cobra.Command, _ []string) error {
 		}
 		printable.Fprintf(cmd.ErrOrStderr(), "created the key %s\n", kms.Local.KeyFile)
 	}
-	if err := n.Apply(ctx, plan); err != nil {
+	if err := n.Apply(cmd.Context(), plan); err != nil {
 		return err
 	}
 	printable.Fprintf(cmd.OutOrStdout(), "the API server of this node uses the proxy\n")
@@ -211,31 +207,4 @@ func (e *kubeadmEnable) keyMissing() (bool, error) {
 		return false, problem.New("copy it from another node, with mode 0600; on the first node of the cluster, create it with --create-key", "the key file %s does not exist", e.localKey)
 	}
 	return true, nil
-}
-
-// factsWithoutKey is kubeadmFacts for a configuration whose key file does not exist yet.
-func factsWithoutKey(path, name, keyFile string) (kubeadm.Facts, error) {
-	text, err := os.ReadFile(path) //nolint:gosec // the configuration to check
-	if err != nil {
-		return kubeadm.Facts{}, err
-	}
-	dir, err := os.MkdirTemp("", "etcd-kms-proxy-")
-	if err != nil {
-		return kubeadm.Facts{}, err
-	}
-	defer os.RemoveAll(dir) //nolint:errcheck // the key in it was never used
-	standIn := filepath.Join(dir, "key.yaml")
-	changed := filepath.Join(dir, "config.yaml")
-	err = errors.Join(local.NewKeyFile(standIn),
-		os.WriteFile(changed, []byte(strings.ReplaceAll(string(text), keyFile, standIn)), 0o600)) //nolint:gosec // in the folder that was just made
-	if err != nil {
-		return kubeadm.Facts{}, err
-	}
-	facts, err := kubeadmFacts(changed, name)
-	for i, f := range facts.Files {
-		if f == standIn {
-			facts.Files[i] = keyFile
-		}
-	}
-	return facts, err
 }

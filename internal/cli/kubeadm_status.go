@@ -34,13 +34,7 @@ status.`,
 		if err != nil {
 			return err
 		}
-		if err := out.Write(cmd.OutOrStdout(), s, func(w io.Writer) { printNode(w, s) }); err != nil {
-			return err
-		}
-		if !s.OK {
-			return command.ErrFindings
-		}
-		return nil
+		return out.Report(cmd, s.OK, s, func(w io.Writer) { printNode(w, s) })
 	})
 	return cmd
 }

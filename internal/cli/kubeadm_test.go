@@ -7,9 +7,12 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/cli/command"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/composesetup"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/kubeadm"
 )
 
 func TestKubeadmUsage(t *testing.T) {
@@ -88,5 +91,72 @@ func TestKubeadmElsewhere(t *testing.T) {
 	}
 	if _, err := os.Stat(key); err == nil {
 		t.Error("a key was created")
+	}
+}
+
+// TestKubeadmPlan: the plan has a configuration that was checked before it is written, also with a
+// key file that does not exist yet.
+func TestKubeadmPlan(t *testing.T) {
+	dir := t.TempDir()
+	if err := composesetup.Run(dir, func(string) string { return "" }, time.Now()); err != nil { // for its certificates
+		t.Fatal(err)
+	}
+	at := func(name string) string { return filepath.Join(dir, name) }
+	manifest, err := os.ReadFile("../kubeadm/testdata/kube-apiserver-1.37.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := strings.NewReplacer("/etc/kubernetes/pki/etcd/ca.crt", at("etcd/ca.crt"), "/etc/kubernetes/pki/apiserver-etcd-client.crt", at("etcd/etcd-1.crt"),
+		"/etc/kubernetes/pki/apiserver-etcd-client.key", at("etcd/etcd-1.key")).Replace(string(manifest))
+	if err := os.WriteFile(at("kube-apiserver.yaml"), []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	node := &kubeadm.Node{
+		Paths: kubeadm.Paths{APIServer: at("kube-apiserver.yaml"), Pod: at("pod.yaml"), Config: at("own/config.yaml"), Backups: at("backup")},
+		Settings: kubeadm.Settings{
+			Listen: "127.0.0.1:0", Admin: "127.0.0.1:0", ListenerCert: at("etcd/etcd-1.crt"), ListenerKey: at("etcd/etcd-1.key"),
+			KMS: kubeadm.KMS{Name: "main", Local: &kubeadm.Local{KeyFile: at("own/key.yaml")}},
+		},
+		Image: "image", Timeout: time.Second, Check: kubeadmFacts(command.Checks(nil)), Log: t.Logf,
+	}
+	if _, err := node.Enable(t.Context()); err == nil || !strings.Contains(err.Error(), at("own/config.yaml")+": line 20: kms[0].local.keyFile: "+at("own/key.yaml")+": no such file") {
+		t.Errorf("without the key file: %v", err)
+	}
+	node.Check = kubeadmFacts(config.Checks{KMSFilesMayMiss: true})
+	plan, err := node.Enable(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := `# Written by etcd-kms-proxy kubeadm enable.
+apiVersion: etcd-kms-proxy.io/v1alpha1
+kind: ProxyConfiguration
+listeners:
+  - address: 127.0.0.1:0
+    tls:
+      certFile: DIR/etcd/etcd-1.crt
+      keyFile: DIR/etcd/etcd-1.key
+      clientCAFile: DIR/etcd/ca.crt
+    allowedClients: [etcd-1]
+etcd:
+  endpoints: ['https://127.0.0.1:2379']
+  tls:
+    caFile: DIR/etcd/ca.crt
+    certFile: DIR/etcd/etcd-1.crt
+    keyFile: DIR/etcd/etcd-1.key
+kms:
+  - name: main
+    local:
+      keyFile: DIR/own/key.yaml
+rules:
+  - prefix: /registry/secrets/
+    writeWith: main
+admin:
+  address: 127.0.0.1:0
+`
+	if got := string(plan.Changes[0].New); got != strings.ReplaceAll(want, "DIR", dir) {
+		t.Errorf("configuration:\n%s", got)
+	}
+	if pod := string(plan.Changes[1].New); !strings.Contains(pod, "path: "+at("etcd/ca.crt")) || strings.Contains(pod, "path: "+at("own/key.yaml")) {
+		t.Errorf("the Pod mounts other files than the configuration names outside its folder:\n%s", pod)
 	}
 }

@@ -359,6 +359,33 @@ func TestUserWithEtcdDown(t *testing.T) {
 	s.exited(0)
 }
 
+// TestWaitingForEtcd: a command that waits for etcd says so after two seconds, with the endpoint
+// and the reason, and continues until its timeout.
+func TestWaitingForEtcd(t *testing.T) {
+	for name, args := range map[string][]string{
+		"status": {"status"},
+		"verify": {"verify"},
+		"drill":  {"drill", "--lost", "dev"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			begun := time.Now()
+			r := executeAlone(t, append(args, "--config", clitest.NewDir(t).Config(t), "--timeout", "4s")...)
+			r.want(t, 3, "waiting for etcd at http://127.0.0.1:1: ", "error: etcd is unreachable at http://127.0.0.1:1: ")
+			if strings.Count(r.stderr, "connection refused") != 2 || strings.Count(r.stderr, "waiting for etcd") != 1 {
+				t.Errorf("standard error: %s", r.stderr)
+			}
+			if waited := time.Since(begun); waited < 4*time.Second {
+				t.Errorf("gave up after %v", waited)
+			}
+			quick := executeAlone(t, append(args, "--config", clitest.NewDir(t).Config(t), "--timeout", "500ms")...)
+			if quick.want(t, 3, "error: etcd is unreachable"); strings.Contains(quick.stderr, "waiting") {
+				t.Errorf("standard error of a short wait: %s", quick.stderr)
+			}
+		})
+	}
+}
+
 // TestLogReaderGone: the reader of the log may end before the proxy.
 func TestLogReaderGone(t *testing.T) {
 	d := clitest.NewDir(t)

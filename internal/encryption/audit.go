@@ -16,18 +16,18 @@ import (
 )
 
 // OpenAudit opens the audit log of c. It returns nil for nil.
-func OpenAudit(c *config.Audit, log *slog.Logger) (*auditlog.Recorder, error) {
+func OpenAudit(c *config.Audit, log *slog.Logger) (*auditlog.Log, error) {
 	if c == nil {
 		return nil, nil
 	}
-	ac := auditlog.Config{Path: c.Path, MaxSize: int64(c.MaxSizeMiB) << 20, MaxFiles: c.MaxFiles, Logger: log}
+	ac := auditlog.Config{Path: c.Path, MaxSize: int64(c.MaxSizeMiB) << 20, MaxFiles: c.MaxFiles, Required: c.Required, Logger: log}
 	if c.KeyFile != "" {
 		var err error
 		if ac.Key, err = auditlog.LoadKey(c.KeyFile); err != nil {
 			return nil, err
 		}
 	}
-	return auditlog.NewRecorder(ac, c.Required)
+	return auditlog.Open(ac)
 }
 
 // AuditPath returns the log of another process than the proxy with the log at path, since a log has
@@ -78,7 +78,7 @@ func (k *Keys) auditedDescribe(name string, describe provider.Describe) provider
 type auditedKMS struct {
 	kms      *kmsclient.Client
 	provider string
-	audit    *auditlog.Recorder
+	audit    *auditlog.Log
 }
 
 var (
@@ -87,7 +87,7 @@ var (
 )
 
 // AuditedService returns c, or c behind a required audit log.
-func AuditedService(audit *auditlog.Recorder, provider string, c *kmsclient.Client) kmsclient.Service {
+func AuditedService(audit *auditlog.Log, provider string, c *kmsclient.Client) kmsclient.Service {
 	if !audit.Required() {
 		return c
 	}

@@ -42,7 +42,7 @@ type Config struct {
 	// providers whose keys are treated as lost, with InspectOnly: nothing of them is read or called
 	Lost        []string
 	InspectOnly bool                  // values are read only, and no DEK seed is generated
-	Audit       *auditlog.Recorder    // of KMS calls and of the use of recovery copies; may be nil
+	Audit       *auditlog.Log         // of KMS calls and of the use of recovery copies; may be nil
 	Record      func(auditlog.Record) // the same for a command; may be nil
 	Registry    prometheus.Registerer
 	Logger      *slog.Logger
@@ -70,7 +70,7 @@ type Keys struct {
 type RuleSet struct {
 	config     []config.Rule
 	sealers    []*rule.Sealer
-	audit      *auditlog.Recorder
+	audit      *auditlog.Log
 	generation uint64 // differs between the sets of a process
 	stored     *inventory.Rules
 }
@@ -178,7 +178,7 @@ func (k *Keys) add(p config.KMS, cache *keyring.Cache) error {
 		k.runs = append(k.runs, watchKeyFile(p.Local.KeyFile, seen, ring, k.Logger))
 	}
 	watch := provider.NewWatch(provider.WatchConfig{
-		Provider: p.Name, Describe: k.auditedDescribe(p.Name, b.Describe()), Expire: b.CredentialsExpire(), Late: b.LateCredentials, Logger: k.Logger,
+		Provider: p.Name, Describe: k.auditedDescribe(p.Name, b.Describe()), Expire: b.CredentialsExpire, Late: b.LateCredentials, Logger: k.Logger,
 		// A key file can be backed up, and a key that nothing is written with gets no new copies.
 		Recovery: func() bool { return b.Kind == "local" || ring.ReadOnly() || len(ring.Recovery()) > 0 },
 		Healthy:  func() bool { return ring.State().Healthy },

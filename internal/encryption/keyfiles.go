@@ -11,6 +11,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/filewatch"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/periodic"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/provider"
 )
 
@@ -25,18 +26,11 @@ type fileCheck struct {
 
 // watchFiles checks the files until ctx ends, so that a bad file is logged before it is needed.
 func (k *Keys) watchFiles(ctx context.Context) {
-	ticker := time.NewTicker(fileCheckInterval)
-	defer ticker.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-ticker.C:
-			for _, f := range k.files {
-				_ = f.check() // which logs it
-			}
+	periodic.Run(ctx, fileCheckInterval, func() {
+		for _, f := range k.files {
+			_ = f.check() // which logs it
 		}
-	}
+	})
 }
 
 // watchKeyFile returns a function that polls a local provider at once when its key file changes, so

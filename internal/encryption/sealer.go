@@ -16,47 +16,74 @@ import (
 func (s *RuleSet) ForProxy() []proxy.Rule {
 	rules := make([]proxy.Rule, len(s.sealers))
 	for i := range s.sealers {
-		rules[i] = proxy.Rule{Prefix: s.config[i].Prefix, Sealer: auditedSealer(s.audit, sealer{s.sealers[i]})}
+		rules[i] = proxy.Rule{Prefix: s.config[i].Prefix, Sealer: sealer{s.sealers[i], s.audit}}
 	}
 	return rules
 }
 
-// sealer turns the errors of a keyring's sealer into those that the proxy returns to clients.
-type sealer struct{ *rule.Sealer }
+// sealer encrypts and decrypts only while a required audit log can be written. It turns the errors
+// of a keyring's sealer into those that the proxy returns to clients.
+type sealer struct {
+	*rule.Sealer
+	audit *auditlog.Log
+}
 
 var _ proxy.Sealer = sealer{}
 
 // Seal implements [proxy.Sealer].
-func (s sealer) Seal(ctx context.Context, dst, key, value []byte) ([]byte, error) {
-	out, err := s.SealTo(ctx, dst, key, value)
-	return out, sealError(ctx, err)
+func (s sealer) Seal(ctx context.Context, dst, key, value []byte) (out []byte, err error) {
+	action, err := s.audit.Begin()
+	if err == nil {
+		out, err = s.SealTo(ctx, dst, key, value)
+	}
+	return result(ctx, action, out, err)
 }
 
 // Open implements [proxy.Sealer].
-func (s sealer) Open(ctx context.Context, dst, key, stored []byte) ([]byte, error) {
-	out, err := s.Sealer.Open(ctx, dst, key, stored)
-	return out, sealError(ctx, err)
+func (s sealer) Open(ctx context.Context, dst, key, stored []byte) (out []byte, err error) {
+	action, err := s.audit.Begin()
+	if err == nil {
+		out, err = s.Sealer.Open(ctx, dst, key, stored)
+	}
+	return result(ctx, action, out, err)
 }
 
 // TrySeal implements [proxy.Sealer].
-func (s sealer) TrySeal(dst, key, value []byte) ([]byte, error) {
-	out, err := s.Sealer.TrySeal(dst, key, value)
-	return out, sealError(context.Background(), err)
+func (s sealer) TrySeal(dst, key, value []byte) (out []byte, err error) {
+	action, err := s.audit.Begin()
+	if err == nil {
+		out, err = s.Sealer.TrySeal(dst, key, value)
+	}
+	return result(context.Background(), action, out, err)
 }
 
 // TryOpen implements [proxy.Sealer].
-func (s sealer) TryOpen(dst, key, stored []byte) ([]byte, error) {
-	out, err := s.Sealer.TryOpen(dst, key, stored)
-	return out, sealError(context.Background(), err)
+func (s sealer) TryOpen(dst, key, stored []byte) (out []byte, err error) {
+	action, err := s.audit.Begin()
+	if err == nil {
+		out, err = s.Sealer.TryOpen(dst, key, stored)
+	}
+	return result(context.Background(), action, out, err)
 }
 
-// sealError returns what an error of a keyring means for the client.
-func sealError(ctx context.Context, err error) error {
+// result returns out if it may be used: nothing failed, and no record of the action was lost.
+func result(ctx context.Context, action auditlog.Action, out []byte, err error) ([]byte, error) {
 	if err == nil {
-		return nil
+		err = action.End()
 	}
-	if errors.Is(err, keyring.ErrWouldBlock) {
+	if err != nil {
+		return nil, sealError(ctx, err)
+	}
+	return out, nil
+}
+
+// sealError returns what an error of a keyring or of the audit log means for the client.
+func sealError(ctx context.Context, err error) error {
+	switch {
+	case errors.Is(err, keyring.ErrWouldBlock):
 		return proxy.ErrWouldBlock
+	case errors.Is(err, auditlog.ErrUnwritable):
+		return &proxy.SealError{Code: codes.Unavailable, Text: auditlog.ErrUnwritable.Error()}
 	}
 	e, ok := errors.AsType[*keyring.Error](err)
 	if !ok {
@@ -78,52 +105,4 @@ func sealError(ctx context.Context, err error) error {
 		return err
 	}
 	return &proxy.SealError{Code: code, Text: e.Text}
-}
-
-// requiredAudit is a sealer that works only while the audit log can be written.
-type requiredAudit struct {
-	proxy.Sealer
-	audit *auditlog.Recorder
-}
-
-// auditedSealer returns s, or s behind a required audit log.
-func auditedSealer(audit *auditlog.Recorder, s proxy.Sealer) proxy.Sealer {
-	if !audit.Required() {
-		return s
-	}
-	return requiredAudit{s, audit}
-}
-
-// Seal implements [proxy.Sealer].
-func (s requiredAudit) Seal(ctx context.Context, dst, key, value []byte) (out []byte, err error) {
-	err = s.audit.Do(func() error { out, err = s.Sealer.Seal(ctx, dst, key, value); return err })
-	return forClient(out, err)
-}
-
-// Open implements [proxy.Sealer].
-func (s requiredAudit) Open(ctx context.Context, dst, key, stored []byte) (out []byte, err error) {
-	err = s.audit.Do(func() error { out, err = s.Sealer.Open(ctx, dst, key, stored); return err })
-	return forClient(out, err)
-}
-
-// TrySeal implements [proxy.Sealer].
-func (s requiredAudit) TrySeal(dst, key, value []byte) (out []byte, err error) {
-	err = s.audit.Do(func() error { out, err = s.Sealer.TrySeal(dst, key, value); return err })
-	return forClient(out, err)
-}
-
-// TryOpen implements [proxy.Sealer].
-func (s requiredAudit) TryOpen(dst, key, stored []byte) (out []byte, err error) {
-	err = s.audit.Do(func() error { out, err = s.Sealer.TryOpen(dst, key, stored); return err })
-	return forClient(out, err)
-}
-
-func forClient(out []byte, err error) ([]byte, error) {
-	if errors.Is(err, auditlog.ErrUnwritable) {
-		err = &proxy.SealError{Code: codes.Unavailable, Text: auditlog.ErrUnwritable.Error()}
-	}
-	if err != nil {
-		return nil, err
-	}
-	return out, nil
 }

@@ -4,10 +4,11 @@ import (
 	"context"
 	"crypto/sha256"
 	"os"
-	"time"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/periodic"
 )
 
-// interval is the time between two looks at a file that is watched.
+// interval is the time between two reads of a file that is watched.
 const interval = settle
 
 // Digest identifies a file's content. A file that cannot be read has the zero digest.
@@ -21,23 +22,17 @@ func Digest(path string) [sha256.Size]byte {
 }
 
 // Watch calls changed each time that the digest of the file at path differs from seen, or from that
-// of the last call, until ctx ends. A change counts once two looks have found the same content,
+// of the last call, until ctx ends. A change counts once two reads have found the same content,
 // because editors write in steps. It polls: that also works behind symbolic links, on network file
 // systems and on hosts that have no inotify watch left.
 func Watch(ctx context.Context, path string, seen [sha256.Size]byte, changed func()) {
-	tick := time.NewTicker(interval)
-	defer tick.Stop()
-	for last := seen; ; {
+	last := seen
+	periodic.Run(ctx, interval, func() {
 		now := Digest(path)
 		if now != seen && now == last {
 			seen = now
 			changed()
 		}
 		last = now
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
-	}
+	})
 }

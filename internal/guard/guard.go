@@ -32,7 +32,7 @@ type Guard struct {
 	AllowWeakening bool
 	Open           func() // lets the proxy serve
 	OpenLearner    func() // lets the proxy serve the calls that an etcd learner serves
-	Audit          *auditlog.Recorder
+	Audit          *auditlog.Log
 	Logger         *slog.Logger
 }
 

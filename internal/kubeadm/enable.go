@@ -115,7 +115,7 @@ func (n *Node) configure(m *Manifest, mode Mode) ([]byte, Facts, error) {
 	}
 	// the manifest names the proxy, so only the configuration has the addresses of etcd
 	if mode == All {
-		had, err := n.Check(n.Config, n.Config)
+		had, err := n.Check(n.Config, nil)
 		if err != nil {
 			return nil, Facts{}, err
 		}
@@ -130,7 +130,7 @@ func (n *Node) configure(m *Manifest, mode Mode) ([]byte, Facts, error) {
 			return nil, Facts{}, err
 		}
 	}
-	facts, err := n.checked(config)
+	facts, err := n.Check(n.Config, config)
 	return config, facts, err
 }
 
@@ -154,7 +154,7 @@ func (n *Node) checkReplaceConfig(m *Manifest, old []byte, endpoints []string) e
 
 // ownConfig returns the operator's configuration, unchanged.
 func (n *Node) ownConfig(m *Manifest, mode Mode) ([]byte, Facts, error) {
-	facts, err := n.Check(n.Config, n.Config)
+	facts, err := n.Check(n.Config, nil)
 	if err != nil {
 		return nil, facts, err
 	}
@@ -172,18 +172,4 @@ func (n *Node) ownConfig(m *Manifest, mode Mode) ([]byte, Facts, error) {
 		return nil, facts, problem.New("write the API server's etcd servers into etcd.endpoints", "%s has %s for etcd.endpoints, but the API server uses %s", n.Config, strings.Join(facts.Endpoints, ", "), strings.Join(servers, ", "))
 	}
 	return config, facts, nil
-}
-
-// checked checks a configuration that is not yet written to its file.
-func (n *Node) checked(config []byte) (Facts, error) {
-	dir, err := os.MkdirTemp("", "etcd-kms-proxy-")
-	if err != nil {
-		return Facts{}, err
-	}
-	defer os.RemoveAll(dir) //nolint:errcheck // the folder holds no secret
-	path := dir + "/config.yaml"
-	if err := os.WriteFile(path, config, 0o600); err != nil {
-		return Facts{}, err
-	}
-	return n.Check(path, n.Config)
 }

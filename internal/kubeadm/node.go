@@ -55,8 +55,9 @@ type Node struct {
 	AllowWeakening bool
 	// Timeout bounds each wait for the proxy or the API server.
 	Timeout time.Duration
-	// Check checks the configuration file at path. Errors use name for the file.
-	Check func(path, name string) (Facts, error)
+	// Check checks a configuration: text as the content of the file at path, or the file itself if
+	// text is nil.
+	Check func(path string, text []byte) (Facts, error)
 	// Log is called before each step.
 	Log func(format string, args ...any)
 }
@@ -87,7 +88,7 @@ func (n *Node) mode(m *Manifest) Mode {
 // readConfig sets the addresses of the listener and of admin from the configuration, so that only
 // enable needs flags for them.
 func (n *Node) readConfig(m *Manifest) (Facts, error) {
-	facts, err := n.Check(n.Config, n.Config)
+	facts, err := n.Check(n.Config, nil)
 	if err != nil {
 		return facts, err
 	}

@@ -14,6 +14,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/readiness"
 )
 
 const (
@@ -31,9 +33,9 @@ func (n *Node) poll(ctx context.Context, failure string, check func(context.Cont
 	defer cancel()
 	last := errors.New("no check was made")
 	for good := 0; ; {
-		one, done := context.WithTimeout(deadline, pollTimeout)
-		err := check(one)
-		done()
+		limited, cancel := context.WithTimeout(deadline, pollTimeout)
+		err := check(limited)
+		cancel()
 		if err == nil {
 			if good++; good == requiredPolls {
 				return nil
@@ -74,23 +76,13 @@ func get(ctx context.Context, client *http.Client, url string) ([]byte, error) {
 		return nil, err
 	}
 	if res.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("%s: %s%s", url, res.Status, failing(string(body)))
+		text := url + ": " + res.Status
+		if failed := readiness.Failed(string(body)); len(failed) > 0 {
+			text += ": " + strings.Join(failed, ", ")
+		}
+		return nil, errors.New(text)
 	}
 	return body, nil
-}
-
-// failing returns the failed checks in the body of /readyz, for an error text.
-func failing(body string) string {
-	var bad []string
-	for line := range strings.Lines(body) {
-		if line = strings.TrimSpace(line); strings.HasPrefix(line, "[-]") {
-			bad = append(bad, line)
-		}
-	}
-	if len(bad) == 0 {
-		return ""
-	}
-	return ": " + strings.Join(bad, ", ")
 }
 
 // httpClient returns a client that ignores HTTP_PROXY and the like.
@@ -106,9 +98,9 @@ func (n *Node) proxyReady(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	for line := range strings.Lines(string(body)) {
+	for _, line := range readiness.Failed(string(body)) {
 		if strings.HasPrefix(line, "[-]kms ") || strings.HasPrefix(line, "[-]rule ") {
-			return fmt.Errorf("proxy: %s", strings.TrimSpace(line))
+			return fmt.Errorf("proxy: %s", line)
 		}
 	}
 	return nil

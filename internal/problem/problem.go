@@ -15,11 +15,11 @@ import (
 
 // Problem is one thing that is wrong, mostly with a configuration or a file that it names.
 type Problem struct {
-	Path string // the field, e.g. "rules[1].prefix"; "" if it is about the whole
-	Line int    // of the configuration file, from 1; 0 if unknown
-	Text string // what is wrong
-	Hint string // what to do, one imperative sentence; may be empty
-	Err  error  `json:"-"` // the cause, for [errors.Is]; may be nil
+	Path string `json:"path"`           // the field, e.g. "rules[1].prefix"; "" if it is about the whole
+	Line int    `json:"line,omitempty"` // of the configuration file, from 1; 0 if unknown
+	Text string `json:"text"`           // what is wrong
+	Hint string `json:"hint,omitempty"` // what to do, one imperative sentence; may be empty
+	Err  error  `json:"-"`              // the cause, for [errors.Is]; may be nil
 }
 
 // New returns a problem that has no path.

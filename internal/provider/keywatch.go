@@ -71,7 +71,7 @@ func Warnings(info *kmsclient.KeyInfo, late time.Time, recovery bool, now time.T
 type WatchConfig struct {
 	Provider string
 	Describe Describe         // nil where the KMS does not describe its keys
-	Expire   func() time.Time // when the credentials end; nil where there are none
+	Expire   func() time.Time // when the credentials end, or zero
 	Late     func() time.Time // the same if they should have been renewed, else zero
 	Recovery func() bool      // whether every rule that writes with the key has a recovery key
 	Healthy  func() bool      // whether the last call of the KMS succeeded
@@ -189,9 +189,7 @@ func (all Watches) Collect(ch chan<- prometheus.Metric) {
 		for _, x := range w.warnings() {
 			ch <- gauge(warningDesc, 1, w.Provider, x.Kind)
 		}
-		if w.Expire != nil {
-			timestamp(ch, expiryDesc, w.Expire(), w.Provider)
-		}
+		timestamp(ch, expiryDesc, w.Expire(), w.Provider)
 		if info := w.info.Load(); info != nil {
 			ch <- gauge(stateDesc, 1, w.Provider, info.State)
 			timestamp(ch, deletionDesc, info.DeleteAt, w.Provider)

@@ -96,12 +96,12 @@ func (p *Provider) CheckFiles() func() error {
 	return nil
 }
 
-// CredentialsExpire returns the function that says when the credentials end, or nil if they do not.
-func (p *Provider) CredentialsExpire() func() time.Time {
+// CredentialsExpire returns when the credentials end, or zero if they do not.
+func (p *Provider) CredentialsExpire() time.Time {
 	if s, ok := p.Service.(kmsclient.SessionHolder); ok {
-		return s.CredentialsExpire
+		return s.CredentialsExpire()
 	}
-	return nil
+	return time.Time{}
 }
 
 // LateCredentials returns when the credentials end, if they should have been renewed, or zero.

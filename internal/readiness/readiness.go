@@ -45,3 +45,13 @@ func (r Report) String() string {
 	printable.Fprintf(&b, "readyz check %s\n", result)
 	return b.String()
 }
+
+// Failed returns the lines of the failed checks in the text of a report.
+func Failed(report string) (lines []string) {
+	for line := range strings.Lines(report) {
+		if line = strings.TrimSpace(line); strings.HasPrefix(line, "[-]") {
+			lines = append(lines, line)
+		}
+	}
+	return lines
+}

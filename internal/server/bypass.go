@@ -19,7 +19,7 @@ import (
 // bypasses counts values that were written in plaintext to etcd directly, and reports each key
 // once.
 type bypasses struct {
-	audit    *auditlog.Recorder
+	audit    *auditlog.Log
 	log      *slog.Logger
 	count    *prometheus.CounterVec
 	reported *logonce.Keys
@@ -33,7 +33,7 @@ const (
 	bypassLogInterval = time.Minute
 )
 
-func newBypasses(audit *auditlog.Recorder, reg prometheus.Registerer, log *slog.Logger) *bypasses {
+func newBypasses(audit *auditlog.Log, reg prometheus.Registerer, log *slog.Logger) *bypasses {
 	b := &bypasses{
 		audit: audit, log: log, reported: logonce.NewKeys(bypassKeys), logged: rate.Sometimes{Interval: bypassLogInterval},
 		count: prometheus.NewCounterVec(prometheus.CounterOpts{

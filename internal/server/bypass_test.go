@@ -18,7 +18,7 @@ import (
 func TestBypassOfBytes(t *testing.T) {
 	var logged bytes.Buffer
 	path := filepath.Join(t.TempDir(), "audit.log")
-	records, err := auditlog.NewRecorder(auditlog.Config{Path: path}, false)
+	records, err := auditlog.Open(auditlog.Config{Path: path})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -23,6 +23,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/encryption"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/etcdclient"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/guard"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/periodic"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/readiness"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
@@ -46,7 +47,7 @@ type fleet struct {
 }
 
 // newFleet makes the fleet of c. It starts nothing; close must follow.
-func newFleet(c *config.Config, keys *encryption.Keys, audit *auditlog.Recorder, reg prometheus.Registerer, log *slog.Logger, o Options) (*fleet, error) {
+func newFleet(c *config.Config, keys *encryption.Keys, audit *auditlog.Log, reg prometheus.Registerer, log *slog.Logger, o Options) (*fleet, error) {
 	client, password, err := etcdclient.New(c, log)
 	if err != nil {
 		return nil, err
@@ -69,7 +70,7 @@ func newFleet(c *config.Config, keys *encryption.Keys, audit *auditlog.Recorder,
 }
 
 // coordinate adds what is on with coordination.
-func (f *fleet) coordinate(keys *encryption.Keys, audit *auditlog.Recorder, reg prometheus.Registerer, log *slog.Logger, jobs []string) error {
+func (f *fleet) coordinate(keys *encryption.Keys, audit *auditlog.Log, reg prometheus.Registerer, log *slog.Logger, jobs []string) error {
 	c := f.config
 	f.bypasses = newBypasses(audit, reg, log)
 	f.bypasses.expect(c.Rules)
@@ -130,18 +131,8 @@ func (f *fleet) run(ctx context.Context) error {
 // watchPassword reads the password file from time to time, so that a bad one is logged before it is
 // needed, until ctx ends.
 func (f *fleet) watchPassword(ctx context.Context) {
-	if f.password == nil {
-		return
-	}
-	tick := time.NewTicker(time.Second)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-			f.password.Get()
-		}
+	if f.password != nil {
+		periodic.Run(ctx, time.Second, func() { f.password.Get() })
 	}
 }
 

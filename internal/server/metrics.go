@@ -23,7 +23,7 @@ func newRegistry() *prometheus.Registry {
 }
 
 // registerAudit adds the metrics of the audit log, if there is one.
-func registerAudit(reg prometheus.Registerer, audit *auditlog.Recorder) {
+func registerAudit(reg prometheus.Registerer, audit *auditlog.Log) {
 	if audit == nil {
 		return
 	}
@@ -42,7 +42,7 @@ func registerAudit(reg prometheus.Registerer, audit *auditlog.Recorder) {
 }
 
 // auditChecks returns the line of the readiness report about the audit log, if there is one.
-func auditChecks(audit *auditlog.Recorder) []readiness.Check {
+func auditChecks(audit *auditlog.Log) []readiness.Check {
 	if audit == nil {
 		return nil
 	}

@@ -45,8 +45,8 @@ type pluginServer struct {
 	log      *slog.Logger
 	server   *pluginserver.Server
 	registry *prometheus.Registry
-	admin    *adminhttp.Server  // nil if there is none
-	audit    *auditlog.Recorder // nil if there is none
+	admin    *adminhttp.Server // nil if there is none
+	audit    *auditlog.Log     // nil if there is none
 }
 
 // ServePlugin runs the plugin of a provider of c, which was read from the file at path, until a
@@ -96,7 +96,7 @@ func ServePlugin(ctx context.Context, path string, c *config.Config, stderr io.W
 
 // openPluginAudit opens the audit log of the plugin next to that of the proxy, which c describes
 // and which has one writer only. It returns nil for nil.
-func openPluginAudit(c *config.Audit, provider string, log *slog.Logger) (*auditlog.Recorder, error) {
+func openPluginAudit(c *config.Audit, provider string, log *slog.Logger) (*auditlog.Log, error) {
 	if c == nil {
 		return nil, nil
 	}
@@ -138,7 +138,7 @@ func warnOfFolder(log *slog.Logger, dir string) {
 // failingPoll is the longest time between polls of the KMS while they fail.
 const failingPoll = 10 * time.Second
 
-func newPluginServer(c *config.Config, b *provider.Provider, audit *auditlog.Recorder, log *slog.Logger, o PluginOptions) (*pluginServer, error) {
+func newPluginServer(c *config.Config, b *provider.Provider, audit *auditlog.Log, log *slog.Logger, o PluginOptions) (*pluginServer, error) {
 	p := &pluginServer{log: log, registry: newRegistry(), audit: audit}
 	kmsCalls := provider.NewCallMetrics(p.registry)
 	observe := func(call kmsclient.Call) {

@@ -23,7 +23,7 @@ func always(run func(context.Context)) part {
 // process runs the parts of a server and handles signals.
 type process struct {
 	log      *slog.Logger
-	audit    *auditlog.Recorder
+	audit    *auditlog.Log
 	signals  <-chan os.Signal
 	drain    time.Duration
 	draining string // the log message when the drain begins

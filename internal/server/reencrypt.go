@@ -23,7 +23,7 @@ import (
 type reencryptor struct {
 	reencrypt.Loop
 	fleet     *fleet
-	audit     *auditlog.Recorder
+	audit     *auditlog.Log
 	log       *slog.Logger
 	begun     bool          // a run has begun, which is in the audit log
 	logged    logonce.State // the last failure
@@ -35,7 +35,7 @@ type reencryptor struct {
 
 // newReencryptor makes the reencryptor of a proxy with coordination.
 func newReencryptor(
-	f *fleet, keys *encryption.Keys, audit *auditlog.Recorder, reg prometheus.Registerer, log *slog.Logger, c *config.Config, o Options,
+	f *fleet, keys *encryption.Keys, audit *auditlog.Log, reg prometheus.Registerer, log *slog.Logger, c *config.Config, o Options,
 ) *reencryptor {
 	r := &reencryptor{
 		fleet: f, audit: audit, log: log,

@@ -18,6 +18,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/filewatch"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/periodic"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
 )
 
@@ -35,7 +36,7 @@ type reloader struct {
 	level      *slog.LevelVar
 	weaken     bool // --allow-weakening
 	log        *slog.Logger
-	audit      *auditlog.Recorder
+	audit      *auditlog.Log
 	count      *prometheus.CounterVec
 	setRules   func([]config.Rule) error
 	setClients func(listener int, allowed, ciphertext []string) error
@@ -73,18 +74,11 @@ const auditRetry = 5 * time.Second
 
 // retry reloads once the audit log, which prevented a change, can be written again, until ctx ends.
 func (r *reloader) retry(ctx context.Context) {
-	tick := time.NewTicker(auditRetry)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-			if why := r.problem(); why != nil && why.Error() == auditlog.ErrUnwritable.Error() && r.audit.Refusal() == nil {
-				r.reload("audit log writable")
-			}
+	periodic.Run(ctx, auditRetry, func() {
+		if why := r.problem(); why != nil && why.Error() == auditlog.ErrUnwritable.Error() && r.audit.Refusal() == nil {
+			r.reload("audit log writable")
 		}
-	}
+	})
 }
 
 // problem returns why the file is not in use, or nil.

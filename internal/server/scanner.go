@@ -12,6 +12,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/periodic"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/printable"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/restore"
@@ -70,9 +71,7 @@ const leaderCheckInterval = 10 * time.Second
 // run scans at every interval while this proxy is the leader, until ctx ends.
 func (s *scanner) run(ctx context.Context) {
 	var last time.Time
-	tick := time.NewTicker(min(leaderCheckInterval, s.interval))
-	defer tick.Stop()
-	for {
+	periodic.Run(ctx, min(leaderCheckInterval, s.interval), func() {
 		switch {
 		case !s.fleet.Leads(jobScan):
 			s.reset()
@@ -84,12 +83,7 @@ func (s *scanner) run(ctx context.Context) {
 				last = time.Time{} // scan the restored data at the next tick
 			}
 		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
-	}
+	})
 }
 
 // scan counts the values. It logs and returns an error.

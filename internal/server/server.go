@@ -63,7 +63,7 @@ func (o *Options) jobs() (jobs []string) {
 type Server struct {
 	log       *slog.Logger
 	registry  *prometheus.Registry
-	audit     *auditlog.Recorder // nil without an audit block
+	audit     *auditlog.Log // nil without an audit block
 	keys      *encryption.Keys
 	fleet     *fleet
 	scanner   *scanner     // nil without --scan-interval

@@ -13,6 +13,7 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/config"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/periodic"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 )
 
@@ -110,17 +111,10 @@ func (n notifier) watch(ctx context.Context, alive func()) {
 	if err != nil || interval <= 0 {
 		return
 	}
-	ticker := time.NewTicker(max(interval/2, time.Millisecond))
-	defer ticker.Stop()
-	for {
+	periodic.Run(ctx, max(interval/2, time.Millisecond), func() {
 		alive()
 		n.send(daemon.SdNotifyWatchdog)
-		select {
-		case <-ctx.Done():
-			return
-		case <-ticker.C:
-		}
-	}
+	})
 }
 
 // announce tells systemd when the proxy accepts connections, when it serves and when it drains.

@@ -111,11 +111,7 @@ func openProtected(name string, text []byte, armored bool, prompt Prompter) ([]b
 
 func parseIdentities(text []byte, prompt Prompter) (*Identities, error) {
 	ids := &Identities{}
-	for i, line := range strings.Split(string(text), "\n") {
-		line = strings.TrimSuffix(line, "\r")
-		if line == "" || strings.HasPrefix(line, "#") {
-			continue
-		}
+	for i, line := range lines(text) {
 		var id age.Identity
 		var err error
 		switch {
@@ -155,8 +151,7 @@ func (ids *Identities) Unwrap(file []byte) ([]byte, error) {
 	}
 	r, err := age.Decrypt(bytes.NewReader(file), ids.all...)
 	if err != nil {
-		var missing *plugin.NotFoundError
-		if errors.As(err, &missing) {
+		if missing, ok := errors.AsType[*plugin.NotFoundError](err); ok {
 			return nil, fmt.Errorf("the program age-plugin-%s of an identity was not found in PATH", missing.Name)
 		}
 		if _, ok := errors.AsType[*age.NoIdentityMatchError](err); ok {

@@ -8,11 +8,13 @@ package age
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"slices"
 	"strings"
 
@@ -91,17 +93,25 @@ func NewRecipients(texts []string) (*Recipients, error) {
 // begin with # are ignored. Index in a [*RecipientError] is then the number of the line, from 0.
 func ReadRecipients(file []byte) ([]string, error) {
 	var texts []string
-	for i, line := range strings.Split(string(file), "\n") {
-		line = strings.TrimSuffix(line, "\r")
-		if line == "" || strings.HasPrefix(line, "#") {
-			continue
-		}
+	for i, line := range lines(file) {
 		if _, err := parseRecipient(line); err != nil {
 			return nil, &RecipientError{Index: i, Text: err.Error()}
 		}
 		texts = append(texts, line)
 	}
 	return texts, nil
+}
+
+// lines yields the lines of a file with their numbers, from 0, but no empty lines and comments.
+func lines(file []byte) iter.Seq2[int, string] {
+	return func(yield func(int, string) bool) {
+		for i, line := range strings.Split(string(file), "\n") {
+			line = strings.TrimSuffix(line, "\r")
+			if line != "" && !strings.HasPrefix(line, "#") && !yield(i, line) {
+				return
+			}
+		}
+	}
 }
 
 // parseRecipient parses one recipient. Its errors never quote the text.
@@ -155,10 +165,8 @@ func (r *Recipients) Wrap(seed []byte) ([]byte, error) {
 		// The one reason that valid recipients can give.
 		return nil, fmt.Errorf("wrap for age recipients: %w", ErrMixed)
 	}
-	if _, err := w.Write(seed); err != nil {
-		return nil, errors.New("wrap for age recipients: encryption failed")
-	}
-	if err := w.Close(); err != nil {
+	_, err = w.Write(seed)
+	if err = cmp.Or(err, w.Close()); err != nil {
 		return nil, errors.New("wrap for age recipients: encryption failed")
 	}
 	if err := CheckWrapped(file.Bytes()); err != nil {

@@ -118,31 +118,12 @@ func New(cfg Config) (*Backend, error) {
 	if !configPattern.MatchString(cfg.KeyID) {
 		problem(`keyID %q is not a key ID, an alias ("alias/…") or an ARN ("acs:kms:…")`, cfg.KeyID)
 	}
-	if err := checkARN(cfg.KeyID, cfg.Region); err != nil {
-		problems = append(problems, err)
-	}
-	endpoint := cmp.Or(cfg.Endpoint, "kms."+cfg.Region+".aliyuncs.com")
-	if cfg.Endpoint != "" {
-		if err := checkEndpoint(cfg.Endpoint); err != nil {
-			problems = append(problems, err)
-		}
-	}
-	encryptionContext, err := marshalContext(cfg.EncryptionContext)
-	if err != nil {
-		problems = append(problems, err)
-	}
-	logger := cfg.Logger
-	if logger == nil {
-		logger = slog.New(slog.DiscardHandler)
-	}
-	creds, err := newCredentialSource(cfg.Credentials, cfg.Region, logger)
-	if err != nil {
-		problems = append(problems, err)
-	}
-	pool, err := newPool(cfg.CAFile, logger)
-	if err != nil {
-		problems = append(problems, err)
-	}
+	endpoint, endpointErr := endpointOr(cfg.Endpoint, "kms."+cfg.Region+".aliyuncs.com")
+	encryptionContext, contextErr := marshalContext(cfg.EncryptionContext)
+	logger := cmp.Or(cfg.Logger, slog.New(slog.DiscardHandler))
+	creds, credsErr := newCredentialSource(cfg.Credentials, cfg.Region, logger)
+	pool, poolErr := newPool(cfg.CAFile, logger)
+	problems = append(problems, checkARN(cfg.KeyID, cfg.Region), endpointErr, contextErr, credsErr, poolErr)
 	if err := errors.Join(problems...); err != nil {
 		if creds != nil {
 			creds.close()
@@ -189,27 +170,22 @@ func (b *Backend) Close() error {
 // travel.
 func (b *Backend) GenerateDataKey(ctx context.Context, _ string) (*kmsclient.DataKey, error) {
 	const op = "GenerateDataKey"
-	var resp *kms.GenerateDataKeyResponse
-	err := b.call(ctx, op, func(c *kms.Client) (err error) {
+	resp, err := call(ctx, b, op, func(c *kms.Client) (*kms.GenerateDataKeyResponse, error) {
 		req := kms.CreateGenerateDataKeyRequest()
 		req.KeyId, req.KeySpec, req.EncryptionContext = b.keyID, "AES_256", b.encryptionContext
-		resp, err = c.GenerateDataKey(req)
-		return err
+		return c.GenerateDataKey(req)
 	})
 	if err != nil {
 		return nil, err
 	}
 	kmsclient.NoteRequestID(ctx, safeRequestID(resp.RequestId))
-	keyID, err := b.reportedKey(op, resp.RequestId, resp.KeyId, resp.KeyVersionId)
+	keyID, err := b.wrappedBy(op, resp.RequestId, resp.KeyId, resp.KeyVersionId, resp.CiphertextBlob, maxWrappedSeed)
 	if err != nil {
 		return nil, err
 	}
 	seed, err := base64.StdEncoding.DecodeString(resp.Plaintext)
 	if err != nil || len(seed) != dataKeySize {
 		return nil, contractError(op, resp.RequestId, keyID, "the answer's Plaintext is not 32 bytes in base64")
-	}
-	if !isBlob(resp.CiphertextBlob, maxWrappedSeed) {
-		return nil, contractError(op, resp.RequestId, keyID, "the answer's CiphertextBlob is empty, too long or not text")
 	}
 	return &kmsclient.DataKey{Plaintext: seed, Ciphertext: []byte(resp.CiphertextBlob), KeyID: keyID}, nil
 }
@@ -221,8 +197,7 @@ func (b *Backend) Encrypt(ctx context.Context, _ string, data []byte) (*service.
 	if len(data) == 0 || len(data) > maxPlaintext {
 		return nil, &kmsclient.Error{Op: op, Reason: kmsclient.Invalid, KeyID: b.keyID, Detail: "the plaintext is not 1 to 6144 bytes long"}
 	}
-	resp := kms.CreateEncryptResponse()
-	err := b.call(ctx, op, func(c *kms.Client) error {
+	resp, err := call(ctx, b, op, func(c *kms.Client) (*kms.EncryptResponse, error) {
 		req := requests.NewCommonRequest()
 		req.Product, req.Version, req.ApiName, req.Method = "Kms", apiVersion, op, requests.POST
 		req.FormParams["KeyId"] = b.keyID
@@ -231,18 +206,16 @@ func (b *Backend) Encrypt(ctx context.Context, _ string, data []byte) (*service.
 			req.FormParams["EncryptionContext"] = b.encryptionContext
 		}
 		req.TransToAcsRequest()
-		return c.DoAction(req, resp)
+		resp := kms.CreateEncryptResponse()
+		return resp, c.DoAction(req, resp)
 	})
 	if err != nil {
 		return nil, err
 	}
 	kmsclient.NoteRequestID(ctx, safeRequestID(resp.RequestId))
-	keyID, err := b.reportedKey(op, resp.RequestId, resp.KeyId, resp.KeyVersionId)
+	keyID, err := b.wrappedBy(op, resp.RequestId, resp.KeyId, resp.KeyVersionId, resp.CiphertextBlob, maxCiphertext)
 	if err != nil {
 		return nil, err
-	}
-	if !isBlob(resp.CiphertextBlob, maxCiphertext) {
-		return nil, contractError(op, resp.RequestId, keyID, "the answer's CiphertextBlob is empty, too long or not text")
 	}
 	return &service.EncryptResponse{Ciphertext: []byte(resp.CiphertextBlob), KeyID: keyID}, nil
 }
@@ -259,12 +232,10 @@ func (b *Backend) Decrypt(ctx context.Context, _ string, req *service.DecryptReq
 	if !isBlob(string(req.Ciphertext), maxCiphertext) {
 		return nil, &kmsclient.Error{Op: op, Reason: kmsclient.Invalid, KeyID: req.KeyID, Detail: "the ciphertext is empty, too long or not text"}
 	}
-	var resp *kms.DecryptResponse
-	err := b.call(ctx, op, func(c *kms.Client) (err error) {
+	resp, err := call(ctx, b, op, func(c *kms.Client) (*kms.DecryptResponse, error) {
 		r := kms.CreateDecryptRequest()
 		r.CiphertextBlob, r.EncryptionContext = string(req.Ciphertext), b.encryptionContext
-		resp, err = c.Decrypt(r)
-		return err
+		return c.Decrypt(r)
 	})
 	if err != nil {
 		if e, ok := errors.AsType[*kmsclient.Error](err); ok {
@@ -293,6 +264,15 @@ func (b *Backend) reportedKey(op, requestID, id, version string) (string, error)
 		return "", contractError(op, requestID, b.keyID, "the answer names another key")
 	}
 	return id + "/" + version, nil
+}
+
+// wrappedBy checks the key and the ciphertext of a response, and returns what reportedKey does.
+func (b *Backend) wrappedBy(op, requestID, id, version, ciphertext string, limit int) (string, error) {
+	keyID, err := b.reportedKey(op, requestID, id, version)
+	if err == nil && !isBlob(ciphertext, limit) {
+		return "", contractError(op, requestID, keyID, "the answer's CiphertextBlob is empty, too long or not text")
+	}
+	return keyID, err
 }
 
 // KeyOf returns the id of the key in a key ID of stored values, <key id>/<key version id>, or in a

@@ -26,25 +26,30 @@ type remote struct {
 	pool     *pool
 }
 
-// call runs do with a client of its own. Every error it returns is, or wraps, a *kmsclient.Error
-// with a safe text; one that is due to the context wraps the context's error too.
-func (b *Backend) call(ctx context.Context, op string, do func(*kms.Client) error) error {
+// call runs do with a client of its own, and returns its response. Every error it returns is, or
+// wraps, a *kmsclient.Error with a safe text; one that is due to the context wraps the context's
+// error too.
+func call[R any](ctx context.Context, b *Backend, op string, do func(*kms.Client) (R, error)) (response R, err error) {
 	ctx, cancel := context.WithTimeout(ctx, maxCallTime)
 	defer cancel()
 	cred, err := b.creds.get(ctx)
 	if err != nil {
-		return b.credentialFailure(ctx, op, err)
+		return response, b.credentialFailure(ctx, op, err)
 	}
-	if f := b.signed(ctx, op, b.creds, cred, do); f != nil {
-		return f.withContext(ctx)
+	f := b.callSigned(ctx, op, b.creds, cred, func(c *kms.Client) (err error) {
+		response, err = do(c)
+		return err
+	})
+	if f != nil {
+		return response, f.withContext(ctx)
 	}
-	return nil
+	return response, nil
 }
 
-// signed runs do with cred, and once more if source has other credentials when these are rejected:
-// a signature is made from two or three files, which do not change in one instant, and a token may
-// just have run out.
-func (r *remote) signed(ctx context.Context, op string, source credentialSource, cred credential, do func(*kms.Client) error) *failure {
+// callSigned runs do with cred, and once more if source has other credentials when these are
+// rejected: a signature is made from two or three files, which do not change in one instant, and a
+// token may just have run out.
+func (r *remote) callSigned(ctx context.Context, op string, source credentialSource, cred credential, do func(*kms.Client) error) *failure {
 	f := r.request(ctx, op, cred, do)
 	if f == nil || !f.rejected {
 		return f
@@ -58,11 +63,11 @@ func (r *remote) signed(ctx context.Context, op string, source credentialSource,
 
 // request runs do once, and once more if it met a connection that was dead.
 func (r *remote) request(ctx context.Context, op string, cred credential, do func(*kms.Client) error) *failure {
-	return r.fresh(ctx, op, cred, func(t *callTransport) error { return r.withClient(cred, t, do) })
+	return r.retryStale(ctx, op, cred, func(t *callTransport) error { return r.withClient(cred, t, do) })
 }
 
-// fresh runs do with a transport, and once more if it met a connection that was dead.
-func (r *remote) fresh(ctx context.Context, op string, cred credential, do func(*callTransport) error) *failure {
+// retryStale runs do with a transport, and once more if it met a connection that was dead.
+func (r *remote) retryStale(ctx context.Context, op string, cred credential, do func(*callTransport) error) *failure {
 	f := r.attempt(ctx, op, cred, do)
 	if f != nil && f.stale {
 		r.pool.CloseIdleConnections() // the others have been idle as long

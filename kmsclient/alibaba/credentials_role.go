@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net/http"
 	"net/url"
 	"os"
@@ -49,8 +50,12 @@ func newRoleSource(c Credentials, region string, logger *slog.Logger) (*sessionS
 	report := func(format string, args ...any) { problems = append(problems, fmt.Errorf(format, args...)) }
 
 	duration := cmp.Or(c.Duration, sessionDuration)
+	endpoint, err := endpointOr(c.STSEndpoint, "sts."+region+".aliyuncs.com")
+	if err != nil {
+		err = fmt.Errorf("sts %w", err)
+	}
 	r := &roleSource{
-		sts: remote{name: "STS", caField: "stsCAFile", region: region, endpoint: cmp.Or(c.STSEndpoint, "sts."+region+".aliyuncs.com")},
+		sts: remote{name: "STS", caField: "stsCAFile", region: region, endpoint: endpoint},
 		parameters: map[string]string{
 			"RoleArn":         cmp.Or(c.RoleARN, strings.TrimSpace(os.Getenv("ALIBABA_CLOUD_ROLE_ARN"))),
 			"RoleSessionName": cmp.Or(c.SessionName, userAgent),
@@ -72,12 +77,7 @@ func newRoleSource(c Credentials, region string, logger *slog.Logger) (*sessionS
 	if len(c.Policy) > maxPolicy || c.Policy != "" && !json.Valid([]byte(c.Policy)) {
 		report("policy is not JSON of at most %d characters", maxPolicy)
 	}
-	if c.STSEndpoint != "" {
-		if err := checkEndpoint(c.STSEndpoint); err != nil {
-			report("sts %w", err)
-		}
-	}
-	var err error
+	problems = append(problems, err)
 	fetch := r.assume
 	if c.Type == OIDC {
 		fetch = r.assumeWithToken
@@ -138,9 +138,7 @@ func (r *roleSource) assume(ctx context.Context) (session, error) {
 	call := func(c *kms.Client) error {
 		req := requests.NewCommonRequest()
 		req.Product, req.Version, req.ApiName, req.Method = "Sts", stsVersion, op, requests.POST
-		for name, value := range r.parameters {
-			req.FormParams[name] = value
-		}
+		maps.Copy(req.FormParams, r.parameters)
 		resp, err := c.ProcessCommonRequest(req)
 		if err == nil {
 			body = resp.GetHttpContentBytes()
@@ -151,7 +149,7 @@ func (r *roleSource) assume(ctx context.Context) (session, error) {
 	if err != nil {
 		return session{}, r.denied(op, err)
 	}
-	if f := r.sts.signed(ctx, op, r.base, cred, call); f != nil {
+	if f := r.sts.callSigned(ctx, op, r.base, cred, call); f != nil {
 		return session{}, r.explained(ctx, f)
 	}
 	return r.session(op, "ram_role_arn", body)
@@ -170,7 +168,7 @@ func (r *roleSource) assumeWithToken(ctx context.Context) (session, error) {
 		form.Set(name, value)
 	}
 	var body []byte
-	f := r.sts.fresh(ctx, op, credential{token: token}, func(t *callTransport) (err error) {
+	f := r.sts.retryStale(ctx, op, credential{token: token}, func(t *callTransport) (err error) {
 		body, err = r.post(t, url.Values{
 			"Action": {op}, "Version": {stsVersion}, "Format": {"JSON"}, "Timestamp": {time.Now().UTC().Format("2006-01-02T15:04:05Z")},
 		}, form)

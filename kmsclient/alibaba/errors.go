@@ -20,7 +20,7 @@ type failure struct {
 	err      *kmsclient.Error
 	stale    bool   // the connection was dead before the request was sent
 	rejected bool   // the KMS did not accept the credentials
-	message  string // the KMS' own words, see say; may be empty
+	message  string // the KMS' own words, see safeMessage; may be empty
 
 	noCredentials bool // there was no attempt for lack of credentials
 }
@@ -59,7 +59,8 @@ func (r *remote) panicked(op string, t *callTransport) *failure {
 }
 
 // failed turns an error of the SDK into a failure. The error's text is not kept, since the SDK
-// quotes URLs, and the KMS quotes the string that was signed; only what say lets through is.
+// quotes URLs, and the KMS quotes the string that was signed; only what safeMessage lets through
+// is.
 func (r *remote) failed(op string, cred credential, t *callTransport, err error) *failure {
 	e := &kmsclient.Error{Op: op, KeyID: r.keyID, HTTPStatus: int(t.status.Load())}
 	f := &failure{err: e}
@@ -88,7 +89,7 @@ func (r *remote) failed(op string, cred credential, t *callTransport, err error)
 		e.Reason, e.Detail = kmsclient.AliasNotFound, "the alias leads to no key: nothing is encrypted until it does"
 	}
 	if e.Reason != kmsclient.Unreachable {
-		f.message = cred.scrub(r.say(server.Message()))
+		f.message = cred.scrub(r.safeMessage(server.Message()))
 		e.Detail = strings.TrimPrefix(e.Detail+f.message, "; ")
 	} else if e.HTTPStatus == http.StatusConflict {
 		e.Reason = kmsclient.Failing // the state of one key, or of the call
@@ -104,26 +105,26 @@ func (r *remote) explain(err error) string {
 			return known.Error()
 		}
 	}
-	var (
-		unknown   x509.UnknownAuthorityError
-		hostname  x509.HostnameError
-		invalid   x509.CertificateInvalidError
-		dns       *net.DNSError
-		operation *net.OpError
-	)
+	operation, _ := errors.AsType[*net.OpError](err)
 	switch {
-	case errors.As(err, &unknown):
+	case isA[x509.UnknownAuthorityError](err):
 		return fmt.Sprintf("the certificate of %s is signed by an unknown authority (see %s)", r.endpoint, r.caField)
-	case errors.As(err, &hostname):
+	case isA[x509.HostnameError](err):
 		return fmt.Sprintf("the certificate of %s is for another name", r.endpoint)
-	case errors.As(err, &invalid):
+	case isA[x509.CertificateInvalidError](err):
 		return fmt.Sprintf("the certificate of %s is not valid (expired, or not for servers)", r.endpoint)
-	case errors.As(err, &dns):
+	case isA[*net.DNSError](err):
 		return fmt.Sprintf("the name of %s was not resolved", r.endpoint)
-	case errors.As(err, &operation) && operation.Op == "dial":
+	case operation != nil && operation.Op == "dial":
 		return fmt.Sprintf("%s cannot be connected to", r.endpoint)
 	}
 	return fmt.Sprintf("the connection to %s failed before a complete answer", r.endpoint)
+}
+
+// isA reports whether err is or wraps an error of a type.
+func isA[E error](err error) bool {
+	_, ok := errors.AsType[E](err)
+	return ok
 }
 
 func isNotJSON(err error) bool {

@@ -17,11 +17,11 @@ var (
 	idPattern = regexp.MustCompile(`^["']?(key-[a-z0-9]{8,40}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})["',.;:]*$`)
 )
 
-// say returns a message of the vendor's, to be added to a sentence, or "" if it could hold anything
-// secret: some messages quote what was signed, or a parameter. Only short words of letters and ids
-// of keys are let through: access keys, tokens, signatures and seeds are longer than such a word.
-// Without it, the operator could not find out why the KMS denies a caller a certain key.
-func (r *remote) say(message string) string {
+// safeMessage returns a message of the vendor's, to be added to a sentence, or "" if it could hold
+// anything secret: some messages quote what was signed, or a parameter. Only short words of letters
+// and ids of keys are let through: access keys, tokens, signatures and seeds are longer than such a
+// word. Without it, the operator could not find out why the KMS denies a caller a certain key.
+func (r *remote) safeMessage(message string) string {
 	message = strings.TrimSpace(message)
 	if message == "" || len(message) > maxMessage {
 		return ""

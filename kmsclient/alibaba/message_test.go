@@ -55,7 +55,7 @@ func TestSay(t *testing.T) {
 		base64.StdEncoding.EncodeToString([]byte(canaryPlaintext)):    "",
 		"The server string to sign is:POST&%2F&AccessKeyId%3D" + "x.": "",
 	} {
-		if got := r.say(message); got != want {
+		if got := r.safeMessage(message); got != want {
 			t.Errorf("%q became %q, want %q", message, got, want)
 		}
 	}

@@ -61,13 +61,17 @@ func checkARN(keyID, region string) error {
 	return nil
 }
 
-// checkEndpoint refuses anything but host or host:port.
-func checkEndpoint(endpoint string) error {
+// endpointOr returns a configured endpoint, which must be host or host:port, or the default if none
+// is configured.
+func endpointOr(endpoint, byDefault string) (string, error) {
+	if endpoint == "" {
+		return byDefault, nil
+	}
 	u, err := url.Parse("https://" + endpoint)
 	if err != nil || u.Host != endpoint || u.Hostname() == "" || strings.HasSuffix(endpoint, ":") || strings.ContainsAny(endpoint, " @/\\") {
-		return fmt.Errorf("endpoint %q is not host or host:port (without https://)", endpoint)
+		return "", fmt.Errorf("endpoint %q is not host or host:port (without https://)", endpoint)
 	}
-	return nil
+	return endpoint, nil
 }
 
 // checkEnvironment refuses what would make the SDK print its requests or panic.

@@ -22,16 +22,16 @@ func (b *Backend) Status(ctx context.Context) (*service.StatusResponse, error) {
 	const op = "Status"
 	info, err := b.describe(ctx, op)
 	if isUnsupported(err) || isThrottled(err) {
-		key, gerr := b.GenerateDataKey(ctx, "")
-		if gerr == nil {
+		key, generateErr := b.GenerateDataKey(ctx, "")
+		if generateErr == nil {
 			clear(key.Plaintext)
 			return &service.StatusResponse{Version: "v2", Healthz: "ok", KeyID: key.KeyID}, nil
 		}
 		// a caller that may only read is not allowed to, which says nothing of a key whose
 		// description is throttled
-		if e, ok := errors.AsType[*kmsclient.Error](gerr); ok && (isUnsupported(err) || e.Class() == kmsclient.ClassKeyUnusable) {
+		if e, ok := errors.AsType[*kmsclient.Error](generateErr); ok && (isUnsupported(err) || e.Class() == kmsclient.ClassKeyUnusable) {
 			e.Op = op
-			return nil, gerr
+			return nil, generateErr
 		}
 	}
 	if err != nil {
@@ -49,12 +49,10 @@ func (b *Backend) Describe(ctx context.Context) (*kmsclient.KeyInfo, error) {
 }
 
 func (b *Backend) describe(ctx context.Context, op string) (*kmsclient.KeyInfo, error) {
-	var resp *kms.DescribeKeyResponse
-	err := b.call(ctx, op, func(c *kms.Client) (err error) {
+	resp, err := call(ctx, b, op, func(c *kms.Client) (*kms.DescribeKeyResponse, error) {
 		req := kms.CreateDescribeKeyRequest()
 		req.KeyId = b.keyID
-		resp, err = c.DescribeKey(req)
-		return err
+		return c.DescribeKey(req)
 	})
 	if err != nil {
 		return nil, err

@@ -137,7 +137,7 @@ func (t *callTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 		return nil, err
 	}
 	t.status.Store(int64(resp.StatusCode))
-	resp.Body = &cappedBody{body: resp.Body, left: maxResponse, release: release}
+	resp.Body = &limitedBody{ReadCloser: http.MaxBytesReader(nil, resp.Body, maxResponse), release: release}
 	if resp.StatusCode >= 300 && resp.StatusCode < 400 {
 		// Followed, it would repeat the URL, with its token, to whom the answer names.
 		_ = resp.Body.Close()
@@ -164,31 +164,24 @@ func joinContexts(a, b context.Context) (ctx context.Context, release func()) {
 	}
 }
 
-// cappedBody fails a read beyond its limit, and releases the request's context when it is closed.
-type cappedBody struct {
-	body    io.ReadCloser
-	left    int64
-	release func()
-	once    sync.Once
+// limitedBody is a response's body with a limit. It releases the request's context when it is
+// closed.
+type limitedBody struct {
+	io.ReadCloser // of [http.MaxBytesReader]
+	release       func()
+	once          sync.Once
 }
 
-func (b *cappedBody) Read(p []byte) (int, error) {
-	if b.left < 0 {
-		return 0, errTooLarge
-	}
-	if int64(len(p)) > b.left+1 {
-		p = p[:b.left+1]
-	}
-	n, err := b.body.Read(p)
-	b.left -= int64(n)
-	if b.left < 0 {
-		return n, errTooLarge
+func (b *limitedBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if isA[*http.MaxBytesError](err) {
+		err = errTooLarge
 	}
 	return n, err
 }
 
-func (b *cappedBody) Close() error {
-	err := b.body.Close()
+func (b *limitedBody) Close() error {
+	err := b.ReadCloser.Close()
 	b.once.Do(b.release)
 	return err
 }

@@ -63,8 +63,7 @@ func unreachable(address string, err error) string {
 	case errors.Is(err, syscall.EPROTOTYPE):
 		return fmt.Sprintf("the socket %q is of another kind than a plugin's: correct plugin.endpoint", address)
 	}
-	var errno syscall.Errno
-	if errors.As(err, &errno) {
+	if errno, ok := errors.AsType[syscall.Errno](err); ok {
 		return fmt.Sprintf("the socket %q cannot be connected to: %v", address, errno)
 	}
 	return fmt.Sprintf("the socket %q cannot be connected to in time", address)

@@ -10,9 +10,9 @@ import (
 // the KMS' audit log. It is stored in every value under the seed. The KMS does not get it back.
 const requestIDAnnotation = "request-id.etcd-kms-proxy.io"
 
-// annotated returns a KMS' annotations and the request ID, without that if it does not fit into a
-// stored value.
-func annotated(given map[string][]byte, requestID string) map[string][]byte {
+// withRequestID returns a KMS' annotations and the request ID, without that if it does not fit into
+// a stored value.
+func withRequestID(given map[string][]byte, requestID string) map[string][]byte {
 	if _, taken := given[requestIDAnnotation]; requestID == "" || taken {
 		return given
 	}
@@ -28,9 +28,9 @@ func annotated(given map[string][]byte, requestID string) map[string][]byte {
 	return all
 }
 
-// bare returns those annotations of a value that are the KMS' own: a KMS may refuse others. The
-// rest are the request ID and the recovery copies in a value that the proxy wrote.
-func bare(all map[string][]byte) map[string][]byte {
+// kmsAnnotations returns those annotations of a value that are the KMS' own: a KMS may refuse
+// others. The rest are the request ID and the recovery copies in a value that the proxy wrote.
+func kmsAnnotations(all map[string][]byte) map[string][]byte {
 	own := maps.Clone(all)
 	maps.DeleteFunc(own, func(k string, _ []byte) bool { return envelope.IsReserved(k) || k == requestIDAnnotation })
 	return own

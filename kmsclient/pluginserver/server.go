@@ -10,8 +10,10 @@ import (
 	"log/slog"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
+	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -64,13 +66,11 @@ type Config struct {
 // and unwrap.
 type Server struct {
 	kmsapi.UnimplementedKeyManagementServiceServer
-	cfg    Config
-	key    *keyState
-	checks *kmsclient.Poller
+	cfg Config
+	key *keyState
 
-	mu        sync.Mutex // guards what follows
-	lastLog   time.Time  // of a failed call
-	notLogged int        // failed calls since then
+	failures       atomic.Int64 // failed calls, since the last one that was logged
+	failuresLogged rate.Sometimes
 }
 
 // New makes a server. It makes no call and starts nothing.
@@ -90,7 +90,7 @@ func New(cfg Config) (*Server, error) {
 	}
 	key := &keyState{cfg: &cfg, checked: make(chan struct{})}
 	key.checks = kmsclient.NewPoller(key.check, key.pause)
-	return &Server{cfg: cfg, key: key, checks: key.checks}, nil
+	return &Server{cfg: cfg, key: key, failuresLogged: rate.Sometimes{Interval: time.Second}}, nil
 }
 
 // Serve serves on l, which it closes, until ctx ends. Then it waits for running calls, cancels them
@@ -106,7 +106,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	var rest sync.WaitGroup
 	defer rest.Wait()
 	defer end()
-	rest.Go(func() { s.checks.Run(polling) })
+	rest.Go(func() { s.key.checks.Run(polling) })
 
 	drained := make(chan struct{})
 	cancel := context.AfterFunc(ctx, func() {
@@ -148,18 +148,18 @@ func (s *Server) Encrypt(ctx context.Context, req *kmsapi.EncryptRequest) (*kmsa
 	noting, requestID := kmsclient.WithRequestID(ctx)
 	res, err := s.cfg.KMS.Encrypt(noting, req.GetUid(), req.GetPlaintext())
 	if err != nil {
-		s.key.encrypted(changes, "", err)
+		s.key.noteEncrypted(changes, "", err)
 		return nil, statusOf(ctx, err)
 	}
-	s.key.encrypted(changes, res.KeyID, nil)
-	return &kmsapi.EncryptResponse{Ciphertext: res.Ciphertext, KeyId: res.KeyID, Annotations: annotated(res.Annotations, requestID())}, nil
+	s.key.noteEncrypted(changes, res.KeyID, nil)
+	return &kmsapi.EncryptResponse{Ciphertext: res.Ciphertext, KeyId: res.KeyID, Annotations: withRequestID(res.Annotations, requestID())}, nil
 }
 
 // Decrypt implements the KMS v2 API. It unwraps what Encrypt returned, what the proxy wrapped by
 // the same KMS, and what the KMS itself wrapped.
 func (s *Server) Decrypt(ctx context.Context, req *kmsapi.DecryptRequest) (*kmsapi.DecryptResponse, error) {
 	data, err := s.cfg.KMS.Decrypt(ctx, req.GetUid(), &service.DecryptRequest{
-		Ciphertext: req.GetCiphertext(), KeyID: req.GetKeyId(), Annotations: bare(req.GetAnnotations()),
+		Ciphertext: req.GetCiphertext(), KeyID: req.GetKeyId(), Annotations: kmsAnnotations(req.GetAnnotations()),
 	})
 	if err != nil {
 		return nil, statusOf(ctx, err)
@@ -190,15 +190,11 @@ func (s *Server) failed(op string, req any, err error) {
 	if r, ok := req.(interface{ GetUid() string }); ok {
 		uid = r.GetUid()
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if now := time.Now(); now.Sub(s.lastLog) < time.Second {
-		s.notLogged++
-	} else {
+	s.failures.Add(1)
+	s.failuresLogged.Do(func() {
 		s.cfg.Logger.Warn("call failed", "provider", s.cfg.Provider, "operation", op, "uid", uid[:min(len(uid), 64)],
-			"code", status.Code(err).String(), "reason", status.Convert(err).Message(), "notLoggedBefore", s.notLogged)
-		s.lastLog, s.notLogged = now, 0
-	}
+			"code", status.Code(err).String(), "reason", status.Convert(err).Message(), "notLoggedBefore", s.failures.Swap(0)-1)
+	})
 }
 
 // prefix begins the texts that API servers see.

@@ -84,9 +84,9 @@ func (s *keyState) check(ctx context.Context) {
 		return // canceled here, which says nothing about the KMS
 	}
 	if err != nil {
-		s.bad(err)
+		s.noteBad(err)
 	} else {
-		s.good(changes, res.KeyID)
+		s.noteGood(changes, res.KeyID)
 		s.tryEncrypt(ctx)
 	}
 	select {
@@ -98,8 +98,8 @@ func (s *keyState) check(ctx context.Context) {
 	}
 }
 
-// bad records a failed health check.
-func (s *keyState) bad(err error) {
+// noteBad records a failed health check.
+func (s *keyState) noteBad(err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if was := s.current.err; was == nil || kmsclient.ClassOf(was) != kmsclient.ClassOf(err) {
@@ -108,8 +108,8 @@ func (s *keyState) bad(err error) {
 	s.current.err = err
 }
 
-// good records a health check whose Status named statusID. changes is from before it.
-func (s *keyState) good(changes int, statusID string) {
+// noteGood records a health check whose Status named statusID. changes is from before it.
+func (s *keyState) noteGood(changes int, statusID string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	k := &s.current
@@ -126,8 +126,8 @@ func (s *keyState) good(changes int, statusID string) {
 	}
 }
 
-// encrypted records a response of Encrypt. changes is from before the call.
-func (s *keyState) encrypted(changes int, keyID string, err error) {
+// noteEncrypted records a response of Encrypt. changes is from before the call.
+func (s *keyState) noteEncrypted(changes int, keyID string, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	k := &s.current
@@ -174,7 +174,7 @@ func (s *keyState) tryEncrypt(ctx context.Context) {
 	_, _ = rand.Read(data) // never fails
 	res, err := s.cfg.KMS.Encrypt(ctx, "check-"+rand.Text(), data)
 	if err == nil {
-		s.encrypted(k.changes, res.KeyID, nil)
+		s.noteEncrypted(k.changes, res.KeyID, nil)
 	}
 	s.trials.pause = min(max(2*s.trials.pause, s.cfg.PollInterval), maxTrialPause)
 	s.trials.next = time.Now().Add(s.trials.pause)

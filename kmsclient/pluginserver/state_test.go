@@ -29,7 +29,7 @@ func polls(t *testing.T, s *Server) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		s.checks.Run(ctx)
+		s.key.checks.Run(ctx)
 	}()
 	t.Cleanup(func() { cancel(); <-done })
 }
@@ -186,7 +186,7 @@ func TestLateAnswers(t *testing.T) {
 			set(&d.encrypt, "new")
 			time.Sleep(2 * time.Second) // a poll comes first, because this one is short
 		}
-		s.checks.Wake()
+		s.key.checks.Wake()
 		time.Sleep(time.Millisecond) // the poke waits for its second
 		if id := encrypts(t, s); id != "old" {
 			t.Fatal(id)

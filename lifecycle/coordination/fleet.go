@@ -23,6 +23,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/logonce"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/restore"
 )
@@ -77,12 +78,12 @@ type Fleet struct {
 	cfg     FleetConfig
 	changed chan struct{}
 	history restore.Detector
+	logged  logonce.State // the last problem
 
 	mu      sync.Mutex
 	policy  Policy
 	leads   []string // jobs
 	members int      // announced proxies
-	logged  string   // the trouble that was logged
 }
 
 // NewFleet returns a Fleet. It does nothing until [Fleet.Run].
@@ -198,11 +199,7 @@ func (f *Fleet) logProblem(err error) {
 	if err != nil && !errors.Is(err, context.Canceled) && status.Code(err) != codes.Canceled {
 		text = err.Error()
 	}
-	f.mu.Lock()
-	again := f.logged == text
-	f.logged = text
-	f.mu.Unlock()
-	if text != "" && !again {
+	if f.logged.Changed(text) && text != "" {
 		f.cfg.Logger.Warn("this proxy is not announced in etcd, and cannot agree with others on their rules; it keeps trying", "error", text)
 	}
 }

@@ -93,8 +93,7 @@ type Options struct {
 // decrypt. It returns the revision at which it read. The error is of etcd or of ctx. What does not
 // decrypt is in the result.
 func Open(ctx context.Context, kv clientv3.KV, rules *inventory.Rules, o Options) ([]Rule, int64, error) {
-	run := &opening{options: o, inspector: inventory.NewInspector(), rules: make(map[*inventory.Rule]*ruleTally)}
-	var revision int64
+	run := &opening{options: o, inspector: inventory.NewInspector(), groups: make(map[*inventory.Rule]map[encryptedBy]*tally)}
 	span, err := inventory.Scan(ctx, kv, rules.Prefixes(), 0, func(kv *mvccpb.KeyValue) error {
 		rule := rules.Of(kv.Key)
 		if rule == nil {
@@ -113,26 +112,21 @@ func Open(ctx context.Context, kv clientv3.KV, rules *inventory.Rules, o Options
 	if err != nil {
 		return nil, 0, err
 	}
-	revision = span.Last
-	for rule, t := range run.rules {
-		for _, g := range t.groups {
-			if err := run.openSample(ctx, kv, rule, g, revision); err != nil {
+	for rule, groups := range run.groups {
+		for _, g := range groups {
+			if err := run.openSample(ctx, kv, rule, g, span.Last); err != nil {
 				return nil, 0, err
 			}
 		}
 	}
-	return run.result(rules), revision, nil
+	return run.result(rules), span.Last, nil
 }
 
 // opening is one call of [Open].
 type opening struct {
 	options   Options
 	inspector *inventory.Inspector
-	rules     map[*inventory.Rule]*ruleTally
-}
-
-type ruleTally struct {
-	groups map[encryptedBy]*tally
+	groups    map[*inventory.Rule]map[encryptedBy]*tally
 }
 
 type encryptedBy struct{ provider, keyID string }
@@ -158,20 +152,20 @@ func (t *tally) choose(n int, key string) {
 
 // group returns the group of a value, and counts its recovery copies.
 func (r *opening) group(rule *inventory.Rule, kv *mvccpb.KeyValue) *tally {
-	in := r.rules[rule]
-	if in == nil {
-		in = &ruleTally{groups: make(map[encryptedBy]*tally)}
-		r.rules[rule] = in
+	groups := r.groups[rule]
+	if groups == nil {
+		groups = make(map[encryptedBy]*tally)
+		r.groups[rule] = groups
 	}
 	by, copies := headerOf(kv.Value, rule.KeyNames)
-	g := in.groups[by]
-	if g == nil && len(in.groups) >= maxGroups {
+	g := groups[by]
+	if g == nil && len(groups) >= maxGroups {
 		by = encryptedBy{}
-		g = in.groups[by]
+		g = groups[by]
 	}
 	if g == nil {
 		g = &tally{Group: Group{Provider: by.provider, KeyID: by.keyID, Copies: map[string]int64{}, Reasons: []Reason{}}}
-		in.groups[by] = g
+		groups[by] = g
 	}
 	for _, name := range copies {
 		if _, ok := g.Copies[name]; ok || len(g.Copies) < maxReasons {
@@ -249,7 +243,7 @@ func (r *opening) open(ctx context.Context, rule *inventory.Rule, g *tally, kv *
 		g.Missing++
 		why = reasonOf(err)
 	}
-	g.because(why, kv.Key)
+	g.noteReason(why, kv.Key)
 	if r.options.Left != nil {
 		r.options.Left(kv, state, why)
 	}
@@ -265,8 +259,8 @@ func reasonOf(err error) string {
 	return "it was not decrypted"
 }
 
-// because counts a value that was not decrypted.
-func (t *tally) because(why string, key []byte) {
+// noteReason counts a value that was not decrypted.
+func (t *tally) noteReason(why string, key []byte) {
 	i := slices.IndexFunc(t.Reasons, func(r Reason) bool { return r.Text == why })
 	if i < 0 {
 		if len(t.Reasons) == maxReasons {
@@ -283,11 +277,9 @@ func (r *opening) result(rules *inventory.Rules) []Rule {
 	list := rules.All()
 	for i := range list {
 		out := Rule{Prefix: list[i].Prefix, WriteWith: list[i].WriteWith, Groups: []Group{}}
-		if t := r.rules[&list[i]]; t != nil {
-			for _, g := range t.groups {
-				out.Add(g.Count)
-				out.Groups = append(out.Groups, g.Group)
-			}
+		for _, g := range r.groups[&list[i]] {
+			out.Add(g.Count)
+			out.Groups = append(out.Groups, g.Group)
 		}
 		slices.SortFunc(out.Groups, func(a, b Group) int {
 			return cmp.Or(cmp.Compare(a.Provider, b.Provider), cmp.Compare(a.KeyID, b.KeyID))

@@ -16,7 +16,9 @@ import (
 
 	"go.etcd.io/bbolt"
 	bolterrors "go.etcd.io/bbolt/errors"
+	"go.etcd.io/etcd/api/v3/mvccpb"
 	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
 )
 
 // isDatabase reports whether a file is a bbolt database, which has a magic number in its first
@@ -99,7 +101,7 @@ func (l *inspection) revisions(ctx context.Context, tx *bbolt.Tx) error {
 		}
 		l.file.Values++
 		main := int64(binary.BigEndian.Uint64(revision)) //nolint:gosec // etcd's own
-		id := sha256.Sum256(kv.key)
+		id := sha256.Sum256(kv.Key)
 		if _, found := live[id]; found {
 			live[id] = main
 		}
@@ -107,16 +109,16 @@ func (l *inspection) revisions(ctx context.Context, tx *bbolt.Tx) error {
 		if len(revision) == 18 {
 			return nil
 		}
-		why := l.Judge(kv.key, kv.value, true)
+		why := l.Judge(kv.Key, kv.Value, true)
 		if why == "" {
 			return nil
 		}
 		live[id] = main
 		if len(l.reported) < maxReported {
-			l.reported[identityOf(kv.key, kv.modRevision)] = true
+			l.reported[identityOf(kv.Key, kv.ModRevision)] = true
 		}
 		if len(pending) < maxReported {
-			pending = append(pending, old{Finding{Place: History, Key: string(kv.key), Revision: main, Offset: -1, Why: why}, id})
+			pending = append(pending, old{Finding{Place: History, Key: string(kv.Key), Revision: main, Offset: -1, Why: why}, id})
 		}
 		return nil
 	})
@@ -153,25 +155,11 @@ func (l *inspection) checksum(path string) {
 	}
 }
 
-// keyValue is the part of an mvccpb.KeyValue that is used here.
-type keyValue struct {
-	key, value  []byte
-	modRevision int64
-}
-
-// decodeKeyValue decodes an mvccpb.KeyValue. The result aliases b.
-func decodeKeyValue(b []byte) (kv keyValue, ok bool) {
-	ok = fields(b, func(n protowire.Number, v uint64, data []byte) {
-		switch {
-		case n == 1 && data != nil:
-			kv.key = data
-		case n == 3:
-			kv.modRevision = int64(v) //nolint:gosec // as protobuf has it
-		case n == 5 && data != nil:
-			kv.value = data
-		}
-	})
-	return kv, ok && len(kv.key) > 0
+// decodeKeyValue decodes what etcd stores for a revision.
+func decodeKeyValue(b []byte) (kv *mvccpb.KeyValue, ok bool) {
+	kv = new(mvccpb.KeyValue)
+	err := proto.Unmarshal(b, kv)
+	return kv, err == nil && len(kv.Key) > 0
 }
 
 // fields calls visit for each varint and bytes field of a message; data is nil for a varint. It
@@ -253,11 +241,11 @@ func LiveValues(ctx context.Context, path string, match func(key []byte) bool) (
 			switch {
 			case ctx.Err() != nil:
 				return ctx.Err()
-			case !ok || len(revision) < 17 || !match(kv.key):
+			case !ok || len(revision) < 17 || !match(kv.Key):
 			case len(revision) == 18:
-				delete(last, string(kv.key))
+				delete(last, string(kv.Key))
 			default:
-				last[string(kv.key)] = Value{bytes.Clone(kv.key), bytes.Clone(kv.value), kv.modRevision}
+				last[string(kv.Key)] = Value{kv.Key, kv.Value, kv.ModRevision}
 			}
 			return nil
 		})

@@ -112,6 +112,18 @@ func TestLog(t *testing.T) {
 	}
 }
 
+// TestUndecodableRequest: a request that is not one of etcd's is noted, and searched.
+func TestUndecodableRequest(t *testing.T) {
+	w := newWAL()
+	w.entry(4, append(putRequest(ruled+"broken", "plain"), 0xff))
+	w.entry(4, putRequest(ruled+"last", "plain"))
+	f, found := inspect(t, "0.wal", w.data, Config{})
+	want := []string{"log " + ruled + "first", "log " + ruled + "nested", "log " + ruled + "compared", "log " + ruled + "last", "remains " + ruled + "broken"}
+	if fmt.Sprint(found) != fmt.Sprint(want) || len(f.Notes) != 1 || !f.Damaged {
+		t.Errorf("%v, %+v", found, f)
+	}
+}
+
 // TestEveryTruncationOfALog: no record that is whole is missed, and nothing panics.
 func TestEveryTruncationOfALog(t *testing.T) {
 	w := newWAL()

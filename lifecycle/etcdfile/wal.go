@@ -7,8 +7,11 @@ import (
 	"errors"
 	"hash/crc32"
 	"io"
+	"slices"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
 )
 
 // span is a part of a file, in bytes.
@@ -40,7 +43,6 @@ const (
 	recordEntry = 2
 	recordCRC   = 4
 	maxRecord   = 512 << 20
-	maxTxnDepth = 128
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
@@ -105,18 +107,17 @@ func (l *inspection) log(ctx context.Context, r io.Reader) spans {
 			l.damage("the checksum of the record at byte %d is wrong: from there on the bytes were only searched", at)
 			return decoded
 		}
-		if kind == recordEntry {
-			l.entry(data, at)
+		if kind != recordEntry || l.entry(data, at) {
+			decoded.add(span{at, at + 8 + length + pad})
 		}
-		decoded.add(span{at, at + 8 + length + pad})
 		at += 8 + length + pad
 	}
 	return decoded
 }
 
 // entry decodes a raftpb.Entry. The data of an entry of the normal type is an InternalRaftRequest
-// of etcd.
-func (l *inspection) entry(entry []byte, at int64) {
+// of etcd. It reports whether the data was decoded.
+func (l *inspection) entry(entry []byte, at int64) bool {
 	normal, data := true, []byte(nil)
 	fields(entry, func(n protowire.Number, v uint64, d []byte) {
 		switch n {
@@ -127,67 +128,35 @@ func (l *inspection) entry(entry []byte, at int64) {
 		}
 	})
 	if !normal {
-		return
+		return true
 	}
-	fields(data, func(n protowire.Number, _ uint64, d []byte) {
-		switch n {
-		case 4: // put
-			l.put(d, at)
-		case 6: // txn
-			l.txn(d, at, 0)
-		}
-	})
+	var request pb.InternalRaftRequest
+	if proto.Unmarshal(data, &request) != nil {
+		l.damage("the request in the record at byte %d is not decoded: its bytes were only searched", at)
+		return false
+	}
+	l.put(request.Put, at)
+	l.txn(request.Txn, at)
+	return true
 }
 
-// txn judges the values in both branches of a TxnRequest and in its compares.
-func (l *inspection) txn(b []byte, at int64, depth int) {
-	if depth > maxTxnDepth {
-		return
-	}
-	fields(b, func(n protowire.Number, _ uint64, d []byte) {
-		switch n {
-		case 1: // compare: key 3, value 7
-			var key, value []byte
-			fields(d, func(n protowire.Number, _ uint64, d []byte) {
-				switch n {
-				case 3:
-					key = d
-				case 7:
-					value = d
-				}
-			})
-			if len(value) > 0 {
-				l.judge(key, value, at)
-			}
-		case 2, 3: // success, failure: RequestOp
-			fields(d, func(n protowire.Number, _ uint64, d []byte) {
-				switch n {
-				case 2:
-					l.put(d, at)
-				case 4:
-					l.txn(d, at, depth+1)
-				}
-			})
+// txn judges the values in both branches of a transaction and in its compares.
+func (l *inspection) txn(request *pb.TxnRequest, at int64) {
+	for _, c := range request.GetCompare() {
+		if len(c.GetValue()) > 0 {
+			l.judge(c.GetKey(), c.GetValue(), at)
 		}
-	})
+	}
+	for _, op := range slices.Concat(request.GetSuccess(), request.GetFailure()) {
+		l.put(op.GetRequestPut(), at)
+		l.txn(op.GetRequestTxn(), at)
+	}
 }
 
-// put judges the value of a PutRequest.
-func (l *inspection) put(b []byte, at int64) {
-	var key, value []byte
-	ignored := false
-	fields(b, func(n protowire.Number, v uint64, d []byte) {
-		switch n {
-		case 1:
-			key = d
-		case 2:
-			value = d
-		case 5:
-			ignored = v != 0 // the request leaves the value unchanged
-		}
-	})
-	if !ignored {
-		l.judge(key, value, at)
+// put judges the value of a put, unless the request leaves the value unchanged.
+func (l *inspection) put(request *pb.PutRequest, at int64) {
+	if request != nil && !request.GetIgnoreValue() {
+		l.judge(request.GetKey(), request.GetValue(), at)
 	}
 }
 

@@ -101,8 +101,9 @@ const refusedFor = 15 * time.Second
 func (r *run) settle(ctx context.Context) error {
 	r.deferred.settling.Lock()
 	defer r.deferred.settling.Unlock()
-	wait, reported := newBackOff(), false
+	wait, paused := newBackOff(), pause{waits: &r.waits, what: waitRefused}
 	wait.InitialInterval = time.Second
+	defer paused.end()
 	for waiting := r.deferred.take(); len(waiting) > 0; waiting = append(waiting, r.deferred.take()...) {
 		if err := r.awaitHealthy(ctx, waiting); err != nil {
 			return err
@@ -114,11 +115,7 @@ func (r *run) settle(ctx context.Context) error {
 		if len(waiting) == 0 {
 			continue
 		}
-		if !reported {
-			defer r.resume(waitRefused)
-		}
-		r.await(waitRefused, fmt.Sprintf("it is retried for %s at most before they are skipped: %s", refusedFor, waiting[0].why), !reported)
-		reported = true
+		paused.report(fmt.Sprintf("it is retried for %s at most before they are skipped: %s", refusedFor, waiting[0].why))
 		if err = sleep(ctx, wait.NextBackOff()); err != nil {
 			return err
 		}
@@ -193,7 +190,8 @@ const unreportedWait = 3 * time.Second
 // awaitHealthCheck waits for a successful health check of the KMS that encrypted stored, after v
 // failed.
 func (r *run) awaitHealthCheck(ctx context.Context, rule *inventory.Rule, stored []byte, v deferredValue) error {
-	wait, begun, reported := newBackOff(), time.Now(), false
+	wait, begun, paused := newBackOff(), time.Now(), pause{waits: &r.waits, what: waitKMS}
+	defer paused.end()
 	for {
 		state, ok := rule.Sealer.Recheck(stored)
 		// the refusal of a revoked key is definite: only a recovery copy was not
@@ -201,11 +199,7 @@ func (r *run) awaitHealthCheck(ctx context.Context, rule *inventory.Rule, stored
 			return nil
 		}
 		if time.Since(begun) >= unreportedWait {
-			if !reported {
-				defer r.resume(waitKMS)
-			}
-			r.await(waitKMS, cmp.Or(state.Reason, v.why), !reported)
-			reported = true
+			paused.report(cmp.Or(state.Reason, v.why))
 		}
 		if err := sleep(ctx, wait.NextBackOff()); err != nil {
 			return err

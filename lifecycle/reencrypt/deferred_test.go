@@ -97,8 +97,8 @@ func TestSettle(t *testing.T) {
 				if outage := test.wellAfter > 0; outage != slices.Contains(reported, waitKMS) && test.err == refusal {
 					t.Errorf("reported %q", reported)
 				}
-				if len(r.of) > 0 {
-					t.Errorf("it still waits: %v", r.of)
+				if len(r.active) > 0 {
+					t.Errorf("it still waits: %v", r.active)
 				}
 				// Another value of the seed is not asked for again.
 				if test.left {

@@ -20,8 +20,7 @@ type run struct {
 	// history has observed every response to the reads of the run.
 	history restore.Detector
 
-	begin    sync.Once
-	beginErr error
+	begin    func() error // calls Config.Begin once
 	deferred *deferredList
 	tally
 	waits
@@ -33,13 +32,17 @@ func newRun(c Config) *run {
 			*field = fallback
 		}
 	}
-	r := &run{cfg: c, waits: newWaits(c.Paused), deferred: newDeferredList()}
+	if c.Begin == nil {
+		c.Begin = func() error { return nil }
+	}
+	r := &run{cfg: c, begin: sync.OnceValue(c.Begin), waits: newWaits(c.Paused), deferred: newDeferredList()}
 	r.limits.set(c.TxnKeys, c.MaxBytes)
+	paused := pause{waits: &r.waits, what: waitSlow}
 	r.pace = newPace(c.Rate, c.TxnKeys, func(slow bool) {
 		if slow {
-			r.pause(waitSlow, "fewer values per second are rewritten until it is faster")
+			paused.report("fewer values per second are rewritten until it is faster")
 		} else {
-			r.resume(waitSlow)
+			paused.end()
 		}
 	})
 	return r

@@ -139,7 +139,7 @@ func (r *run) elected(ctx context.Context) error {
 	if r.cfg.DryRun || r.cfg.Election.Key == "" {
 		return r.passes(ctx)
 	}
-	wait := newBackOff()
+	wait, paused := newBackOff(), pause{waits: &r.waits, what: waitElection}
 	for {
 		err := r.cfg.Election.Run(ctx, r.passes)
 		why := temporary(err)
@@ -149,9 +149,9 @@ func (r *run) elected(ctx context.Context) error {
 		if why == "" {
 			why = err.Error()
 		}
-		r.pause(waitElection, why)
+		paused.report(why)
 		err = sleep(ctx, wait.NextBackOff())
-		r.resume(waitElection)
+		paused.end()
 		if err != nil {
 			return err
 		}
@@ -160,7 +160,7 @@ func (r *run) elected(ctx context.Context) error {
 
 // passes makes passes until one finds nothing to do.
 func (r *run) passes(ctx context.Context) error {
-	for n := 0; n < r.cfg.Passes; n++ {
+	for range r.cfg.Passes {
 		if r.cfg.Check != nil {
 			if err := r.cfg.Check(ctx); err != nil {
 				return err

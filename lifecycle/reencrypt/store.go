@@ -33,13 +33,8 @@ func (r *run) store(ctx context.Context, items []*item) error {
 		r.wrote(items, 0)
 		return nil
 	}
-	r.begin.Do(func() {
-		if r.cfg.Begin != nil {
-			r.beginErr = r.cfg.Begin()
-		}
-	})
-	if r.beginErr != nil {
-		return r.beginErr
+	if err := r.begin(); err != nil {
+		return err
 	}
 	for _, part := range r.limits.parts(items) {
 		if err := r.storePart(ctx, part); err != nil {

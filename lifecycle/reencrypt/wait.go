@@ -37,52 +37,57 @@ type waiting struct {
 type waits struct {
 	paused func(what, why string) // may be nil
 	lock   sync.Mutex
-	of     map[string]*waiting
+	active map[string]*waiting // by what is waited for
 }
 
 func newWaits(paused func(what, why string)) waits {
 	if paused == nil {
 		paused = func(string, string) {}
 	}
-	return waits{paused: paused, of: make(map[string]*waiting)}
+	return waits{paused: paused, active: make(map[string]*waiting)}
 }
 
-// pause reports why the run waits for something, if that has changed. Each pause is followed by one
-// resume.
-func (w *waits) pause(what, why string) { w.await(what, why, true) }
+// pause is the wait of one goroutine for one thing. It begins with the first report.
+type pause struct {
+	waits *waits
+	what  string
+	begun bool
+}
 
-// await is pause, or without begin it reports a new reason for a pause that has begun.
-func (w *waits) await(what, why string, begin bool) {
+// report reports why the run waits, if that has changed.
+func (p *pause) report(why string) {
+	w := p.waits
 	w.lock.Lock()
 	defer w.lock.Unlock()
-	one := w.of[what]
+	one := w.active[p.what]
 	if one == nil {
-		if !begin {
-			return
-		}
 		one = &waiting{}
-		w.of[what] = one
+		w.active[p.what] = one
 	}
-	if begin {
+	if !p.begun {
+		p.begun = true
 		one.by++
 	}
 	if one.why != why {
-		w.paused(what, why)
+		w.paused(p.what, why)
 	}
 	one.why = why
 }
 
-// resume ends one pause. After the last one, it reports that the run continues.
-func (w *waits) resume(what string) {
-	w.lock.Lock()
-	defer w.lock.Unlock()
-	one := w.of[what]
-	if one == nil {
+// end ends the pause if it has begun. After the last one, it reports that the run continues.
+func (p *pause) end() {
+	if !p.begun {
 		return
 	}
-	if one.by--; one.by == 0 {
-		delete(w.of, what)
-		w.paused(what, "")
+	p.begun = false
+	w := p.waits
+	w.lock.Lock()
+	defer w.lock.Unlock()
+	if one := w.active[p.what]; one.by > 1 {
+		one.by--
+	} else {
+		delete(w.active, p.what)
+		w.paused(p.what, "")
 	}
 }
 
@@ -101,8 +106,9 @@ func newBackOff() *backoff.ExponentialBackOff {
 // retry calls f with exponential backoff until it succeeds or fails permanently, and reports what
 // it waits for.
 func (r *run) retry(ctx context.Context, what string, f func() error) error {
-	wait := newBackOff()
-	for waited := false; ; waited = true {
+	wait, paused := newBackOff(), pause{waits: &r.waits, what: what}
+	defer paused.end()
+	for {
 		err := f()
 		if ctx.Err() != nil && err != nil {
 			return context.Cause(ctx)
@@ -111,10 +117,7 @@ func (r *run) retry(ctx context.Context, what string, f func() error) error {
 		if why == "" {
 			return err
 		}
-		if !waited {
-			defer r.resume(what)
-		}
-		r.await(what, why, !waited)
+		paused.report(why)
 		if errors.Is(err, rpctypes.ErrNoSpace) {
 			err = r.awaitSpace(ctx)
 		} else {

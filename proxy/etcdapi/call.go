@@ -71,6 +71,13 @@ type whole struct{}
 
 func (whole) Parts() bool { return false }
 
+// unread is for the calls whose responses pass as they are.
+type unread struct{ whole }
+
+func (unread) Scans() bool { return false }
+
+func (unread) Response(_ Mode, dst, msg []byte) ([]byte, error) { return append(dst, msg...), nil }
+
 // kvCall is what the calls of etcdserverpb.KV have in common. The rules may be swapped while a call
 // is in flight: another client may then already have written under a new rule, so from then on
 // every response is inspected.
@@ -78,18 +85,18 @@ type kvCall struct {
 	core    *Core
 	id      *listener.Identity
 	memory  *CallMemory
-	at      *RuleSet // the rules when the request came
+	rules   *RuleSet // when the request came
 	touches bool     // a response may hold an encrypted value
 }
 
 func (c *kvCall) Scans() bool {
-	return !c.id.Ciphertext && (c.touches || c.core.Rules.Load() != c.at)
+	return !c.id.Ciphertext && (c.touches || c.core.Rules.Load() != c.rules)
 }
 
 // begin notes the rules of the moment and says whether there are any.
 func (c *kvCall) begin() bool {
-	c.at = c.core.Rules.Load()
-	return !c.at.empty()
+	c.rules = c.core.Rules.Load()
+	return !c.rules.empty()
 }
 
 // requestID is what differs in the errors of two attempts to read one lost value: the KMS' own id

@@ -16,7 +16,7 @@ type memberCall struct {
 	whole
 	core *Core
 	id   *listener.Identity
-	into func() membersOf
+	kind membersOf // an empty response of the call, which is not changed
 }
 
 // membersOf is a response that names members.
@@ -26,13 +26,9 @@ type membersOf interface {
 }
 
 // members makes the call for one kind of response.
-func members[M membersOf]() newCall {
+func members(response membersOf) newCall {
 	return func(c *Core, id *listener.Identity, _ *CallMemory) Call {
-		return &memberCall{core: c, id: id, into: func() membersOf {
-			var none M
-			m, _ := none.ProtoReflect().New().Interface().(membersOf)
-			return m
-		}}
+		return &memberCall{core: c, id: id, kind: response}
 	}
 }
 
@@ -41,7 +37,7 @@ func (*memberCall) Request(_ Mode, msg []byte) ([]byte, error) { return msg, nil
 func (c *memberCall) Scans() bool { return len(c.id.AdvertiseClientURLs) > 0 }
 
 func (c *memberCall) Response(_ Mode, dst, msg []byte) ([]byte, error) {
-	response := c.into()
+	response := proto.CloneOf(c.kind)
 	if err := rpc.Unmarshal(msg, response); err != nil {
 		return nil, c.core.status(err, true)
 	}

@@ -31,12 +31,12 @@ func (c *deleteCall) Request(_ Mode, msg []byte) ([]byte, error) {
 	if err != nil {
 		return nil, c.core.status(err, false)
 	}
-	reach := c.at.Own.reach(key, end)
+	reach := c.rules.Own.reach(key, end)
 	if reach == reachesOwn {
 		return nil, errOwnKey
 	}
 	c.over = reach == reachesOver
-	c.touches = c.at.Overlaps(key, end)
+	c.touches = c.rules.Overlaps(key, end)
 	return msg, nil
 }
 
@@ -53,7 +53,7 @@ func (c *deleteCall) exchange(ctx context.Context, msg []byte, send sendFunc) ([
 	if err := rpc.Unmarshal(msg, request); err != nil {
 		return nil, c.core.status(err, false)
 	}
-	response, err := store{&c.kvCall, send}.Txn(ctx, &pb.TxnRequest{Success: c.at.Own.parts(request)}, math.MaxInt32)
+	response, err := store{&c.kvCall, send}.Txn(ctx, &pb.TxnRequest{Success: c.rules.Own.parts(request)}, math.MaxInt32)
 	if err != nil {
 		return nil, err
 	}

@@ -66,11 +66,11 @@ func (o ownKeys) putBack(request *pb.TxnRequest, response *pb.TxnResponse) error
 		}
 		one := rest[0]
 		if d != nil {
-			whole, err := joinedDeletes(rest[:n])
+			joined, err := joinedDeletes(rest[:n])
 			if err != nil {
 				return err
 			}
-			one = &pb.ResponseOp{Response: &pb.ResponseOp_ResponseDeleteRange{ResponseDeleteRange: whole}}
+			one = &pb.ResponseOp{Response: &pb.ResponseOp_ResponseDeleteRange{ResponseDeleteRange: joined}}
 		} else if nested := op.GetRequestTxn(); nested != nil {
 			if err := o.putBack(nested, one.GetResponseTxn()); err != nil {
 				return err

@@ -11,17 +11,17 @@ import (
 // electionCall is a call of etcd's Election or Lock service. Where a rule covers its keys, the
 // service is the one that is run here.
 type electionCall struct {
-	whole
+	unread
 	core   *Core
 	id     *listener.Identity
-	about  func(msg []byte) (span, error)
+	keysOf func(msg []byte) (span, error)
 	writes bool
 	hosted bool
 }
 
-func electing(about func([]byte) (span, error), a access) newCall {
+func newElectionCall(keysOf func([]byte) (span, error), a access) newCall {
 	return func(c *Core, id *listener.Identity, _ *CallMemory) Call {
-		return &electionCall{core: c, id: id, about: about, writes: a == writes}
+		return &electionCall{core: c, id: id, keysOf: keysOf, writes: a == writes}
 	}
 }
 
@@ -30,7 +30,7 @@ func (c *electionCall) Request(_ Mode, msg []byte) ([]byte, error) {
 	if rules.empty() {
 		return msg, nil
 	}
-	keys, err := c.about(msg)
+	keys, err := c.keysOf(msg)
 	if err != nil {
 		return nil, c.core.status(err, false)
 	}
@@ -42,12 +42,6 @@ func (c *electionCall) Request(_ Mode, msg []byte) ([]byte, error) {
 	// a client that is given stored bytes gets those of etcd's own service
 	c.hosted = rules.Overlaps(keys.key, keys.end) && !c.id.ReadOnly()
 	return msg, nil
-}
-
-func (*electionCall) Scans() bool { return false }
-
-func (*electionCall) Response(_ Mode, dst, msg []byte) ([]byte, error) {
-	return append(dst, msg...), nil
 }
 
 // namedKeys are the keys of an election or lock: all that begin with its name and a slash.

@@ -24,18 +24,23 @@ var (
 	errRequestTooLarge = status.Error(codes.InvalidArgument, "etcdserver: request is too large")
 )
 
+// grpcError is an error that has a status for the client.
+type grpcError interface {
+	error
+	GRPCStatus() *status.Status
+}
+
 // sealStatus maps the error of a Sealer or of the rewriter to the client's status. known is false
 // if the cause is not one that a client should read: the status is then Internal with a fixed text,
 // and the caller logs err.
 func sealStatus(err error, fromEtcd bool) (st error, known bool) {
-	var seal *SealError
-	if errors.As(err, &seal) && seal.Code != codes.OK {
+	if seal, ok := errors.AsType[*SealError](err); ok && seal.Code != codes.OK {
 		return rpc.Error(seal.Code, seal.Text), true
 	}
-	var own interface{ GRPCStatus() *status.Status }
-	switch {
-	case errors.As(err, &own):
+	if own, ok := errors.AsType[grpcError](err); ok {
 		return own.GRPCStatus().Err(), true
+	}
+	switch {
 	case errors.Is(err, etcdwire.ErrMalformed) && fromEtcd:
 		return rpc.Error(codes.Internal, "etcd's answer: "+err.Error()), true
 	case errors.Is(err, etcdwire.ErrMalformed):

@@ -4,19 +4,11 @@ import (
 	"context"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdwire"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/valuetxn"
-)
-
-// Paths of the methods that calls need for others.
-const (
-	methodRange           = "/etcdserverpb.KV/Range"
-	methodTxn             = "/etcdserverpb.KV/Txn"
-	methodRangeStream     = "/etcdserverpb.KV/RangeStream"
-	methodLeaseRevoke     = "/etcdserverpb.Lease/LeaseRevoke"
-	methodLeaseTimeToLive = "/etcdserverpb.Lease/LeaseTimeToLive"
 )
 
 // sendFunc sends one request to etcd, with the client's metadata, and returns the response, which
@@ -54,6 +46,19 @@ var (
 	_ Exchanger       = (*revokeCall)(nil)
 )
 
+// query sends a request that carries no value to etcd, and decodes the response. Its error is a
+// status for the client.
+func (c *Core) query(ctx context.Context, send sendFunc, method string, request, response proto.Message) error {
+	msg, err := rpc.Marshal(request)
+	if err != nil {
+		return c.status(err, false)
+	}
+	if msg, err = send(ctx, method, msg, valuetxn.MaxResponseBytes); err != nil {
+		return err
+	}
+	return c.status(rpc.Unmarshal(msg, response), true)
+}
+
 // store is etcd with plaintext values, as one call sees it. Its errors are statuses for the client.
 type store struct {
 	*kvCall
@@ -63,7 +68,7 @@ type store struct {
 var _ valuetxn.Store = store{}
 
 // Overlaps implements valuetxn.Store.
-func (s store) Overlaps(key, rangeEnd []byte) bool { return s.at.Overlaps(key, rangeEnd) }
+func (s store) Overlaps(key, rangeEnd []byte) bool { return s.rules.Overlaps(key, rangeEnd) }
 
 // Range implements valuetxn.Store.
 func (s store) Range(ctx context.Context, r *pb.RangeRequest) (*pb.RangeResponse, error) {
@@ -71,11 +76,11 @@ func (s store) Range(ctx context.Context, r *pb.RangeRequest) (*pb.RangeResponse
 	if err != nil {
 		return nil, s.core.status(err, false)
 	}
-	shape, _, err := etcdwire.RangeRequest(msg, tryRules{s.at})
+	shape, _, err := etcdwire.RangeRequest(msg, tryRules{s.rules})
 	if err != nil {
 		return nil, s.core.status(err, false)
 	}
-	response, err := s.send(ctx, methodRange, msg, valuetxn.MaxResponseBytes)
+	response, err := s.send(ctx, pb.KV_Range_FullMethodName, msg, valuetxn.MaxResponseBytes)
 	if err != nil {
 		return nil, err
 	}
@@ -93,11 +98,11 @@ func (s store) Txn(ctx context.Context, t *pb.TxnRequest, limit int) (*pb.TxnRes
 	if err != nil {
 		return nil, s.core.status(err, false)
 	}
-	msg, shape, err := etcdwire.TxnRequest(nil, msg, Blocking(ctx).Rules(s.at))
+	msg, shape, err := etcdwire.TxnRequest(nil, msg, Blocking(ctx).Rules(s.rules))
 	if err != nil {
 		return nil, s.core.status(err, false)
 	}
-	response, err := s.send(ctx, methodTxn, msg, limit)
+	response, err := s.send(ctx, pb.KV_Txn_FullMethodName, msg, limit)
 	if err != nil {
 		return nil, err
 	}

@@ -2,12 +2,12 @@ package etcdapi
 
 import (
 	"context"
+	"slices"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/etcdwire"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/valuetxn"
 )
 
@@ -19,7 +19,7 @@ import (
 // The keys are requested with the client's own token. A client that may write the lease's keys and
 // not read them is therefore refused by etcd.
 type revokeCall struct {
-	whole
+	unread
 	core    *Core
 	queries bool
 	lease   int64
@@ -39,32 +39,18 @@ func (c *revokeCall) Request(_ Mode, msg []byte) ([]byte, error) {
 	return msg, nil
 }
 
-func (*revokeCall) Scans() bool { return false }
-
-func (*revokeCall) Response(_ Mode, dst, msg []byte) ([]byte, error) { return append(dst, msg...), nil }
-
 func (c *revokeCall) Exchanges() bool { return c.queries }
 
 // exchange implements Exchanger. A key that the proxies attach between the two requests is of a
 // proxy that has just begun, and tries again.
 func (c *revokeCall) exchange(ctx context.Context, msg []byte, send sendFunc) ([]byte, error) {
-	request, err := rpc.Marshal(&pb.LeaseTimeToLiveRequest{ID: c.lease, Keys: true})
-	if err != nil {
-		return nil, c.core.status(err, false)
-	}
-	response, err := send(ctx, methodLeaseTimeToLive, request, valuetxn.MaxResponseBytes)
-	if err != nil {
+	lease := new(pb.LeaseTimeToLiveResponse)
+	request := &pb.LeaseTimeToLiveRequest{ID: c.lease, Keys: true}
+	if err := c.core.query(ctx, send, pb.Lease_LeaseTimeToLive_FullMethodName, request, lease); err != nil {
 		return nil, err
 	}
-	lease := new(pb.LeaseTimeToLiveResponse)
-	if err := rpc.Unmarshal(response, lease); err != nil {
-		return nil, c.core.status(err, true)
+	if slices.ContainsFunc(lease.GetKeys(), c.core.Rules.Load().Own.has) {
+		return nil, errOwnLease
 	}
-	own := c.core.Rules.Load().Own
-	for _, key := range lease.GetKeys() {
-		if own.has(key) {
-			return nil, errOwnLease
-		}
-	}
-	return send(ctx, methodLeaseRevoke, msg, valuetxn.MaxResponseBytes)
+	return send(ctx, pb.Lease_LeaseRevoke_FullMethodName, msg, valuetxn.MaxResponseBytes)
 }

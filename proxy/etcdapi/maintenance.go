@@ -9,7 +9,7 @@ import (
 
 // alarmCall is an Alarm: to list alarms changes nothing, to raise one or to disarm it does.
 type alarmCall struct {
-	whole
+	unread
 	id *listener.Identity
 }
 
@@ -26,7 +26,3 @@ func (c *alarmCall) Request(_ Mode, msg []byte) ([]byte, error) {
 	}
 	return msg, nil
 }
-
-func (*alarmCall) Scans() bool { return false }
-
-func (*alarmCall) Response(_ Mode, dst, msg []byte) ([]byte, error) { return append(dst, msg...), nil }

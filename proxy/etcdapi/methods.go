@@ -71,11 +71,11 @@ func MethodTable() []*Method {
 		{service: "etcdserverpb.Lease", name: "LeaseTimeToLive", class: classPass, access: reads},
 		{service: "etcdserverpb.Lease", name: "LeaseLeases", class: classPass, access: reads},
 
-		{service: "etcdserverpb.Cluster", name: "MemberAdd", class: classMembers, call: members[*pb.MemberAddResponse]()},
-		{service: "etcdserverpb.Cluster", name: "MemberRemove", class: classMembers, call: members[*pb.MemberRemoveResponse]()},
-		{service: "etcdserverpb.Cluster", name: "MemberUpdate", class: classMembers, call: members[*pb.MemberUpdateResponse]()},
-		{service: "etcdserverpb.Cluster", name: "MemberList", class: classMembers, access: reads, call: members[*pb.MemberListResponse]()},
-		{service: "etcdserverpb.Cluster", name: "MemberPromote", class: classMembers, call: members[*pb.MemberPromoteResponse]()},
+		{service: "etcdserverpb.Cluster", name: "MemberAdd", class: classMembers, call: members(new(pb.MemberAddResponse))},
+		{service: "etcdserverpb.Cluster", name: "MemberRemove", class: classMembers, call: members(new(pb.MemberRemoveResponse))},
+		{service: "etcdserverpb.Cluster", name: "MemberUpdate", class: classMembers, call: members(new(pb.MemberUpdateResponse))},
+		{service: "etcdserverpb.Cluster", name: "MemberList", class: classMembers, access: reads, call: members(new(pb.MemberListResponse))},
+		{service: "etcdserverpb.Cluster", name: "MemberPromote", class: classMembers, call: members(new(pb.MemberPromoteResponse))},
 
 		// A snapshot and every hash are of what etcd stores: ciphertext.
 		{service: "etcdserverpb.Maintenance", name: "Alarm", class: classCheck, access: either, call: newAlarmCall},
@@ -107,13 +107,13 @@ func MethodTable() []*Method {
 
 		// The server itself reads, compares and writes the values of these, so where a rule covers
 		// them the server is here.
-		{service: "v3electionpb.Election", name: "Campaign", class: classHost, Indefinite: true, call: electing(namedKeys, writes)},
-		{service: "v3electionpb.Election", name: "Proclaim", class: classHost, call: electing(leaderKey, writes)},
-		{service: "v3electionpb.Election", name: "Leader", class: classHost, access: reads, call: electing(namedKeys, reads)},
-		{service: "v3electionpb.Election", name: "Observe", class: classHost, access: reads, Shape: ShapeServerStream, Indefinite: true, call: electing(namedKeys, reads)},
-		{service: "v3electionpb.Election", name: "Resign", class: classHost, call: electing(leaderKey, writes)},
-		{service: "v3lockpb.Lock", name: "Lock", class: classHost, Indefinite: true, call: electing(namedKeys, writes)},
-		{service: "v3lockpb.Lock", name: "Unlock", class: classHost, call: electing(lockKey, writes)},
+		{service: "v3electionpb.Election", name: "Campaign", class: classHost, Indefinite: true, call: newElectionCall(namedKeys, writes)},
+		{service: "v3electionpb.Election", name: "Proclaim", class: classHost, call: newElectionCall(leaderKey, writes)},
+		{service: "v3electionpb.Election", name: "Leader", class: classHost, access: reads, call: newElectionCall(namedKeys, reads)},
+		{service: "v3electionpb.Election", name: "Observe", class: classHost, access: reads, Shape: ShapeServerStream, Indefinite: true, call: newElectionCall(namedKeys, reads)},
+		{service: "v3electionpb.Election", name: "Resign", class: classHost, call: newElectionCall(leaderKey, writes)},
+		{service: "v3lockpb.Lock", name: "Lock", class: classHost, Indefinite: true, call: newElectionCall(namedKeys, writes)},
+		{service: "v3lockpb.Lock", name: "Unlock", class: classHost, call: newElectionCall(lockKey, writes)},
 
 		{service: "grpc.health.v1.Health", name: "Check", class: classPass, access: reads},
 		{service: "grpc.health.v1.Health", name: "List", class: classPass, access: reads},

@@ -34,15 +34,15 @@ func (c *putCall) Request(m Mode, msg []byte) ([]byte, error) {
 	if err != nil {
 		return nil, c.core.status(err, false)
 	}
-	if c.at.Own.has(key) {
+	if c.rules.Own.has(key) {
 		return nil, errOwnKey
 	}
-	c.touches = c.at.covers(key)
+	c.touches = c.rules.covers(key)
 	var dst []byte
 	if c.touches {
 		dst = c.memory.requestBuffer(len(msg))
 	}
-	out, err := etcdwire.PutRequest(dst, msg, m.Rules(c.at))
+	out, err := etcdwire.PutRequest(dst, msg, m.Rules(c.rules))
 	if err != nil {
 		c.memory.freeRequest()
 	}

@@ -42,7 +42,7 @@ func (c *rangeCall) Request(_ Mode, msg []byte) ([]byte, error) {
 	}
 	var touches bool
 	var err error
-	c.shape, touches, err = etcdwire.RangeRequest(msg, tryRules{c.at})
+	c.shape, touches, err = etcdwire.RangeRequest(msg, tryRules{c.rules})
 	c.byValue = errors.Is(err, etcdwire.ErrByValue)
 	if err != nil && !c.byValue {
 		return nil, c.core.status(err, false)
@@ -111,18 +111,9 @@ func (c *rangeCall) exchangeStream(ctx context.Context, msg []byte, send sendFun
 func (c *rangeCall) pin(ctx context.Context, request *pb.RangeRequest, send sendFunc) (*pb.ResponseHeader, error) {
 	count, _ := proto.Clone(request).(*pb.RangeRequest)
 	count.CountOnly, count.SortTarget = true, pb.RangeRequest_KEY
-	msg, err := rpc.Marshal(count)
-	if err != nil {
-		return nil, c.core.status(err, false)
-	}
-	if msg, err = send(ctx, methodRangeStream, msg, valuetxn.MaxResponseBytes); err != nil {
-		return nil, err
-	}
 	response := new(pb.RangeStreamResponse)
-	if err := rpc.Unmarshal(msg, response); err != nil {
-		return nil, c.core.status(err, true)
-	}
-	return response.GetRangeResponse().GetHeader(), nil
+	err := c.core.query(ctx, send, pb.KV_RangeStream_FullMethodName, count, response)
+	return response.GetRangeResponse().GetHeader(), err
 }
 
 // decideStream decides who serves a stream that may meet a rule.

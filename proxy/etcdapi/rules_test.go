@@ -224,7 +224,7 @@ func FuzzReachOfTxn(f *testing.F) {
 	set := rulesOf(f, "k/")
 	set.Own = newOwnKeys([]string{"o/"})
 	f.Fuzz(func(t *testing.T, msg []byte) {
-		got := &txnCall{kvCall: kvCall{at: set}}
+		got := &txnCall{kvCall: kvCall{rules: set}}
 		if etcdwire.EachOperation(msg, got) != nil {
 			return // it is refused
 		}
@@ -232,7 +232,7 @@ func FuzzReachOfTxn(f *testing.F) {
 		if proto.Unmarshal(msg, &txn) != nil {
 			return
 		}
-		want := &txnCall{kvCall: kvCall{at: set}}
+		want := &txnCall{kvCall: kvCall{rules: set}}
 		reachByDecoding(&txn, want)
 		if want.touches != got.touches || want.changes != got.changes || want.own != got.own || want.over != got.over {
 			t.Errorf("got %+v, decoder %+v", got, want)

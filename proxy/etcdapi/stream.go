@@ -93,12 +93,12 @@ func (m *Method) receive(ctx context.Context, ss grpc.ServerStream, cs grpc.Clie
 // exchangeStream has x serve a stream with one request by requests of its own. The client gets
 // headers and trailers as with exchange.
 func (m *Method) exchangeStream(ctx context.Context, to *upstream.Cluster, ss grpc.ServerStream, in *rpc.Message, x streamExchanger) error {
-	a := &sender{ctx: ctx, to: to}
+	s := &sender{ctx: ctx, to: to}
 	begun := false
-	err := x.exchangeStream(ctx, in.Data.Materialize(), a.send, func(msg []byte) error {
+	err := x.exchangeStream(ctx, in.Data.Materialize(), s.send, func(msg []byte) error {
 		if !begun {
 			begun = true
-			if err := ss.SendHeader(a.good.header); err != nil {
+			if err := ss.SendHeader(s.good.header); err != nil {
 				return err
 			}
 		}
@@ -108,7 +108,7 @@ func (m *Method) exchangeStream(ctx context.Context, to *upstream.Cluster, ss gr
 		m.Metrics.Sent.Inc()
 		return nil
 	})
-	last := a.last(err)
+	last := s.last(err)
 	if begun {
 		last.header = nil
 	}

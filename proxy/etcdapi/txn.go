@@ -24,21 +24,21 @@ type txnCall struct {
 }
 
 // Range implements etcdwire.Operations.
-func (c *txnCall) Range(key, end []byte) { c.touches = c.touches || c.at.Overlaps(key, end) }
+func (c *txnCall) Range(key, end []byte) { c.touches = c.touches || c.rules.Overlaps(key, end) }
 
 // Put implements etcdwire.Operations.
 func (c *txnCall) Put(key []byte) {
 	c.changes = true
-	c.own = c.own || c.at.Own.has(key)
-	c.touches = c.touches || c.at.covers(key)
+	c.own = c.own || c.rules.Own.has(key)
+	c.touches = c.touches || c.rules.covers(key)
 }
 
 // Delete implements etcdwire.Operations.
 func (c *txnCall) Delete(key, end []byte) {
 	c.changes = true
-	reach := c.at.Own.reach(key, end)
+	reach := c.rules.Own.reach(key, end)
 	c.own, c.over = c.own || reach == reachesOwn, c.over || reach == reachesOver
-	c.touches = c.touches || c.at.Overlaps(key, end)
+	c.touches = c.touches || c.rules.Overlaps(key, end)
 }
 
 func newTxnCall(c *Core, id *listener.Identity, memory *CallMemory) Call {
@@ -53,8 +53,8 @@ func (c *txnCall) Request(m Mode, msg []byte) ([]byte, error) {
 		return msg, nil
 	}
 	c.touches, c.changes, c.own, c.over = false, false, false, false // it may be the second time
-	odd := etcdwire.EachOperation(msg, c)
-	c.changes = c.changes || odd != nil
+	malformed := etcdwire.EachOperation(msg, c)
+	c.changes = c.changes || malformed != nil
 	switch {
 	case c.changes && c.id.ReadOnly():
 		return nil, errReadOnly
@@ -70,14 +70,14 @@ func (c *txnCall) Request(m Mode, msg []byte) ([]byte, error) {
 	if !ruled {
 		return msg, nil
 	}
-	if odd != nil {
-		return nil, c.core.status(odd, false)
+	if malformed != nil {
+		return nil, c.core.status(malformed, false)
 	}
 	var dst []byte
 	if c.touches && c.changes {
 		dst = c.memory.requestBuffer(len(msg))
 	}
-	out, shape, err := etcdwire.TxnRequest(dst, msg, m.Rules(c.at))
+	out, shape, err := etcdwire.TxnRequest(dst, msg, m.Rules(c.rules))
 	if err != nil || c.over { // it is not sent
 		c.memory.freeRequest()
 	}
@@ -108,14 +108,14 @@ func (c *txnCall) exchange(ctx context.Context, msg []byte, send sendFunc) ([]by
 	request := client
 	if c.over {
 		request, _ = proto.Clone(client).(*pb.TxnRequest)
-		c.at.Own.leaveOut(request)
+		c.rules.Own.leaveOut(request)
 	}
-	response, err := valuetxn.NewTxn(store{&c.kvCall, send}, c.core.Turns, request).Serve(ctx)
+	response, err := valuetxn.Txn(ctx, store{&c.kvCall, send}, c.core.Turns, request)
 	if err != nil {
 		return nil, err
 	}
 	if c.over {
-		if err := c.at.Own.putBack(client, response); err != nil {
+		if err := c.rules.Own.putBack(client, response); err != nil {
 			return nil, c.core.status(err, true)
 		}
 	}

@@ -137,9 +137,9 @@ func (m *Method) forward(ss grpc.ServerStream, id *listener.Identity, in *rpc.Me
 // exchange has x serve a request by requests of its own. The client gets the headers and trailers
 // of the last one, or of the last one that failed.
 func (m *Method) exchange(ctx context.Context, ss grpc.ServerStream, to *upstream.Cluster, in *rpc.Message, x Exchanger) (*rpc.Message, error) {
-	a := &sender{ctx: ctx, to: to}
-	response, err := x.exchange(ctx, in.Data.Materialize(), a.send)
-	if serr := a.last(err).set(ss); err == nil {
+	s := &sender{ctx: ctx, to: to}
+	response, err := x.exchange(ctx, in.Data.Materialize(), s.send)
+	if serr := s.last(err).set(ss); err == nil {
 		err = serr
 	}
 	if err != nil {
@@ -158,41 +158,41 @@ type sender struct {
 // responseMetadata is the metadata of a response of etcd's.
 type responseMetadata struct{ header, trailer metadata.MD }
 
-func (a responseMetadata) empty() bool { return len(a.header) == 0 && len(a.trailer) == 0 }
+func (md responseMetadata) empty() bool { return len(md.header) == 0 && len(md.trailer) == 0 }
 
 // set hands the metadata to the client.
-func (a responseMetadata) set(ss grpc.ServerStream) error {
-	if len(a.trailer) > 0 {
-		ss.SetTrailer(a.trailer)
+func (md responseMetadata) set(ss grpc.ServerStream) error {
+	if len(md.trailer) > 0 {
+		ss.SetTrailer(md.trailer)
 	}
-	if len(a.header) > 0 {
-		return ss.SetHeader(a.header)
+	if len(md.header) > 0 {
+		return ss.SetHeader(md.header)
 	}
 	return nil
 }
 
 // send is a sendFunc.
-func (a *sender) send(ctx context.Context, method string, msg []byte, limit int) ([]byte, error) {
+func (s *sender) send(ctx context.Context, method string, msg []byte, limit int) ([]byte, error) {
 	var metadata responseMetadata
 	out := new(rpc.Message)
 	defer out.Free()
-	conn := a.to.Acquire()
+	conn := s.to.Acquire()
 	defer conn.Release()
 	err := conn.Conn.Invoke(upstream.OutgoingContext(ctx), method, rpc.NewMessage(msg), out, grpc.Header(&metadata.header), grpc.Trailer(&metadata.trailer), grpc.MaxCallRecvMsgSize(limit))
 	if err != nil {
-		a.bad = metadata
-		return nil, ended(a.ctx, err, metadata)
+		s.bad = metadata
+		return nil, ended(s.ctx, err, metadata)
 	}
-	a.good = metadata
+	s.good = metadata
 	return out.Data.Materialize(), nil
 }
 
 // last is what came around the last response, or around the last one that failed.
-func (a *sender) last(err error) responseMetadata {
+func (s *sender) last(err error) responseMetadata {
 	if err != nil {
-		return a.bad
+		return s.bad
 	}
-	return a.good
+	return s.good
 }
 
 // ended returns the status for a call that ended with err: the proxy's own if the proxy has ended
@@ -213,8 +213,7 @@ func ended(ctx context.Context, err error, metadata responseMetadata) error {
 // ownCause is the status for which the proxy itself has ended a call, and nil if it has not.
 func ownCause(ctx context.Context) error {
 	cause := context.Cause(ctx)
-	var own interface{ GRPCStatus() *status.Status }
-	if errors.As(cause, &own) {
+	if _, ok := errors.AsType[grpcError](cause); ok {
 		return cause
 	}
 	return nil

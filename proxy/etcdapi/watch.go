@@ -14,13 +14,13 @@ type watchCall struct {
 	whole
 	core      *Core
 	id        *listener.Identity
-	at        *RuleSet
+	rules     *RuleSet
 	touches   atomic.Bool
 	fragments fragments
 }
 
 func newWatchCall(c *Core, id *listener.Identity, _ *CallMemory) Call {
-	return &watchCall{core: c, id: id, at: c.Rules.Load()}
+	return &watchCall{core: c, id: id, rules: c.Rules.Load()}
 }
 
 func (c *watchCall) Request(_ Mode, msg []byte) ([]byte, error) {
@@ -42,7 +42,7 @@ func (c *watchCall) Request(_ Mode, msg []byte) ([]byte, error) {
 }
 
 func (c *watchCall) Scans() bool {
-	return !c.id.Ciphertext && (c.touches.Load() || c.core.Rules.Load() != c.at)
+	return !c.id.Ciphertext && (c.touches.Load() || c.core.Rules.Load() != c.rules)
 }
 
 func (c *watchCall) Response(m Mode, dst, msg []byte) ([]byte, error) {
@@ -51,7 +51,7 @@ func (c *watchCall) Response(m Mode, dst, msg []byte) ([]byte, error) {
 }
 
 // Splits implements Splitter.
-func (c *watchCall) Splits() bool { return c.fragments.attentive.Load() }
+func (c *watchCall) Splits() bool { return c.fragments.active.Load() }
 
 // Split implements Splitter.
 func (c *watchCall) Split(msg []byte) ([][]byte, error) {
@@ -69,7 +69,7 @@ func (c *watchCall) Split(msg []byte) ([][]byte, error) {
 //
 // etcd answers the requests to create watches in their order, and names the watch in the response.
 type fragments struct {
-	attentive atomic.Bool // there is something in what follows
+	active atomic.Bool // pending or watches is not empty
 
 	mu sync.Mutex
 	// of the creations that are not answered yet: fragments were requested
@@ -82,7 +82,7 @@ func (f *fragments) requested(fragment bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.pending = append(f.pending, fragment)
-	f.attentive.Store(true)
+	f.active.Store(true)
 }
 
 // accepts sees a response, and reports whether it may come in fragments.
@@ -106,6 +106,6 @@ func (f *fragments) accepts(msg []byte) (bool, error) {
 	if w.Canceled {
 		delete(f.watches, w.ID)
 	}
-	f.attentive.Store(len(f.pending)+len(f.watches) > 0)
+	f.active.Store(len(f.pending)+len(f.watches) > 0)
 	return fragment, nil
 }

@@ -14,10 +14,9 @@ import (
 	"golang.org/x/sync/semaphore"
 )
 
-// bodyBudget limits how many bytes the unfinished bodies over HTTP/1 and unfinished websocket
-// messages take together. What does not fit is not read, so that the client's TCP connection
-// delays it. HTTP/2 has flow-control windows for the same purpose (http2conn.Budget). It is safe
-// for concurrent use.
+// bodyBudget limits how many bytes the unfinished bodies and unfinished websocket messages of all
+// connections take together. What does not fit is not read, so that flow control delays the client.
+// It is safe for concurrent use.
 type bodyBudget struct {
 	room    *semaphore.Weighted
 	longest int64 // of a body or message, in bytes
@@ -87,11 +86,11 @@ func (r *reservation) check() {
 	r.timer.Reset(reservationTime)
 }
 
-// held reports whether the bytes are reserved.
-func (r *reservation) held() bool {
+// missing reports whether nothing is reserved for a body that is still read.
+func (r *reservation) missing() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.size > 0
+	return r.size == 0 && !r.complete && !r.expired
 }
 
 // finish notes that nothing more is read of the body.
@@ -124,53 +123,75 @@ func (r *reservation) free() {
 	r.size = 0
 }
 
-// limit has the bodies over HTTP/1 wait for the budget. A body counts until its handler returns.
+// limit has bodies wait for the budget. A body counts until its handler returns; a stream of JSON
+// values counts only while one of them is unfinished.
 func (b *bodyBudget) limit(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		known := r.ContentLength >= 0
-		if r.ProtoMajor != 1 || r.Body == nil || known && r.ContentLength <= freeBody || websocket.IsWebSocketUpgrade(r) {
+		if r.Body == nil || r.Body == http.NoBody || known && r.ContentLength <= freeBody || websocket.IsWebSocketUpgrade(r) {
 			next.ServeHTTP(w, r)
 			return
 		}
-		body := &budgetBody{ReadCloser: r.Body, ctx: r.Context(), free: freeBody, need: b.longest}
-		if known {
-			body.free, body.need = 0, min(b.longest, r.ContentLength)
-		}
-		body.reserved.budget = b
-		body.reserved.expire = func() {
+		body := &budgetBody{Closer: r.Body, streams: takesStream(r.URL.Path)}
+		reserved := reservation{budget: b, expire: func() {
 			// it is closed if this fails
 			_ = http.NewResponseController(w).SetReadDeadline(time.Unix(1, 0))
+		}}
+		defer reserved.release()
+		body.budgetReader = budgetReader{Reader: r.Body, ctx: r.Context(), free: freeBody, need: b.longest, reserved: &reserved}
+		if known && !body.streams {
+			body.free, body.need = 0, min(b.longest, r.ContentLength)
 		}
-		defer body.reserved.release()
 		limited := *r
 		limited.Body = body
 		next.ServeHTTP(w, &limited)
 	})
 }
 
-// budgetBody is a body that makes a reservation before it is read.
+// takesStream reports whether the body of a request with this path is a stream of JSON values, each
+// of which is decoded when it is complete.
+func takesStream(path string) bool { return path == "/v3/watch" || path == "/v3/lease/keepalive" }
+
+// budgetReader reads a body or a message. It makes a reservation before it reads more than a part
+// that is free.
+type budgetReader struct {
+	io.Reader
+	ctx        context.Context
+	free       int64 // bytes that need no reservation
+	need       int64 // bytes to reserve
+	unfinished int64 // bytes that were read and count
+	reserved   *reservation
+}
+
+// Read implements io.Reader.
+func (b *budgetReader) Read(p []byte) (int, error) {
+	if free := b.free - b.unfinished; free > 0 {
+		b.reserved.release() // the decoder has decoded what it was for
+		p = p[:min(int64(len(p)), free)]
+	} else if b.reserved.missing() {
+		if err := b.reserved.acquire(b.ctx, b.need); err != nil {
+			return 0, err
+		}
+	}
+	n, err := b.Reader.Read(p)
+	b.unfinished += int64(n)
+	return n, err
+}
+
+// budgetBody is the body of a request.
 type budgetBody struct {
-	io.ReadCloser
-	ctx      context.Context
-	free     int   // bytes that may be read before the reservation
-	need     int64 // bytes to reserve; 0 once they are
-	reserved reservation
+	budgetReader
+	io.Closer
+	streams bool     // JSON values
+	value   jsonSize // of a stream
 }
 
 // Read implements io.Reader.
 func (b *budgetBody) Read(p []byte) (int, error) {
-	if b.need > 0 && b.free == 0 {
-		if err := b.reserved.acquire(b.ctx, b.need); err != nil {
-			return 0, err
-		}
-		b.need = 0
-	}
-	if b.need > 0 {
-		p = p[:min(len(p), b.free)]
-	}
-	n, err := b.ReadCloser.Read(p)
-	if b.need > 0 {
-		b.free -= n
+	n, err := b.budgetReader.Read(p)
+	if b.streams {
+		b.value.add(p[:n])
+		b.unfinished = b.value.n
 	}
 	switch {
 	case errors.Is(err, io.EOF):

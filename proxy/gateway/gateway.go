@@ -67,9 +67,9 @@ func New(a *etcdapi.API) (*Gateway, error) {
 	budget := newBodyBudget(limit)
 	g.sockets = newWebsockets(takeTurns(api), budget)
 	mux.Handle("/v3/", http.MaxBytesHandler(budget.limit(g.sockets), limit))
-	own := etcdProxy()
+	etcd := etcdProxy()
 	for _, path := range []string{"/health", "/livez", "/livez/", "/readyz", "/readyz/", "/version", "/metrics"} {
-		mux.Handle(path, own)
+		mux.Handle(path, etcd)
 	}
 	g.Handler = acceptBeta(guardOrigin(authorize(a, mux)))
 	g.server = &http.Server{
@@ -96,21 +96,21 @@ func newJSON(a *etcdapi.API) (http.Handler, error) {
 		},
 	}))
 	ctx := context.Background()
-	way := etcdapi.LocalConn{Api: a, Identity: func(ctx context.Context) (*listener.Identity, error) {
+	conn := etcdapi.LocalConn{Api: a, Identity: func(ctx context.Context) (*listener.Identity, error) {
 		if id := listener.IdentityOf(ctx); id != nil {
 			return id, nil
 		}
 		return nil, etcdapi.ErrNoIdentity
 	}}
 	err := errors.Join(
-		gw.RegisterKVHandlerClient(ctx, mux, pb.NewKVClient(way)),
-		gw.RegisterWatchHandlerClient(ctx, mux, pb.NewWatchClient(way)),
-		gw.RegisterLeaseHandlerClient(ctx, mux, pb.NewLeaseClient(way)),
-		gw.RegisterClusterHandlerClient(ctx, mux, pb.NewClusterClient(way)),
-		gw.RegisterMaintenanceHandlerClient(ctx, mux, pb.NewMaintenanceClient(way)),
-		gw.RegisterAuthHandlerClient(ctx, mux, pb.NewAuthClient(way)),
-		lockgw.RegisterLockHandlerClient(ctx, mux, v3lockpb.NewLockClient(way)),
-		electiongw.RegisterElectionHandlerClient(ctx, mux, v3electionpb.NewElectionClient(way)),
+		gw.RegisterKVHandlerClient(ctx, mux, pb.NewKVClient(conn)),
+		gw.RegisterWatchHandlerClient(ctx, mux, pb.NewWatchClient(conn)),
+		gw.RegisterLeaseHandlerClient(ctx, mux, pb.NewLeaseClient(conn)),
+		gw.RegisterClusterHandlerClient(ctx, mux, pb.NewClusterClient(conn)),
+		gw.RegisterMaintenanceHandlerClient(ctx, mux, pb.NewMaintenanceClient(conn)),
+		gw.RegisterAuthHandlerClient(ctx, mux, pb.NewAuthClient(conn)),
+		lockgw.RegisterLockHandlerClient(ctx, mux, v3lockpb.NewLockClient(conn)),
+		electiongw.RegisterElectionHandlerClient(ctx, mux, v3electionpb.NewElectionClient(conn)),
 	)
 	return mux, err
 }
@@ -149,20 +149,19 @@ func (b *turnsBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// acceptBeta takes /v3beta/, the name of before etcd 3.4 that clients still ask for, for /v3/, as
-// etcd does.
+// acceptBeta serves /v3beta/, which clients of etcd 3.3 and earlier request, as /v3/. So does etcd.
 func acceptBeta(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if rest, ok := strings.CutPrefix(r.URL.Path, "/v3beta/"); ok {
-			named, asked := *r.URL, *r
-			named.Path, asked.URL = "/v3/"+rest, &named
-			r = &asked
+			request, url := *r, *r.URL
+			url.Path, request.URL = "/v3/"+rest, &url
+			r = &request
 		}
 		next.ServeHTTP(w, r)
 	})
 }
 
-// authorize lets nobody in whom the listener denies, before anything of the body is read.
+// authorize refuses clients that the listener denies, before anything of the body is read.
 func authorize(a *etcdapi.API, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		id := listener.IdentityOf(r.Context())

@@ -31,9 +31,10 @@ func crossOrigin(r *http.Request) bool {
 	return true
 }
 
-// unproven reports whether r is a request that a browser might have sent for a page of another
-// origin without saying so, as old ones do. Such a page can choose only content types of forms.
-func unproven(r *http.Request) bool {
+// mayBeCrossOrigin reports whether r is a request that a browser might have sent for a page of
+// another origin without saying so, as old ones do. Such a page can choose only content types of
+// forms.
+func mayBeCrossOrigin(r *http.Request) bool {
 	agent := r.Header.Get("User-Agent")
 	// as all browsers say of themselves
 	if !strings.HasPrefix(agent, "Mozilla/") && !strings.HasPrefix(agent, "Opera/") {
@@ -84,7 +85,7 @@ func guardOrigin(next http.Handler) http.Handler {
 			refuse(w, r, http.StatusMisdirectedRequest, codes.PermissionDenied, misdirected)
 		case crossOrigin(r):
 			refuse(w, r, http.StatusForbidden, codes.PermissionDenied, foreignPage)
-		case isGateway(r.URL.Path) && unproven(r):
+		case isGateway(r.URL.Path) && mayBeCrossOrigin(r):
 			refuse(w, r, http.StatusUnsupportedMediaType, codes.InvalidArgument, formContent)
 		case r.Method == http.MethodOptions:
 			w.WriteHeader(http.StatusOK)

@@ -29,7 +29,7 @@ type websockets struct {
 	mu      sync.Mutex
 	open    map[*socket]struct{}
 	closing bool
-	all     sync.WaitGroup
+	running sync.WaitGroup // of open, and of those that are closed
 }
 
 // socket is one websocket.
@@ -64,7 +64,7 @@ func (ws *websockets) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	conn, err := ws.upgrader.Upgrade(w, r, header)
 	if err != nil {
-		return // the client was told
+		return // Upgrade has responded
 	}
 	s := &socket{Conn: conn}
 	if !ws.add(s) {
@@ -82,7 +82,7 @@ func (ws *websockets) add(s *socket) bool {
 		return false
 	}
 	ws.open[s] = struct{}{}
-	ws.all.Add(1)
+	ws.running.Add(1)
 	return true
 }
 
@@ -90,7 +90,7 @@ func (ws *websockets) remove(s *socket) {
 	ws.mu.Lock()
 	defer ws.mu.Unlock()
 	delete(ws.open, s)
-	ws.all.Done()
+	ws.running.Done()
 }
 
 // Close ends the websockets that have sent nothing, waits for the others until ctx ends, and then
@@ -100,7 +100,7 @@ func (ws *websockets) Close(ctx context.Context) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		ws.all.Wait()
+		ws.running.Wait()
 	}()
 	select {
 	case <-done:
@@ -110,14 +110,14 @@ func (ws *websockets) Close(ctx context.Context) {
 	}
 }
 
-// endAll ends the websockets that which picks. New ones are refused from then on.
-func (ws *websockets) endAll(which func(*socket) bool) {
+// endAll ends the websockets that match. New ones are refused from then on.
+func (ws *websockets) endAll(match func(*socket) bool) {
 	ws.mu.Lock()
 	defer ws.mu.Unlock()
 	ws.closing = true
 	for s := range ws.open {
-		if which(s) {
-			ws.all.Go(func() { s.end(websocket.CloseGoingAway) })
+		if match(s) {
+			ws.running.Go(func() { s.end(websocket.CloseGoingAway) })
 		}
 	}
 }
@@ -144,8 +144,8 @@ func (s *socket) linger() {
 // bridge serves a websocket to its end.
 func (ws *websockets) bridge(s *socket, r *http.Request, protocols string) {
 	ctx, cancel := context.WithCancel(r.Context())
-	body, said := io.Pipe()
-	asked, err := http.NewRequestWithContext(ctx, http.MethodPost, r.URL.String(), body) //nolint:gosec // the gateway in this process serves it
+	body, bodyWriter := io.Pipe()
+	request, err := http.NewRequestWithContext(ctx, http.MethodPost, r.URL.String(), body) //nolint:gosec // the gateway in this process serves it
 	if err != nil {
 		cancel()
 		s.end(websocket.CloseInternalServerErr)
@@ -153,26 +153,26 @@ func (ws *websockets) bridge(s *socket, r *http.Request, protocols string) {
 	}
 	for _, name := range []string{"Origin", "Referer"} {
 		if v := r.Header.Get(name); v != "" {
-			asked.Header.Set(name, v)
+			request.Header.Set(name, v)
 		}
 	}
 	// Browsers cannot set other header fields of a websocket.
 	if _, token, ok := strings.Cut(protocols, "Bearer,"); ok {
-		asked.Header.Set("Authorization", "Bearer "+strings.Trim(token, " "))
+		request.Header.Set("Authorization", "Bearer "+strings.Trim(token, " "))
 	} else if protocols != "" {
-		asked.Header.Set("Authorization", "")
+		request.Header.Set("Authorization", "")
 	}
 	if cookie, err := r.Cookie("token"); err == nil {
-		asked.Header.Set("Authorization", "Bearer "+cookie.Value)
+		request.Header.Set("Authorization", "Bearer "+cookie.Value)
 	}
 	var reading sync.WaitGroup
 	reading.Go(func() {
-		said.CloseWithError(ws.read(ctx, s, said))
+		bodyWriter.CloseWithError(ws.read(ctx, s, bodyWriter))
 		cancel()
 		s.linger()
 	})
 	lines := &lineWriter{to: s, header: make(http.Header)}
-	ws.api.ServeHTTP(lines, asked)
+	ws.api.ServeHTTP(lines, request)
 	lines.flush()
 	cancel()
 	_ = body.Close() // it never fails
@@ -182,13 +182,13 @@ func (ws *websockets) bridge(s *socket, r *http.Request, protocols string) {
 	_ = s.Close()
 }
 
-// read sends on to said what the client sends, a line for each message. It returns io.EOF at the
-// client's end.
-func (ws *websockets) read(ctx context.Context, s *socket, said *io.PipeWriter) error {
+// read writes what the client sends to bodyWriter, a line for each message. It returns io.EOF at
+// the client's end.
+func (ws *websockets) read(ctx context.Context, s *socket, bodyWriter *io.PipeWriter) error {
 	s.SetReadLimit(ws.limit) // it tells the client
 	var value jsonSize
 	reserved := reservation{budget: ws.budget, expire: func() {
-		_ = said.CloseWithError(errBodyLate) // it never fails
+		_ = bodyWriter.CloseWithError(errBodyLate) // it never fails
 		s.end(websocket.CloseTryAgainLater)
 	}}
 	defer reserved.release()
@@ -197,33 +197,23 @@ func (ws *websockets) read(ctx context.Context, s *socket, said *io.PipeWriter) 
 		if err != nil {
 			return io.EOF
 		}
-		message, err := mem.ReadAll(&messageReader{Reader: r, ctx: ctx, unfinished: value.n, limit: ws.limit, reserved: &reserved}, rpc.Buffers)
-		if err == nil && value.n == 0 && isBlank(message) {
+		message, err := mem.ReadAll(&budgetReader{
+			Reader: r, ctx: ctx, free: freeBody, need: ws.limit, unfinished: value.n, reserved: &reserved,
+		}, rpc.Buffers)
+		if err != nil {
+			message.Free()
+			return io.EOF
+		}
+		if value.n == 0 && isBlank(message) {
 			message.Free() // the decoder would keep it until the next value
 			reserved.release()
 			continue
 		}
-		if err == nil {
-			ws.mu.Lock()
-			s.used = true
-			ws.mu.Unlock()
-			for _, b := range message {
-				if value.add(b.ReadOnlyData()); value.n > ws.limit {
-					s.sendClose(websocket.CloseMessageTooBig)
-					err = websocket.ErrReadLimit
-					break
-				}
-			}
-		}
-		for _, b := range message {
-			if err == nil {
-				_, err = said.Write(b.ReadOnlyData())
-			}
-		}
+		ws.mu.Lock()
+		s.used = true
+		ws.mu.Unlock()
+		err = ws.forward(s, message, &value, bodyWriter)
 		message.Free()
-		if err == nil {
-			_, err = said.Write([]byte("\n"))
-		}
 		if err != nil {
 			return io.EOF
 		}
@@ -233,28 +223,24 @@ func (ws *websockets) read(ctx context.Context, s *socket, said *io.PipeWriter) 
 	}
 }
 
-// messageReader reads a websocket message. Before it exceeds [freeBody], together with the JSON
-// value that has begun in the messages before, it makes a reservation.
-type messageReader struct {
-	io.Reader
-	ctx        context.Context
-	unfinished int64 // bytes of the value, and of the message so far
-	limit      int64 // of a message, in bytes
-	reserved   *reservation
-}
-
-// Read implements io.Reader.
-func (m *messageReader) Read(p []byte) (int, error) {
-	if m.unfinished+int64(len(p)) > freeBody && !m.reserved.held() {
-		if free := freeBody - m.unfinished; free > 0 {
-			p = p[:free]
-		} else if err := m.reserved.acquire(m.ctx, m.limit); err != nil {
-			return 0, err
+// forward writes a message as a line of the body, unless the JSON value that it belongs to becomes
+// too long.
+func (ws *websockets) forward(s *socket, message mem.BufferSlice, value *jsonSize, bodyWriter *io.PipeWriter) error {
+	for _, b := range message {
+		if value.add(b.ReadOnlyData()); value.n > ws.limit {
+			s.sendClose(websocket.CloseMessageTooBig)
+			return websocket.ErrReadLimit
 		}
 	}
-	n, err := m.Reader.Read(p)
-	m.unfinished += int64(n)
-	return n, err
+	for _, b := range message {
+		if _, err := bodyWriter.Write(b.ReadOnlyData()); err != nil {
+			return err
+		}
+	}
+	newline := []byte("\n")
+	value.add(newline)
+	_, err := bodyWriter.Write(newline)
+	return err
 }
 
 // isBlank reports whether a message has nothing but JSON's white space.
@@ -270,8 +256,7 @@ type jsonSize struct {
 	escaped bool
 }
 
-// add counts data. Outside of objects, arrays and strings it starts again: no value that the
-// gateway takes is longer there.
+// add counts data, and starts again at the end of a value.
 func (j *jsonSize) add(data []byte) {
 	for _, c := range data {
 		j.n++
@@ -287,7 +272,8 @@ func (j *jsonSize) add(data []byte) {
 		case c == '}' || c == ']':
 			j.depth--
 		}
-		if j.depth <= 0 && !j.quoted && !j.escaped {
+		// a number or a word ends with the character after it
+		if j.depth <= 0 && !j.quoted && !j.escaped && strings.IndexByte(" \t\r\n,:}]\"", c) >= 0 {
 			j.n, j.depth = 0, 0
 		}
 	}

@@ -71,8 +71,8 @@ type Handler interface {
 type Config struct {
 	Handler Handler
 	Pool    mem.BufferPool // of all buffers; it clears what it is given back
-	// WriteBuffer is what the connection writes to: itself, or what is below TLS. Nil: [NewServer]
-	// and [NewClient] wrap the connection in one.
+	// WriteBuffer is what the connection writes to: itself, or what is below TLS, after the
+	// handshake. Nil: [NewServer] and [NewClient] wrap the connection in one.
 	WriteBuffer *writebuffer.Buffer
 	// Plaintext is set without TLS: long data is then written from where it is, without a copy.
 	Plaintext bool

@@ -92,9 +92,10 @@ type pings struct {
 
 // ackDelay is how long the acknowledgement of a ping waits for frames that it can leave with. A
 // peer of grpc-go sends a ping with nearly every message to estimate the bandwidth, and a write for
-// each acknowledgement would double the number of writes. Only a ping that follows another one
-// within the same time is delayed, so that a connection with few calls needs no timer.
-const ackDelay = 5 * time.Millisecond
+// each acknowledgement would double the number of writes. It is longer than a call of a busy client
+// takes, or the timer would expire between calls. Only a ping that follows another one within the
+// same time is delayed, so that a connection with few calls needs no timer.
+const ackDelay = 25 * time.Millisecond
 
 // acknowledge writes the acknowledgement of a ping, which may wait if the ping has come soon after
 // another one. The caller holds mu.

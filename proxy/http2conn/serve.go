@@ -44,6 +44,7 @@ func (c *Conn) Serve() error {
 		c.sendGoAway(v.code, v.text)
 	}
 	c.fail(err)
+	c.writeBuffer.BeforeRead(nil)
 	c.recv.in.free()
 	if !detached {
 		_, _ = io.Copy(io.Discard, c.conn) // it ends at once, unless the connection lingers
@@ -56,6 +57,7 @@ func (c *Conn) Serve() error {
 }
 
 func (r *receiver) serve() error {
+	r.writeBuffer.BeforeRead(r.beforeRead)
 	if r.cfg.HandshakeTimeout > 0 {
 		if err := r.setReadDeadline(time.Now().Add(r.cfg.HandshakeTimeout)); err != nil {
 			return err
@@ -118,7 +120,6 @@ func (r *receiver) lingers() bool {
 
 func (r *receiver) readPreface() error {
 	var got [len(http2.ClientPreface)]byte
-	r.cfg.Handler.FlushNeeded()
 	if _, err := io.ReadFull(r.conn, got[:]); err != nil {
 		return fmt.Errorf("read the preface: %w", err)
 	}
@@ -140,24 +141,17 @@ func (c *Conn) sendGoAway(code http2.ErrCode, text string) {
 	c.Flush()
 }
 
-// read reads from the connection after a flush: the peer may wait for what is pending.
-func (r *receiver) read(b []byte) (int, error) {
+// beforeRead flushes before the network is read: the peer may wait for what is pending. Over TLS
+// the records that were read ahead are handled before, and what they cause leaves in one write.
+//
+// It pauses reading from a peer that sends but does not read, or responses to it would collect
+// without limit. For the keepalive timer such a peer is idle.
+func (r *receiver) beforeRead() {
 	r.cfg.Handler.FlushNeeded()
 	if r.cfg.BeforeRead != nil {
 		r.cfg.BeforeRead()
 	}
 	r.reading.Store(true)
-	r.waitForWriter()
-	n, err := r.conn.Read(b)
-	r.reading.Store(false)
-	r.reads.Add(1)
-	r.bytesRead += int64(n)
-	return n, err
-}
-
-// waitForWriter pauses reading from a peer that sends but does not read, or responses to it would
-// collect without limit. For the keepalive timer such a peer is idle.
-func (r *receiver) waitForWriter() {
 	for r.writeBuffer.Full() {
 		r.mu.Lock()
 		waiting := r.out.size()
@@ -170,6 +164,15 @@ func (r *receiver) waitForWriter() {
 		}
 		r.writeBuffer.Wait()
 	}
+}
+
+// read reads from the connection.
+func (r *receiver) read(b []byte) (int, error) {
+	n, err := r.conn.Read(b)
+	r.reading.Store(false)
+	r.reads.Add(1)
+	r.bytesRead += int64(n)
+	return n, err
 }
 
 // writeBufferEmpty continues with pending frames when the peer reads again.

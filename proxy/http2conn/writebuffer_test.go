@@ -2,6 +2,7 @@ package http2conn
 
 import (
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -11,6 +12,9 @@ import (
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
+	"time"
+
+	"golang.org/x/net/http2"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/writebuffer"
 )
@@ -45,19 +49,19 @@ func TestPairOfSmallBuffers(t *testing.T) {
 			t.Parallel()
 			near, far := sockets(t)
 			client, server := caller(), echo()
-			for _, h := range []*handler{server, client} {
-				conn, pool := near, new(ledger)
-				if h == server {
-					conn = far
-				}
-				top, cfg := over(conn, h == server)
-				cfg.Handler, cfg.Pool = h, pool
-				if h == server {
-					serving(t, h, pool, NewServer(top, cfg))
-				} else {
-					serving(t, h, pool, NewClient(top, cfg))
+			clientConn, clientConfig := over(near, false)
+			serverConn, serverConfig := over(far, true)
+			if secure, ok := serverConn.(*tls.Conn); ok {
+				shaken := make(chan error, 1)
+				go func() { shaken <- secure.Handshake() }()
+				if err := errors.Join(clientConn.(*tls.Conn).Handshake(), <-shaken); err != nil {
+					t.Fatal(err)
 				}
 			}
+			clientConfig.Handler, clientConfig.Pool = client, new(ledger)
+			serverConfig.Handler, serverConfig.Pool = server, new(ledger)
+			serving(t, server, serverConfig.Pool.(*ledger), NewServer(serverConn, serverConfig))
+			serving(t, client, clientConfig.Pool.(*ledger), NewClient(clientConn, clientConfig))
 			var all sync.WaitGroup
 			for i := range 6 {
 				all.Go(func() {
@@ -75,6 +79,84 @@ func TestPairOfSmallBuffers(t *testing.T) {
 			}
 			all.Wait()
 		})
+	}
+}
+
+// corked collects what is written to a connection until it is uncorked.
+type corked struct {
+	net.Conn
+	cork    bool
+	written []byte
+}
+
+// Write implements net.Conn.
+func (c *corked) Write(b []byte) (int, error) {
+	if !c.cork {
+		return c.Conn.Write(b)
+	}
+	c.written = append(c.written, b...)
+	return len(b), nil
+}
+
+// TestRecordsAreHandledTogether: TLS records that arrive at once are answered in one write, though
+// TLS returns them one by one. etcd's server sends a record for each frame.
+func TestRecordsAreHandledTogether(t *testing.T) {
+	const records = 20
+	certified := httptest.NewTLSServer(nil)
+	defer certified.Close()
+	trusting := certified.Client().Transport.(*http.Transport).TLSClientConfig.Clone()
+	trusting.ServerName = "example.com"
+	near, far := loopback(t)
+	wire := &corked{Conn: near}
+	client, buffer := tls.Client(wire, trusting), writebuffer.New(far)
+	server := tls.Server(buffer, certified.TLS)
+	shaken := make(chan error, 1)
+	go func() { shaken <- server.Handshake() }()
+	if err := errors.Join(client.Handshake(), <-shaken); err != nil {
+		t.Fatal(err)
+	}
+	var reads atomic.Int64
+	h, pool := new(handler), new(ledger)
+	serving(t, h, pool, NewServer(server, Config{
+		Handler: h, Pool: pool, WriteBuffer: buffer, BeforeRead: func() { reads.Add(1) },
+	}))
+	if err := client.SetDeadline(time.Now().Add(patience)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := client.Write([]byte(http2.ClientPreface)); err != nil {
+		t.Fatal(err)
+	}
+	framer := http2.NewFramer(client, client)
+	// Each exchange is over when all its SETTINGS frames are acknowledged.
+	exchange := func(frames int) {
+		t.Helper()
+		for range frames {
+			if err := framer.WriteSettings(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if wire.cork = false; len(wire.written) > 0 {
+			if _, err := wire.Write(wire.written); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for frames > 0 {
+			f, err := framer.ReadFrame()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if f, ok := f.(*http2.SettingsFrame); ok && f.IsAck() {
+				frames--
+			}
+		}
+	}
+	exchange(1)
+	before := reads.Load()
+	wire.cork = true
+	exchange(records)
+	// Each write is followed by a read, and a large batch may arrive in several parts.
+	if got := reads.Load() - before; got > records/4 {
+		t.Errorf("%d records were answered in up to %d writes", records, got)
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/x509"
 	"log/slog"
+	"slices"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/logonce"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
@@ -67,18 +68,7 @@ func (id *Identity) authorise(lists *clientLists) {
 }
 
 func (id *Identity) in(list map[string]bool) bool {
-	if len(list) == 0 {
-		return false
-	}
-	if id.CommonName != "" && list[id.CommonName] {
-		return true
-	}
-	for _, n := range id.Names {
-		if list[n] {
-			return true
-		}
-	}
-	return false
+	return id.CommonName != "" && list[id.CommonName] || slices.ContainsFunc(id.Names, func(name string) bool { return list[name] })
 }
 
 // Denials logs and tells each denied client once, however often it comes back.

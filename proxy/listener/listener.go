@@ -15,6 +15,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/unixsocket"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/metrics"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/tlsfiles"
@@ -59,8 +61,8 @@ const LateHandshake = time.Second
 
 // Listener accepts connections, finds out who is there and hands them on.
 type Listener struct {
-	Config Config
-	net.Listener
+	Config     Config
+	sockets    []net.Listener  // at least one
 	TLS        *tlsfiles.Files // nil for cleartext
 	lists      atomic.Pointer[clientLists]
 	conns      connSet
@@ -69,9 +71,8 @@ type Listener struct {
 	log        *slog.Logger
 	metrics    *metrics.Metrics
 
-	mu         sync.Mutex
-	lastLog    time.Time // of a failed handshake
-	suppressed int       // since then
+	rejected       atomic.Int64 // connections, since the last one that was logged
+	rejectedLogged rate.Sometimes
 }
 
 // Conn is a connection that has been identified.
@@ -97,7 +98,7 @@ func (c *Conn) Close() error {
 
 // Listen checks cfg and binds its address.
 func Listen(cfg Config, log *slog.Logger, m *metrics.Metrics) (*Listener, error) {
-	l := &Listener{Config: cfg, log: log, metrics: m}
+	l := &Listener{Config: cfg, log: log, metrics: m, rejectedLogged: rate.Sometimes{Interval: time.Second}}
 	l.lists.Store(newClientLists(cfg.AllowedClients, cfg.CiphertextClients))
 	err := cfg.checkLists(cfg.AllowedClients, cfg.CiphertextClients)
 	if err != nil {
@@ -110,16 +111,19 @@ func Listen(cfg Config, log *slog.Logger, m *metrics.Metrics) (*Listener, error)
 	}
 	l.hostPolicy = newHostPolicy(cfg, l.TLS)
 	m.ExpectListener(cfg.Address, cfg.TLS != nil && cfg.TLS.ClientCAFile != "")
-	if len(cfg.Sockets) > 0 {
-		l.Listener = joinListeners(cfg.Sockets)
-	} else if path, ok := strings.CutPrefix(cfg.Address, "unix://"); ok {
-		l.Listener, err = unixsocket.Listen(path, cmp.Or(cfg.Mode, 0o600))
+	if l.sockets = cfg.Sockets; len(l.sockets) > 0 {
+		return l, nil
+	}
+	var socket net.Listener
+	if path, ok := strings.CutPrefix(cfg.Address, "unix://"); ok {
+		socket, err = unixsocket.Listen(path, cmp.Or(cfg.Mode, 0o600))
 	} else {
-		l.Listener, err = net.Listen("tcp", cfg.Address)
+		socket, err = net.Listen("tcp", cfg.Address)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("listener %s: %w", cfg.Address, err)
 	}
+	l.sockets = []net.Listener{socket}
 	return l, nil
 }
 
@@ -134,6 +138,18 @@ func set(names []string) map[string]bool {
 // ErrNoFolder says that what should hold a unix socket is not there.
 var ErrNoFolder = unixsocket.ErrNoFolder
 
+// Addr is the address of the first socket.
+func (l *Listener) Addr() net.Addr { return l.sockets[0].Addr() }
+
+// Close closes all sockets.
+func (l *Listener) Close() error {
+	var err error
+	for _, socket := range l.sockets {
+		err = errors.Join(err, socket.Close())
+	}
+	return err
+}
+
 // Run accepts until the listener is closed, and returns once every connection is handed on or gone.
 // Connections that have not identified themselves by [LateHandshake] after the end of ctx are
 // closed.
@@ -141,36 +157,48 @@ func (l *Listener) Run(ctx context.Context, serve func(*Conn)) {
 	identifying, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
 	defer context.AfterFunc(ctx, func() { time.AfterFunc(LateHandshake, cancel) })()
-	var handshakes sync.WaitGroup
+	var accepting, handshakes sync.WaitGroup
 	defer handshakes.Wait()
+	for _, socket := range l.sockets {
+		accepting.Go(func() {
+			l.accept(ctx, socket, func(conn net.Conn) {
+				handshakes.Go(func() {
+					if c, err := l.identify(identifying, conn); err != nil {
+						_ = conn.Close()
+						if !errors.Is(err, errNothingSent) && ctx.Err() == nil {
+							l.handshakeFailed(conn, err)
+						}
+					} else {
+						serve(c)
+					}
+				})
+			})
+		})
+	}
+	accepting.Wait()
+}
+
+// accept calls accepted with each connection of a socket, until that is closed.
+func (l *Listener) accept(ctx context.Context, socket net.Listener, accepted func(net.Conn)) {
 	pause := time.Duration(0)
 	for {
-		conn, err := l.Accept()
-		if err != nil {
-			if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
-				return
-			}
-			// The process may be out of file descriptors: others will be closed.
-			pause = min(max(2*pause, 5*time.Millisecond), time.Second)
-			l.log.Error("connections cannot be accepted", "listener", l.Config.Address, "error", err)
-			select {
-			case <-ctx.Done():
-				return
-			case <-time.After(pause):
-			}
+		conn, err := socket.Accept()
+		if err == nil {
+			pause = 0
+			accepted(conn)
 			continue
 		}
-		pause = 0
-		handshakes.Go(func() {
-			if c, err := l.identify(identifying, conn); err != nil {
-				_ = conn.Close()
-				if !errors.Is(err, errNothingSent) && ctx.Err() == nil {
-					l.handshakeFailed(conn, err)
-				}
-			} else {
-				serve(c)
-			}
-		})
+		if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
+			return
+		}
+		// The process may be out of file descriptors: others will be closed.
+		pause = min(max(2*pause, 5*time.Millisecond), time.Second)
+		l.log.Error("connections cannot be accepted", "listener", l.Config.Address, "error", err)
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(pause):
+		}
 	}
 }
 
@@ -202,10 +230,10 @@ func (l *Listener) identify(ctx context.Context, conn net.Conn) (*Conn, error) {
 	if l.TLS != nil {
 		limited, cancel := context.WithTimeout(ctx, HandshakeTimeout)
 		defer cancel()
-		heard := &readConn{Conn: conn}
-		secure := tls.Server(heard, by.files)
+		client := &readConn{Conn: conn}
+		secure := tls.Server(client, by.files)
 		if err := secure.HandshakeContext(limited); err != nil {
-			if !heard.hasRead {
+			if !client.hasRead {
 				err = errors.Join(errNothingSent, err)
 			}
 			return nil, err
@@ -241,12 +269,8 @@ func (l *Listener) identify(ctx context.Context, conn net.Conn) (*Conn, error) {
 // handshakeFailed logs at most once a second, or a port scan would fill the log.
 func (l *Listener) handshakeFailed(conn net.Conn, err error) {
 	l.metrics.HandshakeFailures.WithLabelValues(l.Config.Address).Inc()
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if now := time.Now(); now.Sub(l.lastLog) < time.Second {
-		l.suppressed++
-	} else {
-		l.log.Warn("connection rejected", "listener", l.Config.Address, "remote", conn.RemoteAddr().String(), "error", err, "notLoggedBefore", l.suppressed)
-		l.lastLog, l.suppressed = now, 0
-	}
+	l.rejected.Add(1)
+	l.rejectedLogged.Do(func() {
+		l.log.Warn("connection rejected", "listener", l.Config.Address, "remote", conn.RemoteAddr().String(), "error", err, "notLoggedBefore", l.rejected.Swap(0)-1)
+	})
 }

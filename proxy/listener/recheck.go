@@ -24,8 +24,8 @@ func newClientLists(allowed, ciphertext []string) *clientLists {
 	return &clientLists{allowed: set(allowed), ciphertext: set(ciphertext)}
 }
 
-// criteria are what a client is admitted by: the TLS files and the lists of a moment. Other terms
-// are other pointers.
+// criteria are what a client is admitted by: the TLS files and the lists of a moment. They are
+// compared by their pointers.
 type criteria struct {
 	files *tls.Config
 	lists *clientLists
@@ -44,15 +44,15 @@ type connSet struct {
 
 // criteria returns those of the moment.
 func (l *Listener) criteria() criteria {
-	t := criteria{lists: l.lists.Load()}
+	now := criteria{lists: l.lists.Load()}
 	if l.TLS != nil {
-		t.files = l.TLS.Get()
+		now.files = l.TLS.Get()
 	}
-	return t
+	return now
 }
 
 // admit notes an identified connection, unless its client would not be admitted any more. The
-// connection's own terms are those that it was identified by.
+// connection was identified by the criteria in by.
 func (l *Listener) admit(c *Conn, by criteria) error {
 	if len(c.certs) == 0 {
 		return nil
@@ -66,7 +66,7 @@ func (l *Listener) admit(c *Conn, by criteria) error {
 		l.conns.expires = c.expires
 	}
 	l.conns.mu.Unlock()
-	// The terms may have changed since the handshake, before recheck could see this connection.
+	// The criteria may have changed since the handshake, before recheck could see this connection.
 	now := l.criteria()
 	if now == by {
 		return nil
@@ -89,24 +89,24 @@ var errOtherLists = errors.New("allowedClients or ciphertextClients have changed
 
 // admits reports whether the client of a connection would be admitted as it was, and until when its
 // certificate is valid.
-func (t criteria) admits(c *Conn, at time.Time) (until time.Time, err error) {
+func (now criteria) admits(c *Conn, at time.Time) (until time.Time, err error) {
 	intermediates := x509.NewCertPool()
 	for _, cert := range c.certs[1:] {
 		intermediates.AddCert(cert)
 	}
 	chains, err := c.certs[0].Verify(x509.VerifyOptions{
-		Roots: t.files.ClientCAs, Intermediates: intermediates, CurrentTime: at, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+		Roots: now.files.ClientCAs, Intermediates: intermediates, CurrentTime: at, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
 	})
 	if err != nil {
 		return time.Time{}, fmt.Errorf("verify client certificate: %w", err)
 	}
-	if t.files.VerifyConnection != nil {
-		if err := t.files.VerifyConnection(tls.ConnectionState{PeerCertificates: c.certs, VerifiedChains: chains}); err != nil {
+	if now.files.VerifyConnection != nil {
+		if err := now.files.VerifyConnection(tls.ConnectionState{PeerCertificates: c.certs, VerifiedChains: chains}); err != nil {
 			return time.Time{}, err
 		}
 	}
 	id := *c.Identity
-	if id.authorise(t.lists); id.Denied != c.Identity.Denied || id.Ciphertext != c.Identity.Ciphertext {
+	if id.authorise(now.lists); id.Denied != c.Identity.Denied || id.Ciphertext != c.Identity.Ciphertext {
 		return time.Time{}, errOtherLists
 	}
 	return validUntil(chains), nil
@@ -128,8 +128,8 @@ func validUntil(chains [][]*x509.Certificate) (until time.Time) {
 	return until
 }
 
-// RecheckUntil checks the open connections again whenever the terms have changed or a certificate
-// has expired, until ctx ends.
+// RecheckUntil checks the open connections again whenever the criteria have changed or a
+// certificate has expired, until ctx ends.
 func (l *Listener) RecheckUntil(ctx context.Context) {
 	if l.TLS == nil || l.Config.TLS.ClientCAFile == "" {
 		return
@@ -164,11 +164,11 @@ func (l *Listener) recheck(at time.Time) {
 	ended := make(map[[2]string]int) // by client and reason
 	var first time.Time
 	for _, c := range conns {
-		of := c.fingerprint()
-		v, ok := seen[of]
+		fingerprint := c.fingerprint()
+		v, ok := seen[fingerprint]
 		if !ok {
 			v.until, v.err = now.admits(c, at)
-			seen[of] = v
+			seen[fingerprint] = v
 		}
 		if v.err == nil {
 			if first.IsZero() || v.until.Before(first) {
@@ -193,12 +193,13 @@ func (l *Listener) recheck(at time.Time) {
 		l.conns.expires = first
 	}
 	l.conns.mu.Unlock()
-	for of, n := range ended {
-		l.log.Warn("connections ended: the client would not be admitted as it was any more", "listener", l.Config.Address, "client", of[0], "connections", n, "because", of[1])
+	for clientAndReason, n := range ended {
+		l.log.Warn("connections ended: the client would not be admitted as it was any more", "listener", l.Config.Address, "client", clientAndReason[0], "connections", n, "because", clientAndReason[1])
 	}
 }
 
-// due returns the connections to check, nil if nothing has changed. The caller holds open.checking.
+// due returns the connections to check, nil if nothing has changed. The caller holds
+// conns.checking.
 func (l *Listener) due(now criteria, at time.Time) []*Conn {
 	l.conns.mu.Lock()
 	defer l.conns.mu.Unlock()

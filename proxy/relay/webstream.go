@@ -78,6 +78,7 @@ func serveWeb(st *clientStream, end bool) {
 		ctx: ctx, cancel: cancel, header: make(http.Header),
 	}
 	w.in = newStreamInput(w.consumed, nil, end)
+	w.body.ctx, w.body.end = context.WithCancel(ctx)
 	var err error
 	if w.request, err = webRequest(ctx, st.fields, st.session.id.Remote); err != nil {
 		cancel()
@@ -374,7 +375,7 @@ func (w *webStream) Read(b []byte) (int, error) {
 		}
 	}
 	w.expect()
-	n, err := w.in.read(w.ctx, b)
+	n, err := w.in.read(w.body.ctx, b)
 	if err != nil && !errors.Is(err, io.EOF) {
 		return n, errBodyEnded
 	}
@@ -383,8 +384,11 @@ func (w *webStream) Read(b []byte) (int, error) {
 
 // webBody is how much of a request's body was read. The JSON gateway keeps a body until it has
 // decoded it, like a message of gRPC: until the handler returns, it counts as received by the
-// stream. All other handlers pass it on at once. Only the goroutine of the handler uses it.
+// stream. All other handlers pass it on at once. Only the goroutine of the handler uses it, but for
+// end.
 type webBody struct {
+	ctx      context.Context // of its reads
+	end      context.CancelFunc
 	kept     bool
 	read     int
 	expected bool // Expect was called
@@ -420,6 +424,16 @@ func (w *webStream) expect() {
 }
 
 var errBodyEnded = errors.New("the client has left")
+
+// SetReadDeadline implements what [http.ResponseController] calls. It supports no other deadline
+// than one that has passed: then the handler can read no more of the body.
+func (w *webStream) SetReadDeadline(t time.Time) error {
+	if t.IsZero() || time.Now().Before(t) {
+		return http.ErrNotSupported
+	}
+	w.body.end()
+	return nil
+}
 
 // Close implements io.Closer for the body of the request.
 func (*webStream) Close() error { return nil }

@@ -22,7 +22,6 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/experimental"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
-	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/status"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/metrics"
@@ -146,15 +145,7 @@ func (c Config) credentials(log *slog.Logger) (credentials.TransportCredentials,
 	if err != nil || !secure {
 		return insecure.NewCredentials(), err
 	}
-	files := c.TLS
-	if files == nil {
-		files = &TLS{}
-	}
-	creds, err := files.credentials(log)
-	if err != nil {
-		return nil, fmt.Errorf("etcd TLS: %w", err)
-	}
-	return creds, nil
+	return c.TLS.credentials(log)
 }
 
 // clientRecvBytes bounds an answer to a client of [NewClient]: who asks for more is told so, and
@@ -241,7 +232,7 @@ func (u *Cluster) Run(ctx context.Context) {
 			logged = false
 		case connectivity.TransientFailure:
 			if !logged {
-				u.log.Warn("etcd is unreachable; the proxy keeps trying", "endpoints", u.Endpoints, "error", u.whyDown(ctx))
+				u.log.Warn("etcd is unreachable; the proxy keeps trying", "endpoints", u.Endpoints, "error", status.Convert(u.checkHealth(ctx)).Message())
 			}
 			logged = true
 		}
@@ -251,12 +242,14 @@ func (u *Cluster) Run(ctx context.Context) {
 	}
 }
 
-// whyDown asks for etcd's health only to learn why no connection can be made.
-func (u *Cluster) whyDown(ctx context.Context) string {
+// checkHealth asks etcd for its health. The error says why no connection can be made, or that it is
+// a learner.
+func (u *Cluster) checkHealth(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, ConnectWait)
 	defer cancel()
-	err := u.conn.Invoke(ctx, "/grpc.health.v1.Health/Check", &rpc.Message{Data: mem.BufferSlice{}}, &rpc.Message{})
-	return status.Convert(err).Message()
+	out := new(rpc.Message)
+	defer out.Free()
+	return u.conn.Invoke(ctx, healthpb.Health_Check_FullMethodName, new(rpc.Message), out)
 }
 
 func (u *Cluster) setConnected(up bool) {

@@ -28,7 +28,7 @@ func address(endpoint string) (network, addr string) {
 var errProtocol = errors.New("another protocol")
 
 // DialEndpoint connects to an endpoint, over TLS where the endpoints have that, to speak protocol.
-// What conn writes to is outlet.
+// What conn writes to is buffer.
 func (u *Cluster) DialEndpoint(ctx context.Context, endpoint, protocol string) (conn net.Conn, buffer *writebuffer.Buffer, err error) {
 	return dialEndpoint(ctx, endpoint, u.TLS, protocol)
 }
@@ -37,15 +37,15 @@ func (u *Cluster) DialEndpoint(ctx context.Context, endpoint, protocol string) (
 func dialEndpoint(ctx context.Context, endpoint string, creds *Credentials, protocol string) (conn net.Conn, buffer *writebuffer.Buffer, err error) {
 	network, addr := address(endpoint)
 	var dialer net.Dialer
-	bare, err := dialer.DialContext(ctx, network, addr)
+	plain, err := dialer.DialContext(ctx, network, addr)
 	if err != nil {
 		return nil, nil, err
 	}
-	buffer = writebuffer.New(bare)
+	buffer = writebuffer.New(plain)
 	if creds == nil {
 		return buffer, buffer, nil
 	}
-	cfg := creds.config().Clone()
+	cfg := creds.Files.Get().Clone()
 	cfg.NextProtos = []string{protocol}
 	if cfg.ServerName == "" {
 		cfg.ServerName = path.Base(addr) // of a socket, which is what etcd's client library takes
@@ -53,16 +53,16 @@ func dialEndpoint(ctx context.Context, endpoint string, creds *Credentials, prot
 			cfg.ServerName = host
 		}
 	}
-	over := tls.Client(buffer, cfg)
-	if err := over.HandshakeContext(ctx); err != nil {
+	secure := tls.Client(buffer, cfg)
+	if err := secure.HandshakeContext(ctx); err != nil {
 		_ = buffer.Close()
 		return nil, nil, err
 	}
-	if got := over.ConnectionState().NegotiatedProtocol; got != protocol && got != "" {
-		_ = over.Close()
+	if got := secure.ConnectionState().NegotiatedProtocol; got != protocol && got != "" {
+		_ = secure.Close()
 		return nil, nil, fmt.Errorf("%w: %s speaks %q over TLS, and not %q", errProtocol, endpoint, got, protocol)
 	}
-	return over, buffer, nil
+	return secure, buffer, nil
 }
 
 // Origin is the scheme and the authority that requests to an endpoint name.

@@ -41,13 +41,9 @@ func newHTTP(cfg Config, u *Cluster) (*HTTP, error) {
 		}
 		e.endpoints, e.separate = cfg.HTTPEndpoints, true
 		if e.Tls == nil {
-			files := cfg.TLS
-			if files == nil {
-				files = &TLS{}
-			}
 			var err error
-			if e.Tls, err = files.credentials(u.log); err != nil {
-				return nil, fmt.Errorf("etcd TLS: %w", err)
+			if e.Tls, err = cfg.TLS.credentials(u.log); err != nil {
+				return nil, err
 			}
 		}
 	}

@@ -5,10 +5,7 @@ import (
 	"time"
 
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
-	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
-
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 )
 
 // A learner of etcd's serves Status, serializable reads and snapshots, and refuses every other
@@ -39,13 +36,8 @@ func refusedByLearner(err error) bool {
 // LearnerRefusal returns what etcd says to a call that learners refuse, if it is a learner, and
 // otherwise nil. The call is the question for its health.
 func (u *Cluster) LearnerRefusal(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(OutgoingContext(ctx), ConnectWait)
-	defer cancel()
-	out := new(rpc.Message)
-	defer out.Free()
-	err := u.conn.Invoke(ctx, healthpb.Health_Check_FullMethodName, new(rpc.Message), out)
-	if !refusedByLearner(err) {
-		return nil
+	if err := u.checkHealth(OutgoingContext(ctx)); refusedByLearner(err) {
+		return err
 	}
-	return err
+	return nil
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 
@@ -28,9 +29,13 @@ type Credentials struct {
 
 var _ credentials.TransportCredentials = (*Credentials)(nil)
 
+// credentials reads the files; those of a nil TLS verify etcd against the system's CAs.
 func (c *TLS) credentials(log *slog.Logger) (*Credentials, error) {
+	if c == nil {
+		c = &TLS{}
+	}
 	if (c.CertFile == "") != (c.KeyFile == "") {
-		return nil, errors.New("certFile and keyFile: one needs the other")
+		return nil, errors.New("etcd TLS: certFile and keyFile: one needs the other")
 	}
 	live := filewatch.Config{Paths: []string{c.CAFile, c.CertFile, c.KeyFile}, What: "etcd", Logger: log}
 	files, err := tlsfiles.New(live, func(data filewatch.Contents) (*tls.Config, []tlsfiles.Certificate, error) {
@@ -59,19 +64,15 @@ func (c *TLS) credentials(log *slog.Logger) (*Credentials, error) {
 		return cfg, held, nil
 	})
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("etcd TLS: %w", err)
 	}
 	return &Credentials{Files: files}, nil
 }
 
-// config is what the files of the moment make. Without a server name, each endpoint is verified
-// against its own host.
-func (c *Credentials) config() *tls.Config { return c.Files.Get() }
-
 // ClientHandshake implements credentials.TransportCredentials. authority is the endpoint's own
-// host.
+// host, which its certificate is verified against unless the configuration has a server name.
 func (c *Credentials) ClientHandshake(ctx context.Context, authority string, conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	cfg := c.config()
+	cfg := c.Files.Get()
 	if cfg.ServerName != "" {
 		authority = cfg.ServerName
 	}
@@ -102,7 +103,7 @@ func (c *Credentials) commonName() string {
 	if c == nil {
 		return ""
 	}
-	certs := c.config().Certificates
+	certs := c.Files.Get().Certificates
 	if len(certs) == 0 || certs[0].Leaf == nil {
 		return ""
 	}

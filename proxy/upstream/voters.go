@@ -27,10 +27,10 @@ type voters struct {
 	endpoints []string
 	client    atomic.Pointer[clientv3.Client] // nil until it is made
 
-	mu        sync.Mutex
-	following bool          // the endpoints are asked now and then
-	asking    chan struct{} // closed when they were asked; nil while they are not
-	hasVoter  bool          // at the last time, an endpoint answered that is no learner
+	mu       sync.Mutex
+	polling  bool          // the endpoints are queried now and then
+	querying chan struct{} // closed when they were queried; nil while they are not
+	hasVoter bool          // at the last time, an endpoint answered that is no learner
 }
 
 // voterAttempts is how often a call is made at most where learners refuse it. Calls that began
@@ -71,15 +71,15 @@ func (v *voters) avoidLearners(ctx context.Context) bool {
 		return false
 	}
 	v.mu.Lock()
-	if !v.following {
-		v.following, v.asking = true, make(chan struct{})
+	if !v.polling {
+		v.polling, v.querying = true, make(chan struct{})
 		go v.followRoles(client)
 	}
-	asking := v.asking
+	querying := v.querying
 	v.mu.Unlock()
-	if asking != nil {
+	if querying != nil {
 		select {
-		case <-asking:
+		case <-querying:
 		case <-ctx.Done():
 			return false
 		}
@@ -99,9 +99,9 @@ func (v *voters) followRoles(client *clientv3.Client) {
 			v.setEndpoints(client, learners, others)
 		}
 		v.mu.Lock()
-		close(v.asking)
-		v.asking, v.hasVoter, v.following = nil, others && !ended, len(learners) > 0 && !ended
-		again := v.following
+		close(v.querying)
+		v.querying, v.hasVoter, v.polling = nil, others && !ended, len(learners) > 0 && !ended
+		again := v.polling
 		v.mu.Unlock()
 		if !again {
 			return
@@ -111,7 +111,7 @@ func (v *voters) followRoles(client *clientv3.Client) {
 		case <-time.After(RoleInterval):
 		}
 		v.mu.Lock()
-		v.asking = make(chan struct{})
+		v.querying = make(chan struct{})
 		v.mu.Unlock()
 	}
 }

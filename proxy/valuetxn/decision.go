@@ -17,7 +17,7 @@ import (
 
 // decision gathers what a transaction was decided on.
 type decision struct {
-	*Txn
+	*txn
 	revision int64 // of all that was read; 0: nothing yet
 	batch    int   // how many reads etcd is requested at once
 	seen     map[*pb.Compare]outcome
@@ -44,17 +44,17 @@ func (d *decision) restart(err error) (*pb.TxnResponse, error) {
 func (d *decision) decideAll(ctx context.Context) error {
 	for level := []*pb.TxnRequest{d.request}; len(level) > 0; {
 		var compares []*pb.Compare
-		for _, txn := range level {
-			compares = append(compares, txn.GetCompare()...)
+		for _, request := range level {
+			compares = append(compares, request.GetCompare()...)
 		}
 		if err := d.readCompared(ctx, compares); err != nil {
 			return err
 		}
 		var next []*pb.TxnRequest
-		for _, txn := range level {
-			holds := d.decide(txn.GetCompare(), txn == d.request)
-			d.holds[txn] = holds
-			for _, op := range Branch(txn, holds) {
+		for _, request := range level {
+			holds := d.decide(request.GetCompare(), request == d.request)
+			d.holds[request] = holds
+			for _, op := range Branch(request, holds) {
 				if nested := op.GetRequestTxn(); nested != nil && d.byValue(nested) {
 					next = append(next, nested)
 				}
@@ -75,17 +75,17 @@ func (d *decision) settle(ops []*pb.RequestOp) []*pb.RequestOp {
 			settled[i], _ = proto.Clone(op).(*pb.RequestOp) // its sorts are changed in place
 			continue
 		}
-		txn := new(pb.TxnRequest)
+		taken := new(pb.TxnRequest)
 		for _, c := range nested.GetCompare() {
-			txn.Compare = append(txn.Compare, constant(c, holds))
+			taken.Compare = append(taken.Compare, constant(c, holds))
 		}
 		untaken := new(pb.TxnRequest)
 		proto.Merge(untaken, &pb.TxnRequest{Success: Branch(nested, !holds)})
 		d.neutralize(untaken)
-		if txn.Success, txn.Failure = d.settle(Branch(nested, holds)), untaken.GetSuccess(); !holds {
-			txn.Success, txn.Failure = txn.Failure, txn.Success
+		if taken.Success, taken.Failure = d.settle(Branch(nested, holds)), untaken.GetSuccess(); !holds {
+			taken.Success, taken.Failure = taken.Failure, taken.Success
 		}
-		settled[i] = &pb.RequestOp{Request: &pb.RequestOp_RequestTxn{RequestTxn: txn}}
+		settled[i] = &pb.RequestOp{Request: &pb.RequestOp_RequestTxn{RequestTxn: taken}}
 	}
 	return settled
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"hash/maphash"
+	"iter"
 	"math"
 	"math/rand/v2"
 	"slices"
@@ -63,8 +64,8 @@ func NewTurns() *Turns {
 	return t
 }
 
-// Take waits for the key's turn; done gives it back.
-func (t *Turns) Take(ctx context.Context, key []byte) (done func(), err error) {
+// take waits for the key's turn; done gives it back.
+func (t *Turns) take(ctx context.Context, key []byte) (done func(), err error) {
 	slot := t.slots[maphash.Bytes(t.seed, key)%uint64(len(t.slots))]
 	select {
 	case slot <- struct{}{}:
@@ -74,14 +75,14 @@ func (t *Turns) Take(ctx context.Context, key []byte) (done func(), err error) {
 	}
 }
 
-// NewTxn makes the work on a transaction, which it may change.
-func NewTxn(s Store, t *Turns, request *pb.TxnRequest) *Txn {
-	return &Txn{store: s, turns: t, request: request}
+// Txn serves a transaction that compares or sorts by values under a rule. It may change request.
+func Txn(ctx context.Context, s Store, turns *Turns, request *pb.TxnRequest) (*pb.TxnResponse, error) {
+	return (&txn{store: s, turns: turns, request: request}).serve(ctx)
 }
 
-// Serve returns the response to the transaction.
-func (t *Txn) Serve(ctx context.Context) (*pb.TxnResponse, error) {
-	t.strip(t.request)
+// serve returns the response to the transaction.
+func (t *txn) serve(ctx context.Context) (*pb.TxnResponse, error) {
+	strip(t.request)
 	if !t.byValue(t.request) {
 		return t.send(ctx, t.request, false)
 	}
@@ -92,13 +93,13 @@ func (t *Txn) Serve(ctx context.Context) (*pb.TxnResponse, error) {
 	for attempt := range maxAttempts {
 		response, err := t.attempt(ctx)
 		if status.Code(err) == codes.InvalidArgument {
-			err = t.Explain(ctx, err)
+			err = t.explain(ctx, err)
 		}
 		if response != nil || err != nil {
 			return response, err
 		}
 		if attempt == 0 {
-			done, err := t.turns.Take(ctx, t.compared)
+			done, err := t.turns.take(ctx, t.compared)
 			if err != nil {
 				return nil, err
 			}
@@ -115,8 +116,8 @@ func (t *Txn) Serve(ctx context.Context) (*pb.TxnResponse, error) {
 	return nil, errContended
 }
 
-// Txn is the work on one transaction.
-type Txn struct {
+// txn is the work on one transaction.
+type txn struct {
 	store    Store
 	turns    *Turns
 	request  *pb.TxnRequest
@@ -129,41 +130,54 @@ type Txn struct {
 
 // serializable reports whether etcd takes a transaction for one: both branches are serializable
 // ranges alone, and there may be none.
-func serializable(txn *pb.TxnRequest) bool {
+func serializable(request *pb.TxnRequest) bool {
 	other := func(op *pb.RequestOp) bool { return !op.GetRequestRange().GetSerializable() }
-	return !slices.ContainsFunc(txn.GetSuccess(), other) && !slices.ContainsFunc(txn.GetFailure(), other)
+	return !slices.ContainsFunc(request.GetSuccess(), other) && !slices.ContainsFunc(request.GetFailure(), other)
 }
 
 // check refuses, before anything is read for it, what etcd refuses whatever its keys hold, and what
 // is too much. Where something looks wrong, etcd says what it is, and whether it is.
-func (t *Txn) check(ctx context.Context) error {
+func (t *txn) check(ctx context.Context) error {
 	if checkTxn(t.request, maxTxnOps) != nil {
-		if err := t.Explain(ctx, nil); err != nil {
+		if err := t.explain(ctx, nil); err != nil {
 			return err
 		}
 	}
-	if all, ranges := t.compares(t.request); all > maxCompares || ranges > maxRangeCompares {
+	if all, ranges := t.compares(); all > maxCompares || ranges > maxRangeCompares {
 		return errManyCompares
 	}
 	return nil
 }
 
-// compares counts the compares that may have to be read.
-func (t *Txn) compares(txn *pb.TxnRequest) (all, ranges int) {
-	if !t.byValue(txn) {
-		return 0, 0
+// withNested yields a transaction and all that are nested in it, in either branch.
+func withNested(request *pb.TxnRequest) iter.Seq[*pb.TxnRequest] {
+	return func(yield func(*pb.TxnRequest) bool) { yieldNested(request, yield) }
+}
+
+func yieldNested(request *pb.TxnRequest, yield func(*pb.TxnRequest) bool) bool {
+	if !yield(request) {
+		return false
 	}
-	all = len(txn.GetCompare())
-	for _, c := range txn.GetCompare() {
-		if len(c.GetRangeEnd()) > 0 {
-			ranges++
+	for _, ops := range [][]*pb.RequestOp{request.GetSuccess(), request.GetFailure()} {
+		for _, op := range ops {
+			if nested := op.GetRequestTxn(); nested != nil && !yieldNested(nested, yield) {
+				return false
+			}
 		}
 	}
-	for _, ops := range [][]*pb.RequestOp{txn.GetSuccess(), txn.GetFailure()} {
-		for _, op := range ops {
-			if nested := op.GetRequestTxn(); nested != nil {
-				a, r := t.compares(nested)
-				all, ranges = all+a, ranges+r
+	return true
+}
+
+// compares counts the compares that may have to be read.
+func (t *txn) compares() (all, ranges int) {
+	for request := range withNested(t.request) {
+		if !t.byValue(request) {
+			continue
+		}
+		all += len(request.GetCompare())
+		for _, c := range request.GetCompare() {
+			if len(c.GetRangeEnd()) > 0 {
+				ranges++
 			}
 		}
 	}
@@ -171,38 +185,28 @@ func (t *Txn) compares(txn *pb.TxnRequest) (all, ranges int) {
 }
 
 // covered reports whether c compares by encrypted values.
-func (t *Txn) covered(c *pb.Compare) bool {
+func (t *txn) covered(c *pb.Compare) bool {
 	return c.GetTarget() == pb.Compare_VALUE && (t.store.Overlaps(c.GetKey(), c.GetRangeEnd()) || t.store.Overlaps(c.GetKey(), nil))
 }
 
 // strip takes away operands that etcd would ignore, and write to its log: a value where something
 // else is compared.
-func (t *Txn) strip(txn *pb.TxnRequest) {
-	for _, c := range txn.GetCompare() {
-		if _, isValue := c.GetTargetUnion().(*pb.Compare_Value); isValue && c.GetTarget() != pb.Compare_VALUE {
-			c.TargetUnion = nil
-		}
-	}
-	for _, ops := range [][]*pb.RequestOp{txn.GetSuccess(), txn.GetFailure()} {
-		for _, op := range ops {
-			if nested := op.GetRequestTxn(); nested != nil {
-				t.strip(nested)
+func strip(all *pb.TxnRequest) {
+	for request := range withNested(all) {
+		for _, c := range request.GetCompare() {
+			if _, isValue := c.GetTargetUnion().(*pb.Compare_Value); isValue && c.GetTarget() != pb.Compare_VALUE {
+				c.TargetUnion = nil
 			}
 		}
 	}
 }
 
-// byValue reports whether txn or one within it compares by encrypted values.
-func (t *Txn) byValue(txn *pb.TxnRequest) bool {
-	for _, c := range txn.GetCompare() {
-		if t.covered(c) {
-			t.compared = c.GetKey()
-			return true
-		}
-	}
-	for _, ops := range [][]*pb.RequestOp{txn.GetSuccess(), txn.GetFailure()} {
-		for _, op := range ops {
-			if nested := op.GetRequestTxn(); nested != nil && t.byValue(nested) {
+// byValue reports whether a transaction or one within it compares by encrypted values.
+func (t *txn) byValue(all *pb.TxnRequest) bool {
+	for request := range withNested(all) {
+		for _, c := range request.GetCompare() {
+			if t.covered(c) {
+				t.compared = c.GetKey()
 				return true
 			}
 		}
@@ -211,8 +215,8 @@ func (t *Txn) byValue(txn *pb.TxnRequest) bool {
 }
 
 // attempt returns nil and no error if what it had read was written meanwhile.
-func (t *Txn) attempt(ctx context.Context) (*pb.TxnResponse, error) {
-	d := &decision{Txn: t, batch: maxTxnOps, seen: make(map[*pb.Compare]outcome), holds: make(map[*pb.TxnRequest]bool), guarded: make(map[string]struct{})}
+func (t *txn) attempt(ctx context.Context) (*pb.TxnResponse, error) {
+	d := &decision{txn: t, batch: maxTxnOps, seen: make(map[*pb.Compare]outcome), holds: make(map[*pb.TxnRequest]bool), guarded: make(map[string]struct{})}
 	if err := d.decideAll(ctx); err != nil {
 		return d.restart(err)
 	}
@@ -249,10 +253,10 @@ func (t *Txn) attempt(ctx context.Context) (*pb.TxnResponse, error) {
 	return response, err
 }
 
-// Explain returns the error that etcd has for the transaction as it was requested, where it refused
+// explain returns the error that etcd has for the transaction as it was requested, where it refused
 // one that was made of it: of several things that are wrong the one that etcd meets first. It looks
 // at the operations of both branches before it looks for keys that are written twice in either.
-func (t *Txn) Explain(ctx context.Context, err error) error {
+func (t *txn) explain(ctx context.Context, err error) error {
 	var twice error
 	for i, ops := range [][]*pb.RequestOp{t.request.GetSuccess(), t.request.GetFailure()} {
 		if i > 0 && len(ops) == 0 {
@@ -282,7 +286,7 @@ func isTooManyOps(err error) bool {
 }
 
 // checkOnly is a transaction that does nothing and has etcd check ops; its compares do not hold.
-func (t *Txn) checkOnly(compares []*pb.Compare, ops []*pb.RequestOp) *pb.TxnRequest {
+func (t *txn) checkOnly(compares []*pb.Compare, ops []*pb.RequestOp) *pb.TxnRequest {
 	check, _ := proto.Clone(&pb.TxnRequest{Compare: compares, Success: ops}).(*pb.TxnRequest)
 	t.neutralize(check)
 	unsortedOps(t.store, check.GetSuccess())
@@ -292,7 +296,7 @@ func (t *Txn) checkOnly(compares []*pb.Compare, ops []*pb.RequestOp) *pb.TxnRequ
 // pad adds compares that hold, or do not, until there are n. The more a transaction has of
 // anything, the less etcd lets those within it have: where a part of it is sent alone, that
 // must not become more.
-func (t *Txn) pad(compares []*pb.Compare, n int, holds bool) []*pb.Compare {
+func (t *txn) pad(compares []*pb.Compare, n int, holds bool) []*pb.Compare {
 	for len(compares) < n {
 		compares = append(compares, constant(&pb.Compare{Key: []byte(cmp.Or(string(t.compared), "/"))}, holds))
 	}
@@ -301,16 +305,11 @@ func (t *Txn) pad(compares []*pb.Compare, n int, holds bool) []*pb.Compare {
 
 // neutralize puts constants in the place of all covered compares of a transaction that is never
 // taken.
-func (t *Txn) neutralize(txn *pb.TxnRequest) {
-	for i, c := range txn.GetCompare() {
-		if t.covered(c) {
-			txn.Compare[i] = constant(c, false)
-		}
-	}
-	for _, ops := range [][]*pb.RequestOp{txn.GetSuccess(), txn.GetFailure()} {
-		for _, op := range ops {
-			if nested := op.GetRequestTxn(); nested != nil {
-				t.neutralize(nested)
+func (t *txn) neutralize(all *pb.TxnRequest) {
+	for request := range withNested(all) {
+		for i, c := range request.GetCompare() {
+			if t.covered(c) {
+				request.Compare[i] = constant(c, false)
 			}
 		}
 	}
@@ -319,7 +318,7 @@ func (t *Txn) neutralize(txn *pb.TxnRequest) {
 // send sends a transaction under guards, and returns the response as the client is to see it: nil
 // if the guards did not hold. failed says that the branch is the one that was requested in case of
 // failure. A transaction of the client's own, which only sorts by value, has no guards.
-func (t *Txn) send(ctx context.Context, sent *pb.TxnRequest, failed bool) (*pb.TxnResponse, error) {
+func (t *txn) send(ctx context.Context, sent *pb.TxnRequest, failed bool) (*pb.TxnResponse, error) {
 	guarded := sent != t.request
 	if !guarded {
 		sent, _ = proto.Clone(sent).(*pb.TxnRequest)

@@ -1,5 +1,6 @@
-// Package writebuffer makes the writes of a network connection non-blocking. An HTTP/2 connection
-// writes to such a [Buffer], directly or through TLS.
+// Package writebuffer makes the writes of a network connection non-blocking, and tells when the
+// connection is about to wait for its peer. An HTTP/2 connection writes to such a [Buffer] and
+// reads from it, directly or through TLS.
 package writebuffer
 
 import (
@@ -31,6 +32,7 @@ type Buffer struct {
 	try    func(fd uintptr) bool
 	pool   mem.BufferPool // of kept
 	empty  func(error)    // called after kept was written, on the goroutine that wrote it
+	before func()         // nil or called before a read
 	full   atomic.Bool    // something is kept; changed under mu
 	writer sync.WaitGroup // the goroutine
 
@@ -59,6 +61,19 @@ func New(conn net.Conn) *Buffer {
 // Use makes writes non-blocking from now on. Kept bytes are in buffers of pool. empty is called
 // when they were written, or with the error of that, on a goroutine of the Buffer's.
 func (w *Buffer) Use(pool mem.BufferPool, empty func(error)) { w.pool, w.empty = pool, empty }
+
+// BeforeRead has f called before each read of the network, on the goroutine that reads. TLS reads
+// records ahead: of what it has read, it returns one record at a time without another read. f may
+// be nil. The caller must be the goroutine that reads, or no goroutine may read.
+func (w *Buffer) BeforeRead(f func()) { w.before = f }
+
+// Read implements net.Conn.
+func (w *Buffer) Read(b []byte) (int, error) {
+	if w.before != nil {
+		w.before()
+	}
+	return w.Conn.Read(b)
+}
 
 // Write implements net.Conn.
 func (w *Buffer) Write(b []byte) (int, error) {

@@ -493,11 +493,18 @@ func TestMemoryOfStreams(t *testing.T) {
 }
 
 // TestMemoryOfUnfinishedBodies: 200 connections send all but the end of a JSON request of 3.9 MB,
-// over HTTP/1 or as a websocket message. Small requests beside them are served, and once the
-// clients have left, so is a long one.
+// over HTTP/1, as a websocket message or over HTTP/2. Small requests beside them are served, and
+// once the clients have left, so is a long one.
 func TestMemoryOfUnfinishedBodies(t *testing.T) {
 	request := unfinishedJSON(3_900_000)
 	body := slices.Concat(request.front, bytes.Repeat([]byte("A"), request.size-len(request.front)))
+	put := func(t *testing.T, m *memorySite, size int) {
+		t.Helper()
+		if answer := m.put(t, size); answer != "HTTP/1.1 200 OK" {
+			t.Errorf("a request of %d bytes: %q", size, answer)
+		}
+	}
+	const short, long = len(`{"key":"L3dpdG5lc3M=","value":"AAAA"}`), 1_000_000
 	post := "POST /v3/kv/put HTTP/1.1\r\nHost: localhost\r\n"
 	length := binary.BigEndian.AppendUint64(nil, uint64(len(body)+2))
 	for name, head := range map[string]string{
@@ -507,12 +514,7 @@ func TestMemoryOfUnfinishedBodies(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := newMemorySite(t)
-			small := func() {
-				answer := m.put(t, len(`{"key":"L3dpdG5lc3M=","value":"AAAA"}`))
-				if answer != "HTTP/1.1 200 OK" {
-					t.Errorf("a small request: %q", answer)
-				}
-			}
+			small := func() { put(t, m, short) }
 			m.grows(t, 260, small, func() {
 				m.callsBesideSenders(t, func() *talker {
 					if name != "websocket" {
@@ -525,9 +527,26 @@ func TestMemoryOfUnfinishedBodies(t *testing.T) {
 					return talk(conn.NetConn())
 				}, append([]byte(head), body...), small)
 			})
-			if answer := m.put(t, 1_000_000); answer != "HTTP/1.1 200 OK" {
-				t.Errorf("a long request afterwards: %q", answer)
+			put(t, m, long)
+		})
+	}
+	for name, length := range map[string]int{"HTTP/2, with a length": request.size + 2, "HTTP/2, of unknown length": 0} {
+		t.Run(name, func(t *testing.T) {
+			m := newMemorySite(t)
+			if length > 0 {
+				request.header = append(slices.Clip(request.header), "content-length", strconv.Itoa(length))
 			}
+			m.grows(t, 320, func() { put(t, m, short) }, func() {
+				var senders sync.WaitGroup
+				for range 200 {
+					k := m.greetTLS(t, m.allowed)
+					defer k.Close()
+					senders.Go(func() { k.unfinished(t, 1, request, 3*time.Second) })
+				}
+				put(t, m, short)
+				senders.Wait()
+			})
+			put(t, m, long)
 		})
 	}
 }

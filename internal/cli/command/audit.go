@@ -67,22 +67,20 @@ func record(c *config.Audit, r auditlog.Record) error {
 }
 
 // LastTest returns when the log of the commands last recorded that an identity unwrapped a recovery
-// copy for the recipients keyID of a provider of kind age. It returns nil if there is no such
-// record, and prints a warning if the log cannot be read.
-func LastTest(c *config.Config, stderr io.Writer, provider, keyID string) *time.Time {
+// copy for the recipients keyID of a provider of kind age. It returns the zero time if there is no
+// such record, and prints a warning if the log cannot be read.
+func LastTest(c *config.Config, stderr io.Writer, provider, keyID string) time.Time {
 	if c.Audit == nil {
-		return nil
+		return time.Time{}
 	}
 	at, err := auditlog.Last(AuditPath(c.Audit.Path), func(r auditlog.Record) bool {
 		return r.Event == auditlog.EventCommand && r.Outcome == "ok" && r.Provider == provider && r.KeyID == keyID
 	})
 	if err != nil {
 		printable.Fprintf(stderr, "warning: when the offline key %s was last tested is not known: %v\n", printable.Name(provider), err)
+		return time.Time{}
 	}
-	if err != nil || at.IsZero() {
-		return nil
-	}
-	return &at
+	return at
 }
 
 // CallLog records the KMS calls of a command, and its uses of recovery copies, in the log of the

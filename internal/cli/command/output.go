@@ -54,3 +54,11 @@ func (o Output) Write(w io.Writer, report any, text func(io.Writer)) error {
 	e.SetEscapeHTML(false)
 	return e.Encode(report)
 }
+
+// Report writes a report to standard output as Write does. It returns [ErrFindings] unless ok.
+func (o Output) Report(cmd *cobra.Command, ok bool, report any, text func(io.Writer)) error {
+	if err := o.Write(cmd.OutOrStdout(), report, text); err != nil || ok {
+		return err
+	}
+	return ErrFindings
+}

@@ -4,9 +4,11 @@
 package stored
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"strings"
 	"sync"
@@ -66,6 +68,15 @@ func identityFlag(cmd *cobra.Command) *[]string {
 	return command.IdentityFlag(cmd, "which decrypts values by the recovery copies of providers of kind age if their KMS does not, also if its key is disabled")
 }
 
+// loadCluster is openCluster with the configuration at path.
+func loadCluster(cmd *cobra.Command, path string, o clusterOptions) (*cluster, error) {
+	c, err := command.LoadConfig(cmd, path, command.Checks(nil))
+	if err != nil {
+		return nil, err
+	}
+	return openCluster(cmd, c, o)
+}
+
 // openCluster connects to etcd and starts the rings. It waits for etcd, and for the first poll of
 // each KMS, which may fail. close must follow.
 func openCluster(cmd *cobra.Command, c *config.Config, o clusterOptions) (_ *cluster, err error) {
@@ -122,32 +133,46 @@ func openCluster(cmd *cobra.Command, c *config.Config, o clusterOptions) (_ *clu
 		cl.ends.Go(func() { _ = ring.Run(running) })
 	}
 	if !o.noEtcd {
-		if err = cl.reach(ctx); err == nil {
+		if err = cl.reach(ctx, cmd.ErrOrStderr()); err == nil {
 			err = etcdclient.CheckNotProxy(ctx, c, cl.log)
 		}
 	}
 	return cl, err
 }
 
-// reach waits until etcd responds.
-func (cl *cluster) reach(ctx context.Context) error {
+// reachNotice is how long etcd may take to respond before the command says what it waits for.
+const reachNotice = 2 * time.Second
+
+// reach waits until etcd responds. It prints to stderr that it waits, and why.
+func (cl *cluster) reach(ctx context.Context, stderr io.Writer) error {
+	endpoints := strings.Join(cl.config.Etcd.Endpoints, ", ")
+	first, cancel := context.WithTimeout(ctx, reachNotice)
+	defer cancel()
+	err := cl.respond(first)
+	if err != nil && !errors.Is(err, etcdclient.ErrChained) && ctx.Err() == nil {
+		printable.Fprintf(stderr, "waiting for etcd at %s: %v\n", endpoints, err)
+		err = cl.respond(ctx)
+	}
+	if err == nil || errors.Is(err, etcdclient.ErrChained) {
+		return err
+	}
+	return problem.New("check etcd.endpoints and etcd.tls; the command connects to etcd directly, not through the proxy",
+		"etcd is unreachable at %s: %w", endpoints, err)
+}
+
+// respond waits until etcd responds, with an error or without: whether it permits the command will
+// show. The error says why there is no response.
+func (cl *cluster) respond(ctx context.Context) error {
 	_, err := cl.etcd.Get(ctx, "\x00", clientv3.WithLimit(1), clientv3.WithKeysOnly(), clientv3.WithSerializable())
 	if upstream.IsChained(err) {
 		return etcdclient.ErrChained
 	}
-	switch status.Code(err) {
-	case codes.Unavailable, codes.DeadlineExceeded:
-	default:
-		if !errors.Is(err, context.DeadlineExceeded) {
-			return nil // it responded; whether it permits the command will show
-		}
+	if code := status.Code(err); code != codes.Unavailable && code != codes.DeadlineExceeded && !errors.Is(err, context.DeadlineExceeded) {
+		return nil
 	}
 	// A timeout does not say why.
-	if why := upstream.WhyUnreachable(context.WithoutCancel(ctx), cl.etcd); why != "" {
-		err = errors.New(why)
-	}
-	return problem.New("check etcd.endpoints and etcd.tls; the command connects to etcd directly, not through the proxy",
-		"etcd is unreachable at %s: %w", strings.Join(cl.config.Etcd.Endpoints, ", "), err)
+	why := upstream.WhyUnreachable(context.WithoutCancel(ctx), cl.etcd)
+	return errors.New(cmp.Or(why, "it does not respond in time"))
 }
 
 // fleet is the proxies of this etcd, for commands that compare their rules.

@@ -98,20 +98,13 @@ type decryptedValue struct {
 
 // decrypt decrypts and prints values.
 func (cl *cluster) decrypt(ctx context.Context, o decryptOptions, stdout, stderr io.Writer) (err error) {
-	record := func(outcome, reason string, keys int64) error {
-		return command.Record(cl.config, stderr, auditlog.Record{Command: "decrypt", Key: o.key, Outcome: outcome, Reason: reason, Keys: keys})
-	}
-	if err := record("begun", command.WithIdentity("from "+cmp.Or(o.snapshot, "etcd"), o.identities), 0); err != nil {
+	begun := auditlog.Record{Command: "decrypt", Key: o.key, Outcome: "begun", Reason: command.WithIdentity("from "+cmp.Or(o.snapshot, "etcd"), o.identities)}
+	if err := command.Record(cl.config, stderr, begun); err != nil {
 		return err
 	}
-	found, decrypted, left, foreign := false, int64(0), 0, 0
-	defer func() {
-		outcome, reason := "ok", ""
-		if err != nil {
-			outcome, reason = "failed", err.Error()
-		}
-		err = errors.Join(err, record(outcome, reason, decrypted))
-	}()
+	found, left, foreign := false, 0, 0
+	ended := auditlog.Record{Command: "decrypt", Key: o.key} // with the number of decrypted values
+	defer func() { err = errors.Join(err, command.Record(cl.config, stderr, ended.Ended(err))) }()
 	if o.file != "" {
 		f, ferr := os.OpenFile(o.file, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 		if ferr != nil {
@@ -147,12 +140,11 @@ func (cl *cluster) decrypt(ctx context.Context, o decryptOptions, stdout, stderr
 		case rule == nil && strings.HasPrefix(string(kv.Value), envelope.Root):
 			ierr, foreign = errors.New("it is encrypted, and no rule covers its key"), foreign+1
 		}
-		if ierr != nil {
+		if ierr == nil {
+			ended.Keys++
+		} else {
 			left++
 			v.Value, v.Error = nil, ierr.Error()
-		}
-		if v.Error == "" {
-			decrypted++
 		}
 		return v.print(stdout, stderr, o.json)
 	})

@@ -26,7 +26,6 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/etcdclient"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/drill"
-	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/inventory"
 )
 
 // NewDrill returns the command drill.
@@ -155,32 +154,26 @@ func (o *drillOptions) run(cmd *cobra.Command, c *config.Config) (report *drillR
 		return nil, err
 	}
 	report, err = o.rehearse(cmd, c)
-	failed := err != nil || !report.OK
-	end := auditlog.Record{Outcome: "ok"}
-	if report != nil {
-		end.Keys = report.Readable
+	failure := err
+	if err == nil && !report.OK {
+		failure = errors.New("values would be missing")
 	}
-	if failed {
-		end.Outcome, end.Reason = "failed", "values would be missing"
-		if err != nil {
-			end.Reason = err.Error()
-		}
-	}
-	var problems []error
-	problems = append(problems, err, record(end))
+	var end auditlog.Record
+	var tests []auditlog.Record
 	if report != nil {
-		for _, tested := range report.tested {
-			tested.Outcome, tested.Reason = "ok", "it unwrapped recovery copies"
-			problems = append(problems, record(tested))
-		}
+		end.Keys, tests = report.Readable, report.tested
+	}
+	problems := []error{err, record(end.Ended(failure))}
+	for _, test := range tests {
+		problems = append(problems, record(test))
 	}
 	if o.metrics != "" {
-		if err := writeDrillMetrics(o.metrics, report, !failed, time.Now()); err != nil {
+		if err := writeDrillMetrics(o.metrics, report, failure == nil, time.Now()); err != nil {
 			problems = append(problems, fmt.Errorf("--metrics-file: %w", err))
 		}
 	}
 	err = errors.Join(problems...)
-	if err == nil && failed {
+	if err == nil && failure != nil {
 		err = command.ErrFindings
 	}
 	return report, err
@@ -213,7 +206,7 @@ func (o *drillOptions) rehearse(cmd *cobra.Command, c *config.Config) (_ *drillR
 	file := o.snapshot
 	if file == "" {
 		file = filepath.Join(folder, "snapshot.db")
-		if err := o.takeSnapshot(ctx, cl, file); err != nil {
+		if err := o.takeSnapshot(ctx, cl, file, cmd.ErrOrStderr()); err != nil {
 			return nil, err
 		}
 		report.Seconds.Snapshot = time.Since(begin).Seconds()
@@ -224,7 +217,7 @@ func (o *drillOptions) rehearse(cmd *cobra.Command, c *config.Config) (_ *drillR
 	}
 	report.Snapshot.Bytes = info.Size()
 	if o.snapshot != "" {
-		report.Snapshot.Modified = new(info.ModTime().UTC().Truncate(time.Second))
+		report.Snapshot.Modified = info.ModTime().UTC().Truncate(time.Second)
 	}
 	etcd, err := drill.Restore(ctx, drill.Config{Etcd: o.etcd, Etcdutl: o.etcdutl, Snapshot: file, Folder: folder, Ready: cl.useThrowAway})
 	if err != nil {
@@ -236,7 +229,9 @@ func (o *drillOptions) rehearse(cmd *cobra.Command, c *config.Config) (_ *drillR
 	opening := time.Now()
 	options := drill.Options{Sample: o.sample}
 	if o.list {
-		options.Left = report.addUnreadable
+		options.Left = func(kv *mvccpb.KeyValue, state keyring.ValueState, why string) {
+			report.Unreadable = append(report.Unreadable, newStatusKey(kv, state, why))
+		}
 	}
 	report.Rules, report.Snapshot.Revision, err = drill.Open(ctx, cl.etcd, cl.rules, options)
 	if err != nil {
@@ -248,7 +243,7 @@ func (o *drillOptions) rehearse(cmd *cobra.Command, c *config.Config) (_ *drillR
 }
 
 // takeSnapshot saves a snapshot of the real etcd to a new file. It only reads from etcd.
-func (o *drillOptions) takeSnapshot(ctx context.Context, cl *cluster, file string) (err error) {
+func (o *drillOptions) takeSnapshot(ctx context.Context, cl *cluster, file string, stderr io.Writer) (err error) {
 	real := &cluster{config: cl.config}
 	if real.etcd, _, err = etcdclient.New(cl.config, cl.log); err != nil {
 		return err
@@ -256,7 +251,7 @@ func (o *drillOptions) takeSnapshot(ctx context.Context, cl *cluster, file strin
 	defer func() { _ = real.etcd.Close() }() // it returns the end of its own context
 	limited, cancel := context.WithTimeout(ctx, o.wait)
 	defer cancel()
-	if err := real.reach(limited); err != nil {
+	if err := real.reach(limited, stderr); err != nil {
 		return err
 	}
 	in, err := real.etcd.Snapshot(ctx)
@@ -323,11 +318,4 @@ func (o *drillOptions) explain(err error) error {
 func isMissingProgram(err error) bool {
 	_, missing := errors.AsType[*exec.Error](err)
 	return missing
-}
-
-// addUnreadable adds a value that was not decrypted to the list.
-func (r *drillReport) addUnreadable(kv *mvccpb.KeyValue, state keyring.ValueState, why string) {
-	r.Unreadable = append(r.Unreadable, statusKey{
-		Key: string(kv.Key), KeyBytes: inventory.KeyBytes(string(kv.Key)), State: state, Revision: kv.ModRevision, Why: strings.Clone(why),
-	})
 }

@@ -41,8 +41,8 @@ type drillSnapshot struct {
 	File  string `json:"file,omitempty"` // "": it was taken from etcd
 	Bytes int64  `json:"bytes"`
 	// when the file was written
-	Modified *time.Time `json:"modified,omitempty"`
-	Revision int64      `json:"revision"` // of etcd
+	Modified time.Time `json:"modified,omitzero"`
+	Revision int64     `json:"revision"` // of etcd
 }
 
 // drillKey is a provider that was not treated as lost.
@@ -87,7 +87,7 @@ func (r *drillReport) addKeys(cl *cluster) {
 			k.Reason = "no --identity was given"
 		}
 		if k.Opened {
-			r.tested = append(r.tested, auditlog.Record{Provider: k.Name, KeyID: k.KeyID})
+			r.tested = append(r.tested, auditlog.Record{Provider: k.Name, KeyID: k.KeyID, Outcome: "ok", Reason: "it unwrapped recovery copies"})
 		}
 		r.Left = append(r.Left, k)
 	}
@@ -135,12 +135,7 @@ func isDenied(err error) bool {
 
 // text prints the report for people.
 func (r *drillReport) text(w io.Writer) {
-	for _, k := range r.Unreadable {
-		printable.Fprintf(w, "%s\t%s%s\n", k.State, printable.Name(k.Key), because(k.Why))
-	}
-	if len(r.Unreadable) > 0 {
-		printable.Fprintf(w, "\n")
-	}
+	textKeys(w, r.Unreadable)
 	from := "taken from etcd"
 	if r.Snapshot.File != "" {
 		from = fmt.Sprintf("%s, written %s", printable.Name(r.Snapshot.File), r.Snapshot.Modified.Format(time.RFC3339))

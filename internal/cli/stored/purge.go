@@ -43,11 +43,7 @@ not defragmented.`,
 	wait := timeoutFlag(cmd)
 	settle := cmd.Flags().Duration("compact-timeout", 10*time.Minute, "how long to wait for each member to finish the compaction")
 	cmd.RunE = command.RunUntilSignal(func(cmd *cobra.Command, _ []string) error {
-		c, err := command.LoadConfig(cmd, *path, command.Checks(nil))
-		if err != nil {
-			return err
-		}
-		cl, err := openCluster(cmd, c, clusterOptions{inspectOnly: true, wait: *wait})
+		cl, err := loadCluster(cmd, *path, clusterOptions{inspectOnly: true, wait: *wait})
 		if err != nil {
 			return err
 		}
@@ -135,23 +131,18 @@ func (cl *cluster) purge(cmd *cobra.Command, o purgeOptions) (*purgeReport, erro
 	if err := cl.checkProxies(ctx, o); err != nil { // some time has passed
 		return nil, err
 	}
-	record := func(outcome, reason string) error {
-		return command.Record(cl.config, stderr, auditlog.Record{Command: "purge", Outcome: outcome, Reason: reason, Revision: r.History.CompactAt, Keys: r.History.Plaintext})
-	}
-	if err := record("begun", ""); err != nil {
+	record := auditlog.Record{Command: "purge", Outcome: "begun", Revision: r.History.CompactAt, Keys: r.History.Plaintext}
+	if err := command.Record(cl.config, stderr, record); err != nil {
 		return nil, err
 	}
 	err = cl.rewrite(ctx, r, o.settle, stderr)
-	outcome, reason := "ok", ""
+	failure := err
 	for _, m := range r.Members {
-		if m.Unconfirmed != "" {
-			outcome, reason = "failed", fmt.Sprintf("member %x: %s", m.ID, m.Unconfirmed)
+		if m.Unconfirmed != "" && err == nil {
+			failure = fmt.Errorf("member %x: %s", m.ID, m.Unconfirmed)
 		}
 	}
-	if err != nil {
-		outcome, reason = "failed", err.Error()
-	}
-	return r, errors.Join(err, record(outcome, reason))
+	return r, errors.Join(err, command.Record(cl.config, stderr, record.Ended(failure)))
 }
 
 // beforePurge returns an error if a value or a KMS forbids a purge.

@@ -59,15 +59,11 @@ The report lists the values that could not be rewritten. An interrupted run exit
 		if err := o.check(); err != nil {
 			return err
 		}
-		c, err := command.LoadConfig(cmd, *path, command.Checks(nil))
-		if err != nil {
-			return err
-		}
 		ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
 		defer stop()
 		context.AfterFunc(ctx, stop) // a second signal ends the process at once
 		cmd.SetContext(ctx)
-		cl, err := openCluster(cmd, c, clusterOptions{identities: *identities, wait: *wait})
+		cl, err := loadCluster(cmd, *path, clusterOptions{identities: *identities, wait: *wait})
 		if err != nil {
 			return err
 		}

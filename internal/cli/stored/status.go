@@ -38,11 +38,7 @@ refused, and reencrypt skips it. Find out who wrote it.`,
 	list := cmd.Flags().Bool("list", false, "list the keys that are not current, and why")
 	wait, identities := timeoutFlag(cmd), identityFlag(cmd)
 	cmd.RunE = command.Run(func(cmd *cobra.Command, _ []string) error {
-		c, err := command.LoadConfig(cmd, *path, command.Checks(nil))
-		if err != nil {
-			return err
-		}
-		cl, err := openCluster(cmd, c, clusterOptions{inspectOnly: true, identities: *identities, wait: *wait})
+		cl, err := loadCluster(cmd, *path, clusterOptions{inspectOnly: true, identities: *identities, wait: *wait})
 		if err != nil {
 			return err
 		}
@@ -51,13 +47,7 @@ refused, and reencrypt skips it. Find out who wrote it.`,
 		if err != nil {
 			return err
 		}
-		if err := out.Write(cmd.OutOrStdout(), report, report.text); err != nil {
-			return err
-		}
-		if !report.OK {
-			return command.ErrFindings
-		}
-		return nil
+		return out.Report(cmd, report.OK, report, report.text)
 	})
 	return cmd
 }
@@ -100,7 +90,7 @@ type statusKMS struct {
 	// of kind age: it cannot be polled, and KeyID identifies the recipients
 	Offline bool `json:"offline,omitempty"`
 	// of kind age: when the audit log last recorded that an identity unwrapped a recovery copy
-	LastTested *time.Time `json:"lastTested,omitempty"`
+	LastTested time.Time `json:"lastTested,omitzero"`
 }
 
 type statusProxy struct {
@@ -116,6 +106,12 @@ type statusKey struct {
 	Why      string             `json:"why,omitempty"`
 }
 
+// newStatusKey returns the entry of a value. It retains nothing of kv.
+func newStatusKey(kv *mvccpb.KeyValue, state keyring.ValueState, why string) statusKey {
+	key := string(kv.Key)
+	return statusKey{Key: key, KeyBytes: inventory.KeyBytes(key), State: state, Revision: kv.ModRevision, Why: strings.Clone(why)}
+}
+
 // status makes the report.
 func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) {
 	report := &statusReport{OK: true, Agreeing: true, Rules: []statusRule{}, KMS: []statusKMS{}, Proxies: []statusProxy{}}
@@ -128,14 +124,13 @@ func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) 
 		if !list || state == keyring.Current {
 			return nil
 		}
-		k := statusKey{Key: string(kv.Key), KeyBytes: inventory.KeyBytes(string(kv.Key)), State: state, Revision: kv.ModRevision}
-		if err != nil {
-			k.Why = err.Error()
-		}
+		why := ""
 		if ok && state == inventory.Unavailable {
-			k.Why = e.OfSeed() // may be about another value with the same DEK seed
+			why = e.OfSeed() // may be about another value with the same DEK seed
+		} else if err != nil {
+			why = err.Error()
 		}
-		report.Keys = append(report.Keys, k)
+		report.Keys = append(report.Keys, newStatusKey(kv, state, why))
 		return nil
 	}
 	counts, span, err := inventory.Survey(cmd.Context(), cl.etcd, cl.rules, visit)
@@ -184,12 +179,7 @@ func (cl *cluster) status(cmd *cobra.Command, list bool) (*statusReport, error) 
 
 // text prints the report as tables.
 func (r *statusReport) text(w io.Writer) {
-	for _, k := range r.Keys {
-		printable.Fprintf(w, "%s\t%s%s\n", k.State, printable.Name(k.Key), because(k.Why))
-	}
-	if len(r.Keys) > 0 {
-		printable.Fprintf(w, "\n")
-	}
+	textKeys(w, r.Keys)
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	printable.Fprintf(t, "RULE\tWRITES WITH\tKEYS\tCURRENT\tSTALE\tPLAINTEXT\tFOREIGN\tUNDECRYPTABLE\tUNAVAILABLE\tSIZE\n")
 	for _, c := range r.Rules {
@@ -228,7 +218,7 @@ func (r *statusReport) text(w io.Writer) {
 	for _, k := range r.KMS {
 		state := "ok"
 		switch {
-		case k.Offline && k.LastTested != nil:
+		case k.Offline && !k.LastTested.IsZero():
 			state = "offline, last tested with an identity at " + k.LastTested.Format(time.RFC3339)
 		case k.Offline:
 			state = "offline, not polled: kms check --identity tests it"
@@ -284,11 +274,18 @@ func (r *statusRule) beforePurge() string {
 	return "run status to see which, and reencrypt them"
 }
 
-func because(why string) string {
-	if why == "" {
-		return ""
+// textKeys prints a list of keys for people.
+func textKeys(w io.Writer, keys []statusKey) {
+	for _, k := range keys {
+		why := ""
+		if k.Why != "" {
+			why = ": " + strings.TrimSpace(k.Why)
+		}
+		printable.Fprintf(w, "%s\t%s%s\n", k.State, printable.Name(k.Key), why)
 	}
-	return ": " + strings.TrimSpace(why)
+	if len(keys) > 0 {
+		printable.Fprintf(w, "\n")
+	}
 }
 
 // size prints bytes for people.

@@ -69,12 +69,8 @@ checked, the exit code is 3.`,
 		if o.dataDir == "" && o.walDir != "" {
 			return command.Usage("add --data-dir", "--wal-dir belongs to a data directory")
 		}
-		c, err := command.LoadConfig(cmd, *path, command.Checks(nil))
-		if err != nil {
-			return err
-		}
 		ctx := cmd.Context()
-		cl, err := openCluster(cmd, c, clusterOptions{inspectOnly: true, identities: *identities, wait: *wait, noEtcd: files != "", noKMS: o.offline})
+		cl, err := loadCluster(cmd, *path, clusterOptions{inspectOnly: true, identities: *identities, wait: *wait, noEtcd: files != "", noKMS: o.offline})
 		if err != nil {
 			return err
 		}
