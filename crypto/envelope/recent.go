@@ -11,14 +11,14 @@ import (
 // to many watchers, and lists are read repeatedly. Deriving a cipher costs more than decrypting 1
 // KiB with it. A value that is decrypted once leaves only a mark. Recent holds at most 10,240
 // ciphers, which take [RecentBytes], and their seeds. It drops those that nobody has used for some
-// seconds as it takes others, and [Recent.Expire] drops the rest. It is safe for concurrent use, and
-// the zero value is ready.
+// seconds as it takes others, and [Recent.Expire] drops the rest. It is safe for concurrent use,
+// and the zero value is ready.
 type Recent struct {
 	table atomic.Pointer[recentTable] // nil until it is needed
 }
 
-// RecentBytes is the memory of all ciphers that a [Recent] holds at most, 8 MiB. Its table takes 384
-// KiB in addition.
+// RecentBytes is the memory of all ciphers that a [Recent] holds at most, 8 MiB. Its table takes
+// 384 KiB in addition.
 const RecentBytes = ways << setBits * cipherBytes
 
 // Sizes of the table: sets and pairs of marks, as powers of two, and ciphers in a set.
@@ -32,23 +32,26 @@ const (
 // values that are read a few times were replaced by others when their ciphers were used last.
 const idleFor = 10
 
-// A cipher that was used in the last youngFor seconds is replaced by one in youngTurns attempts only.
-// The values of a list that is longer than there is room would replace each other otherwise, and few
-// would be cached when they are needed. A value that is read often, such as an event with many
-// watchers, takes its place soon.
+// A cipher that was used in the last youngFor seconds is replaced by one in youngTurns attempts
+// only. The values of a list that is longer than there is room would replace each other otherwise,
+// and few would be cached when they are needed. A value that is read often, such as an event with
+// many watchers, takes its place soon.
 const (
 	youngFor   = 5
 	youngTurns = 8
 )
 
-// cipherBytes is the memory of one cipher: that of AES-GCM in the standard library, and a [derived].
+// cipherBytes is the memory of one cipher: that of AES-GCM in the standard library, and a
+// [derived].
 const cipherBytes = 768 + 64
 
+// recentTable begins with the sets, so that each has one line of the processor's cache: the memory
+// of something that is so large begins with a page.
 type recentTable struct {
+	sets  [1 << setBits]recentSet
+	marks [1 << markBits][2]atomic.Uint32 // of the infos seen last, the last one first
 	turns atomic.Uint32                   // attempts to replace young ciphers
 	hand  atomic.Uint32                   // the set that is searched next for idle ciphers
-	marks [1 << markBits][2]atomic.Uint32 // of the infos seen last, the last one first
-	sets  [1 << setBits]recentSet
 }
 
 // recentSet has the size of a line of the processor's cache. Most lookups miss that cache, so their
@@ -65,9 +68,11 @@ type derived struct {
 	used atomic.Uint32 // the second of its last use
 }
 
-// age is how many seconds before now the cipher was last used. It may be negative: another goroutine
-// may have a later time.
-func (d *derived) age(now uint32) int32 { return int32(now - d.used.Load()) } //nolint:gosec // less than 68 years
+// age is how many seconds before now the cipher was last used. It may be negative: another
+// goroutine may have a later time.
+func (d *derived) age(now uint32) int32 {
+	return int32(now - d.used.Load()) //nolint:gosec // a process does not run for 68 years
+}
 
 // recentPlace is where a cipher may be: in one of two sets. info is random, so any of its bytes can
 // select them.
@@ -185,8 +190,8 @@ func (t *recentTable) room(p *recentPlace, first int, now uint32) (to *recentSet
 // Clear removes all ciphers.
 func (r *Recent) Clear() { r.table.Store(nil) }
 
-// Expire removes the ciphers that were last used before a time in seconds, and all memory if none is
-// left. It returns how many are left.
+// Expire removes the ciphers that were last used before a time in seconds, and all memory if none
+// is left. It returns how many are left.
 func (r *Recent) Expire(before uint32) (left int) {
 	t := r.table.Load()
 	if t == nil {

@@ -92,8 +92,8 @@ func TestRecentIsShared(t *testing.T) {
 	wg.Wait()
 }
 
-// TestRecentKeepsAList: what is read repeatedly is kept, nearly all of it, up to 10,000 values, and as
-// many of a longer list; what is read once is not.
+// TestRecentKeepsAList: what is read repeatedly is kept, nearly all of it, up to 10,000 values, and
+// a part of a longer list; what is read once is not.
 func TestRecentKeepsAList(t *testing.T) {
 	seed, err := NewSeed(TypeSeed, fill(9, 32))
 	if err != nil {

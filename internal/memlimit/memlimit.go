@@ -1,9 +1,9 @@
 // Package memlimit limits the memory of the Go runtime.
 //
 // It sets the memory limit from that of the process' cgroup, as container runtimes, Kubernetes and
-// systemd set it. Without it the garbage collector does not know the limit, and the kernel kills the
-// process while there is garbage to collect. It also limits by how much the heap grows before it is
-// collected.
+// systemd set it. Without it the garbage collector does not know the limit, and the kernel kills
+// the process while there is garbage to collect. It also limits by how much the heap grows before
+// it is collected.
 package memlimit
 
 import (
