@@ -91,6 +91,7 @@ func Serve(ctx context.Context, path string, load Load, stderr io.Writer, o Opti
 	level.Set(logLevel(c.Log.Level))
 	log := printable.NewLogger(stderr, c.Log.Format, level)
 	logWarnings(log, path, warnings)
+	memlimit.SetGrowth()
 	if limit := memlimit.Set(); limit > 0 {
 		log.Info("memory limit set from the cgroup", "bytes", limit)
 	}
