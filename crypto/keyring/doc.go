@@ -9,6 +9,7 @@
 //
 // # Parts of a ring
 //
+//	Ring        encrypts values with the seed in use, and passes values to decrypt to seeds (ring.go)
 //	monitor     health checks: Status, rotation, revocation, probes of old keys (monitor.go, settle.go, probe.go)
 //	generator   generates and verifies DEK seeds (generator.go)
 //	seeds       finds a value's seed in the cache or by the KMS, and decrypts (seeds.go, unwrap.go, cache.go)

@@ -11,7 +11,8 @@ import (
 	"go.etcd.io/etcd/client/v3/concurrency"
 )
 
-// Election elects one of several processes for a job.
+// Election elects one of several processes for a job, such as re-encryption. It is not about the
+// Election calls of clients, which package proxy/etcdapi serves.
 type Election struct {
 	Client *clientv3.Client
 	Key    string // prefix of the candidates' keys

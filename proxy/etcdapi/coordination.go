@@ -20,9 +20,9 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
 )
 
-// coordination are etcd's own Election and Lock services, run here: they read, compare and write
-// values, and etcd has only ciphertexts. Their requests go to the proxy's own handlers like those
-// of any client, with the metadata of the call that they serve.
+// coordination runs etcd's own Election and Lock services in the proxy, for keys under a rule: the
+// services read, compare and write values, and etcd has only ciphertexts. Their requests go to the
+// proxy's own handlers like those of any client, with the metadata of the call that they serve.
 type coordination struct {
 	client  *clientv3.Client
 	unaries map[string]func(ctx context.Context, decode func(any) error) (any, error) // by path

@@ -12,6 +12,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/rpc"
 )
 
+// deleteCall is a DeleteRange, whose response can have the previous values.
 type deleteCall struct {
 	whole
 	kvCall

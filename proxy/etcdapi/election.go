@@ -8,8 +8,8 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
 )
 
-// electionCall is a call of etcd's Election or Lock service. Where a rule covers its keys, the
-// service is the one that is run here.
+// electionCall is a client's call of etcd's Election or Lock service, such as Campaign. If a rule
+// covers its keys, the services in the proxy answer it (type coordination), and otherwise etcd.
 type electionCall struct {
 	unread
 	core   *Core

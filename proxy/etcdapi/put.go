@@ -13,6 +13,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/valuetxn"
 )
 
+// putCall is a Put: etcdwire finds the value in the request, and the rule of its key encrypts it.
 type putCall struct {
 	whole
 	kvCall

@@ -13,6 +13,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/valuetxn"
 )
 
+// txnCall is a Txn. One that compares or sorts by values under a rule is handled by valuetxn.
 type txnCall struct {
 	whole
 	kvCall

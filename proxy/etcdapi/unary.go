@@ -18,6 +18,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
 )
 
+// handleUnary handles a unary call that is not relayed.
 func (m *Method) handleUnary(id *listener.Identity, ss grpc.ServerStream) error {
 	in := new(rpc.Message)
 	if err := ss.RecvMsg(in); err != nil {

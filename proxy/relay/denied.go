@@ -8,7 +8,8 @@ import (
 )
 
 // maxDenied is how many connections of clients that are not allowed the engine serves at a time.
-// The sockets of further ones are detached, the oldest first: see [http2conn.Conn.Detach].
+// The sockets of further ones are detached, the oldest first: see [http2conn.Conn.Detach]. Their
+// requests are refused by etcdapi.API.Authorize.
 const maxDenied = 64
 
 // deniedConns are the connections of clients that are not allowed.
