@@ -192,7 +192,7 @@ func (e *editor) event(f field) error {
 	return s.err
 }
 
-// isPut reports whether an event of src is a PUT, by its type, which need not stand before its pair.
+// isPut reports whether an event of src is a PUT, by its type, which may follow its pair.
 func isPut(src []byte, f field) bool {
 	s := scan(&event, src, f.body, f.end)
 	for s.next() {

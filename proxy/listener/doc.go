@@ -3,6 +3,6 @@
 // it speaks HTTP/2. It ends connections whose client may no longer connect.
 //
 // A client whose certificate the TLS handshake accepts is connected even if it is not in the list
-// of allowed clients. Then [Identity.Denied] is set, and each of its requests is refused: by package
-// relay for gRPC and by package gateway for HTTP, with Authorize and Deny of etcdapi.API.
+// of allowed clients. Then [Identity.Denied] is set, and each of its requests is refused: by
+// package relay for gRPC and by package gateway for HTTP, with Authorize and Deny of etcdapi.API.
 package listener
