@@ -25,7 +25,7 @@ type checker struct {
 }
 
 func newChecker(dir string, read func(path string) ([]byte, error)) checker {
-	return checker{&reporter{lines: map[string]int{"": 1}, bad: make(map[string]bool)}, dir, read}
+	return checker{&reporter{lines: map[string]int{"": 1}, reported: make(map[string]bool)}, dir, read}
 }
 
 // maxDuration bounds every duration: ten years, so that nothing overflows when it is added to a
@@ -164,7 +164,7 @@ func (c *checker) keyPair(at, certFile, keyFile string) {
 		return
 	}
 	if certFile == "" || keyFile == "" {
-		if !c.bad[at+".certFile"] && !c.bad[at+".keyFile"] {
+		if !c.reported[at+".certFile"] && !c.reported[at+".keyFile"] {
 			c.report(at, "give both, or neither", "has one of certFile and keyFile")
 		}
 		return

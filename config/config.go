@@ -87,7 +87,7 @@ func parse(data []byte, dir string, read func(path string) ([]byte, error), chec
 	if d.document(c) {
 		v := &validator{d.checker}
 		v.validate(c)
-		v.further(c, checks)
+		v.checkParts(c, checks)
 	}
 	if checks.Warn != nil {
 		for _, p := range d.warnings {

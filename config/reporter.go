@@ -8,7 +8,7 @@ import (
 // reporter collects the problems of a file.
 type reporter struct {
 	lines    map[string]int  // line of each path that is present; "" is the file
-	bad      map[string]bool // paths that a problem was reported for
+	reported map[string]bool // paths that a problem was reported for
 	problems Problems
 	warnings Problems
 }
@@ -16,10 +16,10 @@ type reporter struct {
 // report adds a problem, unless its path has one already: what follows from a first mistake helps
 // nobody.
 func (r *reporter) report(path, hint, format string, args ...any) {
-	if r.bad[path] && path != "" {
+	if r.reported[path] && path != "" {
 		return
 	}
-	r.bad[path] = true
+	r.reported[path] = true
 	r.problems = append(r.problems, Problem{Path: path, Line: r.line(path), Text: fmt.Sprintf(format, args...), Hint: hint})
 }
 
@@ -44,13 +44,13 @@ func (r *reporter) present(path string) bool { _, ok := r.lines[path]; return ok
 
 // reportAt reports a problem on a line of its own, whatever else is wrong with path.
 func (r *reporter) reportAt(line int, path, hint, format string, args ...any) {
-	r.bad[path] = true
+	r.reported[path] = true
 	r.problems = append(r.problems, Problem{Path: path, Line: line, Text: fmt.Sprintf(format, args...), Hint: hint})
 }
 
-// faulty reports whether a problem was reported for path or something in it.
-func (r *reporter) faulty(path string) bool {
-	for bad := range r.bad {
+// hasProblem reports whether a problem was reported for path or something in it.
+func (r *reporter) hasProblem(path string) bool {
+	for bad := range r.reported {
 		if rest, ok := strings.CutPrefix(bad, path); ok && (rest == "" || rest[0] == '.' || rest[0] == '[') {
 			return true
 		}

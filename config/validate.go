@@ -33,8 +33,8 @@ func (v *validator) validate(c *Config) {
 	v.oneOf("log.format", c.Log.Format, "json", "text")
 }
 
-// further makes the checks of others, of the parts that are good so far.
-func (v *validator) further(c *Config, checks Checks) {
+// checkParts makes the checks of others, of the parts that are good so far.
+func (v *validator) checkParts(c *Config, checks Checks) {
 	add := func(at string, ps []Problem) {
 		for _, p := range ps {
 			path := at
@@ -45,11 +45,11 @@ func (v *validator) further(c *Config, checks Checks) {
 		}
 	}
 	for i, k := range c.KMS {
-		if at := fmt.Sprintf("kms[%d]", i); checks.KMS != nil && !v.faulty(at) {
+		if at := fmt.Sprintf("kms[%d]", i); checks.KMS != nil && !v.hasProblem(at) {
 			add(at, checks.KMS(k))
 		}
 	}
-	if checks.Audit != nil && c.Audit != nil && !v.faulty("audit") {
+	if checks.Audit != nil && c.Audit != nil && !v.hasProblem("audit") {
 		add("audit", checks.Audit(*c.Audit))
 	}
 }
@@ -151,7 +151,7 @@ func (v *validator) rules(c *Config) {
 			}
 		}
 		if r.WriteWith != "" && !slices.Contains(defined, r.WriteWith) {
-			v.report(at+".writeWith", undefined(defined), "no KMS provider is called %q", r.WriteWith)
+			v.report(at+".writeWith", undefinedHint(defined), "no KMS provider is called %q", r.WriteWith)
 		}
 		for j, name := range r.ReadWith {
 			at := fmt.Sprintf("%s.readWith[%d]", at, j)
@@ -159,7 +159,7 @@ func (v *validator) rules(c *Config) {
 			case name == Plaintext:
 				v.report(at, "allowPlaintextReads says whether plaintext may be read", "%q is not a KMS provider", name)
 			case !slices.Contains(defined, name):
-				v.report(at, undefined(defined[1:]), "no KMS provider is called %q", name)
+				v.report(at, undefinedHint(defined[1:]), "no KMS provider is called %q", name)
 			case slices.Contains(r.ReadWith[:j], name):
 				v.report(at, "remove one of them", "%q is in the list twice", name)
 			}
@@ -173,7 +173,7 @@ func (v *validator) rules(c *Config) {
 	}
 }
 
-func undefined(known []string) string {
+func undefinedHint(known []string) string {
 	// that one is missing is a problem of its own
 	known = slices.DeleteFunc(slices.Clone(known), func(name string) bool { return name == "" })
 	if len(known) == 0 {

@@ -29,9 +29,9 @@ func (v *validator) recovery(at string, i int, rules []Rule, defined []string) {
 		at := fmt.Sprintf("%s.recovery[%d]", at, j)
 		switch {
 		case name == Plaintext:
-			v.report(at, undefined(defined[1:]), "%q is not a KMS provider", name)
+			v.report(at, undefinedHint(defined[1:]), "%q is not a KMS provider", name)
 		case !slices.Contains(defined, name):
-			v.report(at, undefined(defined[1:]), "no KMS provider is called %q", name)
+			v.report(at, undefinedHint(defined[1:]), "no KMS provider is called %q", name)
 		case name == r.WriteWith:
 			v.report(at, "name another provider, with another key", "%q is the provider of writeWith itself", name)
 		case slices.Contains(r.Recovery[:j], name):

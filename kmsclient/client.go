@@ -3,7 +3,6 @@ package kmsclient
 import (
 	"cmp"
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"sync/atomic"
@@ -171,13 +170,7 @@ func (c *Client) Status(ctx context.Context) (*service.StatusResponse, error) {
 func (c *Client) GenerateDataKey(ctx context.Context, uid string) (*DataKey, error) {
 	generator, ok := c.cfg.Backend.(DataKeyGenerator)
 	if !ok {
-		key := make([]byte, dataKeySize)
-		_, _ = rand.Read(key) // never fails
-		res, err := c.Encrypt(ctx, uid, key)
-		if err != nil {
-			return nil, err
-		}
-		return &DataKey{Plaintext: key, Ciphertext: res.Ciphertext, KeyID: res.KeyID, Annotations: res.Annotations}, nil
+		return WrapNewKey(ctx, c, uid)
 	}
 	return attempt(ctx, c, "GenerateDataKey", "", func(ctx context.Context) (*DataKey, string, error) {
 		key, err := generator.GenerateDataKey(ctx, uid)

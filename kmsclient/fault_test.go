@@ -1,6 +1,7 @@
 package kmsclient_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -234,5 +235,26 @@ func TestDataKeyContract(t *testing.T) {
 	ok := &kmsclient.DataKey{Plaintext: seed, Ciphertext: []byte(exact), KeyID: exact, Annotations: map[string][]byte{"a.b": make([]byte, 32<<10-3)}}
 	if _, err := newClient(t, generator{kmstest.NewMemory(), ok}, nil).GenerateDataKey(t.Context(), "uid"); err != nil {
 		t.Errorf("every limit met exactly: %v", err)
+	}
+}
+
+// scribbler is a KMS that overwrites what it has wrapped.
+type scribbler struct{ kmsclient.Service }
+
+func (s scribbler) Encrypt(ctx context.Context, uid string, data []byte) (*service.EncryptResponse, error) {
+	defer clear(data)
+	return s.Service.Encrypt(ctx, uid, data)
+}
+
+// TestNewKeyIsWhatWasWrapped: what a backend does with its argument does not change the key.
+func TestNewKeyIsWhatWasWrapped(t *testing.T) {
+	c := newClient(t, scribbler{kmstest.NewMemory()}, nil)
+	key, err := c.GenerateDataKey(t.Context(), "uid")
+	if err != nil {
+		t.Fatal(err)
+	}
+	plaintext, err := c.Decrypt(t.Context(), "uid", &service.DecryptRequest{Ciphertext: key.Ciphertext, KeyID: key.KeyID, Annotations: key.Annotations})
+	if err != nil || !bytes.Equal(plaintext, key.Plaintext) {
+		t.Errorf("the key is not what the KMS unwraps: %v", err)
 	}
 }

@@ -11,7 +11,9 @@
 package kmsclient
 
 import (
+	"bytes"
 	"context"
+	"crypto/rand"
 
 	"k8s.io/kms/pkg/service"
 )
@@ -31,6 +33,23 @@ type DataKeyGenerator interface {
 	// GenerateDataKey returns a new data key of 32 bytes. The caller owns the result. uid
 	// identifies the call in logs.
 	GenerateDataKey(ctx context.Context, uid string) (*DataKey, error)
+}
+
+// WrapNewKey generates a data key and has a KMS wrap it by Encrypt.
+func WrapNewKey(ctx context.Context, kms Service, uid string) (*DataKey, error) {
+	key := make([]byte, dataKeySize)
+	_, _ = rand.Read(key) // does not fail: crypto/rand ends the process instead
+	// The KMS gets a copy: what it does with its argument cannot become the key.
+	data := bytes.Clone(key)
+	defer clear(data)
+	res, err := kms.Encrypt(ctx, uid, data)
+	if err != nil {
+		return nil, err
+	}
+	if res == nil {
+		return nil, &Error{Op: "Encrypt", Reason: BrokenContract, Detail: "the response is empty"}
+	}
+	return &DataKey{Plaintext: key, Ciphertext: res.Ciphertext, KeyID: res.KeyID, Annotations: res.Annotations}, nil
 }
 
 // DataKey is a data key in both forms.

@@ -181,7 +181,7 @@ func (v *conversion) rule(g groupResource, providers []Provider) (r rule) {
 		case "kms":
 			readers = append(readers, p.Name)
 		default:
-			readers = append(readers, v.static(p)...)
+			readers = append(readers, v.staticProviders(p)...)
 		}
 	}
 	switch first := providers[0]; first.Kind {
@@ -237,10 +237,10 @@ func unused(base string, taken func(string) bool) string {
 	return name
 }
 
-// static returns the names of the providers that decrypt what p encrypted. Equal keys are one
-// provider, however often the file has them. It is more than one if p has several keys of one name,
-// which kube-apiserver tries in turn.
-func (v *conversion) static(p Provider) []string {
+// staticProviders returns the names of the providers that decrypt what p encrypted. Equal keys are
+// one provider, however often the file has them. It is more than one if p has several keys of one
+// name, which kube-apiserver tries in turn.
+func (v *conversion) staticProviders(p Provider) []string {
 	var layers [][]Key
 	for _, k := range p.Keys {
 		placed := false

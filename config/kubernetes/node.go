@@ -7,9 +7,9 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// plain reports whether a node is neither an alias nor has an anchor, and adds a problem if it is
-// or does.
-func (r *reader) plain(n *yaml.Node, at string) bool {
+// isPlain reports whether n is neither an alias nor has an anchor, which the reader does not
+// follow. If it is not, it reports a problem.
+func (r *reader) isPlain(n *yaml.Node, at string) bool {
 	if n.Kind == yaml.AliasNode || n.Anchor != "" {
 		r.report(n.Line, at, "write the value out", "anchors and aliases are not supported")
 		return false
@@ -17,11 +17,11 @@ func (r *reader) plain(n *yaml.Node, at string) bool {
 	return true
 }
 
-// fields returns the fields of a mapping, or nil if it reported that n is none of this kind. A
-// field that is not known is reported without its name, which a slip may have made a secret, and
-// nothing more is said of its mapping.
+// fields returns the fields of a mapping, or nil if it reported that n is not a mapping of known
+// fields. It reports an unknown field without its name, which may be a misplaced secret, and
+// nothing else about the mapping.
 func (r *reader) fields(n *yaml.Node, at string, known ...string) map[string]*yaml.Node {
-	if !r.plain(n, at) {
+	if !r.isPlain(n, at) {
 		return nil
 	}
 	if n.Kind != yaml.MappingNode {
@@ -60,7 +60,7 @@ func (r *reader) list(n *yaml.Node, line int, at string) []*yaml.Node {
 		r.report(line, at, "", "is required")
 		return nil
 	}
-	if !r.plain(n, at) {
+	if !r.isPlain(n, at) {
 		return nil
 	}
 	if n.Kind != yaml.SequenceNode {
@@ -75,7 +75,7 @@ func (r *reader) list(n *yaml.Node, line int, at string) []*yaml.Node {
 
 // text returns a string; that of nil is empty.
 func (r *reader) text(n *yaml.Node, at string) string {
-	if n == nil || !r.plain(n, at) {
+	if n == nil || !r.isPlain(n, at) {
 		return ""
 	}
 	if n.Kind != yaml.ScalarNode || n.ShortTag() != "!!str" && n.ShortTag() != "!!null" {

@@ -78,7 +78,7 @@ func Read(data []byte) (*Configuration, error) {
 	r := &reader{}
 	c := r.document(data)
 	if len(r.problems) == 0 {
-		r.masks(c)
+		r.checkWildcards(c)
 	}
 	if len(r.problems) > 0 {
 		slices.SortStableFunc(r.problems, func(a, b config.Problem) int { return a.Line - b.Line })

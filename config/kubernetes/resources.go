@@ -66,8 +66,8 @@ func (r *reader) resources(e *Entry, at string) {
 	}
 }
 
-// masks refuses what an earlier wildcard leaves without effect, as kube-apiserver does.
-func (r *reader) masks(c *Configuration) {
+// checkWildcards refuses what an earlier wildcard leaves without effect, as kube-apiserver does.
+func (r *reader) checkWildcards(c *Configuration) {
 	set := map[groupResource]bool{}
 	for i, e := range c.Entries {
 		for j, s := range e.Resources {

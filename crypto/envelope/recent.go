@@ -9,47 +9,56 @@ import (
 
 // Recent caches the ciphers of values that were decrypted more than once recently: one event goes
 // to many watchers, and lists are read repeatedly. Deriving a cipher costs more than decrypting 1
-// KiB with it. A value that is decrypted once leaves only a mark. Recent holds at most
-// [RecentBytes] of ciphers, and their seeds. [Recent.Expire] drops those that nobody uses. It is
-// safe for concurrent use, and the zero value is ready.
+// KiB with it. A value that is decrypted once leaves only a mark. Recent holds at most 10,240
+// ciphers, which take [RecentBytes], and their seeds. It drops those that nobody has used for some
+// seconds as it takes others, and [Recent.Expire] drops the rest. It is safe for concurrent use,
+// and the zero value is ready.
 type Recent struct {
 	table atomic.Pointer[recentTable] // nil until it is needed
 }
 
-// RecentBytes limits the memory of the ciphers in a [Recent]. Its table takes 512 KiB in addition.
-const RecentBytes = 4 << 20
+// RecentBytes is the memory of all ciphers that a [Recent] holds at most, 8 MiB. Its table takes
+// 384 KiB in addition.
+const RecentBytes = ways << setBits * cipherBytes
 
-// Sizes of the table, as powers of two.
+// Sizes of the table: sets and pairs of marks, as powers of two, and ciphers in a set.
 const (
-	setBits  = 12 // sets of four ciphers
-	markBits = 15 // pairs of marks
+	setBits  = 11
+	markBits = 15
+	ways     = 5
 )
 
-// replaceAfter is how many seconds a cipher is kept at least. Otherwise the values of a list that is
-// longer than there is room would replace each other, and none would be cached when it is needed.
-const replaceAfter = 5
+// idleFor is how many seconds a cipher that nobody uses is kept at least while others come. Most
+// values that are read a few times were replaced by others when their ciphers were used last.
+const idleFor = 10
 
-// cipherBytes is the memory of one cipher: that of AES-GCM in the standard library, and a [derived].
+// A cipher that was used in the last youngFor seconds is replaced by one in youngTurns attempts
+// only. The values of a list that is longer than there is room would replace each other otherwise,
+// and few would be cached when they are needed. A value that is read often, such as an event with
+// many watchers, takes its place soon.
+const (
+	youngFor   = 5
+	youngTurns = 8
+)
+
+// cipherBytes is the memory of one cipher: that of AES-GCM in the standard library, and a
+// [derived].
 const cipherBytes = 768 + 64
 
+// recentTable begins with the sets, so that each has one line of the processor's cache: the memory
+// of something that is so large begins with a page.
 type recentTable struct {
-	limit atomic.Int64                    // how many more ciphers there may be
-	marks [1 << markBits][2]atomic.Uint32 // of the infos seen last, the last one first
 	sets  [1 << setBits]recentSet
-}
-
-func newRecentTable() *recentTable {
-	t := new(recentTable)
-	t.limit.Store(RecentBytes / cipherBytes)
-	return t
+	marks [1 << markBits][2]atomic.Uint32 // of the infos seen last, the last one first
+	turns atomic.Uint32                   // attempts to replace young ciphers
+	hand  atomic.Uint32                   // the set that is searched next for idle ciphers
 }
 
 // recentSet has the size of a line of the processor's cache. Most lookups miss that cache, so their
 // cost is the number of lines. A tag is a part of the info of the cipher with the same index.
 type recentSet struct {
-	tags    [4]atomic.Uint32
-	ciphers [4]atomic.Pointer[derived]
-	_       [16]byte
+	tags    [ways]atomic.Uint32
+	ciphers [ways]atomic.Pointer[derived]
 }
 
 type derived struct {
@@ -57,6 +66,12 @@ type derived struct {
 	info [infoSize]byte
 	aead cipher.AEAD
 	used atomic.Uint32 // the second of its last use
+}
+
+// age is how many seconds before now the cipher was last used. It may be negative: another
+// goroutine may have a later time.
+func (d *derived) age(now uint32) int32 {
+	return int32(now - d.used.Load()) //nolint:gosec // a process does not run for 68 years
 }
 
 // recentPlace is where a cipher may be: in one of two sets. info is random, so any of its bytes can
@@ -109,7 +124,7 @@ func (r *Recent) put(seed *Seed, info []byte, aead cipher.AEAD, now uint32) {
 	}
 	t := r.table.Load()
 	if t == nil {
-		r.table.CompareAndSwap(nil, newRecentTable())
+		r.table.CompareAndSwap(nil, new(recentTable))
 		if t = r.table.Load(); t == nil { // cleared meanwhile
 			return
 		}
@@ -120,24 +135,33 @@ func (r *Recent) put(seed *Seed, info []byte, aead cipher.AEAD, now uint32) {
 		p.marks[0].Store(p.tag)
 		return
 	}
+	t.sweep(now)
 	to, way := t.room(&p, int(info[10]), now)
 	if to == nil {
 		return
 	}
 	d := &derived{seed: seed, info: [infoSize]byte(info), aead: aead}
 	d.used.Store(now)
-	if to.ciphers[way].Swap(d) == nil {
-		t.limit.Add(-1)
-	}
+	to.ciphers[way].Store(d)
 	to.tags[way].Store(p.tag)
 }
 
+// sweep drops the idle ciphers of one set, in turns.
+func (t *recentTable) sweep(now uint32) {
+	s := &t.sets[t.hand.Add(1)%uint32(len(t.sets))]
+	for i := range s.ciphers {
+		if d := s.ciphers[i].Load(); d != nil && d.age(now) > idleFor {
+			s.ciphers[i].CompareAndSwap(d, nil)
+		}
+	}
+}
+
 // room returns where a cipher goes: to a free place in the set that has more of them or, if there
-// is none or the limit is reached, to that of the cipher that was not used for the longest time. It
-// returns nil if all were used lately. first varies the choice between equals.
+// is none, to that of the cipher that was not used for the longest time. It returns nil if that was
+// used lately, but for some attempts. first varies the choice between equals.
 func (t *recentTable) room(p *recentPlace, first int, now uint32) (to *recentSet, way int) {
 	var old *recentSet
-	oldWay, oldest := 0, uint32(0)
+	oldWay, oldest := 0, int32(0)
 	most := 0
 	for _, s := range p.sets {
 		free, last := 0, 0
@@ -146,7 +170,7 @@ func (t *recentTable) room(p *recentPlace, first int, now uint32) (to *recentSet
 			d := s.ciphers[i].Load()
 			if d == nil {
 				free, last = free+1, i
-			} else if age := now - d.used.Load(); old == nil || age > oldest {
+			} else if age := d.age(now); old == nil || age > oldest {
 				old, oldWay, oldest = s, i, age
 			}
 		}
@@ -155,9 +179,9 @@ func (t *recentTable) room(p *recentPlace, first int, now uint32) (to *recentSet
 		}
 	}
 	switch {
-	case to != nil && t.limit.Load() > 0:
+	case to != nil:
 		return to, way
-	case oldest >= replaceAfter:
+	case oldest >= youngFor, t.turns.Add(1)%youngTurns == 0:
 		return old, oldWay
 	}
 	return nil, 0
@@ -166,8 +190,8 @@ func (t *recentTable) room(p *recentPlace, first int, now uint32) (to *recentSet
 // Clear removes all ciphers.
 func (r *Recent) Clear() { r.table.Store(nil) }
 
-// Expire removes the ciphers that were last used before a time in seconds, and all memory if none is
-// left. It returns how many are left.
+// Expire removes the ciphers that were last used before a time in seconds, and all memory if none
+// is left. It returns how many are left.
 func (r *Recent) Expire(before uint32) (left int) {
 	t := r.table.Load()
 	if t == nil {
@@ -178,10 +202,10 @@ func (r *Recent) Expire(before uint32) (left int) {
 		for way := range s.ciphers {
 			switch d := s.ciphers[way].Load(); {
 			case d == nil:
-			case int32(before-d.used.Load()) <= 0: //nolint:gosec // times that are less than 68 years apart
+			case d.age(before) <= 0:
 				left++
-			case s.ciphers[way].CompareAndSwap(d, nil):
-				t.limit.Add(1)
+			default:
+				s.ciphers[way].CompareAndSwap(d, nil)
 			}
 		}
 	}

@@ -92,8 +92,8 @@ func TestRecentIsShared(t *testing.T) {
 	wg.Wait()
 }
 
-// TestRecentKeepsAList: what is read repeatedly is kept, nearly all of it, up to 5,000 values, and as
-// many of a longer list; what is read once is not.
+// TestRecentKeepsAList: what is read repeatedly is kept, nearly all of it, up to 10,000 values, and
+// a part of a longer list; what is read once is not.
 func TestRecentKeepsAList(t *testing.T) {
 	seed, err := NewSeed(TypeSeed, fill(9, 32))
 	if err != nil {
@@ -111,7 +111,7 @@ func TestRecentKeepsAList(t *testing.T) {
 			list[i][j] = byte(random.Uint32())
 		}
 	}
-	for n, least := range map[int]int{100: 100, 5000: 4700, 30_000: 4700} {
+	for n, least := range map[int]int{100: 100, 10_000: 9000, 30_000: 6000} {
 		recent := new(Recent)
 		kept := func() (kept int) {
 			for _, info := range list[:n] {
@@ -130,6 +130,48 @@ func TestRecentKeepsAList(t *testing.T) {
 		if have := kept(); have < least {
 			t.Errorf("of %d values %d are kept, want %d", n, have, least)
 		}
+	}
+}
+
+// TestRecentTakesEvents: a value that is read by many is cached soon, although a long list that is
+// read at the same time takes all of the room.
+func TestRecentTakesEvents(t *testing.T) {
+	seed, err := NewSeed(TypeSeed, fill(9, 32))
+	if err != nil {
+		t.Fatal(err)
+	}
+	aead, err := newAEAD(fill(1, 32))
+	if err != nil {
+		t.Fatal(err)
+	}
+	random := rand.New(rand.NewPCG(5, 6))
+	info := func() []byte {
+		b := make([]byte, infoSize)
+		for i := range b {
+			b[i] = byte(random.Uint32())
+		}
+		return b
+	}
+	recent := new(Recent)
+	for range 3 * RecentBytes / cipherBytes {
+		one := info()
+		for range 2 {
+			recent.put(seed, one, aead, 1)
+		}
+	}
+	misses := 0
+	const events, watchers = 100, 1000
+	for range events {
+		event := info()
+		for range watchers {
+			if recent.get(seed, event, 1) == nil {
+				recent.put(seed, event, aead, 1)
+				misses++
+			}
+		}
+	}
+	if most := events * (1 + 2*youngTurns); misses > most {
+		t.Errorf("%d events were not cached %d times, want at most %d", events, misses, most)
 	}
 }
 
@@ -210,18 +252,31 @@ func TestRecentIsBounded(t *testing.T) {
 	for i := range 5 * most {
 		binary.LittleEndian.PutUint64(info, random.Uint64())
 		binary.LittleEndian.PutUint64(info[8:], random.Uint64())
-		now := uint32(i / 500)
+		now := uint32(i / 2000)
 		for range 2 {
 			recent.put(seed, info, aead, now)
 		}
 		if i == 0 {
 			copy(inUse, info)
 		}
-		if i%250 == 0 && recent.get(seed, inUse, now) == nil {
+		if i%100 == 0 && recent.get(seed, inUse, now) == nil {
 			t.Fatalf("the cipher that is always in use was replaced after %d others", i)
 		}
 	}
 	if n := recent.Expire(0); n > most || n < most*9/10 {
 		t.Errorf("%d ciphers, want up to %d", n, most)
+	}
+	// Fewer new ones than there is room for: those that were not used lately go.
+	for now := range uint32(100) {
+		for range 100 {
+			binary.LittleEndian.PutUint64(info, random.Uint64())
+			binary.LittleEndian.PutUint64(info[8:], random.Uint64())
+			for range 2 {
+				recent.put(seed, info, aead, 1<<20+now)
+			}
+		}
+	}
+	if n := recent.Expire(0); n > 100*(idleFor+1+len(recent.table.Load().sets)/100) {
+		t.Errorf("%d ciphers of which most are idle", n)
 	}
 }

@@ -1,7 +1,6 @@
 package keyring
 
 import (
-	"bytes"
 	"cmp"
 	"crypto/sha256"
 	"encoding/binary"
@@ -182,38 +181,4 @@ func (c *Cache) evictAll(match func(*entry) bool) int {
 		r.seeds.recent.Clear() // ciphers made from the seeds
 	}
 	return n
-}
-
-// hotTable finds the seeds of recent values without a lock and without decoding: by the bytes after
-// a value's data, which all values of one seed share. Its few slots are overwritten without order;
-// what is not found here is looked up in the [Cache].
-type hotTable struct {
-	slots [64]atomic.Pointer[hotSlot]
-}
-
-type hotSlot struct {
-	rest  []byte // of an object after its data, which envelope.Parse has accepted
-	entry *entry
-}
-
-// slot selects a slot by a few bytes out of the middle and from the end. The wrapped seed, which is
-// different for each seed, takes most of rest, and ends it unless there are annotations.
-func (t *hotTable) slot(rest []byte) *atomic.Pointer[hotSlot] {
-	h := uint64(len(rest))
-	if n := len(rest); n >= 24 {
-		h += binary.LittleEndian.Uint64(rest[n-16:]) ^ binary.LittleEndian.Uint64(rest[n/2:])
-	}
-	const odd = 0x9e3779b97f4a7c15 // its product with h depends on all bits of h
-	return &t.slots[h*odd>>58]
-}
-
-func (t *hotTable) get(rest []byte) *entry {
-	if s := t.slot(rest).Load(); s != nil && bytes.Equal(s.rest, rest) {
-		return s.entry
-	}
-	return nil
-}
-
-func (t *hotTable) put(rest []byte, e *entry) {
-	t.slot(rest).Store(&hotSlot{rest: bytes.Clone(rest), entry: e})
 }

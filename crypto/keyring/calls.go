@@ -92,17 +92,7 @@ func (c *caller) dataKey(ctx context.Context) (*kmsclient.DataKey, error) {
 		}
 		return k, err
 	}
-	seed := make([]byte, envelope.SeedSize)
-	_, _ = rand.Read(seed) // does not fail: crypto/rand ends the process instead
-	// The backend gets a copy: what it does with its argument cannot become the seed.
-	response, err := c.p.cfg.KMS.Encrypt(ctx, uid, bytes.Clone(seed))
-	if err != nil {
-		return nil, err
-	}
-	if response == nil {
-		return nil, brokenContract("Encrypt", "the response is empty")
-	}
-	return &kmsclient.DataKey{Plaintext: seed, Ciphertext: response.Ciphertext, KeyID: response.KeyID, Annotations: response.Annotations}, nil
+	return kmsclient.WrapNewKey(ctx, c.p.cfg.KMS, uid)
 }
 
 // wrapCopy has this ring's KMS wrap another ring's seed, and returns the annotations that hold the

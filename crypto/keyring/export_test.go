@@ -22,7 +22,7 @@ func (r *Ring) RecoverySetting() any { return r.copier.set.Load() }
 // HasHot reports whether the fast path finds the seed of an object, and uses it.
 func (r *Ring) HasHot(object []byte) bool {
 	_, rest, cut := envelope.Cut(object)
-	e := r.seeds.hot.get(rest)
+	e := r.seeds.hot.Get(rest)
 	if !cut || e == nil {
 		return false
 	}

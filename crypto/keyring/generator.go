@@ -145,7 +145,7 @@ func (g *generator) generate(ctx context.Context, statusID string) (*writer, err
 	e.sum = w.sum
 	e.verified.Store(true)
 	g.p.cfg.Cache.put(e)
-	g.seeds.hot.put(frame.Rest(), e)
+	g.seeds.hot.Put(frame.Rest(), e)
 	g.p.cfg.Observer.Seed(g.p.cfg.Provider, EventGenerated)
 	g.p.cfg.Logger.Info("DEK seed generated", "provider", g.p.cfg.Provider, "keyID", k.KeyID, slog.Bool("keyIDAsStatus", k.KeyID == statusID), "recoveryCopies", len(w.copies))
 	g.copier.logLacking(w)

@@ -6,6 +6,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring/internal/settling"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
@@ -24,7 +25,7 @@ type monitor struct {
 
 	// What follows is used by the goroutine of the health checks alone.
 	deniedSince time.Time // zero unless health checks are denied
-	settled     settling
+	keyIDs      settling.KeyIDs
 	probed      string                 // the last key that a probe was about
 	probedAt    time.Time              // when the last round of probes was
 	probePauses map[string]*probePause // keys whose probes were refused for no reason
@@ -137,13 +138,29 @@ func (m *monitor) useSettled(ctx context.Context, reported string) (string, *wri
 	w, err := m.generator.use(ctx, keyID)
 	if err != nil && reported != keyID && !isNoResponse(err) {
 		if other, oerr := m.generator.use(ctx, reported); oerr == nil {
-			keyID, w, err = m.adopt(reported), other, nil
+			m.keyIDs.Adopt(m.p.state.Load().keyID, reported, time.Now())
+			keyID, w, err = reported, other, nil
 		}
 	}
 	if err == nil && w != nil {
 		keyID = w.statusID
 	}
 	return keyID, w, err
+}
+
+// settle returns the key ID to use now that Status says keyID: that, or the one in use if keyID was
+// in use a short time ago.
+func (m *monitor) settle(keyID string) string {
+	now, have := time.Now(), m.p.state.Load().keyID
+	use, began, report := m.keyIDs.Decide(have, keyID, now)
+	if began {
+		m.flapped.Store(now.Unix())
+	}
+	if report {
+		m.p.cfg.Logger.Warn("KMS key ID alternates: the one in use is kept until the KMS names another one for an hour; check whether two plugins or key versions serve one name",
+			"provider", m.p.cfg.Provider, "keyID", have, "statusKeyID", keyID)
+	}
+	return use
 }
 
 // useDue reports whether to try the key in use although Status failed.
@@ -163,7 +180,7 @@ func (m *monitor) statusKeyID(ctx context.Context) (string, error) {
 		return "", err
 	}
 	switch last := m.p.state.Load().keyID; {
-	case last == status.KeyID, last == "" && !m.p.readOnly.Load(), m.settled.waits(status.KeyID):
+	case last == status.KeyID, last == "" && !m.p.readOnly.Load(), m.keyIDs.Held(status.KeyID):
 		return status.KeyID, nil
 	}
 	if again, err := m.calls.status(ctx); err == nil {

@@ -133,7 +133,7 @@ func New(c RingConfig) (*Ring, error) {
 	r.generator = &generator{ring: r, p: r.p, calls: r.calls, seeds: r.seeds, copier: r.copier}
 	r.monitor = &monitor{
 		ring: r, p: r.p, calls: r.calls, refusals: r.refusals, seeds: r.seeds, generator: r.generator,
-		probePauses: make(map[string]*probePause), settled: settling{left: make(map[string]time.Time)},
+		probePauses: make(map[string]*probePause),
 	}
 	r.p.poller = kmsclient.NewPoller(r.monitor.check, r.monitor.pause)
 	if r.IsOffline() {

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sync/singleflight"
 
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/envelope"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/crypto/keyring/internal/hottable"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 )
 
@@ -22,7 +23,7 @@ type seeds struct {
 	copies   *copyReader
 
 	flights singleflight.Group // of calls for one seed
-	hot     hotTable
+	hot     hottable.Table[entry]
 	recent  envelope.Recent
 	begun   time.Time // when the seconds of recent begin
 }
@@ -47,7 +48,7 @@ func (s *seeds) openHot(dst, etcdKey, object []byte) []byte {
 	if !ok || s.p.state.Load().revoked != nil {
 		return nil
 	}
-	e := s.hot.get(rest)
+	e := s.hot.Get(rest)
 	if e == nil || e.copyUse != nil || !e.verified.Load() {
 		return nil
 	}
@@ -119,7 +120,7 @@ type lookup struct {
 func (s *seeds) lookup(object []byte, rings []*Ring) (e *entry, l lookup, err *Error) {
 	data, rest, cut := envelope.Cut(object)
 	if cut {
-		if e := s.hot.get(rest); e != nil {
+		if e := s.hot.Get(rest); e != nil {
 			old := time.Since(e.fetched) // half the cost of time.Now
 			if s.p.cfg.Cache.ageAfter(e, old) == fresh {
 				s.p.cfg.Cache.touch(e, old)
@@ -175,7 +176,7 @@ func (s *seeds) cached(l *lookup, rings []*Ring, now time.Time) *entry {
 // the copy's provider may use it.
 func (s *seeds) remember(l *lookup, e *entry) {
 	if l.rest != nil && e.by == s.ring && e != l.stale {
-		s.hot.put(l.rest, e)
+		s.hot.Put(l.rest, e)
 	}
 }
 
@@ -190,12 +191,13 @@ func (s *seeds) newEntry(d digest, h *envelope.Header, seed *envelope.Seed) *ent
 func (s *seeds) evict(match func(*entry) bool) int {
 	n := s.p.cfg.Cache.evictAll(match)
 	// The hot table can hold entries that the cache has evicted.
-	for i := range s.hot.slots {
-		if hot := s.hot.slots[i].Load(); hot != nil && match(hot.entry) {
-			hot.entry.evicted.Store(true)
-			s.hot.slots[i].CompareAndSwap(hot, nil)
+	s.hot.Remove(func(e *entry) bool {
+		matches := match(e)
+		if matches {
+			e.evicted.Store(true)
 		}
-	}
+		return matches
+	})
 	s.recent.Clear()
 	return n
 }

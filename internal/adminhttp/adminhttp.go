@@ -96,5 +96,5 @@ func (a *Server) Run(ctx context.Context) error {
 	return fmt.Errorf("serve admin: %w", err)
 }
 
-// Close lets go of the address without serving.
+// Close releases the address without serving.
 func (a *Server) Close() { _ = a.listener.Close() }

@@ -56,7 +56,7 @@ type Log struct {
 	size         int64       // of f, as far as it is known to be good
 	whole        int64       // bytes of f up to the end of its last whole record
 	dirty        bool        // f may be longer than size: a record was written in part
-	torn         *tornLine   // what follows whole, if it is there to stay
+	torn         *tornLine   // what follows whole and cannot be removed
 	unterminated bool        // f does not end with a line break
 
 	seq       uint64
@@ -149,7 +149,7 @@ func (l *Log) Lost() uint64 {
 	return l.lostEver.Load()
 }
 
-// Close writes what is left to the disk and releases the file. Records that come later are lost.
+// Close syncs and releases the file. Later records are lost.
 // It may be called more than once.
 func (l *Log) Close() error {
 	if l == nil {
@@ -205,7 +205,7 @@ func (l *Log) countLost(err error) {
 	}
 	l.lost++
 	l.failing.Store(true)
-	// Once for each outage, and not for each moment of a disk that is full by turns.
+	// At most one message a minute, also if the disk alternates between full and not full.
 	if now := time.Now(); !l.logged && now.Sub(l.loggedAt) >= outageLogInterval {
 		l.logged, l.loggedAt = true, now
 		l.log.Error("the audit log cannot be written: records are lost", "path", l.cfg.Path, "error", err)

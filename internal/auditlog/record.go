@@ -14,7 +14,7 @@ type Event string
 // The events that callers record.
 const (
 	EventStart    Event = "start"    // the process began to serve
-	EventStop     Event = "stop"     // the process ended in good order
+	EventStop     Event = "stop"     // the process ended, after a signal or a failure
 	EventKMS      Event = "kms"      // one attempt of one operation of a KMS
 	EventDenied   Event = "denied"   // an unauthorized client
 	EventReload   Event = "reload"   // the configuration was read again

@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/durable"
 )
 
 // rotate renames the file to its path with the number of its last record, and begins a new file. On
@@ -49,21 +51,12 @@ func create(path string) (*os.File, fs.FileInfo, error) {
 		err = lock(f)
 	}
 	if err == nil {
-		err = syncDir(filepath.Dir(path))
+		err = durable.SyncFolder(filepath.Dir(path))
 	}
 	if err != nil {
 		return nil, nil, errors.Join(err, f.Close(), os.Remove(path))
 	}
 	return f, info, nil
-}
-
-func syncDir(path string) error {
-	dir, err := os.Open(path) //nolint:gosec // the folder of the file that the operator names
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	return dir.Sync()
 }
 
 // freeName returns name, or name with a number appended: records of another chain may have the

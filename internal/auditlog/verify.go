@@ -129,7 +129,7 @@ type verifier struct {
 
 	name string // of the file
 	line int
-	seq  uint64 // of the record at hand; 0 for a line that is none
+	seq  uint64 // of the current record; 0 for a line that is not a record
 
 	started  bool // there was a record
 	last     uint64

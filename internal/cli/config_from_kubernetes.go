@@ -125,12 +125,12 @@ func (f *fromKubernetes) read(stderr io.Writer) (*kubernetes.Configuration, erro
 
 // write creates the key files and then the configuration. On an error, it removes what it created.
 func (f *fromKubernetes) write(result *kubernetes.Result, stdout io.Writer) (err error) {
-	var made []string
+	var created []string
 	defer func() {
 		if err == nil {
 			return
 		}
-		for _, path := range made {
+		for _, path := range created {
 			err = errors.Join(err, os.Remove(path))
 		}
 	}()
@@ -138,7 +138,7 @@ func (f *fromKubernetes) write(result *kubernetes.Result, stdout io.Writer) (err
 		err := keyfile.Create(path, text)
 		switch {
 		case err == nil:
-			made = append(made, path)
+			created = append(created, path)
 			return nil
 		case errors.Is(err, fs.ErrExist):
 			return problem.New("move it away, or choose another file", "%s exists, and is not overwritten", path)

@@ -151,7 +151,7 @@ func checkProvider(ctx context.Context, k config.KMS, u uses, ids *age.Identitie
 	switch {
 	case err != nil:
 		for _, p := range problem.Of(err) {
-			r.found("%v", p)
+			r.addFinding("%v", p)
 		}
 	case b.Offline != nil:
 		r.tryOffline(b.Offline, ids)
@@ -183,7 +183,7 @@ func checkBackend(ctx context.Context, name string, b *provider.Provider, u uses
 	}()
 	client, err := kmsclient.New(kmsclient.Config{Name: name, Backend: b.Service, Timeout: b.Timeout, Observer: observe})
 	if err != nil {
-		r.found("%v", err)
+		r.addFinding("%v", err)
 		return r
 	}
 	if describe := b.Describe(); describe != nil {
@@ -195,12 +195,12 @@ func checkBackend(ctx context.Context, name string, b *provider.Provider, u uses
 	}
 	status, err := client.Status(ctx)
 	if err != nil {
-		r.found("state: %s", described(err))
+		r.addFinding("state: %s", explained(err))
 		return r
 	}
 	r.KeyID = status.KeyID
 	if status.Healthz != "ok" {
-		r.found("state: the KMS reports that it is not healthy")
+		r.addFinding("state: the KMS reports that it is not healthy")
 	}
 	if b.Kind == "plugin" && strings.Trim(r.KeyID, "0123456789") == "" {
 		r.Warnings = append(r.Warnings, fmt.Sprintf("the key ID %s is only a number, which another key may have too: the proxy would not notice that the key was replaced, and values of the old key would be lost", r.KeyID))

@@ -22,12 +22,12 @@ func (r *providerReport) tryOffline(key *provider.AgeKey, ids *age.Identities) {
 	}
 	r.KeyID, r.Recipients = key.ID(), key.Recipients().Names()
 	tested, err := key.Test()
-	r.tried("encrypt")
+	r.addTried("encrypt")
 	if tested || err != nil && ids != nil {
-		r.tried("decrypt")
+		r.addTried("decrypt")
 	}
 	if err != nil {
-		r.found("%v", err)
+		r.addFinding("%v", err)
 	}
 	r.OK = len(r.Findings) == 0
 }

@@ -39,13 +39,13 @@ func usesOf(c *config.Config, k config.KMS) uses {
 	return u
 }
 
-// found adds a finding.
-func (r *providerReport) found(format string, args ...any) {
+// addFinding adds a finding.
+func (r *providerReport) addFinding(format string, args ...any) {
 	r.Findings = append(r.Findings, fmt.Sprintf(format, args...))
 }
 
-// described says what an error of a KMS means, in the words of the log and of /readyz.
-func described(err error) string {
+// explained says what an error of a KMS means, in the words of the log and of /readyz.
+func explained(err error) string {
 	if e, ok := errors.AsType[*kmsclient.Error](err); ok {
 		return e.Explain()
 	}
@@ -55,11 +55,11 @@ func described(err error) string {
 // trySeed generates a DEK seed and unwraps it, as a proxy does that encrypts with the key.
 func (r *providerReport) trySeed(ctx context.Context, client *kmsclient.Client) {
 	key, err := client.GenerateDataKey(ctx, newUID())
-	r.tried("generate")
+	r.addTried("generate")
 	if err != nil {
-		r.found("generate a DEK seed: %s", described(err))
+		r.addFinding("generate a DEK seed: %s", explained(err))
 		if r.Key != nil && r.Key.ofService {
-			r.found("the key was created by %q and not by an account: default keys of cloud products are for those products only; use your own key", r.Key.Creator)
+			r.addFinding("the key was created by %q and not by an account: default keys of cloud products are for those products only; use your own key", r.Key.Creator)
 		}
 		return
 	}
@@ -74,9 +74,9 @@ func (r *providerReport) tryCopy(ctx context.Context, client *kmsclient.Client) 
 	_, _ = rand.Read(seed) // never fails
 	defer clear(seed)
 	response, err := client.Encrypt(ctx, newUID(), bytes.Clone(seed))
-	r.tried("encrypt")
+	r.addTried("encrypt")
 	if err != nil {
-		r.found("wrap a recovery copy: %s", described(err))
+		r.addFinding("wrap a recovery copy: %s", explained(err))
 		return
 	}
 	r.tryUnwrap(ctx, client, "recovery copy", &kmsclient.DataKey{Plaintext: seed, Ciphertext: response.Ciphertext, KeyID: response.KeyID, Annotations: response.Annotations})
@@ -89,21 +89,21 @@ func (r *providerReport) tryUnwrap(ctx context.Context, client *kmsclient.Client
 		}
 	}
 	if key.KeyID != r.KeyID {
-		r.found("the KMS wrapped a %s under key ID %q while its status names %q", what, key.KeyID, r.KeyID)
+		r.addFinding("the KMS wrapped a %s under key ID %q while its status names %q", what, key.KeyID, r.KeyID)
 	}
 	expecting := kmsclient.Expect(ctx, sha256.Sum256(key.Plaintext))
 	plaintext, err := client.Decrypt(expecting, newUID(), &service.DecryptRequest{Ciphertext: key.Ciphertext, KeyID: key.KeyID, Annotations: key.Annotations})
-	r.tried("decrypt")
+	r.addTried("decrypt")
 	defer clear(plaintext)
 	switch {
 	case errors.Is(err, kmsclient.ErrOtherSecret):
-		r.found("unwrap the %s: the KMS returned another key than was wrapped", what)
+		r.addFinding("unwrap the %s: the KMS returned another key than was wrapped", what)
 	case err != nil:
-		r.found("unwrap the %s: %s", what, described(err))
+		r.addFinding("unwrap the %s: %s", what, explained(err))
 	}
 }
 
-func (r *providerReport) tried(op string) {
+func (r *providerReport) addTried(op string) {
 	if !slices.Contains(r.Tried, op) {
 		r.Tried = append(r.Tried, op)
 	}

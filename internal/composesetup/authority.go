@@ -14,10 +14,10 @@ import (
 	"math/big"
 	"net"
 	"os"
-	"path/filepath"
 	"slices"
 	"time"
 
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/durable"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 )
 
@@ -100,7 +100,7 @@ func newAuthority(certFile, keyFile, name string, now time.Time) (*authority, er
 // issue makes a certificate and its key, unless the files hold one of this authority for the same
 // leaf that is not in the last third of its lifetime.
 func (a *authority) issue(certFile, keyFile string, l leaf, now time.Time) error {
-	if a.good(certFile, keyFile, l, now) {
+	if a.isCurrent(certFile, keyFile, l, now) {
 		return nil
 	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -125,9 +125,9 @@ func (a *authority) issue(certFile, keyFile string, l leaf, now time.Time) error
 	return writePair(certFile, certPEM, keyFile, key)
 }
 
-// good reports whether the files hold a certificate that issue need not replace. What cannot be
-// read or parsed is replaced.
-func (a *authority) good(certFile, keyFile string, l leaf, now time.Time) bool {
+// isCurrent reports whether the files hold a certificate that issue need not replace. What cannot
+// be read or parsed is replaced.
+func (a *authority) isCurrent(certFile, keyFile string, l leaf, now time.Time) bool {
 	pair, err := tls.LoadX509KeyPair(certFile, keyFile)
 	if err != nil {
 		return false
@@ -162,10 +162,10 @@ func writePair(certFile string, certPEM []byte, keyFile string, key *ecdsa.Priva
 	if err != nil {
 		return err
 	}
-	if err := writeAtomically(keyFile, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})); err != nil {
+	if err := writeChanged(keyFile, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})); err != nil {
 		return err
 	}
-	return writeAtomically(certFile, certPEM)
+	return writeChanged(certFile, certPEM)
 }
 
 // newKeyPair makes a private key and its public half, unless both are there.
@@ -184,27 +184,10 @@ func newKeyPair(keyFile, publicFile string) error {
 	return writePair(publicFile, pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: public}), keyFile, key)
 }
 
-// writeAtomically replaces path, with mode 0600, so that a reader finds the old file or the new
-// one. A file that is already like that is left.
-func writeAtomically(path string, data []byte) (err error) {
+// writeChanged writes a file with mode 0600 atomically, unless it has this content already.
+func writeChanged(path string, data []byte) error {
 	if old, err := os.ReadFile(path); err == nil && bytes.Equal(old, data) { //nolint:gosec // below the operator's folder
 		return nil
 	}
-	f, err := os.CreateTemp(filepath.Dir(path), ".new-*") // mode 0600
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, os.Remove(f.Name()))
-		}
-	}()
-	_, err = f.Write(data)
-	if err == nil {
-		err = f.Sync()
-	}
-	if err = errors.Join(err, f.Close()); err != nil {
-		return err
-	}
-	return os.Rename(f.Name(), path)
+	return durable.Write(path, data, 0o600)
 }

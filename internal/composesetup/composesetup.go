@@ -119,7 +119,7 @@ func Run(dir string, getenv func(string) string, now time.Time) error {
 		return err
 	}
 	// Last, so that a proxy with a configuration has all files that it names.
-	return writeAtomically(filepath.Join(dir, proxyDir, "config.yaml"), text.Bytes())
+	return writeChanged(filepath.Join(dir, proxyDir, "config.yaml"), text.Bytes())
 }
 
 // refuseLostKey fails if a member of etcd has data: a new key could not decrypt it, and writes with
@@ -206,21 +206,14 @@ func readSettings(dir string, getenv func(string) string) (*settings, error) {
 // makeCertificates makes the three authorities and all certificates.
 func makeCertificates(dir string, now time.Time) error {
 	at := func(folder, name string) string { return filepath.Join(dir, folder, name) }
-	open := func(name string) (*authority, error) {
-		return openAuthority(at(caDir, name+".crt"), at(caDir, name+".key"), "etcd-kms-proxy compose "+name, now)
+	authorities := make(map[string]*authority)
+	for _, name := range []string{"etcd", "proxy", "kubernetes"} {
+		var err error
+		if authorities[name], err = openAuthority(at(caDir, name+".crt"), at(caDir, name+".key"), "etcd-kms-proxy compose "+name, now); err != nil {
+			return err
+		}
 	}
-	etcd, err := open("etcd")
-	if err != nil {
-		return err
-	}
-	proxy, err := open("proxy")
-	if err != nil {
-		return err
-	}
-	kube, err := open("kubernetes")
-	if err != nil {
-		return err
-	}
+	etcd, proxy, kube := authorities["etcd"], authorities["proxy"], authorities["kubernetes"]
 	serves, calls := x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth
 	for _, c := range []struct {
 		by     *authority
@@ -256,7 +249,7 @@ func makeCertificates(dir string, now time.Time) error {
 		at(kubernetesDir, "etcd-ca.crt"):   proxy.pem,
 		at(kubernetesDir, "client-ca.crt"): kube.pem,
 	} {
-		if err := writeAtomically(path, data); err != nil {
+		if err := writeChanged(path, data); err != nil {
 			return err
 		}
 	}

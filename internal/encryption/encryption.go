@@ -148,7 +148,7 @@ func (k *Keys) add(p config.KMS, cache *keyring.Cache) error {
 	}
 	if b.Reader != nil {
 		k.readers[p.Name] = b.Reader
-		k.keep(&keptFile{
+		k.followFile(&followedFile{
 			provider: p.Name, path: p.Kubernetes.KeyFile, name: "key file of " + p.Name, seen: seen,
 			good: "key file reloaded", bad: "changed key file cannot be used; the old keys stay in use",
 			load: func() ([]any, error) { return nil, k.reloadReader(p) },

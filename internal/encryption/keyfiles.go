@@ -44,9 +44,9 @@ func watchKeyFile(path string, seen [sha256.Size]byte, ring *keyring.Ring, log *
 	}
 }
 
-// keptFile is a file whose keys are loaded again when it changes. While the new ones cannot be
+// followedFile is a file whose keys are loaded again when it changes. While the new ones cannot be
 // used, the old ones stay in use.
-type keptFile struct {
+type followedFile struct {
 	provider, path string
 	name           string            // of its line in /readyz
 	good, bad      string            // what the log says of new keys that are used, or cannot be
@@ -56,8 +56,8 @@ type keptFile struct {
 	problem atomic.Pointer[error] // why the newest file is not in use; nil before the first change
 }
 
-// keep follows a file from [Keys.Run] on.
-func (k *Keys) keep(f *keptFile) {
+// followFile follows a file from [Keys.Run] on.
+func (k *Keys) followFile(f *followedFile) {
 	k.files = append(k.files, fileCheck{f.name, func() error {
 		if err := f.problem.Load(); err != nil {
 			return *err

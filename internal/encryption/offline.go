@@ -25,7 +25,7 @@ func (k *Keys) addOffline(p config.KMS, key *provider.AgeKey, cache *keyring.Cac
 		if err := key.Reload(); err != nil { // it may have changed before its digest was taken
 			return err
 		}
-		k.keep(&keptFile{
+		k.followFile(&followedFile{
 			provider: p.Name, path: file, name: "recipients file of " + p.Name, seen: seen,
 			good: "recipients file reloaded", bad: "changed recipients file cannot be used; the old recipients stay in use",
 			load: func() ([]any, error) {

@@ -56,13 +56,7 @@ func newPassword(path string, log *slog.Logger) (*Password, error) {
 
 // Upstream returns where etcd is, as the proxy takes it.
 func Upstream(e *config.Etcd) proxy.UpstreamConfig {
-	u := proxy.UpstreamConfig{Endpoints: e.Endpoints, HTTPEndpoints: e.HTTPEndpoints}
-	if t := e.TLS; t != nil {
-		u.TLS = &proxy.UpstreamTLS{
-			CAFile: t.CAFile, CertFile: t.CertFile, KeyFile: t.KeyFile, ServerName: t.ServerName, InsecureSkipVerify: t.InsecureSkipVerify,
-		}
-	}
-	return u
+	return proxy.UpstreamConfig{Endpoints: e.Endpoints, HTTPEndpoints: e.HTTPEndpoints, TLS: (*proxy.UpstreamTLS)(e.TLS)}
 }
 
 // CheckNotProxy returns [ErrChained] if an endpoint leads to a proxy, also through a server between

@@ -48,9 +48,9 @@ type Files[T any] struct {
 	load func(Contents) (T, error)
 	now  func() time.Time
 
-	mu      sync.Mutex
-	value   T
-	inForce [sha256.Size]byte // digest of what value was made of
+	mu     sync.Mutex
+	value  T
+	digest [sha256.Size]byte // digest of what value was made of
 	// digest or error of files that cannot be used; "" if the newest files are in force
 	refused string
 	problem error // why
@@ -65,7 +65,7 @@ func New[T any](cfg Config, load func(Contents) (T, error)) (*Files[T], error) {
 		return nil, err
 	}
 	defer c.clear()
-	f.inForce = c.digest(cfg.Paths)
+	f.digest = c.digest(cfg.Paths)
 	if f.value, err = load(c); err != nil {
 		return nil, err
 	}
@@ -89,7 +89,7 @@ func (f *Files[T]) Get() T {
 	}
 	defer c.clear()
 	digest := c.digest(f.cfg.Paths)
-	if digest == f.inForce {
+	if digest == f.digest {
 		if f.refused != "" {
 			f.cfg.Logger.Info("the files in use are back", "for", f.cfg.What)
 		}
@@ -104,7 +104,7 @@ func (f *Files[T]) Get() T {
 		f.refuse(string(digest[:]), err)
 		return f.value
 	}
-	f.value, f.inForce, f.refused, f.problem = value, digest, "", nil
+	f.value, f.digest, f.refused, f.problem = value, digest, "", nil
 	f.cfg.Logger.Info("files reloaded", "for", f.cfg.What)
 	return value
 }
@@ -162,7 +162,7 @@ func (f *Files[T]) read() (Contents, error) {
 			}
 		}
 		after, err := f.infos()
-		if err == nil && same(before, after) {
+		if err == nil && sameFiles(before, after) {
 			return c, nil
 		}
 		c.clear()
@@ -188,7 +188,7 @@ func (f *Files[T]) infos() ([]fs.FileInfo, error) {
 	return infos, nil
 }
 
-func same(a, b []fs.FileInfo) bool {
+func sameFiles(a, b []fs.FileInfo) bool {
 	for i := range a {
 		if !os.SameFile(a[i], b[i]) || !a[i].ModTime().Equal(b[i].ModTime()) || a[i].Size() != b[i].Size() {
 			return false

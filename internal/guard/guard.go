@@ -19,6 +19,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/auditlog"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/etcdclient"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/logonce"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/periodic"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/lifecycle/coordination"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
@@ -53,13 +54,10 @@ func (g *Guard) Run(ctx context.Context) error {
 		// The data of a learner may be outdated, and it accepts no write. So the proxy serves
 		// reads, and decides once the member is promoted.
 		if weaker := g.compare(found.agreed, found.others); weaker != nil && !g.AllowWeakening {
-			return g.judge(weaker)
+			return g.decide(weaker)
 		}
 		g.OpenLearner()
-		select {
-		case <-ctx.Done():
-		case <-time.After(retryInterval):
-		}
+		_ = periodic.Wait(ctx, retryInterval) // the loop checks ctx
 	}
 	if ctx.Err() != nil {
 		return nil
@@ -74,11 +72,11 @@ func (g *Guard) Run(ctx context.Context) error {
 		err = g.compare(found.agreed, found.others)
 	}
 	if err != nil {
-		if err = g.judge(err); err != nil {
+		if err = g.decide(err); err != nil {
 			return err
 		}
 		g.Open()
-		g.forget(ctx, found.others) // slow while etcd has no leader
+		g.deleteRecords(ctx, found.others) // slow while etcd has no leader
 		return nil
 	}
 	if found.agreed == nil {
@@ -102,7 +100,7 @@ func (g *Guard) read(ctx context.Context) (records, error) {
 	text, timeouts := "", 0
 	for {
 		limited, cancel := context.WithTimeout(ctx, requestTimeout)
-		found, err := g.look(limited)
+		found, err := g.readOnce(limited)
 		cancel()
 		if err == nil || errors.Is(err, coordination.ErrForged) || upstream.IsChained(err) || ctx.Err() != nil {
 			return found, err
@@ -126,10 +124,8 @@ func (g *Guard) read(ctx context.Context) (records, error) {
 		if logged.Changed(text) {
 			g.Logger.Warn("the proxy serves nothing until it has read from etcd what rules the proxies agreed on; it keeps trying", "error", text, "hint", hint)
 		}
-		select {
-		case <-ctx.Done():
+		if periodic.Wait(ctx, retryInterval) != nil {
 			return records{}, nil
-		case <-time.After(retryInterval):
 		}
 	}
 }
@@ -138,10 +134,10 @@ func (g *Guard) read(ctx context.Context) (records, error) {
 const deniedHint = "set etcd.username and etcd.passwordFile, also with coordination.enabled: false: that user must be able to read the keys below " + coordination.DefaultPrefix +
 	"; or start the proxy with --allow-weakening, which serves without comparing the rules"
 
-// look reads once. From a learner, which serves serializable reads only, it reads what the learner
-// has so far. It also does so from a member without a leader if coordination is off: clients may
-// still make serializable reads there.
-func (g *Guard) look(ctx context.Context) (records, error) {
+// readOnce reads once. From a learner, which serves serializable reads only, it reads what the
+// learner has so far. It also does so from a member without a leader if coordination is off:
+// clients may still make serializable reads there.
+func (g *Guard) readOnce(ctx context.Context) (records, error) {
 	limited, cancel := context.WithTimeout(ctx, requestTimeout/2)
 	defer cancel()
 	found, err := g.records(limited)
@@ -178,10 +174,10 @@ func denied(err error) bool {
 }
 
 // weakening is an error that --allow-weakening permits.
-type weakening struct{ because []string }
+type weakening struct{ reasons []string }
 
 func (w *weakening) Error() string {
-	return "the configuration protects keys less than what the proxies last agreed on: " + strings.Join(w.because, "; ")
+	return "the configuration protects keys less than what the proxies last agreed on: " + strings.Join(w.reasons, "; ")
 }
 
 // compare returns a weakening compared with the record, or with those under other prefixes.
@@ -227,8 +223,8 @@ func (g *Guard) weakens(agreed *coordination.Agreement) ([]string, error) {
 	return because, nil
 }
 
-// judge records the reason err, and returns nil if --allow-weakening permits it.
-func (g *Guard) judge(err error) error {
+// decide records the reason err, and returns nil if --allow-weakening permits it.
+func (g *Guard) decide(err error) error {
 	if g.AllowWeakening {
 		g.Audit.Record(auditlog.Record{Event: auditlog.EventGuard, Outcome: "allowed", Reason: err.Error()})
 		g.Logger.Warn("serving with less protection, as --allow-weakening permits", "because", err.Error())
@@ -248,9 +244,9 @@ func (g *Guard) judge(err error) error {
 	return problem.WithHint(err, hint)
 }
 
-// forget removes the records that would stop the next start of a proxy that runs without
+// deleteRecords removes the records that would stop the next start of a proxy that runs without
 // coordination. With coordination, the next agreement replaces them.
-func (g *Guard) forget(ctx context.Context, others []coordination.RecordLocation) {
+func (g *Guard) deleteRecords(ctx context.Context, others []coordination.RecordLocation) {
 	if g.Fleet != nil {
 		return
 	}
@@ -269,7 +265,7 @@ func (g *Guard) forget(ctx context.Context, others []coordination.RecordLocation
 func (g *Guard) verify(ctx context.Context, agreed *coordination.Agreement) error {
 	was, _, err := parsePolicy(agreed.Policy)
 	if err != nil {
-		return g.judge(coordination.ErrForged)
+		return g.decide(coordination.ErrForged)
 	}
 	providers := PolicyOf(was, nil).Providers
 	begun, opened := time.Now(), false
@@ -278,7 +274,7 @@ func (g *Guard) verify(ctx context.Context, agreed *coordination.Agreement) erro
 		_, err := g.Fleet.Verify(limited, agreed, providers)
 		cancel()
 		if errors.Is(err, coordination.ErrForged) {
-			err = g.judge(err)
+			err = g.decide(err)
 			if err != nil {
 				return err
 			}
@@ -299,10 +295,8 @@ func (g *Guard) verify(ctx context.Context, agreed *coordination.Agreement) erro
 			}
 			opened = true
 		}
-		select {
-		case <-ctx.Done():
+		if periodic.Wait(ctx, pause) != nil {
 			return nil
-		case <-time.After(pause):
 		}
 	}
 }

@@ -47,7 +47,7 @@ func (n *NextStart) Run(ctx context.Context, g *Guard) error {
 		limited, cancel := context.WithTimeout(ctx, requestTimeout)
 		_, err := g.records(limited, clientv3.WithSerializable())
 		cancel()
-		n.note(err)
+		n.update(err)
 		select {
 		case <-ctx.Done():
 			return nil
@@ -58,8 +58,8 @@ func (n *NextStart) Run(ctx context.Context, g *Guard) error {
 
 const unreadable = "etcd's authentication keeps the proxy from reading the record of the rules: after its next restart it will serve nothing"
 
-// note evaluates an attempt to read the record. An etcd that does not respond changes nothing.
-func (n *NextStart) note(err error) {
+// update evaluates an attempt to read the record. An etcd that does not respond changes nothing.
+func (n *NextStart) update(err error) {
 	switch {
 	case denied(err):
 		n.readable.Set(0)

@@ -10,6 +10,8 @@ import (
 	"strings"
 
 	"github.com/rogpeppe/go-internal/diff"
+
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/durable"
 )
 
 // Change creates, replaces or removes one file.
@@ -35,44 +37,23 @@ func (c *Change) write() error   { return writeFile(c.Path, c.New) }
 func (c *Change) restore() error { return writeFile(c.Path, c.Old) }
 
 // writeFile writes text to the file at path, atomically, or removes it if text is nil. A new file
-// has mode
-// 0600. The name of the temporary file begins with a dot, because kubelet ignores such files in its
-// folder of manifests.
+// has mode 0600. kubelet ignores the temporary file in its folder of manifests, whose name begins
+// with a dot.
 func writeFile(path string, text []byte) error {
-	dir := filepath.Dir(path)
 	if text == nil {
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
-		return syncFolder(dir)
+		return durable.SyncFolder(filepath.Dir(path))
 	}
 	mode := fs.FileMode(0o600)
 	if info, err := os.Stat(path); err == nil {
 		mode = info.Mode().Perm()
 	}
-	f, err := os.CreateTemp(dir, "."+filepath.Base(path)+"-*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name()) //nolint:errcheck // the file is gone after the rename, and any other error is returned
-	_, err = f.Write(text)
-	err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close())
-	if err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	if err != nil {
+	if err := durable.Write(path, text, mode); err != nil {
 		return fmt.Errorf("write %s: %w", path, err)
 	}
-	return syncFolder(dir)
-}
-
-func syncFolder(dir string) error {
-	d, err := os.Open(dir) //nolint:gosec // see change
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
+	return nil
 }
 
 // Diff returns the change as a unified diff, "" if it is empty.

@@ -45,8 +45,8 @@ func (n *Node) Disable() (*Plan, error) {
 		change: Change{n.APIServer, m.Bytes(), target.Bytes()},
 		what:   "writing " + n.APIServer + " and waiting for the API server",
 		wait:   func(ctx context.Context) error { return n.waitWithoutProxy(ctx, target) },
-		back:   func(ctx context.Context) error { return n.waitThroughProxy(ctx, m) },
+		undo:   func(ctx context.Context) error { return n.waitThroughProxy(ctx, m) },
 	})
-	p.add(step{change: podChange, what: "removing " + n.Pod, wait: n.waitProxyStopped, back: func(ctx context.Context) error { return n.waitProxyRestarted(ctx, nil) }})
+	p.add(step{change: podChange, what: "removing " + n.Pod, wait: n.waitProxyStopped, undo: func(ctx context.Context) error { return n.waitProxyRestarted(ctx, nil) }})
 	return p, nil
 }

@@ -69,17 +69,17 @@ func (n *Node) Enable(ctx context.Context) (*Plan, error) {
 			}
 			return n.waitThroughProxy(ctx, m)
 		}
-		podStep.back = func(ctx context.Context) error { return n.waitThroughProxy(ctx, m) }
+		podStep.undo = func(ctx context.Context) error { return n.waitThroughProxy(ctx, m) }
 	}
 	if podChange.Old == nil {
-		podStep.back = n.waitProxyStopped
+		podStep.undo = n.waitProxyStopped
 	}
 	p.add(podStep)
 	p.add(step{
 		change: Change{n.APIServer, m.Bytes(), target.Bytes()},
 		what:   "writing " + n.APIServer + " and waiting for the API server",
 		wait:   func(ctx context.Context) error { return n.waitThroughProxy(ctx, target) },
-		back:   func(ctx context.Context) error { return n.waitWithoutProxy(ctx, m) },
+		undo:   func(ctx context.Context) error { return n.waitWithoutProxy(ctx, m) },
 	})
 	return p, nil
 }
@@ -115,11 +115,11 @@ func (n *Node) configure(m *Manifest, mode Mode) ([]byte, Facts, error) {
 	}
 	// the manifest names the proxy, so only the configuration has the addresses of etcd
 	if mode == All {
-		had, err := n.Check(n.Config, nil)
+		current, err := n.Check(n.Config, nil)
 		if err != nil {
 			return nil, Facts{}, err
 		}
-		endpoints = had.Endpoints
+		endpoints = current.Endpoints
 	}
 	config, err := n.Settings.configuration(m, endpoints)
 	if err != nil {

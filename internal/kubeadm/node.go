@@ -137,7 +137,7 @@ func (p *Plan) Diff() string {
 type step struct {
 	change     Change
 	what       string
-	wait, back func(context.Context) error
+	wait, undo func(context.Context) error
 }
 
 func (p *Plan) add(s step) {
@@ -181,8 +181,8 @@ func (n *Node) rollBack(ctx context.Context, steps []step, cause error) error {
 	for _, s := range slices.Backward(steps) {
 		n.Log("restoring %s", s.change.Path)
 		err := s.change.restore()
-		if err == nil && s.back != nil {
-			err = s.back(ctx)
+		if err == nil && s.undo != nil {
+			err = s.undo(ctx)
 		}
 		if err != nil {
 			return problem.New("check "+s.change.Path+", whose backup is in "+n.Backups+"; "+logs, "%v; the rollback is not complete: %v", cause, err)

@@ -53,7 +53,7 @@ func (n *Node) Status(ctx context.Context) (*Status, error) {
 		bad  bool
 		text string
 	}{
-		{on && configErr != nil, sprint(configErr)},
+		{on && configErr != nil, errorText(configErr)},
 		{!s.APIServer.Ready, "the API server is not ready: " + s.APIServer.Detail},
 		{on && !s.Pod, "the API server is configured to use the proxy, but " + n.Pod + " does not exist: run kubeadm enable again, or kubeadm disable"},
 		{!on && s.Pod, n.Pod + " exists, but the API server does not use the proxy: run kubeadm enable again, or kubeadm disable"},
@@ -68,7 +68,7 @@ func (n *Node) Status(ctx context.Context) (*Status, error) {
 	return s, nil
 }
 
-func sprint(err error) string {
+func errorText(err error) string {
 	if err == nil {
 		return ""
 	}

@@ -1,6 +1,9 @@
-// Package memlimit sets the memory limit of the Go runtime from the memory limit of the process'
-// cgroup, as container runtimes, Kubernetes and systemd set it. Without it the garbage collector
-// does not know the limit, and the kernel kills the process while there is garbage to collect.
+// Package memlimit limits the memory of the Go runtime.
+//
+// It sets the memory limit from that of the process' cgroup, as container runtimes, Kubernetes and
+// systemd set it. Without it the garbage collector does not know the limit, and the kernel kills
+// the process while there is garbage to collect. It also limits by how much the heap grows before
+// it is collected.
 package memlimit
 
 import (
@@ -17,6 +20,19 @@ import (
 // share is the share of the cgroup's limit that the runtime may use, in percent. The rest is for
 // what the runtime does not count: the kernel's memory for sockets, and the pages of the binary.
 const share = 90
+
+// growth is by how much the heap grows before it is collected, in percent of what is in use. Go's
+// default is 100. A call allocates little, so that a collection is rare either way: see
+// docs/design/performance.md.
+const growth = 50
+
+// SetGrowth sets by how much the heap grows before it is collected, unless the environment sets
+// GOGC.
+func SetGrowth() {
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(growth)
+	}
+}
 
 // Set sets the runtime's memory limit and returns it in bytes. It returns 0 and changes nothing if
 // the environment sets GOMEMLIMIT, or the cgroup has no limit.

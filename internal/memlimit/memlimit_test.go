@@ -96,3 +96,18 @@ func TestSet(t *testing.T) {
 		t.Errorf("the cgroup has %d, and the runtime was set to %d", limit, got)
 	}
 }
+
+func TestSetGrowth(t *testing.T) {
+	before := debug.SetGCPercent(100)
+	defer debug.SetGCPercent(before)
+	for _, tt := range []struct {
+		environment string
+		want        int
+	}{{"200", 100}, {"off", 100}, {"", growth}} {
+		t.Setenv("GOGC", tt.environment)
+		SetGrowth()
+		if got := debug.SetGCPercent(100); got != tt.want {
+			t.Errorf("GOGC=%q: %d, want %d", tt.environment, got, tt.want)
+		}
+	}
+}

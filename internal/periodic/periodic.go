@@ -1,4 +1,4 @@
-// Package periodic calls a function at intervals, for work that continues until its process ends.
+// Package periodic calls a function at intervals, and waits, until a context ends.
 package periodic
 
 import (
@@ -19,4 +19,13 @@ func Run(ctx context.Context, interval time.Duration, f func()) {
 		case <-tick.C:
 		}
 	}
+}
+
+// Wait waits for d, or until ctx ends. It returns the error of ctx.
+func Wait(ctx context.Context, d time.Duration) error {
+	select {
+	case <-ctx.Done():
+	case <-time.After(d):
+	}
+	return ctx.Err()
 }

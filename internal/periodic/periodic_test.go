@@ -29,3 +29,18 @@ func TestRun(t *testing.T) {
 		}
 	})
 }
+
+// TestWait: a wait ends after its time, or with its context.
+func TestWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		defer cancel()
+		begun := time.Now()
+		if err := Wait(ctx, 3*time.Second); err != nil || time.Since(begun) != 3*time.Second {
+			t.Errorf("waited %v: %v", time.Since(begun), err)
+		}
+		if err := Wait(ctx, 3*time.Second); err == nil || time.Since(begun) != 5*time.Second {
+			t.Errorf("waited %v: %v", time.Since(begun), err)
+		}
+	})
+}

@@ -119,7 +119,7 @@ func (w *Watch) Run(ctx context.Context) {
 	defer check.Stop()
 	for {
 		healthy, late := w.Healthy(), !w.Late().IsZero()
-		w.look(ctx)
+		w.update(ctx)
 		// The jitter spreads the calls of proxies that started together.
 		next := time.Now().Add(describeInterval*9/10 + rand.N(describeInterval/5)) //nolint:gosec // jitter
 		for w.Healthy() == healthy && w.Late().IsZero() != late && time.Now().Before(next) {
@@ -132,10 +132,10 @@ func (w *Watch) Run(ctx context.Context) {
 	}
 }
 
-func (w *Watch) look(ctx context.Context) {
+func (w *Watch) update(ctx context.Context) {
 	if w.Describe != nil {
 		limited, cancel := context.WithTimeout(ctx, describeTimeout)
-		// An error is no news: the ring reports that the KMS does not respond, and a dedicated
+		// An error is ignored: the ring reports that the KMS does not respond, and a dedicated
 		// instance describes no keys.
 		if info, err := w.Describe(limited); err == nil {
 			w.info.Store(info)

@@ -69,24 +69,24 @@ func TestKeyWatchLogsOnce(t *testing.T) {
 		defer log.Reset()
 		return strings.Split(strings.TrimSpace(log.String()), "\n")
 	}
-	w.look(t.Context())
+	w.update(t.Context())
 	if got := lines(); got[0] != "" {
 		t.Errorf("logged %q of a good key", got)
 	}
 	info.DeletionProtection = kmsclient.Off
 	for range 3 {
-		w.look(t.Context())
+		w.update(t.Context())
 	}
 	if got := lines(); len(got) != 1 || !strings.Contains(got[0], "deletion_protection_off") || !strings.Contains(got[0], "level=WARN") {
 		t.Errorf("logged %q", got)
 	}
 	fail = errors.New("silent")
-	w.look(t.Context())
+	w.update(t.Context())
 	if got := lines(); got[0] != "" {
 		t.Errorf("a silent KMS: logged %q", got)
 	}
 	info, fail = good, nil
-	w.look(t.Context())
+	w.update(t.Context())
 	if got := lines(); len(got) != 1 || !strings.Contains(got[0], "is over") {
 		t.Errorf("logged %q", got)
 	}

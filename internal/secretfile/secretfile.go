@@ -84,7 +84,7 @@ func isCredential(path string, mode fs.FileMode) bool {
 	return folder != "" && mode&^0o440 == 0 && filepath.Clean(filepath.Dir(path)) == filepath.Clean(folder)
 }
 
-// process is who reads a file.
+// process is the process that reads a file.
 type process struct {
 	uid           int
 	groups        []int
@@ -100,7 +100,7 @@ func (p process) check(mode fs.FileMode, uid, gid int) (problem, fix string) {
 	case 0:
 		return "", ""
 	case groupRead:
-		if why := p.shared(gid); why != "" {
+		if why := p.sharedGroup(gid); why != "" {
 			return fmt.Sprintf("its group may use it (mode %04o), and %s", mode, why), "chmod 600"
 		}
 		return "", ""
@@ -108,8 +108,8 @@ func (p process) check(mode fs.FileMode, uid, gid int) (problem, fix string) {
 	return fmt.Sprintf("users other than its owner can use it (mode %04o)", mode), "chmod 600"
 }
 
-// shared says why a group is not the process' alone, or returns "".
-func (p process) shared(gid int) string {
+// sharedGroup says why a group is not the process' alone, or returns "".
+func (p process) sharedGroup(gid int) string {
 	if !slices.Contains(p.groups, gid) {
 		return fmt.Sprintf("group %d is none of this process", gid)
 	}

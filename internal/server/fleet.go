@@ -120,10 +120,10 @@ func (f *fleet) run(ctx context.Context) error {
 	}
 	opened(func(ctx context.Context) error { return f.next.Run(ctx, f.guard) })
 	if f.Fleet != nil {
-		opened(always(f.Run))
+		opened(infallible(f.Run))
 	}
 	if f.watch != nil {
-		opened(always(f.watch.Run))
+		opened(infallible(f.watch.Run))
 	}
 	return group.Wait()
 }

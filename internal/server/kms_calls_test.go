@@ -213,7 +213,7 @@ func TestEverythingChanges(t *testing.T) {
 		if i%2 == 0 {
 			more = append(more, "rules:\n", fmt.Sprintf("rules:\n- {prefix: /more%d/, writeWith: dev}\n", i%3))
 		}
-		r.weaken = true // rules go as well
+		r.allowWeakening = true // rules go as well
 		d.Config(t, more...)
 		r.reload("test")
 	})

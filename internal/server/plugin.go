@@ -28,6 +28,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/problem"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/provider"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/readiness"
+	"github.com/etcd-kms-proxy/etcd-kms-proxy/internal/unixsocket"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient"
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/kmsclient/pluginserver"
 )
@@ -117,7 +118,7 @@ func socketProblem(err error) error {
 	switch {
 	case errors.Is(err, pluginserver.ErrInUse):
 		return problem.WithHint(err, "stop that process, or choose another path; every API server has a plugin of its own")
-	case errors.Is(err, fs.ErrNotExist):
+	case errors.Is(err, unixsocket.ErrNoFolder):
 		return problem.WithHint(err, "make the folder first, for the API server's user alone: mkdir -m 0700")
 	case errors.Is(err, fs.ErrPermission):
 		return problem.WithHint(err, "check that the user of this command may write into the folder")

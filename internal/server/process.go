@@ -15,8 +15,8 @@ import (
 // part is something that runs until its context ends. An error ends the whole process.
 type part = func(context.Context) error
 
-// always makes a part of a function that cannot fail.
-func always(run func(context.Context)) part {
+// infallible makes a part of a function that cannot fail.
+func infallible(run func(context.Context)) part {
 	return func(ctx context.Context) error { run(ctx); return nil }
 }
 
@@ -60,7 +60,7 @@ func (p *process) run(ctx context.Context, serve part, serving, lasting []part) 
 	}
 	start(after, lasting)
 	start(until, serving)
-	rest.Go(func() { p.obey(after, func() { stop(nil) }) })
+	rest.Go(func() { p.handleSignals(after, func() { stop(nil) }) })
 	err := serve(until)
 	if cause := context.Cause(until); err == nil && cause != nil && !errors.Is(cause, context.Canceled) {
 		err = cause
@@ -72,8 +72,8 @@ func (p *process) run(ctx context.Context, serve part, serving, lasting []part) 
 	return err
 }
 
-// obey handles signals until ctx ends.
-func (p *process) obey(ctx context.Context, stop func()) {
+// handleSignals handles signals until ctx ends.
+func (p *process) handleSignals(ctx context.Context, stop func()) {
 	var stopping time.Time // of the first signal to stop
 	for {
 		select {

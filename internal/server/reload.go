@@ -31,27 +31,27 @@ const (
 
 // reloader applies what it can of a changed configuration. Its methods are safe for concurrent use.
 type reloader struct {
-	path       string
-	seen       [sha256.Size]byte // digest of the file when it was first loaded
-	level      *slog.LevelVar
-	weaken     bool // --allow-weakening
-	log        *slog.Logger
-	audit      *auditlog.Log
-	count      *prometheus.CounterVec
-	setRules   func([]config.Rule) error
-	setClients func(listener int, allowed, ciphertext []string) error
+	path           string
+	seen           [sha256.Size]byte // digest of the file when it was first loaded
+	level          *slog.LevelVar
+	allowWeakening bool // --allow-weakening
+	log            *slog.Logger
+	audit          *auditlog.Log
+	count          *prometheus.CounterVec
+	setRules       func([]config.Rule) error
+	setClients     func(listener int, allowed, ciphertext []string) error
 
 	mu      sync.Mutex
 	running *config.Config
 	inUse   [sha256.Size]byte // digest of the file that running is from
 
-	kept atomic.Pointer[string] // why the file is not in use; nil if it is
+	notInUse atomic.Pointer[string] // why the file is not in use; nil if it is
 }
 
 // newReloader makes the reloader of s, which has keys and a proxy.
 func newReloader(s *Server, c *config.Config, path string, loaded [sha256.Size]byte, level *slog.LevelVar, weaken bool) *reloader {
 	r := &reloader{
-		path: path, seen: loaded, inUse: loaded, running: c, level: level, weaken: weaken, log: s.log, audit: s.audit,
+		path: path, seen: loaded, inUse: loaded, running: c, level: level, allowWeakening: weaken, log: s.log, audit: s.audit,
 		setRules: s.keys.SetRules, setClients: s.proxy.SetClients,
 		count: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "etcd_kms_proxy_config_reloads_total", Help: "Reloads of the configuration. outcome: applied, failed, refused.",
@@ -83,7 +83,7 @@ func (r *reloader) retry(ctx context.Context) {
 
 // problem returns why the file is not in use, or nil.
 func (r *reloader) problem() error {
-	if why := r.kept.Load(); why != nil {
+	if why := r.notInUse.Load(); why != nil {
 		return errors.New(*why)
 	}
 	return nil
@@ -96,12 +96,12 @@ func (r *reloader) reload(trigger string) {
 	defer r.mu.Unlock()
 	now := filewatch.Digest(r.path) // before it is loaded, so that a later change is noticed
 	outcome, reason := r.apply(trigger)
-	r.kept.Store(nil)
+	r.notInUse.Store(nil)
 	switch {
 	case outcome == reloadApplied:
 		r.inUse = now
 	case now != r.inUse:
-		r.kept.Store(&reason)
+		r.notInUse.Store(&reason)
 	}
 	r.count.WithLabelValues(outcome).Inc()
 	r.audit.Record(auditlog.Record{Event: auditlog.EventReload, Trigger: trigger, Outcome: outcome, Reason: reason, Config: hex.EncodeToString(now[:])})
@@ -129,7 +129,7 @@ func (r *reloader) apply(trigger string) (outcome, reason string) {
 		return failed(err)
 	}
 	weaker := config.Weakens(r.running.Rules, next.Rules)
-	if len(weaker) > 0 && !r.weaken {
+	if len(weaker) > 0 && !r.allowWeakening {
 		r.log.Error("configuration not reloaded: it would protect keys less than the running one, which stays",
 			"because", weaker, "hint", "restore the rules; or, if this is meant, restart the proxy with --allow-weakening", "trigger", trigger)
 		return reloadRefused, strings.Join(weaker, "; ")

@@ -108,7 +108,7 @@ func (s *scanner) scan(ctx context.Context) error {
 				s.newest.WithLabelValues(rule, string(state)).Set(float64(n.Newest))
 			}
 		}
-		for _, k := range labelled(c.Keys) {
+		for _, k := range labelledKeys(c.Keys) {
 			labels := []string{rule, string(k.State), k.Provider, k.KeyID}
 			s.byKey.WithLabelValues(labels...).Set(float64(k.Keys))
 			s.keyBytes.WithLabelValues(labels...).Set(float64(k.Bytes))
@@ -122,9 +122,9 @@ func (s *scanner) scan(ctx context.Context) error {
 // the key that it names.
 const labelKeys = 20
 
-// labelled returns the keys with the most values, as labels of metrics, and the others of each
+// labelledKeys returns the keys with the most values, as labels of metrics, and the others of each
 // state as one.
-func labelled(keys []inventory.KeyCount) (out []inventory.KeyCount) {
+func labelledKeys(keys []inventory.KeyCount) (out []inventory.KeyCount) {
 	keys = slices.Clone(keys)
 	slices.SortStableFunc(keys, func(a, b inventory.KeyCount) int { return cmp.Compare(b.Keys, a.Keys) })
 	rest := make(map[keyring.ValueState]*inventory.KeyCount)

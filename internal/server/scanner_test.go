@@ -20,7 +20,7 @@ func TestLabelled(t *testing.T) {
 	}
 	keys = append(keys, inventory.KeyCount{State: keyring.Foreign, Count: inventory.Count{Keys: 7, Bytes: 70}})
 	keys = append(keys, inventory.KeyCount{State: keyring.Current, Provider: "main", KeyID: "1", Count: inventory.Count{Keys: 500, Bytes: 5}})
-	got := labelled(keys)
+	got := labelledKeys(keys)
 	if len(got) != labelKeys || got[0].KeyID != "1" || got[1].KeyID != "0?" {
 		t.Fatalf("%d: %v", len(got), got)
 	}

@@ -91,6 +91,7 @@ func Serve(ctx context.Context, path string, load Load, stderr io.Writer, o Opti
 	level.Set(logLevel(c.Log.Level))
 	log := printable.NewLogger(stderr, c.Log.Format, level)
 	logWarnings(log, path, warnings)
+	memlimit.SetGrowth()
 	if limit := memlimit.Set(); limit > 0 {
 		log.Info("memory limit set from the cgroup", "bytes", limit)
 	}
@@ -212,16 +213,16 @@ func (s *Server) Run(ctx context.Context, signals <-chan os.Signal) error {
 		log: s.log, audit: s.audit, signals: signals, drain: s.drain, draining: "draining; a second signal exits at once",
 		hangup: func() { s.keys.CheckNow(); s.reloader.reload("SIGHUP") },
 	}
-	lasting := []part{s.keys.Run, s.fleet.guard.Run, always(s.fleet.watchPassword), always(func(ctx context.Context) { notifier{s.log}.watch(ctx, func() { s.ready() }) })}
-	serving := []part{s.fleet.run, always(s.reloader.watch), always(s.reloader.retry), always(s.announce)}
+	lasting := []part{s.keys.Run, s.fleet.guard.Run, infallible(s.fleet.watchPassword), infallible(s.watchdog)}
+	serving := []part{s.fleet.run, infallible(s.reloader.watch), infallible(s.reloader.retry), infallible(s.announce)}
 	if s.admin != nil {
 		lasting = append(lasting, s.admin.Run)
 	}
 	if s.scanner != nil {
-		serving = append(serving, always(s.scanner.run))
+		serving = append(serving, infallible(s.scanner.run))
 	}
 	if s.reencrypt != nil {
-		serving = append(serving, always(s.reencrypt.Run))
+		serving = append(serving, infallible(s.reencrypt.Run))
 	}
 	return p.run(ctx, s.proxy.Run, serving, lasting)
 }
@@ -274,17 +275,11 @@ func proxyConfig(c *config.Config, o Options) proxy.Config {
 	}
 	for _, l := range c.Listeners {
 		lc := proxy.ListenerConfig{
-			Address: l.Address, Mode: l.FileMode(), AllowedClients: l.AllowedClients, CiphertextClients: l.CiphertextClients,
+			Address: l.Address, Mode: l.FileMode(), TLS: (*proxy.ListenerTLS)(l.TLS), AllowedClients: l.AllowedClients, CiphertextClients: l.CiphertextClients,
 			AdvertiseClientURLs: l.AdvertiseClientURLs, Endpoint: l.Endpoint, NoGateway: !l.Gateway,
 		}
 		if name, ok := l.SystemdName(); ok {
 			lc.Sockets = o.sockets[name]
-		}
-		if t := l.TLS; t != nil {
-			lc.TLS = &proxy.ListenerTLS{
-				CertFile: t.CertFile, KeyFile: t.KeyFile, ClientCAFile: t.ClientCAFile, ClientCRLFile: t.ClientCRLFile,
-				MinVersion: t.MinVersion, CipherSuites: t.CipherSuites,
-			}
 		}
 		pc.Listeners = append(pc.Listeners, lc)
 	}

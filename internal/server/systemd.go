@@ -3,7 +3,6 @@ package server
 import (
 	"context"
 	"fmt"
-	"log/slog"
 	"net"
 	"slices"
 	"strings"
@@ -91,50 +90,43 @@ func (s sockets) names() string {
 	return ": it passes " + strings.Join(names, ", ")
 }
 
-// notifier reports the state of the service to systemd. Without systemd it does nothing.
-type notifier struct{ log *slog.Logger }
-
-// send sends a state of sd_notify(3).
-func (n notifier) send(state string) {
+// notify reports a state of sd_notify(3) to systemd. Without systemd it does nothing.
+func (s *Server) notify(state string) {
 	if _, err := daemon.SdNotify(false, state); err != nil {
-		n.log.Warn("systemd cannot be notified", "error", err)
+		s.log.Warn("systemd cannot be notified", "error", err)
 	}
 }
 
-// watch reports twice in each WatchdogSec= that the process works, as long as alive returns. It
-// returns when ctx ends.
-func (n notifier) watch(ctx context.Context, alive func()) {
+// watchdog reports twice in each WatchdogSec= that the process works, as long as the report of
+// /readyz is made. It returns when ctx ends.
+func (s *Server) watchdog(ctx context.Context) {
 	interval, err := daemon.SdWatchdogEnabled(false)
 	if err != nil {
-		n.log.Warn("systemd's watchdog is not understood", "error", err)
+		s.log.Warn("systemd's watchdog is not understood", "error", err)
 	}
 	if err != nil || interval <= 0 {
 		return
 	}
 	periodic.Run(ctx, max(interval/2, time.Millisecond), func() {
-		alive()
-		n.send(daemon.SdNotifyWatchdog)
+		s.ready()
+		s.notify(daemon.SdNotifyWatchdog)
 	})
 }
 
 // announce tells systemd when the proxy accepts connections, when it serves and when it drains.
 func (s *Server) announce(serving context.Context) {
-	n := notifier{s.log}
 	for serving.Err() == nil && !s.proxy.Ready().Ready {
-		select {
-		case <-serving.Done():
-		case <-time.After(5 * time.Millisecond):
-		}
+		_ = periodic.Wait(serving, 5*time.Millisecond) // the loop checks serving
 	}
 	if serving.Err() == nil {
-		n.send(daemon.SdNotifyReady + "\nSTATUS=listening")
+		s.notify(daemon.SdNotifyReady + "\nSTATUS=listening")
 		select {
 		case <-s.fleet.gate:
 			s.log.Info("serving")
-			n.send("STATUS=serving")
+			s.notify("STATUS=serving")
 			<-serving.Done()
 		case <-serving.Done():
 		}
 	}
-	n.send(daemon.SdNotifyStopping + "\nSTATUS=draining")
+	s.notify(daemon.SdNotifyStopping + "\nSTATUS=draining")
 }

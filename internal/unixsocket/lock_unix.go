@@ -10,9 +10,9 @@ import (
 	"time"
 )
 
-// lockDir locks a folder against other processes of this program that create a socket in it. It
-// leaves no file. A process holds the lock only while it checks for a socket and creates its own,
-// so lockDir fails if the lock is held for longer than a few probes take.
+// lockDir locks a folder against other processes that place a socket in it, without leaving a file.
+// The lock is held while a socket is placed. A process that holds it for longer than a few probes
+// is not a server of this kind, and the result is an error.
 func lockDir(dir string) (unlock func(), err error) {
 	f, err := os.Open(dir) //nolint:gosec // the operator names the folder
 	if err != nil {

@@ -1,6 +1,6 @@
-// Package unixsocket creates listening unix sockets that have their final permissions from the
-// start: there is no moment between bind and chmod in which other users can connect. The listeners
-// of the proxy and the KMS plugin server use it.
+// Package unixsocket makes listening unix sockets that have their permissions from the start: there
+// is no moment between bind and chmod in which other users can connect. The listeners of the proxy
+// and the KMS plugin server use it. It does not know what is served.
 package unixsocket
 
 import (
@@ -17,58 +17,49 @@ import (
 	"time"
 )
 
-// probeTimeout limits how long a process that serves the socket may take to accept a connection,
-// and is the unit of time for which another process may hold the lock of the folder.
+// probeTimeout limits how long a process that serves the socket may take to accept. Five of it
+// limit how long another process may take to place its own.
 const probeTimeout = time.Second
 
 // ErrInUse is in the error of [Listen] when another process serves the socket.
 var ErrInUse = fmt.Errorf("another process answers on it: %w", syscall.EADDRINUSE)
 
 // ErrNoFolder is in the error of [Listen] when the folder of the socket does not exist.
-var ErrNoFolder = fmt.Errorf("no folder: %w", fs.ErrNotExist)
+var ErrNoFolder = errors.New("does not exist")
 
-// folderError is [ErrNoFolder] of the folder that it names.
-type folderError string
-
-// Error implements error.
-func (e folderError) Error() string { return fmt.Sprintf("its folder %s does not exist", string(e)) }
-
-// Unwrap makes it [ErrNoFolder].
-func (folderError) Unwrap() error { return ErrNoFolder }
-
-// Listen makes a unix socket at path, which is absolute, with mode from the first moment on,
-// whatever the process' umask is.
+// Listen makes a unix socket at path, which is absolute. It has mode from the start, independently
+// of the process' umask.
 //
-// A socket that is there already is replaced if nobody answers on it. Anything else that is there,
-// and a socket that is in use ([ErrInUse]), is an error and stays as it is. Of several processes
-// that start together one gets the socket. The listener's Close removes it, unless another process
-// has put its own there since.
+// An existing socket is replaced if no process accepts connections on it. A socket in use
+// ([ErrInUse]), and any other existing file, is an error and stays unchanged. If several processes
+// start at the same time, one of them gets the socket. The listener's Close removes it, unless
+// another process has replaced it.
 func Listen(path string, mode fs.FileMode) (net.Listener, error) {
 	if !filepath.IsAbs(path) {
 		return nil, fmt.Errorf("socket path %q: must be absolute", path)
 	}
 	dir := filepath.Dir(path)
 	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("socket %s: %w", path, folderError(dir))
+		return nil, fmt.Errorf("socket %s: its folder %s %w", path, dir, ErrNoFolder)
 	}
 	unlock, err := lockDir(dir)
 	if err != nil {
 		return nil, fmt.Errorf("socket %s: %w", path, err)
 	}
 	defer unlock()
-	if err := vacant(path); err != nil {
+	if err := checkVacant(path); err != nil {
 		return nil, fmt.Errorf("socket %s: %w", path, err)
 	}
-	l, err := place(path, mode)
+	l, err := bind(path, mode)
 	if err != nil {
 		return nil, fmt.Errorf("socket %s: %w", path, err)
 	}
 	return l, nil
 }
 
-// vacant returns an error unless a socket can be placed at path: nothing is there, or a socket that
-// nobody answers on.
-func vacant(path string) error {
+// checkVacant returns an error unless a socket can be placed at path: there is no file, or a socket
+// on which no process accepts connections.
+func checkVacant(path string) error {
 	info, err := os.Lstat(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -91,15 +82,15 @@ func vacant(path string) error {
 	return fmt.Errorf("see whether it is in use: %w", err)
 }
 
-// place binds a socket within a folder that nobody else may enter, gives it its mode and moves it
+// bind binds a socket in a folder that other users cannot enter, gives it its mode and moves it
 // to path. So at no time another user can open it, and a client finds either the old socket or the
 // new one.
-func place(path string, mode fs.FileMode) (_ net.Listener, err error) {
+func bind(path string, mode fs.FileMode) (_ net.Listener, err error) {
 	// As short as can be: a folder that leaves room for the socket's own name should leave room for
 	// this.
 	private := filepath.Join(filepath.Dir(path), ".k"+rand.Text()[:4])
 	if err := os.Mkdir(private, 0o700); err != nil {
-		return nil, fmt.Errorf("make a folder in %s to bind it in: %w", filepath.Dir(path), nameless(err))
+		return nil, fmt.Errorf("make a folder in %s to bind it in: %w", filepath.Dir(path), withoutPath(err))
 	}
 	inner := filepath.Join(private, "s")
 	defer func() {
@@ -110,7 +101,7 @@ func place(path string, mode fs.FileMode) (_ net.Listener, err error) {
 	}()
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: inner, Net: "unix"})
 	if err != nil {
-		return nil, fmt.Errorf("bind: %w", nameless(err))
+		return nil, fmt.Errorf("bind: %w", withoutPath(err))
 	}
 	l.SetUnlinkOnClose(false)
 	defer func() {
@@ -119,21 +110,21 @@ func place(path string, mode fs.FileMode) (_ net.Listener, err error) {
 		}
 	}()
 	if err := os.Chmod(inner, mode); err != nil {
-		return nil, fmt.Errorf("set its mode: %w", nameless(err))
+		return nil, fmt.Errorf("set its mode: %w", withoutPath(err))
 	}
 	own, err := os.Lstat(inner)
 	if err != nil {
-		return nil, fmt.Errorf("check it: %w", nameless(err))
+		return nil, fmt.Errorf("check it: %w", withoutPath(err))
 	}
 	if err := os.Rename(inner, path); err != nil {
-		return nil, fmt.Errorf("put it in its place: %w", nameless(err))
+		return nil, fmt.Errorf("put it in its place: %w", withoutPath(err))
 	}
 	return &socketListener{UnixListener: l, path: path, own: own}, nil
 }
 
-// nameless returns the cause of a failed operation on a file, without the name that the socket has
-// for a moment only.
-func nameless(err error) error { return cmp.Or(errors.Unwrap(err), err) }
+// withoutPath returns the cause of a failed operation on a file, without the name that the socket
+// has for a moment only.
+func withoutPath(err error) error { return cmp.Or(errors.Unwrap(err), err) }
 
 // socketListener removes its socket when it closes.
 type socketListener struct {

@@ -71,7 +71,7 @@ func TestWrap(t *testing.T) {
 			if len(wrapped) != test.size {
 				t.Errorf("%d bytes, want %d", len(wrapped), test.size)
 			}
-			if !IsWrapped(wrapped) || CheckWrapped(wrapped) != nil {
+			if !isWrapped(wrapped) || CheckWrapped(wrapped) != nil {
 				t.Error("what was wrapped is not taken for an age file")
 			}
 			for _, text := range identities {
@@ -330,7 +330,7 @@ func FuzzCheckWrapped(f *testing.F) {
 	f.Add(wrapped)
 	f.Add(wrapped[:40])
 	f.Fuzz(func(t *testing.T, b []byte) {
-		if CheckWrapped(b) == nil && !IsWrapped(b) {
+		if CheckWrapped(b) == nil && !isWrapped(b) {
 			t.Error("an age file without its first line")
 		}
 	})

@@ -54,7 +54,7 @@ func ReadIdentities(name string, prompt Prompter) (*Identities, error) {
 	if len(text) > maxIdentityFile {
 		return nil, fmt.Errorf("read identity file %s: it is larger than %d bytes", name, maxIdentityFile)
 	}
-	if armored := bytes.HasPrefix(bytes.TrimSpace(text), []byte(armor.Header)); armored || IsWrapped(text) {
+	if armored := bytes.HasPrefix(bytes.TrimSpace(text), []byte(armor.Header)); armored || isWrapped(text) {
 		plain, err := openProtected(name, text, armored, prompt)
 		if err != nil {
 			return nil, fmt.Errorf("read identity file %s: %w", name, err)

@@ -30,9 +30,9 @@ const SeedSize = 32
 // ChaCha20-Poly1305.
 const payloadSize = 16 + SeedSize + 16
 
-// MaxWrapped is the largest age file that Wrap makes, in bytes. Every value in etcd carries a copy
+// maxWrapped is the largest age file that Wrap makes, in bytes. Every value in etcd carries a copy
 // of it, and etcd and Kubernetes limit the size of a value.
-const MaxWrapped = 8 << 10
+const maxWrapped = 8 << 10
 
 // Recipients are public keys to wrap for. Any one of their identities unwraps. They are immutable
 // and safe for concurrent use.
@@ -83,8 +83,8 @@ func NewRecipients(texts []string) (*Recipients, error) {
 	if err != nil {
 		return nil, err
 	}
-	if len(wrapped) > MaxWrapped {
-		return nil, fmt.Errorf("a copy for %d recipients takes %d bytes of every value, and may take %d: use fewer", len(r.all), len(wrapped), MaxWrapped)
+	if len(wrapped) > maxWrapped {
+		return nil, fmt.Errorf("a copy for %d recipients takes %d bytes of every value, and may take %d: use fewer", len(r.all), len(wrapped), maxWrapped)
 	}
 	return r, nil
 }
@@ -175,8 +175,8 @@ func (r *Recipients) Wrap(seed []byte) ([]byte, error) {
 	return file.Bytes(), nil
 }
 
-// IsWrapped reports whether bytes are an age file, by its first line.
-func IsWrapped(b []byte) bool { return bytes.HasPrefix(b, []byte("age-encryption.org/v1\n")) }
+// isWrapped reports whether bytes are an age file, by its first line.
+func isWrapped(b []byte) bool { return bytes.HasPrefix(b, []byte("age-encryption.org/v1\n")) }
 
 // CheckWrapped checks an age file as far as that is possible without an identity: that its header
 // is one, and that what follows has the size of an encrypted DEK seed.

@@ -30,27 +30,26 @@ var (
 // pool is the connections that the calls of a backend share. When the file of CAs changes, further
 // calls have connections that are verified by the new ones. It is safe for concurrent use.
 type pool struct {
-	fixed *http.Transport                   // verified by the system's CAs; nil with a file
-	files *filewatch.Files[*http.Transport] // nil without a file
+	files *filewatch.Files[*http.Transport]
 }
 
 var _ http.RoundTripper = (*pool)(nil)
 
 // newPool makes the pool of an endpoint whose certificate is verified by the CAs of a file, or by
-// the system's.
+// the system's if caFile is empty.
 func newPool(caFile string, logger *slog.Logger) (*pool, error) {
-	if caFile == "" {
-		return &pool{fixed: newTransport(nil)}, nil
-	}
 	var last *http.Transport
 	files := filewatch.Config{Paths: []string{caFile}, What: "the CA " + caFile, Logger: logger}
 	live, err := filewatch.New(files, func(data filewatch.Contents) (*http.Transport, error) {
-		roots := x509.NewCertPool()
-		if !roots.AppendCertsFromPEM(data[caFile]) {
-			return nil, fmt.Errorf("caFile %s holds no PEM certificate", caFile)
-		}
-		if err := filewatch.CompletePEM(caFile, data[caFile]); err != nil {
-			return nil, fmt.Errorf("caFile: %w", err)
+		var roots *x509.CertPool
+		if caFile != "" {
+			roots = x509.NewCertPool()
+			if !roots.AppendCertsFromPEM(data[caFile]) {
+				return nil, fmt.Errorf("caFile %s holds no PEM certificate", caFile)
+			}
+			if err := filewatch.CompletePEM(caFile, data[caFile]); err != nil {
+				return nil, fmt.Errorf("caFile: %w", err)
+			}
 		}
 		if last != nil {
 			last.CloseIdleConnections()
@@ -65,18 +64,10 @@ func newPool(caFile string, logger *slog.Logger) (*pool, error) {
 }
 
 // transport is that of the CAs of the moment.
-func (p *pool) transport() *http.Transport {
-	if p.files == nil {
-		return p.fixed
-	}
-	return p.files.Get()
-}
+func (p *pool) transport() *http.Transport { return p.files.Get() }
 
 // problem checks the file of CAs, and returns why it is not in use.
 func (p *pool) problem() error {
-	if p.files == nil {
-		return nil
-	}
 	p.files.Get()
 	return p.files.Problem() //nolint:wrapcheck // it names the file
 }

@@ -180,7 +180,7 @@ func (e *editor) event(f field) error {
 		if err != nil {
 			return err
 		}
-		if p.present || exists && (s.field.num == eventPrev || e.isPut(f)) {
+		if p.present || exists && (s.field.num == eventPrev || isPut(e.src, f)) {
 			if err := e.openWithin(s.field, &p); err != nil {
 				return err
 			}
@@ -192,9 +192,9 @@ func (e *editor) event(f field) error {
 	return s.err
 }
 
-// isPut reports whether an event is a PUT, by its type, which need not stand before its pair.
-func (e *editor) isPut(f field) bool {
-	s := scan(&event, e.src, f.body, f.end)
+// isPut reports whether an event of src is a PUT, by its type, which may follow its pair.
+func isPut(src []byte, f field) bool {
+	s := scan(&event, src, f.body, f.end)
 	for s.next() {
 		if s.field.num == eventType {
 			return s.field.int32() == 0

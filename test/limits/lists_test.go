@@ -21,7 +21,7 @@ func TestMemoryOfLists(t *testing.T) {
 		mib    int64
 	}{
 		"passing":   {"/", 8},
-		"encrypted": {"", 38},
+		"encrypted": {"", 33},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := newMemorySite(t)

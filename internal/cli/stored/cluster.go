@@ -184,11 +184,11 @@ func (cl *cluster) fleet() *coordination.Fleet {
 
 // sameRules returns an error if a proxy has other rules.
 func (cl *cluster) sameRules(ctx context.Context) error {
-	return otherRules(cl.fleet().SameRules(ctx))
+	return explainOtherRules(cl.fleet().SameRules(ctx))
 }
 
-// otherRules adds a hint to [coordination.ErrOtherRules].
-func otherRules(err error) error {
+// explainOtherRules adds a hint to [coordination.ErrOtherRules].
+func explainOtherRules(err error) error {
 	if errors.Is(err, coordination.ErrOtherRules) {
 		return problem.WithHint(err, "give all proxies this configuration first (see status), or use --ignore-proxies")
 	}

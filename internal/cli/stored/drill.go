@@ -226,7 +226,7 @@ func (o *drillOptions) rehearse(cmd *cobra.Command, c *config.Config) (_ *drillR
 	defer etcd.Close()
 	report.Etcd, report.Etcdutl = etcd.Version, etcd.Tool
 	report.Seconds.Restore, report.Seconds.Start = etcd.Restored.Seconds(), etcd.Started.Seconds()
-	opening := time.Now()
+	decrypting := time.Now()
 	options := drill.Options{Sample: o.sample}
 	if o.list {
 		options.Left = func(kv *mvccpb.KeyValue, state keyring.ValueState, why string) {
@@ -237,24 +237,24 @@ func (o *drillOptions) rehearse(cmd *cobra.Command, c *config.Config) (_ *drillR
 	if err != nil {
 		return nil, o.explain(err)
 	}
-	report.Seconds.Decrypt, report.Seconds.Total = time.Since(opening).Seconds(), time.Since(begin).Seconds()
+	report.Seconds.Decrypt, report.Seconds.Total = time.Since(decrypting).Seconds(), time.Since(begin).Seconds()
 	report.addKeys(cl)
 	return report, report.conclude()
 }
 
 // takeSnapshot saves a snapshot of the real etcd to a new file. It only reads from etcd.
 func (o *drillOptions) takeSnapshot(ctx context.Context, cl *cluster, file string, stderr io.Writer) (err error) {
-	real := &cluster{config: cl.config}
-	if real.etcd, _, err = etcdclient.New(cl.config, cl.log); err != nil {
+	source := &cluster{config: cl.config}
+	if source.etcd, _, err = etcdclient.New(cl.config, cl.log); err != nil {
 		return err
 	}
-	defer func() { _ = real.etcd.Close() }() // it returns the end of its own context
+	defer func() { _ = source.etcd.Close() }() // it returns the end of its own context
 	limited, cancel := context.WithTimeout(ctx, o.wait)
 	defer cancel()
-	if err := real.reach(limited, stderr); err != nil {
+	if err := source.reach(limited, stderr); err != nil {
 		return err
 	}
-	in, err := real.etcd.Snapshot(ctx)
+	in, err := source.etcd.Snapshot(ctx)
 	if err != nil {
 		return explainSnapshot(err)
 	}

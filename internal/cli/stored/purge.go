@@ -96,11 +96,11 @@ func (cl *cluster) purge(cmd *cobra.Command, o purgeOptions) (*purgeReport, erro
 	r := &purgeReport{DryRun: o.dryRun, Left: []string{}, Verified: "etcd-kms-proxy verify --data-dir DIR, on the host of each member while it is stopped, verifies the result"}
 	// Compaction removes no present value, so all values that are not verified to be encrypted
 	// count as plaintext.
-	undecrypted := newDoubts(cl.rules)
-	judge := cl.judge(ctx, false, undecrypted)
+	undecrypted := newUndecided(cl.rules)
+	whyReadable := cl.whyReadable(ctx, false, undecrypted)
 	readable := func(old *mvccpb.KeyValue) bool {
 		before := undecrypted.beyond
-		if judge(old.Key, old.Value, true) == "" && undecrypted.beyond == before {
+		if whyReadable(old.Key, old.Value, true) == "" && undecrypted.beyond == before {
 			return false
 		}
 		if _, _, encrypted := envelope.Split(old.Value); encrypted {

@@ -153,7 +153,7 @@ func (j *reencryption) runConfig() reencrypt.Config {
 		MaxBytes: j.config.Etcd.MaxRequestBytes, Passes: o.passes, EncryptPlaintext: o.encryptPlaintext, Paused: j.view.paused, Progress: j.view.progress,
 		Election: coordination.Election{
 			Client: j.etcd, Key: j.config.Coordination.Prefix + "reencrypt", Self: etcdclient.Self(), NoWait: o.noWait,
-			Waiting: func(holder string) { j.view.say("waiting: another reencrypt is at work (%s)", holder) },
+			Waiting: func(holder string) { j.view.printLine("waiting: another reencrypt is at work (%s)", holder) },
 		},
 		Begin: func() error {
 			j.begun = true
@@ -185,7 +185,7 @@ func (j *reencryption) once(ctx context.Context) (*reencryptReport, error) {
 		_, err := j.report(ctx, planned, err)
 		return nil, err
 	}
-	j.view.cost(planned, j.room(ctx))
+	j.view.showCost(planned, j.memberStatuses(ctx))
 	if j.options.dryRun {
 		return j.report(ctx, planned, nil)
 	}
@@ -227,11 +227,11 @@ func (j *reencryption) report(ctx context.Context, done reencrypt.Result, err er
 	case errors.Is(err, coordination.ErrOtherLeader):
 		return r, problem.WithHint(err, "run it without --no-wait to wait")
 	}
-	return r, otherRules(err)
+	return r, explainOtherRules(err)
 }
 
-// room returns the database sizes and quotas of the members that respond.
-func (j *reencryption) room(ctx context.Context) []*clientv3.StatusResponse {
+// memberStatuses returns the database sizes and quotas of the members that respond.
+func (j *reencryption) memberStatuses(ctx context.Context) []*clientv3.StatusResponse {
 	var all []*clientv3.StatusResponse
 	for _, endpoint := range j.etcd.Endpoints() {
 		limited, cancel := context.WithTimeout(ctx, 5*time.Second)
@@ -252,7 +252,7 @@ func (j *reencryption) follow(ctx context.Context) error {
 		err = errors.Join(err, j.ended(report, err))
 		switch {
 		case err != nil && ctx.Err() == nil:
-			j.view.say("failed, will be retried: %v", err)
+			j.view.printLine("failed, will be retried: %v", err)
 		case report.Rewritten > 0 || !report.OK:
 			report.text(j.view)
 		}

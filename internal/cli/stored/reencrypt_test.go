@@ -25,7 +25,7 @@ func TestReencryptView(t *testing.T) {
 	late()
 	v.progress(reencrypt.Progress{Pass: 1, Keys: 5})
 	planned := reencrypt.Result{Progress: reencrypt.Progress{Keys: 200, Rewritten: 100, Transactions: 100, Bytes: 3 << 20}}
-	v.cost(planned, []*clientv3.StatusResponse{
+	v.showCost(planned, []*clientv3.StatusResponse{
 		{Header: &pb.ResponseHeader{MemberId: 0xa}, DbSizeInUse: 1 << 20, DbSizeQuota: 100 << 20},
 		{Header: &pb.ResponseHeader{MemberId: 0xb}, DbSizeInUse: 9 << 20, DbSizeQuota: 14 << 20, Errors: []string{"alarm:NOSPACE"}},
 		{Header: &pb.ResponseHeader{MemberId: 0xc}, DbSizeInUse: 9 << 20},

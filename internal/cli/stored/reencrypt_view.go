@@ -39,8 +39,8 @@ func newReencryptView(w io.Writer) *reencryptView {
 	return &reencryptView{w: w, terminal: ok && term.IsTerminal(int(f.Fd())), last: time.Now()}
 }
 
-// say prints a line, above the bar if there is one.
-func (v *reencryptView) say(format string, args ...any) {
+// printLine prints a line, above the bar if there is one.
+func (v *reencryptView) printLine(format string, args ...any) {
 	// a closed standard error ends the command
 	_, _ = v.Write([]byte(printable.Sprintf(format+"\n", args...)))
 }
@@ -120,27 +120,27 @@ func (v *reencryptView) draw(pass int, what string, done, total int64) {
 // paused shows what a run waits for.
 func (v *reencryptView) paused(what, why string) {
 	if why == "" {
-		v.say("continuing (%s)", what)
+		v.printLine("continuing (%s)", what)
 	} else {
-		v.say("waiting (%s): %s", what, why)
+		v.printLine("waiting (%s): %s", what, why)
 	}
 }
 
-// cost shows what a run will cost etcd.
-func (v *reencryptView) cost(p reencrypt.Result, members []*clientv3.StatusResponse) {
+// showCost shows what a run will cost etcd.
+func (v *reencryptView) showCost(p reencrypt.Result, members []*clientv3.StatusResponse) {
 	if p.Rewritten == 0 {
 		return
 	}
-	v.say("%d of %s will be rewritten: %s, an event for the watchers of each value, and at least %s in etcd's database until it is compacted and defragmented",
+	v.printLine("%d of %s will be rewritten: %s, an event for the watchers of each value, and at least %s in etcd's database until it is compacted and defragmented",
 		p.Rewritten, printable.Count(p.Keys, "value", "values"), printable.Count(p.Transactions, "revision", "revisions"), size(p.Bytes))
 	for _, m := range members {
 		// Without a compaction meanwhile, the database grows by all of it.
 		if m.DbSizeQuota > 0 && m.DbSizeInUse+p.Bytes > m.DbSizeQuota*8/10 {
-			v.say("warning: member %x uses %s of its quota of %s: compact and defragment first, or raise --quota-backend-bytes",
+			v.printLine("warning: member %x uses %s of its quota of %s: compact and defragment first, or raise --quota-backend-bytes",
 				m.Header.MemberId, size(m.DbSizeInUse), size(m.DbSizeQuota))
 		}
 		for _, e := range m.Errors {
-			v.say("warning: member %x reports %s", m.Header.MemberId, strings.TrimSpace(e))
+			v.printLine("warning: member %x reports %s", m.Header.MemberId, strings.TrimSpace(e))
 		}
 	}
 }

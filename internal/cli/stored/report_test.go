@@ -25,9 +25,9 @@ func TestReportsQuote(t *testing.T) {
 	planned := new(reencrypt.Result)
 	clitest.CheckReport(t, "view", planned, func(w io.Writer) {
 		v := newReencryptView(w)
-		v.say("waiting: another reencrypt is at work (%s)", clitest.Hostile)
+		v.printLine("waiting: another reencrypt is at work (%s)", clitest.Hostile)
 		v.paused(clitest.Hostile, clitest.Hostile)
-		v.cost(*planned, nil)
+		v.showCost(*planned, nil)
 	})
 }
 

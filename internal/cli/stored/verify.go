@@ -75,7 +75,7 @@ checked, the exit code is 3.`,
 			return err
 		}
 		defer cl.close()
-		report := newVerifyReport(newDoubts(cl.rules))
+		report := newVerifyReport(newUndecided(cl.rules))
 		if files == "" {
 			err = cl.verifyEtcd(ctx, report)
 		} else {
@@ -87,7 +87,7 @@ checked, the exit code is 3.`,
 		if err != nil {
 			return err
 		}
-		report.doubts.decide(ctx, report.addFinding, report.addUndecrypted)
+		report.undecided.decide(ctx, report.addFinding, report.addUndecrypted)
 		if report.Undecrypted > 0 {
 			report.NotChecked = append(report.NotChecked, "whether "+printable.Count(report.Undecrypted, "well-formed value", "well-formed values")+" can be decrypted: the KMS does not respond, or decrypts no value")
 		}
@@ -114,10 +114,10 @@ type verifyOptions struct {
 	offline, all                          bool
 }
 
-// judge returns a function that says why a value may be readable without the KMS, or "": it is not
-// encrypted, or it only looks encrypted, since it does not decrypt. Values whose DEK seed the KMS
-// did not unwrap are added to doubts.
-func (cl *cluster) judge(ctx context.Context, offline bool, doubts *doubts) func(key, value []byte, whole bool) string {
+// whyReadable returns a function that says why a value may be readable without the KMS, or "": it
+// is not encrypted, or it only looks encrypted, since it does not decrypt. Values whose DEK seed
+// the KMS did not unwrap are added to open.
+func (cl *cluster) whyReadable(ctx context.Context, offline bool, open *undecided) func(key, value []byte, whole bool) string {
 	return func(key, value []byte, whole bool) string {
 		rule := cl.rules.Of(key)
 		if rule == nil || rule.WriteWith == inventory.Plaintext {
@@ -144,13 +144,13 @@ func (cl *cluster) judge(ctx context.Context, offline bool, doubts *doubts) func
 		e, ok := errors.AsType[*keyring.Error](err)
 		switch {
 		case err == nil:
-			return doubts.inspected(key, value, nil)
+			return open.note(key, value, nil)
 		case ctx.Err() != nil:
 			return ""
 		case !ok:
 			return "it begins like an encrypted value, and cannot be decrypted"
 		case e.Kind == keyring.Unavailable, e.Responded():
-			return doubts.inspected(key, value, e)
+			return open.note(key, value, e)
 		}
 		return "it begins like an encrypted value, and cannot be decrypted: " + e.Text
 	}
@@ -158,28 +158,25 @@ func (cl *cluster) judge(ctx context.Context, offline bool, doubts *doubts) func
 
 // verifyEtcd checks the present values and the history.
 func (cl *cluster) verifyEtcd(ctx context.Context, r *verifyReport) error {
-	judge := cl.judge(ctx, false, r.doubts)
-	span, err := inventory.Scan(ctx, cl.etcd, cl.rules.Prefixes(), 0, func(kv *mvccpb.KeyValue) error {
-		if cl.rules.Of(kv.Key) == nil {
-			return nil
-		}
+	whyReadable := cl.whyReadable(ctx, false, r.undecided)
+	check := func(place etcdfile.Place, kv *mvccpb.KeyValue) (found bool) {
 		r.Values++
-		if why := judge(kv.Key, kv.Value, true); why != "" {
-			r.found(etcdfile.Finding{File: "etcd", Place: etcdfile.Live, Key: string(kv.Key), Revision: kv.ModRevision, Offset: -1, Why: why})
+		why := whyReadable(kv.Key, kv.Value, true)
+		if why != "" {
+			r.found(etcdfile.Finding{File: "etcd", Place: place, Key: string(kv.Key), Revision: kv.ModRevision, Offset: -1, Why: why})
+		}
+		return why != ""
+	}
+	span, err := inventory.Scan(ctx, cl.etcd, cl.rules.Prefixes(), 0, func(kv *mvccpb.KeyValue) error {
+		if cl.rules.Of(kv.Key) != nil {
+			check(etcdfile.Live, kv)
 		}
 		return nil
 	})
 	if err != nil {
 		return err
 	}
-	h, err := purge.ReadHistory(ctx, cl.etcd, cl.rules, func(kv *mvccpb.KeyValue) bool {
-		r.Values++
-		why := judge(kv.Key, kv.Value, true)
-		if why != "" {
-			r.found(etcdfile.Finding{File: "etcd", Place: etcdfile.History, Key: string(kv.Key), Revision: kv.ModRevision, Offset: -1, Why: why})
-		}
-		return why != ""
-	})
+	h, err := purge.ReadHistory(ctx, cl.etcd, cl.rules, func(kv *mvccpb.KeyValue) bool { return check(etcdfile.History, kv) })
 	if err != nil {
 		return err
 	}
@@ -200,7 +197,7 @@ func (cl *cluster) verifyFiles(ctx context.Context, o verifyOptions, r *verifyRe
 	if err != nil {
 		return err
 	}
-	c := etcdfile.Config{Judge: cl.judge(ctx, o.offline, r.doubts), Kinds: o.kinds, Found: r.found}
+	c := etcdfile.Config{Judge: cl.whyReadable(ctx, o.offline, r.undecided), Kinds: o.kinds, Found: r.found}
 	for _, rule := range cl.rules.All() {
 		if rule.WriteWith != inventory.Plaintext {
 			c.Prefixes = append(c.Prefixes, rule.Prefix)

@@ -26,8 +26,8 @@ type verifyReport struct {
 	// UndecryptedList has the first of the values that Undecrypted counts.
 	UndecryptedList []etcdfile.Finding `json:"undecryptedList,omitempty"`
 
-	doubts *doubts
-	counts map[reason]int64 // of both lists, and of what was beyond their limits
+	undecided *undecided
+	counts    map[reason]int64 // of both lists, and of what was beyond their limits
 }
 
 // reason is what the text of the report groups findings by.
@@ -39,12 +39,12 @@ const (
 	textExamples = 3  // of each reason
 )
 
-func newVerifyReport(d *doubts) *verifyReport {
-	return &verifyReport{Files: []etcdfile.File{}, Findings: []etcdfile.Finding{}, doubts: d, counts: make(map[reason]int64)}
+func newVerifyReport(d *undecided) *verifyReport {
+	return &verifyReport{Files: []etcdfile.File{}, Findings: []etcdfile.Finding{}, undecided: d, counts: make(map[reason]int64)}
 }
 
 func (r *verifyReport) found(f etcdfile.Finding) {
-	if !r.doubts.take(f) {
+	if !r.undecided.claim(f) {
 		r.addFinding(f, 1)
 	}
 }

@@ -50,7 +50,7 @@ func TestKindsOf(t *testing.T) {
 // and that --list prints each value.
 func TestVerifyText(t *testing.T) {
 	t.Parallel()
-	r := newVerifyReport(newDoubts(inventory.NewRules(nil)))
+	r := newVerifyReport(newUndecided(inventory.NewRules(nil)))
 	for i := range 5 {
 		r.found(etcdfile.Finding{File: "etcd", Place: etcdfile.Live, Key: fmt.Sprint("/a/", i), Revision: int64(i) + 1, Offset: -1, Why: "it is plaintext"})
 		r.addUndecrypted(etcdfile.Finding{File: "etcd", Place: etcdfile.Live, Key: fmt.Sprint("/b/", i), Offset: -1, Why: "the KMS is away"}, 1)
