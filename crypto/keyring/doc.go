@@ -10,9 +10,9 @@
 // # Parts of a ring
 //
 //	Ring        encrypts values with the seed in use, and passes values to decrypt to seeds (ring.go)
-//	monitor     health checks: Status, rotation, revocation, probes of old keys (monitor.go, settle.go, probe.go)
+//	monitor     health checks: Status, rotation, revocation, probes of old keys (monitor.go, probe.go, package settling)
 //	generator   generates and verifies DEK seeds (generator.go)
-//	seeds       finds a value's seed in the cache or by the KMS, and decrypts (seeds.go, unwrap.go, cache.go)
+//	seeds       finds a value's seed in the cache or by the KMS, and decrypts (seeds.go, unwrap.go, cache.go, package hottable)
 //	copyWriter  has recovery copies of new seeds wrapped (recovery_write.go)
 //	copyReader  unwraps recovery copies of stored values (recovery_read.go)
 //	OfflineKey  wraps and unwraps copies for rings that have no KMS (offline.go)
