@@ -20,9 +20,9 @@ import (
 type Core struct {
 	Rules      atomic.Pointer[RuleSet]
 	MaxRequest int             // bytes; etcd's --max-request-bytes
-	Gate       <-chan struct{} // nil, or closed once calls may go on
-	// LearnerGate is closed once those calls may go on that a learner serves; nil if they wait for
-	// gate.
+	Gate       <-chan struct{} // nil, or closed once calls may continue
+	// LearnerGate is closed once the calls that a learner serves may continue; nil if they wait for
+	// Gate.
 	LearnerGate <-chan struct{}
 	log         *slog.Logger
 	loggedLost  *logonce.Keys     // the texts of errors about lost values that were logged

@@ -39,17 +39,17 @@ type Method struct {
 	service, name string
 	Path          string // "/service/name"
 	class         class
-	access        access // what of it is left to clients that may only read
+	access        access // what a client that may only read can do with it
 	Shape         Shape
-	// Indefinite is true for a call that may last for ever: it ends with Unavailable when the proxy
-	// drains, so that its client goes elsewhere, while every other call is let finish.
+	// Indefinite is true for a call without an end. It ends with Unavailable when the proxy drains,
+	// so that its client connects to another proxy. All other calls are finished.
 	Indefinite bool
 	// call makes the rewriter of one call; nil for what is forwarded untouched.
 	call newCall
 
 	api     *API
 	Metrics *metrics.Method
-	Relayed bool // its frames are relayed, where a request is like those of etcd's clients
+	Relayed bool // its frames are relayed if a request is like those of etcd's clients
 }
 
 // MethodTable is every method of every service that etcd 3.4 to 3.7 registers for clients. A method

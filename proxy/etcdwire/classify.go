@@ -7,9 +7,9 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// What follows says what a request is about, without changing it. Byte slices that are returned
-// alias the message. Errors wrap [ErrMalformed], also for a message that decoders could understand
-// in two ways.
+// The functions in this file return the keys and properties of a request, and do not change it.
+// Byte slices that they return alias the message. Errors wrap [ErrMalformed], also for a message
+// that decoders could read in two ways.
 
 // PutKey returns the key of a PutRequest.
 func PutKey(msg []byte) ([]byte, error) { return first(&putRequest, msg, 1) }

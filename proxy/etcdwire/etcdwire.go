@@ -9,8 +9,8 @@ package etcdwire
 
 import "errors"
 
-// Rules is what the rewriter asks about keys. Implementations are safe for concurrent use and do
-// not retain arguments.
+// Rules encrypts and decrypts values, and reports which keys have a rule. Implementations are safe
+// for concurrent use and do not retain arguments.
 type Rules interface {
 	// Overlaps reports whether a rule covers key (rangeEnd empty) or any key of [key, rangeEnd).
 	// rangeEnd "\x00" is every key from key on.

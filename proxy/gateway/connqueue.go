@@ -11,7 +11,7 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
 )
 
-// connQueue hands identified connections to net/http, and knows which ones that has.
+// connQueue passes connections of identified clients to net/http, and keeps track of them.
 type connQueue struct {
 	conns chan *listener.Conn
 	done  chan struct{}

@@ -29,10 +29,10 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
 )
 
-// Gateway serves HTTP on the addresses of gRPC, as etcd does, HTTP/2 over TLS alone: its JSON
-// gateway under /v3/, by the handlers that etcd generates, and what etcd itself says of its health
-// and version. A request of the gateway becomes a call of etcd's API, in the name of the
-// connection that it came over.
+// Gateway serves HTTP on the addresses of gRPC, as etcd does (HTTP/2 only over TLS). It serves the
+// JSON gateway under /v3/ with the handlers that etcd generates, and forwards requests of etcd's
+// health and version to etcd. A JSON request becomes a call of etcd's API by the client of the
+// connection.
 type Gateway struct {
 	server  *http.Server
 	Handler http.Handler // of HTTP/2, too

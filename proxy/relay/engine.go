@@ -18,10 +18,10 @@ import (
 )
 
 // Engine serves the connections of clients that speak HTTP/2. It relays the frames of most calls
-// between a client's connection and connections to etcd of that client's own, one to each endpoint,
-// and has all other calls handled: methods that need decoded messages, compressed messages,
-// whatever is odd about a request, and every request while etcd is not connected. Over TLS a
-// connection also carries web requests.
+// between a client's connection and connections to etcd that belong to this client, one to each
+// endpoint. Handlers of package etcdapi serve all other calls: methods that need decoded messages,
+// compressed messages, requests that etcd's clients do not send, and calls while etcd is not
+// connected. Over TLS a connection also carries web requests.
 type Engine struct {
 	api          *etcdapi.API
 	log          *slog.Logger

@@ -19,12 +19,11 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/listener"
 )
 
-// webStream is a request over HTTP/2 that is none of gRPC: its handler is that of HTTP/1.1
-// requests, and runs on a goroutine of its own. It is the http.ResponseWriter and the body of the
-// request.
+// webStream is a request over HTTP/2 that is not gRPC. The handler of HTTP/1.1 requests serves it,
+// on its own goroutine. A webStream is the http.ResponseWriter and the body of the request.
 //
-// etcd tells such requests from gRPC by the content type, and only over TLS: without it, HTTP/2 is
-// gRPC's.
+// Like etcd, the proxy distinguishes such requests from gRPC by the content type, and only over
+// TLS. Without TLS, every request over HTTP/2 is gRPC.
 type webStream struct {
 	stream   *clientStream
 	request  *http.Request
