@@ -12,7 +12,7 @@ const maxRequestID = 128
 // requestIDKey is the context key of a call's *requestID.
 type requestIDKey struct{}
 
-// requestID is where a backend leaves the request ID of the attempt under way.
+// requestID is where a backend stores the request ID of the current attempt.
 type requestID struct {
 	last atomic.Pointer[string]
 	// of the context that the wrapper was called with; nil unless that was made by WithRequestID

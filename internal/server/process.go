@@ -40,7 +40,7 @@ const exitFailure = 3
 var errSecondSignal = errors.New("a second signal")
 
 // run runs serve until a signal, the failure of a part or the end of ctx. Parts of serving end when
-// serve begins to drain. Parts of lasting end after serve has returned: what calls under way need,
+// serve begins to drain. Parts of lasting end after serve has returned: what current calls need,
 // and the admin server, which shows the drain.
 func (p *process) run(ctx context.Context, serve part, serving, lasting []part) error {
 	until, stop := context.WithCancelCause(ctx)

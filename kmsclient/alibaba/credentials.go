@@ -125,7 +125,7 @@ type credentialSource interface {
 	expires() time.Time
 	// late reports whether credentials that end should have been followed by others.
 	late() bool
-	// close ends what is under way and waits for it. The source gives no credentials afterwards.
+	// close ends current requests and waits for them. The source gives no credentials afterwards.
 	close()
 }
 

@@ -52,7 +52,7 @@ type sessionSource struct {
 	mu       sync.Mutex
 	last     session
 	due      time.Time     // when the next is fetched
-	flight   chan struct{} // closed at the end of the fetch under way; nil without one
+	flight   chan struct{} // closed at the end of the current fetch; nil without one
 	failure  error         // of the last fetch; nil if it was good
 	failures int           // in a row
 	retryAt  time.Time

@@ -31,7 +31,7 @@ const (
 	loopRepeat = 2 * time.Minute
 )
 
-// Run re-encrypts until ctx ends. A run under way is interrupted then, and Ended is called as for
+// Run re-encrypts until ctx ends. The current run is interrupted then, and Ended is called as for
 // any other.
 func (l *Loop) Run(ctx context.Context) {
 	var last time.Time // when a run ended; zero before the first

@@ -19,7 +19,7 @@ func Sampled(n uint64) bool { return n%sampleEvery == 0 || n == 1 }
 // stands while the call is etcd's. The zero value measures nothing, and costs nothing. It is safe
 // for concurrent use; the goroutine that hands the call on starts or stops it.
 type Stopwatch struct {
-	On    bool         // does not change once the call is under way
+	On    bool         // does not change once the call has begun
 	since atomic.Int64 // when it was started, on the process' clock; 0 while it stands
 	spent atomic.Int64 // nanoseconds before that; notMeasured if the call does not count
 }

@@ -127,8 +127,8 @@ func (e *Engine) Close() {
 	e.all.Wait()
 }
 
-// upstreamFields makes of a client's header fields those for etcd. What belongs to the connection
-// stays behind, and so does grpc-timeout, which is sent separately.
+// upstreamFields returns the header fields for etcd of a client's header fields. It omits those of
+// the connection, and grpc-timeout, which is sent separately.
 func upstreamFields(fields []hpack.HeaderField, scheme, authority string) []hpack.HeaderField {
 	kept := make([]hpack.HeaderField, 0, len(fields)+1)
 	for _, f := range fields {

@@ -26,8 +26,8 @@ type decision struct {
 	guarded  map[string]struct{} // the guards, encoded
 }
 
-// restart makes a new attempt of a revision that was compacted under way, or that the next member
-// does not have yet.
+// restart makes a new attempt of a revision that was compacted during the attempt, or that the next
+// member does not have yet.
 func (d *decision) restart(err error) (*pb.TxnResponse, error) {
 	if d.revision > 0 {
 		switch status.Convert(err).Message() {
