@@ -71,8 +71,8 @@ func (a *admission) take(st *clientStream) {
 	a.all.Add(1)
 }
 
-// give is the opposite of take. It reports whether the call was taken.
-func (a *admission) give(st *clientStream) bool {
+// undoTake is the opposite of take. It reports whether the call was taken.
+func (a *admission) undoTake(st *clientStream) bool {
 	taken := st.admission.CompareAndSwap(admissionTaken, admissionNone)
 	if taken {
 		a.calls.Add(-1)
@@ -90,7 +90,7 @@ const (
 
 // release is called when a call was answered, or has ended. It forwards calls that wait.
 func (a *admission) release(st *clientStream) {
-	if st.admission.Load() == admissionNone || a.give(st) && a.live.Load() == 0 {
+	if st.admission.Load() == admissionNone || a.undoTake(st) && a.live.Load() == 0 {
 		return
 	}
 	a.mu.Lock()
@@ -98,7 +98,7 @@ func (a *admission) release(st *clientStream) {
 	if st.admission.CompareAndSwap(admissionWaits, admissionNone) {
 		a.live.Add(-1)
 	} else {
-		a.give(st) // it was taken meanwhile
+		a.undoTake(st) // it was taken meanwhile
 	}
 	if a.draining {
 		return

@@ -14,14 +14,14 @@ type unaryRequest struct{ head, body []byte }
 // in non-blocking mode if there is no connection yet. Streams also wait for an endpoint
 // that is down.
 func (st *clientStream) connect(m etcdapi.Mode, r *unaryRequest) (ok, wouldBlock bool) {
-	lasts := st.method.Shape != etcdapi.ShapeUnary
-	conn, h, hope := st.session.pick()
-	if conn == nil && (hope == endpointsDialing || hope == endpointsDown && lasts) {
+	isStream := st.method.Shape != etcdapi.ShapeUnary
+	conn, h, state := st.session.pick()
+	if conn == nil && (state == endpointsDialing || state == endpointsDown && isStream) {
 		if m.Ctx == nil {
 			return false, true
 		}
 		st.watch.Discard() // it waits for etcd
-		conn, h = st.session.await(m.Ctx, lasts)
+		conn, h = st.session.await(m.Ctx, isStream)
 	}
 	return conn != nil && st.open(conn, h, r), false
 }

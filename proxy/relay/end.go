@@ -87,14 +87,14 @@ func (st *clientStream) reset(code http2.ErrCode) {
 
 // upstreamLost ends the call after the connection to etcd has ended. It reports false if the client
 // was sent a part of a message: no status would reach it then, see [session.serveUp].
-func (st *clientStream) upstreamLost(why error) bool {
+func (st *clientStream) upstreamLost(cause error) bool {
 	if st.partial.Load() && st.finish(codes.Unavailable) {
 		return false
 	}
-	if errno := syscall.Errno(0); errors.As(why, &errno) {
-		why = errno // clients are told what, as by etcd, and not where etcd is
+	if errno := syscall.Errno(0); errors.As(cause, &errno) {
+		cause = errno // clients are told what, as by etcd, and not where etcd is
 	}
-	err := status.Errorf(codes.Unavailable, "error reading from server: %v", why)
+	err := status.Errorf(codes.Unavailable, "error reading from server: %v", cause)
 	st.mu.Lock()
 	begun := st.begun
 	st.mu.Unlock()

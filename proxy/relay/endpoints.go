@@ -55,7 +55,7 @@ func (s *session) pick() (*http2conn.Conn, *endpointState, availability) {
 		untried = untried || h.dialing && h.pause == 0
 	}
 	for i := range s.endpoints {
-		h := s.endpoints[(s.turn+i)%len(s.endpoints)]
+		h := s.endpoints[(s.nextEndpoint+i)%len(s.endpoints)]
 		switch {
 		case h.conn == nil:
 			redial(h)
@@ -65,7 +65,7 @@ func (s *session) pick() (*http2conn.Conn, *endpointState, availability) {
 				learner = h
 			}
 		case h.conn.CanOpen():
-			s.turn = (s.turn + i + 1) % len(s.endpoints)
+			s.nextEndpoint = (s.nextEndpoint + i + 1) % len(s.endpoints)
 			return h.conn, h, 0
 		case h.conn.Draining(): // it accepts no new streams
 			h.conn = nil
@@ -92,19 +92,19 @@ func (s *session) pick() (*http2conn.Conn, *endpointState, availability) {
 func (s *session) await(ctx context.Context, mayWait bool) (*http2conn.Conn, *endpointState) {
 	timer := time.NewTimer(upstream.ConnectWait)
 	defer timer.Stop()
-	again := time.NewTicker(upstream.ConnectParams.Backoff.BaseDelay)
-	defer again.Stop()
+	ticker := time.NewTicker(upstream.ConnectParams.Backoff.BaseDelay)
+	defer ticker.Stop()
 	for {
 		s.mu.Lock()
 		changed := s.changed
 		s.mu.Unlock()
-		conn, h, hope := s.pick()
-		if conn != nil || hope == endpointsFull || hope == endpointsDown && !mayWait {
+		conn, h, state := s.pick()
+		if conn != nil || state == endpointsFull || state == endpointsDown && !mayWait {
 			return conn, h
 		}
 		select {
 		case <-changed:
-		case <-again.C:
+		case <-ticker.C:
 		case <-timer.C:
 			return nil, nil
 		case <-ctx.Done():

@@ -24,7 +24,7 @@ import (
 // stream's flow-control window bounds it.
 type streamInput struct {
 	consumed func(n int)   // gives bytes back to the window
-	came     chan struct{} // has room for one: something has arrived
+	arrived  chan struct{} // has room for one: something has arrived
 
 	mu   sync.Mutex
 	data []byte
@@ -32,7 +32,7 @@ type streamInput struct {
 }
 
 func newStreamInput(consumed func(n int), data []byte, end bool) streamInput {
-	return streamInput{consumed: consumed, came: make(chan struct{}, 1), data: data, end: end}
+	return streamInput{consumed: consumed, arrived: make(chan struct{}, 1), data: data, end: end}
 }
 
 // add takes what has arrived.
@@ -44,7 +44,7 @@ func (in *streamInput) add(data []byte, end bool) {
 	}
 	in.mu.Unlock()
 	select {
-	case in.came <- struct{}{}:
+	case in.arrived <- struct{}{}:
 	default:
 	}
 }
@@ -83,7 +83,7 @@ func (in *streamInput) read(ctx context.Context, b []byte) (int, error) {
 			return 0, io.EOF
 		}
 		select {
-		case <-in.came:
+		case <-in.arrived:
 		case <-ctx.Done():
 			return 0, status.FromContextError(ctx.Err()).Err()
 		}

@@ -30,7 +30,7 @@ type repeatedHeader struct {
 // without it. Only the goroutine that reads from the client uses it.
 type repeatedHeaders struct {
 	known, timed [maxRepeated]*repeatedHeader
-	once         [maxRepeated]*hpack.HeaderField // the first fields of lists that came once
+	seenOnce     [maxRepeated]*hpack.HeaderField // the first fields of lists that came once
 	nextKnown    uint8                           // of known
 	nextTimed    uint8
 	nextOnce     uint8
@@ -70,17 +70,17 @@ func (s *session) repeated(fields []hpack.HeaderField) *repeatedHeader {
 			return k
 		}
 	}
-	for i, once := range r.once {
-		if once != first {
+	for i, seen := range r.seenOnce {
+		if seen != first {
 			continue
 		}
 		k := s.newRepeated(fields)
-		r.once[i] = nil
+		r.seenOnce[i] = nil
 		r.known[r.nextKnown] = k
 		r.nextKnown = (r.nextKnown + 1) % maxRepeated
 		return k
 	}
-	r.once[r.nextOnce] = first
+	r.seenOnce[r.nextOnce] = first
 	r.nextOnce = (r.nextOnce + 1) % maxRepeated
 	return nil
 }

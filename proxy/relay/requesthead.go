@@ -109,9 +109,9 @@ func (h *requestHead) invalid() (httpStatus int, err error) {
 	return 0, nil
 }
 
-// plain reports whether a request is like those of etcd's clients, so that its frames can be
+// relayable reports whether a request is like those of etcd's clients, so that its frames can be
 // relayed.
-func (h *requestHead) plain() bool {
+func (h *requestHead) relayable() bool {
 	return (h.subtype == "" || h.subtype == "proto") && (h.encoding == "" || h.encoding == encoding.Identity) && h.authorities == 1
 }
 

@@ -16,7 +16,7 @@ import (
 // roleCheck checks whether one member is a learner, on the connection that calls use. A voting
 // member never becomes a learner, so the result holds as long as the connection.
 type roleCheck struct {
-	side *upstreamConn
+	conn *upstreamConn
 	was  bool // a learner, at the last check
 	once sync.Once
 }
@@ -24,7 +24,7 @@ type roleCheck struct {
 // queryRole starts a check of the member. was is the result of the last one. Calls may use the
 // connection when the check ends, or after upstream.RoleTimeout.
 func (u *upstreamConn) queryRole(was bool) {
-	check := &roleCheck{side: u, was: was}
+	check := &roleCheck{conn: u, was: was}
 	scheme, authority := u.session.id.Upstream.Origin(u.endpoint.url)
 	stream := u.conn.Open(check, []hpack.HeaderField{
 		{Name: ":method", Value: "POST"}, {Name: ":scheme", Value: scheme}, {Name: ":path", Value: healthpb.Health_Check_FullMethodName},
@@ -45,7 +45,7 @@ func (u *upstreamConn) queryRole(was bool) {
 
 // end takes the result. Only the first counts.
 func (c *roleCheck) end(learner bool) {
-	c.once.Do(func() { c.side.offer(learner) })
+	c.once.Do(func() { c.conn.offer(learner) })
 }
 
 // headers takes the response of the member.
@@ -69,7 +69,7 @@ func (u *upstreamConn) offer(learner bool) {
 	if u.removed {
 		return
 	}
-	u.offered = true
+	u.usable = true
 	h := u.endpoint
 	h.upstream, h.conn, h.dialing, h.pause = u, u.conn, false, 0
 	h.learner, h.nextRoleCheck = learner, time.Now().Add(upstream.RoleInterval)
@@ -84,12 +84,12 @@ func (h *endpointState) recheckRole() {
 		return
 	}
 	h.nextRoleCheck = now.Add(upstream.RoleTimeout + upstream.RoleInterval)
-	side := h.upstream
-	if side.session.ended {
+	conn := h.upstream
+	if conn.session.ended {
 		return
 	}
-	side.session.work.Go(func() {
-		side.queryRole(true)
-		side.session.flush()
+	conn.session.work.Go(func() {
+		conn.queryRole(true)
+		conn.session.flush()
 	})
 }

@@ -35,11 +35,11 @@ type session struct {
 	headers repeatedHeaders
 	memory  streamMemory
 
-	mu        sync.Mutex
-	endpoints []*endpointState
-	turn      int           // of endpoints, round robin
-	changed   chan struct{} // closed when an endpoint has connected or disconnected
-	ended     bool
+	mu           sync.Mutex
+	endpoints    []*endpointState
+	nextEndpoint int           // index into endpoints, round robin
+	changed      chan struct{} // closed when an endpoint has connected or disconnected
+	ended        bool
 }
 
 // minPingInterval is the minimum ping interval that etcd asks of its clients without TLS.
@@ -158,7 +158,7 @@ func (s *session) Headers(stream *http2conn.Stream, fields []hpack.HeaderField, 
 	switch {
 	case err != nil:
 		st.fail(err)
-	case !st.method.Relayed || !h.plain() || !s.engine.api.GateOpen():
+	case !st.method.Relayed || !h.relayable() || !s.engine.api.GateOpen():
 		handle(st, &h, nil, end)
 	default:
 		if st.method.Shape == etcdapi.ShapeUnary {

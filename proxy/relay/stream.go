@@ -109,11 +109,11 @@ func (st *clientStream) begin(end bool) {
 		if ok, wouldBlock := st.connect(etcdapi.NonBlocking, nil); wouldBlock {
 			st.detach(&st.requests, func(m etcdapi.Mode) {
 				if ok, _ := st.connect(m, nil); !ok {
-					st.handOver(nil, false)
+					st.toHandler(nil, false)
 				}
 			})
 		} else if !ok {
-			st.handOver(nil, false)
+			st.toHandler(nil, false)
 		}
 	}
 	if end {
@@ -145,9 +145,9 @@ func (st *clientStream) backlogged(data []byte, end bool) bool {
 	return true
 }
 
-// handOver has the method's handler serve a call that cannot be relayed. raw is what the client has
-// sent so far.
-func (st *clientStream) handOver(raw []byte, end bool) {
+// toHandler has the method's handler serve a call that cannot be relayed. raw is what the client
+// has sent so far.
+func (st *clientStream) toHandler(raw []byte, end bool) {
 	h := readRequestHead(st.fields)
 	st.heldFromClient.Store(0) // the handler's input gives it back
 	handle(st, &h, bytes.Clone(raw), end)
@@ -197,22 +197,22 @@ func (st *clientStream) unary(m etcdapi.Mode, data []byte, end bool) {
 		st.pending = append(st.pending, data...)
 		raw = st.pending
 	}
-	n, odd := -1, false // of the head and the message
+	n, unsupported := -1, false // of the head and the message
 	if len(raw) >= rpc.HeaderLength {
 		n = rpc.HeaderLength + messageLength(raw)
-		odd = rpc.CheckMessage(raw[0], n-rpc.HeaderLength, st.session.engine.maxMessage, false) != nil
+		unsupported = rpc.CheckMessage(raw[0], n-rpc.HeaderLength, st.session.engine.maxMessage, false) != nil
 	}
 	isUnary := st.method.Shape == etcdapi.ShapeUnary
 	switch {
-	case odd:
-		st.handOver(raw, end)
+	case unsupported:
+		st.toHandler(raw, end)
 	case n >= 0 && len(raw) >= n && isUnary, len(raw) == n && end:
 		st.forwarded = true
 		if !isUnary || st.session.admission.admit(st, raw[:n]) {
 			st.forward(m, raw[:n])
 		}
 	case end, n >= 0 && len(raw) > n:
-		st.handOver(raw, end)
+		st.toHandler(raw, end)
 	default:
 		st.keep(raw, n)
 	}
@@ -249,7 +249,7 @@ func (st *clientStream) forward(m etcdapi.Mode, raw []byte) {
 			return
 		}
 		if x, ok := st.call.(etcdapi.Exchanger); ok && x.Exchanges() {
-			st.handOver(raw, true)
+			st.toHandler(raw, true)
 			return
 		}
 	}
@@ -264,7 +264,7 @@ func (st *clientStream) forward(m etcdapi.Mode, raw []byte) {
 		st.forwardLater(raw)
 		return
 	case !ok:
-		st.handOver(raw, true)
+		st.toHandler(raw, true)
 		return
 	}
 	st.pending = nil

@@ -12,7 +12,7 @@ type upstreamConn struct {
 	session  *session
 	endpoint *endpointState
 	conn     *http2conn.Conn
-	offered  bool // calls may use it; under the session's mu
+	usable   bool // calls may use it; under the session's mu
 	removed  bool // new calls do not use it; under the session's mu
 }
 
@@ -28,7 +28,7 @@ func (u *upstreamConn) remove() {
 	}
 	u.removed = true
 	switch {
-	case !u.offered:
+	case !u.usable:
 		u.endpoint.failed()
 	case u.endpoint.conn == u.conn:
 		u.endpoint.conn = nil

@@ -312,7 +312,7 @@ func (w *webStream) sendHeader(length int64, body []byte, end bool) bool {
 	}
 	slices.Sort(names)
 	for _, name := range names {
-		if strings.HasPrefix(name, http.TrailerPrefix) || ofConnection1(name) {
+		if strings.HasPrefix(name, http.TrailerPrefix) || isHopByHop(name) {
 			continue
 		}
 		for _, v := range w.sent[name] {
@@ -336,9 +336,9 @@ func (w *webStream) sendHeader(length int64, body []byte, end bool) bool {
 	return true
 }
 
-// ofConnection1 reports whether a header field is one of HTTP/1 connections, which HTTP/2 has none
+// isHopByHop reports whether a header field is one of HTTP/1 connections, which HTTP/2 has none
 // of.
-func ofConnection1(name string) bool {
+func isHopByHop(name string) bool {
 	switch name {
 	case "Connection", "Proxy-Connection", "Keep-Alive", "Transfer-Encoding", "Upgrade":
 		return true
