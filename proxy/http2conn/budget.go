@@ -57,8 +57,8 @@ type queued struct {
 	streams int
 }
 
-// hold adds n bytes, which may be negative. The caller holds mu.
-func (h *limits) hold(n int) {
+// add counts n bytes, which may be negative. The caller holds mu.
+func (h *limits) add(n int) {
 	h.bytes += n
 	if h.budget != nil {
 		h.budget.used.Add(int64(n))
@@ -84,7 +84,7 @@ func (c *Conn) accept(id uint32, headerSize int) *Stream {
 	s := c.cfg.NewStream()
 	s.begin(c, id)
 	s.overhead = size
-	c.limits.hold(size)
+	c.limits.add(size)
 	return s
 }
 
@@ -97,7 +97,7 @@ func (s *Stream) receive(n int) bool {
 	reserved := min(n, s.reserved)
 	s.reserved -= reserved
 	s.held += n
-	s.conn.limits.hold(n - reserved)
+	s.conn.limits.add(n - reserved)
 	return s.granted || s.conn.limits.fits(0, 1)
 }
 
@@ -130,7 +130,7 @@ func (h *limits) grant() {
 			}
 			h.granted++
 			s.granted, s.reserved = true, n
-			h.hold(n)
+			h.add(n)
 			_ = h.out.framer.WriteWindowUpdate(s.id, uint32(s.expected)) //nolint:gosec // less than a message
 			s.recvWindow += s.expected
 			s.extra += s.expected
@@ -144,7 +144,7 @@ func (h *limits) grant() {
 // release gives back what a stream held that has ended. The caller holds conn.mu.
 func (s *Stream) release() {
 	c := s.conn
-	c.limits.hold(-s.held - s.reserved - s.overhead)
+	c.limits.add(-s.held - s.reserved - s.overhead)
 	s.held, s.reserved, s.overhead = 0, 0, 0
 	s.endGrant()
 	// else they are few, or most have not ended
@@ -167,6 +167,6 @@ func (s *Stream) endGrant() {
 
 // releaseAll gives everything back. The caller holds mu.
 func (h *limits) releaseAll() {
-	h.hold(-h.bytes)
+	h.add(-h.bytes)
 	h.granted, h.exempt, h.waiting = 0, 0, nil
 }

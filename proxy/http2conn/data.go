@@ -110,7 +110,7 @@ func (s *Stream) Consumed(n int) {
 	}
 	if c.server {
 		s.held -= n
-		c.limits.hold(-n)
+		c.limits.add(-n)
 		if s.held+s.reserved == 0 {
 			s.endGrant()
 		}
@@ -147,7 +147,7 @@ func (r *receiver) windowUpdate(id, increment uint32) error {
 			r.send.enqueue(s)
 		}
 	}
-	r.send.pump()
+	r.send.sendReady()
 	r.mu.Unlock()
 	if over {
 		r.resetStream(s.id, http2.ErrCodeFlowControl)

@@ -16,8 +16,8 @@ type Detached struct {
 	last []byte
 }
 
-// past is a deadline that has a read return at once.
-var past = time.Unix(1, 0)
+// expired is a deadline that has a read return at once.
+var expired = time.Unix(1, 0)
 
 // Detach has [Conn.Serve] of a server return as soon as the connection waits for the client, and
 // frees what the connection holds, except for its socket: see [Conn.Detached]. It is for clients
@@ -26,14 +26,14 @@ var past = time.Unix(1, 0)
 // with a detached connection notices nothing until it sends something.
 func (c *Conn) Detach() {
 	c.detaching.Store(true)
-	_ = c.conn.SetReadDeadline(past)
+	_ = c.conn.SetReadDeadline(expired)
 }
 
 // setReadDeadline sets the deadline for reads, unless Detach was called.
 func (c *Conn) setReadDeadline(t time.Time) error {
 	err := c.conn.SetReadDeadline(t)
 	if c.detaching.Load() {
-		err = c.conn.SetReadDeadline(past)
+		err = c.conn.SetReadDeadline(expired)
 	}
 	return err
 }
@@ -84,4 +84,4 @@ func (d *Detached) Wait() {
 }
 
 // End has Wait return.
-func (d *Detached) End() { _ = d.conn.SetReadDeadline(past) }
+func (d *Detached) End() { _ = d.conn.SetReadDeadline(expired) }

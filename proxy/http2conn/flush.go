@@ -128,7 +128,7 @@ func (c *Conn) takePending() (pending *[]byte, external externalChunks, writable
 	if c.writeBuffer.Full() {
 		return nil, externalChunks{}, nil
 	}
-	c.send.pump()
+	c.send.sendReady()
 	if c.out.pending != nil {
 		pending, external = c.out.pending, c.out.external
 		c.out.pending, c.out.external = nil, externalChunks{}

@@ -14,7 +14,7 @@ import (
 type headerFrame struct {
 	http2.FrameHeader
 	headerList
-	onItself bool // it has a priority that depends on its own stream
+	selfDependent bool // it has a priority that depends on its own stream
 }
 
 // ends reports whether the frame has END_STREAM.

@@ -62,7 +62,7 @@ func (r *receiver) request(f *headerFrame) error {
 		return &violation{http2.ErrCodeProtocol, text[:min(len(text), maxText)]}
 	}
 	code := http2.ErrCodeNo
-	if f.malformed || f.ends() && f.declared > 0 || f.onItself {
+	if f.malformed || f.ends() && f.declared > 0 || f.selfDependent {
 		code = http2.ErrCodeProtocol
 	}
 	r.mu.Lock()
@@ -90,8 +90,8 @@ func (r *receiver) request(f *headerFrame) error {
 	}
 	r.cfg.Handler.Headers(s, f.fields, f.ends())
 	r.closeIfDone()
-	if r.turn++; r.turn >= turnRequests {
-		r.turn = 0
+	if r.requestsSinceYield++; r.requestsSinceYield >= turnRequests {
+		r.requestsSinceYield = 0
 		runtime.Gosched()
 	}
 	return nil

@@ -67,7 +67,7 @@ func (s *Stream) Buffers(end bool, head []byte, body mem.BufferSlice) bool {
 	s.countQueued(len(head) + body.Len())
 	s.endQueued = end
 	c.send.enqueue(s)
-	c.send.pump()
+	c.send.sendReady()
 	return s.queueEnd(end)
 }
 
@@ -137,7 +137,7 @@ func (d *sender) sent(s *Stream, n int, end bool) {
 	}
 }
 
-// enqueue has pump send from a stream, if it has queued data and its window is open.
+// enqueue has sendReady send from a stream, if it has queued data and its window is open.
 func (d *sender) enqueue(s *Stream) {
 	if !s.inReady && !s.ended.Load() && len(s.queue) > 0 && s.sendWindow > 0 {
 		s.inReady = true
@@ -145,8 +145,8 @@ func (d *sender) enqueue(s *Stream) {
 	}
 }
 
-// pump moves queued data to the pending bytes, one frame of each stream in turn.
-func (d *sender) pump() {
+// sendReady moves queued data to the pending bytes, one frame of each stream in turn.
+func (d *sender) sendReady() {
 	for len(d.ready) > 0 && d.window > 0 && d.out.size() < flushLimit && !d.conn.closed {
 		s := d.ready[0]
 		d.ready[0] = nil

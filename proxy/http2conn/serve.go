@@ -16,16 +16,16 @@ import (
 // peer.
 type receiver struct {
 	*Conn
-	in            input
-	framer        *http2.Framer
-	decoder       *headerDecoder
-	useFramer     bool              // framer must read the next frame
-	frameHeader   http2.FrameHeader // of the last frame
-	bytesRead     int64
-	windowChanges int64 // of streams, by SETTINGS frames
-	unannounced   int   // bytes received since the last WINDOW_UPDATE frame of the connection
-	turn          int   // requests since other connections had their turn
-	pings         pings
+	in                 input
+	framer             *http2.Framer
+	decoder            *headerDecoder
+	useFramer          bool              // framer must read the next frame
+	frameHeader        http2.FrameHeader // of the last frame
+	bytesRead          int64
+	windowChanges      int64 // of streams, by SETTINGS frames
+	unannounced        int   // bytes received since the last WINDOW_UPDATE frame of the connection
+	requestsSinceYield int   // requests since other connections had their turn
+	pings              pings
 }
 
 // errDrained closes a connection after its last stream.
@@ -119,11 +119,11 @@ func (r *receiver) lingers() bool {
 }
 
 func (r *receiver) readPreface() error {
-	var got [len(http2.ClientPreface)]byte
-	if _, err := io.ReadFull(r.conn, got[:]); err != nil {
+	var preface [len(http2.ClientPreface)]byte
+	if _, err := io.ReadFull(r.conn, preface[:]); err != nil {
 		return fmt.Errorf("read the preface: %w", err)
 	}
-	if string(got[:]) != http2.ClientPreface {
+	if string(preface[:]) != http2.ClientPreface {
 		return &violation{http2.ErrCodeProtocol, textPreface}
 	}
 	return nil
@@ -305,8 +305,8 @@ func (r *receiver) handle(f http2.Frame) error {
 	case *http2.MetaHeadersFrame:
 		list := headerList{fields: f.Fields, truncated: f.Truncated}
 		list.inspect(r.decoder.strict)
-		onItself := f.HasPriority() && f.Priority.StreamDep == f.StreamID
-		return r.headers(&headerFrame{f.FrameHeader, list, onItself})
+		selfDependent := f.HasPriority() && f.Priority.StreamDep == f.StreamID
+		return r.headers(&headerFrame{f.FrameHeader, list, selfDependent})
 	case *http2.WindowUpdateFrame:
 		return r.windowUpdate(f.StreamID, f.Increment)
 	case *http2.PingFrame:

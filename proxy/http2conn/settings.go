@@ -50,7 +50,7 @@ func (r *receiver) settings(f *http2.SettingsFrame) error {
 	}
 	r.send.initialWindow = initial
 	_ = r.out.framer.WriteSettingsAck()
-	r.send.pump()
+	r.send.sendReady()
 	return nil
 }
 
