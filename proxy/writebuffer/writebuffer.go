@@ -28,24 +28,24 @@ const StallTimeout = time.Minute
 type Buffer struct {
 	net.Conn
 	// nil where non-blocking writes are not possible: the goroutine writes all
-	raw    syscall.RawConn
-	try    func(fd uintptr) bool
-	pool   mem.BufferPool // of kept
-	empty  func(error)    // called after kept was written, on the goroutine that wrote it
-	before func()         // nil or called before a read
-	full   atomic.Bool    // something is kept; changed under mu
-	writer sync.WaitGroup // the goroutine
+	raw        syscall.RawConn
+	tryWriteFd func(fd uintptr) bool
+	pool       mem.BufferPool // of pending
+	empty      func(error)    // called after pending was written, on the goroutine that wrote it
+	before     func()         // nil or called before a read
+	full       atomic.Bool    // something is kept; changed under mu
+	writer     sync.WaitGroup // the goroutine
 
-	mu       sync.Mutex
-	kept     []*[]byte // in this order
-	keptSize int       // of kept, and of the rest of what is being written
-	deadline bool      // another caller has set a deadline for writes
-	err      error     // of a write; nothing is written after it
-	detached bool      // writes are appended to last, and Conn stays open
-	last     []byte
-	written  *sync.Cond
-	one      [1][]byte
-	// Arguments and results of try.
+	mu          sync.Mutex
+	pending     []*[]byte // in this order
+	pendingSize int       // of pending, and of the rest of what is being written
+	deadline    bool      // another caller has set a deadline for writes
+	err         error     // of a write; nothing is written after it
+	detached    bool      // writes are appended to last, and Conn stays open
+	last        []byte
+	written     *sync.Cond
+	one         [1][]byte
+	// Arguments and results of tryWriteFd.
 	all  [][]byte
 	n    int
 	fail error
@@ -54,7 +54,7 @@ type Buffer struct {
 // New returns a Buffer for a connection, which it owns.
 func New(conn net.Conn) *Buffer {
 	w := &Buffer{Conn: conn, raw: rawConn(conn)}
-	w.written, w.try = sync.NewCond(&w.mu), w.tryWrite
+	w.written, w.tryWriteFd = sync.NewCond(&w.mu), w.tryWrite
 	return w
 }
 
@@ -107,34 +107,34 @@ func (w *Buffer) take(all [][]byte) error {
 	}
 	if w.err == nil && w.raw != nil && !w.full.Load() {
 		w.all = all
-		if err := w.raw.Write(w.try); err != nil {
+		if err := w.raw.Write(w.tryWriteFd); err != nil {
 			w.n, w.err = 0, err // it is closed, or the deadline has passed
 		} else {
 			w.err = w.fail
 		}
 		w.all = nil
-		all = after(all, w.n)
+		all = skip(all, w.n)
 	}
 	if w.err != nil {
 		return w.err
 	}
 	for _, b := range all {
 		if len(b) > 0 {
-			kept := w.pool.Get(len(b))
-			copy(*kept, b)
-			w.kept = append(w.kept, kept)
-			w.keptSize += len(b)
+			buf := w.pool.Get(len(b))
+			copy(*buf, b)
+			w.pending = append(w.pending, buf)
+			w.pendingSize += len(b)
 		}
 	}
-	if len(w.kept) > 0 && !w.full.Load() {
+	if len(w.pending) > 0 && !w.full.Load() {
 		w.full.Store(true)
-		w.writer.Go(w.writeKept)
+		w.writer.Go(w.writePending)
 	}
 	return nil
 }
 
-// after returns what follows the first n bytes.
-func after(all [][]byte, n int) [][]byte {
+// skip returns what follows the first n bytes.
+func skip(all [][]byte, n int) [][]byte {
 	for len(all) > 0 && n >= len(all[0]) {
 		n -= len(all[0])
 		all = all[1:]
@@ -145,29 +145,29 @@ func after(all [][]byte, n int) [][]byte {
 	return all
 }
 
-// writeKept writes what is kept.
-func (w *Buffer) writeKept() {
+// writePending writes what is pending.
+func (w *Buffer) writePending() {
 	w.mu.Lock()
-	for w.err == nil && len(w.kept) > 0 {
-		next := w.kept[0]
-		w.kept = w.kept[1:]
+	for w.err == nil && len(w.pending) > 0 {
+		next := w.pending[0]
+		w.pending = w.pending[1:]
 		w.mu.Unlock()
 		err := w.writeSlowly(*next)
 		w.mu.Lock()
-		w.keptSize -= len(*next)
+		w.pendingSize -= len(*next)
 		w.pool.Put(next)
 		if w.err == nil {
 			w.err = err
 		}
 	}
-	for _, b := range w.kept {
+	for _, b := range w.pending {
 		w.pool.Put(b)
 	}
 	if w.err == nil && !w.deadline {
 		w.err = w.Conn.SetWriteDeadline(time.Time{})
 	}
 	err := w.err
-	w.kept, w.keptSize = nil, 0
+	w.pending, w.pendingSize = nil, 0
 	w.full.Store(false)
 	w.written.Broadcast()
 	w.mu.Unlock()
@@ -178,8 +178,8 @@ func (w *Buffer) writeKept() {
 func (w *Buffer) writeSlowly(b []byte) error {
 	for {
 		w.mu.Lock()
-		ours := !w.deadline
-		if ours {
+		ownDeadline := !w.deadline
+		if ownDeadline {
 			_ = w.Conn.SetWriteDeadline(time.Now().Add(StallTimeout)) // the write fails, too
 		}
 		w.mu.Unlock()
@@ -187,7 +187,7 @@ func (w *Buffer) writeSlowly(b []byte) error {
 		switch b = b[n:]; {
 		case err == nil:
 			return nil
-		case !ours || !errors.Is(err, os.ErrDeadlineExceeded):
+		case !ownDeadline || !errors.Is(err, os.ErrDeadlineExceeded):
 			return err
 		case n == 0:
 			return ErrStalled
@@ -232,7 +232,7 @@ func (w *Buffer) Full() bool { return w.full.Load() }
 func (w *Buffer) Size() int {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.keptSize
+	return w.pendingSize
 }
 
 // Wait waits until nothing is kept.
