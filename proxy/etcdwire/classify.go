@@ -12,7 +12,7 @@ import (
 // that decoders could read in two ways.
 
 // PutKey returns the key of a PutRequest.
-func PutKey(msg []byte) ([]byte, error) { return first(&putRequest, msg, 1) }
+func PutKey(msg []byte) ([]byte, error) { return lastBytesField(&putRequest, msg, 1) }
 
 // DeleteRangeRequest returns the key and the range end of a DeleteRangeRequest.
 func DeleteRangeRequest(msg []byte) (key, rangeEnd []byte, err error) {

@@ -82,7 +82,7 @@ func (e *editor) put(at, end int) error {
 	s := scan(&putRequest, e.src, at, end)
 	p, ignoreValue := newPair(&s, putValueTag), false
 	for s.next() {
-		p.see(&s, 2)
+		p.note(&s, 2)
 		if s.field.num == 5 {
 			ignoreValue = s.field.n != 0
 		}
@@ -248,7 +248,7 @@ func (e *editor) op(f field, depth int, b *branch, index int) error {
 
 // Name returns field 1 of a LockRequest, CampaignRequest or LeaderRequest: the name of the lock or
 // election. It aliases msg; the error wraps [ErrMalformed].
-func Name(msg []byte) ([]byte, error) { return first(&named, msg, 1) }
+func Name(msg []byte) ([]byte, error) { return lastBytesField(&named, msg, 1) }
 
 // LeaseID returns the ID of a LeaseRevokeRequest. The error wraps [ErrMalformed].
 func LeaseID(msg []byte) (int64, error) {
@@ -265,14 +265,14 @@ func LeaseID(msg []byte) (int64, error) {
 // LeaderKey returns the etcd key that a ProclaimRequest or ResignRequest is about: field 2 of its
 // field 1. It aliases msg; the error wraps [ErrMalformed].
 func LeaderKey(msg []byte) ([]byte, error) {
-	leader, err := first(&named, msg, 1)
+	leader, err := lastBytesField(&named, msg, 1)
 	if err != nil {
 		return nil, err
 	}
-	return first(&leaderKey, leader, 2)
+	return lastBytesField(&leaderKey, leader, 2)
 }
 
-func first(sc *schema, msg []byte, num protowire.Number) ([]byte, error) {
+func lastBytesField(sc *schema, msg []byte, num protowire.Number) ([]byte, error) {
 	var found []byte
 	s := scan(sc, msg, 0, len(msg))
 	for s.next() {

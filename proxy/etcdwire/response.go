@@ -220,7 +220,7 @@ func (e *editor) pair(f field) (p pair, exists bool, err error) {
 	s := scan(&keyValue, e.src, f.body, f.end)
 	p = newPair(&s, kvValueTag)
 	for s.next() {
-		p.see(&s, 5)
+		p.note(&s, 5)
 		if s.field.num == 4 {
 			exists = s.field.n != 0
 		}

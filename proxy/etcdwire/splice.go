@@ -73,8 +73,8 @@ type pair struct {
 
 func newPair(s *scanner, tag byte) pair { return pair{tag: tag, at: s.end} }
 
-// see takes note of the scanner's field, of a message whose value has number num.
-func (p *pair) see(s *scanner, num protowire.Number) {
+// note records the scanner's field, of a message whose value has number num.
+func (p *pair) note(s *scanner, num protowire.Number) {
 	switch s.field.num {
 	case num:
 		p.present, p.value = true, s.field
