@@ -14,13 +14,13 @@ const PartSize = 64 << 10
 // where the caller has it, and keeps only the front of a field whose rest has not arrived. The
 // result is in buffers of [Buffers].
 type Parts struct {
-	left  int     // bytes of the message that were not taken
-	whole bool    // the message is one part
-	begun *[]byte // the front of a part; or nil
-	have  int     // bytes in begun
-	out   *[]byte // the last buffer of the result; or nil
-	n     int     // bytes in out
-	done  mem.BufferSlice
+	left    int     // bytes of the message that were not taken
+	whole   bool    // the message is one part
+	partial *[]byte // the front of a part; or nil
+	have    int     // bytes in partial
+	out     *[]byte // the last buffer of the result; or nil
+	n       int     // bytes in out
+	done    mem.BufferSlice
 }
 
 // Rewrite appends to dst, which has room for as many bytes as part has, what replaces a part of a
@@ -35,7 +35,7 @@ func (p *Parts) Begin(n int, whole bool) { *p = Parts{left: n, whole: whole} }
 func (p *Parts) Take(data []byte, rewrite Rewrite) (taken int, err error) {
 	for data = data[:min(len(data), p.left)]; taken < len(data); {
 		n := 0
-		if p.begun == nil {
+		if p.partial == nil {
 			n, err = p.next(data[taken:], rewrite)
 		} else {
 			n, err = p.complete(data[taken:], rewrite)
@@ -76,8 +76,8 @@ func (p *Parts) next(data []byte, rewrite Rewrite) (int, error) {
 	if n > 0 {
 		return n, p.add(data[:n], rewrite)
 	}
-	p.begun = Buffers.Get(max(length, len(data), minPooled))
-	p.have = copy(*p.begun, data)
+	p.partial = Buffers.Get(max(length, len(data), minPooled))
+	p.have = copy(*p.partial, data)
 	return p.have, nil
 }
 
@@ -85,20 +85,20 @@ func (p *Parts) next(data []byte, rewrite Rewrite) (int, error) {
 func (p *Parts) complete(data []byte, rewrite Rewrite) (int, error) {
 	want, length := p.left, 2*p.have
 	if !p.whole {
-		if _, length = etcdwire.WholeFields((*p.begun)[:p.have]); length > 0 {
+		if _, length = etcdwire.WholeFields((*p.partial)[:p.have]); length > 0 {
 			want = min(length-p.have, p.left)
 		} else { // its tag or its length is cut
 			want, length = 1, p.have+1
 		}
 	}
-	if length > len(*p.begun) && p.have+min(want, len(data)) > len(*p.begun) {
+	if length > len(*p.partial) && p.have+min(want, len(data)) > len(*p.partial) {
 		longer := Buffers.Get(max(min(length, p.have+p.left), p.have+min(want, len(data))))
-		copy(*longer, (*p.begun)[:p.have])
-		Buffers.Put(p.begun)
-		p.begun = longer
+		copy(*longer, (*p.partial)[:p.have])
+		Buffers.Put(p.partial)
+		p.partial = longer
 	}
-	n := copy((*p.begun)[p.have:], data[:min(want, len(data))])
-	part := (*p.begun)[:p.have+n]
+	n := copy((*p.partial)[p.have:], data[:min(want, len(data))])
+	part := (*p.partial)[:p.have+n]
 	if n < p.left {
 		whole, length := 0, 0
 		if !p.whole {
@@ -112,8 +112,8 @@ func (p *Parts) complete(data []byte, rewrite Rewrite) (int, error) {
 	if err := p.add(part, rewrite); err != nil {
 		return 0, err
 	}
-	Buffers.Put(p.begun)
-	p.begun, p.have = nil, 0
+	Buffers.Put(p.partial)
+	p.partial, p.have = nil, 0
 	return n, nil
 }
 
@@ -166,7 +166,7 @@ func (p *Parts) Result() mem.BufferSlice {
 
 // Free gives back all buffers.
 func (p *Parts) Free() {
-	for _, b := range []**[]byte{&p.begun, &p.out} {
+	for _, b := range []**[]byte{&p.partial, &p.out} {
 		if *b != nil {
 			Buffers.Put(*b)
 			*b = nil
