@@ -28,13 +28,13 @@ const GrpcOverhead = 512 * 1024
 // on the stream interface of grpc-go. The JSON gateway and etcd's own Election and Lock services
 // call the same handlers through a [LocalConn].
 type API struct {
-	Core         *Core
-	log          *slog.Logger
-	denials      *listener.Denials
-	unknown      prometheus.Counter
-	methods      map[string]*Method // by path
-	services     map[string]bool
-	coordination *coordination
+	Core           *Core
+	log            *slog.Logger
+	denials        *listener.Denials
+	unknown        prometheus.Counter
+	methods        map[string]*Method // by path
+	services       map[string]bool
+	hostedServices *hostedServices
 
 	draining context.Context // ended by drain
 	Drain    context.CancelCauseFunc
@@ -52,14 +52,14 @@ func New(c *Core, u *upstream.Cluster, m *metrics.Metrics, log *slog.Logger, d *
 		row.api, row.Metrics, row.Relayed = a, m.ForMethod(kind, row.service, row.name), row.relays()
 		a.methods[row.Path], a.services[row.service] = row, true
 	}
-	a.coordination = newCoordination(a, u)
+	a.hostedServices = newHostedServices(a, u)
 	return a
 }
 
 // Stop ends the calls of the Election and Lock services, and those that wait for events.
 func (a *API) Stop() {
 	a.Drain(ErrShuttingDown)
-	a.coordination.Close()
+	a.hostedServices.Close()
 }
 
 // Method returns the method at a path, or nil.

@@ -20,16 +20,16 @@ import (
 	"github.com/etcd-kms-proxy/etcd-kms-proxy/proxy/upstream"
 )
 
-// coordination runs etcd's own Election and Lock services in the proxy, for keys under a rule: the
-// services read, compare and write values, and etcd has only ciphertexts. Their requests go to the
-// proxy's own handlers like those of any client, with the metadata of the call that they serve.
-type coordination struct {
+// hostedServices runs etcd's own Election and Lock services in the proxy, for keys under a rule:
+// the services read, compare and write values, and etcd has only ciphertexts. Their requests go to
+// the proxy's own handlers like those of any client, with the metadata of the call that they serve.
+type hostedServices struct {
 	client  *clientv3.Client
 	unaries map[string]func(ctx context.Context, decode func(any) error) (any, error) // by path
 	streams map[string]func(grpc.ServerStream) error
 }
 
-func newCoordination(a *API, to *upstream.Cluster) *coordination {
+func newHostedServices(a *API, to *upstream.Cluster) *hostedServices {
 	id := &listener.Identity{Listener: "election and lock services", Upstream: to}
 	own := LocalConn{Api: a, Identity: func(context.Context) (*listener.Identity, error) { return id, nil }}
 	// As etcd's server makes the client for its services, without retries.
@@ -37,7 +37,7 @@ func newCoordination(a *API, to *upstream.Cluster) *coordination {
 	client.KV = clientv3.NewKVFromKVClient(pb.NewKVClient(own), client)
 	client.Lease = clientv3.NewLeaseFromLeaseClient(pb.NewLeaseClient(own), client, time.Second)
 	client.Watcher = clientv3.NewWatchFromWatchClient(pb.NewWatchClient(own), client)
-	c := &coordination{
+	c := &hostedServices{
 		client:  client,
 		unaries: make(map[string]func(context.Context, func(any) error) (any, error)),
 		streams: make(map[string]func(grpc.ServerStream) error),
@@ -48,7 +48,7 @@ func newCoordination(a *API, to *upstream.Cluster) *coordination {
 }
 
 // RegisterService implements grpc.ServiceRegistrar.
-func (c *coordination) RegisterService(desc *grpc.ServiceDesc, impl any) {
+func (c *hostedServices) RegisterService(desc *grpc.ServiceDesc, impl any) {
 	path := func(name string) string { return "/" + desc.ServiceName + "/" + name }
 	for _, m := range desc.Methods {
 		c.unaries[path(m.MethodName)] = func(ctx context.Context, decode func(any) error) (any, error) {
@@ -61,10 +61,10 @@ func (c *coordination) RegisterService(desc *grpc.ServiceDesc, impl any) {
 }
 
 // Close ends all calls.
-func (c *coordination) Close() { _ = c.client.Close() } // it reports the end of its own context
+func (c *hostedServices) Close() { _ = c.client.Close() } // it reports the end of its own context
 
 // unary serves a unary call.
-func (c *coordination) unary(ctx context.Context, m *Method, in *rpc.Message) (*rpc.Message, error) {
+func (c *hostedServices) unary(ctx context.Context, m *Method, in *rpc.Message) (*rpc.Message, error) {
 	out, err := c.unaries[m.Path](outgoing(ctx), in.Decode)
 	if err != nil {
 		if cause := ownCause(ctx); cause != nil {
@@ -76,7 +76,7 @@ func (c *coordination) unary(ctx context.Context, m *Method, in *rpc.Message) (*
 }
 
 // stream serves a stream with one request.
-func (c *coordination) stream(ctx context.Context, m *Method, in *rpc.Message, ss grpc.ServerStream) error {
+func (c *hostedServices) stream(ctx context.Context, m *Method, in *rpc.Message, ss grpc.ServerStream) error {
 	err := c.streams[m.Path](&decodedStream{ServerStream: ss, ctx: outgoing(ctx), in: in, metrics: m.Metrics})
 	if cause := ownCause(ctx); err != nil && cause != nil {
 		return cause

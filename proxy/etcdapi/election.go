@@ -9,7 +9,7 @@ import (
 )
 
 // electionCall is a client's call of etcd's Election or Lock service, such as Campaign. If a rule
-// covers its keys, the services in the proxy answer it (type coordination), and otherwise etcd.
+// covers its keys, the services in the proxy answer it (type hostedServices), and otherwise etcd.
 type electionCall struct {
 	unread
 	core   *Core

@@ -37,7 +37,7 @@ func (m *Method) handleStream(id *listener.Identity, ss grpc.ServerStream) error
 		}
 	}
 	if own, ok := c.(*electionCall); ok && own.hosted {
-		return m.api.coordination.stream(ctx, m, first, ss)
+		return m.api.hostedServices.stream(ctx, m, first, ss)
 	}
 	id.Upstream.WaitConnected(ctx)
 	if x, ok := c.(streamExchanger); ok && x.Exchanges() {

@@ -107,7 +107,7 @@ func (m *Method) forward(ss grpc.ServerStream, id *listener.Identity, in *rpc.Me
 	}
 	watch.Stop()
 	if own, ok := c.(*electionCall); ok && own.hosted {
-		return m.api.coordination.unary(ctx, m, in)
+		return m.api.hostedServices.unary(ctx, m, in)
 	}
 	id.Upstream.WaitConnected(ctx)
 	if x, ok := c.(Exchanger); ok && x.Exchanges() {
