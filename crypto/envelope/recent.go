@@ -136,7 +136,7 @@ func (r *Recent) put(seed *Seed, info []byte, aead cipher.AEAD, now uint32) {
 		return
 	}
 	t.sweep(now)
-	to, way := t.room(&p, int(info[10]), now)
+	to, way := t.slotFor(&p, int(info[10]), now)
 	if to == nil {
 		return
 	}
@@ -156,10 +156,10 @@ func (t *recentTable) sweep(now uint32) {
 	}
 }
 
-// room returns where a cipher goes: to a free place in the set that has more of them or, if there
-// is none, to that of the cipher that was not used for the longest time. It returns nil if that was
-// used lately, but for some attempts. first varies the choice between equals.
-func (t *recentTable) room(p *recentPlace, first int, now uint32) (to *recentSet, way int) {
+// slotFor returns where a cipher goes: to a free place in the set that has more of them or, if
+// there is none, to that of the cipher that was not used for the longest time. It returns nil if
+// that was used lately, but for some attempts. first varies the choice between equals.
+func (t *recentTable) slotFor(p *recentPlace, first int, now uint32) (to *recentSet, way int) {
 	var old *recentSet
 	oldWay, oldest := 0, int32(0)
 	most := 0

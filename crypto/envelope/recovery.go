@@ -130,9 +130,10 @@ func ParseCopy(b []byte) (Copy, error) {
 	return c, nil
 }
 
-// Own returns the annotations that the KMS of the value itself gave: those that are not reserved.
-// It returns h.Annotations itself where there are no others; nothing is copied but the map.
-func (h *Header) Own() map[string][]byte {
+// KMSAnnotations returns the annotations that the KMS of the value itself gave: those that are not
+// reserved. It returns h.Annotations itself where there are no others; nothing is copied but the
+// map.
+func (h *Header) KMSAnnotations() map[string][]byte {
 	if !h.HasCopies() {
 		return h.Annotations
 	}

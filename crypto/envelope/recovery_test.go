@@ -106,7 +106,7 @@ func TestGoldenCopies(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if !o.HasCopies() || len(o.Own()) != 0 || !bytes.Equal(o.Annotations[v.Annotation], v.Encoded) {
+			if !o.HasCopies() || len(o.KMSAnnotations()) != 0 || !bytes.Equal(o.Annotations[v.Annotation], v.Encoded) {
 				t.Errorf("the value's header is %+v", o.Header)
 			}
 			seed, err := NewSeed(TypeSeed, v.Value.Secret)
@@ -198,11 +198,11 @@ func TestRecoveryAnnotationNames(t *testing.T) {
 
 func TestOwn(t *testing.T) {
 	h := Header{Annotations: map[string][]byte{"a.b": {1}, "dr.recovery.etcd-kms-proxy.io": {2}}}
-	if diff := cmp.Diff(map[string][]byte{"a.b": {1}}, h.Own()); diff != "" || !h.HasCopies() {
+	if diff := cmp.Diff(map[string][]byte{"a.b": {1}}, h.KMSAnnotations()); diff != "" || !h.HasCopies() {
 		t.Error(diff)
 	}
 	h = Header{Annotations: map[string][]byte{"a.b": {1}}}
-	if diff := cmp.Diff(h.Annotations, h.Own()); diff != "" || h.HasCopies() {
+	if diff := cmp.Diff(h.Annotations, h.KMSAnnotations()); diff != "" || h.HasCopies() {
 		t.Error(diff)
 	}
 }
@@ -252,7 +252,7 @@ func TestOfflineCopy(t *testing.T) {
 	if err := h.Validate(); err != nil {
 		t.Error(err)
 	}
-	if diff := cmp.Diff(map[string][]byte{"a.b": {1}}, h.Own()); diff != "" || !h.HasCopies() {
+	if diff := cmp.Diff(map[string][]byte{"a.b": {1}}, h.KMSAnnotations()); diff != "" || !h.HasCopies() {
 		t.Error(diff)
 	}
 	c, ok := h.OfflineCopyBy("off.line")

@@ -145,7 +145,7 @@ func (c *caller) unwrap(ctx context.Context, h *envelope.Header) ([]byte, error)
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.p.cfg.Timeout)
 	defer cancel()
-	plain, err := c.p.cfg.KMS.Decrypt(ctx, rand.Text(), &service.DecryptRequest{Ciphertext: h.Source, KeyID: h.KeyID, Annotations: h.Own()})
+	plain, err := c.p.cfg.KMS.Decrypt(ctx, rand.Text(), &service.DecryptRequest{Ciphertext: h.Source, KeyID: h.KeyID, Annotations: h.KMSAnnotations()})
 	if err == nil && len(plain) == 0 {
 		err = brokenContract("Decrypt", "the response is empty")
 	}

@@ -223,7 +223,7 @@ func (s *seeds) evictKeys(under func(keyID string) bool, keyID string, cause err
 // keep returns a copy of what unwrapping a seed again needs, or nil if it is too large to keep.
 func keep(h *envelope.Header) *envelope.Header {
 	own := *h
-	own.Annotations = h.Own()
+	own.Annotations = h.KMSAnnotations()
 	size := 0
 	for k, v := range own.Annotations {
 		size += len(k) + len(v)
