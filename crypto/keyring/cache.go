@@ -86,10 +86,10 @@ func writeField[T string | []byte](d hash.Hash, v T) {
 // entry is one unwrapped seed. Fields without atomics do not change. Those that every value needs
 // come first.
 type entry struct {
-	seed    *envelope.Seed
-	fetched time.Time
-	by      *Ring    // whose KMS unwrapped it: ring, or that of a recovery copy
-	copyUse *copyUse // nil unless a recovery copy was unwrapped
+	seed      *envelope.Seed
+	fetched   time.Time
+	unwrapper *Ring    // whose KMS unwrapped it: ring, or that of a recovery copy
+	copyUse   *copyUse // nil unless a recovery copy was unwrapped
 	// touched is when the entry was last moved up in the LRU, in seconds after it was fetched. The
 	// fast path does that at most once a second.
 	touched atomic.Int64
@@ -99,15 +99,16 @@ type entry struct {
 	// evicted is set when the entry was evicted; the rings' fast paths may still hold it.
 	evicted atomic.Bool
 
-	ring    *Ring // of the values' provider
-	digest  digest
-	typ     envelope.Type
-	keyID   string
-	copies  []copyID // that the values hold
-	byKeyID string
-	sum     [sha256.Size]byte // SHA-256 of the secret as the KMS unwrapped it
-	header  *envelope.Header  // for by to unwrap it again; nil when that would take too much memory
-	why     string            // a recovery copy was unwrapped
+	ring           *Ring // of the values' provider
+	digest         digest
+	typ            envelope.Type
+	keyID          string
+	copies         []copyID // that the values hold
+	unwrapperKeyID string
+	sum            [sha256.Size]byte // SHA-256 of the secret as the KMS unwrapped it
+	// header is for unwrapper to unwrap it again; nil when that would take too much memory.
+	header     *envelope.Header
+	copyReason string // why a recovery copy was unwrapped
 	// recheck is what the KMS returned when an unverified seed was unwrapped again; nil before.
 	recheck atomic.Pointer[recheck]
 	// retry is when the KMS is called again for a seed past its TTL or from a recovery copy, in

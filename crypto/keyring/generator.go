@@ -41,7 +41,7 @@ type writer struct {
 	sum       [sha256.Size]byte // SHA-256 of the seed
 	recovery  *copySet          // the rings that had to wrap copies
 	copies    []copyID
-	lacking   []lack
+	lacking   []missingCopy
 	keyID     string // from the response that wrapped the seed: the one in the values
 	statusID  string // from Status at that time
 	generated time.Time
@@ -173,7 +173,7 @@ func (g *generator) verify(ctx context.Context, w *writer) error {
 // cached.
 func (g *generator) verifySample(ctx context.Context, keyID string) error {
 	for _, e := range g.p.cfg.Cache.lru.Values() {
-		if e.by == g.ring && e.header != nil && g.p.keyOf(e.byKeyID) == g.p.keyOf(keyID) {
+		if e.unwrapper == g.ring && e.header != nil && g.p.keyOf(e.unwrapperKeyID) == g.p.keyOf(keyID) {
 			g.sample = e.header
 		}
 	}

@@ -201,7 +201,7 @@ func (m *monitor) noteGood(keyID string, w *writer, status error) {
 	})
 	if was.revoked != nil {
 		// the key unwraps them again
-		m.seeds.evict(func(e *entry) bool { return e.ring == m.ring && e.by != m.ring })
+		m.seeds.evict(func(e *entry) bool { return e.ring == m.ring && e.unwrapper != m.ring })
 	}
 	switch {
 	case status != nil:

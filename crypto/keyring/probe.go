@@ -33,7 +33,7 @@ func (m *monitor) probe(ctx context.Context, checked string) {
 	m.probedAt = time.Now()
 	samples := make(map[string]*entry)
 	for _, e := range m.p.cfg.Cache.lru.Values() { // the last used comes last
-		if key := m.p.keyOf(e.byKeyID); e.by == m.ring && e.header != nil && key != checked {
+		if key := m.p.keyOf(e.unwrapperKeyID); e.unwrapper == m.ring && e.header != nil && key != checked {
 			samples[key] = e
 		}
 	}
@@ -69,10 +69,10 @@ func (m *monitor) probeKey(ctx context.Context, key string, e *entry) bool {
 	ofKey := func(id string) bool { return m.p.keyOf(id) == key }
 	switch kmsclient.ClassOf(err) {
 	case kmsclient.ClassKeyUnusable:
-		m.seeds.evictKeys(ofKey, e.byKeyID, err)
+		m.seeds.evictKeys(ofKey, e.unwrapperKeyID, err)
 	case kmsclient.ClassDenied:
 		if m.calls.deniedFor(key, true) >= m.p.cfg.RevokeWithin {
-			m.seeds.evictKeys(ofKey, e.byKeyID, err)
+			m.seeds.evictKeys(ofKey, e.unwrapperKeyID, err)
 		}
 	case kmsclient.ClassUnavailable:
 		if !kmsclient.ReasonOf(err).Responded() {

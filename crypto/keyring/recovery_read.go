@@ -204,8 +204,8 @@ func (c *copyReader) unwrap(h *envelope.Header, s recoveryCopy, first *Error) (*
 	}
 	e := c.seeds.newEntry(s.digest, h, seed)
 	e.sum = sum
-	e.by, e.byKeyID, e.header, e.copyUse = s.by, s.header.KeyID, keep(s.header), c.useOf(s.by)
-	e.why = first.Text
+	e.unwrapper, e.unwrapperKeyID, e.header, e.copyUse = s.by, s.header.KeyID, keep(s.header), c.useOf(s.by)
+	e.copyReason = first.Text
 	if first.Kind == Unavailable || first.Kind == SeedRefused {
 		e.retry.Store(time.Now().Add(c.p.cfg.FailingPollInterval).UnixNano())
 	}
@@ -231,7 +231,7 @@ func (c *copyReader) useOf(by *Ring) *copyUse {
 
 // noteUse logs as an error that a value was decrypted with a seed from a recovery copy.
 func (c *copyReader) noteUse(e *entry) {
-	c.p.cfg.Observer.Recovered(c.p.cfg.Provider, e.by.p.cfg.Provider)
+	c.p.cfg.Observer.Recovered(c.p.cfg.Provider, e.unwrapper.p.cfg.Provider)
 	s := time.Now().Unix()
 	if e.copyUse.last.Load() == s {
 		return // once a second is enough for what follows
@@ -239,6 +239,6 @@ func (c *copyReader) noteUse(e *entry) {
 	e.copyUse.last.Store(s)
 	e.copyUse.logged.Do(func() {
 		c.p.cfg.Logger.Error("values are decrypted by recovery copies of their DEK seeds; if the key is gone for good, move their rule to another provider and re-encrypt them",
-			"provider", c.p.cfg.Provider, "recoveryProvider", e.by.p.cfg.Provider, "reason", e.why)
+			"provider", c.p.cfg.Provider, "recoveryProvider", e.unwrapper.p.cfg.Provider, "reason", e.copyReason)
 	})
 }

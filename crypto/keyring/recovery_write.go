@@ -30,8 +30,8 @@ type copyID struct {
 	statusID string // from the last Status before; of a writer only
 }
 
-// lack is a recovery provider that did not wrap a seed, and the reason.
-type lack struct {
+// missingCopy is a recovery provider that did not wrap a seed, and the reason.
+type missingCopy struct {
 	by  *Ring
 	why string
 }
@@ -116,7 +116,7 @@ func (w *writer) copySeed(ctx context.Context, h *envelope.Header, seed []byte) 
 		case w.recovery.required:
 			return &recoveryError{provider: by.Provider(), cause: a.err}
 		default:
-			w.lacking = append(w.lacking, lack{by: by, why: describe(a.err)})
+			w.lacking = append(w.lacking, missingCopy{by: by, why: describe(a.err)})
 		}
 	}
 	return nil
@@ -151,12 +151,12 @@ func (cw *copyWriter) due(ctx context.Context, w *writer) bool {
 
 // logLacking logs which copies a new seed lacks, and which it has again, once each.
 func (cw *copyWriter) logLacking(w *writer) {
-	var before []lack
+	var before []missingCopy
 	if was := cw.p.state.Load().writer; was != nil {
 		before = was.lacking
 	}
-	has := func(ls []lack, by *Ring) bool {
-		return slices.ContainsFunc(ls, func(l lack) bool { return l.by == by })
+	has := func(ls []missingCopy, by *Ring) bool {
+		return slices.ContainsFunc(ls, func(l missingCopy) bool { return l.by == by })
 	}
 	for _, l := range w.lacking {
 		if !has(before, l.by) {

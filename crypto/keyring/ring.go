@@ -312,7 +312,7 @@ type UsedSeed struct{ entry *entry }
 // as far as it knows from the last Status.
 func (u UsedSeed) IsCurrent(write *Ring) bool {
 	e := u.entry
-	return e != nil && e.ring == write && e.by == write && e.typ == envelope.TypeSeed && e.keyID == write.p.state.Load().keyID && write.copier.current(e.copies)
+	return e != nil && e.ring == write && e.unwrapper == write && e.typ == envelope.TypeSeed && e.keyID == write.p.state.Load().keyID && write.copier.current(e.copies)
 }
 
 // maySeal reports whether values may be encrypted.

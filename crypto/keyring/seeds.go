@@ -175,7 +175,7 @@ func (s *seeds) cached(l *lookup, rings []*Ring, now time.Time) *entry {
 // remember puts a seed into the hot table, but for one from a recovery copy: only rules that name
 // the copy's provider may use it.
 func (s *seeds) remember(l *lookup, e *entry) {
-	if l.rest != nil && e.by == s.ring && e != l.stale {
+	if l.rest != nil && e.unwrapper == s.ring && e != l.stale {
 		s.hot.Put(l.rest, e)
 	}
 }
@@ -183,7 +183,7 @@ func (s *seeds) remember(l *lookup, e *entry) {
 func (s *seeds) newEntry(d digest, h *envelope.Header, seed *envelope.Seed) *entry {
 	return &entry{
 		ring: s.ring, digest: d, seed: seed, typ: h.Type, keyID: h.KeyID, copies: copiesIn(h), fetched: time.Now(),
-		by: s.ring, byKeyID: h.KeyID, header: keep(h),
+		unwrapper: s.ring, unwrapperKeyID: h.KeyID, header: keep(h),
 	}
 }
 
@@ -207,7 +207,7 @@ func (s *seeds) evict(match func(*entry) bool) int {
 func (s *seeds) evictUnder(under func(keyID string) bool, cause error) int {
 	gone := kmsclient.ReasonOf(cause).Gone()
 	return s.evict(func(e *entry) bool {
-		return e.by == s.ring && under(e.byKeyID) || e.ring == s.ring && under(e.keyID) && !gone && !e.by.overrides()
+		return e.unwrapper == s.ring && under(e.unwrapperKeyID) || e.ring == s.ring && under(e.keyID) && !gone && !e.unwrapper.overrides()
 	})
 }
 

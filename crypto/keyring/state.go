@@ -73,7 +73,7 @@ func (r *Ring) Recovery() []RecoveryState {
 			s.Lacking = describe(wanting.cause)
 		case w != nil && w.copyBy(by) == nil:
 			s.Lacking = "the DEK seed in use is older than the setting"
-			if i := slices.IndexFunc(w.lacking, func(l lack) bool { return l.by == by }); i >= 0 {
+			if i := slices.IndexFunc(w.lacking, func(l missingCopy) bool { return l.by == by }); i >= 0 {
 				s.Lacking = w.lacking[i].why
 			}
 		}

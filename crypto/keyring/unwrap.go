@@ -184,7 +184,7 @@ type recheck struct {
 // mode says that the KMS must not be called.
 func (s *seeds) openAgain(ctx context.Context, e *entry, etcdKey, object []byte, mode Mode) ([]byte, *Error) {
 	if last := e.recheck.Load(); last != nil && time.Now().Before(last.until) {
-		return nil, s.notOpened(e, last)
+		return nil, s.undecryptable(e, last)
 	}
 	if mode.Try {
 		return nil, ErrWouldBlock
@@ -193,7 +193,7 @@ func (s *seeds) openAgain(ctx context.Context, e *entry, etcdKey, object []byte,
 		return nil, s.p.errorf(Unavailable, context.Cause(ctx), "the caller canceled before the DEK seed of a value that does not decrypt was unwrapped again")
 	}
 	h := e.header
-	if e.by == s.ring && h == nil {
+	if e.unwrapper == s.ring && h == nil {
 		if o, err := envelope.Parse(object); err == nil {
 			h = cloneHeader(&o.Header)
 		}
@@ -212,11 +212,11 @@ func (s *seeds) openAgain(ctx context.Context, e *entry, etcdKey, object []byte,
 			return plaintext, nil
 		}
 	}
-	return nil, s.notOpened(now, now.recheck.Load())
+	return nil, s.undecryptable(now, now.recheck.Load())
 }
 
-// notOpened returns the error of a value that a seed does not decrypt.
-func (s *seeds) notOpened(e *entry, d *recheck) *Error {
+// undecryptable returns the error of a value that a seed does not decrypt.
+func (s *seeds) undecryptable(e *entry, d *recheck) *Error {
 	if d == nil || d.same { // nil: it has decrypted another value meanwhile
 		return s.p.errorf(Corrupt, nil, "the data does not decrypt")
 	}
@@ -231,11 +231,11 @@ func (s *seeds) unwrapAgain(e *entry, h *envelope.Header) (*entry, *Error) {
 	if e.verified.Load() || last != nil && time.Now().Before(last.until) {
 		return e, nil // by another caller
 	}
-	calls, cancel := context.WithCancel(e.by.calls.base)
+	calls, cancel := context.WithCancel(e.unwrapper.calls.base)
 	defer cancel()
 	defer context.AfterFunc(s.calls.base, cancel)()
-	gen := e.by.p.revocations()
-	seed, sum, err := e.by.seeds.secret(calls, "seed", e.digest, h)
+	gen := e.unwrapper.p.revocations()
+	seed, sum, err := e.unwrapper.seeds.secret(calls, "seed", e.digest, h)
 	if err != nil {
 		s.p.cfg.Cache.evict(e)
 		return nil, err
@@ -251,12 +251,12 @@ func (s *seeds) unwrapAgain(e *entry, h *envelope.Header) (*entry, *Error) {
 	}
 	s.p.cfg.Cache.evict(e)
 	other := &entry{
-		ring: e.ring, digest: e.digest, seed: seed, typ: e.typ, keyID: e.keyID, copies: e.copies, by: e.by, byKeyID: e.byKeyID, sum: sum, header: e.header,
-		fetched: time.Now(), copyUse: e.copyUse, why: e.why,
+		ring: e.ring, digest: e.digest, seed: seed, typ: e.typ, keyID: e.keyID, copies: e.copies, unwrapper: e.unwrapper, unwrapperKeyID: e.unwrapperKeyID, sum: sum, header: e.header,
+		fetched: time.Now(), copyUse: e.copyUse, copyReason: e.copyReason,
 	}
 	other.recheck.Store(next)
 	s.p.cfg.Cache.put(other)
-	if e.by.p.revocations() != gen || s.p.isDisabled() && !e.by.overrides() {
+	if e.unwrapper.p.revocations() != gen || s.p.isDisabled() && !e.unwrapper.overrides() {
 		s.p.cfg.Cache.evict(other)
 		return nil, s.p.errorf(Unavailable, nil, "the key's state changed while a seed was unwrapped again")
 	}
