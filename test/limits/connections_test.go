@@ -102,7 +102,7 @@ func TestSlowClients(t *testing.T) {
 	})
 	hello := clientHello(t)
 	before := s.usage(t)
-	done := s.witness(t)
+	done := s.honestClient(t)
 	const n = 300
 	drips := map[string]struct{ address, says string }{
 		"TLS, nothing":              {secure.Address, ""},
@@ -176,7 +176,7 @@ func TestHalfOpen(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, 0, nil)
 	before := s.usage(t)
-	done := s.witness(t)
+	done := s.honestClient(t)
 	watch, err := encoded(&pb.WatchRequest{RequestUnion: &pb.WatchRequest_CreateRequest{CreateRequest: &pb.WatchCreateRequest{Key: []byte("/never")}}})
 	if err != nil {
 		t.Fatal(err)
@@ -188,7 +188,7 @@ func TestHalfOpen(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			for side, address := range s.sides() {
-				var all []*talker
+				var all []*frameClient
 				for range 20 {
 					k := greet(t, address)
 					block := k.block(call("/etcdserverpb.Watch/Watch")...)

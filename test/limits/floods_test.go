@@ -15,7 +15,7 @@ const floodTime = 2 * time.Second
 
 // flood says something over and over, until the server closes, the time is over, or n times. What
 // the server answers is read only if reads.
-func (k *talker) flood(n int, reads bool, say func(i int)) (heard []string) {
+func (k *frameClient) flood(n int, reads bool, say func(i int)) (heard []string) {
 	_ = k.SetWriteDeadline(time.Now().Add(floodTime))
 	listening := make(chan []string, 1)
 	if reads {
@@ -40,7 +40,7 @@ func (k *talker) flood(n int, reads bool, say func(i int)) (heard []string) {
 }
 
 // broken reports whether a frame can no longer be sent.
-func (k *talker) broken() bool { return k.WriteWindowUpdate(0, 1) != nil }
+func (k *frameClient) broken() bool { return k.WriteWindowUpdate(0, 1) != nil }
 
 // last is how a conversation ended: the last GOAWAY, and whether the connection is open. What comes
 // before depends on who is faster.
@@ -67,60 +67,60 @@ func TestFloods(t *testing.T) {
 	for _, test := range []struct {
 		name  string
 		reads bool
-		flood func(k *talker) func(i int)
+		flood func(k *frameClient) func(i int)
 		mib   int64  // what the proxy may take
 		told  string // the GOAWAY frame that only the proxy sends
 	}{
-		{"SETTINGS", false, func(k *talker) func(int) { return func(int) { _ = k.WriteSettings() } }, 64, ""},
-		{"PING", true, func(k *talker) func(int) { return func(int) { _ = k.WritePing(false, [8]byte{}) } }, 64, ""},
-		{"PING that nobody reads the answers to", false, func(k *talker) func(int) { return func(int) { _ = k.WritePing(false, [8]byte{}) } }, 64, ""},
-		{"PRIORITY", true, func(k *talker) func(int) {
+		{"SETTINGS", false, func(k *frameClient) func(int) { return func(int) { _ = k.WriteSettings() } }, 64, ""},
+		{"PING", true, func(k *frameClient) func(int) { return func(int) { _ = k.WritePing(false, [8]byte{}) } }, 64, ""},
+		{"PING that nobody reads the answers to", false, func(k *frameClient) func(int) { return func(int) { _ = k.WritePing(false, [8]byte{}) } }, 64, ""},
+		{"PRIORITY", true, func(k *frameClient) func(int) {
 			return func(int) { _ = k.WritePriority(1, http2.PriorityParam{StreamDep: 3, Weight: 1}) }
 		}, 64, ""},
-		{"WINDOW_UPDATE", true, func(k *talker) func(int) {
+		{"WINDOW_UPDATE", true, func(k *frameClient) func(int) {
 			for i := range uint32(1000) {
 				k.begin(2*i+1, nil, rangeMethod...)
 			}
 			return func(i int) { _ = k.WriteWindowUpdate(uint32(1+2*(i%1000)), 1) }
 		}, 64, ""},
-		{"WINDOW_UPDATE of streams that nobody has opened", true, func(k *talker) func(int) {
+		{"WINDOW_UPDATE of streams that nobody has opened", true, func(k *frameClient) func(int) {
 			return func(i int) { _ = k.WriteWindowUpdate(uint32(1+2*(i%1000)), 1) }
 		}, 64, "GOAWAY PROTOCOL_ERROR"},
-		{"RST_STREAM of calls that have begun", true, func(k *talker) func(int) {
+		{"RST_STREAM of calls that have begun", true, func(k *frameClient) func(int) {
 			return func(i int) {
 				k.begin(uint32(2*i+1), nil, rangeMethod...)
 				_ = k.WriteRSTStream(uint32(2*i+1), http2.ErrCodeCancel)
 			}
 		}, 256, ""},
-		{"RST_STREAM of calls that etcd works on", true, func(k *talker) func(int) {
+		{"RST_STREAM of calls that etcd works on", true, func(k *frameClient) func(int) {
 			return func(i int) {
 				k.begin(uint32(2*i+1), message(0, []byte("\x0a\x01k")), rangeMethod...)
 				_ = k.WriteRSTStream(uint32(2*i+1), http2.ErrCodeCancel)
 			}
 		}, 256, ""},
-		{"RST_STREAM of watches", true, func(k *talker) func(int) {
+		{"RST_STREAM of watches", true, func(k *frameClient) func(int) {
 			return func(i int) {
 				k.begin(uint32(2*i+1), nil, call("/etcdserverpb.Watch/Watch")...)
 				_ = k.WriteRSTStream(uint32(2*i+1), http2.ErrCodeCancel)
 			}
 		}, 256, ""},
-		{"empty DATA", true, func(k *talker) func(int) {
+		{"empty DATA", true, func(k *frameClient) func(int) {
 			k.begin(1, nil, rangeMethod...)
 			return func(int) { _ = k.WriteData(1, false, nil) }
 		}, 64, ""},
-		{"padding", true, func(k *talker) func(int) {
+		{"padding", true, func(k *frameClient) func(int) {
 			k.begin(1, nil, rangeMethod...)
 			return func(int) { _ = k.WriteDataPadded(1, false, nil, make([]byte, 255)) }
 		}, 64, ""},
-		{"CONTINUATION", true, func(k *talker) func(int) {
+		{"CONTINUATION", true, func(k *frameClient) func(int) {
 			_ = k.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: k.block(rangeMethod...)})
 			return func(int) { _ = k.WriteContinuation(1, false, k.block("x", big)) }
 		}, 256, "GOAWAY PROTOCOL_ERROR"},
-		{"empty CONTINUATION", true, func(k *talker) func(int) {
+		{"empty CONTINUATION", true, func(k *frameClient) func(int) {
 			_ = k.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: k.block(rangeMethod...)})
 			return func(int) { _ = k.WriteContinuation(1, false, nil) }
 		}, 64, "GOAWAY PROTOCOL_ERROR"},
-		{"headers that are small packed", true, func(k *talker) func(int) {
+		{"headers that are small packed", true, func(k *frameClient) func(int) {
 			// One entry of the table, and then a byte each for all its copies.
 			bomb := append(k.block(append(call("/etcdserverpb.KV/Range"), "x-bomb", big)...), []byte(strings.Repeat("\xbe", 12_000))...)
 			return func(i int) {

@@ -21,8 +21,8 @@ import (
 
 var insecureTransport = insecure.NewCredentials()
 
-// talker speaks HTTP/2 frame by frame, and need not be polite.
-type talker struct {
+// frameClient speaks HTTP/2 frame by frame, and need not be polite.
+type frameClient struct {
 	net.Conn
 	*http2.Framer
 	headers bytes.Buffer
@@ -31,19 +31,19 @@ type talker struct {
 }
 
 // connect opens a connection and says nothing yet.
-func connect(t *testing.T, address string) *talker {
+func connect(t *testing.T, address string) *frameClient {
 	t.Helper()
 	conn, err := net.Dial("tcp", address)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { conn.Close() })
-	return talk(conn)
+	return newFrameClient(conn)
 }
 
-// talk is a talker over a connection.
-func talk(conn net.Conn) *talker {
-	k := &talker{Conn: conn, Framer: http2.NewFramer(conn, conn)}
+// newFrameClient returns a frameClient over a connection.
+func newFrameClient(conn net.Conn) *frameClient {
+	k := &frameClient{Conn: conn, Framer: http2.NewFramer(conn, conn)}
 	k.AllowIllegalWrites = true
 	k.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
 	k.encoder = hpack.NewEncoder(&k.headers)
@@ -51,7 +51,7 @@ func talk(conn net.Conn) *talker {
 }
 
 // greet is connect with the preface and empty settings.
-func greet(t *testing.T, address string) *talker {
+func greet(t *testing.T, address string) *frameClient {
 	t.Helper()
 	k := connect(t, address)
 	k.raw(http2.ClientPreface)
@@ -60,16 +60,16 @@ func greet(t *testing.T, address string) *talker {
 }
 
 // raw sends bytes as they are. Whether the server still listens is what tests are about.
-func (k *talker) raw(bytes string) { _, _ = io.WriteString(k.Conn, bytes) }
+func (k *frameClient) raw(bytes string) { _, _ = io.WriteString(k.Conn, bytes) }
 
 // frame sends a frame with any header. length may be another than the payload's.
-func (k *talker) frame(length int, kind http2.FrameType, flags http2.Flags, stream uint32, payload string) {
+func (k *frameClient) frame(length int, kind http2.FrameType, flags http2.Flags, stream uint32, payload string) {
 	head := []byte{byte(length >> 16), byte(length >> 8), byte(length), byte(kind), byte(flags)}
 	k.raw(string(binary.BigEndian.AppendUint32(head, stream)) + payload)
 }
 
 // block encodes headers: names and values in turn.
-func (k *talker) block(fields ...string) []byte {
+func (k *frameClient) block(fields ...string) []byte {
 	k.headers.Reset()
 	for i := 0; i < len(fields); i += 2 {
 		// to memory
@@ -84,7 +84,7 @@ func call(method string, more ...string) []string {
 }
 
 // begin sends the headers of a call, and perhaps its only message.
-func (k *talker) begin(stream uint32, message []byte, fields ...string) {
+func (k *frameClient) begin(stream uint32, message []byte, fields ...string) {
 	block := k.block(fields...)
 	_ = k.WriteHeaders(http2.HeadersFrameParam{StreamID: stream, BlockFragment: block, EndHeaders: true})
 	if message != nil {
@@ -109,12 +109,12 @@ const mark = "the mark"
 
 // listen reads until the server closes, answers the mark, or says no more within the time. It
 // returns what was heard, and how it ended.
-func (k *talker) listen(within time.Duration) []string {
+func (k *frameClient) listen(within time.Duration) []string {
 	return k.listenUntil(within, func() bool { return false })
 }
 
 // listenUntil is listen that ends once done says so, after a whole frame.
-func (k *talker) listenUntil(within time.Duration, done func() bool) []string {
+func (k *frameClient) listenUntil(within time.Duration, done func() bool) []string {
 	_ = k.SetReadDeadline(time.Now().Add(within))
 	for {
 		if done() {
@@ -146,11 +146,11 @@ func (k *talker) listenUntil(within time.Duration, done func() bool) []string {
 			}
 			k.heard = append(k.heard, fmt.Sprintf("RST_STREAM %d %v", f.StreamID, f.ErrCode))
 		case *http2.MetaHeadersFrame:
-			var said []string
+			var fields []string
 			for _, h := range f.Fields {
-				said = append(said, h.Name+": "+h.Value)
+				fields = append(fields, h.Name+": "+h.Value)
 			}
-			k.heard = append(k.heard, fmt.Sprintf("HEADERS %d %s", f.StreamID, strings.Join(said, ", ")))
+			k.heard = append(k.heard, fmt.Sprintf("HEADERS %d %s", f.StreamID, strings.Join(fields, ", ")))
 		case *http2.DataFrame:
 			k.heard = append(k.heard, fmt.Sprintf("DATA %d", f.StreamID))
 		}
@@ -159,7 +159,7 @@ func (k *talker) listenUntil(within time.Duration, done func() bool) []string {
 
 // settled asks for an answer to a PING, so that what was said before has been understood, and
 // listens.
-func (k *talker) settled() []string {
+func (k *frameClient) settled() []string {
 	_ = k.WritePing(false, [8]byte([]byte(mark)))
 	return k.listen(5 * time.Second)
 }
@@ -170,7 +170,7 @@ func TestGarbage(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, 0, nil)
 	before := s.usage(t)
-	done := s.witness(t)
+	done := s.honestClient(t)
 	t.Run("frames", s.garbage)
 	t.Run("bytes", s.noHTTP)
 	done()
@@ -208,70 +208,81 @@ var goAways = map[string]http2.ErrCode{
 // sends.
 func (s *site) garbage(t *testing.T) {
 	rangeMethod := call("/etcdserverpb.KV/Range")
-	for name, say := range map[string]func(*talker){
-		"nothing wrong":                         func(k *talker) { k.begin(1, message(0, []byte("\x0a\x01k")), call("/etcdserverpb.KV/Nothing")...) },
-		"SETTINGS of five bytes":                func(k *talker) { k.frame(5, http2.FrameSettings, 0, 0, "12345") },
-		"SETTINGS on a stream":                  func(k *talker) { k.frame(0, http2.FrameSettings, 0, 1, "") },
-		"SETTINGS that acknowledge with a body": func(k *talker) { k.frame(6, http2.FrameSettings, http2.FlagSettingsAck, 0, "\x00\x03\x00\x00\x00\x01") },
-		"a setting that is too great":           func(k *talker) { _ = k.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 1 << 31}) },
-		"a frame size that is too small":        func(k *talker) { _ = k.WriteSettings(http2.Setting{ID: http2.SettingMaxFrameSize, Val: 1}) },
-		"a setting that nobody knows":           func(k *talker) { _ = k.WriteSettings(http2.Setting{ID: 0xff, Val: 1}) },
-		"PING of seven bytes":                   func(k *talker) { k.frame(7, http2.FramePing, 0, 0, "1234567") },
-		"PING on a stream":                      func(k *talker) { k.frame(8, http2.FramePing, 0, 1, "12345678") },
-		"RST_STREAM of three bytes":             func(k *talker) { k.begin(1, nil, rangeMethod...); k.frame(3, http2.FrameRSTStream, 0, 1, "123") },
-		"RST_STREAM of no stream":               func(k *talker) { k.frame(4, http2.FrameRSTStream, 0, 0, "\x00\x00\x00\x08") },
-		"RST_STREAM of a stream to come":        func(k *talker) { k.frame(4, http2.FrameRSTStream, 0, 7, "\x00\x00\x00\x08") },
-		"WINDOW_UPDATE by nothing":              func(k *talker) { _ = k.WriteWindowUpdate(0, 0) },
-		"WINDOW_UPDATE over the top":            func(k *talker) { _ = k.WriteWindowUpdate(0, 1<<31-1); _ = k.WriteWindowUpdate(0, 1<<31-1) },
-		"a frame of 16 MiB":                     func(k *talker) { k.frame(1<<24-1, http2.FrameData, 0, 1, strings.Repeat("x", 64<<10)) },
-		"a frame that is cut off":               func(k *talker) { k.frame(100, http2.FrameHeaders, 0, 1, "x"); _ = k.Conn.(*net.TCPConn).CloseWrite() },
-		"a frame of no known type":              func(k *talker) { k.frame(3, 0x55, 0xff, 0, "123") },
-		"DATA on no stream":                     func(k *talker) { k.frame(1, http2.FrameData, 0, 0, "x") },
-		"DATA on a stream to come":              func(k *talker) { k.frame(1, http2.FrameData, 0, 9, "x") },
-		"DATA with more padding than data": func(k *talker) {
+	for name, say := range map[string]func(*frameClient){
+		"nothing wrong":          func(k *frameClient) { k.begin(1, message(0, []byte("\x0a\x01k")), call("/etcdserverpb.KV/Nothing")...) },
+		"SETTINGS of five bytes": func(k *frameClient) { k.frame(5, http2.FrameSettings, 0, 0, "12345") },
+		"SETTINGS on a stream":   func(k *frameClient) { k.frame(0, http2.FrameSettings, 0, 1, "") },
+		"SETTINGS that acknowledge with a body": func(k *frameClient) {
+			k.frame(6, http2.FrameSettings, http2.FlagSettingsAck, 0, "\x00\x03\x00\x00\x00\x01")
+		},
+		"a setting that is too great": func(k *frameClient) {
+			_ = k.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 1 << 31})
+		},
+		"a frame size that is too small": func(k *frameClient) { _ = k.WriteSettings(http2.Setting{ID: http2.SettingMaxFrameSize, Val: 1}) },
+		"a setting that nobody knows":    func(k *frameClient) { _ = k.WriteSettings(http2.Setting{ID: 0xff, Val: 1}) },
+		"PING of seven bytes":            func(k *frameClient) { k.frame(7, http2.FramePing, 0, 0, "1234567") },
+		"PING on a stream":               func(k *frameClient) { k.frame(8, http2.FramePing, 0, 1, "12345678") },
+		"RST_STREAM of three bytes":      func(k *frameClient) { k.begin(1, nil, rangeMethod...); k.frame(3, http2.FrameRSTStream, 0, 1, "123") },
+		"RST_STREAM of no stream":        func(k *frameClient) { k.frame(4, http2.FrameRSTStream, 0, 0, "\x00\x00\x00\x08") },
+		"RST_STREAM of a stream to come": func(k *frameClient) { k.frame(4, http2.FrameRSTStream, 0, 7, "\x00\x00\x00\x08") },
+		"WINDOW_UPDATE by nothing":       func(k *frameClient) { _ = k.WriteWindowUpdate(0, 0) },
+		"WINDOW_UPDATE over the top":     func(k *frameClient) { _ = k.WriteWindowUpdate(0, 1<<31-1); _ = k.WriteWindowUpdate(0, 1<<31-1) },
+		"a frame of 16 MiB":              func(k *frameClient) { k.frame(1<<24-1, http2.FrameData, 0, 1, strings.Repeat("x", 64<<10)) },
+		"a frame that is cut off": func(k *frameClient) {
+			k.frame(100, http2.FrameHeaders, 0, 1, "x")
+			_ = k.Conn.(*net.TCPConn).CloseWrite()
+		},
+		"a frame of no known type": func(k *frameClient) { k.frame(3, 0x55, 0xff, 0, "123") },
+		"DATA on no stream":        func(k *frameClient) { k.frame(1, http2.FrameData, 0, 0, "x") },
+		"DATA on a stream to come": func(k *frameClient) { k.frame(1, http2.FrameData, 0, 9, "x") },
+		"DATA with more padding than data": func(k *frameClient) {
 			k.begin(1, nil, rangeMethod...)
 			k.frame(2, http2.FrameData, http2.FlagDataPadded, 1, "\xffx")
 		},
-		"HEADERS on a server's stream":   func(k *talker) { k.begin(2, nil, rangeMethod...) },
-		"HEADERS on no stream":           func(k *talker) { k.begin(0, nil, rangeMethod...) },
-		"streams that go backwards":      func(k *talker) { k.begin(5, nil, rangeMethod...); k.begin(3, nil, rangeMethod...) },
-		"HEADERS that no decoder takes":  func(k *talker) { k.frame(4, http2.FrameHeaders, http2.FlagHeadersEndHeaders, 1, "\xff\xff\xff\xff") },
-		"HEADERS in the midst of others": func(k *talker) { k.frame(1, http2.FrameHeaders, 0, 1, "\x82"); k.begin(3, nil, rangeMethod...) },
-		"CONTINUATION of nothing":        func(k *talker) { _ = k.WriteContinuation(1, true, nil) },
-		"PUSH_PROMISE": func(k *talker) {
+		"HEADERS on a server's stream": func(k *frameClient) { k.begin(2, nil, rangeMethod...) },
+		"HEADERS on no stream":         func(k *frameClient) { k.begin(0, nil, rangeMethod...) },
+		"streams that go backwards":    func(k *frameClient) { k.begin(5, nil, rangeMethod...); k.begin(3, nil, rangeMethod...) },
+		"HEADERS that no decoder takes": func(k *frameClient) {
+			k.frame(4, http2.FrameHeaders, http2.FlagHeadersEndHeaders, 1, "\xff\xff\xff\xff")
+		},
+		"HEADERS in the midst of others": func(k *frameClient) { k.frame(1, http2.FrameHeaders, 0, 1, "\x82"); k.begin(3, nil, rangeMethod...) },
+		"CONTINUATION of nothing":        func(k *frameClient) { _ = k.WriteContinuation(1, true, nil) },
+		"PUSH_PROMISE": func(k *frameClient) {
 			k.frame(5, http2.FramePushPromise, http2.FlagPushPromiseEndHeaders, 1, "\x00\x00\x00\x02\x82")
 		},
-		"PRIORITY of four bytes": func(k *talker) { k.frame(4, http2.FramePriority, 0, 1, "1234") },
-		"GOAWAY and then a call": func(k *talker) { _ = k.WriteGoAway(0, http2.ErrCodeNo, nil); k.begin(1, nil, rangeMethod...) },
-		"no path": func(k *talker) {
+		"PRIORITY of four bytes": func(k *frameClient) { k.frame(4, http2.FramePriority, 0, 1, "1234") },
+		"GOAWAY and then a call": func(k *frameClient) { _ = k.WriteGoAway(0, http2.ErrCodeNo, nil); k.begin(1, nil, rangeMethod...) },
+		"no path": func(k *frameClient) {
 			k.begin(1, nil, ":method", "POST", ":scheme", "http", "content-type", "application/grpc", "te", "trailers")
 		},
-		"a path without a slash":  func(k *talker) { k.begin(1, message(0, nil), call("nothing")...) },
-		"a path without a method": func(k *talker) { k.begin(1, message(0, nil), call("/nothing")...) },
-		"two paths":               func(k *talker) { k.begin(1, nil, call("/a/b", ":path", "/c/d")...) },
-		"GET": func(k *talker) {
+		"a path without a slash":  func(k *frameClient) { k.begin(1, message(0, nil), call("nothing")...) },
+		"a path without a method": func(k *frameClient) { k.begin(1, message(0, nil), call("/nothing")...) },
+		"two paths":               func(k *frameClient) { k.begin(1, nil, call("/a/b", ":path", "/c/d")...) },
+		"GET": func(k *frameClient) {
 			k.begin(1, nil, ":method", "GET", ":scheme", "http", ":path", "/etcdserverpb.KV/Range", "content-type", "application/grpc", "te", "trailers")
 		},
-		"JSON": func(k *talker) {
+		"JSON": func(k *frameClient) {
 			k.begin(1, nil, ":method", "POST", ":scheme", "http", ":path", "/v3/kv/range", "content-type", "application/json")
 		},
-		"a Connection header":           func(k *talker) { k.begin(1, nil, append(rangeMethod, "connection", "close")...) },
-		"a name in capitals":            func(k *talker) { k.begin(1, nil, append(rangeMethod, "Capital", "x")...) },
-		"a timeout that is none":        func(k *talker) { k.begin(1, message(0, nil), append(rangeMethod, "grpc-timeout", "soon")...) },
-		"metadata that is not base64":   func(k *talker) { k.begin(1, message(0, nil), append(rangeMethod, "x-bin", "%%%")...) },
-		"an encoding that nobody knows": func(k *talker) { k.begin(1, message(1, []byte("x")), append(rangeMethod, "grpc-encoding", "rot13")...) },
-		"compressed": func(k *talker) {
+		"a Connection header":         func(k *frameClient) { k.begin(1, nil, append(rangeMethod, "connection", "close")...) },
+		"a name in capitals":          func(k *frameClient) { k.begin(1, nil, append(rangeMethod, "Capital", "x")...) },
+		"a timeout that is none":      func(k *frameClient) { k.begin(1, message(0, nil), append(rangeMethod, "grpc-timeout", "soon")...) },
+		"metadata that is not base64": func(k *frameClient) { k.begin(1, message(0, nil), append(rangeMethod, "x-bin", "%%%")...) },
+		"an encoding that nobody knows": func(k *frameClient) {
+			k.begin(1, message(1, []byte("x")), append(rangeMethod, "grpc-encoding", "rot13")...)
+		},
+		"compressed": func(k *frameClient) {
 			k.begin(1, message(1, gzipped("\x0a\x01k")), append(rangeMethod, "grpc-encoding", "gzip", "grpc-accept-encoding", "gzip")...)
 		},
-		"compressed, and cut off": func(k *talker) {
+		"compressed, and cut off": func(k *frameClient) {
 			k.begin(1, message(1, gzipped("\x0a\x01k")[:20]), append(rangeMethod, "grpc-encoding", "gzip")...)
 		},
-		"compressed without an encoding": func(k *talker) { k.begin(1, message(1, []byte("x")), rangeMethod...) },
-		"a flag that nobody knows":       func(k *talker) { k.begin(1, message(7, []byte("x")), rangeMethod...) },
-		"a message that is cut off":      func(k *talker) { k.begin(1, message(0, []byte("1234"))[:7], rangeMethod...) },
-		"a message of 4 GiB":             func(k *talker) { k.begin(1, []byte("\x00\xff\xff\xff\xffx"), rangeMethod...) },
-		"no message":                     func(k *talker) { k.begin(1, []byte{}, rangeMethod...) },
-		"two messages": func(k *talker) {
+		"compressed without an encoding": func(k *frameClient) { k.begin(1, message(1, []byte("x")), rangeMethod...) },
+		"a flag that nobody knows":       func(k *frameClient) { k.begin(1, message(7, []byte("x")), rangeMethod...) },
+		"a message that is cut off":      func(k *frameClient) { k.begin(1, message(0, []byte("1234"))[:7], rangeMethod...) },
+		"a message of 4 GiB":             func(k *frameClient) { k.begin(1, []byte("\x00\xff\xff\xff\xffx"), rangeMethod...) },
+		"no message":                     func(k *frameClient) { k.begin(1, []byte{}, rangeMethod...) },
+		"two messages": func(k *frameClient) {
 			k.begin(1, append(message(0, []byte("\x0a\x01k")), message(0, []byte("\x0a\x01k"))...), rangeMethod...)
 		},
 	} {
@@ -306,7 +317,7 @@ func (s *site) garbage(t *testing.T) {
 
 // noHTTP: who speaks another language is let go by both, each in its way.
 func (s *site) noHTTP(t *testing.T) {
-	for name, said := range map[string]string{
+	for name, sent := range map[string]string{
 		"a preface that goes wrong":    "PRI * HTTP/2.0\r\n\r\nNO\r\n\r\n",
 		"a preface without settings":   http2.ClientPreface + "\x00\x00\x08\x06\x00\x00\x00\x00\x00the mark",
 		"a preface and then zeros":     http2.ClientPreface + strings.Repeat("\x00", 100),
@@ -321,7 +332,7 @@ func (s *site) noHTTP(t *testing.T) {
 			t.Parallel()
 			for side, address := range s.sides() {
 				k := connect(t, address)
-				k.raw(said)
+				k.raw(sent)
 				// who waits for the end of a line waits no longer
 				_ = k.Conn.(*net.TCPConn).CloseWrite()
 				_ = k.SetReadDeadline(time.Now().Add(15 * time.Second))

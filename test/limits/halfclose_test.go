@@ -75,7 +75,7 @@ func openCalls(t *testing.T) (all []openCall) {
 
 // ends sends the call and returns how the server answers: the messages, the status, and that the
 // connection is open after it.
-func (c openCall) ends(k *talker) (said []string) {
+func (c openCall) ends(k *frameClient) (result []string) {
 	k.heard = nil
 	if c.named {
 		c.message = append([]byte{0x0a, 16}, rand.Text()[:16]...)
@@ -98,14 +98,14 @@ func (c openCall) ends(k *talker) (said []string) {
 		code, _, _ := strings.Cut(status, ",")
 		switch {
 		case ends:
-			said = append(said, "status "+code)
+			result = append(result, "status "+code)
 		case h == "RST_STREAM 1 STREAM_CLOSED":
 			// net/http says so, if what is sent later comes after the answer
 		case !strings.HasPrefix(h, "HEADERS"):
-			said = append(said, h)
+			result = append(result, h)
 		}
 	}
-	return slices.Compact(said)
+	return slices.Compact(result)
 }
 
 // TestNoHalfClose: a unary call is answered when its message is there, whether or not the client

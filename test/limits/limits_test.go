@@ -83,13 +83,13 @@ func (s *site) sides() map[string]string {
 	return map[string]string{"bare etcd": s.bare.Address, "the proxy": s.proxy.Address}
 }
 
-// witnessPatience is how long an honest client's call may take while others misbehave. It is for
+// honestTimeout is how long an honest client's call may take while others misbehave. It is for
 // machines that others work on, too: calls take a millisecond.
-const witnessPatience = 5 * time.Second
+const honestTimeout = 5 * time.Second
 
-// witness starts an honest client that writes and reads until the returned function is called,
+// honestClient starts an honest client that writes and reads until the returned function is called,
 // which fails the test if any call failed or had to wait.
-func (s *site) witness(t *testing.T) (done func()) {
+func (s *site) honestClient(t *testing.T) (done func()) {
 	t.Helper()
 	conn := harness.Dial(t, s.proxy.Address, s.proxy.TLS)
 	kv, value := pb.NewKVClient(conn), s.env.Sealed.Value("witness")
@@ -113,14 +113,14 @@ func (s *site) witness(t *testing.T) (done func()) {
 		<-ended
 		conn.Close()
 		t.Logf("beside it %d honest calls, the longest %v", calls, longest.Round(time.Millisecond))
-		if failed != nil || longest > witnessPatience || calls == 0 {
+		if failed != nil || longest > honestTimeout || calls == 0 {
 			t.Errorf("an honest client: %d calls, the longest took %v, %v", calls, longest, failed)
 		}
 	})
 }
 
 func once(kv pb.KVClient, key, value string) error {
-	ctx, cancel := context.WithTimeout(context.Background(), 2*witnessPatience)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*honestTimeout)
 	defer cancel()
 	if _, err := kv.Put(ctx, &pb.PutRequest{Key: []byte(key), Value: []byte(value)}); err != nil {
 		return fmt.Errorf("put: %w", err)
@@ -223,7 +223,7 @@ func (s *site) abused(t *testing.T, limit int64, abuse func()) {
 	t.Helper()
 	before := s.usage(t)
 	for range 2 {
-		done := s.witness(t)
+		done := s.honestClient(t)
 		abuse()
 		done()
 		s.settles(t, before)

@@ -23,11 +23,11 @@ const longestWait = 200 * time.Millisecond
 // TestMemoryOfClientsThatOnlySend: 200 clients send without end what is to be answered, and never
 // read. None of the other clients waits for long in the proxy.
 func TestMemoryOfClientsThatOnlySend(t *testing.T) {
-	for name, send := range map[string]func(k *talker, i uint32){
-		"pings":                      func(k *talker, _ uint32) { _ = k.WritePing(false, [8]byte{}) },
-		"settings":                   func(k *talker, _ uint32) { _ = k.WriteSettings() },
-		"calls of an unknown method": func(k *talker, i uint32) { k.begin(2*i+1, []byte{}, call("/etcdserverpb.KV/Unknown")...) },
-		"calls of etcd": func(k *talker, i uint32) {
+	for name, send := range map[string]func(k *frameClient, i uint32){
+		"pings":                      func(k *frameClient, _ uint32) { _ = k.WritePing(false, [8]byte{}) },
+		"settings":                   func(k *frameClient, _ uint32) { _ = k.WriteSettings() },
+		"calls of an unknown method": func(k *frameClient, i uint32) { k.begin(2*i+1, []byte{}, call("/etcdserverpb.KV/Unknown")...) },
+		"calls of etcd": func(k *frameClient, i uint32) {
 			k.begin(2*i+1, message(0, []byte("\x0a\x08/witness")), call(rangeMethod)...)
 		},
 	} {
@@ -35,12 +35,12 @@ func TestMemoryOfClientsThatOnlySend(t *testing.T) {
 			m := newMemorySite(t)
 			m.grows(t, 300, func() {}, func() {
 				var all bytes.Buffer // that each of them sends: this process must not be what is slow
-				k := talk(nil)
+				k := newFrameClient(nil)
 				k.Framer = http2.NewFramer(&all, nil)
 				for i := range uint32(20_000) {
 					send(k, i)
 				}
-				m.serveBeside(t, func() *talker { return greet(t, m.plain) }, all.Bytes())
+				m.serveBeside(t, func() *frameClient { return greet(t, m.plain) }, all.Bytes())
 			})
 		})
 	}
@@ -49,13 +49,13 @@ func TestMemoryOfClientsThatOnlySend(t *testing.T) {
 		request := unfinishedJSON(3_900_000)
 		body := slices.Concat(request.front, bytes.Repeat([]byte("A"), request.size-len(request.front)))
 		head := fmt.Sprintf("POST /v3/kv/put HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n", len(body)+2)
-		m.serveBeside(t, func() *talker { return connect(t, m.plain) }, append([]byte(head), body...))
+		m.serveBeside(t, func() *frameClient { return connect(t, m.plain) }, append([]byte(head), body...))
 	})
 }
 
 // serveBeside fails if a call waits in the proxy for more than longestWait beside 200 clients that
 // connect and send all.
-func (m *memorySite) serveBeside(t *testing.T, connect func() *talker, all []byte) {
+func (m *memorySite) serveBeside(t *testing.T, connect func() *frameClient, all []byte) {
 	t.Helper()
 	waits := m.callsBesideSenders(t, connect, all, func() {})
 	t.Logf("%d calls: the longest %v, %v in etcd alone, %v in the proxy", waits.calls, waits.longest, waits.etcd, waits.proxy)
@@ -77,9 +77,9 @@ type waits struct {
 // wait in etcd as well. So what counts as the proxy's part of a call is the time that the proxy's
 // process has computed meanwhile, as if it had all cores, and no more than what the call takes
 // longer than the longest that is sent to the same etcd directly. also runs once meanwhile.
-func (m *memorySite) callsBesideSenders(t *testing.T, connect func() *talker, all []byte, also func()) (w waits) {
+func (m *memorySite) callsBesideSenders(t *testing.T, connect func() *frameClient, all []byte, also func()) (w waits) {
 	t.Helper()
-	senders := make([]*talker, 200)
+	senders := make([]*frameClient, 200)
 	for i := range senders {
 		senders[i] = connect()
 	}

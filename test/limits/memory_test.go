@@ -62,20 +62,20 @@ func newMemorySite(t *testing.T) *memorySite {
 }
 
 // greetTLS is greet over TLS.
-func (m *memorySite) greetTLS(t *testing.T, config *tls.Config) *talker {
+func (m *memorySite) greetTLS(t *testing.T, config *tls.Config) *frameClient {
 	t.Helper()
 	conn, err := tls.Dial("tcp", m.secure, config)
 	if err != nil {
 		t.Fatal(err)
 	}
-	k := talk(conn)
+	k := newFrameClient(conn)
 	k.raw(http2.ClientPreface)
 	_ = k.WriteSettings()
 	return k
 }
 
 // greetAs is greet by the client of the name: one that is allowed comes without TLS.
-func (m *memorySite) greetAs(t *testing.T, name string) *talker {
+func (m *memorySite) greetAs(t *testing.T, name string) *frameClient {
 	t.Helper()
 	if name == "allowed" {
 		return greet(t, m.plain)
@@ -139,15 +139,15 @@ func (m *memorySite) grows(t *testing.T, mib int64, warm, abuse func()) {
 }
 
 // answered waits until the server has answered a PING, or closed the connection.
-func (k *talker) answered() []string {
+func (k *frameClient) answered() []string {
 	_ = k.WritePing(false, [8]byte([]byte(mark)))
 	return k.listen(20 * time.Second)
 }
 
 // status waits for the status of a call, and returns whether it is the one given.
-func (k *talker) status(code string) bool {
-	said := func() bool { return len(k.heard) > 0 && strings.Contains(k.heard[len(k.heard)-1], "grpc-status: ") }
-	heard := k.listenUntil(20*time.Second, said)
+func (k *frameClient) status(code string) bool {
+	answered := func() bool { return len(k.heard) > 0 && strings.Contains(k.heard[len(k.heard)-1], "grpc-status: ") }
+	heard := k.listenUntil(20*time.Second, answered)
 	return strings.Contains(strings.Join(heard, "\n"), "grpc-status: "+code)
 }
 
@@ -155,7 +155,7 @@ const rangeMethod = "/etcdserverpb.KV/Range"
 
 // tinyFields starts a stream with n header fields of 33 bytes each (RFC 9113, section 6.5.2), of
 // one byte each on the wire.
-func (k *talker) tinyFields(stream uint32, n int) {
+func (k *frameClient) tinyFields(stream uint32, n int) {
 	block := append(k.block(call(rangeMethod, "a", "")...), slices.Repeat([]byte{0xbe}, n)...)
 	const frame = 16 << 10
 	_ = k.WriteHeaders(http2.HeadersFrameParam{StreamID: stream, BlockFragment: block[:min(frame, len(block))], EndHeaders: len(block) <= frame})
@@ -272,7 +272,7 @@ func unfinishedJSON(size int) unfinishedRequest {
 
 // unfinished sends a request n times, as far as the windows allow, until nothing has moved for the
 // time given. It returns how many bytes were sent.
-func (k *talker) unfinished(t *testing.T, n int, request unfinishedRequest, quiet time.Duration) (sent int) {
+func (k *frameClient) unfinished(t *testing.T, n int, request unfinishedRequest, quiet time.Duration) (sent int) {
 	t.Helper()
 	var mu sync.Mutex
 	conn, initial := 65535, 65535
@@ -516,7 +516,7 @@ func TestMemoryOfUnfinishedBodies(t *testing.T) {
 			m := newMemorySite(t)
 			small := func() { put(t, m, short) }
 			m.grows(t, 260, small, func() {
-				m.callsBesideSenders(t, func() *talker {
+				m.callsBesideSenders(t, func() *frameClient {
 					if name != "websocket" {
 						return connect(t, m.plain)
 					}
@@ -524,7 +524,7 @@ func TestMemoryOfUnfinishedBodies(t *testing.T) {
 					if err != nil {
 						t.Fatal(err)
 					}
-					return talk(conn.NetConn())
+					return newFrameClient(conn.NetConn())
 				}, append([]byte(head), body...), small)
 			})
 			put(t, m, long)

@@ -23,11 +23,11 @@ import (
 func TestEtcdRestarts(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, 0, nil)
-	type said struct {
+	type outcome struct {
 		watch string
 		put   codes.Code // its text is the proxy's own, as etcd has said nothing of it
 	}
-	ends := make(map[string]said)
+	ends := make(map[string]outcome)
 	open := greet(t, s.proxy.Address) // hears it if the proxy sends clients away
 	var kept *grpc.ClientConn
 	for side, address := range s.sides() {
@@ -78,7 +78,7 @@ func TestEtcdRestarts(t *testing.T) {
 		t.Logf("%s: the watch ends with %v; the put with %v", side, watchErr, putErr)
 		// Whether the system says EOF or reset is a matter of luck.
 		text := strings.Replace(says(nil, watchErr), "connection reset by peer", "EOF", 1)
-		ends[side] = said{text, status.Code(putErr)}
+		ends[side] = outcome{text, status.Code(putErr)}
 	}
 	if want, got := ends["bare etcd"], ends["the proxy"]; want != got || got.put != codes.Unavailable || !strings.HasPrefix(got.watch, "Unavailable ") {
 		t.Errorf("\nbare etcd: %v\nthe proxy: %v", want, got)
@@ -105,14 +105,14 @@ func TestDrainSendsAway(t *testing.T) {
 	for side, address := range s.sides() {
 		k := greet(t, address)
 		k.settled()
-		said := make(chan []string, 1)
-		go func() { said <- last(k.listen(20 * time.Second)) }()
+		frames := make(chan []string, 1)
+		go func() { frames <- last(k.listen(20 * time.Second)) }()
 		if side == "the proxy" {
 			s.proxy.Stop(20 * time.Second)
 		} else {
 			s.bare.Stop(20 * time.Second)
 		}
-		heard[side] = <-said
+		heard[side] = <-frames
 	}
 	if want, got := heard["bare etcd"], heard["the proxy"]; !slices.Equal(want, got) || got[len(got)-1] != "closed" || !strings.HasPrefix(got[0], "GOAWAY NO_ERROR") {
 		t.Errorf("\nbare etcd: %q\nthe proxy: %q", want, got)

@@ -23,12 +23,12 @@ import (
 // compare asks both sides, and wants them to say the same.
 func (s *site) compare(t *testing.T, what string, ask func(conn *grpc.ClientConn) string) {
 	t.Helper()
-	said := make(map[string]string)
+	answers := make(map[string]string)
 	for side, address := range s.sides() {
-		said[side] = ask(dial(t, address))
+		answers[side] = ask(dial(t, address))
 	}
-	t.Logf("%s: %.300s", what, said["the proxy"])
-	if want, got := said["bare etcd"], said["the proxy"]; want != got {
+	t.Logf("%s: %.300s", what, answers["the proxy"])
+	if want, got := answers["bare etcd"], answers["the proxy"]; want != got {
 		t.Errorf("%s\nbare etcd: %.500s\nthe proxy: %.500s", what, want, got)
 	}
 }
@@ -41,15 +41,15 @@ func says(m any, err error) string {
 		st := status.Convert(err)
 		return fmt.Sprintf("%v %q", st.Code(), st.Message())
 	}
-	said := moves.ReplaceAllString(fmt.Sprint(m), "")
-	return strings.ReplaceAll(said, "  ", " ") // protobuf's texts vary in that
+	text := moves.ReplaceAllString(fmt.Sprint(m), "")
+	return strings.ReplaceAll(text, "  ", " ") // protobuf's texts vary in that
 }
 
 // TestServices: health, compression and headers that are too large, as etcd has them.
 func TestServices(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, 0, nil)
-	done := s.witness(t)
+	done := s.honestClient(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
 	defer cancel()
 	for _, name := range []string{"", "etcdserverpb.Health", "grpc.health.v1.Health", "etcdserverpb.KV", "nobody"} {
@@ -101,18 +101,18 @@ func TestServices(t *testing.T) {
 	}
 	const tooLarge = "HTTP/1.1 431"
 	for _, kib := range []int{1, 60, 70, 900, 1100, 20_000} {
-		said := make(map[string]string)
+		answers := make(map[string]string)
 		for side, address := range s.sides() {
-			said[side] = overHTTP1(t, address, strings.Repeat("l", kib<<10))
+			answers[side] = overHTTP1(t, address, strings.Repeat("l", kib<<10))
 		}
-		want, got := said["bare etcd"], said["the proxy"]
+		want, got := answers["bare etcd"], answers["the proxy"]
 		if kib > 64 {
 			want = tooLarge
 		}
 		if want != got {
 			t.Errorf("a header of %d KiB over HTTP/1\nbare etcd: %q\nthe proxy: %q", kib, want, got)
 		}
-		t.Logf("a header of %d KiB over HTTP/1: %q", kib, said["the proxy"])
+		t.Logf("a header of %d KiB over HTTP/1: %q", kib, answers["the proxy"])
 	}
 	done()
 }

@@ -71,7 +71,7 @@ func TestLargeAnswers(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 
-	done := s.witness(t)
+	done := s.honestClient(t)
 	stream, err := kv.RangeStream(ctx, list)
 	if err != nil {
 		t.Fatal(err)
@@ -100,7 +100,7 @@ func TestLargeAnswers(t *testing.T) {
 		t.Errorf("%d keys; before %v, after %v", keys, before, streamed)
 	}
 
-	done = s.witness(t)
+	done = s.honestClient(t)
 	whole, err := kv.Range(ctx, list, grpc.MaxCallRecvMsgSize(1<<31-1))
 	if err != nil || len(whole.Kvs) != megabytes || string(whole.Kvs[megabytes-1].Value) != value {
 		t.Errorf("%d keys, %v", len(whole.GetKvs()), err)

@@ -21,7 +21,7 @@ func TestConcurrentStreams(t *testing.T) {
 	var before usage // with the connections that a thousand take, which stay for a while
 	for _, n := range []int{1, 10, 100, 1000, 1000} {
 		t.Run(fmt.Sprint(n), func(t *testing.T) {
-			done := s.witness(t)
+			done := s.honestClient(t)
 			conn := harness.Dial(t, s.proxy.Address, nil)
 			ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
 			defer cancel()

@@ -61,7 +61,7 @@ func (w transport) sides() map[string]string {
 }
 
 // greet opens a connection, and sends the preface and empty settings.
-func (w transport) greet(t *testing.T, address string) *talker {
+func (w transport) greet(t *testing.T, address string) *frameClient {
 	t.Helper()
 	if w.tls == nil {
 		return greet(t, address)
@@ -71,7 +71,7 @@ func (w transport) greet(t *testing.T, address string) *talker {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { conn.Close() })
-	k := talk(conn)
+	k := newFrameClient(conn)
 	k.raw(http2.ClientPreface)
 	_ = k.WriteSettings()
 	return k

@@ -37,10 +37,10 @@ func TestLongWebsocketMessage(t *testing.T) {
 				}
 				return conn
 			}
-			defer m.witness(t)()
+			defer m.honestClient(t)()
 			m.grows(t, 16, func() { send(10, 10) }, func() {
 				conn := send(100<<20, frame)
-				if err := conn.SetReadDeadline(time.Now().Add(witnessPatience)); err != nil {
+				if err := conn.SetReadDeadline(time.Now().Add(honestTimeout)); err != nil {
 					t.Fatal(err)
 				}
 				_, _, err := conn.ReadMessage()
@@ -73,11 +73,11 @@ func TestBlankWebsocketMessages(t *testing.T) {
 				if err := conn.WriteMessage(websocket.TextMessage, []byte(`{"create_request":{"key":"aw=="}}`)); err != nil {
 					t.Fatal(err)
 				}
-				if err := conn.SetReadDeadline(time.Now().Add(witnessPatience)); err != nil {
+				if err := conn.SetReadDeadline(time.Now().Add(honestTimeout)); err != nil {
 					t.Fatal(err)
 				}
-				if _, said, err := conn.ReadMessage(); err != nil || !bytes.Contains(said, []byte(`"created":true`)) {
-					t.Errorf("a watch behind them: %s, %v", said, err)
+				if _, payload, err := conn.ReadMessage(); err != nil || !bytes.Contains(payload, []byte(`"created":true`)) {
+					t.Errorf("a watch behind them: %s, %v", payload, err)
 				}
 			})
 		})
