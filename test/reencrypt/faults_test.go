@@ -113,7 +113,7 @@ func TestOneAtATime(t *testing.T) {
 		t.Errorf("--no-wait does not say who: %s", out)
 	}
 	second := s.Spawn("second", "reencrypt", "--config", config)
-	said(t, second, "waiting: another reencrypt is at work")
+	waitOutput(t, second, "waiting: another reencrypt is at work")
 	if !strings.Contains(second.Log(), holder) {
 		t.Errorf("it does not say who: %s", second.Log())
 	}
@@ -159,7 +159,7 @@ func TestNoSpace(t *testing.T) {
 		return err
 	})
 	p := s.Spawn("full", "reencrypt", "--config", s.config("run", s.cfg), "--rate", "100", "--output", "json")
-	said(t, p, "it has no space left: compact and defragment it")
+	waitOutput(t, p, "it has no space left: compact and defragment it")
 	if !strings.Contains(p.Log(), "of its quota of 16.0 MiB") {
 		t.Errorf("it did not warn: %s", p.Log())
 	}
@@ -218,7 +218,7 @@ func TestMembers(t *testing.T) {
 	}
 	cluster.Members[1].Kill()
 	cluster.Members[2].Kill()
-	said(t, p, "waiting (")
+	waitOutput(t, p, "waiting (")
 	// Neither responds before the other one runs.
 	cluster.Members[1].Begin()
 	cluster.Members[2].Start()
@@ -246,7 +246,7 @@ func TestKMSDown(t *testing.T) {
 		return nil
 	})
 	s.kms.Stop()
-	said(t, p, `waiting (the KMS): rule "/sealed/": KMS provider "main"`)
+	waitOutput(t, p, `waiting (the KMS): rule "/sealed/": KMS provider "main"`)
 	before := s.changed(t.Context())
 	s.kms.Start()
 	if code := p.Wait(within); code != 0 || !strings.Contains(p.Log(), "continuing (the KMS)") {

@@ -108,6 +108,6 @@ func TestServe(t *testing.T) {
 		return nil
 	})
 	s.kms.Rotate()
-	said(t, proxies[1].Process, "proxies have other rules")
+	waitOutput(t, proxies[1].Process, "proxies have other rules")
 	s.sealed(values, 4)
 }

@@ -53,7 +53,7 @@ type life struct {
 	proxy   *harness.Proxy
 	phases  int
 	secrets typed.SecretInterface
-	clients []*clerk
+	clients []*secretWriter
 }
 
 func newLife(t *testing.T, n int) *life {
@@ -107,7 +107,7 @@ func (l *life) live() {
 	defer stop()
 	counters := min(200, max(20, l.n/100))
 	for i := range counters {
-		l.clients = append(l.clients, &clerk{t: t, secrets: l.secrets, name: fmt.Sprintf("s%05d", i)})
+		l.clients = append(l.clients, &secretWriter{t: t, secrets: l.secrets, name: fmt.Sprintf("s%05d", i)})
 	}
 	w := l.observe(ctx)
 	var all sync.WaitGroup

@@ -174,7 +174,7 @@ func TestAnsweredOutage(t *testing.T) {
 	s.kms.Rotate()
 	s.kms.Down(true)
 	p := s.Spawn("outage", "reencrypt", "--config", config, "--timeout", "2s", "--output", "json")
-	said(t, p, "waiting (the KMS)")
+	waitOutput(t, p, "waiting (the KMS)")
 	s.kms.Down(false)
 	if code := p.Wait(within); code != 0 {
 		t.Fatalf("exit code %d: %s", code, p.Log())

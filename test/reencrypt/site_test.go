@@ -172,8 +172,8 @@ func (s *site) opens(p *harness.Proxy, values map[string][]byte) {
 	}
 }
 
-// said waits until a process has printed something.
-func said(t testing.TB, p *harness.Process, what string) {
+// waitOutput waits until a process has printed something.
+func waitOutput(t testing.TB, p *harness.Process, what string) {
 	t.Helper()
 	harness.Eventually(t, within, "the output "+what, func() error {
 		if strings.Contains(p.Log(), what) {

@@ -86,17 +86,17 @@ func TestStrictRule(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	said := 0
+	records := 0
 	for line := range bytes.Lines(log) {
 		var record struct{ Command, Outcome, Reason string }
 		if err := json.Unmarshal(line, &record); err != nil {
 			t.Fatal(err)
 		}
 		if record.Command == "reencrypt" && record.Outcome == "begun" && record.Reason == "with --encrypt-plaintext" {
-			said++
+			records++
 		}
 	}
-	if said != 1 {
-		t.Errorf("the audit log tells of it %d times: %s", said, log)
+	if records != 1 {
+		t.Errorf("the audit log tells of it %d times: %s", records, log)
 	}
 }

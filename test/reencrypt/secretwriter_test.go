@@ -13,8 +13,8 @@ import (
 	typed "k8s.io/client-go/kubernetes/typed/core/v1"
 )
 
-// clerk increments a number in one Secret.
-type clerk struct {
+// secretWriter increments a number in one Secret.
+type secretWriter struct {
 	t         testing.TB
 	secrets   typed.SecretInterface
 	name      string
@@ -23,7 +23,7 @@ type clerk struct {
 	conflicts atomic.Int64
 }
 
-func (c *clerk) work(ctx context.Context) {
+func (c *secretWriter) work(ctx context.Context) {
 	for ctx.Err() == nil {
 		c.step(ctx)
 		time.Sleep(5 * time.Millisecond) // so that the clients do not use both cores
@@ -31,15 +31,15 @@ func (c *clerk) work(ctx context.Context) {
 }
 
 // settle finds out whether the last update succeeded.
-func (c *clerk) settle() {
+func (c *secretWriter) settle() {
 	for c.unsure = true; c.unsure; {
 		c.read(context.Background())
 	}
 }
 
-// read returns the Secret. Its number must be the one that this clerk, the only writer, has
+// read returns the Secret. Its number must be the one that this client, the only writer, has
 // written, or one more if a response was lost.
-func (c *clerk) read(ctx context.Context) *corev1.Secret {
+func (c *secretWriter) read(ctx context.Context) *corev1.Secret {
 	limited, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	now, err := c.secrets.Get(limited, c.name, metav1.GetOptions{})
@@ -60,7 +60,7 @@ func (c *clerk) read(ctx context.Context) *corev1.Secret {
 	return now
 }
 
-func (c *clerk) step(ctx context.Context) {
+func (c *secretWriter) step(ctx context.Context) {
 	now := c.read(ctx)
 	if now == nil {
 		return
