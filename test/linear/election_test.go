@@ -249,7 +249,7 @@ func (v *voter) proclaim(ctx context.Context) bool {
 	v.add(r)
 	v.refuse(value)
 	v.refusals.Add(1)
-	got, err := v.kv.Range(asking, &pb.RangeRequest{Key: []byte(v.witness)})
+	got, err := v.kv.Range(asking, &pb.RangeRequest{Key: []byte(v.leaseKey)})
 	if err == nil && len(got.Kvs) > 0 && !v.revoked {
 		v.wrong("a leader was refused, and its lease is there")
 	}
@@ -283,7 +283,7 @@ func (v *voter) ask(ctx context.Context) {
 	}
 	if kv := got.GetKv(); kv != nil {
 		r.in, r.saw = leads{kv.CreateRevision, string(kv.Value)}, place(kv.CreateRevision, string(kv.Value))
-		v.tell(got)
+		v.recordAnswer(got)
 	}
 	v.answered(v.id, 1)
 	v.add(r)

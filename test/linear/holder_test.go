@@ -37,11 +37,11 @@ type holder struct {
 
 	turns, refusals atomic.Int32
 
-	witness string // another key of the lease
-	revoked bool   // a key of the lease says nothing about the other one
-	token   int64
-	mu      sync.Mutex
-	wrongs  []string
+	leaseKey string // another key of the lease
+	revoked  bool   // a key of the lease says nothing about the other one
+	token    int64
+	mu       sync.Mutex
+	wrongs   []string
 }
 
 func (s *site) holder(t *testing.T, h *history, id, via int) *holder {
@@ -67,8 +67,8 @@ func (c *holder) session(ctx context.Context) (clientv3.LeaseID, *concurrency.Se
 	if err != nil {
 		return 0, nil, nil
 	}
-	c.revoked, c.witness = false, fmt.Sprintf("/s/witness/%x", lease.ID)
-	_, err = c.kv.Put(asking, &pb.PutRequest{Key: []byte(c.witness), Value: []byte(c.Sealed.Value("witness")), Lease: int64(lease.ID)})
+	c.revoked, c.leaseKey = false, fmt.Sprintf("/s/witness/%x", lease.ID)
+	_, err = c.kv.Put(asking, &pb.PutRequest{Key: []byte(c.leaseKey), Value: []byte(c.Sealed.Value("witness")), Lease: int64(lease.ID)})
 	if err != nil {
 		_ = c.revoke(ctx, lease.ID) // or it expires
 		return 0, nil, nil

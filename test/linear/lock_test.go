@@ -224,7 +224,7 @@ func (l *locker) fenced(ctx context.Context, r record, key string, token int64, 
 	got, err := l.kv.Txn(ctx, &pb.TxnRequest{
 		Compare: append([]*pb.Compare{fence}, compare...),
 		Success: []*pb.RequestOp{op},
-		Failure: []*pb.RequestOp{read(key), read(l.witness), other},
+		Failure: []*pb.RequestOp{read(key), read(l.leaseKey), other},
 	})
 	if err != nil {
 		r.unknown = true

@@ -81,7 +81,7 @@ func (e *election) claim(c claim) {
 	e.claims = append(e.claims, c)
 }
 
-func (e *election) tell(r *v3electionpb.LeaderResponse) {
+func (e *election) recordAnswer(r *v3electionpb.LeaderResponse) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.answers = append(e.answers, claim{r.Kv.CreateRevision, r.Header.Revision, string(r.Kv.Value), true})
