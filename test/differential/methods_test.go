@@ -173,11 +173,11 @@ func (m *methods) streams() {
 		}
 		m.note(method, ends, texts)
 	}
-	plain := func(all []proto.Message) (said string) {
+	plain := func(all []proto.Message) (text string) {
 		for _, a := range all {
-			said += alike(a, nil)
+			text += alike(a, nil)
 		}
-		return said
+		return text
 	}
 	stream("KV/RangeStream", &pb.RangeRequest{Key: []byte("/s/"), RangeEnd: []byte("/s0")}, &pb.RangeStreamResponse{}, -1, func(all []proto.Message) string {
 		whole := &pb.RangeResponse{}
@@ -234,9 +234,9 @@ func receive(ctx context.Context, conn *grpc.ClientConn, method string, request,
 
 // elections calls the Election and Lock services.
 func (m *methods) elections() {
-	said := [][]string{m.elect(m.t, m.bare, "/s/"), m.elect(m.t, m.via, "/s/")}
-	if !slices.Equal(said[0], said[1]) {
-		m.t.Errorf("elections and locks\nbare etcd: %q\nthe proxy: %q", said[0], said[1])
+	texts := [][]string{m.elect(m.t, m.bare, "/s/"), m.elect(m.t, m.via, "/s/")}
+	if !slices.Equal(texts[0], texts[1]) {
+		m.t.Errorf("elections and locks\nbare etcd: %q\nthe proxy: %q", texts[0], texts[1])
 		return
 	}
 	for _, method := range []string{"Campaign", "Proclaim", "Leader", "Observe", "Resign"} {

@@ -90,7 +90,7 @@ func TestElections(t *testing.T) {
 }
 
 // elect calls both services, and returns their responses.
-func (b *bench) elect(t *testing.T, s *side, prefix string) (said []string) {
+func (b *bench) elect(t *testing.T, s *side, prefix string) (answers []string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
 	defer cancel()
@@ -100,7 +100,7 @@ func (b *bench) elect(t *testing.T, s *side, prefix string) (said []string) {
 			answer = fmt.Sprintf("%v %q", st.Code(), st.Message())
 		}
 		// the texts of protobuf contain random spaces
-		said = append(said, strings.ReplaceAll(fmt.Sprint(answer), "  ", " "))
+		answers = append(answers, strings.ReplaceAll(fmt.Sprint(answer), "  ", " "))
 	}
 	set := b.env.Clear
 	if b.rules.sealed(prefix + "x") {
@@ -157,5 +157,5 @@ func (b *bench) elect(t *testing.T, s *side, prefix string) (said []string) {
 	note(election.Proclaim(ctx, &v3electionpb.ProclaimRequest{Leader: won.GetLeader(), Value: []byte(set.Value("late"))}))
 	note(election.Proclaim(ctx, &v3electionpb.ProclaimRequest{}))
 	note(election.Campaign(ctx, &v3electionpb.CampaignRequest{Name: name, Lease: 999, Value: []byte(set.Value("none"))}))
-	return said
+	return answers
 }
