@@ -86,7 +86,7 @@ func (p *pair) program(t *testing.T, env []string, command string, args ...strin
 		env = append(env, "ETCD_CA="+p.ca.File, "ETCD_CERT="+p.client.CertFile, "ETCD_KEY="+p.client.KeyFile)
 	}
 	secret := p.Sealed.Value("v")
-	said, dirs := [2]string{}, [2]string{t.TempDir(), t.TempDir()}
+	output, dirs := [2]string{}, [2]string{t.TempDir(), t.TempDir()}
 	ctx, cancel := context.WithTimeout(t.Context(), 2*within)
 	defer cancel()
 	var both sync.WaitGroup
@@ -99,11 +99,11 @@ func (p *pair) program(t *testing.T, env []string, command string, args ...strin
 			if err := cmd.Run(); err != nil {
 				t.Errorf("%s %q on %s: %v, %v\n%s\nits last words: %s", command, args, endpoint, err, ctx.Err(), errs.Bytes(), last(out.String()))
 			}
-			said[i] = out.String()
+			output[i] = out.String()
 		})
 	}
 	both.Wait()
-	want, got := strings.Split(said[0], "\n"), strings.Split(said[1], "\n")
+	want, got := strings.Split(output[0], "\n"), strings.Split(output[1], "\n")
 	for i := range max(len(want), len(got)) {
 		if i == len(want) || i == len(got) {
 			t.Errorf("bare etcd: %d lines, the proxy: %d", len(want), len(got))
@@ -113,7 +113,7 @@ func (p *pair) program(t *testing.T, env []string, command string, args ...strin
 			t.Errorf("bare etcd: %.2000s\nthe proxy: %.2000s", want[i], got[i])
 		}
 	}
-	if !strings.Contains(said[1], secret) {
+	if !strings.Contains(output[1], secret) {
 		t.Error("no value has come through")
 	}
 	return dirs[1]

@@ -67,9 +67,9 @@ func run(results, file string, write bool) error {
 		return os.WriteFile(file, []byte(head+begin+tables+end+tail), 0o644)
 	}
 	// What a client calls depends on its timers, too: it is enough that each has called something.
-	said, _, _ := strings.Cut(rest, clientsTitle)
+	existing, _, _ := strings.Cut(rest, clientsTitle)
 	passed, _, _ := strings.Cut(tables, clientsTitle)
-	if said != passed {
+	if existing != passed {
 		return fmt.Errorf("%s does not say what has passed: run make compatibility and read the difference", file)
 	}
 	return nil

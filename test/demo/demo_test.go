@@ -50,7 +50,7 @@ func TestDemo(t *testing.T) {
 			group := cmd.Process.Pid
 			ended := make(chan struct{})
 			go func() { _ = cmd.Wait(); close(ended) }() // the exit code shows it
-			said := func() []byte {
+			output := func() []byte {
 				text, err := os.ReadFile(out.Name())
 				if err != nil {
 					t.Error(err)
@@ -61,7 +61,7 @@ func TestDemo(t *testing.T) {
 				_ = syscall.Kill(-group, syscall.SIGKILL) // nothing remains after a success
 				<-ended
 				if t.Failed() {
-					t.Logf("%s", said())
+					t.Logf("%s", output())
 				}
 			})
 			harness.Eventually(t, 90*time.Second, "the demo to serve", func() error {
@@ -70,12 +70,12 @@ func TestDemo(t *testing.T) {
 					return fmt.Errorf("it ended: %w", harness.ErrStop)
 				default:
 				}
-				if !bytes.Contains(said(), []byte("serving until Ctrl-C")) {
+				if !bytes.Contains(output(), []byte("serving until Ctrl-C")) {
 					return errors.New("not yet")
 				}
 				return nil
 			})
-			if text := string(said()); !strings.Contains(text, "k8s:enc:kms:v2:d") || !strings.Contains(text, "the plaintext is in none of them") {
+			if text := string(output()); !strings.Contains(text, "k8s:enc:kms:v2:d") || !strings.Contains(text, "the plaintext is in none of them") {
 				t.Error("it does not show what etcd stores")
 			}
 			again := exec.Command("sh", "../../deploy/demo.sh")

@@ -170,9 +170,9 @@ func (s *restartSite) putters(t *testing.T) []*putter {
 				return err
 			}
 			defer answer.Body.Close()
-			said, err := io.ReadAll(answer.Body)
+			text, err := io.ReadAll(answer.Body)
 			if err != nil || answer.StatusCode != http.StatusOK {
-				return fmt.Errorf("%s: %s, %w", answer.Status, said, err)
+				return fmt.Errorf("%s: %s, %w", answer.Status, text, err)
 			}
 			return nil
 		})
