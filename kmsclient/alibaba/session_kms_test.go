@@ -139,8 +139,8 @@ func TestManyCallersWhileSessionsChange(t *testing.T) {
 			t.Parallel()
 			d := kmsdouble.New(t, kmsdouble.Config{AccessKeys: []kmsdouble.AccessKey{}})
 			// the next is fetched after the half of it, which leaves time for a throttled fetch on
-			// a slow machine
-			sts := kmsdouble.NewSTS(t, kmsdouble.STSConfig{Register: d.SetAccessKey, Lifetime: 8 * time.Second})
+			// a slow machine, and is over before the end
+			sts := kmsdouble.NewSTS(t, kmsdouble.STSConfig{Register: d.SetAccessKey, Lifetime: 16 * time.Second})
 			sts.SetOIDCToken(canaryOIDC, time.Now().Add(time.Hour))
 			b, err := New(Config{
 				Region: d.Region(), KeyID: kmsdouble.DefaultKeyID, Endpoint: d.Endpoint(), CAFile: d.CAFile(),
@@ -161,7 +161,7 @@ func TestManyCallersWhileSessionsChange(t *testing.T) {
 				}
 				return nil
 			})
-			ctx, cancel := context.WithTimeout(t.Context(), 7*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), 13*time.Second)
 			defer cancel()
 			key := mustDataKey(t, b)
 			var wg sync.WaitGroup
