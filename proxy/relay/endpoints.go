@@ -87,7 +87,7 @@ func (s *session) pick() (*http2conn.Conn, *endpointState, availability) {
 	return nil, nil, endpointsDown
 }
 
-// await is pick that waits up to upstream.ConnectWait while an endpoint is dialed or, if patient,
+// await is pick that waits up to upstream.ConnectWait while an endpoint is dialed or, with mayWait,
 // until one is connected.
 func (s *session) await(ctx context.Context, mayWait bool) (*http2conn.Conn, *endpointState) {
 	timer := time.NewTimer(upstream.ConnectWait)
