@@ -123,11 +123,18 @@ func TestRandomSequences(t *testing.T) {
 						t.Errorf("only %d of %s: this proves little", counts[kind], kind)
 					}
 				}
+				// etcd does so by chance, and a proxy that left them out would each time.
+				if n := counts[noPrevious]; n > 1+int(sequences)/100 {
+					t.Errorf("%d watches differ by previous values that one side has left out", n)
+				}
 				b.checkFiles(t, "/s/p/x")
 			})
 		}
 	}
 }
+
+// noPrevious is the key of the number of watches that differ by previous values alone.
+const noPrevious = "watches without previous values"
 
 // sequence runs one random sequence on an empty store and adds its requests to counts.
 func (b *bench) sequence(t *testing.T, seed uint64, counts map[string]int) {

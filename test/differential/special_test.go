@@ -205,8 +205,8 @@ func (b *bench) halfClose(t *testing.T) {
 	w.both("an event after the half-close", func(side *watcher) error {
 		return side.until(10*time.Second, func(s *watched) bool { return len(s.events[0]) == 1 })
 	})
-	if difference := w.bare.seen.differs(&w.proxy.seen); difference != "" {
-		t.Error(difference)
+	if difference, withoutPrevious := w.bare.seen.differs(&w.proxy.seen); difference != "" || withoutPrevious > 0 {
+		t.Errorf("%s; %d watches lack previous values", difference, withoutPrevious)
 	}
 }
 
@@ -221,8 +221,8 @@ func (b *bench) expiry(t *testing.T) {
 	w.both("the key expires", func(side *watcher) error {
 		return side.until(30*time.Second, func(s *watched) bool { return len(s.events[0]) == 2 })
 	})
-	if difference := w.bare.seen.differs(&w.proxy.seen); difference != "" {
-		t.Error(difference)
+	if difference, withoutPrevious := w.bare.seen.differs(&w.proxy.seen); difference != "" || withoutPrevious > 0 {
+		t.Errorf("%s; %d watches lack previous values", difference, withoutPrevious)
 	}
 	p.do(ctx, &pb.LeaseTimeToLiveRequest{ID: 77, Keys: true})
 	p.do(ctx, &pb.RangeRequest{Key: []byte("/s/leased")})

@@ -197,18 +197,21 @@ func (w *watcher) send(request *pb.WatchRequest) error {
 	return nil
 }
 
-// differs describes the first difference between two streams, or returns "".
-func (s *watched) differs(other *watched) string {
+// differs describes the first difference between two streams, or returns "". It returns how many
+// watches differ only by previous values that one side left out: etcd registers a watch before it
+// notes that the client wants previous values, so that a watch from a past revision may get its
+// first events without them (3.7.3, etcdserver/api/v3rpc/watch.go).
+func (s *watched) differs(other *watched) (difference string, withoutPrevious int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	other.mu.Lock()
 	defer other.mu.Unlock()
 	if len(s.created) != len(other.created) {
-		return fmt.Sprintf("%d watches were created on bare etcd, %d through the proxy", len(s.created), len(other.created))
+		return fmt.Sprintf("%d watches were created on bare etcd, %d through the proxy", len(s.created), len(other.created)), 0
 	}
 	for i := range s.created {
 		if !proto.Equal(s.created[i], other.created[i]) {
-			return fmt.Sprintf("watch %d was created\n bare etcd: %s\n the proxy: %s", i, text(s.created[i]), text(other.created[i]))
+			return fmt.Sprintf("watch %d was created\n bare etcd: %s\n the proxy: %s", i, text(s.created[i]), text(other.created[i])), 0
 		}
 	}
 	ids := map[int64]bool{}
@@ -223,13 +226,26 @@ func (s *watched) differs(other *watched) string {
 	for id := range ids {
 		a, b := s.canceled[id], other.canceled[id]
 		if !slices.EqualFunc(a, b, func(a, b *pb.WatchResponse) bool { return proto.Equal(a, b) }) {
-			return fmt.Sprintf("watch %d was canceled\n bare etcd: %v\n the proxy: %v", id, a, b)
+			return fmt.Sprintf("watch %d was canceled\n bare etcd: %v\n the proxy: %v", id, a, b), 0
 		}
-		if x, y := list(s.events[id]), list(other.events[id]); x != y {
-			return fmt.Sprintf("events of watch %d\n bare etcd:\n%s the proxy:\n%s", id, x, y)
+		switch x, y := list(s.events[id]), list(other.events[id]); {
+		case x == y:
+		case slices.EqualFunc(s.events[id], other.events[id], equalButPrevious):
+			withoutPrevious++
+		default:
+			return fmt.Sprintf("events of watch %d\n bare etcd:\n%s the proxy:\n%s", id, x, y), 0
 		}
 	}
-	return ""
+	return "", withoutPrevious
+}
+
+// equalButPrevious reports whether two events are equal, or one lacks the previous value.
+func equalButPrevious(a, b *mvccpb.Event) bool {
+	if (a.PrevKv == nil) != (b.PrevKv == nil) {
+		a, b = proto.CloneOf(a), proto.CloneOf(b)
+		a.PrevKv, b.PrevKv = nil, nil
+	}
+	return proto.Equal(a, b)
 }
 
 func (s *watched) count() int {
@@ -258,6 +274,8 @@ type watchPair struct {
 	bare, proxy *watcher
 	future      int64 // the latest revision at which a watch starts
 	counted     int
+	// watches that differ by previous values, of which etcd has left out some
+	withoutPrevious int
 }
 
 func (p *pair) openWatch(ctx context.Context) *watchPair {
@@ -309,10 +327,13 @@ func (w *watchPair) check(ctx context.Context) {
 		w.do(ctx, &pb.PutRequest{Key: []byte("time passes")})
 	}
 	w.both(fmt.Sprintf("watches reach revision %d", w.revision), func(side *watcher) error { return side.drain(w.revision) })
-	if difference := w.bare.seen.differs(&w.proxy.seen); difference != "" {
+	difference, withoutPrevious := w.bare.seen.differs(&w.proxy.seen)
+	if difference != "" {
 		w.fail("%s", difference)
 	}
 	if w.counts != nil {
+		w.counts[noPrevious] += max(0, withoutPrevious-w.withoutPrevious)
+		w.withoutPrevious = withoutPrevious
 		events := w.bare.seen.count()
 		w.counts["events"] += events - w.counted
 		w.counted = events
