@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"net"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -79,7 +80,13 @@ func openReleased(t *testing.T, primary bool) *encryption.Keys {
 		served := make(chan struct{})
 		go func() { defer close(served); _ = plugin.ListenAndServe() }()
 		t.Cleanup(func() { plugin.Shutdown(); <-served })
-		clitest.Eventually(t, "the plugin", func() bool { _, err := os.Stat(socket); return err == nil })
+		clitest.Eventually(t, "the plugin", func() bool {
+			conn, err := net.Dial("unix", socket)
+			if err == nil {
+				_ = conn.Close()
+			}
+			return err == nil
+		})
 	} else {
 		endpoint = "127.0.0.1:1"
 		put("dev.yaml", []byte("keys: [{id: other, secret: MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY=}]\n"))

@@ -178,7 +178,14 @@ func TestRestart(t *testing.T) {
 			t.Error(found)
 		}
 	})
-	harness.Eventually(t, within, "the socket", func() error { _, err := os.Stat(socket); return err })
+	// The file of a socket is there before the socket listens.
+	harness.Eventually(t, within, "the socket", func() error {
+		conn, err := net.DialTimeout("unix", socket, within)
+		if err == nil {
+			err = conn.Close()
+		}
+		return err
+	})
 
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
