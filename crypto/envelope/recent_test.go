@@ -2,6 +2,7 @@ package envelope
 
 import (
 	"bytes"
+	"crypto/cipher"
 	"encoding/binary"
 	"errors"
 	"math/rand/v2"
@@ -95,14 +96,7 @@ func TestRecentIsShared(t *testing.T) {
 // TestRecentKeepsAList: what is read repeatedly is kept, nearly all of it, up to 10,000 values, and
 // a part of a longer list; what is read once is not.
 func TestRecentKeepsAList(t *testing.T) {
-	seed, err := NewSeed(TypeSeed, fill(9, 32))
-	if err != nil {
-		t.Fatal(err)
-	}
-	aead, err := newAEAD(fill(1, 32))
-	if err != nil {
-		t.Fatal(err)
-	}
+	seed, aead := seedAndCipher(t)
 	random := rand.New(rand.NewPCG(1, 2))
 	list := make([][]byte, 30_000)
 	for i := range list {
@@ -133,9 +127,9 @@ func TestRecentKeepsAList(t *testing.T) {
 	}
 }
 
-// TestRecentTakesEvents: a value that is read by many is cached soon, although a long list that is
-// read at the same time takes all of the room.
-func TestRecentTakesEvents(t *testing.T) {
+// seedAndCipher returns what is cached.
+func seedAndCipher(t *testing.T) (*Seed, cipher.AEAD) {
+	t.Helper()
 	seed, err := NewSeed(TypeSeed, fill(9, 32))
 	if err != nil {
 		t.Fatal(err)
@@ -144,6 +138,13 @@ func TestRecentTakesEvents(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return seed, aead
+}
+
+// TestRecentTakesEvents: a value that is read by many is cached soon, although a long list that is
+// read at the same time takes all of the room.
+func TestRecentTakesEvents(t *testing.T) {
+	seed, aead := seedAndCipher(t)
 	random := rand.New(rand.NewPCG(5, 6))
 	info := func() []byte {
 		b := make([]byte, infoSize)
@@ -177,14 +178,7 @@ func TestRecentTakesEvents(t *testing.T) {
 
 // TestRecentExpires: ciphers that are not used go, and the others stay.
 func TestRecentExpires(t *testing.T) {
-	seed, err := NewSeed(TypeSeed, fill(9, 32))
-	if err != nil {
-		t.Fatal(err)
-	}
-	aead, err := newAEAD(fill(1, 32))
-	if err != nil {
-		t.Fatal(err)
-	}
+	seed, aead := seedAndCipher(t)
 	info := func(i int) []byte { return bytes.Repeat([]byte{byte(i), byte(i >> 8), 7, 1}, infoSize/4) }
 	recent := new(Recent)
 	const n = 100
@@ -237,14 +231,7 @@ func TestCipherBytes(t *testing.T) {
 
 // TestRecentIsBounded: more ciphers than there may be replace those that were not used for longest.
 func TestRecentIsBounded(t *testing.T) {
-	seed, err := NewSeed(TypeSeed, fill(9, 32))
-	if err != nil {
-		t.Fatal(err)
-	}
-	aead, err := newAEAD(fill(1, 32))
-	if err != nil {
-		t.Fatal(err)
-	}
+	seed, aead := seedAndCipher(t)
 	random := rand.New(rand.NewPCG(3, 4))
 	recent, info := new(Recent), make([]byte, infoSize)
 	inUse := make([]byte, infoSize)
